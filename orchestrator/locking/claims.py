@@ -203,7 +203,8 @@ class Claims:
         """Release a claim in its own commit. Raises LeaseLost if it has another owner; other errors keep it."""
         guard = self._held.get(task)
         if guard is None:
-            raise LeaseLost(f"the claim on task {task!r}", 0, await self._epoch(task))
+            claim = await self.read(task)
+            raise LeaseLost(f"the claim on task {task!r}", 0, None if claim is None else claim.epoch)
         event = Event.of(ClaimReleased(run=self._others.run, task=task, release=how, reason=reason))
         try:
             await self._store.commit(Commit([self.release_write(task, how, reason, counts=counts)], [event], [guard]))
@@ -231,10 +232,6 @@ class Claims:
             return []
         value = {**document.value, "epoch": document.version + 1, "retries": 0}
         return [Write(document.key, document.version, value)]
-
-    async def _epoch(self, task: str) -> int | None:
-        claim = await self.read(task)
-        return None if claim is None else claim.epoch
 
     async def sweep(self, *, counts: bool = True, also: TakeoverWrites | None = None) -> Mapping[str, str]:
         """Take over all claims of orchestrators that are gone; return their previous owners by task.

@@ -68,8 +68,8 @@ class _RegistryState(NamedTuple):
     holdings: dict[SessionName, tuple[int, PathOwnership]]
 
 
-class OwnershipRegistry:
-    """The path ownership of one scope."""
+class OwnershipView:
+    """The path ownership of one scope, to read."""
 
     def __init__(self, store: Store, clock: Clock, scope: str, lives: LivenessCheck | None = None) -> None:
         """Use `lives` to check whether a session without its claim is still alive: until then it owns its paths."""
@@ -80,6 +80,78 @@ class OwnershipRegistry:
     def key(self, session: SessionName) -> Key:
         """Return the key of a session's ownership document."""
         return Key(OWNERSHIP_KIND, f"{self.scope}/{session}")
+
+    async def locked_by_others(self, session: SessionName) -> Sequence[PathOwnership]:
+        """Return the valid locks of sessions of other tasks, oldest first."""
+        holdings = [holding for _, holding in (await self._read()).holdings.values()]
+        others = [holding for holding in holdings if holding.locked and holding.session[:2] != session[:2]]
+        return sorted([holding for holding in others if await self._is_valid(holding)], key=lambda one: one.since)
+
+    async def holdings(self) -> Sequence[PathOwnership]:
+        """Return the valid owners and waiters of the scope, oldest first."""
+        live = [holding for holding in await self._live() if not holding.is_idle]
+        return sorted(live, key=lambda holding: (holding.since, holding.session))
+
+    async def list_waits(self) -> dict[str, LockWait]:
+        """Return the sessions of the scope that wait for paths, with their blockers."""
+        live = await self._live()
+        return {
+            str(waiter.session): LockWait(
+                waiter.waiting.since,
+                ", ".join(waiter.waiting.patterns),
+                {
+                    str(other.session)
+                    for other in live
+                    if other.session != waiter.session
+                    and other.has_conflict_with(waiter.session, waiter.waiting.patterns)
+                },
+            )
+            for waiter in live
+            if waiter.waiting is not None
+        }
+
+    async def owner(self, session: SessionName, path_pattern: str) -> OwnershipConflict | None:
+        """Return another owner of paths that a pattern matches; None if there is none."""
+        return find_ownership_conflict(session, [path_pattern], await self._live())
+
+    async def _last(self, session: SessionName) -> PathOwnership | None:
+        """Return the last recorded ownership of a session, valid or not."""
+        for version in await self._store.history(self.key(session)):
+            if version.value is not None:
+                return PathOwnership.from_json(version.value)
+        return None
+
+    async def _own(self, session: SessionName) -> tuple[int, PathOwnership] | None:
+        document = await self._store.get(self.key(session))
+        return None if document is None else (document.version, PathOwnership.from_json(document.value))
+
+    async def _read(self) -> _RegistryState:
+        scope_guard = await self._store.get(self._scope_key)
+        documents = await self._store.list(OWNERSHIP_KIND, f"{self.scope}/")
+        known, self._known = self._known, {}
+        for document in documents:
+            before = known.get(document.key)
+            if before is None or before[0] != document.version:
+                if find_document_error(document) is not None:
+                    continue
+                before = document.version, PathOwnership.from_json(document.value)
+            self._known[document.key] = before
+        holdings = {holding.session: (version, holding) for version, holding in self._known.values()}
+        return _RegistryState(scope_guard.version if scope_guard else 0, holdings)
+
+    async def _is_valid(self, holding: PathOwnership) -> bool:
+        # If the claim does not match now, it did not match at the read or has ended since: epochs are never reused.
+        if is_current(holding, _value(await self._store.get(claim_key(holding.session)))):
+            return True
+        return self._lives is not None and await self._lives(holding.session)
+
+    async def _live(self) -> list[PathOwnership]:
+        state = await self._read()
+        return [holding for _, holding in state.holdings.values() if await self._is_valid(holding)]
+
+
+class OwnershipRegistry(OwnershipView):
+    """The path ownership of one scope, to read and change."""
 
     async def plan(
         self, session: SessionName, patterns: Sequence[str], *, orchestrator: str, claim: Guard, is_lock: bool = False
@@ -210,35 +282,6 @@ class OwnershipRegistry:
         document = await self._store.get(self.key(session))
         return [] if document is None else [Write(document.key, document.version, None)]
 
-    async def locked_by_others(self, session: SessionName) -> Sequence[PathOwnership]:
-        """Return the valid locks of sessions of other tasks, oldest first."""
-        holdings = [holding for _, holding in (await self._read()).holdings.values()]
-        others = [holding for holding in holdings if holding.locked and holding.session[:2] != session[:2]]
-        return sorted([holding for holding in others if await self._is_valid(holding)], key=lambda one: one.since)
-
-    async def holdings(self) -> Sequence[PathOwnership]:
-        """Return the valid owners and waiters of the scope, oldest first."""
-        live = [holding for holding in await self._live() if not holding.is_idle]
-        return sorted(live, key=lambda holding: (holding.since, holding.session))
-
-    async def list_waits(self) -> dict[str, LockWait]:
-        """Return the sessions of the scope that wait for paths, with their blockers."""
-        live = await self._live()
-        return {
-            str(waiter.session): LockWait(
-                waiter.waiting.since,
-                ", ".join(waiter.waiting.patterns),
-                {
-                    str(other.session)
-                    for other in live
-                    if other.session != waiter.session
-                    and other.has_conflict_with(waiter.session, waiter.waiting.patterns)
-                },
-            )
-            for waiter in live
-            if waiter.waiting is not None
-        }
-
     async def sweep(self) -> Sequence[Write]:
         """Return the writes that remove all stale ownership."""
         state = await self._read()
@@ -256,10 +299,6 @@ class OwnershipRegistry:
         own = await self._own(session)
         orchestrator = "" if own is None else own[1].orchestrator
         return await self.acquire(session, patterns, orchestrator=orchestrator, claim=Guard(key, claim["epoch"]))
-
-    async def owner(self, session: SessionName, path_pattern: str) -> OwnershipConflict | None:
-        """Return another owner of paths that a pattern matches; None if there is none."""
-        return find_ownership_conflict(session, [path_pattern], await self._live())
 
     async def start_waiting(
         self, session: SessionName, patterns: Sequence[str], *, orchestrator: str, claim: Guard
@@ -309,41 +348,6 @@ class OwnershipRegistry:
     async def _commit(self, writes: Sequence[Write], event: Event, claim: Guard) -> None:
         # Not durable: ownership matters only while sessions live, and a power failure ends them as well.
         await self._store.commit(Commit(writes, [event], [claim], durable=False))
-
-    async def _last(self, session: SessionName) -> PathOwnership | None:
-        """Return the last recorded ownership of a session, valid or not."""
-        for version in await self._store.history(self.key(session)):
-            if version.value is not None:
-                return PathOwnership.from_json(version.value)
-        return None
-
-    async def _own(self, session: SessionName) -> tuple[int, PathOwnership] | None:
-        document = await self._store.get(self.key(session))
-        return None if document is None else (document.version, PathOwnership.from_json(document.value))
-
-    async def _read(self) -> _RegistryState:
-        scope_guard = await self._store.get(self._scope_key)
-        documents = await self._store.list(OWNERSHIP_KIND, f"{self.scope}/")
-        known, self._known = self._known, {}
-        for document in documents:
-            before = known.get(document.key)
-            if before is None or before[0] != document.version:
-                if find_document_error(document) is not None:
-                    continue
-                before = document.version, PathOwnership.from_json(document.value)
-            self._known[document.key] = before
-        holdings = {holding.session: (version, holding) for version, holding in self._known.values()}
-        return _RegistryState(scope_guard.version if scope_guard else 0, holdings)
-
-    async def _is_valid(self, holding: PathOwnership) -> bool:
-        # If the claim does not match now, it did not match at the read or has ended since: epochs are never reused.
-        if is_current(holding, _value(await self._store.get(claim_key(holding.session)))):
-            return True
-        return self._lives is not None and await self._lives(holding.session)
-
-    async def _live(self) -> list[PathOwnership]:
-        state = await self._read()
-        return [holding for _, holding in state.holdings.values() if await self._is_valid(holding)]
 
 
 def _is_relevant(record: CommitRecord) -> bool:

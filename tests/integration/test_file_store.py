@@ -118,10 +118,10 @@ async def test_a_follower_of_later_commits_starts_behind_the_earlier_ones(tmp_pa
     journal = Journal(tmp_path, SystemClock(), file.SEGMENT_BYTES)
     journal.open()
     try:
-        cursor = journal.open_cursor(1)
+        cursor = journal.log.open_cursor(1)
         assert cursor.offset == journal.end().end > 0
         cursor.close()
-        cursor = journal.open_cursor(0)
+        cursor = journal.log.open_cursor(0)
         assert cursor.offset == 0
         cursor.close()
     finally:

@@ -27,11 +27,9 @@ from orchestrator.protocols import (
     CompactionResult,
     Damage,
     Key,
-    StateSnapshot,
     VerificationReport,
 )
 from orchestrator.state.log.codec import (
-    DecodedLine,
     EncodedCommit,
     encode_line,
     get_writer_name,
@@ -48,7 +46,7 @@ from orchestrator.state.log.loading import Staging, not_empty_error
 from orchestrator.state.log.mounts import refuse_network_mount
 from orchestrator.state.log.open_log import AT_ONCE_BYTES, OpenLog
 from orchestrator.state.log.packing import read_content_checksum
-from orchestrator.state.log.reading import LogReplay, check_retained, replay_until
+from orchestrator.state.log.reading import LogReplay, replay_until
 from orchestrator.state.log.segments import (
     HighWaterMark,
     LogCursor,
@@ -59,7 +57,7 @@ from orchestrator.state.log.segments import (
     pruned_through,
     truncate,
 )
-from orchestrator.state.log.table import CommitStage, DocumentTable, rebuild_state
+from orchestrator.state.log.table import CommitStage
 from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
 from orchestrator.system.files import make_durable, make_folder
@@ -108,46 +106,25 @@ class Journal:
         self._clock, self._by = clock, get_writer_name()
         self._segment_bytes = segment_bytes
         self._opened = ExitStack()
-        self._log: OpenLog
+        self.log: OpenLog
+        """What is known of the log; set by `open`."""
         self._broken: OSError | None = None
         self._rolls = False  # whether the next commit begins a new segment
         # Held by the thread that moves the cursor. The event loop never waits for it, and not even a cancelled task
         # that is abandoned can let two threads in.
         self._io = threading.Lock()
 
-    @property
-    def table(self) -> DocumentTable:
-        """The newest documents of the known part of the log."""
-        return self._log.replay.table
-
-    @property
-    def damage(self) -> list[Damage]:
-        """The damage found so far."""
-        return self._log.replay.damage
-
-    def mark(self) -> HighWaterMark | None:
-        """Return the high-water mark; cheap enough for the event loop."""
-        return self._log.lock.read()
-
-    def open_cursor(self, after: int) -> LogCursor:
-        """Return a cursor at position `after`, or at the nearest known position before it."""
-        return self._log.open_cursor(after)
-
-    def check_not_replaced(self) -> None:
-        """Raise OSError (ESTALE) if the log was moved or replaced."""
-        self._log.lock.check_not_replaced()
-
     def try_refresh_inline(self) -> bool:
         """Read few new commits of other processes, without a thread; return whether the table is current."""
-        mark = self._log.lock.read()
-        if mark == self._log.end:
+        mark = self.log.lock.read()
+        if mark == self.log.end:
             return True
         if mark is None or not self._io.acquire(blocking=False):
             return False
         try:
-            if not self._log.is_near(mark):
+            if not self.log.is_near(mark):
                 return False
-            self._log.follow(mark)
+            self.log.follow(mark)
             return True
         finally:
             self._io.release()
@@ -158,9 +135,9 @@ class Journal:
 
     def end(self) -> HighWaterMark:
         """Return the current end of the log."""
-        with self._io, self._log.lock.held():
-            self._log.recover()
-            return HighWaterMark(self._log.cursor.segment, self._log.cursor.offset, self._log.replay.table.position)
+        with self._io, self.log.lock.held():
+            self.log.recover()
+            return HighWaterMark(self.log.cursor.segment, self.log.cursor.offset, self.log.replay.table.position)
 
     def check_empty(self) -> None:
         """Raise RefusedError unless the log is empty."""
@@ -170,24 +147,24 @@ class Journal:
 
     def put(self, staging: Staging) -> None:
         """Commit a staged load; the log must be empty."""
-        with self._io, self._log.lock.held():
-            self._log.recover()
-            if self._log.cursor.segment:
-                raise not_empty_error(str(self._directory), self._log.replay.table.position)
+        with self._io, self.log.lock.held():
+            self.log.recover()
+            if self.log.cursor.segment:
+                raise not_empty_error(str(self._directory), self.log.replay.table.position)
             staging.put()
-            self._log.recover()
+            self.log.recover()
 
     def verify(self) -> VerificationReport:
         """Replay the whole log, and compare the result with the table."""
         replay = LogReplay()
         with closing(LogCursor(self._directory)) as cursor:
-            replay_until(replay, cursor, self._log.lock.read())  # most of it while others may commit
+            replay_until(replay, cursor, self.log.lock.read())  # most of it while others may commit
             with self._io:
-                self._log.follow(self._log.lock.read())
-                mark = self._log.end
+                self.log.follow(self.log.lock.read())
+                mark = self.log.end
                 replay_until(replay, cursor, mark)
                 replay.finish(mark.position if mark else 0, cursor.path, cursor.offset)
-                damaged, differs = replay.table.compare(self._log.replay.table)
+                damaged, differs = replay.table.compare(self.log.replay.table)
         if replay.damage:  # documents that are known but no longer in the log are lost by the damage
             damaged, differs = sorted({*damaged, *differs}), []
         return VerificationReport(
@@ -199,9 +176,9 @@ class Journal:
 
         They include deleted documents, which could reappear, or whose versions could be reused.
         """
-        with self._io, self._log.lock.held():
-            self._log.recover()
-            damaged, differs = build_repaired_table(self._directory).compare(self._log.replay.table)
+        with self._io, self.log.lock.held():
+            self.log.recover()
+            damaged, differs = build_repaired_table(self._directory).compare(self.log.replay.table)
             return [*damaged, *differs]
 
     def replace_damaged(self, damage: Sequence[Damage]) -> None:
@@ -210,61 +187,49 @@ class Journal:
         closed = list_segments(self._directory)[:-1]
         hit = [one for one in closed if paths & {one.path(self._directory).name for one in (one, one.packed())}]
         if hit:
-            prune_segments(self._directory, hit[-1], self._log.lock.held(), self._directory / "damaged")
-            with self._log.lock.held():
+            prune_segments(self._directory, hit[-1], self.log.lock.held(), self._directory / "damaged")
+            with self.log.lock.held():
                 remove_replaced_segments(self._directory)
-            self._log.replay.damage.clear()
+            self.log.replay.damage.clear()
 
     def compact(self, older_than: float, largest: int) -> CompactionResult:
         """See `Store.compact`; only one process at a time."""
         before = log_size(self._directory)
-        with self._log.lock.held():
+        with self.log.lock.held():
             remove_replaced_segments(self._directory)
         pack_closed_segments(self._directory)
         with suppress(ValueError):  # it is damage, which is reported, and may be repaired
             while (last := find_prunable_segment(self._directory, older_than, largest)) is not None:
-                prune_segments(self._directory, last, self._log.lock.held())
-                with self._log.lock.held():
+                prune_segments(self._directory, last, self.log.lock.held())
+                with self.log.lock.held():
                     remove_replaced_segments(self._directory)
                 self._renew_snapshot()
         return CompactionResult(before, log_size(self._directory), pruned_through(self._directory))
 
     def _renew_snapshot(self) -> None:
         """Write a snapshot of the log after segments were pruned."""
-        with self._io, self._log.lock.held():
-            self._log.recover()
+        with self._io, self.log.lock.held():
+            self.log.recover()
             (pruned, *_) = list_segments(self._directory)
             made = read_content_checksum(pruned.path(self._directory).read_bytes())
             if made is not None and not self._broken:
-                left = {first: part for first, part in self._log.cursor.sums.items() if first > pruned.last}
-                self._log.cursor.sums = {pruned.first: made, **left}
-                self._log.save_snapshot(is_outdated=True)
-
-    def state_at(self, position: int) -> StateSnapshot:
-        """See `Store.at`."""
-        while True:
-            check_retained(self._directory, position)
-            first, mark = pruned_through(self._directory), self._log.lock.read()
-            with suppress(FileNotFoundError), closing(LogCursor(self._directory)) as cursor:
-                found = cursor.read(mark) if mark else ()
-                lines = (one.item.line for one in found if isinstance(one.item, DecodedLine))
-                state = rebuild_state(position, lines, first)
-                if pruned_through(self._directory) == first:  # otherwise some may have been skipped
-                    return state
+                left = {first: part for first, part in self.log.cursor.sums.items() if first > pruned.last}
+                self.log.cursor.sums = {pruned.first: made, **left}
+                self.log.save_snapshot(is_outdated=True)
 
     def open(self) -> None:
         """Read the log. Raises RefusedError on a network file system, OSError."""
         refuse_network_mount(self._directory)
         make_folder(self._directory)
-        self._log = self._opened.enter_context(closing(OpenLog(self._directory)))
-        with self._io, self._log.lock.held():
-            self._log.load_snapshot()
-            self._log.recover()
+        self.log = self._opened.enter_context(closing(OpenLog(self._directory)))
+        with self._io, self.log.lock.held():
+            self.log.load_snapshot()
+            self.log.recover()
         self._opened.callback(self._save)
 
     def _save(self) -> None:
         if not self._broken:
-            self._log.save_snapshot()
+            self.log.save_snapshot()
 
     def close(self) -> None:
         """Write a snapshot if useful, and close all files."""
@@ -274,14 +239,14 @@ class Journal:
     def catch_up(self) -> None:
         """Read the commits of other processes."""
         with self._io:
-            self._log.follow(self._log.lock.read())
+            self.log.follow(self.log.lock.read())
 
     def commit(self, pending: deque[PendingCommit]) -> None:
         """Commit all pending commits and set their outcome; more may be added to the queue meanwhile."""
         with self._io:
             if pending:
-                with self._fail_group_on_error(_take_all(pending)) as group, self._log.lock.held():
-                    self._log.recover()
+                with self._fail_group_on_error(_take_all(pending)) as group, self.log.lock.held():
+                    self.log.recover()
                     self._append(group)
 
     def try_commit_inline(self, pending: deque[PendingCommit]) -> InlineResult:
@@ -291,15 +256,15 @@ class Journal:
             return InlineResult.TOO_MUCH
         try:
             group = list[PendingCommit]()
-            with self._fail_group_on_error(group), self._log.lock.try_held() as is_held:
+            with self._fail_group_on_error(group), self.log.lock.try_held() as is_held:
                 if not is_held:
                     return InlineResult.BUSY
-                mark = self._log.lock.read()
-                is_roomy = self._log.cursor.offset < self._segment_bytes and not self._rolls
-                if mark is None or not (is_roomy and self._log.is_near(mark) and self._log.is_complete(mark)):
+                mark = self.log.lock.read()
+                is_roomy = self.log.cursor.offset < self._segment_bytes and not self._rolls
+                if mark is None or not (is_roomy and self.log.is_near(mark) and self.log.is_complete(mark)):
                     return InlineResult.TOO_MUCH
                 group += _take_all(pending)
-                self._log.follow(mark)
+                self.log.follow(mark)
                 self._append(group)
             return InlineResult.DONE if group else InlineResult.TOO_MUCH
         finally:
@@ -315,8 +280,8 @@ class Journal:
                 one.position, one.failure = 0, to_store_error(self._directory, error)
 
     def _append(self, group: Sequence[PendingCommit]) -> None:
-        known = self._log.end or HighWaterMark(0, 0, 0)
-        stage = CommitStage(self._log.replay.table, self._by, known.durable)
+        known = self.log.end or HighWaterMark(0, 0, 0)
+        stage = CommitStage(self.log.replay.table, self._by, known.durable)
         staged = []
         now = round(self._clock.now(), 6)
         for one in group:
@@ -328,7 +293,7 @@ class Journal:
             return
         data = b"".join(encode_line(line) for line in stage.lines)
         self._write(known, data, stage.lines[-1].position, durable=any(one.commit.durable for one, _ in staged))
-        self._log.replay.table.take(stage)
+        self.log.replay.table.take(stage)
         for one, line in staged:
             one.position = line.position
 
@@ -336,7 +301,7 @@ class Journal:
         """Append after the `known` end, up to `position`, and publish it; after an OSError nothing is published."""
         if self._broken:
             raise self._broken
-        cursor = self._log.cursor
+        cursor = self.log.cursor
         try:
             if cursor.segment == 0 or cursor.is_closed or cursor.offset >= self._segment_bytes or self._rolls:
                 known = self._roll(known)
@@ -344,8 +309,8 @@ class Journal:
             failpoint("state.appended")
             durable_end, known_durable = (end, position) if durable else (known.durable_end, known.durable)
             mark = HighWaterMark(cursor.segment, end, position, durable_end, known_durable, boot_id())
-            self._log.lock.publish(mark)
-            self._log.note_end(mark)
+            self.log.lock.publish(mark)
+            self.log.note_end(mark)
         except OSError:
             self._roll_back(known)
             raise
@@ -356,21 +321,21 @@ class Journal:
         """Begin a new segment; return the new end."""
         self._rolls = False
         self._save()  # so that after a kill the next process replays one segment at most
-        if known.durable < known.position and not self._log.cursor.is_closed:  # no later sync is of this file
-            make_durable(self._log.cursor.path)
+        if known.durable < known.position and not self.log.cursor.is_closed:  # no later sync is of this file
+            make_durable(self.log.cursor.path)
         first = known.position + 1
         create_segment(self._directory, first)
         failpoint("state.rolled")
-        self._log.cursor.begin(first)
+        self.log.cursor.begin(first)
         return HighWaterMark(first, 0, known.position, 0, known.position, known.boot)
 
     def _roll_back(self, known: HighWaterMark) -> None:
         """Remove a partial write, and mark the end as uncertain for the next process that commits."""
-        if self._log.cursor.segment:
+        if self.log.cursor.segment:
             with suppress(OSError):  # the next process tries it again
-                truncate(self._log.cursor.path, self._log.cursor.offset)
+                truncate(self.log.cursor.path, self.log.cursor.offset)
         try:
-            self._log.lock.publish(known._replace(is_uncertain=True))
+            self.log.lock.publish(known._replace(is_uncertain=True))
         except OSError as error:
             # The other processes don't know. The next opener checks the disk; this one must not append any more.
             self._broken = error

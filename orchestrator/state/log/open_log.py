@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Final, TypeGuard
 
+from orchestrator.protocols import StateSnapshot
 from orchestrator.state.log import snapshot
 from orchestrator.state.log.codec import DecodedLine, IncompleteLine, find_never_durable
 from orchestrator.state.log.loading import install_loaded
 from orchestrator.state.log.packing import Checksum
-from orchestrator.state.log.reading import LogReplay, replay_until
+from orchestrator.state.log.reading import LogReplay, check_retained, replay_until
 from orchestrator.state.log.segments import (
     HighWaterMark,
     LogCursor,
@@ -22,10 +23,12 @@ from orchestrator.state.log.segments import (
     SegmentListing,
     append,
     list_segments,
+    pruned_through,
     rewrite,
     segment_size,
     truncate,
 )
+from orchestrator.state.log.table import DocumentTable, rebuild_state
 from orchestrator.system.files import sync_folder
 from orchestrator.system.process_table import boot_id
 
@@ -36,7 +39,7 @@ _ENDS_KEPT: Final = 64
 
 
 class OpenLog:
-    """An open log; only one thread at a time may use it, except `lock`. Blocks."""
+    """An open log. Blocks; only one thread at a time may read on, recover or append."""
 
     def __init__(self, directory: Path) -> None:
         """Open the log in a directory; call `recover` to read it."""
@@ -50,6 +53,11 @@ class OpenLog:
         """The end of the part of the log that is in the table; None if unknown."""
         self._ends = deque[HighWaterMark](maxlen=_ENDS_KEPT)  # earlier values of `end`, the newest last
 
+    @property
+    def table(self) -> DocumentTable:
+        """The newest documents of the known part of the log."""
+        return self.replay.table
+
     def close(self) -> None:
         """Close all files."""
         self.cursor.close()
@@ -62,6 +70,18 @@ class OpenLog:
         if end is not None and end.segment:
             cursor.jump(end)
         return cursor
+
+    def state_at(self, position: int) -> StateSnapshot:
+        """See `Store.at`."""
+        while True:
+            check_retained(self._directory, position)
+            first, mark = pruned_through(self._directory), self.lock.read()
+            with suppress(FileNotFoundError), closing(LogCursor(self._directory)) as cursor:
+                found = cursor.read(mark) if mark else ()
+                lines = (one.item.line for one in found if isinstance(one.item, DecodedLine))
+                state = rebuild_state(position, lines, first)
+                if pruned_through(self._directory) == first:  # otherwise some may have been skipped
+                    return state
 
     def is_near(self, mark: HighWaterMark) -> bool:
         """Whether a mark is so close that the data up to it can be read on the event loop."""

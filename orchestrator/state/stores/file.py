@@ -73,7 +73,7 @@ _PAUSES: Final = (0, 0.005, 0.005, 0.01, 0.01)
 
 
 class FileStore:
-    """A `Store` in a local directory; made by `open`."""
+    """A `Store` in a local directory; made by `open`. It has a method for each of the protocol."""
 
     def __init__(self, directory: Path, clock: Clock, segment_bytes: int, folder: Path) -> None:
         self._directory, self._clock, self._segment_bytes, self._folder = directory, clock, segment_bytes, folder
@@ -150,31 +150,31 @@ class FileStore:
     async def get(self, key: Key) -> Document | None:
         """See `Store.get`."""
         await self._refresh()
-        return self._journal.table.get(key, self._clock.now())
+        return self._journal.log.table.get(key, self._clock.now())
 
     async def list(self, kind: str, prefix: str = "") -> Sequence[Document]:
         """See `Store.list`."""
         await self._refresh()
-        return self._journal.table.documents(kind, self._clock.now(), prefix)
+        return self._journal.log.table.documents(kind, self._clock.now(), prefix)
 
     async def position(self) -> int:
         """See `Store.position`."""
         await self._refresh()
-        return self._journal.table.position
+        return self._journal.log.table.position
 
     async def watch(self, after: int = 0) -> AsyncGenerator[CommitRecord]:
         """See `Store.watch`; a commit of another process is seen within a quarter of a second."""
         await self._in_thread(partial(check_retained, self._directory, after))
-        cursor = await self._in_thread(partial(self._journal.open_cursor, after))
+        cursor = await self._in_thread(partial(self._journal.log.open_cursor, after))
         seen, pause = HighWaterMark(0, 0, 0), _POLL_FASTEST
         try:
             while True:
                 with self._translate_errors():
                     news = self._news = self._news or anyio.Event()
-                    mark = self._journal.mark()
+                    mark = self._journal.log.lock.read()
                 if mark is None or mark == seen:
                     with self._translate_errors():
-                        self._journal.check_not_replaced()
+                        self._journal.log.lock.check_not_replaced()
                     with anyio.move_on_after(pause):
                         await news.wait()
                     pause = min(1.25 * pause, _POLL_SLOWEST)
@@ -190,13 +190,13 @@ class FileStore:
     async def history(self, key: Key, limit: int = VERSIONS_KEPT) -> Sequence[DocumentVersion]:
         """See `Store.history`."""
         await self._refresh()
-        entry = self._journal.table.entry(key)
+        entry = self._journal.log.table.entry(key)
         return await self._in_thread(lambda: read_versions(entry, key, limit, partial(find_line, self._directory)))
 
     async def at(self, position: int) -> StateSnapshot:
         """See `Store.at`."""
         await self._refresh()
-        return await self._in_thread(partial(self._journal.state_at, position))
+        return await self._in_thread(partial(self._journal.log.state_at, position))
 
     async def compact(self, older_than: float, largest: int) -> CompactionResult:
         """See `Store.compact`: packs closed segments, and prunes the oldest.
@@ -214,7 +214,7 @@ class FileStore:
         await self._refresh()
         now, folder = self._clock.now(), self._directory
         return await self._in_thread(
-            lambda: self._journal.table.statistics(pruned_through(folder), log_size(folder), now)
+            lambda: self._journal.log.table.statistics(pruned_through(folder), log_size(folder), now)
         )
 
     async def verify(self) -> VerificationReport:
@@ -241,7 +241,7 @@ class FileStore:
         """Return the commit that makes the known values of documents current, or deletes documents without one."""
         now, writes, events = self._clock.now(), list[Write](), list[StateRepaired]()
         for key in keys:
-            entry = self._journal.table.entry(key)
+            entry = self._journal.log.table.entry(key)
             if entry is None:
                 continue
             if not entry.exists(now):  # nothing was lost: only its version number continues
@@ -304,7 +304,7 @@ class FileStore:
     @property
     def damage(self) -> Sequence[Damage]:
         """See `Store.damage`."""
-        return tuple(self._journal.damage)
+        return tuple(self._journal.log.replay.damage)
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
         with self._translate_errors():
