@@ -13,6 +13,7 @@ import anyio.to_thread
 
 from orchestrator.api.context import ProjectContext
 from orchestrator.domain.runs.model import RunDocument
+from orchestrator.domain.scheduling.claims import OrchestratorLease
 from orchestrator.engine.state.records import read_run
 from orchestrator.errors import RefusedError, UnreadableDocument
 from orchestrator.locking.orchestrators import read_orchestrators
@@ -88,9 +89,22 @@ class RunIndex:
         hub = await self.hub(document)
         if await hub.run_lock(document.id).is_held() or await hub.liveness_locks.held(document.id):
             return True
-        others = (await read_orchestrators(self.context.store, document.id)).values()
+        return bool(await self.active_processes(document))
+
+    async def active_processes(self, run: RunDocument) -> list[OrchestratorLease]:
+        """Return the processes that are active in a run, by the time when they joined.
+
+        RefusedError if its repositories are missing.
+        """
+        alive = await (await self.hub(run)).liveness_locks.list_alive(run.id)
+        joined = (await read_orchestrators(self.context.store, run.id)).values()
         here, now = socket.gethostname(), self.context.clock.now()
-        return any(one.ended is None and one.owner.host != here and now < one.expires for one in others)
+        active = [
+            one
+            for one in joined
+            if one.ended is None and (one.owner.id in alive if one.owner.host == here else now < one.expires)
+        ]
+        return sorted(active, key=lambda one: one.since)
 
     async def has_live_process(self, run: str) -> bool:
         """Return True if a process is visibly active in a run; False if its repositories are missing."""

@@ -325,6 +325,27 @@ async def test_who_sees_too_late_that_the_run_is_over_does_not_end_it_again(repo
     await assert_each_landed_once(repository, ["a"])
 
 
+async def test_a_leader_that_is_stopped_while_a_worker_continues_reports_a_running_run(repository: Repository) -> None:
+    """It names the process that continues; `run.interrupted` would end all who follow the run."""
+    gate = repository.spawns.parent / "gate"
+    tasks = [{"id": task, "prompt": f"await {gate}\nwrite {task}.txt x"} for task in ("a", "b")]
+    leader = repository.start("run", str(repository.configure(tasks, capacity=1, coordination=QUICK)), "--json")
+    wait_for(repository.spawns.exists)
+    worker = repository.start("work", "--json")
+    wait_for(lambda: len(repository.spawns.read_text().splitlines()) == len(tasks))
+    leader.send_signal(signal.SIGINT)
+    stdout, stderr = leader.communicate(timeout=60)
+    *events, result = [json.loads(line) for line in stdout.splitlines()]
+    assert (result["status"], result["exit"], leader.returncode) == ("running", 1, 1), (result, stderr)
+    assert [one["pid"] for one in result["orchestrators"] if one["ended"] is None] == [worker.pid]
+    [left] = [event for event in events if event.get("event") == "run.worker_left"]
+    assert (left["pid"], f"continues in process {worker.pid} on" in left["reason"]) == (leader.pid, True)
+    gate.touch()
+    assert ended(worker) == [0]
+    assert "run.interrupted" not in {event.type for event in await happened(repository)}
+    await assert_each_landed_once(repository, ["a", "b"])
+
+
 async def test_nobody_joins_a_run_that_is_not_shared(repository: Repository) -> None:
     """The switch is off: there are no claims, and whoever asks is told what to write."""
     config = repository.configure([{"id": "a", "prompt": "hang"}], coordination={"enabled": False})

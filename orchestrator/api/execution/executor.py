@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import anyio
 
@@ -203,15 +203,22 @@ async def _record_end(
     reader: RunReader, ledger: Ledger, scheduler: Scheduler, run: str, *, finished: bool
 ) -> RunReport:
     """Record why this process has no more tasks of a run, and return the report."""
-    is_leader = ledger.writer.became_leader.is_set()
+    is_leader, me = ledger.writer.became_leader.is_set(), ledger.orchestrators.me
+    active = [] if finished else await RunIndex(reader.context).active_processes(ledger.run)
+    others = [one.owner for one in active if one.owner.id != me.id]
     if scheduler.halted is not None and is_leader:
         await ledger.run_state.halt(*scheduler.halted)
     elif scheduler.halted is not None and scheduler.halted[0] is not HaltCause.BUDGET:
-        await ledger.note(RunWorkerLeft(pid=ledger.orchestrators.me.pid, reason=scheduler.halted[1]))
+        await ledger.note(RunWorkerLeft(pid=me.pid, reason=scheduler.halted[1]))
+    elif others and scheduler.halted is None:
+        continued = ", ".join(f"process {one.pid} on {one.host}" for one in others)
+        await ledger.note(RunWorkerLeft(pid=me.pid, reason=f"it was stopped; the run continues in {continued}"))
     elif not finished and is_leader:
         await ledger.note(RunInterrupted())
-    if not finished and not is_leader:
-        return await reader.status(run)
+    if others and (scheduler.halted is None or not is_leader):
+        running, now = reader.describe(await reader.record(run), is_live=True), reader.context.clock.now()
+        orchestrators = [replace(one, ended=now) if one.id == me.id else one for one in running.orchestrators]
+        return replace(running, orchestrators=orchestrators)
     result = reader.describe(await reader.record(run), is_live=False, has_ended=finished)
     if finished and is_leader:
         await ledger.run_state.finish(result.status)

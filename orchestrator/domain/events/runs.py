@@ -50,7 +50,7 @@ class RunJoined(RunEvent):
 
 
 class RunWorkerLeft(RunEvent):
-    """A process other than the leader left the run, because checks or setup cannot work there."""
+    """A process left the run, which others continue: it was stopped, or checks or setup cannot work there."""
 
     type = "run.worker_left"
     sentence = "process {pid} left the run: {headline}"
