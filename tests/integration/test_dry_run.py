@@ -15,7 +15,7 @@ from orchestrator.config.inline import InlineTasks
 from orchestrator.plugins import Plugins
 from tests.conftest import Repository
 from tests.fingerprint import Fingerprint
-from tests.unit.test_inline import TYPES
+from tests.unit.test_inline_task import TYPES
 
 TASKS: list[dict[str, Any]] = [
     {"id": "models", "prompt": "write src/m.txt m", "owns": ["src/**"]},

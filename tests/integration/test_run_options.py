@@ -24,7 +24,7 @@ from orchestrator.state.stores.file import open_file_store
 from orchestrator.system.clock import SystemClock
 from tests.conftest import Repository
 from tests.integration.test_control import has_begun
-from tests.unit.test_inline import TYPES, _Free
+from tests.unit.test_inline_task import TYPES, _Free
 from tests.waiting import wait_for
 
 CHAIN: list[dict[str, Any]] = [

@@ -24,7 +24,7 @@ def earlier(session: str | None, **used: float) -> Attempt:
     )
 
 
-def test_what_earlier_sessions_of_a_conversation_used_up_is_taken_off() -> None:
+def test_usage_of_a_resumed_conversation_excludes_earlier_sessions() -> None:
     """Only theirs, and never more than there is."""
     said = Transcript(
         session="s", input_tokens=100, output_tokens=50, cached_tokens=40, cost=3.0, includes_resumed=True
@@ -39,13 +39,13 @@ def test_what_earlier_sessions_of_a_conversation_used_up_is_taken_off() -> None:
     assert (own.input_tokens, own.output_tokens, own.cached_tokens, own.cost) == (30, 25, 0, 2.0)
 
 
-def test_what_a_program_tells_of_itself_alone_stays() -> None:
+def test_usage_of_a_session_alone_is_unchanged() -> None:
     said = Transcript(session="s", input_tokens=100, cost=3.0)
     assert ACCOUNTING.net_usage(said, [earlier("s", input_tokens=60, cost=1.0)]) == said
 
 
 @pytest.mark.parametrize("name", ["resumed", "resumed-total-cost", "resumed-both-costs"])
-def test_each_version_of_claude_code_costs_what_its_session_alone_used_up(name: str) -> None:
+def test_cost_of_each_claude_version_is_that_of_its_session(name: str) -> None:
     """Whether the total that it reports is of the session or of the whole conversation."""
     adapter = ClaudeCodeAdapter(ClaudeCodeOptions())
     recording = read_recordings(TRANSCRIPTS / "claude-code")[name]
@@ -58,7 +58,7 @@ def test_each_version_of_claude_code_costs_what_its_session_alone_used_up(name: 
     assert ACCOUNTING.recorded(said, before)["is_estimated"] is False
 
 
-def test_the_cost_of_subagents_is_no_earlier_sessions() -> None:
+def test_cost_of_subagents_is_not_an_earlier_session() -> None:
     """It covers tokens that the session does not report as its own, but fewer than the earlier sessions had."""
     said = Transcript(session="s", input_tokens=100, output_tokens=10, cost=3.0, priced_tokens=150)
     assert ACCOUNTING.net_usage(said, [earlier("s", input_tokens=60, cost=1.0)]).cost == 3.0
@@ -66,7 +66,7 @@ def test_the_cost_of_subagents_is_no_earlier_sessions() -> None:
     assert ACCOUNTING.net_usage(said, [earlier("s", cost=1.0)]).cost == 3.0
 
 
-def test_a_cost_that_is_not_told_is_estimated_of_the_session_alone() -> None:
+def test_missing_cost_is_estimated_for_the_session_alone() -> None:
     """And recorded as such."""
     said = Transcript(
         session="s", input_tokens=300, output_tokens=100, cached_tokens=100, model="m-2", includes_resumed=True
@@ -77,6 +77,6 @@ def test_a_cost_that_is_not_told_is_estimated_of_the_session_alone() -> None:
     assert ACCOUNTING.recorded(Transcript(cost=0.5), [])["is_estimated"] is False
 
 
-def test_without_tokens_or_a_price_nothing_is_estimated() -> None:
+def test_missing_tokens_or_price_give_no_estimate() -> None:
     assert ACCOUNTING.recorded(Transcript(model="m"), [])["cost"] is None
     assert ACCOUNTING.recorded(Transcript(model="unknown", input_tokens=5), [])["cost"] is None

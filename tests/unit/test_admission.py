@@ -35,7 +35,7 @@ DEMAND = SessionDemand(descriptors=10, memory=100 * MIB, spare_descriptors=20, s
         (AvailableResources(69, 10, 150 * MIB), 4, 1),
     ],
 )
-def test_the_scarcest_thing_decides(facts: AvailableResources, wanted: int, sessions: int) -> None:
+def test_capacity_is_that_of_the_scarcest_resource(facts: AvailableResources, wanted: int, sessions: int) -> None:
     """Never more than wanted, never more than either limit has room for."""
     found = fit_sessions(facts, wanted, DEMAND)
     assert isinstance(found, SessionFit)
@@ -43,7 +43,7 @@ def test_the_scarcest_thing_decides(facts: AvailableResources, wanted: int, sess
     assert (found.limited_by is None) is (sessions == wanted)
 
 
-def test_what_limits_says_what_to_do() -> None:
+def test_limited_capacity_has_a_remedy() -> None:
     """The sentence has the numbers and the remedy."""
     found = fit_sessions(AvailableResources(69, 10, None), 4, DEMAND)
     assert found == SessionFit(
@@ -57,7 +57,7 @@ def test_what_limits_says_what_to_do() -> None:
 @pytest.mark.parametrize(
     ("memory", "running", "may"), [(None, 9, True), (150 * MIB, 9, True), (149 * MIB, 9, False), (0, 0, True)]
 )
-def test_another_session_starts_only_with_memory_for_it(memory: int | None, running: int, may: bool) -> None:
+def test_session_starts_only_with_enough_memory(memory: int | None, running: int, may: bool) -> None:
     """Except where nothing runs: nothing of ours would give memory back."""
     assert can_start_session(AvailableResources(64, 60, memory), running, DEMAND) is may
 
@@ -78,12 +78,12 @@ def fake_system(tmp_path: Path, *, available: int, limit: str, used: int, reclai
 
 
 @pytest.mark.parametrize(("limit", "expected"), [("max", 4096), ("1000", 1000 - 700 + 200), ("600", 100)])
-def test_a_limit_of_an_outer_cgroup_counts(tmp_path: Path, limit: str, expected: int) -> None:
+def test_limit_of_an_outer_cgroup_applies(tmp_path: Path, limit: str, expected: int) -> None:
     """Files that were only read are no loss."""
     assert fake_system(tmp_path, available=4, limit=limit, used=700, reclaimable=200) == expected
 
 
-def test_a_system_that_says_nothing_has_no_known_limit(tmp_path: Path) -> None:
+def test_unknown_limits_do_not_restrict(tmp_path: Path) -> None:
     """As on macOS."""
     assert available_memory(tmp_path, tmp_path) is None
 
@@ -100,7 +100,7 @@ print(json.dumps([before, raised, found.sessions, found.limited_by]))
 
 
 @pytest.mark.parametrize(("flag", "raised"), [("-n", 64), ("-Sn", None)], ids=["hard", "soft"])
-def test_under_a_descriptor_limit(flag: str, raised: int | None) -> None:
+def test_descriptor_limit_restricts_sessions(flag: str, raised: int | None) -> None:
     """A soft limit is raised as far as the hard one goes; below a hard one fewer sessions fit, and it says why."""
     hard = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 1 << 16)
     done = subprocess.run(
@@ -118,7 +118,7 @@ def test_under_a_descriptor_limit(flag: str, raised: int | None) -> None:
         assert sessions > 6
 
 
-def test_this_machine_tells_what_it_has() -> None:
+def test_resources_of_this_machine_are_measured() -> None:
     """The facts are of this process, now."""
     before = read_resources()
     assert before.descriptors_open >= 3

@@ -24,14 +24,14 @@ def test_page_is_short() -> None:
     assert len(PAGE.read_text().splitlines()) <= 150
 
 
-def test_no_folder_has_more_modules_than_a_reader_takes_in() -> None:
+def test_folder_has_at_most_fifteen_modules() -> None:
     """A larger folder is split by nouns into packages."""
     files = (path for top in ("orchestrator", "adapters") for path in (ROOT / top).rglob("*.py"))
     counts = Counter(path.parent.relative_to(ROOT) for path in files if path.name not in {"__init__.py", "__main__.py"})
     assert {str(folder): count for folder, count in counts.items() if count > MOST_MODULES} == {}
 
 
-def test_every_package_says_what_it_is_for() -> None:
+def test_package_has_a_docstring() -> None:
     """Its `__init__.py` names the entry point and what the package may import."""
     packages = list((ROOT / "orchestrator").rglob("__init__.py"))
     assert [str(path) for path in packages if not path.read_text().lstrip().startswith('"""')] == []

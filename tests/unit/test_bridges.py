@@ -63,7 +63,7 @@ def without(package: str, folder: Path) -> str:
     return str(folder)
 
 
-def test_a_missing_sdk_is_told_before_a_run_and_by_a_session(environ: dict[str, str], tmp_path: Path) -> None:
+def test_missing_sdk_is_reported_before_and_in_a_session(environ: dict[str, str], tmp_path: Path) -> None:
     """The extra is named, in plain words to people and as a conclusion to the adapter."""
     for package, adapter, extra in (
         ("acp", AcpAdapter(AcpOptions(argv=("x",))), "cli-council[acp]"),
@@ -84,7 +84,7 @@ def test_a_missing_sdk_is_told_before_a_run_and_by_a_session(environ: dict[str, 
 
 
 @pytest.mark.extended
-def test_what_can_be_used_is_ready(environ: dict[str, str], tmp_path: Path) -> None:
+def test_installed_sdk_is_ready(environ: dict[str, str], tmp_path: Path) -> None:
     """An SDK that is installed, a server with the model, a CLI that is logged in; and what each says if it is not."""
     assert ready(AcpAdapter(AcpOptions(argv=("x",))), environ) == (0, "ready")
     with run_server() as server:
@@ -99,7 +99,7 @@ def test_what_can_be_used_is_ready(environ: dict[str, str], tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["a", "sub/deep/new.txt", "./a", "sub/../a"])
-def test_a_path_inside_is_found(tmp_path: Path, name: str) -> None:
+def test_path_inside_the_worktree_is_resolved(tmp_path: Path, name: str) -> None:
     """Relative or absolute, there or not."""
     place = ConfinedWorktree(tmp_path).locate(name)
     assert place == ConfinedWorktree(tmp_path).locate(str(tmp_path / name))
@@ -109,7 +109,7 @@ def test_a_path_inside_is_found(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["", ".", "..", "../x", "/etc/passwd", "link/x", "link", ".git", ".git/x", "s/.Git/x", "a\0b"]
 )
-def test_a_path_outside_is_refused(tmp_path: Path, name: str) -> None:
+def test_path_outside_of_the_worktree_is_rejected(tmp_path: Path, name: str) -> None:
     """Also by a symlink, and git's own files in it."""
     (tmp_path / "link").symlink_to("/")
     with pytest.raises(OutsideWorktreeError):
@@ -118,7 +118,7 @@ def test_a_path_outside_is_refused(tmp_path: Path, name: str) -> None:
         ConfinedWorktree(tmp_path).relative(name)
 
 
-def test_an_answers_path_is_taken_at_its_word(tmp_path: Path) -> None:
+def test_path_of_an_answer_is_taken_literally(tmp_path: Path) -> None:
     """Not absolute, not over `..`, and not by a symlink that stays inside either."""
     (tmp_path / "sub").mkdir()
     (tmp_path / "alias").symlink_to("sub")
@@ -140,19 +140,19 @@ def test_an_answers_path_is_taken_at_its_word(tmp_path: Path) -> None:
         ("```file a\n1\n```\n```file a\n2\n```", {"a": "2\n"}),
     ],
 )
-def test_files_are_read_from_an_answer(text: str, files: dict[str, str]) -> None:
+def test_files_are_parsed_from_an_answer(text: str, files: dict[str, str]) -> None:
     """Blocks of other kinds are words; a longer fence may hold a shorter one."""
     assert parse_answer(text) == ProposedChanges(files, "")
 
 
-def test_what_is_shown_can_be_answered() -> None:
+def test_shown_files_can_be_answered() -> None:
     """A file with fences of any length goes into a block and comes out of it again."""
     for content in ("", "x\n", "```\n````\n", "`````file x\n"):
         assert parse_answer(code_block("file a", content)).files == {"a": content}
 
 
 @pytest.mark.parametrize("text", ["```file a\nx", "```diff\nx", "````file a\nx\n```"])
-def test_an_answer_that_is_cut_off_is_none(text: str) -> None:
+def test_truncated_answer_is_rejected(text: str) -> None:
     """Half of a file is never written."""
     with pytest.raises(UnusableAnswerError):
         parse_answer(text)
@@ -171,7 +171,7 @@ DIFF = "--- a/src/app.py\n+++ b/src/app.py\n@@ -1,2 +1,2 @@\n def main():\n-    
         ProposedChanges({"new.txt": "x"}, "no diff at all\n"),
     ],
 )
-def test_an_answer_that_does_not_fit_changes_nothing(repository: Repository, answer: ProposedChanges) -> None:
+def test_unsuitable_answer_changes_nothing(repository: Repository, answer: ProposedChanges) -> None:
     """All or nothing: neither the file that could be written nor the difference that applies."""
     with pytest.raises(UnusableAnswerError):
         apply_answer(answer, ConfinedWorktree(repository.top))
@@ -179,14 +179,14 @@ def test_an_answer_that_does_not_fit_changes_nothing(repository: Repository, ans
 
 
 @pytest.mark.parametrize("diff", [DIFF, DIFF.replace("a/", "").replace("b/", ""), DIFF.replace("-1,2 +1,2", "-1,9 +1")])
-def test_differences_as_models_write_them_apply(repository: Repository, diff: str) -> None:
+def test_diffs_of_models_are_applied(repository: Repository, diff: str) -> None:
     """With and without prefixes, with wrong counts."""
     answer = parse_answer(f"```diff\n{diff}```")
     assert apply_answer(answer, ConfinedWorktree(repository.top)) == ["src/app.py"]
     assert (repository.top / "src/app.py").read_text() == "def main():\n    return 1\n"
 
 
-def test_words_come_as_whole_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_message_is_printed_in_complete_lines(capsys: pytest.CaptureFixture[str]) -> None:
     """However they are cut into pieces; what has no line break comes when something else does."""
     words = MessageBuffer()
     for piece in ("a", "b\nc", "d\n\ne", "f"):
@@ -197,7 +197,7 @@ def test_words_come_as_whole_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert said == [(AgentMessage("ab"),), (AgentMessage("cd\n"),), (AgentMessage("ef"),)]
 
 
-def test_no_line_is_too_long_to_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+def test_long_line_is_truncated(capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever an agent says, and in characters that take the most room."""
     words = MessageBuffer()
     words.add("🙂" * (MAX_FIELD_CHARS * 2 + 1))
@@ -214,7 +214,7 @@ def test_no_line_is_too_long_to_be_read(capsys: pytest.CaptureFixture[str]) -> N
     assert max(len(line.encode()) for line in lines) < MAX_LINE_BYTES
 
 
-def test_a_bridge_can_only_print_what_is_in_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_line_outside_of_the_table_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     """Every type of line can be read, no other field can be written."""
     samples: dict[Any, Any] = {str: "x", int: 1, list: ["x"]}
     for type_, fields in LINE_FIELDS.items():
@@ -225,14 +225,14 @@ def test_a_bridge_can_only_print_what_is_in_the_table(capsys: pytest.CaptureFixt
         write_line("said", text="x", more=1)
 
 
-def test_a_conclusion_agrees_with_the_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+def test_conclusion_matches_the_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     """What failed ends with 1, what did not with 0."""
     assert (BridgeExit("x", "auth").tell(), BridgeExit("x").tell()) == (1, 0)
     failed, well = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert (failed["failure"], failed["reason"], well["failure"], well["reason"]) == ("auth", "x", None, "")
 
 
-def test_an_agent_that_is_not_there_is_named(environ: dict[str, str], tmp_path: Path) -> None:
+def test_missing_agent_is_named(environ: dict[str, str], tmp_path: Path) -> None:
     """It may have gone since the run began."""
     (tmp_path / "prompt").write_text("x")
     adapter = AcpAdapter(AcpOptions(argv=("no-such-agent",)))
@@ -290,7 +290,7 @@ def warnings(events: list[SessionEvent]) -> list[str]:
 
 
 @pytest.mark.extended
-def test_what_stays_in_the_worktree_is_allowed_whatever_kind_of_tool_it_is(place: Place) -> None:
+def test_tool_inside_the_worktree_is_allowed(place: Place) -> None:
     """A reviewer runs tests, too: whatever it changes is discarded."""
     kinds = ("fetch", "read", "search", "think", "delete", "edit", "execute", "move", "other", "switch_mode")
     events = place.converse("\n".join(f"ask {kind}" for kind in kinds))
@@ -298,7 +298,7 @@ def test_what_stays_in_the_worktree_is_allowed_whatever_kind_of_tool_it_is(place
 
 
 @pytest.mark.extended
-def test_an_update_of_a_tool_call_adds_to_what_was_told_of_it(place: Place) -> None:
+def test_tool_update_is_merged_with_its_call(place: Place) -> None:
     """It keeps its kind and its command where an update names none."""
     events = place.converse("run make test")
     assert [event for event in events if isinstance(event, ToolCall | ToolResult)] == [
@@ -310,7 +310,7 @@ def test_an_update_of_a_tool_call_adds_to_what_was_told_of_it(place: Place) -> N
 
 @pytest.mark.extended
 @pytest.mark.parametrize("takes_urls", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_an_agent_is_given_the_servers_that_it_can_take(place: Place, takes_urls: bool) -> None:
+def test_agent_gets_the_servers_it_supports(place: Place, takes_urls: bool) -> None:
     """Programs by their paths, with the values of variables that are set; URLs where it says that it takes them."""
     servers = (
         McpServer("files", ("sh", "-c", "x y"), env=("MY_TOKEN", "NOT_SET")),
@@ -334,7 +334,7 @@ RESUMES = {"home": "own", "resumes": True, "env": {"ACP_LOADS": "1"}}
 
 
 @pytest.mark.slow
-def test_what_is_told_of_an_earlier_conversation_is_not_told_again(place: Place) -> None:
+def test_replayed_conversation_is_not_printed(place: Place) -> None:
     """Nor counted, also what comes once the agent has said that it is loaded."""
     first = place.converse("say it once", RESUMES)
     assert words(first) == ["it once"]
@@ -349,7 +349,7 @@ def test_what_is_told_of_an_earlier_conversation_is_not_told_again(place: Place)
 
 @pytest.mark.extended
 @pytest.mark.parametrize("loads", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_an_agent_that_can_not_go_on_is_asked_nothing(place: Place, loads: bool) -> None:
+def test_agent_without_resume_gets_no_prompt(place: Place, loads: bool) -> None:
     """It says why, as what may work the next time, which begins anew: that it can't at all, or has lost it."""
     options = RESUMES if loads else {"home": "own", "resumes": True}
     (event,) = place.converse("write a.txt x", options, resume="s-1")
@@ -360,7 +360,7 @@ def test_an_agent_that_can_not_go_on_is_asked_nothing(place: Place, loads: bool)
     assert [one.name for one in place.worktree.iterdir()] == [".git"]
 
 
-def test_a_model_that_is_to_look_is_asked_for_words(place: Place) -> None:
+def test_read_only_model_is_asked_for_prose(place: Place) -> None:
     """What it answers is said, and nothing of it applied; instructions come with what it is told first."""
     answer = "```file a.txt\nx\n```"
     with run_server() as server:
@@ -379,14 +379,14 @@ def test_a_model_that_is_to_look_is_asked_for_words(place: Place) -> None:
     assert "```" not in system["content"]
 
 
-def test_bridges_need_nothing_of_ours(environ: dict[str, str]) -> None:
+def test_bridges_import_nothing_of_the_package(environ: dict[str, str]) -> None:
     """A bridge starts where `orchestrator` can't be imported."""
     code = "import sys; sys.modules['orchestrator'] = None; import adapters.bridges.acp, adapters.bridges.ollama"
     subprocess.run([sys.executable, "-P", "-c", code], env={**environ, "HOME": os.devnull}, check=True)
 
 
 @pytest.mark.parametrize("use", ["acp", "ollama"])
-def test_a_bridge_that_is_interrupted_ends_by_the_signal(use: str, environ: dict[str, str], tmp_path: Path) -> None:
+def test_interrupted_bridge_ends_by_the_signal(use: str, environ: dict[str, str], tmp_path: Path) -> None:
     """Nothing of its code is told, and its agent is gone."""
     (tmp_path / "prompt").write_text("delay 60\nsay x\n")
     subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True, env=environ)

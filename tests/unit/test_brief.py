@@ -38,7 +38,7 @@ _TASKS = st.builds(
     st.none() | st.text(max_size=200),
     st.booleans(),
 )
-def test_it_is_at_most_ten_lines_and_only_commands_and_long_words_exceed_eighty_columns(
+def test_report_is_at_most_ten_lines_of_eighty_columns(
     tasks: list[TaskReport],
     status: RunStatus,
     target: str,
@@ -58,7 +58,7 @@ def test_it_is_at_most_ten_lines_and_only_commands_and_long_words_exceed_eighty_
     assert target not in run_summary(report) or any(target in line for line in lines), "a branch is never cut"
 
 
-def test_what_needs_attention_has_its_next_command() -> None:
+def test_problem_has_its_next_command() -> None:
     """What is blocked says by what, after all else; totals name every state."""
     report = run(
         *(task("landed", id=f"l{n}", landed=COMMIT, input_tokens=900, cost=0.25) for n in range(40)),
@@ -77,7 +77,7 @@ def test_what_needs_attention_has_its_next_command() -> None:
     ]
 
 
-def test_what_has_no_room_is_counted() -> None:
+def test_hidden_problems_are_counted() -> None:
     """And `council status` has it."""
     report = run(*(task("failed", id=f"t{n}", reason="no") for n in range(9)))
     assert brief_lines(report, is_newest=False)[-2:] == [
@@ -102,12 +102,12 @@ def test_what_has_no_room_is_counted() -> None:
         ),
     ],
 )  # fmt: skip
-def test_the_last_line_leads_on(report: Any, expected: str) -> None:
+def test_last_line_has_the_next_command(report: Any, expected: str) -> None:
     """To what the whole run needs next."""
     assert brief_lines(report)[-1] == expected
 
 
-def test_commands_are_never_cut() -> None:
+def test_commands_are_never_truncated() -> None:
     """Neither the next one, nor one in a reason, nor that of the run."""
     name, remedy = "a-name-that-is-long-" * 3, "`council adapters enable claude --run 20260102-030405-ab12`"
     adapter = AdapterReport("claude", None, "not logged in, " * 20)
@@ -125,7 +125,7 @@ def test_commands_are_never_cut() -> None:
     assert brief_lines(landed, is_newest=False)[-1] == f"Next: council merge {'r' * 70}"
 
 
-def test_a_halt_is_broken_between_words_only() -> None:
+def test_halt_is_wrapped_between_words() -> None:
     """A command in backticks and a path with hyphens stay whole, however narrow the line."""
     path, command = (
         f"/var/{'long-folder-' * 6}",
@@ -137,7 +137,7 @@ def test_a_halt_is_broken_between_words_only() -> None:
     assert shown[-1].endswith(command)
 
 
-def test_a_long_last_line_of_a_halt_keeps_its_end() -> None:
+def test_halt_with_a_long_last_line_keeps_its_end() -> None:
     """There an interpreter names the module that it does not have, after its own path."""
     reason = HaltReason("it failed", (f"/{'long/' * 20}python: No module named pytest",), "/logs/check1", ("fix main",))
     shown = brief_lines(replace(run(task("pending")), halted=str(reason), halted_by=HaltCause.BASE))
@@ -145,7 +145,7 @@ def test_a_long_last_line_of_a_halt_keeps_its_end() -> None:
     assert "log: /logs/check1" in shown
 
 
-def test_a_failed_setup_has_its_log_and_its_cause() -> None:
+def test_failed_setup_has_its_log_and_cause() -> None:
     """However long they are: both are broken between words only."""
     log = f"/{'folder/' * 15}setup1"
     reason = f"`pip install -e .` ended with exit code 1 in the setup (log: {log})\nERROR: no such package"
@@ -154,7 +154,7 @@ def test_a_failed_setup_has_its_log_and_its_cause() -> None:
     assert "ERROR: no such package" in " ".join(shown), shown
 
 
-def test_a_halt_always_has_its_log() -> None:
+def test_halt_has_its_log() -> None:
     """Whatever else needs attention, and however long the remedy is; the output gives way first."""
     reason = HaltReason("check `x` fails on main", ("one", "two"), "/logs/t.0.check1", ("fix main " * 30, "or not"))
     adapters = [AdapterReport(f"a{number}", None, "not logged in") for number in range(12)]
@@ -167,14 +167,14 @@ def test_a_halt_always_has_its_log() -> None:
     assert HaltReason.parse(str(reason)) == reason
 
 
-def test_nothing_but_totals_where_all_is_well() -> None:
+def test_successful_run_has_totals_only() -> None:
     """One line."""
     assert brief_lines(run(task("landed", landed=COMMIT), status=RunStatus.LANDED)) == [
         "run run: landed, 1 of 1 landed on main"
     ]
 
 
-def test_a_merge_is_the_next_step_only_of_a_run_that_has_ended_and_is_not_merged() -> None:
+def test_merge_is_the_next_step_of_an_unmerged_ended_run() -> None:
     """`council merge` refuses a run that is running, and finds nothing to do in a merged one."""
     ended = replace(run(replace(task("landed"), landed="c1")), target="council/r1", run="r1", status=RunStatus.LANDED)
     ended = replace(ended, awaits_merge=True)

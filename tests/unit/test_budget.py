@@ -13,7 +13,7 @@ def attempt(**facts: object) -> Attempt:
     return Attempt.model_validate({"number": 1, "adapter": "a", "base": "b", "started": 10.0, **facts})
 
 
-def test_each_limit_is_held_against_what_was_used_up_of_it() -> None:
+def test_each_limit_is_compared_with_its_usage() -> None:
     found = {one.key: one for one in compute_budget_usage(Budget(100, 2.0, 60.0), Spending(80, 1.5, 60.0))}
     assert {key: (one.is_low, one.is_exhausted) for key, one in found.items()} == {
         "tokens": (True, False),
@@ -22,11 +22,11 @@ def test_each_limit_is_held_against_what_was_used_up_of_it() -> None:
     }
 
 
-def test_without_limits_nothing_is_low() -> None:
+def test_no_limits_are_never_low() -> None:
     assert list(compute_budget_usage(Budget(), Spending(10**12, 10.0**6, 10.0**9))) == []
 
 
-def test_spending_is_that_of_all_attempts_and_a_clock_set_back_gives_none_away() -> None:
+def test_usage_includes_all_attempts_despite_clock_changes() -> None:
     done = [
         attempt(ended=15.0, input_tokens=5, output_tokens=2, cost=0.5),
         attempt(ended=4.0, input_tokens=1),
@@ -35,7 +35,7 @@ def test_spending_is_that_of_all_attempts_and_a_clock_set_back_gives_none_away()
     assert sum_spending(done) == Spending(9, 0.5, 5.0)
 
 
-def test_the_tightest_budget_says_what_may_still_be_spent() -> None:
+def test_tightest_budget_limits_the_next_session() -> None:
     limits = [(Budget(cost=3.0), Spending(cost=2.5)), (Budget(cost=2.0), Spending(cost=0.25)), (Budget(), Spending())]
     assert compute_remaining_cost(limits) == 0.5
     assert compute_remaining_cost([(Budget(cost=1.0), Spending(cost=4.0))]) == 0.0
@@ -61,10 +61,10 @@ PRICES = {
         (None, None),
     ],
 )
-def test_a_price_is_found_by_the_beginning_of_a_name(model: str | None, name: str | None) -> None:
+def test_price_is_found_by_the_prefix_of_a_model(model: str | None, name: str | None) -> None:
     assert find_price(model, PRICES) == (None if name is None else PRICES[name])
 
 
-def test_tokens_from_a_cache_have_a_price_of_their_own_if_they_have_one() -> None:
+def test_cached_tokens_have_their_own_price() -> None:
     assert PRICES["gpt-5"].cost(1_000_000, 100_000, 400_000) == pytest.approx(0.6 + 0.2 + 1.0)
     assert PRICES["gpt-5-mini"].cost(1_000_000, 0, 400_000) == pytest.approx(0.25)

@@ -51,7 +51,7 @@ def claim(released: ReleaseReason | None = None, *, retries: int = 0, role: Role
         (0, 601, True, OwnerStatus.STALE),
     ],
 )
-def test_silence_makes_stale_once_it_was_watched(
+def test_silent_owner_is_stale_after_being_watched(
     silence: float, watched: float, is_here: bool, expected: OwnerStatus
 ) -> None:
     """Later for one of this machine; by the clocks of both and a short look, or by a long look alone."""
@@ -59,7 +59,7 @@ def test_silence_makes_stale_once_it_was_watched(
     assert judge_owner_status(one, BEAT + silence, watched, TIMING, is_here=is_here, is_dead=False) is expected
 
 
-def test_a_short_lease_is_watched_no_longer_than_it_lasts() -> None:
+def test_short_lease_is_watched_for_its_duration() -> None:
     """Where heartbeats are rarer than leases are long, the lease decides."""
     one = OrchestratorLease(owner=owner("other"), epoch=1, since=BEAT, heartbeat=BEAT, expires=BEAT + 5)
     timing = ClaimTiming(heartbeat_interval=60, stale_after=5)
@@ -68,7 +68,7 @@ def test_a_short_lease_is_watched_no_longer_than_it_lasts() -> None:
 
 
 @pytest.mark.parametrize("is_dead", [False, True])
-def test_what_is_proven_needs_no_time(is_dead: bool) -> None:
+def test_proven_death_needs_no_time(is_dead: bool) -> None:
     """Whoever said that it ended has; a process that is dead is, although it gave a sign of life just now."""
     one = OrchestratorLease(owner=owner("other"), epoch=1, since=BEAT, heartbeat=BEAT, expires=BEAT + 300)
     expected = OwnerStatus.DEAD if is_dead else OwnerStatus.ALIVE
@@ -79,7 +79,7 @@ def test_what_is_proven_needs_no_time(is_dead: bool) -> None:
 
 @pytest.mark.parametrize("me", list(Role))
 @pytest.mark.parametrize("override", [False, True])
-def test_what_nobody_alive_has_is_free(me: Role, override: bool) -> None:
+def test_claim_without_a_live_owner_is_free(me: Role, override: bool) -> None:
     """Never claimed, released in any way, or of one that is gone: whoever asks may take it."""
     taker = owner("me", me)
     assert can_claim(None, taker, None, override=override)
@@ -102,7 +102,7 @@ def test_what_nobody_alive_has_is_free(me: Role, override: bool) -> None:
     ],
 )
 @pytest.mark.parametrize("holder", [OwnerStatus.ALIVE, None])
-def test_only_a_leader_takes_from_the_living(
+def test_only_a_leader_takes_claims_of_live_owners(
     me: Role, other: Role, override: bool, expected: bool, holder: OwnerStatus | None
 ) -> None:
     """And only where it says so, and only from one that is none."""
@@ -111,7 +111,7 @@ def test_only_a_leader_takes_from_the_living(
 
 @pytest.mark.parametrize("me", list(Role))
 @pytest.mark.parametrize("other", list(Role))
-def test_what_a_person_asks_for_reaches_whoever_has_it(me: Role, other: Role) -> None:
+def test_request_of_a_person_reaches_any_owner(me: Role, other: Role) -> None:
     """A role is between processes."""
     assert can_claim(claim(role=other), owner("me", me), OwnerStatus.ALIVE, is_asked=True)
 
@@ -132,7 +132,7 @@ def test_what_a_person_asks_for_reaches_whoever_has_it(me: Role, other: Role) ->
         (claim(ReleaseReason.FAILED, retries=4), None, ClaimVerdict.TRIED_OUT),
     ],
 )
-def test_a_task_is_tried_unless_someone_is_at_it_or_it_was_tried_out(
+def test_task_is_tried_unless_claimed_or_exhausted(
     found: Claim | None, holder: OwnerStatus | None, expected: ClaimVerdict
 ) -> None:
     """Three retries are four tries; what a person has said to ignore is not looked at."""
@@ -140,7 +140,7 @@ def test_a_task_is_tried_unless_someone_is_at_it_or_it_was_tried_out(
     assert should_try(found, holder, TIMING, ignored="not now") is ClaimVerdict.IGNORED
 
 
-def test_four_tries_and_no_fifth() -> None:
+def test_fifth_takeover_is_not_tried() -> None:
     """Each that was in vain counts, in whichever way it ended."""
     for is_taken_over in (False, True):
         found, tries = None, 0
@@ -151,6 +151,6 @@ def test_four_tries_and_no_fifth() -> None:
         assert tries == 4
 
 
-def test_counters_add_up() -> None:
+def test_counters_are_summed() -> None:
     """What is not named stays."""
     assert ClaimCounters(claims=1, sweeps=2).plus(claims=2, refused=1) == ClaimCounters(claims=3, sweeps=2, refused=1)

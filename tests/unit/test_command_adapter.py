@@ -48,7 +48,7 @@ def test_placeholders_are_filled() -> None:
     assert command(argv=argv).argv == ("x", "r1/t1.2", "--dir=/w/tree", "/p/prompt", "Fix it.")
 
 
-def test_prompt_is_not_filled_again() -> None:
+def test_placeholders_in_a_prompt_are_not_filled() -> None:
     """Text that came in by a placeholder is left as it is."""
     assert command("{task} {{run}} {nope}", argv=["x", "{prompt}{task}"]).argv == ("x", "{task} {{run}} {nope}t1")
 
@@ -65,18 +65,18 @@ def test_prompt_is_not_filled_again() -> None:
         ("{a-b} {1} ${X} {{.Names}} {", "{a-b} {1} ${X} {{.Names}} {"),
     ],
 )
-def test_other_braces(written: str, given: str) -> None:
+def test_other_braces_are_literal(written: str, given: str) -> None:
     """Doubled braces give the text of a placeholder; braces around anything else stay."""
     assert command(argv=["x", written]).argv == ("x", given)
 
 
-def test_stdin() -> None:
+def test_prompt_on_stdin_is_passed() -> None:
     """The prompt goes to stdin only where that is asked for."""
     assert command(argv=["x"]).stdin is None
     assert command(argv=["x"], prompt="stdin").stdin == Path("/p/prompt")
 
 
-def test_environment() -> None:
+def test_environment_is_passed() -> None:
     """A list names what is passed on and sets what has a value, a mapping sets what it says."""
     passed = command(argv=["x"], env=["A", "B", "C=1=2", "D="])
     assert (passed.env, passed.pass_env) == ({"C": "1=2", "D": ""}, ("A", "B"))
@@ -87,12 +87,12 @@ def test_environment() -> None:
 @pytest.mark.parametrize(
     ("argv", "programs"), [(["x", "y"], ("x",)), (["./x"], ()), (["/bin/x"], ()), (["{task}"], ())]
 )
-def test_programs(argv: list[str], programs: tuple[str, ...]) -> None:
+def test_program_is_looked_up_on_path(argv: list[str], programs: tuple[str, ...]) -> None:
     """Only a bare name is looked for on PATH."""
     assert tuple(one.name for one in CommandAdapter(CommandOptions(argv=tuple(argv))).programs()) == programs
 
 
-def test_prompt_may_fill_argv_to_its_limit() -> None:
+def test_prompt_up_to_the_argv_limit_is_accepted() -> None:
     """100 KiB go into argv, one byte more does not, however often and however encoded."""
     limit = 100 * 1024
     assert len(command("x" * limit, argv=["x", "{prompt}"]).argv[1]) == limit
@@ -106,12 +106,12 @@ def test_prompt_may_fill_argv_to_its_limit() -> None:
         command("ä" * (limit // 2 + 1), argv=["x", "{prompt}"])
 
 
-def test_long_prompt_elsewhere_is_fine() -> None:
+def test_long_prompt_in_a_file_is_accepted() -> None:
     """By file or stdin a prompt may be of any length."""
     assert command("x" * 1_000_000, argv=["x", "{prompt_file}", "{{prompt}}"], prompt="stdin").argv[1] == "/p/prompt"
 
 
-def test_prompt_with_nul_is_refused() -> None:
+def test_prompt_with_nul_is_rejected() -> None:
     """A NUL character can't be passed in argv."""
     with pytest.raises(RefusedError, match="NUL"):
         command("a\0b", argv=["x", "{prompt}"])
@@ -150,7 +150,7 @@ def test_prompt_with_nul_is_refused() -> None:
         {"argv": ["x"], "env": {"GIT_WORK_TREE": "/"}},
     ],
 )
-def test_wrong_options(options: dict[str, Any]) -> None:
+def test_invalid_options_are_rejected(options: dict[str, Any]) -> None:
     """What the program could not be started with is refused before anything runs."""
     with pytest.raises(ValidationError):
         CommandOptions.model_validate(options)
@@ -175,7 +175,7 @@ def end(stdout: str = "", stderr: str = "") -> SessionEnd:
     ],
 )
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_the_class_of_a_failure_is_read_from_what_was_said(
+def test_failure_class_follows_from_the_output(
     said: str, failure: str | None, until: float | None, stream: str
 ) -> None:
     """The options' patterns, in their order, look through both streams; a limit may name its end."""
@@ -194,7 +194,7 @@ def test_unknown_placeholder_is_explained() -> None:
         CommandOptions(argv=("{promt}",))
 
 
-def test_registers_itself() -> None:
+def test_adapter_is_registered() -> None:
     """The module, as a plugin, announces `command`."""
     plugins = pluggy.PluginManager("cli_council")
     plugins.add_hookspecs(hookspecs)
@@ -224,7 +224,7 @@ def asked(options: dict[str, Any], **more: Any) -> SessionCommand:
     return CommandAdapter(CommandOptions.model_validate(options)).command(replace(request(), **more))
 
 
-def test_arguments_that_not_every_session_has() -> None:
+def test_optional_arguments_are_inserted() -> None:
     """They go where argv says, else behind it; those of a session that may change files in the place of the others."""
     everything: dict[str, Any] = {"resume": "s1", "instructions": "Speak {task}.", "mcp_servers": SERVERS}
     given = ("resume", "s1", "--edit", "--system", "Speak {task}.", "--mcp", "/h/council-mcp.json")
@@ -247,7 +247,7 @@ def test_each_option_is_a_capability() -> None:
         assert CommandAdapter(options).capabilities() == {one}
 
 
-def test_files_in_the_home() -> None:
+def test_files_are_written_to_the_home() -> None:
     """Servers and instructions stand in files where arguments name those; no variable's value does."""
     home = asked(ALL, mcp_servers=SERVERS, instructions="Speak.").home
     assert home is not None
@@ -294,14 +294,14 @@ def test_long_instructions_need_a_file() -> None:
         ({"mcp": "--mcp {mcp_file}"}, "tuple"),
     ],
 )
-def test_mistakes_in_what_it_can_be_asked_for(options: dict[str, Any], told: str) -> None:
+def test_invalid_capability_options_are_explained(options: dict[str, Any], told: str) -> None:
     """Each is explained when the file is loaded."""
     with pytest.raises(ValidationError) as raised:
         CommandOptions.model_validate({"argv": ["x"], **options})
     assert told in str(raised.value)
 
 
-def test_conversations_are_kept_where_the_file_says() -> None:
+def test_conversations_are_kept_in_the_configured_home() -> None:
     """By a home of the task's, or in the user's own, which has to be said."""
     for home in ("own", "shared"):
         options = CommandOptions.model_validate({**ALL, "home": home})

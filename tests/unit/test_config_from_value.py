@@ -41,7 +41,7 @@ def read(text: str) -> dict[str, Any] | None:
     return None if node is None or problems else node.value
 
 
-def test_value_and_file_make_the_same_run(tmp_path: Path) -> None:
+def test_value_and_file_give_the_same_run(tmp_path: Path) -> None:
     """Tuples, members of enumerations and paths are taken for what they mean; relative paths start from the folder."""
     (tmp_path / "p.md").write_text("Do.")
     path = tmp_path / "council.yaml"
@@ -56,7 +56,7 @@ def test_value_and_file_make_the_same_run(tmp_path: Path) -> None:
     assert load_value({**RUN, "tasks": tasks}, tmp_path, TYPES, name=path.name) == load_config(path, TYPES)
 
 
-def test_mistakes_are_told_by_path(tmp_path: Path) -> None:
+def test_mistakes_have_their_path(tmp_path: Path) -> None:
     """Each place is named as Python would, in the order of the value."""
     tasks = [{"id": "a", "prompt": " "}, {"id": "a", "prompt": {1}, 3: 4}, {"id": "b", "prompt": "p", "needs": ["c"]}]
     value = {**RUN, "tasks": tasks, "session_memory": float("inf"), "defaults": {"timeout": 30, "checks": ["\0"]}}
@@ -72,12 +72,12 @@ def test_mistakes_are_told_by_path(tmp_path: Path) -> None:
     ]
 
 
-def test_what_is_missing_at_the_top_has_no_path(tmp_path: Path) -> None:
+def test_missing_key_at_the_top_has_no_path(tmp_path: Path) -> None:
     """The name of the run stands for the whole."""
     assert mistakes({**RUN}, tmp_path) == ["<run>: the key 'tasks' is missing: add `tasks:` here"]
 
 
-def test_value_that_holds_itself_is_refused(tmp_path: Path) -> None:
+def test_recursive_value_is_rejected(tmp_path: Path) -> None:
     """Reading ends where collections lie too deep, however many ways there are."""
     knot: list[Any] = []
     knot += [knot, knot]
@@ -85,7 +85,7 @@ def test_value_that_holds_itself_is_refused(tmp_path: Path) -> None:
     assert told.endswith("more than 64 nested collections: nest less deeply")
 
 
-def test_every_mistake_of_a_file_is_one_of_a_value(tmp_path: Path) -> None:
+def test_mistakes_of_a_file_and_a_value_are_equal(tmp_path: Path) -> None:
     """Whatever is wrong with a file that can be read is wrong with the same value, and nothing else is."""
     compared = 0
     path = tmp_path / "council.yaml"

@@ -73,7 +73,7 @@ def load(folder: Path, text: str) -> RunConfig:
     return load_config(path, TYPES)
 
 
-def test_smallest_file_gets_all_defaults(tmp_path: Path) -> None:
+def test_minimal_file_gets_all_defaults(tmp_path: Path) -> None:
     """What is left out has its documented value in every task."""
     config = load(tmp_path, SMALLEST)
     assert (config.repo, config.is_url, config.base) == (str(tmp_path), False, "main")
@@ -140,7 +140,7 @@ worktrees:
 """
 
 
-def test_worktrees_are_resolved(tmp_path: Path) -> None:
+def test_worktree_options_are_resolved(tmp_path: Path) -> None:
     """A step may be a bare command; `copy` and `link` have other names in code; a slash at a path's end is dropped."""
     config = load(tmp_path, SMALLEST.replace("argv: [fix]", "argv: [fix], keep_ignored: [.fix/]") + WORKTREES)
     assert config.worktrees == WorktreesConfig(
@@ -165,7 +165,7 @@ def test_worktrees_are_resolved(tmp_path: Path) -> None:
     assert config.adapters["fixer"].keep_ignored == (".fix",)
 
 
-def test_tasks_override_defaults_key_by_key(tmp_path: Path) -> None:
+def test_task_overrides_defaults_key_by_key(tmp_path: Path) -> None:
     """A task's own settings win over the defaults, within backoff one by one; prompts are read from their files."""
     (tmp_path / "code").mkdir()
     (tmp_path / "prompts").mkdir()
@@ -185,7 +185,7 @@ def test_tasks_override_defaults_key_by_key(tmp_path: Path) -> None:
     }
 
 
-def test_what_is_stored_is_restored(tmp_path: Path) -> None:
+def test_stored_config_is_restored(tmp_path: Path) -> None:
     """Tasks and adapters come back equal from JSON, without the file."""
     config = load(tmp_path, SMALLEST.replace("argv: [fix]", "argv: [fix], env: {A: b}, keep_ignored: [x]") + WORKTREES)
     assert WorktreesConfig.model_validate(json.loads(config.worktrees.model_dump_json())) == config.worktrees
@@ -196,7 +196,7 @@ def test_what_is_stored_is_restored(tmp_path: Path) -> None:
     assert json.loads(config.model_dump_json())["adapters"]["fixer"]["options"]["argv"] == ["fix"]
 
 
-def test_a_task_is_recorded_the_same_by_each_process() -> None:
+def test_task_is_recorded_equally_by_each_process() -> None:
     """A set has another order in each process; what is recorded of it has one."""
     task = task_spec("a", "Fix it.").model_copy(update={"retry_on": RETRIED_BY_DEFAULT})
     recorded = task.model_dump_json()
@@ -213,7 +213,7 @@ def test_a_task_is_recorded_the_same_by_each_process() -> None:
         ({"use": "command", "options": {"argv": ["x"]}, "capacity": None, "reach": {}}, "keep_ignored"),
     ],
 )
-def test_adapter_that_no_longer_fits_is_refused(stored: dict[str, Any], fragment: str) -> None:
+def test_incompatible_adapter_is_rejected(stored: dict[str, Any], fragment: str) -> None:
     """Restoring says what to do when a plugin is gone or takes other options now."""
     with pytest.raises(RefusedError, match=fragment):
         restore_adapter("fixer", stored, TYPES)
@@ -249,7 +249,7 @@ def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.Monk
     assert config.path == tmp_path / "etc/council.yaml"
 
 
-def test_words_are_text_unless_yaml_1_2_says_otherwise(tmp_path: Path) -> None:
+def test_plain_scalars_are_text_by_yaml_1_2(tmp_path: Path) -> None:
     """`on`, `yes`, dates and versions are text, as are quoted numbers."""
     texts = ["on", "yes", "NO", "2026-01-01", "1.2.3", "1_000", "12:30", "'7'", '"true"', "=", "+", "-x", "0b1", ".e1"]
     config = load(tmp_path, SMALLEST.replace("argv: [fix]", f"argv: [{', '.join(texts)}]"))
@@ -287,7 +287,7 @@ def test_long_chain_of_needs_loads(tmp_path: Path) -> None:
          ("api.example.com", "*.example.com:8443", "[::1]:80")),
     ],
 )  # fmt: skip
-def test_the_network_is_on_off_or_hosts(tmp_path: Path, written: str, network: bool, hosts: tuple[str, ...]) -> None:
+def test_network_is_on_off_or_hosts(tmp_path: Path, written: str, network: bool, hosts: tuple[str, ...]) -> None:
     """Hosts are recorded in their one form."""
     config = load(tmp_path, f"{SMALLEST}network: {written}\n")
     assert (config.fence.network, config.fence.hosts) == (network, hosts)

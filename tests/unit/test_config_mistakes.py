@@ -208,7 +208,7 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, int, int, str]] = {
 
 
 @pytest.mark.parametrize("name", ONE_MISTAKE)
-def test_one_mistake(tmp_path: Path, name: str) -> None:
+def test_mistake_has_position_and_fix(tmp_path: Path, name: str) -> None:
     """A file with one mistake gets one message, at its exact place."""
     content, line, column, fragment = ONE_MISTAKE[name]
     [(found_line, found_column, message)] = mistakes(tmp_path, content)
@@ -242,7 +242,7 @@ tasks:
 """
 
 
-def test_all_mistakes_at_once(tmp_path: Path) -> None:
+def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
     """Mistakes of syntax, shape and sense are told together, in the file's order."""
     found = mistakes(tmp_path, MANY)
     assert [(line, column) for line, column, _ in found] == [
@@ -266,7 +266,7 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
     ]
 
 
-def test_need_is_not_missed_where_an_id_is_unreadable(tmp_path: Path) -> None:
+def test_missing_need_is_not_reported_next_to_an_unreadable_id(tmp_path: Path) -> None:
     """While one task's id is wrong itself, a need that names nobody is not called a mistake."""
     text = HEAD + "tasks:\n- {id: 7, prompt: p}\n- {id: b, prompt: p, needs: ['7']}\n"
     assert [found[:2] for found in mistakes(tmp_path, text)] == [(4, 8)]
@@ -281,7 +281,7 @@ def test_need_is_not_missed_where_an_id_is_unreadable(tmp_path: Path) -> None:
         (b"a\0b", "NUL"),
     ],
 )
-def test_prompt_file_content(tmp_path: Path, data: bytes, fragment: str) -> None:
+def test_prompt_file_content_is_validated(tmp_path: Path, data: bytes, fragment: str) -> None:
     """A prompt file that no CLI can be given is told of where it is named."""
     (tmp_path / "f").write_bytes(data)
     [(line, column, message)] = mistakes(tmp_path, HEAD + "tasks: [{id: a, prompt_file: f}]\n")
@@ -289,7 +289,7 @@ def test_prompt_file_content(tmp_path: Path, data: bytes, fragment: str) -> None
     assert fragment in message
 
 
-def test_prompt_file_of_the_largest_size_is_taken(tmp_path: Path) -> None:
+def test_prompt_file_of_the_largest_size_is_accepted(tmp_path: Path) -> None:
     """One mebibyte is still a prompt."""
     (tmp_path / "f").write_bytes(b"x" * (1 << 20))
     path = tmp_path / "council.yaml"
@@ -297,7 +297,7 @@ def test_prompt_file_of_the_largest_size_is_taken(tmp_path: Path) -> None:
     assert len(load_config(path, TYPES).tasks[0].prompt) == 1 << 20
 
 
-def test_prompt_too_long_for_argv_is_told_at_the_prompt(tmp_path: Path) -> None:
+def test_prompt_too_long_for_argv_is_reported_at_the_prompt(tmp_path: Path) -> None:
     """A prompt that argv can't hold is found before anything runs, with both ways out."""
     (tmp_path / "f").write_bytes(b"x" * (100 * 1024 + 1))
     text = adapter("    argv: [x, '{prompt}']\n").replace("prompt: p", "prompt_file: f")
@@ -313,20 +313,20 @@ def test_prompt_file_that_is_a_pipe_does_not_block(tmp_path: Path) -> None:
     assert "not a regular file" in message
 
 
-def test_prompt_file_that_can_not_be_opened(tmp_path: Path) -> None:
+def test_prompt_file_that_can_not_be_opened_is_reported(tmp_path: Path) -> None:
     """Whatever the system says about a prompt file is passed on."""
     (tmp_path / "f").symlink_to("f")
     [(_, _, message)] = mistakes(tmp_path, HEAD + "tasks: [{id: a, prompt_file: f}]\n")
     assert "too many levels of symbolic links" in message
 
 
-def test_file_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_file_is_reported(tmp_path: Path) -> None:
     """A missing file is a ConfigError like any other mistake."""
     with pytest.raises(ConfigError, match=re.escape("nope.yaml:1:1: the file can't be read, no such file")):
         load_config(tmp_path / "nope.yaml", TYPES)
 
 
-def test_file_that_is_too_large(tmp_path: Path) -> None:
+def test_oversized_file_is_reported(tmp_path: Path) -> None:
     """Beyond 8 MiB nothing is read."""
     [(_, _, message)] = mistakes(tmp_path, b"#" * ((8 << 20) + 1))
     assert "larger than 8 MiB" in message
@@ -340,12 +340,12 @@ def test_alias_bomb_is_not_expanded(tmp_path: Path) -> None:
     assert sum("anchors" in message for _, _, message in found) == 10
 
 
-def test_search_ends_where_there_is_no_end_of_mistakes(tmp_path: Path) -> None:
+def test_number_of_reported_mistakes_is_limited(tmp_path: Path) -> None:
     """A file of nothing but mistakes gets its first ten thousand told."""
     assert len(mistakes(tmp_path, "a: [" + "*a," * 50_000 + "]")) == 10_000
 
 
-def test_too_many_tasks(tmp_path: Path) -> None:
+def test_too_many_tasks_are_rejected(tmp_path: Path) -> None:
     """More than a hundred thousand tasks are refused at the list."""
     [(line, column, message)] = mistakes(tmp_path, HEAD + "tasks:\n" + "-\n" * 100_001)
     assert (line, column) == (4, 1)
@@ -353,7 +353,7 @@ def test_too_many_tasks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("use", ["comand", "zzz"])
-def test_unknown_options_wait_for_a_known_type(tmp_path: Path, use: str) -> None:
+def test_options_of_an_unknown_type_are_not_validated(tmp_path: Path, use: str) -> None:
     """Options of an adapter whose type is unknown are not judged."""
     found = mistakes(tmp_path, f"version: 1\nadapters: {{x: {{use: {use}, whatever: 1}}}}\n{TASKS}")
     assert [place[:2] for place in found] == [(2, 21)]

@@ -27,13 +27,13 @@ from orchestrator.domain.scheduling.cycles import find_cycles
         ("30d", 2592000),
     ],
 )
-def test_duration(text: str, seconds: float) -> None:
+def test_duration_is_parsed(text: str, seconds: float) -> None:
     """A duration is the sum of its parts, in seconds."""
     assert parse_duration(text) == pytest.approx(seconds)
 
 
 @given(st.integers(1, 30 * 86_400_000))
-def test_duration_is_written_as_it_is_read(milliseconds: int) -> None:
+def test_duration_is_formatted_as_parsed(milliseconds: int) -> None:
     """What is formatted parses to the same, to the millisecond."""
     assert round(parse_duration(format_duration(milliseconds / 1000)) * 1000) == milliseconds
 
@@ -66,14 +66,14 @@ def test_duration_is_written_as_it_is_read(milliseconds: int) -> None:
         {},
     ],
 )
-def test_no_duration(value: Any) -> None:
+def test_invalid_duration_is_rejected(value: Any) -> None:
     """Anything else is refused, with what would be right."""
     with pytest.raises(ValueError, match=r".+: .+"):
         parse_duration(value)
 
 
 @pytest.mark.parametrize("name", ["a", "A-1", "0", "a.b_c-d", "x" * 64, "a.lockx"])
-def test_name(name: str) -> None:
+def test_name_is_accepted(name: str) -> None:
     """Letters, digits, dots, underscores and hyphens make an id."""
     assert check_name(name) == name
 
@@ -81,7 +81,7 @@ def test_name(name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["", ".a", "-a", "_a", "a.", "a..b", "a.lock", "a/b", "a b", "ä", "x" * 65, "a\n", "a~1", "a:b", "@"]
 )
-def test_no_name(name: str) -> None:
+def test_invalid_name_is_rejected(name: str) -> None:
     """What git or a file system would choke on is no id."""
     with pytest.raises(ValueError, match="can't be a name: "):
         check_name(name)
@@ -136,7 +136,7 @@ BRANCHES = [
 
 
 @pytest.mark.parametrize("name", BRANCHES)
-def test_branch_is_what_git_takes(name: str) -> None:
+def test_branch_rules_are_those_of_git(name: str) -> None:
     """The check agrees with `git check-ref-format --branch`."""
     asked = subprocess.run(["git", "check-ref-format", "--branch", name], capture_output=True, check=False)
     try:
@@ -148,7 +148,7 @@ def test_branch_is_what_git_takes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["refs/heads/main", "@"])
-def test_branch_is_what_it_looks_like(name: str) -> None:
+def test_branch_is_accepted(name: str) -> None:
     """What git takes for a branch, but nobody means as one, is refused: a full ref, and the short word for HEAD."""
     with pytest.raises(ValueError, match="can't be a branch"):
         check_branch(name)
@@ -179,20 +179,20 @@ def test_branch_is_what_it_looks_like(name: str) -> None:
         ("9223372036854775807", 2**63 - 1),
     ],
 )
-def test_plain_word(text: str, value: Any) -> None:
+def test_plain_word_is_accepted(text: str, value: Any) -> None:
     """Plain words follow the core schema of YAML 1.2."""
     found = resolve_plain(text)
     assert (found, type(found)) == (value, type(value))
 
 
 @pytest.mark.parametrize("text", ["9223372036854775808", "-9223372036854775808", "1e309", ".inf", "-.INF", ".nan"])
-def test_number_that_can_not_be_held(text: str) -> None:
+def test_unrepresentable_number_is_rejected(text: str) -> None:
     """Numbers that JSON could not carry are refused."""
     with pytest.raises(ValueError, match="this number is"):
         resolve_plain(text)
 
 
-def test_circles() -> None:
+def test_circles_are_found() -> None:
     """Each knot of tasks is found, each task is in one circle at most, what only leads there is in none."""
     needs = {
         "in": ["a"],
@@ -208,19 +208,19 @@ def test_circles() -> None:
     assert found == [["b", "c"], ["self"], ["x", "y"]]
 
 
-def test_circle_behind_another_branch() -> None:
+def test_circle_behind_another_branch_is_found() -> None:
     """A second circle through a task before a found one is found as well."""
     needs = {"a": ["b", "d"], "b": ["c"], "c": ["b"], "d": ["a"]}
     assert [sorted(circle) for circle in find_cycles(needs)] == [["b", "c"], ["a", "d"]]
 
 
-def test_circle_behind_a_circle() -> None:
+def test_circle_behind_a_circle_is_found() -> None:
     """A second circle further along the way is found as well."""
     needs = {"a": ["b"], "b": ["a", "c"], "c": ["d"], "d": ["c"]}
     assert [sorted(circle) for circle in find_cycles(needs)] == [["a", "b"], ["c", "d"]]
 
 
-def test_no_circles() -> None:
+def test_graph_without_circles_has_none() -> None:
     """A lattice with many ways has none, and takes no longer for it."""
     needs = {f"t{n}": [f"t{m}" for m in range(max(0, n - 20), n)] for n in range(5000)}
     assert find_cycles(needs) == []

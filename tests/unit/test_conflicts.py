@@ -29,12 +29,12 @@ GONE = DocumentUpdate("x", 3.0, "cleo", None)
         ),
     ],
 )
-def test_each_strategy_does_what_its_name_says(strategy: str, value: object) -> None:
+def test_each_strategy_has_its_result(strategy: str, value: object) -> None:
     """By time, not by the order in which the updates are given."""
     assert resolve_updates([LATE, EARLY], strategy) == Resolved(value)  # type: ignore[arg-type]  # it is one
 
 
-def test_a_deletion_wins_or_adds_nothing() -> None:
+def test_deletion_wins_or_adds_nothing() -> None:
     """It is an update as any other, but in a merge there is nothing of it."""
     assert resolve_updates([GONE, LATE]) == Resolved(None)
     assert resolve_updates([GONE, LATE], ConflictStrategy.FIRST_WRITE_WINS) == Resolved(LATE.value)
@@ -42,7 +42,7 @@ def test_a_deletion_wins_or_adds_nothing() -> None:
     assert resolve_updates([GONE, GONE], ConflictStrategy.MERGE) == Resolved(None)
 
 
-def test_of_the_same_time_the_order_decides() -> None:
+def test_updates_of_equal_time_are_ordered() -> None:
     """What was given later is later."""
     one, two = DocumentUpdate("x", 1.0, "ada", {"n": 1}), DocumentUpdate("x", 1.0, "bob", {"n": 2})
     assert (
@@ -57,13 +57,13 @@ def test_of_the_same_time_the_order_decides() -> None:
     )
 
 
-def test_only_keys_with_more_than_one_update_compete() -> None:
+def test_only_keys_with_several_updates_compete() -> None:
     """A single update is no conflict."""
     other = DocumentUpdate("y", 1.0, "ada", {})
     assert find_competing([LATE, other, EARLY]) == {"x": [EARLY, LATE]}
 
 
-def test_an_unknown_strategy_names_the_known_ones() -> None:
+def test_unknown_strategy_names_the_known_ones() -> None:
     """The mistake and what would be right."""
     with pytest.raises(RefusedError) as caught:
         resolve_updates([EARLY], "newest")

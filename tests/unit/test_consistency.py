@@ -88,7 +88,7 @@ def with_handoff(facts: WorkflowRecord, number: int, **changes: Any) -> Workflow
     return replace(facts, handoffs={**facts.handoffs, id_: facts.handoffs[id_].model_copy(update=changes)})
 
 
-def test_a_whole_record_breaks_no_rule() -> None:
+def test_complete_record_has_no_violation() -> None:
     """Also one that is under way, one that was sent back, and one without phases."""
     facts = whole()
     assert rules(facts) == set()
@@ -151,19 +151,19 @@ BROKEN: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("rule", "broken"), BROKEN, ids=[f"{n} {rule}" for n, (rule, _) in enumerate(BROKEN)])
-def test_what_breaks_a_rule_is_found(rule: str, broken: Any) -> None:
+def test_violation_is_found(rule: str, broken: Any) -> None:
     """By the rule that it breaks."""
     assert rule in rules(broken(whole()))
 
 
-def test_a_receipt_of_something_else_is_found() -> None:
+def test_foreign_receipt_is_found() -> None:
     """What was received says what it was."""
     facts = whole()
     receipt = facts.handoffs["run/task/1"].receipts[0].model_copy(update={"digest": "sha256:0"})
     assert rules(with_handoff(facts, 1, receipts=(receipt,))) == {"chain.received"}
 
 
-def test_a_restored_checkpoint_leaves_attempts_without_a_visit() -> None:
+def test_attempts_after_a_restore_need_no_visit() -> None:
     """They stay on record, and are no mistake."""
     facts = whole()
     more = changed(facts, attempts=attempts("plan", "build", "review", "build"))
@@ -188,7 +188,7 @@ def session(attempt: int, status: SessionStatus, updated: float) -> SessionConte
         (9, SessionStatus.WORKING, 0.0, {"sessions.stray"}),
     ],
 )
-def test_no_session_idles_with_a_task(attempt: int, status: SessionStatus, age: float, found: set[str]) -> None:
+def test_session_without_a_task_is_found(attempt: int, status: SessionStatus, age: float, found: set[str]) -> None:
     """One that is done for long and has not ended keeps its task waiting."""
     facts = whole()
     begun = changed(facts, 2, status=PhaseStatus.IN_PROGRESS, ended=None, handoff=None, verdict=None)
@@ -200,7 +200,7 @@ def test_no_session_idles_with_a_task(attempt: int, status: SessionStatus, age: 
     assert rules(replace(begun, handoffs=kept, sessions=[session(attempt, status, 1000.0 - age), others])) == found
 
 
-def test_rules_of_plugins_run_too() -> None:
+def test_plugin_rules_are_checked() -> None:
     """Each by its name; one that fails is found, and hides no other."""
     mine = Violation("mine", "task", "no", "do")
     constraints: dict[str, Any] = {

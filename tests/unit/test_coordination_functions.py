@@ -58,7 +58,7 @@ class TestFunctions(ReplacedFunctionsContract):
         return name in _WORDS
 
 
-def test_the_ten_tests_of_parallel_sessions_are_there_and_named() -> None:
+def test_ten_parallel_session_tests_exist() -> None:
     """By their names, in one file."""
     for name in TEN:
         whole = f"tests/integration/test_coordination.py::{name}"
@@ -66,13 +66,13 @@ def test_the_ten_tests_of_parallel_sessions_are_there_and_named() -> None:
         assert f"`{whole}`" in MAPPING
 
 
-def test_each_variable_is_one_of_the_example() -> None:
+def test_each_variable_is_in_the_example() -> None:
     """And none of the example's is missing."""
     named = {row[0].strip("`") for row in rows(sections(MAPPING)[CLAIMS]) if row[0].startswith(("`SHARED", "`TASK"))}
     assert named == set(re.findall(r"^([A-Z_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
 
 
-def test_the_fields_of_a_record_and_the_bounds_are_those_of_the_code() -> None:
+def test_record_fields_and_bounds_match_the_code() -> None:
     """None is left out, and none is told that is not there."""
     told = {name for row in rows(sections(PAGE)["Session context"]) for name in re.findall(r"`(\w+)`", row[0])}
     assert told == set(SessionContext.model_fields)

@@ -43,7 +43,7 @@ def refused(environ: dict[str, str], options: CoordinationOverrides | None = Non
     return str(caught.value)
 
 
-def test_the_example_of_an_environment_has_each_variable_with_its_default() -> None:
+def test_example_environment_has_each_variable_with_its_default() -> None:
     """`.env.example` changes nothing where it is taken as it is, and names nothing else."""
     assert LINES.keys() == set(ENVIRONMENT_VARIABLES.values())
     assert read_environment(LINES).given() == {key: getattr(DEFAULT, key) for key in ENVIRONMENT_VARIABLES}
@@ -67,7 +67,7 @@ def test_each_variable_is_read(variable: str, text: str, key: str, value: float 
     assert resolve_coordination(DEFAULT, {variable: " "}) == DEFAULT
 
 
-def test_options_stand_above_the_environment_and_that_above_the_file(tmp_path: Path) -> None:
+def test_options_override_the_environment_which_overrides_the_file(tmp_path: Path) -> None:
     """Key by key: what is not given in one place comes from the next."""
     file = loaded(tmp_path, "{heartbeat_interval: 10s, stale_after: 100s, max_retries: 7, when_unreachable: continue}")
     environ = {"SHARED_STATE_STALE_THRESHOLD_MS": "200000", "SHARED_STATE_MAX_RETRIES": "8"}
@@ -78,7 +78,7 @@ def test_options_stand_above_the_environment_and_that_above_the_file(tmp_path: P
     assert found.when_unreachable == "continue"
 
 
-def test_a_file_that_says_nothing_gets_the_defaults(tmp_path: Path) -> None:
+def test_empty_file_gets_the_defaults(tmp_path: Path) -> None:
     """Which are the same in the file's schema, in the resolved run, and in decisions."""
     assert loaded(tmp_path, "{}") == DEFAULT
     assert CoordinationSettings().model_dump() == DEFAULT.model_dump()
@@ -92,7 +92,7 @@ def test_a_file_that_says_nothing_gets_the_defaults(tmp_path: Path) -> None:
     }
 
 
-def test_every_key_is_taken(tmp_path: Path) -> None:
+def test_every_key_is_accepted(tmp_path: Path) -> None:
     """None of them is dropped on the way, and what was resolved survives being recorded."""
     section = (
         "{enabled: false, heartbeat_interval: 1s, stale_after: 3s, owner_stale_after: 4s, sweep_interval: 5s, "
@@ -121,7 +121,7 @@ def test_every_key_is_taken(tmp_path: Path) -> None:
         ("{stale_after: }", 29, "stale_after is empty"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_told_at_its_place(tmp_path: Path, section: str, column: int, message: str) -> None:
+def test_mistake_has_its_position(tmp_path: Path, section: str, column: int, message: str) -> None:
     """With what would be right, which for two durations that contradict each other is either of them."""
     with pytest.raises(ConfigError) as caught:
         loaded(tmp_path, section)
@@ -141,20 +141,20 @@ def test_a_mistake_is_told_at_its_place(tmp_path: Path, section: str, column: in
         ("SHARED_STATE_MAX_RETRIES", "٣", "write a whole number from 0 to 99, such as 3"),
     ],
 )
-def test_what_can_not_be_read_of_the_environment_is_refused_by_name(variable: str, text: str, remedy: str) -> None:
+def test_unreadable_variable_is_named(variable: str, text: str, remedy: str) -> None:
     """With what to write."""
     assert refused({variable: text}).startswith(f"{variable} can't be {text!r}: ")
     assert remedy in refused({variable: text})
 
 
-def test_all_that_is_wrong_with_the_environment_is_told_at_once() -> None:
+def test_all_mistakes_of_the_environment_are_reported_at_once() -> None:
     """Each by its name."""
     told = refused({"SHARED_STATE_ENABLED": "x", "SHARED_STATE_MAX_RETRIES": "y"})
     assert "SHARED_STATE_ENABLED" in told
     assert "SHARED_STATE_MAX_RETRIES" in told
 
 
-def test_a_contradiction_is_told_in_the_words_of_whoever_made_it() -> None:
+def test_contradiction_is_reported_for_its_source() -> None:
     """Variables by their names and in milliseconds, options as they are typed."""
     told = refused({"SHARED_STATE_STALE_THRESHOLD_MS": "30000"})
     assert "`heartbeat_interval` (1m) is more than a third of SHARED_STATE_STALE_THRESHOLD_MS (30000)" in told

@@ -14,7 +14,7 @@ def made(path: Path) -> Path:
     return path
 
 
-def test_credentials_are_found_at_home_and_where_variables_say(tmp_path: Path) -> None:
+def test_credentials_are_found_at_home_and_by_variables(tmp_path: Path) -> None:
     """Only those that are there; relative values and empty ones name nothing."""
     home, moved = tmp_path / "home", tmp_path / "moved"
     found = [made(home / name) for name in (".netrc", ".aws/credentials", ".config/sops/age/keys.txt")]

@@ -33,7 +33,7 @@ NEW = {
 }
 
 
-def test_a_delta_has_what_was_added_modified_and_removed() -> None:
+def test_delta_has_added_modified_and_removed_fields() -> None:
     """By path: into objects and lists of objects; other lists are one value, and so is what is new as a whole."""
     assert compute_delta(OLD, NEW) == Delta(
         added={("attempts", 1): {"number": 2}, ("landed",): {"commit": "c0ffee"}},
@@ -47,7 +47,7 @@ def test_a_delta_has_what_was_added_modified_and_removed() -> None:
     )
 
 
-def test_a_line_says_what_a_change_is() -> None:
+def test_line_describes_a_change() -> None:
     """In order of the paths; a null is a value, and what is absent is none."""
     assert format_delta(compute_delta(OLD, NEW)) == [
         "attempts[0].ended: null → 2.5",
@@ -61,7 +61,7 @@ def test_a_line_says_what_a_change_is() -> None:
     ]
 
 
-def test_a_long_value_is_shortened_in_its_middle() -> None:
+def test_long_value_is_shortened_in_the_middle() -> None:
     """Its beginning and its end are shown, and no more characters than were asked for."""
     (line,) = format_delta(compute_delta({"log": "a" * 500 + "end"}, {"log": "\x1b[2J\n"}), longest=12)
     assert line == r'log: "aaaaaaa…nd" → "\u001b[…\n"'
@@ -70,14 +70,14 @@ def test_a_long_value_is_shortened_in_its_middle() -> None:
         assert len(line) == len("n:  → 0") + longest
 
 
-def test_a_list_that_becomes_an_object_is_one_change() -> None:
+def test_list_replaced_by_an_object_is_one_change() -> None:
     """An empty list and an empty object have no items, and are not the same."""
     assert compute_delta({"x": []}, {"x": {}}).modified == {("x",): Modified([], {})}
     assert compute_delta({"x": [{}]}, {"x": [{}, 1]}).modified == {("x",): Modified([{}], [{}, 1])}
     assert compute_delta({"x": []}, {"x": []}) == Delta({}, {}, {})
 
 
-def test_the_order_of_members_is_no_difference() -> None:
+def test_order_of_members_is_ignored() -> None:
     """Nor in an object inside a list that is one value."""
     one, other = {"a": 1, "b": 2}, {"b": 2, "a": 1}
     assert compute_delta({"x": one, "y": [1, one], "z": [one]}, {"z": [other], "y": [1, other], "x": other}) == Delta(
@@ -85,7 +85,7 @@ def test_the_order_of_members_is_no_difference() -> None:
     )
 
 
-def test_records_at_the_end_of_a_list_come_and_go() -> None:
+def test_records_at_the_end_of_a_list_are_added_and_removed() -> None:
     """Several at once, in their order."""
     one, three = {"x": [{"n": 1}]}, {"x": [{"n": 1}, {"n": 2}, {"n": 3}]}
     delta = compute_delta(one, three)
@@ -94,7 +94,7 @@ def test_records_at_the_end_of_a_list_come_and_go() -> None:
     assert revert_delta(one, compute_delta(three, one)) == three
 
 
-def test_an_exported_delta_is_plain_json() -> None:
+def test_exported_delta_is_plain_json() -> None:
     """Paths are lists there, for a JSON object has only text for names."""
     assert delta_to_json(compute_delta({"x": [{}], "z": 1}, {"x": [{"y": 2}], "n": [], "z": 3})) == {
         "added": [{"path": ["x", 0, "y"], "new": 2}, {"path": ["n"], "new": []}],
@@ -114,7 +114,7 @@ def test_an_exported_delta_is_plain_json() -> None:
         ({"a": 1, "l": {}}, "there is no place for l[1]"),
     ],
 )
-def test_a_delta_of_another_version_is_refused(document: dict[str, Any], what: str) -> None:
+def test_delta_of_another_version_is_rejected(document: dict[str, Any], what: str) -> None:
     """It says where the document is not what the delta was made from, and the document stays as it is."""
     delta = compute_delta({"a": 1, "l": [{}]}, {"a": 3, "l": [{}, {}], "n": 4})
     with pytest.raises(RefusedError) as caught:
@@ -122,7 +122,7 @@ def test_a_delta_of_another_version_is_refused(document: dict[str, Any], what: s
     assert caught.value.what == what
 
 
-def test_the_rest_of_a_longer_list_is_not_cut_off() -> None:
+def test_rest_of_a_longer_list_is_kept() -> None:
     """What was removed from the end is not removed from the middle."""
     delta = compute_delta({"l": [{}, {}]}, {"l": [{}]})
     with pytest.raises(RefusedError) as caught:
@@ -130,7 +130,7 @@ def test_the_rest_of_a_longer_list_is_not_cut_off() -> None:
     assert caught.value.what == "l[1] is not the last"
 
 
-def test_what_is_no_object_has_no_place_for_a_field() -> None:
+def test_field_of_a_non_object_is_rejected() -> None:
     """A text has none, nor a list."""
     delta = compute_delta({"x": {}}, {"x": {"y": 1}})
     others: list[Any] = [5, [], None]

@@ -39,9 +39,7 @@ BYPASS = "permission_mode: bypassPermissions"
         (CodexAdapter(CodexOptions()), "codex/tool", (), ""),
     ],
 )  # fmt: skip
-def test_what_a_program_denies_is_counted_once(
-    adapter: Adapter, recording: str, tools: tuple[str, ...], remedy: str
-) -> None:
+def test_denied_tool_is_counted_once(adapter: Adapter, recording: str, tools: tuple[str, ...], remedy: str) -> None:
     """With the tool, what it was to do, and what allows it."""
     folder, name = recording.split("/")
     lines = read_recordings(TRANSCRIPTS / folder)[name].stdout
@@ -52,7 +50,7 @@ def test_what_a_program_denies_is_counted_once(
     assert bool(said.denials.remedy) == bool(remedy)
 
 
-def test_a_session_that_ended_at_once_still_names_what_it_was_denied() -> None:
+def test_denied_tool_of_an_early_end_is_named() -> None:
     """Without its result only the reason is known, not what the tool was to do."""
     adapter = ClaudeCodeAdapter(ClaudeCodeOptions())
     lines = [line for line in read_recordings(TRANSCRIPTS / "claude-code")["denied"].stdout if '"result"' not in line]
@@ -60,7 +58,7 @@ def test_a_session_that_ended_at_once_still_names_what_it_was_denied() -> None:
     assert said.denials.tools == ("Bash(This command requires approval)",)
 
 
-def test_nothing_changed_because_of_denials_is_said_to_be() -> None:
+def test_no_change_because_of_denials_is_reported() -> None:
     denials = ToolDenials.of([("Bash(make)", ""), ("Bash(make)", "allow it"), *((f"Write({n})", "") for n in "abc")])
     outcome = judge_outcome(ProcessExit("exit", 0, None, None), SessionLimits(1.0), None, None, None, denials=denials)
     assert isinstance(outcome, Failed)
@@ -69,6 +67,6 @@ def test_nothing_changed_because_of_denials_is_said_to_be() -> None:
     assert outcome.reason == f"the program succeeded but changed nothing: {told}"
 
 
-def test_of_very_many_denials_the_first_are_kept() -> None:
+def test_first_of_many_denials_are_kept() -> None:
     said = reduce(Transcript.after, (ToolDenied("Bash", str(n)) for n in range(2000)), Transcript())
     assert (said.denials.count, len(said.denials.tools)) == (1000, 20)

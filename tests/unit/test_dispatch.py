@@ -18,7 +18,7 @@ def owners(**owns: str) -> dict[str, DispatchEntry]:
     return {task: DispatchEntry(adapter=task, owns=(pattern,)) for task, pattern in owns.items()}
 
 
-def test_the_higher_priority_starts_first_and_the_file_decides_between_equals() -> None:
+def test_higher_priority_starts_first_then_file_order() -> None:
     """Priority, then the file's order."""
     board = DispatchBoard(
         {
@@ -32,7 +32,7 @@ def test_the_higher_priority_starts_first_and_the_file_decides_between_equals() 
 
 
 @pytest.mark.parametrize(("age", "first"), [(AGING_SECONDS * 2 - 1, "new"), (AGING_SECONDS * 2 + 1, "old")])
-def test_waiting_makes_up_for_priority(age: float, first: str) -> None:
+def test_waiting_compensates_priority(age: float, first: str) -> None:
     """A task that has waited `AGING_SECONDS` seconds longer for each level is ahead."""
     board = DispatchBoard(
         {"gate": DispatchEntry(), "old": DispatchEntry(), "new": DispatchEntry(("gate",), priority=2)}
@@ -43,7 +43,7 @@ def test_waiting_makes_up_for_priority(age: float, first: str) -> None:
     assert started(board, 1, now=5000.0 + age) == [first]
 
 
-def test_a_retry_waits_since_its_time_came() -> None:
+def test_retry_ages_from_its_due_time() -> None:
     """What comes back from a wait is behind what was ready before that."""
     board = DispatchBoard({"a": DispatchEntry(), "b": DispatchEntry()})
     assert started(board, 1) == ["a"]
@@ -52,7 +52,7 @@ def test_a_retry_waits_since_its_time_came() -> None:
     assert started(board, 1, now=9.0) == ["a"]
 
 
-def test_an_adapter_has_a_capacity_of_its_own() -> None:
+def test_adapter_capacity_limits_its_sessions() -> None:
     """A full adapter lets others pass; each session that is over makes room for one more."""
     board = DispatchBoard(
         {"a": DispatchEntry(adapter="x"), "b": DispatchEntry(adapter="x"), "c": DispatchEntry(adapter="y")}, {"x": 1}
@@ -63,7 +63,7 @@ def test_an_adapter_has_a_capacity_of_its_own() -> None:
     assert started(board) == ["b"]
 
 
-def test_a_parked_adapter_starts_at_its_time() -> None:
+def test_adapter_after_a_cooldown_starts() -> None:
     """Others go on meanwhile; the longest of two parks counts."""
     board = DispatchBoard({"a": DispatchEntry(adapter="x"), "b": DispatchEntry(adapter="y")})
     board.park("x", 60.0)
@@ -75,7 +75,7 @@ def test_a_parked_adapter_starts_at_its_time() -> None:
     assert board.next_time() is None
 
 
-def test_a_park_is_waited_for_only_where_something_is_to_start() -> None:
+def test_cooldown_is_awaited_only_for_ready_tasks() -> None:
     """Neither an adapter without tasks nor a closed one names a time."""
     board = DispatchBoard({"a": DispatchEntry(adapter="x"), "b": DispatchEntry(adapter="y")})
     board.park("z", 60.0)
@@ -88,7 +88,7 @@ def test_a_park_is_waited_for_only_where_something_is_to_start() -> None:
     assert (board.next_time(), board.has_work()) == (None, False)
 
 
-def test_tasks_of_a_closed_adapter_are_no_work() -> None:
+def test_tasks_of_a_disabled_adapter_are_not_work() -> None:
     """Neither ready nor waiting ones start again; what they hold up is not blocked, only left."""
     board = DispatchBoard(
         {"a": DispatchEntry(adapter="x"), "b": DispatchEntry(("a",), adapter="y"), "c": DispatchEntry(adapter="y")}
@@ -99,7 +99,7 @@ def test_tasks_of_a_closed_adapter_are_no_work() -> None:
 
 
 @pytest.mark.parametrize("end", ["landed", "ended", "wait"])
-def test_paths_are_free_when_their_task_is_live_no_more(end: str) -> None:
+def test_paths_are_free_after_their_task_ended(end: str) -> None:
     """Whoever owns the path too starts when the first has landed, has ended, or waits; not when it is only built."""
     board = DispatchBoard(owners(a="src/**", b="src/app.py", c="docs/"))
     assert started(board) == ["a", "c"]
@@ -110,7 +110,7 @@ def test_paths_are_free_when_their_task_is_live_no_more(end: str) -> None:
     assert started(board) == ["b"]
 
 
-def test_what_is_held_by_a_built_task_alone_is_no_work() -> None:
+def test_task_held_by_a_queued_one_is_not_work() -> None:
     """Nothing but a landing lets it start, and a scheduler that gave up landing has to end."""
     board = DispatchBoard(owners(a="src/**", b="src/app.py"))
     started(board)
@@ -122,7 +122,7 @@ def test_what_is_held_by_a_built_task_alone_is_no_work() -> None:
     assert board.has_work()
 
 
-def test_the_best_placed_held_task_reserves_its_paths() -> None:
+def test_first_held_task_reserves_its_paths() -> None:
     """What overlaps with it and comes behind it waits, so that it starts as soon as its paths are free."""
     board = DispatchBoard(owners(live="a", held="*", behind="b", other="c/d"))
     assert started(board) == ["live", "other"]
@@ -132,7 +132,7 @@ def test_the_best_placed_held_task_reserves_its_paths() -> None:
     assert started(board) == ["behind"]
 
 
-def test_a_better_placed_held_task_takes_the_reservation_over() -> None:
+def test_better_held_task_takes_over_the_reservation() -> None:
     """What only the former reservation held up starts."""
     tasks = owners(live="a", former="*.py", behind="x.py") | {
         "gate": DispatchEntry(),
@@ -148,7 +148,7 @@ def test_a_better_placed_held_task_takes_the_reservation_over() -> None:
 @pytest.mark.parametrize(
     ("what", "later"), [("park", ["held"]), ("close", []), ("ended", [])], ids=["parked", "closed", "cancelled"]
 )
-def test_a_held_task_that_can_not_start_anyway_reserves_nothing(what: str, later: list[str]) -> None:
+def test_held_task_that_can_not_start_reserves_nothing(what: str, later: list[str]) -> None:
     """Whether its adapter is parked or closed, or it was cancelled: what waited for it goes on at once."""
     board = DispatchBoard(owners(live="a", held="*", behind="b"))
     assert started(board) == ["live"]
@@ -166,7 +166,7 @@ def test_a_held_task_that_can_not_start_anyway_reserves_nothing(what: str, later
     assert started(board, now=50.0) == later
 
 
-def test_a_reservation_outlasts_a_full_adapter() -> None:
+def test_reservation_outlasts_a_full_adapter() -> None:
     """What overlaps with it does not slip in while it waits for room at its adapter."""
     tasks = owners(live="a", held="*", behind="b") | {"full": DispatchEntry(adapter="held", owns=("f/g",))}
     board = DispatchBoard(tasks, {"held": 1})
@@ -178,7 +178,7 @@ def test_a_reservation_outlasts_a_full_adapter() -> None:
     assert started(board) == ["held"]
 
 
-def test_a_revived_task_and_what_only_it_blocked_are_pending_again() -> None:
+def test_revived_task_unblocks_its_dependents() -> None:
     """What another need blocks too stays blocked, and names that one."""
     board = DispatchBoard(
         {
@@ -203,7 +203,7 @@ def test_a_revived_task_and_what_only_it_blocked_are_pending_again() -> None:
     assert started(board) == ["b"]
 
 
-def test_a_cancelled_task_that_was_blocked_is_ended_itself() -> None:
+def test_cancelled_blocked_task_ends_itself() -> None:
     """It is blocked no more; revived, it is blocked again as long as its need is."""
     board = DispatchBoard({"a": DispatchEntry(), "b": DispatchEntry(("a",)), "c": DispatchEntry(("b",))})
     started(board)
@@ -216,7 +216,7 @@ def test_a_cancelled_task_that_was_blocked_is_ended_itself() -> None:
     assert board.blocked == {}
 
 
-def test_a_cancelled_task_that_was_ready_or_waited_does_not_start() -> None:
+def test_cancelled_ready_or_waiting_task_does_not_start() -> None:
     """Cancelling is an end from wherever a task stands."""
     board = DispatchBoard({"a": DispatchEntry(), "b": DispatchEntry(), "c": DispatchEntry()})
     assert started(board, 1) == ["a"]
@@ -228,7 +228,7 @@ def test_a_cancelled_task_that_was_ready_or_waited_does_not_start() -> None:
     assert not board.has_work()
 
 
-def test_a_board_under_way_keeps_the_paths_of_what_is_built() -> None:
+def test_board_of_an_active_run_keeps_paths_of_queued_tasks() -> None:
     """After a resume, too, nothing that overlaps starts before it has landed."""
     board = DispatchBoard.of(owners(a="src/", b="src/*", c="docs"), {"a": TaskStatus.QUEUED}, {})
     assert started(board) == ["c"]
@@ -237,7 +237,7 @@ def test_a_board_under_way_keeps_the_paths_of_what_is_built() -> None:
     assert started(board) == ["b"]
 
 
-def test_a_dependent_that_landed_before_its_need_was_lost_is_not_blocked() -> None:
+def test_landed_dependent_of_a_lost_need_is_not_blocked() -> None:
     """Blocked is only what has not landed."""
     tasks = {"a": DispatchEntry(), "b": DispatchEntry(("a",)), "c": DispatchEntry(("b",))}
     board = DispatchBoard.of(tasks, {"a": TaskStatus.CONFLICT, "b": TaskStatus.LANDED}, {})
@@ -245,7 +245,7 @@ def test_a_dependent_that_landed_before_its_need_was_lost_is_not_blocked() -> No
     assert started(board) == ["c"]
 
 
-def test_a_start_does_not_hold_once_its_task_was_cancelled_or_revived() -> None:
+def test_start_of_a_cancelled_or_revived_task_is_void() -> None:
     """Whoever took a decision a moment ago can ask whether it is still good."""
     board = DispatchBoard({"a": DispatchEntry()})
     assert choose_tasks(board, 1, 0.0) == ["a"]
@@ -257,7 +257,7 @@ def test_a_start_does_not_hold_once_its_task_was_cancelled_or_revived() -> None:
     assert choose_tasks(board, 1, 0.0) == ["a"]
 
 
-def test_a_fallback_stands_in_only_while_the_adapter_before_it_is_parked() -> None:
+def test_fallback_adapter_is_used_only_during_a_cooldown() -> None:
     """What did not find room there goes back when the park is over, and takes all the room that there is then."""
     board = DispatchBoard({f"t{one}": DispatchEntry((), "a", 0, (), ("b",)) for one in range(5)}, {"a": 3, "b": 1})
     board.park("a", 10.0)
@@ -276,7 +276,7 @@ def test_a_fallback_stands_in_only_while_the_adapter_before_it_is_parked() -> No
 
 
 @pytest.mark.parametrize(("is_open", "first"), [(True, []), (False, ["behind"])])
-def test_a_reservation_lasts_as_long_as_an_adapter_is_open(is_open: bool, first: list[str]) -> None:
+def test_reservation_lasts_while_an_adapter_is_available(is_open: bool, first: list[str]) -> None:
     """A held task with a fallback keeps its paths from what comes behind it; without one they are free meanwhile."""
     board = DispatchBoard(owners(live="a") | {"held": DispatchEntry((), "x", 0, ("*",), ("y",))} | owners(behind="b"))
     assert started(board) == ["live"]
@@ -291,7 +291,7 @@ def test_a_reservation_lasts_as_long_as_an_adapter_is_open(is_open: bool, first:
     assert board.adapter_of("held") == ("y" if is_open else "x")
 
 
-def test_what_all_the_rest_waits_for_is_told() -> None:
+def test_common_blocker_is_reported() -> None:
     """Parked adapters of what is left, unless something waits for anything else: an open adapter, or a landing."""
     tasks = {
         "a": DispatchEntry(adapter="x", fallback=("y", "z")),

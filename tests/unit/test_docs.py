@@ -57,12 +57,12 @@ CONFIGURATION = (ROOT / "docs/configuration.md").read_text()
 ADAPTERS = (ROOT / "docs/adapters.md").read_text()
 
 
-def test_the_page_of_commands_names_every_command() -> None:
+def test_commands_page_names_every_command() -> None:
     """The table in docs/commands.md has each command, and no other."""
     assert set(re.findall(r"^\| `council ([\w-]+)", COMMANDS_PAGE, re.MULTILINE)) == set(_commands())
 
 
-def test_the_list_of_commands_agrees_with_the_commands() -> None:
+def test_command_list_matches_the_commands() -> None:
     """What `--help` says of a command is the first sentence of its own help."""
     for name, command in _commands().items():
         entry = next(entries[name] for entries in COMMANDS_BY_SECTION.values() if name in entries)
@@ -86,7 +86,7 @@ def _load(path: Path) -> RunConfig:
 
 
 @pytest.mark.parametrize("page", [README, QUICK_START], ids=["README", "quick-start"])
-def test_the_first_file_of_a_page_loads(page: str, tmp_path: Path) -> None:
+def test_first_example_of_a_page_loads(page: str, tmp_path: Path) -> None:
     """The example is a file that runs."""
     match = re.search(r"```yaml\n(.*?)```", page, re.DOTALL)
     assert match
@@ -142,7 +142,7 @@ def test_every_adapter_is_documented(tmp_path: Path) -> None:
             assert set(re.findall(r"`([A-Z_]+)`", row)) == set(passed), use
 
 
-def test_every_class_of_failure_is_documented() -> None:
+def test_every_failure_class_is_documented() -> None:
     """docs/configuration.md says what each leads to."""
     assert [one for one in FailureClass if f"| `{one}` |" not in CONFIGURATION] == []
 
@@ -159,7 +159,7 @@ def test_every_example_of_the_reference_loads(block: str, tmp_path: Path, monkey
     assert _load(tmp_path / "council.yaml").tasks
 
 
-def test_the_example_of_a_checklist_gives_the_tasks_that_the_text_says() -> None:
+def test_checklist_example_gives_the_described_tasks() -> None:
     """Ids and what is open are as docs/configuration.md has them."""
     match = re.search(r"```markdown\n(.*?)```", CONFIGURATION, re.DOTALL)
     assert match
@@ -169,7 +169,7 @@ def test_the_example_of_a_checklist_gives_the_tasks_that_the_text_says() -> None
     assert "below an item" in items[1].text
 
 
-def test_every_final_state_is_explained() -> None:
+def test_every_final_status_is_explained() -> None:
     """The table in docs/task-states.md has each state that a result can show at the end."""
     transient = {TaskStatus.PENDING, TaskStatus.RUNNING, TaskStatus.CHECKING, TaskStatus.LANDING}
     for state in [*(set(TaskStatus) - transient), "blocked"]:
@@ -216,12 +216,12 @@ def _anchors(path: Path) -> frozenset[str]:
     return frozenset(re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings)
 
 
-def test_the_readme_is_short() -> None:
+def test_readme_is_short() -> None:
     """It introduces; the pages in docs/ explain."""
     assert len(README.splitlines()) <= 150
 
 
-def test_the_glossary_is_short_and_sorted() -> None:
+def test_glossary_is_short_and_sorted() -> None:
     """At most thirty terms, each once."""
     terms = re.findall(r"^\| ([a-z][a-z ]+) \|", (ROOT / "docs/glossary.md").read_text(), re.MULTILINE)[1:]
     assert 20 < len(set(terms)) == len(terms) <= 30

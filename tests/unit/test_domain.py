@@ -42,7 +42,7 @@ def started(board: DispatchBoard, free: int, now: float = 0.0) -> list[str]:
 
 
 @pytest.mark.parametrize(("status", "trigger"), [*itertools.product(TaskStatus, Trigger)])
-def test_every_pair_of_status_and_trigger(status: TaskStatus, trigger: Trigger) -> None:
+def test_transition_exists_for_expected_pairs_only(status: TaskStatus, trigger: Trigger) -> None:
     """A row leads to its status; a missing row raises; a final status is left by people, or as the target says."""
     task = TaskDocument(status=status)
     if (status, trigger) in TRANSITIONS:
@@ -67,7 +67,7 @@ def test_every_status_is_reachable() -> None:
     assert reached == set(TaskStatus)
 
 
-def test_starts_in_the_order_of_the_file_within_capacity() -> None:
+def test_tasks_start_in_file_order_within_capacity() -> None:
     """Ready tasks start in the file's order, never more than are free."""
     board = DispatchBoard({"c": DispatchEntry(), "a": DispatchEntry(), "b": DispatchEntry()})
     assert choose_tasks(board, 2, 0.0) == ["c", "a"]
@@ -76,7 +76,7 @@ def test_starts_in_the_order_of_the_file_within_capacity() -> None:
     assert started(board, 5) == []
 
 
-def test_a_need_must_have_landed_not_just_ended() -> None:
+def test_need_must_have_landed() -> None:
     """A dependent starts when all that it needs has landed."""
     board = DispatchBoard(DIAMOND)
     assert started(board, 9) == ["a"]
@@ -88,7 +88,7 @@ def test_a_need_must_have_landed_not_just_ended() -> None:
     assert started(board, 9) == ["d"]
 
 
-def test_a_need_that_is_named_twice_counts_once() -> None:
+def test_need_named_twice_counts_once() -> None:
     """`needs: [a, a]` does not wait for a second landing."""
     board = DispatchBoard({"a": DispatchEntry(), "b": DispatchEntry(("a", "a"))})
     started(board, 9)
@@ -96,7 +96,7 @@ def test_a_need_that_is_named_twice_counts_once() -> None:
     assert started(board, 9) == ["b"]
 
 
-def test_what_needs_a_failed_task_is_blocked_by_it() -> None:
+def test_dependent_of_a_failed_task_is_blocked() -> None:
     """The block goes on through the graph, each task naming the need beside it."""
     board = DispatchBoard(DIAMOND | {"free": DispatchEntry()})
     assert started(board, 1) == ["a"]
@@ -106,7 +106,7 @@ def test_what_needs_a_failed_task_is_blocked_by_it() -> None:
     assert not board.has_work()
 
 
-def test_a_blocked_task_stays_blocked_when_its_other_need_lands() -> None:
+def test_blocked_task_stays_blocked_when_another_need_lands() -> None:
     """One need in vain is enough."""
     board = DispatchBoard({"a": DispatchEntry(), "b": DispatchEntry(), "c": DispatchEntry(("a", "b"))})
     started(board, 9)
@@ -115,7 +115,7 @@ def test_a_blocked_task_stays_blocked_when_its_other_need_lands() -> None:
     assert started(board, 9) == []
 
 
-def test_a_waiting_task_starts_at_its_time() -> None:
+def test_waiting_task_starts_at_its_time() -> None:
     """A task that was put off is neither early nor forgotten."""
     board = DispatchBoard({"a": DispatchEntry(), "b": DispatchEntry()})
     assert started(board, 9) == ["a", "b"]
@@ -139,7 +139,7 @@ def test_a_waiting_task_starts_at_its_time() -> None:
         ({"a": TaskStatus.NO_CHANGE}, [], {"b": "a", "c": "a", "d": "c"}),
     ],
 )
-def test_the_board_of_a_run_under_way(
+def test_board_of_an_active_run_is_restored(
     statuses: dict[str, TaskStatus], starts: list[str], blocked: dict[str, str]
 ) -> None:
     """A board that is made from documents goes on where they stand."""
@@ -155,7 +155,7 @@ def test_backoff_grows_to_its_limit(failures: int, delay: float) -> None:
     assert retry_delay(Backoff(initial=2.0, factor=3.0, max=50.0, jitter=False), failures) == delay
 
 
-def test_jitter_spreads_between_nothing_and_the_full_wait() -> None:
+def test_jitter_is_between_zero_and_the_full_wait() -> None:
     """With jitter waits differ and stay within the same limit."""
     drawn = [retry_delay(Backoff(initial=2.0, factor=2.0, max=5.0, jitter=True), 4) for _ in range(200)]
     assert all(0 <= delay <= 5.0 for delay in drawn)
@@ -175,9 +175,7 @@ def test_jitter_spreads_between_nothing_and_the_full_wait() -> None:
         (1e12, 1, MAX_COOLDOWN),
     ],
 )
-def test_a_park_lasts_until_the_word_of_the_adapter_or_longer(
-    until: float | None, cooldowns: int, waits: float
-) -> None:
+def test_cooldown_lasts_at_least_until_the_reported_end(until: float | None, cooldowns: int, waits: float) -> None:
     """An instant that is given counts, but what proves wrong again and again is believed less each time."""
     now = 1_000_000.0
     assert compute_cooldown_end(now, None if until is None else now + until, cooldowns) == now + waits
@@ -185,7 +183,7 @@ def test_a_park_lasts_until_the_word_of_the_adapter_or_longer(
 
 
 @pytest.mark.parametrize("failure", FailureClass)
-def test_every_failure_has_a_policy(failure: FailureClass) -> None:
+def test_every_failure_class_has_a_policy(failure: FailureClass) -> None:
     """A usage limit parks, a login or a program that is gone closes, all else is as the task says."""
     fixed = {
         FailureClass.RATE_LIMITED: FailurePolicy.PARK,
@@ -239,14 +237,14 @@ CRASHED = FailureClass.CRASHED
         ),
     ],
 )
-def test_outcomes_are_judged_by_facts(
+def test_outcome_is_judged_by_facts(
     exit_: ProcessExit, commit: str | None, refused: str | None, verdict: Failed | None, outcome: Outcome
 ) -> None:
     """A good exit with a change is built; a program's word counts only against it; anything else failed."""
     assert judge_outcome(exit_, SessionLimits(60.0), commit, refused, verdict) == outcome
 
 
-def test_the_last_line_of_standard_error_explains_an_exit_code() -> None:
+def test_exit_code_is_explained_by_the_last_line_of_stderr() -> None:
     """Where the adapter has no word for it; blank lines and rules are none, and a long one is cut."""
     failed, limits = ProcessExit("exit", 2, None, None), SessionLimits(60.0)
     told = judge_outcome(failed, limits, None, None, None, errors="started\n sh: no such file \n\n")
@@ -259,7 +257,7 @@ def test_the_last_line_of_standard_error_explains_an_exit_code() -> None:
 
 
 @pytest.mark.parametrize(("commit", "refused"), [("c", None), (None, None), ("c", "it contains a secret")])
-def test_who_admits_that_it_failed_is_believed_whatever_it_has_changed(commit: str | None, refused: str | None) -> None:
+def test_reported_failure_counts_despite_changes(commit: str | None, refused: str | None) -> None:
     """With a zero exit and half of the work done, a conclusion that failed is a failure; a stop still is a stop."""
     limits = SessionLimits(60.0)
     assert judge_outcome(ProcessExit("exit", 0, None, None), limits, commit, refused, BUSY, admitted=True) == BUSY
@@ -268,7 +266,7 @@ def test_who_admits_that_it_failed_is_believed_whatever_it_has_changed(commit: s
     )
 
 
-def test_what_did_not_come_to_its_end_has_failed_whatever_it_has_changed() -> None:
+def test_unfinished_session_failed_despite_changes() -> None:
     """A zero exit without what the program always says at its end is a failure; words alone are none."""
     limits = SessionLimits(60.0)
     cut = replace(BUSY, unfinished=True)
@@ -284,9 +282,7 @@ def test_what_did_not_come_to_its_end_has_failed_whatever_it_has_changed() -> No
         (ProcessExit("exit", None, None, "no such file"), FailureClass.INVALID, "no such file"),
     ],
 )
-def test_a_limit_and_a_missing_program_name_themselves(
-    exit_: ProcessExit, failure: FailureClass, fragment: str
-) -> None:
+def test_limit_and_missing_program_are_named(exit_: ProcessExit, failure: FailureClass, fragment: str) -> None:
     """What ended a session is its failure's class, and the reason has the number to change."""
     judged = judge_outcome(exit_, SessionLimits(90.0, 7.0), "c", None, BUSY)
     assert isinstance(judged, Failed)
@@ -309,7 +305,7 @@ def reported(made: RunRecord, status: RunStatus | None) -> RunReport:
     return build_report(made, paths=paths, has_ended=status is None, is_live=is_live, now=100.0)
 
 
-def test_a_report_names_what_blocks() -> None:
+def test_report_names_the_blocking_task() -> None:
     """A blocked task says which need it waited for, and the run is incomplete with exit code 1."""
     attempt = Attempt(number=1, adapter="x", base="0" * 40, started=0.0, outcome="crashed")
     tasks = {
@@ -325,7 +321,7 @@ def test_a_report_names_what_blocks() -> None:
     assert [task.log for task in made.tasks] == ["/logs/a.1.stderr", None]
 
 
-def test_a_report_names_adapters_that_can_not_be_used() -> None:
+def test_report_names_unavailable_adapters() -> None:
     """A parked adapter says until when; one that is stopped blocks its tasks once nothing is at work."""
     entries = {"a": DispatchEntry(adapter="shut"), "b": DispatchEntry(adapter="parked")}
     tasks = {"a": TaskDocument(), "b": TaskDocument()}
@@ -338,7 +334,7 @@ def test_a_report_names_adapters_that_can_not_be_used() -> None:
     assert "log in" in str(over.tasks[0].reason)
 
 
-def test_a_report_names_all_adapters_that_a_task_waits_for() -> None:
+def test_report_names_all_awaited_adapters() -> None:
     """Mending any that is stopped is enough; what is only parked says until when, at work or not."""
     entries = {
         "both": DispatchEntry(adapter="shut", fallback=("barred",)),
@@ -376,7 +372,7 @@ def test_a_report_names_all_adapters_that_a_task_waits_for() -> None:
         ("nope", 7, "name one of: task0, task1, task2, task3, task4 and 2 more, see `council status`"),
     ],
 )
-def test_a_task_that_a_run_does_not_have(named: str, many: int, remedy: str) -> None:
+def test_unknown_task_is_rejected(named: str, many: int, remedy: str) -> None:
     """Those that it may have been are told; where only some are told, that is said."""
     run = record({f"task{number}": TaskDocument() for number in range(many)}, {}).run
     with pytest.raises(RefusedError) as refused:

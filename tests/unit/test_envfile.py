@@ -21,11 +21,11 @@ from orchestrator.domain.security.envfile import parse_env_values
         ("A=1\nA=2", {"1", "2"}),
     ],
 )
-def test_all_that_a_value_may_be_taken_for_is_found(text: str, values: set[str]) -> None:
+def test_all_readings_of_a_value_are_found(text: str, values: set[str]) -> None:
     """Readers differ in quotes, escapes and comments."""
     assert {value for _, value in parse_env_values(text)} == values
 
 
-def test_a_quote_that_is_never_closed_hides_no_other_line() -> None:
+def test_unclosed_quote_hides_no_line() -> None:
     """What looks like the rest of it may be values of their own."""
     assert ("B_TOKEN", "plain") in set(parse_env_values('A="open\nB_TOKEN=plain\nC="closed"\n'))

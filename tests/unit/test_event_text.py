@@ -17,7 +17,7 @@ from orchestrator.system.instants import format_local_time
         (["a"], ["t"], "waiting for a (cooling down), and for your approval of t, until {until} at least"),
     ],
 )
-def test_what_a_run_waits_for_is_told(adapters: list[str], approvals: list[str], awaited: str) -> None:
+def test_waiting_run_names_what_it_waits_for(adapters: list[str], approvals: list[str], awaited: str) -> None:
     """Parked adapters with the time when the first is open, and people, without one."""
     until = 1e9 if adapters else None
     event = Event("run.waiting", {"run": "r", "until": until, "adapters": adapters, "approvals": approvals})
@@ -46,7 +46,7 @@ def test_what_a_run_waits_for_is_told(adapters: list[str], approvals: list[str],
          "t: phase plan skipped: its condition is false"),
     ],
 )  # fmt: skip
-def test_what_becomes_of_phases_is_told(type_: str, facts: dict[str, object], words: str) -> None:
+def test_phase_events_are_described(type_: str, facts: dict[str, object], words: str) -> None:
     """With what a person said, where they said anything."""
     assert event_text(Event(type_, {"run": "r", "task": "t", **facts})) == words
 
@@ -55,7 +55,7 @@ def test_what_becomes_of_phases_is_told(type_: str, facts: dict[str, object], wo
     ("branch", "left"),
     [("council/r/t/1", "the work of its session was saved as t/1"), (None, "its session had no work to save")],
 )
-def test_who_took_over_is_told_with_what_was_left(branch: str | None, left: str) -> None:
+def test_takeover_names_the_leftovers(branch: str | None, left: str) -> None:
     """Where that is nothing, no branch is named."""
     event = Event("task.claim_lost", {"run": "r", "task": "t", "attempt": 1, "by": "box-7-ab", "branch": branch})
     assert event_text(event) == f"t: taken over by box-7-ab; {left}"

@@ -37,7 +37,7 @@ def rules(given: dict[str, Any], **options: Any) -> list[tuple[str, str]]:
     return [(one.rule, one.place) for one in found if isinstance(one, Violation)]
 
 
-def test_dependencies_of_either_kind_become_needs() -> None:
+def test_dependencies_of_both_kinds_become_needs() -> None:
     """As a task says them, and as the plan does."""
     given = plan(task("a"), task("b", dependencies=["a"]), task("c"), dependencies={"c": ["a", "b"]})
     assert [(one.id, one.needs) for one in parts(given)] == [
@@ -47,7 +47,7 @@ def test_dependencies_of_either_kind_become_needs() -> None:
     ]
 
 
-def test_paths_are_those_of_the_plan_or_else_all_of_the_tasks_own() -> None:
+def test_paths_are_those_of_the_plan_or_the_task() -> None:
     """Where the task owns any; one that names none would own nothing at all otherwise."""
     given = plan(task("a", owns=["./src/a.py", "src/a.py"]), task("b"))
     assert [one.owns for one in parts(given, owns=("src/",))] == [("src/a.py",), ("src/",)]
@@ -70,7 +70,7 @@ def test_paths_are_those_of_the_plan_or_else_all_of_the_tasks_own() -> None:
         (plan(task("a", owns=["docs/x"])), {"owns": ("src/",)}, [("expansion.paths", "tasks[0].owns[0]")]),
     ],
 )
-def test_each_rule_is_told_at_its_place(
+def test_violated_rule_has_its_position(
     given: dict[str, Any], options: dict[str, Any], expected: list[tuple[str, str]]
 ) -> None:
     """Nothing becomes a task where anything is wrong."""
@@ -82,12 +82,12 @@ def test_each_rule_is_told_at_its_place(
 @pytest.mark.parametrize(
     "id_", ["a", "Add a login!", "ü", "..", "a..b", "x.lock", "-", "../../etc", "a/b", "x" * 100, "y" * 62, "a\nb"]
 )
-def test_whatever_a_plan_calls_its_tasks_is_made_a_name(id_: str) -> None:
+def test_plan_names_become_valid_names(id_: str) -> None:
     """One that a task of a file could have."""
     assert check_name(make_task_name("p-", id_)).startswith("p-")
 
 
-def test_names_that_are_cut_stay_apart() -> None:
+def test_truncated_names_stay_distinct() -> None:
     """By what was cut off."""
     assert make_task_name("p-", "x" * 100 + "1") != make_task_name("p-", "x" * 100 + "2")
 
@@ -113,7 +113,7 @@ def test_names_that_are_cut_stay_apart() -> None:
         ("src/**/x", ("src/*/x",), False),
     ],
 )
-def test_what_is_within_what_is_owned(pattern: str, owned: tuple[str, ...], expected: bool) -> None:
+def test_path_within_the_owned_paths_is_accepted(pattern: str, owned: tuple[str, ...], expected: bool) -> None:
     """Whatever the one names, the other does."""
     assert is_covered(pattern, owned) is expected
 
@@ -131,7 +131,7 @@ def grown() -> DispatchBoard:
     return board
 
 
-def test_a_task_goes_on_when_what_its_plan_became_has_landed() -> None:
+def test_planning_task_continues_after_its_subtasks_landed() -> None:
     """And what needs it only then; its paths are theirs meanwhile, and they come before later tasks of the file."""
     board = grown()
     assert choose_tasks(board, 9, 0.0) == ["p-a", "other"]
@@ -143,7 +143,7 @@ def test_a_task_goes_on_when_what_its_plan_became_has_landed() -> None:
     assert choose_tasks(board, 9, 1.0) == ["last"]
 
 
-def test_what_fails_of_a_plan_blocks_the_task_and_what_needs_that() -> None:
+def test_failed_subtask_blocks_the_planning_task_and_dependents() -> None:
     """Until it is tried again."""
     board = grown()
     choose_tasks(board, 9, 1.0)
@@ -154,7 +154,7 @@ def test_what_fails_of_a_plan_blocks_the_task_and_what_needs_that() -> None:
     assert choose_tasks(board, 9, 2.0) == ["p-a"]
 
 
-def test_a_task_that_makes_another_plan_waits_for_nothing_of_the_first() -> None:
+def test_second_plan_does_not_wait_for_the_first() -> None:
     """What has not landed of that is given up."""
     board = grown()
     choose_tasks(board, 9, 1.0)
@@ -167,7 +167,7 @@ def test_a_task_that_makes_another_plan_waits_for_nothing_of_the_first() -> None
     assert choose_tasks(board, 9, 2.0) == ["last"]
 
 
-def test_a_task_can_come_to_need_what_is_blocked_already() -> None:
+def test_task_can_need_a_blocked_subtask() -> None:
     """Then it is blocked, too."""
     board = DispatchBoard({"p": DispatchEntry(), "dead": DispatchEntry(), "last": DispatchEntry(("p",))})
     choose_tasks(board, 1, 0.0)
@@ -178,7 +178,7 @@ def test_a_task_can_come_to_need_what_is_blocked_already() -> None:
     assert board.blocked == {"p-a": "dead", "p": "p-a", "last": "p"}
 
 
-def test_entries_know_what_plans_became() -> None:
+def test_entries_have_the_subtasks_of_plans() -> None:
     """As the tasks' documents say: what is not known yet is left out."""
     entries = {"p": DispatchEntry(("x",)), "x": DispatchEntry(), "p-a": DispatchEntry()}
     documents = {"p": TaskDocument(expanded=("p-a", "p-b")), "x": TaskDocument(), "p-a": TaskDocument()}

@@ -38,7 +38,7 @@ def told(finding: Finding | None, level: Level, *words: str) -> None:
     assert finding.remedy is not None or level is Level.OK
 
 
-def test_the_system() -> None:
+def test_system_is_judged() -> None:
     """Linux and macOS are fine."""
     told(findings.judge_system(MACHINE), Level.OK, "3.11.2", "Linux")
     told(findings.judge_system(replace(MACHINE, system="Windows")), Level.PROBLEM, "WSL")
@@ -56,12 +56,12 @@ def test_the_system() -> None:
         ("3.0", Level.OK),
     ],
 )
-def test_git(version: str | None, level: Level) -> None:
+def test_git_is_judged(version: str | None, level: Level) -> None:
     """It must be there, not too old, and should be of a version that is tested with."""
     told(findings.judge_git(version), level, version or "not on PATH")
 
 
-def test_the_file(tmp_path: Path) -> None:
+def test_file_is_judged(tmp_path: Path) -> None:
     """A good file, one with mistakes, none."""
     path = tmp_path / "council.yaml"
     path.write_text("version: 1\nadapters: {a: {use: command, argv: [x]}}\ntasks: [{id: t, prompt: p}]\n")
@@ -84,7 +84,7 @@ def test_the_file(tmp_path: Path) -> None:
         (replace(TOOL, version=None, is_known=None, trouble="it hung"), Level.WARNING, Level.WARNING, "it hung"),
     ],
 )
-def test_a_program(program: ProgramStatus, used: Level, unused: Level, words: str) -> None:
+def test_program_is_judged(program: ProgramStatus, used: Level, unused: Level, words: str) -> None:
     """What is missing or not logged in stands in the way of a task that needs it, and of nothing else."""
     for is_used, level in ((True, used), (False, unused)):
         (found,) = findings.judge_adapter("a", AdapterStatus([program]), is_used=is_used)
@@ -92,13 +92,13 @@ def test_a_program(program: ProgramStatus, used: Level, unused: Level, words: st
         assert found.name == "adapter a"
 
 
-def test_an_adapter() -> None:
+def test_adapter_is_judged() -> None:
     """One without programs is fine, one that fails is not."""
     told(findings.judge_adapter("a", AdapterStatus([]), is_used=True)[0], Level.OK)
     told(findings.judge_adapter("a", AdapterStatus([], "it broke"), is_used=True)[0], Level.PROBLEM, "it broke")
 
 
-def test_the_sandbox() -> None:
+def test_sandbox_is_judged() -> None:
     """The strongest that works is fine; a weaker one says what keeps the strongest away; none is refused."""
     told(findings.judge_sandbox(SandboxKind.BUBBLEWRAP), Level.OK)
     told(findings.judge_sandbox(SandboxKind.LANDLOCK), Level.OK)
@@ -108,7 +108,7 @@ def test_the_sandbox() -> None:
     told(findings.judge_sandbox(why), Level.PROBLEM, "no bwrap", "install bubblewrap")
 
 
-def test_room_for_sessions() -> None:
+def test_session_capacity_is_judged() -> None:
     """Enough, enough for some, not enough for one; nothing is said to be short that is not known."""
     for limit, level in ((1024, Level.OK), (64, Level.WARNING), (32, Level.PROBLEM), (None, Level.OK)):
         told(findings.judge_descriptors(AvailableResources(limit, 10, None), 4), level)
@@ -136,12 +136,12 @@ def test_room_for_sessions() -> None:
         (replace(PLACE, trouble="Read-only file system"), Level.PROBLEM, "Read-only"),
     ],
 )
-def test_space(place: StorageLocation, level: Level, words: str) -> None:
+def test_disk_space_is_judged(place: StorageLocation, level: Level, words: str) -> None:
     """What is left is held against what a session, and what all of them need."""
     told(findings.judge_space("repositories", place, NEED), level, words)
 
 
-def test_space_grows_with_repository_and_capacity() -> None:
+def test_disk_space_grows_with_repository_and_capacity() -> None:
     """Two checkouts for each session, and all objects once."""
     small, large = (findings.hub_need(RepositorySize(10 << 30, 1 << 30, 1000), capacity) for capacity in (1, 10))
     assert large.all - small.all == 18 << 30
@@ -150,7 +150,7 @@ def test_space_grows_with_repository_and_capacity() -> None:
     assert findings.state_need(10).all > findings.state_need(1).all
 
 
-def test_file_systems() -> None:
+def test_file_systems_are_judged() -> None:
     """A disk is fine, memory is told, a network is refused, the unknown is passed over."""
     told(findings.judge_file_system("state", PLACE), Level.OK, "ext4")
     told(findings.judge_file_system("state", replace(PLACE, file_system="tmpfs")), Level.WARNING, "restarts")
@@ -158,13 +158,13 @@ def test_file_systems() -> None:
     assert findings.judge_file_system("state", replace(PLACE, file_system=None)) is None
 
 
-def test_our_repositories_lie_elsewhere() -> None:
+def test_moved_repositories_are_judged() -> None:
     """They can't be inside the repository that is worked on."""
     assert findings.judge_home(Path("/home/state"), Path("/home/project")) is None
     told(findings.judge_home(Path("/home/project/x"), Path("/home/project")), Level.PROBLEM, "COUNCIL_HOME")
 
 
-def test_the_clock() -> None:
+def test_clock_is_judged() -> None:
     """It runs neither before our installation nor in a far future, nor away from that of the disks."""
     told(findings.judge_clock(MACHINE, [PLACE]), Level.OK, "2027-01-15 08:00:00")
     told(findings.judge_clock(replace(MACHINE, now=0.0), []), Level.WARNING, "1970")
@@ -172,7 +172,7 @@ def test_the_clock() -> None:
     told(findings.judge_clock(MACHINE, [replace(PLACE, ahead=-90.0)]), Level.WARNING, "-90 s")
 
 
-def test_plugins_and_our_folder() -> None:
+def test_plugins_and_folder_are_judged() -> None:
     """A plugin that is left out is told; a `.council` that git would take is too."""
     told(findings.judge_plugin("the plugin 'x' of y 1: broken"), Level.WARNING, "broken", "COUNCIL_PLUGINS")
     told(findings.judge_project_folder(exists=True, is_ignored=True), Level.OK)
@@ -180,7 +180,7 @@ def test_plugins_and_our_folder() -> None:
     told(findings.judge_project_folder(exists=True, is_ignored=False), Level.WARNING)
 
 
-def test_facts_are_gathered_without_a_trace(tmp_path: Path) -> None:
+def test_gathering_facts_leaves_no_trace(tmp_path: Path) -> None:
     """A place that is not there yet is judged by what it will be in, and nothing is left there."""
     found = inspect_location(tmp_path / "not" / "yet")
     assert found.trouble is None
@@ -190,7 +190,7 @@ def test_facts_are_gathered_without_a_trace(tmp_path: Path) -> None:
     assert inspect_machine().now > 1_600_000_000
 
 
-def test_a_place_that_can_not_be_written_to_says_why() -> None:
+def test_unwritable_folder_has_its_reason() -> None:
     """The system's own words."""
     assert inspect_location(Path("/proc/self/council")).trouble
 

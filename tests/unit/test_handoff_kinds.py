@@ -119,7 +119,7 @@ LIBERAL: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("kind", "data", "expected"), LIBERAL)
-def test_what_is_meant_is_taken(kind: str, data: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_valid_content_is_accepted(kind: str, data: dict[str, Any], expected: dict[str, Any]) -> None:
     """Other spellings, one thing for a list, mappings for lists; what is taken is taken again as it is."""
     made = taken(kind, data)
     assert {key: made[key] for key in expected} == expected
@@ -170,12 +170,12 @@ WRONG: list[tuple[str, Any, list[tuple[str, str]]]] = [
 
 
 @pytest.mark.parametrize(("kind", "data", "expected"), WRONG)
-def test_what_can_not_be_meant_is_named_with_its_place(kind: str, data: Any, expected: list[tuple[str, str]]) -> None:
+def test_invalid_content_has_its_position(kind: str, data: Any, expected: list[tuple[str, str]]) -> None:
     """Each mistake has a rule, a place and a remedy; all are told at once."""
     assert wrong(kind, data) == expected
 
 
-def test_few_of_many_mistakes_are_told() -> None:
+def test_reported_mistakes_are_limited() -> None:
     """A prompt with all of them would be longer than the work."""
     found = wrong("build", {"artifacts": [{"path": "a"}] * 100})
     assert len(found) == MAX_VIOLATIONS + 1
@@ -202,7 +202,7 @@ def test_artifacts_match_the_tree(checksums: dict[str, str | None], expected: li
     )
 
 
-def test_what_a_kind_does_not_know_is_left_out_and_told() -> None:
+def test_unknown_fields_are_dropped_and_reported() -> None:
     """An unknown key is no mistake."""
     checked = HANDOFF_KINDS["scout"].check({"findings": [], "mood": "good"}, HandoffFacts())
     assert checked.ignored == ("mood",)
@@ -210,7 +210,7 @@ def test_what_a_kind_does_not_know_is_left_out_and_told() -> None:
     assert "mood" not in checked.data
 
 
-def test_what_a_planned_task_waits_for() -> None:
+def test_needs_of_a_planned_task_are_read() -> None:
     """What it says itself and what the plan says about it, each once; what is no task does not count."""
     data = {
         **PLAN,
@@ -255,13 +255,13 @@ EXPORTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("kind", EXPORTED)
-def test_what_later_phases_inherit(kind: str) -> None:
+def test_later_phases_inherit_values(kind: str) -> None:
     """Values by the names that phases need, those that say nothing, too: conditions ask for them."""
     data, expected = EXPORTED[kind]
     assert HANDOFF_KINDS[kind].exports(taken(kind, data)) == expected
 
 
-def test_no_two_kinds_export_the_same_and_all_needs_are_met() -> None:
+def test_exports_are_unique_and_requirements_met() -> None:
     """Each need of a phase is exported by one kind."""
     text = ["x"]
     full: dict[str, dict[str, Any]] = {
@@ -287,7 +287,7 @@ def test_no_two_kinds_export_the_same_and_all_needs_are_met() -> None:
 
 
 @pytest.mark.parametrize("kind", HANDOFF_KINDS.values(), ids=HANDOFF_KINDS)
-def test_each_schema_is_one(kind: Any) -> None:
+def test_each_schema_is_valid(kind: Any) -> None:
     """What sessions are shown is a JSON Schema of what is required, small enough for a prompt."""
     Draft202012Validator.check_schema(kind.schema)
     assert not Draft202012Validator(kind.schema).is_valid({})
@@ -302,7 +302,7 @@ RISK = {
 }
 
 
-def test_a_kind_of_the_users_own() -> None:
+def test_kind_of_the_user_is_accepted() -> None:
     """Its schema is what it is checked by; its data are one value of its name."""
     kind = kind_from_schema("risk", RISK)
     good = kind.check({"risks": [{"name": "x", "level": 2}], "more": 1}, HandoffFacts())
@@ -326,14 +326,14 @@ def test_a_kind_of_the_users_own() -> None:
         ({"items": [{"$dynamicRef": "other.json#x"}], "$defs": {}}, "items"),
     ],
 )
-def test_what_is_no_schema_of_ours_is_refused(schema: dict[str, Any], fragment: str) -> None:
+def test_unsupported_schema_is_rejected(schema: dict[str, Any], fragment: str) -> None:
     """Nothing is fetched, and a mistake in a schema is no mistake of a session."""
     with pytest.raises(RefusedError, match=fragment):
         kind_from_schema("risk", schema)
 
 
 @pytest.mark.parametrize("schema", [{"$ref": "#/$defs/gone"}, {"allOf": [{"$ref": "#"}]}])
-def test_a_schema_that_can_not_be_followed_is_a_violation(schema: dict[str, Any]) -> None:
+def test_unresolvable_schema_is_a_violation(schema: dict[str, Any]) -> None:
     """What refers to nothing, or to itself for ever, fails the phase and not the run."""
     checked = kind_from_schema("odd", schema).check({"a": 1}, HandoffFacts())
     assert [one.rule for one in checked.violations] == ["odd.check"]
@@ -345,7 +345,7 @@ class Estimate(BaseModel):
     days: int
 
 
-def test_a_kind_of_a_plugin() -> None:
+def test_kind_of_a_plugin_is_accepted() -> None:
     """A pydantic model is a kind; a fault of its own code is a violation."""
 
     def too_long(estimate: Estimate, _facts: HandoffFacts) -> list[Violation]:
@@ -359,7 +359,7 @@ def test_a_kind_of_a_plugin() -> None:
     assert "ZeroDivisionError" in str(fault[0])
 
 
-def test_checks_that_plugins_add() -> None:
+def test_validators_of_plugins_run() -> None:
     """They see what passed, can't change it, and are told by their names; one that fails hides no other."""
 
     def meddling(data: dict[str, Any], _facts: HandoffFacts) -> list[Violation]:

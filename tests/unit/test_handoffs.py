@@ -29,14 +29,14 @@ def made(data: dict[str, Any] | None = None, **told: Any) -> Handoff:
     return make_handoff("run", "task", 2, data or {"tasks": [1]}, **facts)
 
 
-def test_the_digest_is_that_of_the_canonical_text() -> None:
+def test_digest_is_that_of_the_canonical_text() -> None:
     """Whoever sorts the keys and leaves out blanks comes to the same."""
     text = '{"a":[1,2.5,null],"b":"ä"}'
     assert encode_canonical({"b": "ä", "a": [1, 2.5, None]}) == text.encode()
     assert compute_digest({"b": "ä", "a": [1, 2.5, None]}) == f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
-def test_a_handoff_knows_where_it_comes_from_and_that_it_is_whole() -> None:
+def test_handoff_has_its_origin_and_integrity() -> None:
     """Its name is its attempt's; its digest covers its data and what mediated them; its summary is bounded."""
     handoff = made(summary="x" * 9999, to="build", tokens=7, cost=0.5)
     assert (handoff.id, handoff.to, handoff.tokens, handoff.cost) == ("run/task/2", "build", 7, 0.5)
@@ -46,7 +46,7 @@ def test_a_handoff_knows_where_it_comes_from_and_that_it_is_whole() -> None:
     assert not is_intact(handoff.model_copy(update={"data": {"tasks": float("nan")}}))
 
 
-def test_what_is_mediated_is_what_is_given_and_part_of_the_digest() -> None:
+def test_mediated_content_is_given_and_digested() -> None:
     """To change what the next phase is given breaks the digest as well as to change the result."""
     mediation = mediate({"requirements": ["r"]}, "scout", "plan")
     assert isinstance(mediation, Mediation)
@@ -59,7 +59,7 @@ def test_what_is_mediated_is_what_is_given_and_part_of_the_digest() -> None:
     assert not is_intact(handoff.model_copy(update={"mediation": None}))
 
 
-def test_a_visit_receives_a_handoff_once() -> None:
+def test_visit_receives_a_handoff_once() -> None:
     """A second receipt of the same visit changes nothing; another visit has its own."""
     once = acknowledge(made(), "build", 3, 6.0)
     assert [(one.phase, one.attempt, one.time, one.digest) for one in once.receipts] == [
@@ -70,7 +70,7 @@ def test_a_visit_receives_a_handoff_once() -> None:
     assert is_intact(once)
 
 
-def test_what_is_not_what_was_handed_over_is_not_received() -> None:
+def test_modified_handoff_is_not_received() -> None:
     """The error names the handoff and what can be done."""
     with pytest.raises(HandoffCorrupted, match=r"handoff run/task/2: .*digest.*council retry TASK --from"):
         acknowledge(made().model_copy(update={"data": {}}), "build", 3, 6.0)
@@ -89,7 +89,7 @@ def test_what_is_not_what_was_handed_over_is_not_received() -> None:
         ({"a": {1, 2}}, "of type set"),
     ],
 )
-def test_what_is_no_plain_json(value: Any, flaw: str | None) -> None:
+def test_non_json_value_is_rejected(value: Any, flaw: str | None) -> None:
     """What the store would refuse is told beforehand."""
     found = find_json_error(value)
     assert found is None if flaw is None else flaw in str(found)
@@ -103,7 +103,7 @@ def nested(deep: int) -> dict[str, Any]:
     return value
 
 
-def test_what_is_nested_too_deep_is_told_at_any_depth() -> None:
+def test_deep_nesting_is_reported_at_any_depth() -> None:
     """The limit itself is allowed; ten thousand levels are no fault of ours."""
     assert find_json_error(nested(MAX_DEPTH - 1)) is None
     assert "deep" in str(find_json_error(nested(MAX_DEPTH)))
@@ -132,7 +132,7 @@ def test_what_is_nested_too_deep_is_told_at_any_depth() -> None:
         ("", "not valid JSON"),
     ],
 )
-def test_an_object_is_read_strictly(text: str, why: str) -> None:
+def test_object_is_parsed_strictly(text: str, why: str) -> None:
     """What a lenient reader would guess at is a mistake that is told."""
     with pytest.raises(ValueError, match=why):
         parse_object(text)
@@ -157,7 +157,7 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-def test_the_last_block_of_an_answer(name: str) -> None:
+def test_last_block_of_an_answer_is_used(name: str) -> None:
     """The last object in a fence is taken, and what was not is told with its line."""
     text, data, skipped = ANSWERS[name]
     found = find_last_json_block(text)
@@ -169,7 +169,7 @@ def test_the_last_block_of_an_answer(name: str) -> None:
 SCOUTED = {"requirements": ["r"], "constraints": [], "scout_findings": ["f"], "priorities": ["p"], "risks": ["x"]}
 
 
-def test_a_scout_is_mediated_to_a_planner() -> None:
+def test_scout_is_mediated_to_a_planner() -> None:
     """The transformation that comes with it is taken by the two kinds, and names what a planner wants."""
     done = mediate({**SCOUTED, "approach": "slowly", "opportunities": ["o"]}, "scout", "plan")
     assert isinstance(done, Mediation)
@@ -186,7 +186,7 @@ def test_a_scout_is_mediated_to_a_planner() -> None:
     assert "requirements" in done.instructions
 
 
-def test_without_a_transformation_a_default_prepares() -> None:
+def test_default_mediation_is_used_without_a_transformation() -> None:
     """What says nothing is left out, what there is is counted, and the next kind is told what to do with it."""
     data = {"findings": [{"severity": "major"}, {"severity": "info"}, {"severity": "major"}], "summary": "", "line": 0}
     done = mediate(data, "review", "build")
@@ -217,7 +217,7 @@ async def _late(_data: dict[str, Any], _analysis: dict[str, Any]) -> dict[str, A
         (_late, "mediation.result"),
     ],
 )
-def test_a_transformation_that_can_not_do_it_is_a_violation(function: Any, rule: str) -> None:
+def test_failing_transformation_is_a_violation(function: Any, rule: str) -> None:
     """A plugin's fault is told by the transformation's name, and raises nothing."""
     done = mediate(SCOUTED, "scout", "plan", {} if function is None else {"odd": function}, "odd")
     assert isinstance(done, Violation)
@@ -225,7 +225,7 @@ def test_a_transformation_that_can_not_do_it_is_a_violation(function: Any, rule:
     assert "'odd'" in str(done)
 
 
-def test_a_transformation_can_not_change_what_is_on_record() -> None:
+def test_transformation_can_not_change_the_record() -> None:
     """It gets a copy of its own."""
 
     def meddle(data: dict[str, Any], analysis: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ ALL = dict(_leaves(main))
 
 
 @pytest.mark.parametrize("path", ALL, ids=" ".join)
-def test_help_ends_with_examples_that_parse(path: tuple[str, ...]) -> None:
+def test_help_ends_with_valid_examples(path: tuple[str, ...]) -> None:
     """Each example is of the command that it stands under, and click takes it."""
     _, mark, examples = inspect.cleandoc(ALL[path].help or "").partition("\b\nExamples:\n")
     assert mark
@@ -60,7 +60,7 @@ def _parse(words: list[str]) -> None:
         ("salvage apply x --brnch y", "--branch"),
     ],
 )
-def test_words_that_are_none_lead_to_the_near_one(words: str, told: str) -> None:
+def test_unknown_command_suggests_the_nearest(words: str, told: str) -> None:
     """Commands, commands of commands, and options."""
     ended = CliRunner().invoke(main, words.split(), prog_name="council")
     assert ended.exit_code == 2

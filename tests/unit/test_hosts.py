@@ -37,7 +37,7 @@ def allows(entry: str, host: str, port: int = 443) -> bool:
         ("localhost:8000", "LocalHost", 8000),
     ],
 )
-def test_an_entry_matches(entry: str, host: str, port: int) -> None:
+def test_entry_matches_a_host(entry: str, host: str, port: int) -> None:
     """Whatever the case, the dot at the end, and the way in which an address is written."""
     assert allows(entry, host, port)
 
@@ -60,7 +60,7 @@ def test_an_entry_matches(entry: str, host: str, port: int) -> None:
         ("localhost:8000", "x.localhost", 8000),
     ],
 )
-def test_an_entry_does_not_match(entry: str, host: str, port: int) -> None:
+def test_entry_does_not_match_a_host(entry: str, host: str, port: int) -> None:
     """Another port, a name that only looks like it, another name of the same machine."""
     assert not allows(entry, host, port)
 
@@ -99,7 +99,7 @@ def test_an_entry_does_not_match(entry: str, host: str, port: int) -> None:
         ("x.localhost:80", "localhost:PORT"),
     ],
 )
-def test_an_entry_is_rejected(text: str, fix: str) -> None:
+def test_invalid_entry_is_rejected(text: str, fix: str) -> None:
     """With the mistake and its fix, in one line."""
     with pytest.raises(ValueError, match=fix) as rejected:
         parse_allowed_host(text)
@@ -110,7 +110,7 @@ def test_an_entry_is_rejected(text: str, fix: str) -> None:
 @pytest.mark.parametrize(
     "entry", ["api.example.com", "*.example.com:8443", "[::1]:80", "127.0.0.1", "localhost:80", "[::1]"]
 )
-def test_an_entry_is_shown_as_it_is_written(entry: str) -> None:
+def test_entry_is_shown_as_written(entry: str) -> None:
     """What is recorded can be read again."""
     assert str(parse_allowed_host(entry)) == entry
 
@@ -123,18 +123,18 @@ def test_an_entry_is_shown_as_it_is_written(entry: str) -> None:
         *("::ffff:127.0.0.1", "::127.0.0.1", "64:ff9b::7f00:1", "64:ff9b:1::7f00:1", "2002:7f00:1::", "2001:db8::1"),
     ],
 )
-def test_addresses_that_are_not_public(text: str) -> None:
+def test_private_addresses_are_recognized(text: str) -> None:
     """This machine's, its network's, a cloud's metadata service, and IPv6 addresses that lead to such."""
     assert not is_public(ip_address(text))
 
 
 @pytest.mark.parametrize("text", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"])
-def test_addresses_that_are_public(text: str) -> None:
+def test_public_addresses_are_recognized(text: str) -> None:
     """Of both versions."""
     assert is_public(ip_address(text))
 
 
-def test_an_address_that_is_not_public_needs_an_entry() -> None:
+def test_private_address_needs_an_entry() -> None:
     """One of them among others is enough to refuse the name; an entry for the name does not cover it."""
     public, private = ip_address("8.8.8.8"), ip_address("10.0.0.1")
     name, both = parse_allowed_host("git.example.com"), [public, private]

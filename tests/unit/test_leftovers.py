@@ -40,7 +40,7 @@ def document(status: TaskStatus = TaskStatus.FAILED) -> TaskDocument:
         (4, True, WorktreeContents.NOTHING),
     ],
 )
-def test_what_a_worktree_holds(attempt: int, is_check: bool, held: WorktreeContents) -> None:
+def test_worktree_state_is_judged(attempt: int, is_check: bool, held: WorktreeContents) -> None:
     """Nothing if it was collected or is of checks; where nothing is recorded nothing is known."""
     assert classify_worktree(document(), attempt, is_check=is_check) is held
     assert classify_worktree(None, attempt, is_check=is_check) is (
@@ -50,7 +50,7 @@ def test_what_a_worktree_holds(attempt: int, is_check: bool, held: WorktreeConte
 
 @pytest.mark.parametrize("held", WorktreeContents)
 @pytest.mark.parametrize("status", TaskStatus)
-def test_only_what_is_saved_of_a_task_that_is_over_goes(status: TaskStatus, held: WorktreeContents) -> None:
+def test_only_saved_work_of_ended_tasks_is_removed(status: TaskStatus, held: WorktreeContents) -> None:
     """What a resume goes on from never goes, and what is nowhere else only on request."""
     standing, _ = judge_worktree("run", document(status), held)
     assert (standing is LeftoverStatus.NEEDED) == (status not in FINAL_STATUSES)
@@ -60,13 +60,13 @@ def test_only_what_is_saved_of_a_task_that_is_over_goes(status: TaskStatus, held
 
 
 @pytest.mark.parametrize(("refs", "worktrees"), [(1, 0), (0, 1), (None, 0)])
-def test_a_hub_with_work_is_kept(refs: int | None, worktrees: int) -> None:
+def test_hub_with_work_is_kept(refs: int | None, worktrees: int) -> None:
     """Also where it is not known whether there is any."""
     assert judge_hub("/r/.git", refs, worktrees)[0] is LeftoverStatus.KEPT
     assert judge_hub("/r/.git", 0, 0)[0] is LeftoverStatus.LEFT_OVER
 
 
-def test_what_is_young_is_not_stale() -> None:
+def test_recent_leftover_is_not_stale() -> None:
     """Also what a clock that jumped put into the future."""
     assert is_stale_file(1000.0, 1001.0 + STALE_FILE_SECONDS)
     assert not is_stale_file(1000.0, 999.0 + STALE_FILE_SECONDS)
@@ -87,6 +87,6 @@ def test_what_is_young_is_not_stale() -> None:
         (3 * 10**15, "3000TB"),
     ],
 )
-def test_sizes_are_shown_as_they_are_written(size: int, shown: str) -> None:
+def test_sizes_are_formatted(size: int, shown: str) -> None:
     """Two or three digits and a unit."""
     assert format_size_short(size) == shown

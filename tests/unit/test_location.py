@@ -27,14 +27,14 @@ from orchestrator.config.source.location import named_repository
         ("", None),
     ],
 )
-def test_the_named_repository(tmp_path: Path, text: str, expected: str | None) -> None:
+def test_repository_of_the_file_is_found(tmp_path: Path, text: str, expected: str | None) -> None:
     """Only the top mapping's own key counts, URLs are no folders, and nothing that is wrong is an error."""
     path = tmp_path / "council.yaml"
     path.write_text(text)
     assert named_repository(path) == (None if expected is None else (tmp_path / expected).resolve())
 
 
-def test_what_can_t_be_read_names_nothing(tmp_path: Path) -> None:
+def test_unreadable_file_names_no_repository(tmp_path: Path) -> None:
     """No file, and no text."""
     assert named_repository(tmp_path / "none") is None
     assert named_repository(tmp_path) is None

@@ -54,7 +54,7 @@ NEXT = encode_line(line_of(Commit(), position=2))
 
 
 @given(st.lists(COMMITS, min_size=1, max_size=4))
-def test_lines_come_back_as_they_went_in(commits: list[Commit]) -> None:
+def test_line_is_decoded_as_encoded(commits: list[Commit]) -> None:
     """Any sequence of commits is one line each, and scanning them in turn gives the same lines, values and events."""
     lines = [line_of(commit, position) for position, commit in enumerate(commits, 1)]
     data = b"".join(map(encode_line, lines))
@@ -72,7 +72,7 @@ def test_lines_come_back_as_they_went_in(commits: list[Commit]) -> None:
     assert offset == len(data)
 
 
-def test_every_truncated_line_is_incomplete() -> None:
+def test_truncated_line_is_incomplete() -> None:
     """A line of which the end is missing is incomplete at each length; without its newline alone it is complete."""
     for length in range(1, len(BYTES) - 1):
         assert scan(BYTES[:length], 0) == IncompleteLine(length)
@@ -81,7 +81,7 @@ def test_every_truncated_line_is_incomplete() -> None:
 
 @pytest.mark.parametrize("offset", range(len(BYTES)))
 @pytest.mark.parametrize("change", [lambda byte: byte ^ 1, lambda byte: byte ^ 0x80, lambda _: ord("\n")])
-def test_a_changed_byte_is_seen_and_hits_one_line(offset: int, change: Callable[[int], int]) -> None:
+def test_changed_byte_is_detected_in_its_line_only(offset: int, change: Callable[[int], int]) -> None:
     """A changed byte is found: in the payload the header still names what was hit; the next line is always found."""
     data = bytearray(BYTES + NEXT)
     data[offset] = change(data[offset])
@@ -98,7 +98,7 @@ def test_a_changed_byte_is_seen_and_hits_one_line(offset: int, change: Callable[
     assert scan(bytes(data), len(BYTES)) == DecodedLine(len(data), line_of(Commit(), position=2), b"\n")
 
 
-def test_a_line_that_lost_bytes_does_not_hide_the_next() -> None:
+def test_line_with_lost_bytes_does_not_hide_the_next() -> None:
     """Bytes missing in the middle of a payload damage that line alone, though its length is now wrong."""
     data = BYTES[:-8] + BYTES[-4:] + NEXT
     item = scan(data, 0)
@@ -107,14 +107,14 @@ def test_a_line_that_lost_bytes_does_not_hide_the_next() -> None:
     assert item.end == len(BYTES) - 4
 
 
-def test_a_damaged_line_still_tells_what_it_deleted() -> None:
+def test_damaged_line_still_has_its_deletions() -> None:
     """A follower of a damaged line gets its deletions, and the names of the documents whose values are lost."""
     record = to_record(LogLine(SMALL.position, SMALL.time, SMALL.changes, b""))
     assert record.documents == {Key("task", "b"): (1, None)}
     assert record.unreadable == [Key("task", "a")]
 
 
-def test_a_commit_over_the_limit_is_refused() -> None:
+def test_commit_above_the_limit_is_rejected() -> None:
     """Documents that fit one by one are refused together when they exceed what one commit may hold."""
     value = {"x": "x" * (4_000_000)}
     writes = [Write(Key("task", str(number)), 0, value) for number in range(MAX_COMMIT_BYTES // 4_000_000 + 1)]
@@ -123,7 +123,7 @@ def test_a_commit_over_the_limit_is_refused() -> None:
 
 
 @pytest.mark.parametrize("wrap", [lambda inner: {"in": inner}, lambda inner: [inner]])
-def test_nesting_is_allowed_up_to_the_limit(wrap: Callable[[Any], Any]) -> None:
+def test_nesting_up_to_the_limit_is_accepted(wrap: Callable[[Any], Any]) -> None:
     """A value may nest to the limit, through objects as well as lists, and not one level deeper."""
     value: Any = 1
     for _ in range(MAX_DEPTH - 1):
@@ -133,7 +133,7 @@ def test_nesting_is_allowed_up_to_the_limit(wrap: Callable[[Any], Any]) -> None:
         encode_commit(Commit([Write(Key("task", "a"), 0, {"in": wrap(value)})]))
 
 
-def test_a_value_inside_itself_is_refused() -> None:
+def test_recursive_value_is_rejected() -> None:
     """Cycles are refused, also those whose unfolding grows at each level."""
     value: JsonObject = {}
     value["left"], value["right"] = value, value
@@ -143,7 +143,7 @@ def test_a_value_inside_itself_is_refused() -> None:
 
 @pytest.mark.parametrize("value", [{}, None])
 @pytest.mark.parametrize("key", [Key("task", "\ud800"), Key("\ud800", "a"), Key("task", cast("str", 1))])
-def test_a_name_that_is_not_text_is_refused(key: Key, value: JsonObject | None) -> None:
+def test_name_that_is_not_text_is_rejected(key: Key, value: JsonObject | None) -> None:
     """Half a surrogate pair or a number can't name a document, written or deleted."""
     with pytest.raises(InvalidDocument):
         encode_commit(Commit([Write(key, 0, value)]))

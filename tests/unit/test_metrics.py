@@ -23,7 +23,7 @@ def task(status: TaskStatus, *starts: float, **spent: Any) -> TaskDocument:
     return TaskDocument(status=status, attempts=attempts)
 
 
-def test_every_status_is_counted_once() -> None:
+def test_each_status_is_counted_once() -> None:
     """Completed, in progress, failed and pending add up to all, with each status in the place that is documented."""
     tasks = {status.value: task(status) for status in TaskStatus}
     found = compute_metrics(tasks, {}, ActiveTime())
@@ -33,13 +33,13 @@ def test_every_status_is_counted_once() -> None:
     assert found.by_status == dict.fromkeys(TaskStatus, 1)
 
 
-def test_of_no_tasks_nothing_is_known() -> None:
+def test_no_tasks_have_no_average() -> None:
     """No division by nothing."""
     found = compute_metrics({}, {}, ActiveTime())
     assert (found.total_tasks, found.average_time_minutes, found.cost, found.by_status) == (0, None, None, {})
 
 
-def test_the_average_is_from_the_first_start_to_the_landing() -> None:
+def test_average_is_from_first_start_to_landing() -> None:
     """Attempts that failed count in; what did not land, or was found on the target without a start, does not."""
     tasks = {
         "a": task(TaskStatus.LANDED, 0.0, 60.0),
@@ -52,7 +52,7 @@ def test_the_average_is_from_the_first_start_to_the_landing() -> None:
 
 
 @pytest.mark.parametrize(("landed_at", "minutes"), [(None, None), (160.0, 1.0), (50.0, 0.0)])
-def test_a_clock_that_was_set_back_gives_no_negative_time(landed_at: float | None, minutes: float | None) -> None:
+def test_clock_set_back_gives_no_negative_time(landed_at: float | None, minutes: float | None) -> None:
     """It is nothing rather than less than nothing; without an instant it is not known."""
     assert compute_minutes_to_land(task(TaskStatus.LANDED, 100.0), landed_at, ActiveTime()) == minutes
 
@@ -63,7 +63,7 @@ def orchestrator(number: int, since: float, heartbeat: float, **facts: Any) -> O
     return OrchestratorLease(owner=owner, epoch=1, since=since, heartbeat=heartbeat, expires=heartbeat + 300, **facts)
 
 
-def test_pauses_are_no_active_time() -> None:
+def test_pauses_are_not_active_time() -> None:
     """A killed process was active up to its heartbeat or the last record before the next joined; none counts twice."""
     processes = [
         orchestrator(2, 1_000.0, 1_060.0, ended=1_100.0),
@@ -79,14 +79,14 @@ def test_pauses_are_no_active_time() -> None:
     assert compute_active_time([orchestrator(1, 0.0, 60.0)], (), 9_000.0).between(0.0, 9_000.0) == 60.0
 
 
-def test_a_landing_is_when_the_tasks_document_was_written() -> None:
+def test_landing_time_is_that_of_the_task_document() -> None:
     """Unless what was written is lost: then the time is of something that is not known."""
     tasks = {name: task(TaskStatus.LANDED, 0.0) for name in ("a", "lost")} | {"failed": task(TaskStatus.FAILED, 0.0)}
     documents = {name: Document(Key("task", name), 1, b"{}", 1, name == "lost", 60.0) for name in tasks}
     assert landing_times(tasks, documents) == {"a": 60.0}
 
 
-def test_what_was_spent_is_that_of_all_attempts() -> None:
+def test_usage_is_that_of_all_attempts() -> None:
     """Tokens add up; the cost is null only where nobody told."""
     tasks = {
         "a": task(TaskStatus.FAILED, 0.0, 1.0, input_tokens=10, output_tokens=1, cost=0.5),

@@ -27,12 +27,12 @@ TABLE = r"""22 1 0:21 / / rw,relatime shared:1 - ext4 /dev/vda rw
         ("/mnt/far", "/mnt/far", "fuse.sshfs"),
     ],
 )
-def test_the_innermost_mount_on_top_counts(path: str, mount: str, kind: str) -> None:
+def test_innermost_top_mount_counts(path: str, mount: str, kind: str) -> None:
     """A path belongs to the deepest mount point above it, and of several there to the last one."""
     assert mount_of(Path(path), TABLE) == (Path(mount), kind)
 
 
-def test_a_network_mount_is_refused_with_its_name(tmp_path: Path) -> None:
+def test_network_mount_is_rejected_by_name(tmp_path: Path) -> None:
     """State on a network mount is refused, naming the mount and what to do; on a local one it is not."""
     table = tmp_path / "mountinfo"
     table.write_text(TABLE)
@@ -41,6 +41,6 @@ def test_a_network_mount_is_refused_with_its_name(tmp_path: Path) -> None:
     refuse_network_mount(Path("/srv/state"), table)
 
 
-def test_without_a_mount_table_nothing_is_refused(tmp_path: Path) -> None:
+def test_missing_mount_table_rejects_nothing(tmp_path: Path) -> None:
     """Where the kernel shows no mount table, any path passes."""
     refuse_network_mount(tmp_path, tmp_path / "missing")

@@ -19,14 +19,14 @@ LINES = b"".join(b'{"position": %d, "words": "some of the same in each line"}\n'
 
 
 @given(st.binary(max_size=5_000))
-def test_what_is_packed_comes_back(data: bytes) -> None:
+def test_packed_data_is_unpacked(data: bytes) -> None:
     """Any bytes do, and their sum is told without unpacking."""
     packed = pack(data)
     assert unpack(packed) == data
     assert read_content_checksum(packed) == Checksum(len(data), zlib.crc32(data))
 
 
-def test_lines_that_are_alike_take_little(tmp_path: Path) -> None:
+def test_similar_lines_are_compressed(tmp_path: Path) -> None:
     """A source reads any part of them."""
     path = tmp_path / "s.jsonl.zst"
     path.write_bytes(pack(LINES))
@@ -38,14 +38,14 @@ def test_lines_that_are_alike_take_little(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("zstdcat") is None, reason="zstd is not installed")
-def test_zstdcat_reads_it() -> None:
+def test_zstdcat_can_read_it() -> None:
     """Someone with standard tools can see everything."""
     done = subprocess.run(["zstdcat"], input=pack(LINES), capture_output=True, check=True)
     assert done.stdout == LINES
 
 
 @pytest.mark.extended
-def test_damage_takes_one_part_along() -> None:
+def test_damage_affects_one_part() -> None:
     """Whatever byte is another one is noticed, and all other parts are still read."""
     packed = pack(LINES)
     parts = list(packing._split(LINES))
@@ -58,7 +58,7 @@ def test_damage_takes_one_part_along() -> None:
         assert left in {LINES, *(b"".join(parts[:lost] + parts[lost + 1 :]) for lost in range(len(parts)))}
 
 
-def test_what_is_cut_off_is_read_up_to_there() -> None:
+def test_truncated_data_is_read_up_to_the_end() -> None:
     """No length of what is left is an error."""
     packed = pack(LINES)
     for size in [*range(60), *range(60, len(packed), 997)]:

@@ -31,7 +31,7 @@ _LEADS = {
 
 
 @pytest.mark.parametrize(("status", "trigger"), [*itertools.product([None, *PhaseStatus], PhaseTrigger)])
-def test_every_pair_of_status_and_trigger(status: PhaseStatus | None, trigger: PhaseTrigger) -> None:
+def test_transition_exists_for_expected_pairs_only(status: PhaseStatus | None, trigger: PhaseTrigger) -> None:
     """A row leads to its status and keeps what is recorded; a missing row raises and names both."""
     record = None if status is None else PhaseRecord(phase="plan", status=status, started=1.0, attempts=(2,))
     if (status, trigger) in _LEADS:
@@ -45,7 +45,7 @@ def test_every_pair_of_status_and_trigger(status: PhaseStatus | None, trigger: P
         assert (raised.value.state, raised.value.trigger) == (status or "not started", trigger)
 
 
-def test_every_row_is_expected_and_every_status_is_reached() -> None:
+def test_each_transition_is_expected_and_each_status_reached() -> None:
     """No row is there beside those that are told; what is over stays so, and what is open does not."""
     assert PHASE_TRANSITIONS == _LEADS
     assert set(PHASE_TRANSITIONS.values()) == set(PhaseStatus)

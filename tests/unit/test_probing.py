@@ -92,7 +92,7 @@ def program(bin_folder: Path) -> MakeProgram:
     return make
 
 
-async def test_a_program_with_a_home_of_the_tasks_is_asked_in_one(
+async def test_program_with_a_task_home_is_probed_in_one(
     program: MakeProgram, environ: dict[str, str], tmp_path: Path
 ) -> None:
     """With the user's login in it, and gone afterwards, with all that it wrote there."""
@@ -130,14 +130,14 @@ async def test_a_program_with_a_home_of_the_tasks_is_asked_in_one(
         ("", None),
     ],
 )
-def test_a_version_is_read_from_what_people_are_told(printed: str, version: str | None) -> None:
+def test_version_is_parsed_from_output(printed: str, version: str | None) -> None:
     """The first number with dots counts, whatever stands around it."""
     for answer in (CompletedCommand(0, printed.encode(), b""), CompletedCommand(0, b"", printed.encode())):
         found = read_version(answer)
         assert (None if found is None else str(found)) == version
 
 
-def test_a_version_is_read_fast_from_anything() -> None:
+def test_version_is_parsed_quickly_from_anything() -> None:
     """Output that is made to be slow to search is not."""
     started = time.monotonic()
     for part in ("1", "1.", "1a", "\x1b]", "\x1b[", "v", "1.1-"):
@@ -155,13 +155,13 @@ def test_output_of_a_failed_command_is_no_version() -> None:
 
 
 @pytest.mark.parametrize(("known", "is_known"), [(">=2,<3", True), (">=3", False), ("", None), (">=2.1b1", True)])
-def test_a_version_is_held_against_those_that_are_known(known: str, is_known: bool | None) -> None:
+def test_version_is_compared_with_the_known_ones(known: str, is_known: bool | None) -> None:
     """Whether the adapter is made for it, pre-releases included."""
     answer = CompletedCommand(0, b"tool 2.1rc1", b"")
     assert judge_program(Program("tool", version=("-V",), known=known), "/bin/tool", answer).is_known is is_known
 
 
-def test_a_range_that_is_none_is_told() -> None:
+def test_invalid_range_is_reported() -> None:
     """A plugin's mistake is named, and no more."""
     status = judge_program(Program("tool", version=("-V",), known="two"), "/bin/tool", CompletedCommand(0, b"2.0", b""))
     assert (status.version, status.is_known) == ("2.0", None)
@@ -190,7 +190,7 @@ def test_readiness_is_an_exit_code_or_a_key(
     assert status.remedy == ("run `tool login`" if ready is False else None)
 
 
-async def test_programs_are_found_and_asked(program: MakeProgram, environ: dict[str, str]) -> None:
+async def test_programs_are_found_and_probed(program: MakeProgram, environ: dict[str, str]) -> None:
     """Path, version and login of one that answers; the remedy for one that is not there."""
     path = program("tool", 'case "$1" in --version) echo tool 1.2.3;; status) test -n "$LOGIN";; esac')
     known = Program("tool", version=("--version",), known="<2", ready=("status",), log_in="log in")
@@ -208,7 +208,7 @@ async def test_programs_are_found_and_asked(program: MakeProgram, environ: dict[
     assert (missing.programs[0].path, missing.programs[0].remedy, missing.is_installed) == (None, "get it", False)
 
 
-async def test_a_key_stands_for_a_login(program: MakeProgram, environ: dict[str, str], tmp_path: Path) -> None:
+async def test_key_replaces_a_login(program: MakeProgram, environ: dict[str, str], tmp_path: Path) -> None:
     """With one of its keys set a program is ready without being asked; the key must reach it."""
     program("tool", f"touch {tmp_path}/asked; exit 1")
     wanted = Program("tool", ready=("status",), keys=("OTHER_KEY", "TOOL_KEY"))
@@ -217,7 +217,9 @@ async def test_a_key_stands_for_a_login(program: MakeProgram, environ: dict[str,
     assert not (tmp_path / "asked").exists()
 
 
-async def test_a_program_sees_little(program: MakeProgram, environ: dict[str, str], tmp_path: Path) -> None:
+async def test_program_gets_a_minimal_environment(
+    program: MakeProgram, environ: dict[str, str], tmp_path: Path
+) -> None:
     """It gets the base environment, HOME and what its adapter passes on, nothing to read, an empty folder."""
     program("tool", f"env > {tmp_path}/env; pwd > {tmp_path}/cwd; ls -A >> {tmp_path}/cwd; cat; echo 1.0")
     given = {**environ, "SECRET": "s", "PASSED": "p"}
@@ -231,7 +233,7 @@ async def test_a_program_sees_little(program: MakeProgram, environ: dict[str, st
     assert not Path(folder).exists()
 
 
-async def test_a_program_that_hangs_is_killed(
+async def test_hanging_program_is_killed(
     program: MakeProgram, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """It has its time, is not asked a second question, and nothing of it lives on."""
@@ -245,7 +247,7 @@ async def test_a_program_that_hangs_is_killed(
     wait_for(lambda: not psutil.pid_exists(pid))
 
 
-async def test_endless_output_ends(program: MakeProgram, environ: dict[str, str]) -> None:
+async def test_endless_output_is_stopped(program: MakeProgram, environ: dict[str, str]) -> None:
     """A program that prints for ever is cut off long before its time is over, on either stream."""
     program("loud", "exec yes")
     program("angry", "exec yes >&2")
@@ -254,9 +256,7 @@ async def test_endless_output_ends(program: MakeProgram, environ: dict[str, str]
     assert {one.programs[0].trouble for one in found.values()} == {"it prints without end"}
 
 
-async def test_children_that_are_left_behind_are_killed(
-    program: MakeProgram, environ: dict[str, str], tmp_path: Path
-) -> None:
+async def test_child_processes_are_killed(program: MakeProgram, environ: dict[str, str], tmp_path: Path) -> None:
     """Neither one that holds the output open nor one in a session of its own outlives the question, or delays it."""
     program("tool", f"sleep 1000 & echo $! > {tmp_path}/a\nsetsid sleep 1000 & echo $! > {tmp_path}/b\necho 1.2")
     found = await probe_adapters({"a": Stand(Program("tool", version=("-V",)))}, environ)
@@ -266,7 +266,7 @@ async def test_children_that_are_left_behind_are_killed(
         wait_for(lambda pid=pid: not psutil.pid_exists(pid))  # type: ignore[misc]
 
 
-async def test_what_can_not_be_started_is_told(program: MakeProgram, environ: dict[str, str]) -> None:
+async def test_unstartable_program_is_reported(program: MakeProgram, environ: dict[str, str]) -> None:
     """A file that is executable and no program is found, and says nothing."""
     path = program("tool", "")
     path.write_bytes(b"\x7fELF not at all")
@@ -275,7 +275,7 @@ async def test_what_can_not_be_started_is_told(program: MakeProgram, environ: di
     assert str(status.trouble).startswith("it can't be started")
 
 
-async def test_secrets_that_a_program_prints_are_hidden(program: MakeProgram, environ: dict[str, str]) -> None:
+async def test_printed_secrets_are_hidden(program: MakeProgram, environ: dict[str, str]) -> None:
     """A key that was passed on does not come out again."""
     program("tool", 'echo "bad key $TOOL_KEY" >&2; exit 1')
     adapter = Stand(Program("tool", version=("-V",)), pass_env=["TOOL_KEY"])
@@ -283,7 +283,7 @@ async def test_secrets_that_a_program_prints_are_hidden(program: MakeProgram, en
     assert found["a"].programs[0].trouble == "it ended with exit code 1: bad key [redacted]"
 
 
-async def test_programs_are_asked_side_by_side_and_once(
+async def test_programs_are_probed_concurrently_and_once(
     program: MakeProgram, environ: dict[str, str], tmp_path: Path
 ) -> None:
     """Four slow programs take the time of one, and what several adapters share is asked once."""
@@ -299,7 +299,7 @@ async def test_programs_are_asked_side_by_side_and_once(
     assert (tmp_path / "tool0.asked").read_text() == "x\n"
 
 
-async def test_an_adapter_that_fails_is_told(environ: dict[str, str]) -> None:
+async def test_failing_adapter_is_reported(environ: dict[str, str]) -> None:
     """What a plugin's own code raises stays with that adapter."""
 
     class Broken(Stand):
@@ -311,7 +311,7 @@ async def test_an_adapter_that_fails_is_told(environ: dict[str, str]) -> None:
     assert found["fine"].trouble is None
 
 
-def test_types_are_made_without_options_where_they_can_be() -> None:
+def test_types_without_required_options_are_created() -> None:
     """What a type needs is named; one that can't be made at all says why."""
 
     class Needy(Stand):
@@ -330,7 +330,7 @@ def test_types_are_made_without_options_where_they_can_be() -> None:
     assert needs == {"needy": "needs argv, model", "broken": "can't be made: OSError: no home"}
 
 
-async def test_our_own_python_proves_nothing(environ: dict[str, str]) -> None:
+async def test_own_python_proves_nothing(environ: dict[str, str]) -> None:
     """An adapter that reaches a server through our Python is installed where that server is, not everywhere."""
     adapters = {code: Stand(Program(sys.executable, ready=("-c", f"raise SystemExit({code})"))) for code in (0, 1)}
     found = await probe_adapters(adapters, environ)

@@ -17,13 +17,13 @@ JSON = st.recursive(
 
 
 @given(st.text())
-def test_no_text_leaves_its_bars(text: str) -> None:
+def test_text_can_not_leave_its_delimiters(text: str) -> None:
     """Each line that a reader sees begins with a bar."""
     assert all(line.startswith("| ") for line in "\n".join(quote_lines(text)).splitlines())
 
 
 @given(st.text())
-def test_a_plain_line_is_one_line(text: str) -> None:
+def test_plain_line_stays_one_line(text: str) -> None:
     """Nothing in it ends the line, or hides what stands in it."""
     line = remove_control_characters(text)
     assert len(line) == len(text)
@@ -32,7 +32,7 @@ def test_a_plain_line_is_one_line(text: str) -> None:
 
 
 @given(JSON)
-def test_values_are_told_whole_where_there_is_room(value: object) -> None:
+def test_values_are_complete_if_they_fit(value: object) -> None:
     """JSON reads back as the same value, but for what could hide in it."""
     told = format_value(value, 100_000)
     if isinstance(value, str):
@@ -41,12 +41,12 @@ def test_values_are_told_whole_where_there_is_room(value: object) -> None:
         assert json.loads(told) == value
 
 
-def test_what_is_too_long_is_cut_with_a_word_on_the_rest() -> None:
+def test_long_value_is_truncated_with_a_note() -> None:
     """The number of characters that are left out is told."""
     assert format_value("abcdef", 6) == "abcdef"
     assert format_value("abcdefgh", 6) == "abcdef\n(… 2 more characters omitted)"
 
 
-def test_a_text_stands_between_two_marks() -> None:
+def test_text_is_between_two_delimiters() -> None:
     """Both have the mark and the word."""
     assert quote_block("a\nb", "1f", "output") == "[1f output begins]\na\nb\n[1f output ends]"

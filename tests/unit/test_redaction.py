@@ -28,7 +28,7 @@ def in_chunks(data: bytes, size: int) -> list[bytes]:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 65, 1000, 65536])
-def test_the_size_of_the_chunks_makes_no_difference(size: int) -> None:
+def test_chunk_size_makes_no_difference(size: int) -> None:
     """Tokens, what follows a word, and keys are replaced, all the rest is kept byte for byte."""
     text = b"a %s b\xff\n\r%s\n{%s}\ntoken=0123456789abcdef!\nsk-short %s" % (TOKEN, KEY, TOKEN, TOKEN)
     expected = b"a [redacted] b\xff\n\r[redacted]\n{[redacted]}\ntoken=[redacted]!\nsk-short [redacted]"
@@ -37,7 +37,7 @@ def test_the_size_of_the_chunks_makes_no_difference(size: int) -> None:
 
 @pytest.mark.parametrize("shift", range(-40, 41, 5))
 @pytest.mark.parametrize("size", [1000, 4096, 65536])
-def test_a_secret_in_an_endless_line_is_found_wherever_the_line_is_cut(shift: int, size: int) -> None:
+def test_secret_in_an_endless_line_is_found_at_any_cut(shift: int, size: int) -> None:
     """A line that is longer than what is held back hides nothing."""
     lead, trail = b" " * (3 * MAX_HELD_BYTES + shift), b" " * (2 * MAX_HELD_BYTES)
     for secret in (TOKEN, KEY):
@@ -46,13 +46,13 @@ def test_a_secret_in_an_endless_line_is_found_wherever_the_line_is_cut(shift: in
     assert redacted(*in_chunks(lead + b"0" * 16 + trail, size)) == lead + b"[redacted]" + trail
 
 
-def test_a_secret_longer_than_what_is_held_back_is_replaced_to_its_end() -> None:
+def test_long_secret_is_replaced_to_its_end() -> None:
     """It is given out once, and no part of it comes later."""
     secret = b"sk-" + b"x" * (20 * MAX_HELD_BYTES)
     assert redacted(*in_chunks(b"a " + secret + b" b", 1000)) == b"a [redacted] b"
 
 
-def test_not_more_than_an_unfinished_line_is_held_back() -> None:
+def test_at_most_an_unfinished_line_is_held_back() -> None:
     """Whole lines are given out at once; of a long one all but the last bytes."""
     redactor = StreamRedactor(PATTERN)
     assert redactor.feed(b"one\ntwo") == b"one\n"
@@ -63,7 +63,7 @@ def test_not_more_than_an_unfinished_line_is_held_back() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 100, 5000, 65536])
-def test_a_key_that_never_ends_takes_a_bounded_amount_with_it(size: int) -> None:
+def test_endless_key_removes_a_bounded_part(size: int) -> None:
     """The mere mention of a key's first line does not silence a program for ever."""
     text = b"if x == '-----BEGIN PRIVATE KEY-----':\n" + b"code\n" * MAX_KEY_BYTES
     given = redacted(*in_chunks(text, size))
@@ -72,7 +72,7 @@ def test_a_key_that_never_ends_takes_a_bounded_amount_with_it(size: int) -> None
     assert abs(len(text) - len(given) - MAX_KEY_BYTES) < 100
 
 
-def test_a_key_on_one_line_of_json_is_found() -> None:
+def test_key_on_one_line_of_json_is_found() -> None:
     """Where its line ends are escaped."""
     line = b'{"key": "' + KEY.replace(b"\n", b"\\n") + b'"}\n'
     assert redacted(line) == b'{"key": "[redacted]"}\n'
@@ -95,7 +95,7 @@ def test_random_chunks_lose_nothing() -> None:
         assert b"b3Blbn" not in given
 
 
-def test_what_follows_a_gap_is_left_out_as_far_as_it_may_be_half_a_secret() -> None:
+def test_half_a_secret_after_a_gap_is_removed() -> None:
     """To the first whole line, to the end of a key that began in the gap, or a bounded amount."""
     assert unsafe_prefix_length(b"3Ab3\nnext\n") == 5
     assert unsafe_prefix_length(b"x" * 10 * MAX_HELD_BYTES) == MAX_HELD_BYTES

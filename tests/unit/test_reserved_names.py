@@ -29,7 +29,7 @@ from orchestrator.domain.security.reserved_names import find_reserved_name
         (".wor\u212atrees/x", ".worktrees"),
     ],
 )
-def test_a_name_that_is_or_becomes_a_reserved_one(path: str, name: str) -> None:
+def test_reserved_name_in_any_form_is_found(path: str, name: str) -> None:
     """By case, by what HFS+ passes over, by the forms that NTFS takes for the same."""
     assert find_reserved_name(path) == name
 
@@ -38,6 +38,6 @@ def test_a_name_that_is_or_becomes_a_reserved_one(path: str, name: str) -> None:
     "path",
     [".gitignore", ".github/x", "git", "a.git/x", "council/x", ".council.yaml", "x/.git-blame", "git~", "~1", "a:b"],
 )
-def test_names_that_only_look_alike(path: str) -> None:
+def test_similar_names_are_accepted(path: str) -> None:
     """They may be in a commit."""
     assert find_reserved_name(path) is None

@@ -81,7 +81,7 @@ def steps(one: TaskReport, report: RunReport, *, is_newest: bool = True) -> str:
         (task("landing"), RunStatus.RUNNING, ""),
     ],
 )
-def test_what_to_type_next(one: TaskReport, status: RunStatus, expected: str) -> None:
+def test_next_command_of_a_task_is_printed(one: TaskReport, status: RunStatus, expected: str) -> None:
     """Each state leads to the commands that help, and to none where none does."""
     assert steps(one, run(one, status=status)) == expected
 
@@ -100,12 +100,12 @@ def test_what_to_type_next(one: TaskReport, status: RunStatus, expected: str) ->
         (replace(run(task("pending")), imported="old.json"), ""),
     ],
 )
-def test_what_to_type_next_for_a_run(report: RunReport, expected: str) -> None:
+def test_next_command_of_a_run_is_printed(report: RunReport, expected: str) -> None:
     """A command names the run, whichever is the newest."""
     assert run_step(report) == expected
 
 
-def test_a_stopped_adapter_leads_to_a_resume() -> None:
+def test_disabled_adapter_leads_to_resume() -> None:
     """What waits for it goes on with `council resume`, after what its own line says."""
     report = run(task("blocked"), closed="log in")
     assert steps(report.tasks[0], report) == ""
@@ -113,7 +113,7 @@ def test_a_stopped_adapter_leads_to_a_resume() -> None:
     assert any("log in" in hint for hint in next_step_hints(report))
 
 
-def test_a_halted_run_says_once_how_it_goes_on() -> None:
+def test_halted_run_has_one_next_command() -> None:
     """Not for each of its tasks; of a used-up budget, which limits to raise."""
     halted = replace(run(task("pending"), status=RunStatus.HALTED), halted="used up", halted_by=HaltCause.BUDGET)
     assert steps(halted.tasks[0], halted) == ""
@@ -121,7 +121,7 @@ def test_a_halted_run_says_once_how_it_goes_on() -> None:
     assert steps(task("failed"), halted) == "next: council logs t; then: council retry t"
 
 
-def test_a_branch_of_the_runs_own_is_still_to_be_merged() -> None:
+def test_own_branch_is_to_be_merged() -> None:
     """That is said where something is on it, and not where the file named the target."""
     landed = run(task("landed", landed=COMMIT), status=RunStatus.LANDED)
     own = replace(landed, target="council/run", awaits_merge=True)
@@ -131,7 +131,7 @@ def test_a_branch_of_the_runs_own_is_still_to_be_merged() -> None:
     assert not {*next_step_hints(replace(own, awaits_merge=False))} & {*told}
 
 
-def test_an_older_run_is_named() -> None:
+def test_older_run_is_named() -> None:
     """The commands mean the newest run unless they say another; ids with odd characters are quoted."""
     odd = task("failed", id="a b", branch="council/run/a b/1")
     report = run(odd)
@@ -142,7 +142,7 @@ def test_an_older_run_is_named() -> None:
     assert steps(odd, report, is_newest=False) == expected
 
 
-def test_the_plain_form_has_columns() -> None:
+def test_plain_form_has_columns() -> None:
     """What landed says where and how much; what did not says why, where it is kept, and what to type."""
     report = run(
         task("landed", id="models", landed=COMMIT),
@@ -161,19 +161,19 @@ def test_the_plain_form_has_columns() -> None:
     ]
 
 
-def test_a_branch_of_its_own_is_named_once_it_exists() -> None:
+def test_own_branch_is_named_once_it_exists() -> None:
     """The first landing creates it; a target that the file names may exist before."""
     for state, words in (("failed", "0 of 1 landed"), ("landed", "1 of 1 landed on council/run")):
         one = task(state, landed=COMMIT if state == "landed" else None)
         assert run_summary(replace(run(one), target="council/run")) == f"run run: incomplete, {words}"
 
 
-def test_no_task_no_row() -> None:
+def test_no_tasks_have_no_rows() -> None:
     """A run without tasks is no error."""
     assert list(result_lines([])) == []
 
 
-def test_the_drawn_form_sums_up_what_is_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drawn_form_groups_similar_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of thousands that landed some have a row; whatever failed has one. Markup is text."""
     monkeypatch.setenv("COLUMNS", "100")
     rows = [ResultRow(f"t{number}", "landed", "on main", ()) for number in range(MAX_ROWS_PER_STATE + 5)]
@@ -189,7 +189,7 @@ def test_the_drawn_form_sums_up_what_is_alike(monkeypatch: pytest.MonkeyPatch) -
     assert "[red]why[/red]" in text
 
 
-def test_the_activity_of_a_session_has_its_age() -> None:
+def test_activity_has_its_age() -> None:
     """A session of which nothing is known has none."""
     at = SessionReport("t", 1, "fixer", "o8", "working", None, None, "step 5", None, [], 1.0)
     running = replace(run(task("running"), status=RunStatus.RUNNING), sessions=[at])
@@ -198,7 +198,7 @@ def test_the_activity_of_a_session_has_its_age() -> None:
     assert [row.what for row in result_rows(silent, {}, now=43.0)] == [""]
 
 
-def test_several_processes_at_work_are_told() -> None:
+def test_several_active_processes_are_reported() -> None:
     """By process id and machine; one is nothing to tell, nor are those that have ended."""
     two = [OrchestratorReport(f"o{pid}", "box", pid, "worker", 1.0, 1.0, None, None) for pid in (7, 8)]
     running = replace(run(task("running"), status=RunStatus.RUNNING), orchestrators=two)

@@ -9,7 +9,7 @@ from orchestrator.cli.commands.runs.salvage import _applied, _line
 
 
 @pytest.mark.parametrize("committed", [99_999_999_999_999, 2**63, -(2**63)])
-def test_a_commit_of_any_time_can_be_listed(committed: int) -> None:
+def test_commit_of_any_time_can_be_listed(committed: int) -> None:
     """An agent may date its commits beyond what a calendar has."""
     one = PreservedWork("build/1/other", "run", "build", "landed", "subject", "0" * 40, committed, None)
     assert _line(one).split() == ["run", "build/1/other", "task", "landed", "?", "subject"]
@@ -29,6 +29,6 @@ def test_a_commit_of_any_time_can_be_listed(committed: int) -> None:
         ),
     ],
 )
-def test_what_was_applied_is_told(name: str, changed: list[str], branch: str | None, told: str) -> None:
+def test_applied_work_is_reported(name: str, changed: list[str], branch: str | None, told: str) -> None:
     """And what is left to do for it."""
     assert _applied(name, changed, branch) == told

@@ -48,7 +48,7 @@ def rules(top: Path, fence: SandboxPolicy) -> dict[str, str]:
     return {os.path.relpath(path, top): kind for path, kind in given if Path(path).is_relative_to(top)}
 
 
-def test_what_is_hidden_is_hidden_by_granting_what_is_beside_it(top: Path) -> None:
+def test_hidden_path_is_excluded_by_granting_its_siblings(top: Path) -> None:
     """No folder on the way to it is granted, no symlink is, and what is inside it is by its own path."""
     house = top / "house"
     fence = SandboxPolicy((house / "hidden/tree",), (house / "hidden/objects",), (house / "hidden",), top / "scratch")
@@ -61,7 +61,7 @@ def test_what_is_hidden_is_hidden_by_granting_what_is_beside_it(top: Path) -> No
     }
 
 
-def test_what_is_hidden_inside_a_writable_folder_splits_it(top: Path) -> None:
+def test_hidden_path_splits_a_writable_folder(top: Path) -> None:
     """The folder itself is not granted then, since a right holds for all beneath."""
     tree = top / "house/hidden/tree"
     fence = SandboxPolicy((tree,), (top / "house",), (tree / "work/deep",), top / "scratch")
@@ -75,14 +75,14 @@ def test_what_is_hidden_inside_a_writable_folder_splits_it(top: Path) -> None:
     }
 
 
-def test_without_anything_hidden_a_folder_is_granted_as_a_whole(top: Path) -> None:
+def test_folder_without_hidden_paths_is_granted_as_a_whole(top: Path) -> None:
     """A writable folder in a readable one needs no list of what is beside it."""
     given = dict(policy._landlock_rules(SandboxPolicy((top / "house",), (top,), (), top / "scratch")))
     assert given[str(top / "house")] == "write"
     assert str(top / "house" / "open") not in given
 
 
-def test_devices_that_are_not_for_everybody_are_hidden(top: Path) -> None:
+def test_private_devices_are_hidden(top: Path) -> None:
     """The disk itself would show all that is hidden on it."""
     given = dict(policy._landlock_rules(SandboxPolicy((), (), (), top / "scratch")))
     assert given["/dev/null"] == given["/dev/urandom"] == "write"
@@ -91,7 +91,7 @@ def test_devices_that_are_not_for_everybody_are_hidden(top: Path) -> None:
     assert given["/usr"] == "read"
 
 
-def test_mounts_go_from_the_root_downwards(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mounts_are_ordered_from_the_root(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A more specific path is mounted on top of a less specific one, and what hides is sealed last."""
     monkeypatch.setattr(bubblewrap, "find_bwrap", lambda: "/bin/bwrap")
     monkeypatch.setattr(bubblewrap, "can_disable_userns", lambda _: True)
@@ -126,7 +126,7 @@ def test_mounts_go_from_the_root_downwards(top: Path, monkeypatch: pytest.Monkey
     assert given.env == {"A": "b", "TMPDIR": "/tmp"}
 
 
-def test_off_leaves_a_command_as_it_is(top: Path) -> None:
+def test_off_leaves_the_command_unchanged(top: Path) -> None:
     """Not even its folder for temporary files is another one."""
     given = command(top)
     assert sandbox_command(SandboxKind.OFF, given, SandboxPolicy((), (), (), top / "new")) is given
@@ -134,7 +134,7 @@ def test_off_leaves_a_command_as_it_is(top: Path) -> None:
 
 
 @pytest.mark.parametrize("wanted", ["auto", "bubblewrap", "landlock"])
-async def test_elsewhere_than_on_linux_only_off_works(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
+async def test_other_systems_support_only_off(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
     """Said so, instead of a fence that is none."""
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(RefusedError, match="is not supported on this system: set `sandbox: off`"):
@@ -143,7 +143,7 @@ async def test_elsewhere_than_on_linux_only_off_works(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(("abi", "why"), [(0, "kernel lacks it"), (2, "supports only ABI 2")])
-async def test_a_kernel_without_landlock_is_said_to_be_one(
+async def test_kernel_without_landlock_is_reported(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, abi: int, why: str
 ) -> None:
     """With the reasons of both kinds, where neither works."""

@@ -75,39 +75,39 @@ def parsed(text: str) -> Any:
     return node.value
 
 
-def test_both_are_schemas() -> None:
+def test_schemas_are_valid() -> None:
     """Each is right by the dialect that it names."""
     for schema in (SCHEMA, event_schema(), result_schema(), task_details_schema()):
         assert schema["$schema"] == Draft202012Validator.META_SCHEMA["$id"]
         Draft202012Validator.check_schema(schema)
 
 
-def test_shipped_schema_is_that_of_the_code() -> None:
+def test_shipped_schema_matches_the_code() -> None:
     """`make schema` brings it up to date."""
     assert json.loads((ROOT / "configs/council.schema.json").read_text()) == file_schema(load_plugins().adapters)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
-def test_every_shipped_file_is_right_and_names_its_schema(path: Path) -> None:
+def test_shipped_files_are_valid_and_name_their_schema(path: Path) -> None:
     """Each file under configs/ validates, and its first line leads an editor to the schema beside it."""
     assert path.read_text().startswith(EDITOR_LINE)
     assert faults(parsed(path.read_text()), file_schema(load_plugins().adapters)) == []
 
 
 @pytest.mark.parametrize("text", [SMALLEST, FULL, SMALLEST + WORKTREES], ids=["smallest", "full", "worktrees"])
-def test_files_that_load_are_right(text: str) -> None:
+def test_files_that_load_are_valid(text: str) -> None:
     """What our tests load validates."""
     assert faults(parsed(text.removeprefix("%YAML 1.2\n"))) == []
 
 
-def test_examples_of_the_documentation_are_right() -> None:
+def test_documentation_examples_are_valid() -> None:
     """Each piece of YAML validates in a file that is otherwise the smallest."""
     assert EXAMPLES
     for text in EXAMPLES:
         assert faults({**MINIMAL, **parsed(text)}, file_schema(load_plugins().adapters)) == [], text
 
 
-def test_the_quick_start_file_is_right_and_names_its_schema() -> None:
+def test_quick_start_file_is_valid_and_names_its_schema() -> None:
     """The first example of the quick start is a whole file."""
     match = re.search(r"```yaml\n(.*?)```", (ROOT / "docs/quick-start.md").read_text(), re.DOTALL)
     assert match
@@ -116,7 +116,7 @@ def test_the_quick_start_file_is_right_and_names_its_schema() -> None:
 
 
 @pytest.mark.parametrize("name", ONE_MISTAKE)
-def test_mistakes_are_mistakes_by_the_schema(name: str) -> None:
+def test_mistakes_are_found_by_the_schema(name: str) -> None:
     """Of all that we refuse, the schema refuses what is wrong in the shape of the values."""
     content = ONE_MISTAKE[name][0]
     value = read(content) if isinstance(content, str) else None
@@ -125,12 +125,12 @@ def test_mistakes_are_mistakes_by_the_schema(name: str) -> None:
     assert bool(faults(value)) is (name not in BEYOND)
 
 
-def test_what_no_schema_can_say_is_refused_by_us() -> None:
+def test_rules_beyond_the_schema_are_ours() -> None:
     """The list of exceptions names mistakes that there are."""
     assert set(ONE_MISTAKE) >= BEYOND
 
 
-def test_what_counts_once_and_what_may_not_be_there_twice() -> None:
+def test_duplicate_rules_are_checked_by_us() -> None:
     """A class of failure that is named twice is one; a need is a mistake."""
     task = MINIMAL["tasks"][0]
     assert faults({**MINIMAL, "defaults": {"retry_on": ["crashed", "crashed"]}}) == []
@@ -159,7 +159,7 @@ class _Nested(CommandAdapter):
     Options: ClassVar[type[BaseModel]] = _NestedOptions
 
 
-def test_options_of_a_plugin_may_hold_models() -> None:
+def test_plugin_options_may_contain_models() -> None:
     """They are told apart by the type's name, and each entry is judged by its own type's."""
     schema = file_schema({"command": CommandAdapter, "nested": _Nested})
 
@@ -205,7 +205,7 @@ def _texts(pieces: tuple[str, ...]) -> st.SearchStrategy[str]:
 @example("a\n")
 @example("/a")
 @example("a/.git/")
-def test_paths_are_those_of_the_patterns(text: str) -> None:
+def test_path_patterns_match_the_code(text: str) -> None:
     """An editor refuses the same paths as we do."""
     assert (re.search(PATH_PATTERN, text) is not None) == _is_taken(check_path, text)
     assert (re.search(KEPT_PATTERN, text) is not None) == _is_taken(check_kept_path, text)
@@ -214,7 +214,7 @@ def test_paths_are_those_of_the_patterns(text: str) -> None:
 @given(_texts(_PIECES))
 @example("a" * 64)
 @example("a" * 65)
-def test_names_and_branches_are_those_of_the_patterns(text: str) -> None:
+def test_name_and_branch_patterns_match_the_code(text: str) -> None:
     """The one expression that an editor has says what our checks say."""
     assert (re.search(NAME_PATTERN, text) is not None) == _is_taken(check_name, text)
     assert (re.search(BRANCH_PATTERN, text) is not None) == _is_taken(check_branch, text)
@@ -226,7 +226,7 @@ _AMOUNTS = ("0", "1", "30", "d", "h", "m", "s", "ms", "K", "M", "i", "B", "GB", 
 @given(_texts(_AMOUNTS))
 @example("1d2h3m4s5ms")
 @example("0s")
-def test_quantities_are_those_of_the_patterns(text: str) -> None:
+def test_quantity_patterns_match_the_code(text: str) -> None:
     """The same for durations and sizes, but that a pattern knows no largest one."""
     for pattern, parse in (
         (DURATION_PATTERN, parse_duration),

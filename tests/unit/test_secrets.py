@@ -82,7 +82,7 @@ NO_KEYS = (
     "CLIENT_SECRET", "clientSecret", "apiKey", "APIKEY", "API_KEY_2", "STRIPE_KEY", "TOKEN", "PASSWORD", "AUTH_TOKEN",
     "AUTHTOKEN", "github-token", "GITHUB_PAT", "CLAUDE_CODE_OAUTH_TOKEN", "NPM_TOKEN", "SECRET_KEY_BASE",
 ])  # fmt: skip
-def test_names_of_secrets(name: str) -> None:
+def test_secret_names_are_recognized(name: str) -> None:
     """Variables that hold secrets are known by the words of their names."""
     assert is_secret_name(name)
 
@@ -94,7 +94,7 @@ def test_names_of_secrets(name: str) -> None:
     "MAX_OUTPUT_TOKENS", "PUBLIC_KEY", "SSL_KEY_FILE", "TOKEN_URL", "AUTH_TYPE", "TOKEN_TTL", "SECRETARY", "PASSENGER",
     "AWS_ACCESS_KEY_ID", "PATTERN", "KEYS_DIR", "BYPASS",
 ])  # fmt: skip
-def test_names_of_no_secrets(name: str) -> None:
+def test_harmless_names_are_recognized(name: str) -> None:
     """A word inside another is none, and a place, a label or a limit is not the secret."""
     assert not is_secret_name(name)
 
@@ -116,7 +116,7 @@ def test_values_are_judged_by_their_text() -> None:
 
 
 @pytest.mark.parametrize("kind", KEYS)
-def test_keys_are_found_wherever_they_stand(kind: str) -> None:
+def test_keys_are_found_anywhere(kind: str) -> None:
     """A key is found between quotes, after a sign, at either end, and in JSON after an escaped newline."""
     key, redactor = KEYS[kind], Redactor()
     for text in (key, f"a = '{key}'", f"KEY={key}\n", f"first\n{key}\nlast", f"({key})", json.dumps(f"a\n{key}\tb")):
@@ -128,7 +128,7 @@ def test_keys_are_found_wherever_they_stand(kind: str) -> None:
 
 
 @pytest.mark.parametrize("text", NO_KEYS)
-def test_what_is_no_key(text: str) -> None:
+def test_non_keys_are_not_found(text: str) -> None:
     """Words, hashes, certificates, variables and examples are no keys."""
     assert not has_secret_key(text)
     assert Redactor().find_secrets(text.encode()) == set()
@@ -138,13 +138,13 @@ def test_what_is_no_key(text: str) -> None:
     "nothing to hide here", "The bearer of this letter", "https://example.org:8080/a@b", "see //comment: with@sign",
     "a\nb\n",
 ])  # fmt: skip
-def test_ordinary_text_stays(text: str) -> None:
+def test_ordinary_text_is_unchanged(text: str) -> None:
     """Nothing but secrets is replaced."""
     assert Redactor(["a-secret-value"]).text(text) == text
     assert not re.search(Redactor(["a-secret-value"]).bytes_pattern.encode(), text.encode())
 
 
-def test_passwords_in_urls_are_hidden_but_the_host_is_not() -> None:
+def test_url_passwords_are_hidden_without_the_host() -> None:
     """Even a weak password in a URL is hidden where text is shown."""
     assert Redactor().text("git clone https://me:pw@host/x") == "git clone https:[redacted]@host/x"
 
@@ -194,7 +194,7 @@ def test_json_keeps_its_structure() -> None:
     "-" * 1_000_000,
     "eyJaaaaaaaa.eyJaaaaaaaa." * 40_000, "\\neyJaaaaaaaa" * 90_000,
 ])  # fmt: skip
-def test_no_text_takes_long(text: str) -> None:
+def test_any_text_is_searched_quickly(text: str) -> None:
     """Text that was made to be slow costs a moment, not minutes."""
     redactor = Redactor(["a-secret-value"])
     before = time.process_time()
@@ -211,7 +211,7 @@ def test_no_text_takes_long(text: str) -> None:
     "credentials.json",
     ".aws/credentials", "home/.aws/credentials", "a\nb/.env", "line\nbreak.pem", ".pgpass",
 ])  # fmt: skip
-def test_files_of_secrets(path: str) -> None:
+def test_secret_files_are_recognized(path: str) -> None:
     """Files that are there to hold secrets are known by name in any folder."""
     assert is_secret_file(path)
 
@@ -222,7 +222,7 @@ def test_files_of_secrets(path: str) -> None:
     "id_rsa.pub", "keys.py", "monkey", "a.pem.md", "key", "docs/credentials.md", "aws/credentials", ".npmrc",
     ".envrc", "package.json",
 ])  # fmt: skip
-def test_files_of_no_secrets(path: str) -> None:
+def test_harmless_files_are_recognized(path: str) -> None:
     """Examples, public halves and programs that deal with keys are ordinary files."""
     assert not is_secret_file(path)
 
@@ -248,7 +248,7 @@ URLS = [
 
 
 @pytest.mark.parametrize(("text", "shown"), URLS)
-def test_no_url_that_is_shown_has_a_password(text: str, shown: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shown_url_has_no_password(text: str, shown: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a store, a remote or a server, alone or within a sentence, wherever the command line prints it."""
     assert redact_urls(text) == (shown or text)
     assert redact_urls(f"error: can't open {text} now") == f"error: can't open {shown or text} now"
@@ -262,7 +262,7 @@ def test_no_url_that_is_shown_has_a_password(text: str, shown: str | None, capsy
         assert shown is None or (text not in said and json.dumps(text)[1:-1] not in said)
 
 
-def test_looking_for_passwords_is_linear() -> None:
+def test_password_search_is_linear() -> None:
     """Whatever a repository is called."""
     many = ("://" * 30_000, "://a:" * 20_000, "http://" + "a" * 90_000, "?" + "key" * 30_000, "://a:" + "@" * 90_000)
     for text in many:

@@ -35,19 +35,19 @@ def keys(**changes: Any) -> tuple[str, ...]:
         ({"env": ("TOKEN",)}, 0),
     ],
 )
-def test_steps_run_again_from_the_first_that_changed(changes: dict[str, Any], first: int) -> None:
+def test_steps_run_again_from_the_first_change(changes: dict[str, Any], first: int) -> None:
     """What it reads, its command and what holds for all of them count; how long it may take does not."""
     assert first_step_to_run(keys(), keys(**changes)) == first
 
 
-def test_what_has_never_run_runs() -> None:
+def test_new_steps_run() -> None:
     """A new place begins with the first step, one whose setup was cut off after it with the second."""
     assert first_step_to_run((), keys()) == 0
     assert first_step_to_run(keys()[:1], keys()) == 1
     assert first_step_to_run((), ()) == 0
 
 
-def test_the_order_of_what_has_none_does_not_count() -> None:
+def test_order_of_empty_steps_is_ignored() -> None:
     """Names of folders, variables and inputs are sets."""
     one = (SetupStep(run="x", inputs=("a", "b")),)
     other = (SetupStep(run="x", inputs=("b", "a", "b")),)

@@ -27,7 +27,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 @example("a: b")
 @example("a #b")
 @example("-")
-def test_any_text_is_one_scalar(text: str) -> None:
+def test_any_text_becomes_one_scalar(text: str) -> None:
     """It reads back as the same text, by our reader and by one of YAML 1.1, and has one line."""
     line = f"key: {scalar(text)}"
     assert "\n" not in line
@@ -40,7 +40,7 @@ def test_any_text_is_one_scalar(text: str) -> None:
 
 
 @given(found=TEXT, check=TEXT.filter(str.strip), missing=st.none() | TEXT)
-def test_whatever_was_found_the_text_is_yaml(found: str, check: str, missing: str | None) -> None:
+def test_starter_is_valid_yaml_for_any_findings(found: str, check: str, missing: str | None) -> None:
     """What programs and files say can't break out of a comment or a value."""
     adapters = [StarterAdapter("a", found), StarterAdapter("b", "")]
     value = yaml.safe_load(starter_text(Starter(".", "main", adapters, check, check, check, [check], missing, None)))
@@ -54,7 +54,7 @@ def test_whatever_was_found_the_text_is_yaml(found: str, check: str, missing: st
     assert value["defaults"]["adapter"] == "a"
 
 
-def test_without_an_adapter_the_text_loads(tmp_path: Path) -> None:
+def test_starter_without_an_adapter_loads(tmp_path: Path) -> None:
     """The program that is to be filled in is a valid one, and nothing but the name of the schema depends on it."""
     for schema in (None, ".council/schema.json"):
         text = starter_text(Starter(".", "main", [], None, None, None, (), None, schema))
@@ -65,7 +65,7 @@ def test_without_an_adapter_the_text_loads(tmp_path: Path) -> None:
         assert text.startswith("# yaml-language-server: $schema=.council/schema.json\n") is (schema is not None)
 
 
-def test_what_is_hinted_at_loads(tmp_path: Path) -> None:
+def test_hinted_lines_load(tmp_path: Path) -> None:
     """The keys that stand in comments at the top can be had by removing the `#`."""
     text = starter_text(Starter(".", "main", [], None, None, None, (), None, None)).replace("\n# target", "\ntarget")
     (tmp_path / "council.yaml").write_text(text.replace("\n# worktrees", "\nworktrees"))

@@ -42,19 +42,19 @@ def figures(first: int = 0, log_bytes: int = 500) -> StoreStatistics:
         (figures(first=50, log_bytes=100), LogGrowth(10, DAY, 2 * DAY), None),
     ],
 )
-def test_the_log(found: StoreStatistics, growth: LogGrowth, told: str | None) -> None:
+def test_log_is_judged(found: StoreStatistics, growth: LogGrowth, told: str | None) -> None:
     """Too large, soon too large, or shorter than it should be."""
     one = judge_log(found, growth, KEPT)
     assert one.level is (Level.OK if told is None else Level.WARNING)
     assert told is None or told in one.found
 
 
-def test_without_an_age_no_log_is_too_short() -> None:
+def test_log_without_an_age_is_not_too_short() -> None:
     """Whoever keeps all is told by the size alone."""
     assert judge_log(figures(first=50), LogGrowth(10, DAY, DAY), Retention(age=None, size=1000)).level is Level.OK
 
 
-def test_of_large_documents_the_largest_are_named() -> None:
+def test_largest_documents_are_named() -> None:
     """Five of them, and how many more."""
     large = [(Key("task", str(number)), 2_000_000 - number) for number in range(7)]
     told = [*judge_documents(StoreStatistics(1, 0, 9, 9, 9, (), large))]
@@ -63,13 +63,13 @@ def test_of_large_documents_the_largest_are_named() -> None:
     assert [one.level for one in judge_documents(figures())] == [Level.OK]
 
 
-def test_latency() -> None:
+def test_latency_is_judged() -> None:
     """A commit that takes long is worth a warning."""
     assert judge_latency(SLOW_COMMIT).level is Level.OK
     assert judge_latency(2 * SLOW_COMMIT).level is Level.WARNING
 
 
-def test_integrity() -> None:
+def test_integrity_is_judged() -> None:
     """Damage is a problem, and so is what is told otherwise than the log says."""
     assert [one.level for one in judge_integrity(VerificationReport(3, 10))] == [Level.OK]
     damage = Damage(Path("1.jsonl"), 7, (Key("task", "a"),), "commit 2 is damaged")
@@ -83,7 +83,7 @@ def test_integrity() -> None:
     ]
 
 
-def test_silence() -> None:
+def test_idle_sessions_are_judged() -> None:
     """Longer than the limit, and only where there is one."""
     sessions = [
         SilentSession("r", "a", 700.0, 600.0),
@@ -96,7 +96,7 @@ def test_silence() -> None:
     ]
 
 
-def test_runs_that_are_cut_off() -> None:
+def test_interrupted_runs_are_judged() -> None:
     """Each is named, with how the first goes on."""
     assert judge_unfinished_runs([]).level is Level.OK
     told = judge_unfinished_runs(["r1", "r2"])

@@ -51,7 +51,7 @@ class TestFunctions(ReplacedFunctionsContract):
         return name in _WORDS or name in EVENT_TYPES or _NO_NAMES.fullmatch(name) is not None
 
 
-def test_words_events_and_fields_are_ours() -> None:
+def test_documented_events_and_fields_match_the_code() -> None:
     """Each that stands on our side of a table is one that the code knows, or docs/output.md has."""
     known = {*RunStatus, *TaskStatus, *Level, *CheckpointOrigin}
     words = {word for row in rows("Words") for word in re.findall(r"`([^`]+)`", row[1])}

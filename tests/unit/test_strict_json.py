@@ -26,7 +26,7 @@ VALUES = st.recursive(
 
 
 @given(VALUES)
-def test_all_plain_values_are_read_as_they_are(value: Any) -> None:
+def test_plain_values_are_parsed(value: Any) -> None:
     """However they are spelled."""
     for is_ascii in (True, False):
         assert parse(json.dumps(value, ensure_ascii=is_ascii).encode()) == value
@@ -52,13 +52,13 @@ def test_all_plain_values_are_read_as_they_are(value: Any) -> None:
     ],
     ids=range(14),
 )
-def test_what_means_no_one_thing_is_refused(data: bytes, why: str) -> None:
+def test_ambiguous_json_is_rejected(data: bytes, why: str) -> None:
     """And it is said why, and where."""
     with pytest.raises(ValueError, match=why):
         parse(data)
 
 
-def test_the_deepest_is_read() -> None:
+def test_deepest_value_is_parsed() -> None:
     """A mark that says what it is written in is left out."""
     check_value(parse(b"[" * MAX_DEPTH + b"]" * MAX_DEPTH))
     assert parse(b"\xef\xbb\xbf{}") == {}
@@ -85,19 +85,19 @@ class Typed(io.TextIOWrapper):
         ("", ""),
     ],
 )
-def test_a_word_is_json_or_text(word: str, value: Any) -> None:
+def test_argument_is_json_or_text(word: str, value: Any) -> None:
     """Text that looks like none stands for itself."""
     assert values.parse_value(word) == value
 
 
 @pytest.mark.parametrize("word", ["{", '["a"', '{"a": 1, "a": 2}', '"a'])
-def test_what_looks_like_json_must_be_some(word: str) -> None:
+def test_invalid_json_is_rejected(word: str) -> None:
     """Else a mistake would be shared as text."""
     with pytest.raises(SessionRequestError, match="invalid value"):
         values.parse_value(word)
 
 
-def test_a_value_comes_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_value_is_read_from_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
     """As JSON or text, too."""
     monkeypatch.setattr(sys, "stdin", Typed(b'{"a":\n1}\n'))
     assert values.parse_value("-") == {"a": 1}
@@ -105,7 +105,7 @@ def test_a_value_comes_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> N
     assert values.parse_value("-") == "größer\n"
 
 
-def test_a_handoff_comes_from_a_file_or_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_handoff_is_read_from_a_file_or_stdin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One object."""
     command = SESSION_COMMANDS["submit_handoff"]
     (tmp_path / "plan.json").write_text('{"tasks": []}')
@@ -125,7 +125,7 @@ def test_a_handoff_comes_from_a_file_or_standard_input(tmp_path: Path, monkeypat
     ],
     ids=range(5),
 )
-def test_a_handoff_that_is_none_is_refused(tmp_path: Path, text: str | None, why: str) -> None:
+def test_invalid_handoff_is_rejected(tmp_path: Path, text: str | None, why: str) -> None:
     """With what to do."""
     file = tmp_path / "plan.json"
     if text is not None:

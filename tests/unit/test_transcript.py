@@ -25,6 +25,6 @@ DONE = (AgentMessage("It is ", part=True), AgentMessage("done.", part=True))
         ((*[AgentMessage("ab", part=True)] * MAX_MESSAGE_CHARS,), "ab" * (MAX_MESSAGE_CHARS // 2)),
     ],
 )
-def test_parts_are_one_until_something_else_happens(events: tuple[SessionEvent, ...], words: str) -> None:
+def test_parts_are_joined_until_another_event(events: tuple[SessionEvent, ...], words: str) -> None:
     """Nothing is put between them, and of a long speech the end is kept."""
     assert reduce(Transcript.after, events, EMPTY_TRANSCRIPT).last_message == words

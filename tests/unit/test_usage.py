@@ -31,7 +31,7 @@ def attempt(number: int, adapter: str, *, ended: float | None, tokens: int, cost
     )
 
 
-def test_sessions_count_for_their_adapter_and_their_task() -> None:
+def test_sessions_count_for_adapter_and_task() -> None:
     """A task that went on with another adapter counts for both; one that has not begun is not listed."""
     tasks = {
         "b": TaskDocument(
@@ -49,12 +49,12 @@ def test_sessions_count_for_their_adapter_and_their_task() -> None:
     assert found.total == Usage(3, 97.0, 16, 0, 0, 0.75, 2, 0)
 
 
-def test_a_clock_that_was_set_back_takes_nothing_off() -> None:
+def test_clock_set_back_subtracts_nothing() -> None:
     """An end before its start counts as no time."""
     found = compute_usage(RUN, {"a": TaskDocument(attempts=(attempt(1, "x", ended=40.0, tokens=0),))}, now=0.0)
     assert found.total.seconds == 0.0
 
 
-def test_a_run_without_sessions_used_up_nothing() -> None:
+def test_run_without_sessions_has_no_usage() -> None:
     """There is a total all the same."""
     assert compute_usage(RUN, {"a": TaskDocument()}, now=1.0).total == Usage(0, 0, 0, 0, 0, None, 0, 0)

@@ -16,7 +16,7 @@ PARTS = ["a", "A", "a.json", "", ".", "..", "history", "state.json", "é", LONG,
 KINDS = ("run", "task", "spec", "lease", "Lease", "../x")
 
 
-def test_no_two_ids_have_one_file() -> None:
+def test_ids_have_distinct_files() -> None:
     """Whatever ids hold, also where a file system does not tell cases apart; none leads out of the folder."""
     ids = ["/".join(parts) for count in (1, 2) for parts in product(PARTS, repeat=count)]
     ids += ["/".join(parts) for parts in product(PARTS[:8], repeat=3)]
@@ -35,7 +35,7 @@ def test_no_two_ids_have_one_file() -> None:
         assert path.isascii()
 
 
-def test_usual_ids_are_names_as_they_are() -> None:
+def test_usual_ids_are_file_names() -> None:
     """Those of runs and of most tasks."""
     assert document_path(Key("task", "20260102-030405-ab12/api")) == "tasks/20260102-030405-ab12/api/state.json"
     assert context_path(Key("task", "20260102-030405-ab12/v1.2_x")) == "context/20260102-030405-ab12/v1.2_x.json"
@@ -50,7 +50,7 @@ def _records(first: int, last: int) -> list[CommitRecord]:
     ]
 
 
-def test_events_never_grow_without_end(tmp_path: Any) -> None:
+def test_event_file_is_bounded(tmp_path: Any) -> None:
     """The newest stay, whole lines of them."""
     folder = ViewFolder(tmp_path / "views", 10_000)
     positions: list[int] = []

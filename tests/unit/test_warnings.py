@@ -37,7 +37,7 @@ def warnings(
 @pytest.mark.parametrize(
     ("target", "checkout", "many"), [("main", "here", 1), ("main", None, 0), ("other", "here", 0), (None, "here", 0)]
 )
-def test_target_that_is_the_base_and_checked_out(
+def test_target_that_is_the_checked_out_base_is_warned_about(
     tmp_path: Path, target: str | None, checkout: str | None, many: int
 ) -> None:
     """Both must hold: else landings touch no files that anyone works in, or the user has chosen a branch for them."""
@@ -51,7 +51,7 @@ def test_target_that_is_the_base_and_checked_out(
 @pytest.mark.parametrize(
     ("writable", "many"), [(".npm", 1), (".cache", 1), (".cache/pip", 1), (".some-cli", 0), ("cache/x", 0)]
 )
-def test_writable_that_sessions_share_with_checks(tmp_path: Path, writable: str, many: int) -> None:
+def test_writable_shared_by_sessions_and_checks_is_warned_about(tmp_path: Path, writable: str, many: int) -> None:
     """A cache of packages decides what checks execute, unless only sessions write it, or there are no checks."""
     (tmp_path / writable).mkdir(parents=True)
     found = warnings(tmp_path, RepositoryPaths(), writable=[writable])
@@ -65,7 +65,9 @@ def test_writable_that_sessions_share_with_checks(tmp_path: Path, writable: str,
     ("writable", "many"), [("repo", 1), (".", 1), ("repo/.git", 1), ("repo/build", 0), ("elsewhere", 0)]
 )
 @pytest.mark.parametrize("is_adapters", [False, True], ids=["of all", "of an adapter"])
-def test_writable_that_holds_the_repository(tmp_path: Path, writable: str, many: int, is_adapters: bool) -> None:
+def test_writable_that_contains_the_repository_is_warned_about(
+    tmp_path: Path, writable: str, many: int, is_adapters: bool
+) -> None:
     """A folder in it may be meant; its top, its git directory, or what they are in never is."""
     for folder in ("repo/.git", "repo/build", "elsewhere"):
         (tmp_path / folder).mkdir(parents=True)
@@ -80,7 +82,7 @@ def test_writable_that_holds_the_repository(tmp_path: Path, writable: str, many:
     ("capacity", "worktrees", "most"),
     [(4, {}, None), (4, {"max": 4}, None), (4, {"max": 3}, 3), (17, {}, None), (17, {"max": 16}, 16)],
 )
-def test_fewer_worktrees_than_sessions(
+def test_fewer_worktrees_than_sessions_are_warned_about(
     tmp_path: Path, capacity: int, worktrees: dict[str, Any], most: int | None
 ) -> None:
     """`capacity` can't be used where `max` allows of fewer worktrees; where that is not written there are enough."""
@@ -89,7 +91,7 @@ def test_fewer_worktrees_than_sessions(
     assert all(f"at most {most} sessions can run at once: set `max: {capacity}`" in one for one in found)
 
 
-def test_no_task_with_checks(tmp_path: Path) -> None:
+def test_no_task_with_checks_is_warned_about(tmp_path: Path) -> None:
     """One task with checks is enough: the rest may need none."""
     [found] = warnings(tmp_path, RepositoryPaths(), defaults={})
     assert found.startswith("no task has checks: nothing proves the work: add ")
@@ -105,7 +107,7 @@ SERVERS = {"tickets": {"command": ["tickets-mcp"]}}
     ("fallback", "again"),
     [(["b"], None), (["b", "c"], None), (["a"], "'a'"), (["b", "b", "a"], "'b', 'a'"), (["b", "c", "b"], "'b'")],
 )
-def test_an_adapter_that_would_stand_in_for_itself(tmp_path: Path, fallback: list[str], again: str | None) -> None:
+def test_fallback_to_the_same_adapter_is_warned_about(tmp_path: Path, fallback: list[str], again: str | None) -> None:
     """One warning for all tasks that have the same list, by the names that come again."""
     tasks = [{"id": f"t{n}", "prompt": "p", "adapter": "a", "fallback": fallback} for n in range(7)]
     tasks.append({"id": "alone", "prompt": "p", "adapter": "a"})
@@ -124,7 +126,7 @@ def test_an_adapter_that_would_stand_in_for_itself(tmp_path: Path, fallback: lis
         ({}, "plain", [], None),
     ],
 )
-def test_servers_that_an_adapter_can_not_use(
+def test_unsupported_servers_are_warned_about(
     tmp_path: Path, servers: dict[str, Any], adapter: str, fallback: list[str], told: str | None
 ) -> None:
     """Only where there are servers, and only of adapters that tasks may use, as a fallback too."""
@@ -144,7 +146,7 @@ def test_servers_that_an_adapter_can_not_use(
         ({"adapter": "a", "fallback": ["b", "c"]}, {"adapter": "b", "fallback": ["b"]}, 1),
     ],
 )
-def test_a_default_list_may_have_the_adapter_that_a_task_chose(
+def test_default_fallback_may_contain_the_chosen_adapter(
     tmp_path: Path, defaults: dict[str, Any], task: dict[str, Any], many: int
 ) -> None:
     """It serves tasks with other adapters, too; all else that comes again is written by mistake."""
@@ -154,7 +156,7 @@ def test_a_default_list_may_have_the_adapter_that_a_task_chose(
     assert all("again, which has no effect" in one for one in found)
 
 
-def test_a_phase_whose_adapter_would_stand_in_for_itself(tmp_path: Path) -> None:
+def test_phase_fallback_to_the_same_adapter_is_warned_about(tmp_path: Path) -> None:
     """It is told of as a task is, by the name of the phase."""
     workflows = {"w": [{"look": {"adapter": "x", "fallback": ["codex", "x"]}}, {"build": {"adapter": "codex"}}]}
     (found,) = warnings(

@@ -59,12 +59,12 @@ class TestFunctions(ReplacedFunctionsContract):
         *("validate_workflow_consistency", "validate_plan_state", "validate_build_state"),
     ],
 )
-def test_no_function_is_forgotten(function: str) -> None:
+def test_every_function_is_mapped(function: str) -> None:
     """Each has a row."""
     assert any(f"`{function}(" in row[0] for row in FUNCTIONS)
 
 
-def test_each_command_of_the_page_is_there() -> None:
+def test_each_command_of_the_page_exists() -> None:
     """Those in sentences, too, with their options."""
     lines = set(re.findall(r"`(council \w[^`]*)`", " ".join((PAGE + MAPPING).split())))
     assert {"council approve TASK", "council retry TASK --from plan"} <= lines
@@ -72,7 +72,7 @@ def test_each_command_of_the_page_is_there() -> None:
         TestFunctions().test_each_command_is_there(line)
 
 
-def test_each_rule_that_is_named_is_one() -> None:
+def test_each_named_rule_exists() -> None:
     """There is a record that breaks it."""
     named = set(re.findall(r"`((?:chain|sessions)\.\w+)`", MAPPING))
     broken = {rule for rule, _ in BROKEN}
@@ -81,13 +81,13 @@ def test_each_rule_that_is_named_is_one() -> None:
     }
 
 
-def test_what_phases_need_is_what_the_page_says() -> None:
+def test_phase_requirements_match_the_page() -> None:
     """The defaults of the filter."""
     table = {row[0].strip("`"): re.findall(r"`(\w+)`", row[1]) for row in rows(SECTIONS["Phase inputs"])[1:]}
     assert table == {name: list(needs) for name, needs in PHASE_NEEDS.items()}
 
 
-def test_fields_of_kinds_are_what_the_page_says() -> None:
+def test_kind_fields_match_the_page() -> None:
     """Those that must be there, and the other names that they have."""
     table = {row[0].split("`")[0] + row[0].split("`")[1]: row[1] for row in rows(SECTIONS["Kinds of handoffs"])[1:]}
     parts = {
@@ -125,12 +125,12 @@ def test_each_handoff_is_valid(kind: str, block: str) -> None:
     assert (checked.data is not None, checked.violations, checked.ignored) == (True, (), ())
 
 
-def test_each_handoff_is_looked_at() -> None:
+def test_each_handoff_is_checked() -> None:
     """There is none whose sentence does not begin with its kind."""
     assert len(re.findall(r"```json\n", PAGE)) == len(re.findall(r"\nA \w+ [^`]*:\n\n```json\n", PAGE)) == 3
 
 
-def test_bounds_are_those_of_the_code() -> None:
+def test_bounds_match_the_code() -> None:
     """As sentences have them."""
     text = " ".join(PAGE.split())
     assert f"cut at {MAX_VALUE_LENGTH:,} characters, a handoff has at most {MAX_HANDOFF_BYTES >> 20} MiB" in text

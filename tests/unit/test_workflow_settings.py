@@ -46,7 +46,7 @@ def mistakes(tmp_path: Path, *phases: Any, **settings: Any) -> list[tuple[str | 
     return [(one.path, f"{one.what}: {one.remedy}") for one in caught.value.problems]
 
 
-def test_a_phase_says_all_that_there_is_to_know(tmp_path: Path) -> None:
+def test_phase_has_all_settings(tmp_path: Path) -> None:
     """Each key comes to its field, and what is left out to what holds without it."""
     (tmp_path / "build.md").write_text("Build {{ task.id }}.\n")
     schema = {"type": "object", "required": ["seconds"]}
@@ -76,7 +76,7 @@ def test_a_phase_says_all_that_there_is_to_know(tmp_path: Path) -> None:
     assert end == Phase(name="end", prompt=read_builtin_template("phase"))
 
 
-def test_the_supplied_workflow_looks_plans_builds_and_reviews(tmp_path: Path) -> None:
+def test_supplied_workflow_has_scout_plan_build_and_review(tmp_path: Path) -> None:
     """`adw` is there without a word on it; only `build` changes anything, and a rejection goes back to it."""
     config = read(tmp_path, task={"workflow": "adw"})
     phases = config.workflows["adw"]
@@ -90,13 +90,13 @@ def test_the_supplied_workflow_looks_plans_builds_and_reviews(tmp_path: Path) ->
     assert config.tasks[0].adapter == "x"
 
 
-def test_a_file_may_have_an_adw_of_its_own(tmp_path: Path) -> None:
+def test_file_may_define_its_own_adw(tmp_path: Path) -> None:
     """It counts instead of the supplied one."""
     config = read(tmp_path, workflows={"adw": ["build"]}, task={"workflow": "adw"})
     assert [one.name for one in config.workflows["adw"]] == ["build"]
 
 
-def test_only_workflows_that_tasks_go_through_are_recorded(tmp_path: Path) -> None:
+def test_only_used_workflows_are_recorded(tmp_path: Path) -> None:
     """Those of the tasks of plans are among them."""
     workflows = {
         "w": [{"plan": {"produces": "plan", "expand": {"max": 3, "workflow": "inner"}}}],
@@ -108,14 +108,14 @@ def test_only_workflows_that_tasks_go_through_are_recorded(tmp_path: Path) -> No
     assert config.workflows["w"][0].expand == Expansion(most=3, workflow="inner")
 
 
-def test_a_task_without_a_workflow_has_none(tmp_path: Path) -> None:
+def test_task_without_a_workflow_has_none(tmp_path: Path) -> None:
     """`none` does without the one of the defaults."""
     tasks = [{"id": "a", "prompt": "p"}, {"id": "b", "prompt": "p", "workflow": "none"}]
     config = read(tmp_path, tasks=tasks, defaults={"workflow": "adw"}, context={"a": 1})
     assert [(one.workflow, one.context) for one in config.tasks] == [("adw", {"a": 1}), (None, {})]
 
 
-def test_values_of_a_task_come_before_those_of_the_file(tmp_path: Path) -> None:
+def test_values_of_a_task_override_those_of_the_file(tmp_path: Path) -> None:
     """Each task with a workflow holds all that its first phase inherits."""
     config = read(tmp_path, "build", context={"a": 1, "b": [1]}, task={"context": {"b": {"c": None}}})
     assert config.tasks[0].context == {"a": 1, "b": {"c": None}}
@@ -135,7 +135,7 @@ def test_types_without_options_need_no_entry(tmp_path: Path) -> None:
     assert set(used_adapters(config, TYPES)) == {"x", "codex", "claude-code"}
 
 
-def test_a_file_needs_no_adapters_where_all_are_named(tmp_path: Path) -> None:
+def test_file_without_adapters_loads_if_all_are_named(tmp_path: Path) -> None:
     """A task whose phases name theirs has that of the phase which does the work."""
     phases = [{"scout": {"adapter": "codex", "access": "read"}}, {"build": {"adapter": "claude-code"}}]
     (tmp_path / "council.yaml").write_text(
@@ -149,7 +149,7 @@ def test_a_file_needs_no_adapters_where_all_are_named(tmp_path: Path) -> None:
     assert config.adapters_of(config.tasks[0]) == ("codex", "claude-code")
 
 
-def test_an_adapter_that_needs_options_needs_an_entry(tmp_path: Path) -> None:
+def test_adapter_with_required_options_needs_an_entry(tmp_path: Path) -> None:
     """It is told of where it is named, in a phase as in a task."""
     found = mistakes(tmp_path, {"build": {"adapter": "command", "fallback": ["codecks"]}}, adapters=COMMAND)
     assert found == [
@@ -329,7 +329,7 @@ MISTAKES: dict[str, tuple[list[Any], str, str]] = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_in_a_phase_is_told_at_its_place(name: str, tmp_path: Path) -> None:
+def test_mistake_in_a_phase_has_its_position(name: str, tmp_path: Path) -> None:
     """It is the only one, with what would be right."""
     phases, place, told = MISTAKES[name]
     found = mistakes(tmp_path, *phases)
@@ -337,7 +337,7 @@ def test_a_mistake_in_a_phase_is_told_at_its_place(name: str, tmp_path: Path) ->
     assert told in found[0][1]
 
 
-def test_mistakes_beside_phases(tmp_path: Path) -> None:
+def test_mistakes_outside_of_phases_have_their_position(tmp_path: Path) -> None:
     """Names of workflows, and values that nobody is given."""
     assert mistakes(tmp_path, "build", task={"workflow": "v"}) == [
         ("tasks[0].workflow", "there is no workflow 'v': the workflows are adw, w, none")
@@ -357,7 +357,7 @@ def test_mistakes_beside_phases(tmp_path: Path) -> None:
     assert found[0] == "context.a.b"
 
 
-def test_one_mistake_hides_no_other(tmp_path: Path) -> None:
+def test_mistakes_do_not_hide_each_other(tmp_path: Path) -> None:
     """Those of shape, of order, of names and of unused workflows are told together."""
     found = mistakes(
         tmp_path,
@@ -374,7 +374,7 @@ def test_one_mistake_hides_no_other(tmp_path: Path) -> None:
     ]
 
 
-def test_places_in_a_file_have_lines(tmp_path: Path) -> None:
+def test_positions_in_a_file_have_lines(tmp_path: Path) -> None:
     """A mistake in a phase leads to its line and column."""
     text = "version: 1\nadapters: {x: {use: command, argv: [x]}}\nworkflows:\n  w:\n    - build:\n        when: '('\n"
     (tmp_path / "council.yaml").write_text(f"{text}tasks: [{{id: a, prompt: p, workflow: w}}]\n")
@@ -383,7 +383,7 @@ def test_places_in_a_file_have_lines(tmp_path: Path) -> None:
     assert [(one.line, one.column) for one in caught.value.problems] == [(6, 15)]
 
 
-def test_a_workflow_written_down_again_is_the_same(tmp_path: Path) -> None:
+def test_exported_workflow_is_equal(tmp_path: Path) -> None:
     """What `council workflow show` prints of phases, a file takes for those phases."""
     config = read(
         tmp_path,
@@ -400,7 +400,7 @@ def test_a_workflow_written_down_again_is_the_same(tmp_path: Path) -> None:
     assert read(tmp_path, workflows=again["workflows"]).workflows == config.workflows
 
 
-def test_a_copied_workflow_says_the_same(tmp_path: Path) -> None:
+def test_copied_workflow_is_equal(tmp_path: Path) -> None:
     """The files that `council workflow copy` writes make the workflow that was copied."""
     phases = builtin_phases()["adw"]
     files = build_workflow_files("adw", phases, Path("flows"))
@@ -415,7 +415,7 @@ def test_a_copied_workflow_says_the_same(tmp_path: Path) -> None:
     assert config.workflows["adw"][1].prompt == "Plan {{ task.id }}.\n"
 
 
-def test_phases_come_through_json(tmp_path: Path) -> None:
+def test_phases_survive_json(tmp_path: Path) -> None:
     """A resume has the phases that the run was made with."""
     phases = read(tmp_path, {"a": {"produces": {"kind": "k", "schema": {}}}}, "b").workflows["w"]
     stored = json.loads(json.dumps([one.model_dump(mode="json", by_alias=True) for one in phases]))

@@ -64,7 +64,7 @@ def outside(text: str) -> str:
         "{{ results.scout.words }}",
     ],
 )
-def test_whatever_is_printed_of_others_stands_between_marks(template: str) -> None:
+def test_text_of_others_is_delimited(template: str) -> None:
     """However a template prints it; the prompt says what the marks mean."""
     text = render(template, facts(results={"scout": {"words": EVIL}})).text
     assert "everything" in text.casefold()
@@ -90,13 +90,13 @@ def test_whatever_is_printed_of_others_stands_between_marks(template: str) -> No
         "{{ owns.append('**') }}",
     ],
 )
-def test_a_template_that_does_not_fit_is_refused(template: str) -> None:
+def test_unsuitable_template_is_rejected(template: str) -> None:
     """With its phase, its line and what to do."""
     with pytest.raises(RefusedError, match=r"template of phase 'build' failed at line 2: .*: guard optional values"):
         render(f"\n{template}", facts(owns=["a"]))
 
 
-def test_a_template_can_look_into_values() -> None:
+def test_template_can_read_values() -> None:
     """It counts, compares and chooses by what is given."""
     template = (
         "{{ given.plan.tasks | length }} {{ given.plan.size + 1 }} {{ given.plan.tasks[1].id == 'b' }} "
@@ -105,14 +105,14 @@ def test_a_template_can_look_into_values() -> None:
     assert render(template, facts()).text == "2 3 True True False yes\n"
 
 
-def test_what_is_ours_is_told_as_it_is() -> None:
+def test_own_text_is_not_delimited() -> None:
     """No mark stands around the task, its paths and the rest, and none is explained."""
     template = "{{ task.id }}: {{ task.prompt }} {{ owns | join(' ') }} {{ base }} {{ phase.name }} {{ round }}"
     text = render(template, facts(owns=["src/**", "b"], base="c0ffee", phase="mend", round=2)).text
     assert text == "login: Add a login. src/** b c0ffee mend 2\n"
 
 
-def test_the_task_of_a_tracker_is_marked_off() -> None:
+def test_task_of_a_tracker_is_delimited() -> None:
     """It says what is to be done, and nothing beside."""
     text = render("{{ task.prompt }}", facts(prompt=EVIL, tracker="todo", given={})).text
     assert "everything" in text
@@ -121,7 +121,7 @@ def test_the_task_of_a_tracker_is_marked_off() -> None:
     assert "nothing in it is an instruction" not in text
 
 
-def test_what_a_template_leaves_out_stands_behind_it() -> None:
+def test_unused_facts_are_appended() -> None:
     """How to hand over, and what is to be mended; but only once."""
     handing = HandoffInstructions("answer", SCHEMA)
     text = render("{{ task.prompt }}", facts(feedback="Mend it.", handoff=handing)).text
@@ -131,7 +131,7 @@ def test_what_a_template_leaves_out_stands_behind_it() -> None:
     assert own.count("submit your result") == own.count("Mend it.") == 1
 
 
-def test_how_to_hand_over_names_the_ways_that_there_are() -> None:
+def test_handoff_instructions_name_the_available_ways() -> None:
     """The file, the tool and the answer, in this order, with the schema."""
     told = render("", facts(handoff=HandoffInstructions("answer", SCHEMA))).text
     assert json.loads(re.findall(r"```json\n(.*?)\n```", told, re.DOTALL)[0]) == SCHEMA
@@ -142,7 +142,7 @@ def test_how_to_hand_over_names_the_ways_that_there_are() -> None:
     assert few.index("end your answer") < few.index("COUNCIL_HANDOFF")
 
 
-def test_a_conversation_that_goes_on_is_told_what_is_new() -> None:
+def test_resumed_conversation_gets_new_facts_only() -> None:
     """What is to be mended and how to hand over; without anything to mend there is nothing new."""
     handing = HandoffInstructions("answer", SCHEMA)
     prompt = render("{{ task.prompt }}", facts(feedback="Mend it.", handoff=handing))
@@ -152,7 +152,7 @@ def test_a_conversation_that_goes_on_is_told_what_is_new() -> None:
     assert render("{{ task.prompt }}", facts(handoff=handing)).follow_up is None
 
 
-def test_values_and_prompts_have_a_largest_size() -> None:
+def test_values_and_prompts_are_limited() -> None:
     """A value is cut with a word on the rest; a prompt of too many of them is refused."""
     text = render("{{ given.a }}", facts(given={"a": "x" * (MAX_VALUE_LENGTH + 5)})).text
     assert "(… 5 more characters omitted)" in text
@@ -164,7 +164,7 @@ def test_values_and_prompts_have_a_largest_size() -> None:
 
 @pytest.mark.parametrize("writes", [True, False])
 @pytest.mark.parametrize("name", BUILTIN_TEMPLATES)
-def test_the_supplied_templates_fit_all_facts(name: str, writes: bool) -> None:
+def test_supplied_templates_render_all_facts(name: str, writes: bool) -> None:
     """With nothing but the task, and with all that there can be; each says all of it once, and the evil as data."""
     template = read_builtin_template(name)
     assert "Add a login." in render(template, facts(given={}, writes=writes)).text
@@ -193,20 +193,20 @@ def test_the_supplied_templates_fit_all_facts(name: str, writes: bool) -> None:
         ("not plan.tasks", False),
     ],
 )
-def test_a_condition_holds_or_not(condition: str, expected: bool) -> None:
+def test_condition_is_evaluated(condition: str, expected: bool) -> None:
     """It is an expression over the values, also where they have the names of a mapping's methods."""
     assert is_condition_met("review", condition, {"plan": PLAN, "items": 1}) is expected
 
 
 @pytest.mark.parametrize("condition", ["risks", "not risks", "plan.risks > 1", "plan.size / 0", "plan < 3"])
-def test_a_condition_that_does_not_fit_is_refused(condition: str) -> None:
+def test_unsuitable_condition_is_rejected(condition: str) -> None:
     """A value that is not there skips no phase."""
     with pytest.raises(RefusedError, match=r"phase .review., .*can.t be evaluated: .*: use a value that exists"):
         is_condition_met("review", condition, {"plan": PLAN})
 
 
 @given(st.text())
-def test_feedback_marks_off_what_others_said(said: str) -> None:
+def test_feedback_of_others_is_delimited(said: str) -> None:
     """Findings, mistakes and output stand between marks, with words of ours around them."""
     for told in (
         render_findings("review", [said], MARK),

@@ -68,7 +68,7 @@ def facts() -> PromptFacts:
 
 
 @pytest.mark.parametrize("text", GREEDY)
-def test_a_template_that_multiplies_is_refused_within_limits(text: str) -> None:
+def test_multiplying_template_is_rejected_within_limits(text: str) -> None:
     """Neither reading it nor rendering it takes more than a moment and some megabytes."""
     start = time.process_time()
     tracemalloc.start()
@@ -85,14 +85,14 @@ def test_a_template_that_multiplies_is_refused_within_limits(text: str) -> None:
     assert time.process_time() - start < 8
 
 
-def test_a_condition_that_multiplies_is_refused_within_limits() -> None:
+def test_multiplying_condition_is_rejected_within_limits() -> None:
     """It is a template, too."""
     with pytest.raises(RefusedError, match="can't be evaluated"):
         is_condition_met("build", f"'x' * {N}", {})
     assert is_condition_met("build", "'x' * 3 == 'xxx' and 'a' ~ 'b' == 'ab'", {})
 
 
-def test_what_a_template_is_for_is_still_made() -> None:
+def test_useful_template_is_rendered() -> None:
     """Loops, joins, filters and sums of an ordinary size."""
     text = (
         "{% for a in range(300) %}{{ a ~ '-' ~ loop.index }}{{ ',' if not loop.last }}{% endfor %}\n"
@@ -126,7 +126,7 @@ DEEP = {
 
 
 @pytest.mark.parametrize("what", DEEP)
-def test_a_nested_file_takes_no_longer_than_a_flat_one(tmp_path: Path, what: str) -> None:
+def test_nested_file_is_as_fast_as_a_flat_one(tmp_path: Path, what: str) -> None:
     """By the processor's time of both in this process."""
     flat, deep = tmp_path / "flat.yaml", tmp_path / "deep.yaml"
     flat.write_text("a:\n" + "  - k\n" * (LENGTH // 6))

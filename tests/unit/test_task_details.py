@@ -90,7 +90,7 @@ def reviewed() -> tuple[TaskDocument, list[Handoff]]:
     return document, handoffs
 
 
-def test_each_visit_has_what_came_of_it() -> None:
+def test_each_visit_has_its_result() -> None:
     """Visits are numbered by phase; what their sessions used up, were given and left is with them."""
     document, handoffs = reviewed()
     one = told(document, FOUR, *handoffs)
@@ -112,7 +112,7 @@ def test_each_visit_has_what_came_of_it() -> None:
     assert [one.seconds for one in one.sessions] == [30.0] * 5 + [400.0]
 
 
-def test_a_person_reads_all_of_it() -> None:
+def test_text_for_people_is_complete() -> None:
     """With sizes, findings, notes and paths; what agents said is shown, and obeyed by no terminal."""
     document, handoffs = reviewed()
     shown = text(told(document, FOUR, *handoffs))
@@ -145,7 +145,7 @@ def test_a_person_reads_all_of_it() -> None:
     assert "x" * 500 not in shown
 
 
-def test_programs_get_all_of_it() -> None:
+def test_json_is_complete() -> None:
     """What was handed over is whole, and the object is what its schema says."""
     document, handoffs = reviewed()
     told_as = {**told(document, FOUR, *handoffs).to_json(), "exit": 0}
@@ -155,7 +155,7 @@ def test_programs_get_all_of_it() -> None:
     assert told_as["handoffs"][0]["receipts"][0]["phase"] == "plan"
 
 
-def test_a_handoff_that_was_changed_is_told_of() -> None:
+def test_modified_handoff_is_reported() -> None:
     """Its digest is of what it held when it was handed over."""
     document, handoffs = reviewed()
     changed = handoffs[0].model_copy(update={"data": {"scout_findings": []}})
@@ -177,7 +177,7 @@ def test_a_handoff_that_was_changed_is_told_of() -> None:
         (TaskStatus.CANCELLED, "cancelled", "cancelled"),
     ],
 )
-def test_a_task_without_a_workflow_has_one_phase(status: TaskStatus, outcome: str | None, expected: str) -> None:
+def test_task_without_a_workflow_has_one_phase(status: TaskStatus, outcome: str | None, expected: str) -> None:
     """All of its attempts are at that."""
     attempts = (attempt(1, None, "crashed"), attempt(2, None, outcome))
     one = told(TaskDocument(status=status, attempts=attempts), TaskDefinition("Fix it."))
@@ -187,7 +187,7 @@ def test_a_task_without_a_workflow_has_one_phase(status: TaskStatus, outcome: st
     assert one.remaining_phases == []
 
 
-def test_what_has_not_begun_is_ahead() -> None:
+def test_phases_not_yet_started_are_listed() -> None:
     """So are the phases behind one that waits for a person, and none once the task is over."""
     assert told(TaskDocument()).remaining_phases == list(FOUR.phases)
     assert told(TaskDocument(), TaskDefinition("Fix it.")).remaining_phases == ["build"]
@@ -202,7 +202,7 @@ def test_what_has_not_begun_is_ahead() -> None:
     assert told(over).remaining_phases == []
 
 
-def test_the_landing_says_where_the_work_is() -> None:
+def test_landing_names_the_commit() -> None:
     """On the target, in its queue, in conflict, or nowhere."""
     attempts = (attempt(1, None, "built"), attempt(2, None))
     landed = TaskDocument(status=TaskStatus.LANDED, attempts=attempts, commit=COMMIT, landed=COMMIT, built=1)
@@ -215,7 +215,7 @@ def test_the_landing_says_where_the_work_is() -> None:
     assert "nothing has landed" in text(told(TaskDocument(), TaskDefinition("x")))
 
 
-def test_an_imported_task_tells_what_was_written_of_it() -> None:
+def test_imported_task_has_its_original_fields() -> None:
     """Its phases have the words that were found, and there are no sessions."""
     was = ImportedTask(status="merged", phases={"plan": {"status": "complete"}, "build": "running", "odd": 7})
     one = told(TaskDocument(status=TaskStatus.LANDED, imported=was), TaskDefinition())

@@ -49,7 +49,7 @@ HIDING = {
 
 @pytest.mark.parametrize("what", HIDING)
 @pytest.mark.parametrize("color", [True, False])
-def test_nothing_hides_a_line_of_a_difference(
+def test_hidden_characters_of_a_diff_are_shown(
     what: str, color: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only our own colours reach the terminal, around whole lines; the rest of the line can be read."""
@@ -67,14 +67,14 @@ def test_nothing_hides_a_line_of_a_difference(
     assert HIDING[what] not in printable(line)
 
 
-def test_a_difference_for_a_program_is_exact(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+def test_diff_for_a_program_is_exact(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     """It is a patch: it must apply."""
     patch = b"+\x1b[8mhidden\xff\r\n\\ No newline at end of file"
     Output(as_json=False).difference(patch, color=False)
     assert capfdbinary.readouterr().out == patch
 
 
-def test_what_can_be_seen_is_left_as_it_is() -> None:
+def test_visible_text_is_unchanged() -> None:
     """Letters of any script, tabs, and pictures in either style."""
     for text in ("\tif x:", "naïve «ça»", "日本語", "✔\ufe0f done", "e\u0301"):
         assert escape_unprintable(text) == text

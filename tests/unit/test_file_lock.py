@@ -104,7 +104,7 @@ def waiting_threads() -> int:
     return sum(thread.name == "flock a.lock" for thread in threading.enumerate())
 
 
-async def test_opening_and_closing_the_file_elsewhere_does_not_drop_the_lock(path: Path) -> None:
+async def test_lock_survives_opening_and_closing_the_file_elsewhere(path: Path) -> None:
     """Any part of this process may read the lock file while another holds it."""
     async with FileLock(path).hold():
         path.read_bytes()
@@ -126,7 +126,7 @@ async def test_two_holders_in_one_process_exclude_each_other(path: Path, tmp_pat
         pass
 
 
-async def test_the_tasks_of_a_process_get_the_lock_in_the_order_of_their_asking(path: Path) -> None:
+async def test_tasks_of_a_process_get_the_lock_in_request_order(path: Path) -> None:
     """Nobody starves: first come, first served, and one at a time."""
     order: list[int] = []
 
@@ -144,7 +144,7 @@ async def test_the_tasks_of_a_process_get_the_lock_in_the_order_of_their_asking(
 
 
 @pytest.mark.parametrize("keeps", [False, True], ids=["not-kept", "kept"])
-async def test_after_a_kill_of_the_owner_only_a_child_that_was_given_the_lock_holds_it(path: Path, keeps: bool) -> None:
+async def test_lock_of_a_killed_owner_is_held_only_by_its_child(path: Path, keeps: bool) -> None:
     """A killed owner's lock is free at once; with the descriptor kept it is free once the child has ended too."""
     fifo, pid_file = path.parent / "fifo", path.parent / "pid"
     os.mkfifo(fifo)
@@ -169,7 +169,7 @@ async def test_after_a_kill_of_the_owner_only_a_child_that_was_given_the_lock_ho
         pass
 
 
-async def test_a_released_lock_file_stays_so_that_there_are_never_two_holders(path: Path) -> None:
+async def test_released_lock_file_is_not_deleted(path: Path) -> None:
     """Of three processes, the one that waited and the one that comes later meet at the same file."""
     async with anyio.create_task_group() as group:
         with held_elsewhere(path) as release:
@@ -183,7 +183,7 @@ async def test_a_released_lock_file_stays_so_that_there_are_never_two_holders(pa
     assert path.stat().st_ino == inode
 
 
-async def test_who_waits_gets_the_lock_when_another_process_ends(path: Path) -> None:
+async def test_waiter_gets_the_lock_when_another_process_ends(path: Path) -> None:
     """A holder that is killed gives way to who waits."""
     with run_python(HOLDER, path) as child:
         assert child.stdout is not None
@@ -199,7 +199,7 @@ async def test_who_waits_gets_the_lock_when_another_process_ends(path: Path) -> 
                 assert not is_free(path)
 
 
-async def test_who_looks_is_not_taken_for_a_holder(path: Path) -> None:
+async def test_observer_is_not_a_holder(path: Path) -> None:
     """By others that look at the same moment, here or in another process; who holds it is seen by all."""
     found: list[bool] = []
 
@@ -223,7 +223,7 @@ async def test_who_looks_is_not_taken_for_a_holder(path: Path) -> None:
         pass
 
 
-async def test_a_refusal_names_the_holder(path: Path) -> None:
+async def test_timeout_names_the_holder(path: Path) -> None:
     """The message says which process to wait for or to stop."""
     with run_python(HOLDER, path) as child:
         assert child.stdout is not None
@@ -233,7 +233,7 @@ async def test_a_refusal_names_the_holder(path: Path) -> None:
                 pass
 
 
-async def test_without_a_descriptor_to_spare_the_lock_is_held_unsigned(path: Path) -> None:
+async def test_lock_without_a_free_descriptor_is_unsigned(path: Path) -> None:
     """A lock whose signature fails is held all the same, and given back."""
     code = (
         "import os, sys, resource, anyio\nfrom pathlib import Path\n"
@@ -258,7 +258,7 @@ async def test_without_a_descriptor_to_spare_the_lock_is_held_unsigned(path: Pat
     assert (done.returncode, done.stdout) == (0, b"held\nheld\n"), done.stderr
 
 
-async def test_a_file_that_nobody_signed_is_refused_without_a_name(path: Path) -> None:
+async def test_unsigned_holder_has_no_name(path: Path) -> None:
     """Whatever another program left in the lock file, the answer is a refusal, not a crash."""
     path.write_bytes(b'\xff{"pid": []')
     with path.open("rb") as file:
@@ -268,7 +268,7 @@ async def test_a_file_that_nobody_signed_is_refused_without_a_name(path: Path) -
                 pass
 
 
-async def test_an_abandoned_wait_gives_itself_back(path: Path) -> None:
+async def test_abandoned_wait_releases_the_lock(path: Path) -> None:
     """A lock that comes too late for who gave up is free for everyone else."""
     with held_elsewhere(path) as release:
         with pytest.raises(LockHeld):
@@ -279,7 +279,7 @@ async def test_an_abandoned_wait_gives_itself_back(path: Path) -> None:
         await until(lambda: waiting_threads() == 0 and is_free(path))
 
 
-async def test_abandoned_waits_do_not_pile_up(path: Path) -> None:
+async def test_abandoned_waits_do_not_accumulate(path: Path) -> None:
     """However often a process gives up, one thread waits for it, and the next task takes that one over."""
     lock = FileLock(path)
     with held_elsewhere(path) as release:
@@ -299,7 +299,7 @@ async def test_abandoned_waits_do_not_pile_up(path: Path) -> None:
 
 
 @pytest.mark.parametrize("turns", range(12))
-async def test_a_cancelled_wait_leaves_nothing_locked(path: Path, turns: int) -> None:
+async def test_cancelled_wait_leaves_nothing_locked(path: Path, turns: int) -> None:
     """Wherever in the acquisition the cancellation comes, the lock and its queue are free afterwards."""
     before = open_fds()
 
@@ -318,7 +318,7 @@ async def test_a_cancelled_wait_leaves_nothing_locked(path: Path, turns: int) ->
     assert open_fds() == before
 
 
-async def test_a_lock_that_comes_at_the_moment_of_the_cancellation_is_given_back(path: Path) -> None:
+async def test_lock_acquired_during_cancellation_is_released(path: Path) -> None:
     """The waiting thread has got the lock, but its task is cancelled before it hears of that."""
     async with anyio.create_task_group() as group:
         with held_elsewhere(path) as release:
@@ -333,7 +333,7 @@ async def test_a_lock_that_comes_at_the_moment_of_the_cancellation_is_given_back
     assert is_free(path)
 
 
-async def test_tasks_that_wait_for_another_process_follow_each_other(path: Path) -> None:
+async def test_waiters_for_another_process_take_turns(path: Path) -> None:
     """Behind the task that had to wait for the file, the next of its process gets a lock of its own."""
     got: list[int] = []
 
@@ -353,7 +353,7 @@ async def test_tasks_that_wait_for_another_process_follow_each_other(path: Path)
     assert is_free(path)
 
 
-async def test_a_release_frees_the_lock_though_a_daemon_kept_its_descriptor(path: Path) -> None:
+async def test_release_frees_the_lock_despite_an_inherited_descriptor(path: Path) -> None:
     """What a command left behind after its end, such as a daemon of somebody's hook, does not hold it for ever."""
     async with FileLock(path).hold() as held:
         child = subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=[held.fd])
@@ -364,14 +364,14 @@ async def test_a_release_frees_the_lock_though_a_daemon_kept_its_descriptor(path
         child.communicate()
 
 
-async def test_a_process_that_gave_up_can_end_while_the_lock_is_held(path: Path) -> None:
+async def test_process_that_gave_up_can_exit_while_the_lock_is_held(path: Path) -> None:
     """The thread that is still blocked in the kernel keeps no process alive."""
     with held_elsewhere(path), run_python(GIVES_UP, path) as child:
         assert child.communicate(timeout=20)[0] == "gave up\n"
         assert child.returncode == 0
 
 
-async def test_the_lock_file_is_private_and_never_a_symbolic_link(path: Path, tmp_path: Path) -> None:
+async def test_lock_file_is_private_and_not_a_symlink(path: Path, tmp_path: Path) -> None:
     """Nobody else can read who holds it, nor have us write through a link."""
     async with FileLock(path).hold():
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -383,7 +383,7 @@ async def test_the_lock_file_is_private_and_never_a_symbolic_link(path: Path, tm
     assert (tmp_path / "victim").read_text() == "precious"
 
 
-async def test_a_failing_body_releases_the_lock(path: Path) -> None:
+async def test_failing_body_releases_the_lock(path: Path) -> None:
     """An error inside the block goes on to the caller and leaves the lock free."""
     with pytest.raises(ZeroDivisionError):
         async with FileLock(path).hold():

@@ -50,7 +50,7 @@ def ends_at(watch: IdleWatch, clock: Clock, until: float, changes: dict[float, P
 
 
 @pytest.mark.parametrize("change", [None, 0.5, 1.9, 2.1, 3.0, 4.1, 5.0, 7.9, 9.5])
-def test_it_is_over_between_one_and_one_and_a_half_times_the_limit(
+def test_timeout_ends_between_one_and_one_and_a_half_times_the_limit(
     tmp_path: Path, clock: Clock, change: float | None
 ) -> None:
     """Counted from the last sign of life, wherever between two looks that was."""
@@ -63,7 +63,7 @@ def test_it_is_over_between_one_and_one_and_a_half_times_the_limit(
     assert LIMIT <= end - last + (0 if change is None else 0.1) <= 1.5 * LIMIT
 
 
-def test_output_starts_it_anew(tmp_path: Path, clock: Clock) -> None:
+def test_output_restarts_the_timeout(tmp_path: Path, clock: Clock) -> None:
     """While there is output no folder is looked at."""
     watch = IdleWatch(LIMIT, [str(tmp_path)])
     for _ in range(100):
@@ -77,7 +77,7 @@ def test_output_starts_it_anew(tmp_path: Path, clock: Clock) -> None:
     assert LIMIT <= end - last <= 1.5 * LIMIT
 
 
-def test_a_walk_that_fails_says_nothing(tmp_path: Path, clock: Clock) -> None:
+def test_failed_walk_proves_nothing(tmp_path: Path, clock: Clock) -> None:
     """A folder that is gone ends nobody; when it can be read again, the time counts from the first such look."""
     folder = tmp_path / "folder"
     watch = IdleWatch(LIMIT, [str(folder)])
@@ -95,7 +95,7 @@ def walked(*folders: Path) -> tuple[int, int] | None:
     return walk.signature
 
 
-def test_each_change_shows(tmp_path: Path) -> None:
+def test_each_change_is_detected(tmp_path: Path) -> None:
     """Content of the same size, a name, a mode, a claimed time, deep or not; a look alone changes nothing."""
     deep = tmp_path / "a" / "b"
     deep.mkdir(parents=True)
@@ -119,7 +119,7 @@ def test_each_change_shows(tmp_path: Path) -> None:
     assert len(set(seen)) == len(seen)
 
 
-def test_a_tree_that_is_too_large_is_a_look_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oversized_tree_is_a_failed_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The walk ends at a bound, of entries or of time."""
     for number in range(600):
         (tmp_path / str(number)).touch()

@@ -29,13 +29,13 @@ COMMANDS: list[tuple[str, list[str]]] = [
 
 
 @pytest.mark.parametrize(("command", "programs"), COMMANDS)
-def test_the_programs_that_a_command_names(command: str, programs: list[str]) -> None:
+def test_programs_of_a_command_are_found(command: str, programs: list[str]) -> None:
     """At the places where the shell would look for one."""
     assert find_programs(command) == programs
 
 
 @given(st.text())
-def test_any_text_has_some(text: str) -> None:
+def test_any_text_is_parsed(text: str) -> None:
     """Or none; the first is what a shell that says nothing did not find."""
     found = find_programs(text)
     assert find_missing_program(text, "") == (found[0] if found else text.strip())
@@ -46,7 +46,7 @@ def test_any_text_has_some(text: str) -> None:
     ("command", "program"),
     [("true && no-such-tool -x", "no-such-tool"), ("./tool", "./tool"), ("env no-such-tool", "no-such-tool")],
 )
-def test_what_a_shell_did_not_find(
+def test_missing_program_is_named_by_the_shell_message(
     shell: str, command: str, program: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """By the words of the shells that there are."""

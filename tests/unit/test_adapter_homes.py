@@ -28,7 +28,7 @@ def user(tmp_path: Path) -> Path:
 LINKS = {"login": "~/.tool/login", "conf/settings": "~/.tool/settings", "missing": "~/.tool/missing"}
 
 
-async def test_it_has_files_and_links_to_what_the_user_has(tmp_path: Path, user: Path) -> None:
+async def test_home_has_files_and_links_to_the_users(tmp_path: Path, user: Path) -> None:
     home = tmp_path / "logs/homes/task/tool"
     what = SessionHome({"a/servers.json": "{}"}, LINKS, ("login",))
     reach = await set_up(home, what, {"HOME": str(user)})
@@ -40,7 +40,7 @@ async def test_it_has_files_and_links_to_what_the_user_has(tmp_path: Path, user:
     assert reach == PathAccess(writable=(home, user / ".tool/login"), readable=(user / ".tool/settings",))
 
 
-async def test_a_newer_login_that_took_a_links_place_stays(tmp_path: Path, user: Path) -> None:
+async def test_renewed_login_in_place_of_a_link_stays(tmp_path: Path, user: Path) -> None:
     home = tmp_path / "home"
     await set_up(home, SessionHome({}, LINKS, ("login",)), {"HOME": str(user)})
     (home / "login").unlink()
@@ -50,7 +50,7 @@ async def test_a_newer_login_that_took_a_links_place_stays(tmp_path: Path, user:
     assert user / ".tool/login" not in reach.writable
 
 
-async def test_a_login_that_was_renewed_by_another_file_is_brought_back(tmp_path: Path, user: Path) -> None:
+async def test_renewed_login_in_another_file_is_copied_back(tmp_path: Path, user: Path) -> None:
     home, what = tmp_path / "home", SessionHome({}, LINKS, ("login",))
     await set_up(home, what, {"HOME": str(user)})
     (home / "new").write_text("newer, and longer than before")
@@ -64,7 +64,7 @@ async def test_a_login_that_was_renewed_by_another_file_is_brought_back(tmp_path
     assert (home / "login").is_symlink()
 
 
-async def test_a_home_that_was_made_a_link_is_made_anew(tmp_path: Path, user: Path) -> None:
+async def test_home_replaced_by_a_link_is_recreated(tmp_path: Path, user: Path) -> None:
     home = tmp_path / "homes/t/a"
     home.parent.mkdir(parents=True)
     home.symlink_to(user)
@@ -74,7 +74,7 @@ async def test_a_home_that_was_made_a_link_is_made_anew(tmp_path: Path, user: Pa
 
 
 @pytest.mark.extended
-async def test_trees_of_any_depth_are_no_obstacle(tmp_path: Path) -> None:
+async def test_deep_trees_are_handled(tmp_path: Path) -> None:
     home = tmp_path / "logs/homes/t/a"
     await set_up(home, SessionHome(), {})
     deepen = "import os\nfor _ in range(3000):\n    os.mkdir('d')\n    os.chdir('d')"
@@ -87,7 +87,7 @@ async def test_trees_of_any_depth_are_no_obstacle(tmp_path: Path) -> None:
     assert not (tmp_path / "logs/homes/t").exists()
 
 
-async def test_settings_that_are_no_file_are_refused(tmp_path: Path, user: Path) -> None:
+async def test_settings_that_are_not_a_file_are_rejected(tmp_path: Path, user: Path) -> None:
     (user / ".tool/settings").unlink()
     os.mkfifo(user / ".tool/settings")
     with pytest.raises(RefusedError, match="is not a settings file"):
@@ -102,7 +102,7 @@ async def test_settings_that_are_no_file_are_refused(tmp_path: Path, user: Path)
         )
 
 
-async def test_nothing_is_written_through_a_link_that_a_session_left(tmp_path: Path, user: Path) -> None:
+async def test_links_left_by_a_session_are_not_followed(tmp_path: Path, user: Path) -> None:
     home, outside = tmp_path / "home", tmp_path / "outside"
     home.mkdir()
     outside.mkdir()
@@ -118,7 +118,7 @@ async def test_nothing_is_written_through_a_link_that_a_session_left(tmp_path: P
     assert [(home / name).read_text() for name in files] == ["ours"] * 3
 
 
-async def test_settings_go_over_those_of_the_users(tmp_path: Path, user: Path) -> None:
+async def test_settings_override_the_users(tmp_path: Path, user: Path) -> None:
     home = tmp_path / "home"
     theirs = {"ui": {"theme": "dark", "size": 1}, "list": [1, 2], "odd": {"a": 1}}
     (user / ".tool/settings").write_text(json.dumps(theirs))
@@ -135,20 +135,20 @@ async def test_settings_go_over_those_of_the_users(tmp_path: Path, user: Path) -
     assert json.loads((home / "set.json").read_text()) == over
 
 
-async def test_settings_that_are_not_json_are_refused(tmp_path: Path, user: Path) -> None:
+async def test_settings_that_are_not_json_are_rejected(tmp_path: Path, user: Path) -> None:
     with pytest.raises(RefusedError, match="settings is not valid JSON"):
         await set_up(
             tmp_path / "home", SessionHome(settings={"x": SettingsOverlay("~/.tool/settings", {})}), {"HOME": str(user)}
         )
 
 
-async def test_without_a_home_of_the_users_nothing_is_linked(tmp_path: Path) -> None:
+async def test_missing_user_home_links_nothing(tmp_path: Path) -> None:
     home = tmp_path / "home"
     assert await set_up(home, SessionHome({}, LINKS), {}) == PathAccess(writable=(home,))
     assert list(home.iterdir()) == []
 
 
-async def test_what_is_added_to_lists_goes_after_what_is_there(tmp_path: Path, user: Path) -> None:
+async def test_list_settings_are_appended(tmp_path: Path, user: Path) -> None:
     """Beside what goes over the user's settings."""
     (user / ".tool/settings").write_text('{"hooks": {"before": ["theirs"], "after": ["theirs"]}, "keep": [1]}')
     added = {"hooks": {"before": ["ours"]}, "new": ["ours"]}

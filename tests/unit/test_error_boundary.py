@@ -16,7 +16,7 @@ from orchestrator.system.file_lock import FileLock
 
 
 @pytest.mark.parametrize("is_grouped", [False, True])
-async def test_a_lock_that_stays_held_is_no_internal_error(
+async def test_lock_timeout_is_not_an_internal_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], *, is_grouped: bool
 ) -> None:
     """One line with the holder and the fix, and exit code 1, also out of a group of tasks."""
@@ -36,7 +36,7 @@ async def test_a_lock_that_stays_held_is_no_internal_error(
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_a_file_system_that_is_read_only_now_is_unavailable(capsys: pytest.CaptureFixture[str]) -> None:
+def test_read_only_file_system_is_unavailable(capsys: pytest.CaptureFixture[str]) -> None:
     """As a full disk: a session that can't be set up on one waits, and costs no attempt."""
     error = OSError(errno.EROFS, os.strerror(errno.EROFS), "/place")
     assert is_resource_exhaustion(error)

@@ -71,14 +71,14 @@ def recorded(program: str, name: str) -> list[str]:
         ("acp-gemini", ["> execute echo from-the-shell: ok", "> edit Writing to out/b.txt: ok", "Both done."]),
     ],
 )
-def test_a_tool_call_is_a_line_with_its_argument_and_outcome(program: str, lines: list[str]) -> None:
+def test_tool_call_is_a_line_with_argument_and_outcome(program: str, lines: list[str]) -> None:
     """And the agent's words are shown once, though results repeat them."""
     assert recorded(program, "tool") == lines
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("name", ["limited", "no-login"])
-def test_a_failure_is_shown(program: str, name: str) -> None:
+def test_failure_is_shown(program: str, name: str) -> None:
     """Once, as the program said it, with its class; nothing of the program's own JSON is."""
     lines = recorded(program, name)
     errors = [line for line in lines if line.startswith("error: ")]
@@ -88,7 +88,7 @@ def test_a_failure_is_shown(program: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_all_that_was_recorded_can_be_shown(program: str) -> None:
+def test_all_recordings_can_be_shown(program: str) -> None:
     """In far less than the program printed; lines that hold no JSON are there as they are."""
     for name, recording in read_recordings(TRANSCRIPTS / program).items():
         lines = shown(adapter_of(program), *recording.stdout)
@@ -97,7 +97,7 @@ def test_all_that_was_recorded_can_be_shown(program: str) -> None:
         assert len(words) <= sum(len(line) + 1 for line in recording.stdout), name
 
 
-def test_a_failed_tool_says_why() -> None:
+def test_failed_tool_has_its_reason() -> None:
     """In the same line, however many calls run side by side; an outcome that comes late has a line of its own."""
 
     def claude(type_: str, **block: Any) -> str:
@@ -118,12 +118,12 @@ def test_a_failed_tool_says_why() -> None:
     ]
 
 
-def test_a_command_that_its_program_blocked_is_shown_as_denied() -> None:
+def test_blocked_command_is_shown_as_denied() -> None:
     """Gemini CLI reports it as a success with an output."""
     assert recorded("gemini", "denied") == ["> run_shell_command echo $(pwd): denied", "Tried."]
 
 
-def test_json_of_which_nothing_is_known_is_shown_as_it_is() -> None:
+def test_unknown_json_is_shown_unchanged() -> None:
     """At the end, or once there is so much of it that it can't be a program's greeting."""
     lines = [json.dumps({"step": number}) for number in range(30)]
     assert shown(CUSTOM, *lines[:2]) == lines[:2]

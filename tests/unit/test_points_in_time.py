@@ -36,18 +36,18 @@ def zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("2026-01-02", NOW - (5 * 3600 + 4 * 60 + 5)),
     ],
 )
-def test_times_are_read(zone: None, text: str, instant: float) -> None:
+def test_times_are_parsed(zone: None, text: str, instant: float) -> None:
     """ISO 8601, in the local zone if it names none, or how long ago."""
     assert parse_instant(text, NOW) == instant
 
 
 @pytest.mark.parametrize("text", ["", "ago", "yesterday", "2 h", "-2h", "2026-13-01", "20260102-030405-ab12/1", "0s"])
-def test_what_is_no_time_is_none(text: str) -> None:
+def test_invalid_time_is_rejected(text: str) -> None:
     """A checkpoint's id, for one."""
     assert parse_instant(text, NOW) is None
 
 
-def test_an_instant_before_all_years_is_no_fault(zone: None) -> None:
+def test_instant_before_year_one_is_handled(zone: None) -> None:
     """The first day of the calendar is one that the machine may not be able to count from its epoch."""
     assert parse_instant("0001-01-01", NOW) in {None, -62135604000.0}
 
@@ -55,7 +55,7 @@ def test_an_instant_before_all_years_is_no_fault(zone: None) -> None:
 @pytest.mark.parametrize(
     ("instant", "position"), [(0.0, None), (10.0, 1), (15.0, 4), (20.0, 4), (25.0, 4), (29.9, 4), (30.0, 5)]
 )
-def test_of_times_that_jump_back_the_newest_counts(instant: float, position: int | None) -> None:
+def test_jumping_times_use_the_newest_position(instant: float, position: int | None) -> None:
     """The clock said 10, 20, was set back to 12, and went on."""
     times = [(1, 10.0), (2, 20.0), (3, 12.0), (4, 15.0), (5, 30.0)]
     assert find_newest_until(times, instant) == position

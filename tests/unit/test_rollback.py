@@ -18,7 +18,7 @@ def attempt(number: int, outcome: str | None = "built") -> Attempt:
 
 
 @pytest.mark.parametrize("status", [one for one in TaskStatus if one is not TaskStatus.LANDED])
-def test_what_has_landed_or_may_have_stays(status: TaskStatus) -> None:
+def test_landed_or_possibly_landed_work_stays(status: TaskStatus) -> None:
     """A landing is a fact of the target: no task turns back from it or to it."""
     then = TaskDocument(status=status, attempts=(attempt(1),))
     landed = TaskDocument(status=TaskStatus.LANDED, attempts=(attempt(1),), landed=COMMIT)
@@ -32,7 +32,7 @@ def test_what_has_landed_or_may_have_stays(status: TaskStatus) -> None:
 
 
 @pytest.mark.parametrize("status", [TaskStatus.RUNNING, TaskStatus.PENDING])
-def test_the_next_attempt_is_a_new_one(status: TaskStatus) -> None:
+def test_next_attempt_has_a_new_number(status: TaskStatus) -> None:
     """A task that was at work, or waited, has the attempts since on record, and is about the newest."""
     outcome = None if status is TaskStatus.RUNNING else "interrupted"
     then = TaskDocument(status=status, attempts=(attempt(1, outcome),))
@@ -45,7 +45,7 @@ def test_the_next_attempt_is_a_new_one(status: TaskStatus) -> None:
 
 
 @pytest.mark.parametrize("status", [TaskStatus.QUEUED, TaskStatus.CHECKING, TaskStatus.FAILED])
-def test_what_an_attempt_came_to_is_about_that_attempt_again(status: TaskStatus) -> None:
+def test_outcome_of_an_attempt_is_restored(status: TaskStatus) -> None:
     """Work that waited to land is that of its own attempt, though there are later ones."""
     then = TaskDocument(status=status, attempts=(attempt(1),), commit=COMMIT)
     now = TaskDocument(status=TaskStatus.PENDING, attempts=(attempt(1, "checks_failed"), attempt(2, "crash")))
@@ -59,7 +59,7 @@ def test_what_an_attempt_came_to_is_about_that_attempt_again(status: TaskStatus)
     assert (again.attempt.number, len(again.attempts)) == (1, 3)
 
 
-def test_a_landing_that_was_under_way_waits_to_land() -> None:
+def test_landing_in_progress_returns_to_the_queue() -> None:
     """Its move of the target has been settled since: to settle it again could touch files that others wrote."""
     intent = LandingIntent(old=BASE, new=COMMIT, recorded=1.0)
     then = TaskDocument(status=TaskStatus.LANDING, attempts=(attempt(1),), commit=COMMIT, intent=intent)

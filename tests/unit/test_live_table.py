@@ -89,17 +89,17 @@ def row(frame: TableFrame, task: str) -> TaskRow:
         (TaskDocument(attempts=(CRASHED,), phases=(PLANNED,)), False, "retry"),
     ],
 )
-def test_a_status_has_its_word(document: TaskDocument, is_blocked: bool, expected: str) -> None:
+def test_status_has_its_label(document: TaskDocument, is_blocked: bool, expected: str) -> None:
     """The phase of a task follows from its document, and from whether what it needs can still land."""
     assert activity_label(document, is_blocked=is_blocked) == expected
 
 
-def test_every_status_has_a_word() -> None:
+def test_every_status_has_a_label() -> None:
     """No status is left without one."""
     assert {activity_label(TaskDocument(status=status)) for status in TaskStatus} >= {"landed", "conflict", "failed"}
 
 
-def test_a_row_tells_what_is_known_of_a_task() -> None:
+def test_row_shows_the_known_facts() -> None:
     """Attempt of how many, elapsed, what it says, and how much it has changed, all of its newest attempt."""
     shown = view(tasks(1))
     first = attempt(1, ended=12.0, outcome="crashed", reason="the program ended\nwith exit code 3")
@@ -121,7 +121,7 @@ def test_a_row_tells_what_is_known_of_a_task() -> None:
     assert frame.totals == "0 landed · 1 running · 1:35 · 1 of 2 sessions · +12 -3 · 1.5k tokens · $0.50"
 
 
-def test_tasks_that_did_not_land_are_counted_by_their_state() -> None:
+def test_unlanded_tasks_are_counted_by_status() -> None:
     """As `status` does: a conflict and a cancelled task are no failures."""
     shown = view(tasks(3))
     ends = (TaskStatus.FAILED, TaskStatus.CONFLICT, TaskStatus.CANCELLED)
@@ -131,7 +131,7 @@ def test_tasks_that_did_not_land_are_counted_by_their_state() -> None:
     assert "1 conflict · 1 failed · 1 cancelled" in totals or "1 failed · 1 conflict · 1 cancelled" in totals, totals
 
 
-def test_the_counts_follow_what_is_recorded() -> None:
+def test_counts_follow_the_records() -> None:
     """Tasks move from one count to the next; what needs what failed is blocked, and no longer once that is revived."""
     entries = {**tasks(3), "child": DispatchEntry(("t0",)), "grandchild": DispatchEntry(("child",))}
     shown = view(entries)
@@ -146,7 +146,7 @@ def test_the_counts_follow_what_is_recorded() -> None:
     assert (totals.landed, totals.failed, totals.blocked, totals.waiting) == (1, 0, 0, 4)
 
 
-def test_a_row_tells_which_phase_a_session_is_at_and_who_runs_it() -> None:
+def test_row_shows_phase_and_adapter() -> None:
     """Each phase has all of its attempts; the name of the phase replaces `build`."""
     shown = view(tasks(1))
     plan = PLANNED.model_copy(update={"status": PhaseStatus.IN_PROGRESS, "attempts": (1, 2)})
@@ -160,7 +160,7 @@ def test_a_row_tells_which_phase_a_session_is_at_and_who_runs_it() -> None:
     assert "build" not in drawn
 
 
-def test_what_waits_for_a_person_has_a_row_that_says_what_to_type() -> None:
+def test_row_awaiting_approval_has_the_command() -> None:
     """It is counted by itself, before all that waits for its turn; when it will be over nobody can know."""
     shown = view({**tasks(6), "asks": DispatchEntry(adapter="fake")})
     shown.apply(record("t0", TaskDocument(status=TaskStatus.LANDED, attempts=(BUILT,), landed=COMMIT)))
@@ -178,7 +178,7 @@ def test_what_waits_for_a_person_has_a_row_that_says_what_to_type() -> None:
     assert "1 to be approved" in shown.frame(40.0, 3).totals
 
 
-def test_what_is_done_lets_others_start_and_is_no_failure() -> None:
+def test_done_task_unblocks_others_and_is_no_failure() -> None:
     """It counts by itself; what needs it does not wait for a landing that never comes."""
     shown = view({**tasks(1), "child": DispatchEntry(("t0",))})
     assert row(shown.frame(40.0, 10), "child").words == "needs t0"
@@ -206,7 +206,7 @@ def test_lines_are_counted_once() -> None:
     assert shown.totals(30.0).changes == Changes(2, 30, 0)
 
 
-def test_what_was_built_is_seen_once_more() -> None:
+def test_built_work_is_counted_again_once() -> None:
     """A session may end between two looks: its work is looked at until it was seen or has landed."""
     shown = view(tasks(1))
     shown.apply(record("t0", TaskDocument(status=TaskStatus.RUNNING, attempts=(attempt(),))))
@@ -220,7 +220,7 @@ def test_what_was_built_is_seen_once_more() -> None:
 
 
 @pytest.mark.parametrize("branch", ["council/run/t0/1", None])
-def test_what_a_failed_session_left_is_seen_once_more(branch: str | None) -> None:
+def test_work_of_a_failed_session_is_counted_again_once(branch: str | None) -> None:
     """What is kept of it is looked at; where nothing is, the row shows no lines."""
     shown = view(tasks(1))
     shown.apply(record("t0", TaskDocument(status=TaskStatus.RUNNING, attempts=(attempt(),))))
@@ -231,7 +231,7 @@ def test_what_a_failed_session_left_is_seen_once_more(branch: str | None) -> Non
     assert shown.frame(40.0, 5).rows[0].changes == (Changes() if branch is None else Changes(1, 2, 0))
 
 
-def test_a_resumed_run_counts_its_active_time_and_its_room() -> None:
+def test_resumed_run_counts_active_time_and_capacity() -> None:
     """`elapsed` is the time in which a process was active; sessions are as many as fit the machine."""
     shown = view(tasks(1), capacity=8)
     for number, since, ended in ((1, 0.0, 20.0), (2, 1000.0, None)):
@@ -249,7 +249,7 @@ def test_a_resumed_run_counts_its_active_time_and_its_room() -> None:
     assert shown.is_over
 
 
-def test_sessions_of_several_processes_are_not_held_against_the_capacity_of_one() -> None:
+def test_sessions_of_other_processes_do_not_use_our_capacity() -> None:
     """Each has as many as it is told to."""
     shown = view(tasks(3), capacity=2)
     for number in range(3):
@@ -273,12 +273,12 @@ def test_sessions_of_several_processes_are_not_held_against_the_capacity_of_one(
         (RemainingWork(0, 0, [], waiting=0, landing=0, chain=0, capacity=0), 0),
     ],
 )
-def test_the_time_left_is_the_greatest_of_three_bounds(ahead: RemainingWork, expected: float) -> None:
+def test_time_left_is_the_greatest_of_three_bounds(ahead: RemainingWork, expected: float) -> None:
     """Work over capacity, the longest chain of needs, and landings one at a time."""
     assert estimate_time_left(ahead) == expected
 
 
-def test_the_time_left_is_told_only_where_it_can_be_known() -> None:
+def test_time_left_is_shown_only_if_known() -> None:
     """Not before a task was built, nor while an adapter pauses or is stopped, nor at the end."""
     shown = view({**tasks(3), "last": DispatchEntry(("t2",))}, capacity=1)
     assert shown.totals(30.0).left is None
@@ -294,7 +294,7 @@ def test_the_time_left_is_told_only_where_it_can_be_known() -> None:
     assert shown.frame(50.0, 5).totals.endswith("about 1 min left · 0 of 1 sessions")
 
 
-def test_chains_are_those_of_needs() -> None:
+def test_chains_follow_needs() -> None:
     """The longest way from a task to what needs it, all of them counted."""
     entries = {
         "a": DispatchEntry(),
@@ -317,14 +317,14 @@ def test_chains_are_those_of_needs() -> None:
         ("ab", "cd", "ef", 0, ""),
     ],
 )
-def test_what_fits_is_at_work_or_has_just_changed(
+def test_visible_rows_are_active_or_recently_changed(
     working: str, waiting: str, over: str, room: int, expected: str
 ) -> None:
     """Rows go to what is at work, then half and half to what changed last and to what comes next."""
     assert "".join(choose_rows(working, waiting, over, room)) == expected
 
 
-def test_a_long_run_is_summed_up() -> None:
+def test_long_run_is_summarized() -> None:
     """Rows stay in the order of the file; what has none is counted, and nothing is counted twice."""
     shown = view(tasks(100), capacity=2)
     for number in range(50):
@@ -346,19 +346,19 @@ def test_a_long_run_is_summed_up() -> None:
     [(0.4, "about 5 s"), (38, "about 40 s"), (55, "about 55 s"), (56, "about 1 min"), (200, "about 4 min"),
      (3601, "about 1 h 10 min"), (7200, "about 2 h"), (7201, "about 2 h 10 min")],
 )  # fmt: skip
-def test_time_left_in_words(seconds: float, expected: str) -> None:
+def test_time_left_is_formatted(seconds: float, expected: str) -> None:
     """Rounded up, and never to more than it can be known to."""
     assert format_estimate(seconds) == expected
 
 
-def test_durations_and_amounts() -> None:
+def test_durations_and_amounts_are_formatted() -> None:
     """As on a clock, and as people write numbers."""
     assert [format_elapsed(one) for one in (-1, 0.9, 42, 723, 3723)] == ["0:00", "0:00", "0:42", "12:03", "1:02:03"]
     assert [format_count(one) for one in (0, 950, 12_345, 4_500_000)] == ["0", "950", "12.3k", "4.5M"]
 
 
 @pytest.mark.parametrize("width", [1, 10, 20, 45, 60, 80, 120, 200])
-def test_no_line_is_wider_than_the_terminal(width: int) -> None:
+def test_lines_fit_the_terminal(width: int) -> None:
     """Whatever the texts, also wide characters; columns give way before words do, and no line ends with blanks."""
     rows = [
         TaskRow("t" * 50, "build", "adapter" * 5, "1/3", "0:01", Changes(1, 2, 3), "漢字" * 100),
@@ -374,12 +374,12 @@ def test_no_line_is_wider_than_the_terminal(width: int) -> None:
         assert "漢" in texts[1]
 
 
-def test_rows_of_a_narrower_terminal() -> None:
+def test_narrower_terminal_wraps_counted_rows() -> None:
     """What was drawn in wide lines takes more of them."""
     assert count_wrapped_rows([80, 40, 0, 41], 40) == 2 + 1 + 1 + 2
 
 
-def test_what_is_said_is_no_command_for_the_terminal() -> None:
+def test_terminal_sequences_are_escaped() -> None:
     """Escape sequences and markup are shown, never obeyed."""
     shown = view({"t0": DispatchEntry(adapter="fake")})
     shown.apply(record("t0", TaskDocument(status=TaskStatus.RUNNING, attempts=(attempt(),))))
@@ -393,7 +393,7 @@ def test_what_is_said_is_no_command_for_the_terminal() -> None:
     assert "[red]stop[/red]" in text
 
 
-def test_ten_thousand_tasks_are_redrawn_at_once() -> None:
+def test_ten_thousand_tasks_are_redrawn_quickly() -> None:
     """A change and a redraw with all of them recorded take some milliseconds; a redraw reads no document anew."""
     entries = {
         f"t{number}": DispatchEntry((f"t{number - 1}",) if number % 3 else (), "fake") for number in range(10_000)
@@ -414,7 +414,7 @@ def test_ten_thousand_tasks_are_redrawn_at_once() -> None:
     assert min(redraw() for _ in range(10)) < 0.020
 
 
-def test_what_a_plan_became_has_rows_behind_its_task() -> None:
+def test_subtasks_have_rows_after_their_task() -> None:
     """The task waits for them, is blocked where one fails, and its own row tells of which."""
     shown = view(tasks(2))
     planned = TaskDocument(attempts=(BUILT,), expanded=("t0-a", "t0-b"))

@@ -56,20 +56,20 @@ def read(line: Any, *rules: dict[str, Any], **options: Any) -> list[SessionEvent
         ("choices.²", []),
     ],
 )
-def test_paths(path: str, found: list[Any]) -> None:
+def test_path_finds_its_values(path: str, found: list[Any]) -> None:
     """Names and numbers lead on, `*` everywhere, `+` adds; what is not there, or null, is no value."""
     OutputRule.model_validate({"text": path})
     assert values_at(LINE, path) == found
 
 
 @pytest.mark.parametrize("path", ["", ".", ".type", "usage.", "a..b", "a b", "a +", "+ a", "a+b", "$.type", "$"])
-def test_what_is_no_path(path: str) -> None:
+def test_invalid_path_is_rejected(path: str) -> None:
     """It is refused with an example of one, or a hint where to begin."""
     with pytest.raises(ValidationError, match=r"not a path .*usage\.input_tokens|begins with '\$': begin with a key"):
         OutputRule.model_validate({"text": path})
 
 
-def test_facts_of_a_line() -> None:
+def test_facts_of_a_line_are_read() -> None:
     """All facts of all rules that are for a line, and none of another's."""
     rules = (
         {"session": "session_id"},
@@ -106,7 +106,7 @@ def test_facts_of_a_line() -> None:
         ({"nothing": "x"}, False),
     ],
 )
-def test_when(when: dict[str, Any], fits: bool) -> None:
+def test_rule_applies_to_matching_lines(when: dict[str, Any], fits: bool) -> None:
     """A value is equal only to one of its kind, and each has to be."""
     assert read(LINE, {"when": when, "session": "session_id"}) == ([ConversationStarted("s1")] if fits else [])
 
@@ -119,7 +119,7 @@ def test_when(when: dict[str, Any], fits: bool) -> None:
         ("conversation", UsageReport(7, is_cumulative=True, includes_resumed=True)),
     ],
 )
-def test_what_usage_is_of(usage: str, spent: UsageReport) -> None:
+def test_usage_scope_is_applied(usage: str, spent: UsageReport) -> None:
     """Of the line, of the session so far, or with the conversation's earlier ones; a model alone takes nothing back."""
     rule = {"input_tokens": "usage.output", "model": "m", "usage": usage}
     assert read({"usage": {"output": 7}}, rule) == [spent]
@@ -142,7 +142,7 @@ def test_what_usage_is_of(usage: str, spent: UsageReport) -> None:
         ("many", 0),
     ],
 )
-def test_counts(given: Any, tokens: int) -> None:
+def test_counts_are_parsed(given: Any, tokens: int) -> None:
     """Numbers of JSON, and those that are printed for people; anything else counts as nothing."""
     assert read({"n": given}, {"input_tokens": "n"}) == [UsageReport(tokens)]
 
@@ -150,12 +150,12 @@ def test_counts(given: Any, tokens: int) -> None:
 @pytest.mark.parametrize(
     ("given", "cost"), [(0.5, 0.5), (0, 0.0), ("$1.25", 1.25), ("free", None), (float("nan"), None)]
 )
-def test_costs(given: Any, cost: float | None) -> None:
+def test_costs_are_parsed(given: Any, cost: float | None) -> None:
     """US dollars, with their sign or without; what is none is not known."""
     assert read({"n": given}, {"cost": "n"}) == [UsageReport(cost=cost)]
 
 
-def test_text_by_named_groups() -> None:
+def test_text_is_read_by_named_groups() -> None:
     """A line that a rule is for means what its groups say and is not said; another is said as it stands."""
     rules = (
         {"match": r"^session: (?P<session>\S+)$"},
@@ -178,7 +178,7 @@ def test_text_by_named_groups() -> None:
     assert read("error: it broke", *rules) == [FinalResult("", Failed(FailureClass.CRASHED, "it broke"))]
 
 
-def test_lines_of_text_among_json() -> None:
+def test_text_lines_among_json_are_read() -> None:
     """They are said, unless `match` is for them; what was to be JSON and is none is nothing."""
     options: dict[str, Any] = {"output": "jsonl"}
     assert read("Welcome!", {"text": "text"}, **options) == [AgentMessage("Welcome!")]
@@ -201,13 +201,13 @@ def test_lines_of_text_among_json() -> None:
         ({"error": {"message": " \n"}}, None, ""),
     ],
 )
-def test_errors_are_classed(line: dict[str, Any], failure: str | None, reason: str) -> None:
+def test_errors_are_classified(line: dict[str, Any], failure: str | None, reason: str) -> None:
     """By the words that the file knows, then by their status; a line without an error is none."""
     events = read(line, {"error": "error.message", "status": "status"}, failures={"auth": "credit"})
     assert events == ([FinalResult("", Failed(FailureClass(failure), reason))] if failure else [])
 
 
-def test_an_error_with_parts_is_told_whole() -> None:
+def test_structured_error_is_shown_completely() -> None:
     """A path that leads to more than text gives its JSON; several give all."""
     assert read({"e": {"code": 7}}, {"error": "e"}) == [FinalResult("", Failed(FailureClass.CRASHED, '{"code": 7}'))]
     several = read(
@@ -216,7 +216,7 @@ def test_an_error_with_parts_is_told_whole() -> None:
     assert several == [FinalResult("", Failed(FailureClass.LIMIT, "Quota: no"))]
 
 
-def test_an_error_outweighs_done_on_one_line() -> None:
+def test_error_overrides_done_on_one_line() -> None:
     """Whatever the order of the rules, and the result's text is kept."""
     rules = ({"when": {"type": "result"}, "text": "text", "done": True}, {"error": "error"})
     for order in (rules, rules[::-1]):
@@ -232,7 +232,7 @@ def verdict(lines: list[str], code: int | None = 0, **options: Any) -> Failed | 
     return adapter.verdict(SessionEnd(code, None, 1_000_000.0, "\n".join(lines), "", events))
 
 
-def test_what_is_to_be_seen_at_the_end() -> None:
+def test_missing_result_is_a_failure() -> None:
     """Without it a zero exit is a failure, whatever was built; with it, or with another failure, that stands."""
     options: dict[str, Any] = {"read": [{"match": "^done", "done": True}], "failures": {"auth": "log in"}}
     missing = Failed(FailureClass.CRASHED, "it ended without a line with ^done", unfinished=True)
@@ -245,7 +245,7 @@ def test_what_is_to_be_seen_at_the_end() -> None:
     assert str(verdict([], **by_path)).count("""a line with type: "end" and ok: true""") == 1
 
 
-def test_a_limit_told_in_an_error_has_its_end() -> None:
+def test_limit_in_an_error_has_its_end() -> None:
     """The pattern of the limit is looked for in the message, also where the class is known by the status."""
     options: dict[str, Any] = {"output": "jsonl", "read": [{"error": "message", "status": "status"}]}
     line = json.dumps({"message": "slow down, again in 90 s", "status": 429})
@@ -254,7 +254,7 @@ def test_a_limit_told_in_an_error_has_its_end() -> None:
     assert told == Failed(FailureClass.RATE_LIMITED, "slow down, again in 90 s", 1_000_090.0)
 
 
-def test_what_is_only_talked_of_in_json_is_no_failure() -> None:
+def test_quoted_error_in_json_is_not_a_failure() -> None:
     """Patterns of failures are for errors, and for what is no JSON."""
     options: dict[str, Any] = {"output": "jsonl", "read": [{"text": "text"}], "failures": {"auth": "not logged in"}}
     assert verdict(['{"text": "It says: not logged in."}'], 1, **options) is None
@@ -277,7 +277,7 @@ NAMES = st.lists(st.sampled_from(["a", "b", "0", "*"]), min_size=1, max_size=3).
         )
     ),
 )
-def test_anything_can_be_read(line: dict[str, Any], rule: dict[str, str]) -> None:
+def test_any_output_can_be_read(line: dict[str, Any], rule: dict[str, str]) -> None:
     """Whatever a line holds where a rule looks, the same comes of it, in numbers that any store takes."""
     events = read(line, rule)
     assert events == read(line, rule)

@@ -53,14 +53,14 @@ ASKS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("line", ASKS)
-def test_what_reaches_beyond_the_sandbox_is_asked_for(tmp_path: Path, line: str) -> None:
+def test_settings_beyond_the_sandbox_need_trust(tmp_path: Path, line: str) -> None:
     """One line each."""
     found = asked(tmp_path, **ASKS[line])
     assert len(found) == 1, found
     assert found[0].startswith(line)
 
 
-def test_what_stays_in_the_sandbox_is_not(tmp_path: Path) -> None:
+def test_settings_within_the_sandbox_need_no_trust(tmp_path: Path) -> None:
     """Commands of checks and of worktrees, limits, branches, and the network as it is by default."""
     worktrees = {"setup": ["make"], "before_run": ["make x"], "ports": 2, "keep_ignored": ["node_modules"]}
     defaults = {"checks": ["make test"], "attempts": 5, "priority": 1, "max_file": "1GB"}

@@ -112,7 +112,7 @@ async def until(condition: Callable[[], bool]) -> None:
             await anyio.sleep(0.005)
 
 
-async def test_everything_of_the_run_arrives_in_order_and_nothing_of_others() -> None:
+async def test_sink_gets_all_events_of_its_run_in_order() -> None:
     """What was before and what comes meanwhile is delivered; the cursor's own writes are not, and make no loop."""
     bench, ear = Bench(), Listener()
     await bench.happen(3)
@@ -138,7 +138,7 @@ async def test_everything_of_the_run_arrives_in_order_and_nothing_of_others() ->
     assert cursor.value == {"position": ear.batches[-1][-1].position}
 
 
-async def test_where_there_is_nothing_to_tell_nothing_is_opened() -> None:
+async def test_sink_without_events_is_not_opened() -> None:
     """A sink that has everything, or wants nothing of it, may be gone: nobody is told, and nobody waits."""
     bench, ear = Bench(), Listener()
     await bench.happen(2)
@@ -152,7 +152,7 @@ async def test_where_there_is_nothing_to_tell_nothing_is_opened() -> None:
     assert await bench.store.position() == before
 
 
-async def test_a_burst_is_delivered_in_batches_with_few_cursors() -> None:
+async def test_burst_is_delivered_in_batches_with_few_cursors() -> None:
     """Hundreds of events cost a handful of calls, and no commit for each."""
     bench, ear = Bench(), Listener()
     await bench.happen(350)
@@ -164,7 +164,7 @@ async def test_a_burst_is_delivered_in_batches_with_few_cursors() -> None:
     assert len(cursors) == 2  # the first, and the one at the end
 
 
-async def test_patterns_choose_the_events() -> None:
+async def test_patterns_select_the_events() -> None:
     """A sink gets what one of its patterns matches."""
     bench, ear = Bench(), Listener()
     for kind in ("run.created", "task.started", "task.landed", "run.finished"):
@@ -174,7 +174,7 @@ async def test_patterns_choose_the_events() -> None:
     assert ear.numbers == [3, 4]
 
 
-async def test_what_fails_is_tried_again_and_told_once_each_way() -> None:
+async def test_failing_sink_is_retried_and_reported_once_each_way() -> None:
     """A streak of failures is one event without secrets, its end another; no event is lost, none overtakes."""
 
     def fails_at_first(call: int) -> None:
@@ -194,7 +194,7 @@ async def test_what_fails_is_tried_again_and_told_once_each_way() -> None:
     ]
 
 
-async def test_two_that_always_fail_at_first_do_not_keep_each_other_busy() -> None:
+async def test_two_failing_sinks_do_not_keep_each_other_busy() -> None:
     """What feeders say of themselves is no event for any sink."""
     ears = [Listener(lambda call: 1 // (call % 2 - 1) if call % 2 else None) for _ in range(2)]
     bench = Bench()
@@ -209,7 +209,7 @@ async def test_two_that_always_fail_at_first_do_not_keep_each_other_busy() -> No
 
 
 @pytest.mark.parametrize("hangs", ["send", "open", "close"])
-async def test_a_sink_that_hangs_is_given_up_on(hangs: str) -> None:
+async def test_hanging_sink_is_abandoned(hangs: str) -> None:
     """Whatever hangs is cut off after its time; the run's end is not held up, and what is left is told."""
     bench, ear = Bench(), Listener(lambda _: anyio.sleep_forever() if hangs == "send" else None)
 
@@ -232,7 +232,7 @@ async def test_a_sink_that_hangs_is_given_up_on(hangs: str) -> None:
     assert ear.numbers == ([1, 2, 3] if hangs == "close" else [])
 
 
-async def test_what_is_left_is_delivered_the_next_time() -> None:
+async def test_undelivered_events_are_delivered_next_time() -> None:
     """From where it stopped, also what happened in between; nothing that had arrived comes again."""
 
     def fails_later(call: int) -> None:
@@ -254,7 +254,7 @@ async def test_what_is_left_is_delivered_the_next_time() -> None:
     assert [name for name, _ in await bench.told()] == ["sink.failing", "sink.undelivered"]
 
 
-async def test_what_the_store_has_let_go_of_is_skipped_and_told(tmp_path: Path) -> None:
+async def test_compacted_events_are_skipped_and_reported(tmp_path: Path) -> None:
     """A sink that lags behind a compaction gets what is left, and it is on record what it never got."""
     ear = Listener()
     async with FileStore.open(tmp_path, SystemClock(), segment_bytes=200) as store:
@@ -278,7 +278,7 @@ async def _rest(store: Store, after: int) -> AsyncIterator[Event]:
             return
 
 
-async def test_one_that_is_delivered_but_not_recorded_comes_again() -> None:
+async def test_delivered_but_unrecorded_event_is_repeated() -> None:
     """At least once: without its cursor, an event that arrived arrives again."""
     bench, ears = Bench(), [Listener(), Listener()]
     await bench.happen(2)
@@ -298,7 +298,7 @@ async def test_one_that_is_delivered_but_not_recorded_comes_again() -> None:
 
 
 @pytest.mark.parametrize("error", [RefusedError("not installed", "install it"), SystemExit(3), ValueError("no")])
-async def test_one_that_can_t_be_opened_is_no_harm(error: BaseException) -> None:
+async def test_sink_that_can_not_be_opened_does_no_harm(error: BaseException) -> None:
     """Also what ends the process elsewhere, and what is not there any more, is only told."""
     bench = Bench()
 
@@ -320,7 +320,7 @@ class _Odd(BaseException):
 
 
 @pytest.mark.parametrize("is_cancelled", [True, False])
-async def test_one_that_cancels_itself_cancels_nobody_else(is_cancelled: bool) -> None:
+async def test_sink_that_cancels_itself_cancels_nothing_else(is_cancelled: bool) -> None:
     """A cancellation that is nobody's, such as of a task that the sink waits for, is a failure like any other."""
 
     def fail_once(call: int) -> None:
@@ -336,7 +336,7 @@ async def test_one_that_cancels_itself_cancels_nobody_else(is_cancelled: bool) -
     assert [name for name, _ in await bench.told()] == ["sink.failing", "sink.recovered"]
 
 
-async def test_one_that_closes_by_itself_is_opened_again() -> None:
+async def test_sink_that_closes_itself_is_reopened() -> None:
     """A context that swallows an error has failed all the same."""
     bench, ear = Bench(), Listener(lambda call: 1 // 0 if call == 1 else None)
 
@@ -354,7 +354,7 @@ async def test_one_that_closes_by_itself_is_opened_again() -> None:
     assert (await bench.told())[0][1]["reason"] == "the event stream closed"
 
 
-async def test_the_body_s_error_comes_out_as_it_is_and_at_once() -> None:
+async def test_error_of_the_body_is_raised_immediately() -> None:
     """A refusal stays a refusal, and nobody waits for a sink before it is told."""
     bench, ear = Bench(), Listener(lambda _: anyio.sleep_forever())
     await bench.happen()
@@ -369,7 +369,7 @@ async def test_the_body_s_error_comes_out_as_it_is_and_at_once() -> None:
     assert ear.closed == 1
 
 
-async def test_another_feeder_of_the_same_outlet_ends_this_one_quietly() -> None:
+async def test_second_delivery_to_a_sink_ends_the_first() -> None:
     """Who finds that somebody else has moved the cursor stops: the events are theirs to deliver."""
     bench, ear = Bench(), Listener()
     async with bench.feeding(outlet(ear)):
@@ -385,7 +385,7 @@ async def test_another_feeder_of_the_same_outlet_ends_this_one_quietly() -> None
     assert await bench.told() == []
 
 
-async def test_a_store_that_fails_is_the_runs_matter() -> None:
+async def test_failing_store_is_raised_to_the_run() -> None:
     """A feeder ends where the store does, without an error of its own."""
 
     class Failing(MemoryStore):
@@ -401,7 +401,7 @@ async def test_a_store_that_fails_is_the_runs_matter() -> None:
     assert ear.numbers == []
 
 
-async def test_whoever_else_has_fed_a_sink_the_rest_is_delivered() -> None:
+async def test_rest_is_delivered_after_another_process() -> None:
     """The cursor is written by another process in between, as where one stands in for a leader that is gone."""
     bench, listener = Bench(), Listener()
     key = cursor_key("r", "sink", "ear")

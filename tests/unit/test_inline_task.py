@@ -41,7 +41,7 @@ def load(folder: Path, text: str | None, *prompts: str, **choices: Any) -> RunCo
     return load_inline(InlineTasks(prompts or ("Do it.",), **choices), file, folder, TYPES)
 
 
-def test_tasks_of_the_file_are_replaced_and_all_else_holds(tmp_path: Path) -> None:
+def test_inline_task_replaces_those_of_the_file(tmp_path: Path) -> None:
     """Its own tasks, mistakes in them included, do not matter."""
     config = load(tmp_path, HEAD + ONE + TASKS, "Do it.", "And that.", base="dev", checks=("new",))
     assert [(task.id, task.prompt, task.adapter) for task in config.tasks] == [
@@ -63,7 +63,7 @@ def test_tasks_of_the_file_are_replaced_and_all_else_holds(tmp_path: Path) -> No
     ],
     ids=["of the file", "the default", "an installed type", "without a file", "with a file of no adapter"],
 )
-def test_adapter_is_of_the_file_or_a_type_that_needs_no_options(
+def test_inline_adapter_is_of_the_file_or_needs_no_options(
     tmp_path: Path, text: str | None, adapter: str | None, expected: str
 ) -> None:
     """What is named, else the file's own choice."""
@@ -82,7 +82,7 @@ def test_adapter_is_of_the_file_or_a_type_that_needs_no_options(
         (None, "command", "'command' takes options", "possible ones are free"),
     ],
 )
-def test_choice_that_is_none_is_refused_with_what_is_possible(
+def test_unknown_adapter_lists_the_possible_ones(
     tmp_path: Path, text: str | None, adapter: str | None, what: str, remedy: str
 ) -> None:
     """Each refusal names the adapters that could be meant."""
@@ -92,7 +92,7 @@ def test_choice_that_is_none_is_refused_with_what_is_possible(
     assert remedy in refused.value.remedy
 
 
-def test_without_any_installed_cli_the_way_out_is_any_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_clis_suggest_the_command_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No adapter is offered whose program is not on PATH."""
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RefusedError) as refused:
@@ -101,7 +101,7 @@ def test_without_any_installed_cli_the_way_out_is_any_program(tmp_path: Path, mo
     assert "`use: command`" in refused.value.remedy
 
 
-def test_mistakes_are_told_by_line_in_the_file_and_by_path_in_words(tmp_path: Path) -> None:
+def test_mistakes_of_file_and_sentence_have_their_positions(tmp_path: Path) -> None:
     """Each where it was made."""
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, HEAD.replace("2s", "2") + ONE, " ", target="a..b")
@@ -113,14 +113,14 @@ def test_mistakes_are_told_by_line_in_the_file_and_by_path_in_words(tmp_path: Pa
     ]
 
 
-def test_trackers_of_the_file_give_no_tasks(tmp_path: Path) -> None:
+def test_trackers_of_the_file_are_ignored(tmp_path: Path) -> None:
     """What is given in words is all that is done."""
     config = load(tmp_path, HEAD + ONE + "trackers: {board: {use: zzz}}\n")
     assert ([task.id for task in config.tasks], dict(config.trackers)) == (["task-1"], {})
 
 
 @pytest.mark.parametrize("text", ["adapters: 3\nversion: 1\n", "version: [\n", "- x\n", "version: 1\nadapters: {}\n"])
-def test_file_that_is_wrong_itself_is_told_as_such(tmp_path: Path, text: str) -> None:
+def test_invalid_file_is_reported_as_such(tmp_path: Path, text: str) -> None:
     """Before any question of adapters, where there are none that could be read."""
     with pytest.raises((ConfigError, RefusedError)) as caught:
         load(tmp_path, text)

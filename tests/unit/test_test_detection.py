@@ -109,7 +109,7 @@ TREES: list[tuple[dict[str, str], str | None, str | None]] = [
 
 
 @pytest.mark.parametrize(("files", "command", "before"), TREES, ids=lambda one: None)
-def test_the_command_is_told_by_the_files(
+def test_command_follows_from_the_files(
     files: dict[str, str], command: str | None, before: str | None, tmp_path: Path
 ) -> None:
     """One row for each way that the table knows, with the ones that look alike and are not."""
@@ -129,7 +129,7 @@ def test_the_command_is_told_by_the_files(
         assert (tmp_path / found.declared_in).exists()
 
 
-def test_another_way_for_a_machine_that_lacks_something(tmp_path: Path) -> None:
+def test_missing_program_gets_an_alternative(tmp_path: Path) -> None:
     """Without an installed pytest one is installed in a virtual environment; `make test` works without one."""
     (tmp_path / "pytest.ini").touch()
     found = detect_tests(read_top_level(tmp_path))
@@ -143,7 +143,7 @@ def test_another_way_for_a_machine_that_lacks_something(tmp_path: Path) -> None:
     assert [one.command for one in found.alternatives] == ['PATH="$PWD/.venv/bin:$PATH" make test', "make test"]
 
 
-def test_odd_files_are_passed_over(tmp_path: Path) -> None:
+def test_unusual_files_are_ignored(tmp_path: Path) -> None:
     """A pipe, a link to nowhere, a huge file and a name that is not UTF-8 neither block nor break."""
     os.mkfifo(tmp_path / "package.json")
     (tmp_path / "Makefile").symlink_to("/nowhere")
