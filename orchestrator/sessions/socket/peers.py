@@ -9,7 +9,6 @@ Without /proc (macOS) ancestry is not available: there the user id and the token
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import select
@@ -20,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from orchestrator.system.file_lock import lock_descriptor
 from orchestrator.system.process_table import process_stat
 
 _PEER_PIDFD: Final = 77  # SO_PEERPIDFD, from Linux 6.5 on
@@ -57,11 +57,8 @@ def _holder(lock: Path) -> int | None:
     """Return the id of the process that holds a session's lock, from its signature; None if it is free."""
     descriptor = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return int(json.loads(file.read(1 << 10))["pid"])
-    return None
+        is_free = lock_descriptor(descriptor, block=False, shared=True)
+        return None if is_free else int(json.loads(file.read(1 << 10))["pid"])
 
 
 def _descends(pid: int, ancestor: int) -> bool:
