@@ -126,6 +126,9 @@ def _read_text(path: Path, problems: Problems) -> str | None:
     try:
         with open_regular_file(path) as file:
             data = file.read(MAX_FILE_BYTES + 1)
+    except FileNotFoundError:
+        problems.add(_START, "file not found", "name an existing file, or write one with `council init`")
+        return None
     except OSError as error:
         problems.add(
             _START, f"the file can't be read, {(error.strerror or str(error)).lower()}", "name a readable file"

@@ -80,7 +80,8 @@ def _adapter(at: str, adapter: AdapterConfig) -> Iterator[str]:
             yield f"{at}{key}: {program} (run to ask for its version, without a sandbox)"
     match options.get("env"):
         case list(names):
-            yield from _variables(f"{at}env", [str(name) for name in names])
+            # A program needs its home to find its settings; the sandbox decides which files there it can read.
+            yield from _variables(f"{at}env", [str(name) for name in names if name != "HOME"])
         case dict(values):
             for name, value in values.items():
                 yield f"{at}env: {name}={value} (set for its program, also without a sandbox)"

@@ -123,12 +123,12 @@ _NO_ADAPTER: Final = (
 )
 _TASKS: Final = (
     "tasks:",
-    "  - id: readme                  # letters, digits, '.', '_' and '-'",
+    "  - id: first                   # letters, digits, '.', '_' and '-'",
     "    prompt: |                   # or use `prompt_file: FILE`",
-    "      Read the README as a new user would. Fix one thing in it that is wrong or unclear,",
-    "      and change nothing else.",
-    "  # - id: next                  # starts after `readme` has landed",
-    "  #   needs: [readme]",
+    "      Find one small mistake in this repository, such as a typo or an outdated comment.",
+    "      Fix it, and change nothing else.",
+    "  # - id: next                  # starts after `first` has landed",
+    "  #   needs: [first]",
     "  #   owns: [docs/**]           # tasks that own common paths run one at a time",
     "  #   prompt: …",
 )

@@ -66,7 +66,7 @@ async def test_a_run_that_waits_for_a_person_stays_and_goes_on_when_it_is_approv
     told = repository.council("status").stdout
     assert "waiting for approval" in told
     assert "next: council show t\n    then: council approve t\n    or: council reject t --note TEXT\n" in told
-    assert "Waiting for a person to approve: t." in told
+    assert "Waiting for your approval: t." in told
     assert "plan: waiting for approval" in repository.council("show", "t").stdout
     assert child.poll() is None
     approved = repository.council("approve", "t", "--note", "as discussed", "--json")
@@ -75,7 +75,7 @@ async def test_a_run_that_waits_for_a_person_stays_and_goes_on_when_it_is_approv
     assert (ended.code, ended.states) == (0, {"t": "landed", "after": "landed"}), ended
     assert [one["approvals"] for one in events(ended, "run.waiting")] == [["t"]]
     assert [one["note"] for one in events(ended, "task.approved")] == ["as discussed"]
-    assert "note         as discussed" in repository.council("show", "t").stdout
+    assert "note       as discussed" in repository.council("show", "t").stdout
     await repository.assert_invariants()
 
 

@@ -294,7 +294,7 @@ async def test_all_runs_together_and_what_people_are_told(repository: Repository
     done = repository.council("checkpoint", "restore", "all/1")
     assert done.code == 0, done
     assert "the previous state is checkpoint all/2" in done.stdout
-    assert "there is nothing for `council resume` to go on with" in done.stdout
+    assert "there is nothing to resume" in done.stdout
     assert repository.council("checkpoint", "show", "all/1").stdout.endswith("restoring it would change nothing\n")
     assert "nothing to restore" in repository.council("checkpoint", "restore", "all/1").stdout
     assert repository.council("status", old, "--json").states == {"one": "failed"}

@@ -89,7 +89,7 @@ async def test_nothing_is_left_of_a_run_that_ended_well(repository: Repository) 
         assert (listed.code, listed.result["freed"], found(listed), standings(listed)) == (0, 0, [], {"ready"})
     told = repository.council("clean", "--yes", "--kept").stdout
     assert "no leftovers to remove" in told
-    assert "ready for the next run: --pool removes them" in told
+    assert "ready for the next run: --pool removes it" in told
     await repository.assert_invariants()
     assert list(hub_of(repository).slots.iterdir())
     removed = repository.council("clean", "--yes", "--pool", "--json")

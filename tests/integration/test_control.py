@@ -158,7 +158,7 @@ def test_dropped_work_is_not_offered_any_more(repository: Repository) -> None:
         "run", str(repository.configure([{"id": "a", "prompt": "write a.txt x\nexit 1", "attempts": 1}]))
     )
     assert "council salvage apply a/1" in repository.council("status").stdout
-    assert "kept as" in repository.council("show", "a").stdout
+    assert "saved as" in repository.council("show", "a").stdout
     assert repository.council("salvage", "drop", "a/1", "--yes").code == 0
     for shown in (repository.council("status"), repository.council("show", "a")):
         assert "a/1" not in shown.stdout
@@ -365,7 +365,10 @@ async def test_kept_work_is_listed_shown_applied_and_dropped(repository: Reposit
     repository.council("run", str(repository.configure(tasks)))
     listed = repository.council("salvage", "list", "--json").result["kept"]
     assert [one["name"] for one in listed] == ["failed/1", "stasher/1", "stasher/1/stash", "tried/1"]
-    assert [line.split()[1:4] for line in repository.council("salvage", "list").stdout.splitlines()] == [
+    run, *rows = repository.council("salvage", "list").stdout.splitlines()
+    assert run == f"run {listed[0]['run']}"
+    assert all(len(line) <= 80 for line in rows)
+    assert [line.split()[:3] for line in rows if not line.startswith("      ")] == [
         ["failed/1", "task", "failed"],
         ["stasher/1", "task", "failed"],
         ["stasher/1/stash", "task", "failed"],
@@ -640,13 +643,16 @@ async def test_a_changed_file_is_reported_and_taken_over_by_reload(repository: R
     _file(repository, repaired, capacity=7)
     kept = repository.council("retry", "t")
     assert f"{file} has changed; the run keeps its recorded settings: t (prompt, timeout)" in kept.stderr, kept
-    assert "council retry TASK --reload" in kept.stderr
+    assert "council retry t --reload`" in kept.stderr
     resumed = repository.council("resume", "--json")
     assert resumed.states["t"] == "failed"
     [told] = [line for line in resumed.lines if line.get("event") == "run.file_changed"]
     assert (told["tasks"], told["keys"]) == ({"t": ["prompt", "timeout"], "u": ["attempts"]}, ["capacity"])
     reloaded = repository.council("retry", "t", "--reload")
     assert (reloaded.code, "settings: capacity; to use them, start a new run" in reloaded.stderr) == (0, True), reloaded
+    assert f"t: reloaded prompt, timeout from {file}" in reloaded.stderr
+    unchanged = repository.council("retry", "t", "--reload")
+    assert f"t: {file} has no changes" in unchanged.stderr
     resumed = repository.council("resume", "--json")
     assert resumed.states == {"t": "landed", "u": "failed"}
     assert (repository.top / "t.txt").read_text().strip() == "repaired"
@@ -817,7 +823,7 @@ async def test_branches_of_ours_are_named_as_salvage_takes_them(repository: Repo
     for one in printed:
         for name in re.findall(r"(?<![.\w])council/[\w./-]+", one.stdout):
             assert name in heads, one.stdout
-    assert all("kept as" in one.stdout and "t/1" in one.stdout for one in printed[1:])
+    assert all("saved as" in one.stdout and "t/1" in one.stdout for one in printed[1:])
     assert repository.council("salvage", "show", "t/1").code == 0
 
 

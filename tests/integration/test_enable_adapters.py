@@ -103,11 +103,11 @@ async def test_enabling_an_adapter_of_an_ended_run_applies_to_its_resume(
         "run", configured(repository, tmp_path, {"id": "one", "prompt": "x", "adapter": "locked"})
     )
     assert ended.code == 1, ended
-    assert "is stopped" in ended.stdout
+    assert "is disabled" in ended.stdout
     (tmp_path / "login").touch()
     enabled = repository.council(*command_in(ended.stdout))
     assert enabled.code == 0, enabled
-    assert "is stopped" not in enabled.stdout
+    assert "is disabled" not in enabled.stdout
     resume = re.findall(r"council (resume \S+)", enabled.stdout)
     assert repository.council(*shlex.split(resume[-1])).code == 0
     assert has_landed(repository, "one")

@@ -255,6 +255,9 @@ async def test_conflicts_keep_both_sides_and_leave_the_target_alone(repository: 
     ).stdout
     assert "left\n" in shown
     assert "right\n" in shown
+    # The markers name the target branch and the task, as the user knows them.
+    assert "<<<<<<< main\n" in shown
+    assert f">>>>>>> {ended.result['run']}/{task['id']}\n" in shown
     await repository.assert_invariants()
 
 

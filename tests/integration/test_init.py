@@ -226,7 +226,7 @@ def test_what_was_written_runs(repository: Repository, stand_ins: FakePrograms) 
     init(repository)
     stand_ins.add("my-cli", 'test -f "$1" && echo better > README.md')
     ended = repository.council("run", str(repository.top / "council.yaml"), "--json")
-    assert ended.states == {"readme": "landed"}, ended.stdout + ended.stderr
+    assert ended.states == {"first": "landed"}, ended.stdout + ended.stderr
 
 
 def wheel(folder: Path, module: str, code: str) -> None:

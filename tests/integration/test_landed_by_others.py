@@ -83,6 +83,25 @@ def test_no_commit_message_says_what_has_landed(repository: Repository, label: s
     child.communicate(timeout=60)
 
 
+def test_resume_with_tasks_to_retry_records_a_merged_conflict(repository: Repository) -> None:
+    """A resume that runs other tasks also records what the user merged since; a second one is not needed."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "one", "prompt": "write README.md one"},
+        {"id": "two", "prompt": "write README.md two"},
+        {"id": "idle", "prompt": "none"},
+    ]
+    ended = repository.council("run", str(repository.configure(tasks)), "--json")
+    [task] = [one["id"] for one in ended.result["tasks"] if one["status"] == "conflict"]
+    assert repository.council("salvage", "apply", f"{task}/conflict", "--branch", "fixed").code == 0
+    repository.git("checkout", "--quiet", "fixed")
+    repository.commit({"README.md": "both"}, "fixed")
+    repository.git("checkout", "--quiet", "main")
+    repository.git("merge", "--quiet", "--no-ff", "--no-edit", "fixed")
+    assert repository.council("retry", "idle").code == 0
+    resumed = repository.council("resume", "--json")
+    assert (resumed.code, resumed.states) == (1, {"one": "landed", "two": "landed", "idle": "no_change"}), resumed
+
+
 @pytest.mark.parametrize("is_merged", [True, False])
 async def test_a_conflict_that_a_person_merged_counts_as_landed(repository: Repository, is_merged: bool) -> None:
     """By the printed commands, after the run has ended: `resume` records it, and starts the tasks that need it."""

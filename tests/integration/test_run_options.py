@@ -195,7 +195,7 @@ async def test_the_error_of_a_detached_run_is_in_its_status(repository: Reposito
     log = repository.top / ".council/logs" / run / "background.log"
     log.write_text("a notice\ncouncil: the disk is full\n")
     assert repository.council("status", "--json").result["background"] == "the disk is full"
-    assert "Its process in the background has ended: the disk is full" in repository.council("status").stdout
+    assert "The background process ended with an error: the disk is full" in repository.council("status").stdout
 
 
 async def test_merge_lands_a_runs_own_branch_on_its_base(repository: Repository) -> None:

@@ -118,7 +118,7 @@ def test_work_is_shown_as_kept_only_where_it_is(repository: Repository) -> None:
     )
     assert repository.council("run", str(path), "--json").states == {"t": "landed"}
     kept = [one["name"] for one in repository.council("salvage", "list", "--json").result["kept"]]
-    assert re.findall(r"kept as +(\S+)", repository.council("show", "t").stdout) == kept == ["t/1"]
+    assert re.findall(r"saved as +(\S+)", repository.council("show", "t").stdout) == kept == ["t/1"]
 
 
 @pytest.mark.extended
@@ -148,7 +148,7 @@ def test_a_task_that_is_done_has_nothing_to_land(repository: Repository) -> None
     assert ended.states == {"thinks": "done", "after": "landed"}
     assert "1 done, 1 of 2 landed on main" in repository.council("status").stdout
     assert "1 done, 1 of 2 landed on main" in repository.council("runs").stdout
-    assert "nothing has landed" in repository.council("show", "thinks").stdout
+    assert "not landed" in repository.council("show", "thinks").stdout
     refused = repository.council("retry", "thinks")
     assert (refused.code, "is done" in refused.stderr) == (2, True)
 

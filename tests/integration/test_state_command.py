@@ -44,7 +44,7 @@ async def test_a_run_at_work_is_looked_at_and_followed(repository: Repository) -
     [active] = repository.council("runs", "--active", "--json").result["runs"]
     assert (active["run"], active["metrics"]["completed"], active["metrics"]["in_progress"]) == (told["run"], 1, 1)
     shown = repository.council("state", "show").stdout
-    assert "sessions at work" in shown
+    assert "active sessions" in shown
     assert session["worktree"] in shown
 
     assert repository.council("cancel", "held").code == 0

@@ -93,10 +93,10 @@ async def test_what_did_not_land_says_what_to_type(repository: Repository, start
     assert status.wait() == 1
     for text in (terminal.text, status.text, plain):
         assert "1 of 4 landed on main" in text
-        assert "merge conflict in README.md; kept as right/conflict" in text
+        assert "merge conflict in README.md; saved as right/conflict" in text
         assert "next: council salvage apply right/conflict --branch right-conflict\n" in text
         assert "or: council retry right\n" in text
-        assert "the program ended with exit code 7; kept as broken/1" in text
+        assert "the program ended with exit code 7; saved as broken/1" in text
         for step in ("next: council logs broken", "then: council retry broken", "or: council salvage apply broken/1"):
             assert f"{step}\n" in text
         assert "needs 'broken', which did not land" in text

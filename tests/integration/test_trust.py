@@ -98,7 +98,11 @@ def test_a_file_that_asks_for_nothing_or_that_the_user_chose_needs_no_word(clone
     assert cloned.council("doctor", str(tmp_path / "mine.yaml")).code in {0, 1}
     assert trace.exists()
     assert cloned.council("init", "--adapter", "command").code == 0
-    assert "env: [HOME]" in (cloned.top / "council.yaml").read_text()
+    text = (cloned.top / "council.yaml").read_text()
+    assert "env: [HOME]" in text
+    assert cloned.council("adapters").code == 0
+    # Nor does the first edit of it: HOME is passed on to all built-in CLIs, too.
+    (cloned.top / "council.yaml").write_text(text.replace("command:\n", "mine:\n", 1))
     assert cloned.council("adapters").code == 0
 
 

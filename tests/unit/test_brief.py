@@ -77,6 +77,36 @@ def test_problem_has_its_next_command() -> None:
     ]
 
 
+def test_queued_task_is_indented_like_other_tasks() -> None:
+    """Its reason, which names the fix, is complete; further lines of it are indented deeper."""
+    reason = "the target's checkout has uncommitted changes (src/calc.py): commit or stash them"
+    assert brief_lines(run(task("queued", id="api", reason=reason)))[2:4] == [
+        "  api queued: the target's checkout has uncommitted changes (src/calc.py):",
+        "    commit or stash them",
+    ]
+
+
+def test_failed_task_precedes_unchanged_and_blocked_tasks() -> None:
+    """Whatever their order in the file: the most important problem is never among those that are only counted."""
+    report = run(
+        task("blocked", id="last", reason="needs 'api', which did not land", blocked_by="api"),
+        task("no_change", id="idle"),
+        task("failed", id="api"),
+    )
+    shown = [line.split()[0] for line in brief_lines(report)[2:] if not line.startswith("    ")]
+    assert shown == ["api", "idle", "last"]
+
+
+def test_cut_reason_ends_with_a_clause_before_its_command() -> None:
+    """A reason that is too long for a line is cut between clauses, not inside the sentence with the command."""
+    reason = "adapter 'mini' is disabled: no such key: fix it, then run `council resume 20260102-030405-ab12`"
+    shown = brief_lines(run(task("blocked", id="bad", reason=reason)))
+    assert "  bad blocked: adapter 'mini' … `council resume 20260102-030405-ab12`" not in shown
+    [line] = [line for line in shown if line.startswith("  bad blocked")]
+    assert line.endswith(" … `council resume 20260102-030405-ab12`"), line
+    assert "fix" not in line
+
+
 def test_hidden_problems_are_counted() -> None:
     """And `council status` has it."""
     report = run(*(task("failed", id=f"t{n}", reason="no") for n in range(9)))

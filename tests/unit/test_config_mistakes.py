@@ -322,7 +322,7 @@ def test_prompt_file_that_can_not_be_opened_is_reported(tmp_path: Path) -> None:
 
 def test_missing_file_is_reported(tmp_path: Path) -> None:
     """A missing file is a ConfigError like any other mistake."""
-    with pytest.raises(ConfigError, match=re.escape("nope.yaml:1:1: the file can't be read, no such file")):
+    with pytest.raises(ConfigError, match=re.escape("nope.yaml:1:1: file not found: name an existing file")):
         load_config(tmp_path / "nope.yaml", TYPES)
 
 

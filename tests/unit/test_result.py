@@ -7,9 +7,17 @@ from typing import Any
 
 import pytest
 
-from orchestrator.cli.render.next_steps import run_step, task_steps
-from orchestrator.cli.render.result import ResultRow, next_step_hints, result_lines, result_rows, run_summary
+from orchestrator.cli.render.next_steps import halt_steps, run_step, task_steps
+from orchestrator.cli.render.result import (
+    ResultRow,
+    next_step_hints,
+    result_lines,
+    result_rows,
+    run_summary,
+    state_counts,
+)
 from orchestrator.cli.render.rich_tables import MAX_ROWS_PER_STATE, render_result_table
+from orchestrator.domain.runs.halts import HaltReason
 from orchestrator.domain.runs.model import HaltCause
 from orchestrator.engine.reports.report import (
     AdapterReport,
@@ -125,10 +133,32 @@ def test_own_branch_is_to_be_merged() -> None:
     """That is said where something is on it, and not where the file named the target."""
     landed = run(task("landed", landed=COMMIT), status=RunStatus.LANDED)
     own = replace(landed, target="council/run", awaits_merge=True)
-    told = ["Landed on its own branch.", "Next: council merge run"]
+    told = ["Landed on the run's own branch.", "Next: council merge run"]
     assert [*next_step_hints(own)] == told
     assert [*next_step_hints(landed)] == []
     assert not {*next_step_hints(replace(own, awaits_merge=False))} & {*told}
+
+
+def test_active_task_of_an_inactive_run_is_interrupted() -> None:
+    """After a crash nothing runs, whatever status the killed process recorded last."""
+    report = run(task("running"), task("checking", id="u"), status=RunStatus.INTERRUPTED)
+    assert [row.status for row in result_rows(report, {})] == ["interrupted", "interrupted"]
+    assert state_counts(report) == ["2 interrupted"]
+    assert [row.status for row in result_rows(replace(report, status=RunStatus.RUNNING), {})] == ["running", "checking"]
+
+
+def test_merged_run_names_the_run_that_merged_it() -> None:
+    """And that run names the one that it merged."""
+    landed = run(task("landed", landed=COMMIT), status=RunStatus.LANDED)
+    assert [*next_step_hints(replace(landed, target="council/run", merged_by="other"))] == ["Merged by run other."]
+    assert run_summary(replace(landed, merges="first")) == "run run: landed, 1 of 1 landed on main, merge of run first"
+
+
+def test_alternative_remedy_of_a_halt_is_labelled_or() -> None:
+    """`or` once, not `then: or`."""
+    reason = str(HaltReason("check `x` fails", remedy=("fix main, then resume", "or correct the check")))
+    halted = replace(run(task("pending"), status=RunStatus.HALTED), halted=reason, halted_by=HaltCause.BASE)
+    assert [*map(str, halt_steps(halted))] == ["next: fix main, then resume", "or: correct the check"]
 
 
 def test_older_run_is_named() -> None:
@@ -153,7 +183,7 @@ def test_plain_form_has_columns() -> None:
     assert run_summary(report) == "run run: incomplete, 2 of 3 landed on main"
     assert list(result_lines(rows)) == [
         "  models  landed  0123456789 on main, 2 files +12 -3",
-        "  api     failed  it broke: badly; kept as api/1",
+        "  api     failed  it broke: badly; saved as api/1",
         "    next: council logs api",
         "    then: council retry api",
         "    or: council salvage apply api/1",
@@ -202,10 +232,10 @@ def test_several_active_processes_are_reported() -> None:
     """By process id and machine; one is nothing to tell, nor are those that have ended."""
     two = [OrchestratorReport(f"o{pid}", "box", pid, "worker", 1.0, 1.0, None, None) for pid in (7, 8)]
     running = replace(run(task("running"), status=RunStatus.RUNNING), orchestrators=two)
-    assert list(next_step_hints(running)) == ["2 processes are at work: 7 on box, 8 on box."]
+    assert list(next_step_hints(running)) == ["2 active processes: 7 on box, 8 on box."]
     at = SessionReport("task", 1, "fixer", "o8", "working", None, None, None, None, [], 1.0)
     [told] = next_step_hints(replace(running, sessions=[at, replace(at, task="other", orchestrator="gone")]))
-    assert told == "2 processes are at work: 7 on box, 8 on box (task)."
+    assert told == "2 active processes: 7 on box, 8 on box (task)."
     assert list(next_step_hints(replace(running, orchestrators=[two[0], replace(two[1], ended=2.0)]))) == []
     over = replace(running, status=RunStatus.LANDED, tasks=[task("landed", landed=COMMIT)])
     assert list(next_step_hints(over)) == []

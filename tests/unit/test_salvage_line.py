@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 
 from orchestrator.api.topics.changes import PreservedWork
-from orchestrator.cli.commands.runs.salvage import _applied, _line
+from orchestrator.cli.commands.runs.salvage import _applied, _lines
 
 
 @pytest.mark.parametrize("committed", [99_999_999_999_999, 2**63, -(2**63)])
 def test_commit_of_any_time_can_be_listed(committed: int) -> None:
     """An agent may date its commits beyond what a calendar has."""
     one = PreservedWork("build/1/other", "run", "build", "landed", "subject", "0" * 40, committed, None)
-    assert _line(one).split() == ["run", "build/1/other", "task", "landed", "?", "subject"]
+    run, line = _lines([one])
+    assert (run, line.split()) == ("run run", ["build/1/other", "task", "landed", "?", "subject"])
 
 
 @pytest.mark.parametrize(

@@ -119,25 +119,25 @@ def test_text_for_people_is_complete() -> None:
     for part in (
         "task t of run run: running",
         "Add login. It has tests. (from tickets)",
-        "requirements (120 of 3,400 bytes; left out: risks)",
+        "requirements (120 of 3,400 bytes; omitted: risks)",
         "scout (session 1)",
         "as discussed",
         "build (visit 2): in progress",
-        "review: to come",
+        "review: pending",
         "verdict: reject",
         "a.py:3 (major) say \N{REPLACEMENT CHARACTER}[31mmore",
         "a.py, b.py",
         "invalid_handoff, cli-2, 0:30, 1.0k tokens, $0.5000",
-        "went on with an earlier conversation",
+        "continued an earlier conversation",
         "/logs/t.4.stdout",
         "run/t/1, scout: scout to plan; direct; by file; sha256:",
         "plan (session 2)",
         "plan to build; mediated; by file; sha256:",
-        "by nobody yet",
+        "not yet",
         "run/t/5, review: from review; direct",
-        "all of it by --json",
+        "--json prints all",
         "by shorter",
-        "not landed; what there is is kept as t/4",
+        "not landed; its work is saved as t/4",
         "6 sessions, 9:10, 6.1k tokens, $2.5000",
     ):
         assert part in shown, part
@@ -161,7 +161,7 @@ def test_modified_handoff_is_reported() -> None:
     changed = handoffs[0].model_copy(update={"data": {"scout_findings": []}})
     one = told(document, FOUR, changed, *handoffs[1:])
     assert [each.is_intact for each in one.handoffs] == [False, True, True]
-    assert "NOT intact" in text(one)
+    assert "DAMAGED" in text(one)
 
 
 @pytest.mark.parametrize(
@@ -209,10 +209,10 @@ def test_landing_names_the_commit() -> None:
     assert "landed as 0123456789 on main, " in text(told(landed, TaskDefinition("x"), landed_at=5.0))
     assert told(landed, TaskDefinition("x"), landed_at=5.0).landing.attempt == 1
     queued = landed.model_copy(update={"status": TaskStatus.QUEUED, "landed": None})
-    assert "0123456789, built by session 1, waits to land on main" in text(told(queued, TaskDefinition("x")))
+    assert "0123456789, built by session 1, queued to land on main" in text(told(queued, TaskDefinition("x")))
     conflict = queued.model_copy(update={"status": TaskStatus.CONFLICT, "paths": ("a",), "branch": "council/run/t/c"})
-    assert "conflicts with main in a; kept as t/c" in text(told(conflict, TaskDefinition("x")))
-    assert "nothing has landed" in text(told(TaskDocument(), TaskDefinition("x")))
+    assert "conflicts with main in a; saved as t/c" in text(told(conflict, TaskDefinition("x")))
+    assert "not landed" in text(told(TaskDocument(), TaskDefinition("x")))
 
 
 def test_imported_task_has_its_original_fields() -> None:

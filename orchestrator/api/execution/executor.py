@@ -76,18 +76,19 @@ class RunExecutor:
                 reader = RunReader(self._context)
                 before = await reader.record(run)
                 has_ended = before.is_over and not await read_requests(self._context.store, run)
-                if has_ended and not has_unlanded_work(before.tasks.values()):
+                may_be_landed = has_unlanded_work(before.tasks.values())
+                if has_ended and not may_be_landed:
                     return await reader.status(run)
                 async with (
                     self._entry(document, hub, coordination) as entry,
                     entry.lead(lock) as (ledger, run_context),
                 ):
                     reader = RunReader(entry.context)
-                    if has_ended:  # only the user may have landed something since
-                        if not await Reconciler(ledger, run_context).adopt_landings(frozenset()):
-                            await ledger.run_state.finish(reader.describe(before, is_live=False, has_ended=True).status)
-                            return await reader.status(run)
-                        before = await reader.record(run)
+                    if may_be_landed and await Reconciler(ledger, run_context).adopt_landings(frozenset()):
+                        before = await reader.record(run)  # the user has landed something since
+                    elif has_ended:
+                        await ledger.run_state.finish(reader.describe(before, is_live=False, has_ended=True).status)
+                        return await reader.status(run)
                     if budget is not None:
                         await ledger.run_state.set_budget(budget.model_dump(mode="json", exclude_none=True))
                     if allow_failing_base and not ledger.run.allow_failing_base:
@@ -98,7 +99,7 @@ class RunExecutor:
                         reader, before, ledger, run_context, capacity=capacity, only_lands=only_lands
                     )
         except LockHeld as held:
-            raise run_active_error(run, held) from None
+            raise run_active_error(run, held, or_else=f"join it with `council work {run}`") from None
 
     async def work(
         self, run: str, capacity: int | None = None, coordination: CoordinationOverrides | None = None

@@ -169,7 +169,8 @@ def sharing_disabled_error(run: str, environ: Mapping[str, str], options: Coordi
 
 def run_active_error(run: str, held: LockHeld, *, or_else: str = "") -> RefusedError:
     """Return the error for a run that a process is active in, or has left processes of."""
-    remedy = ", or ".join(filter(None, ("wait for it to end", "stop it with SIGINT", or_else)))
+    wait = f"wait for its end, which `council watch {run}` shows"
+    remedy = ", or ".join(filter(None, (wait, "stop it with SIGINT", or_else)))
     if not held.owner_lives:
         remedy = f"end the processes that it left: `fuser {held.path}` lists them"
     return RefusedError(f"run {run} is active in {held.holder}", remedy)

@@ -1,4 +1,4 @@
-"""The end of a run on one screen: totals, and what needs attention with the next command. Pure."""
+"""The final report of a run: totals, and the tasks that need attention with their next commands. Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from itertools import islice
 
-from rich.cells import cell_len
+from rich.cells import cell_len, set_cell_size
 
 from orchestrator.cli.render.columns import COLUMNS, short_name, wrapped
 from orchestrator.cli.render.next_steps import task_steps
@@ -31,17 +31,19 @@ from orchestrator.domain.runs.statuses import SUCCESS_STATUSES, TaskStatus
 from orchestrator.engine.reports.report import RunReport, TaskReport
 
 MAX_LINES = 10
-"""The most that are printed."""
-#: States of tasks for which nothing is to be done themselves.
+"""The maximum number of lines."""
+#: Statuses that need no attention.
 _NO_ATTENTION = frozenset({*SUCCESS_STATUSES, TaskStatus.PENDING})
-#: The state of tasks that are next once what they need is.
-_BLOCKED = "blocked"
+#: Statuses that are listed after all others, in this order.
+_LATE = (TaskStatus.NO_CHANGE, TaskStatus.CANCELLED, "blocked")
+#: Ends of clauses, where prose is cut.
+_CLAUSE_ENDS = re.compile(r"[:;,.](?= )")
 
 
 def brief_lines(report: RunReport, *, is_newest: bool = True) -> list[str]:
-    """Return the totals of a run, the tasks that need attention with the next command of each, and the run's own.
+    """Return the totals of a run, the tasks that need attention with their next commands, and that of the run.
 
-    Commands mean the newest run: for another one (`is_newest`) they name it.
+    Commands name the run unless it is the newest.
     """
     run = "" if is_newest else f" --run {report.run}"
     head = [*wrapped(run_summary(report)), *(truncate_end(line, COLUMNS) for line in _totals(report))]
@@ -51,7 +53,8 @@ def brief_lines(report: RunReport, *, is_newest: bool = True) -> list[str]:
         foot = foot[: most // 2]
         foot += _halt(HaltReason.parse(report.halted), most - len(foot))
     tasks = sorted(
-        (task for task in report.tasks if task.status not in _NO_ATTENTION), key=lambda task: task.status == _BLOCKED
+        (task for task in report.tasks if task.status not in _NO_ATTENTION),
+        key=lambda task: _LATE.index(task.status) + 1 if task.status in _LATE else 0,
     )
     room = MAX_LINES - len(head) - len(foot)
     lines: list[str] = []
@@ -78,32 +81,36 @@ def _totals(report: RunReport) -> Iterator[str]:
 def _task(task: TaskReport, report: RunReport, *, is_newest: bool) -> Iterator[str]:
     sessions = {one.task: one for one in report.sessions}
     what = format_session_status(sessions[task.id]) if task.id in sessions else format_reason(task)
-    words = ": ".join(filter(None, [f"  {short_name(task.id)} {format_state(task.status)}", what]))
+    text = printable(": ".join(filter(None, [f"{short_name(task.id)} {format_state(task.status, report)}", what])))
     if task.failure == FailureClass.SETUP_FAILED:  # with the log and the cause
-        yield from islice(wrapped(printable(words)), MAX_LINES // 2)
+        yield from islice(wrapped(text, head="  ", indent="    "), MAX_LINES // 2)
     elif task.status == TaskStatus.QUEUED:  # with the fix
-        yield from islice(map(_shortened, wrapped(printable(words))), MAX_LINES // 2)
+        yield from islice(map(_shortened, wrapped(text, head="  ", indent="    ")), MAX_LINES // 2)
     else:
-        yield _shortened(printable(words))
+        yield _shortened(f"  {text}")
     steps = task_steps(task, report, is_newest=is_newest)
     yield from (printable(f"    {step}") for step in (steps if report.merges is not None else steps[:1]))
 
 
 def _shortened(text: str) -> str:
-    """Return text cut to the width of a line, and after it the commands in backticks that the cut would take."""
+    """Return text cut to the width of a line, but with all commands in backticks."""
     if cell_len(text) <= COLUMNS:
         return text
     lost = [one for one in re.finditer(r"`[^`]*`", text) if cell_len(text[: one.end()]) >= COLUMNS]
     commands = " ".join(one.group() for one in lost)
     prose = text[: lost[0].start()] if lost else text
     room = max(COLUMNS - 1 - cell_len(commands), COLUMNS // 2) if lost else COLUMNS
-    if lost and cell_len(prose) < room - 1:
-        prose = f"{prose.rstrip()} …"
-    return f"{truncate_end(prose, room)} {commands}".rstrip()
+    if not lost:
+        return truncate_end(prose, room)
+    kept = set_cell_size(prose, room - 2) if cell_len(prose) > room - 2 else prose
+    clauses = [one.start() for one in _CLAUSE_ENDS.finditer(f"{kept} ")]
+    if clauses and clauses[-1] > len(kept) // 2:  # a shorter clause is better than half a sentence
+        kept = kept[: clauses[-1]]
+    return f"{kept.rstrip()} … {commands}"
 
 
 def _next(report: RunReport) -> Iterator[str]:
-    """Say of the whole run what needs attention, the most urgent first."""
+    """Yield what needs attention in the run as a whole, most urgent first."""
     if report.damage:
         yield f"The state log is damaged in {len(report.damage)} places. Next: council state verify"
     for adapter in report.adapters:
@@ -116,7 +123,7 @@ def _next(report: RunReport) -> Iterator[str]:
 
 
 def _halt(halted: HaltReason, room: int) -> list[str]:
-    """Return a halt in so many lines: the output gives way first, then the end of the remedy, the log never."""
+    """Return a halt in at most `room` lines: the output is shortened first, then the remedy; never the log."""
     head = list(wrapped(printable(f"Halted: {halted.headline}")))
     log = [] if halted.log is None else [printable(f"log: {halted.log}")]
     remedy = [line for one in halted.remedy for line in wrapped(printable(one))]

@@ -35,10 +35,10 @@ class Step(NamedTuple):
 def task_steps(  # noqa: PLR0911  one case for each cause
     task: TaskReport, report: RunReport, *, is_newest: bool = True, is_shown: bool = False
 ) -> Sequence[Step]:
-    """Return the next command for a task and the ones that follow it; none where nothing is to be done for it.
+    """Return the next command for a task and its follow-ups; none if the task needs none.
 
-    What waits for the run as a whole (`run_step`) has no command of its own. With `is_shown`, the output of
-    `council show`: a blocked task has the command for the task that blocks it.
+    A task that waits for the run as a whole (`run_step`) has no command. With `is_shown`, for `council show`, a blocked
+    task has the command for the task that blocks it.
     """
     if report.imported is not None or task.status in _WITHOUT_STEPS:
         return ()
@@ -80,7 +80,7 @@ def task_steps(  # noqa: PLR0911  one case for each cause
 
 
 def _merge_steps(task: TaskReport, report: RunReport) -> Sequence[Step]:
-    """Return the commands after a failed merge of a run's own branch: a retry would merge the same commits again."""
+    """Return the commands after a failed merge of a run's own branch; a retry would merge the same commits."""
     if task.status not in RETRYABLE_STATUSES:
         return ()
     base, again = shlex.quote(report.target), f"council merge {report.merges}"
@@ -100,7 +100,7 @@ def _merge_steps(task: TaskReport, report: RunReport) -> Sequence[Step]:
 
 
 def run_step(report: RunReport) -> str:
-    """Return the next command for a run; nothing where only its tasks, or nobody, have something to do."""
+    """Return the next command for a run; empty if there is none or only its tasks have one."""
     states = {task.status for task in report.tasks}
     match report.status:
         case _ if report.imported is not None:
@@ -120,11 +120,17 @@ def run_step(report: RunReport) -> str:
 
 
 def halt_steps(report: RunReport) -> Sequence[Step]:
-    """Return how a halted run continues: its remedy, which names the command. A used-up budget has `run_step`."""
+    """Return the remedy of a halted run, with its commands. After a used-up budget, `run_step` has the command."""
     if report.halted is None or report.halted_by is HaltCause.BUDGET:
         return ()
     remedy = HaltReason.parse(report.halted).remedy
-    return [Step("next" if number == 0 else "then", line) for number, line in enumerate(remedy)]
+    alternative = "or "
+    return [
+        Step("or", line.removeprefix(alternative))
+        if line.startswith(alternative)
+        else Step("next" if number == 0 else "then", line)
+        for number, line in enumerate(remedy)
+    ]
 
 
 #: States of tasks that a resume continues.
@@ -132,21 +138,22 @@ _TO_TRY = frozenset({TaskStatus.PENDING, TaskStatus.RUNNING})
 
 
 def kept_as(task: TaskReport) -> str | None:
-    """Return the name by which `council salvage` knows what a task left: its branch without council/ and the run."""
+    """Return the name of a task's work for `council salvage`: its branch without council/ and the run."""
     return None if task.branch is None else salvage_name(task.branch)
 
 
 def own_branch(report: RunReport) -> bool:
-    """Whether what has landed is on a branch of the run's own, and on no other."""
+    """Whether the run landed work on its own branch."""
     return report.target == f"council/{report.run}" and any(task.landed is not None for task in report.tasks)
 
 
 def waits_for_merge(report: RunReport) -> bool:
-    """Whether `council merge` is the next step: the run has ended, and its own branch is not merged."""
+    """Whether `council merge` is the next step: the run has ended and its own branch is not merged."""
     return report.awaits_merge and report.status is not RunStatus.RUNNING
 
 
 def needs_retry(report: RunReport) -> bool:
-    """Whether a run has ended without success, and has nothing to resume before a `council retry`."""
+    """Whether a run has ended without success and can only resume after a `council retry`."""
+
     is_over = report.imported is None and not report.has_unfinished_tasks
     return report.status is RunStatus.INCOMPLETE and is_over

@@ -1,4 +1,4 @@
-"""A run at a glance, for people. Pure."""
+"""Summary of a run for people. Pure."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from orchestrator.system.instants import format_local_time
 
 
 def overview_lines(overview: RunOverview) -> Iterator[str]:
-    """Yield the run, its options, tasks, live sessions, newest events and figures, each under a heading."""
+    """Yield the run, its options, tasks, live sessions, newest events and metrics."""
     yield run_summary(overview.report)
     yield from align_columns(_options(overview.record.run), "  ")
     yield "tasks"
     yield from described([_task(task) for task in overview.tasks], "  ")
     if overview.sessions:
-        yield "sessions at work"
+        yield "active sessions"
         yield from align_columns(
             [
                 [
@@ -42,7 +42,7 @@ def overview_lines(overview: RunOverview) -> Iterator[str]:
     yield "newest events"
     rows = [[str(one.position), format_local_time(one.time), event_text(one.event)] for one in overview.events]
     yield from align_columns(rows, "  ")
-    yield "figures"
+    yield "metrics"
     yield from wrapped(metrics_line(overview.report, overview.metrics), head="  ", indent="    ")
 
 
@@ -74,7 +74,7 @@ def _task(task: TaskOverview) -> list[str]:
     attempts = f"{one.attempts} {'attempt' if one.attempts == 1 else 'attempts'}"
     phases = ", ".join(f"{phase.name} {phase.status}" for phase in task.phases)
     took = "" if task.minutes is None else format_minutes(task.minutes)
-    kept = "" if task.branch is None else f"kept as {salvage_name(task.branch)}"
+    kept = "" if task.branch is None else f"saved as {salvage_name(task.branch)}"
     where = f"landed as {one.landed[:10]}" if one.landed else kept
     if task.pull_request is not None:
         where = "; ".join(filter(None, [where, f"pull request {task.pull_request}"]))
@@ -84,12 +84,12 @@ def _task(task: TaskOverview) -> list[str]:
 
 
 def format_minutes(minutes: float) -> str:
-    """Return a time in minutes; what would be shown as none of them in seconds."""
+    """Return a time in minutes, or in seconds if it is short."""
     return f"{minutes:.1f} min" if minutes >= 0.1 else f"{minutes * 60:.1f} s"
 
 
 def metrics_line(report: RunReport, metrics: Metrics) -> str:
-    """Return the figures of a run in a line, first how much has landed; what is zero or not known is left out."""
+    """Return the metrics of a run on one line; omit those that are zero or unknown."""
     parts = [landed_summary(report), *state_counts(report)]
     if metrics.average_time_minutes is not None:
         parts.append(f"{format_minutes(metrics.average_time_minutes)} on average")

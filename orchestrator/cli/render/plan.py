@@ -1,4 +1,4 @@
-"""A rehearsal as text for a terminal: waves of tasks, and a tree of what follows what. Pure."""
+"""The plan of a dry run for people: waves of tasks and a dependency tree. Pure."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from orchestrator.config.source.quantities import format_duration
 from orchestrator.engine.reports.dry_run import DryRun, PlannedTask, PlannedWave
 from orchestrator.errors import join_names
 
-#: Beyond these the rest is counted, not shown.
+#: Limits of shown items; the rest is counted.
 MAX_WAVES, MAX_TASKS_PER_WAVE, _MOST_LINES, _DEEPEST = 40, 20, 80, 12
 _LONGEST = 60
 
 
-def plan_text(rehearsal: DryRun) -> str:
-    """Return all of it, ending in a line break."""
-    return "\n".join(map(printable, _lines(rehearsal))) + "\n"
+def plan_text(plan: DryRun) -> str:
+    """Return the complete plan as text."""
+    return "\n".join(map(printable, _lines(plan))) + "\n"
 
 
 def pluralize(many: int, what: str) -> str:
-    """Return a number of things in words."""
+    """Return a number with its noun."""
     return f"{many} {what}{'' if many == 1 else 's'}"
 
 
-def _lines(rehearsal: DryRun) -> Iterator[str]:
-    waves = rehearsal.waves
+def _lines(plan: DryRun) -> Iterator[str]:
+    waves = plan.waves
     many = sum(len(wave.tasks) for wave in waves)
-    sessions = pluralize(rehearsal.sessions, "session")
+    sessions = pluralize(plan.sessions, "session")
     yield f"{pluralize(many, 'task')} in {pluralize(len(waves), 'wave')}, up to {sessions} at once"
-    yield f"from {rehearsal.base} onto {rehearsal.target} in {rehearsal.repository}, sandbox: {rehearsal.sandbox}"
-    if rehearsal.limited_by is not None:
-        yield f"limited by this machine: {rehearsal.limited_by}"
+    yield f"from {plan.base} onto {plan.target} in {plan.repository}, sandbox: {plan.sandbox}"
+    if plan.limited_by is not None:
+        yield f"limited by this machine: {plan.limited_by}"
     shared = _shared(waves)
     if shared:
         yield f"each task: {', '.join(shared)}"
@@ -48,7 +48,7 @@ def _lines(rehearsal: DryRun) -> Iterator[str]:
 
 
 def _shared(waves: Sequence[PlannedWave]) -> list[str]:
-    """Return the settings that are the same for all tasks, to be told once."""
+    """Return the settings that all tasks share."""
     first = _settings(waves[0].tasks[0])
     others = {
         fact for facts in {_settings(task) for wave in waves for task in wave.tasks} for fact in {*first} - {*facts}
@@ -66,19 +66,19 @@ def _wave(number: int, wave: PlannedWave, shared: Sequence[str]) -> Iterator[str
     rest = len(wave.tasks) - len(shown)
     if rest:
         waiting = sum(task.follows is not None for task in wave.tasks)
-        follow = f"; in all {waiting} wait for others that own the same paths" if waiting else ""
+        follow = f"; {waiting} wait for tasks with the same owned paths" if waiting else ""
         yield f"  and {rest} more{follow}"
     if not wave.is_compared:
-        yield "  too many own paths to say of each which others it waits for"
+        yield "  too many owned paths to show which tasks wait for others"
 
 
 def _settings(task: PlannedTask) -> tuple[str, ...]:
-    idle_timeout = "" if task.idle_timeout is None else f", silent for {format_duration(task.idle_timeout)}"
+    idle_timeout = "" if task.idle_timeout is None else f" (idle {format_duration(task.idle_timeout)})"
     return (
         f"{task.adapter} ({one_line(task.program, _LONGEST)})",
         *([f"phases {one_line(', '.join(task.phases), _LONGEST)}"] if task.phases else []),
         f"from {task.starts_from}",
-        f"{pluralize(task.attempts, 'attempt')} (each {format_duration(task.timeout)}{idle_timeout} at most)",
+        f"{pluralize(task.attempts, 'attempt')} of at most {format_duration(task.timeout)}{idle_timeout}",
         f"checks: {one_line('; '.join(task.checks), _LONGEST)}" if task.checks else "no checks",
         *([f"priority {task.priority}"] if task.priority else []),
     )
@@ -92,14 +92,14 @@ def _relations(task: PlannedTask) -> Iterator[str]:
 
 
 def _tree(waves: Sequence[PlannedWave]) -> Iterator[str]:
-    """Draw each task below the last of its needs to land; those without any relation are not drawn."""
+    """Draw each task below its last need; omit tasks without dependencies."""
     below = _tasks_by_last_need(waves)
     roots = [task for task in waves[0].tasks if task.id in below]
     if not roots:
         return
     related = len(roots) + sum(map(len, below.values()))
     yield ""
-    yield "What starts after what:"
+    yield "Dependencies:"
     drawn = 0
     waiting = [(task, "  ", "  ", 0) for task in reversed(roots)]
     while waiting and drawn < _MOST_LINES:
@@ -131,19 +131,19 @@ def _other_needs(task: PlannedTask) -> str:
     return f" (needs {join_names(task.needs)})" if len(task.needs) > 1 else ""
 
 
-def flowchart(rehearsal: DryRun) -> str:
+def flowchart(plan: DryRun) -> str:
     """Return waves as subgraphs and needs as arrows; dotted lines join tasks that own a common path.
 
-    What is beyond the numbers that the text shows is counted: a chart of thousands of nodes is not drawn anyway.
+    Items beyond the limits of the text are counted.
     """
-    return "\n".join(_flowchart_lines(rehearsal)) + "\n"
+    return "\n".join(_flowchart_lines(plan)) + "\n"
 
 
-def _flowchart_lines(rehearsal: DryRun) -> Iterator[str]:
+def _flowchart_lines(plan: DryRun) -> Iterator[str]:
     yield "flowchart LR"
     nodes: dict[str, str] = {}
     shown: list[PlannedTask] = []
-    for number, wave in enumerate(rehearsal.waves[:MAX_WAVES], 1):
+    for number, wave in enumerate(plan.waves[:MAX_WAVES], 1):
         yield f'    subgraph wave{number}["wave {number}"]'
         for task in wave.tasks[:MAX_TASKS_PER_WAVE]:
             nodes[task.id] = f"task{len(nodes)}"
@@ -152,8 +152,8 @@ def _flowchart_lines(rehearsal: DryRun) -> Iterator[str]:
         if len(wave.tasks) > MAX_TASKS_PER_WAVE:
             yield f'        more{number}(["and {len(wave.tasks) - MAX_TASKS_PER_WAVE} more"])'
         yield "    end"
-    if len(rehearsal.waves) > MAX_WAVES:
-        yield f'    rest(["and {pluralize(len(rehearsal.waves) - MAX_WAVES, "more wave")}"])'
+    if len(plan.waves) > MAX_WAVES:
+        yield f'    rest(["and {pluralize(len(plan.waves) - MAX_WAVES, "more wave")}"])'
     for task in shown:
         yield from (f"    {nodes[need]} --> {nodes[task.id]}" for need in task.needs if need in nodes)
         if task.follows in nodes:
@@ -161,5 +161,5 @@ def _flowchart_lines(rehearsal: DryRun) -> Iterator[str]:
 
 
 def escape_label(text: str) -> str:
-    """Return text for a quoted label: all but letters, digits and a few marks as Mermaid's entity codes."""
+    """Return text for a quoted Mermaid label, with special characters as entity codes."""
     return "".join(char if char.isascii() and (char.isalnum() or char in "._- ") else f"#{ord(char)};" for char in text)

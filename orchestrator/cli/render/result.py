@@ -1,4 +1,4 @@
-"""What a run came to, for people: what landed where, and for what did not why, and what to type next. Pure."""
+"""The result of a run for people: where tasks landed, why others did not, and the next commands. Pure."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from orchestrator.engine.reports.report import (
 from orchestrator.repo.git.change_counts import Changes
 from orchestrator.system.instants import format_local_time
 
-#: Characters of the reason of a failed setup.
+#: The maximum characters of the reason of a failed setup.
 _SETUP_REASON = 600
 _LABELS: Mapping[str, str] = {status: status.record.label for status in TaskStatus}
 
 
 class ResultRow(NamedTuple):
-    """One task, as text that a terminal only shows: its state, the reason, and the next commands, a line each."""
+    """One task as printable text: its status, the reason, and the lines with its next commands."""
 
     task: str
     status: str
@@ -41,37 +41,39 @@ class ResultRow(NamedTuple):
     steps: Sequence[str]
 
 
-def format_state(state: str) -> str:
-    """Return the state of a task as people read it."""
-    return _LABELS.get(state, state)
+def format_state(status: str, report: RunReport) -> str:
+    """Return the label of a task's status; of an active one in an inactive run `interrupted`."""
+    if status in ACTIVE_STATUSES and report.status in {RunStatus.INTERRUPTED, RunStatus.HALTED}:
+        return "interrupted"
+    return _LABELS.get(status, status)
 
 
 def result_rows(
     report: RunReport, changes: Mapping[str, Changes], *, is_newest: bool = True, now: float | None = None
 ) -> Iterator[ResultRow]:
-    """Yield a row for each task in the order of the file; `changes` says how much each changed.
+    """Yield a row for each task in the order of the file, with its `changes`.
 
-    With `now` (seconds since the epoch), with the age of each session's activity.
+    With `now` (seconds since the epoch), includes the age of each session's activity.
     """
     sessions = {one.task: one for one in report.sessions}
     for task in report.tasks:
         session = sessions.get(task.id) if task.status == TaskStatus.RUNNING else None
         yield ResultRow(
             printable(task.id),
-            format_state(task.status),
+            format_state(task.status, report),
             _task_details(task, report.target, changes) if session is None else format_session_status(session, now),
             [printable(str(step)) for step in task_steps(task, report, is_newest=is_newest)],
         )
 
 
 def format_reason(task: TaskReport) -> str:
-    """Return the reason of a task on one line; of a failed setup with room for the path of the log and the cause."""
+    """Return the reason of a task on one line; longer for a failed setup, with the path of the log and the cause."""
     reason = task.reason or ""
     return one_line(reason, _SETUP_REASON) if task.failure == FailureClass.SETUP_FAILED else one_line(reason)
 
 
 def format_session_status(session: SessionReport, now: float | None = None) -> str:
-    """Say what a session is at: how it does where it is not simply working, the file, its words, and their age."""
+    """Return the activity of a session: its status unless it is working, its file, its message, and their age."""
     parts = [] if session.status == "working" else [session.status]
     if session.blocked_on is not None:
         parts.append(f"for {session.blocked_on}" if session.status == "waiting" else f"on {session.blocked_on}")
@@ -94,19 +96,20 @@ def _task_details(task: TaskReport, target: str, changes: Mapping[str, Changes])
     if task.denied_tools is not None and task.denied_tools not in (task.reason or ""):
         parts.append(printable(one_line(task.denied_tools)))
     if (kept := kept_as(task)) is not None:
-        parts.append(f"kept as {printable(kept)}")
+        parts.append(f"saved as {printable(kept)}")
     return "; ".join(parts)
 
 
 def run_summary(report: RunReport) -> str:
-    """Return the run in a line."""
-    return f"run {report.run}: {report.status}, {landed_summary(report)}"
+    """Return a summary of the run on one line."""
+    merge = "" if report.merges is None else f", merge of run {report.merges}"
+    return f"run {report.run}: {report.status}, {landed_summary(report)}{merge}"
 
 
 def landed_summary(report: RunReport) -> str:
-    """Return how many tasks succeeded, on which branch they landed, and the source of an imported record.
+    """Return how many tasks succeeded, the branch where they landed, and the source of an imported record.
 
-    A task that is done has nothing that could land. A run's own branch exists from the first landing on.
+    A task that is done has nothing to land. A run's own branch exists from its first landing.
     """
     states = Counter(task.status for task in report.tasks)
     done = f"{states[TaskStatus.DONE]} done, " if states[TaskStatus.DONE] else ""
@@ -117,18 +120,18 @@ def landed_summary(report: RunReport) -> str:
 
 
 def state_counts(report: RunReport) -> list[str]:
-    """Return how many tasks are in each state other than success, the most frequent first."""
-    states = Counter(format_state(task.status) for task in report.tasks if task.status not in SUCCESS_STATUSES)
+    """Return how many tasks have each status other than success, most frequent first."""
+    states = Counter(format_state(task.status, report) for task in report.tasks if task.status not in SUCCESS_STATUSES)
     return [f"{count} {state}" for state, count in states.most_common()]
 
 
 def result_lines(rows: Sequence[ResultRow]) -> Iterator[str]:
-    """Yield rows as plain lines, in columns."""
+    """Yield rows as plain lines in columns."""
     return chain.from_iterable(lines for _, lines in row_lines(rows))
 
 
 def row_lines(rows: Sequence[ResultRow]) -> Iterator[tuple[ResultRow, Sequence[str]]]:
-    """Yield each row with its lines: name and state in columns, the reason, and the next commands."""
+    """Yield each row with its lines: name and status in columns, the reason, and the next commands."""
     heads = align_columns([(short_name(row.task), row.status, "|") for row in rows], "  ")
     for row, head in zip(rows, heads, strict=True):
         about = wrapped(row.what, head=head.removesuffix("|"), indent="      ")
@@ -136,76 +139,78 @@ def row_lines(rows: Sequence[ResultRow]) -> Iterator[tuple[ResultRow, Sequence[s
 
 
 def running_task_lines(report: RunReport) -> Iterator[str]:
-    """Yield the totals of a run, and the tasks that are running, being checked or landing now."""
+    """Yield the totals of a run, and its running, checking and landing tasks."""
     yield run_summary(report)
     running = [task for task in report.tasks if task.status in ACTIVE_STATUSES]
     yield from result_lines(list(result_rows(replace(report, tasks=running), {})))
 
 
 def next_step_hints(report: RunReport) -> Iterator[str]:
-    """Say who is at work, where that are several, and what to type next."""
+    """Yield hints for the whole run: active processes, waiting approvals, problems, and the next command."""
     yield from _active_processes(report)
     for adapter in report.adapters:
         yield adapter_line(adapter, enable_adapter_command(adapter.name, report))
     if report.imported is not None:
-        yield f"Only its record is here, nobody can go on with it: `council state show {report.run}` shows all of it."
+        yield f"It is an imported record and can't be resumed: `council state show {report.run}` shows all of it."
     asked = [task.id for task in report.tasks if task.status == TaskStatus.AWAITING_APPROVAL]
     if asked:
-        yield f"Waiting for a person to approve: {printable(', '.join(asked))}."
+        yield f"Waiting for your approval: {printable(', '.join(asked))}."
     yield from background_error_lines(report)
     if report.halted is not None:
         yield "Halted: " + printable(report.halted, keep="\n")
     for place in report.damage:
         yield f"The state log is damaged: {place}"
     if any(task.branch is not None for task in report.tasks):
-        yield "What is kept can be seen and brought over: `council salvage list`, `show`, `apply`."
+        yield "Saved work: `council salvage list`, `show`, `apply`."
     yield from next_line(report)
 
 
 def next_line(report: RunReport) -> Iterator[str]:
-    """Yield the next command for a run, where it has one; a halt that is not of a budget has its own remedy."""
+    """Yield the next command for a run, if it has one; a halt other than by a budget has its own remedy."""
+    if report.merged_by is not None:
+        yield f"Merged by run {report.merged_by}."
     if report.halted is not None and report.halted_by is not HaltCause.BUDGET:
         return
     if step := run_step(report):
         if waits_for_merge(report) and "council merge" in step:
-            yield "Landed on its own branch."
+            yield "Landed on the run's own branch."
         yield f"Next: {step}"
 
 
 def background_error_lines(report: RunReport) -> Iterator[str]:
-    """Say why the process in the background ended, if that failed."""
+    """Yield the error of the background process, if it failed."""
     if report.background is not None:
-        yield f"Its process in the background has ended: {printable(one_line(report.background))}"
+        yield f"The background process ended with an error: {printable(one_line(report.background))}"
 
 
 def _active_processes(report: RunReport) -> Iterator[str]:
     others = [one for one in report.orchestrators if one.ended is None]
     if report.status is RunStatus.RUNNING and len(others) > 1:
         each = ", ".join(f"{one.pid} on {printable(one.host)}{_at(report, one)}" for one in others)
-        yield f"{len(others)} processes are at work: {each}."
+        yield f"{len(others)} active processes: {each}."
 
 
 def _at(report: RunReport, process: OrchestratorReport) -> str:
-    """Return in brackets the tasks whose sessions a process runs; nothing where it runs none."""
+    """Return the tasks whose sessions a process runs, in brackets; empty without any."""
     tasks = [one.task for one in report.sessions if one.orchestrator == process.id]
     return f" ({printable(', '.join(tasks))})" if tasks else ""
 
 
 def live_enable_command(adapter: str, run: str) -> str:
-    """Return the command by which an active run uses an adapter again."""
+    """Return the command that enables an adapter in an active run."""
     return f"council adapters enable {shlex.quote(adapter)} --run {run}"
 
 
 def enable_adapter_command(adapter: str, report: RunReport) -> str:
-    """Return the command to use an adapter again that a run has stopped."""
+    """Return the command that enables an adapter that the run has disabled."""
     if report.status is RunStatus.RUNNING:
         return live_enable_command(adapter, report.run)
     return f"council retry TASK --run {report.run}" if needs_retry(report) else f"council resume {report.run}"
 
 
 def adapter_line(adapter: AdapterReport, command: str) -> str:
-    """Say why an adapter can't be used now, and by which command it is used again."""
+    """Return why an adapter is unavailable, and the command that enables it."""
     if adapter.disabled_reason is not None:
         reason = printable(one_line(adapter.disabled_reason))
-        return f"Adapter {adapter.name} is stopped: {reason}. Fix that, then `{command}`."
+        return f"Adapter {adapter.name} is disabled: {reason}. Fix that, then `{command}`."
     return f"Adapter {adapter.name} pauses until {format_local_time(adapter.cooldown_until or 0.0)}."

@@ -1,4 +1,4 @@
-"""The whole story of a task, for people. Pure."""
+"""Details of a task for people. Pure."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from orchestrator.engine.reports.task_details import (
 from orchestrator.errors import join_names
 from orchestrator.system.instants import format_local_time
 
-#: Characters of a digest, and of a commit, that tell it from others.
+#: The shown characters of a digest or commit.
 _SHORT_DIGEST = 10
-#: Characters of what was handed over, and of what was asked.
+#: The maximum characters of a handoff and of a prompt.
 _LONGEST = 200
-#: Paths that are named, and findings of a review.
+#: The maximum number of listed paths and findings.
 _MAX_NAMED = 10
 _VISIT_LABELS: Mapping[str, str] = {status: status.record.label for status in PhaseStatus}
 
 
 def story_lines(story: TaskDetails, now: float) -> Iterator[str]:
-    """Yield the task, its phases, sessions and handoffs, its landing and figures, each under a heading."""
+    """Yield the lines of a task: summary, phases, sessions, handoffs, landing and usage."""
     yield printable(f"task {story.task} of run {story.run}: {story.status.replace('_', ' ')}")
     yield from align_columns(list(_head(story, now)), "  ")
     if story.phases or story.remaining_phases:
         yield "phases"
     for visit in story.phases:
         yield from _visit(visit, story)
-    yield from (printable(f"  {name}: to come") for name in story.remaining_phases)
+    yield from (printable(f"  {name}: pending") for name in story.remaining_phases)
     if story.sessions:
         yield "sessions"
     for session in story.sessions:
@@ -50,22 +50,22 @@ def story_lines(story: TaskDetails, now: float) -> Iterator[str]:
     yield "landing"
     yield printable(f"  {_landing(story)}")
     if story.sessions:
-        yield "figures"
+        yield "usage"
         yield f"  {_figures(story.usage)}"
 
 
 def _head(story: TaskDetails, now: float) -> Iterator[list[str]]:
     source = "" if story.tracker is None else f" (from {story.tracker})"
     told = {
-        "asked": "" if story.prompt is None else f"{one_line(' '.join(story.prompt.split()), _LONGEST)}{source}",
+        "prompt": "" if story.prompt is None else f"{one_line(' '.join(story.prompt.split()), _LONGEST)}{source}",
         "plan of": "" if story.plan is None else story.plan.removeprefix(f"{story.run}/"),
         "workflow": story.workflow or "",
-        "became": ", ".join(story.expanded),
+        "expanded to": ", ".join(story.expanded),
         "adapter": story.adapter or "",
         "attempts": str(story.attempts),
         "needs": ", ".join(story.needs),
         "reason": one_line(story.reason or ""),
-        "latest": ""
+        "activity": ""
         if story.latest_activity is None
         else f"{one_line(story.latest_activity.text)} ({format_age(story.latest_activity.time, now)})",
         "damage": "; ".join(story.damage),
@@ -91,10 +91,10 @@ def _details(visit: PhaseVisitDetails, story: TaskDetails) -> Iterator[list[str]
     told = {
         "time": " to ".join(times) if visit.usage.sessions else "",
         "sessions": ", ".join(map(str, visit.attempts)),
-        "given": "" if visit.given is None else _given(visit.given),
+        "inputs": "" if visit.given is None else _given(visit.given),
         "received": ", ".join(_named(one, story) for one in visit.received),
-        "handed over": "" if visit.handoff is None else _named(visit.handoff, story),
-        "built": "" if visit.commit is None else visit.commit[:_SHORT_DIGEST],
+        "handoff": "" if visit.handoff is None else _named(visit.handoff, story),
+        "commit": "" if visit.commit is None else visit.commit[:_SHORT_DIGEST],
         "rounds": str(visit.rounds or ""),
         "repairs": str(visit.repairs or ""),
         "note": one_line(visit.note or ""),
@@ -111,16 +111,16 @@ def _details(visit: PhaseVisitDetails, story: TaskDetails) -> Iterator[list[str]
 
 
 def _given(given: GivenValues) -> str:
-    """Say what a phase was given, how much of all that is, and what was left out."""
+    """Return the inputs of a phase, their share of all values, and the omitted values."""
     if not given.keys and not given.left_out:
-        return "nothing, as nothing was known"
-    names = ", ".join(given.keys) or "nothing"
-    left = f"; left out: {', '.join(given.left_out)}" if given.left_out else ""
+        return "none"
+    names = ", ".join(given.keys) or "none"
+    left = f"; omitted: {', '.join(given.left_out)}" if given.left_out else ""
     return f"{names} ({given.size:,} of {given.whole:,} bytes{left})"
 
 
 def _named(handoff: str, story: TaskDetails) -> str:
-    """Return what a handoff is and where it comes from, by its id."""
+    """Return the kind and source of a handoff by its id."""
     found = next((one for one in story.handoffs if one.id == handoff), None)
     if found is None:
         return handoff
@@ -134,14 +134,14 @@ def _session(one: AttemptDetails) -> Iterator[str]:
         parts.append(one.model)
     parts += [format_elapsed(one.seconds), *_used(one.input_tokens, one.output_tokens, one.cost)]
     if one.is_estimated:
-        parts.append("by price")
+        parts.append("estimated")
     if one.resumed:
-        parts.append("went on with an earlier conversation")
+        parts.append("continued an earlier conversation")
     yield printable(f"  {one.number} {one.phase}: {', '.join(parts)}")
     told = {
         "reason": one_line(one.reason or ""),
-        "says": one_line(one.last_message or "", _LONGEST),
-        "kept as": "" if one.branch is None else salvage_name(one.branch),
+        "message": one_line(one.last_message or "", _LONGEST),
+        "saved as": "" if one.branch is None else salvage_name(one.branch),
         "log": one.log or "",
         "check": one.check_log or "",
         "discarded": _format_paths(one.discarded),
@@ -152,22 +152,22 @@ def _session(one: AttemptDetails) -> Iterator[str]:
 
 def _handoff(one: HandoffDetails) -> Iterator[str]:
     where = f"from {one.phase}" if one.to is None else f"{one.phase} to {one.to}"
-    state = "intact" if one.is_intact else "NOT intact: it does not hold what its digest says"
+    state = "intact" if one.is_intact else "DAMAGED: the data does not match the digest"
     parts = [where, one.protocol, f"by {one.by}", f"{one.digest[: _SHORT_DIGEST + len('sha256:')]}, {state}"]
     if one.key is not None:
         parts.append(f"shared as {one.key}, version {one.version}")
     yield printable(f"  {one.id}, {one.kind}: {'; '.join(parts)}")
     received = ", ".join(f"{receipt.phase} (session {receipt.attempt})" for receipt in one.receipts)
-    taken = [["received", received or "by nobody yet"]] if received or one.to is not None else []
-    yield from align_columns([*taken, ["holds", _short(one.data)]], "    ")
+    taken = [["received", received or "not yet"]] if received or one.to is not None else []
+    yield from align_columns([*taken, ["data", _short(one.data)]], "    ")
     if one.mediation is not None:
-        how = one.mediation.transformation or "the default"
-        yield from align_columns([["mediated", f"by {how}"], ["made", _short(one.mediation.processed)]], "    ")
+        how = one.mediation.transformation or "default"
+        yield from align_columns([["mediated", f"by {how}"], ["result", _short(one.mediation.processed)]], "    ")
 
 
 def _short(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text):,} characters, all of it by --json)"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text):,} characters; --json prints all)"
 
 
 def _landing(story: TaskDetails) -> str:
@@ -177,13 +177,13 @@ def _landing(story: TaskDetails) -> str:
         when = "" if one.time is None else f", {format_local_time(one.time)}"
         return f"landed as {one.landed[:_SHORT_DIGEST]} on {one.target}{when}{request}"
     if one.paths:
-        kept = "" if one.branch is None else f"; kept as {salvage_name(one.branch)}"
+        kept = "" if one.branch is None else f"; saved as {salvage_name(one.branch)}"
         return f"conflicts with {one.target} in {_format_paths(one.paths)}{kept}{request}"
     if one.waiting is not None and story.status in LANDING_STATUSES:
-        return f"{one.waiting[:_SHORT_DIGEST]}, built by session {one.attempt}, waits to land on {one.target}{request}"
+        return f"{one.waiting[:_SHORT_DIGEST]}, built by session {one.attempt}, queued to land on {one.target}{request}"
     if one.branch is not None:
-        return f"not landed; what there is is kept as {salvage_name(one.branch)}{request}"
-    return f"nothing has landed{request}"
+        return f"not landed; its work is saved as {salvage_name(one.branch)}{request}"
+    return f"not landed{request}"
 
 
 def _figures(one: Usage) -> str:

@@ -11,6 +11,9 @@ from orchestrator.errors import join_names
 if TYPE_CHECKING:
     from orchestrator.domain.documents.times import Instant
 
+#: The maximum number of tasks in a suggested command.
+_MAX_NAMED_TASKS = 8
+
 
 class RunCreated(RunEvent):
     """The run and its tasks are recorded."""
@@ -110,7 +113,7 @@ class RunInterrupted(RunEvent):
     """It was stopped before its end."""
 
     type = "run.interrupted"
-    sentence = "interrupted; to continue: council resume {run}"
+    sentence = "interrupted; to continue: `council resume {run}`"
 
 
 class RunHalted(RunEvent):
@@ -189,13 +192,17 @@ class RunFileChanged(RunEvent):
     @property
     def changes(self) -> str:
         """The differences in words, with the command that adopts them."""
-        return describe_file_changes(self.file, self.tasks, self.keys)
+        return describe_file_changes(self.file, self.tasks, self.keys, self.run or None)
 
 
-def describe_file_changes(file: str, tasks: Mapping[str, Sequence[str]], keys: Sequence[str]) -> str:
-    """Return the settings that a run's file has and the run has not, and how to adopt them."""
+def describe_file_changes(
+    file: str, tasks: Mapping[str, Sequence[str]], keys: Sequence[str], run: str | None = None
+) -> str:
+    """Return the settings that a run's file has and the run has not, and how to adopt them; None: the newest run."""
     each = [*(f"{name} ({', '.join(changed)})" for name, changed in tasks.items()), *keys]
-    remedy = "to adopt them for a task: council retry TASK --reload" if tasks else "to use them, start a new run"
+    option = "" if run is None else f" --run {run}"
+    names = " ".join(tasks) if len(tasks) <= _MAX_NAMED_TASKS else "TASK..."
+    remedy = f"to adopt them: `council retry {names} --reload{option}`" if tasks else "to use them, start a new run"
     return f"{file} has changed; the run keeps its recorded settings: {join_names(each)}; {remedy}"
 
 
@@ -328,7 +335,7 @@ class AdapterDisabled(AdapterEvent):
     """Nothing of it starts until it is enabled (`council adapters enable`) or the run is resumed."""
 
     type = "adapter.disabled"
-    sentence = "adapter {adapter} is disabled: {reason}; fix that, then: council adapters enable {adapter} --run {run}"
+    sentence = "adapter {adapter} is disabled: {reason}; fix that, then `council adapters enable {adapter} --run {run}`"
 
     reason: str
 
@@ -387,7 +394,7 @@ class SinkUndelivered(RunEvent):
     """At the run's end it has not received all events; `council resume` delivers the rest."""
 
     type = "sink.undelivered"
-    sentence = "sink {sink} has not received {left} events; to deliver them: council resume {run}"
+    sentence = "sink {sink} has not received {left} events; to deliver them: `council resume {run}`"
 
     sink: str
     left: int
@@ -431,7 +438,7 @@ class TrackerUndelivered(RunEvent):
     """At the run's end it has not received all events; `council resume` delivers the rest."""
 
     type = "tracker.undelivered"
-    sentence = "tracker {tracker} has not received {left} events; to deliver them: council resume {run}"
+    sentence = "tracker {tracker} has not received {left} events; to deliver them: `council resume {run}`"
 
     tracker: str
     left: int

@@ -119,7 +119,7 @@ class TaskAwaitingApproval(AttemptEvent):
     """The result of a phase waits for approval."""
 
     type = "task.awaiting_approval"
-    sentence = "waiting for your approval: council approve {task}, or council reject {task} --note TEXT"
+    sentence = "waiting for your approval: `council approve {task}`, or `council reject {task} --note TEXT`"
     shown = Shown.ALWAYS
 
 

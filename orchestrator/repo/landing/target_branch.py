@@ -247,14 +247,19 @@ class Target:
         return commit
 
     async def _conflict(self, label: str, ours: str, onto: str, commit: str, paths: tuple[str, ...]) -> MergeConflict:
-        # Merge again by ref names: git writes its arguments into the conflict markers.
-        names = f"refs/target/{self.branch}", f"refs/work/{label}"
-        for name, value in zip(names, (ours, commit), strict=True):
-            await self._git("update-ref", name, value)
-        tree, _ = await self._git.merge_tree(*names)
-        for name in names:
-            await self._git("update-ref", "-d", name)
-        message = f"{label.rpartition('/')[2]}: both sides of a conflict, marked\n"
+        # Merge again by names: git writes its arguments into the conflict markers. This repository has no remotes or
+        # tags of its own; a name that git finds elsewhere first is written as its full ref.
+        sides = (self.branch, f"refs/remotes/{self.branch}", ours), (label, f"refs/tags/{label}", commit)
+        for _, ref, value in sides:
+            await self._git("update-ref", ref, value)
+        mine, theirs = [
+            name if await self._git.line("rev-parse", "--verify", f"{name}^{{commit}}") == value else ref
+            for name, ref, value in sides
+        ]
+        tree, _ = await self._git.merge_tree(mine, theirs)
+        for _, ref, _ in sides:
+            await self._git("update-ref", "-d", ref)
+        message = f"{label.rpartition('/')[2]}: conflict with markers\n"
         return MergeConflict(paths, await self._commit(tree, onto, commit, message))
 
     async def _merge_base_hint(self, base: str, onto: str, commit: str) -> str:

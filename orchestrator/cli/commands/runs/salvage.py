@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from itertools import groupby
 
 import click
 
@@ -21,6 +22,7 @@ from orchestrator.cli.core.command import (
 from orchestrator.cli.core.completion import complete_preserved_work
 from orchestrator.cli.core.confirm import confirm_action, yes_option
 from orchestrator.cli.core.group import SuggestingGroup
+from orchestrator.cli.render.columns import described
 from orchestrator.cli.render.text import printable
 
 
@@ -60,8 +62,9 @@ def list_kept(run: str | None, as_json: bool) -> None:
             kept = [one for name in names for one in await council.changes.preserved(name)]
             if as_json:
                 context.output.json({"kept": [asdict(one) for one in kept]})
-            for one in [] if as_json else kept:
-                context.output.text(_line(one))
+            else:
+                for line in _lines(kept):
+                    context.output.text(f"{line}\n")
             if not kept:
                 context.output.notice("no unmerged work" + (f" of run {names[0]}" if run else ""))
             return 0
@@ -69,12 +72,20 @@ def list_kept(run: str | None, as_json: bool) -> None:
     run_command(command, as_json=as_json)
 
 
-def _line(one: PreservedWork) -> str:
-    when = "" if one.committed is None else _local(one.committed)
-    return (
-        printable(f"{one.run}  {one.name:<28} {f'task {one.status}':<15} {when:<16} {one.worktree or one.subject}")
-        + "\n"
-    )
+def _lines(kept: Sequence[PreservedWork]) -> Iterator[str]:
+    """Yield each run, and below it a row for each piece of work."""
+    for run, group in groupby(kept, key=lambda one: one.run):
+        yield f"run {printable(run)}"
+        rows = [
+            [
+                one.name,
+                f"task {one.status}",
+                _local(one.committed) if one.committed else "",
+                one.worktree or one.subject,
+            ]
+            for one in group
+        ]
+        yield from described(rows, "  ")
 
 
 def _applied(name: str, changed: Sequence[str], branch: str | None) -> str:

@@ -80,6 +80,8 @@ def runs(active: bool, as_json: bool) -> None:
                     context.output.text(f"{line}\n")
                 for line in _step_lines(report):
                     context.output.text(f"    {line}\n")
+            if not found:
+                context.output.notice("no active, interrupted, halted or waiting runs" if active else "no runs")
             return 0
 
     run_command(command, as_json=as_json, brief=True)

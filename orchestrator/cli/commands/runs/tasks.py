@@ -32,6 +32,7 @@ from orchestrator.cli.render.text import pluralize, printable
 from orchestrator.domain.events.runs import describe_file_changes
 from orchestrator.domain.runs.statuses import FINAL_STATUSES, TaskStatus
 from orchestrator.engine.reports.report import RunReport, RunStatus
+from orchestrator.engine.state.reload import FileChanges
 from orchestrator.errors import join_names
 
 _color = click.option("--color/--no-color", default=None, help="Use colours; default: on a terminal only.")
@@ -175,14 +176,24 @@ def retry(tasks: tuple[str, ...], phase: str | None, reloads: bool, run: str | N
             changes = await council.tasks.file_changes(run)
             kept = {} if reloads else {name: keys for name, keys in changes.tasks.items() if name in tasks}
             if kept or changes.keys:
-                context.output.notice(printable(describe_file_changes(changes.file, kept, changes.keys)))
+                context.output.notice(printable(describe_file_changes(changes.file, kept, changes.keys, run)))
             if reloads and changes.has_tasks and changes.config is not None:
                 await require_trust(changes.config, is_named=False)
             report = await council.tasks.retry(*tasks, run=run, from_phase=phase, reload=changes if reloads else None)
+            for name in tasks if reloads else ():
+                context.output.notice(printable(_describe_reload(name, changes)))
             await show_result(context, council, report, code=0)
             return 0
 
     run_command(command, as_json=as_json)
+
+
+def _describe_reload(task: str, changes: FileChanges) -> str:
+    """Return which settings of the file a task has adopted."""
+    keys = changes.tasks.get(task, ())
+    return (
+        f"{task}: reloaded {', '.join(keys)} from {changes.file}" if keys else f"{task}: {changes.file} has no changes"
+    )
 
 
 @click.command()

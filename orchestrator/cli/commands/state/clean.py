@@ -137,12 +137,16 @@ def _summary(found: Sequence[Leftover], going: Sequence[Leftover]) -> Iterator[s
     if not going:
         yield "no leftovers to remove"
     if stays := [one for one in found if _is_kept(one) and one not in going]:
-        yield f"{_total(stays)} with work that may exist nowhere else: --kept removes them"
+        yield f"{_total(stays)} with work that may exist nowhere else: --kept removes {_pronoun(stays)}"
     if ready := [one for one in found if one.standing is LeftoverStatus.READY and one not in going]:
-        yield f"{_total(ready)} ready for the next run: --pool removes them"
+        yield f"{_total(ready)} ready for the next run: --pool removes {_pronoun(ready)}"
     needed = [one for one in found if one.standing is LeftoverStatus.NEEDED]
     for run in dict.fromkeys(one.run for one in needed):
         yield f"{_total([one for one in needed if one.run == run])} needed by `council resume {run}`"
+
+
+def _pronoun(some: Sequence[Leftover]) -> str:
+    return "it" if len(some) == 1 else "them"
 
 
 def _total(some: Sequence[Leftover]) -> str:
