@@ -9,7 +9,8 @@ import pytest
 from orchestrator.api.council import Council
 from orchestrator.config.model import TaskSpec
 from orchestrator.engine.phases.start import NextPhase
-from orchestrator.engine.scheduler.attempts import ActiveAttempt, AttemptRunner
+from orchestrator.engine.scheduler.active_attempts import ActiveAttempt
+from orchestrator.engine.scheduler.attempts import AttemptRunner
 from tests.conftest import Repository
 
 

@@ -33,7 +33,7 @@ async def watched(store: Store, clock: ManualClock, folder: Path, retention: Ret
     await record_run(store, clock, run)
     ledger = await Ledger.take(store, clock, Redactor(()), make_orchestrators(store, clock, RUN), "off")
     async with anyio.create_task_group() as group:
-        group.start_soon(Monitor(ledger, store, clock).watch)
+        group.start_soon(Monitor(ledger).watch)
         await anyio.wait_all_tasks_blocked()
         yield ledger
         group.cancel_scope.cancel()

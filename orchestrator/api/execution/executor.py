@@ -27,6 +27,7 @@ from orchestrator.domain.runs.model import HaltCause, RunDocument
 from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, with_subtasks
 from orchestrator.engine.cleanup.imported_tasks import write_unfinished_tasks
 from orchestrator.engine.diagnostics.programs import find_unusable_adapters
+from orchestrator.engine.landing.reconciliation import Reconciler, has_unlanded_work
 from orchestrator.engine.phases.completion import PhaseCompleter, PhaseHandlers
 from orchestrator.engine.phases.start import PhaseStarter
 from orchestrator.engine.phases.values import PhaseInputs
@@ -34,13 +35,10 @@ from orchestrator.engine.reports.report import RunRecord, RunReport
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.scheduler.capacity import Capacity
 from orchestrator.engine.scheduler.loop import Scheduler
-from orchestrator.engine.scheduler.monitor import Monitor
-from orchestrator.engine.scheduler.reconciliation import Reconciler, has_unlanded_work
 from orchestrator.engine.session_api.shared_values import SharedValues
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.records import read_entries, read_requests, read_run
 from orchestrator.errors import LockHeld
-from orchestrator.locking.merge_permit import MergePermitQueue
 from orchestrator.plugins import Plugins
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.sessions.supervision.supervisor_client import open_fork_server
@@ -167,26 +165,13 @@ class RunExecutor:
         wanted = capacity or before.run.capacity
         room = await Capacity.measure(wanted, ledger, context.clock)
         async with run_context.pool(sessions=_max_sessions(wanted, before.run)) as pool:
-            scheduler = Scheduler(
-                ledger,
-                run_context,
-                pool,
-                _board(context, ledger, run_context, entries, disabled),
-                room,
-                Monitor(ledger, context.store, context.clock),
-                MergePermitQueue(
-                    context.store, context.clock, ledger.orchestrators, run_context.source.location, before.run.target
-                ),
-                self._phase_handlers(context, ledger, run_context),
-                entries=entries,
-                unavailable_adapters=disabled,
-                only_lands=only_lands,
-            )
-            await scheduler.remember(before.adapters)
+            board = _board(context, ledger, run_context, entries, disabled)
+            handlers = self._phase_handlers(context, ledger, run_context)
+            scheduler = Scheduler(ledger, run_context, pool, board, room, handlers, disabled)
             self._stop.add(scheduler.stop)
             try:
                 async with _raise_if_fenced(ledger), open_fork_server():
-                    finished = await scheduler.run()
+                    finished = await scheduler.run(before.adapters, only_lands=only_lands)
             finally:
                 self._stop.remove(scheduler.stop)
         return await _record_end(reader, ledger, scheduler, run, finished=finished)

@@ -102,7 +102,8 @@ class DispatchBoard:
 
     def __init__(self, entries: Mapping[str, DispatchEntry], capacities: Mapping[str, int] = _NO_LIMITS) -> None:
         """Create a board with all tasks pending, and the largest number of concurrent sessions by adapter."""
-        self._entries = dict(entries)
+        self.entries = dict(entries)
+        """The entries of all tasks, including those that plans have added."""
         self._state = dict.fromkeys(entries, _PENDING)
         self._missing = {task: len(set(entry.needs)) for task, entry in entries.items()}
         self._dependents: dict[str, list[str]] = {task: [] for task in entries}
@@ -149,7 +150,7 @@ class DispatchBoard:
 
     def add(self, entries: Mapping[str, DispatchEntry], orders: Mapping[str, float]) -> None:
         """Add pending tasks with their file order; they may need each other."""
-        self._entries |= entries
+        self.entries |= entries
         for task, entry in entries.items():
             self._state[task], self._dependents[task] = _PENDING, []
             lane = self._queue.lane(entry.adapters, entry.owns)
@@ -166,8 +167,8 @@ class DispatchBoard:
 
         Tasks that are no longer among them are no longer needed. The caller then calls `wait`, `rest` or `revive`.
         """
-        before = self._entries[task]
-        after = self._entries[task] = before.with_subtasks(parts)
+        before = self.entries[task]
+        after = self.entries[task] = before.with_subtasks(parts)
         if after is before:
             return
         for need in set(before.needs) - set(after.needs):
@@ -180,7 +181,7 @@ class DispatchBoard:
 
     def has(self, task: str) -> bool:
         """Whether the board has a task."""
-        return task in self._entries
+        return task in self.entries
 
     def built(self, task: str) -> None:
         """Record that a session ended and its work is queued to land: free its slot, but keep its paths."""
@@ -243,7 +244,7 @@ class DispatchBoard:
             current = stack.pop()
             if self.blocked.get(current) is None:
                 continue
-            need = next((need for need in self._entries[current].needs if self._is_dead(need)), None)
+            need = next((need for need in self.entries[current].needs if self._is_dead(need)), None)
             if need is not None:
                 self.blocked[current] = need
                 continue
@@ -279,7 +280,7 @@ class DispatchBoard:
         elif status is not TaskStatus.PENDING:
             if state is not _BUILT:
                 self._leave(task, _BUILT)
-                self._queue.keep_paths(task, self._entries[task].owns)
+                self._queue.keep_paths(task, self.entries[task].owns)
         else:
             self._sync_pending(task, until, adapters, keeps_paths=keeps_paths)
 
@@ -293,7 +294,7 @@ class DispatchBoard:
 
     def entry(self, task: str) -> DispatchEntry:
         """Return the entry of a task."""
-        return self._entries[task]
+        return self.entries[task]
 
     def adapter_of(self, task: str) -> str:
         """Return the adapter that a task runs with, or would run with now."""
@@ -368,7 +369,7 @@ class DispatchBoard:
         """Yield the adapters of each task that is neither finished nor permanently blocked."""
         for task, status in statuses.items():
             if status not in FINAL_STATUSES and task not in self.blocked:
-                yield self._entries[task].adapters
+                yield self.entries[task].adapters
 
     def take(self, most: int, now: float) -> list[str]:
         """Mark the first tasks that may start now as running, and return them in order."""
@@ -428,13 +429,13 @@ class DispatchBoard:
 
     def _resume(self, task: str, *, running: bool) -> None:
         self._state[task] = _RUNNING if running else _BUILT
-        self._queue.keep_paths(task, self._entries[task].owns)
+        self._queue.keep_paths(task, self.entries[task].owns)
         if running:
             self._queue.occupy(task, self._placements[task].lane)
 
     def _replace(self, task: str, adapters: tuple[str, ...] | None, *, keeps_paths: bool) -> None:
         """Move a task to its lane: a task that keeps its paths need not wait for them."""
-        entry, placement = self._entries[task], self._placements[task]
+        entry, placement = self.entries[task], self._placements[task]
         names = adapters or tuple(adapter.name for adapter in placement.lane.adapter_group.adapters)
         if keeps_paths:
             self._queue.keep_paths(task, entry.owns)
@@ -456,15 +457,15 @@ class DispatchBoard:
         """Add needs of a task."""
         for need in dict.fromkeys(needs):
             self._dependents[need].append(task)
-        every = set(self._entries[task].needs)
+        every = set(self.entries[task].needs)
         self._missing[task] = sum(self._state[need] is not _LANDED for need in every)
 
     def _waits_for_parts(self, task: str) -> bool:
-        return any(self._state[part] is not _LANDED for part in self._entries[task].parts)
+        return any(self._state[part] is not _LANDED for part in self.entries[task].parts)
 
     def _is_blocked_by_a_need(self, task: str) -> bool:
         """Block a pending task and its dependents if one of its needs will not land; return whether it was blocked."""
-        need = next((need for need in self._entries[task].needs if self._is_dead(need)), None)
+        need = next((need for need in self.entries[task].needs if self._is_dead(need)), None)
         if need is not None:
             self.blocked[task] = need
             self._block(task)

@@ -97,7 +97,7 @@ class BaseChecks:
             return None
         failure: str | None = None
         with self._running:
-            async with self._exclusive():
+            async with _hold_base_lock(self.ledger, self.context):
                 checked: list[str] = []
                 for _ in range(_MAX_ROUNDS):
                     tips = await self._tips(groups)
@@ -124,33 +124,6 @@ class BaseChecks:
             return [await self.base_selector.newest(builds_on_target=kind) for kind in kinds]
         except GitError:  # reported when the first session starts
             return []
-
-    @asynccontextmanager
-    async def _exclusive(self) -> AsyncIterator[None]:
-        """Run base checks alone on this machine.
-
-        Continue without the lock if its holder is suspended or has left the run.
-        """
-        lock = self.context.hub.lock(f"base-{self.ledger.run.id}")
-        async with AsyncExitStack() as stack:
-            while True:
-                try:
-                    await stack.enter_async_context(lock.hold(_POLL_INTERVAL))
-                    break
-                except LockHeld:
-                    if not await self._is_working(await anyio.to_thread.run_sync(LockHolder.read, lock.path)):
-                        break
-            yield
-
-    async def _is_working(self, holder: LockHolder | None) -> bool:
-        """Return True if the signer of a lock is an active orchestrator of this run."""
-        orchestrators = self.ledger.orchestrators
-        records = [
-            record
-            for record in (await orchestrators.all()).values()
-            if holder is not None and record.owner.pid == holder.pid
-        ]
-        return any([await orchestrators.assess(record) is OwnerStatus.ALIVE for record in records])
 
     async def _group_pending_tasks(self) -> _CheckGroups:
         """Group the pending tasks that share checks.
@@ -310,7 +283,7 @@ class BaseChecks:
         commands = (failed.command,) if is_allowed else commands
         key = (base, (*commands, failed.command))
         if key not in self._unrunnable:
-            async with self._exclusive():
+            async with _hold_base_lock(self.ledger, self.context):
                 result = await self._run(task, spec, commands, base)
             if isinstance(result, ChecksNotRun):  # it may run another time
                 return None
@@ -345,6 +318,35 @@ class BaseChecks:
             return f"test -x {name}"
         absent = "true" if is_made else f"! git check-ignore --quiet -- {name}"
         return f"if test -e {name}; then test -x {name}; else {absent}; fi"
+
+
+@asynccontextmanager
+async def _hold_base_lock(ledger: Ledger, context: RunContext) -> AsyncIterator[None]:
+    """Run base checks alone on this machine.
+
+    Continue without the lock if its holder is suspended or has left the run.
+    """
+    lock = context.hub.lock(f"base-{ledger.run.id}")
+    async with AsyncExitStack() as stack:
+        while True:
+            try:
+                await stack.enter_async_context(lock.hold(_POLL_INTERVAL))
+                break
+            except LockHeld:
+                if not await _is_working(ledger, await anyio.to_thread.run_sync(LockHolder.read, lock.path)):
+                    break
+        yield
+
+
+async def _is_working(ledger: Ledger, holder: LockHolder | None) -> bool:
+    """Return True if the signer of a lock is an active orchestrator of this run."""
+    orchestrators = ledger.orchestrators
+    records = [
+        record
+        for record in (await orchestrators.all()).values()
+        if holder is not None and record.owner.pid == holder.pid
+    ]
+    return any([await orchestrators.assess(record) is OwnerStatus.ALIVE for record in records])
 
 
 def describe_check_fix(run: RunDocument, specs: Sequence[TaskSpec], *, is_built: bool = False) -> str:

@@ -339,16 +339,10 @@ class PhaseCompleter:
             return [delivery]
         data, by = delivery
         redacted = self.ledger.writer.redactor.json(data)
-        checked = kind.check(redacted, await self._facts(kind, redacted, session.commit))
+        checked = kind.check(redacted, await _facts(self.git, kind, redacted, session.commit))
         if checked.data is None:
             return checked.violations
         return _CheckedHandoff(kind, checked.data, by)
-
-    async def _facts(self, kind: HandoffKind, data: JsonObject, commit: str | None) -> HandoffFacts:
-        paths = kind.paths(data)
-        if commit is None or not paths:
-            return HandoffFacts()
-        return HandoffFacts(await compute_checksums(self.git, commit, paths))
 
 
 class PhaseHandlers(NamedTuple):
@@ -356,6 +350,13 @@ class PhaseHandlers(NamedTuple):
 
     starter: PhaseStarter
     completer: PhaseCompleter
+
+
+async def _facts(git: Git, kind: HandoffKind, data: JsonObject, commit: str | None) -> HandoffFacts:
+    paths = kind.paths(data)
+    if commit is None or not paths:
+        return HandoffFacts()
+    return HandoffFacts(await compute_checksums(git, commit, paths))
 
 
 def select_delivery(

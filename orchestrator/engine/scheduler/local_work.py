@@ -5,17 +5,19 @@ The scheduler acts on it; `engine.scheduler.peers` applies changes of other orch
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import anyio
 
+from orchestrator.domain.events.runs import AdapterEnabled
 from orchestrator.domain.runs.model import AdapterDocument
-from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, SUCCESS_STATUSES, TaskStatus
+from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, LANDING_STATUSES, SUCCESS_STATUSES, TaskStatus
 from orchestrator.domain.scheduling.dispatch import DispatchBoard
 from orchestrator.domain.workflow.routing import current_adapters, has_built_work
 from orchestrator.engine.landing.merge_queue import MergeQueue
-from orchestrator.engine.scheduler.attempts import ActiveAttempt
+from orchestrator.engine.scheduler.active_attempts import ActiveAttempt
 from orchestrator.engine.state.ledger import Ledger
+from orchestrator.engine.state.run_state import AdapterUpdate
 from orchestrator.system.clock import Clock
 
 #: Head start in seconds of the orchestrator that released a task to claim it again.
@@ -60,31 +62,15 @@ class LocalWork:
         new = [task for task in self._ledger.tasks.added if not self.board.has(task)]
         if not new:
             return
-        self.board.add({task: self._ledger.tasks.added[task] for task in new}, self._file_order(new))
+        self.board.add(
+            {task: self._ledger.tasks.added[task] for task in new}, _file_order(self._ledger.run.tasks, self.board, new)
+        )
         for task in new:
             if self._ledger.task(task).status is TaskStatus.PENDING:
                 self.board.set_subtasks(task, self._ledger.tasks.subtasks(task))
                 self._place(task)
             else:
                 self.sync_task(task)
-
-    def _file_order(self, new: Sequence[str]) -> dict[str, float]:
-        """Return fractional positions of new tasks.
-
-        Neighbours share the gap between existing ones.
-        """
-        order: dict[str, float] = {}
-        group: list[str] = []
-        before, is_new = -1.0, set(new)
-        for task in (*self._ledger.run.tasks, None):
-            if task is not None and task in is_new:
-                group.append(task)
-                continue
-            here = before + 1.0 if task is None else self.board.order(task)
-            share = (here - before) / (len(group) + 1)
-            order |= {member: before + share * number for number, member in enumerate(group, 1)}
-            group, before = [], here
-        return order
 
     def tasks_elsewhere(self) -> list[str]:
         """Return the tasks that other orchestrators have claimed."""
@@ -129,6 +115,39 @@ class LocalWork:
             self.cool_down(adapter, document.cooldown_until)
         elif adapter not in self._unavailable_adapters:
             self.board.open(adapter)
+
+    async def restore_adapters(self, documents: Mapping[str, AdapterDocument]) -> None:
+        """Restore the adapter cooldowns of an earlier leader.
+
+        Enable the adapters that it disabled.
+        """
+        enabled = AdapterUpdate(AdapterDocument(), AdapterEnabled())
+        for adapter, document in documents.items():
+            if document.disabled_reason is not None:
+                await self._ledger.adapters.update(
+                    adapter, lambda current: None if current.disabled_reason is None else enabled
+                )
+            elif document.cooldown_until is not None:
+                self.cool_down(adapter, document.cooldown_until)
+
+    def awaiting_approval(self) -> dict[str, int]:
+        """Map each task that waits for approval to the number of its phase visits."""
+        statuses = self._ledger.statuses().items()
+        return {
+            task: len(self._ledger.task(task).phases)
+            for task, status in statuses
+            if status is TaskStatus.AWAITING_APPROVAL
+        }
+
+    def is_waiting_for_peers(self) -> bool:
+        """Return True if tasks of other orchestrators may still create work.
+
+        False if theirs and ours all wait for the target.
+        """
+        statuses = self._ledger.statuses()
+        elsewhere = self.tasks_elsewhere()
+        are_built = all(statuses[task] in LANDING_STATUSES for task in elsewhere)
+        return bool(elsewhere) and not (self.merge_queue.deferred and are_built)
 
     def show(self, task: str, retry_in: float = 0.0) -> None:
         """Update a task on the board; a retry starts after `retry_in` seconds."""
@@ -183,3 +202,22 @@ class LocalWork:
         """Stop tracking a task that has ended, or will."""
         self.merge_queue.remove(task)
         self.board.ended(task)
+
+
+def _file_order(tasks: Sequence[str], board: DispatchBoard, new: Sequence[str]) -> dict[str, float]:
+    """Return fractional positions of new tasks.
+
+    Neighbours share the gap between existing ones.
+    """
+    order: dict[str, float] = {}
+    group: list[str] = []
+    before, is_new = -1.0, set(new)
+    for task in (*tasks, None):
+        if task is not None and task in is_new:
+            group.append(task)
+            continue
+        here = before + 1.0 if task is None else board.order(task)
+        share = (here - before) / (len(group) + 1)
+        order |= {member: before + share * number for number, member in enumerate(group, 1)}
+        group, before = [], here
+    return order

@@ -14,9 +14,7 @@ from orchestrator.engine.diagnostics.findings import Finding, Level
 from orchestrator.engine.diagnostics.state_findings import judge_documents, judge_integrity, judge_latency
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import StoreUnavailable
-from orchestrator.protocols import Store
 from orchestrator.state.documents.update import compact_log, delete_expired
-from orchestrator.system.clock import Clock
 
 #: Seconds between deletions of expired documents and compactions of the log.
 SWEEP_INTERVAL: Final = 30.0
@@ -36,9 +34,9 @@ class Monitor:
     Each warning is recorded once.
     """
 
-    def __init__(self, ledger: Ledger, store: Store, clock: Clock) -> None:
+    def __init__(self, ledger: Ledger) -> None:
         """Monitor the store of a run."""
-        self._ledger, self._store, self._clock = ledger, store, clock
+        self._ledger, self._store, self._clock = ledger, ledger.writer.store, ledger.writer.clock
         self._retention = Retention.model_validate(ledger.run.retention)
         self._reported: set[str] = set()
 

@@ -12,11 +12,11 @@ from typing import Final
 import anyio
 
 from orchestrator.domain.runs.model import HaltCause
+from orchestrator.engine.landing.reconciliation import Reconciler
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.scheduler.budgets import Budgets
 from orchestrator.engine.scheduler.live_requests import LiveRequestHandler
 from orchestrator.engine.scheduler.local_work import LocalWork
-from orchestrator.engine.scheduler.reconciliation import Reconciler
 from orchestrator.engine.scheduler.recovery import remove_abandoned, take_over_tasks
 from orchestrator.engine.state.change_feed import ExternalChange, follow_changes
 from orchestrator.engine.state.ledger import Ledger

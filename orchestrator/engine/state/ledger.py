@@ -5,7 +5,7 @@ Every change is one commit fenced by its lease epoch.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,6 +41,10 @@ class TaskMoved(NamedTuple):
     """Another orchestrator or a person has moved the task in the meantime."""
 
     status: TaskStatus
+
+
+#: Why a task cannot start.
+StartObstacle = ClaimHolder | OwnershipConflict | OutdatedBase | TaskMoved
 
 
 class Ledger:
@@ -120,10 +124,6 @@ class Ledger:
         """Return the status of every task, in file order."""
         return {task: self.tasks[task].status for task in self.run.tasks}
 
-    def has_moved_target(self) -> bool:
-        """Return True if a commit of the run has landed: then the target has existed."""
-        return any(self.tasks[task].landed not in {None, self.run.start} for task in self.run.tasks)
-
     async def note(self, event: RunEvent) -> None:
         """Record an event that changes no document."""
         await self.writer.note(event)
@@ -154,7 +154,7 @@ class Ledger:
             try:
                 await self._commit_with_new_tasks(updates, Commit(writes, events, guards))
             except (LeaseLost, VersionConflict):
-                await self._raise_if_claim_lost(updates)
+                await self.confirm_claims(*updates)
                 raise
             for task, after in changed.items():
                 self.tasks.apply_own(task, after)
@@ -191,11 +191,8 @@ class Ledger:
         self.run_state.adopt(after)
 
     async def start(
-        self,
-        task: str,
-        update: TaskUpdate,
-        also: Callable[[Guard], ClaimPlan] | None = None,
-    ) -> ClaimHolder | OwnershipConflict | OutdatedBase | TaskMoved | None:
+        self, task: str, update: TaskUpdate, also: Callable[[Guard], ClaimPlan] | None = None
+    ) -> StartObstacle | None:
         """Claim a task and record its next attempt in one commit.
 
         Return the obstacle if that is impossible. `also` plans, given the guard of the claim, further writes or returns
@@ -208,12 +205,8 @@ class Ledger:
             return await self._start(self.claims, task, update, also)
 
     async def _start(
-        self,
-        claims: Claims,
-        task: str,
-        update: TaskUpdate,
-        also: Callable[[Guard], ClaimPlan] | None,
-    ) -> ClaimHolder | OwnershipConflict | OutdatedBase | TaskMoved | None:
+        self, claims: Claims, task: str, update: TaskUpdate, also: Callable[[Guard], ClaimPlan] | None
+    ) -> StartObstacle | None:
         version = self.tasks.version(task)
         while True:
             plan = await claims.plan(task, override=True)  # the task has not started: a worker loses nothing
@@ -282,17 +275,13 @@ class Ledger:
         """
         if self.claims is not None and task not in self.claims:
             await self.tasks.refresh(task)
-            await self._raise_if_claim_lost([task])
+            await self.confirm_claims(task)
 
-    async def confirm_claim(self, task: str) -> None:
-        """Verify in the store that this orchestrator still has the claim on a task.
+    async def confirm_claims(self, *tasks: str) -> None:
+        """Verify in the store that the claims on tasks are still ours, or were never taken.
 
-        ClaimLost if another has taken it over.
+        ClaimLost with the new owner if one of the tasks was taken over.
         """
-        await self._raise_if_claim_lost([task])
-
-    async def _raise_if_claim_lost(self, tasks: Iterable[str]) -> None:
-        """Raise ClaimLost with the new owner if one of the tasks was taken over."""
         if self.claims is None:
             return
         for task in tasks:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from orchestrator.domain.events.base import RunEvent
 from orchestrator.domain.events.runs import (
+    AdapterCooldown,
+    AdapterDisabled,
     AdapterEnabled,
     AdapterEvent,
     BaseFailureAllowed,
@@ -17,12 +19,15 @@ from orchestrator.domain.events.runs import (
     RunHalted,
 )
 from orchestrator.domain.runs.model import AdapterDocument, HaltCause, RunDocument
+from orchestrator.domain.runs.retry import compute_cooldown_end
 from orchestrator.engine.state.records import adapter_key, run_key
 from orchestrator.engine.state.writer import RunWriter
 from orchestrator.errors import RefusedError, VersionConflict
 from orchestrator.protocols import Commit, JsonObject, Write
 from orchestrator.system.failpoints import failpoint
 
+#: Seconds by which a cooldown must move to be recorded again: programs report whole seconds.
+_MIN_EXTENSION = 1.0
 #: Number of passed bases to keep on record.
 MAX_PROVEN_BASES = 32
 
@@ -136,8 +141,47 @@ class AdapterStates:
         )
         return known
 
+    async def start_cooldown(self, adapter: str, until: float | None, reason: str) -> AdapterDocument:
+        """Record that an adapter cools down, until the reported time if there is one; return its state."""
+        now = self._writer.clock.now()
+
+        def judge(known: AdapterDocument) -> AdapterUpdate | None:
+            # Concurrent sessions that reach the same limit count as one cooldown.
+            known_end = known.cooldown_until if _is_cooling_down(known, now) else None
+            cooldowns = known.cooldowns + (known_end is None)
+            end = compute_cooldown_end(now, until, cooldowns)
+            if known_end is not None and (until is None or end - known_end < _MIN_EXTENSION):
+                return None
+            cooling = AdapterDocument(cooldown_until=end, cooldowns=cooldowns)
+            return AdapterUpdate(cooling, AdapterCooldown(until=end, reason=reason))
+
+        known, is_new = await self.update(adapter, judge)
+        if is_new:
+            failpoint("adapter.cooling_down")
+        return known
+
+    async def disable(self, adapter: str, reason: str, started: float) -> AdapterDocument:
+        """Disable an adapter, unless it was enabled after its session `started`; return its state."""
+        disabled = AdapterUpdate(AdapterDocument(disabled_reason=reason), AdapterDisabled(reason=reason))
+
+        def judge(known: AdapterDocument) -> AdapterUpdate | None:
+            return disabled if known.disabled_reason is None and started >= (known.enabled_at or 0.0) else None
+
+        return (await self.update(adapter, judge))[0]
+
+    async def clear_cooldown(self, adapter: str) -> None:
+        """Forget the cooldowns of an adapter: a session that started after them succeeded."""
+        enabled, now = AdapterUpdate(AdapterDocument(), AdapterEnabled()), self._writer.clock.now()
+        await self.update(
+            adapter, lambda known: enabled if known.cooldowns and not _is_cooling_down(known, now) else None
+        )
+
     async def _read(self, adapter: str) -> tuple[int, AdapterDocument]:
         stored = await self._writer.store.get(adapter_key(self._writer.run, adapter))
         if stored is None:
             return 0, AdapterDocument()
         return stored.version, AdapterDocument.model_validate(stored.value)
+
+
+def _is_cooling_down(adapter: AdapterDocument, now: float) -> bool:
+    return adapter.cooldown_until is not None and adapter.cooldown_until > now

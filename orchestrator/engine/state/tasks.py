@@ -86,6 +86,10 @@ class TaskTable:
         """Return the current state of every task."""
         return self._documents
 
+    def have_moved(self, start: str) -> bool:
+        """Return True if a commit of the run has landed on the target, which was at `start`: then that has existed."""
+        return any(document.landed not in {None, start} for document in self._documents.values())
+
     def subtasks(self, task: str) -> tuple[str, ...]:
         """Return the known subtasks that the plan of a task was expanded to."""
         return tuple(part for part in self._documents[task].expanded if part in self._versions)

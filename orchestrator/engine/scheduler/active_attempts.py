@@ -1,0 +1,71 @@
+"""The running attempts of this process, and the effects of their ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from orchestrator.config.model import TaskSpec
+from orchestrator.domain.runs.model import AdapterDocument
+from orchestrator.domain.runs.outcome import (
+    Failed,
+)
+from orchestrator.domain.runs.session_names import SessionName
+from orchestrator.engine.phases.start import NextPhase
+from orchestrator.engine.scheduler.budgets import BudgetReached
+from orchestrator.protocols import JsonObject
+from orchestrator.sessions.session import Session
+from orchestrator.sessions.setup.checks import CheckRunner
+
+
+class AttemptEnd(NamedTuple):
+    """The effects of an ended attempt on later ones; the ledger has the status of its task."""
+
+    retry_in: float = 0.0
+    """Seconds until the task may start again, if it is pending."""
+    adapter: AdapterDocument | None = None
+    """The state of its adapter, if the attempt changed it or found it changed."""
+    shortage: str | None = None
+    """The resource that the machine is short of: nothing should start for a while."""
+    unrunnable: str | None = None
+    """Why no attempt can work: a check or setup command cannot run here."""
+
+
+@dataclass(slots=True)
+class ActiveAttempt:
+    """A running attempt; `cancelled` is set once a person cancels the task."""
+
+    task: str
+    spec: TaskSpec
+    adapter: str
+    session: Session
+    next_phase: NextPhase
+    checks: CheckRunner | None = field(default=None, init=False)
+    """The `until` checks of its phase, while they run."""
+    handed_over: JsonObject | None = field(default=None, init=False)
+    """The handoff that its session submitted while it ran."""
+    cancelled: bool = field(default=False, init=False)
+    is_budget_exhausted: bool = field(default=False, init=False)
+    """Whether the budget of the task is exhausted, so that no attempt follows."""
+
+    @property
+    def name(self) -> SessionName:
+        """Return the name of its session."""
+        worktree = self.session.assignment.worktree
+        return SessionName(worktree.run, worktree.task, worktree.attempt)
+
+    def stop_for_budget(self, reached: BudgetReached) -> None:
+        """Stop the session because a budget is exhausted."""
+        self.is_budget_exhausted = reached.scope == "task"
+        self.session.stop(reached.outcome if isinstance(reached.outcome, Failed) else None)
+
+    def stop(self) -> None:
+        """Stop the session, and the checks that follow it."""
+        self.session.stop()
+        if self.checks is not None:
+            self.checks.stop()
+
+    def cancel(self) -> None:
+        """Stop the attempt; no other attempt follows."""
+        self.cancelled = True
+        self.stop()

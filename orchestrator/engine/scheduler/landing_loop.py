@@ -1,0 +1,97 @@
+"""Decide when the merge queue lands, and apply what became of its tasks to the work of this process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from anyio.abc import TaskGroup
+
+from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, TaskStatus
+from orchestrator.engine.run_context import RunContext
+from orchestrator.engine.scheduler.capacity import Capacity
+from orchestrator.engine.scheduler.local_work import LocalWork
+from orchestrator.engine.scheduler.requests import cancel_task
+from orchestrator.engine.state.ledger import Ledger
+from orchestrator.sessions.setup import adapter_homes
+
+#: Seconds between pushes while active sessions may still finish and join the next push.
+LANDING_BATCH_WINDOW = 0.25
+#: Seconds before a deferred landing is retried while sessions are active.
+DEFERRED_RETRY_DELAY = 30.0
+#: Number of retries, and the seconds before each, when nothing else is left to do: the user may be in the middle of a
+#: commit.
+MAX_FINAL_LANDINGS, FINAL_LANDING_DELAY = 3, 1.0
+
+
+class LandingLoop:
+    """Lands the built tasks of this process in batches, and retries deferred ones."""
+
+    def __init__(self, ledger: Ledger, context: RunContext, local: LocalWork, capacity: Capacity) -> None:
+        self._ledger, self._context, self._local, self._capacity = ledger, context, local, capacity
+        self._queue, self._clock = local.merge_queue, context.tools.clock
+        self.is_landing = False
+        """Whether the queue lands now."""
+        self._deferred_until = 0.0
+        self._final_tries_left = MAX_FINAL_LANDINGS
+        self._batch_until = 0.0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether more built work would only become stale."""
+        return len(self._queue.waiting) >= self._capacity.sessions
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether tasks will land or be retried."""
+        return bool(self._queue.waiting or (self._queue.deferred and self._final_tries_left > 0))
+
+    def next_times(self) -> list[float | None]:
+        """Return the times when the queue may land (monotonic seconds)."""
+        waits = bool(self._queue.waiting) and not self.is_landing
+        return [self._deferred_until if self._queue.deferred else None, self._batch_until if waits else None]
+
+    def tick(self, group: TaskGroup, now: float) -> None:
+        """Queue deferred tasks again when it is time, and start a landing that is due.
+
+        The queue waits briefly for sessions that are about to finish.
+        """
+        if self._queue.deferred and now >= self._deferred_until:
+            if not self._local.active_attempts:
+                self._final_tries_left -= 1
+            self._queue.waiting.extendleft(reversed(self._queue.deferred))
+            self._queue.deferred.clear()
+        is_due = self.is_full or not self._local.active_attempts or now >= self._batch_until
+        if self._queue.waiting and is_due and not self.is_landing:
+            self.is_landing = True
+            group.start_soon(self._land, group)
+
+    def session_ended(self) -> None:
+        """Retry deferred tasks soon if no session is left to hide the wait for the user behind."""
+        if not self._local.active_attempts:
+            self._deferred_until = min(self._deferred_until, self._clock.monotonic() + FINAL_LANDING_DELAY)
+
+    async def _land(self, group: TaskGroup) -> None:
+        for task in await self._queue.land():
+            await self._apply(task)
+            if self._ledger.task(task).status is TaskStatus.LANDED:
+                group.start_soon(self.remove_homes, [task])
+        self._batch_until = self._clock.monotonic() + LANDING_BATCH_WINDOW
+        self.is_landing = False
+        self._local.wake()
+
+    async def _apply(self, task: str) -> None:
+        status = self._ledger.task(task).status
+        if task in self._queue.cancelled and status in {TaskStatus.QUEUED, TaskStatus.CHECKING}:
+            await cancel_task(self._ledger, task)
+            status = TaskStatus.CANCELLED
+        if status not in CLAIMED_STATUSES:
+            self._local.show(task)
+            return
+        pause = DEFERRED_RETRY_DELAY if self._local.active_attempts else FINAL_LANDING_DELAY
+        if not self._queue.deferred or not self._local.active_attempts:
+            self._deferred_until = self._clock.monotonic() + pause
+        self._queue.deferred.append(task)
+
+    async def remove_homes(self, tasks: Sequence[str]) -> None:
+        """Delete the adapter homes of tasks that landed or are done: nothing resumes them."""
+        await adapter_homes.remove_homes(self._context.tools.logs, tasks, self._context.tools.environ)
