@@ -3,7 +3,7 @@
     python benchmarks/session_commands.py [--quick]
 
 95 of 100 take no longer than what is told. Beside a Python that does nothing, in turn with it, on the clock; who
-answers is a mailbox as sessions have it, whose desk knows the answer at once.
+answers is a session socket as sessions have it, whose desk knows the answer at once.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class _FakeSessionService:
 def measure(*, quick: bool, folder: Path | None = None) -> list[BenchmarkRow]:
     """Return the rows of this benchmark."""
     rounds = QUICK_ROUNDS if quick else _ROUNDS
-    with scratch_folder(folder) as place, _session(place) as (worktree, mailbox):
+    with scratch_folder(folder) as place, _session(place) as (worktree, session_socket):
         return [
-            _row("council peers, in a session", worktree, [mailbox.command, "peers"], b"", rounds),
-            _row("the hook before an edit", worktree, list(mailbox.hook), json.dumps(_EDIT).encode(), rounds),
+            _row("council peers, in a session", worktree, [session_socket.command, "peers"], b"", rounds),
+            _row("the hook before an edit", worktree, list(session_socket.hook), json.dumps(_EDIT).encode(), rounds),
         ]
 
 
@@ -81,7 +81,7 @@ def _cost(argv: list[str], env: dict[str, str], cwd: Path, given: bytes) -> Cost
 
 @contextmanager
 def _session(folder: Path) -> Iterator[tuple[Worktree, SessionSocket]]:
-    """Serve a mailbox from a thread of its own, as an orchestrator does from another process."""
+    """Serve a session socket from a thread of its own, as an orchestrator does from another process."""
     hub = Hub(folder / "hub")
     place = WorktreeSlot(hub, 1)
     worktree = Worktree(hub, "run-1", "task", 1, held_slot=place)
@@ -91,13 +91,13 @@ def _session(folder: Path) -> Iterator[tuple[Worktree, SessionSocket]]:
     with (
         worktree.lock.open("w") as lock,
         start_blocking_portal() as portal,
-        portal.wrap_async_context_manager(open_session_socket(worktree, _FakeSessionService())) as mailbox,
+        portal.wrap_async_context_manager(open_session_socket(worktree, _FakeSessionService())) as session_socket,
     ):
         # As a supervisor: only its descendants are answered.
         fcntl.flock(lock, fcntl.LOCK_EX)
         lock.write(json.dumps({"pid": os.getpid()}))
         lock.flush()
-        yield worktree, mailbox
+        yield worktree, session_socket
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SESSION_VARIABLE = "COUNCIL_SESSION"
 SOCKET_NAME, SESSION_FILE = "socket", "session.json"
 #: The folder of the session socket, next to the session's git directory.
-SOCKET_FOLDER = "mailbox"
+SOCKET_FOLDER = "socket"
 
 #: Seconds to wait for an answer, in addition to the wait in the request.
 ANSWER_TIMEOUT = 30.0

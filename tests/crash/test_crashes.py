@@ -216,7 +216,7 @@ async def test_resume_waits_until_a_stubborn_agent_is_dead(repository: Repositor
 def is_daemon_running(repository: Repository) -> bool:
     """Whether an agent's daemon is at work in a session of the repository."""
     homes = repository.top.parent / "council-home"
-    return any(len(path.read_bytes()) > 10 for path in homes.glob("*/sessions/*/*/place/tree/file.txt"))
+    return any(len(path.read_bytes()) > 10 for path in homes.glob("*/sessions/*/*/slot/tree/file.txt"))
 
 
 async def test_signal_preserves_the_work_for_resume(repository: Repository) -> None:
@@ -225,7 +225,7 @@ async def test_signal_preserves_the_work_for_resume(repository: Repository) -> N
     config = repository.configure([{"id": "long", "prompt": prompt}])
     child = repository.start("run", str(config), "--json")
     homes = repository.top.parent / "council-home"
-    wait_for(lambda: list(homes.glob("*/sessions/*/*/place/tree/half.txt")))
+    wait_for(lambda: list(homes.glob("*/sessions/*/*/slot/tree/half.txt")))
     child.send_signal(signal.SIGINT)
     stdout, stderr = child.communicate(timeout=30)
     ended = CommandResult(child.returncode, stdout, stderr)

@@ -32,12 +32,12 @@ KEEPS: dict[str, Any] = {"id": "keeps", "prompt": "write good.txt g\nwrite .env 
 
 def found(ended: CommandResult) -> list[tuple[str, str]]:
     """Return the standing and the last part of the place of all that `clean --json` listed, but for places."""
-    return sorted((one["standing"], Path(one["place"]).name) for one in ended.result["found"] if one["kind"] != "place")
+    return sorted((one["standing"], Path(one["place"]).name) for one in ended.result["found"] if one["kind"] != "slot")
 
 
 def standings(ended: CommandResult) -> set[str]:
     """Return what `clean --json` says of the places that sessions took turns in."""
-    return {one["standing"] for one in ended.result["found"] if one["kind"] == "place"}
+    return {one["standing"] for one in ended.result["found"] if one["kind"] == "slot"}
 
 
 def nothing(ended: CommandResult) -> bool:
@@ -110,10 +110,10 @@ async def test_a_worktree_of_a_task_that_is_over_goes_once(repository: Repositor
     # What a kill a little earlier leaves: the task is over, its worktree is there.
     [folder] = home_of(repository).glob("*/sessions")
     run = repository.council("status", "--json").result["run"]
-    [user] = home_of(repository).glob("*/places/*/user")
+    [user] = home_of(repository).glob("*/slots/*/user")
     assert user.read_text() == str(folder / run / "done.1")
     (folder / run / "done.1").mkdir(parents=True)
-    (folder / run / "done.1" / "place").symlink_to(user.parent)
+    (folder / run / "done.1" / "slot").symlink_to(user.parent)
     (user.parent / "tree" / "a.txt").write_text("a" * 5000)
     listed = repository.council("clean", "--json")
     assert (listed.code, found(listed)) == (0, [("left_over", "done.1")])
@@ -130,7 +130,7 @@ async def test_a_worktree_of_a_task_that_is_over_goes_once(repository: Repositor
     assert (removed.code, removed.result["freed"]) == (0, sum(one["bytes"] for one in listed.result["found"]))
     assert all(one["removed"] for one in removed.result["found"])
     assert not list(folder.iterdir())
-    assert not list(folder.with_name("places").iterdir())
+    assert not list(folder.with_name("slots").iterdir())
     assert not list(folder.with_name("trash").iterdir())
     assert repository.council("clean", "--yes", "--json").result["found"] == []
     assert repository.council("salvage", "show", "done/1").code == 0
@@ -150,7 +150,7 @@ async def test_an_interrupted_run_still_resumes(repository: Repository, failpoin
     config = repository.configure([{"id": "a", "prompt": "write a.txt a"}, {"id": "b", "prompt": "write b.txt b"}])
     assert repository.council("run", str(config), failpoints=f"{failpoint}=kill").code == -signal.SIGKILL
     before = trees(repository)
-    places = {path.readlink() for path in hub_of(repository).sessions.glob("*/*/place")}
+    places = {path.readlink() for path in hub_of(repository).sessions.glob("*/*/slot")}
     assert places
     cleaned = repository.council("clean", "--yes", "--kept", "--logs", "1ms", "--json")
     assert cleaned.code == 0
@@ -171,7 +171,7 @@ async def test_after_a_cancel_of_a_killed_run_nothing_is_left(repository: Reposi
     """The cancel saves what was done; `clean` has nothing to add, and what was saved stays."""
     config = repository.configure([{"id": "a", "prompt": "write a.txt a\nhang"}])
     child = repository.start("run", str(config))
-    wait_for(lambda: list(home_of(repository).glob("*/sessions/*/a.1/place/tree/a.txt")))
+    wait_for(lambda: list(home_of(repository).glob("*/sessions/*/a.1/slot/tree/a.txt")))
     child.kill()
     child.communicate()
     assert repository.council("cancel", "--yes", "--json").states == {"a": "cancelled"}
@@ -184,7 +184,7 @@ async def test_a_live_run_is_left_alone(repository: Repository) -> None:
     """Nothing of a run that is at work is even listed, and it ends as if nothing had been."""
     tasks = [KEEPS, {"id": "long", "prompt": "write l.txt l\nhang"}]
     child = repository.start("run", str(repository.configure(tasks)), "--json")
-    wait_for(lambda: list(home_of(repository).glob("*/sessions/*/long.1/place/tree/l.txt")))
+    wait_for(lambda: list(home_of(repository).glob("*/sessions/*/long.1/slot/tree/l.txt")))
     wait_for(lambda: repository.council("status", "--json").states["keeps"] == "failed")
     cleaned = repository.council("clean", "--yes", "--kept", "--logs", "1ms", "--json")
     assert (cleaned.code, cleaned.result["found"]) == (0, [])
@@ -207,7 +207,7 @@ async def test_kept_work_goes_only_if_that_is_asked_for(repository: Repository) 
     assert "--kept removes them" in told
     assert repository.council("clean", "--kept", "--dry-run", "--yes").code == 0
     assert trees(repository) == ["keeps.1"]
-    [kept] = hub_of(repository).sessions.glob("*/*/place")
+    [kept] = hub_of(repository).sessions.glob("*/*/slot")
     place = kept.readlink()
     assert place.exists()
     cleaned = repository.council("clean", "--kept", "--yes", "--json")
@@ -399,10 +399,10 @@ def immutable(path: Path) -> Iterator[None]:
 async def test_what_can_not_be_removed_is_named(repository: Repository) -> None:
     """The exit code says so, the rest goes, and closed folders are no hindrance."""
     run_once(repository, KEEPS, {**KEEPS, "id": "other"}, code=1)
-    closed = next(home_of(repository).glob("*/sessions/*/other.1/place/tree")) / "closed"
+    closed = next(home_of(repository).glob("*/sessions/*/other.1/slot/tree")) / "closed"
     (closed / "deep").mkdir(parents=True)
     closed.chmod(0)
-    stuck = next(home_of(repository).glob("*/sessions/*/keeps.1/place/tree/.env"))
+    stuck = next(home_of(repository).glob("*/sessions/*/keeps.1/slot/tree/.env"))
     with immutable(stuck):
         cleaned = repository.council("clean", "--yes", "--kept", "--json")
         assert (cleaned.code, cleaned.result["exit"]) == (1, 1)

@@ -440,7 +440,7 @@ async def test_what_was_refused_stays_refused(repository: Repository) -> None:
     config = repository.configure(tasks, adapters={"sh": shell}, target="out")
     child = repository.start("run", str(config))
     homes = repository.top.parent / "council-home"
-    wait_for(lambda: len(list(homes.glob("*/sessions/*/*/place/tree/leaked.txt"))) == 2)
+    wait_for(lambda: len(list(homes.glob("*/sessions/*/*/slot/tree/leaked.txt"))) == 2)
     wait_for(lambda: repository.council("status", "--json").states["leaks"] == "failed")
     child.kill()
     child.communicate()

@@ -109,7 +109,7 @@ async def test_one_signal_ends_cleanly(repository: Repository, number: signal.Si
     """130, said so in JSON, with the work kept and nothing alive; resume goes on."""
     task = {"id": "one", "prompt": "write half.txt half\nattempt 1 hang"}
     child = repository.start("run", str(repository.configure([task])), "--json")
-    wait_for(lambda: list(Path(repository.environ["COUNCIL_HOME"]).glob("*/sessions/*/one.1/place/tree/half.txt")))
+    wait_for(lambda: list(Path(repository.environ["COUNCIL_HOME"]).glob("*/sessions/*/one.1/slot/tree/half.txt")))
     child.send_signal(number)
     stdout, stderr = child.communicate(timeout=30)
     ended = CommandResult(child.returncode, stdout, stderr)
@@ -128,7 +128,7 @@ async def test_the_second_signal_ends_at_once(
     """A program that ignores SIGTERM would get its grace after one signal; after two all is dead within 2 s."""
     task = {"id": "one", "prompt": "\n".join(f"attempt 1 {line}" for line in STUBBORN.splitlines()) + "\nwrite b b"}
     child = repository.start("run", str(repository.configure([task])))
-    wait_for(lambda: list(Path(repository.environ["COUNCIL_HOME"]).glob("*/sessions/*/one.1/place/tree/half.txt")))
+    wait_for(lambda: list(Path(repository.environ["COUNCIL_HOME"]).glob("*/sessions/*/one.1/slot/tree/half.txt")))
     child.send_signal(first)
     assert child.stderr is not None
     assert "once more ends at once" in child.stderr.readline()

@@ -100,7 +100,7 @@ async def test_a_landing_that_meets_a_full_disk_leaves_the_checkout_as_it_was(sm
     free = "$(stat -f -c '%a * %S' .)"
     fills = f"head -c $(({free} - {room})) /dev/zero >> {filler(small)}"
     # What the session wrote takes room until its worktree is clean again.
-    cleaned = f"while [ -e {small.environ['COUNCIL_HOME']}/*/places/1/tree/a.bin ]; do sleep 0.05; done"
+    cleaned = f"while [ -e {small.environ['COUNCIL_HOME']}/*/slots/1/tree/a.bin ]; do sleep 0.05; done"
     hook.write_text(f"#!/bin/sh\n[ -e {flag} ] || exit 0\n{cleaned}\n[ -e {filler(small)} ] || {fills}\n")
     hook.chmod(0o755)
     small.remember()

@@ -291,7 +291,7 @@ async def test_work_that_can_not_all_be_staged_is_kept(repository: Repository, t
     trusted = repository.council("where", "--json").result["trusted"]
     shown = subprocess.run(["git", "show", f"{task['branch']}:good.txt"], cwd=trusted, capture_output=True, check=True)
     assert shown.stdout == b"good\n"
-    kept = next((tmp_path / "council-home").glob("*/sessions/*/half.1/place/tree"))
+    kept = next((tmp_path / "council-home").glob("*/sessions/*/half.1/slot/tree"))
     assert str(kept.resolve()) in task["reason"]
     assert (kept / "inner/file.txt").exists()
 

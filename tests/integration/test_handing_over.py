@@ -22,7 +22,7 @@ from orchestrator.sessions.setup.handoff_file import HANDOFF_VARIABLE, HandoffDa
 from tests.conftest import Repository
 from tests.fake_session_service import FakeSessionService
 from tests.hub_fixture import HubFixture
-from tests.integration.test_mailbox import KINDS, Site
+from tests.integration.test_session_socket import KINDS, Site
 from tests.sandboxes import require_sandbox
 
 pytestmark = pytest.mark.sandbox
@@ -82,11 +82,11 @@ async def test_a_program_in_a_fence_writes_its_own_alone(tmp_path: Path, kind: S
     hub = Hub(tmp_path / "hub")
     hub.root.mkdir()
     site = Site(hub, FakeSessionService())
-    async with site.session() as (first, mailbox), site.session("api", 2) as (second, _):
+    async with site.session() as (first, session_socket), site.session("api", 2) as (second, _):
         for one in (first, second):
             one.handoff_file.parent.mkdir()
         names = [str(one) for one in (first.handoff_file, second.handoff_file, first.prompt_file)]
-        code, said = await site.run(kind, first, mailbox, [sys.executable, "-I", "-S", "-c", WRITE, *names])
+        code, said = await site.run(kind, first, session_socket, [sys.executable, "-I", "-S", "-c", WRITE, *names])
         assert code == 0, said
         is_off = kind is SandboxKind.OFF
         assert json.loads(said) == {names[0]: True, names[1]: is_off, names[2]: is_off}

@@ -62,7 +62,7 @@ class Place:
             folder.mkdir(parents=True)
         (self.hidden / "secret").write_text("canary")
         environ = {"PATH": os.environ["PATH"], "GIVEN": "g", "OTHER": "o"}
-        variables = {"COUNCIL_NAME": "place-1", "COUNCIL_PORT_0": "5000"}
+        variables = {"COUNCIL_NAME": "slot-1", "COUNCIL_PORT_0": "5000"}
         fencing = RunSandbox(
             kind,
             (self.hidden,),
@@ -104,7 +104,7 @@ async def test_a_command_has_its_checkout_and_no_more(place: Place) -> None:
     assert (place.tree / "made").read_text() == "made\n"
     assert (place.top / "place/tmp/x").exists()
     assert not any((folder / "planted").exists() for folder in (place.top, place.hidden, place.top / "readable"))
-    assert place.said() == f"g--place-1-5000--{place.tree.parent}\n[redacted]\n"
+    assert place.said() == f"g--slot-1-5000--{place.tree.parent}\n[redacted]\n"
 
 
 @pytest.mark.extended_but_first
@@ -172,12 +172,12 @@ async def test_steps_run_in_turn_up_to_the_first_that_fails(place: Place) -> Non
     steps.append(SetupStep(run="echo 3 >>ran"))
     ended = await run_until_failure(place.shell, setup_commands(steps, 0, place.logs, 7))
     assert (ended.done, type(ended.last)) == (1, CommandFailed)
-    assert sorted(path.name for path in place.logs.iterdir()) == ["place-7.setup1", "place-7.setup2"]
+    assert sorted(path.name for path in place.logs.iterdir()) == ["slot-7.setup1", "slot-7.setup2"]
     (place.tree / "allowed").touch()
     ended = await run_until_failure(place.shell, setup_commands(steps, ended.done, place.logs, 7))
     assert ended == HooksResult(2, CommandSucceeded())
     assert (place.tree / "ran").read_text() == "1\n2\n3\n"
-    assert (place.logs / "place-7.setup3").exists()
+    assert (place.logs / "slot-7.setup3").exists()
 
 
 @pytest.mark.extended_but_first

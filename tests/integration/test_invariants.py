@@ -32,7 +32,7 @@ def worktree_of_a_check(repository: Repository, run: str, house: Path) -> None:
 
 def place_of_nobody(repository: Repository, run: str, house: Path) -> None:
     """Leave a place that nobody has, and of which nobody knows what is in it."""
-    next(house.glob("places/*/record.json")).unlink()
+    next(house.glob("slots/*/record.json")).unlink()
 
 
 def place_of_another_session(repository: Repository, run: str, house: Path) -> None:
@@ -40,7 +40,7 @@ def place_of_another_session(repository: Repository, run: str, house: Path) -> N
     session = house / "sessions" / "another" / "t.1"
     session.mkdir(parents=True)
     place_of_nobody(repository, run, house)
-    for user in house.glob("places/*/user"):
+    for user in house.glob("slots/*/user"):
         user.write_text(str(session))
 
 

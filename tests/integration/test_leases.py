@@ -70,7 +70,7 @@ async def opened(state: Path) -> AsyncIterator[Store]:
 
 def make_place(home: Path, number: int, hub: str = "repo-0123456789ab") -> Path:
     """Make the folder of a place."""
-    place = home / hub / "places" / str(number)
+    place = home / hub / "slots" / str(number)
     place.mkdir(parents=True)
     return place
 
@@ -96,7 +96,7 @@ async def lease_all(leases: PortLeases, places: Sequence[Path]) -> dict[Path, Po
 async def recorded(store: Store) -> dict[int, str]:
     """Return what the store says: the place that has each port."""
     documents = await store.list("ports", f"{HOST}/")
-    return {int(one.key.id.rpartition("/")[2]): one.value["place"] for one in documents}
+    return {int(one.key.id.rpartition("/")[2]): one.value["slot"] for one in documents}
 
 
 def expected(found: dict[Path, PortLease]) -> dict[int, str]:
@@ -189,7 +189,7 @@ async def test_a_block_is_chosen_under_the_lock_of_the_home(store: Store, ports:
                 while not any(thread.name == "flock ports.lock" for thread in threading.enumerate()):
                     await anyio.sleep(0.01)
                 assert list(ours.iterdir()) == []
-                (theirs / "lease.json").write_text(json.dumps({"place": str(theirs), "ports": [*tight[:3]]}))
+                (theirs / "lease.json").write_text(json.dumps({"slot": str(theirs), "ports": [*tight[:3]]}))
     assert found[ours].ports == tuple(tight[3:])
 
 
@@ -315,7 +315,7 @@ async def test_documents_that_their_places_deny_are_taken_over(store: Store, por
     file = moved / "lease.json"
     elsewhere = [port + 100 for port in old[moved].ports]
     file.write_text(json.dumps({**json.loads(file.read_text()), "ports": elsewhere}))
-    assert {one.value["place"] for one in await find_stale_port_leases(store)} == {str(gone), str(bare), str(moved)}
+    assert {one.value["slot"] for one in await find_stale_port_leases(store)} == {str(gone), str(bare), str(moved)}
     new = await lease_all(leases_of(store, tight, 1), [make_place(tmp_path / "new", number) for number in range(3)])
     assert await recorded(store) == expected(new)
     assert await find_stale_port_leases(store) == []
@@ -327,7 +327,7 @@ async def test_the_ports_of_a_live_place_are_not_taken_over(store: Store, ports:
     leases = leases_of(store, ports)
     before = await leases.lease(theirs)
     content = json.loads((theirs / "lease.json").read_text())
-    (ours / "lease.json").write_text(json.dumps({**content, "place": str(ours)}))
+    (ours / "lease.json").write_text(json.dumps({**content, "slot": str(ours)}))
     lease = await leases.lease(ours)
     assert lease.lost == before.ports
     assert not set(lease.ports) & set(before.ports)
@@ -345,7 +345,7 @@ async def test_stale_leases_are_found_and_forgotten(store: Store, ports: range, 
     leases = leases_of(store, ports)
     found = await lease_all(leases, places)
     foreign = Key("ports", f"other.{HOST}/20000")
-    await store.commit(Commit([Write(foreign, 0, {"place": str(tmp_path / "nowhere")})]))
+    await store.commit(Commit([Write(foreign, 0, {"slot": str(tmp_path / "nowhere")})]))
     assert await find_stale_port_leases(store) == []
     shutil.rmtree(places[0])
     shutil.rmtree(places[1])

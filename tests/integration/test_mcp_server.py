@@ -14,7 +14,7 @@ from orchestrator.client.commands import SESSION_COMMANDS
 from orchestrator.mcp_server import input_schema
 from orchestrator.repo.worktrees.hub import Hub
 from tests.fake_session_service import FakeSessionService
-from tests.integration.test_mailbox import Caller, Site
+from tests.integration.test_session_socket import Caller, Site
 
 if TYPE_CHECKING:
     from mcp import ClientSession
@@ -35,9 +35,9 @@ async def client(site: Site) -> AsyncIterator[ClientSession]:
     """
     from mcp import ClientSession, StdioServerParameters, stdio_client  # noqa: PLC0415  it takes a second
 
-    async with site.session() as (worktree, mailbox):
+    async with site.session() as (worktree, session_socket):
         caller = Caller(worktree)
-        server = mailbox.server
+        server = session_socket.server
         assert server is not None
         started = StdioServerParameters(command=server.argv[0], args=[*server.argv[1:]], cwd="/")
         async with stdio_client(started) as streams, ClientSession(*streams) as session:

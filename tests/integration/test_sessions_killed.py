@@ -79,7 +79,7 @@ def sessions(repository: Repository, pattern: str = "*") -> list[Path]:
 async def test_all_that_a_session_had_is_free_after_a_kill(
     repository: Repository, kind: SandboxKind, killed: str
 ) -> None:
-    """Paths, file locks, record, mailbox and handoff: the next attempt has them, nobody takes the first for alive."""
+    """Paths, file locks, record, socket and handoff: the next attempt has them, nobody takes the first for alive."""
     task = {"id": "t", "prompt": "x", "owns": ["src/**", "a.txt"]}
     path = repository.configure(
         [task], adapters={"odd": adapter(repository, HOLDER)}, sandbox=kind.value, coordination=QUICK
@@ -106,7 +106,7 @@ async def test_all_that_a_session_had_is_free_after_a_kill(
     assert states(repository) == {"t": "landed"}
     assert repository.council("locks", "--json").result["locks"] == []
     assert repository.council("status", "--json").result["sessions"] == []
-    assert sessions(repository, "*/mailbox") == []
+    assert sessions(repository, "*/socket") == []
     assert bool(sessions(repository)) is (killed == "supervisor")  # what nobody vouches for is kept for a person
     await repository.assert_invariants()
 

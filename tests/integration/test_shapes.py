@@ -256,7 +256,7 @@ BROKEN: Mapping[str, tuple[Key, Callable[[JsonObject], JsonObject]]] = {
     "a context that is none": (Key("context", f"{RUN}/api.1"), lambda _: {"run": 1}),
     "a permit to land that is none": (Key("lease", "merge/aa"), lambda _: {"waiting": 3}),
     "a note that is none": (Key("note", "aa/1"), lambda _: {"text": 3}),
-    "ports that are none": (Key("ports", "box/4000"), lambda _: {"place": 3}),
+    "ports that are none": (Key("ports", "box/4000"), lambda _: {"slot": 3}),
 }
 
 

@@ -116,7 +116,7 @@ def test_cleaning_leaves_what_runs_of_another_store_have(repository: Repository,
     ended = repository.council("run", str(own))
     assert ended.code == 0, ended.stdout
     cleaned = repository.council("clean", "--kept", "--yes", "--json").result
-    assert [one for one in cleaned["found"] if one["kind"] != "place"] == []
+    assert [one for one in cleaned["found"] if one["kind"] != "slot"] == []
     assert repository.council("resume", "--state", str(tmp_path / "state")).code == 0
     assert (repository.top / "one.txt").exists()
 

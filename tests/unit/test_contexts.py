@@ -9,7 +9,7 @@ from orchestrator.domain.sessions.notes import MAX_BLOCK_CHARS, MAX_PATHS, MAX_T
 from orchestrator.engine.session_api.details import find_plan, format_events
 from orchestrator.protocols import AgentMessage, CliWarning, FinalResult, SessionEvent, ToolCall
 
-TOPS = ("/places/1/tree", "/real/1/tree")
+TOPS = ("/slots/1/tree", "/real/1/tree")
 
 
 @pytest.mark.parametrize(
@@ -17,13 +17,13 @@ TOPS = ("/places/1/tree", "/real/1/tree")
     [
         ("src/a.py", "src/a.py"),
         ("./src/../b.py", "b.py"),
-        ("/places/1/tree/src/a.py", "src/a.py"),
+        ("/slots/1/tree/src/a.py", "src/a.py"),
         ("/real/1/tree/a.py", "a.py"),
-        ("/places/1/tree2/a.py", None),
+        ("/slots/1/tree2/a.py", None),
         ("/etc/passwd", None),
         ("../a.py", None),
         ("src/../../a.py", None),
-        ("/places/1/tree/../../x", None),
+        ("/slots/1/tree/../../x", None),
         (".", None),
         ("", None),
         ("a\0b", None),

@@ -92,7 +92,7 @@ class Cleaner:
     async def _problem(self, one: Leftover) -> str | None:
         removals = {
             LeftoverKind.WORKTREE: self._remove_worktree,
-            LeftoverKind.PLACE: self._remove_place,
+            LeftoverKind.SLOT: self._remove_place,
             LeftoverKind.REFS: self._remove_refs,
             LeftoverKind.HUB: self._remove_hub,
             LeftoverKind.TEMPORARY: self._remove_temporary,

@@ -41,7 +41,7 @@ class LeftoverKind(StrEnum):
     """The kind of a leftover."""
 
     WORKTREE = auto()
-    PLACE = auto()  #: a worktree slot of the pool
+    SLOT = auto()  #: a worktree slot of the pool
     REFS = auto()
     HUB = auto()
     TEMPORARY = auto()

@@ -164,11 +164,11 @@ class OrphanFinder:
             return [] if any([await lock.is_held() for lock in await run_locks(hub)]) else [orphan]
         return [
             *await _without_active_runs(await self.unknown_runs(hub)),
-            *await self.places(hub),
+            *await self.slots(hub),
             *await self.stale_files(hub),
         ]
 
-    async def places(self, hub: Hub) -> list[Leftover]:
+    async def slots(self, hub: Hub) -> list[Leftover]:
         """Return the unused worktree slots of a hub, except those preserved for a session."""
         found = [await judge_slot(slot) for slot in await anyio.to_thread.run_sync(list_slots, hub)]
         return [leftover for leftover in found if leftover is not None]
@@ -249,7 +249,7 @@ async def judge_slot(slot: WorktreeSlot, *, is_ours: bool = False) -> Leftover |
     if not is_ours and await slot.lock.is_held():
         return None
     verdict = await anyio.to_thread.run_sync(assess_slot, slot)
-    return None if verdict is None else Leftover(LeftoverKind.PLACE, str(slot.root), *verdict, str(slot.hub.root))
+    return None if verdict is None else Leftover(LeftoverKind.SLOT, str(slot.root), *verdict, str(slot.hub.root))
 
 
 def _leftover(worktree: Worktree, standing: LeftoverStatus, reason: str) -> Leftover:

@@ -70,7 +70,7 @@ class PortLease:
 class PortLeases:
     """Leases `count` ports from `ports` to each slot, and records them in the store.
 
-    A slot is a folder with the absolute path `<home>/<hub>/places/<number>`; the caller holds the lock of the slot.
+    A slot is a folder with the absolute path `<home>/<hub>/slots/<number>`; the caller holds the lock of the slot.
     """
 
     def __init__(self, store: Store, clock: Clock, count: int, *, ports: range = DEFAULT_PORTS) -> None:
@@ -189,7 +189,7 @@ async def _documents(store: Store) -> dict[int, Document]:
 
 def _holder(document: Document) -> Path | None:
     """Return the slot that a lease names; None if unknown."""
-    return None if document.damaged else Path(document.value["place"])
+    return None if document.damaged else Path(document.value["slot"])
 
 
 def _is_stale(port: int, document: Document) -> bool:
@@ -201,7 +201,7 @@ def _taken_by_others(slot: Path, documents: Mapping[int, Document]) -> set[int]:
     """Return the ports of all other known slots."""
     taken: set[int] = set()
     for hub in _entries(_home(slot)):
-        for other in _entries(hub / "places"):
+        for other in _entries(hub / "slots"):
             taken.update(() if other == slot else _read(other))
     for port, document in documents.items():
         if port not in taken and _holder(document) != slot and not _is_stale(port, document):
@@ -223,7 +223,7 @@ def _read(slot: Path) -> tuple[int, ...]:
     """
     with suppress(FileNotFoundError, NotADirectoryError, PermissionError, ValueError, KeyError, TypeError):
         content = json.loads((slot / _FILE).read_bytes())
-        return tuple(map(int, content["ports"])) if content["place"] == str(slot) else ()
+        return tuple(map(int, content["ports"])) if content["slot"] == str(slot) else ()
     return ()
 
 
@@ -232,7 +232,7 @@ def _write(slot: Path, lease: PortLease) -> None:
 
 
 def _content(slot: Path, lease: PortLease) -> dict[str, object]:
-    return {"place": str(slot), "name": lease.name, "ports": list(lease.ports)}
+    return {"slot": str(slot), "name": lease.name, "ports": list(lease.ports)}
 
 
 def _home(slot: Path) -> Path:

@@ -6,7 +6,7 @@
       session.git/   the template of each session's git directory
       sessions/      one folder for each attempt
       indexes/       our index of each attempt's checkout, and its quarantine, one folder for each attempt
-      places/        worktree slots: checkouts that attempts reuse
+      slots/         worktree slots: checkouts that attempts reuse
       trash/         folders that wait for deletion
       locks/         permanent lock files
       origin.json    the repository and the stores that the hub is for (`repo.worktrees.origin`)
@@ -73,7 +73,7 @@ class Hub:
     @property
     def slots(self) -> Path:
         """The worktree slots (`repo.worktrees.slots`)."""
-        return self.root / "places"
+        return self.root / "slots"
 
     @property
     def trash(self) -> Path:
@@ -155,7 +155,7 @@ async def _build(hub: Hub, object_format: str, environ: Mapping[str, str]) -> No
 
 
 def _configure(building: Path, hub: Hub) -> None:
-    for name in ("sessions", "indexes", "places", "trash", "locks"):
+    for name in ("sessions", "indexes", "slots", "trash", "locks"):
         (building / name).mkdir(mode=0o700)
     shutil.rmtree(building / "trusted.git" / "objects")
     (building / "trusted.git" / "objects").symlink_to(Path("..", "hub.git", "objects"))

@@ -25,7 +25,7 @@ _PARTS = frozenset(
         "session.git",
         "sessions",
         "indexes",
-        "places",
+        "slots",
         "trash",
         "locks",
         "origin.json",

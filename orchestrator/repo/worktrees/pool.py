@@ -479,7 +479,7 @@ class SlotPool:
 
     async def _claim_new_slot(self) -> HeldSlot | None:
         """Reserve a new slot if one more is wanted. The hub's lock keeps other processes from counting meanwhile."""
-        async with self._hub.lock("places").hold():
+        async with self._hub.lock("slots").hold():
             return await self._new_slot(self._newest) if await self._is_more_wanted() else None
 
     async def _is_more_wanted(self) -> bool:

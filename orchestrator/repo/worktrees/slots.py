@@ -1,6 +1,6 @@
 """Worktree slots: checkouts that sessions and checks reuse. A slot keeps its path and its setup files.
 
-    <hub>/places/<number>/
+    <hub>/slots/<number>/
       tree/         the checkout
       git/          our git directory with its index; the rest is the trusted repository's
       record.json   the slot's contents; exists only while the slot is clean and unassigned
@@ -74,7 +74,7 @@ class WorktreeSlot:
     @property
     def lock(self) -> FileLock:
         """Held by the process that assigns or cleans the slot."""
-        return self.hub.lock(f"place-{self.number}")
+        return self.hub.lock(f"slot-{self.number}")
 
     @property
     def env(self) -> dict[str, str]:
@@ -164,7 +164,7 @@ def read_slot_session(slot: WorktreeSlot) -> Path | None:
 def read_session_slot(hub: Hub, session: Path) -> WorktreeSlot | None:
     """Return the slot that a session's folder names. Blocks briefly."""
     with suppress(OSError):
-        target = (session / "place").readlink()
+        target = (session / "slot").readlink()
         if target.parent == hub.slots and target.name.isdecimal():
             return WorktreeSlot(hub, int(target.name))
     return None

@@ -156,7 +156,7 @@ async def create_worktree(worktree: Worktree, held: HeldSlot, prompt: str) -> Wo
 def _lay_out(worktree: Worktree, held: HeldSlot, prompt: str) -> None:
     slot, record = held.slot, held.contents.record
     make_root(worktree.root)
-    (worktree.root / "place").symlink_to(slot.root)
+    (worktree.root / "slot").symlink_to(slot.root)
     failpoint("worktree.partly_made")
     shutil.copytree(worktree.hub.session_template, worktree.git_dir)
     (worktree.git_dir / "HEAD").write_text(f"ref: refs/heads/{worktree.branch}\n")

@@ -41,7 +41,7 @@ def slot_log_path(logs: Path, slot: int, stream: str) -> Path:
 
     `stream` is setup or teardown followed by a number.
     """
-    return logs / f"place-{slot}.{stream}"
+    return logs / f"slot-{slot}.{stream}"
 
 
 def list_attempt_streams(names: Iterable[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """The session socket, over which an active session sends requests to its orchestrator.
 
-    <session folder>/mailbox/
+    <session folder>/socket/
       socket          one request per connection: a line of JSON in, a line back
       session.json    the worktree and the token that every request needs
       bin/council     the `council` command, bound to the session

@@ -70,13 +70,13 @@ class Site:
     async def session(
         self, task: str = "models", number: int = 1, attempt: int = 1
     ) -> AsyncIterator[tuple[Worktree, SessionSocket]]:
-        """Open the mailbox of a session."""
+        """Open the session socket of a session."""
         worktree = self.worktree(task, number, attempt)
-        async with open_session_socket(worktree, self.session_service) as mailbox:
-            yield worktree, mailbox
+        async with open_session_socket(worktree, self.session_service) as session_socket:
+            yield worktree, session_socket
 
     async def run(
-        self, kind: SandboxKind, worktree: Worktree, mailbox: SessionSocket, argv: list[str], **changes: Any
+        self, kind: SandboxKind, worktree: Worktree, session_socket: SessionSocket, argv: list[str], **changes: Any
     ) -> tuple[int | None, str]:
         """Run a program in the session's fence; return its exit code and all that it printed."""
         said = [self.hub.root.parent / f"{worktree.task}.{stream}" for stream in ("out", "err")]
@@ -84,7 +84,7 @@ class Site:
             one.unlink(missing_ok=True)
         command = SupervisedCommand(
             argv=argv,
-            env=mailbox.extend_environment({"PATH": os.defpath}),
+            env=session_socket.extend_environment({"PATH": os.defpath}),
             cwd=worktree.tree,
             stdin=None,
             stdout=said[0],
@@ -95,7 +95,9 @@ class Site:
             lock=worktree.lock,
         )
         fencing = RunSandbox(kind, (self.hub.root,), SandboxConfig(sandbox=kind, network=True, reach=PathAccess()))
-        async with fencing.apply(SandboxScope.of(worktree), replace(command, **changes), mailbox.reach) as fenced:
+        async with fencing.apply(
+            SandboxScope.of(worktree), replace(command, **changes), session_socket.reach
+        ) as fenced:
             ended = await run_supervised(fenced.command)
         assert ended.spawn_error is None, ended
         return ended.exit, "".join(one.read_text() for one in said)
@@ -115,12 +117,12 @@ def site(tmp_path: Path) -> Site:
 @pytest.mark.extended_but_first
 async def test_a_program_in_a_fence_asks_as_its_session(site: Site, kind: SandboxKind) -> None:
     """`council` is found, and needs to be told nothing about who asks."""
-    async with site.session() as (worktree, mailbox):
-        assert await site.run(kind, worktree, mailbox, ["council", "lock", "src/a.py", "./src/../b.py"]) == (
+    async with site.session() as (worktree, session_socket):
+        assert await site.run(kind, worktree, session_socket, ["council", "lock", "src/a.py", "./src/../b.py"]) == (
             0,
             "locked: src/a.py, b.py\n",
         )
-        code, said = await site.run(kind, worktree, mailbox, ["council", "peers", "--json"])
+        code, said = await site.run(kind, worktree, session_socket, ["council", "peers", "--json"])
     assert code == 0, said
     (peer,) = json.loads(said)["peers"]
     assert (peer["task"], peer["files"], peer["is_me"]) == ("models", ["src/a.py", "b.py"], True)
@@ -135,40 +137,42 @@ async def test_council_starts_in_a_fence_wherever_python_was_started_from(
     hidden.mkdir()
     for name in ("executable", "prefix", "base_prefix"):
         monkeypatch.setattr(sys, name, f"{hidden}/{os.path.relpath(getattr(sys, name), hidden)}")
-    async with site.session() as (worktree, mailbox):
-        assert await site.run(kind, worktree, mailbox, ["council", "lock", "a.py"]) == (0, "locked: a.py\n")
+    async with site.session() as (worktree, session_socket):
+        assert await site.run(kind, worktree, session_socket, ["council", "lock", "a.py"]) == (0, "locked: a.py\n")
 
 
 @pytest.mark.extended_but_first
 async def test_a_program_in_a_fence_hands_over_and_shares(site: Site, kind: SandboxKind) -> None:
     """What is in a file, and what is said in a word; a file that is none is said so."""
-    async with site.session() as (worktree, mailbox):
+    async with site.session() as (worktree, session_socket):
         (worktree.tree / "plan.json").write_text('{"tasks": []}')
         argv = ["council", "submit-handoff", "../tree/plan.json"]
-        assert await site.run(kind, worktree, mailbox, argv) == (0, "handoff accepted: 2 bytes\n")
-        code, said = await site.run(kind, worktree, mailbox, ["council", "submit-handoff", "none.json"])
+        assert await site.run(kind, worktree, session_socket, argv) == (0, "handoff accepted: 2 bytes\n")
+        code, said = await site.run(kind, worktree, session_socket, ["council", "submit-handoff", "none.json"])
         assert (code, "can't read none.json" in said) == (2, True)
         put = ["council", "share", "put", "api/ports", '[1, "two"]']
-        assert await site.run(kind, worktree, mailbox, put) == (0, "shared api/ports: version 1\n")
-        code, said = await site.run(kind, worktree, mailbox, ["council", "share", "get", "api/ports", "--json"])
+        assert await site.run(kind, worktree, session_socket, put) == (0, "shared api/ports: version 1\n")
+        code, said = await site.run(kind, worktree, session_socket, ["council", "share", "get", "api/ports", "--json"])
     assert (code, json.loads(said)["value"]) == (0, [1, "two"])
     assert site.session_service.handed_over == [{"tasks": []}]
 
 
 async def test_the_session_is_found_without_a_variable(site: Site, kind: SandboxKind) -> None:
     """A CLI may keep its variables from its tools, or give them a folder further down."""
-    async with site.session() as (worktree, mailbox):
+    async with site.session() as (worktree, session_socket):
         argv = [sys.executable, "-P", "-m", "orchestrator", "lock", "a.py"]
-        code, said = await site.run(kind, worktree, mailbox, argv, env={"PATH": os.defpath}, cwd=worktree.tree / "src")
+        code, said = await site.run(
+            kind, worktree, session_socket, argv, env={"PATH": os.defpath}, cwd=worktree.tree / "src"
+        )
     assert (code, said) == (0, "locked: src/a.py\n")
 
 
 async def test_files_of_another_are_refused_with_whose_they_are(site: Site) -> None:
     """The exit code tells a refusal from a mistake."""
-    async with site.session() as (first, _), site.session("api", 2) as (second, mailbox):
+    async with site.session() as (first, _), site.session("api", 2) as (second, session_socket):
         async with site.session("docs", 3) as (third, thirds):
             assert (await site.run(SandboxKind.OFF, third, thirds, ["council", "lock", "a.py"]))[0] == 0
-            code, said = await site.run(SandboxKind.OFF, second, mailbox, ["council", "lock", "a.py", "--json"])
+            code, said = await site.run(SandboxKind.OFF, second, session_socket, ["council", "lock", "a.py", "--json"])
         assert first.socket_folder.is_dir()
     assert code == 1
     told = json.loads(said)
@@ -198,12 +202,12 @@ print(json.dumps({"card": bool(found), "said": said}))
 """
 
 
-async def test_another_sessions_mailbox_is_of_no_use(site: Site, kind: SandboxKind) -> None:
+async def test_another_sessions_socket_is_of_no_use(site: Site, kind: SandboxKind) -> None:
     """It can't be read in a fence; where its socket can be reached, a token of another session is refused."""
-    async with site.session() as (first, mailbox), site.session("api", 2) as (second, _):
+    async with site.session() as (first, session_socket), site.session("api", 2) as (second, _):
         token = json.loads((first.socket_folder / "session.json").read_text())["token"]
         argv = [sys.executable, "-I", "-S", "-c", INTRUDE, str(second.socket_folder), token]
-        code, said = await site.run(kind, first, mailbox, argv)
+        code, said = await site.run(kind, first, session_socket, argv)
     assert code == 0, said
     found = json.loads(said)
     assert found["card"] is (kind is SandboxKind.OFF)
@@ -215,13 +219,13 @@ async def test_another_sessions_mailbox_is_of_no_use(site: Site, kind: SandboxKi
 
 
 @asynccontextmanager
-async def busy(site: Site, kind: SandboxKind, worktree: Worktree, mailbox: SessionSocket) -> AsyncIterator[None]:
+async def busy(site: Site, kind: SandboxKind, worktree: Worktree, session_socket: SessionSocket) -> AsyncIterator[None]:
     """Have a session run a program for the body."""
     (worktree.tree / "end").unlink(missing_ok=True)
     source = "import os, time\nopen('begun', 'w')\nwhile not os.path.exists('end'): time.sleep(0.01)"
     argv = [sys.executable, "-I", "-S", "-c", source]
     async with anyio.create_task_group() as group:
-        group.start_soon(site.run, kind, worktree, mailbox, argv)
+        group.start_soon(site.run, kind, worktree, session_socket, argv)
         with anyio.fail_after(20):
             while not (worktree.tree / "begun").exists():
                 await anyio.sleep(0.01)
@@ -232,11 +236,11 @@ async def busy(site: Site, kind: SandboxKind, worktree: Worktree, mailbox: Sessi
 @pytest.mark.extended_but_first
 async def test_a_stolen_token_is_of_no_use_to_another_session(site: Site, kind: SandboxKind) -> None:
     """The kernel says which process connected, and it does not descend from the supervisor of the token's session."""
-    async with site.session() as (first, mailbox), site.session("api", 2) as (second, others):
+    async with site.session() as (first, session_socket), site.session("api", 2) as (second, others):
         stolen = json.loads((second.socket_folder / "session.json").read_text())["token"]
         async with busy(site, kind, second, others):
             argv = [sys.executable, "-I", "-S", "-c", INTRUDE, str(second.socket_folder), stolen]
-            code, said = await site.run(kind, first, mailbox, argv)
+            code, said = await site.run(kind, first, session_socket, argv)
             assert code == 0, said
             found = json.loads(said)
             if kind is SandboxKind.BUBBLEWRAP:
@@ -272,15 +276,15 @@ while not os.path.exists("told") and time.monotonic() < end:
 
 async def test_a_daemon_of_the_session_asks_as_its_session(site: Site, kind: SandboxKind) -> None:
     """Its parents have ended, and it is the supervisor's now, or of the init in a bubblewrap."""
-    async with site.session() as (worktree, mailbox):
-        code, said = await site.run(kind, worktree, mailbox, [sys.executable, "-I", "-S", "-c", DAEMON])
+    async with site.session() as (worktree, session_socket):
+        code, said = await site.run(kind, worktree, session_socket, [sys.executable, "-I", "-S", "-c", DAEMON])
         assert (code, said) == (0, "")
         assert (worktree.tree / "told").read_text() == "locked: a.py\n"
 
 
 async def test_strangers_take_no_slot_of_the_session(site: Site) -> None:
     """However many connect and say nothing, with another session's token or without."""
-    async with site.session() as (worktree, mailbox):
+    async with site.session() as (worktree, session_socket):
         strangers: list[socket.socket] = []
         try:
             for _ in range(100):
@@ -293,7 +297,7 @@ async def test_strangers_take_no_slot_of_the_session(site: Site) -> None:
                 os.close(there)
             start = time.monotonic()
             argv = ["council", "lock", "a.py"]
-            assert await site.run(SandboxKind.OFF, worktree, mailbox, argv) == (0, "locked: a.py\n")
+            assert await site.run(SandboxKind.OFF, worktree, session_socket, argv) == (0, "locked: a.py\n")
             assert time.monotonic() - start < 4
         finally:
             for one in strangers:
@@ -302,14 +306,14 @@ async def test_strangers_take_no_slot_of_the_session(site: Site) -> None:
 
 @pytest.mark.extended_but_first
 async def test_the_word_of_an_attempt_that_is_over_opens_nothing(site: Site, kind: SandboxKind) -> None:
-    """Neither the mailbox of the next attempt nor that of another task; and by its own nobody is there."""
+    """Neither the session socket of the next attempt nor that of another task; and by its own nobody is there."""
     async with site.session() as (over, _):
         token = json.loads((over.socket_folder / "session.json").read_text())["token"]
-    async with site.session(number=2, attempt=2) as (again, mailbox), site.session("api", 3) as (other, _):
+    async with site.session(number=2, attempt=2) as (again, session_socket), site.session("api", 3) as (other, _):
         said = {}
         for one in (again, other, over):
             argv = [sys.executable, "-I", "-S", "-c", INTRUDE, str(one.socket_folder), token]
-            code, told = await site.run(kind, again, mailbox, argv)
+            code, told = await site.run(kind, again, session_socket, argv)
             assert code == 0, told
             said[one.name] = json.loads(told)["said"]
     assert "not of this session" in said[again.name]
@@ -321,22 +325,24 @@ async def test_the_word_of_an_attempt_that_is_over_opens_nothing(site: Site, kin
 async def test_the_hook_before_an_edit_asks_from_each_fence(site: Site, kind: SandboxKind) -> None:
     """As the CLI starts it there; where a fence kept it from asking, every edit would be allowed."""
     site.session_service.foreign_owners["src/theirs.py"] = "run-0/other.1"
-    async with site.session() as (worktree, mailbox):
+    async with site.session() as (worktree, session_socket):
         tool = {"file_path": "src/theirs.py"}
         told = {"hook_event_name": "PreToolUse", "cwd": str(worktree.tree), "tool_input": tool}
         worktree.prompt_file.write_text(json.dumps(told))
-        code, said = await site.run(kind, worktree, mailbox, list(mailbox.hook), stdin=worktree.prompt_file)
+        code, said = await site.run(
+            kind, worktree, session_socket, list(session_socket.hook), stdin=worktree.prompt_file
+        )
     assert (code, json.loads(said)["hookSpecificOutput"]["permissionDecision"]) == (0, "deny")
 
 
-async def test_the_end_of_a_session_ends_its_mailbox(site: Site) -> None:
+async def test_the_end_of_a_session_ends_its_socket(site: Site) -> None:
     """Nothing to ask by is left, whoever asks is told so, and what the body raises comes out as it is."""
     with pytest.raises(KeyError, match="as it is"):
-        async with site.session() as (worktree, mailbox):
+        async with site.session() as (worktree, session_socket):
             raise KeyError("as it is")
     assert not worktree.socket_folder.exists()
     argv = [sys.executable, "-P", "-m", "orchestrator", "peers"]
-    code, said = await site.run(SandboxKind.OFF, worktree, mailbox, argv)
+    code, said = await site.run(SandboxKind.OFF, worktree, session_socket, argv)
     assert code == 2
     assert "not in the worktree of an active session" in said
 
@@ -355,7 +361,7 @@ def test_outside_of_a_session_it_is_said_what_to_do(tmp_path: Path) -> None:
 
 
 class Caller:
-    """Speaks to a mailbox as no client of ours does; its process holds the session's lock as a supervisor does."""
+    """Speaks to a session socket as no client of ours does; its process holds the session lock like a supervisor."""
 
     def __init__(self, worktree: Worktree) -> None:
         self.folder = worktree.socket_folder
@@ -436,7 +442,7 @@ REFUSED: list[tuple[Any, dict[str, Any]]] = [
 
 async def test_odd_requests_are_refused_and_harm_nothing(site: Site) -> None:
     """Each gets an answer that says what to do, and the next request one, too."""
-    async with site.session() as (worktree, mailbox):
+    async with site.session() as (worktree, session_socket):
         caller = Caller(worktree)
         for data in ODD:
             answer = await anyio.to_thread.run_sync(caller.say, data)
@@ -447,7 +453,7 @@ async def test_odd_requests_are_refused_and_harm_nothing(site: Site) -> None:
         assert site.session_service.asked == []
         inside = caller.line("lock", paths=[str(worktree.tree / "src" / "a.py")])
         assert await anyio.to_thread.run_sync(caller.say, inside) == {"ok": True, "result": {"locked": ["src/a.py"]}}
-    assert mailbox.faults == []
+    assert session_socket.faults == []
 
 
 async def test_the_largest_handoff_fits_into_a_request(site: Site) -> None:
@@ -474,20 +480,20 @@ async def test_a_request_that_is_too_large_is_refused(site: Site) -> None:
 
 async def test_who_types_too_much_is_told_so(site: Site) -> None:
     """And not that nobody answers; JSON makes more of what is typed."""
-    async with site.session() as (worktree, mailbox):
+    async with site.session() as (worktree, session_socket):
         argv = ["council", "lock", *(f"{number}{'x' * 2000}" for number in range(600))]
-        code, said = await site.run(SandboxKind.OFF, worktree, mailbox, argv)
+        code, said = await site.run(SandboxKind.OFF, worktree, session_socket, argv)
     assert (code, f"exceeds the limit of {MAX_REQUEST_BYTES}: send a smaller request" in said) == (1, True), said
 
 
 async def test_a_fault_of_the_desk_is_told_and_kept(site: Site) -> None:
     """The session goes on."""
-    async with site.session() as (worktree, mailbox):
+    async with site.session() as (worktree, session_socket):
         caller = Caller(worktree)
         answer = await anyio.to_thread.run_sync(caller.say, caller.line("lock", paths=["fault"]))
         assert (answer["ok"], "internal error" in answer["error"]) == (False, True)
         assert (await anyio.to_thread.run_sync(caller.say, caller.line("peers")))["ok"] is True
-    assert mailbox.faults == ["ZeroDivisionError: a fault of the desk's"]
+    assert session_socket.faults == ["ZeroDivisionError: a fault of the desk's"]
 
 
 async def test_who_leaves_is_not_answered(site: Site) -> None:
@@ -580,7 +586,7 @@ CALLS: list[tuple[str, dict[str, Any], str]] = [
 async def test_an_edit_of_anothers_file_is_denied(site: Site, event: str, given: dict[str, Any], what: str) -> None:
     """In the form that the CLI knows, with whose it is; other files may be edited."""
     site.session_service.foreign_owners["src/theirs.py"] = "run-0/other.1"
-    async with site.session() as (worktree, mailbox):
+    async with site.session() as (worktree, session_socket):
         (worktree.tree / "src" / "link.py").symlink_to("theirs.py")
 
         async def call(given: dict[str, Any]) -> str:
@@ -588,7 +594,7 @@ async def test_an_edit_of_anothers_file_is_denied(site: Site, event: str, given:
             told = {"hook_event_name": event, "cwd": str(worktree.tree), "tool_name": "Write", "tool_input": put}
             worktree.prompt_file.write_text(json.dumps(told))
             code, said = await site.run(
-                SandboxKind.OFF, worktree, mailbox, list(mailbox.hook), stdin=worktree.prompt_file
+                SandboxKind.OFF, worktree, session_socket, list(session_socket.hook), stdin=worktree.prompt_file
             )
             assert code == 0
             return said
@@ -609,14 +615,16 @@ async def test_an_edit_of_anothers_file_is_denied(site: Site, event: str, given:
 async def test_a_hook_whose_orchestrator_is_gone_allows(site: Site) -> None:
     """What lands is checked all the same; other commands say that nobody answers."""
     site.session_service.foreign_owners["src/theirs.py"] = "run-0/other.1"
-    async with site.session() as (worktree, mailbox):
+    async with site.session() as (worktree, session_socket):
         (worktree.socket_folder / "socket").unlink()
         tool = {"file_path": "src/theirs.py"}
         told = {"hook_event_name": "PreToolUse", "cwd": str(worktree.tree), "tool_input": tool}
         worktree.prompt_file.write_text(json.dumps(told))
-        ended = await site.run(SandboxKind.OFF, worktree, mailbox, list(mailbox.hook), stdin=worktree.prompt_file)
+        ended = await site.run(
+            SandboxKind.OFF, worktree, session_socket, list(session_socket.hook), stdin=worktree.prompt_file
+        )
         assert ended == (0, "")
-        code, said = await site.run(SandboxKind.OFF, worktree, mailbox, ["council", "peers"])
+        code, said = await site.run(SandboxKind.OFF, worktree, session_socket, ["council", "peers"])
     assert (code, "does not answer" in said) == (2, True)
 
 
