@@ -19,14 +19,16 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple, Protocol
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationInfo
 
-from orchestrator.domain.events.base import TypedEvent
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.system.clock import Clock
+
+if TYPE_CHECKING:
+    from orchestrator.domain.events.base import TypedEvent
 
 __all__ = [
     "LARGE_DOCUMENT_BYTES",

@@ -1,0 +1,113 @@
+"""The registry of events: a class that is incomplete fails when it is defined."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from orchestrator.domain.events import EVENT_TYPES, TypedEvent
+from orchestrator.domain.events.base import RunEvent
+from orchestrator.domain.events.runs import RunCreated, RunPaused
+from orchestrator.domain.events.tasks import TaskApproved, TaskQueued, TaskStarted
+from orchestrator.domain.runs.statuses import Trigger
+from orchestrator.protocols import Event
+from tests.invariants import find_event_error
+
+
+@pytest.fixture(autouse=True)
+def _registry() -> Iterator[None]:
+    """Leave the registry as it was."""
+    before = dict(EVENT_TYPES)
+    yield
+    EVENT_TYPES.clear()
+    EVENT_TYPES.update(before)
+
+
+def define(name: str, **attributes: object) -> type[TypedEvent]:
+    """Define an event class with the attributes of its body."""
+    return type(name, (RunEvent,), attributes)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "error"),
+    [
+        ({"type": "x.happened"}, "X: give it a `sentence`"),
+        ({"type": "x.happened", "sentence": ""}, "X: give it a `sentence`"),
+        ({"type": "run.created", "sentence": "x"}, "X: RunCreated has the type 'run.created', too"),
+        ({"type": "x.happened", "sentence": "got {size}"}, "X: its sentence names 'size'"),
+        ({"type": "x.happened", "sentence": "x", "sentence_without": ("size", "y")}, "X: its sentence names 'size'"),
+        (
+            {"type": "x.happened", "sentence": "x", "__annotations__": {"time": "float"}},
+            "X: rename its field 'time', the name has another meaning",
+        ),
+    ],
+)
+def test_event_class_incomplete_raises_type_error(attributes: dict[str, object], error: str) -> None:
+    """The message names the class and the mistake."""
+    with pytest.raises(TypeError, match=error):
+        define("X", **attributes)
+    assert "x.happened" not in EVENT_TYPES
+
+
+def test_event_class_complete_is_registered() -> None:
+    """Its type leads to the class, and its fields include those of its base."""
+    kind = define("X", type="x.happened", sentence="got {size}", __annotations__={"size": "int"})
+    assert EVENT_TYPES["x.happened"] is kind
+    assert list(kind.field_types) == ["run", "size"]
+
+
+def test_event_with_unknown_or_missing_field_raises_type_error() -> None:
+    """Both are named."""
+    with pytest.raises(TypeError, match=r"RunPaused: unknown fields \['why'\], missing fields \['reason'\]"):
+        RunPaused(why="x", retry_in=1.0)  # type: ignore[call-arg]  # the mistake under test
+
+
+def test_event_is_frozen() -> None:
+    """A field cannot be set."""
+    event = RunPaused(reason="x", retry_in=1.0)
+    with pytest.raises(AttributeError):
+        event.reason = "y"  # type: ignore[misc]  # the mistake under test
+
+
+def test_event_data_has_given_fields_only() -> None:
+    """In the order of the class, as JSON values; an optional field that was not given is absent."""
+    event = TaskStarted(adapter="fixer", base="abc").within(task="t", run="r", attempt=1, size=3)
+    assert list(event.data().items()) == [
+        ("run", "r"), ("task", "t"), ("attempt", 1), ("base", "abc"), ("adapter", "fixer"),
+    ]  # fmt: skip
+    assert TaskQueued(outcome="built", branch=None).data() == {"outcome": "built", "branch": None}
+    assert TaskStarted.from_data(event.data()) == event
+    assert TaskStarted.from_data({"adapter": "fixer"}) is None
+
+
+def test_event_without_its_run_is_not_recorded() -> None:
+    """What the recorder has to fill in is named."""
+    with pytest.raises(TypeError, match="RunCreated: record it with its 'run'"):
+        Event.of(RunCreated(tasks=1, target="main"))
+
+
+def test_event_with_empty_field_has_other_sentence() -> None:
+    """As a class with `sentence_without` says."""
+    assert TaskApproved(phase="plan", note="fine").choose_sentence() == "phase {phase} approved: {note}"
+    assert TaskApproved(phase="plan", note=None).choose_sentence() == "phase {phase} approved"
+
+
+def test_triggers_record_events_of_tasks() -> None:
+    """Each trigger has a registered event."""
+    assert all(EVENT_TYPES[trigger.event.type] is trigger.event for trigger in Trigger)
+
+
+@pytest.mark.parametrize(
+    ("event", "error"),
+    [
+        (Event("run.paused", {"run": "r", "reason": "x", "retry_in": 1.0}), None),
+        (Event("run.paused", {"run": "r", "reason": "x"}), "run.paused has the fields ['reason', 'run'] instead of"),
+        (Event("run.paused", {"run": "r", "reason": 3, "retry_in": 1.0}), "run.paused.reason: "),
+        (Event("run.invented", {}), "run.invented is in no module of orchestrator.domain.events"),
+    ],
+)
+def test_recorded_event_is_compared_with_its_class(event: Event, error: str | None) -> None:
+    """Every integration test compares all recorded events so, as one of the invariants."""
+    found = find_event_error(event)
+    assert found is error is None or (found is not None and error is not None and found.startswith(error))
