@@ -204,7 +204,7 @@ async def test_kept_work_goes_only_if_that_is_asked_for(repository: Repository) 
     assert trees(repository) == ["keeps.1"]
     told = repository.council("clean", "--yes").stdout
     assert "kept: it has files that are in no commit" in told
-    assert "--kept removes them" in told
+    assert "--kept removes it" in told
     assert repository.council("clean", "--kept", "--dry-run", "--yes").code == 0
     assert trees(repository) == ["keeps.1"]
     [kept] = hub_of(repository).sessions.glob("*/*/slot")
