@@ -7,7 +7,8 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,6 +77,52 @@ async def test_a_lock_of_the_users_is_never_removed(repository: Repository, name
     if stops:
         assert f"remove {lock}" in ended.result["tasks"][0]["reason"]
     lock.unlink()
+    assert repository.council("resume", "--json").states == {"one": "landed"}
+    await repository.assert_invariants()
+
+
+@pytest.mark.parametrize(
+    ("start", "finish"),
+    [
+        (("rebase", "--quiet", "--exec", "exit 1", "HEAD~1"), ("rebase", "--quit")),
+        (("bisect", "start", "HEAD", "HEAD~2"), ("bisect", "reset", "HEAD")),
+    ],
+    ids=["rebase", "bisect"],
+)
+async def test_a_landing_waits_while_the_user_rebases_or_bisects_the_target(
+    repository: Repository, start: Sequence[str], finish: Sequence[str]
+) -> None:
+    """Git would refuse the push without a reason; the task names the operation and the command that finishes it."""
+    for number in range(2):
+        repository.commit({"README.md": f"# {number}\n"})
+    with suppress(subprocess.CalledProcessError):  # the rebase stops
+        repository.git(*start)
+    ended = repository.council("run", str(repository.configure(ONE)), "--json")
+    assert ended.states == {"one": "queued"}, ended
+    assert f"a {start[0]} of 'main' is in progress" in ended.result["tasks"][0]["reason"]
+    assert f"`git {start[0]} " in ended.result["tasks"][0]["reason"]
+    assert [line.get("event") for line in ended.lines].count("task.deferred") == 1
+    repository.git(*finish)
+    repository.git("switch", "--quiet", "main")
+    repository.remember()
+    assert repository.council("resume", "--json").states == {"one": "landed"}
+    await repository.assert_invariants()
+
+
+async def test_a_target_whose_history_was_rewritten_waits_with_a_remedy(repository: Repository) -> None:
+    """The user amends its first commit while a session runs; once the old history is back, the work lands."""
+    old = repository.git("rev-parse", "HEAD")
+    child = repository.start("run", str(repository.configure(ONE)), "--json", failpoints="work.recorded=stop")
+    wait_for(lambda: (stat := process_stat(child.pid)) is not None and stat.state == "T")
+    repository.git("commit", "--quiet", "--amend", "--message", "rewritten")
+    child.send_signal(signal.SIGCONT)
+    stdout, stderr = child.communicate(timeout=60)
+    ended = CommandResult(child.returncode, stdout, stderr)
+    assert (ended.code, ended.states) == (1, {"one": "queued"}), ended
+    assert "the history of 'main' was rewritten" in ended.result["tasks"][0]["reason"]
+    assert [line.get("event") for line in ended.lines].count("task.deferred") == 1
+    repository.git("reset", "--quiet", "--hard", old)
+    repository.remember()
     assert repository.council("resume", "--json").states == {"one": "landed"}
     await repository.assert_invariants()
 

@@ -118,7 +118,7 @@ class LandingOutcomes:
         """
         match self._ledger.task(task).status:
             case TaskStatus.QUEUED:
-                await self._ledger.change(task, Trigger.DEFER, TaskDeferred(reason=reason), reason=reason)
+                await self.defer(task, reason)
             case TaskStatus.CHECKING:
                 await self.requeue(task, reason)
             case TaskStatus.LANDING:

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 import anyio.to_thread
 
-from orchestrator.errors import LockHeld, RefusedError, TargetMissing
+from orchestrator.errors import GitError, LockHeld, RefusedError, TargetMissing
 from orchestrator.locking.merge_permit import MergePermit
 from orchestrator.locking.ownership import ownership_scope
 from orchestrator.repo.git.command import FileChange, Git, printable_name, split_nul
@@ -23,6 +23,7 @@ from orchestrator.repo.source.upstream import UpstreamRepository
 from orchestrator.repo.source.user_checkouts import (
     LocalRepository,
     describe_interrupted_landing,
+    describe_unfinished_operation,
     find_blocking_locks,
     find_checkout,
     find_locked_checkouts,
@@ -50,6 +51,13 @@ _PUSH = "a push to the target"
 OWN_PUSH_DESCRIPTION = f"{_PUSH} of this process, which a hook of the repository may delay"
 #: Seconds after which a running push of ours is reported as slow.
 _SLOW_PUSH = 10.0
+
+#: Git's message for commits without a common ancestor, and the reason and remedy that a task gets.
+_UNRELATED = "unrelated histories"
+_REWRITTEN = (
+    "the history of {branch!r} was rewritten and has no commit in common with this work: restore it "
+    "(the run started at {start:.12}), or take the work with `council salvage apply` and cancel the task"
+)
 
 #: Up to this number of landings git finds a merge base faster than we can provide it.
 _MAX_WALKED_LANDINGS = 200
@@ -205,7 +213,12 @@ class Target:
         if (landed := self.find_landing(intended)) is not None:
             return Landed(landed)
         ours = await self._merge_base_hint(base, onto, commit)
-        tree, paths = await self._git.merge_tree(ours, commit)
+        try:
+            tree, paths = await self._git.merge_tree(ours, commit)
+        except GitError as error:
+            if _UNRELATED not in error.stderr:
+                raise
+            return DeferredLanding(_REWRITTEN.format(branch=self.branch, start=self._start))
         if paths:
             return await self._conflict(label, ours, onto, commit, paths)
         if tree == (self._trees.get(onto) or await self._git.line("rev-parse", f"{onto}^{{tree}}")):
@@ -339,7 +352,7 @@ class Target:
 
     async def find_obstacle(self, merge: PreparedMerge) -> str | None:
         """Return what blocks landing in the user's checkout of the target, with a remedy; None if nothing does."""
-        if self._unsettled is not None and (reason := await self._settle_again(*self._unsettled)) is not None:
+        if (reason := await self._find_unfinished_work()) is not None:
             return reason
         checkout = await self._checkout()
         if checkout is None:
@@ -362,6 +375,14 @@ class Target:
         if in_way := await self._find_files_in_way(checkout, changes):
             return f"untracked files would be overwritten ({', '.join(in_way[:3])}): move or commit them"
         return await self._locked(checkout)
+
+    async def _find_unfinished_work(self) -> str | None:
+        """Return what blocks landing until a push of ours is settled, or an operation of the user is finished."""
+        if self._unsettled is not None and (reason := await self._settle_again(*self._unsettled)) is not None:
+            return reason
+        if self._repository is None:
+            return None
+        return await anyio.to_thread.run_sync(describe_unfinished_operation, self._repository, self.branch)
 
     async def _settle_again(self, merge: PreparedMerge, since: float) -> str | None:
         """Remove leftovers of a push, for example after a full disk; return why that is impossible now."""

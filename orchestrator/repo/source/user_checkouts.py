@@ -205,6 +205,28 @@ def describe_interrupted_landing(repository: LocalRepository, branch: str) -> st
     return f"an interrupted landing left {locked[0]} locked: repair it with `council resume` of its run"
 
 
+#: By the file in which git keeps the branch: operations of the user during which HEAD is on no branch, and their end.
+_OPERATIONS = {
+    "rebase-merge/head-name": ("rebase", "`git rebase --continue` or `--abort`"),
+    "rebase-apply/head-name": ("rebase", "`git rebase --continue` or `--abort`"),
+    "BISECT_START": ("bisect", "`git bisect reset`"),
+}
+
+
+def describe_unfinished_operation(repository: LocalRepository, branch: str) -> str | None:
+    """Return the remedy if the user is rebasing or bisecting a branch in a checkout; None otherwise. Blocks.
+
+    Meanwhile HEAD is on no branch, but git refuses pushes to this one, and would discard what lands at the end.
+    """
+    for top in list_checkouts(repository):
+        for state, (operation, remedy) in _OPERATIONS.items():
+            with suppress(OSError):
+                name = (_git_dir_of(top) / state).read_text(errors="surrogateescape").strip()
+                if name.removeprefix("refs/heads/") == branch:
+                    return f"a {operation} of {branch!r} is in progress in {top}: finish it with {remedy}"
+    return None
+
+
 def find_switched_checkouts(repository: LocalRepository, branch: str, since: float) -> list[Path]:
     """Return the checkouts that were switched away from a branch after `since` (wall-clock seconds). Blocks.
 
