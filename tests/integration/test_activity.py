@@ -86,7 +86,7 @@ async def run_of_two(repository: Repository) -> Path:
     return config
 
 
-async def test_what_landed_is_counted_at_once(repository: Repository, run_of_two: Path) -> None:
+async def test_landed_work_is_counted_immediately(repository: Repository, run_of_two: Path) -> None:
     """Files and lines of each commit, one git command for all; a commit that is gone changes nothing."""
     async with Council.open(repository.top, environ=repository.environ) as council:
         report = await council.runs.status()
@@ -104,7 +104,7 @@ async def test_what_landed_is_counted_at_once(repository: Repository, run_of_two
     assert watcher.counted == {"landed": Changes(2, 3, 1), "gone": Changes()}
 
 
-def test_commits_of_the_user_are_not_counted_as_the_work_of_a_task(repository: Repository) -> None:
+def test_commits_of_the_user_are_not_counted_as_work_of_a_task(repository: Repository) -> None:
     """A task that starts from the base as it is by then brings the user's commits onto the target with its own."""
     gate = repository.spawns.parent / "gate"
     tasks = [{"id": "first", "prompt": f"await {gate}\nwrite a.txt 1"}, {"id": "second", "prompt": "write b.txt 1"}]
@@ -117,7 +117,7 @@ def test_commits_of_the_user_are_not_counted_as_the_work_of_a_task(repository: R
     assert repository.council("status").stdout.count("on out, 1 file +1 -0\n") == 2
 
 
-async def test_a_session_is_heard_and_seen_while_it_works(repository: Repository) -> None:
+async def test_activity_of_a_running_session_is_visible(repository: Repository) -> None:
     """Its last words and its lines come as they are; what is looked at is left as it is."""
     config = repository.configure(
         [{"id": "t", "prompt": "print Reading\nwrite a.txt 1\nwrite .env SECRET_TOKEN=abcdefghijklmnop\nhang"}]
@@ -143,7 +143,7 @@ async def test_a_session_is_heard_and_seen_while_it_works(repository: Repository
     await repository.assert_invariants()
 
 
-async def test_lines_are_heard_once_and_whole(
+async def test_output_lines_are_read_once_and_completely(
     repository: Repository, run_of_two: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half a line waits for its end, of much only the end is read, and an adapter's mistake ends nothing."""
@@ -190,7 +190,7 @@ class SlowChanges:
 
 
 @pytest.mark.extended
-async def test_looking_costs_little(repository: Repository, run_of_two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_activity_is_cheap(repository: Repository, run_of_two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a look takes long, the next comes much later; each session has its turn."""
     monkeypatch.setattr("orchestrator.api.topics.activity.CHANGES_INTERVAL", 0.01)
     async with Council.open(repository.top, environ=repository.environ) as council:

@@ -32,7 +32,7 @@ def block(text: str, language: str) -> str:
     return dedent(found[1])
 
 
-async def test_another_cli_works_as_the_guide_says(repository: Repository, tmp_path: Path) -> None:
+async def test_adapter_guide_example_runs(repository: Repository, tmp_path: Path) -> None:
     """Its program and its entry keep all promises of adapters."""
     mini, _ = install(repository, tmp_path)
     bare = repository.council("adapters", "test", mini, "--no-live", "--json")
@@ -55,7 +55,7 @@ def install(repository: Repository, tmp_path: Path) -> tuple[str, dict[str, Any]
 
 @needs_sandbox
 @pytest.mark.slow
-async def test_another_cli_does_work_as_the_guide_says(repository: Repository, tmp_path: Path) -> None:
+async def test_adapter_guide_example_works_in_a_run(repository: Repository, tmp_path: Path) -> None:
     """It lands a task, continues after a failed check, and stops without a key."""
     mini, entry = install(repository, tmp_path)
     program, guide = tmp_path / "bin" / "mini", section("Another CLI in fifteen minutes")

@@ -42,7 +42,7 @@ def tried(repository: Repository, name: str, *options: str) -> CommandResult:
 
 
 @pytest.mark.parametrize("name", ["claude", pytest.param("fake", marks=pytest.mark.slow)])
-async def test_an_adapter_that_is_right_keeps_its_promises_and_lands(claude: Repository, name: str) -> None:
+async def test_correct_adapter_keeps_its_contract_and_lands(claude: Repository, name: str) -> None:
     """With nothing left of it where the command was given."""
     before = sorted(claude.top.iterdir())
     ended = tried(claude, name, *PROMPT)
@@ -55,7 +55,7 @@ async def test_an_adapter_that_is_right_keeps_its_promises_and_lands(claude: Rep
 
 
 @pytest.mark.slow
-async def test_a_task_that_is_not_done_says_why(claude: Repository) -> None:
+async def test_unfinished_task_has_its_reason(claude: Repository) -> None:
     """The check did not pass, or the program said that it failed; with what it printed."""
     ended = claude.council("adapters", "test", "fake", "--prompt", "print nothing to do")
     assert ended.code == 1
@@ -67,7 +67,7 @@ async def test_a_task_that_is_not_done_says_why(claude: Repository) -> None:
 
 
 @pytest.mark.extended
-async def test_without_a_session_nothing_is_asked_of_the_program(claude: Repository, tmp_path: Path) -> None:
+async def test_contract_without_a_session_asks_no_program(claude: Repository, tmp_path: Path) -> None:
     """But its version; it may even be missing."""
     (tmp_path / "bin/claude").unlink()
     ended = tried(claude, "claude", "--no-live")
@@ -76,7 +76,7 @@ async def test_without_a_session_nothing_is_asked_of_the_program(claude: Reposit
 
 
 @pytest.mark.extended
-async def test_a_promise_that_is_broken_is_named(claude: Repository, tmp_path: Path) -> None:
+async def test_broken_contract_is_named(claude: Repository, tmp_path: Path) -> None:
     """An adapter of a plugin that remembers what it was asked."""
     honest = "        return SessionCommand(["
     counts = "        self.asked = getattr(self, 'asked', 0) + 1\n        return SessionCommand([str(self.asked), "
@@ -89,7 +89,7 @@ async def test_a_promise_that_is_broken_is_named(claude: Repository, tmp_path: P
     assert "test_command_is_repeatable: The same request gives the same command" in ended.stdout
 
 
-async def test_a_name_that_is_none_is_refused(claude: Repository) -> None:
+async def test_unknown_adapter_is_rejected(claude: Repository) -> None:
     """With those that there are; a type that needs options is named in the file first."""
     ended = claude.council("adapters", "test", "cluade")
     assert (ended.code, "claude" in ended.stderr) == (2, True), ended
@@ -97,7 +97,7 @@ async def test_a_name_that_is_none_is_refused(claude: Repository) -> None:
     assert (ended.code, "argv" in ended.stderr) == (2, True), ended
 
 
-async def test_what_failed_last_is_listed(claude: Repository) -> None:
+async def test_last_failures_are_listed(claude: Repository) -> None:
     """With its class, the task and the reason."""
     claude.council("run", "--task", "fail overloaded", "--adapter", "claude")
     listed = {one["name"]: one for one in claude.council("adapters", "--json").result["adapters"]}

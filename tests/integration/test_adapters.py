@@ -81,7 +81,7 @@ def write(use: str, path: str, text: str) -> str:
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("sandbox", SANDBOX_PARAMS)
 @pytest.mark.parametrize("use", ADAPTERS)
-async def test_what_a_program_writes_lands(bench: Bench, use: str, sandbox: str) -> None:
+async def test_work_of_a_program_lands(bench: Bench, use: str, sandbox: str) -> None:
     """A real change of a real program is on the target, and what it leaves for itself is not."""
     ended = bench.run(use, write(use, "src/new.py", "print(1)"), sandbox=sandbox)
     assert ended.states == {"t0": "landed"}, bench.said(ended) if ended.stdout else ended
@@ -90,7 +90,7 @@ async def test_what_a_program_writes_lands(bench: Bench, use: str, sandbox: str)
     await bench.repository.assert_invariants()
 
 
-async def test_what_the_repository_has_is_work_whatever_its_name(bench: Bench) -> None:
+async def test_files_in_the_repository_are_work_whatever_their_name(bench: Bench) -> None:
     """Only new files are what a program leaves for itself."""
     bench.repository.commit({".aider.conf.yml": "auto-lint: true\n"}, "a configuration of aider's")
     ended = bench.run("aider", "write .aider.conf.yml auto-lint: false\nwrite .aider.new x")
@@ -104,7 +104,7 @@ REMEDIES = {"claude-code": "claude auth login", "aider": "API_KEY", "acp": "agen
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("use", QUICK)
-async def test_a_login_that_fails_closes_the_adapter(bench: Bench, use: str) -> None:
+async def test_failed_login_disables_the_adapter(bench: Bench, use: str) -> None:
     """Nothing more of it starts, no attempt is counted, and the reason says how to log in."""
     ended = bench.run(use, FAIL_AUTH[use], write(use, "b.txt", "b"))
     assert ended.states == {"t0": "blocked", "t1": "blocked"}, ended
@@ -113,7 +113,7 @@ async def test_a_login_that_fails_closes_the_adapter(bench: Bench, use: str) -> 
     assert ended.result["adapters"][0]["name"] == "it"
 
 
-async def test_a_usage_limit_parks_the_adapter_until_it_ends(bench: Bench) -> None:
+async def test_usage_limit_starts_a_cooldown_until_its_end(bench: Bench) -> None:
     """Until the instant that the program told; the attempt does not count."""
     began = time.time()
     ended = bench.run("claude-code", "attempt 1 fail limit 2\nwrite a.txt a")
@@ -124,7 +124,7 @@ async def test_a_usage_limit_parks_the_adapter_until_it_ends(bench: Bench) -> No
 
 
 @pytest.mark.slow
-async def test_a_usage_limit_without_an_end_parks_the_adapter(bench: Bench) -> None:
+async def test_usage_limit_without_an_end_starts_a_cooldown(bench: Bench) -> None:
     """Aider and agents tell no instant: their adapters are parked all the same, on a clock that the test holds."""
     prompt = "attempt 1 fail limit\nwrite {}.txt x"
     tasks = [{"id": use, "prompt": prompt.format(use), "adapter": use, "attempts": 1} for use in ("aider", "acp")]
@@ -146,21 +146,21 @@ async def test_a_usage_limit_without_an_end_parks_the_adapter(bench: Bench) -> N
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("use", ["claude-code", "aider"])
-async def test_half_of_the_work_does_not_land_where_the_program_says_that_it_failed(bench: Bench, use: str) -> None:
+async def test_half_work_of_a_failed_program_does_not_land(bench: Bench, use: str) -> None:
     """Files were changed before the error; aider even ends with 0."""
     ended = bench.run(use, f"{write(use, 'a.txt', 'half')}fail auth")
     assert ended.states == {"t0": "blocked"}, ended
     assert not (bench.repository.top / "a.txt").exists()
 
 
-async def test_half_of_the_work_does_not_land_where_the_program_breaks_off(bench: Bench) -> None:
+async def test_half_work_of_an_interrupted_program_does_not_land(bench: Bench) -> None:
     """It ends with 0, as interrupted ones do, but has not said how it went."""
     ended = bench.run("claude-code", "write a.txt half\nfail silently")
     assert (ended.states, ended.result["tasks"][0]["failure"]) == ({"t0": "failed"}, "crashed"), ended
     assert not (bench.repository.top / "a.txt").exists()
 
 
-async def test_an_error_that_passes_by_itself_is_none(bench: Bench) -> None:
+async def test_temporary_error_is_not_a_failure(bench: Bench) -> None:
     """Aider tries again and succeeds: what it said in between does not count."""
     ended = bench.run("aider", "stumble\nwrite a.txt a")
     assert ended.states == {"t0": "landed"}, ended
@@ -200,7 +200,7 @@ ENDS = {
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("use", QUICK)
-async def test_what_failed_has_its_class(bench: Bench, use: str) -> None:
+async def test_failure_has_its_class(bench: Bench, use: str) -> None:
     """The class and the reason that the program's words or its end stand for."""
     ended = bench.run(use, *(prompt for prompt, _, _ in ENDS[use]))
     for task, (prompt, failure, told) in zip(ended.result["tasks"], ENDS[use], strict=True):
@@ -212,7 +212,7 @@ async def test_what_failed_has_its_class(bench: Bench, use: str) -> None:
 
 @pytest.mark.extended
 @pytest.mark.parametrize("sandbox", SANDBOX_PARAMS)
-async def test_what_a_program_says_when_it_is_stopped_is_heard(bench: Bench, sandbox: str) -> None:
+async def test_output_after_a_stop_is_parsed(bench: Bench, sandbox: str) -> None:
     """Claude Code says what was spent when it is interrupted, and only then."""
     ended = bench.run("claude-code", "hang", sandbox=sandbox, timeout="4s")
     (task,) = ended.result["tasks"]
@@ -221,7 +221,7 @@ async def test_what_a_program_says_when_it_is_stopped_is_heard(bench: Bench, san
 
 
 @pytest.mark.extended
-async def test_what_was_spent_is_recorded(bench: Bench) -> None:
+async def test_usage_is_recorded(bench: Bench) -> None:
     """Tokens and money of all four shapes arrive in the result; the adapters work side by side in one run."""
     expected = {
         "claude-code": (3210, 42, 0.0125),
@@ -250,7 +250,7 @@ async def test_what_was_spent_is_recorded(bench: Bench) -> None:
 
 
 @pytest.mark.extended
-async def test_an_agent_reads_and_writes_through_us_in_the_worktree_only(bench: Bench, tmp_path: Path) -> None:
+async def test_acp_agent_reads_and_writes_in_the_worktree_only(bench: Bench, tmp_path: Path) -> None:
     """What it asks for outside is refused and told; what is inside it gets."""
     (tmp_path / "secret").write_text("canary")
     prompt = f"read src/app.py\nread {tmp_path}/secret\nwrite {tmp_path}/out.txt x\nwrite .git y\nwrite in.txt z"
@@ -264,7 +264,7 @@ async def test_an_agent_reads_and_writes_through_us_in_the_worktree_only(bench: 
     assert bench.repository.git("show", "--name-only", "--format=", "HEAD^2").split() == ["in.txt"]
 
 
-async def test_an_agent_gets_leave_for_what_is_in_the_worktree(bench: Bench, tmp_path: Path) -> None:
+async def test_acp_agent_gets_permission_in_the_worktree(bench: Bench, tmp_path: Path) -> None:
     """It is allowed once, never always, and to work in it; a path outside is rejected."""
     target = tmp_path / "outside.txt"
     ended = bench.run("acp", f"edit in.txt x\nedit {target} x\nedit ../up.txt x\nwork")
@@ -275,7 +275,7 @@ async def test_an_agent_gets_leave_for_what_is_in_the_worktree(bench: Bench, tmp
 
 
 @pytest.mark.slow
-async def test_the_model_of_an_agent_can_be_chosen(bench: Bench) -> None:
+async def test_acp_agent_model_can_be_chosen(bench: Bench) -> None:
     """One that it offers is set, any other is refused with those there are."""
     ended = bench.run("acp", "say with MODEL\nwrite a.txt x", options={"model": "large"})
     assert ended.states == {"t0": "landed"}, ended
@@ -285,7 +285,7 @@ async def test_the_model_of_an_agent_can_be_chosen(bench: Bench) -> None:
 
 
 @pytest.mark.extended
-async def test_tokens_that_an_agent_tells_beside_the_protocol_are_recorded(bench: Bench) -> None:
+async def test_acp_agent_tokens_beyond_the_protocol_are_recorded(bench: Bench) -> None:
     """As Gemini CLI does."""
     (task,) = bench.run("acp", "write a.txt x", options={"env": {"ACP_BESIDE": "1"}}).result["tasks"]
     assert (task["input_tokens"], task["output_tokens"]) == (40, 20)
@@ -296,7 +296,9 @@ async def test_tokens_that_an_agent_tells_beside_the_protocol_are_recorded(bench
     [({"ACP_LOGGED_OUT": "1"}, None), ({"ACP_VERSION": "7"}, "invalid")],
 )
 @pytest.mark.slow
-async def test_an_agent_that_can_not_begin_says_why(bench: Bench, env: dict[str, str], failure: str | None) -> None:
+async def test_acp_agent_that_can_not_start_has_its_reason(
+    bench: Bench, env: dict[str, str], failure: str | None
+) -> None:
     """It wants a login, or speaks another version of the protocol."""
     task = bench.run("acp", "write a.txt x", options={"env": env}).result["tasks"][0]
     assert (task["status"], task["failure"]) == (("failed", failure) if failure else ("blocked", "auth")), task
@@ -311,7 +313,7 @@ async def test_an_agent_that_can_not_begin_says_why(bench: Bench, env: dict[str,
         ({"ACP_MODES": "one"}, [False, True, False]),
     ],
 )
-async def test_an_agent_mends_its_work_in_the_same_conversation(
+async def test_acp_agent_repairs_its_work_in_the_same_conversation(
     bench: Bench, env: dict[str, str], resumed: list[bool]
 ) -> None:
     """One that can't after all loses that attempt, and mends it in the next, told everything."""
@@ -340,7 +342,7 @@ async def test_an_agent_mends_its_work_in_the_same_conversation(
 
 
 @pytest.mark.extended
-async def test_servers_reach_an_agent_with_the_values_of_their_variables(bench: Bench) -> None:
+async def test_acp_agent_gets_servers_with_their_variables(bench: Bench) -> None:
     """The file has their names alone."""
     bench.repository.environ["MY_SETTING"] = "what it is"
     config = bench.repository.configure(
@@ -373,7 +375,7 @@ HOSTILE = {
 
 
 @pytest.mark.extended
-async def test_an_answer_can_not_leave_the_worktree(bench: Bench, tmp_path: Path) -> None:
+async def test_ollama_answer_can_not_leave_the_worktree(bench: Bench, tmp_path: Path) -> None:
     """Nothing of it is applied, neither the good part; the task says that it was declined."""
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -388,7 +390,7 @@ async def test_an_answer_can_not_leave_the_worktree(bench: Bench, tmp_path: Path
     assert not Path("/tmp/council-hostile.txt").exists()
 
 
-async def test_a_model_is_shown_the_files_that_the_prompt_means(bench: Bench) -> None:
+async def test_ollama_model_gets_the_files_of_the_prompt(bench: Bench) -> None:
     """All names as far as they fit, contents of text files up to the limit, those that are named first."""
     bench.repository.commit(
         {
@@ -410,14 +412,14 @@ async def test_a_model_is_shown_the_files_that_the_prompt_means(bench: Bench) ->
     assert len(shown) < 4096 * 3 // 2 + 200
 
 
-async def test_a_model_that_is_not_there_is_named_with_the_remedy(bench: Bench) -> None:
+async def test_ollama_missing_model_has_a_remedy(bench: Bench) -> None:
     """`ollama pull` is what helps."""
     task = bench.run("ollama", "x", options={"model": "none:7b"}).result["tasks"][0]
     assert (task["failure"], "ollama pull none:7b" in task["reason"]) == ("invalid", True), task
 
 
 @pytest.mark.slow
-async def test_a_server_that_is_not_there_closes_the_adapter(bench: Bench) -> None:
+async def test_ollama_missing_server_disables_the_adapter(bench: Bench) -> None:
     """After some seconds of patience: somebody has to start it, and no attempt is lost for that."""
     ended = bench.run("ollama", "x", options={"host": "http://127.0.0.1:9"})
     task = ended.result["tasks"][0]
@@ -425,7 +427,7 @@ async def test_a_server_that_is_not_there_closes_the_adapter(bench: Bench) -> No
     assert "ollama serve" in task["reason"]
 
 
-async def test_differences_and_files_are_applied_together(bench: Bench) -> None:
+async def test_ollama_diffs_and_files_are_applied_together(bench: Bench) -> None:
     """A diff with wrong counts, a deletion and a new file in one answer."""
     diff = "--- a/src/app.py\n+++ b/src/app.py\n@@ -1,9 +1,7 @@\n def main():\n-    return 0\n+    return 1\n"
     gone = "--- a/README.md\n+++ /dev/null\n@@ -1 +0,0 @@\n-# Project\n"

@@ -58,7 +58,7 @@ def events(ended: CommandResult, name: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.extended
-async def test_a_run_that_waits_for_a_person_stays_and_goes_on_when_it_is_approved(repository: Repository) -> None:
+async def test_run_waits_for_approval_and_continues(repository: Repository) -> None:
     """Status says what to type; the run says once what it waits for, and lands what follows."""
     child = repository.start("run", configured(repository), "--json")
     waits = until_asked(repository)
@@ -79,7 +79,7 @@ async def test_a_run_that_waits_for_a_person_stays_and_goes_on_when_it_is_approv
     await repository.assert_invariants()
 
 
-async def test_what_is_rejected_is_done_again_with_the_note(repository: Repository) -> None:
+async def test_rejected_result_is_repeated_with_the_note(repository: Repository) -> None:
     """The session is told what is to be better; that it waits once more is told once more."""
     child = repository.start("run", configured(repository, "in plan attempt 2 keep-prompt"), "--json")
     until_asked(repository)
@@ -94,7 +94,7 @@ async def test_what_is_rejected_is_done_again_with_the_note(repository: Reposito
     await repository.assert_invariants()
 
 
-async def test_an_answer_may_come_before_the_session_is_quite_over(
+async def test_approval_during_the_end_of_a_session_is_accepted(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What waits is on record a moment before its session has given its place back: it does not go on before that."""
@@ -115,7 +115,7 @@ async def test_an_answer_may_come_before_the_session_is_quite_over(
 
 
 @pytest.mark.extended
-async def test_an_approval_outlives_the_process_that_asked_for_it(repository: Repository) -> None:
+async def test_approval_survives_the_process_that_asked(repository: Repository) -> None:
     """Nobody is at work when the answer is given; `resume` goes on from it."""
     child = repository.start("run", configured(repository), "--json")
     until_asked(repository)
@@ -135,7 +135,7 @@ async def test_an_approval_outlives_the_process_that_asked_for_it(repository: Re
     await repository.assert_invariants()
 
 
-async def test_what_waits_can_be_cancelled(repository: Repository) -> None:
+async def test_waiting_task_can_be_cancelled(repository: Repository) -> None:
     """It is over then, and so is the run."""
     child = repository.start("run", configured(repository), "--json")
     until_asked(repository)
@@ -145,7 +145,7 @@ async def test_what_waits_can_be_cancelled(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
-def test_only_what_waits_can_be_answered(repository: Repository) -> None:
+def test_only_waiting_tasks_can_be_approved(repository: Repository) -> None:
     """What is refused is told with what to do instead, and changes nothing."""
     ended = repository.council("run", str(repository.configure([{"id": "t", "prompt": "write b.txt x"}])), "--json")
     assert ended.states == {"t": "landed"}
@@ -164,7 +164,7 @@ def test_only_what_waits_can_be_answered(repository: Repository) -> None:
     assert "no task 'x'" in repository.council("approve", "x").stderr
 
 
-async def test_a_task_is_tried_again_from_an_earlier_phase(repository: Repository) -> None:
+async def test_task_is_retried_from_an_earlier_phase(repository: Repository) -> None:
     """What came of the phases before that stays; a name that is none of its phases is refused."""
     workflow = [
         {"scout": {"access": "read", "produces": "scout"}},
@@ -194,7 +194,7 @@ async def test_a_task_is_tried_again_from_an_earlier_phase(repository: Repositor
 
 
 @pytest.mark.extended
-async def test_approvals_are_answered_from_python(repository: Repository) -> None:
+async def test_approvals_from_python_work(repository: Repository) -> None:
     """The same as the commands do; and nobody is to be named by leaving the names out."""
     refusals = []
     async with Council.open(configured(repository), environ=repository.environ) as council:

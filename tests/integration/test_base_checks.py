@@ -47,7 +47,7 @@ def sessions(repository: Repository) -> int:
     return len(repository.spawns.read_text().splitlines()) if repository.spawns.exists() else 0
 
 
-async def test_a_check_that_fails_on_the_base_ends_the_run_before_any_session(repository: Repository) -> None:
+async def test_check_failing_on_the_base_ends_the_run_before_any_session(repository: Repository) -> None:
     """One message names the check, its exit code, its last output and the fix; nothing is lost."""
     repository.commit({"code": "bad\n"}, "broken")
     repository.remember()
@@ -76,7 +76,7 @@ async def test_a_check_that_fails_on_the_base_ends_the_run_before_any_session(re
     await repository.assert_invariants()
 
 
-async def test_resume_tries_again_and_goes_on_once_the_base_is_fixed(repository: Repository) -> None:
+async def test_resume_checks_again_and_continues_on_a_fixed_base(repository: Repository) -> None:
     """The fix of the user's own on the base is what the resumed run finds."""
     repository.commit({"code": "bad\n"}, "broken")
     config = configure(repository, "write a.txt a", checks=[GOOD])
@@ -94,7 +94,7 @@ async def test_resume_tries_again_and_goes_on_once_the_base_is_fixed(repository:
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("how", ["run", "resume", "file"])
-async def test_a_task_that_is_to_fix_the_failing_base_can_run(repository: Repository, how: str) -> None:
+async def test_task_that_fixes_the_failing_base_can_run(repository: Repository, how: str) -> None:
     """With the option of either command, and with the key of the file."""
     repository.commit({"code": "bad\n"}, "broken")
     repository.remember()
@@ -111,7 +111,7 @@ async def test_a_task_that_is_to_fix_the_failing_base_can_run(repository: Reposi
 
 
 @pytest.mark.extended
-async def test_a_base_is_checked_once_for_all_tasks_with_the_same_checks(repository: Repository) -> None:
+async def test_base_is_checked_once_for_tasks_with_the_same_checks(repository: Repository) -> None:
     """Tasks of other checks have theirs run, and one without checks needs none."""
     repository.commit({"code": "good\n"}, "code")
     repository.remember()
@@ -129,7 +129,7 @@ async def test_a_base_is_checked_once_for_all_tasks_with_the_same_checks(reposit
     await repository.assert_invariants()
 
 
-async def test_a_killed_run_checks_no_base_again_that_it_has_proven(repository: Repository) -> None:
+async def test_killed_run_does_not_repeat_passed_base_checks(repository: Repository) -> None:
     """Neither the base that passed, nor what landed through the same checks."""
     repository.commit({"code": "good\n"}, "code")
     trace = repository.spawns.parent / "checked"
@@ -148,7 +148,7 @@ async def test_a_killed_run_checks_no_base_again_that_it_has_proven(repository: 
     await repository.assert_invariants()
 
 
-async def test_a_signal_ends_the_checks_of_the_base(repository: Repository) -> None:
+async def test_signal_ends_the_base_checks(repository: Repository) -> None:
     """Nothing has started then, and a resume starts over."""
     flag = repository.spawns.parent / "flag"
     check = f"test -e {flag} || {{ touch {flag}; sleep 600; }}"
@@ -165,7 +165,7 @@ async def test_a_signal_ends_the_checks_of_the_base(repository: Repository) -> N
 
 
 @pytest.mark.extended
-async def test_a_corrected_check_is_reported_and_taken_over_by_the_named_commands(repository: Repository) -> None:
+async def test_corrected_check_is_reported_and_adopted_by_the_named_commands(repository: Repository) -> None:
     """A resume that halts again reports that the file has changed; the commands of the message end the halt."""
     repository.remember()
     config = configure(repository, "write a.txt a", "write b.txt b", checks=["false"])
@@ -192,7 +192,7 @@ def own_branch(repository: Repository, tasks: list[dict[str, Any]], **settings: 
 
 
 @pytest.mark.extended
-async def test_a_fix_of_the_base_reaches_tasks_that_start_from_it(repository: Repository) -> None:
+async def test_fixed_base_reaches_tasks_that_start_from_it(repository: Repository) -> None:
     """Though the run has landed something on its own branch, which never gets the fix before the task lands."""
     one, two = {"id": "one", "prompt": "write a.txt a"}, {"id": "two", "prompt": "exit 1 no", "attempts": 1}
     run = repository.council("run", str(own_branch(repository, [one, two])), "--json")
@@ -213,9 +213,7 @@ async def test_a_fix_of_the_base_reaches_tasks_that_start_from_it(repository: Re
 
 @pytest.mark.extended
 @pytest.mark.parametrize("has_landed", [True, False])
-async def test_the_named_command_brings_the_fix_to_the_runs_own_branch(
-    repository: Repository, has_landed: bool
-) -> None:
+async def test_named_command_merges_the_fix_into_the_runs_own_branch(repository: Repository, has_landed: bool) -> None:
     """A task that starts from the target gets a fix of the base only from there."""
     two: dict[str, Any] = {"id": "two", "prompt": "write b.txt b", "owns": ["b.txt"], "checks": ["test -f z"]}
     if has_landed:
@@ -240,7 +238,7 @@ async def test_the_named_command_brings_the_fix_to_the_runs_own_branch(
 
 
 @pytest.mark.extended
-async def test_a_task_brings_the_base_to_those_that_need_it(repository: Repository) -> None:
+async def test_dependents_get_the_base_of_their_need(repository: Repository) -> None:
     """What starts from the target after a task that starts from the base is not held up by the old target."""
     tasks: list[dict[str, Any]] = [
         {"id": "one", "prompt": "write a.txt a"},
@@ -253,7 +251,7 @@ async def test_a_task_brings_the_base_to_those_that_need_it(repository: Reposito
     await repository.assert_invariants(target_checked_out=False)
 
 
-async def test_the_remedy_of_tasks_that_are_not_from_the_file_is_a_new_run(repository: Repository) -> None:
+async def test_remedy_for_tasks_outside_of_a_file_is_a_new_run(repository: Repository) -> None:
     """`retry --reload` refuses these, before it asks for trust in the file."""
     file = configure(repository, "write a.txt a", checks=["false"])
     (repository.top / "council.yaml").write_text(file.read_text())
@@ -266,7 +264,7 @@ async def test_the_remedy_of_tasks_that_are_not_from_the_file_is_a_new_run(repos
     assert "not from a file: start a new run to change them" in " ".join(refused.stderr.split())
 
 
-async def test_the_report_of_a_halt_has_the_end_of_the_output_and_the_log(repository: Repository) -> None:
+async def test_halt_report_has_the_end_of_the_output_and_the_log(repository: Repository) -> None:
     """In ten lines of eighty columns, for four tasks; the line of the event is one short sentence."""
     check = "python3 -c 'import json; print(1); json.loads(\"x\")'"
     tasks = [{"id": name, "prompt": "write a.txt a"} for name in ("one", "two", "bad", "three")]
@@ -282,7 +280,7 @@ async def test_the_report_of_a_halt_has_the_end_of_the_output_and_the_log(reposi
     assert all(len(line) <= 80 for line in report if "`" not in line and line != log), report
 
 
-async def test_a_setup_that_fails_on_the_base_names_a_new_run(repository: Repository) -> None:
+async def test_failed_setup_on_the_base_suggests_a_new_run(repository: Repository) -> None:
     """A run keeps its setup, so no command takes over a corrected one; --allow-failing-base does not help either."""
     repository.remember()
     config = configure(repository, "write a.txt a", checks=["true"], worktrees={"setup": ["exit 3"]})
@@ -294,7 +292,7 @@ async def test_a_setup_that_fails_on_the_base_names_a_new_run(repository: Reposi
     await repository.assert_invariants()
 
 
-async def test_only_programs_are_looked_for_on_a_base_that_may_fail(repository: Repository) -> None:
+async def test_allowed_failing_base_is_checked_for_programs_only(repository: Repository) -> None:
     """A check that names only programs that are there is not run; one that finds its program elsewhere passes."""
     commit_script(repository, "bin/own-tool", "#!/bin/sh\nexit 1\n")
     trace = repository.spawns.parent / "checked"
@@ -309,7 +307,7 @@ async def test_only_programs_are_looked_for_on_a_base_that_may_fail(repository: 
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("options", [[], ["--allow-failing-base"]])
-async def test_a_program_of_a_check_that_is_not_found_is_nobodys_failure(
+async def test_missing_program_of_a_check_is_not_a_failure_of_the_task(
     repository: Repository, options: list[str]
 ) -> None:
     """The message names the program and where it was looked for; no session starts, whatever may fail on the base."""
@@ -339,7 +337,7 @@ async def test_a_program_of_a_check_that_is_not_found_is_nobodys_failure(
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("options", [[], ["--allow-failing-base"]])
-async def test_a_check_that_is_not_executable_is_nobodys_failure(repository: Repository, options: list[str]) -> None:
+async def test_unexecutable_check_is_not_a_failure_of_the_task(repository: Repository, options: list[str]) -> None:
     """A committed script without the permission: the message says so, whatever may fail on the base."""
     repository.commit({"check.sh": "#!/bin/sh\n"}, "script")
     repository.remember()
@@ -355,7 +353,7 @@ async def test_a_check_that_is_not_executable_is_nobodys_failure(repository: Rep
 
 
 @pytest.mark.parametrize("options", [[], ["--allow-failing-base"]])
-async def test_all_checks_that_can_not_be_run_are_reported_at_once(repository: Repository, options: list[str]) -> None:
+async def test_unrunnable_checks_are_reported_at_once(repository: Repository, options: list[str]) -> None:
     """With all fixes in one message; a check between them that can be run is not named."""
     repository.commit({"noexec.sh": "#!/bin/sh\n"}, "script")
     config = configure(repository, "write a.txt a", checks=["no-such-tool --all", "true", "./noexec.sh"])
@@ -374,7 +372,7 @@ async def test_all_checks_that_can_not_be_run_are_reported_at_once(repository: R
 
 
 @pytest.mark.extended
-async def test_a_task_may_add_the_script_of_its_check(repository: Repository) -> None:
+async def test_task_may_add_the_script_of_its_check(repository: Repository) -> None:
     """Where the checks may fail on the base: an attempt without it, or that adds one without permission, has failed."""
     commit_script(repository, "bin/own-tool", "#!/bin/sh\n")
     repository.remember()
@@ -386,7 +384,7 @@ async def test_a_task_may_add_the_script_of_its_check(repository: Repository) ->
     await repository.assert_invariants()
 
 
-async def test_a_missing_script_is_to_be_committed(repository: Repository) -> None:
+async def test_missing_script_is_to_be_committed(repository: Repository) -> None:
     """No program is to be installed for a path in the worktree."""
     repository.remember()
     ended = repository.council("run", str(configure(repository, "write a.txt a", checks=["./nothere.sh"])), "--json")
@@ -398,7 +396,7 @@ async def test_a_missing_script_is_to_be_committed(repository: Repository) -> No
     assert f"and merge that into council/{ended.result['run']} (`git branch " in ended.result["halted"]
 
 
-async def test_a_task_that_removes_the_program_of_its_check_has_failed(repository: Repository) -> None:
+async def test_task_that_removes_its_check_has_failed(repository: Repository) -> None:
     """The base has the program, so what the task changed is at fault: it can't end the run for the others."""
     commit_script(repository, "check.sh", "#!/bin/sh\n")
     repository.remember()
@@ -411,7 +409,7 @@ async def test_a_task_that_removes_the_program_of_its_check_has_failed(repositor
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("checks", [[], ["true"]])
-async def test_a_program_of_the_setup_that_is_not_found_is_nobodys_failure(
+async def test_missing_program_of_the_setup_is_not_a_failure_of_the_task(
     repository: Repository, checks: list[str]
 ) -> None:
     """Without checks it is the first worktree that finds it: still no session starts, and no attempt counts."""
@@ -434,7 +432,7 @@ async def test_a_program_of_the_setup_that_is_not_found_is_nobodys_failure(
         ("./build/tool --all", "chmod"),
     ],
 )
-async def test_a_program_that_nobody_can_commit_ends_the_run_at_once(
+async def test_uncommittable_program_ends_the_run_immediately(
     repository: Repository, check: str, script: str | None, options: list[str]
 ) -> None:
     """It is in a virtual environment, or ignored: no task may add it, and the remedy is not to commit it."""
@@ -452,7 +450,7 @@ async def test_a_program_that_nobody_can_commit_ends_the_run_at_once(
     await repository.assert_invariants()
 
 
-async def test_a_check_may_create_the_program_that_it_runs(repository: Repository) -> None:
+async def test_check_may_create_the_program_that_it_runs(repository: Repository) -> None:
     """Then a task may be at fault: an attempt without it has failed where checks may fail on the base."""
     repository.commit({".gitignore": "build/\n", "make.sh": "exit 3\n"})
     repository.remember()

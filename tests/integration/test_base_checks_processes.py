@@ -12,7 +12,7 @@ import pytest
 from tests.command_server import StartedCommand
 from tests.conftest import CommandResult, Repository
 from tests.integration.test_base_checks import sessions, types
-from tests.integration.test_working_together import QUICK
+from tests.integration.test_shared_runs import QUICK
 from tests.waiting import wait_for
 
 #: Seconds within which a process ends.
@@ -71,7 +71,7 @@ def outcome(child: StartedCommand) -> CommandResult:
     return CommandResult(child.wait(), out, error)
 
 
-async def test_a_process_that_waits_checks_the_base_itself_when_the_other_is_killed(gated: Gated) -> None:
+async def test_waiting_process_checks_the_base_when_the_other_is_killed(gated: Gated) -> None:
     """The leftovers of the killed check are not in its way and are removed, and it is not taken for passed."""
     gated.repository.commit({"bad": "x\n"}, "broken")
     gated.repository.remember()
@@ -90,7 +90,7 @@ async def test_a_process_that_waits_checks_the_base_itself_when_the_other_is_kil
 
 
 @pytest.mark.slow  # under load a folder of the stopped one may stay in the trash: open
-async def test_a_process_does_not_wait_for_the_base_checks_of_a_stopped_one(gated: Gated) -> None:
+async def test_process_does_not_wait_for_base_checks_of_a_stopped_one(gated: Gated) -> None:
     """It takes over and finishes; the stopped one ends by itself once it continues, and disturbs nothing."""
     first = gated.start("run", coordination=QUICK)
     second = gated.start("work")
@@ -106,7 +106,7 @@ async def test_a_process_does_not_wait_for_the_base_checks_of_a_stopped_one(gate
 
 
 @pytest.mark.parametrize("broken", [False, True])
-async def test_a_base_that_moves_during_its_checks_is_checked_again(gated: Gated, broken: bool) -> None:
+async def test_base_that_moves_during_its_checks_is_checked_again(gated: Gated, broken: bool) -> None:
     """What counts is the commit that sessions start from, whichever of the two passes."""
     if broken:
         gated.repository.commit({"bad": "x\n"}, "broken")
@@ -126,7 +126,7 @@ async def test_a_base_that_moves_during_its_checks_is_checked_again(gated: Gated
 
 
 @pytest.mark.extended
-async def test_checks_that_can_not_be_run_on_the_base_let_no_session_start(gated: Gated) -> None:
+async def test_unrunnable_base_checks_start_no_session(gated: Gated) -> None:
     """Here a file that each worktree gets a copy of is gone, and comes back for the resumed run."""
     gated.repository.commit({".gitignore": "local\n"}, "ignored")
     gated.repository.remember()

@@ -31,19 +31,19 @@ def test_startup_is_measured() -> None:
 
 
 @pytest.mark.slow
-def test_resuming_is_measured() -> None:
+def test_resume_is_measured() -> None:
     """A resume to its first session, and a status, each of a long run next to a short one."""
     check(resume.measure(quick=True), ["council resume", "council status"])
 
 
 @pytest.mark.slow
-def test_what_sessions_ask_by_is_measured() -> None:
+def test_session_commands_are_measured() -> None:
     """A command and the hook, beside a Python that does nothing."""
     check(session_commands.measure(quick=True), ["council peers", "the hook"])
 
 
 @pytest.mark.slow
-def test_the_scheduler_is_measured() -> None:
+def test_scheduler_is_measured() -> None:
     """Picks and memory, for each shape of a run."""
     rows = scheduler.measure(quick=True)
     check(rows, ["a pick of", "whole way", "memory"])
@@ -51,13 +51,13 @@ def test_the_scheduler_is_measured() -> None:
 
 
 @pytest.mark.extended
-def test_the_cycle_is_measured() -> None:
+def test_cycle_is_measured() -> None:
     """All tasks land both ways; the clock and the processor are told."""
     check(cycle.measure(quick=True), [": processor", ": clock"])
 
 
 @pytest.mark.slow
-def test_handing_out_is_measured() -> None:
+def test_slot_assignment_is_measured() -> None:
     """Beside what git takes; where files are few there is no limit."""
     rows = worktrees.measure(quick=True)
     check(rows, ["hand out,", "hand out, moved", "give back", "clean, in the background", "find what changed"])
@@ -65,14 +65,14 @@ def test_handing_out_is_measured() -> None:
 
 
 @pytest.mark.slow
-def test_the_state_is_measured() -> None:
+def test_state_is_measured() -> None:
     """Commits of both kinds beside SQLite, opening a long log, what packing saves, and processes that share a store."""
     rows = state.measure(quick=True)
     alone = ["durable commits", "commits, 40 at once", ": processor", "opening", ", packed", "packed closed segments"]
     check(rows, [*alone, "claims by priority", "99 of 100 within", "a change seen", "a watcher at rest", "followed by"])
 
 
-def test_what_sessions_are_at_is_measured() -> None:
+def test_contexts_are_measured() -> None:
     """A word of one, and a look at a hundred."""
     check(contexts.measure(quick=True), ["a word of a session", "a look at 100 sessions"])
 
@@ -93,21 +93,21 @@ def test_locks_are_measured() -> None:
         ),
     ],
 )
-def test_each_is_a_program(name: str) -> None:
+def test_each_benchmark_is_a_program(name: str) -> None:
     """It can be run by its path, and says what it can do."""
     done = subprocess.run([sys.executable, f"benchmarks/{name}.py", "--help"], check=False, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert b"--quick" in done.stdout
 
 
-def test_limits_are_on_figures_or_on_ratios() -> None:
+def test_limits_are_absolute_or_ratios() -> None:
     """The table says whether each was kept."""
     assert BenchmarkRow("a", 2.0, "s", limit=1.0).verdict == "no"
     assert BenchmarkRow("a", 2.0, "s", ratio=0.5, limit=1.0, is_ratio_limited=True).verdict == "yes"
     assert BenchmarkRow("a", 2.0, "s").verdict == ""
 
 
-def test_pairs_take_turns() -> None:
+def test_pairs_alternate() -> None:
     """Both sides are warmed up once, then measured in turn."""
     order: list[str] = []
 

@@ -39,7 +39,7 @@ def happened(ended: CommandResult, event: str) -> list[dict[str, Any]]:
     return [line for line in ended.lines if line.get("event") == event]
 
 
-async def test_a_session_is_stopped_when_its_tokens_are_used_up(claude: Repository) -> None:
+async def test_session_is_stopped_at_its_token_limit(claude: Repository) -> None:
     """While it is at work; a call that is told of twice counts once; another attempt does not follow by itself."""
     prompt = "spend 400\nspend 401\nwrite a.txt half\nspend 200\nhang"
     ended = claude.council("run", str(configured(claude, prompt, task={"session_budget": {"tokens": 1000}})), "--json")
@@ -52,7 +52,7 @@ async def test_a_session_is_stopped_when_its_tokens_are_used_up(claude: Reposito
     await claude.assert_invariants()
 
 
-async def test_a_session_near_its_budget_is_warned_of_once(claude: Repository) -> None:
+async def test_session_near_its_budget_is_warned_about_once(claude: Repository) -> None:
     """At 80 %, and it goes on."""
     budget = {"session_budget": {"tokens": 1000}, "budget": {"tokens": 1000}}
     ended = claude.council("run", str(configured(claude, "spend 800\nwrite a.txt a", task=budget)), "--json")
@@ -60,7 +60,7 @@ async def test_a_session_near_its_budget_is_warned_of_once(claude: Repository) -
     assert [one["of"] for one in happened(ended, "budget.low")] in (["task t0"], ["session t0.1", "task t0"])
 
 
-async def test_a_task_has_no_further_session_when_its_budget_is_used_up(claude: Repository) -> None:
+async def test_task_at_its_budget_gets_no_further_session(claude: Repository) -> None:
     """What its first attempt used up counts, also where that is known at its end only."""
     prompt = "attempt 1 spend 600\nattempt 1 fail overloaded\nattempt 2 write a.txt a"
     ended = claude.council("run", str(configured(claude, prompt, task={"budget": {"tokens": 600}})), "--json")
@@ -69,7 +69,7 @@ async def test_a_task_has_no_further_session_when_its_budget_is_used_up(claude: 
     assert "the task's budget is exhausted" in task["reason"]
 
 
-async def test_a_run_is_halted_when_its_budget_is_used_up_and_goes_on_with_more(claude: Repository) -> None:
+async def test_run_at_its_budget_is_halted_and_continues_with_more(claude: Repository) -> None:
     """Nothing is lost: what waits is done once there is more."""
     prompts = (
         "spend 700\nwrite a.txt a",
@@ -93,7 +93,7 @@ async def test_a_run_is_halted_when_its_budget_is_used_up_and_goes_on_with_more(
     await claude.assert_invariants()
 
 
-async def test_money_is_held_against_the_price_of_the_model_where_the_program_does_not_tell(claude: Repository) -> None:
+async def test_cost_is_estimated_by_the_price_of_the_model(claude: Repository) -> None:
     """It was stopped before its result, which has the cost."""
     prices = {"claude-opus-4-8": {"input": 1000, "output": 1000}}
     path = configured(claude, "spend 600\nspend 401\nhang", task={"session_budget": {"cost": 1}}, prices=prices)
@@ -103,7 +103,7 @@ async def test_money_is_held_against_the_price_of_the_model_where_the_program_do
     assert "$1.0010 of $1.00" in task["reason"]
 
 
-async def test_a_program_that_stops_at_what_is_left_of_a_budget_has_used_that_up(claude: Repository) -> None:
+async def test_program_that_stops_at_its_own_limit_exhausted_the_budget(claude: Repository) -> None:
     """It says that it reached a limit of its own, which is ours."""
     prompt = "attempt 1 spend 600\nattempt 1 fail turns\nattempt 2 write a.txt a"
     ended = claude.council("run", str(configured(claude, prompt, budget={"cost": 0.01})), "--json")
@@ -113,7 +113,7 @@ async def test_a_program_that_stops_at_what_is_left_of_a_budget_has_used_that_up
 
 
 @pytest.mark.extended
-async def test_a_task_that_used_up_its_own_is_not_tried_again(claude: Repository) -> None:
+async def test_exhausted_task_is_not_retried(claude: Repository) -> None:
     """Also where its session's is worth another attempt."""
     task = {"budget": {"tokens": 1000}, "retry_on": ["budget"], "attempts": 3}
     ended = claude.council("run", str(configured(claude, "spend 600\nspend 401\nhang", task=task)), "--json")
@@ -125,7 +125,7 @@ async def test_a_task_that_used_up_its_own_is_not_tried_again(claude: Repository
     assert ended.states == {"t0": "landed"}, ended
 
 
-async def test_money_that_can_not_be_counted_is_told_of(repository: Repository) -> None:
+async def test_uncountable_cost_is_reported(repository: Repository) -> None:
     """Where neither the program nor a price says what it cost."""
     adapter = {
         "use": "command",
@@ -145,7 +145,7 @@ async def test_money_that_can_not_be_counted_is_told_of(repository: Repository) 
     assert happened(repository.council("run", str(known), "--json"), "budget.price_unknown") == []
 
 
-async def test_time_of_sessions_is_limited_over_all_attempts(claude: Repository) -> None:
+async def test_session_time_is_limited_over_all_attempts(claude: Repository) -> None:
     """A session that is silent uses up time all the same."""
     ended = claude.council("run", str(configured(claude, "hang", task={"budget": {"time": "2s"}})), "--json")
     (task,) = ended.result["tasks"]
@@ -165,14 +165,14 @@ async def test_time_of_sessions_is_limited_over_all_attempts(claude: Repository)
         ("", "no limit"),
     ],
 )
-async def test_limits_that_are_none_are_refused(claude: Repository, limits: str, told: str) -> None:
+async def test_invalid_limits_are_rejected(claude: Repository, limits: str, told: str) -> None:
     """With what to write."""
     ended = claude.council("resume", "--budget", limits)
     assert ended.code == 2
     assert told in ended.stderr
 
 
-async def test_a_task_with_a_used_up_budget_is_retried_with_a_raised_one(claude: Repository) -> None:
+async def test_exhausted_task_is_retried_with_a_raised_budget(claude: Repository) -> None:
     """The run keeps the recorded budget: a retry without `--reload` fails again, and the printed steps work."""
     prompt = "attempt 1 spend 600\nattempt 1 fail overloaded\nwrite a.txt a"
     config = configured(claude, prompt, task={"budget": {"tokens": 600}})

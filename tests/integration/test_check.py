@@ -49,7 +49,7 @@ def council_of(repository: Repository, **options: Any) -> AbstractAsyncContextMa
     return Council.open(repository.top, environ=repository.environ, **options)
 
 
-async def test_a_run_that_keeps_all_rules(repository: Repository) -> None:
+async def test_valid_run_has_no_violations(repository: Repository) -> None:
     """One line for people, an object for programs, and for tests the same in Python."""
     run = landed(repository)
     told = repository.council("check")
@@ -68,7 +68,7 @@ async def test_a_run_that_keeps_all_rules(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
-async def test_a_run_without_workflows_says_so(repository: Repository) -> None:
+async def test_run_without_workflows_is_reported_as_such(repository: Repository) -> None:
     """There is nothing to look at."""
     ended = repository.council("run", str(repository.configure([{"id": "t", "prompt": "write t.txt x"}])), "--json")
     told = repository.council("check")
@@ -141,7 +141,7 @@ BROKEN: Final[Sequence[tuple[str, Callable[[JsonObject | None], JsonObject | Non
 )
 
 
-async def test_what_breaks_a_rule_is_found_and_named(repository: Repository) -> None:
+async def test_violation_is_found_and_named(repository: Repository) -> None:
     """By the rule, the place and what to do; when it is as it was, nothing is wrong."""
     run = landed(repository)
     async with council_of(repository) as council:
@@ -158,7 +158,7 @@ async def test_what_breaks_a_rule_is_found_and_named(repository: Repository) -> 
             assert (await council.state.verify_run()).is_valid
 
 
-async def test_a_broken_rule_is_told_to_people_and_programs(repository: Repository) -> None:
+async def test_violation_is_printed_for_people_and_programs(repository: Repository) -> None:
     """The exit code says so, too, and no test of a run passes by it."""
     run = landed(repository)
     await write(repository, Key("handoff", f"{run}/t/1"), no_receipts)
@@ -177,7 +177,7 @@ async def test_a_broken_rule_is_told_to_people_and_programs(repository: Reposito
         await repository.assert_invariants()
 
 
-async def test_what_can_not_be_looked_at_is_told_and_breaks_nothing(repository: Repository) -> None:
+async def test_unreadable_record_is_reported_without_an_error(repository: Repository) -> None:
     """Where the repositories of a run are gone, nobody knows its files any more."""
     run = landed(repository)
     shutil.rmtree(Path(repository.environ["COUNCIL_HOME"]))
@@ -190,7 +190,7 @@ async def test_what_can_not_be_looked_at_is_told_and_breaks_nothing(repository: 
     assert f"run {run}: 1 task with a workflow" in told.stdout
 
 
-async def test_a_session_that_is_done_and_ends_nothing_is_told(repository: Repository) -> None:
+async def test_done_session_without_an_end_is_reported(repository: Repository) -> None:
     """Its task would wait for it for ever."""
     run = landed(repository)
     clock = ManualClock()
@@ -221,7 +221,7 @@ async def test_a_session_that_is_done_and_ends_nothing_is_told(repository: Repos
             assert [one.rule for one in found.violations] == rules
 
 
-async def test_rules_of_plugins_run_too_and_their_faults_are_told(repository: Repository) -> None:
+async def test_plugin_rules_run_and_their_errors_are_reported(repository: Repository) -> None:
     """A rule that fails is no reason to look at nothing else."""
     landed(repository)
 
@@ -255,7 +255,7 @@ class Overtaking(MemoryStore):
         return await super().list(kind, prefix)
 
 
-async def test_what_belongs_together_is_read_as_of_one_moment(repository: Repository) -> None:
+async def test_records_are_read_as_of_one_moment(repository: Repository) -> None:
     """Also where the next phase has received a handoff between two looks."""
     run = landed(repository)
     async with FileStore.open(repository.log, SystemClock()) as store:
@@ -282,7 +282,7 @@ async def test_what_belongs_together_is_read_as_of_one_moment(repository: Reposi
 
 
 @pytest.mark.extended
-async def test_a_run_at_work_gives_no_false_alarm(repository: Repository) -> None:
+async def test_active_run_has_no_false_alarm(repository: Repository) -> None:
     """However often it is looked at while its tasks go from phase to phase."""
     tasks = [
         {"id": f"t{number}", "prompt": STEPS.replace("b.txt", f"{number}.txt"), "workflow": "two"}
@@ -308,7 +308,7 @@ async def test_a_run_at_work_gives_no_false_alarm(repository: Repository) -> Non
     assert len(seen) > 2, "it was looked at on its way"
 
 
-async def test_a_run_that_was_killed_keeps_all_rules(repository: Repository) -> None:
+async def test_killed_run_has_no_violations(repository: Repository) -> None:
     """What belongs together is recorded by one commit, so that there is nothing in between."""
     tasks = [{"id": "t", "prompt": STEPS, "workflow": "two"}]
     path = repository.configure(tasks, workflows={"two": TWO})

@@ -91,7 +91,7 @@ def lines(path: Path) -> list[str]:
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("places", [1, 2, 4])
-async def test_a_program_that_a_session_put_among_what_is_kept_does_not_check_its_work(
+async def test_program_planted_in_kept_files_does_not_check_the_work(
     repository: Repository, outside: Path, places: int
 ) -> None:
     """The session breaks the code and replaces the test runner; the one that setup made says so."""
@@ -106,7 +106,7 @@ async def test_a_program_that_a_session_put_among_what_is_kept_does_not_check_it
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("places", [1, 2])
-async def test_a_session_replaces_nothing_that_the_checks_of_a_phase_run(
+async def test_session_replaces_nothing_that_phase_checks_run(
     repository: Repository, outside: Path, places: int
 ) -> None:
     """A phase is done when its checks say so, which run in no worktree of a session either, and never wait for one."""
@@ -128,7 +128,7 @@ async def test_a_session_replaces_nothing_that_the_checks_of_a_phase_run(
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("places", [1, 2, 4])
-async def test_the_code_of_one_task_replaces_nothing_in_the_checks_of_the_next(
+async def test_code_of_one_task_replaces_nothing_in_the_next_checks(
     repository: Repository, outside: Path, places: int
 ) -> None:
     """What the first check runs replaces the test runner in its own worktree; the next check finds setup's."""
@@ -144,9 +144,7 @@ async def test_the_code_of_one_task_replaces_nothing_in_the_checks_of_the_next(
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
-async def test_whatever_a_check_does_to_what_setup_made_the_next_one_finds_it_as_it_was(
-    repository: Repository, outside: Path, attack: str
-) -> None:
+async def test_setup_files_are_restored_after_each_check(repository: Repository, outside: Path, attack: str) -> None:
     """Also where git sees nothing of it, in a repository that setup made within the worktree."""
     prepare(repository, tests="true\n")
     made = "mkdir node_modules/dep; git init -q node_modules/dep; echo 'grep -qx good code' > node_modules/dep/run"
@@ -159,9 +157,7 @@ async def test_whatever_a_check_does_to_what_setup_made_the_next_one_finds_it_as
 
 
 @pytest.mark.extended
-async def test_setup_is_run_once_for_checks_and_again_where_its_inputs_change(
-    repository: Repository, outside: Path
-) -> None:
+async def test_setup_runs_once_for_checks_and_again_for_changed_inputs(repository: Repository, outside: Path) -> None:
     """The worktree of checks is set up for the first one; what a check adds to it is removed, and costs nothing."""
     prepare(repository)
     look = "test ! -e node_modules/left; echo x > node_modules/left; mkdir -p node_modules/.cache; "
@@ -185,9 +181,7 @@ async def test_setup_is_run_once_for_checks_and_again_where_its_inputs_change(
 
 
 @pytest.mark.extended
-async def test_what_did_not_land_sets_nothing_up_for_the_checks_of_others(
-    repository: Repository, outside: Path
-) -> None:
+async def test_unlanded_work_sets_nothing_up_for_other_checks(repository: Repository, outside: Path) -> None:
     """Setup runs a file that it does not name as an input: a task's version of it makes nothing for the next task."""
     prepare(repository, install=INSTALL)
     worktrees = {"setup": [{"run": "sh install", "inputs": ["lock"]}]}
@@ -205,7 +199,7 @@ async def test_what_did_not_land_sets_nothing_up_for_the_checks_of_others(
     await repository.assert_invariants()
 
 
-async def test_a_commit_that_repairs_the_setup_passes(repository: Repository, outside: Path) -> None:
+async def test_commit_that_repairs_the_setup_passes(repository: Repository, outside: Path) -> None:
     """Setup is broken on the target, by a file that it does not name; the commit's own is used for its own check."""
     prepare(repository, install="exit 1")
     worktrees = {"setup": [f"sh install || mkdir {outside}/base-passed || mkdir {outside}/session-passed"], "max": 1}
@@ -216,7 +210,7 @@ async def test_a_commit_that_repairs_the_setup_passes(repository: Repository, ou
     await repository.assert_invariants()
 
 
-async def test_what_only_an_adapters_sessions_may_write_no_check_can(repository: Repository, outside: Path) -> None:
+async def test_check_can_not_write_what_only_sessions_may(repository: Repository, outside: Path) -> None:
     """What is writable for all is so for checks, too; a session's cache is not."""
     prepare(repository)
     cache = outside.parent / "cache"
@@ -261,7 +255,7 @@ class TestPool:
         return checkout.slot.tree
 
     @pytest.mark.parametrize("places", [2, 16])
-    async def test_each_kind_has_its_own_also_in_the_next_pool(self, yard: HubFixture, places: int) -> None:
+    async def test_each_pool_has_its_own_slots(self, yard: HubFixture, places: int) -> None:
         """A slot is used again by its own kind only, by another process, too."""
         commit = await yard.fetch()
         found: dict[str, set[Path]] = {"session": set(), "check": set()}
@@ -274,7 +268,7 @@ class TestPool:
         assert not found["session"] & found["check"]
 
     @pytest.mark.parametrize(("places", "size"), [(1, None), (16, 1)])
-    async def test_an_idle_slot_of_the_other_kind_makes_room(
+    async def test_idle_slot_of_the_other_pool_makes_room(
         self, yard: HubFixture, places: int, size: int | None
     ) -> None:
         """With room for one slot they take turns, each in a new one."""
@@ -287,7 +281,7 @@ class TestPool:
                 assert await self.kinds(yard, pool) == [True]
 
     @pytest.mark.parametrize(("places", "size"), [(1, None), (16, 1)])
-    async def test_a_check_never_waits_for_a_session(self, yard: HubFixture, places: int, size: int | None) -> None:
+    async def test_check_never_waits_for_a_session(self, yard: HubFixture, places: int, size: int | None) -> None:
         """Whose slot has no room for another beside it: the session may wait for the check."""
         commit = await yard.fetch()
         async with yard.open(places=places, size=size and await self.size(yard, commit)) as pool:

@@ -20,7 +20,7 @@ async def found(repository: Repository, branch: str) -> Path | None:
     return await find_checkout(local, branch, Git(None, as_user=True, environ=repository.environ))
 
 
-async def test_a_branch_is_found_in_the_main_and_in_linked_checkouts(repository: Repository, tmp_path: Path) -> None:
+async def test_branch_is_found_in_main_and_linked_checkouts(repository: Repository, tmp_path: Path) -> None:
     """And not where it was before."""
     linked = tmp_path / "linked"
     repository.git("worktree", "add", "-b", "beside", str(linked))
@@ -31,7 +31,7 @@ async def test_a_branch_is_found_in_the_main_and_in_linked_checkouts(repository:
     assert await found(repository, "main") is None
 
 
-async def test_a_target_that_is_checked_out_twice_is_refused(repository: Repository, tmp_path: Path) -> None:
+async def test_target_checked_out_twice_is_rejected(repository: Repository, tmp_path: Path) -> None:
     """Before a session starts, by `council doctor`, and at a landing; one that is gone is in nobody's way."""
     linked = tmp_path / "linked"
     repository.git("worktree", "add", "--force", str(linked), "main")
@@ -55,7 +55,7 @@ async def test_a_target_that_is_checked_out_twice_is_refused(repository: Reposit
 
 
 @pytest.mark.parametrize("kind", ["symbolic branch", "link"])
-async def test_a_branch_that_another_name_leads_to_is_found(repository: Repository, kind: str) -> None:
+async def test_branch_behind_a_symbolic_ref_is_found(repository: Repository, kind: str) -> None:
     """HEAD may name a branch that stands for another one, or be a link, as it was in old times."""
     if kind == "link":
         head = repository.top / ".git" / "HEAD"
@@ -67,7 +67,7 @@ async def test_a_branch_that_another_name_leads_to_is_found(repository: Reposito
     assert await found(repository, "main") == repository.top
 
 
-async def test_a_ref_is_read_wherever_it_is(repository: Repository, tmp_path: Path) -> None:
+async def test_ref_is_read_in_any_storage(repository: Repository, tmp_path: Path) -> None:
     """In a file of its own, packed, symbolic, in a bare repository, from a linked checkout; or there is none."""
     commit = repository.git("rev-parse", "main")
     bare, linked = tmp_path / "bare.git", tmp_path / "linked"
@@ -85,7 +85,7 @@ async def test_a_ref_is_read_wherever_it_is(repository: Repository, tmp_path: Pa
     assert await read_ref(repository.top, "refs/heads/none") is None
 
 
-def test_a_checkout_by_core_worktree(repository: Repository, tmp_path: Path) -> None:
+def test_checkout_by_core_worktree_is_found(repository: Repository, tmp_path: Path) -> None:
     """One around the git directory is as any other; in one elsewhere git finds no repository: it is refused."""
     path = repository.configure([{"id": "one", "prompt": "write one.txt 1\nappend README.md More."}])
     repository.git("config", "core.worktree", "../src/..")
@@ -101,9 +101,7 @@ def test_a_checkout_by_core_worktree(repository: Repository, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", ["submodule", "separate"])
-def test_a_checkout_with_its_git_directory_elsewhere_is_not_landed_on(
-    repository: Repository, tmp_path: Path, kind: str
-) -> None:
+def test_checkout_with_a_separate_git_dir_is_rejected(repository: Repository, tmp_path: Path, kind: str) -> None:
     """Git takes the git directory for the checkout and would write files there; other branches can be landed on."""
     if kind == "submodule":
         above = tmp_path / "above"

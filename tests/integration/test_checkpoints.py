@@ -57,7 +57,7 @@ async def document(repository: Repository, task: str) -> TaskDocument:
         return await read_task(council._context.store, await council.runs.newest(), task)
 
 
-async def test_a_task_that_was_running_is_dealt_with_as_after_a_kill(repository: Repository) -> None:
+async def test_running_task_is_restored_as_after_a_kill(repository: Repository) -> None:
     """Its attempts since stay on record and keep their numbers and branches; what landed since stays landed."""
     tasks: list[dict[str, Any]] = [
         {"id": "fails", "prompt": f"write work.txt x\nwithout {flag(repository)} exit 1", "attempts": 2},
@@ -89,7 +89,7 @@ async def test_a_task_that_was_running_is_dealt_with_as_after_a_kill(repository:
     assert restored(repository, {"id": told["before"]})["runs"] == []
 
 
-async def test_work_that_waited_to_land_lands_after_a_later_attempt(repository: Repository) -> None:
+async def test_queued_work_lands_after_a_later_attempt(repository: Repository) -> None:
     """A checkpoint from before the checks did not pass brings back that work, with its base and branch."""
     tasks = [{"id": "one", "prompt": "attempt 1 write one.txt 1\nattempt 2 exit 1", "attempts": 2}]
     readable = [sys.prefix, str(FAKE_CLI.parents[1]), str(repository.spawns.parent)]
@@ -111,7 +111,7 @@ async def test_work_that_waited_to_land_lands_after_a_later_attempt(repository: 
     await repository.assert_invariants()
 
 
-async def test_a_task_that_was_over_is_retried_after_its_later_attempts(repository: Repository) -> None:
+async def test_ended_task_is_retried_after_its_later_attempts(repository: Repository) -> None:
     """Restored it is about the attempt that it was over with; retried, about a new one."""
     path = repository.configure(
         [{"id": "one", "prompt": f"without {flag(repository)} exit 1\nwrite one.txt 1", "attempts": 1}]
@@ -130,7 +130,7 @@ async def test_a_task_that_was_over_is_retried_after_its_later_attempts(reposito
 
 
 @pytest.mark.extended
-async def test_a_landing_that_was_under_way_is_made_anew(repository: Repository) -> None:
+async def test_landing_in_progress_is_repeated(repository: Repository) -> None:
     """Its move was settled since, and files of the user's that look like its own are left alone."""
     killed_with(repository, [{"id": "one", "prompt": "write README.md new"}], "landing.intended")
     checkpoint = made(repository)
@@ -146,7 +146,7 @@ async def test_a_landing_that_was_under_way_is_made_anew(repository: Repository)
     await repository.assert_invariants()
 
 
-async def test_what_is_on_the_target_is_adopted_and_lands_once(repository: Repository) -> None:
+async def test_work_on_the_target_is_adopted_and_lands_once(repository: Repository) -> None:
     """The push was made, and its end never recorded: a checkpoint from before does not turn that back."""
     path = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
     assert repository.council("run", str(path), failpoints="attempt.recorded=kill").code == -signal.SIGKILL
@@ -160,7 +160,7 @@ async def test_what_is_on_the_target_is_adopted_and_lands_once(repository: Repos
     assert restored(repository, checkpoint)["written"] == []
 
 
-async def test_a_cancel_can_be_taken_back(repository: Repository) -> None:
+async def test_cancel_can_be_undone(repository: Repository) -> None:
     """A checkpoint is made before; restored, the run goes on as if nobody had cancelled."""
     tasks: list[dict[str, Any]] = [
         {"id": "a", "prompt": "write a.txt x"},
@@ -176,7 +176,7 @@ async def test_a_cancel_can_be_taken_back(repository: Repository) -> None:
 
 
 @pytest.mark.extended
-async def test_a_run_at_work_is_not_restored_unless_it_is_taken_over(repository: Repository) -> None:
+async def test_active_run_is_restored_only_by_force(repository: Repository) -> None:
     """Refused with who is at work; forced, the old owner's next write is refused and it ends, and a resume goes on."""
     tasks: list[dict[str, Any]] = [
         {"id": "first", "prompt": f"without {flag(repository)} exit 1\nwrite f.txt x", "attempts": 1},
@@ -212,7 +212,7 @@ async def test_a_run_at_work_is_not_restored_unless_it_is_taken_over(repository:
     assert position < repository.council("checkpoint", "show", "3", "--json").result["position"]
 
 
-async def test_a_run_at_work_makes_its_own_by_the_clock(repository: Repository) -> None:
+async def test_active_run_creates_checkpoints_by_the_clock(repository: Repository) -> None:
     """One every five minutes, of which the newest twelve stay; those of a person stay, too."""
     path = repository.configure(
         [{"id": "long", "prompt": "hang", "attempts": 1, "timeout": "10h", "idle_timeout": "10h"}]
@@ -250,7 +250,7 @@ async def until(council: Council, name: str, count: int = 1) -> None:
             return
 
 
-async def test_the_events_of_a_run_end_also_behind_a_checkpoint(repository: Repository) -> None:
+async def test_event_follower_ends_after_a_restore(repository: Repository) -> None:
     """What is made of a run that is over, or restored of it, does not have a listener wait for more."""
     path = repository.configure([{"id": "one", "prompt": "exit 1", "attempts": 1}])
     async with Council.open(path, environ=repository.environ) as council:
@@ -264,7 +264,7 @@ async def test_the_events_of_a_run_end_also_behind_a_checkpoint(repository: Repo
         assert [one.reason for one in await council.checkpoints.list(run)] == ["at first", "before restore"]
 
 
-async def test_cleaning_makes_one_of_each_run_first(repository: Repository) -> None:
+async def test_clean_creates_a_checkpoint_of_each_run_first(repository: Repository) -> None:
     """Of the runs that it removes something of, and of no other."""
     path = repository.configure([{"id": "one", "prompt": "append one.txt 1"}])
     for _ in range(2):
@@ -276,7 +276,7 @@ async def test_cleaning_makes_one_of_each_run_first(repository: Repository) -> N
         assert [(one.run, one.reason) for one in await council.checkpoints.list()] == [(run, "before clean")]
 
 
-async def test_all_runs_together_and_what_people_are_told(repository: Repository) -> None:
+async def test_all_runs_are_restored_with_readable_output(repository: Repository) -> None:
     """The whole store has checkpoints of its own; every command says in words what it did."""
     path = repository.configure([{"id": "one", "prompt": f"without {flag(repository)} exit 1", "attempts": 1}])
     assert repository.council("run", str(path)).code == 1
@@ -301,7 +301,7 @@ async def test_all_runs_together_and_what_people_are_told(repository: Repository
     await repository.assert_invariants()
 
 
-async def test_what_can_not_be_done_is_refused(repository: Repository) -> None:
+async def test_impossible_restore_is_rejected(repository: Repository) -> None:
     """Exit code 2 with what is wrong and what there is."""
     assert repository.council("run", str(repository.configure([{"id": "a", "prompt": "write a.txt x"}]))).code == 0
     refusals = {
@@ -316,7 +316,7 @@ async def test_what_can_not_be_done_is_refused(repository: Repository) -> None:
         assert (refused.code, fragment in refused.stderr) == (2, True), refused
 
 
-async def test_a_task_that_stays_landed_keeps_what_its_phases_handed_off(repository: Repository) -> None:
+async def test_landed_task_keeps_its_handoffs(repository: Repository) -> None:
     """Its phases are completed on record, so what they produced since the checkpoint is not deleted."""
     review = {"access": "read", "produces": "review", "prompt": "{{ task.prompt }}"}
     steps = 'in build write a.txt 1\nin review hand-over {"verdict": "approve", "findings": []}'
@@ -355,7 +355,7 @@ class _Renewed:
         return found
 
 
-async def test_a_run_is_taken_over_though_a_process_renews_its_record_meanwhile(repository: Repository) -> None:
+async def test_run_is_taken_over_despite_concurrent_heartbeats(repository: Repository) -> None:
     """The record is read again: a heartbeat is no reason to fail."""
     async with FileStore.open(repository.log, SystemClock()) as store:
         key = Key("orchestrator", "run/other")
@@ -368,7 +368,7 @@ async def test_a_run_is_taken_over_though_a_process_renews_its_record_meanwhile(
         assert (found.version, found.value["epoch"]) == (3, 2)
 
 
-async def test_a_halted_run_has_one_state_everywhere(repository: Repository) -> None:
+async def test_halted_run_has_one_status_everywhere(repository: Repository) -> None:
     """The final report, `status`, `runs`, `state show` and a checkpoint have the same word; `resume` names the run."""
     repository.commit({"code": "bad\n"}, "broken")
     tasks = [{"id": "t", "prompt": "write t.txt x", "checks": ["grep -q good code"]}]

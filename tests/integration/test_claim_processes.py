@@ -89,7 +89,7 @@ MANY = [*SOME, *SOME, *SOME, *SOME]
         ),
     ],
 )
-async def test_every_task_of_a_queue_is_done_once(
+async def test_every_task_of_a_shared_queue_is_done_once(
     tmp_path: Path, fates: list[str], tasks: int, patience: float
 ) -> None:
     """Those who are killed are followed at once, those who are stopped in time; what these then write is refused."""

@@ -82,7 +82,7 @@ def elsewhere(repository: Repository, *arguments: str) -> CommandResult:
     return Repository(folder, repository.environ, repository.spawns).council(*arguments)
 
 
-async def test_nothing_is_left_of_a_run_that_ended_well(repository: Repository) -> None:
+async def test_clean_removes_a_finished_run_completely(repository: Repository) -> None:
     """But for checkouts that are ready for the next one, with a project and without; they go if that is asked for."""
     run_once(repository, {"id": "a", "prompt": "write a.txt a"})
     for listed in (repository.council("clean", "--json"), elsewhere(repository, "clean", "--json")):
@@ -99,7 +99,7 @@ async def test_nothing_is_left_of_a_run_that_ended_well(repository: Repository) 
     await repository.assert_invariants()
 
 
-async def test_a_worktree_of_a_task_that_is_over_goes_once(repository: Repository) -> None:
+async def test_worktree_of_an_ended_task_is_removed_once(repository: Repository) -> None:
     """Killed after the end of its task is recorded, its worktree is left; shown, removed, and gone the second time."""
     tasks: list[dict[str, Any]] = [
         {"id": "done", "prompt": "write a.txt a\nexit 1", "attempts": 1},
@@ -145,7 +145,7 @@ async def test_a_worktree_of_a_task_that_is_over_goes_once(repository: Repositor
         *(pytest.param(step, marks=pytest.mark.slow) for step in ("worktree.partly_made", "session.ended")),
     ],
 )
-async def test_an_interrupted_run_still_resumes(repository: Repository, failpoint: str) -> None:
+async def test_interrupted_run_can_resume_after_clean(repository: Repository, failpoint: str) -> None:
     """What a resume needs is only told, whatever is asked for; cancelled instead, nothing is left."""
     config = repository.configure([{"id": "a", "prompt": "write a.txt a"}, {"id": "b", "prompt": "write b.txt b"}])
     assert repository.council("run", str(config), failpoints=f"{failpoint}=kill").code == -signal.SIGKILL
@@ -167,7 +167,7 @@ async def test_an_interrupted_run_still_resumes(repository: Repository, failpoin
     await repository.assert_invariants()
 
 
-async def test_after_a_cancel_of_a_killed_run_nothing_is_left(repository: Repository) -> None:
+async def test_cancelled_killed_run_leaves_nothing(repository: Repository) -> None:
     """The cancel saves what was done; `clean` has nothing to add, and what was saved stays."""
     config = repository.configure([{"id": "a", "prompt": "write a.txt a\nhang"}])
     child = repository.start("run", str(config))
@@ -180,7 +180,7 @@ async def test_after_a_cancel_of_a_killed_run_nothing_is_left(repository: Reposi
     await repository.assert_invariants()
 
 
-async def test_a_live_run_is_left_alone(repository: Repository) -> None:
+async def test_active_run_is_not_cleaned(repository: Repository) -> None:
     """Nothing of a run that is at work is even listed, and it ends as if nothing had been."""
     tasks = [KEEPS, {"id": "long", "prompt": "write l.txt l\nhang"}]
     child = repository.start("run", str(repository.configure(tasks)), "--json")
@@ -196,7 +196,7 @@ async def test_a_live_run_is_left_alone(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
-async def test_kept_work_goes_only_if_that_is_asked_for(repository: Repository) -> None:
+async def test_preserved_work_is_removed_only_on_request(repository: Repository) -> None:
     """A worktree with what no commit may hold is listed and stays; `--kept` removes it, and no branch."""
     run_once(repository, KEEPS, code=1)
     cleaned = repository.council("clean", "--yes", "--json")
@@ -229,7 +229,7 @@ def damage(repository: Repository, event: bytes, at: int) -> None:
     log.write_bytes(b"".join(lines))
 
 
-async def test_a_record_that_is_damaged_proves_nothing(repository: Repository) -> None:
+async def test_damaged_record_proves_nothing(repository: Repository) -> None:
     """Where the state of a task can't be read, its worktree is kept; where that of runs can't be, none is unknown."""
     run = run_once(repository, KEEPS, code=1)
     age(hub_of(repository).trusted / "refs/council" / run)
@@ -244,7 +244,7 @@ async def test_a_record_that_is_damaged_proves_nothing(repository: Repository) -
     assert trees(repository) == ["keeps.1"]
 
 
-async def test_the_hub_of_a_deleted_repository_goes(repository: Repository) -> None:
+async def test_hub_of_a_deleted_repository_is_removed(repository: Repository) -> None:
     """From anywhere; as long as the repository or a state that knows of its runs is there, it stays."""
     run_once(repository, {"id": "a", "prompt": "write a.txt a"})
     root = hub_of(repository).root
@@ -260,7 +260,7 @@ async def test_the_hub_of_a_deleted_repository_goes(repository: Repository) -> N
     assert elsewhere(repository, "clean", "--json").result["found"] == []
 
 
-async def test_the_hub_of_a_deleted_repository_stays_for_the_work_in_it(repository: Repository) -> None:
+async def test_hub_of_a_deleted_repository_with_work_stays(repository: Repository) -> None:
     """Branches and worktrees that keep work may be all that is left of it."""
     run_once(repository, KEEPS, code=1)
     shutil.rmtree(repository.top)
@@ -272,7 +272,7 @@ async def test_the_hub_of_a_deleted_repository_stays_for_the_work_in_it(reposito
     assert not list(home_of(repository).glob("*/"))
 
 
-async def test_a_disk_that_is_not_mounted_is_not_gone(repository: Repository) -> None:
+async def test_unmounted_disk_is_not_a_deleted_repository(repository: Repository) -> None:
     """A hub whose repository was beneath a mount point that is none now is not judged."""
     run_once(repository, {"id": "a", "prompt": "write a.txt a"})
     recorded = hub_of(repository).root / "origin.json"
@@ -284,7 +284,7 @@ async def test_a_disk_that_is_not_mounted_is_not_gone(repository: Repository) ->
 
 
 @pytest.mark.extended
-async def test_what_no_state_knows_any_more(repository: Repository) -> None:
+async def test_hub_unknown_to_any_state_is_removed(repository: Repository) -> None:
     """With the state deleted its runs' worktrees hold work, their refs none; another project's state may know them."""
     old = run_once(repository, KEEPS, code=1)
     hub = hub_of(repository)
@@ -312,7 +312,7 @@ async def test_what_no_state_knows_any_more(repository: Repository) -> None:
     assert trees(repository) == []
 
 
-async def test_what_killed_commands_left_goes(repository: Repository) -> None:
+async def test_leftovers_of_killed_commands_are_removed(repository: Repository) -> None:
     """Temporary files and locks in the hub and next to it: of git's at once, of ours what is old, and nothing else."""
     run_once(repository, KEEPS, code=1)
     hub = hub_of(repository)
@@ -352,7 +352,7 @@ async def test_what_killed_commands_left_goes(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
-async def test_a_hub_that_is_being_made_is_no_debris(repository: Repository) -> None:
+async def test_hub_being_created_is_not_a_leftover(repository: Repository) -> None:
     """Whoever makes it holds its lock."""
     home = home_of(repository)
     (home / "other-0123456789ab.new").mkdir(parents=True)
@@ -361,7 +361,7 @@ async def test_a_hub_that_is_being_made_is_no_debris(repository: Repository) -> 
     assert len(elsewhere(repository, "clean", "--json").result["found"]) == 1
 
 
-async def test_old_logs_go_if_that_is_asked_for(repository: Repository) -> None:
+async def test_old_logs_are_removed_on_request(repository: Repository) -> None:
     """Those of runs that ended before; the task's work and state stay, as do the logs of a run that has not ended."""
     old = run_once(repository, {"id": "a", "prompt": "write a.txt a\nprint hello"})
     config = repository.configure([{"id": "b", "prompt": "print hello\nhang"}])
@@ -396,7 +396,7 @@ def immutable(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-async def test_what_can_not_be_removed_is_named(repository: Repository) -> None:
+async def test_unremovable_leftover_is_named(repository: Repository) -> None:
     """The exit code says so, the rest goes, and closed folders are no hindrance."""
     run_once(repository, KEEPS, {**KEEPS, "id": "other"}, code=1)
     closed = next(home_of(repository).glob("*/sessions/*/other.1/slot/tree")) / "closed"
@@ -427,7 +427,7 @@ async def listed_in_process(repository: Repository, store: FileStore) -> tuple[C
     return cleaner, [one for one in await cleaner.find() if one.kind is LeftoverKind.WORKTREE]
 
 
-async def test_what_came_to_be_needed_after_it_was_listed_stays(repository: Repository) -> None:
+async def test_leftover_needed_since_listing_stays(repository: Repository) -> None:
     """A run that somebody begins to work in is not touched, nor what was judged by what is not so any more."""
     run = run_once(repository, KEEPS, code=1)
     async with FileStore.open(repository.log, SystemClock()) as store:
@@ -441,7 +441,7 @@ async def test_what_came_to_be_needed_after_it_was_listed_stays(repository: Repo
         assert trees(repository) == ["keeps.1"]
 
 
-async def test_a_hub_that_came_to_be_used_after_it_was_listed_stays(repository: Repository) -> None:
+async def test_hub_used_since_listing_stays(repository: Repository) -> None:
     """The repository is back: its hub is not removed."""
     run_once(repository, {"id": "a", "prompt": "write a.txt a"})
     aside = repository.top.parent / "aside"
@@ -454,7 +454,7 @@ async def test_a_hub_that_came_to_be_used_after_it_was_listed_stays(repository: 
     assert hub_of(repository).root.exists()
 
 
-async def test_a_repository_without_a_run_to_resume_can_run_again(repository: Repository) -> None:
+async def test_repository_can_run_again_after_clean(repository: Repository) -> None:
     """A hub that was removed is made anew by the next run of a repository in the same place."""
     run_once(repository, {"id": "a", "prompt": "write a.txt a"})
     aside = repository.top.parent / "aside"
@@ -489,7 +489,7 @@ def asked(repository: Repository) -> Iterator[tuple[subprocess.Popen[bytes], int
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize(("answer", "stays"), [("y", False), ("", True), ("no", True)])
-async def test_on_a_terminal_it_asks_once(repository: Repository, answer: str, stays: bool) -> None:
+async def test_clean_on_a_terminal_asks_once(repository: Repository, answer: str, stays: bool) -> None:
     """Only a yes removes."""
     run_once(repository, KEEPS, code=1)
     with asked(repository) as (child, terminal):
@@ -498,7 +498,7 @@ async def test_on_a_terminal_it_asks_once(repository: Repository, answer: str, s
     assert trees(repository) == (["keeps.1"] if stays else [])
 
 
-async def test_nothing_is_deleted_behind_a_link(repository: Repository) -> None:
+async def test_clean_follows_no_link(repository: Repository) -> None:
     """A link in our folders leads to what is somebody else's, whatever its names look like."""
     run, hub = run_once(repository, {"id": "a", "prompt": "write a.txt 1"}), hub_of(repository)
     theirs = repository.top.parent / "theirs"
@@ -532,7 +532,7 @@ async def test_nothing_is_deleted_behind_a_link(repository: Repository) -> None:
             moved.rename(link)
 
 
-async def test_a_folder_that_only_has_the_name_of_a_half_built_hub_stays(repository: Repository) -> None:
+async def test_folder_that_only_looks_like_a_partial_hub_stays(repository: Repository) -> None:
     """What we make is known by what is in it, too: anything may lie in the folder that COUNCIL_HOME names."""
     run_once(repository, {"id": "a", "prompt": "write a.txt 1"})
     photos = home_of(repository) / "photos-20200101abcd.new"
@@ -542,7 +542,7 @@ async def test_a_folder_that_only_has_the_name_of_a_half_built_hub_stays(reposit
     assert (photos / "one.jpg").exists()
 
 
-async def test_a_signal_ends_the_question(repository: Repository) -> None:
+async def test_signal_ends_the_confirmation(repository: Repository) -> None:
     """As a no."""
     run_once(repository, KEEPS, code=1)
     with asked(repository) as (child, _):

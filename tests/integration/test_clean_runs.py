@@ -59,7 +59,7 @@ async def documents(council: Council, run: str) -> set[str]:
     return {key.kind for key in (await council.history.at(await council.history.position(), run=run)).documents}
 
 
-async def test_old_runs_go_and_come_back(repository: Repository) -> None:
+async def test_old_runs_are_removed_and_restored(repository: Repository) -> None:
     """After 7 days and not before; with what they printed; restored, the record is as it was."""
     run = run_once(repository, LANDS)
     logs = repository.top / ".council/logs" / run
@@ -93,7 +93,7 @@ async def test_old_runs_go_and_come_back(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
-async def test_work_that_did_not_land_stays_unless_forced(repository: Repository) -> None:
+async def test_unlanded_work_stays_without_force(repository: Repository) -> None:
     """On a branch; dropped, the record may go; forced, the branch is still there when the record is back."""
     run = run_once(repository, FAILS)
     async with later(repository, 8) as council:
@@ -110,7 +110,7 @@ async def test_work_that_did_not_land_stays_unless_forced(repository: Repository
         assert [(task.status, task.attempts) for task in (await council.runs.resume()).tasks] == [("failed", 1)]
 
 
-async def test_what_can_be_resumed_stays_unless_that_is_said(repository: Repository) -> None:
+async def test_resumable_run_stays_without_an_option(repository: Repository) -> None:
     """A run that was cut off, and one of which a task is to be tried again."""
     cut_off = run_once(repository, LANDS, failpoints="run.leader_elected=kill")
     retried = run_once(repository, FAILS)
@@ -125,7 +125,7 @@ async def test_what_can_be_resumed_stays_unless_that_is_said(repository: Reposit
         assert await judged(council, include_interrupted=True) == {}
 
 
-async def test_no_epoch_comes_back_with_a_run(repository: Repository) -> None:
+async def test_restored_run_has_a_new_epoch(repository: Repository) -> None:
     """What a process had before its run was forgotten is refused when the run is back, and the task is anybody's."""
     run = run_once(repository, LANDS, failpoints="session.spawned=kill")
     claim, old = Key("claim", f"{run}/a"), 1
@@ -144,7 +144,7 @@ async def test_no_epoch_comes_back_with_a_run(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
-async def test_a_run_at_work_never_goes(repository: Repository) -> None:
+async def test_active_run_is_never_removed(repository: Repository) -> None:
     """It is not even listed; one that somebody begins to work in after the list was made stays, too."""
     run = run_once(repository, LANDS)
     async with later(repository, 8) as council:
@@ -160,7 +160,7 @@ async def test_a_run_at_work_never_goes(repository: Repository) -> None:
         assert await council.runs.ids() == [run]
 
 
-async def test_what_changed_since_it_was_shown_stays(repository: Repository) -> None:
+async def test_run_changed_since_listing_stays(repository: Repository) -> None:
     """A run that was over and is to be gone on with."""
     run = run_once(repository, FAILS)
     async with later(repository, 8) as council:
@@ -172,7 +172,7 @@ async def test_what_changed_since_it_was_shown_stays(repository: Repository) -> 
         assert await council.runs.ids() == [run]
 
 
-async def test_a_kill_in_between_leaves_what_can_be_cleaned_again(repository: Repository) -> None:
+async def test_killed_removal_can_be_repeated(repository: Repository) -> None:
     """With the logs gone and the record deleted, nothing is left but its checkpoints, its lease and its claims."""
     run = run_once(repository, LANDS)
     words = ("clean", "--runs", "1ms", "--yes")
@@ -183,7 +183,7 @@ async def test_a_kill_in_between_leaves_what_can_be_cleaned_again(repository: Re
         assert await council._context.store.get(Key("lease", f"run/{run}")) is not None
 
 
-async def test_the_command_shows_first(repository: Repository) -> None:
+async def test_command_lists_first(repository: Repository) -> None:
     """Without --yes it only lists where nobody can be asked; seven days are the default."""
     run = run_once(repository, LANDS)
     assert run not in repository.council("clean", "--runs", "--yes").stdout
@@ -201,7 +201,7 @@ async def test_the_command_shows_first(repository: Repository) -> None:
     assert (refused.code, "--runs are meant" in refused.stderr) == (2, True)
 
 
-async def test_without_a_checkpoint_no_record_goes(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_record_without_a_checkpoint_is_kept(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a disk that is full, which is told."""
     async with recorded_project(repository.top, monkeypatch):
         pass

@@ -26,7 +26,7 @@ class JumpingClock(SystemClock):
         return super().now() + next(self._offsets)
 
 
-async def test_a_run_while_the_clock_jumps_back_and_forth(repository: Repository) -> None:
+async def test_run_survives_clock_jumps(repository: Repository) -> None:
     """Retries, checks, order and landings are as usual, and no session times out."""
     tasks: list[dict[str, Any]] = [
         {"id": "one", "prompt": "write one.txt 1", "checks": ["test -e README.md"], "timeout": "60s"},

@@ -106,7 +106,7 @@ async def place(repository: Repository, tmp_path: Path, environ: dict[str, str])
     return Place(yard.git, worktree, base, environ, checkout.contents.snapshot)
 
 
-async def test_ordinary_work_comes_in_whole(place: Place) -> None:
+async def test_ordinary_work_is_collected_completely(place: Place) -> None:
     """New, changed and deleted files, strange names, links and modes are one commit; the agent's commits are kept."""
     own = place.commit("a.txt")
     place.write("-dash"), place.write("new\nline"), place.write(":(top)magic"), place.write("deep/er/x")
@@ -131,13 +131,13 @@ async def test_ordinary_work_comes_in_whole(place: Place) -> None:
     assert await place.git.line("rev-parse", f"{left.commit}^") == own
 
 
-async def test_nothing_is_nothing(place: Place) -> None:
+async def test_unchanged_worktree_gives_no_commit(place: Place) -> None:
     """An untouched worktree holds nothing, a file that was only touched neither."""
     os.utime(place.worktree.tree / ".env.tracked", (1, 1))
     assert await place.collect() == CollectedWork(None)
 
 
-async def test_secret_and_huge_files_stay_out(place: Place) -> None:
+async def test_secret_and_huge_files_are_left_out(place: Place) -> None:
     """They are named, the rest is committed, none of them reaches the hub's objects, the worktree is kept."""
     place.write("good.txt")
     place.write("new\nline/.env", "PASSWORD=hidden-by-name\n")
@@ -159,7 +159,7 @@ async def test_secret_and_huge_files_stay_out(place: Place) -> None:
         assert not await place.has(content)
 
 
-async def test_a_secret_that_the_base_has_is_nothing_new(place: Place) -> None:
+async def test_secret_in_the_base_is_not_new(place: Place) -> None:
     """A file with an old key may be edited; a tracked file for secrets may be deleted, not changed."""
     place.write("config.py", f"OLD = '{KEY}'\nNEW = 1\n")
     (place.worktree.tree / ".env.tracked").unlink()
@@ -172,7 +172,7 @@ async def test_a_secret_that_the_base_has_is_nothing_new(place: Place) -> None:
     assert await place.git.line("show", f"{left.commit}:.env.tracked") == "A=1"
 
 
-async def test_only_secrets_are_no_commit(place: Place) -> None:
+async def test_only_secrets_give_no_commit(place: Place) -> None:
     """Where nothing may come in there is no commit, but the worktree is kept."""
     place.write(".env", "A=1\n")
     left = await place.collect()
@@ -222,7 +222,7 @@ async def test_other_commits_are_salvaged(place: Place) -> None:
     assert left.complete
 
 
-async def test_a_rewritten_branch_is_salvaged(place: Place) -> None:
+async def test_rewritten_branch_is_salvaged(place: Place) -> None:
     """Commits of the own branch that do not continue from the base are no history, but are not lost."""
     place.agent("checkout", "--quiet", "--orphan", "other")
     orphan = place.commit("orphan.txt")
@@ -249,7 +249,7 @@ async def test_secrets_are_not_salvaged(place: Place) -> None:
 
 
 @pytest.mark.slow
-async def test_more_refs_than_are_kept(place: Place) -> None:
+async def test_salvaged_refs_are_limited(place: Place) -> None:
     """At most 50 are salvaged; that there are more is said."""
     tree = place.agent("rev-parse", "HEAD^{tree}")
     for number in range(52):
@@ -278,7 +278,7 @@ async def test_pipes_that_git_would_open_do_not_hang(place: Place, monkeypatch: 
     assert not {".gitattributes", ".gitmodules", "sub/.gitignore"} & set(paths)
 
 
-async def test_pipes_among_the_sessions_objects_do_not_hang(place: Place, tmp_path: Path) -> None:
+async def test_pipes_among_session_objects_do_not_hang(place: Place, tmp_path: Path) -> None:
     """Alternates are not followed and pipes not opened; what is whole comes in nevertheless."""
     own = place.commit("a.txt")
     objects, evil = place.worktree.git_dir / "objects", tmp_path / "evil"
@@ -308,7 +308,7 @@ async def test_filters_and_hooks_of_the_agent_do_not_run(place: Place, tmp_path:
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("where", ["refs", "refs/heads", "HEAD", "packed-refs", "git", "pipe"])
-async def test_links_in_the_sessions_repository_are_not_followed(place: Place, tmp_path: Path, where: str) -> None:
+async def test_links_in_the_session_repository_are_not_followed(place: Place, tmp_path: Path, where: str) -> None:
     """No component of a path that is read may be a link, and a pipe is not waited for."""
     evil = place.commit("evil.txt")
     place.agent("checkout", "--quiet", place.base), place.agent("branch", "other", evil)
@@ -330,7 +330,7 @@ async def test_links_in_the_sessions_repository_are_not_followed(place: Place, t
         assert not any(ref.endswith("other") for ref in left.salvaged)
 
 
-async def test_a_file_in_place_of_a_folder_and_back(place: Place) -> None:
+async def test_file_replacing_a_folder_and_back_is_collected(place: Place) -> None:
     """Paths that change between file and folder are staged, and what is refused there does no harm."""
     tree = place.worktree.tree
     (tree / "link/x").unlink()
@@ -345,7 +345,7 @@ async def test_a_file_in_place_of_a_folder_and_back(place: Place) -> None:
     assert "link" not in paths
 
 
-async def test_a_secret_as_a_name_without_content_stays_out(place: Place) -> None:
+async def test_secret_file_name_without_content_is_left_out(place: Place) -> None:
     """The name of a repository in the checkout, of an empty folder in a commit, and of a branch."""
     own = place.commit("own.txt")
     place.agent("update-ref", f"refs/heads/{VALUE}", place.agent("commit-tree", "HEAD^{tree}", "-p", own, "-m", "x"))
@@ -366,7 +366,7 @@ async def test_a_secret_as_a_name_without_content_stays_out(place: Place) -> Non
 
 
 @pytest.mark.extended
-async def test_a_tree_that_unfolds_without_end_takes_no_memory(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_self_expanding_tree_takes_bounded_memory(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twelve small trees that mean 10^12 files: the history is not taken, the files are."""
     monkeypatch.setattr("orchestrator.repo.git.command._MAX_MEMORY", 100 << 20)
     blob = place.agent("rev-parse", "HEAD:config.py")
@@ -382,7 +382,7 @@ async def test_a_tree_that_unfolds_without_end_takes_no_memory(place: Place, mon
     assert not collected.complete
 
 
-async def test_more_refs_than_are_looked_at_are_not_passed_over(place: Place) -> None:
+async def test_refs_above_the_limit_are_reported(place: Place) -> None:
     """Commits on the last of thousands of branches are not lost in silence: the worktree stays."""
     commit = place.commit("own.txt")
     other = place.agent("commit-tree", "HEAD^{tree}", "-p", commit, "-m", "other")
@@ -395,7 +395,7 @@ async def test_more_refs_than_are_looked_at_are_not_passed_over(place: Place) ->
     assert collected.notes == ("it has too many refs: only some were read",)
 
 
-async def test_files_deeper_than_paths_can_be_are_not_lost(place: Place) -> None:
+async def test_files_deeper_than_path_max_are_not_lost(place: Place) -> None:
     """Git passes over a folder that it can't open with a warning; the worktree stays."""
     place.write("good.txt")
     code = "import os\nfor _ in range(25):\n  os.mkdir('d' * 200); os.chdir('d' * 200)\nopen('x', 'w')"
@@ -408,7 +408,7 @@ async def test_files_deeper_than_paths_can_be_are_not_lost(place: Place) -> None
 
 
 @pytest.mark.parametrize("where", ["tree", "git"])
-async def test_a_pipe_behind_a_pointer_does_not_hang(place: Place, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+async def test_pipe_behind_a_pointer_does_not_hang(place: Place, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """A `.git` that is a link, or names a folder, leads git to a pipe that lies elsewhere."""
     monkeypatch.setattr("orchestrator.repo.intake.staging.STAGING_TIMEOUT", 5.0)
     evil = (place.worktree.tree if where == "tree" else place.worktree.git_dir) / "evil"
@@ -435,7 +435,7 @@ _RESERVED = {
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("name", list(_RESERVED))
-async def test_a_file_of_a_reserved_name_stays_out(place: Place, name: str) -> None:
+async def test_file_with_a_reserved_name_is_left_out(place: Place, name: str) -> None:
     """Nor does a .gitignore that says not to ignore it help."""
     place.write("good.txt")
     place.write(".gitignore", "!.council\n!.worktrees\n")
@@ -452,7 +452,7 @@ async def test_a_file_of_a_reserved_name_stays_out(place: Place, name: str) -> N
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("name", list(_RESERVED))
-async def test_a_commit_with_a_reserved_name_stays_out(place: Place, name: str) -> None:
+async def test_commit_with_a_reserved_name_is_left_out(place: Place, name: str) -> None:
     """Git commands that know no such rule can make one; the files of the checkout become a commit without it."""
     place.write("good.txt")
     blob = place.agent("hash-object", "-w", str(place.write("forged.txt", "forged")))

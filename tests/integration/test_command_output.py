@@ -30,7 +30,7 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-async def test_half_of_the_work_does_not_land_and_is_gone_on_with(repository: Repository) -> None:
+async def test_half_work_does_not_land_and_is_continued(repository: Repository) -> None:
     """A zero exit without the end that the file waits for is a failure; the next attempt has the conversation."""
     tasks = [{"id": "t", "prompt": "x", "attempts": 2}]
     backoff = {"initial": "10ms", "max": "10ms"}
@@ -43,7 +43,7 @@ async def test_half_of_the_work_does_not_land_and_is_gone_on_with(repository: Re
     await repository.assert_invariants()
 
 
-async def test_without_its_end_all_attempts_fail(repository: Repository) -> None:
+async def test_attempts_without_a_result_fail(repository: Repository) -> None:
     """Also where it has changed files; the reason names what was missing."""
     options = {**OPTIONS, "argv": ["sh", "-c", "echo x > x.txt"]}
     config = repository.configure([{"id": "t", "prompt": "x", "attempts": 1}], adapters={"x": options})

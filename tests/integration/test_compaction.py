@@ -59,7 +59,7 @@ def files(tmp_path: Path) -> list[str]:
     return sorted(path.name for path in (tmp_path / "state").iterdir() if ".jsonl" in path.name)
 
 
-async def test_packed_segments_tell_all_that_they_told(store: FileStore, tmp_path: Path, clock: ManualClock) -> None:
+async def test_packed_segments_have_the_same_content(store: FileStore, tmp_path: Path, clock: ManualClock) -> None:
     """To whoever has the store open, and to the next one; the newest is not packed."""
     records, versions, state = await told(store), await store.history(MUCH, 100), await store.at(7)
     compacted = await store.compact(0.0, ALL)
@@ -79,7 +79,7 @@ async def test_packed_segments_tell_all_that_they_told(store: FileStore, tmp_pat
         assert (await told(replayed))[:-1] == records
 
 
-async def test_of_old_commits_the_last_versions_are_left(store: FileStore, tmp_path: Path, clock: ManualClock) -> None:
+async def test_old_commits_keep_the_last_versions(store: FileStore, tmp_path: Path, clock: ManualClock) -> None:
     """What is newer than that stays whole; nothing older can be told, and that is said."""
     now, newest = clock.now(), [await store.get(key) for key in (MUCH, FEW, GONE)]
     whole, recent = await store.history(MUCH, 100), await store.at(40)
@@ -108,7 +108,7 @@ async def test_of_old_commits_the_last_versions_are_left(store: FileStore, tmp_p
     assert found.version == 3
 
 
-async def test_it_can_be_thinned_out_again_and_again(store: FileStore, tmp_path: Path, clock: ManualClock) -> None:
+async def test_log_can_be_compacted_repeatedly(store: FileStore, tmp_path: Path, clock: ManualClock) -> None:
     """What is left of what was left is what is left of all."""
     start, versions = clock.now() - COMMITS * 60, await store.history(MUCH, 100)
     for minutes in range(0, COMMITS, 7):
@@ -122,7 +122,7 @@ async def test_it_can_be_thinned_out_again_and_again(store: FileStore, tmp_path:
         assert not other.damage
 
 
-async def test_a_log_has_no_more_bytes_than_it_may(store: FileStore, clock: ManualClock) -> None:
+async def test_log_size_is_limited(store: FileStore, clock: ManualClock) -> None:
     """However young it is, as much of it goes as need be, but for the newest segment and the last versions."""
     for number in range(400):
         await store.commit(Commit(events=[Event("noise", {"text": str(number) * 30})]))
@@ -135,7 +135,7 @@ async def test_a_log_has_no_more_bytes_than_it_may(store: FileStore, clock: Manu
     assert len(await store.history(MUCH)) == VERSIONS_KEPT
 
 
-async def test_who_lags_behind_begins_anew(store: FileStore, tmp_path: Path, clock: ManualClock) -> None:
+async def test_lagging_reader_starts_again(store: FileStore, tmp_path: Path, clock: ManualClock) -> None:
     """A process that was stopped while the log went on and was thinned out knows what there is, and no damage."""
     async with FileStore.open(tmp_path / "state", clock, segment_bytes=1_500) as other:
         for number in range(COMMITS, 2 * COMMITS):
@@ -149,7 +149,7 @@ async def test_who_lags_behind_begins_anew(store: FileStore, tmp_path: Path, clo
         assert not other.damage
 
 
-async def test_who_watches_and_lags_behind_is_told(store: FileStore, clock: ManualClock) -> None:
+async def test_lagging_follower_is_notified(store: FileStore, clock: ManualClock) -> None:
     """Commits that it has not seen yet are not passed over in silence."""
     async with aclosing(store.watch(3)) as watched:
         first = await anext(watched)
@@ -160,7 +160,7 @@ async def test_who_watches_and_lags_behind_is_told(store: FileStore, clock: Manu
                 pass
 
 
-async def test_what_is_damaged_is_not_thinned_out(store: FileStore, tmp_path: Path, clock: ManualClock) -> None:
+async def test_damaged_part_is_not_compacted(store: FileStore, tmp_path: Path, clock: ManualClock) -> None:
     """What can't be read wholly may yet be mended."""
     oldest = tmp_path / "state" / files(tmp_path)[1]
     oldest.write_bytes(oldest.read_bytes().replace(b'"text":"xxx', b'"text":"yyy', 1))
@@ -168,9 +168,7 @@ async def test_what_is_damaged_is_not_thinned_out(store: FileStore, tmp_path: Pa
     assert not any(one.is_pruned for one in list_segments(tmp_path / "state"))
 
 
-async def test_a_damaged_part_of_what_was_thinned_out_is_told(
-    store: FileStore, tmp_path: Path, clock: ManualClock
-) -> None:
+async def test_damage_in_a_compacted_part_is_reported(store: FileStore, tmp_path: Path, clock: ManualClock) -> None:
     """Whatever byte it is: each document that was not written since is marked, none is silently older."""
     await store.commit(Commit([Write(OTHER, 0, {"n": 0})]))
     await store.compact(clock.now(), ALL)
@@ -190,7 +188,9 @@ async def test_a_damaged_part_of_what_was_thinned_out_is_told(
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("failpoint", ["state.packed=kill", "state.packed=kill@3", "state.pruned=kill"])
-async def test_killed_in_a_compaction(store: FileStore, tmp_path: Path, clock: ManualClock, failpoint: str) -> None:
+async def test_killed_compaction_is_complete_or_absent(
+    store: FileStore, tmp_path: Path, clock: ManualClock, failpoint: str
+) -> None:
     """Whoever comes next finds all that was there, and brings it to its end."""
     newest, versions = await store.get(MUCH), await store.history(MUCH)
     code = (

@@ -36,7 +36,7 @@ def complete(repository: Repository, words: str, *, cwd: Path | None = None) -> 
 
 
 @pytest.mark.extended
-async def test_names_of_a_project_complete(repository: Repository) -> None:
+async def test_names_of_a_project_are_completed(repository: Repository) -> None:
     """Tasks by what the command can do with them, runs, and kept work."""
     tasks: list[dict[str, Any]] = [
         {"id": "good", "prompt": "write good.txt 1"},
@@ -56,7 +56,7 @@ async def test_names_of_a_project_complete(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
-async def test_commands_and_options_complete(repository: Repository) -> None:
+async def test_commands_and_options_are_completed(repository: Repository) -> None:
     """Without any project, too."""
     assert complete(repository, "council sal") == ["salvage"]
     assert complete(repository, "council run --dry") == ["--dry-run"]
@@ -64,7 +64,7 @@ async def test_commands_and_options_complete(repository: Repository) -> None:
 
 
 @pytest.mark.extended
-async def test_where_there_is_nothing_to_name_nothing_is_said(repository: Repository, tmp_path: Path) -> None:
+async def test_missing_names_complete_to_nothing(repository: Repository, tmp_path: Path) -> None:
     """No project, or one whose state is damaged: no names, no message, no failure."""
     assert complete(repository, "council logs ") == []
     assert complete(repository, "council status ", cwd=tmp_path) == []
@@ -77,7 +77,7 @@ async def test_where_there_is_nothing_to_name_nothing_is_said(repository: Reposi
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-async def test_scripts_are_taken_by_their_shells(repository: Repository, shell: str) -> None:
+async def test_scripts_are_accepted_by_their_shells(repository: Repository, shell: str) -> None:
     """Each is a script that defines a completion for `council`; a shell that is here reads it without a word."""
     script = repository.council("completion", shell)
     assert (script.code, script.stderr) == (0, "")
@@ -88,7 +88,7 @@ async def test_scripts_are_taken_by_their_shells(repository: Repository, shell: 
         assert (done.returncode, done.stderr) == (0, "")
 
 
-async def test_bash_offers_what_the_script_asks_for(repository: Repository) -> None:
+async def test_bash_offers_the_completions_of_the_script(repository: Repository) -> None:
     """The script in a real bash, asked for a word of the command line."""
     bash = shutil.which("bash")
     if bash is None:
@@ -101,7 +101,7 @@ async def test_bash_offers_what_the_script_asks_for(repository: Repository) -> N
     assert done.stdout == "salvage\n"
 
 
-async def test_unknown_shell_is_told(repository: Repository) -> None:
+async def test_unknown_shell_is_rejected(repository: Repository) -> None:
     """With those that there are."""
     ended = repository.council("completion", "tcsh")
     assert ended.code == 2

@@ -101,7 +101,7 @@ async def test_collect_of_a_nested_repository_runs_none_of_its_programs(
     assert left.refused is not None
 
 
-async def test_git_with_a_hostile_configuration_of_its_own_starts_no_program(
+async def test_confined_git_with_hostile_configuration_starts_no_program(
     attempt: Attempt, tmp_path: Path, mechanism: Mechanism
 ) -> None:
     """Even if an agent could choose the configuration that our git reads, git could not run what it names."""
@@ -131,7 +131,7 @@ PROBES: dict[str, str] = {
 
 
 @pytest.mark.parametrize("probe", PROBES)
-def test_a_confined_program_does_nothing_else(tmp_path: Path, mechanism: Mechanism, probe: str) -> None:
+def test_confined_program_can_do_nothing_else(tmp_path: Path, mechanism: Mechanism, probe: str) -> None:
     """It reads and writes what it was given; the probe is a Python, which can try more than git."""
     readable, writable, home = tmp_path / "readable", tmp_path / "writable", tmp_path / "home"
     for folder in (readable, writable, home):
@@ -169,9 +169,7 @@ def test_a_confined_program_does_nothing_else(tmp_path: Path, mechanism: Mechani
     assert (writable / "made").exists()
 
 
-async def test_the_thread_that_confines_a_start_leaves_the_process_as_it_was(
-    attempt: Attempt, tmp_path: Path, mechanism: Mechanism
-) -> None:
+async def test_confinement_does_not_affect_the_process(attempt: Attempt, tmp_path: Path, mechanism: Mechanism) -> None:
     """Rights are taken from that thread alone."""
     await attempt.git.confined(readable=(attempt.worktree.hub.objects,))("rev-parse", "--git-dir")
     (tmp_path / "mine").write_text("x")
@@ -200,9 +198,7 @@ def swapping(one: Path, other: Path) -> Iterator[Callable[[], int]]:
 
 @pytest.mark.extended_but_first
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can exchange two files at once")
-async def test_a_live_diff_never_reads_what_a_link_leads_to(
-    attempt: Attempt, tmp_path: Path, mechanism: Mechanism
-) -> None:
+async def test_live_diff_reads_nothing_behind_a_link(attempt: Attempt, tmp_path: Path, mechanism: Mechanism) -> None:
     """A file that becomes a link between two looks at it is not followed out of the worktree."""
     secret = tmp_path / "secret"
     secret.write_text("canary\n")
@@ -216,7 +212,7 @@ async def test_a_live_diff_never_reads_what_a_link_leads_to(
     assert swapped() > 100
 
 
-async def test_an_object_that_is_not_what_its_name_says_does_not_enter_the_hub(
+async def test_object_with_a_wrong_name_does_not_enter_the_hub(
     repository: Repository, tmp_path: Path, environ: dict[str, str]
 ) -> None:
     """What was written by a git that looked at an agent's files is hashed before anything relies on it."""

@@ -113,7 +113,7 @@ def overtaken(store: Store, interfere: Callable[[], Awaitable[object]], times: i
         (ConflictStrategy.MERGE, {"n": 1, "tags": ["a", "b"]}),
     ],
 )
-async def test_a_batch_is_resolved_in_one_commit(store: Store, strategy: ConflictStrategy, value: JsonObject) -> None:
+async def test_batch_is_resolved_in_one_commit(store: Store, strategy: ConflictStrategy, value: JsonObject) -> None:
     """Of several documents, with an event only for that which has more than one update."""
     await put(store, A, {"n": 0})
     updates = [bob(A, {"n": 2, "tags": ["b"]}), ada(B, {"n": 5}), ada(A, {"n": 1, "tags": ["a"]})]
@@ -124,7 +124,7 @@ async def test_a_batch_is_resolved_in_one_commit(store: Store, strategy: Conflic
     assert list((await record_at(store, 2)).events) == [Event("state.conflict_resolved", facts)]
 
 
-async def test_the_last_write_wins_unless_another_strategy_is_named(store: Store) -> None:
+async def test_last_write_wins_by_default(store: Store) -> None:
     """And an unknown one is refused before anything is written."""
     await apply_updates(store, [bob(A, {"n": 2}), ada(A, {"n": 1})])
     assert await value_of(store, A) == {"n": 2}
@@ -133,7 +133,7 @@ async def test_the_last_write_wins_unless_another_strategy_is_named(store: Store
     assert await store.position() == 1
 
 
-async def test_a_deletion_is_an_update(store: Store) -> None:
+async def test_deletion_is_an_update(store: Store) -> None:
     """That of what is not there is nothing, and no updates are no commit."""
     await put(store, A, {"n": 0})
     await apply_updates(store, [ada(A, {"n": 1}), bob(A, None)])
@@ -143,7 +143,7 @@ async def test_a_deletion_is_an_update(store: Store) -> None:
     assert await store.position() == 2
 
 
-async def test_a_bad_update_spoils_its_batch_alone(store: Store) -> None:
+async def test_invalid_update_fails_its_batch_only(store: Store) -> None:
     """Nothing is written of a batch with a value that can't be stored, nor of one whose lease is lost."""
     with pytest.raises(InvalidDocument):
         await apply_updates(store, [ada(A, {"n": 1}), ada(B, {"n": float("nan")})])
@@ -155,7 +155,7 @@ async def test_a_bad_update_spoils_its_batch_alone(store: Store) -> None:
     assert await value_of(store, A) == {"n": 1}
 
 
-async def test_who_is_overtaken_does_it_anew(store: Store) -> None:
+async def test_overtaken_batch_is_repeated(store: Store) -> None:
     """The whole batch, a bounded number of times; then the conflict is told, and nothing is written."""
     slow = overtaken(store, lambda: put(store, B, {"theirs": 1}), 2)
     await apply_updates(slow, [ada(A, {"n": 1}), ada(B, {"n": 1})])
@@ -168,7 +168,7 @@ async def test_who_is_overtaken_does_it_anew(store: Store) -> None:
     assert (await value_of(store, A), await value_of(store, B)) == ({"n": 1}, {"theirs": 2})
 
 
-async def test_of_many_batches_at_once_each_is_whole(store: Store) -> None:
+async def test_concurrent_batches_are_complete(store: Store) -> None:
     """Both documents of a batch are always of the same writer."""
 
     async def write(number: int) -> None:
@@ -184,7 +184,7 @@ async def test_of_many_batches_at_once_each_is_whole(store: Store) -> None:
         assert documents[A] == documents[B]
 
 
-async def test_an_update_of_an_older_version_competes_with_what_is_there(store: Store, clock: ManualClock) -> None:
+async def test_update_of_an_older_version_competes(store: Store, clock: ManualClock) -> None:
     """As of when it was committed, and by whom; one that knew it, or read nothing, replaces it."""
     await put(store, A, {"base": 0})
     clock.advance(5)
@@ -202,7 +202,7 @@ async def test_an_update_of_an_older_version_competes_with_what_is_there(store: 
     assert list((await apply_updates(store, [ada(A, {"mine": 3})])).resolved) == []
 
 
-async def test_a_deletion_that_was_not_known_competes_too(store: Store) -> None:
+async def test_deletion_of_an_unknown_version_competes(store: Store) -> None:
     """It is a candidate as any other; one that the writer saw, who read that there is nothing, is none."""
     await put(store, A, {"base": 0})
     await put(store, A, None)
@@ -212,7 +212,7 @@ async def test_a_deletion_that_was_not_known_competes_too(store: Store) -> None:
     assert list((await apply_updates(store, [ada(A, {"mine": 1}, 0)])).resolved) == []
 
 
-async def test_what_has_expired_does_not_compete(store: Store, clock: ManualClock) -> None:
+async def test_expired_document_does_not_compete(store: Store, clock: ManualClock) -> None:
     """It is as if it had never been written."""
     await put(store, A, {"base": 0})
     await store.commit(Commit([Write(A, 1, {"theirs": 1}, ttl=5)]))
@@ -221,7 +221,7 @@ async def test_what_has_expired_does_not_compete(store: Store, clock: ManualCloc
     assert await value_of(store, A) == {"mine": 1}
 
 
-async def test_a_conflict_that_arises_while_it_is_written_is_seen(store: Store) -> None:
+async def test_conflict_during_the_write_is_detected(store: Store) -> None:
     """Whoever is overtaken looks anew at what competes."""
     await put(store, A, {"base": 0})
     slow = overtaken(store, lambda: put(store, A, {"theirs": 1}))
@@ -229,7 +229,7 @@ async def test_a_conflict_that_arises_while_it_is_written_is_seen(store: Store) 
     assert await value_of(store, A) == {"theirs": 1, "mine": 1}
 
 
-async def test_what_is_left_to_a_person_is_kept_and_told(store: Store) -> None:
+async def test_manual_conflict_is_recorded_and_reported(store: Store) -> None:
     """The document stays as it is, the rest of the batch is written, and the conflict is listed with all candidates."""
     await put(store, A, {"n": 0})
     applied = await apply_updates(store, [bob(A, {"n": 2}), ada(A, None), ada(B, {"n": 5})], "manual")
@@ -243,7 +243,7 @@ async def test_what_is_left_to_a_person_is_kept_and_told(store: Store) -> None:
     assert list((await record_at(store, 2)).events) == [Event("state.conflict_kept", facts)]
 
 
-async def test_many_conflicts_at_once_are_all_kept(store: Store) -> None:
+async def test_concurrent_conflicts_are_all_recorded(store: Store) -> None:
     """Each under an id of its own, the oldest listed first."""
     found: list[Conflict] = []
 
@@ -259,7 +259,7 @@ async def test_many_conflicts_at_once_are_all_kept(store: Store) -> None:
     assert positions == list(range(1, 11))
 
 
-async def test_an_id_that_is_taken_is_not_taken_twice(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_conflict_id_is_unique(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even if chance gives it to two processes: the second takes another."""
     given = iter(["same", "same", "other"])
     monkeypatch.setattr("orchestrator.state.documents.conflicts.secrets.token_hex", lambda _: next(given))
@@ -270,7 +270,7 @@ async def test_an_id_that_is_taken_is_not_taken_twice(store: Store, monkeypatch:
 @pytest.mark.parametrize(
     ("choice", "value", "writer"), [(1, {"n": 1}, "ada"), (2, None, "bob"), ({"n": 9}, {"n": 9}, None)]
 )
-async def test_a_choice_is_written_and_the_conflict_gone(
+async def test_chosen_update_is_written_and_resolves_the_conflict(
     store: Store, choice: int | JsonObject, value: JsonObject | None, writer: str | None
 ) -> None:
     """In one commit, with an event that says whose it was: a candidate's, which may delete, or a value of one's own."""
@@ -283,7 +283,7 @@ async def test_a_choice_is_written_and_the_conflict_gone(
     assert list((await record_at(store, 3)).events) == [Event("state.conflict_settled", facts)]
 
 
-async def test_what_does_not_wait_cannot_be_settled(store: Store) -> None:
+async def test_unknown_conflict_can_not_be_resolved(store: Store) -> None:
     """An unknown id is told with those that wait, an unknown candidate with how many there are; nothing is written."""
     with pytest.raises(RefusedError) as caught:
         await resolve_conflict(store, "nope", 1)
@@ -301,7 +301,7 @@ async def test_what_does_not_wait_cannot_be_settled(store: Store) -> None:
     assert await value_of(store, A) == {"n": 2}
 
 
-async def test_a_document_that_was_changed_since_is_not_overwritten(store: Store) -> None:
+async def test_changed_document_is_not_overwritten(store: Store) -> None:
     """By whom and when is told; forced, the choice replaces what is there."""
     conflict = await kept(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
     await put(store, A, {"n": 3})
@@ -318,7 +318,7 @@ async def test_a_document_that_was_changed_since_is_not_overwritten(store: Store
     assert (await value_of(store, A), await list_pending(store)) == ({"n": 1}, [])
 
 
-async def test_a_document_that_is_gone_since_does_not_come_back_by_itself(store: Store, clock: ManualClock) -> None:
+async def test_deleted_document_is_not_recreated(store: Store, clock: ManualClock) -> None:
     """Deleted, by whom and when is told; expired, that it is gone."""
     await put(store, A, {"n": 0})
     await store.commit(Commit([Write(B, 0, {"n": 0}, ttl=5)]))
@@ -334,7 +334,7 @@ async def test_a_document_that_is_gone_since_does_not_come_back_by_itself(store:
     assert (await value_of(store, A), await value_of(store, B)) == ({"n": 1}, {"n": 1})
 
 
-async def test_a_change_at_the_last_moment_is_seen(store: Store) -> None:
+async def test_change_at_the_last_moment_is_detected(store: Store) -> None:
     """What somebody writes between the look and the commit is told as well, or overwritten if that is forced."""
     conflict = await kept(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
     with pytest.raises(RefusedError, match="was changed by"):
@@ -343,7 +343,7 @@ async def test_a_change_at_the_last_moment_is_seen(store: Store) -> None:
     assert await value_of(store, A) == {"n": 1}
 
 
-async def test_a_conflict_is_settled_once(store: Store) -> None:
+async def test_conflict_is_resolved_once(store: Store) -> None:
     """Of two persons one decides, and the other is told that it is over."""
     conflict = await kept(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
     with pytest.raises(RefusedError, match=r"there are none$"):
@@ -353,7 +353,7 @@ async def test_a_conflict_is_settled_once(store: Store) -> None:
     assert await value_of(store, A) == {"n": 2}
 
 
-async def test_who_lost_the_lease_settles_nothing(store: Store) -> None:
+async def test_resolution_without_the_lease_is_rejected(store: Store) -> None:
     """The guards are those of the commit."""
     await put(store, LEASE, {"epoch": 2})
     conflict = await kept(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
@@ -362,7 +362,7 @@ async def test_who_lost_the_lease_settles_nothing(store: Store) -> None:
     assert await list_pending(store) == [conflict]
 
 
-async def test_a_conflict_outlives_its_process(tmp_path: Path, clock: ManualClock) -> None:
+async def test_conflict_survives_its_process(tmp_path: Path, clock: ManualClock) -> None:
     """Whoever opens the store next finds it, with every candidate."""
     async with FileStore.open(tmp_path, clock) as store:
         conflict = await kept(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
@@ -372,7 +372,7 @@ async def test_a_conflict_outlives_its_process(tmp_path: Path, clock: ManualCloc
         assert await value_of(store, A) == {"n": 2}
 
 
-async def test_a_damaged_conflict_is_no_conflict(tmp_path: Path, clock: ManualClock) -> None:
+async def test_damaged_conflict_is_ignored(tmp_path: Path, clock: ManualClock) -> None:
     """It is not listed, and can't be settled; others can."""
     async with FileStore.open(tmp_path, clock) as store:
         lost = await kept(store, ada(A, {"n": "damaged"}), bob(A, {"n": 2}))

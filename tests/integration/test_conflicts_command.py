@@ -55,7 +55,7 @@ async def change(repository: Repository, key: Key, value: dict[str, Any] | None)
         await store.commit(Commit([Write(key, found.version if found else 0, value)]))
 
 
-async def test_the_guides_examples_are_true(project: Repository) -> None:
+async def test_guide_examples_work(project: Repository) -> None:
     """One after the other, each prints what docs/state.md says."""
     assert len(EXAMPLES) == 2
     for example in EXAMPLES:
@@ -69,7 +69,7 @@ async def test_the_guides_examples_are_true(project: Repository) -> None:
     )
 
 
-async def test_conflicts_for_programs(project: Repository) -> None:
+async def test_conflicts_are_printed_as_json(project: Repository) -> None:
     """With whole values, and what each would change."""
     [one] = project.council("state", "conflicts", "--json").result["conflicts"]
     assert (one["id"], one["key"], one["version"], one["current_version"]) == (NAME, str(API), 4, 4)
@@ -90,7 +90,7 @@ async def pending(repository: Repository) -> dict[str, Any]:
     return {**found.value, "status": "pending"}
 
 
-async def test_a_value_of_ones_own(project: Repository) -> None:
+async def test_own_value_resolves_a_conflict(project: Repository) -> None:
     """From a file or from standard input."""
     value = await pending(project)
     command = [sys.executable, "-m", "orchestrator.cli.main", "state", "settle", "task/api", "--value", "-", "--json"]
@@ -120,7 +120,7 @@ async def test_a_value_of_ones_own(project: Repository) -> None:
         ([NAME, "--value", "missing.json"], "missing.json"),
     ],
 )
-async def test_what_can_not_be_chosen_is_refused(project: Repository, words: list[str], says: str) -> None:
+async def test_impossible_choice_is_rejected(project: Repository, words: list[str], says: str) -> None:
     """With exit code 2 and the reason; the conflict waits on."""
     (project.top / "list.json").write_text("[1]")
     (project.top / "odd.json").write_text('{"status": "pending", "x": 1}')
@@ -131,7 +131,7 @@ async def test_what_can_not_be_chosen_is_refused(project: Repository, words: lis
         assert [one.id for one in await council.state.conflicts()] == [NAME]
 
 
-async def test_a_document_that_was_changed_since_needs_force(project: Repository) -> None:
+async def test_changed_document_needs_force(project: Repository) -> None:
     """The list says so, the refusal says who did it and when."""
     await change(project, API, await pending(project))
     assert f"{API}  version 4, now version 5" in project.council("state", "conflicts").stdout
@@ -140,7 +140,7 @@ async def test_a_document_that_was_changed_since_needs_force(project: Repository
     assert project.council("state", "settle", "task/api", "--take", "1", "--force").code == 0
 
 
-async def test_of_several_about_one_document_the_id_is_asked_for(project: Repository) -> None:
+async def test_ambiguous_document_needs_the_id(project: Repository) -> None:
     """Each has one of its own."""
     async with FileStore.open(project.log, ManualClock(RUN_STARTED + 200)) as store:
         await apply_updates(store, await updates(store), "manual")
@@ -156,7 +156,7 @@ async def test_of_several_about_one_document_the_id_is_asked_for(project: Reposi
         assert (settled.conflict, settled.document.value) == (second, again)
 
 
-async def test_no_update_keeps_a_run_from_being_read(project: Repository) -> None:
+async def test_update_can_not_make_a_run_unreadable(project: Repository) -> None:
     """Whatever a program writes: what is none of a document's kind, and a task without which there is no run."""
     async with Council.open(project.top, environ=project.environ) as council:
         position = await council.history.position()
@@ -167,7 +167,7 @@ async def test_no_update_keeps_a_run_from_being_read(project: Repository) -> Non
         assert [one.run for one in await council.runs.list()] == [RUN]
 
 
-async def test_nothing_is_written_beside_a_run_at_work(project: Repository) -> None:
+async def test_active_run_is_not_written_to(project: Repository) -> None:
     """Neither by settling nor by updates; what is of no run, and of others, is."""
     hub = Hub(project.top / "hub")
     for folder in (hub.trusted, hub.root / "locks"):

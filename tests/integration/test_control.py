@@ -31,7 +31,7 @@ def has_begun(repository: Repository, *tasks: str) -> None:
     wait_for(lambda: all(f" {task} " in spawned(repository) for task in tasks))
 
 
-async def test_cancel_on_a_live_run_ends_a_session_and_keeps_its_work(repository: Repository) -> None:
+async def test_cancel_on_a_live_run_ends_a_session_and_preserves_its_work(repository: Repository) -> None:
     """The task ends as cancelled, what needs it is blocked, the rest lands; the exit codes say so."""
     tasks: list[dict[str, Any]] = [
         {"id": "long", "prompt": "write half.txt half\nhang"},
@@ -54,9 +54,7 @@ async def test_cancel_on_a_live_run_ends_a_session_and_keeps_its_work(repository
 @pytest.mark.parametrize(
     "command", [("cancel", "long"), ("retry", "failed"), ("task", "ignore", "long", "--reason", "no")]
 )
-def test_a_request_to_a_stopped_process_says_what_it_waits_for(
-    repository: Repository, command: tuple[str, ...]
-) -> None:
+def test_request_to_a_stopped_process_names_what_it_waits_for(repository: Repository, command: tuple[str, ...]) -> None:
     """After a few seconds a line names the process; the request is performed when that continues."""
     tasks: list[dict[str, Any]] = [
         {"id": "long", "prompt": "hang"},
@@ -80,7 +78,7 @@ def test_a_request_to_a_stopped_process_says_what_it_waits_for(
     child.communicate(timeout=60)
 
 
-def test_a_request_that_nobody_performs_stays_recorded(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unanswered_request_stays_recorded(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command ends with exit code 1; the process performs the request when it continues."""
     monkeypatch.setattr(control, "_REQUEST_TIMEOUT", 0.3)
     child = repository.start("run", str(repository.configure([{"id": "a", "prompt": "hang"}])))
@@ -114,7 +112,7 @@ def run_until_push(repository: Repository, free: Path) -> StartedCommand:
     return child
 
 
-def test_an_interrupted_process_that_waits_for_a_hook_says_so(repository: Repository, tmp_path: Path) -> None:
+def test_interrupted_process_in_a_hook_is_reported(repository: Repository, tmp_path: Path) -> None:
     """The first Ctrl-C lets the push end; the second ends the process at once."""
     free = tmp_path / "free"
     child = run_until_push(repository, free)
@@ -131,7 +129,7 @@ def test_an_interrupted_process_that_waits_for_a_hook_says_so(repository: Reposi
 
 
 @pytest.mark.extended
-async def test_a_task_whose_push_was_under_way_can_not_be_cancelled(repository: Repository, tmp_path: Path) -> None:
+async def test_task_with_a_push_in_progress_can_not_be_cancelled(repository: Repository, tmp_path: Path) -> None:
     """Its hook runs on after a kill: that is named after a few seconds, and the exit code is 1."""
     free = tmp_path / "free"
     child = run_until_push(repository, free)
@@ -152,7 +150,7 @@ async def test_a_task_whose_push_was_under_way_can_not_be_cancelled(repository: 
 
 
 @pytest.mark.extended
-def test_dropped_work_is_not_offered_any_more(repository: Repository) -> None:
+def test_dropped_work_is_not_listed(repository: Repository) -> None:
     """Neither by `status` nor by `show`, and the refusal of its name says that there is nothing left."""
     repository.council(
         "run", str(repository.configure([{"id": "a", "prompt": "write a.txt x\nexit 1", "attempts": 1}]))
@@ -172,7 +170,7 @@ def test_dropped_work_is_not_offered_any_more(repository: Repository) -> None:
     assert "no preserved work is named 'a/1': this run has no preserved work" in refused.stderr
 
 
-async def test_cancel_of_all_on_a_live_run_ends_it(repository: Repository) -> None:
+async def test_cancel_of_all_tasks_ends_a_live_run(repository: Repository) -> None:
     """Without a name everything that is not over is cancelled, also what waits for room."""
     tasks: list[dict[str, Any]] = [{"id": f"t{n}", "prompt": f"write {n}.txt x\nhang"} for n in range(3)]
     child = repository.start("run", str(repository.configure(tasks, capacity=1)), "--json")
@@ -186,7 +184,7 @@ async def test_cancel_of_all_on_a_live_run_ends_it(repository: Repository) -> No
     await repository.assert_invariants()
 
 
-async def test_cancel_of_what_has_ended_is_no_error(repository: Repository) -> None:
+async def test_cancel_of_an_ended_task_is_no_error(repository: Repository) -> None:
     """One rule: 0 where all tasks have ended then, whether they are named or not; 2 for a task that is unknown."""
     tasks = [{"id": "done", "prompt": "write d.txt x"}, {"id": "long", "prompt": "hang"}]
     child = repository.start("run", str(repository.configure(tasks)))
@@ -206,9 +204,7 @@ async def test_cancel_of_what_has_ended_is_no_error(repository: Repository) -> N
 
 
 @pytest.mark.parametrize("keys", [{}, {"workflow": "one"}], ids=["plain", "workflow"])
-async def test_retry_of_a_failed_task_on_a_live_run_unblocks_its_dependents(
-    repository: Repository, keys: dict[str, Any]
-) -> None:
+async def test_retry_on_a_live_run_unblocks_dependents(repository: Repository, keys: dict[str, Any]) -> None:
     """It gets all of its attempts again, and what it blocked goes on."""
     tasks: list[dict[str, Any]] = [
         {"id": "flaky", "prompt": "attempt 1 exit 1\nwrite f.txt x", "attempts": 1, **keys},
@@ -232,7 +228,7 @@ async def test_retry_of_a_failed_task_on_a_live_run_unblocks_its_dependents(
 
 
 @pytest.mark.extended
-async def test_cancel_and_retry_on_a_run_that_is_dead(repository: Repository) -> None:
+async def test_cancel_and_retry_work_on_an_inactive_run(repository: Repository) -> None:
     """With no owner the command does it itself, after bringing back what the killed one left; resume goes on."""
     tasks: list[dict[str, Any]] = [
         {"id": "a", "prompt": "write a.txt x\nattempt 1 hang"},
@@ -266,7 +262,7 @@ async def test_cancel_and_retry_on_a_run_that_is_dead(repository: Repository) ->
         (("salvage", "apply", "failed/7"), "failed/1"),
     ],
 )
-async def test_what_can_not_be_done_is_refused(repository: Repository, command: tuple[str, ...], fragment: str) -> None:
+async def test_impossible_request_is_rejected(repository: Repository, command: tuple[str, ...], fragment: str) -> None:
     """Exit code 2 with what is wrong and what there is."""
     tasks: list[dict[str, Any]] = [
         {"id": "done", "prompt": "write d.txt x"},
@@ -278,7 +274,7 @@ async def test_what_can_not_be_done_is_refused(repository: Repository, command: 
     assert fragment in refused.stderr
 
 
-async def test_logs_of_a_live_session_are_followed_to_its_end(repository: Repository) -> None:
+async def test_logs_of_a_live_session_are_followed_to_the_end(repository: Repository) -> None:
     """`logs -f` shows what is there and then each line as it comes, attempt by attempt, and ends with the task."""
     prompt = "attempt 1 print first\nattempt 1 exit 1\nprint second\ntick 3 0.2\nwrite a.txt x"
     child = repository.start("run", str(repository.configure([{"id": "t", "prompt": prompt}])))
@@ -294,7 +290,7 @@ async def test_logs_of_a_live_session_are_followed_to_its_end(repository: Reposi
     assert repository.council("logs", "t", "--raw", "--session", "1").stdout == "first\n"
 
 
-async def test_a_task_without_sessions_says_why(repository: Repository) -> None:
+async def test_task_without_sessions_has_its_reason(repository: Repository) -> None:
     """A task that was cancelled before it started never had a session; one that may still start names `council status`.
 
     The same for every command that shows a session's output or changes, also where the task is followed.
@@ -325,7 +321,7 @@ async def test_a_task_without_sessions_says_why(repository: Repository) -> None:
         assert (blocked.code, blocked.stderr) == (2, waits), blocked
 
 
-async def test_logs_have_what_was_said_on_both_streams_and_by_checks(repository: Repository) -> None:
+async def test_logs_have_both_streams_and_checks(repository: Repository) -> None:
     """Standard error goes to standard error; what the checks of an attempt printed follows its output."""
     shell = {"use": "command", "argv": ["sh", "-c", "echo out; echo err >&2; echo x > x.txt"]}
     tasks = [{"id": "t", "prompt": "x", "checks": ["echo checked"]}]
@@ -340,7 +336,7 @@ async def test_logs_have_what_was_said_on_both_streams_and_by_checks(repository:
     assert shown.stderr == "err\n"
 
 
-async def test_diff_of_what_landed_and_of_what_failed(repository: Repository) -> None:
+async def test_diff_shows_landed_and_failed_work(repository: Repository) -> None:
     """It is what the task itself changed, wherever its work is now."""
     tasks: list[dict[str, Any]] = [
         {"id": "done", "prompt": "write d.txt landed-text"},
@@ -354,7 +350,7 @@ async def test_diff_of_what_landed_and_of_what_failed(repository: Repository) ->
     assert repository.council("diff", "idle").code == 2
 
 
-async def test_kept_work_is_listed_shown_applied_and_dropped(repository: Repository) -> None:
+async def test_preserved_work_is_listed_shown_applied_and_dropped(repository: Repository) -> None:
     """What failed is found by name, brought into the files or onto a branch, and deleted when it is not wanted."""
     tasks: list[dict[str, Any]] = [
         {"id": "failed", "prompt": "write f.txt kept-text\nexit 1", "attempts": 1},
@@ -386,7 +382,7 @@ async def test_kept_work_is_listed_shown_applied_and_dropped(repository: Reposit
     assert [one["name"] for one in left] == ["stasher/1", "tried/1"]
 
 
-async def test_a_worktree_that_holds_a_secret_stays_and_can_be_dropped(repository: Repository) -> None:
+async def test_worktree_with_a_secret_is_preserved_and_can_be_dropped(repository: Repository) -> None:
     """A `.env` is never committed; the rest is, the folder is named, and goes when it is not wanted any more."""
     tasks = [{"id": "env", "prompt": "do it\nwrite src/.env API_TOKEN=s3cr3t-value-77\nwrite good.txt g"}]
     ended = repository.council("run", str(repository.configure(tasks)), "--json")
@@ -409,7 +405,7 @@ async def test_a_worktree_that_holds_a_secret_stays_and_can_be_dropped(repositor
     await repository.assert_invariants()
 
 
-async def test_a_request_that_its_asker_did_not_live_to_see_is_obeyed(repository: Repository) -> None:
+async def test_request_of_a_killed_command_is_performed(repository: Repository) -> None:
     """Recorded before a kill of the asker, it is done by the run's next owner."""
     tasks = [{"id": "a", "prompt": "attempt 1 hang\nwrite a.txt x"}, {"id": "b", "prompt": "write b.txt x"}]
     child = repository.start("run", str(repository.configure(tasks)), failpoints="landing.recorded=kill")
@@ -420,7 +416,7 @@ async def test_a_request_that_its_asker_did_not_live_to_see_is_obeyed(repository
     await repository.assert_invariants()
 
 
-async def test_the_answer_of_a_request_is_json(repository: Repository) -> None:
+async def test_request_answer_is_json(repository: Repository) -> None:
     """`cancel --json` prints the result of the run as it stands then, one object."""
     child = repository.start("run", str(repository.configure([{"id": "t", "prompt": "hang"}])))
     has_begun(repository, "t")
@@ -429,7 +425,7 @@ async def test_the_answer_of_a_request_is_json(repository: Repository) -> None:
     child.communicate(timeout=60)
 
 
-async def test_what_was_refused_stays_refused(repository: Repository) -> None:
+async def test_rejected_request_stays_rejected(repository: Repository) -> None:
     """A resume from where the secret's variable is not set neither commits what it was kept out for nor removes it."""
     repository.environ["MY_TOKEN"] = "zzz-my-own-secret-1234567890"
     shell = {"use": "command", "argv": ["sh", "{prompt_file}"], "env": ["MY_TOKEN"]}
@@ -457,7 +453,7 @@ async def test_what_was_refused_stays_refused(repository: Repository) -> None:
     await repository.assert_invariants(target_checked_out=False)
 
 
-async def test_a_task_that_waits_in_vain_names_what_to_retry(repository: Repository) -> None:
+async def test_blocked_task_names_what_to_retry(repository: Repository) -> None:
     """`retry` of a blocked task names the tasks that did not land; with these it is accepted."""
     tasks: list[dict[str, Any]] = [
         {"id": "broken", "prompt": "exit 1", "attempts": 1},
@@ -486,7 +482,7 @@ async def test_all_runs_are_listed(repository: Repository) -> None:
     assert "b.txt" in repository.council("salvage", "show", kept["name"], "--run", kept["run"]).stdout
 
 
-async def test_durations_leave_pauses_out(repository: Repository) -> None:
+async def test_durations_exclude_pauses(repository: Repository) -> None:
     """An average time is the time in which a process was active: what is between an interrupt and a resume is not."""
     child = repository.start("run", str(repository.configure([{"id": "t", "prompt": "write a x\nattempt 1 hang"}])))
     has_begun(repository, "t")
@@ -523,7 +519,7 @@ def steps(shown: str) -> list[str]:
         ([{"id": "t", "prompt": "write t x"}], {"target": "council/RUN"}, ["council merge RUN"]),
     ],
 )
-async def test_the_next_command_is_the_same_everywhere(
+async def test_next_command_is_the_same_everywhere(
     repository: Repository, tasks: list[dict[str, Any]], settings: dict[str, Any], expected: list[str]
 ) -> None:
     """In the final report, `status`, `runs`, `show` and the final report of `resume`, for a task and for a run."""
@@ -549,7 +545,7 @@ async def test_the_next_command_is_the_same_everywhere(
         assert steps(repository.council("resume").stdout) == wanted
 
 
-async def test_a_long_name_is_shortened_in_tables_only(repository: Repository) -> None:
+async def test_long_name_is_shortened_in_tables_only(repository: Repository) -> None:
     """No line exceeds 80 columns unless a command or a path does; commands and JSON have the whole name."""
     name = "a-task-whose-name-is-as-long-as-names-of-tasks-may-be-or-nearly"
     task = {"id": name, "prompt": "write a x\nexit 1", "attempts": 1}
@@ -576,7 +572,7 @@ def of(ended: CommandResult, task: str) -> dict[str, Any]:
 
 
 @pytest.mark.extended
-async def test_a_task_that_is_ignored_is_not_tried_until_a_person_says_so(repository: Repository) -> None:
+async def test_ignored_task_is_not_tried_until_retried(repository: Repository) -> None:
     """Whether a session is at work on it, it waits, or nobody is at work; `status` says why."""
     tasks: list[dict[str, Any]] = [
         {"id": "long", "prompt": "write half.txt half\nattempt 1 hang"},
@@ -613,9 +609,7 @@ async def test_a_task_that_is_ignored_is_not_tried_until_a_person_says_so(reposi
         (("nonsense", "--reason", "x"), "no task 'nonsense'"),
     ],
 )
-async def test_what_can_not_be_ignored_is_refused(
-    repository: Repository, arguments: tuple[str, ...], fragment: str
-) -> None:
+async def test_impossible_ignore_is_rejected(repository: Repository, arguments: tuple[str, ...], fragment: str) -> None:
     """Exit code 2 with what is wrong."""
     tasks: list[dict[str, Any]] = [
         {"id": "done", "prompt": "write d.txt x"},
@@ -631,7 +625,7 @@ def _file(repository: Repository, tasks: list[dict[str, Any]], **settings: Any) 
     return str(repository.configure(tasks, **settings))
 
 
-async def test_a_changed_file_is_reported_and_taken_over_by_reload(repository: Repository) -> None:
+async def test_changed_file_is_reported_and_adopted_by_reload(repository: Repository) -> None:
     """`retry` and `resume` name what the run does not follow; `retry --reload` records and follows it."""
     broken: list[dict[str, Any]] = [
         {"id": "t", "prompt": "exit 1", "attempts": 1},
@@ -665,7 +659,7 @@ async def test_a_changed_file_is_reported_and_taken_over_by_reload(repository: R
     await repository.assert_invariants()
 
 
-async def test_reload_takes_over_adapters_and_pending_tasks(repository: Repository) -> None:
+async def test_reload_adopts_adapters_and_pending_tasks(repository: Repository) -> None:
     """An adapter that the run did not know becomes one of its own; a task that never began need not fail first."""
     tasks: list[dict[str, Any]] = [
         {"id": "t", "prompt": "exit 1", "attempts": 1},
@@ -684,7 +678,7 @@ async def test_reload_takes_over_adapters_and_pending_tasks(repository: Reposito
     await repository.assert_invariants()
 
 
-def test_reload_takes_over_a_task_that_waits_in_a_live_run(repository: Repository) -> None:
+def test_reload_adopts_a_waiting_task_of_a_live_run(repository: Repository) -> None:
     """It waits as before, and starts with what the file says by then."""
     gate = repository.spawns.parent / "gate"
     tasks: list[dict[str, Any]] = [
@@ -701,7 +695,7 @@ def test_reload_takes_over_a_task_that_waits_in_a_live_run(repository: Repositor
     assert (repository.top / "later.txt").read_text() == "new\n"
 
 
-def test_reload_takes_over_the_checks_of_a_task_that_waits_to_land(repository: Repository) -> None:
+def test_reload_adopts_the_checks_of_a_queued_task(repository: Repository) -> None:
     """What it built stays queued; its landing runs the new checks."""
     task: dict[str, Any] = {"id": "built", "prompt": "write README.md changed", "attempts": 1}
     (repository.top / "README.md").write_text("my own change")
@@ -727,7 +721,7 @@ def test_reload_takes_over_the_checks_of_a_task_that_waits_to_land(repository: R
     ],
     ids=str,
 )
-async def test_reload_refuses_what_can_not_change(repository: Repository, change: dict[str, Any], words: str) -> None:
+async def test_reload_rejects_unchangeable_keys(repository: Repository, change: dict[str, Any], words: str) -> None:
     """With the reason; nothing is retried then."""
     tasks: list[dict[str, Any]] = [
         {"id": "t", "prompt": "exit 1", "attempts": 1},
@@ -740,7 +734,7 @@ async def test_reload_refuses_what_can_not_change(repository: Repository, change
     assert repository.council("status", "--json").states["t"] == "failed"
 
 
-async def test_tasks_in_words_are_of_no_file(repository: Repository) -> None:
+async def test_reload_of_inline_tasks_is_rejected(repository: Repository) -> None:
     """A file with a task of the same name changes nothing, and --reload says so; changed defaults are reported."""
     tasks = [{"id": "task-1", "prompt": "write other.txt x"}]
     defaults = {"adapter": "fake"}
@@ -766,7 +760,7 @@ def _two_failed(repository: Repository, command: tuple[str, ...]) -> None:
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("command", [("cancel",), ("salvage", "drop", "a/1")], ids=" ".join)
-async def test_what_can_not_be_undone_needs_a_yes(repository: Repository, command: tuple[str, ...]) -> None:
+async def test_irreversible_command_needs_confirmation(repository: Repository, command: tuple[str, ...]) -> None:
     """Where nobody can be asked it is refused with the option that allows it, and nothing has changed."""
     _two_failed(repository, command)
     before = repository.council("status", "--json").states, repository.council("salvage", "list").stdout
@@ -782,7 +776,7 @@ async def test_what_can_not_be_undone_needs_a_yes(repository: Repository, comman
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("answer", ["y", "n"])
 @pytest.mark.parametrize("command", [("cancel",), ("salvage", "drop", "a/1")], ids=" ".join)
-async def test_a_person_at_a_terminal_is_asked(repository: Repository, command: tuple[str, ...], answer: str) -> None:
+async def test_person_at_a_terminal_is_asked(repository: Repository, command: tuple[str, ...], answer: str) -> None:
     """Nothing is done without a yes; what is named in `cancel` needs none."""
     _two_failed(repository, command)
     before = repository.council("status", "--json").states, repository.council("salvage", "list").stdout
@@ -799,7 +793,7 @@ async def test_a_person_at_a_terminal_is_asked(repository: Repository, command: 
         assert repository.council("cancel", "b").code == 0
 
 
-async def test_a_resumed_interruption_is_no_attempt(repository: Repository) -> None:
+async def test_resumed_interruption_is_not_an_attempt(repository: Repository) -> None:
     """Status, report, story and overview count alike; the numbers of sessions still tell their logs apart."""
     child = repository.start("run", _file(repository, [{"id": "t", "prompt": "attempt 1 hang\nwrite t.txt x"}]))
     has_begun(repository, "t")
@@ -815,7 +809,7 @@ async def test_a_resumed_interruption_is_no_attempt(repository: Repository) -> N
     assert re.search(r"^  attempts +1$", repository.council("show", "t").stdout, re.MULTILINE)
 
 
-async def test_branches_of_ours_are_named_as_salvage_takes_them(repository: Repository) -> None:
+async def test_own_branches_are_named_as_salvage_accepts_them(repository: Repository) -> None:
     """What is printed for people names no branch that their repository does not have."""
     run = repository.council("run", _file(repository, [{"id": "t", "prompt": "write t x\nexit 1", "attempts": 1}]))
     printed = [run, *(repository.council(*words) for words in (("status",), ("show", "t"), ("state", "show")))]
@@ -837,7 +831,7 @@ def killed_with_work(repository: Repository) -> str:
     return str(repository.council("status", "--json").result["run"])
 
 
-def test_diff_shows_the_worktree_that_a_killed_run_left(repository: Repository) -> None:
+def test_diff_shows_the_worktree_of_a_killed_run(repository: Repository) -> None:
     """The same that it showed of the running session; `salvage list` names that worktree."""
     killed_with_work(repository)
     assert "t/1/worktree" in repository.council("salvage", "list").stdout
@@ -845,7 +839,7 @@ def test_diff_shows_the_worktree_that_a_killed_run_left(repository: Repository) 
     assert (shown.code, "+half" in shown.stdout) == (0, True), shown
 
 
-def test_logs_of_a_killed_session_name_it_interrupted(repository: Repository) -> None:
+def test_logs_of_a_killed_session_are_marked_interrupted(repository: Repository) -> None:
     """As `show` does; nothing runs any more."""
     killed_with_work(repository)
     assert "interrupted" in repository.council("show", "t").stdout
@@ -853,7 +847,7 @@ def test_logs_of_a_killed_session_name_it_interrupted(repository: Repository) ->
     assert repository.council("logs", "t", "--json").lines[-1]["kind"] == "interrupted"
 
 
-def test_show_names_no_log_of_a_session_that_setup_ended(repository: Repository) -> None:
+def test_show_names_no_log_of_a_session_ended_by_setup(repository: Repository) -> None:
     """Its program never started, so that it wrote none."""
     config = _file(repository, [{"id": "t", "prompt": "write x x", "attempts": 1}], worktrees={"setup": ["exit 3"]})
     assert repository.council("run", config, "--json").result["tasks"][0]["failure"] == "setup_failed"
@@ -862,7 +856,7 @@ def test_show_names_no_log_of_a_session_that_setup_ended(repository: Repository)
     assert ".stdout" not in repository.council("show", "t").stdout
 
 
-def test_show_of_a_blocked_task_leads_to_the_task_that_failed(repository: Repository) -> None:
+def test_show_of_a_blocked_task_names_the_failed_one(repository: Repository) -> None:
     """Also over a task that is blocked itself; the printed command unblocks both."""
     tasks: list[dict[str, Any]] = [
         {"id": "need", "prompt": "attempt 1 exit 3\nwrite n n", "attempts": 1},
@@ -881,7 +875,7 @@ def test_show_of_a_blocked_task_leads_to_the_task_that_failed(repository: Reposi
     assert set(repository.council("resume", "--json").states.values()) == {"landed"}
 
 
-def test_a_failed_setup_leads_to_a_new_run(repository: Repository) -> None:
+def test_failed_setup_suggests_a_new_run(repository: Repository) -> None:
     """The run keeps the recorded setup, which a retry names, also with `--reload`; the printed command works."""
     tasks: list[dict[str, Any]] = [{"id": "t", "prompt": "write t.txt x", "attempts": 1}]
     config = _file(repository, tasks, worktrees={"setup": ["exit 3"]})

@@ -59,7 +59,7 @@ def told(repository: Repository, name: str) -> dict[str, Any]:
 
 
 @pytest.mark.extended
-async def test_what_is_to_be_mended_is_told_in_the_same_conversation(repository: Repository, bin_folder: Path) -> None:
+async def test_failed_checks_are_repaired_in_the_same_conversation(repository: Repository, bin_folder: Path) -> None:
     """Only what is new: the rest is known there."""
     ended = run(repository, bin_folder, "attempt 1 write a.txt wrong\nattempt 1 tell one.json")
     assert ended.states == {"t": "failed"}, ended  # the feedback holds no step: nothing is mended
@@ -77,9 +77,7 @@ async def test_what_is_to_be_mended_is_told_in_the_same_conversation(repository:
 
 
 @pytest.mark.extended
-async def test_without_a_home_of_its_own_the_next_session_is_told_everything(
-    repository: Repository, bin_folder: Path
-) -> None:
+async def test_session_without_a_home_gets_the_full_prompt(repository: Repository, bin_folder: Path) -> None:
     """It has nothing to go on with."""
     prompt = "attempt 1 write a.txt wrong\nattempt 2 write a.txt right\nattempt 2 tell two.json"
     ended = run(repository, bin_folder, prompt, {"home": "shared"})
@@ -88,7 +86,7 @@ async def test_without_a_home_of_its_own_the_next_session_is_told_everything(
     assert prompt in told(repository, "two.json")["prompt"]
 
 
-async def test_a_home_goes_when_its_task_has_landed(repository: Repository, bin_folder: Path) -> None:
+async def test_home_is_removed_when_its_task_landed(repository: Repository, bin_folder: Path) -> None:
     """Nobody goes on with it."""
     ended = run(repository, bin_folder, "write a.txt right")
     assert ended.states == {"t": "landed"}, ended
@@ -115,9 +113,7 @@ async def test_instructions_servers_and_limits_reach_the_program(repository: Rep
     assert given["--mcp-config"].endswith("/homes/t/claude/council-mcp.json")
 
 
-async def test_a_login_of_the_users_is_found_and_can_be_renewed(
-    repository: Repository, bin_folder: Path, tmp_path: Path
-) -> None:
+async def test_login_of_the_user_is_found_and_renewed(repository: Repository, bin_folder: Path, tmp_path: Path) -> None:
     """In a home of the task's there are links to it; nothing else of the user's can be written there."""
     user = tmp_path / "user"
     (user / ".claude").mkdir(parents=True)
@@ -143,9 +139,7 @@ def prompts_of(repository: Repository, ended: CommandResult) -> list[str]:
     return [json.loads(line) for line in kept.read_text().splitlines()]
 
 
-async def test_a_handoff_is_mended_in_the_conversation_that_it_came_from(
-    repository: Repository, bin_folder: Path
-) -> None:
+async def test_invalid_handoff_is_repaired_in_its_conversation(repository: Repository, bin_folder: Path) -> None:
     """Only what is wrong with it is told: the rest is known there."""
     workflow = [{"ask": {"access": "read", "produces": NUMBER}}]
     prompt = """attempt 1 run printf '{"m": 1}' > $COUNCIL_HANDOFF"""
@@ -161,9 +155,7 @@ async def test_a_handoff_is_mended_in_the_conversation_that_it_came_from(
     await repository.assert_invariants()
 
 
-async def test_a_phase_that_continues_goes_on_with_an_earlier_ones_conversation(
-    repository: Repository, bin_folder: Path
-) -> None:
+async def test_continuing_phase_resumes_an_earlier_conversation(repository: Repository, bin_folder: Path) -> None:
     """It is told its own prompt; another adapter could not go on with it."""
     workflow = [{"ask": {"access": "read", "produces": NUMBER}}, {"build": {"session": {"continue": "ask"}}}]
     prompt = """attempt 1 run printf '{"n": 1}' > $COUNCIL_HANDOFF\nattempt 2 tell two.json\nwrite a.txt right"""

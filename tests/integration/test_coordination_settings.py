@@ -21,7 +21,7 @@ async def recorded(repository: Repository) -> dict[str, Any]:
     return found
 
 
-async def test_a_run_records_what_held_when_it_was_made(repository: Repository) -> None:
+async def test_run_records_the_settings_of_its_creation(repository: Repository) -> None:
     """The file's, the environment above it, and the options above both."""
     file = repository.configure(
         TASK, coordination={"heartbeat_interval": "1s", "stale_after": "9s", "owner_stale_after": "9s"}
@@ -32,7 +32,7 @@ async def test_a_run_records_what_held_when_it_was_made(repository: Repository) 
     assert (found["heartbeat_interval"], found["stale_after"], found["max_retries"]) == (1.0, 7.0, 5)
 
 
-def test_an_environment_that_is_wrong_stops_a_run_before_it_starts(repository: Repository) -> None:
+def test_invalid_environment_prevents_a_run(repository: Repository) -> None:
     """Also its rehearsal, and a resume of one that is there."""
     file = repository.configure(TASK)
     assert repository.council("run", str(file)).code == 0
@@ -45,7 +45,7 @@ def test_an_environment_that_is_wrong_stops_a_run_before_it_starts(repository: R
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize(("retries", "attempts"), [(0, 1), (1, 2), (5, 4)])
-def test_the_number_of_retries_is_a_limit(repository: Repository, retries: int, attempts: int) -> None:
+def test_number_of_retries_is_a_limit(repository: Repository, retries: int, attempts: int) -> None:
     """A task that always fails is tried once more than that, or as often as it says itself, whichever is less."""
     file = repository.configure([{"id": "a", "prompt": "exit 1", "attempts": 4, "backoff": {"initial": "1ms"}}])
     repository.environ["SHARED_STATE_MAX_RETRIES"] = str(retries)
@@ -56,7 +56,7 @@ def test_the_number_of_retries_is_a_limit(repository: Repository, retries: int, 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize(("retries", "attempts"), [(None, 3), (0, 1), (1, 2), (5, 6)])
 @pytest.mark.parametrize("place", ["variable", "option", "file"])
-def test_a_task_that_says_nothing_is_tried_as_often_as_the_setting_says(
+def test_task_without_retries_uses_the_setting(
     repository: Repository, place: str, retries: int | None, attempts: int
 ) -> None:
     """Wherever it was given, and where it was not, three times; a dry run says so before."""

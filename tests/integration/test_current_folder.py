@@ -59,7 +59,9 @@ COMMANDS = {
         for name in COMMANDS
     ],
 )
-def test_what_we_start_imports_nothing_from_the_current_folder(trap: Path, environ: dict[str, str], what: str) -> None:
+def test_started_processes_import_nothing_from_the_current_folder(
+    trap: Path, environ: dict[str, str], what: str
+) -> None:
     """Whatever the program then says of its input."""
     stored = {"use": "command", "options": {}}
     spec = {"name": "x", "stored": stored, "options": {"argv": ["true"]}, "places": []}
@@ -71,9 +73,7 @@ def test_what_we_start_imports_nothing_from_the_current_folder(trap: Path, envir
         assert len(json.loads(done.stdout)["results"]) > 30
 
 
-def test_python_m_imports_nothing_of_the_current_folder_once_it_runs_our_package(
-    trap: Path, environ: dict[str, str]
-) -> None:
+def test_python_m_imports_nothing_from_the_current_folder(trap: Path, environ: dict[str, str]) -> None:
     """A package `orchestrator` there would be run in place of ours: that is Python's rule, `-P` turns it off."""
     package = Path("orchestrator")
     (package / "__init__.py").unlink()
@@ -86,7 +86,7 @@ def test_python_m_imports_nothing_of_the_current_folder_once_it_runs_our_package
 
 
 @pytest.mark.extended
-async def test_the_contract_of_adapters_runs_no_conftest_of_a_shared_temporary_folder(
+async def test_adapter_contract_runs_no_conftest_of_a_shared_folder(
     trap: Path, environ: dict[str, str], tmp_path: Path
 ) -> None:
     """Such as one that another user of the machine left in `/tmp`."""
@@ -99,7 +99,7 @@ async def test_the_contract_of_adapters_runs_no_conftest_of_a_shared_temporary_f
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("entry", [".", "", "tools"])
-def test_no_program_of_the_repository_is_run_by_its_name(repository: Repository, tmp_path: Path, entry: str) -> None:
+def test_no_program_of_the_repository_is_run_by_name(repository: Repository, tmp_path: Path, entry: str) -> None:
     """Where PATH has a relative folder, or an empty one, which is the current folder."""
     ran = tmp_path / "ran"
     for name in ("git", "bwrap", "claude", "codex", "gemini", "rm", "sh"):

@@ -18,7 +18,7 @@ from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
 from tests.command_server import StartedCommand
 from tests.conftest import Repository
-from tests.integration.test_working_together import assert_each_landed_once, ended, states
+from tests.integration.test_shared_runs import assert_each_landed_once, ended, states
 from tests.waiting import wait_for
 
 #: Seconds within which each task of a killed process has its next session: 2, and as many again for a busy machine.
@@ -80,7 +80,7 @@ async def test_every_task_of_a_killed_process_restarts_at_once(repository: Repos
     await assert_each_landed_once(repository, [task["id"] for task in tasks])
 
 
-async def test_a_frozen_session_of_a_killed_process_is_ended(repository: Repository) -> None:
+async def test_frozen_session_of_a_killed_process_is_ended(repository: Repository) -> None:
     """Its supervisor and its CLI are stopped: who takes over ends them before anybody else has their paths."""
     gate = repository.spawns.parent / "gate"
     steps = f"await {gate}\nappend s.txt"

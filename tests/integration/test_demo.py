@@ -13,7 +13,7 @@ from tests.conftest import Repository
 TOP = Path(__file__).resolve().parents[2]
 
 
-def test_the_demo_prints_before_it_clones(repository: Repository, tmp_path: Path) -> None:
+def test_demo_prints_before_it_clones(repository: Repository, tmp_path: Path) -> None:
     """Its first line is there although the clone, the first step, fails."""
     git = tmp_path / "bin" / "git"
     git.parent.mkdir()

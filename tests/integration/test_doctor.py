@@ -46,7 +46,7 @@ def level(found: dict[str, Any], name: str) -> str:
     return str(found[name][0][0])
 
 
-def test_a_machine_where_all_is_well(repository: Repository) -> None:
+def test_healthy_machine_has_no_problems(repository: Repository) -> None:
     """Every look is taken, none finds a problem, and nothing is changed by any of them."""
     file = repository.configure(TASKS)
     before = Fingerprint.of(repository.top)
@@ -61,7 +61,7 @@ def test_a_machine_where_all_is_well(repository: Repository) -> None:
 
 
 @needs_sandbox
-def test_it_reads_as_text(repository: Repository, stand_ins: FakePrograms) -> None:
+def test_report_is_readable_text(repository: Repository, stand_ins: FakePrograms) -> None:
     """A line for each finding, its remedy below, and how many there are."""
     stand_ins.add("alpha", "echo alpha 2.1")
     ended = repository.council("doctor")
@@ -71,7 +71,7 @@ def test_it_reads_as_text(repository: Repository, stand_ins: FakePrograms) -> No
     assert ended.stdout.splitlines()[-1].startswith("no problems, ")
 
 
-def test_outside_of_a_repository(repository: Repository, tmp_path: Path) -> None:
+def test_missing_repository_is_reported(repository: Repository, tmp_path: Path) -> None:
     """That is a problem, with what to do; the machine is looked at all the same."""
     (tmp_path / "elsewhere").mkdir()
     found = doctor(replace(repository, top=tmp_path / "elsewhere"))
@@ -87,7 +87,7 @@ def test_outside_of_a_repository(repository: Repository, tmp_path: Path) -> None
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
-def test_without_git(repository: Repository, stand_ins: FakePrograms) -> None:
+def test_missing_git_is_reported(repository: Repository, stand_ins: FakePrograms) -> None:
     """It is said to be missing, and what can be looked at without it is."""
     stand_ins.remove("git")
     found = doctor(repository)
@@ -100,14 +100,14 @@ def test_without_git(repository: Repository, stand_ins: FakePrograms) -> None:
     assert repository.council("init").code == 2
 
 
-def test_with_an_old_git(repository: Repository, stand_ins: FakePrograms) -> None:
+def test_old_git_is_reported(repository: Repository, stand_ins: FakePrograms) -> None:
     """It is named with its version, and not used."""
     stand_ins.remove("git")
     stand_ins.add("git", "echo git version 2.30.2")
     assert doctor(repository)["git"][0][:2] == ("problem", "git 2.30.2 is too old")
 
 
-def test_a_file_without_tasks_is_looked_at_as_run_with_a_prompt_does(repository: Repository) -> None:
+def test_file_without_tasks_is_checked_like_a_prompt_run(repository: Repository) -> None:
     """Its adapters are probed; that it has no tasks is no problem."""
     path = repository.configure(TASKS, defaults={"adapter": "fake"})
     path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "tasks"}))
@@ -115,7 +115,7 @@ def test_a_file_without_tasks_is_looked_at_as_run_with_a_prompt_does(repository:
     assert (level(found, "file"), "adapter fake" in found) == ("ok", True), found
 
 
-def test_the_default_file_is_found(repository: Repository) -> None:
+def test_default_file_is_found(repository: Repository) -> None:
     """`council.yaml` here, or at the top of the repository; one that is named counts instead."""
     (repository.top / "council.yaml").write_text("version: 1\n")
     for folder in (repository.top, repository.top / "src"):
@@ -124,14 +124,14 @@ def test_the_default_file_is_found(repository: Repository) -> None:
     assert level(doctor(repository, str(good)), "file") == "ok"
 
 
-def test_a_file_that_is_not_there(repository: Repository) -> None:
+def test_missing_file_is_reported(repository: Repository) -> None:
     """It is a problem where it was named, and a hint where it was not."""
     assert level(doctor(repository), "file") == "warning"
     for name in ("nothing.yaml", "no/folder/nothing.yaml"):
         assert level(doctor(repository, name), "file") == "problem"
 
 
-def test_a_repository_without_a_commit(repository: Repository, tmp_path: Path) -> None:
+def test_repository_without_a_commit_is_reported(repository: Repository, tmp_path: Path) -> None:
     """Sessions have nothing to start from."""
     empty = replace(repository, top=tmp_path / "empty")
     empty.top.mkdir()
@@ -140,7 +140,7 @@ def test_a_repository_without_a_commit(repository: Repository, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", ["sha256", "shallow", "partial", "submodule", "lfs"])
-def test_repositories_that_are_refused(kind: str, repository: Repository, tmp_path: Path) -> None:
+def test_unsupported_repositories_are_reported(kind: str, repository: Repository, tmp_path: Path) -> None:
     """Each is told by the same words that a run would be refused with."""
     top = tmp_path / "other"
     if kind == "sha256":
@@ -165,14 +165,14 @@ def test_repositories_that_are_refused(kind: str, repository: Repository, tmp_pa
     assert remedy
 
 
-def test_a_base_and_a_target_that_can_not_be(repository: Repository) -> None:
+def test_impossible_base_and_target_are_reported(repository: Repository) -> None:
     """A branch that is missing; a target that is checked out with changes of the user's own."""
     assert level(doctor(repository, str(repository.configure(TASKS, base="nope"))), "base") == "problem"
     (repository.top / "README.md").write_text("changed\n")
     assert "README.md" in doctor(repository, str(repository.configure(TASKS)))["target"][0][1]
 
 
-def test_files_that_sessions_would_not_see(repository: Repository) -> None:
+def test_files_invisible_to_sessions_are_reported(repository: Repository) -> None:
     """What adapters and checks name is looked for in the base; what is committed, elsewhere or nowhere is no matter."""
     (repository.top / "tools").mkdir()
     repository.commit({"kept.sh": "true\n"})
@@ -199,7 +199,7 @@ def test_files_that_sessions_would_not_see(repository: Repository) -> None:
         (["python3", "tools/kept.py", "not/there.py"], False),
     ],
 )
-def test_a_script_of_an_adapter_that_is_nowhere(repository: Repository, argv: list[str], is_found: bool) -> None:
+def test_missing_script_of_an_adapter_is_reported(repository: Repository, argv: list[str], is_found: bool) -> None:
     """Neither in the base nor in the checkout; `worktrees.setup` may create it."""
     repository.commit({"tools/kept.py": ""})
     adapters = {"fix": {"use": "command", "argv": argv}}
@@ -210,7 +210,7 @@ def test_a_script_of_an_adapter_that_is_nowhere(repository: Repository, argv: li
     assert "files" not in doctor(repository, str(file))
 
 
-def test_a_server(repository: Repository, tmp_path: Path) -> None:
+def test_server_is_checked(repository: Repository, tmp_path: Path) -> None:
     """A URL is asked for its branch, and nothing is fetched."""
     url = repository.top.as_uri()
     assert level(doctor(repository, str(repository.configure(TASKS, repo=url))), "repository") == "ok"
@@ -219,7 +219,7 @@ def test_a_server(repository: Repository, tmp_path: Path) -> None:
     assert level(doctor(repository, str(repository.configure(TASKS, repo=gone))), "repository") == "problem"
 
 
-def test_our_folder(repository: Repository, tmp_path: Path) -> None:
+def test_own_folder_is_checked(repository: Repository, tmp_path: Path) -> None:
     """A `.council` that git does not ignore, one that is a link, one that came with the repository."""
     folder = repository.top / ".council"
     folder.mkdir()
@@ -232,7 +232,7 @@ def test_our_folder(repository: Repository, tmp_path: Path) -> None:
     assert "git tracks files in .council" in doctor(repository)[".council"][0][1]
 
 
-def test_our_repositories_inside_of_theirs(repository: Repository) -> None:
+def test_own_repositories_inside_of_the_users_are_reported(repository: Repository) -> None:
     """COUNCIL_HOME lies elsewhere, and is known."""
     repository.environ["COUNCIL_HOME"] = str(repository.top / "home")
     assert ("problem", "set COUNCIL_HOME to another folder") in [
@@ -242,13 +242,13 @@ def test_our_repositories_inside_of_theirs(repository: Repository) -> None:
     assert "neither COUNCIL_HOME nor HOME" in doctor(repository)["repositories"][0][1]
 
 
-def test_a_place_that_can_not_be_written_to(repository: Repository) -> None:
+def test_unwritable_folder_is_reported(repository: Repository) -> None:
     """The state goes where COUNCIL_STATE says."""
     repository.environ["COUNCIL_STATE"] = "file:///proc/self/council"
     assert level(doctor(repository), "state") == "problem"
 
 
-def test_a_low_limit_of_open_files(repository: Repository) -> None:
+def test_low_limit_of_open_files_is_reported(repository: Repository) -> None:
     """It is told with how many sessions fit."""
 
     def lower() -> None:
@@ -269,7 +269,7 @@ def test_a_low_limit_of_open_files(repository: Repository) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no sandbox elsewhere")
-def test_sandboxes(repository: Repository, stand_ins: FakePrograms) -> None:
+def test_sandboxes_are_checked(repository: Repository, stand_ins: FakePrograms) -> None:
     """A bubblewrap that does not work is told with its own words and the remedy, and `off` is warned of."""
     (stand_ins.folder / "bwrap").unlink(missing_ok=True)
     stand_ins.add("bwrap", "echo 'bwrap: setting up uid map: Permission denied' >&2; exit 1")
@@ -284,7 +284,7 @@ def test_sandboxes(repository: Repository, stand_ins: FakePrograms) -> None:
     assert level(doctor(repository, str(off)), "sandbox") == "warning"
 
 
-def test_installed_adapters_without_a_file(repository: Repository, stand_ins: FakePrograms) -> None:
+def test_installed_adapters_are_checked_without_a_file(repository: Repository, stand_ins: FakePrograms) -> None:
     """All that need no options are looked at; what is missing is no problem as long as another one is there."""
     (status, words, remedy) = doctor(repository)["adapters"][0]
     assert (status, "no CLI is on PATH that an adapter runs" in words) == ("problem", True)
@@ -298,7 +298,7 @@ def test_installed_adapters_without_a_file(repository: Repository, stand_ins: Fa
     assert "adapter needy" not in found
 
 
-def test_adapters_of_a_file(repository: Repository, stand_ins: FakePrograms) -> None:
+def test_adapters_of_a_file_are_checked(repository: Repository, stand_ins: FakePrograms) -> None:
     """Those that tasks use must be there, of a known version, and logged in."""
     stand_ins.add("alpha", "echo alpha 2.1")
     stand_ins.add("beta", 'case "$1" in version) echo 1.0;; *) test "$BETA_LOGIN" = yes;; esac')
@@ -318,7 +318,7 @@ def test_adapters_of_a_file(repository: Repository, stand_ins: FakePrograms) -> 
     assert level(doctor(repository, str(file)), "adapter two") == "ok"
 
 
-def test_plugins_that_are_left_out(repository: Repository, tmp_path: Path) -> None:
+def test_skipped_plugins_are_reported(repository: Repository, tmp_path: Path) -> None:
     """Both commands name them with the reason."""
     install_plugin(tmp_path, repository, "broken_one", "raise RuntimeError('no such thing')\n")
     (status, words, _) = doctor(repository)["plugin"][0]
@@ -328,7 +328,7 @@ def test_plugins_that_are_left_out(repository: Repository, tmp_path: Path) -> No
     assert "skipped: the plugin 'broken_one'" in repository.council("adapters").stdout
 
 
-def test_the_list_of_adapters(repository: Repository, stand_ins: FakePrograms) -> None:
+def test_adapters_are_listed(repository: Repository, stand_ins: FakePrograms) -> None:
     """Types with what there is of their programs, and what they need that can't be looked at."""
     path = stand_ins.add("alpha", "echo alpha 2.1")
     ended = repository.council("adapters", "--json")
@@ -346,7 +346,7 @@ def test_the_list_of_adapters(repository: Repository, stand_ins: FakePrograms) -
     assert "needy (stand_ins 1.0): needs endpoint\n" in text
 
 
-def test_the_adapters_of_the_file_as_the_newest_run_has_them(repository: Repository) -> None:
+def test_adapters_have_their_state_in_the_newest_run(repository: Repository) -> None:
     """One that was stopped says why; before any run there is nothing to say."""
     argv = ["sh", "-c", "echo not logged in; exit 1"]
     adapter = {"use": "command", "argv": argv, "failures": {"auth": "not logged in"}}
@@ -363,7 +363,7 @@ def test_the_adapters_of_the_file_as_the_newest_run_has_them(repository: Reposit
     assert "  stopped: not logged in" in repository.council("adapters").stdout
 
 
-def test_an_adapter_that_pauses_says_until_when(repository: Repository) -> None:
+def test_adapter_in_cooldown_has_its_end(repository: Repository) -> None:
     """Also while the run is at work in another process."""
     argv = ["sh", "-c", "echo try again in 3000 s; exit 1"]
     adapter = {"use": "command", "argv": argv, "failures": {"rate_limited": "again in (?P<seconds>[0-9]+)"}}
@@ -382,7 +382,7 @@ def test_an_adapter_that_pauses_says_until_when(repository: Repository) -> None:
         run.communicate()
 
 
-def test_a_file_with_mistakes_does_not_keep_types_from_being_listed(repository: Repository) -> None:
+def test_invalid_file_does_not_prevent_the_list_of_types(repository: Repository) -> None:
     """It is said to have them."""
     (repository.top / "council.yaml").write_text("version: 1\n")
     ended = repository.council("adapters", "--json")
@@ -391,9 +391,7 @@ def test_a_file_with_mistakes_does_not_keep_types_from_being_listed(repository: 
     assert "has mistakes" in repository.council("adapters").stdout
 
 
-def test_what_programs_say_does_not_reach_the_terminal_as_it_is(
-    repository: Repository, stand_ins: FakePrograms
-) -> None:
+def test_output_of_programs_is_escaped(repository: Repository, stand_ins: FakePrograms) -> None:
     """Neither escapes nor several lines."""
     stand_ins.add("alpha", "printf 'one\\n\\033]0;owned\\007two\\033[2J\\n' >&2; exit 1")
     text = repository.council("doctor").stdout + repository.council("adapters").stdout
@@ -408,7 +406,7 @@ def programs(repository: Repository, checks: list[str], **settings: Any) -> list
     return doctor(repository, str(file))["programs"]
 
 
-def test_programs_of_checks_are_looked_for_in_the_sandbox(repository: Repository) -> None:
+def test_programs_of_checks_are_looked_up_in_the_sandbox(repository: Repository) -> None:
     """One that is nowhere on PATH is a problem, as is one in a folder that no session sees."""
     assert programs(repository, ["true && test -e . | cat", "! grep -q x README.md"])[0][0] == "ok"
     [(status, words, _)] = programs(repository, ["true && no-such-tool --all"])
@@ -428,7 +426,7 @@ def test_programs_of_checks_are_looked_for_in_the_sandbox(repository: Repository
 
 
 @pytest.mark.parametrize("how", ["file", "option"])
-def test_a_script_that_a_task_may_add(repository: Repository, how: str) -> None:
+def test_script_that_a_task_may_add_is_accepted(repository: Repository, how: str) -> None:
     """A warning where the check may fail on the base; a problem as soon as it must pass for another task."""
     allowed: dict[str, Any] = {"allow_failing_base": True} if how == "file" else {}
     options = [] if how == "file" else ["--allow-failing-base"]
@@ -444,7 +442,7 @@ def test_a_script_that_a_task_may_add(repository: Repository, how: str) -> None:
         assert [level for level, _, _ in doctor(repository, str(file))["programs"]] == ["problem"]
 
 
-def test_programs_of_adapters_are_looked_for_in_the_sandbox(repository: Repository) -> None:
+def test_programs_of_adapters_are_looked_up_in_the_sandbox(repository: Repository) -> None:
     """One on PATH in a folder that no session sees is a problem, unless `readable` names the folder."""
     hidden = repository.top / "tools"
     hidden.mkdir()
@@ -485,7 +483,7 @@ def test_ignored_files_are_not_to_be_committed(repository: Repository) -> None:
 
 
 @needs_sandbox
-def test_a_run_whose_program_is_hidden_is_refused(repository: Repository) -> None:
+def test_run_with_a_hidden_program_is_rejected(repository: Repository) -> None:
     """No session starts; run, its rehearsal and doctor report the same, and the remedy works."""
     hidden = repository.top / "tools"
     hidden.mkdir()
@@ -506,9 +504,7 @@ def test_a_run_whose_program_is_hidden_is_refused(repository: Repository) -> Non
 
 
 @needs_sandbox
-def test_a_prompt_whose_program_is_hidden_can_be_run_by_the_remedy(
-    repository: Repository, stand_ins: FakePrograms
-) -> None:
+def test_prompt_with_a_hidden_program_runs_after_the_remedy(repository: Repository, stand_ins: FakePrograms) -> None:
     """Without a file: it names the command that writes one, and doctor finds the same."""
     hidden = repository.top / "tools"
     hidden.mkdir()
@@ -531,7 +527,7 @@ def test_a_prompt_whose_program_is_hidden_can_be_run_by_the_remedy(
 
 
 @pytest.mark.extended
-def test_a_virtual_environment_that_is_only_in_the_checkout(repository: Repository) -> None:
+def test_virtual_environment_in_the_checkout_is_reported(repository: Repository) -> None:
     """Setup creates one in each worktree; nobody is told to commit it."""
     repository.commit({".gitignore": ".venv/\nvenv/\n", "tools/check": "#!/bin/sh\n"})
     for name in (".venv/bin/python", ".venv/bin/my-tests", ".venv/pyvenv.cfg", "local.sh"):

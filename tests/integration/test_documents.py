@@ -39,7 +39,7 @@ async def opened(project: Repository, clock: ManualClock | None = None) -> Async
         yield council
 
 
-async def test_what_somebody_writes_everybody_reads(project: Repository) -> None:
+async def test_written_document_is_readable_by_all(project: Repository) -> None:
     """Made, changed and deleted; versions rise by one, and `change` gets what is there."""
     async with opened(project) as ours, opened(project) as theirs:
         assert await ours.state.get(NOTE) is None
@@ -57,7 +57,7 @@ async def test_what_somebody_writes_everybody_reads(project: Repository) -> None
         assert [one.value for one in await ours.history.versions(NOTE)] == [None, {"n": 2}, {"n": 1}]
 
 
-async def test_progress_of_a_task_is_merged_and_counted(project: Repository) -> None:
+async def test_task_progress_is_merged_and_counted(project: Repository) -> None:
     """Fields that are not named stay, also if both write at once; the run's figures follow."""
     async with opened(project) as ours, opened(project) as theirs:
         before = await ours.state.get(API)
@@ -79,7 +79,7 @@ async def test_progress_of_a_task_is_merged_and_counted(project: Repository) -> 
         assert (figures.in_progress, figures.failed) == (0, 1)
 
 
-async def test_a_version_that_was_expected(project: Repository) -> None:
+async def test_expected_version_is_enforced(project: Repository) -> None:
     """With the wrong one nothing is written, and it is told at once who was there, and when."""
     async with opened(project, ManualClock(RUN_STARTED + 500)) as council:
         made = await council.state.update(NOTE, lambda _: {"n": 1}, expected_version=0)
@@ -91,7 +91,7 @@ async def test_a_version_that_was_expected(project: Repository) -> None:
         assert await council.state.get(NOTE) == made
 
 
-async def test_a_lock_that_ends_with_its_time(project: Repository) -> None:
+async def test_expiring_lock_ends_at_its_time(project: Repository) -> None:
     """One has it; the next gets it when it is given back, or when its time is over."""
     clock, lock = ManualClock(RUN_STARTED + 500), Key("lock", "deploy")
     async with opened(project, clock) as ours, opened(project, clock) as theirs:
@@ -114,7 +114,7 @@ async def test_a_lock_that_ends_with_its_time(project: Repository) -> None:
         assert await take(ours, "a") is not None
 
 
-async def test_who_waits_for_a_document_is_told_when_it_comes(project: Repository) -> None:
+async def test_document_waiter_is_notified(project: Repository) -> None:
     """By its pattern, from whichever process, and also what came before, from a position on."""
     heard: list[DocumentChange] = []
 
@@ -137,7 +137,7 @@ async def test_who_waits_for_a_document_is_told_when_it_comes(project: Repositor
     assert [(one.key, one.version, one.value, one.position) for one in heard] == [(NOTE, 1, {"n": 1}, begin + 2)] * 2
 
 
-async def test_nothing_is_changed_beside_a_run_at_work(project: Repository) -> None:
+async def test_active_run_is_not_changed(project: Repository) -> None:
     """Which would not know of it; what is of no run is."""
     async with opened(project) as council, Hub(project.top / "hub").run_lock(RUN).hold(0):
         with pytest.raises(RefusedError, match=f"task/{RUN}/api belongs to run {RUN}, which is active"):
@@ -145,7 +145,7 @@ async def test_nothing_is_changed_beside_a_run_at_work(project: Repository) -> N
         assert await council.state.update(NOTE, lambda _: {}) is not None
 
 
-async def test_runs_that_are_not_over(project: Repository) -> None:
+async def test_unfinished_runs_are_listed(project: Repository) -> None:
     """One whose tasks wait, one that was cut off, and the same while a process is at work in it."""
     async with opened(project) as council:
         waiting = "over", RunStatus.INCOMPLETE
@@ -157,7 +157,7 @@ async def test_runs_that_are_not_over(project: Repository) -> None:
         assert [one.run for one in await council.runs.list()] == ["over", RUN]
 
 
-async def test_a_run_that_was_recovered_says_when(repository: Repository) -> None:
+async def test_recovered_run_has_its_time(repository: Repository) -> None:
     """Cut off it is active, and who takes it on is its next owner, recorded with the time; landed it is not active."""
     path = repository.configure([{"id": "a", "prompt": "write a.txt a"}])
     assert repository.council("run", str(path), failpoints="work.recorded=kill").code < 0

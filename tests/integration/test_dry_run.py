@@ -29,7 +29,7 @@ def _everything(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-async def test_it_says_what_would_run_where(repository: Repository) -> None:
+async def test_dry_run_shows_what_would_run_and_where(repository: Repository) -> None:
     """Waves, who follows whom, programs, branches, checks and limits, as one object."""
     ended = repository.council(
         "run", str(repository.configure(TASKS, base="main", target="out")), "--dry-run", "--json"
@@ -49,7 +49,7 @@ async def test_it_says_what_would_run_where(repository: Repository) -> None:
     assert Path(tasks["api"]["program"]).name.startswith("python")
 
 
-async def test_a_task_is_planned_by_the_phase_that_it_begins_with(repository: Repository) -> None:
+async def test_task_is_planned_by_its_first_phase(repository: Repository) -> None:
     """Its adapter, program and limit are those of its first phase, where that has an adapter of its own."""
     path = repository.configure(
         [{"id": name, "prompt": "x", "workflow": "two"} for name in "abc"],
@@ -65,7 +65,7 @@ async def test_a_task_is_planned_by_the_phase_that_it_begins_with(repository: Re
     }
 
 
-async def test_nothing_is_started_or_recorded(repository: Repository) -> None:
+async def test_dry_run_starts_and_records_nothing(repository: Repository) -> None:
     """The repository is as it was to the byte, no project is made, and what was fetched is held by no ref."""
     config = repository.configure(TASKS)
     before = _everything(repository.top)
@@ -77,7 +77,7 @@ async def test_nothing_is_started_or_recorded(repository: Repository) -> None:
     assert not list(trusted.parent.glob("sessions/*"))
 
 
-async def test_the_waves_are_what_a_run_does(repository: Repository) -> None:
+async def test_waves_match_a_real_run(repository: Repository) -> None:
     """A run of one session at a time starts tasks in the order that was told."""
     config = repository.configure(TASKS, capacity=1)
     told = repository.council("run", str(config), "--dry-run", "--json").result
@@ -129,7 +129,7 @@ def _nothing(repository: Repository) -> None:
         "no source",
     ],
 )
-async def test_what_stands_in_the_way_of_a_run_is_refused_alike(
+async def test_obstacles_of_a_run_are_rejected_equally(
     repository: Repository, prepare: Callable[[Repository], None], settings: dict[str, Any]
 ) -> None:
     """With and without --dry-run there is the same answer, word for word."""
@@ -153,7 +153,7 @@ def _without_measures(result: dict[str, Any]) -> dict[str, Any]:
     [{"defaults": {"checks": ["no-such-tool --all"]}}, {"worktrees": {"setup": ["no-such-installer"]}}],
     ids=["check", "setup"],
 )
-def test_problems_are_those_that_doctor_finds(repository: Repository, settings: dict[str, Any]) -> None:
+def test_problems_match_the_doctor(repository: Repository, settings: dict[str, Any]) -> None:
     """With its exit code; the plan is printed all the same."""
     config = str(repository.configure(TASKS[:1], **settings))
     told = repository.council("run", config, "--dry-run", "--json")
@@ -166,7 +166,7 @@ def test_problems_are_those_that_doctor_finds(repository: Repository, settings: 
     assert problems[0]["found"][:40] in text
 
 
-async def test_deferred_landing_is_allowed_if_it_is_said(repository: Repository) -> None:
+async def test_deferred_landing_is_allowed_on_request(repository: Repository) -> None:
     """--allow-deferred goes with --dry-run."""
     _dirty(repository)
     config = str(repository.configure(TASKS))
@@ -185,7 +185,7 @@ async def test_text_shows_waves_and_a_tree(repository: Repository) -> None:
 
 
 @pytest.mark.slow
-async def test_ten_thousand_tasks_are_summed_up(repository: Repository) -> None:
+async def test_ten_thousand_tasks_are_summarized(repository: Repository) -> None:
     """Text and chart stay readable, and both are there in moments."""
     tasks = [
         {"id": f"t{number}", "prompt": "x", "needs": [f"t{number // 2}"] if number else []} for number in range(10_000)
@@ -231,7 +231,7 @@ async def test_mermaid_chart_has_each_task_and_need(repository: Repository) -> N
     }  # fmt: skip
 
 
-async def test_options_that_do_not_go_together_are_told(repository: Repository) -> None:
+async def test_incompatible_options_are_rejected(repository: Repository) -> None:
     """A chart is neither JSON nor a run; what a file says is not said twice."""
     config = str(repository.configure(TASKS))
     for options in (["--mermaid"], ["--dry-run", "--mermaid", "--json"], ["--adapter", "fake"], ["--check", "true"]):
@@ -241,7 +241,7 @@ async def test_options_that_do_not_go_together_are_told(repository: Repository) 
     assert not repository.spawns.exists()
 
 
-async def test_tasks_in_words_run_with_the_adapters_of_the_file_that_is_found(repository: Repository) -> None:
+async def test_inline_tasks_use_the_adapters_of_the_found_file(repository: Repository) -> None:
     """council.yaml at the top of the repository lends all but its tasks, from any folder in it."""
     config = repository.configure(TASKS)
     written = {**json.loads(config.read_text()), "repo": "."}
@@ -260,7 +260,7 @@ async def test_tasks_in_words_run_with_the_adapters_of_the_file_that_is_found(re
     assert [len(wave["tasks"]) for wave in told["waves"]] == [3, 1]
 
 
-async def test_without_a_file_the_repository_is_the_one_around(
+async def test_dry_run_without_a_file_uses_the_current_repository(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Work starts from what is checked out; where that is no branch, from main."""
@@ -277,7 +277,7 @@ async def test_without_a_file_the_repository_is_the_one_around(
     assert config.base == "main"
 
 
-async def test_what_trackers_have_open_is_shown_and_not_told(repository: Repository, tmp_path: Path) -> None:
+async def test_open_items_of_trackers_are_shown_and_not_updated(repository: Repository, tmp_path: Path) -> None:
     """Also where the file has no tasks of its own; that there are none at all is refused as for a run."""
     todo = tmp_path / "todo.md"
     todo.write_text("- [ ] write one.txt 1\n- [x] write never.txt 1\n")
@@ -291,7 +291,7 @@ async def test_what_trackers_have_open_is_shown_and_not_told(repository: Reposit
     assert (refused.code, refused.result["error"]) == (2, "nothing to do: no open task in 'todo'")
 
 
-async def test_without_a_file_it_is_said_what_would_be_possible(repository: Repository) -> None:
+async def test_dry_run_without_a_file_lists_the_possible_adapters(repository: Repository) -> None:
     """Neither a file nor an adapter that works without options."""
     for options, fragment in (
         ([], "there is no council.yaml in"),
@@ -304,7 +304,7 @@ async def test_without_a_file_it_is_said_what_would_be_possible(repository: Repo
         assert ended.result["remedy"]
 
 
-async def test_tasks_of_trackers_are_part_of_it(repository: Repository) -> None:
+async def test_tasks_of_trackers_are_included(repository: Repository) -> None:
     """Trackers are asked as a run would ask them; one that has nothing open is told of."""
     todo = repository.top.parent / "todo.md"
     todo.write_text("- [ ] Add a help text. {#help}\n")

@@ -36,7 +36,7 @@ def repository(repository: Repository) -> Repository:
     return repository
 
 
-def test_each_command_on_an_empty_store_ends(repository: Repository) -> None:
+def test_each_command_works_on_an_empty_store(repository: Repository) -> None:
     """As a process of its own; `log --follow` alone never ends by itself."""
     assert isinstance(state, click.Group)
     for name in sorted(state.commands):
@@ -48,7 +48,7 @@ def test_each_command_on_an_empty_store_ends(repository: Repository) -> None:
 
 
 @pytest.mark.parametrize("url", [None, "memory:"])
-async def test_each_look_from_python_at_an_empty_store_ends(repository: Repository, url: str | None) -> None:
+async def test_each_python_call_works_on_an_empty_store(repository: Repository, url: str | None) -> None:
     """On files and in memory; an empty folder, too, becomes an empty store."""
     async with Council.open(repository.top, state=url, environ=repository.environ) as council:
         looks: list[Callable[[], Awaitable[Any]]] = [
@@ -72,7 +72,7 @@ async def test_each_look_from_python_at_an_empty_store_ends(repository: Reposito
             assert [one async for one in council.history.commits(until=9)] != []
 
 
-async def test_health_while_others_write(repository: Repository) -> None:
+async def test_health_works_during_writes(repository: Repository) -> None:
     """What others commit meanwhile neither holds it up nor is waited for."""
     async with (
         Council.open(repository.top, environ=repository.environ) as council,

@@ -51,7 +51,7 @@ def finish(child: StartedCommand, tmp_path: Path) -> str:
     return child.communicate(timeout=60)[0]
 
 
-async def test_the_printed_command_enables_an_adapter_of_an_active_run(repository: Repository, tmp_path: Path) -> None:
+async def test_printed_command_enables_an_adapter_of_an_active_run(repository: Repository, tmp_path: Path) -> None:
     """The key is fixed, the command is run as it is printed, and the same process starts the task again."""
     tasks = ({"id": name, "prompt": "x", "adapter": "locked", "attempts": 1} for name in ("one", "two"))
     child = repository.start("run", configured(repository, tmp_path, *tasks))
@@ -73,7 +73,7 @@ async def test_the_printed_command_enables_an_adapter_of_an_active_run(repositor
 
 
 @pytest.mark.extended
-async def test_a_worker_starts_tasks_of_an_enabled_adapter(repository: Repository, tmp_path: Path) -> None:
+async def test_worker_starts_tasks_of_an_enabled_adapter(repository: Repository, tmp_path: Path) -> None:
     """Of two processes of a run, either may run its tasks then."""
     tasks = ({"id": name, "prompt": "x", "adapter": "locked", "attempts": 1} for name in ("one", "two", "three"))
     path = configured(repository, tmp_path, *tasks, capacity=1)
@@ -94,9 +94,7 @@ async def test_a_worker_starts_tasks_of_an_enabled_adapter(repository: Repositor
 
 
 @pytest.mark.extended
-async def test_enabling_an_adapter_of_an_ended_run_applies_to_its_resume(
-    repository: Repository, tmp_path: Path
-) -> None:
+async def test_enabled_adapter_of_an_ended_run_applies_to_resume(repository: Repository, tmp_path: Path) -> None:
     """The command that was printed while it was active is no error then, and says how to continue."""
     (tmp_path / "gate").touch()
     ended = repository.council(
@@ -116,7 +114,7 @@ async def test_enabling_an_adapter_of_an_ended_run_applies_to_its_resume(
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("names", [["locke"], ["fake"], []])
-def test_enabling_a_usable_adapter_is_refused(repository: Repository, tmp_path: Path, names: list[str]) -> None:
+def test_enabling_a_usable_adapter_is_rejected(repository: Repository, tmp_path: Path, names: list[str]) -> None:
     """Nor what the run does not have; the names of its adapters are given."""
     (tmp_path / "gate").touch()
     assert repository.council("run", configured(repository, tmp_path)).code == 0
@@ -125,7 +123,7 @@ def test_enabling_a_usable_adapter_is_refused(repository: Repository, tmp_path: 
     assert ("fake, locked" in refused.stderr) == (names == ["locke"])
 
 
-def test_a_stopped_adapter_of_an_ended_run_leads_to_what_helps(repository: Repository, tmp_path: Path) -> None:
+def test_disabled_adapter_of_an_ended_run_has_a_remedy(repository: Repository, tmp_path: Path) -> None:
     """To a resume as long as a task waits for it, which `runs --active` lists; to none once all tasks have ended."""
     (tmp_path / "gate").touch()
     tasks = ({"id": name, "prompt": "x", "adapter": "locked", "attempts": 1} for name in ("one", "two"))

@@ -12,7 +12,7 @@ import pytest
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
 from tests.conftest import CommandResult, Repository
-from tests.integration.test_working_together import QUICK, ended, happened, states
+from tests.integration.test_shared_runs import QUICK, ended, happened, states
 from tests.waiting import wait_for
 
 APPROVE = json.dumps({"verdict": "approve", "findings": []})
@@ -59,7 +59,7 @@ TWO = plan(
 )
 
 
-async def test_a_plan_becomes_tasks_that_land_and_what_needs_it_waits_for_all_of_them(repository: Repository) -> None:
+async def test_plan_becomes_tasks_that_land_before_dependents(repository: Repository) -> None:
     """Names begin with the task's, dependencies are needs, and the task itself is done only when they have landed."""
     path = expanding(
         repository,
@@ -85,7 +85,7 @@ async def test_a_plan_becomes_tasks_that_land_and_what_needs_it_waits_for_all_of
     await repository.assert_invariants()
 
 
-async def test_the_phases_that_follow_begin_with_what_the_tasks_landed(repository: Repository) -> None:
+async def test_next_phase_starts_from_the_landed_subtasks(repository: Repository) -> None:
     """A build after the plan sees all of it, and is reviewed and lands in turn."""
     following = [
         {"build": {"produces": "build"}},
@@ -106,7 +106,7 @@ async def test_the_phases_that_follow_begin_with_what_the_tasks_landed(repositor
     await repository.assert_invariants()
 
 
-async def test_what_keeps_a_plan_from_becoming_tasks_is_mended_once_by_the_session(repository: Repository) -> None:
+async def test_invalid_plan_is_repaired_once_by_the_session(repository: Repository) -> None:
     """Paths beyond the task's own, a name that is taken, too many: all are told at once, one more turn mends them."""
     wrong = plan(
         planned("x", "write a/x 1", owns=["a/x", "b/*"]),
@@ -134,7 +134,7 @@ async def test_what_keeps_a_plan_from_becoming_tasks_is_mended_once_by_the_sessi
     await repository.assert_invariants()
 
 
-async def test_a_plan_that_stays_wrong_fails_its_phase(repository: Repository) -> None:
+async def test_plan_that_stays_invalid_fails_its_phase(repository: Repository) -> None:
     """Nothing of it is there, and what is wrong with it is the task's reason."""
     circle = plan(planned("a", "write a 1", dependencies=["b"]), planned("b", "write b 1", dependencies=["a"]))
     path = expanding(repository, [f"in plan hand-over {circle}"], own={"attempts": 1})
@@ -144,7 +144,7 @@ async def test_a_plan_that_stays_wrong_fails_its_phase(repository: Repository) -
     await repository.assert_invariants()
 
 
-async def test_a_plan_says_nothing_but_what_is_its_own_to_say(repository: Repository) -> None:
+async def test_plan_can_only_set_its_own_keys(repository: Repository) -> None:
     """Who does it, the checks, and the limits are those of the task, whatever a plan has under such names."""
     bold = {
         "adapter": "other",
@@ -179,7 +179,7 @@ async def test_a_plan_says_nothing_but_what_is_its_own_to_say(repository: Reposi
     await repository.assert_invariants()
 
 
-async def test_what_its_plan_became_waits_for_a_persons_approval(repository: Repository) -> None:
+async def test_expanded_plan_waits_for_approval(repository: Repository) -> None:
     """Nothing is added before; approved, it lands in the run that goes on."""
     path = expanding(
         repository, [f"in plan hand-over {plan(planned('x', 'write x.txt 1'))}"], workflows=workflow(approve=True)
@@ -194,7 +194,7 @@ async def test_what_its_plan_became_waits_for_a_persons_approval(repository: Rep
 
 
 @pytest.mark.extended
-async def test_a_task_that_failed_blocks_the_one_whose_plan_it_was_of_until_it_is_tried_again(
+async def test_failed_subtask_blocks_its_parent_until_retried(
     repository: Repository,
 ) -> None:
     """The plan's own task goes on when all of it has landed; what has landed is not done again."""
@@ -234,7 +234,7 @@ def planned_twice(repository: Repository) -> str:
     )
 
 
-async def test_another_plan_replaces_what_has_not_landed_of_the_one_before(repository: Repository) -> None:
+async def test_new_plan_replaces_unlanded_subtasks(repository: Repository) -> None:
     """Its tasks have names of their own; what has landed stays, what has not is cancelled."""
     path = planned_twice(repository)
     run = repository.council("run", path, "--json")
@@ -254,7 +254,7 @@ async def test_another_plan_replaces_what_has_not_landed_of_the_one_before(repos
     await repository.assert_invariants()
 
 
-async def test_another_plan_ends_the_sessions_of_the_one_before(repository: Repository) -> None:
+async def test_new_plan_ends_the_sessions_of_the_old_one(repository: Repository) -> None:
     """Asked of a run that is at work: what is being built of the old plan is stopped, and the new one is made."""
     old = plan(planned("x", "hang"))
     new = plan(planned("x", "write x.txt 1"))
@@ -274,7 +274,7 @@ async def test_another_plan_ends_the_sessions_of_the_one_before(repository: Repo
     "place",
     ["plan.expanded", *(pytest.param(one, marks=pytest.mark.slow) for one in ("handed_over", "attempt.ended"))],
 )
-async def test_a_plan_becomes_tasks_once_wherever_the_process_is_killed(repository: Repository, place: str) -> None:
+async def test_plan_killed_anywhere_becomes_tasks_once(repository: Repository, place: str) -> None:
     """What is recorded is all of it or nothing: killed before, the plan is made anew; killed behind, it goes on."""
     failpoint = {"handed_over": "session.ended=kill"}.get(place, f"{place}=kill")
     path = expanding(repository, [f"in plan hand-over {TWO}"])
@@ -291,7 +291,7 @@ async def test_a_plan_becomes_tasks_once_wherever_the_process_is_killed(reposito
 
 
 @pytest.mark.extended
-async def test_two_processes_share_what_a_plan_became(repository: Repository) -> None:
+async def test_two_processes_share_the_subtasks(repository: Repository) -> None:
     """Who did not plan it learns of the tasks, and each lands once; what needs the plan's task waits for both."""
     tasks = plan(*(planned(f"t{one}", "tick 5 0.3", f"write t{one}.txt {one}") for one in range(6)))
     path = expanding(
@@ -313,7 +313,7 @@ async def test_two_processes_share_what_a_plan_became(repository: Repository) ->
 
 
 @pytest.mark.slow
-async def test_who_is_left_goes_on_with_the_plan_of_a_process_that_was_killed(repository: Repository) -> None:
+async def test_survivor_continues_the_plan_of_a_killed_process(repository: Repository) -> None:
     """The tasks were recorded, and nobody was told."""
     path = expanding(repository, ["tick 12 0.3", f"in plan hand-over {TWO}"], coordination=QUICK)
     first = repository.start("run", path, failpoints="plan.expanded=kill")
@@ -326,7 +326,7 @@ async def test_who_is_left_goes_on_with_the_plan_of_a_process_that_was_killed(re
 
 
 @pytest.mark.slow
-async def test_what_a_plan_became_shares_the_budget_of_its_task(repository: Repository) -> None:
+async def test_subtasks_share_the_budget_of_their_task(repository: Repository) -> None:
     """A plan of many tasks is no way to more of it: each of them alone would have enough."""
     tasks = plan(*(planned(f"t{one}", "tick 1 4", f"write t{one}.txt {one}") for one in range(3)))
     path = expanding(repository, [f"in plan hand-over {tasks}"], own={"budget": {"time": "7s"}}, capacity=1)
@@ -338,7 +338,7 @@ async def test_what_a_plan_became_shares_the_budget_of_its_task(repository: Repo
 
 
 @pytest.mark.extended
-async def test_a_checkpoint_from_before_a_plan_keeps_what_sessions_did_for_it(repository: Repository) -> None:
+async def test_checkpoint_before_a_plan_keeps_its_work(repository: Repository) -> None:
     """What no session was at is gone with the plan; another one is made."""
     path = planned_twice(repository)
     assert repository.council("run", path, failpoints="run.leader_elected=kill").code == -signal.SIGKILL
@@ -359,7 +359,7 @@ async def test_a_checkpoint_from_before_a_plan_keeps_what_sessions_did_for_it(re
         ("src/*.py", "src/new.py", ["write src/new.py/anything.sh evil"]),
     ],
 )
-async def test_no_plan_gives_its_tasks_more_than_its_own_task_has(
+async def test_plan_gives_its_tasks_no_more_than_its_own(
     repository: Repository, limit: str, owned: str, steps: list[str]
 ) -> None:
     """A path that a plan names as a file's is a folder's, too, with all that is beneath."""
@@ -372,7 +372,7 @@ async def test_no_plan_gives_its_tasks_more_than_its_own_task_has(
 
 
 @pytest.mark.extended
-async def test_a_plan_after_a_restore_gives_its_tasks_names_that_were_never_used(repository: Repository) -> None:
+async def test_plan_after_a_restore_uses_new_task_names(repository: Repository) -> None:
     """Two plans of one task are known to checkpoints: a name means the same task in both, and each plan is landed."""
     first = plan(planned("x", "write first.txt 1"))
     second = plan(planned("x", "write second.txt 2"))

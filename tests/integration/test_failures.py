@@ -32,7 +32,7 @@ def fake(repository: Repository, **more: Any) -> dict[str, Any]:
     return repository.fake_adapter(**{"failures": FAILURES, **more})
 
 
-async def test_a_class_decides_whether_another_attempt_follows(repository: Repository) -> None:
+async def test_failure_class_decides_about_a_retry(repository: Repository) -> None:
     """What may pass is tried again, what will not is not; the result names the class."""
     expected = {
         "print overloaded\nexit 1": ("overloaded", 2),
@@ -48,7 +48,7 @@ async def test_a_class_decides_whether_another_attempt_follows(repository: Repos
     assert [(task["failure"], task["attempts"]) for task in ended.result["tasks"]] == [*expected.values()], ended
 
 
-async def test_what_is_retried_can_be_chosen(repository: Repository) -> None:
+async def test_retried_classes_can_be_chosen(repository: Repository) -> None:
     """`retry_on` replaces the classes that are worth another attempt, for all tasks or for one."""
     tasks: list[dict[str, Any]] = [
         {"id": "idle", "prompt": "attempt 2 write idle.txt x", "retry_on": ["no_change"]},
@@ -60,7 +60,7 @@ async def test_what_is_retried_can_be_chosen(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
-async def test_a_conflict_that_is_retried_starts_from_the_target(repository: Repository) -> None:
+async def test_retried_conflict_starts_from_the_target(repository: Repository) -> None:
     """With `retry_on: [conflict]` the work is done again on top of what was in its way."""
     repository.commit({"a.txt": "1\n"}, "a")
     repository.remember()
@@ -72,7 +72,7 @@ async def test_a_conflict_that_is_retried_starts_from_the_target(repository: Rep
     await repository.assert_invariants()
 
 
-async def test_a_login_that_fails_stops_its_adapter_and_no_other(repository: Repository) -> None:
+async def test_failed_login_disables_its_adapter_only(repository: Repository) -> None:
     """Its tasks wait, with no attempt counted, until a person has logged in and resumes; the others land."""
     flag = repository.spawns.parent / "logged-in"
     shell = {"use": "command", "argv": ["sh", "{prompt_file}"], "failures": FAILURES}
@@ -98,7 +98,7 @@ async def test_a_login_that_fails_stops_its_adapter_and_no_other(repository: Rep
     await repository.assert_invariants()
 
 
-async def test_a_usage_limit_parks_the_adapter_until_it_ends(repository: Repository) -> None:
+async def test_usage_limit_starts_a_cooldown_until_its_end(repository: Repository) -> None:
     """Five hours pass on the clock; no attempt is counted, another adapter goes on meanwhile."""
     tasks: list[dict[str, Any]] = [
         {"id": "limited", "prompt": "attempt 1 print limit reached, again in 18000 s\nattempt 1 exit 1\nwrite a.txt a",
@@ -134,7 +134,7 @@ async def test_a_usage_limit_parks_the_adapter_until_it_ends(repository: Reposit
     await repository.assert_invariants()
 
 
-async def test_what_has_a_fallback_does_not_wait_for_a_limit(repository: Repository) -> None:
+async def test_task_with_a_fallback_does_not_wait_for_a_limit(repository: Repository) -> None:
     """The limited task goes on with the first of its others that can be used, as does what was ready behind it."""
     tasks: list[dict[str, Any]] = [
         {"id": "limited", "prompt": "attempt 1 print limit reached, again in 18000 s\nattempt 1 exit 1\nwrite a.txt a",
@@ -175,7 +175,7 @@ async def test_what_has_a_fallback_does_not_wait_for_a_limit(repository: Reposit
     await repository.assert_invariants()
 
 
-async def test_a_park_outlasts_the_process(repository: Repository) -> None:
+async def test_cooldown_survives_the_process(repository: Repository) -> None:
     """Whoever resumes keeps the adapter parked until the same instant."""
     tasks = [{"id": "t", "prompt": "attempt 1 print limit reached, again in 7200 s\nattempt 1 exit 1\nwrite a.txt a"}]
     path = repository.configure(tasks, adapters={"fake": fake(repository)})
@@ -209,7 +209,7 @@ async def until_claimed(council: Council, run: str, times: int) -> None:
     await until_event(council, "run.leader_elected", times)
 
 
-async def test_silence_ends_a_session_that_neither_speaks_nor_works(repository: Repository) -> None:
+async def test_idle_timeout_ends_a_silent_session(repository: Repository) -> None:
     """Output or changes keep it alive; without both it is ended, with its work kept."""
     tasks: list[dict[str, Any]] = [
         {"id": "silent", "prompt": "write half.txt x\nhang", "idle_timeout": "1s", "attempts": 1},
@@ -223,7 +223,7 @@ async def test_silence_ends_a_session_that_neither_speaks_nor_works(repository: 
     await repository.assert_invariants()
 
 
-async def test_priority_decides_what_starts_first(repository: Repository) -> None:
+async def test_priority_decides_the_start_order(repository: Repository) -> None:
     """With room for one, the higher priority goes first, whatever the order of the file."""
     tasks = [{"id": f"p{value}", "prompt": f"write {value}.txt x", "priority": value} for value in (1, 3, 2)]
     ended = repository.council("run", str(repository.configure(tasks, capacity=1)), "--json")
@@ -231,7 +231,7 @@ async def test_priority_decides_what_starts_first(repository: Repository) -> Non
     assert started == ["p3", "p2", "p1"]
 
 
-async def test_tasks_that_own_the_same_paths_follow_each_other(repository: Repository) -> None:
+async def test_tasks_with_the_same_paths_run_in_turn(repository: Repository) -> None:
     """They are never at work together, and the later one starts from where the earlier one landed: no conflict."""
     tasks: list[dict[str, Any]] = [
         {"id": name, "prompt": f"append src/app.py # {name}", "owns": ["src/**"]} for name in ("one", "two", "three")
@@ -249,7 +249,7 @@ async def test_tasks_that_own_the_same_paths_follow_each_other(repository: Repos
     await repository.assert_invariants()
 
 
-async def test_an_adapters_capacity_holds(repository: Repository) -> None:
+async def test_adapter_capacity_is_respected(repository: Repository) -> None:
     """However many sessions may run in all, no more of an adapter than it allows."""
     tasks = [{"id": f"t{n}", "prompt": f"write {n}.txt x"} for n in range(6)]
     adapters = {"fake": fake(repository, capacity=2)}
@@ -262,7 +262,7 @@ async def test_an_adapters_capacity_holds(repository: Repository) -> None:
     assert most == 2
 
 
-async def test_a_program_inside_of_what_is_hidden_is_told_apart_from_a_missing_one(repository: Repository) -> None:
+async def test_program_in_a_hidden_folder_is_distinguished_from_a_missing_one(repository: Repository) -> None:
     """A tool in the user's own repository is not there for sessions; the refusal says what to do, and that helps."""
     tool = repository.top / "tool.sh"
     tool.write_text("#!/bin/sh\necho x > x.txt\n")
@@ -279,7 +279,7 @@ async def test_a_program_inside_of_what_is_hidden_is_told_apart_from_a_missing_o
     assert ended.states == {"t": "landed"}, ended
 
 
-async def test_a_machine_without_room_is_waited_for(repository: Repository) -> None:
+async def test_machine_without_capacity_is_waited_for(repository: Repository) -> None:
     """A session that can't be started for lack of space costs no attempt: nothing starts for a while, then it does."""
     path = repository.configure([{"id": "t", "prompt": "write a.txt x", "attempts": 1}])
     clock = ManualClock()
@@ -307,7 +307,7 @@ async def test_a_machine_without_room_is_waited_for(repository: Repository) -> N
 
 
 @pytest.mark.extended
-async def test_sessions_that_run_into_one_limit_side_by_side_are_one_park(repository: Repository) -> None:
+async def test_concurrent_limits_are_one_cooldown(repository: Repository) -> None:
     """However many hit it at once, the adapter is parked once, and told again only where the limit ends later."""
     gate = repository.spawns.parent / "gate"
     prompt = f"attempt 1 meet {gate} 4\nattempt 1 print limit reached{{}}\nattempt 1 exit 1\nwrite {{}}.txt x"
@@ -330,7 +330,7 @@ async def test_sessions_that_run_into_one_limit_side_by_side_are_one_park(reposi
     await repository.assert_invariants()
 
 
-async def test_a_run_that_only_waits_for_adapters_says_so_once(repository: Repository) -> None:
+async def test_run_that_only_waits_for_adapters_says_so_once(repository: Repository) -> None:
     """With its first adapter stopped and its second parked, a task says until when; the run says it, once a park."""
     limited = "attempt {0} print limit reached, again in {1} s\nattempt {0} exit 1\n"
     prompt = "attempt 1 print not logged in\nattempt 1 exit 1\n" + limited.format(2, 600) + limited.format(3, 7200)

@@ -28,7 +28,7 @@ def show(repository: Path, *arguments: str) -> str:
     return done.stdout.decode(errors="replace")
 
 
-async def test_conflicts_of_all_kinds(repository: Repository) -> None:
+async def test_conflicts_of_all_kinds_are_reported(repository: Repository) -> None:
     """Each is named with its paths, the target does not move, and its branch has the commits of both sides."""
     base = repository.commit(BASE, "base")
     repository.git("checkout", "--quiet", "-b", "out")
@@ -54,7 +54,7 @@ async def test_conflicts_of_all_kinds(repository: Repository) -> None:
     await repository.assert_invariants(target_checked_out=False)
 
 
-async def test_a_rename_in_case_only_lands_and_its_checks_see_it(repository: Repository) -> None:
+async def test_case_only_rename_lands_and_is_checked(repository: Repository) -> None:
     """`Readme` instead of `README` is a change like any other, for the checks and for the checkout."""
     script = "git mv README.md readme.md; mkdir tmp; mv src tmp/src; mv tmp/src Src; rmdir tmp"
     settings = {
@@ -68,7 +68,7 @@ async def test_a_rename_in_case_only_lands_and_its_checks_see_it(repository: Rep
     await repository.assert_invariants()
 
 
-async def test_the_same_change_twice_lands_once(repository: Repository) -> None:
+async def test_same_change_twice_lands_once(repository: Repository) -> None:
     """What the target holds already is landed without a commit; files that were only touched are no change."""
     tasks = [
         {"id": "first", "prompt": "write same.txt same"},
@@ -94,7 +94,7 @@ for name in {names!r}:
 """
 
 
-async def test_hostile_file_names_through_run_conflict_diff_and_salvage(repository: Repository) -> None:
+async def test_hostile_file_names_pass_run_conflict_diff_and_salvage(repository: Repository) -> None:
     """Every name that the system allows lands, is named where it conflicts, is shown, and is brought back."""
     nested = tuple(b"-d/\xff/" + name for name in NAMES)
     tasks: list[dict[str, Any]] = [

@@ -42,9 +42,7 @@ open("done-" + os.environ["COUNCIL_TASK"], "w").write("x")
 
 @pytest.mark.extended
 @pytest.mark.parametrize(("blocks", "width"), [(30, 32), pytest.param(100, 1, marks=pytest.mark.slow)])
-async def test_a_flood_of_output_takes_bounded_memory_and_files(
-    repository: Repository, blocks: int, width: int
-) -> None:
+async def test_output_flood_takes_bounded_memory_and_files(repository: Repository, blocks: int, width: int) -> None:
     """Many MB, lines of 3 MB and bytes that are no text, from several at once and from a check."""
     tasks: list[dict[str, Any]] = [
         {"id": name, "prompt": FLOOD.format(blocks=blocks, width=width)} for name in ("a", "b")
@@ -79,7 +77,7 @@ async def test_a_flood_of_output_takes_bounded_memory_and_files(
     await repository.assert_invariants()
 
 
-async def test_a_program_that_asks_fails_at_once(repository: Repository) -> None:
+async def test_program_that_asks_fails_immediately(repository: Repository) -> None:
     """There is nobody to answer on standard input, and no terminal: that is the end of it, not a wait."""
     tasks = [
         {"id": "stdin", "prompt": "printf 'Proceed? [y/N] '; read answer || exit 3; echo $answer > a.txt"},
@@ -122,7 +120,7 @@ async def test_one_signal_ends_cleanly(repository: Repository, number: signal.Si
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize(("first", "second"), [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGHUP)])
-async def test_the_second_signal_ends_at_once(
+async def test_second_signal_ends_immediately(
     repository: Repository, first: signal.Signals, second: signal.Signals
 ) -> None:
     """A program that ignores SIGTERM would get its grace after one signal; after two all is dead within 2 s."""
@@ -140,7 +138,7 @@ async def test_the_second_signal_ends_at_once(
     await repository.assert_invariants()
 
 
-async def test_a_signal_while_a_landing_is_pushed_lets_it_finish(repository: Repository) -> None:
+async def test_signal_during_a_push_lets_it_finish(repository: Repository) -> None:
     """The target and its checkout agree afterwards, whatever the signal met; the landing is not cut off."""
     hook = repository.top / ".git/hooks/pre-receive"
     hook.parent.mkdir(exist_ok=True)
@@ -170,7 +168,7 @@ async def test_a_signal_while_a_landing_is_pushed_lets_it_finish(repository: Rep
     assert repository.council("resume", "--json").code == 0
 
 
-async def test_capacity_of_a_thousand_under_a_low_limit_of_descriptors(repository: Repository) -> None:
+async def test_thousand_sessions_under_a_low_descriptor_limit_work(repository: Repository) -> None:
     """As many run as fit, that is said with the remedy, and all land; where not even one fits it is refused."""
     tasks = [{"id": f"t{number}", "prompt": f"write {number}.txt x"} for number in range(5)]
     config = repository.configure(tasks, capacity=1000)
@@ -203,7 +201,7 @@ async def test_capacity_of_a_thousand_under_a_low_limit_of_descriptors(repositor
     assert "(reason=" not in short.stdout
 
 
-async def test_more_memory_than_there_is_is_refused(repository: Repository) -> None:
+async def test_too_much_requested_memory_is_rejected(repository: Repository) -> None:
     """With the numbers and what to do, before any program starts."""
     config = repository.configure([{"id": "one", "prompt": "write a.txt a"}], session_memory="100TiB")
     refused = repository.council("run", str(config), "--json")

@@ -24,7 +24,7 @@ BAD_TASKS = ("../x", "..", ".", "a/b", "/etc", "x\n", "a\nb", "-x", "a..b", "x.l
 
 @pytest.mark.parametrize("key", ["base", "target"])
 @pytest.mark.parametrize("name", BAD_BRANCHES)
-def test_a_branch_that_git_would_read_otherwise_is_refused(repository: Repository, key: str, name: str) -> None:
+def test_branch_that_git_would_misread_is_rejected(repository: Repository, key: str, name: str) -> None:
     """In the file, at its place, before git sees it."""
     path = repository.configure([{"id": "one", "prompt": "x"}], **{key: name})
     with pytest.raises(ConfigError) as refused:
@@ -33,7 +33,7 @@ def test_a_branch_that_git_would_read_otherwise_is_refused(repository: Repositor
 
 
 @pytest.mark.extended
-async def test_names_of_tasks_that_leave_their_folder_are_refused(repository: Repository) -> None:
+async def test_task_name_that_leaves_its_folder_is_rejected(repository: Repository) -> None:
     """Each in the file, each on the command line, where nothing but a task's own id finds anything."""
     tasks = [{"id": name, "prompt": "write x.txt x"} for name in BAD_TASKS]
     ended = repository.council("run", str(repository.configure(tasks)), "--json")
@@ -53,7 +53,7 @@ async def test_names_of_tasks_that_leave_their_folder_are_refused(repository: Re
     await repository.assert_invariants()
 
 
-async def test_odd_branches_of_the_users_disturb_nothing(repository: Repository) -> None:
+async def test_unusual_branches_of_the_user_do_no_harm(repository: Repository) -> None:
     """What plumbing can make is there, and the run sees its own base and target only; so odd as they may be."""
     for name in ("HEAD", "-b", "@", "refs/heads/main", "main;id", "$(id)", "\u00fc/\u2603"):
         (repository.top / ".git/refs/heads" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def installed(repository: Repository, *arguments: str) -> subprocess.CompletedPr
 
 
 @pytest.mark.extended
-async def test_a_plugin_in_the_repository_is_not_loaded(repository: Repository, tmp_path: Path) -> None:
+async def test_plugin_in_the_repository_is_not_loaded(repository: Repository, tmp_path: Path) -> None:
     """What lies in the repository or in the current folder is data to the installed command, whatever it looks like."""
     ran = tmp_path / "ran"
     code = f"open({str(ran)!r}, 'a').write(__name__ + ' ')\n"
@@ -112,7 +112,7 @@ async def test_a_plugin_in_the_repository_is_not_loaded(repository: Repository, 
     await repository.assert_invariants()
 
 
-async def test_a_state_that_a_repository_brings_is_not_obeyed(repository: Repository) -> None:
+async def test_state_that_came_with_a_repository_is_not_used(repository: Repository) -> None:
     """A `.council` that git tracks is refused by every command, before anything in it is read."""
     config = repository.configure([{"id": "t", "prompt": "write a.txt a"}])
     assert repository.council("run", str(config)).code == 0

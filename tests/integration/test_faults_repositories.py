@@ -28,7 +28,7 @@ def planted(place: Path) -> Path:
     return place
 
 
-async def test_stale_locks_of_ours_of_each_kind_go(repository: Repository, tmp_path: Path) -> None:
+async def test_stale_locks_of_each_kind_are_removed(repository: Repository, tmp_path: Path) -> None:
     """What killed git commands of ours left in our own repository is removed by the next owner of the run."""
     config = repository.configure(ONE)
     assert repository.council("run", str(config), failpoints="worktree.created=kill").code == -signal.SIGKILL
@@ -43,7 +43,7 @@ async def test_stale_locks_of_ours_of_each_kind_go(repository: Repository, tmp_p
     await repository.assert_invariants()
 
 
-async def test_a_lock_stays_while_a_git_command_of_ours_lives(repository: Repository, tmp_path: Path) -> None:
+async def test_lock_stays_while_its_git_command_lives(repository: Repository, tmp_path: Path) -> None:
     """Another run's command may be the one that made it: only what belongs to this run alone goes."""
     config = repository.configure(ONE)
     assert repository.council("run", str(config), failpoints="worktree.created=kill").code == -signal.SIGKILL
@@ -68,7 +68,7 @@ async def test_a_lock_stays_while_a_git_command_of_ours_lives(repository: Reposi
         pytest.param("config.lock", False, marks=pytest.mark.slow),
     ],
 )
-async def test_a_lock_of_the_users_is_never_removed(repository: Repository, name: str, stops: bool) -> None:
+async def test_lock_of_the_user_is_never_removed(repository: Repository, name: str, stops: bool) -> None:
     """It may be that of an editor or of a command of theirs: what can't land waits, with what to do, until it went."""
     lock = planted(repository.top / ".git" / name)
     ended = repository.council("run", str(repository.configure(ONE)), "--json")
@@ -138,7 +138,7 @@ async def test_a_target_whose_history_was_rewritten_waits_with_a_remedy(reposito
         pytest.param("remote", "landing.pushed=kill@2", marks=pytest.mark.extended),
     ],
 )
-async def test_a_target_that_is_deleted_during_a_run_is_not_created_again(
+async def test_deleted_target_is_not_recreated(
     repository: Repository, tmp_path: Path, target: str, failpoint: str
 ) -> None:
     """Landings wait, also those of a process that was killed, until the branch exists again."""
@@ -177,7 +177,7 @@ async def test_a_target_that_is_deleted_during_a_run_is_not_created_again(
     assert repository.git(*git, "show", f"{target}:one.txt") == "1\n2"
 
 
-async def test_a_detached_head_is_no_obstacle(repository: Repository) -> None:
+async def test_detached_head_is_accepted(repository: Repository) -> None:
     """With no branch checked out the target moves, and the checkout stays as it is."""
     repository.git("checkout", "--quiet", "--detach")
     repository.remember()
@@ -214,7 +214,7 @@ def _shallow(repository: Repository) -> None:
     ],
     ids=["empty", "submodules", "LFS", "shallow"],
 )
-async def test_what_no_session_could_work_on_is_refused(
+async def test_unusable_repository_is_rejected(
     repository: Repository, prepare: Callable[[Repository], object], repo: str, fragment: str, remedy: str
 ) -> None:
     """Exit code 2 with what it is and what to do, and no program has run."""
@@ -228,9 +228,7 @@ async def test_what_no_session_could_work_on_is_refused(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a repository away")
-async def test_a_repository_of_someone_else_is_refused_until_git_is_told_to_trust_it(
-    repository: Repository, tmp_path: Path
-) -> None:
+async def test_foreign_repository_is_rejected_until_trusted(repository: Repository, tmp_path: Path) -> None:
     """Git's own rule (safe.directory) holds: its words are told each time, and following them is all it takes."""
     subprocess.run(["chown", "-R", "12345:12345", str(repository.top)], check=True)
     config = repository.configure(ONE)
@@ -273,7 +271,7 @@ def _nobody(repository: Repository) -> None:
 @pytest.mark.parametrize(
     "odd", [_sparse, _converts, *(pytest.param(odd, marks=pytest.mark.slow) for odd in (_signs, _nobody))]
 )
-async def test_an_odd_checkout_takes_landings(repository: Repository, odd: Callable[[Repository], object]) -> None:
+async def test_unusual_checkout_takes_landings(repository: Repository, odd: Callable[[Repository], object]) -> None:
     """Sparse, signing with a broken program, converting line ends, or without an identity: it lands and is clean."""
     repository.commit({"docs/a.txt": "a\n"}, "docs")
     odd(repository)
@@ -310,7 +308,7 @@ def refusing(repository: Repository, hook: str) -> Path:
         "reference-transaction",
     ],
 )
-async def test_a_hook_of_the_user_that_refuses_is_heeded(repository: Repository, hook: str) -> None:
+async def test_rejecting_hook_of_the_user_is_respected(repository: Repository, hook: str) -> None:
     """The target does not move, its checkout is as it was, the reason names the hook; without it the work lands."""
     place = refusing(repository, hook)
     before = repository.git("rev-parse", "main")
@@ -324,7 +322,7 @@ async def test_a_hook_of_the_user_that_refuses_is_heeded(repository: Repository,
     await repository.assert_invariants()
 
 
-async def test_other_hooks_of_the_user_that_fail_stop_nothing(repository: Repository) -> None:
+async def test_failing_other_hooks_of_the_user_stop_nothing(repository: Repository) -> None:
     """Those of commits, merges and checkouts are not run by a push, those that come after one can't refuse it."""
     for hook in ("pre-commit", "commit-msg", "pre-merge-commit", "post-merge", "post-checkout", "pre-push",
                  "post-receive", "post-update", "post-index-change"):  # fmt: skip
@@ -334,7 +332,7 @@ async def test_other_hooks_of_the_user_that_fail_stop_nothing(repository: Reposi
     await repository.assert_invariants()
 
 
-async def test_our_own_repositories_that_are_gone_are_named(repository: Repository) -> None:
+async def test_missing_own_repositories_are_named(repository: Repository) -> None:
     """What is left of their folder does not make a fault of ours out of it."""
     repository.council("run", str(repository.configure([{"id": "one", "prompt": "write one.txt 1"}])))
     (hub,) = (path for path in Path(repository.environ["COUNCIL_HOME"]).iterdir() if path.is_dir())

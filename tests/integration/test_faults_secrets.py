@@ -57,7 +57,7 @@ WAYS = {
 
 
 @pytest.mark.extended
-async def test_a_variable_that_is_a_secret_leaves_no_trace(repository: Repository, tmp_path: Path) -> None:
+async def test_secret_variable_leaves_no_trace(repository: Repository, tmp_path: Path) -> None:
     """Printed, thrown, written, committed, taken back, stashed, as a name or a message: it is in nothing of ours."""
     repository.environ["SERVICE_API_KEY"] = CANARY
     python = {**PYTHON_ADAPTER, "env": ["SERVICE_API_KEY"]}
@@ -80,7 +80,7 @@ async def test_a_variable_that_is_a_secret_leaves_no_trace(repository: Repositor
     await repository.assert_invariants()
 
 
-async def test_a_secret_in_a_prompt_reaches_the_agent_and_no_log(repository: Repository) -> None:
+async def test_secret_in_a_prompt_reaches_the_agent_and_no_log(repository: Repository) -> None:
     """The agent may need it, and the state keeps it for a resume; no log, message, commit or object has it."""
     repository.environ["SERVICE_API_KEY"] = CANARY
     tasks: list[dict[str, Any]] = [
@@ -122,7 +122,7 @@ LEFT: dict[str, tuple[str, bytes]] = {
 
 
 @pytest.mark.extended
-async def test_what_should_not_be_committed_is_no_object_of_ours(repository: Repository) -> None:
+async def test_uncommittable_files_become_no_object(repository: Repository) -> None:
     """Secrets and huge files, in files or anywhere in what was committed: not on the target, in no object database."""
     start = "import os, subprocess\ndef git(*a): subprocess.run(['git', *a], check=True, capture_output=True)\n" + KEY
     end = "\nopen('good-' + os.environ['COUNCIL_TASK'], 'w').write('good')"
@@ -146,7 +146,7 @@ async def test_what_should_not_be_committed_is_no_object_of_ours(repository: Rep
     await repository.assert_invariants()
 
 
-async def test_words_that_give_orders_change_nothing(repository: Repository, tmp_path: Path) -> None:
+async def test_injected_instructions_change_nothing(repository: Repository, tmp_path: Path) -> None:
     """Prompts, file contents, names, messages and outputs that look like our own words or commands are data."""
     ran = tmp_path / "ledger" / "ran"
     orders = (
@@ -205,7 +205,7 @@ LINKS = {
 
 
 @pytest.mark.parametrize("sandbox", [pytest.param("auto", marks=[pytest.mark.slow, needs_sandbox]), "off"])
-async def test_links_out_of_the_worktree_are_links(repository: Repository, tmp_path: Path, sandbox: str) -> None:
+async def test_links_out_of_the_worktree_stay_links(repository: Repository, tmp_path: Path, sandbox: str) -> None:
     """They land as links, or stand in the session's git directory in vain: nothing behind one is read or written."""
     out = tmp_path / "out"
     out.mkdir()
@@ -226,7 +226,7 @@ async def test_links_out_of_the_worktree_are_links(repository: Repository, tmp_p
     await repository.assert_invariants(target_checked_out=False)
 
 
-async def test_a_folder_for_logs_or_state_that_is_a_link_is_refused(repository: Repository, tmp_path: Path) -> None:
+async def test_log_or_state_folder_that_is_a_link_is_rejected(repository: Repository, tmp_path: Path) -> None:
     """What a repository brings as `.council` does not send our files elsewhere."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()

@@ -28,7 +28,7 @@ KINDS = {
 
 @pytest.mark.extended
 @pytest.mark.parametrize("sandbox", [pytest.param("auto", marks=[needs_sandbox, pytest.mark.slow]), "off"])
-async def test_what_an_agent_does_with_its_git_stays_with_it(repository: Repository, sandbox: str) -> None:
+async def test_git_changes_of_an_agent_stay_in_its_session(repository: Repository, sandbox: str) -> None:
     """Only the files of its own checkout land, once each, on the target; no branch or setting of anyone's moves."""
     tasks = [{"id": name, "prompt": script} for name, (script, _) in KINDS.items()]
     config = repository.configure(tasks, adapters={"sh": SHELL_ADAPTER}, sandbox=sandbox, capacity=6)
@@ -44,7 +44,7 @@ async def test_what_an_agent_does_with_its_git_stays_with_it(repository: Reposit
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("sandbox", [pytest.param("auto", marks=needs_sandbox), "off"])
-async def test_an_agent_that_reaches_for_the_users_repository(repository: Repository, sandbox: str) -> None:
+async def test_agent_that_reaches_for_the_users_repository_is_contained(repository: Repository, sandbox: str) -> None:
     """Fenced in it gets nowhere; without a sandbox what it moved is named, and its own work lands all the same."""
     repository.git("branch", "side")
     repository.remember()

@@ -152,7 +152,7 @@ async def until_no_thread(known: frozenset[threading.Thread]) -> None:
             await anyio.sleep(0.002)
 
 
-async def test_a_file_of_another_process_is_refused_with_its_holder(folder: Path) -> None:
+async def test_locked_file_is_rejected_with_its_holder(folder: Path) -> None:
     """The refusal says which session of which process has it since when; other files are free."""
     with held_elsewhere(folder, "ada", "src/a.py") as child:
         began = time.monotonic()
@@ -166,7 +166,7 @@ async def test_a_file_of_another_process_is_refused_with_its_holder(folder: Path
         assert (record.path, record.mode, record.owner, record.pid) == ("src/b.py", "exclusive", "r/bob.1", os.getpid())
 
 
-async def test_it_is_waited_for_until_it_is_free(folder: Path) -> None:
+async def test_lock_is_acquired_when_released(folder: Path) -> None:
     """The default is to wait; whoever waits is seen, with what it waits for."""
     locks = locks_of(folder)
     with held_elsewhere(folder, "ada", "a") as child:
@@ -181,7 +181,7 @@ async def test_it_is_waited_for_until_it_is_free(folder: Path) -> None:
     assert list_file_locks(folder) == []
 
 
-async def test_several_are_taken_all_or_none(folder: Path) -> None:
+async def test_several_files_are_locked_all_or_none(folder: Path) -> None:
     """Where one of three is not free, the others are free again."""
     locks = locks_of(folder)
     with held_elsewhere(folder, "ada", "b"):
@@ -192,7 +192,7 @@ async def test_several_are_taken_all_or_none(folder: Path) -> None:
         assert [one.path for one in taken] == ["a", "c"]
 
 
-async def test_a_second_take_of_its_own_file_is_refused_and_never_waits(folder: Path) -> None:
+async def test_second_lock_of_an_own_file_is_rejected_immediately(folder: Path) -> None:
     """By any spelling, shared or not, held or waited for: the sentence names the file, and all stays as it was."""
     locks = locks_of(folder)
     await locks.acquire(ADA, ["src/a"])
@@ -219,7 +219,7 @@ async def test_sessions_of_one_process_exclude_each_other(folder: Path) -> None:
     await locks.acquire(BOB, ["a"])
 
 
-async def test_shared_locks_go_together_and_keep_out_who_wants_it_alone(folder: Path) -> None:
+async def test_shared_locks_coexist_and_block_an_exclusive_one(folder: Path) -> None:
     """Within a process and between two; all who share it are seen."""
     locks = locks_of(folder)
     with held_elsewhere(folder, "ada", "a", "shared") as child:
@@ -246,7 +246,7 @@ async def test_shared_locks_go_together_and_keep_out_who_wants_it_alone(folder: 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("turns", [0, 2, 4, *(pytest.param(more, marks=pytest.mark.slow) for more in (6, 8, 10))])
 @pytest.mark.parametrize("shared", [False, True])
-async def test_a_cancelled_wait_leaves_nothing_locked(
+async def test_cancelled_wait_leaves_nothing_locked(
     folder: Path, known: frozenset[threading.Thread], turns: int, *, shared: bool
 ) -> None:
     """Wherever in the acquisition of two files the cancellation comes, nothing is locked or marked afterwards."""
@@ -267,7 +267,7 @@ async def test_a_cancelled_wait_leaves_nothing_locked(
     assert {path.suffix for path in folder.iterdir()} == {".lock", ".gate"}
 
 
-async def test_who_gave_up_waiting_to_share_leaves_room_for_who_wants_it_alone(
+async def test_abandoned_shared_wait_makes_room_for_an_exclusive_one(
     folder: Path, known: frozenset[threading.Thread]
 ) -> None:
     """The thread that an abandoned wait has left is taken over by a wait of the other kind."""
@@ -285,7 +285,7 @@ async def test_who_gave_up_waiting_to_share_leaves_room_for_who_wants_it_alone(
     await until_no_thread(known)
 
 
-async def test_free_when_the_owner_is_killed_though_its_child_lives_on(folder: Path) -> None:
+async def test_lock_of_a_killed_owner_is_free_despite_a_living_child(folder: Path) -> None:
     """`kill -9` frees what it had locked at once: no child of its own inherits a lock, even one that inherits all."""
     with run_python(WITH_A_CHILD, folder, "ada", "a", "exclusive") as owner:
         child = int(line(owner))
@@ -300,7 +300,7 @@ async def test_free_when_the_owner_is_killed_though_its_child_lives_on(folder: P
             os.kill(child, signal.SIGKILL)
 
 
-async def test_what_a_killed_process_shared_or_waited_for_is_not_shown(folder: Path) -> None:
+async def test_killed_process_is_not_shown_as_holder_or_waiter(folder: Path) -> None:
     """Its marks are removed by whoever looks."""
     with held_elsewhere(folder, "ada", "a"), run_python(HOLDER, folder, "bob", "a", "exclusive") as waiter:
         await until_waiting(folder, BOB)
@@ -332,14 +332,14 @@ async def test_eight_processes_share_a_file_fairly(folder: Path) -> None:
     assert max(passed_by(folder, ["exclusive"] * 8, 200)) <= 2 * 7
 
 
-async def test_a_writer_is_not_starved_by_four_readers(folder: Path) -> None:
+async def test_writer_is_not_starved_by_four_readers(folder: Path) -> None:
     """Those who could hold it together without a break let it pass: while it waits, none has it more than twice."""
     writer, *_ = passed_by(folder, ["exclusive", *["shared"] * 4], 200)
     assert writer <= 2 * 4
 
 
 @pytest.mark.parametrize("rounds", [100, pytest.param(1_000, marks=pytest.mark.slow)])
-async def test_opposite_orders_never_block_each_other(folder: Path, rounds: int) -> None:
+async def test_opposite_orders_do_not_deadlock(folder: Path, rounds: int) -> None:
     """Two sessions take the same three files in opposite orders; none waits for ever, and no count is lost."""
     paths = ["x/a", "b", "c"]
     count = folder.with_name("count")
@@ -364,7 +364,7 @@ THEN_ANOTHER = HOLDER.replace(
 )
 
 
-async def test_a_circle_of_two_processes_is_broken_at_once(folder: Path) -> None:
+async def test_deadlock_of_two_processes_is_broken_immediately(folder: Path) -> None:
     """The session that began to wait last is refused with the circle, and has what it had; the other goes on."""
     ours = FileLocks(folder, SystemClock())
     with run_python(THEN_ANOTHER, folder, "ada", "a", "exclusive") as theirs:
@@ -384,7 +384,7 @@ async def test_a_circle_of_two_processes_is_broken_at_once(folder: Path) -> None
         assert theirs.stdout.readline() == "both\n"
 
 
-async def test_a_circle_of_three_with_a_shared_lock_is_broken_by_one(folder: Path) -> None:
+async def test_deadlock_of_three_with_a_shared_lock_is_broken_once(folder: Path) -> None:
     """One of them gives up, whichever was last; the others get what they wait for."""
     locks = FileLocks(folder, SystemClock())
     wants = {ADA: ("a", "b"), BOB: ("b", "c"), EVE: ("c", "a")}
@@ -406,7 +406,7 @@ async def test_a_circle_of_three_with_a_shared_lock_is_broken_by_one(folder: Pat
     assert len(refused) == 1
 
 
-async def test_who_only_waits_is_never_refused(folder: Path) -> None:
+async def test_plain_waiter_is_never_rejected(folder: Path) -> None:
     """A queue behind one holder, and a holder that waits for somebody else, are no circle."""
     locks = FileLocks(folder, SystemClock())
     await locks.acquire(ADA, ["a"])

@@ -30,7 +30,7 @@ async def test_files_are_private(tmp_path: Path) -> None:
     assert {oct(path.stat().st_mode & 0o777) for path in directory.iterdir()} == {"0o600"}
 
 
-async def test_a_place_that_can_not_be_used_is_said(tmp_path: Path) -> None:
+async def test_unusable_folder_is_reported(tmp_path: Path) -> None:
     """A state directory that is a file is reported as unavailable, not as a bug."""
     (tmp_path / "file").touch()
     with pytest.raises(StoreUnavailable):
@@ -39,7 +39,7 @@ async def test_a_place_that_can_not_be_used_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["folder", "lock"])
-async def test_a_folder_that_was_replaced_is_written_by_those_who_open_it_alone(tmp_path: Path, what: str) -> None:
+async def test_replaced_folder_is_written_by_new_openers_only(tmp_path: Path, what: str) -> None:
     """Of a copy that takes its place, or a new lock file, a process that had it open before would have another lock."""
     place, clock = tmp_path / "state", SystemClock()
     async with FileStore.open(place, clock) as before:
@@ -61,9 +61,7 @@ async def test_a_folder_that_was_replaced_is_written_by_those_who_open_it_alone(
             assert (found.is_valid, found.position) == (True, 3)
 
 
-async def test_a_follower_is_woken_by_commits_of_its_own_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_follower_is_woken_by_commits_of_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Were there an hour between two looks at the files, a commit of this process would still be seen at once."""
     for pause in ("_POLL_FASTEST", "_POLL_SLOWEST"):
         monkeypatch.setattr(file, pause, 3600.0)
@@ -85,7 +83,7 @@ async def test_a_follower_is_woken_by_commits_of_its_own_process(
         tasks.cancel_scope.cancel()
 
 
-async def test_a_commit_cut_off_the_hard_way_is_whole_or_absent(tmp_path: Path) -> None:
+async def test_killed_commit_is_complete_or_absent(tmp_path: Path) -> None:
     """When tasks are cancelled natively, past any shield, no two threads write at once and nothing is half done."""
     async with FileStore.open(tmp_path, SystemClock()) as store:
         for number in range(80):
@@ -111,7 +109,7 @@ async def _until(store: FileStore, end: int) -> AsyncIterator[CommitRecord]:
             return
 
 
-async def test_a_follower_of_later_commits_starts_behind_the_earlier_ones(tmp_path: Path) -> None:
+async def test_follower_of_later_commits_starts_after_earlier_ones(tmp_path: Path) -> None:
     """Those of this process and those that were there before: a large run would be read again by each follower."""
     async with FileStore.open(tmp_path, SystemClock()) as store:
         await store.commit(Commit(events=[Event("earlier")]))

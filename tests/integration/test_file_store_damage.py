@@ -150,7 +150,7 @@ async def check_damaged(place: Path, log: bytes, mark: bytes | None) -> None:
         pytest.param(lambda _: ord("\n"), id="newline", marks=pytest.mark.slow),
     ],
 )
-async def test_every_flipped_byte_is_seen(good: Good, place: Path, change: Callable[[int], int], each: int) -> None:
+async def test_every_flipped_byte_is_detected(good: Good, place: Path, change: Callable[[int], int], each: int) -> None:
     """Whichever byte of the log is changed: it opens, tells the truth or flags, takes commits, and remembers."""
     for offset in positions(good.log, each):
         damaged = bytearray(good.log)
@@ -160,14 +160,14 @@ async def test_every_flipped_byte_is_seen(good: Good, place: Path, change: Calla
 
 
 @pytest.mark.parametrize("each", [5, pytest.param(1, marks=pytest.mark.slow)])
-async def test_every_truncation_of_what_was_acknowledged_is_seen(good: Good, place: Path, each: int) -> None:
+async def test_truncation_of_acknowledged_data_is_detected(good: Good, place: Path, each: int) -> None:
     """If acknowledged commits are missing at the log's end, at any length, all that they may concern is flagged."""
     for length in positions(good.log[:-1], each):
         await check_damaged(place, good.log[:length], good.mark)
 
 
 @pytest.mark.parametrize("each", [5, pytest.param(1, marks=pytest.mark.slow)])
-async def test_every_torn_tail_is_cut(good: Good, place: Path, each: int) -> None:
+async def test_torn_tail_is_truncated(good: Good, place: Path, each: int) -> None:
     """What a dying writer leaves, at any length, is cut and reported; all earlier commits are there, unflagged."""
     ends = [0, *(end + 1 for end, byte in enumerate(good.log) if byte == ord("\n"))]
     for length in positions(good.log, each)[1:]:
@@ -186,7 +186,7 @@ async def test_every_torn_tail_is_cut(good: Good, place: Path, each: int) -> Non
             assert (await store.position(), list(store.damage)) == (whole + 1, [])
 
 
-async def test_a_damaged_value_keeps_the_older_one_under_its_flag(good: Good, place: Path) -> None:
+async def test_damaged_value_keeps_the_older_one_with_a_flag(good: Good, place: Path) -> None:
     """Damage inside a value names the document; the older value stays readable, at the lost value's version."""
     lay_out(place, good.log.replace(b'{"n":7}', b'{"n":1}'), good.mark)
     async with FileStore.open(place, SystemClock()) as store:
@@ -196,7 +196,7 @@ async def test_a_damaged_value_keeps_the_older_one_under_its_flag(good: Good, pl
         assert not (await read(store, A)).damaged
 
 
-async def test_a_value_without_an_older_one_is_flagged_and_empty(good: Good, place: Path) -> None:
+async def test_damaged_value_without_an_older_one_is_flagged_and_empty(good: Good, place: Path) -> None:
     """A document whose only version is damaged is listed, flagged, with an empty value."""
     lay_out(place, good.log.replace(b'{"n":6}', b'{"n":1}'), good.mark)
     async with FileStore.open(place, SystemClock()) as store:
@@ -204,7 +204,7 @@ async def test_a_value_without_an_older_one_is_flagged_and_empty(good: Good, pla
         assert (document.version, document.value, document.damaged) == (1, {}, True)
 
 
-async def test_a_damaged_lease_guards_nothing(place: Path) -> None:
+async def test_damaged_lease_guards_nothing(place: Path) -> None:
     """A guard on a lease of which only an older value is known is refused: somebody may have taken over."""
     lease = Key("lease", "a")
     async with FileStore.open(place, SystemClock()) as store:
@@ -218,7 +218,7 @@ async def test_a_damaged_lease_guards_nothing(place: Path) -> None:
                 await store.commit(Commit(guards=[Guard(lease, epoch)]))
 
 
-async def test_a_missing_segment_flags_what_it_may_have_held(place: Path) -> None:
+async def test_missing_segment_flags_its_possible_documents(place: Path) -> None:
     """If a whole segment is gone, the gap in the positions is seen."""
     async with FileStore.open(place, SystemClock(), segment_bytes=1) as store:
         for commit in HISTORY:
@@ -243,7 +243,7 @@ async def test_garbage_between_lines_costs_nothing(good: Good, place: Path) -> N
         assert [(one.offset, one.keys) for one in store.damage] == [(first_end, ())]
 
 
-async def test_a_live_store_cuts_what_another_process_left_torn(place: Path) -> None:
+async def test_live_store_truncates_a_torn_tail_of_another_process(place: Path) -> None:
     """The next committer cuts half a line of a dead one and reports it; readers are not held up by it before."""
     async with FileStore.open(place, SystemClock()) as store:
         await store.commit(HISTORY[0])
@@ -256,7 +256,7 @@ async def test_a_live_store_cuts_what_another_process_left_torn(place: Path) -> 
         assert (await read(store, B)).value == {"n": 3}
 
 
-async def test_a_whole_commit_of_a_dead_writer_is_taken_over(good: Good, place: Path) -> None:
+async def test_complete_commit_of_a_dead_writer_is_adopted(good: Good, place: Path) -> None:
     """A commit that was written but not published is not seen by readers until the next committer adopts it."""
     *_, last = good.log.splitlines(keepends=True)
     lay_out(place, good.log[: -len(last)], None)
@@ -268,7 +268,7 @@ async def test_a_whole_commit_of_a_dead_writer_is_taken_over(good: Good, place: 
         assert list(store.damage) == []
 
 
-async def test_a_spoiled_mark_is_rewritten(place: Path) -> None:
+async def test_damaged_mark_is_rewritten(place: Path) -> None:
     """If the mark in the lock file is spoiled while the store is open, readers go on and mend it."""
     async with FileStore.open(place, SystemClock()) as store:
         await store.commit(HISTORY[0])
@@ -279,7 +279,7 @@ async def test_a_spoiled_mark_is_rewritten(place: Path) -> None:
         assert (place / "lock").read_bytes() == mark
 
 
-async def test_a_log_that_shrank_under_an_open_store_is_not_written_to(place: Path) -> None:
+async def test_log_that_shrank_is_not_written_to(place: Path) -> None:
     """If somebody cuts the log while it is open, committing is refused instead of leaving a hole in it."""
     async with FileStore.open(place, SystemClock()) as store:
         await store.commit(HISTORY[0])
@@ -339,7 +339,7 @@ async def assert_refilled(place: Path, last_line: str) -> None:
         assert (await store.position(), list(store.damage)) == (version + small, [])
 
 
-async def test_a_file_size_limit_changes_nothing_acknowledged(place: Path) -> None:
+async def test_file_size_limit_changes_nothing_acknowledged(place: Path) -> None:
     """A write that the file size limit cuts short is taken back and said with its remedy; smaller ones still fit."""
     what, last = run_child(sys.executable, "-c", FILL, place, "65536")
     assert "ulimit -f" in what
@@ -347,7 +347,7 @@ async def test_a_file_size_limit_changes_nothing_acknowledged(place: Path) -> No
     await assert_refilled(place, last)
 
 
-async def test_a_full_disk_changes_nothing_acknowledged(place: Path) -> None:
+async def test_full_disk_changes_nothing_acknowledged(place: Path) -> None:
     """On a full file system the commit is refused with its remedy, and all that was acknowledged stays."""
     disk = place / "disk"
     disk.mkdir()
@@ -365,7 +365,7 @@ async def test_a_full_disk_changes_nothing_acknowledged(place: Path) -> None:
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize(("when", "recovers"), [("5", True), ("5..6", True), ("5..7", False), ("5+", False)])
-async def test_a_failing_sync_is_never_acknowledged(place: Path, tmp_path: Path, when: str, recovers: bool) -> None:
+async def test_failing_sync_is_never_acknowledged(place: Path, tmp_path: Path, when: str, recovers: bool) -> None:
     """If a sync fails, the commit is refused, and so is all that follows until what is in doubt is settled."""
     if why := strace_fails(tmp_path):
         pytest.skip(why)

@@ -138,7 +138,7 @@ async def run(server: Server, place: Path, call: str, error: str, when: str) -> 
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize(("call", "error"), FAULTS)
-async def test_a_disk_that_fails_now_and_then(server: Server, place: Path, call: str, error: str) -> None:
+async def test_disk_that_fails_sometimes_loses_nothing(server: Server, place: Path, call: str, error: str) -> None:
     """A call here and there, and all from there on."""
     failed = [await run(server, place, call, error, when) for when in ("5", "3+")]
     assert any(failed)
@@ -148,7 +148,9 @@ async def test_a_disk_that_fails_now_and_then(server: Server, place: Path, call:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("last", ["", "+"], ids=["once", "from then on"])
 @pytest.mark.parametrize(("call", "error"), FAULTS)
-async def test_a_disk_that_fails_at_each_call(server: Server, place: Path, call: str, error: str, last: str) -> None:
+async def test_disk_that_fails_at_each_call_loses_nothing(
+    server: Server, place: Path, call: str, error: str, last: str
+) -> None:
     """Each call of the scenario fails in turn, until there is none left to fail."""
     number = 1
     while await run(server, place, call, error, f"{number}{last}"):
@@ -157,7 +159,7 @@ async def test_a_disk_that_fails_at_each_call(server: Server, place: Path, call:
     assert number > 1
 
 
-async def test_without_faults_nothing_is_refused(server: Server, place: Path) -> None:
+async def test_no_faults_reject_nothing(server: Server, place: Path) -> None:
     """The scenario does all that it is to do."""
     lines, failed = server.run(place, "fdatasync", "EIO", str(MANY))
     assert not failed

@@ -49,7 +49,7 @@ def run_killed(place: Path, step: str) -> list[tuple[int, ...]]:
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("step", STEPS)
-async def test_killed_at_a_named_step(tmp_path: Path, step: str) -> None:
+async def test_store_killed_at_a_failpoint_is_intact(tmp_path: Path, step: str) -> None:
     """Every acknowledged commit is there, perhaps the one under way, and the state is what the log says."""
     said = run_killed(tmp_path, step)
     async with FileStore.open(tmp_path, SystemClock()) as store:
@@ -69,7 +69,7 @@ async def test_killed_at_a_named_step(tmp_path: Path, step: str) -> None:
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize(("step", "left"), [("state.appended@3", 1), ("state.published@3", 1), ("state.rolled@2", 0)])
-async def test_an_open_store_goes_on_behind_what_a_killed_one_left(tmp_path: Path, step: str, left: int) -> None:
+async def test_open_store_continues_after_a_killed_writer(tmp_path: Path, step: str, left: int) -> None:
     """A small commit that needs no sync follows on what stands in the log, though the mark does not tell of it."""
     async with FileStore.open(tmp_path, SystemClock()) as store:
         first = await store.commit(Commit([Write(Key("own", "first"), 0, {})]))

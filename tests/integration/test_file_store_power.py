@@ -38,7 +38,7 @@ async def work(store: FileStore) -> None:
     await store.commit(Commit([Write(WORK, version, {"n": version})], [Event("worked")]))
 
 
-async def test_what_was_never_durable_may_be_gone(tmp_path: Path) -> None:
+async def test_undurable_commits_may_be_lost(tmp_path: Path) -> None:
     """However much of it is left and whatever the mark says: no alarm, nothing marked, and all goes on."""
     async with FileStore.open(tmp_path, ManualClock()) as store:
         await work(store)
@@ -69,7 +69,7 @@ async def test_what_was_never_durable_may_be_gone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_old", [False, True], ids=["mark of then", "mark of before"])
-async def test_what_was_durable_and_is_spoiled_is_told(tmp_path: Path, is_old: bool) -> None:
+async def test_damaged_durable_commit_is_reported(tmp_path: Path, is_old: bool) -> None:
     """What was written later knows that it was durable, even where the mark does not."""
     async with FileStore.open(tmp_path, ManualClock()) as store:
         await beat(store, 1)
@@ -87,7 +87,7 @@ async def test_what_was_durable_and_is_spoiled_is_told(tmp_path: Path, is_old: b
         assert found.version == 4
 
 
-async def test_what_was_durable_and_is_gone_is_told(tmp_path: Path) -> None:
+async def test_missing_durable_commit_is_reported(tmp_path: Path) -> None:
     """A drive that says it has written what it has not: the mark knows."""
     async with FileStore.open(tmp_path, ManualClock()) as store:
         await work(store)
@@ -107,7 +107,7 @@ async def test_what_was_durable_and_is_gone_is_told(tmp_path: Path) -> None:
         assert found.damaged
 
 
-async def test_what_processes_of_this_start_wrote_is_told_where_it_is_gone(tmp_path: Path) -> None:
+async def test_missing_commit_of_this_boot_is_reported(tmp_path: Path) -> None:
     """Without a loss of power nothing may be missing, durable or not."""
     async with FileStore.open(tmp_path, ManualClock()) as store:
         await work(store)
@@ -118,7 +118,7 @@ async def test_what_processes_of_this_start_wrote_is_told_where_it_is_gone(tmp_p
         assert [one.keys for one in store.damage] == [None]
 
 
-async def test_an_old_mark_hides_nothing(tmp_path: Path) -> None:
+async def test_old_mark_hides_nothing(tmp_path: Path) -> None:
     """The mark may be older than the log: all that is there counts."""
     async with FileStore.open(tmp_path, ManualClock(), segment_bytes=600) as store:
         await work(store)
@@ -136,7 +136,7 @@ async def test_an_old_mark_hides_nothing(tmp_path: Path) -> None:
         assert (mark.position, mark.durable) == (11, 11)
 
 
-async def test_a_segment_is_durable_before_the_next_begins(tmp_path: Path) -> None:
+async def test_segment_is_durable_before_the_next_starts(tmp_path: Path) -> None:
     """A durable commit makes all before it durable, in the segments before it too."""
     async with FileStore.open(tmp_path, ManualClock(), segment_bytes=600) as store:
         marks = list[HighWaterMark]()

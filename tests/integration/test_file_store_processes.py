@@ -103,7 +103,7 @@ async def test_writers_and_readers_agree(start: Start, tmp_path: Path, writers: 
     assert seen[0].startswith("True ")
 
 
-async def test_a_killed_writer_loses_nothing_and_holds_up_nobody(start: Start, tmp_path: Path) -> None:
+async def test_killed_writer_loses_and_blocks_nothing(start: Start, tmp_path: Path) -> None:
     """Writers killed in the midst of their work lose no acknowledged commit; the others go on to their end."""
     survivor = start("write", tmp_path, "survivor", 150)
     said: list[str] = []
@@ -120,7 +120,7 @@ async def test_a_killed_writer_loses_nothing_and_holds_up_nobody(start: Start, t
     assert len(authors) - len(acknowledged) <= 4
 
 
-async def test_a_follower_sees_the_commits_of_another_store_at_once(tmp_path: Path) -> None:
+async def test_follower_sees_commits_of_another_store_immediately(tmp_path: Path) -> None:
     """A follower that has waited long sees a commit of another opener, who shares nothing but the files."""
     async with (
         FileStore.open(tmp_path, SystemClock()) as ours,
@@ -138,7 +138,7 @@ async def test_a_follower_sees_the_commits_of_another_store_at_once(tmp_path: Pa
         assert await ours.commit(Commit([Write(SHARED, 3, {"n": 4})])) == 4
 
 
-async def test_a_reader_waits_for_no_writer(tmp_path: Path) -> None:
+async def test_reader_waits_for_no_writer(tmp_path: Path) -> None:
     """While somebody else has the lock of the log what was committed is read; who commits waits until it is free."""
     async with (
         FileStore.open(tmp_path, SystemClock()) as ours,

@@ -43,7 +43,7 @@ def spoil(place: Path, what: bytes, by: bytes) -> Path:
     return segment
 
 
-async def test_a_sound_log_is_left_alone(place: Path) -> None:
+async def test_intact_log_is_not_repaired(place: Path) -> None:
     """To verify it says how much there is, and repair does nothing."""
     async with FileStore.open(place, ManualClock()) as store:
         verified = await store.verify()
@@ -53,7 +53,7 @@ async def test_a_sound_log_is_left_alone(place: Path) -> None:
         assert await store.position() == 13
 
 
-async def test_damage_that_comes_while_a_store_is_open_is_found(place: Path) -> None:
+async def test_damage_during_use_is_found(place: Path) -> None:
     """What has been read stays right, and is what repair goes by."""
     async with FileStore.open(place, ManualClock()) as store:
         spoil(place, b'"second"', b'"sec0nd"')
@@ -70,7 +70,7 @@ async def test_damage_that_comes_while_a_store_is_open_is_found(place: Path) -> 
 @pytest.mark.parametrize(
     "damage", [lambda place: spoil(place, b'"second"', b'"sec0nd"'), lambda place: spoil(place, b'"never"', b'"NEVER"')]
 )
-async def test_what_is_lost_is_settled_for(place: Path, damage: Callable[[Path], Path]) -> None:
+async def test_lost_commits_are_accepted(place: Path, damage: Callable[[Path], Path]) -> None:
     """The newest value that is known is the next version, or there is none; what was damaged is kept aside."""
     spoiled = damage(place).read_bytes()
     async with FileStore.open(place, ManualClock()) as store:
@@ -120,7 +120,7 @@ async def requested(place: Path, *, follow: bool = True, segment_bytes: int = SE
 
 
 @pytest.mark.parametrize("follow", [True, False])
-async def test_what_was_deleted_stays_deleted(tmp_path: Path, *, follow: bool) -> None:
+async def test_deleted_document_stays_deleted(tmp_path: Path, *, follow: bool) -> None:
     """Though the commit that did it is damaged: its header says so, and what of it is told of the past."""
     await requested(tmp_path, follow=follow)
     spoil(tmp_path, b'"answered"', b'"answerEd"')
@@ -141,7 +141,7 @@ async def test_what_was_deleted_stays_deleted(tmp_path: Path, *, follow: bool) -
 
 
 @pytest.mark.parametrize("is_open", [True, False])
-async def test_versions_of_what_was_deleted_never_go_back(tmp_path: Path, *, is_open: bool) -> None:
+async def test_versions_of_deleted_documents_never_decrease(tmp_path: Path, *, is_open: bool) -> None:
     """A commit that is lost may have made and deleted it once more; the store was opened before or after that."""
     (segment,) = await requested(tmp_path)
     async with FileStore.open(tmp_path, ManualClock()) as known:
@@ -163,7 +163,7 @@ async def test_versions_of_what_was_deleted_never_go_back(tmp_path: Path, *, is_
         assert told == ["task/whole"]
 
 
-async def test_what_expires_does_so_after_a_repair(tmp_path: Path) -> None:
+async def test_expiry_applies_after_a_repair(tmp_path: Path) -> None:
     """What is settled for has no more time than it had; what had none left is not there again."""
     clock, late = ManualClock(), Key("task", "late")
     async with FileStore.open(tmp_path, clock) as store:
@@ -185,7 +185,7 @@ async def test_what_expires_does_so_after_a_repair(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [0, 1, 2])
 @pytest.mark.parametrize("with_snapshot", [True, False])
-async def test_a_copy_of_a_commit_right_behind_it_hits_nothing(
+async def test_repeated_commit_affects_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, *, with_snapshot: bool
 ) -> None:
     """Of the newest as of any other, also where the log is read from a snapshot on."""
@@ -205,7 +205,7 @@ async def test_a_copy_of_a_commit_right_behind_it_hits_nothing(
         assert await store.get(GONE) is None
 
 
-async def test_a_copy_in_the_place_of_another_commit_hits_all(tmp_path: Path) -> None:
+async def test_commit_copied_over_another_affects_everything(tmp_path: Path) -> None:
     """It is known that there is one more."""
     (segment,) = await requested(tmp_path)
     lines = segment.read_bytes().splitlines(keepends=True)
@@ -215,7 +215,7 @@ async def test_a_copy_in_the_place_of_another_commit_hits_all(tmp_path: Path) ->
         assert {GONE, WHOLE} <= set((await store.verify()).damaged)
 
 
-async def test_a_log_of_which_nothing_is_left_is_settled_for(tmp_path: Path) -> None:
+async def test_completely_lost_log_is_accepted(tmp_path: Path) -> None:
     """Its mark says that there was one; positions go on."""
     (segment,) = await requested(tmp_path)
     segment.unlink()
@@ -225,7 +225,7 @@ async def test_a_log_of_which_nothing_is_left_is_settled_for(tmp_path: Path) -> 
         assert await store.commit(Commit([Write(WHOLE, 0, {"n": 0})])) > 3
 
 
-async def test_a_copy_that_comes_while_a_store_is_open_hits_nothing(tmp_path: Path) -> None:
+async def test_copy_during_use_affects_nothing(tmp_path: Path) -> None:
     """Who has it open goes on behind it."""
     (segment,) = await requested(tmp_path)
     async with FileStore.open(tmp_path, ManualClock()) as store:

@@ -48,7 +48,7 @@ async def without_snapshot(place: Path) -> Found:
     return await look(place)
 
 
-async def test_a_snapshot_gives_what_the_log_gives(place: Path) -> None:
+async def test_snapshot_equals_the_log(place: Path) -> None:
     """All documents, versions and positions are those of the log, and what came after it is replayed."""
     await commit(place, HISTORY[:3])
     image = (place / snapshot.SNAPSHOT_FILE).read_bytes()
@@ -61,7 +61,7 @@ async def test_a_snapshot_gives_what_the_log_gives(place: Path) -> None:
     assert quick[1:] == (4, ())
 
 
-async def test_a_snapshot_remembers_the_versions_of_what_was_deleted(place: Path) -> None:
+async def test_snapshot_has_the_versions_of_deleted_documents(place: Path) -> None:
     """A document that is made again after a reopening goes on counting."""
     await commit(place, HISTORY)
     assert snapshot.read_snapshot(place) is not None
@@ -69,7 +69,7 @@ async def test_a_snapshot_remembers_the_versions_of_what_was_deleted(place: Path
     assert (await look(place))[0][GONE].version == 3
 
 
-async def test_damage_is_found_behind_a_snapshot(place: Path) -> None:
+async def test_damage_behind_a_snapshot_is_found(place: Path) -> None:
     """Whatever byte of the log is not what it was, an opener finds what it finds without the snapshot."""
     await commit(place, HISTORY)
     image = (place / snapshot.SNAPSHOT_FILE).read_bytes()
@@ -84,7 +84,7 @@ async def test_damage_is_found_behind_a_snapshot(place: Path) -> None:
         segment.write_bytes(good)
 
 
-async def test_a_shorter_log_is_found_behind_a_snapshot(place: Path) -> None:
+async def test_shorter_log_behind_a_snapshot_is_found(place: Path) -> None:
     """A segment that is cut or gone is reported, and so is one that was put in between."""
     await commit(place, HISTORY)
     image, segments = (place / snapshot.SNAPSHOT_FILE).read_bytes(), sorted(place.glob("*.jsonl"))
@@ -106,7 +106,7 @@ async def test_a_shorter_log_is_found_behind_a_snapshot(place: Path) -> None:
     assert found == await without_snapshot(place)
 
 
-async def test_a_torn_snapshot_is_passed_over(place: Path) -> None:
+async def test_torn_snapshot_is_ignored(place: Path) -> None:
     """Any part of one, and any change to one, counts as none; so does one whose parts make no sense."""
     await commit(place, HISTORY)
     image = (place / snapshot.SNAPSHOT_FILE).read_bytes()
@@ -119,7 +119,7 @@ async def test_a_torn_snapshot_is_passed_over(place: Path) -> None:
     assert (await look(place))[1:] == (4, ())
 
 
-async def test_there_is_a_snapshot_after_each_segment(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_each_segment_gets_a_snapshot(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that after a kill no more than the newest one has to be replayed."""
     monkeypatch.setattr(snapshot, "MIN_NEW_BYTES", 1)
     async with FileStore.open(place, SystemClock(), segment_bytes=500) as store:
@@ -142,7 +142,7 @@ async def test_damage_leaves_no_snapshot(place: Path) -> None:
     assert (await look(place))[2]
 
 
-async def test_what_is_damaged_while_the_store_is_open_is_not_taken_for_good(place: Path) -> None:
+async def test_damage_during_use_is_not_saved(place: Path) -> None:
     """The checksums are of what was read and written, not of what stands on the disk in the end."""
     async with FileStore.open(place, SystemClock()) as store:
         await store.commit(HISTORY[0])
@@ -153,7 +153,7 @@ async def test_what_is_damaged_while_the_store_is_open_is_not_taken_for_good(pla
     assert (await look(place))[2]
 
 
-async def test_a_snapshot_that_can_not_be_written_stops_nobody(place: Path) -> None:
+async def test_unwritable_snapshot_stops_nothing(place: Path) -> None:
     """It only saves time."""
     place.mkdir()
     (place / snapshot.SNAPSHOT_FILE).mkdir()

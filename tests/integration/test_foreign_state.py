@@ -32,9 +32,7 @@ def forged(repository: Repository, tmp_path: Path) -> tuple[Path, Path]:
     return made, trace
 
 
-async def test_what_a_file_in_the_folder_is_called_does_not_make_it_a_part_of_the_log(
-    repository: Repository, tmp_path: Path
-) -> None:
+async def test_file_name_does_not_make_a_segment(repository: Repository, tmp_path: Path) -> None:
     """Not even one that would stand for all that there is: `verify`, `status` and `resume` do not see it."""
     made, trace = forged(repository, tmp_path)
     ended = repository.council("run", str(repository.configure([{"id": "mine", "prompt": "write a.txt a"}])), "--json")
@@ -51,9 +49,7 @@ async def test_what_a_file_in_the_folder_is_called_does_not_make_it_a_part_of_th
     await repository.assert_invariants()
 
 
-def test_a_state_that_a_repository_brought_is_refused_until_a_person_accepts_it(
-    repository: Repository, tmp_path: Path
-) -> None:
+def test_foreign_state_is_rejected_until_adopted(repository: Repository, tmp_path: Path) -> None:
     """By every command, also after what the first refusal says to do, which deletes nothing."""
     made, trace = forged(repository, tmp_path)
     shutil.copytree(made, repository.top / ".council")
@@ -78,7 +74,7 @@ def test_a_state_that_a_repository_brought_is_refused_until_a_person_accepts_it(
     assert repository.council("status").code != 2
 
 
-def test_another_spelling_of_the_folder_is_refused_as_well(repository: Repository) -> None:
+def test_other_spelling_of_the_folder_is_rejected(repository: Repository) -> None:
     """Where case does not count it is the same folder."""
     repository.commit({".Council/state/x": "x"})
     assert repository.council("run", str(repository.configure([{"id": "t", "prompt": "x"}]))).code == 2
@@ -94,7 +90,7 @@ def test_another_spelling_of_the_folder_is_refused_as_well(repository: Repositor
         ),
     ],
 )
-def test_a_store_that_a_file_of_the_folder_names_is_refused(repository: Repository, tmp_path: Path, url: str) -> None:
+def test_foreign_store_named_by_a_file_is_rejected(repository: Repository, tmp_path: Path, url: str) -> None:
     """Only a run writes that file; who writes it otherwise would choose what is resumed."""
     made, trace = forged(repository, tmp_path)
     assert repository.council("run", str(repository.configure([{"id": "mine", "prompt": "write a.txt a"}]))).code == 0
@@ -107,7 +103,7 @@ def test_a_store_that_a_file_of_the_folder_names_is_refused(repository: Reposito
     assert not trace.exists()
 
 
-def test_a_project_that_was_moved_is_known(repository: Repository, tmp_path: Path) -> None:
+def test_moved_project_is_known(repository: Repository, tmp_path: Path) -> None:
     """What is known is the log, not where it is."""
     assert repository.council("run", str(repository.configure([{"id": "mine", "prompt": "write a.txt a"}]))).code == 0
     moved = Repository(tmp_path / "moved", repository.environ, repository.spawns)
@@ -115,7 +111,7 @@ def test_a_project_that_was_moved_is_known(repository: Repository, tmp_path: Pat
     assert moved.council("status").code == 0
 
 
-def test_a_lost_identity_is_found_again_and_a_lost_log_is_named(repository: Repository) -> None:
+def test_lost_identity_is_found_and_a_lost_log_named(repository: Repository) -> None:
     """Neither makes an empty state of one that had runs."""
     ended = repository.council("run", str(repository.configure([{"id": "mine", "prompt": "write a.txt a"}])), "--json")
     state = Project(repository.top).state_folder
@@ -127,7 +123,7 @@ def test_a_lost_identity_is_found_again_and_a_lost_log_is_named(repository: Repo
         assert (refused.code, "is missing" in refused.stderr) == (2, True), (command, refused)
 
 
-def test_a_link_is_no_log(repository: Repository, tmp_path: Path) -> None:
+def test_link_is_no_log(repository: Repository, tmp_path: Path) -> None:
     """Where the log is to be, to another one; the folder's own identity is known."""
     made, trace = forged(repository, tmp_path)
     assert repository.council("run", str(repository.configure([{"id": "mine", "prompt": "write a.txt a"}]))).code == 0
@@ -139,7 +135,7 @@ def test_a_link_is_no_log(repository: Repository, tmp_path: Path) -> None:
     assert not trace.exists()
 
 
-def test_no_session_sees_the_state_of_another_project(repository: Repository, tmp_path: Path) -> None:
+def test_session_sees_no_state_of_another_project(repository: Repository, tmp_path: Path) -> None:
     """Whoever knows its identity could forge it."""
     other = tmp_path / "other"
     assert repository.council("run", str(repository.configure([{"id": "mine", "prompt": "write a.txt a"}]))).code == 0
@@ -150,7 +146,7 @@ def test_no_session_sees_the_state_of_another_project(repository: Repository, tm
     assert (repository.top / "stolen").read_text() == "nothing\n"
 
 
-def test_what_can_be_adopted(repository: Repository, tmp_path: Path) -> None:
+def test_adoptable_state_is_adopted(repository: Repository, tmp_path: Path) -> None:
     """A state that is there, in a `.council` that git does not track; nothing else is said to be used."""
     made, _ = forged(repository, tmp_path)
     for url in ("memory:", "nosuch://x/y", str(tmp_path / "nothing")):
@@ -160,7 +156,7 @@ def test_what_can_be_adopted(repository: Repository, tmp_path: Path) -> None:
     assert "git rm -r --cached .council" in repository.council("state", "adopt").stderr
 
 
-def test_a_home_that_can_not_be_used_is_refused(repository: Repository, tmp_path: Path) -> None:
+def test_unusable_home_is_rejected(repository: Repository, tmp_path: Path) -> None:
     """By its path and with what to do, not as a fault of ours; `doctor` reports a state that is not known."""
     made, _ = forged(repository, tmp_path)
     shutil.copytree(made, repository.top / ".council")
@@ -171,7 +167,7 @@ def test_a_home_that_can_not_be_used_is_refused(repository: Repository, tmp_path
     assert (refused.code, "set COUNCIL_HOME" in refused.stderr) == (2, True), refused
 
 
-def test_a_state_above_a_repository_is_not_its_own(repository: Repository) -> None:
+def test_state_above_a_repository_is_not_its_own(repository: Repository) -> None:
     """As one in a folder that all users can write to."""
     assert repository.council("run", str(repository.configure([{"id": "mine", "prompt": "write a.txt a"}]))).code == 0
     inner = Repository(repository.top / "inner", repository.environ, repository.spawns)
@@ -181,7 +177,7 @@ def test_a_state_above_a_repository_is_not_its_own(repository: Repository) -> No
     assert "council has not run in" in inner.council("status").stderr
 
 
-def test_a_store_gets_one_identity(tmp_path: Path, environ: dict[str, Any]) -> None:
+def test_store_gets_one_identity(tmp_path: Path, environ: dict[str, Any]) -> None:
     """Which is on record before it counts; a damaged one is named."""
     home, folder = council_home(environ), tmp_path / "state"
     assert find_log(folder) is None

@@ -58,7 +58,7 @@ def fill(repository: Repository) -> None:
                 pass
 
 
-async def test_a_run_on_a_full_disk_waits_for_room_and_lands_everything(small: Repository) -> None:
+async def test_run_on_a_full_disk_waits_and_lands_everything(small: Repository) -> None:
     """Work that is finished when the disk fills up is collected later; a session that fails then costs no attempt."""
     folder = small.spawns.parent
     sh = {**SHELL_ADAPTER, "writable": [str(folder)]}
@@ -91,7 +91,7 @@ async def test_a_run_on_a_full_disk_waits_for_room_and_lands_everything(small: R
 
 
 @pytest.mark.extended
-async def test_a_landing_that_meets_a_full_disk_leaves_the_checkout_as_it_was(small: Repository) -> None:
+async def test_landing_on_a_full_disk_leaves_the_checkout_unchanged(small: Repository) -> None:
     """Of three files one fits, one is cut short and one is empty: all are removed, and land when there is room."""
     names, size, room = ("a.bin", "b.bin", "c.bin"), 4 << 20, 6 << 20
     flag = small.spawns.parent / "fill"
@@ -118,7 +118,7 @@ async def test_a_landing_that_meets_a_full_disk_leaves_the_checkout_as_it_was(sm
     await small.assert_invariants()
 
 
-async def test_a_landing_that_finds_no_room_to_lock_the_index_leaves_no_lock(small: Repository, tmp_path: Path) -> None:
+async def test_landing_without_room_for_the_index_lock_leaves_no_lock(small: Repository, tmp_path: Path) -> None:
     """The disk fills up right before the checkout is updated; the landing is made once there is room."""
     landing = await Landing.prepare(small, tmp_path)
     hook = small.top / ".git/hooks/pre-receive"
@@ -135,7 +135,7 @@ async def test_a_landing_that_finds_no_room_to_lock_the_index_leaves_no_lock(sma
     landing.judge({}, {})
 
 
-async def test_a_run_that_waits_for_room_ends_at_a_signal(small: Repository) -> None:
+async def test_run_waiting_for_room_ends_at_a_signal(small: Repository) -> None:
     """One is enough: what can't be recorded is left to `resume`."""
     run = small.start("run", str(small.configure([{"id": "t", "prompt": "hang"}])))
     wait_for(small.spawns.exists)
@@ -163,9 +163,7 @@ async def test_a_run_that_waits_for_room_ends_at_a_signal(small: Repository) -> 
     ],
     ids=lambda command: command[0],
 )
-async def test_a_command_on_a_full_disk_ends_with_one_line_and_exit_code_1(
-    small: Repository, command: list[str]
-) -> None:
+async def test_command_on_a_full_disk_ends_with_one_line_and_exit_code_1(small: Repository, command: list[str]) -> None:
     """It names the disk and the fix; as soon as there is room the same command does its work."""
     config = small.configure([{"id": "one", "prompt": "hang"}, {"id": "two", "prompt": "hang"}])
     shutil.copy(config, small.top / "council.yaml")

@@ -61,7 +61,7 @@ QUICK_STEPS = ("between index and ref", "right after the ref")
         "in the middle of the files",
     ],
 )
-async def test_a_kill_at_each_step_of_a_landing_into_a_checked_out_branch_is_mended(
+async def test_landing_killed_at_each_step_is_recovered(
     repository: Repository, tmp_path: Path, step: str, kill: str
 ) -> None:
     """Whatever step of the push is cut off, a resume brings ref, index and files to one commit with the work on it."""
@@ -90,7 +90,7 @@ async def test_a_kill_at_each_step_of_a_landing_into_a_checked_out_branch_is_men
 
 
 @pytest.mark.extended
-async def test_a_cut_off_landing_leaves_what_the_user_wrote_since(repository: Repository, tmp_path: Path) -> None:
+async def test_interrupted_landing_keeps_later_changes_of_the_user(repository: Repository, tmp_path: Path) -> None:
     """A file that the user changed after the crash is never overwritten: the landing waits and says why."""
     pid, armed = tmp_path / "pid", tmp_path / "armed"
     once = ONCE.format(armed=armed, kill=KILL_ALL.format(pid=pid))
@@ -113,9 +113,7 @@ async def test_a_cut_off_landing_leaves_what_the_user_wrote_since(repository: Re
     await repository.assert_invariants()
 
 
-async def test_what_an_agent_plants_in_the_hub_and_in_its_session_never_runs_as_us(
-    repository: Repository, tmp_path: Path
-) -> None:
+async def test_planted_programs_never_run_outside_of_the_session(repository: Repository, tmp_path: Path) -> None:
     """Filters, hooks, fsmonitor, external diff and signing that an agent configures run in no command of ours."""
     marker = tmp_path / "it-ran"
     evil = tmp_path / "evil"
@@ -144,7 +142,7 @@ async def test_what_an_agent_plants_in_the_hub_and_in_its_session_never_runs_as_
     await repository.assert_invariants()
 
 
-async def test_an_agent_that_harms_its_own_git_directory_harms_nothing_else(repository: Repository) -> None:
+async def test_damaged_git_directory_of_a_session_damages_nothing_else(repository: Repository) -> None:
     """Deleting `.git`, moving main, switching branches and committing are all survived; the files are what counts."""
     config = repository.configure(
         [
@@ -163,7 +161,7 @@ async def test_an_agent_that_harms_its_own_git_directory_harms_nothing_else(repo
     await repository.assert_invariants()
 
 
-async def test_a_rewritten_history_of_the_agents_does_not_come_in(repository: Repository) -> None:
+async def test_rewritten_history_of_an_agent_is_not_imported(repository: Repository) -> None:
     """A branch that does not descend from where it started contributes its files only."""
     prompt = "git checkout --quiet --orphan fresh\nwrite new.txt n\ncommit orphan\ngit branch --force council/{0} fresh"
     config = repository.configure([{"id": "orphan", "prompt": prompt}])
@@ -173,7 +171,7 @@ async def test_a_rewritten_history_of_the_agents_does_not_come_in(repository: Re
     await repository.assert_invariants()
 
 
-async def test_a_nested_repository_is_refused_and_its_work_kept(repository: Repository) -> None:
+async def test_nested_repository_is_rejected_and_preserved(repository: Repository) -> None:
     """A repository inside the worktree can't land as a link to nowhere: the task fails and says what to do."""
     inner = "git -C inner -c user.name=a -c user.email=a@example.org"
     prompt = f"git init --quiet inner\nwrite inner/file.txt x\ngit -C inner add --all\n{inner} commit -qm inner"
@@ -185,7 +183,7 @@ async def test_a_nested_repository_is_refused_and_its_work_kept(repository: Repo
     await repository.assert_invariants()
 
 
-async def test_a_late_zombie_that_lands_first_is_adopted(repository: Repository) -> None:
+async def test_landing_of_a_late_zombie_is_adopted(repository: Repository) -> None:
     """An earlier owner's push that arrives after the new owner began is found under the same lease, never repeated."""
     site = await find_run_repository(str(repository.top), is_url=False, environ=repository.environ)
     hub = locate_hub(site.identity, Path(repository.environ["COUNCIL_HOME"]))
@@ -221,7 +219,7 @@ async def test_a_late_zombie_that_lands_first_is_adopted(repository: Repository)
 
 
 @pytest.mark.extended
-async def test_a_resume_waits_for_a_push_that_outlives_its_owner(repository: Repository, tmp_path: Path) -> None:
+async def test_resume_waits_for_a_push_that_outlives_its_owner(repository: Repository, tmp_path: Path) -> None:
     """With the owner killed in the middle of a push that goes on, resume waits for it and lands nothing twice."""
     pid, armed = tmp_path / "pid", tmp_path / "armed"
     once = ONCE.format(armed=armed, kill=f'kill -9 "$(cat "{pid}")"; sleep 2')
@@ -236,7 +234,7 @@ async def test_a_resume_waits_for_a_push_that_outlives_its_owner(repository: Rep
     await repository.assert_invariants()
 
 
-async def test_conflicts_keep_both_sides_and_leave_the_target_alone(repository: Repository) -> None:
+async def test_conflict_preserves_both_sides_and_the_target(repository: Repository) -> None:
     """The second of two tasks that change one line ends as conflict, with paths and a branch that has both sides."""
     config = repository.configure(
         [
@@ -262,7 +260,7 @@ async def test_conflicts_keep_both_sides_and_leave_the_target_alone(repository: 
 
 
 @pytest.mark.parametrize("staged", [pytest.param(False, marks=pytest.mark.slow), True])
-async def test_a_dirty_target_is_refused_unless_deferring_is_allowed(repository: Repository, staged: bool) -> None:
+async def test_dirty_target_is_rejected_unless_deferred(repository: Repository, staged: bool) -> None:
     """Changes of the user's own in the target's checkout stop a run at its start; allowed, it lands on resume."""
     (repository.top / "README.md").write_text("mine\n")
     if staged:
@@ -282,7 +280,7 @@ async def test_a_dirty_target_is_refused_unless_deferring_is_allowed(repository:
     await repository.assert_invariants()
 
 
-async def test_work_that_can_not_all_be_staged_is_kept(repository: Repository, tmp_path: Path) -> None:
+async def test_work_that_can_not_be_staged_is_preserved(repository: Repository, tmp_path: Path) -> None:
     """Where git can't stage a file, the rest is on a branch, and the worktree stays where the reason says."""
     prompt = "write good.txt good\ngit init --quiet inner\nwrite inner/file.txt x"  # a repository without a commit
     config = repository.configure([{"id": "half", "prompt": prompt, "attempts": 1}])
@@ -296,14 +294,14 @@ async def test_work_that_can_not_all_be_staged_is_kept(repository: Repository, t
     assert (kept / "inner/file.txt").exists()
 
 
-async def test_what_an_agent_took_back_does_not_land(repository: Repository) -> None:
+async def test_reverted_changes_of_an_agent_do_not_land(repository: Repository) -> None:
     """A commit that the checkout no longer shows, on the branch that it still is on, was taken back."""
     config = repository.configure([{"id": "undo", "prompt": "write x.txt x\ncommit x\ndelete x.txt"}])
     assert repository.council("run", str(config), "--json").states == {"undo": "no_change"}
     await repository.assert_invariants()
 
 
-async def test_a_replaced_worktree_is_not_followed(repository: Repository, tmp_path: Path) -> None:
+async def test_replaced_worktree_is_not_followed(repository: Repository, tmp_path: Path) -> None:
     """A checkout that became a link to somewhere else is neither read nor landed."""
     (tmp_path / "private").mkdir()
     (tmp_path / "private/secret.txt").write_text("canary-77\n")
@@ -318,7 +316,7 @@ async def test_a_replaced_worktree_is_not_followed(repository: Repository, tmp_p
     assert await_free == ""
 
 
-async def test_a_conflict_in_a_name_that_is_not_utf8(repository: Repository) -> None:
+async def test_conflict_in_a_non_utf8_name_is_reported(repository: Repository) -> None:
     """Such a name is shown with escapes; the run goes on and ends as any other."""
     shell = {"use": "command", "argv": ["sh", "{prompt_file}"]}
     script = "printf '{}\\n' > \"$(printf 'caf\\351.txt')\""
@@ -331,7 +329,7 @@ async def test_a_conflict_in_a_name_that_is_not_utf8(repository: Repository) -> 
 
 
 @pytest.mark.extended
-async def test_a_refused_push_that_is_cut_off_leaves_the_users_changes(repository: Repository, tmp_path: Path) -> None:
+async def test_interrupted_rejected_push_keeps_the_users_changes(repository: Repository, tmp_path: Path) -> None:
     """Changes that the user had before a landing was begun are theirs, whatever they look like."""
     repository.commit({"a.txt": "one\ntwo\n", "b.txt": "b\n", "c.txt": "c\n"}, "files")
     prompt = "write a.txt one\nappend a.txt two\nappend a.txt three\nwrite b.txt bb\nwrite c.txt cc\nwrite new.txt n"
@@ -351,9 +349,7 @@ async def test_a_refused_push_that_is_cut_off_leaves_the_users_changes(repositor
 
 
 @pytest.mark.extended
-async def test_changes_made_while_a_push_was_refused_survive_its_recovery(
-    repository: Repository, tmp_path: Path
-) -> None:
+async def test_changes_during_a_rejected_push_survive_recovery(repository: Repository, tmp_path: Path) -> None:
     """A push that a hook refuses has written no file: what differs after a kill is the user's, and stays."""
     pid, armed = tmp_path / "pid", tmp_path / "armed"
     kill = f'kill -9 "$(cat "{pid}")"; exit 1'
@@ -367,7 +363,7 @@ async def test_changes_made_while_a_push_was_refused_survive_its_recovery(
     assert not (repository.top / "a.txt").exists()
 
 
-async def test_a_stray_folder_and_stale_locks_do_not_wedge_a_run(repository: Repository, tmp_path: Path) -> None:
+async def test_stray_folder_and_stale_locks_do_not_block_a_run(repository: Repository, tmp_path: Path) -> None:
     """Folders that are no attempt's are passed over; locks of killed git commands of ours go."""
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
     assert repository.council("run", str(config), failpoints="worktree.created=kill").code == -signal.SIGKILL
@@ -382,7 +378,7 @@ async def test_a_stray_folder_and_stale_locks_do_not_wedge_a_run(repository: Rep
 
 
 @pytest.mark.extended
-async def test_work_that_the_user_merged_by_hand_is_not_merged_again(repository: Repository) -> None:
+async def test_work_merged_by_the_user_is_not_merged_again(repository: Repository) -> None:
     """A kept branch that the user brought in, and then mended, is found to be there; the mending stays."""
     (repository.top / "README.md").write_text("mine\n")
     config = repository.configure([{"id": "one", "prompt": "write a.txt a\nwrite b.txt b"}])
@@ -400,7 +396,7 @@ async def test_work_that_the_user_merged_by_hand_is_not_merged_again(repository:
     assert not (repository.top / "b.txt").exists()
 
 
-async def test_a_folder_that_becomes_a_link_lands(repository: Repository) -> None:
+async def test_folder_that_becomes_a_link_lands(repository: Repository) -> None:
     """Replacing a tracked folder by a file or a link is no obstacle to a clean checkout."""
     repository.commit({"d/one.txt": "1\n", "f/two.txt": "2\n"}, "folders")
     repository.remember()
@@ -413,7 +409,7 @@ async def test_a_folder_that_becomes_a_link_lands(repository: Repository) -> Non
     await repository.assert_invariants()
 
 
-async def test_a_push_that_is_ended_in_the_middle_is_put_back_at_once(repository: Repository, tmp_path: Path) -> None:
+async def test_push_killed_in_the_middle_is_undone_immediately(repository: Repository, tmp_path: Path) -> None:
     """If something else ends our push while it writes files, the checkout is whole again before anything goes on."""
     armed = tmp_path / "armed"
     plant(

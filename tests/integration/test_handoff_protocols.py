@@ -37,7 +37,7 @@ async def recorded(repository: Repository, run: str) -> tuple[TaskDocument, dict
         return await read_task(store, run, "t"), found
 
 
-async def test_a_direct_handoff_tells_where_it_comes_from(repository: Repository) -> None:
+async def test_direct_handoff_has_its_origin(repository: Repository) -> None:
     """Who made it and for whom, what the task had used up by then, what was said; and that it was received whole."""
     workflow = [
         {"scout": {"access": "read", "produces": "scout"}},
@@ -83,7 +83,7 @@ async def test_a_direct_handoff_tells_where_it_comes_from(repository: Repository
     await repository.assert_invariants()
 
 
-async def test_a_phase_that_is_named_mediates(repository: Repository) -> None:
+async def test_named_phase_mediates(repository: Repository) -> None:
     """What it makes of a result stands for that; what earlier phases handed over is there as `results`."""
     prepared = json.dumps({"scout_findings": ["made ready"], "requirements": []})
     known = "{{ 'old' if results.scout is defined else 'new' }}"
@@ -110,7 +110,7 @@ async def test_a_phase_that_is_named_mediates(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
-async def test_a_phase_that_fails_says_why(repository: Repository) -> None:
+async def test_failing_phase_has_its_reason(repository: Repository) -> None:
     """In the visit, in its task, and by an event; what came before stays."""
     workflow = [{"scout": {"access": "read", "produces": "scout"}}, {"build": {}}]
     steps = (f"in scout hand-over {SCOUT}", "in build exit 3 no room")
@@ -136,7 +136,7 @@ async def test_a_phase_that_fails_says_why(repository: Repository) -> None:
 
 
 @pytest.mark.extended
-async def test_only_what_is_complete_counts(repository: Repository) -> None:
+async def test_only_complete_handoffs_count(repository: Repository) -> None:
     """Where a phase has to be done again, what it came to before is no result of it any more."""
     review = {"access": "read", "produces": "review", "max_rounds": 1}
     workflow: list[dict[str, Any]] = [{"build": {"produces": "build"}}, {"review": review}]

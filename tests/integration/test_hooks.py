@@ -91,7 +91,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     return Place(tmp_path, require_sandbox(request.param))
 
 
-async def test_a_command_has_its_checkout_and_no_more(place: Place) -> None:
+async def test_command_gets_its_checkout_only(place: Place) -> None:
     """It writes there and in its scratch folder, which is its home; it sees what it is given of the environment."""
     script = f"""
     echo made >made && echo x >"$HOME/x" && mktemp >/dev/null || exit 1
@@ -108,7 +108,7 @@ async def test_a_command_has_its_checkout_and_no_more(place: Place) -> None:
 
 
 @pytest.mark.extended_but_first
-async def test_a_command_that_fails_says_how_and_what_it_printed(place: Place) -> None:
+async def test_failed_command_has_its_output(place: Place) -> None:
     """An exit code, and a limit with the setting's name."""
     result = await place.shell.run(place.command("echo no such package; exit 3"))
     log = place.logs / "log"
@@ -120,14 +120,14 @@ async def test_a_command_that_fails_says_how_and_what_it_printed(place: Place) -
     assert not child_processes()
 
 
-async def test_a_command_leaves_nothing_running(place: Place) -> None:
+async def test_command_leaves_no_process(place: Place) -> None:
     """What it puts into the background ends with it."""
     assert await place.shell.run(place.command("sleep 600 & echo started")) == CommandSucceeded()
     assert not child_processes()
     assert not [one for one in psutil.process_iter(["cwd"]) if one.info["cwd"] == str(place.tree)]
 
 
-async def test_a_cancellation_ends_a_command_with_its_grace(place: Place) -> None:
+async def test_cancelled_command_gets_its_grace_period(place: Place) -> None:
     """It can clean up; nothing of it lives when the cancellation goes on."""
     script = "trap 'echo cleaned >cleaned; exit' TERM; touch ready; while :; do sleep 0.05; done"
     async with anyio.create_task_group() as group:
@@ -138,7 +138,7 @@ async def test_a_cancellation_ends_a_command_with_its_grace(place: Place) -> Non
     assert not child_processes()
 
 
-async def test_a_command_whose_supervisor_dies_is_not_known_to_be_done(place: Place) -> None:
+async def test_command_without_its_supervisor_is_not_done(place: Place) -> None:
     """All that has its mark is killed, so that nothing writes there any more."""
     results: list[object] = []
 
@@ -153,7 +153,7 @@ async def test_a_command_whose_supervisor_dies_is_not_known_to_be_done(place: Pl
     wait_for(lambda: not [one for one in psutil.process_iter(["cwd"]) if one.info["cwd"] == str(place.tree)])
 
 
-async def test_what_can_not_be_started_is_no_failure_of_the_command(place: Place) -> None:
+async def test_unstartable_command_is_not_a_failed_one(place: Place) -> None:
     """Its folder is gone, or there is nowhere to write down what it prints."""
     result = await replace(place.shell, cwd=place.top / "gone").run(place.command("true"))
     assert isinstance(result, CommandNotRun)
@@ -166,7 +166,7 @@ async def test_what_can_not_be_started_is_no_failure_of_the_command(place: Place
 
 
 @pytest.mark.extended_but_first
-async def test_steps_run_in_turn_up_to_the_first_that_fails(place: Place) -> None:
+async def test_steps_run_up_to_the_first_failure(place: Place) -> None:
     """How far they came is told, each has a log; going on begins where it ended."""
     steps = [SetupStep(run="echo 1 >>ran"), SetupStep(run="test -e allowed && echo 2 >>ran", timeout=30)]
     steps.append(SetupStep(run="echo 3 >>ran"))
@@ -181,7 +181,7 @@ async def test_steps_run_in_turn_up_to_the_first_that_fails(place: Place) -> Non
 
 
 @pytest.mark.extended_but_first
-async def test_what_is_only_told_of_keeps_nothing_from_running(place: Place) -> None:
+async def test_reporting_hook_prevents_nothing(place: Place) -> None:
     """Each command of a teardown runs, whatever became of the others."""
     lines = ["echo 1 >>ran; false", "echo 2 >>ran", "echo 3 >>ran; exit 4"]
     told = await run_all(place.shell, teardown_commands(lines, 60.0, place.logs, 7))
@@ -193,7 +193,7 @@ async def test_what_is_only_told_of_keeps_nothing_from_running(place: Place) -> 
 
 
 @pytest.mark.extended_but_first
-async def test_hooks_of_an_attempt_know_it_and_log_beside_it(place: Place) -> None:
+async def test_attempt_hooks_have_its_variables_and_log(place: Place) -> None:
     """Their logs are streams of the attempt, in the order in which they run."""
     worktree = Worktree(Hub(place.top / "hub"), "run1", "task", 2)
     shell = replace(place.shell, environment={**place.shell.environment, **attempt_variables(worktree)})
@@ -219,12 +219,12 @@ async def test_hooks_of_an_attempt_know_it_and_log_beside_it(place: Place) -> No
         (CommandNotRun("why", exhausted=True), ResourcesExhausted("a command before the session was not run: why")),
     ],
 )
-def test_what_keeps_a_session_from_its_start_is_told_apart(ended: ShellResult, outcome: Outcome | None) -> None:
+def test_setup_failures_are_distinguished(ended: ShellResult, outcome: Outcome | None) -> None:
     """A command that fails is the user's to mend; what may pass by itself is tried again."""
     assert hook_outcome(ended) == outcome
 
 
-async def test_logs_show_what_ran_around_a_session(repository: Repository) -> None:
+async def test_logs_show_the_commands_around_a_session(repository: Repository) -> None:
     """What a hook printed is part of what `council logs` prints of the attempt."""
     ended = repository.council("run", str(repository.configure([{"id": "t", "prompt": "write a.txt a\nprint mine"}])))
     assert ended.code == 0, ended
@@ -235,7 +235,7 @@ async def test_logs_show_what_ran_around_a_session(repository: Repository) -> No
     assert shown.index("from before") < shown.index("mine") < shown.index("from after")
 
 
-async def test_keys_follow_the_files_of_the_commit(repository: Repository) -> None:
+async def test_setup_keys_follow_the_files_of_the_commit(repository: Repository) -> None:
     """A changed input, a new one, a folder's and one that is gone; other changes and odd names count for nothing."""
     steps = (
         SetupStep(run="a", inputs=("requirements.txt", "later.txt")),

@@ -49,7 +49,7 @@ def refusal(repository: Repository, *arguments: str) -> str:
     return f"{ended.result['error']}: {ended.result['remedy']}"
 
 
-def test_without_any_cli(repository: Repository, stand_ins: FakePrograms) -> None:
+def test_init_without_any_cli_works(repository: Repository, stand_ins: FakePrograms) -> None:
     """A file for any program, to be filled in; it loads, and git sees that file alone."""
     result = init(repository)
     path = repository.top / "council.yaml"
@@ -61,7 +61,7 @@ def test_without_any_cli(repository: Repository, stand_ins: FakePrograms) -> Non
     assert "use: command" in path.read_text()
 
 
-def test_what_is_found_is_used(repository: Repository, stand_ins: FakePrograms) -> None:
+def test_found_tools_are_used(repository: Repository, stand_ins: FakePrograms) -> None:
     """The adapters whose programs are there, the ready one first, and the repository's own tests."""
     stand_ins.add("alpha", "echo alpha 2.1")
     stand_ins.add("beta", 'case "$1" in version) echo 1.0;; *) exit 0;; esac')
@@ -84,7 +84,7 @@ def test_what_is_found_is_used(repository: Repository, stand_ins: FakePrograms) 
     assert "run `beta login`" in (repository.top / "council.yaml").read_text()
 
 
-def test_it_says_what_to_type_next(repository: Repository, stand_ins: FakePrograms) -> None:
+def test_next_command_is_printed(repository: Repository, stand_ins: FakePrograms) -> None:
     """The commands, with the file's name where it is not the usual one."""
     text = repository.council("init").stdout
     assert [line.split("  ")[-1].strip() for line in text.splitlines() if line.startswith("next")] == [
@@ -95,7 +95,7 @@ def test_it_says_what_to_type_next(repository: Repository, stand_ins: FakeProgra
     assert init(repository, "an other.yaml")["next"][0] == "council doctor 'an other.yaml'"
 
 
-def test_a_file_that_is_there_stays(repository: Repository, stand_ins: FakePrograms) -> None:
+def test_existing_file_is_kept(repository: Repository, stand_ins: FakePrograms) -> None:
     """Without --force nothing is replaced, whatever it is; with it a file is, a folder is not."""
     path = repository.top / "council.yaml"
     path.write_text("mine\n")
@@ -112,7 +112,7 @@ def test_a_file_that_is_there_stays(repository: Repository, stand_ins: FakeProgr
     assert sorted(one.name for one in repository.top.iterdir() if "new" in one.name) == []
 
 
-def test_it_can_be_written_elsewhere(repository: Repository, stand_ins: FakePrograms, tmp_path: Path) -> None:
+def test_file_can_be_written_elsewhere(repository: Repository, stand_ins: FakePrograms, tmp_path: Path) -> None:
     """Relative to where it was typed; the repository is named from there."""
     inner = replace(repository, top=repository.top / "src")
     assert init(inner)["path"] == str(repository.top / "council.yaml")
@@ -123,7 +123,7 @@ def test_it_can_be_written_elsewhere(repository: Repository, stand_ins: FakeProg
     assert "there is no folder" in refusal(repository, "no/such/folder.yaml")
 
 
-def test_names_with_odd_characters(repository: Repository, stand_ins: FakePrograms, tmp_path: Path) -> None:
+def test_unusual_names_are_quoted(repository: Repository, stand_ins: FakePrograms, tmp_path: Path) -> None:
     """Spaces, quotes, colons and other scripts in paths and branches come through."""
     top = tmp_path / "a 'b' \"c\" # ü: ö"
     repository.top.rename(top)
@@ -137,14 +137,14 @@ def test_names_with_odd_characters(repository: Repository, stand_ins: FakeProgra
 
 
 @pytest.mark.parametrize("name", ["on", "null", "1.0", "0x10"])
-def test_branches_that_look_like_something_else(name: str, repository: Repository, stand_ins: FakePrograms) -> None:
+def test_ambiguous_branches_are_quoted(name: str, repository: Repository, stand_ins: FakePrograms) -> None:
     """A branch's name is text, whatever YAML would make of it."""
     repository.git("branch", "--move", name)
     assert init(repository)["base"] == name
     assert load(repository.top / "council.yaml").base == name
 
 
-def test_the_base_without_a_branch(repository: Repository, stand_ins: FakePrograms, tmp_path: Path) -> None:
+def test_base_without_a_branch_is_chosen(repository: Repository, stand_ins: FakePrograms, tmp_path: Path) -> None:
     """With a detached HEAD it is the default branch of `origin`, else one with a usual name."""
     repository.git("branch", "other")
     repository.git("switch", "--quiet", "--detach")
@@ -158,7 +158,7 @@ def test_the_base_without_a_branch(repository: Repository, stand_ins: FakeProgra
     assert init(cloned)["base"] == "other"
 
 
-def test_where_no_run_could_work(repository: Repository, stand_ins: FakePrograms, tmp_path: Path) -> None:
+def test_unusable_repository_is_rejected(repository: Repository, stand_ins: FakePrograms, tmp_path: Path) -> None:
     """Outside of a repository, without a commit, in a bare one: each says so, and nothing is written."""
     for name, words in (("plain", "is not in a git repository"), ("empty", "has no commit yet"), ("bare", "bare")):
         top = tmp_path / name
@@ -170,7 +170,7 @@ def test_where_no_run_could_work(repository: Repository, stand_ins: FakePrograms
         assert sorted(top.iterdir()) == before
 
 
-def test_an_adapter_that_is_asked_for(repository: Repository, stand_ins: FakePrograms) -> None:
+def test_chosen_adapter_is_used(repository: Repository, stand_ins: FakePrograms) -> None:
     """It is used, there or not; one that needs options, or is none, is refused with what could be meant."""
     stand_ins.add("beta", "echo 1.0")
     result = init(repository, "--adapter", "alpha-code")
@@ -190,9 +190,7 @@ def test_editors_get_a_schema(repository: Repository, stand_ins: FakePrograms) -
     assert stat.S_IMODE((repository.top / ".council").stat().st_mode) == 0o700
 
 
-def test_no_schema_where_our_folder_is_not_ours(
-    repository: Repository, stand_ins: FakePrograms, tmp_path: Path
-) -> None:
+def test_foreign_folder_gets_no_schema(repository: Repository, stand_ins: FakePrograms, tmp_path: Path) -> None:
     """A `.council` that is a link, or came with the repository, is not written to."""
     (tmp_path / "trap").mkdir()
     (repository.top / ".council").symlink_to(tmp_path / "trap")
@@ -206,7 +204,7 @@ def test_no_schema_where_our_folder_is_not_ours(
     assert [one.name for one in (repository.top / ".council").iterdir()] == ["theirs"]
 
 
-def test_what_appears_meanwhile_stays(tmp_path: Path) -> None:
+def test_file_created_meanwhile_is_kept(tmp_path: Path) -> None:
     """A file that somebody else writes between the look and the end is not replaced; nothing half-written stays."""
     path = tmp_path / "council.yaml"
     path.write_text("theirs\n")
@@ -221,7 +219,7 @@ def test_what_appears_meanwhile_stays(tmp_path: Path) -> None:
 
 
 @needs_sandbox
-def test_what_was_written_runs(repository: Repository, stand_ins: FakePrograms) -> None:
+def test_written_file_runs(repository: Repository, stand_ins: FakePrograms) -> None:
     """With the program filled in, the first run lands."""
     init(repository)
     stand_ins.add("my-cli", 'test -f "$1" && echo better > README.md')
@@ -269,7 +267,7 @@ PASSES = "import unittest\nclass T(unittest.TestCase):\n    def test(self):\n   
 
 
 @pytest.mark.extended
-async def test_a_python_project_runs_by_what_is_written(repository: Repository) -> None:
+async def test_written_file_of_a_python_project_runs(repository: Repository) -> None:
     """Setup creates a virtual environment in each worktree, which nothing of lands; no network is needed for it."""
     (repository.top / "vendor").mkdir()
     wheel(repository.top / "vendor", "pytest", RUNNER)
@@ -286,7 +284,7 @@ async def test_a_python_project_runs_by_what_is_written(repository: Repository) 
     assert "base.passed" in [line.get("event") for line in ended.lines]
 
 
-async def test_a_python_project_without_packages_runs_by_what_is_written(repository: Repository) -> None:
+async def test_written_file_of_a_python_project_without_packages_runs(repository: Repository) -> None:
     """The pytest of the `python3` that sessions see is used where there is one."""
     repository.commit({"pytest.ini": "[pytest]\n", "tests/test_it.py": "def test_it():\n    import os\n"})
     result = init(repository)
@@ -296,7 +294,7 @@ async def test_a_python_project_without_packages_runs_by_what_is_written(reposit
 
 
 @pytest.mark.extended
-async def test_a_node_project_runs_by_what_is_written(repository: Repository) -> None:
+async def test_written_file_of_a_node_project_runs(repository: Repository) -> None:
     """Its packages are installed in each worktree; this one has some in the repository itself."""
     if shutil.which("node") is None or shutil.which("npm") is None:
         pytest.skip("there is no Node")
@@ -321,7 +319,7 @@ async def test_a_node_project_runs_by_what_is_written(repository: Repository) ->
     assert ended.states == {"a": "landed"}, ended
 
 
-def test_programs_that_are_not_there_are_commented_out(repository: Repository, stand_ins: FakePrograms) -> None:
+def test_missing_programs_are_commented_out(repository: Repository, stand_ins: FakePrograms) -> None:
     """The file names what is missing; it loads without checks, and they can be had by removing the marks."""
     repository.commit({"package.json": json.dumps({"scripts": {"test": "x"}}), "pnpm-lock.yaml": ""})
     result = init(repository)
@@ -333,7 +331,7 @@ def test_programs_that_are_not_there_are_commented_out(repository: Repository, s
     assert load(path).tasks[0].checks == ("pnpm test",)
 
 
-def test_what_is_not_committed_says_nothing(repository: Repository, stand_ins: FakePrograms) -> None:
+def test_uncommitted_files_are_ignored(repository: Repository, stand_ins: FakePrograms) -> None:
     """Sessions would not see it."""
     (repository.top / "Makefile").write_text("test:\n")
     assert init(repository)["checks"] == []

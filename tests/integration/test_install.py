@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_wheel_runs(tmp_path: Path, environ: dict[str, str]) -> None:
+def test_wheel_runs(tmp_path: Path, environ: dict[str, str]) -> None:
     """Everything that is imported or read is in the wheel; tests, examples and benchmarks are not."""
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*build, "--wheel-dir", str(tmp_path), str(ROOT)], check=True, env=environ, capture_output=True)

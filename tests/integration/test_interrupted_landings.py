@@ -274,7 +274,7 @@ def cases(stages: set[str], actions: set[Action]) -> list[object]:
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize(("stage", "act"), cases({"piece", "index", "undo"}, {idle, commit_new, commit_only}))
-async def test_what_the_user_does_after_a_push_was_killed_is_kept(
+async def test_changes_of_the_user_after_a_killed_push_are_kept(
     repository: Repository, tmp_path: Path, stage: str, act: Action
 ) -> None:
     """At each step of it: the work lands, their commits and files stay, and nothing stays staged or locked."""
@@ -290,7 +290,7 @@ async def test_what_the_user_does_after_a_push_was_killed_is_kept(
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize(("stage", "act"), cases({"all files", "index"}, {commit_new, commit_only}))
-async def test_what_the_user_commits_before_a_push_writes_is_kept(
+async def test_commits_of_the_user_before_a_push_writes_are_kept(
     repository: Repository, tmp_path: Path, stage: str, act: Action
 ) -> None:
     """The push has looked at the checkout already when they commit, and is killed at each step."""
@@ -321,9 +321,7 @@ exit $code
 """
 
 
-async def test_a_lock_that_a_push_left_is_removed_though_the_user_is_at_work(
-    repository: Repository, tmp_path: Path
-) -> None:
+async def test_lock_of_a_killed_push_is_removed_while_the_user_works(repository: Repository, tmp_path: Path) -> None:
     """Once none of their git commands runs: one of those might have it."""
     landing = await Landing.prepare(repository, tmp_path)
     landing.lock.touch()
@@ -337,7 +335,7 @@ async def test_a_lock_that_a_push_left_is_removed_though_the_user_is_at_work(
     landing.judge({}, {})
 
 
-async def test_who_switches_to_the_target_inside_a_push_keeps_what_they_commit(
+async def test_commit_after_switching_to_the_target_during_a_push_is_kept(
     repository: Repository, tmp_path: Path
 ) -> None:
     """It was checked out nowhere when the push began."""
@@ -376,7 +374,7 @@ exec {git} "$@"
 """
 
 
-async def test_a_commit_while_a_refused_push_is_undone_is_not_reverted_by_the_next(
+async def test_commit_during_the_undo_of_a_rejected_push_is_not_reverted(
     repository: Repository, tmp_path: Path
 ) -> None:
     """It has what the push had staged: index and files follow it."""
@@ -405,9 +403,7 @@ async def test_a_commit_while_a_refused_push_is_undone_is_not_reverted_by_the_ne
     landing.judge({}, {})
 
 
-async def test_a_refused_push_that_could_not_be_undone_is_undone_before_the_next(
-    repository: Repository, tmp_path: Path
-) -> None:
+async def test_rejected_push_is_undone_before_the_next(repository: Repository, tmp_path: Path) -> None:
     """As where the disk was full at that moment; what it had staged is not taken for changes of the user's."""
     environ = repository.environ
     landing = await Landing.prepare(repository, tmp_path)
@@ -432,7 +428,7 @@ async def test_a_refused_push_that_could_not_be_undone_is_undone_before_the_next
     landing.judge({}, {})
 
 
-def test_a_refused_push_that_could_not_be_undone_is_undone_after_a_kill(repository: Repository, tmp_path: Path) -> None:
+def test_rejected_push_is_undone_after_a_kill(repository: Repository, tmp_path: Path) -> None:
     """What it staged lands by the next process, or is removed by that, and is locked until then."""
     refuse, path = repository.top / ".git/hooks/reference-transaction", repository.environ["PATH"]
     refuse.parent.mkdir(exist_ok=True)
@@ -459,7 +455,7 @@ def test_a_refused_push_that_could_not_be_undone_is_undone_after_a_kill(reposito
     assert not list((repository.top / ".git").glob("index.*"))
 
 
-async def test_a_landing_whose_push_still_runs_stays_one_that_was_interrupted(
+async def test_landing_with_a_running_push_stays_interrupted(
     repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a hook that is stopped: what is staged when it is killed is not taken for changes of the user's."""
@@ -482,7 +478,7 @@ async def test_a_landing_whose_push_still_runs_stays_one_that_was_interrupted(
 @pytest.mark.parametrize(
     "act", ["commit --quiet --all --message user", "switch --quiet other", "reset --hard", "stash"]
 )
-async def test_what_the_user_does_inside_an_update_of_their_checkout_is_refused(
+async def test_change_of_the_user_during_a_checkout_update_is_rejected(
     repository: Repository, tmp_path: Path, act: str, when: str, kill: str
 ) -> None:
     """What is staged and on no branch yet would be part of their commit, or go along to another branch."""
@@ -517,7 +513,7 @@ exit 0
 
 
 @pytest.mark.parametrize("act", ["switch --quiet other", "branch --move main other2"])
-async def test_who_leaves_the_target_inside_a_push_takes_nothing_along(
+async def test_leaving_the_target_during_a_push_takes_nothing_along(
     repository: Repository, tmp_path: Path, act: str
 ) -> None:
     """Git has looked where the target is checked out before that."""
@@ -541,7 +537,7 @@ async def test_who_leaves_the_target_inside_a_push_takes_nothing_along(
 
 
 @pytest.mark.parametrize("name", ["update", "pre-receive"])
-async def test_who_comes_to_the_target_inside_a_push_gets_what_lands(
+async def test_switching_to_the_target_during_a_push_gets_the_landing(
     repository: Repository, tmp_path: Path, name: str
 ) -> None:
     """The push found no checkout of it: their files and index are brought to the new commit after it."""
@@ -558,7 +554,7 @@ async def test_who_comes_to_the_target_inside_a_push_gets_what_lands(
 
 
 @pytest.mark.parametrize("stage", ["index", "undo"])
-async def test_a_killed_push_is_settled_after_the_clock_was_set_back(
+async def test_killed_push_is_settled_after_the_clock_was_set_back(
     repository: Repository, tmp_path: Path, stage: str
 ) -> None:
     """All that it left is older than its intent: a lock that is marked is ours all the same."""
@@ -573,7 +569,7 @@ async def test_a_killed_push_is_settled_after_the_clock_was_set_back(
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("leave", ["switch --quiet other", "checkout --quiet --detach", "branch --move main other2"])
 @pytest.mark.parametrize("stage", ["index", "piece", "undo"])
-async def test_who_removes_the_lock_of_a_killed_push_and_leaves_takes_nothing_along(
+async def test_removing_the_lock_of_a_killed_push_and_leaving_takes_nothing_along(
     repository: Repository, tmp_path: Path, stage: str, leave: str
 ) -> None:
     """It is undone where they are now; their own changes stay, staged or not."""
@@ -599,7 +595,7 @@ async def test_who_removes_the_lock_of_a_killed_push_and_leaves_takes_nothing_al
     landing.judge({}, {})
 
 
-async def test_a_killed_landing_of_another_run_is_reported_with_what_repairs_it(repository: Repository) -> None:
+async def test_killed_landing_of_another_run_is_reported_with_its_repair(repository: Repository) -> None:
     """And not as changes of the user's, which they would commit."""
     path = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
     hook = repository.top / ".git/hooks/reference-transaction"
@@ -620,7 +616,7 @@ async def test_a_killed_landing_of_another_run_is_reported_with_what_repairs_it(
     assert repository.git("status", "--porcelain") == ""
 
 
-async def test_what_the_user_takes_back_after_a_push_stays_as_it_is(repository: Repository, tmp_path: Path) -> None:
+async def test_changes_reverted_by_the_user_after_a_push_stay_reverted(repository: Repository, tmp_path: Path) -> None:
     """The checkout was updated by the push and has not left the branch, whatever becomes of other worktrees."""
     landing = await Landing.prepare(repository, tmp_path)
     hook = repository.top / ".git/hooks/post-receive"
@@ -633,7 +629,7 @@ async def test_what_the_user_takes_back_after_a_push_stays_as_it_is(repository: 
     assert repository.git("status", "--porcelain").splitlines() == [" M README.md", " D new.txt"]
 
 
-async def test_a_lock_that_refuses_a_push_is_left_to_whoever_has_it(repository: Repository, tmp_path: Path) -> None:
+async def test_foreign_lock_that_rejects_a_push_is_kept(repository: Repository, tmp_path: Path) -> None:
     """Also where that is no git, and does not keep it open."""
     landing = await Landing.prepare(repository, tmp_path)
     hook = repository.top / ".git/hooks/pre-receive"
@@ -649,7 +645,7 @@ async def test_a_lock_that_refuses_a_push_is_left_to_whoever_has_it(repository: 
     landing.judge({}, {})
 
 
-async def test_a_lock_on_the_head_of_a_bare_repository_is_removed(repository: Repository, tmp_path: Path) -> None:
+async def test_lock_on_the_head_of_a_bare_repository_is_removed(repository: Repository, tmp_path: Path) -> None:
     """It leads to the branch that a linked worktree has checked out, and a push locks both."""
     bare, checkout, git = tmp_path / "bare.git", tmp_path / "checkout", Git(None, environ=repository.environ)
     repository.git("clone", "--quiet", "--bare", str(repository.top), str(bare))
@@ -662,7 +658,7 @@ async def test_a_lock_on_the_head_of_a_bare_repository_is_removed(repository: Re
     assert not [lock for lock in locks if lock.exists()]
 
 
-async def test_a_push_that_takes_long_is_reported(
+async def test_slow_push_is_reported(
     repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """By the process that pushes, and by one that waits for it to settle the landing."""
@@ -692,7 +688,7 @@ async def test_a_push_that_takes_long_is_reported(
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 60))])
-async def test_pushes_killed_at_random_moments(repository: Repository, tmp_path: Path, seed: int) -> None:
+async def test_pushes_killed_at_random_moments_are_recovered(repository: Repository, tmp_path: Path, seed: int) -> None:
     """With commits of the user's at random moments: all of it is there in the end, and nothing is left."""
     chance = random.Random(seed)
     landing = await Landing.prepare(repository, tmp_path)
@@ -736,7 +732,7 @@ async def test_pushes_killed_at_random_moments(repository: Repository, tmp_path:
 
 
 @pytest.mark.parametrize("whose", ["0", "$PPID"])
-def test_a_push_that_is_stopped_in_its_update_ends_with_its_process(
+def test_push_stopped_during_its_update_ends_with_its_process(
     repository: Repository, tmp_path: Path, whose: str
 ) -> None:
     """A hook that is stopped for ever holds up `council resume` no longer than it takes to kill it."""

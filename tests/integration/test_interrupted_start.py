@@ -35,7 +35,7 @@ sys.meta_path.insert(0, Finder())
         "anyio._backends._asyncio",
     ],
 )
-def test_an_interrupt_during_the_start_is_reported_as_one(repository: Repository, tmp_path: Path, module: str) -> None:
+def test_interrupt_during_the_start_is_reported_as_such(repository: Repository, tmp_path: Path, module: str) -> None:
     """While its modules are imported, and while the command is looked up."""
     (tmp_path / "sitecustomize.py").write_text(WAITING)
     fifo = tmp_path / "fifo"

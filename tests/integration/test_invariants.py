@@ -61,7 +61,7 @@ def half_deleted(repository: Repository, run: str, house: Path) -> None:
         (half_deleted, 10),
     ],
 )
-async def test_a_violation_is_named(
+async def test_violation_is_named(
     repository: Repository, act: Callable[[Repository, str, Path], None], number: int
 ) -> None:
     """By the number of the invariant that does not hold."""
@@ -73,7 +73,7 @@ async def test_a_violation_is_named(
     assert len(str(found.value).splitlines()) == 1
 
 
-async def test_a_process_of_a_check_is_found_wherever_it_went(repository: Repository) -> None:
+async def test_process_of_a_check_is_found_anywhere(repository: Repository) -> None:
     """By its environment, when it has left the worktree."""
     ended = repository.council("run", str(repository.configure([{"id": "t", "prompt": "write t.txt x"}])), "--json")
     place = Path(ended.result["repository"]).parent / "sessions" / ended.result["run"] / "t.1.check" / "prompt.md"

@@ -56,7 +56,7 @@ async def test_each_git_command_of_a_run_may_be_killed(repository: Repository, f
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("failpoint", ["git.started", "git.ended"])
 @pytest.mark.parametrize("number", [2, 8, 13, 24, 35])
-async def test_a_git_command_of_a_run_may_be_killed(repository: Repository, number: int, failpoint: str) -> None:
+async def test_git_command_of_a_run_may_be_killed(repository: Repository, number: int, failpoint: str) -> None:
     """The short form of the above."""
     await run_killing(repository, number, failpoint)
 
@@ -81,7 +81,7 @@ async def trusted_git(repository: Repository, tmp_path: Path) -> tuple[Hub, Git]
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-async def test_a_lock_that_a_killed_command_left_stops_no_other(
+async def test_lock_of_a_killed_command_stops_no_other(
     repository: Repository, tmp_path: Path, lock: str, command: tuple[str, ...]
 ) -> None:
     """It is removed as soon as nobody lives who can own it, and not before."""
@@ -106,7 +106,7 @@ async def test_a_lock_that_a_killed_command_left_stops_no_other(
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("command", ["init", "fetch", "merge-tree"])
-async def test_a_git_that_is_always_killed_ends_a_command_with_one_line(
+async def test_git_that_is_always_killed_ends_with_one_line(
     repository: Repository, tmp_path: Path, command: str
 ) -> None:
     """Exit code 1, and no fault of ours; when that is over the work lands."""
@@ -132,7 +132,7 @@ async def test_a_git_that_is_always_killed_ends_a_command_with_one_line(
 
 
 @pytest.mark.parametrize("start", ['serve() {{ {server} "$@"; }}; serve', "exec {server}"], ids=["told", "silent"])
-async def test_a_server_that_is_killed_is_asked_again(repository: Repository, tmp_path: Path, start: str) -> None:
+async def test_killed_server_is_retried(repository: Repository, tmp_path: Path, start: str) -> None:
     """Whether the shell that git starts it by tells of its death or not; what is not there was not killed."""
     server, asked = tmp_path / "server", tmp_path / "asked"
     server.write_text(f'#!/bin/sh\n[ -e {asked} ] || {{ touch {asked}; kill -9 $$; }}\nexec git upload-pack "$@"\n')
@@ -147,7 +147,7 @@ async def test_a_server_that_is_killed_is_asked_again(repository: Repository, tm
     assert not isinstance(raised.value, GitKilled)
 
 
-async def test_what_a_killed_push_has_received_is_removed_by_the_next_process(repository: Repository) -> None:
+async def test_objects_received_by_a_killed_push_are_removed(repository: Repository) -> None:
     """And after a git command that is at work in the repository has ended."""
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
     assert repository.council("run", str(config), failpoints="attempt.recorded=kill").code == -signal.SIGKILL
@@ -162,7 +162,7 @@ async def test_what_a_killed_push_has_received_is_removed_by_the_next_process(re
     await repository.assert_invariants()
 
 
-async def test_half_written_objects_are_removed(repository: Repository, tmp_path: Path) -> None:
+async def test_partial_objects_are_removed(repository: Repository, tmp_path: Path) -> None:
     """Those of a killed push in the user's repository, of killed commands in ours: by recovery, and by `clean`."""
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
     assert repository.council("run", str(config), failpoints="landing.intended=kill").code == -signal.SIGKILL

@@ -13,7 +13,7 @@ from tests.waiting import wait_for
 
 
 @pytest.mark.parametrize("squashed", [True, pytest.param(False, marks=pytest.mark.slow)])
-async def test_work_that_a_person_has_merged_counts_as_landed(repository: Repository, squashed: bool) -> None:
+async def test_work_merged_by_a_person_counts_as_landed(repository: Repository, squashed: bool) -> None:
     """Though its checks did not pass, and no trailer says so; what needs it goes on."""
     tasks: list[dict[str, Any]] = [
         {"id": "built", "prompt": "write built.txt x", "allow_failing_base": True, "checks": ["false"], "attempts": 1},
@@ -51,7 +51,7 @@ subprocess.run(["git", "commit", "-qm", message], check=True)
 
 
 @pytest.mark.parametrize("label", ["pending", pytest.param("failed", marks=pytest.mark.slow)])
-def test_no_commit_message_says_what_has_landed(repository: Repository, label: str) -> None:
+def test_commit_message_does_not_decide_what_landed(repository: Repository, label: str) -> None:
     """A person puts an agent's commit onto the target whose message claims to be the landing of another task."""
     tasks: list[dict[str, Any]] = [
         {
@@ -103,7 +103,7 @@ def test_resume_with_tasks_to_retry_records_a_merged_conflict(repository: Reposi
 
 
 @pytest.mark.parametrize("is_merged", [True, False])
-async def test_a_conflict_that_a_person_merged_counts_as_landed(repository: Repository, is_merged: bool) -> None:
+async def test_conflict_merged_by_a_person_counts_as_landed(repository: Repository, is_merged: bool) -> None:
     """By the printed commands, after the run has ended: `resume` records it, and starts the tasks that need it."""
     tasks: list[dict[str, Any]] = [
         {"id": "one", "prompt": "write README.md one"},

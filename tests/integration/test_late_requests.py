@@ -53,7 +53,7 @@ async def states_after(
 
 
 @pytest.mark.extended
-async def test_a_retry_right_after_the_end_of_an_attempt_is_obeyed(
+async def test_retry_right_after_an_attempt_is_performed(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same run tries it again, and what it blocked goes on."""
@@ -69,7 +69,7 @@ async def test_a_retry_right_after_the_end_of_an_attempt_is_obeyed(
 @pytest.mark.parametrize(
     ("prompt", "end"), [("write t.txt x", "task.queued"), ("attempt 1 exit 1\nwrite t.txt x", "task.retrying")]
 )
-async def test_a_cancel_right_after_the_end_of_an_attempt_is_obeyed(
+async def test_cancel_right_after_an_attempt_is_performed(
     repository: Repository, monkeypatch: pytest.MonkeyPatch, prompt: str, end: str
 ) -> None:
     """What is built does not land, what would be tried again is not."""
@@ -82,7 +82,7 @@ async def test_a_cancel_right_after_the_end_of_an_attempt_is_obeyed(
 
 
 @pytest.mark.extended
-async def test_a_task_that_was_cancelled_while_it_was_checked_lands_after_a_retry(repository: Repository) -> None:
+async def test_task_cancelled_during_its_checks_lands_after_a_retry(repository: Repository) -> None:
     """In the same run; its checks are run again."""
     begun, free = (repository.spawns.parent / name for name in ("begun", "free"))
     tasks: list[dict[str, Any]] = [

@@ -110,9 +110,7 @@ class Watched(Overtaken):
 
 
 @pytest.mark.parametrize("is_looked_meanwhile", [False, True])
-async def test_who_looks_where_a_task_is_still_hears_that_another_moved_it(
-    tmp_path: Path, is_looked_meanwhile: bool
-) -> None:
+async def test_refresh_still_reports_a_move_by_another(tmp_path: Path, is_looked_meanwhile: bool) -> None:
     """A claim that comes too late sees that the task has landed; whoever follows what others do is told so as well."""
     clock = ManualClock()
     store = Watched(clock)
@@ -145,7 +143,7 @@ async def test_who_looks_where_a_task_is_still_hears_that_another_moved_it(
     assert ours.task("models").status is TaskStatus.LANDED
 
 
-async def test_nothing_is_claimed_that_is_over(tmp_path: Path) -> None:
+async def test_ended_task_is_not_claimed(tmp_path: Path) -> None:
     """Whoever has not heard yet that a task has failed elsewhere looks, and leaves its claim as it is."""
     clock = ManualClock()
     store = MemoryStore(clock)
@@ -159,9 +157,7 @@ async def test_nothing_is_claimed_that_is_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("trigger", [Trigger.INTERRUPT, Trigger.IDLE])
-async def test_what_another_has_tried_meanwhile_is_not_started_as_it_was_before(
-    tmp_path: Path, trigger: Trigger
-) -> None:
+async def test_task_tried_by_another_is_not_started(tmp_path: Path, trigger: Trigger) -> None:
     """What is to be recorded does not know of the other's attempt, and would take its number."""
     clock = ManualClock()
     ours, theirs = await two_ledgers(MemoryStore(clock), clock, tmp_path)
@@ -172,7 +168,7 @@ async def test_what_another_has_tried_meanwhile_is_not_started_as_it_was_before(
     assert ours.task("models") == theirs.task("models")
 
 
-async def test_who_learns_of_an_adapter_at_the_same_time_as_another_judges_anew(tmp_path: Path) -> None:
+async def test_concurrent_adapter_update_is_judged_again(tmp_path: Path) -> None:
     """Of two sessions of one limit, in two processes, the later one sees that it is known."""
     clock = ManualClock()
     store = Overtaken(clock, "adapter.cooling_down")
@@ -192,7 +188,7 @@ async def test_who_learns_of_an_adapter_at_the_same_time_as_another_judges_anew(
     assert (await ours.adapters.read("fixer")).cooldowns == 1
 
 
-async def test_a_task_is_cancelled_that_another_has_just_begun(tmp_path: Path) -> None:
+async def test_task_just_started_by_another_is_cancelled(tmp_path: Path) -> None:
     """It was pending when it was last looked at: the leader takes it, and the other is told when it goes on."""
     clock = ManualClock()
     ours, theirs = await leader_and_worker(MemoryStore(clock), clock, tmp_path)
@@ -208,7 +204,7 @@ async def test_a_task_is_cancelled_that_another_has_just_begun(tmp_path: Path) -
     assert "models" not in theirs.claims
 
 
-async def test_a_task_is_cancelled_that_another_has_just_given_back(tmp_path: Path) -> None:
+async def test_task_just_released_by_another_is_cancelled(tmp_path: Path) -> None:
     """It was at work elsewhere when it was last looked at."""
     clock = ManualClock()
     ours, theirs = await leader_and_worker(MemoryStore(clock), clock, tmp_path)
@@ -220,7 +216,7 @@ async def test_a_task_is_cancelled_that_another_has_just_given_back(tmp_path: Pa
 
 
 @pytest.mark.parametrize("seen", [TaskStatus.RUNNING, TaskStatus.LANDING])
-async def test_a_task_that_another_is_just_landing_is_not_cancelled(tmp_path: Path, seen: TaskStatus) -> None:
+async def test_task_being_landed_by_another_is_not_cancelled(tmp_path: Path, seen: TaskStatus) -> None:
     """Whoever has begun that brings it to its end, be it that the task was yet at work when it was last looked at."""
     clock = ManualClock()
     ours, theirs = await leader_and_worker(MemoryStore(clock), clock, tmp_path)
@@ -236,7 +232,7 @@ async def test_a_task_that_another_is_just_landing_is_not_cancelled(tmp_path: Pa
     assert not await cancel_task(ours, "models")
 
 
-async def test_a_task_is_not_tried_again_that_another_has_just_found_landed(tmp_path: Path) -> None:
+async def test_task_found_landed_by_another_is_not_retried(tmp_path: Path) -> None:
     """It had failed when it was last looked at."""
     clock = ManualClock()
     ours, theirs = await leader_and_worker(MemoryStore(clock), clock, tmp_path)
@@ -248,7 +244,7 @@ async def test_a_task_is_not_tried_again_that_another_has_just_found_landed(tmp_
     assert ours.task("models").status is TaskStatus.LANDED
 
 
-async def test_who_takes_a_run_when_another_becomes_its_leader_is_told_who_that_is(tmp_path: Path) -> None:
+async def test_take_during_a_leader_election_names_the_leader(tmp_path: Path) -> None:
     """The other was quicker by a moment."""
     clock = ManualClock()
     store = Overtaken(clock, "run.leader_elected")
@@ -260,7 +256,7 @@ async def test_who_takes_a_run_when_another_becomes_its_leader_is_told_who_that_
 
 
 @pytest.mark.parametrize("event", ["run.leader_elected", "run.joined"])
-async def test_what_is_restored_while_a_run_is_taken_is_known(tmp_path: Path, event: str) -> None:
+async def test_restore_during_a_take_is_seen(tmp_path: Path, event: str) -> None:
     """The documents were read before, and whoever restores a checkpoint is no orchestrator of the run."""
     clock = ManualClock()
     store, run = Overtaken(clock, event), run_document(tmp_path)
@@ -304,7 +300,7 @@ async def test_record_read_while_a_restore_removes_a_task_is_whole(tmp_path: Pat
         await reader.record(run.id)
 
 
-async def test_of_two_who_find_that_nobody_coordinates_one_does(tmp_path: Path) -> None:
+async def test_concurrent_elections_have_one_leader(tmp_path: Path) -> None:
     """The other has looked before, and is not the later one that takes it over from who lives."""
     clock = ManualClock()
     store = Overtaken(clock, "run")
@@ -316,9 +312,7 @@ async def test_of_two_who_find_that_nobody_coordinates_one_does(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("role", "is_theirs"), [(Role.LEADER, False), (Role.WORKER, True)])
-async def test_a_leader_takes_what_a_worker_has_claimed_and_not_begun(
-    tmp_path: Path, role: Role, is_theirs: bool
-) -> None:
+async def test_leader_takes_a_claim_that_a_worker_has_not_started(tmp_path: Path, role: Role, is_theirs: bool) -> None:
     """The same that a worker has to leave to it."""
     clock = ManualClock()
     store = MemoryStore(clock)
@@ -332,7 +326,7 @@ async def test_a_leader_takes_what_a_worker_has_claimed_and_not_begun(
     assert (ours.task("models").status is TaskStatus.RUNNING) == (not is_theirs)
 
 
-async def test_a_worker_leaves_it_to_a_leader_to_lead(tmp_path: Path) -> None:
+async def test_worker_leaves_leadership_to_a_leader(tmp_path: Path) -> None:
     """Where nobody leads the run, and one of those who could was made a leader."""
     clock = ManualClock()
     store = MemoryStore(clock)

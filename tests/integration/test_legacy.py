@@ -122,7 +122,7 @@ async def kept(repository: Repository, kind: str) -> dict[str, dict[str, Any]]:
         return {one.key.id: one.value for one in await store.list(kind)}
 
 
-async def test_a_file_of_version_2_becomes_runs(repository: Repository) -> None:
+async def test_file_of_version_2_becomes_runs(repository: Repository) -> None:
     """With tasks, times and figures; what was only said is told as that, and the file stays as it is."""
     write(repository, LEGACY_FILE, STATE)
     before = originals(repository)
@@ -145,7 +145,7 @@ async def test_a_file_of_version_2_becomes_runs(repository: Repository) -> None:
     assert run["metrics"]["average_time_minutes"] == SESSION["metrics"]["average_time_minutes"]
 
 
-async def test_an_imported_run_at_a_glance(repository: Repository) -> None:
+async def test_imported_run_is_shown(repository: Repository) -> None:
     """Options, branch, worktree, pull request and phases are kept, and whatever else there was is beside it."""
     write(repository, LEGACY_FILE, STATE)
     shown = repository.council("state", "show", RUN, "--json").result
@@ -189,7 +189,7 @@ async def test_an_imported_run_at_a_glance(repository: Repository) -> None:
         ({"version": "2.0", "sessions": []}, {}),
     ],
 )  # fmt: skip
-async def test_older_versions_are_taken_as_they_come(
+async def test_older_versions_are_imported(
     repository: Repository, state: object, expected: dict[str, dict[str, str]]
 ) -> None:
     """Sessions and tasks as lists or by id, one session as the whole file, statuses in any case."""
@@ -198,7 +198,7 @@ async def test_older_versions_are_taken_as_they_come(
     assert await events(repository, "legacy.file_skipped") == []
 
 
-async def test_statuses_become_what_the_guide_says(repository: Repository) -> None:
+async def test_statuses_are_mapped_as_documented(repository: Repository) -> None:
     """Each word of the table in docs/state.md."""
     rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*|anything else) \| `(\w+)`[^|]*\|$", SECTION, re.MULTILINE)
     expected = {word: ours for words, ours in rows for word in re.findall(r"`(\w+)`", words) or ["whatever"]}
@@ -207,7 +207,7 @@ async def test_statuses_become_what_the_guide_says(repository: Repository) -> No
     assert states((await runs(repository))["s"]) == expected
 
 
-async def test_a_tree_becomes_runs_and_joins_the_file(repository: Repository) -> None:
+async def test_folder_becomes_runs_next_to_those_of_the_file(repository: Repository) -> None:
     """Tasks have states of their own; a session that both layouts have is one run, as the tree has it."""
     write_tree(repository)
     write(repository, f"{LEGACY_TREE}/sessions/{RUN}.json", {"id": RUN, "status": "completed", "task_ids": ["later"]})
@@ -236,7 +236,7 @@ async def test_a_tree_becomes_runs_and_joins_the_file(repository: Repository) ->
 @pytest.mark.parametrize(
     "content", ["", "{", '{"version": "2.0", "sess', "[1]", '{"sessions": 3}', "\ud800", "[" * 5000]
 )
-async def test_what_is_damaged_is_kept_aside_and_the_rest_imported(repository: Repository, content: str) -> None:
+async def test_damaged_files_are_set_aside_and_the_rest_imported(repository: Repository, content: str) -> None:
     """It is told once to people, and for good in the log."""
     (repository.top / ".worktrees").mkdir()
     path = repository.top / LEGACY_FILE
@@ -252,7 +252,7 @@ async def test_what_is_damaged_is_kept_aside_and_the_rest_imported(repository: R
     assert not await imported(repository)
 
 
-async def test_damaged_parts_of_a_tree_are_recovered(repository: Repository) -> None:
+async def test_damaged_parts_of_a_folder_are_recovered(repository: Repository) -> None:
     """A task from the newest version of its history that can be read, a session from its newest checkpoint."""
     write_tree(repository)
     write(repository, f"{LEGACY_TREE}/tasks/task-b/state.json", "{")
@@ -271,7 +271,7 @@ async def test_damaged_parts_of_a_tree_are_recovered(repository: Repository) -> 
     assert "version 9 of its history" in told["tasks/task-b/state.json"]
 
 
-async def test_sessions_beside_what_is_none_are_imported(repository: Repository) -> None:
+async def test_sessions_next_to_unknown_files_are_imported(repository: Repository) -> None:
     """In one file, with what is wrong named."""
     state = {"sessions": [SESSION, 7, {"id": "odd", "tasks": {"a": [], "b": {"status": "failed"}}}]}
     write(repository, LEGACY_FILE, state)
@@ -330,7 +330,7 @@ async def test_links_out_of_the_project_are_not_followed(repository: Repository,
     ]
 
 
-async def test_damage_to_the_record_of_an_import_stops_no_command(repository: Repository) -> None:
+async def test_damaged_import_record_stops_no_command(repository: Repository) -> None:
     """What it said is not known: nothing is imported twice, and the state can be looked at and repaired."""
     write(repository, LEGACY_FILE, STATE)
     await imported(repository)
@@ -346,7 +346,7 @@ async def test_damage_to_the_record_of_an_import_stops_no_command(repository: Re
     assert await events(repository, "legacy.imported") == []
 
 
-async def test_of_what_is_too_much_the_first_is_taken(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_import_is_limited_to_the_first_entries(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sessions, tasks, bytes of a file, entries of a folder; that is told, for a few files in full."""
     monkeypatch.setattr(files, "MAX_SESSIONS", 3)
     monkeypatch.setattr(files, "MAX_TASKS", 2)
@@ -365,7 +365,7 @@ async def test_of_what_is_too_much_the_first_is_taken(repository: Repository, mo
     assert told[-1] == "13 more files were not imported completely: see `council state log`."
 
 
-async def test_a_kill_in_between_changes_nothing_of_what_comes_out(repository: Repository) -> None:
+async def test_killed_import_has_the_same_result(repository: Repository) -> None:
     """What is imported in several commits is the same, once, and a run appears with the last of its documents."""
     tasks = {f"t{number}": {"status": "completed", "note": "x" * 9000} for number in range(1200)}
     write(repository, LEGACY_FILE, {"sessions": [{"id": "large", "tasks": tasks}, SESSION]})
@@ -384,7 +384,7 @@ async def test_a_kill_in_between_changes_nothing_of_what_comes_out(repository: R
     assert len(await events(repository, "legacy.imported")) == 1
 
 
-async def test_a_state_that_is_not_empty_gets_nothing(repository: Repository) -> None:
+async def test_existing_state_imports_nothing(repository: Repository) -> None:
     """Nor is what was imported once imported again where its documents are changed or gone."""
     path = repository.configure([{"id": "a", "prompt": "write a.txt a"}])
     assert repository.council("run", str(path)).code == 0
@@ -392,7 +392,7 @@ async def test_a_state_that_is_not_empty_gets_nothing(repository: Repository) ->
     assert RUN not in await runs(repository)
 
 
-async def test_a_first_run_imports_too(repository: Repository) -> None:
+async def test_first_run_imports(repository: Repository) -> None:
     """And goes on; what was imported is not the newest."""
     repository.commit({".gitignore": ".worktrees/\n"})
     write(repository, LEGACY_FILE, {"sessions": [{**SESSION, "started_at": "2024-06-17T10:00:00Z"}]})
@@ -408,7 +408,7 @@ async def test_a_first_run_imports_too(repository: Repository) -> None:
         assert TaskDocument.model_validate(found.value).imported is not None
 
 
-async def test_nobody_works_in_an_imported_run(repository: Repository) -> None:
+async def test_imported_run_accepts_no_work(repository: Repository) -> None:
     """Commands that would are refused and say why, and record nothing; those that look work."""
     write(repository, LEGACY_FILE, STATE)
     async with Council.open(repository.top, environ=repository.environ) as council:
@@ -442,7 +442,7 @@ async def test_nobody_works_in_an_imported_run(repository: Repository) -> None:
 
 
 @needs_sandbox
-async def test_the_unfinished_tasks_of_an_imported_session_can_be_resumed(repository: Repository) -> None:
+async def test_unfinished_imported_tasks_can_be_resumed(repository: Repository) -> None:
     """By a file with all that is known of them; what is missing is named, and then they land."""
     tasks = {
         "import": {"status": "in_progress", "prompt": "write i.txt 1", "branch": "feature/import"},
@@ -478,7 +478,7 @@ def yaml_of(text: str) -> dict[str, str]:
     return {task["id"]: task["prompt"] for task in yaml.safe_load(text)["tasks"]}
 
 
-async def test_checkpoints_of_an_imported_run(repository: Repository) -> None:
+async def test_checkpoints_of_an_imported_run_work(repository: Repository) -> None:
     """They are made and restored like those of others."""
     write(repository, LEGACY_FILE, STATE)
     made = repository.council("checkpoint", "create", "--json")
@@ -488,7 +488,7 @@ async def test_checkpoints_of_an_imported_run(repository: Repository) -> None:
     assert (restored.code, restored.result["runs"]) == (0, [])
 
 
-async def test_below_a_project_its_own_state_counts(repository: Repository) -> None:
+async def test_state_below_a_project_counts(repository: Repository) -> None:
     """A folder with an older layout within a project is no project of its own."""
     write(repository, LEGACY_FILE, STATE)
     assert repository.council("runs").code == 0

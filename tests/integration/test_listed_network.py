@@ -160,7 +160,7 @@ def python(source: str, *arguments: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])
-async def test_a_listed_host_is_reached(place: Place, kind: SandboxKind, port: int, name: str) -> None:
+async def test_listed_host_is_reached(place: Place, kind: SandboxKind, port: int, name: str) -> None:
     """By a program that takes its proxy from the environment, as most do."""
     ended = await place.run(kind, (f"{name}:{port}",), python(FETCH, f"http://{name}:{port}/"))
     assert (ended.exit, ended.spawn_error, place.said) == (0, None, "reached\n")
@@ -168,7 +168,7 @@ async def test_a_listed_host_is_reached(place: Place, kind: SandboxKind, port: i
 
 
 @pytest.mark.parametrize("length", [70, 80, 90, 100, 110, 150])
-async def test_a_folder_with_a_long_path(tmp_path: Path, kind: SandboxKind, port: int, length: int) -> None:
+async def test_folder_with_a_long_path_works(tmp_path: Path, kind: SandboxKind, port: int, length: int) -> None:
     """A socket's address has about a hundred bytes, and the path of its folder may have more."""
     top = tmp_path / ("x" * max(1, length - len(str(tmp_path)) - len("/scratch") - 1))
     top.mkdir()
@@ -177,14 +177,14 @@ async def test_a_folder_with_a_long_path(tmp_path: Path, kind: SandboxKind, port
     assert (ended.exit, place.said) == (0, "reached\n")
 
 
-async def test_a_listed_host_is_reached_by_a_tunnel(place: Place, kind: SandboxKind, port: int) -> None:
+async def test_listed_host_is_reached_by_a_tunnel(place: Place, kind: SandboxKind, port: int) -> None:
     """As for https."""
     argv = ["curl", "--silent", "--show-error", "--proxytunnel", f"http://127.0.0.1:{port}/"]
     ended = await place.run(kind, (f"127.0.0.1:{port}",), argv)
     assert (ended.exit, place.said) == (0, "reached")
 
 
-async def test_another_host_is_refused(place: Place, kind: SandboxKind, port: int) -> None:
+async def test_unlisted_host_is_denied(place: Place, kind: SandboxKind, port: int) -> None:
     """With a message for the program, and noted once for the run."""
     script = f"for _ in 1 2; do curl --silent --noproxy '' http://127.0.0.1:{port}/; done"
     ended = await place.run(kind, ("api.example.com",), ["sh", "-c", script])
@@ -201,7 +201,7 @@ async def test_nothing_is_reached_without_the_proxy(place: Place, kind: SandboxK
     assert json.loads((place.top / "stdout").read_text()) == ["proxy"]
 
 
-async def test_tcp_stays_tcp(place: Place) -> None:
+async def test_only_tcp_is_proxied(place: Place) -> None:
     """No module of the kernel can be put in its place, which Landlock would not look at."""
     source = "import socket; socket.socket().setsockopt(6, 31, b'smc')"
     if landlock.abi_version() < landlock.MIN_ABI_FOR_PORTS:
@@ -210,14 +210,14 @@ async def test_tcp_stays_tcp(place: Place) -> None:
     assert "OSError: [Errno 92] Protocol not available" in place.said
 
 
-async def test_nobody_connects_to_a_session(place: Place, kind: SandboxKind) -> None:
+async def test_session_accepts_no_connections(place: Place, kind: SandboxKind) -> None:
     """A socket that listens is on a loopback of the session's own, or there is none, with or without a port."""
     for source in ("socket.create_server(('127.0.0.1', 0))", "socket.socket().listen()"):
         ended = await place.run(kind, ("api.example.com",), python(f"import socket; {source}"))
         assert (ended.exit == 0) == (kind is SandboxKind.BUBBLEWRAP), place.said
 
 
-async def test_a_program_has_the_token_of_its_session_only(place: Place, kind: SandboxKind, port: int) -> None:
+async def test_program_has_the_token_of_its_session_only(place: Place, kind: SandboxKind, port: int) -> None:
     """Without it, or with another one, the proxy does nothing."""
     script = f"""import os, urllib.request
     url = os.environ["HTTP_PROXY"]
@@ -230,7 +230,7 @@ async def test_a_program_has_the_token_of_its_session_only(place: Place, kind: S
     assert place.denied == []
 
 
-async def test_the_token_is_in_no_log(place: Place, kind: SandboxKind, port: int) -> None:
+async def test_token_is_in_no_log(place: Place, kind: SandboxKind, port: int) -> None:
     """Neither as it is in the environment, nor as it is in a request."""
     script = f"env | grep -i proxy; curl --silent --verbose http://127.0.0.1:{port}/ 2>&1; echo $HTTP_PROXY >kept"
     await place.run(kind, (f"127.0.0.1:{port}",), ["sh", "-c", script], NO_PROXY="*", no_proxy="*")
@@ -241,7 +241,7 @@ async def test_the_token_is_in_no_log(place: Place, kind: SandboxKind, port: int
     assert token not in place.said
 
 
-async def test_proxy_settings_of_the_user_do_not_count(place: Place, kind: SandboxKind, port: int) -> None:
+async def test_proxy_settings_of_the_user_are_ignored(place: Place, kind: SandboxKind, port: int) -> None:
     """What would lead around the proxy leads nowhere: it is not passed on."""
     argv = ["sh", "-c", "echo $HTTP_PROXY $NO_PROXY $no_proxy $NODE_USE_ENV_PROXY | sed 's/.*@//; s/:[0-9]* / /'"]
     hosts = (f"127.0.0.1:{port}", f"[::1]:{port}")
@@ -250,7 +250,7 @@ async def test_proxy_settings_of_the_user_do_not_count(place: Place, kind: Sandb
     assert place.said == f"127.0.0.1 {own}1\n"
 
 
-async def test_a_loopback_of_its_own(place: Place, port: int) -> None:
+async def test_session_has_its_own_loopback(place: Place, port: int) -> None:
     """In a bubblewrap a server of the session's own is reached directly, as tests of a project need it."""
     require_sandbox(SandboxKind.BUBBLEWRAP, network=False)
     script = "python3 -m http.server 8000 --bind 127.0.0.1 >/dev/null 2>&1 & echo mine >page; "
@@ -259,7 +259,7 @@ async def test_a_loopback_of_its_own(place: Place, port: int) -> None:
     assert place.said == "mine\n"
 
 
-async def test_it_starts_as_clean_as_without(place: Place, kind: SandboxKind) -> None:
+async def test_proxied_start_is_as_clean_as_without(place: Place, kind: SandboxKind) -> None:
     """The same descriptors, signals, arguments, folder, environment."""
     source = "import os, sys; print(sorted(map(int, os.listdir('/proc/self/fd')))[:-1], os.getcwd(), sys.argv[1:])\n"
     argv = ["sh", "-c", 'grep SigIgn /proc/self/status; exec "$@"', "sh", *python(source, "-x", "")]
@@ -272,7 +272,7 @@ async def test_it_starts_as_clean_as_without(place: Place, kind: SandboxKind) ->
     assert not list(place.scratch.glob(".council-*"))
 
 
-async def test_a_program_that_is_missing(place: Place, kind: SandboxKind) -> None:
+async def test_missing_program_is_reported(place: Place, kind: SandboxKind) -> None:
     """Is told from one that fails, as in each sandbox."""
     ended = await place.run(kind, ("api.example.com",), ["no-such-program"])
     assert ended == SupervisedExit(None, None, "exit", "no-such-program: No such file or directory", 0, 0, 0, None)
@@ -280,7 +280,7 @@ async def test_a_program_that_is_missing(place: Place, kind: SandboxKind) -> Non
     assert (ended.exit, ended.spawn_error) == (127, None)
 
 
-async def test_the_proxy_ends_with_its_session(place: Place, kind: SandboxKind) -> None:
+async def test_proxy_ends_with_its_session(place: Place, kind: SandboxKind) -> None:
     """Also where the session is stopped while it uses it."""
     source = """
 import os, socket, time
@@ -296,7 +296,7 @@ open("part", "w").write(str(port)); os.rename("part", "port"); time.sleep(300)""
     assert not list(place.scratch.glob(".council-*"))
 
 
-async def test_the_proxy_serves_a_socket_of_its_session_only(place: Place, port: int) -> None:
+async def test_proxy_serves_its_session_only(place: Place, port: int) -> None:
     """What another process passes on before the session starts is not taken, and the session gets its proxy."""
     require_sandbox(SandboxKind.BUBBLEWRAP, network=False)
     hosts = (f"127.0.0.1:{port}",)
@@ -315,7 +315,7 @@ async def test_the_proxy_serves_a_socket_of_its_session_only(place: Place, port:
     assert (ended.exit, place.said) == (0, "reached\n")
 
 
-async def test_a_failed_check_names_the_host_that_was_refused(place: Place, kind: SandboxKind, port: int) -> None:
+async def test_failed_check_names_the_denied_host(place: Place, kind: SandboxKind, port: int) -> None:
     """Since what it prints of that may be little."""
     url = f"http://127.0.0.1:{port}/"
     assert await place.shell(kind, (f"127.0.0.1:{port}",), f"curl --silent --fail {url}") == CommandSucceeded()
@@ -325,7 +325,7 @@ async def test_a_failed_check_names_the_host_that_was_refused(place: Place, kind
 
 
 @pytest.mark.extended_but_first
-def test_a_run_reports_refused_hosts(repository: Repository, kind: SandboxKind, port: int) -> None:
+def test_run_reports_denied_hosts(repository: Repository, kind: SandboxKind, port: int) -> None:
     """Each once, when the session has ended; what it was to reach is reached by the session and by its checks."""
     fetch = f"curl --silent --show-error --fail --noproxy '' http://127.0.0.1:{port}/ >>page"
     refused = "curl --silent --output answer --noproxy '' http://127.0.0.1:1/ http://127.0.0.1:1/; cat answer"
@@ -345,7 +345,7 @@ def test_a_run_reports_refused_hosts(repository: Repository, kind: SandboxKind, 
     assert [(line["task"], line["host"]) for line in told] == [("fetch", "127.0.0.1:1")]
 
 
-async def test_a_kernel_that_can_limit_no_connections_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_kernel_without_connection_limits_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     """With what to do, and only where hosts are listed."""
     monkeypatch.setattr(landlock, "abi_version", lambda: 3)
     with pytest.raises(
@@ -357,13 +357,13 @@ async def test_a_kernel_that_can_limit_no_connections_is_refused(monkeypatch: py
     assert await choose_sandbox("landlock", network=False, environ=os.environ) is SandboxKind.LANDLOCK
 
 
-async def test_without_a_sandbox_hosts_are_refused() -> None:
+async def test_hosts_without_a_sandbox_are_rejected() -> None:
     """A limit that can't be kept is refused, as `network: off` is."""
     with pytest.raises(RefusedError, match="`network: off` needs a sandbox"):
         await choose_sandbox("off", network=False, hosts=("a.example",), environ=os.environ)
 
 
-async def test_without_bubblewrap_landlock_is_taken() -> None:
+async def test_landlock_is_used_without_bubblewrap() -> None:
     """If the kernel can limit connections."""
     require_sandbox(SandboxKind.LANDLOCK, network=False, hosts=("a.example",))
     environ = {"PATH": "/nowhere"}

@@ -67,14 +67,14 @@ async def last(store: Store) -> CommitRecord:
     return record
 
 
-async def test_without_locks_there_is_nothing(repository: Repository) -> None:
+async def test_no_locks_print_nothing(repository: Repository) -> None:
     """Neither for people nor for programs."""
     async with opened(repository):
         assert repository.council("locks").stdout == "no locks\n"
         assert listed(repository) == []
 
 
-async def test_all_three_layers_are_shown_with_who_waits(repository: Repository) -> None:
+async def test_all_three_layers_are_shown_with_waiters(repository: Repository) -> None:
     """Files by any process, ownership and the merge permit from the store."""
     repository.council("run", str(repository.configure([{"id": "t", "prompt": "write a.txt x"}])), "--json")
     site = await find_run_repository(str(repository.top), is_url=False, environ=repository.environ)
@@ -107,7 +107,7 @@ async def test_all_three_layers_are_shown_with_who_waits(repository: Repository)
     assert "awaited by" in text
 
 
-async def test_broken_ownership_is_free_and_its_owner_gives_its_files_back(repository: Repository) -> None:
+async def test_broken_ownership_is_released_by_its_owner(repository: Repository) -> None:
     """The record has the reason; the process that held it learns from that what to give back."""
     async with opened(repository) as store:
         files = FileLocks(Project(repository.top).file_locks, SystemClock())
@@ -126,7 +126,7 @@ async def test_broken_ownership_is_free_and_its_owner_gives_its_files_back(repos
         assert (again.code, "is not held" in again.result["error"]) == (2, True)
 
 
-async def test_what_was_broken_locks_nothing(repository: Repository) -> None:
+async def test_broken_lock_locks_nothing(repository: Repository) -> None:
     """Others may land there, and take it."""
     async with opened(repository) as store:
         registry, guard = OwnershipRegistry(store, SystemClock(), "0" * 16), await claim(store, ADA)
@@ -137,7 +137,7 @@ async def test_what_was_broken_locks_nothing(repository: Repository) -> None:
         assert await registry.acquire(BOB, ["a"], orchestrator="o1", claim=await claim(store, BOB)) is None
 
 
-async def test_a_broken_file_lock_is_given_back_by_its_process(repository: Repository) -> None:
+async def test_broken_file_lock_is_released_by_its_process(repository: Repository) -> None:
     """That one file alone; of a dead process there is nothing to break, and the sentence says so."""
     async with opened(repository) as store:
         files = FileLocks(Project(repository.top).file_locks, SystemClock())
@@ -150,7 +150,7 @@ async def test_a_broken_file_lock_is_given_back_by_its_process(repository: Repos
         assert "released automatically" in str(refused.result)
 
 
-async def test_who_held_a_broken_merge_permit_is_refused(repository: Repository) -> None:
+async def test_holder_of_a_broken_merge_permit_is_rejected(repository: Repository) -> None:
     """The permit's next epoch is written, so that the holder's guard fails; nobody holds it then."""
     async with opened(repository) as store:
         key = Key("lease", "merge/" + "0" * 16)
@@ -168,7 +168,7 @@ async def test_who_held_a_broken_merge_permit_is_refused(repository: Repository)
         assert listed(repository) == []
 
 
-async def test_from_python_the_same(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_locks_work_from_python(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     """`Council.locks.list` and `Council.locks.revoke`."""
     monkeypatch.chdir(repository.top)
     async with opened(repository) as store:

@@ -83,7 +83,7 @@ def test_logs_are_readable_and_raw_on_request(repository: Repository, codex: dic
     assert (told[-2]["outcome"], told[-2]["input_tokens"], told[-1]["stream"]) == ("built", 12_000, "check1")
 
 
-def test_a_running_session_is_followed_and_its_latest_activity_shown(
+def test_running_session_is_followed_with_its_latest_activity(
     repository: Repository, codex: dict[str, Any], tmp_path: Path
 ) -> None:
     """`-f` shows a call that has not ended; `show` the last line, and how long ago that was."""
@@ -108,7 +108,7 @@ def test_a_running_session_is_followed_and_its_latest_activity_shown(
     assert json.loads(repository.council("show", "t", "--json").stdout)["latest_activity"] is None
 
 
-def test_the_output_of_a_failed_check_is_shown_once(repository: Repository) -> None:
+def test_output_of_a_failed_check_is_shown_once(repository: Repository) -> None:
     """The reason is one line that names the check, without its newlines."""
     checks = ["printf 'one\\ntwo\\nthree\\n'; test ! -e a.txt"]
     task = {"id": "t", "prompt": "write a.txt x", "attempts": 1, "checks": checks}
@@ -118,7 +118,7 @@ def test_the_output_of_a_failed_check_is_shown_once(repository: Repository) -> N
     assert shown.count("two\n") == 1, shown
 
 
-def test_the_newest_attempt_of_a_phase_is_shown(repository: Repository) -> None:
+def test_newest_attempt_of_a_phase_is_shown(repository: Repository) -> None:
     """By its name; an unknown one is refused with the names that there are."""
     workflow = [{"plan": {"access": "read"}}, {"build": {}}]
     task = {"id": "t", "prompt": "in plan print thinking\nin build print building\nin build write a.txt x"}

@@ -46,7 +46,7 @@ async def client(site: Site) -> AsyncIterator[ClientSession]:
         del caller
 
 
-async def test_the_tools_are_the_commands(site: Site) -> None:
+async def test_tools_match_the_commands(site: Site) -> None:
     """Each is explained, and says what it takes."""
     async with client(site) as session:
         tools = (await session.list_tools()).tools
@@ -56,7 +56,7 @@ async def test_the_tools_are_the_commands(site: Site) -> None:
 
 
 @pytest.mark.extended
-async def test_the_tools_say_that_they_change_no_file(site: Site) -> None:
+async def test_tools_declare_that_they_change_no_file(site: Site) -> None:
     """A CLI that only reads allows them then, `submit_handoff` among them."""
     async with client(site) as session:
         tools = (await session.list_tools()).tools
@@ -65,7 +65,7 @@ async def test_the_tools_say_that_they_change_no_file(site: Site) -> None:
     assert [name for name, one in found.items() if one is None or one.destructive_hint is not False] == []
 
 
-async def test_a_tool_asks_as_the_session(site: Site) -> None:
+async def test_tool_asks_as_the_session(site: Site) -> None:
     """And tells what it is answered; what is refused is an error that says whose the file is."""
     async with client(site) as session:
         peers = await session.call_tool("peers", {})
@@ -81,7 +81,7 @@ async def test_a_tool_asks_as_the_session(site: Site) -> None:
     assert {str(session) for session, _, _ in site.session_service.asked} == {"run-1/models.1"}
 
 
-async def test_values_go_as_they_are(site: Site) -> None:
+async def test_values_are_passed_unchanged(site: Site) -> None:
     """What is shared is any value of JSON, what is handed over an object."""
     async with client(site) as session:
         value = {"ports": [8080, None], "name": "größer"}
@@ -96,6 +96,6 @@ async def test_values_go_as_they_are(site: Site) -> None:
 
 
 @pytest.mark.parametrize("name", SESSION_COMMANDS)
-def test_each_schema_is_one(name: str) -> None:
+def test_each_schema_is_valid(name: str) -> None:
     """By the standard."""
     jsonschema.Draft202012Validator.check_schema(input_schema(SESSION_COMMANDS[name]))

@@ -17,7 +17,7 @@ from tests.merge_permits import hold_permit
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("few", [-1, 200], ids=["many have landed", "few have landed"])
-async def test_work_that_the_target_has_a_part_of_merges_as_git_would(
+async def test_partly_merged_work_merges_as_by_git(
     repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: int
 ) -> None:
     """Work lands beside other work, and on a part of itself that the user has merged by hand and changed."""

@@ -366,7 +366,7 @@ def hear(server: ModelServer, api: Api, prompt: str, stream: bool, results: int 
     return api.read(reply.raw, stream)
 
 
-def test_a_text_is_said_at_the_end(server: ModelServer, api: Api, stream: bool) -> None:
+def test_text_ends_the_answer(server: ModelServer, api: Api, stream: bool) -> None:
     """All that is to be said comes as one text, any characters in it, and without any there is some text."""
     heard = hear(server, api, "You are to\n  say größer 'als' \"x\"\nsay and 🦉 more\nand words", stream)
     assert heard == Heard("größer 'als' \"x\"\nand 🦉 more", [], api.ended[1], heard.usage)
@@ -387,7 +387,7 @@ def test_each_turn_is_the_next_tool_call(server: ModelServer, api: Api, stream: 
     assert (end.calls, end.text) == ([], "ready")
 
 
-def test_a_failure_is_the_apis_own(server: ModelServer, api: Api, stream: bool) -> None:
+def test_failure_is_that_of_the_api(server: ModelServer, api: Api, stream: bool) -> None:
     """Every request of the conversation gets the status and the error's kind."""
     path, body = api.ask("fail 401\nwrite a.txt x", stream, 0, True)
     replies = [post(server, path, body) for _ in range(3)]
@@ -396,7 +396,7 @@ def test_a_failure_is_the_apis_own(server: ModelServer, api: Api, stream: bool) 
     assert "retry-after" not in replies[0].headers
 
 
-def test_a_failure_ends_after_its_times(server: ModelServer, api: Api, stream: bool) -> None:
+def test_failure_ends_after_its_count(server: ModelServer, api: Api, stream: bool) -> None:
     """It says when to come back, and one conversation's failures are no other's."""
     prompt = "fail 429 2 30\nfail 500 1\nsay better"
     replies = [post(server, *api.ask(prompt, stream, 0, True)) for _ in range(3)]
@@ -407,7 +407,7 @@ def test_a_failure_ends_after_its_times(server: ModelServer, api: Api, stream: b
     assert hear(server, api, prompt, stream).text == "better"
 
 
-def test_a_drop_breaks_the_answer_off(server: ModelServer, api: Api, stream: bool) -> None:
+def test_drop_interrupts_the_answer(server: ModelServer, api: Api, stream: bool) -> None:
     """The connection ends with part of the answer sent, and the next try has all of it."""
     prompt = "drop 1\nwrite a.txt x"
     reply = post(server, *api.ask(prompt, stream, 0, True))
@@ -416,7 +416,7 @@ def test_a_drop_breaks_the_answer_off(server: ModelServer, api: Api, stream: boo
     assert len(hear(server, api, prompt, stream).calls) == 1
 
 
-def test_an_answer_is_cut_for_its_length(server: ModelServer, api: Api, stream: bool) -> None:
+def test_answer_is_truncated_at_its_length(server: ModelServer, api: Api, stream: bool) -> None:
     """Half of it comes, no tool is called, the end says why, and the next try has all of it."""
     prompt = "cut 1\nsay 12345678"
     heard = [hear(server, api, prompt, stream) for _ in range(2)]
@@ -426,7 +426,7 @@ def test_an_answer_is_cut_for_its_length(server: ModelServer, api: Api, stream: 
     ]
 
 
-def test_a_prompt_is_too_long(server: ModelServer, api: Api, stream: bool) -> None:
+def test_too_long_prompt_is_rejected(server: ModelServer, api: Api, stream: bool) -> None:
     """It is a wrong request, in words of the API's own, and stays one."""
     replies = [post(server, *api.ask("overflow\nwrite a.txt x", stream, 0, True)) for _ in range(2)]
     assert [reply.status for reply in replies] == [400, 400]
@@ -434,7 +434,7 @@ def test_a_prompt_is_too_long(server: ModelServer, api: Api, stream: bool) -> No
     assert len({replies[0].raw, replies[1].raw, plain.raw}) == 2
 
 
-def test_the_usage_is_what_the_script_says(server: ModelServer, api: Api, stream: bool) -> None:
+def test_usage_is_that_of_the_script(server: ModelServer, api: Api, stream: bool) -> None:
     """Calls and texts say it alike."""
     prompt = "usage 1234 56\nrun true"
     assert [hear(server, api, prompt, stream, results).usage for results in (0, 1)] == [(1234, 56)] * 2
@@ -452,7 +452,7 @@ def test_requests_are_recorded_without_credentials(server: ModelServer, api: Api
     assert "hush" not in str(request)
 
 
-def test_side_requests_take_no_step_and_no_failure(server: ModelServer) -> None:
+def test_side_requests_use_no_step_and_no_failure(server: ModelServer) -> None:
     """A request for a title holds the prompt, too, but neither fails nor writes."""
     prompt = "fail 500 1\nwrite a.txt x"
     api = APIS[2]
@@ -461,7 +461,7 @@ def test_side_requests_take_no_step_and_no_failure(server: ModelServer) -> None:
     assert post(server, *api.ask(prompt, True, 0, True)).status == 500
 
 
-def test_the_last_prompt_that_holds_a_script_counts(server: ModelServer) -> None:
+def test_last_prompt_with_a_script_counts(server: ModelServer) -> None:
     """A session that goes on gets the new script from its first step, and a client's reminders are no scripts."""
     path, body = anthropic_ask("write old.txt x", False, 1, True)
     body["messages"].append({"role": "assistant", "content": "Done."})
@@ -474,7 +474,7 @@ def test_the_last_prompt_that_holds_a_script_counts(server: ModelServer) -> None
     assert heard.calls == [("Write", {"file_path": "new.txt", "content": "x\n"})]
 
 
-def test_what_is_told_chooses_the_part_that_counts(server: ModelServer, api: Api, stream: bool) -> None:
+def test_instructions_choose_the_part_of_the_script(server: ModelServer, api: Api, stream: bool) -> None:
     """The last whose words stand anywhere else in the prompt; its own line is no such place."""
     script = "write a.txt x\nsay all\ntold of apples\nsay apples\ntold of pears\nsay pears"
     assert hear(server, api, script, stream, 1).text == "all"
@@ -483,7 +483,7 @@ def test_what_is_told_chooses_the_part_that_counts(server: ModelServer, api: Api
     assert hear(server, api, f"{script}\nThis speaks of pears and of apples.", stream).text == "pears"
 
 
-def test_what_is_told_later_begins_a_part_at_its_first_step(server: ModelServer) -> None:
+def test_later_instructions_start_a_part_at_its_first_step(server: ModelServer) -> None:
     """Steps that were taken before are none of its own, nor are the failures."""
     script = "write a.txt x\nsay all\ntold of apples\nfail 500 1\nrun true\nsay apples"
     path, body = anthropic_ask(script, False, 1, True)
@@ -497,7 +497,7 @@ def test_what_is_told_later_begins_a_part_at_its_first_step(server: ModelServer)
     assert anthropic_read(post(server, path, body).raw, False).text == "apples"
 
 
-def test_a_tool_of_a_server_is_called_by_its_own_name(server: ModelServer) -> None:
+def test_tool_of_a_server_is_called_by_its_own_name(server: ModelServer) -> None:
     """Whatever the client puts before it; what is no JSON object calls nothing."""
     path, body = anthropic_ask('call broken {"a": }\ncall submit_handoff {"data": {"a": [1]}}', False, 0, True)
     body["tools"].append({"name": "mcp__council__submit_handoff", "input_schema": {"type": "object"}})
@@ -505,7 +505,7 @@ def test_a_tool_of_a_server_is_called_by_its_own_name(server: ModelServer) -> No
     assert heard.calls == [("mcp__council__submit_handoff", {"data": {"a": [1]}})]
 
 
-def test_codex_is_asked_for_a_tool_that_it_does_not_tell_of(server: ModelServer) -> None:
+def test_codex_is_asked_for_an_unlisted_tool(server: ModelServer) -> None:
     """It brings what its search finds. A server may have yet to start: the model searches again, but not for ever."""
     message = {"type": "message", "role": "user", "content": 'call submit_handoff {"a": 1}'}
     shell = {"type": "function", "name": "exec_command", "parameters": COMMAND}
@@ -529,7 +529,7 @@ def test_codex_is_asked_for_a_tool_that_it_does_not_tell_of(server: ModelServer)
     assert call["call_id"] != search["call_id"]
 
 
-def test_call_ids_are_never_the_same_in_one_conversation(server: ModelServer) -> None:
+def test_call_ids_are_unique_in_a_conversation(server: ModelServer) -> None:
     """Not even where the same prompt comes again in a session that goes on."""
     path, body = anthropic_ask("run true", False, 0, True)
     ids = []
@@ -554,7 +554,7 @@ def test_call_ids_are_never_the_same_in_one_conversation(server: ModelServer) ->
         "- **Workspace Directories:**\n  - /x/y\n",
     ],
 )
-def test_paths_are_absolute_where_the_client_says_where_it_is(server: ModelServer, told: str) -> None:
+def test_paths_are_absolute_if_the_client_names_its_folder(server: ModelServer, told: str) -> None:
     """Some tools take no others."""
     path, body = anthropic_ask("write a.txt x", False, 0, True)
     body["system"] = [{"type": "text", "text": f"Words.\n{told}\nMore."}]
@@ -584,7 +584,7 @@ def test_codex_without_a_patch_tool_gets_a_command(server: ModelServer) -> None:
     assert arguments["command"][:2] == ["bash", "-lc"]
 
 
-def test_a_command_that_writes_really_writes(server: ModelServer, tmp_path: Any) -> None:
+def test_writing_command_writes(server: ModelServer, tmp_path: Any) -> None:
     """With all that a shell would take for its own."""
     body = codex_tools({"type": "function", "name": "exec_command", "parameters": COMMAND})
     body["input"] = "write it's/c.txt x $HOME `id` \\n %s 'q' \"d\""
@@ -609,7 +609,7 @@ def test_codex_in_code_mode_gets_a_program(server: ModelServer) -> None:
     assert patch == "*** Begin Patch\n*** Add File: a.txt\n+x\n*** End Patch\n"
 
 
-def test_the_local_shell_gets_words(server: ModelServer) -> None:
+def test_local_shell_gets_words(server: ModelServer) -> None:
     """It is a kind of item of its own."""
     body = codex_tools({"type": "local_shell"}) | {"stream": False, "input": "run echo 'x y'"}
     (item,) = json.loads(post(server, "/v1/responses", body).raw)["output"]
@@ -617,7 +617,7 @@ def test_the_local_shell_gets_words(server: ModelServer) -> None:
     assert item["action"]["command"] == ["bash", "-lc", "echo 'x y'"]
 
 
-def test_what_a_tool_requires_beside_is_there(server: ModelServer) -> None:
+def test_required_arguments_of_a_tool_are_added(server: ModelServer) -> None:
     """A description, a choice, a number: something of the right kind."""
     schema = {
         "type": "object",
@@ -638,7 +638,7 @@ def test_what_a_tool_requires_beside_is_there(server: ModelServer) -> None:
     assert "unasked" not in arguments
 
 
-def test_the_ollama_bridge_can_read_the_answer(server: ModelServer) -> None:
+def test_ollama_bridge_can_parse_the_answer(server: ModelServer) -> None:
     """A model without tools gives the files in the form that the bridge asks for; files shown to it are no scripts."""
     shown = "```file README.md\nrun make\n  write shown.txt x\n```\n"
     messages = [
@@ -672,7 +672,7 @@ def test_aider_gets_its_edit_formats(server: ModelServer, system: str, form: str
     assert chat_read(raw, False).text == f"{form}\n\nend"
 
 
-def test_aider_gets_a_difference_to_what_it_showed(server: ModelServer) -> None:
+def test_aider_gets_a_diff_to_the_shown_file(server: ModelServer) -> None:
     """Without, it would append to the file."""
     messages = [
         {"role": "system", "content": "Every *SEARCH/REPLACE block* must"},
@@ -714,14 +714,14 @@ def test_lookups_are_answered(server: ModelServer, path: str, field: str) -> Non
     connection.close()
 
 
-def test_an_unknown_path_and_a_broken_body_are_errors(server: ModelServer) -> None:
+def test_unknown_path_and_invalid_body_are_errors(server: ModelServer) -> None:
     """And the server serves on."""
     assert post(server, "/v1/embeddings", {}).status == 404
     assert post(server, "/v1/messages", {"messages": [3]}).status == 400
     assert hear(server, APIS[0], "say still there", True).text == "still there"
 
 
-def test_a_delay_delays(server: ModelServer) -> None:
+def test_delay_delays(server: ModelServer) -> None:
     """Each answer comes that much later."""
     began = time.monotonic()
     hear(server, APIS[0], "delay 0.3\nsay x", True)
@@ -733,7 +733,7 @@ def served() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if "process_request_thread" in thread.name]
 
 
-def test_a_delay_ends_with_the_client(server: ModelServer) -> None:
+def test_delay_ends_with_the_client(server: ModelServer) -> None:
     """Nothing waits on for a client that has gone away."""
     path, body = APIS[0].ask("delay 3600\nsay x", True, 0, True)
     raw = json.dumps(body).encode()
@@ -746,7 +746,7 @@ def test_a_delay_ends_with_the_client(server: ModelServer) -> None:
     wait_for(lambda: not set(served()) - before)
 
 
-def test_a_delay_ends_with_the_server() -> None:
+def test_delay_ends_with_the_server() -> None:
     """Its client sees the connection end, and no thread is left."""
     before = set(served())
     ends: list[BaseException] = []
@@ -766,7 +766,7 @@ def test_a_delay_ends_with_the_server() -> None:
     wait_for(lambda: not set(served()) - before)
 
 
-def test_many_conversations_at_once(server: ModelServer) -> None:
+def test_concurrent_conversations_are_separate(server: ModelServer) -> None:
     """Each gets its own steps and its own failures."""
     statuses: dict[int, list[int]] = {}
 
@@ -782,7 +782,7 @@ def test_many_conversations_at_once(server: ModelServer) -> None:
     assert statuses == {number: [529] * (number % 3) + [200] * (4 - number % 3) for number in range(24)}
 
 
-def test_the_program_serves_until_its_input_ends() -> None:
+def test_program_serves_until_its_input_ends() -> None:
     """It says where, and ends by itself."""
     argv = [sys.executable, "-m", "tests.model_server"]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:

@@ -71,7 +71,7 @@ async def store(tmp_path: Path) -> AsyncIterator[tuple[FileStore, ManualClock]]:
         yield opened, clock
 
 
-async def test_what_has_expired_is_swept_every_thirty_seconds(
+async def test_expired_documents_are_removed_every_thirty_seconds(
     store: tuple[FileStore, ManualClock], tmp_path: Path
 ) -> None:
     """It is deleted, with an event that names it; what has time left, or was given more, stays."""
@@ -89,7 +89,7 @@ async def test_what_has_expired_is_swept_every_thirty_seconds(
         assert await state.get(LATER) is not None
 
 
-async def test_the_past_goes_as_the_file_says(store: tuple[FileStore, ManualClock], tmp_path: Path) -> None:
+async def test_history_is_compacted_as_configured(store: tuple[FileStore, ManualClock], tmp_path: Path) -> None:
     """By age and by size; how things stand stays, and an event says how far the log still goes back."""
     state, clock = store
     async with watched(state, clock, tmp_path, Retention(age=3600.0, size=1_000_000)):
@@ -123,9 +123,7 @@ async def compacted(store: Store) -> Event:
             await anyio.sleep(0.01)
 
 
-async def test_a_run_that_logs_without_end_stays_within_its_size(
-    store: tuple[FileStore, ManualClock], tmp_path: Path
-) -> None:
+async def test_endless_log_stays_within_its_size(store: tuple[FileStore, ManualClock], tmp_path: Path) -> None:
     """However young all of it is, the log takes no more than it may, but for its newest segment.
 
     What is written can't be packed to less than half of its size: so old records must go.
@@ -146,7 +144,7 @@ async def test_a_run_that_logs_without_end_stays_within_its_size(
             assert await state.position() - (await state.statistics()).first < 2 * largest / 300
 
 
-async def test_what_a_person_should_know_is_recorded_once(store: tuple[FileStore, ManualClock], tmp_path: Path) -> None:
+async def test_finding_is_recorded_once(store: tuple[FileStore, ManualClock], tmp_path: Path) -> None:
     """A document that has grown too large, and damage; told anew only if it was well in between."""
     state, clock = store
     big = {"text": "x" * LARGE_DOCUMENT_BYTES}
@@ -180,7 +178,7 @@ async def warnings(store: Store) -> list[JsonObject]:
     return [one for one in told if one["about"] != "latency"]  # hours pass while something is committed
 
 
-def test_health_of_a_run_that_is_well(repository: Repository) -> None:
+def test_health_of_a_running_run_has_no_findings(repository: Repository) -> None:
     """All is told as well, with exit code 0, and a run's own events are not touched."""
     path = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
     assert repository.council("run", str(path)).code == 0
@@ -192,7 +190,7 @@ def test_health_of_a_run_that_is_well(repository: Repository) -> None:
     assert "no problems, no warnings" in repository.council("state", "health").stdout
 
 
-def test_health_tells_a_run_that_was_cut_off_and_damage(repository: Repository) -> None:
+def test_health_reports_an_interrupted_run_and_damage(repository: Repository) -> None:
     """With the exit code, and what to do."""
     path = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
     repository.council("run", str(path), failpoints="work.recorded=kill")
@@ -210,7 +208,7 @@ def test_health_tells_a_run_that_was_cut_off_and_damage(repository: Repository) 
     assert {one["level"] for one in damaged.result["findings"] if one["name"] == "integrity"} == {"problem"}
 
 
-def test_health_names_a_session_that_prints_nothing(repository: Repository) -> None:
+def test_health_names_a_silent_session(repository: Repository) -> None:
     """It is at work, and has been silent for longer than it may."""
     busy = {"use": "command", "argv": ["sh", "-c", "while :; do date >now; sleep 0.1; done"]}
     task = {"id": "mute", "prompt": "-", "idle_timeout": "500ms", "attempts": 1}
@@ -228,7 +226,7 @@ def test_health_names_a_session_that_prints_nothing(repository: Repository) -> N
             child.communicate()
 
 
-async def test_compact_by_hand(repository: Repository) -> None:
+async def test_compact_command_compacts(repository: Repository) -> None:
     """It takes what the newest run's file says unless told otherwise, and what went can't be looked at any more."""
     path = repository.configure([{"id": "one", "prompt": "write one.txt 1"}], state={"retention": "off"})
     assert repository.council("run", str(path)).code == 0

@@ -66,7 +66,7 @@ def holder(folder: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
         yield child
 
 
-async def test_readers_share_and_a_writer_is_alone(locks: NamedLocks, tmp_path: Path) -> None:
+async def test_readers_share_and_a_writer_is_exclusive(locks: NamedLocks, tmp_path: Path) -> None:
     """Between processes; the error names the holder; who died holds nothing."""
     with holder(tmp_path, "ada", "deploy", "read") as reader:
         mine = await locks.acquire("deploy", mode="read", owner="bob", expiry=10)
@@ -86,7 +86,7 @@ async def test_readers_share_and_a_writer_is_alone(locks: NamedLocks, tmp_path: 
     assert await locks.release(written)
 
 
-async def test_a_silent_owner_loses_its_lock_with_its_time() -> None:
+async def test_silent_owner_loses_its_lock_at_its_expiry() -> None:
     """Whoever waits then has it; what it left is cleaned up."""
     clock = ManualClock(1000.0)
     locks = NamedLocks(MemoryStore(clock), clock)
@@ -102,7 +102,7 @@ async def test_a_silent_owner_loses_its_lock_with_its_time() -> None:
     assert [one.name for one in await locks.held()] == ["a"]
 
 
-async def test_waiters_are_served_in_order_and_a_writer_does_not_starve(locks: NamedLocks) -> None:
+async def test_waiters_are_served_in_order_without_starving_a_writer(locks: NamedLocks) -> None:
     """A reader that comes after a waiting writer waits behind it."""
     had: list[str] = []
     first = await locks.acquire("a", mode="read", owner="r1")
@@ -122,7 +122,7 @@ async def test_waiters_are_served_in_order_and_a_writer_does_not_starve(locks: N
     assert had == ["w", "r2"]
 
 
-async def test_a_circle_of_two_processes_is_broken_at_once(locks: NamedLocks, tmp_path: Path) -> None:
+async def test_deadlock_of_two_processes_is_broken_immediately(locks: NamedLocks, tmp_path: Path) -> None:
     """The one that began to wait last is refused, with the circle; the other gets what it waits for."""
     with holder(tmp_path, "ada", "a", "write", "b") as theirs:
         mine = await locks.acquire("b", owner="bob", expiry=60)
@@ -181,7 +181,7 @@ OWNERS = "abcdef"
         st.sampled_from(OWNERS), st.tuples(st.integers(0, 9), st.sets(st.sampled_from(OWNERS), max_size=3)), max_size=6
     )
 )
-def test_exactly_the_circles_are_found(graph: dict[str, tuple[int, set[str]]]) -> None:
+def test_exactly_the_cycles_are_found(graph: dict[str, tuple[int, set[str]]]) -> None:
     """One who is in a circle finds one, nobody else does, and of each circle one has to give up."""
     waits = {owner: LockWait(float(since), "x", blockers) for owner, (since, blockers) in graph.items()}
     reach = {owner: set(wait.blockers) for owner, wait in waits.items()}
@@ -199,7 +199,7 @@ def test_exactly_the_circles_are_found(graph: dict[str, tuple[int, set[str]]]) -
             assert (find_deadlock(owner, waits) is not None) == (victim == owner)
 
 
-async def test_what_could_not_be_read_back_is_refused() -> None:
+async def test_unserializable_lock_is_rejected() -> None:
     """A mode that is none, and times behind all dates; a lock of another program is named."""
     store = MemoryStore(SystemClock())
     locks = NamedLocks(store, SystemClock())

@@ -27,7 +27,7 @@ async def runs(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> Repos
     return repository
 
 
-def test_every_command_about_a_run_takes_the_option() -> None:
+def test_every_command_about_a_run_accepts_the_option() -> None:
     """`--run RUN`, with completion; where RUN is an argument, as another way to say the same."""
     named = {path: command for path, command in ALL.items() if any(one.name == "run" for one in command.params)}
     assert len(named) > 20
@@ -40,7 +40,7 @@ def test_every_command_about_a_run_takes_the_option() -> None:
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("words", OF_A_RUN)
-async def test_a_command_about_a_run_takes_it_either_way(runs: Repository, words: str) -> None:
+async def test_command_about_a_run_accepts_argument_and_option(runs: Repository, words: str) -> None:
     """As the argument and as the option; the beginning of an id and `latest` will do."""
     command = words.split()
     by_id = runs.council(*command, RUN)
@@ -56,7 +56,7 @@ async def test_a_command_about_a_run_takes_it_either_way(runs: Repository, words
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("words", OF_A_TASK)
-async def test_a_command_about_a_part_of_a_run_takes_the_option(runs: Repository, words: str) -> None:
+async def test_command_about_a_part_of_a_run_accepts_the_option(runs: Repository, words: str) -> None:
     """In the same ways."""
     command = words.split()
     assert runs.council(*command, "--run", "20260102") == runs.council(*command, "--run", RUN)
@@ -64,7 +64,7 @@ async def test_a_command_about_a_part_of_a_run_takes_the_option(runs: Repository
 
 
 @pytest.mark.parametrize("words", [*OF_A_RUN, *OF_A_TASK, "cancel", "resume", "work", "diff models", "usage"])
-async def test_a_wrong_name_leads_to_the_near_one(runs: Repository, words: str) -> None:
+async def test_unknown_run_suggests_the_nearest(runs: Repository, words: str) -> None:
     """And one that several begin with to these."""
     wrong = runs.council(*words.split(), "--run", "20260102-030405-ab21")
     assert wrong.code == 2

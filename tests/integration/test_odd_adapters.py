@@ -53,7 +53,7 @@ def council_register_adapters(register):
 """
 
 
-async def test_an_adapters_mistake_fails_its_task_alone(repository: Repository) -> None:
+async def test_error_of_an_adapter_fails_its_task_only(repository: Repository) -> None:
     """What it raises, half characters and numbers that are none end no run: the other tasks land."""
     install_plugin(repository.top.parent, repository, "odd", _ODD)
     prompts = {name: f"echo {name} > {name}.txt; echo {name}" for name in ("raise", "fail", "go")}
@@ -80,7 +80,7 @@ async def test_an_adapters_mistake_fails_its_task_alone(repository: Repository) 
         ("1 / 0", "can't make its command, ZeroDivisionError: division by zero"),
     ],
 )
-def test_an_adapter_without_a_command_is_a_mistake_in_the_file(repository: Repository, command: str, told: str) -> None:
+def test_adapter_without_a_command_is_a_mistake_in_the_file(repository: Repository, command: str, told: str) -> None:
     """It is told before anything starts, and not as a fault of ours."""
     install_plugin(
         repository.top.parent,
@@ -95,7 +95,7 @@ def test_an_adapter_without_a_command_is_a_mistake_in_the_file(repository: Repos
 
 
 @pytest.mark.parametrize("number", ["9" * 400, "9" * 4200, "1e999", "NaN", "-1", "true", '"1"'])
-def test_numbers_that_mean_nothing_are_none(number: str) -> None:
+def test_meaningless_numbers_are_ignored(number: str) -> None:
     """JSON's numbers have no end; what no float and no store takes is not known."""
     claude = ClaudeCodeAdapter(ClaudeCodeOptions())
     spent = f'{{"type":"result","total_cost_usd":{number},"usage":{{"input_tokens":{number},"output_tokens":7}}}}'

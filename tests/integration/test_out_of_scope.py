@@ -35,7 +35,7 @@ def events(ended: CommandResult, event: str) -> list[dict[str, Any]]:
     return [line for line in ended.lines if line.get("event") == event]
 
 
-async def test_work_outside_goes_back_and_the_next_attempt_is_told(repository: Repository) -> None:
+async def test_out_of_scope_work_is_rejected_and_the_next_attempt_told(repository: Repository) -> None:
     """It begins with what it did inside; all else is as it was, be it changed, new, gone, or a folder now."""
     repository.commit({"gone.txt": "x\n", "file": "x\n", "deep/er.txt": "x\n"}, "more")
     repository.remember()
@@ -57,7 +57,7 @@ async def test_work_outside_goes_back_and_the_next_attempt_is_told(repository: R
     await repository.assert_invariants()
 
 
-async def test_a_task_that_keeps_going_outside_fails_and_its_work_is_kept(repository: Repository) -> None:
+async def test_repeated_out_of_scope_work_fails_and_is_preserved(repository: Repository) -> None:
     """The last attempt's branch has it all; the reason names the paths."""
     ended = run(repository, {"id": "t", "prompt": "append README.md x", "owns": ["src/**"]}, attempts=2)
     (task,) = ended.result["tasks"]
@@ -67,7 +67,7 @@ async def test_a_task_that_keeps_going_outside_fails_and_its_work_is_kept(reposi
     await repository.assert_invariants()
 
 
-async def test_one_that_goes_outside_does_not_take_others_with_it(repository: Repository) -> None:
+async def test_out_of_scope_task_does_not_affect_others(repository: Repository) -> None:
     """Of three that are ready together two land; a name of a file can't get out of what it is told in."""
     tasks: list[dict[str, Any]] = [
         {"id": "a", "prompt": "write a.txt x", "owns": ["a.txt"]},
@@ -79,13 +79,13 @@ async def test_one_that_goes_outside_does_not_take_others_with_it(repository: Re
     await repository.assert_invariants()
 
 
-async def test_without_owns_anything_may_change(repository: Repository) -> None:
+async def test_task_without_owns_may_change_anything(repository: Repository) -> None:
     """Nothing is held against a task that declared nothing."""
     ended = run(repository, {"id": "t", "prompt": "append README.md x"}, on_out_of_scope="retry")
     assert ended.states == {"t": "landed"}, ended
 
 
-async def test_allow_lands_it_and_says_so_once(repository: Repository) -> None:
+async def test_allow_lands_out_of_scope_work_and_reports_it_once(repository: Repository) -> None:
     """Checks and all: the event names what was changed outside; a task may say otherwise than the defaults."""
     tasks: list[dict[str, Any]] = [
         {"id": "free", "prompt": "append README.md x\nwrite src/a.txt x", "owns": ["src/**"]},
@@ -98,7 +98,7 @@ async def test_allow_lands_it_and_says_so_once(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
-async def test_extend_lands_what_nobody_else_owns(repository: Repository) -> None:
+async def test_extend_lands_unowned_paths(repository: Repository) -> None:
     """The event names what the task owns from then on."""
     task = {"id": "t", "prompt": "append README.md x", "owns": ["src/**"], "on_out_of_scope": "extend"}
     ended = run(repository, task)
@@ -106,7 +106,7 @@ async def test_extend_lands_what_nobody_else_owns(repository: Repository) -> Non
     assert [line["paths"] for line in events(ended, "task.ownership_extended")] == [["README.md"]]
 
 
-async def test_a_lock_of_its_own_widens_nothing(repository: Repository) -> None:
+async def test_own_lock_does_not_extend_the_scope(repository: Repository) -> None:
     """A session locks what its task does not own, and changes it: that is no way to land it."""
     adapter = {
         "use": "command",
@@ -123,7 +123,7 @@ async def test_a_lock_of_its_own_widens_nothing(repository: Repository) -> None:
 
 @pytest.mark.extended
 @pytest.mark.parametrize("checks", [pytest.param([], marks=pytest.mark.slow), ["true"]])
-async def test_what_another_session_has_locked_waits_to_land(repository: Repository, checks: list[str]) -> None:
+async def test_path_locked_by_another_session_waits_to_land(repository: Repository, checks: list[str]) -> None:
     """Also the work of a task without `owns`: it lands onto the work of who had the lock, once that has ended."""
     held, freed = (repository.spawns.parent / name for name in ("held", "freed"))
     script = f"council lock README.md && touch {held}; until [ -e {freed} ]; do sleep 0.05; done; sed -i 1d README.md"
@@ -157,7 +157,7 @@ async def test_what_another_session_has_locked_waits_to_land(repository: Reposit
     await repository.assert_invariants()
 
 
-async def test_extend_lands_whatever_a_file_is_called(repository: Repository) -> None:
+async def test_extend_accepts_any_file_name(repository: Repository) -> None:
     """Also what no pattern can say; and nothing else of the run is held up by that."""
     program = repository.top.parent / "odd.py"
     names = {b"back\\slash", b"na\xefve", b"[star]*?", b"two\nlines"}
@@ -173,7 +173,7 @@ async def test_extend_lands_whatever_a_file_is_called(repository: Repository) ->
     await repository.assert_invariants()
 
 
-async def test_extend_goes_back_where_there_are_too_many(repository: Repository) -> None:
+async def test_extend_rejects_too_many_paths(repository: Repository) -> None:
     """As many as no record should have; the reason says how many would fit."""
     program = repository.top.parent / "many.py"
     program.write_text(f"for n in range({MAX_OWNED_PATTERNS + 1}): open(f'{{n}}.txt', 'w').write('x')\n")
@@ -187,7 +187,7 @@ async def test_extend_goes_back_where_there_are_too_many(repository: Repository)
     await repository.assert_invariants()
 
 
-def test_of_very_many_paths_some_are_told() -> None:
+def test_many_paths_are_shortened_in_the_report() -> None:
     """A session may leave any number of files, and neither prompt nor record may grow with it; how many is said."""
     escape = OwnershipViolation(tuple(f"node_modules/{'d' * 100}/{number}" for number in range(100_000)), ("src/**",))
     assert len(escape.render_feedback("mark")) < 100_000
@@ -198,7 +198,7 @@ def test_of_very_many_paths_some_are_told() -> None:
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("pattern", ["*.md", "other/**"])
-async def test_extend_goes_back_where_another_session_owns_the_path(repository: Repository, pattern: str) -> None:
+async def test_extend_rejects_paths_owned_by_another_session(repository: Repository, pattern: str) -> None:
     """A live session of another run holds it: the reason says who. What it holds besides is in nobody's way."""
     site = await find_run_repository(str(repository.top), is_url=False, environ=repository.environ)
     session = SessionName("another", "task", 1)
@@ -217,9 +217,7 @@ async def test_extend_goes_back_where_another_session_owns_the_path(repository: 
 
 @pytest.mark.extended
 @pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
-async def test_what_another_attempt_has_stands_in_the_way_of_extend_alone(
-    repository: Repository, processes: int
-) -> None:
+async def test_other_attempt_blocks_extend_only(repository: Repository, processes: int) -> None:
     """Declared or locked, in the same process or another: `extend` goes back and says whose; `allow` lands."""
     held, freed = (repository.spawns.parent / name for name in ("held", "freed"))
     script = f"council lock README.md && touch {held}; until [ -e {freed} ]; do sleep 0.05; done; echo z >mine.txt"
@@ -260,7 +258,7 @@ async def test_what_another_attempt_has_stands_in_the_way_of_extend_alone(
     await repository.assert_invariants()
 
 
-def test_a_lock_is_about_what_would_take_its_place() -> None:
+def test_lock_covers_a_replaced_path() -> None:
     """A file or a link where a folder of the locked path would be, which need not be there yet."""
     holding = PathOwnership(SessionName("r", "t", 1), (), 0.0, "o", 1).with_patterns(
         ["src/new/deep/x.py", "a[b]"], 1.0, is_lock=True

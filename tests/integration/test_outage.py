@@ -87,7 +87,7 @@ def scene(tmp_path: Path) -> Scene:
     return Scene(tmp_path / "outage")
 
 
-async def test_commits_wait_in_their_order_and_it_is_told_twice(scene: Scene) -> None:
+async def test_commits_wait_in_order_and_the_outage_is_reported_twice(scene: Scene) -> None:
     """Once when it begins and once when it is over, however many wait."""
     async with scene.opened("pause") as store:
         await store.commit(writing(A, 0))
@@ -110,7 +110,7 @@ async def test_commits_wait_in_their_order_and_it_is_told_twice(scene: Scene) ->
     assert "does not answer" in scene.told[0].data()["reason"]
 
 
-async def test_reads_and_who_watches_wait_too(scene: Scene) -> None:
+async def test_reads_and_followers_wait_too(scene: Scene) -> None:
     """What is read then is what is there when it is over; who watches misses nothing and sees nothing twice."""
     async with scene.opened("pause") as store:
         await store.commit(writing(A, 0))
@@ -139,7 +139,7 @@ async def test_reads_and_who_watches_wait_too(scene: Scene) -> None:
         assert seen == [1, 2, 3]
 
 
-async def test_who_gives_up_waiting_has_committed_nothing(scene: Scene) -> None:
+async def test_abandoned_wait_committed_nothing(scene: Scene) -> None:
     """And holds nobody up who waits behind."""
     async with scene.opened("pause") as store:
         scene.line.cut()
@@ -154,7 +154,7 @@ async def test_who_gives_up_waiting_has_committed_nothing(scene: Scene) -> None:
         assert await scene.value(B) == {"n": 1}
 
 
-async def test_an_outage_while_the_last_is_told_at_the_end_breaks_nothing(scene: Scene) -> None:
+async def test_outage_during_the_final_report_does_no_harm(scene: Scene) -> None:
     """Nobody hears of it any more."""
     ended = anyio.Event()
 
@@ -176,7 +176,7 @@ async def test_an_outage_while_the_last_is_told_at_the_end_breaks_nothing(scene:
     assert await scene.value(A) == {"n": 1}
 
 
-async def test_a_commit_whose_answer_is_lost_is_made_once(scene: Scene) -> None:
+async def test_commit_with_a_lost_answer_is_made_once(scene: Scene) -> None:
     """It is known again by what it wrote; one that somebody else beat is refused as ever."""
     async with scene.opened("pause") as store:
         scene.line.lost_answers = 1
@@ -206,7 +206,7 @@ class Emptied(MemoryStore):
 
 
 @pytest.mark.parametrize("mode", ["pause", "continue"])
-async def test_what_is_lost_is_not_waited_for(tmp_path: Path, mode: Literal["pause", "continue"]) -> None:
+async def test_lost_state_is_not_waited_for(tmp_path: Path, mode: Literal["pause", "continue"]) -> None:
     """No waiting brings it back, and going on would hide it."""
 
     async def tell(event: TypedEvent) -> None:
@@ -218,7 +218,7 @@ async def test_what_is_lost_is_not_waited_for(tmp_path: Path, mode: Literal["pau
 
 
 @pytest.mark.parametrize("mode", ["pause", "continue"])
-async def test_a_disk_that_is_full_is_waited_for(tmp_path: Path, mode: Literal["pause", "continue"]) -> None:
+async def test_full_disk_is_waited_for(tmp_path: Path, mode: Literal["pause", "continue"]) -> None:
     """Also by what would go on, if its own place is there, too; nothing is lost once there is room."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -260,7 +260,7 @@ async def test_a_disk_that_is_full_is_waited_for(tmp_path: Path, mode: Literal["
         subprocess.run(["umount", str(disk)], check=True)
 
 
-async def test_work_goes_on_and_is_told_in_its_order(scene: Scene) -> None:
+async def test_work_continues_and_is_replayed_in_order(scene: Scene) -> None:
     """Versions, values, events and guards; nothing is left of it on the disk."""
     async with scene.opened("continue") as store:
         await store.commit(writing(CLAIM, 0, {"epoch": 1}))
@@ -288,7 +288,7 @@ async def test_work_goes_on_and_is_told_in_its_order(scene: Scene) -> None:
     assert list(scene.folder.iterdir()) == []
 
 
-async def test_what_somebody_else_did_meanwhile_counts(scene: Scene) -> None:
+async def test_concurrent_changes_of_others_count(scene: Scene) -> None:
     """What builds on a claim that was theirs is refused, told, and whoever relied on it learns so; the rest stays."""
     async with scene.opened("continue") as store:
         await store.list("claim")
@@ -319,7 +319,7 @@ async def test_what_somebody_else_did_meanwhile_counts(scene: Scene) -> None:
         await store.commit(writing(A, 0, {"by": "here"}, Guard(CLAIM, 2)))
 
 
-async def test_a_lease_that_is_taken_anew_holds_whatever_its_epoch(scene: Scene) -> None:
+async def test_renewed_lease_is_valid_for_any_epoch(scene: Scene) -> None:
     """Also one by an epoch that was had in vain while the store could not be reached."""
     async with scene.opened("continue") as store:
         await store.list("claim")
@@ -335,7 +335,7 @@ async def test_a_lease_that_is_taken_anew_holds_whatever_its_epoch(scene: Scene)
         await store.commit(Commit(events=[Event("well")], guards=[Guard(CLAIM, 2)]))
 
 
-async def test_versions_that_were_given_here_are_known_as_those_that_are_there(scene: Scene) -> None:
+async def test_versions_of_the_fork_map_to_real_ones(scene: Scene) -> None:
     """Where nobody here knew that the document had been there before, and been deleted."""
     for commit in (writing(A, 0), writing(A, 1), Commit([Write(A, 2, None)])):
         await scene.real.commit(commit)
@@ -350,7 +350,7 @@ async def test_versions_that_were_given_here_are_known_as_those_that_are_there(s
         assert await scene.value(A) == {"n": "third"}
 
 
-async def test_nothing_is_said_of_what_was_never_seen(scene: Scene) -> None:
+async def test_unseen_documents_are_unknown(scene: Scene) -> None:
     """It may be there or not; what is new can be written all the same."""
     await scene.real.commit(writing(A, 0))
     async with scene.opened("continue") as store:
@@ -369,7 +369,7 @@ async def test_nothing_is_said_of_what_was_never_seen(scene: Scene) -> None:
         assert await store.get(A) is not None
 
 
-async def test_who_watches_sees_what_is_there_when_it_is_over(scene: Scene) -> None:
+async def test_follower_sees_the_state_after_the_outage(scene: Scene) -> None:
     """At the positions that it has there, and nothing twice."""
     async with scene.opened("continue") as store:
         await store.list("task")
@@ -392,7 +392,7 @@ async def test_who_watches_sees_what_is_there_when_it_is_over(scene: Scene) -> N
         assert seen == [(1, [A]), (2, [B]), (3, [A])]
 
 
-async def test_a_moment_is_no_outage(scene: Scene) -> None:
+async def test_short_interruption_is_no_outage(scene: Scene) -> None:
     """One failure is followed by another try, and a commit that was made by the first is known again."""
     async with scene.opened("continue") as store:
         scene.line.lost_answers = 1
@@ -402,7 +402,7 @@ async def test_a_moment_is_no_outage(scene: Scene) -> None:
     assert await scene.real.position() == 2
 
 
-async def test_a_commit_whose_answer_was_lost_at_the_beginning_is_made_once(scene: Scene) -> None:
+async def test_commit_with_an_early_lost_answer_is_made_once(scene: Scene) -> None:
     """It is made here, too, since nobody can know, and known again there."""
     async with scene.opened("continue") as store:
         await store.list("task")
@@ -452,7 +452,7 @@ anyio.run(main)
 """
 
 
-async def test_what_a_killed_process_did_alone_is_told_by_the_next(tmp_path: Path) -> None:
+async def test_fork_of_a_killed_process_is_replayed_by_the_next(tmp_path: Path) -> None:
     """Nothing of it is lost; what that one had told before it was killed in turn is not told twice."""
     killed = subprocess.run([sys.executable, "-c", CRASH, str(tmp_path)], check=False, cwd=Path(__file__).parents[2])
     assert killed.returncode == -9
@@ -476,7 +476,7 @@ async def test_what_a_killed_process_did_alone_is_told_by_the_next(tmp_path: Pat
     assert list((tmp_path / "outage").iterdir()) == []
 
 
-async def test_what_is_left_at_the_end_is_kept_and_told_by_the_next(scene: Scene) -> None:
+async def test_fork_left_at_the_end_is_replayed_by_the_next(scene: Scene) -> None:
     """Who ends while the store can't be reached says where it is; who lives and holds it is left alone."""
     async with scene.opened("continue") as store:
         await store.list("task")
@@ -490,7 +490,7 @@ async def test_what_is_left_at_the_end_is_kept_and_told_by_the_next(scene: Scene
         assert await scene.value(A) == {"n": 1}
 
 
-async def test_what_goes_wrong_inside_comes_out_as_it_is(scene: Scene) -> None:
+async def test_internal_error_is_raised_unchanged(scene: Scene) -> None:
     """In neither mode in a group."""
     modes: Sequence[Literal["pause", "continue"]] = ("pause", "continue")
     for mode in modes:

@@ -73,9 +73,7 @@ def environment(tmp_path: Path, environ: dict[str, str]) -> Environment:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["plugin", "webhook"])
-def test_an_example_installs_as_a_wheel_and_passes_its_own_tests(
-    environment: Environment, tmp_path: Path, name: str
-) -> None:
+def test_example_installs_as_a_wheel_and_passes_its_tests(environment: Environment, tmp_path: Path, name: str) -> None:
     """Built, installed into an environment of its own, found by `council` there, and tested there."""
     source = tmp_path / name
     shutil.copytree(ROOT / "examples" / name, source, ignore=shutil.ignore_patterns("__pycache__", ".*"))
@@ -91,7 +89,7 @@ def test_an_example_installs_as_a_wheel_and_passes_its_own_tests(
     assert found.endswith("] []\n")
 
 
-def test_the_guide_shows_the_example_as_it_is() -> None:
+def test_guide_shows_the_examples_unchanged() -> None:
     """What a reader types is what is tested and shipped."""
     shown = {name: text for name, _, text in _BLOCK.findall(GUIDE) if name.startswith("council-patch/")}
     assert len(shown) == 3
@@ -103,7 +101,7 @@ def test_the_guide_shows_the_example_as_it_is() -> None:
 @needs_sandbox
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_the_guide_can_be_followed_word_by_word(environment: Environment, tmp_path: Path) -> None:
+def test_guide_can_be_followed_literally(environment: Environment, tmp_path: Path) -> None:
     """Each file is written, each command run in turn, and each piece of output seen."""
     folder = tmp_path / "guide"
     folder.mkdir()
@@ -123,7 +121,7 @@ def test_the_guide_can_be_followed_word_by_word(environment: Environment, tmp_pa
 
 
 @pytest.mark.skipif(shutil.which("patch") is None, reason="patch(1) is not installed")
-async def test_a_patch_that_does_not_apply_is_over_after_one_attempt(repository: Repository) -> None:
+async def test_unsuitable_patch_fails_after_one_attempt(repository: Repository) -> None:
     """The example's verdict reaches the result, with what patch said; another that applies lands."""
     repository.environ["PYTHONPATH"] = str(ROOT / "examples/plugin")
     information = repository.top.parent / "site/council_patch-1.0.dist-info"

@@ -97,7 +97,7 @@ print(json.dumps({
     return found
 
 
-def test_what_a_plugin_says_of_handoffs_is_there_with_ours(repository: Repository, site: Path) -> None:
+def test_handoff_hooks_of_a_plugin_are_used(repository: Repository, site: Path) -> None:
     """A model becomes a kind; a check that is added to one of ours is part of it."""
     code = """
     from orchestrator.domain.workflow.handoff_kinds import HandoffValidator
@@ -147,7 +147,7 @@ print(json.dumps([
     ]
 
 
-async def test_whatever_is_wrong_with_plugins_is_told_and_the_run_goes_on(repository: Repository, site: Path) -> None:
+async def test_invalid_plugins_are_reported_and_the_run_continues(repository: Repository, site: Path) -> None:
     """Many kinds of broken plugins are each named with a reason; the run lands, and one that is whole is used."""
     for name, (code, _) in _BROKEN.items():
         install(site, name, code)
@@ -170,7 +170,7 @@ async def test_whatever_is_wrong_with_plugins_is_told_and_the_run_goes_on(reposi
     await repository.assert_invariants()
 
 
-async def test_the_text_names_a_plugin_that_is_left_out(repository: Repository, site: Path) -> None:
+async def test_skipped_plugin_is_named(repository: Repository, site: Path) -> None:
     """A person reads which plugin is missing and why, in one line."""
     install(site, "broken", "raise ValueError('first line\\nsecond line')")
     ended = repository.council("run", str(repository.configure([{"id": "one", "prompt": "write one.txt 1"}])))
@@ -179,7 +179,7 @@ async def test_the_text_names_a_plugin_that_is_left_out(repository: Repository, 
     await repository.assert_invariants()
 
 
-def test_metadata_that_lacks_something_costs_nobody_else_anything(repository: Repository, site: Path) -> None:
+def test_invalid_metadata_affects_no_other_plugin(repository: Repository, site: Path) -> None:
     """An entry point that names no module, and a distribution that says neither its name nor its version."""
     install(site, "no-module", "x = 1", module="what is this?")
     install(site, "no-metadata", _ECHO)
@@ -191,7 +191,7 @@ def test_metadata_that_lacks_something_costs_nobody_else_anything(repository: Re
     assert found["left_out"] == {}
 
 
-def test_a_plugin_that_takes_a_name_of_ours_is_wholly_left_out(repository: Repository, site: Path) -> None:
+def test_plugin_with_a_name_of_ours_is_skipped_completely(repository: Repository, site: Path) -> None:
     """Ours stays, and nothing else that the other registers is there either."""
     install(site, "thief", _BROKEN["thief"][0])
     found = _plugins(repository)
@@ -199,7 +199,7 @@ def test_a_plugin_that_takes_a_name_of_ours_is_wholly_left_out(repository: Repos
     assert "stolen" not in found["sinks"]
 
 
-def test_of_two_plugins_with_one_name_the_first_by_name_stays(repository: Repository, site: Path) -> None:
+def test_first_of_two_plugins_with_one_name_is_used(repository: Repository, site: Path) -> None:
     """Which of two is used does not hang on the order of installation."""
     install(site, "zebra", _ECHO)
     install(site, "ant", _ECHO)
@@ -218,7 +218,7 @@ def test_of_two_plugins_with_one_name_the_first_by_name_stays(repository: Reposi
         pytest.param("", set(), marks=pytest.mark.slow),
     ],
 )
-def test_the_limit_says_which_plugins_of_others_are_loaded(
+def test_allowlist_selects_plugins_of_others(
     repository: Repository, site: Path, limit: str | None, expected: set[str]
 ) -> None:
     """Unset all are, else those that it names; ours always are, and what is not named is not even imported."""
@@ -270,9 +270,7 @@ def test_nothing_in_the_repository_is_imported(repository: Repository, site: Pat
     assert not trace.exists()
 
 
-def test_the_repository_that_a_file_names_is_not_imported_from_either(
-    repository: Repository, site: Path, tmp_path: Path
-) -> None:
+def test_repository_named_by_a_file_is_not_imported(repository: Repository, site: Path, tmp_path: Path) -> None:
     """Wherever the file lies, and wherever the command is given."""
     trace = site / "trace"
     install(repository.top, "evil", f"open({str(trace)!r}, 'w').close()\n" + _ECHO)
@@ -288,7 +286,7 @@ def test_the_repository_that_a_file_names_is_not_imported_from_either(
 @pytest.mark.parametrize(
     "where", ["a distribution of our name", pytest.param("a package of our name", marks=pytest.mark.slow)]
 )
-def test_a_repository_can_t_pass_for_us(repository: Repository, site: Path, where: str) -> None:
+def test_repository_can_not_impersonate_us(repository: Repository, site: Path, where: str) -> None:
     """A distribution there with our name, and packages there with the names of ours, are not imported either."""
     trace = site / "trace"
     evil = f"open({str(trace)!r}, 'w').close()\n" + _ECHO
@@ -314,7 +312,7 @@ def test_a_repository_can_t_pass_for_us(repository: Repository, site: Path, wher
     ],
     ids=["its plugin's name", "whatever its plugin would have brought", "its own name", "not among those wanted"],
 )
-def test_an_adapter_whose_plugin_was_left_out_is_explained_at_its_line(
+def test_adapter_of_a_skipped_plugin_is_explained_at_its_line(
     repository: Repository, site: Path, entry: str, code: str, limit: str | None, expected: str
 ) -> None:
     """The mistake in the file says that the plugin was left out, and why."""
@@ -333,7 +331,7 @@ def test_an_adapter_whose_plugin_was_left_out_is_explained_at_its_line(
     assert expected in problem["remedy"]
 
 
-async def test_a_run_whose_plugin_is_gone_says_so_on_resume(repository: Repository, site: Path) -> None:
+async def test_resume_without_a_plugin_is_explained(repository: Repository, site: Path) -> None:
     """An adapter that was there when the run began, and is left out now, is a refusal with the reason."""
     module = install(site, "council-echo", _ECHO)
     config = repository.configure([{"id": "one", "prompt": "x"}], adapters={"e": {"use": "echo"}})
@@ -376,7 +374,7 @@ def council_register_stores(register):
 """  # fmt: skip
 
 
-def test_a_run_keeps_its_state_in_a_store_of_a_plugin(repository: Repository, site: Path) -> None:
+def test_run_keeps_its_state_in_a_store_of_a_plugin(repository: Repository, site: Path) -> None:
     """`COUNCIL_STATE` leads to a third party's store by its scheme, for all that a run does."""
     install(site, "council-loud", _STORE)
     repository.environ["COUNCIL_STATE"] = "loud:somewhere"
@@ -404,7 +402,7 @@ def test_plugin_store_local_paths_are_recorded_with_the_hub(repository: Reposito
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("url", ["memory:", "file://{}/elsewhere"])
-def test_the_shipped_stores_are_named_by_their_urls(repository: Repository, tmp_path: Path, url: str) -> None:
+def test_shipped_stores_are_selected_by_url(repository: Repository, tmp_path: Path, url: str) -> None:
     """`memory:` keeps nothing, `file:` keeps it in any folder."""
     repository.environ["COUNCIL_STATE"] = url.format(tmp_path)
     ended = repository.council("run", str(repository.configure([{"id": "one", "prompt": "write one.txt 1"}])), "--json")
@@ -423,9 +421,7 @@ def test_the_shipped_stores_are_named_by_their_urls(repository: Repository, tmp_
         ("", None),
     ],
 )
-def test_a_store_that_is_not_there_is_refused_with_what_there_is(
-    repository: Repository, url: str, expected: str | None
-) -> None:
+def test_unknown_store_lists_the_known_ones(repository: Repository, url: str, expected: str | None) -> None:
     """An unknown scheme, or a URL that a store can't open, is bad input; an empty variable is none."""
     repository.environ["COUNCIL_STATE"] = url
     ended = repository.council("run", str(repository.configure([{"id": "one", "prompt": "write one.txt 1"}])), "--json")

@@ -96,7 +96,7 @@ async def assert_no_leaks(yard: HubFixture) -> None:
 # Handing out.
 
 
-async def test_many_takers_get_places_of_their_own(yard: HubFixture, tmp_path: Path) -> None:
+async def test_takers_get_distinct_slots(yard: HubFixture, tmp_path: Path) -> None:
     """At once; each is what git checks out, git and the stamps find no difference, and all are taken back."""
     commit, expected = await yard.fetch(), await by_git(yard, "main", tmp_path / "clone")
     began = []
@@ -124,7 +124,7 @@ async def test_many_takers_get_places_of_their_own(yard: HubFixture, tmp_path: P
     await assert_no_leaks(yard)
 
 
-async def test_whatever_ends_a_pool_nothing_is_left_of_unknown_state(yard: HubFixture) -> None:
+async def test_pool_that_ends_leaves_no_slot_of_unknown_state(yard: HubFixture) -> None:
     """What is idle is there for the next; a place goes whose session another process has taken away."""
     commit = await yard.fetch()
 
@@ -143,7 +143,7 @@ async def test_whatever_ends_a_pool_nothing_is_left_of_unknown_state(yard: HubFi
     assert len(list_slots(yard.hub)) == 1
 
 
-async def test_a_warm_pool_makes_places_ahead(yard: HubFixture) -> None:
+async def test_warm_pool_creates_slots_ahead(yard: HubFixture) -> None:
     """As many as are wanted, once it is known of which commit; also the last one, which others are copied from."""
     commit = await yard.fetch()
     async with yard.open(warm=3) as pool:
@@ -157,7 +157,7 @@ async def test_a_warm_pool_makes_places_ahead(yard: HubFixture) -> None:
     await assert_no_leaks(yard)
 
 
-async def test_a_place_keeps_its_path_and_moves(yard: HubFixture, tmp_path: Path) -> None:
+async def test_slot_keeps_its_path_and_moves_to_a_commit(yard: HubFixture, tmp_path: Path) -> None:
     """One place serves both branches in turn, as git checks them out, whatever the session did before."""
     commits = {branch: await yard.fetch(branch) for branch in ("main", "other")}
     expected = {branch: await by_git(yard, branch, tmp_path / branch) for branch in commits}
@@ -175,7 +175,7 @@ async def test_a_place_keeps_its_path_and_moves(yard: HubFixture, tmp_path: Path
 # Limits.
 
 
-async def test_there_are_never_more_than_allowed(yard: HubFixture) -> None:
+async def test_number_of_slots_is_limited(yard: HubFixture) -> None:
     """Those that wait go on as soon as one comes back, and waiting costs next to nothing."""
     commit = await yard.fetch()
     out, most = 0, 0
@@ -243,7 +243,7 @@ async def test_bytes_are_limited(yard: HubFixture) -> None:
     await assert_no_leaks(yard)
 
 
-async def test_where_none_may_be_made_it_is_said(yard: HubFixture) -> None:
+async def test_impossible_limit_is_reported(yard: HubFixture) -> None:
     """Instead of waiting for ever."""
     async with yard.open(places=0) as pool:
         with anyio.fail_after(30), pytest.raises(RefusedError):
@@ -253,7 +253,7 @@ async def test_where_none_may_be_made_it_is_said(yard: HubFixture) -> None:
 # What gets in the way.
 
 
-async def test_a_file_in_the_way_of_a_move(yard: HubFixture, tmp_path: Path) -> None:
+async def test_file_in_the_way_of_a_move_discards_the_slot(yard: HubFixture, tmp_path: Path) -> None:
     """A kept file that is tracked by the next commit: another place is made, and what it has is the commit's."""
     main, other = await yard.fetch(), await yard.fetch("other")
     async with yard.open(SlotOptions(keep=KeepRules((("wanted.o", ""),)))) as pool:
@@ -275,7 +275,7 @@ async def test_a_file_in_the_way_of_a_move(yard: HubFixture, tmp_path: Path) -> 
     await assert_no_leaks(yard)
 
 
-async def test_what_is_not_ignored_any_more_does_not_stay(yard: HubFixture, repository: Repository) -> None:
+async def test_files_no_longer_ignored_are_removed(yard: HubFixture, repository: Repository) -> None:
     """A kept folder goes where the next commit does not ignore it."""
     main = await yard.fetch()
     repository.commit({".gitignore": "*.o\n"}, "no cache")
@@ -290,7 +290,7 @@ async def test_what_is_not_ignored_any_more_does_not_stay(yard: HubFixture, repo
     await assert_no_leaks(yard)
 
 
-async def test_what_adapters_keep_is_theirs(yard: HubFixture) -> None:
+async def test_kept_files_of_an_adapter_are_its_own(yard: HubFixture) -> None:
     """What is kept for sessions of one is not seen by those of another, nor by checks; what is for all is."""
     commit = await yard.fetch()
     async with yard.open(SlotOptions(keep=KeepRules((("one.o", "one"), ("cache", "")))), places=1) as pool:
@@ -306,7 +306,7 @@ async def test_what_adapters_keep_is_theirs(yard: HubFixture) -> None:
     assert seen == [(False, False), (True, True), (False, True), (False, True), (False, True)]
 
 
-async def test_what_setup_made_stays_or_the_place_goes(yard: HubFixture) -> None:
+async def test_setup_files_stay_or_the_slot_is_discarded(yard: HubFixture) -> None:
     """It is made once; where a session changed it, the next one has a new place."""
     commit, made = await yard.fetch(), 0
 
@@ -332,7 +332,7 @@ async def test_what_setup_made_stays_or_the_place_goes(yard: HubFixture) -> None
     await assert_no_leaks(yard)
 
 
-async def test_a_setup_that_fails_is_told_to_whoever_waits(yard: HubFixture) -> None:
+async def test_failed_setup_is_reported_to_the_waiters(yard: HubFixture) -> None:
     """Once each, and nothing is left; the next one tries again."""
     is_broken = True
 
@@ -350,7 +350,7 @@ async def test_a_setup_that_fails_is_told_to_whoever_waits(yard: HubFixture) -> 
     await assert_no_leaks(yard)
 
 
-async def test_a_file_system_that_tells_too_little(yard: HubFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_file_system_without_change_times_is_handled(yard: HubFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every place is used once: also where its clock is not ours, and where setup has made something."""
     commit = await yard.fetch()
 
@@ -375,7 +375,7 @@ async def test_a_file_system_that_tells_too_little(yard: HubFixture, monkeypatch
         await assert_no_leaks(yard)
 
 
-async def test_taking_may_be_cancelled(yard: HubFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_acquisition_may_be_cancelled(yard: HubFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """While it waits, and while a place is brought to another commit: nothing is lost, and the next one gets it."""
     main, other = await yard.fetch(), await yard.fetch("other")
     move, moving = reset.move_slot, anyio.Event()
@@ -404,7 +404,7 @@ async def test_taking_may_be_cancelled(yard: HubFixture, monkeypatch: pytest.Mon
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("seed", [0, 1, 2, *(pytest.param(more, marks=pytest.mark.slow) for more in range(3, 8))])
-async def test_takers_that_are_cancelled_at_any_moment(yard: HubFixture, seed: int) -> None:
+async def test_takers_cancelled_at_any_moment_lose_nothing(yard: HubFixture, seed: int) -> None:
     """Of many some give up at a random moment; the others go on, and nothing is lost."""
     commits, chance = [await yard.fetch(), await yard.fetch("other")], random.Random(seed)
     async with yard.open(places=3, warm=2) as pool:
@@ -429,7 +429,7 @@ async def test_takers_that_are_cancelled_at_any_moment(yard: HubFixture, seed: i
 # Between processes and runs.
 
 
-async def test_the_next_pool_goes_on_with_what_was_left(yard: HubFixture) -> None:
+async def test_next_pool_continues_with_the_slots(yard: HubFixture) -> None:
     """Places that a closed pool left are used again, but for one that was changed in between, which goes."""
     commit = await yard.fetch()
     async with yard.open(warm=3) as pool:
@@ -454,7 +454,7 @@ async def test_the_next_pool_goes_on_with_what_was_left(yard: HubFixture) -> Non
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("damage", ["record.json", "stamps.json", "tree"])
-async def test_damaged_places_are_not_used(yard: HubFixture, damage: str) -> None:
+async def test_damaged_slots_are_not_used(yard: HubFixture, damage: str) -> None:
     """Half a record, or no checkout: the place is thrown away."""
     commit = await yard.fetch()
     async with yard.open(warm=1) as pool:
@@ -473,7 +473,7 @@ async def test_damaged_places_are_not_used(yard: HubFixture, damage: str) -> Non
     await assert_no_leaks(yard)
 
 
-async def test_a_kept_session_keeps_its_place(yard: HubFixture) -> None:
+async def test_preserved_session_keeps_its_slot(yard: HubFixture) -> None:
     """It counts for nothing, no pool touches it, and removing the session takes the place away, too."""
     commit = await yard.fetch()
     async with yard.open(places=1) as pool:
@@ -490,7 +490,7 @@ async def test_a_kept_session_keeps_its_place(yard: HubFixture) -> None:
     await assert_no_leaks(yard)
 
 
-async def test_two_pools_of_one_hub(yard: HubFixture) -> None:
+async def test_two_pools_of_one_hub_share_the_limits(yard: HubFixture) -> None:
     """Neither touches what the other has, idle or in use; what one does not use makes room for the other."""
     commit = await yard.fetch()
     async with yard.open(places=3, warm=2) as one, yard.open(places=3, warm=2) as two:
@@ -550,7 +550,7 @@ def until_free(yard: HubFixture) -> None:
     "step",
     [pytest.param(one, marks=() if one in {"slot.moved", "worktree.created"} else pytest.mark.slow) for one in STEPS],
 )
-async def test_a_place_is_not_lost_with_its_process(plain: HubFixture, repository: Repository, step: str) -> None:
+async def test_slot_of_a_dead_process_is_reused(plain: HubFixture, repository: Repository, step: str) -> None:
     """Killed at any step: the next pool throws away what nobody can vouch for, keeps sessions' places, and works."""
     before = worker(repository, 4, 2, "before", 2)
     _, errors = before.communicate(timeout=60)
@@ -598,19 +598,19 @@ async def _many(yard: HubFixture, repository: Repository, total: int) -> None:
 
 @pytest.mark.extended
 @pytest.mark.timeout(600)
-async def test_two_processes_that_are_killed_now_and_then(plain: HubFixture, repository: Repository) -> None:
+async def test_two_processes_killed_sometimes_lose_nothing(plain: HubFixture, repository: Repository) -> None:
     """Of some dozen hand-outs none fails, nothing is left, and memory does not grow."""
     await _many(plain, repository, 60)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-async def test_ten_thousand(plain: HubFixture, repository: Repository) -> None:
+async def test_ten_thousand_assignments_leave_nothing(plain: HubFixture, repository: Repository) -> None:
     """The same, far longer."""
     await _many(plain, repository, 10_000)
 
 
-def test_a_sessions_folder_is_made_while_the_last_one_beside_it_goes(tmp_path: Path) -> None:
+def test_session_folder_is_created_while_its_neighbour_is_removed(tmp_path: Path) -> None:
     """Whoever leaves removes the run's folder if nothing else is in it, at any moment."""
     run, over = tmp_path / "sessions" / "run", threading.Event()
 
@@ -630,7 +630,7 @@ def test_a_sessions_folder_is_made_while_the_last_one_beside_it_goes(tmp_path: P
         leaving.join()
 
 
-async def test_a_place_that_is_asked_for_while_it_is_cleaned_is_waited_for(
+async def test_requested_slot_is_waited_for_while_it_is_cleaned(
     yard: HubFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A conversation goes on in its own folder alone, and not in another that is clean already."""

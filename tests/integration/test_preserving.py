@@ -128,7 +128,7 @@ def of_worktree(agent: Agent, worktree: Worktree) -> list[Path]:
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("attack", [own, replaced, nested, by_file, by_link, bare, of_worktree])
-async def test_no_git_command_in_a_preserved_worktree_runs_a_program_of_the_agent(
+async def test_git_in_a_preserved_worktree_runs_no_program_of_the_agent(
     repository: Repository, tmp_path: Path, attack: Callable[[Agent, Worktree], list[Path]]
 ) -> None:
     """Neither at the top nor anywhere below; and all content is still there."""
@@ -151,7 +151,7 @@ async def test_no_git_command_in_a_preserved_worktree_runs_a_program_of_the_agen
         await pool.detach(checkout)
 
 
-async def test_git_in_a_preserved_worktree_shows_what_differs_from_where_the_session_began(
+async def test_git_in_a_preserved_worktree_shows_the_changes_of_the_session(
     repository: Repository, tmp_path: Path
 ) -> None:
     """It is at that commit, with files that were changed, added and deleted; what was disabled is named."""
@@ -176,7 +176,7 @@ async def test_git_in_a_preserved_worktree_shows_what_differs_from_where_the_ses
         await pool.detach(checkout)
 
 
-async def test_what_was_disabled_is_told(repository: Repository, tmp_path: Path) -> None:
+async def test_disabled_configuration_is_reported(repository: Repository, tmp_path: Path) -> None:
     """By its new name."""
     tree = tmp_path / "tree"
     agent_of = tree / "lib"
@@ -188,7 +188,7 @@ async def test_what_was_disabled_is_told(repository: Repository, tmp_path: Path)
     assert (agent_of / ".git.disabled-by-council").read_text() == "taken\n"
 
 
-def test_a_worktree_deeper_than_paths_can_be_is_disarmed(tmp_path: Path) -> None:
+def test_worktree_deeper_than_path_max_is_disarmed(tmp_path: Path) -> None:
     """And a link to a folder outside is not followed."""
     tree, outside = tmp_path / "tree", tmp_path / "outside"
     tree.mkdir()

@@ -19,7 +19,7 @@ from tests.waiting import wait_for
 ENV = {"PATH": os.defpath}
 
 
-async def test_a_command_sees_exactly_the_given_environment_and_input() -> None:
+async def test_command_gets_exactly_the_given_environment_and_input() -> None:
     """Nothing of our own environment reaches a command, and what it writes and returns comes back."""
     done = await process.run(["sh", "-c", "cat; env >&2; exit 3"], env={"PATH": os.defpath, "X": "1"}, input=b"\xff\0")
     assert (done.returncode, done.stdout) == (3, b"\xff\0")
@@ -29,7 +29,7 @@ async def test_a_command_sees_exactly_the_given_environment_and_input() -> None:
     }
 
 
-async def test_a_command_that_is_looked_at_while_it_runs_gets_its_input_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_streamed_command_gets_its_input_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long it takes."""
     monkeypatch.setattr(process, "_IDLE_POLL_SECONDS", 0.05)
     data = bytes(1 << 20)  # more than a pipe takes
@@ -37,20 +37,20 @@ async def test_a_command_that_is_looked_at_while_it_runs_gets_its_input_once(mon
     assert done.stdout == data
 
 
-async def test_a_command_without_input_has_nothing_to_read() -> None:
+async def test_command_without_input_reads_nothing() -> None:
     """A command that asks something fails at once instead of waiting for the terminal."""
     done = await process.run(["sh", "-c", "read answer || echo nobody"], env=ENV, timeout=20)
     assert done.stdout == b"nobody\n"
 
 
-async def test_a_command_runs_in_a_session_of_its_own(tmp_path: Path) -> None:
+async def test_command_runs_in_its_own_session(tmp_path: Path) -> None:
     """A Ctrl-C in our terminal does not reach it, and it starts in the folder that was asked for."""
     code = "import os; print(os.getsid(0) == os.getpid(), os.getcwd())"
     done = await process.run([sys.executable, "-ISc", code], env=ENV, cwd=tmp_path)
     assert done.stdout.decode().split() == ["True", str(tmp_path.resolve())]
 
 
-async def test_only_the_kept_descriptors_reach_the_command(tmp_path: Path) -> None:
+async def test_only_kept_descriptors_reach_the_command(tmp_path: Path) -> None:
     """A descriptor goes to the command if it is named, and no other does, even an inheritable one."""
     kept, other = (os.open(tmp_path / name, os.O_RDWR | os.O_CREAT) for name in ("kept", "other"))
     os.set_inheritable(other, True)
@@ -67,7 +67,7 @@ async def test_only_the_kept_descriptors_reach_the_command(tmp_path: Path) -> No
     assert done.stdout.split() == [b"open", b"closed"]
 
 
-async def test_a_command_that_takes_too_long_is_killed_with_its_group(tmp_path: Path) -> None:
+async def test_slow_command_is_killed_with_its_group(tmp_path: Path) -> None:
     """The timeout ends the command and what it runs, even if that holds the pipe, and says so."""
     pid_file = tmp_path / "pid"
     script = f"sleep 300 & echo $! > {pid_file}; wait"
@@ -83,7 +83,7 @@ FROZEN = "setsid -w sh -c 'echo $$ > pid.new; mv pid.new pid; kill -STOP $$' & w
 
 
 @pytest.mark.extended
-async def test_a_command_of_which_a_process_is_stopped_is_killed_with_all_of_it(
+async def test_command_with_a_stopped_process_is_killed_completely(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody would ever let it go on; without that, whoever waits for it would wait for ever."""
@@ -94,7 +94,7 @@ async def test_a_command_of_which_a_process_is_stopped_is_killed_with_all_of_it(
 
 
 @pytest.mark.extended
-async def test_a_command_that_does_nothing_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_idle_command_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes no processor time at all; one that takes some is left alone."""
     monkeypatch.setattr(process, "IDLE_TIMEOUT", 3.0)
     with pytest.raises(TimeoutError, match=r"killed: it did nothing for \d+ s"):
@@ -127,7 +127,7 @@ HOLDER_OF_TWO = (
 
 
 @pytest.mark.parametrize("is_replaced", [False, True])
-async def test_a_frozen_command_does_not_outlive_the_process_that_started_it(tmp_path: Path, is_replaced: bool) -> None:
+async def test_frozen_command_does_not_outlive_its_starter(tmp_path: Path, is_replaced: bool) -> None:
     """It and all that it started is killed, its lock is free; a keeper that replaces a killed one knows it, too."""
     with subprocess.Popen([sys.executable, "-c", HOLDER_OF_TWO, f"sleep 1; {FROZEN}"], cwd=tmp_path) as starter:
         wait_for((tmp_path / "pid").exists)
@@ -144,7 +144,7 @@ async def test_a_frozen_command_does_not_outlive_the_process_that_started_it(tmp
         pass
 
 
-async def test_a_command_in_progress_finishes_after_the_process_that_started_it(tmp_path: Path) -> None:
+async def test_active_command_finishes_after_its_starter(tmp_path: Path) -> None:
     """A push that is killed half done would leave a checkout to repair; its lock is held until it has ended."""
     slow = "echo > started; sleep 2; echo > finished"
     with subprocess.Popen([sys.executable, "-c", HOLDER, slow], cwd=tmp_path) as starter:
@@ -154,7 +154,7 @@ async def test_a_command_in_progress_finishes_after_the_process_that_started_it(
         assert (tmp_path / "finished").exists()
 
 
-async def test_cancellation_does_not_cut_a_command_short(tmp_path: Path) -> None:
+async def test_cancellation_does_not_interrupt_a_command(tmp_path: Path) -> None:
     """A cancelled caller waits for a command that runs: half a git command is worse than a late stop."""
     script = "echo > started; while [ ! -e go ]; do sleep 0.01; done; echo > finished"
     async with anyio.create_task_group() as group:
@@ -166,13 +166,13 @@ async def test_cancellation_does_not_cut_a_command_short(tmp_path: Path) -> None
     assert (tmp_path / "finished").exists()
 
 
-async def test_a_missing_program_is_an_error() -> None:
+async def test_missing_program_is_an_error() -> None:
     """What can't be started is told from what fails."""
     with pytest.raises(FileNotFoundError, match="no-such-program"):
         await process.run(["no-such-program"], env=ENV)
 
 
-async def test_a_spawned_program_is_talked_to_while_it_runs() -> None:
+async def test_spawned_program_exchanges_data_while_it_runs() -> None:
     """What is written to it arrives at once, and both its outputs come through one pipe."""
     child = await process.spawn(["sh", "-c", "read a; echo got $a >&2"], env=ENV, cwd=Path("/"))
     assert child.stdin is not None

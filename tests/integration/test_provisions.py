@@ -102,7 +102,7 @@ async def place(repository: Repository, tmp_path: Path, environ: dict[str, str])
     return Place(yard.git, worktree, base, environ, provisions, checkout.contents.snapshot)
 
 
-async def test_copies_are_as_the_user_has_them(place: Place) -> None:
+async def test_copies_equal_the_users_files(place: Place) -> None:
     """Files, folders, what is nested; modes are kept, and links in a folder stay links."""
     reach = await place.provisions.install_into(place.tree, place.base, place.git)
     assert (place.tree / ".env").read_text() == "API_TOKEN=of-the-user-1\nDEBUG=1\n"
@@ -116,7 +116,7 @@ async def test_copies_are_as_the_user_has_them(place: Place) -> None:
     assert reach == PathAccess(readable=(models,))
 
 
-async def test_what_is_only_there_is_no_work(place: Place) -> None:
+async def test_provided_files_are_not_work(place: Place) -> None:
     """Neither is it complained of; what else there is comes in."""
     await place.prepare()
     assert await place.collect() == CollectedWork(None)
@@ -126,7 +126,7 @@ async def test_what_is_only_there_is_no_work(place: Place) -> None:
     assert await place.paths(left.commit) == ["config/new.yaml"]
 
 
-async def test_what_a_session_does_to_it_is_no_work(place: Place) -> None:
+async def test_changes_of_provided_files_are_not_work(place: Place) -> None:
     """It may change, delete and replace all of it; the next session gets it as the user has it."""
     await place.prepare()
     (place.tree / ".env").write_text("API_TOKEN=of-the-agent\n")
@@ -147,7 +147,7 @@ async def test_what_a_session_does_to_it_is_no_work(place: Place) -> None:
     assert (place.tree / "data/models/big").read_text() == "of the user\n"
 
 
-async def test_many_changes_beside_it_are_found_without_it(place: Place) -> None:
+async def test_many_changes_next_to_provided_files_are_found(place: Place) -> None:
     """Also where there are too many to be named one by one, and a .gitignore lets everything in."""
     await place.prepare()
     (place.tree / ".gitignore").write_text("!.env\n!*\n")
@@ -159,7 +159,7 @@ async def test_many_changes_beside_it_are_found_without_it(place: Place) -> None
     assert await place.paths(left.commit) == sorted([".gitignore", *(f"{number}.txt" for number in range(150))])
 
 
-async def test_where_git_looks_at_everything_it_does_not_come_in(place: Place) -> None:
+async def test_full_scan_does_not_import_provided_files(place: Place) -> None:
     """A folder that became a link makes git look through the checkout, where a .gitignore lets everything in."""
     await place.prepare()
     (place.tree / ".gitignore").write_text("!.env\n!*\n")
@@ -179,7 +179,7 @@ async def test_where_git_looks_at_everything_it_does_not_come_in(place: Place) -
         *(pytest.param(path, marks=pytest.mark.slow) for path in ("config/local.yaml", "data/models")),
     ],
 )
-async def test_what_an_agent_commits_by_force_does_not_come_in(place: Place, path: str) -> None:
+async def test_forced_commit_of_provided_files_is_not_imported(place: Place, path: str) -> None:
     """Its own commits are not kept then; the rest of its work is."""
     await place.prepare()
     (place.tree / "new.txt").write_text("new\n")
@@ -193,7 +193,7 @@ async def test_what_an_agent_commits_by_force_does_not_come_in(place: Place, pat
     assert b"local.yaml" not in listed.stdout
 
 
-async def test_a_link_in_place_of_its_folder_leads_nobody_out(place: Place, tmp_path: Path) -> None:
+async def test_link_in_place_of_their_folder_is_not_followed(place: Place, tmp_path: Path) -> None:
     """It is no work that can land, and nothing is written through it the next time."""
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -212,7 +212,7 @@ async def test_a_link_in_place_of_its_folder_leads_nobody_out(place: Place, tmp_
     assert (place.tree / "vendor/a b*[c]/deep/run").exists()
 
 
-async def test_a_link_in_place_of_it_is_not_written_through(place: Place, tmp_path: Path) -> None:
+async def test_link_in_their_place_is_not_written_through(place: Place, tmp_path: Path) -> None:
     """A file or a folder outside that something was made a link to stays as it is."""
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -229,7 +229,7 @@ async def test_a_link_in_place_of_it_is_not_written_through(place: Place, tmp_pa
     assert not (place.tree / ".env").is_symlink()
 
 
-async def test_a_committed_link_in_place_of_its_folder_does_not_come_in(place: Place) -> None:
+async def test_committed_link_in_place_of_their_folder_is_not_imported(place: Place) -> None:
     """In the user's checkout git would put it where their file is."""
     shutil.rmtree(place.tree / "config")
     (place.tree / "config").symlink_to("/etc")
@@ -240,7 +240,7 @@ async def test_a_committed_link_in_place_of_its_folder_does_not_come_in(place: P
     assert "config" in "".join(left.notes)
 
 
-async def test_what_is_missing_is_told_with_the_remedy(place: Place) -> None:
+async def test_missing_source_has_a_remedy(place: Place) -> None:
     """The user may have deleted it meanwhile."""
     (place.provisions.checkout / ".env").unlink()
     told = str(await place.refuse())
@@ -249,7 +249,7 @@ async def test_what_is_missing_is_told_with_the_remedy(place: Place) -> None:
     assert not (place.tree / ".env").exists()
 
 
-async def test_a_link_on_the_way_is_refused_in_the_users_checkout(place: Place, tmp_path: Path) -> None:
+async def test_link_in_the_path_of_the_source_is_rejected(place: Place, tmp_path: Path) -> None:
     """A folder may have landed as a link to anywhere; what is named itself is the user's own doing."""
     top, elsewhere = place.provisions.checkout, tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -271,13 +271,13 @@ async def test_a_link_on_the_way_is_refused_in_the_users_checkout(place: Place, 
 
 
 @pytest.mark.parametrize("path", ["config", "config/base.yaml"])
-async def test_what_git_tracks_is_not_put_over_its_own(place: Place, path: str) -> None:
+async def test_tracked_files_are_not_overwritten(place: Place, path: str) -> None:
     """Each session would seem to have changed it."""
     place.provisions = Provisions(place.provisions.checkout, (path,))
     assert "is in the commit already: remove it from `worktrees.copy`" in str(await place.refuse())
 
 
-async def test_a_tracked_link_on_the_way_stays(place: Place, repository: Repository) -> None:
+async def test_tracked_link_in_the_path_stays(place: Place, repository: Repository) -> None:
     """It is what the commit has there; the user is told to name the folder itself."""
     (repository.top / "conf").symlink_to("config")
     base = repository.commit({}, "a link")
@@ -288,7 +288,7 @@ async def test_a_tracked_link_on_the_way_stays(place: Place, repository: Reposit
     assert "'conf' is no folder in the commit" in str(await place.refuse())
 
 
-async def test_a_pipe_is_not_waited_for(place: Place) -> None:
+async def test_pipe_is_not_waited_for(place: Place) -> None:
     """Where it is named it is refused."""
     (place.provisions.checkout / ".env").unlink()
     os.mkfifo(place.provisions.checkout / ".env")
@@ -296,14 +296,14 @@ async def test_a_pipe_is_not_waited_for(place: Place) -> None:
     assert await place.provisions.secrets() == frozenset()
 
 
-async def test_a_live_diff_shows_nothing_of_it(place: Place) -> None:
+async def test_live_diff_excludes_provided_files(place: Place) -> None:
     """Neither the copy nor a line about it."""
     await place.prepare()
     admit = IntakeRules(Redactor(), withheld=place.provisions.paths)
     assert await diff_session(place.git, place.worktree, place.base, admit=admit) == b""
 
 
-async def test_values_of_secrets_in_it_are_found(place: Place) -> None:
+async def test_secret_values_in_provided_files_are_found(place: Place) -> None:
     """In a file that is named, whatever it is called, and in files for secrets of a folder, copied or linked."""
     top = place.provisions.checkout
     (top / "config/local.yaml").write_text("export DB_PASSWORD='not-to-be-seen'\nDB_PASSWORD_FILE=/run/secrets/dbpw\n")
@@ -316,7 +316,7 @@ async def test_values_of_secrets_in_it_are_found(place: Place) -> None:
     assert await gone.secrets() == frozenset()
 
 
-async def test_what_was_there_untracked_before_the_session_may_change(place: Place) -> None:
+async def test_earlier_untracked_files_may_change(place: Place) -> None:
     """A cache that stayed, or what a setup made: it is looked at as git looks at it without stamps."""
     await place.prepare()
     (place.tree / ".gitignore").write_text(".env\ncache\n")

@@ -110,7 +110,7 @@ def resolver(*texts: str) -> Any:
     return resolve
 
 
-async def test_a_tunnel_to_an_allowed_host(upstream: Upstream) -> None:
+async def test_tunnel_to_an_allowed_host_works(upstream: Upstream) -> None:
     """Bytes pass in both directions, also those that came with the request, and the end of them does."""
     proxy = Proxy([f"127.0.0.1:{upstream.port}"])
     async with serving(proxy) as port, await anyio.connect_tcp("127.0.0.1", port) as stream:
@@ -132,7 +132,7 @@ async def test_a_tunnel_to_an_allowed_host(upstream: Upstream) -> None:
     assert not proxy.denied
 
 
-async def test_a_plain_request_is_forwarded(upstream: Upstream) -> None:
+async def test_plain_request_is_forwarded(upstream: Upstream) -> None:
     """As its host expects it: without the token and what is for the proxy, and for the host that was checked."""
     proxy = Proxy([f"localhost:{upstream.port}"], resolve=resolver())
     request = (
@@ -145,7 +145,7 @@ async def test_a_plain_request_is_forwarded(upstream: Upstream) -> None:
     assert upstream.received.decode() == head
 
 
-async def test_a_second_request_does_not_reach_the_first_host(upstream: Upstream) -> None:
+async def test_second_request_does_not_reach_the_first_host(upstream: Upstream) -> None:
     """What follows the body on a connection could be for another host, and is dropped."""
     proxy = Proxy([f"127.0.0.1:{upstream.port}"])
     first = f"POST http://127.0.0.1:{upstream.port}/ HTTP/1.1\r\n{authorized(proxy)}Content-Length: 4\r\n\r\n"
@@ -158,7 +158,7 @@ async def test_a_second_request_does_not_reach_the_first_host(upstream: Upstream
     assert not proxy.denied
 
 
-async def test_a_host_that_is_not_allowed_is_refused(upstream: Upstream) -> None:
+async def test_unlisted_host_is_denied(upstream: Upstream) -> None:
     """With a message that names it and the setting; it is not looked up, and noted once."""
     proxy = Proxy(["api.example.com"], resolve=resolver("127.0.0.1"))
     async with serving(proxy) as port:
@@ -174,7 +174,7 @@ async def test_a_host_that_is_not_allowed_is_refused(upstream: Upstream) -> None
     assert list(proxy.denied) == expected
 
 
-async def test_refused_hosts_are_noted_up_to_a_limit() -> None:
+async def test_denied_hosts_are_recorded_up_to_a_limit() -> None:
     """A session that tries one name after the other fills no memory."""
     proxy = Proxy(["api.example.com"])
     async with serving(proxy) as port:
@@ -187,7 +187,7 @@ async def test_refused_hosts_are_noted_up_to_a_limit() -> None:
     "addresses",
     [["127.0.0.1"], ["8.8.8.8", "127.0.0.1"], ["::ffff:127.0.0.1"], ["169.254.169.254"], ["::1"], ["10.0.0.1"]],
 )
-async def test_a_name_that_leads_to_a_private_address_is_refused(upstream: Upstream, addresses: list[str]) -> None:
+async def test_name_of_a_private_address_is_denied(upstream: Upstream, addresses: list[str]) -> None:
     """Who owns an allowed name must not choose a service of this machine or of its network."""
     proxy = Proxy([f"api.example.com:{upstream.port}"], resolve=resolver(*addresses))
     async with serving(proxy) as port:
@@ -198,7 +198,7 @@ async def test_a_name_that_leads_to_a_private_address_is_refused(upstream: Upstr
     assert list(proxy.denied) == [f"api.example.com:{upstream.port}"]
 
 
-async def test_a_name_is_resolved_once(upstream: Upstream) -> None:
+async def test_name_is_resolved_once(upstream: Upstream) -> None:
     """The address that was judged is connected to: a second lookup could give another one."""
     entries = [f"api.example.com:{upstream.port}", f"127.0.0.1:{upstream.port}"]
     proxy = Proxy(entries, resolve=resolver("127.0.0.1"))
@@ -209,7 +209,7 @@ async def test_a_name_is_resolved_once(upstream: Upstream) -> None:
     assert proxy.resolve.asked == ["api.example.com"]  # type: ignore[attr-defined]
 
 
-async def test_a_name_without_an_address(upstream: Upstream) -> None:
+async def test_name_without_an_address_is_an_error(upstream: Upstream) -> None:
     """And a server that is not there: the proxy says which."""
 
     async def fails(host: str) -> Sequence[Address]:
@@ -235,7 +235,7 @@ async def test_a_name_without_an_address(upstream: Upstream) -> None:
         "{wrong}",
     ],
 )
-async def test_without_the_token_nothing_is_done(upstream: Upstream, header: str) -> None:
+async def test_missing_token_is_rejected(upstream: Upstream, header: str) -> None:
     """No other session and no other program can use a session's proxy; hosts are not noted either."""
     proxy = Proxy([f"127.0.0.1:{upstream.port}"])
     right = authorized(proxy)
@@ -273,7 +273,7 @@ async def test_without_the_token_nothing_is_done(upstream: Upstream, header: str
         "CONNECT bücher.example:443 HTTP/1.1",
     ],
 )
-async def test_a_request_with_two_readings_is_refused(first: str) -> None:
+async def test_ambiguous_request_is_rejected(first: str) -> None:
     """Without a lookup, whatever its host."""
     proxy = Proxy(["api.example.com"], resolve=resolver("127.0.0.1"))
     async with serving(proxy) as port:
@@ -281,7 +281,7 @@ async def test_a_request_with_two_readings_is_refused(first: str) -> None:
     assert proxy.resolve.asked == []  # type: ignore[attr-defined]
 
 
-async def test_a_body_of_unknown_length_is_refused() -> None:
+async def test_body_of_unknown_length_is_rejected() -> None:
     """Where it ends is for its host to say, and what follows could be another request."""
     proxy = Proxy(["api.example.com"], resolve=resolver("127.0.0.1"))
     request = f"POST http://api.example.com/ HTTP/1.1\r\n{authorized(proxy)}Transfer-Encoding: chunked\r\n\r\n"
@@ -290,7 +290,7 @@ async def test_a_body_of_unknown_length_is_refused() -> None:
 
 
 @pytest.mark.parametrize("size", [MAX_HEAD_BYTES + 1, 40 * MAX_HEAD_BYTES])
-async def test_a_head_that_is_too_large_is_refused(upstream: Upstream, size: int) -> None:
+async def test_oversized_head_is_rejected(upstream: Upstream, size: int) -> None:
     """Whether or not it has an end."""
     proxy = Proxy([f"127.0.0.1:{upstream.port}"])
     request = f"CONNECT 127.0.0.1:{upstream.port} HTTP/1.1\r\n{authorized(proxy)}X: "
@@ -300,7 +300,7 @@ async def test_a_head_that_is_too_large_is_refused(upstream: Upstream, size: int
     assert upstream.received == b""
 
 
-async def test_a_head_that_does_not_end_is_not_waited_for() -> None:
+async def test_incomplete_head_times_out() -> None:
     """A connection that sends nothing is closed."""
     proxy = Proxy(["api.example.com"], timeouts=ProxyTimeouts(head=0.05))
     async with serving(proxy) as port:
@@ -308,7 +308,7 @@ async def test_a_head_that_does_not_end_is_not_waited_for() -> None:
             assert (await ask(port, request)).startswith("HTTP/1.1 408 Request Timeout")
 
 
-async def test_an_idle_tunnel_is_closed(upstream: Upstream) -> None:
+async def test_idle_tunnel_is_closed(upstream: Upstream) -> None:
     """From both sides."""
     proxy = Proxy([f"127.0.0.1:{upstream.port}"], timeouts=ProxyTimeouts(idle=0.05))
     async with serving(proxy) as port:
@@ -317,7 +317,7 @@ async def test_an_idle_tunnel_is_closed(upstream: Upstream) -> None:
         )
 
 
-async def test_connections_have_a_limit(upstream: Upstream) -> None:
+async def test_connections_are_limited(upstream: Upstream) -> None:
     """Further ones wait until one of them is closed."""
     proxy = Proxy([f"127.0.0.1:{upstream.port}"], max_connections=2)
     answered = anyio.Event()
@@ -344,7 +344,7 @@ async def test_connections_have_a_limit(upstream: Upstream) -> None:
             await stream.aclose()
 
 
-def test_the_variables_name_the_proxy() -> None:
+def test_variables_name_the_proxy() -> None:
     """With the token, in both cases; what a session reaches itself is named unless it is an entry."""
     proxy = Proxy(["localhost:8000", "api.example.com"])
     url = f"http://council:{proxy.token}@127.0.0.1:3128"
@@ -354,7 +354,7 @@ def test_the_variables_name_the_proxy() -> None:
     assert "NO_PROXY" not in proxy.variables(3128, ())
 
 
-def test_the_limits_are_those_of_the_page() -> None:
+def test_limits_match_the_documentation() -> None:
     """docs/security.md has the numbers."""
     page = " ".join((Path(__file__).parents[2] / "docs" / "security.md").read_text().split())
     proxy = Proxy([])

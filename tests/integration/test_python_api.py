@@ -45,7 +45,7 @@ def describe(repository: Repository, *tasks: Task, **settings: Any) -> Config:
     return Config(version=1, adapters={"fake": fake}, tasks=tasks, **values)
 
 
-def test_every_public_name_is_documented_and_can_be_imported() -> None:
+def test_every_public_name_is_documented_and_importable() -> None:
     """Each name has a docstring, or a documented class of its own, and stands in docs/python.md."""
     for name in orchestrator.__all__:
         assert inspect.getdoc(getattr(orchestrator, name)), name
@@ -81,7 +81,7 @@ def test_every_block_runs(block: str, repository: Repository) -> None:
     assert repository.git("show", "main:a.txt") == "a"
 
 
-async def test_a_run_of_typed_objects_lands(repository: Repository) -> None:
+async def test_run_of_typed_objects_lands(repository: Repository) -> None:
     """Numbers are seconds and bytes, text is what a file would hold."""
     text: dict[str, Any] = {"timeout": "1m", "max_file": "1KB", "idle_timeout": "off"}
     config = describe(
@@ -100,7 +100,7 @@ async def test_a_run_of_typed_objects_lands(repository: Repository) -> None:
     assert repository.git("show", "main:b.txt") == "b"
 
 
-async def test_mistakes_of_typed_objects_are_told_by_their_place(repository: Repository) -> None:
+async def test_mistakes_of_typed_objects_have_their_path(repository: Repository) -> None:
     """What no single object can know is found when the council is opened."""
     config = describe(repository, Task(id="a", prompt="x", needs=("b",)))
     with pytest.raises(ConfigError, match=re.escape("tasks[0].needs[0]")):
@@ -109,13 +109,13 @@ async def test_mistakes_of_typed_objects_are_told_by_their_place(repository: Rep
 
 
 @pytest.mark.parametrize("wrong", [{"timeout": 0.0}, {"timeout": True}, {"max_file": 0}, {"max_file": 1.5}])
-def test_numbers_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
+def test_numbers_out_of_range_are_rejected(wrong: dict[str, Any]) -> None:
     """A duration or size that makes no sense is refused where it is written."""
     with pytest.raises(ValueError, match=r"duration|size"):
         Task(id="a", prompt="x", **wrong)
 
 
-async def test_events_come_as_they_happen(repository: Repository) -> None:
+async def test_events_are_yielded_as_they_happen(repository: Repository) -> None:
     """Who listens before a run starts gets all of its events, and the iteration ends with it."""
     seen: list[str] = []
 
@@ -133,7 +133,7 @@ async def test_events_come_as_they_happen(repository: Repository) -> None:
     assert (seen[0], seen[-1]) == ("run.created", "run.finished")
 
 
-async def test_two_runs_side_by_side(repository: Repository) -> None:
+async def test_two_runs_work_concurrently(repository: Repository) -> None:
     """One council may be at work in several runs, onto targets of their own; stop ends them all."""
     config = describe(repository, Task(id="a", prompt="hang"), target=None)
     reports = []
@@ -157,14 +157,14 @@ async def test_two_runs_side_by_side(repository: Repository) -> None:
     assert {report.status for report in reports} == {RunStatus.INTERRUPTED}
 
 
-async def test_a_folder_where_nothing_has_run_is_refused(tmp_path: Path, environ: dict[str, str]) -> None:
+async def test_folder_without_a_run_is_rejected(tmp_path: Path, environ: dict[str, str]) -> None:
     """The error says what to do."""
     with pytest.raises(RefusedError, match="cd to the repository of a run"):
         async with Council.open(tmp_path, environ=environ):
             pass
 
 
-async def test_without_a_file_there_is_nothing_to_run(repository: Repository) -> None:
+async def test_council_without_a_file_can_not_run(repository: Repository) -> None:
     """A folder is opened for the runs that there are."""
     path = repository.configure([{"id": "a", "prompt": "write a.txt a"}])
     async with Council.open(path, environ=repository.environ) as council:

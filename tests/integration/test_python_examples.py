@@ -29,7 +29,7 @@ def run(repository: Repository, name: str, *arguments: str) -> CommandResult:
 
 
 @pytest.mark.parametrize("name", ["run_file.py", pytest.param("from_sync_code.py", marks=pytest.mark.slow)])
-def test_a_file_is_run(name: str, repository: Repository) -> None:
+def test_example_runs_a_file(name: str, repository: Repository) -> None:
     """The work lands, and the exit code is that of `council run`."""
     path = repository.configure([{"id": "a", "prompt": "write a.txt a"}])
     ended = run(repository, name, str(path))
@@ -38,7 +38,7 @@ def test_a_file_is_run(name: str, repository: Repository) -> None:
     assert repository.git("show", "main:a.txt") == "a"
 
 
-def test_a_file_that_is_wrong_is_told_of(repository: Repository) -> None:
+def test_example_reports_an_invalid_file(repository: Repository) -> None:
     """Mistakes are printed with their lines, and nothing starts."""
     path = repository.configure([{"id": "a", "prompt": "x", "needs": ["b"]}])
     ended = run(repository, "run_file.py", str(path))
@@ -47,7 +47,7 @@ def test_a_file_that_is_wrong_is_told_of(repository: Repository) -> None:
 
 
 @needs_sandbox
-def test_a_run_of_typed_objects(repository: Repository) -> None:
+def test_example_runs_typed_objects(repository: Repository) -> None:
     """Each module gets its test, on a branch of the run's own."""
     repository.commit({"one.py": "x = 1\n", "two.py": "x = 2\n"})
     ended = run(repository, "typed_run.py")
@@ -57,7 +57,7 @@ def test_a_run_of_typed_objects(repository: Repository) -> None:
     assert repository.git("show", f"{target}:tests/INDEX").split() == ["INDEX", "test_one.py", "test_two.py"]
 
 
-def test_events_are_followed_and_a_task_is_cancelled(repository: Repository) -> None:
+def test_example_follows_events_and_cancels_a_task(repository: Repository) -> None:
     """The example sees each event of the run and steers it from within."""
     bad = {"id": "bad", "prompt": "exit 1", "attempts": 9}
     path = repository.configure([{"id": "good", "prompt": "write a.txt a"}, bad])
@@ -69,7 +69,7 @@ def test_events_are_followed_and_a_task_is_cancelled(repository: Repository) -> 
     assert seen[-1] == ["run.finished"]
 
 
-def test_a_run_is_mended(repository: Repository) -> None:
+def test_example_repairs_a_run(repository: Repository) -> None:
     """What failed is shown, tried again, and lands."""
     fails_first = "attempt 1 print no\nattempt 1 exit 1\nwrite a.txt a"
     path = repository.configure([{"id": "a", "prompt": fails_first, "attempts": 1}])

@@ -31,7 +31,7 @@ _RESULT = {
 
 
 @needs_sandbox
-def test_the_example_prints_what_the_readme_shows(repository: Repository, tmp_path: Path) -> None:
+def test_example_prints_the_shown_output(repository: Repository, tmp_path: Path) -> None:
     """Line by line, except for times and ids."""
     example, shown = (re.search(rf"```{kind}\n(.*?)```", README, re.DOTALL) for kind in ("yaml", "text"))
     assert example

@@ -28,7 +28,7 @@ def sessions(repository: Repository) -> set[str]:
 @pytest.mark.parametrize(
     ("failpoint", "kept"), [("session.ended=kill", {"two.1"}), ("worktree.partly_made=kill", set[str]())]
 )
-def test_a_run_whose_attempt_was_lost_goes_on_after_a_repair(
+def test_run_with_a_lost_attempt_continues_after_a_repair(
     repository: Repository, failpoint: str, kept: set[str]
 ) -> None:
     """The refusal names the way; the session that nobody knows of costs no attempt, and what is in it stays."""
@@ -50,7 +50,7 @@ def test_a_run_whose_attempt_was_lost_goes_on_after_a_repair(
     assert (repository.top / "two.txt").read_text().strip() == "2"
 
 
-def test_a_run_whose_log_is_cut_off_says_that_something_is_lost(repository: Repository) -> None:
+def test_run_with_a_truncated_log_reports_the_loss(repository: Repository) -> None:
     """With the way to go on."""
     child = repository.start("run", str(repository.configure([{"id": "a", "prompt": "write a.txt a\nhang"}])))
     wait_for(lambda: repository.spawns.exists() and " a " in repository.spawns.read_text())

@@ -15,7 +15,7 @@ from tests.fingerprint import Fingerprint
 from tests.waiting import wait_for
 
 
-async def test_a_chain_and_neighbours_land_once_each(repository: Repository) -> None:
+async def test_chain_and_independent_tasks_land_once_each(repository: Repository) -> None:
     """Tasks side by side and in a chain land on the checked-out target, each from where its needs landed."""
     config = repository.configure(
         [
@@ -32,7 +32,7 @@ async def test_a_chain_and_neighbours_land_once_each(repository: Repository) -> 
     await repository.assert_invariants()
 
 
-async def test_every_kind_of_end_in_one_run(repository: Repository) -> None:
+async def test_every_final_status_is_reached_in_one_run(repository: Repository) -> None:
     """Success after a failure, no change, a limit, a crash and a block end as they should, with work kept."""
     config = repository.configure(
         [
@@ -62,7 +62,7 @@ async def test_every_kind_of_end_in_one_run(repository: Repository) -> None:
 
 
 @pytest.mark.extended
-async def test_a_retry_waits_until_its_predecessor_is_cleaned_up(repository: Repository, tmp_path: Path) -> None:
+async def test_retry_waits_for_the_cleanup_of_its_predecessor(repository: Repository, tmp_path: Path) -> None:
     """However slowly a worktree is removed, a task never has two sessions, and capacity holds."""
     slow = tmp_path / "bin" / "rm"
     slow.parent.mkdir()
@@ -77,7 +77,7 @@ async def test_a_retry_waits_until_its_predecessor_is_cleaned_up(repository: Rep
     await repository.assert_invariants()
 
 
-async def test_the_default_target_is_a_branch_of_the_runs_own(repository: Repository) -> None:
+async def test_default_target_is_the_runs_own_branch(repository: Repository) -> None:
     """Without `target` the work lands on `council/<run>`, and the checkout stays as it is."""
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}], target=None)
     text = json.loads(config.read_text())
@@ -91,9 +91,7 @@ async def test_the_default_target_is_a_branch_of_the_runs_own(repository: Reposi
     await repository.assert_invariants(target_checked_out=False)
 
 
-async def test_a_bare_repository_by_url_is_fetched_and_pushed_the_same_way(
-    repository: Repository, tmp_path: Path
-) -> None:
+async def test_bare_repository_by_url_is_fetched_and_pushed(repository: Repository, tmp_path: Path) -> None:
     """A URL needs no checkout: the project's state lies beside the file, the work lands at the remote."""
     remote = tmp_path / "remote.git"
     repository.git("clone", "--quiet", "--bare", str(repository.top), str(remote))
@@ -111,7 +109,7 @@ async def test_a_bare_repository_by_url_is_fetched_and_pushed_the_same_way(
     assert Fingerprint.of(repository.top) == repository.before[0]
 
 
-async def test_a_target_that_moves_under_the_run_is_merged_with(repository: Repository) -> None:
+async def test_moving_target_is_merged(repository: Repository) -> None:
     """What the user commits to the target meanwhile is kept, and the work lands on top of it."""
     config = repository.configure([{"id": "one", "prompt": "git --version\nattempt 1 exit 1\nwrite one.txt 1"}],
                                   defaults={"backoff": {"initial": "1s", "max": "1s", "jitter": False}})  # fmt: skip
@@ -126,7 +124,7 @@ async def test_a_target_that_moves_under_the_run_is_merged_with(repository: Repo
     await repository.assert_invariants()
 
 
-async def test_two_runs_at_once_disturb_nothing_of_each_other(repository: Repository, tmp_path: Path) -> None:
+async def test_two_concurrent_runs_do_not_interfere(repository: Repository, tmp_path: Path) -> None:
     """Two commands on one repository and one target land all of both."""
     tasks = [{"id": f"t{index}", "prompt": f"write {{}}/{index}.txt {index}"} for index in range(5)]
     children = []
@@ -142,7 +140,7 @@ async def test_two_runs_at_once_disturb_nothing_of_each_other(repository: Reposi
     await repository.assert_invariants()
 
 
-async def test_a_live_run_is_seen_and_not_taken(repository: Repository) -> None:
+async def test_live_run_is_shown_and_not_taken(repository: Repository) -> None:
     """`status` from another terminal shows a live run, `resume` refuses to take it, a signal ends it."""
     config = repository.configure([{"id": "long", "prompt": "hang"}])
     child = repository.start("run", str(config), "--json")
@@ -159,9 +157,7 @@ async def test_a_live_run_is_seen_and_not_taken(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
-async def test_the_session_sees_what_is_allowed_and_nothing_else(
-    repository: Repository, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_session_sees_only_what_is_allowed(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     """A secret of the user's reaches neither the program nor any log or document, unless it is named."""
     repository.environ.update({"SECRET_CANARY": "canary-1f9e", "NAMED": "named-value"})
     shell = {"use": "command", "argv": ["sh", "{prompt_file}"], "env": ["NAMED"]}
@@ -179,7 +175,7 @@ async def test_the_session_sees_what_is_allowed_and_nothing_else(
     assert grep.stdout == b""
 
 
-async def test_each_missing_program_is_told_with_its_own_remedy(repository: Repository) -> None:
+async def test_each_missing_program_has_its_own_remedy(repository: Repository) -> None:
     """What to install stands behind the program that it is for."""
     adapters = {"a": {"use": "claude-code", "bin": "no-claude"}, "b": {"use": "command", "argv": ["no-such-program"]}}
     tasks = [{"id": name, "prompt": "x", "adapter": name} for name in adapters]
@@ -189,7 +185,7 @@ async def test_each_missing_program_is_told_with_its_own_remedy(repository: Repo
     assert second == "adapter 'b' runs 'no-such-program', which is not on PATH (install it, or correct the adapter)"
 
 
-async def test_the_prompt_on_standard_input(repository: Repository) -> None:
+async def test_prompt_on_stdin_is_passed(repository: Repository) -> None:
     """`prompt: stdin` feeds the prompt itself, whatever it holds."""
     prompt = "-x\n`id` $HOME \u2603\n"
     cat = {"use": "command", "argv": ["sh", "-c", "cat > got.txt"], "prompt": "stdin"}
@@ -231,7 +227,7 @@ def _unrelated(repository: Repository) -> None:
     ],
     ids=["unborn", "no base", "unrelated", "name taken", "no repository", "no remote", "no program"],
 )
-async def test_what_can_not_work_is_refused_before_anything_starts(
+async def test_impossible_run_is_rejected_before_anything_starts(
     repository: Repository, prepare: object, settings: dict[str, object], fragment: str
 ) -> None:
     """Exit 2 with what is wrong and what to do, and no program has run."""
@@ -245,7 +241,7 @@ async def test_what_can_not_work_is_refused_before_anything_starts(
     assert not repository.spawns.exists()
 
 
-async def test_a_bad_file_is_refused_with_every_mistake(repository: Repository) -> None:
+async def test_invalid_file_is_rejected_with_every_mistake(repository: Repository) -> None:
     """Text and JSON name each mistake with its place; the exit code is 2."""
     config = repository.top / "bad.yaml"
     config.write_text("version: 1\nrepositry: .\ntasks:\n  - id: a\n    needs: [b]\n    prompt: x\n")
@@ -258,7 +254,7 @@ async def test_a_bad_file_is_refused_with_every_mistake(repository: Repository) 
     assert {(problem["line"], problem["column"]) for problem in as_json.result["errors"]} >= {(2, 1), (5, 13)}
 
 
-async def test_a_reader_that_goes_away_does_not_end_the_run(repository: Repository) -> None:
+async def test_closed_output_does_not_end_the_run(repository: Repository) -> None:
     """`council run … | head -1` lands everything all the same, and its exit code says so."""
     config = repository.configure([{"id": name, "prompt": f"write {name}.txt x"} for name in ("a", "b", "c")])
     child = repository.start("run", str(config), "--json")
@@ -272,7 +268,7 @@ async def test_a_reader_that_goes_away_does_not_end_the_run(repository: Reposito
     await repository.assert_invariants()
 
 
-async def test_a_run_whose_repositories_are_gone_is_refused(repository: Repository) -> None:
+async def test_run_without_its_repositories_is_rejected(repository: Repository) -> None:
     """With our own repositories deleted a run can't go on, and says so."""
     config = repository.configure([{"id": "long", "prompt": "hang"}])
     child = repository.start("run", str(config))
@@ -284,7 +280,7 @@ async def test_a_run_whose_repositories_are_gone_is_refused(repository: Reposito
     assert (ended.code, ended.result["status"]) == (2, "refused")
 
 
-async def test_nothing_to_resume_is_said(repository: Repository) -> None:
+async def test_resume_without_a_run_is_rejected(repository: Repository) -> None:
     """Commands outside any project, and names of no run, are refused with the remedy."""
     assert repository.council("status", "--json").code == 2
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
@@ -293,7 +289,7 @@ async def test_nothing_to_resume_is_said(repository: Repository) -> None:
     assert (unknown.code, unknown.result["status"]) == (2, "refused")
 
 
-async def test_names_with_spaces_and_unicode(tmp_path: Path, environ: dict[str, str]) -> None:
+async def test_names_with_spaces_and_unicode_work(tmp_path: Path, environ: dict[str, str]) -> None:
     """A repository, its files and its prompts may have any names that the system allows."""
     top = tmp_path / "mein Projekt \u00fc 'x' $y"
     top.mkdir()
@@ -310,7 +306,7 @@ async def test_names_with_spaces_and_unicode(tmp_path: Path, environ: dict[str, 
 
 
 @pytest.mark.extended
-async def test_a_landing_that_the_user_rewrote_away_is_not_called_landed(repository: Repository) -> None:
+async def test_landing_rewritten_by_the_user_is_not_landed(repository: Repository) -> None:
     """If somebody takes a landed commit off the target during the run, its task is reported, with its work kept."""
     tasks: list[dict[str, Any]] = [
         {"id": "lost", "prompt": "write lost.txt l"},
@@ -336,7 +332,7 @@ async def test_a_landing_that_the_user_rewrote_away_is_not_called_landed(reposit
     assert shown.stdout == b"l\n"
 
 
-async def test_a_signal_before_the_run_begins_ends_with_130(repository: Repository) -> None:
+async def test_signal_before_the_run_starts_exits_with_130(repository: Repository) -> None:
     """Whatever moment the first signal comes at, the exit code is 130 and nothing is left."""
     config = repository.configure([{"id": "one", "prompt": "hang"}])
     child = repository.start("run", str(config), "--json")

@@ -42,7 +42,7 @@ def settle(repository: Repository, tasks: list[dict[str, Any]]) -> None:
     (repository.top / "council.yaml").write_text(json.dumps({**written, "repo": "."}))
 
 
-async def test_words_are_a_task_as_by_the_option(repository: Repository) -> None:
+async def test_prompt_argument_equals_the_option(repository: Repository) -> None:
     """`run "..."` is what `run --task "..."` is, with the file's settings; both together are two tasks."""
     settle(repository, CHAIN)
     words, option = (
@@ -56,7 +56,7 @@ async def test_words_are_a_task_as_by_the_option(repository: Repository) -> None
 @pytest.mark.parametrize(("text", "expected"), [
     ("fix the bug", True), ("a file.yaml", False), ("gone.yml", False), ("there", False), ("is there", False),
 ])  # fmt: skip
-def test_what_exists_or_ends_like_a_file_is_one(
+def test_existing_or_yaml_path_is_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: bool
 ) -> None:
     """All else says what to do."""
@@ -66,7 +66,7 @@ def test_what_exists_or_ends_like_a_file_is_one(
     assert is_prompt(text) is expected
 
 
-def test_a_single_word_may_be_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_word_may_be_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No session is started for a file's name without its ending."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "night.yaml").touch()
@@ -74,7 +74,7 @@ def test_a_single_word_may_be_a_mistake(tmp_path: Path, monkeypatch: pytest.Monk
         is_prompt("night")
 
 
-async def test_without_a_file_the_only_installed_adapter_runs_it(
+async def test_only_installed_adapter_runs_without_a_file(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where several are, one has to be chosen."""
@@ -93,7 +93,7 @@ async def test_without_a_file_the_only_installed_adapter_runs_it(
         await load_run_config(None, InlineTasks(("Do it.",)))
 
 
-async def test_only_some_tasks_run_with_what_they_need(repository: Repository) -> None:
+async def test_only_option_runs_tasks_with_their_needs(repository: Repository) -> None:
     """In the file's order; a name that is none leads to the near one, and the file's other tasks are not missed."""
     config = str(repository.configure(CHAIN))
     told = repository.council("run", config, "--only", "b", "--dry-run", "--json").result
@@ -105,7 +105,7 @@ async def test_only_some_tasks_run_with_what_they_need(repository: Repository) -
     assert repository.council("run", config, "--only", "a", "--task", "x y").code == 2
 
 
-async def test_capacity_is_said_on_the_command_line(repository: Repository) -> None:
+async def test_capacity_option_overrides_the_file(repository: Repository) -> None:
     """The run records it, and that it is not the file's is no change of the file."""
     tasks = [{"id": f"t{n}", "prompt": f"attempt 1 exit 1\nwrite {n} {n}", "attempts": 1} for n in range(3)]
     config = str(repository.configure(tasks))
@@ -120,7 +120,7 @@ async def test_capacity_is_said_on_the_command_line(repository: Repository) -> N
 
 
 @pytest.mark.extended
-async def test_resume_names_the_older_runs_that_were_interrupted(repository: Repository) -> None:
+async def test_resume_names_older_interrupted_runs(repository: Repository) -> None:
     """Where it is not said which run is meant; one that has ended is not named."""
     child = repository.start("run", str(repository.configure([{"id": "long", "prompt": "attempt 1 hang\nwrite l l"}])))
     has_begun(repository, "long")
@@ -134,7 +134,7 @@ async def test_resume_names_the_older_runs_that_were_interrupted(repository: Rep
     assert "also interrupted" not in repository.council("resume").stderr
 
 
-def test_resume_of_a_finished_run_leads_to_retry(repository: Repository) -> None:
+def test_resume_of_a_finished_run_suggests_retry(repository: Repository) -> None:
     """With nothing to resume it says so; the totals say what blocks a task."""
     tasks: list[dict[str, Any]] = [
         {"id": "need", "prompt": "exit 3", "attempts": 1},
@@ -146,7 +146,7 @@ def test_resume_of_a_finished_run_leads_to_retry(repository: Repository) -> None
     assert (resumed.code, "has finished: `council retry TASK` first" in resumed.stderr) == (1, True), resumed
 
 
-async def test_a_detached_run_continues_in_a_session_of_its_own(repository: Repository) -> None:
+async def test_detached_run_continues_in_its_own_session(repository: Repository) -> None:
     """The command ends at once and names the process; a signal to that stops the run, `resume --detach` resumes it."""
     gate = repository.spawns.parent / "gate"
     prompt = f"while ! test -e {gate}; do sleep 0.05; done; echo x > x.txt"
@@ -173,7 +173,7 @@ async def test_a_detached_run_continues_in_a_session_of_its_own(repository: Repo
     assert repository.council("watch", "--json").states == {"t": "landed"}
 
 
-async def test_a_running_run_is_not_detached_again(repository: Repository) -> None:
+async def test_active_run_is_not_detached_again(repository: Repository) -> None:
     """Another process could not take it, and the one that is named to be killed would be nobody's or another's."""
     config = repository.configure([{"id": "t", "prompt": "hang"}])
     started = repository.council("run", str(config), "--detach", "--json").result
@@ -185,7 +185,7 @@ async def test_a_running_run_is_not_detached_again(repository: Repository) -> No
     wait_for(lambda: repository.council("status", "--json").result["status"] == "interrupted")
 
 
-async def test_the_error_of_a_detached_run_is_in_its_status(repository: Repository) -> None:
+async def test_error_of_a_detached_run_is_in_its_status(repository: Repository) -> None:
     """A process in the background has no terminal to say it on."""
     child = repository.start("run", str(repository.configure([{"id": "t", "prompt": "hang"}])))
     has_begun(repository, "t")
@@ -232,7 +232,7 @@ async def test_merge_lands_a_runs_own_branch_on_its_base(repository: Repository)
 
 
 @pytest.mark.extended
-def test_a_merge_that_could_not_land_is_continued(repository: Repository) -> None:
+def test_unlanded_merge_is_continued(repository: Repository) -> None:
     """By the next `council merge`, as the same run; until then all commands call it queued."""
     settle(repository, [CHAIN[0]])
     repository.commit({".gitignore": "council.yaml\n"})
@@ -249,7 +249,7 @@ def test_a_merge_that_could_not_land_is_continued(repository: Repository) -> Non
     assert len(repository.council("runs", "--json").result["runs"]) == 2
 
 
-async def test_merge_refuses_a_dirty_checkout_before_it_records_a_run(repository: Repository) -> None:
+async def test_merge_into_a_dirty_checkout_is_rejected_before_a_run(repository: Repository) -> None:
     """However often it is tried."""
     settle(repository, [CHAIN[0]])
     repository.commit({".gitignore": "council.yaml\n"})
@@ -263,7 +263,7 @@ async def test_merge_refuses_a_dirty_checkout_before_it_records_a_run(repository
     assert repository.council("merge", "--json").states == {"merge": "landed"}
 
 
-async def test_a_merge_that_fails_its_checks_moves_nothing(repository: Repository) -> None:
+async def test_merge_that_fails_its_checks_moves_nothing(repository: Repository) -> None:
     """No session follows; what could not be merged is kept."""
     settle(repository, [{**CHAIN[0], "checks": ["test ! -e forbidden"]}])
     repository.commit({".gitignore": "council.yaml\n"})
@@ -297,7 +297,7 @@ async def test_a_merge_that_fails_its_checks_moves_nothing(repository: Repositor
         ),
     ],
 )
-def test_a_failed_merge_names_the_commands_that_help(repository: Repository, theirs: str, expected: list[str]) -> None:
+def test_failed_merge_has_its_next_commands(repository: Repository, theirs: str, expected: list[str]) -> None:
     """A retry would merge the same commits again. What is printed works as it is printed."""
     settle(repository, [{**CHAIN[0], "checks": ["test ! -e forbidden"]}])
     repository.commit({".gitignore": "council.yaml\n"})
@@ -328,7 +328,7 @@ def test_a_failed_merge_names_the_commands_that_help(repository: Repository, the
     assert again.states == {"merge": "landed"}, again
 
 
-async def test_merge_lands_what_waits_and_starts_nothing(repository: Repository) -> None:
+async def test_merge_lands_queued_work_and_starts_nothing(repository: Repository) -> None:
     """What could not land because of changes in the checkout lands; what never began is left to `resume`."""
     tasks: list[dict[str, Any]] = [
         {"id": "built", "prompt": "write README.md changed"},
@@ -347,7 +347,7 @@ async def test_merge_lands_what_waits_and_starts_nothing(repository: Repository)
     assert repository.council("merge", "--json").result["exit"] == 0
 
 
-async def test_a_merge_run_never_starts_a_session(repository: Repository) -> None:
+async def test_merge_run_never_starts_a_session(repository: Repository) -> None:
     """A retry of its task is rejected with the commands that merge again; a resume changes nothing."""
     settle(repository, [CHAIN[0]])
     repository.commit({".gitignore": "council.yaml\n"})
@@ -365,7 +365,7 @@ async def test_a_merge_run_never_starts_a_session(repository: Repository) -> Non
     assert repository.git("rev-parse", "main") == before
 
 
-async def test_a_merge_run_with_a_pending_task_starts_no_session(repository: Repository) -> None:
+async def test_merge_run_with_a_pending_task_starts_no_session(repository: Repository) -> None:
     """Also not if another process, such as one that restores a checkpoint, has made its task pending."""
     settle(repository, [CHAIN[0]])
     repository.commit({".gitignore": "council.yaml\n"})
@@ -390,7 +390,7 @@ def printed_next(repository: Repository) -> list[str]:
 
 
 @pytest.mark.parametrize("how", ["merged", "deleted", "squashed", "lost"])
-async def test_a_branch_that_the_user_merged_or_deleted_waits_for_nothing(repository: Repository, how: str) -> None:
+async def test_branch_merged_or_deleted_by_the_user_is_not_awaited(repository: Repository, how: str) -> None:
     """`status` and `runs` name no next command any more, and `council merge` has nothing to merge."""
     settle(repository, [CHAIN[0]])
     repository.commit({".gitignore": "council.yaml\n"})
@@ -417,7 +417,7 @@ async def test_a_branch_that_the_user_merged_or_deleted_waits_for_nothing(reposi
 
 
 @pytest.mark.parametrize("has_more", [False, True], ids=["all", "more"])
-async def test_a_merge_that_a_dirty_checkout_blocks_names_the_obstacle(repository: Repository, has_more: bool) -> None:
+async def test_merge_blocked_by_a_dirty_checkout_names_the_obstacle(repository: Repository, has_more: bool) -> None:
     """Nobody has interrupted it: the exit code is 1, and the next command works once the checkout is clean."""
     later = [{"id": "later", "prompt": "write later.txt x", "needs": ["built"]}] if has_more else []
     config = str(repository.configure([{"id": "built", "prompt": "write README.md changed"}, *later]))
@@ -441,7 +441,7 @@ async def test_a_merge_that_a_dirty_checkout_blocks_names_the_obstacle(repositor
 
 
 @pytest.mark.parametrize("option", ["--base", "--target"])
-def test_a_wrong_branch_is_a_mistake_of_the_option(repository: Repository, option: str) -> None:
+def test_invalid_branch_is_a_mistake_of_the_option(repository: Repository, option: str) -> None:
     """Not of the file, which names none."""
     settle(repository, CHAIN)
     wrong = repository.council("run", "echo x", option, "nope..x")
@@ -449,7 +449,7 @@ def test_a_wrong_branch_is_a_mistake_of_the_option(repository: Repository, optio
     assert "council.yaml" not in wrong.stderr
 
 
-def test_a_run_from_elsewhere_names_the_folder_of_its_commands(repository: Repository, tmp_path: Path) -> None:
+def test_run_from_elsewhere_names_the_folder_of_its_commands(repository: Repository, tmp_path: Path) -> None:
     """There the printed commands find the run; within the repository nothing more is printed."""
     settle(repository, [CHAIN[0]])
     repository.commit({".gitignore": "council.yaml\n"})

@@ -58,7 +58,7 @@ def state(top: Path) -> dict[str, object]:
     }
 
 
-async def test_kept_work_is_listed_and_found(place: Place, work: str) -> None:
+async def test_preserved_work_is_listed_and_found(place: Place, work: str) -> None:
     """Branches and salvaged refs have one short name each; what does not fit is refused with what is near."""
     for ref in ("refs/heads/council/run1/task/conflict", "refs/heads/council/run2/task/1",
                 "refs/salvage/run1/task.1/stash",
@@ -83,7 +83,7 @@ async def test_kept_work_is_listed_and_found(place: Place, work: str) -> None:
         salvage.find_unmerged_work(run1, "task")
 
 
-async def test_differences_are_shown(place: Place, work: str) -> None:
+async def test_diff_is_shown(place: Place, work: str) -> None:
     """A difference is a patch or a summary, with colors if asked for, whatever the files are called."""
     shown = await diff_commits(place.git, place.base, work)
     assert b'"b/new\\nline"' in shown
@@ -113,7 +113,7 @@ async def test_reading_ignores_git_variables_of_the_environment(
     assert not (tmp_path / "started").exists()
 
 
-async def test_a_live_session_is_looked_at_without_a_trace(place: Place) -> None:
+async def test_live_session_is_read_without_a_trace(place: Place) -> None:
     """Its files are compared as they are; no index changes, nothing is left, secrets and huge files are only named."""
     place.write("README.md", "# Project\nlive\n"), place.write("new.txt")
     place.write("a.py", f"v = '{VALUE}'\n"), place.write(".env", "A=1\n"), place.write("huge", b"h" * 200_000)
@@ -153,7 +153,7 @@ async def test_work_is_applied_to_a_checkout(place: Place, work: str, users: Git
     assert not list(place.git.git_dir.glob("objects.*")) if place.git.git_dir else False
 
 
-async def test_work_is_merged_with_what_the_user_committed(
+async def test_work_is_merged_with_the_users_commits(
     place: Place, work: str, users: Git, repository: Repository
 ) -> None:
     """The user's branch went on, in a renamed file: the change follows it. What is there already changes nothing."""
@@ -169,7 +169,7 @@ async def test_work_is_merged_with_what_the_user_committed(
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("how", ["committed", "edited", "untracked", "link out"])
-async def test_work_that_does_not_fit_changes_nothing(
+async def test_conflicting_work_changes_nothing(
     place: Place, work: str, users: Git, repository: Repository, tmp_path: Path, how: str
 ) -> None:
     """A change that conflicts with the user's commits or files is refused as a whole."""
@@ -192,7 +192,7 @@ async def test_work_that_does_not_fit_changes_nothing(
         assert [path.name for path in (tmp_path / "out/src").iterdir()] == ["app.py"]
 
 
-async def test_a_link_to_another_repository_is_not_applied(place: Place, users: Git, repository: Repository) -> None:
+async def test_link_to_another_repository_is_not_applied(place: Place, users: Git, repository: Repository) -> None:
     """A nested repository has no files to apply."""
     place.agent("init", "--quiet", "nested")
     place.agent(
@@ -204,7 +204,7 @@ async def test_a_link_to_another_repository_is_not_applied(place: Place, users: 
         await salvage.apply_to_checkout(place.git, users, repository.top, place.base, left.commit)
 
 
-async def test_a_branch_is_made_once(place: Place, work: str, repository: Repository) -> None:
+async def test_branch_is_created_once(place: Place, work: str, repository: Repository) -> None:
     """The branch is made where there is none of that name, and only with a name that git takes."""
     source = UpstreamRepository.of(str(repository.top), is_local=True, git=place.git)
     await salvage.create_branch(source, work, "rescued/work")
@@ -220,7 +220,7 @@ async def test_a_branch_is_made_once(place: Place, work: str, repository: Reposi
             await salvage.create_branch(source, work, taken)
 
 
-async def test_only_what_was_listed_is_dropped(place: Place, work: str) -> None:
+async def test_only_listed_work_is_dropped(place: Place, work: str) -> None:
     """If one of the refs has moved none is deleted; else all are."""
     await place.git("update-ref", "refs/salvage/run1/task.1/stash", work)
     listed = await salvage.list_unmerged_work(place.git, "run1")

@@ -139,7 +139,7 @@ async def attack(
 
 
 @pytest.mark.extended_but_first
-async def test_nothing_hidden_is_read_and_nothing_outside_is_written(
+async def test_hidden_files_are_unreadable_and_outside_is_unwritable(
     house: House, kind: SandboxKind, bystander: subprocess.Popen[bytes]
 ) -> None:
     """No trick with links, names, /proc, mounts, devices or namespaces leads out of the fence."""
@@ -151,13 +151,13 @@ async def test_nothing_hidden_is_read_and_nothing_outside_is_written(
     assert names(house.outside) == []
 
 
-async def test_the_attacks_are_real(house: House, bystander: subprocess.Popen[bytes]) -> None:
+async def test_attacks_work_without_a_sandbox(house: House, bystander: subprocess.Popen[bytes]) -> None:
     """Without a fence each of those that can be tried without harm succeeds."""
     attacks = [*ON_FILES, "chmod", "others_signal", "rename_in"]
     assert await attack(house, SandboxKind.OFF, house.fence(writable=(house.tree,)), attacks, bystander.pid) == attacks
 
 
-async def test_a_hidden_folder_inside_a_writable_one_is_hidden(house: House, kind: SandboxKind) -> None:
+async def test_hidden_folder_inside_a_writable_one_is_hidden(house: House, kind: SandboxKind) -> None:
     """The more specific path wins, in both directions."""
     fence = house.fence(writable=(house.tree,), hidden=(house.hidden, house.tree / "private"))
     assert await attack(house, kind, fence, ["read_hidden", "read_hidden_inside_writable"]) == []
@@ -167,14 +167,14 @@ async def test_a_hidden_folder_inside_a_writable_one_is_hidden(house: House, kin
     assert (house.objects / "object").read_text() == "object"
 
 
-async def test_what_is_hidden_by_a_symlink_is_hidden(house: House, kind: SandboxKind) -> None:
+async def test_target_of_a_hidden_symlink_is_hidden(house: House, kind: SandboxKind) -> None:
     """A fence that names a link means what the link leads to."""
     alias = house.house.parent / "alias"
     alias.symlink_to(house.hidden)
     assert await attack(house, kind, house.fence(hidden=(alias,)), ["read_hidden", "own_root"]) == []
 
 
-async def test_a_part_of_the_system_can_be_hidden(house: House, kind: SandboxKind) -> None:
+async def test_part_of_the_system_can_be_hidden(house: House, kind: SandboxKind) -> None:
     """Also outside of folders that are the session's own in any case."""
     shown = next(path for path in (Path("/usr/share"), Path("/usr/lib")) if path.is_dir())
     hidden = next(path for path in shown.iterdir() if path.is_dir() and not path.is_symlink() and any(path.iterdir()))
@@ -185,7 +185,7 @@ async def test_a_part_of_the_system_can_be_hidden(house: House, kind: SandboxKin
     assert ended.exit == 0, house.said()
 
 
-async def test_processes_outside_are_out_of_reach(
+async def test_outside_processes_are_unreachable(
     house: House, kind: SandboxKind, bystander: subprocess.Popen[bytes]
 ) -> None:
     """None of them is signalled, traced or looked into."""
@@ -196,7 +196,7 @@ async def test_processes_outside_are_out_of_reach(
     assert bystander.poll() is None
 
 
-async def test_the_machines_services_are_out_of_reach(house: House, bubblewrap: SandboxKind) -> None:
+async def test_services_of_the_machine_are_unreachable(house: House, bubblewrap: SandboxKind) -> None:
     """In /run there is nothing but what resolves names, and a hidden socket is not there to be connected to."""
     os.chdir(house.house.parent)
     with socket.socket(socket.AF_UNIX) as listening:
@@ -209,7 +209,7 @@ async def test_the_machines_services_are_out_of_reach(house: House, bubblewrap: 
         assert await attack(house, bubblewrap, house.fence(), ["services", "socket_file"]) == []
 
 
-async def test_a_session_is_kept_off_the_network(house: House, bubblewrap: SandboxKind, server: socket.socket) -> None:
+async def test_network_is_unreachable_if_off(house: House, bubblewrap: SandboxKind, server: socket.socket) -> None:
     """Without a network there is a loopback of its own that works, and no server of the machine."""
     port = server.getsockname()[1]
     attacks = ["network", "interfaces"]
@@ -225,7 +225,7 @@ async def test_a_session_is_kept_off_the_network(house: House, bubblewrap: Sandb
 # What must work
 
 
-async def test_what_an_agent_needs_works(house: House, kind: SandboxKind) -> None:
+async def test_needs_of_an_agent_work(house: House, kind: SandboxKind) -> None:
     """Files, temporary files, subprocesses, shared memory, locks, devices, and an interpreter of its own.
 
     With Landlock shared memory has to be asked for, because it can only be had together with that of others.
@@ -250,7 +250,7 @@ open("/dev/stdout", "w").close(); subprocess.run("echo x | cat > from-shell", sh
     assert (house.tree / "work" / "from-shell").read_text() == "x\n"
 
 
-async def test_a_commit_with_borrowed_objects_works(house: House, kind: SandboxKind) -> None:
+async def test_commit_with_borrowed_objects_works(house: House, kind: SandboxKind) -> None:
     """A git directory of the session's own borrows objects from a folder that is only readable, in a hidden one."""
     env = {"PATH": os.environ["PATH"], "HOME": str(house.outside), "GIT_CONFIG_GLOBAL": os.devnull}
     env |= {f"GIT_{who}_{what}": "a@b" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
@@ -270,7 +270,7 @@ async def test_a_commit_with_borrowed_objects_works(house: House, kind: SandboxK
     assert log.stdout.split() == ["second", "first"]
 
 
-async def test_a_program_in_a_fence_starts_as_clean_as_without(house: House, kind: SandboxKind) -> None:
+async def test_sandboxed_program_starts_as_clean_as_without(house: House, kind: SandboxKind) -> None:
     """No descriptor but the three usual ones, its folder, its arguments, its environment."""
     source = "import os, sys; print(sorted(map(int, os.listdir('/proc/self/fd')))[:-1])"
     source += "; print(os.getcwd(), sys.argv[1], os.environ['A'])"
@@ -282,7 +282,7 @@ async def test_a_program_in_a_fence_starts_as_clean_as_without(house: House, kin
 # How it ends
 
 
-async def test_a_missing_program_is_told_from_one_that_fails(house: House, kind: SandboxKind) -> None:
+async def test_missing_program_is_distinguished_from_a_failing_one(house: House, kind: SandboxKind) -> None:
     """The program's name and why, as without a sandbox; an exit code of 1 is the program's own."""
     ended = await run_supervised(sandbox_command(kind, house.command(["no-such-program"]), house.fence()))
     assert ended == SupervisedExit(None, None, "exit", "no-such-program: No such file or directory", 0, 0, 0, None)
@@ -294,7 +294,7 @@ async def test_a_missing_program_is_told_from_one_that_fails(house: House, kind:
     assert (ended.exit, ended.spawn_error) == (1, None)
 
 
-async def test_a_crash_is_seen_in_a_fence(house: House, kind: SandboxKind) -> None:
+async def test_crash_is_reported_from_a_sandbox(house: House, kind: SandboxKind) -> None:
     """As a signal, or in a bubblewrap as a shell sees it."""
     ended = await run_supervised(sandbox_command(kind, house.command(["sh", "-c", "kill -SEGV $$"]), house.fence()))
     expected = (139, None) if kind is SandboxKind.BUBBLEWRAP else (None, signal.SIGSEGV)
@@ -317,7 +317,7 @@ while True: time.sleep(0.05)  # Python sees a signal that comes just before a sl
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("loader", [[], ["loader"]], ids=["program", "loader"])
-async def test_a_stopped_program_has_its_grace_in_a_fence(house: House, kind: SandboxKind, loader: list[str]) -> None:
+async def test_stopped_program_has_its_grace_period(house: House, kind: SandboxKind, loader: list[str]) -> None:
     """At the limit, program and descendants get SIGTERM and can save, and no longer than they need is waited."""
     began = time.monotonic()
     command = house.command([sys.executable, "-I", "-S", "-c", SAVES, *loader], timeout=2)
@@ -329,7 +329,7 @@ async def test_a_stopped_program_has_its_grace_in_a_fence(house: House, kind: Sa
 
 
 @pytest.mark.extended_but_first
-async def test_a_program_that_ignores_sigterm_is_killed_in_a_fence(house: House, kind: SandboxKind) -> None:
+async def test_program_that_ignores_sigterm_is_killed(house: House, kind: SandboxKind) -> None:
     """The grace is all it gets."""
     command = house.command(["sh", "-c", "trap '' TERM; sleep 300; sleep 300"], timeout=0.5, grace=0.3)
     ended = await run_supervised(sandbox_command(kind, command, house.fence()))
@@ -338,7 +338,7 @@ async def test_a_program_that_ignores_sigterm_is_killed_in_a_fence(house: House,
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("interrupt", [False, True])
-async def test_a_stop_during_the_start_takes_no_grace(house: House, interrupt: bool) -> None:
+async def test_stop_during_the_start_takes_no_grace_period(house: House, interrupt: bool) -> None:
     """A sandbox in which the program has not begun has nothing to save and is not waited for."""
     began = time.monotonic()
     stuck = house.command(["sh", "-c", "sleep 300; :"], wrapped=True, timeout=0.5, grace=60, interrupt=interrupt)
@@ -347,7 +347,7 @@ async def test_a_stop_during_the_start_takes_no_grace(house: House, interrupt: b
     assert time.monotonic() - began < 20
 
 
-async def test_a_sandbox_that_is_killed_during_its_start_is_no_error_of_the_machine(house: House) -> None:
+async def test_sandbox_killed_during_its_start_is_no_machine_error(house: House) -> None:
     """Its exit code says which signal it was: the session has crashed, and its task may be tried again."""
     ended = await run_supervised(house.command(["sh", "-c", "sh -c 'kill -KILL $$'; exit $?"], wrapped=True))
     assert (ended.spawn_error, ended.signal, ended.exit) == (None, signal.SIGKILL, None)
@@ -357,7 +357,7 @@ async def test_a_sandbox_that_is_killed_during_its_start_is_no_error_of_the_mach
 
 @pytest.mark.parametrize("interrupt", [False, True])
 @pytest.mark.parametrize("delay", [0.02, 0.04, 0.06])
-async def test_a_cancellation_during_the_start_leaves_nothing(
+async def test_cancellation_during_the_start_leaves_nothing(
     house: House, kind: SandboxKind, delay: float, interrupt: bool
 ) -> None:
     """However early it comes, nothing lives afterwards."""
@@ -382,7 +382,7 @@ time.sleep(300)
 """
 
 
-async def test_nothing_outlives_a_kill_of_the_supervisor(house: House, bubblewrap: SandboxKind) -> None:
+async def test_killed_supervisor_leaves_no_process(house: House, bubblewrap: SandboxKind) -> None:
     """In a PID namespace even a daemon dies that has a session of its own and no environment."""
     grows = house.tree / "work" / "grows"
 
@@ -415,7 +415,7 @@ async def until(condition: Callable[[], object], within: float = 20) -> None:
 # Which one is chosen
 
 
-async def test_a_bubblewrap_that_may_do_nothing_is_not_chosen(tmp_path: Path) -> None:
+async def test_unusable_bubblewrap_is_not_chosen(tmp_path: Path) -> None:
     """That the program is there is not enough: it has to work, and what it said is told."""
     fake = tmp_path / "bwrap"
     fake.write_text("#!/bin/sh\necho 'bwrap: setting up uid map: Permission denied' >&2\nexit 1\n")
@@ -429,7 +429,7 @@ async def test_a_bubblewrap_that_may_do_nothing_is_not_chosen(tmp_path: Path) ->
         assert await choose_sandbox("auto", network=network, environ=environ) is SandboxKind.LANDLOCK
 
 
-async def test_a_bubblewrap_that_is_killed_as_it_starts_is_asked_again(tmp_path: Path) -> None:
+async def test_bubblewrap_killed_at_its_start_is_probed_again(tmp_path: Path) -> None:
     """Neither is a weaker kind taken for that, nor does what it had started stay."""
     fake, left = tmp_path / "bwrap", tmp_path / "left"
     fake.write_text(f"""#!/bin/sh
@@ -445,13 +445,13 @@ esac
     wait_for(lambda: start_ticks(int(left.read_text())) is None)
 
 
-async def test_what_has_no_fence_keeps_nobody_off_the_network() -> None:
+async def test_sandbox_off_can_not_turn_the_network_off() -> None:
     """A limit that can't be kept is refused, not passed over."""
     with pytest.raises(RefusedError, match="`network: off` needs a sandbox"):
         await choose_sandbox("off", network=False, environ=os.environ)
 
 
-async def test_without_bubblewrap_its_installation_is_the_remedy(tmp_path: Path) -> None:
+async def test_missing_bubblewrap_has_its_installation_as_remedy(tmp_path: Path) -> None:
     """An explicit kind is never replaced by another one."""
     with pytest.raises(RefusedError, match="`bwrap` is not on PATH: install bubblewrap"):
         await choose_sandbox("bubblewrap", network=True, environ={"PATH": str(tmp_path)})

@@ -22,7 +22,7 @@ async def until_event(council: Council, name: str, count: int) -> None:
             return
 
 
-async def test_backoff_is_waited_for_on_the_clock(repository: Repository) -> None:
+async def test_backoff_waits_on_the_clock(repository: Repository) -> None:
     """A task that fails is tried again after its backoff, not before, however long that is."""
     path = repository.configure(
         [{"id": "late", "prompt": "attempt 1 exit 1\nattempt 2 exit 1\nwrite late.txt x"}],
@@ -52,7 +52,7 @@ async def test_backoff_is_waited_for_on_the_clock(repository: Repository) -> Non
     await repository.assert_invariants()
 
 
-async def test_a_dirty_target_is_tried_again_while_sessions_are_at_work(repository: Repository) -> None:
+async def test_dirty_target_is_retried_while_sessions_run(repository: Repository) -> None:
     """A landing that the user's changes hold up is made as soon as they are gone, without a resume."""
     path = repository.configure(
         [{"id": "quick", "prompt": "write quick.txt q"}, {"id": "long", "prompt": "hang", "attempts": 1}]
@@ -74,7 +74,7 @@ async def test_a_dirty_target_is_tried_again_while_sessions_are_at_work(reposito
 
 
 @pytest.mark.extended
-async def test_a_dirty_target_and_a_backoff_come_to_an_end(repository: Repository) -> None:
+async def test_dirty_target_and_backoff_end(repository: Repository) -> None:
     """While a landing waits for the user and another task for its backoff, the run still ends."""
     path = repository.configure(
         [{"id": "built", "prompt": "write b.txt b"}, {"id": "failing", "prompt": "exit 1", "attempts": 2}],

@@ -84,7 +84,7 @@ def table() -> dict[str, dict[str, str]]:
     return {row[0]: dict(zip((head.lower() for head in heads[1:]), row[1:], strict=True)) for row in rows}
 
 
-def test_each_row_of_the_table_is_tried() -> None:
+def test_each_row_of_the_table_is_attacked() -> None:
     """A row that nobody tries is a claim without proof."""
     assert table().keys() == ROWS.keys() | WITHOUT_NETWORK.keys() | WITH_HOSTS.keys()
 
@@ -181,7 +181,7 @@ async def tried(
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("kind", SandboxKind)
-async def test_a_session_can_do_what_the_table_says(kind: SandboxKind, outside: dict[str, object]) -> None:
+async def test_session_can_do_what_the_table_allows(kind: SandboxKind, outside: dict[str, object]) -> None:
     """Yes where an attempt succeeds, no where it does not, in each kind of sandbox that this machine has."""
     require_sandbox(kind)
     expected = {row: cells[kind] == "yes" for row, cells in table().items()}

@@ -115,7 +115,7 @@ def site(tmp_path: Path) -> Site:
 
 
 @pytest.mark.extended_but_first
-async def test_a_program_in_a_fence_asks_as_its_session(site: Site, kind: SandboxKind) -> None:
+async def test_sandboxed_program_asks_as_its_session(site: Site, kind: SandboxKind) -> None:
     """`council` is found, and needs to be told nothing about who asks."""
     async with site.session() as (worktree, session_socket):
         assert await site.run(kind, worktree, session_socket, ["council", "lock", "src/a.py", "./src/../b.py"]) == (
@@ -129,7 +129,7 @@ async def test_a_program_in_a_fence_asks_as_its_session(site: Site, kind: Sandbo
     assert {str(session) for session, _, _ in site.session_service.asked} == {"run-1/models.1"}
 
 
-async def test_council_starts_in_a_fence_wherever_python_was_started_from(
+async def test_council_starts_in_a_sandbox_for_any_python(
     site: Site, kind: SandboxKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The path of a Python that was typed with `..` may lead through folders that are hidden from the session."""
@@ -142,7 +142,7 @@ async def test_council_starts_in_a_fence_wherever_python_was_started_from(
 
 
 @pytest.mark.extended_but_first
-async def test_a_program_in_a_fence_hands_over_and_shares(site: Site, kind: SandboxKind) -> None:
+async def test_sandboxed_program_submits_a_handoff_and_shares(site: Site, kind: SandboxKind) -> None:
     """What is in a file, and what is said in a word; a file that is none is said so."""
     async with site.session() as (worktree, session_socket):
         (worktree.tree / "plan.json").write_text('{"tasks": []}')
@@ -157,7 +157,7 @@ async def test_a_program_in_a_fence_hands_over_and_shares(site: Site, kind: Sand
     assert site.session_service.handed_over == [{"tasks": []}]
 
 
-async def test_the_session_is_found_without_a_variable(site: Site, kind: SandboxKind) -> None:
+async def test_session_is_found_without_a_variable(site: Site, kind: SandboxKind) -> None:
     """A CLI may keep its variables from its tools, or give them a folder further down."""
     async with site.session() as (worktree, session_socket):
         argv = [sys.executable, "-P", "-m", "orchestrator", "lock", "a.py"]
@@ -167,7 +167,7 @@ async def test_the_session_is_found_without_a_variable(site: Site, kind: Sandbox
     assert (code, said) == (0, "locked: src/a.py\n")
 
 
-async def test_files_of_another_are_refused_with_whose_they_are(site: Site) -> None:
+async def test_file_owned_by_another_is_rejected_with_its_owner(site: Site) -> None:
     """The exit code tells a refusal from a mistake."""
     async with site.session() as (first, _), site.session("api", 2) as (second, session_socket):
         async with site.session("docs", 3) as (third, thirds):
@@ -202,7 +202,7 @@ print(json.dumps({"card": bool(found), "said": said}))
 """
 
 
-async def test_another_sessions_socket_is_of_no_use(site: Site, kind: SandboxKind) -> None:
+async def test_socket_of_another_session_is_unusable(site: Site, kind: SandboxKind) -> None:
     """It can't be read in a fence; where its socket can be reached, a token of another session is refused."""
     async with site.session() as (first, session_socket), site.session("api", 2) as (second, _):
         token = json.loads((first.socket_folder / "session.json").read_text())["token"]
@@ -234,7 +234,7 @@ async def busy(site: Site, kind: SandboxKind, worktree: Worktree, session_socket
 
 
 @pytest.mark.extended_but_first
-async def test_a_stolen_token_is_of_no_use_to_another_session(site: Site, kind: SandboxKind) -> None:
+async def test_stolen_token_is_unusable_for_another_session(site: Site, kind: SandboxKind) -> None:
     """The kernel says which process connected, and it does not descend from the supervisor of the token's session."""
     async with site.session() as (first, session_socket), site.session("api", 2) as (second, others):
         stolen = json.loads((second.socket_folder / "session.json").read_text())["token"]
@@ -274,7 +274,7 @@ while not os.path.exists("told") and time.monotonic() < end:
 """
 
 
-async def test_a_daemon_of_the_session_asks_as_its_session(site: Site, kind: SandboxKind) -> None:
+async def test_daemon_of_the_session_asks_as_its_session(site: Site, kind: SandboxKind) -> None:
     """Its parents have ended, and it is the supervisor's now, or of the init in a bubblewrap."""
     async with site.session() as (worktree, session_socket):
         code, said = await site.run(kind, worktree, session_socket, [sys.executable, "-I", "-S", "-c", DAEMON])
@@ -305,8 +305,8 @@ async def test_strangers_take_no_slot_of_the_session(site: Site) -> None:
 
 
 @pytest.mark.extended_but_first
-async def test_the_word_of_an_attempt_that_is_over_opens_nothing(site: Site, kind: SandboxKind) -> None:
-    """Neither the session socket of the next attempt nor that of another task; and by its own nobody is there."""
+async def test_token_of_an_ended_attempt_is_rejected(site: Site, kind: SandboxKind) -> None:
+    """Neither the mailbox of the next attempt nor that of another task; and by its own nobody is there."""
     async with site.session() as (over, _):
         token = json.loads((over.socket_folder / "session.json").read_text())["token"]
     async with site.session(number=2, attempt=2) as (again, session_socket), site.session("api", 3) as (other, _):
@@ -322,7 +322,7 @@ async def test_the_word_of_an_attempt_that_is_over_opens_nothing(site: Site, kin
     assert site.session_service.asked == []
 
 
-async def test_the_hook_before_an_edit_asks_from_each_fence(site: Site, kind: SandboxKind) -> None:
+async def test_edit_hook_works_in_each_sandbox(site: Site, kind: SandboxKind) -> None:
     """As the CLI starts it there; where a fence kept it from asking, every edit would be allowed."""
     site.session_service.foreign_owners["src/theirs.py"] = "run-0/other.1"
     async with site.session() as (worktree, session_socket):
@@ -335,7 +335,7 @@ async def test_the_hook_before_an_edit_asks_from_each_fence(site: Site, kind: Sa
     assert (code, json.loads(said)["hookSpecificOutput"]["permissionDecision"]) == (0, "deny")
 
 
-async def test_the_end_of_a_session_ends_its_socket(site: Site) -> None:
+async def test_end_of_a_session_closes_its_socket(site: Site) -> None:
     """Nothing to ask by is left, whoever asks is told so, and what the body raises comes out as it is."""
     with pytest.raises(KeyError, match="as it is"):
         async with site.session() as (worktree, session_socket):
@@ -347,7 +347,7 @@ async def test_the_end_of_a_session_ends_its_socket(site: Site) -> None:
     assert "not in the worktree of an active session" in said
 
 
-def test_outside_of_a_session_it_is_said_what_to_do(tmp_path: Path) -> None:
+def test_command_outside_of_a_session_has_a_remedy(tmp_path: Path) -> None:
     """As any bad input."""
     argv = [sys.executable, "-P", "-m", "orchestrator", "peers"]
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -440,7 +440,7 @@ REFUSED: list[tuple[Any, dict[str, Any]]] = [
 ]
 
 
-async def test_odd_requests_are_refused_and_harm_nothing(site: Site) -> None:
+async def test_invalid_requests_are_rejected(site: Site) -> None:
     """Each gets an answer that says what to do, and the next request one, too."""
     async with site.session() as (worktree, session_socket):
         caller = Caller(worktree)
@@ -456,7 +456,7 @@ async def test_odd_requests_are_refused_and_harm_nothing(site: Site) -> None:
     assert session_socket.faults == []
 
 
-async def test_the_largest_handoff_fits_into_a_request(site: Site) -> None:
+async def test_largest_handoff_fits_into_a_request(site: Site) -> None:
     """As a session sends it, whatever its characters; an object that a model wrote as text is one, too."""
     largest = {"a": "ä" * (MAX_HANDOFF_BYTES // 2 - 4)}
     async with site.session() as (worktree, _):
@@ -469,7 +469,7 @@ async def test_the_largest_handoff_fits_into_a_request(site: Site) -> None:
     assert site.session_service.shared == {"k": None}
 
 
-async def test_a_request_that_is_too_large_is_refused(site: Site) -> None:
+async def test_oversized_request_is_rejected(site: Site) -> None:
     """Without reading all of it."""
     async with site.session() as (worktree, _):
         caller = Caller(worktree)
@@ -478,7 +478,7 @@ async def test_a_request_that_is_too_large_is_refused(site: Site) -> None:
         assert (await anyio.to_thread.run_sync(caller.say, caller.line("peers")))["ok"] is True
 
 
-async def test_who_types_too_much_is_told_so(site: Site) -> None:
+async def test_too_long_arguments_are_rejected(site: Site) -> None:
     """And not that nobody answers; JSON makes more of what is typed."""
     async with site.session() as (worktree, session_socket):
         argv = ["council", "lock", *(f"{number}{'x' * 2000}" for number in range(600))]
@@ -486,7 +486,7 @@ async def test_who_types_too_much_is_told_so(site: Site) -> None:
     assert (code, f"exceeds the limit of {MAX_REQUEST_BYTES}: send a smaller request" in said) == (1, True), said
 
 
-async def test_a_fault_of_the_desk_is_told_and_kept(site: Site) -> None:
+async def test_error_of_the_session_api_is_reported_and_logged(site: Site) -> None:
     """The session goes on."""
     async with site.session() as (worktree, session_socket):
         caller = Caller(worktree)
@@ -496,7 +496,7 @@ async def test_a_fault_of_the_desk_is_told_and_kept(site: Site) -> None:
     assert session_socket.faults == ["ZeroDivisionError: a fault of the desk's"]
 
 
-async def test_who_leaves_is_not_answered(site: Site) -> None:
+async def test_disconnected_client_gets_no_answer(site: Site) -> None:
     """What was begun for it is given up."""
     async with site.session() as (worktree, _):
         caller = Caller(worktree)
@@ -510,7 +510,7 @@ async def test_who_leaves_is_not_answered(site: Site) -> None:
                 await anyio.sleep(0)
 
 
-async def test_a_thousand_that_say_nothing_harm_nobody(site: Site) -> None:
+async def test_thousand_silent_clients_do_no_harm(site: Site) -> None:
     """Who asks is answered at once, in the same session as in another; of the silent few are kept."""
     async with site.session() as (worktree, _), site.session("api", 2) as (other, _):
         caller, neighbour = Caller(worktree), Caller(other)
@@ -535,7 +535,7 @@ async def test_a_thousand_that_say_nothing_harm_nobody(site: Site) -> None:
                 one.close()
 
 
-async def test_so_many_that_wait_for_an_answer_are_told_to_come_again(site: Site) -> None:
+async def test_clients_above_the_limit_are_told_to_retry(site: Site) -> None:
     """More than that are refused at once, and not left waiting behind them."""
     async with site.session() as (worktree, _):
         caller = Caller(worktree)
@@ -555,7 +555,7 @@ async def test_so_many_that_wait_for_an_answer_are_told_to_come_again(site: Site
 
 
 @pytest.mark.extended
-async def test_half_a_line_is_left_alone(site: Site) -> None:
+async def test_incomplete_line_is_ignored(site: Site) -> None:
     """The connection is closed after a while, without an answer."""
     async with site.session() as (worktree, _):
         caller = Caller(worktree)
@@ -583,7 +583,7 @@ CALLS: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("event", "given", "what"), CALLS, ids=[what for _, _, what in CALLS])
-async def test_an_edit_of_anothers_file_is_denied(site: Site, event: str, given: dict[str, Any], what: str) -> None:
+async def test_edit_of_a_file_of_another_is_denied(site: Site, event: str, given: dict[str, Any], what: str) -> None:
     """In the form that the CLI knows, with whose it is; other files may be edited."""
     site.session_service.foreign_owners["src/theirs.py"] = "run-0/other.1"
     async with site.session() as (worktree, session_socket):
@@ -612,7 +612,7 @@ async def test_an_edit_of_anothers_file_is_denied(site: Site, event: str, given:
     assert "src/theirs.py belongs to run-0/other.1" in reason
 
 
-async def test_a_hook_whose_orchestrator_is_gone_allows(site: Site) -> None:
+async def test_hook_without_an_orchestrator_allows(site: Site) -> None:
     """What lands is checked all the same; other commands say that nobody answers."""
     site.session_service.foreign_owners["src/theirs.py"] = "run-0/other.1"
     async with site.session() as (worktree, session_socket):
@@ -628,7 +628,7 @@ async def test_a_hook_whose_orchestrator_is_gone_allows(site: Site) -> None:
     assert (code, "does not answer" in said) == (2, True)
 
 
-async def test_without_descriptors_who_asks_waits(site: Site) -> None:
+async def test_request_without_descriptors_waits(site: Site) -> None:
     """Sessions that use up what this process may have open neither end it nor the others; later it answers."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     code = "import socket,sys; s=socket.socket(socket.AF_UNIX); sys.stdin.readline(); s.connect(sys.argv[1])\n"
@@ -657,7 +657,7 @@ async def test_without_descriptors_who_asks_waits(site: Site) -> None:
     assert answer["ok"] is True
 
 
-def test_no_lock_takes_the_last_descriptors(tmp_path: Path) -> None:
+def test_lock_takes_no_last_descriptor(tmp_path: Path) -> None:
     """What is left is for everything else."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 

@@ -13,7 +13,7 @@ import pytest
 
 from orchestrator.sessions.sandbox.policy import SandboxKind
 from tests.conftest import Repository
-from tests.integration.test_working_together import QUICK, ended, states
+from tests.integration.test_shared_runs import QUICK, ended, states
 from tests.sandboxes import SANDBOX_PARAMS
 from tests.waiting import wait_for
 
@@ -76,9 +76,7 @@ def sessions(repository: Repository, pattern: str = "*") -> list[Path]:
         *(pytest.param(one, marks=pytest.mark.slow) for one in ("program", "orchestrator, resumed")),
     ],
 )
-async def test_all_that_a_session_had_is_free_after_a_kill(
-    repository: Repository, kind: SandboxKind, killed: str
-) -> None:
+async def test_resources_of_a_killed_session_are_free(repository: Repository, kind: SandboxKind, killed: str) -> None:
     """Paths, file locks, record, socket and handoff: the next attempt has them, nobody takes the first for alive."""
     task = {"id": "t", "prompt": "x", "owns": ["src/**", "a.txt"]}
     path = repository.configure(
@@ -111,7 +109,7 @@ async def test_all_that_a_session_had_is_free_after_a_kill(
     await repository.assert_invariants()
 
 
-async def test_what_is_built_keeps_its_paths_when_its_process_is_killed(repository: Repository) -> None:
+async def test_queued_work_keeps_its_paths_when_its_process_is_killed(repository: Repository) -> None:
     """Whoever goes on with it has them: a third process does not begin what owns the same before it has landed."""
     built, checked = (repository.spawns.parent / name for name in ("built", "checked"))
     tasks: list[dict[str, Any]] = [
@@ -157,7 +155,7 @@ echo done >$COUNCIL_TASK.txt
 
 
 @pytest.mark.slow
-async def test_opposite_orders_end_though_holders_are_killed(repository: Repository) -> None:
+async def test_opposite_lock_orders_end_despite_killed_holders(repository: Repository) -> None:
     """In two processes: whoever is left gets both files each time, and who comes anew does, too."""
     rounds, enough = (repository.spawns.parent / name for name in ("rounds", "enough"))
     tasks = [{"id": name, "prompt": "x", "attempts": 9} for name in ("x", "y")]
@@ -196,7 +194,7 @@ def log(repository: Repository) -> list[str]:
     return [event["event"] for line in said for event in json.loads(line).get("events", [])]
 
 
-async def test_sessions_start_and_end_without_the_process_that_forks_their_supervisors(repository: Repository) -> None:
+async def test_sessions_work_without_their_fork_server(repository: Repository) -> None:
     """It is killed while one session runs: that one ends as usual, and the next is started without it."""
     folder = repository.spawns.parent
     script = f"touch {folder}/is-there; until [ -e {folder}/go ]; do read -t 0.1 <> <(:); done; echo x > one.txt"
@@ -218,7 +216,7 @@ async def test_sessions_start_and_end_without_the_process_that_forks_their_super
 
 
 @pytest.mark.parametrize("stopped", ["fork server", "supervisor"])
-async def test_a_run_continues_after_its_fork_server_or_a_supervisor_was_stopped(
+async def test_run_continues_after_its_fork_server_or_a_supervisor_was_stopped(
     repository: Repository, stopped: str
 ) -> None:
     """It is stopped (SIGSTOP) while one session runs, and resumed; else no session would start or end."""

@@ -39,7 +39,7 @@ STEPS = (
 )
 
 
-async def test_the_story_of_a_task_with_phases_is_told(repository: Repository) -> None:
+async def test_task_with_phases_is_shown_in_full(repository: Repository) -> None:
     """Each visit with its sessions, what it was given, handed over and found; handoffs with who received them."""
     task = {"id": "t", "prompt": "\n".join(STEPS), "workflow": "four"}
     path = repository.configure([task, {"id": "plain", "prompt": "write p.txt x"}], workflows={"four": FOUR})
@@ -84,7 +84,7 @@ async def test_the_story_of_a_task_with_phases_is_told(repository: Repository) -
 
 
 @pytest.mark.extended
-def test_sessions_are_shown_as_running_only_while_they_are(repository: Repository) -> None:
+def test_sessions_are_shown_as_running_only_while_they_run(repository: Repository) -> None:
     """With the time that they have taken so far; what interrupted an earlier one is said of that alone."""
     path = repository.configure([{"id": "t", "prompt": "hang"}])
     child = repository.start("run", str(path))
@@ -111,7 +111,7 @@ def test_sessions_are_shown_as_running_only_while_they_are(repository: Repositor
 
 
 @pytest.mark.extended
-def test_work_is_shown_as_kept_only_where_it_is(repository: Repository) -> None:
+def test_work_is_shown_as_preserved_only_if_it_is(repository: Repository) -> None:
     """What landed is no longer kept; what an earlier attempt left still is."""
     path = repository.configure(
         [{"id": "t", "prompt": "attempt 1 write a.txt x\nattempt 1 exit 3\nattempt 2 write b.txt x"}]
@@ -122,7 +122,7 @@ def test_work_is_shown_as_kept_only_where_it_is(repository: Repository) -> None:
 
 
 @pytest.mark.extended
-def test_the_newest_run_is_meant_unless_another_is_named(repository: Repository) -> None:
+def test_newest_run_is_the_default(repository: Repository) -> None:
     """A task of the same name in two runs has two stories; a name that is none is refused with one that is near."""
     first = repository.council("run", str(repository.configure([{"id": "build", "prompt": "write a.txt x"}])), "--json")
     repository.council("run", str(repository.configure([{"id": "build", "prompt": "exit 3", "attempts": 1}])), "--json")
@@ -136,7 +136,7 @@ def test_the_newest_run_is_meant_unless_another_is_named(repository: Repository)
     assert (refused.code, "did you mean 'build'?" in refused.stderr) == (2, True)
 
 
-def test_a_task_that_is_done_has_nothing_to_land(repository: Repository) -> None:
+def test_done_task_has_nothing_to_land(repository: Repository) -> None:
     """A run of such tasks is a success; what needs them may start, and a checklist ticks them."""
     one = [{"plan": {"access": "read", "produces": "plan"}}]
     tasks: list[dict[str, Any]] = [
@@ -153,7 +153,7 @@ def test_a_task_that_is_done_has_nothing_to_land(repository: Repository) -> None
     assert (refused.code, "is done" in refused.stderr) == (2, True)
 
 
-def test_a_checklist_ticks_what_is_done(repository: Repository) -> None:
+def test_checklist_ticks_done_tasks(repository: Repository) -> None:
     """An item is over when its workflow is, with or without a landing."""
     todo = repository.top.parent / "todo.md"
     todo.write_text(f"- [ ] in plan hand-over {PLAN} {{#thinks}}\n- [ ] exit 3 {{#fails}}\n")

@@ -68,7 +68,7 @@ def _events(ended: CommandResult) -> list[dict[str, Any]]:
     return [line for line in ended.lines if "event" in line]
 
 
-async def test_a_sink_hears_what_the_command_prints(repository: Repository, tmp_path: Path) -> None:
+async def test_sink_gets_the_printed_events(repository: Repository, tmp_path: Path) -> None:
     """The same events in the same order, from the run's first to its last; the file lies beside the YAML file."""
     tasks: list[dict[str, Any]] = [
         {"id": "one", "prompt": "write one.txt 1"},
@@ -90,7 +90,7 @@ async def test_a_sink_hears_what_the_command_prints(repository: Repository, tmp_
 
 
 @pytest.mark.slow
-async def test_a_sink_that_fails_costs_nothing_and_gets_the_rest_on_resume(repository: Repository, moody: Path) -> None:
+async def test_failing_sink_costs_nothing_and_gets_the_rest_on_resume(repository: Repository, moody: Path) -> None:
     """The run lands and ends as ever; the failure is told once, without secrets, and what is left is delivered."""
     (moody / "off").touch()
     sinks = {"m": {"use": "moody", "folder": str(moody)}}
@@ -115,9 +115,7 @@ async def test_a_sink_that_fails_costs_nothing_and_gets_the_rest_on_resume(repos
 
 
 @pytest.mark.slow
-async def test_a_sink_whose_plugin_is_gone_does_not_keep_a_run_from_going_on(
-    repository: Repository, moody: Path
-) -> None:
+async def test_missing_sink_plugin_does_not_stop_a_run(repository: Repository, moody: Path) -> None:
     """On resume a person is told which sink fails, why, and how it gets the rest; the run lands."""
     sinks = {"m": {"use": "moody", "folder": str(moody)}}
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}], sinks=sinks)
@@ -158,7 +156,7 @@ tasks:
 """
 
 
-def test_mistakes_in_sinks_and_trackers_are_told_at_their_places(repository: Repository) -> None:
+def test_mistakes_in_sinks_and_trackers_have_their_positions(repository: Repository) -> None:
     """They are judged by the rules of adapters, all at once."""
     config = repository.top.parent / "council.yaml"
     config.write_text(_MISTAKES.format(repo=repository.top))
@@ -182,7 +180,7 @@ def test_mistakes_in_sinks_and_trackers_are_told_at_their_places(repository: Rep
     }
 
 
-async def test_the_open_items_of_a_list_are_done_and_ticked(repository: Repository, tmp_path: Path) -> None:
+async def test_open_items_of_a_list_are_done_and_ticked(repository: Repository, tmp_path: Path) -> None:
     """Items run beside the file's tasks with its defaults; what lands is ticked, the next run does the rest."""
     todo = tmp_path / "todo.md"
     todo.write_text(
@@ -208,7 +206,7 @@ async def test_the_open_items_of_a_list_are_done_and_ticked(repository: Reposito
 
 
 @pytest.mark.extended
-async def test_what_landed_before_a_crash_is_ticked_on_resume(repository: Repository, tmp_path: Path) -> None:
+async def test_task_landed_before_a_crash_is_ticked_on_resume(repository: Repository, tmp_path: Path) -> None:
     """Also where the tracker had not heard of it, and where the file of the run is gone."""
     (tmp_path / "todo.md").write_text("- [ ] write one.txt 1\n")
     config = repository.configure([], trackers={"todo": {"use": "checklist", "file": "todo.md"}})
@@ -220,7 +218,7 @@ async def test_what_landed_before_a_crash_is_ticked_on_resume(repository: Reposi
 
 
 @pytest.mark.extended
-async def test_tasks_of_a_tracker_need_each_other_and_the_files_own(repository: Repository, moody: Path) -> None:
+async def test_tasks_of_a_tracker_and_the_file_can_need_each_other(repository: Repository, moody: Path) -> None:
     """What they need lands first, wherever that comes from."""
     (moody / "tasks").write_text(
         "[Task('last', 'append log.txt 3', ['mid']), Task('mid', 'append log.txt 2', ['own'])]"
@@ -265,7 +263,7 @@ async def test_tasks_of_a_tracker_need_each_other_and_the_files_own(repository: 
     ],
     ids=["the file's", "its own", "all at once", "a circle", "no text", "no id", "a key"],
 )
-def test_tasks_of_a_tracker_are_judged_like_the_files_own(
+def test_tasks_of_a_tracker_are_validated_like_those_of_the_file(
     repository: Repository, moody: Path, tasks: str, expected: list[tuple[str, str]]
 ) -> None:
     """Every mistake is told with its place, and nothing is recorded."""
@@ -278,7 +276,7 @@ def test_tasks_of_a_tracker_are_judged_like_the_files_own(
     assert repository.council("runs", "--json").result["runs"] == []
 
 
-def test_a_clash_between_trackers_names_both(repository: Repository, moody: Path, tmp_path: Path) -> None:
+def test_conflicting_trackers_are_both_named(repository: Repository, moody: Path, tmp_path: Path) -> None:
     """The second is the mistake, the first is named with it."""
     (moody / "tasks").write_text("[Task('same', 'x')]")
     (tmp_path / "todo.md").write_text("- [ ] other\n- [ ] Do it {#same}\n")
@@ -297,9 +295,7 @@ def test_a_clash_between_trackers_names_both(repository: Repository, moody: Path
         ("None", "tracker 'm' cannot list its tasks, TypeError: 'NoneType' object is not iterable"),
     ],
 )
-def test_a_tracker_that_can_t_tell_its_tasks_is_a_refusal(
-    repository: Repository, moody: Path, tasks: str, expected: str
-) -> None:
+def test_failing_tracker_is_rejected(repository: Repository, moody: Path, tasks: str, expected: str) -> None:
     """Nothing starts, and no traceback is shown."""
     (moody / "tasks").write_text(tasks)
     config = repository.configure([], trackers={"m": {"use": "moody", "folder": str(moody)}})
@@ -307,7 +303,7 @@ def test_a_tracker_that_can_t_tell_its_tasks_is_a_refusal(
     assert (ended.code, ended.result["error"]) == (2, expected)
 
 
-def test_a_tracker_without_an_adapter_for_its_tasks_is_a_mistake(repository: Repository, moody: Path) -> None:
+def test_tracker_without_an_adapter_is_a_mistake(repository: Repository, moody: Path) -> None:
     """Among several adapters the defaults must name the one for tasks that can't name theirs."""
     config = repository.configure([], trackers={"m": {"use": "moody", "folder": str(moody)}})
     value = json.loads(config.read_text())

@@ -75,7 +75,7 @@ def paths_of(staged: StagingResult) -> list[str]:
     return [change.path for change in staged.changes]
 
 
-async def test_what_was_added_changed_and_removed_is_staged(checkout: Checkout) -> None:
+async def test_added_changed_and_removed_files_are_staged(checkout: Checkout) -> None:
     """Files, links, modes and folders, whatever they are called."""
     tree = checkout.tree
     (tree / "a.txt").write_text("other\n")
@@ -89,13 +89,13 @@ async def test_what_was_added_changed_and_removed_is_staged(checkout: Checkout) 
     assert "made/d.txt" in paths_of(await checkout.stage())
 
 
-async def test_what_is_written_back_is_no_change(checkout: Checkout) -> None:
+async def test_restored_file_is_no_change(checkout: Checkout) -> None:
     """A file with the content that it had before is not staged."""
     (checkout.tree / "a.txt").write_text("a\n")
     assert paths_of(await checkout.stage()) == []
 
 
-async def test_ignored_files_are_passed_over(checkout: Checkout) -> None:
+async def test_ignored_files_are_skipped(checkout: Checkout) -> None:
     """By the checkout's rules, which the session may have changed, and by those of the adapter."""
     for name in ("one.tmp", "two.log", "three.new"):
         (checkout.tree / name).write_text("x\n")
@@ -105,7 +105,7 @@ async def test_ignored_files_are_passed_over(checkout: Checkout) -> None:
     assert paths_of(await checkout.stage(IGNORED)) == [".gitignore", "one.tmp"]
 
 
-async def test_what_may_not_come_in_is_left_as_the_base_has_it(checkout: Checkout) -> None:
+async def test_rejected_file_stays_as_in_the_base(checkout: Checkout) -> None:
     """Files for secrets and huge ones are not even read, secrets in files are found; the rest comes in."""
     (checkout.tree / ".env").write_text("A=1\n")
     (checkout.tree / "a.txt").write_text("x" * 2000)
@@ -116,7 +116,7 @@ async def test_what_may_not_come_in_is_left_as_the_base_has_it(checkout: Checkou
     assert len(staged.refused_objects) == 1
 
 
-async def test_a_file_that_only_git_knows_to_be_ignored_is_not_refused(checkout: Checkout) -> None:
+async def test_file_ignored_only_by_git_is_not_rejected(checkout: Checkout) -> None:
     """A file for secrets that git ignores is none of the work."""
     (checkout.tree / ".gitignore").write_text(".env\n")
     (checkout.tree / ".env").write_text("A=1\n")
@@ -124,7 +124,7 @@ async def test_a_file_that_only_git_knows_to_be_ignored_is_not_refused(checkout:
     assert (paths_of(staged), dict(staged.refused)) == ([".gitignore"], {})
 
 
-async def test_an_index_that_was_staged_before_is_made_anew(checkout: Checkout) -> None:
+async def test_earlier_staged_index_is_rebuilt(checkout: Checkout) -> None:
     """What an earlier look staged, and is gone by now, does not stay in the index."""
     (checkout.tree / "early").write_text("x\n")
     await stage_files(checkout.git, checkout.staging, checkout.base, ADMIT)
@@ -133,7 +133,7 @@ async def test_an_index_that_was_staged_before_is_made_anew(checkout: Checkout) 
     assert paths_of(await checkout.stage()) == ["late"]
 
 
-async def test_a_refused_file_does_not_stay_as_an_earlier_index_has_it(checkout: Checkout) -> None:
+async def test_rejected_file_of_an_earlier_index_is_restored(checkout: Checkout) -> None:
     """A file that was staged when it was small, and is too large by now, is left as the base has it."""
     (checkout.tree / "a.txt").write_text("small\n")
     await stage_files(checkout.git, checkout.staging, checkout.base, ADMIT)
@@ -141,7 +141,7 @@ async def test_a_refused_file_does_not_stay_as_an_earlier_index_has_it(checkout:
     assert paths_of(await checkout.stage()) == []
 
 
-async def test_an_index_of_another_commit_is_made_anew(checkout: Checkout) -> None:
+async def test_index_of_another_commit_is_rebuilt(checkout: Checkout) -> None:
     """A session that began at a merge is judged against its base: all of the difference is staged."""
     other = checkout.staging.index.with_name("other")
     env = {"GIT_WORK_TREE": str(checkout.tree), "GIT_INDEX_FILE": str(other)}
@@ -159,7 +159,7 @@ async def test_an_index_of_another_commit_is_made_anew(checkout: Checkout) -> No
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("limit", [{"max_total": 5000}, {"max_files": 20}])
-async def test_more_than_git_can_stage_is_refused_before_it_begins(checkout: Checkout, limit: dict[str, int]) -> None:
+async def test_more_files_than_git_can_stage_are_rejected_first(checkout: Checkout, limit: dict[str, int]) -> None:
     """With how much it is and how much fits; nothing is read, staged or left behind, and less of it can be staged."""
     assert (await checkout.stage()).problem is None
     before = await checkout.index()

@@ -23,7 +23,7 @@ def status_of(repository: Repository, task: str) -> str | None:
     return None if "documents" not in told else str(told["documents"][0]["value"]["status"])
 
 
-async def test_a_run_at_work_is_looked_at_and_followed(repository: Repository) -> None:
+async def test_active_run_is_shown_and_followed(repository: Repository) -> None:
     """Its live session has a worktree; who follows sees each commit as it comes, and Ctrl-C ends only that."""
     tasks: list[dict[str, Any]] = [
         {"id": "quick", "prompt": "write q.txt q"},
@@ -61,7 +61,7 @@ async def test_a_run_at_work_is_looked_at_and_followed(repository: Repository) -
     await repository.assert_invariants()
 
 
-async def test_after_a_run_its_figures_and_its_past_are_there(repository: Repository) -> None:
+async def test_ended_run_has_metrics_and_history(repository: Repository) -> None:
     """What failed, what landed, how often it was tried, and how it stood before."""
     tasks: list[dict[str, Any]] = [
         {"id": "good", "prompt": "write g.txt g"},
@@ -99,7 +99,7 @@ async def test_after_a_run_its_figures_and_its_past_are_there(repository: Reposi
     await repository.assert_invariants()
 
 
-async def test_who_follows_ends_when_nobody_reads_any_more(repository: Repository) -> None:
+async def test_follower_ends_when_its_output_is_closed(repository: Repository) -> None:
     """As with `| head -1`: with the next commit."""
     repository.council("run", str(repository.configure([{"id": "a", "prompt": "write a.txt a"}])))
     follower = repository.start("state", "log", "--follow")
@@ -112,7 +112,7 @@ async def test_who_follows_ends_when_nobody_reads_any_more(repository: Repositor
     follower.stderr.close()
 
 
-async def test_a_run_that_can_not_be_read_is_told(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unreadable_run_is_reported(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that another version wrote in a sentence, by what needs it and the list of runs; so is one hit by damage."""
     async with recorded_project(repository.top, monkeypatch):
         pass

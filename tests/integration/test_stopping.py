@@ -133,7 +133,7 @@ wait()
 """
 
 
-async def test_a_program_that_is_interrupted_can_tidy_up(house: House, program: Run) -> None:
+async def test_interrupted_program_can_clean_up(house: House, program: Run) -> None:
     """It alone gets SIGINT, its tool lives until it ends it, all that it says is heard, and nobody waits any longer."""
     ended, took = await stopped(house, program(TIDIES, interrupt=True))
     assert heard(house) == [("cli", "SIGINT")]
@@ -142,7 +142,7 @@ async def test_a_program_that_is_interrupted_can_tidy_up(house: House, program: 
     assert took < 5
 
 
-async def test_a_program_that_need_not_be_interrupted_is_not(house: House, program: Run) -> None:
+async def test_program_without_interrupt_support_is_not_interrupted(house: House, program: Run) -> None:
     """It and its tool get SIGTERM at once."""
     ended, _ = await stopped(house, program(TIDIES, interrupt=False))
     assert sorted(heard(house)) == [("cli", "SIGTERM"), ("tool", "SIGTERM")]
@@ -151,14 +151,14 @@ async def test_a_program_that_need_not_be_interrupted_is_not(house: House, progr
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("why", ["timeout", "idle_timeout"])
-async def test_a_program_over_its_limit_is_interrupted(house: House, program: Run, why: str) -> None:
+async def test_program_over_its_limit_is_interrupted(house: House, program: Run, why: str) -> None:
     """Whatever stops it, it can tidy up."""
     ended = await run_supervised(program(TIDIES, interrupt=True, **{why: 2.0}))
     assert (ended.exit, ended.ended_by) == (3, why)
     assert heard(house) == [("cli", "SIGINT")]
 
 
-async def test_a_cancelled_program_is_interrupted(house: House, program: Run) -> None:
+async def test_cancelled_program_is_interrupted(house: House, program: Run) -> None:
     """The cancellation goes on when it has tidied up."""
     async with anyio.create_task_group() as group:
         group.start_soon(run_supervised, program(TIDIES, interrupt=True))
@@ -168,7 +168,7 @@ async def test_a_cancelled_program_is_interrupted(house: House, program: Run) ->
 
 
 @pytest.mark.extended_but_first
-async def test_what_a_program_left_behind_is_not_taken_for_it(house: House, program: Run) -> None:
+async def test_leftover_process_is_not_mistaken_for_the_program(house: House, program: Run) -> None:
     """A process without a parent, whoever looks after it now, gets SIGTERM when the program has ended."""
     source = """
 hear("cli", {INT: sys.exit})
@@ -195,7 +195,7 @@ wait()
 
 
 @pytest.mark.extended_but_first
-async def test_a_program_that_goes_on_is_terminated_after_half_of_the_grace(house: House, program: Run) -> None:
+async def test_continuing_program_is_terminated_after_half_of_the_grace_period(house: House, program: Run) -> None:
     """It and its tool then get SIGTERM, and the rest of the grace."""
     source = """
 hear("cli", {TERM: sys.exit})
@@ -214,7 +214,7 @@ wait()
 
 
 @pytest.mark.extended_but_first
-async def test_a_program_that_ignores_all_is_killed_after_the_grace(house: House, program: Run) -> None:
+async def test_program_that_ignores_signals_is_killed_after_the_grace_period(house: House, program: Run) -> None:
     """To be interrupted gives no more time."""
     source = "hear('cli', {})\nready()\nwait()"
     ended, took = await stopped(house, program(source, interrupt=True, grace=1))
@@ -240,7 +240,7 @@ MODES = pytest.mark.parametrize("interrupt", [False, True], ids=["terminated", "
 
 @pytest.mark.extended_but_first
 @MODES
-async def test_a_wrapper_that_dies_leaves_its_program_the_grace(house: House, program: Run, interrupt: bool) -> None:
+async def test_dying_wrapper_leaves_its_program_the_grace_period(house: House, program: Run, interrupt: bool) -> None:
     """Of whichever signal it dies, its program gets SIGTERM at once, and can save."""
     ended, took = await stopped(house, program(DIES + BEHIND, interrupt=interrupt))
     assert heard(house) == [("program", "SIGTERM")]
@@ -251,7 +251,7 @@ async def test_a_wrapper_that_dies_leaves_its_program_the_grace(house: House, pr
 
 @pytest.mark.extended_but_first
 @MODES
-async def test_a_wrapper_that_passes_nothing_on_is_passed_over(house: House, program: Run, interrupt: bool) -> None:
+async def test_wrapper_that_forwards_nothing_is_bypassed(house: House, program: Run, interrupt: bool) -> None:
     """Its program gets SIGTERM all the same, and can save; the wrapper is killed."""
     ended, took = await stopped(house, program(IGNORES + BEHIND, interrupt=interrupt, grace=1))
     assert heard(house) == [("program", "SIGTERM")]
@@ -262,7 +262,7 @@ async def test_a_wrapper_that_passes_nothing_on_is_passed_over(house: House, pro
 
 @pytest.mark.extended_but_first
 @MODES
-async def test_a_program_that_ignores_all_does_not_outlive_its_wrapper(
+async def test_program_that_ignores_signals_does_not_outlive_its_wrapper(
     house: House, program: Run, interrupt: bool
 ) -> None:
     """The wrapper's end is not taken for its program's, which is killed after the grace."""
@@ -274,7 +274,7 @@ async def test_a_program_that_ignores_all_does_not_outlive_its_wrapper(
 
 
 @pytest.mark.extended_but_first
-async def test_a_program_gets_one_interrupt_through_its_wrapper(house: House, program: Run) -> None:
+async def test_program_gets_one_interrupt_through_its_wrapper(house: House, program: Run) -> None:
     """Not a second one of ours beside that which is passed on, which would tell many programs to end at once."""
     source = """
 hear("wrapper", {INT: lambda: os.kill(behind, INT)})

@@ -24,9 +24,7 @@ def holds_a_log(folder: Path) -> bool:
 
 @pytest.mark.extended
 @pytest.mark.parametrize("form", ["url", pytest.param("folder", marks=pytest.mark.slow)])
-def test_later_commands_look_where_the_file_of_the_newest_run_says(
-    repository: Repository, tmp_path: Path, form: str
-) -> None:
+def test_later_commands_use_the_store_of_the_newest_run(repository: Repository, tmp_path: Path, form: str) -> None:
     """A store that only the file names is found without it, until a run's file names another."""
     elsewhere = tmp_path / "state of mine"
     named: dict[str, Any] = {"state": folder_url(elsewhere)} if form == "url" else {"state_dir": "state of mine"}
@@ -46,9 +44,7 @@ def test_later_commands_look_where_the_file_of_the_newest_run_says(
 
 
 @pytest.mark.extended
-def test_the_flag_counts_before_the_environment_and_that_before_the_file(
-    repository: Repository, tmp_path: Path
-) -> None:
+def test_option_overrides_environment_which_overrides_the_file(repository: Repository, tmp_path: Path) -> None:
     """Each is used where nothing before it says otherwise, and a choice for once is not remembered."""
     folders = {name: tmp_path / name for name in ("flag", "environment", "file")}
     path = repository.configure([_TASK], state=folder_url(folders["file"]))
@@ -67,7 +63,7 @@ def test_the_flag_counts_before_the_environment_and_that_before_the_file(
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"file:///a\nfile:///b\n", b"file://[", b"a folder", None])
-def test_a_choice_that_can_not_be_read_is_told(repository: Repository, content: bytes | None) -> None:
+def test_invalid_store_is_reported(repository: Repository, content: bytes | None) -> None:
     """With the file, whatever became of it; a pipe is not waited for."""
     (repository.top / ".council/state").mkdir(parents=True)
     chosen = repository.top / ".council/store"
@@ -84,7 +80,7 @@ def test_a_choice_that_can_not_be_read_is_told(repository: Repository, content: 
 
 
 @pytest.mark.extended
-def test_a_run_goes_on_in_the_store_that_its_file_named(repository: Repository, tmp_path: Path) -> None:
+def test_run_continues_in_the_store_of_its_file(repository: Repository, tmp_path: Path) -> None:
     """`resume` and `retry` need no file to find it."""
     path = repository.configure([_TASK | {"prompt": "exit 1"}], state_dir=str(tmp_path / "state"))
     assert repository.council("run", str(path)).code == 1
@@ -95,7 +91,7 @@ def test_a_run_goes_on_in_the_store_that_its_file_named(repository: Repository, 
 
 
 @needs_sandbox
-def test_no_session_sees_the_store_wherever_it_is(repository: Repository, tmp_path: Path) -> None:
+def test_session_sees_no_store(repository: Repository, tmp_path: Path) -> None:
     """What is recorded is hidden from sessions in another folder, too."""
     store = tmp_path / "state"
     path = repository.configure(
@@ -108,7 +104,7 @@ def test_no_session_sees_the_store_wherever_it_is(repository: Repository, tmp_pa
 
 
 @pytest.mark.extended
-def test_cleaning_leaves_what_runs_of_another_store_have(repository: Repository, tmp_path: Path) -> None:
+def test_clean_keeps_hubs_of_runs_in_another_store(repository: Repository, tmp_path: Path) -> None:
     """A run that one store knows is not left over because another does not know it."""
     path = repository.configure([_TASK], state_dir=str(tmp_path / "state"))
     assert repository.council("run", str(path), failpoints="session.ended=kill").code == -signal.SIGKILL
@@ -133,7 +129,7 @@ def test_cleaning_leaves_what_runs_of_another_store_have(repository: Repository,
         ({"state": {"max_size": "1"}}, "a size can't be"),
     ],
 )
-def test_a_store_that_can_not_be_is_told_with_its_place(
+def test_impossible_store_is_reported_with_its_position(
     repository: Repository, settings: dict[str, Any], told: str
 ) -> None:
     """The file's mistakes are found before anything is opened."""

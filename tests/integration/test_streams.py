@@ -32,7 +32,7 @@ def through_shell(repository: Repository, arguments: str, **variables: str) -> C
 @pytest.mark.parametrize(
     "closed", ["<&- >&- 2>&-", *(pytest.param(one, marks=pytest.mark.slow) for one in ("<&-", ">&-", "2>&-"))]
 )
-async def test_closed_streams_are_no_harm(repository: Repository, closed: str) -> None:
+async def test_closed_streams_do_no_harm(repository: Repository, closed: str) -> None:
     """A run without streams lands, and nothing that was printed has gone into a file that it opened."""
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
     ended = through_shell(repository, f"run {config} {closed}")
@@ -44,14 +44,14 @@ async def test_closed_streams_are_no_harm(repository: Repository, closed: str) -
 @pytest.mark.extended_but_first
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is full")
 @pytest.mark.parametrize(("command", "code"), [("validate council.yaml", 1), ("--help", 1)])
-def test_output_that_is_not_all_there_is_told(repository: Repository, command: str, code: int) -> None:
+def test_incomplete_output_is_reported(repository: Repository, command: str, code: int) -> None:
     """What a disk without room cut off is not passed for whole."""
     repository.configure([{"id": "one", "prompt": "write one.txt 1"}]).rename(repository.top / "council.yaml")
     ended = through_shell(repository, f"{command} >/dev/full")
     assert ended == CommandResult(code, "", f"council: standard output can't be written: {os.strerror(errno.ENOSPC)}\n")
 
 
-def test_a_terminal_without_unicode(repository: Repository) -> None:
+def test_terminal_without_unicode_works(repository: Repository) -> None:
     """What its encoding lacks is printed as escapes."""
     ended = through_shell(repository, "adapters", PYTHONIOENCODING="ascii")
     assert ended.code == 0, ended
@@ -63,7 +63,7 @@ def test_a_terminal_without_unicode(repository: Repository) -> None:
     "command",
     ["run council.yaml", *(pytest.param(one, marks=pytest.mark.slow) for one in ("init other.yaml", "run --task x"))],
 )
-def test_without_git_it_says_so(repository: Repository, tmp_path: Path, command: str) -> None:
+def test_missing_git_is_reported(repository: Repository, tmp_path: Path, command: str) -> None:
     """Each command that needs git names it, with the remedy."""
     repository.configure([{"id": "one", "prompt": "write one.txt 1"}]).rename(repository.top / "council.yaml")
     empty = tmp_path / "empty"
@@ -76,7 +76,7 @@ def test_without_git_it_says_so(repository: Repository, tmp_path: Path, command:
 @pytest.mark.parametrize(
     "command", ["validate", *(pytest.param(one, marks=pytest.mark.slow) for one in ("doctor", "run --dry-run"))]
 )
-def test_a_pipe_in_place_of_the_file_does_not_hang(repository: Repository, command: str) -> None:
+def test_pipe_in_place_of_the_file_does_not_hang(repository: Repository, command: str) -> None:
     """A repository may bring anything under the name that is looked for."""
     os.mkfifo(repository.top / "council.yaml")
     ended = through_shell(repository, command)
@@ -84,7 +84,7 @@ def test_a_pipe_in_place_of_the_file_does_not_hang(repository: Repository, comma
     assert "it is not a regular file" in ended.stdout + ended.stderr
 
 
-def test_what_the_machine_refuses_is_no_fault_of_ours() -> None:
+def test_refused_system_calls_are_no_internal_error() -> None:
     """It is told with its place and a remedy; anything else may be our fault."""
     refused = to_permission_refusal(PermissionError(errno.EACCES, "Permission denied", "/home/.council"))
     assert isinstance(refused, RefusedError)
@@ -98,7 +98,7 @@ def test_what_the_machine_refuses_is_no_fault_of_ours() -> None:
     "command",
     ["status", "run --task x", *(pytest.param(one, marks=pytest.mark.slow) for one in ("init", "doctor", "clean"))],
 )
-def test_in_a_folder_that_is_gone_it_says_so(repository: Repository, command: str) -> None:
+def test_deleted_current_folder_is_reported(repository: Repository, command: str) -> None:
     """Somebody else may have removed it while the shell stands in it."""
     program = Path(sys.executable).with_name("council")
     done = subprocess.run(

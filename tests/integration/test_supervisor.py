@@ -140,7 +140,7 @@ async def stopped_once(command: SupervisedCommand, ready: Callable[[], object]) 
 # What a well-behaved program sees
 
 
-async def test_a_programs_exit_and_output_are_reported(agent: Agent, tmp_path: Path) -> None:
+async def test_exit_and_output_of_a_program_are_reported(agent: Agent, tmp_path: Path) -> None:
     """Its exit code, what it wrote and where, and that nothing had to be killed."""
     command = agent("print('out'); print('err', file=sys.stderr); sys.exit(3)")
     assert await run_supervised(command) == SupervisedExit(3, None, "exit", None, 4, 4, 0, None)
@@ -148,13 +148,13 @@ async def test_a_programs_exit_and_output_are_reported(agent: Agent, tmp_path: P
     assert (tmp_path / "stderr").read_bytes() == b"err\n"
 
 
-async def test_a_program_that_a_signal_ended_is_reported_as_such(agent: Agent) -> None:
+async def test_program_ended_by_a_signal_is_reported_as_such(agent: Agent) -> None:
     """A crash is told from an exit."""
     ended = await run_supervised(agent("os.kill(os.getpid(), signal.SIGSEGV)"))
     assert (ended.exit, ended.signal, ended.ended_by) == (None, signal.SIGSEGV, "exit")
 
 
-async def test_the_prompt_is_what_a_program_reads(agent: Agent, tmp_path: Path) -> None:
+async def test_prompt_is_the_input_of_the_program(agent: Agent, tmp_path: Path) -> None:
     """A prompt file arrives on standard input byte for byte; without one there is nothing to read."""
     prompt = tmp_path / "prompt"
     prompt.write_bytes(b"-x\xff\n" * 100_000)
@@ -164,7 +164,7 @@ async def test_the_prompt_is_what_a_program_reads(agent: Agent, tmp_path: Path) 
     assert await run_supervised(agent(echo)) == SupervisedExit(0, None, "exit", None, 0, 0, 0, None)
 
 
-async def test_a_program_starts_clean(agent: Agent, tmp_path: Path) -> None:
+async def test_program_starts_with_clean_signals_and_descriptors(agent: Agent, tmp_path: Path) -> None:
     """Exactly the given environment (however large), the usual umask and signals, no stray descriptors."""
     env = {"LC_ALL": "C.UTF-8", "BIG": "x" * 100_000, "MORE": "y" * 100_000, "ODD": "caf\udce9 \n"}
     source = """
@@ -189,7 +189,7 @@ print(int(status["SigBlk"], 16), int(status["SigIgn"], 16) & ~(1 << 12 | 1 << 24
     assert lines[2:] == (["0 0"] if sys.platform == "linux" else [])
 
 
-async def test_a_broken_pipe_ends_a_program_as_usual(tmp_path: Path, agent: Agent) -> None:
+async def test_broken_pipe_ends_a_program_as_usual(tmp_path: Path, agent: Agent) -> None:
     """The shell's `yes | head` does not hang on an ignored SIGPIPE."""
     command = agent("", argv=["sh", "-c", 'yes | head -1; echo "${1##*/}"', "sh", str(tmp_path)])
     ended = await run_supervised(command)
@@ -197,7 +197,7 @@ async def test_a_broken_pipe_ends_a_program_as_usual(tmp_path: Path, agent: Agen
     assert (tmp_path / "stderr").read_text() == ""
 
 
-async def test_a_program_that_asks_the_terminal_fails_at_once(agent: Agent, tmp_path: Path) -> None:
+async def test_program_that_asks_the_terminal_fails_immediately(agent: Agent, tmp_path: Path) -> None:
     """There is no terminal, so that a question is an error and not an endless wait."""
     ended = await run_supervised(agent("os.open('/dev/tty', os.O_RDWR)"))
     assert ended.exit == 1
@@ -220,7 +220,7 @@ async def test_a_program_that_asks_the_terminal_fails_at_once(agent: Agent, tmp_
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
-async def test_what_can_not_be_started_is_reported_with_the_reason(
+async def test_unstartable_program_is_reported_with_the_reason(
     agent: Agent, change: dict[str, object], why: str
 ) -> None:
     """A missing program, folder or file is a fact about the session, not a crash."""
@@ -228,7 +228,7 @@ async def test_what_can_not_be_started_is_reported_with_the_reason(
 
 
 @LINUX_ONLY
-async def test_a_machine_at_its_limits_is_told_from_a_missing_program(agent: Agent, tmp_path: Path) -> None:
+async def test_exhausted_machine_is_distinguished_from_a_missing_program(agent: Agent, tmp_path: Path) -> None:
     """Out of descriptors another try may help, which it does not for a program that is missing."""
     assert not (await run_supervised(agent("", argv=["no-such-program"]))).exhausted
     command = agent("open('ran', 'w')")
@@ -258,7 +258,7 @@ def _has_open(process: psutil.Process, path: Path) -> bool:
 
 
 @pytest.mark.extended_but_first
-async def test_a_session_does_not_start_beside_an_earlier_one_of_its_own(agent: Agent, tmp_path: Path) -> None:
+async def test_session_does_not_start_next_to_an_earlier_one(agent: Agent, tmp_path: Path) -> None:
     """While something still holds the session's lock, the CLI is not run a second time."""
     command = agent("open('ran', 'w')")
     with command.lock.open("w") as file:
@@ -272,14 +272,14 @@ async def test_a_session_does_not_start_beside_an_earlier_one_of_its_own(agent: 
 # How it ends
 
 
-async def test_a_program_that_takes_too_long_is_ended(agent: Agent) -> None:
+async def test_slow_program_is_ended(agent: Agent) -> None:
     """The wall-clock limit is enforced with SIGTERM, and said."""
     ended = await run_supervised(agent("time.sleep(300)", timeout=0.2))
     assert (ended.exit, ended.signal, ended.ended_by) == (None, signal.SIGTERM, "timeout")
 
 
 @pytest.mark.extended_but_first
-async def test_a_program_that_ignores_sigterm_is_killed_after_the_grace(agent: Agent) -> None:
+async def test_program_that_ignores_sigterm_is_killed_after_the_grace_period(agent: Agent) -> None:
     """No program outlasts its limit by more than the grace."""
     began = time.monotonic()
     ended = await run_supervised(
@@ -300,7 +300,7 @@ while True: time.sleep(0.05)  # Python sees a signal that comes just before a sl
 """
 
 
-async def test_a_stopped_program_can_save_its_work(agent: Agent, tmp_path: Path) -> None:
+async def test_stopped_program_can_save_its_work(agent: Agent, tmp_path: Path) -> None:
     """A cancelled session's program gets SIGTERM first and is waited for, but not longer than it needs."""
     took = await stopped_once(agent(LAST_WORD), (tmp_path / "ready").exists)
     assert (tmp_path / "last-word").read_text() == "saved"
@@ -308,7 +308,7 @@ async def test_a_stopped_program_can_save_its_work(agent: Agent, tmp_path: Path)
 
 
 @LINUX_ONLY
-async def test_a_wrapper_that_ends_first_does_not_cost_the_real_program_its_grace(agent: Agent, tmp_path: Path) -> None:
+async def test_wrapper_that_ends_first_leaves_the_program_its_grace_period(agent: Agent, tmp_path: Path) -> None:
     """Some CLIs are a loader that dies of SIGTERM while the real program, in a session of its own, cleans up."""
     source = "if os.fork(): time.sleep(300)\nos.setsid()\n" + LAST_WORD.replace(
         "    with", "    time.sleep(0.2)\n    with"
@@ -330,7 +330,7 @@ if os.fork() == 0:
 
 
 @LINUX_ONLY
-async def test_what_a_program_leaves_behind_is_killed_and_counted(agent: Agent, tmp_path: Path) -> None:
+async def test_leftover_processes_are_killed_and_counted(agent: Agent, tmp_path: Path) -> None:
     """A daemon that holds the output open neither survives nor delays the end."""
     began = time.monotonic()
     ended = await run_supervised(agent(DAEMON + "while not os.path.exists('pid'): pass"))
@@ -340,7 +340,7 @@ async def test_what_a_program_leaves_behind_is_killed_and_counted(agent: Agent, 
 
 
 @LINUX_ONLY
-async def test_a_process_that_forks_faster_than_it_is_found_does_not_escape(agent: Agent, tmp_path: Path) -> None:
+async def test_fast_forking_process_does_not_escape(agent: Agent, tmp_path: Path) -> None:
     """Stopping comes before killing: a program that jumps from pid to pid is caught all the same."""
     source = """
 end = time.monotonic() + 90  # in case nobody catches it
@@ -359,7 +359,7 @@ time.sleep(0.2)
 
 
 @LINUX_ONLY
-async def test_a_stranger_that_holds_the_output_does_not_delay_the_end(agent: Agent, tmp_path: Path) -> None:
+async def test_foreign_holder_of_the_output_does_not_delay_the_end(agent: Agent, tmp_path: Path) -> None:
     """The end of a pipe is never waited for: someone outside of the session may have it open, and write to it."""
     source = "open('pid.new', 'w').write(str(os.getpid())); os.rename('pid.new', 'pid')\n"
     source += "while not os.path.exists('go'): time.sleep(0.01)"
@@ -384,7 +384,7 @@ async def test_a_stranger_that_holds_the_output_does_not_delay_the_end(agent: Ag
 
 @pytest.mark.extended_but_first
 @LINUX_ONLY
-async def test_a_program_that_closes_its_output_costs_nothing(agent: Agent, tmp_path: Path) -> None:
+async def test_program_that_closes_its_output_costs_nothing(agent: Agent, tmp_path: Path) -> None:
     """The supervisor of a silent, long-running program does not spin."""
     source = """
 os.close(1); os.close(2)
@@ -401,7 +401,7 @@ open("ticks", "w").write(str(spent() - before))
 
 
 @pytest.mark.extended_but_first
-async def test_a_silent_program_is_ended(agent: Agent, tmp_path: Path) -> None:
+async def test_silent_program_is_ended(agent: Agent, tmp_path: Path) -> None:
     """One that says nothing and changes nothing is stopped long before its limit, and it is said why."""
     (tmp_path / "tree").mkdir()
     began = time.monotonic()
@@ -414,7 +414,7 @@ async def test_a_silent_program_is_ended(agent: Agent, tmp_path: Path) -> None:
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("sign", ["os.utime('tree/deep/file', (1, 1))", "print('.', flush=True)"])
-async def test_a_program_that_shows_a_sign_of_life_goes_on(agent: Agent, tmp_path: Path, sign: str) -> None:
+async def test_program_with_activity_continues(agent: Agent, tmp_path: Path, sign: str) -> None:
     """A change deep in a watched folder counts as much as output does, whatever time the file claims."""
     (tmp_path / "tree" / "deep").mkdir(parents=True)
     (tmp_path / "tree" / "deep" / "file").touch()
@@ -424,7 +424,7 @@ async def test_a_program_that_shows_a_sign_of_life_goes_on(agent: Agent, tmp_pat
 
 
 @pytest.mark.extended_but_first
-async def test_a_folder_that_can_not_be_watched_ends_nobody(agent: Agent, tmp_path: Path) -> None:
+async def test_unwatchable_folder_ends_nothing(agent: Agent, tmp_path: Path) -> None:
     """What can't be seen is no proof of silence; the wall-clock limit remains."""
     command = agent("time.sleep(300)", idle_timeout=0.2, watched=(tmp_path / "gone",), timeout=1.5)
     assert (await run_supervised(command)).ended_by == "timeout"
@@ -451,7 +451,7 @@ os.write(2, b"x" * 300_000 + b" Bearer 0123456789 " + b"y" * 300_000)
     assert (tmp_path / "stderr").read_bytes() == b"x" * 300_000 + b" [redacted] " + b"y" * 300_000
 
 
-async def test_whole_lines_are_seen_while_the_program_runs(agent: Agent, tmp_path: Path) -> None:
+async def test_complete_lines_are_read_while_the_program_runs(agent: Agent, tmp_path: Path) -> None:
     """Who follows the file sees each line as soon as it is whole."""
     source = "os.write(1, b'whole\\nhalf')\nwhile not os.path.exists('go'): time.sleep(0.01)"
     async with anyio.create_task_group() as group:
@@ -462,7 +462,7 @@ async def test_whole_lines_are_seen_while_the_program_runs(agent: Agent, tmp_pat
 
 
 @pytest.mark.parametrize("lead", range(0, 60, 6))
-async def test_no_half_secret_is_left_at_the_gap(agent: Agent, tmp_path: Path, lead: int) -> None:
+async def test_half_a_secret_at_a_gap_is_removed(agent: Agent, tmp_path: Path, lead: int) -> None:
     """Where the middle of the output is left out, neither side keeps a part of a secret; all bytes are counted."""
     source = f"""
 os.write(1, b"-" * {lead})
@@ -479,7 +479,7 @@ for _ in range(100): os.write(1, (b"sk-" + b"A" * 55 + b"\\n") * 1000)
     assert lines > 15_000
 
 
-async def test_output_that_is_left_out_begins_and_ends_with_no_part_of_a_key(agent: Agent, tmp_path: Path) -> None:
+async def test_omitted_output_starts_and_ends_with_no_part_of_a_key(agent: Agent, tmp_path: Path) -> None:
     """A private key that is cut by the gap is gone from both sides."""
     source = """
 begin, end = (b"-----" + word + b" RSA PRIVATE KEY-----\\n" for word in (b"BEGIN", b"END"))
@@ -496,7 +496,7 @@ os.write(1, b"done\\n")
     assert "KEY" not in kept
 
 
-async def test_a_pattern_that_is_none_starts_nothing(agent: Agent, tmp_path: Path) -> None:
+async def test_invalid_pattern_starts_nothing(agent: Agent, tmp_path: Path) -> None:
     """Without redaction nothing is run."""
     ended = await run_supervised(agent("open('ran', 'w')", redact="("))
     assert ended.spawn_error is not None
@@ -506,7 +506,7 @@ async def test_a_pattern_that_is_none_starts_nothing(agent: Agent, tmp_path: Pat
 
 @pytest.mark.extended_but_first
 @LINUX_ONLY
-async def test_a_flood_of_output_is_cut_in_the_middle_with_bounded_memory(agent: Agent, tmp_path: Path) -> None:
+async def test_output_flood_is_truncated_in_the_middle_with_bounded_memory(agent: Agent, tmp_path: Path) -> None:
     """Of 1 GiB the first bytes and the last MiB are kept, with the number of those left out between them."""
     source = """
 chunk = b"x" * (1 << 20)
@@ -526,7 +526,7 @@ open("peak", "w").write(peak[0].split()[1])
     assert stat.S_IMODE((tmp_path / "stdout").stat().st_mode) == 0o600
 
 
-async def test_output_between_the_cap_and_the_tail_is_whole(agent: Agent, tmp_path: Path) -> None:
+async def test_output_between_the_cap_and_the_tail_is_complete(agent: Agent, tmp_path: Path) -> None:
     """A line of 3 MB that is neither text nor ends is kept byte for byte."""
     line = b"\xff\xfe\x00\r" * 750_000
     ended = await run_supervised(agent("os.write(2, b'\\xff\\xfe\\0\\r' * 750_000)", cap=2 * MIB))
@@ -534,7 +534,7 @@ async def test_output_between_the_cap_and_the_tail_is_whole(agent: Agent, tmp_pa
     assert (tmp_path / "stderr").read_bytes() == line
 
 
-async def test_output_on_a_full_disk_is_reported_and_the_program_goes_on(agent: Agent, tmp_path: Path) -> None:
+async def test_output_on_a_full_disk_is_reported_and_the_program_continues(agent: Agent, tmp_path: Path) -> None:
     """A full disk loses output, which is said, but not the session."""
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
@@ -577,7 +577,7 @@ anyio.run(run_supervised, SupervisedCommand(
 
 @pytest.mark.extended_but_first
 @LINUX_ONLY
-async def test_nothing_outlives_a_kill_of_the_orchestrator(agent: Agent, tmp_path: Path) -> None:
+async def test_killed_orchestrator_leaves_no_process(agent: Agent, tmp_path: Path) -> None:
     """After kill -9 of ours, what ignores, detaches, clears its environment dies within 2 s, then the lock is free."""
     command = agent(NASTY)
     growing = [tmp_path / f"grows-{name}" for name in ("cli", "a", "b")]
@@ -601,7 +601,7 @@ async def test_nothing_outlives_a_kill_of_the_orchestrator(agent: Agent, tmp_pat
 
 
 @LINUX_ONLY
-async def test_a_stop_ends_everything_after_the_grace(agent: Agent, tmp_path: Path) -> None:
+async def test_stop_ends_everything_after_the_grace_period(agent: Agent, tmp_path: Path) -> None:
     """Cancellation leaves nothing alive even of a program that will not end."""
     growing = [tmp_path / f"grows-{name}" for name in ("cli", "a", "b")]
     command = agent(NASTY, grace=0.2)
@@ -611,7 +611,7 @@ async def test_a_stop_ends_everything_after_the_grace(agent: Agent, tmp_path: Pa
     assert took < 5
 
 
-async def test_the_session_lock_is_held_as_long_as_the_session_lives(agent: Agent, tmp_path: Path) -> None:
+async def test_session_lock_is_held_while_the_session_lives(agent: Agent, tmp_path: Path) -> None:
     """Whoever waits for the lock goes on only when nothing of the session is left."""
     command = agent("open('ready', 'w')\nwhile not os.path.exists('go'): time.sleep(0.01)\nopen('done', 'w')")
     async with anyio.create_task_group() as group:
@@ -624,14 +624,12 @@ async def test_the_session_lock_is_held_as_long_as_the_session_lives(agent: Agen
         assert (tmp_path / "done").exists()
 
 
-async def test_a_session_that_never_began_is_released(tmp_path: Path) -> None:
+async def test_session_that_never_started_is_released(tmp_path: Path) -> None:
     """Where no lock was ever made there is nothing to wait for, and none is made."""
     await wait_until_released(tmp_path / "never" / "task.lock", timeout=0)
 
 
-async def test_a_lock_that_goes_while_it_is_looked_at_belongs_to_no_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_lock_removed_during_the_check_has_no_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process sees to the same session, and is done in between."""
     lock = tmp_path / "session" / "lock"
     lock.parent.mkdir()
@@ -652,7 +650,7 @@ async def test_a_lock_that_goes_while_it_is_looked_at_belongs_to_no_process(
 @pytest.mark.parametrize(
     "delay", [0, 0.02, 0.06, *(pytest.param(one, marks=pytest.mark.slow) for one in (0.005, 0.01, 0.03, 0.04))]
 )
-async def test_a_cancellation_during_the_start_leaves_nothing(agent: Agent, delay: float) -> None:
+async def test_cancellation_during_the_start_leaves_nothing(agent: Agent, delay: float) -> None:
     """However early the cancellation comes, afterwards nothing lives, no descriptor is open, no zombie is left."""
     command = agent("time.sleep(300)")
     before = open_fds()
@@ -663,7 +661,7 @@ async def test_a_cancellation_during_the_start_leaves_nothing(agent: Agent, dela
     assert open_fds() == before
 
 
-async def test_a_program_of_a_session_cancelled_before_its_start_never_runs(agent: Agent, tmp_path: Path) -> None:
+async def test_program_of_a_session_cancelled_before_its_start_never_runs(agent: Agent, tmp_path: Path) -> None:
     """A session that is stopped while the supervisor starts costs no call of a model."""
 
     async def cancel() -> None:
@@ -675,7 +673,7 @@ async def test_a_program_of_a_session_cancelled_before_its_start_never_runs(agen
     assert not (tmp_path / "ran").exists()
 
 
-async def test_a_program_that_may_not_start_never_runs(agent: Agent, tmp_path: Path) -> None:
+async def test_program_that_may_not_start_never_runs(agent: Agent, tmp_path: Path) -> None:
     """That is asked under the session's lock: whoever finds it free has been heard, or will be."""
     command = agent("open('ran', 'w')")
 
@@ -691,7 +689,7 @@ async def test_a_program_that_may_not_start_never_runs(agent: Agent, tmp_path: P
 
 @pytest.mark.extended_but_first
 @LINUX_ONLY
-async def test_a_frozen_session_ends_with_all_that_it_started(agent: Agent, tmp_path: Path) -> None:
+async def test_frozen_session_ends_with_all_its_processes(agent: Agent, tmp_path: Path) -> None:
     """Its orchestrator is dead; the supervisor is woken, and kills also what has cleared its environment."""
     command = agent(NASTY)
     growing = [tmp_path / f"grows-{name}" for name in ("cli", "a", "b")]
@@ -710,7 +708,7 @@ async def test_a_frozen_session_ends_with_all_that_it_started(agent: Agent, tmp_
 
 
 @LINUX_ONLY
-async def test_a_cancelled_session_ends_though_its_supervisor_is_stopped(agent: Agent, tmp_path: Path) -> None:
+async def test_cancelled_session_ends_despite_a_stopped_supervisor(agent: Agent, tmp_path: Path) -> None:
     """The supervisor is resumed (SIGCONT) and ends the session as usual: no process is left."""
 
     def stopped() -> bool:
@@ -727,9 +725,7 @@ async def test_a_cancelled_session_ends_though_its_supervisor_is_stopped(agent: 
 
 @pytest.mark.extended_but_first
 @LINUX_ONLY
-async def test_a_session_that_waits_for_a_frozen_orchestrator_ends_before_it_starts(
-    agent: Agent, tmp_path: Path
-) -> None:
+async def test_session_waiting_for_a_frozen_orchestrator_ends_before_it_starts(agent: Agent, tmp_path: Path) -> None:
     """Whoever takes over need not wait, and the orchestrator learns it when it wakes."""
     command = agent("open('ran', 'w')")
 
@@ -742,7 +738,7 @@ async def test_a_session_that_waits_for_a_frozen_orchestrator_ends_before_it_sta
     assert not (tmp_path / "ran").exists()
 
 
-async def test_a_failing_callback_ends_the_session(agent: Agent) -> None:
+async def test_failing_callback_ends_the_session(agent: Agent) -> None:
     """An error in the caller's own code leaves no CLI running behind it."""
 
     def fail() -> None:
@@ -755,7 +751,7 @@ async def test_a_failing_callback_ends_the_session(agent: Agent) -> None:
 
 
 @LINUX_ONLY
-async def test_a_killed_supervisor_is_an_error_and_takes_its_program_along(agent: Agent, tmp_path: Path) -> None:
+async def test_killed_supervisor_is_an_error_and_ends_its_program(agent: Agent, tmp_path: Path) -> None:
     """Without a report nothing is known of the session; its CLI at least dies with the supervisor."""
     source = "open('pid.new', 'w').write(str(os.getpid())); os.rename('pid.new', 'pid'); time.sleep(300)"
 
@@ -774,7 +770,7 @@ async def test_a_killed_supervisor_is_an_error_and_takes_its_program_along(agent
 
 
 @LINUX_ONLY
-async def test_a_daemon_of_a_killed_supervisor_is_killed_by_what_forked_it(agent: Agent, tmp_path: Path) -> None:
+async def test_daemon_of_a_killed_supervisor_is_killed_by_the_fork_server(agent: Agent, tmp_path: Path) -> None:
     """Nothing in it says whose it was; and those after the last session are looked after, too."""
 
     async def kill() -> None:
@@ -788,7 +784,7 @@ async def test_a_daemon_of_a_killed_supervisor_is_killed_by_what_forked_it(agent
     assert not lives(int((tmp_path / "pid").read_text()))
 
 
-async def test_a_supervisor_is_stopped_by_sigterm_and_by_nothing_less(agent: Agent, tmp_path: Path) -> None:
+async def test_supervisor_is_stopped_by_sigterm_only(agent: Agent, tmp_path: Path) -> None:
     """SIGTERM to the supervisor is a stop; a hang-up or an interrupt is not for it."""
 
     async def interfere() -> None:
@@ -805,7 +801,7 @@ async def test_a_supervisor_is_stopped_by_sigterm_and_by_nothing_less(agent: Age
 
 
 @pytest.mark.parametrize("count", [15, pytest.param(50, marks=pytest.mark.slow)])
-async def test_many_sessions_at_once_leave_nothing_open(agent: Agent, tmp_path: Path, count: int) -> None:
+async def test_many_concurrent_sessions_leave_nothing_open(agent: Agent, tmp_path: Path, count: int) -> None:
     """Each gets its own answer, and no descriptor, thread or zombie stays behind for one."""
     before = open_fds()
     template = agent("print(sys.argv[2]); sys.exit(int(sys.argv[2]))")
@@ -830,7 +826,7 @@ async def test_many_sessions_at_once_leave_nothing_open(agent: Agent, tmp_path: 
     assert open_fds() == before
 
 
-async def test_a_supervisor_that_can_not_be_started_is_an_error(agent: Agent) -> None:
+async def test_unstartable_supervisor_is_an_error(agent: Agent) -> None:
     """Out of descriptors: the error comes out, and nothing is left behind."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     # A first thread and its event loop's descriptors exist already.

@@ -44,7 +44,7 @@ def shell(repository: Repository, *tasks: dict[str, Any], **settings: Any) -> tu
     return repository.configure(told, adapters=adapters, readable=[str(gate.parent)], **settings), gate
 
 
-async def test_a_run_on_a_terminal_is_a_table(repository: Repository, start: Start) -> None:
+async def test_run_on_a_terminal_is_a_table(repository: Repository, start: Start) -> None:
     """It shows each task with its last words and lines, survives another size, and leaves what landed behind."""
     config, gate = shell(
         repository,
@@ -78,7 +78,7 @@ async def test_a_run_on_a_terminal_is_a_table(repository: Repository, start: Sta
 
 
 @pytest.mark.extended
-async def test_what_did_not_land_says_what_to_type(repository: Repository, start: Start) -> None:
+async def test_unlanded_tasks_have_their_next_commands(repository: Repository, start: Start) -> None:
     """At the end, in `status` on a terminal and in plain text: why, where it is kept, and the next command."""
     config, _ = shell(
         repository,
@@ -111,7 +111,7 @@ async def test_what_did_not_land_says_what_to_type(repository: Repository, start
     [{"CI": "true"}, pytest.param({"TERM": "dumb"}, marks=pytest.mark.slow)],
     ids=lambda one: next(iter(one)),
 )
-def test_a_terminal_may_want_lines(variables: dict[str, str], repository: Repository, start: Start) -> None:
+def test_terminal_can_show_lines(variables: dict[str, str], repository: Repository, start: Start) -> None:
     """With CI, and where it can't do more, it gets a line for each event, without any escape sequence."""
     config, _ = shell(repository, {"id": "one", "prompt": "echo 1 > one.txt"})
     terminal = start("run", str(config), environ=variables)
@@ -122,7 +122,7 @@ def test_a_terminal_may_want_lines(variables: dict[str, str], repository: Reposi
 
 
 @pytest.mark.extended
-def test_no_color_is_about_colours_alone(repository: Repository, start: Start) -> None:
+def test_no_color_affects_colours_only(repository: Repository, start: Start) -> None:
     """With NO_COLOR the table is there as without, in the terminal's own colours; so is a difference."""
     config, gate = shell(repository, {"id": "one", "prompt": "echo 1 > one.txt; echo ready; gate"})
     terminal = start("run", str(config), environ={"NO_COLOR": "1"})
@@ -139,7 +139,7 @@ def test_no_color_is_about_colours_alone(repository: Repository, start: Start) -
     assert colour.search(wanted.raw)
 
 
-def test_a_pipe_gets_lines(repository: Repository) -> None:
+def test_pipe_gets_lines(repository: Repository) -> None:
     """Without a terminal there is a line for each event, and a plain result."""
     config, _ = shell(repository, {"id": "one", "prompt": "echo 1 > one.txt"})
     ended = repository.council("run", str(config), "-v")
@@ -166,7 +166,7 @@ def test_ctrl_c_is_answered_above_the_table(repository: Repository, start: Start
 
 
 @pytest.mark.extended
-def test_the_second_ctrl_c_leaves_a_usable_terminal(repository: Repository, start: Start) -> None:
+def test_second_ctrl_c_leaves_a_usable_terminal(repository: Repository, start: Start) -> None:
     """Where it ends at once the cursor comes back, and what is said stands below the table."""
     config, gate = shell(repository, {"id": "slow", "prompt": "trap '' TERM; echo ready; gate"})
     terminal = start("run", str(config))
@@ -181,7 +181,7 @@ def test_the_second_ctrl_c_leaves_a_usable_terminal(repository: Repository, star
 
 
 @pytest.mark.extended
-def test_nothing_that_is_shown_is_obeyed(repository: Repository, start: Start) -> None:
+def test_shown_text_is_not_interpreted(repository: Repository, start: Start) -> None:
     """Escape sequences and markup of a program's are text in the table and at the end, and its title is not ours."""
     evil = r"printf '\033]0;owned\007\033[31m[red]stop[/red]\033[2J\r\n'"
     config, gate = shell(
@@ -198,7 +198,7 @@ def test_nothing_that_is_shown_is_obeyed(repository: Repository, start: Start) -
 
 
 @pytest.mark.extended
-async def test_a_run_outlives_its_terminal(repository: Repository, start: Start) -> None:
+async def test_run_survives_its_terminal(repository: Repository, start: Start) -> None:
     """With SIGHUP ignored, as under nohup, a closed window does not end it."""
     config, gate = shell(repository, {"id": "one", "prompt": "echo ready; gate; echo 1 > one.txt"})
     terminal = start("run", str(config), nohup=True)
@@ -240,7 +240,7 @@ async def test_watch_shows_a_run_of_another_process(repository: Repository, star
 
 
 @pytest.mark.extended
-async def test_watch_ends_where_the_run_is_killed(repository: Repository, start: Start) -> None:
+async def test_watch_ends_when_the_run_is_killed(repository: Repository, start: Start) -> None:
     """A process that was killed says nothing: it is seen to be gone, and the next command is `resume`."""
     config, gate = shell(repository, {"id": "one", "prompt": "echo 1 > one.txt; gate"})
     child = repository.start("run", str(config), "--json")
@@ -256,7 +256,7 @@ async def test_watch_ends_where_the_run_is_killed(repository: Repository, start:
     await repository.assert_invariants()
 
 
-def test_an_adapter_that_pauses_is_told_above_the_table(repository: Repository, start: Start) -> None:
+def test_adapter_cooldown_is_shown_above_the_table(repository: Repository, start: Start) -> None:
     """What concerns the run as a whole is a line that stays, and no time left is told meanwhile."""
     adapters = {"sh": {"use": "command", "argv": ["sh", "{prompt_file}"],
                        "failures": {"rate_limited": "again in (?P<seconds>[0-9]+) s"}}}  # fmt: skip
@@ -271,7 +271,7 @@ def test_an_adapter_that_pauses_is_told_above_the_table(repository: Repository, 
 
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux, a terminal that wraps anew what it shows")
 @pytest.mark.slow
-def test_a_terminal_that_wraps_anew_shows_one_table(repository: Repository, tmp_path: Path) -> None:
+def test_rewrapping_terminal_shows_one_table(repository: Repository, tmp_path: Path) -> None:
     """Made narrower again and again, it has no rest of a wider table on its screen."""
     config, gate = shell(
         repository, {"id": "talker", "prompt": f"echo {'word ' * 40}; gate"}, {"id": "b", "prompt": "gate"}

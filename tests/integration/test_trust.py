@@ -50,9 +50,7 @@ def said(ended: CommandResult) -> str:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_no_command_runs_a_program_of_a_file_that_is_not_confirmed(
-    cloned: Repository, command: tuple[str, ...]
-) -> None:
+def test_unconfirmed_programs_of_a_file_are_not_run(cloned: Repository, command: tuple[str, ...]) -> None:
     """Without a terminal that is one error, with what is asked for and what to do."""
     trace = bring(cloned)
     ended = cloned.council(*command)
@@ -62,7 +60,7 @@ def test_no_command_runs_a_program_of_a_file_that_is_not_confirmed(
     assert not trace.exists()
 
 
-def test_what_is_confirmed_is_remembered_and_only_what_is_new_is_asked(cloned: Repository) -> None:
+def test_confirmation_is_remembered_and_only_new_requests_are_asked(cloned: Repository) -> None:
     """In a file of the user's alone, outside of the repository."""
     trace = bring(cloned)
     assert cloned.council("doctor", "--trust").code in {0, 1}
@@ -80,7 +78,7 @@ def test_what_is_confirmed_is_remembered_and_only_what_is_new_is_asked(cloned: R
     assert cloned.council("adapters").code == 0
 
 
-def test_the_environment_confirms_where_there_is_nobody_to_ask(cloned: Repository) -> None:
+def test_environment_confirms_without_a_terminal(cloned: Repository) -> None:
     """For this time alone."""
     bring(cloned)
     cloned.environ["COUNCIL_TRUST"] = "1"
@@ -89,7 +87,7 @@ def test_the_environment_confirms_where_there_is_nobody_to_ask(cloned: Repositor
     assert cloned.council("adapters").code == 2
 
 
-def test_a_file_that_asks_for_nothing_or_that_the_user_chose_needs_no_word(cloned: Repository, tmp_path: Path) -> None:
+def test_harmless_or_chosen_file_needs_no_confirmation(cloned: Repository, tmp_path: Path) -> None:
     """Nor does one that `council init` wrote here."""
     bring(cloned, adapters={"evil": {"use": "command", "argv": ["sh", "{prompt_file}"]}})
     assert cloned.council("adapters").code == 0
@@ -106,7 +104,7 @@ def test_a_file_that_asks_for_nothing_or_that_the_user_chose_needs_no_word(clone
     assert cloned.council("adapters").code == 0
 
 
-def test_looking_at_a_file_needs_no_word(cloned: Repository) -> None:
+def test_reading_a_file_needs_no_confirmation(cloned: Repository) -> None:
     """`validate` runs nothing of it."""
     trace = bring(cloned, sandbox="off")
     assert cloned.council("validate").code == 0
@@ -114,7 +112,7 @@ def test_looking_at_a_file_needs_no_word(cloned: Repository) -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
-def test_a_signal_ends_the_question_at_once(cloned: Repository, how: int) -> None:
+def test_signal_ends_the_question_immediately(cloned: Repository, how: int) -> None:
     """As it ends any command; nothing is confirmed and no program of the file is executed."""
     trace = bring(cloned)
     terminal = Terminal(("doctor",), cloned.top, cloned.environ)
@@ -131,7 +129,7 @@ def test_a_signal_ends_the_question_at_once(cloned: Repository, how: int) -> Non
 
 
 @pytest.mark.parametrize("answer", ["y", ""])
-def test_the_answer_at_the_terminal_decides(cloned: Repository, answer: str) -> None:
+def test_answer_at_the_terminal_decides(cloned: Repository, answer: str) -> None:
     """No answer is no."""
     trace = bring(cloned)
     terminal = Terminal(("doctor",), cloned.top, cloned.environ)

@@ -42,7 +42,7 @@ def one_more(value: JsonObject | None) -> JsonObject:
     return {"n": (value or {"n": 0})["n"] + 1}
 
 
-async def test_of_many_updates_at_once_none_is_lost(store: Store) -> None:
+async def test_concurrent_updates_lose_nothing(store: Store) -> None:
     """Whoever was overtaken does it anew with the newer value."""
 
     async def count() -> None:
@@ -57,7 +57,7 @@ async def test_of_many_updates_at_once_none_is_lost(store: Store) -> None:
     assert (found.value, found.version) == ({"n": 40}, 40)
 
 
-async def test_who_is_always_overtaken_gives_up(store: Store) -> None:
+async def test_repeatedly_overtaken_update_gives_up(store: Store) -> None:
     """After so many attempts the conflict is told, and nothing is written."""
     tried = 0
 
@@ -87,7 +87,7 @@ async def test_who_is_always_overtaken_gives_up(store: Store) -> None:
     assert found.value == {"theirs": 3}
 
 
-async def test_a_version_that_was_expected_is_tried_once(store: Store) -> None:
+async def test_expected_version_is_tried_once(store: Store) -> None:
     """With the wrong one nothing is called or written; whoever wrote the other one is named."""
     await update_document(store, COUNT, one_more)
     with pytest.raises(VersionConflict) as caught:
@@ -101,7 +101,7 @@ async def test_a_version_that_was_expected_is_tried_once(store: Store) -> None:
     assert (created.value, created.version) == ({"n": 1}, 1)
 
 
-async def test_a_change_to_nothing_deletes(store: Store) -> None:
+async def test_update_to_none_deletes(store: Store) -> None:
     """Also where there is nothing to delete; the events of the commit are recorded with it."""
     assert await update_document(store, COUNT, lambda _: None) is None
     assert await store.position() == 0
@@ -111,7 +111,7 @@ async def test_a_change_to_nothing_deletes(store: Store) -> None:
     assert (newest.version, newest.value, list(newest.events)) == (2, None, [Event("gone")])
 
 
-async def test_a_subscriber_hears_of_what_matches(store: Store) -> None:
+async def test_subscriber_gets_matching_changes(store: Store) -> None:
     """From now on, or from a position on; a deletion is a change without a value."""
     await store.commit(Commit([Write(Key("task", "r/old"), 0, {})]))
     heard: list[DocumentChange] = []

@@ -107,9 +107,7 @@ def through_tracked_link(repository: Repository, tmp_path: Path) -> str:
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("way", [in_tree, absolute, home, included, linked, through_tracked_link])
-async def test_a_landing_runs_no_hook_that_it_has_just_written(
-    repository: Repository, tmp_path: Path, way: object
-) -> None:
+async def test_landing_runs_no_hook_that_it_just_wrote(repository: Repository, tmp_path: Path, way: object) -> None:
     """However the user's configuration leads to it."""
     assert callable(way)
     folder, trace = way(repository, tmp_path), tmp_path / "trace"
@@ -123,7 +121,7 @@ async def test_a_landing_runs_no_hook_that_it_has_just_written(
     assert await find_hooks_in_checkouts(site.repository, Git(None, as_user=True, environ=repository.environ))
 
 
-async def test_a_hook_in_another_checkout_of_the_repository_is_not_run(repository: Repository, tmp_path: Path) -> None:
+async def test_hook_in_another_checkout_is_not_run(repository: Repository, tmp_path: Path) -> None:
     """Agents' work may have landed there, too."""
     trace, other = tmp_path / "trace", tmp_path / "other"
     repository.git("worktree", "add", "--quiet", str(other), "-b", "other")
@@ -135,9 +133,7 @@ async def test_a_hook_in_another_checkout_of_the_repository_is_not_run(repositor
     assert not trace.exists()
 
 
-async def test_hooks_outside_of_the_checkouts_run_as_ever_also_next_to_one_inside(
-    repository: Repository, tmp_path: Path
-) -> None:
+async def test_hooks_outside_of_the_checkouts_run(repository: Repository, tmp_path: Path) -> None:
     """By their own names, and what one of them refuses does not land."""
     trace, folder = tmp_path / "trace", repository.top / ".git/hooks"
     folder.mkdir(exist_ok=True)
@@ -158,7 +154,7 @@ async def test_hooks_outside_of_the_checkouts_run_as_ever_also_next_to_one_insid
         assert part in refused.reason
 
 
-async def test_a_daemon_that_a_hook_leaves_keeps_no_lock_of_a_killed_process(repository: Repository) -> None:
+async def test_daemon_of_a_hook_keeps_no_lock_of_a_killed_process(repository: Repository) -> None:
     """Nobody could resume the run before the daemon ends."""
     folder, trace = repository.top / ".git/hooks", repository.spawns.parent / "daemons"
     folder.mkdir(exist_ok=True)
@@ -203,7 +199,7 @@ async def test_a_daemon_that_a_hook_leaves_keeps_no_lock_of_a_killed_process(rep
         ("clean", "./sed s/a/b/"),
     ],
 )
-async def test_a_filter_of_which_the_program_can_land_defers_landings_into_the_checkout(
+async def test_filter_with_a_landable_program_defers_landings(
     repository: Repository, tmp_path: Path, key: str, command: str
 ) -> None:
     """It would run as it is after the landing; a run that lands there does not start."""
@@ -218,7 +214,7 @@ async def test_a_filter_of_which_the_program_can_land_defers_landings_into_the_c
 
 
 @pytest.mark.parametrize("command", ["sed s/a/b/", "sed -e s/a/b/g -e 's|/x|/y|'", "tr a/ b: | cut -d/ -f1"])
-async def test_a_filter_with_slashes_in_arguments_that_are_no_paths_runs(
+async def test_filter_with_slashes_in_other_arguments_runs(
     repository: Repository, tmp_path: Path, command: str
 ) -> None:
     """What such a program is given is an expression."""
@@ -227,7 +223,7 @@ async def test_a_filter_with_slashes_in_arguments_that_are_no_paths_runs(
     assert isinstance(landed, Landed), landed
 
 
-async def test_a_filter_outside_runs_as_ever(repository: Repository, tmp_path: Path) -> None:
+async def test_filter_outside_of_the_checkout_runs(repository: Repository, tmp_path: Path) -> None:
     """Such as that of git LFS, or one by its absolute path."""
     (tmp_path / "up").write_text("#!/bin/sh\ntr a-z A-Z\n")
     (tmp_path / "up").chmod(0o755)
@@ -238,7 +234,7 @@ async def test_a_filter_outside_runs_as_ever(repository: Repository, tmp_path: P
     assert (repository.top / "a.up").read_text() == "TEXT\n"
 
 
-async def test_a_file_monitor_in_the_checkout_is_not_asked_by_a_landing(repository: Repository, tmp_path: Path) -> None:
+async def test_file_monitor_in_the_checkout_is_not_run_by_a_landing(repository: Repository, tmp_path: Path) -> None:
     """`core.fsmonitor` is off for all that a landing runs."""
     trace, script = tmp_path / "trace", '#!/bin/sh\necho ran >> "{}"\n'
 
@@ -284,7 +280,7 @@ WAYS = [includes, dotfiles, included_from_outside, included_on_a_branch, of_anot
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("is_there", [True, False])
 @pytest.mark.parametrize("way", WAYS)
-async def test_no_landing_changes_what_the_users_git_reads_its_configuration_from(
+async def test_landing_does_not_change_git_configuration_files(
     repository: Repository, tmp_path: Path, way: Callable[[Repository, Path], None], is_there: bool
 ) -> None:
     """A filter that it brought would run, as the user, with the next git command."""
@@ -313,7 +309,7 @@ async def test_no_landing_changes_what_the_users_git_reads_its_configuration_fro
         ("rm .gitignore; mkdir data; echo x > data/x", "data"),
     ],
 )
-async def test_no_landing_deletes_files_that_git_ignores(repository: Repository, script: str, lost: str) -> None:
+async def test_landing_deletes_no_ignored_files(repository: Repository, script: str, lost: str) -> None:
     """Neither in a folder that becomes a file, nor where a file is that becomes a folder."""
     repository.commit({".gitignore": ".env\nbuild\ndata\n", "docs/d": "d\n"}, "more")
     repository.remember()
@@ -333,7 +329,7 @@ async def test_no_landing_deletes_files_that_git_ignores(repository: Repository,
     "setting",
     ["core.fsmonitor", "diff.x.textconv", "merge.x.driver", "core.sshCommand", "alias.st", "credential.helper"],
 )
-async def test_no_landing_changes_a_program_that_the_users_git_runs(
+async def test_landing_changes_no_program_run_by_the_users_git(
     repository: Repository, tmp_path: Path, setting: str
 ) -> None:
     """It would run with the user's next command; another file of the checkout may be changed."""
@@ -356,7 +352,7 @@ _EMBEDDED = (
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("parts", [1, 2])
-async def test_no_landing_makes_a_folder_a_repository(repository: Repository, tmp_path: Path, parts: int) -> None:
+async def test_landing_creates_no_repository(repository: Repository, tmp_path: Path, parts: int) -> None:
     """Nor do two of them together, of which each brings a part; `salvage apply` does not bring it in either."""
     ran = tmp_path / "ran"
     whole = _EMBEDDED.format("docs/Notes", ran)
@@ -376,7 +372,7 @@ async def test_no_landing_makes_a_folder_a_repository(repository: Repository, tm
 
 
 @pytest.mark.extended
-async def test_salvage_apply_changes_nothing_that_decides_what_git_runs(repository: Repository) -> None:
+async def test_salvage_apply_changes_nothing_that_git_runs(repository: Repository) -> None:
     """What a landing defers, it refuses."""
     repository.commit({"gitconfig": "[alias]\n\tst = status\n"}, "mine")
     repository.git("config", "include.path", "../gitconfig")

@@ -14,7 +14,7 @@ from tests.conftest import Repository
 TASKS = [{"id": "one", "prompt": "write one.txt 1"}]
 
 
-async def test_file_that_is_right(repository: Repository) -> None:
+async def test_valid_file_is_accepted(repository: Repository) -> None:
     """It says what is in it, starts nothing, and makes no project."""
     config = repository.configure(TASKS, target="out", defaults={"checks": ["true"]})
     text = repository.council("validate", str(config))
@@ -36,7 +36,7 @@ async def test_file_that_is_right(repository: Repository) -> None:
     assert not repository.spawns.exists()
 
 
-async def test_file_with_mistakes_is_told_as_run_tells_it(repository: Repository) -> None:
+async def test_invalid_file_is_reported_like_by_run(repository: Repository) -> None:
     """Exit 2 with every mistake, in the same words."""
     config = repository.top / "bad.yaml"
     config.write_text("version: 1\nrepositry: .\ntasks:\n  - id: a\n    needs: [b]\n    prompt: x\n")
@@ -47,7 +47,7 @@ async def test_file_with_mistakes_is_told_as_run_tells_it(repository: Repository
     assert repository.council("validate", str(config), "--json").result["errors"][0]["line"] == 1
 
 
-async def test_what_is_seldom_meant_is_a_warning_with_a_remedy(repository: Repository) -> None:
+async def test_unusual_settings_are_warnings_with_a_remedy(repository: Repository) -> None:
     """A target under your hands, a repository to write, work that nothing proves, servers for nobody; exit code 0."""
     servers = {"tickets": {"command": ["tickets-mcp"]}}
     config = repository.configure(TASKS, target="main", writable=[str(repository.top)], mcp_servers=servers)
@@ -76,7 +76,7 @@ async def test_doctor_has_the_same_warnings(repository: Repository, checks: list
     assert [one for one in findings if one["name"] == "file"][1:] == [one for one in planned if one["name"] == "file"]
 
 
-async def test_the_file_is_found(repository: Repository) -> None:
+async def test_default_file_is_found(repository: Repository) -> None:
     """Without a name it is council.yaml here, else at the top of the repository; else it is said that there is none."""
     missing = repository.council("validate", "--json")
     assert (missing.code, missing.result["status"]) == (2, "refused")
@@ -87,7 +87,7 @@ async def test_the_file_is_found(repository: Repository) -> None:
     assert inner.council("validate", "--json").result["file"] == str(repository.top / "council.yaml")
 
 
-async def test_real_results_are_as_their_schema_says(repository: Repository) -> None:
+async def test_real_results_match_their_schema(repository: Repository) -> None:
     """What run, status and cancel print last validates, with tasks of every kind of end."""
     schema = json.loads(repository.council("schema", "--result").stdout)
     validator = Draft202012Validator(schema)
@@ -109,7 +109,7 @@ async def test_real_results_are_as_their_schema_says(repository: Repository) -> 
     await repository.assert_invariants()
 
 
-async def test_schema_of_the_file_is_the_one_that_is_shipped(repository: Repository) -> None:
+async def test_schema_of_the_file_is_the_shipped_one(repository: Repository) -> None:
     """The command prints just what stands beside the examples."""
     shipped = Path(__file__).parents[2] / "configs/council.schema.json"
     assert repository.council("schema").stdout == shipped.read_text()

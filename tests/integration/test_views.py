@@ -104,7 +104,7 @@ async def rewrite(store: Store, key: Key, times: int) -> None:
         )
 
 
-async def test_after_a_run_the_views_equal_the_store(repository: Repository) -> None:
+async def test_views_equal_the_store_after_a_run(repository: Repository) -> None:
     """Every document, version and event; a run writes them only if they were requested before."""
     tasks = [
         {"id": "models", "prompt": "write a.txt a", "owns": ["a.txt"]},
@@ -127,7 +127,7 @@ async def test_after_a_run_the_views_equal_the_store(repository: Repository) -> 
     await repository.assert_invariants()
 
 
-async def test_while_a_session_is_at_work_it_is_shown(repository: Repository) -> None:
+async def test_running_session_is_shown(repository: Repository) -> None:
     """With what it may change and where it works."""
     tasks = [{"id": "slow", "prompt": "hang", "owns": ["src/", "a.txt"]}]
     child = repository.start("run", str(repository.configure(tasks)))
@@ -155,7 +155,7 @@ async def test_while_a_session_is_at_work_it_is_shown(repository: Repository) ->
     assert not list(top.glob("context/*/*"))
 
 
-async def test_deleted_and_falsified_views_change_nothing_and_come_back(repository: Repository) -> None:
+async def test_deleted_and_modified_views_are_restored(repository: Repository) -> None:
     """By the command, and by the next run; what the state says is the same meanwhile."""
     config = repository.configure([{"id": "a", "prompt": "write a.txt a"}])
     assert repository.council("run", str(config)).code == 0
@@ -220,7 +220,7 @@ async def test_export_replaces_links_without_following_them(store: Store, projec
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("name", ["views.written", "views.replaced"])
-async def test_killed_between_the_views_come_back_whole(repository: Repository, name: str) -> None:
+async def test_killed_export_is_completed(repository: Repository, name: str) -> None:
     """Nothing is twice, nothing is missing, and nothing of what was begun is left."""
     config = repository.configure([{"id": "a", "prompt": "write a.txt a"}])
     (repository.top / ".council/views").mkdir(parents=True)
@@ -234,7 +234,7 @@ async def test_killed_between_the_views_come_back_whole(repository: Repository, 
     assert sorted(path.name for path in (repository.top / ".council").glob("views*")) == ["views", "views.lock"]
 
 
-async def test_a_run_is_not_failed_by_views_that_cannot_be_written(repository: Repository) -> None:
+async def test_unwritable_views_do_not_fail_a_run(repository: Repository) -> None:
     """That is recorded once; a file stands where their folder should be."""
     config = repository.configure([{"id": name, "prompt": f"write {name}.txt a"} for name in ("a", "b")])
     (repository.top / ".council").mkdir()
@@ -280,7 +280,7 @@ async def test_concurrent_exports_leave_complete_views(store: Store, project: Pr
     await assert_equal(project.views, store)
 
 
-async def test_what_the_log_does_not_go_back_to_is_there_all_the_same(project: Project) -> None:
+async def test_documents_behind_the_compacted_log_are_exported(project: Project) -> None:
     """Documents and their last versions; events from where the log begins."""
     clock = ManualClock(RUN_STARTED)
     async with FileStore.open(ensure_log(project.state_folder), clock, segment_bytes=2000) as store:
@@ -316,9 +316,7 @@ async def test_damage_is_shown(project: Project) -> None:
 
 
 @pytest.mark.parametrize("example", re.findall(r"```sh\n\$ (.*?)```", GUIDE, re.DOTALL), ids=lambda text: text[:40])
-async def test_the_guides_examples_are_true(
-    repository: Repository, monkeypatch: pytest.MonkeyPatch, example: str
-) -> None:
+async def test_guide_examples_work(repository: Repository, monkeypatch: pytest.MonkeyPatch, example: str) -> None:
     """What docs/state.md does with `cat` and its like prints what it says."""
     line, _, expected = example.partition("\n")
     if line.startswith("jq") and shutil.which("jq") is None:

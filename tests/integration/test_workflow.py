@@ -30,7 +30,7 @@ def phases_of(ended: CommandResult, event: str) -> list[str]:
     return [one["phase"] for one in ended.lines if one.get("event") == event]
 
 
-async def test_a_task_goes_through_its_phases_and_lands(repository: Repository) -> None:
+async def test_task_passes_its_phases_and_lands(repository: Repository) -> None:
     """Scout, plan, build, review: each hands over to the next, and what was built lands."""
     prompt = "\n".join(
         (
@@ -48,7 +48,7 @@ async def test_a_task_goes_through_its_phases_and_lands(repository: Repository) 
     await repository.assert_invariants()
 
 
-async def test_a_review_sends_work_back_until_it_approves(repository: Repository) -> None:
+async def test_review_rejects_work_until_it_approves(repository: Repository) -> None:
     """What a review found is what the build is told next; it goes on from its own work."""
     steps = (
         "in build attempt 1 write b.txt hello",
@@ -70,7 +70,7 @@ async def test_a_review_sends_work_back_until_it_approves(repository: Repository
     await repository.assert_invariants()
 
 
-async def test_rejections_have_an_end_and_keep_the_work(repository: Repository) -> None:
+async def test_rejections_end_and_preserve_the_work(repository: Repository) -> None:
     """A review that never approves fails the task with what it found; the branch stays."""
     steps = ("in build append b.txt more", "in build built b.txt", f"in review hand-over {REJECT}")
     workflow = [
@@ -88,7 +88,7 @@ async def test_rejections_have_an_end_and_keep_the_work(repository: Repository) 
     await repository.assert_invariants()
 
 
-async def test_what_is_handed_over_wrong_is_mended_once(repository: Repository) -> None:
+async def test_invalid_handoff_is_repaired_once(repository: Repository) -> None:
     """A session is told what is wrong, and may try once more; then its phase has failed."""
     wrong = json.dumps({"tasks": []})
     steps = (f"in plan attempt 1 hand-over {wrong}", f"in plan attempt 2 hand-over {PLAN}", "in plan keep-prompt")
@@ -109,7 +109,7 @@ async def test_what_is_handed_over_wrong_is_mended_once(repository: Repository) 
     await repository.assert_invariants()
 
 
-async def test_what_a_reader_changes_is_discarded_and_told(repository: Repository) -> None:
+async def test_changes_of_a_reader_are_discarded_and_reported(repository: Repository) -> None:
     """Access to read is enforced, whatever the program does."""
     steps = ("in plan write a.txt mine", "in plan write new.txt mine", f"in plan hand-over {PLAN}")
     path = repository.configure(
@@ -124,7 +124,7 @@ async def test_what_a_reader_changes_is_discarded_and_told(repository: Repositor
 
 
 @pytest.mark.parametrize("failpoint", ["session.ended", pytest.param("work.committed", marks=pytest.mark.extended)])
-async def test_what_a_killed_reader_changed_is_discarded(repository: Repository, failpoint: str) -> None:
+async def test_changes_of_a_killed_reader_are_discarded(repository: Repository, failpoint: str) -> None:
     """Recovery keeps no work of a session that is to change nothing, whether it was committed or not."""
     steps = ("in plan attempt 1 write a.txt mine", f"in plan attempt 2 hand-over {PLAN}")
     path = repository.configure(
@@ -161,7 +161,7 @@ async def test_caches_of_a_readers_tests_are_no_changes(repository: Repository) 
     await repository.assert_invariants()
 
 
-async def test_a_review_is_given_the_changes_as_data(repository: Repository) -> None:
+async def test_review_gets_the_diff_as_data(repository: Repository) -> None:
     """Between marks, with the counts before the lines; of too many lines the counts alone."""
     approve = f"in review hand-over {APPROVE}"
     build = {"few": ["write b.txt MARMALADE"], "many": ["write c.txt QUINCE", *(3001 * ["append many.txt x"])]}
@@ -189,7 +189,7 @@ async def test_a_review_is_given_the_changes_as_data(repository: Repository) -> 
     await repository.assert_invariants()
 
 
-async def test_a_phase_goes_on_until_its_commands_succeed(repository: Repository) -> None:
+async def test_phase_continues_until_its_commands_succeed(repository: Repository) -> None:
     """What they print is what it is told; after so many rounds it has failed."""
     steps = ("attempt 1 write b.txt one", "attempt 2 write c.txt two", "attempt 2 keep-prompt")
     until = {"build": {"until": ["test -f c.txt || { echo c is missing; exit 1; }"]}}
@@ -206,7 +206,7 @@ async def test_a_phase_goes_on_until_its_commands_succeed(repository: Repository
     await repository.assert_invariants()
 
 
-async def test_phases_are_skipped_by_what_is_known(repository: Repository) -> None:
+async def test_phases_are_skipped_by_their_condition(repository: Repository) -> None:
     """A condition sees what earlier phases handed over."""
     scout = json.dumps({"scout_findings": ["x"], "risks": []})
     workflow = [
@@ -225,7 +225,7 @@ async def test_phases_are_skipped_by_what_is_known(repository: Repository) -> No
     await repository.assert_invariants()
 
 
-async def test_what_no_transformation_mediates_keeps_its_name(repository: Repository) -> None:
+async def test_unmediated_value_keeps_its_name(repository: Repository) -> None:
     """Conditions and phases find a kind of one's own, and a plan, where they would without mediation."""
     steps = (
         'in measure hand-over {"seconds": 2, "unit": ""}',
@@ -251,7 +251,7 @@ async def test_what_no_transformation_mediates_keeps_its_name(repository: Reposi
     await repository.assert_invariants()
 
 
-async def test_what_is_mediated_or_shared_gets_to_the_next_phase(repository: Repository) -> None:
+async def test_mediated_and_shared_values_reach_the_next_phase(repository: Repository) -> None:
     """A transformation makes it ready; what others made of a shared value since is what is read."""
     scout = json.dumps({"scout_findings": ["there is a README"], "priorities": ["first things"], "approach": "slowly"})
     changed = json.dumps(
@@ -286,7 +286,7 @@ async def test_what_is_mediated_or_shared_gets_to_the_next_phase(repository: Rep
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("approved", ["plan", "look"])
-async def test_what_a_person_approved_is_not_replaced(repository: Repository, approved: str) -> None:
+async def test_approved_result_is_not_replaced(repository: Repository, approved: str) -> None:
     """A session of another task puts something else under the key, before and after the approval."""
     evil = json.dumps(
         {"tasks": [{"id": "evil", "prompt": "evil"}], "dependencies": [], "timeline": [], "resources": []}
@@ -324,7 +324,7 @@ async def test_what_a_person_approved_is_not_replaced(repository: Repository, ap
     await repository.assert_invariants()
 
 
-async def test_a_kind_of_the_users_own(repository: Repository) -> None:
+async def test_kind_of_the_user_is_accepted(repository: Repository) -> None:
     """A JSON Schema says what is to be handed over, and what is wrong with it."""
     schema = {"type": "object", "required": ["answer"], "properties": {"answer": {"type": "integer"}}}
     workflow = [
@@ -363,7 +363,7 @@ async def test_text_of_agents_stays_data(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
-async def test_what_a_phase_says_nothing_about_stays_as_the_file_has_it(repository: Repository) -> None:
+async def test_unset_keys_of_a_phase_are_those_of_the_file(repository: Repository) -> None:
     """An empty list of requirements is not one that takes the place of the user's own."""
     scout = json.dumps({"scout_findings": ["x"], "requirements": []})
     workflow = [
@@ -382,7 +382,7 @@ async def test_what_a_phase_says_nothing_about_stays_as_the_file_has_it(reposito
     assert "of the phase" in told
 
 
-async def test_a_phase_mediates_between_two_others(repository: Repository) -> None:
+async def test_phase_mediates_between_two_others(repository: Repository) -> None:
     """What it makes of a result is what the phase after it knows; that phase does not see the result itself."""
     scout = json.dumps({"scout_findings": ["a long story"]})
     brief = json.dumps({"scout_findings": ["in short"]})
@@ -412,7 +412,7 @@ async def test_a_phase_mediates_between_two_others(repository: Repository) -> No
     await repository.assert_invariants()
 
 
-async def test_secrets_are_in_nothing_that_is_handed_over(repository: Repository) -> None:
+async def test_handoffs_contain_no_secrets(repository: Repository) -> None:
     """Neither on record nor in what the next phase is told."""
     secret = "sk-ant-api03-" + "a1B2" * 20
     scout = json.dumps({"scout_findings": [f"the key is {secret}"]})
@@ -436,7 +436,7 @@ async def test_secrets_are_in_nothing_that_is_handed_over(repository: Repository
     await repository.assert_invariants(canaries=[secret])
 
 
-async def test_a_phase_that_changes_nothing_is_told_how_to_say_so(repository: Repository) -> None:
+async def test_phase_without_changes_is_told_how_to_report_that(repository: Repository) -> None:
     """What it hands over is no work that could land."""
     path = repository.configure(
         [{"id": "t", "prompt": f"in look hand-over {SCOUT}", "workflow": "one"}],
@@ -448,7 +448,7 @@ async def test_a_phase_that_changes_nothing_is_told_how_to_say_so(repository: Re
     await repository.assert_invariants()
 
 
-async def test_what_a_phase_is_done_until_ends_with_the_run(repository: Repository) -> None:
+async def test_until_commands_of_a_phase_end_with_the_run(repository: Repository) -> None:
     """Its commands are stopped as its session would be; the phase is there for the next `resume`."""
     begun = repository.spawns.parent / "begun"
     until = [f"test -e {begun} || {{ touch {begun}; sleep 600; }}"]

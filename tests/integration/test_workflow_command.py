@@ -19,7 +19,7 @@ from tests.conftest import Repository
 OWN = {"mine": [{"look": {"access": "read", "prompt": "Look at {{ task.id }}."}}, "build"]}
 
 
-async def test_the_supplied_workflow_is_shown_as_a_file_has_it(repository: Repository) -> None:
+async def test_supplied_workflow_is_shown_as_yaml(repository: Repository) -> None:
     """It can be put into a file as it is printed."""
     shown = repository.council("workflow", "show", "adw")
     assert (shown.code, shown.stderr) == (0, "")
@@ -30,7 +30,7 @@ async def test_the_supplied_workflow_is_shown_as_a_file_has_it(repository: Repos
     assert yaml.safe_load(repository.council("workflow", "show").stdout) == section
 
 
-async def test_workflows_of_a_file_are_shown_beside_it(repository: Repository) -> None:
+async def test_workflows_of_a_file_are_shown_too(repository: Repository) -> None:
     """Those that its tasks go through, with what their sessions are told where it is their own."""
     config = repository.configure([{"id": "a", "prompt": "p", "workflow": "mine"}], workflows=OWN)
     shown = repository.council("workflow", "show", "--file", str(config), "--json")
@@ -42,7 +42,7 @@ async def test_workflows_of_a_file_are_shown_beside_it(repository: Repository) -
     ]
 
 
-async def test_a_copied_workflow_can_be_changed(repository: Repository) -> None:
+async def test_copied_workflow_can_be_changed(repository: Repository) -> None:
     """What is in the copied templates is what sessions are told; files that are there are not replaced."""
     copied = repository.council("workflow", "copy", "adw", "flows", "--json")
     assert copied.code == 0
@@ -64,7 +64,7 @@ async def test_a_copied_workflow_can_be_changed(repository: Repository) -> None:
     assert (repository.top / "flows/scout.md.j2").read_text() == builtin_phases()["adw"][0].prompt
 
 
-async def test_what_is_not_there_is_refused(repository: Repository) -> None:
+async def test_unknown_workflow_is_rejected(repository: Repository) -> None:
     """With what there is; and a folder that can't be one."""
     refused = repository.council("workflow", "copy", "adv", "flows")
     assert (refused.code, refused.stderr) == (
@@ -79,7 +79,7 @@ async def test_what_is_not_there_is_refused(repository: Repository) -> None:
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("from_code", [False, True])
-async def test_a_run_records_its_workflows(repository: Repository, from_code: bool) -> None:
+async def test_run_records_its_workflows(repository: Repository, from_code: bool) -> None:
     """A resume has phases, values and the tracker of each task without the file."""
     todo = repository.top.parent / "todo.md"
     todo.write_text("- [ ] write t.txt t\n")

@@ -20,7 +20,7 @@ def entered(ended: CommandResult) -> list[str]:
     return [one["phase"] for one in ended.lines if one.get("event") == "phase.entered"]
 
 
-async def test_work_that_never_passes_the_checks_has_an_end(repository: Repository) -> None:
+async def test_work_that_never_passes_its_checks_ends(repository: Repository) -> None:
     """Each complete phase counts nothing anew of what could not land."""
     steps = ("in build append b.txt more", f"in review hand-over {APPROVE}")
     path = repository.configure(
@@ -43,7 +43,7 @@ async def test_work_that_never_passes_the_checks_has_an_end(repository: Reposito
 
 
 @pytest.mark.extended
-async def test_what_can_not_land_is_mended_by_a_phase_that_was_not_skipped(repository: Repository) -> None:
+async def test_unlandable_work_is_repaired_by_an_unskipped_phase(repository: Repository) -> None:
     """The last phase that writes may not have been entered: the one before it has the work."""
     steps = ("in build append b.txt more", f"in review hand-over {APPROVE}")
     docs = {"docs": {"when": "false"}}
@@ -66,7 +66,7 @@ async def test_what_can_not_land_is_mended_by_a_phase_that_was_not_skipped(repos
     await repository.assert_invariants()
 
 
-async def test_what_is_sent_back_to_a_skipped_phase(repository: Repository) -> None:
+async def test_work_rejected_to_a_skipped_phase_continues(repository: Repository) -> None:
     """A rejection goes back to a phase that has made something."""
     steps = (
         "in build append b.txt more",
@@ -85,7 +85,7 @@ async def test_what_is_sent_back_to_a_skipped_phase(repository: Repository) -> N
 
 
 @pytest.mark.extended
-async def test_work_survives_another_plan(repository: Repository) -> None:
+async def test_work_survives_a_new_plan(repository: Repository) -> None:
     """A review may send back to a phase that only reads: what was built goes on from where it was."""
     steps = (
         f"in plan hand-over {PLAN}",
@@ -109,7 +109,7 @@ async def test_work_survives_another_plan(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
-async def test_who_tries_again_has_all_rounds_before_them(repository: Repository) -> None:
+async def test_retry_has_all_rounds_again(repository: Repository) -> None:
     """Rejections before `council retry` are not counted again."""
     steps = (
         "in build append b.txt more",
@@ -128,7 +128,7 @@ async def test_who_tries_again_has_all_rounds_before_them(repository: Repository
     await repository.assert_invariants()
 
 
-async def test_only_a_review_sends_back_what_it_is_about(repository: Repository) -> None:
+async def test_only_a_review_rejects_its_subject(repository: Repository) -> None:
     """What else has a field of that name is data: it ends, and passes the check."""
     own: dict[str, Any] = {"access": "read", "produces": {"kind": "opinion", "schema": {"type": "object"}}}
     path = repository.configure(
@@ -144,7 +144,7 @@ async def test_only_a_review_sends_back_what_it_is_about(repository: Repository)
     await repository.assert_invariants()
 
 
-async def test_what_several_phases_built_is_done_anew_by_all_where_it_conflicts(repository: Repository) -> None:
+async def test_conflicting_work_of_several_phases_is_repeated_by_all(repository: Repository) -> None:
     """The last of them would go on from what conflicts."""
     steps = ("in one write src/app.py one", "in two append two.txt more")
     path = repository.configure(
@@ -162,7 +162,7 @@ async def test_what_several_phases_built_is_done_anew_by_all_where_it_conflicts(
 
 
 @pytest.mark.extended
-async def test_nothing_is_left_out_by_going_on_further_along(repository: Repository) -> None:
+async def test_later_entry_phase_omits_nothing(repository: Repository) -> None:
     """Who tries again from a phase on has all before it behind them: a task that builds is not done without."""
     steps = ("in build attempt 2 append b.txt more", "in build attempt 1 exit 1", f"in review hand-over {APPROVE}")
     path = repository.configure(
@@ -180,7 +180,7 @@ async def test_nothing_is_left_out_by_going_on_further_along(repository: Reposit
     await repository.assert_invariants()
 
 
-async def test_what_says_nothing_of_a_value_is_not_missed_by_the_check(repository: Repository) -> None:
+async def test_unset_value_does_not_fail_the_check(repository: Repository) -> None:
     """A phase that is given the file's own value has received nothing, where what came before left it empty."""
     scout = json.dumps({"scout_findings": ["x"], "requirements": []})
     phases: list[dict[str, Any]] = [

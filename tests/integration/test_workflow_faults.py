@@ -60,7 +60,9 @@ COUNTING: dict[str, Any] = {"output": "jsonl", "read": [{"input_tokens": "n"}]}
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("phase", PHASES[:2])
-async def test_a_run_whose_budget_ends_behind_a_phase_goes_on_with_more(repository: Repository, phase: str) -> None:
+async def test_run_with_a_budget_exhausted_after_a_phase_continues_with_more(
+    repository: Repository, phase: str
+) -> None:
     """At the phase that was next; what was handed over and built is there."""
     path = configure(repository, f'in {phase} print {{"n": 100}}', adapter=COUNTING, budget={"tokens": 100})
     ended = repository.council("run", str(path), "--json")
@@ -77,7 +79,7 @@ async def test_a_run_whose_budget_ends_behind_a_phase_goes_on_with_more(reposito
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("budgets", [{"budget": {"tokens": 100}}, {"task": {"budget": {"tokens": 100}}}])
-async def test_what_needs_no_session_more_lands_without_a_budget(
+async def test_task_that_needs_no_session_lands_without_a_budget(
     repository: Repository, budgets: dict[str, Any]
 ) -> None:
     """The last phase has used up what there was, and was complete by that."""
@@ -88,7 +90,7 @@ async def test_what_needs_no_session_more_lands_without_a_budget(
     await assert_built_once(repository)
 
 
-async def test_a_task_whose_budget_ends_behind_a_phase_has_failed_with_its_work_kept(repository: Repository) -> None:
+async def test_task_with_a_budget_exhausted_after_a_phase_fails_with_its_work(repository: Repository) -> None:
     """No file can give it more; the branch is there for a person."""
     path = configure(repository, 'in build print {"n": 100}', adapter=COUNTING, task={"budget": {"tokens": 100}})
     ended = repository.council("run", str(path), "--json")
@@ -102,7 +104,7 @@ async def test_a_task_whose_budget_ends_behind_a_phase_has_failed_with_its_work_
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("phase", PHASES)
-async def test_a_limit_is_waited_out_in_the_phase_that_ran_into_it(repository: Repository, phase: str) -> None:
+async def test_usage_limit_is_waited_for_in_its_phase(repository: Repository, phase: str) -> None:
     """It is not counted, and what was complete stays so."""
     path = configure(repository, f"in {phase} once exit 1 {LIMIT}, again in 1 s", adapter=LIMITED, task={"attempts": 1})
     ended = repository.council("run", str(path), "--json")
@@ -113,7 +115,7 @@ async def test_a_limit_is_waited_out_in_the_phase_that_ran_into_it(repository: R
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("phase", PHASES)
-async def test_another_stands_in_from_the_phase_on_that_ran_into_a_limit(repository: Repository, phase: str) -> None:
+async def test_fallback_is_used_from_the_limited_phase_on(repository: Repository, phase: str) -> None:
     """For as long as the limit holds; what was complete stays so."""
     task = {"attempts": 1, "adapter": "fake", "fallback": ["other"]}
     path = configure(repository, f"in {phase} once exit 1 {LIMIT}, again in 18000 s", adapter=LIMITED, task=task)
@@ -127,7 +129,7 @@ async def test_another_stands_in_from_the_phase_on_that_ran_into_a_limit(reposit
 
 
 @pytest.mark.extended
-async def test_a_program_that_is_gone_is_waited_for(repository: Repository) -> None:
+async def test_missing_program_is_waited_for(repository: Repository) -> None:
     """It was removed while an earlier phase was at work: the next one waits until it is back, and costs no attempt."""
     tool = repository.spawns.parent / "tool"
     script = f'#!/bin/sh\nexec {shlex.join([sys.executable, "-S", str(FAKE_CLI)])} "$@"\n'
@@ -153,7 +155,7 @@ async def test_a_program_that_is_gone_is_waited_for(repository: Repository) -> N
     await assert_built_once(repository)
 
 
-async def test_a_program_that_is_killed_in_each_phase_is_tried_again_there(repository: Repository) -> None:
+async def test_program_killed_in_each_phase_is_retried_there(repository: Repository) -> None:
     """A phase that is complete counts nothing against the next one."""
     path = configure(repository, *(f"in {phase} once hang" for phase in PHASES), task={"attempts": 2})
     started = repository.start("run", str(path), "--json")

@@ -96,7 +96,7 @@ async def read(repository: Repository, run: str) -> tuple[dict[str, Any], list[E
 
 @pytest.mark.extended
 @pytest.mark.parametrize("count", [pytest.param(9), pytest.param(20, marks=pytest.mark.slow)])
-async def test_what_git_the_state_and_the_events_say_agrees(repository: Repository, count: int) -> None:
+async def test_git_state_and_events_agree(repository: Repository, count: int) -> None:
     """Rejected, repaired, invalid, edited, crashed, approved, expanded: each comes to what it has to."""
     path = configure(repository, count)
     started = repository.start("run", str(path), "--json")

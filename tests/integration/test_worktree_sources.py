@@ -45,7 +45,7 @@ def _write(path: Path, text: str = "x") -> None:
     path.write_text(text)
 
 
-async def test_what_is_there_is_taken(repository: Repository, tmp_path: Path) -> None:
+async def test_existing_sources_are_accepted(repository: Repository, tmp_path: Path) -> None:
     """Files and folders that git doesn't track, ignored or not, also through a link that is the last part of a path."""
     repository.commit({".gitignore": ".env\n", "docs/guide/a.md": "a\n", "app/[id]/x y.js": "", "deep/x": "x"})
     outside = tmp_path / "models"
@@ -115,7 +115,7 @@ def _through_a_link(repository: Repository) -> None:
         (_nothing, WorktreesConfig(setup=(SetupStep(run="true", inputs=("src",)),)), "file 'src' not found"),
     ],
 )
-async def test_what_is_not_as_it_must_be_is_refused(
+async def test_invalid_sources_are_rejected(
     repository: Repository, prepare: Callable[[Repository], object], worktrees: WorktreesConfig, fragment: str
 ) -> None:
     """The message has the path, and what to do."""
@@ -126,14 +126,14 @@ async def test_what_is_not_as_it_must_be_is_refused(
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root can read everything")
-async def test_what_can_not_be_read_is_refused(repository: Repository) -> None:
+async def test_unreadable_sources_are_rejected(repository: Repository) -> None:
     """A copy of it could not be made."""
     _write(repository.top / "secret")
     (repository.top / "secret").chmod(0)
     assert "'secret' can't be read" in (await look(repository, COPY) or "")
 
 
-async def test_all_that_is_wrong_is_told_at_once(repository: Repository) -> None:
+async def test_all_mistakes_are_reported_at_once(repository: Repository) -> None:
     """One message has each fact with its remedy."""
     worktrees = WorktreesConfig(sparse=("lib",), copied=("README.md", "secret"), linked=("data",))
     found = await look(repository, worktrees) or ""
@@ -142,7 +142,7 @@ async def test_all_that_is_wrong_is_told_at_once(repository: Repository) -> None
     assert found.endswith("fix these under `worktrees:`")
 
 
-async def test_a_bare_repository_has_nothing_to_copy(repository: Repository) -> None:
+async def test_bare_repository_has_nothing_to_copy(repository: Repository) -> None:
     """The rest works as elsewhere."""
     repository.git("clone", "--quiet", "--bare", ".", "../bare.git")
     assert await look(repository, WorktreesConfig(sparse=("src",)), "../bare.git") is None
@@ -151,7 +151,7 @@ async def test_a_bare_repository_has_nothing_to_copy(repository: Repository) -> 
     )
 
 
-async def test_doctor_looks_for_the_sources(repository: Repository) -> None:
+async def test_doctor_checks_the_sources(repository: Repository) -> None:
     """Only where a file says something of worktrees; what a run would be refused for is a problem."""
 
     def level(**settings: Any) -> str | None:
@@ -164,7 +164,7 @@ async def test_doctor_looks_for_the_sources(repository: Repository) -> None:
     assert level(worktrees={"copy": ["secret"]}) == "ok"
 
 
-async def test_the_record_of_a_run_has_its_worktrees(repository: Repository) -> None:
+async def test_run_records_its_worktree_options(repository: Repository) -> None:
     """A resume finds all of it without the file, and what each adapter keeps as well."""
     _write(repository.top / "secret")
     worktrees = {"max": 7, "setup": ["true", {"run": "make", "inputs": ["README.md"]}], "copy": ["secret"], "ports": 2}
@@ -182,7 +182,7 @@ async def test_the_record_of_a_run_has_its_worktrees(repository: Repository) -> 
     assert restored.keep_ignored == (".cache",)
 
 
-async def test_worktrees_from_code(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_worktree_options_work_from_python(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     """Typed objects say the same as a file, with numbers for durations and sizes."""
     monkeypatch.chdir(repository.top)
     described = Config(

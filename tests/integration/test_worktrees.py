@@ -53,9 +53,7 @@ def many(number: int, script: str) -> dict[str, str]:
     return {f"t{one}": script.replace("@", f"t{one}") for one in range(number)}
 
 
-async def test_setup_runs_once_for_each_place_and_again_only_when_its_inputs_change(
-    repository: Repository, outside: Path
-) -> None:
+async def test_setup_runs_once_per_slot_and_again_for_changed_inputs(repository: Repository, outside: Path) -> None:
     """Not in the next run either; what it made is there, no session's work, and made anew for other inputs."""
     repository.commit({"lock": "one\n", ".gitignore": "made/\n"}, "inputs")
     repository.remember()
@@ -80,7 +78,7 @@ async def test_setup_runs_once_for_each_place_and_again_only_when_its_inputs_cha
     await repository.assert_invariants()
 
 
-async def test_a_session_that_spoils_the_setup_costs_its_place(repository: Repository, outside: Path) -> None:
+async def test_session_that_damages_the_setup_discards_its_slot(repository: Repository, outside: Path) -> None:
     """The next one has what setup makes, not what the last one made of it."""
     repository.commit({".gitignore": "made/\n"}, "ignored")
     repository.remember()
@@ -91,7 +89,7 @@ async def test_a_session_that_spoils_the_setup_costs_its_place(repository: Repos
     await repository.assert_invariants()
 
 
-async def test_a_setup_that_fails_is_tried_once_and_told(repository: Repository, outside: Path) -> None:
+async def test_failed_setup_is_tried_once_and_reported(repository: Repository, outside: Path) -> None:
     """Every task says why, with the cause above the notes of the command, and its log; no session was started."""
     said = r"no such package\n\n[notice] A new release is there\nhint: see above\n"
     worktrees = {"setup": [f"echo x >> {outside}/setups; printf '{said}' >&2; exit 7"]}
@@ -129,7 +127,7 @@ async def test_hooks_run_around_each_session(repository: Repository, outside: Pa
     await repository.assert_invariants()
 
 
-async def test_files_of_the_user_are_there_and_never_landed(repository: Repository, outside: Path) -> None:
+async def test_files_of_the_user_are_provided_and_never_landed(repository: Repository, outside: Path) -> None:
     """In sessions and checks; forced into a commit they are left out of it, and their secrets are in no log."""
     repository.commit({".gitignore": ".env\ndata/\n"}, "ignored")
     (repository.top / ".env").write_text(f"SERVICE_TOKEN={SECRET}\n")
@@ -156,7 +154,7 @@ async def test_files_of_the_user_are_there_and_never_landed(repository: Reposito
     assert SECRET not in json.dumps(ended.result)
 
 
-async def test_no_two_live_sessions_share_a_port_or_a_name(repository: Repository, outside: Path) -> None:
+async def test_live_sessions_share_no_port_or_name(repository: Repository, outside: Path) -> None:
     """Each serves on its first port as long as the others do; checks have one, too."""
     (outside / "serve.py").write_text(
         "import os, socket, sys, time\n"
@@ -183,9 +181,7 @@ async def test_no_two_live_sessions_share_a_port_or_a_name(repository: Repositor
     await repository.assert_invariants()
 
 
-async def test_what_is_ignored_reaches_the_next_session_only_if_it_is_kept(
-    repository: Repository, outside: Path
-) -> None:
+async def test_ignored_files_reach_the_next_session_only_if_kept(repository: Repository, outside: Path) -> None:
     """Caches of all are everybody's, those of an adapter its own sessions', the rest nobody's."""
     repository.commit({".gitignore": "cache/\n.tool/\njunk/\n"}, "ignored")
     repository.remember()
@@ -210,7 +206,7 @@ async def test_what_is_ignored_reaches_the_next_session_only_if_it_is_kept(
     await repository.assert_invariants()
 
 
-async def test_folders_that_are_not_wanted_are_not_there_and_not_lost(repository: Repository, outside: Path) -> None:
+async def test_unselected_folders_are_absent_and_not_lost(repository: Repository, outside: Path) -> None:
     """A session sees what is at the top and in the named folders; what lands has all the rest."""
     repository.commit({"docs/a.md": "a\n", "src/deep/b.py": "b\n", "tests/c.py": "c\n"}, "folders")
     repository.remember()
@@ -223,7 +219,7 @@ async def test_folders_that_are_not_wanted_are_not_there_and_not_lost(repository
     await repository.assert_invariants()
 
 
-async def test_the_last_words_of_teardown_are_heard(repository: Repository, outside: Path) -> None:
+async def test_output_of_teardown_is_recorded(repository: Repository, outside: Path) -> None:
     """It runs in a place before that is thrown away, with the place's own name."""
     worktrees = {
         "setup": [f"echo $COUNCIL_NAME >> {outside}/up; echo x > made"],
@@ -235,9 +231,7 @@ async def test_the_last_words_of_teardown_are_heard(repository: Repository, outs
     assert set(gone) <= set(lines(outside / "up"))
 
 
-async def test_what_setup_made_is_made_again_where_a_session_removed_it_though_it_is_kept(
-    repository: Repository, outside: Path
-) -> None:
+async def test_removed_setup_files_are_made_again(repository: Repository, outside: Path) -> None:
     """Whoever keeps it: sessions of every adapter find it."""
     repository.commit({".gitignore": "modules/\n"}, "ignored")
     repository.remember()

@@ -74,7 +74,7 @@ async def fill(store: Store, commits: int, clock: ManualClock) -> None:
         clock.advance(1)
 
 
-async def test_a_part_of_the_log_ends(store: Store, clock: ManualClock) -> None:
+async def test_part_of_the_log_ends(store: Store, clock: ManualClock) -> None:
     """Nothing before, nothing behind, and no waiting for what is yet to come."""
     await fill(store, 30, clock)
     for after, until in ((0, 30), (0, 1), (7, 7), (7, 8), (12, 30), (30, 30), (30, 5)):
@@ -82,7 +82,7 @@ async def test_a_part_of_the_log_ends(store: Store, clock: ManualClock) -> None:
         assert found == list(range(after + 1, until + 1))
 
 
-async def test_parts_come_from_the_newest_and_leave_nothing_out(store: Store, clock: ManualClock) -> None:
+async def test_backward_parts_are_complete(store: Store, clock: ManualClock) -> None:
     """Each commit is in one part, in order within it."""
     await fill(store, 30, clock)
     parts = [[record.position for record in part] async for part in read_backwards(store, 30, 3)]
@@ -90,7 +90,7 @@ async def test_parts_come_from_the_newest_and_leave_nothing_out(store: Store, cl
     assert [position for part in reversed(parts) for position in part] == list(range(4, 31))
 
 
-async def test_what_is_sought_among_the_newest_needs_no_old_log(clock: ManualClock) -> None:
+async def test_search_in_new_commits_reads_no_old_log(clock: ManualClock) -> None:
     """A log that goes back to a position gives what is behind it, and says where it ended."""
     store = ForgetfulStore(clock)
     await fill(store, 30, clock)
@@ -112,7 +112,7 @@ async def test_what_is_sought_among_the_newest_needs_no_old_log(clock: ManualClo
 @pytest.mark.parametrize(
     ("instant", "position"), [(999.9, 0), (1000.0, 1), (1000.9, 1), (1014.0, 15), (1029.0, 30), (9999.0, 30)]
 )
-async def test_a_time_leads_to_the_newest_commit_until_then(
+async def test_time_maps_to_the_newest_commit_before(
     store: Store, clock: ManualClock, instant: float, position: int
 ) -> None:
     """Position 0 before all of them."""
@@ -122,7 +122,7 @@ async def test_a_time_leads_to_the_newest_commit_until_then(
 
 @example_settings(60)
 @given(steps=st.lists(st.integers(-5, 5), max_size=40), instant=st.integers(950, 1050))
-async def test_whatever_the_clock_did_the_newest_commit_until_then_counts(steps: list[int], instant: int) -> None:
+async def test_time_lookup_ignores_clock_jumps(steps: list[int], instant: int) -> None:
     """The same as a look at every commit says."""
     clock = ManualClock(1000.0)
     store = MemoryStore(clock)
@@ -135,7 +135,7 @@ async def test_whatever_the_clock_did_the_newest_commit_until_then_counts(steps:
     assert await find_position(store, instant) == (expected[-1] if expected else 0)
 
 
-async def test_a_log_whose_newest_commit_is_unreadable_still_ends(
+async def test_log_with_an_unreadable_newest_commit_ends(
     tmp_path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is lost never comes: what can be read is what there is."""
@@ -161,7 +161,7 @@ async def forget(store: Store) -> int:
     return (await store.compact(math.inf, 1)).first
 
 
-async def test_a_follower_that_was_stopped_goes_on_behind_what_is_gone(tmp_path: Path, clock: ManualClock) -> None:
+async def test_stopped_follower_continues_after_removed_commits(tmp_path: Path, clock: ManualClock) -> None:
     """Whether it had begun or not, and more than once."""
     async with (
         FileStore.open(tmp_path, clock, segment_bytes=2_000) as store,
@@ -185,9 +185,7 @@ async def test_a_follower_that_was_stopped_goes_on_behind_what_is_gone(tmp_path:
             assert (await anext(late)).position == first + 1
 
 
-async def test_what_is_asked_of_an_owner_that_was_stopped_is_found_all_the_same(
-    tmp_path: Path, clock: ManualClock
-) -> None:
+async def test_stopped_owner_still_finds_requests(tmp_path: Path, clock: ManualClock) -> None:
     """Though the log that told of it is gone."""
     async with FileStore.open(tmp_path, clock, segment_bytes=2_000) as store:
         await record_run(store, clock, run_document(tmp_path))
@@ -203,7 +201,7 @@ async def test_what_is_asked_of_an_owner_that_was_stopped_is_found_all_the_same(
                 await RequestHandler(ledger).complete(found)
 
 
-async def test_what_is_yet_to_come_is_not_waited_for(store: Store) -> None:
+async def test_future_commits_are_not_waited_for(store: Store) -> None:
     """A part of the log ends where the log ends, whatever position is asked for."""
     with anyio.fail_after(5):
         assert [one async for one in read_range(store, 0, 1)] == []

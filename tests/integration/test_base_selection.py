@@ -41,7 +41,7 @@ def mended(path: str) -> list[dict[str, Any]]:
         ("src/shared.txt", "x\ngood\n", "the earlier work conflicts with the target: starting from scratch"),
     ],
 )
-async def test_what_was_owned_by_another_meanwhile_is_merged_or_done_anew(
+async def test_paths_owned_by_another_meanwhile_are_merged_or_repeated(
     repository: Repository, path: str, content: str, reason: str | None
 ) -> None:
     """Where both fit together the earlier work goes on; no task that says what it owns is ever in conflict."""
@@ -54,7 +54,7 @@ async def test_what_was_owned_by_another_meanwhile_is_merged_or_done_anew(
     await repository.assert_invariants()
 
 
-async def test_what_is_owned_may_have_changed_since_it_was_looked_where_to_start(
+async def test_start_after_owned_files_changed_chooses_a_new_base(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever had it has landed in between: the attempt starts from that, and not from what was seen before."""

@@ -98,7 +98,7 @@ def files(place: Path) -> set[str]:
     return {path.name for path in place.iterdir()}
 
 
-async def test_there_and_back_again(source: FileStore, tmp_path: Path, clock: ManualClock) -> None:
+async def test_copy_there_and_back_is_equal(source: FileStore, tmp_path: Path, clock: ManualClock) -> None:
     """From files to memory, to a file, to files: at each stop all is told as before, also to the next opener."""
     expected, memory = await told(source), MemoryStore(clock)
     copied = await copy_store(source, memory)
@@ -124,7 +124,7 @@ async def test_there_and_back_again(source: FileStore, tmp_path: Path, clock: Ma
     assert not files(tmp_path / "target") & {"loading", "loaded"}
 
 
-async def test_segments_have_their_usual_size(source: FileStore, tmp_path: Path, clock: ManualClock) -> None:
+async def test_copied_segments_have_their_usual_size(source: FileStore, tmp_path: Path, clock: ManualClock) -> None:
     """However many commits there are at once."""
     async with FileStore.open(tmp_path / "target", clock, segment_bytes=SMALL) as target:
         await copy_store(source, target)
@@ -134,7 +134,7 @@ async def test_segments_have_their_usual_size(source: FileStore, tmp_path: Path,
     assert {one.st_mode & 0o777 for one in found} == {0o600}
 
 
-async def test_what_is_at_work_is_copied_as_of_a_moment(source: FileStore, tmp_path: Path, clock: ManualClock) -> None:
+async def test_active_store_is_copied_as_of_a_moment(source: FileStore, tmp_path: Path, clock: ManualClock) -> None:
     """Whoever commits goes on meanwhile, through another opening of the store, too; nothing is lost or half there."""
     async with (
         FileStore.open(tmp_path / "source", clock) as other,
@@ -161,7 +161,7 @@ async def test_what_is_at_work_is_copied_as_of_a_moment(source: FileStore, tmp_p
         assert (await target.at(copied.position)).documents == (await source.at(copied.position)).documents
 
 
-async def test_a_second_copy_is_there_already(source: FileStore, tmp_path: Path, clock: ManualClock) -> None:
+async def test_second_copy_is_a_no_op(source: FileStore, tmp_path: Path, clock: ManualClock) -> None:
     """But neither one of another store, nor one that was committed to, nor one of a store that has gone on."""
     async with FileStore.open(tmp_path / "target", clock) as target:
         copied = await copy_store(source, target)
@@ -194,7 +194,7 @@ class Forgetful(MemoryStore):
             await self.commit(Commit([Write(Key("x", str(commit.position)), 0, {})]))
 
 
-async def test_a_copy_that_differs_is_told(clock: ManualClock) -> None:
+async def test_different_copy_is_reported(clock: ManualClock) -> None:
     """A store that breaks its promise is found out."""
     source = MemoryStore(clock)
     await source.commit(Commit([Write(MUCH, 0, {})], [Event("e")]))
@@ -202,7 +202,7 @@ async def test_a_copy_that_differs_is_told(clock: ManualClock) -> None:
         await copy_store(source, Forgetful(clock))
 
 
-async def test_what_is_damaged_is_not_copied(tmp_path: Path, clock: ManualClock) -> None:
+async def test_damaged_store_is_not_copied(tmp_path: Path, clock: ManualClock) -> None:
     """Neither to a store nor to a file; repaired, it is, and tells the same."""
     async with FileStore.open(tmp_path / "source", clock, segment_bytes=600) as source:
         for number in range(20):
@@ -221,7 +221,7 @@ async def test_what_is_damaged_is_not_copied(tmp_path: Path, clock: ManualClock)
             assert await told(target) == await told(source)
 
 
-async def test_another_process_that_has_the_empty_target_open(tmp_path: Path, clock: ManualClock) -> None:
+async def test_target_opened_by_another_process_is_rejected(tmp_path: Path, clock: ManualClock) -> None:
     """Sees what was loaded, or wins by committing first."""
     async with (
         FileStore.open(tmp_path / "target", clock) as target,
@@ -295,7 +295,7 @@ def work(place: Path, failpoints: str = "", **limits: int) -> subprocess.Complet
         pytest.param("state.load_put", True, True, marks=pytest.mark.slow),
     ],
 )
-async def test_killed_in_a_load(
+async def test_killed_load_is_complete_or_absent(
     source: FileStore, tmp_path: Path, clock: ManualClock, failpoint: str, is_there: bool, opens: bool
 ) -> None:
     """The store is empty or whole, to whoever has it open and to whoever comes; to copy it again succeeds."""
@@ -318,7 +318,7 @@ async def test_killed_in_a_load(
         assert not files(tmp_path / "target") & {"loading", "loaded"}
 
 
-async def test_on_a_full_disk_nothing_is_loaded(source: FileStore, tmp_path: Path, clock: ManualClock) -> None:
+async def test_full_disk_loads_nothing(source: FileStore, tmp_path: Path, clock: ManualClock) -> None:
     """The target stays empty, and takes it when there is room."""
     full = await anyio.to_thread.run_sync(lambda: work(tmp_path, RLIMIT_FSIZE=1_000))
     assert full.returncode == 1
@@ -337,7 +337,7 @@ async def exported(source: FileStore, tmp_path: Path, clock: ManualClock) -> Pat
     return tmp_path / "state.jsonl.zst"
 
 
-async def test_an_export_is_lines_that_anybody_reads(exported: Path, clock: ManualClock) -> None:
+async def test_export_consists_of_readable_lines(exported: Path, clock: ManualClock) -> None:
     """A header, commits and a footer whose checksum is that of the lines before."""
     header, *commits, footer = map(json.loads, unpacked(exported))
     assert (header["format"], header["version"], header["position"], header["time"]) == (
@@ -365,7 +365,7 @@ async def refused(data: bytes, store: Store) -> str:
     return str(caught.value)
 
 
-async def test_a_file_that_is_cut_off_is_refused(exported: Path, tmp_path: Path, clock: ManualClock) -> None:
+async def test_truncated_file_is_rejected(exported: Path, tmp_path: Path, clock: ManualClock) -> None:
     """Wherever; and one with something behind its end, and none at all."""
     whole, store = exported.read_bytes(), MemoryStore(clock)
     for end in {*range(0, len(whole), 17), *range(len(whole) - 20, len(whole))}:
@@ -381,7 +381,7 @@ async def test_a_file_that_is_cut_off_is_refused(exported: Path, tmp_path: Path,
         await import_store(exported, target)
 
 
-async def test_a_file_with_a_flipped_bit_is_refused(exported: Path, clock: ManualClock) -> None:
+async def test_file_with_a_flipped_bit_is_rejected(exported: Path, clock: ManualClock) -> None:
     """Whichever, but for the few that say nothing: with one of those all of it is what was written."""
     whole, refusals = exported.read_bytes(), 0
     for place in range(0, len(whole), 5):
@@ -403,7 +403,7 @@ def packed(lines: Sequence[bytes]) -> bytes:
     return zstandard.ZstdCompressor().compress(b"".join(lines))
 
 
-async def test_what_is_no_export_is_refused(exported: Path, clock: ManualClock) -> None:
+async def test_file_that_is_no_export_is_rejected(exported: Path, clock: ManualClock) -> None:
     """Each for its own reason."""
     lines, store = unpacked(exported), MemoryStore(clock)
     header, footer = json.loads(lines[0]), json.loads(lines[-1])
@@ -446,7 +446,7 @@ async def test_what_is_no_export_is_refused(exported: Path, clock: ManualClock) 
         ({"documents": [{}, {}]}, "one commit writes it twice"),
     ],
 )
-async def test_what_no_store_can_hold_or_go_on_from_is_refused(
+async def test_unusable_content_is_rejected(
     changes: dict[str, Any], told: str, tmp_path: Path, clock: ManualClock
 ) -> None:
     """Though the file's own checksum is right; nothing of it is in the store then."""
@@ -485,7 +485,7 @@ except RefusedError as error:
 
 
 @pytest.mark.parametrize("line", [b"\n", pytest.param(b"x", marks=pytest.mark.slow)])
-def test_a_file_that_unpacks_to_far_more_takes_little_memory(tmp_path: Path, line: bytes) -> None:
+def test_decompression_bomb_takes_bounded_memory(tmp_path: Path, line: bytes) -> None:
     """Neither many empty lines, of which each is an object for us, nor one that does not end."""
     packer = zstandard.ZstdCompressor().compressobj()
     part = line * (1 << 20)
@@ -496,7 +496,7 @@ def test_a_file_that_unpacks_to_far_more_takes_little_memory(tmp_path: Path, lin
     assert (ended.returncode, ended.stdout.partition(": ")[0]) == (0, "bomb"), ended.stderr
 
 
-async def test_a_file_is_replaced_only_by_force(exported: Path, source: FileStore, tmp_path: Path) -> None:
+async def test_file_is_replaced_only_by_force(exported: Path, source: FileStore, tmp_path: Path) -> None:
     """And a folder never; nothing is left beside it."""
     before = exported.read_bytes()
     with pytest.raises(RefusedError, match="--force"):
@@ -520,7 +520,7 @@ async def test_a_file_is_replaced_only_by_force(exported: Path, source: FileStor
     assert files(tmp_path) == {"source", "pipe", "link", exported.name}
 
 
-async def test_an_export_that_can_not_be_written_leaves_nothing(source: FileStore, tmp_path: Path) -> None:
+async def test_failed_export_leaves_nothing(source: FileStore, tmp_path: Path) -> None:
     """Nor does one whose place was taken meanwhile take it back."""
 
     class Full(io.BytesIO):
@@ -535,7 +535,7 @@ async def test_an_export_that_can_not_be_written_leaves_nothing(source: FileStor
     assert files(tmp_path) == {"source"}
 
 
-async def test_a_place_that_was_taken_meanwhile_is_left_alone(
+async def test_place_taken_meanwhile_is_not_overwritten(
     source: FileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who came first stays."""
@@ -568,7 +568,7 @@ async def test_stores_have_several_names(tmp_path: Path, monkeypatch: pytest.Mon
     assert (await copy_state("made", tmp_path / "copied", clock=SystemClock())).commits == 1
 
 
-async def test_large_logs_take_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_large_logs_take_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commits are read and written in parts, whatever the length of the log."""
     for module in (file_store, reading):
         monkeypatch.setattr(module, "PART_BYTES", 4_000)

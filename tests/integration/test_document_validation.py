@@ -107,7 +107,7 @@ async def look_at_all(council: Council) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"progress": "50%"}, {"status": "completed"}, {"status": "in_progress"}])
-async def test_an_update_in_the_words_of_others_is_refused_with_what_to_write(
+async def test_update_with_unknown_fields_is_rejected_with_the_known_ones(
     council: Council, changes: JsonObject
 ) -> None:
     """A field that a task does not have, a status that is none; nothing is written."""
@@ -119,7 +119,7 @@ async def test_an_update_in_the_words_of_others_is_refused_with_what_to_write(
     await look_at_all(council)
 
 
-async def test_progress_has_a_place(council: Council) -> None:
+async def test_progress_is_accepted(council: Council) -> None:
     """`extra` of a task and of a run holds any fields, next to the states that a person can give."""
     noted = {"progress": "50%", "files": ["a.py"], "metrics": {"lines": 3}}
     made = await council.state.update(API, lambda task: {**(task or {}), "extra": noted, "status": "failed"})
@@ -130,7 +130,7 @@ async def test_progress_has_a_place(council: Council) -> None:
     assert {one.run for one in await council.runs.list()} == {RUN, OTHER}
 
 
-async def test_what_was_noted_comes_back_with_a_repair(council: Council) -> None:
+async def test_recorded_progress_is_restored_by_a_repair(council: Council) -> None:
     """Also integers of more than 64 bits, which some encoders of JSON refuse."""
     noted = {"x": 2**80, "name": "é\u2028", "files": []}
     for key in (API, Key("run", RUN)):
@@ -187,7 +187,7 @@ UNFIT: Mapping[str, tuple[Key, JsonObject]] = {
 
 @pytest.mark.parametrize("state", [None, "memory:"])
 @pytest.mark.parametrize("key", [API, Key("run", RUN), Key("memo", "x")], ids=str)
-async def test_what_no_store_takes_is_refused_as_such(
+async def test_unstorable_value_is_rejected(
     council: Council, repository: Repository, key: Key, state: str | None
 ) -> None:
     """With an error of ours, by each function that writes, and nothing is written."""
@@ -209,7 +209,7 @@ async def test_what_no_store_takes_is_refused_as_such(
 
 
 @pytest.mark.parametrize("name", UNFIT)
-async def test_values_that_no_command_could_use_are_refused(council: Council, name: str) -> None:
+async def test_value_that_breaks_commands_is_rejected(council: Council, name: str) -> None:
     """They are of the right type, and still nothing could be shown or started with them."""
     key, changes = UNFIT[name]
     with pytest.raises(RefusedError, match="can't become this"):
@@ -261,7 +261,7 @@ BROKEN: Mapping[str, tuple[Key, Callable[[JsonObject], JsonObject]]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-async def test_one_unreadable_document_affects_its_run_alone(council: Council, name: str) -> None:
+async def test_unreadable_document_affects_its_run_only(council: Council, name: str) -> None:
     """It is named, with what to do; all else goes on; a repair goes back to what could be read."""
     key, change = BROKEN[name]
     before = await council.state.get(key)
@@ -293,7 +293,7 @@ async def test_one_unreadable_document_affects_its_run_alone(council: Council, n
     assert {one.run for one in await council.runs.list()} == {RUN, OTHER}
 
 
-async def test_a_refusal_names_the_document_and_the_fix(council: Council, repository: Repository) -> None:
+async def test_rejection_names_the_document_and_the_fix(council: Council, repository: Repository) -> None:
     """In one line, as `status` and `resume` print it; `runs` lists the others and tells of it."""
     await put(council._context.store, Key("task", f"{OTHER}/api"), lambda value: {**value, "status": "completed"})
     for command in (["status"], ["resume"], ["state", "show"], ["checkpoint", "create"]):
@@ -313,7 +313,7 @@ async def test_a_refusal_names_the_document_and_the_fix(council: Council, reposi
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("place", ["state.appended", "state.published"])
-async def test_a_repair_that_is_killed_goes_on(council: Council, repository: Repository, place: str) -> None:
+async def test_killed_repair_continues(council: Council, repository: Repository, place: str) -> None:
     """Of several documents some are restored by then; the next one does the rest, and the one after that nothing."""
     keys = [Key(kind, f"{run}/{task}") for kind in ("task", "spec") for run in (RUN, OTHER) for task in RECORDED]
     before = [found and found.value for found in [await council.state.get(key) for key in keys]]
@@ -360,7 +360,7 @@ def changed(draw: st.DrawFn, value: Any) -> Any:
 
 @given(data=st.data())
 @example_settings(40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-async def test_whatever_is_written_over_a_document_of_ours_commands_work(council: Council, data: st.DataObject) -> None:
+async def test_commands_work_with_any_overwritten_document(council: Council, data: st.DataObject) -> None:
     """Either it is refused, or all can be looked at as before."""
     documents = (await council.history.at(22)).documents  # as the fixture made them, at each example
     key = data.draw(st.sampled_from(sorted(key for key in documents if key.kind in DOCUMENT_KINDS)))
@@ -377,9 +377,7 @@ async def test_whatever_is_written_over_a_document_of_ours_commands_work(council
 
 @given(data=st.data())
 @example_settings(15, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-async def test_whatever_another_program_stored_of_one_run_the_others_go_on(
-    council: Council, data: st.DataObject
-) -> None:
+async def test_commands_work_with_foreign_documents_of_one_run(council: Council, data: st.DataObject) -> None:
     """Past all checks, into any of its documents: no other run is affected, and a repair helps."""
     documents = {key: one for key, one in (await council.history.at(22)).documents.items() if OTHER not in key.id}
     key = data.draw(st.sampled_from(sorted(documents)))
@@ -400,7 +398,7 @@ async def test_whatever_another_program_stored_of_one_run_the_others_go_on(
 
 @given(data=st.data())
 @example_settings(150, deadline=None)
-def test_what_may_be_written_can_be_read(data: st.DataObject) -> None:
+def test_accepted_value_is_readable(data: st.DataObject) -> None:
     """Of any change of any document of ours, what is not refused has no flaw."""
     value = json.loads(run_document(Path("/"), RUN).model_dump_json())
     key = data.draw(st.sampled_from([Key("run", RUN), API]))
@@ -415,7 +413,7 @@ def test_what_may_be_written_can_be_read(data: st.DataObject) -> None:
         assert find_document_error(found._replace(encoded=json.dumps(after).encode())) is None
 
 
-async def test_an_unreadable_document_has_an_error_of_its_own(council: Council) -> None:
+async def test_unreadable_document_has_its_own_error(council: Council) -> None:
     """Who catches it knows which document it is."""
     found = await council._context.store.get(API)
     assert found is not None

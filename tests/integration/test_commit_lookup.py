@@ -18,7 +18,7 @@ _SIZES = (10, 500, 3_000, 20_000, 400_000)
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("damage", [0, 5])
-async def test_each_commit_is_found_in_a_large_segment(tmp_path: Path, damage: int) -> None:
+async def test_each_commit_of_a_large_segment_is_found(tmp_path: Path, damage: int) -> None:
     """Those whose header can be read, and no other."""
     chance = random.Random(7)
     async with FileStore.open(tmp_path, ManualClock()) as store:

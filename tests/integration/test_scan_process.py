@@ -43,7 +43,7 @@ def stamps(tmp_path: Path) -> TreeSnapshot:
     return stamps
 
 
-async def test_another_process_finds_what_ours_does(stamps: TreeSnapshot) -> None:
+async def test_scan_process_finds_the_same_changes(stamps: TreeSnapshot) -> None:
     """One process answers all questions, and ends with the body."""
     async with FileScanner.open() as walker:
         for _ in range(2):
@@ -53,14 +53,14 @@ async def test_another_process_finds_what_ours_does(stamps: TreeSnapshot) -> Non
     assert not process.is_running()
 
 
-async def test_for_few_files_no_process_is_started(stamps: TreeSnapshot) -> None:
+async def test_few_files_start_no_process(stamps: TreeSnapshot) -> None:
     """A thread is enough."""
     async with FileScanner.open() as walker:
         assert await walker.run(stamps.compare, 3) == stamps.compare()
         assert walkers() == []
 
 
-async def test_a_process_that_is_gone_is_made_up_for(stamps: TreeSnapshot) -> None:
+async def test_dead_scan_process_is_replaced(stamps: TreeSnapshot) -> None:
     """The answer comes from a thread of ours, the next one from another process."""
     async with FileScanner.open() as walker:
         await walker.run(stamps.compare, MANY)
@@ -73,9 +73,7 @@ async def test_a_process_that_is_gone_is_made_up_for(stamps: TreeSnapshot) -> No
         assert walkers() != [first]
 
 
-async def test_a_process_that_does_not_answer_is_given_up(
-    stamps: TreeSnapshot, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_hanging_scan_process_is_abandoned(stamps: TreeSnapshot, monkeypatch: pytest.MonkeyPatch) -> None:
     """After some time the answer comes from a thread of ours, and the process is killed."""
     monkeypatch.setattr(scan_process, "_EXIT_TIMEOUT", 0.01)
     async with FileScanner.open() as walker:
@@ -88,9 +86,7 @@ async def test_a_process_that_does_not_answer_is_given_up(
 
 
 @pytest.mark.parametrize("said", ["Fatal Python error: init_fs_encoding", "Could not find libraries", ""])
-async def test_what_is_no_answer_is_not_taken_for_one(
-    stamps: TreeSnapshot, monkeypatch: pytest.MonkeyPatch, said: str
-) -> None:
+async def test_invalid_answer_is_not_used(stamps: TreeSnapshot, monkeypatch: pytest.MonkeyPatch, said: str) -> None:
     """Whatever an interpreter prints that can't be started, the answer comes from a thread of ours."""
     argv = ["sh", "-c", f"echo {said!r}"]
     monkeypatch.setattr(process, "internal_program", lambda *_: (argv, dict(os.environ)))
@@ -98,7 +94,7 @@ async def test_what_is_no_answer_is_not_taken_for_one(
         assert await walker.run(stamps.compare, MANY) == stamps.compare()
 
 
-def test_an_index_that_can_not_be_written_stays_what_it_was(tmp_path: Path) -> None:
+def test_unwritable_index_stays_unchanged(tmp_path: Path) -> None:
     """So that whoever is told can have it looked over by git."""
     for arguments in (("init", "--quiet"), ("add", "file")):
         (tmp_path / "file").write_text("x")
@@ -114,7 +110,7 @@ def test_an_index_that_can_not_be_written_stays_what_it_was(tmp_path: Path) -> N
     assert index.read_bytes() != before
 
 
-async def test_an_error_comes_from_a_thread_of_ours(tmp_path: Path) -> None:
+async def test_error_is_raised_from_a_thread(tmp_path: Path) -> None:
     """Whatever a function raises is raised, and the walker goes on."""
     async with FileScanner.open() as walker:
         with pytest.raises(FileNotFoundError):

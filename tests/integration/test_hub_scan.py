@@ -13,9 +13,7 @@ from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.repo.worktrees.worktrees import list_worktrees
 
 
-def test_a_folder_that_goes_while_it_is_looked_at_holds_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folder_removed_during_the_scan_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever removes the last session removes the run's folder, too."""
     hub = Hub(tmp_path / "hub")
     folder = hub.sessions / "run"

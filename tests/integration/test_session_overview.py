@@ -36,7 +36,7 @@ def ended(repository: Repository, child: StartedCommand) -> None:
     child.communicate(timeout=60)
 
 
-async def test_what_sessions_are_at_is_seen_from_outside(repository: Repository) -> None:
+async def test_contexts_are_visible_from_outside(repository: Repository) -> None:
     """In the result, in text and in Python; conflicts on files and a task at a glance, too; gone with the run."""
     child, run = started(repository)
     try:
@@ -79,7 +79,7 @@ async def test_what_sessions_are_at_is_seen_from_outside(repository: Repository)
     assert repository.council("status", "--json").result["sessions"] == []
 
 
-async def test_details_of_a_session_are_seen_from_outside(repository: Repository) -> None:
+async def test_details_are_visible_from_outside(repository: Repository) -> None:
     """As long as it is at work."""
     child, run = started(repository)
     try:
@@ -96,7 +96,7 @@ async def test_details_of_a_session_are_seen_from_outside(repository: Repository
             await council.sessions.details("auth", run)
 
 
-async def test_notes_are_seen_and_dropped_from_outside(repository: Repository) -> None:
+async def test_notes_are_listed_and_dropped_from_outside(repository: Repository) -> None:
     """Those of all runs on the same target; they outlive the runs' records."""
     tasks = [{"id": "a", "prompt": "write a.txt a"}]
     runs = []
@@ -119,7 +119,7 @@ async def test_notes_are_seen_and_dropped_from_outside(repository: Repository) -
         assert await memory.all() == [first, second], "the next run on that target is told"
 
 
-async def test_notes_about_a_branch_of_a_runs_own_go_with_its_record(repository: Repository) -> None:
+async def test_notes_of_a_runs_own_branch_are_removed_with_its_record(repository: Repository) -> None:
     """And come back with it."""
     config = repository.configure([{"id": "a", "prompt": "write a.txt a"}])
     settings = json.loads(config.read_text())
@@ -146,7 +146,7 @@ async def forget(council: Council, run: str) -> None:
     assert [one.error for one in await council.cleaner.remove(found)] == [None]
 
 
-async def test_who_was_at_work_and_what_became_of_their_claims_is_told(repository: Repository) -> None:
+async def test_processes_and_their_claims_are_listed(repository: Repository) -> None:
     """Of one that was killed and of the one that took over; the claim of a second attempt is a retry."""
     config = str(repository.configure([{"id": "a", "prompt": "attempt 1 exit 1\nwrite a.txt a"}]))
     assert repository.council("run", config, failpoints="session.spawned=kill").code == -signal.SIGKILL

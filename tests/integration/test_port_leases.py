@@ -118,7 +118,7 @@ def listening(port: int, address: str = "127.0.0.1") -> Iterator[socket.socket]:
         yield server
 
 
-async def test_a_place_has_a_name_and_ports_in_its_environment(store: Store, ports: range, tmp_path: Path) -> None:
+async def test_slot_has_a_name_and_ports_in_its_environment(store: Store, ports: range, tmp_path: Path) -> None:
     """Both are told by variables; the name is fit for hosts, databases and Compose projects, and nobody else's."""
     places = [make_place(tmp_path, 7), make_place(tmp_path, 7, "other"), make_place(tmp_path, 12345678901234567890)]
     found = await lease_all(leases_of(store, ports), places)
@@ -136,7 +136,7 @@ async def test_a_place_has_a_name_and_ports_in_its_environment(store: Store, por
     assert await recorded(store) == expected(found)
 
 
-async def test_a_lease_stays_for_the_places_life(ports: range, tmp_path: Path) -> None:
+async def test_lease_lasts_as_long_as_its_slot(ports: range, tmp_path: Path) -> None:
     """Asked again, later and from a store that was opened anew, a place has what it had; nothing more is recorded."""
     home = tmp_path / "home"
     places = [make_place(home, number) for number in range(4)]
@@ -148,7 +148,7 @@ async def test_a_lease_stays_for_the_places_life(ports: range, tmp_path: Path) -
         assert await store.position() == position
 
 
-async def test_without_ports_a_place_has_only_a_name(store: Store, ports: range, tmp_path: Path) -> None:
+async def test_slot_without_ports_has_only_a_name(store: Store, ports: range, tmp_path: Path) -> None:
     """Where no ports are wanted none are taken, and what was had before is given back; the name stays."""
     place = make_place(tmp_path, 1)
     before = await leases_of(store, ports).lease(place)
@@ -158,7 +158,7 @@ async def test_without_ports_a_place_has_only_a_name(store: Store, ports: range,
     assert list(place.iterdir()) == []
 
 
-async def test_places_of_two_projects_and_two_hubs_share_nothing(ports: range, tmp_path: Path) -> None:
+async def test_slots_of_two_projects_and_hubs_share_nothing(ports: range, tmp_path: Path) -> None:
     """Two stores know nothing of each other; the home knows of both, also of a hub with a hidden name."""
     ours, theirs = MemoryStore(SystemClock()), MemoryStore(SystemClock())
     tight = ports[:12]
@@ -172,7 +172,7 @@ async def test_places_of_two_projects_and_two_hubs_share_nothing(ports: range, t
             await leases_of(store, tight, 1).lease(one_more)
 
 
-async def test_a_block_is_chosen_under_the_lock_of_the_home(store: Store, ports: range, tmp_path: Path) -> None:
+async def test_block_is_chosen_under_the_lock_of_the_home(store: Store, ports: range, tmp_path: Path) -> None:
     """While another process chooses, nothing is looked at and nothing written; afterwards what it took is seen."""
     tight = ports[:6]
     ours, theirs = make_place(tmp_path, 1), make_place(tmp_path, 2)
@@ -216,7 +216,7 @@ async def test_blocks_of_different_sizes_never_overlap(store: Store, ports: rang
     assert all(not lease.lost for lease in larger.values())
 
 
-async def test_ports_outside_the_range_are_given_up(store: Store, ports: range, tmp_path: Path) -> None:
+async def test_ports_outside_of_the_range_are_released(store: Store, ports: range, tmp_path: Path) -> None:
     """Where the range has changed, a place gets a block of the new one."""
     place = make_place(tmp_path, 1)
     await leases_of(store, ports[:500]).lease(place)
@@ -226,7 +226,7 @@ async def test_ports_outside_the_range_are_given_up(store: Store, ports: range, 
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "::1", "::"])
-async def test_a_port_that_a_stranger_takes_costs_the_block(
+async def test_port_taken_by_another_program_replaces_the_block(
     store: Store, ports: range, tmp_path: Path, address: str
 ) -> None:
     """The next time that the place is handed out it has another block, and is told why; then that one stays."""
@@ -246,7 +246,7 @@ async def test_a_port_that_a_stranger_takes_costs_the_block(
         assert await leases.lease(place) == PortLease(after.name, after.ports)
 
 
-async def test_what_is_in_use_is_never_given(store: Store, ports: range, tmp_path: Path) -> None:
+async def test_port_in_use_is_never_leased(store: Store, ports: range, tmp_path: Path) -> None:
     """A block is made of ports that nobody listens on, whatever is around it; without one it is refused."""
     place = make_place(tmp_path, 1)
     with ExitStack() as stack:
@@ -259,7 +259,7 @@ async def test_what_is_in_use_is_never_given(store: Store, ports: range, tmp_pat
         await leases_of(store, ports[:12], 13).lease(place)
 
 
-def test_a_block_is_looked_for_all_around(ports: range) -> None:
+def test_block_search_wraps_around(ports: range) -> None:
     """Wherever the search begins, it finds the one block that is left, and only whole ones."""
     taken = {*ports[:4], *ports[7:10]}
     assert {find_free_block(ports[:10], 3, begin, taken) for begin in range(20)} == {ports[4:7]}
@@ -267,7 +267,7 @@ def test_a_block_is_looked_for_all_around(ports: range) -> None:
     assert find_free_block(ports[:2], 3, 0, ()) is None
 
 
-def test_a_port_in_time_wait_is_free_again(ports: range) -> None:
+def test_port_in_time_wait_is_free(ports: range) -> None:
     """A server that has ended leaves connections to the kernel, which is in nobody's way who sets SO_REUSEADDR."""
     port = ports[0]
     with listening(port) as server, socket.create_connection(("127.0.0.1", port)) as client:
@@ -280,7 +280,7 @@ def test_a_port_in_time_wait_is_free_again(ports: range) -> None:
     assert ports_in_use(ports[:3]) == ()
 
 
-async def test_what_is_given_back_is_gone_once_and_for_all(store: Store, ports: range, tmp_path: Path) -> None:
+async def test_released_lease_is_gone(store: Store, ports: range, tmp_path: Path) -> None:
     """Released before its folder is deleted or after, or twice: others can have the ports, and keep them."""
     tight = ports[:3]
     leases = leases_of(store, tight)
@@ -297,7 +297,7 @@ async def test_what_is_given_back_is_gone_once_and_for_all(store: Store, ports: 
     assert await recorded(store) == {}
 
 
-async def test_a_lease_whose_documents_are_missing_is_completed(store: Store, ports: range, tmp_path: Path) -> None:
+async def test_lease_without_documents_is_completed(store: Store, ports: range, tmp_path: Path) -> None:
     """A process killed between the file and the store's commit: the place keeps its ports, the store learns of it."""
     place = make_place(tmp_path, 1)
     before = await leases_of(MemoryStore(SystemClock()), ports).lease(place)
@@ -305,7 +305,7 @@ async def test_a_lease_whose_documents_are_missing_is_completed(store: Store, po
     assert await recorded(store) == expected({place: before})
 
 
-async def test_documents_that_their_places_deny_are_taken_over(store: Store, ports: range, tmp_path: Path) -> None:
+async def test_documents_without_a_slot_are_taken_over(store: Store, ports: range, tmp_path: Path) -> None:
     """Of places that are gone, that lost their file, or that have other ports by now."""
     tight = ports[:3]
     gone, bare, moved = (make_place(tmp_path / "old", number) for number in range(3))
@@ -321,7 +321,7 @@ async def test_documents_that_their_places_deny_are_taken_over(store: Store, por
     assert await find_stale_port_leases(store) == []
 
 
-async def test_the_ports_of_a_live_place_are_not_taken_over(store: Store, ports: range, tmp_path: Path) -> None:
+async def test_ports_of_a_live_slot_are_not_taken_over(store: Store, ports: range, tmp_path: Path) -> None:
     """A file that names the ports of a place of another home, as its copy or a lost race leaves it, proves nothing."""
     ours, theirs = make_place(tmp_path / "a", 1), make_place(tmp_path / "b", 1)
     leases = leases_of(store, ports)
@@ -339,7 +339,7 @@ async def test_the_ports_of_a_live_place_are_not_taken_over(store: Store, ports:
     assert await recorded(store) == expected({ours: again, theirs: before})
 
 
-async def test_stale_leases_are_found_and_forgotten(store: Store, ports: range, tmp_path: Path) -> None:
+async def test_stale_leases_are_found_and_removed(store: Store, ports: range, tmp_path: Path) -> None:
     """Only those of this host whose places are gone; one that was taken over meanwhile stays."""
     places = [make_place(tmp_path, number) for number in range(3)]
     leases = leases_of(store, ports)
@@ -360,7 +360,7 @@ async def test_stale_leases_are_found_and_forgotten(store: Store, ports: range, 
     assert await store.get(foreign) is not None
 
 
-async def test_a_lease_that_is_lost_to_damage_is_recorded_anew(ports: range, tmp_path: Path) -> None:
+async def test_damaged_lease_is_recorded_again(ports: range, tmp_path: Path) -> None:
     """A document that can't be read says nothing; what the places say counts."""
     home, state = tmp_path / "home", tmp_path / "state"
     place = make_place(home, 1)
@@ -376,9 +376,7 @@ async def test_a_lease_that_is_lost_to_damage_is_recorded_anew(ports: range, tmp
         assert await find_stale_port_leases(store) == []
 
 
-async def test_a_home_that_cannot_be_looked_at_is_not_taken_for_an_empty_one(
-    store: Store, ports: range, tmp_path: Path
-) -> None:
+async def test_unreadable_home_is_not_an_empty_one(store: Store, ports: range, tmp_path: Path) -> None:
     """Where the machine refuses to say what others have, nothing is given."""
     place = make_place(tmp_path / "home", 1)
     other = make_place(tmp_path / "home", 2)
@@ -414,7 +412,7 @@ def finish(worker: Worker) -> dict[Path, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(("stores", "count"), [(2, 2), *(pytest.param(n, 4, marks=pytest.mark.slow) for n in (1, 2))])
-async def test_many_processes_get_blocks_of_their_own(
+async def test_processes_get_distinct_blocks(
     start: ExitStack, ports: range, tmp_path: Path, stores: int, count: int
 ) -> None:
     """Processes with eight places each, of one project or of two in one home, all at once and several times."""
@@ -439,9 +437,7 @@ async def test_many_processes_get_blocks_of_their_own(
 
 
 @pytest.mark.parametrize("rounds", [1, pytest.param(3, marks=pytest.mark.slow)])
-async def test_killed_processes_leave_nothing_that_overlaps_or_stays(
-    start: ExitStack, ports: range, tmp_path: Path, rounds: int
-) -> None:
+async def test_killed_processes_leave_no_overlap(start: ExitStack, ports: range, tmp_path: Path, rounds: int) -> None:
     """Killed anywhere in its work, a process leaves leases that others work around, and what is stale can be found."""
     chance, home, state = random.Random(1), tmp_path / "home", tmp_path / "state"
     places = [make_place(home, number) for number in range(12)]

@@ -48,7 +48,7 @@ def commands(remedy: str) -> list[list[str]]:
     return [command.split() for command in re.findall(r"`git ([^`]+)`", remedy)]
 
 
-async def test_a_plain_repository_is_fine(repository: Repository) -> None:
+async def test_plain_repository_is_accepted(repository: Repository) -> None:
     """As are attributes without LFS, comments that name it, and names that only look odd."""
     repository.commit(
         {".gitattributes": "# *.bin filter=lfs\n*.x filter=lfs2\n", "a/.gitignore": "", "git~2/.gitx": ""}
@@ -62,7 +62,7 @@ async def test_a_plain_repository_is_fine(repository: Repository) -> None:
     [(["--filter=blob:none"], "partial clone"), (["--depth=1"], "shallow clone")],
     ids=["partial", "shallow"],
 )
-async def test_an_incomplete_clone_is_refused_until_the_remedy_is_followed(
+async def test_incomplete_clone_is_rejected_until_the_remedy(
     repository: Repository, options: list[str], says: str
 ) -> None:
     """The commands that the remedy names make it a clone with all objects, which is accepted."""
@@ -79,7 +79,7 @@ async def test_an_incomplete_clone_is_refused_until_the_remedy_is_followed(
     )
 
 
-async def test_submodules_are_refused_by_name(repository: Repository) -> None:
+async def test_submodules_are_rejected_by_name(repository: Repository) -> None:
     """The first ones are named, the others counted."""
     commit = repository.git("rev-parse", "HEAD")
     for name in "abcd":
@@ -91,7 +91,7 @@ async def test_submodules_are_refused_by_name(repository: Repository) -> None:
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("place", [".gitattributes", "deep/er/.gitattributes"])
-async def test_lfs_is_refused_wherever_it_is_asked_for(repository: Repository, place: str) -> None:
+async def test_lfs_is_rejected_anywhere(repository: Repository, place: str) -> None:
     """The file is named; without the line in it the run is accepted."""
     repository.commit({place: "*.txt text\n  *.bin filter=lfs diff=lfs -text\r\n"})
     with pytest.raises(RefusedError, match=f": {re.escape(place)} has `filter=lfs`"):
@@ -103,7 +103,7 @@ async def test_lfs_is_refused_wherever_it_is_asked_for(repository: Repository, p
 @pytest.mark.parametrize(
     "path", ["a/.git/x", ".GIT/config", "x/.git /y", "GIT~1", "a/.git::$INDEX", "..", "n" * 256, "d/" * 1800 + "f"]
 )
-def test_names_that_can_not_be_checked_out_are_refused(path: str) -> None:
+def test_uncheckoutable_names_are_rejected(path: str) -> None:
     """Git, or the file system, would not write them."""
     with pytest.raises(RefusedError, match="can't be checked out"):
         check_file_names([b"fine", path.encode()], folds_case=False)
@@ -112,7 +112,7 @@ def test_names_that_can_not_be_checked_out_are_refused(path: str) -> None:
 @pytest.mark.parametrize(
     "paths", [["a/File", "a/file"], ["docs/x", "Docs/y"], ["é", "e\u0301"], ["docs", "Docs/y"], ["straße", "STRASSE"]]
 )
-def test_paths_that_meet_where_case_is_ignored_are_refused_there(paths: list[str]) -> None:
+def test_case_insensitive_duplicates_are_rejected(paths: list[str]) -> None:
     """Files and folders; on a file system that tells them apart they are fine."""
     encoded = [path.encode() for path in paths]
     check_file_names(encoded, folds_case=False)
@@ -121,14 +121,14 @@ def test_paths_that_meet_where_case_is_ignored_are_refused_there(paths: list[str
     check_file_names([b"a/x", b"a/y", b"b/x"], folds_case=True)
 
 
-def test_a_name_that_is_not_utf_8_is_refused_where_case_is_ignored() -> None:
+def test_non_utf_8_name_is_rejected_on_case_insensitive_systems() -> None:
     """Such file systems take Unicode only."""
     check_file_names([b"\xff"], folds_case=False)
     with pytest.raises(RefusedError, match="not UTF-8"):
         check_file_names([b"\xff"], folds_case=True)
 
 
-def test_whether_case_is_ignored_is_found_without_writing(tmp_path: Path) -> None:
+def test_case_sensitivity_is_detected_without_writing(tmp_path: Path) -> None:
     """Another folder of that name is not the same folder; here a link plays a file system that ignores case."""
     folder = tmp_path / "hub"
     folder.mkdir()

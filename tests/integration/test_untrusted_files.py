@@ -79,9 +79,7 @@ def outside(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("exchanged", ["file", "folder", "pipe"])
-def test_a_read_while_a_link_is_exchanged_never_leaves_the_folder(
-    tmp_path: Path, outside: Path, exchanged: str
-) -> None:
+def test_read_during_a_link_exchange_stays_in_the_folder(tmp_path: Path, outside: Path, exchanged: str) -> None:
     """Neither by the last component nor by one before it; and a pipe is never waited for."""
     top = tmp_path / "top"
     (top / "a" / "b").mkdir(parents=True)
@@ -107,7 +105,7 @@ def test_a_read_while_a_link_is_exchanged_never_leaves_the_folder(
     assert seen == {"own"}
 
 
-def test_a_write_while_a_link_is_exchanged_never_leaves_the_folder(tmp_path: Path, outside: Path) -> None:
+def test_write_during_a_link_exchange_stays_in_the_folder(tmp_path: Path, outside: Path) -> None:
     """Nothing of the user's is changed, made or removed."""
     top = tmp_path / "top"
     (top / "a").mkdir(parents=True)
@@ -128,7 +126,7 @@ def test_a_write_while_a_link_is_exchanged_never_leaves_the_folder(tmp_path: Pat
     assert (outside / "file").read_text() == CANARY
 
 
-def test_a_link_in_the_place_of_a_file_is_replaced_and_not_followed(tmp_path: Path, outside: Path) -> None:
+def test_link_in_place_of_a_file_is_replaced(tmp_path: Path, outside: Path) -> None:
     """So is one in the place of a folder above it."""
     (outside / "file").write_text(CANARY)
     (tmp_path / "link").symlink_to(outside / "file")
@@ -139,7 +137,7 @@ def test_a_link_in_the_place_of_a_file_is_replaced_and_not_followed(tmp_path: Pa
     assert (tmp_path / "link").read_text() == (tmp_path / "folder" / "file").read_text() == "ours"
 
 
-def test_only_plain_relative_paths_are_taken(tmp_path: Path) -> None:
+def test_only_plain_relative_paths_are_accepted(tmp_path: Path) -> None:
     """No absolute one, and none that goes up or around."""
     (tmp_path / "top").mkdir()
     (tmp_path / "file").write_text(CANARY)
@@ -148,7 +146,7 @@ def test_only_plain_relative_paths_are_taken(tmp_path: Path) -> None:
             untrusted_files.read_file(tmp_path / "top", path, 100)
 
 
-def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
+def test_irregular_file_is_rejected(tmp_path: Path) -> None:
     """A folder, a link, a device; a file with another name where that is asked for; and one that is too large."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "file")
@@ -173,7 +171,7 @@ def _worktree(tmp_path: Path) -> Worktree:
     return worktree
 
 
-def test_refs_are_not_read_through_a_link_that_is_exchanged(tmp_path: Path, outside: Path) -> None:
+def test_refs_are_not_read_through_an_exchanged_link(tmp_path: Path, outside: Path) -> None:
     """A folder of refs of another repository, and its HEAD."""
     worktree, theirs = _worktree(tmp_path), "c" * 40
     own = worktree.git_dir / "refs" / "heads"
@@ -186,7 +184,7 @@ def test_refs_are_not_read_through_a_link_that_is_exchanged(tmp_path: Path, outs
     assert seen == {"a" * 40}
 
 
-def test_a_handoff_is_not_read_through_a_link_that_is_exchanged(tmp_path: Path, outside: Path) -> None:
+def test_handoff_is_not_read_through_an_exchanged_link(tmp_path: Path, outside: Path) -> None:
     """Another session's token is no handoff of this one."""
     worktree = _worktree(tmp_path)
     file = worktree.handoff_file
@@ -204,7 +202,7 @@ def test_a_handoff_is_not_read_through_a_link_that_is_exchanged(tmp_path: Path, 
     assert seen <= {'{"own": 1}', ""}
 
 
-def test_a_login_is_not_brought_back_through_a_link_that_is_exchanged(tmp_path: Path, outside: Path) -> None:
+def test_login_is_not_copied_through_an_exchanged_link(tmp_path: Path, outside: Path) -> None:
     """Or the user's login would become what any file of the user's holds, for the next session to read."""
     folder, login = tmp_path / "home", outside / "login.json"
     folder.mkdir()
@@ -226,7 +224,7 @@ def test_a_login_is_not_brought_back_through_a_link_that_is_exchanged(tmp_path: 
     assert (outside / "key").read_text() == CANARY
 
 
-def test_settings_are_not_written_through_a_link_that_is_exchanged(tmp_path: Path, outside: Path) -> None:
+def test_settings_are_not_written_through_an_exchanged_link(tmp_path: Path, outside: Path) -> None:
     """Nothing of the user's is replaced, and no login is linked into a folder of theirs."""
     folder, login = tmp_path / "home", tmp_path / "login.json"
     (folder / "dir").mkdir(parents=True)
@@ -244,7 +242,7 @@ def test_settings_are_not_written_through_a_link_that_is_exchanged(tmp_path: Pat
     assert {path.name: path.read_text() for path in outside.iterdir()} == {"settings.json": CANARY}
 
 
-def test_legacy_state_is_not_read_through_a_link_that_is_exchanged(tmp_path: Path, outside: Path) -> None:
+def test_legacy_state_is_not_read_through_an_exchanged_link(tmp_path: Path, outside: Path) -> None:
     """A link within the project is followed; one that leads out while it is looked at gives nothing."""
     project = Project(tmp_path / "project")
     sessions = project.top / LEGACY_TREE / "sessions"

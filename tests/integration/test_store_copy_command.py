@@ -36,7 +36,7 @@ def log_of(repository: Repository, *words: str) -> str:
     return repository.council("state", "log", "--json", *words).stdout
 
 
-async def test_from_folder_to_file_to_folder(project: Repository, tmp_path: Path) -> None:
+async def test_state_is_copied_from_folder_to_file_to_folder(project: Repository, tmp_path: Path) -> None:
     """Each says how much it was; the log of the last is that of the first."""
     copied = project.council("state", "copy", ".council/state", str(tmp_path / "copy"), "--json").result
     assert (copied["position"], copied["first"], copied["commits"], copied["documents"]) == (11, 0, 11, 9)
@@ -56,7 +56,7 @@ async def test_from_folder_to_file_to_folder(project: Repository, tmp_path: Path
 
 
 @pytest.mark.extended
-async def test_through_a_pipe(project: Repository, tmp_path: Path) -> None:
+async def test_state_is_copied_through_a_pipe(project: Repository, tmp_path: Path) -> None:
     """What is told does not get into what is sent on; half of it is refused."""
     council = [sys.executable, "-m", "orchestrator.cli.main", "state"]
     sent = subprocess.run(
@@ -81,7 +81,7 @@ async def test_through_a_pipe(project: Repository, tmp_path: Path) -> None:
     assert b"Traceback" not in gone.stderr
 
 
-async def test_what_can_not_be_done_is_refused(project: Repository, tmp_path: Path) -> None:
+async def test_impossible_copy_is_rejected(project: Repository, tmp_path: Path) -> None:
     """With what would be right, and nothing changed."""
     (tmp_path / "other").mkdir()
     (project.top / "file").write_text("mine")
@@ -112,7 +112,7 @@ async def test_what_can_not_be_done_is_refused(project: Repository, tmp_path: Pa
     assert "--state .council/state" in elsewhere.stderr
 
 
-async def test_where_no_store_of_its_own_can_be_nothing_is_copied(project: Repository, tmp_path: Path) -> None:
+async def test_copy_needs_a_place_for_its_own_store(project: Repository, tmp_path: Path) -> None:
     """Neither loaded; and nothing is made or changed there."""
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -146,7 +146,7 @@ async def test_where_no_store_of_its_own_can_be_nothing_is_copied(project: Repos
 
 
 @pytest.mark.parametrize("is_there", [True, False])
-async def test_what_is_refused_leaves_nothing(project: Repository, tmp_path: Path, *, is_there: bool) -> None:
+async def test_rejected_copy_leaves_nothing(project: Repository, tmp_path: Path, *, is_there: bool) -> None:
     """Neither the folder that was made nor what is in that of any store; an empty one stays empty."""
     (project.top / "text").write_text("no export\n")
     target = tmp_path / "new" / "folder"
@@ -175,7 +175,7 @@ async def test_damage_is_not_copied(project: Repository, tmp_path: Path) -> None
     assert project.council("state", "verify", "--state", (tmp_path / "copy").as_uri()).code == 0
 
 
-async def test_beside_a_run_that_is_at_work(repository: Repository, tmp_path: Path) -> None:
+async def test_active_run_can_be_copied(repository: Repository, tmp_path: Path) -> None:
     """Which goes on and lands; the copy is one of its moments."""
     child = repository.start("run", str(repository.configure([{"id": "a", "prompt": "write a.txt a\nhang"}])))
     wait_for((repository.top / ".council/state/identity").exists)
@@ -190,7 +190,7 @@ async def test_beside_a_run_that_is_at_work(repository: Repository, tmp_path: Pa
     await repository.assert_invariants()
 
 
-async def test_from_python(project: Repository, tmp_path: Path) -> None:
+async def test_copy_works_from_python(project: Repository, tmp_path: Path) -> None:
     """The same by methods."""
     async with Council.open(project.top, environ=project.environ) as council:
         exported = await council.state.export_to(str(tmp_path / "file"))
@@ -212,7 +212,7 @@ async def _another(folder: Path, council: Council) -> Path:
     return folder / "other-file"
 
 
-def test_an_imported_state_is_no_part_of_the_repository(repository: Repository, tmp_path: Path) -> None:
+def test_imported_state_is_not_part_of_the_repository(repository: Repository, tmp_path: Path) -> None:
     """Git is told to leave it out where it becomes the project's, before any run."""
     assert repository.council("run", str(repository.configure([{"id": "a", "prompt": "write a.txt a"}]))).code == 0
     assert repository.council("state", "export", str(tmp_path / "file")).code == 0
@@ -226,7 +226,7 @@ def test_an_imported_state_is_no_part_of_the_repository(repository: Repository, 
     assert repository.git("-C", str(new), "status", "--porcelain") == ""
 
 
-async def test_documents_that_cant_be_read_are_reported(project: Repository, tmp_path: Path) -> None:
+async def test_unreadable_documents_are_reported(project: Repository, tmp_path: Path) -> None:
     """They are copied as they are; each command names them, with the flaw and the fix."""
     key, flaw = f"task/{RUN}/api", "progress: extra inputs are not permitted"
     async with Council.open(project.top, environ=project.environ) as council:

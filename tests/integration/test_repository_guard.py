@@ -79,7 +79,7 @@ def refresh(repository: Repository) -> None:
         (lambda repository: (repository.top / "README.md").write_text("mine"), None),
     ],
 )
-async def test_what_is_seen(
+async def test_external_change_is_detected(
     repository: Repository, git: Git, act: Callable[[Repository], object], sentence: str | None
 ) -> None:
     """One change, one sentence; files and what `git status` refreshes are the user's."""
@@ -99,7 +99,7 @@ async def test_what_is_seen(
         assert found[0].startswith(sentence)
 
 
-async def test_a_landing_is_ours(repository: Repository, git: Git) -> None:
+async def test_own_landing_is_recognized(repository: Repository, git: Git) -> None:
     """The target, and the staged entries of its checkout, moved by us; anywhere else it went is reported."""
     before = await sealed(repository, git)
     commit = repository.commit({"f": "1"})
@@ -115,7 +115,7 @@ async def test_a_landing_is_ours(repository: Repository, git: Git) -> None:
     ]
 
 
-async def test_what_looks_the_same_is_not_read_again(repository: Repository, git: Git) -> None:
+async def test_unchanged_files_are_not_read_again(repository: Repository, git: Git) -> None:
     """Parts that are old enough to tell by their times are taken over; one that changed is read, alone."""
     young = seal = await sealed(repository, git)
     assert young.refs.signature is None
@@ -136,7 +136,7 @@ async def test_what_looks_the_same_is_not_read_again(repository: Repository, git
     ]
 
 
-async def test_a_bare_repository_can_be_sealed(tmp_path: Path, repository: Repository, git: Git) -> None:
+async def test_bare_repository_is_guarded(tmp_path: Path, repository: Repository, git: Git) -> None:
     """It has refs and configuration, no staged entries."""
     repository.git("clone", "--quiet", "--bare", ".", "../bare.git")
     bare = await find_repository(tmp_path / "bare.git", git)
@@ -146,7 +146,7 @@ async def test_a_bare_repository_can_be_sealed(tmp_path: Path, repository: Repos
     assert [sentence.split(" at ")[0] for sentence in found] == ["refs/heads/x was created"]
 
 
-async def test_git_of_the_user_is_told_from_git_of_ours(repository: Repository, git: Git) -> None:
+async def test_git_of_the_user_is_distinguished_from_ours(repository: Repository, git: Git) -> None:
     """A command that hangs below us is ours; one whose parents ended is not."""
     local: LocalRepository = await find_repository(repository.top, git)
     assert not await is_user_git_running(local)
@@ -172,9 +172,7 @@ async def test_git_of_the_user_is_told_from_git_of_ours(repository: Repository, 
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("sandbox", ["off", pytest.param("auto", marks=needs_sandbox)])
-async def test_a_session_that_reaches_into_the_users_repository_is_reported(
-    repository: Repository, sandbox: str
-) -> None:
+async def test_session_that_changes_the_users_repository_is_reported(repository: Repository, sandbox: str) -> None:
     """Without a fence its hook, branch and setting are told with its name; with one there is nothing to tell."""
     top = repository.top
     steps = (
@@ -202,7 +200,7 @@ async def test_a_session_that_reaches_into_the_users_repository_is_reported(
     assert "hooks/post-commit was created" in changed
 
 
-async def test_landings_are_no_escapes(repository: Repository) -> None:
+async def test_landings_are_not_reported(repository: Repository) -> None:
     """Neither those of the run itself nor those of another one, into a branch that is checked out."""
     tasks = [{"id": f"t{n}", "prompt": f"write {{}}{n}.txt x"} for n in range(4)]
     children = []
@@ -216,7 +214,7 @@ async def test_landings_are_no_escapes(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
-async def test_what_is_odd_beside_what_is_watched_is_no_error(repository: Repository, git: Git) -> None:
+async def test_unusual_files_are_no_error(repository: Repository, git: Git) -> None:
     """A branch whose name has a line end of Unicode's, and a file where only folders of worktrees should be."""
     repository.git("branch", "one\u2028two")
     (repository.top / ".git" / "worktrees").mkdir()

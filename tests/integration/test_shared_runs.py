@@ -91,9 +91,7 @@ async def assert_each_landed_once(repository: Repository, tasks: Sequence[str]) 
     ("count", "killed"),
     [(24, 0), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((24, 1), (60, 0), (60, 1)))],
 )
-async def test_three_processes_finish_one_queue_though_one_of_them_is_killed(
-    repository: Repository, count: int, killed: int
-) -> None:
+async def test_three_processes_finish_one_queue_despite_a_kill(repository: Repository, count: int, killed: int) -> None:
     """Its tasks are taken over; tasks that say what they own are never in conflict."""
     tasks = shared(count)
     config = repository.configure(tasks, capacity=2, coordination=QUICK)
@@ -115,7 +113,7 @@ async def test_three_processes_finish_one_queue_though_one_of_them_is_killed(
 
 
 @pytest.mark.extended
-async def test_who_was_stopped_past_its_lease_is_refused_and_says_why(repository: Repository) -> None:
+async def test_process_stopped_past_its_lease_is_rejected_with_the_reason(repository: Repository) -> None:
     """Another takes over and lands; what the stopped one then writes does not count, and it ends by itself."""
     tasks: list[dict[str, Any]] = [
         {"id": "slow", "prompt": "attempt 1 hang\nwrite slow.txt x"},
@@ -142,7 +140,7 @@ async def test_who_was_stopped_past_its_lease_is_refused_and_says_why(repository
 
 
 @pytest.mark.extended
-async def test_who_loses_the_permit_to_land_while_it_is_stopped_asks_for_another_turn(repository: Repository) -> None:
+async def test_process_stopped_past_its_merge_permit_requests_it_again(repository: Repository) -> None:
     """Another lands meanwhile; the tasks of the stopped one are still its own, and it finishes them."""
     begun, free, gate = (repository.spawns.parent / name for name in ("begun", "free", "gate"))
     check = f"touch {begun}; while [ ! -e {free} ]; do sleep 0.05; done"
@@ -170,7 +168,7 @@ async def test_who_loses_the_permit_to_land_while_it_is_stopped_asks_for_another
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("role", ["auto", "leader", "worker"])
-async def test_a_cancelled_task_of_another_process_ends_there(repository: Repository, role: str) -> None:
+async def test_cancelled_task_of_another_process_ends_there(repository: Repository, role: str) -> None:
     """Its claim is overridden, since a person wants it; the other goes on with what else there is."""
     tasks = [{"id": name, "prompt": f"write {name}.txt x\nhang"} for name in ("a", "b")]
     config = repository.configure(tasks, capacity=1, coordination={**QUICK, "role": role})
@@ -185,7 +183,7 @@ async def test_a_cancelled_task_of_another_process_ends_there(repository: Reposi
 
 
 @pytest.mark.extended
-async def test_the_paths_of_a_cancelled_session_are_free_at_its_end(repository: Repository) -> None:
+async def test_paths_of_a_cancelled_session_are_free_at_its_end(repository: Repository) -> None:
     """Its process is frozen and can't stop it: whoever else wants its paths waits until it does."""
     tasks: list[dict[str, Any]] = [
         {"id": "long", "prompt": "hang"},
@@ -214,7 +212,7 @@ async def test_the_paths_of_a_cancelled_session_are_free_at_its_end(repository: 
 
 
 @pytest.mark.extended
-async def test_who_was_stopped_during_set_up_starts_nothing_after_it_lost_its_task(repository: Repository) -> None:
+async def test_process_stopped_during_setup_starts_nothing_after_losing_its_task(repository: Repository) -> None:
     """It was taken for gone meanwhile, and another process has done the task."""
     tasks = [{"id": "t", "prompt": "write t.txt x"}, {"id": "next", "prompt": "write n.txt x"}]
     config = repository.configure(tasks, capacity=1, coordination=QUICK)
@@ -231,7 +229,7 @@ async def test_who_was_stopped_during_set_up_starts_nothing_after_it_lost_its_ta
     await assert_each_landed_once(repository, ["t", "next"])
 
 
-async def test_what_lands_elsewhere_is_over_before_a_request_about_it_is(repository: Repository) -> None:
+async def test_task_landed_elsewhere_ends_before_a_request_about_it(repository: Repository) -> None:
     """Whoever asks that it be ignored hears so as soon as it has landed, and what else is asked is done meanwhile."""
     begun, free = (repository.spawns.parent / name for name in ("begun", "free"))
     hook = repository.top / ".git/hooks/pre-receive"
@@ -253,7 +251,7 @@ async def test_what_lands_elsewhere_is_over_before_a_request_about_it_is(reposit
     await repository.assert_invariants()
 
 
-async def test_what_a_killed_process_left_of_a_session_that_is_over_goes_in_the_sweep(repository: Repository) -> None:
+async def test_leftovers_of_a_killed_process_are_removed_by_the_sweep(repository: Repository) -> None:
     """Its task was given back already, so that nobody takes it over; what the session had is of use to nobody."""
     tasks = [{"id": "long", "prompt": "hang"}, {"id": "t", "prompt": "attempt 1 exit 1\nwrite t.txt x"}]
     owner = repository.start("run", str(repository.configure(tasks, capacity=1, coordination=QUICK)), "--json")
@@ -273,7 +271,7 @@ async def test_what_a_killed_process_left_of_a_session_that_is_over_goes_in_the_
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("sweep_interval", ["300ms", "60s"], ids=["found", "unnoticed"])
 @pytest.mark.parametrize("action", ["retry", pytest.param("cancel", marks=pytest.mark.slow)])
-async def test_what_is_asked_when_the_leader_is_gone_is_done(
+async def test_request_after_the_leader_is_gone_is_performed(
     repository: Repository, action: str, sweep_interval: str
 ) -> None:
     """Whoever stands in for it does it; where nobody has noticed yet, the one who asks does, beside the others."""
@@ -304,7 +302,7 @@ async def test_what_is_asked_when_the_leader_is_gone_is_done(
     await repository.assert_invariants()
 
 
-async def test_who_sees_too_late_that_the_run_is_over_does_not_end_it_again(repository: Repository) -> None:
+async def test_process_that_sees_the_end_late_does_not_end_the_run_again(repository: Repository) -> None:
     """Its leader has recorded the end, told its sinks of it, and is gone."""
     gate = repository.spawns.parent / "gate"
     config = repository.configure(
@@ -346,7 +344,7 @@ async def test_a_leader_that_is_stopped_while_a_worker_continues_reports_a_runni
     await assert_each_landed_once(repository, ["a", "b"])
 
 
-async def test_nobody_joins_a_run_that_is_not_shared(repository: Repository) -> None:
+async def test_unshared_run_can_not_be_joined(repository: Repository) -> None:
     """The switch is off: there are no claims, and whoever asks is told what to write."""
     config = repository.configure([{"id": "a", "prompt": "hang"}], coordination={"enabled": False})
     child = repository.start("run", str(config), "--json")
@@ -364,7 +362,7 @@ async def test_nobody_joins_a_run_that_is_not_shared(repository: Repository) -> 
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("by", ["option", "environment"])
-async def test_nobody_joins_a_process_that_is_alone_whatever_the_record_says(repository: Repository, by: str) -> None:
+async def test_exclusive_process_can_not_be_joined(repository: Repository, by: str) -> None:
     """It claims nothing, so that both would be at one task: whoever comes is refused, and the first goes on."""
     config = repository.configure([{"id": "a", "prompt": "hang"}, {"id": "b", "prompt": "hang"}], capacity=1)
     if by == "option":  # which is of that process, and in no record
@@ -388,7 +386,7 @@ async def test_nobody_joins_a_process_that_is_alone_whatever_the_record_says(rep
     await repository.assert_invariants()
 
 
-def test_who_joins_can_not_choose_to_be_alone(repository: Repository) -> None:
+def test_worker_can_not_choose_to_be_exclusive(repository: Repository) -> None:
     """There is no such option, and where a variable says so, it is named."""
     assert "--no-coordination" not in repository.council("work", "--help").stdout
     config = repository.configure([{"id": "a", "prompt": "write a.txt x"}])
@@ -398,7 +396,7 @@ def test_who_joins_can_not_choose_to_be_alone(repository: Repository) -> None:
     assert (refused.code, "unset SHARED_STATE_ENABLED" in refused.stderr) == (2, True), refused
 
 
-async def test_a_worker_alone_takes_a_run_to_its_end(repository: Repository) -> None:
+async def test_single_worker_finishes_a_run(repository: Repository) -> None:
     """Its leader was killed before: it coordinates then, and records the end."""
     config = repository.configure(shared(4), coordination=QUICK)
     killed = repository.council("run", str(config), failpoints="attempt.recorded=kill")
@@ -411,7 +409,7 @@ async def test_a_worker_alone_takes_a_run_to_its_end(repository: Repository) -> 
     await assert_each_landed_once(repository, [f"t{one}" for one in range(4)])
 
 
-async def test_who_lacks_a_program_leaves_the_end_of_a_run_to_others(repository: Repository) -> None:
+async def test_process_without_a_program_leaves_the_end_to_others(repository: Repository) -> None:
     """Nobody else is at work, and it coordinates: what it can't do is no end of the run, another still can."""
     program = repository.spawns.parent / "an-agent"
     script = f'#!/bin/sh\nexec {sys.executable} -S {FAKE_CLI} "$@"\n'
@@ -438,7 +436,7 @@ async def test_who_lacks_a_program_leaves_the_end_of_a_run_to_others(repository:
     await repository.assert_invariants()
 
 
-async def test_who_comes_last_records_the_end_of_a_run(repository: Repository) -> None:
+async def test_last_process_records_the_end_of_a_run(repository: Repository) -> None:
     """Its leader was killed when nothing was left to do, and nobody has looked since; sinks hear of the end."""
     sink = repository.top.parent / "events.jsonl"
     config = repository.configure(shared(1), sinks={"log": {"use": "jsonlines", "file": str(sink)}})
@@ -451,7 +449,7 @@ async def test_who_comes_last_records_the_end_of_a_run(repository: Repository) -
     await repository.assert_invariants()
 
 
-async def test_without_a_run_at_work_there_is_nothing_to_join(repository: Repository) -> None:
+async def test_no_active_run_can_be_joined(repository: Repository) -> None:
     """It says so, and ends well."""
     repository.council("run", str(repository.configure(shared(1))))
     ended_at_once = repository.council("work")
@@ -459,7 +457,7 @@ async def test_without_a_run_at_work_there_is_nothing_to_join(repository: Reposi
     assert "no active run" in ended_at_once.stderr
 
 
-async def test_what_ends_elsewhere_just_before_it_is_claimed_is_over_here(
+async def test_task_ended_elsewhere_before_its_claim_ends_here(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A sweep reads it before this process was told of it; the run still comes to its end."""
@@ -502,7 +500,7 @@ async def test_what_ends_elsewhere_just_before_it_is_claimed_is_over_here(
 
 
 @pytest.mark.extended
-def test_processes_that_only_wait_for_the_target_do_not_wait_for_each_other(repository: Repository) -> None:
+def test_processes_waiting_for_the_target_do_not_wait_for_each_other(repository: Repository) -> None:
     """Each has a task that can't land while the user has changes in the checkout; both end, and nothing is lost."""
     folder = repository.spawns.parent
     waits = f"until [ -e {folder}/go ]; do sleep 0.02; done"

@@ -54,7 +54,7 @@ def landed(repository: Repository) -> list[str]:
     return repository.git("log", "--first-parent", "--format=%s", "main").splitlines()[:-1]
 
 
-async def test_what_waits_lands_by_one_push(repository: Repository) -> None:
+async def test_waiting_tasks_land_with_one_push(repository: Repository) -> None:
     """Each by a merge of its own, in the order of the file, and none of their branches is left."""
     before = queue(repository, files(3))
     ended = repository.council("resume", "--json")
@@ -65,7 +65,7 @@ async def test_what_waits_lands_by_one_push(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
-async def test_a_conflict_is_judged_against_what_has_landed(repository: Repository) -> None:
+async def test_conflict_is_judged_against_landed_work(repository: Repository) -> None:
     """The one that conflicts ends alone, and those behind it land all the same."""
     prompts = ["write same.txt a", "write other.txt x", "write same.txt b", "write last.txt x"]
     before = queue(repository, [{"id": f"t{one}", "prompt": prompt} for one, prompt in enumerate(prompts)])
@@ -75,7 +75,7 @@ async def test_a_conflict_is_judged_against_what_has_landed(repository: Reposito
     await repository.assert_invariants()
 
 
-async def test_the_same_change_twice_lands_once(repository: Repository) -> None:
+async def test_same_change_twice_lands_once(repository: Repository) -> None:
     """The second task is told the commit on the target that holds it already."""
     before = queue(repository, [{"id": f"t{one}", "prompt": "write same.txt x"} for one in range(2)])
     ended = repository.council("resume", "--json")
@@ -87,7 +87,7 @@ async def test_the_same_change_twice_lands_once(repository: Repository) -> None:
 
 
 @pytest.mark.extended
-async def test_one_that_the_repository_refuses_holds_up_no_other(repository: Repository) -> None:
+async def test_rejected_task_blocks_no_other(repository: Repository) -> None:
     """A push of several that is refused is tried again one by one."""
     hook = repository.top / ".git/hooks/update"
     hook.write_text('#!/bin/sh\n! git ls-tree --name-only "$3" | grep -q bad.txt\n')
@@ -103,7 +103,7 @@ async def test_one_that_the_repository_refuses_holds_up_no_other(repository: Rep
 
 
 @pytest.mark.extended
-async def test_those_with_checks_land_one_by_one(repository: Repository) -> None:
+async def test_tasks_with_checks_land_one_by_one(repository: Repository) -> None:
     """Each is checked on what is to be the target, and the others still land together and in their order."""
     checked = {"checks": ["test -e f0.txt"], "allow_failing_base": True}
     tasks = [
@@ -125,7 +125,7 @@ async def test_those_with_checks_land_one_by_one(repository: Repository) -> None
         pytest.param("landing.merged=kill@3", marks=pytest.mark.slow),
     ],
 )
-async def test_killed_while_several_land(repository: Repository, failpoint: str) -> None:
+async def test_batch_killed_at_a_failpoint_lands_once(repository: Repository, failpoint: str) -> None:
     """All of them land once, wherever it was."""
     queue(repository, files(4))
     assert repository.council("resume", failpoints=failpoint).code == -signal.SIGKILL
@@ -136,7 +136,7 @@ async def test_killed_while_several_land(repository: Repository, failpoint: str)
 
 
 @pytest.mark.extended
-async def test_killed_in_the_middle_of_the_push_of_several(repository: Repository, tmp_path: Path) -> None:
+async def test_batch_killed_during_the_push_lands_once(repository: Repository, tmp_path: Path) -> None:
     """Nobody's files are left ahead of the branch, and all of them land once."""
     pid, armed = tmp_path / "pid", tmp_path / "armed"
     queue(repository, files(3))
@@ -183,7 +183,7 @@ def ended(child: StartedCommand) -> CommandResult:
     return CommandResult(child.returncode, stdout, stderr)
 
 
-async def test_a_task_that_waits_for_another_runs_landing_can_be_cancelled(repository: Repository) -> None:
+async def test_task_waiting_for_a_landing_of_another_run_can_be_cancelled(repository: Repository) -> None:
     """It is over at once; what waits with it lands when its turn has come."""
     config = repository.configure(files(2))
     project, clock = Project(repository.top), SystemClock()
@@ -204,7 +204,7 @@ async def test_a_task_that_waits_for_another_runs_landing_can_be_cancelled(repos
     ("failpoint", "state"),
     [pytest.param("landing.intended", "cancelled", marks=pytest.mark.slow), ("landing.pushed", "landed")],
 )
-async def test_one_that_was_cut_off_is_cancelled_only_if_it_has_not_landed(
+async def test_interrupted_task_is_cancelled_only_if_not_landed(
     repository: Repository, failpoint: str, state: str
 ) -> None:
     """Whether it has is found out first, with all that were cut off with it."""
@@ -221,7 +221,7 @@ async def test_one_that_was_cut_off_is_cancelled_only_if_it_has_not_landed(
 
 
 @pytest.mark.slow
-async def test_one_that_git_can_not_merge_holds_up_no_other(repository: Repository) -> None:
+async def test_unmergeable_task_blocks_no_other(repository: Repository) -> None:
     """The user's history was rewritten while it waited; what was built on the new one lands."""
     config = repository.configure(files(3), capacity=1)
     readme = repository.top / "README.md"
@@ -238,7 +238,7 @@ async def test_one_that_git_can_not_merge_holds_up_no_other(repository: Reposito
 
 
 @pytest.mark.extended
-async def test_a_remote_that_is_gone_for_a_moment_ends_nothing(repository: Repository, tmp_path: Path) -> None:
+async def test_remote_outage_ends_nothing(repository: Repository, tmp_path: Path) -> None:
     """Of several that are tried one by one, one is not known to have landed: it is settled before the others."""
     remote, count = tmp_path / "remote.git", tmp_path / "count"
     repository.git("clone", "--quiet", "--bare", str(repository.top), str(remote))
@@ -255,7 +255,7 @@ async def test_a_remote_that_is_gone_for_a_moment_ends_nothing(repository: Repos
 
 
 @pytest.mark.extended
-async def test_no_push_is_begun_after_a_signal(repository: Repository, tmp_path: Path) -> None:
+async def test_signal_prevents_a_new_push(repository: Repository, tmp_path: Path) -> None:
     """A push of several that is refused is not tried one by one any more."""
     count = tmp_path / "count"
     hook = repository.top / ".git/hooks/pre-receive"
@@ -272,7 +272,7 @@ async def test_no_push_is_begun_after_a_signal(repository: Repository, tmp_path:
 
 
 @pytest.mark.extended
-async def test_what_is_left_to_the_next_turn_can_be_cancelled(repository: Repository, tmp_path: Path) -> None:
+async def test_task_left_for_the_next_batch_can_be_cancelled(repository: Repository, tmp_path: Path) -> None:
     """Also while the turn that has left it is not over."""
     queue(repository, [{"id": f"t{one}", "prompt": f"write {name}.txt x"} for one, name in enumerate(("a", "a", "c"))])
     git, programs, begun, free = shutil.which("git"), tmp_path / "bin", tmp_path / "begun", tmp_path / "free"
@@ -292,7 +292,7 @@ async def test_what_is_left_to_the_next_turn_can_be_cancelled(repository: Reposi
 
 
 @pytest.mark.slow
-async def test_a_targets_worktree_that_is_gone_ends_no_session(repository: Repository, tmp_path: Path) -> None:
+async def test_missing_target_worktree_ends_no_session(repository: Repository, tmp_path: Path) -> None:
     """What waits keeps, with the remedy as its reason, and lands when that was followed."""
     place = tmp_path / "linked"
     repository.git("branch", "land")

@@ -22,7 +22,7 @@ from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
-from tests.integration.test_reading import ForgetfulStore
+from tests.integration.test_log_reader import ForgetfulStore
 from tests.recorded_run import RUN, RUN_STARTED, record_run, recorded_project, run_document
 
 GUIDE = (Path(__file__).parents[2] / "docs/state.md").read_text()
@@ -47,7 +47,7 @@ async def add(repository: Repository, commit: Commit) -> None:
 @pytest.mark.parametrize(
     "example", re.findall(r"```console\n\$ (.*?)```", GUIDE, re.DOTALL), ids=lambda text: text[:40]
 )
-async def test_the_guides_examples_are_true(project: Repository, example: str) -> None:
+async def test_guide_examples_work(project: Repository, example: str) -> None:
     """Each command prints what docs/state.md says."""
     line, _, expected = example.partition("\n")
     _, *words = shlex.split(line)
@@ -58,7 +58,7 @@ async def test_the_guides_examples_are_true(project: Repository, example: str) -
 @pytest.mark.parametrize(
     "moment", ["5", "2026-01-02T03:04:45Z", "2026-01-02 03:05", "2026-01-02T04:05+01:00", f"{RUN}/1"]
 )
-async def test_a_moment_can_be_named_in_many_ways(project: Repository, moment: str) -> None:
+async def test_position_can_be_named_in_many_ways(project: Repository, moment: str) -> None:
     """Position, times with and without a zone, and a checkpoint lead to the same documents."""
     await add(project, Commit([Write(Key("checkpoint", f"{RUN}/1"), 0, {"position": 5})]))
     told = project.council("state", "at", moment, "--json").result
@@ -68,14 +68,14 @@ async def test_a_moment_can_be_named_in_many_ways(project: Repository, moment: s
     assert (api["value"]["status"], api["value"]["failures"]) == ("pending", 1)
 
 
-async def test_how_long_ago_is_counted_from_now(project: Repository) -> None:
+async def test_relative_time_is_counted_from_now(project: Repository) -> None:
     """What was committed within the hour is not yet there an hour ago."""
     await add(project, Commit([Write(Key("note", "x"), 0, {})]))
     assert project.council("state", "at", "1h", "--json").result["position"] == 11
     assert project.council("state", "at", "now", "--json").result["position"] == 12
 
 
-async def test_before_the_first_commit_there_is_nothing(project: Repository) -> None:
+async def test_state_before_the_first_commit_is_empty(project: Repository) -> None:
     """That is position 0."""
     told = project.council("state", "at", "2020-01-01", "--json").result
     assert told == {"position": 0, "time": None, "documents": [], "damage": []}
@@ -109,7 +109,7 @@ async def test_values_are_printed_for_keys(project: Repository) -> None:
         ("show nobody", "there is no run 'nobody'", "council runs"),
     ],
 )
-async def test_what_is_not_there_is_refused(project: Repository, words: str, error: str, remedy: str) -> None:
+async def test_missing_document_is_rejected(project: Repository, words: str, error: str, remedy: str) -> None:
     """With exit code 2 and what would be right, for people and for programs."""
     ended = project.council("state", *words.split())
     assert (ended.code, ended.stdout) == (2, "")
@@ -119,7 +119,7 @@ async def test_what_is_not_there_is_refused(project: Repository, words: str, err
     assert (refused["status"], refused["exit"]) == ("refused", 2)
 
 
-async def test_a_difference_names_what_came_went_and_changed(project: Repository) -> None:
+async def test_diff_names_added_removed_and_changed_fields(project: Repository) -> None:
     """Only documents of the run that is asked for, only fields that differ."""
     await add(project, Commit([Write(Key("request", f"{RUN}/1"), 0, {"n": 1}), Write(Key("note", "x"), 0, {})]))
     await add(project, Commit([Write(Key("request", f"{RUN}/1"), 1, None)]))
@@ -142,12 +142,12 @@ async def test_a_difference_names_what_came_went_and_changed(project: Repository
     assert {"path": ["status"], "old": "landing", "new": "landed"} in changed["fields"]["modified"]
 
 
-async def test_equal_moments_do_not_differ(project: Repository) -> None:
+async def test_equal_positions_have_no_diff(project: Repository) -> None:
     """Commits without documents change none."""
     assert project.council("state", "diff", "9").stdout.endswith("\nnothing differs\n")
 
 
-async def test_a_history_tells_each_version_with_the_one_before(project: Repository) -> None:
+async def test_history_has_each_version_with_its_diff(project: Repository) -> None:
     """Old and new, who, when, and what happened; also of what is deleted by now."""
     versions = project.council("state", "history", "task/models", "--json").result["versions"]
     assert [one["version"] for one in versions] == [5, 4, 3, 2, 1]
@@ -169,7 +169,7 @@ async def test_a_history_tells_each_version_with_the_one_before(project: Reposit
     assert gone.stdout.splitlines()[3].endswith("  noted")
 
 
-async def test_the_log_is_cut_as_asked(project: Repository) -> None:
+async def test_log_is_limited_as_asked(project: Repository) -> None:
     """By run, by position, and to the newest."""
     await add(project, Commit([Write(Key("note", "x"), 0, {})], [Event("noted", {"run": "other"})]))
     printed = [
@@ -198,7 +198,7 @@ async def test_the_log_is_cut_as_asked(project: Repository) -> None:
     assert (first["events"][0]["event"], first["time"], first["unreadable"]) == ("run.created", RUN_STARTED, [])
 
 
-async def test_what_a_terminal_would_obey_is_not_printed(project: Repository) -> None:
+async def test_terminal_sequences_are_escaped(project: Repository) -> None:
     """Whatever stands in documents, events and keys."""
     evil = "\x1b]0;title\x07hidden\u202e"
     await add(project, Commit([Write(Key("note", evil), 0, {evil: evil})], [Event("noted", {"task": evil})]))
@@ -210,7 +210,7 @@ async def test_what_a_terminal_would_obey_is_not_printed(project: Repository) ->
         assert not {*"\x1b\x07\u202e"} & set(ended.stdout)
 
 
-async def test_another_store_can_be_looked_at(project: Repository, tmp_path: Path) -> None:
+async def test_other_store_can_be_read(project: Repository, tmp_path: Path) -> None:
     """By a flag or the environment; the flag counts."""
     async with FileStore.open(project.log_in(tmp_path / "elsewhere"), SystemClock()) as store:
         await store.commit(Commit([Write(Key("note", "x"), 0, {})]))
@@ -223,7 +223,7 @@ async def test_another_store_can_be_looked_at(project: Repository, tmp_path: Pat
     assert len(project.council("state", "log", "--state", own).stdout.splitlines()) == 11
 
 
-async def test_a_store_is_looked_at_from_any_folder(project: Repository, tmp_path: Path) -> None:
+async def test_store_can_be_read_from_any_folder(project: Repository, tmp_path: Path) -> None:
     """Also where council never ran; nothing is made there, and what would write there is refused."""
     (tmp_path / "off").mkdir()
     own = str(project.top / ".council/state")
@@ -237,7 +237,7 @@ async def test_a_store_is_looked_at_from_any_folder(project: Repository, tmp_pat
     assert not any((tmp_path / "off").iterdir())
 
 
-async def test_looking_makes_no_store(project: Repository, tmp_path: Path) -> None:
+async def test_reading_creates_no_store(project: Repository, tmp_path: Path) -> None:
     """A folder whose name was mistyped is refused, whoever names it, and not made."""
     missing, file = tmp_path / "missing", project.top / "README"
     file.write_text("no store\n")
@@ -249,7 +249,7 @@ async def test_looking_makes_no_store(project: Repository, tmp_path: Path) -> No
     assert not missing.exists()
 
 
-async def test_looking_changes_nothing(project: Repository) -> None:
+async def test_reading_changes_nothing(project: Repository) -> None:
     """Not a byte of the state."""
     state = project.top / ".council/state"
     before = {path: path.read_bytes() for path in state.rglob("*") if path.is_file()}
@@ -258,7 +258,7 @@ async def test_looking_changes_nothing(project: Repository) -> None:
     assert {path: path.read_bytes() for path in state.rglob("*") if path.is_file()} == before
 
 
-async def test_damage_is_told_of(project: Repository) -> None:
+async def test_damage_is_reported(project: Repository) -> None:
     """Beside what can still be read, to people and to programs."""
     [segment] = (project.top / ".council/state").glob("*/*.jsonl")
     data = bytearray(segment.read_bytes())
@@ -273,7 +273,7 @@ async def test_damage_is_told_of(project: Repository) -> None:
     assert "unreadable" in project.council("state", "log").stdout
 
 
-async def test_a_run_at_a_glance(project: Repository) -> None:
+async def test_run_is_summarized(project: Repository) -> None:
     """Its options, tasks, phases, events and figures; nothing of it is live, and its repositories are gone."""
     told = project.council("state", "show", RUN, "--json").result
     assert (told["run"], told["status"], told["started"], told["sessions"]) == (RUN, "interrupted", RUN_STARTED, [])
@@ -295,7 +295,7 @@ def context_of(store: ForgetfulStore, clock: ManualClock, folder: Path) -> Proje
     return ProjectContext(Project(folder), store, "memory:", clock, {})
 
 
-async def test_of_many_events_the_last_hundred_are_shown(tmp_path: Path) -> None:
+async def test_last_hundred_events_are_shown(tmp_path: Path) -> None:
     """Those of other runs do not count."""
     clock = ManualClock(RUN_STARTED)
     store = ForgetfulStore(clock)
@@ -306,7 +306,7 @@ async def test_of_many_events_the_last_hundred_are_shown(tmp_path: Path) -> None
     assert [one.event.data["n"] for one in found.events] == list(range(50, 150))
 
 
-async def test_where_the_log_begins_late_that_is_told(tmp_path: Path) -> None:
+async def test_compacted_start_of_the_log_is_reported(tmp_path: Path) -> None:
     """What is asked for explicitly is refused with what can be had; what is open begins where the log does."""
     clock = ManualClock(RUN_STARTED)
     store = ForgetfulStore(clock)
@@ -331,13 +331,13 @@ async def test_where_the_log_begins_late_that_is_told(tmp_path: Path) -> None:
         (Key("task", "s/r"), False), (Key("task", "rr/a"), False), (Key("ports", "host/1"), False),
     ],
 )  # fmt: skip
-def test_documents_of_a_run(key: Key, expected: bool) -> None:
+def test_documents_of_a_run_are_listed(key: Key, expected: bool) -> None:
     """By the beginning of their ids; a task that is named as a run is none of it."""
     assert is_run_document(key, "r") is expected
     assert is_about_run(CommitRecord(1, 0.0, {key: (1, {})}, ()), "r") is expected
 
 
-async def test_the_past_from_python(project: Repository) -> None:
+async def test_history_works_from_python(project: Repository) -> None:
     """`council.history` and `council.reports` have what the commands print."""
     async with Council.open(project.top, environ=project.environ) as council:
         past = council.history
@@ -352,7 +352,7 @@ async def test_the_past_from_python(project: Repository) -> None:
     assert told == project.council("state", "show", "--json").result
 
 
-async def test_damage_is_found_and_settled_for(project: Repository) -> None:
+async def test_damage_is_found_and_accepted(project: Repository) -> None:
     """The exit code says whether all can be trusted; repaired, it can, and says what was given up."""
     segment = next((project.top / ".council/state").glob("*/*.jsonl"))
     before, _, after = segment.read_bytes().rpartition(b'"landed":"4f0c2d1e9b')
@@ -369,7 +369,7 @@ async def test_damage_is_found_and_settled_for(project: Repository) -> None:
     assert project.council("state", "at", "now", "--json").result["damage"] == []
 
 
-async def test_a_task_whose_record_is_gone_is_named(project: Repository) -> None:
+async def test_task_without_a_record_is_named(project: Repository) -> None:
     """As damage may leave it; a checkpoint brings it back."""
     assert project.council("checkpoint", "create").code == 0
     await add(project, Commit([Write(API, 4, None)]))
@@ -382,7 +382,7 @@ async def test_a_task_whose_record_is_gone_is_named(project: Repository) -> None
     assert project.council("runs").stdout.startswith(RUN)
 
 
-async def test_a_task_whose_newest_record_is_damaged_says_so(project: Repository) -> None:
+async def test_task_with_a_damaged_newest_record_is_reported(project: Repository) -> None:
     """It is shown as it stood before; no other task is touched."""
     (segment,) = (project.top / ".council/state").glob("*/*.jsonl")
     lines = segment.read_bytes().splitlines(keepends=True)

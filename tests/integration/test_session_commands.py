@@ -40,7 +40,7 @@ async def run(
         return await council.runs.run()
 
 
-async def test_a_session_asks_by_its_shell_and_its_hook(
+async def test_session_asks_by_its_shell_and_its_hook(
     repository: Repository, desk: FakeSessionService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And is known by who it is; what belongs to another is not written."""
@@ -64,7 +64,7 @@ async def test_a_session_asks_by_its_shell_and_its_hook(
     await repository.assert_invariants()
 
 
-async def test_the_file_says_how_long_a_lock_is_waited_for(
+async def test_lock_timeout_is_that_of_the_file(
     repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the session does not."""
@@ -79,7 +79,7 @@ async def test_the_file_says_how_long_a_lock_is_waited_for(
     assert told == [2.0]
 
 
-async def test_without_a_desk_nothing_is_given(
+async def test_session_without_a_session_api_gets_nothing(
     repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither server nor hook."""
@@ -91,7 +91,7 @@ async def test_without_a_desk_nothing_is_given(
     await repository.assert_invariants()
 
 
-def test_a_server_of_the_users_has_another_name(repository: Repository) -> None:
+def test_server_name_of_the_user_is_kept(repository: Repository) -> None:
     """Ours would take its place."""
     config = repository.configure([{"id": "t", "prompt": "x"}], mcp_servers={"council": {"command": ["x"]}})
     ended = repository.council("validate", str(config))

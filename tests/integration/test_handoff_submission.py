@@ -42,7 +42,7 @@ def worktree(tmp_path: Path) -> Worktree:
     return made
 
 
-async def test_a_session_has_a_folder_for_it(repository: Repository) -> None:
+async def test_session_has_a_handoff_folder(repository: Repository) -> None:
     """Its own from its beginning, gone with it, and its environment says where."""
     yard = await HubFixture.of(repository.top, Path(repository.environ["COUNCIL_HOME"]), repository.environ)
     base = await yard.fetch()
@@ -77,7 +77,7 @@ print(json.dumps(said))
 
 
 @pytest.mark.extended_but_first
-async def test_a_program_in_a_fence_writes_its_own_alone(tmp_path: Path, kind: SandboxKind) -> None:
+async def test_sandboxed_program_writes_its_own_handoff_only(tmp_path: Path, kind: SandboxKind) -> None:
     """Neither another session's nor the prompt."""
     hub = Hub(tmp_path / "hub")
     hub.root.mkdir()
@@ -107,7 +107,7 @@ async def test_a_program_in_a_fence_writes_its_own_alone(tmp_path: Path, kind: S
     ],
     ids=range(7),
 )
-async def test_what_is_no_object_is_told(worktree: Worktree, data: bytes, why: str) -> None:
+async def test_handoff_that_is_no_object_is_reported(worktree: Worktree, data: bytes, why: str) -> None:
     """With why, and what to do."""
     worktree.handoff_file.write_bytes(data)
     found = await read_handoff(worktree)
@@ -116,7 +116,7 @@ async def test_what_is_no_object_is_told(worktree: Worktree, data: bytes, why: s
     assert f"${HANDOFF_VARIABLE}" in found.why
 
 
-async def test_the_largest_is_read(worktree: Worktree) -> None:
+async def test_largest_handoff_is_read(worktree: Worktree) -> None:
     """To its last byte."""
     data = {"a": "x" * (MAX_HANDOFF_BYTES - len('{"a": ""}'))}
     worktree.handoff_file.write_text(json.dumps(data))
@@ -125,7 +125,7 @@ async def test_the_largest_is_read(worktree: Worktree) -> None:
 
 
 @pytest.mark.parametrize("what", ["link", "hard link", "pipe", "folder", "socket", "linked folder", "file for folder"])
-async def test_nothing_but_a_file_is_read(worktree: Worktree, tmp_path: Path, what: str) -> None:
+async def test_only_regular_files_are_read(worktree: Worktree, tmp_path: Path, what: str) -> None:
     """Whatever else is there leads nowhere, and is not waited for."""
     file, secret = worktree.handoff_file, tmp_path / "secret.json"
     secret.write_text('{"password": "x"}')
@@ -154,7 +154,7 @@ async def test_nothing_but_a_file_is_read(worktree: Worktree, tmp_path: Path, wh
     assert "password" not in found.why
 
 
-async def test_sessions_of_a_run_share_and_a_person_looks(repository: Repository) -> None:
+async def test_sessions_share_values_that_a_person_can_list(repository: Repository) -> None:
     """One waits for what another puts there; from outside it is seen, changed, and waited for."""
     script = {"use": "command", "argv": ["sh", "-e", "{prompt_file}"]}
     odd = "! council submit-handoff /dev/null 2> err.txt\necho '{}' | council submit-handoff 2>> err.txt || true"
@@ -177,7 +177,7 @@ async def test_sessions_of_a_run_share_and_a_person_looks(repository: Repository
     await repository.assert_invariants()
 
 
-async def test_a_person_looks_at_what_is_shared_and_puts_it(repository: Repository) -> None:
+async def test_person_can_list_and_put_shared_values(repository: Repository) -> None:
     """Outside of sessions it is by the run; what is refused is bad input."""
     config = repository.configure([{"id": "t", "prompt": "write a.txt x"}])
     async with Council.open(config) as council:

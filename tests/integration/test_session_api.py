@@ -25,7 +25,7 @@ from tests.conftest import Repository
 from tests.team import SECRET, open_team
 
 
-async def test_a_lock_twice_is_refused_and_changes_nothing(repository: Repository, tmp_path: Path) -> None:
+async def test_second_lock_of_a_file_is_rejected(repository: Repository, tmp_path: Path) -> None:
     """The session still owns what it has locked, and no more of what it asked for with it."""
     async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
@@ -37,7 +37,7 @@ async def test_a_lock_twice_is_refused_and_changes_nothing(repository: Repositor
         assert await team.owned() == {}
 
 
-async def test_who_does_not_say_how_long_to_wait_waits_as_the_run_says(repository: Repository, tmp_path: Path) -> None:
+async def test_lock_without_a_timeout_waits_as_configured(repository: Repository, tmp_path: Path) -> None:
     """With nothing of that, it is refused at once, and was never seen to wait."""
     async with open_team(repository, tmp_path) as gathered:
         team = replace(gathered, lock_timeout=0.0)
@@ -49,7 +49,7 @@ async def test_who_does_not_say_how_long_to_wait_waits_as_the_run_says(repositor
         assert [event.type for one in records for event in one.events] == []
 
 
-async def test_what_was_owned_from_the_start_stays_owned(repository: Repository, tmp_path: Path) -> None:
+async def test_paths_owned_from_the_start_stay_owned(repository: Repository, tmp_path: Path) -> None:
     """A lock on it and its end take nothing of that away."""
     async with open_team(repository, tmp_path) as team:
         session = await team.join("auth", owns=["src/**", "a.py"])
@@ -58,7 +58,7 @@ async def test_what_was_owned_from_the_start_stays_owned(repository: Repository,
         assert await team.owned() == {"auth.1": ("src/**", "a.py")}
 
 
-async def test_names_with_special_characters_are_taken_as_they_are(repository: Repository, tmp_path: Path) -> None:
+async def test_names_with_special_characters_are_literal(repository: Repository, tmp_path: Path) -> None:
     """A star in a file's name owns no other file."""
     async with open_team(repository, tmp_path) as team:
         first, second = await team.join("auth"), await team.join("web")
@@ -69,7 +69,7 @@ async def test_names_with_special_characters_are_taken_as_they_are(repository: R
         assert "owns back?slash" in await team.refused(second, "lock", paths=["back\\slash"], wait=0)
 
 
-async def test_a_session_can_not_take_without_end(repository: Repository, tmp_path: Path) -> None:
+async def test_locks_of_a_session_are_limited(repository: Repository, tmp_path: Path) -> None:
     """Its record is written again with each lock. What it gives back makes room; others are not held up."""
     async with open_team(repository, tmp_path) as team:
         first, second = await team.join("auth"), await team.join("web")
@@ -86,7 +86,7 @@ async def test_a_session_can_not_take_without_end(repository: Repository, tmp_pa
         assert "characters" in await team.refused(second, "lock", paths=[f"{n}/{'x' * 3000}" for n in range(100)])
 
 
-async def test_what_the_second_layer_refuses_is_undone_in_the_first(repository: Repository, tmp_path: Path) -> None:
+async def test_lock_rejected_by_the_second_layer_is_undone_in_the_first(repository: Repository, tmp_path: Path) -> None:
     """A file that somebody has locked whom the registry does not know, such as a session on another target."""
     async with open_team(repository, tmp_path) as team:
         session, other = await team.join("auth"), FileLocks(team.folder / "locks", team.clock)
@@ -108,7 +108,7 @@ async def test_what_the_second_layer_refuses_is_undone_in_the_first(repository: 
         assert await team.owned() == {"auth.1": ("a.py", "b.py")}
 
 
-async def test_a_wait_that_is_cut_off_leaves_nothing(repository: Repository, tmp_path: Path) -> None:
+async def test_interrupted_wait_leaves_nothing(repository: Repository, tmp_path: Path) -> None:
     """Neither a lock nor a waiter; the session is as it was."""
     async with open_team(repository, tmp_path) as team:
         first, second = await team.join("auth"), await team.join("web")
@@ -126,7 +126,7 @@ async def test_a_wait_that_is_cut_off_leaves_nothing(repository: Repository, tmp
         assert await team.ask(second, "lock", paths=["a.py"], wait=0) == {"locked": ["a.py"]}
 
 
-async def test_all_goes_with_the_session(repository: Repository, tmp_path: Path) -> None:
+async def test_locks_end_with_the_session(repository: Repository, tmp_path: Path) -> None:
     """Locks, ownership, and what it waits for; again is no mistake, and it is answered no more."""
     async with open_team(repository, tmp_path) as team:
         first, second = await team.join("auth", owns=["src/**"]), await team.join("web")
@@ -145,7 +145,7 @@ async def test_all_goes_with_the_session(repository: Repository, tmp_path: Path)
         assert await team.owned() == {"web.1": ("a.py", "src/api.py")}
 
 
-async def test_an_edit_of_what_another_owns_is_denied(repository: Repository, tmp_path: Path) -> None:
+async def test_edit_of_a_file_owned_by_another_is_denied(repository: Repository, tmp_path: Path) -> None:
     """By whatever name; what nobody else owns may be edited, and so may what is not in the repository."""
     async with open_team(repository, tmp_path) as team:
         first, second = await team.join("auth", owns=["src/**"]), await team.join("web")
@@ -163,7 +163,7 @@ async def test_an_edit_of_what_another_owns_is_denied(repository: Repository, tm
         assert (await team.ask(again, "check_edit", path="src/api.py"))["allowed"], "attempts of one task share"
 
 
-async def test_details_are_there_while_a_session_is_at_work(repository: Repository, tmp_path: Path) -> None:
+async def test_details_are_available_while_a_session_runs(repository: Repository, tmp_path: Path) -> None:
     """The plan, the diff so far, its last words and its figures, without secrets; nothing of it is touched."""
     async with open_team(repository, tmp_path) as team:
         session, asker = await team.join("auth"), await team.join("web")
@@ -189,7 +189,7 @@ async def test_details_are_there_while_a_session_is_at_work(repository: Reposito
         assert "has no running session" in await team.refused(asker, "ask", task="docs")
 
 
-async def test_what_a_program_prints_is_what_its_session_is_seen_at(repository: Repository, tmp_path: Path) -> None:
+async def test_program_output_updates_the_activity(repository: Repository, tmp_path: Path) -> None:
     """Without its saying a word to us: what it did last, and the file that it changed."""
     async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
@@ -214,7 +214,7 @@ async def test_what_a_program_prints_is_what_its_session_is_seen_at(repository: 
         assert (await team.context(session)).status is SessionStatus.DONE
 
 
-async def test_notes_are_left_and_found(repository: Repository, tmp_path: Path) -> None:
+async def test_notes_are_added_and_found(repository: Repository, tmp_path: Path) -> None:
     """By any session of the same target; those of a task, of a topic, about paths."""
     async with open_team(repository, tmp_path) as team:
         first, second = await team.join("auth"), await team.join("web")
@@ -228,7 +228,7 @@ async def test_notes_are_left_and_found(repository: Repository, tmp_path: Path) 
         assert "has no text" in await team.refused(first, "note", text=" ")
 
 
-async def test_what_takes_long_is_answered_one_at_a_time(repository: Repository, tmp_path: Path) -> None:
+async def test_slow_requests_are_answered_one_at_a_time(repository: Repository, tmp_path: Path) -> None:
     """Who asks for much at once waits for itself alone, and holds nobody else up."""
     async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
@@ -252,7 +252,7 @@ async def test_what_takes_long_is_answered_one_at_a_time(repository: Repository,
         assert others > 500
 
 
-async def test_who_was_taken_over_is_told_to_end(repository: Repository, tmp_path: Path) -> None:
+async def test_session_of_a_taken_over_task_is_told_to_end(repository: Repository, tmp_path: Path) -> None:
     """Whatever it wants to write is refused, and nothing of it is written."""
     async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
@@ -271,9 +271,7 @@ async def test_who_was_taken_over_is_told_to_end(repository: Repository, tmp_pat
         assert (await team.context(session)).message is None
 
 
-async def test_who_was_taken_over_is_refused_also_once_this_process_knows(
-    repository: Repository, tmp_path: Path
-) -> None:
+async def test_session_of_a_taken_over_task_is_rejected_later_too(repository: Repository, tmp_path: Path) -> None:
     """It has seen in the log that the claim is another's, or has the task once more: neither is that session's."""
     async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
@@ -314,7 +312,7 @@ async def test_who_was_taken_over_is_refused_also_once_this_process_knows(
         ("ask", {"task": 5}, "task"),
     ],
 )
-async def test_what_can_t_be_asked_is_refused(
+async def test_invalid_request_is_rejected(
     repository: Repository, tmp_path: Path, command: str, arguments: dict[str, Any], why: str
 ) -> None:
     """With what is wrong and what would be right."""
@@ -354,7 +352,7 @@ async def test_sessions_share_values(repository: Repository, tmp_path: Path) -> 
         assert await team.ask(second, "share_list", prefix="web") == {"shared": []}
 
 
-async def test_who_was_taken_over_shares_nothing(repository: Repository, tmp_path: Path) -> None:
+async def test_session_of_a_taken_over_task_shares_nothing(repository: Repository, tmp_path: Path) -> None:
     """And is told so."""
     async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
@@ -364,7 +362,7 @@ async def test_who_was_taken_over_shares_nothing(repository: Repository, tmp_pat
         assert await team.ask(session, "share_list") == {"shared": []}
 
 
-async def test_what_is_handed_over_is_judged_at_once(repository: Repository, tmp_path: Path) -> None:
+async def test_handoff_is_validated_immediately(repository: Repository, tmp_path: Path) -> None:
     """What is wrong is told, so that it can be mended; the last that is right counts, without secrets."""
     judged: list[Any] = []
 
@@ -399,9 +397,7 @@ async def test_what_is_handed_over_is_judged_at_once(repository: Repository, tmp
 # Secrets
 
 
-async def test_no_word_of_a_session_becomes_a_record_with_a_secret_in_it(
-    repository: Repository, tmp_path: Path
-) -> None:
+async def test_recorded_text_of_a_session_has_no_secret(repository: Repository, tmp_path: Path) -> None:
     """Neither what a note is about, nor a topic, nor what is waited for; a path that is one to lock is refused."""
     async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
@@ -428,7 +424,7 @@ async def test_no_word_of_a_session_becomes_a_record_with_a_secret_in_it(
 # How much a session may write
 
 
-async def test_a_session_that_shares_without_end_is_refused(repository: Repository, tmp_path: Path) -> None:
+async def test_endless_sharing_is_rejected(repository: Repository, tmp_path: Path) -> None:
     """Its log grows by a few megabytes and no more, whatever it writes; others go on, and so does it after a while."""
     async with open_team(repository, tmp_path) as gathered:
         clock = ManualClock()
@@ -444,7 +440,7 @@ async def test_a_session_that_shares_without_end_is_refused(repository: Reposito
 
 
 @pytest.mark.parametrize("command", ["note", "report", "unlock"])
-async def test_many_small_requests_are_refused_too(repository: Repository, tmp_path: Path, command: str) -> None:
+async def test_many_small_requests_are_rejected(repository: Repository, tmp_path: Path, command: str) -> None:
     """Each is a commit, however little it says."""
     async with open_team(repository, tmp_path) as gathered:
         team = replace(gathered, clock=ManualClock())
@@ -457,7 +453,7 @@ async def test_many_small_requests_are_refused_too(repository: Repository, tmp_p
         assert "1 KiB of state a second" in await team.refused(session, command, **words[command])
 
 
-def test_a_session_and_a_run_have_a_total() -> None:
+def test_session_and_run_have_total_limits() -> None:
     """However slowly it is written; that of a run counts sessions that have ended, too."""
     clock = ManualClock()
     mib = 1 << 20
