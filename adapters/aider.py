@@ -23,8 +23,8 @@ from adapters.options import (
     own_home_variables,
 )
 from adapters.rate_limits import with_reset_time
-from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
+from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
 from orchestrator.protocols import (
     AgentMessage,

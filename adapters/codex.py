@@ -19,8 +19,8 @@ from adapters.json_output import as_count, as_text, concluded_failure, parse_obj
 from adapters.options import CliOptions, ProgramName, option_arguments
 from adapters.rate_limits import with_reset_time
 from orchestrator.client.commands import MCP_SERVER_NAME
-from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
+from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
 from orchestrator.protocols import (
     AgentMessage,

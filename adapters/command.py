@@ -29,8 +29,8 @@ from adapters.json_output import concluded_failure
 from adapters.options import INSTRUCTIONS_FILE, AdapterOptions, check_argument, own_home_variables
 from adapters.output_rules import MAX_LINE_CHARS, OutputReader, OutputRule, RegexPattern
 from adapters.placeholders import check_placeholders, fill_placeholders, placeholder_names
-from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
+from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.errors import RefusedError
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
 from orchestrator.protocols import (

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Final
 
 from adapters.bridges.http_status import failure_name_for_status
-from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
+from orchestrator.domain.settings.failures import FailureClass
 
 MAX_REASON_CHARS: Final = 300
 """Characters of a program's message that are shown."""

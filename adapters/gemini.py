@@ -18,8 +18,8 @@ from adapters.failures import MAX_REASON_CHARS, failure_class_for_status, make_f
 from adapters.json_output import as_count, as_text, concluded_failure, parse_object, parse_plain_line, tool_event
 from adapters.options import CliOptions, ProgramName, TurnLimit, option_arguments
 from adapters.rate_limits import limit_reset_time
-from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
+from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
 from orchestrator.protocols import (
     AgentMessage,

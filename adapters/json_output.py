@@ -11,8 +11,8 @@ from typing import Any, Final
 from adapters import bridges
 from adapters.bridges.lines import LINE_FIELDS
 from adapters.failures import one_line
-from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
+from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.protocols import (
     AgentMessage,
     CliWarning,

@@ -29,9 +29,9 @@ from adapters.json_output import (
 )
 from adapters.options import INSTRUCTIONS_FILE, CliOptions, OptionValue, ProgramName, option_arguments
 from adapters.rate_limits import with_reset_time
-from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.domain.security.secrets import has_secret_key, secret_values
+from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterAdapter
 from orchestrator.protocols import (
     AgentMessage,

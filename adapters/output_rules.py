@@ -22,8 +22,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 from adapters.failures import failure_class_for_status, one_line
 from adapters.json_output import as_cost, as_count, as_text, parse_object, parse_plain_line
 from adapters.json_paths import JsonPath, values_at
-from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
+from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.protocols import AgentMessage, ConversationStarted, FinalResult, SessionEvent, UsageReport
 
 #: Characters of a line that patterns search: patterns are the user's, lines the agent's.

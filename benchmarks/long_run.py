@@ -11,12 +11,17 @@ from typing import Final
 
 import anyio
 
-from orchestrator.config.model import Backoff, TaskSpec, WorktreesConfig
 from orchestrator.domain.events.tasks import TaskChecking, TaskLanded, TaskLanding, TaskStarted
 from orchestrator.domain.runs.model import Attempt, LandingIntent, RunDocument
 from orchestrator.domain.runs.statuses import Trigger
-from orchestrator.domain.scheduling.claims import ClaimTiming, Role
+from orchestrator.domain.scheduling.claims import Role
 from orchestrator.domain.security.secrets import Redactor
+from orchestrator.domain.settings.run_settings import (
+    AdapterConfig,
+    Backoff,
+    CoordinationSettings,
+    TaskSpec,
+)
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.records import record_new_run
 from orchestrator.engine.state.transitions import TaskUpdate
@@ -55,7 +60,7 @@ async def _record_run(project: Project, log: Path, tasks: int) -> None:
     async with FileStore.open(log, clock) as store:
         await record_new_run(store, _document(run, top, hub, tuple(specs)), specs)
         others = RunMembership(
-            store, clock, run, create_owner(Role.LEADER), ClaimTiming(), LivenessLocks(hub / "locks").is_dead
+            store, clock, run, create_owner(Role.LEADER), CoordinationSettings(), LivenessLocks(hub / "locks").is_dead
         )
         ledger = await Ledger.take(store, clock, Redactor(frozenset()), others, "off")
         work = iter(specs)
@@ -78,7 +83,6 @@ def _spec(number: int) -> TaskSpec:
         checks=("python3 -m pytest -q",),
         checks_timeout=600.0,
         checks_env=(),
-        retry_checks=True,
         max_file=10 << 20,
         priority=number % 3,
         owns=(f"src/module{number}/**",),
@@ -95,17 +99,7 @@ def _document(run: str, top: Path, hub: Path, tasks: tuple[str, ...]) -> RunDocu
         target=f"council/{run}",
         capacity=8,
         session_memory=1 << 30,
-        adapters={
-            "agent": {
-                "use": "command",
-                "options": {"argv": ["agent"]},
-                "capacity": None,
-                "reach": {},
-                "keep_ignored": [],
-            }
-        },
-        fence={"sandbox": "auto", "network": True, "reach": {}},
-        worktrees=WorktreesConfig().model_dump(mode="json"),
+        adapters={"agent": AdapterConfig(use="command", options={"argv": ["agent"]})},
         tasks=tasks,
         start=_commit(0),
         hub=str(hub),

@@ -14,7 +14,7 @@ from pathlib import Path
 import anyio
 
 from adapters.command import CommandOptions
-from orchestrator import AdapterSettings, BackoffSettings, Config, Council, Task, TaskDefaults
+from orchestrator import AdapterSettings, Backoff, Config, Council, Task, TaskSettings
 
 WRITE_TEST = """\
 mkdir -p tests
@@ -40,7 +40,7 @@ def describe(modules: list[str]) -> Config:
         base="main",
         capacity=2,
         adapters={"shell": AdapterSettings.of("command", shell, capacity=2)},
-        defaults=TaskDefaults(timeout=60.0, attempts=2, backoff=BackoffSettings(initial=0.2, max=5.0)),
+        defaults=TaskSettings(timeout=60.0, attempts=2, backoff=Backoff(initial=0.2, max=5.0)),
         tasks=(*tasks, index),
     )
 

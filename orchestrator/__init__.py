@@ -26,20 +26,13 @@ if TYPE_CHECKING:
     from orchestrator.api.topics.changes import PreservedWork
     from orchestrator.api.topics.logs import LogChunk
     from orchestrator.api.transfer import adopt_state, copy_state
-    from orchestrator.config.schema import (
-        AdapterSettings,
-        BackoffSettings,
-        Config,
-        SetupSettings,
-        Task,
-        TaskDefaults,
-        WorktreeSettings,
-    )
+    from orchestrator.config.schema import AdapterSettings, Config, Task
     from orchestrator.domain.documents.conflicts import ConflictStrategy, DocumentUpdate
-    from orchestrator.domain.runs.failures import FailureClass
     from orchestrator.domain.runs.statuses import TaskStatus
     from orchestrator.domain.sessions.contexts import SessionContext, SessionStatus, TaskSummary
     from orchestrator.domain.sessions.notes import Note
+    from orchestrator.domain.settings.failures import FailureClass
+    from orchestrator.domain.settings.run_settings import Backoff, SetupStep, TaskSettings, WorktreeSettings
     from orchestrator.domain.workflow.violations import Violation
     from orchestrator.engine.phases.verification import RunVerification, TaskVerification
     from orchestrator.engine.reports.report import (
@@ -78,7 +71,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterReport",
     "AdapterSettings",
-    "BackoffSettings",
+    "Backoff",
     "Checkpoint",
     "Config",
     "ConfigError",
@@ -119,13 +112,13 @@ __all__ = [
     "SessionDetails",
     "SessionReport",
     "SessionStatus",
-    "SetupSettings",
+    "SetupStep",
     "StateLost",
     "StoreUnavailable",
     "Task",
-    "TaskDefaults",
     "TaskDetails",
     "TaskReport",
+    "TaskSettings",
     "TaskStatus",
     "TaskSummary",
     "TaskVerification",
@@ -143,18 +136,11 @@ _MODULES = {
     "api.council": ("Council", "ProjectPaths"),
     "api.topics.changes": ("PreservedWork",),
     "api.topics.logs": ("LogChunk",),
-    "config.schema": (
-        "AdapterSettings",
-        "BackoffSettings",
-        "Config",
-        "SetupSettings",
-        "Task",
-        "TaskDefaults",
-        "WorktreeSettings",
-    ),
+    "config.schema": ("AdapterSettings", "Config", "Task"),
+    "domain.settings.run_settings": ("Backoff", "SetupStep", "TaskSettings", "WorktreeSettings"),
     "domain.documents.conflicts": ("ConflictStrategy", "DocumentUpdate"),
     "domain.sessions.contexts": ("SessionContext", "SessionStatus", "TaskSummary"),
-    "domain.runs.failures": ("FailureClass",),
+    "domain.settings.failures": ("FailureClass",),
     "domain.runs.statuses": ("TaskStatus",),
     "domain.sessions.notes": ("Note",),
     "domain.workflow.violations": ("Violation",),

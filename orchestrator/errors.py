@@ -89,6 +89,22 @@ class RefusedError(CouncilError):
         super().__init__(f"{what}: {remedy}")
 
 
+class InvalidValue(CouncilError, ValueError):
+    """A value breaks the rules of its setting; validators of plugins may raise a plain ValueError instead."""
+
+    def __init__(self, what: str, remedy: str) -> None:
+        self.what, self.remedy = what, remedy
+        super().__init__(f"{what}: {remedy}")
+
+    @classmethod
+    def of(cls, error: ValueError) -> InvalidValue:
+        """Return an error with its two parts; the text of a plain ValueError is split at its first colon."""
+        if isinstance(error, cls):
+            return error
+        what, _, remedy = str(error).partition(": ")
+        return cls(what, remedy or "correct it")
+
+
 class NothingToMerge(RefusedError):
     """A run has no work that is not merged."""
 
@@ -396,9 +412,3 @@ def to_permission_refusal(error: OSError) -> RefusedError | None:
         return None
     subject = "" if error.filename is None else f"{error.filename}: "
     return RefusedError(f"{subject}{(error.strerror or str(error)).lower()}", "give yourself access to it")
-
-
-def join_names(names: Sequence[str], most: int = 5, separator: str = ", ") -> str:
-    """Return the first names as text, and the number of the rest: `a, b and 3 more`."""
-    rest = len(names) - most
-    return separator.join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -23,11 +23,12 @@ from orchestrator import hookspecs
 from orchestrator.config.entries import Extensions
 from orchestrator.config.model import restore_options
 from orchestrator.config.store import scheme_of
+from orchestrator.domain.settings.run_settings import AdapterConfig, SinkConfig, TrackerConfig
 from orchestrator.domain.workflow.handoff_kinds import HandoffKind, HandoffValidator, kind_from_model, with_validators
 from orchestrator.domain.workflow.mediation import Transformation
 from orchestrator.errors import PluginError, PluginFailed, RefusedError, plugin_code
 from orchestrator.hookspecs import ENTRY_POINT_GROUP
-from orchestrator.protocols import AdapterType, JsonObject, SinkType, Store, StoreType, TrackerType
+from orchestrator.protocols import AdapterType, SinkType, Store, StoreType, TrackerType
 from orchestrator.system.clock import Clock
 
 if TYPE_CHECKING:  # most programs do without its imports
@@ -114,10 +115,12 @@ class Plugins:
             self.sinks, self.trackers, self.explain, tuple(self.handoff_kinds), tuple(self.transformations)
         )
 
-    def open(self, kind: str, name: str, stored: JsonObject) -> AbstractAsyncContextManager[Any]:
+    def open(
+        self, kind: str, name: str, stored: AdapterConfig | SinkConfig | TrackerConfig
+    ) -> AbstractAsyncContextManager[Any]:
         """Open a `sink` or `tracker` from its stored configuration, for the body of an `async with`."""
         open_stream, options = restore_options(
-            f"{kind} {name!r}", stored, self.kinds()[f"{kind}s"], self.explain(str(stored["use"]))
+            f"{kind} {name!r}", stored, self.kinds()[f"{kind}s"], self.explain(stored.use)
         )
         opened: AbstractAsyncContextManager[Any] = open_stream(options)
         return opened

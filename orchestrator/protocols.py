@@ -25,6 +25,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationInfo
 
 from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
+from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.system.clock import Clock
 
 if TYPE_CHECKING:
@@ -729,7 +730,7 @@ class Adapter(Protocol):
         output that every complete session ends with is missing. A verdict can fail a session, never pass it. If the
         last `FinalResult` failed, the verdict is never None.
 
-        The failure's class (`orchestrator.domain.runs.failures`) decides the consequence: RATE_LIMITED starts a
+        The failure's class (`orchestrator.domain.settings.failures`) decides the consequence: RATE_LIMITED starts a
         cooldown of the adapter (`until`: wall-clock seconds, if known) and AUTH disables it, both without counting the
         attempt; the `reason` of AUTH says how to log in.
         """

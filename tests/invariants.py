@@ -28,11 +28,11 @@ from typing import get_type_hints
 import anyio.to_thread
 from pydantic import TypeAdapter, ValidationError
 
-from orchestrator.config.model import TaskSpec
 from orchestrator.domain.documents.times import Instant
 from orchestrator.domain.events import EVENT_TYPES
 from orchestrator.domain.runs.model import RunDocument, TaskDocument
 from orchestrator.domain.runs.statuses import RETRYABLE_STATUSES, TaskStatus
+from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.engine.phases.verification import RunVerification, verify_run
 from orchestrator.engine.session_api.contexts import KIND as CONTEXT
 from orchestrator.plugins import load_plugins

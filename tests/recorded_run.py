@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from orchestrator.config.model import Backoff, TaskSpec
 from orchestrator.domain.events.runs import RunInterrupted, RunPaused
 from orchestrator.domain.events.tasks import TaskLanded, TaskLanding, TaskQueued, TaskRetrying, TaskStarted
 from orchestrator.domain.runs.model import Attempt, LandingIntent, RunDocument
 from orchestrator.domain.runs.statuses import Trigger
-from orchestrator.domain.scheduling.claims import ClaimTiming, OrchestratorIdentity, Role
+from orchestrator.domain.scheduling.claims import OrchestratorIdentity, Role
 from orchestrator.domain.security.secrets import Redactor
+from orchestrator.domain.settings.run_settings import AdapterConfig, Backoff, CoordinationSettings, TaskSpec
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.records import record_new_run
 from orchestrator.engine.state.transitions import TaskUpdate
@@ -54,10 +54,8 @@ def run_document(folder: Path, run: str = RUN, started: float = RUN_STARTED) -> 
         base="main",
         target="main",
         capacity=2,
-        session_memory=0,
-        adapters={"fixer": {"use": "command", "options": {}}},
-        fence={},
-        worktrees={},
+        session_memory=1,
+        adapters={"fixer": AdapterConfig(use="command", options={})},
         tasks=("models", "api"),
         start=OLD_COMMIT,
         hub=str(folder / "hub"),
@@ -80,7 +78,6 @@ def task_spec(task: str, prompt: str) -> TaskSpec:
         checks=(),
         checks_timeout=600.0,
         checks_env=(),
-        retry_checks=True,
         max_file=1 << 20,
         priority=0,
         owns=(),
@@ -95,7 +92,7 @@ def make_orchestrators(
     async def is_dead(run: str, owner: OrchestratorIdentity) -> bool:
         return alone
 
-    return RunMembership(store, clock, run, me or create_owner(Role.LEADER), ClaimTiming(), is_dead)
+    return RunMembership(store, clock, run, me or create_owner(Role.LEADER), CoordinationSettings(), is_dead)
 
 
 async def record_run(

@@ -83,7 +83,7 @@ class MessageBuffer:
 class BridgeExit(Exception):
     """Ends a bridge with a message and a failure class (None: success).
 
-    The classes are those of `orchestrator.domain.runs.failures`, by name.
+    The classes are those of `orchestrator.domain.settings.failures`, by name.
     """
 
     def __init__(self, text: str, failure: str | None = None) -> None:

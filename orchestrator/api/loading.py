@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import anyio.to_thread
 
@@ -11,7 +12,8 @@ from orchestrator.config.load import load_config, load_value
 from orchestrator.config.model import RunConfig
 from orchestrator.config.schema import Config
 from orchestrator.config.source.location import named_repository
-from orchestrator.config.source.names import is_url
+from orchestrator.domain.settings.fields import TO_FILE
+from orchestrator.domain.settings.names import is_url
 from orchestrator.engine.diagnostics.preflight import project_of_config
 from orchestrator.plugins import Plugins, load_plugins
 from orchestrator.project import Project
@@ -50,7 +52,18 @@ def _load(source: str | Path | Config | RunConfig, plugins: Plugins) -> RunConfi
         case RunConfig():
             return source
         case Config():
-            value = source.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
-            return load_value(value, Path.cwd(), plugins.adapters, "Config", plugins.extensions())
+            value = source.model_dump(mode="json", exclude_unset=True, context=TO_FILE)
+            return load_value(_without_none(value), Path.cwd(), plugins.adapters, "Config", plugins.extensions())
         case _:
             return load_config(Path(source), plugins.adapters, plugins.extensions())
+
+
+def _without_none(value: Any) -> Any:
+    """Return a config without keys that are None, as in a file; the values and schemas of users may contain None."""
+    match value:
+        case dict():
+            kept = {key: each for key, each in value.items() if each is not None}
+            return {key: each if key in {"context", "schema"} else _without_none(each) for key, each in kept.items()}
+        case list():
+            return [_without_none(each) for each in value]
+    return value

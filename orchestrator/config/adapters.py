@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 from orchestrator.config.entries import ExplainMissing, read_entries
-from orchestrator.config.model import AdapterConfig, PathAccess
 from orchestrator.config.references import iter_items, iter_task_nodes
-from orchestrator.config.schema import AdapterSettings
 from orchestrator.config.source.document import Node
-from orchestrator.config.source.names import check_kept_path
-from orchestrator.config.source.problems import KnownWords, Position, Problems, quote_text
+from orchestrator.config.source.problems import Position, Problems
 from orchestrator.config.source.validation import validate
 from orchestrator.config.workflows.load import iter_phase_nodes, workflow_of
-from orchestrator.domain.workflow.routing import Phase
+from orchestrator.domain.settings.phase_settings import Phase
+from orchestrator.domain.settings.run_settings import AdapterConfig, AdapterSettings
+from orchestrator.domain.wording import quote_text, suggest
 from orchestrator.errors import PluginFailed, RefusedError, plugin_code
 from orchestrator.protocols import Adapter, AdapterType, SessionRequest
 
@@ -28,43 +26,26 @@ def read_adapters(
     root: Node, folder: Path, adapter_types: Mapping[str, AdapterType], explain: ExplainMissing, problems: Problems
 ) -> dict[str, AdapterConfig]:
     """Return the valid adapters, and report mistakes of all other ones."""
-    found: dict[str, AdapterConfig] = {}
-    own = AdapterSettings.model_fields.keys()
-    for name, node, use, options in read_entries(root, "adapter", adapter_types, own, folder, explain, problems):
-        reach = read_path_access(node, folder, problems)
-        capacity = node.value.get("capacity")
-        if capacity is None or isinstance(capacity, int):
-            found[name] = AdapterConfig(
-                name=name, use=use, capacity=capacity, reach=reach, keep_ignored=_kept(node), options=options
-            )
-    return found
+    read = read_entries(root, "adapter", adapter_types, AdapterSettings, folder, explain, problems)
+    return {
+        name: AdapterConfig(**dict(settings) | read_path_access(node, folder, problems), options=options)
+        for name, node, settings, options in read
+    }
 
 
-def _kept(node: Node) -> tuple[str, ...]:
-    """Return the valid paths of `keep_ignored`; schema validation reports the others."""
-    found = []
-    listed = node.value.get("keep_ignored")
-    for item in listed if isinstance(listed, list) else ():
-        with suppress(ValueError):
-            found += [check_kept_path(item)] if isinstance(item, str) else []
-    return tuple(found)
-
-
-def read_path_access(node: Node, folder: Path, problems: Problems) -> PathAccess:
+def read_path_access(node: Node, folder: Path, problems: Problems) -> dict[str, tuple[str, ...]]:
     """Return the absolute paths under `writable` and `readable`, and report missing ones."""
-    found: dict[str, list[Path]] = {"writable": [], "readable": []}
-    for key, paths in found.items():
-        listed = node.get(key)
-        for item in listed.children.values() if listed is not None and isinstance(listed.value, list) else ():
+    access: dict[str, tuple[str, ...]] = {"writable": (), "readable": ()}
+    for key in access:
+        for item in iter_items(node.get(key)):
             if not isinstance(item.value, str) or not item.value or "\0" in item.value:
                 continue
-            path = Path(os.path.realpath(folder / Path(item.value).expanduser()))
-            if not path.exists():
-                problems.add(
-                    item.at, f"{quote_text(item.value)} does not exist", "create it first, or remove it from here"
-                )
-            paths.append(path)
-    return PathAccess(writable=tuple(found["writable"]), readable=tuple(found["readable"]))
+            path = os.path.realpath(folder / Path(item.value).expanduser())
+            if not Path(path).exists():
+                what = f"{quote_text(item.value)} does not exist"
+                problems.add(item.at, what, "create it first, or remove it from here")
+            access[key] += (path,)
+    return access
 
 
 def add_named_types(root: Node, folder: Path, adapter_types: Mapping[str, AdapterType]) -> Node:
@@ -123,10 +104,10 @@ def assign_adapters(
     if adapters is None or not isinstance(adapters.value, dict) or not adapters.value:
         return {}
     names = adapters.value.keys()
-    vocabulary = KnownWords(names, "the adapters")
     for named in _named(root):
         if isinstance(named.value, str) and named.value not in names:
-            problems.add(named.at, f"there is no adapter {quote_text(named.value)}", vocabulary.suggest(named.value))
+            remedy = suggest(named.value, names, "the adapters")
+            problems.add(named.at, f"there is no adapter {quote_text(named.value)}", remedy)
     default = root.get("defaults", "adapter")
     assigned: dict[int, str] = {}
     for index, task in iter_task_nodes(root):

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
-from orchestrator.config.model import CoordinationConfig, RunConfig, TaskSpec
-from orchestrator.config.schema import MAX_RETRIES
-from orchestrator.config.source.problems import quote_text
-from orchestrator.config.source.quantities import MAX_DURATION, format_duration
+from orchestrator.config.model import RunConfig
+from orchestrator.domain.settings.quantities import MAX_DURATION, format_duration
+from orchestrator.domain.settings.run_settings import MAX_RETRIES, CoordinationSettings, TaskSpec
+from orchestrator.domain.wording import quote_text
 from orchestrator.errors import raise_combined_refusal
 
 #: The environment variable that overrides each key of the config file.
@@ -62,14 +62,14 @@ class DurationConflict(NamedTuple):
     times: int
 
 
-def find_duration_conflicts(config: CoordinationConfig) -> Iterator[DurationConflict]:
+def find_duration_conflicts(config: CoordinationSettings) -> Iterator[DurationConflict]:
     """Yield each pair of conflicting durations."""
     for short, long, times in _DURATION_RULES:
         if getattr(config, short) * times > getattr(config, long):
             yield DurationConflict(short, long, times)
 
 
-def explain_duration_conflict(conflict: DurationConflict, config: CoordinationConfig) -> tuple[str, str]:
+def explain_duration_conflict(conflict: DurationConflict, config: CoordinationSettings) -> tuple[str, str]:
     """Return the problem and its remedy, in terms of the config file."""
     return _explain(conflict, config, {})
 
@@ -104,14 +104,14 @@ def _read(key: str, text: str) -> float | bool:
             raise ValueError(f"write a whole number from 0 to {MAX_RETRIES}, such as 3")
         return number
     if not 0 < number <= MAX_DURATION * _MILLISECONDS:
-        default = _milliseconds(getattr(CoordinationConfig(), key))
+        default = _milliseconds(getattr(CoordinationSettings(), key))
         raise ValueError(f"write milliseconds as a whole number above 0, such as {default}")
     return number / _MILLISECONDS
 
 
 def resolve_coordination(
-    config: CoordinationConfig, environ: Mapping[str, str], options: CoordinationOverrides | None = None
-) -> CoordinationConfig:
+    config: CoordinationSettings, environ: Mapping[str, str], options: CoordinationOverrides | None = None
+) -> CoordinationSettings:
     """Return the `config` of a run, overridden by the environment and then by a command's `options`.
 
     Raises RefusedError that names each invalid variable, or the conflicting settings.
@@ -128,7 +128,7 @@ def resolve_coordination(
     return config
 
 
-def apply_max_retries(config: RunConfig, coordination: CoordinationConfig) -> RunConfig:
+def apply_max_retries(config: RunConfig, coordination: CoordinationSettings) -> RunConfig:
     """Return a run with `max_retries` + 1 attempts for each task without `attempts` of its own.
 
     If `max_retries` is not set, the run is returned unchanged.
@@ -144,7 +144,7 @@ def apply_max_retries(config: RunConfig, coordination: CoordinationConfig) -> Ru
     return config.model_copy(update={"tasks": tuple(map(filled, config.tasks)), "template": template})
 
 
-def _explain(conflict: DurationConflict, config: CoordinationConfig, names: Mapping[str, str]) -> tuple[str, str]:
+def _explain(conflict: DurationConflict, config: CoordinationSettings, names: Mapping[str, str]) -> tuple[str, str]:
     """Return the problem and its remedy; `names` has the variable or option of each key not set in the config file."""
     short, long = getattr(config, conflict.short), getattr(config, conflict.long)
     limit = {1: "", 3: "a third of "}[conflict.times]
@@ -160,7 +160,7 @@ def _explain(conflict: DurationConflict, config: CoordinationConfig, names: Mapp
     return what, f"{remedy}, or at least {_written(conflict.long, short * conflict.times, sources[1])}"
 
 
-def _named(key: str, config: CoordinationConfig, names: Mapping[str, str]) -> str:
+def _named(key: str, config: CoordinationSettings, names: Mapping[str, str]) -> str:
     name, value = names.get(key), getattr(config, key)
     if name == ENVIRONMENT_VARIABLES[key]:
         return f"{name} ({_milliseconds(value)})"

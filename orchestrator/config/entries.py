@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from pydantic import BaseModel
 
-from orchestrator.config.model import SinkConfig, TrackerConfig
-from orchestrator.config.schema import SinkSettings, TrackerSettings
 from orchestrator.config.source.document import UNREADABLE, Node
-from orchestrator.config.source.problems import KnownWords, Problems, quote_text
+from orchestrator.config.source.problems import Problems
 from orchestrator.config.source.validation import validate
+from orchestrator.domain.settings.fields import Settings
+from orchestrator.domain.settings.run_settings import (
+    SinkConfig,
+    SinkSettings,
+    TrackerConfig,
+    TrackerSettings,
+)
+from orchestrator.domain.wording import quote_text, suggest
 from orchestrator.domain.workflow.handoff_kinds import HANDOFF_KINDS
 from orchestrator.domain.workflow.mediation import TRANSFORMATIONS
 from orchestrator.protocols import SinkType, TrackerType
@@ -48,12 +54,15 @@ class Extensions:
     """The names of the transformations, including built-in ones."""
 
 
-class PluginEntry(NamedTuple):
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+class PluginEntry(NamedTuple, Generic[SettingsT]):
     """An entry with a known type and valid options."""
 
     name: str
     node: Node
-    use: str
+    settings: SettingsT
     options: BaseModel
 
 
@@ -61,49 +70,42 @@ def read_entries(
     root: Node,
     kind: str,
     types: Mapping[str, HasOptions],
-    own: Collection[str],
+    common: type[SettingsT],
     folder: Path,
     explain: ExplainMissing,
     problems: Problems,
-) -> Iterator[PluginEntry]:
-    """Yield the valid entries of the section `<kind>s`, and report mistakes of all other entries.
+) -> Iterator[PluginEntry[SettingsT]]:
+    """Yield the valid entries of the section `<kind>s`, and report mistakes in the options of all entries.
 
-    `own` are the common keys of all entries of the section.
+    `common` has the keys of all entries of the section; schema validation reports mistakes in them.
     """
-    installed = KnownWords(types, "the installed ones")
+    own = common.model_fields.keys()
     for name, node in _nodes(root, f"{kind}s"):
         use = node.get("use")
         if use is None or not isinstance(use.value, str):
             continue
         if use.value not in types:
-            remedy = "; ".join(filter(None, (explain(use.value), installed.suggest(use.value))))
+            remedy = "; ".join(filter(None, (explain(use.value), suggest(use.value, types, "the installed ones"))))
             problems.add(use.at, f"there is no {kind} type {quote_text(use.value)}", remedy)
             continue
         # Validators of types never get values that the file reader rejected.
         unreadable = {key for key in node.value if _is_unreadable(node.children[key])}
         options = validate(types[use.value].Options, node, problems, without={*own, *unreadable}, folder=folder)
-        if options is not None and not unreadable:
-            yield PluginEntry(name, node, use.value, options)
+        settings = validate(common, node, Problems(""), without=node.value.keys() - own)
+        if settings is not None and options is not None and not unreadable:
+            yield PluginEntry(name, node, settings, options)
 
 
 def read_sinks(root: Node, folder: Path, extensions: Extensions, problems: Problems) -> dict[str, SinkConfig]:
     """Return the valid sinks, and report mistakes of all other ones."""
-    found = {}
-    own = SinkSettings.model_fields.keys()
-    for used in read_entries(root, "sink", extensions.sinks, own, folder, extensions.explain, problems):
-        events = used.node.value.get("events", ["*"])
-        if isinstance(events, list) and all(isinstance(one, str) for one in events):
-            found[used.name] = SinkConfig(name=used.name, use=used.use, events=tuple(events), options=used.options)
-    return found
+    read = read_entries(root, "sink", extensions.sinks, SinkSettings, folder, extensions.explain, problems)
+    return {name: SinkConfig(**dict(settings), options=options) for name, _, settings, options in read}
 
 
 def read_trackers(root: Node, folder: Path, extensions: Extensions, problems: Problems) -> dict[str, TrackerConfig]:
     """Return the valid trackers, and report mistakes of all other ones."""
-    own = TrackerSettings.model_fields.keys()
-    return {
-        used.name: TrackerConfig(name=used.name, use=used.use, options=used.options)
-        for used in read_entries(root, "tracker", extensions.trackers, own, folder, extensions.explain, problems)
-    }
+    read = read_entries(root, "tracker", extensions.trackers, TrackerSettings, folder, extensions.explain, problems)
+    return {name: TrackerConfig(**dict(settings), options=options) for name, _, settings, options in read}
 
 
 def _nodes(root: Node, section: str) -> Iterator[tuple[str, Node]]:

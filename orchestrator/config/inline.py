@@ -12,8 +12,9 @@ from orchestrator.config.entries import Extensions
 from orchestrator.config.load import NO_EXTENSIONS, build_run_config, read_file
 from orchestrator.config.model import RunConfig
 from orchestrator.config.source.document import Node
-from orchestrator.config.source.problems import KnownWords, Problems
+from orchestrator.config.source.problems import Problems
 from orchestrator.config.source.values import read_value
+from orchestrator.domain.wording import suggest
 from orchestrator.errors import PluginFailed, RefusedError, plugin_code
 from orchestrator.protocols import AdapterType, JsonObject
 
@@ -95,7 +96,7 @@ def check_adapter_choice(
     what = f"there is no adapter {wanted!r}"
     if wanted in adapter_types:
         what = f"{wanted!r} takes options, which only a file can give"
-    raise RefusedError(what, KnownWords(possible, "possible ones").suggest(wanted) if possible else _choices([]))
+    raise RefusedError(what, suggest(wanted, possible, "possible ones") if possible else _choices([]))
 
 
 def no_program_error(adapters: Iterable[str]) -> RefusedError:

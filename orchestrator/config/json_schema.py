@@ -2,30 +2,57 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
-from pydantic_core import core_schema
+from pydantic_core import SchemaSerializer, core_schema
 
 from orchestrator.config.schema import AdapterSettings, Config
+from orchestrator.domain.settings.fields import TO_FILE, Settings
 from orchestrator.protocols import AdapterType, JsonObject
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
+def _docstrings(model: type[BaseModel]) -> Iterator[tuple[str, str]]:
+    """Yield the fields of a model that have a docstring, and of the settings that it inherits from."""
+    # Pydantic would extract them when a class is created, which takes longer than any other part of most commands.
+    for cls in reversed([each for each in model.__mro__ if issubclass(each, Settings)]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+        for field, text in pairwise(body.body if isinstance(body, ast.ClassDef) else ()):
+            match field, text:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(docstring))):
+                    yield name, inspect.cleandoc(docstring)
+
+
 class _Generator(GenerateJsonSchema):
     """Pydantic's generator without null: in a config file, keys are omitted instead."""
+
+    def model_schema(self, schema: core_schema.ModelSchema) -> JsonSchemaValue:
+        made, model = super().model_schema(schema), schema["cls"]
+        for name, docstring in _docstrings(model):
+            if name in model.model_fields:
+                made["properties"][model.model_fields[name].alias or name].setdefault("description", docstring)
+        return made
 
     def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
         return self.generate_inner(schema["schema"])
 
     def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
-        default = schema.get("default")
+        default, made = schema.get("default"), self.generate_inner(schema["schema"])
         if default is None or isinstance(default, BaseModel):
-            return self.generate_inner(schema["schema"])
-        return super().default_schema(schema)
+            return made
+        if isinstance(default, tuple | frozenset):
+            default = sorted(default) if isinstance(default, frozenset) else [*default]
+        elif type(default) in {int, float}:  # which may be written with a unit
+            default = SchemaSerializer(schema["schema"]).to_python(default, mode="json", context=TO_FILE)
+        return {**made, "default": default}
 
     def frozenset_schema(self, schema: core_schema.FrozenSetSchema) -> JsonSchemaValue:
         made = super().frozenset_schema(schema)

@@ -3,55 +3,35 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from orchestrator.config import adapters, references
 from orchestrator.config.entries import Extensions, read_sinks, read_trackers
-from orchestrator.config.model import (
-    Backoff,
-    BudgetConfig,
-    CoordinationConfig,
-    LimitsConfig,
-    McpServerConfig,
-    Retention,
-    RunConfig,
-    SandboxConfig,
-    StateConfig,
-    TaskSpec,
-    WorktreesConfig,
-)
-from orchestrator.config.schema import (
-    NO_WORKFLOW,
-    BackoffSettings,
-    BudgetSettings,
-    Config,
-    NetworkSettings,
-    Task,
-    TaskDefaults,
-)
+from orchestrator.config.model import RunConfig
+from orchestrator.config.schema import Config, StateSettings, Task
 from orchestrator.config.source.document import Node, read_document
 from orchestrator.config.source.files import MAX_FILE_BYTES, open_regular_file
-from orchestrator.config.source.names import is_url
 from orchestrator.config.source.problems import Position, Problems, TooManyProblems
 from orchestrator.config.source.validation import validate
 from orchestrator.config.source.values import read_value
 from orchestrator.config.store import folder_url
 from orchestrator.config.workflows import load
-from orchestrator.domain.runs.failures import RETRIED_BY_DEFAULT, FailureClass
+from orchestrator.domain.settings.fields import NO_WORKFLOW, Settings
+from orchestrator.domain.settings.names import is_url
+from orchestrator.domain.settings.run_settings import (
+    RunSettings,
+    SandboxSettings,
+    TaskSettings,
+    TaskSpec,
+    WorktreeSettings,
+)
 from orchestrator.protocols import AdapterType
-
-T = TypeVar("T")
 
 NO_EXTENSIONS: Final = Extensions()
 _START: Final = Position(1, 1)
-_TIMEOUT: Final = 30 * 60.0
-_IDLE_TIMEOUT: Final = 10 * 60.0
-_CHECKS_TIMEOUT: Final = 10 * 60.0
-_MAX_FILE: Final = 50_000_000
 
 
 def load_config(
@@ -164,7 +144,7 @@ def _read_run(
     configured = adapters.read_adapters(root, path.parent, adapter_types, extensions.explain, problems)
     sinks = read_sinks(root, path.parent, extensions, problems)
     trackers = read_trackers(root, path.parent, extensions, problems)
-    reach = adapters.read_path_access(root, path.parent, problems)
+    access = adapters.read_path_access(root, path.parent, problems)
     references.check_state(root, problems)
     references.check_coordination(root, problems)
     references.check_network(root, problems)
@@ -179,42 +159,22 @@ def _read_run(
     adapters.try_commands(root, prompts, possible, configured, adapter_types, problems)
     if file is None or problems:
         return None
-    backoff = _backoff(file.defaults.backoff, Backoff())
     return RunConfig(
+        **{name: getattr(file, name) for name in RunSettings.model_fields.keys() - {"repo", "worktrees"}},
         path=path,
         texts=_texts(root, path.parent),
         repo=file.repo if is_url(file.repo) else os.path.realpath(path.parent / file.repo),
         is_url=is_url(file.repo),
-        base=file.base,
-        target=file.target,
-        capacity=file.capacity,
-        session_memory=file.session_memory,
-        fence=SandboxConfig(
-            sandbox=file.sandbox,
-            network=file.network == "on",
-            hosts=file.network.allow if isinstance(file.network, NetworkSettings) else (),
-            nesting=file.nested_sandboxes,
-            limits=LimitsConfig.model_validate(dict(file.limits)),
-            reach=reach,
-        ),
+        sandbox=SandboxSettings(**{name: getattr(file, name) for name in SandboxSettings.model_fields} | access),
         worktrees=_worktrees(file),
-        mcp_servers={
-            name: McpServerConfig(argv=server.command or (), env=server.env, url=server.url)
-            for name, server in file.mcp_servers.items()
-        },
-        budget=_budget(file.budget),
-        prices=file.prices,
         state=_state(file, path.parent),
-        coordination=CoordinationConfig.model_validate(file.coordination.model_dump(exclude_unset=True)),
         adapters=configured,
         sinks=sinks,
         trackers=trackers,
         workflows=phases,
         context=file.context,
-        template=_template(file, backoff, default) if default is not None else None,
-        tasks=tuple(
-            _resolve(task, file, backoff, prompts[index], assigned[index]) for index, task in enumerate(file.tasks)
-        ),
+        template=_resolve(Task(id="template"), file, "", default) if default is not None else None,
+        tasks=tuple(_resolve(task, file, prompts[index], assigned[index]) for index, task in enumerate(file.tasks)),
     )
 
 
@@ -224,81 +184,45 @@ def _texts(root: Node, folder: Path) -> tuple[Path, ...]:
     return tuple(Path(os.path.realpath(folder / name)) for name in names)
 
 
-def _template(file: Config, backoff: Backoff, adapter: str) -> TaskSpec:
-    return _resolve(Task(id="template"), file, backoff, "", adapter)
-
-
-def _resolve(task: Task, file: Config, backoff: Backoff, prompt: str, adapter: str) -> TaskSpec:
+def _resolve(task: Task, file: Config, prompt: str, adapter: str) -> TaskSpec:
     defaults, workflow = file.defaults, task.workflow or file.defaults.workflow
     workflow = None if workflow == NO_WORKFLOW else workflow
-    idle_timeout = task.idle_timeout or defaults.idle_timeout or _IDLE_TIMEOUT
-    attempts = task.attempts or defaults.attempts
-    spec = TaskSpec(
-        id=task.id,
-        prompt=prompt,
-        needs=task.needs,
-        adapter=adapter,
-        fallback=_fallback(task, defaults),
-        timeout=task.timeout or defaults.timeout or _TIMEOUT,
-        idle_timeout=None if idle_timeout == math.inf else idle_timeout,
-        backoff=_backoff(task.backoff, backoff),
-        retry_on=frozenset(map(FailureClass, _first(task.retry_on, defaults.retry_on, RETRIED_BY_DEFAULT))),
-        checks=_first(task.checks, defaults.checks, ()),
-        checks_timeout=task.checks_timeout or defaults.checks_timeout or _CHECKS_TIMEOUT,
-        checks_env=_first(task.checks_env, defaults.checks_env, ()),
-        allow_failing_base=_first(task.allow_failing_base, defaults.allow_failing_base, False),
-        retry_checks=(task.on_checks_failed or defaults.on_checks_failed or "retry") == "retry",
-        max_file=task.max_file or defaults.max_file or _MAX_FILE,
-        priority=_first(task.priority, defaults.priority, 0),
-        owns=task.owns,
-        on_out_of_scope=task.on_out_of_scope or defaults.on_out_of_scope or "retry",
-        instructions=_first(task.instructions, defaults.instructions, None),
-        budget=_budget(task.budget, defaults.budget),
-        session_budget=_budget(task.session_budget, defaults.session_budget),
-        workflow=workflow,
-        context={} if workflow is None else {**file.context, **task.context},
-    )
-    return spec if attempts is None else spec.model_copy(update={"attempts": attempts})
+    given = {**_given(defaults), **_given(task)}
+    for key in ("backoff", "budget", "session_budget"):
+        if key in given:
+            own, general = getattr(task, key), getattr(defaults, key)
+            given[key] = general.model_copy(update=_given(own))
+    given |= {"prompt": prompt, "adapter": adapter, "workflow": workflow, "fallback": _fallback(task, defaults)}
+    given["context"] = {} if workflow is None else {**file.context, **task.context}
+    given.pop("prompt_file", None)
+    # Its parts are valid: validating them again would take most of the time of a large file.
+    return TaskSpec.model_construct(**given)
 
 
-def _budget(*entries: BudgetSettings | None) -> BudgetConfig:
-    """Return the merged limits; earlier entries override later ones."""
-    limits: dict[str, float | int] = {}
-    for entry in entries:
-        limits = (entry.model_dump(exclude_none=True) if entry is not None else {}) | limits
-    return BudgetConfig.model_validate(limits)
+def _given(settings: Settings) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in settings.model_fields_set}
 
 
-def _fallback(task: Task, defaults: TaskDefaults) -> tuple[str, ...]:
+def _fallback(task: Task, defaults: TaskSettings) -> tuple[str, ...]:
     """Return the fallback adapters of a task; its own adapter is removed from the default list."""
-    if task.fallback is not None or task.adapter is None:
-        return _first(task.fallback, defaults.fallback, ())
-    return tuple(name for name in defaults.fallback or () if name != task.adapter)
+    if "fallback" in task.model_fields_set:
+        return task.fallback
+    return tuple(name for name in defaults.fallback if task.adapter is None or name != task.adapter)
 
 
-def _first(own: T | None, default: T | None, otherwise: T) -> T:
-    """Return the first value that is not None; it may be empty."""
-    return own if own is not None else default if default is not None else otherwise
-
-
-def _backoff(entry: BackoffSettings | None, default: Backoff) -> Backoff:
-    return default.model_copy(update=entry.model_dump(exclude_none=True)) if entry is not None else default
-
-
-def _worktrees(file: Config) -> WorktreesConfig:
-    given = file.worktrees.model_dump()
-    most = {} if given["max"] is not None else {"max": default_slot_count(file.capacity)}
-    return WorktreesConfig.model_validate(given | most)
+def _worktrees(file: Config) -> WorktreeSettings:
+    if "max" in file.worktrees.model_fields_set:
+        return file.worktrees
+    return file.worktrees.model_copy(update={"max": default_slot_count(file.capacity)})
 
 
 def default_slot_count(capacity: int) -> int:
     """Return the default number of worktree slots: at least one more than sessions, for checks."""
-    return max(WorktreesConfig().max, capacity + 1)
+    return max(WorktreeSettings().max, capacity + 1)
 
 
-def _state(file: Config, folder: Path) -> StateConfig:
-    url = file.state.url
-    if file.state_dir is not None:
-        url = folder_url(Path(os.path.realpath(folder / Path(file.state_dir).expanduser())))
-    age = None if file.state.retention == math.inf else file.state.retention
-    return StateConfig(url=url, retention=Retention(age=age, size=file.state.max_size))
+def _state(file: Config, folder: Path) -> StateSettings:
+    if file.state_dir is None:
+        return file.state
+    url = folder_url(Path(os.path.realpath(folder / Path(file.state_dir).expanduser())))
+    return file.state.model_copy(update={"url": url})

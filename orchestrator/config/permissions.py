@@ -6,14 +6,14 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from orchestrator.config.model import (
+from orchestrator.config.model import RunConfig
+from orchestrator.domain.settings.run_settings import (
     AdapterConfig,
     PathAccess,
-    RunConfig,
-    SandboxConfig,
+    SandboxSettings,
     SinkConfig,
     TrackerConfig,
-    WorktreesConfig,
+    WorktreeSettings,
 )
 
 
@@ -33,8 +33,8 @@ def _requests(config: RunConfig, inside: Path) -> Iterator[str]:
         yield f"repo: {config.repo} (outside of {inside})"
     for path in config.texts:
         if not path.is_relative_to(inside.resolve()):
-            yield f"prompt_file or schema: {path} (sessions are told what is in it)"
-    yield from _fence(config.fence)
+            yield f"prompt_file or schema: {path} (its content is passed to sessions)"
+    yield from _sandbox(config.sandbox)
     for name, adapter in config.adapters.items():
         yield from _adapter(f"adapters.{name}.", adapter)
     for name, server in config.mcp_servers.items():
@@ -48,15 +48,15 @@ def _requests(config: RunConfig, inside: Path) -> Iterator[str]:
     yield from _sinks_and_trackers("trackers", config.trackers)
 
 
-def _fence(fence: SandboxConfig) -> Iterator[str]:
-    if fence.sandbox == "off":
+def _sandbox(sandbox: SandboxSettings) -> Iterator[str]:
+    if sandbox.sandbox == "off":
         yield "sandbox: off (sessions and checks run without a sandbox)"
-    if fence.nesting:
+    if sandbox.nested_sandboxes:
         yield "nested_sandboxes: true (sessions and checks can make user namespaces)"
-    yield from _reach("", fence.reach)
+    yield from _access("", sandbox.access)
 
 
-def _worktrees(worktrees: WorktreesConfig) -> Iterator[str]:
+def _worktrees(worktrees: WorktreeSettings) -> Iterator[str]:
     yield from _variables("worktrees.env", worktrees.env)
     for key, paths in (("copy", worktrees.copied), ("link", worktrees.linked)):
         for path in paths:
@@ -71,7 +71,7 @@ def _sinks_and_trackers(kind: str, entries: Mapping[str, SinkConfig] | Mapping[s
 
 
 def _adapter(at: str, adapter: AdapterConfig) -> Iterator[str]:
-    yield from _reach(at, adapter.reach)
+    yield from _access(at, adapter.access)
     options = adapter.options.model_dump(mode="json", exclude_unset=True)
     for key in ("bin", "argv", "command"):
         written = options.get(key)
@@ -87,10 +87,10 @@ def _adapter(at: str, adapter: AdapterConfig) -> Iterator[str]:
                 yield f"{at}env: {name}={value} (set for its program, also without a sandbox)"
 
 
-def _reach(at: str, reach: PathAccess) -> Iterator[str]:
-    yield from (f"{at}writable: {path} (sessions can change it)" for path in reach.writable)
-    yield from (f"{at}readable: {path} (sessions can read it)" for path in reach.readable)
+def _access(at: str, access: PathAccess) -> Iterator[str]:
+    yield from (f"{at}writable: {path} (sessions can change it)" for path in access.writable)
+    yield from (f"{at}readable: {path} (sessions can read it)" for path in access.readable)
 
 
 def _variables(at: str, names: Iterable[str]) -> Iterator[str]:
-    yield from (f"{at}: {name} (passed on from your environment)" for name in names)
+    yield from (f"{at}: {name} (passed from your environment)" for name in names)

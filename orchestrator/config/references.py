@@ -7,21 +7,23 @@ because schema validation reports them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 from orchestrator.client.commands import MCP_SERVER_NAME
 from orchestrator.config.coordination import explain_duration_conflict, find_duration_conflicts
-from orchestrator.config.model import CoordinationConfig
-from orchestrator.config.schema import MAX_TASKS, CoordinationSettings
+from orchestrator.config.schema import MAX_TASKS
 from orchestrator.config.source.document import Node
-from orchestrator.config.source.names import check_path, check_repo, is_url
-from orchestrator.config.source.problems import KnownWords, Position, Problems, quote_text
+from orchestrator.config.source.problems import Position, Problems
 from orchestrator.config.source.prompts import read_prompt
 from orchestrator.config.source.validation import reject_empty_keys, validate
 from orchestrator.domain.scheduling.cycles import find_cycles
 from orchestrator.domain.security.secrets import has_secret_key
+from orchestrator.domain.settings.names import check_path, check_repo, is_url
+from orchestrator.domain.settings.run_settings import CoordinationSettings
+from orchestrator.domain.wording import quote_text, suggest
+from orchestrator.errors import InvalidValue
 
 _MOST_NAMED: Final = 8
 
@@ -111,7 +113,7 @@ def check_coordination(root: Node, problems: Problems) -> None:
     found = validate(CoordinationSettings, node, Problems(""))
     if found is None:  # reported by schema validation
         return
-    config = CoordinationConfig.model_validate(found.model_dump())
+    config = CoordinationSettings.model_validate(found.model_dump())
     for conflict in find_duration_conflicts(config):
         at = node.get(conflict.short) or node.get(conflict.long) or node
         problems.add(at.at, *explain_duration_conflict(conflict, config))
@@ -189,7 +191,7 @@ def check_needs(root: Node, problems: Problems) -> None:
         else:
             nameless = True
     # A need may refer to a task whose id can't be read.
-    known = KnownWords(edges, "the tasks") if not nameless else None
+    known = edges if not nameless else None
     for _, task in iter_task_nodes(root):
         _check_needs_of(task, edges, known, problems)
     for cycle in find_cycles(edges):
@@ -197,7 +199,7 @@ def check_needs(root: Node, problems: Problems) -> None:
 
 
 def _check_needs_of(
-    task: Node, edges: Mapping[str, dict[str, Position]], known: KnownWords | None, problems: Problems
+    task: Node, edges: Mapping[str, dict[str, Position]], known: Collection[str] | None, problems: Problems
 ) -> None:
     name = task.value.get("id")
     named: set[str] = set()
@@ -210,7 +212,7 @@ def _check_needs_of(
             if isinstance(name, str):
                 edges[name].setdefault(need.value, need.at)
         elif known is not None:
-            problems.add(need.at, f"there is no task {quote_text(need.value)}", known.suggest(need.value))
+            problems.add(need.at, f"there is no task {quote_text(need.value)}", suggest(need.value, known, "the tasks"))
         named.add(need.value)
 
 
@@ -288,7 +290,6 @@ def read_prompts(root: Node, folder: Path, problems: Problems) -> dict[int, str]
             try:
                 prompts[index] = read(folder / file.value)
                 _refuse_key_in_prompt(file, prompts[index], problems)
-            except ValueError as error:
-                what, _, remedy = str(error).partition(": ")
-                problems.add(file.at, what, remedy)
+            except InvalidValue as error:
+                problems.add(file.at, error.what, error.remedy)
     return prompts

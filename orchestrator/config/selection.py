@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from orchestrator.config.load import default_slot_count
 from orchestrator.config.model import RunConfig
-from orchestrator.errors import RefusedError, join_names
+from orchestrator.domain.wording import join_names
+from orchestrator.errors import RefusedError
 
 #: The number of task names in a remedy.
 _MOST_NAMED = 5

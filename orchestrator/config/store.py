@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote, unquote, urlsplit
 
-from orchestrator.config.source.problems import quote_text
-from orchestrator.errors import RefusedError
+from orchestrator.domain.wording import quote_text
+from orchestrator.errors import InvalidValue, RefusedError
 
 #: The URL of the in-memory store, which is lost at exit.
 MEMORY: Final = "memory:"
@@ -21,8 +21,8 @@ _SCHEME = re.compile(STORE_PATTERN)
 def check_store_url(url: str) -> str:
     """Validate the URL of a store; raise ValueError. Installed plugins determine the known schemes."""
     if not _SCHEME.match(url):
-        raise ValueError(
-            f"{quote_text(url)} is not a store URL: write file:///a/folder or memory:, or set `state_dir` to a folder"
+        raise InvalidValue(
+            f"{quote_text(url)} is not a store URL", "write file:///a/folder or memory:, or set `state_dir` to a folder"
         )
     if scheme_of(url) == "file":
         store_folder(url)
@@ -52,7 +52,7 @@ def store_folder(url: str) -> Path | None:
         parts = urlsplit("file://?")
     path = unquote(parts.path)
     if parts.netloc not in {"", "localhost"} or not path.startswith("/") or "\0" in path:
-        raise ValueError(f"{quote_text(url)} is not a folder on this machine: write file:///an/absolute/path")
+        raise InvalidValue(f"{quote_text(url)} is not a folder on this machine", "write file:///an/absolute/path")
     return Path(path)
 
 
@@ -60,9 +60,8 @@ def require_local_folder(url: str) -> Path | None:
     """Return the folder of a `file:` URL as `store_folder` does, but raise RefusedError."""
     try:
         return store_folder(url)
-    except ValueError as error:
-        what, _, remedy = str(error).partition(": write ")
-        raise RefusedError(what, f"write {remedy}") from None
+    except InvalidValue as error:
+        raise RefusedError(error.what, error.remedy) from None
 
 
 def folder_url(folder: Path) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from orchestrator.config import adapters, references
-from orchestrator.config.model import RunConfig, TaskSpec
+from orchestrator.config.model import RunConfig
 from orchestrator.config.schema import Task
 from orchestrator.config.source.document import Node
 from orchestrator.config.source.problems import Position, Problems
 from orchestrator.config.source.validation import validate
 from orchestrator.config.source.values import read_value
+from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.protocols import AdapterType, TrackedTask
 
 

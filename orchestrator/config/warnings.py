@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from orchestrator.config.model import RunConfig
-from orchestrator.errors import join_names
+from orchestrator.domain.wording import join_names
 from orchestrator.protocols import Adapter, Capability
 
 #: The cache folders of package managers and compilers.
@@ -103,12 +103,12 @@ def _repeated_fallbacks(config: RunConfig) -> Iterator[ConfigWarning]:
 
 def _package_caches(config: RunConfig) -> list[Path]:
     """Return the package caches that all sessions, setup commands and checks may write."""
-    return [path for path in config.fence.reach.writable if path.name in _CACHES or path.parent.name == ".cache"]
+    return [path for path in config.sandbox.access.writable if path.name in _CACHES or path.parent.name == ".cache"]
 
 
 def _open_repository(config: RunConfig, around: RepositoryPaths) -> list[Path]:
     """Return the writable paths that contain the repository's checkout or git directory."""
-    reaches = [config.fence.reach, *(adapter.reach for adapter in config.adapters.values())]
+    reaches = [config.sandbox.access, *(adapter.access for adapter in config.adapters.values())]
     inside = [path for path in (around.top, around.git_dir) if path is not None]
     writable = dict.fromkeys(path for reach in reaches for path in reach.writable)
     return [path for path in writable if any(folder.is_relative_to(path) for folder in inside)]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.domain.runs.model import Attempt, sum_known_cost
-from orchestrator.domain.runs.prices import Price, find_price
+from orchestrator.domain.settings.run_settings import Price, find_price
 from orchestrator.protocols import JsonObject
 from orchestrator.sessions.output.transcript import Transcript
 

@@ -10,21 +10,19 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from orchestrator.config.model import (
-    AdapterConfig,
-    McpServerConfig,
-    SandboxConfig,
-    TaskSpec,
-    WorktreesConfig,
-    known_prices,
-)
 from orchestrator.domain.events.base import RunEvent
 from orchestrator.domain.events.coordination import SlotPortsChanged
 from orchestrator.domain.events.runs import RunHooksSkipped
 from orchestrator.domain.runs.model import RunDocument
-from orchestrator.domain.runs.prices import Price
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.security.secrets import Redactor, secret_values
+from orchestrator.domain.settings.run_settings import (
+    AdapterConfig,
+    SandboxSettings,
+    TaskSpec,
+    WorktreeSettings,
+    known_prices,
+)
 from orchestrator.engine.accounting import Accounting
 from orchestrator.engine.session_api.contexts import SessionContexts
 from orchestrator.engine.session_api.details import find_workspace
@@ -90,7 +88,7 @@ class RunContext:
     configs: Mapping[str, AdapterConfig]
     adapters: Mapping[str, Adapter]
     tools: SessionResources
-    worktrees: WorktreesConfig
+    worktrees: WorktreeSettings
     accounting: Accounting
     refs: RunRefs
     registry: OwnershipRegistry
@@ -204,8 +202,8 @@ async def open_run_context(
         title=None if run.merges is None else f"Land run {run.merges}",
     )
     stores = store.local_paths()
-    sandbox = await open_sandbox(SandboxConfig.model_validate(run.fence), site, project, stores, hub, environ)
-    worktrees = WorktreesConfig.model_validate(run.worktrees)
+    sandbox = await open_sandbox(run.sandbox, site, project, stores, hub, environ)
+    worktrees = run.worktrees
     provisions = Provisions(Path())
     if site.repository is not None and site.repository.top is not None:
         provisions = make_provisions(worktrees, site.repository.top, (hub.root.parent, site.repository.git_dir))
@@ -224,15 +222,15 @@ async def open_run_context(
         adapters,
         await _open_session_resources(run.id, git, worktrees, provisions, sandbox, project.logs(run.id), store, clock),
         worktrees,
-        Accounting(known_prices() | {name: Price.model_validate(price) for name, price in run.prices.items()}),
+        Accounting(known_prices() | run.prices),
         refs,
         OwnershipRegistry(store, clock, ownership_scope(source.location, run.target), is_alive),
-        tuple(McpServerConfig.model_validate(server).named(name) for name, server in run.mcp_servers.items()),
+        tuple(McpServer(name, one.command or (), one.env, one.url) for name, one in run.mcp_servers.items()),
     )
 
 
 async def open_sandbox(
-    config: SandboxConfig,
+    config: SandboxSettings,
     site: RunRepository,
     project: Project,
     stores: Sequence[Path],
@@ -240,7 +238,7 @@ async def open_sandbox(
     environ: Mapping[str, str],
 ) -> RunSandbox:
     """Return the configured sandbox; RefusedError if this machine lacks it. `stores` are local paths of the store."""
-    kind = await choose_sandbox(config.sandbox, network=config.network, hosts=config.hosts, environ=environ)
+    kind = await choose_sandbox(config.sandbox, network=config.has_network, hosts=config.hosts, environ=environ)
     hidden = await anyio.to_thread.run_sync(hidden_folders, site, project, stores, hub)
     credentials = await anyio.to_thread.run_sync(find_credentials, environ)
     return RunSandbox(kind, (*hidden, *credentials), config)
@@ -257,7 +255,7 @@ async def _report_skipped_hooks(run: str, site: RunRepository, store: Store, env
 async def _open_session_resources(
     run: str,
     git: Git,
-    worktrees: WorktreesConfig,
+    worktrees: WorktreeSettings,
     provisions: Provisions,
     sandbox: RunSandbox,
     logs: Path,

@@ -27,8 +27,9 @@ from orchestrator.domain.events.runs import (
     TrackerSkipped,
     TrackerUndelivered,
 )
-from orchestrator.domain.runs.retry import Backoff, retry_delay
+from orchestrator.domain.runs.retry import retry_delay
 from orchestrator.domain.security.secrets import Redactor
+from orchestrator.domain.settings.run_settings import Backoff
 from orchestrator.engine.state.records import cursor_key
 from orchestrator.errors import CouncilError, HistoryCompacted, PluginFailed, VersionConflict, plugin_code
 from orchestrator.protocols import Commit, CommitRecord, Event, RecordedEvent, Sink, Store, Write

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from orchestrator.config.model import WorktreesConfig
+from orchestrator.domain.settings.run_settings import WorktreeSettings
 from orchestrator.errors import RefusedError, raise_combined_refusal
 from orchestrator.project import Project
 from orchestrator.repo.git.command import Git
@@ -32,7 +32,7 @@ class BaseCommit:
 
 
 async def check_worktree_sources(
-    worktrees: WorktreesConfig, base: BaseCommit, repository: LocalRepository | None, hidden: Sequence[Path]
+    worktrees: WorktreeSettings, base: BaseCommit, repository: LocalRepository | None, hidden: Sequence[Path]
 ) -> None:
     """Reject worktrees that cannot be created as configured.
 
@@ -54,7 +54,7 @@ async def check_worktree_sources(
     raise_combined_refusal(problems, _REMEDY)
 
 
-def make_provisions(worktrees: WorktreesConfig, top: Path, hidden: Iterable[Path]) -> Provisions:
+def make_provisions(worktrees: WorktreeSettings, top: Path, hidden: Iterable[Path]) -> Provisions:
     """Return the files for each worktree from the user's checkout at `top`.
 
     Council's own folder is hidden, too.
@@ -62,7 +62,7 @@ def make_provisions(worktrees: WorktreesConfig, top: Path, hidden: Iterable[Path
     return Provisions(top, worktrees.copied, worktrees.linked, (*hidden, Project(top).folder))
 
 
-def _required_paths(worktrees: WorktreesConfig) -> set[str]:
+def _required_paths(worktrees: WorktreeSettings) -> set[str]:
     return {*worktrees.sparse, *(path for step in worktrees.setup for path in step.inputs)}
 
 
@@ -78,7 +78,7 @@ async def _object_types(base: BaseCommit, paths: set[str]) -> dict[str, str]:
     return {path: kind for path, kind in types if kind in {"blob", "tree"}}
 
 
-def _find_missing(worktrees: WorktreesConfig, branch: str, kinds: Mapping[str, str]) -> Iterator[_Problem]:
+def _find_missing(worktrees: WorktreeSettings, branch: str, kinds: Mapping[str, str]) -> Iterator[_Problem]:
     for path in worktrees.sparse:
         if kinds.get(path) != "tree":
             yield f"`worktrees.sparse`: folder {path!r} not found in {branch!r}", "list committed folders"

@@ -19,13 +19,13 @@ from pydantic import ValidationError
 
 from orchestrator.domain.scheduling.claims import (
     ClaimCounters,
-    ClaimTiming,
     OrchestratorIdentity,
     OrchestratorLease,
     OwnerStatus,
     Role,
     judge_owner_status,
 )
+from orchestrator.domain.settings.run_settings import CoordinationSettings
 from orchestrator.errors import (
     CouncilError,
     OrchestratorFenced,
@@ -99,7 +99,7 @@ class RunMembership:
         clock: Clock,
         run: str,
         me: OrchestratorIdentity,
-        timing: ClaimTiming,
+        timing: CoordinationSettings,
         is_dead: Callable[[str, OrchestratorIdentity], Awaitable[bool]],
     ) -> None:
         """Use a run; `is_dead` returns whether the process of a run's orchestrator is proven dead."""

@@ -12,8 +12,6 @@ import anyio
 import anyio.to_thread
 from tenacity import AsyncRetrying, retry_if_exception, wait_exponential
 
-from orchestrator.config.model import PathAccess
-from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import (
     Failed,
     Interrupted,
@@ -24,6 +22,8 @@ from orchestrator.domain.runs.outcome import (
     judge_outcome,
 )
 from orchestrator.domain.security.secrets import Redactor, secret_values
+from orchestrator.domain.settings.failures import FailureClass
+from orchestrator.domain.settings.run_settings import PathAccess
 from orchestrator.errors import (
     GitError,
     LeaseLost,

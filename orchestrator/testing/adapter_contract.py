@@ -22,8 +22,8 @@ import pytest
 from packaging.specifiers import SpecifierSet
 from pydantic import BaseModel
 
-from orchestrator.domain.runs.failures import RETRIED_BY_DEFAULT, FailureClass, FailurePolicy, get_failure_policy
 from orchestrator.domain.runs.retry import compute_cooldown_end
+from orchestrator.domain.settings.failures import RETRIED_BY_DEFAULT, FailureClass, FailurePolicy, get_failure_policy
 from orchestrator.protocols import (
     Adapter,
     AdapterType,

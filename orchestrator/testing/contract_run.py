@@ -1,8 +1,8 @@
 """The contract of adapters, run against one as it is configured: `python -m orchestrator.testing.contract_run`.
 
-It reads a JSON object from standard input, `{"name", "stored", "options", "places"}`: the adapter's name, what
-`AdapterConfig.to_stored` gave, the options as in the file, and where local plugins are looked for. It prints one JSON
-object, `{"results": [{"test", "promise", "passed", "said"}]}`, or `{"error"}` where it can't be run.
+It reads a JSON object from standard input, `{"use", "options", "places"}`: the type of the adapter, the options as in
+the file, and the folders of local plugins. It prints one JSON object, `{"results": [{"test", "promise", "passed",
+"said"}]}`, or `{"error"}` where it can't be run.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def contract_suite() -> type[AdapterContract]:
 
     spec = json.loads(os.environ[_SPEC])
     types = load_plugins(os.environ, [Path(place) for place in spec["places"]]).adapters
-    body = {"adapter_type": types[spec["stored"]["use"]], "options": spec["options"]}
+    body = {"adapter_type": types[spec["use"]], "options": spec["options"]}
     return type("TestAdapter", (AdapterContract,), body)
 
 

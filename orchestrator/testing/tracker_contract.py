@@ -21,7 +21,7 @@ import anyio
 import pytest
 from pydantic import BaseModel
 
-from orchestrator.config.source.names import check_name
+from orchestrator.domain.settings.names import check_name
 from orchestrator.protocols import Event, RecordedEvent, TrackedTask, TrackerType
 from orchestrator.testing.options_contract import OptionsContract
 from orchestrator.testing.sink_contract import TIMEOUT, sample_events

@@ -16,7 +16,7 @@ from adapters.gemini import GeminiAdapter
 from adapters.ollama import OllamaAdapter
 from adapters.opencode import OpencodeAdapter
 from orchestrator.client.commands import MCP_SERVER_NAME
-from orchestrator.domain.runs.failures import FailureClass
+from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.protocols import (
     AdapterType,
     AgentMessage,

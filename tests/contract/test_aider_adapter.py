@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from adapters.aider import AiderAdapter, AiderOptions
-from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
+from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.protocols import AgentMessage, CliWarning, FinalResult, SessionRequest, ToolCall, UsageReport
 from orchestrator.testing.adapter_contract import AdapterContract, RecordingMeaning
 from orchestrator.testing.recordings import read_recordings

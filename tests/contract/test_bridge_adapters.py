@@ -11,8 +11,8 @@ import pytest
 
 from adapters.acp import AcpAdapter
 from adapters.ollama import OllamaAdapter
-from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
+from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.protocols import (
     AgentMessage,
     CliWarning,

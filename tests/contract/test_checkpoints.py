@@ -54,7 +54,7 @@ def store(stores: list[Store]) -> Store:
 def run_document(run: str = RUN, tasks: tuple[str, ...] = ("a", "b"), **changes: Any) -> JsonObject:
     """Return a run's document."""
     facts = {"config": "f", "repo": "r", "is_url": False, "base": "main", "target": "main", "capacity": 1}
-    more = {"session_memory": 1, "adapters": {}, "fence": {}, "worktrees": {}, "start": "a" * 40, "hub": "/nowhere"}
+    more = {"session_memory": 1, "adapters": {}, "start": "a" * 40, "hub": "/nowhere"}
     made = RunDocument.model_validate({"id": run, "tasks": tasks, "started": 1.0, **facts, **more, **changes})
     return made.model_dump(mode="json")
 

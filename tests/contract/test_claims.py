@@ -17,13 +17,13 @@ import pytest
 from orchestrator.domain.runs.statuses import ReleaseReason
 from orchestrator.domain.scheduling.claims import (
     Claim,
-    ClaimTiming,
     ClaimVerdict,
     MergeLease,
     OrchestratorIdentity,
     OwnerStatus,
     Role,
 )
+from orchestrator.domain.settings.run_settings import CoordinationSettings
 from orchestrator.errors import LeaseLost, OrchestratorFenced, StoreUnavailable
 from orchestrator.locking.claims import ClaimHolder, Claims, PlannedClaim, claim_key, read_claims
 from orchestrator.locking.merge_permit import MergePermitQueue, merge_lease_key
@@ -99,7 +99,7 @@ class Place:
             return other.id in self.dead
 
         line, clock = Line(self.store), clock or self.clock
-        others = RunMembership(line, clock, run, owner, ClaimTiming(), is_dead)  # type: ignore[arg-type]
+        others = RunMembership(line, clock, run, owner, CoordinationSettings(), is_dead)  # type: ignore[arg-type]
         claims = Claims(line, clock, others)  # type: ignore[arg-type]
         permits = MergePermitQueue(line, clock, others, "/repository", "main")  # type: ignore[arg-type]
         await others.join()

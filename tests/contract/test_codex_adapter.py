@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import pytest
 
 from adapters.codex import CodexAdapter
-from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
+from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.protocols import (
     AgentMessage,
     CliWarning,

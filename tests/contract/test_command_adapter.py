@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import yaml
 
 from adapters.command import CommandAdapter
-from orchestrator.domain.runs.failures import FailureClass
+from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.protocols import AgentMessage, ConversationStarted, FinalResult, UsageReport
 from orchestrator.testing.adapter_contract import AdapterContract, RecordingMeaning
 from tests.contract.judging import SESSION, TRANSCRIPTS, end

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import pytest
 
 from adapters.gemini import _POLICY, GeminiAdapter
-from orchestrator.domain.runs.failures import FailureClass
+from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.protocols import (
     AgentMessage,
     CliWarning,

@@ -6,8 +6,8 @@ import json
 from typing import Any, ClassVar
 
 from adapters.opencode import OpencodeAdapter
-from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
+from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.protocols import (
     AgentMessage,
     ConversationStarted,

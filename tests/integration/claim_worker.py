@@ -13,7 +13,8 @@ from pathlib import Path
 import anyio
 
 from orchestrator.domain.runs.statuses import ReleaseReason
-from orchestrator.domain.scheduling.claims import ClaimTiming, Role
+from orchestrator.domain.scheduling.claims import Role
+from orchestrator.domain.settings.run_settings import CoordinationSettings
 from orchestrator.errors import LeaseLost
 from orchestrator.locking.claims import ClaimHolder, Claims
 from orchestrator.locking.liveness import LivenessLocks
@@ -41,7 +42,7 @@ class Worker:
 
     def __init__(self, store: Store, locks: LivenessLocks, patience: float, number: int, fate: str) -> None:
         self.store, self.locks, self.number, self.fate = store, locks, number, fate
-        self.timing = ClaimTiming(
+        self.timing = CoordinationSettings(
             heartbeat_interval=0.25,
             stale_after=patience,
             owner_stale_after=patience,

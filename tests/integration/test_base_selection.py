@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orchestrator.api.council import Council
-from orchestrator.config.model import TaskSpec
+from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.engine.phases.start import NextPhase
 from orchestrator.engine.scheduler.active_attempts import ActiveAttempt
 from orchestrator.engine.scheduler.attempts import AttemptRunner

@@ -10,8 +10,9 @@ import pytest
 from orchestrator import Council
 from orchestrator.domain.runs.model import TaskDocument
 from orchestrator.domain.runs.phases import PhaseStatus
+from orchestrator.domain.settings.phase_settings import HandoffSettings, Phase
 from orchestrator.domain.workflow.handoffs import Handoff, is_intact
-from orchestrator.domain.workflow.routing import Phase, Workflow, completed_visits
+from orchestrator.domain.workflow.routing import Workflow, completed_visits
 from orchestrator.engine.state.records import read_handoffs, read_task
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
@@ -148,7 +149,9 @@ async def test_only_complete_handoffs_count(repository: Repository) -> None:
     async with Council.open(repository.top, environ=repository.environ) as council:
         run = await council.runs.newest()
         document, handoffs = await recorded(repository, run)
-        phases = Workflow((Phase(name="build", produces="build"), Phase(name="review", writes=False)))
+        phases = Workflow(
+            (Phase(name="build", produces=HandoffSettings(kind="build")), Phase(name="review", access="read"))
+        )
         # The review has sent it back, and the build is at it again.
         assert [(one.phase, one.status) for one in document.phases] == [
             ("build", PhaseStatus.COMPLETED),

@@ -12,10 +12,10 @@ import anyio
 import psutil
 import pytest
 
-from orchestrator.config.model import PathAccess, SandboxConfig, SetupStep
-from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed, Interrupted, Outcome, ResourcesExhausted
 from orchestrator.domain.security.secrets import Redactor
+from orchestrator.domain.settings.failures import FailureClass
+from orchestrator.domain.settings.run_settings import SandboxSettings, SetupStep
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.repo.worktrees.setup_keys import first_step_to_run, read_setup_keys
@@ -66,7 +66,7 @@ class Place:
         fencing = RunSandbox(
             kind,
             (self.hidden,),
-            SandboxConfig(sandbox=kind, network=True, reach=PathAccess(readable=(Path(sys.prefix),))),
+            SandboxSettings(readable=(sys.prefix,)),
         )
         self.shell = Shell(
             sandbox=fencing,

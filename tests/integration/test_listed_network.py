@@ -16,8 +16,8 @@ import anyio.to_thread
 import pytest
 
 from orchestrator.client.session import ShortSocketPath
-from orchestrator.config.model import PathAccess, SandboxConfig
 from orchestrator.domain.security.secrets import Redactor
+from orchestrator.domain.settings.run_settings import NetworkSettings, PathAccess, SandboxSettings
 from orchestrator.errors import RefusedError
 from orchestrator.sandbox import landlock
 from orchestrator.sessions.sandbox.policy import SandboxKind, choose_sandbox
@@ -109,8 +109,8 @@ class Place:
         self.denied: list[str] = []
 
     def sandbox(self, kind: SandboxKind, hosts: tuple[str, ...]) -> RunSandbox:
-        config = SandboxConfig(
-            sandbox=kind, network=False, hosts=hosts, reach=PathAccess(readable=internal_program_folders())
+        config = SandboxSettings(
+            network=NetworkSettings(allow=hosts), readable=tuple(map(str, internal_program_folders()))
         )
         return RunSandbox(kind, (), config)
 

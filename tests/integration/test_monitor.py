@@ -11,8 +11,8 @@ from pathlib import Path
 import anyio
 import pytest
 
-from orchestrator.config.model import Retention
 from orchestrator.domain.security.secrets import Redactor
+from orchestrator.domain.settings.run_settings import Retention
 from orchestrator.engine.scheduler.monitor import CHECKPOINT_INTERVAL, SWEEP_INTERVAL, Monitor
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.protocols import LARGE_DOCUMENT_BYTES, Commit, Event, JsonObject, Key, Store, Write
@@ -29,7 +29,7 @@ LOCK, LATER = Key("lock", "a"), Key("lock", "b")
 @asynccontextmanager
 async def watched(store: Store, clock: ManualClock, folder: Path, retention: Retention) -> AsyncIterator[Ledger]:
     """Have a run at work looked after."""
-    run = run_document(folder).model_copy(update={"retention": retention.model_dump(mode="json")})
+    run = run_document(folder).model_copy(update={"state": retention})
     await record_run(store, clock, run)
     ledger = await Ledger.take(store, clock, Redactor(()), make_orchestrators(store, clock, RUN), "off")
     async with anyio.create_task_group() as group:
@@ -92,7 +92,7 @@ async def test_expired_documents_are_removed_every_thirty_seconds(
 async def test_history_is_compacted_as_configured(store: tuple[FileStore, ManualClock], tmp_path: Path) -> None:
     """By age and by size; how things stand stays, and an event says how far the log still goes back."""
     state, clock = store
-    async with watched(state, clock, tmp_path, Retention(age=3600.0, size=1_000_000)):
+    async with watched(state, clock, tmp_path, Retention(retention=3600.0, max_size=1_000_000)):
         for number in range(40):
             await state.commit(Commit([Write(LATER, number, {"n": number, "text": "x" * 200})]))
         await pass_(clock, CHECKPOINT_INTERVAL)
@@ -130,7 +130,7 @@ async def test_endless_log_stays_within_its_size(store: tuple[FileStore, ManualC
     """
     state, clock = store
     largest, noise = 20_000, random.Random(0)
-    async with watched(state, clock, tmp_path, Retention(age=None, size=largest)):
+    async with watched(state, clock, tmp_path, Retention(retention=None, max_size=largest)):
         for _ in range(5):
             for _ in range(100):
                 text = noise.randbytes(150).hex()

@@ -12,7 +12,7 @@ from tests.fake_programs import install_plugin
 _ODD = """
 import pluggy
 from pydantic import BaseModel
-from orchestrator.domain.runs.failures import FailureClass
+from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.protocols import SessionCommand, FinalResult, ConversationStarted, Program, AgentMessage, UsageReport
 

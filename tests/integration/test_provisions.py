@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config.model import PathAccess
 from orchestrator.domain.security.secrets import Redactor
+from orchestrator.domain.settings.run_settings import PathAccess
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.intake.collect import CollectedWork, collect_work
 from orchestrator.repo.intake.diffs import diff_session

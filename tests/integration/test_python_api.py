@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import re
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from orchestrator import (
     RunReport,
     RunStatus,
     Task,
-    TaskDefaults,
+    TaskSettings,
 )
 from tests.conftest import FAKE_CLI, Repository
 from tests.sandboxes import default_sandbox
@@ -86,9 +85,9 @@ async def test_run_of_typed_objects_lands(repository: Repository) -> None:
     text: dict[str, Any] = {"timeout": "1m", "max_file": "1KB", "idle_timeout": "off"}
     config = describe(
         repository,
-        Task(id="a", prompt="write a.txt a", timeout=60.0, max_file=1000, idle_timeout=math.inf),
+        Task(id="a", prompt="write a.txt a", timeout=60.0, max_file=1000, idle_timeout=None),
         Task(id="b", prompt="write b.txt b", needs=("a",), **text),
-        defaults=TaskDefaults(attempts=1),
+        defaults=TaskSettings(attempts=1),
     )
     async with Council.open(config, environ=repository.environ) as council:
         assert council.config is not None

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.client.session import ShortSocketPath
-from orchestrator.config.model import LimitsConfig, PathAccess, SandboxConfig
+from orchestrator.domain.settings.run_settings import LimitSettings, NetworkSettings, PathAccess, SandboxSettings
 from orchestrator.sandbox import seccomp
 from orchestrator.sessions.sandbox.policy import SandboxKind
 from orchestrator.sessions.sandbox.run_sandbox import RunSandbox, SandboxScope
@@ -146,12 +146,10 @@ async def tried(
     """Return the rows of which something succeeded in a session."""
     place = {name: Path(str(setting[name])) for name in ("house", "hidden", "tree", "scratch")}
     python = (Path(sys.prefix), Path(sys.base_prefix))
-    config = SandboxConfig(
-        sandbox=kind,
-        network=network,
-        hosts=hosts,
-        limits=LimitsConfig(file_size=FILE_SIZE, memory=MEMORY),
-        reach=PathAccess(readable=(HOSTILE, place["house"], *python)),
+    config = SandboxSettings(
+        network=NetworkSettings(allow=hosts) if hosts else "on" if network else "off",
+        limits=LimitSettings(file_size=FILE_SIZE, memory=MEMORY),
+        readable=tuple(map(str, (HOSTILE, place["house"], *python))),
     )
     attacks = [attack for names in rows.values() for attack in names.split()]
     top = place["house"].parent

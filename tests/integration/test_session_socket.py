@@ -23,8 +23,8 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 
 from orchestrator.client.commands import MAX_HANDOFF_BYTES, MAX_REQUEST_BYTES
 from orchestrator.client.session import SessionConnection
-from orchestrator.config.model import PathAccess, SandboxConfig
 from orchestrator.domain.runs.session_names import SessionName
+from orchestrator.domain.settings.run_settings import SandboxSettings
 from orchestrator.errors import RefusedError
 from orchestrator.locking.file_locks import FileLocks
 from orchestrator.repo.worktrees.hub import Hub
@@ -94,7 +94,7 @@ class Site:
             grace=5,
             lock=worktree.lock,
         )
-        fencing = RunSandbox(kind, (self.hub.root,), SandboxConfig(sandbox=kind, network=True, reach=PathAccess()))
+        fencing = RunSandbox(kind, (self.hub.root,), SandboxSettings())
         async with fencing.apply(
             SandboxScope.of(worktree), replace(command, **changes), session_socket.reach
         ) as fenced:

@@ -10,7 +10,7 @@ import yaml
 
 from orchestrator import Config, Council
 from orchestrator.config.workflows.load import builtin_phases
-from orchestrator.domain.workflow.routing import Phase
+from orchestrator.domain.settings.phase_settings import Phase
 from orchestrator.engine.state.records import read_run, read_spec
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from adapters.command import CommandAdapter
-from orchestrator import AdapterSettings, Config, Council, SetupSettings, Task, WorktreeSettings
+from orchestrator import AdapterSettings, Config, Council, SetupStep, Task, WorktreeSettings
 from orchestrator.config.load import load_config
-from orchestrator.config.model import SetupStep, WorktreesConfig, restore_adapter
+from orchestrator.config.model import restore_adapters
 from orchestrator.engine.state.records import read_run
 from orchestrator.engine.worktree_sources import BaseCommit, check_worktree_sources
 from orchestrator.errors import RefusedError
@@ -23,11 +23,11 @@ from orchestrator.system.clock import SystemClock
 from tests.conftest import Repository
 
 ONE: list[dict[str, Any]] = [{"id": "a", "prompt": "write a.txt a"}]
-COPY = WorktreesConfig(copied=("secret",))
-LINK = WorktreesConfig(linked=("deep/data",))
+COPY = WorktreeSettings(copy=("secret",))
+LINK = WorktreeSettings(link=("deep/data",))
 
 
-async def look(repository: Repository, worktrees: WorktreesConfig, place: str = ".") -> str | None:
+async def look(repository: Repository, worktrees: WorktreeSettings, place: str = ".") -> str | None:
     """Return what a run with such worktrees would be refused for, None for nothing."""
     environ = repository.environ
     site = await find_run_repository(str(repository.top / place), is_url=False, environ=environ)
@@ -55,11 +55,11 @@ async def test_existing_sources_are_accepted(repository: Repository, tmp_path: P
     (repository.top / "deep/data").symlink_to(outside)
     found = await look(
         repository,
-        WorktreesConfig(
+        WorktreeSettings(
             sparse=("docs/guide", "app/[id]"),
             setup=(SetupStep(run="true", inputs=("README.md", "app/[id]/x y.js")), SetupStep(run="true")),
-            copied=(".env", "docs/guide/private"),
-            linked=("deep/data",),
+            copy=(".env", "docs/guide/private"),
+            link=("deep/data",),
             keep_ignored=("nowhere",),
         ),
     )
@@ -102,21 +102,21 @@ def _through_a_link(repository: Repository) -> None:
         (_through_a_link, LINK, "'deep/data' goes through the link 'deep': name 'deep' itself"),
         (lambda it: _outwards(it, "secret", "."), COPY, "'secret' contains files hidden from sessions"),
         (lambda it: _outwards(it, "secret", ".git/config"), COPY, "'secret' contains files hidden from sessions"),
-        (lambda it: _write(it.top / ".council/x"), WorktreesConfig(linked=(".council",)), "hidden from sessions"),
+        (lambda it: _write(it.top / ".council/x"), WorktreeSettings(link=(".council",)), "hidden from sessions"),
         (lambda it: _outwards(it, "secret", it.top.parent), COPY, "'secret' contains files hidden from sessions"),
-        (_nothing, WorktreesConfig(sparse=("src", "lib")), "`worktrees.sparse`: folder 'lib' not found in 'main'"),
-        (_nothing, WorktreesConfig(sparse=("README.md",)), "folder 'README.md' not found in 'main'"),
-        (lambda it: _write(it.top / "new/x"), WorktreesConfig(sparse=("new",)), "folder 'new' not found"),
+        (_nothing, WorktreeSettings(sparse=("src", "lib")), "`worktrees.sparse`: folder 'lib' not found in 'main'"),
+        (_nothing, WorktreeSettings(sparse=("README.md",)), "folder 'README.md' not found in 'main'"),
+        (lambda it: _write(it.top / "new/x"), WorktreeSettings(sparse=("new",)), "folder 'new' not found"),
         (
             _nothing,
-            WorktreesConfig(setup=(SetupStep(run="true", inputs=("lock",)),)),
+            WorktreeSettings(setup=(SetupStep(run="true", inputs=("lock",)),)),
             "`worktrees.setup`: file 'lock' not found in 'main': list committed files as `inputs`",
         ),
-        (_nothing, WorktreesConfig(setup=(SetupStep(run="true", inputs=("src",)),)), "file 'src' not found"),
+        (_nothing, WorktreeSettings(setup=(SetupStep(run="true", inputs=("src",)),)), "file 'src' not found"),
     ],
 )
 async def test_invalid_sources_are_rejected(
-    repository: Repository, prepare: Callable[[Repository], object], worktrees: WorktreesConfig, fragment: str
+    repository: Repository, prepare: Callable[[Repository], object], worktrees: WorktreeSettings, fragment: str
 ) -> None:
     """The message has the path, and what to do."""
     prepare(repository)
@@ -135,7 +135,7 @@ async def test_unreadable_sources_are_rejected(repository: Repository) -> None:
 
 async def test_all_mistakes_are_reported_at_once(repository: Repository) -> None:
     """One message has each fact with its remedy."""
-    worktrees = WorktreesConfig(sparse=("lib",), copied=("README.md", "secret"), linked=("data",))
+    worktrees = WorktreeSettings(sparse=("lib",), copy=("README.md", "secret"), link=("data",))
     found = await look(repository, worktrees) or ""
     for fragment in ("folder 'lib' not found", "'README.md' is in 'main' already", "no 'secret'", "no 'data'"):
         assert found.count(fragment) == 1
@@ -145,7 +145,7 @@ async def test_all_mistakes_are_reported_at_once(repository: Repository) -> None
 async def test_bare_repository_has_nothing_to_copy(repository: Repository) -> None:
     """The rest works as elsewhere."""
     repository.git("clone", "--quiet", "--bare", ".", "../bare.git")
-    assert await look(repository, WorktreesConfig(sparse=("src",)), "../bare.git") is None
+    assert await look(repository, WorktreeSettings(sparse=("src",)), "../bare.git") is None
     assert "the repository has none: remove them, or set `repo` to a checkout" in (
         await look(repository, COPY, "../bare.git") or ""
     )
@@ -176,8 +176,8 @@ async def test_run_records_its_worktree_options(repository: Repository) -> None:
     async with FileStore.open(repository.log, SystemClock()) as store:
         document = await read_run(store, run)
     assert config.worktrees.copied == ("secret",)
-    assert WorktreesConfig.model_validate(document.worktrees) == config.worktrees
-    restored = restore_adapter("fake", document.adapters["fake"], {"command": CommandAdapter})
+    assert WorktreeSettings.model_validate(document.worktrees) == config.worktrees
+    restored = restore_adapters(document.adapters, {"command": CommandAdapter})["fake"]
     assert restored == config.adapters["fake"]
     assert restored.keep_ignored == (".cache",)
 
@@ -190,7 +190,7 @@ async def test_worktree_options_work_from_python(repository: Repository, monkeyp
         adapters={"x": AdapterSettings(use="command", keep_ignored=("y/",), argv=["sh"])},
         worktrees=WorktreeSettings(
             max_size=1000,
-            setup=(SetupSettings(run="make"), SetupSettings(run="true", timeout=1.5)),
+            setup=(SetupStep(run="make"), SetupStep(run="true", timeout=1.5)),
             copy=(".env",),
             link=("data/",),
         ),
@@ -199,9 +199,9 @@ async def test_worktree_options_work_from_python(repository: Repository, monkeyp
     async with Council.open(described, environ=repository.environ) as council:
         assert council.config is not None
         assert council.config.adapters["x"].keep_ignored == ("y",)
-        assert council.config.worktrees == WorktreesConfig(
+        assert council.config.worktrees == WorktreeSettings(
             max_size=1000,
             setup=(SetupStep(run="make"), SetupStep(run="true", timeout=1.5)),
-            copied=(".env",),
-            linked=("data",),
+            copy=(".env",),
+            link=("data",),
         )

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from adapters.command import CommandAdapter
 from orchestrator.config.load import load_config
-from orchestrator.config.model import RunConfig, TaskSpec
+from orchestrator.config.model import RunConfig
 from orchestrator.domain.scheduling.cycles import find_cycles
+from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.errors import ConfigError
 from tests.hypothesis_settings import example_settings
 

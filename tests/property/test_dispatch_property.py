@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.domain.scheduling.dispatch import AGING_SECONDS, DispatchBoard, DispatchEntry, choose_tasks
-from orchestrator.domain.scheduling.path_patterns import has_any_overlap
+from orchestrator.domain.settings.path_patterns import has_any_overlap
 from tests.hypothesis_settings import example_settings
 
 PATTERNS = ("a/**", "a/b", "b/*", "**/b", "c", "**")

@@ -7,10 +7,10 @@ import re
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from orchestrator.config.source.names import check_name
 from orchestrator.domain.scheduling.cycles import find_cycles
 from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, choose_tasks
-from orchestrator.domain.scheduling.path_patterns import check_pattern, is_covered, is_match
+from orchestrator.domain.settings.names import check_name
+from orchestrator.domain.settings.path_patterns import check_pattern, is_covered, is_match
 from orchestrator.domain.workflow.expansion import ExpandedTask, expand_plan
 
 IDS = st.one_of(st.sampled_from(["a", "b", "c", "A", "a b", "d.lock"]), st.text(min_size=1, max_size=80))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from orchestrator.domain.documents.json_values import compute_digest, encode_canonical, find_json_error, parse_object
 from orchestrator.domain.runs.phases import PHASE_TRANSITIONS, PhaseRecord, PhaseTrigger, advance_phase
+from orchestrator.domain.settings.phase_settings import Phase
 from orchestrator.domain.workflow.handoff_kinds import HANDOFF_KINDS
 from orchestrator.domain.workflow.handoffs import acknowledge, find_last_json_block, is_intact, make_handoff
 from orchestrator.domain.workflow.phase_context import (
@@ -19,7 +20,6 @@ from orchestrator.domain.workflow.phase_context import (
     get_phase_needs,
     select_values,
 )
-from orchestrator.domain.workflow.routing import Phase
 from orchestrator.domain.workflow.violations import HandoffFacts
 from orchestrator.errors import InvalidTransition
 

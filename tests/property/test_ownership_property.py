@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.domain.scheduling.path_patterns import check_pattern, has_any_overlap, has_overlap, is_match
+from orchestrator.domain.settings.path_patterns import check_pattern, has_any_overlap, has_overlap, is_match
 from tests.hypothesis_settings import example_settings
 
 SEGMENTS = ["".join(text) for size in (1, 2, 3) for text in itertools.product("ab", repeat=size)]

@@ -48,7 +48,7 @@ def test_records_and_documents_give_the_same_table(entries: dict[str, DispatchEn
     """After each change: the same counts, the same rows in the same phases, and every task counted once."""
     run = RunDocument(
         id="run", config="c", repo="/r", is_url=False, base="main", target="main", capacity=2, session_memory=1,
-        adapters={}, fence={}, worktrees={}, tasks=tuple(entries), start=COMMIT, hub="/h", started=0.0,
+        adapters={}, tasks=tuple(entries), start=COMMIT, hub="/h", started=0.0,
     )  # fmt: skip
     tasks = {task: TaskDocument() for task in entries}
     limits = dict.fromkeys(entries, 3)

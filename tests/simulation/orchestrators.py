@@ -18,7 +18,8 @@ from typing import cast
 import anyio
 
 from orchestrator.domain.runs.statuses import ReleaseReason
-from orchestrator.domain.scheduling.claims import ClaimTiming, ClaimVerdict, OrchestratorIdentity, Role
+from orchestrator.domain.scheduling.claims import ClaimVerdict, OrchestratorIdentity, Role
+from orchestrator.domain.settings.run_settings import CoordinationSettings
 from orchestrator.errors import LeaseLost, StoreUnavailable, VersionConflict
 from orchestrator.locking.claims import ClaimHolder, Claims
 from orchestrator.locking.merge_permit import MergePermitQueue, merge_lease_key
@@ -32,7 +33,7 @@ from tests.claim_history import ClaimHistory
 from tests.simulation.virtual_time import run_in_virtual_time
 
 RUN, REPOSITORY, TARGET = "r", "repository", "main"
-TIMING = ClaimTiming(
+TIMING = CoordinationSettings(
     heartbeat_interval=6.0, stale_after=30.0, owner_stale_after=60.0, sweep_interval=9.0, max_retries=1_000
 )
 SKEW = 3.0

@@ -8,7 +8,7 @@ import pytest
 
 from adapters.claude_code import ClaudeCodeAdapter, ClaudeCodeOptions
 from orchestrator.domain.runs.model import Attempt
-from orchestrator.domain.runs.prices import Price
+from orchestrator.domain.settings.run_settings import Price
 from orchestrator.engine.accounting import Accounting
 from orchestrator.sessions.output.transcript import Transcript
 from orchestrator.testing.recordings import read_recordings

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config.model import PathAccess
+from orchestrator.domain.settings.run_settings import PathAccess
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import SessionHome, SettingsOverlay
 from orchestrator.sessions.setup.adapter_homes import remove_homes, set_up, write_back_logins

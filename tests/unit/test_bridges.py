@@ -24,8 +24,8 @@ from adapters.bridges.worktree import ConfinedWorktree, OutsideWorktreeError
 from adapters.claude_code import ClaudeCodeAdapter, ClaudeCodeOptions
 from adapters.json_output import parse_bridge_line
 from adapters.ollama import OllamaAdapter, OllamaOptions
-from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
+from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.protocols import (
     Adapter,
     AgentMessage,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.domain.runs.budget import Budget, Spending, compute_budget_usage, compute_remaining_cost, sum_spending
+from orchestrator.domain.runs.budget import Spending, compute_budget_usage, compute_remaining_cost, sum_spending
 from orchestrator.domain.runs.model import Attempt
-from orchestrator.domain.runs.prices import Price, find_price
+from orchestrator.domain.settings.run_settings import Budget, Price, find_price
 
 
 def attempt(**facts: object) -> Attempt:
@@ -14,7 +14,9 @@ def attempt(**facts: object) -> Attempt:
 
 
 def test_each_limit_is_compared_with_its_usage() -> None:
-    found = {one.key: one for one in compute_budget_usage(Budget(100, 2.0, 60.0), Spending(80, 1.5, 60.0))}
+    found = {
+        one.key: one for one in compute_budget_usage(Budget(tokens=100, cost=2.0, time=60.0), Spending(80, 1.5, 60.0))
+    }
     assert {key: (one.is_low, one.is_exhausted) for key, one in found.items()} == {
         "tokens": (True, False),
         "cost": (False, False),

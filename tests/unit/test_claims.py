@@ -8,7 +8,6 @@ from orchestrator.domain.runs.statuses import ReleaseReason
 from orchestrator.domain.scheduling.claims import (
     Claim,
     ClaimCounters,
-    ClaimTiming,
     ClaimVerdict,
     OrchestratorIdentity,
     OrchestratorLease,
@@ -19,8 +18,9 @@ from orchestrator.domain.scheduling.claims import (
     judge_owner_status,
     should_try,
 )
+from orchestrator.domain.settings.run_settings import CoordinationSettings
 
-TIMING = ClaimTiming()
+TIMING = CoordinationSettings()
 BEAT = 1_000_000.0
 
 
@@ -62,7 +62,7 @@ def test_silent_owner_is_stale_after_being_watched(
 def test_short_lease_is_watched_for_its_duration() -> None:
     """Where heartbeats are rarer than leases are long, the lease decides."""
     one = OrchestratorLease(owner=owner("other"), epoch=1, since=BEAT, heartbeat=BEAT, expires=BEAT + 5)
-    timing = ClaimTiming(heartbeat_interval=60, stale_after=5)
+    timing = CoordinationSettings(heartbeat_interval=60, stale_after=5)
     assert judge_owner_status(one, BEAT + 6, 5, timing, is_here=False, is_dead=False) is OwnerStatus.STALE
     assert judge_owner_status(one, BEAT + 6, 4, timing, is_here=False, is_dead=False) is OwnerStatus.ALIVE
 

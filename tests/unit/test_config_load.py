@@ -2,24 +2,21 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from adapters.command import CommandAdapter
 from orchestrator.config.load import load_config
-from orchestrator.config.model import (
+from orchestrator.config.model import RunConfig, restore_adapters
+from orchestrator.domain.settings.failures import RETRIED_BY_DEFAULT
+from orchestrator.domain.settings.run_settings import (
     AdapterConfig,
     Backoff,
-    PathAccess,
-    RunConfig,
-    SandboxConfig,
+    SandboxSettings,
     SetupStep,
     TaskSpec,
-    WorktreesConfig,
-    restore_adapter,
+    WorktreeSettings,
 )
-from orchestrator.domain.runs.failures import RETRIED_BY_DEFAULT
 from orchestrator.errors import RefusedError
 from tests.recorded_run import task_spec
 
@@ -92,14 +89,13 @@ def test_minimal_file_gets_all_defaults(tmp_path: Path) -> None:
         checks=(),
         checks_timeout=600.0,
         checks_env=(),
-        retry_checks=True,
         max_file=50_000_000,
         priority=0,
         owns=(),
     )
     assert config.session_memory == 256 << 20
-    assert config.fence == SandboxConfig(sandbox="auto", network=True, reach=PathAccess())
-    assert config.worktrees == WorktreesConfig(
+    assert config.sandbox == SandboxSettings()
+    assert config.worktrees == WorktreeSettings(
         max=16,
         max_size=None,
         sparse=(),
@@ -109,8 +105,8 @@ def test_minimal_file_gets_all_defaults(tmp_path: Path) -> None:
         teardown=(),
         hooks_timeout=600.0,
         env=(),
-        copied=(),
-        linked=(),
+        copy=(),
+        link=(),
         keep_ignored=(),
         ports=0,
     )
@@ -143,7 +139,7 @@ worktrees:
 def test_worktree_options_are_resolved(tmp_path: Path) -> None:
     """A step may be a bare command; `copy` and `link` have other names in code; a slash at a path's end is dropped."""
     config = load(tmp_path, SMALLEST.replace("argv: [fix]", "argv: [fix], keep_ignored: [.fix/]") + WORKTREES)
-    assert config.worktrees == WorktreesConfig(
+    assert config.worktrees == WorktreeSettings(
         max=3,
         max_size=20_000_000_000,
         sparse=("src", "tests/unit"),
@@ -157,8 +153,8 @@ def test_worktree_options_are_resolved(tmp_path: Path) -> None:
         teardown=("make down", "docker compose down"),
         hooks_timeout=120.0,
         env=("PIP_INDEX_URL",),
-        copied=(".env", "config/local.toml"),
-        linked=("data/models",),
+        copy=(".env", "config/local.toml"),
+        link=("data/models",),
         keep_ignored=("node_modules", "build/cache"),
         ports=3,
     )
@@ -188,12 +184,14 @@ def test_task_overrides_defaults_key_by_key(tmp_path: Path) -> None:
 def test_stored_config_is_restored(tmp_path: Path) -> None:
     """Tasks and adapters come back equal from JSON, without the file."""
     config = load(tmp_path, SMALLEST.replace("argv: [fix]", "argv: [fix], env: {A: b}, keep_ignored: [x]") + WORKTREES)
-    assert WorktreesConfig.model_validate(json.loads(config.worktrees.model_dump_json())) == config.worktrees
+    assert WorktreeSettings.model_validate(json.loads(config.worktrees.model_dump_json())) == config.worktrees
     for task in config.tasks:
         assert TaskSpec.model_validate(json.loads(task.model_dump_json())) == task
     for name, adapter in config.adapters.items():
-        assert restore_adapter(name, json.loads(json.dumps(adapter.to_stored())), TYPES) == adapter
-    assert json.loads(config.model_dump_json())["adapters"]["fixer"]["options"]["argv"] == ["fix"]
+        stored = AdapterConfig.model_validate_json(adapter.to_stored().model_dump_json())
+        assert restore_adapters({name: stored}, TYPES) == {name: adapter}
+    stored_run = json.loads(json.dumps(config.to_stored()["adapters"]["fixer"].model_dump(mode="json")))
+    assert stored_run["options"]["argv"] == ["fix"]
 
 
 def test_task_is_recorded_equally_by_each_process() -> None:
@@ -207,16 +205,15 @@ def test_task_is_recorded_equally_by_each_process() -> None:
 @pytest.mark.parametrize(
     ("stored", "fragment"),
     [
-        ({"use": "gone"}, "install the plugin"),
-        ({"use": "command", "argv": ["x"]}, "version"),
-        ({"use": "command", "options": {"argv": 1}, "capacity": None, "reach": {}, "keep_ignored": []}, "version"),
-        ({"use": "command", "options": {"argv": ["x"]}, "capacity": None, "reach": {}}, "keep_ignored"),
+        (AdapterConfig(use="gone", options={}), "install the plugin"),
+        (AdapterConfig(use="command", options={}), "version"),
+        (AdapterConfig(use="command", options={"argv": 1}), "version"),
     ],
 )
-def test_incompatible_adapter_is_rejected(stored: dict[str, Any], fragment: str) -> None:
+def test_incompatible_adapter_is_rejected(stored: AdapterConfig, fragment: str) -> None:
     """Restoring says what to do when a plugin is gone or takes other options now."""
     with pytest.raises(RefusedError, match=fragment):
-        restore_adapter("fixer", stored, TYPES)
+        restore_adapters({"fixer": stored}, TYPES)
 
 
 @pytest.mark.parametrize(
@@ -290,5 +287,5 @@ def test_long_chain_of_needs_loads(tmp_path: Path) -> None:
 def test_network_is_on_off_or_hosts(tmp_path: Path, written: str, network: bool, hosts: tuple[str, ...]) -> None:
     """Hosts are recorded in their one form."""
     config = load(tmp_path, f"{SMALLEST}network: {written}\n")
-    assert (config.fence.network, config.fence.hosts) == (network, hosts)
-    assert SandboxConfig.model_validate(config.fence.model_dump(mode="json")) == config.fence
+    assert (config.sandbox.has_network, config.sandbox.hosts) == (network, hosts)
+    assert SandboxSettings.model_validate(config.sandbox.model_dump(mode="json")) == config.sandbox

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.config.source.names import check_branch, check_name
-from orchestrator.config.source.quantities import format_duration, parse_duration
 from orchestrator.config.source.scalars import resolve_plain
 from orchestrator.domain.scheduling.cycles import find_cycles
+from orchestrator.domain.settings.names import check_branch, check_name
+from orchestrator.domain.settings.quantities import format_duration, parse_duration
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from orchestrator.domain.runs.model import Attempt, TaskDocument
 from orchestrator.domain.runs.phases import GivenValues, PhaseRecord, PhaseStatus
 from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.domain.sessions.contexts import SessionContext, SessionStatus
+from orchestrator.domain.settings.phase_settings import HandoffSettings, Phase
 from orchestrator.domain.workflow.handoffs import Handoff, acknowledge, make_handoff
-from orchestrator.domain.workflow.routing import Phase, Workflow
+from orchestrator.domain.workflow.routing import Workflow
 from orchestrator.domain.workflow.verification import IDLE_LIMIT, WorkflowRecord, check_workflow
 from orchestrator.domain.workflow.violations import Violation
 
@@ -20,9 +21,9 @@ COMMIT = "0123456789" * 4
 SUM = "0123456789abcdef" * 4
 WORKFLOW = Workflow(
     (
-        Phase(name="plan", writes=False, produces="plan"),
-        Phase(name="build", produces="build"),
-        Phase(name="review", writes=False, produces="review", on_reject="build"),
+        Phase(name="plan", access="read", produces=HandoffSettings(kind="plan")),
+        Phase(name="build", produces=HandoffSettings(kind="build")),
+        Phase(name="review", access="read", produces=HandoffSettings(kind="review"), on_reject="build"),
     )
 )
 PLAN = {"tasks": [{"id": "a", "prompt": "x"}], "dependencies": [], "timeline": [], "resources": []}

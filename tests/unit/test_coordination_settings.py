@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -19,19 +18,17 @@ from orchestrator.config.coordination import (
     resolve_coordination,
 )
 from orchestrator.config.load import load_config
-from orchestrator.config.model import CoordinationConfig
-from orchestrator.config.schema import CoordinationSettings
-from orchestrator.domain.scheduling.claims import ClaimTiming
+from orchestrator.domain.settings.run_settings import CoordinationSettings
 from orchestrator.errors import ConfigError, RefusedError
 from tests.unit.test_config_load import SMALLEST
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = (ROOT / ".env.example").read_text()
 LINES = dict(re.findall(r"^([A-Z_]+)=(.*)$", EXAMPLE, re.MULTILINE))
-DEFAULT = CoordinationConfig()
+DEFAULT = CoordinationSettings()
 
 
-def loaded(folder: Path, section: str) -> CoordinationConfig:
+def loaded(folder: Path, section: str) -> CoordinationSettings:
     path = folder / "council.yaml"
     path.write_text(f"coordination: {section}\n{SMALLEST}")
     return load_config(path, {"command": CommandAdapter}).coordination
@@ -72,22 +69,18 @@ def test_options_override_the_environment_which_overrides_the_file(tmp_path: Pat
     file = loaded(tmp_path, "{heartbeat_interval: 10s, stale_after: 100s, max_retries: 7, when_unreachable: continue}")
     environ = {"SHARED_STATE_STALE_THRESHOLD_MS": "200000", "SHARED_STATE_MAX_RETRIES": "8"}
     found = resolve_coordination(file, environ, CoordinationOverrides(max_retries=9))
-    assert found.timing() == ClaimTiming(
-        heartbeat_interval=10.0, stale_after=200.0, owner_stale_after=600.0, sweep_interval=90.0, max_retries=9
+    assert found == CoordinationSettings(
+        heartbeat_interval=10.0, stale_after=200.0, max_retries=9, when_unreachable="continue"
     )
-    assert found.when_unreachable == "continue"
 
 
 def test_empty_file_gets_the_defaults(tmp_path: Path) -> None:
-    """Which are the same in the file's schema, in the resolved run, and in decisions."""
+    """They are defined once."""
     assert loaded(tmp_path, "{}") == DEFAULT
-    assert CoordinationSettings().model_dump() == DEFAULT.model_dump()
-    assert DEFAULT.timing() == ClaimTiming()
-    assert asdict(ClaimTiming()) == {
+    assert DEFAULT.model_dump(include={"heartbeat_interval", "stale_after", "owner_stale_after", "max_retries"}) == {
         "heartbeat_interval": 60.0,
         "stale_after": 300.0,
         "owner_stale_after": 600.0,
-        "sweep_interval": 90.0,
         "max_retries": 3,
     }
 
@@ -100,7 +93,7 @@ def test_every_key_is_accepted(tmp_path: Path) -> None:
     )
     found = loaded(tmp_path, section)
     assert list(found.model_dump().values()) == [False, 1.0, 3.0, 4.0, 5.0, 6, "continue", "worker", False, 7.0]
-    assert CoordinationConfig.model_validate(found.model_dump(mode="json")) == found
+    assert CoordinationSettings.model_validate(found.model_dump(mode="json")) == found
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from adapters.claude_code import ClaudeCodeAdapter, ClaudeCodeOptions
 from adapters.codex import CodexAdapter, CodexOptions
 from adapters.gemini import GeminiAdapter, GeminiOptions
 from adapters.opencode import OpencodeAdapter, OpencodeOptions
-from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed, ProcessExit, SessionLimits, ToolDenials, judge_outcome
+from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.protocols import Adapter, ToolDenied
 from orchestrator.sessions.output.transcript import Transcript
 from orchestrator.testing.recordings import read_recordings

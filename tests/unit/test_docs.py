@@ -21,25 +21,18 @@ from orchestrator.builtin.jsonlines import JsonLinesSink
 from orchestrator.cli.main import COMMANDS_BY_SECTION, main
 from orchestrator.config.load import load_config
 from orchestrator.config.model import RunConfig
-from orchestrator.config.schema import (
-    AdapterSettings,
-    BackoffSettings,
-    Config,
+from orchestrator.config.schema import AdapterSettings, Config, SinkSettings, StateSettings, Task, TrackerSettings
+from orchestrator.domain.events import EVENT_TYPES
+from orchestrator.domain.runs.statuses import TaskStatus
+from orchestrator.domain.settings.failures import FailureClass
+from orchestrator.domain.settings.phase_settings import ExpansionSettings, HandoffSettings, PhaseSettings
+from orchestrator.domain.settings.run_settings import (
+    Backoff,
     CoordinationSettings,
-    ExpansionSettings,
-    HandoffSettings,
-    PhaseSettings,
-    SetupSettings,
-    SinkSettings,
-    StateSettings,
-    Task,
-    TaskDefaults,
-    TrackerSettings,
+    SetupStep,
+    TaskSettings,
     WorktreeSettings,
 )
-from orchestrator.domain.events import EVENT_TYPES
-from orchestrator.domain.runs.failures import FailureClass
-from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.engine.reports.report import RunReport, RunStatus, TaskReport
 from orchestrator.plugins import load_plugins
 from orchestrator.protocols import SessionRequest
@@ -106,13 +99,13 @@ def test_every_shipped_file_loads(path: Path) -> None:
 
 def test_every_key_is_documented() -> None:
     """docs/configuration.md has each key of the file, of `command` and of the base environment."""
-    sections = (Config, Task, TaskDefaults, BackoffSettings, AdapterSettings, SinkSettings, TrackerSettings)
+    sections = (Config, Task, TaskSettings, Backoff, AdapterSettings, SinkSettings, TrackerSettings)
     models = (
         *sections,
         StateSettings,
         CoordinationSettings,
         WorktreeSettings,
-        SetupSettings,
+        SetupStep,
         PhaseSettings,
         HandoffSettings,
         ExpansionSettings,

@@ -8,13 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.domain.runs.failures import (
-    RETRIED_BY_DEFAULT,
-    RETRYABLE,
-    FailureClass,
-    FailurePolicy,
-    get_failure_policy,
-)
 from orchestrator.domain.runs.model import AdapterDocument, Attempt, RunDocument, TaskDocument, apply_trigger
 from orchestrator.domain.runs.outcome import (
     Built,
@@ -26,9 +19,17 @@ from orchestrator.domain.runs.outcome import (
     SessionLimits,
     judge_outcome,
 )
-from orchestrator.domain.runs.retry import COOLDOWN_BACKOFF, MAX_COOLDOWN, Backoff, compute_cooldown_end, retry_delay
+from orchestrator.domain.runs.retry import COOLDOWN_BACKOFF, MAX_COOLDOWN, compute_cooldown_end, retry_delay
 from orchestrator.domain.runs.statuses import FINAL_STATUSES, RETRYABLE_STATUSES, TRANSITIONS, TaskStatus, Trigger
 from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, choose_tasks
+from orchestrator.domain.settings.failures import (
+    RETRIED_BY_DEFAULT,
+    RETRYABLE,
+    FailureClass,
+    FailurePolicy,
+    get_failure_policy,
+)
+from orchestrator.domain.settings.run_settings import Backoff
 from orchestrator.engine.reports.report import AdapterReport, ReportPaths, RunRecord, RunReport, RunStatus, build_report
 from orchestrator.errors import InvalidTransition, RefusedError
 from orchestrator.system.instants import format_local_time
@@ -294,7 +295,7 @@ def record(tasks: dict[str, TaskDocument], entries: dict[str, DispatchEntry], **
     """Return the record of a run of these tasks."""
     run = RunDocument(
         id="r", config="c", repo="/r", is_url=False, base="main", target="t", capacity=1, session_memory=1,
-        adapters={}, fence={}, worktrees={}, tasks=tuple(tasks), start="0" * 40, hub="/h", started=0.0,
+        adapters={}, tasks=tuple(tasks), start="0" * 40, hub="/h", started=0.0,
     )  # fmt: skip
     return RunRecord(run, tasks, entries, adapters)
 

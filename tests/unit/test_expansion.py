@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator.config.source.names import check_name
 from orchestrator.domain.runs.model import TaskDocument
 from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, choose_tasks, with_subtasks
-from orchestrator.domain.scheduling.path_patterns import is_covered
+from orchestrator.domain.settings.names import check_name
+from orchestrator.domain.settings.path_patterns import is_covered
 from orchestrator.domain.workflow.expansion import ExpandedTask, expand_plan, make_task_name
 from orchestrator.domain.workflow.violations import Violation
 

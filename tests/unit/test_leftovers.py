@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.config.source.quantities import format_size_short
 from orchestrator.domain.runs.leftovers import (
     STALE_FILE_SECONDS,
     LeftoverStatus,
@@ -17,6 +16,7 @@ from orchestrator.domain.runs.leftovers import (
 )
 from orchestrator.domain.runs.model import Attempt, TaskDocument
 from orchestrator.domain.runs.statuses import FINAL_STATUSES, TaskStatus
+from orchestrator.domain.settings.quantities import format_size_short
 
 
 def document(status: TaskStatus = TaskStatus.FAILED) -> TaskDocument:

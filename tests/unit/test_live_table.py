@@ -50,7 +50,7 @@ PLANNED = PhaseRecord(phase="plan", status=PhaseStatus.COMPLETED, attempts=(1,))
 def view(entries: Mapping[str, DispatchEntry], attempts: int = 3, capacity: int = 2) -> LiveRun:
     run = RunDocument(
         id="run", config="c", repo="/r", is_url=False, base="main", target="main", capacity=capacity, session_memory=1,
-        adapters={}, fence={}, worktrees={}, tasks=tuple(entries), start=COMMIT, hub="/h", started=0.0,
+        adapters={}, tasks=tuple(entries), start=COMMIT, hub="/h", started=0.0,
     )  # fmt: skip
     record = RunRecord(run, {task: TaskDocument() for task in entries}, entries, {})
     return LiveRun(record, dict.fromkeys(entries, attempts))

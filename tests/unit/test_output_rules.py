@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from adapters.command import CommandAdapter, CommandOptions
 from adapters.json_paths import values_at
 from adapters.output_rules import OutputRule
-from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
+from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.protocols import AgentMessage, ConversationStarted, FinalResult, SessionEnd, SessionEvent, UsageReport
 
 LINE = {

@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict
 from adapters.command import CommandAdapter
 from orchestrator.config.json_schema import file_schema
 from orchestrator.config.source.document import read_document
-from orchestrator.config.source.names import (
+from orchestrator.config.source.problems import Problems
+from orchestrator.domain.settings.names import (
     BRANCH_PATTERN,
     KEPT_PATTERN,
     NAME_PATTERN,
@@ -26,8 +27,7 @@ from orchestrator.config.source.names import (
     check_name,
     check_path,
 )
-from orchestrator.config.source.problems import Problems
-from orchestrator.config.source.quantities import (
+from orchestrator.domain.settings.quantities import (
     DURATION_PATTERN,
     OPTIONAL_DURATION_PATTERN,
     SIZE_PATTERN,

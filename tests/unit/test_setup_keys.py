@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.config.model import SetupStep
+from orchestrator.domain.settings.run_settings import SetupStep
 from orchestrator.repo.worktrees.setup_keys import compute_setup_keys, first_step_to_run
 
 STEPS = (SetupStep(run="make venv", inputs=("requirements.txt",)), SetupStep(run="make data"))

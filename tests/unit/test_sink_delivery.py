@@ -10,8 +10,8 @@ from pathlib import Path
 import anyio
 import pytest
 
-from orchestrator.domain.runs.retry import Backoff
 from orchestrator.domain.security.secrets import Redactor
+from orchestrator.domain.settings.run_settings import Backoff
 from orchestrator.engine import sinks
 from orchestrator.engine.sinks import DeliveryTimeouts, EventSubscriber, forward_events
 from orchestrator.engine.state.records import cursor_key

@@ -9,10 +9,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from orchestrator.config.load import load_config
-from orchestrator.config.model import WorktreesConfig
 from orchestrator.config.source.document import read_document
 from orchestrator.config.source.problems import Problems
 from orchestrator.config.starter import Starter, StarterAdapter, scalar, starter_text
+from orchestrator.domain.settings.run_settings import WorktreeSettings
 from orchestrator.plugins import load_plugins
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
@@ -61,7 +61,7 @@ def test_starter_without_an_adapter_loads(tmp_path: Path) -> None:
         (tmp_path / "council.yaml").write_text(text)
         config = load_config(tmp_path / "council.yaml", load_plugins().adapters)
         assert [task.adapter for task in config.tasks] == ["my-cli"]
-        assert config.worktrees == WorktreesConfig()
+        assert config.worktrees == WorktreeSettings()
         assert text.startswith("# yaml-language-server: $schema=.council/schema.json\n") is (schema is not None)
 
 

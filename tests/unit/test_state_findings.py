@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config.model import Retention
+from orchestrator.domain.settings.run_settings import Retention
 from orchestrator.engine.diagnostics.findings import Level
 from orchestrator.engine.diagnostics.state_findings import (
     SLOW_COMMIT,
@@ -22,7 +22,7 @@ from orchestrator.engine.diagnostics.state_findings import (
 from orchestrator.protocols import Damage, Key, StoreStatistics, VerificationReport
 
 DAY = 86400.0
-KEPT = Retention(age=30 * DAY, size=1000)
+KEPT = Retention(retention=30 * DAY, max_size=1000)
 
 
 def figures(first: int = 0, log_bytes: int = 500) -> StoreStatistics:
@@ -51,7 +51,10 @@ def test_log_is_judged(found: StoreStatistics, growth: LogGrowth, told: str | No
 
 def test_log_without_an_age_is_not_too_short() -> None:
     """Whoever keeps all is told by the size alone."""
-    assert judge_log(figures(first=50), LogGrowth(10, DAY, DAY), Retention(age=None, size=1000)).level is Level.OK
+    assert (
+        judge_log(figures(first=50), LogGrowth(10, DAY, DAY), Retention(retention=None, max_size=1000)).level
+        is Level.OK
+    )
 
 
 def test_largest_documents_are_named() -> None:

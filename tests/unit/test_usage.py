@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from orchestrator.domain.runs.model import Attempt, RunDocument, TaskDocument
 from orchestrator.domain.runs.usage import Usage, compute_usage
+from orchestrator.domain.settings.run_settings import Budget
 
 RUN = RunDocument(
     id="run",
@@ -15,13 +16,11 @@ RUN = RunDocument(
     capacity=1,
     session_memory=1,
     adapters={},
-    fence={},
-    worktrees={},
     tasks=(),
     start="0" * 40,
     hub="hub",
     started=0.0,
-    budget={"tokens": 100, "cost": None},
+    budget=Budget(tokens=100),
 )
 
 

@@ -19,7 +19,8 @@ from orchestrator.config.workflows.load import builtin_phases
 from orchestrator.config.workflows.templates import BUILTIN_TEMPLATES, read_builtin_template
 from orchestrator.config.workflows.text import build_workflow_files, workflows_to_yaml
 from orchestrator.domain.runs.model import TaskDocument
-from orchestrator.domain.workflow.routing import Expansion, Phase, Workflow
+from orchestrator.domain.settings.phase_settings import ExpansionSettings, Phase
+from orchestrator.domain.workflow.routing import Workflow
 from orchestrator.errors import ConfigError
 from orchestrator.protocols import AdapterType
 
@@ -63,16 +64,21 @@ def test_phase_has_all_settings(tmp_path: Path) -> None:
         "end",
     )  # fmt: skip
     look, plan, build, review, end = config.workflows["w"]
-    assert (look.writes, look.produces, look.schema_, look.handoff) == (False, "measurement", schema, "mediated")
+    assert (look.writes, look.kind, look.handoff_schema, look.handoff) == (False, "measurement", schema, "mediated")
     assert look.transform == "scout_to_plan"
     assert look.prompt == read_builtin_template("phase")
-    assert (plan.writes, plan.expand, plan.approve, plan.needs) == (True, Expansion(most=20), True, ("measurement",))
+    assert (plan.writes, plan.expand, plan.approve, plan.needs) == (
+        True,
+        ExpansionSettings(max=20),
+        True,
+        ("measurement",),
+    )
     assert (plan.context, plan.continues, plan.handoff, plan.key) == ({"n": 1}, "look", "shared", "plans/first")
     assert plan.prompt == read_builtin_template("plan")
     assert (build.adapter, build.fallback, build.until, build.max_rounds) == ("x", ("codex",), ("true",), 5)
     assert (build.timeout, build.when, build.continues) == (300.0, "plan is defined", "look")
     assert build.prompt == "Build {{ task.id }}.\n"
-    assert (review.on_reject, review.max_rounds, review.produces) == ("plan", 3, "review")
+    assert (review.on_reject, review.max_rounds, review.kind) == ("plan", 3, "review")
     assert end == Phase(name="end", prompt=read_builtin_template("phase"))
 
 
@@ -80,7 +86,7 @@ def test_supplied_workflow_has_scout_plan_build_and_review(tmp_path: Path) -> No
     """`adw` is there without a word on it; only `build` changes anything, and a rejection goes back to it."""
     config = read(tmp_path, task={"workflow": "adw"})
     phases = config.workflows["adw"]
-    assert [(one.name, one.produces, one.writes) for one in phases] == [
+    assert [(one.name, one.kind, one.writes) for one in phases] == [
         ("scout", "scout", False),
         ("plan", "plan", False),
         ("build", "build", True),
@@ -105,7 +111,7 @@ def test_only_used_workflows_are_recorded(tmp_path: Path) -> None:
     }
     config = read(tmp_path, workflows=workflows)
     assert set(config.workflows) == {"w", "inner"}
-    assert config.workflows["w"][0].expand == Expansion(most=3, workflow="inner")
+    assert config.workflows["w"][0].expand == ExpansionSettings(max=3, workflow="inner")
 
 
 def test_task_without_a_workflow_has_none(tmp_path: Path) -> None:
@@ -172,11 +178,11 @@ MISTAKES: dict[str, tuple[list[Any], str, str]] = {
     "bad name": (["a b"], "workflows.w[0]", "'a b' can't be a name"),
     "unknown key": ([{"build": {"acess": "read"}}], f"{AT}.acess", "'acess' is not known: did you mean 'access'?"),
     "unknown access": ([{"build": {"access": "look"}}], f"{AT}.access", "write 'read' or 'write'"),
-    "unknown kind": ([{"build": {"produces": "pln"}}], f"{AT}.produces", "'pln': did you mean 'plan'? One of yours"),
+    "unknown kind": ([{"build": {"produces": "pln"}}], f"{AT}.produces", "'pln': did you mean 'plan', or add a schema"),
     "schema of a kind that is there": (
         [{"build": {"produces": {"kind": "plan", "schema": {}}}}],
         f"{AT}.produces.kind",
-        "'plan' is there already",
+        "'plan' is already defined",
     ),
     "unknown key of a handoff": (
         [{"build": {"produces": {"kind": "plan", "skema": 1}}}],
@@ -191,7 +197,7 @@ MISTAKES: dict[str, tuple[list[Any], str, str]] = {
     "no schema": (
         [{"build": {"produces": {"kind": "k", "schema": {"type": "objct"}}}}],
         f"{AT}.produces",
-        "no schema of an object",
+        "is not the schema of one",
     ),
     "wrong schema": (
         [{"build": {"produces": {"kind": "k", "schema": {"required": 1}}}}],
@@ -217,12 +223,12 @@ MISTAKES: dict[str, tuple[list[Any], str, str]] = {
     "template that can't be read": (
         [{"build": {"prompt": "a\n{% if %}"}}],
         f"{AT}.prompt",
-        "can't be read, line 2 of it: ",
+        "can't be read, line 2: ",
     ),
     "unknown name in a template": (
         [{"build": {"prompt": "{{ tsk.prompt }}"}}],
         f"{AT}.prompt",
-        "names 'tsk', which there is not: did you mean 'task'?",
+        "uses the unknown name 'tsk': did you mean 'task'?",
     ),
     "template with another": ([{"build": {"prompt": "{% include 'x' %}"}}], f"{AT}.prompt", "includes another"),
     "secret in a template": ([{"build": {"prompt": TOKEN}}], f"{AT}.prompt", "an apparent secret key"),
@@ -234,12 +240,12 @@ MISTAKES: dict[str, tuple[list[Any], str, str]] = {
     "stand-in without an adapter": (
         [{"build": {"fallback": ["x"]}}],
         f"{AT}.fallback",
-        "no adapter that they stand in",
+        "fallback adapters, but no adapter",
     ),
     "until without work": (
         [{"build": {"access": "read", "until": ["true"]}}],
         f"{AT}.until",
-        "leaves no work that commands could judge",
+        "leaves no work for commands to check",
     ),
     "rejection without a review": (
         ["a", {"b": {"on_reject": "a"}}],
@@ -249,7 +255,7 @@ MISTAKES: dict[str, tuple[list[Any], str, str]] = {
     "rejection to nowhere": (
         ["a", {"review": {"produces": "review", "on_reject": "b"}}],
         "workflows.w[1].review.on_reject",
-        "'b' is no phase before 'review': the phases before this one are a",
+        "'b' is not a phase before 'review': the phases before this one are a",
     ),
     "rejection with nothing before": (
         [{"review": {"produces": "review", "on_reject": "b"}}],
@@ -268,18 +274,18 @@ MISTAKES: dict[str, tuple[list[Any], str, str]] = {
     "expansion into itself": (
         [{"build": {"produces": "plan", "expand": {"workflow": "w"}}}],
         "workflows.w",
-        "without an end: w -> w",
+        "tasks without end: w -> w",
     ),
-    "handoff of nothing": ([{"build": {"handoff": "shared"}}], f"{AT}.handoff", "hands nothing over"),
+    "handoff of nothing": ([{"build": {"handoff": "shared"}}], f"{AT}.handoff", "produces no handoff"),
     "transformation of what is direct": (
         [{"build": {"produces": "plan", "transform": "scout_to_plan"}}],
         f"{AT}.transform",
-        "is for what is mediated",
+        "is only for mediated handoffs",
     ),
     "mediator of what is direct": (
         [{"build": {"produces": "plan", "mediator": "b"}}, "b"],
         f"{AT}.mediator",
-        "is for what is mediated",
+        "is only for mediated handoffs",
     ),
     "two that mediate": (
         [
@@ -298,33 +304,37 @@ MISTAKES: dict[str, tuple[list[Any], str, str]] = {
     "mediator for nobody": (
         [{"build": {"produces": "plan", "handoff": "mediated", "mediator": "b"}}, "b"],
         f"{AT}.mediator",
-        "nothing follows",
+        "no phase follows",
     ),
     "mediated for nobody": (
         [{"build": {"produces": "plan", "handoff": "mediated"}}],
         f"{AT}.handoff",
-        "nothing follows",
+        "no phase follows",
     ),
     "unknown transformation": (
         [{"build": {"produces": "plan", "handoff": "mediated", "transform": "scout_to_pln"}}, "b"],
         f"{AT}.transform",
         "did you mean 'scout_to_plan'?",
     ),
-    "key of what is not shared": ([{"build": {"produces": "plan", "key": "a"}}], f"{AT}.key", "is for what is shared"),
+    "key of what is not shared": (
+        [{"build": {"produces": "plan", "key": "a"}}],
+        f"{AT}.key",
+        "is only for shared handoffs",
+    ),
     "bad key": ([{"build": {"produces": "plan", "handoff": "shared", "key": "a//b"}}], f"{AT}.key", "can't be a name"),
     "session of nobody": ([{"build": {"session": "continue"}}], f"{AT}.session", "no phase before"),
     "session of a later phase": (
         ["a", {"b": {"session": {"continue": "c"}}}, "c"],
         "workflows.w[1].b.session.continue",
-        "'c' is no phase before",
+        "'c' is not a phase before",
     ),
     "session that is a list": ([{"build": {"session": []}}], f"{AT}.session", "write `continue`, or"),
     "session of another CLI": (
         [{"a": {"adapter": "codex"}}, {"b": {"adapter": "x", "session": "continue"}}],
         "workflows.w[1].b.session",
-        "is one of 'codex', not of 'x': give both",
+        "belongs to 'codex', not to 'x': use the same",
     ),
-    "the same name twice": (["a", REVIEW, "a"], "workflows.w[2]", "the phase 'a' is there already, at workflows.w[0]"),
+    "the same name twice": (["a", REVIEW, "a"], "workflows.w[2]", "the phase 'a' is already defined at workflows.w[0]"),
 }
 
 
@@ -347,7 +357,7 @@ def test_mistakes_outside_of_phases_have_their_position(tmp_path: Path) -> None:
     ]
     (found,) = mistakes(tmp_path, task={"workflow": "none", "context": {"a": 1}})
     assert found[0] == "tasks[0].context"
-    assert "and no workflow: add `workflow:`" in found[1]
+    assert "but no workflow: add `workflow:`" in found[1]
     (found,) = mistakes(tmp_path, "build", workflows={"none": ["build"]}, task={"workflow": "none"})
     assert found[0] == "workflows.none"
     assert "choose another name" in found[1]

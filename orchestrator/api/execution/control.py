@@ -127,8 +127,8 @@ class RunController:
     async def _check_phase(self, record: RunRecord, tasks: Sequence[str], phase: str | None) -> None:
         for task in tasks if phase is not None else ():
             workflow = (await read_spec(self._context.store, record.run.id, task)).workflow
-            phases = [] if workflow is None else record.run.workflows[workflow]
-            check_phase(task, phase or "", [one["name"] for one in phases], record.tasks[task])
+            phases = () if workflow is None else record.run.workflows[workflow]
+            check_phase(task, phase or "", [one.name for one in phases], record.tasks[task])
 
     async def _wait_until_ended(self, run: str, tasks: Sequence[str]) -> None:
         """Wait until cancelled tasks have ended, at most as long as a session may take to stop."""

@@ -60,30 +60,10 @@ async def create_run(
         allow_deferred=allow_deferred,
     )
     document = RunDocument(
+        **config.to_stored() | {"target": cleared.target, "coordination": coordinated},
         id=run,
         config=str(config.path),
         config_digest=config.digest,
-        repo=config.repo,
-        is_url=config.is_url,
-        base=config.base,
-        target=cleared.target,
-        capacity=config.capacity,
-        session_memory=config.session_memory,
-        adapters={name: entry.to_stored() for name, entry in config.adapters.items()},
-        workflows={
-            name: [phase.model_dump(mode="json", by_alias=True) for phase in phases]
-            for name, phases in config.workflows.items()
-        },
-        fence=config.fence.model_dump(mode="json"),
-        worktrees=config.worktrees.model_dump(mode="json"),
-        retention=config.state.retention.model_dump(mode="json"),
-        mcp_servers={name: one.model_dump(mode="json") for name, one in config.mcp_servers.items()},
-        budget=config.budget.model_dump(mode="json"),
-        coordination=coordinated.model_dump(mode="json"),
-        prices={name: one.model_dump(mode="json") for name, one in config.prices.items()},
-        sinks={name: sink.to_stored() for name, sink in config.sinks.items()},
-        trackers={name: tracker.to_stored() for name, tracker in config.trackers.items()},
-        given=config.given,
         tasks=tuple(task.id for task in config.tasks),
         start=cleared.start,
         has_target=cleared.has_target,

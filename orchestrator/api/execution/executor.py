@@ -21,10 +21,10 @@ from orchestrator.api.execution.services import background_services, survive_sto
 from orchestrator.api.run_index import RunIndex
 from orchestrator.api.run_reader import RunReader
 from orchestrator.config.coordination import CoordinationOverrides
-from orchestrator.config.model import BudgetConfig
 from orchestrator.domain.events.runs import RunFileChanged, RunInterrupted, RunWorkerLeft
 from orchestrator.domain.runs.model import HaltCause, RunDocument
 from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, with_subtasks
+from orchestrator.domain.settings.run_settings import Budget
 from orchestrator.engine.cleanup.imported_tasks import write_unfinished_tasks
 from orchestrator.engine.diagnostics.programs import find_unusable_adapters
 from orchestrator.engine.landing.reconciliation import Reconciler, has_unlanded_work
@@ -57,7 +57,7 @@ class RunExecutor:
     async def resume(
         self,
         run: str,
-        budget: BudgetConfig | None = None,
+        budget: Budget | None = None,
         coordination: CoordinationOverrides | None = None,
         capacity: int | None = None,
         *,
@@ -65,7 +65,7 @@ class RunExecutor:
         allow_failing_base: bool = False,
     ) -> RunReport:
         """Lead a run to its end; see `Runs.resume` and `Runs.land`."""
-        document = await read_run(self._context.store, run, validate=True)
+        document = await read_run(self._context.store, run)
         if document.imported is not None:
             raise await write_unfinished_tasks(self._context.store, document, self._context.project.legacy)
         hub = await RunIndex(self._context).hub(document)
@@ -88,7 +88,7 @@ class RunExecutor:
                         await ledger.run_state.finish(reader.describe(before, is_live=False, has_ended=True).status)
                         return await reader.status(run)
                     if budget is not None:
-                        await ledger.run_state.set_budget(budget.model_dump(mode="json", exclude_none=True))
+                        await ledger.run_state.set_budget(budget.limits)
                     if allow_failing_base and not ledger.run.allow_failing_base:
                         await ledger.run_state.allow_failing_base()
                     if before.orchestrators:  # an earlier process executed the run
@@ -104,7 +104,7 @@ class RunExecutor:
     ) -> RunReport:
         """Join a run as an additional worker; see `Runs.work`."""
         context = self._context
-        document = await read_run(context.store, run, validate=True)
+        document = await read_run(context.store, run)
         if not run_settings(context, document, coordination).enabled:
             raise sharing_disabled_error(run, context.environ, coordination)
         hub = await RunIndex(context).hub(document)
@@ -239,7 +239,7 @@ def _board(
 
 def _max_sessions(wanted: int, run: RunDocument) -> int:
     """Return the maximum number of concurrent sessions: at most one per task, unless plans may add tasks."""
-    can_grow = any(phase.get("expand") is not None for phases in run.workflows.values() for phase in phases)
+    can_grow = any(phase.expand is not None for phases in run.workflows.values() for phase in phases)
     return wanted if can_grow else min(wanted, len(run.tasks))
 
 

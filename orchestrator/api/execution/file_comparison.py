@@ -51,7 +51,7 @@ async def compare_with_config_file(
     except RefusedError as error:
         return FileChanges(run.config, unreadable=str(error))
     settings = resolve_coordination(config.coordination, context.environ, None)
-    recorded = run.coordination.get("max_retries", settings.max_retries)
+    recorded = run.coordination.max_retries
     if recorded != settings.max_retries:  # it was set on the command line
         settings = settings.model_copy(update={"max_retries": recorded})
     left = [task for task, status in statuses.items() if status not in SUCCESS_STATUSES]

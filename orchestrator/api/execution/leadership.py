@@ -15,10 +15,11 @@ from orchestrator.config.coordination import (
     read_environment,
     resolve_coordination,
 )
-from orchestrator.config.model import CoordinationConfig, make_adapters, restore_adapters
+from orchestrator.config.model import make_adapters, restore_adapters
 from orchestrator.domain.events.runs import PluginSkipped
 from orchestrator.domain.runs.model import RunDocument
 from orchestrator.domain.scheduling.claims import OrchestratorIdentity, Role
+from orchestrator.domain.settings.run_settings import CoordinationSettings
 from orchestrator.engine.run_context import RunContext, open_run_context, with_session_service
 from orchestrator.engine.scheduler.recovery import recover
 from orchestrator.engine.scheduler.requests import RequestHandler
@@ -41,7 +42,7 @@ class RunEntry:
     plugins: Plugins
     run: RunDocument
     hub: Hub
-    settings: CoordinationConfig
+    settings: CoordinationSettings
 
     @asynccontextmanager
     async def lead(self, lock: HeldLock) -> AsyncIterator[tuple[Ledger, RunContext]]:
@@ -86,7 +87,7 @@ class RunEntry:
 
     def _membership(self, me: OrchestratorIdentity) -> RunMembership:
         context, is_dead = self.context, self.hub.liveness_locks.is_dead
-        return RunMembership(context.store, context.clock, self.run.id, me, self.settings.timing(), is_dead)
+        return RunMembership(context.store, context.clock, self.run.id, me, self.settings, is_dead)
 
     async def _open_run_context(self, lock_fds: Sequence[int], worker: str | None) -> RunContext:
         context, types = self.context, self.plugins.adapters
@@ -127,9 +128,9 @@ async def hold_run_lock(hub: Hub, run: str) -> AsyncIterator[HeldLock]:
 
 def run_settings(
     context: ProjectContext, run: RunDocument, coordination: CoordinationOverrides | None = None
-) -> CoordinationConfig:
+) -> CoordinationSettings:
     """Return the coordination settings of a run for this process."""
-    return resolve_coordination(CoordinationConfig.model_validate(run.coordination), context.environ, coordination)
+    return resolve_coordination(run.coordination, context.environ, coordination)
 
 
 @asynccontextmanager

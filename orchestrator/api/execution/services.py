@@ -13,12 +13,12 @@ import anyio
 import anyio.to_thread
 
 from orchestrator.api.context import ProjectContext
-from orchestrator.config.model import CoordinationConfig
 from orchestrator.config.store import MEMORY
 from orchestrator.domain.events.base import TypedEvent
 from orchestrator.domain.events.runs import ViewsFailing
 from orchestrator.domain.runs.model import RunDocument
 from orchestrator.domain.security.secrets import Redactor, secret_values
+from orchestrator.domain.settings.run_settings import CoordinationSettings
 from orchestrator.engine.sinks import EventSubscriber, forward_events
 from orchestrator.errors import CouncilError
 from orchestrator.plugins import Plugins
@@ -60,15 +60,17 @@ async def _update_views(context: ProjectContext, run: str) -> None:
 def _subscribers(plugins: Plugins, run: RunDocument) -> list[EventSubscriber]:
     """Return the subscribers for a run's sinks and trackers; opening one reports a missing plugin."""
     return [
-        EventSubscriber(kind, name, one.get("events", ("*",)), partial(plugins.open, kind, name, one))
-        for kind, stored in (("sink", run.sinks), ("tracker", run.trackers))
-        for name, one in stored.items()
+        EventSubscriber("sink", name, sink.events, partial(plugins.open, "sink", name, sink))
+        for name, sink in run.sinks.items()
+    ] + [
+        EventSubscriber("tracker", name, ("*",), partial(plugins.open, "tracker", name, tracker))
+        for name, tracker in run.trackers.items()
     ]
 
 
 @asynccontextmanager
 async def survive_store_outages(
-    context: ProjectContext, run: str, settings: CoordinationConfig, *, gives_up: Callable[[], bool]
+    context: ProjectContext, run: str, settings: CoordinationSettings, *, gives_up: Callable[[], bool]
 ) -> AsyncIterator[ProjectContext]:
     """Yield the context with a store that waits, or continues offline, while the store can't be reached.
 

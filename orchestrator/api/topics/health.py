@@ -13,10 +13,10 @@ from pydantic import ValidationError
 
 from orchestrator.api.context import ProjectContext
 from orchestrator.api.run_reader import RunReader
-from orchestrator.config.model import Retention
 from orchestrator.domain.events.state import StateProbed
 from orchestrator.domain.runs.model import RunDocument
 from orchestrator.domain.runs.statuses import TaskStatus
+from orchestrator.domain.settings.run_settings import Retention
 from orchestrator.engine.diagnostics import state_findings as findings
 from orchestrator.engine.diagnostics.findings import Finding, Level
 from orchestrator.engine.diagnostics.state_findings import LogGrowth, SilentSession
@@ -107,7 +107,7 @@ async def read_retention(context: ProjectContext) -> Retention:
     """Return the log retention of the newest readable run."""
     for run in reversed(await RunReader(context).index.ids()):
         with suppress(RefusedError, ValidationError):  # skip unreadable runs
-            return Retention.model_validate((await read_run(context.store, run)).retention)
+            return (await read_run(context.store, run)).state
     return Retention()
 
 

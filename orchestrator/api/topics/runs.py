@@ -29,7 +29,8 @@ from orchestrator.state.documents.log_reader import follow_log
 
 if TYPE_CHECKING:
     from orchestrator.config.coordination import CoordinationOverrides
-    from orchestrator.config.model import BudgetConfig, RunConfig
+    from orchestrator.config.model import RunConfig
+    from orchestrator.domain.settings.run_settings import Budget
 
 #: The events that end a run's event stream, until the run is resumed.
 _LAST_EVENTS = frozenset({RunFinished.type, RunInterrupted.type, RunImported.type, RunRemoved.type})
@@ -104,7 +105,7 @@ class Runs:
         self,
         run: str | None = None,
         *,
-        budget: BudgetConfig | None = None,
+        budget: Budget | None = None,
         capacity: int | None = None,
         allow_failing_base: bool = False,
         coordination: CoordinationOverrides | None = None,

@@ -153,7 +153,7 @@ class State:
         remain.
         """
         retention = await read_retention(self._context)
-        age, size = retention.age if age is None else age, retention.size if size is None else size
+        age, size = retention.retention if age is None else age, retention.max_size if size is None else size
         await delete_expired(self._context.store)
         return await compact_log(self._context.store, self._context.clock, age, size)
 

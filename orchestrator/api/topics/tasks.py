@@ -152,7 +152,7 @@ class Tasks:
         definition = TaskDefinition(spec.prompt, spec.tracker, spec.needs, plan=spec.plan)
         if spec.workflow is None:
             return definition
-        names = [phase["name"] for phase in run.workflows[spec.workflow]]
+        names = [phase.name for phase in run.workflows[spec.workflow]]
         return replace(definition, workflow=spec.workflow, phases=names)
 
     async def _find(self, run: str | None) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from orchestrator.cli.core.command import CommandContext, open_council
 from orchestrator.cli.render.result import enable_adapter_command
 from orchestrator.cli.render.text import one_line, printable
-from orchestrator.domain.runs.failures import FailureClass
+from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.engine.diagnostics.findings import Finding, Level
 from orchestrator.engine.reports.report import AdapterFailure, AdapterReport
 from orchestrator.errors import CouncilError, RefusedError

@@ -10,7 +10,7 @@ import click
 
 from orchestrator.cli.core.option_parsers import parse_duration_option
 from orchestrator.config.coordination import CoordinationOverrides
-from orchestrator.config.schema import MAX_RETRIES
+from orchestrator.domain.settings.run_settings import MAX_RETRIES
 
 _OPTIONS = (
     click.option(

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from orchestrator.cli.render.text import printable
-from orchestrator.config.source.quantities import format_size_short
 from orchestrator.domain.events.state import StateRepaired
+from orchestrator.domain.settings.quantities import format_size_short
 from orchestrator.protocols import CommitRecord, JsonObject, VerificationReport
 
 

@@ -7,8 +7,8 @@ from typing import Final
 
 import click
 
-from orchestrator.config.model import BudgetConfig
-from orchestrator.config.source.quantities import MAX_DOLLARS, parse_count, parse_duration, parse_size
+from orchestrator.domain.settings.quantities import MAX_DOLLARS, parse_count, parse_duration, parse_size
+from orchestrator.domain.settings.run_settings import Budget
 
 _LONGEST: Final = 10 * 365 * 86400.0  # seconds
 
@@ -29,7 +29,7 @@ def parse_size_option(_context: click.Context, _option: click.Parameter, value: 
         raise click.BadParameter(str(error)) from None
 
 
-def parse_budget_option(_context: click.Context, _option: click.Parameter, value: str | None) -> BudgetConfig | None:
+def parse_budget_option(_context: click.Context, _option: click.Parameter, value: str | None) -> Budget | None:
     """Return the limits of an option's value, as in `tokens=5M,cost=20,time=8h`; None where it was not given."""
     if value is None:
         return None
@@ -42,7 +42,7 @@ def parse_budget_option(_context: click.Context, _option: click.Parameter, value
             limits[key.strip()] = _LIMITS[key.strip()](amount.strip())
         except ValueError as error:
             raise click.BadParameter(str(error)) from None
-    return BudgetConfig.model_validate(limits)
+    return Budget.model_validate(limits)
 
 
 def _dollars(text: str) -> float:

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Final
 
 from orchestrator.api.topics.history import StateHistory
-from orchestrator.config.source.quantities import parse_duration
+from orchestrator.domain.settings.quantities import parse_duration
 from orchestrator.errors import RefusedError
 
 _POSITION: Final = re.compile(r"[0-9]{1,18}")

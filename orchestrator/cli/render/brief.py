@@ -24,10 +24,10 @@ from orchestrator.cli.render.result import (
 from orchestrator.cli.render.rich_tables import truncate_end, truncate_start
 from orchestrator.cli.render.table_model import format_count
 from orchestrator.cli.render.text import one_line, printable
-from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.halts import HaltReason
 from orchestrator.domain.runs.model import HaltCause
 from orchestrator.domain.runs.statuses import SUCCESS_STATUSES, TaskStatus
+from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.engine.reports.report import RunReport, TaskReport
 
 MAX_LINES = 10

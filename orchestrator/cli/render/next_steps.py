@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from orchestrator.domain.events.tasks import salvage_name
-from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.halts import HaltReason
 from orchestrator.domain.runs.model import HaltCause
 from orchestrator.domain.runs.statuses import LANDING_STATUSES, RETRYABLE_STATUSES, TaskStatus
+from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.engine.reports.report import RunReport, RunStatus, TaskReport
 
 _NEXT_STEPS: Mapping[str, Sequence[tuple[str, str]]] = {status: status.record.next_steps for status in TaskStatus}

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 
 from orchestrator.cli.render.columns import short_name, wrapped
 from orchestrator.cli.render.text import one_line, printable
-from orchestrator.config.source.quantities import format_duration
+from orchestrator.domain.settings.quantities import format_duration
+from orchestrator.domain.wording import join_names
 from orchestrator.engine.reports.dry_run import DryRun, PlannedTask, PlannedWave
-from orchestrator.errors import join_names
 
 #: Limits of shown items; the rest is counted.
 MAX_WAVES, MAX_TASKS_PER_WAVE, _MOST_LINES, _DEEPEST = 40, 20, 80, 12

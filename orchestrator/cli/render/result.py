@@ -13,9 +13,9 @@ from orchestrator.cli.render.columns import align_columns, short_name, wrapped
 from orchestrator.cli.render.next_steps import kept_as, needs_retry, own_branch, run_step, task_steps, waits_for_merge
 from orchestrator.cli.render.table_model import format_age
 from orchestrator.cli.render.text import format_line_counts, one_line, printable
-from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.model import HaltCause
 from orchestrator.domain.runs.statuses import ACTIVE_STATUSES, SUCCESS_STATUSES, TaskStatus
+from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.engine.reports.report import (
     AdapterReport,
     OrchestratorReport,

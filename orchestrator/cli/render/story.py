@@ -12,13 +12,13 @@ from orchestrator.domain.events.tasks import salvage_name
 from orchestrator.domain.runs.phases import GivenValues, PhaseStatus
 from orchestrator.domain.runs.statuses import LANDING_STATUSES
 from orchestrator.domain.runs.usage import Usage
+from orchestrator.domain.wording import join_names
 from orchestrator.engine.reports.task_details import (
     AttemptDetails,
     HandoffDetails,
     PhaseVisitDetails,
     TaskDetails,
 )
-from orchestrator.errors import join_names
 from orchestrator.system.instants import format_local_time
 
 #: The shown characters of a digest or commit.

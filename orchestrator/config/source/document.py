@@ -15,8 +15,10 @@ from typing import Any, Final, NamedTuple
 
 import yaml
 
-from orchestrator.config.source.problems import Position, Problems, quote_text
+from orchestrator.config.source.problems import Position, Problems
 from orchestrator.config.source.scalars import resolve_plain
+from orchestrator.domain.wording import quote_text
+from orchestrator.errors import InvalidValue
 
 MAX_DEPTH: Final = 64
 """The largest nesting depth of collections."""
@@ -188,9 +190,8 @@ class _Builder:
             return self._quoted(event.value, at)
         try:
             return resolve_plain(event.value)
-        except ValueError as error:
-            what, _, remedy = str(error).partition(": ")
-            self._problems.add(at, what, remedy)
+        except InvalidValue as error:
+            self._problems.add(at, error.what, error.remedy)
             return UNREADABLE
 
     def _quoted(self, text: str, at: Position) -> Any:

@@ -10,7 +10,7 @@ import yaml
 
 from orchestrator.config.source.document import MAX_DEPTH
 from orchestrator.config.source.files import MAX_FILE_BYTES, open_regular_file
-from orchestrator.config.source.names import is_url
+from orchestrator.domain.settings.names import is_url
 
 
 def named_repository(path: Path) -> Path | None:

@@ -6,27 +6,28 @@ from pathlib import Path
 from typing import Final
 
 from orchestrator.config.source.files import open_regular_file
+from orchestrator.errors import InvalidValue
 
 MAX_PROMPT_BYTES: Final = 1 << 20
 """Bytes."""
 
 
 def read_prompt(path: Path) -> str:
-    """Return the text of a prompt file; raise ValueError ("problem: remedy") if it is invalid."""
+    """Return the text of a prompt file; raise InvalidValue if it is invalid."""
     try:
         data = _read_regular(path)
     except OSError as error:
-        raise ValueError(f"{path} can't be read, {_reason(error)}: name a readable file") from error
+        raise InvalidValue(f"{path} can't be read, {_reason(error)}", "name a readable file") from error
     if len(data) > MAX_PROMPT_BYTES:
-        raise ValueError(f"{path} is larger than 1 MiB: shorten it, or let the prompt name files to read")
+        raise InvalidValue(f"{path} is larger than 1 MiB", "shorten it, or let the prompt name files to read")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
+        raise InvalidValue(f"{path} is not UTF-8 (byte {error.start})", "save it as UTF-8") from error
     if "\0" in text:
-        raise ValueError(f"{path} contains a NUL character: remove it")
+        raise InvalidValue(f"{path} contains a NUL character", "remove it")
     if not text.strip():
-        raise ValueError(f"{path} is empty: describe the task in it")
+        raise InvalidValue(f"{path} is empty", "describe the task in it")
     return text
 
 

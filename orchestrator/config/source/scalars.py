@@ -6,6 +6,8 @@ import math
 import re
 from typing import Final
 
+from orchestrator.errors import InvalidValue
+
 _WORDS: Final = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL")),
     **dict.fromkeys(("true", "True", "TRUE"), True),
@@ -39,9 +41,9 @@ def check_number(number: float) -> float:
     """Return a supported number; raise ValueError for any other."""
     if not isinstance(number, int):
         if not math.isfinite(number):
-            raise ValueError("this number is not finite: write a finite number, or quote it if it is text")
+            raise InvalidValue("this number is not finite", "write a finite number, or quote it if it is text")
     elif abs(number) > _LARGEST:
-        raise ValueError("this number is too large: write one of at most 64 bits, or quote it if it is text")
+        raise InvalidValue("this number is too large", "write one of at most 64 bits, or quote it if it is text")
     return number
 
 

@@ -10,7 +10,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from orchestrator.config.source.document import UNREADABLE, Node
-from orchestrator.config.source.problems import KnownWords, Position, Problems, describe_value, quote_text
+from orchestrator.config.source.problems import Position, Problems
+from orchestrator.domain.wording import describe_value, quote_text, suggest
+from orchestrator.errors import InvalidValue
 
 Model = TypeVar("Model", bound=BaseModel)
 Location = tuple[int | str, ...]
@@ -44,7 +46,7 @@ def validate(
     """Return the mapping `node`, without the keys `without`, as `model`; None if it is invalid.
 
     Mistakes are added to `problems`. `folder` is the base of relative paths; validators find it in their context, and
-    report mistakes as `ValueError("problem: remedy")`.
+    report mistakes as `InvalidValue`, those of plugins also as `ValueError("problem: remedy")`.
     """
     value = {key: item for key, item in node.value.items() if key not in without}
     try:
@@ -68,7 +70,7 @@ def _note(details: ErrorDetails, model: type[BaseModel], root: Node, problems: P
     found = _find(location, root)
     key = str(location[-1]) if location else ""
     if details["type"] == "extra_forbidden":
-        known = KnownWords(_keys(model, location[:-1]), "the keys here").suggest(key)
+        known = suggest(key, _keys(model, location[:-1]), "the keys here")
         problems.add(found.key_at, f"the key {quote_text(key)} is not known", known)
     elif found.node.value is UNREADABLE or _is_false_too_short(details, found.node.value):
         return
@@ -109,8 +111,8 @@ def _explain(details: ErrorDetails, value: Any, label: str) -> tuple[str, str]:
         return _empty(label)
     facts = details.get("ctx", {})
     if details["type"] in {"value_error", "assertion_error"}:
-        what, _, fix = str(facts["error"]).partition(": ")
-        return what, fix or "correct it"
+        invalid = InvalidValue.of(facts["error"])
+        return invalid.what, invalid.remedy
     word = _unquoted_braces(value)
     if word is not None and details["type"] == "string_type":
         return f"{label} is a mapping, because of its braces", f'quote it: "{{{word}}}"'

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from orchestrator.config.source.document import MAX_DEPTH, UNREADABLE, Node, find_invalid_character
-from orchestrator.config.source.problems import Position, Problems, quote_text
+from orchestrator.config.source.problems import Position, Problems
 from orchestrator.config.source.scalars import check_number
+from orchestrator.domain.wording import quote_text
+from orchestrator.errors import InvalidValue
 
 
 def read_value(value: Mapping[str, Any], problems: Problems) -> Node | None:
@@ -57,9 +59,8 @@ class _Reader:
     def _number(self, number: float, at: Position) -> Any:
         try:
             check_number(number)
-        except ValueError as error:
-            what, _, remedy = str(error).partition(": ")
-            self._problems.add(at, what, remedy)
+        except InvalidValue as error:
+            self._problems.add(at, error.what, error.remedy)
             return UNREADABLE
         return int(number) if isinstance(number, int) else float(number)
 

@@ -1,1 +1,1 @@
-"""Workflows of a file: phases, their templates and conditions, compiled when the file is read."""
+"""Workflows of a file: their phases, templates and conditions, compiled when the file is read."""

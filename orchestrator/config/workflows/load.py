@@ -1,4 +1,4 @@
-"""The workflows of a file: read, judged, and resolved to phases that say all that there is to know of them."""
+"""Read the workflows of a file, validate them, and resolve them to complete phases."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Any, Final, TypeVar
 
 from orchestrator.config.entries import Extensions
 from orchestrator.config.references import iter_items, iter_task_nodes, reject_secret
-from orchestrator.config.schema import MAX_CONTEXT_BYTES, NO_WORKFLOW, ExpansionSettings, PhaseSettings
 from orchestrator.config.source.document import UNREADABLE, Node, read_document
-from orchestrator.config.source.problems import KnownWords, Problems, quote_text
+from orchestrator.config.source.problems import Problems
 from orchestrator.config.source.prompts import read_prompt
 from orchestrator.config.source.validation import reject_empty_keys, validate
 from orchestrator.config.workflows.phase_checks import (
@@ -30,12 +29,13 @@ from orchestrator.config.workflows.templates import (
     template_for,
 )
 from orchestrator.domain.scheduling.cycles import find_cycles
+from orchestrator.domain.settings.fields import MAX_CONTEXT_BYTES, NO_WORKFLOW
+from orchestrator.domain.settings.phase_settings import Phase, PhaseSettings
+from orchestrator.domain.wording import quote_text, suggest
 from orchestrator.domain.workflow.handoff_kinds import HANDOFF_KINDS, check_schema
 from orchestrator.domain.workflow.mediation import TRANSFORMATIONS
-from orchestrator.domain.workflow.routing import Expansion, Phase
-from orchestrator.errors import RefusedError
+from orchestrator.errors import InvalidValue, RefusedError
 
-_ROUNDS: Final = 3
 _ENV: Final = "the adapter's `env`"
 
 T = TypeVar("T")
@@ -44,7 +44,7 @@ Phases = tuple[Phase, ...]
 
 @functools.cache
 def builtin_workflows() -> Mapping[str, Node]:
-    """Return the workflows that are there already, as they are written, by name."""
+    """Return the built-in workflows by name, as written."""
     problems = Problems("workflows.yaml")
     root = read_document(read_builtin_file("workflows.yaml"), problems)
     found = None if root is None else root.get("workflows")
@@ -54,7 +54,7 @@ def builtin_workflows() -> Mapping[str, Node]:
 
 
 def builtin_phases() -> Mapping[str, Phases]:
-    """Return the same, resolved."""
+    """Return the phases of the built-in workflows by name."""
     problems = Problems("workflows.yaml")
     written = builtin_workflows()
     names = KnownNames(tuple(HANDOFF_KINDS), tuple(TRANSFORMATIONS), written)
@@ -62,71 +62,71 @@ def builtin_phases() -> Mapping[str, Phases]:
 
 
 def read_workflows(root: Node, folder: Path, extensions: Extensions, problems: Problems) -> dict[str, Phases]:
-    """Return the workflows that tasks go through, or tasks of their plans will; the mistakes of all are noted."""
+    """Return the workflows that tasks use, or tasks of their plans will use; report the mistakes of all workflows."""
     section = root.get("workflows")
     own = {} if section is None else {str(name): node for name, node in section.children.items()}
-    wanted = dict.fromkeys(named.value for named in _named(root))
-    if not own and not wanted:
+    named = dict.fromkeys(node.value for node in _named(root))
+    if not own and not named:
         return {}
     written = {**builtin_workflows(), **own}
     _check_named(root, written, problems)
     names = KnownNames(extensions.kinds, extensions.transformations, written)
-    judged = {name: _read(node, folder, names, problems) for name, node in own.items()}
+    read = {name: _read(node, folder, names, problems) for name, node in own.items()}
     found: dict[str, Phases] = {}
-    waiting = [name for name in wanted if name in written]
+    waiting = [name for name in named if name in written]
     while waiting:
         name = waiting.pop(0)
         if name not in found:
-            found[name] = judged[name] if name in judged else _read(written[name], folder, names, problems)
+            found[name] = read[name] if name in read else _read(written[name], folder, names, problems)
             waiting += (one for one in _expanded(found[name]) if one in written)
-    _check_expansions({**judged, **found}, written, problems)
+    _check_expansions({**read, **found}, written, problems)
     return found
 
 
 def _check_expansions(found: Mapping[str, Phases], written: Mapping[str, Node], problems: Problems) -> None:
-    """Note plans that become tasks with plans that become tasks, and so on: no run would come to its end."""
-    for circle in find_cycles({name: tuple(_expanded(phases)) for name, phases in found.items()}):
-        begin = min(circle, key=list(found).index)
-        place = circle.index(begin)
-        way = " -> ".join([*circle[place:], *circle[:place], begin])
-        what = f"the tasks of its plans have plans that become tasks without an end: {way}"
+    """Report workflows whose plans expand to tasks of the same workflow: such a run would never end."""
+    for cycle in find_cycles({name: tuple(_expanded(phases)) for name, phases in found.items()}):
+        begin = min(cycle, key=list(found).index)
+        start = cycle.index(begin)
+        steps = " -> ".join([*cycle[start:], *cycle[:start], begin])
+        what = f"plans of this workflow would expand to tasks without end: {steps}"
         problems.add(written[begin].at, what, "name another workflow under `expand:`, or none")
 
 
 def workflow_of(task: Node, root: Node) -> str | None:
-    """Return the name of a task's workflow, be there one of that name or not; None where it has none.
+    """Return the name of a task's workflow, even if it does not exist; None if the task has none.
 
-    Of the file itself it is that of tasks which say nothing.
+    For the file itself, it is the default.
     """
     named = task.get("workflow") or root.get("defaults", "workflow")
     return named.value if named is not None and isinstance(named.value, str) and named.value != NO_WORKFLOW else None
 
 
 def iter_phase_nodes(workflow: Node) -> Iterator[PhaseNode]:
-    """Yield each phase whose name can be told."""
+    """Yield each phase with a readable name."""
     for item in iter_items(workflow):
         if isinstance(item.value, str):
             yield PhaseNode(item.value, item.at, Node(item.at, {}), PhaseSettings())
         elif isinstance(item.value, dict) and len(item.value) == 1:
             name, node = next(iter(item.children.items()))
             if isinstance(name, str) and isinstance(node.value, dict):
-                settings = validate(PhaseSettings, node, Problems(""))  # which is told of with the file's shape
+                settings = validate(PhaseSettings, node, Problems(""))  # schema validation reports it
                 yield PhaseNode(name, item.keys[name], node, settings)
 
 
 def check_contexts(root: Node, problems: Problems) -> None:
-    """Note values for phases that a task does not have, and keys in values, which are recorded."""
+    """Report values of tasks without phases, and secret keys in values, which are recorded."""
     for _, task in iter_task_nodes(root):
         context = task.get("context")
         if context is not None and workflow_of(task, root) is None:
-            what = "the task has values for the phases of a workflow, and no workflow"
-            problems.add(task.keys["context"], what, "add `workflow:`, or tell them in the prompt")
-        _refuse_keys(context, "context", problems)
-    _refuse_keys(root.get("context"), "context", problems)
+            what = "the task has values for the phases of a workflow, but no workflow"
+            problems.add(task.keys["context"], what, "add `workflow:`, or write them in the prompt")
+        _reject_secrets(context, "context", problems)
+    _reject_secrets(root.get("context"), "context", problems)
 
 
 def _named(root: Node) -> Iterator[Node]:
-    """Yield each name of a workflow that tasks go through."""
+    """Yield each name of a workflow that tasks use."""
     for entry in (root.get("defaults"), *(task for _, task in iter_task_nodes(root))):
         named = None if entry is None else entry.get("workflow")
         if named is not None and isinstance(named.value, str) and named.value != NO_WORKFLOW:
@@ -134,10 +134,14 @@ def _named(root: Node) -> Iterator[Node]:
 
 
 def _check_named(root: Node, written: Mapping[str, Node], problems: Problems) -> None:
-    names = KnownWords([*written, NO_WORKFLOW], "the workflows")
+    names = [*written, NO_WORKFLOW]
     for named in _named(root):
         if named.value not in written:
-            problems.add(named.at, f"there is no workflow {quote_text(named.value)}", names.suggest(named.value))
+            problems.add(
+                named.at,
+                f"there is no workflow {quote_text(named.value)}",
+                suggest(named.value, names, "the workflows"),
+            )
 
 
 def _expanded(phases: Phases) -> Iterator[str]:
@@ -148,85 +152,61 @@ def _read(workflow: Node, folder: Path, names: KnownNames, problems: Problems) -
     written = list(iter_phase_nodes(workflow))
     check_order(written, problems)
     found = []
-    for place, one in enumerate(written):
-        reject_empty_keys(one.node, problems)
-        check_keys(one, names, problems)
-        _refuse_keys(one.node.get("context"), "context", problems)
-        _refuse_keys(one.node.get("until"), "command", problems)
-        if one.settings is not None:
-            earlier = [each.name for each in written[:place]]
-            found.append(_resolved(one, one.settings, earlier, folder, problems))
+    for index, phase in enumerate(written):
+        reject_empty_keys(phase.node, problems)
+        check_keys(phase, names, problems)
+        _reject_secrets(phase.node.get("context"), "context", problems)
+        _reject_secrets(phase.node.get("until"), "command", problems)
+        if phase.settings is not None:
+            earlier = [each.name for each in written[:index]]
+            found.append(_resolved(phase, phase.settings, earlier, folder, problems))
     return tuple(found)
 
 
 def _resolved(
     phase: PhaseNode, settings: PhaseSettings, earlier: Sequence[str], folder: Path, problems: Problems
 ) -> Phase:
-    produces = settings.produces
+    produces, session = settings.produces, settings.session
     if settings.when is not None:
-        _note_fault(lambda: compile_condition(str(settings.when)), phase, "when", problems)
-    return Phase(
-        name=phase.name,
-        adapter=settings.adapter,
-        fallback=settings.fallback,
-        writes=settings.access == "write",
-        produces=None if produces is None else produces.kind,
-        schema=None if produces is None else _schema(phase, produces.schema_, folder, problems),
-        prompt=_template(phase, settings, folder, problems),
-        needs=settings.needs,
-        context=settings.context,
-        when=settings.when,
-        approve=settings.approve,
-        continues=find_continued_phase(settings, earlier),
-        handoff=settings.handoff,
-        transform=settings.transform,
-        mediator=settings.mediator,
-        key=settings.key,
-        until=settings.until,
-        on_reject=settings.on_reject,
-        max_rounds=settings.max_rounds or _ROUNDS,
-        expand=_expansion(settings.expand),
-        timeout=settings.timeout,
-    )
-
-
-def _expansion(settings: ExpansionSettings | None) -> Expansion | None:
-    if settings is None:
-        return None
-    workflow = None if settings.workflow == NO_WORKFLOW else settings.workflow
-    return Expansion(most=settings.max, workflow=workflow)
+        _report_error(lambda: compile_condition(str(settings.when)), phase, "when", problems)
+    if produces is not None:
+        produces = produces.model_copy(update={"schema_": _schema(phase, produces.schema_, folder, problems)})
+    if session is not None:
+        session = session.model_copy(update={"continue_": find_continued_phase(settings, earlier)})
+    resolved = {"produces": produces, "session": session, "prompt": _template(phase, settings, folder, problems)}
+    return Phase.model_construct(**dict(settings) | resolved | {"name": phase.name, "prompt_file": None})
 
 
 def _template(phase: PhaseNode, settings: PhaseSettings, folder: Path, problems: Problems) -> str | None:
-    """Return the template of what a phase's session is told; None where its mistake is noted."""
+    """Return the prompt template of a phase; None if it is invalid, which is reported."""
     key, text = "prompt", settings.prompt
     if text is None and settings.prompt_file is not None:
         key = "prompt_file"
-        text = _note_fault(lambda: read_prompt(folder / str(settings.prompt_file)), phase, key, problems)
+        text = _report_error(lambda: read_prompt(folder / str(settings.prompt_file)), phase, key, problems)
     elif text is None:
         kind = None if settings.produces is None else settings.produces.kind
         return read_builtin_template(template_for(phase.name, kind))
     if text is None:
         return None
     reject_secret(phase.node.get(key) or phase.node, text, "prompt", _ENV, problems)
-    _note_fault(lambda: compile_template(text), phase, key, problems)
+    _report_error(lambda: compile_template(text), phase, key, problems)
     return text
 
 
 def _schema(
     phase: PhaseNode, written: str | Mapping[str, Any] | None, folder: Path, problems: Problems
 ) -> dict[str, Any] | None:
-    """Return the JSON Schema of a phase's handoff; None where it has none, or its mistake is noted."""
+    """Return the JSON Schema of a phase's handoff; None if there is none, or it is invalid, which is reported."""
     if written is None:
         return None
     if not isinstance(written, str):
         found: Any = dict(written)
     else:
-        text = _note_fault(lambda: read_prompt(folder / written), phase, "produces", problems)
-        found = None if text is None else _note_fault(lambda: _json(written, text), phase, "produces", problems)
+        text = _report_error(lambda: read_prompt(folder / written), phase, "produces", problems)
+        found = None if text is None else _report_error(lambda: _json(written, text), phase, "produces", problems)
     if found is None:
         return None
-    _note_fault(lambda: _check_schema(found), phase, "produces", problems)
+    _report_error(lambda: _check_schema(found), phase, "produces", problems)
     return found if isinstance(found, dict) else None
 
 
@@ -234,37 +214,32 @@ def _json(name: str, text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        # The position is told behind a colon, which begins the remedy here.
-        said = str(error).replace(":", " at", 1)
-        raise ValueError(f"{quote_text(name)} is not JSON, {said}: write a JSON Schema there") from error
+        raise InvalidValue(f"{quote_text(name)} is not JSON, {error}", "write a JSON Schema there") from error
 
 
 def _check_schema(schema: Any) -> None:
-    """Raise ValueError, with the remedy, for what is no JSON Schema of an object, or is too large to be told."""
+    """Raise InvalidValue or RefusedError unless this is a JSON Schema of an object within the size limit."""
     if not isinstance(schema, dict) or schema.get("type", "object") != "object":
-        what = "this is no schema of an object, which every handoff is"
-        raise ValueError(f"{what}: write one as in {{type: object, required: [answer]}}")
+        what = "every handoff is an object, and this is not the schema of one"
+        raise InvalidValue(what, "write one as in {type: object, required: [answer]}")
     size = len(json.dumps(schema, ensure_ascii=False, default=str).encode())
     if size > MAX_CONTEXT_BYTES:
-        raise ValueError(
-            f"the schema takes {size} bytes: keep it within {MAX_CONTEXT_BYTES}, sessions are told all of it"
+        raise InvalidValue(
+            f"the schema takes {size} bytes", f"keep it within {MAX_CONTEXT_BYTES}, because prompts contain all of it"
         )
     check_schema(schema)
 
 
-def _note_fault(read: Callable[[], T], phase: PhaseNode, key: str, problems: Problems) -> T | None:
-    """Return what is read; None where it can't be, which is noted at a key of a phase."""
+def _report_error(read: Callable[[], T], phase: PhaseNode, key: str, problems: Problems) -> T | None:
+    """Return the result of `read`; report an error at a key of the phase, and return None."""
     try:
         return read()
-    except RefusedError as error:
+    except (RefusedError, InvalidValue) as error:
         problems.add(phase.at(key), error.what, error.remedy)
-    except ValueError as error:
-        what, _, remedy = str(error).partition(": ")
-        problems.add(phase.at(key), what, remedy)
     return None
 
 
-def _refuse_keys(node: Node | None, what: str, problems: Problems) -> None:
+def _reject_secrets(node: Node | None, what: str, problems: Problems) -> None:
     for part in () if node is None else node.walk():
         if isinstance(part.value, str) and part.value is not UNREADABLE:
             reject_secret(part, part.value, what, _ENV, problems)

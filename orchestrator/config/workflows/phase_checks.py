@@ -1,20 +1,21 @@
-"""Whether the keys of a phase fit each other, and the other phases of its workflow."""
+"""Check that the keys of a phase are consistent with each other, and with the other phases of its workflow."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from typing import Final, NamedTuple
 
-from orchestrator.config.schema import PhaseSettings
 from orchestrator.config.source.document import Node
-from orchestrator.config.source.problems import KnownWords, Position, Problems, quote_text
+from orchestrator.config.source.problems import Position, Problems
+from orchestrator.domain.settings.phase_settings import PhaseSettings
+from orchestrator.domain.wording import quote_text, suggest
 from orchestrator.domain.workflow.routing import REVIEW_KIND
 
 PLAN: Final = "plan"
 
 
 class PhaseNode(NamedTuple):
-    """A phase as it is written: its name, where that is, its keys, and what they say where their shape is right."""
+    """A phase as written: its name and position, its node, and its settings if they are valid."""
 
     name: str
     name_at: Position
@@ -22,12 +23,12 @@ class PhaseNode(NamedTuple):
     settings: PhaseSettings | None
 
     def at(self, key: str) -> Position:
-        """Return where a key's value is, or the phase's name where it has no such key."""
+        """Return the position of a key's value, or of the phase's name if it has no such key."""
         found = self.node.get(key)
         return self.name_at if found is None else found.at
 
     def key_at(self, key: str) -> Position:
-        """Return where a key is, or the phase's name where it has none."""
+        """Return the position of a key, or of the phase's name if it has no such key."""
         return self.node.keys.get(key, self.name_at)
 
 
@@ -39,96 +40,75 @@ class KnownNames(NamedTuple):
     workflows: Collection[str]
 
 
-class _Fault(NamedTuple):
-    is_there: bool
-    key: str
-    what: str
-    remedy: str
-
-
 def check_keys(phase: PhaseNode, names: KnownNames, problems: Problems) -> None:
-    """Note keys of a phase that do not fit each other, and names that are not known."""
+    """Report conflicting keys of a phase, and unknown names."""
     if phase.settings is None:
         return
-    for fault in _key_conflicts(phase.settings):
-        if fault.is_there:
-            problems.add(phase.key_at(fault.key), fault.what, fault.remedy)
+    for is_conflict, key, what, remedy in _key_conflicts(phase.settings):
+        if is_conflict:
+            problems.add(phase.key_at(key), what, remedy)
     _check_kind(phase, phase.settings, names.kinds, problems)
     transform = phase.settings.transform
     if transform is not None and transform not in names.transformations:
-        instead = KnownWords(names.transformations, "the transformations").suggest(transform)
-        problems.add(phase.at("transform"), f"there is no transformation {quote_text(transform)}", instead)
+        remedy = suggest(transform, names.transformations, "the transformations")
+        problems.add(phase.at("transform"), f"there is no transformation {quote_text(transform)}", remedy)
     workflow = None if phase.settings.expand is None else phase.settings.expand.workflow
     if workflow is not None and workflow not in names.workflows:
         found = phase.node.get("expand", "workflow")
-        instead = KnownWords(names.workflows, "the workflows").suggest(workflow)
-        problems.add(found.at if found else phase.name_at, f"there is no workflow {quote_text(workflow)}", instead)
+        remedy = suggest(workflow, names.workflows, "the workflows")
+        problems.add(found.at if found else phase.name_at, f"there is no workflow {quote_text(workflow)}", remedy)
 
 
-def _key_conflicts(settings: PhaseSettings) -> Iterator[_Fault]:
-    kind = None if settings.produces is None else settings.produces.kind
-    is_mediated, is_read = settings.handoff == "mediated", settings.access == "read"
-    yield _Fault(
+def _key_conflicts(settings: PhaseSettings) -> Iterator[tuple[bool, str, str, str]]:
+    """Yield for each rule whether it is broken, the key, the mistake and the remedy."""
+    kind = settings.kind
+    is_mediated, can_reject = settings.handoff == "mediated", kind == REVIEW_KIND
+    is_repeated = settings.until or settings.approve or can_reject
+    both, one = "there are both {} and {}", "keep one of the two"
+    yield (
         settings.prompt is not None and settings.prompt_file is not None,
-        "prompt_file",
-        "there are both prompt and prompt_file",
-        "keep one of the two",
-    )
-    yield _Fault(
+        "prompt_file", both.format("prompt", "prompt_file"), one,
+    )  # fmt: skip
+    yield (
         bool(settings.fallback) and settings.adapter is None,
-        "fallback",
-        "the phase has stand-ins and no adapter that they stand in for",
-        "add `adapter:`, or remove `fallback`: then the task's own stand in",
-    )
-    yield _Fault(
-        bool(settings.until) and is_read,
-        "until",
-        "a phase with `access: read` leaves no work that commands could judge",
+        "fallback", "the phase has fallback adapters, but no adapter",
+        "add `adapter:`, or remove `fallback` to use those of the task",
+    )  # fmt: skip
+    yield (
+        bool(settings.until) and not settings.writes,
+        "until", "a phase with `access: read` leaves no work for commands to check",
         "remove `until`, or write `access: write`",
-    )
-    yield _Fault(
-        settings.on_reject is not None and kind != REVIEW_KIND,
-        "on_reject",
-        "only a review rejects",
-        f"write `produces: {REVIEW_KIND}`, or remove `on_reject`",
-    )
-    yield _Fault(
-        settings.max_rounds is not None and not (settings.until or settings.approve or kind == REVIEW_KIND),
-        "max_rounds",
-        "nothing sends the work of this phase back",
+    )  # fmt: skip
+    yield (
+        settings.on_reject is not None and not can_reject,
+        "on_reject", "only a review rejects", f"write `produces: {REVIEW_KIND}`, or remove `on_reject`",
+    )  # fmt: skip
+    yield (
+        "max_rounds" in settings.model_fields_set and not is_repeated,
+        "max_rounds", "nothing sends the work of this phase back",
         f"write `until:` or `produces: {REVIEW_KIND}`, or remove `max_rounds`",
-    )
-    yield _Fault(
+    )  # fmt: skip
+    yield (
         settings.expand is not None and kind != PLAN,
-        "expand",
-        "only a plan has tasks",
-        f"write `produces: {PLAN}`, or remove `expand`",
-    )
-    yield _Fault(
+        "expand", "only a plan has tasks", f"write `produces: {PLAN}`, or remove `expand`",
+    )  # fmt: skip
+    yield (
         settings.handoff != "direct" and kind is None,
-        "handoff",
-        "the phase hands nothing over",
-        "add `produces:` with a kind, or remove `handoff`",
-    )
+        "handoff", "the phase produces no handoff", "add `produces:` with a kind, or remove `handoff`",
+    )  # fmt: skip
     for key in ("transform", "mediator"):
-        yield _Fault(
+        yield (
             getattr(settings, key) is not None and not is_mediated,
-            key,
-            f"`{key}` is for what is mediated",
-            f"write `handoff: mediated`, or remove `{key}`",
-        )
-    yield _Fault(
+            key, f"`{key}` is only for mediated handoffs", f"write `handoff: mediated`, or remove `{key}`",
+        )  # fmt: skip
+    yield (
         settings.transform is not None and settings.mediator is not None,
-        "mediator",
-        "there are both transform and mediator",
-        "keep one of the two",
-    )
-    yield _Fault(
+        "mediator", both.format("transform", "mediator"), one,
+    )  # fmt: skip
+    yield (
         settings.key is not None and settings.handoff != "shared",
-        "key",
-        "`key` is for what is shared",
-        "write `handoff: shared`, or remove `key`",
-    )
+        "key", "`key` is only for shared handoffs", "write `handoff: shared`, or remove `key`",
+    )  # fmt: skip
 
 
 def _check_kind(phase: PhaseNode, settings: PhaseSettings, kinds: Collection[str], problems: Problems) -> None:
@@ -137,22 +117,21 @@ def _check_kind(phase: PhaseNode, settings: PhaseSettings, kinds: Collection[str
     kind, found = settings.produces.kind, phase.node.get("produces", "kind") or phase.node.get("produces")
     at = phase.name_at if found is None else found.at
     if settings.produces.schema_ is None and kind not in kinds:
-        instead = KnownWords(kinds, "the kinds of handoffs").suggest(kind)
-        end = "" if instead.endswith("?") else "."
-        remedy = f"{instead}{end} One of yours has a schema: `produces: {{kind: {kind}, schema: FILE}}`"
+        known = suggest(kind, kinds, "the kinds of handoffs")
+        remedy = f"{known.rstrip('?')}, or add a schema for a custom kind: `produces: {{kind: {kind}, schema: FILE}}`"
         problems.add(at, f"there is no kind of handoff {quote_text(kind)}", remedy)
     elif settings.produces.schema_ is not None and kind in kinds:
-        problems.add(at, f"the kind {quote_text(kind)} is there already", "remove `schema`, or give yours another name")
+        problems.add(at, f"the kind {quote_text(kind)} is already defined", "remove `schema`, or choose another name")
 
 
 def check_order(phases: Sequence[PhaseNode], problems: Problems) -> None:
-    """Note names of phases that are there twice, and those that a phase can't refer to from its place."""
+    """Report duplicate names of phases, and references to phases that are not before or after as required."""
     first: dict[str, Position] = {}
     for place, one in enumerate(phases):
         before = [each.name for each in phases[:place]]
         if first.setdefault(one.name, one.name_at) != one.name_at:
-            what = f"the phase {quote_text(one.name)} is there already, {first[one.name]}"
-            problems.add(one.name_at, what, "give each phase a name of its own")
+            what = f"the phase {quote_text(one.name)} is already defined {first[one.name]}"
+            problems.add(one.name_at, what, "give each phase a unique name")
         if one.settings is None:
             continue
         _check_earlier(one, one.settings.on_reject, one.at("on_reject"), before, problems)
@@ -167,11 +146,11 @@ def _check_earlier(
         return
     if not before:
         problems.add(
-            at, f"there is no phase before {quote_text(phase.name)}", "remove this, or put the phase behind others"
+            at, f"there is no phase before {quote_text(phase.name)}", "remove this, or move the phase after others"
         )
     else:
-        instead = KnownWords(before, "the phases before this one").suggest(named)
-        problems.add(at, f"{quote_text(named)} is no phase before {quote_text(phase.name)}", instead)
+        remedy = suggest(named, before, "the phases before this one")
+        problems.add(at, f"{quote_text(named)} is not a phase before {quote_text(phase.name)}", remedy)
 
 
 def _check_session(phase: PhaseNode, settings: PhaseSettings, before: Sequence[PhaseNode], problems: Problems) -> None:
@@ -183,28 +162,26 @@ def _check_session(phase: PhaseNode, settings: PhaseSettings, before: Sequence[P
     _check_earlier(phase, named or phase.name, at, [one.name for one in before], problems)
     other = next((one.settings for one in before if one.name == named), None)
     if other is not None and None not in (other.adapter, settings.adapter) and other.adapter != settings.adapter:
-        what = f"the conversation of {quote_text(str(named))} is one of {other.adapter!r}, not of {settings.adapter!r}"
-        problems.add(at, what, "give both phases the same adapter")
+        what = f"the conversation of {quote_text(str(named))} belongs to {other.adapter!r}, not to {settings.adapter!r}"
+        problems.add(at, what, "use the same adapter for both phases")
 
 
 def _check_mediator(phase: PhaseNode, settings: PhaseSettings, after: Sequence[PhaseNode], problems: Problems) -> None:
     if settings.handoff != "mediated":
         return
     if not after:
-        what = f"nothing follows {quote_text(phase.name)} that its result could be prepared for"
+        what = f"no phase follows {quote_text(phase.name)} to receive its result"
         problems.add(phase.at("handoff"), what, "remove `handoff`, or add a phase")
     elif settings.mediator is not None and settings.mediator != after[0].name:
-        what = (
-            f"{quote_text(settings.mediator)} is not the phase after {quote_text(phase.name)}, which alone can mediate"
-        )
+        what = f"only the phase after {quote_text(phase.name)} can mediate, not {quote_text(settings.mediator)}"
         problems.add(phase.at("mediator"), what, f"write {after[0].name}")
     elif settings.mediator is not None and len(after) == 1:
-        what = f"nothing follows {quote_text(settings.mediator)} that it could prepare the result for"
+        what = f"no phase follows {quote_text(settings.mediator)} to receive the result"
         problems.add(phase.at("mediator"), what, "remove `mediator`, or add a phase")
 
 
 def find_continued_phase(settings: PhaseSettings, before: Sequence[str]) -> str | None:
-    """Return the phase with whose conversation one goes on: the one that it names, or the last of those before it."""
+    """Return the phase whose conversation a phase continues: the named one, or the previous one."""
     if settings.session is None:
         return None
     return settings.session.continue_ or (before[-1] if before else None)

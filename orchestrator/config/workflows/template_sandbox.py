@@ -1,7 +1,7 @@
-"""Jinja2's sandbox with an end: a template stops at a limit of steps and characters, before it takes time or memory.
+"""A Jinja2 sandbox with limits: rendering stops at a number of steps and characters, before it takes time or memory.
 
-Every call, filter, test, operator that can make a value larger, turn of a loop and printed value counts. What a value
-weighs is counted before anything is made of it. Nothing is evaluated when a template is compiled.
+Every call, filter, test, loop iteration, printed value, and operator that can enlarge a value counts. The size of a
+value is counted before it is used. Nothing is evaluated when a template is compiled.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-#: Calls, turns of loops and elements of values; and characters that go in or come out of these.
+#: Calls, loop iterations and elements of values; and their input and output characters.
 MAX_STEPS: Final = 200_000
 MAX_CHARACTERS: Final = 20_000_000
 _LARGEST_WIDTH: Final = 1_000
 _MOST_BITS: Final = 4_096
-#: Methods that make much of little, by a width or a format; a filter does the same within limits.
+#: Methods that can make a large value from a small one; filters do the same within limits.
 _WIDENING: Final = frozenset(
     {"center", "expandtabs", "format", "format_map", "join", "ljust", "replace", "rjust", "to_bytes", "zfill"}
 )
 _FILTERS_WITH_WIDTH: Final = ("batch", "center", "indent", "slice", "tojson", "wordwrap", "xmlattr")
-_REFUSED_FILTERS: Final = ("pprint", "urlize")
-#: Steps that a call counts for, in proportion to its time.
+_REMOVED_FILTERS: Final = ("pprint", "urlize")
+#: The steps of a call, in proportion to its time.
 _CALL: Final = 50
-#: What makes a format wide: a number of four digits, or one that is an argument.
+#: A format with a width of four or more digits, or a width from an argument.
 _WIDE: Final = re.compile(r"%[^%a-zA-Z]*(?:[0-9]{4}|[*])")
 
 
@@ -44,7 +44,7 @@ class _Budget:
         self.steps -= steps
         self.characters -= characters
         if self.steps < 0 or self.characters < 0:
-            raise SecurityError(f"it makes more than {MAX_STEPS} steps or {MAX_CHARACTERS} characters")
+            raise SecurityError(f"it exceeds {MAX_STEPS} steps or {MAX_CHARACTERS} characters")
 
 
 _BUDGET: ContextVar[_Budget | None] = ContextVar("_BUDGET", default=None)
@@ -52,7 +52,7 @@ _BUDGET: ContextVar[_Budget | None] = ContextVar("_BUDGET", default=None)
 
 @contextmanager
 def limit_rendering() -> Iterator[None]:
-    """Allow what is rendered in the body so many steps and characters in all; SecurityError beyond them."""
+    """Limit all rendering in the body; raise SecurityError beyond the limit."""
     token = _BUDGET.set(_Budget())
     try:
         yield
@@ -68,7 +68,7 @@ def _spend(steps: int, characters: int = 0) -> None:
 
 
 def _weigh(*values: Any) -> tuple[int, int]:
-    """Spend what values hold, as often as they would be written out; return their elements and characters."""
+    """Spend the elements and characters of values, repeated parts each time, and return their numbers."""
     waiting, steps, characters = list(values), 0, 0
     while waiting:
         value = waiting.pop()
@@ -101,7 +101,7 @@ def _printed(_context: Context, value: Any) -> Any:
 
 
 def _filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    first = 1 if any(hasattr(function, attribute) for attribute in ("jinja_pass_arg",)) else 0
+    first = 1 if hasattr(function, "jinja_pass_arg") else 0
 
     def limited(*arguments: Any, **named: Any) -> Any:
         given = (*arguments[first:], *named.values())
@@ -109,16 +109,16 @@ def _filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             _check_widths(given[1:])
         steps, characters = _weigh(*given)
         match name:
-            case "replace" | "join" | "indent" | "batch" | "slice":  # the second for each of the first
-                longest = max((len(one) for one in given[1:] if isinstance(one, str)), default=0)
+            case "replace" | "join" | "indent" | "batch" | "slice":  # the other arguments are repeated
+                longest = max((len(each) for each in given[1:] if isinstance(each, str)), default=0)
                 _spend(0, (steps + characters) * (longest or (_width(given[1:]) if name != "join" else 0)))
             case "format" if _WIDE.search(str(given[0])):
                 raise SecurityError(f"a width is more than {_LARGEST_WIDTH}")
             case "center" | "wordwrap" | "tojson":
                 _spend(0, steps * _LARGEST_WIDTH)
             case "sum":
-                if any(isinstance(one, list | tuple | str) for one in given[1:]):
-                    raise SecurityError("the filter sum adds numbers alone")
+                if any(isinstance(each, list | tuple | str) for each in given[1:]):
+                    raise SecurityError("the filter sum adds only numbers")
             case _:
                 pass
         result = function(*arguments, **named)
@@ -131,21 +131,21 @@ def _filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_widths(given: Iterable[Any]) -> None:
-    if any(isinstance(one, int) and abs(one) > _LARGEST_WIDTH for one in given):
+    if any(isinstance(each, int) and abs(each) > _LARGEST_WIDTH for each in given):
         raise SecurityError(f"a width is more than {_LARGEST_WIDTH}")
 
 
 def _width(given: Iterable[Any]) -> int:
-    return max((abs(one) for one in given if isinstance(one, int)), default=1)
+    return max((abs(each) for each in given if isinstance(each, int)), default=1)
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """Compiles templates that stop at a limit; they are to be rendered within `bounded`."""
+    """Compiles templates that must be rendered within `limit_rendering`."""
 
     intercepted_binops = frozenset({"*", "**", "+", "%", "//", "-", "/"})
 
     def __init__(self) -> None:
-        """Take nothing from outside; what a template makes is text for a program, not a page."""
+        """Create an environment for plain text, without access to files."""
         super().__init__(
             undefined=StrictUndefined,
             autoescape=False,
@@ -156,16 +156,16 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             finalize=_printed,
         )
         del self.globals["lipsum"]
-        for name in _REFUSED_FILTERS:
+        for name in _REMOVED_FILTERS:
             del self.filters[name]
         self.filters = {name: _filter(name, function) for name, function in self.filters.items()}
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Return what an operator makes of two values, if that is small enough."""
-        sizes = [len(one) if isinstance(one, str | bytes | list | tuple) else None for one in (left, right)]
+        """Return the result of an operator, unless it is too large."""
+        sizes = [len(each) if isinstance(each, str | bytes | list | tuple) else None for each in (left, right)]
         _spend(1)
         if operator == "%" and sizes[0] is not None:
-            raise SecurityError("a text can't be formatted, join its parts by ~")
+            raise SecurityError("formatting with % is not allowed, join the parts with ~")
         if operator in {"*", "**"} and sizes == [None, None]:
             _check_power(operator, left, right)
         elif operator == "*":
@@ -179,16 +179,16 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call what a template names, and count it."""
+        """Call a function of a template, and count it."""
         _spend(_CALL)
         _weigh(*args, *kwargs.values(), *([obj.__self__] if isinstance(getattr(obj, "__self__", None), str) else []))
         return super().call(context, obj, *args, **kwargs)
 
     def wrap_str_format(self, value: Any) -> None:
-        """Leave a text's own `format` to `is_safe_attribute`, which refuses it."""
+        """Return None: `is_safe_attribute` rejects `str.format`."""
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """Whether a template may look at an attribute: at none that makes much of little."""
+        """Whether a template may access an attribute; not one that can enlarge a value."""
         if isinstance(obj, str | bytes | int) and attr in _WIDENING:
             return False
         return super().is_safe_attribute(obj, attr, value)
@@ -214,15 +214,15 @@ def _calling(function: str, *arguments: Any) -> nodes.Expr:
 
 
 def _replace_joins(node: nodes.Node) -> None:
-    """Have `~` count what it joins."""
+    """Replace `~` by a function that counts its operands."""
     for name, value in node.iter_fields():
         if isinstance(value, nodes.Node):
             _replace_joins(value)
             if isinstance(value, nodes.Concat):
                 setattr(node, name, _calling("_joined", *value.nodes))
         elif isinstance(value, list):
-            for index, one in enumerate(value):
-                if isinstance(one, nodes.Node):
-                    _replace_joins(one)
-                if isinstance(one, nodes.Concat):
-                    value[index] = _calling("_joined", *one.nodes)
+            for index, each in enumerate(value):
+                if isinstance(each, nodes.Node):
+                    _replace_joins(each)
+                if isinstance(each, nodes.Concat):
+                    value[index] = _calling("_joined", *each.nodes)

@@ -1,7 +1,7 @@
-"""The templates of prompts and the conditions of phases: compiled when a file is read, so that mistakes have a place.
+"""Compile the prompt templates and conditions of phases when a file is read, so that mistakes have a position.
 
-Both are Jinja2 in a sandbox: they can't call what changes a value, nor reach into Python, and end at a limit
-(`config.workflows.template_sandbox`). Nothing that an agent said is ever compiled.
+Both are Jinja2 in a sandbox: they can't change values or access Python internals, and rendering is limited
+(`config.workflows.template_sandbox`). Output of agents is never compiled.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import functools
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Final
 
-from orchestrator.config.source.problems import KnownWords, quote_text
+from orchestrator.domain.wording import quote_text, suggest
+from orchestrator.errors import InvalidValue
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from orchestrator.config.workflows.template_sandbox import BoundedEnvironment
 
-#: What a template can name: see docs/configuration.md, and `engine.phases.prompts`, which gives each its value.
+#: The variables of a template: see docs/workflows.md, and `engine.phases.prompts`, which sets their values.
 TEMPLATE_NAMES: Final = (
     "task",
     "phase",
@@ -32,7 +33,7 @@ TEMPLATE_NAMES: Final = (
     "round",
     "data",
 )
-#: The names of the templates that are there already: for phases of a kind, for those of no such kind, and their end.
+#: The built-in templates: one per kind of phase, and one for all other phases.
 BUILTIN_TEMPLATES: Final = ("scout", "plan", "build", "test", "deploy", "review", "phase")
 DEFAULT_TEMPLATE: Final = "phase"
 SUFFIX: Final = ".md.j2"
@@ -41,23 +42,23 @@ _FOLDER: Final = "templates"
 
 @functools.cache
 def read_builtin_template(name: str) -> str:
-    """Return the text of one of the templates that are there already."""
+    """Return the text of a built-in template."""
     return read_builtin_file(f"{name}{SUFFIX}")
 
 
 def read_builtin_file(name: str) -> str:
-    """Return the text of a file of the folder with the templates that are there already."""
+    """Return the text of a file in the folder of built-in templates."""
     return resources.files("orchestrator.config").joinpath(_FOLDER, name).read_text(encoding="utf-8")
 
 
 def template_for(phase: str, kind: str | None) -> str:
-    """Return the name of the template of a phase that brings none: that of its kind, or of its name, or of any."""
+    """Return the default template of a phase: the one for its kind, for its name, or for any phase."""
     return next((name for name in (kind, phase) if name in BUILTIN_TEMPLATES), DEFAULT_TEMPLATE)
 
 
 @functools.cache
 def environment() -> BoundedEnvironment:
-    """Return what compiles templates and conditions: a name that is not there is an error, not an empty text."""
+    """Return the environment for templates and conditions, in which an undefined variable is an error."""
     from orchestrator.config.workflows.template_sandbox import BoundedEnvironment  # noqa: PLC0415  only workflows need Jinja2
 
     return BoundedEnvironment()
@@ -65,8 +66,8 @@ def environment() -> BoundedEnvironment:
 
 @functools.lru_cache(maxsize=256)
 def compile_template(text: str) -> Template:
-    """Return a template; ValueError, with the remedy, for what is none."""
-    from jinja2 import TemplateError, meta  # noqa: PLC0415  the same
+    """Return a compiled template; raise InvalidValue for an invalid one."""
+    from jinja2 import TemplateError, meta  # noqa: PLC0415  as above
 
     try:
         tree = environment().parse(text)
@@ -74,36 +75,32 @@ def compile_template(text: str) -> Template:
         referred = list(meta.find_referenced_templates(tree))
         template = environment().from_string(text)
     except (TemplateError, RecursionError, MemoryError) as error:
-        raise ValueError(f"the template can't be read, {_where(error)}{_said(error)}: {_REMEDY}") from error
+        raise InvalidValue(f"the template can't be read, {_describe(error)}", _REMEDY) from error
     if unknown:
-        instead = KnownWords(TEMPLATE_NAMES, "the names in a template").suggest(unknown[0])
-        raise ValueError(f"the template names {quote_text(unknown[0])}, which there is not: {instead}")
+        remedy = suggest(unknown[0], TEMPLATE_NAMES, "the names in a template")
+        raise InvalidValue(f"the template uses the unknown name {quote_text(unknown[0])}", remedy)
     if referred:
-        raise ValueError("the template includes another one: write here what that says")
+        raise InvalidValue("the template includes another one", "copy its content here")
     return template
 
 
 @functools.lru_cache(maxsize=256)
 def compile_condition(text: str) -> TemplateExpression:
-    """Return a condition; ValueError, with the remedy, for what is none."""
-    from jinja2 import TemplateError  # noqa: PLC0415  the same
+    """Return a compiled condition; raise InvalidValue for an invalid one."""
+    from jinja2 import TemplateError  # noqa: PLC0415  as above
 
     try:
-        # A name that is not there is to be an error when it is asked for the truth, too.
+        # An undefined variable must be an error even as a truth value.
         return environment().compile_expression(text, undefined_to_none=False)
     except (TemplateError, RecursionError, MemoryError) as error:
         remedy = "write an expression over values, as in `plan.tasks | length > 1`"
-        raise ValueError(f"the condition can't be read, {_said(error)}: {remedy}") from error
+        raise InvalidValue(f"the condition can't be read, {_describe(error)}", remedy) from error
 
 
-_REMEDY: Final = "write it as Jinja2 has it, as in {{ data(given.plan) }} or {% if feedback %} … {% endif %}"
+_REMEDY: Final = "write it in the syntax of Jinja2, as in {{ data(given.plan) }} or {% if feedback %} … {% endif %}"
 
 
-def _where(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     line: Any = getattr(error, "lineno", None)
-    return "" if line is None else f"line {line} of it: "
-
-
-def _said(error: Exception) -> str:
-    # What stands before the first colon is told as what is wrong, and what stands behind as the remedy.
-    return " ".join((str(error) or type(error).__name__).replace(":", ",").split()).rstrip(".")
+    message = " ".join((str(error) or type(error).__name__).split()).rstrip(".")
+    return message if line is None else f"line {line}: {message}"

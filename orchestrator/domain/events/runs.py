@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.domain.events.base import RunEvent, Shown
-from orchestrator.errors import join_names
+from orchestrator.domain.wording import join_names
 
 if TYPE_CHECKING:
     from orchestrator.domain.documents.times import Instant

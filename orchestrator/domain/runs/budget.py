@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from orchestrator.domain.runs.model import Attempt
+from orchestrator.domain.settings.run_settings import Budget
 
 #: The fraction of a limit above which a warning is shown.
 WARNING_RATIO = 0.8
@@ -22,20 +23,6 @@ class Spending:
     def __add__(self, other: Spending) -> Spending:
         """Return the sum of both."""
         return Spending(self.tokens + other.tokens, self.cost + other.cost, self.seconds + other.seconds)
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """Spending limits; None: no limit. `cost` limits the known US dollars."""
-
-    tokens: float | None = None
-    cost: float | None = None
-    seconds: float | None = None
-
-    @property
-    def is_limited(self) -> bool:
-        """Whether there is any limit."""
-        return (self.tokens, self.cost, self.seconds) != (None, None, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +60,8 @@ def _format_seconds(seconds: float) -> str:
 
 def compute_budget_usage(budget: Budget, spent: Spending) -> Iterator[BudgetUsage]:
     """Yield the usage of each limit."""
-    if budget.tokens is not None:
-        yield BudgetUsage("tokens", spent.tokens, budget.tokens)
-    if budget.cost is not None:
-        yield BudgetUsage("cost", spent.cost, budget.cost)
-    if budget.seconds is not None:
-        yield BudgetUsage("time", spent.seconds, budget.seconds)
+    used = {"tokens": spent.tokens, "cost": spent.cost, "time": spent.seconds}
+    yield from (BudgetUsage(key, used[key], limit) for key, limit in budget.limits.items())
 
 
 def sum_spending(attempts: Iterable[Attempt]) -> Spending:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from enum import StrEnum
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.domain.documents.times import Instant
-from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import ToolDenials
 from orchestrator.domain.runs.phases import PhaseRecord
 from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, TRANSITIONS, TaskStatus, Trigger
-from orchestrator.errors import InvalidTransition, RefusedError, join_names
-
-#: The largest number of concurrent sessions of a run.
-MAX_CAPACITY = 1000
+from orchestrator.domain.settings.failures import FailureClass
+from orchestrator.domain.settings.run_settings import ResolvedSettings, Retention
+from orchestrator.domain.wording import join_names, suggest_similar
+from orchestrator.errors import InvalidTransition, RefusedError
 
 #: The outcome of an attempt that was stopped from outside.
 INTERRUPTED = "interrupted"
@@ -156,7 +154,7 @@ class TaskDocument(_Document):
     """The number of its pull request."""
     imported: ImportedTask | None = None
     """For a task of an imported run: its original record."""
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = Field(default_factory=dict)
     """Data of people and other programs, such as `progress`, `message` and `files`; not used by council."""
 
     @property
@@ -239,45 +237,20 @@ class HaltCause(StrEnum):
     COMMANDS = "commands"  #: a program of checks or setup is missing
 
 
-class RunDocument(_Document):
+class RunDocument(ResolvedSettings):
     """One execution of a config, with all data to resume it without its config file."""
+
+    model_config = ConfigDict(strict=False)
 
     id: str
     config: str
     """The path of its config file."""
     config_digest: str | None = None
     """The digest of the config file when the run was created; None: unknown, or tasks were reloaded from it since."""
-    repo: str
-    is_url: bool
-    base: str
     target: str
-    capacity: int
-    session_memory: int
-    """The expected memory of one session, in bytes."""
-    adapters: dict[str, dict[str, Any]]
-    """By name: the input of `config.model.restore_adapter`."""
-    workflows: dict[str, list[dict[str, Any]]] = {}
-    """By name: the phases as `domain.workflow.routing.Phase`."""
-    fence: dict[str, Any]
-    """The fields of `config.model.SandboxConfig`."""
-    worktrees: dict[str, Any]
-    """The fields of `config.model.WorktreesConfig`."""
-    retention: dict[str, Any] = {}
-    """The fields of `config.model.Retention`."""
-    mcp_servers: dict[str, dict[str, Any]] = {}
-    """By name: the fields of `config.model.McpServerConfig`."""
-    budget: dict[str, Any] = {}
-    """The fields of `config.model.BudgetConfig`."""
-    coordination: dict[str, Any] = {}
-    """The fields of `config.model.CoordinationConfig` when the run was created."""
-    prices: dict[str, dict[str, Any]] = {}
-    """By model: the fields of `domain.runs.prices.Price`, as given in the config file."""
-    sinks: dict[str, dict[str, Any]] = {}
-    """By name: the input of `config.model.restore_options`, and the event patterns."""
-    trackers: dict[str, dict[str, Any]] = {}
-    """By name: the input of `config.model.restore_options`."""
-    given: tuple[str, ...] = ()
-    """The fields that the command line overrode."""
+    """The branch that tasks land on."""
+    state: Retention = Field(default_factory=Retention)
+    """How much history its store retains."""
     tasks: tuple[str, ...]
     """Task ids in file order."""
     start: str
@@ -300,15 +273,8 @@ class RunDocument(_Document):
     """The run whose branch it merges; `latest` never refers to such a run."""
     imported: ImportedRun | None = None
     """For an imported run: its original record. Such a run can't be resumed."""
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = Field(default_factory=dict)
     """Data of people and other programs; not used by council."""
-
-    @property
-    def inconsistency(self) -> str | None:
-        """An inconsistency between fields that no run writes; None if there is none."""
-        if self.imported is None and not 1 <= self.capacity <= MAX_CAPACITY:
-            return f"capacity: {self.capacity} is not between 1 and {MAX_CAPACITY}"
-        return None
 
     def check_not_imported(self) -> None:
         """Raise RefusedError for an imported run."""
@@ -319,11 +285,9 @@ class RunDocument(_Document):
     def check_task(self, task: str) -> None:
         """Raise RefusedError if the run has no task of this name."""
         if task not in self.tasks:
-            near = difflib.get_close_matches(task, self.tasks, n=3)
-            more = ", see `council status`" if len(self.tasks) > _MOST_NAMED else ""
-            named = f"name one of: {join_names(self.tasks, _MOST_NAMED)}{more}"
-            remedy = f"did you mean {' or '.join(map(repr, near))}?" if near else named
-            raise RefusedError(f"run {self.id} has no task {task!r}", remedy)
+            listed = ", see `council status`" if len(self.tasks) > _MOST_NAMED else ""
+            remedy = f"name one of: {join_names(self.tasks, _MOST_NAMED)}{listed}"
+            raise RefusedError(f"run {self.id} has no task {task!r}", suggest_similar(task, self.tasks, 3) or remedy)
 
 
 class AdapterDocument(_Document):

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import isfinite
 
 from tenacity import AsyncRetrying, RetryCallState
 from tenacity.wait import wait_exponential, wait_random_exponential
 
-
-@dataclass(frozen=True, slots=True)
-class Backoff:
-    """Exponential backoff: `initial` seconds, times `factor` for each retry, at most `max` seconds.
-
-    With `jitter`, each wait is uniformly distributed between 0 and that value ("full jitter", Brooker, AWS
-    Architecture Blog, 2015), so that tasks that failed together are not retried together.
-    """
-
-    initial: float
-    factor: float
-    max: float
-    jitter: bool
+from orchestrator.domain.settings.run_settings import Backoff
 
 
 def retry_delay(backoff: Backoff, failures: int) -> float:
-    """Return the seconds to wait after the `failures`-th failure (from 1)."""
+    """Return the seconds to wait after the `failures`-th failure (from 1).
+
+    With `jitter`, each wait is uniformly distributed between 0 and its full length ("full jitter", Brooker, AWS
+    Architecture Blog, 2015), so that tasks that failed together are not retried together.
+    """
     kind = wait_random_exponential if backoff.jitter else wait_exponential
     policy = kind(multiplier=backoff.initial, max=backoff.max, exp_base=backoff.factor)
     state = RetryCallState(retry_object=AsyncRetrying(), fn=None, args=(), kwargs={})

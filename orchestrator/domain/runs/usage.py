@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.domain.runs.model import Attempt, RunDocument, TaskDocument, sum_known_cost
+from orchestrator.domain.settings.run_settings import Budget
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +36,8 @@ class RunUsage:
     total: Usage
     adapters: Mapping[str, Usage]
     tasks: Mapping[str, Usage]
-    budget: Mapping[str, float]
-    """The limits of the run that are set: `tokens`, `cost`, `time` (seconds)."""
+    budget: Budget
+    """The budget of the run."""
     damaged: Sequence[str]
     """Tasks whose newest record is unreadable, so that their usage may be incomplete."""
 
@@ -54,7 +55,7 @@ def compute_usage(
         sum_usage((attempt for attempts in by_adapter.values() for attempt in attempts), now),
         {name: sum_usage(by_adapter[name], now) for name in sorted(by_adapter)},
         {name: sum_usage(task.attempts, now) for name, task in tasks.items() if task.attempts},
-        {key: limit for key, limit in run.budget.items() if limit is not None},
+        run.budget,
         damaged,
     )
 

@@ -9,7 +9,6 @@ efficiency; the epoch guarantees that writes of only one owner count.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import StrEnum
 from functools import reduce
 
@@ -17,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.domain.documents.times import Instant
 from orchestrator.domain.runs.statuses import ReleaseReason
+from orchestrator.domain.settings.run_settings import CoordinationSettings
 
 
 class Role(StrEnum):
@@ -118,21 +118,6 @@ class MergeLease(_Document):
     target: str
 
 
-@dataclass(frozen=True, slots=True)
-class ClaimTiming:
-    """Heartbeat and expiry settings of claims, in seconds."""
-
-    heartbeat_interval: float = 60.0
-    stale_after: float = 300.0
-    """The expiry without a heartbeat, for an orchestrator on another machine."""
-    owner_stale_after: float = 600.0
-    """The same for one on this machine that is not proven dead."""
-    sweep_interval: float = 90.0
-    """The time between searches for expired claims."""
-    max_retries: int = 3
-    """The largest number of retries of a task."""
-
-
 class OwnerStatus(StrEnum):
     """The status of an orchestrator, as seen by another one."""
 
@@ -147,7 +132,7 @@ MIN_WATCHED_HEARTBEATS = 1.5
 
 
 def judge_owner_status(
-    lease: OrchestratorLease, now: float, watched: float, timing: ClaimTiming, *, is_here: bool, is_dead: bool
+    lease: OrchestratorLease, now: float, watched: float, timing: CoordinationSettings, *, is_here: bool, is_dead: bool
 ) -> OwnerStatus:
     """Return the status of an orchestrator at `now` (wall-clock seconds).
 
@@ -201,7 +186,7 @@ class ClaimVerdict(StrEnum):
 
 
 def should_try(
-    claim: Claim | None, holder: OwnerStatus | None, timing: ClaimTiming, *, ignored: str | None
+    claim: Claim | None, holder: OwnerStatus | None, timing: CoordinationSettings, *, ignored: str | None
 ) -> ClaimVerdict:
     """Return whether to try a task now; `ignored` is why a person excluded it."""
     if ignored is not None:

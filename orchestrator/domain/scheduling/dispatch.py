@@ -28,7 +28,7 @@ _NO_LIMITS: Mapping[str, int] = {}
 
 @dataclass(frozen=True, slots=True)
 class DispatchEntry:
-    """The scheduling data of a task; `owns` are patterns of `orchestrator.domain.scheduling.path_patterns`."""
+    """The scheduling data of a task; `owns` are patterns of `orchestrator.domain.settings.path_patterns`."""
 
     needs: tuple[str, ...] = ()
     adapter: str = ""

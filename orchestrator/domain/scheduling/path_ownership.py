@@ -12,8 +12,8 @@ from typing import Any, Final
 
 from orchestrator.domain.documents.times import Instant
 from orchestrator.domain.runs.session_names import SessionName
-from orchestrator.domain.scheduling.path_patterns import check_pattern, has_overlap, is_match, literal_prefix
-from orchestrator.errors import RefusedError
+from orchestrator.domain.settings.path_patterns import check_pattern, has_overlap, is_match, literal_prefix
+from orchestrator.errors import InvalidValue, RefusedError
 
 #: The largest number of patterns of a session, and of their characters: each change writes all of them.
 MAX_OWNED_PATTERNS, MAX_OWNED_CHARS = 2000, 200_000
@@ -184,7 +184,6 @@ def check_patterns(patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
         try:
             check_pattern(pattern)
-        except ValueError as error:
-            what, _, remedy = str(error).partition(": ")
-            raise RefusedError(f"invalid path pattern {pattern!r}: {what}", remedy) from None
+        except InvalidValue as error:
+            raise RefusedError(f"invalid path pattern {pattern!r}: {error.what}", error.remedy) from None
     return list(dict.fromkeys(patterns))

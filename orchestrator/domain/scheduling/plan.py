@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, choose_tasks
-from orchestrator.domain.scheduling.path_patterns import has_any_overlap, literal_prefix
+from orchestrator.domain.settings.path_patterns import has_any_overlap, literal_prefix
 
 #: The largest number of comparisons per wave: tens of thousands of tasks with similar paths would take minutes.
 _MOST_COMPARISONS = 50_000

@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from heapq import heappop, heappush
 
-from orchestrator.domain.scheduling.path_patterns import has_any_overlap
+from orchestrator.domain.settings.path_patterns import has_any_overlap
 
 #: From this number on, tasks that become ready together are sorted instead of pushed onto a heap.
 _MANY = 64

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from typing import Final
 
+from orchestrator.errors import InvalidValue
+
 Address = IPv4Address | IPv6Address
 
 #: The ports of an entry without a port: HTTP and HTTPS.
@@ -58,18 +60,18 @@ def parse_allowed_host(text: str) -> AllowedHost:
     """Parse an entry; raise ValueError with the mistake and its fix."""
     shown = repr(text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…")
     if "/" in text:
-        raise ValueError(f"{shown} is a URL, a path or a range: write the host only, such as api.example.com")
+        raise InvalidValue(f"{shown} is a URL, a path or a range", "write the host only, such as api.example.com")
     subdomains = text.startswith("*.")
     try:
         host, port = split_authority(text.removeprefix("*."))
     except ValueError as error:
-        raise ValueError(
-            f"{shown} can't be a host, {error}: write api.example.com, *.example.com or host:8443"
+        raise InvalidValue(
+            f"{shown} can't be a host, {error}", "write api.example.com, *.example.com or host:8443"
         ) from None
     if subdomains and (_is_address(host) or "." not in host):
-        raise ValueError(f"{shown} matches too much or nothing: write a domain after `*.`, such as *.example.com")
+        raise InvalidValue(f"{shown} matches too much or nothing", "write a domain after `*.`, such as *.example.com")
     if (host == LOCALHOST or host.endswith(f".{LOCALHOST}")) and (port is None or host != LOCALHOST):
-        raise ValueError(f"{shown} has no port for a server on this machine: write {LOCALHOST}:PORT")
+        raise InvalidValue(f"{shown} has no port for a server on this machine", f"write {LOCALHOST}:PORT")
     return AllowedHost(host, port, subdomains)
 
 

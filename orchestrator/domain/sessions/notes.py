@@ -8,8 +8,8 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict
 
 from orchestrator.domain.documents.times import Instant
-from orchestrator.domain.scheduling.path_patterns import has_any_overlap
 from orchestrator.domain.security.quoting import quote_lines, remove_control_characters
+from orchestrator.domain.settings.path_patterns import has_any_overlap
 
 #: Limits of a note: UTF-8 bytes of its text, characters of its topic, and number of paths.
 MAX_TEXT_BYTES, MAX_TOPIC_CHARS, MAX_PATHS = 4096, 100, 50

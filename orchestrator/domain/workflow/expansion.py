@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Final
 
-from orchestrator.domain.scheduling.path_patterns import check_pattern, is_covered
+from orchestrator.domain.settings.path_patterns import check_pattern, is_covered
 from orchestrator.domain.workflow.handoff_models import Plan, PlannedTask, check_plan, collect_needs
 from orchestrator.domain.workflow.violations import HandoffFacts, Violation
+from orchestrator.errors import InvalidValue
 
 #: The longest id of a task, in characters.
 MAX_ID_CHARS: Final = 64
@@ -104,21 +105,20 @@ def _check_paths(plan: Plan, owns: Sequence[str]) -> Iterator[Violation]:
             at = f"tasks[{index}].owns[{number}]"
             fault = _fault(pattern)
             if fault is not None:
-                what, _, remedy = fault.partition(": ")
-                yield Violation("expansion.paths", at, f"{pattern[:200]!r} can't be owned, {what}", remedy)
+                yield Violation("expansion.paths", at, f"{pattern[:200]!r} can't be owned, {fault.what}", fault.remedy)
             elif owns and not is_covered(pattern, owns):
                 what = f"{pattern[:200]!r} is outside the paths of the planning task ({', '.join(owns)})"
                 yield Violation("expansion.paths", at, what, _OUTSIDE)
 
 
-def _fault(pattern: str) -> str | None:
-    """Return why a text is not a valid path pattern, as `problem: remedy`; None if it is valid."""
+def _fault(pattern: str) -> InvalidValue | None:
+    """Return why a text is not a valid path pattern; None if it is valid."""
     if _CONTROL.search(pattern):
-        return "it contains a control character: remove it"
+        return InvalidValue("it contains a control character", "remove it")
     if any(part.casefold() == ".git" for part in pattern.split("/")):
-        return "it is inside git's own folder: name another path"
+        return InvalidValue("it is inside git's own folder", "name another path")
     try:
         check_pattern(pattern)
-    except ValueError as error:
-        return str(error)
+    except InvalidValue as error:
+        return error
     return None

@@ -8,8 +8,8 @@ from typing import Any
 
 from orchestrator.domain.documents.json_values import encode_canonical
 from orchestrator.domain.runs.phases import GivenValues
+from orchestrator.domain.settings.phase_settings import Phase
 from orchestrator.domain.workflow.handoff_kinds import PHASE_NEEDS, HandoffKind, kind_from_schema
-from orchestrator.domain.workflow.routing import Phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +61,9 @@ def build_phase_context(
 
 def get_handoff_kind(phase: Phase, kinds: Mapping[str, HandoffKind]) -> HandoffKind | None:
     """Return the kind of a phase's handoff; None if it has none, or the kind is unknown."""
-    if phase.produces is None:
+    if phase.kind is None:
         return None
-    return kinds.get(phase.produces) if phase.schema_ is None else kind_from_schema(phase.produces, phase.schema_)
+    return kinds.get(phase.kind) if phase.handoff_schema is None else kind_from_schema(phase.kind, phase.handoff_schema)
 
 
 def get_phase_needs(phase: Phase, kind: HandoffKind | None) -> tuple[str, ...] | None:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Any, Final
 
 from orchestrator.domain.events.tasks import PhaseEvent
-from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.model import TaskDocument
 from orchestrator.domain.runs.phases import (
     OPEN_STATUSES,
@@ -21,73 +18,8 @@ from orchestrator.domain.runs.phases import (
     advance_phase,
 )
 from orchestrator.domain.runs.statuses import FINAL_STATUSES, TaskStatus
-
-_Strings = Annotated[tuple[str, ...], Field(strict=False)]
-
-
-class Expansion(BaseModel):
-    """How the tasks of a plan become tasks of the run."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
-
-    most: int = 20
-    """The largest number of tasks."""
-    workflow: str | None = None
-    """The workflow of each task; None: none."""
-
-
-class Phase(BaseModel):
-    """One resolved step of a workflow; without an adapter of its own it uses the adapter of the task."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
-
-    name: str
-    adapter: str | None = None
-    """The adapter that runs it; None: the adapter of the task."""
-    fallback: _Strings = ()
-    """Fallback adapters, if it names its adapter."""
-    writes: bool = True
-    """Whether its changes are preserved; otherwise they are discarded."""
-    produces: str | None = None
-    """The kind of its handoff; None: it has no handoff except its work."""
-    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
-    """The JSON Schema of its handoff, if its kind is custom."""
-    prompt: str | None = None
-    """The prompt template; None: the prompt of the task, unchanged."""
-    needs: _Strings | None = None
-    """The names of the values that it gets; None: the needs of its kind."""
-    context: dict[str, Any] = {}
-    """Local values, which later phases do not inherit."""
-    when: str | None = None
-    """A condition (an expression over its input values); if it is false, the phase is skipped."""
-    approve: bool = False
-    """Whether a person must approve its result before the next phase starts."""
-    continues: str | None = None
-    """The earlier phase whose conversation it continues, if its adapter supports it; None: none."""
-    handoff: Literal["direct", "mediated", "shared"] = "direct"
-    """How its result reaches the next phase."""
-    transform: str | None = None
-    """The transformation of a mediated handoff; None: the one registered for the two kinds, or the default."""
-    mediator: str | None = None
-    """The phase that mediates between this one and the next one."""
-    key: str | None = None
-    """The key under which its result is shared."""
-    until: _Strings = ()
-    """Shell commands that must succeed on its work before it is complete."""
-    on_reject: str | None = None
-    """The phase to return to after a rejection; None: the last earlier phase that writes."""
-    max_rounds: int = 3
-    """How often `until` or its rejections may send work back before the task fails."""
-    expand: Expansion | None = None
-    """How the tasks of its plan become tasks of the run; None: not at all."""
-    timeout: float | None = None
-    """The wall-clock limit of one session in seconds; None: the timeout of the task."""
-
-    @property
-    def shows_diff(self) -> bool:
-        """Whether its template may include the diff of earlier work."""
-        return self.prompt is not None and "diff" in self.prompt
-
+from orchestrator.domain.settings.failures import FailureClass
+from orchestrator.domain.settings.phase_settings import Phase
 
 #: Failures that a follow-up message in the same conversation should fix.
 _REPAIRABLE: Final = frozenset({FailureClass.INVALID_HANDOFF, FailureClass.CHECKS_FAILED})
@@ -184,7 +116,7 @@ def has_open_visit(task: TaskDocument) -> bool:
 
 def read_verdict(phase: Phase, data: Mapping[str, Any]) -> str | None:
     """Return the verdict of a review handoff; None if the phase is not a review."""
-    return data.get("verdict") if phase.produces == REVIEW_KIND else None
+    return data.get("verdict") if phase.kind == REVIEW_KIND else None
 
 
 def current_phase(workflow: Workflow, task: TaskDocument) -> Phase | None:

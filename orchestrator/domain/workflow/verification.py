@@ -12,10 +12,11 @@ from orchestrator.domain.runs.model import TaskDocument
 from orchestrator.domain.runs.phases import OPEN_STATUSES, PASSED_STATUSES, PhaseRecord, PhaseStatus
 from orchestrator.domain.runs.statuses import FINAL_STATUSES, LANDING_STATUSES, TaskStatus
 from orchestrator.domain.sessions.contexts import SessionContext, SessionStatus
+from orchestrator.domain.settings.phase_settings import Phase
 from orchestrator.domain.workflow.handoff_kinds import HANDOFF_KINDS, HandoffKind
 from orchestrator.domain.workflow.handoffs import Handoff, handoff_id, is_intact
 from orchestrator.domain.workflow.phase_context import get_handoff_kind
-from orchestrator.domain.workflow.routing import Phase, Workflow, latest_visit, read_verdict
+from orchestrator.domain.workflow.routing import Workflow, latest_visit, read_verdict
 from orchestrator.domain.workflow.violations import HandoffFacts, Violation, run_check
 
 #: Seconds that a session may run after it reported that it is done.
@@ -141,13 +142,13 @@ def _check_outputs(facts: WorkflowRecord) -> Iterator[Violation]:
     for place, phase, record in facts.visits:
         if record.status not in {PhaseStatus.COMPLETED, PhaseStatus.AWAITING_APPROVAL}:
             continue
-        if phase.produces is None:
+        if phase.kind is None:
             if record.handoff is not None:
                 yield Violation("outputs.extra", place, "it has a handoff, but should have none", _RESTORE_REMEDY)
             continue
         handoff = None if record.handoff is None else facts.handoffs.get(record.handoff)
         if handoff is None:
-            what = f"it is {record.status}, but its {phase.produces} handoff is missing"
+            what = f"it is {record.status}, but its {phase.kind} handoff is missing"
             yield Violation("outputs.missing", place, what, _RETRY_REMEDY)
             continue
         if record.verdict != (verdict := read_verdict(phase, handoff.data)):
@@ -157,13 +158,13 @@ def _check_outputs(facts: WorkflowRecord) -> Iterator[Violation]:
 
 
 def _check_data(facts: WorkflowRecord, place: str, phase: Phase, handoff: Handoff) -> Iterator[Violation]:
-    if handoff.kind != phase.produces:
-        what = f"it should produce {phase.produces!r}, but its handoff is {handoff.kind!r}"
+    if handoff.kind != phase.kind:
+        what = f"it should produce {phase.kind!r}, but its handoff is {handoff.kind!r}"
         yield Violation("outputs.kind", place, what, _RETRY_REMEDY)
         return
     kind = get_handoff_kind(phase, facts.kinds)
     if kind is None:
-        what = f"unknown kind {phase.produces!r}"
+        what = f"unknown kind {phase.kind!r}"
         yield Violation("outputs.unknown", place, what, "install the plugin that provides it")
         return
     checked = kind.check(handoff.data, HandoffFacts(facts.checksums.get(handoff.id, {})))

@@ -11,8 +11,9 @@ import anyio.to_thread
 
 from orchestrator.domain.runs.legacy import is_unfinished
 from orchestrator.domain.runs.model import RunDocument
+from orchestrator.domain.wording import join_names
 from orchestrator.engine.state.records import read_tasks, task_documents
-from orchestrator.errors import RefusedError, join_names
+from orchestrator.errors import RefusedError
 from orchestrator.protocols import Store
 from orchestrator.state.legacy.importer import IMPORTED_KIND
 

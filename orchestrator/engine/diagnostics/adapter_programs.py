@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from orchestrator.config.adapters import make_trial_request
-from orchestrator.config.model import AdapterConfig, PathAccess
 from orchestrator.domain.sessions.shell_commands import is_in_worktree, make_lookup_command
+from orchestrator.domain.settings.run_settings import AdapterConfig, PathAccess
 from orchestrator.engine.diagnostics.findings import Finding, Level
 from orchestrator.engine.diagnostics.sandbox_probe import SandboxProbe
 from orchestrator.protocols import Adapter
@@ -38,7 +38,7 @@ async def check_adapter_programs(
         is_on_path = shutil.which(program, path=environ.get("PATH", os.defpath)) is not None
         if is_in_worktree(program) or not is_on_path:  # a missing program is a finding of its own
             continue
-        configured = configs[name].reach if name in configs else PathAccess()
+        configured = configs[name].access if name in configs else PathAccess()
         reach = configured | PathAccess(readable=tuple(map(Path, command.readable)))
         lookup = make_lookup_command(program)
         if lookup not in await probe.find_succeeding([lookup], env, reach):

@@ -14,11 +14,12 @@ import anyio.to_thread
 
 from orchestrator.config.adapters import make_trial_request
 from orchestrator.config.inline import no_program_error
-from orchestrator.config.model import RunConfig, SandboxConfig, make_adapters, used_adapters
+from orchestrator.config.model import RunConfig, make_adapters, used_adapters
 from orchestrator.config.store import require_local_folder, store_folder, to_store_url
 from orchestrator.config.warnings import find_warnings
 from orchestrator.domain.scheduling.admission import DEFAULT_DEMAND, SessionDemand
 from orchestrator.domain.sessions.shell_commands import find_programs, find_script
+from orchestrator.domain.settings.run_settings import SandboxSettings
 from orchestrator.engine.diagnostics import findings
 from orchestrator.engine.diagnostics.adapter_programs import check_adapter_programs
 from orchestrator.engine.diagnostics.facts import Machine, StorageLocation, inspect_location, inspect_machine
@@ -149,7 +150,7 @@ async def _check_programs(
         return []
     project = Project(inspection.top or (subject.folder if run is None else run.path.parent))
     folder = project.state_folder if run is None or run.state.url is None else store_folder(run.state.url)
-    sandbox = DEFAULT_SANDBOX if run is None else run.fence
+    sandbox = DEFAULT_SANDBOX if run is None else run.sandbox
     probe = await SandboxProbe.open(sandbox, inspection.site, project, [folder] if folder else [], environ)
     try:
         if probe is None:
@@ -165,7 +166,7 @@ async def _check_programs(
 
 
 async def _check_sandbox(run: RunConfig | None, environ: Mapping[str, str]) -> list[Finding]:
-    config = DEFAULT_SANDBOX if run is None else run.fence
+    config = DEFAULT_SANDBOX if run is None else run.sandbox
     kind = await _choose_sandbox(config, environ)
     weaker_for = None
     if kind is SandboxKind.LANDLOCK and config.sandbox == "auto":
@@ -174,9 +175,9 @@ async def _check_sandbox(run: RunConfig | None, environ: Mapping[str, str]) -> l
     return [findings.judge_sandbox(kind, weaker_for)]
 
 
-async def _choose_sandbox(config: SandboxConfig, environ: Mapping[str, str]) -> SandboxKind | RefusedError:
+async def _choose_sandbox(config: SandboxSettings, environ: Mapping[str, str]) -> SandboxKind | RefusedError:
     try:
-        return await choose_sandbox(config.sandbox, network=config.network, hosts=config.hosts, environ=environ)
+        return await choose_sandbox(config.sandbox, network=config.has_network, hosts=config.hosts, environ=environ)
     except RefusedError as error:
         return error
 

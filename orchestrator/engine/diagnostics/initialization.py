@@ -13,8 +13,8 @@ from secrets import randbelow
 import anyio.to_thread
 
 from orchestrator.config.load import load_config
-from orchestrator.config.source.names import check_name
 from orchestrator.domain.sessions.shell_commands import find_programs, make_lookup_command
+from orchestrator.domain.settings.names import check_name
 from orchestrator.engine.diagnostics.programs import AdapterStatus, make_default_adapters, probe_adapters
 from orchestrator.engine.diagnostics.sandbox_probe import DEFAULT_SANDBOX, SandboxProbe
 from orchestrator.engine.diagnostics.test_detection import RepositoryTests, detect_tests, read_top_level

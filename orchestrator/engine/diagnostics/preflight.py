@@ -73,11 +73,11 @@ async def run_preflight(
         raise RefusedError(what, "split the tasks into several runs")
     check_programs(adapters, environ)
     sandbox = await choose_sandbox(
-        config.fence.sandbox, network=config.fence.network, hosts=config.fence.hosts, environ=environ
+        config.sandbox.sandbox, network=config.sandbox.has_network, hosts=config.sandbox.hosts, environ=environ
     )
     project = project_of_config(config, site)
     stores = [project.state_folder] if store is None else [one.path for one in store.paths]
-    probe = await SandboxProbe.open(config.fence, site, project, stores, environ)
+    probe = await SandboxProbe.open(config.sandbox, site, project, stores, environ)
     if probe is not None:
         hidden = await check_adapter_programs(adapters, config.adapters, config.path, probe, environ)
         raise_combined_refusal([(one.found, one.remedy or "") for one in hidden], "fix these")

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from orchestrator.config.model import RunConfig, WorktreesConfig
+from orchestrator.config.model import RunConfig
 from orchestrator.domain.sessions.shell_commands import is_of_environment
+from orchestrator.domain.settings.run_settings import WorktreeSettings
+from orchestrator.domain.wording import join_names
 from orchestrator.engine.diagnostics.facts import RepositorySize, measure_repository
 from orchestrator.engine.diagnostics.findings import Finding, Level, judge_project_folder, refusal_finding
 from orchestrator.engine.diagnostics.preflight import check_branches, check_checkout
 from orchestrator.engine.worktree_sources import BaseCommit, check_worktree_sources
-from orchestrator.errors import GitError, RefusedError, join_names
+from orchestrator.errors import GitError, RefusedError
 from orchestrator.project import Project, council_home, not_in_repository_error
 from orchestrator.repo.git.command import Git, printable_name
 from orchestrator.repo.source.branches import find_base_branch, list_branches
@@ -75,7 +77,7 @@ async def _inspect_site(
         found.append(
             await _finding_of("content", "no submodules, no git LFS, no odd names", check_supported(git, commit))
         )
-        if run is not None and run.worktrees != WorktreesConfig():
+        if run is not None and run.worktrees != WorktreeSettings():
             sources = check_worktree_sources(
                 run.worktrees, BaseCommit(run.base, commit, git), repository, [council_home(environ)]
             )

@@ -13,8 +13,8 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 
-from orchestrator.config.model import PathAccess, SandboxConfig
 from orchestrator.domain.security.secrets import Redactor, secret_values
+from orchestrator.domain.settings.run_settings import PathAccess, SandboxSettings
 from orchestrator.engine.run_context import open_sandbox
 from orchestrator.errors import RefusedError, ResourceShortage
 from orchestrator.project import Project, council_home
@@ -34,7 +34,7 @@ from orchestrator.sessions.setup.shell import (
 #: Seconds for all commands of one probe.
 _TIMEOUT = 30.0
 _NO_REACH = PathAccess()
-DEFAULT_SANDBOX = SandboxConfig(sandbox="auto", network=True, reach=PathAccess())
+DEFAULT_SANDBOX = SandboxSettings()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class SandboxProbe:
     @classmethod
     async def open(
         cls,
-        config: SandboxConfig,
+        config: SandboxSettings,
         site: RunRepository,
         project: Project,
         stores: Sequence[Path],
@@ -63,7 +63,10 @@ class SandboxProbe:
         except RefusedError:
             return None
         # Probe commands need no hosts, and a proxy would be slow.
-        return cls(replace(sandbox, config=config.model_copy(update={"hosts": ()})), environ)
+        return cls(
+            replace(sandbox, config=config.model_copy(update={"network": "on" if config.has_network else "off"})),
+            environ,
+        )
 
     async def find_succeeding(
         self, commands: Sequence[str], env: Sequence[str] = (), reach: PathAccess = _NO_REACH

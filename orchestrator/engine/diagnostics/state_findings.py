@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from orchestrator.config.model import Retention
-from orchestrator.config.source.quantities import format_duration, format_size_short
+from orchestrator.domain.settings.quantities import format_duration, format_size_short
+from orchestrator.domain.settings.run_settings import Retention
+from orchestrator.domain.wording import join_names
 from orchestrator.engine.diagnostics.findings import Finding, Level
-from orchestrator.errors import join_names
 from orchestrator.protocols import Key, StoreStatistics, VerificationReport
 
 #: Seconds from which a commit is slow: each status change of a task takes three or four commits.
@@ -61,21 +61,23 @@ def judge_expired(found: StoreStatistics) -> Finding:
 
 def judge_log(found: StoreStatistics, growth: LogGrowth, retention: Retention) -> Finding:
     """Judge the size of the log, how fast it grows, and how far it goes back."""
-    what = f"{format_size_short(found.log_bytes)} of {format_size_short(retention.size)}, {found.position:,} commits"
+    what = (
+        f"{format_size_short(found.log_bytes)} of {format_size_short(retention.max_size)}, {found.position:,} commits"
+    )
     if growth.seconds > 0:
         what += f", {growth.commits / growth.seconds * 60:,.0f} a minute of late"
     commits = found.position - found.first
     per_second = growth.commits / growth.seconds * found.log_bytes / commits if growth.seconds > 0 and commits else 0.0
     more = "raise `max_size` under `state`"
-    if found.log_bytes > retention.size:
+    if found.log_bytes > retention.max_size:
         remedy = f"{more}, or prune old history with `council state compact`"
         return Finding("log", Level.WARNING, f"{what}: above its limit", remedy)
-    if per_second * _MIN_LOG_LIFETIME > retention.size:
+    if per_second * _MIN_LOG_LIFETIME > retention.max_size:
         return Finding("log", Level.WARNING, f"{what}: full within an hour", f"find out what commits, or {more}")
-    wanted = retention.age
+    wanted = retention.retention
     if found.first and wanted is not None and growth.history_seconds < wanted:
         short = f"it goes back {format_duration(round(growth.history_seconds))}, not {format_duration(wanted)}"
-        if found.log_bytes < retention.size / 2:  # imported, repaired or compacted manually
+        if found.log_bytes < retention.max_size / 2:  # imported, repaired or compacted manually
             return Finding("log", Level.OK, f"{what}: {short}, but not because of its size")
         return Finding("log", Level.WARNING, f"{what}: {short}", f"{more}, or lower `retention`")
     return Finding("log", Level.OK, what)

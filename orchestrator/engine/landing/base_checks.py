@@ -16,7 +16,6 @@ from typing import assert_never
 import anyio
 import anyio.to_thread
 
-from orchestrator.config.model import TaskSpec
 from orchestrator.domain.events.runs import BaseChecking, BasePassed
 from orchestrator.domain.runs.halts import HaltReason
 from orchestrator.domain.runs.model import RunDocument
@@ -30,6 +29,7 @@ from orchestrator.domain.sessions.shell_commands import (
     make_lookup_command,
     may_create,
 )
+from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.engine.landing.base_selection import BaseSelector
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger

@@ -12,9 +12,9 @@ from typing import Final
 
 import anyio
 
-from orchestrator.config.model import TaskSpec
-from orchestrator.domain.runs.failures import FailureClass
-from orchestrator.domain.scheduling.path_patterns import find_out_of_scope
+from orchestrator.domain.settings.failures import FailureClass
+from orchestrator.domain.settings.path_patterns import find_out_of_scope
+from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.engine.phases.start import NextPhase
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger

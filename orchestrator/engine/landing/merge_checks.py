@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import assert_never
 
-from orchestrator.config.model import TaskSpec
 from orchestrator.domain.events.tasks import TaskChecking
 from orchestrator.domain.runs.halts import HaltReason
 from orchestrator.domain.runs.statuses import TaskStatus, Trigger
+from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.engine.landing.base_checks import BaseChecks, describe_check_fix
 from orchestrator.engine.landing.outcomes import LandingOutcomes
 from orchestrator.engine.landing.ownership_check import OwnershipCheck

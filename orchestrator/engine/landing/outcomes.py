@@ -8,12 +8,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, assert_never
 
-from orchestrator.config.model import TaskSpec
 from orchestrator.domain.events.base import TaskEvent
 from orchestrator.domain.events.tasks import TaskDeferred, TaskFailed, TaskLanded, TaskLandingAborted, TaskRequeued
-from orchestrator.domain.runs.failures import FailureClass, FailurePolicy, get_failure_policy
 from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, TaskStatus, Trigger
 from orchestrator.domain.security.quoting import quote_block
+from orchestrator.domain.settings.failures import FailureClass, FailurePolicy, get_failure_policy
+from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.domain.workflow.routing import restart_task, restart_work
 from orchestrator.engine.landing.ownership_check import OwnershipCheck, OwnershipViolation
 from orchestrator.engine.state.ledger import Ledger
@@ -177,7 +177,7 @@ class LandingOutcomes:
         document = self._ledger.task(task)
         branch = work_branch_name(self._ledger.run.id, task, str(document.building_attempt.number))
         rejection = Rejection(FailureClass.CHECKS_FAILED, reason, branch, {"log": str(failed.log)}, str(failed.log))
-        if spec.retry_checks and document.failures + 1 < spec.attempts:
+        if spec.on_checks_failed == "retry" and document.failures + 1 < spec.attempts:
             start = await self._target.create_retry_base(merge, internal_ref_name(self._ledger.run.id, f"again/{task}"))
             feedback = _render_check_failure(failed, secrets.token_hex(8))
             await self._bounce_with_merge(task, spec, rejection, start, feedback)

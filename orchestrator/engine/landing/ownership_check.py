@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from orchestrator.config.model import TaskSpec
 from orchestrator.domain.events.tasks import TaskOutOfScopeAllowed, TaskOwnershipExtended
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.scheduling.path_ownership import escape_path
-from orchestrator.domain.scheduling.path_patterns import find_out_of_scope
+from orchestrator.domain.settings.path_patterns import find_out_of_scope
+from orchestrator.domain.settings.run_settings import TaskSpec
+from orchestrator.domain.wording import join_names
 from orchestrator.engine.state.ledger import Ledger
-from orchestrator.errors import RefusedError, join_names
+from orchestrator.errors import RefusedError
 from orchestrator.locking.ownership import OwnershipRegistry
 from orchestrator.repo.git.command import Git, printable_name
 from orchestrator.repo.git.revert import revert_paths

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NamedTuple
 
-from orchestrator.config.model import TaskSpec
 from orchestrator.domain.events.base import TaskEvent
 from orchestrator.domain.events.tasks import (
     HandoffDelivered,
@@ -24,18 +23,20 @@ from orchestrator.domain.events.tasks import (
     TaskPhaseRepeated,
     TaskQueued,
 )
-from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.model import TaskDocument, sum_known_cost
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.domain.runs.phases import PhaseTrigger
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.runs.statuses import Trigger
+from orchestrator.domain.settings.failures import FailureClass
+from orchestrator.domain.settings.phase_settings import Phase
+from orchestrator.domain.settings.run_settings import TaskSpec
+from orchestrator.domain.wording import join_names
 from orchestrator.domain.workflow.handoff_kinds import HandoffKind
 from orchestrator.domain.workflow.handoffs import Delivery, Handoff, find_last_json_block, make_handoff
 from orchestrator.domain.workflow.mediation import Transformation, mediate
 from orchestrator.domain.workflow.routing import (
     REJECT_VERDICT,
-    Phase,
     Workflow,
     change_last_visit,
     compute_next_start,
@@ -57,7 +58,7 @@ from orchestrator.engine.phases.values import PhaseInputs
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.tasks import handoff_write
 from orchestrator.engine.state.transitions import TaskUpdate
-from orchestrator.errors import RefusedError, join_names
+from orchestrator.errors import RefusedError
 from orchestrator.protocols import JsonObject, Write
 from orchestrator.repo.git.checksums import compute_checksums
 from orchestrator.repo.git.command import Git
@@ -111,7 +112,7 @@ class PhaseCompleter:
         self, task: str, spec: TaskSpec, phase: Phase
     ) -> Callable[[JsonObject], Awaitable[Sequence[str]]] | None:
         """Return a validator for results that a running session submits; None: its phase has no result."""
-        if phase.produces is None:
+        if phase.kind is None:
             return None
 
         async def check(data: JsonObject) -> Sequence[str]:
@@ -295,7 +296,7 @@ class PhaseCompleter:
     ) -> Handoff | Violation:
         document, mediation = self.ledger.task(task), None
         if phase.handoff == "mediated" and phase.mediator is None:
-            to_kind = None if following is None else following.produces or following.name
+            to_kind = None if following is None else following.kind or following.name
             mediated = mediate(checked.data, checked.kind.name, to_kind, self.transformations, phase.transform)
             if isinstance(mediated, Violation):
                 return mediated
@@ -331,7 +332,7 @@ class PhaseCompleter:
 
     async def _read_handoff(self, phase: Phase, session: EndedSession) -> _CheckedHandoff | Sequence[Violation] | None:
         """Return a session's handoff, or its violations; None if the phase has no result."""
-        if phase.produces is None:
+        if phase.kind is None:
             return None
         kind = self.inputs.kind(phase)
         delivery = select_delivery(session.file, session.tool, session.answer)

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from orchestrator.config.model import TaskSpec
 from orchestrator.domain.events.tasks import TaskExpanded
 from orchestrator.domain.runs.model import TaskDocument
 from orchestrator.domain.runs.statuses import SUCCESS_STATUSES
+from orchestrator.domain.settings.phase_settings import ExpansionSettings, Phase
+from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.domain.workflow.expansion import ExpandedTask, expand_plan
 from orchestrator.domain.workflow.handoffs import handoff_id
-from orchestrator.domain.workflow.routing import Expansion, Phase, Workflow
+from orchestrator.domain.workflow.routing import Workflow
 from orchestrator.domain.workflow.violations import Violation
 from orchestrator.engine.state.ledger import Ledger
 
@@ -25,10 +26,10 @@ async def expand_task(
     What the plan leaves open is inherited from the planning task: adapters, limits, checks. Ids of tasks from an
     earlier plan are not reused, even if a restore deleted them: a checkpoint may bring them back.
     """
-    expansion = phase.expand or Expansion()
+    expansion = phase.expand or ExpansionSettings()
     known = await ledger.definitions.earlier_specs(task)
     own = f"{ledger.run.id}/{task}/"
-    expand = partial(expand_plan, plan, most=expansion.most, owns=spec.owns, taken={*ledger.run.tasks, *known})
+    expand = partial(expand_plan, plan, most=expansion.max, owns=spec.owns, taken={*ledger.run.tasks, *known})
     has_earlier = any(str(value.get("plan") or "").startswith(own) for value in known.values())
     planned = () if has_earlier else expand(f"{task}-")
     if has_earlier or await ledger.definitions.have_any_existed(

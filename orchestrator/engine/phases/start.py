@@ -8,15 +8,15 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final
 
-from orchestrator.config.model import TaskSpec
 from orchestrator.domain.events.tasks import HandoffReceived, TaskDone, TaskQueued, TaskStarted
 from orchestrator.domain.runs.model import Attempt
 from orchestrator.domain.runs.phases import GivenValues, PhaseRecord
 from orchestrator.domain.runs.statuses import Trigger
+from orchestrator.domain.settings.phase_settings import Phase
+from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.domain.workflow.handoffs import Handoff, acknowledge
 from orchestrator.domain.workflow.phase_context import get_phase_needs, select_values
 from orchestrator.domain.workflow.routing import (
-    Phase,
     Workflow,
     current_phase,
     enter_phase,
@@ -122,7 +122,7 @@ class PhaseStarter:
             return SessionPrompt(render_plain_prompt(spec), suffix=feedback, follow_up=feedback)
         phase = following.phase
         values = await self.inputs.values(task, spec, following.workflow, phase)
-        kind = None if phase.produces is None else self.inputs.kind(phase)
+        kind = None if phase.kind is None else self.inputs.kind(phase)
         given, measured = select_values(values.known, values.wanted(phase, get_phase_needs(phase, kind)))
         visits = [visit for visit in document.phases if visit.phase == phase.name]
         facts = PromptFacts(
@@ -175,10 +175,10 @@ class PhaseStarter:
         return TaskUpdate(Trigger.START, event, changes, writes, events)
 
     def _handoff_instructions(self, phase: Phase) -> HandoffInstructions | None:
-        if phase.produces is None:
+        if phase.kind is None:
             return None
         schema = self.inputs.kind(phase).schema
-        return HandoffInstructions(phase.produces, schema, writes=phase.writes, has_tools=self.has_tools)
+        return HandoffInstructions(phase.kind, schema, writes=phase.writes, has_tools=self.has_tools)
 
 
 def render_plain_prompt(spec: TaskSpec) -> str:

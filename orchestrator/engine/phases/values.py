@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from orchestrator.config.model import TaskSpec
 from orchestrator.domain.documents.json_values import is_empty_value
 from orchestrator.domain.runs.phases import PhaseRecord
+from orchestrator.domain.settings.phase_settings import Phase
+from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.domain.workflow.handoff_kinds import HandoffKind, kind_from_schema
 from orchestrator.domain.workflow.handoffs import Handoff, get_payload, is_intact
 from orchestrator.domain.workflow.phase_context import PhaseContext, build_phase_context
-from orchestrator.domain.workflow.routing import Phase, Workflow, completed_visits
+from orchestrator.domain.workflow.routing import Workflow, completed_visits
 from orchestrator.domain.workflow.violations import HandoffFacts
 from orchestrator.engine.session_api.shared_values import SharedValues
 from orchestrator.engine.state.ledger import Ledger
@@ -83,9 +84,9 @@ class PhaseInputs:
 
     def kind(self, phase: Phase) -> HandoffKind:
         """Return the kind of a phase's handoff; raise RefusedError if no plugin provides it any more."""
-        name = phase.produces or phase.name
-        if phase.schema_ is not None:
-            return kind_from_schema(name, phase.schema_)
+        name = phase.kind or phase.name
+        if phase.handoff_schema is not None:
+            return kind_from_schema(name, phase.handoff_schema)
         if name not in self.kinds:
             what = f"phase {phase.name!r} produces a {name!r}, which no installed plugin provides"
             raise RefusedError(what, "install the plugin, then `council retry` the task")

@@ -17,7 +17,7 @@ from orchestrator.domain.sessions.contexts import SessionContext
 from orchestrator.domain.workflow.handoff_kinds import HandoffKind
 from orchestrator.domain.workflow.handoffs import Handoff
 from orchestrator.domain.workflow.phase_context import get_handoff_kind
-from orchestrator.domain.workflow.routing import Phase, Workflow
+from orchestrator.domain.workflow.routing import Workflow
 from orchestrator.domain.workflow.verification import Constraint, WorkflowRecord, check_workflow
 from orchestrator.domain.workflow.violations import Violation
 from orchestrator.engine.session_api.contexts import read_contexts
@@ -111,7 +111,7 @@ class _RunVerifier:
         return TaskVerification(task, workflow, violations=[violation])
 
     async def _check_rules(self, task: str, name: str) -> TaskVerification:
-        workflow = Workflow(tuple(map(Phase.model_validate, self.run.workflows[name])))
+        workflow = Workflow(self.run.workflows[name])
         document, handoffs = await self._read_records(task)
         facts = WorkflowRecord(
             run=self.run.id,

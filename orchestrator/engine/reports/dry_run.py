@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from orchestrator.config.model import RunConfig, TaskSpec
+from orchestrator.config.model import RunConfig
 from orchestrator.domain.runs.model import TaskDocument
 from orchestrator.domain.scheduling.admission import SessionFit
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.domain.scheduling.plan import count_concurrent_sessions, plan_waves
+from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.domain.workflow.routing import DEFAULT_PHASES, Workflow, current_adapters
 from orchestrator.engine.diagnostics.findings import Finding
 from orchestrator.protocols import JsonObject

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
-from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.model import AdapterDocument, HaltCause, ImportedTask, RunDocument, TaskDocument
 from orchestrator.domain.runs.phases import OPEN_STATUSES
 from orchestrator.domain.runs.statuses import (
@@ -20,6 +19,7 @@ from orchestrator.domain.runs.statuses import (
 )
 from orchestrator.domain.scheduling.claims import ClaimCounters, OrchestratorLease, sum_counters
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
+from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.protocols import JsonObject
 from orchestrator.sessions.output.log_files import log_file_name
 from orchestrator.system.instants import format_local_time
@@ -251,9 +251,9 @@ class RunRecord:
         entry = self.entries[task]
         if entry.workflow is None:
             return entry.adapters
-        from orchestrator.domain.workflow.routing import Phase, Workflow, current_adapters  # noqa: PLC0415  seldom needed
+        from orchestrator.domain.workflow.routing import Workflow, current_adapters  # noqa: PLC0415  seldom needed
 
-        workflow = Workflow(tuple(map(Phase.model_validate, self.run.workflows[entry.workflow])))
+        workflow = Workflow(self.run.workflows[entry.workflow])
         return current_adapters(workflow, self.tasks[task], entry.adapter, entry.fallback)
 
     def blocked(self) -> dict[str, str]:

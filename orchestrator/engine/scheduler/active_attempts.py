@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from orchestrator.config.model import TaskSpec
 from orchestrator.domain.runs.model import AdapterDocument
 from orchestrator.domain.runs.outcome import (
     Failed,
 )
 from orchestrator.domain.runs.session_names import SessionName
+from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.engine.phases.start import NextPhase
 from orchestrator.engine.scheduler.budgets import BudgetReached
 from orchestrator.protocols import JsonObject

@@ -22,7 +22,6 @@ from orchestrator.domain.events.tasks import (
     TaskToolsDenied,
     TaskWorktreePreserved,
 )
-from orchestrator.domain.runs.failures import FailureClass, FailurePolicy, get_failure_policy
 from orchestrator.domain.runs.halts import HaltReason
 from orchestrator.domain.runs.model import INTERRUPTED
 from orchestrator.domain.runs.outcome import (
@@ -35,6 +34,7 @@ from orchestrator.domain.runs.outcome import (
 )
 from orchestrator.domain.runs.retry import retry_delay
 from orchestrator.domain.runs.statuses import Trigger
+from orchestrator.domain.settings.failures import FailureClass, FailurePolicy, get_failure_policy
 from orchestrator.engine.landing.base_checks import BaseChecks
 from orchestrator.engine.phases.completion import EndedSession, PhaseHandlers
 from orchestrator.engine.run_context import RunContext
@@ -109,7 +109,7 @@ class AttemptRecorder:
             return AttemptEnd(unrunnable=unrunnable)
         if active.cancelled:
             return await self._record_cancelled(active, finished)
-        file_handoff = await read_handoff(active.session.assignment.worktree) if phase.produces is not None else None
+        file_handoff = await read_handoff(active.session.assignment.worktree) if phase.kind is not None else None
         usage = self.context.accounting.net_usage(finished.transcript, self.ledger.task(active.task).attempts)
         ended = EndedSession(commit, failed, file_handoff, active.handed_over, finished.answer, usage)
         update = await self._complete_phase(active, ended)
@@ -164,7 +164,7 @@ class AttemptRecorder:
 
     async def _record_failure(self, active: ActiveAttempt, finished: SessionResult, outcome: Failed) -> AttemptEnd:
         failure, reason = outcome.failure, outcome.reason
-        if failure is FailureClass.NO_CHANGE and active.next_phase.phase.produces is not None:
+        if failure is FailureClass.NO_CHANGE and active.next_phase.phase.kind is not None:
             reason += ": set `access: read` for a phase that should change nothing"
         policy = get_failure_policy(failure, active.spec.retry_on)
         if policy in {FailurePolicy.PARK, FailurePolicy.CLOSE}:
@@ -179,7 +179,7 @@ class AttemptRecorder:
         failures = self.ledger.task(active.task).failures + 1
         changes = {"failures": failures}
         if policy is FailurePolicy.RETRY and failures < active.spec.attempts and not active.is_budget_exhausted:
-            delay = round(retry_delay(active.spec.backoff.policy(), failures), 3)
+            delay = round(retry_delay(active.spec.backoff, failures), 3)
             retrying = TaskRetrying(outcome=failure, reason=reason, retry_in=delay)
             await self._end(active, finished, TaskUpdate(Trigger.RETRY, retrying, changes))
             return AttemptEnd(retry_in=delay)

@@ -11,11 +11,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from orchestrator.config.model import TaskSpec
 from orchestrator.domain.events.tasks import (
     TaskClaimLost,
 )
-from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.model import Attempt, TaskDocument
 from orchestrator.domain.runs.outcome import (
     Failed,
@@ -23,6 +21,8 @@ from orchestrator.domain.runs.outcome import (
 )
 from orchestrator.domain.scheduling.path_ownership import OwnershipConflict
 from orchestrator.domain.sessions.notes import format_notes
+from orchestrator.domain.settings.failures import FailureClass
+from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.engine.landing.base_selection import BaseSelector
 from orchestrator.engine.phases.completion import PhaseHandlers
 from orchestrator.engine.phases.start import NextPhase
@@ -80,7 +80,7 @@ class AttemptRunner:
             context="\n\n".join(filter(None, (notes, prompt.suffix))) or None,
             adapter=self.context.adapters[adapter],
             adapter_name=adapter,
-            reach=self.context.configs[adapter].reach,
+            reach=self.context.configs[adapter].access,
             limits=SessionLimits(timeout, spec.idle_timeout),
             max_file=spec.max_file,
             instructions=spec.instructions,

@@ -14,20 +14,19 @@ from typing import NamedTuple
 import anyio
 import anyio.to_thread
 
-from orchestrator.config.model import BudgetConfig, TaskSpec
 from orchestrator.domain.events.base import RunEvent
 from orchestrator.domain.events.runs import BudgetExhausted, BudgetLow, BudgetPriceUnknown, BudgetUntracked
 from orchestrator.domain.runs.budget import (
-    Budget,
     BudgetUsage,
     Spending,
     compute_budget_usage,
     compute_remaining_cost,
     sum_spending,
 )
-from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.model import Attempt, TaskDocument
 from orchestrator.domain.runs.outcome import Failed, Interrupted
+from orchestrator.domain.settings.failures import FailureClass
+from orchestrator.domain.settings.run_settings import Budget, TaskSpec
 from orchestrator.engine.accounting import Accounting
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.protocols import Adapter
@@ -95,9 +94,9 @@ class Budgets:
 
     def __init__(self, ledger: Ledger, clock: Clock, accounting: Accounting, halt: Callable[[str], None]) -> None:
         self._ledger, self._clock, self._accounting, self._halt = ledger, clock, accounting, halt
-        self._run = BudgetConfig.model_validate(ledger.run.budget).policy()
+        self._run = ledger.run.budget
         self._ended_usage = Spending()
-        if self._run.is_limited:  # slow with many tasks
+        if self._run.limits:  # slow with many tasks
             for task in ledger.run.tasks:
                 self._ended_usage += sum_spending(ledger.task(task).attempts)
         self._meters: dict[str, _UsageMeter] = {}
@@ -139,7 +138,7 @@ class Budgets:
 
         Call `stop` once its own, its task's or the run's budget is exhausted.
         """
-        if not any(budget.is_limited for budget in (spec.session_budget.policy(), spec.budget.policy(), self._run)):
+        if not any(budget.limits for budget in (spec.session_budget, spec.budget, self._run)):
             yield
             return
         meter = self._meters[task] = _UsageMeter(OutputFollower(adapter, log), self._clock.now())
@@ -161,7 +160,7 @@ class Budgets:
         """
         net = self._accounting.net_usage(transcript, self._ledger.task(task).attempts)
         usage = Spending(net.input_tokens + net.output_tokens, net.cost or 0.0)
-        session = _Limit("session", task, spec.session_budget.policy(), usage)
+        session = _Limit("session", task, spec.session_budget, usage)
         limits = (session, self._task_limit(task, spec, usage), self._run_limit(usage))
         return next(filter(None, map(self._check_limit, limits)), None)
 
@@ -197,7 +196,7 @@ class Budgets:
 
     def _limits(self, task: str, spec: TaskSpec, session: str) -> Iterator[_Limit]:
         usage = self._active_usage(task)
-        yield _Limit("session", session, spec.session_budget.policy(), usage)
+        yield _Limit("session", session, spec.session_budget, usage)
         yield self._task_limit(task, spec, usage)
         yield self._run_limit()
 
@@ -211,7 +210,7 @@ class Budgets:
             spent += sum_spending(self._ledger.task(member).attempts)
             if member != task:
                 spent += self._active_usage(member)
-        return _Limit("task", task, spec.budget.policy(), spent)
+        return _Limit("task", task, spec.budget, spent)
 
     def _run_limit(self, more: Spending = _NOTHING) -> _Limit:
         """Return the limit of the run with its active sessions; `more` is further usage."""

@@ -10,9 +10,10 @@ from anyio.abc import TaskGroup
 
 from orchestrator.domain.events.runs import RunPaused, RunTargetUnreachable, RunWaiting
 from orchestrator.domain.runs.model import AdapterDocument, HaltCause
-from orchestrator.domain.runs.retry import Backoff, retry_delay
+from orchestrator.domain.runs.retry import retry_delay
 from orchestrator.domain.runs.statuses import SUCCESS_STATUSES, TaskStatus
 from orchestrator.domain.scheduling.dispatch import DispatchBoard, choose_tasks
+from orchestrator.domain.settings.run_settings import Backoff
 from orchestrator.engine.landing.base_checks import BaseChecks
 from orchestrator.engine.landing.base_selection import BaseSelector
 from orchestrator.engine.landing.merge_queue import MergeQueue

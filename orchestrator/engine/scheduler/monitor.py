@@ -8,7 +8,6 @@ from typing import Final
 
 import anyio
 
-from orchestrator.config.model import Retention
 from orchestrator.domain.events.state import StateWarning
 from orchestrator.engine.diagnostics.findings import Finding, Level
 from orchestrator.engine.diagnostics.state_findings import judge_documents, judge_integrity, judge_latency
@@ -37,7 +36,7 @@ class Monitor:
     def __init__(self, ledger: Ledger) -> None:
         """Monitor the store of a run."""
         self._ledger, self._store, self._clock = ledger, ledger.writer.store, ledger.writer.clock
-        self._retention = Retention.model_validate(ledger.run.retention)
+        self._retention = ledger.run.state
         self._reported: set[str] = set()
 
     async def watch(self) -> None:
@@ -62,7 +61,9 @@ class Monitor:
 
     async def _sweep(self) -> None:
         await delete_expired(self._store, self._ledger.run.id)
-        await compact_log(self._store, self._clock, self._retention.age, self._retention.size, self._ledger.run.id)
+        await compact_log(
+            self._store, self._clock, self._retention.retention, self._retention.max_size, self._ledger.run.id
+        )
 
     async def _check_health(self) -> None:
         latency = judge_latency(self._ledger.writer.slowest_commit())

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from orchestrator.domain.events.tasks import TaskFailed
-from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.domain.runs.statuses import Trigger
 from orchestrator.domain.scheduling.claims import ClaimVerdict, should_try
+from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.engine.landing.base_selection import BaseSelector
 from orchestrator.engine.phases.start import PhaseStarter
 from orchestrator.engine.scheduler.active_attempts import ActiveAttempt, AttemptEnd

@@ -11,7 +11,6 @@ from contextlib import suppress
 
 import anyio.to_thread
 
-from orchestrator.config.model import TaskSpec
 from orchestrator.domain.events.tasks import (
     TaskFailed,
     TaskInterrupted,
@@ -26,6 +25,7 @@ from orchestrator.domain.runs.model import INTERRUPTED, Attempt
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, FINAL_STATUSES, TaskStatus, Trigger
 from orchestrator.domain.scheduling.claims import OwnerStatus
+from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import (

@@ -10,14 +10,15 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from orchestrator.config.model import TaskSpec
 from orchestrator.domain.events.runs import RequestCompleted, RequestSubmitted
 from orchestrator.domain.events.tasks import TaskApproved, TaskCancelled, TaskIgnored, TaskRejected, TaskRetryRequested
 from orchestrator.domain.runs.model import AdapterDocument, RequestAction, RunDocument, RunRequest, TaskDocument
 from orchestrator.domain.runs.phases import PhaseTrigger
 from orchestrator.domain.runs.statuses import FINAL_STATUSES, RETRYABLE_STATUSES, TRANSITIONS, TaskStatus, Trigger
 from orchestrator.domain.security.secrets import has_secret_key
-from orchestrator.domain.workflow.routing import Phase, change_last_visit, find_first_incomplete, restart_task
+from orchestrator.domain.settings.phase_settings import Phase
+from orchestrator.domain.settings.run_settings import TaskSpec
+from orchestrator.domain.workflow.routing import change_last_visit, find_first_incomplete, restart_task
 from orchestrator.domain.workflow.violations import Violation
 from orchestrator.engine.phases.expansion import (
     expand_task,

@@ -84,9 +84,8 @@ class SessionDetails:
 async def find_session_files(store: Store, session: SessionName, redactor: Redactor) -> tuple[Worktree, IntakeRules]:
     """Return the worktree of an attempt, from the record of its run, and the rules for showing its files."""
     run, spec = await read_run(store, session.run), await read_spec(store, session.run, session.task)
-    from orchestrator.config.model import WorktreesConfig  # noqa: PLC0415  only live work needs it
 
-    config = WorktreesConfig.model_validate(run.worktrees)
+    config = run.worktrees
     admit = IntakeRules(redactor, spec.max_file, withheld=config.copied + config.linked)
     return Worktree(Hub(Path(run.hub)), *session), admit
 

@@ -18,8 +18,8 @@ import anyio.to_thread
 from orchestrator.client.commands import MAX_WAIT_SECONDS
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.scheduling.path_ownership import OwnershipConflict, escape_path
-from orchestrator.domain.scheduling.path_patterns import is_match
 from orchestrator.domain.security.secrets import Redactor
+from orchestrator.domain.settings.path_patterns import is_match
 from orchestrator.engine.session_api.contexts import SessionContexts
 from orchestrator.engine.session_api.details import SessionWorkspace
 from orchestrator.errors import FileLocked, HistoryCompacted, LeaseLost, RefusedError, StoreUnavailable, VersionConflict

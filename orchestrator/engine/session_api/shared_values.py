@@ -19,10 +19,10 @@ from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter
 
 from orchestrator.client import strict_json
 from orchestrator.client.commands import MAX_SHARED_BYTES
-from orchestrator.config.source.names import check_name
 from orchestrator.domain.events.coordination import SharedPut
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.security.secrets import Redactor
+from orchestrator.domain.settings.names import check_name
 from orchestrator.errors import HistoryCompacted, InvalidDocument, RefusedError
 from orchestrator.protocols import Commit, Document, Event, Guard, JsonObject, Key, Store, Write
 from orchestrator.state.documents.update import retry_on_conflict

@@ -12,7 +12,7 @@ from orchestrator.domain.runs.model import Attempt, RunDocument, TaskDocument
 from orchestrator.domain.runs.statuses import TaskStatus
 
 if TYPE_CHECKING:
-    from orchestrator.config.model import TaskSpec
+    from orchestrator.domain.settings.run_settings import TaskSpec
 
 #: Task name of a merge run.
 MERGE_TASK: Final = "merge"
@@ -65,7 +65,7 @@ def build_merge_run(
         "needs": (),
         "owns": (),
         "attempts": 1,
-        "retry_checks": False,
+        "on_checks_failed": "fail",
         "checks": tuple(dict.fromkeys(check for spec in specs for check in spec.checks)),
         "checks_timeout": max(spec.checks_timeout for spec in specs),
         "checks_env": tuple(dict.fromkeys(name for spec in specs for name in spec.checks_env)),

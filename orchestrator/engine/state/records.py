@@ -20,7 +20,7 @@ from orchestrator.protocols import Commit, Document, Event, JsonObject, Key, Sto
 from orchestrator.system.failpoints import failpoint
 
 if TYPE_CHECKING:
-    from orchestrator.config.model import TaskSpec
+    from orchestrator.domain.settings.run_settings import TaskSpec
 
 _NO_DOCUMENTS: Mapping[str, TaskDocument] = {}
 
@@ -95,21 +95,15 @@ async def record_new_run(
     failpoint("run.seeded")
 
 
-async def read_run(store: Store, run: str, *, validate: bool = False) -> RunDocument:
+async def read_run(store: Store, run: str) -> RunDocument:
     """Return a run document.
 
-    RefusedError if it is missing, damaged or of an incompatible version. With `validate`, UnreadableDocument also if no
-    process could run it.
+    RefusedError if it is missing, damaged or of an incompatible version.
     """
     stored = await store.get(run_key(run))
     if stored is None:
         raise RefusedError(f"there is no run {run!r}", "`council runs` lists all runs")
-    document = _parsed(RunDocument, _require_undamaged(store, stored))
-    if document.inconsistency is not None:
-        raise UnreadableDocument(str(stored.key), document.inconsistency)
-    if validate or document.workflows:  # other invalid fields only matter to processes that run it
-        _require_valid(stored)
-    return document
+    return _parsed(RunDocument, _require_undamaged(store, stored))
 
 
 async def read_whole(store: Store, run: str, read: Callable[[], Awaitable[T]]) -> T:
@@ -137,14 +131,6 @@ async def read_run_with_tasks(store: Store, run: str) -> tuple[RunDocument, dict
         return await read_run(store, run), await read_tasks(store, run)
 
     return await read_whole(store, run, read)
-
-
-def _require_valid(document: Document) -> None:
-    # Imported late: most read-only commands need no validation.
-    from orchestrator.state.documents.validation import find_document_error  # noqa: PLC0415
-
-    if (problem := find_document_error(document)) is not None:
-        raise UnreadableDocument(str(document.key), problem)
 
 
 async def check_task(store: Store, run: RunDocument, task: str) -> None:
@@ -176,7 +162,7 @@ async def read_task(store: Store, run: str, task: str) -> TaskDocument:
 async def read_spec(store: Store, run: str, task: str) -> TaskSpec:
     """Return the specification of a task; RefusedError if it is missing or damaged."""
     # Imported late: building its models takes as long as all other reads of a status command.
-    from orchestrator.config.model import TaskSpec  # noqa: PLC0415  as above
+    from orchestrator.domain.settings.run_settings import TaskSpec  # noqa: PLC0415  as above
 
     stored = await store.get(spec_key(run, task))
     return _parsed(
@@ -186,7 +172,7 @@ async def read_spec(store: Store, run: str, task: str) -> TaskSpec:
 
 async def read_specs(store: Store, run: str, tasks: Iterable[str]) -> dict[str, TaskSpec]:
     """Return the specifications of tasks as `read_spec` does, with one store query."""
-    from orchestrator.config.model import TaskSpec  # noqa: PLC0415  as above
+    from orchestrator.domain.settings.run_settings import TaskSpec  # noqa: PLC0415  as above
 
     documents = await _list_by_name(store, "spec", run)
     return {task: _parsed(TaskSpec, _require_undamaged(store, _require_present(documents, task))) for task in tasks}

@@ -6,9 +6,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from orchestrator.config.model import RunConfig, TaskSpec
+from orchestrator.config.model import RunConfig
 from orchestrator.domain.events.tasks import TaskReloaded
 from orchestrator.domain.runs.model import RunDocument
+from orchestrator.domain.settings.run_settings import SandboxSettings, TaskSpec
 from orchestrator.engine.state.records import run_key, spec_key
 from orchestrator.errors import RefusedError, raise_combined_refusal
 from orchestrator.protocols import Document, Event, JsonObject, Write
@@ -27,22 +28,13 @@ _RUN_FIELDS: Final = (
     "target",
     "capacity",
     "session_memory",
-    "fence",
+    "sandbox",
     "worktrees",
     "mcp_servers",
     "budget",
     "prices",
     "workflows",
 )
-#: File keys by the parts of the field `fence`.
-_SANDBOX_KEYS: Final[Mapping[str, str]] = {
-    "sandbox": "sandbox",
-    "network": "network",
-    "hosts": "network",
-    "nesting": "nested_sandboxes",
-    "limits": "limits",
-    "reach": "writable",
-}
 #: The key of tasks given on the command line instead of the file.
 TASKS_KEY: Final = "tasks"
 _ADAPTERS_PREFIX: Final = "adapters."
@@ -89,11 +81,12 @@ def compare_with_file(run: RunDocument, specs: Mapping[str, TaskSpec], config: R
         for name, spec in specs.items()
         if name in file_tasks and (keys := _changed(spec, file_tasks[name], changed_adapters))
     }
-    now = _run_values(config)
-    then = run.model_dump(mode="json", include=set(_RUN_FIELDS))
-    now["target"] = then["target"] if config.target is None else config.target
+    now = config if config.target is not None else config.model_copy(update={"target": run.target})
     keys = [
-        key for name in _RUN_FIELDS if name not in run.given for key in _changed_file_keys(name, then[name], now[name])
+        key
+        for name in _RUN_FIELDS
+        if name not in run.given
+        for key in _changed_file_keys(name, getattr(run, name), getattr(now, name))
     ]
     if TASKS_KEY in run.given:  # the file only has the defaults of such tasks
         changed = dict.fromkeys(key for each in tasks.values() for key in each)
@@ -104,17 +97,9 @@ def compare_with_file(run: RunDocument, specs: Mapping[str, TaskSpec], config: R
 
 def _changed_file_keys(name: str, then: Any, now: Any) -> Sequence[str]:
     """Return the file keys behind a field of the run document that differs."""
-    if name != "fence":
-        return [] if then == now else [name]
-    return list(dict.fromkeys(_SANDBOX_KEYS[part] for part in now if then.get(part) != now[part]))
-
-
-def _run_values(config: RunConfig) -> dict[str, Any]:
-    workflows = {
-        name: [phase.model_dump(mode="json", by_alias=True) for phase in phases]
-        for name, phases in config.workflows.items()
-    }
-    return {**config.model_dump(mode="json", include=set(_RUN_FIELDS) - {"workflows"}), "workflows": workflows}
+    if isinstance(then, SandboxSettings):
+        return [key for key, value in then if getattr(now, key) != value]
+    return [] if then == now else [name]
 
 
 def _changed(then: TaskSpec, now: TaskSpec, adapters: Collection[str]) -> Sequence[str]:
@@ -199,7 +184,7 @@ def _find_problems(
 
 
 def _other_type(run: RunDocument, config: RunConfig, adapter: str) -> str | None:
-    then, now = run.adapters[adapter]["use"], config.adapters[adapter].use
+    then, now = run.adapters[adapter].use, config.adapters[adapter].use
     return (
         None
         if then == now

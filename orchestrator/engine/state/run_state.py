@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from orchestrator.domain.runs.retry import compute_cooldown_end
 from orchestrator.engine.state.records import adapter_key, run_key
 from orchestrator.engine.state.writer import RunWriter
 from orchestrator.errors import RefusedError, VersionConflict
-from orchestrator.protocols import Commit, JsonObject, Write
+from orchestrator.protocols import Commit, Write
 from orchestrator.system.failpoints import failpoint
 
 #: Seconds by which a cooldown must move to be recorded again: programs report whole seconds.
@@ -97,10 +97,10 @@ class RunState:
         """Record that sessions may start although checks fail on the base."""
         await self.update(BaseFailureAllowed(), allow_failing_base=True)
 
-    async def set_budget(self, limits: JsonObject) -> None:
+    async def set_budget(self, limits: Mapping[str, float]) -> None:
         """Record new limits of the run's budget, by key."""
         given = tuple(dict.fromkeys((*self.document.given, "budget")))
-        budget = {**self.document.budget, **limits}
+        budget = self.document.budget.model_copy(update=limits)
         await self.update(RunBudgetChanged(limits=limits), budget=budget, given=given)
 
 

@@ -12,7 +12,7 @@ from orchestrator.domain.runs.model import RunDocument, TaskDocument
 from orchestrator.domain.runs.statuses import CLAIMED_STATUSES
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.domain.workflow.handoffs import Handoff
-from orchestrator.domain.workflow.routing import Phase, Workflow
+from orchestrator.domain.workflow.routing import Workflow
 from orchestrator.engine.state.records import (
     handoff_key,
     parse_entry,
@@ -28,7 +28,7 @@ from orchestrator.locking.claims import Claims
 from orchestrator.protocols import Document, JsonObject, Key, Store, Write
 
 if TYPE_CHECKING:
-    from orchestrator.config.model import TaskSpec
+    from orchestrator.domain.settings.run_settings import TaskSpec
 
 
 class LoadedRun(NamedTuple):
@@ -217,7 +217,7 @@ class TaskDefinitions:
             return Workflow()
         if name not in self._workflows:
             phases = self._run.document.workflows[name]
-            self._workflows[name] = Workflow(tuple(map(Phase.model_validate, phases)))
+            self._workflows[name] = Workflow(phases)
         return self._workflows[name]
 
     async def handoffs(self, task: str) -> dict[str, tuple[int, Handoff]]:

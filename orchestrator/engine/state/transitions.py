@@ -13,8 +13,8 @@ from orchestrator.domain.workflow.routing import close_open_visit, phase_events
 from orchestrator.protocols import Commit, Event, JsonObject, Key, Write
 
 if TYPE_CHECKING:
-    from orchestrator.config.model import TaskSpec
     from orchestrator.domain.security.secrets import Redactor
+    from orchestrator.domain.settings.run_settings import TaskSpec
 
 #: Fields of documents and events with foreign text.
 _FOREIGN_TEXT_FIELDS = frozenset(

@@ -18,7 +18,8 @@ from functools import partial
 import anyio
 import anyio.to_thread
 
-from orchestrator.errors import GitError, is_resource_exhaustion, join_names
+from orchestrator.domain.wording import join_names
+from orchestrator.errors import GitError, is_resource_exhaustion
 from orchestrator.repo.git.command import GITLINK_MODE, FileChange, Git, is_object_id, printable_name
 from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.intake.quarantine import Quarantine

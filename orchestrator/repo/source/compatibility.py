@@ -11,7 +11,8 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from orchestrator.errors import RefusedError, join_names
+from orchestrator.domain.wording import join_names
+from orchestrator.errors import RefusedError
 from orchestrator.repo.git.command import Git, printable_name
 from orchestrator.repo.source.user_checkouts import LocalRepository
 

@@ -22,7 +22,8 @@ from typing import Final
 
 import anyio.to_thread
 
-from orchestrator.errors import GitError, RefusedError, join_names, to_unusable_error
+from orchestrator.domain.wording import join_names
+from orchestrator.errors import GitError, RefusedError, to_unusable_error
 from orchestrator.project import Project
 from orchestrator.repo.git.command import (
     FileChange,

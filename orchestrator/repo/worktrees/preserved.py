@@ -16,7 +16,8 @@ from typing import Final
 
 import anyio.to_thread
 
-from orchestrator.errors import GitError, join_names
+from orchestrator.domain.wording import join_names
+from orchestrator.errors import GitError
 from orchestrator.repo.git.command import Git, printable_name
 from orchestrator.repo.worktrees.file_trees import is_folder
 from orchestrator.repo.worktrees.worktrees import Worktree, copy_sparse_checkout

@@ -17,9 +17,9 @@ from typing import Final
 
 import anyio.to_thread
 
-from orchestrator.config.model import PathAccess
 from orchestrator.domain.security.envfile import parse_env_values
 from orchestrator.domain.security.secrets import is_secret_file, secret_values
+from orchestrator.domain.settings.run_settings import PathAccess
 from orchestrator.errors import GitError, is_resource_exhaustion
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.worktrees.file_trees import copy_tree, remove_all

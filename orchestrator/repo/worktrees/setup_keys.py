@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Final
 
-from orchestrator.config.model import SetupStep
+from orchestrator.domain.settings.run_settings import SetupStep
 from orchestrator.repo.git.command import Git
 
 #: Part of each key; increase it when the hashed data or the steps' environment changes its meaning.

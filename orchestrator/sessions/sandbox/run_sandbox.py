@@ -11,7 +11,7 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from orchestrator.config.model import PathAccess, SandboxConfig
+from orchestrator.domain.settings.run_settings import PathAccess, SandboxSettings
 from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.sessions.sandbox.policy import (
     REPLACED_FOLDERS,
@@ -53,7 +53,7 @@ class RunSandbox:
 
     kind: SandboxKind
     hidden: tuple[Path, ...]
-    config: SandboxConfig
+    config: SandboxSettings
 
     @asynccontextmanager
     async def apply(
@@ -75,15 +75,15 @@ class RunSandbox:
     async def _sandbox(
         self, scope: SandboxScope, command: SupervisedCommand, reach: PathAccess, endpoint: ProxyEndpoint | None = None
     ) -> SupervisedCommand:
-        allowed = self.config.reach | reach
+        allowed = self.config.access | reach
         policy = SandboxPolicy(
             writable=(*scope.writable, *allowed.writable),
             readable=(*scope.readable, *allowed.readable),
             hidden=self.hidden,
             scratch=scope.scratch,
-            network=self.config.network,
+            network=self.config.has_network,
             proxy_endpoint=endpoint,
-            nesting=self.config.nesting,
+            nesting=self.config.nested_sandboxes,
         )
         return await anyio.to_thread.run_sync(partial(sandbox_command, self.kind, command, policy))
 
@@ -93,7 +93,7 @@ class RunSandbox:
         if found is None or self.kind is SandboxKind.OFF:
             return ""
         paths = {Path(found).absolute(), Path(found).resolve()}
-        allowed = (*self.config.reach.writable, *self.config.reach.readable, *reach.writable, *reach.readable)
+        allowed = (*self.config.access.writable, *self.config.access.readable, *reach.writable, *reach.readable)
         covered = (*self.hidden, *(map(Path, REPLACED_FOLDERS) if self.kind is SandboxKind.BUBBLEWRAP else ()))
         hidden = sorted({path.parent for path in paths if _is_in(path, covered) and not _is_in(path, allowed)})
         if not hidden:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from orchestrator.config.model import PathAccess
+from orchestrator.domain.settings.run_settings import PathAccess
 from orchestrator.errors import GitError, RefusedError
 from orchestrator.protocols import JsonObject, SessionHome, SettingsOverlay
 from orchestrator.repo.worktrees.file_trees import remove_all

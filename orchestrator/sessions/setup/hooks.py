@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import assert_never
 
-from orchestrator.config.model import SetupStep
-from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed, Interrupted, Outcome, ResourcesExhausted
+from orchestrator.domain.settings.failures import FailureClass
+from orchestrator.domain.settings.run_settings import SetupStep
 from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.sessions.output.log_files import log_path, slot_log_path
 from orchestrator.sessions.setup.shell import (

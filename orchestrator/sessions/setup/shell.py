@@ -14,7 +14,6 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 
-from orchestrator.config.model import PathAccess
 from orchestrator.domain.runs.halts import HaltReason
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.domain.sessions.shell_commands import (
@@ -25,6 +24,7 @@ from orchestrator.domain.sessions.shell_commands import (
     is_of_environment,
     make_chmod_hint,
 )
+from orchestrator.domain.settings.run_settings import PathAccess
 from orchestrator.errors import SessionError, is_resource_exhaustion
 from orchestrator.sessions.output.log_files import MAX_OUTPUT_BYTES, STOP_GRACE, read_tail
 from orchestrator.sessions.sandbox.run_sandbox import RunSandbox, SandboxScope

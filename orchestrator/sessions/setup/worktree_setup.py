@@ -13,12 +13,12 @@ from typing import Final
 import anyio
 import anyio.to_thread
 
-from orchestrator.config.model import PathAccess, WorktreesConfig
 from orchestrator.domain.events.base import RunEvent
 from orchestrator.domain.events.coordination import SlotSetupFinished, SlotSetupStarted, SlotTeardownFailed
-from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed, Misconfigured, Outcome, ResourcesExhausted
 from orchestrator.domain.security.secrets import Redactor
+from orchestrator.domain.settings.failures import FailureClass
+from orchestrator.domain.settings.run_settings import PathAccess, WorktreeSettings
 from orchestrator.errors import LockHeld, RefusedError
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.worktrees.pool import HeldSlot, SetupError
@@ -83,7 +83,7 @@ class WorktreeSetup:
     """
 
     git: Git
-    config: WorktreesConfig
+    config: WorktreeSettings
     provisions: Provisions
     lease: Callable[[Path], Awaitable[Mapping[str, str]]]
     record_event: Callable[[RunEvent], Awaitable[None]]
@@ -134,7 +134,9 @@ class WorktreeSetup:
 
     def _with_network_hint(self, result: ShellResult) -> ShellResult:
         """Return a step's result, naming the missing network as a possible cause of a failure."""
-        has_network = self.sandbox.config.network or self.sandbox.config.hosts or self.sandbox.kind is SandboxKind.OFF
+        has_network = (
+            self.sandbox.config.has_network or self.sandbox.config.hosts or self.sandbox.kind is SandboxKind.OFF
+        )
         if has_network or not isinstance(result, CommandFailed) or result.unrunnable is not None:
             return result
         return replace(result, how_it_ended=f"{result.how_it_ended} (`network: off` may be the cause)")

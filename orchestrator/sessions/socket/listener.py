@@ -32,8 +32,8 @@ import anyio.to_thread
 
 from orchestrator.client.commands import MAX_REQUEST_BYTES, MCP_SERVER_NAME
 from orchestrator.client.session import SESSION_FILE, SESSION_VARIABLE, SOCKET_NAME, ShortSocketPath
-from orchestrator.config.model import PathAccess
 from orchestrator.domain.runs.session_names import SessionName
+from orchestrator.domain.settings.run_settings import PathAccess
 from orchestrator.errors import CouncilError, RefusedError
 from orchestrator.protocols import JsonObject, McpServer
 from orchestrator.repo.worktrees.worktrees import Worktree

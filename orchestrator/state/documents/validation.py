@@ -22,6 +22,7 @@ from orchestrator.domain.scheduling.claims import Claim, MergeLease, Orchestrato
 from orchestrator.domain.scheduling.path_ownership import PathOwnership
 from orchestrator.domain.sessions.contexts import SessionContext
 from orchestrator.domain.sessions.notes import Note
+from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.domain.workflow.handoffs import Handoff
 from orchestrator.errors import RefusedError, UnreadableDocument, VersionConflict, describe_validation_error
 from orchestrator.protocols import Commit, Document, Event, JsonObject, Key, Store, VerificationReport, Write
@@ -122,48 +123,11 @@ class _Import(_Stored):
     pass
 
 
-def _run(encoded: bytes) -> RunDocument:
-    # Late: building the config models takes as long as all other imports that show a run.
-    from orchestrator.config import model  # noqa: PLC0415  (a slow import)
-    from orchestrator.domain.runs.prices import Price  # noqa: PLC0415  (the same)
-    from orchestrator.domain.workflow.routing import Phase  # noqa: PLC0415  (the same)
-
-    run = RunDocument.model_validate_json(encoded)
-    if run.inconsistency is not None:
-        raise ValueError(run.inconsistency)
-    for config, part in (
-        (model.SandboxConfig, run.fence),
-        (model.WorktreesConfig, run.worktrees),
-        (model.Retention, run.retention),
-        (model.BudgetConfig, run.budget),
-        (model.CoordinationConfig, run.coordination),
-    ):
-        if part:
-            config.model_validate(part)
-    for one in run.mcp_servers.values():
-        model.McpServerConfig.model_validate(one)
-    for one in run.prices.values():
-        Price.model_validate(one)
-    for phases in run.workflows.values():
-        for phase in phases:
-            Phase.model_validate(phase)
-    for entry in (*run.adapters.values(), *run.sinks.values(), *run.trackers.values()):
-        if not isinstance(entry.get("use"), str) or not isinstance(entry.get("options"), dict):
-            raise ValueError("an adapter, sink or tracker lacks `use` or `options`")  # noqa: TRY004  (the stored value is invalid)
-    return run
-
-
 def _task(encoded: bytes) -> TaskDocument:
     task = TaskDocument.model_validate_json(encoded)
     if task.inconsistency is not None:
         raise ValueError(task.inconsistency)
     return task
-
-
-def _spec(encoded: bytes) -> BaseModel:
-    from orchestrator.config.model import TaskSpec  # noqa: PLC0415  (the same)
-
-    return TaskSpec.model_validate_json(encoded)
 
 
 def _lease(key: Key, encoded: bytes) -> object:
@@ -195,8 +159,8 @@ def _model(model: type[BaseModel]) -> Callable[[Key, bytes], object]:
 
 #: The validator of each of council's kinds.
 _KINDS: Final[Mapping[str, Callable[[Key, bytes], object]]] = {
-    "run": lambda _, encoded: _run(encoded),
-    "spec": lambda _, encoded: _spec(encoded),
+    "run": _model(RunDocument),
+    "spec": _model(TaskSpec),
     "task": lambda _, encoded: _task(encoded),
     "lease": _lease,
     "orchestrator": _model(OrchestratorLease),

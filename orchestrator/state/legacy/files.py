@@ -25,7 +25,7 @@ from orchestrator.domain.runs.legacy import (
     read_version,
     task_name,
 )
-from orchestrator.errors import join_names
+from orchestrator.domain.wording import join_names
 from orchestrator.project import LEGACY_FILE, LEGACY_TREE, Project
 from orchestrator.system import untrusted_files
 

@@ -37,15 +37,15 @@ from orchestrator.cli.render.plan import flowchart, plan_text
 from orchestrator.cli.render.text import printable
 from orchestrator.config.coordination import CoordinationOverrides
 from orchestrator.config.inline import InlineTasks
-from orchestrator.config.model import BudgetConfig
 from orchestrator.config.selection import select_tasks, with_capacity, with_failing_base
-from orchestrator.config.source.names import check_branch
 from orchestrator.config.store import MEMORY
-from orchestrator.domain.runs.model import MAX_CAPACITY
 from orchestrator.domain.runs.statuses import LANDING_STATUSES
+from orchestrator.domain.settings.names import check_branch
+from orchestrator.domain.settings.run_settings import MAX_CAPACITY, Budget
+from orchestrator.domain.wording import join_names
 from orchestrator.engine.reports.dry_run import DryRun
 from orchestrator.engine.reports.report import RunReport, RunStatus
-from orchestrator.errors import NothingToMerge, RefusedError, join_names
+from orchestrator.errors import NothingToMerge, RefusedError
 from orchestrator.system.process import start_detached
 
 allow_failing_base_option = click.option(
@@ -200,7 +200,7 @@ def _show_plan(plan: DryRun, output: Output, *, mermaid: bool) -> int:
 @json_option
 def resume(
     run: str | None,
-    budget: BudgetConfig | None,
+    budget: Budget | None,
     capacity: int | None,
     detach: bool,
     allow_failing_base: bool,

@@ -31,9 +31,9 @@ from orchestrator.cli.core.trust import require_trust, trust_option
 from orchestrator.cli.render.text import pluralize, printable
 from orchestrator.domain.events.runs import describe_file_changes
 from orchestrator.domain.runs.statuses import FINAL_STATUSES, TaskStatus
+from orchestrator.domain.wording import join_names
 from orchestrator.engine.reports.report import RunReport, RunStatus
 from orchestrator.engine.state.reload import FileChanges
-from orchestrator.errors import join_names
 
 _color = click.option("--color/--no-color", default=None, help="Use colours; default: on a terminal only.")
 #: Unfinished tasks that are named where all are to be cancelled.

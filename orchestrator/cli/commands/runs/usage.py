@@ -19,7 +19,7 @@ from orchestrator.cli.core.command import (
 from orchestrator.cli.render.columns import align_columns, short_name
 from orchestrator.cli.render.overview import format_minutes
 from orchestrator.cli.render.text import printable
-from orchestrator.domain.runs.budget import Budget, Spending, compute_budget_usage
+from orchestrator.domain.runs.budget import Spending, compute_budget_usage
 
 if TYPE_CHECKING:
     from orchestrator.domain.runs.usage import RunUsage, Usage
@@ -45,7 +45,7 @@ def usage(run: str | None, as_json: bool) -> None:
         async with open_council(context.log) as council:
             found = await council.reports.usage(await council.runs.find(run))
             if as_json:
-                context.output.json({**asdict(found), "exit": 0})
+                context.output.json({**asdict(found), "budget": found.budget.limits, "exit": 0})
                 return 0
             for line in align_columns(list(_rows(found))):
                 context.output.text(f"{line}\n")
@@ -81,10 +81,9 @@ def _cost(one: Usage) -> str:
 
 
 def _notes(found: RunUsage) -> Iterator[str]:
-    limits = Budget(found.budget.get("tokens"), found.budget.get("cost"), found.budget.get("time"))
     total = found.total
     spent = Spending(total.input_tokens + total.output_tokens, total.cost or 0.0, total.seconds)
-    for share in compute_budget_usage(limits, spent):
+    for share in compute_budget_usage(found.budget, spent):
         yield f"Budget: {share.describe()}."
     if found.damaged:
         names = ", ".join(found.damaged)

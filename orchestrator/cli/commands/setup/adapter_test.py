@@ -23,8 +23,9 @@ from orchestrator.cli.core.option_parsers import parse_duration_option
 from orchestrator.cli.core.trust import trust_option
 from orchestrator.cli.render.text import one_line, printable
 from orchestrator.config.load import load_value
-from orchestrator.config.model import AdapterConfig, PathAccess, RunConfig, make_adapters
-from orchestrator.config.source.quantities import format_duration
+from orchestrator.config.model import RunConfig, make_adapters
+from orchestrator.domain.settings.quantities import format_duration
+from orchestrator.domain.settings.run_settings import AdapterConfig
 from orchestrator.engine.diagnostics.findings import describe
 from orchestrator.engine.diagnostics.programs import AdapterStatus, make_default_adapters, probe_adapters
 from orchestrator.engine.reports.report import TaskReport
@@ -72,7 +73,9 @@ def test(name: str, prompt: str | None, timeout: float, *, no_live: bool, as_jso
         adapter = await _find(scene, name)
         contract = await _check_contract(scene, adapter)
         status = (await probe_adapters(make_adapters({name: adapter}, scene.plugins.adapters), os.environ))[name]
-        live, said = (None, "") if no_live else await _run_scratch_task(scene, adapter, prompt or _PROMPT, timeout)
+        live, said = (
+            (None, "") if no_live else await _run_scratch_task(scene, name, adapter, prompt or _PROMPT, timeout)
+        )
         trial = _AdapterTestResult(name, adapter.use, contract, status, live, said, is_live=not no_live)
         if as_json:
             context.output.json(trial.to_json())
@@ -175,7 +178,7 @@ async def _find(scene: CommandEnvironment, name: str) -> AdapterConfig:
             f"the type {name!r} {needs[name]}", "add an adapter of this type to council.yaml, and name that adapter"
         )
     options = types[name].Options.model_validate({})
-    return AdapterConfig(name=name, use=name, capacity=None, reach=PathAccess(), keep_ignored=(), options=options)
+    return AdapterConfig(use=name, options=options)
 
 
 def contract_command() -> list[str]:
@@ -186,8 +189,7 @@ def contract_command() -> list[str]:
 
 async def _check_contract(scene: CommandEnvironment, adapter: AdapterConfig) -> Sequence[ContractResult] | str:
     spec = {
-        "name": adapter.name,
-        "stored": adapter.to_stored(),
+        "use": adapter.use,
         "options": adapter.options.model_dump(mode="json", exclude_unset=True),
         "places": [str(place) for place in (scene.file, scene.top) if place is not None],
     }
@@ -210,6 +212,7 @@ async def _check_contract(scene: CommandEnvironment, adapter: AdapterConfig) -> 
 
 async def _run_scratch_task(
     scene: CommandEnvironment,
+    name: str,
     adapter: AdapterConfig,
     prompt: str,
     timeout: float,  # noqa: ASYNC109  (it ends the run)
@@ -220,7 +223,7 @@ async def _run_scratch_task(
         repo = folder / "repository"
         environ = {**os.environ, "COUNCIL_HOME": str(folder / "home"), "COUNCIL_STATE": ""}
         await _make_repository(repo)
-        config = _config(scene, adapter, repo, prompt, timeout)
+        config = _config(scene, name, adapter, repo, prompt, timeout)
         try:
             async with Council.open(config, plugins=scene.plugins, environ=environ) as council:
                 report = await council.runs.run()
@@ -243,13 +246,15 @@ async def _make_repository(repo: Path) -> None:
     await git(*who, "commit", "--quiet", "--message", "Begin", cwd=repo)
 
 
-def _config(scene: CommandEnvironment, adapter: AdapterConfig, repo: Path, prompt: str, timeout: float) -> RunConfig:
-    """Return a run of one task with an adapter as it is configured, behind the file's fence."""
+def _config(
+    scene: CommandEnvironment, name: str, adapter: AdapterConfig, repo: Path, prompt: str, timeout: float
+) -> RunConfig:
+    """Return a run of one task with an adapter as it is configured, in the file's sandbox."""
     value = {
         "version": 1,
         "repo": str(repo),
         "target": "landed",
-        "adapters": {adapter.name: {"use": "command", "argv": ["true"]}},
+        "adapters": {name: {"use": "command", "argv": ["true"]}},
         "defaults": {
             "attempts": 1,
             "timeout": format_duration(timeout),
@@ -260,9 +265,9 @@ def _config(scene: CommandEnvironment, adapter: AdapterConfig, repo: Path, promp
         "tasks": [{"id": "hello", "prompt": prompt}],
     }
     config = load_value(value, repo, scene.plugins.adapters)
-    changes: dict[str, Any] = {"adapters": {adapter.name: adapter}}
+    changes: dict[str, Any] = {"adapters": {name: adapter}}
     if isinstance(scene.config, RunConfig):
-        changes |= {"fence": scene.config.fence, "prices": scene.config.prices}
+        changes |= {"sandbox": scene.config.sandbox, "prices": scene.config.prices}
     return config.model_copy(update=changes)
 
 

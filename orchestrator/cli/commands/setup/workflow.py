@@ -11,9 +11,9 @@ from orchestrator.cli.core.command import CommandContext, json_option, run_comma
 from orchestrator.cli.core.group import SuggestingGroup
 from orchestrator.cli.core.run_source import load_run_config
 from orchestrator.cli.render.text import printable
-from orchestrator.config.source.problems import KnownWords
 from orchestrator.config.workflows.load import Phases, builtin_phases
 from orchestrator.config.workflows.text import build_workflow_files, phase_settings, workflows_to_yaml
+from orchestrator.domain.wording import suggest
 from orchestrator.engine.diagnostics.initialization import check_can_write
 from orchestrator.errors import RefusedError, to_unusable_error
 
@@ -104,7 +104,7 @@ async def _find(name: str | None, file: Path | None) -> dict[str, Phases]:
     if name is None:
         return found
     if name not in found:
-        remedy = KnownWords(found, "the workflows").suggest(name)
+        remedy = suggest(name, found, "the workflows")
         if file is None:
             remedy += "; add --file for those of a file"
         raise RefusedError(f"there is no workflow {name!r}", remedy)

@@ -17,8 +17,8 @@ from orchestrator.cli.core.error_boundary import ErrorLog
 from orchestrator.cli.core.option_parsers import parse_duration_option
 from orchestrator.cli.render.output import Output
 from orchestrator.cli.render.text import printable
-from orchestrator.config.source.quantities import format_size_short
 from orchestrator.domain.runs.leftovers import Leftover, LeftoverKind, LeftoverStatus
+from orchestrator.domain.settings.quantities import format_size_short
 from orchestrator.errors import RefusedError
 from orchestrator.project import council_home, find_project
 from orchestrator.system.clock import SystemClock

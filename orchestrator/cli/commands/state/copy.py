@@ -23,7 +23,7 @@ from orchestrator.cli.core.command import (
 )
 from orchestrator.cli.render.text import printable
 from orchestrator.cli.streams import redirect_to_null
-from orchestrator.config.source.quantities import format_size_short
+from orchestrator.domain.settings.quantities import format_size_short
 from orchestrator.errors import CouncilError, RefusedError
 from orchestrator.project import Project, exclude_from_git, find_project
 

@@ -17,7 +17,7 @@ from orchestrator.cli.core.command import (
 from orchestrator.cli.core.group import SuggestingGroup
 from orchestrator.cli.render.columns import align_columns
 from orchestrator.cli.render.text import printable
-from orchestrator.config.source.quantities import format_duration
+from orchestrator.domain.settings.quantities import format_duration
 from orchestrator.locking.lock_overview import LockParty, LockStatus
 
 

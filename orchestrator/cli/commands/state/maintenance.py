@@ -18,7 +18,7 @@ from orchestrator.cli.core.command import (
 )
 from orchestrator.cli.core.option_parsers import parse_duration_option, parse_size_option
 from orchestrator.cli.render.findings import show_findings
-from orchestrator.config.source.quantities import format_size_short
+from orchestrator.domain.settings.quantities import format_size_short
 from orchestrator.engine.diagnostics.findings import Level
 from orchestrator.project import find_project
 from orchestrator.repo.source.user_checkouts import refuse_tracked_project_folder

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from orchestrator.errors import InvalidValue
+
 #: A set of characters as ranges of code points, both ends included.
 _Characters = tuple[tuple[int, int], ...]
 #: A segment with wildcards: sets of characters; None is any number of characters.
@@ -37,18 +39,18 @@ class _Pattern:
 
 
 def check_pattern(text: str) -> str:
-    """Return a pattern unchanged; raise ValueError ("problem: remedy") if it is invalid."""
+    """Return a pattern unchanged; raise InvalidValue if it is invalid."""
     if "\\" in text:
-        raise ValueError("it contains a backslash: separate segments with `/`, and write `[*]` for a star")
+        raise InvalidValue("it contains a backslash", "separate segments with `/`, and write `[*]` for a star")
     for segment in split_path(text):
         if "**" in segment and segment != "**":
-            raise ValueError(f"`**` is only part of {segment!r}: make it a whole segment, or write `*`")
+            raise InvalidValue(f"`**` is only part of {segment!r}", "make it a whole segment, or write `*`")
         _parse_segment(segment)
     return text
 
 
 def split_path(path: str) -> list[str]:
-    """Return the segments of a path in a repository; raise ValueError ("problem: remedy") if it is invalid.
+    """Return the segments of a path in a repository; raise InvalidValue if it is invalid.
 
     A trailing slash marks a folder, and adds no segment.
     """
@@ -59,11 +61,11 @@ def split_path(path: str) -> list[str]:
         (path.startswith("/"), "the path is absolute", "write it relative to the top of the repository"),
     ):
         if is_invalid:
-            raise ValueError(f"{what}: {remedy}")
+            raise InvalidValue(what, remedy)
     segments = path.removesuffix("/").split("/")
     for segment in segments:
         if segment in {"", ".", ".."}:
-            raise ValueError(f"it contains the segment {segment!r}: write the path without it")
+            raise InvalidValue(f"it contains the segment {segment!r}", "write the path without it")
     return segments
 
 
@@ -140,7 +142,7 @@ def _parse_set(text: str, start: int) -> tuple[_Characters, int]:
     first = start + 1 + (text[start + 1 : start + 2] in {"!", "^"})
     end = text.find("]", first + 1)
     if end < 0:
-        raise ValueError(f"the set {text[start:]!r} is not closed by `]`: close it, or write `[[]` for a bracket")
+        raise InvalidValue(f"the set {text[start:]!r} is not closed by `]`", "close it, or write `[[]` for a bracket")
     ranges: list[tuple[int, int]] = []
     at = first
     while at < end:
@@ -148,7 +150,7 @@ def _parse_set(text: str, start: int) -> tuple[_Characters, int]:
         if text[at + 1] == "-" and at + 2 < end:
             high, at = text[at + 2], at + 2
         if low > high:
-            raise ValueError(f"the range {low}-{high} is empty: write the smaller character first")
+            raise InvalidValue(f"the range {low}-{high} is empty", "write the smaller character first")
         ranges.append((ord(low), ord(high)))
         at += 1
     within = _without(_ANY, ranges) if first > start + 1 else _without(_ANY, _without(_ANY, ranges))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from orchestrator.config.source.problems import quote_text
-from orchestrator.domain.scheduling.path_patterns import split_path
+from orchestrator.domain.settings.path_patterns import split_path
+from orchestrator.domain.wording import quote_text
+from orchestrator.errors import InvalidValue
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _NAME_REMEDY: Final = (
@@ -32,7 +33,7 @@ _SCHEMES: Final = ("https", "http", "ssh", "git", "file")
 def check_name(text: str) -> str:
     """Validate the id of a task or adapter, which becomes part of git refs and folder names."""
     if not _NAME.fullmatch(text) or ".." in text or text.endswith((".", ".lock")):
-        raise ValueError(f"{quote_text(text)} can't be a name: {_NAME_REMEDY}")
+        raise InvalidValue(f"{quote_text(text)} can't be a name", _NAME_REMEDY)
     return text
 
 
@@ -40,8 +41,8 @@ def check_branch(text: str) -> str:
     """Validate a branch name by the rules of git-check-ref-format(1)."""
     fault = _branch_fault(text)
     if fault:
-        raise ValueError(
-            f"{quote_text(text)} can't be a branch, {fault}: write a branch name, such as main or team/work"
+        raise InvalidValue(
+            f"{quote_text(text)} can't be a branch, {fault}", "write a branch name, such as main or team/work"
         )
     return text
 
@@ -68,10 +69,10 @@ def check_path(text: str) -> str:
     """Validate a path in a repository; return it without a trailing slash."""
     control = _CONTROL.search(text)
     if control:
-        raise ValueError(f"the path contains the character {control[0]!r}: remove it, or rename the file")
+        raise InvalidValue(f"the path contains the character {control[0]!r}", "remove it, or rename the file")
     segments = split_path(text)
     if any(segment.casefold() == ".git" for segment in segments):
-        raise ValueError(f"{quote_text(text)} is inside git's own folder: name another path")
+        raise InvalidValue(f"{quote_text(text)} is inside git's own folder", "name another path")
     return "/".join(segments)
 
 
@@ -79,20 +80,24 @@ def check_kept_path(text: str) -> str:
     """Validate a file name at any depth, or a path as in `check_path`, both without wildcards."""
     wildcard = _WILDCARD.search(text)
     if wildcard:
-        raise ValueError(f"{quote_text(text)} has the wildcard {wildcard[0]!r}: write a name, or a path from the top")
+        raise InvalidValue(
+            f"{quote_text(text)} has the wildcard {wildcard[0]!r}", "write a name, or a path from the top"
+        )
     return check_path(text)
 
 
 def check_repo(text: str) -> str:
     """Validate a repository: a path, a URL with a scheme built into git, or `host:path`."""
     if not text.strip() or _CONTROL.search(text):
-        raise ValueError(f"{quote_text(text)} can't be a repository: write a path or a URL")
+        raise InvalidValue(f"{quote_text(text)} can't be a repository", "write a path or a URL")
     # git would read the first as an option, and run a remote helper for the second.
     if text.startswith("-") or "::" in text.partition("/")[0]:
-        raise ValueError(f"{quote_text(text)} can't be a repository: prefix the path with ./")
+        raise InvalidValue(f"{quote_text(text)} can't be a repository", "prefix the path with ./")
     scheme = _SCHEME.match(text)
     if scheme and scheme[1].lower() not in _SCHEMES:
-        raise ValueError(f"{quote_text(text)} can't be a repository: write a path or a URL of {', '.join(_SCHEMES)}")
+        raise InvalidValue(
+            f"{quote_text(text)} can't be a repository", f"write a path or a URL of {', '.join(_SCHEMES)}"
+        )
     return text
 
 

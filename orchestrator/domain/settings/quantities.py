@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any, Final
 
-from orchestrator.config.source.problems import describe_value
+from orchestrator.domain.wording import describe_value
+from orchestrator.errors import InvalidValue
 
 MAX_DURATION: Final = 30 * 86400.0
 """The longest duration in seconds."""
@@ -34,21 +34,21 @@ def parse_duration(value: Any, *, longest: float = MAX_DURATION) -> float:
     """Return the seconds of a duration; raise ValueError if it is not positive or exceeds `longest`."""
     if type(value) is int and value > 0:
         remedy = f"add its unit, as in {value}s or {value}m"
-        raise ValueError(f"a duration can't be the bare number {value}: {remedy}")
+        raise InvalidValue(f"a duration can't be the bare number {value}", remedy)
     match = _DURATION.fullmatch(value) if isinstance(value, str) else None
     if match is None or not value:
-        raise ValueError(f"a duration can't be {describe_value(value)}: {_REMEDY}")
+        raise InvalidValue(f"a duration can't be {describe_value(value)}", _REMEDY)
     seconds = sum(int(count) * unit for count, unit in zip(match.groups(), _SECONDS, strict=True) if count)
     if seconds <= 0:
-        raise ValueError(f"the duration {value} is zero: write a positive one, as in 30m")
+        raise InvalidValue(f"the duration {value} is zero", "write a positive one, as in 30m")
     if seconds > longest:
-        raise ValueError(f"the duration {value} is too long: write at most {longest / 86400:.0f}d")
+        raise InvalidValue(f"the duration {value} is too long", f"write at most {longest / 86400:.0f}d")
     return seconds
 
 
-def format_duration(seconds: float) -> str:
+def format_duration(seconds: float | None) -> str:
     """Format a duration for `parse_optional_duration`, rounded to milliseconds."""
-    if seconds == math.inf:
+    if seconds is None:
         return "off"
     left, parts = round(seconds * 1000), []
     for unit, length in (("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1)):
@@ -57,21 +57,21 @@ def format_duration(seconds: float) -> str:
     return "".join(parts) or "0s"
 
 
-def parse_optional_duration(value: Any, *, longest: float = MAX_DURATION) -> float:
-    """Return the seconds of a duration, or infinity for `off`; ValueError otherwise."""
+def parse_optional_duration(value: Any, *, longest: float = MAX_DURATION) -> float | None:
+    """Return the seconds of a duration, or None for `off`; raise InvalidValue otherwise."""
     if value == "off":
-        return math.inf
+        return None
     try:
         return parse_duration(value, longest=longest)
-    except ValueError as error:
-        raise ValueError(f"{error}, or off") from None
+    except InvalidValue as error:
+        raise InvalidValue(error.what, f"{error.remedy}, or off") from None
 
 
 def check_seconds(seconds: float, *, longest: float = MAX_DURATION) -> float:
     """Validate seconds passed from Python; raise ValueError if not positive or above `longest`."""
     if not 0 < seconds <= longest:
         days = f"{longest / 86400:.0f} days"
-        raise ValueError(f"a duration can't be {seconds} s: give more than 0 and at most {longest:.0f} s, {days}")
+        raise InvalidValue(f"a duration can't be {seconds} s", f"give more than 0 and at most {longest:.0f} s, {days}")
     return float(seconds)
 
 
@@ -81,37 +81,45 @@ def parse_count(value: Any) -> int:
         return value
     match = _COUNT.fullmatch(value) if isinstance(value, str) else None
     if match is None or not value:
-        raise ValueError(
-            f"a count can't be {describe_value(value)}: write a positive whole number, as in 200000, 200k or 2M"
+        raise InvalidValue(
+            f"a count can't be {describe_value(value)}", "write a positive whole number, as in 200000, 200k or 2M"
         )
     count = int(match[1]) * _THOUSANDS[match[2]]
     if not 0 < count <= MAX_COUNT:
-        raise ValueError(f"the count {value} is out of range: write a positive one, at most {MAX_COUNT}")
+        raise InvalidValue(f"the count {value} is out of range", f"write a positive one, at most {MAX_COUNT}")
     return count
 
 
 def check_bytes(size: int) -> int:
     """Validate a size passed from Python; raise ValueError if it is out of range."""
     if not 0 < size <= MAX_SIZE_BYTES:
-        raise ValueError(f"the size {size} is out of range: give more than 0 and at most {MAX_SIZE_BYTES} bytes")
+        raise InvalidValue(f"the size {size} is out of range", f"give more than 0 and at most {MAX_SIZE_BYTES} bytes")
     return size
 
 
 def format_size(size: int) -> str:
-    """Format a size for `parse_size`."""
-    return f"{size}B"
+    """Format a size for `parse_size`, in the largest unit without a fraction."""
+    forms = [(size, "B")]
+    for base, mark in ((1000, ""), (1024, "i")):
+        forms += [
+            (size // base**power, f"{unit}{mark}B")
+            for unit, power in _POWERS.items()
+            if unit and not size % base**power
+        ]
+    count, unit = min(forms)
+    return f"{count}{unit}"
 
 
 def parse_size(value: Any) -> int:
     """Parse a size in bytes (KB is a power of 1000, KiB of 1024); raise ValueError if it is invalid."""
     match = _SIZE.fullmatch(value) if isinstance(value, str) else None
     if match is None:
-        raise ValueError(
-            f"a size can't be {describe_value(value)}: write a whole number with a unit, as in 500KB, 50MB or 2GiB"
+        raise InvalidValue(
+            f"a size can't be {describe_value(value)}", "write a whole number with a unit, as in 500KB, 50MB or 2GiB"
         )
     size: int = int(match[1]) * (1024 if match[3] else 1000) ** _POWERS[match[2]]
     if not 0 < size <= MAX_SIZE_BYTES:
-        raise ValueError(f"the size {value} is out of range: write a positive one, at most 1024TiB")
+        raise InvalidValue(f"the size {value} is out of range", "write a positive one, at most 1024TiB")
     return size
 
 

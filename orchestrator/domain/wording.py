@@ -1,0 +1,64 @@
+"""Values, lists of names, and suggestions, as parts of messages."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from itertools import islice
+from typing import Any, Final
+
+# Each unknown name is compared with all: with more, a systematic mistake in a large file would take minutes.
+_MOST_CANDIDATES: Final = 200
+_MOST_FOLDED: Final = 5_000
+_LONGEST_SHOWN: Final = 60
+_MOST_LISTED: Final = 10
+
+
+def quote_text(value: str) -> str:
+    """Return text quoted for a message: escaped, and truncated to a readable length."""
+    return repr(value if len(value) <= _LONGEST_SHOWN else value[:_LONGEST_SHOWN] + "…")
+
+
+def join_names(names: Collection[str], most: int = 5, separator: str = ", ") -> str:
+    """Return the first names, and the number of the rest."""
+    rest = len(names) - most
+    return separator.join(islice(names, most)) + (f" and {rest} more" if rest > 0 else "")
+
+
+def find_similar(unknown: str, names: Collection[str], most: int = 1, cutoff: float = 0.6) -> list[str]:
+    """Return the names that an unknown one may stand for: the same one in other case, else the most similar ones."""
+    same = [name for name in names if name.casefold() == unknown.casefold()] if len(names) <= _MOST_FOLDED else []
+    if same or len(names) > _MOST_CANDIDATES:
+        return same[:most]
+    from difflib import get_close_matches  # noqa: PLC0415  only errors need it
+
+    return get_close_matches(unknown, names, n=most, cutoff=cutoff)
+
+
+def suggest_similar(unknown: str, names: Collection[str], most: int = 1) -> str | None:
+    """Return the remedy that asks whether a similar name was meant; None if there is none."""
+    similar = find_similar(unknown, names, most)
+    return f"did you mean {' or '.join(map(repr, similar))}?" if similar else None
+
+
+def suggest(unknown: str, known: Collection[str], plural: str) -> str:
+    """Return the remedy for an unknown name: a similar one, or a list of the known ones, which are called `plural`."""
+    if not known:
+        return f"there are no {plural}"
+    return suggest_similar(unknown, known) or f"{plural} are {join_names(known, _MOST_LISTED)}"
+
+
+def describe_value(value: Any) -> str:
+    """Return a description of a value in a file."""
+    match value:
+        case None:
+            return "empty"
+        case bool():
+            return f"the boolean {str(value).lower()}"
+        case int() | float():
+            return f"the number {value}"
+        case str():
+            return f"the text {quote_text(value)}"
+        case list():
+            return "a list" if value else "an empty list"
+        case _:
+            return "a mapping" if value else "an empty mapping"
