@@ -55,7 +55,7 @@ def run_document(folder: Path, run: str = RUN, started: float = RUN_STARTED) -> 
         target="main",
         capacity=2,
         session_memory=1,
-        adapters={"fixer": AdapterConfig(use="command", options={})},
+        adapters={"fixer": AdapterConfig(use="command", options={"argv": ["fixer"]})},
         tasks=("models", "api"),
         start=OLD_COMMIT,
         hub=str(folder / "hub"),

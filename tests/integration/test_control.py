@@ -636,12 +636,12 @@ async def test_changed_file_is_reported_and_adopted_by_reload(repository: Reposi
     repaired = [{**broken[0], "prompt": "write t.txt repaired", "timeout": "7m"}, {**broken[1], "attempts": 2}]
     _file(repository, repaired, capacity=7)
     kept = repository.council("retry", "t")
-    assert f"{file} has changed; the run keeps its recorded settings: t (prompt, timeout)" in kept.stderr, kept
+    assert f"{file} has changed; the run keeps its recorded settings: t (timeout, prompt)" in kept.stderr, kept
     assert "council retry t --reload`" in kept.stderr
     resumed = repository.council("resume", "--json")
     assert resumed.states["t"] == "failed"
     [told] = [line for line in resumed.lines if line.get("event") == "run.file_changed"]
-    assert (told["tasks"], told["keys"]) == ({"t": ["prompt", "timeout"], "u": ["attempts"]}, ["capacity"])
+    assert (told["tasks"], told["keys"]) == ({"t": ["timeout", "prompt"], "u": ["attempts"]}, ["capacity"])
     reloaded = repository.council("retry", "t", "--reload")
     assert (reloaded.code, "settings: capacity; to use them, start a new run" in reloaded.stderr) == (0, True), reloaded
     assert f"t: reloaded prompt, timeout from {file}" in reloaded.stderr

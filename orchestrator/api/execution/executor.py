@@ -24,7 +24,7 @@ from orchestrator.config.coordination import CoordinationOverrides
 from orchestrator.domain.events.runs import RunFileChanged, RunInterrupted, RunWorkerLeft
 from orchestrator.domain.runs.model import HaltCause, RunDocument
 from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, with_subtasks
-from orchestrator.domain.settings.run_settings import Budget
+from orchestrator.domain.settings.run_settings import Budget, CoordinationSettings
 from orchestrator.engine.cleanup.imported_tasks import write_unfinished_tasks
 from orchestrator.engine.diagnostics.programs import find_unusable_adapters
 from orchestrator.engine.landing.reconciliation import Reconciler, has_unlanded_work
@@ -68,6 +68,7 @@ class RunExecutor:
         document = await read_run(self._context.store, run)
         if document.imported is not None:
             raise await write_unfinished_tasks(self._context.store, document, self._context.project.legacy)
+        settings = run_settings(self._context, document, coordination)
         hub = await RunIndex(self._context).hub(document)
         try:
             async with hold_run_lock(hub, run) as lock, background_services(self._context, self._plugins, document):
@@ -78,7 +79,7 @@ class RunExecutor:
                 if has_ended and not may_be_landed:
                     return await reader.status(run)
                 async with (
-                    self._entry(document, hub, coordination) as entry,
+                    self._entry(document, hub, settings) as entry,
                     entry.lead(lock) as (ledger, run_context),
                 ):
                     reader = RunReader(entry.context)
@@ -105,12 +106,13 @@ class RunExecutor:
         """Join a run as an additional worker; see `Runs.work`."""
         context = self._context
         document = await read_run(context.store, run)
-        if not run_settings(context, document, coordination).enabled:
+        settings = run_settings(context, document, coordination)
+        if not settings.enabled:
             raise sharing_disabled_error(run, context.environ, coordination)
         hub = await RunIndex(context).hub(document)
         async with (
             anyio.create_task_group() as group,
-            self._entry(document, hub, coordination) as entry,
+            self._entry(document, hub, settings) as entry,
             entry.join() as (ledger, run_context),
         ):
             ended = anyio.Event()
@@ -126,11 +128,8 @@ class RunExecutor:
         return report
 
     @asynccontextmanager
-    async def _entry(
-        self, run: RunDocument, hub: Hub, coordination: CoordinationOverrides | None
-    ) -> AsyncIterator[RunEntry]:
+    async def _entry(self, run: RunDocument, hub: Hub, settings: CoordinationSettings) -> AsyncIterator[RunEntry]:
         """Yield the way into a run, with a store that survives outages during the body."""
-        settings = run_settings(self._context, run, coordination)
         async with survive_store_outages(
             self._context, run.id, settings, gives_up=lambda: self._stop.is_set
         ) as context:
