@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple, Protocol
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationInfo
 
-from orchestrator.domain.runs.failures import FailureClass
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.system.clock import Clock

@@ -644,7 +644,7 @@ async def test_changed_file_is_reported_and_adopted_by_reload(repository: Reposi
     assert (told["tasks"], told["keys"]) == ({"t": ["timeout", "prompt"], "u": ["attempts"]}, ["capacity"])
     reloaded = repository.council("retry", "t", "--reload")
     assert (reloaded.code, "settings: capacity; to use them, start a new run" in reloaded.stderr) == (0, True), reloaded
-    assert f"t: reloaded prompt, timeout from {file}" in reloaded.stderr
+    assert f"t: reloaded timeout, prompt from {file}" in reloaded.stderr
     unchanged = repository.council("retry", "t", "--reload")
     assert f"t: {file} has no changes" in unchanged.stderr
     resumed = repository.council("resume", "--json")
