@@ -81,6 +81,25 @@ async def test_lock_of_the_user_is_never_removed(repository: Repository, name: s
     await repository.assert_invariants()
 
 
+@pytest.mark.parametrize("damage", ["HEAD", "refs/council/*/start", "objects/??/*"])
+def test_a_damaged_internal_repository_is_named_with_the_remedy(
+    repository: Repository, tmp_path: Path, damage: str
+) -> None:
+    """No retry would help; a new run works once it is moved away."""
+    config = repository.configure(ONE)
+    assert repository.council("run", str(config), failpoints="worktree.created=kill").code == -signal.SIGKILL
+    [trusted] = (tmp_path / "council-home").glob("*/trusted.git")
+    for file in trusted.glob(damage):
+        file.chmod(0o600)
+        file.write_text("" if "objects" in damage else "garbage\n")
+    refused = repository.council("resume", "--json")
+    assert (refused.code, refused.result["status"]) == (2, "refused"), refused
+    assert f"the internal repository {trusted.parent} is damaged" in refused.result["error"]
+    assert "move it away" in refused.result["remedy"]
+    trusted.parent.rename(tmp_path / "moved")
+    assert repository.council("run", str(config), "--json").states == {"one": "landed"}
+
+
 @pytest.mark.parametrize(
     ("start", "finish"),
     [

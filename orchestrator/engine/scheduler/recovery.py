@@ -40,6 +40,7 @@ from orchestrator.errors import (
 from orchestrator.protocols import JsonObject
 from orchestrator.repo.intake.collect import CollectedWork
 from orchestrator.repo.worktrees import worktrees
+from orchestrator.repo.worktrees.hub import reports_hub_damage
 from orchestrator.repo.worktrees.preserved import try_to_preserve
 from orchestrator.repo.worktrees.slots import read_setup_files
 from orchestrator.repo.worktrees.worktrees import Worktree
@@ -75,6 +76,9 @@ async def recover(ledger: Ledger, context: RunContext, clock: Clock) -> None:
     except TargetMissing as error:
         raise RefusedError(error.what, error.remedy) from None
     except GitError as error:
+        if reports_hub_damage(context.hub, error.stderr):
+            what = f"the internal repository {context.hub.root} is damaged: {error.stderr}"
+            raise RefusedError(what, "move it away and start a new run; landed commits stay on their targets") from None
         raise to_unusable_error(error, "cannot read the target", "retry once it is reachable") from None
     taken = await _take_over(ledger, context, counts=False)
     tasks = ledger.run.tasks if alone else taken

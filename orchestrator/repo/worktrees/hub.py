@@ -35,6 +35,9 @@ from orchestrator.repo.worktrees import origin
 from orchestrator.repo.worktrees.file_trees import remove_all
 from orchestrator.system.file_lock import FileLock
 
+#: Git's messages about a damaged repository, and about a ref of ours with a missing or invalid object.
+_DAMAGE = re.compile(r"corrupt|is empty|unable to unpack|not a git repository")
+_DAMAGED_REF = "fatal: bad object refs/council/"
 #: The namespace in the trusted repository for what each run has fetched.
 INTERNAL_REFS = "refs/council"
 
@@ -112,6 +115,11 @@ class Hub:
 def is_inside_hub(hub: Hub, path: Path) -> bool:
     """Whether no link leads out of a hub on the way to `path`. Blocks."""
     return path.parent.resolve().is_relative_to(hub.root.resolve())
+
+
+def reports_hub_damage(hub: Hub, stderr: str) -> bool:
+    """Whether git's messages say that a hub itself is damaged, rather than the repository that was accessed."""
+    return _DAMAGED_REF in stderr or (str(hub.root) in stderr and _DAMAGE.search(stderr) is not None)
 
 
 def locate_hub(source: str, home: Path) -> Hub:
