@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 # Keep byte code: otherwise each worker compiles all tests.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help install demo test test-extended test-sandboxes test-clis crash chaos bench schema lint types imports check clean
+.PHONY: help install demo test test-quick test-extended test-sandboxes test-clis crash chaos bench schema lint types imports check clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -31,6 +31,9 @@ demo: install  ## run configs/quickstart.yaml on a clone of this repository and 
 
 test: install  ## run the tests of every feature, in a few minutes
 	@$(PYTEST) -m 'not extended and not slow and not clis'
+
+test-quick: install  ## run the unit, contract and property tests, in less than a minute
+	@$(PYTEST) -m 'not extended and not slow and not clis' tests/unit tests/contract tests/property
 
 test-extended: install  ## run the remaining tests: variants and injected faults, some minutes more
 	@$(PYTEST) -m 'extended and not slow and not clis'
