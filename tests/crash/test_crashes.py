@@ -196,6 +196,7 @@ async def test_request_killed_while_handled_is_completed(repository: Repository,
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_resume_waits_until_a_stubborn_agent_is_dead(repository: Repository) -> None:
     """With an agent that ignores TERM, leaves its session and keeps writing, nothing is touched before all is dead."""
     prompt = "stubborn\nwrite file.txt first\ndaemon file.txt\nattempt 1 hang"

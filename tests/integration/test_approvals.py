@@ -135,6 +135,7 @@ async def test_approval_survives_the_process_that_asked(repository: Repository) 
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_waiting_task_can_be_cancelled(repository: Repository) -> None:
     """It is over then, and so is the run."""
     child = repository.start("run", configured(repository), "--json")
@@ -164,6 +165,7 @@ def test_only_waiting_tasks_can_be_approved(repository: Repository) -> None:
     assert "no task 'x'" in repository.council("approve", "x").stderr
 
 
+@pytest.mark.extended
 async def test_task_is_retried_from_an_earlier_phase(repository: Repository) -> None:
     """What came of the phases before that stays; a name that is none of its phases is refused."""
     workflow = [

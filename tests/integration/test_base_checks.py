@@ -129,6 +129,7 @@ async def test_base_is_checked_once_for_tasks_with_the_same_checks(repository: R
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_killed_run_does_not_repeat_passed_base_checks(repository: Repository) -> None:
     """Neither the base that passed, nor what landed through the same checks."""
     repository.commit({"code": "good\n"}, "code")
@@ -148,6 +149,7 @@ async def test_killed_run_does_not_repeat_passed_base_checks(repository: Reposit
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_signal_ends_the_base_checks(repository: Repository) -> None:
     """Nothing has started then, and a resume starts over."""
     flag = repository.spawns.parent / "flag"
@@ -352,6 +354,7 @@ async def test_unexecutable_check_is_not_a_failure_of_the_task(repository: Repos
     await repository.assert_invariants()
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("options", [[], ["--allow-failing-base"]])
 async def test_unrunnable_checks_are_reported_at_once(repository: Repository, options: list[str]) -> None:
     """With all fixes in one message; a check between them that can be run is not named."""
@@ -384,6 +387,7 @@ async def test_task_may_add_the_script_of_its_check(repository: Repository) -> N
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_missing_script_is_to_be_committed(repository: Repository) -> None:
     """No program is to be installed for a path in the worktree."""
     repository.remember()
@@ -422,6 +426,7 @@ async def test_missing_program_of_the_setup_is_not_a_failure_of_the_task(
     await repository.assert_invariants()
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("options", [[], ["--allow-failing-base"]])
 @pytest.mark.parametrize(
     ("check", "script"),

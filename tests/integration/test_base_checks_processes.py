@@ -71,6 +71,7 @@ def outcome(child: StartedCommand) -> CommandResult:
     return CommandResult(child.wait(), out, error)
 
 
+@pytest.mark.extended
 async def test_waiting_process_checks_the_base_when_the_other_is_killed(gated: Gated) -> None:
     """The leftovers of the killed check are not in its way and are removed, and it is not taken for passed."""
     gated.repository.commit({"bad": "x\n"}, "broken")
@@ -105,6 +106,7 @@ async def test_process_does_not_wait_for_base_checks_of_a_stopped_one(gated: Gat
     await gated.repository.assert_invariants()
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("broken", [False, True])
 async def test_base_that_moves_during_its_checks_is_checked_again(gated: Gated, broken: bool) -> None:
     """What counts is the commit that sessions start from, whichever of the two passes."""

@@ -183,6 +183,7 @@ def ended(child: StartedCommand) -> CommandResult:
     return CommandResult(child.returncode, stdout, stderr)
 
 
+@pytest.mark.extended
 async def test_task_waiting_for_a_landing_of_another_run_can_be_cancelled(repository: Repository) -> None:
     """It is over at once; what waits with it lands when its turn has come."""
     config = repository.configure(files(2))

@@ -103,6 +103,7 @@ async def test_cost_is_estimated_by_the_price_of_the_model(claude: Repository) -
     assert "$1.0010 of $1.00" in task["reason"]
 
 
+@pytest.mark.extended
 async def test_program_that_stops_at_its_own_limit_exhausted_the_budget(claude: Repository) -> None:
     """It says that it reached a limit of its own, which is ours."""
     prompt = "attempt 1 spend 600\nattempt 1 fail turns\nattempt 2 write a.txt a"
@@ -125,6 +126,7 @@ async def test_exhausted_task_is_not_retried(claude: Repository) -> None:
     assert ended.states == {"t0": "landed"}, ended
 
 
+@pytest.mark.extended
 async def test_uncountable_cost_is_reported(repository: Repository) -> None:
     """Where neither the program nor a price says what it cost."""
     adapter = {
@@ -154,6 +156,7 @@ async def test_session_time_is_limited_over_all_attempts(claude: Repository) -> 
     assert 2 <= usage["total"]["seconds"] < 30
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     ("limits", "told"),
     [

@@ -100,6 +100,7 @@ def test_checkout_by_core_worktree_is_found(repository: Repository, tmp_path: Pa
         assert "core.worktree" in ended.stdout + ended.stderr, ended
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("kind", ["submodule", "separate"])
 def test_checkout_with_a_separate_git_dir_is_rejected(repository: Repository, tmp_path: Path, kind: str) -> None:
     """Git takes the git directory for the checkout and would write files there; other branches can be landed on."""

@@ -89,6 +89,7 @@ async def test_running_task_is_restored_as_after_a_kill(repository: Repository) 
     assert restored(repository, {"id": told["before"]})["runs"] == []
 
 
+@pytest.mark.extended
 async def test_queued_work_lands_after_a_later_attempt(repository: Repository) -> None:
     """A checkpoint from before the checks did not pass brings back that work, with its base and branch."""
     tasks = [{"id": "one", "prompt": "attempt 1 write one.txt 1\nattempt 2 exit 1", "attempts": 2}]
@@ -111,6 +112,7 @@ async def test_queued_work_lands_after_a_later_attempt(repository: Repository) -
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_ended_task_is_retried_after_its_later_attempts(repository: Repository) -> None:
     """Restored it is about the attempt that it was over with; retried, about a new one."""
     path = repository.configure(
@@ -146,6 +148,7 @@ async def test_landing_in_progress_is_repeated(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_work_on_the_target_is_adopted_and_lands_once(repository: Repository) -> None:
     """The push was made, and its end never recorded: a checkpoint from before does not turn that back."""
     path = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
@@ -316,6 +319,7 @@ async def test_impossible_restore_is_rejected(repository: Repository) -> None:
         assert (refused.code, fragment in refused.stderr) == (2, True), refused
 
 
+@pytest.mark.extended
 async def test_landed_task_keeps_its_handoffs(repository: Repository) -> None:
     """Its phases are completed on record, so what they produced since the checkpoint is not deleted."""
     review = {"access": "read", "produces": "review", "prompt": "{{ task.prompt }}"}

@@ -165,6 +165,7 @@ async def test_checks_see_what_is_allowed(repository: Repository, name: str) -> 
     assert json.dumps(ended.lines).count("value-of-the-variable") == 0
 
 
+@pytest.mark.extended
 async def test_signal_ends_the_wait_for_checks_of_another_run(repository: Repository) -> None:
     """While one run checks, another one that wants to land on the same target can be stopped at once."""
     flag = repository.spawns.parent / "checking"

@@ -167,6 +167,7 @@ async def test_interrupted_run_can_resume_after_clean(repository: Repository, fa
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_cancelled_killed_run_leaves_nothing(repository: Repository) -> None:
     """The cancel saves what was done; `clean` has nothing to add, and what was saved stays."""
     config = repository.configure([{"id": "a", "prompt": "write a.txt a\nhang"}])
@@ -229,6 +230,7 @@ def damage(repository: Repository, event: bytes, at: int) -> None:
     log.write_bytes(b"".join(lines))
 
 
+@pytest.mark.extended
 async def test_damaged_record_proves_nothing(repository: Repository) -> None:
     """Where the state of a task can't be read, its worktree is kept; where that of runs can't be, none is unknown."""
     run = run_once(repository, KEEPS, code=1)
@@ -312,6 +314,7 @@ async def test_hub_unknown_to_any_state_is_removed(repository: Repository) -> No
     assert trees(repository) == []
 
 
+@pytest.mark.extended
 async def test_leftovers_of_killed_commands_are_removed(repository: Repository) -> None:
     """Temporary files and locks in the hub and next to it: of git's at once, of ours what is old, and nothing else."""
     run_once(repository, KEEPS, code=1)
@@ -396,6 +399,7 @@ def immutable(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+@pytest.mark.extended
 async def test_unremovable_leftover_is_named(repository: Repository) -> None:
     """The exit code says so, the rest goes, and closed folders are no hindrance."""
     run_once(repository, KEEPS, {**KEEPS, "id": "other"}, code=1)
@@ -454,6 +458,7 @@ async def test_hub_used_since_listing_stays(repository: Repository) -> None:
     assert hub_of(repository).root.exists()
 
 
+@pytest.mark.extended
 async def test_repository_can_run_again_after_clean(repository: Repository) -> None:
     """A hub that was removed is made anew by the next run of a repository in the same place."""
     run_once(repository, {"id": "a", "prompt": "write a.txt a"})

@@ -172,6 +172,7 @@ async def test_run_changed_since_listing_stays(repository: Repository) -> None:
         assert await council.runs.ids() == [run]
 
 
+@pytest.mark.extended
 async def test_killed_removal_can_be_repeated(repository: Repository) -> None:
     """With the logs gone and the record deleted, nothing is left but its checkpoints, its lease and its claims."""
     run = run_once(repository, LANDS)

@@ -112,6 +112,7 @@ def run_until_push(repository: Repository, free: Path) -> StartedCommand:
     return child
 
 
+@pytest.mark.extended
 def test_interrupted_process_in_a_hook_is_reported(repository: Repository, tmp_path: Path) -> None:
     """The first Ctrl-C lets the push end; the second ends the process at once."""
     free = tmp_path / "free"
@@ -184,6 +185,7 @@ async def test_cancel_of_all_tasks_ends_a_live_run(repository: Repository) -> No
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_cancel_of_an_ended_task_is_no_error(repository: Repository) -> None:
     """One rule: 0 where all tasks have ended then, whether they are named or not; 2 for a task that is unknown."""
     tasks = [{"id": "done", "prompt": "write d.txt x"}, {"id": "long", "prompt": "hang"}]
@@ -203,6 +205,7 @@ async def test_cancel_of_an_ended_task_is_no_error(repository: Repository) -> No
         assert (again.code, again.result["exit"], again.states) == (0, 0, {"done": "landed", "long": "cancelled"})
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("keys", [{}, {"workflow": "one"}], ids=["plain", "workflow"])
 async def test_retry_on_a_live_run_unblocks_dependents(repository: Repository, keys: dict[str, Any]) -> None:
     """It gets all of its attempts again, and what it blocked goes on."""
@@ -382,6 +385,7 @@ async def test_preserved_work_is_listed_shown_applied_and_dropped(repository: Re
     assert [one["name"] for one in left] == ["stasher/1", "tried/1"]
 
 
+@pytest.mark.extended
 async def test_worktree_with_a_secret_is_preserved_and_can_be_dropped(repository: Repository) -> None:
     """A `.env` is never committed; the rest is, the folder is named, and goes when it is not wanted any more."""
     tasks = [{"id": "env", "prompt": "do it\nwrite src/.env API_TOKEN=s3cr3t-value-77\nwrite good.txt g"}]
@@ -405,6 +409,7 @@ async def test_worktree_with_a_secret_is_preserved_and_can_be_dropped(repository
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_request_of_a_killed_command_is_performed(repository: Repository) -> None:
     """Recorded before a kill of the asker, it is done by the run's next owner."""
     tasks = [{"id": "a", "prompt": "attempt 1 hang\nwrite a.txt x"}, {"id": "b", "prompt": "write b.txt x"}]
@@ -425,6 +430,7 @@ async def test_request_answer_is_json(repository: Repository) -> None:
     child.communicate(timeout=60)
 
 
+@pytest.mark.extended
 async def test_rejected_request_stays_rejected(repository: Repository) -> None:
     """A resume from where the secret's variable is not set neither commits what it was kept out for nor removes it."""
     repository.environ["MY_TOKEN"] = "zzz-my-own-secret-1234567890"
@@ -482,6 +488,7 @@ async def test_all_runs_are_listed(repository: Repository) -> None:
     assert "b.txt" in repository.council("salvage", "show", kept["name"], "--run", kept["run"]).stdout
 
 
+@pytest.mark.extended
 async def test_durations_exclude_pauses(repository: Repository) -> None:
     """An average time is the time in which a process was active: what is between an interrupt and a resume is not."""
     child = repository.start("run", str(repository.configure([{"id": "t", "prompt": "write a x\nattempt 1 hang"}])))
@@ -545,6 +552,7 @@ async def test_next_command_is_the_same_everywhere(
         assert steps(repository.council("resume").stdout) == wanted
 
 
+@pytest.mark.extended
 async def test_long_name_is_shortened_in_tables_only(repository: Repository) -> None:
     """No line exceeds 80 columns unless a command or a path does; commands and JSON have the whole name."""
     name = "a-task-whose-name-is-as-long-as-names-of-tasks-may-be-or-nearly"
@@ -695,6 +703,7 @@ def test_reload_adopts_a_waiting_task_of_a_live_run(repository: Repository) -> N
     assert (repository.top / "later.txt").read_text() == "new\n"
 
 
+@pytest.mark.extended
 def test_reload_adopts_the_checks_of_a_queued_task(repository: Repository) -> None:
     """What it built stays queued; its landing runs the new checks."""
     task: dict[str, Any] = {"id": "built", "prompt": "write README.md changed", "attempts": 1}
@@ -831,6 +840,7 @@ def killed_with_work(repository: Repository) -> str:
     return str(repository.council("status", "--json").result["run"])
 
 
+@pytest.mark.extended
 def test_diff_shows_the_worktree_of_a_killed_run(repository: Repository) -> None:
     """The same that it showed of the running session; `salvage list` names that worktree."""
     killed_with_work(repository)
@@ -839,6 +849,7 @@ def test_diff_shows_the_worktree_of_a_killed_run(repository: Repository) -> None
     assert (shown.code, "+half" in shown.stdout) == (0, True), shown
 
 
+@pytest.mark.extended
 def test_logs_of_a_killed_session_are_marked_interrupted(repository: Repository) -> None:
     """As `show` does; nothing runs any more."""
     killed_with_work(repository)

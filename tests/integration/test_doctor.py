@@ -139,6 +139,7 @@ def test_repository_without_a_commit_is_reported(repository: Repository, tmp_pat
     assert "has no commit yet" in doctor(empty)["base"][0][1]
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("kind", ["sha256", "shallow", "partial", "submodule", "lfs"])
 def test_unsupported_repositories_are_reported(kind: str, repository: Repository, tmp_path: Path) -> None:
     """Each is told by the same words that a run would be refused with."""
@@ -189,6 +190,7 @@ def test_files_invisible_to_sessions_are_reported(repository: Repository) -> Non
     assert "files" not in doctor(repository, str(repository.configure(tasks, **settings)))
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     ("argv", "is_found"),
     [
@@ -346,6 +348,7 @@ def test_adapters_are_listed(repository: Repository, stand_ins: FakePrograms) ->
     assert "needy (stand_ins 1.0): needs endpoint\n" in text
 
 
+@pytest.mark.extended
 def test_adapters_have_their_state_in_the_newest_run(repository: Repository) -> None:
     """One that was stopped says why; before any run there is nothing to say."""
     argv = ["sh", "-c", "echo not logged in; exit 1"]
@@ -425,6 +428,7 @@ def test_programs_of_checks_are_looked_up_in_the_sandbox(repository: Repository)
     assert programs(repository, ["my-tool"], sandbox="off")[0][0] == "ok"
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("how", ["file", "option"])
 def test_script_that_a_task_may_add_is_accepted(repository: Repository, how: str) -> None:
     """A warning where the check may fail on the base; a problem as soon as it must pass for another task."""

@@ -148,6 +148,7 @@ def _without_measures(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     "settings",
     [{"defaults": {"checks": ["no-such-tool --all"]}}, {"worktrees": {"setup": ["no-such-installer"]}}],
@@ -277,6 +278,7 @@ async def test_dry_run_without_a_file_uses_the_current_repository(
     assert config.base == "main"
 
 
+@pytest.mark.extended
 async def test_open_items_of_trackers_are_shown_and_not_updated(repository: Repository, tmp_path: Path) -> None:
     """Also where the file has no tasks of its own; that there are none at all is refused as for a run."""
     todo = tmp_path / "todo.md"

@@ -262,6 +262,7 @@ async def test_adapter_capacity_is_respected(repository: Repository) -> None:
     assert most == 2
 
 
+@pytest.mark.extended
 async def test_program_in_a_hidden_folder_is_distinguished_from_a_missing_one(repository: Repository) -> None:
     """A tool in the user's own repository is not there for sessions; the refusal says what to do, and that helps."""
     tool = repository.top / "tool.sh"

@@ -138,6 +138,7 @@ async def test_second_signal_ends_immediately(
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_signal_during_a_push_lets_it_finish(repository: Repository) -> None:
     """The target and its checkout agree afterwards, whatever the signal met; the landing is not cut off."""
     hook = repository.top / ".git/hooks/pre-receive"

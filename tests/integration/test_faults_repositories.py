@@ -28,6 +28,7 @@ def planted(place: Path) -> Path:
     return place
 
 
+@pytest.mark.extended
 async def test_stale_locks_of_each_kind_are_removed(repository: Repository, tmp_path: Path) -> None:
     """What killed git commands of ours left in our own repository is removed by the next owner of the run."""
     config = repository.configure(ONE)
@@ -43,6 +44,7 @@ async def test_stale_locks_of_each_kind_are_removed(repository: Repository, tmp_
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_lock_stays_while_its_git_command_lives(repository: Repository, tmp_path: Path) -> None:
     """Another run's command may be the one that made it: only what belongs to this run alone goes."""
     config = repository.configure(ONE)
@@ -351,6 +353,7 @@ async def test_failing_other_hooks_of_the_user_stop_nothing(repository: Reposito
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_missing_own_repositories_are_named(repository: Repository) -> None:
     """What is left of their folder does not make a fault of ours out of it."""
     repository.council("run", str(repository.configure([{"id": "one", "prompt": "write one.txt 1"}])))

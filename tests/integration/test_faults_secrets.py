@@ -146,6 +146,7 @@ async def test_uncommittable_files_become_no_object(repository: Repository) -> N
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_injected_instructions_change_nothing(repository: Repository, tmp_path: Path) -> None:
     """Prompts, file contents, names, messages and outputs that look like our own words or commands are data."""
     ran = tmp_path / "ledger" / "ran"

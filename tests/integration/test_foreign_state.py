@@ -32,6 +32,7 @@ def forged(repository: Repository, tmp_path: Path) -> tuple[Path, Path]:
     return made, trace
 
 
+@pytest.mark.extended
 async def test_file_name_does_not_make_a_segment(repository: Repository, tmp_path: Path) -> None:
     """Not even one that would stand for all that there is: `verify`, `status` and `resume` do not see it."""
     made, trace = forged(repository, tmp_path)
@@ -123,6 +124,7 @@ def test_lost_identity_is_found_and_a_lost_log_named(repository: Repository) -> 
         assert (refused.code, "is missing" in refused.stderr) == (2, True), (command, refused)
 
 
+@pytest.mark.extended
 def test_link_is_no_log(repository: Repository, tmp_path: Path) -> None:
     """Where the log is to be, to another one; the folder's own identity is known."""
     made, trace = forged(repository, tmp_path)

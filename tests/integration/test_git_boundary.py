@@ -363,6 +363,7 @@ async def test_changes_during_a_rejected_push_survive_recovery(repository: Repos
     assert not (repository.top / "a.txt").exists()
 
 
+@pytest.mark.extended
 async def test_stray_folder_and_stale_locks_do_not_block_a_run(repository: Repository, tmp_path: Path) -> None:
     """Folders that are no attempt's are passed over; locks of killed git commands of ours go."""
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])

@@ -284,6 +284,7 @@ async def test_written_file_of_a_python_project_runs(repository: Repository) -> 
     assert "base.passed" in [line.get("event") for line in ended.lines]
 
 
+@pytest.mark.extended
 async def test_written_file_of_a_python_project_without_packages_runs(repository: Repository) -> None:
     """The pytest of the `python3` that sessions see is used where there is one."""
     repository.commit({"pytest.ini": "[pytest]\n", "tests/test_it.py": "def test_it():\n    import os\n"})

@@ -428,6 +428,7 @@ async def test_rejected_push_is_undone_before_the_next(repository: Repository, t
     landing.judge({}, {})
 
 
+@pytest.mark.extended
 def test_rejected_push_is_undone_after_a_kill(repository: Repository, tmp_path: Path) -> None:
     """What it staged lands by the next process, or is removed by that, and is locked until then."""
     refuse, path = repository.top / ".git/hooks/reference-transaction", repository.environ["PATH"]
@@ -595,6 +596,7 @@ async def test_removing_the_lock_of_a_killed_push_and_leaving_takes_nothing_alon
     landing.judge({}, {})
 
 
+@pytest.mark.extended
 async def test_killed_landing_of_another_run_is_reported_with_its_repair(repository: Repository) -> None:
     """And not as changes of the user's, which they would commit."""
     path = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
@@ -731,6 +733,7 @@ async def test_pushes_killed_at_random_moments_are_recovered(repository: Reposit
     landing.judge({"user.txt": "user\n", **kept}, {})
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("whose", ["0", "$PPID"])
 def test_push_stopped_during_its_update_ends_with_its_process(
     repository: Repository, tmp_path: Path, whose: str

@@ -147,6 +147,7 @@ async def test_killed_server_is_retried(repository: Repository, tmp_path: Path, 
     assert not isinstance(raised.value, GitKilled)
 
 
+@pytest.mark.extended
 async def test_objects_received_by_a_killed_push_are_removed(repository: Repository) -> None:
     """And after a git command that is at work in the repository has ended."""
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])

@@ -102,6 +102,7 @@ def test_resume_with_tasks_to_retry_records_a_merged_conflict(repository: Reposi
     assert (resumed.code, resumed.states) == (1, {"one": "landed", "two": "landed", "idle": "no_change"}), resumed
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("is_merged", [True, False])
 async def test_conflict_merged_by_a_person_counts_as_landed(repository: Repository, is_merged: bool) -> None:
     """By the printed commands, after the run has ended: `resume` records it, and starts the tasks that need it."""

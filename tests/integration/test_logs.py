@@ -118,6 +118,7 @@ def test_output_of_a_failed_check_is_shown_once(repository: Repository) -> None:
     assert shown.count("two\n") == 1, shown
 
 
+@pytest.mark.extended
 def test_newest_attempt_of_a_phase_is_shown(repository: Repository) -> None:
     """By its name; an unknown one is refused with the names that there are."""
     workflow = [{"plan": {"access": "read"}}, {"build": {}}]

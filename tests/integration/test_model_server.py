@@ -366,6 +366,7 @@ def hear(server: ModelServer, api: Api, prompt: str, stream: bool, results: int 
     return api.read(reply.raw, stream)
 
 
+@pytest.mark.extended_but_first
 def test_text_ends_the_answer(server: ModelServer, api: Api, stream: bool) -> None:
     """All that is to be said comes as one text, any characters in it, and without any there is some text."""
     heard = hear(server, api, "You are to\n  say größer 'als' \"x\"\nsay and 🦉 more\nand words", stream)
@@ -373,6 +374,7 @@ def test_text_ends_the_answer(server: ModelServer, api: Api, stream: bool) -> No
     assert hear(server, api, "Hello there", stream).text
 
 
+@pytest.mark.extended_but_first
 def test_each_turn_is_the_next_tool_call(server: ModelServer, api: Api, stream: bool) -> None:
     """Files and commands go through the client's own tools in order, and then the text comes."""
     prompt = "write a/b.txt some  text: \"q\" ä\nrun echo 'x' && true\nwrite c.txt\nsay ready"
@@ -387,6 +389,7 @@ def test_each_turn_is_the_next_tool_call(server: ModelServer, api: Api, stream: 
     assert (end.calls, end.text) == ([], "ready")
 
 
+@pytest.mark.extended_but_first
 def test_failure_is_that_of_the_api(server: ModelServer, api: Api, stream: bool) -> None:
     """Every request of the conversation gets the status and the error's kind."""
     path, body = api.ask("fail 401\nwrite a.txt x", stream, 0, True)
@@ -396,6 +399,7 @@ def test_failure_is_that_of_the_api(server: ModelServer, api: Api, stream: bool)
     assert "retry-after" not in replies[0].headers
 
 
+@pytest.mark.extended_but_first
 def test_failure_ends_after_its_count(server: ModelServer, api: Api, stream: bool) -> None:
     """It says when to come back, and one conversation's failures are no other's."""
     prompt = "fail 429 2 30\nfail 500 1\nsay better"
@@ -407,6 +411,7 @@ def test_failure_ends_after_its_count(server: ModelServer, api: Api, stream: boo
     assert hear(server, api, prompt, stream).text == "better"
 
 
+@pytest.mark.extended_but_first
 def test_drop_interrupts_the_answer(server: ModelServer, api: Api, stream: bool) -> None:
     """The connection ends with part of the answer sent, and the next try has all of it."""
     prompt = "drop 1\nwrite a.txt x"
@@ -416,6 +421,7 @@ def test_drop_interrupts_the_answer(server: ModelServer, api: Api, stream: bool)
     assert len(hear(server, api, prompt, stream).calls) == 1
 
 
+@pytest.mark.extended_but_first
 def test_answer_is_truncated_at_its_length(server: ModelServer, api: Api, stream: bool) -> None:
     """Half of it comes, no tool is called, the end says why, and the next try has all of it."""
     prompt = "cut 1\nsay 12345678"
@@ -426,6 +432,7 @@ def test_answer_is_truncated_at_its_length(server: ModelServer, api: Api, stream
     ]
 
 
+@pytest.mark.extended_but_first
 def test_too_long_prompt_is_rejected(server: ModelServer, api: Api, stream: bool) -> None:
     """It is a wrong request, in words of the API's own, and stays one."""
     replies = [post(server, *api.ask("overflow\nwrite a.txt x", stream, 0, True)) for _ in range(2)]
@@ -434,12 +441,14 @@ def test_too_long_prompt_is_rejected(server: ModelServer, api: Api, stream: bool
     assert len({replies[0].raw, replies[1].raw, plain.raw}) == 2
 
 
+@pytest.mark.extended_but_first
 def test_usage_is_that_of_the_script(server: ModelServer, api: Api, stream: bool) -> None:
     """Calls and texts say it alike."""
     prompt = "usage 1234 56\nrun true"
     assert [hear(server, api, prompt, stream, results).usage for results in (0, 1)] == [(1234, 56)] * 2
 
 
+@pytest.mark.extended_but_first
 def test_requests_are_recorded_without_credentials(server: ModelServer, api: Api, stream: bool) -> None:
     """What was asked, in order, and no key in headers or path."""
     path, body = api.ask("say x", stream, 0, True)
@@ -474,6 +483,7 @@ def test_last_prompt_with_a_script_counts(server: ModelServer) -> None:
     assert heard.calls == [("Write", {"file_path": "new.txt", "content": "x\n"})]
 
 
+@pytest.mark.extended_but_first
 def test_instructions_choose_the_part_of_the_script(server: ModelServer, api: Api, stream: bool) -> None:
     """The last whose words stand anywhere else in the prompt; its own line is no such place."""
     script = "write a.txt x\nsay all\ntold of apples\nsay apples\ntold of pears\nsay pears"

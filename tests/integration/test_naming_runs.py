@@ -63,6 +63,7 @@ async def test_command_about_a_part_of_a_run_accepts_the_option(runs: Repository
     assert runs.council(*command, "--run", "latest") == runs.council(*command, "--run", NEWER)
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("words", [*OF_A_RUN, *OF_A_TASK, "cancel", "resume", "work", "diff models", "usage"])
 async def test_unknown_run_suggests_the_nearest(runs: Repository, words: str) -> None:
     """And one that several begin with to these."""

@@ -302,6 +302,7 @@ def test_repository_can_not_impersonate_us(repository: Repository, site: Path, w
     assert not trace.exists()
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     ("entry", "code", "limit", "expected"),
     [

@@ -214,6 +214,7 @@ def _unrelated(repository: Repository) -> None:
     repository.git("checkout", "--quiet", "main")
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     ("prepare", "settings", "fragment"),
     [

@@ -173,6 +173,7 @@ async def test_detached_run_continues_in_its_own_session(repository: Repository)
     assert repository.council("watch", "--json").states == {"t": "landed"}
 
 
+@pytest.mark.extended
 async def test_active_run_is_not_detached_again(repository: Repository) -> None:
     """Another process could not take it, and the one that is named to be killed would be nobody's or another's."""
     config = repository.configure([{"id": "t", "prompt": "hang"}])
@@ -185,6 +186,7 @@ async def test_active_run_is_not_detached_again(repository: Repository) -> None:
     wait_for(lambda: repository.council("status", "--json").result["status"] == "interrupted")
 
 
+@pytest.mark.extended
 async def test_error_of_a_detached_run_is_in_its_status(repository: Repository) -> None:
     """A process in the background has no terminal to say it on."""
     child = repository.start("run", str(repository.configure([{"id": "t", "prompt": "hang"}])))
@@ -249,6 +251,7 @@ def test_unlanded_merge_is_continued(repository: Repository) -> None:
     assert len(repository.council("runs", "--json").result["runs"]) == 2
 
 
+@pytest.mark.extended
 async def test_merge_into_a_dirty_checkout_is_rejected_before_a_run(repository: Repository) -> None:
     """However often it is tried."""
     settle(repository, [CHAIN[0]])
@@ -276,6 +279,7 @@ async def test_merge_that_fails_its_checks_moves_nothing(repository: Repository)
     assert repository.spawns.read_text() == spawned
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     ("theirs", "expected"),
     [
@@ -347,6 +351,7 @@ async def test_merge_lands_queued_work_and_starts_nothing(repository: Repository
     assert repository.council("merge", "--json").result["exit"] == 0
 
 
+@pytest.mark.extended
 async def test_merge_run_never_starts_a_session(repository: Repository) -> None:
     """A retry of its task is rejected with the commands that merge again; a resume changes nothing."""
     settle(repository, [CHAIN[0]])
@@ -365,6 +370,7 @@ async def test_merge_run_never_starts_a_session(repository: Repository) -> None:
     assert repository.git("rev-parse", "main") == before
 
 
+@pytest.mark.extended
 async def test_merge_run_with_a_pending_task_starts_no_session(repository: Repository) -> None:
     """Also not if another process, such as one that restores a checkpoint, has made its task pending."""
     settle(repository, [CHAIN[0]])
@@ -389,6 +395,7 @@ def printed_next(repository: Repository) -> list[str]:
     return [line.strip() for line in shown.splitlines() if "next:" in line.lower()]
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("how", ["merged", "deleted", "squashed", "lost"])
 async def test_branch_merged_or_deleted_by_the_user_is_not_awaited(repository: Repository, how: str) -> None:
     """`status` and `runs` name no next command any more, and `council merge` has nothing to merge."""
@@ -416,6 +423,7 @@ async def test_branch_merged_or_deleted_by_the_user_is_not_awaited(repository: R
     assert len(repository.council("runs", "--json").result["runs"]) == 1
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("has_more", [False, True], ids=["all", "more"])
 async def test_merge_blocked_by_a_dirty_checkout_names_the_obstacle(repository: Repository, has_more: bool) -> None:
     """Nobody has interrupted it: the exit code is 1, and the next command works once the checkout is clean."""

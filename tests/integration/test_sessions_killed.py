@@ -109,6 +109,7 @@ async def test_resources_of_a_killed_session_are_free(repository: Repository, ki
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_queued_work_keeps_its_paths_when_its_process_is_killed(repository: Repository) -> None:
     """Whoever goes on with it has them: a third process does not begin what owns the same before it has landed."""
     built, checked = (repository.spawns.parent / name for name in ("built", "checked"))

@@ -229,6 +229,7 @@ async def test_process_stopped_during_setup_starts_nothing_after_losing_its_task
     await assert_each_landed_once(repository, ["t", "next"])
 
 
+@pytest.mark.extended
 async def test_task_landed_elsewhere_ends_before_a_request_about_it(repository: Repository) -> None:
     """Whoever asks that it be ignored hears so as soon as it has landed, and what else is asked is done meanwhile."""
     begun, free = (repository.spawns.parent / name for name in ("begun", "free"))
@@ -251,6 +252,7 @@ async def test_task_landed_elsewhere_ends_before_a_request_about_it(repository: 
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_leftovers_of_a_killed_process_are_removed_by_the_sweep(repository: Repository) -> None:
     """Its task was given back already, so that nobody takes it over; what the session had is of use to nobody."""
     tasks = [{"id": "long", "prompt": "hang"}, {"id": "t", "prompt": "attempt 1 exit 1\nwrite t.txt x"}]
@@ -302,6 +304,7 @@ async def test_request_after_the_leader_is_gone_is_performed(
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_process_that_sees_the_end_late_does_not_end_the_run_again(repository: Repository) -> None:
     """Its leader has recorded the end, told its sinks of it, and is gone."""
     gate = repository.spawns.parent / "gate"
@@ -344,6 +347,7 @@ async def test_a_leader_that_is_stopped_while_a_worker_continues_reports_a_runni
     await assert_each_landed_once(repository, ["a", "b"])
 
 
+@pytest.mark.extended
 async def test_unshared_run_can_not_be_joined(repository: Repository) -> None:
     """The switch is off: there are no claims, and whoever asks is told what to write."""
     config = repository.configure([{"id": "a", "prompt": "hang"}], coordination={"enabled": False})
@@ -386,6 +390,7 @@ async def test_exclusive_process_can_not_be_joined(repository: Repository, by: s
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 def test_worker_can_not_choose_to_be_exclusive(repository: Repository) -> None:
     """There is no such option, and where a variable says so, it is named."""
     assert "--no-coordination" not in repository.council("work", "--help").stdout
@@ -396,6 +401,7 @@ def test_worker_can_not_choose_to_be_exclusive(repository: Repository) -> None:
     assert (refused.code, "unset SHARED_STATE_ENABLED" in refused.stderr) == (2, True), refused
 
 
+@pytest.mark.extended
 async def test_single_worker_finishes_a_run(repository: Repository) -> None:
     """Its leader was killed before: it coordinates then, and records the end."""
     config = repository.configure(shared(4), coordination=QUICK)
@@ -409,6 +415,7 @@ async def test_single_worker_finishes_a_run(repository: Repository) -> None:
     await assert_each_landed_once(repository, [f"t{one}" for one in range(4)])
 
 
+@pytest.mark.extended
 async def test_process_without_a_program_leaves_the_end_to_others(repository: Repository) -> None:
     """Nobody else is at work, and it coordinates: what it can't do is no end of the run, another still can."""
     program = repository.spawns.parent / "an-agent"

@@ -232,6 +232,7 @@ async def test_tasks_of_a_tracker_and_the_file_can_need_each_other(repository: R
     await repository.assert_invariants()
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     ("tasks", "expected"),
     [
@@ -287,6 +288,7 @@ def test_conflicting_trackers_are_both_named(repository: Repository, moody: Path
     assert expected in ended.stderr
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     ("tasks", "expected"),
     [

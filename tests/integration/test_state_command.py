@@ -99,6 +99,7 @@ async def test_ended_run_has_metrics_and_history(repository: Repository) -> None
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_follower_ends_when_its_output_is_closed(repository: Repository) -> None:
     """As with `| head -1`: with the next commit."""
     repository.council("run", str(repository.configure([{"id": "a", "prompt": "write a.txt a"}])))
@@ -112,6 +113,7 @@ async def test_follower_ends_when_its_output_is_closed(repository: Repository) -
     follower.stderr.close()
 
 
+@pytest.mark.extended
 async def test_unreadable_run_is_reported(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that another version wrote in a sentence, by what needs it and the list of runs; so is one hit by damage."""
     async with recorded_project(repository.top, monkeypatch):

@@ -92,6 +92,7 @@ async def test_values_are_printed_for_keys(project: Repository) -> None:
     assert [one["key"] for one in told["documents"]] == [f"lease/run/{RUN}", str(API), str(MODELS)]
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     ("words", "error", "remedy"),
     [

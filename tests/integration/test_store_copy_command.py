@@ -175,6 +175,7 @@ async def test_damage_is_not_copied(project: Repository, tmp_path: Path) -> None
     assert project.council("state", "verify", "--state", (tmp_path / "copy").as_uri()).code == 0
 
 
+@pytest.mark.extended
 async def test_active_run_can_be_copied(repository: Repository, tmp_path: Path) -> None:
     """Which goes on and lands; the copy is one of its moments."""
     child = repository.start("run", str(repository.configure([{"id": "a", "prompt": "write a.txt a\nhang"}])))

@@ -154,6 +154,7 @@ async def test_hooks_outside_of_the_checkouts_run(repository: Repository, tmp_pa
         assert part in refused.reason
 
 
+@pytest.mark.extended
 async def test_daemon_of_a_hook_keeps_no_lock_of_a_killed_process(repository: Repository) -> None:
     """Nobody could resume the run before the daemon ends."""
     folder, trace = repository.top / ".git/hooks", repository.spawns.parent / "daemons"

@@ -63,6 +63,7 @@ async def test_unusual_settings_are_warnings_with_a_remedy(repository: Repositor
     assert len(repository.council("validate", str(config), "--json").result["warnings"]) == 2
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("checks", [[], ["true"]])
 async def test_doctor_has_the_same_warnings(repository: Repository, checks: list[str]) -> None:
     """Each with its remedy: that the target is checked out, and what the file itself says."""

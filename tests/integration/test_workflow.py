@@ -448,6 +448,7 @@ async def test_phase_without_changes_is_told_how_to_report_that(repository: Repo
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_until_commands_of_a_phase_end_with_the_run(repository: Repository) -> None:
     """Its commands are stopped as its session would be; the phase is there for the next `resume`."""
     begun = repository.spawns.parent / "begun"

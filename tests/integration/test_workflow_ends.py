@@ -109,6 +109,7 @@ async def test_work_survives_a_new_plan(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_retry_has_all_rounds_again(repository: Repository) -> None:
     """Rejections before `council retry` are not counted again."""
     steps = (
