@@ -1,4 +1,4 @@
-"""The standard streams as we are given them: closed, full, gone, or of an encoding that lacks what we print."""
+"""Standard streams that may be closed, full, broken, or have a limited encoding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _READER_GONE_ERRORS = frozenset({errno.EPIPE, errno.EIO})
 
 @contextmanager
 def usable_streams() -> Iterator[None]:
-    """Have three standard streams that take any text; exits with 1 where what click itself prints can't be written."""
+    """Provide three standard streams that accept any text; exit with 1 if click's own output can't be written."""
     _open_missing()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
@@ -42,15 +42,16 @@ def _open_missing() -> None:
 
 
 def redirect_to_null(stream: TextIO) -> None:
-    """Have what is printed there from now on go nowhere."""
+    """Discard further output to a stream."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def is_reader_gone(error: OSError) -> bool:
-    """Whether nobody reads any more what could not be written."""
+    """Whether the reader of a stream has exited."""
     return error.errno in _READER_GONE_ERRORS
 
 
 def write_error_message(error: OSError) -> str:
-    """Say that what was to be printed is not all there."""
+    """Report that the output is incomplete."""
+
     return f"standard output can't be written: {error.strerror}"

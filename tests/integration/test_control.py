@@ -335,7 +335,7 @@ async def test_logs_have_both_streams_and_checks(repository: Repository) -> None
     lines = shown.stdout.splitlines()
     assert [lines[1], *lines[3:]] == ["out", "check 1:", "checked"]
     assert lines[0].startswith("session 1, sh, started ")
-    assert lines[2].startswith("session 1 built after ")
+    assert lines[2].startswith("session 1 ended after ")
     assert shown.stderr == "err\n"
 
 

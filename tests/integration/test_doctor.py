@@ -363,7 +363,7 @@ def test_adapters_have_their_state_in_the_newest_run(repository: Repository) -> 
     repository.council("run", str(file), "--json")
     (after,) = repository.council("adapters", "--json").result["adapters"]
     assert "not logged in" in after["disabled_reason"]
-    assert "  stopped: not logged in" in repository.council("adapters").stdout
+    assert "  disabled: not logged in" in repository.council("adapters").stdout
 
 
 def test_adapter_in_cooldown_has_its_end(repository: Repository) -> None:

@@ -68,7 +68,7 @@ def test_logs_are_readable_and_raw_on_request(repository: Repository, codex: dic
     assert len(words) > 1
     assert all(len(line) <= 80 for line in words)
     assert " ".join(words) == ("I \ufffd[31mfixed it. " * 12).strip()
-    assert re.fullmatch(r"session 1 built after \d:\d\d, 12.0k tokens in, 340 out", last), last
+    assert re.fullmatch(r"session 1 ended after \d:\d\d: built, 12.0k tokens in, 340 out", last), last
     assert (check, checked) == ("check 1:", "ok")
     raw = repository.council("logs", "t", "--raw").stdout
     assert [json.loads(line)["type"] for line in raw.splitlines()[:-1]] == [
@@ -96,7 +96,7 @@ def test_running_session_is_followed_with_its_latest_activity(
         wait_for(lambda: "make test" in repository.council("show", "t").stdout, 60)
         story = json.loads(repository.council("show", "t", "--json").stdout)
         assert story["latest_activity"]["text"] == "> shell make test"
-        assert re.search(r"latest +> shell make test \(\d:\d\d ago\)", repository.council("show", "t").stdout)
+        assert re.search(r"activity +> shell make test \(\d:\d\d ago\)", repository.council("show", "t").stdout)
         running = repository.council("logs", "t").stdout.splitlines()
         assert (running[1], running[2]) == ("> shell make test", "session 1 running")
     finally:
@@ -104,7 +104,7 @@ def test_running_session_is_followed_with_its_latest_activity(
         child.communicate(timeout=60)
         followed = follower.communicate(timeout=60)[0].splitlines()
     assert followed[1:3] == ["> shell make test", "> shell make test: failed: exit code 2: no rule"]
-    assert followed[-1].startswith("session 1 built after ")
+    assert followed[-1].startswith("session 1 ended after ")
     assert json.loads(repository.council("show", "t", "--json").stdout)["latest_activity"] is None
 
 

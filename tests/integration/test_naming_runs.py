@@ -51,7 +51,7 @@ async def test_command_about_a_run_accepts_argument_and_option(runs: Repository,
     for name in (("latest",), ("--run", "latest"), ("--run", "202602")):
         assert runs.council(*command, *name) == newest, name
     twice = runs.council(*command, RUN, "--run", NEWER)
-    assert (twice.code, "leave one out" in twice.stderr) == (2, True)
+    assert (twice.code, "omit one" in twice.stderr) == (2, True)
 
 
 @pytest.mark.extended_but_first

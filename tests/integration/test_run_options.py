@@ -466,7 +466,7 @@ def test_run_from_elsewhere_names_the_folder_of_its_commands(repository: Reposit
     command = ["council", "run", str(repository.top / "council.yaml")]
     ran = subprocess.run(command, check=False, cwd=folder, env=repository.environ, capture_output=True, text=True)
     last = ran.stdout.splitlines()[-1]
-    assert last == f"These commands work in the folder of the run: cd {repository.top.resolve()}", ran
+    assert last == f"Run these commands in the folder of the run: cd {repository.top.resolve()}", ran
     status = repository.council("status").stdout
     assert "Next: council merge" in status
     assert "These commands" not in status

@@ -97,10 +97,10 @@ async def test_values_are_printed_for_keys(project: Repository) -> None:
     ("words", "error", "remedy"),
     [
         ("at 12", "there is no 12 yet", "name an earlier one"),
-        ("at soon", "'soon' is no moment", "how long ago, such as 2h"),
+        ("at soon", "'soon' is not a point in time", "an age such as 2h"),
         ("at 5 task/modles", "no document 'task/modles' at position 5", "task/models"),
         ("at 5 request/*", "no document 'request/*' at position 5", "council state at now"),
-        ("diff 1 x", "'x' is no moment", "a checkpoint's id"),
+        ("diff 1 x", "'x' is not a point in time", "the id of a checkpoint"),
         ("history models", "no document 'models'", "did you mean spec/models or task/models or claim/models?"),
         ("history Task/Models", "no document 'Task/Models'", "did you mean task/models?"),
         ("history nothing", "no document 'nothing'", "write kind/id"),
@@ -145,7 +145,7 @@ async def test_diff_names_added_removed_and_changed_fields(project: Repository) 
 
 async def test_equal_positions_have_no_diff(project: Repository) -> None:
     """Commits without documents change none."""
-    assert project.council("state", "diff", "9").stdout.endswith("\nnothing differs\n")
+    assert project.council("state", "diff", "9").stdout.endswith("\nno differences\n")
 
 
 async def test_history_has_each_version_with_its_diff(project: Repository) -> None:

@@ -1,1 +1,1 @@
-"""What all commands share: options, the run they mean, errors, signals, confirmation, trust."""
+"""Shared by all commands: options, run names, errors, signals, confirmation, trust."""

@@ -35,7 +35,7 @@ class AdapterState:
             told.append(_availability(one))
         if (last := self.failed.get(name)) is not None:
             told.append(
-                f"failed last {format_local_time(last.time)}, {last.task}: {last.failure}: {one_line(last.reason)}"
+                f"last failure {format_local_time(last.time)}, {last.task}: {last.failure}: {one_line(last.reason)}"
             )
         return told
 
@@ -44,10 +44,13 @@ class AdapterState:
         found = []
         for name in sorted({*self.unusable, *self.failed}):
             told = "; ".join(self.lines(name))
-            again = f"fix that, then `{self.remedies[name]}`" if name in self.unusable else None
+            again = f"fix it, then `{self.remedies[name]}`" if name in self.unusable else None
             level = Level.WARNING if name in self.unusable else Level.OK
             if level is Level.OK and self.failed[name].failure in _LASTING_FAILURES:
-                level, again = Level.WARNING, f"fix that: `council logs {shlex.quote(self.failed[name].task)}` has more"
+                level, again = (
+                    Level.WARNING,
+                    f"fix it: `council logs {shlex.quote(self.failed[name].task)}` shows details",
+                )
             found.append(Finding(f"adapter {name}", level, f"in the newest run: {told}", again))
         return found
 
@@ -63,11 +66,11 @@ async def read_adapter_state(context: CommandContext) -> AdapterState:
     except RefusedError:
         return AdapterState()
     except (CouncilError, OSError) as error:
-        context.output.notice(printable(f"council: the newest run can't be looked at: {one_line(str(error))}"))
+        context.output.notice(printable(f"council: can't read the newest run: {one_line(str(error))}"))
         return AdapterState()
 
 
 def _availability(one: AdapterReport) -> str:
     if one.disabled_reason is not None:
-        return f"stopped: {one_line(one.disabled_reason)}"
+        return f"disabled: {one_line(one.disabled_reason)}"
     return f"pauses until {format_local_time(one.cooldown_until or 0.0)}"

@@ -1,4 +1,4 @@
-"""What the commands share: options, the context that each works with, and how one is performed."""
+"""Shared parts of commands: options, the context, and the execution of a command."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ if TYPE_CHECKING:
     from orchestrator.repo.git.change_counts import Changes
 
 json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print JSON: one event a line, then one result object."
+    "--json", "as_json", is_flag=True, help="Print JSON: one event per line, then one result object."
 )
 CommandT = TypeVar("CommandT", bound=Callable[..., Any] | click.Command)
 
 _RUN = "orchestrator.run"
-_HELP_OF_RUN = "Another run than the newest: its id, the beginning of it, or latest."
+_HELP_OF_RUN = "The run: its id, the beginning of its id, or latest; default: the newest."
 
 
 def run_option(command: CommandT, words: str = _HELP_OF_RUN) -> CommandT:
-    """Give a command about parts of a run the option that names the run, as `run`."""
+    """Add the option `--run` to a command, which gets it as `run`."""
     return click.option("--run", "run", metavar="RUN", help=words, shell_complete=complete_runs)(command)
 
 
@@ -55,7 +55,7 @@ def _store_run_option(context: click.Context, _: click.Parameter, named: str | N
 def _resolve_run(context: click.Context, _: click.Parameter, named: str | None) -> str | None:
     also = context.meta.get(_RUN)
     if also is not None and named not in {None, also}:
-        raise click.UsageError(f"two runs are named, {named!r} and {also!r}: leave one out.")
+        raise click.UsageError(f"two different runs: {named!r} and {also!r}: omit one.")
     return also or named
 
 
@@ -66,7 +66,7 @@ def run_argument(command: CommandT) -> CommandT:
         "--run",
         "run_of_option",
         metavar="RUN",
-        help="The same as RUN.",
+        help="Same as RUN.",
         expose_value=False,
         is_eager=True,
         callback=_store_run_option,
@@ -87,23 +87,23 @@ store_option = click.option(
     metavar="URL",
     expose_value=False,
     callback=_store_state_option,
-    help="Another store than that of COUNCIL_STATE, of the file, or the project's own.",
+    help="The store of the state; default: that of COUNCIL_STATE, of the file, or of the project.",
 )
 
 
 def store_option_url() -> str | None:
-    """Return the URL of the store that `--state` names; None where it is not given."""
+    """Return the URL of the store in `--state`; None if the option is absent."""
     chosen: str | None = click.get_current_context().meta.get(_STORE)
     return chosen
 
 
 def explicit_store_url() -> str:
-    """Return the URL of the store that `--state` names, or else `COUNCIL_STATE`; empty where neither does."""
+    """Return the URL of the store in `--state`, or else in `COUNCIL_STATE`; empty if both are absent."""
     return store_option_url() or to_store_url(os.environ.get("COUNCIL_STATE", ""))
 
 
 def print_damage(context: CommandContext, damage: Iterable[str]) -> None:
-    """Tell people of places in the state log that can't be read."""
+    """Print the unreadable places in the state log."""
     for place in damage:
         context.output.notice(printable(f"The state log is damaged: {place}"))
 
@@ -114,7 +114,7 @@ _GC_THRESHOLD = 100_000
 
 @dataclass(frozen=True, slots=True)
 class CommandContext:
-    """What every command works with."""
+    """The context of a command."""
 
     output: Output
     log: ErrorLog
@@ -175,7 +175,7 @@ async def show_result(context: CommandContext, council: Council, report: RunRepo
     top = council.project.top.resolve()
     if not context.output.as_json and not explicit_store_url() and not Path.cwd().is_relative_to(top):
         context.output.text(
-            printable(f"These commands work in the folder of the run: cd {shlex.quote(str(top))}\n", keep="\n")
+            printable(f"Run these commands in the folder of the run: cd {shlex.quote(str(top))}\n", keep="\n")
         )
 
 
@@ -210,4 +210,4 @@ def _check_folder() -> None:
     try:
         Path.cwd()
     except FileNotFoundError:
-        raise RefusedError("the current folder does not exist any more", "cd to one that does") from None
+        raise RefusedError("the current folder no longer exists", "cd to an existing folder") from None

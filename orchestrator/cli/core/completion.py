@@ -1,4 +1,4 @@
-"""What a shell completes: names of runs, tasks and kept work. Never fails and never prints, whatever is the matter."""
+"""Shell completion of the names of runs, tasks and unmerged work. Never fails and never prints."""
 
 from __future__ import annotations
 

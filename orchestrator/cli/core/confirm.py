@@ -1,4 +1,4 @@
-"""Asks before what can't be undone is done."""
+"""Confirmation of commands that can't be undone."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 
 
 def can_prompt(output: Output) -> bool:
-    """Whether a person is at a terminal to be asked."""
+    """Whether there is a terminal for a question."""
     return not output.as_json and sys.stdin.isatty() and sys.stderr.isatty()
 
 
 async def ask_yes_no(output: Output, question: str) -> bool:
-    """Ask a person once, and return whether they agree."""
+    """Ask a question once, and return whether the answer is yes."""
     output.text(printable(f"{question} [y/N] "), err=True)
     sys.stderr.flush()
     # A terminal hands over whole lines; waited for this way, a signal ends it.
@@ -32,7 +32,7 @@ async def ask_yes_no(output: Output, question: str) -> bool:
 
 
 async def confirm_action(output: Output, question: str, *, yes: bool) -> bool:
-    """Return whether to go ahead: with `yes`, or where a person agrees. RefusedError where nobody can be asked."""
+    """Return whether an action is confirmed, by `yes` or by an answer. RefusedError without a terminal."""
     if yes:
         return True
     if not can_prompt(output):

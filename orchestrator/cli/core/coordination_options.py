@@ -1,4 +1,4 @@
-"""The options by which commands that work in a run say how it is shared with others."""
+"""Options for the coordination of the processes of a run."""
 
 from __future__ import annotations
 
@@ -14,19 +14,25 @@ from orchestrator.domain.settings.run_settings import MAX_RETRIES
 
 _OPTIONS = (
     click.option(
-        "--heartbeat", metavar="DURATION", callback=parse_duration_option, help="How often claims on tasks are renewed."
+        "--heartbeat",
+        metavar="DURATION",
+        callback=parse_duration_option,
+        help="The interval between renewals of claims on tasks.",
     ),
     click.option(
-        "--stale", metavar="DURATION", callback=parse_duration_option, help="How long a claim holds without that."
+        "--stale",
+        metavar="DURATION",
+        callback=parse_duration_option,
+        help="The time without renewal after which a claim is invalid.",
     ),
-    click.option("--max-retries", type=click.IntRange(0, MAX_RETRIES), help="How often a task is tried again at most."),
+    click.option("--max-retries", type=click.IntRange(0, MAX_RETRIES), help="The maximum number of retries of a task."),
     click.option(
         "--when-unreachable",
         type=click.Choice(["pause", "continue"]),
-        help="What is done while the store can't be reached.",
+        help="The behavior while the store is unreachable.",
     ),
 )
-_NO_COORDINATION = click.option("--no-coordination", is_flag=True, help="Nobody else can join the run.")
+_NO_COORDINATION = click.option("--no-coordination", is_flag=True, help="Prevent other processes from joining the run.")
 
 
 def coordination_options(command: Callable[..., None], *, joins: bool = False) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""What there is where a command was typed: the file, the repository, and what is installed."""
+"""The environment of a command: the file, the repository, and installed plugins."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PROMPT = "Describe this repository."
 
 @dataclass(frozen=True, slots=True)
 class CommandEnvironment:
-    """What there is; the config is that of the file, or all that is wrong with it."""
+    """The environment; `config` is that of the file, or its mistakes."""
 
     folder: Path
     top: Path | None

@@ -52,7 +52,7 @@ def _redactor() -> Redactor:
 
 
 class ErrorLog:
-    """Where the details of a fault go; a temporary file until the project is known."""
+    """The log of internal errors; a temporary file until the project is known."""
 
     def __init__(self) -> None:
         self.path: Path | None = None
@@ -80,7 +80,7 @@ def _append(path: Path, text: str) -> Path:
 
 @contextmanager
 def error_boundary(output: Output, log: ErrorLog) -> Iterator[None]:
-    """Turn whatever the body raises into a message and an exit code."""
+    """Convert the errors of the body into a message and an exit code."""
     try:
         yield
     except (click.exceptions.Exit, click.ClickException):
@@ -109,9 +109,9 @@ def error_boundary(output: Output, log: ErrorLog) -> Iterator[None]:
             _fail_and_exit(output, EXIT_TAKEN_OVER, {"status": "taken over", "error": str(error)}, f"council: {error}")
         path = log.write(raised)
         what = str(error) if isinstance(error, CouncilError) else f"internal error: {type(error).__name__}: {error}"
-        stands = "Nothing that was recorded is lost: `council resume` goes on."
+        stands = "The recorded state is intact: `council resume` continues the run."
         if isinstance(error, StateLost):
-            stands = "Some of what was recorded is lost."
+            stands = "Some recorded state is lost."
         details = "" if path is None else f" Details: {path}"
         failure: JsonObject = {"status": "error", "error": what, "log": None if path is None else str(path)}
         _fail_and_exit(output, EXIT_INTERNAL_ERROR, failure, f"council: {what}\n{stands}{details}")

@@ -1,4 +1,4 @@
-"""Groups of commands that lead from a name that is none to the one that looks like it."""
+"""Command groups that suggest a similar name for an unknown command."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import click
 
 
 class SuggestingGroup(click.Group):
-    """A group whose commands have names that people mistype."""
+    """A group that suggests a command for a mistyped name."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command that is meant; a name that is none leads to the one that looks like it."""
+        """Return the named command; for an unknown name, fail with a suggestion."""
         name = args[0]
         if self.get_command(ctx, name) is None and not name.startswith("-"):
             import difflib  # noqa: PLC0415  `--help` must be quick
@@ -20,5 +20,5 @@ class SuggestingGroup(click.Group):
             remedy = (
                 f"did you mean `{ctx.command_path} {near[0]}`?" if near else f"`{ctx.command_path} --help` lists them."
             )
-            ctx.fail(f"there is no command {name!r}: {remedy}")
+            ctx.fail(f"unknown command {name!r}: {remedy}")
         return super().resolve_command(ctx, args)

@@ -1,4 +1,4 @@
-"""What a look at the whole state log has found, as a program and as a person reads it."""
+"""The result of an integrity check of the state log, as JSON and as text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from orchestrator.protocols import CommitRecord, JsonObject, VerificationReport
 
 @dataclass(frozen=True, slots=True)
 class RepairedDocument:
-    """A document that a repair has settled: its version since; None as nothing of it could be read, and it is gone."""
+    """A document that a repair has repaired: its version since; None as nothing of it could be read, and it is gone."""
 
     key: str
     version: int | None
@@ -47,17 +47,21 @@ def verification_lines(found: VerificationReport, settled: Sequence[RepairedDocu
     """Yield it line by line, as text that a terminal only shows; before it, what was settled."""
     for document in settled:
         version = document.version
-        stands = "gone, none of its values is known" if version is None else f"as last known, now version {version}"
-        yield printable(f"settled: {document.key}: {stands}")
-    verdict = "sound" if found.is_valid else "not all can be trusted"
+        stands = (
+            "deleted, no value is known"
+            if version is None
+            else f"restored to its last known value, now version {version}"
+        )
+        yield printable(f"repaired: {document.key}: {stands}")
+    verdict = "sound" if found.is_valid else "damaged"
     yield f"{found.position:,} commits, {format_size_short(found.bytes)}: {verdict}"
     for one in found.damage:
         yield printable(f"  {one.describe()}")
     for key in found.damaged:
-        yield printable(f"  {key}: a newer version was there than can be read")
+        yield printable(f"  {key}: its newest version is unreadable")
     for key, flaw in found.unreadable.items():
         yield printable(f"  {key}: can't be read: {flaw}")
     for key in found.mismatched:
-        yield printable(f"  {key}: told otherwise than the log says: restart whatever has this state open")
+        yield printable(f"  {key}: differs from the log: restart the processes that have this state open")
     if not found.is_valid:
         yield "`council state verify --repair` restores the readable state"

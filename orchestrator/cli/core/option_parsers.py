@@ -1,4 +1,4 @@
-"""Lengths of time, sizes and limits as options of commands take them."""
+"""Parsers for options with durations, sizes and limits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LONGEST: Final = 10 * 365 * 86400.0  # seconds
 
 
 def parse_duration_option(_context: click.Context, _option: click.Parameter, value: str | None) -> float | None:
-    """Return the seconds of an option's value; None where it was not given."""
+    """Return the seconds of a duration; None if the option is absent."""
     try:
         return None if value is None else parse_duration(value, longest=_LONGEST)
     except ValueError as error:
@@ -22,7 +22,7 @@ def parse_duration_option(_context: click.Context, _option: click.Parameter, val
 
 
 def parse_size_option(_context: click.Context, _option: click.Parameter, value: str | None) -> int | None:
-    """Return the bytes of an option's value; None where it was not given."""
+    """Return the bytes of a size; None if the option is absent."""
     try:
         return None if value is None else parse_size(value)
     except ValueError as error:
@@ -30,14 +30,14 @@ def parse_size_option(_context: click.Context, _option: click.Parameter, value: 
 
 
 def parse_budget_option(_context: click.Context, _option: click.Parameter, value: str | None) -> Budget | None:
-    """Return the limits of an option's value, as in `tokens=5M,cost=20,time=8h`; None where it was not given."""
+    """Return the limits in a value like `tokens=5M,cost=20,time=8h`; None if the option is absent."""
     if value is None:
         return None
     limits: dict[str, float] = {}
     for part in value.split(","):
         key, _, amount = part.partition("=")
         if key.strip() not in _LIMITS or key.strip() in limits:
-            raise click.BadParameter(f"{part!r} is no limit: write tokens=5M, cost=20 or time=8h, each at most once")
+            raise click.BadParameter(f"{part!r} is not a limit: write tokens=5M, cost=20 or time=8h, each at most once")
         try:
             limits[key.strip()] = _LIMITS[key.strip()](amount.strip())
         except ValueError as error:
@@ -51,7 +51,9 @@ def _dollars(text: str) -> float:
     except ValueError:
         amount = 0.0
     if not 0 < amount <= MAX_DOLLARS:
-        raise ValueError(f"{text!r} is no amount of US dollars: write a positive one, as in cost=20 or cost=0.50")
+        raise ValueError(
+            f"{text!r} is not an amount of US dollars: write a positive number, as in cost=20 or cost=0.50"
+        )
     return amount
 
 

@@ -1,4 +1,4 @@
-"""A moment of the log as people write it: a position, a time, how long ago, a checkpoint, or `now`."""
+"""Points in time as arguments: a position of the log, a time, an age, a checkpoint, or `now`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _POSITION: Final = re.compile(r"[0-9]{1,18}")
 _CHECKPOINT: Final = re.compile(r"[^/]+/[0-9]+")
 _LONGEST: Final = 100 * 366 * 86400.0  # seconds
 _REMEDY: Final = (
-    "write a position such as 120, a time such as 2026-01-02T03:04, how long ago, such as 2h, a checkpoint's id, or now"
+    "write a position such as 120, a time such as 2026-01-02T03:04, an age such as 2h, the id of a checkpoint, or now"
 )
 
 
 async def resolve_position(past: StateHistory, text: str) -> int:
-    """Return the position that a moment stands for; RefusedError for what is none."""
+    """Return the position of a point in time; RefusedError for other text."""
     if text == "now":
         return await past.position()
     if _POSITION.fullmatch(text):
@@ -32,7 +32,7 @@ async def resolve_position(past: StateHistory, text: str) -> int:
     if found is None and _CHECKPOINT.fullmatch(text):
         raise RefusedError(f"there is no checkpoint {text!r}", "`council checkpoint list` lists them")
     if found is None:
-        raise RefusedError(f"{text!r} is no moment of the state log", _REMEDY)
+        raise RefusedError(f"{text!r} is not a point in time", _REMEDY)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Where a command's run comes from: the file that is named, the one that is found, or tasks in words."""
+"""The source of a command's run: a named file, the default file, or prompts."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ async def load_run_config(file: Path | None, tasks: InlineTasks | None = None) -
         )
     if found is None:
         where = " or ".join(map(str, dict.fromkeys(folders)))
-        remedy = 'name a file, write one with `council init`, or say what to do, as in `council run "fix the bug"`'
+        remedy = 'name a file, write one with `council init`, or give a prompt, as in `council run "fix the bug"`'
         raise RefusedError(f"there is no {CONFIG_FILE_NAME} in {where}", remedy)
     return plugins, await anyio.to_thread.run_sync(load_config, found, plugins.adapters, plugins.extensions())
 
@@ -77,7 +77,7 @@ def is_prompt(text: str) -> bool:
     if len(text.split()) < _MIN_PROMPT_WORDS:
         near = difflib.get_close_matches(text, (path.name for path in Path.cwd().glob("*.y*ml")), n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise click.UsageError(f"there is no file {text!r}: {hint}for a task of one word write --task {text}")
+        raise click.UsageError(f"no such file: {text!r}: {hint}for a prompt of one word use --task {text}")
     return True
 
 

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP: the first ends a command cleanly, the second at once."""
+"""Handling of SIGINT, SIGTERM and SIGHUP: the first ends a command cleanly, the second at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TERMINATING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class InterruptHandler:
-    """What the first signal does: it cancels the command, unless that has a cleaner way to end."""
+    """The reaction to the first signal: cancels the command, unless it has a cleaner way to end."""
 
     def __init__(self, output: Output) -> None:
         self._output = output
@@ -46,7 +46,7 @@ class InterruptHandler:
                     # The supervisors see us go and kill what they run; all that is recorded is there for `resume`.
                     self._output.failure(
                         {"status": "interrupted", "exit": EXIT_INTERRUPTED},
-                        "council: ended at once; `council resume` goes on",
+                        "council: stopped at once; `council resume` continues the run",
                     )
                     sys.stdout.flush()
                     os._exit(EXIT_INTERRUPTED)
@@ -54,5 +54,5 @@ class InterruptHandler:
                 if self.stop is None:
                     scope.cancel()
                 else:
-                    self._output.notice("stopping: sessions are ended and their work is kept; once more ends at once")
+                    self._output.notice("stopping sessions and saving their work; press Ctrl-C again to stop at once")
                     self.stop()

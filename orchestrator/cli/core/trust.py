@@ -1,4 +1,4 @@
-"""Asks before what a repository's file wants of this machine is executed: once, and again for what is new."""
+"""Confirmation of the requests of a repository's file before it is executed: once for each request."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ trust_option = click.option(
     is_flag=True,
     expose_value=False,
     callback=_store_trust_option,
-    help="Confirm what the file asks for beyond the sandbox, and remember that.",
+    help="Confirm the file's requests beyond the sandbox, and remember that.",
 )
 
 
@@ -59,7 +59,7 @@ async def require_trust(config: RunConfig, *, is_named: bool) -> None:
     if not click.get_current_context().meta.get(_TRUST):
         remedy = f"read the file, then confirm with --trust, or set {TRUST_VARIABLE}=1"
         if not (sys.stdin.isatty() and sys.stderr.isatty()):
-            raise RefusedError(f"{file} asks for more than the default, not confirmed yet: {'; '.join(new)}", remedy)
+            raise RefusedError(f"{file} has unconfirmed requests: {'; '.join(new)}", remedy)
         if not await _ask(file, new):
             raise RefusedError(f"{file} is not trusted", remedy)
     await confirm_requests(file, requests, os.environ)
@@ -67,7 +67,7 @@ async def require_trust(config: RunConfig, *, is_named: bool) -> None:
 
 async def _ask(file: Path, new: list[str]) -> bool:
     output = Output(as_json=False)
-    output.text(printable(f"{file} asks for more than the default:\n", keep="\n"), err=True)
+    output.text(printable(f"{file} requests more than the default:\n", keep="\n"), err=True)
     for one in new:
         output.text(printable(f"  {one}") + "\n", err=True)
     return await ask_yes_no(output, "Trust this file?")

@@ -15,7 +15,7 @@ from orchestrator.protocols import CommitRecord
 
 @asynccontextmanager
 async def show_progress(council: Council, run: str, output: Output, after: int) -> AsyncIterator[DisplayProgress]:
-    """Show what happens in a run behind a position of the log, for the body of the `async with`."""
+    """Show the events of a run after a position of the log, for the body of the `async with`."""
     progress = DisplayProgress()
     async with anyio.create_task_group() as group:
         if output.can_draw_tables:

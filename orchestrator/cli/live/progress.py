@@ -1,4 +1,4 @@
-"""What a person or a program sees of a run while it is at work: lines of events, or a table on a terminal."""
+"""Progress of an active run: lines of events, or a table on a terminal."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from orchestrator.protocols import CommitRecord
 
 
 class DisplayProgress:
-    """Knows up to which position of the log a run has been shown."""
+    """The position of the log up to which a run has been shown."""
 
     def __init__(self) -> None:
         self._shown, self._moved = 0, anyio.Event()
 
     async def reach(self, position: int) -> None:
-        """Wait until all is shown up to a position of the log."""
+        """Wait until all events up to a position of the log are shown."""
         while self._shown < position:
             await self._moved.wait()
 

@@ -1,4 +1,4 @@
-"""The table on a terminal while a run is at work, built on what any process can see of it."""
+"""The live table of an active run on a terminal, built from state that any process can read."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _RESERVED_LINES = 3
 
 
 class LiveTable:
-    """Shows a run as a table that stays at the terminal's end, and above it what a person should know."""
+    """Shows a run as a table at the end of the terminal, and important events above it."""
 
     def __init__(self, council: Council, run: str, output: Output) -> None:
         self._council, self._run, self._output = council, run, output
@@ -88,7 +88,7 @@ def _unavailable_adapters(learned: Mapping[str, AdapterDocument], run: str) -> I
 
 
 class _Screen:
-    """The terminal at standard output. Used by one thread at a time."""
+    """The terminal of standard output. Used by one thread at a time."""
 
     def __init__(self) -> None:
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]

@@ -1,1 +1,1 @@
-"""Turn results into text. Pure but for `output`, through which everything is printed."""
+"""Render results as text. Pure, except `output`, which prints."""

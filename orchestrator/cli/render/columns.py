@@ -1,4 +1,4 @@
-"""Rows of text with their columns under each other."""
+"""Text in columns."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from rich.cells import cell_len, set_cell_size
 from orchestrator.cli.render.text import printable
 
 COLUMNS = 80
-"""The most cells of a terminal that a line takes, unless it has a command, a path or another word that is longer."""
-#: The most cells of a name in a table.
+"""The maximum width of a line in terminal cells, except for longer words such as commands and paths."""
+#: The maximum width of a name in a table.
 _LONGEST_NAME = 24
-#: Words that no line break may divide: a command in backticks is one of them.
+#: Words that are never broken; a command in backticks is one word.
 _WORDS = re.compile(r"[^\s`]*`[^`]*`\S*|\S+")
 
 
 def short_name(name: str) -> str:
-    """Return a name for a table: of a long one both ends. Not for commands."""
+    """Return a name for a table, shortened in the middle if it is long. Not for commands."""
     if _width(name) <= _LONGEST_NAME:
         return name
     half = _LONGEST_NAME // 2
@@ -50,14 +50,14 @@ def wrapped(text: str, *, head: str = "", indent: str = "") -> Iterator[str]:
 
 
 def described(rows: Sequence[Sequence[str]], indent: str = "") -> Iterator[str]:
-    """Yield rows of which the last column is prose, which is broken between words."""
+    """Yield rows in columns; the last column is prose and wraps."""
     heads = align_columns([[*row[:-1], "|"] for row in rows], indent)
     for row, head in zip(rows, heads, strict=True):
         yield from wrapped(printable(row[-1]), head=head.removesuffix("|"), indent=f"{indent}    ")
 
 
 def align_columns(rows: Sequence[Sequence[str]], indent: str = "") -> Iterator[str]:
-    """Yield a line for each row, as text that a terminal only shows; rows may end before the last column."""
+    """Yield a printable line for each row; rows may have fewer columns."""
     shown = [[printable(cell) for cell in row] for row in rows]
     columns = max((len(row) for row in shown), default=0)
     widths = [max((len(row[place]) for row in shown if place < len(row)), default=0) for place in range(columns)]

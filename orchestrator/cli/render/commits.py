@@ -1,4 +1,4 @@
-"""Commits of the log as lines and as objects. Pure."""
+"""Commits of the log as text and as JSON. Pure."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _MOST_NAMED: Final = 4
 
 
 class CommitFormatter:
-    """Turns commits into lines, whose columns become as wide as was needed so far."""
+    """Formats commits as lines; columns grow as needed."""
 
     def __init__(self) -> None:
         self._position, self._by = 6, 0
 
     def line(self, record: CommitRecord) -> str:
-        """Return a commit as text that a terminal only shows."""
+        """Return a commit as printable text."""
         position, by = str(record.position), printable(record.by)
         self._position, self._by = max(self._position, len(position)), max(self._by, len(by))
         events = ", ".join(map(describe_event, record.events))

@@ -1,4 +1,4 @@
-"""Documents, what differs between them, and their versions, as lines and as objects. Pure."""
+"""Documents, their differences and versions, as text and as JSON. Pure."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def state_lines(found: StateSnapshot, *, with_values: bool) -> Iterator[str]:
 
 
 def _row(one: Document) -> list[str]:
-    damaged = ["damaged: an older value"] if one.damaged else []
+    damaged = ["damaged: shows an older value"] if one.damaged else []
     return [
         str(one.key),
         f"version {one.version}",
@@ -60,7 +60,7 @@ def _row(one: Document) -> list[str]:
 
 
 class DocumentDifference(NamedTuple):
-    """A document at two moments; None where it was not there."""
+    """A document at two points in time; None if it did not exist."""
 
     key: Key
     old: Document | None
@@ -111,7 +111,7 @@ def difference_lines(old: StateSnapshot, new: StateSnapshot) -> Iterator[str]:
         if one.old is not None and one.new is not None:
             yield from (f"    {line}" for line in field_lines(one.old.value, one.new.value))
     if not found:
-        yield "nothing differs"
+        yield "no differences"
 
 
 #: A version with the one before it; None where there is none, or it is not kept.
@@ -162,10 +162,10 @@ def _version_changes(one: DocumentVersion, before: DocumentVersion | None) -> Se
     if one.value is None:
         return ["deleted"]
     if before is None and one.version > 1:
-        return ["the version before is no longer kept"]
+        return ["the previous version is pruned"]
     if before is not None and before.damaged:
-        return ["the version before can't be read"]
-    return field_lines(before.value if before else None, one.value) or ["written again, nothing changed"]
+        return ["the previous version is unreadable"]
+    return field_lines(before.value if before else None, one.value) or ["no changes"]
 
 
 def field_changes(old: JsonObject | None, new: JsonObject | None) -> JsonObject:

@@ -1,4 +1,4 @@
-"""What was looked at and what to do about it, as `doctor` and `state health` print it."""
+"""Findings and remedies, as printed by `doctor` and `state health`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from orchestrator.engine.diagnostics.findings import Finding, Level
 
 
 def show_findings(findings: Sequence[Finding], code: int, output: Output) -> None:
-    """Print findings, each with its remedy, and how many of them are bad."""
+    """Print findings with their remedies, and the number of problems and warnings."""
     if output.as_json:
         output.json({"findings": [asdict(finding) for finding in findings], "exit": code})
         return

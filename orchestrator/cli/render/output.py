@@ -1,4 +1,4 @@
-"""What the commands print: JSON lines for programs, sentences for people."""
+"""Output of commands: JSON lines for programs, text for people."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SHOW_CURSOR = "\x1b[?25h"
 
 @dataclass(slots=True)
 class Output:
-    """Prints to stdout as one JSON object a line, or as text."""
+    """Prints to stdout, as one JSON object per line or as text."""
 
     as_json: bool
     print_above_table: Callable[[str], None] | None = field(default=None, init=False)
@@ -65,7 +65,7 @@ class Output:
                 self.write_error = error
 
     def event(self, time: float, event: Event) -> None:
-        """Print something that happened."""
+        """Print an event."""
         if self.as_json:
             self._line({"event": event.type, "time": time, **event.data})
         elif is_shown(event):
@@ -111,7 +111,7 @@ class Output:
                 self._say(line)
 
     def facts(self, facts: Mapping[str, str | None]) -> None:
-        """Print names with values."""
+        """Print names and values."""
         if self.as_json:
             self._line(dict(facts))
             return
@@ -120,7 +120,7 @@ class Output:
             self._say(f"{name:<{width}}  {value or '-'}")
 
     def failure(self, result: JsonObject, message: str) -> None:
-        """Print why a command could not do its work."""
+        """Print the error of a command."""
         if self.print_above_table is not None:  # it ends at once, and leaves the table where it is
             self._say(f"\n{_SHOW_CURSOR}", newline=False)
         if self.as_json:
@@ -154,7 +154,7 @@ class Output:
         self._line(value)
 
     def notice(self, text: str) -> None:
-        """Tell a person something that is no event."""
+        """Print a message for people that is not an event."""
         if self.print_above_table is not None:
             self.print_above_table(text)
         elif not self.as_json:

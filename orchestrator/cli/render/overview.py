@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from orchestrator.cli.render.columns import align_columns, described, short_name, wrapped
 from orchestrator.cli.render.events import event_text
-from orchestrator.cli.render.result import landed_summary, run_summary, state_counts
+from orchestrator.cli.render.result import format_state, landed_summary, run_summary, state_counts
 from orchestrator.cli.render.table_model import format_count
 from orchestrator.cli.render.text import one_line
 from orchestrator.domain.events.tasks import salvage_name
@@ -23,7 +23,7 @@ def overview_lines(overview: RunOverview) -> Iterator[str]:
     yield run_summary(overview.report)
     yield from align_columns(_options(overview.record.run), "  ")
     yield "tasks"
-    yield from described([_task(task) for task in overview.tasks], "  ")
+    yield from described([_task(task, overview.report) for task in overview.tasks], "  ")
     if overview.sessions:
         yield "active sessions"
         yield from align_columns(
@@ -69,7 +69,7 @@ def _options(run: RunDocument) -> list[list[str]]:
     return [[name, value] for name, value in told.items() if value]
 
 
-def _task(task: TaskOverview) -> list[str]:
+def _task(task: TaskOverview, report: RunReport) -> list[str]:
     one = task.report
     attempts = f"{one.attempts} {'attempt' if one.attempts == 1 else 'attempts'}"
     phases = ", ".join(f"{phase.name} {phase.status}" for phase in task.phases)
@@ -80,7 +80,7 @@ def _task(task: TaskOverview) -> list[str]:
         where = "; ".join(filter(None, [where, f"pull request {task.pull_request}"]))
     why = "" if one.landed or one.reason is None else one_line(one.reason)
     rest = "; ".join(filter(None, [where, task.worktree, why]))
-    return [short_name(one.id), one.status.replace("_", " "), attempts, phases, took, rest]
+    return [short_name(one.id), format_state(one.status, report), attempts, phases, took, rest]
 
 
 def format_minutes(minutes: float) -> str:

@@ -82,12 +82,12 @@ def _line(cells: Sequence[_Cell], widths: Mapping[str, int]) -> list[Segment]:
 
 
 def truncate_end(text: str, width: int) -> str:
-    """Return text that takes at most so many cells of a terminal."""
+    """Return text cut at its end to a width in terminal cells."""
     return text if cell_len(text) <= width else f"{set_cell_size(text, max(width - 1, 0))}…"[:width]
 
 
 def truncate_start(text: str, width: int) -> str:
-    """Return the end of text that takes at most so many cells of a terminal."""
+    """Return text cut at its start to a width in terminal cells."""
     return text if cell_len(text) <= width else f"…{set_cell_size(text[::-1], width - 1)[::-1]}"
 
 
@@ -119,5 +119,5 @@ def render_result_table(rows: Sequence[ResultRow]) -> str:
     with console.capture() as capture:
         console.print(drawn, end="", soft_wrap=True)
         if more:
-            console.print(Text(f"and {more}: `council status | less` has them all"))
+            console.print(Text(f"and {more}: `council status | less` shows all"))
     return capture.get()

@@ -1,4 +1,4 @@
-"""What the table of a run is made of: rows, totals, which tasks get a row, and the time that is left. Pure."""
+"""The model of a run's live table: rows, totals, selection of rows, and remaining time. Pure."""
 
 from __future__ import annotations
 

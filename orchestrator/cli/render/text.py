@@ -1,4 +1,4 @@
-"""Format single values as text that is safe to print on a terminal."""
+"""Format single values as printable text."""
 
 from __future__ import annotations
 

@@ -161,9 +161,9 @@ def _attempt_line(one: AttemptMarker) -> str:
         parts, used = [str(one.event)], one.used
         told = (used.input_tokens, used.output_tokens, used.cost)
     else:
-        outcome = (attempt.outcome or "ended").replace("_", " ")
+        outcome = (attempt.outcome or "no outcome").replace("_", " ")
         reason = f": {one_line(attempt.reason)}" if attempt.reason else ""
-        parts = [f"{outcome} after {format_elapsed(attempt.ended - attempt.started)}{reason}"]
+        parts = [f"ended after {format_elapsed(attempt.ended - attempt.started)}: {outcome}{reason}"]
         told = (attempt.input_tokens, attempt.output_tokens, attempt.cost)
     sent, received, cost = told
     if sent or received:
