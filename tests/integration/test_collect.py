@@ -450,6 +450,27 @@ async def test_file_with_a_reserved_name_is_left_out(place: Place, name: str) ->
     assert not await place.has(b"forged")
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        '[submodule "a"]\nurl = --upload-pack=touch',
+        '[submodule "a"]\npath = -x\nurl = https://example.org/a',
+        '[submodule "../a"]\nurl = https://example.org/a',
+        '[submodule "a"]\nupdate = !touch x',
+    ],
+)
+async def test_a_description_of_submodules_that_git_rejects_is_left_out(place: Place, entry: str) -> None:
+    """On the target `git fsck` would fail, and a server would refuse every push; an ordinary one may enter."""
+    place.write("good.txt")
+    place.write("vendored/.gitmodules", '[submodule "b"]\npath = b\nurl = https://example.org/b\n')
+    place.write(".gitmodules", entry + "\n")
+    left = await place.collect()
+    assert left.left_out == (".gitmodules",)
+    assert left.refused is not None
+    assert "git rejects its `submodule." in left.refused
+    assert {"good.txt", "vendored/.gitmodules"} <= set(await place.tree(left.commit))
+
+
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("name", list(_RESERVED))
 async def test_commit_with_a_reserved_name_is_left_out(place: Place, name: str) -> None:

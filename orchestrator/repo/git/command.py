@@ -38,6 +38,7 @@ _INSTALL: Final = f"install git {'.'.join(map(str, MINIMUM_VERSION))} or newer"
 RECOMMENDED_VERSION: Final = (2, 39)  # the oldest that the tests run with
 IDENTITY: Final = ("CLI Council", "council@localhost")
 GITLINK_MODE: Final = "160000"  # a link to a commit of another repository
+LINK_MODE: Final = "120000"  # a symbolic link
 
 _HARMLESS_CONFIG: Final = (
     "core.hooksPath=/dev/null",

@@ -14,13 +14,14 @@ from orchestrator.domain.security.reserved_names import find_reserved_name
 from orchestrator.domain.security.secrets import Redactor, is_secret_file, secret_values
 from orchestrator.errors import GitError
 from orchestrator.repo.git.blobs import batch_by_size, cat_blobs, parse_blobs
-from orchestrator.repo.git.command import GITLINK_MODE, FileChange, Git, printable_name
+from orchestrator.repo.git.command import GITLINK_MODE, LINK_MODE, FileChange, Git, printable_name, split_nul
 from orchestrator.repo.git.loose_objects import LooseObject, read_loose_object
 
 MAX_FILE_BYTES = 50 << 20  # the large hosts accept this without a warning
 #: Total bytes and files of a session's changes, which git can stage within its time limit.
 MAX_TOTAL_BYTES, MAX_FILES = 1 << 30, 200_000
 _WITHOUT_CONTENT = frozenset({GITLINK_MODE, "040000"})  # repositories and folders: they have a name only
+_SUBMODULES, _SEPARATORS = ".gitmodules", re.compile(r"[\\/]")
 # Characters with a special meaning in a .gitignore; see gitignore(5).
 _SPECIAL, _ESCAPED = re.compile(r"[\\*?\[ ]"), r"\\\g<0>"
 _BATCH_BYTES = 32 << 20  # bytes of content to read at a time
@@ -97,6 +98,9 @@ async def find_rejected_paths(
     objects = _Objects(git, env, loose)
     sizes = await objects.sizes({file.new_id for file in files})
     refused = by_name | {file.path: why for file in files if (why := admit.check_file(file.path, sizes[file.new_id]))}
+    described = [file for file in files if file.path.rpartition("/")[2].lower() == _SUBMODULES]
+    checked = {file.path: await _check_submodules(git, file, env) for file in described if file.path not in refused}
+    refused |= {path: why for path, why in checked.items() if why is not None}
     remaining = [file for file in files if file.path not in refused]
     secrets: dict[str, set[bytes]] = {}
     sized = ((blob, sizes[blob]) for blob in sorted({file.new_id for file in remaining}))
@@ -106,6 +110,23 @@ async def find_rejected_paths(
         if secrets.get(file.new_id) and secrets[file.new_id] - await objects.known(file.old_id, admit.redactor):
             refused[file.path] = "it contains a secret"
     return refused
+
+
+async def _check_submodules(git: Git, file: FileChange, env: Mapping[str, str]) -> str | None:
+    """Return why `git fsck` would reject a description of submodules, and so would a server; None if it would not."""
+    if file.new_mode == LINK_MODE:
+        return "it is a symbolic link: git rejects that"
+    listed = await git("config", "--null", "--list", "--blob", file.new_id, env=env, ok=(0, 1, 128))
+    for entry in split_nul(listed.stdout):
+        key, _, value = entry.partition("\n")
+        section, _, rest = key.partition(".")
+        name, _, field = rest.rpartition(".")
+        is_option = field in {"url", "path"} and value.startswith("-")
+        is_command = field == "update" and value.startswith("!")
+        is_outside = not name or ".." in _SEPARATORS.split(name)
+        if section == "submodule" and rest.count(".") and (is_option or is_command or is_outside or "\n" in value):
+            return f"git rejects its `{key}`: it could run a command or write outside of the repository"
+    return None
 
 
 @dataclass(frozen=True, slots=True)
