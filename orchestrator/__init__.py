@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from orchestrator.api.transfer import adopt_state, copy_state
     from orchestrator.config.schema import AdapterSettings, Config, Task
     from orchestrator.domain.documents.conflicts import ConflictStrategy, DocumentUpdate
+    from orchestrator.domain.documents.stored import LockInfo
     from orchestrator.domain.runs.statuses import TaskStatus
     from orchestrator.domain.sessions.contexts import SessionContext, SessionStatus, TaskSummary
     from orchestrator.domain.sessions.notes import Note
@@ -60,7 +61,6 @@ if TYPE_CHECKING:
         VersionConflict,
     )
     from orchestrator.locking.lock_overview import LockLayer, LockParty, LockStatus
-    from orchestrator.locking.named_locks import LockInfo
     from orchestrator.plugins import Plugins
     from orchestrator.protocols import Document, Event, Key, RecordedEvent, VerificationReport
     from orchestrator.state.documents.checkpoints import Checkpoint, RestorePlan
@@ -169,7 +169,7 @@ _MODULES = {
         "UnreadableDocument",
         "VersionConflict",
     ),
-    "locking.named_locks": ("LockInfo",),
+    "domain.documents.stored": ("LockInfo",),
     "locking.lock_overview": ("LockLayer", "LockStatus", "LockParty"),
     "plugins": ("Plugins",),
     "protocols": ("Document", "Event", "Key", "RecordedEvent", "VerificationReport"),

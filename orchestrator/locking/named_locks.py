@@ -12,10 +12,11 @@ import secrets
 import socket
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Final, Literal, get_args
+from typing import Final, get_args
 
 import anyio
 
+from orchestrator.domain.documents.stored import LockInfo, LockMode, NamedLock
 from orchestrator.domain.scheduling.deadlocks import LockWait, find_deadlock, merge_waits
 from orchestrator.errors import LockUnavailable, RefusedError, UnreadableDocument, VersionConflict
 from orchestrator.protocols import Commit, Document, JsonObject, Key, Store, Write
@@ -26,8 +27,6 @@ from orchestrator.state.log.codec import MAX_TTL
 from orchestrator.system.clock import Clock
 from orchestrator.system.process_table import boot_id, start_ticks
 
-LockMode = Literal["read", "write"]
-
 #: Default seconds until a lock expires, and to wait for it.
 DEFAULT_EXPIRY: Final = 30.0
 DEFAULT_TIMEOUT: Final = 5.0
@@ -36,33 +35,16 @@ _MAX_CHECK_INTERVAL: Final = 0.5
 _TRIES: Final = 50
 
 
-@dataclass(frozen=True, slots=True)
-class LockInfo:
-    """A held or requested lock. Times are in wall-clock seconds."""
+def is_process_dead(lock: LockInfo) -> bool:
+    """Return whether the process of the owner is known to have ended; only known on this machine."""
+    if lock.host != socket.gethostname():
+        return False
+    return lock.boot != boot_id() or (lock.started is not None and start_ticks(lock.pid) != lock.started)
 
-    id: str
-    """Unique for each acquisition."""
-    name: str
-    mode: LockMode
-    owner: str
-    acquired_at: float
-    """For a waiter: the time of the request."""
-    expires_at: float
-    host: str
-    boot: str
-    pid: int
-    started: int | None
 
-    @property
-    def is_process_dead(self) -> bool:
-        """Whether the process of the owner is known to have ended; only known on this machine."""
-        if self.host != socket.gethostname():
-            return False
-        return self.boot != boot_id() or (self.started is not None and start_ticks(self.pid) != self.started)
-
-    def is_valid(self, now: float) -> bool:
-        """Return whether the lock has not expired and its process may be alive."""
-        return now < self.expires_at and not self.is_process_dead
+def _is_valid(lock: LockInfo, now: float) -> bool:
+    """Return whether the lock has not expired and its process may be alive."""
+    return now < lock.expires_at and not is_process_dead(lock)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +60,8 @@ class _LockState:
             return cls()
         if (flaw := find_document_error(document)) is not None:
             raise UnreadableDocument(str(document.key), flaw)
-        value: dict[str, Any] = document.value
-        holders, waiters = (
-            tuple(lock for lock in (LockInfo(**item) for item in value[part]) if lock.is_valid(now))
-            for part in ("holders", "waiters")
-        )
+        lock = NamedLock.model_validate_json(document.encoded)
+        holders, waiters = (tuple(one for one in part if _is_valid(one, now)) for part in (lock.holders, lock.waiters))
         return cls(document.version, holders, waiters)
 
     def to_json(self) -> JsonObject:

@@ -10,7 +10,8 @@ from typing import Any
 import anyio
 import pytest
 
-from orchestrator.domain.runs.model import Attempt, CheckpointOrigin, RunDocument, TaskDocument
+from orchestrator.domain.documents.stored import CheckpointOrigin, CheckpointSession
+from orchestrator.domain.runs.model import Attempt, RunDocument, TaskDocument
 from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.engine.session_api.shared_values import SharedValues
@@ -18,7 +19,6 @@ from orchestrator.errors import HistoryCompacted, LeaseLost, RefusedError
 from orchestrator.protocols import Commit, Document, Guard, JsonObject, Key, StateSnapshot, Store, Write
 from orchestrator.state.documents.checkpoints import (
     WHOLE_STORE,
-    CheckpointSession,
     create_checkpoint,
     list_checkpoints,
     plan_restore,

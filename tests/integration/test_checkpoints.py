@@ -11,7 +11,8 @@ import anyio
 import pytest
 
 from orchestrator.api.council import Council
-from orchestrator.domain.runs.model import CheckpointOrigin, TaskDocument
+from orchestrator.domain.documents.stored import CheckpointOrigin
+from orchestrator.domain.runs.model import TaskDocument
 from orchestrator.domain.scheduling.claims import Role
 from orchestrator.engine.reports.report import RunStatus
 from orchestrator.engine.scheduler.monitor import CHECKPOINT_INTERVAL

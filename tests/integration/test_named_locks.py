@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator.domain.documents.stored import LockMode
 from orchestrator.domain.scheduling.deadlocks import LockWait, choose_victim, find_cycle, find_deadlock
 from orchestrator.errors import LockUnavailable, RefusedError, UnreadableDocument
-from orchestrator.locking.named_locks import LockMode, NamedLocks
+from orchestrator.locking.named_locks import NamedLocks
 from orchestrator.protocols import Commit, Key, Write
 from orchestrator.state.documents.validation import LOCK_KIND, find_unreadable
 from orchestrator.state.stores.file import FileStore

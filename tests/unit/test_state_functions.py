@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Final
 
+from orchestrator.domain.documents.stored import CheckpointOrigin
 from orchestrator.domain.events import EVENT_TYPES
-from orchestrator.domain.runs.model import CheckpointOrigin
 from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.engine.diagnostics.findings import Level
 from orchestrator.engine.reports.report import RunStatus

@@ -15,7 +15,8 @@ from orchestrator.api.context import ProjectContext
 from orchestrator.api.execution.file_comparison import apply_config_file
 from orchestrator.api.execution.leadership import RunEntry, hold_run_lock, run_active_error, run_settings
 from orchestrator.api.run_reader import RunReader
-from orchestrator.domain.runs.model import CheckpointOrigin, RequestAction, RunDocument, RunRequest
+from orchestrator.domain.documents.stored import CheckpointOrigin
+from orchestrator.domain.runs.model import RequestAction, RunDocument, RunRequest
 from orchestrator.domain.runs.statuses import FINAL_STATUSES
 from orchestrator.domain.scheduling.claims import Role
 from orchestrator.domain.scheduling.dispatch import DispatchBoard

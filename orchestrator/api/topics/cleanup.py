@@ -13,8 +13,8 @@ from pathlib import Path
 
 import anyio.to_thread
 
+from orchestrator.domain.documents.stored import CheckpointOrigin
 from orchestrator.domain.runs.leftovers import Leftover, LeftoverKind, is_unchanged
-from orchestrator.domain.runs.model import CheckpointOrigin
 from orchestrator.engine.cleanup.orphans import OrphanFinder, hub_exists, judge_slot, run_locks
 from orchestrator.engine.cleanup.run_removal import remove_run
 from orchestrator.engine.scheduler.recovery import end_orphaned_session

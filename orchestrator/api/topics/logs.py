@@ -152,12 +152,12 @@ class TaskLogs:
             return None
         made = document.attempt
         file = log_path(self._context.project.logs(name), task, made.number, "stdout")
-        adapters = await find_run_adapters(self._plugins, run_document)
-        log = await self._session_log(run_document, task, adapters, made)
         try:
             text, time = await read_tail(file), (await anyio.Path(file).stat()).st_mtime
         except FileNotFoundError:
             return None
+        adapters = await find_run_adapters(self._plugins, run_document)
+        log = await self._session_log(run_document, task, adapters, made)
         entries = [*log.read(LogChunk(made.number, "stdout", text), document), *log.end(document)]
         lines = [one.line for one in entries if isinstance(one, LogEntry) and one.line.strip()]
         return (lines[-1].strip().rpartition("\n")[2], time) if lines else None

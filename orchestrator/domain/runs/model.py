@@ -314,14 +314,6 @@ class RequestAction(StrEnum):
     ENABLE = "enable"  #: for adapters, not for tasks
 
 
-class CheckpointOrigin(StrEnum):
-    """The origin of a checkpoint."""
-
-    HAND = "hand"
-    CLOCK = "clock"  #: an active run, periodically; only the newest are preserved
-    COUNCIL = "council"  #: a command, before a destructive change
-
-
 class RunRequest(_Document):
     """A request to a run, for its current or next leader."""
 

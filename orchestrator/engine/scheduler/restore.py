@@ -12,8 +12,9 @@ from pathlib import Path
 
 import anyio.to_thread
 
+from orchestrator.domain.documents.stored import CheckpointOrigin
 from orchestrator.domain.events.state import CheckpointRestored
-from orchestrator.domain.runs.model import CheckpointOrigin, TaskDocument
+from orchestrator.domain.runs.model import TaskDocument
 from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.errors import GitError, to_unusable_error
 from orchestrator.protocols import Commit, Event, Guard, Key, Store, Write

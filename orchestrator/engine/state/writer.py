@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import anyio
 
+from orchestrator.domain.documents.stored import CheckpointOrigin
 from orchestrator.domain.events.base import RunEvent
 from orchestrator.domain.events.runs import RunLeaderElected
-from orchestrator.domain.runs.model import CheckpointOrigin
 from orchestrator.engine.state.leader import find_other_leader, prepare_lease
 from orchestrator.engine.state.records import read_run
 from orchestrator.engine.state.transitions import record_event, sanitize

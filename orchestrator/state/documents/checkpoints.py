@@ -35,8 +35,9 @@ from typing import Final
 
 import anyio.to_thread
 
+from orchestrator.domain.documents.stored import CheckpointOrigin, CheckpointRecord, CheckpointSession
 from orchestrator.domain.events.state import CheckpointCreated
-from orchestrator.domain.runs.model import CheckpointOrigin, RunDocument, TaskDocument
+from orchestrator.domain.runs.model import RunDocument, TaskDocument
 from orchestrator.domain.runs.rollback import roll_back_task
 from orchestrator.domain.runs.statuses import ACTIVE_STATUSES, FINAL_STATUSES, TaskStatus, run_state
 from orchestrator.errors import HistoryCompacted, RefusedError, UnreadableDocument, VersionConflict
@@ -62,16 +63,6 @@ _NOTE: Final = "note"
 _COVERED_KINDS: Final = (*_RESTORED_KINDS, _NOTE)
 #: How often all documents are read while other processes commit, before the slower read from the log.
 _MAX_READS: Final = 5
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointSession:
-    """An active task: `status` is running, checking or landing."""
-
-    run: str
-    task: str
-    attempt: int
-    status: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,17 +188,17 @@ async def prune_checkpoints(store: Store, run: str, keep: int, guards: Sequence[
 
 
 def _checkpoint(found: Document) -> Checkpoint:
-    value, run = found.value, found.key.id.rpartition("/")[0]
+    record, run = CheckpointRecord.model_validate_json(found.encoded), found.key.id.rpartition("/")[0]
     return Checkpoint(
         id=found.key.id,
         run=None if run == WHOLE_STORE else run,
-        position=value["position"],
+        position=record.position,
         time=found.time,
-        reason=value["reason"],
-        maker=CheckpointOrigin(value["maker"]),
-        status=value["status"],
-        phase=value["phase"],
-        sessions=[CheckpointSession(**one) for one in value["sessions"]],
+        reason=record.reason,
+        maker=record.maker,
+        status=record.status,
+        phase=record.phase,
+        sessions=record.sessions,
     )
 
 

@@ -19,6 +19,7 @@ from orchestrator.domain.documents.conflicts import (
     parse_strategy,
     resolve_updates,
 )
+from orchestrator.domain.documents.stored import ConflictRecord
 from orchestrator.domain.events.state import StateConflictKept, StateConflictResolved, StateConflictSettled
 from orchestrator.errors import RefusedError, format_author
 from orchestrator.protocols import Commit, Document, DocumentVersion, Event, Guard, JsonObject, Key, Store, Write
@@ -213,10 +214,10 @@ def _record(conflict: Conflict) -> Write:
 
 
 def _read(document: Document) -> Conflict:
-    value = document.value
-    key = Key(*value["key"])
-    candidates = tuple(DocumentUpdate(key, **one) for one in value["candidates"])
-    return Conflict(document.key.id, key, value["version"], candidates)
+    record = ConflictRecord.model_validate_json(document.encoded)
+    key = Key(*record.key)
+    candidates = tuple(DocumentUpdate(key, **dict(one)) for one in record.candidates)
+    return Conflict(document.key.id, key, record.version, candidates)
 
 
 async def _resolve(

@@ -10,13 +10,21 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from orchestrator.domain.documents.times import Instant
+from orchestrator.domain.documents.stored import (
+    CheckpointRecord,
+    ConflictRecord,
+    Cursor,
+    NamedLock,
+    PortsRecord,
+    RunLease,
+    SharedValue,
+)
 from orchestrator.domain.events.state import StateRepaired
-from orchestrator.domain.runs.model import AdapterDocument, CheckpointOrigin, RunDocument, RunRequest, TaskDocument
+from orchestrator.domain.runs.model import AdapterDocument, RunDocument, RunRequest, TaskDocument
 from orchestrator.domain.runs.statuses import RETRYABLE_STATUSES, TaskStatus
 from orchestrator.domain.scheduling.claims import Claim, MergeLease, OrchestratorLease
 from orchestrator.domain.scheduling.path_ownership import PathOwnership
@@ -47,82 +55,6 @@ _NOT_EDITABLE: Final = "use the command or function that writes it; use another 
 _HOLDING = cache(lambda: TypeAdapter(PathOwnership))
 
 
-class _Stored(BaseModel):
-    model_config = ConfigDict(extra="allow", frozen=True, defer_build=True)
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", defer_build=True)
-
-
-class _RunLease(_Stored):
-    orchestrator: str
-    epoch: int
-
-
-class _Cursor(_Stored):
-    position: int
-
-
-class _Shared(_Stored):
-    value: JsonValue
-    writer: str | None
-    time: Instant
-
-
-class _Conflict(_Stored):
-    class Candidate(_Part):
-        time: Instant
-        writer: str
-        value: dict[str, Any] | None
-        base: int | None
-
-    key: tuple[str, str]
-    version: int
-    candidates: list[Candidate]
-
-
-class _Checkpoint(_Stored):
-    class Session(_Part):
-        run: str
-        task: str
-        attempt: int
-        status: str
-
-    position: int
-    reason: str
-    maker: CheckpointOrigin
-    status: str | None
-    phase: dict[str, int]
-    sessions: list[Session]
-
-
-class _Ports(_Stored):
-    place: str
-    ports: list[int]
-
-
-class _Locks(_Stored):
-    class Taking(_Part):
-        id: str
-        name: str
-        mode: Literal["read", "write"]
-        owner: str
-        acquired_at: Instant
-        expires_at: Instant
-        host: str
-        boot: str
-        pid: int
-        started: int | None
-
-    holders: list[Taking]
-    waiters: list[Taking]
-
-
-class _Import(_Stored):
-    pass
-
-
 def _task(encoded: bytes) -> TaskDocument:
     task = TaskDocument.model_validate_json(encoded)
     if task.inconsistency is not None:
@@ -133,7 +65,7 @@ def _task(encoded: bytes) -> TaskDocument:
 def _lease(key: Key, encoded: bytes) -> object:
     if key.id.startswith("merge/"):
         return MergeLease.model_validate_json(encoded)
-    return _RunLease.model_validate_json(encoded) if key.id.startswith("run/") else None
+    return RunLease.model_validate_json(encoded) if key.id.startswith("run/") else None
 
 
 def _ownership(key: Key, encoded: bytes) -> object:
@@ -150,7 +82,11 @@ def checkpoint_number(key: Key) -> int | None:
 def _checkpoint(key: Key, encoded: bytes) -> object:
     if checkpoint_number(key) is None:
         raise ValueError("its name does not end with a number")
-    return _Checkpoint.model_validate_json(encoded)
+    return CheckpointRecord.model_validate_json(encoded)
+
+
+def _any(_key: Key, _encoded: bytes) -> None:
+    """Accept every object: the originals of imported documents have any fields."""
 
 
 def _model(model: type[BaseModel]) -> Callable[[Key, bytes], object]:
@@ -166,19 +102,19 @@ _KINDS: Final[Mapping[str, Callable[[Key, bytes], object]]] = {
     "orchestrator": _model(OrchestratorLease),
     "claim": _model(Claim),
     "adapter": _model(AdapterDocument),
-    "cursor": _model(_Cursor),
+    "cursor": _model(Cursor),
     "request": _model(RunRequest),
-    "conflict": _model(_Conflict),
+    "conflict": _model(ConflictRecord),
     "checkpoint": _checkpoint,
-    "import": _model(_Import),
-    "imported": _model(_Import),
+    "import": _any,
+    "imported": _any,
     "ownership": _ownership,
     "context": _model(SessionContext),
     "handoff": _model(Handoff),
-    "shared": _model(_Shared),
-    LOCK_KIND: _model(_Locks),
+    "shared": _model(SharedValue),
+    LOCK_KIND: _model(NamedLock),
     "note": _model(Note),
-    "ports": _model(_Ports),
+    "ports": _model(PortsRecord),
 }
 DOCUMENT_KINDS: Final = frozenset(_KINDS)
 

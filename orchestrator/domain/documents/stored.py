@@ -1,0 +1,118 @@
+"""Models of stored documents that have no behaviour of their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, JsonValue
+
+from orchestrator.domain.documents.times import Instant
+
+LockMode = Literal["read", "write"]
+
+
+class CheckpointOrigin(StrEnum):
+    """The origin of a checkpoint."""
+
+    HAND = "hand"
+    CLOCK = "clock"  #: an active run, periodically; only the newest are preserved
+    COUNCIL = "council"  #: a command, before a destructive change
+
+
+class _Stored(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True, defer_build=True)
+
+
+class RunLease(_Stored):
+    """The leader of a run (`lease/run/<run>`)."""
+
+    orchestrator: str
+    epoch: int
+
+
+class Cursor(_Stored):
+    """The position of a sink or tracker."""
+
+    position: int
+
+
+class SharedValue(_Stored):
+    """A value that the sessions of a run share."""
+
+    value: JsonValue
+    writer: str | None
+    time: Instant
+
+
+class PortsRecord(_Stored):
+    """The worktree slot that uses a port, and all ports of the slot."""
+
+    place: str
+    ports: list[int]
+
+
+class ConflictCandidate(BaseModel):
+    """An update in a conflict; see `domain.documents.conflicts.DocumentUpdate`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+
+    time: Instant
+    writer: str
+    value: dict[str, Any] | None
+    base: int | None
+
+
+class ConflictRecord(_Stored):
+    """Competing updates of the document `key` (kind and id), which had `version` then."""
+
+    key: tuple[str, str]
+    version: int
+    candidates: tuple[ConflictCandidate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSession:
+    """An active task: `status` is running, checking or landing."""
+
+    run: str
+    task: str
+    attempt: int
+    status: str
+
+
+class CheckpointRecord(_Stored):
+    """A named position of the log; see `state.documents.checkpoints.Checkpoint`."""
+
+    position: int
+    reason: str
+    maker: CheckpointOrigin
+    status: str | None
+    phase: dict[str, int]
+    sessions: tuple[CheckpointSession, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LockInfo:
+    """A held or requested named lock. Times are in wall-clock seconds."""
+
+    id: str
+    """Unique for each acquisition."""
+    name: str
+    mode: LockMode
+    owner: str
+    acquired_at: Instant
+    """For a waiter: the time of the request."""
+    expires_at: Instant
+    host: str
+    boot: str
+    pid: int
+    started: int | None
+
+
+class NamedLock(_Stored):
+    """The holders and waiters of a named lock."""
+
+    holders: tuple[LockInfo, ...]
+    waiters: tuple[LockInfo, ...]
