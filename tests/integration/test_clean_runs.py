@@ -199,7 +199,7 @@ async def test_command_lists_first(repository: Repository) -> None:
     assert repository.council("runs").stdout == ""
     assert run in repository.council("checkpoint", "list").stdout
     refused = repository.council("clean", "--interrupted")
-    assert (refused.code, "--runs are meant" in refused.stderr) == (2, True)
+    assert (refused.code, "requires --runs" in refused.stderr) == (2, True)
 
 
 async def test_record_without_a_checkpoint_is_kept(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:

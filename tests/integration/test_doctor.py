@@ -379,7 +379,7 @@ def test_adapter_in_cooldown_has_its_end(repository: Repository) -> None:
         assert run.stdout is not None
         assert any('"adapter.cooling_down"' in line for line in run.stdout)
         assert repository.council("adapters", "--json").result["adapters"][0]["cooldown_until"] > time.time()
-        assert "\n  pauses until 2" in repository.council("adapters").stdout
+        assert "\n  paused until 2" in repository.council("adapters").stdout
     finally:
         run.send_signal(signal.SIGINT)
         run.communicate()

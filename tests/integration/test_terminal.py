@@ -262,11 +262,13 @@ def test_adapter_cooldown_is_shown_above_the_table(repository: Repository, start
                        "failures": {"rate_limited": "again in (?P<seconds>[0-9]+) s"}}}  # fmt: skip
     config = repository.configure([{"id": "limited", "prompt": "echo again in 3600 s; exit 1"}], adapters=adapters)
     terminal = start("run", str(config))
-    wait_for(lambda: "adapter sh pauses until" in terminal.text and terminal.row("limited").split()[1:2] == ["retry"])
+    wait_for(
+        lambda: "adapter sh is paused until" in terminal.text and terminal.row("limited").split()[1:2] == ["retry"]
+    )
     assert "left" not in terminal.row("0 landed")
     terminal.type("\x03")
     assert terminal.wait() == 130
-    assert "Adapter sh pauses until" in terminal.text
+    assert "Adapter sh is paused until" in terminal.text
 
 
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux, a terminal that wraps anew what it shows")

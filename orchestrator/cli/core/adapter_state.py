@@ -73,4 +73,4 @@ async def read_adapter_state(context: CommandContext) -> AdapterState:
 def _availability(one: AdapterReport) -> str:
     if one.disabled_reason is not None:
         return f"disabled: {one_line(one.disabled_reason)}"
-    return f"pauses until {format_local_time(one.cooldown_until or 0.0)}"
+    return f"paused until {format_local_time(one.cooldown_until or 0.0)}"

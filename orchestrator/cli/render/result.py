@@ -213,4 +213,4 @@ def adapter_line(adapter: AdapterReport, command: str) -> str:
     if adapter.disabled_reason is not None:
         reason = printable(one_line(adapter.disabled_reason))
         return f"Adapter {adapter.name} is disabled: {reason}. Fix that, then `{command}`."
-    return f"Adapter {adapter.name} pauses until {format_local_time(adapter.cooldown_until or 0.0)}."
+    return f"Adapter {adapter.name} is paused until {format_local_time(adapter.cooldown_until or 0.0)}."

@@ -325,7 +325,7 @@ class AdapterCooldown(AdapterEvent):
     """No session of an adapter starts before a time; repeated only if that gets later."""
 
     type = "adapter.cooling_down"
-    sentence = "adapter {adapter} is cooling down until {until}: {reason}"
+    sentence = "adapter {adapter} is paused until {until}: {reason}"
 
     until: Instant
     reason: str

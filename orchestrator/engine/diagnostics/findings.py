@@ -268,7 +268,7 @@ def judge_file_system(name: str, place: StorageLocation) -> Finding | None:
 
 def judge_clock(machine: Machine, places: Sequence[StorageLocation]) -> Finding:
     """Judge the wall clock against the time of our installation, and against the clocks of file systems."""
-    remedy = "set the clock, or have it set by NTP: pauses until an instant and certificates rely on it"
+    remedy = "set the clock, or let NTP set it: pauses and certificates depend on it"
     told = datetime.fromtimestamp(min(max(machine.now, 0.0), _LATEST_CREDIBLE), UTC)
     found = f"{told:%Y-%m-%d %H:%M:%S} UTC"
     if machine.installed is not None and machine.now < machine.installed - _DAY:

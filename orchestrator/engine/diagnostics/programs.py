@@ -297,7 +297,7 @@ def _describe_trouble(answer: CompletedCommand | str | None) -> str | None:
     if not isinstance(answer, CompletedCommand):
         return answer
     if answer.returncode == 0:
-        return "it does not say its version"
+        return "version unknown"
     if len(answer.stdout) + len(answer.stderr) >= _MAX_OUTPUT:
         return "it prints without end"
     how = f"exit code {answer.returncode}" if answer.returncode > 0 else f"signal {-answer.returncode}"

@@ -75,13 +75,15 @@ async def _inspect_site(
         commit = (await list_branches(repository, users))[base or "main"]
         git = Git(repository.git_dir, as_user=True, environ=environ)
         found.append(
-            await _finding_of("content", "no submodules, no git LFS, no odd names", check_supported(git, commit))
+            await _finding_of(
+                "content", "no submodules, no git LFS, no unsupported file names", check_supported(git, commit)
+            )
         )
         if run is not None and run.worktrees != WorktreeSettings():
             sources = check_worktree_sources(
                 run.worktrees, BaseCommit(run.base, commit, git), repository, [council_home(environ)]
             )
-            found.append(await _finding_of("worktrees", "what they are made of is there", sources))
+            found.append(await _finding_of("worktrees", "all files and folders that they need exist", sources))
         with suppress(GitError):
             size = await measure_repository(git, commit)
     if run is not None and run.target is not None:
