@@ -19,7 +19,13 @@ from orchestrator.domain.runs.outcome import (
     SessionLimits,
     judge_outcome,
 )
-from orchestrator.domain.runs.retry import COOLDOWN_BACKOFF, MAX_COOLDOWN, compute_cooldown_end, retry_delay
+from orchestrator.domain.runs.retry import (
+    COOLDOWN_BACKOFF,
+    MAX_COOLDOWN,
+    compute_cooldown_end,
+    decide_retry,
+    retry_delay,
+)
 from orchestrator.domain.runs.statuses import FINAL_STATUSES, RETRYABLE_STATUSES, TRANSITIONS, TaskStatus, Trigger
 from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, choose_tasks
 from orchestrator.domain.settings.failures import (
@@ -161,6 +167,24 @@ def test_jitter_is_between_zero_and_the_full_wait() -> None:
     drawn = [retry_delay(Backoff(initial=2.0, factor=2.0, max=5.0, jitter=True), 4) for _ in range(200)]
     assert all(0 <= delay <= 5.0 for delay in drawn)
     assert max(drawn) - min(drawn) > 2.0
+
+
+@pytest.mark.parametrize(
+    ("failure", "failures", "delay"),
+    [
+        (FailureClass.CRASHED, 1, 2.0),
+        (FailureClass.CRASHED, 2, 4.0),
+        (FailureClass.CRASHED, 3, None),
+        (FailureClass.NO_CHANGE, 1, None),
+        (FailureClass.RATE_LIMITED, 1, None),
+    ],
+)
+def test_decide_retry_follows_the_class_and_the_number_of_attempts(
+    failure: FailureClass, failures: int, delay: float | None
+) -> None:
+    """Classes to retry wait longer each time until no attempt is left; others end at once."""
+    backoff = Backoff(initial=2.0, factor=2.0, max=300.0, jitter=False)
+    assert decide_retry(failure, failures, 3, {FailureClass.CRASHED}, backoff) == delay
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from math import isfinite
 
-from tenacity import AsyncRetrying, RetryCallState
+from tenacity import DoSleep, RetryCallState, RetryError, Retrying, retry_if_result, stop_after_attempt
 from tenacity.wait import wait_exponential, wait_random_exponential
 
+from orchestrator.domain.settings.failures import FailureClass, FailurePolicy, get_failure_policy
 from orchestrator.domain.settings.run_settings import Backoff
 
 
@@ -16,11 +18,41 @@ def retry_delay(backoff: Backoff, failures: int) -> float:
     With `jitter`, each wait is uniformly distributed between 0 and its full length ("full jitter", Brooker, AWS
     Architecture Blog, 2015), so that tasks that failed together are not retried together.
     """
+    return _make_wait(backoff)(_state_after(Retrying(), failures))
+
+
+def decide_retry(
+    failure: FailureClass, failures: int, attempts: int, retried: Collection[FailureClass], backoff: Backoff
+) -> float | None:
+    """Return the seconds until the next attempt after the `failures`-th failure; None: no attempt follows.
+
+    `attempts` is the largest number of attempts, `retried` are the classes to retry. The attempts themselves may be in
+    different processes, so that only the decision is made here.
+    """
+    retrying = Retrying(
+        retry=retry_if_result(lambda failed: get_failure_policy(failed, retried) is FailurePolicy.RETRY),
+        stop=stop_after_attempt(attempts),
+        wait=_make_wait(backoff),
+    )
+    retrying.begin()
+    state = _state_after(retrying, failures)
+    state.set_result(failure)
+    try:
+        action = retrying.iter(state)
+    except RetryError:  # no attempt is left
+        return None
+    return float(action) if isinstance(action, DoSleep) else None
+
+
+def _make_wait(backoff: Backoff) -> wait_exponential:
     kind = wait_random_exponential if backoff.jitter else wait_exponential
-    policy = kind(multiplier=backoff.initial, max=backoff.max, exp_base=backoff.factor)
-    state = RetryCallState(retry_object=AsyncRetrying(), fn=None, args=(), kwargs={})
-    state.attempt_number = failures
-    return policy(state)
+    return kind(multiplier=backoff.initial, max=backoff.max, exp_base=backoff.factor)
+
+
+def _state_after(retrying: Retrying, attempts: int) -> RetryCallState:
+    state = RetryCallState(retry_object=retrying, fn=None, args=(), kwargs={})
+    state.attempt_number = attempts
+    return state
 
 
 #: The cooldown, in seconds, of an adapter that reports no end of its limit, or repeatedly a wrong one.

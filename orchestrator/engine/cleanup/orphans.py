@@ -82,7 +82,7 @@ class OrphanFinder:
 
     async def worktrees(self, run: RunDocument) -> list[Leftover]:
         """Judge the worktrees of a run; the caller makes sure that it is inactive."""
-        assert self._store is not None, "a run is known by its store"  # noqa: S101
+        assert self._store is not None, "a run is known by its store"  # noqa: S101  the caller found the run there
         documents = {
             task: TaskDocument.model_validate_json(one.encoded) if is_readable(one) else None
             for task, one in (await read_tasks(self._store, run.id)).items()
@@ -120,7 +120,7 @@ class OrphanFinder:
 
     async def old_run(self, run: RunDocument, *, include_interrupted: bool) -> Leftover:
         """Judge the record of a run of any age; the caller makes sure that it is inactive."""
-        assert self._store is not None, "a run is known by its store"  # noqa: S101
+        assert self._store is not None, "a run is known by its store"  # noqa: S101  the caller found the run there
         hub, ended = Hub(Path(run.hub)), f"{datetime.fromtimestamp(await self._last(run), UTC):%Y-%m-%d}"
         branches: int | None = 0
         try:
@@ -137,7 +137,7 @@ class OrphanFinder:
 
     async def _is_over(self, run: RunDocument) -> bool:
         """Return True if no task of a run can continue; raise RefusedError if its records are damaged."""
-        assert self._store is not None, "a run is known by its store"  # noqa: S101
+        assert self._store is not None, "a run is known by its store"  # noqa: S101  the caller found the run there
         documents = await read_tasks(self._store, run.id)
         if any(task not in documents or documents[task].damaged for task in run.tasks):
             raise RefusedError(f"task records of run {run.id} are damaged", "run `council state verify`")
@@ -147,7 +147,7 @@ class OrphanFinder:
 
     async def _last(self, run: RunDocument) -> float:
         """Return the time when a run ended, else the time of its newest document (wall-clock seconds)."""
-        assert self._store is not None, "a run is known by its store"  # noqa: S101
+        assert self._store is not None, "a run is known by its store"  # noqa: S101  the caller found the run there
         if run.ended is not None:
             return run.ended
         written = [one.time for one in (await read_tasks(self._store, run.id)).values()]

@@ -1,7 +1,7 @@
 """Probe the programs that adapters need: path, version, readiness.
 
-A program is strange until it has answered: it has nothing to read, an empty folder, a home like a session's where it is
-to have one of its own, ten seconds, and what it prints is read to 64 KiB. What it leaves running is killed.
+Programs are untrusted: each gets no input, an empty folder, a home like that of a session if it needs one, and ten
+seconds. At most 64 KiB of its output are read, and processes that it leaves behind are killed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _MAX_MESSAGE_LENGTH: Final = 200
 _MARK: Final = "COUNCIL_PROBE"
 _HOME_PLACEHOLDER: Final = Path("/council-home-of-a-probe")
 
-# CSI and OSC sequences of ECMA-48, the latter ended by BEL or ST; then whatever else is not text.
+# CSI and OSC sequences of ECMA-48, the latter ended by BEL or ST; then all other escapes.
 _ESCAPES: Final = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b.")
 _NUMBERS: Final = r"(\d{1,9}(?:\.\d{1,9}){1,4})([-+.]?[A-Za-z][A-Za-z0-9.+-]{0,40})?"
 #: A separate number, else a number with a prefix, as in `go1.22.1` and `codex/0.46.0`.
@@ -79,7 +79,7 @@ class AdapterStatus:
     def is_installed(self) -> bool:
         """Whether it needs programs, and all of them are there.
 
-        One that runs our own Python to reach something else is there if that is ready.
+        A program that is our own Python, which connects to something else, counts as installed if that is ready.
         """
         return bool(self.programs) and all(
             program.path is not None and (program.ready is not False or program.path != sys.executable)
@@ -145,9 +145,9 @@ def _obstacle(status: AdapterStatus) -> str | None:
 
 
 class _ProbeRequest(NamedTuple):
-    """A program, the variables that its adapter gives it, sorted, and what it finds in its home.
+    """A program to probe, its environment variables, sorted, and the content of its home.
 
-    Where a variable has the path of the home, `_HOME_PLACEHOLDER` stands for it.
+    `_HOME_PLACEHOLDER` replaces the path of the home in variables.
     """
 
     program: Program
@@ -230,8 +230,8 @@ def judge_program(
 ) -> ProgramStatus:
     """Judge a program by the results of its probes. Pure.
 
-    `path` is where it was found. An answer is how its command ended, the reason why it did not, or None where it was
-    not asked. `has_key` says that one of its `keys` is set; `hide` are secrets that it may have printed.
+    `path` is its location. `version` and `ready` are the results of its commands, or why they could not be run; None if
+    they were not. `has_key`: one of its `keys` is set. `hide` are secrets that it may have printed.
     """
     if path is None:
         return ProgramStatus(program.name, None, known=program.known, remedy=program.install)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 _MAX_FILE_SIZE: Final = 1 << 20
-"""Bytes of a file that is looked into."""
+"""The largest size in bytes of a file that is parsed."""
 
 _REQUIREMENTS: Final = re.compile(r"(?:[a-z]+-)?requirements(?:[-_][a-z]+)?\.txt")
 
@@ -26,7 +26,7 @@ TopLevelFiles = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class ProjectEnvironment:
-    """What a fresh checkout needs: the shell command that creates it, and the files that this depends on.
+    """The environment of a fresh checkout: the shell command that creates it, and its input files.
 
     `programs` is a folder of programs that it creates.
     """
@@ -40,34 +40,34 @@ class ProjectEnvironment:
 
 @dataclass(frozen=True, slots=True)
 class RepositoryTests:
-    """A shell command that runs the tests, the file that says so, and what a fresh checkout needs before."""
+    """A shell command that runs the tests, the file that declares it, and the environment that it needs."""
 
     command: str
     declared_in: str
     before: str | None = None
-    """What may have to be installed on the machine."""
+    """A command that may have to be run first."""
     environment: ProjectEnvironment | None = None
     needs: tuple[str, ...] = ()
     """Shell commands that succeed on a machine where the tests can be run."""
     fallback: RepositoryTests | None = None
-    """Another way, for a machine that lacks something for this one."""
+    """An alternative for machines that do not meet the needs of this one."""
 
     @property
     def alternatives(self) -> list[RepositoryTests]:
-        """Return this and the other ways, the best first."""
+        """Return this command and its fallbacks, the best first."""
         return [self, *([] if self.fallback is None else self.fallback.alternatives)]
 
 
 def detect_tests(top: TopLevelFiles) -> RepositoryTests | None:
-    """Return how the tests of a repository are run; None if nothing tells.
+    """Return the test command of a repository; None if its files reveal none.
 
-    What its authors wrote down as their command comes before what is usual for a language.
+    A command that the authors declared takes precedence over the convention of a language.
     """
     return next(filter(None, (rule(top) for rule in _RULES)), None)
 
 
 def read_top_level(folder: Path) -> dict[str, str]:
-    """Return what is at the top of a repository, with the contents of the files that tell of tests; blocks."""
+    """Return the names at the top of a repository, with the contents of the files that are parsed. Blocks."""
     top: dict[str, str] = {}
     for entry in sorted(folder.iterdir()):
         with suppress(OSError):
@@ -87,7 +87,7 @@ def _read(file: Path) -> str:
 
 
 def _json(text: str) -> dict[str, Any]:
-    """Return a JSON object; an empty one where there is none."""
+    """Parse a JSON object; return an empty one for any other text."""
     with suppress(ValueError, RecursionError):
         value = json.loads(text)
         if isinstance(value, dict):
@@ -102,7 +102,7 @@ def _toml(text: str) -> dict[str, Any]:
 
 
 def _within(value: Any, *keys: str) -> Any:
-    """Return what is at a path of keys, None where it does not lead anywhere."""
+    """Return the value at a path of keys; None if there is none."""
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value
@@ -126,7 +126,7 @@ def _manager(top: TopLevelFiles, package: Mapping[str, Any]) -> str:
 
 
 def _node_environment(top: TopLevelFiles) -> ProjectEnvironment | None:
-    """Return how the packages of a Node project are installed; None where it needs none."""
+    """Return the environment of a Node project; None if it needs no packages."""
     package = _json(top.get("package.json", ""))
     manager = _manager(top, package)
     locks = tuple(lock for lock, name in _LOCKS.items() if name == manager and lock in top)
@@ -155,7 +155,7 @@ _TEST_COMMANDS: Final = {
     "npm": "npm test",
     "pnpm": "pnpm test",
     "yarn": "yarn test",
-    "bun": "bun run test",  # `bun test` is another thing than the script
+    "bun": "bun run test",  # `bun test` does not run the script
 }
 
 
@@ -192,9 +192,9 @@ def _makefile(top: TopLevelFiles) -> RepositoryTests | None:
 
 def _python(top: TopLevelFiles) -> RepositoryTests | None:
     project = _toml(top.get("pyproject.toml", ""))
-    told_by = next((name for name, found in _pytest_signs(top, project).items() if found), None)
-    if told_by is not None:
-        return _pytest(top, told_by)
+    declared_by = next((name for name, found in _pytest_signs(top, project).items() if found), None)
+    if declared_by is not None:
+        return _pytest(top, declared_by)
     if "noxfile.py" in top:
         return RepositoryTests("nox", "noxfile.py")
     if "tox.ini" in top or "tox.toml" in top or _within(project, "tool", "tox") is not None:
@@ -206,14 +206,14 @@ def _python(top: TopLevelFiles) -> RepositoryTests | None:
     return None
 
 
-def _pytest(top: TopLevelFiles, told_by: str) -> RepositoryTests | None:
-    """Return the ways to run pytest, the best first."""
+def _pytest(top: TopLevelFiles, declared_by: str) -> RepositoryTests | None:
+    """Return the best command for pytest, with its fallbacks."""
     found: RepositoryTests | None = None
     for environment in reversed(_python_environments(top, "pytest")):
-        found = RepositoryTests(f"{_VENV}/python -m pytest", told_by, environment=environment, fallback=found)
+        found = RepositoryTests(f"{_VENV}/python -m pytest", declared_by, environment=environment, fallback=found)
     if _python_environments(top):
         return found
-    return RepositoryTests("python3 -m pytest", told_by, needs=('python3 -c "import pytest"',), fallback=found)
+    return RepositoryTests("python3 -m pytest", declared_by, needs=('python3 -c "import pytest"',), fallback=found)
 
 
 _VENV: Final = ".venv/bin"
@@ -224,14 +224,14 @@ _PYTHON_LOCKS: Final = {
     "pdm.lock": "pdm install --frozen-lockfile",
 }
 _MAKES_VENV: Final = 'python3 -c "import ensurepip, venv"'
-#: A virtual environment sees the packages of the installation that it is made from, not those of another one.
+#: A virtual environment sees the packages of the installation that it was created from, and of no other.
 _IS_INSTALLATION: Final = 'python3 -c "import sys, {module}; sys.exit(sys.prefix != sys.base_prefix)"'
 
 
 def _python_environments(top: TopLevelFiles, module: str | None = None) -> list[ProjectEnvironment]:
-    """Return the ways to create a virtual environment with a project and a module, the best first.
+    """Return the virtual environments that can have a project and a module, the best first.
 
-    Without a module there is none for a project that needs no packages.
+    Without a module, none for a project that needs no packages.
     """
     for lock, setup in _PYTHON_LOCKS.items():
         if lock in top:
@@ -250,7 +250,7 @@ def _venv(words: list[str], inputs: list[str], options: str = "", *needs: str) -
 
 
 def _pip_words(top: TopLevelFiles) -> tuple[list[str], list[str]]:
-    """Return what pip installs for a project, and the files that say so."""
+    """Return the arguments of `pip install` for a project, and the files that they come from."""
     files = [name for name in top if _REQUIREMENTS.fullmatch(name)]
     words = [word for name in files for word in ("-r", name)]
     project = _toml(top.get("pyproject.toml", ""))
@@ -268,7 +268,7 @@ def _pip_words(top: TopLevelFiles) -> tuple[list[str], list[str]]:
 
 
 def _is_declared(top: TopLevelFiles, module: str) -> bool:
-    """Return whether what pip installs for a project has a module by its name."""
+    """Return True if the packages that pip installs for a project include a module by its name."""
     words, files = _pip_words(top)
     texts = [" ".join(words), *(top[name] for name in files if name.endswith(".txt"))]
     project = _toml(top.get("pyproject.toml", ""))
@@ -278,7 +278,7 @@ def _is_declared(top: TopLevelFiles, module: str) -> bool:
 
 
 def _pytest_signs(top: TopLevelFiles, project: Mapping[str, Any]) -> dict[str, bool]:
-    """Return the files that may tell that pytest is used, and whether they do."""
+    """Return whether pytest is used, by each file that may show it."""
     named = [project.get("dependency-groups"), _within(project, "project", "optional-dependencies")]
     named += [_within(project, "project", "dependencies"), _within(project, "tool", "poetry")]
     named += [_within(project, "tool", "uv"), _within(project, "tool", "pdm")]
@@ -320,7 +320,7 @@ def _ruby(top: TopLevelFiles) -> RepositoryTests | None:
 def _single_file_rule(
     name: str, command: str, before: str | None = None
 ) -> Callable[[TopLevelFiles], RepositoryTests | None]:
-    """Return the rule of a language that has one way to run tests."""
+    """Return the rule of a language with a single test command."""
     return lambda top: RepositoryTests(command, name, before) if name in top else None
 
 
@@ -339,7 +339,7 @@ _RULES: Final[tuple[Callable[[TopLevelFiles], RepositoryTests | None], ...]] = (
     _single_file_rule("Package.swift", "swift test"),
 )
 
-#: The files whose contents are looked into; of the others it is enough that they are there.
+#: The files whose contents are parsed; of other files only the existence counts.
 _PARSED_FILES: Final = frozenset(
     {
         *("package.json", "composer.json", "deno.json", "deno.jsonc", "GNUmakefile", "makefile", "Makefile"),

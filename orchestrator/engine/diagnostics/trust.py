@@ -24,7 +24,7 @@ TRUST_VARIABLE = "COUNCIL_TRUST"
 
 
 def trusts_all(environ: Mapping[str, str]) -> bool:
-    """Return True if the environment says that every file is trusted."""
+    """Return True if the environment declares every file trusted."""
     return environ.get(TRUST_VARIABLE, "") == "1"
 
 
@@ -45,7 +45,7 @@ async def find_unconfirmed(file: Path, requests: Sequence[str], environ: Mapping
 async def confirm_requests(file: Path, requests: Iterable[str], environ: Mapping[str, str]) -> None:
     """Record that the user confirmed exactly these requests of a file; other confirmations of it are deleted.
 
-    RefusedError where that can't be written.
+    RefusedError if that can't be written.
     """
     path, digests = _trust_file(environ), [_digest(one) for one in requests]
     try:

@@ -15,6 +15,7 @@ from typing import assert_never
 
 import anyio
 import anyio.to_thread
+from tenacity import AsyncRetrying, retry_if_result, stop_after_attempt, wait_exponential
 
 from orchestrator.domain.events.runs import BaseChecking, BasePassed
 from orchestrator.domain.runs.halts import HaltReason
@@ -46,8 +47,8 @@ from orchestrator.system.file_lock import LockHolder
 _BASE_CHECK_ATTEMPT = 0
 #: Most rounds for a base that keeps moving: it must not keep a run from starting.
 _MAX_ROUNDS = 3
-#: Seconds between tries of checks that could not run to the end.
-_RETRY_DELAYS = (1.0, 2.0, 4.0)
+#: Most tries of checks that could not run to the end; the pauses between them double from one second.
+_MAX_TRIES = 4
 #: Seconds between tests whether the process that checks the base is still active.
 _POLL_INTERVAL = 1.0
 #: Most tasks that a suggested command names.
@@ -243,13 +244,21 @@ class BaseChecks:
         # Use a folder of this process's own: leftovers of a killed or suspended process are not in the way.
         by = self.ledger.orchestrators.me.id.rpartition("-")[2]
         check_args = (self.pool, self.ledger.run.id, task, _BASE_CHECK_ATTEMPT, spec, commands, by)
-        result, clock = await self.context.checks(*check_args).run(commit, commit), self.context.tools.clock
-        for pause in _RETRY_DELAYS:
-            if not isinstance(result, ChecksNotRun):
-                break
-            await clock.wait(anyio.Event(), clock.monotonic() + pause)
-            result = await self.context.checks(*check_args).run(commit, commit)
-        return result
+        clock = self.context.tools.clock
+
+        async def sleep(seconds: float) -> None:
+            await clock.wait(anyio.Event(), clock.monotonic() + seconds)
+
+        async def check() -> CheckResult:
+            return await self.context.checks(*check_args).run(commit, commit)
+
+        return await AsyncRetrying(
+            retry=retry_if_result(lambda result: isinstance(result, ChecksNotRun)),
+            wait=wait_exponential(),
+            stop=stop_after_attempt(_MAX_TRIES),
+            sleep=sleep,
+            retry_error_callback=lambda state: None if state.outcome is None else state.outcome.result(),
+        )(check)
 
     async def _key(self, spec: TaskSpec, commit: str) -> str:
         """Return a hash of a base, its checks, and the setup that they need."""

@@ -10,6 +10,7 @@ from typing import Any, assert_never
 
 from orchestrator.domain.events.base import TaskEvent
 from orchestrator.domain.events.tasks import TaskDeferred, TaskFailed, TaskLanded, TaskLandingAborted, TaskRequeued
+from orchestrator.domain.runs.retry import decide_retry
 from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, TaskStatus, Trigger
 from orchestrator.domain.security.quoting import quote_block
 from orchestrator.domain.settings.failures import FailureClass, FailurePolicy, get_failure_policy
@@ -177,7 +178,7 @@ class LandingOutcomes:
         document = self._ledger.task(task)
         branch = work_branch_name(self._ledger.run.id, task, str(document.building_attempt.number))
         rejection = Rejection(FailureClass.CHECKS_FAILED, reason, branch, {"log": str(failed.log)}, str(failed.log))
-        if spec.on_checks_failed == "retry" and document.failures + 1 < spec.attempts:
+        if spec.on_checks_failed == "retry" and self._is_retried(task, spec, FailureClass.CHECKS_FAILED):
             start = await self._target.create_retry_base(merge, internal_ref_name(self._ledger.run.id, f"again/{task}"))
             feedback = _render_check_failure(failed, secrets.token_hex(8))
             await self._bounce_with_merge(task, spec, rejection, start, feedback)
@@ -192,7 +193,7 @@ class LandingOutcomes:
         branch = work_branch_name(self._ledger.run.id, task, str(document.building_attempt.number))
         facts: JsonObject = {"paths": violation.recorded}
         rejection = Rejection(FailureClass.OUT_OF_SCOPE, violation.describe(), branch, facts)
-        if document.failures + 1 < spec.attempts:
+        if self._is_retried(task, spec, FailureClass.OUT_OF_SCOPE):
             start = await self._ownership.create_retry_base(task, merge, violation)
             feedback = violation.render_feedback(secrets.token_hex(8))
             await self._bounce_with_merge(task, spec, rejection, start, feedback)
@@ -209,12 +210,17 @@ class LandingOutcomes:
         reason = f"merge conflict in {', '.join(conflict.paths)}"
         rejection = Rejection(FailureClass.CONFLICT, reason, branch, {"paths": list(conflict.paths)})
         document, spec = self._ledger.task(task), await self._ledger.definitions.spec(task)
-        is_retried = get_failure_policy(FailureClass.CONFLICT, spec.retry_on) is FailurePolicy.RETRY
-        if is_retried and document.failures + 1 < spec.attempts:
+        is_wanted = get_failure_policy(FailureClass.CONFLICT, spec.retry_on) is FailurePolicy.RETRY
+        if is_wanted and self._is_retried(task, spec, FailureClass.CONFLICT):
             restart = restart_work(self._ledger.definitions.workflow(spec.workflow), document)
             await self._reject(task, Trigger.BOUNCE, rejection, commit=None, built=None, **restart)
         else:
             await self._reject(task, Trigger.CONFLICT, rejection, paths=conflict.paths)
+
+    def _is_retried(self, task: str, spec: TaskSpec, failure: FailureClass) -> bool:
+        """Return True if another attempt may fix a rejected landing."""
+        failures = self._ledger.task(task).failures + 1
+        return decide_retry(failure, failures, spec.attempts, {failure}, spec.backoff) is not None
 
     async def _bounce_with_merge(
         self, task: str, spec: TaskSpec, rejection: Rejection, start: str, feedback: str

@@ -74,7 +74,6 @@ class OwnershipCheck:
         self._judged: set[str] = set()
         self._extended: dict[str, tuple[str, ...]] = {}
         """The paths that tasks came to own by `on_out_of_scope: extend`."""
-        self._noted: set[tuple[str, str, int, tuple[str, ...]]] = set()
 
     async def judge(self, task: str, spec: TaskSpec, merge: PreparedMerge) -> OwnershipViolation | None:
         """Return the ownership violation that keeps a merge from landing.
@@ -149,10 +148,8 @@ class OwnershipCheck:
     ) -> None:
         """Record the changed paths once per attempt, however often the merge is repeated."""
         attempt = self._ledger.task(task).attempt.number
-        key = (event.type, task, attempt, tuple(paths))
-        if key not in self._noted:
-            self._noted.add(key)
-            await self._ledger.note(event(task=task, attempt=attempt, paths=_recorded_names(paths)))
+        noted = event(task=task, attempt=attempt, paths=_recorded_names(paths))
+        await self._ledger.writer.note_once(noted, task, str(attempt), *paths)
 
     def _session(self, task: str) -> SessionName:
         return SessionName(self._ledger.run.id, task, self._ledger.task(task).attempt.number)

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from orchestrator.config.workflows.templates import compile_condition, compile_template
+from orchestrator.domain.runs.phases import GivenValues
 from orchestrator.domain.security.quoting import DATA_NOTICE, format_value, quote_block, remove_control_characters
+from orchestrator.domain.workflow.handoffs import Handoff
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import JsonObject
 
@@ -79,23 +81,28 @@ class PromptFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
-    """A rendered prompt, and the part that is new to a conversation about the same phase."""
+class SessionPrompt:
+    """The prompt of a session, without its notes."""
 
     text: str
-    follow_up: str | None
-    """None: there is nothing new."""
+    suffix: str | None = None
+    """Appended if the session starts a conversation."""
+    follow_up: str | None = None
+    """Replaces `text` if the session continues a conversation; None: there is nothing new."""
+    given: GivenValues = field(default_factory=GivenValues)
+    received: Mapping[str, tuple[int, Handoff]] = field(default_factory=dict)
+    """The handoffs that the session is given, by id, with their document versions."""
 
 
-def render(template: str, facts: PromptFacts) -> Prompt:
+def render(template: str, facts: PromptFacts) -> SessionPrompt:
     """Render the prompt of a phase's session.
 
     Feedback and handoff instructions that the template does not print are appended. Raise RefusedError if the template
     fails with these facts.
     """
-    from jinja2 import TemplateError  # noqa: PLC0415  the same
+    from jinja2 import TemplateError  # noqa: PLC0415  only sessions with a template need it
 
-    from orchestrator.config.workflows.template_sandbox import limit_rendering  # noqa: PLC0415  the same
+    from orchestrator.config.workflows.template_sandbox import limit_rendering  # noqa: PLC0415  only sessions with a template need it
 
     hand_over = None if facts.handoff is None else render_handoff_instructions(facts.handoff)
     # In reading order: what is wrong, then what to submit.
@@ -113,7 +120,7 @@ def render(template: str, facts: PromptFacts) -> Prompt:
         what = f"the prompt of phase {facts.phase!r} has {len(text)} characters (limit: {MAX_PROMPT_LENGTH})"
         raise RefusedError(what, "list fewer values under `needs:`")
     follow_up = "\n\n".join(part.strip() for part in required) if facts.feedback is not None else None
-    return Prompt(f"{text}\n", follow_up and f"{follow_up}\n")
+    return SessionPrompt(f"{text}\n", follow_up=follow_up and f"{follow_up}\n")
 
 
 def is_condition_met(phase: str, condition: str, values: Mapping[str, Any]) -> bool:
@@ -122,9 +129,9 @@ def is_condition_met(phase: str, condition: str, values: Mapping[str, Any]) -> b
     The condition sees each value by its name, and all of them as `values`. `phase` is for errors. Raise RefusedError if
     the condition fails with these values.
     """
-    from jinja2 import TemplateError  # noqa: PLC0415  the same
+    from jinja2 import TemplateError  # noqa: PLC0415  only sessions with a template need it
 
-    from orchestrator.config.workflows.template_sandbox import limit_rendering  # noqa: PLC0415  the same
+    from orchestrator.config.workflows.template_sandbox import limit_rendering  # noqa: PLC0415  only sessions with a template need it
 
     try:
         wrapped = _Quoter("data").value({**values})

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
 from orchestrator.domain.events.tasks import HandoffReceived, TaskDone, TaskQueued, TaskStarted
 from orchestrator.domain.runs.model import Attempt
-from orchestrator.domain.runs.phases import GivenValues, PhaseRecord
+from orchestrator.domain.runs.phases import PhaseRecord
 from orchestrator.domain.runs.statuses import Trigger
 from orchestrator.domain.settings.phase_settings import Phase
 from orchestrator.domain.settings.run_settings import TaskSpec
-from orchestrator.domain.workflow.handoffs import Handoff, acknowledge
+from orchestrator.domain.workflow.handoffs import acknowledge
 from orchestrator.domain.workflow.phase_context import get_phase_needs, select_values
 from orchestrator.domain.workflow.routing import (
     Workflow,
@@ -28,6 +28,7 @@ from orchestrator.domain.workflow.routing import (
 from orchestrator.engine.phases.prompts import (
     HandoffInstructions,
     PromptFacts,
+    SessionPrompt,
     describe_prompt_source,
     is_condition_met,
     render,
@@ -41,20 +42,6 @@ from orchestrator.system.clock import Clock
 
 #: For a phase without a template.
 _DEFAULT_TEMPLATE: Final = "{{ task.prompt }}"
-
-
-@dataclass(frozen=True, slots=True)
-class SessionPrompt:
-    """The prompt of a session, without its notes."""
-
-    text: str
-    suffix: str | None = None
-    """Appended if the session starts a conversation."""
-    follow_up: str | None = None
-    """Replaces `text` if the session continues a conversation."""
-    given: GivenValues = field(default_factory=GivenValues)
-    received: Mapping[str, tuple[int, Handoff]] = field(default_factory=dict)
-    """The handoffs that the session is given, by id, with their document versions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +131,7 @@ class PhaseStarter:
         )
         prompt = render(phase.prompt or _DEFAULT_TEMPLATE, facts)
         follow_up = prompt.follow_up or prompt.text
-        return SessionPrompt(prompt.text, follow_up=follow_up, given=measured, received=values.received(given))
+        return replace(prompt, follow_up=follow_up, given=measured, received=values.received(given))
 
     def build_start_update(
         self, task: str, following: NextPhase, attempt: Attempt, attempts: Sequence[Attempt]

@@ -32,7 +32,7 @@ from orchestrator.domain.runs.outcome import (
     ReadOnlySuccess,
     ResourcesExhausted,
 )
-from orchestrator.domain.runs.retry import retry_delay
+from orchestrator.domain.runs.retry import decide_retry
 from orchestrator.domain.runs.statuses import Trigger
 from orchestrator.domain.settings.failures import FailureClass, FailurePolicy, get_failure_policy
 from orchestrator.engine.landing.base_checks import BaseChecks
@@ -178,8 +178,10 @@ class AttemptRecorder:
             return AttemptEnd(adapter=await self.ledger.adapters.disable(active.adapter, reason, started))
         failures = self.ledger.task(active.task).failures + 1
         changes = {"failures": failures}
-        if policy is FailurePolicy.RETRY and failures < active.spec.attempts and not active.is_budget_exhausted:
-            delay = round(retry_delay(active.spec.backoff, failures), 3)
+        spec = active.spec
+        delay = decide_retry(failure, failures, spec.attempts, spec.retry_on, spec.backoff)
+        if delay is not None and not active.is_budget_exhausted:
+            delay = round(delay, 3)
             retrying = TaskRetrying(outcome=failure, reason=reason, retry_in=delay)
             await self._end(active, finished, TaskUpdate(Trigger.RETRY, retrying, changes))
             return AttemptEnd(retry_in=delay)

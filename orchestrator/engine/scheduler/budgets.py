@@ -14,7 +14,6 @@ from typing import NamedTuple
 import anyio
 import anyio.to_thread
 
-from orchestrator.domain.events.base import RunEvent
 from orchestrator.domain.events.runs import BudgetExhausted, BudgetLow, BudgetPriceUnknown, BudgetUntracked
 from orchestrator.domain.runs.budget import (
     BudgetUsage,
@@ -102,7 +101,6 @@ class Budgets:
         self._meters: dict[str, _UsageMeter] = {}
         # Totals of all active sessions, so that checking the run needs no loop over them.
         self._tokens, self._cost, self._started = 0, 0.0, 0.0
-        self._noted: set[tuple[str, ...]] = set()
 
     def cost_left(self, task: str, spec: TaskSpec) -> float | None:
         """Return the dollars that a task's next session may cost; None if unlimited."""
@@ -176,7 +174,7 @@ class Budgets:
         counts_money = any(limit.budget.cost is not None for limit in limits) or spec.session_budget.cost is not None
         if counts_money and attempt.cost is None and (attempt.input_tokens or attempt.output_tokens):
             unknown = BudgetPriceUnknown(adapter=attempt.adapter, model=attempt.model)
-            await self._note_once(unknown, attempt.adapter, attempt.model or "")
+            await self._ledger.writer.note_once(unknown, attempt.adapter, attempt.model or "")
 
     async def _watch(
         self, task: str, attempt: int, spec: TaskSpec, meter: _UsageMeter, stop: Callable[[BudgetReached], None]
@@ -187,7 +185,7 @@ class Budgets:
             if await anyio.to_thread.run_sync(meter.read):
                 self._update_meter(task, meter)
             if meter.follower.at >= MAX_OUTPUT_BYTES:
-                await self._note_once(BudgetUntracked(of=f"session {session}"), session)
+                await self._ledger.writer.note_once(BudgetUntracked(of=f"session {session}"), session)
             for limit in self._limits(task, spec, session):
                 await self._warn(limit)
                 if (reached := self._check_limit(limit)) is not None:
@@ -250,12 +248,7 @@ class Budgets:
 
     async def _note_share(self, kind: type[BudgetLow | BudgetExhausted], limit: _Limit, share: BudgetUsage) -> None:
         event = kind(scope=limit.scope, of=limit.of, limit=share.key, reason=share.describe())
-        await self._note_once(event, limit.of, share.key)
-
-    async def _note_once(self, event: RunEvent, *key: str) -> None:
-        if (event.type, *key) not in self._noted:
-            self._noted.add((event.type, *key))
-            await self._ledger.note(event)
+        await self._ledger.writer.note_once(event, limit.of, share.key)
 
 
 def _describe_if_exhausted(limit: _Limit) -> str | None:

@@ -37,7 +37,6 @@ class Monitor:
         """Monitor the store of a run."""
         self._ledger, self._store, self._clock = ledger, ledger.writer.store, ledger.writer.clock
         self._retention = ledger.run.state
-        self._reported: set[str] = set()
 
     async def watch(self) -> None:
         """Run all periodic jobs until cancelled."""
@@ -76,7 +75,7 @@ class Monitor:
         """Record each problem; record it again only if it was resolved in between."""
         for finding in findings:
             if finding.level is Level.OK:
-                self._reported.discard(finding.name)
-            elif finding.name not in self._reported:
-                self._reported.add(finding.name)
-                await self._ledger.note(StateWarning(about=finding.name, reason=finding.found, remedy=finding.remedy))
+                self._ledger.writer.forget(StateWarning, finding.name)
+            else:
+                warning = StateWarning(about=finding.name, reason=finding.found, remedy=finding.remedy)
+                await self._ledger.writer.note_once(warning, finding.name)

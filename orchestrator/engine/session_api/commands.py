@@ -181,7 +181,7 @@ class SessionCommands:
         active: ActiveSession,
         key: str,
         after: int | None = None,
-        timeout: float = DEFAULT_WAIT,  # noqa: ASYNC109  by the clock, and nothing is not an error
+        timeout: float = DEFAULT_WAIT,  # noqa: ASYNC109  a timeout of our clock
     ) -> JsonObject:
         """Wait until another session shares a value."""
         shared = self._shared(active)

@@ -129,7 +129,7 @@ class SharedValues:
         key: str,
         *,
         after: int | None = None,
-        timeout: float = DEFAULT_WAIT,  # noqa: ASYNC109  (by the clock, and nothing is not an error)
+        timeout: float = DEFAULT_WAIT,  # noqa: ASYNC109  a timeout of our clock that returns None
     ) -> SharedValue | None:
         """Wait until a key has a value with a version later than `after`, or any value, and return it.
 

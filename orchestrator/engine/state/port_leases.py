@@ -40,7 +40,7 @@ _LOCK = "ports.lock"
 # A session's server may listen on any of these; a listener on one specific address also blocks the wildcard ones.
 _ADDRESSES: Final = (
     (socket.AF_INET, "127.0.0.1"),
-    (socket.AF_INET, "0.0.0.0"),  # noqa: S104  (bound for a moment, never listened on)
+    (socket.AF_INET, "0.0.0.0"),  # noqa: S104  bound for a moment, never listened on
     (socket.AF_INET6, "::1"),
     (socket.AF_INET6, "::"),
 )
