@@ -1,0 +1,100 @@
+"""Atomic writes, and tasks in the background of a block."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import anyio
+import pytest
+
+from orchestrator.system.background import run_in_background
+from orchestrator.system.files import StagedFile, atomic_write
+
+
+@pytest.mark.parametrize("durable", [True, False])
+@pytest.mark.parametrize("is_locked", [True, False])
+def test_atomic_write_over_existing_file_replaces_it(tmp_path: Path, *, durable: bool, is_locked: bool) -> None:
+    """With exactly the given mode, whatever the umask; no temporary file remains."""
+    path = tmp_path / "file"
+    path.write_text("old")
+    before = os.umask(0o077)
+    try:
+        atomic_write(path, "new", mode=0o644, durable=durable, is_locked=is_locked)
+    finally:
+        os.umask(before)
+    assert path.read_text() == "new"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert [one.name for one in tmp_path.iterdir()] == ["file"]
+
+
+def test_atomic_write_without_replace_keeps_existing_file(tmp_path: Path) -> None:
+    """The first writer wins."""
+    path = tmp_path / "file"
+    atomic_write(path, b"first", replace=False)
+    with pytest.raises(FileExistsError):
+        atomic_write(path, b"second", replace=False)
+    assert path.read_bytes() == b"first"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [one.name for one in tmp_path.iterdir()] == ["file"]
+
+
+def test_atomic_write_into_missing_folder_changes_nothing(tmp_path: Path) -> None:
+    """The error is that of the system."""
+    with pytest.raises(FileNotFoundError):
+        atomic_write(tmp_path / "none" / "file", "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_atomic_write_with_lock_reuses_leftover_of_killed_process(tmp_path: Path) -> None:
+    """Such a file has a fixed name, and may have any content."""
+    (tmp_path / "file.new").write_text("a longer leftover")
+    atomic_write(tmp_path / "file", "x", is_locked=True)
+    assert (tmp_path / "file").read_text() == "x"
+    assert [one.name for one in tmp_path.iterdir()] == ["file"]
+
+
+def test_staged_file_when_discarded_keeps_the_old_content(tmp_path: Path) -> None:
+    """Readers never see a part of the new content."""
+    path = tmp_path / "file"
+    path.write_text("old")
+    staged = StagedFile(path)
+    staged.file.write(b"half")
+    staged.discard()
+    assert path.read_text() == "old"
+    assert [one.name for one in tmp_path.iterdir()] == ["file"]
+
+
+async def test_background_task_after_failed_block_is_cancelled_and_error_is_raised_as_it_is() -> None:
+    """Not in an exception group."""
+    ended = anyio.Event()
+
+    async def wait_forever() -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            ended.set()
+
+    async def fail() -> None:
+        async with run_in_background(wait_forever, grace=60, grace_after_error=0):
+            await anyio.wait_all_tasks_blocked()
+            raise KeyError("why")
+
+    with pytest.raises(KeyError, match="why"):
+        await fail()
+    assert ended.is_set()
+
+
+async def test_background_task_within_grace_period_completes() -> None:
+    """The block ends first."""
+    go, done = anyio.Event(), anyio.Event()
+
+    async def finish() -> None:
+        await go.wait()
+        await anyio.wait_all_tasks_blocked()
+        done.set()
+
+    async with run_in_background(finish, grace=10):
+        go.set()
+    assert done.is_set()
