@@ -142,7 +142,7 @@ async def test_task_with_a_push_in_progress_can_not_be_cancelled(repository: Rep
     free.touch()
     assert line.startswith(f"waiting for a git command of process {child.pid} (ended, but a child process holds it")
     stdout, stderr = cancelling.communicate(timeout=60)
-    assert (cancelling.returncode, "1 landing" in stdout) == (1, True)
+    assert (cancelling.returncode, "1 interrupted" in stdout) == (1, True), stdout
     assert stderr == "a was not cancelled: it is landing, and `council resume` completes that first\n"
     ignored = repository.council("task", "ignore", "a", "--reason", "no", "--json")
     assert (ignored.code, ignored.result["exit"], ignored.states) == (1, 1, {"a": "landing"})
