@@ -39,7 +39,7 @@ _DATA: Sequence[tuple[str, JsonObject]] = (
     ("task.started", {"task": "a", "attempt": 1, "base": "0" * 40, "adapter": "x"}),
     ("task.retrying", {"task": "a", "attempt": 1, "reason": 'Ä 漢 🙂\n\t"quoted" \\ <b>&amp;</b> \x1b[31m\x7f'}),
     ("task.failed", {"task": "a", "attempt": 2, "reason": "x" * 64_000, "branch": None}),
-    ("repository.changed", {"changes": {"refs/heads/main": "moved"}, "sessions": ["a", "b"]}),
+    ("repository.changed", {"changes": ["refs/heads/main moved"], "sessions": ["a", "b"]}),
     ("something.new", {"nested": {"list": [1, 2.5, None, True, {}]}, "": 0}),
     ("task.landed", {"task": "b", "attempt": 1, "landed": "1" * 40}),
     ("run.finished", {"status": "incomplete"}),

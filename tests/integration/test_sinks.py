@@ -319,4 +319,6 @@ def test_tracker_without_an_adapter_is_a_mistake(repository: Repository, moody: 
     value["defaults"]["adapter"] = "other"
     value["adapters"]["fake"]["argv"] = ["{nothing}"]
     config.write_text(json.dumps(value))
-    assert repository.council("run", str(config), "--json").result["errors"][0]["what"] == "{nothing} is not a placeholder"
+    assert (
+        repository.council("run", str(config), "--json").result["errors"][0]["what"] == "{nothing} is not a placeholder"
+    )

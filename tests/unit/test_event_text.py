@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from orchestrator.cli.render.events import event_text
+from orchestrator.cli.render.events import event_text, is_shown
+from orchestrator.domain.events import EVENT_TYPES, TypedEvent
 from orchestrator.protocols import Event
 from orchestrator.system.instants import format_local_time
 
@@ -59,3 +62,43 @@ def test_takeover_names_the_leftovers(branch: str | None, left: str) -> None:
     """Where that is nothing, no branch is named."""
     event = Event("task.claim_lost", {"run": "r", "task": "t", "attempt": 1, "by": "box-7-ab", "branch": branch})
     assert event_text(event) == f"t: taken over by box-7-ab; {left}"
+
+
+@pytest.mark.parametrize("kind", EVENT_TYPES.values(), ids=lambda kind: kind.type)
+def test_every_event_reads_as_a_sentence(kind: type[TypedEvent]) -> None:
+    """With some value for each field, and without the one that `sentence_without` names."""
+    fields: dict[str, Any] = {name: _some_value(of) for name, of in kind.field_types.items()}
+    texts = [event_text(Event.of(kind(**fields)))]
+    if kind.sentence_without is not None:
+        empty = 0 if kind.field_types[kind.sentence_without[0]] == "int" else None
+        texts.append(event_text(Event.of(kind(**{**fields, kind.sentence_without[0]: empty}))))
+    assert len(set(texts)) == len(texts)
+    assert not [text for text in texts if kind.type in text or "{" in text or "None" in text]
+
+
+def _some_value(annotation: str) -> object:
+    """Return a value of an annotated type."""
+    known = {"int": 3, "float": 3.0, "bool": True, "str": "word", "Instant": 1e9}
+    kind = annotation.partition("[")[0].partition(" ")[0]
+    return known.get(kind, {"a": ["b"]} if kind == "Mapping" else ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("event", "places"),
+    [
+        (Event("run.paused", {}), (True, True)),
+        (Event("task.landed", {}), (True, False)),
+        (Event("task.salvaged", {}), (True, True)),
+        (Event("task.landing", {}), (False, False)),
+        (Event("some.plugin", {}), (False, False)),
+    ],
+)
+def test_event_is_shown_where_its_class_says(event: Event, places: tuple[bool, bool]) -> None:
+    """As a line, and above the live table, which has the tasks themselves."""
+    assert (is_shown(event), is_shown(event, above_table=True)) == places
+
+
+def test_event_of_unknown_type_or_shape_is_named() -> None:
+    """A log of another version, or a plugin, may have recorded it."""
+    assert event_text(Event("some.plugin", {"task": "t"})) == "t: some.plugin"
+    assert event_text(Event("run.paused", {"run": "r"})) == "run.paused"

@@ -12,6 +12,7 @@ from orchestrator.domain.events.runs import RunCreated, RunPaused
 from orchestrator.domain.events.tasks import TaskApproved, TaskQueued, TaskStarted
 from orchestrator.domain.runs.statuses import Trigger
 from orchestrator.protocols import Event
+from orchestrator.testing.sink_contract import sample_events
 from tests.invariants import find_event_error
 
 
@@ -111,3 +112,9 @@ def test_recorded_event_is_compared_with_its_class(event: Event, error: str | No
     """Every integration test compares all recorded events so, as one of the invariants."""
     found = find_event_error(event)
     assert found is error is None or (found is not None and error is not None and found.startswith(error))
+
+
+def test_sample_events_of_the_sink_contract_match_their_classes() -> None:
+    """Except for the one that stands for a later version."""
+    errors = [find_event_error(one.event) for one in sample_events()]
+    assert list(filter(None, errors)) == ["something.new is in no module of orchestrator.domain.events"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from orchestrator.domain.events.base import RunEvent, Shown
 from orchestrator.domain.wording import join_names
@@ -460,7 +460,8 @@ class RepositoryChanged(RunEvent):
     type = "repository.changed"
     sentence = "your repository was changed by something other than council while {sessions} ran: {changes}"
 
-    changes: Sequence[str] | Mapping[str, Any]
+    changes: Sequence[str]
+    """A sentence each."""
     sessions: Sequence[str]
     """Those that ran meanwhile."""
 
