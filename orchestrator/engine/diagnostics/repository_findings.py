@@ -166,7 +166,7 @@ def _files_of(
         ]
 
     # A word may be a whole prompt: unlike Path.is_file, this is False for names that are too long or contain NUL.
-    there = [word for word in relative(words) if os.path.isfile(top / word)]  # noqa: PTH113
+    there = [word for word in relative(words) if os.path.isfile(top / word)]  # noqa: PTH113  see above
     return there, [path for path in relative(scripts) if not os.path.lexists(top / path)]
 
 

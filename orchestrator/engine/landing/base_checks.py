@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import assert_never
@@ -40,6 +40,7 @@ from orchestrator.repo.worktrees.pool import SlotPool
 from orchestrator.sessions.setup.checks import CheckResult, ChecksNotRun, ChecksPassed
 from orchestrator.sessions.setup.shell import CommandFailed, UnrunnableProgram, describe_unrunnable
 from orchestrator.sessions.setup.worktree_setup import SETUP_REMEDY
+from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
 from orchestrator.system.file_lock import LockHolder
 
@@ -244,21 +245,11 @@ class BaseChecks:
         # Use a folder of this process's own: leftovers of a killed or suspended process are not in the way.
         by = self.ledger.orchestrators.me.id.rpartition("-")[2]
         check_args = (self.pool, self.ledger.run.id, task, _BASE_CHECK_ATTEMPT, spec, commands, by)
-        clock = self.context.tools.clock
-
-        async def sleep(seconds: float) -> None:
-            await clock.wait(anyio.Event(), clock.monotonic() + seconds)
 
         async def check() -> CheckResult:
             return await self.context.checks(*check_args).run(commit, commit)
 
-        return await AsyncRetrying(
-            retry=retry_if_result(lambda result: isinstance(result, ChecksNotRun)),
-            wait=wait_exponential(),
-            stop=stop_after_attempt(_MAX_TRIES),
-            sleep=sleep,
-            retry_error_callback=lambda state: None if state.outcome is None else state.outcome.result(),
-        )(check)
+        return await _repeat_unless_run(check, self.context.tools.clock)
 
     async def _key(self, spec: TaskSpec, commit: str) -> str:
         """Return a hash of a base, its checks, and the setup that they need."""
@@ -327,6 +318,21 @@ class BaseChecks:
             return f"test -x {name}"
         absent = "true" if is_made else f"! git check-ignore --quiet -- {name}"
         return f"if test -e {name}; then test -x {name}; else {absent}; fi"
+
+
+async def _repeat_unless_run(check: Callable[[], Awaitable[CheckResult]], clock: Clock) -> CheckResult:
+    """Return the result of checks, which are tried again if they could not run to the end."""
+
+    async def sleep(seconds: float) -> None:
+        await clock.wait(anyio.Event(), clock.monotonic() + seconds)
+
+    return await AsyncRetrying(
+        retry=retry_if_result(lambda result: isinstance(result, ChecksNotRun)),
+        wait=wait_exponential(),
+        stop=stop_after_attempt(_MAX_TRIES),
+        sleep=sleep,
+        retry_error_callback=lambda state: None if state.outcome is None else state.outcome.result(),
+    )(check)
 
 
 @asynccontextmanager

@@ -195,7 +195,7 @@ class AttemptRecorder:
     async def _end(self, active: ActiveAttempt, finished: SessionResult, update: TaskUpdate) -> None:
         """Record the end of an attempt together with the update of its task."""
         document, event = self.ledger.task(active.task), update.event
-        assert isinstance(event, AttemptEvent), "triggers at the end of an attempt record its outcome"  # noqa: S101
+        assert isinstance(event, AttemptEvent), "triggers at the end of an attempt record its outcome"  # noqa: S101  see `Trigger.event`
         attempts = document.with_attempt(
             ended=self.ledger.writer.clock.now(),
             branch=finished.branch,

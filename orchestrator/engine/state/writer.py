@@ -125,7 +125,7 @@ class RunWriter:
     async def checkpoint(self) -> None:
         """Create the periodic checkpoint that is due, and prune older ones."""
         # Imported late: read-only commands create no checkpoint.
-        from orchestrator.state.documents.checkpoints import create_checkpoint, prune_checkpoints  # noqa: PLC0415
+        from orchestrator.state.documents.checkpoints import create_checkpoint, prune_checkpoints  # noqa: PLC0415  see above
 
         await create_checkpoint(self.store, self.run, "active run", maker=CheckpointOrigin.CLOCK, guards=self._guards)
         await prune_checkpoints(self.store, self.run, MAX_CLOCK_CHECKPOINTS, self._guards)
