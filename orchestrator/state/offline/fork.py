@@ -349,7 +349,9 @@ class ForkingStore(StoreWrapper):
         while True:
             if self._fork is None:
                 try:
-                    position = await self._try(partial(self._inner.commit, commit), partial(self._retry, commit))
+                    position = await self._try(
+                        partial(self._inner.commit, commit), partial(commit_idempotently, self._inner, commit)
+                    )
                 except StoreUnavailable as error:
                     await self._start_fork(error)
                     was_tried = True
@@ -369,9 +371,6 @@ class ForkingStore(StoreWrapper):
                         if found is None:
                             raise
                         return found
-
-    async def _retry(self, commit: Commit) -> int:
-        return await commit_idempotently(self._inner, commit)
 
     async def _record_commit(self, commit: Commit, position: int) -> None:
         self._mirror.record_commit(commit, position, self._clock.now())
@@ -480,7 +479,7 @@ class ForkingStore(StoreWrapper):
             retry=retry_if_exception(lambda error: is_outage(error) and self._fork is None),
             wait=wait_random_exponential(multiplier=self._intervals.first, max=_LONGEST_PAUSE),
             stop=stop_after_attempt(_ATTEMPTS),
-            sleep=self._sleep,
+            sleep=lambda seconds: self._clock.wait(self._went_offline, self._clock.monotonic() + seconds),
             reraise=True,
         )
         async for attempt in retrying:
@@ -488,9 +487,6 @@ class ForkingStore(StoreWrapper):
                 is_first = attempt.retry_state.attempt_number == 1
                 return await (call if is_first or retry is None else retry)()
         raise AssertionError("an attempt returns or raises")
-
-    async def _sleep(self, seconds: float) -> None:
-        await self._clock.wait(self._went_offline, self._clock.monotonic() + seconds)
 
     async def _start_fork(self, error: StoreUnavailable) -> None:
         """Start a fork unless there is one; raise the error if a fork can't help or can't be made."""
