@@ -432,7 +432,7 @@ async def test_imported_run_accepts_no_work(repository: Repository) -> None:
     assert status.code == 1
     assert "council resume" not in status.stdout
     assert "council retry" not in status.stdout
-    assert "Only its record is here" in status.stdout
+    assert "It is an imported record" in status.stdout
     for words in (["where"], ["clean", "--json"], ["state", "verify"], ["runs", "--active"]):
         ended = repository.council(*words)
         assert (ended.code, ended.stderr) == (0, ""), (words, ended)
