@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Mapping
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import click
 
-from orchestrator.cli.core.group import SuggestingGroup
+from orchestrator.cli.core.group import LazyGroup
 from orchestrator.cli.streams import usable_streams
 from orchestrator.client.commands import SESSION_COMMANDS
+
+#: The exit code after an interruption, as in `core.error_boundary`, which is slow to import.
+_EXIT_INTERRUPTED = 130
 
 
 class CommandEntry(NamedTuple):
@@ -137,54 +138,40 @@ COMMANDS_BY_SECTION: Mapping[str, Mapping[str, CommandEntry]] = {
         ),
     },
 }
+_ENTRIES = {name: entry for entries in COMMANDS_BY_SECTION.values() for name, entry in entries.items()}
 
 
-class LazyCommandGroup(SuggestingGroup):
-    """The group of all commands; lists their names without importing them."""
+class CouncilGroup(LazyGroup):
+    """The group of all commands; shows their help without importing them."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a command with usable standard streams, and without relative entries in PATH."""
+        """Run a command with usable standard streams, and without programs from relative folders of PATH."""
         path = os.environ.get("PATH")
-        if path is not None:  # a relative entry would name a folder of the repository, where agents' work lands
+        if path is not None:  # a relative entry would be a folder of the repository, where the work of agents lands
             os.environ["PATH"] = os.pathsep.join(one for one in path.split(os.pathsep) if one.startswith("/"))
         with usable_streams():
             return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; report an interruption before its start with the usual exit code."""
+        """Run a command; if it is interrupted before it starts, exit as the command would."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:  # click would exit with 1
-            from orchestrator.cli.core.error_boundary import EXIT_INTERRUPTED  # noqa: PLC0415  `--help` must be quick
-
             click.echo("council: interrupted", err=True)
-            ctx.exit(EXIT_INTERRUPTED)
+            ctx.exit(_EXIT_INTERRUPTED)
 
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's signature
-        """Return all names in display order."""
-        return [name for entries in COMMANDS_BY_SECTION.values() for name in entries]
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002  click's signature
-        """Import a command; return None for an unknown name."""
-        entry = next((entries[cmd_name] for entries in COMMANDS_BY_SECTION.values() if cmd_name in entries), None)
-        if entry is None:
-            return None
-        module, _, name = entry.place.partition(":")
-        gc.disable()  # collections take a tenth of the import time and free nothing: modules stay loaded
-        try:
-            command: click.Command = getattr(import_module(module), name)
-        finally:
-            gc.enable()
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002  the same
-        """Write the commands under their section headings."""
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002  click's signature
+        """Write the commands under their headings."""
         for heading, entries in COMMANDS_BY_SECTION.items():
             with formatter.section(heading):
                 formatter.write_dl([(name, entry.help) for name, entry in entries.items()])
 
 
-@click.group(cls=LazyCommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=CouncilGroup,
+    places={name: entry.place for name, entry in _ENTRIES.items()},
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(package_name="cli-council", prog_name="council")
 def main() -> None:
     """Run AI coding CLIs in parallel on one git repository.

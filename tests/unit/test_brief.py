@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from orchestrator.cli.render.brief import MAX_LINES, brief_lines
-from orchestrator.cli.render.columns import COLUMNS
 from orchestrator.cli.render.result import run_summary
+from orchestrator.cli.render.text import COLUMNS
 from orchestrator.domain.runs.halts import HaltReason
 from orchestrator.domain.runs.model import HaltCause
 from orchestrator.domain.runs.statuses import TaskStatus

@@ -20,11 +20,10 @@ from orchestrator.cli.render.table_model import (
     activity_label,
     choose_rows,
     estimate_time_left,
-    format_count,
-    format_elapsed,
     format_estimate,
     longest_chains,
 )
+from orchestrator.cli.render.text import format_count, format_elapsed
 from orchestrator.domain.runs.model import AdapterDocument, Attempt, RunDocument, TaskDocument
 from orchestrator.domain.runs.phases import PhaseRecord, PhaseStatus
 from orchestrator.domain.runs.statuses import TaskStatus

@@ -1,17 +1,22 @@
-"""Command groups that suggest a similar name for an unknown command."""
+"""Groups of commands: imported on demand, with suggestions for mistyped names."""
 
 from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
 
 import click
 
 
 class SuggestingGroup(click.Group):
-    """A group that suggests a command for a mistyped name."""
+    """A group that suggests the closest command for an unknown name."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Return the named command; for an unknown name, fail with a suggestion."""
+        """Find a command; for an unknown name fail with the closest one."""
         name = args[0]
         if self.get_command(ctx, name) is None and not name.startswith("-"):
             import difflib  # noqa: PLC0415  `--help` must be quick
@@ -22,3 +27,27 @@ class SuggestingGroup(click.Group):
             )
             ctx.fail(f"unknown command {name!r}: {remedy}")
         return super().resolve_command(ctx, args)
+
+
+class LazyGroup(SuggestingGroup):
+    """A group whose commands are imported on demand; `places` maps names to `module:attribute`."""
+
+    def __init__(self, *args: Any, places: Mapping[str, str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._places = places
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's signature
+        """Return all names in the order of the help."""
+        return list(self._places)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002  the same
+        """Import a command; None if there is none of this name."""
+        if cmd_name not in self._places:
+            return None
+        module, _, name = self._places[cmd_name].partition(":")
+        gc.disable()  # a collection of garbage takes a tenth of the import's time and finds none
+        try:
+            command: click.Command = getattr(import_module(module), name)
+        finally:
+            gc.enable()
+        return command

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 import anyio
 
 from orchestrator.api.council import Council
-from orchestrator.cli.live.progress import DisplayProgress
 from orchestrator.cli.render.output import Output
 from orchestrator.protocols import CommitRecord
 
@@ -21,7 +21,7 @@ async def show_progress(council: Council, run: str, output: Output, after: int) 
         if output.can_draw_tables:
             from orchestrator.cli.live.table import LiveTable  # noqa: PLC0415  rich takes its time
 
-            group.start_soon(LiveTable(council, run, output).show, progress, after)
+            group.start_soon(LiveTable(council, run, output).show, partial(progress.follow, council, after))
         else:
 
             def take(record: CommitRecord) -> None:
@@ -32,3 +32,27 @@ async def show_progress(council: Council, run: str, output: Output, after: int) 
             group.start_soon(progress.follow, council, after, take)
         yield progress
         group.cancel_scope.cancel()
+
+
+class DisplayProgress:
+    """The position of the log up to which a run has been shown."""
+
+    def __init__(self) -> None:
+        self._shown, self._moved = 0, anyio.Event()
+
+    async def reach(self, position: int) -> None:
+        """Wait until all events up to a position of the log are shown."""
+        while self._shown < position:
+            await self._moved.wait()
+
+    async def follow(self, council: Council, after: int, take: Callable[[CommitRecord], None]) -> None:
+        """Hand over each record behind a position, as it comes."""
+        self._advance(after)
+        async for record in council.history.follow(after):
+            take(record)
+            self._advance(record.position)
+
+    def _advance(self, position: int) -> None:
+        self._shown = position
+        self._moved.set()
+        self._moved = anyio.Event()

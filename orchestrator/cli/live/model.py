@@ -19,11 +19,10 @@ from orchestrator.cli.render.table_model import (
     activity_label,
     choose_rows,
     estimate_time_left,
-    format_elapsed,
     longest_chains,
     totals_line,
 )
-from orchestrator.cli.render.text import one_line, printable
+from orchestrator.cli.render.text import format_elapsed, one_line, printable
 from orchestrator.domain.events.runs import RunCapacityLimited, RunFinished, RunHalted, RunInterrupted, RunLeaderElected
 from orchestrator.domain.runs.metrics import ActiveTime
 from orchestrator.domain.runs.model import AdapterDocument, Attempt, RunDocument, TaskDocument

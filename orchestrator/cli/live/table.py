@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 
 import anyio
 import anyio.to_thread
@@ -17,7 +17,6 @@ from rich.text import Text
 
 from orchestrator.api.council import Council
 from orchestrator.cli.live.model import LiveRun
-from orchestrator.cli.live.progress import DisplayProgress
 from orchestrator.cli.render.events import event_line, is_shown
 from orchestrator.cli.render.output import Output
 from orchestrator.cli.render.result import adapter_line, live_enable_command
@@ -41,8 +40,8 @@ class LiveTable:
         self._council, self._run, self._output = council, run, output
         self._above: deque[str] = deque()
 
-    async def show(self, progress: DisplayProgress, after: int) -> None:
-        """Show what happens behind a position of the log until cancelled; the table is gone then."""
+    async def show(self, follow: Callable[[Callable[[CommitRecord], None]], Awaitable[None]]) -> None:
+        """Show the run until cancelled, then remove the table; `follow` passes on its commits."""
         activity = await self._council.sessions.activity(self._run)
         view = LiveRun(activity.record, activity.attempts)
         self._above.extend(_unavailable_adapters(activity.record.adapters, self._run))
@@ -59,7 +58,7 @@ class LiveTable:
             async with anyio.create_task_group() as group:
                 group.start_soon(activity.show, view)
                 group.start_soon(self._draw, view, screen)
-                await progress.follow(self._council, after, take)
+                await follow(take)
         finally:
             self._output.print_above_table = None
             with anyio.CancelScope(shield=True):

@@ -8,7 +8,6 @@ from itertools import islice
 
 from rich.cells import cell_len, set_cell_size
 
-from orchestrator.cli.render.columns import COLUMNS, short_name, wrapped
 from orchestrator.cli.render.next_steps import task_steps
 from orchestrator.cli.render.result import (
     adapter_line,
@@ -21,9 +20,16 @@ from orchestrator.cli.render.result import (
     run_summary,
     state_counts,
 )
-from orchestrator.cli.render.rich_tables import truncate_end, truncate_start
-from orchestrator.cli.render.table_model import format_count
-from orchestrator.cli.render.text import one_line, printable
+from orchestrator.cli.render.text import (
+    COLUMNS,
+    format_count,
+    one_line,
+    printable,
+    short_name,
+    truncate_end,
+    truncate_start,
+    wrapped,
+)
 from orchestrator.domain.runs.halts import HaltReason
 from orchestrator.domain.runs.model import HaltCause
 from orchestrator.domain.runs.statuses import SUCCESS_STATUSES, TaskStatus

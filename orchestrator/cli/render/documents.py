@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
 
-from orchestrator.cli.render.columns import align_columns
-from orchestrator.cli.render.commits import describe_event, events_json
-from orchestrator.cli.render.text import printable
+from orchestrator.cli.render.text import align_columns, printable
 from orchestrator.domain.documents.delta import compute_delta, delta_to_json, format_delta
-from orchestrator.protocols import Document, DocumentVersion, JsonObject, Key, StateSnapshot
+from orchestrator.domain.events.state import StateRepaired
+from orchestrator.domain.settings.quantities import format_size_short
+from orchestrator.protocols import (
+    CommitRecord,
+    Document,
+    DocumentVersion,
+    Event,
+    JsonObject,
+    Key,
+    StateSnapshot,
+    VerificationReport,
+)
 from orchestrator.system.instants import format_local_time
 
 
@@ -176,3 +186,120 @@ def field_changes(old: JsonObject | None, new: JsonObject | None) -> JsonObject:
 def field_lines(old: JsonObject | None, new: JsonObject | None) -> list[str]:
     """Return a line for each field that differs, `path: old → new`, as text that a terminal only shows."""
     return [printable(line) for line in format_delta(compute_delta(old or {}, new or {}))]
+
+
+#: Documents of a commit that a line names: with its run all of its tasks are recorded.
+_MOST_NAMED: Final = 4
+
+
+class CommitFormatter:
+    """Formats commits as lines; columns grow as needed."""
+
+    def __init__(self) -> None:
+        self._position, self._by = 6, 0
+
+    def line(self, record: CommitRecord) -> str:
+        """Return a commit as printable text."""
+        position, by = str(record.position), printable(record.by)
+        self._position, self._by = max(self._position, len(position)), max(self._by, len(by))
+        events = ", ".join(map(describe_event, record.events))
+        parts = [
+            position.rjust(self._position),
+            format_local_time(record.time),
+            by.ljust(self._by),
+            *filter(None, [events, ", ".join(_documents(record))]),
+        ]
+        return printable("  ".join(parts))
+
+
+def describe_event(event: Event) -> str:
+    """Return an event with what it is about, as in `task.landed models`."""
+    about = next((event.data[name] for name in ("task", "adapter", "sink", "tracker") if name in event.data), None)
+    return printable(event.type if about is None else f"{event.type} {about}")
+
+
+def _documents(record: CommitRecord) -> list[str]:
+    told = [
+        f"{key} deleted" if value is None else f"{key} version {version}"
+        for key, (version, value) in record.documents.items()
+    ]
+    told += [f"{key} unreadable" for key in record.unreadable]
+    rest = len(told) - _MOST_NAMED
+    return told if rest <= 1 else [*told[:_MOST_NAMED], f"and {rest} more"]
+
+
+def events_json(events: Sequence[Event]) -> list[JsonObject]:
+    """Return events as programs get them with what they belong to."""
+    return [{"event": one.type, **one.data} for one in events]
+
+
+def commit_json(record: CommitRecord) -> JsonObject:
+    """Return a commit as programs get it, without the values of documents."""
+    documents = [
+        {"key": str(key), "version": version, "deleted": value is None}
+        for key, (version, value) in record.documents.items()
+    ]
+    return {
+        "position": record.position,
+        "time": record.time,
+        "by": record.by,
+        "events": events_json(record.events),
+        "documents": documents,
+        "unreadable": [str(key) for key in record.unreadable],
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class RepairedDocument:
+    """A document that a repair has repaired: its version since; None as nothing of it could be read, and it is gone."""
+
+    key: str
+    version: int | None
+
+
+def repaired_documents(records: Iterable[CommitRecord]) -> list[RepairedDocument]:
+    """Return what the repairs among some commits have settled."""
+    found = []
+    for record in records:
+        versions = {str(key): version for key, (version, _) in record.documents.items()}
+        repaired = [event.data for event in record.events if event.type == StateRepaired.type]
+        found += [RepairedDocument(one["key"], versions[one["key"]] if one["is_known"] else None) for one in repaired]
+    return found
+
+
+def verification_json(found: VerificationReport, settled: Sequence[RepairedDocument]) -> JsonObject:
+    """Return it as one object, with what was settled before."""
+    return {
+        "is_valid": found.is_valid,
+        "position": found.position,
+        "bytes": found.bytes,
+        "damage": [one.describe() for one in found.damage],
+        "damaged": [str(key) for key in found.damaged],
+        "differs": [str(key) for key in found.mismatched],
+        "unreadable": {str(key): flaw for key, flaw in found.unreadable.items()},
+        "settled": [{"key": one.key, "version": one.version} for one in settled],
+    }
+
+
+def verification_lines(found: VerificationReport, settled: Sequence[RepairedDocument]) -> Iterator[str]:
+    """Yield it line by line, as text that a terminal only shows; before it, what was settled."""
+    for document in settled:
+        version = document.version
+        stands = (
+            "deleted, no value is known"
+            if version is None
+            else f"restored to its last known value, now version {version}"
+        )
+        yield printable(f"repaired: {document.key}: {stands}")
+    verdict = "sound" if found.is_valid else "damaged"
+    yield f"{found.position:,} commits, {format_size_short(found.bytes)}: {verdict}"
+    for one in found.damage:
+        yield printable(f"  {one.describe()}")
+    for key in found.damaged:
+        yield printable(f"  {key}: its newest version is unreadable")
+    for key, flaw in found.unreadable.items():
+        yield printable(f"  {key}: can't be read: {flaw}")
+    for key in found.mismatched:
+        yield printable(f"  {key}: differs from the log: restart the processes that have this state open")
+    if not found.is_valid:
+        yield "`council state verify --repair` restores the readable state"

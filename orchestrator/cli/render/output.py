@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from orchestrator.cli.render import result
+from orchestrator.cli.render.brief import brief_lines
 from orchestrator.cli.render.events import event_line, is_shown
-from orchestrator.cli.render.text import escape_unprintable, printable
+from orchestrator.cli.render.text import escape_unprintable, printable, wrapped
 from orchestrator.cli.streams import is_reader_gone, redirect_to_null
 from orchestrator.domain.security.secrets import redact_urls
 
@@ -89,14 +91,9 @@ class Output:
             self._line(report.to_json() | ({} if code is None else {"exit": code}))
             return
         if not whole:
-            from orchestrator.cli.render.brief import brief_lines  # noqa: PLC0415  rich takes its time
-
             for line in brief_lines(report, is_newest=is_newest):
                 self._say(line)
             return
-        from orchestrator.cli.render import result  # noqa: PLC0415  what people get is of no use to programs
-        from orchestrator.cli.render.columns import wrapped  # noqa: PLC0415  the same
-
         rows = list(result.result_rows(report, changes or {}, is_newest=is_newest, now=time.time()))
         for line in wrapped(result.run_summary(report)):
             self._say(line)

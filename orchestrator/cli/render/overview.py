@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from orchestrator.cli.render.columns import align_columns, described, short_name, wrapped
 from orchestrator.cli.render.events import event_text
 from orchestrator.cli.render.result import format_state, landed_summary, run_summary, state_counts
-from orchestrator.cli.render.table_model import format_count
-from orchestrator.cli.render.text import one_line
+from orchestrator.cli.render.text import (
+    align_columns,
+    described,
+    format_count,
+    format_minutes,
+    one_line,
+    short_name,
+    wrapped,
+)
 from orchestrator.domain.events.tasks import salvage_name
 from orchestrator.domain.runs.metrics import Metrics
 from orchestrator.domain.runs.model import RunDocument
@@ -81,11 +87,6 @@ def _task(task: TaskOverview, report: RunReport) -> list[str]:
     why = "" if one.landed or one.reason is None else one_line(one.reason)
     rest = "; ".join(filter(None, [where, task.worktree, why]))
     return [short_name(one.id), format_state(one.status, report), attempts, phases, took, rest]
-
-
-def format_minutes(minutes: float) -> str:
-    """Return a time in minutes, or in seconds if it is short."""
-    return f"{minutes:.1f} min" if minutes >= 0.1 else f"{minutes * 60:.1f} s"
 
 
 def metrics_line(report: RunReport, metrics: Metrics) -> str:

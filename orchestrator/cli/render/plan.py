@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from orchestrator.cli.render.columns import short_name, wrapped
-from orchestrator.cli.render.text import one_line, printable
+from orchestrator.cli.render.text import one_line, pluralize, printable, short_name, wrapped
 from orchestrator.domain.settings.quantities import format_duration
 from orchestrator.domain.wording import join_names
 from orchestrator.engine.reports.dry_run import DryRun, PlannedTask, PlannedWave
@@ -19,11 +18,6 @@ _LONGEST = 60
 def plan_text(plan: DryRun) -> str:
     """Return the complete plan as text."""
     return "\n".join(map(printable, _lines(plan))) + "\n"
-
-
-def pluralize(many: int, what: str) -> str:
-    """Return a number with its noun."""
-    return f"{many} {what}{'' if many == 1 else 's'}"
 
 
 def _lines(plan: DryRun) -> Iterator[str]:

@@ -9,10 +9,16 @@ from dataclasses import replace
 from itertools import chain
 from typing import NamedTuple
 
-from orchestrator.cli.render.columns import align_columns, short_name, wrapped
 from orchestrator.cli.render.next_steps import kept_as, needs_retry, own_branch, run_step, task_steps, waits_for_merge
-from orchestrator.cli.render.table_model import format_age
-from orchestrator.cli.render.text import format_line_counts, one_line, printable
+from orchestrator.cli.render.text import (
+    align_columns,
+    format_age,
+    format_line_counts,
+    one_line,
+    printable,
+    short_name,
+    wrapped,
+)
 from orchestrator.domain.runs.model import HaltCause
 from orchestrator.domain.runs.statuses import ACTIVE_STATUSES, SUCCESS_STATUSES, TaskStatus
 from orchestrator.domain.settings.failures import FailureClass

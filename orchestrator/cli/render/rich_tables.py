@@ -6,16 +6,15 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from rich.cells import cell_len, set_cell_size
+from rich.cells import cell_len
 from rich.console import Console
 from rich.segment import Segment
 from rich.style import Style
 from rich.text import Text
 
-from orchestrator.cli.render.columns import short_name
 from orchestrator.cli.render.result import ResultRow, row_lines
 from orchestrator.cli.render.table_model import RETRY_LABEL, TableFrame, TaskRow
-from orchestrator.cli.render.text import format_line_counts
+from orchestrator.cli.render.text import format_line_counts, short_name, truncate_end
 from orchestrator.domain.runs.statuses import SUCCESS_STATUSES, TaskStatus
 
 _STYLES: Mapping[str, str] = {
@@ -79,16 +78,6 @@ def _line(cells: Sequence[_Cell], widths: Mapping[str, int]) -> list[Segment]:
             blanks = 0
         blanks += width - cell_len(shown) + _GAP
     return line
-
-
-def truncate_end(text: str, width: int) -> str:
-    """Return text cut at its end to a width in terminal cells."""
-    return text if cell_len(text) <= width else f"{set_cell_size(text, max(width - 1, 0))}…"[:width]
-
-
-def truncate_start(text: str, width: int) -> str:
-    """Return text cut at its start to a width in terminal cells."""
-    return text if cell_len(text) <= width else f"…{set_cell_size(text[::-1], width - 1)[::-1]}"
 
 
 def count_wrapped_rows(lengths: Sequence[int], width: int) -> int:

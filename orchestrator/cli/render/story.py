@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 
-from orchestrator.cli.render.columns import align_columns
-from orchestrator.cli.render.table_model import format_age, format_count, format_elapsed
-from orchestrator.cli.render.text import one_line, printable
+from orchestrator.cli.render.text import align_columns, format_age, format_count, format_elapsed, one_line, printable
 from orchestrator.domain.events.tasks import salvage_name
 from orchestrator.domain.runs.phases import GivenValues, PhaseStatus
 from orchestrator.domain.runs.statuses import LANDING_STATUSES

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-from orchestrator.cli.render.text import format_line_counts
+from orchestrator.cli.render.text import format_count, format_elapsed, format_line_counts
 from orchestrator.domain.runs.model import TaskDocument
 from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
@@ -140,18 +140,6 @@ def choose_rows(working: Iterable[str], waiting: Iterable[str], over: Iterable[s
     return chosen + coming[: room - len(chosen)]
 
 
-def format_elapsed(seconds: float) -> str:
-    """Return a length of time as on a clock, as in 0:42, 12:03 or 1:02:03."""
-    whole = max(int(seconds), 0)
-    hours, minutes = whole // 3600, whole // 60 % 60
-    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
-
-
-def format_age(time: float, now: float) -> str:
-    """Return how long ago something was, as in `0:42 ago`."""
-    return f"{format_elapsed(now - time)} ago"
-
-
 def format_estimate(seconds: float) -> str:
     """Return a length of time in words, as in `about 40 s`, `about 4 min` or `about 2 h 10 min`: rounded up."""
     if seconds <= 55:
@@ -161,14 +149,6 @@ def format_estimate(seconds: float) -> str:
         return f"about {minutes} min"
     minutes = math.ceil(minutes / 10) * 10
     return f"about {minutes // 60} h" + (f" {minutes % 60} min" if minutes % 60 else "")
-
-
-def format_count(number: int) -> str:
-    """Return a number as people read it, as in 950, 12.3k or 4.5M."""
-    for size, unit in ((1_000_000, "M"), (1_000, "k")):
-        if number >= size:
-            return f"{number / size:.1f}{unit}"
-    return str(number)
 
 
 def totals_line(totals: RunTotals) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
+
+from rich.cells import cell_len, set_cell_size
 
 if TYPE_CHECKING:
     from orchestrator.repo.git.change_counts import Changes
-
 
 #: Characters that are printable to Unicode and show nothing: fillers, blanks, joiners and variation selectors.
 _INVISIBLE = re.compile(
@@ -55,3 +57,95 @@ def _escape_character(char: str) -> str:
 def format_line_counts(changes: Changes) -> str:
     """Return how many lines were changed, as in `+12 -3`."""
     return f"+{changes.added} -{changes.removed}"
+
+
+COLUMNS = 80
+"""The maximum width of a line in terminal cells, except for longer words such as commands and paths."""
+#: The maximum width of a name in a table.
+_LONGEST_NAME = 24
+#: Words that are never broken; a command in backticks is one word.
+_WORDS = re.compile(r"[^\s`]*`[^`]*`\S*|\S+")
+
+
+def short_name(name: str) -> str:
+    """Return a name for a table, shortened in the middle if it is long. Not for commands."""
+    if _width(name) <= _LONGEST_NAME:
+        return name
+    half = _LONGEST_NAME // 2
+    return f"{set_cell_size(name, half).rstrip()}…{set_cell_size(name[::-1], half - 1).rstrip()[::-1]}"
+
+
+def _width(text: str) -> int:
+    """Return the number of cells of printable text."""
+    return len(text) if text.isascii() else cell_len(text)  # most text is ASCII, which needs no table
+
+
+def wrapped(text: str, *, head: str = "", indent: str = "") -> Iterator[str]:
+    """Break text into lines between words, the first behind `head`, the others indented.
+
+    No path and no command in backticks is divided.
+    """
+    words = _WORDS.findall(text)
+    whole = head + " ".join(words)
+    if _width(whole) <= COLUMNS:
+        words, head = [], whole
+    line, gap = head, ""
+    for word in words:
+        if line and _width(f"{line}{gap}{word}") > COLUMNS:
+            yield line.rstrip()
+            line, gap = indent, ""
+        line, gap = f"{line}{gap}{word}", " "
+    if line:
+        yield line.rstrip()
+
+
+def described(rows: Sequence[Sequence[str]], indent: str = "") -> Iterator[str]:
+    """Yield rows in columns; the last column is prose and wraps."""
+    heads = align_columns([[*row[:-1], "|"] for row in rows], indent)
+    for row, head in zip(rows, heads, strict=True):
+        yield from wrapped(printable(row[-1]), head=head.removesuffix("|"), indent=f"{indent}    ")
+
+
+def align_columns(rows: Sequence[Sequence[str]], indent: str = "") -> Iterator[str]:
+    """Yield a printable line for each row; rows may have fewer columns."""
+    shown = [[printable(cell) for cell in row] for row in rows]
+    columns = max((len(row) for row in shown), default=0)
+    widths = [max((len(row[place]) for row in shown if place < len(row)), default=0) for place in range(columns)]
+    for row in shown:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=False))
+        yield f"{indent}{'  '.join(cells)}".rstrip()
+
+
+def truncate_end(text: str, width: int) -> str:
+    """Return text cut at its end to a width in terminal cells."""
+    return text if cell_len(text) <= width else f"{set_cell_size(text, max(width - 1, 0))}…"[:width]
+
+
+def truncate_start(text: str, width: int) -> str:
+    """Return text cut at its start to a width in terminal cells."""
+    return text if cell_len(text) <= width else f"…{set_cell_size(text[::-1], width - 1)[::-1]}"
+
+
+def format_elapsed(seconds: float) -> str:
+    """Return a length of time as on a clock, as in 0:42, 12:03 or 1:02:03."""
+    whole = max(int(seconds), 0)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+def format_age(time: float, now: float) -> str:
+    """Return how long ago something was, as in `0:42 ago`."""
+    return f"{format_elapsed(now - time)} ago"
+
+
+def format_count(number: int) -> str:
+    """Return a number as people read it, as in 950, 12.3k or 4.5M."""
+    for size, unit in ((1_000_000, "M"), (1_000, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return str(number)
+
+
+def format_minutes(minutes: float) -> str:
+    """Return a time in minutes, or in seconds if it is short."""
+    return f"{minutes:.1f} min" if minutes >= 0.1 else f"{minutes * 60:.1f} s"

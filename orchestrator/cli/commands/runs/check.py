@@ -16,7 +16,7 @@ from orchestrator.cli.core.command import (
     run_command,
     store_option,
 )
-from orchestrator.cli.render.text import one_line, printable
+from orchestrator.cli.render.text import one_line, pluralize, printable
 
 if TYPE_CHECKING:
     from orchestrator.engine.phases.verification import RunVerification
@@ -64,11 +64,7 @@ def _lines(found: RunVerification) -> Iterator[str]:
         yield f"run {found.run}: no task has a workflow"
         return
     tasks, handoffs = len(found.tasks), sum(task.handoffs for task in found.tasks)
-    looked = f"{_counted(tasks, 'task')} with a workflow, {_counted(handoffs, 'handoff')}"
+    looked = f"{pluralize(tasks, 'task')} with a workflow, {pluralize(handoffs, 'handoff')}"
     broken = len(found.violations)
-    verdict = f"{_counted(broken, 'violation')}" if broken else "no violations"
+    verdict = f"{pluralize(broken, 'violation')}" if broken else "no violations"
     yield f"run {found.run}: {looked}: {verdict}"
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"

@@ -21,8 +21,7 @@ from orchestrator.cli.core.command import (
 )
 from orchestrator.cli.core.completion import complete_tasks
 from orchestrator.cli.render.output import Output
-from orchestrator.cli.render.table_model import format_count, format_elapsed
-from orchestrator.cli.render.text import one_line, printable
+from orchestrator.cli.render.text import format_count, format_elapsed, one_line, printable
 from orchestrator.protocols import JsonObject
 from orchestrator.sessions.output.entries import OutputEntryKind
 from orchestrator.system.instants import format_local_time

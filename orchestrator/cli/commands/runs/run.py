@@ -25,10 +25,9 @@ from orchestrator.cli.core.command import (
     store_option_url,
     verbose_option,
 )
-from orchestrator.cli.core.coordination_options import coordination_options
-from orchestrator.cli.core.option_parsers import parse_budget_option
+from orchestrator.cli.core.confirm import require_trust, trust_option
+from orchestrator.cli.core.options import coordination_options, parse_budget_option
 from orchestrator.cli.core.run_source import is_prompt, load_run_config
-from orchestrator.cli.core.trust import require_trust, trust_option
 from orchestrator.cli.live.display import show_progress
 from orchestrator.cli.render.findings import finding_lines, findings_exit_code
 from orchestrator.cli.render.next_steps import needs_retry, own_branch

@@ -22,8 +22,7 @@ from orchestrator.cli.core.command import (
 from orchestrator.cli.core.completion import complete_preserved_work
 from orchestrator.cli.core.confirm import confirm_action, yes_option
 from orchestrator.cli.core.group import SuggestingGroup
-from orchestrator.cli.render.columns import described
-from orchestrator.cli.render.text import printable
+from orchestrator.cli.render.text import described, printable
 
 
 @click.group(cls=SuggestingGroup)

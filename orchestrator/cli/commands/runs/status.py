@@ -19,7 +19,8 @@ from orchestrator.cli.core.command import (
     store_option,
 )
 from orchestrator.cli.render.next_steps import halt_steps, run_step
-from orchestrator.cli.render.text import printable
+from orchestrator.cli.render.overview import metrics_line
+from orchestrator.cli.render.text import printable, wrapped
 from orchestrator.engine.reports.report import RunReport
 
 if TYPE_CHECKING:
@@ -95,9 +96,6 @@ def _step_lines(report: RunReport) -> Sequence[str]:
 
 
 def _run_lines(report: RunReport, metrics: Metrics) -> Iterator[str]:
-    from orchestrator.cli.render.columns import wrapped  # noqa: PLC0415  `status` is quicker without
-    from orchestrator.cli.render.overview import metrics_line  # noqa: PLC0415  the same
-
     yield from wrapped(
         printable(metrics_line(report, metrics)), head=f"{report.run}  {report.status:<12} ", indent="    "
     )

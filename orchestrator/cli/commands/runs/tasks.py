@@ -25,9 +25,8 @@ from orchestrator.cli.core.completion import (
     complete_tasks,
     complete_unfinished_tasks,
 )
-from orchestrator.cli.core.confirm import confirm_action, yes_option
+from orchestrator.cli.core.confirm import confirm_action, require_trust, trust_option, yes_option
 from orchestrator.cli.core.group import SuggestingGroup
-from orchestrator.cli.core.trust import require_trust, trust_option
 from orchestrator.cli.render.text import pluralize, printable
 from orchestrator.domain.events.runs import describe_file_changes
 from orchestrator.domain.runs.statuses import FINAL_STATUSES, TaskStatus

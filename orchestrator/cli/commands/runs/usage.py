@@ -16,9 +16,7 @@ from orchestrator.cli.core.command import (
     run_command,
     store_option,
 )
-from orchestrator.cli.render.columns import align_columns, short_name
-from orchestrator.cli.render.overview import format_minutes
-from orchestrator.cli.render.text import printable
+from orchestrator.cli.render.text import align_columns, format_minutes, printable, short_name
 from orchestrator.domain.runs.budget import Spending, compute_budget_usage
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ import click
 
 from orchestrator.api.council import Council
 from orchestrator.cli.core.command import CommandContext, json_option, run_command
-from orchestrator.cli.core.environment import CommandEnvironment, discover_environment
-from orchestrator.cli.core.option_parsers import parse_duration_option
-from orchestrator.cli.core.trust import trust_option
+from orchestrator.cli.core.confirm import trust_option
+from orchestrator.cli.core.options import parse_duration_option
+from orchestrator.cli.core.run_source import CommandEnvironment, discover_environment
 from orchestrator.cli.render.text import one_line, printable
 from orchestrator.config.load import load_value
 from orchestrator.config.model import RunConfig, make_adapters

@@ -10,12 +10,19 @@ import anyio.to_thread
 import click
 
 from orchestrator.cli.commands.setup.adapter_test import test
-from orchestrator.cli.commands.setup.enable import enable
 from orchestrator.cli.core.adapter_state import AdapterState, read_adapter_state
-from orchestrator.cli.core.command import CommandContext, json_option, run_command, store_option
-from orchestrator.cli.core.environment import CommandEnvironment, discover_environment
+from orchestrator.cli.core.command import (
+    CommandContext,
+    json_option,
+    open_council,
+    run_command,
+    run_option,
+    show_result,
+    store_option,
+)
+from orchestrator.cli.core.confirm import trust_option
 from orchestrator.cli.core.group import SuggestingGroup
-from orchestrator.cli.core.trust import trust_option
+from orchestrator.cli.core.run_source import CommandEnvironment, discover_environment
 from orchestrator.cli.render.text import one_line, printable
 from orchestrator.config.model import RunConfig, make_adapters
 from orchestrator.engine.diagnostics.findings import describe
@@ -61,7 +68,6 @@ def adapters(context: click.Context, as_json: bool) -> None:
 
 
 adapters.add_command(test)
-adapters.add_command(enable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,3 +174,29 @@ def _programs(status: AdapterStatus) -> Iterator[str]:
             yield f"    supported versions: {program.known}"
         if program.remedy is not None:
             yield f"    → {one_line(program.remedy)}"
+
+
+@adapters.command()
+@click.argument("names", metavar="[ADAPTER]...", nargs=-1)
+@run_option
+@store_option
+@json_option
+def enable(names: tuple[str, ...], run: str | None, as_json: bool) -> None:
+    """Enable adapters that a run has disabled or paused.
+
+    For example after you logged in or bought credit. Without ADAPTER, enables all of them. An active run starts their
+    tasks at once; otherwise run `council resume`. A key in an environment variable of an active process can't be
+    changed: stop that process and resume the run.
+
+    \b
+    Examples:
+      council adapters enable claude
+      council adapters enable --run 20260102-030405-ab12
+    """
+
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
+            await show_result(context, council, await council.runs.enable_adapters(*names, run=run), code=0)
+            return 0
+
+    run_command(command, as_json=as_json)

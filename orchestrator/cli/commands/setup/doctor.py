@@ -9,8 +9,8 @@ import click
 
 from orchestrator.cli.core.adapter_state import read_adapter_state
 from orchestrator.cli.core.command import CommandContext, json_option, run_command
-from orchestrator.cli.core.environment import discover_environment
-from orchestrator.cli.core.trust import trust_option
+from orchestrator.cli.core.confirm import trust_option
+from orchestrator.cli.core.run_source import discover_environment
 from orchestrator.cli.render.findings import findings_exit_code, show_findings
 from orchestrator.engine.diagnostics.doctor import DoctorInput, run_doctor
 

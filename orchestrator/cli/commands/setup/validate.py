@@ -11,8 +11,7 @@ import click
 from orchestrator.cli.core.command import CommandContext, json_option, run_command
 from orchestrator.cli.core.run_source import load_run_config
 from orchestrator.cli.render.output import Output
-from orchestrator.cli.render.plan import pluralize
-from orchestrator.cli.render.text import printable
+from orchestrator.cli.render.text import pluralize, printable
 from orchestrator.config.model import RunConfig, make_adapters
 from orchestrator.config.warnings import ConfigWarning, find_warnings
 from orchestrator.engine.diagnostics.preflight import find_surroundings

@@ -14,7 +14,7 @@ from orchestrator.api.topics.cleanup import Cleaner, RemovalResult
 from orchestrator.cli.core.command import CommandContext, json_option, open_council, run_command, store_option
 from orchestrator.cli.core.confirm import ask_yes_no, can_prompt, yes_option
 from orchestrator.cli.core.error_boundary import ErrorLog
-from orchestrator.cli.core.option_parsers import parse_duration_option
+from orchestrator.cli.core.options import parse_duration_option
 from orchestrator.cli.render.output import Output
 from orchestrator.cli.render.text import printable
 from orchestrator.domain.runs.leftovers import Leftover, LeftoverKind, LeftoverStatus

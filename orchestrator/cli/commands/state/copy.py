@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING, Final
 import click
 from anyio import to_thread
 
+from orchestrator.api.transfer import copy_state, import_store, open_target
 from orchestrator.cli.core.command import (
     CommandContext,
     explicit_store_url,
@@ -26,6 +27,8 @@ from orchestrator.cli.streams import redirect_to_null
 from orchestrator.domain.settings.quantities import format_size_short
 from orchestrator.errors import CouncilError, RefusedError
 from orchestrator.project import Project, exclude_from_git, find_project
+from orchestrator.repo.git.command import Git
+from orchestrator.repo.source.user_checkouts import find_repository
 
 if TYPE_CHECKING:
     from orchestrator.protocols import JsonObject
@@ -36,8 +39,6 @@ _MOST_NAMED: Final = 5
 #: What stands for standard input or output.
 _STREAM: Final = Path("-")
 _file = click.argument("file", metavar="FILE", type=click.Path(path_type=Path, allow_dash=True))
-
-# What moves a store takes long to import: the commands do it when they are performed.
 
 
 @click.command()
@@ -57,8 +58,6 @@ def copy(source: str, target: str, as_json: bool) -> None:
     """
 
     async def command(context: CommandContext) -> int:
-        from orchestrator.api.transfer import copy_state  # noqa: PLC0415
-
         copied = await copy_state(source, target)
         _tell(context, copied, "already exists" if copied.was_there else "copied")
         return 0
@@ -130,18 +129,12 @@ def import_(file: Path, as_json: bool) -> None:
     run_command(command, as_json=as_json)
 
 
-#: The commands of this module.
-COPY_COMMANDS: Final = (copy, export, import_)
-
-
 async def _export(context: CommandContext, file: Path | IO[bytes], *, force: bool = False) -> CopyResult:
     async with open_council(context.log) as council:
         return await council.state.export_to(file, force=force)
 
 
 async def _import(context: CommandContext, file: Path | IO[bytes]) -> CopyResult:
-    from orchestrator.api.transfer import import_store, open_target  # noqa: PLC0415
-
     if place := explicit_store_url():
         async with open_target(place) as found:
             copied = await import_store(file, found)
@@ -158,9 +151,6 @@ async def _import(context: CommandContext, file: Path | IO[bytes]) -> CopyResult
 
 async def _exclude(paths: Sequence[Path]) -> None:
     """Make git ignore a project's own store, as the first run in the project does."""
-    from orchestrator.repo.git.command import Git  # noqa: PLC0415
-    from orchestrator.repo.source.user_checkouts import find_repository  # noqa: PLC0415
-
     folder = next(iter(paths), None)
     if folder is None or folder != Project(folder.parent.parent).state_folder:
         return

@@ -15,8 +15,7 @@ from orchestrator.cli.core.command import (
     store_option,
 )
 from orchestrator.cli.core.group import SuggestingGroup
-from orchestrator.cli.render.columns import align_columns
-from orchestrator.cli.render.text import printable
+from orchestrator.cli.render.text import align_columns, printable
 from orchestrator.domain.settings.quantities import format_duration
 from orchestrator.locking.lock_overview import LockParty, LockStatus
 

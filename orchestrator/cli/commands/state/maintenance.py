@@ -8,6 +8,7 @@ from pathlib import Path
 import anyio.to_thread
 import click
 
+from orchestrator.api.transfer import adopt_state
 from orchestrator.cli.core.command import (
     CommandContext,
     explicit_store_url,
@@ -16,12 +17,14 @@ from orchestrator.cli.core.command import (
     run_command,
     store_option,
 )
-from orchestrator.cli.core.option_parsers import parse_duration_option, parse_size_option
+from orchestrator.cli.core.options import parse_duration_option, parse_size_option
 from orchestrator.cli.render.findings import show_findings
+from orchestrator.cli.render.text import printable
 from orchestrator.domain.settings.quantities import format_size_short
 from orchestrator.engine.diagnostics.findings import Level
 from orchestrator.project import find_project
 from orchestrator.repo.source.user_checkouts import refuse_tracked_project_folder
+from orchestrator.system.instants import format_local_time
 
 
 @click.command()
@@ -65,8 +68,6 @@ def adopt(as_json: bool) -> None:
     """
 
     async def command(context: CommandContext) -> int:
-        from orchestrator.api.transfer import adopt_state  # noqa: PLC0415  seldom needed
-
         url = explicit_store_url()
         if not url:
             project = find_project(Path())
@@ -119,6 +120,40 @@ def compact(older_than: float | None, max_size: int | None, as_json: bool) -> No
                 context.output.text(
                     f"the log takes {format_size_short(done.after)}, took {format_size_short(done.before)}{goes}\n"
                 )
+            return 0
+
+    run_command(command, as_json=as_json)
+
+
+def _shown(path: Path) -> str:
+    return printable(os.path.relpath(path))
+
+
+@click.command()
+@store_option
+@json_option
+def views(as_json: bool) -> None:
+    """Write readable copies of the state, for `cat` and `jq`.
+
+    They are in .council/views. From then on each run updates them when it ends. They are never read back: changing or
+    deleting them has no effect.
+
+    \b
+    Examples:
+      council state views
+      council state views --json
+    """
+
+    async def command(context: CommandContext) -> int:
+        async with open_council(context.log) as council:
+            views = await council.state.export_views()
+            path = council.project.views
+            time = f", {format_local_time(views.time)}" if views.position else ""
+            if as_json:
+                facts = {"path": str(path), "position": views.position, "time": views.time if views.position else None}
+                context.output.json({**facts, "damage": list(council.damage)})
+            else:
+                context.output.text(f"{_shown(path)}: position {views.position}{time}\n")
             return 0
 
     run_command(command, as_json=as_json)
