@@ -433,9 +433,15 @@ async def test_imported_run_accepts_no_work(repository: Repository) -> None:
     assert "council resume" not in status.stdout
     assert "council retry" not in status.stdout
     assert "It is an imported record" in status.stdout
-    for words in (["where"], ["clean", "--json"], ["state", "verify"], ["runs", "--active"]):
+    none = "no active, interrupted, halted or waiting runs\n"
+    for words, notice in (
+        (["where"], ""),
+        (["clean", "--json"], ""),
+        (["state", "verify"], ""),
+        (["runs", "--active"], none),
+    ):
         ended = repository.council(*words)
-        assert (ended.code, ended.stderr) == (0, ""), (words, ended)
+        assert (ended.code, ended.stderr) == (0, notice), (words, ended)
         assert RUN not in ended.stdout, words
     watched = repository.council("watch", "--json")
     assert (watched.code, watched.result["run"]) == (1, RUN)
