@@ -124,8 +124,8 @@ async def _record(ledger: Ledger, task: str, number: int, tasks: int) -> None:
         old, new = next(ids), next(ids)
         await ledger.change(task, Trigger.CHECK, TaskChecking(merge=new))
         intent = LandingIntent(old=old, new=new, recorded=1767225800.0)
-        await ledger.change(task, Trigger.INTEND, TaskLanding(old=old, new=new), intent=intent)
-        await ledger.change(task, Trigger.LAND, TaskLanded(landed=new), landed=new, intent=None, branch=None)
+        await ledger.change(task, Trigger.INTEND, TaskLanding(old=old, new=new), landing_intent=intent)
+        await ledger.change(task, Trigger.LAND, TaskLanded(landed=new), landed=new, landing_intent=None, branch=None)
 
 
 async def _attempt(ledger: Ledger, task: str, end: Trigger, commit: str) -> None:

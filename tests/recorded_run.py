@@ -125,10 +125,10 @@ async def record_run(
         "models", Trigger.BUILD, TaskQueued(branch=branch), attempts=built, commit=NEW_COMMIT, branch=branch
     )
     intent = LandingIntent(old=OLD_COMMIT, new=NEW_COMMIT, recorded=clock.now())
-    await ledger.change("models", Trigger.INTEND, TaskLanding(old=OLD_COMMIT, new=NEW_COMMIT), intent=intent)
+    await ledger.change("models", Trigger.INTEND, TaskLanding(old=OLD_COMMIT, new=NEW_COMMIT), landing_intent=intent)
     clock.advance(2)
     await ledger.change(
-        "models", Trigger.LAND, TaskLanded(landed=NEW_COMMIT), intent=None, landed=NEW_COMMIT, branch=None
+        "models", Trigger.LAND, TaskLanded(landed=NEW_COMMIT), landing_intent=None, landed=NEW_COMMIT, branch=None
     )
     clock.advance(1)
     again = Attempt(number=2, adapter="fixer", base=NEW_COMMIT, started=clock.now())

@@ -44,7 +44,7 @@ FAILPOINTS: Final = frozenset(
         "handoff.taken",  # the handoff of a phase is read and valid, the store does not know
         "phase.finished",  # the store knows that no phase is left for a task
         "work.recorded",  # the store knows the commit: the task is queued
-        "plan.expanded",  # the tasks of a plan are in the store, the plan's task waits for them
+        "plan.subtasks",  # the tasks of a plan are in the store, the plan's task waits for them
         "worktree.removed",  # the session's folder is gone, its slot is not clean
         "slot.partly_clean",  # some of a session's changes in its slot are reverted
         "slot.clean",  # all of them are, but this is not recorded yet
@@ -54,7 +54,7 @@ FAILPOINTS: Final = frozenset(
         "landing.checked",  # the merge has passed, the store does not know
         "base.checked",  # the checks of the base have ended, the store does not know
         "landing.rejected",  # the rejection is in the store
-        "landing.intended",  # the intent is in the store
+        "landing.intended_merges",  # the intent is in the store
         "landing.pushed",  # the target has moved, the store does not know
         "landing.recorded",  # the task is landed in the store
         "legacy.begun",  # a part of an import from an older layout is in the store

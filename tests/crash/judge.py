@@ -202,7 +202,7 @@ class Judge:
                 yield f"no task was to change {path} by {line!r}"
 
     def _expansion(self, task: str, document: TaskDocument, documents: Mapping[str, TaskDocument]) -> Iterator[str]:
-        for part in document.expanded:
+        for part in document.subtasks:
             if part not in documents or documents[part].status not in SUCCESS_STATUSES:
                 found = documents[part].status if part in documents else "not there"
                 yield f"{task} is done, and its part {part} is {found}"

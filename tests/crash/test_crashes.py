@@ -30,7 +30,7 @@ VIEW_FAILPOINTS = frozenset({"views.written", "views.replaced"})
 #: test_clean_runs.py there.
 RECORD_FAILPOINTS = frozenset({"legacy.begun", "legacy.imported", "run.removed"})
 #: Reached by tasks with a workflow; see tests/crash/test_phases.py and tests/integration/test_expansion.py.
-PHASE_FAILPOINTS = frozenset({"phase.checked", "phase.finished", "handoff.taken", "plan.expanded"})
+PHASE_FAILPOINTS = frozenset({"phase.checked", "phase.finished", "handoff.taken", "plan.subtasks"})
 #: Those that a run never reaches by itself.
 UNREACHED_FAILPOINTS = (
     REQUEST_FAILPOINTS
@@ -155,7 +155,7 @@ async def test_run_killed_at_a_failpoint_lands_every_task_once(repository: Repos
     [
         pytest.param(name, again, marks=() if (name, again) == ("recovery.landing_settled", "") else pytest.mark.slow)
         for name in sorted(RECOVERY_FAILPOINTS)
-        for again in ("", "landing.intended", "worktree.removed")
+        for again in ("", "landing.intended_merges", "worktree.removed")
     ],
 )
 async def test_recovery_killed_at_a_failpoint_is_repeated(repository: Repository, name: str, again: str) -> None:

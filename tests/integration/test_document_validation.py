@@ -250,7 +250,7 @@ BROKEN: Mapping[str, tuple[Key, Callable[[JsonObject], JsonObject]]] = {
     "a checkpoint without a number": (Key("checkpoint", f"{RUN}/models"), lambda _: {}),
     "a checkpoint by nobody": (Key("checkpoint", f"{RUN}/9"), lambda _: {**CHECKPOINT, "maker": "them"}),
     "a status that is a list": (API, lambda value: {**value, "status": ["running"]}),
-    "a lock that is none": (Key("rwlock", "deploy"), lambda _: {"holders": [{}], "waiters": []}),
+    "a lock that is none": (Key("named_lock", "deploy"), lambda _: {"holders": [{}], "waiters": []}),
     "a conflict that is none": (Key("conflict", "x"), lambda _: {"key": "x"}),
     "an ownership that is none": (Key("ownership", f"aa/{RUN}/api.1"), lambda _: {"run": 1}),
     "a context that is none": (Key("context", f"{RUN}/api.1"), lambda _: {"run": 1}),

@@ -80,7 +80,7 @@ async def test_plan_becomes_tasks_that_land_before_dependents(repository: Reposi
     checked = repository.council("check", run.result["run"])
     assert checked.code == 0, checked
     assert "all-second" in repository.council("show", "all").stdout
-    [event] = [one for one in run.lines if one.get("event") == "task.expanded"]
+    [event] = [one for one in run.lines if one.get("event") == "task.subtasks"]
     assert (event["task"], event["phase"], event["tasks"]) == ("all", "plan", ["all-First-one", "all-second"])
     await repository.assert_invariants()
 
@@ -272,7 +272,7 @@ async def test_new_plan_ends_the_sessions_of_the_old_one(repository: Repository)
 
 @pytest.mark.parametrize(
     "place",
-    ["plan.expanded", *(pytest.param(one, marks=pytest.mark.slow) for one in ("handed_over", "attempt.ended"))],
+    ["plan.subtasks", *(pytest.param(one, marks=pytest.mark.slow) for one in ("handed_over", "attempt.ended"))],
 )
 async def test_plan_killed_anywhere_becomes_tasks_once(repository: Repository, place: str) -> None:
     """What is recorded is all of it or nothing: killed before, the plan is made anew; killed behind, it goes on."""
@@ -283,7 +283,7 @@ async def test_plan_killed_anywhere_becomes_tasks_once(repository: Repository, p
     assert set(before) == ({"all"} if place == "handed_over" else {"all", "all-First-one", "all-second"})
     run = repository.council("resume", "--json")
     assert run.states == {"all": "done", "all-First-one": "landed", "all-second": "landed"}, run
-    expanded = [one for one in await happened(repository) if one.type == "task.expanded"]
+    expanded = [one for one in await happened(repository) if one.type == "task.subtasks"]
     assert len(expanded) == 1
     plans = [one for one in repository.spawns.read_text().splitlines() if one.split()[1] == "all"]
     assert len(plans) == (2 if place == "handed_over" else 1)
@@ -316,7 +316,7 @@ async def test_two_processes_share_the_subtasks(repository: Repository) -> None:
 async def test_survivor_continues_the_plan_of_a_killed_process(repository: Repository) -> None:
     """The tasks were recorded, and nobody was told."""
     path = expanding(repository, ["tick 12 0.3", f"in plan hand-over {TWO}"], coordination=QUICK)
-    first = repository.start("run", path, failpoints="plan.expanded=kill")
+    first = repository.start("run", path, failpoints="plan.subtasks=kill")
     wait_for(lambda: states(repository).get("all") == "running", limit=60)
     second = repository.start("work")
     assert ended(first, second) == [-signal.SIGKILL, 0]
@@ -379,7 +379,7 @@ async def test_plan_after_a_restore_uses_new_task_names(repository: Repository) 
     path = expanding(repository, [f"attempt 1 in plan hand-over {first}", f"attempt 2 in plan hand-over {second}"])
     assert repository.council("run", path, failpoints="run.leader_elected=kill").code == -signal.SIGKILL
     before = repository.council("checkpoint", "create", "--json").result["id"]
-    assert repository.council("resume", failpoints="plan.expanded=kill").code == -signal.SIGKILL
+    assert repository.council("resume", failpoints="plan.subtasks=kill").code == -signal.SIGKILL
     planned_first = repository.council("checkpoint", "create", "--json").result["id"]
     assert states(repository) == {"all": "pending", "all-x": "pending"}
     assert repository.council("checkpoint", "restore", before).code == 0

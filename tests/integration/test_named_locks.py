@@ -215,6 +215,6 @@ async def test_unserializable_lock_is_rejected() -> None:
     await locks.acquire("deploy", expiry=1e9)
     assert await find_unreadable(store) == []
     await store.commit(Commit([Write(Key(LOCK_KIND, "other"), 0, {"holders": "me", "waiters": []})]))
-    with pytest.raises(UnreadableDocument, match="rwlock/other can't be read"):
+    with pytest.raises(UnreadableDocument, match="named_lock/other can't be read"):
         await locks.acquire("other")
     assert [one.name for one in await locks.held()] == ["deploy"]

@@ -136,7 +136,7 @@ async def test_diff_names_added_removed_and_changed_fields(project: Repository) 
     assert {"path": ["released"], "old": None, "new": "complete"} in claim["fields"]["modified"]
     assert {tuple(one["path"]) for one in changed["fields"]["modified"]} == {
         ("status",),
-        ("intent",),
+        ("landing_intent",),
         ("landed",),
         ("branch",),
     }

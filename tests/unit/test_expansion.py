@@ -181,7 +181,7 @@ def test_task_can_need_a_blocked_subtask() -> None:
 def test_entries_have_the_subtasks_of_plans() -> None:
     """As the tasks' documents say: what is not known yet is left out."""
     entries = {"p": DispatchEntry(("x",)), "x": DispatchEntry(), "p-a": DispatchEntry()}
-    documents = {"p": TaskDocument(expanded=("p-a", "p-b")), "x": TaskDocument(), "p-a": TaskDocument()}
+    documents = {"p": TaskDocument(subtasks=("p-a", "p-b")), "x": TaskDocument(), "p-a": TaskDocument()}
     found = with_subtasks(entries, documents)
     assert (found["p"].needs, found["p"].parts) == (("x", "p-a"), ("p-a",))
     assert with_subtasks(found, {**documents, "p": TaskDocument()})["p"] == DispatchEntry(("x",))

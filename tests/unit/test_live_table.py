@@ -416,7 +416,7 @@ def test_ten_thousand_tasks_are_redrawn_quickly() -> None:
 def test_subtasks_have_rows_after_their_task() -> None:
     """The task waits for them, is blocked where one fails, and its own row tells of which."""
     shown = view(tasks(2))
-    planned = TaskDocument(attempts=(BUILT,), expanded=("t0-a", "t0-b"))
+    planned = TaskDocument(attempts=(BUILT,), subtasks=("t0-a", "t0-b"))
     run = shown.run.model_copy(update={"tasks": ("t0", "t0-a", "t0-b", "t1")})
     spec = {"adapter": "fake", "attempts": 2, "needs": []}
     documents = {

@@ -126,7 +126,7 @@ def test_unused_facts_are_appended() -> None:
     handing = HandoffInstructions("answer", SCHEMA)
     text = render("{{ task.prompt }}", facts(feedback="Mend it.", handoff=handing)).text
     assert text.startswith("Add a login.\n\nMend it.\n\nWhen you are done, submit")
-    own = render("{{ hand_over }}\n{{ feedback }}\nEnd.", facts(feedback="Mend it.", handoff=handing)).text
+    own = render("{{ submit_handoff }}\n{{ feedback }}\nEnd.", facts(feedback="Mend it.", handoff=handing)).text
     assert own.endswith("Mend it.\nEnd.\n")
     assert own.count("submit your result") == own.count("Mend it.") == 1
 

@@ -23,7 +23,9 @@ def test_landed_or_possibly_landed_work_stays(status: TaskStatus) -> None:
     then = TaskDocument(status=status, attempts=(attempt(1),))
     landed = TaskDocument(status=TaskStatus.LANDED, attempts=(attempt(1),), landed=COMMIT)
     landing = TaskDocument(
-        status=TaskStatus.LANDING, attempts=(attempt(1),), intent=LandingIntent(old=BASE, new=COMMIT, recorded=1.0)
+        status=TaskStatus.LANDING,
+        attempts=(attempt(1),),
+        landing_intent=LandingIntent(old=BASE, new=COMMIT, recorded=1.0),
     )
     assert roll_back_task(then, landed) == "it has landed"
     assert "may have landed" in str(roll_back_task(then, landing))
@@ -62,8 +64,8 @@ def test_outcome_of_an_attempt_is_restored(status: TaskStatus) -> None:
 def test_landing_in_progress_returns_to_the_queue() -> None:
     """Its move of the target has been settled since: to settle it again could touch files that others wrote."""
     intent = LandingIntent(old=BASE, new=COMMIT, recorded=1.0)
-    then = TaskDocument(status=TaskStatus.LANDING, attempts=(attempt(1),), commit=COMMIT, intent=intent)
+    then = TaskDocument(status=TaskStatus.LANDING, attempts=(attempt(1),), commit=COMMIT, landing_intent=intent)
     now = TaskDocument(status=TaskStatus.CONFLICT, attempts=(attempt(1, "conflict"),), commit=COMMIT)
     back = roll_back_task(then, now)
     assert isinstance(back, TaskDocument)
-    assert (back.status, back.intent, back.commit, back.current) == (TaskStatus.QUEUED, None, COMMIT, None)
+    assert (back.status, back.landing_intent, back.commit, back.current) == (TaskStatus.QUEUED, None, COMMIT, None)

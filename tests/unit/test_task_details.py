@@ -205,7 +205,7 @@ def test_phases_not_yet_started_are_listed() -> None:
 def test_landing_names_the_commit() -> None:
     """On the target, in its queue, in conflict, or nowhere."""
     attempts = (attempt(1, None, "built"), attempt(2, None))
-    landed = TaskDocument(status=TaskStatus.LANDED, attempts=attempts, commit=COMMIT, landed=COMMIT, built=1)
+    landed = TaskDocument(status=TaskStatus.LANDED, attempts=attempts, commit=COMMIT, landed=COMMIT, built_by=1)
     assert "landed as 0123456789 on main, " in text(told(landed, TaskDefinition("x"), landed_at=5.0))
     assert told(landed, TaskDefinition("x"), landed_at=5.0).landing.attempt == 1
     queued = landed.model_copy(update={"status": TaskStatus.QUEUED, "landed": None})

@@ -188,7 +188,7 @@ class LiveRun:
                 self.is_over = True
 
     def _change(self, task: str, after: TaskDocument, time: float) -> None:
-        before, parts = self._tasks[task].status, self._tasks[task].expanded
+        before, parts = self._tasks[task].status, self._tasks[task].subtasks
         if before is not after.status:
             self._pace.change(task, after, time)
             if before in FINAL_STATUSES and after.status in SUCCESS_STATUSES:
@@ -204,7 +204,7 @@ class LiveRun:
             before in SUCCESS_STATUSES and after.status not in SUCCESS_STATUSES
         ):  # what it let start may be blocked after all
             self._board = DispatchBoard.of(self._entries, {name: one.status for name, one in self._tasks.items()})
-        if after.expanded != parts:
+        if after.subtasks != parts:
             self._arrange()
 
     def _set(self, task: str, after: TaskDocument, time: float) -> None:

@@ -58,7 +58,7 @@ def _head(story: TaskDetails, now: float) -> Iterator[list[str]]:
         "prompt": "" if story.prompt is None else f"{one_line(' '.join(story.prompt.split()), _LONGEST)}{source}",
         "plan of": "" if story.plan is None else story.plan.removeprefix(f"{story.run}/"),
         "workflow": story.workflow or "",
-        "expanded to": ", ".join(story.expanded),
+        "expanded to": ", ".join(story.subtasks),
         "adapter": story.adapter or "",
         "attempts": str(story.attempts),
         "needs": ", ".join(story.needs),

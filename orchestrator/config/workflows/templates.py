@@ -26,7 +26,7 @@ TEMPLATE_NAMES: Final = (
     "given",
     "results",
     "feedback",
-    "hand_over",
+    "submit_handoff",
     "owns",
     "base",
     "diff",

@@ -119,8 +119,8 @@ class TaskDocument(_Document):
     """How often its work could not land; not reset by a completed phase."""
     commit: str | None = None
     """The commit to land."""
-    intent: LandingIntent | None = None
-    intended: tuple[str, ...] = ()
+    landing_intent: LandingIntent | None = None
+    intended_merges: tuple[str, ...] = ()
     """Merges recorded before the target was moved to them, newest last; only these can be its landing."""
     landed: str | None = None
     """The commit on the first-parent line of the target that merged the task."""
@@ -144,11 +144,11 @@ class TaskDocument(_Document):
     """Its current or next phase; None: none is left, or it has no workflow."""
     phases: tuple[PhaseRecord, ...] = ()
     """All visits of its phases, in order."""
-    revived: int = 0
+    visits_before_retry: int = 0
     """How many of these visits were before the last retry by a person."""
-    built: int | None = None
+    built_by: int | None = None
     """The number of the attempt that built `commit`, if later attempts followed."""
-    expanded: tuple[str, ...] = ()
+    subtasks: tuple[str, ...] = ()
     """The tasks that its plan created; it continues after they have landed."""
     pull_request: int | None = None
     """The number of its pull request."""
@@ -163,7 +163,7 @@ class TaskDocument(_Document):
         count = len(self.attempts)
         if [attempt.number for attempt in self.attempts] != list(range(1, count + 1)):
             return "attempts: not numbered from 1"
-        for name, number in (("current", self.current), ("built", self.built)):
+        for name, number in (("current", self.current), ("built_by", self.built_by)):
             if number is not None and not 1 <= number <= count:
                 return f"{name}: there is no attempt {number}"
         if self.status in CLAIMED_STATUSES and not count:
@@ -194,7 +194,7 @@ class TaskDocument(_Document):
     @property
     def building_attempt(self) -> Attempt:
         """The attempt that built `commit`."""
-        return self.attempt if self.built is None else self.attempts[self.built - 1]
+        return self.attempt if self.built_by is None else self.attempts[self.built_by - 1]
 
     @property
     def cost(self) -> float | None:

@@ -22,7 +22,7 @@ def roll_back_task(then: TaskDocument, now: TaskDocument) -> TaskDocument | str:
         return "the target no longer has it"
     attempts = _attempts(then, now)
     status = TaskStatus.QUEUED if then.status is TaskStatus.LANDING else then.status
-    changes = {"status": status, "intent": None, "intended": now.intended}
+    changes = {"status": status, "landing_intent": None, "intended_merges": now.intended_merges}
     return then.model_copy(update={**changes, "attempts": attempts, "current": _current(then, attempts)})
 
 

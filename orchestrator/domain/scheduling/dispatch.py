@@ -64,7 +64,7 @@ def with_subtasks(
 ) -> dict[str, DispatchEntry]:
     """Return the entries with the tasks that their plans created, if known, as additional needs."""
     return {
-        task: entry.with_subtasks([subtask for subtask in documents[task].expanded if subtask in entries])
+        task: entry.with_subtasks([subtask for subtask in documents[task].subtasks if subtask in entries])
         for task, entry in entries.items()
     }
 

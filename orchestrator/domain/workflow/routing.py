@@ -245,7 +245,7 @@ def restart_task(workflow: Workflow, task: TaskDocument, phase: str | None = Non
             "phase": find_first_incomplete([each.name for each in workflow.phases], workflow.phase(phase).name, task)
             or phase
         }
-    if task.expanded and task.phase is None and task.commit is None and not has_open_visit(task):
+    if task.subtasks and task.phase is None and task.commit is None and not has_open_visit(task):
         return {}  # it waits for the tasks of its plan
     if task.phases and task.phases[-1].status in PASSED_STATUSES and task.phase is None:
         return {"phase": [*workflow.phases, *workflow.builders(task)][-1].name}
@@ -265,7 +265,9 @@ def restart_work(workflow: Workflow, task: TaskDocument) -> dict[str, Any]:
 
 def count_rejections(task: TaskDocument, phase: str) -> int:
     """Return how often a phase has rejected a task's work since the last retry by a person."""
-    return sum(visit.phase == phase and visit.verdict == REJECT_VERDICT for visit in task.phases[task.revived :])
+    return sum(
+        visit.phase == phase and visit.verdict == REJECT_VERDICT for visit in task.phases[task.visits_before_retry :]
+    )
 
 
 def compute_next_start(workflow: Workflow, task: TaskDocument, phase: Phase) -> dict[str, Any]:

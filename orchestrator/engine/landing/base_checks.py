@@ -261,7 +261,9 @@ class BaseChecks:
     def _has_landed(self, spec: TaskSpec, commit: str) -> bool:
         """Return True if a commit is a merge of this run that passed the same checks."""
         return any(
-            document.landed == commit and commit in document.intended and self.entries[task].checks == spec.checks
+            document.landed == commit
+            and commit in document.intended_merges
+            and self.entries[task].checks == spec.checks
             for task, document in self.ledger.tasks.documents().items()
             if task in self.entries
         )

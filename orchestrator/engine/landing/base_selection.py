@@ -61,7 +61,7 @@ class BaseSelector:
         """Return True if a task without earlier work starts from the target, not the base."""
         document = self._ledger.task(task)
         was_stale = any(attempt.outcome in _STALE for attempt in document.attempts)
-        return spec.builds_on_target or was_stale or bool(document.expanded)
+        return spec.builds_on_target or was_stale or bool(document.subtasks)
 
     async def is_outdated(self, owns: Sequence[str], base: str) -> bool:
         """Return True if owned paths changed on the target since `base`.

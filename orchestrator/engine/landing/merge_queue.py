@@ -230,7 +230,7 @@ class MergeQueue:
             commit, base = document.commit or "", document.building_attempt.base
             try:
                 result = await self._target.prepare(
-                    permit, f"{self._ledger.run.id}/{task}", commit, base, last, document.intended
+                    permit, f"{self._ledger.run.id}/{task}", commit, base, last, document.intended_merges
                 )
             except _LANDING_ERRORS as error:
                 if merges:
@@ -264,12 +264,15 @@ class MergeQueue:
             task: TaskUpdate(
                 Trigger.INTEND,
                 TaskLanding(old=merge.old, new=merge.new),
-                {"intent": intent, "intended": add_intended_merge(self._ledger.task(task).intended, merge.new)},
+                {
+                    "landing_intent": intent,
+                    "intended_merges": add_intended_merge(self._ledger.task(task).intended_merges, merge.new),
+                },
             )
             for task, merge in merges.items()
         }
         await self._ledger.change_all(updates, [permit.guard])
-        failpoint("landing.intended")
+        failpoint("landing.intended_merges")
         self.is_moving = True
         try:
             moved = await self._target.move(permit, list(merges.values()))

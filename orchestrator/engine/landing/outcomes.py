@@ -73,7 +73,7 @@ class LandingOutcomes:
             task: TaskUpdate(
                 trigger,
                 TaskLanded(landed=commit, reason=reason),
-                {"landed": commit, "intent": None, "reason": reason, "branch": None},
+                {"landed": commit, "landing_intent": None, "reason": reason, "branch": None},
             )
             for task, commit in commits.items()
         }
@@ -99,14 +99,16 @@ class LandingOutcomes:
     async def abort(self, tasks: Iterable[str]) -> None:
         """Record that the target did not move: the tasks are queued again."""
         await self._ledger.change_all(
-            {task: TaskUpdate(Trigger.UNDO, TaskLandingAborted(), {"intent": None}) for task in tasks}
+            {task: TaskUpdate(Trigger.UNDO, TaskLandingAborted(), {"landing_intent": None}) for task in tasks}
         )
 
     async def defer(self, task: str, reason: str) -> None:
         """Record why a task cannot land now."""
         document = self._ledger.task(task)
         if (document.status, document.reason) != (TaskStatus.QUEUED, reason):  # else it is recorded already
-            await self._ledger.change(task, Trigger.DEFER, TaskDeferred(reason=reason), intent=None, reason=reason)
+            await self._ledger.change(
+                task, Trigger.DEFER, TaskDeferred(reason=reason), landing_intent=None, reason=reason
+            )
 
     async def requeue(self, task: str, reason: str) -> None:
         """Record why a task whose checks ran or were to run is queued again."""
@@ -133,10 +135,10 @@ class LandingOutcomes:
         again = []
         for task in tasks:
             document = self._ledger.task(task)
-            intent = document.intent
+            intent = document.landing_intent
             assert intent is not None, "a task is landing only by an intent"  # noqa: S101  an invariant of the table
             merge = PreparedMerge(intent.old, intent.new)
-            settled = await self._target.settle(permit, merge, document.intended, intent.recorded)
+            settled = await self._target.settle(permit, merge, document.intended_merges, intent.recorded)
             match settled:
                 case Landed(commit):
                     await self.record_landed(Trigger.LAND, {task: commit})
@@ -213,7 +215,7 @@ class LandingOutcomes:
         is_wanted = get_failure_policy(FailureClass.CONFLICT, spec.retry_on) is FailurePolicy.RETRY
         if is_wanted and self._is_retried(task, spec, FailureClass.CONFLICT):
             restart = restart_work(self._ledger.definitions.workflow(spec.workflow), document)
-            await self._reject(task, Trigger.BOUNCE, rejection, commit=None, built=None, **restart)
+            await self._reject(task, Trigger.BOUNCE, rejection, commit=None, built_by=None, **restart)
         else:
             await self._reject(task, Trigger.CONFLICT, rejection, paths=conflict.paths)
 
@@ -236,7 +238,7 @@ class LandingOutcomes:
             base=base,
             feedback=feedback,
             commit=None,
-            built=None,
+            built_by=None,
             **restart,
         )
 

@@ -59,7 +59,7 @@ class Reconciler:
             return False
         if document.status not in CLAIMED_STATUSES and not self._ledger.writer.became_leader.is_set():
             return False
-        commit, reason = self._context.target.find_landing(document.intended), None
+        commit, reason = self._context.target.find_landing(document.intended_merges), None
         if commit is None:
             commit, reason = await self._landed_by_others(document), _LANDED_EXTERNALLY
         if commit is None:

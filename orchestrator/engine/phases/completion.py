@@ -134,7 +134,7 @@ class PhaseCompleter:
         document, phase = self.ledger.task(task), current.phase
         base = document.attempt.base
         if current.workflow.is_default:
-            changes = {"commit": session.commit, "built": None, "start": None, "base": None, "feedback": None}
+            changes = {"commit": session.commit, "built_by": None, "start": None, "base": None, "feedback": None}
             return TaskUpdate(Trigger.BUILD, TaskQueued(outcome="built"), changes)
         if session.failed is not None:
             return self._repeat_after_failed_command(document, phase, session, base)
@@ -245,7 +245,7 @@ class PhaseCompleter:
         work = find_earlier_work(workflow, after)
         if work is None:
             return TaskUpdate(Trigger.FINISH, TaskDone(outcome=outcome), {"phases": phases, "phase": None})
-        built = {"phases": phases, "phase": None, "commit": work.commit, "built": work.attempt}
+        built = {"phases": phases, "phase": None, "commit": work.commit, "built_by": work.attempt}
         return TaskUpdate(Trigger.BUILD, TaskQueued(outcome=outcome), built)
 
     async def _find_next_phase(

@@ -56,7 +56,7 @@ async def expand_task(
 
 def expansion_changes(ledger: Ledger, task: str, specs: Mapping[str, TaskSpec]) -> dict[str, Any]:
     """Return the changes to a task whose plan creates these tasks; none without tasks."""
-    return {"expanded": (*landed_subtasks(ledger, ledger.task(task)), *specs)} if specs else {}
+    return {"subtasks": (*landed_subtasks(ledger, ledger.task(task)), *specs)} if specs else {}
 
 
 def expansion_event(phase: Phase, specs: Mapping[str, TaskSpec]) -> TaskExpanded:
@@ -66,7 +66,7 @@ def expansion_event(phase: Phase, specs: Mapping[str, TaskSpec]) -> TaskExpanded
 
 def landed_subtasks(ledger: Ledger, document: TaskDocument) -> tuple[str, ...]:
     """Return the subtasks of a task that succeeded."""
-    return tuple(subtask for subtask in document.expanded if ledger.task(subtask).status in SUCCESS_STATUSES)
+    return tuple(subtask for subtask in document.subtasks if ledger.task(subtask).status in SUCCESS_STATUSES)
 
 
 def superseded_subtasks(
@@ -76,10 +76,10 @@ def superseded_subtasks(
 
     These are all subtasks that have not landed, if the phase that planned them runs again.
     """
-    if phase is None or not document.expanded:
+    if phase is None or not document.subtasks:
         return ()
     repeated = {phase.name for phase in workflow.phases[workflow.index(phase) :] if phase.expand is not None}
     if not any(visit.phase in repeated for visit in document.phases):
         return ()
     landed = landed_subtasks(ledger, document)
-    return tuple(subtask for subtask in document.expanded if subtask not in landed)
+    return tuple(subtask for subtask in document.subtasks if subtask not in landed)

@@ -104,13 +104,13 @@ def render(template: str, facts: PromptFacts) -> SessionPrompt:
 
     from orchestrator.config.workflows.template_sandbox import limit_rendering  # noqa: PLC0415  only sessions with a template need it
 
-    hand_over = None if facts.handoff is None else render_handoff_instructions(facts.handoff)
+    submit_handoff = None if facts.handoff is None else render_handoff_instructions(facts.handoff)
     # In reading order: what is wrong, then what to submit.
-    required = [part for part in (facts.feedback, hand_over) if part is not None]
+    required = [part for part in (facts.feedback, submit_handoff) if part is not None]
     quoter = _Quoter(facts.mark)
     try:
         with limit_rendering():
-            text = compile_template(template).render(_template_variables(facts, hand_over, quoter)).strip()
+            text = compile_template(template).render(_template_variables(facts, submit_handoff, quoter)).strip()
     except (TemplateError, *_TEMPLATE_ERRORS) as error:
         raise _template_refusal(facts.phase, error) from error
     if quoter.has_quoted:
@@ -190,7 +190,7 @@ def render_rejection(note: str | None) -> str:
     return f"---\nA person reviewed your result and did not approve it. Do it again, better.{comment}\n"
 
 
-def _template_variables(facts: PromptFacts, hand_over: str | None, quoter: _Quoter) -> dict[str, Any]:
+def _template_variables(facts: PromptFacts, submit_handoff: str | None, quoter: _Quoter) -> dict[str, Any]:
     """Return the variables listed in `config.workflows.templates.TEMPLATE_NAMES`."""
     return {
         "task": {
@@ -202,7 +202,7 @@ def _template_variables(facts: PromptFacts, hand_over: str | None, quoter: _Quot
         "given": quoter.value(dict(facts.given)),
         "results": quoter.value(dict(facts.results)),
         "feedback": None if facts.feedback is None else facts.feedback.strip(),
-        "hand_over": "" if hand_over is None else hand_over.strip(),
+        "submit_handoff": "" if submit_handoff is None else submit_handoff.strip(),
         "owns": [*map(remove_control_characters, facts.owns)],
         "base": facts.base,
         "diff": quoter.value(facts.diff),

@@ -93,7 +93,7 @@ class PhaseStarter:
             changes: dict[str, Any] = {"phases": phases, "phase": None, "reason": None}
             if work is None:
                 return TaskUpdate(Trigger.FINISH, TaskDone(), changes)
-            return TaskUpdate(Trigger.QUEUE, TaskQueued(), {**changes, "commit": work.commit, "built": work.attempt})
+            return TaskUpdate(Trigger.QUEUE, TaskQueued(), {**changes, "commit": work.commit, "built_by": work.attempt})
         start = NextPhase(workflow, phase, phases, earlier=find_continued_attempt(workflow, document, phase))
         if document.start is not None:
             return replace(start, start=document.start, base=document.base)

@@ -119,7 +119,7 @@ class TaskDetails:
     """The tracker that it came from."""
     plan: str | None
     """The id of the handoff with the plan that created it."""
-    expanded: Sequence[str]
+    subtasks: Sequence[str]
     """The tasks that its plan created."""
     adapter: str | None
     """Null for a merge, which runs no session."""
@@ -187,7 +187,7 @@ def build_task_details(
         prompt=definition.prompt,
         tracker=definition.tracker,
         plan=definition.plan,
-        expanded=document.expanded,
+        subtasks=document.subtasks,
         adapter=report.adapter if attempts or not is_merge else None,
         attempts=report.attempts,
         needs=definition.needs,

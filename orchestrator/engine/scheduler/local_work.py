@@ -80,7 +80,7 @@ class LocalWork:
         """Return True if a recorded subtask has neither landed nor is done."""
         return any(
             subtask not in self._ledger.tasks or self._ledger.task(subtask).status not in SUCCESS_STATUSES
-            for subtask in self._ledger.task(task).expanded
+            for subtask in self._ledger.task(task).subtasks
         )
 
     def _wait_for_subtasks(self, task: str) -> None:

@@ -120,7 +120,7 @@ async def _recover_sessions(
             continue
         await _reap(ledger, context, clock, worktree)
     for task in tasks:
-        await _requeue_task(ledger, clock, task, context.target.find_landing(ledger.task(task).intended))
+        await _requeue_task(ledger, clock, task, context.target.find_landing(ledger.task(task).intended_merges))
 
 
 async def _inherit_session(ledger: Ledger, context: RunContext, task: str) -> None:

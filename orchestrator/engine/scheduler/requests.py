@@ -316,16 +316,16 @@ async def retry_task(ledger: Ledger, task: str, phase: str | None = None) -> boo
     Return False if it has not ended.
     """
     workflow = ledger.definitions.workflow((await ledger.definitions.spec(task)).workflow)
-    cleared = {"commit": None, "built": None, "start": None, "base": None, "feedback": None}
+    cleared = {"commit": None, "built_by": None, "start": None, "base": None, "feedback": None}
     while (document := ledger.task(task)).status in RETRYABLE_STATUSES:
         restart = restart_task(workflow, document, phase)
         if superseded_subtasks(ledger, workflow, document, phase):
-            restart["expanded"] = landed_subtasks(ledger, document)
+            restart["subtasks"] = landed_subtasks(ledger, document)
         reset = {
             "refused": None,
             "failures": 0,
             "bounces": 0,
-            "revived": len(document.phases),
+            "visits_before_retry": len(document.phases),
             "reason": None,
             "paths": (),
         }

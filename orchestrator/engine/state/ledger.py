@@ -172,7 +172,7 @@ class Ledger:
             version, before = await self.run_state.read()
             names = list(before.tasks)
             for task, update in updates.items():
-                index = 1 + max(names.index(name) for name in (task, *self.tasks[task].expanded) if name in names)
+                index = 1 + max(names.index(name) for name in (task, *self.tasks[task].subtasks) if name in names)
                 names[index:index] = update.tasks
             after = before.model_copy(update={"tasks": tuple(names)})
             run_write = Write(run_key(after.id), version, after.model_dump(mode="json"))
@@ -184,7 +184,7 @@ class Ledger:
                     raise
                 continue
             break
-        failpoint("plan.expanded")
+        failpoint("plan.subtasks")
         for task, spec in specs.items():
             if task not in self.tasks:  # else it was already seen in the log
                 self.tasks.add(task, 1, TaskDocument(), parse_entry(spec.model_dump(mode="json")))

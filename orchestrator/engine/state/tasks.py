@@ -61,7 +61,7 @@ class TaskTable:
         self._store, self._run, self._claims = store, run, claims
         self._documents = dict(loaded.tasks)
         self._versions = {task: loaded.stored[task].version for task in loaded.run.tasks}
-        self._planners = {part: task for task, document in self._documents.items() for part in document.expanded}
+        self._planners = {part: task for task, document in self._documents.items() for part in document.subtasks}
         """The planning task of each subtask."""
         self._in_flight: dict[str, anyio.Event] = {}
         """Tasks that this orchestrator is changing, each with an event that is set afterwards."""
@@ -92,7 +92,7 @@ class TaskTable:
 
     def subtasks(self, task: str) -> tuple[str, ...]:
         """Return the known subtasks that the plan of a task was expanded to."""
-        return tuple(part for part in self._documents[task].expanded if part in self._versions)
+        return tuple(part for part in self._documents[task].subtasks if part in self._versions)
 
     def planning_task(self, task: str) -> str | None:
         """Return the task whose plan a subtask belongs to; None if it belongs to none."""
@@ -112,10 +112,12 @@ class TaskTable:
 
     async def is_landing_intent(self, commit: str) -> bool:
         """Return True if a commit is a recorded landing intent of any task in the store."""
-        if any(commit in document.intended for document in self._documents.values()):
+        if any(commit in document.intended_merges for document in self._documents.values()):
             return True
         documents = [document for document in await self._store.list("task") if commit.encode() in document.encoded]
-        return any(commit in document.value.get("intended", ()) for document in documents if not document.damaged)
+        return any(
+            commit in document.value.get("intended_merges", ()) for document in documents if not document.damaged
+        )
 
     async def load_new(self) -> bool:
         """Load the subtasks that other processes have added; return True if there are any."""
@@ -139,7 +141,7 @@ class TaskTable:
         """Add a subtask."""
         self._run.loaded.add(task)
         self._documents[task], self._versions[task] = document, version
-        self._planners |= dict.fromkeys(document.expanded, task)
+        self._planners |= dict.fromkeys(document.subtasks, task)
         self.added[task] = entry
 
     async def refresh(self, task: str, *, released: bool = True) -> bool:
@@ -158,7 +160,7 @@ class TaskTable:
         """Apply a stored document unless a later one is known."""
         if version > self._versions[task]:
             self._documents[task], self._versions[task] = after, version
-            self._planners |= dict.fromkeys(after.expanded, task)
+            self._planners |= dict.fromkeys(after.subtasks, task)
         if released and self._claims is not None and after.status not in CLAIMED_STATUSES:
             self._claims.mark_released(task)
 

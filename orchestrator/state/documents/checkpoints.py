@@ -16,7 +16,7 @@ cursor      Never: events that were sent to sinks and trackers can't be recalled
 adapter     Never: usage limits and expired logins exist outside of the state.
 checkpoint  Never: later checkpoints allow to undo the restore.
 ports       Never: they belong to worktree slots of this machine, not to a run.
-rwlock      Never: the holders of that time do not hold the locks now.
+named_lock  Never: the holders of that time do not hold the locks now.
 import      Never: the state of older layouts stays imported.
 claim, orchestrator, ownership, context  Never: they belong to processes and sessions that are active now.
 

@@ -38,7 +38,7 @@ from orchestrator.state.documents.log_reader import is_run_document
 from orchestrator.state.log.codec import encode_object
 
 #: The kind of the documents of named locks.
-LOCK_KIND: Final = "rwlock"
+LOCK_KIND: Final = "named_lock"
 
 #: The fields of a run that people may change; the others are fixed at its creation.
 EDITABLE_RUN_FIELDS: Final = frozenset({"capacity", "ended", "halted", "extra"})
