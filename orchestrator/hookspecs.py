@@ -5,7 +5,7 @@ A hook only registers: it reads no file, starts no process and makes no connecti
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import pluggy
 from pydantic import BaseModel
@@ -23,60 +23,36 @@ ENTRY_POINT_GROUP = "cli_council"
 hookspec = pluggy.HookspecMarker(ENTRY_POINT_GROUP)
 
 
-class RegisterAdapter(Protocol):
-    """Registers an adapter type."""
-
-    def __call__(self, name: str, adapter: AdapterType, /) -> None:
-        """Make `adapter` available as `use: NAME` under `adapters:`."""
+Value_contra = TypeVar("Value_contra", contravariant=True)
 
 
-class RegisterStore(Protocol):
-    """Registers a store type."""
+class Register(Protocol[Value_contra]):
+    """Registers a value of a plugin under a name."""
 
-    def __call__(self, scheme: str, store: StoreType, /) -> None:
-        """Make `store` available for URLs that begin with `SCHEME:`."""
-
-
-class RegisterSink(Protocol):
-    """Registers a sink type."""
-
-    def __call__(self, name: str, sink: SinkType, /) -> None:
-        """Make `sink` available as `use: NAME` under `sinks:`."""
+    def __call__(self, name: str, value: Value_contra, /) -> None:
+        """Make `value` available under `name`."""
 
 
-class RegisterTracker(Protocol):
-    """Registers a tracker type."""
-
-    def __call__(self, name: str, tracker: TrackerType, /) -> None:
-        """Make `tracker` available as `use: NAME` under `trackers:`."""
-
-
-class RegisterHandoffKind(Protocol):
-    """Registers a kind of handoff."""
-
-    def __call__(self, name: str, kind: type[BaseModel] | HandoffKind, /) -> None:
-        """Make a kind available as `produces: NAME` of a phase; a pydantic model becomes a kind with that schema."""
-
-
-class RegisterTransformation(Protocol):
-    """Registers a transformation of handoffs between two phases."""
-
-    def __call__(self, name: str, transformation: Transformation, /) -> None:
-        """Make it available as `transform: NAME` of a phase; one named `KIND_to_KIND` applies by default."""
-
-
-class RegisterValidator(Protocol):
-    """Registers an additional validator of handoffs."""
-
-    def __call__(self, name: str, validator: HandoffValidator, /) -> None:
-        """Run it on each handoff of its kind, after the kind's own validation; `name` identifies it in errors."""
+#: Available as `use: NAME` under `adapters:`, `sinks:` and `trackers:`.
+RegisterAdapter = Register[AdapterType]
+RegisterSink = Register[SinkType]
+RegisterTracker = Register[TrackerType]
+#: Available for URLs that begin with `NAME:`.
+RegisterStore = Register[StoreType]
+#: Available as `produces: NAME` of a phase; a pydantic model becomes a kind with that schema.
+RegisterHandoffKind = Register[type[BaseModel] | HandoffKind]
+#: Available as `transform: NAME` of a phase; one named `KIND_to_KIND` applies by default.
+RegisterTransformation = Register[Transformation]
+#: Runs on each handoff of its kind, after the kind's own validation; the name identifies it in errors.
+RegisterValidator = Register[HandoffValidator]
 
 
 class RegisterConstraint(Protocol):
-    """Registers a constraint on the complete record of a task."""
+    """Registers a constraint, which runs in `council check`."""
 
-    def __call__(self, name: str, constraint: Constraint, /) -> None:
-        """Run it in `council check`; `name` identifies it in violations."""
+    # Not an alias of `Register`: its value's module is imported only for type checks.
+    def __call__(self, name: str, value: Constraint, /) -> None:
+        """Run it on the complete record of each task; the name identifies it in violations."""
 
 
 @hookspec

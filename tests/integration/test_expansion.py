@@ -80,7 +80,7 @@ async def test_plan_becomes_tasks_that_land_before_dependents(repository: Reposi
     checked = repository.council("check", run.result["run"])
     assert checked.code == 0, checked
     assert "all-second" in repository.council("show", "all").stdout
-    [event] = [one for one in run.lines if one.get("event") == "task.subtasks"]
+    [event] = [one for one in run.lines if one.get("event") == "task.expanded"]
     assert (event["task"], event["phase"], event["tasks"]) == ("all", "plan", ["all-First-one", "all-second"])
     await repository.assert_invariants()
 
@@ -283,7 +283,7 @@ async def test_plan_killed_anywhere_becomes_tasks_once(repository: Repository, p
     assert set(before) == ({"all"} if place == "handed_over" else {"all", "all-First-one", "all-second"})
     run = repository.council("resume", "--json")
     assert run.states == {"all": "done", "all-First-one": "landed", "all-second": "landed"}, run
-    expanded = [one for one in await happened(repository) if one.type == "task.subtasks"]
+    expanded = [one for one in await happened(repository) if one.type == "task.expanded"]
     assert len(expanded) == 1
     plans = [one for one in repository.spawns.read_text().splitlines() if one.split()[1] == "all"]
     assert len(plans) == (2 if place == "handed_over" else 1)

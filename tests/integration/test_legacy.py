@@ -138,7 +138,7 @@ async def test_file_of_version_2_becomes_runs(repository: Repository) -> None:
     assert (run["status"], run["imported"]) == ("incomplete", LEGACY_FILE)
     assert {task["id"]: task["status"] for task in run["tasks"]} == STATES
     reasons = {task["id"]: task["reason"] for task in run["tasks"]}
-    assert reasons["login"] == f"{LEGACY_FILE} says that it was completed; nothing here proves it"
+    assert reasons["login"] == f"{LEGACY_FILE} records it as completed, without proof"
     assert reasons["export"] == "tests failed"
     assert "was in_progress" in reasons["import"]
     assert (run["metrics"]["total_tasks"], run["metrics"]["completed"]) == (5, 2)
@@ -278,7 +278,7 @@ async def test_sessions_next_to_unknown_files_are_imported(repository: Repositor
     found = await runs(repository)
     assert (set(found), states(found["odd"])) == ({RUN, "odd"}, {"b": "failed"})
     [event] = await events(repository, "legacy.file_skipped")
-    assert event["reason"] == "session-2 is no object; task a of odd is no object"
+    assert event["reason"] == "session-2 is not an object; task a of odd is not an object"
 
 
 async def test_names_times_and_values_may_be_anything(repository: Repository, tmp_path: Path) -> None:

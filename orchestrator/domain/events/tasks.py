@@ -91,7 +91,7 @@ class TaskAdvanced(AttemptEvent):
 class TaskExpanded(AttemptEvent):
     """A phase is complete, and its plan became tasks that must land first."""
 
-    type = "task.subtasks"
+    type = "task.expanded"
     sentence = "created {count} tasks from its plan"
 
     phase: str

@@ -1,8 +1,8 @@
-"""What older layouts of state say, as documents of ours: sessions of tasks become runs that are over. Pure.
+"""Convert sessions of older state layouts to documents of finished runs. Pure.
 
-Two layouts are read: one file with all sessions (versions 1 and 2.0), and a folder with a file for each session and
-each task. They were written by hand-made scripts, so that whatever can be understood is taken: sessions as a list or by
-id, tasks as a list or by id, or as a status alone, names in snake_case or camelCase, times as ISO 8601 or as numbers.
+There are two layouts: one file with all sessions (versions 1 and 2.0), and a folder with a file for each session and
+each task. Various scripts wrote them, so parsing is lenient: sessions are a list or a mapping by id, tasks too, or only
+a status, names are in snake_case or camelCase, times are ISO 8601 texts or numbers.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from orchestrator.domain.documents.times import LATEST
 from orchestrator.domain.runs.model import ImportedRun, ImportedTask, RunDocument, TaskDocument
 from orchestrator.domain.runs.statuses import TaskStatus
 
-#: Where tasks are put that no session names.
+#: The session of tasks that no session names.
 NO_SESSION: Final = "tasks-without-session"
-#: Bytes of JSON that options, metrics or phases may take in our documents; what is larger stays in the original alone.
+#: The largest size of options, metrics or phases in our documents, in bytes of JSON; larger ones are omitted.
 MAX_PART: Final = 64 << 10
-#: The same of an original.
+#: The largest size of an original, in bytes of JSON.
 MAX_ORIGINAL: Final = 1 << 20
-#: How deep an original may nest.
+#: The largest nesting depth of an original.
 MAX_DEPTH: Final = 100
 _MILLISECONDS_FROM: Final = 1e11
 _MAX_TEXT: Final = 2000
@@ -48,50 +48,50 @@ _KEPT_LENGTH: Final = 40
 
 
 class UnknownLayout(ValueError):
-    """A file is not what any of the layouts has."""
+    """A file matches no known layout."""
 
 
 @dataclass(frozen=True, slots=True)
 class LegacySession:
-    """A session as it stood in files: its fields but for the tasks, and those of its tasks by their names."""
+    """A session as read from files: its fields without its tasks, and the fields of each task by name."""
 
     name: str
     source: str
-    """The file that it stood in."""
+    """The file that it was read from."""
     fields: Mapping[str, Any]
     tasks: Mapping[str, Mapping[str, Any]]
 
-    def over(self, older: LegacySession) -> LegacySession:
-        """Return this session with what only an older record of it has."""
+    def merge(self, older: LegacySession) -> LegacySession:
+        """Return this session plus the fields that only an older record of it has."""
         tasks = {**older.tasks, **{name: {**older.tasks.get(name, {}), **one} for name, one in self.tasks.items()}}
         return LegacySession(self.name, self.source, {**older.fields, **self.fields}, tasks)
 
 
 @dataclass(frozen=True, slots=True)
 class ConvertedSession:
-    """A session as our documents."""
+    """A session converted to our documents."""
 
     run: RunDocument
     tasks: Mapping[str, TaskDocument]
     original: Mapping[str, Any]
-    """The session's own fields, or why they are left out."""
+    """The session's original fields, or why they are omitted."""
     originals: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """The same of each task."""
 
 
 def read_version(state: object) -> str:
-    """Return the version that a file of sessions says it has, `1` if it says none."""
+    """Return the version in a file of sessions; `1` if there is none."""
     version = state.get("version") if isinstance(state, dict) else None
     return str(version) if isinstance(version, str | int | float) else "1"
 
 
 def parse_sessions(state: object, source: str, faults: list[str]) -> list[LegacySession]:
-    """Return the sessions of a file of all sessions; what of it is none is added to `faults`.
+    """Return the sessions of a file with all sessions; invalid ones are added to `faults`.
 
-    NotUnderstood where there are none at all.
+    Raises UnknownLayout if it has no list or mapping of sessions.
     """
     if isinstance(state, dict) and "sessions" not in state:
-        # The first version had one session, as the whole file.
+        # In the first version, the whole file is one session.
         if any(_get(state, name) is not None for name in ("tasks", "id", "session_id", "started_at")):
             return [parse_session(state, source, "session-1", faults)]
         if state.keys() <= {"version"}:
@@ -104,14 +104,14 @@ def parse_sessions(state: object, source: str, faults: list[str]) -> list[Legacy
         named = [(f"session-{number}", one) for number, one in enumerate(sessions, 1)]
     else:
         raise UnknownLayout("its sessions are neither a list nor an object")
-    faults += [f"{name} is no object" for name, one in named if not isinstance(one, dict)]
+    faults += [f"{name} is not an object" for name, one in named if not isinstance(one, dict)]
     return [parse_session(one, source, name, faults) for name, one in named if isinstance(one, dict)]
 
 
 def parse_session(value: object, source: str, fallback: str, faults: list[str]) -> LegacySession:
-    """Return a session from its object; `fallback` is its name where it says none. NotUnderstood where it is none."""
+    """Return a session from its object, by default named `fallback`; raise UnknownLayout if it is not an object."""
     if not isinstance(value, dict):
-        raise UnknownLayout("it is no object")
+        raise UnknownLayout("it is not an object")
     name = _name(_get(value, "id"), _get(value, "session_id")) or fallback
     tasks = dict(_tasks(name, _get(value, "tasks"), faults))
     listed = _get(value, "task_ids")
@@ -125,13 +125,13 @@ def _tasks(of: str, given: object, faults: list[str]) -> Iterator[tuple[str, Map
     if isinstance(given, dict):
         for name, one in given.items():
             if (fields := parse_task_fields({"status": one} if isinstance(one, str) else one)) is None:
-                faults.append(f"task {name} of {of} is no object")
+                faults.append(f"task {name} of {of} is not an object")
             else:
                 yield name, fields
     elif isinstance(given, list):
         for number, one in enumerate(given, 1):
             if (fields := parse_task_fields({"id": one} if isinstance(one, str | int) else one)) is None:
-                faults.append(f"task {number} of {of} is no object")
+                faults.append(f"task {number} of {of} is not an object")
             else:
                 yield _name(*(_get(fields, key) for key in ("id", "task_id", "name"))) or f"task-{number}", fields
     elif given is not None:
@@ -139,19 +139,19 @@ def _tasks(of: str, given: object, faults: list[str]) -> Iterator[tuple[str, Map
 
 
 def parse_task_fields(value: object) -> Mapping[str, Any] | None:
-    """Return the fields of a task from its object; None for what is none."""
+    """Return the fields of a task from its object; None if it is not an object."""
     if value is None:
         return {}
     return value if isinstance(value, dict) else None
 
 
 def task_name(state: Mapping[str, Any], fallback: str) -> str:
-    """Return the name of a task that has a file of its own."""
+    """Return the name of a task with a separate file."""
     return _name(_get(state, "task_id"), _get(state, "id")) or fallback
 
 
 def merge_layouts(older: Iterable[LegacySession], newer: Iterable[LegacySession]) -> list[LegacySession]:
-    """Return all sessions, each once where an older and a newer layout have it; others of one name get names apart."""
+    """Return all sessions; a session in both layouts is merged, other sessions with equal names get distinct names."""
     known: dict[str, LegacySession] = {}
     for group in (older, newer):
         seen: set[str] = set()
@@ -162,14 +162,14 @@ def merge_layouts(older: Iterable[LegacySession], newer: Iterable[LegacySession]
                 name = f"{one.name}-{number}"
             seen.add(name)
             named = LegacySession(name, one.source, one.fields, one.tasks)
-            known[name] = named.over(known[name]) if name in known else named
+            known[name] = named.merge(known[name]) if name in known else named
     return list(known.values())
 
 
 def merge_task_states(
     sessions: Sequence[LegacySession], states: Mapping[str, Mapping[str, Any]], source: str
 ) -> list[LegacySession]:
-    """Return sessions with the states of their tasks; those of no session become one of their own, from `source`."""
+    """Return sessions with the states of their tasks; tasks without a session become a session from `source`."""
     found = [
         LegacySession(
             one.name, one.source, one.fields, {task: {**was, **states.get(task, {})} for task, was in one.tasks.items()}
@@ -191,30 +191,30 @@ def merge_task_states(
     return found
 
 
-def convert_session(one: LegacySession, *, top: str, hub: str, written: float, now: float) -> ConvertedSession:
-    """Return a session as a run that is over.
+def convert_session(session: LegacySession, *, top: str, hub: str, written: float, now: float) -> ConvertedSession:
+    """Return a session as a finished run.
 
-    `top` is the project's folder, `hub` stands for the repositories that it never had, `written` is when its file was
-    last written: times that are not recorded, or are yet to come, are that or `now` (wall-clock seconds).
+    `top` is the project's folder, and `hub` a placeholder for its repositories, which never existed. `written` is the
+    modification time of its file: it replaces missing times, and `now` replaces future ones (wall-clock seconds).
     """
-    names = _safe_names(one.tasks)
-    tasks = {names[name]: _task(fields, one.source) for name, fields in one.tasks.items()}
+    names = _safe_names(session.tasks)
+    tasks = {names[name]: _task(fields, session.source) for name, fields in session.tasks.items()}
     was = [task.imported for task in tasks.values() if task.imported is not None]
     times = [time for task in was for time in (task.started, task.completed) if time is not None]
     touched = [
-        time for name in ("completed_at", "ended_at", "updated_at") if (time := _time(one.fields, name)) is not None
+        time for name in ("completed_at", "ended_at", "updated_at") if (time := _time(session.fields, name)) is not None
     ]
-    started = _time(one.fields, "started_at", "created_at")
+    started = _time(session.fields, "started_at", "created_at")
     if started is None:
         started = min([*times, *touched], default=written)
     started = min(started, now)
     ended = min(max([*touched, *times], default=written), now)
-    options, metrics = (_part(_get(one.fields, name)) for name in ("options", "metrics"))
+    options, metrics = (_part(_get(session.fields, name)) for name in ("options", "metrics"))
     branch = next((text for name in ("target", "target_branch", "base_branch", "base")
                    if (text := _text(options.get(name), 200)) is not None), "")  # fmt: skip
     run = RunDocument(
-        id=safe_name(one.name),
-        config=one.source,
+        id=safe_name(session.name),
+        config=session.source,
         repo=top,
         is_url=False,
         base=branch,
@@ -226,11 +226,11 @@ def convert_session(one: LegacySession, *, top: str, hub: str, written: float, n
         started=started,
         ended=max(started, ended),
         imported=ImportedRun(
-            source=one.source, status=_text(_get(one.fields, "status"), 200), options=options, metrics=metrics
+            source=session.source, status=_text(_get(session.fields, "status"), 200), options=options, metrics=metrics
         ),
     )
-    originals = {names[name]: _original(fields) for name, fields in one.tasks.items()}
-    return ConvertedSession(run, tasks, _original(one.fields), originals)
+    originals = {names[name]: _original(fields) for name, fields in session.tasks.items()}
+    return ConvertedSession(run, tasks, _original(session.fields), originals)
 
 
 def _task(fields: Mapping[str, Any], source: str) -> TaskDocument:
@@ -258,25 +258,25 @@ def _task(fields: Mapping[str, Any], source: str) -> TaskDocument:
 
 
 def _status(word: str | None, source: str) -> tuple[TaskStatus, str]:
-    """Return what a status is for us, where nothing can go on any more, and why it is that."""
+    """Return the final status for a recorded one, and its reason."""
     known = _normal(word)
     if known in _COMPLETED:
-        return TaskStatus.LANDED, f"{source} says that it was {word}; nothing here proves it"
+        return TaskStatus.LANDED, f"{source} records it as {word}, without proof"
     if known in _FAILED:
-        return TaskStatus.FAILED, f"{source} says that it {word}" if known == "failed" else f"{source} says {word!r}"
+        return TaskStatus.FAILED, f"{source} records {word!r}"
     if known in _CANCELLED:
-        return TaskStatus.CANCELLED, f"{source} says that it was {word}"
+        return TaskStatus.CANCELLED, f"{source} records it as {word}"
     if known == "conflict":
-        return TaskStatus.CONFLICT, f"{source} says {word!r}"
+        return TaskStatus.CONFLICT, f"{source} records {word!r}"
     if known in _BEGUN:
-        return TaskStatus.CANCELLED, f"it was {word} when its session was left"
+        return TaskStatus.CANCELLED, f"it was {word} when its session was abandoned"
     if known in _WAITING or word is None:
-        return TaskStatus.CANCELLED, "it had not begun when its session was left"
-    return TaskStatus.CANCELLED, f"{source} says {word!r}, which is none of the known words"
+        return TaskStatus.CANCELLED, "it had not started when its session was abandoned"
+    return TaskStatus.CANCELLED, f"{source} records the unknown status {word!r}"
 
 
 def is_unfinished(task: ImportedTask) -> bool:
-    """Whether a task was running or had not begun when its session was left."""
+    """Whether a task was unfinished when its session was abandoned."""
     word = _normal(task.status)
     return word in _BEGUN or word in _WAITING or not word
 
@@ -286,7 +286,7 @@ def _normal(word: str | None) -> str:
 
 
 def safe_name(name: str) -> str:
-    """Return a name that can stand in keys, refs and paths: itself where it can, else a part and a digest."""
+    """Return a name that is valid in keys, refs and paths: unchanged if it is, else a part of it and a digest."""
     if _NAME.fullmatch(name) and ".." not in name and not name.endswith((".", ".lock")) and name != "all":
         return name
     digest = hashlib.sha256(name.encode(errors="replace")).hexdigest()[:8]
@@ -299,7 +299,7 @@ def _safe_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def _get(fields: Mapping[str, Any], name: str) -> Any:
-    """Return a field by its name in snake_case, or in camelCase; None where it has neither."""
+    """Return a field by its name in snake_case or camelCase; None if there is neither."""
     first, *rest = name.split("_")
     value = fields.get(name)
     return fields.get(first + "".join(map(str.capitalize, rest))) if value is None else value
@@ -321,22 +321,22 @@ def _text(value: object, limit: int) -> str | None:
 
 
 def _number(value: object) -> int | None:
-    """Return the number of a pull request, which may be written as `#12`, as an address or with fields of its own."""
+    """Return the number of a pull request, given as a number, `#12`, a URL or an object."""
     if isinstance(value, dict):
         return _number(value.get("number"))
     if isinstance(value, str) and (found := re.search(r"(?:^#?|/)(\d{1,15})/?$", value.strip())):
         value = int(found[1])
     is_one = isinstance(value, int) and not isinstance(value, bool) and 0 < value < _MAX_PULL_REQUEST
-    return value if is_one else None  # type: ignore[return-value]  # that is what was just asked
+    return value if is_one else None  # type: ignore[return-value]  # checked by `is_one`
 
 
 def _time(fields: Mapping[str, Any], *names: str) -> float | None:
-    """Return the first of these fields that is a time; numbers are seconds or milliseconds, no zone is UTC."""
+    """Return the first of these fields that is a time; the default time zone is UTC."""
     return next((found for name in names if (found := parse_time(_get(fields, name))) is not None), None)
 
 
 def parse_time(value: object) -> float | None:
-    """Return a time as wall-clock seconds; None where it is none."""
+    """Return an ISO 8601 text, or a number of seconds or milliseconds, as wall-clock seconds; None if it is no time."""
     if isinstance(value, str):
         try:
             parsed = datetime.fromisoformat(value.strip())
@@ -370,7 +370,7 @@ def _original(fields: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _omission(value: object, limit: int) -> str | None:
-    """Return why a value can't be kept as it is; None where it can."""
+    """Return why a value is omitted; None if it is kept."""
     level: list[object] = [value]
     for _ in range(MAX_DEPTH):
         inner = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
@@ -378,4 +378,4 @@ def _omission(value: object, limit: int) -> str | None:
         if not level:
             size = len(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode())
             return None if size <= limit else f"its {size} bytes are more than {limit}"
-    return f"it nests deeper than {MAX_DEPTH} levels"
+    return f"it is nested more than {MAX_DEPTH} levels deep"

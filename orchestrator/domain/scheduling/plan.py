@@ -6,6 +6,7 @@ import heapq
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from graphlib import TopologicalSorter
 from itertools import groupby
 
 from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, choose_tasks
@@ -48,21 +49,12 @@ def count_concurrent_sessions(
 
 
 def _levels(entries: Mapping[str, DispatchEntry]) -> Iterator[list[str]]:
-    missing = {task: len(set(entry.needs)) for task, entry in entries.items()}
-    dependents: dict[str, list[str]] = defaultdict(list)
-    for task, entry in entries.items():
-        for need in set(entry.needs):
-            dependents[need].append(task)
-    level = [task for task, count in missing.items() if not count]
-    while level:
+    sorter = TopologicalSorter({task: entry.needs for task, entry in entries.items()})
+    sorter.prepare()
+    while sorter.is_active():
+        level = list(sorter.get_ready())
         yield level
-        above = []
-        for task in level:
-            for dependent in dependents[task]:
-                missing[dependent] -= 1
-                if not missing[dependent]:
-                    above.append(dependent)
-        level = above
+        sorter.done(*level)
 
 
 def _wave(tasks: Sequence[str], entries: Mapping[str, DispatchEntry]) -> Wave:
