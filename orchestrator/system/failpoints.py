@@ -54,7 +54,7 @@ FAILPOINTS: Final = frozenset(
         "landing.checked",  # the merge has passed, the store does not know
         "base.checked",  # the checks of the base have ended, the store does not know
         "landing.rejected",  # the rejection is in the store
-        "landing.intended_merges",  # the intent is in the store
+        "landing.intended",  # the intent is in the store
         "landing.pushed",  # the target has moved, the store does not know
         "landing.recorded",  # the task is landed in the store
         "legacy.begun",  # a part of an import from an older layout is in the store

@@ -42,7 +42,7 @@ async def test_restore_killed_at_a_failpoint_is_complete_or_absent(repository: R
     "name",
     [
         pytest.param(name, marks=pytest.mark.slow)
-        for name in ("landing.pushed", "run.leader_elected", "recovery.session_reaped", "landing.intended_merges")
+        for name in ("landing.pushed", "run.leader_elected", "recovery.session_reaped", "landing.intended")
     ],
 )
 async def test_run_killed_after_a_restore_resumes(repository: Repository, name: str) -> None:

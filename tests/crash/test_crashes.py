@@ -155,7 +155,7 @@ async def test_run_killed_at_a_failpoint_lands_every_task_once(repository: Repos
     [
         pytest.param(name, again, marks=() if (name, again) == ("recovery.landing_settled", "") else pytest.mark.slow)
         for name in sorted(RECOVERY_FAILPOINTS)
-        for again in ("", "landing.intended_merges", "worktree.removed")
+        for again in ("", "landing.intended", "worktree.removed")
     ],
 )
 async def test_recovery_killed_at_a_failpoint_is_repeated(repository: Repository, name: str, again: str) -> None:

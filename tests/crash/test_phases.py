@@ -29,7 +29,7 @@ STEPS = {
     "work.recorded": 4,
     "attempt.ended": 4,
     "worktree.removed": 4,
-    "landing.intended_merges": 1,
+    "landing.intended": 1,
     "landing.pushed": 1,
     "landing.recorded": 1,
 }

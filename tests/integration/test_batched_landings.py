@@ -203,7 +203,7 @@ async def test_task_waiting_for_a_landing_of_another_run_can_be_cancelled(reposi
 @pytest.mark.extended
 @pytest.mark.parametrize(
     ("failpoint", "state"),
-    [pytest.param("landing.intended_merges", "cancelled", marks=pytest.mark.slow), ("landing.pushed", "landed")],
+    [pytest.param("landing.intended", "cancelled", marks=pytest.mark.slow), ("landing.pushed", "landed")],
 )
 async def test_interrupted_task_is_cancelled_only_if_not_landed(
     repository: Repository, failpoint: str, state: str

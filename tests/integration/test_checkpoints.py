@@ -135,7 +135,7 @@ async def test_ended_task_is_retried_after_its_later_attempts(repository: Reposi
 @pytest.mark.extended
 async def test_landing_in_progress_is_repeated(repository: Repository) -> None:
     """Its move was settled since, and files of the user's that look like its own are left alone."""
-    killed_with(repository, [{"id": "one", "prompt": "write README.md new"}], "landing.intended_merges")
+    killed_with(repository, [{"id": "one", "prompt": "write README.md new"}], "landing.intended")
     checkpoint = made(repository)
     assert checkpoint["sessions"][0]["status"] == "landing"
     (repository.top / "README.md").write_text("new\n")

@@ -154,7 +154,7 @@ async def test_a_target_whose_history_was_rewritten_waits_with_a_remedy(reposito
         ("main", "work.recorded=stop"),
         ("out", "work.recorded=stop@2"),
         pytest.param("remote", "work.recorded=stop@2", marks=pytest.mark.extended),
-        ("main", "landing.intended_merges=kill"),
+        ("main", "landing.intended=kill"),
         pytest.param("main", "landing.pushed=kill", marks=pytest.mark.extended),
         pytest.param("remote", "landing.pushed=kill@2", marks=pytest.mark.extended),
     ],

@@ -166,7 +166,7 @@ async def test_objects_received_by_a_killed_push_are_removed(repository: Reposit
 async def test_partial_objects_are_removed(repository: Repository, tmp_path: Path) -> None:
     """Those of a killed push in the user's repository, of killed commands in ours: by recovery, and by `clean`."""
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
-    assert repository.council("run", str(config), failpoints="landing.intended_merges=kill").code == -signal.SIGKILL
+    assert repository.council("run", str(config), failpoints="landing.intended=kill").code == -signal.SIGKILL
     (hub,) = (Path(path).parent for path in (tmp_path / "council-home").glob("*/hub.git"))
 
     def plant() -> list[Path]:
@@ -194,7 +194,7 @@ async def test_partial_objects_are_removed(repository: Repository, tmp_path: Pat
     assert not [path for path in ours if path.exists()]
     older.rmdir()
     config = repository.configure([{"id": "two", "prompt": "write two.txt 2"}])
-    assert repository.council("run", str(config), failpoints="landing.intended_merges=kill").code == -signal.SIGKILL
+    assert repository.council("run", str(config), failpoints="landing.intended=kill").code == -signal.SIGKILL
     ours = plant()
     assert repository.council("resume", "--json").code == 0
     assert not [path for path in ours if path.exists()]

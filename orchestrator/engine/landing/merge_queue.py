@@ -272,7 +272,7 @@ class MergeQueue:
             for task, merge in merges.items()
         }
         await self._ledger.change_all(updates, [permit.guard])
-        failpoint("landing.intended_merges")
+        failpoint("landing.intended")
         self.is_moving = True
         try:
             moved = await self._target.move(permit, list(merges.values()))
