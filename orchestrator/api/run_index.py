@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import anyio.to_thread
 from orchestrator.api.context import ProjectContext
 from orchestrator.domain.runs.model import RunDocument
 from orchestrator.domain.scheduling.claims import OrchestratorLease
+from orchestrator.domain.wording import suggest_similar
 from orchestrator.engine.state.records import read_run
 from orchestrator.errors import RefusedError, UnreadableDocument
 from orchestrator.locking.orchestrators import read_orchestrators
@@ -67,10 +67,7 @@ class RunIndex:
         if matching:
             what = f"{len(matching)} runs begin with {name!r}"
             raise RefusedError(what, f"name one of: {', '.join(matching[: -_MOST_NAMED - 1 : -1])}")
-        near = difflib.get_close_matches(name, known, n=1)
-        raise RefusedError(
-            f"there is no run {name!r}", f"did you mean {near[0]!r}?" if near else "`council runs` lists them"
-        )
+        raise RefusedError(f"there is no run {name!r}", suggest_similar(name, known) or "`council runs` lists them")
 
     async def hub(self, run: RunDocument) -> Hub:
         """Return the repositories of a run; RefusedError if they are missing, or the run was imported."""

@@ -1,4 +1,4 @@
-"""Configure a run from prompts on the command line, with the adapters and defaults of a file, or without a file."""
+"""Configure a run from the command line: from prompts with or without a file, or by options that change a config."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from pathlib import Path
 
 from orchestrator.config.adapters import has_only_optional_options
 from orchestrator.config.entries import Extensions
-from orchestrator.config.load import NO_EXTENSIONS, build_run_config, read_file
+from orchestrator.config.load import NO_EXTENSIONS, build_run_config, default_slot_count, read_file
 from orchestrator.config.model import RunConfig
 from orchestrator.config.source.document import Node
 from orchestrator.config.source.problems import Problems
 from orchestrator.config.source.values import read_value
-from orchestrator.domain.wording import suggest
+from orchestrator.domain.wording import join_names, suggest, suggest_similar
 from orchestrator.errors import PluginFailed, RefusedError, plugin_code
 from orchestrator.protocols import AdapterType, JsonObject
 
+#: The number of task names in a remedy.
+_MOST_NAMED = 5
 #: The file name in problems if there is no file.
 INLINE_NAME = "<run>"
 
@@ -131,3 +133,35 @@ def _overlay(below: Node, above: Node) -> Node:
     children = {**below.children, **above.children}
     value = {key: child.value for key, child in children.items()}
     return Node(below.at, value, children, {**below.keys, **above.keys})
+
+
+def select_tasks(config: RunConfig, names: Sequence[str]) -> RunConfig:
+    """Return a run of these tasks and their direct and indirect needs, in file order.
+
+    It has no trackers. Raises RefusedError for an unknown task.
+    """
+    tasks = {task.id: task for task in config.tasks}
+    for name in names:
+        if name not in tasks:
+            remedy = suggest_similar(name, tasks) or f"name one of: {join_names(tasks, _MOST_NAMED)}"
+            raise RefusedError(f"the file has no task {name!r}", remedy)
+    wanted = list(dict.fromkeys(names))
+    for name in wanted:
+        wanted += [need for need in tasks[name].needs if need not in wanted]
+    selected = tuple(task for task in config.tasks if task.id in wanted)
+    return config.model_copy(update={"tasks": selected, "trackers": {}, "template": None})
+
+
+def with_capacity(config: RunConfig, capacity: int) -> RunConfig:
+    """Return a run with another capacity, and the default number of worktree slots adjusted to it."""
+    worktrees = config.worktrees
+    if worktrees.max == default_slot_count(config.capacity):
+        worktrees = worktrees.model_copy(update={"max": default_slot_count(capacity)})
+    given = (*config.given, "capacity", *(["worktrees"] if worktrees != config.worktrees else []))
+    return config.model_copy(update={"capacity": capacity, "worktrees": worktrees, "given": given})
+
+
+def with_failing_base(config: RunConfig) -> RunConfig:
+    """Return a run whose sessions start even if checks fail on the base."""
+    tasks = tuple(task.model_copy(update={"allow_failing_base": True}) for task in config.tasks)
+    return config.model_copy(update={"tasks": tasks})

@@ -15,8 +15,8 @@ from orchestrator.client.commands import MCP_SERVER_NAME
 from orchestrator.config.coordination import explain_duration_conflict, find_duration_conflicts
 from orchestrator.config.schema import MAX_TASKS
 from orchestrator.config.source.document import Node
+from orchestrator.config.source.files import read_prompt
 from orchestrator.config.source.problems import Position, Problems
-from orchestrator.config.source.prompts import read_prompt
 from orchestrator.config.source.validation import reject_empty_keys, validate
 from orchestrator.domain.scheduling.cycles import find_cycles
 from orchestrator.domain.security.secrets import has_secret_key

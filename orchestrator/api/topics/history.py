@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import deque
 from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager, suppress
@@ -11,6 +10,7 @@ from fnmatch import fnmatchcase
 
 from orchestrator.api.context import ProjectContext
 from orchestrator.api.run_index import RunIndex
+from orchestrator.domain.wording import find_similar
 from orchestrator.errors import HistoryCompacted, RefusedError
 from orchestrator.protocols import VERSIONS_KEPT, CommitRecord, Document, DocumentVersion, Key, StateSnapshot
 from orchestrator.state.documents.checkpoints import CHECKPOINT_KIND
@@ -149,7 +149,7 @@ def _unknown(name: str, keys: Collection[Key], run: str | None, where: str) -> R
     names = [*short, *(full for full in map(str, keys) if full not in short)]
     folded = name.casefold()  # the name in other case, or without its kind, is a match
     near = [one for one in names if folded in {one.casefold(), one.casefold().partition("/")[2]}]
-    near = near or difflib.get_close_matches(name, names, n=3)
+    near = near or find_similar(name, names, 3)
     remedy = f"did you mean {' or '.join(near)}?" if near else "`council state at now` lists the documents"
     if "/" not in name and not near:
         remedy = f"write kind/id, such as task/models: {remedy}"

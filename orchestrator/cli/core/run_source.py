@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import shutil
 from collections.abc import Iterable
@@ -21,6 +20,7 @@ from orchestrator.config.inline import InlineTasks, load_inline
 from orchestrator.config.load import load_config, read_file
 from orchestrator.config.model import RunConfig
 from orchestrator.config.source.problems import Problems
+from orchestrator.domain.wording import find_similar
 from orchestrator.engine.diagnostics.programs import make_default_adapters
 from orchestrator.errors import ConfigError, RefusedError
 from orchestrator.plugins import Plugins, load_plugins
@@ -78,7 +78,7 @@ def is_prompt(text: str) -> bool:
     if text.endswith(_CONFIG_SUFFIXES) or os.path.lexists(text):
         return False
     if len(text.split()) < _MIN_PROMPT_WORDS:
-        near = difflib.get_close_matches(text, (path.name for path in Path.cwd().glob("*.y*ml")), n=1, cutoff=0.5)
+        near = find_similar(text, [path.name for path in Path.cwd().glob("*.y*ml")], cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise click.UsageError(f"no such file: {text!r}: {hint}for a prompt of one word use --task {text}")
     return True

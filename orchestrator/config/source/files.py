@@ -1,4 +1,4 @@
-"""Open files named by a user or a repository."""
+"""Open and read files that a user or a repository names."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import stat
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from orchestrator.errors import InvalidValue
+
 #: The size limit of a config file in bytes.
 MAX_FILE_BYTES: Final = 8 << 20
+#: The size limit of a prompt or schema file in bytes.
+MAX_PROMPT_BYTES: Final = 1 << 20
 
 
 def open_regular_file(path: Path) -> BinaryIO:
@@ -22,3 +26,31 @@ def open_regular_file(path: Path) -> BinaryIO:
         os.close(descriptor)
         raise OSError("it is not a regular file")
     return file
+
+
+def read_prompt(path: Path) -> str:
+    """Return the text of a prompt file; raise InvalidValue if it is invalid."""
+    try:
+        data = _read_regular(path)
+    except OSError as error:
+        raise InvalidValue(f"{path} can't be read, {_reason(error)}", "name a readable file") from error
+    if len(data) > MAX_PROMPT_BYTES:
+        raise InvalidValue(f"{path} is larger than 1 MiB", "shorten it, or let the prompt name files to read")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidValue(f"{path} is not UTF-8 (byte {error.start})", "save it as UTF-8") from error
+    if "\0" in text:
+        raise InvalidValue(f"{path} contains a NUL character", "remove it")
+    if not text.strip():
+        raise InvalidValue(f"{path} is empty", "describe the task in it")
+    return text
+
+
+def _read_regular(path: Path) -> bytes:
+    with open_regular_file(path) as file:
+        return file.read(MAX_PROMPT_BYTES + 1)
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()

@@ -11,8 +11,8 @@ from typing import Any, Final, TypeVar
 from orchestrator.config.entries import Extensions
 from orchestrator.config.references import iter_items, iter_task_nodes, reject_secret
 from orchestrator.config.source.document import UNREADABLE, Node, read_document
+from orchestrator.config.source.files import read_prompt
 from orchestrator.config.source.problems import Problems
-from orchestrator.config.source.prompts import read_prompt
 from orchestrator.config.source.validation import reject_empty_keys, validate
 from orchestrator.config.workflows.phase_checks import (
     KnownNames,

@@ -58,7 +58,7 @@ def parse_object(text: str) -> dict[str, Any]:
     """Parse a JSON object; raise ValueError with the reason if it is invalid or not plain JSON."""
     value = parse(text.encode(errors="surrogatepass"))
     if not isinstance(value, dict):
-        raise ValueError("it is not an object")  # noqa: TRY004  what is read is wrong, not a type
+        raise ValueError("it is not an object")  # noqa: TRY004  the text is invalid, not an argument
     flaw = find_json_error(value)
     if flaw is not None:
         raise ValueError(flaw)

@@ -24,7 +24,7 @@ def merge_waits(*layers: Mapping[str, LockWait]) -> dict[str, LockWait]:
             known = merged.get(owner)
             if known is not None:
                 newest = max(known, wait, key=lambda each: each.since)
-                wait = LockWait(newest.since, newest.what, known.blockers | wait.blockers)  # noqa: PLW2901
+                wait = LockWait(newest.since, newest.what, known.blockers | wait.blockers)  # noqa: PLW2901  the merged wait replaces it
             merged[owner] = wait
     return merged
 

@@ -166,7 +166,7 @@ def with_validators(kind: HandoffKind, validators: Mapping[str, HandoffValidator
 
 def check_schema(schema: Mapping[str, Any]) -> None:
     """Raise RefusedError for an invalid JSON Schema (draft 2020-12), or one with external references."""
-    from jsonschema import Draft202012Validator, SchemaError  # noqa: PLC0415  only for schemas of the user's own
+    from jsonschema import Draft202012Validator, SchemaError  # noqa: PLC0415  only for custom schemas
 
     try:
         Draft202012Validator.check_schema(schema)
@@ -276,8 +276,8 @@ def _limit(kind: str, violations: Sequence[Violation]) -> Sequence[Violation]:
 
 
 def _check_schema_data(name: str, schema: dict[str, Any], data: dict[str, Any]) -> CheckResult:
-    from jsonschema import Draft202012Validator  # noqa: PLC0415  only for schemas of the user's own
-    from referencing import Registry  # noqa: PLC0415  the same
+    from jsonschema import Draft202012Validator  # noqa: PLC0415  only for custom schemas
+    from referencing import Registry  # noqa: PLC0415  only for custom schemas
 
     # An empty registry: external references are not resolved.
     validator = Draft202012Validator(schema, registry=Registry())
@@ -330,7 +330,7 @@ def _builtin_kind(name: str, exports: Exports) -> HandoffKind:
     """Return a kind whose model is loaded on first use: most processes use none."""
 
     def load() -> tuple[type[BaseModel], Rule]:
-        from orchestrator.domain.workflow import handoff_models as models  # noqa: PLC0415  what the docstring says
+        from orchestrator.domain.workflow import handoff_models as models  # noqa: PLC0415  most processes use no model
 
         rules: Mapping[str, Rule] = {
             "plan": models.check_plan,
@@ -340,7 +340,7 @@ def _builtin_kind(name: str, exports: Exports) -> HandoffKind:
         return getattr(models, name.capitalize()), rules.get(name, _no_rule)
 
     def paths(data: Mapping[str, Any]) -> tuple[str, ...]:
-        from orchestrator.domain.workflow.handoff_models import find_artifact_paths  # noqa: PLC0415  the same
+        from orchestrator.domain.workflow.handoff_models import find_artifact_paths  # noqa: PLC0415  as above
 
         return find_artifact_paths(data)
 

@@ -58,7 +58,7 @@ def _mapping_or_items(value: Any) -> Any:
 def _mapping_or_text(value: Any) -> Any:
     value = value if isinstance(value, dict) else _text(value)
     if not isinstance(value, str | dict):
-        raise ValueError("it is a list of other values than text: write a text or an object")  # noqa: TRY004  as pydantic has it
+        raise ValueError("it is a list of other values than text: write a text or an object")  # noqa: TRY004  pydantic handles only ValueError
     _capped(list(value.values()) if isinstance(value, dict) else [value])
     return value
 

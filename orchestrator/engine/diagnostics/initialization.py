@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -15,6 +14,7 @@ import anyio.to_thread
 from orchestrator.config.load import load_config
 from orchestrator.domain.sessions.shell_commands import find_programs, make_lookup_command
 from orchestrator.domain.settings.names import check_name
+from orchestrator.domain.wording import find_similar
 from orchestrator.engine.diagnostics.programs import AdapterStatus, make_default_adapters, probe_adapters
 from orchestrator.engine.diagnostics.sandbox_probe import DEFAULT_SANDBOX, SandboxProbe
 from orchestrator.engine.diagnostics.test_detection import RepositoryTests, detect_tests, read_top_level
@@ -121,9 +121,8 @@ def _check_wanted(wanted: str, made: Mapping[str, object], needs: Mapping[str, s
         raise RefusedError(f"the adapter type {wanted!r} {needs[wanted]}", remedy)
     if wanted not in made:
         known = sorted({*made, COMMAND_ADAPTER})
-        near = difflib.get_close_matches(wanted, known, n=1)
-        names = near or known
-        raise RefusedError(f"there is no adapter type {wanted!r}", f"write one of: {', '.join(names)}")
+        names = ", ".join(find_similar(wanted, known) or known)
+        raise RefusedError(f"there is no adapter type {wanted!r}", f"write one of: {names}")
 
 
 def _is_name(name: str) -> bool:

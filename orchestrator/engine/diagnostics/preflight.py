@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import anyio.to_thread
 from orchestrator.config.model import RunConfig
 from orchestrator.config.warnings import RepositoryPaths
 from orchestrator.domain.security.secrets import Redactor, secret_values
+from orchestrator.domain.wording import find_similar
 from orchestrator.engine.diagnostics.adapter_programs import check_adapter_programs
 from orchestrator.engine.diagnostics.sandbox_probe import SandboxProbe
 from orchestrator.engine.worktree_sources import BaseCommit, check_worktree_sources
@@ -140,7 +140,7 @@ async def check_branches(source: UpstreamRepository, base: str, target: str) -> 
     if not heads:
         raise RefusedError(f"{source.location} has no commit yet", "commit something first: sessions start from it")
     if base not in heads:
-        near = difflib.get_close_matches(base, heads, n=3, cutoff=0.5)
+        near = find_similar(base, heads, 3, 0.5)
         others = [head for head in sorted(heads) if not head.startswith("council/")]
         names = ", ".join((near or others)[:5])
         raise RefusedError(f"there is no branch {base!r} in {source.location}", f"set `base` to one of: {names}")

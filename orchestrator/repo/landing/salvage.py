@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import anyio.to_thread
 
+from orchestrator.domain.wording import find_similar
 from orchestrator.errors import GitError, RefusedError, to_unusable_error
 from orchestrator.repo.git.command import GITLINK_MODE, Git, parse_raw_diff, printable_name
 from orchestrator.repo.git.embedded_repositories import find_embedded_repository
@@ -75,7 +75,7 @@ def find_unmerged_work(preserved: Sequence[UnmergedWork], name: str) -> Unmerged
     if full:
         raise RefusedError(f"{name!r} exists in several runs", f"choose one of {', '.join(full)}")
     names = sorted({work.name for work in preserved})
-    near = [known for known in names if known.startswith(f"{name}/")] or difflib.get_close_matches(name, names)
+    near = [known for known in names if known.startswith(f"{name}/")] or find_similar(name, names, 3)
     remedy = f"choose one of {', '.join(near or names[:10])}" if names else "this run has no preserved work"
     raise RefusedError(f"no preserved work is named {name!r}", remedy)
 

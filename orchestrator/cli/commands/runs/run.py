@@ -35,8 +35,7 @@ from orchestrator.cli.render.output import Output
 from orchestrator.cli.render.plan import flowchart, plan_text
 from orchestrator.cli.render.text import printable
 from orchestrator.config.coordination import CoordinationOverrides
-from orchestrator.config.inline import InlineTasks
-from orchestrator.config.selection import select_tasks, with_capacity, with_failing_base
+from orchestrator.config.inline import InlineTasks, select_tasks, with_capacity, with_failing_base
 from orchestrator.config.store import MEMORY
 from orchestrator.domain.runs.statuses import LANDING_STATUSES
 from orchestrator.domain.settings.names import check_branch
