@@ -1,7 +1,7 @@
 """MCP server that offers the session commands as tools (https://modelcontextprotocol.io).
 
-Requests go through the session socket, so the server has the same permissions as the session. The official SDK is
-imported when needed: it is slow to import and an optional dependency.
+Requests go through the session socket, so the server has the same permissions as the session. Import
+this module only to serve: the official SDK is slow to import and an optional dependency.
 """
 
 from __future__ import annotations
@@ -10,9 +10,20 @@ import json
 import os
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anyio.to_thread
+from mcp.server.lowlevel import Server
+from mcp.server.stdio import stdio_server
+from mcp_types import (
+    CallToolRequestParams,
+    CallToolResult,
+    ListToolsResult,
+    PaginatedRequestParams,
+    TextContent,
+    Tool,
+    ToolAnnotations,
+)
 
 from orchestrator.client import main as client
 from orchestrator.client.commands import (
@@ -29,13 +40,8 @@ from orchestrator.client.commands import (
 from orchestrator.client.quick_parser import ParsedCommand
 from orchestrator.client.session import SessionConnection, SessionRequestError, find_session
 from orchestrator.errors import RefusedError
+from orchestrator.protocols import JsonObject
 
-if TYPE_CHECKING:
-    from mcp_types import CallToolRequestParams, CallToolResult, ListToolsResult, PaginatedRequestParams
-
-    from orchestrator.protocols import JsonObject
-
-_INSTALL = "run `pip install 'cli-council[mcp]'` in the environment of `council`"
 _INSTRUCTIONS = (
     "Other agents work on the same repository at the same time, each in its own worktree. Lock files before you change "
     "them, report your status, share the values that other sessions wait for, and leave notes for later sessions."
@@ -45,13 +51,8 @@ _INSTRUCTIONS = (
 async def serve() -> None:
     """Serve on standard input and output until the client closes them.
 
-    Raises RefusedError if this process is not part of a session or the SDK is not installed.
+    Raises RefusedError if this process is not part of a session.
     """
-    try:
-        from mcp.server.lowlevel import Server  # noqa: PLC0415  an extra
-        from mcp.server.stdio import stdio_server  # noqa: PLC0415
-    except ImportError:
-        raise RefusedError("the MCP SDK is not installed", _INSTALL) from None
     try:
         session = find_session(os.environ, str(Path.cwd()))
     except SessionRequestError as error:
@@ -66,8 +67,6 @@ async def serve() -> None:
 
 
 async def _list_tools(_: Any, _params: PaginatedRequestParams | None) -> ListToolsResult:
-    from mcp_types import ListToolsResult, Tool, ToolAnnotations  # noqa: PLC0415
-
     # No tool changes files or user data. With this hint, CLIs in read-only mode allow the tools without asking.
     annotations = ToolAnnotations(
         read_only_hint=True, destructive_hint=False, idempotent_hint=False, open_world_hint=False
@@ -86,8 +85,6 @@ async def _list_tools(_: Any, _params: PaginatedRequestParams | None) -> ListToo
 
 
 def _call_tool(session: SessionConnection, name: str, arguments: JsonObject) -> CallToolResult:
-    from mcp_types import CallToolResult, TextContent  # noqa: PLC0415
-
     def result_of(text: str, *, is_error: bool = False, result: JsonObject | None = None) -> CallToolResult:
         return CallToolResult(content=[TextContent(text=text)], structured_content=result, is_error=is_error)
 

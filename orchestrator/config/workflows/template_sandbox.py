@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
-from jinja2 import StrictUndefined, nodes, pass_context
+from jinja2 import StrictUndefined, TemplateError, meta, nodes, pass_context
 from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -142,7 +142,15 @@ def _width(given: Iterable[Any]) -> int:
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
     """Compiles templates that must be rendered within `limit_rendering`."""
 
+    error: ClassVar = TemplateError
+    """The error of invalid templates and of rendering."""
+    limit_rendering = staticmethod(limit_rendering)
     intercepted_binops = frozenset({"*", "**", "+", "%", "//", "-", "/"})
+
+    def find_references(self, text: str) -> tuple[set[str], list[str | None]]:
+        """Return the undeclared variables of a template, and the templates that it refers to."""
+        tree = self.parse(text)
+        return meta.find_undeclared_variables(tree), list(meta.find_referenced_templates(tree))
 
     def __init__(self) -> None:
         """Create an environment for plain text, without access to files."""

@@ -67,14 +67,11 @@ def environment() -> BoundedEnvironment:
 @functools.lru_cache(maxsize=256)
 def compile_template(text: str) -> Template:
     """Return a compiled template; raise InvalidValue for an invalid one."""
-    from jinja2 import TemplateError, meta  # noqa: PLC0415  as above
-
     try:
-        tree = environment().parse(text)
-        unknown = sorted(meta.find_undeclared_variables(tree) - set(TEMPLATE_NAMES) - set(environment().globals))
-        referred = list(meta.find_referenced_templates(tree))
+        names, referred = environment().find_references(text)
+        unknown = sorted(names - set(TEMPLATE_NAMES) - set(environment().globals))
         template = environment().from_string(text)
-    except (TemplateError, RecursionError, MemoryError) as error:
+    except (environment().error, RecursionError, MemoryError) as error:
         raise InvalidValue(f"the template can't be read, {_describe(error)}", _REMEDY) from error
     if unknown:
         remedy = suggest(unknown[0], TEMPLATE_NAMES, "the names in a template")
@@ -87,12 +84,10 @@ def compile_template(text: str) -> Template:
 @functools.lru_cache(maxsize=256)
 def compile_condition(text: str) -> TemplateExpression:
     """Return a compiled condition; raise InvalidValue for an invalid one."""
-    from jinja2 import TemplateError  # noqa: PLC0415  as above
-
     try:
         # An undefined variable must be an error even as a truth value.
         return environment().compile_expression(text, undefined_to_none=False)
-    except (TemplateError, RecursionError, MemoryError) as error:
+    except (environment().error, RecursionError, MemoryError) as error:
         remedy = "write an expression over values, as in `plan.tasks | length > 1`"
         raise InvalidValue(f"the condition can't be read, {_describe(error)}", remedy) from error
 

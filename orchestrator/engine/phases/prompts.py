@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from orchestrator.config.workflows.templates import compile_condition, compile_template
+from orchestrator.config.workflows.templates import compile_condition, compile_template, environment
 from orchestrator.domain.runs.phases import GivenValues
 from orchestrator.domain.security.quoting import DATA_NOTICE, format_value, quote_block, remove_control_characters
 from orchestrator.domain.workflow.handoffs import Handoff
@@ -100,18 +100,14 @@ def render(template: str, facts: PromptFacts) -> SessionPrompt:
     Feedback and handoff instructions that the template does not print are appended. Raise RefusedError if the template
     fails with these facts.
     """
-    from jinja2 import TemplateError  # noqa: PLC0415  only sessions with a template need it
-
-    from orchestrator.config.workflows.template_sandbox import limit_rendering  # noqa: PLC0415  only sessions with a template need it
-
     submit_handoff = None if facts.handoff is None else render_handoff_instructions(facts.handoff)
     # In reading order: what is wrong, then what to submit.
     required = [part for part in (facts.feedback, submit_handoff) if part is not None]
     quoter = _Quoter(facts.mark)
     try:
-        with limit_rendering():
+        with environment().limit_rendering():
             text = compile_template(template).render(_template_variables(facts, submit_handoff, quoter)).strip()
-    except (TemplateError, *_TEMPLATE_ERRORS) as error:
+    except (environment().error, *_TEMPLATE_ERRORS) as error:
         raise _template_refusal(facts.phase, error) from error
     if quoter.has_quoted:
         text = f"{_explain_marks(facts)}\n\n{text}"
@@ -129,15 +125,11 @@ def is_condition_met(phase: str, condition: str, values: Mapping[str, Any]) -> b
     The condition sees each value by its name, and all of them as `values`. `phase` is for errors. Raise RefusedError if
     the condition fails with these values.
     """
-    from jinja2 import TemplateError  # noqa: PLC0415  only sessions with a template need it
-
-    from orchestrator.config.workflows.template_sandbox import limit_rendering  # noqa: PLC0415  only sessions with a template need it
-
     try:
         wrapped = _Quoter("data").value({**values})
-        with limit_rendering():
+        with environment().limit_rendering():
             return bool(compile_condition(condition)({name: wrapped[name] for name in values}, values=wrapped))
-    except (TemplateError, *_TEMPLATE_ERRORS) as error:
+    except (environment().error, *_TEMPLATE_ERRORS) as error:
         what = f"the condition of phase {phase!r}, `{condition}`, can't be evaluated: {_error_text(error)}"
         raise RefusedError(what, "use a value that exists, or write `NAME is defined and …`") from error
 

@@ -10,6 +10,9 @@ import click
 
 from orchestrator.cli.core.error_boundary import ErrorLog, error_boundary
 from orchestrator.cli.render.output import Output
+from orchestrator.errors import RefusedError
+
+_INSTALL = "run `pip install 'cli-council[mcp]'` in the environment of `council`"
 
 
 @click.command()
@@ -23,7 +26,9 @@ def mcp() -> None:
     Examples:
       council mcp
     """
-    from orchestrator import mcp_server  # noqa: PLC0415  as late as its SDK
-
     with error_boundary(Output(as_json=False), ErrorLog()):
+        try:
+            from orchestrator import mcp_server  # noqa: PLC0415  its SDK is an optional dependency
+        except ImportError:
+            raise RefusedError("the MCP SDK is not installed", _INSTALL) from None
         anyio.run(mcp_server.serve)
