@@ -122,7 +122,7 @@ class RunReader:
         return await self.with_merge_state(described, record.run)
 
     async def with_merge_state(self, report: RunReport, run: RunDocument) -> RunReport:
-        """Return the report of a run that has ended with what became of its own branch, if it landed on one.
+        """Return the report of an ended run with the merge state of its own branch, if it landed on one.
 
         The repository decides, if it is on this machine: users merge and delete such branches, too.
         """

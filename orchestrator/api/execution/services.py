@@ -1,4 +1,4 @@
-"""Services that run beside the tasks of a run: event sinks, views, and handling of store outages."""
+"""Services of an executing run: event sinks, views, and handling of store outages."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Notes:
     ) -> Sequence[Note]:
         """Return notes, the oldest first.
 
-        Filtered by task, topic and paths (overlapping patterns), as far as these are given.
+        Filtered by task, topic and paths (overlapping patterns), if given.
         """
         return await (await self._store(run)).find(task=task, topic=topic, paths=paths)
 

@@ -101,13 +101,13 @@ def _json(one: LogEntry | AttemptMarker) -> JsonObject:
     if isinstance(one, LogEntry):
         return asdict(one)
     attempt = one.attempt
-    told: JsonObject = {"attempt": attempt.number, "kind": one.event}
-    told |= {"phase": attempt.phase, "adapter": attempt.adapter}
+    facts: JsonObject = {"attempt": attempt.number, "kind": one.event}
+    facts |= {"phase": attempt.phase, "adapter": attempt.adapter}
     if one.event == "began":
-        return {**told, "time": attempt.started}
+        return {**facts, "time": attempt.started}
     used = attempt if one.event == "ended" else one.used
     spent = {key: getattr(used, key) for key in ("input_tokens", "output_tokens", "cached_tokens", "cost")}
-    return {**told, "time": attempt.ended, "outcome": attempt.outcome, "reason": attempt.reason, **spent}
+    return {**facts, "time": attempt.ended, "outcome": attempt.outcome, "reason": attempt.reason, **spent}
 
 
 class _LogFormatter:
