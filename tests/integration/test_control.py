@@ -517,6 +517,7 @@ def steps(shown: str) -> list[str]:
     return [line.partition(": ")[2] for line in lines if line.lower().startswith("next: ")]
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     ("tasks", "settings", "expected"),
     [
