@@ -164,8 +164,8 @@ async def test_session_time_is_limited_over_all_attempts(claude: Repository) -> 
         ("cost=nan", "US dollars"),
         ("time=5", "unit"),
         ("tokens=1,tokens=2", "at most once"),
-        ("tokns=1", "no limit"),
-        ("", "no limit"),
+        ("tokns=1", "is not a limit"),
+        ("", "is not a limit"),
     ],
 )
 async def test_invalid_limits_are_rejected(claude: Repository, limits: str, told: str) -> None:
