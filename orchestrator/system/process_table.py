@@ -52,6 +52,17 @@ def process_ids() -> list[int]:
         return []
 
 
+def find_lock_owner(inode: int) -> int | None:
+    """Return a process that locked the file with an inode (proc_locks(5)); None if unknown. Blocks."""
+    try:
+        with open("/proc/locks", encoding="ascii") as file:  # noqa: PTH123  (pathlib is a slow import)
+            locks = [line.split() for line in file]
+    except FileNotFoundError:
+        return None
+    owners = [int(lock[4]) for lock in locks if lock[1] != "->" and lock[5].rpartition(":")[2] == str(inode)]
+    return next((owner for owner in owners if owner > 0), None)
+
+
 @cache
 def boot_id() -> str:
     """Return the id of the current boot: data in memory is lost at the next one.

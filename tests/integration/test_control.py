@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import psutil
 import pytest
 
 from orchestrator import Council, RequestTimeout
@@ -48,6 +49,23 @@ async def test_cancel_on_a_live_run_ends_a_session_and_preserves_its_work(reposi
     assert (ended.code, ended.states) == (1, {"long": "cancelled", "after": "blocked", "other": "landed"}), ended
     assert "half" in repository.council("salvage", "show", "long/1").stdout
     await repository.assert_invariants()
+
+
+def test_command_behind_a_stopped_writer_of_the_state_names_it(repository: Repository) -> None:
+    config = str(repository.configure([{"id": "a", "prompt": "write f x"}]))
+    child = repository.start("run", config, failpoints="state.appended=stop@4")
+    wait_for(lambda: psutil.Process(child.pid).status() == psutil.STATUS_STOPPED)
+    asking = repository.start("checkpoint", "create")
+    try:
+        assert asking.stderr is not None
+        line = asking.stderr.readline()
+        assert asking.poll() is None
+    finally:
+        child.send_signal(signal.SIGCONT)
+        asking.communicate(timeout=60)
+        child.communicate(timeout=60)
+    assert line.startswith(f"waiting for the lock of the state log, held by process {child.pid}, which is stopped: ")
+    assert (asking.returncode, child.returncode) == (0, 0)
 
 
 @pytest.mark.extended

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import threading
 import time
 import zlib
 from collections.abc import Iterator, Mapping
@@ -24,7 +25,8 @@ from orchestrator.state.log.codec import DecodedLine, IncompleteLine, LogLine, S
 from orchestrator.state.log.packing import Checksum, SegmentReader
 from orchestrator.system.file_lock import lock_descriptor, unlock_descriptor
 from orchestrator.system.files import open_private, opened, sync_file, sync_folder
-from orchestrator.system.process_table import UNKNOWN_BOOT
+from orchestrator.system.process_table import UNKNOWN_BOOT, find_lock_owner, process_stat
+from orchestrator.system.slow_waits import NOTICE_AFTER, logger
 
 _READ_BYTES: Final = 1 << 20
 _MARK_BYTES: Final = 148
@@ -162,14 +164,32 @@ class LogLock:
     @contextmanager
     def _taken(self, *, block: bool) -> Iterator[bool]:
         fd = self._file.fileno()
-        if not lock_descriptor(fd, block=block):
-            yield False
-            return
+        if not lock_descriptor(fd, block=False):
+            if not block:
+                yield False
+                return
+            notice = threading.Timer(NOTICE_AFTER, self._report_wait)
+            notice.daemon = True
+            notice.start()
+            try:
+                lock_descriptor(fd)
+            finally:
+                notice.cancel()
         try:
             self.check_not_replaced()
             yield True
         finally:
             unlock_descriptor(fd)
+
+    def _report_wait(self) -> None:
+        owner = find_lock_owner(self._identity[1])
+        what = "another process" if owner is None else f"process {owner}"
+        stat = None if owner is None else process_stat(owner)
+        is_stopped = stat is not None and stat.state in "Tt"
+        remedy = (
+            f"which is stopped: `kill -CONT {owner}`, or `kill -9 {owner}`" if is_stopped else "which is writing it"
+        )
+        logger.warning("waiting for the lock of the state log, held by %s, %s", what, remedy)
 
     def close(self) -> None:
         """Close the file; every later use raises ValueError."""
