@@ -1,4 +1,4 @@
-"""What sessions used up by themselves, from what their CLIs told."""
+"""Usage and cost of single sessions, computed from CLI output."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ def earlier(session: str | None, **used: float) -> Attempt:
 
 
 def test_usage_of_a_resumed_conversation_excludes_earlier_sessions() -> None:
-    """Only theirs, and never more than there is."""
     said = Transcript(
         session="s", input_tokens=100, output_tokens=50, cached_tokens=40, cost=3.0, includes_resumed=True
     )
@@ -46,7 +45,7 @@ def test_usage_of_a_session_alone_is_unchanged() -> None:
 
 @pytest.mark.parametrize("name", ["resumed", "resumed-total-cost", "resumed-both-costs"])
 def test_cost_of_each_claude_version_is_that_of_its_session(name: str) -> None:
-    """Whether the total that it reports is of the session or of the whole conversation."""
+    """Some versions report the cost of the session, others that of the whole conversation."""
     adapter = ClaudeCodeAdapter(ClaudeCodeOptions())
     recording = read_recordings(TRANSCRIPTS / "claude-code")[name]
     events = [event for line in recording.stdout for event in adapter.parse(line)]
@@ -59,7 +58,7 @@ def test_cost_of_each_claude_version_is_that_of_its_session(name: str) -> None:
 
 
 def test_cost_of_subagents_is_not_an_earlier_session() -> None:
-    """It covers tokens that the session does not report as its own, but fewer than the earlier sessions had."""
+    """The cost covers tokens that the session does not count as its own, but fewer than earlier sessions used."""
     said = Transcript(session="s", input_tokens=100, output_tokens=10, cost=3.0, priced_tokens=150)
     assert ACCOUNTING.net_usage(said, [earlier("s", input_tokens=60, cost=1.0)]).cost == 3.0
     assert ACCOUNTING.net_usage(said, [earlier("s", input_tokens=40, cost=1.0)]).cost == 2.0
@@ -67,7 +66,6 @@ def test_cost_of_subagents_is_not_an_earlier_session() -> None:
 
 
 def test_missing_cost_is_estimated_for_the_session_alone() -> None:
-    """And recorded as such."""
     said = Transcript(
         session="s", input_tokens=300, output_tokens=100, cached_tokens=100, model="m-2", includes_resumed=True
     )

@@ -1,4 +1,4 @@
-"""What sessions find in the homes of their tasks, whatever an earlier one left there."""
+"""CLI homes of tasks: settings that a session finds, regardless of leftovers of earlier ones."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ async def test_missing_user_home_links_nothing(tmp_path: Path) -> None:
 
 
 async def test_list_settings_are_appended(tmp_path: Path, user: Path) -> None:
-    """Beside what goes over the user's settings."""
+    """Lists are appended; other settings override the user's."""
     (user / ".tool/settings").write_text('{"hooks": {"before": ["theirs"], "after": ["theirs"]}, "keep": [1]}')
     added = {"hooks": {"before": ["ours"]}, "new": ["ours"]}
     what = SessionHome(settings={"s.json": SettingsOverlay("~/.tool/settings", {"hooks": {"after": []}}, added)})

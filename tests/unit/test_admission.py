@@ -1,4 +1,4 @@
-"""How many sessions fit: the decision by tables, what it is made from on this machine."""
+"""Session capacity: the admission decision by tables, and the measurements of this machine."""
 
 from __future__ import annotations
 
@@ -36,7 +36,6 @@ DEMAND = SessionDemand(descriptors=10, memory=100 * MIB, spare_descriptors=20, s
     ],
 )
 def test_capacity_is_that_of_the_scarcest_resource(facts: AvailableResources, wanted: int, sessions: int) -> None:
-    """Never more than wanted, never more than either limit has room for."""
     found = fit_sessions(facts, wanted, DEMAND)
     assert isinstance(found, SessionFit)
     assert found.sessions == sessions
@@ -44,7 +43,6 @@ def test_capacity_is_that_of_the_scarcest_resource(facts: AvailableResources, wa
 
 
 def test_limited_capacity_has_a_remedy() -> None:
-    """The sentence has the numbers and the remedy."""
     found = fit_sessions(AvailableResources(69, 10, None), 4, DEMAND)
     assert found == SessionFit(
         3, "10 of at most 69 file descriptors are open, enough for 3 of 4 sessions: raise it with `ulimit -n`"
@@ -58,12 +56,12 @@ def test_limited_capacity_has_a_remedy() -> None:
     ("memory", "running", "may"), [(None, 9, True), (150 * MIB, 9, True), (149 * MIB, 9, False), (0, 0, True)]
 )
 def test_session_starts_only_with_enough_memory(memory: int | None, running: int, may: bool) -> None:
-    """Except where nothing runs: nothing of ours would give memory back."""
+    """With no session running one starts anyway: waiting would free no memory."""
     assert can_start_session(AvailableResources(64, 60, memory), running, DEMAND) is may
 
 
 def fake_system(tmp_path: Path, *, available: int, limit: str, used: int, reclaimable: int) -> int | None:
-    """Return what is available in a machine that is written as files."""
+    """Return the resources of a machine described by files."""
     proc, cgroups = tmp_path / "proc", tmp_path / "cgroup"
     inner = cgroups / "slice" / "job"
     (proc / "self").mkdir(parents=True)
@@ -79,12 +77,11 @@ def fake_system(tmp_path: Path, *, available: int, limit: str, used: int, reclai
 
 @pytest.mark.parametrize(("limit", "expected"), [("max", 4096), ("1000", 1000 - 700 + 200), ("600", 100)])
 def test_limit_of_an_outer_cgroup_applies(tmp_path: Path, limit: str, expected: int) -> None:
-    """Files that were only read are no loss."""
+    """The page cache counts as available memory."""
     assert fake_system(tmp_path, available=4, limit=limit, used=700, reclaimable=200) == expected
 
 
 def test_unknown_limits_do_not_restrict(tmp_path: Path) -> None:
-    """As on macOS."""
     assert available_memory(tmp_path, tmp_path) is None
 
 
@@ -101,7 +98,7 @@ print(json.dumps([before, raised, found.sessions, found.limited_by]))
 
 @pytest.mark.parametrize(("flag", "raised"), [("-n", 64), ("-Sn", None)], ids=["hard", "soft"])
 def test_descriptor_limit_restricts_sessions(flag: str, raised: int | None) -> None:
-    """A soft limit is raised as far as the hard one goes; below a hard one fewer sessions fit, and it says why."""
+    """A low hard limit reduces the capacity and is named as the reason; the soft limit is raised to it."""
     hard = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 1 << 16)
     done = subprocess.run(
         ["sh", "-c", f'ulimit {flag} 64 && exec "$0" -c "$1"', sys.executable, CHILD],
@@ -119,7 +116,6 @@ def test_descriptor_limit_restricts_sessions(flag: str, raised: int | None) -> N
 
 
 def test_resources_of_this_machine_are_measured() -> None:
-    """The facts are of this process, now."""
     before = read_resources()
     assert before.descriptors_open >= 3
     with Path("/dev/null").open() as _:

@@ -1,4 +1,4 @@
-"""The parts of the bridges, and how they say before a run that they can't work."""
+"""Bridge parts, and the readiness checks of bridges before a run."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from tests.waiting import wait_for
 
 
 def ready(adapter: Adapter, environ: dict[str, str]) -> tuple[int, str]:
-    """Ask the adapter's first program whether it can be used, as is done before a run."""
+    """Return whether the first program of the adapter is ready, as checked before a run."""
     program = adapter.programs()[0]
     done = subprocess.run(
         [program.name, *program.ready], env=environ, capture_output=True, text=True, check=False, timeout=60
@@ -58,13 +58,12 @@ def ready(adapter: Adapter, environ: dict[str, str]) -> tuple[int, str]:
 
 
 def without(package: str, folder: Path) -> str:
-    """Return a PYTHONPATH on which a package is not installed."""
+    """Return a PYTHONPATH that hides an installed package."""
     (folder / f"{package}.py").write_text(f"raise ModuleNotFoundError({package!r})\n")
     return str(folder)
 
 
 def test_missing_sdk_is_reported_before_and_in_a_session(environ: dict[str, str], tmp_path: Path) -> None:
-    """The extra is named, in plain words to people and as a conclusion to the adapter."""
     for package, adapter, extra in (
         ("acp", AcpAdapter(AcpOptions(argv=("x",))), "cli-council[acp]"),
         ("ollama", OllamaAdapter(OllamaOptions(model="x")), "cli-council[ollama]"),
@@ -85,7 +84,7 @@ def test_missing_sdk_is_reported_before_and_in_a_session(environ: dict[str, str]
 
 @pytest.mark.extended
 def test_installed_sdk_is_ready(environ: dict[str, str], tmp_path: Path) -> None:
-    """An SDK that is installed, a server with the model, a CLI that is logged in; and what each says if it is not."""
+    """Covers an installed SDK, a server with the model and a logged-in CLI, and the message if one is missing."""
     assert ready(AcpAdapter(AcpOptions(argv=("x",))), environ) == (0, "ready")
     with run_server() as server:
         assert ready(OllamaAdapter(OllamaOptions(model="stub", host=server.url)), environ) == (0, "ready")
@@ -100,7 +99,6 @@ def test_installed_sdk_is_ready(environ: dict[str, str], tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", ["a", "sub/deep/new.txt", "./a", "sub/../a"])
 def test_path_inside_the_worktree_is_resolved(tmp_path: Path, name: str) -> None:
-    """Relative or absolute, there or not."""
     place = ConfinedWorktree(tmp_path).locate(name)
     assert place == ConfinedWorktree(tmp_path).locate(str(tmp_path / name))
     assert place.is_relative_to(tmp_path)
@@ -110,7 +108,7 @@ def test_path_inside_the_worktree_is_resolved(tmp_path: Path, name: str) -> None
     "name", ["", ".", "..", "../x", "/etc/passwd", "link/x", "link", ".git", ".git/x", "s/.Git/x", "a\0b"]
 )
 def test_path_outside_of_the_worktree_is_rejected(tmp_path: Path, name: str) -> None:
-    """Also by a symlink, and git's own files in it."""
+    """Including paths through symlinks, and git's own files."""
     (tmp_path / "link").symlink_to("/")
     with pytest.raises(OutsideWorktreeError):
         ConfinedWorktree(tmp_path).locate(name)
@@ -119,7 +117,7 @@ def test_path_outside_of_the_worktree_is_rejected(tmp_path: Path, name: str) -> 
 
 
 def test_path_of_an_answer_is_taken_literally(tmp_path: Path) -> None:
-    """Not absolute, not over `..`, and not by a symlink that stays inside either."""
+    """Rejects absolute paths, `..`, and symlinks that stay inside the worktree."""
     (tmp_path / "sub").mkdir()
     (tmp_path / "alias").symlink_to("sub")
     assert ConfinedWorktree(tmp_path).relative("sub/./x") == tmp_path / "sub/x"
@@ -141,19 +139,17 @@ def test_path_of_an_answer_is_taken_literally(tmp_path: Path) -> None:
     ],
 )
 def test_files_are_parsed_from_an_answer(text: str, files: dict[str, str]) -> None:
-    """Blocks of other kinds are words; a longer fence may hold a shorter one."""
     assert parse_answer(text) == ProposedChanges(files, "")
 
 
 def test_shown_files_can_be_answered() -> None:
-    """A file with fences of any length goes into a block and comes out of it again."""
+    """Files that contain fences of any length survive a round trip."""
     for content in ("", "x\n", "```\n````\n", "`````file x\n"):
         assert parse_answer(code_block("file a", content)).files == {"a": content}
 
 
 @pytest.mark.parametrize("text", ["```file a\nx", "```diff\nx", "````file a\nx\n```"])
 def test_truncated_answer_is_rejected(text: str) -> None:
-    """Half of a file is never written."""
     with pytest.raises(UnusableAnswerError):
         parse_answer(text)
 
@@ -172,7 +168,7 @@ DIFF = "--- a/src/app.py\n+++ b/src/app.py\n@@ -1,2 +1,2 @@\n def main():\n-    
     ],
 )
 def test_unsuitable_answer_changes_nothing(repository: Repository, answer: ProposedChanges) -> None:
-    """All or nothing: neither the file that could be written nor the difference that applies."""
+    """Neither the writable file nor the applicable diff is applied."""
     with pytest.raises(UnusableAnswerError):
         apply_answer(answer, ConfinedWorktree(repository.top))
     assert repository.git("status", "--porcelain") == ""
@@ -180,14 +176,14 @@ def test_unsuitable_answer_changes_nothing(repository: Repository, answer: Propo
 
 @pytest.mark.parametrize("diff", [DIFF, DIFF.replace("a/", "").replace("b/", ""), DIFF.replace("-1,2 +1,2", "-1,9 +1")])
 def test_diffs_of_models_are_applied(repository: Repository, diff: str) -> None:
-    """With and without prefixes, with wrong counts."""
+    """With and without prefixes, and with wrong line counts."""
     answer = parse_answer(f"```diff\n{diff}```")
     assert apply_answer(answer, ConfinedWorktree(repository.top)) == ["src/app.py"]
     assert (repository.top / "src/app.py").read_text() == "def main():\n    return 1\n"
 
 
 def test_message_is_printed_in_complete_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    """However they are cut into pieces; what has no line break comes when something else does."""
+    """A trailing partial line is printed with the next output of another kind."""
     words = MessageBuffer()
     for piece in ("a", "b\nc", "d\n\ne", "f"):
         words.add(piece)
@@ -198,7 +194,7 @@ def test_message_is_printed_in_complete_lines(capsys: pytest.CaptureFixture[str]
 
 
 def test_long_line_is_truncated(capsys: pytest.CaptureFixture[str]) -> None:
-    """Whatever an agent says, and in characters that take the most room."""
+    """Tested with characters that need the most bytes."""
     words = MessageBuffer()
     words.add("🙂" * (MAX_FIELD_CHARS * 2 + 1))
     words.flush()
@@ -215,7 +211,6 @@ def test_long_line_is_truncated(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_line_outside_of_the_table_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every type of line can be read, no other field can be written."""
     samples: dict[Any, Any] = {str: "x", int: 1, list: ["x"]}
     for type_, fields in LINE_FIELDS.items():
         write_line(type_, **{name: samples.get(kind) for name, kind in fields.items()})
@@ -226,14 +221,13 @@ def test_line_outside_of_the_table_is_an_error(capsys: pytest.CaptureFixture[str
 
 
 def test_conclusion_matches_the_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
-    """What failed ends with 1, what did not with 0."""
+    """1 after a failure, otherwise 0."""
     assert (BridgeExit("x", "auth").tell(), BridgeExit("x").tell()) == (1, 0)
     failed, well = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert (failed["failure"], failed["reason"], well["failure"], well["reason"]) == ("auth", "x", None, "")
 
 
 def test_missing_agent_is_named(environ: dict[str, str], tmp_path: Path) -> None:
-    """It may have gone since the run began."""
     (tmp_path / "prompt").write_text("x")
     adapter = AcpAdapter(AcpOptions(argv=("no-such-agent",)))
     command = adapter.command(SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path, tmp_path / "home"))
@@ -246,7 +240,7 @@ def test_missing_agent_is_named(environ: dict[str, str], tmp_path: Path) -> None
 
 @dataclass(frozen=True)
 class Place:
-    """A worktree with a home beside it, and what programs find there."""
+    """A worktree, its home, and the programs on PATH."""
 
     folder: Path
     environ: dict[str, str]
@@ -256,7 +250,7 @@ class Place:
         return self.folder / "worktree"
 
     def perform(self, adapter: Adapter, prompt: str, **asked: Any) -> list[SessionEvent]:
-        """Run one session of an adapter; return what it tells."""
+        """Run one session of an adapter and return its events."""
         prompt_file, home = self.folder / "prompt", self.folder / "home"
         prompt_file.write_text(prompt)
         command = adapter.command(SessionRequest("r", "t", 1, prompt, prompt_file, self.worktree, home, **asked))
@@ -267,31 +261,30 @@ class Place:
         return [event for line in done.stdout.splitlines() for event in adapter.parse(line)]
 
     def converse(self, prompt: str, options: dict[str, Any] | None = None, **asked: Any) -> list[SessionEvent]:
-        """Have a conversation with the stand-in of an agent."""
+        """Hold a conversation with the fake agent."""
         return self.perform(AcpAdapter(AcpOptions(argv=("acp-agent",), **(options or {}))), prompt, **asked)
 
 
 @pytest.fixture
 def place(environ: dict[str, str], tmp_path: Path) -> Place:
-    """An empty worktree, and an agent on PATH."""
+    """Return an empty worktree with an agent on PATH."""
     install(tmp_path / "bin", "acp-agent", "tests.fakes.acp_agent")
     subprocess.run(["git", "init", "--quiet", str(tmp_path / "worktree")], check=True, env=environ)
     return Place(tmp_path, {**environ, "PATH": f"{tmp_path / 'bin'}{os.pathsep}{environ['PATH']}"})
 
 
 def words(events: list[SessionEvent]) -> list[str]:
-    """Return the lines that were said."""
+    """Return the printed lines."""
     return [line for event in events if isinstance(event, AgentMessage) for line in event.text.splitlines()]
 
 
 def warnings(events: list[SessionEvent]) -> list[str]:
-    """Return what a person is warned of."""
+    """Return the warnings."""
     return [event.text for event in events if isinstance(event, CliWarning)]
 
 
 @pytest.mark.extended
 def test_tool_inside_the_worktree_is_allowed(place: Place) -> None:
-    """A reviewer runs tests, too: whatever it changes is discarded."""
     kinds = ("fetch", "read", "search", "think", "delete", "edit", "execute", "move", "other", "switch_mode")
     events = place.converse("\n".join(f"ask {kind}" for kind in kinds))
     assert words(events) == ["chosen: once" for _ in kinds]
@@ -299,7 +292,6 @@ def test_tool_inside_the_worktree_is_allowed(place: Place) -> None:
 
 @pytest.mark.extended
 def test_tool_update_is_merged_with_its_call(place: Place) -> None:
-    """It keeps its kind and its command where an update names none."""
     events = place.converse("run make test")
     assert [event for event in events if isinstance(event, ToolCall | ToolResult)] == [
         ToolCall("execute", "bash", call="r-1"),
@@ -311,7 +303,7 @@ def test_tool_update_is_merged_with_its_call(place: Place) -> None:
 @pytest.mark.extended
 @pytest.mark.parametrize("takes_urls", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_agent_gets_the_servers_it_supports(place: Place, takes_urls: bool) -> None:
-    """Programs by their paths, with the values of variables that are set; URLs where it says that it takes them."""
+    """Commands as absolute paths with resolved variables; URLs only if the agent announces support."""
     servers = (
         McpServer("files", ("sh", "-c", "x y"), env=("MY_TOKEN", "NOT_SET")),
         McpServer("odd", ("no-such-program",)),
@@ -335,7 +327,7 @@ RESUMES = {"home": "own", "resumes": True, "env": {"ACP_LOADS": "1"}}
 
 @pytest.mark.slow
 def test_replayed_conversation_is_not_printed(place: Place) -> None:
-    """Nor counted, also what comes once the agent has said that it is loaded."""
+    """Replayed messages are not counted either, including those after the load response."""
     first = place.converse("say it once", RESUMES)
     assert words(first) == ["it once"]
     second = place.converse("servers\nsay it twice", RESUMES, resume="s-1", mcp_servers=(McpServer("odd", ("x",)),))
@@ -350,7 +342,7 @@ def test_replayed_conversation_is_not_printed(place: Place) -> None:
 @pytest.mark.extended
 @pytest.mark.parametrize("loads", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_agent_without_resume_gets_no_prompt(place: Place, loads: bool) -> None:
-    """It says why, as what may work the next time, which begins anew: that it can't at all, or has lost it."""
+    """The failure class asks for a retry from scratch, both without the capability and with a lost conversation."""
     options = RESUMES if loads else {"home": "own", "resumes": True}
     (event,) = place.converse("write a.txt x", options, resume="s-1")
     assert isinstance(event, ConcludedEvent)
@@ -361,7 +353,7 @@ def test_agent_without_resume_gets_no_prompt(place: Place, loads: bool) -> None:
 
 
 def test_read_only_model_is_asked_for_prose(place: Place) -> None:
-    """What it answers is said, and nothing of it applied; instructions come with what it is told first."""
+    """The answer is printed and never applied; instructions precede the first prompt."""
     answer = "```file a.txt\nx\n```"
     with run_server() as server:
         adapter = OllamaAdapter(OllamaOptions(model="stub", host=server.url))
@@ -380,14 +372,14 @@ def test_read_only_model_is_asked_for_prose(place: Place) -> None:
 
 
 def test_bridges_import_nothing_of_the_package(environ: dict[str, str]) -> None:
-    """A bridge starts where `orchestrator` can't be imported."""
+    """A bridge can run where `orchestrator` is not importable."""
     code = "import sys; sys.modules['orchestrator'] = None; import adapters.bridges.acp, adapters.bridges.ollama"
     subprocess.run([sys.executable, "-P", "-c", code], env={**environ, "HOME": os.devnull}, check=True)
 
 
 @pytest.mark.parametrize("use", ["acp", "ollama"])
 def test_interrupted_bridge_ends_by_the_signal(use: str, environ: dict[str, str], tmp_path: Path) -> None:
-    """Nothing of its code is told, and its agent is gone."""
+    """No traceback is printed, and the agent process is terminated."""
     (tmp_path / "prompt").write_text("delay 60\nsay x\n")
     subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True, env=environ)
     with ModelServer() as server:

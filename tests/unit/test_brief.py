@@ -1,4 +1,4 @@
-"""The end of a run fits one screen: ten lines; prose is cut at eighty columns, commands never are."""
+"""The final report fits one screen: ten lines of at most eighty columns; commands are never truncated."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_report_is_at_most_ten_lines_of_eighty_columns(
     halted: str | None,
     newest: bool,
 ) -> None:
-    """Whatever became of however many tasks with whatever names; the first line has the totals."""
+    """For any number of tasks and names of any length; the first line has the totals."""
     report = replace(run(*tasks, status=status), target=target, adapters=adapters, halted=halted, damage=("x",) * 3)
     lines = brief_lines(report, is_newest=newest)
     assert len(lines) <= MAX_LINES == 10
@@ -55,11 +55,11 @@ def test_report_is_at_most_ten_lines_of_eighty_columns(
     assert all(line.isprintable() for line in lines), lines
     landed = sum(one.status == "landed" for one in tasks)
     assert f"{landed} of {len(tasks)} landed" in lines[0]
-    assert target not in run_summary(report) or any(target in line for line in lines), "a branch is never cut"
+    assert target not in run_summary(report) or any(target in line for line in lines), "a branch name is truncated"
 
 
 def test_problem_has_its_next_command() -> None:
-    """What is blocked says by what, after all else; totals name every state."""
+    """Blocked tasks come last and name their blocker; totals list every state."""
     report = run(
         *(task("landed", id=f"l{n}", landed=COMMIT, input_tokens=900, cost=0.25) for n in range(40)),
         task("failed", id="api", reason="the program ended with exit code 1", branch="council/run/api/1"),
@@ -78,7 +78,7 @@ def test_problem_has_its_next_command() -> None:
 
 
 def test_queued_task_is_indented_like_other_tasks() -> None:
-    """Its reason, which names the fix, is complete; further lines of it are indented deeper."""
+    """The reason names the fix and is complete; its further lines are indented more deeply."""
     reason = "the target's checkout has uncommitted changes (src/calc.py): commit or stash them"
     assert brief_lines(run(task("queued", id="api", reason=reason)))[2:4] == [
         "  api queued: the target's checkout has uncommitted changes (src/calc.py):",
@@ -87,7 +87,7 @@ def test_queued_task_is_indented_like_other_tasks() -> None:
 
 
 def test_failed_task_precedes_unchanged_and_blocked_tasks() -> None:
-    """Whatever their order in the file: the most important problem is never among those that are only counted."""
+    """In any file order, so that the most important problem is never only counted."""
     report = run(
         task("blocked", id="last", reason="needs 'api', which did not land", blocked_by="api"),
         task("no_change", id="idle"),
@@ -98,7 +98,7 @@ def test_failed_task_precedes_unchanged_and_blocked_tasks() -> None:
 
 
 def test_cut_reason_ends_with_a_clause_before_its_command() -> None:
-    """A reason that is too long for a line is cut between clauses, not inside the sentence with the command."""
+    """A long reason is cut between clauses, not inside the sentence with the command."""
     reason = "adapter 'mini' is disabled: no such key: fix it, then run `council resume 20260102-030405-ab12`"
     shown = brief_lines(run(task("blocked", id="bad", reason=reason)))
     assert "  bad blocked: adapter 'mini' … `council resume 20260102-030405-ab12`" not in shown
@@ -108,7 +108,7 @@ def test_cut_reason_ends_with_a_clause_before_its_command() -> None:
 
 
 def test_hidden_problems_are_counted() -> None:
-    """And `council status` has it."""
+    """The line refers to `council status`."""
     report = run(*(task("failed", id=f"t{n}", reason="no") for n in range(9)))
     assert brief_lines(report, is_newest=False)[-2:] == [
         "    next: council logs t2 --run run",
@@ -133,12 +133,12 @@ def test_hidden_problems_are_counted() -> None:
     ],
 )  # fmt: skip
 def test_last_line_has_the_next_command(report: Any, expected: str) -> None:
-    """To what the whole run needs next."""
+    """It is the next command of the whole run."""
     assert brief_lines(report)[-1] == expected
 
 
 def test_commands_are_never_truncated() -> None:
-    """Neither the next one, nor one in a reason, nor that of the run."""
+    """Neither the next command, nor one in a reason, nor that of the run."""
     name, remedy = "a-name-that-is-long-" * 3, "`council adapters enable claude --run 20260102-030405-ab12`"
     adapter = AdapterReport("claude", None, "not logged in, " * 20)
     report = run(
@@ -156,7 +156,7 @@ def test_commands_are_never_truncated() -> None:
 
 
 def test_halt_is_wrapped_between_words() -> None:
-    """A command in backticks and a path with hyphens stay whole, however narrow the line."""
+    """Commands in backticks and hyphenated paths stay whole at any width."""
     path, command = (
         f"/var/{'long-folder-' * 6}",
         "`council retry models --reload && council resume 20260102-030405-ab12`",
@@ -168,7 +168,7 @@ def test_halt_is_wrapped_between_words() -> None:
 
 
 def test_halt_with_a_long_last_line_keeps_its_end() -> None:
-    """There an interpreter names the module that it does not have, after its own path."""
+    """Interpreters name the missing module there, after their own path."""
     reason = HaltReason("it failed", (f"/{'long/' * 20}python: No module named pytest",), "/logs/check1", ("fix main",))
     shown = brief_lines(replace(run(task("pending")), halted=str(reason), halted_by=HaltCause.BASE))
     assert any(line.startswith("…") and line.endswith("python: No module named pytest") for line in shown), shown
@@ -176,7 +176,7 @@ def test_halt_with_a_long_last_line_keeps_its_end() -> None:
 
 
 def test_failed_setup_has_its_log_and_cause() -> None:
-    """However long they are: both are broken between words only."""
+    """Both are wrapped between words only, at any length."""
     log = f"/{'folder/' * 15}setup1"
     reason = f"`pip install -e .` ended with exit code 1 in the setup (log: {log})\nERROR: no such package"
     shown = brief_lines(run(task("failed", failure="setup_failed", reason=reason)))
@@ -185,7 +185,7 @@ def test_failed_setup_has_its_log_and_cause() -> None:
 
 
 def test_halt_has_its_log() -> None:
-    """Whatever else needs attention, and however long the remedy is; the output gives way first."""
+    """With other problems and a long remedy, the output is shortened first."""
     reason = HaltReason("check `x` fails on main", ("one", "two"), "/logs/t.0.check1", ("fix main " * 30, "or not"))
     adapters = [AdapterReport(f"a{number}", None, "not logged in") for number in range(12)]
     report = replace(run(task("pending")), halted=str(reason), halted_by=HaltCause.BASE)
@@ -198,14 +198,13 @@ def test_halt_has_its_log() -> None:
 
 
 def test_successful_run_has_totals_only() -> None:
-    """One line."""
     assert brief_lines(run(task("landed", landed=COMMIT), status=RunStatus.LANDED)) == [
         "run run: landed, 1 of 1 landed on main"
     ]
 
 
 def test_merge_is_the_next_step_of_an_unmerged_ended_run() -> None:
-    """`council merge` refuses a run that is running, and finds nothing to do in a merged one."""
+    """`council merge` rejects a running run and has nothing to do for a merged one."""
     ended = replace(run(replace(task("landed"), landed="c1")), target="council/r1", run="r1", status=RunStatus.LANDED)
     ended = replace(ended, awaits_merge=True)
     assert brief_lines(ended)[-1] == "Next: council merge r1"

@@ -1,4 +1,4 @@
-"""How much may be used up, and what tokens cost."""
+"""Budgets and token prices."""
 
 from __future__ import annotations
 

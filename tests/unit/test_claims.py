@@ -1,4 +1,4 @@
-"""Who may take a task: how orchestrators stand, what a claim allows, and how often a task is tried."""
+"""Claims: owner liveness, the claim decision, and attempt limits."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ BEAT = 1_000_000.0
 
 
 def owner(name: str, role: Role = Role.WORKER) -> OrchestratorIdentity:
-    """Return an orchestrator of that name."""
+    """Return an orchestrator with this name."""
     return OrchestratorIdentity(id=name, host="box", boot="1", pid=1, started=1, role=role)
 
 
 def claim(released: ReleaseReason | None = None, *, retries: int = 0, role: Role = Role.WORKER) -> Claim:
-    """Return a claim of another."""
+    """Return a claim of another owner."""
     return Claim(owner=owner("other", role), epoch=1, since=BEAT, retries=retries, released=released)
 
 
@@ -40,12 +40,12 @@ def claim(released: ReleaseReason | None = None, *, retries: int = 0, role: Role
         (0, 0, False, OwnerStatus.ALIVE),
         (300, 300, False, OwnerStatus.ALIVE),
         (301, 90, False, OwnerStatus.STALE),
-        (301, 89, False, OwnerStatus.ALIVE),  # a machine that slept has not looked
-        (10**6, 0, False, OwnerStatus.ALIVE),  # nor has one whose clock has jumped
+        (301, 89, False, OwnerStatus.ALIVE),  # a machine that slept was not watching
+        (10**6, 0, False, OwnerStatus.ALIVE),  # nor was one whose clock jumped
         (301, 300, True, OwnerStatus.ALIVE),
         (600, 600, True, OwnerStatus.ALIVE),
         (601, 90, True, OwnerStatus.STALE),
-        (-3600, 301, False, OwnerStatus.STALE),  # its clock is an hour ahead
+        (-3600, 301, False, OwnerStatus.STALE),  # its clock is one hour ahead
         (-3600, 300, False, OwnerStatus.ALIVE),
         (-3600, 301, True, OwnerStatus.ALIVE),
         (0, 601, True, OwnerStatus.STALE),
@@ -54,13 +54,13 @@ def claim(released: ReleaseReason | None = None, *, retries: int = 0, role: Role
 def test_silent_owner_is_stale_after_being_watched(
     silence: float, watched: float, is_here: bool, expected: OwnerStatus
 ) -> None:
-    """Later for one of this machine; by the clocks of both and a short look, or by a long look alone."""
+    """By the clocks of both and a short watch, or by a long watch alone; later for an owner on this machine."""
     one = OrchestratorLease(owner=owner("other"), epoch=1, since=BEAT, heartbeat=BEAT, expires=BEAT + 300)
     assert judge_owner_status(one, BEAT + silence, watched, TIMING, is_here=is_here, is_dead=False) is expected
 
 
 def test_short_lease_is_watched_for_its_duration() -> None:
-    """Where heartbeats are rarer than leases are long, the lease decides."""
+    """The lease decides where heartbeats are rarer than leases are long."""
     one = OrchestratorLease(owner=owner("other"), epoch=1, since=BEAT, heartbeat=BEAT, expires=BEAT + 5)
     timing = CoordinationSettings(heartbeat_interval=60, stale_after=5)
     assert judge_owner_status(one, BEAT + 6, 5, timing, is_here=False, is_dead=False) is OwnerStatus.STALE
@@ -69,7 +69,7 @@ def test_short_lease_is_watched_for_its_duration() -> None:
 
 @pytest.mark.parametrize("is_dead", [False, True])
 def test_proven_death_needs_no_time(is_dead: bool) -> None:
-    """Whoever said that it ended has; a process that is dead is, although it gave a sign of life just now."""
+    """A reported end or a dead process is proof despite a recent heartbeat."""
     one = OrchestratorLease(owner=owner("other"), epoch=1, since=BEAT, heartbeat=BEAT, expires=BEAT + 300)
     expected = OwnerStatus.DEAD if is_dead else OwnerStatus.ALIVE
     assert judge_owner_status(one, BEAT, 0, TIMING, is_here=True, is_dead=is_dead) is expected
@@ -80,7 +80,7 @@ def test_proven_death_needs_no_time(is_dead: bool) -> None:
 @pytest.mark.parametrize("me", list(Role))
 @pytest.mark.parametrize("override", [False, True])
 def test_claim_without_a_live_owner_is_free(me: Role, override: bool) -> None:
-    """Never claimed, released in any way, or of one that is gone: whoever asks may take it."""
+    """Never claimed, released in any way, or owned by a dead process."""
     taker = owner("me", me)
     assert can_claim(None, taker, None, override=override)
     for how in ReleaseReason:
@@ -105,14 +105,14 @@ def test_claim_without_a_live_owner_is_free(me: Role, override: bool) -> None:
 def test_only_a_leader_takes_claims_of_live_owners(
     me: Role, other: Role, override: bool, expected: bool, holder: OwnerStatus | None
 ) -> None:
-    """And only where it says so, and only from one that is none."""
+    """Only where the claim says so, and not from another leader."""
     assert can_claim(claim(role=other), owner("me", me), holder, override=override) is expected
 
 
 @pytest.mark.parametrize("me", list(Role))
 @pytest.mark.parametrize("other", list(Role))
 def test_request_of_a_person_reaches_any_owner(me: Role, other: Role) -> None:
-    """A role is between processes."""
+    """The leader role exists between processes only."""
     assert can_claim(claim(role=other), owner("me", me), OwnerStatus.ALIVE, is_asked=True)
 
 
@@ -126,7 +126,7 @@ def test_request_of_a_person_reaches_any_owner(me: Role, other: Role) -> None:
         (claim(), OwnerStatus.STALE, ClaimVerdict.TRY),
         (claim(), OwnerStatus.ENDED, ClaimVerdict.TRY),
         (claim(retries=2), OwnerStatus.DEAD, ClaimVerdict.TRY),
-        (claim(retries=3), OwnerStatus.DEAD, ClaimVerdict.TRIED_OUT),  # a takeover counts as a try
+        (claim(retries=3), OwnerStatus.DEAD, ClaimVerdict.TRIED_OUT),  # a takeover counts as an attempt
         (claim(ReleaseReason.ABANDONED, retries=3), None, ClaimVerdict.TRY),
         (claim(ReleaseReason.ABANDONED, retries=4), None, ClaimVerdict.TRIED_OUT),
         (claim(ReleaseReason.FAILED, retries=4), None, ClaimVerdict.TRIED_OUT),
@@ -135,13 +135,13 @@ def test_request_of_a_person_reaches_any_owner(me: Role, other: Role) -> None:
 def test_task_is_tried_unless_claimed_or_exhausted(
     found: Claim | None, holder: OwnerStatus | None, expected: ClaimVerdict
 ) -> None:
-    """Three retries are four tries; what a person has said to ignore is not looked at."""
+    """Three retries are four attempts; attempts that a person reset do not count."""
     assert should_try(found, holder, TIMING, ignored=None) is expected
     assert should_try(found, holder, TIMING, ignored="not now") is ClaimVerdict.IGNORED
 
 
 def test_fifth_takeover_is_not_tried() -> None:
-    """Each that was in vain counts, in whichever way it ended."""
+    """Every failed takeover counts."""
     for is_taken_over in (False, True):
         found, tries = None, 0
         while should_try(found, OwnerStatus.STALE, TIMING, ignored=None) is ClaimVerdict.TRY:
@@ -152,5 +152,4 @@ def test_fifth_takeover_is_not_tried() -> None:
 
 
 def test_counters_are_summed() -> None:
-    """What is not named stays."""
     assert ClaimCounters(claims=1, sweeps=2).plus(claims=2, refused=1) == ClaimCounters(claims=3, sweeps=2, refused=1)

@@ -1,4 +1,4 @@
-"""The commands that sessions type: both ways of reading them agree, and the quick one is quick; odd calls of hooks."""
+"""The session commands: the fast and the normal parser agree, the fast one is fast, and hooks accept odd input."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ NOT_RIGHT = [
 
 @pytest.mark.parametrize("line", PLAIN)
 def test_fast_and_normal_path_parse_equally(line: str) -> None:
-    """What the quick way takes, click takes too, and as the same."""
+    """Whatever the fast path accepts, click accepts with the same result."""
     words = line.replace("'two words'", "two-words").split()
     typed = parse_words(words)
     assert typed is not None
@@ -75,14 +75,13 @@ def test_fast_and_normal_path_parse_equally(line: str) -> None:
 
 @pytest.mark.parametrize("line", NOT_RIGHT)
 def test_unusual_arguments_take_the_normal_path(line: str) -> None:
-    """It explains, or is for another command."""
     assert parse_words(line.split()) is None
 
 
 @pytest.mark.parametrize("seconds", ["nan", "-nan", "inf", "-1", "601", "soon"])
 @pytest.mark.parametrize(("command", "option"), [(long_way.lock, "--wait"), (share.commands["wait"], "--timeout")])
 def test_invalid_timeout_takes_the_normal_path(command: click.Command, option: str, seconds: str) -> None:
-    """As a mistake in what was typed, by its option."""
+    """click reports it as a usage error of the option."""
     with pytest.raises(click.BadParameter) as told:
         command.make_context("council", ["a", option, seconds])
     assert told.value.param is not None
@@ -90,7 +89,7 @@ def test_invalid_timeout_takes_the_normal_path(command: click.Command, option: s
 
 
 def test_fast_path_imports_nothing_slow(tmp_path: Path) -> None:
-    """Neither ours nor the standard library's."""
+    """Neither modules of this package nor slow ones of the standard library."""
     code = (
         "import sys; from orchestrator.__main__ import main; sys.argv[1:] = ['peers']\n"
         "try: main()\nexcept SystemExit: print(*sys.modules)"
@@ -122,7 +121,6 @@ def test_fast_path_imports_nothing_slow(tmp_path: Path) -> None:
 
 
 async def test_each_result_is_printed_as_text() -> None:
-    """With all that it holds."""
     desk, me = FakeSessionService(), SessionName("r", "t", 1)
     arguments = {"paths": ["a.py"], "task": "models", "key": "k", "value": [1, "é"], "data": {}}
     told = {name: format_result(name, await desk.answer(me, name, arguments)) for name in SESSION_COMMANDS}
@@ -139,12 +137,12 @@ async def test_each_result_is_printed_as_text() -> None:
 
 
 def test_terminal_sequences_of_others_are_escaped() -> None:
-    """Neither by escapes nor by returns."""
+    """Escape sequences and carriage returns."""
     assert strip_control_characters("a\x1b[2Jb\rc\n") == "a[2Jbc\n"
 
 
 def test_text_of_others_does_not_imitate_our_lines() -> None:
-    """Neither a peer of its own making, nor another's note."""
+    """Neither an invented peer nor the text of a note can start a line of ours."""
     forged = "done\nmodels.9 (codex): has all"
     facts = {"status": "working", "file": forged, "progress": None, "message": forged, "blocked_on": forged}
     peer = {"task": "api", "attempt": 1, "adapter": "a", "is_me": False, "files": [forged], **facts}
@@ -167,14 +165,13 @@ ODD_CALLS: list[Any] = [
 
 @pytest.mark.parametrize("call", [b"", b"{", b"\xff", *(json.dumps(one).encode() for one in ODD_CALLS)])
 def test_hook_with_invalid_input_allows(call: bytes) -> None:
-    """And ends well."""
+    """The exit code is 0."""
     out = io.StringIO()
     assert hook.run(io.BytesIO(call), out) == 0
     assert out.getvalue() == ""
 
 
 def test_hook_outside_of_a_session_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is nobody to ask."""
     monkeypatch.chdir(tmp_path)
     call = {"hook_event_name": "PreToolUse", "cwd": str(tmp_path), "tool_input": {"file_path": str(tmp_path / "a")}}
     out = io.StringIO()

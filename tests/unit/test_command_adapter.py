@@ -1,4 +1,4 @@
-"""`use: command`: any program, with nothing but YAML."""
+"""`use: command`: any program as an adapter, by YAML alone."""
 
 import json
 from dataclasses import replace
@@ -26,7 +26,7 @@ def command(text: str = "Fix it.", **options: Any) -> SessionCommand:
 
 
 class TestPlaceholders(AdapterContract):
-    """The contract, with every placeholder and a list of names."""
+    """Run the adapter contract with every placeholder and a list of variable names."""
 
     adapter_type = CommandAdapter
     options: ClassVar = {
@@ -36,20 +36,19 @@ class TestPlaceholders(AdapterContract):
 
 
 class TestStdin(AdapterContract):
-    """The contract, with the prompt on stdin and variables that are set."""
+    """Run the adapter contract with the prompt on stdin and variables with values."""
 
     adapter_type = CommandAdapter
     options: ClassVar = {"argv": ["/opt/tool", "-"], "env": {"MODE": "{task}", "EMPTY": ""}, "prompt": "stdin"}
 
 
 def test_placeholders_are_filled() -> None:
-    """Each placeholder stands for its part of the request, also within other text."""
     argv = ["x", "{run}/{task}.{attempt}", "--dir={worktree}", "{prompt_file}", "{prompt}"]
     assert command(argv=argv).argv == ("x", "r1/t1.2", "--dir=/w/tree", "/p/prompt", "Fix it.")
 
 
 def test_placeholders_in_a_prompt_are_not_filled() -> None:
-    """Text that came in by a placeholder is left as it is."""
+    """Text inserted by one placeholder is not scanned for others."""
     assert command("{task} {{run}} {nope}", argv=["x", "{prompt}{task}"]).argv == ("x", "{task} {{run}} {nope}t1")
 
 
@@ -66,18 +65,17 @@ def test_placeholders_in_a_prompt_are_not_filled() -> None:
     ],
 )
 def test_other_braces_are_literal(written: str, given: str) -> None:
-    """Doubled braces give the text of a placeholder; braces around anything else stay."""
+    """Doubled braces give a literal placeholder; other braces are kept."""
     assert command(argv=["x", written]).argv == ("x", given)
 
 
 def test_prompt_on_stdin_is_passed() -> None:
-    """The prompt goes to stdin only where that is asked for."""
     assert command(argv=["x"]).stdin is None
     assert command(argv=["x"], prompt="stdin").stdin == Path("/p/prompt")
 
 
 def test_environment_is_passed() -> None:
-    """A list names what is passed on and sets what has a value, a mapping sets what it says."""
+    """A list passes variables on and sets those with values; a mapping only sets."""
     passed = command(argv=["x"], env=["A", "B", "C=1=2", "D="])
     assert (passed.env, passed.pass_env) == ({"C": "1=2", "D": ""}, ("A", "B"))
     given = command(argv=["x"], env={"A": "1"})
@@ -88,12 +86,12 @@ def test_environment_is_passed() -> None:
     ("argv", "programs"), [(["x", "y"], ("x",)), (["./x"], ()), (["/bin/x"], ()), (["{task}"], ())]
 )
 def test_program_is_looked_up_on_path(argv: list[str], programs: tuple[str, ...]) -> None:
-    """Only a bare name is looked for on PATH."""
+    """Names with a slash are not looked up."""
     assert tuple(one.name for one in CommandAdapter(CommandOptions(argv=tuple(argv))).programs()) == programs
 
 
 def test_prompt_up_to_the_argv_limit_is_accepted() -> None:
-    """100 KiB go into argv, one byte more does not, however often and however encoded."""
+    """100 KiB fit, one byte more does not, for any number of placeholders and any encoding."""
     limit = 100 * 1024
     assert len(command("x" * limit, argv=["x", "{prompt}"]).argv[1]) == limit
     for prompt, argv in [
@@ -107,12 +105,11 @@ def test_prompt_up_to_the_argv_limit_is_accepted() -> None:
 
 
 def test_long_prompt_in_a_file_is_accepted() -> None:
-    """By file or stdin a prompt may be of any length."""
+    """A prompt in a file or on stdin has no limit."""
     assert command("x" * 1_000_000, argv=["x", "{prompt_file}", "{{prompt}}"], prompt="stdin").argv[1] == "/p/prompt"
 
 
 def test_prompt_with_nul_is_rejected() -> None:
-    """A NUL character can't be passed in argv."""
     with pytest.raises(RefusedError, match="NUL"):
         command("a\0b", argv=["x", "{prompt}"])
 
@@ -151,7 +148,7 @@ def test_prompt_with_nul_is_rejected() -> None:
     ],
 )
 def test_invalid_options_are_rejected(options: dict[str, Any]) -> None:
-    """What the program could not be started with is refused before anything runs."""
+    """Options that cannot start the program fail before anything runs."""
     with pytest.raises(ValidationError):
         CommandOptions.model_validate(options)
 
@@ -178,7 +175,7 @@ def end(stdout: str = "", stderr: str = "") -> SessionEnd:
 def test_failure_class_follows_from_the_output(
     said: str, failure: str | None, until: float | None, stream: str
 ) -> None:
-    """The options' patterns, in their order, look through both streams; a limit may name its end."""
+    """The patterns search both streams in order; a limit pattern may capture its end."""
     patterns = {
         "auth": "not logged in",
         "rate_limited": r"usage limit(, try again in (?P<seconds>\d+) s| until (?P<until>\S+))?",
@@ -189,13 +186,12 @@ def test_failure_class_follows_from_the_output(
 
 
 def test_unknown_placeholder_is_explained() -> None:
-    """The message names what there is and how to write the braces themselves."""
+    """The message lists the placeholders and how to write literal braces."""
     with pytest.raises(ValidationError, match=r"\{promt\} is not a placeholder: .*\{prompt_file\}.*\{\{promt\}\}"):
         CommandOptions(argv=("{promt}",))
 
 
 def test_adapter_is_registered() -> None:
-    """The module, as a plugin, announces `command`."""
     plugins = pluggy.PluginManager("cli_council")
     plugins.add_hookspecs(hookspecs)
     plugins.register(adapters.command)
@@ -225,7 +221,7 @@ def asked(options: dict[str, Any], **more: Any) -> SessionCommand:
 
 
 def test_optional_arguments_are_inserted() -> None:
-    """They go where argv says, else behind it; those of a session that may change files in the place of the others."""
+    """They are inserted at their place in argv or at its end; those of a writing session replace the others."""
     everything: dict[str, Any] = {"resume": "s1", "instructions": "Speak {task}.", "mcp_servers": SERVERS}
     given = ("resume", "s1", "--edit", "--system", "Speak {task}.", "--mcp", "/h/council-mcp.json")
     assert asked(ALL, **everything).argv == ("x", *given, "--", "/p/prompt")
@@ -235,7 +231,7 @@ def test_optional_arguments_are_inserted() -> None:
 
 
 def test_each_option_is_a_capability() -> None:
-    """What no option is given for, it is not asked for."""
+    """Without the option the adapter lacks the capability."""
     assert CommandAdapter(CommandOptions.model_validate(ALL)).capabilities() == {
         Capability.RESUME,
         Capability.READ_ONLY,
@@ -248,7 +244,7 @@ def test_each_option_is_a_capability() -> None:
 
 
 def test_files_are_written_to_the_home() -> None:
-    """Servers and instructions stand in files where arguments name those; no variable's value does."""
+    """Servers and instructions are written to files where arguments name them; variables do not reach the files."""
     home = asked(ALL, mcp_servers=SERVERS, instructions="Speak.").home
     assert home is not None
     assert {name: json.loads(text) for name, text in home.files.items()} == {
@@ -268,7 +264,7 @@ def test_files_are_written_to_the_home() -> None:
 
 
 def test_long_instructions_need_a_file() -> None:
-    """As an argument they have the limit of one, by a file none."""
+    """As an argument they are limited by argv, in a file they are not."""
     long = "x" * (100 * 1024 + 1)
     with pytest.raises(RefusedError, match=r"use \{instructions_file\} instead of"):
         asked(ALL, instructions=long)
@@ -295,14 +291,13 @@ def test_long_instructions_need_a_file() -> None:
     ],
 )
 def test_invalid_capability_options_are_explained(options: dict[str, Any], told: str) -> None:
-    """Each is explained when the file is loaded."""
     with pytest.raises(ValidationError) as raised:
         CommandOptions.model_validate({"argv": ["x"], **options})
     assert told in str(raised.value)
 
 
 def test_conversations_are_kept_in_the_configured_home() -> None:
-    """By a home of the task's, or in the user's own, which has to be said."""
+    """In the home of the task, or in the user's own if the options say so."""
     for home in ("own", "shared"):
         options = CommandOptions.model_validate({**ALL, "home": home})
         assert Capability.RESUME in CommandAdapter(options).capabilities()

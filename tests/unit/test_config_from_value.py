@@ -1,4 +1,4 @@
-"""A run that comes from code is judged as a file is, and its mistakes are told by their paths."""
+"""A run config from code is validated like a file; mistakes are reported by path."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Word(enum.StrEnum):
 
 
 def mistakes(value: dict[str, Any], folder: Path) -> list[str]:
-    """Return what is wrong with a value, a sentence each."""
+    """Return the mistakes of a value, one sentence each."""
     with pytest.raises(ConfigError) as caught:
         load_value(value, folder, TYPES)
     assert all((one.line, one.column) == (0, 0) for one in caught.value.problems)
@@ -32,7 +32,7 @@ def mistakes(value: dict[str, Any], folder: Path) -> list[str]:
 
 
 def read(text: str) -> dict[str, Any] | None:
-    """Return what a text says, None where it can't be read without a mistake."""
+    """Return the value of a text, or None if it has mistakes."""
     problems = Problems("x")
     try:
         node = read_document(text, problems)
@@ -42,7 +42,7 @@ def read(text: str) -> dict[str, Any] | None:
 
 
 def test_value_and_file_give_the_same_run(tmp_path: Path) -> None:
-    """Tuples, members of enumerations and paths are taken for what they mean; relative paths start from the folder."""
+    """Tuples, enum members and paths are converted; relative paths start at the given folder."""
     (tmp_path / "p.md").write_text("Do.")
     path = tmp_path / "council.yaml"
     path.write_text(
@@ -57,7 +57,7 @@ def test_value_and_file_give_the_same_run(tmp_path: Path) -> None:
 
 
 def test_mistakes_have_their_path(tmp_path: Path) -> None:
-    """Each place is named as Python would, in the order of the value."""
+    """Paths are written as in Python, in the order of the value."""
     tasks = [{"id": "a", "prompt": " "}, {"id": "a", "prompt": {1}, 3: 4}, {"id": "b", "prompt": "p", "needs": ["c"]}]
     value = {**RUN, "tasks": tasks, "session_memory": float("inf"), "defaults": {"timeout": 30, "checks": ["\0"]}}
     assert mistakes(value, tmp_path) == [
@@ -73,12 +73,11 @@ def test_mistakes_have_their_path(tmp_path: Path) -> None:
 
 
 def test_missing_key_at_the_top_has_no_path(tmp_path: Path) -> None:
-    """The name of the run stands for the whole."""
     assert mistakes({**RUN}, tmp_path) == ["<run>: the key 'tasks' is missing: add `tasks:` here"]
 
 
 def test_recursive_value_is_rejected(tmp_path: Path) -> None:
-    """Reading ends where collections lie too deep, however many ways there are."""
+    """Reading stops at a nesting limit, for any number of cycles."""
     knot: list[Any] = []
     knot += [knot, knot]
     [told] = mistakes({**RUN, "tasks": knot}, tmp_path)
@@ -86,7 +85,7 @@ def test_recursive_value_is_rejected(tmp_path: Path) -> None:
 
 
 def test_mistakes_of_a_file_and_a_value_are_equal(tmp_path: Path) -> None:
-    """Whatever is wrong with a file that can be read is wrong with the same value, and nothing else is."""
+    """The same mistakes are reported for a file and for its parsed value."""
     compared = 0
     path = tmp_path / "council.yaml"
     for content in [*(content for content, *_ in ONE_MISTAKE.values()), MANY]:
@@ -104,6 +103,6 @@ def test_mistakes_of_a_file_and_a_value_are_equal(tmp_path: Path) -> None:
 
 
 def _facts(error: ConfigError) -> list[tuple[str, str]]:
-    # Where a second task is, is the one thing that is told differently.
+    # Only the position of a duplicate task is reported differently.
     return [(one.what.partition(", on line")[0].partition(", at ")[0].split(" on line ")[0].split(" at tasks")[0],
              one.remedy) for one in error.problems]  # fmt: skip

@@ -1,4 +1,4 @@
-"""A file that is right becomes a run in which nothing is left to be looked up."""
+"""A valid file becomes a fully resolved run config."""
 
 import json
 from pathlib import Path
@@ -71,7 +71,7 @@ def load(folder: Path, text: str) -> RunConfig:
 
 
 def test_minimal_file_gets_all_defaults(tmp_path: Path) -> None:
-    """What is left out has its documented value in every task."""
+    """Every omitted key has its documented default in every task."""
     config = load(tmp_path, SMALLEST)
     assert (config.repo, config.is_url, config.base) == (str(tmp_path), False, "main")
     assert (config.target, config.capacity, config.path) == (None, 4, tmp_path / "council.yaml")
@@ -137,7 +137,7 @@ worktrees:
 
 
 def test_worktree_options_are_resolved(tmp_path: Path) -> None:
-    """A step may be a bare command; `copy` and `link` have other names in code; a slash at a path's end is dropped."""
+    """A step may be a bare command; `copy` and `link` are renamed in code; trailing slashes are dropped."""
     config = load(tmp_path, SMALLEST.replace("argv: [fix]", "argv: [fix], keep_ignored: [.fix/]") + WORKTREES)
     assert config.worktrees == WorktreeSettings(
         max=3,
@@ -162,7 +162,7 @@ def test_worktree_options_are_resolved(tmp_path: Path) -> None:
 
 
 def test_task_overrides_defaults_key_by_key(tmp_path: Path) -> None:
-    """A task's own settings win over the defaults, within backoff one by one; prompts are read from their files."""
+    """Key by key, also within backoff; prompts are read from their files."""
     (tmp_path / "code").mkdir()
     (tmp_path / "prompts").mkdir()
     (tmp_path / "prompts/api.md").write_bytes("\ufeffÄ prompt\r\n".encode())
@@ -182,7 +182,7 @@ def test_task_overrides_defaults_key_by_key(tmp_path: Path) -> None:
 
 
 def test_stored_config_is_restored(tmp_path: Path) -> None:
-    """Tasks and adapters come back equal from JSON, without the file."""
+    """Tasks and adapters are equal after JSON, without the file."""
     config = load(tmp_path, SMALLEST.replace("argv: [fix]", "argv: [fix], env: {A: b}, keep_ignored: [x]") + WORKTREES)
     assert WorktreeSettings.model_validate(json.loads(config.worktrees.model_dump_json())) == config.worktrees
     for task in config.tasks:
@@ -195,7 +195,7 @@ def test_stored_config_is_restored(tmp_path: Path) -> None:
 
 
 def test_task_is_recorded_equally_by_each_process() -> None:
-    """A set has another order in each process; what is recorded of it has one."""
+    """Set order differs between processes; the recorded order does not."""
     task = task_spec("a", "Fix it.").model_copy(update={"retry_on": RETRIED_BY_DEFAULT})
     recorded = task.model_dump_json()
     assert json.loads(recorded)["retry_on"] == sorted(RETRIED_BY_DEFAULT)
@@ -211,7 +211,7 @@ def test_task_is_recorded_equally_by_each_process() -> None:
     ],
 )
 def test_incompatible_adapter_is_rejected(stored: AdapterConfig, fragment: str) -> None:
-    """Restoring says what to do when a plugin is gone or takes other options now."""
+    """The error names the fix for a missing plugin or changed options."""
     with pytest.raises(RefusedError, match=fragment):
         restore_adapters({"fixer": stored}, TYPES)
 
@@ -227,14 +227,14 @@ def test_incompatible_adapter_is_rejected(stored: AdapterConfig, fragment: str) 
     ],
 )
 def test_repo_is_url_or_path(tmp_path: Path, written: str, is_url: bool) -> None:
-    """A colon before the first slash makes a URL, kept as written; anything else is a path, made absolute."""
+    """A colon before the first slash makes a URL, kept as written; other values become absolute paths."""
     (tmp_path / "a:b").mkdir()
     config = load(tmp_path, f"repo: '{written}'\n{SMALLEST}")
     assert (config.is_url, config.repo) == (is_url, written if is_url else str(tmp_path / "a:b"))
 
 
 def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder that the process is in does not matter, nor does a byte order mark."""
+    """Independent of the current folder and of a byte order mark."""
     (tmp_path / "etc").mkdir()
     (tmp_path / "code").mkdir()
     (tmp_path / "etc/p.md").write_text("Do.")
@@ -247,29 +247,27 @@ def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_plain_scalars_are_text_by_yaml_1_2(tmp_path: Path) -> None:
-    """`on`, `yes`, dates and versions are text, as are quoted numbers."""
     texts = ["on", "yes", "NO", "2026-01-01", "1.2.3", "1_000", "12:30", "'7'", '"true"', "=", "+", "-x", "0b1", ".e1"]
     config = load(tmp_path, SMALLEST.replace("argv: [fix]", f"argv: [{', '.join(texts)}]"))
     assert config.adapters["fixer"].options.model_dump()["argv"] == tuple(text.strip("'\"") for text in texts)
 
 
 def test_prompt_file_may_be_shared(tmp_path: Path) -> None:
-    """Two tasks may name the same prompt file."""
     (tmp_path / "p").write_text("Do.")
     text = SMALLEST.replace("prompt: Fix it.", "prompt_file: p") + "  - {id: b, prompt_file: p}\n"
     assert [task.prompt for task in load(tmp_path, text).tasks] == ["Do.", "Do."]
 
 
 def test_models_are_frozen(tmp_path: Path) -> None:
-    """A run that was checked can't be changed afterwards."""
+    """A validated run config is immutable."""
     config = load(tmp_path, SMALLEST)
     with pytest.raises(ValueError, match="frozen"):
-        config.capacity = 9  # type: ignore[misc]  # what is tried here
+        config.capacity = 9  # type: ignore[misc]  # the mistake under test
     assert isinstance(config.adapters["fixer"], AdapterConfig)
 
 
 def test_long_chain_of_needs_loads(tmp_path: Path) -> None:
-    """Neither depth nor number of tasks meets a recursion limit."""
+    """Neither depth nor number of tasks reaches the recursion limit."""
     tasks = "".join(f"  - {{id: t{i}, prompt: x, needs: [t{i + 1}]}}\n" for i in range(3000))
     config = load(tmp_path, SMALLEST + tasks + "  - {id: t3000, prompt: x}\n")
     assert len(config.tasks) == 3002
@@ -280,12 +278,15 @@ def test_long_chain_of_needs_loads(tmp_path: Path) -> None:
     [
         ("on", True, ()),
         ("off", False, ()),
-        ("{allow: [API.example.com., '*.Example.com:8443', '[::1]:80']}", False,
-         ("api.example.com", "*.example.com:8443", "[::1]:80")),
+        (
+            "{allow: [API.example.com., '*.Example.com:8443', '[::1]:80']}",
+            False,
+            ("api.example.com", "*.example.com:8443", "[::1]:80"),
+        ),
     ],
-)  # fmt: skip
+)
 def test_network_is_on_off_or_hosts(tmp_path: Path, written: str, network: bool, hosts: tuple[str, ...]) -> None:
-    """Hosts are recorded in their one form."""
+    """Hosts are recorded in canonical form."""
     config = load(tmp_path, f"{SMALLEST}network: {written}\n")
     assert (config.sandbox.has_network, config.sandbox.hosts) == (network, hosts)
     assert SandboxSettings.model_validate(config.sandbox.model_dump(mode="json")) == config.sandbox

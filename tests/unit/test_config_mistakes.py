@@ -1,4 +1,4 @@
-"""Every mistake in a file is told at its place, all at once, with what would be right."""
+"""Every mistake in a file is reported at once, with its position and fix."""
 
 import os
 import re
@@ -209,7 +209,7 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, int, int, str]] = {
 
 @pytest.mark.parametrize("name", ONE_MISTAKE)
 def test_mistake_has_position_and_fix(tmp_path: Path, name: str) -> None:
-    """A file with one mistake gets one message, at its exact place."""
+    """A file with one mistake gets one message at its exact position."""
     content, line, column, fragment = ONE_MISTAKE[name]
     [(found_line, found_column, message)] = mistakes(tmp_path, content)
     assert (found_line, found_column) == (line, column), message
@@ -243,7 +243,7 @@ tasks:
 
 
 def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
-    """Mistakes of syntax, shape and sense are told together, in the file's order."""
+    """Syntax, shape and meaning are reported together in file order."""
     found = mistakes(tmp_path, MANY)
     assert [(line, column) for line, column, _ in found] == [
         (1, 10),  # version
@@ -258,7 +258,7 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         (10, 36),  # timeout
         (14, 13),  # circle
         (16, 13),  # empty prompt
-        (18, 9),  # id but for case
+        (18, 9),  # id differs by case only
         (19, 18),  # prompt file
         (20, 5),  # missing id
         (21, 5),  # second prompt
@@ -267,7 +267,7 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
 
 
 def test_missing_need_is_not_reported_next_to_an_unreadable_id(tmp_path: Path) -> None:
-    """While one task's id is wrong itself, a need that names nobody is not called a mistake."""
+    """A need may mean the task whose own id is invalid."""
     text = HEAD + "tasks:\n- {id: 7, prompt: p}\n- {id: b, prompt: p, needs: ['7']}\n"
     assert [found[:2] for found in mistakes(tmp_path, text)] == [(4, 8)]
 
@@ -282,7 +282,7 @@ def test_missing_need_is_not_reported_next_to_an_unreadable_id(tmp_path: Path) -
     ],
 )
 def test_prompt_file_content_is_validated(tmp_path: Path, data: bytes, fragment: str) -> None:
-    """A prompt file that no CLI can be given is told of where it is named."""
+    """A prompt that no CLI can receive is reported where its file is named."""
     (tmp_path / "f").write_bytes(data)
     [(line, column, message)] = mistakes(tmp_path, HEAD + "tasks: [{id: a, prompt_file: f}]\n")
     assert (line, column) == (3, 30)
@@ -290,7 +290,7 @@ def test_prompt_file_content_is_validated(tmp_path: Path, data: bytes, fragment:
 
 
 def test_prompt_file_of_the_largest_size_is_accepted(tmp_path: Path) -> None:
-    """One mebibyte is still a prompt."""
+    """The limit is one mebibyte."""
     (tmp_path / "f").write_bytes(b"x" * (1 << 20))
     path = tmp_path / "council.yaml"
     path.write_text(HEAD + "tasks: [{id: a, prompt_file: f}]\n")
@@ -298,7 +298,7 @@ def test_prompt_file_of_the_largest_size_is_accepted(tmp_path: Path) -> None:
 
 
 def test_prompt_too_long_for_argv_is_reported_at_the_prompt(tmp_path: Path) -> None:
-    """A prompt that argv can't hold is found before anything runs, with both ways out."""
+    """Found before anything runs, with both fixes."""
     (tmp_path / "f").write_bytes(b"x" * (100 * 1024 + 1))
     text = adapter("    argv: [x, '{prompt}']\n").replace("prompt: p", "prompt_file: f")
     [(line, column, message)] = mistakes(tmp_path, text)
@@ -307,33 +307,32 @@ def test_prompt_too_long_for_argv_is_reported_at_the_prompt(tmp_path: Path) -> N
 
 
 def test_prompt_file_that_is_a_pipe_does_not_block(tmp_path: Path) -> None:
-    """A named pipe that nobody writes to is refused at once."""
+    """A named pipe without a writer is rejected at once."""
     os.mkfifo(tmp_path / "f")
     [(_, _, message)] = mistakes(tmp_path, HEAD + "tasks: [{id: a, prompt_file: f}]\n")
     assert "not a regular file" in message
 
 
 def test_prompt_file_that_can_not_be_opened_is_reported(tmp_path: Path) -> None:
-    """Whatever the system says about a prompt file is passed on."""
+    """The error contains the reason given by the system."""
     (tmp_path / "f").symlink_to("f")
     [(_, _, message)] = mistakes(tmp_path, HEAD + "tasks: [{id: a, prompt_file: f}]\n")
     assert "too many levels of symbolic links" in message
 
 
 def test_missing_file_is_reported(tmp_path: Path) -> None:
-    """A missing file is a ConfigError like any other mistake."""
     with pytest.raises(ConfigError, match=re.escape("nope.yaml:1:1: file not found: name an existing file")):
         load_config(tmp_path / "nope.yaml", TYPES)
 
 
 def test_oversized_file_is_reported(tmp_path: Path) -> None:
-    """Beyond 8 MiB nothing is read."""
+    """At most 8 MiB are read."""
     [(_, _, message)] = mistakes(tmp_path, b"#" * ((8 << 20) + 1))
     assert "larger than 8 MiB" in message
 
 
 def test_alias_bomb_is_not_expanded(tmp_path: Path) -> None:
-    """Aliases upon aliases, which would take gigabytes expanded, are refused one by one."""
+    """Nested aliases, which would expand to gigabytes, are rejected one by one."""
     levels = [f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]" for n in range(1, 10)]
     found = mistakes(tmp_path, "l0: &l0 [x]\n" + "\n".join(levels) + "\n")
     assert sum("aliases" in message for _, _, message in found) == 81
@@ -341,12 +340,12 @@ def test_alias_bomb_is_not_expanded(tmp_path: Path) -> None:
 
 
 def test_number_of_reported_mistakes_is_limited(tmp_path: Path) -> None:
-    """A file of nothing but mistakes gets its first ten thousand told."""
+    """At most ten thousand mistakes are reported."""
     assert len(mistakes(tmp_path, "a: [" + "*a," * 50_000 + "]")) == 10_000
 
 
 def test_too_many_tasks_are_rejected(tmp_path: Path) -> None:
-    """More than a hundred thousand tasks are refused at the list."""
+    """More than a hundred thousand tasks are rejected at the list."""
     [(line, column, message)] = mistakes(tmp_path, HEAD + "tasks:\n" + "-\n" * 100_001)
     assert (line, column) == (4, 1)
     assert "there are 100001 tasks: split them" in message
@@ -354,6 +353,6 @@ def test_too_many_tasks_are_rejected(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("use", ["comand", "zzz"])
 def test_options_of_an_unknown_type_are_not_validated(tmp_path: Path, use: str) -> None:
-    """Options of an adapter whose type is unknown are not judged."""
+    """The options of an unknown adapter type have no schema."""
     found = mistakes(tmp_path, f"version: 1\nadapters: {{x: {{use: {use}, whatever: 1}}}}\n{TASKS}")
     assert [place[:2] for place in found] == [(2, 21)]

@@ -1,4 +1,4 @@
-"""The small rules of the file: durations, names, branches, plain words, circles."""
+"""Value rules of the file: durations, names, branches, plain scalars, dependency cycles."""
 
 import subprocess
 from typing import Any
@@ -28,13 +28,13 @@ from orchestrator.domain.settings.quantities import format_duration, parse_durat
     ],
 )
 def test_duration_is_parsed(text: str, seconds: float) -> None:
-    """A duration is the sum of its parts, in seconds."""
+    """A duration is the sum of its parts in seconds."""
     assert parse_duration(text) == pytest.approx(seconds)
 
 
 @given(st.integers(1, 30 * 86_400_000))
 def test_duration_is_formatted_as_parsed(milliseconds: int) -> None:
-    """What is formatted parses to the same, to the millisecond."""
+    """To the millisecond."""
     assert round(parse_duration(format_duration(milliseconds / 1000)) * 1000) == milliseconds
 
 
@@ -67,14 +67,12 @@ def test_duration_is_formatted_as_parsed(milliseconds: int) -> None:
     ],
 )
 def test_invalid_duration_is_rejected(value: Any) -> None:
-    """Anything else is refused, with what would be right."""
     with pytest.raises(ValueError, match=r".+: .+"):
         parse_duration(value)
 
 
 @pytest.mark.parametrize("name", ["a", "A-1", "0", "a.b_c-d", "x" * 64, "a.lockx"])
 def test_name_is_accepted(name: str) -> None:
-    """Letters, digits, dots, underscores and hyphens make an id."""
     assert check_name(name) == name
 
 
@@ -82,7 +80,6 @@ def test_name_is_accepted(name: str) -> None:
     "name", ["", ".a", "-a", "_a", "a.", "a..b", "a.lock", "a/b", "a b", "ä", "x" * 65, "a\n", "a~1", "a:b", "@"]
 )
 def test_invalid_name_is_rejected(name: str) -> None:
-    """What git or a file system would choke on is no id."""
     with pytest.raises(ValueError, match="can't be a name: "):
         check_name(name)
 
@@ -137,7 +134,7 @@ BRANCHES = [
 
 @pytest.mark.parametrize("name", BRANCHES)
 def test_branch_rules_are_those_of_git(name: str) -> None:
-    """The check agrees with `git check-ref-format --branch`."""
+    """Compared with `git check-ref-format --branch`."""
     asked = subprocess.run(["git", "check-ref-format", "--branch", name], capture_output=True, check=False)
     try:
         check_branch(name)
@@ -149,7 +146,7 @@ def test_branch_rules_are_those_of_git(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["refs/heads/main", "@"])
 def test_branch_is_accepted(name: str) -> None:
-    """What git takes for a branch, but nobody means as one, is refused: a full ref, and the short word for HEAD."""
+    """Two names that git accepts are rejected: full refs and the alias of HEAD."""
     with pytest.raises(ValueError, match="can't be a branch"):
         check_branch(name)
 
@@ -180,20 +177,19 @@ def test_branch_is_accepted(name: str) -> None:
     ],
 )
 def test_plain_word_is_accepted(text: str, value: Any) -> None:
-    """Plain words follow the core schema of YAML 1.2."""
     found = resolve_plain(text)
     assert (found, type(found)) == (value, type(value))
 
 
 @pytest.mark.parametrize("text", ["9223372036854775808", "-9223372036854775808", "1e309", ".inf", "-.INF", ".nan"])
 def test_unrepresentable_number_is_rejected(text: str) -> None:
-    """Numbers that JSON could not carry are refused."""
+    """JSON cannot carry them."""
     with pytest.raises(ValueError, match="this number is"):
         resolve_plain(text)
 
 
 def test_circles_are_found() -> None:
-    """Each knot of tasks is found, each task is in one circle at most, what only leads there is in none."""
+    """One cycle per strongly connected group of tasks; tasks that only lead to a cycle are in none."""
     needs = {
         "in": ["a"],
         "a": ["b"],
@@ -209,18 +205,18 @@ def test_circles_are_found() -> None:
 
 
 def test_circle_behind_another_branch_is_found() -> None:
-    """A second circle through a task before a found one is found as well."""
+    """A second cycle through a task that precedes a found one."""
     needs = {"a": ["b", "d"], "b": ["c"], "c": ["b"], "d": ["a"]}
     assert [sorted(circle) for circle in find_cycles(needs)] == [["b", "c"], ["a", "d"]]
 
 
 def test_circle_behind_a_circle_is_found() -> None:
-    """A second circle further along the way is found as well."""
+    """A second cycle further along the same path."""
     needs = {"a": ["b"], "b": ["a", "c"], "c": ["d"], "d": ["c"]}
     assert [sorted(circle) for circle in find_cycles(needs)] == [["a", "b"], ["c", "d"]]
 
 
 def test_graph_without_circles_has_none() -> None:
-    """A lattice with many ways has none, and takes no longer for it."""
+    """A lattice with many paths takes linear time."""
     needs = {f"t{n}": [f"t{m}" for m in range(max(0, n - 20), n)] for n in range(5000)}
     assert find_cycles(needs) == []

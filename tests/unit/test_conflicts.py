@@ -1,4 +1,4 @@
-"""Updates of one document, by examples."""
+"""Conflicting updates of one document, by examples."""
 
 from __future__ import annotations
 
@@ -30,12 +30,11 @@ GONE = DocumentUpdate("x", 3.0, "cleo", None)
     ],
 )
 def test_each_strategy_has_its_result(strategy: str, value: object) -> None:
-    """By time, not by the order in which the updates are given."""
     assert resolve_updates([LATE, EARLY], strategy) == Resolved(value)  # type: ignore[arg-type]  # it is one
 
 
 def test_deletion_wins_or_adds_nothing() -> None:
-    """It is an update as any other, but in a merge there is nothing of it."""
+    """A deletion competes like any update, and contributes nothing to a merge."""
     assert resolve_updates([GONE, LATE]) == Resolved(None)
     assert resolve_updates([GONE, LATE], ConflictStrategy.FIRST_WRITE_WINS) == Resolved(LATE.value)
     assert resolve_updates([GONE, LATE], ConflictStrategy.MERGE) == Resolved(LATE.value)
@@ -43,7 +42,7 @@ def test_deletion_wins_or_adds_nothing() -> None:
 
 
 def test_updates_of_equal_time_are_ordered() -> None:
-    """What was given later is later."""
+    """Of equal times, the later argument is later."""
     one, two = DocumentUpdate("x", 1.0, "ada", {"n": 1}), DocumentUpdate("x", 1.0, "bob", {"n": 2})
     assert (
         resolve_updates([one, two])
@@ -58,13 +57,13 @@ def test_updates_of_equal_time_are_ordered() -> None:
 
 
 def test_only_keys_with_several_updates_compete() -> None:
-    """A single update is no conflict."""
+    """A single update is not a conflict."""
     other = DocumentUpdate("y", 1.0, "ada", {})
     assert find_competing([LATE, other, EARLY]) == {"x": [EARLY, LATE]}
 
 
 def test_unknown_strategy_names_the_known_ones() -> None:
-    """The mistake and what would be right."""
+    """The error names the mistake and the valid strategies."""
     with pytest.raises(RefusedError) as caught:
         resolve_updates([EARLY], "newest")
     assert str(caught.value) == (

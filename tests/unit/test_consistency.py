@@ -1,4 +1,4 @@
-"""What is recorded of a task's way through its workflow: each rule by a record that breaks it."""
+"""The consistency rules of workflow records, each by a record that violates it."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ DATA = {"plan": PLAN, "build": {"artifacts": {"a.py": SUM}}, "review": {"verdict
 
 
 def handoff(phase: str, attempt: int, to: str | None, **told: Any) -> Handoff:
-    """Return what an attempt at a phase handed over."""
+    """Return the handoff of an attempt at a phase."""
     facts = {"kind": phase, "protocol": "direct", "phase": phase, "to": to, "time": 1.0, "by": "file", **told}
     return make_handoff("run", "task", attempt, facts.pop("data", DATA[phase]), **facts)
 
 
 def attempts(*phases: str) -> tuple[Attempt, ...]:
-    """Return attempts at these phases, all over."""
+    """Return ended attempts at these phases."""
     return tuple(
         Attempt(number=number, adapter="x", base=COMMIT, started=float(number), ended=number + 0.5, phase=phase)
         for number, phase in enumerate(phases, start=1)
@@ -45,13 +45,13 @@ def attempts(*phases: str) -> tuple[Attempt, ...]:
 
 
 def visit(phase: str, number: int, **told: Any) -> PhaseRecord:
-    """Return a visit that was complete by one attempt."""
+    """Return a visit completed by one attempt."""
     facts = {"status": PhaseStatus.COMPLETED, "started": float(number), "ended": number + 0.5, "attempts": (number,)}
     return PhaseRecord(phase=phase, **{**facts, "handoff": f"run/task/{number}", **told})
 
 
 def whole() -> WorkflowRecord:
-    """Return the facts of a task whose work waits to land, with nothing wrong."""
+    """Return the valid facts of a task that is queued to land."""
     first = acknowledge(handoff("plan", 1, "build"), "build", 2, 2.0)
     second = acknowledge(handoff("build", 2, "review"), "review", 3, 3.0)
     third = handoff("review", 3, None)
@@ -67,7 +67,7 @@ def whole() -> WorkflowRecord:
 
 
 def changed(facts: WorkflowRecord, number: int | None = None, **changes: Any) -> WorkflowRecord:
-    """Return facts with changes to the document, or to the visit of that number."""
+    """Return facts with changes to the document, or to the visit with this index."""
     document = facts.document
     if number is not None:
         phases = [*document.phases]
@@ -77,20 +77,18 @@ def changed(facts: WorkflowRecord, number: int | None = None, **changes: Any) ->
 
 
 def rules(facts: WorkflowRecord) -> set[str]:
-    """Return the rules that are broken; each says where and what to do."""
     found = check_workflow(facts, {})
     assert all("task" in one.place and one.what and one.remedy for one in found), found
     return {one.rule for one in found}
 
 
 def with_handoff(facts: WorkflowRecord, number: int, **changes: Any) -> WorkflowRecord:
-    """Return facts with one handoff changed."""
+    """Return facts with one changed handoff."""
     id_ = f"run/task/{number}"
     return replace(facts, handoffs={**facts.handoffs, id_: facts.handoffs[id_].model_copy(update=changes)})
 
 
 def test_complete_record_has_no_violation() -> None:
-    """Also one that is under way, one that was sent back, and one without phases."""
     facts = whole()
     assert rules(facts) == set()
     document = facts.document
@@ -98,7 +96,7 @@ def test_complete_record_has_no_violation() -> None:
     kept = {id_: one for id_, one in facts.handoffs.items() if one.attempt < 3}
     assert rules(changed(replace(begun, handoffs=kept), status=TaskStatus.RUNNING)) == set()
     assert rules(WorkflowRecord("run", "task", Workflow(), TaskDocument(status=TaskStatus.DONE))) == set()
-    # A second way through the last two phases, after a rejection.
+    # A second pass through the last two phases, after a rejection.
     rejected = handoff("review", 3, None, data={"verdict": "reject", "findings": [{"message": "m"}]})
     first = acknowledge(facts.handoffs["run/task/1"], "build", 4, 4.0)
     fourth = acknowledge(handoff("build", 4, "review"), "review", 5, 5.0)
@@ -153,26 +151,26 @@ BROKEN: list[tuple[str, Any]] = [
 
 @pytest.mark.parametrize(("rule", "broken"), BROKEN, ids=[f"{n} {rule}" for n, (rule, _) in enumerate(BROKEN)])
 def test_violation_is_found(rule: str, broken: Any) -> None:
-    """By the rule that it breaks."""
+    """Reported under the rule that the record violates."""
     assert rule in rules(broken(whole()))
 
 
 def test_foreign_receipt_is_found() -> None:
-    """What was received says what it was."""
+    """A visit must have received its own handoff."""
     facts = whole()
     receipt = facts.handoffs["run/task/1"].receipts[0].model_copy(update={"digest": "sha256:0"})
     assert rules(with_handoff(facts, 1, receipts=(receipt,))) == {"chain.received"}
 
 
 def test_attempts_after_a_restore_need_no_visit() -> None:
-    """They stay on record, and are no mistake."""
+    """A restore keeps the records of later attempts."""
     facts = whole()
     more = changed(facts, attempts=attempts("plan", "build", "review", "build"))
     assert rules(changed(more, current=3)) == set()
 
 
 def session(attempt: int, status: SessionStatus, updated: float) -> SessionContext:
-    """Return what a session says of itself."""
+    """Return the status record of a session."""
     return SessionContext(
         run="run", task="task", attempt=attempt, adapter="x", orchestrator="o", scope="s", status=status,
         started=0.0, updated=updated,
@@ -190,7 +188,7 @@ def session(attempt: int, status: SessionStatus, updated: float) -> SessionConte
     ],
 )
 def test_session_without_a_task_is_found(attempt: int, status: SessionStatus, age: float, found: set[str]) -> None:
-    """One that is done for long and has not ended keeps its task waiting."""
+    """A completed session that never ended keeps its task waiting."""
     facts = whole()
     begun = changed(facts, 2, status=PhaseStatus.IN_PROGRESS, ended=None, handoff=None, verdict=None)
     running = begun.document.attempts[2].model_copy(update={"ended": None})
@@ -202,7 +200,7 @@ def test_session_without_a_task_is_found(attempt: int, status: SessionStatus, ag
 
 
 def test_plugin_rules_are_checked() -> None:
-    """Each by its name; one that fails is found, and hides no other."""
+    """A failing rule is reported by name and does not hide the others."""
     mine = Violation("mine", "task", "no", "do")
     constraints: dict[str, Any] = {
         "broken": lambda facts: facts.gone,

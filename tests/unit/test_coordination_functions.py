@@ -1,4 +1,4 @@
-"""docs/coordination.md and its part of docs/function-mapping.md agree with the code."""
+"""docs/coordination.md and its part of docs/function-mapping.md match the code."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ TEN: Final = (
     "test_parallel_execution_workflow",
 )
 
-#: The tables of functions; behind each is one of something else, of two columns.
+# The tables of functions; each is followed by another table of two columns.
 FUNCTIONS: Final = [row for name in (CLAIMS, SESSIONS) for row in rows(sections(MAPPING)[name]) if len(row) == 3]
-#: What else stands in code: keys, values and arguments, and the name of a logger.
+# Other words in code spans: keys, values, arguments, and the name of a logger.
 _WORDS: Final = {
     *("async with", "continue", "enabled", "heartbeat_interval", "max_retries", "orchestrator.claims", "override"),
     *("owner_stale_after", "pause", "stale_after", "when_unreachable"),
@@ -48,18 +48,17 @@ _WORDS: Final = {
 
 
 class TestFunctions(ReplacedFunctionsContract):
-    """Of both tables."""
+    """Check both tables of functions."""
 
     functions = FUNCTIONS
     fewest = 40
 
     def is_word(self, name: str) -> bool:
-        """Keys, values, arguments, and a logger."""
+        """Accept keys, values, arguments and a logger."""
         return name in _WORDS
 
 
 def test_ten_parallel_session_tests_exist() -> None:
-    """By their names, in one file."""
     for name in TEN:
         whole = f"tests/integration/test_coordination.py::{name}"
         check_test(whole)
@@ -67,13 +66,13 @@ def test_ten_parallel_session_tests_exist() -> None:
 
 
 def test_each_variable_is_in_the_example() -> None:
-    """And none of the example's is missing."""
+    """And the example has no others."""
     named = {row[0].strip("`") for row in rows(sections(MAPPING)[CLAIMS]) if row[0].startswith(("`SHARED", "`TASK"))}
     assert named == set(re.findall(r"^([A-Z_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
 
 
 def test_record_fields_and_bounds_match_the_code() -> None:
-    """None is left out, and none is told that is not there."""
+    """Both ways: none is missing and none is invented."""
     told = {name for row in rows(sections(PAGE)["Session context"]) for name in re.findall(r"`(\w+)`", row[0])}
     assert told == set(SessionContext.model_fields)
     text = " ".join(PAGE.split())

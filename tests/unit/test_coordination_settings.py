@@ -1,4 +1,4 @@
-"""What holds of a shared run: options above the environment above the file; mistakes where they were made."""
+"""Coordination settings: options override the environment, which overrides the file."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def refused(environ: dict[str, str], options: CoordinationOverrides | None = Non
 
 
 def test_example_environment_has_each_variable_with_its_default() -> None:
-    """`.env.example` changes nothing where it is taken as it is, and names nothing else."""
+    """`.env.example` used unchanged equals the defaults, and has no other variables."""
     assert LINES.keys() == set(ENVIRONMENT_VARIABLES.values())
     assert read_environment(LINES).given() == {key: getattr(DEFAULT, key) for key in ENVIRONMENT_VARIABLES}
     assert resolve_coordination(DEFAULT, LINES) == DEFAULT
@@ -59,13 +59,13 @@ def test_example_environment_has_each_variable_with_its_default() -> None:
     ],
 )
 def test_each_variable_is_read(variable: str, text: str, key: str, value: float | bool) -> None:
-    """It stands above what the file says, and an empty one says nothing."""
+    """A variable overrides the file; an empty one is ignored."""
     assert resolve_coordination(DEFAULT, {variable: text}) == DEFAULT.model_copy(update={key: value})
     assert resolve_coordination(DEFAULT, {variable: " "}) == DEFAULT
 
 
 def test_options_override_the_environment_which_overrides_the_file(tmp_path: Path) -> None:
-    """Key by key: what is not given in one place comes from the next."""
+    """Each key is resolved by itself."""
     file = loaded(tmp_path, "{heartbeat_interval: 10s, stale_after: 100s, max_retries: 7, when_unreachable: continue}")
     environ = {"SHARED_STATE_STALE_THRESHOLD_MS": "200000", "SHARED_STATE_MAX_RETRIES": "8"}
     found = resolve_coordination(file, environ, CoordinationOverrides(max_retries=9))
@@ -75,7 +75,7 @@ def test_options_override_the_environment_which_overrides_the_file(tmp_path: Pat
 
 
 def test_empty_file_gets_the_defaults(tmp_path: Path) -> None:
-    """They are defined once."""
+    """The defaults are defined once."""
     assert loaded(tmp_path, "{}") == DEFAULT
     assert DEFAULT.model_dump(include={"heartbeat_interval", "stale_after", "owner_stale_after", "max_retries"}) == {
         "heartbeat_interval": 60.0,
@@ -86,7 +86,7 @@ def test_empty_file_gets_the_defaults(tmp_path: Path) -> None:
 
 
 def test_every_key_is_accepted(tmp_path: Path) -> None:
-    """None of them is dropped on the way, and what was resolved survives being recorded."""
+    """No key is dropped, and the resolved settings survive being recorded."""
     section = (
         "{enabled: false, heartbeat_interval: 1s, stale_after: 3s, owner_stale_after: 4s, sweep_interval: 5s, "
         "max_retries: 6, when_unreachable: continue, role: worker, tools: false, lock_timeout: 7s}"
@@ -115,7 +115,7 @@ def test_every_key_is_accepted(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_mistake_has_its_position(tmp_path: Path, section: str, column: int, message: str) -> None:
-    """With what would be right, which for two durations that contradict each other is either of them."""
+    """The message has the fix; for two contradicting durations it names both."""
     with pytest.raises(ConfigError) as caught:
         loaded(tmp_path, section)
     (problem,) = caught.value.problems
@@ -135,20 +135,19 @@ def test_mistake_has_its_position(tmp_path: Path, section: str, column: int, mes
     ],
 )
 def test_unreadable_variable_is_named(variable: str, text: str, remedy: str) -> None:
-    """With what to write."""
+    """The message says what to write."""
     assert refused({variable: text}).startswith(f"{variable} can't be {text!r}: ")
     assert remedy in refused({variable: text})
 
 
 def test_all_mistakes_of_the_environment_are_reported_at_once() -> None:
-    """Each by its name."""
+    """Each by its variable."""
     told = refused({"SHARED_STATE_ENABLED": "x", "SHARED_STATE_MAX_RETRIES": "y"})
     assert "SHARED_STATE_ENABLED" in told
     assert "SHARED_STATE_MAX_RETRIES" in told
 
 
 def test_contradiction_is_reported_for_its_source() -> None:
-    """Variables by their names and in milliseconds, options as they are typed."""
     told = refused({"SHARED_STATE_STALE_THRESHOLD_MS": "30000"})
     assert "`heartbeat_interval` (1m) is more than a third of SHARED_STATE_STALE_THRESHOLD_MS (30000)" in told
     assert "write at most SHARED_STATE_HEARTBEAT_INTERVAL_MS=10000" in told
@@ -156,11 +155,10 @@ def test_contradiction_is_reported_for_its_source() -> None:
     told = refused({}, CoordinationOverrides(stale_after=10.0))
     assert "more than a third of --stale (10s): write at most --heartbeat 3s333ms, or at least --stale 3m" in told
     told = refused({}, CoordinationOverrides(stale_after=700.0))
-    assert "or at least TASK_CLAIM_OWNER_STALE_TTL_MS=700000" in told, "there is no option for it"
+    assert "or at least TASK_CLAIM_OWNER_STALE_TTL_MS=700000" in told, "no option sets this value"
 
 
 def test_options_reach_the_command() -> None:
-    """As one value, beside its own."""
     got = []
 
     @click.command()

@@ -1,4 +1,4 @@
-"""Where credentials are looked for."""
+"""The search for CLI credentials."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from orchestrator.sandbox.credentials import find_credentials
 
 
 def made(path: Path) -> Path:
-    """Make a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("secret")
     return path
 
 
 def test_credentials_are_found_at_home_and_by_variables(tmp_path: Path) -> None:
-    """Only those that are there; relative values and empty ones name nothing."""
+    """Only existing ones; relative and empty values are ignored."""
     home, moved = tmp_path / "home", tmp_path / "moved"
     found = [made(home / name) for name in (".netrc", ".aws/credentials", ".config/sops/age/keys.txt")]
     elsewhere = [made(moved / name) for name in ("gh/hosts.yml", "kube", "more", "gnupg/key")]

@@ -1,4 +1,4 @@
-"""The difference between two versions of a document, by examples."""
+"""Deltas between two versions of a document, by examples."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NEW = {
 
 
 def test_delta_has_added_modified_and_removed_fields() -> None:
-    """By path: into objects and lists of objects; other lists are one value, and so is what is new as a whole."""
+    """Paths lead into objects and lists of objects; other lists and new values count as one value."""
     assert compute_delta(OLD, NEW) == Delta(
         added={("attempts", 1): {"number": 2}, ("landed",): {"commit": "c0ffee"}},
         modified={
@@ -48,7 +48,7 @@ def test_delta_has_added_modified_and_removed_fields() -> None:
 
 
 def test_line_describes_a_change() -> None:
-    """In order of the paths; a null is a value, and what is absent is none."""
+    """In path order; null is a value, an absent field is none."""
     assert format_delta(compute_delta(OLD, NEW)) == [
         "attempts[0].ended: null → 2.5",
         'attempts[1]: absent → {"number": 2}',
@@ -62,7 +62,7 @@ def test_line_describes_a_change() -> None:
 
 
 def test_long_value_is_shortened_in_the_middle() -> None:
-    """Its beginning and its end are shown, and no more characters than were asked for."""
+    """The result has its beginning, its end, and at most the requested length."""
     (line,) = format_delta(compute_delta({"log": "a" * 500 + "end"}, {"log": "\x1b[2J\n"}), longest=12)
     assert line == r'log: "aaaaaaa…nd" → "\u001b[…\n"'
     for longest in range(1, 9):
@@ -71,14 +71,13 @@ def test_long_value_is_shortened_in_the_middle() -> None:
 
 
 def test_list_replaced_by_an_object_is_one_change() -> None:
-    """An empty list and an empty object have no items, and are not the same."""
     assert compute_delta({"x": []}, {"x": {}}).modified == {("x",): Modified([], {})}
     assert compute_delta({"x": [{}]}, {"x": [{}, 1]}).modified == {("x",): Modified([{}], [{}, 1])}
     assert compute_delta({"x": []}, {"x": []}) == Delta({}, {}, {})
 
 
 def test_order_of_members_is_ignored() -> None:
-    """Nor in an object inside a list that is one value."""
+    """Also in objects inside lists that count as one value."""
     one, other = {"a": 1, "b": 2}, {"b": 2, "a": 1}
     assert compute_delta({"x": one, "y": [1, one], "z": [one]}, {"z": [other], "y": [1, other], "x": other}) == Delta(
         {}, {}, {}
@@ -86,7 +85,7 @@ def test_order_of_members_is_ignored() -> None:
 
 
 def test_records_at_the_end_of_a_list_are_added_and_removed() -> None:
-    """Several at once, in their order."""
+    """Several at once, in order."""
     one, three = {"x": [{"n": 1}]}, {"x": [{"n": 1}, {"n": 2}, {"n": 3}]}
     delta = compute_delta(one, three)
     assert delta == Delta({("x", 1): {"n": 2}, ("x", 2): {"n": 3}}, {}, {})
@@ -95,7 +94,7 @@ def test_records_at_the_end_of_a_list_are_added_and_removed() -> None:
 
 
 def test_exported_delta_is_plain_json() -> None:
-    """Paths are lists there, for a JSON object has only text for names."""
+    """Paths are lists, since JSON objects have text keys only."""
     assert delta_to_json(compute_delta({"x": [{}], "z": 1}, {"x": [{"y": 2}], "n": [], "z": 3})) == {
         "added": [{"path": ["x", 0, "y"], "new": 2}, {"path": ["n"], "new": []}],
         "modified": [{"path": ["z"], "old": 1, "new": 3}],
@@ -115,7 +114,7 @@ def test_exported_delta_is_plain_json() -> None:
     ],
 )
 def test_delta_of_another_version_is_rejected(document: dict[str, Any], what: str) -> None:
-    """It says where the document is not what the delta was made from, and the document stays as it is."""
+    """The error names the first difference, and the document is unchanged."""
     delta = compute_delta({"a": 1, "l": [{}]}, {"a": 3, "l": [{}, {}], "n": 4})
     with pytest.raises(RefusedError) as caught:
         apply_delta(document, delta)
@@ -123,7 +122,7 @@ def test_delta_of_another_version_is_rejected(document: dict[str, Any], what: st
 
 
 def test_rest_of_a_longer_list_is_kept() -> None:
-    """What was removed from the end is not removed from the middle."""
+    """Records removed at the end are not removed elsewhere."""
     delta = compute_delta({"l": [{}, {}]}, {"l": [{}]})
     with pytest.raises(RefusedError) as caught:
         apply_delta({"l": [{}, {}, {"n": 1}]}, delta)
@@ -131,7 +130,7 @@ def test_rest_of_a_longer_list_is_kept() -> None:
 
 
 def test_field_of_a_non_object_is_rejected() -> None:
-    """A text has none, nor a list."""
+    """Text and lists have no fields."""
     delta = compute_delta({"x": {}}, {"x": {"y": 1}})
     others: list[Any] = [5, [], None]
     for value in others:

@@ -1,4 +1,4 @@
-"""What sessions were denied, from what their programs were recorded to print."""
+"""Denied actions of sessions, from recorded CLI output."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BYPASS = "permission_mode: bypassPermissions"
 @pytest.mark.parametrize(
     ("adapter", "recording", "tools", "remedy"),
     [
-        # 2.1.197 names it in its result alone, 2.1.330 when it happens, too: that is one denial.
+        # 2.1.197 reports it in the result only, 2.1.330 also when it happens: one denial.
         (ClaudeCodeAdapter(ClaudeCodeOptions()), "claude-code/refused", ("Write(/work/.git/hooks/x)",), BYPASS),
         (ClaudeCodeAdapter(ClaudeCodeOptions()), "claude-code/denied", ("Bash(python3 -c 'print(1)')",), BYPASS),
         (ClaudeCodeAdapter(ClaudeCodeOptions(permission_mode="bypassPermissions")), "claude-code/refused",
@@ -40,7 +40,7 @@ BYPASS = "permission_mode: bypassPermissions"
     ],
 )  # fmt: skip
 def test_denied_tool_is_counted_once(adapter: Adapter, recording: str, tools: tuple[str, ...], remedy: str) -> None:
-    """With the tool, what it was to do, and what allows it."""
+    """With its tool, its argument and the setting that allows it."""
     folder, name = recording.split("/")
     lines = read_recordings(TRANSCRIPTS / folder)[name].stdout
     said = reduce(Transcript.after, (event for line in lines for event in adapter.parse(line)), Transcript())
@@ -51,7 +51,7 @@ def test_denied_tool_is_counted_once(adapter: Adapter, recording: str, tools: tu
 
 
 def test_denied_tool_of_an_early_end_is_named() -> None:
-    """Without its result only the reason is known, not what the tool was to do."""
+    """Without a result only the reason is known, not the argument."""
     adapter = ClaudeCodeAdapter(ClaudeCodeOptions())
     lines = [line for line in read_recordings(TRANSCRIPTS / "claude-code")["denied"].stdout if '"result"' not in line]
     said = reduce(Transcript.after, (event for line in lines for event in adapter.parse(line)), Transcript())

@@ -1,4 +1,4 @@
-"""What an agent wrote is shown to whoever reviews it: no line of a difference hides, moves or passes for another."""
+"""Diffs written by agents are safe to review: no line hides, moves or imitates another."""
 
 from __future__ import annotations
 
@@ -52,7 +52,6 @@ HIDING = {
 def test_hidden_characters_of_a_diff_are_shown(
     what: str, color: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only our own colours reach the terminal, around whole lines; the rest of the line can be read."""
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     line = f"+import os; {HIDING[what]}os.system('evil') # fine"
     Output(as_json=False).difference(f"@@ -1 +1 @@\n{line}\n context\n".encode(), color=color)
@@ -68,13 +67,13 @@ def test_hidden_characters_of_a_diff_are_shown(
 
 
 def test_diff_for_a_program_is_exact(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
-    """It is a patch: it must apply."""
+    """Output to a program is a patch that must apply."""
     patch = b"+\x1b[8mhidden\xff\r\n\\ No newline at end of file"
     Output(as_json=False).difference(patch, color=False)
     assert capfdbinary.readouterr().out == patch
 
 
 def test_visible_text_is_unchanged() -> None:
-    """Letters of any script, tabs, and pictures in either style."""
+    """Letters of any script, tabs, and emoji in both styles."""
     for text in ("\tif x:", "naïve «ça»", "日本語", "✔\ufe0f done", "e\u0301"):
         assert escape_unprintable(text) == text

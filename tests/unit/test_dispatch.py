@@ -1,4 +1,4 @@
-"""The order of starts, adapters' limits, paths that only one may change, and tasks that come back."""
+"""Dispatch: start order, adapter capacity, path ownership, and retried tasks."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def started(board: DispatchBoard, free: int = 9, now: float = 0.0) -> list[str]:
 
 
 def owners(**owns: str) -> dict[str, DispatchEntry]:
-    """Return tasks by what they own, each with an adapter of its own name."""
+    """Return tasks by their owned paths, each with an adapter of its own."""
     return {task: DispatchEntry(adapter=task, owns=(pattern,)) for task, pattern in owns.items()}
 
 
 def test_higher_priority_starts_first_then_file_order() -> None:
-    """Priority, then the file's order."""
+    """Tasks of equal priority start in file order."""
     board = DispatchBoard(
         {
             "a": DispatchEntry(),
@@ -33,7 +33,7 @@ def test_higher_priority_starts_first_then_file_order() -> None:
 
 @pytest.mark.parametrize(("age", "first"), [(AGING_SECONDS * 2 - 1, "new"), (AGING_SECONDS * 2 + 1, "old")])
 def test_waiting_compensates_priority(age: float, first: str) -> None:
-    """A task that has waited `AGING_SECONDS` seconds longer for each level is ahead."""
+    """`AGING_SECONDS` seconds of waiting outweigh one priority level."""
     board = DispatchBoard(
         {"gate": DispatchEntry(), "old": DispatchEntry(), "new": DispatchEntry(("gate",), priority=2)}
     )
@@ -44,7 +44,7 @@ def test_waiting_compensates_priority(age: float, first: str) -> None:
 
 
 def test_retry_ages_from_its_due_time() -> None:
-    """What comes back from a wait is behind what was ready before that."""
+    """A task that becomes due queues behind tasks that were ready earlier."""
     board = DispatchBoard({"a": DispatchEntry(), "b": DispatchEntry()})
     assert started(board, 1) == ["a"]
     board.wait("a", 5.0)
@@ -53,7 +53,7 @@ def test_retry_ages_from_its_due_time() -> None:
 
 
 def test_adapter_capacity_limits_its_sessions() -> None:
-    """A full adapter lets others pass; each session that is over makes room for one more."""
+    """Tasks of other adapters pass; each ended session frees a slot."""
     board = DispatchBoard(
         {"a": DispatchEntry(adapter="x"), "b": DispatchEntry(adapter="x"), "c": DispatchEntry(adapter="y")}, {"x": 1}
     )
@@ -64,7 +64,7 @@ def test_adapter_capacity_limits_its_sessions() -> None:
 
 
 def test_adapter_after_a_cooldown_starts() -> None:
-    """Others go on meanwhile; the longest of two parks counts."""
+    """Others start meanwhile; the longer of two cooldowns counts."""
     board = DispatchBoard({"a": DispatchEntry(adapter="x"), "b": DispatchEntry(adapter="y")})
     board.park("x", 60.0)
     board.park("x", 30.0)
@@ -76,7 +76,7 @@ def test_adapter_after_a_cooldown_starts() -> None:
 
 
 def test_cooldown_is_awaited_only_for_ready_tasks() -> None:
-    """Neither an adapter without tasks nor a closed one names a time."""
+    """Neither an adapter without tasks nor a disabled one sets a wake-up time."""
     board = DispatchBoard({"a": DispatchEntry(adapter="x"), "b": DispatchEntry(adapter="y")})
     board.park("z", 60.0)
     assert started(board) == ["a", "b"]
@@ -89,7 +89,7 @@ def test_cooldown_is_awaited_only_for_ready_tasks() -> None:
 
 
 def test_tasks_of_a_disabled_adapter_are_not_work() -> None:
-    """Neither ready nor waiting ones start again; what they hold up is not blocked, only left."""
+    """Neither ready nor waiting ones start again; their dependents are left over, not blocked."""
     board = DispatchBoard(
         {"a": DispatchEntry(adapter="x"), "b": DispatchEntry(("a",), adapter="y"), "c": DispatchEntry(adapter="y")}
     )
@@ -100,7 +100,7 @@ def test_tasks_of_a_disabled_adapter_are_not_work() -> None:
 
 @pytest.mark.parametrize("end", ["landed", "ended", "wait"])
 def test_paths_are_free_after_their_task_ended(end: str) -> None:
-    """Whoever owns the path too starts when the first has landed, has ended, or waits; not when it is only built."""
+    """Paths are released by landing, by an end and by waiting, but not by being built."""
     board = DispatchBoard(owners(a="src/**", b="src/app.py", c="docs/"))
     assert started(board) == ["a", "c"]
     assert board.has_work()
@@ -111,7 +111,7 @@ def test_paths_are_free_after_their_task_ended(end: str) -> None:
 
 
 def test_task_held_by_a_queued_one_is_not_work() -> None:
-    """Nothing but a landing lets it start, and a scheduler that gave up landing has to end."""
+    """Only a landing could start it, so a scheduler without landings must end."""
     board = DispatchBoard(owners(a="src/**", b="src/app.py"))
     started(board)
     assert board.has_work()
@@ -123,7 +123,7 @@ def test_task_held_by_a_queued_one_is_not_work() -> None:
 
 
 def test_first_held_task_reserves_its_paths() -> None:
-    """What overlaps with it and comes behind it waits, so that it starts as soon as its paths are free."""
+    """Later overlapping tasks wait, so that it starts once its paths are free."""
     board = DispatchBoard(owners(live="a", held="*", behind="b", other="c/d"))
     assert started(board) == ["live", "other"]
     board.landed("live")
@@ -133,7 +133,7 @@ def test_first_held_task_reserves_its_paths() -> None:
 
 
 def test_better_held_task_takes_over_the_reservation() -> None:
-    """What only the former reservation held up starts."""
+    """Tasks held only by the former reservation start."""
     tasks = owners(live="a", former="*.py", behind="x.py") | {
         "gate": DispatchEntry(),
         "better": DispatchEntry(("gate",), "z", 5, ("a",)),
@@ -149,7 +149,7 @@ def test_better_held_task_takes_over_the_reservation() -> None:
     ("what", "later"), [("park", ["held"]), ("close", []), ("ended", [])], ids=["parked", "closed", "cancelled"]
 )
 def test_held_task_that_can_not_start_reserves_nothing(what: str, later: list[str]) -> None:
-    """Whether its adapter is parked or closed, or it was cancelled: what waited for it goes on at once."""
+    """With a parked or disabled adapter, or cancelled, it holds nobody back."""
     board = DispatchBoard(owners(live="a", held="*", behind="b"))
     assert started(board) == ["live"]
     match what:
@@ -167,7 +167,7 @@ def test_held_task_that_can_not_start_reserves_nothing(what: str, later: list[st
 
 
 def test_reservation_outlasts_a_full_adapter() -> None:
-    """What overlaps with it does not slip in while it waits for room at its adapter."""
+    """Overlapping tasks do not start while it waits for adapter capacity."""
     tasks = owners(live="a", held="*", behind="b") | {"full": DispatchEntry(adapter="held", owns=("f/g",))}
     board = DispatchBoard(tasks, {"held": 1})
     assert started(board) == ["live", "full"]
@@ -179,7 +179,7 @@ def test_reservation_outlasts_a_full_adapter() -> None:
 
 
 def test_revived_task_unblocks_its_dependents() -> None:
-    """What another need blocks too stays blocked, and names that one."""
+    """A dependent with another failed need stays blocked and names that one."""
     board = DispatchBoard(
         {
             "a": DispatchEntry(),
@@ -204,7 +204,7 @@ def test_revived_task_unblocks_its_dependents() -> None:
 
 
 def test_cancelled_blocked_task_ends_itself() -> None:
-    """It is blocked no more; revived, it is blocked again as long as its need is."""
+    """It stops being blocked; once revived it is blocked while its need is."""
     board = DispatchBoard({"a": DispatchEntry(), "b": DispatchEntry(("a",)), "c": DispatchEntry(("b",))})
     started(board)
     board.ended("a")
@@ -217,7 +217,6 @@ def test_cancelled_blocked_task_ends_itself() -> None:
 
 
 def test_cancelled_ready_or_waiting_task_does_not_start() -> None:
-    """Cancelling is an end from wherever a task stands."""
     board = DispatchBoard({"a": DispatchEntry(), "b": DispatchEntry(), "c": DispatchEntry()})
     assert started(board, 1) == ["a"]
     board.wait("a", 5.0)
@@ -229,7 +228,7 @@ def test_cancelled_ready_or_waiting_task_does_not_start() -> None:
 
 
 def test_board_of_an_active_run_keeps_paths_of_queued_tasks() -> None:
-    """After a resume, too, nothing that overlaps starts before it has landed."""
+    """After a resume overlapping tasks start only after it landed."""
     board = DispatchBoard.of(owners(a="src/", b="src/*", c="docs"), {"a": TaskStatus.QUEUED}, {})
     assert started(board) == ["c"]
     assert board.running() == 1
@@ -238,7 +237,7 @@ def test_board_of_an_active_run_keeps_paths_of_queued_tasks() -> None:
 
 
 def test_landed_dependent_of_a_lost_need_is_not_blocked() -> None:
-    """Blocked is only what has not landed."""
+    """Only tasks that have not landed are blocked."""
     tasks = {"a": DispatchEntry(), "b": DispatchEntry(("a",)), "c": DispatchEntry(("b",))}
     board = DispatchBoard.of(tasks, {"a": TaskStatus.CONFLICT, "b": TaskStatus.LANDED}, {})
     assert board.blocked == {}
@@ -246,7 +245,6 @@ def test_landed_dependent_of_a_lost_need_is_not_blocked() -> None:
 
 
 def test_start_of_a_cancelled_or_revived_task_is_void() -> None:
-    """Whoever took a decision a moment ago can ask whether it is still good."""
     board = DispatchBoard({"a": DispatchEntry()})
     assert choose_tasks(board, 1, 0.0) == ["a"]
     assert board.is_running("a")
@@ -258,7 +256,7 @@ def test_start_of_a_cancelled_or_revived_task_is_void() -> None:
 
 
 def test_fallback_adapter_is_used_only_during_a_cooldown() -> None:
-    """What did not find room there goes back when the park is over, and takes all the room that there is then."""
+    """Tasks that found no capacity there return after the cooldown and use all the capacity there is then."""
     board = DispatchBoard({f"t{one}": DispatchEntry((), "a", 0, (), ("b",)) for one in range(5)}, {"a": 3, "b": 1})
     board.park("a", 10.0)
     assert [(task, board.adapter_of(task)) for task in started(board)] == [("t0", "b")]
@@ -277,7 +275,7 @@ def test_fallback_adapter_is_used_only_during_a_cooldown() -> None:
 
 @pytest.mark.parametrize(("is_open", "first"), [(True, []), (False, ["behind"])])
 def test_reservation_lasts_while_an_adapter_is_available(is_open: bool, first: list[str]) -> None:
-    """A held task with a fallback keeps its paths from what comes behind it; without one they are free meanwhile."""
+    """Without a fallback its paths are free meanwhile."""
     board = DispatchBoard(owners(live="a") | {"held": DispatchEntry((), "x", 0, ("*",), ("y",))} | owners(behind="b"))
     assert started(board) == ["live"]
     board.park("x", 50.0)
@@ -292,7 +290,7 @@ def test_reservation_lasts_while_an_adapter_is_available(is_open: bool, first: l
 
 
 def test_common_blocker_is_reported() -> None:
-    """Parked adapters of what is left, unless something waits for anything else: an open adapter, or a landing."""
+    """The cooldown of all remaining tasks' adapters, unless one waits for an available adapter or a landing."""
     tasks = {
         "a": DispatchEntry(adapter="x", fallback=("y", "z")),
         "b": DispatchEntry(adapter="z"),
@@ -314,7 +312,7 @@ def test_common_blocker_is_reported() -> None:
 
 @pytest.mark.parametrize("adapters", [None, ("y",)])
 def test_sync_task_of_a_retried_task_waits_for_its_needs(adapters: tuple[str, ...] | None) -> None:
-    """Another process retries a dependent before its need: it starts only after that has landed."""
+    """Another process may retry a dependent before its need: it starts only after the need landed."""
     statuses = {"a": TaskStatus.FAILED, "b": TaskStatus.CANCELLED}
     board = DispatchBoard.of({"a": DispatchEntry(), "b": DispatchEntry(("a",))}, statuses)
     board.sync_task("b", TaskStatus.PENDING, 0.0, adapters)

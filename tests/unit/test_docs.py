@@ -1,4 +1,4 @@
-"""The documents say what the code does."""
+"""The docs match the code."""
 
 from __future__ import annotations
 
@@ -51,12 +51,11 @@ ADAPTERS = (ROOT / "docs/adapters.md").read_text()
 
 
 def test_commands_page_names_every_command() -> None:
-    """The table in docs/commands.md has each command, and no other."""
     assert set(re.findall(r"^\| `council ([\w-]+)", COMMANDS_PAGE, re.MULTILINE)) == set(_commands())
 
 
 def test_command_list_matches_the_commands() -> None:
-    """What `--help` says of a command is the first sentence of its own help."""
+    """The text in `--help` is the first sentence of the command's own help."""
     for name, command in _commands().items():
         entry = next(entries[name] for entries in COMMANDS_BY_SECTION.values() if name in entries)
         assert (command.help or "").split("\n\n")[0].replace("\n", " ") == entry.help
@@ -80,7 +79,7 @@ def _load(path: Path) -> RunConfig:
 
 @pytest.mark.parametrize("page", [README, QUICK_START], ids=["README", "quick-start"])
 def test_first_example_of_a_page_loads(page: str, tmp_path: Path) -> None:
-    """The example is a file that runs."""
+    """The first example is a complete file."""
     match = re.search(r"```yaml\n(.*?)```", page, re.DOTALL)
     assert match
     (tmp_path / "council.yaml").write_text(match[1])
@@ -120,7 +119,7 @@ def test_every_key_is_documented() -> None:
 
 
 def test_every_adapter_is_documented(tmp_path: Path) -> None:
-    """docs/adapters.md has a section for each that we ship, with exactly its keys and the variables it passes on."""
+    """docs/adapters.md has a section per bundled adapter, with exactly its options and variables."""
     sections = dict(re.findall(r"^## `([a-z-]+)`\n(.*?)(?=^## |\Z)", ADAPTERS, re.MULTILINE | re.DOTALL))
     request = SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path, tmp_path / "home")
     for use, adapter_type in load_plugins({"COUNCIL_PLUGINS": ""}).adapters.items():
@@ -136,13 +135,13 @@ def test_every_adapter_is_documented(tmp_path: Path) -> None:
 
 
 def test_every_failure_class_is_documented() -> None:
-    """docs/configuration.md says what each leads to."""
+    """docs/configuration.md names the consequence of each."""
     assert [one for one in FailureClass if f"| `{one}` |" not in CONFIGURATION] == []
 
 
 @pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", CONFIGURATION + ADAPTERS, re.DOTALL))
 def test_every_example_of_the_reference_loads(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put into an otherwise smallest file, each example is valid."""
+    """Each example is valid once the required keys are added."""
     monkeypatch.setenv("HOME", str(tmp_path))
     for folder in (".codex", ".some-cli"):
         (tmp_path / folder).mkdir(parents=True)
@@ -153,7 +152,6 @@ def test_every_example_of_the_reference_loads(block: str, tmp_path: Path, monkey
 
 
 def test_checklist_example_gives_the_described_tasks() -> None:
-    """Ids and what is open are as docs/configuration.md has them."""
     match = re.search(r"```markdown\n(.*?)```", CONFIGURATION, re.DOTALL)
     assert match
     items = read_items(match[1].encode())
@@ -163,21 +161,21 @@ def test_checklist_example_gives_the_described_tasks() -> None:
 
 
 def test_every_final_status_is_explained() -> None:
-    """The table in docs/task-states.md has each state that a result can show at the end."""
+    """The table in docs/task-states.md has each state that a final result can contain."""
     transient = {TaskStatus.PENDING, TaskStatus.RUNNING, TaskStatus.CHECKING, TaskStatus.LANDING}
     for state in [*(set(TaskStatus) - transient), "blocked"]:
         assert f"| `{state}` |" in TASK_STATES
 
 
 def test_events_page_matches_the_event_classes() -> None:
-    """`python docs/events.py` writes its tables."""
+    """`python docs/events.py` regenerates its tables."""
     command = [sys.executable, str(ROOT / "docs" / "events.py"), "--check"]
     assert subprocess.run(command, check=False).returncode == 0, "run `python docs/events.py`"
     assert [name for name in EVENT_TYPES if f"| `{name}` |" not in EVENTS] == []
 
 
 def test_every_status_and_field_is_documented() -> None:
-    """docs/output.md has each status of a run and a task, and each field of the result."""
+    """docs/output.md has each status of runs and tasks, and each field of the result."""
     fields = {field.name for model in (RunReport, TaskReport) for field in dataclasses.fields(model)}
     names = {*RunStatus, *TaskStatus, *fields}
     assert [name for name in sorted(names) if f"`{name}`" not in OUTPUT] == []
@@ -185,7 +183,7 @@ def test_every_status_and_field_is_documented() -> None:
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_links_and_make_targets_exist(path: Path) -> None:
-    """Every relative link leads somewhere and every `make` target is one."""
+    """Each relative link has a target and each `make` target exists."""
     text = path.read_text()
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert [link for link in re.findall(r"\]\(([^)#:]+)\)", text) if not (path.parent / link).exists()] == []
@@ -194,7 +192,7 @@ def test_links_and_make_targets_exist(path: Path) -> None:
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_anchors_of_links_exist(path: Path) -> None:
-    """Every `#anchor` of a link is a heading of the page that it leads to."""
+    """Each `#anchor` is a heading of the linked page."""
     links = re.findall(r"\]\(([^)#:]*)#([^)]+)\)", path.read_text())
     assert [
         (page, anchor) for page, anchor in links if anchor not in _anchors(path.parent / page if page else path)
@@ -210,7 +208,7 @@ def _anchors(path: Path) -> frozenset[str]:
 
 
 def test_readme_is_short() -> None:
-    """It introduces; the pages in docs/ explain."""
+    """Details belong in docs/."""
     assert len(README.splitlines()) <= 150
 
 

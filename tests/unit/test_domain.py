@@ -1,4 +1,4 @@
-"""The pure decisions, by tables."""
+"""Pure decisions of the domain, by tables."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def started(board: DispatchBoard, free: int, now: float = 0.0) -> list[str]:
 
 @pytest.mark.parametrize(("status", "trigger"), [*itertools.product(TaskStatus, Trigger)])
 def test_transition_exists_for_expected_pairs_only(status: TaskStatus, trigger: Trigger) -> None:
-    """A row leads to its status; a missing row raises; a final status is left by people, or as the target says."""
+    """A missing pair raises; only people and target checks change a final status."""
     task = TaskDocument(status=status)
     if (status, trigger) in TRANSITIONS:
         leaves = TRANSITIONS[status, trigger] is not status
@@ -66,7 +66,7 @@ def test_transition_exists_for_expected_pairs_only(status: TaskStatus, trigger: 
 
 
 def test_every_status_is_reachable() -> None:
-    """No status of the table is a room without a door."""
+    """Every status of the table has a way in."""
     reached, before = {TaskStatus.PENDING}, set[TaskStatus]()
     while reached != before:
         before = set(reached)
@@ -75,7 +75,7 @@ def test_every_status_is_reachable() -> None:
 
 
 def test_tasks_start_in_file_order_within_capacity() -> None:
-    """Ready tasks start in the file's order, never more than are free."""
+    """At most the free capacity is used."""
     board = DispatchBoard({"c": DispatchEntry(), "a": DispatchEntry(), "b": DispatchEntry()})
     assert choose_tasks(board, 2, 0.0) == ["c", "a"]
     assert started(board, 0) == []
@@ -84,7 +84,7 @@ def test_tasks_start_in_file_order_within_capacity() -> None:
 
 
 def test_need_must_have_landed() -> None:
-    """A dependent starts when all that it needs has landed."""
+    """All needs of a dependent must have landed."""
     board = DispatchBoard(DIAMOND)
     assert started(board, 9) == ["a"]
     board.landed("a")
@@ -96,7 +96,7 @@ def test_need_must_have_landed() -> None:
 
 
 def test_need_named_twice_counts_once() -> None:
-    """`needs: [a, a]` does not wait for a second landing."""
+    """`needs: [a, a]` waits for one landing."""
     board = DispatchBoard({"a": DispatchEntry(), "b": DispatchEntry(("a", "a"))})
     started(board, 9)
     board.landed("a")
@@ -104,7 +104,7 @@ def test_need_named_twice_counts_once() -> None:
 
 
 def test_dependent_of_a_failed_task_is_blocked() -> None:
-    """The block goes on through the graph, each task naming the need beside it."""
+    """Blocks propagate through the graph; each task names its direct need."""
     board = DispatchBoard(DIAMOND | {"free": DispatchEntry()})
     assert started(board, 1) == ["a"]
     board.ended("a")
@@ -114,7 +114,7 @@ def test_dependent_of_a_failed_task_is_blocked() -> None:
 
 
 def test_blocked_task_stays_blocked_when_another_need_lands() -> None:
-    """One need in vain is enough."""
+    """One failed need is enough."""
     board = DispatchBoard({"a": DispatchEntry(), "b": DispatchEntry(), "c": DispatchEntry(("a", "b"))})
     started(board, 9)
     board.ended("a")
@@ -123,7 +123,7 @@ def test_blocked_task_stays_blocked_when_another_need_lands() -> None:
 
 
 def test_waiting_task_starts_at_its_time() -> None:
-    """A task that was put off is neither early nor forgotten."""
+    """Neither earlier nor later."""
     board = DispatchBoard({"a": DispatchEntry(), "b": DispatchEntry()})
     assert started(board, 9) == ["a", "b"]
     board.wait("a", until=10.0)
@@ -149,7 +149,7 @@ def test_waiting_task_starts_at_its_time() -> None:
 def test_board_of_an_active_run_is_restored(
     statuses: dict[str, TaskStatus], starts: list[str], blocked: dict[str, str]
 ) -> None:
-    """A board that is made from documents goes on where they stand."""
+    """A board built from task documents continues with their statuses."""
     full = {task: statuses.get(task, TaskStatus.PENDING) for task in DIAMOND}
     board = DispatchBoard.of(DIAMOND, full)
     assert started(board, 9) == starts
@@ -158,12 +158,12 @@ def test_board_of_an_active_run_is_restored(
 
 @pytest.mark.parametrize(("failures", "delay"), [(1, 2.0), (2, 6.0), (3, 18.0), (4, 50.0), (5, 50.0), (5_000, 50.0)])
 def test_backoff_grows_to_its_limit(failures: int, delay: float) -> None:
-    """Without jitter a wait is `initial`, times `factor` each time, up to `max`."""
+    """Without jitter the wait is `initial` times `factor` for each attempt, up to `max`."""
     assert retry_delay(Backoff(initial=2.0, factor=3.0, max=50.0, jitter=False), failures) == delay
 
 
 def test_jitter_is_between_zero_and_the_full_wait() -> None:
-    """With jitter waits differ and stay within the same limit."""
+    """The limit is that of the wait without jitter."""
     drawn = [retry_delay(Backoff(initial=2.0, factor=2.0, max=5.0, jitter=True), 4) for _ in range(200)]
     assert all(0 <= delay <= 5.0 for delay in drawn)
     assert max(drawn) - min(drawn) > 2.0
@@ -182,7 +182,7 @@ def test_jitter_is_between_zero_and_the_full_wait() -> None:
 def test_decide_retry_follows_the_class_and_the_number_of_attempts(
     failure: FailureClass, failures: int, delay: float | None
 ) -> None:
-    """Classes to retry wait longer each time until no attempt is left; others end at once."""
+    """Retryable classes wait longer for each attempt until none is left; other classes end the task."""
     backoff = Backoff(initial=2.0, factor=2.0, max=300.0, jitter=False)
     assert decide_retry(failure, failures, 3, {FailureClass.CRASHED}, backoff) == delay
 
@@ -201,7 +201,7 @@ def test_decide_retry_follows_the_class_and_the_number_of_attempts(
     ],
 )
 def test_cooldown_lasts_at_least_until_the_reported_end(until: float | None, cooldowns: int, waits: float) -> None:
-    """An instant that is given counts, but what proves wrong again and again is believed less each time."""
+    """A reported end counts, but less after each time that it proved wrong."""
     now = 1_000_000.0
     assert compute_cooldown_end(now, None if until is None else now + until, cooldowns) == now + waits
     assert COOLDOWN_BACKOFF.initial == 30.0
@@ -209,7 +209,7 @@ def test_cooldown_lasts_at_least_until_the_reported_end(until: float | None, coo
 
 @pytest.mark.parametrize("failure", FailureClass)
 def test_every_failure_class_has_a_policy(failure: FailureClass) -> None:
-    """A usage limit parks, a login or a program that is gone closes, all else is as the task says."""
+    """A usage limit parks the adapter, a missing login or program disables it, other classes follow the task."""
     fixed = {
         FailureClass.RATE_LIMITED: FailurePolicy.PARK,
         FailureClass.AUTH: FailurePolicy.CLOSE,
@@ -265,12 +265,11 @@ CRASHED = FailureClass.CRASHED
 def test_outcome_is_judged_by_facts(
     exit_: ProcessExit, commit: str | None, refused: str | None, verdict: Failed | None, outcome: Outcome
 ) -> None:
-    """A good exit with a change is built; a program's word counts only against it; anything else failed."""
+    """A zero exit with a change is built; a reported failure counts, a reported success does not; the rest failed."""
     assert judge_outcome(exit_, SessionLimits(60.0), commit, refused, verdict) == outcome
 
 
 def test_exit_code_is_explained_by_the_last_line_of_stderr() -> None:
-    """Where the adapter has no word for it; blank lines and rules are none, and a long one is cut."""
     failed, limits = ProcessExit("exit", 2, None, None), SessionLimits(60.0)
     told = judge_outcome(failed, limits, None, None, None, errors="started\n sh: no such file \n\n")
     assert told == Failed(CRASHED, "the program ended with exit code 2: sh: no such file")
@@ -283,7 +282,7 @@ def test_exit_code_is_explained_by_the_last_line_of_stderr() -> None:
 
 @pytest.mark.parametrize(("commit", "refused"), [("c", None), (None, None), ("c", "it contains a secret")])
 def test_reported_failure_counts_despite_changes(commit: str | None, refused: str | None) -> None:
-    """With a zero exit and half of the work done, a conclusion that failed is a failure; a stop still is a stop."""
+    """Despite a zero exit as well; a stop remains a stop."""
     limits = SessionLimits(60.0)
     assert judge_outcome(ProcessExit("exit", 0, None, None), limits, commit, refused, BUSY, admitted=True) == BUSY
     assert isinstance(
@@ -292,7 +291,7 @@ def test_reported_failure_counts_despite_changes(commit: str | None, refused: st
 
 
 def test_unfinished_session_failed_despite_changes() -> None:
-    """A zero exit without what the program always says at its end is a failure; words alone are none."""
+    """A zero exit without the closing line of the program is a failure; text alone does not count."""
     limits = SessionLimits(60.0)
     cut = replace(BUSY, unfinished=True)
     assert judge_outcome(ProcessExit("exit", 0, None, None), limits, "c", None, cut) == cut
@@ -308,7 +307,7 @@ def test_unfinished_session_failed_despite_changes() -> None:
     ],
 )
 def test_limit_and_missing_program_are_named(exit_: ProcessExit, failure: FailureClass, fragment: str) -> None:
-    """What ended a session is its failure's class, and the reason has the number to change."""
+    """The failure has the class, and its reason names the setting to change."""
     judged = judge_outcome(exit_, SessionLimits(90.0, 7.0), "c", None, BUSY)
     assert isinstance(judged, Failed)
     assert judged.failure is failure
@@ -316,7 +315,7 @@ def test_limit_and_missing_program_are_named(exit_: ProcessExit, failure: Failur
 
 
 def record(tasks: dict[str, TaskDocument], entries: dict[str, DispatchEntry], **adapters: AdapterDocument) -> RunRecord:
-    """Return the record of a run of these tasks."""
+    """Return the record of a run with these tasks."""
     run = RunDocument(
         id="r", config="c", repo="/r", is_url=False, base="main", target="t", capacity=1, session_memory=1,
         adapters={}, tasks=tuple(tasks), start="0" * 40, hub="/h", started=0.0,
@@ -325,13 +324,13 @@ def record(tasks: dict[str, TaskDocument], entries: dict[str, DispatchEntry], **
 
 
 def reported(made: RunRecord, status: RunStatus | None) -> RunReport:
-    """Report it as of the hundredth second."""
+    """Report the run as of second 100."""
     paths, is_live = ReportPaths(Path("/logs"), Path("/trusted")), status is RunStatus.RUNNING
     return build_report(made, paths=paths, has_ended=status is None, is_live=is_live, now=100.0)
 
 
 def test_report_names_the_blocking_task() -> None:
-    """A blocked task says which need it waited for, and the run is incomplete with exit code 1."""
+    """It names the missing need; the run is incomplete with exit code 1."""
     attempt = Attempt(number=1, adapter="x", base="0" * 40, started=0.0, outcome="crashed")
     tasks = {
         "a": TaskDocument(status=TaskStatus.FAILED, attempts=(attempt,), reason="it broke", branch="kept"),
@@ -347,7 +346,7 @@ def test_report_names_the_blocking_task() -> None:
 
 
 def test_report_names_unavailable_adapters() -> None:
-    """A parked adapter says until when; one that is stopped blocks its tasks once nothing is at work."""
+    """With the end of a cooldown; a disabled adapter blocks its tasks once nothing runs."""
     entries = {"a": DispatchEntry(adapter="shut"), "b": DispatchEntry(adapter="parked")}
     tasks = {"a": TaskDocument(), "b": TaskDocument()}
     parked, past = AdapterDocument(cooldown_until=200.0, cooldowns=1), AdapterDocument(cooldown_until=99.0, cooldowns=1)
@@ -360,7 +359,7 @@ def test_report_names_unavailable_adapters() -> None:
 
 
 def test_report_names_all_awaited_adapters() -> None:
-    """Mending any that is stopped is enough; what is only parked says until when, at work or not."""
+    """Fixing one disabled adapter is enough to continue; cooldowns are named with their ends in any case."""
     entries = {
         "both": DispatchEntry(adapter="shut", fallback=("barred",)),
         "parked": DispatchEntry(adapter="parked"),
@@ -398,7 +397,6 @@ def test_report_names_all_awaited_adapters() -> None:
     ],
 )
 def test_unknown_task_is_rejected(named: str, many: int, remedy: str) -> None:
-    """Those that it may have been are told; where only some are told, that is said."""
     run = record({f"task{number}": TaskDocument() for number in range(many)}, {}).run
     with pytest.raises(RefusedError) as refused:
         run.check_task(named)

@@ -1,4 +1,4 @@
-"""What the lines of a `.env` may mean."""
+"""Parsing `.env` lines into all possible secret values."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from orchestrator.domain.security.envfile import parse_env_values
     ],
 )
 def test_all_readings_of_a_value_are_found(text: str, values: set[str]) -> None:
-    """Readers differ in quotes, escapes and comments."""
+    """Parsers differ in quotes, escapes and comments."""
     assert {value for _, value in parse_env_values(text)} == values
 
 
 def test_unclosed_quote_hides_no_line() -> None:
-    """What looks like the rest of it may be values of their own."""
+    """Lines that look like a continuation may contain values of their own."""
     assert ("B_TOKEN", "plain") in set(parse_env_values('A="open\nB_TOKEN=plain\nC="closed"\n'))

@@ -1,4 +1,4 @@
-"""What a command prints, and how it ends, where something is in its way that passes."""
+"""Output and exit code of commands after temporary failures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from orchestrator.system.file_lock import FileLock
 async def test_lock_timeout_is_not_an_internal_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], *, is_grouped: bool
 ) -> None:
-    """One line with the holder and the fix, and exit code 1, also out of a group of tasks."""
+    """One line with the holder and the fix, and exit code 1, also from an exception group."""
     lock = FileLock(tmp_path / "session.lock")
     async with lock.hold():
         error = await lock.held_error()
@@ -37,7 +37,7 @@ async def test_lock_timeout_is_not_an_internal_error(
 
 
 def test_read_only_file_system_is_unavailable(capsys: pytest.CaptureFixture[str]) -> None:
-    """As a full disk: a session that can't be set up on one waits, and costs no attempt."""
+    """As with a full disk, a session without a setup waits and uses no attempt."""
     error = OSError(errno.EROFS, os.strerror(errno.EROFS), "/place")
     assert is_resource_exhaustion(error)
     with pytest.raises(SystemExit) as end, error_boundary(Output(as_json=False), ErrorLog()):

@@ -1,4 +1,4 @@
-"""What a person reads of an event."""
+"""Event texts for people."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from orchestrator.system.instants import format_local_time
     ],
 )
 def test_waiting_run_names_what_it_waits_for(adapters: list[str], approvals: list[str], awaited: str) -> None:
-    """Parked adapters with the time when the first is open, and people, without one."""
+    """Parked adapters with the earliest end of a cooldown; approvals by people have no time."""
     until = 1e9 if adapters else None
     event = Event("run.waiting", {"run": "r", "until": until, "adapters": adapters, "approvals": approvals})
     assert event_text(event) == awaited.format(until=format_local_time(1e9))
@@ -50,7 +50,7 @@ def test_waiting_run_names_what_it_waits_for(adapters: list[str], approvals: lis
     ],
 )  # fmt: skip
 def test_phase_events_are_described(type_: str, facts: dict[str, object], words: str) -> None:
-    """With what a person said, where they said anything."""
+    """With the comment of the person, if there is one."""
     assert event_text(Event(type_, {"run": "r", "task": "t", **facts})) == words
 
 
@@ -59,14 +59,14 @@ def test_phase_events_are_described(type_: str, facts: dict[str, object], words:
     [("council/r/t/1", "the work of its session was saved as t/1"), (None, "its session had no work to save")],
 )
 def test_takeover_names_the_leftovers(branch: str | None, left: str) -> None:
-    """Where that is nothing, no branch is named."""
+    """Without leftovers no branch is named."""
     event = Event("task.claim_lost", {"run": "r", "task": "t", "attempt": 1, "by": "box-7-ab", "branch": branch})
     assert event_text(event) == f"t: taken over by box-7-ab; {left}"
 
 
 @pytest.mark.parametrize("kind", EVENT_TYPES.values(), ids=lambda kind: kind.type)
 def test_every_event_reads_as_a_sentence(kind: type[TypedEvent]) -> None:
-    """With some value for each field, and without the one that `sentence_without` names."""
+    """With a value for each field, and without the field named by `sentence_without`."""
     fields: dict[str, Any] = {name: _some_value(of) for name, of in kind.field_types.items()}
     texts = [event_text(Event.of(kind(**fields)))]
     if kind.sentence_without is not None:
@@ -94,11 +94,10 @@ def _some_value(annotation: str) -> object:
     ],
 )
 def test_event_is_shown_where_its_class_says(event: Event, places: tuple[bool, bool]) -> None:
-    """As a line, and above the live table, which has the tasks themselves."""
     assert (is_shown(event), is_shown(event, above_table=True)) == places
 
 
 def test_event_of_unknown_type_or_shape_is_named() -> None:
-    """A log of another version, or a plugin, may have recorded it."""
+    """A log may contain events of another version or a plugin."""
     assert event_text(Event("some.plugin", {"task": "t"})) == "t: some.plugin"
     assert event_text(Event("run.paused", {"run": "r"})) == "run.paused"

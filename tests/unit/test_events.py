@@ -1,4 +1,4 @@
-"""The registry of events: a class that is incomplete fails when it is defined."""
+"""The event registry: an incomplete event class fails when it is defined."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.invariants import find_event_error
 
 @pytest.fixture(autouse=True)
 def _registry() -> Iterator[None]:
-    """Leave the registry as it was."""
+    """Restore the registry afterwards."""
     before = dict(EVENT_TYPES)
     yield
     EVENT_TYPES.clear()
@@ -52,27 +52,25 @@ def test_event_class_incomplete_raises_type_error(attributes: dict[str, object],
 
 
 def test_event_class_complete_is_registered() -> None:
-    """Its type leads to the class, and its fields include those of its base."""
+    """Its type maps to the class, and its fields include inherited ones."""
     kind = define("X", type="x.happened", sentence="got {size}", __annotations__={"size": "int"})
     assert EVENT_TYPES["x.happened"] is kind
     assert list(kind.field_types) == ["run", "size"]
 
 
 def test_event_with_unknown_or_missing_field_raises_type_error() -> None:
-    """Both are named."""
     with pytest.raises(TypeError, match=r"RunPaused: unknown fields \['why'\], missing fields \['reason'\]"):
         RunPaused(why="x", retry_in=1.0)  # type: ignore[call-arg]  # the mistake under test
 
 
 def test_event_is_frozen() -> None:
-    """A field cannot be set."""
     event = RunPaused(reason="x", retry_in=1.0)
     with pytest.raises(AttributeError):
         event.reason = "y"  # type: ignore[misc]  # the mistake under test
 
 
 def test_event_data_has_given_fields_only() -> None:
-    """In the order of the class, as JSON values; an optional field that was not given is absent."""
+    """In class order, as JSON values; omitted optional fields are absent."""
     event = TaskStarted(adapter="fixer", base="abc").within(task="t", run="r", attempt=1, size=3)
     assert list(event.data().items()) == [
         ("run", "r"), ("task", "t"), ("attempt", 1), ("base", "abc"), ("adapter", "fixer"),
@@ -83,13 +81,12 @@ def test_event_data_has_given_fields_only() -> None:
 
 
 def test_event_without_its_run_is_not_recorded() -> None:
-    """What the recorder has to fill in is named."""
     with pytest.raises(TypeError, match="RunCreated: record it with its 'run'"):
         Event.of(RunCreated(tasks=1, target="main"))
 
 
 def test_event_with_empty_field_has_other_sentence() -> None:
-    """As a class with `sentence_without` says."""
+    """The sentence is defined by `sentence_without`."""
     assert TaskApproved(phase="plan", note="fine").choose_sentence() == "phase {phase} approved: {note}"
     assert TaskApproved(phase="plan", note=None).choose_sentence() == "phase {phase} approved"
 
@@ -109,12 +106,12 @@ def test_triggers_record_events_of_tasks() -> None:
     ],
 )
 def test_recorded_event_is_compared_with_its_class(event: Event, error: str | None) -> None:
-    """Every integration test compares all recorded events so, as one of the invariants."""
+    """Integration tests compare all recorded events this way, as one of the invariants."""
     found = find_event_error(event)
     assert found is error is None or (found is not None and error is not None and found.startswith(error))
 
 
 def test_sample_events_of_the_sink_contract_match_their_classes() -> None:
-    """Except for the one that stands for a later version."""
+    """Except for the sample of a later version."""
     errors = [find_event_error(one.event) for one in sample_events()]
     assert list(filter(None, errors)) == ["something.new is in no module of orchestrator.domain.events"]

@@ -1,4 +1,4 @@
-"""What a plan becomes, and how a board learns of it while a run is under way."""
+"""Plan expansion: the tasks of a plan, and how the board adds them during a run."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from orchestrator.domain.workflow.violations import Violation
 
 
 def plan(*tasks: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """Return a plan as its kind has it."""
+    """Return a plan as parsed by its kind."""
     return {"tasks": list(tasks), "dependencies": [], "timeline": [], "resources": [], **more}
 
 
 def task(id_: str, **more: Any) -> dict[str, Any]:
-    """Return one of its tasks."""
+    """Return one task of a plan."""
     return {"id": id_, "prompt": f"do {id_}", **more}
 
 
 def parts(given: dict[str, Any], **options: Any) -> list[ExpandedTask]:
-    """Return what a plan becomes."""
+    """Return the expansion of a plan."""
     found = expand_plan(given, "p-", **{"most": 9, "owns": (), "taken": (), **options})
     assert all(isinstance(one, ExpandedTask) for one in found), found
     return [one for one in found if isinstance(one, ExpandedTask)]
 
 
 def rules(given: dict[str, Any], **options: Any) -> list[tuple[str, str]]:
-    """Return what keeps a plan from becoming tasks: rules and places."""
+    """Return the rules and positions that prevent an expansion."""
     found = expand_plan(given, "p-", **{"most": 9, "owns": (), "taken": (), **options})
     return [(one.rule, one.place) for one in found if isinstance(one, Violation)]
 
 
 def test_dependencies_of_both_kinds_become_needs() -> None:
-    """As a task says them, and as the plan does."""
+    """Those inside a task and those of the whole plan."""
     given = plan(task("a"), task("b", dependencies=["a"]), task("c"), dependencies={"c": ["a", "b"]})
     assert [(one.id, one.needs) for one in parts(given)] == [
         ("p-a", ()),
@@ -48,7 +48,7 @@ def test_dependencies_of_both_kinds_become_needs() -> None:
 
 
 def test_paths_are_those_of_the_plan_or_the_task() -> None:
-    """Where the task owns any; one that names none would own nothing at all otherwise."""
+    """If the planning task owns any; a subtask that names no paths inherits them."""
     given = plan(task("a", owns=["./src/a.py", "src/a.py"]), task("b"))
     assert [one.owns for one in parts(given, owns=("src/",))] == [("src/a.py",), ("src/",)]
     assert [one.owns for one in parts(given)] == [("src/a.py",), ()]
@@ -73,7 +73,7 @@ def test_paths_are_those_of_the_plan_or_the_task() -> None:
 def test_violated_rule_has_its_position(
     given: dict[str, Any], options: dict[str, Any], expected: list[tuple[str, str]]
 ) -> None:
-    """Nothing becomes a task where anything is wrong."""
+    """One violation prevents all subtasks."""
     found = rules(given, **options)
     assert [one for one in found if one in expected] == expected
     assert {rule for rule, _ in found} <= {rule for rule, _ in expected} | {"expansion.names"}
@@ -83,12 +83,12 @@ def test_violated_rule_has_its_position(
     "id_", ["a", "Add a login!", "ü", "..", "a..b", "x.lock", "-", "../../etc", "a/b", "x" * 100, "y" * 62, "a\nb"]
 )
 def test_plan_names_become_valid_names(id_: str) -> None:
-    """One that a task of a file could have."""
+    """The names are valid in a file."""
     assert check_name(make_task_name("p-", id_)).startswith("p-")
 
 
 def test_truncated_names_stay_distinct() -> None:
-    """By what was cut off."""
+    """A suffix is derived from the truncated part."""
     assert make_task_name("p-", "x" * 100 + "1") != make_task_name("p-", "x" * 100 + "2")
 
 
@@ -114,12 +114,12 @@ def test_truncated_names_stay_distinct() -> None:
     ],
 )
 def test_path_within_the_owned_paths_is_accepted(pattern: str, owned: tuple[str, ...], expected: bool) -> None:
-    """Whatever the one names, the other does."""
+    """For each way to write the two paths."""
     assert is_covered(pattern, owned) is expected
 
 
 def grown() -> DispatchBoard:
-    """Return a board where the plan of a task that runs has just become two tasks; another task needs it."""
+    """Return a board on which a running plan of two subtasks was just expanded, with one dependent."""
     board = DispatchBoard({"p": DispatchEntry(owns=("src/",)), "last": DispatchEntry(("p",)), "other": DispatchEntry()})
     assert choose_tasks(board, 1, 0.0) == ["p"]
     board.add(
@@ -132,7 +132,7 @@ def grown() -> DispatchBoard:
 
 
 def test_planning_task_continues_after_its_subtasks_landed() -> None:
-    """And what needs it only then; its paths are theirs meanwhile, and they come before later tasks of the file."""
+    """Its dependents wait for it; its paths belong to the subtasks, which precede later tasks of the file."""
     board = grown()
     assert choose_tasks(board, 9, 0.0) == ["p-a", "other"]
     board.landed("p-a")
@@ -144,7 +144,7 @@ def test_planning_task_continues_after_its_subtasks_landed() -> None:
 
 
 def test_failed_subtask_blocks_the_planning_task_and_dependents() -> None:
-    """Until it is tried again."""
+    """Until it is retried."""
     board = grown()
     choose_tasks(board, 9, 1.0)
     board.ended("p-a")
@@ -155,7 +155,7 @@ def test_failed_subtask_blocks_the_planning_task_and_dependents() -> None:
 
 
 def test_second_plan_does_not_wait_for_the_first() -> None:
-    """What has not landed of that is given up."""
+    """Unlanded subtasks of the first plan are dropped."""
     board = grown()
     choose_tasks(board, 9, 1.0)
     for one in ("p-a", "p-b", "p"):
@@ -168,7 +168,7 @@ def test_second_plan_does_not_wait_for_the_first() -> None:
 
 
 def test_task_can_need_a_blocked_subtask() -> None:
-    """Then it is blocked, too."""
+    """The new task is blocked, too."""
     board = DispatchBoard({"p": DispatchEntry(), "dead": DispatchEntry(), "last": DispatchEntry(("p",))})
     choose_tasks(board, 1, 0.0)
     board.ended("dead")
@@ -179,7 +179,6 @@ def test_task_can_need_a_blocked_subtask() -> None:
 
 
 def test_entries_have_the_subtasks_of_plans() -> None:
-    """As the tasks' documents say: what is not known yet is left out."""
     entries = {"p": DispatchEntry(("x",)), "x": DispatchEntry(), "p-a": DispatchEntry()}
     documents = {"p": TaskDocument(subtasks=("p-a", "p-b")), "x": TaskDocument(), "p-a": TaskDocument()}
     found = with_subtasks(entries, documents)

@@ -1,4 +1,4 @@
-"""The file lock against tasks, processes, cancellation and kill -9."""
+"""The file lock across tasks, processes, cancellation and kill -9."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def path(tmp_path: Path) -> Path:
 
 @contextmanager
 def held_elsewhere(path: Path) -> Iterator[Callable[[], None]]:
-    """Another process holds the lock until the yielded function is called."""
+    """Hold the lock in another process until the yielded function is called."""
     with run_python(HOLDER, path) as child:
         assert child.stdin is not None
         assert child.stdout is not None
@@ -80,7 +80,6 @@ def held_elsewhere(path: Path) -> Iterator[Callable[[], None]]:
 
 
 def is_free(path: Path) -> bool:
-    """Ask the kernel, by a descriptor of our own that is closed again at once."""
     with path.open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,7 +91,7 @@ def is_free(path: Path) -> bool:
 async def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 20
     while not condition():
-        assert time.monotonic() < deadline, "did not come true in 20 s"
+        assert time.monotonic() < deadline, "condition not met within 20 s"
         await anyio.sleep(0.005)
 
 
@@ -105,7 +104,7 @@ def waiting_threads() -> int:
 
 
 async def test_lock_survives_opening_and_closing_the_file_elsewhere(path: Path) -> None:
-    """Any part of this process may read the lock file while another holds it."""
+    """Closing another descriptor of a file would release a POSIX lock."""
     async with FileLock(path).hold():
         path.read_bytes()
         os.close(os.open(path, os.O_RDWR))
@@ -114,7 +113,7 @@ async def test_lock_survives_opening_and_closing_the_file_elsewhere(path: Path) 
 
 
 async def test_two_holders_in_one_process_exclude_each_other(path: Path, tmp_path: Path) -> None:
-    """A second task gets the lock only after the first, even by another spelling of the path."""
+    """Including another spelling of the path."""
     alias = tmp_path / "x" / ".." / "a.lock"
     (tmp_path / "x").mkdir()
     async with FileLock(path).hold():
@@ -127,7 +126,7 @@ async def test_two_holders_in_one_process_exclude_each_other(path: Path, tmp_pat
 
 
 async def test_tasks_of_a_process_get_the_lock_in_request_order(path: Path) -> None:
-    """Nobody starves: first come, first served, and one at a time."""
+    """First come, first served, one at a time."""
     order: list[int] = []
 
     async def work(number: int) -> None:
@@ -145,7 +144,7 @@ async def test_tasks_of_a_process_get_the_lock_in_request_order(path: Path) -> N
 
 @pytest.mark.parametrize("keeps", [False, True], ids=["not-kept", "kept"])
 async def test_lock_of_a_killed_owner_is_held_only_by_its_child(path: Path, keeps: bool) -> None:
-    """A killed owner's lock is free at once; with the descriptor kept it is free once the child has ended too."""
+    """A killed owner's lock is free at once; with an inherited descriptor once the child ended, too."""
     fifo, pid_file = path.parent / "fifo", path.parent / "pid"
     os.mkfifo(fifo)
     with run_python(OWNER_OF_A_CHILD, path, "keep" if keeps else "no") as owner:
@@ -170,7 +169,7 @@ async def test_lock_of_a_killed_owner_is_held_only_by_its_child(path: Path, keep
 
 
 async def test_released_lock_file_is_not_deleted(path: Path) -> None:
-    """Of three processes, the one that waited and the one that comes later meet at the same file."""
+    """Deleting it would let a waiter and a newcomer lock two different files."""
     async with anyio.create_task_group() as group:
         with held_elsewhere(path) as release:
             inode = path.stat().st_ino
@@ -184,7 +183,7 @@ async def test_released_lock_file_is_not_deleted(path: Path) -> None:
 
 
 async def test_waiter_gets_the_lock_when_another_process_ends(path: Path) -> None:
-    """A holder that is killed gives way to who waits."""
+    """It gets the lock when the holder is killed."""
     with run_python(HOLDER, path) as child:
         assert child.stdout is not None
         child.stdout.readline()
@@ -200,7 +199,6 @@ async def test_waiter_gets_the_lock_when_another_process_ends(path: Path) -> Non
 
 
 async def test_observer_is_not_a_holder(path: Path) -> None:
-    """By others that look at the same moment, here or in another process; who holds it is seen by all."""
     found: list[bool] = []
 
     async def look() -> None:
@@ -224,7 +222,7 @@ async def test_observer_is_not_a_holder(path: Path) -> None:
 
 
 async def test_timeout_names_the_holder(path: Path) -> None:
-    """The message says which process to wait for or to stop."""
+    """The message says which process to wait for or stop."""
     with run_python(HOLDER, path) as child:
         assert child.stdout is not None
         child.stdout.readline()
@@ -234,7 +232,7 @@ async def test_timeout_names_the_holder(path: Path) -> None:
 
 
 async def test_lock_without_a_free_descriptor_is_unsigned(path: Path) -> None:
-    """A lock whose signature fails is held all the same, and given back."""
+    """A lock whose signature cannot be written is still acquired and released."""
     code = (
         "import os, sys, resource, anyio\nfrom pathlib import Path\n"
         "from orchestrator.system.file_lock import FileLock\n"
@@ -259,7 +257,6 @@ async def test_lock_without_a_free_descriptor_is_unsigned(path: Path) -> None:
 
 
 async def test_unsigned_holder_has_no_name(path: Path) -> None:
-    """Whatever another program left in the lock file, the answer is a refusal, not a crash."""
     path.write_bytes(b'\xff{"pid": []')
     with path.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -269,7 +266,7 @@ async def test_unsigned_holder_has_no_name(path: Path) -> None:
 
 
 async def test_abandoned_wait_releases_the_lock(path: Path) -> None:
-    """A lock that comes too late for who gave up is free for everyone else."""
+    """A lock acquired after the waiter gave up is released at once."""
     with held_elsewhere(path) as release:
         with pytest.raises(LockHeld):
             async with FileLock(path).hold(timeout=0.02):
@@ -280,7 +277,7 @@ async def test_abandoned_wait_releases_the_lock(path: Path) -> None:
 
 
 async def test_abandoned_waits_do_not_accumulate(path: Path) -> None:
-    """However often a process gives up, one thread waits for it, and the next task takes that one over."""
+    """All waits of a process share one thread, however many were abandoned."""
     lock = FileLock(path)
     with held_elsewhere(path) as release:
         for _ in range(5):
@@ -300,7 +297,7 @@ async def test_abandoned_waits_do_not_accumulate(path: Path) -> None:
 
 @pytest.mark.parametrize("turns", range(12))
 async def test_cancelled_wait_leaves_nothing_locked(path: Path, turns: int) -> None:
-    """Wherever in the acquisition the cancellation comes, the lock and its queue are free afterwards."""
+    """At any point of the acquisition."""
     before = open_fds()
 
     async def work() -> None:
@@ -319,13 +316,13 @@ async def test_cancelled_wait_leaves_nothing_locked(path: Path, turns: int) -> N
 
 
 async def test_lock_acquired_during_cancellation_is_released(path: Path) -> None:
-    """The waiting thread has got the lock, but its task is cancelled before it hears of that."""
+    """The waiting thread acquired the lock, but its task is cancelled before the notification."""
     async with anyio.create_task_group() as group:
         with held_elsewhere(path) as release:
             group.start_soon(FileLock(path).hold().__aenter__)
             await until(lambda: waiting_threads() == 1)
             release()
-            # The loop stands still meanwhile: the thread's message is sent, and not yet read.
+            # The loop is blocked meanwhile: the message of the thread is sent but not yet read.
             while waiting_threads():
                 time.sleep(0.001)
             assert not is_free(path)
@@ -334,7 +331,7 @@ async def test_lock_acquired_during_cancellation_is_released(path: Path) -> None
 
 
 async def test_waiters_for_another_process_take_turns(path: Path) -> None:
-    """Behind the task that had to wait for the file, the next of its process gets a lock of its own."""
+    """After one task waited for the file, the next waiter of its process acquires a lock of its own."""
     got: list[int] = []
 
     async def work(number: int) -> None:
@@ -354,7 +351,7 @@ async def test_waiters_for_another_process_take_turns(path: Path) -> None:
 
 
 async def test_release_frees_the_lock_despite_an_inherited_descriptor(path: Path) -> None:
-    """What a command left behind after its end, such as a daemon of somebody's hook, does not hold it for ever."""
+    """A leftover child, such as a daemon started by a hook, does not keep it."""
     async with FileLock(path).hold() as held:
         child = subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=[held.fd])
         assert not is_free(path)
@@ -365,14 +362,14 @@ async def test_release_frees_the_lock_despite_an_inherited_descriptor(path: Path
 
 
 async def test_process_that_gave_up_can_exit_while_the_lock_is_held(path: Path) -> None:
-    """The thread that is still blocked in the kernel keeps no process alive."""
+    """The thread blocked in the kernel does not keep the process alive."""
     with held_elsewhere(path), run_python(GIVES_UP, path) as child:
         assert child.communicate(timeout=20)[0] == "gave up\n"
         assert child.returncode == 0
 
 
 async def test_lock_file_is_private_and_not_a_symlink(path: Path, tmp_path: Path) -> None:
-    """Nobody else can read who holds it, nor have us write through a link."""
+    """Other users cannot read the holder, and nothing is written through a link."""
     async with FileLock(path).hold():
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
     (tmp_path / "victim").write_text("precious")
@@ -384,7 +381,6 @@ async def test_lock_file_is_private_and_not_a_symlink(path: Path, tmp_path: Path
 
 
 async def test_failing_body_releases_the_lock(path: Path) -> None:
-    """An error inside the block goes on to the caller and leaves the lock free."""
     with pytest.raises(ZeroDivisionError):
         async with FileLock(path).hold():
             raise ZeroDivisionError

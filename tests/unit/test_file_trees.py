@@ -1,4 +1,4 @@
-"""How much of the disk a folder takes, whatever agents have put there."""
+"""The disk usage of a folder with any content."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from orchestrator.repo.worktrees.file_trees import disk_usage
 
 
 def test_links_are_not_followed(tmp_path: Path) -> None:
-    """Neither in circles, which would never end, nor to what is outside."""
+    """Neither in cycles nor to paths outside."""
     folder, outside = tmp_path / "folder", tmp_path / "outside"
     folder.mkdir()
     outside.write_bytes(bytes(1 << 20))

@@ -1,4 +1,4 @@
-"""Atomic writes, and tasks in the background of a block."""
+"""Atomic writes, and background tasks of a block."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from orchestrator.system.files import StagedFile, atomic_write
 @pytest.mark.parametrize("durable", [True, False])
 @pytest.mark.parametrize("is_locked", [True, False])
 def test_atomic_write_over_existing_file_replaces_it(tmp_path: Path, *, durable: bool, is_locked: bool) -> None:
-    """With exactly the given mode, whatever the umask; no temporary file remains."""
+    """With exactly the given mode, regardless of the umask; no temporary file remains."""
     path = tmp_path / "file"
     path.write_text("old")
     before = os.umask(0o077)
@@ -41,14 +41,14 @@ def test_atomic_write_without_replace_keeps_existing_file(tmp_path: Path) -> Non
 
 
 def test_atomic_write_into_missing_folder_changes_nothing(tmp_path: Path) -> None:
-    """The error is that of the system."""
+    """The system's error is raised."""
     with pytest.raises(FileNotFoundError):
         atomic_write(tmp_path / "none" / "file", "x")
     assert not list(tmp_path.iterdir())
 
 
 def test_atomic_write_with_lock_reuses_leftover_of_killed_process(tmp_path: Path) -> None:
-    """Such a file has a fixed name, and may have any content."""
+    """The temporary file has a fixed name and may have any content."""
     (tmp_path / "file.new").write_text("a longer leftover")
     atomic_write(tmp_path / "file", "x", is_locked=True)
     assert (tmp_path / "file").read_text() == "x"
@@ -67,7 +67,7 @@ def test_staged_file_when_discarded_keeps_the_old_content(tmp_path: Path) -> Non
 
 
 async def test_background_task_after_failed_block_is_cancelled_and_error_is_raised_as_it_is() -> None:
-    """Not in an exception group."""
+    """The error is not wrapped in an exception group."""
     ended = anyio.Event()
 
     async def wait_forever() -> None:
@@ -87,7 +87,6 @@ async def test_background_task_after_failed_block_is_cancelled_and_error_is_rais
 
 
 async def test_background_task_within_grace_period_completes() -> None:
-    """The block ends first."""
     go, done = anyio.Event(), anyio.Event()
 
     async def finish() -> None:

@@ -1,4 +1,4 @@
-"""What the doctor makes of facts: each finding at each of its levels."""
+"""Findings of the doctor from facts: each at each of its levels."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NEED = SpaceNeed(1 << 30, 4 << 30, 10_000)
 
 
 def told(finding: Finding | None, level: Level, *words: str) -> None:
-    """Hold a finding to its level and to what it says; whatever is not fine has a remedy."""
+    """Assert the level and text of a finding; every problem has a remedy."""
     assert finding is not None
     assert finding.level is level
     assert [word for word in words if word not in f"{finding.found} {finding.remedy}"] == []
@@ -57,12 +57,12 @@ def test_system_is_judged() -> None:
     ],
 )
 def test_git_is_judged(version: str | None, level: Level) -> None:
-    """It must be there, not too old, and should be of a version that is tested with."""
+    """Git must be installed, recent enough, and should be a tested version."""
     told(findings.judge_git(version), level, version or "not on PATH")
 
 
 def test_file_is_judged(tmp_path: Path) -> None:
-    """A good file, one with mistakes, none."""
+    """A valid file, one with mistakes, and none."""
     path = tmp_path / "council.yaml"
     path.write_text("version: 1\nadapters: {a: {use: command, argv: [x]}}\ntasks: [{id: t, prompt: p}]\n")
     told(findings.judge_file(path, load_config(path, load_plugins().adapters)), Level.OK, "tasks: 1", "adapters: a")
@@ -85,7 +85,7 @@ def test_file_is_judged(tmp_path: Path) -> None:
     ],
 )
 def test_program_is_judged(program: ProgramStatus, used: Level, unused: Level, words: str) -> None:
-    """What is missing or not logged in stands in the way of a task that needs it, and of nothing else."""
+    """A missing or logged-out program is a problem only for tasks that use it."""
     for is_used, level in ((True, used), (False, unused)):
         (found,) = findings.judge_adapter("a", AdapterStatus([program]), is_used=is_used)
         told(found, level, words)
@@ -93,13 +93,13 @@ def test_program_is_judged(program: ProgramStatus, used: Level, unused: Level, w
 
 
 def test_adapter_is_judged() -> None:
-    """One without programs is fine, one that fails is not."""
+    """An adapter without programs is fine, one that fails is not."""
     told(findings.judge_adapter("a", AdapterStatus([]), is_used=True)[0], Level.OK)
     told(findings.judge_adapter("a", AdapterStatus([], "it broke"), is_used=True)[0], Level.PROBLEM, "it broke")
 
 
 def test_sandbox_is_judged() -> None:
-    """The strongest that works is fine; a weaker one says what keeps the strongest away; none is refused."""
+    """The strongest kind is fine; a weaker one names the obstacle; none is a problem."""
     told(findings.judge_sandbox(SandboxKind.BUBBLEWRAP), Level.OK)
     told(findings.judge_sandbox(SandboxKind.LANDLOCK), Level.OK)
     why = RefusedError("no bwrap", "install bubblewrap")
@@ -109,7 +109,7 @@ def test_sandbox_is_judged() -> None:
 
 
 def test_session_capacity_is_judged() -> None:
-    """Enough, enough for some, not enough for one; nothing is said to be short that is not known."""
+    """Enough, enough for some, too little for one; unknown limits are not reported."""
     for limit, level in ((1024, Level.OK), (64, Level.WARNING), (32, Level.PROBLEM), (None, Level.OK)):
         told(findings.judge_descriptors(AvailableResources(limit, 10, None), 4), level)
     for left, level in ((8 << 30, Level.OK), (700 * MIB, Level.WARNING), (100 * MIB, Level.PROBLEM)):
@@ -137,12 +137,12 @@ def test_session_capacity_is_judged() -> None:
     ],
 )
 def test_disk_space_is_judged(place: StorageLocation, level: Level, words: str) -> None:
-    """What is left is held against what a session, and what all of them need."""
+    """The free space is compared with the need of one session and of all."""
     told(findings.judge_space("repositories", place, NEED), level, words)
 
 
 def test_disk_space_grows_with_repository_and_capacity() -> None:
-    """Two checkouts for each session, and all objects once."""
+    """Two checkouts per session, and all objects once."""
     small, large = (findings.hub_need(RepositorySize(10 << 30, 1 << 30, 1000), capacity) for capacity in (1, 10))
     assert large.all - small.all == 18 << 30
     assert (small.least, small.least) == (small.all, large.least)
@@ -151,7 +151,7 @@ def test_disk_space_grows_with_repository_and_capacity() -> None:
 
 
 def test_file_systems_are_judged() -> None:
-    """A disk is fine, memory is told, a network is refused, the unknown is passed over."""
+    """A disk is fine, memory is reported, a network is rejected, unknown types pass."""
     told(findings.judge_file_system("state", PLACE), Level.OK, "ext4")
     told(findings.judge_file_system("state", replace(PLACE, file_system="tmpfs")), Level.WARNING, "restarts")
     told(findings.judge_file_system("state", replace(PLACE, file_system="nfs4")), Level.PROBLEM, "COUNCIL_STATE")
@@ -159,13 +159,12 @@ def test_file_systems_are_judged() -> None:
 
 
 def test_moved_repositories_are_judged() -> None:
-    """They can't be inside the repository that is worked on."""
     assert findings.judge_home(Path("/home/state"), Path("/home/project")) is None
     told(findings.judge_home(Path("/home/project/x"), Path("/home/project")), Level.PROBLEM, "COUNCIL_HOME")
 
 
 def test_clock_is_judged() -> None:
-    """It runs neither before our installation nor in a far future, nor away from that of the disks."""
+    """Neither before the installation, nor far in the future, nor away from the disk's clock."""
     told(findings.judge_clock(MACHINE, [PLACE]), Level.OK, "2027-01-15 08:00:00")
     told(findings.judge_clock(replace(MACHINE, now=0.0), []), Level.WARNING, "1970")
     told(findings.judge_clock(replace(MACHINE, now=1e18), []), Level.WARNING, "2100")
@@ -173,7 +172,7 @@ def test_clock_is_judged() -> None:
 
 
 def test_plugins_and_folder_are_judged() -> None:
-    """A plugin that is left out is told; a `.council` that git would take is too."""
+    """Reports an omitted plugin, and a `.council` that git would track."""
     told(findings.judge_plugin("the plugin 'x' of y 1: broken"), Level.WARNING, "broken", "COUNCIL_PLUGINS")
     told(findings.judge_project_folder(exists=True, is_ignored=True), Level.OK)
     told(findings.judge_project_folder(exists=False, is_ignored=False), Level.OK)
@@ -181,7 +180,7 @@ def test_plugins_and_folder_are_judged() -> None:
 
 
 def test_gathering_facts_leaves_no_trace(tmp_path: Path) -> None:
-    """A place that is not there yet is judged by what it will be in, and nothing is left there."""
+    """A missing folder is judged by its parent and not created."""
     found = inspect_location(tmp_path / "not" / "yet")
     assert found.trouble is None
     assert found.free
@@ -196,7 +195,7 @@ def test_unwritable_folder_has_its_reason() -> None:
 
 
 def test_processes_are_counted_by_cgroups(tmp_path: Path) -> None:
-    """The tightest of the groups that we are in counts; a name that is no text does not matter."""
+    """The tightest of our cgroups counts; undecodable names are ignored."""
     proc, cgroups = tmp_path / "proc", tmp_path / "cgroup"
     (proc / "self").mkdir(parents=True)
     (proc / "self" / "cgroup").write_text("0::/outer/inner\n")

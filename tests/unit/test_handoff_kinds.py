@@ -1,4 +1,4 @@
-"""The kinds of handoffs: what is taken, what is asked for again, and what comes of it."""
+"""Handoff kinds: accepted content, violations, and derived values."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ PLAN = {"tasks": [{"id": "a", "prompt": "do it"}], "dependencies": [], "timeline
 
 
 def taken(kind: str, data: dict[str, Any], facts: HandoffFacts | None = None) -> dict[str, Any]:
-    """Return what is handed over as its kind has it."""
+    """Return the parsed content of a handoff."""
     checked = HANDOFF_KINDS[kind].check(data, facts or HandoffFacts())
     assert checked.data is not None, [str(one) for one in checked.violations]
     return checked.data
 
 
 def wrong(kind: str, data: Any, facts: HandoffFacts | None = None) -> list[tuple[str, str]]:
-    """Return the rules and places of what is wrong with what is handed over."""
+    """Return the rules and positions of the violations of a handoff."""
     checked = HANDOFF_KINDS[kind].check(data, facts or HandoffFacts())
     assert checked.data is None
     assert all(one.what and one.remedy for one in checked.violations)
     return [(one.rule, one.place) for one in checked.violations]
 
 
-#: By kind: what may be written, and what is made of it, as far as it is told.
+# By kind: input, and the expected subset of the parsed content.
 LIBERAL: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("scout", {"findings": "one file"}, {"scout_findings": ["one file"], "requirements": [], "approach": ""}),
     ("scout", {"observations": [{"file": "a.py"}, 3, None]}, {"scout_findings": [{"file": "a.py"}, "3"]}),
@@ -120,7 +120,7 @@ LIBERAL: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("kind", "data", "expected"), LIBERAL)
 def test_valid_content_is_accepted(kind: str, data: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Other spellings, one thing for a list, mappings for lists; what is taken is taken again as it is."""
+    """Alternative spellings, single values for lists, mappings for lists; parsed content parses to itself."""
     made = taken(kind, data)
     assert {key: made[key] for key in expected} == expected
     assert taken(kind, made) == made
@@ -171,12 +171,12 @@ WRONG: list[tuple[str, Any, list[tuple[str, str]]]] = [
 
 @pytest.mark.parametrize(("kind", "data", "expected"), WRONG)
 def test_invalid_content_has_its_position(kind: str, data: Any, expected: list[tuple[str, str]]) -> None:
-    """Each mistake has a rule, a place and a remedy; all are told at once."""
+    """Each violation has a rule, a position and a remedy; all are reported at once."""
     assert wrong(kind, data) == expected
 
 
 def test_reported_mistakes_are_limited() -> None:
-    """A prompt with all of them would be longer than the work."""
+    """A repair prompt must not be longer than the work."""
     found = wrong("build", {"artifacts": [{"path": "a"}] * 100})
     assert len(found) == MAX_VIOLATIONS + 1
     assert found[-1] == ("build.more", "the handoff")
@@ -193,7 +193,7 @@ def test_reported_mistakes_are_limited() -> None:
     ],
 )
 def test_artifacts_match_the_tree(checksums: dict[str, str | None], expected: list[tuple[str, str]]) -> None:
-    """What is not there, or is something else, is named; what was not looked at is not judged."""
+    """Missing and wrong artifacts are named; unchecked ones pass."""
     data, facts = {"artifacts": {"a": SUM}}, HandoffFacts(checksums)
     assert (wrong("build", data, facts) if expected else [] if taken("build", data, facts) else None) == expected
     assert HANDOFF_KINDS["build"].paths({"artifacts": {"./a": SUM, "../b": SUM}}) == ("a",)
@@ -203,7 +203,6 @@ def test_artifacts_match_the_tree(checksums: dict[str, str | None], expected: li
 
 
 def test_unknown_fields_are_dropped_and_reported() -> None:
-    """An unknown key is no mistake."""
     checked = HANDOFF_KINDS["scout"].check({"findings": [], "mood": "good"}, HandoffFacts())
     assert checked.ignored == ("mood",)
     assert checked.data is not None
@@ -211,7 +210,7 @@ def test_unknown_fields_are_dropped_and_reported() -> None:
 
 
 def test_needs_of_a_planned_task_are_read() -> None:
-    """What it says itself and what the plan says about it, each once; what is no task does not count."""
+    """From the task and from the plan, without duplicates; invalid tasks are ignored."""
     data = {
         **PLAN,
         "tasks": [{"id": "a", "prompt": "x"}, {"id": "b", "prompt": "y", "needs": "a"}, {"id": "c", "prompt": "z"}],
@@ -256,13 +255,13 @@ EXPORTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("kind", EXPORTED)
 def test_later_phases_inherit_values(kind: str) -> None:
-    """Values by the names that phases need, those that say nothing, too: conditions ask for them."""
+    """By the names that phases need, empty values included, since conditions use them."""
     data, expected = EXPORTED[kind]
     assert HANDOFF_KINDS[kind].exports(taken(kind, data)) == expected
 
 
 def test_exports_are_unique_and_requirements_met() -> None:
-    """Each need of a phase is exported by one kind."""
+    """Each input of a phase is exported by exactly one kind."""
     text = ["x"]
     full: dict[str, dict[str, Any]] = {
         "scout": dict.fromkeys(handoff_models.Scout.model_fields, text),
@@ -288,7 +287,6 @@ def test_exports_are_unique_and_requirements_met() -> None:
 
 @pytest.mark.parametrize("kind", HANDOFF_KINDS.values(), ids=HANDOFF_KINDS)
 def test_each_schema_is_valid(kind: Any) -> None:
-    """What sessions are shown is a JSON Schema of what is required, small enough for a prompt."""
     Draft202012Validator.check_schema(kind.schema)
     assert not Draft202012Validator(kind.schema).is_valid({})
     assert len(str(kind.schema)) < 2500
@@ -303,7 +301,7 @@ RISK = {
 
 
 def test_kind_of_the_user_is_accepted() -> None:
-    """Its schema is what it is checked by; its data are one value of its name."""
+    """Its schema validates the content, which becomes one value with the name of the kind."""
     kind = kind_from_schema("risk", RISK)
     good = kind.check({"risks": [{"name": "x", "level": 2}], "more": 1}, HandoffFacts())
     assert good.data == {"risks": [{"name": "x", "level": 2}], "more": 1}
@@ -327,26 +325,26 @@ def test_kind_of_the_user_is_accepted() -> None:
     ],
 )
 def test_unsupported_schema_is_rejected(schema: dict[str, Any], fragment: str) -> None:
-    """Nothing is fetched, and a mistake in a schema is no mistake of a session."""
+    """Nothing is fetched; a mistake in a schema is a config mistake."""
     with pytest.raises(RefusedError, match=fragment):
         kind_from_schema("risk", schema)
 
 
 @pytest.mark.parametrize("schema", [{"$ref": "#/$defs/gone"}, {"allOf": [{"$ref": "#"}]}])
 def test_unresolvable_schema_is_a_violation(schema: dict[str, Any]) -> None:
-    """What refers to nothing, or to itself for ever, fails the phase and not the run."""
+    """A missing or endless reference fails the phase, not the run."""
     checked = kind_from_schema("odd", schema).check({"a": 1}, HandoffFacts())
     assert [one.rule for one in checked.violations] == ["odd.check"]
 
 
 class Estimate(BaseModel):
-    """What a plugin brings."""
+    """A plugin's handoff model."""
 
     days: int
 
 
 def test_kind_of_a_plugin_is_accepted() -> None:
-    """A pydantic model is a kind; a fault of its own code is a violation."""
+    """A pydantic model is a kind; an error in its own code is a violation."""
 
     def too_long(estimate: Estimate, _facts: HandoffFacts) -> list[Violation]:
         return [Violation("estimate.long", "days", "too long", "shorten it")] if 10 // estimate.days < 1 else []
@@ -360,7 +358,7 @@ def test_kind_of_a_plugin_is_accepted() -> None:
 
 
 def test_validators_of_plugins_run() -> None:
-    """They see what passed, can't change it, and are told by their names; one that fails hides no other."""
+    """They see valid content and cannot change it; a failing one is named and hides no other."""
 
     def meddling(data: dict[str, Any], _facts: HandoffFacts) -> list[Violation]:
         data.clear()

@@ -1,4 +1,4 @@
-"""What one phase hands the next: records, digests, receipts, and the block at the end of an answer."""
+"""Handoffs between phases: records, digests, receipts, and the block at the end of an answer."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from orchestrator.errors import HandoffCorrupted
 
 
 def made(data: dict[str, Any] | None = None, **told: Any) -> Handoff:
-    """Return the handoff of a task's second attempt."""
+    """Return the handoff of the second attempt of a task."""
     facts = {"kind": "plan", "protocol": "direct", "phase": "plan", "time": 5.0, "by": "file", **told}
     return make_handoff("run", "task", 2, data or {"tasks": [1]}, **facts)
 
 
 def test_digest_is_that_of_the_canonical_text() -> None:
-    """Whoever sorts the keys and leaves out blanks comes to the same."""
+    """Any implementation with sorted keys and no blanks gets the same digest."""
     text = '{"a":[1,2.5,null],"b":"ä"}'
     assert encode_canonical({"b": "ä", "a": [1, 2.5, None]}) == text.encode()
     assert compute_digest({"b": "ä", "a": [1, 2.5, None]}) == f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def test_handoff_has_its_origin_and_integrity() -> None:
-    """Its name is its attempt's; its digest covers its data and what mediated them; its summary is bounded."""
+    """Named by its attempt; the digest covers data and mediation; the summary is bounded."""
     handoff = made(summary="x" * 9999, to="build", tokens=7, cost=0.5)
     assert (handoff.id, handoff.to, handoff.tokens, handoff.cost) == ("run/task/2", "build", 7, 0.5)
     assert len(handoff.summary) == MAX_SUMMARY_CHARS
@@ -47,7 +47,7 @@ def test_handoff_has_its_origin_and_integrity() -> None:
 
 
 def test_mediated_content_is_given_and_digested() -> None:
-    """To change what the next phase is given breaks the digest as well as to change the result."""
+    """Changing the mediated content breaks the digest, too."""
     mediation = mediate({"requirements": ["r"]}, "scout", "plan")
     assert isinstance(mediation, Mediation)
     handoff = made({"requirements": ["r"]}, mediation=mediation)
@@ -60,7 +60,7 @@ def test_mediated_content_is_given_and_digested() -> None:
 
 
 def test_visit_receives_a_handoff_once() -> None:
-    """A second receipt of the same visit changes nothing; another visit has its own."""
+    """Repeating a receipt changes nothing; another visit has its own."""
     once = acknowledge(made(), "build", 3, 6.0)
     assert [(one.phase, one.attempt, one.time, one.digest) for one in once.receipts] == [
         ("build", 3, 6.0, compute_digest({"tasks": [1]}))
@@ -71,7 +71,7 @@ def test_visit_receives_a_handoff_once() -> None:
 
 
 def test_modified_handoff_is_not_received() -> None:
-    """The error names the handoff and what can be done."""
+    """The error names the handoff and the fix."""
     with pytest.raises(HandoffCorrupted, match=r"handoff run/task/2: .*digest.*council retry TASK --from"):
         acknowledge(made().model_copy(update={"data": {}}), "build", 3, 6.0)
 
@@ -90,13 +90,12 @@ def test_modified_handoff_is_not_received() -> None:
     ],
 )
 def test_non_json_value_is_rejected(value: Any, flaw: str | None) -> None:
-    """What the store would refuse is told beforehand."""
     found = find_json_error(value)
     assert found is None if flaw is None else flaw in str(found)
 
 
 def nested(deep: int) -> dict[str, Any]:
-    """Return objects in each other."""
+    """Return nested objects."""
     value: dict[str, Any] = {}
     for _ in range(deep):
         value = {"a": value}
@@ -104,7 +103,7 @@ def nested(deep: int) -> dict[str, Any]:
 
 
 def test_deep_nesting_is_reported_at_any_depth() -> None:
-    """The limit itself is allowed; ten thousand levels are no fault of ours."""
+    """The limit itself is allowed; ten thousand levels are no internal error."""
     assert find_json_error(nested(MAX_DEPTH - 1)) is None
     assert "deep" in str(find_json_error(nested(MAX_DEPTH)))
     assert "deep" in str(find_json_error(nested(10_000)))
@@ -133,7 +132,7 @@ def test_deep_nesting_is_reported_at_any_depth() -> None:
     ],
 )
 def test_object_is_parsed_strictly(text: str, why: str) -> None:
-    """What a lenient reader would guess at is a mistake that is told."""
+    """Content that a lenient parser would guess at is reported as a mistake."""
     with pytest.raises(ValueError, match=why):
         parse_object(text)
 
@@ -158,7 +157,7 @@ ANSWERS = {
 
 @pytest.mark.parametrize("name", ANSWERS)
 def test_last_block_of_an_answer_is_used(name: str) -> None:
-    """The last object in a fence is taken, and what was not is told with its line."""
+    """The last object in a fence counts; a rejected one is reported with its line."""
     text, data, skipped = ANSWERS[name]
     found = find_last_json_block(text)
     assert found.data == data
@@ -170,7 +169,7 @@ SCOUTED = {"requirements": ["r"], "constraints": [], "scout_findings": ["f"], "p
 
 
 def test_scout_is_mediated_to_a_planner() -> None:
-    """The transformation that comes with it is taken by the two kinds, and names what a planner wants."""
+    """The bundled transformation accepts both kinds and names the inputs of a planner."""
     done = mediate({**SCOUTED, "approach": "slowly", "opportunities": ["o"]}, "scout", "plan")
     assert isinstance(done, Mediation)
     assert done.transformation == "scout_to_plan"
@@ -187,7 +186,7 @@ def test_scout_is_mediated_to_a_planner() -> None:
 
 
 def test_default_mediation_is_used_without_a_transformation() -> None:
-    """What says nothing is left out, what there is is counted, and the next kind is told what to do with it."""
+    """Empty fields are omitted, items are counted, and instructions are added."""
     data = {"findings": [{"severity": "major"}, {"severity": "info"}, {"severity": "major"}], "summary": "", "line": 0}
     done = mediate(data, "review", "build")
     assert isinstance(done, Mediation)
@@ -218,7 +217,7 @@ async def _late(_data: dict[str, Any], _analysis: dict[str, Any]) -> dict[str, A
     ],
 )
 def test_failing_transformation_is_a_violation(function: Any, rule: str) -> None:
-    """A plugin's fault is told by the transformation's name, and raises nothing."""
+    """It is reported by its name and raises nothing."""
     done = mediate(SCOUTED, "scout", "plan", {} if function is None else {"odd": function}, "odd")
     assert isinstance(done, Violation)
     assert done.rule == rule
@@ -226,7 +225,7 @@ def test_failing_transformation_is_a_violation(function: Any, rule: str) -> None
 
 
 def test_transformation_can_not_change_the_record() -> None:
-    """It gets a copy of its own."""
+    """It gets a copy."""
 
     def meddle(data: dict[str, Any], analysis: dict[str, Any]) -> dict[str, Any]:
         data["requirements"].append("more")

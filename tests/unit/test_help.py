@@ -1,4 +1,4 @@
-"""The help teaches by examples that are true, and wrong words lead to the right ones."""
+"""Help: examples are valid, and unknown words get suggestions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ALL = dict(_leaves(main))
 
 @pytest.mark.parametrize("path", ALL, ids=" ".join)
 def test_help_ends_with_valid_examples(path: tuple[str, ...]) -> None:
-    """Each example is of the command that it stands under, and click takes it."""
+    """The example belongs to this command, and click accepts it."""
     _, mark, examples = inspect.cleandoc(ALL[path].help or "").partition("\b\nExamples:\n")
     assert mark
     for line in examples.splitlines():
@@ -41,7 +41,7 @@ def test_help_ends_with_valid_examples(path: tuple[str, ...]) -> None:
 
 
 def _parse(words: list[str]) -> None:
-    """Have click read a command's words, without running anything."""
+    """Parse the words of a command with click, without running it."""
     command: click.Command = main
     while isinstance(command, click.Group) and words and not words[0].startswith("-"):
         found = command.get_command(click.Context(command), words.pop(0))
@@ -61,7 +61,7 @@ def _parse(words: list[str]) -> None:
     ],
 )
 def test_unknown_command_suggests_the_nearest(words: str, told: str) -> None:
-    """Commands, commands of commands, and options."""
+    """For commands, subcommands and options."""
     ended = CliRunner().invoke(main, words.split(), prog_name="council")
     assert ended.exit_code == 2
     assert told in re.sub(r"\s+", " ", ended.output)

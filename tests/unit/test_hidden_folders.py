@@ -1,4 +1,4 @@
-"""The folders that sessions can't see."""
+"""Folders hidden from sessions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from orchestrator.repo.worktrees.hub import Hub
 
 
 def test_hidden_folders_with_store_paths_include_them(tmp_path: Path) -> None:
-    """A session must not read the data of the run's store, of whatever kind."""
+    """A session must not read the data of the run's store, of any kind."""
     site = RunRepository("https://example.com/shop.git", None, "sha1")
     hub = Hub(tmp_path / "home" / "shop-1")
     store = [tmp_path / "state.db", tmp_path / "state.db-wal"]

@@ -1,4 +1,4 @@
-"""Which entries `network.allow` can have, and what each of them matches."""
+"""Entries of `network.allow` and the hosts they match."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def allows(entry: str, host: str, port: int = 443) -> bool:
     ],
 )
 def test_entry_matches_a_host(entry: str, host: str, port: int) -> None:
-    """Whatever the case, the dot at the end, and the way in which an address is written."""
+    """In any case, with a trailing dot, and for any notation of an address."""
     assert allows(entry, host, port)
 
 
@@ -61,7 +61,7 @@ def test_entry_matches_a_host(entry: str, host: str, port: int) -> None:
     ],
 )
 def test_entry_does_not_match_a_host(entry: str, host: str, port: int) -> None:
-    """Another port, a name that only looks like it, another name of the same machine."""
+    """Another port, a similar name, another name of the same machine."""
     assert not allows(entry, host, port)
 
 
@@ -100,7 +100,7 @@ def test_entry_does_not_match_a_host(entry: str, host: str, port: int) -> None:
     ],
 )
 def test_invalid_entry_is_rejected(text: str, fix: str) -> None:
-    """With the mistake and its fix, in one line."""
+    """One line with the mistake and its fix."""
     with pytest.raises(ValueError, match=fix) as rejected:
         parse_allowed_host(text)
     assert ": " in str(rejected.value)
@@ -111,7 +111,7 @@ def test_invalid_entry_is_rejected(text: str, fix: str) -> None:
     "entry", ["api.example.com", "*.example.com:8443", "[::1]:80", "127.0.0.1", "localhost:80", "[::1]"]
 )
 def test_entry_is_shown_as_written(entry: str) -> None:
-    """What is recorded can be read again."""
+    """The recorded form parses to the same entry."""
     assert str(parse_allowed_host(entry)) == entry
 
 
@@ -124,18 +124,18 @@ def test_entry_is_shown_as_written(entry: str) -> None:
     ],
 )
 def test_private_addresses_are_recognized(text: str) -> None:
-    """This machine's, its network's, a cloud's metadata service, and IPv6 addresses that lead to such."""
+    """Loopback, private networks, cloud metadata services, and IPv6 addresses that embed them."""
     assert not is_public(ip_address(text))
 
 
 @pytest.mark.parametrize("text", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"])
 def test_public_addresses_are_recognized(text: str) -> None:
-    """Of both versions."""
+    """IPv4 and IPv6."""
     assert is_public(ip_address(text))
 
 
 def test_private_address_needs_an_entry() -> None:
-    """One of them among others is enough to refuse the name; an entry for the name does not cover it."""
+    """One private address rejects the name; an entry for the name does not cover it."""
     public, private = ip_address("8.8.8.8"), ip_address("10.0.0.1")
     name, both = parse_allowed_host("git.example.com"), [public, private]
     assert addresses_to_try([name], "git.example.com", 443, [public]) == (public,)
@@ -147,6 +147,6 @@ def test_private_address_needs_an_entry() -> None:
 
 
 def test_localhost_is_loopback() -> None:
-    """Whatever a resolver says that it is."""
+    """Regardless of the resolver."""
     found = addresses_to_try([parse_allowed_host("localhost:80")], "localhost", 80, [ip_address("8.8.8.8")])
     assert list(map(str, found)) == ["127.0.0.1", "::1"]

@@ -1,4 +1,4 @@
-"""When a program counts as silent, on a clock that the test drives."""
+"""Idle timeouts on a clock driven by the test."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LIMIT = 8.0
 
 
 class Clock:
-    """Stands in for the module `time`."""
+    """Replaces the module `time`."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -35,7 +35,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def ends_at(watch: IdleWatch, clock: Clock, until: float, changes: dict[float, Path] | None = None) -> float | None:
-    """Advance the clock as a poll would, writing to files at the times of `changes`; return when it was over."""
+    """Advance the clock like a poll, writing files at the times of `changes`; return the end."""
     pending = sorted((changes or {}).items())
     while clock.now < until:
         clock.now += max(watch.seconds_until_check(), 0.001)
@@ -53,7 +53,7 @@ def ends_at(watch: IdleWatch, clock: Clock, until: float, changes: dict[float, P
 def test_timeout_ends_between_one_and_one_and_a_half_times_the_limit(
     tmp_path: Path, clock: Clock, change: float | None
 ) -> None:
-    """Counted from the last sign of life, wherever between two looks that was."""
+    """Counted from the last activity, at any point between two polls."""
     began = clock.now
     watch = IdleWatch(LIMIT, [str(tmp_path)])
     changes = {} if change is None else {began + change: tmp_path / "file"}
@@ -64,7 +64,7 @@ def test_timeout_ends_between_one_and_one_and_a_half_times_the_limit(
 
 
 def test_output_restarts_the_timeout(tmp_path: Path, clock: Clock) -> None:
-    """While there is output no folder is looked at."""
+    """With output no folder is scanned."""
     watch = IdleWatch(LIMIT, [str(tmp_path)])
     for _ in range(100):
         clock.now += 1
@@ -78,7 +78,7 @@ def test_output_restarts_the_timeout(tmp_path: Path, clock: Clock) -> None:
 
 
 def test_failed_walk_proves_nothing(tmp_path: Path, clock: Clock) -> None:
-    """A folder that is gone ends nobody; when it can be read again, the time counts from the first such look."""
+    """A missing folder ends nothing; once readable, the time starts at the first successful scan."""
     folder = tmp_path / "folder"
     watch = IdleWatch(LIMIT, [str(folder)])
     assert ends_at(watch, clock, clock.now + 10 * LIMIT) is None
@@ -96,7 +96,7 @@ def walked(*folders: Path) -> tuple[int, int] | None:
 
 
 def test_each_change_is_detected(tmp_path: Path) -> None:
-    """Content of the same size, a name, a mode, a claimed time, deep or not; a look alone changes nothing."""
+    """Content of the same size, name, mode, forged mtime, at any depth; a scan alone changes nothing."""
     deep = tmp_path / "a" / "b"
     deep.mkdir(parents=True)
     (deep / "file").write_text("one")
@@ -112,7 +112,7 @@ def test_each_change_is_detected(tmp_path: Path) -> None:
         (tmp_path / "new").mkdir,
     ]
     for change in changes:
-        time.sleep(0.02)  # the kernel's clock for files goes in steps of up to 10 ms
+        time.sleep(0.02)  # the kernel's file clock has steps of up to 10 ms
         change()
         seen.append(walked(tmp_path))
     assert None not in seen
@@ -120,7 +120,7 @@ def test_each_change_is_detected(tmp_path: Path) -> None:
 
 
 def test_oversized_tree_is_a_failed_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The walk ends at a bound, of entries or of time."""
+    """A scan is bounded by entries and by time."""
     for number in range(600):
         (tmp_path / str(number)).touch()
     assert walked(tmp_path) is not None

@@ -1,4 +1,4 @@
-"""Tasks in words become a run by the same path as a file's."""
+"""Inline tasks are loaded like those of a file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _FreeOptions(CommandOptions):
 
 
 class _Free(CommandAdapter):
-    """An adapter type whose options are all optional."""
+    """An adapter type with optional options only."""
 
     Options: ClassVar[type[BaseModel]] = _FreeOptions
 
@@ -34,7 +34,6 @@ TYPES: dict[str, AdapterType] = {"command": CommandAdapter, "free": _Free}
 
 
 def load(folder: Path, text: str | None, *prompts: str, **choices: Any) -> RunConfig:
-    """Load tasks in words on top of a file's text, or of none."""
     file = None if text is None else folder / "council.yaml"
     if file is not None and text is not None:
         file.write_text(text)
@@ -42,7 +41,7 @@ def load(folder: Path, text: str | None, *prompts: str, **choices: Any) -> RunCo
 
 
 def test_inline_task_replaces_those_of_the_file(tmp_path: Path) -> None:
-    """Its own tasks, mistakes in them included, do not matter."""
+    """Mistakes in the tasks of the file do not matter."""
     config = load(tmp_path, HEAD + ONE + TASKS, "Do it.", "And that.", base="dev", checks=("new",))
     assert [(task.id, task.prompt, task.adapter) for task in config.tasks] == [
         ("task-1", "Do it.", "fixer"), ("task-2", "And that.", "fixer"),
@@ -66,7 +65,7 @@ def test_inline_task_replaces_those_of_the_file(tmp_path: Path) -> None:
 def test_inline_adapter_is_of_the_file_or_needs_no_options(
     tmp_path: Path, text: str | None, adapter: str | None, expected: str
 ) -> None:
-    """What is named, else the file's own choice."""
+    """The named adapter, else that of the file."""
     config = load(tmp_path, text, adapter=adapter)
     assert config.tasks[0].adapter == expected
     assert expected in config.adapters
@@ -85,7 +84,7 @@ def test_inline_adapter_is_of_the_file_or_needs_no_options(
 def test_unknown_adapter_lists_the_possible_ones(
     tmp_path: Path, text: str | None, adapter: str | None, what: str, remedy: str
 ) -> None:
-    """Each refusal names the adapters that could be meant."""
+    """The error lists the possible adapters."""
     with pytest.raises(RefusedError) as refused:
         load(tmp_path, text, adapter=adapter)
     assert what in refused.value.what
@@ -93,7 +92,7 @@ def test_unknown_adapter_lists_the_possible_ones(
 
 
 def test_missing_clis_suggest_the_command_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No adapter is offered whose program is not on PATH."""
+    """Only adapters with a program on PATH are suggested."""
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RefusedError) as refused:
         load(tmp_path, None)
@@ -102,7 +101,7 @@ def test_missing_clis_suggest_the_command_adapter(tmp_path: Path, monkeypatch: p
 
 
 def test_mistakes_of_file_and_sentence_have_their_positions(tmp_path: Path) -> None:
-    """Each where it was made."""
+    """Each mistake is reported at its own source."""
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, HEAD.replace("2s", "2") + ONE, " ", target="a..b")
     path = tmp_path / "council.yaml"
@@ -114,14 +113,14 @@ def test_mistakes_of_file_and_sentence_have_their_positions(tmp_path: Path) -> N
 
 
 def test_trackers_of_the_file_are_ignored(tmp_path: Path) -> None:
-    """What is given in words is all that is done."""
+    """The run contains the inline tasks only."""
     config = load(tmp_path, HEAD + ONE + "trackers: {board: {use: zzz}}\n")
     assert ([task.id for task in config.tasks], dict(config.trackers)) == (["task-1"], {})
 
 
 @pytest.mark.parametrize("text", ["adapters: 3\nversion: 1\n", "version: [\n", "- x\n", "version: 1\nadapters: {}\n"])
 def test_invalid_file_is_reported_as_such(tmp_path: Path, text: str) -> None:
-    """Before any question of adapters, where there are none that could be read."""
+    """Before any mistake about adapters."""
     with pytest.raises((ConfigError, RefusedError)) as caught:
         load(tmp_path, text)
     assert ("adapters" in text and "{}" in text) == isinstance(caught.value, RefusedError)

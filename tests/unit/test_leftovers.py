@@ -1,4 +1,4 @@
-"""What may be deleted of a run, by the facts alone."""
+"""Which leftovers of a run may be deleted, by facts alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from orchestrator.domain.settings.quantities import format_size_short
 
 
 def document(status: TaskStatus = TaskStatus.FAILED) -> TaskDocument:
-    """Return a task whose attempts ended, were cut off, and are kept."""
+    """Return a task with ended, interrupted and preserved attempts."""
     attempts = (
         Attempt(number=1, adapter="x", base="b", started=1.0, ended=2.0),
         Attempt(number=2, adapter="x", base="b", started=3.0),
@@ -41,7 +41,7 @@ def document(status: TaskStatus = TaskStatus.FAILED) -> TaskDocument:
     ],
 )
 def test_worktree_state_is_judged(attempt: int, is_check: bool, held: WorktreeContents) -> None:
-    """Nothing if it was collected or is of checks; where nothing is recorded nothing is known."""
+    """No finding for collected worktrees and those of checks; without a record the state is unknown."""
     assert classify_worktree(document(), attempt, is_check=is_check) is held
     assert classify_worktree(None, attempt, is_check=is_check) is (
         WorktreeContents.NOTHING if is_check else WorktreeContents.UNKNOWN
@@ -51,7 +51,7 @@ def test_worktree_state_is_judged(attempt: int, is_check: bool, held: WorktreeCo
 @pytest.mark.parametrize("held", WorktreeContents)
 @pytest.mark.parametrize("status", TaskStatus)
 def test_only_saved_work_of_ended_tasks_is_removed(status: TaskStatus, held: WorktreeContents) -> None:
-    """What a resume goes on from never goes, and what is nowhere else only on request."""
+    """What a resume needs is never removed, and unsaved work only on request."""
     standing, _ = judge_worktree("run", document(status), held)
     assert (standing is LeftoverStatus.NEEDED) == (status not in FINAL_STATUSES)
     assert (standing is LeftoverStatus.LEFT_OVER) == (status in FINAL_STATUSES and held is WorktreeContents.NOTHING)
@@ -61,13 +61,13 @@ def test_only_saved_work_of_ended_tasks_is_removed(status: TaskStatus, held: Wor
 
 @pytest.mark.parametrize(("refs", "worktrees"), [(1, 0), (0, 1), (None, 0)])
 def test_hub_with_work_is_kept(refs: int | None, worktrees: int) -> None:
-    """Also where it is not known whether there is any."""
+    """And if its state is unknown."""
     assert judge_hub("/r/.git", refs, worktrees)[0] is LeftoverStatus.KEPT
     assert judge_hub("/r/.git", 0, 0)[0] is LeftoverStatus.LEFT_OVER
 
 
 def test_recent_leftover_is_not_stale() -> None:
-    """Also what a clock that jumped put into the future."""
+    """Nor is one with a time in the future, after a clock jump."""
     assert is_stale_file(1000.0, 1001.0 + STALE_FILE_SECONDS)
     assert not is_stale_file(1000.0, 999.0 + STALE_FILE_SECONDS)
     assert not is_stale_file(1000.0, 500.0)

@@ -1,4 +1,4 @@
-"""The table of a run at work: rows, totals, time left, and what fits; by tables, without a terminal."""
+"""The live table: rows, totals, time left and layout, without a terminal."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def row(frame: TableFrame, task: str) -> TaskRow:
     ],
 )
 def test_status_has_its_label(document: TaskDocument, is_blocked: bool, expected: str) -> None:
-    """The phase of a task follows from its document, and from whether what it needs can still land."""
+    """The label depends on the task document and on whether its needs can still land."""
     assert activity_label(document, is_blocked=is_blocked) == expected
 
 
@@ -99,7 +99,7 @@ def test_every_status_has_a_label() -> None:
 
 
 def test_row_shows_the_known_facts() -> None:
-    """Attempt of how many, elapsed, what it says, and how much it has changed, all of its newest attempt."""
+    """All columns are of the newest attempt."""
     shown = view(tasks(1))
     first = attempt(1, ended=12.0, outcome="crashed", reason="the program ended\nwith exit code 3")
     shown.apply(record("t0", TaskDocument(attempts=(first,), failures=1, reason=first.reason), 12.0))
@@ -121,7 +121,7 @@ def test_row_shows_the_known_facts() -> None:
 
 
 def test_unlanded_tasks_are_counted_by_status() -> None:
-    """As `status` does: a conflict and a cancelled task are no failures."""
+    """As in `status`: conflicts and cancelled tasks are not failures."""
     shown = view(tasks(3))
     ends = (TaskStatus.FAILED, TaskStatus.CONFLICT, TaskStatus.CANCELLED)
     for number, status in enumerate(ends):
@@ -131,7 +131,7 @@ def test_unlanded_tasks_are_counted_by_status() -> None:
 
 
 def test_counts_follow_the_records() -> None:
-    """Tasks move from one count to the next; what needs what failed is blocked, and no longer once that is revived."""
+    """Dependents of a failed task are blocked until it is revived."""
     entries = {**tasks(3), "child": DispatchEntry(("t0",)), "grandchild": DispatchEntry(("child",))}
     shown = view(entries)
     shown.apply(record("t0", TaskDocument(status=TaskStatus.FAILED, attempts=(BUILT,), reason="no")))
@@ -146,7 +146,7 @@ def test_counts_follow_the_records() -> None:
 
 
 def test_row_shows_phase_and_adapter() -> None:
-    """Each phase has all of its attempts; the name of the phase replaces `build`."""
+    """Each phase has its own attempts; the phase name replaces `build`."""
     shown = view(tasks(1))
     plan = PLANNED.model_copy(update={"status": PhaseStatus.IN_PROGRESS, "attempts": (1, 2)})
     two = (BUILT, attempt(2, adapter="planner", phase="plan"))
@@ -160,7 +160,7 @@ def test_row_shows_phase_and_adapter() -> None:
 
 
 def test_row_awaiting_approval_has_the_command() -> None:
-    """It is counted by itself, before all that waits for its turn; when it will be over nobody can know."""
+    """It is counted separately, before queued tasks; no time left is shown."""
     shown = view({**tasks(6), "asks": DispatchEntry(adapter="fake")})
     shown.apply(record("t0", TaskDocument(status=TaskStatus.LANDED, attempts=(BUILT,), landed=COMMIT)))
     assert shown.totals(40.0).left is not None
@@ -178,7 +178,7 @@ def test_row_awaiting_approval_has_the_command() -> None:
 
 
 def test_done_task_unblocks_others_and_is_no_failure() -> None:
-    """It counts by itself; what needs it does not wait for a landing that never comes."""
+    """It has a count of its own; its dependents do not wait for a landing."""
     shown = view({**tasks(1), "child": DispatchEntry(("t0",))})
     assert row(shown.frame(40.0, 10), "child").words == "needs t0"
     shown.apply(record("t0", TaskDocument(status=TaskStatus.DONE, attempts=(BUILT,), phases=(PLANNED,))))
@@ -189,7 +189,7 @@ def test_done_task_unblocks_others_and_is_no_failure() -> None:
 
 
 def test_lines_are_counted_once() -> None:
-    """What a session has changed so far gives way to what its commit changes, and a new attempt begins at nothing."""
+    """Lines of the commit replace those of the session; a new attempt starts at zero."""
     shown = view(tasks(2))
     for task in ("t0", "t1"):
         shown.apply(record(task, TaskDocument(status=TaskStatus.RUNNING, attempts=(attempt(),))))
@@ -198,7 +198,7 @@ def test_lines_are_counted_once() -> None:
     assert shown.uncounted_commits(10) == {}
     shown.apply(record("t0", TaskDocument(status=TaskStatus.LANDED, attempts=(BUILT,), landed=COMMIT)))
     assert shown.uncounted_commits(10) == {"t0": COMMIT}
-    shown.on_changes(ObservedSession("t0", 1, "fake"), Changes(9, 9, 9))  # a look that took too long
+    shown.on_changes(ObservedSession("t0", 1, "fake"), Changes(9, 9, 9))  # a slow scan
     shown.count("t0", Changes(2, 30, 0))
     assert shown.uncounted_commits(10) == {}
     shown.apply(record("t1", TaskDocument(status=TaskStatus.RUNNING, attempts=(BUILT, attempt(2)))))
@@ -206,7 +206,7 @@ def test_lines_are_counted_once() -> None:
 
 
 def test_built_work_is_counted_again_once() -> None:
-    """A session may end between two looks: its work is looked at until it was seen or has landed."""
+    """A session may end between two scans: its work is scanned until it was counted or has landed."""
     shown = view(tasks(1))
     shown.apply(record("t0", TaskDocument(status=TaskStatus.RUNNING, attempts=(attempt(),))))
     assert shown.built() == []
@@ -220,7 +220,6 @@ def test_built_work_is_counted_again_once() -> None:
 
 @pytest.mark.parametrize("branch", ["council/run/t0/1", None])
 def test_work_of_a_failed_session_is_counted_again_once(branch: str | None) -> None:
-    """What is kept of it is looked at; where nothing is, the row shows no lines."""
     shown = view(tasks(1))
     shown.apply(record("t0", TaskDocument(status=TaskStatus.RUNNING, attempts=(attempt(),))))
     shown.on_changes(ObservedSession("t0", 1, "fake"), Changes(1, 2, 0))
@@ -231,7 +230,7 @@ def test_work_of_a_failed_session_is_counted_again_once(branch: str | None) -> N
 
 
 def test_resumed_run_counts_active_time_and_capacity() -> None:
-    """`elapsed` is the time in which a process was active; sessions are as many as fit the machine."""
+    """`elapsed` is the active time of processes; the capacity is limited by the machine."""
     shown = view(tasks(1), capacity=8)
     for number, since, ended in ((1, 0.0, 20.0), (2, 1000.0, None)):
         joined = orchestrator(number, since, since, ended=ended).model_dump(mode="json")
@@ -242,14 +241,14 @@ def test_resumed_run_counts_active_time_and_capacity() -> None:
     totals = shown.totals(1030.0)
     assert (totals.elapsed, totals.capacity, shown.is_over) == (50.0, 3, False)
     shown.apply(record("t0", TaskDocument(status=TaskStatus.RUNNING, attempts=(attempt(),))))
-    shown.apply(event("run.capacity_limited", sessions=1))  # memory is short for a moment
+    shown.apply(event("run.capacity_limited", sessions=1))  # memory is short for a while
     assert shown.totals(1030.0).capacity == 3
     shown.apply(event("run.finished"))
     assert shown.is_over
 
 
 def test_sessions_of_other_processes_do_not_use_our_capacity() -> None:
-    """Each has as many as it is told to."""
+    """Each process has its own capacity."""
     shown = view(tasks(3), capacity=2)
     for number in range(3):
         assert "of 2 sessions" in shown.frame(50.0, 5).totals
@@ -260,25 +259,28 @@ def test_sessions_of_other_processes_do_not_use_our_capacity() -> None:
 @pytest.mark.parametrize(
     ("ahead", "expected"),
     [
-        (RemainingWork(60, 0, [], waiting=10, landing=0, chain=1, capacity=2), 300),  # side by side
+        (RemainingWork(60, 0, [], waiting=10, landing=0, chain=1, capacity=2), 300),  # concurrently
         (RemainingWork(60, 0, [], waiting=10, landing=0, chain=8, capacity=10), 480),  # one after another
         (RemainingWork(60, 30, [], waiting=10, landing=10, chain=1, capacity=10), 600),  # landings
-        (RemainingWork(60, 10, [(3, 45.0)], waiting=2, landing=0, chain=2, capacity=4), 155),  # the chain of what runs
+        (
+            RemainingWork(60, 10, [(3, 45.0)], waiting=2, landing=0, chain=2, capacity=4),
+            155,
+        ),  # the chain of the running task
         (
             RemainingWork(60, 0, [(1, 90.0)], waiting=0, landing=0, chain=0, capacity=4),
             0,
-        ),  # it took longer than the others
+        ),  # it exceeded the average
         (RemainingWork(60, 5, [], waiting=0, landing=2, chain=0, capacity=4), 10),
         (RemainingWork(0, 0, [], waiting=0, landing=0, chain=0, capacity=0), 0),
     ],
 )
 def test_time_left_is_the_greatest_of_three_bounds(ahead: RemainingWork, expected: float) -> None:
-    """Work over capacity, the longest chain of needs, and landings one at a time."""
+    """Total work over capacity, the longest chain of needs, and sequential landings."""
     assert estimate_time_left(ahead) == expected
 
 
 def test_time_left_is_shown_only_if_known() -> None:
-    """Not before a task was built, nor while an adapter pauses or is stopped, nor at the end."""
+    """Not before the first built task, with an unavailable adapter, or at the end."""
     shown = view({**tasks(3), "last": DispatchEntry(("t2",))}, capacity=1)
     assert shown.totals(30.0).left is None
     shown.apply(record("t0", TaskDocument(status=TaskStatus.QUEUED, attempts=(BUILT,)), 30.0))
@@ -294,7 +296,7 @@ def test_time_left_is_shown_only_if_known() -> None:
 
 
 def test_chains_follow_needs() -> None:
-    """The longest way from a task to what needs it, all of them counted."""
+    """The longest path from a task to its last dependent, counting all tasks on it."""
     entries = {
         "a": DispatchEntry(),
         "b": DispatchEntry(("a",)),
@@ -309,9 +311,9 @@ def test_chains_follow_needs() -> None:
     ("working", "waiting", "over", "room", "expected"),
     [
         ("ab", "cd", "ef", 9, "abefcd"),  # all fit
-        ("abcd", "ef", "gh", 3, "abc"),  # what is at work first
+        ("abcd", "ef", "gh", 3, "abc"),  # active tasks first
         ("ab", "cdefg", "hijkl", 6, "abhicd"),  # halves
-        ("ab", "c", "hijkl", 6, "abhijc"),  # what nobody needs goes to what has changed
+        ("ab", "c", "hijkl", 6, "abhijc"),  # unused rows go to changed tasks
         ("ab", "cdefg", "h", 6, "abhcde"),
         ("ab", "cd", "ef", 0, ""),
     ],
@@ -319,12 +321,12 @@ def test_chains_follow_needs() -> None:
 def test_visible_rows_are_active_or_recently_changed(
     working: str, waiting: str, over: str, room: int, expected: str
 ) -> None:
-    """Rows go to what is at work, then half and half to what changed last and to what comes next."""
+    """Active tasks first, then half each to the last changed and to the next ones."""
     assert "".join(choose_rows(working, waiting, over, room)) == expected
 
 
 def test_long_run_is_summarized() -> None:
-    """Rows stay in the order of the file; what has none is counted, and nothing is counted twice."""
+    """Rows keep file order; hidden tasks are counted once."""
     shown = view(tasks(100), capacity=2)
     for number in range(50):
         landed = TaskDocument(status=TaskStatus.LANDED, attempts=(BUILT,), landed=COMMIT)
@@ -346,19 +348,19 @@ def test_long_run_is_summarized() -> None:
      (3601, "about 1 h 10 min"), (7200, "about 2 h"), (7201, "about 2 h 10 min")],
 )  # fmt: skip
 def test_time_left_is_formatted(seconds: float, expected: str) -> None:
-    """Rounded up, and never to more than it can be known to."""
+    """Rounded up, and no more precise than the estimate."""
     assert format_estimate(seconds) == expected
 
 
 def test_durations_and_amounts_are_formatted() -> None:
-    """As on a clock, and as people write numbers."""
+    """Clock notation, and numbers as people write them."""
     assert [format_elapsed(one) for one in (-1, 0.9, 42, 723, 3723)] == ["0:00", "0:00", "0:42", "12:03", "1:02:03"]
     assert [format_count(one) for one in (0, 950, 12_345, 4_500_000)] == ["0", "950", "12.3k", "4.5M"]
 
 
 @pytest.mark.parametrize("width", [1, 10, 20, 45, 60, 80, 120, 200])
 def test_lines_fit_the_terminal(width: int) -> None:
-    """Whatever the texts, also wide characters; columns give way before words do, and no line ends with blanks."""
+    """For any text including wide characters; columns are dropped before words, without trailing blanks."""
     rows = [
         TaskRow("t" * 50, "build", "adapter" * 5, "1/3", "0:01", Changes(1, 2, 3), "漢字" * 100),
         TaskRow("x", "x", "x", "x", "x", Changes(), ""),
@@ -374,12 +376,11 @@ def test_lines_fit_the_terminal(width: int) -> None:
 
 
 def test_narrower_terminal_wraps_counted_rows() -> None:
-    """What was drawn in wide lines takes more of them."""
     assert count_wrapped_rows([80, 40, 0, 41], 40) == 2 + 1 + 1 + 2
 
 
 def test_terminal_sequences_are_escaped() -> None:
-    """Escape sequences and markup are shown, never obeyed."""
+    """Escape sequences and markup are displayed literally."""
     shown = view({"t0": DispatchEntry(adapter="fake")})
     shown.apply(record("t0", TaskDocument(status=TaskStatus.RUNNING, attempts=(attempt(),))))
     shown.on_transcript(
@@ -393,7 +394,7 @@ def test_terminal_sequences_are_escaped() -> None:
 
 
 def test_ten_thousand_tasks_are_redrawn_quickly() -> None:
-    """A change and a redraw with all of them recorded take some milliseconds; a redraw reads no document anew."""
+    """With all of them recorded a change and a redraw take milliseconds; a redraw parses no documents."""
     entries = {
         f"t{number}": DispatchEntry((f"t{number - 1}",) if number % 3 else (), "fake") for number in range(10_000)
     }
@@ -414,7 +415,7 @@ def test_ten_thousand_tasks_are_redrawn_quickly() -> None:
 
 
 def test_subtasks_have_rows_after_their_task() -> None:
-    """The task waits for them, is blocked where one fails, and its own row tells of which."""
+    """The task waits for them, is blocked by a failed one, and its row names it."""
     shown = view(tasks(2))
     planned = TaskDocument(attempts=(BUILT,), subtasks=("t0-a", "t0-b"))
     run = shown.run.model_copy(update={"tasks": ("t0", "t0-a", "t0-b", "t1")})

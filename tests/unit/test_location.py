@@ -1,4 +1,4 @@
-"""The repository that a file names is known before the rest of the file is."""
+"""The repository named by a file is known before the rest is parsed."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from orchestrator.config.source.location import named_repository
     ],
 )
 def test_repository_of_the_file_is_found(tmp_path: Path, text: str, expected: str | None) -> None:
-    """Only the top mapping's own key counts, URLs are no folders, and nothing that is wrong is an error."""
+    """Only the top-level key counts; URLs are not folders; invalid files raise nothing."""
     path = tmp_path / "council.yaml"
     path.write_text(text)
     assert named_repository(path) == (None if expected is None else (tmp_path / expected).resolve())
 
 
 def test_unreadable_file_names_no_repository(tmp_path: Path) -> None:
-    """No file, and no text."""
+    """Neither a missing file nor one that is not text."""
     assert named_repository(tmp_path / "none") is None
     assert named_repository(tmp_path) is None
     (tmp_path / "binary").write_bytes(b"repo: \xff\xfe")

@@ -1,4 +1,4 @@
-"""The codec of the commit log: what goes in comes out, and damage is always seen and named."""
+"""The commit log codec: lossless, and damage is always detected and located."""
 
 import json
 from collections.abc import Callable
@@ -42,7 +42,7 @@ COMMITS = st.builds(
 
 
 def line_of(commit: Commit, position: int = 1) -> LogLine:
-    """Return the line that a first commit becomes."""
+    """Return the line of a first commit."""
     encoded = encode_commit(commit)
     changes = tuple(LineChange(write.key, write.expected + 1, write.length) for write in encoded.writes)
     return LogLine(position, 1.5, changes, encoded.payload)
@@ -55,7 +55,7 @@ NEXT = encode_line(line_of(Commit(), position=2))
 
 @given(st.lists(COMMITS, min_size=1, max_size=4))
 def test_line_is_decoded_as_encoded(commits: list[Commit]) -> None:
-    """Any sequence of commits is one line each, and scanning them in turn gives the same lines, values and events."""
+    """Each commit is one line; scanning returns the same lines, values and events."""
     lines = [line_of(commit, position) for position, commit in enumerate(commits, 1)]
     data = b"".join(map(encode_line, lines))
     assert data.count(b"\n") == len(commits)
@@ -73,7 +73,7 @@ def test_line_is_decoded_as_encoded(commits: list[Commit]) -> None:
 
 
 def test_truncated_line_is_incomplete() -> None:
-    """A line of which the end is missing is incomplete at each length; without its newline alone it is complete."""
+    """At each length; a line without only its newline is complete."""
     for length in range(1, len(BYTES) - 1):
         assert scan(BYTES[:length], 0) == IncompleteLine(length)
     assert scan(BYTES[:-1], 0) == DecodedLine(len(BYTES) - 1, SMALL, b"")
@@ -82,7 +82,7 @@ def test_truncated_line_is_incomplete() -> None:
 @pytest.mark.parametrize("offset", range(len(BYTES)))
 @pytest.mark.parametrize("change", [lambda byte: byte ^ 1, lambda byte: byte ^ 0x80, lambda _: ord("\n")])
 def test_changed_byte_is_detected_in_its_line_only(offset: int, change: Callable[[int], int]) -> None:
-    """A changed byte is found: in the payload the header still names what was hit; the next line is always found."""
+    """With a damaged payload the header still names the commit; the next line is always found."""
     data = bytearray(BYTES + NEXT)
     data[offset] = change(data[offset])
     if data == BYTES + NEXT:
@@ -99,7 +99,7 @@ def test_changed_byte_is_detected_in_its_line_only(offset: int, change: Callable
 
 
 def test_line_with_lost_bytes_does_not_hide_the_next() -> None:
-    """Bytes missing in the middle of a payload damage that line alone, though its length is now wrong."""
+    """Lost bytes damage one line, although its length field is now wrong."""
     data = BYTES[:-8] + BYTES[-4:] + NEXT
     item = scan(data, 0)
     assert isinstance(item, DecodedLine)
@@ -108,14 +108,14 @@ def test_line_with_lost_bytes_does_not_hide_the_next() -> None:
 
 
 def test_damaged_line_still_has_its_deletions() -> None:
-    """A follower of a damaged line gets its deletions, and the names of the documents whose values are lost."""
+    """A reader of a damaged line gets its deletions and the names of the lost documents."""
     record = to_record(LogLine(SMALL.position, SMALL.time, SMALL.changes, b""))
     assert record.documents == {Key("task", "b"): (1, None)}
     assert record.unreadable == [Key("task", "a")]
 
 
 def test_commit_above_the_limit_is_rejected() -> None:
-    """Documents that fit one by one are refused together when they exceed what one commit may hold."""
+    """Documents that fit alone are rejected together if their commit is too large."""
     value = {"x": "x" * (4_000_000)}
     writes = [Write(Key("task", str(number)), 0, value) for number in range(MAX_COMMIT_BYTES // 4_000_000 + 1)]
     with pytest.raises(InvalidDocument, match="commit"):
@@ -124,7 +124,7 @@ def test_commit_above_the_limit_is_rejected() -> None:
 
 @pytest.mark.parametrize("wrap", [lambda inner: {"in": inner}, lambda inner: [inner]])
 def test_nesting_up_to_the_limit_is_accepted(wrap: Callable[[Any], Any]) -> None:
-    """A value may nest to the limit, through objects as well as lists, and not one level deeper."""
+    """Through objects and lists; one level more is rejected."""
     value: Any = 1
     for _ in range(MAX_DEPTH - 1):
         value = wrap(value)
@@ -134,7 +134,7 @@ def test_nesting_up_to_the_limit_is_accepted(wrap: Callable[[Any], Any]) -> None
 
 
 def test_recursive_value_is_rejected() -> None:
-    """Cycles are refused, also those whose unfolding grows at each level."""
+    """Including cycles that grow with each level."""
     value: JsonObject = {}
     value["left"], value["right"] = value, value
     with pytest.raises(InvalidDocument):
@@ -144,6 +144,6 @@ def test_recursive_value_is_rejected() -> None:
 @pytest.mark.parametrize("value", [{}, None])
 @pytest.mark.parametrize("key", [Key("task", "\ud800"), Key("\ud800", "a"), Key("task", cast("str", 1))])
 def test_name_that_is_not_text_is_rejected(key: Key, value: JsonObject | None) -> None:
-    """Half a surrogate pair or a number can't name a document, written or deleted."""
+    """An unpaired surrogate or a number cannot name a written or deleted document."""
     with pytest.raises(InvalidDocument):
         encode_commit(Commit([Write(key, 0, value)]))

@@ -1,4 +1,4 @@
-"""What a person reads of a session, from lines that real programs were seen to print."""
+"""Session logs for people, from recorded CLI output."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def adapter_of(program: str) -> Adapter:
 
 
 def shown(adapter: Adapter, *lines: str) -> list[str]:
-    """Return what is shown of all the lines."""
+    """Return the displayed text of all lines."""
     entries = OutputEntryBuilder()
     found = [entry for line in lines for entry in entries.read(adapter, line)]
     return [entry.line for entry in (*found, *entries.end())]
@@ -72,14 +72,14 @@ def recorded(program: str, name: str) -> list[str]:
     ],
 )
 def test_tool_call_is_a_line_with_argument_and_outcome(program: str, lines: list[str]) -> None:
-    """And the agent's words are shown once, though results repeat them."""
+    """The agent's text is shown once, although results repeat it."""
     assert recorded(program, "tool") == lines
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("name", ["limited", "no-login"])
 def test_failure_is_shown(program: str, name: str) -> None:
-    """Once, as the program said it, with its class; nothing of the program's own JSON is."""
+    """Once, in the program's words, with its class and without its raw JSON."""
     lines = recorded(program, name)
     errors = [line for line in lines if line.startswith("error: ")]
     assert len(errors) == (0 if program == "aider" else 1), lines
@@ -89,7 +89,7 @@ def test_failure_is_shown(program: str, name: str) -> None:
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_all_recordings_can_be_shown(program: str) -> None:
-    """In far less than the program printed; lines that hold no JSON are there as they are."""
+    """Shorter than the recording; lines without JSON are unchanged."""
     for name, recording in read_recordings(TRANSCRIPTS / program).items():
         lines = shown(adapter_of(program), *recording.stdout)
         words = "\n".join(lines)
@@ -98,7 +98,7 @@ def test_all_recordings_can_be_shown(program: str) -> None:
 
 
 def test_failed_tool_has_its_reason() -> None:
-    """In the same line, however many calls run side by side; an outcome that comes late has a line of its own."""
+    """On the same line, for any number of parallel calls; a late outcome has a line of its own."""
 
     def claude(type_: str, **block: Any) -> str:
         return json.dumps({"type": type_, "message": {"content": [block]}})
@@ -119,12 +119,12 @@ def test_failed_tool_has_its_reason() -> None:
 
 
 def test_blocked_command_is_shown_as_denied() -> None:
-    """Gemini CLI reports it as a success with an output."""
+    """Gemini CLI reports it as a successful call with output."""
     assert recorded("gemini", "denied") == ["> run_shell_command echo $(pwd): denied", "Tried."]
 
 
 def test_unknown_json_is_shown_unchanged() -> None:
-    """At the end, or once there is so much of it that it can't be a program's greeting."""
+    """At the end, or after more JSON than a program prints at startup."""
     lines = [json.dumps({"step": number}) for number in range(30)]
     assert shown(CUSTOM, *lines[:2]) == lines[:2]
     entries = OutputEntryBuilder()

@@ -1,4 +1,4 @@
-"""The figures of a run: every task is counted once, and times are those of what landed."""
+"""Run metrics: each task is counted once, and times are those of landed tasks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from orchestrator.protocols import Document, Key
 
 
 def task(status: TaskStatus, *starts: float, **spent: Any) -> TaskDocument:
-    """Return a task with an attempt for each start."""
+    """Return a task with one attempt per start time."""
     attempts = tuple(
         Attempt(number=number, adapter="x", base="b", started=start, **spent) for number, start in enumerate(starts, 1)
     )
@@ -24,7 +24,7 @@ def task(status: TaskStatus, *starts: float, **spent: Any) -> TaskDocument:
 
 
 def test_each_status_is_counted_once() -> None:
-    """Completed, in progress, failed and pending add up to all, with each status in the place that is documented."""
+    """Completed, in progress, failed and pending add up to the total, as documented."""
     tasks = {status.value: task(status) for status in TaskStatus}
     found = compute_metrics(tasks, {}, ActiveTime())
     assert (found.total_tasks, found.completed, found.pending) == (len(TaskStatus), 2, 1)
@@ -34,13 +34,12 @@ def test_each_status_is_counted_once() -> None:
 
 
 def test_no_tasks_have_no_average() -> None:
-    """No division by nothing."""
     found = compute_metrics({}, {}, ActiveTime())
     assert (found.total_tasks, found.average_time_minutes, found.cost, found.by_status) == (0, None, None, {})
 
 
 def test_average_is_from_first_start_to_landing() -> None:
-    """Attempts that failed count in; what did not land, or was found on the target without a start, does not."""
+    """Failed attempts are included; tasks without a start or a landing are not."""
     tasks = {
         "a": task(TaskStatus.LANDED, 0.0, 60.0),
         "b": task(TaskStatus.LANDED, 120.0),
@@ -53,7 +52,7 @@ def test_average_is_from_first_start_to_landing() -> None:
 
 @pytest.mark.parametrize(("landed_at", "minutes"), [(None, None), (160.0, 1.0), (50.0, 0.0)])
 def test_clock_set_back_gives_no_negative_time(landed_at: float | None, minutes: float | None) -> None:
-    """It is nothing rather than less than nothing; without an instant it is not known."""
+    """Negative times are zero; missing times are unknown."""
     assert compute_minutes_to_land(task(TaskStatus.LANDED, 100.0), landed_at, ActiveTime()) == minutes
 
 
@@ -64,7 +63,7 @@ def orchestrator(number: int, since: float, heartbeat: float, **facts: Any) -> O
 
 
 def test_pauses_are_not_active_time() -> None:
-    """A killed process was active up to its heartbeat or the last record before the next joined; none counts twice."""
+    """A killed process was active up to its last heartbeat or record; overlaps count once."""
     processes = [
         orchestrator(2, 1_000.0, 1_060.0, ended=1_100.0),
         orchestrator(1, 0.0, 60.0, ended=1_001.0, reason="2 took over: process exited"),
@@ -80,14 +79,14 @@ def test_pauses_are_not_active_time() -> None:
 
 
 def test_landing_time_is_that_of_the_task_document() -> None:
-    """Unless what was written is lost: then the time is of something that is not known."""
+    """If the document was lost, the time is unknown."""
     tasks = {name: task(TaskStatus.LANDED, 0.0) for name in ("a", "lost")} | {"failed": task(TaskStatus.FAILED, 0.0)}
     documents = {name: Document(Key("task", name), 1, b"{}", 1, name == "lost", 60.0) for name in tasks}
     assert landing_times(tasks, documents) == {"a": 60.0}
 
 
 def test_usage_is_that_of_all_attempts() -> None:
-    """Tokens add up; the cost is null only where nobody told."""
+    """Tokens add up; the cost is null only if no attempt reported one."""
     tasks = {
         "a": task(TaskStatus.FAILED, 0.0, 1.0, input_tokens=10, output_tokens=1, cost=0.5),
         "b": task(TaskStatus.LANDED, 0.0, input_tokens=5),

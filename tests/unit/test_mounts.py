@@ -1,4 +1,4 @@
-"""Network file systems are told from local ones by the kernel's mount table."""
+"""Network file systems are detected by the kernel's mount table."""
 
 from pathlib import Path
 
@@ -28,12 +28,12 @@ TABLE = r"""22 1 0:21 / / rw,relatime shared:1 - ext4 /dev/vda rw
     ],
 )
 def test_innermost_top_mount_counts(path: str, mount: str, kind: str) -> None:
-    """A path belongs to the deepest mount point above it, and of several there to the last one."""
+    """The deepest mount point above a path counts, and the last of several mounts there."""
     assert mount_of(Path(path), TABLE) == (Path(mount), kind)
 
 
 def test_network_mount_is_rejected_by_name(tmp_path: Path) -> None:
-    """State on a network mount is refused, naming the mount and what to do; on a local one it is not."""
+    """The error names the mount and the fix; local mounts pass."""
     table = tmp_path / "mountinfo"
     table.write_text(TABLE)
     with pytest.raises(RefusedError, match=r"/mnt/far.*fuse\.sshfs.*local disk"):
@@ -42,5 +42,5 @@ def test_network_mount_is_rejected_by_name(tmp_path: Path) -> None:
 
 
 def test_missing_mount_table_rejects_nothing(tmp_path: Path) -> None:
-    """Where the kernel shows no mount table, any path passes."""
+    """Any path passes where the kernel has no mount table."""
     refuse_network_mount(tmp_path, tmp_path / "missing")

@@ -1,4 +1,4 @@
-"""What lines of output mean by rules of the file."""
+"""Output rules of the file applied to lines of output."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LINE = {
 
 
 def read(line: Any, *rules: dict[str, Any], **options: Any) -> list[SessionEvent]:
-    """Return what a line means; one that is no text is printed as JSON."""
+    """Return the facts of a line; values other than text are printed as JSON."""
     text = isinstance(line, str)
     options = {"argv": ["x"], "output": "text" if text else "jsonl", "read": [*rules], **options}
     adapter = CommandAdapter(CommandOptions.model_validate(options))
@@ -57,20 +57,20 @@ def read(line: Any, *rules: dict[str, Any], **options: Any) -> list[SessionEvent
     ],
 )
 def test_path_finds_its_values(path: str, found: list[Any]) -> None:
-    """Names and numbers lead on, `*` everywhere, `+` adds; what is not there, or null, is no value."""
+    """Names and indexes descend, `*` iterates, `+` adds; missing and null have no value."""
     OutputRule.model_validate({"text": path})
     assert values_at(LINE, path) == found
 
 
 @pytest.mark.parametrize("path", ["", ".", ".type", "usage.", "a..b", "a b", "a +", "+ a", "a+b", "$.type", "$"])
 def test_invalid_path_is_rejected(path: str) -> None:
-    """It is refused with an example of one, or a hint where to begin."""
+    """The error has an example of a path, or a hint where to begin."""
     with pytest.raises(ValidationError, match=r"not a path .*usage\.input_tokens|begins with '\$': begin with a key"):
         OutputRule.model_validate({"text": path})
 
 
 def test_facts_of_a_line_are_read() -> None:
-    """All facts of all rules that are for a line, and none of another's."""
+    """From all matching rules, and from no others."""
     rules = (
         {"session": "session_id"},
         {"when": {"type": "result"}, "text": "choices.*.text", "model": "type"},
@@ -107,7 +107,7 @@ def test_facts_of_a_line_are_read() -> None:
     ],
 )
 def test_rule_applies_to_matching_lines(when: dict[str, Any], fits: bool) -> None:
-    """A value is equal only to one of its kind, and each has to be."""
+    """Values must have the same type, and all conditions must match."""
     assert read(LINE, {"when": when, "session": "session_id"}) == ([ConversationStarted("s1")] if fits else [])
 
 
@@ -120,7 +120,7 @@ def test_rule_applies_to_matching_lines(when: dict[str, Any], fits: bool) -> Non
     ],
 )
 def test_usage_scope_is_applied(usage: str, spent: UsageReport) -> None:
-    """Of the line, of the session so far, or with the conversation's earlier ones; a model alone takes nothing back."""
+    """Per line, per session so far, or including earlier sessions; a model alone resets nothing."""
     rule = {"input_tokens": "usage.output", "model": "m", "usage": usage}
     assert read({"usage": {"output": 7}}, rule) == [spent]
     assert read({"m": "x"}, rule) == [UsageReport(model="x")]
@@ -143,7 +143,7 @@ def test_usage_scope_is_applied(usage: str, spent: UsageReport) -> None:
     ],
 )
 def test_counts_are_parsed(given: Any, tokens: int) -> None:
-    """Numbers of JSON, and those that are printed for people; anything else counts as nothing."""
+    """JSON numbers and formatted numbers; other values count as zero."""
     assert read({"n": given}, {"input_tokens": "n"}) == [UsageReport(tokens)]
 
 
@@ -151,12 +151,12 @@ def test_counts_are_parsed(given: Any, tokens: int) -> None:
     ("given", "cost"), [(0.5, 0.5), (0, 0.0), ("$1.25", 1.25), ("free", None), (float("nan"), None)]
 )
 def test_costs_are_parsed(given: Any, cost: float | None) -> None:
-    """US dollars, with their sign or without; what is none is not known."""
+    """US dollars with or without the sign; other values are unknown."""
     assert read({"n": given}, {"cost": "n"}) == [UsageReport(cost=cost)]
 
 
 def test_text_is_read_by_named_groups() -> None:
-    """A line that a rule is for means what its groups say and is not said; another is said as it stands."""
+    """A matching line yields its groups and is not printed; other lines are printed unchanged."""
     rules = (
         {"match": r"^session: (?P<session>\S+)$"},
         {"match": r"tokens: (?P<input_tokens>\S+) sent, (?P<output_tokens>\S+) received", "usage": "session"},
@@ -179,7 +179,7 @@ def test_text_is_read_by_named_groups() -> None:
 
 
 def test_text_lines_among_json_are_read() -> None:
-    """They are said, unless `match` is for them; what was to be JSON and is none is nothing."""
+    """They are printed unless `match` applies; broken JSON is dropped."""
     options: dict[str, Any] = {"output": "jsonl"}
     assert read("Welcome!", {"text": "text"}, **options) == [AgentMessage("Welcome!")]
     assert read("id s1", {"match": r"^id (?P<session>\S+)"}, **options) == [ConversationStarted("s1")]
@@ -202,13 +202,13 @@ def test_text_lines_among_json_are_read() -> None:
     ],
 )
 def test_errors_are_classified(line: dict[str, Any], failure: str | None, reason: str) -> None:
-    """By the words that the file knows, then by their status; a line without an error is none."""
+    """By the patterns of the file, then by status; a line without an error is none."""
     events = read(line, {"error": "error.message", "status": "status"}, failures={"auth": "credit"})
     assert events == ([FinalResult("", Failed(FailureClass(failure), reason))] if failure else [])
 
 
 def test_structured_error_is_shown_completely() -> None:
-    """A path that leads to more than text gives its JSON; several give all."""
+    """A path to a structure yields its JSON; several paths yield all of them."""
     assert read({"e": {"code": 7}}, {"error": "e"}) == [FinalResult("", Failed(FailureClass.CRASHED, '{"code": 7}'))]
     several = read(
         {"e": {"name": "Quota", "message": "no"}}, {"error": "e.name + e.message"}, failures={"limit": "^quota"}
@@ -217,7 +217,7 @@ def test_structured_error_is_shown_completely() -> None:
 
 
 def test_error_overrides_done_on_one_line() -> None:
-    """Whatever the order of the rules, and the result's text is kept."""
+    """For any rule order; the text of the result is kept."""
     rules = ({"when": {"type": "result"}, "text": "text", "done": True}, {"error": "error"})
     for order in (rules, rules[::-1]):
         assert read({"type": "result", "text": "a", "error": "b"}, *order) == [
@@ -233,7 +233,7 @@ def verdict(lines: list[str], code: int | None = 0, **options: Any) -> Failed | 
 
 
 def test_missing_result_is_a_failure() -> None:
-    """Without it a zero exit is a failure, whatever was built; with it, or with another failure, that stands."""
+    """A zero exit without it is a failure; with it, or with another failure, that counts."""
     options: dict[str, Any] = {"read": [{"match": "^done", "done": True}], "failures": {"auth": "log in"}}
     missing = Failed(FailureClass.CRASHED, "it ended without a line with ^done", unfinished=True)
     assert verdict([], **options) == missing
@@ -246,7 +246,7 @@ def test_missing_result_is_a_failure() -> None:
 
 
 def test_limit_in_an_error_has_its_end() -> None:
-    """The pattern of the limit is looked for in the message, also where the class is known by the status."""
+    """The limit pattern searches the message, even if the status already set the class."""
     options: dict[str, Any] = {"output": "jsonl", "read": [{"error": "message", "status": "status"}]}
     line = json.dumps({"message": "slow down, again in 90 s", "status": 429})
     assert verdict([line], 1, **options) == Failed(FailureClass.RATE_LIMITED, "slow down, again in 90 s")
@@ -255,7 +255,7 @@ def test_limit_in_an_error_has_its_end() -> None:
 
 
 def test_quoted_error_in_json_is_not_a_failure() -> None:
-    """Patterns of failures are for errors, and for what is no JSON."""
+    """Failure patterns apply to errors and to lines that are not JSON."""
     options: dict[str, Any] = {"output": "jsonl", "read": [{"text": "text"}], "failures": {"auth": "not logged in"}}
     assert verdict(['{"text": "It says: not logged in."}'], 1, **options) is None
     assert verdict(["not logged in"], 1, **options) == Failed(FailureClass.AUTH, "not logged in")
@@ -278,7 +278,7 @@ NAMES = st.lists(st.sampled_from(["a", "b", "0", "*"]), min_size=1, max_size=3).
     ),
 )
 def test_any_output_can_be_read(line: dict[str, Any], rule: dict[str, str]) -> None:
-    """Whatever a line holds where a rule looks, the same comes of it, in numbers that any store takes."""
+    """For any value the reading is deterministic, with numbers that any store accepts."""
     events = read(line, rule)
     assert events == read(line, rule)
     for event in events:
@@ -315,7 +315,7 @@ def test_any_output_can_be_read(line: dict[str, Any], rule: dict[str, str]) -> N
     ],
 )
 def test_mistakes_are_explained(options: dict[str, Any], told: str) -> None:
-    """Each says what to write."""
+    """Each message says what to write."""
     with pytest.raises(ValidationError) as raised:
         CommandOptions.model_validate({"argv": ["x"], **options})
     assert told in str(raised.value)

@@ -1,4 +1,4 @@
-"""Packed segments: whole, in a fraction of the size, and with damage that stays where it is."""
+"""Packed segments: lossless, compressed, and damage stays local."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ LINES = b"".join(b'{"position": %d, "words": "some of the same in each line"}\n'
 
 @given(st.binary(max_size=5_000))
 def test_packed_data_is_unpacked(data: bytes) -> None:
-    """Any bytes do, and their sum is told without unpacking."""
+    """For any bytes; the checksum is known without unpacking."""
     packed = pack(data)
     assert unpack(packed) == data
     assert read_content_checksum(packed) == Checksum(len(data), zlib.crc32(data))
 
 
 def test_similar_lines_are_compressed(tmp_path: Path) -> None:
-    """A source reads any part of them."""
+    """Any part can be read."""
     path = tmp_path / "s.jsonl.zst"
     path.write_bytes(pack(LINES))
     assert path.stat().st_size < len(LINES) / 10
@@ -39,14 +39,14 @@ def test_similar_lines_are_compressed(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("zstdcat") is None, reason="zstd is not installed")
 def test_zstdcat_can_read_it() -> None:
-    """Someone with standard tools can see everything."""
+    """Standard tools can read everything."""
     done = subprocess.run(["zstdcat"], input=pack(LINES), capture_output=True, check=True)
     assert done.stdout == LINES
 
 
 @pytest.mark.extended
 def test_damage_affects_one_part() -> None:
-    """Whatever byte is another one is noticed, and all other parts are still read."""
+    """Any changed byte is detected, and all other parts stay readable."""
     packed = pack(LINES)
     parts = list(packing._split(LINES))
     assert len(parts) > 2
@@ -59,7 +59,7 @@ def test_damage_affects_one_part() -> None:
 
 
 def test_truncated_data_is_read_up_to_the_end() -> None:
-    """No length of what is left is an error."""
+    """For any length of the rest."""
     packed = pack(LINES)
     for size in [*range(60), *range(60, len(packed), 997)]:
         assert read_content_checksum(packed[:size]) is None

@@ -1,4 +1,4 @@
-"""The records of phases, by their table."""
+"""Phase records, by their table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from orchestrator.domain.runs.phases import (
 )
 from orchestrator.errors import InvalidTransition
 
-#: What may happen to a visit, told apart from the table that says so.
+# The transitions of a visit, defined independently of the table under test.
 _LEADS = {
     (None, "enter"): "in_progress",
     (None, "skip"): "skipped",
@@ -32,7 +32,7 @@ _LEADS = {
 
 @pytest.mark.parametrize(("status", "trigger"), [*itertools.product([None, *PhaseStatus], PhaseTrigger)])
 def test_transition_exists_for_expected_pairs_only(status: PhaseStatus | None, trigger: PhaseTrigger) -> None:
-    """A row leads to its status and keeps what is recorded; a missing row raises and names both."""
+    """A row has its target status and keeps the records; a missing row raises and names both statuses."""
     record = None if status is None else PhaseRecord(phase="plan", status=status, started=1.0, attempts=(2,))
     if (status, trigger) in _LEADS:
         changes = {"phase": "plan"} if record is None else {"ended": 5.0}
@@ -46,7 +46,7 @@ def test_transition_exists_for_expected_pairs_only(status: PhaseStatus | None, t
 
 
 def test_each_transition_is_expected_and_each_status_reached() -> None:
-    """No row is there beside those that are told; what is over stays so, and what is open does not."""
+    """The table has no other rows; ended visits stay ended, open ones do not."""
     assert PHASE_TRANSITIONS == _LEADS
     assert set(PHASE_TRANSITIONS.values()) == set(PhaseStatus)
     assert {status for status, _ in PHASE_TRANSITIONS if status is not None} == OPEN_STATUSES

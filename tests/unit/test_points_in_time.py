@@ -1,4 +1,4 @@
-"""What a person may write for a moment of the log."""
+"""Times of the log as a person may write them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NOW = 1767323045.0  # 2026-01-02 03:04:05 UTC
 
 @pytest.fixture
 def zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A machine whose clocks are two hours ahead (POSIX counts the other way)."""
+    """Set a zone two hours ahead of UTC (POSIX counts the other way)."""
     with monkeypatch.context() as patch:
         patch.setenv("TZ", "EET-2")
         time.tzset()
@@ -37,18 +37,18 @@ def zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ],
 )
 def test_times_are_parsed(zone: None, text: str, instant: float) -> None:
-    """ISO 8601, in the local zone if it names none, or how long ago."""
+    """ISO 8601, in the local zone by default, or an age."""
     assert parse_instant(text, NOW) == instant
 
 
 @pytest.mark.parametrize("text", ["", "ago", "yesterday", "2 h", "-2h", "2026-13-01", "20260102-030405-ab12/1", "0s"])
 def test_invalid_time_is_rejected(text: str) -> None:
-    """A checkpoint's id, for one."""
+    """Such as a checkpoint id."""
     assert parse_instant(text, NOW) is None
 
 
 def test_instant_before_year_one_is_handled(zone: None) -> None:
-    """The first day of the calendar is one that the machine may not be able to count from its epoch."""
+    """The system may not be able to convert the first day of the calendar."""
     assert parse_instant("0001-01-01", NOW) in {None, -62135604000.0}
 
 
@@ -56,6 +56,6 @@ def test_instant_before_year_one_is_handled(zone: None) -> None:
     ("instant", "position"), [(0.0, None), (10.0, 1), (15.0, 4), (20.0, 4), (25.0, 4), (29.9, 4), (30.0, 5)]
 )
 def test_jumping_times_use_the_newest_position(instant: float, position: int | None) -> None:
-    """The clock said 10, 20, was set back to 12, and went on."""
+    """The clock showed 10, 20, was set back to 12, and continued."""
     times = [(1, 10.0), (2, 20.0), (3, 12.0), (4, 15.0), (5, 30.0)]
     assert find_newest_until(times, instant) == position

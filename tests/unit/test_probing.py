@@ -1,4 +1,4 @@
-"""Programs are asked what they are, and may do anything instead of answering."""
+"""Probing of programs that may do anything instead of answering."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Options(BaseModel):
 
 
 class Stand:
-    """An adapter of the programs that it is given."""
+    """An adapter with the given programs."""
 
     Options: ClassVar[type[BaseModel]] = Options
 
@@ -62,7 +62,7 @@ class Stand:
 
 
 class AtHome(Stand):
-    """One whose programs have a home of the task's."""
+    """An adapter whose programs have a task home."""
 
     def command(self, request: SessionRequest) -> SessionCommand:
         links = {"login": "~/.tool/login"}
@@ -95,7 +95,7 @@ def program(bin_folder: Path) -> MakeProgram:
 async def test_program_with_a_task_home_is_probed_in_one(
     program: MakeProgram, environ: dict[str, str], tmp_path: Path
 ) -> None:
-    """With the user's login in it, and gone afterwards, with all that it wrote there."""
+    """The home has the user's login, and is deleted with everything written to it."""
     told = tmp_path / "told"
     looks = (
         f'echo "$TOOL_HOME" > {told}; touch "$TOOL_HOME/new"; [ -e "$TOOL_HOME/set" ] && [ -e "$TOOL_HOME/../login" ]'
@@ -131,14 +131,14 @@ async def test_program_with_a_task_home_is_probed_in_one(
     ],
 )
 def test_version_is_parsed_from_output(printed: str, version: str | None) -> None:
-    """The first number with dots counts, whatever stands around it."""
+    """The first dotted number, within any text."""
     for answer in (CompletedCommand(0, printed.encode(), b""), CompletedCommand(0, b"", printed.encode())):
         found = read_version(answer)
         assert (None if found is None else str(found)) == version
 
 
 def test_version_is_parsed_quickly_from_anything() -> None:
-    """Output that is made to be slow to search is not."""
+    """Output crafted for slow regex matching is not slow."""
     started = time.monotonic()
     for part in ("1", "1.", "1a", "\x1b]", "\x1b[", "v", "1.1-"):
         read_version(CompletedCommand(0, (part * (65536 // len(part))).encode(), b""))
@@ -146,7 +146,7 @@ def test_version_is_parsed_quickly_from_anything() -> None:
 
 
 def test_output_of_a_failed_command_is_no_version() -> None:
-    """What stands in an error message is not what was asked for."""
+    """Numbers in an error message do not count."""
     status = judge_program(
         Program("tool", version=("-V",)), "/bin/tool", CompletedCommand(2, b"", b"no -V, since 3.1\n\n")
     )
@@ -156,13 +156,13 @@ def test_output_of_a_failed_command_is_no_version() -> None:
 
 @pytest.mark.parametrize(("known", "is_known"), [(">=2,<3", True), (">=3", False), ("", None), (">=2.1b1", True)])
 def test_version_is_compared_with_the_known_ones(known: str, is_known: bool | None) -> None:
-    """Whether the adapter is made for it, pre-releases included."""
+    """Including pre-releases."""
     answer = CompletedCommand(0, b"tool 2.1rc1", b"")
     assert judge_program(Program("tool", version=("-V",), known=known), "/bin/tool", answer).is_known is is_known
 
 
 def test_invalid_range_is_reported() -> None:
-    """A plugin's mistake is named, and no more."""
+    """A plugin's mistake is reported and has no other effect."""
     status = judge_program(Program("tool", version=("-V",), known="two"), "/bin/tool", CompletedCommand(0, b"2.0", b""))
     assert (status.version, status.is_known) == ("2.0", None)
     assert "'two'" in str(status.trouble)
@@ -182,7 +182,7 @@ def test_invalid_range_is_reported() -> None:
 def test_readiness_is_an_exit_code_or_a_key(
     answer: CompletedCommand | str | None, has_key: bool, ready: bool | None
 ) -> None:
-    """A key stands for a login; who crashes or hangs has not answered; who says no gets the remedy."""
+    """A key counts as a login; a crash or a hang is no answer; a negative answer gets the remedy."""
     status = judge_program(
         Program("tool", ready=("s",), log_in="run `tool login`"), "/t", None, answer, has_key=has_key
     )
@@ -191,7 +191,7 @@ def test_readiness_is_an_exit_code_or_a_key(
 
 
 async def test_programs_are_found_and_probed(program: MakeProgram, environ: dict[str, str]) -> None:
-    """Path, version and login of one that answers; the remedy for one that is not there."""
+    """Path, version and login of a program that answers; the remedy for a missing one."""
     path = program("tool", 'case "$1" in --version) echo tool 1.2.3;; status) test -n "$LOGIN";; esac')
     known = Program("tool", version=("--version",), known="<2", ready=("status",), log_in="log in")
     adapters = {
@@ -209,7 +209,7 @@ async def test_programs_are_found_and_probed(program: MakeProgram, environ: dict
 
 
 async def test_key_replaces_a_login(program: MakeProgram, environ: dict[str, str], tmp_path: Path) -> None:
-    """With one of its keys set a program is ready without being asked; the key must reach it."""
+    """A program with one of its keys is ready without a probe, if the key reaches it."""
     program("tool", f"touch {tmp_path}/asked; exit 1")
     wanted = Program("tool", ready=("status",), keys=("OTHER_KEY", "TOOL_KEY"))
     found = await probe_adapters({"a": Stand(wanted, pass_env=["TOOL_KEY"])}, {**environ, "TOOL_KEY": "k"})
@@ -220,7 +220,7 @@ async def test_key_replaces_a_login(program: MakeProgram, environ: dict[str, str
 async def test_program_gets_a_minimal_environment(
     program: MakeProgram, environ: dict[str, str], tmp_path: Path
 ) -> None:
-    """It gets the base environment, HOME and what its adapter passes on, nothing to read, an empty folder."""
+    """The base environment, HOME and the adapter's variables, empty stdin, an empty folder."""
     program("tool", f"env > {tmp_path}/env; pwd > {tmp_path}/cwd; ls -A >> {tmp_path}/cwd; cat; echo 1.0")
     given = {**environ, "SECRET": "s", "PASSED": "p"}
     adapter = Stand(Program("tool", version=("-V",)), pass_env=["PASSED"], env={"SET": "v"})
@@ -236,7 +236,7 @@ async def test_program_gets_a_minimal_environment(
 async def test_hanging_program_is_killed(
     program: MakeProgram, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """It has its time, is not asked a second question, and nothing of it lives on."""
+    """Within its time limit, without a second probe and with all child processes."""
     monkeypatch.setattr(programs, "_TIMEOUT", 0.5)
     program("tool", f"trap '' TERM\necho $$ > {tmp_path}/pid\nwhile :; do sleep 1; done")
     adapters = {"a": Stand(Program("tool", version=("-V",), ready=("s",)))}
@@ -248,7 +248,7 @@ async def test_hanging_program_is_killed(
 
 
 async def test_endless_output_is_stopped(program: MakeProgram, environ: dict[str, str]) -> None:
-    """A program that prints for ever is cut off long before its time is over, on either stream."""
+    """Endless output on either stream is stopped long before the timeout."""
     program("loud", "exec yes")
     program("angry", "exec yes >&2")
     adapters = {name: Stand(Program(name, version=("-V",))) for name in ("loud", "angry")}
@@ -257,7 +257,7 @@ async def test_endless_output_is_stopped(program: MakeProgram, environ: dict[str
 
 
 async def test_child_processes_are_killed(program: MakeProgram, environ: dict[str, str], tmp_path: Path) -> None:
-    """Neither one that holds the output open nor one in a session of its own outlives the question, or delays it."""
+    """Neither one that keeps the output open nor one in another process session survives or delays the probe."""
     program("tool", f"sleep 1000 & echo $! > {tmp_path}/a\nsetsid sleep 1000 & echo $! > {tmp_path}/b\necho 1.2")
     found = await probe_adapters({"a": Stand(Program("tool", version=("-V",)))}, environ)
     assert (found["a"].programs[0].version, found["a"].programs[0].trouble) == ("1.2", None)
@@ -267,7 +267,7 @@ async def test_child_processes_are_killed(program: MakeProgram, environ: dict[st
 
 
 async def test_unstartable_program_is_reported(program: MakeProgram, environ: dict[str, str]) -> None:
-    """A file that is executable and no program is found, and says nothing."""
+    """An executable file that is not a program is found and has no version."""
     path = program("tool", "")
     path.write_bytes(b"\x7fELF not at all")
     status = (await probe_adapters({"a": Stand(Program("tool", version=("-V",)))}, environ))["a"].programs[0]
@@ -276,7 +276,7 @@ async def test_unstartable_program_is_reported(program: MakeProgram, environ: di
 
 
 async def test_printed_secrets_are_hidden(program: MakeProgram, environ: dict[str, str]) -> None:
-    """A key that was passed on does not come out again."""
+    """A key that was passed on does not appear."""
     program("tool", 'echo "bad key $TOOL_KEY" >&2; exit 1')
     adapter = Stand(Program("tool", version=("-V",)), pass_env=["TOOL_KEY"])
     found = await probe_adapters({"a": adapter}, {**environ, "TOOL_KEY": "hunter2-hunter2-hunter2"})
@@ -286,8 +286,7 @@ async def test_printed_secrets_are_hidden(program: MakeProgram, environ: dict[st
 async def test_programs_are_probed_concurrently_and_once(
     program: MakeProgram, environ: dict[str, str], tmp_path: Path
 ) -> None:
-    """Four slow programs take the time of one, and what several adapters share is asked once."""
-    # Each waits for all others to be there.
+    """Four slow programs take the time of one, and a shared program is probed once."""
     script = f"echo x >> {tmp_path}/$(basename $0).asked; while [ $(ls {tmp_path}/*.asked | wc -l) -lt 4 ]; do :; done"
     programs = [Program(f"tool{number}", version=("-V",)) for number in range(4)]
     for one in programs:
@@ -300,7 +299,7 @@ async def test_programs_are_probed_concurrently_and_once(
 
 
 async def test_failing_adapter_is_reported(environ: dict[str, str]) -> None:
-    """What a plugin's own code raises stays with that adapter."""
+    """An exception of a plugin affects its adapter only."""
 
     class Broken(Stand):
         def command(self, request: SessionRequest) -> SessionCommand:
@@ -312,7 +311,7 @@ async def test_failing_adapter_is_reported(environ: dict[str, str]) -> None:
 
 
 def test_types_without_required_options_are_created() -> None:
-    """What a type needs is named; one that can't be made at all says why."""
+    """The missing options of a type are named, or the reason why it fails."""
 
     class Needy(Stand):
         class Options(BaseModel):
@@ -331,7 +330,7 @@ def test_types_without_required_options_are_created() -> None:
 
 
 async def test_own_python_proves_nothing(environ: dict[str, str]) -> None:
-    """An adapter that reaches a server through our Python is installed where that server is, not everywhere."""
+    """An adapter that runs on our Python is not necessarily installed for other users of that Python."""
     adapters = {code: Stand(Program(sys.executable, ready=("-c", f"raise SystemExit({code})"))) for code in (0, 1)}
     found = await probe_adapters(adapters, environ)
     assert [found[code].is_installed for code in (0, 1)] == [True, False]

@@ -1,4 +1,4 @@
-"""What the session of a phase is told: what others said can be looked into, and is printed as data alone."""
+"""Prompts of phases: text of others can be inspected by templates, and is printed as delimited data only."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def facts(**changes: Any) -> PromptFacts:
 
 
 def outside(text: str) -> str:
-    """Return what of a prompt stands between no two marks, whatever case a template has put them into."""
+    """Return the parts of a prompt outside of all delimiters, for any case conversion by a template."""
     return re.sub(rf"(?is)\[{MARK} (\w+) begins\].*?\[{MARK} \1 ends\]", "", text)
 
 
@@ -65,7 +65,7 @@ def outside(text: str) -> str:
     ],
 )
 def test_text_of_others_is_delimited(template: str) -> None:
-    """However a template prints it; the prompt says what the marks mean."""
+    """However a template prints it; the prompt explains the delimiters."""
     text = render(template, facts(results={"scout": {"words": EVIL}})).text
     assert "everything" in text.casefold()
     assert "everything" not in outside(text).casefold()
@@ -91,13 +91,13 @@ def test_text_of_others_is_delimited(template: str) -> None:
     ],
 )
 def test_unsuitable_template_is_rejected(template: str) -> None:
-    """With its phase, its line and what to do."""
+    """The error has the phase, the line and the fix."""
     with pytest.raises(RefusedError, match=r"template of phase 'build' failed at line 2: .*: guard optional values"):
         render(f"\n{template}", facts(owns=["a"]))
 
 
 def test_template_can_read_values() -> None:
-    """It counts, compares and chooses by what is given."""
+    """Templates can count, compare and branch on values."""
     template = (
         "{{ given.plan.tasks | length }} {{ given.plan.size + 1 }} {{ given.plan.tasks[1].id == 'b' }} "
         "{{ 'plan' in given }} {{ given.risks is defined }} {{ 'yes' if given.plan.tasks else 'no' }}"
@@ -106,14 +106,14 @@ def test_template_can_read_values() -> None:
 
 
 def test_own_text_is_not_delimited() -> None:
-    """No mark stands around the task, its paths and the rest, and none is explained."""
+    """The task, its paths and the like have no delimiters, and none are explained."""
     template = "{{ task.id }}: {{ task.prompt }} {{ owns | join(' ') }} {{ base }} {{ phase.name }} {{ round }}"
     text = render(template, facts(owns=["src/**", "b"], base="c0ffee", phase="mend", round=2)).text
     assert text == "login: Add a login. src/** b c0ffee mend 2\n"
 
 
 def test_task_of_a_tracker_is_delimited() -> None:
-    """It says what is to be done, and nothing beside."""
+    """The delimited text is the task itself."""
     text = render("{{ task.prompt }}", facts(prompt=EVIL, tracker="todo", given={})).text
     assert "everything" in text
     assert "everything" not in outside(text)
@@ -122,7 +122,7 @@ def test_task_of_a_tracker_is_delimited() -> None:
 
 
 def test_unused_facts_are_appended() -> None:
-    """How to hand over, and what is to be mended; but only once."""
+    """Handoff instructions and violations, unless the template printed them."""
     handing = HandoffInstructions("answer", SCHEMA)
     text = render("{{ task.prompt }}", facts(feedback="Mend it.", handoff=handing)).text
     assert text.startswith("Add a login.\n\nMend it.\n\nWhen you are done, submit")
@@ -143,7 +143,7 @@ def test_handoff_instructions_name_the_available_ways() -> None:
 
 
 def test_resumed_conversation_gets_new_facts_only() -> None:
-    """What is to be mended and how to hand over; without anything to mend there is nothing new."""
+    """Violations and handoff instructions; without violations nothing is new."""
     handing = HandoffInstructions("answer", SCHEMA)
     prompt = render("{{ task.prompt }}", facts(feedback="Mend it.", handoff=handing))
     assert prompt.follow_up is not None
@@ -153,7 +153,7 @@ def test_resumed_conversation_gets_new_facts_only() -> None:
 
 
 def test_values_and_prompts_are_limited() -> None:
-    """A value is cut with a word on the rest; a prompt of too many of them is refused."""
+    """A truncated value has a note; a prompt with too many values is rejected."""
     text = render("{{ given.a }}", facts(given={"a": "x" * (MAX_VALUE_LENGTH + 5)})).text
     assert "(… 5 more characters omitted)" in text
     assert len(text) < MAX_VALUE_LENGTH + 1000
@@ -165,7 +165,7 @@ def test_values_and_prompts_are_limited() -> None:
 @pytest.mark.parametrize("writes", [True, False])
 @pytest.mark.parametrize("name", BUILTIN_TEMPLATES)
 def test_supplied_templates_render_all_facts(name: str, writes: bool) -> None:
-    """With nothing but the task, and with all that there can be; each says all of it once, and the evil as data."""
+    """With the minimal and with all facts; each is printed once, and hostile text as data."""
     template = read_builtin_template(name)
     assert "Add a login." in render(template, facts(given={}, writes=writes)).text
     kind = HANDOFF_KINDS.get(name)
@@ -194,20 +194,20 @@ def test_supplied_templates_render_all_facts(name: str, writes: bool) -> None:
     ],
 )
 def test_condition_is_evaluated(condition: str, expected: bool) -> None:
-    """It is an expression over the values, also where they have the names of a mapping's methods."""
+    """An expression over the values, including names that a mapping has as methods."""
     assert is_condition_met("review", condition, {"plan": PLAN, "items": 1}) is expected
 
 
 @pytest.mark.parametrize("condition", ["risks", "not risks", "plan.risks > 1", "plan.size / 0", "plan < 3"])
 def test_unsuitable_condition_is_rejected(condition: str) -> None:
-    """A value that is not there skips no phase."""
+    """A missing value does not skip a phase."""
     with pytest.raises(RefusedError, match=r"phase .review., .*can.t be evaluated: .*: use a value that exists"):
         is_condition_met("review", condition, {"plan": PLAN})
 
 
 @given(st.text())
 def test_feedback_of_others_is_delimited(said: str) -> None:
-    """Findings, mistakes and output stand between marks, with words of ours around them."""
+    """Findings, violations and output are delimited and introduced by our own words."""
     for told in (
         render_findings("review", [said], MARK),
         render_handoff_errors([said], MARK),

@@ -1,4 +1,4 @@
-"""Text of others is marked off so that nothing in it gets out."""
+"""Quoting: text of others cannot leave its delimiters."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ JSON = st.recursive(
 
 @given(st.text())
 def test_text_can_not_leave_its_delimiters(text: str) -> None:
-    """Each line that a reader sees begins with a bar."""
+    """Each visible line starts with a bar."""
     assert all(line.startswith("| ") for line in "\n".join(quote_lines(text)).splitlines())
 
 
 @given(st.text())
 def test_plain_line_stays_one_line(text: str) -> None:
-    """Nothing in it ends the line, or hides what stands in it."""
     line = remove_control_characters(text)
     assert len(line) == len(text)
     assert len(line.splitlines()) <= 1
@@ -33,7 +32,7 @@ def test_plain_line_stays_one_line(text: str) -> None:
 
 @given(JSON)
 def test_values_are_complete_if_they_fit(value: object) -> None:
-    """JSON reads back as the same value, but for what could hide in it."""
+    """The JSON parses to the same value, except for hidden characters."""
     told = format_value(value, 100_000)
     if isinstance(value, str):
         assert told == "\n".join(map(remove_control_characters, value.splitlines()))
@@ -42,11 +41,10 @@ def test_values_are_complete_if_they_fit(value: object) -> None:
 
 
 def test_long_value_is_truncated_with_a_note() -> None:
-    """The number of characters that are left out is told."""
+    """The note has the number of omitted characters."""
     assert format_value("abcdef", 6) == "abcdef"
     assert format_value("abcdefgh", 6) == "abcdef\n(… 2 more characters omitted)"
 
 
 def test_text_is_between_two_delimiters() -> None:
-    """Both have the mark and the word."""
     assert quote_block("a\nb", "1f", "output") == "[1f output begins]\na\nb\n[1f output ends]"

@@ -1,4 +1,4 @@
-"""Secrets in a stream of bytes: found however they arrive, and nothing else is lost."""
+"""Redaction of byte streams: secrets are found across chunks, and nothing else is lost."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def in_chunks(data: bytes, size: int) -> list[bytes]:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 65, 1000, 65536])
 def test_chunk_size_makes_no_difference(size: int) -> None:
-    """Tokens, what follows a word, and keys are replaced, all the rest is kept byte for byte."""
+    """Tokens, values of secret names, and keys are replaced; other bytes are kept."""
     text = b"a %s b\xff\n\r%s\n{%s}\ntoken=0123456789abcdef!\nsk-short %s" % (TOKEN, KEY, TOKEN, TOKEN)
     expected = b"a [redacted] b\xff\n\r[redacted]\n{[redacted]}\ntoken=[redacted]!\nsk-short [redacted]"
     assert redacted(*in_chunks(text, size)) == expected
@@ -38,7 +38,7 @@ def test_chunk_size_makes_no_difference(size: int) -> None:
 @pytest.mark.parametrize("shift", range(-40, 41, 5))
 @pytest.mark.parametrize("size", [1000, 4096, 65536])
 def test_secret_in_an_endless_line_is_found_at_any_cut(shift: int, size: int) -> None:
-    """A line that is longer than what is held back hides nothing."""
+    """Even if the line is longer than the buffer."""
     lead, trail = b" " * (3 * MAX_HELD_BYTES + shift), b" " * (2 * MAX_HELD_BYTES)
     for secret in (TOKEN, KEY):
         assert redacted(*in_chunks(lead + secret + trail, size)) == lead + b"[redacted]" + trail
@@ -47,13 +47,13 @@ def test_secret_in_an_endless_line_is_found_at_any_cut(shift: int, size: int) ->
 
 
 def test_long_secret_is_replaced_to_its_end() -> None:
-    """It is given out once, and no part of it comes later."""
+    """It is replaced once, and no part of it follows."""
     secret = b"sk-" + b"x" * (20 * MAX_HELD_BYTES)
     assert redacted(*in_chunks(b"a " + secret + b" b", 1000)) == b"a [redacted] b"
 
 
 def test_at_most_an_unfinished_line_is_held_back() -> None:
-    """Whole lines are given out at once; of a long one all but the last bytes."""
+    """Complete lines pass at once; of a long line all but the last bytes."""
     redactor = StreamRedactor(PATTERN)
     assert redactor.feed(b"one\ntwo") == b"one\n"
     assert redactor.feed(b"\nthree") == b"two\n"
@@ -64,7 +64,7 @@ def test_at_most_an_unfinished_line_is_held_back() -> None:
 
 @pytest.mark.parametrize("size", [1, 100, 5000, 65536])
 def test_endless_key_removes_a_bounded_part(size: int) -> None:
-    """The mere mention of a key's first line does not silence a program for ever."""
+    """A mentioned key header does not silence a program for ever."""
     text = b"if x == '-----BEGIN PRIVATE KEY-----':\n" + b"code\n" * MAX_KEY_BYTES
     given = redacted(*in_chunks(text, size))
     assert given.startswith(b"if x == '[redacted]")
@@ -73,13 +73,13 @@ def test_endless_key_removes_a_bounded_part(size: int) -> None:
 
 
 def test_key_on_one_line_of_json_is_found() -> None:
-    """Where its line ends are escaped."""
+    """With escaped line ends."""
     line = b'{"key": "' + KEY.replace(b"\n", b"\\n") + b'"}\n'
     assert redacted(line) == b'{"key": "[redacted]"}\n'
 
 
 def test_random_chunks_lose_nothing() -> None:
-    """Words, lines and tokens in any mixture: what is given out is what a search of the whole would give."""
+    """The output equals a redaction of the whole input, for any mixture of words, lines and tokens."""
     dice = random.Random(1)
     for _ in range(200):
         words = [dice.choice([b"word ", b"\n", b"sk-", TOKEN + b"\n", b"token=", b"x" * 500, KEY]) for _ in range(60)]
@@ -96,7 +96,7 @@ def test_random_chunks_lose_nothing() -> None:
 
 
 def test_half_a_secret_after_a_gap_is_removed() -> None:
-    """To the first whole line, to the end of a key that began in the gap, or a bounded amount."""
+    """Up to the first complete line, to the end of a key that began in the gap, or a bounded amount."""
     assert unsafe_prefix_length(b"3Ab3\nnext\n") == 5
     assert unsafe_prefix_length(b"x" * 10 * MAX_HELD_BYTES) == MAX_HELD_BYTES
     assert unsafe_prefix_length(b"abc") == 3

@@ -1,4 +1,4 @@
-"""Which names no commit of an agent may contain."""
+"""Names that commits of agents must not contain."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from orchestrator.domain.security.reserved_names import find_reserved_name
     ],
 )
 def test_reserved_name_in_any_form_is_found(path: str, name: str) -> None:
-    """By case, by what HFS+ passes over, by the forms that NTFS takes for the same."""
+    """In any case, with characters that HFS+ ignores, and in the forms that NTFS treats as equal."""
     assert find_reserved_name(path) == name
 
 
@@ -39,5 +39,4 @@ def test_reserved_name_in_any_form_is_found(path: str, name: str) -> None:
     [".gitignore", ".github/x", "git", "a.git/x", "council/x", ".council.yaml", "x/.git-blame", "git~", "~1", "a:b"],
 )
 def test_similar_names_are_accepted(path: str) -> None:
-    """They may be in a commit."""
     assert find_reserved_name(path) is None

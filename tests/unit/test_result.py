@@ -1,4 +1,4 @@
-"""What a person is told at the end: what landed where, why the rest did not, and what to type next."""
+"""The final result: what landed, why the rest did not, and the next commands."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def steps(one: TaskReport, report: RunReport, *, is_newest: bool = True) -> str:
     ],
 )
 def test_next_command_of_a_task_is_printed(one: TaskReport, status: RunStatus, expected: str) -> None:
-    """Each state leads to the commands that help, and to none where none does."""
+    """Each state leads to the commands that apply to it, if any."""
     assert steps(one, run(one, status=status)) == expected
 
 
@@ -109,12 +109,12 @@ def test_next_command_of_a_task_is_printed(one: TaskReport, status: RunStatus, e
     ],
 )
 def test_next_command_of_a_run_is_printed(report: RunReport, expected: str) -> None:
-    """A command names the run, whichever is the newest."""
+    """The command names the run, even if it is the newest."""
     assert run_step(report) == expected
 
 
 def test_disabled_adapter_leads_to_resume() -> None:
-    """What waits for it goes on with `council resume`, after what its own line says."""
+    """Its tasks continue with `council resume` after the fix in their lines."""
     report = run(task("blocked"), closed="log in")
     assert steps(report.tasks[0], report) == ""
     assert [*next_step_hints(report)][-1] == "Next: council resume run"
@@ -122,7 +122,7 @@ def test_disabled_adapter_leads_to_resume() -> None:
 
 
 def test_halted_run_has_one_next_command() -> None:
-    """Not for each of its tasks; of a used-up budget, which limits to raise."""
+    """Not one per task; for a used-up budget it names the limits to raise."""
     halted = replace(run(task("pending"), status=RunStatus.HALTED), halted="used up", halted_by=HaltCause.BUDGET)
     assert steps(halted.tasks[0], halted) == ""
     assert [*next_step_hints(halted)] == ["Halted: used up", "Next: council resume run --budget LIMITS"]
@@ -130,7 +130,7 @@ def test_halted_run_has_one_next_command() -> None:
 
 
 def test_own_branch_is_to_be_merged() -> None:
-    """That is said where something is on it, and not where the file named the target."""
+    """Only if it has commits and the file did not name the target."""
     landed = run(task("landed", landed=COMMIT), status=RunStatus.LANDED)
     own = replace(landed, target="council/run", awaits_merge=True)
     told = ["Landed on the run's own branch.", "Next: council merge run"]
@@ -140,7 +140,7 @@ def test_own_branch_is_to_be_merged() -> None:
 
 
 def test_active_task_of_an_inactive_run_is_interrupted() -> None:
-    """After a crash nothing runs, whatever status the killed process recorded last."""
+    """After a crash the last recorded status is still an active one."""
     report = run(task("running"), task("checking", id="u"), status=RunStatus.INTERRUPTED)
     assert [row.status for row in result_rows(report, {})] == ["interrupted", "interrupted"]
     assert state_counts(report) == ["2 interrupted"]
@@ -148,7 +148,7 @@ def test_active_task_of_an_inactive_run_is_interrupted() -> None:
 
 
 def test_merged_run_names_the_run_that_merged_it() -> None:
-    """And that run names the one that it merged."""
+    """Each of the two runs names the other."""
     landed = run(task("landed", landed=COMMIT), status=RunStatus.LANDED)
     assert [*next_step_hints(replace(landed, target="council/run", merged_by="other"))] == ["Merged by run other."]
     assert run_summary(replace(landed, merges="first")) == "run run: landed, 1 of 1 landed on main, merge of run first"
@@ -162,7 +162,7 @@ def test_alternative_remedy_of_a_halt_is_labelled_or() -> None:
 
 
 def test_older_run_is_named() -> None:
-    """The commands mean the newest run unless they say another; ids with odd characters are quoted."""
+    """Commands without an id mean the newest run; unusual ids are quoted."""
     odd = task("failed", id="a b", branch="council/run/a b/1")
     report = run(odd)
     expected = (
@@ -173,7 +173,7 @@ def test_older_run_is_named() -> None:
 
 
 def test_plain_form_has_columns() -> None:
-    """What landed says where and how much; what did not says why, where it is kept, and what to type."""
+    """Landed tasks show size and place; others the reason, the preserved branch and the next command."""
     report = run(
         task("landed", id="models", landed=COMMIT),
         task("failed", id="api", reason="it broke\nbadly", branch="council/run/api/1"),
@@ -192,19 +192,18 @@ def test_plain_form_has_columns() -> None:
 
 
 def test_own_branch_is_named_once_it_exists() -> None:
-    """The first landing creates it; a target that the file names may exist before."""
+    """The first landing creates it; a target named by the file may exist before."""
     for state, words in (("failed", "0 of 1 landed"), ("landed", "1 of 1 landed on council/run")):
         one = task(state, landed=COMMIT if state == "landed" else None)
         assert run_summary(replace(run(one), target="council/run")) == f"run run: incomplete, {words}"
 
 
 def test_no_tasks_have_no_rows() -> None:
-    """A run without tasks is no error."""
     assert list(result_lines([])) == []
 
 
 def test_drawn_form_groups_similar_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of thousands that landed some have a row; whatever failed has one. Markup is text."""
+    """Thousands of landed tasks are grouped, failed ones are not. Markup is printed literally."""
     monkeypatch.setenv("COLUMNS", "100")
     rows = [ResultRow(f"t{number}", "landed", "on main", ()) for number in range(MAX_ROWS_PER_STATE + 5)]
     rows += [
@@ -220,7 +219,7 @@ def test_drawn_form_groups_similar_rows(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_activity_has_its_age() -> None:
-    """A session of which nothing is known has none."""
+    """A session without known activity has none."""
     at = SessionReport("t", 1, "fixer", "o8", "working", None, None, "step 5", None, [], 1.0)
     running = replace(run(task("running"), status=RunStatus.RUNNING), sessions=[at])
     assert [row.what for row in result_rows(running, {}, now=43.0)] == ["step 5 (0:42 ago)"]
@@ -229,7 +228,7 @@ def test_activity_has_its_age() -> None:
 
 
 def test_several_active_processes_are_reported() -> None:
-    """By process id and machine; one is nothing to tell, nor are those that have ended."""
+    """By pid and host; a single active process is not mentioned."""
     two = [OrchestratorReport(f"o{pid}", "box", pid, "worker", 1.0, 1.0, None, None) for pid in (7, 8)]
     running = replace(run(task("running"), status=RunStatus.RUNNING), orchestrators=two)
     assert list(next_step_hints(running)) == ["2 active processes: 7 on box, 8 on box."]

@@ -1,4 +1,4 @@
-"""How kept work is told to a person."""
+"""Descriptions of salvaged work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from orchestrator.cli.commands.runs.salvage import _applied, _lines
 
 @pytest.mark.parametrize("committed", [99_999_999_999_999, 2**63, -(2**63)])
 def test_commit_of_any_time_can_be_listed(committed: int) -> None:
-    """An agent may date its commits beyond what a calendar has."""
     one = PreservedWork("build/1/other", "run", "build", "landed", "subject", "0" * 40, committed, None)
     run, line = _lines([one])
     assert (run, line.split()) == ("run run", ["build/1/other", "task", "landed", "?", "subject"])
@@ -31,5 +30,4 @@ def test_commit_of_any_time_can_be_listed(committed: int) -> None:
     ],
 )
 def test_applied_work_is_reported(name: str, changed: list[str], branch: str | None, told: str) -> None:
-    """And what is left to do for it."""
     assert _applied(name, changed, branch) == told

@@ -1,4 +1,4 @@
-"""What a fence is turned into: mounts from the root downwards, and rules around what is hidden."""
+"""Sandbox policies translated to mounts and access rules."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def command(cwd: Path) -> SupervisedCommand:
 
 
 def rules(top: Path, fence: SandboxPolicy) -> dict[str, str]:
-    """The rules for what is in `top`, by their path from there."""
+    """Return the rules inside `top`, by relative path."""
     given = sandbox_command(SandboxKind.LANDLOCK, command(top), fence).landlock
     assert given is not None
     return {os.path.relpath(path, top): kind for path, kind in given if Path(path).is_relative_to(top)}
 
 
 def test_hidden_path_is_excluded_by_granting_its_siblings(top: Path) -> None:
-    """No folder on the way to it is granted, no symlink is, and what is inside it is by its own path."""
+    """No ancestor and no symlink is granted; paths inside a hidden folder need rules of their own."""
     house = top / "house"
     fence = SandboxPolicy((house / "hidden/tree",), (house / "hidden/objects",), (house / "hidden",), top / "scratch")
     assert rules(top, fence) == {
@@ -62,7 +62,7 @@ def test_hidden_path_is_excluded_by_granting_its_siblings(top: Path) -> None:
 
 
 def test_hidden_path_splits_a_writable_folder(top: Path) -> None:
-    """The folder itself is not granted then, since a right holds for all beneath."""
+    """The folder itself is not granted, because a rule applies to everything below."""
     tree = top / "house/hidden/tree"
     fence = SandboxPolicy((tree,), (top / "house",), (tree / "work/deep",), top / "scratch")
     (tree / "beside").mkdir()
@@ -76,14 +76,14 @@ def test_hidden_path_splits_a_writable_folder(top: Path) -> None:
 
 
 def test_folder_without_hidden_paths_is_granted_as_a_whole(top: Path) -> None:
-    """A writable folder in a readable one needs no list of what is beside it."""
+    """A writable folder in a readable one needs no list of its siblings."""
     given = dict(policy._landlock_rules(SandboxPolicy((top / "house",), (top,), (), top / "scratch")))
     assert given[str(top / "house")] == "write"
     assert str(top / "house" / "open") not in given
 
 
 def test_private_devices_are_hidden(top: Path) -> None:
-    """The disk itself would show all that is hidden on it."""
+    """The raw disk would expose all hidden files."""
     given = dict(policy._landlock_rules(SandboxPolicy((), (), (), top / "scratch")))
     assert given["/dev/null"] == given["/dev/urandom"] == "write"
     assert "/" not in given
@@ -92,7 +92,7 @@ def test_private_devices_are_hidden(top: Path) -> None:
 
 
 def test_mounts_are_ordered_from_the_root(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A more specific path is mounted on top of a less specific one, and what hides is sealed last."""
+    """More specific paths are mounted later, and hidden paths last."""
     monkeypatch.setattr(bubblewrap, "find_bwrap", lambda: "/bin/bwrap")
     monkeypatch.setattr(bubblewrap, "can_disable_userns", lambda _: True)
     house = top / "house"
@@ -127,7 +127,7 @@ def test_mounts_are_ordered_from_the_root(top: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_off_leaves_the_command_unchanged(top: Path) -> None:
-    """Not even its folder for temporary files is another one."""
+    """Its temporary folder is unchanged, too."""
     given = command(top)
     assert sandbox_command(SandboxKind.OFF, given, SandboxPolicy((), (), (), top / "new")) is given
     assert not (top / "new").exists()
@@ -135,7 +135,7 @@ def test_off_leaves_the_command_unchanged(top: Path) -> None:
 
 @pytest.mark.parametrize("wanted", ["auto", "bubblewrap", "landlock"])
 async def test_other_systems_support_only_off(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
-    """Said so, instead of a fence that is none."""
+    """The error says so, instead of an ineffective sandbox."""
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(RefusedError, match="is not supported on this system: set `sandbox: off`"):
         await choose_sandbox(wanted, network=True, environ=os.environ)
@@ -146,7 +146,7 @@ async def test_other_systems_support_only_off(monkeypatch: pytest.MonkeyPatch, w
 async def test_kernel_without_landlock_is_reported(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, abi: int, why: str
 ) -> None:
-    """With the reasons of both kinds, where neither works."""
+    """If neither kind works, both reasons are given."""
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(landlock, "abi_version", lambda: abi)
     environ = {"PATH": str(tmp_path)}

@@ -1,4 +1,4 @@
-"""An editor that checks a file by our JSON Schema says what we say, as far as a schema can."""
+"""The JSON Schema accepts and rejects the same files as the loader, as far as a schema can."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ MINIMAL: dict[str, Any] = {
 EXAMPLES = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/configuration.md").read_text(), re.DOTALL)
 EDITOR_LINE = "# yaml-language-server: $schema=council.schema.json\n"
 
-#: What a schema can't say: it takes looking at the world, at other places of the file, or at how the text is written.
+# Mistakes that a schema cannot detect: they depend on the system, on other parts of the file, or on its notation.
 BEYOND = {
     "unknown fallback",
     "unknown adapter", "unknown default adapter", "several adapters, none named", "duplicate id", "same but for case",
@@ -76,39 +76,39 @@ def parsed(text: str) -> Any:
 
 
 def test_schemas_are_valid() -> None:
-    """Each is right by the dialect that it names."""
+    """By the dialect that each names."""
     for schema in (SCHEMA, event_schema(), result_schema(), task_details_schema()):
         assert schema["$schema"] == Draft202012Validator.META_SCHEMA["$id"]
         Draft202012Validator.check_schema(schema)
 
 
 def test_shipped_schema_matches_the_code() -> None:
-    """`make schema` brings it up to date."""
+    """`make schema` regenerates it."""
     assert json.loads((ROOT / "configs/council.schema.json").read_text()) == file_schema(load_plugins().adapters)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_files_are_valid_and_name_their_schema(path: Path) -> None:
-    """Each file under configs/ validates, and its first line leads an editor to the schema beside it."""
+    """The first line of each file under configs/ names the schema next to it."""
     assert path.read_text().startswith(EDITOR_LINE)
     assert faults(parsed(path.read_text()), file_schema(load_plugins().adapters)) == []
 
 
 @pytest.mark.parametrize("text", [SMALLEST, FULL, SMALLEST + WORKTREES], ids=["smallest", "full", "worktrees"])
 def test_files_that_load_are_valid(text: str) -> None:
-    """What our tests load validates."""
+    """Each file that another test loads validates."""
     assert faults(parsed(text.removeprefix("%YAML 1.2\n"))) == []
 
 
 def test_documentation_examples_are_valid() -> None:
-    """Each piece of YAML validates in a file that is otherwise the smallest."""
+    """Each piece of YAML validates once the required keys are added."""
     assert EXAMPLES
     for text in EXAMPLES:
         assert faults({**MINIMAL, **parsed(text)}, file_schema(load_plugins().adapters)) == [], text
 
 
 def test_quick_start_file_is_valid_and_names_its_schema() -> None:
-    """The first example of the quick start is a whole file."""
+    """The first example of the quick start is a complete file."""
     match = re.search(r"```yaml\n(.*?)```", (ROOT / "docs/quick-start.md").read_text(), re.DOTALL)
     assert match
     assert match[1].startswith(EDITOR_LINE)
@@ -117,28 +117,28 @@ def test_quick_start_file_is_valid_and_names_its_schema() -> None:
 
 @pytest.mark.parametrize("name", ONE_MISTAKE)
 def test_mistakes_are_found_by_the_schema(name: str) -> None:
-    """Of all that we refuse, the schema refuses what is wrong in the shape of the values."""
+    """The schema rejects every mistake in the shape of values."""
     content = ONE_MISTAKE[name][0]
     value = read(content) if isinstance(content, str) else None
     if value is None:
-        return  # no value can be read, which is no matter for a schema
+        return  # the value has no schema violation
     assert bool(faults(value)) is (name not in BEYOND)
 
 
 def test_rules_beyond_the_schema_are_ours() -> None:
-    """The list of exceptions names mistakes that there are."""
+    """The list of exceptions contains real mistakes only."""
     assert set(ONE_MISTAKE) >= BEYOND
 
 
 def test_duplicate_rules_are_checked_by_us() -> None:
-    """A class of failure that is named twice is one; a need is a mistake."""
+    """A duplicate failure class is accepted, a duplicate need is a mistake."""
     task = MINIMAL["tasks"][0]
     assert faults({**MINIMAL, "defaults": {"retry_on": ["crashed", "crashed"]}}) == []
     assert faults({**MINIMAL, "tasks": [{**task, "needs": ["b", "b"]}]}) != []
 
 
 def test_unknown_adapter_type_gets_one_message() -> None:
-    """Options of an adapter whose type is unknown are not judged."""
+    """Options of an unknown adapter type are not validated."""
     value = {**MINIMAL, "adapters": {"x": {"use": "comand", "whatever": 1}}}
     assert faults(value) == ["'comand' is not one of ['command']"]
 
@@ -154,13 +154,13 @@ class _NestedOptions(BaseModel):
 
 
 class _Nested(CommandAdapter):
-    """A plugin's type whose options hold a model of its own."""
+    """A plugin type whose options contain a model."""
 
     Options: ClassVar[type[BaseModel]] = _NestedOptions
 
 
 def test_plugin_options_may_contain_models() -> None:
-    """They are told apart by the type's name, and each entry is judged by its own type's."""
+    """Types are distinguished by name, and each entry is validated by its own type."""
     schema = file_schema({"command": CommandAdapter, "nested": _Nested})
 
     def told(entry: dict[str, Any]) -> bool:
@@ -175,7 +175,7 @@ def test_plugin_options_may_contain_models() -> None:
 
 
 def test_every_key_has_a_description() -> None:
-    """An editor has words for every key of the file and of the adapters."""
+    """Editors show a description for every key of the file and of the adapters."""
     for name, model in {**SCHEMA["$defs"], "file": SCHEMA}.items():
         for key, described in model.get("properties", {}).items():
             if described is not True:
@@ -206,7 +206,7 @@ def _texts(pieces: tuple[str, ...]) -> st.SearchStrategy[str]:
 @example("/a")
 @example("a/.git/")
 def test_path_patterns_match_the_code(text: str) -> None:
-    """An editor refuses the same paths as we do."""
+    """Editors reject the same paths as the loader."""
     assert (re.search(PATH_PATTERN, text) is not None) == _is_taken(check_path, text)
     assert (re.search(KEPT_PATTERN, text) is not None) == _is_taken(check_kept_path, text)
 
@@ -215,7 +215,7 @@ def test_path_patterns_match_the_code(text: str) -> None:
 @example("a" * 64)
 @example("a" * 65)
 def test_name_and_branch_patterns_match_the_code(text: str) -> None:
-    """The one expression that an editor has says what our checks say."""
+    """The single pattern for editors matches the validator."""
     assert (re.search(NAME_PATTERN, text) is not None) == _is_taken(check_name, text)
     assert (re.search(BRANCH_PATTERN, text) is not None) == _is_taken(check_branch, text)
 
@@ -227,7 +227,7 @@ _AMOUNTS = ("0", "1", "30", "d", "h", "m", "s", "ms", "K", "M", "i", "B", "GB", 
 @example("1d2h3m4s5ms")
 @example("0s")
 def test_quantity_patterns_match_the_code(text: str) -> None:
-    """The same for durations and sizes, but that a pattern knows no largest one."""
+    """For durations and sizes; a pattern has no upper bound."""
     for pattern, parse in (
         (DURATION_PATTERN, parse_duration),
         (OPTIONAL_DURATION_PATTERN, parse_optional_duration),

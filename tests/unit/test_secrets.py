@@ -1,4 +1,4 @@
-"""What is taken for a secret, what is not, and that looking costs little."""
+"""Secret detection: what is a secret, what is not, and its cost."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from orchestrator.domain.security.secrets import (
 
 ALNUM = "aB3dE6gH9jK2mN5pQ8sT1vW4yZ7bC0fX" * 4
 
-# Put together here, so that no scanner takes this file for a leak.
+# Concatenated, so that no secret scanner reports this file.
 KEYS = {
     "anthropic": "sk-" + "ant-api03-" + ALNUM[:80],
     "openai": "sk-" + ALNUM[:48],
@@ -83,7 +83,7 @@ NO_KEYS = (
     "AUTHTOKEN", "github-token", "GITHUB_PAT", "CLAUDE_CODE_OAUTH_TOKEN", "NPM_TOKEN", "SECRET_KEY_BASE",
 ])  # fmt: skip
 def test_secret_names_are_recognized(name: str) -> None:
-    """Variables that hold secrets are known by the words of their names."""
+    """By the words of variable names."""
     assert is_secret_name(name)
 
 
@@ -95,12 +95,12 @@ def test_secret_names_are_recognized(name: str) -> None:
     "AWS_ACCESS_KEY_ID", "PATTERN", "KEYS_DIR", "BYPASS",
 ])  # fmt: skip
 def test_harmless_names_are_recognized(name: str) -> None:
-    """A word inside another is none, and a place, a label or a limit is not the secret."""
+    """A word inside another does not count, nor does a path, a label or a limit."""
     assert not is_secret_name(name)
 
 
 def test_values_are_judged_by_their_text() -> None:
-    """Only values that can be replaced without harm to other text are secrets."""
+    """Only values that can be replaced without damage to other text."""
     kept = {
         "A_TOKEN": "abcdefgh",
         "B_KEY": "  padded-secret\n",
@@ -117,7 +117,7 @@ def test_values_are_judged_by_their_text() -> None:
 
 @pytest.mark.parametrize("kind", KEYS)
 def test_keys_are_found_anywhere(kind: str) -> None:
-    """A key is found between quotes, after a sign, at either end, and in JSON after an escaped newline."""
+    """In quotes, after an operator, at either end, and after an escaped newline in JSON."""
     key, redactor = KEYS[kind], Redactor()
     for text in (key, f"a = '{key}'", f"KEY={key}\n", f"first\n{key}\nlast", f"({key})", json.dumps(f"a\n{key}\tb")):
         assert has_secret_key(text), text
@@ -129,7 +129,7 @@ def test_keys_are_found_anywhere(kind: str) -> None:
 
 @pytest.mark.parametrize("text", NO_KEYS)
 def test_non_keys_are_not_found(text: str) -> None:
-    """Words, hashes, certificates, variables and examples are no keys."""
+    """Words, hashes, certificates, variables and examples."""
     assert not has_secret_key(text)
     assert Redactor().find_secrets(text.encode()) == set()
 
@@ -139,18 +139,17 @@ def test_non_keys_are_not_found(text: str) -> None:
     "a\nb\n",
 ])  # fmt: skip
 def test_ordinary_text_is_unchanged(text: str) -> None:
-    """Nothing but secrets is replaced."""
     assert Redactor(["a-secret-value"]).text(text) == text
     assert not re.search(Redactor(["a-secret-value"]).bytes_pattern.encode(), text.encode())
 
 
 def test_url_passwords_are_hidden_without_the_host() -> None:
-    """Even a weak password in a URL is hidden where text is shown."""
+    """Even a weak password in a URL, where text is displayed."""
     assert Redactor().text("git clone https://me:pw@host/x") == "git clone https:[redacted]@host/x"
 
 
 def test_values_are_hidden_in_each_spelling() -> None:
-    """JSON and URLs escape characters of a value: those spellings are hidden, too."""
+    """Including the escaped spellings of JSON and URLs."""
     value = 'p"ä\\ss/word wörd'
     redactor = Redactor([value, "longer-" + value])
     for text in (
@@ -167,14 +166,14 @@ def test_values_are_hidden_in_each_spelling() -> None:
 
 
 def test_lines_of_a_long_value_are_hidden() -> None:
-    """A key over several lines is hidden where only some of its lines appear."""
+    """Even if only some lines of a multi-line key appear."""
     redactor = Redactor(["-----BEGIN X-----\nline-one-is-secret\nline-two-is-secret\n-----END X-----"])
     assert redactor.text("> line-two-is-secret\n") == "> [redacted]\n"
     assert redactor.text("-----BEGIN X-----") == "-----BEGIN X-----"
 
 
 def test_json_keeps_its_structure() -> None:
-    """All strings are redacted, keys too; what has no secret is returned as it is."""
+    """All strings including keys are redacted; values without secrets are returned unchanged."""
     redactor = Redactor(["s3cret-value", "s3cret-other"])
     clean = {"a": [1, None, True, {"b": "c"}], "d": 1.5}
     assert redactor.json(clean) is clean
@@ -195,7 +194,7 @@ def test_json_keeps_its_structure() -> None:
     "eyJaaaaaaaa.eyJaaaaaaaa." * 40_000, "\\neyJaaaaaaaa" * 90_000,
 ])  # fmt: skip
 def test_any_text_is_searched_quickly(text: str) -> None:
-    """Text that was made to be slow costs a moment, not minutes."""
+    """Adversarial text takes moments, not minutes."""
     redactor = Redactor(["a-secret-value"])
     before = time.process_time()
     has_secret_key(text)
@@ -212,7 +211,7 @@ def test_any_text_is_searched_quickly(text: str) -> None:
     ".aws/credentials", "home/.aws/credentials", "a\nb/.env", "line\nbreak.pem", ".pgpass",
 ])  # fmt: skip
 def test_secret_files_are_recognized(path: str) -> None:
-    """Files that are there to hold secrets are known by name in any folder."""
+    """By their names, in any folder."""
     assert is_secret_file(path)
 
 
@@ -223,7 +222,7 @@ def test_secret_files_are_recognized(path: str) -> None:
     ".envrc", "package.json",
 ])  # fmt: skip
 def test_harmless_files_are_recognized(path: str) -> None:
-    """Examples, public halves and programs that deal with keys are ordinary files."""
+    """Examples, public keys, and programs that handle keys."""
     assert not is_secret_file(path)
 
 
@@ -249,7 +248,7 @@ URLS = [
 
 @pytest.mark.parametrize(("text", "shown"), URLS)
 def test_shown_url_has_no_password(text: str, shown: str | None, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of a store, a remote or a server, alone or within a sentence, wherever the command line prints it."""
+    """The URL of a store, a remote or a server, alone or in a sentence, in all output."""
     assert redact_urls(text) == (shown or text)
     assert redact_urls(f"error: can't open {text} now") == f"error: can't open {shown or text} now"
     for as_json in (False, True):
@@ -263,7 +262,7 @@ def test_shown_url_has_no_password(text: str, shown: str | None, capsys: pytest.
 
 
 def test_password_search_is_linear() -> None:
-    """Whatever a repository is called."""
+    """For any repository name."""
     many = ("://" * 30_000, "://a:" * 20_000, "http://" + "a" * 90_000, "?" + "key" * 30_000, "://a:" + "@" * 90_000)
     for text in many:
         start = time.process_time()

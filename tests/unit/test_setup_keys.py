@@ -1,4 +1,4 @@
-"""What makes a step of a setup run again."""
+"""Cache keys of setup steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ THERE = {"requirements.txt": "100644 blob 1"}
 
 
 def keys(**changes: Any) -> tuple[str, ...]:
-    """Return the keys of the steps with something changed."""
+    """Return the keys of the steps after a change."""
     facts: dict[str, Any] = {"steps": STEPS, "entries": THERE, "sparse": (), "env": ()} | changes
     return compute_setup_keys(**facts)
 
@@ -36,19 +36,19 @@ def keys(**changes: Any) -> tuple[str, ...]:
     ],
 )
 def test_steps_run_again_from_the_first_change(changes: dict[str, Any], first: int) -> None:
-    """What it reads, its command and what holds for all of them count; how long it may take does not."""
+    """Inputs, the command and shared settings count; the timeout does not."""
     assert first_step_to_run(keys(), keys(**changes)) == first
 
 
 def test_new_steps_run() -> None:
-    """A new place begins with the first step, one whose setup was cut off after it with the second."""
+    """A new worktree starts at the first step, an interrupted one at the first incomplete step."""
     assert first_step_to_run((), keys()) == 0
     assert first_step_to_run(keys()[:1], keys()) == 1
     assert first_step_to_run((), ()) == 0
 
 
 def test_order_of_empty_steps_is_ignored() -> None:
-    """Names of folders, variables and inputs are sets."""
+    """Folders, variables and inputs are sets."""
     one = (SetupStep(run="x", inputs=("a", "b")),)
     other = (SetupStep(run="x", inputs=("b", "a", "b")),)
     assert keys(steps=one, sparse=("c", "d"), env=("E", "F")) == keys(steps=other, sparse=("d", "c"), env=("F", "E"))

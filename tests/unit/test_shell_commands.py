@@ -1,4 +1,4 @@
-"""Shell commands as text: which programs they name, and which one a shell did not find."""
+"""Shell command parsing: named programs, and the one that a shell did not find."""
 
 from __future__ import annotations
 
@@ -30,13 +30,12 @@ COMMANDS: list[tuple[str, list[str]]] = [
 
 @pytest.mark.parametrize(("command", "programs"), COMMANDS)
 def test_programs_of_a_command_are_found(command: str, programs: list[str]) -> None:
-    """At the places where the shell would look for one."""
+    """At each position where the shell looks up a program."""
     assert find_programs(command) == programs
 
 
 @given(st.text())
 def test_any_text_is_parsed(text: str) -> None:
-    """Or none; the first is what a shell that says nothing did not find."""
     found = find_programs(text)
     assert find_missing_program(text, "") == (found[0] if found else text.strip())
 
@@ -49,7 +48,7 @@ def test_any_text_is_parsed(text: str) -> None:
 def test_missing_program_is_named_by_the_shell_message(
     shell: str, command: str, program: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """By the words of the shells that there are."""
+    """By the messages of all supported shells."""
     if shutil.which(shell) is None:
         pytest.skip(f"there is no {shell}")
     folder = tmp_path_factory.mktemp("tree")

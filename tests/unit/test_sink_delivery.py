@@ -1,4 +1,4 @@
-"""Sinks hear of everything at least once and in order, and whatever they do, the run neither waits nor fails."""
+"""Sinks get every event at least once and in order, and can neither delay nor fail the run."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ Send = Callable[[Sequence[RecordedEvent]], object]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Try again soon."""
+    """Retry soon."""
     monkeypatch.setattr(sinks, "RETRY_BACKOFF", Backoff(initial=0.01, factor=1.0, max=0.01, jitter=False))
     monkeypatch.setattr(sinks, "FINAL_RETRY_DELAY", 0.01)
 
 
 class Listener:
-    """A sink that remembers; `on_send` may raise, or return something to wait for."""
+    """A recording sink; `on_send` may raise, or return an awaitable."""
 
     def __init__(self, on_send: Callable[[int], object] = lambda _: None) -> None:
         self.batches: list[list[RecordedEvent]] = []
@@ -44,7 +44,7 @@ class Listener:
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Sink]:
-        """Count."""
+        """Count the calls."""
         self.opened += 1
         try:
             yield self
@@ -52,7 +52,7 @@ class Listener:
             self.closed += 1
 
     async def send(self, events: Sequence[RecordedEvent]) -> None:
-        """Do as told, then remember."""
+        """Run `on_send`, then record the events."""
         self.calls += 1
         wait = self._on_send(self.calls)
         if wait is not None:
@@ -61,7 +61,7 @@ class Listener:
 
     @property
     def numbers(self) -> list[int]:
-        """The numbers of all events that arrived."""
+        """Return the numbers of all received events."""
         return [one.event.data["n"] for batch in self.batches for one in batch if "n" in one.event.data]
 
 
@@ -71,14 +71,14 @@ def outlet(listener: Listener, *patterns: str, name: str = "ear") -> EventSubscr
 
 
 class Bench:
-    """A store, and what happens in it."""
+    """A store with numbered events."""
 
     def __init__(self) -> None:
         self.store = MemoryStore(SystemClock())
         self._count = 0
 
     async def happen(self, times: int = 1, kind: str = "task.started", run: str = "r") -> None:
-        """Record events with numbers that count up."""
+        """Record events with consecutive numbers."""
         for _ in range(times):
             self._count += 1
             await self.store.commit(Commit([], [Event(kind, {"run": run, "n": self._count})]))
@@ -86,11 +86,11 @@ class Bench:
     def feeding(
         self, *outlets: EventSubscriber, patience: DeliveryTimeouts = PATIENCE
     ) -> AbstractAsyncContextManager[None]:
-        """Feed outlets of the run."""
+        """Run the feeders of a run's outlets."""
         return forward_events(self.store, SystemClock(), Redactor([SECRET]), "r", outlets, patience)
 
     async def records(self) -> list[CommitRecord]:
-        """Return all that was recorded."""
+        """Return all records."""
         found: list[CommitRecord] = []
         if await self.store.position():
             async for record in self.store.watch():
@@ -100,20 +100,20 @@ class Bench:
         return found
 
     async def told(self, prefix: str = "sink.") -> list[tuple[str, dict[str, object]]]:
-        """Return what feeders said of themselves."""
+        """Return the events about sink delivery."""
         events = [event for record in await self.records() for event in record.events]
         return [(one.type, one.data) for one in events if one.type.startswith(prefix)]
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait for something that must come."""
+    """Wait until the condition is true."""
     with anyio.fail_after(10):
         while not condition():
             await anyio.sleep(0.005)
 
 
 async def test_sink_gets_all_events_of_its_run_in_order() -> None:
-    """What was before and what comes meanwhile is delivered; the cursor's own writes are not, and make no loop."""
+    """Earlier and concurrent events are delivered; writing the cursor is no event and causes no loop."""
     bench, ear = Bench(), Listener()
     await bench.happen(3)
     async with bench.feeding(outlet(ear)):
@@ -139,7 +139,7 @@ async def test_sink_gets_all_events_of_its_run_in_order() -> None:
 
 
 async def test_sink_without_events_is_not_opened() -> None:
-    """A sink that has everything, or wants nothing of it, may be gone: nobody is told, and nobody waits."""
+    """An unavailable sink without pending events causes no error and no delay."""
     bench, ear = Bench(), Listener()
     await bench.happen(2)
     async with bench.feeding(outlet(ear)):
@@ -153,7 +153,7 @@ async def test_sink_without_events_is_not_opened() -> None:
 
 
 async def test_burst_is_delivered_in_batches_with_few_cursors() -> None:
-    """Hundreds of events cost a handful of calls, and no commit for each."""
+    """Hundreds of events take a few calls and few commits."""
     bench, ear = Bench(), Listener()
     await bench.happen(350)
     async with bench.feeding(outlet(ear), patience=DeliveryTimeouts(cursor=60.0)):
@@ -161,11 +161,10 @@ async def test_burst_is_delivered_in_batches_with_few_cursors() -> None:
     assert ear.numbers == list(range(1, 351))
     assert [len(batch) for batch in ear.batches] == [100, 100, 100, 50]
     cursors = [key for record in await bench.records() for key in record.documents if key.kind == "cursor"]
-    assert len(cursors) == 2  # the first, and the one at the end
+    assert len(cursors) == 2  # the first one and the one at the end
 
 
 async def test_patterns_select_the_events() -> None:
-    """A sink gets what one of its patterns matches."""
     bench, ear = Bench(), Listener()
     for kind in ("run.created", "task.started", "task.landed", "run.finished"):
         await bench.happen(1, kind)
@@ -175,7 +174,7 @@ async def test_patterns_select_the_events() -> None:
 
 
 async def test_failing_sink_is_retried_and_reported_once_each_way() -> None:
-    """A streak of failures is one event without secrets, its end another; no event is lost, none overtakes."""
+    """One event per streak of failures and one for its end, without secrets; delivery stays complete and ordered."""
 
     def fails_at_first(call: int) -> None:
         if call <= 3:
@@ -195,7 +194,7 @@ async def test_failing_sink_is_retried_and_reported_once_each_way() -> None:
 
 
 async def test_two_failing_sinks_do_not_keep_each_other_busy() -> None:
-    """What feeders say of themselves is no event for any sink."""
+    """Delivery events are not delivered to sinks."""
     ears = [Listener(lambda call: 1 // (call % 2 - 1) if call % 2 else None) for _ in range(2)]
     bench = Bench()
     await bench.happen()
@@ -210,7 +209,7 @@ async def test_two_failing_sinks_do_not_keep_each_other_busy() -> None:
 
 @pytest.mark.parametrize("hangs", ["send", "open", "close"])
 async def test_hanging_sink_is_abandoned(hangs: str) -> None:
-    """Whatever hangs is cut off after its time; the run's end is not held up, and what is left is told."""
+    """After its timeout; the end of the run is not delayed, and undelivered events are reported."""
     bench, ear = Bench(), Listener(lambda _: anyio.sleep_forever() if hangs == "send" else None)
 
     @asynccontextmanager
@@ -233,7 +232,7 @@ async def test_hanging_sink_is_abandoned(hangs: str) -> None:
 
 
 async def test_undelivered_events_are_delivered_next_time() -> None:
-    """From where it stopped, also what happened in between; nothing that had arrived comes again."""
+    """From the cursor on, including events in between; delivered ones are not repeated."""
 
     def fails_later(call: int) -> None:
         if call > 1:
@@ -255,7 +254,7 @@ async def test_undelivered_events_are_delivered_next_time() -> None:
 
 
 async def test_compacted_events_are_skipped_and_reported(tmp_path: Path) -> None:
-    """A sink that lags behind a compaction gets what is left, and it is on record what it never got."""
+    """A sink behind a compaction gets the remaining events, and the gap is recorded."""
     ear = Listener()
     async with FileStore.open(tmp_path, SystemClock(), segment_bytes=200) as store:
         for number in range(1, 21):
@@ -279,7 +278,7 @@ async def _rest(store: Store, after: int) -> AsyncIterator[Event]:
 
 
 async def test_delivered_but_unrecorded_event_is_repeated() -> None:
-    """At least once: without its cursor, an event that arrived arrives again."""
+    """At least once: an event delivered without a cursor update is delivered again."""
     bench, ears = Bench(), [Listener(), Listener()]
     await bench.happen(2)
 
@@ -299,7 +298,7 @@ async def test_delivered_but_unrecorded_event_is_repeated() -> None:
 
 @pytest.mark.parametrize("error", [RefusedError("not installed", "install it"), SystemExit(3), ValueError("no")])
 async def test_sink_that_can_not_be_opened_does_no_harm(error: BaseException) -> None:
-    """Also what ends the process elsewhere, and what is not there any more, is only told."""
+    """Errors that would end a process elsewhere, and a missing sink, are reported only."""
     bench = Bench()
 
     def refused() -> AbstractAsyncContextManager[Sink]:
@@ -316,12 +315,12 @@ async def test_sink_that_can_not_be_opened_does_no_harm(error: BaseException) ->
 
 
 class _Odd(BaseException):
-    """What no sink should raise."""
+    """An exception that no sink should raise."""
 
 
 @pytest.mark.parametrize("is_cancelled", [True, False])
 async def test_sink_that_cancels_itself_cancels_nothing_else(is_cancelled: bool) -> None:
-    """A cancellation that is nobody's, such as of a task that the sink waits for, is a failure like any other."""
+    """A cancellation from inside the sink, such as of an awaited task, is an ordinary failure."""
 
     def fail_once(call: int) -> None:
         if call == 1:
@@ -337,7 +336,7 @@ async def test_sink_that_cancels_itself_cancels_nothing_else(is_cancelled: bool)
 
 
 async def test_sink_that_closes_itself_is_reopened() -> None:
-    """A context that swallows an error has failed all the same."""
+    """A context manager that swallows an error has still failed."""
     bench, ear = Bench(), Listener(lambda call: 1 // 0 if call == 1 else None)
 
     @asynccontextmanager
@@ -355,7 +354,7 @@ async def test_sink_that_closes_itself_is_reopened() -> None:
 
 
 async def test_error_of_the_body_is_raised_immediately() -> None:
-    """A refusal stays a refusal, and nobody waits for a sink before it is told."""
+    """The error passes unchanged and does not wait for a sink."""
     bench, ear = Bench(), Listener(lambda _: anyio.sleep_forever())
     await bench.happen()
 
@@ -370,7 +369,7 @@ async def test_error_of_the_body_is_raised_immediately() -> None:
 
 
 async def test_second_delivery_to_a_sink_ends_the_first() -> None:
-    """Who finds that somebody else has moved the cursor stops: the events are theirs to deliver."""
+    """A feeder stops when another one moved the cursor, which now owns the delivery."""
     bench, ear = Bench(), Listener()
     async with bench.feeding(outlet(ear)):
         await bench.happen()
@@ -386,7 +385,7 @@ async def test_second_delivery_to_a_sink_ends_the_first() -> None:
 
 
 async def test_failing_store_is_raised_to_the_run() -> None:
-    """A feeder ends where the store does, without an error of its own."""
+    """The feeder raises no error of its own."""
 
     class Failing(MemoryStore):
         async def position(self) -> int:
@@ -402,7 +401,7 @@ async def test_failing_store_is_raised_to_the_run() -> None:
 
 
 async def test_rest_is_delivered_after_another_process() -> None:
-    """The cursor is written by another process in between, as where one stands in for a leader that is gone."""
+    """The other process moved the cursor, as a replacement of a failed leader does."""
     bench, listener = Bench(), Listener()
     key = cursor_key("r", "sink", "ear")
     await bench.store.commit(Commit([Write(key, 0, {"position": 0})]))

@@ -1,4 +1,4 @@
-"""The text of a first file loads, whatever was found."""
+"""The generated first file loads for any findings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 @example("a #b")
 @example("-")
 def test_any_text_becomes_one_scalar(text: str) -> None:
-    """It reads back as the same text, by our reader and by one of YAML 1.1, and has one line."""
+    """It parses to the same text in our reader and in YAML 1.1, and is one line."""
     line = f"key: {scalar(text)}"
     assert "\n" not in line
     problems = Problems("x")
@@ -41,7 +41,7 @@ def test_any_text_becomes_one_scalar(text: str) -> None:
 
 @given(found=TEXT, check=TEXT.filter(str.strip), missing=st.none() | TEXT)
 def test_starter_is_valid_yaml_for_any_findings(found: str, check: str, missing: str | None) -> None:
-    """What programs and files say can't break out of a comment or a value."""
+    """Output of programs and file names cannot break out of a comment or a value."""
     adapters = [StarterAdapter("a", found), StarterAdapter("b", "")]
     value = yaml.safe_load(starter_text(Starter(".", "main", adapters, check, check, check, [check], missing, None)))
     assert value["adapters"] == {"a": {"use": "a"}, "b": {"use": "b"}}
@@ -55,7 +55,7 @@ def test_starter_is_valid_yaml_for_any_findings(found: str, check: str, missing:
 
 
 def test_starter_without_an_adapter_loads(tmp_path: Path) -> None:
-    """The program that is to be filled in is a valid one, and nothing but the name of the schema depends on it."""
+    """The placeholder program is valid, and only the schema name depends on it."""
     for schema in (None, ".council/schema.json"):
         text = starter_text(Starter(".", "main", [], None, None, None, (), None, schema))
         (tmp_path / "council.yaml").write_text(text)
@@ -66,7 +66,7 @@ def test_starter_without_an_adapter_loads(tmp_path: Path) -> None:
 
 
 def test_hinted_lines_load(tmp_path: Path) -> None:
-    """The keys that stand in comments at the top can be had by removing the `#`."""
+    """Commented keys at the top become valid by removing the `#`."""
     text = starter_text(Starter(".", "main", [], None, None, None, (), None, None)).replace("\n# target", "\ntarget")
     (tmp_path / "council.yaml").write_text(text.replace("\n# worktrees", "\nworktrees"))
     config = load_config(tmp_path / "council.yaml", load_plugins().adapters)

@@ -1,4 +1,4 @@
-"""What is thought of a store's figures."""
+"""Findings from the figures of a store."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KEPT = Retention(retention=30 * DAY, max_size=1000)
 
 
 def figures(first: int = 0, log_bytes: int = 500) -> StoreStatistics:
-    """Return a small store's."""
+    """Return the figures of a small store."""
     return StoreStatistics(position=100, first=first, documents=3, bytes=90, log_bytes=log_bytes)
 
 
@@ -43,14 +43,14 @@ def figures(first: int = 0, log_bytes: int = 500) -> StoreStatistics:
     ],
 )
 def test_log_is_judged(found: StoreStatistics, growth: LogGrowth, told: str | None) -> None:
-    """Too large, soon too large, or shorter than it should be."""
+    """Too large, soon too large, or shorter than configured."""
     one = judge_log(found, growth, KEPT)
     assert one.level is (Level.OK if told is None else Level.WARNING)
     assert told is None or told in one.found
 
 
 def test_log_without_an_age_is_not_too_short() -> None:
-    """Whoever keeps all is told by the size alone."""
+    """An unlimited log is judged by its size alone."""
     assert (
         judge_log(figures(first=50), LogGrowth(10, DAY, DAY), Retention(retention=None, max_size=1000)).level
         is Level.OK
@@ -58,7 +58,7 @@ def test_log_without_an_age_is_not_too_short() -> None:
 
 
 def test_largest_documents_are_named() -> None:
-    """Five of them, and how many more."""
+    """The five largest, and the number of others."""
     large = [(Key("task", str(number)), 2_000_000 - number) for number in range(7)]
     told = [*judge_documents(StoreStatistics(1, 0, 9, 9, 9, (), large))]
     assert [one.name for one in told] == [*(f"document task/{number}" for number in range(5)), "documents"]
@@ -67,13 +67,13 @@ def test_largest_documents_are_named() -> None:
 
 
 def test_latency_is_judged() -> None:
-    """A commit that takes long is worth a warning."""
+    """A slow commit is a warning."""
     assert judge_latency(SLOW_COMMIT).level is Level.OK
     assert judge_latency(2 * SLOW_COMMIT).level is Level.WARNING
 
 
 def test_integrity_is_judged() -> None:
-    """Damage is a problem, and so is what is told otherwise than the log says."""
+    """Damage is a problem, and so is a difference between documents and log."""
     assert [one.level for one in judge_integrity(VerificationReport(3, 10))] == [Level.OK]
     damage = Damage(Path("1.jsonl"), 7, (Key("task", "a"),), "commit 2 is damaged")
     (told,) = judge_integrity(VerificationReport(3, 10, [damage], [Key("task", "a")]))
@@ -87,7 +87,7 @@ def test_integrity_is_judged() -> None:
 
 
 def test_idle_sessions_are_judged() -> None:
-    """Longer than the limit, and only where there is one."""
+    """Longer than the limit, if there is one."""
     sessions = [
         SilentSession("r", "a", 700.0, 600.0),
         SilentSession("r", "b", 700.0, None),
@@ -100,7 +100,7 @@ def test_idle_sessions_are_judged() -> None:
 
 
 def test_interrupted_runs_are_judged() -> None:
-    """Each is named, with how the first goes on."""
+    """With the command to resume the first."""
     assert judge_unfinished_runs([]).level is Level.OK
     told = judge_unfinished_runs(["r1", "r2"])
     assert told.found == "unfinished: r1, r2"

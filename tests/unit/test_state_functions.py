@@ -1,4 +1,4 @@
-"""docs/function-mapping.md names commands, Python names, words, events and tests that there are."""
+"""docs/function-mapping.md names existing commands, Python names, terms, events and tests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PAGE: Final = (ROOT / "docs/function-mapping.md").read_text()
 OUTPUT: Final = (ROOT / "docs/output.md").read_text()
 SECTIONS: Final = replaced_functions.sections(PAGE)
 
-#: What may stand in code beside names: arguments, keys of the file, places, and words that a sentence is about.
+# Other words in code spans: arguments, keys of the file, paths, and terms.
 _NO_NAMES: Final = re.compile(
     r"\w+=\w+|\{.*\}|(state|state_dir|memory):|\.council/.*|async \w+|anyio\.\w+|COUNCIL_STATE"
 )
@@ -30,7 +30,7 @@ _WORDS: Final = {
 
 
 def rows(section: str) -> list[list[str]]:
-    """Return the cells of the tables of a section, without their heads."""
+    """Return the cells of the tables of a section, without headers."""
     return replaced_functions.rows(SECTIONS[section])
 
 
@@ -41,18 +41,18 @@ FUNCTIONS: Final = [
 
 
 class TestFunctions(ReplacedFunctionsContract):
-    """Of the three modules that there were."""
+    """Check the functions of the three original modules."""
 
     functions = FUNCTIONS
     fewest = 80
 
     def is_word(self, name: str) -> bool:
-        """Events, and whatever else sentences are about."""
+        """Accept events and other terms."""
         return name in _WORDS or name in EVENT_TYPES or _NO_NAMES.fullmatch(name) is not None
 
 
 def test_documented_events_and_fields_match_the_code() -> None:
-    """Each that stands on our side of a table is one that the code knows, or docs/output.md has."""
+    """Each event and field in a table exists in the code or in docs/output.md."""
     known = {*RunStatus, *TaskStatus, *Level, *CheckpointOrigin}
     words = {word for row in rows("Words") for word in re.findall(r"`([^`]+)`", row[1])}
     assert words <= known

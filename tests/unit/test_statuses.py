@@ -1,4 +1,4 @@
-"""The records of statuses: one that is incomplete, or contradicts itself, fails when it is defined."""
+"""Status records: an incomplete or contradictory one fails when it is defined."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_status_record_with_contradiction_raises_value_error(changes: dict[str, 
 
 
 def test_status_release_reason_of_claimed_task_raises_value_error() -> None:
-    """All others have one."""
+    """All other statuses need one."""
     for status in TaskStatus:
         if status in CLAIMED_STATUSES:
             with pytest.raises(ValueError, match="keeps its claim"):
@@ -46,13 +46,13 @@ def test_status_release_reason_of_claimed_task_raises_value_error() -> None:
 
 
 def test_retryable_statuses_name_the_command() -> None:
-    """A task that is finished without success can be retried, and says how."""
+    """Each unsuccessful final status can be retried and says how."""
     assert FINAL_STATUSES == RETRYABLE_STATUSES | SUCCESS_STATUSES
     for status in RETRYABLE_STATUSES:
         assert any(command == "council retry {}" for _, command in status.record.next_steps), status
 
 
 def test_phase_statuses_are_open_passed_or_ended() -> None:
-    """None is both open and passed, and each has its own event."""
+    """No status is both open and passed, and each has its own event."""
     assert not OPEN_STATUSES & PASSED_STATUSES
     assert len({status.record.event for status in PhaseStatus}) == len(PhaseStatus)

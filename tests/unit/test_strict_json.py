@@ -1,4 +1,4 @@
-"""JSON that agents write is read by one strict rule; on a command line values are given in words, files and streams."""
+"""Strict JSON from agents, and values on command lines from arguments, files and stdin."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VALUES = st.recursive(
 
 @given(VALUES)
 def test_plain_values_are_parsed(value: Any) -> None:
-    """However they are spelled."""
+    """In any notation."""
     for is_ascii in (True, False):
         assert parse(json.dumps(value, ensure_ascii=is_ascii).encode()) == value
 
@@ -53,19 +53,19 @@ def test_plain_values_are_parsed(value: Any) -> None:
     ids=range(14),
 )
 def test_ambiguous_json_is_rejected(data: bytes, why: str) -> None:
-    """And it is said why, and where."""
+    """The error has the reason and the position."""
     with pytest.raises(ValueError, match=why):
         parse(data)
 
 
 def test_deepest_value_is_parsed() -> None:
-    """A mark that says what it is written in is left out."""
+    """A byte order mark is skipped."""
     check_value(parse(b"[" * MAX_DEPTH + b"]" * MAX_DEPTH))
     assert parse(b"\xef\xbb\xbf{}") == {}
 
 
 class Typed(io.TextIOWrapper):
-    """Standard input with these bytes."""
+    """Replace stdin with these bytes."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data))
@@ -86,19 +86,19 @@ class Typed(io.TextIOWrapper):
     ],
 )
 def test_argument_is_json_or_text(word: str, value: Any) -> None:
-    """Text that looks like none stands for itself."""
+    """Text that does not look like JSON is a string."""
     assert values.parse_value(word) == value
 
 
 @pytest.mark.parametrize("word", ["{", '["a"', '{"a": 1, "a": 2}', '"a'])
 def test_invalid_json_is_rejected(word: str) -> None:
-    """Else a mistake would be shared as text."""
+    """Otherwise a typo would be shared as text."""
     with pytest.raises(SessionRequestError, match="invalid value"):
         values.parse_value(word)
 
 
 def test_value_is_read_from_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As JSON or text, too."""
+    """As JSON or text."""
     monkeypatch.setattr(sys, "stdin", Typed(b'{"a":\n1}\n'))
     assert values.parse_value("-") == {"a": 1}
     monkeypatch.setattr(sys, "stdin", Typed("größer\n".encode()))
@@ -106,7 +106,7 @@ def test_value_is_read_from_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_handoff_is_read_from_a_file_or_stdin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One object."""
+    """The value is one object."""
     command = SESSION_COMMANDS["submit_handoff"]
     (tmp_path / "plan.json").write_text('{"tasks": []}')
     assert values.resolve_arguments(command, {"data": str(tmp_path / "plan.json")}) == {"data": {"tasks": []}}
@@ -126,7 +126,7 @@ def test_handoff_is_read_from_a_file_or_stdin(tmp_path: Path, monkeypatch: pytes
     ids=range(5),
 )
 def test_invalid_handoff_is_rejected(tmp_path: Path, text: str | None, why: str) -> None:
-    """With what to do."""
+    """The error has the fix."""
     file = tmp_path / "plan.json"
     if text is not None:
         file.write_text(text)

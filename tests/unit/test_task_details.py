@@ -1,4 +1,4 @@
-"""What `council show` tells of a task, made of documents as they are recorded."""
+"""`council show`, from recorded documents."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def text(one: TaskDetails) -> str:
 
 
 def reviewed() -> tuple[TaskDocument, list[Handoff]]:
-    """Return a task whose review sent its work back, and that is built anew now."""
+    """Return a task that is being rebuilt after its review rejected it."""
     scout = handoff(1, "scout", "scout", {"scout_findings": ["x" * 500]}, to="plan")
     receipt = Receipt(phase="plan", attempt=2, time=201.0, digest=scout.digest)
     mediation = Mediation(transformation="shorter", analysis={}, processed={"tasks": []}, instructions="Go on.")
@@ -91,7 +91,7 @@ def reviewed() -> tuple[TaskDocument, list[Handoff]]:
 
 
 def test_each_visit_has_its_result() -> None:
-    """Visits are numbered by phase; what their sessions used up, were given and left is with them."""
+    """Visits are numbered per phase, each with its usage, input and handoff."""
     document, handoffs = reviewed()
     one = told(document, FOUR, *handoffs)
     assert [(visit.phase, visit.visit, visit.status) for visit in one.phases] == [
@@ -113,7 +113,7 @@ def test_each_visit_has_its_result() -> None:
 
 
 def test_text_for_people_is_complete() -> None:
-    """With sizes, findings, notes and paths; what agents said is shown, and obeyed by no terminal."""
+    """With sizes, findings, notes and paths; terminal sequences of agents are escaped."""
     document, handoffs = reviewed()
     shown = text(told(document, FOUR, *handoffs))
     for part in (
@@ -146,7 +146,7 @@ def test_text_for_people_is_complete() -> None:
 
 
 def test_json_is_complete() -> None:
-    """What was handed over is whole, and the object is what its schema says."""
+    """Handoffs are complete, and the object matches its schema."""
     document, handoffs = reviewed()
     told_as = {**told(document, FOUR, *handoffs).to_json(), "exit": 0}
     assert [error.message for error in Draft202012Validator(task_details_schema()).iter_errors(told_as)] == []
@@ -156,7 +156,7 @@ def test_json_is_complete() -> None:
 
 
 def test_modified_handoff_is_reported() -> None:
-    """Its digest is of what it held when it was handed over."""
+    """The digest is that of the original content."""
     document, handoffs = reviewed()
     changed = handoffs[0].model_copy(update={"data": {"scout_findings": []}})
     one = told(document, FOUR, changed, *handoffs[1:])
@@ -178,7 +178,7 @@ def test_modified_handoff_is_reported() -> None:
     ],
 )
 def test_task_without_a_workflow_has_one_phase(status: TaskStatus, outcome: str | None, expected: str) -> None:
-    """All of its attempts are at that."""
+    """All attempts belong to it."""
     attempts = (attempt(1, None, "crashed"), attempt(2, None, outcome))
     one = told(TaskDocument(status=status, attempts=attempts), TaskDefinition("Fix it."))
     [visit] = one.phases
@@ -188,7 +188,7 @@ def test_task_without_a_workflow_has_one_phase(status: TaskStatus, outcome: str 
 
 
 def test_phases_not_yet_started_are_listed() -> None:
-    """So are the phases behind one that waits for a person, and none once the task is over."""
+    """Including those after an approval; none once the task ended."""
     assert told(TaskDocument()).remaining_phases == list(FOUR.phases)
     assert told(TaskDocument(), TaskDefinition("Fix it.")).remaining_phases == ["build"]
     asks = PhaseRecord(phase="plan", status=PhaseStatus.AWAITING_APPROVAL, attempts=(1,))
@@ -203,7 +203,7 @@ def test_phases_not_yet_started_are_listed() -> None:
 
 
 def test_landing_names_the_commit() -> None:
-    """On the target, in its queue, in conflict, or nowhere."""
+    """On the target, queued, in conflict, or nowhere."""
     attempts = (attempt(1, None, "built"), attempt(2, None))
     landed = TaskDocument(status=TaskStatus.LANDED, attempts=attempts, commit=COMMIT, landed=COMMIT, built_by=1)
     assert "landed as 0123456789 on main, " in text(told(landed, TaskDefinition("x"), landed_at=5.0))
@@ -216,7 +216,7 @@ def test_landing_names_the_commit() -> None:
 
 
 def test_imported_task_has_its_original_fields() -> None:
-    """Its phases have the words that were found, and there are no sessions."""
+    """Its phases have the original words, and there are no sessions."""
     was = ImportedTask(status="merged", phases={"plan": {"status": "complete"}, "build": "running", "odd": 7})
     one = told(TaskDocument(status=TaskStatus.LANDED, imported=was), TaskDefinition())
     assert [(visit.phase, visit.status) for visit in one.phases] == [

@@ -1,4 +1,4 @@
-"""A template that multiplies and a file that nests end at a limit, in time and memory that grow with their length."""
+"""Exploding templates and deeply nested files are rejected in time and memory linear to their length."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ GREEDY = [
 
 
 def facts() -> PromptFacts:
-    """Return as little as there can be."""
+    """Return minimal facts."""
     return PromptFacts(task="a", prompt="Fix it.", mark="m")
 
 
 @pytest.mark.parametrize("text", GREEDY)
 def test_multiplying_template_is_rejected_within_limits(text: str) -> None:
-    """Neither reading it nor rendering it takes more than a moment and some megabytes."""
+    """Reading and rendering take a moment and a few megabytes."""
     start = time.process_time()
     tracemalloc.start()
     try:
@@ -86,7 +86,6 @@ def test_multiplying_template_is_rejected_within_limits(text: str) -> None:
 
 
 def test_multiplying_condition_is_rejected_within_limits() -> None:
-    """It is a template, too."""
     with pytest.raises(RefusedError, match="can't be evaluated"):
         is_condition_met("build", f"'x' * {N}", {})
     assert is_condition_met("build", "'x' * 3 == 'xxx' and 'a' ~ 'b' == 'ab'", {})
@@ -127,7 +126,7 @@ DEEP = {
 
 @pytest.mark.parametrize("what", DEEP)
 def test_nested_file_is_as_fast_as_a_flat_one(tmp_path: Path, what: str) -> None:
-    """By the processor's time of both in this process."""
+    """Compared by CPU time of this process."""
     flat, deep = tmp_path / "flat.yaml", tmp_path / "deep.yaml"
     flat.write_text("a:\n" + "  - k\n" * (LENGTH // 6))
     deep.write_text(f"a: {DEEP[what]}\n")

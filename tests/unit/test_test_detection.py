@@ -1,4 +1,4 @@
-"""How a repository's own tests are run, told from what is at its top."""
+"""Detection of a repository's test command from its top-level files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ PIP = "python3 -m venv .venv && .venv/bin/pip install -q"
 SHARED_PIP = "python3 -m venv --system-site-packages .venv && .venv/bin/pip install -q"
 PYTEST = "[tool.pytest.ini_options]\n"
 
-#: The files of a small repository (folders end with a slash), the command, and what may come before it.
 TREES: list[tuple[dict[str, str], str | None, str | None]] = [
     ({}, None, None),
     ({"README.md": "run npm test"}, None, None),
@@ -112,7 +111,7 @@ TREES: list[tuple[dict[str, str], str | None, str | None]] = [
 def test_command_follows_from_the_files(
     files: dict[str, str], command: str | None, before: str | None, tmp_path: Path
 ) -> None:
-    """One row for each way that the table knows, with the ones that look alike and are not."""
+    """One row per supported way, with similar ones that do not count."""
     for name, content in files.items():
         path = tmp_path / name
         if name.endswith("/"):
@@ -130,7 +129,7 @@ def test_command_follows_from_the_files(
 
 
 def test_missing_program_gets_an_alternative(tmp_path: Path) -> None:
-    """Without an installed pytest one is installed in a virtual environment; `make test` works without one."""
+    """Without pytest a virtual environment gets one; `make test` works without it."""
     (tmp_path / "pytest.ini").touch()
     found = detect_tests(read_top_level(tmp_path))
     assert found is not None
@@ -144,7 +143,7 @@ def test_missing_program_gets_an_alternative(tmp_path: Path) -> None:
 
 
 def test_unusual_files_are_ignored(tmp_path: Path) -> None:
-    """A pipe, a link to nowhere, a huge file and a name that is not UTF-8 neither block nor break."""
+    """A pipe, a dangling link, a huge file and a name that is not UTF-8 neither block nor raise."""
     os.mkfifo(tmp_path / "package.json")
     (tmp_path / "Makefile").symlink_to("/nowhere")
     (tmp_path / "pyproject.toml").write_text(PYTEST + "#" * (1 << 20))

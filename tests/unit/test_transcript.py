@@ -1,4 +1,4 @@
-"""What a session said last, from what its program printed piece by piece."""
+"""The final message of a session, joined from partial output."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ DONE = (AgentMessage("It is ", part=True), AgentMessage("done.", part=True))
     ],
 )
 def test_parts_are_joined_until_another_event(events: tuple[SessionEvent, ...], words: str) -> None:
-    """Nothing is put between them, and of a long speech the end is kept."""
+    """Without separators; of a long message the end is kept."""
     assert reduce(Transcript.after, events, EMPTY_TRANSCRIPT).last_message == words

@@ -1,4 +1,4 @@
-"""What a file asks for beyond the default is derived from it, key by key."""
+"""The permissions that a file needs are derived key by key."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def test_settings_beyond_the_sandbox_need_trust(tmp_path: Path, line: str) -> No
 
 
 def test_settings_within_the_sandbox_need_no_trust(tmp_path: Path) -> None:
-    """Commands of checks and of worktrees, limits, branches, and the network as it is by default."""
+    """Commands of checks and worktrees, limits, branches, and the default network."""
     worktrees = {"setup": ["make"], "before_run": ["make x"], "ports": 2, "keep_ignored": ["node_modules"]}
     defaults = {"checks": ["make test"], "attempts": 5, "priority": 1, "max_file": "1GB"}
     assert asked(tmp_path, worktrees=worktrees, defaults=defaults, capacity=9, network="off", target="main") == ()
-    # By default a session reaches these, too.
+    # Sessions can reach these by default, too.
     assert asked(tmp_path, network={"allow": ["*.example.com", "localhost:8000", "10.0.0.1"]}) == ()

@@ -1,4 +1,4 @@
-"""What sessions used up, added up."""
+"""Usage totals of sessions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def attempt(number: int, adapter: str, *, ended: float | None, tokens: int, cost
 
 
 def test_sessions_count_for_adapter_and_task() -> None:
-    """A task that went on with another adapter counts for both; one that has not begun is not listed."""
+    """A task with two adapters counts for both; one that never started is not listed."""
     tasks = {
         "b": TaskDocument(
             attempts=(
@@ -55,5 +55,5 @@ def test_clock_set_back_subtracts_nothing() -> None:
 
 
 def test_run_without_sessions_has_no_usage() -> None:
-    """There is a total all the same."""
+    """The total exists and is zero."""
     assert compute_usage(RUN, {"a": TaskDocument()}, now=1.0).total == Usage(0, 0, 0, 0, 0, None, 0, 0)

@@ -1,4 +1,4 @@
-"""What stands in the readable copies of the state, and what their files are called."""
+"""Readable copies of the state and their file names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KINDS = ("run", "task", "spec", "lease", "Lease", "../x")
 
 
 def test_ids_have_distinct_files() -> None:
-    """Whatever ids hold, also where a file system does not tell cases apart; none leads out of the folder."""
+    """For any ids, also on file systems that ignore case; no name leaves the folder."""
     ids = ["/".join(parts) for count in (1, 2) for parts in product(PARTS, repeat=count)]
     ids += ["/".join(parts) for parts in product(PARTS[:8], repeat=3)]
     ids += ["a/a/a/a", "a/a/a/a/a", "a/a/a/a/a/a", "a/" * 3000]
@@ -36,7 +36,7 @@ def test_ids_have_distinct_files() -> None:
 
 
 def test_usual_ids_are_file_names() -> None:
-    """Those of runs and of most tasks."""
+    """Ids of runs and of most tasks."""
     assert document_path(Key("task", "20260102-030405-ab12/api")) == "tasks/20260102-030405-ab12/api/state.json"
     assert context_path(Key("task", "20260102-030405-ab12/v1.2_x")) == "context/20260102-030405-ab12/v1.2_x.json"
 
@@ -51,7 +51,7 @@ def _records(first: int, last: int) -> list[CommitRecord]:
 
 
 def test_event_file_is_bounded(tmp_path: Any) -> None:
-    """The newest stay, whole lines of them."""
+    """The newest events are kept, as complete lines."""
     folder = ViewFolder(tmp_path / "views", 10_000)
     positions: list[int] = []
     for start in range(1, 400, 10):

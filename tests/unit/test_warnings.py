@@ -1,4 +1,4 @@
-"""Warnings are few and sure: each is there where it holds, and nowhere else."""
+"""Warnings appear exactly where they apply."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHECKED = {"checks": ["true"]}
 def warnings(
     tmp_path: Path, around: RepositoryPaths, adapter: Mapping[str, Any] | None = None, **settings: Any
 ) -> list[str]:
-    """Return what is told of a file with these settings."""
+    """Return the warnings for a file with these settings."""
     value = {
         "version": 1,
         "adapters": {"x": {"use": "command", "argv": ["x"], **(adapter or {})}},
@@ -40,7 +40,7 @@ def warnings(
 def test_target_that_is_the_checked_out_base_is_warned_about(
     tmp_path: Path, target: str | None, checkout: str | None, many: int
 ) -> None:
-    """Both must hold: else landings touch no files that anyone works in, or the user has chosen a branch for them."""
+    """Otherwise landings change no checked-out files, or the user chose a branch for them."""
     around = RepositoryPaths(target_checkout=None if checkout is None else tmp_path / checkout)
     settings: dict[str, Any] = {} if target is None else {"target": target}
     found = warnings(tmp_path, around, **settings)
@@ -52,7 +52,7 @@ def test_target_that_is_the_checked_out_base_is_warned_about(
     ("writable", "many"), [(".npm", 1), (".cache", 1), (".cache/pip", 1), (".some-cli", 0), ("cache/x", 0)]
 )
 def test_writable_shared_by_sessions_and_checks_is_warned_about(tmp_path: Path, writable: str, many: int) -> None:
-    """A cache of packages decides what checks execute, unless only sessions write it, or there are no checks."""
+    """Checks execute code from a shared package cache, unless only sessions write it or there are no checks."""
     (tmp_path / writable).mkdir(parents=True)
     found = warnings(tmp_path, RepositoryPaths(), writable=[writable])
     assert len(found) == many
@@ -68,7 +68,7 @@ def test_writable_shared_by_sessions_and_checks_is_warned_about(tmp_path: Path, 
 def test_writable_that_contains_the_repository_is_warned_about(
     tmp_path: Path, writable: str, many: int, is_adapters: bool
 ) -> None:
-    """A folder in it may be meant; its top, its git directory, or what they are in never is."""
+    """A subfolder may be intended; the top, the git directory and their parents are not."""
     for folder in ("repo/.git", "repo/build", "elsewhere"):
         (tmp_path / folder).mkdir(parents=True)
     around = RepositoryPaths(tmp_path / "repo", tmp_path / "repo/.git")
@@ -85,14 +85,14 @@ def test_writable_that_contains_the_repository_is_warned_about(
 def test_fewer_worktrees_than_sessions_are_warned_about(
     tmp_path: Path, capacity: int, worktrees: dict[str, Any], most: int | None
 ) -> None:
-    """`capacity` can't be used where `max` allows of fewer worktrees; where that is not written there are enough."""
+    """`capacity` cannot be used with a lower `max` of worktrees; without `max` there are enough."""
     found = warnings(tmp_path, RepositoryPaths(), capacity=capacity, worktrees=worktrees)
     assert len(found) == (most is not None)
     assert all(f"at most {most} sessions can run at once: set `max: {capacity}`" in one for one in found)
 
 
 def test_no_task_with_checks_is_warned_about(tmp_path: Path) -> None:
-    """One task with checks is enough: the rest may need none."""
+    """One task with checks is enough: others may need none."""
     [found] = warnings(tmp_path, RepositoryPaths(), defaults={})
     assert found.startswith("no task has checks: nothing proves the work: add ")
     tasks = [{"id": "a", "prompt": "p"}, {"id": "b", "prompt": "p", **CHECKED}]
@@ -108,7 +108,7 @@ SERVERS = {"tickets": {"command": ["tickets-mcp"]}}
     [(["b"], None), (["b", "c"], None), (["a"], "'a'"), (["b", "b", "a"], "'b', 'a'"), (["b", "c", "b"], "'b'")],
 )
 def test_fallback_to_the_same_adapter_is_warned_about(tmp_path: Path, fallback: list[str], again: str | None) -> None:
-    """One warning for all tasks that have the same list, by the names that come again."""
+    """One warning for all tasks with the same list."""
     tasks = [{"id": f"t{n}", "prompt": "p", "adapter": "a", "fallback": fallback} for n in range(7)]
     tasks.append({"id": "alone", "prompt": "p", "adapter": "a"})
     found = warnings(tmp_path, RepositoryPaths(), adapters=dict.fromkeys("abc", COMMAND), tasks=tasks)
@@ -129,7 +129,7 @@ def test_fallback_to_the_same_adapter_is_warned_about(tmp_path: Path, fallback: 
 def test_unsupported_servers_are_warned_about(
     tmp_path: Path, servers: dict[str, Any], adapter: str, fallback: list[str], told: str | None
 ) -> None:
-    """Only where there are servers, and only of adapters that tasks may use, as a fallback too."""
+    """Only with servers configured, and only for adapters that tasks may use, fallbacks included."""
     adapters = {"plain": COMMAND, "other": COMMAND, "able": {"use": "codex"}}
     tasks = [{"id": "t", "prompt": "p", "adapter": adapter, "fallback": fallback}]
     found = warnings(tmp_path, RepositoryPaths(), adapters=adapters, mcp_servers=servers, tasks=tasks)
@@ -149,7 +149,7 @@ def test_unsupported_servers_are_warned_about(
 def test_default_fallback_may_contain_the_chosen_adapter(
     tmp_path: Path, defaults: dict[str, Any], task: dict[str, Any], many: int
 ) -> None:
-    """It serves tasks with other adapters, too; all else that comes again is written by mistake."""
+    """The default list applies to tasks with other adapters, too; other repetitions are mistakes."""
     tasks, adapters = [{"id": "t", "prompt": "p", **task}], dict.fromkeys("abc", COMMAND)
     found = warnings(tmp_path, RepositoryPaths(), adapters=adapters, defaults=CHECKED | defaults, tasks=tasks)
     assert len(found) == many
@@ -157,7 +157,7 @@ def test_default_fallback_may_contain_the_chosen_adapter(
 
 
 def test_phase_fallback_to_the_same_adapter_is_warned_about(tmp_path: Path) -> None:
-    """It is told of as a task is, by the name of the phase."""
+    """The warning names the phase."""
     workflows = {"w": [{"look": {"adapter": "x", "fallback": ["codex", "x"]}}, {"build": {"adapter": "codex"}}]}
     (found,) = warnings(
         tmp_path, RepositoryPaths(), workflows=workflows, tasks=[{"id": "a", "prompt": "p", "workflow": "w"}]

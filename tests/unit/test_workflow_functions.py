@@ -1,4 +1,4 @@
-"""docs/workflows.md agrees with the code: its examples and tables, and the function mapping of workflows."""
+"""docs/workflows.md matches the code: examples, tables, and the function mapping of workflows."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ SECTIONS: Final = sections(PAGE)
 MAPPING: Final = sections((ROOT / "docs/function-mapping.md").read_text())["Workflows and handoffs"]
 FUNCTIONS: Final = rows(MAPPING)
 
-#: What else stands in code: keys of the file, arguments, and how values are called.
+# Other words in code spans: keys of the file, arguments, and names of values.
 _WORDS: Final = {"KIND_to_KIND", "if_version", "key", "results.PHASE"}
 _SETTING: Final = re.compile(r"(handoff|workflow|mediator): ?\w*")
 _RULE: Final = re.compile(r"(chain|sessions)\.\w+")
 
 
 class TestFunctions(ReplacedFunctionsContract):
-    """Of workflows, handoffs and validation."""
+    """Check the functions of workflows, handoffs and validation."""
 
     functions = FUNCTIONS
     fewest = 40
 
     def is_word(self, name: str) -> bool:
-        """Events, rules, settings and arguments."""
+        """Accept events, rules, settings and arguments."""
         known = name in _WORDS or name in {status.record.event.type for status in PhaseStatus}
         return known or _SETTING.fullmatch(name) is not None or _RULE.fullmatch(name) is not None
 
@@ -65,7 +65,7 @@ def test_every_function_is_mapped(function: str) -> None:
 
 
 def test_each_command_of_the_page_exists() -> None:
-    """Those in sentences, too, with their options."""
+    """Including commands in sentences, with their options."""
     lines = set(re.findall(r"`(council \w[^`]*)`", " ".join((PAGE + MAPPING).split())))
     assert {"council approve TASK", "council retry TASK --from plan"} <= lines
     for line in lines:
@@ -73,7 +73,7 @@ def test_each_command_of_the_page_exists() -> None:
 
 
 def test_each_named_rule_exists() -> None:
-    """There is a record that breaks it."""
+    """A test record violates it."""
     named = set(re.findall(r"`((?:chain|sessions)\.\w+)`", MAPPING))
     broken = {rule for rule, _ in BROKEN}
     assert {name for name in named if name.startswith("chain.")} == {
@@ -82,13 +82,13 @@ def test_each_named_rule_exists() -> None:
 
 
 def test_phase_requirements_match_the_page() -> None:
-    """The defaults of the filter."""
+    """The requirements are the defaults of the filter."""
     table = {row[0].strip("`"): re.findall(r"`(\w+)`", row[1]) for row in rows(SECTIONS["Phase inputs"])[1:]}
     assert table == {name: list(needs) for name, needs in PHASE_NEEDS.items()}
 
 
 def test_kind_fields_match_the_page() -> None:
-    """Those that must be there, and the other names that they have."""
+    """The required fields and their aliases."""
     table = {row[0].split("`")[0] + row[0].split("`")[1]: row[1] for row in rows(SECTIONS["Kinds of handoffs"])[1:]}
     parts = {
         "a task of a plan": "PlannedTask",
@@ -110,7 +110,7 @@ def _field(name: str, model: type[BaseModel]) -> str:
 
 @pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", PAGE + QUICK_START, re.DOTALL))
 def test_each_file_loads(block: str, tmp_path: Path) -> None:
-    """Each example of a file is one, put into an otherwise smallest file."""
+    """Each example is valid once the required keys are added."""
     smallest = {"version": 1, "adapters": {"x": {"use": "command", "argv": ["x"]}}, "defaults": {"adapter": "x"}}
     (tmp_path / "council.yaml").write_text(json.dumps({**smallest, **yaml.safe_load(block)}))
     plugins = load_plugins({"COUNCIL_PLUGINS": ""})
@@ -120,18 +120,18 @@ def test_each_file_loads(block: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "block"), re.findall(r"\nA (\w+) [^`]*:\n\n```json\n(.*?)```", PAGE, re.DOTALL))
 def test_each_handoff_is_valid(kind: str, block: str) -> None:
-    """Each example, as it stands there, can be handed over by a phase of the kind that its sentence begins with."""
+    """Each example is valid for the kind at the beginning of its sentence."""
     checked = HANDOFF_KINDS[kind].check(json.loads(block), HandoffFacts())
     assert (checked.data is not None, checked.violations, checked.ignored) == (True, (), ())
 
 
 def test_each_handoff_is_checked() -> None:
-    """There is none whose sentence does not begin with its kind."""
+    """Each sentence begins with a kind."""
     assert len(re.findall(r"```json\n", PAGE)) == len(re.findall(r"\nA \w+ [^`]*:\n\n```json\n", PAGE)) == 3
 
 
 def test_bounds_match_the_code() -> None:
-    """As sentences have them."""
+    """As written in sentences."""
     text = " ".join(PAGE.split())
     assert f"cut at {MAX_VALUE_LENGTH:,} characters, a handoff has at most {MAX_HANDOFF_BYTES >> 20} MiB" in text
     assert f"({DEFAULT_WAIT:g} seconds by default)" in text

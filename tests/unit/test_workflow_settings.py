@@ -1,4 +1,4 @@
-"""Workflows of a file: what their phases come to, and what is wrong with them, told at its place."""
+"""Workflow settings: resolved phases, and mistakes with their positions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TOKEN = "ghp_" + "a1B2" * 9
 
 
 def read(tmp_path: Path, *phases: Any, task: Mapping[str, Any] | None = None, **settings: Any) -> RunConfig:
-    """Return the run of one task that goes through these phases."""
+    """Return the run of one task with these phases."""
     value = {
         "version": 1,
         "adapters": COMMAND,
@@ -48,7 +48,7 @@ def mistakes(tmp_path: Path, *phases: Any, **settings: Any) -> list[tuple[str | 
 
 
 def test_phase_has_all_settings(tmp_path: Path) -> None:
-    """Each key comes to its field, and what is left out to what holds without it."""
+    """Each key sets its field, and omitted keys have their defaults."""
     (tmp_path / "build.md").write_text("Build {{ task.id }}.\n")
     schema = {"type": "object", "required": ["seconds"]}
     (tmp_path / "schema.json").write_text(json.dumps(schema))
@@ -83,7 +83,7 @@ def test_phase_has_all_settings(tmp_path: Path) -> None:
 
 
 def test_supplied_workflow_has_scout_plan_build_and_review(tmp_path: Path) -> None:
-    """`adw` is there without a word on it; only `build` changes anything, and a rejection goes back to it."""
+    """`adw` is built in; only `build` may change files, and a rejection returns to it."""
     config = read(tmp_path, task={"workflow": "adw"})
     phases = config.workflows["adw"]
     assert [(one.name, one.kind, one.writes) for one in phases] == [
@@ -97,13 +97,13 @@ def test_supplied_workflow_has_scout_plan_build_and_review(tmp_path: Path) -> No
 
 
 def test_file_may_define_its_own_adw(tmp_path: Path) -> None:
-    """It counts instead of the supplied one."""
+    """It replaces the supplied one."""
     config = read(tmp_path, workflows={"adw": ["build"]}, task={"workflow": "adw"})
     assert [one.name for one in config.workflows["adw"]] == ["build"]
 
 
 def test_only_used_workflows_are_recorded(tmp_path: Path) -> None:
-    """Those of the tasks of plans are among them."""
+    """Including those of planned tasks."""
     workflows = {
         "w": [{"plan": {"produces": "plan", "expand": {"max": 3, "workflow": "inner"}}}],
         "inner": ["build"],
@@ -115,20 +115,20 @@ def test_only_used_workflows_are_recorded(tmp_path: Path) -> None:
 
 
 def test_task_without_a_workflow_has_none(tmp_path: Path) -> None:
-    """`none` does without the one of the defaults."""
+    """`none` overrides the default workflow."""
     tasks = [{"id": "a", "prompt": "p"}, {"id": "b", "prompt": "p", "workflow": "none"}]
     config = read(tmp_path, tasks=tasks, defaults={"workflow": "adw"}, context={"a": 1})
     assert [(one.workflow, one.context) for one in config.tasks] == [("adw", {"a": 1}), (None, {})]
 
 
 def test_values_of_a_task_override_those_of_the_file(tmp_path: Path) -> None:
-    """Each task with a workflow holds all that its first phase inherits."""
+    """Each task with a workflow has all values that its first phase inherits."""
     config = read(tmp_path, "build", context={"a": 1, "b": [1]}, task={"context": {"b": {"c": None}}})
     assert config.tasks[0].context == {"a": 1, "b": {"c": None}}
 
 
 def test_types_without_options_need_no_entry(tmp_path: Path) -> None:
-    """Wherever they are named; what names none still has the only adapter that the file has an entry for."""
+    """Wherever they are named; without a name the only adapter entry of the file is used."""
     config = read(
         tmp_path,
         {"scout": {"adapter": "codex", "fallback": ["claude-code"]}},
@@ -142,7 +142,7 @@ def test_types_without_options_need_no_entry(tmp_path: Path) -> None:
 
 
 def test_file_without_adapters_loads_if_all_are_named(tmp_path: Path) -> None:
-    """A task whose phases name theirs has that of the phase which does the work."""
+    """The adapter of such a task is that of its working phase."""
     phases = [{"scout": {"adapter": "codex", "access": "read"}}, {"build": {"adapter": "claude-code"}}]
     (tmp_path / "council.yaml").write_text(
         yaml.safe_dump(
@@ -156,7 +156,7 @@ def test_file_without_adapters_loads_if_all_are_named(tmp_path: Path) -> None:
 
 
 def test_adapter_with_required_options_needs_an_entry(tmp_path: Path) -> None:
-    """It is told of where it is named, in a phase as in a task."""
+    """Reported where it is named, in a phase or a task."""
     found = mistakes(tmp_path, {"build": {"adapter": "command", "fallback": ["codecks"]}}, adapters=COMMAND)
     assert found == [
         ("workflows.w[0].build.adapter", "there is no adapter 'command': the adapters are x"),
@@ -340,7 +340,7 @@ MISTAKES: dict[str, tuple[list[Any], str, str]] = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistake_in_a_phase_has_its_position(name: str, tmp_path: Path) -> None:
-    """It is the only one, with what would be right."""
+    """With the fix, and without further mistakes."""
     phases, place, told = MISTAKES[name]
     found = mistakes(tmp_path, *phases)
     assert [path for path, _ in found] == [place], found
@@ -348,7 +348,7 @@ def test_mistake_in_a_phase_has_its_position(name: str, tmp_path: Path) -> None:
 
 
 def test_mistakes_outside_of_phases_have_their_position(tmp_path: Path) -> None:
-    """Names of workflows, and values that nobody is given."""
+    """Workflow names, and values without a recipient."""
     assert mistakes(tmp_path, "build", task={"workflow": "v"}) == [
         ("tasks[0].workflow", "there is no workflow 'v': the workflows are adw, w, none")
     ]
@@ -368,7 +368,7 @@ def test_mistakes_outside_of_phases_have_their_position(tmp_path: Path) -> None:
 
 
 def test_mistakes_do_not_hide_each_other(tmp_path: Path) -> None:
-    """Those of shape, of order, of names and of unused workflows are told together."""
+    """Mistakes of shape, order, names and unused workflows are reported together."""
     found = mistakes(
         tmp_path,
         workflows={
@@ -385,7 +385,7 @@ def test_mistakes_do_not_hide_each_other(tmp_path: Path) -> None:
 
 
 def test_positions_in_a_file_have_lines(tmp_path: Path) -> None:
-    """A mistake in a phase leads to its line and column."""
+    """With line and column."""
     text = "version: 1\nadapters: {x: {use: command, argv: [x]}}\nworkflows:\n  w:\n    - build:\n        when: '('\n"
     (tmp_path / "council.yaml").write_text(f"{text}tasks: [{{id: a, prompt: p, workflow: w}}]\n")
     with pytest.raises(ConfigError) as caught:
@@ -394,7 +394,7 @@ def test_positions_in_a_file_have_lines(tmp_path: Path) -> None:
 
 
 def test_exported_workflow_is_equal(tmp_path: Path) -> None:
-    """What `council workflow show` prints of phases, a file takes for those phases."""
+    """A file accepts the phases that `council workflow show` prints."""
     config = read(
         tmp_path,
         {"look": {"access": "read", "produces": {"kind": "k", "schema": {"type": "object"}},
@@ -411,7 +411,7 @@ def test_exported_workflow_is_equal(tmp_path: Path) -> None:
 
 
 def test_copied_workflow_is_equal(tmp_path: Path) -> None:
-    """The files that `council workflow copy` writes make the workflow that was copied."""
+    """The files of `council workflow copy` define the copied workflow."""
     phases = builtin_phases()["adw"]
     files = build_workflow_files("adw", phases, Path("flows"))
     (tmp_path / "flows").mkdir()
@@ -426,13 +426,13 @@ def test_copied_workflow_is_equal(tmp_path: Path) -> None:
 
 
 def test_phases_survive_json(tmp_path: Path) -> None:
-    """A resume has the phases that the run was made with."""
+    """A resumed run has its original phases."""
     phases = read(tmp_path, {"a": {"produces": {"kind": "k", "schema": {}}}}, "b").workflows["w"]
     stored = json.loads(json.dumps([one.model_dump(mode="json", by_alias=True) for one in phases]))
     assert tuple(map(Phase.model_validate, stored)) == phases
 
 
 def test_each_kind_has_a_template() -> None:
-    """There is one for each phase of the supplied workflow, and one for phases of any other kind."""
+    """Each phase of the supplied workflow has one, and other kinds share one."""
     assert all(read_builtin_template(name).strip() for name in BUILTIN_TEMPLATES)
     assert {one.prompt for one in builtin_phases()["adw"]} < {read_builtin_template(name) for name in BUILTIN_TEMPLATES}
