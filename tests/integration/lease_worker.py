@@ -1,4 +1,4 @@
-"""Leases ports in a process of its own: `python lease_worker.py STATE FIRST COUNT TURNS PLACE…`."""
+"""Lease ports in a separate process: `python lease_worker.py STATE FIRST COUNT ROUNDS SLOT…`."""
 
 import json
 import os
@@ -18,9 +18,9 @@ SPAN = 1000  # ports
 
 
 async def work(leases: PortLeases, place: Path, turns: int) -> None:
-    """Lease a block, say it and be a server on each port, which fails where somebody else has it, too.
+    """Lease a block, print it and listen on each of its ports; fail if another process has one of them.
 
-    It is given back in between, but not in the end.
+    The block is released between rounds and kept after the last one.
     """
     for turn in range(turns):
         lease = await leases.lease(place)
@@ -34,7 +34,7 @@ async def work(leases: PortLeases, place: Path, turns: int) -> None:
 
 
 async def main(*arguments: str) -> None:
-    """Work for all places side by side."""
+    """Run the rounds for all slots concurrently."""
     state, first, count, turns, *places = arguments
     async with FileStore.open(Path(state), SystemClock()) as store, anyio.create_task_group() as group:
         leases = PortLeases(store, SystemClock(), int(count), ports=range(int(first), int(first) + SPAN))

@@ -1,8 +1,8 @@
-"""A process with a pool of its own, which may be killed: hands places out and takes them back, as sessions would.
+"""Run a pool in a process that tests may kill: acquire and release worktree slots as sessions do.
 
-    python pool_worker.py TOP HOME COUNT TAKERS SEED PLACES
+    python pool_worker.py TOP HOME COUNT TAKERS SEED SLOTS
 
-What it can't have is a traceback. At the end it prints how many were handed out, and how its memory grew.
+An internal error ends it with a traceback. Finally it prints the number of acquisitions and the growth of its memory.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ async def _session(yard: HubFixture, pool: SlotPool, commit: str, name: str, cha
 
 
 async def main(*arguments: str) -> None:
-    """Do it."""
+    """Acquire and release slots, then print the totals."""
     top, home, count, takers, seed, places = arguments
     yard = await HubFixture.of(Path(top), Path(home), os.environ)
     commits = [await yard.fetch(branch) for branch in ("main", "other")]

@@ -1,4 +1,4 @@
-"""What a person lands by hand is found, while the run goes on."""
+"""Work that a user merges by hand is detected during the run and by `resume`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.waiting import wait_for
 
 @pytest.mark.parametrize("squashed", [True, pytest.param(False, marks=pytest.mark.slow)])
 async def test_work_merged_by_a_person_counts_as_landed(repository: Repository, squashed: bool) -> None:
-    """Though its checks did not pass, and no trailer says so; what needs it goes on."""
+    """Although its checks failed and no trailer names it; tasks that depend on it continue."""
     tasks: list[dict[str, Any]] = [
         {"id": "built", "prompt": "write built.txt x", "allow_failing_base": True, "checks": ["false"], "attempts": 1},
         {"id": "more", "prompt": "write more.txt x", "needs": ["built"]},
@@ -52,7 +52,7 @@ subprocess.run(["git", "commit", "-qm", message], check=True)
 
 @pytest.mark.parametrize("label", ["pending", pytest.param("failed", marks=pytest.mark.slow)])
 def test_commit_message_does_not_decide_what_landed(repository: Repository, label: str) -> None:
-    """A person puts an agent's commit onto the target whose message claims to be the landing of another task."""
+    """The user merges an agent's commit whose message claims to land another task."""
     tasks: list[dict[str, Any]] = [
         {
             "id": "forger",
@@ -84,7 +84,7 @@ def test_commit_message_does_not_decide_what_landed(repository: Repository, labe
 
 
 def test_resume_with_tasks_to_retry_records_a_merged_conflict(repository: Repository) -> None:
-    """A resume that runs other tasks also records what the user merged since; a second one is not needed."""
+    """A resume that runs other tasks also records user merges; no second resume is needed."""
     tasks: list[dict[str, Any]] = [
         {"id": "one", "prompt": "write README.md one"},
         {"id": "two", "prompt": "write README.md two"},
@@ -105,7 +105,7 @@ def test_resume_with_tasks_to_retry_records_a_merged_conflict(repository: Reposi
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("is_merged", [True, False])
 async def test_conflict_merged_by_a_person_counts_as_landed(repository: Repository, is_merged: bool) -> None:
-    """By the printed commands, after the run has ended: `resume` records it, and starts the tasks that need it."""
+    """With the printed commands, after the run has ended; `resume` records it and starts dependent tasks."""
     tasks: list[dict[str, Any]] = [
         {"id": "one", "prompt": "write README.md one"},
         {"id": "two", "prompt": "write README.md two", "attempts": 1},

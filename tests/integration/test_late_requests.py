@@ -1,4 +1,4 @@
-"""Requests that come at an awkward moment: while an attempt's end is being dealt with, or its work is checked."""
+"""Requests that arrive while an ended attempt is processed or while its work is checked."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ async def states_after(
     end: str,
     action: RequestAction,
 ) -> dict[str, str]:
-    """Run tasks and ask for `action` on `t` when its first end is recorded but its worktree not removed yet."""
+    """Run tasks and request `action` for `t` when its first end is recorded but its worktree not yet removed."""
     may_remove = anyio.Event()
 
     release = Session.release
@@ -56,7 +56,7 @@ async def states_after(
 async def test_retry_right_after_an_attempt_is_performed(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same run tries it again, and what it blocked goes on."""
+    """By the same run; the tasks that it blocked continue."""
     tasks: list[dict[str, Any]] = [
         {"id": "t", "prompt": "attempt 1 exit 1\nwrite t.txt x", "attempts": 1},
         {"id": "after", "prompt": "write a.txt x", "needs": ["t"]},
@@ -72,7 +72,7 @@ async def test_retry_right_after_an_attempt_is_performed(
 async def test_cancel_right_after_an_attempt_is_performed(
     repository: Repository, monkeypatch: pytest.MonkeyPatch, prompt: str, end: str
 ) -> None:
-    """What is built does not land, what would be tried again is not."""
+    """Finished work does not land, and a failed attempt is not retried."""
     tasks: list[dict[str, Any]] = [
         {"id": "t", "prompt": prompt},
         {"id": "after", "prompt": "write a.txt x", "needs": ["t"]},
@@ -83,7 +83,7 @@ async def test_cancel_right_after_an_attempt_is_performed(
 
 @pytest.mark.extended
 async def test_task_cancelled_during_its_checks_lands_after_a_retry(repository: Repository) -> None:
-    """In the same run; its checks are run again."""
+    """In the same run, after its checks have run again."""
     begun, free = (repository.spawns.parent / name for name in ("begun", "free"))
     tasks: list[dict[str, Any]] = [
         {

@@ -1,4 +1,4 @@
-"""A run as several orchestrators have it: each hears of whatever the others do to it."""
+"""One run shared by several orchestrators: each sees the changes of the others."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ async def start(ledger: Ledger, task: str) -> ClaimHolder | OwnedBy | OutdatedBa
 
 
 async def two_ledgers(store: Store, clock: Clock, folder: Path) -> list[Ledger]:
-    """Return a new run as each of two orchestrators has it."""
+    """Return a new run as two orchestrators see it."""
     run = run_document(folder)
     await record_new_run(store, run, {task: task_spec(task, "Do it.") for task in run.tasks})
     return [await join(store, clock, run.id) for _ in range(2)]
 
 
 async def join(store: Store, clock: Clock, run: str) -> Ledger:
-    """Return a run as one more orchestrator has it, which is a worker."""
+    """Join a run as an additional worker."""
     others = make_orchestrators(store, clock, run, alone=False, me=create_owner(Role.WORKER))
     return await Ledger.join(store, clock, Redactor([]), others, "off")
 
 
 async def leader_and_worker(store: Store, clock: Clock, folder: Path) -> tuple[Ledger, Ledger]:
-    """Return a new run as its leader has it, and as a worker has it."""
+    """Return a new run as its leader sees it, and as a worker sees it."""
     run = run_document(folder)
     await record_new_run(store, run, {task: task_spec(task, "Do it.") for task in run.tasks})
     others = make_orchestrators(store, clock, run.id, alone=False)
@@ -64,9 +64,9 @@ async def leader_and_worker(store: Store, clock: Clock, folder: Path) -> tuple[L
 
 
 class Overtaken(MemoryStore):
-    """A store in which somebody else is quicker, once.
+    """A store in which another process commits first, once.
 
-    That is with what comes with an event of some type, or before a document of some kind is looked at.
+    This happens before a commit with a given event type, or before a given kind of document is read.
     """
 
     def __init__(self, clock: Clock, what: str) -> None:
@@ -96,7 +96,7 @@ class Overtaken(MemoryStore):
 
 
 class Watched(Overtaken):
-    """One in which all else happens that can before a claim is given back, and before one is looked at."""
+    """A ledger during whose claim releases and reads everything else happens that can."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__(clock, "claim")
@@ -111,7 +111,7 @@ class Watched(Overtaken):
 
 @pytest.mark.parametrize("is_looked_meanwhile", [False, True])
 async def test_refresh_still_reports_a_move_by_another(tmp_path: Path, is_looked_meanwhile: bool) -> None:
-    """A claim that comes too late sees that the task has landed; whoever follows what others do is told so as well."""
+    """A late claim finds the task landed; followers of other processes still receive that event."""
     clock = ManualClock()
     store = Watched(clock)
     ours, theirs = await two_ledgers(store, clock, tmp_path)
@@ -144,7 +144,7 @@ async def test_refresh_still_reports_a_move_by_another(tmp_path: Path, is_looked
 
 
 async def test_ended_task_is_not_claimed(tmp_path: Path) -> None:
-    """Whoever has not heard yet that a task has failed elsewhere looks, and leaves its claim as it is."""
+    """A process that has not yet seen the failure reads the task again and does not claim it."""
     clock = ManualClock()
     store = MemoryStore(clock)
     ours, theirs = await two_ledgers(store, clock, tmp_path)
@@ -158,7 +158,7 @@ async def test_ended_task_is_not_claimed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("trigger", [Trigger.INTERRUPT, Trigger.IDLE])
 async def test_task_tried_by_another_is_not_started(tmp_path: Path, trigger: Trigger) -> None:
-    """What is to be recorded does not know of the other's attempt, and would take its number."""
+    """The stale record does not know the other attempt and would reuse its number."""
     clock = ManualClock()
     ours, theirs = await two_ledgers(MemoryStore(clock), clock, tmp_path)
     assert await start(theirs, "models") is None
@@ -169,7 +169,7 @@ async def test_task_tried_by_another_is_not_started(tmp_path: Path, trigger: Tri
 
 
 async def test_concurrent_adapter_update_is_judged_again(tmp_path: Path) -> None:
-    """Of two sessions of one limit, in two processes, the later one sees that it is known."""
+    """Two sessions in two processes hit the same limit: the later one finds it recorded."""
     clock = ManualClock()
     store = Overtaken(clock, "adapter.cooling_down")
     ours, theirs = await two_ledgers(store, clock, tmp_path)
@@ -189,7 +189,7 @@ async def test_concurrent_adapter_update_is_judged_again(tmp_path: Path) -> None
 
 
 async def test_task_just_started_by_another_is_cancelled(tmp_path: Path) -> None:
-    """It was pending when it was last looked at: the leader takes it, and the other is told when it goes on."""
+    """It was pending when last read: the leader takes it, and the new owner is notified when it continues."""
     clock = ManualClock()
     ours, theirs = await leader_and_worker(MemoryStore(clock), clock, tmp_path)
     assert await start(theirs, "models") is None
@@ -205,7 +205,7 @@ async def test_task_just_started_by_another_is_cancelled(tmp_path: Path) -> None
 
 
 async def test_task_just_released_by_another_is_cancelled(tmp_path: Path) -> None:
-    """It was at work elsewhere when it was last looked at."""
+    """It was running elsewhere when last read."""
     clock = ManualClock()
     ours, theirs = await leader_and_worker(MemoryStore(clock), clock, tmp_path)
     assert await start(theirs, "models") is None
@@ -217,7 +217,7 @@ async def test_task_just_released_by_another_is_cancelled(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("seen", [TaskStatus.RUNNING, TaskStatus.LANDING])
 async def test_task_being_landed_by_another_is_not_cancelled(tmp_path: Path, seen: TaskStatus) -> None:
-    """Whoever has begun that brings it to its end, be it that the task was yet at work when it was last looked at."""
+    """A started landing completes, even if the task was still running when last read."""
     clock = ManualClock()
     ours, theirs = await leader_and_worker(MemoryStore(clock), clock, tmp_path)
     assert await start(theirs, "models") is None
@@ -233,7 +233,7 @@ async def test_task_being_landed_by_another_is_not_cancelled(tmp_path: Path, see
 
 
 async def test_task_found_landed_by_another_is_not_retried(tmp_path: Path) -> None:
-    """It had failed when it was last looked at."""
+    """It was failed when last read."""
     clock = ManualClock()
     ours, theirs = await leader_and_worker(MemoryStore(clock), clock, tmp_path)
     assert await start(ours, "models") is None
@@ -245,7 +245,7 @@ async def test_task_found_landed_by_another_is_not_retried(tmp_path: Path) -> No
 
 
 async def test_take_during_a_leader_election_names_the_leader(tmp_path: Path) -> None:
-    """The other was quicker by a moment."""
+    """The other process was slightly faster."""
     clock = ManualClock()
     store = Overtaken(clock, "run.leader_elected")
     theirs, _ = await two_ledgers(store, clock, tmp_path)
@@ -257,7 +257,7 @@ async def test_take_during_a_leader_election_names_the_leader(tmp_path: Path) ->
 
 @pytest.mark.parametrize("event", ["run.leader_elected", "run.joined"])
 async def test_restore_during_a_take_is_seen(tmp_path: Path, event: str) -> None:
-    """The documents were read before, and whoever restores a checkpoint is no orchestrator of the run."""
+    """The documents were read before, and the process that restores a checkpoint is no orchestrator of the run."""
     clock = ManualClock()
     store, run = Overtaken(clock, event), run_document(tmp_path)
     await record_new_run(store, run, {task: task_spec(task, "Do it.") for task in run.tasks})
@@ -279,7 +279,7 @@ async def test_restore_during_a_take_is_seen(tmp_path: Path, event: str) -> None
 
 @pytest.mark.parametrize("kind", ["task", "spec"])
 async def test_record_read_while_a_restore_removes_a_task_is_whole(tmp_path: Path, kind: str) -> None:
-    """The run document was read with the task, and the task is gone when it is read."""
+    """The task is removed between the read of the run document and its own."""
     clock = ManualClock()
     store, run = Overtaken(clock, kind), run_document(tmp_path)
     await record_new_run(store, run, {task: task_spec(task, "Do it.") for task in run.tasks})
@@ -301,7 +301,7 @@ async def test_record_read_while_a_restore_removes_a_task_is_whole(tmp_path: Pat
 
 
 async def test_concurrent_elections_have_one_leader(tmp_path: Path) -> None:
-    """The other has looked before, and is not the later one that takes it over from who lives."""
+    """The loser read the state before the election, and must not reclaim from a live leader."""
     clock = ManualClock()
     store = Overtaken(clock, "run")
     ours, theirs = await two_ledgers(store, clock, tmp_path)
@@ -313,7 +313,7 @@ async def test_concurrent_elections_have_one_leader(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("role", "is_theirs"), [(Role.LEADER, False), (Role.WORKER, True)])
 async def test_leader_takes_a_claim_that_a_worker_has_not_started(tmp_path: Path, role: Role, is_theirs: bool) -> None:
-    """The same that a worker has to leave to it."""
+    """A worker may not take it."""
     clock = ManualClock()
     store = MemoryStore(clock)
     first, worker = await leader_and_worker(store, clock, tmp_path)
@@ -327,7 +327,7 @@ async def test_leader_takes_a_claim_that_a_worker_has_not_started(tmp_path: Path
 
 
 async def test_worker_leaves_leadership_to_a_leader(tmp_path: Path) -> None:
-    """Where nobody leads the run, and one of those who could was made a leader."""
+    """The run has no leader, and another process is elected first."""
     clock = ManualClock()
     store = MemoryStore(clock)
     worker, other = await two_ledgers(store, clock, tmp_path)

@@ -1,4 +1,4 @@
-"""The state of older layouts is imported once, whatever is in it, and what it says can be looked at like ours."""
+"""Older state layouts are imported once, whatever they contain, and are shown like current state."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.sandboxes import needs_sandbox
 GUIDE = (Path(__file__).parents[2] / "docs/state.md").read_text()
 SECTION = GUIDE.partition("\n## State of older layouts\n")[2].partition("\n## ")[0]
 RUN = "2024-06-17-001"
-#: As the module that wrote version 2.0 described it.
+#: As written by the module of version 2.0.
 SESSION: dict[str, Any] = {
     "id": RUN,
     "status": "active",
@@ -63,7 +63,7 @@ STATES = {"login": "landed", "search": "landed", "export": "failed", "import": "
 
 
 def write(repository: Repository, name: str, content: object) -> Path:
-    """Write a file of an older layout: JSON, or text as it is."""
+    """Write a file of an older layout: JSON, or text unchanged."""
     path = repository.top / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content if isinstance(content, str) else json.dumps(content))
@@ -71,7 +71,7 @@ def write(repository: Repository, name: str, content: object) -> Path:
 
 
 def write_tree(repository: Repository) -> None:
-    """Write a tree as the module that wrote such described it."""
+    """Write a folder as the module of that layout described it."""
     session = {
         "id": "tree-1", "status": "active", "started_at": "2024-07-01T08:00:00Z", "options": {"depth": 1},
         "task_ids": ["a", "b"], "metrics": {"total_tasks": 2, "completed": 0, "in_progress": 0, "failed": 0},
@@ -87,13 +87,13 @@ def write_tree(repository: Repository) -> None:
 
 
 def originals(repository: Repository) -> dict[str, tuple[bytes, int]]:
-    """Return what is in the files of older layouts, and when they were changed."""
+    """Return contents and modification times of the files of older layouts."""
     found = (path for path in (repository.top / ".worktrees").rglob("*") if path.is_file())
     return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in found}
 
 
 async def runs(repository: Repository) -> dict[str, RunReport]:
-    """Open the project as any command does, and return its runs."""
+    """Open the project as commands do, and return its runs."""
     async with Council.open(repository.top, environ=repository.environ) as council:
         return {one.run: one for one in await council.runs.list()}
 
@@ -104,14 +104,14 @@ def states(run: RunReport) -> dict[str, str]:
 
 
 async def events(repository: Repository, kind: str) -> list[dict[str, Any]]:
-    """Return the events of a kind that the log has."""
+    """Return the events of a type in the log."""
     async with Council.open(repository.top, environ=repository.environ) as council:
         records = [one async for one in council.history.commits(until=await council.history.position())]
         return [event.data for record in records for event in record.events if event.type == kind]
 
 
 async def imported(repository: Repository) -> Sequence[str]:
-    """Open the project, and return what a person is told of that."""
+    """Open the project, and return the notices printed about imports."""
     async with Council.open(repository.top, environ=repository.environ) as council:
         return council.notices
 
@@ -123,7 +123,7 @@ async def kept(repository: Repository, kind: str) -> dict[str, dict[str, Any]]:
 
 
 async def test_file_of_version_2_becomes_runs(repository: Repository) -> None:
-    """With tasks, times and figures; what was only said is told as that, and the file stays as it is."""
+    """With tasks, times and metrics; free text is marked as such, and the file stays unchanged."""
     write(repository, LEGACY_FILE, STATE)
     before = originals(repository)
     first = repository.council("runs")
@@ -146,7 +146,7 @@ async def test_file_of_version_2_becomes_runs(repository: Repository) -> None:
 
 
 async def test_imported_run_is_shown(repository: Repository) -> None:
-    """Options, branch, worktree, pull request and phases are kept, and whatever else there was is beside it."""
+    """Options, branch, worktree, pull request and phases are kept, and unknown fields are kept next to them."""
     write(repository, LEGACY_FILE, STATE)
     shown = repository.council("state", "show", RUN, "--json").result
     assert (shown["options"], shown["started"], shown["ended"]) == (SESSION["options"], 1718618400.0, 1718620200.0)
@@ -208,7 +208,7 @@ async def test_statuses_are_mapped_as_documented(repository: Repository) -> None
 
 
 async def test_folder_becomes_runs_next_to_those_of_the_file(repository: Repository) -> None:
-    """Tasks have states of their own; a session that both layouts have is one run, as the tree has it."""
+    """Tasks have their own states; a session in both layouts is one run, with the data of the folder."""
     write_tree(repository)
     write(repository, f"{LEGACY_TREE}/sessions/{RUN}.json", {"id": RUN, "status": "completed", "task_ids": ["later"]})
     write(
@@ -237,7 +237,7 @@ async def test_folder_becomes_runs_next_to_those_of_the_file(repository: Reposit
     "content", ["", "{", '{"version": "2.0", "sess', "[1]", '{"sessions": 3}', "\ud800", "[" * 5000]
 )
 async def test_damaged_files_are_set_aside_and_the_rest_imported(repository: Repository, content: str) -> None:
-    """It is told once to people, and for good in the log."""
+    """People see it once; the log keeps it."""
     (repository.top / ".worktrees").mkdir()
     path = repository.top / LEGACY_FILE
     path.write_bytes(content.encode(errors="surrogatepass"))
@@ -253,7 +253,7 @@ async def test_damaged_files_are_set_aside_and_the_rest_imported(repository: Rep
 
 
 async def test_damaged_parts_of_a_folder_are_recovered(repository: Repository) -> None:
-    """A task from the newest version of its history that can be read, a session from its newest checkpoint."""
+    """A task from its newest readable version, a session from its newest readable checkpoint."""
     write_tree(repository)
     write(repository, f"{LEGACY_TREE}/tasks/task-b/state.json", "{")
     for number, content in ((2, {"status": "failed"}), (9, {"status": "completed"}), (10, "{")):
@@ -272,7 +272,7 @@ async def test_damaged_parts_of_a_folder_are_recovered(repository: Repository) -
 
 
 async def test_sessions_next_to_unknown_files_are_imported(repository: Repository) -> None:
-    """In one file, with what is wrong named."""
+    """All in one file; the report names each defect."""
     state = {"sessions": [SESSION, 7, {"id": "odd", "tasks": {"a": [], "b": {"status": "failed"}}}]}
     write(repository, LEGACY_FILE, state)
     found = await runs(repository)
@@ -282,7 +282,7 @@ async def test_sessions_next_to_unknown_files_are_imported(repository: Repositor
 
 
 async def test_names_times_and_values_may_be_anything(repository: Repository, tmp_path: Path) -> None:
-    """Names become such that can stand in keys and paths; what is too deep or too large is told to be left out."""
+    """Names are made valid for keys and paths; values too deep or too large are reported as omitted."""
     deep: Any = 1
     for _ in range(200):
         deep = [deep]
@@ -311,7 +311,7 @@ async def test_names_times_and_values_may_be_anything(repository: Repository, tm
 
 
 async def test_links_out_of_the_project_are_not_followed(repository: Repository, tmp_path: Path) -> None:
-    """Neither of a file nor of a folder; pipes are not waited for."""
+    """Neither links to files nor to folders; a pipe does not block."""
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "state.json").write_text(json.dumps(STATE))
@@ -331,7 +331,7 @@ async def test_links_out_of_the_project_are_not_followed(repository: Repository,
 
 
 async def test_damaged_import_record_stops_no_command(repository: Repository) -> None:
-    """What it said is not known: nothing is imported twice, and the state can be looked at and repaired."""
+    """Its content is unknown: nothing is imported twice, and the state can be inspected and repaired."""
     write(repository, LEGACY_FILE, STATE)
     await imported(repository)
     (log,) = (repository.top / ".council/state").glob("*/*.jsonl")
@@ -347,7 +347,7 @@ async def test_damaged_import_record_stops_no_command(repository: Repository) ->
 
 
 async def test_import_is_limited_to_the_first_entries(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sessions, tasks, bytes of a file, entries of a folder; that is told, for a few files in full."""
+    """Sessions, tasks, bytes per file, entries per folder; the omissions are reported, in full for a few files."""
     monkeypatch.setattr(files, "MAX_SESSIONS", 3)
     monkeypatch.setattr(files, "MAX_TASKS", 2)
     monkeypatch.setattr(files, "MAX_FILES", 30)
@@ -366,7 +366,7 @@ async def test_import_is_limited_to_the_first_entries(repository: Repository, mo
 
 
 async def test_killed_import_has_the_same_result(repository: Repository) -> None:
-    """What is imported in several commits is the same, once, and a run appears with the last of its documents."""
+    """An import in several commits has the same result, and a run appears with the last of its documents."""
     tasks = {f"t{number}": {"status": "completed", "note": "x" * 9000} for number in range(1200)}
     write(repository, LEGACY_FILE, {"sessions": [{"id": "large", "tasks": tasks}, SESSION]})
     assert repository.council("runs", failpoints="legacy.begun=kill").code == -signal.SIGKILL
@@ -385,7 +385,7 @@ async def test_killed_import_has_the_same_result(repository: Repository) -> None
 
 
 async def test_existing_state_imports_nothing(repository: Repository) -> None:
-    """Nor is what was imported once imported again where its documents are changed or gone."""
+    """Nor are imported files imported again after their documents were changed or deleted."""
     path = repository.configure([{"id": "a", "prompt": "write a.txt a"}])
     assert repository.council("run", str(path)).code == 0
     write(repository, LEGACY_FILE, STATE)
@@ -393,7 +393,7 @@ async def test_existing_state_imports_nothing(repository: Repository) -> None:
 
 
 async def test_first_run_imports(repository: Repository) -> None:
-    """And goes on; what was imported is not the newest."""
+    """The run continues; an imported run is not the newest one."""
     repository.commit({".gitignore": ".worktrees/\n"})
     write(repository, LEGACY_FILE, {"sessions": [{**SESSION, "started_at": "2024-06-17T10:00:00Z"}]})
     ended = repository.council("run", str(repository.configure([{"id": "a", "prompt": "write a.txt a"}])), "--json")
@@ -401,7 +401,7 @@ async def test_first_run_imports(repository: Repository) -> None:
     assert "Imported 1 run" in ended.stderr
     assert repository.council("status", "--json").result["run"] == ended.result["run"]
     assert list(await runs(repository)) == [RUN, ended.result["run"]]
-    # A document of ours that stands beside it is read by the same models.
+    # Our own document next to it is read with the same models.
     async with Council.open(repository.top, environ=repository.environ) as council:
         found = await council._context.store.get(Key("task", f"{RUN}/login"))
         assert found is not None
@@ -409,7 +409,7 @@ async def test_first_run_imports(repository: Repository) -> None:
 
 
 async def test_imported_run_accepts_no_work(repository: Repository) -> None:
-    """Commands that would are refused and say why, and record nothing; those that look work."""
+    """Commands that would change it are rejected with the reason and record nothing; read commands work."""
     write(repository, LEGACY_FILE, STATE)
     async with Council.open(repository.top, environ=repository.environ) as council:
         position, changes, logs = await council.history.position(), council.changes, council.logs
@@ -449,7 +449,7 @@ async def test_imported_run_accepts_no_work(repository: Repository) -> None:
 
 @needs_sandbox
 async def test_unfinished_imported_tasks_can_be_resumed(repository: Repository) -> None:
-    """By a file with all that is known of them; what is missing is named, and then they land."""
+    """With a generated file of all known facts; missing ones are named, and then the tasks land."""
     tasks = {
         "import": {"status": "in_progress", "prompt": "write i.txt 1", "branch": "feature/import"},
         "later": {"status": "pending"},
@@ -469,7 +469,7 @@ async def test_unfinished_imported_tasks_can_be_resumed(repository: Repository) 
     }
     path.write_text(text.replace('prompt: ""', 'prompt: "write l.txt l"'))
     assert repository.council("resume").code == 2
-    assert "l.txt" in path.read_text()  # what somebody has written there stays
+    assert "l.txt" in path.read_text()  # user edits are kept
 
     usual = json.loads(repository.configure([]).read_text())
     added = [f"{key}: {json.dumps(usual[key])}\n" for key in ("target", "readable", "adapters", "defaults")]
@@ -485,7 +485,7 @@ def yaml_of(text: str) -> dict[str, str]:
 
 
 async def test_checkpoints_of_an_imported_run_work(repository: Repository) -> None:
-    """They are made and restored like those of others."""
+    """Like those of other runs."""
     write(repository, LEGACY_FILE, STATE)
     made = repository.council("checkpoint", "create", "--json")
     assert (made.code, made.result["status"]) == (0, "incomplete")
@@ -495,7 +495,7 @@ async def test_checkpoints_of_an_imported_run_work(repository: Repository) -> No
 
 
 async def test_state_below_a_project_counts(repository: Repository) -> None:
-    """A folder with an older layout within a project is no project of its own."""
+    """A folder with an older layout within a project is no separate project."""
     write(repository, LEGACY_FILE, STATE)
     assert repository.council("runs").code == 0
     inner = Repository(repository.top / "vendor", repository.environ, repository.spawns)

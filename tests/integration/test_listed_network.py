@@ -1,4 +1,4 @@
-"""A session with `network: {allow: [...]}`: it reaches the hosts of the list through its proxy, and nothing else."""
+"""A session with `network: {allow: [...]}` reaches the listed hosts through its proxy, and nothing else."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ print(json.dumps(sorted(found)))
 
 
 class Page(http.server.BaseHTTPRequestHandler):
-    """Answers every request."""
+    """An HTTP handler that answers every request."""
 
     def do_GET(self) -> None:
         self.send_response(200)
@@ -80,12 +80,12 @@ class Page(http.server.BaseHTTPRequestHandler):
         self.wfile.write(b"reached")
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture
 def port() -> Iterator[int]:
-    """The port of a server of this machine."""
+    """Yield the port of a server on this machine."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
@@ -96,12 +96,12 @@ def port() -> Iterator[int]:
 
 @pytest.fixture(params=[SandboxKind.BUBBLEWRAP, SandboxKind.LANDLOCK])
 def kind(request: pytest.FixtureRequest) -> SandboxKind:
-    """A kind of sandbox that this machine has, and that can limit the network to hosts."""
+    """Yield each kind of sandbox available here that can limit the network to hosts."""
     return require_sandbox(request.param, network=False, hosts=("a.example",))
 
 
 class Place:
-    """What sessions run in."""
+    """The environment that sessions run in."""
 
     def __init__(self, top: Path) -> None:
         self.top, self.tree, self.scratch = top, top / "tree", top / "scratch"
@@ -161,7 +161,7 @@ def python(source: str, *arguments: str) -> list[str]:
 
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])
 async def test_listed_host_is_reached(place: Place, kind: SandboxKind, port: int, name: str) -> None:
-    """By a program that takes its proxy from the environment, as most do."""
+    """By a program that reads its proxy from the environment, as most do."""
     ended = await place.run(kind, (f"{name}:{port}",), python(FETCH, f"http://{name}:{port}/"))
     assert (ended.exit, ended.spawn_error, place.said) == (0, None, "reached\n")
     assert place.denied == []
@@ -169,7 +169,7 @@ async def test_listed_host_is_reached(place: Place, kind: SandboxKind, port: int
 
 @pytest.mark.parametrize("length", [70, 80, 90, 100, 110, 150])
 async def test_folder_with_a_long_path_works(tmp_path: Path, kind: SandboxKind, port: int, length: int) -> None:
-    """A socket's address has about a hundred bytes, and the path of its folder may have more."""
+    """A socket address is limited to about a hundred bytes; the path of its folder may be longer."""
     top = tmp_path / ("x" * max(1, length - len(str(tmp_path)) - len("/scratch") - 1))
     top.mkdir()
     place = Place(top)
@@ -185,7 +185,7 @@ async def test_listed_host_is_reached_by_a_tunnel(place: Place, kind: SandboxKin
 
 
 async def test_unlisted_host_is_denied(place: Place, kind: SandboxKind, port: int) -> None:
-    """With a message for the program, and noted once for the run."""
+    """The program gets a message, and the run records the host once."""
     script = f"for _ in 1 2; do curl --silent --noproxy '' http://127.0.0.1:{port}/; done"
     ended = await place.run(kind, ("api.example.com",), ["sh", "-c", script])
     assert ended.exit == 0
@@ -194,7 +194,7 @@ async def test_unlisted_host_is_denied(place: Place, kind: SandboxKind, port: in
 
 
 async def test_nothing_is_reached_without_the_proxy(place: Place, kind: SandboxKind, port: int) -> None:
-    """Not by TCP, UDP or raw sockets, and not by those kinds of TCP that Landlock does not look at."""
+    """Not by TCP, UDP or raw sockets, nor by kinds of TCP that Landlock does not cover."""
     argv = python(ATTEMPTS, str(port))
     ended = await place.run(kind, (f"127.0.0.1:{port}",), argv)
     assert ended.exit == 0, place.said
@@ -202,7 +202,7 @@ async def test_nothing_is_reached_without_the_proxy(place: Place, kind: SandboxK
 
 
 async def test_only_tcp_is_proxied(place: Place) -> None:
-    """No module of the kernel can be put in its place, which Landlock would not look at."""
+    """No kernel module that Landlock does not cover can be selected instead."""
     source = "import socket; socket.socket().setsockopt(6, 31, b'smc')"
     if landlock.abi_version() < landlock.MIN_ABI_FOR_PORTS:
         pytest.skip("this kernel's Landlock limits no connections")
@@ -211,14 +211,14 @@ async def test_only_tcp_is_proxied(place: Place) -> None:
 
 
 async def test_session_accepts_no_connections(place: Place, kind: SandboxKind) -> None:
-    """A socket that listens is on a loopback of the session's own, or there is none, with or without a port."""
+    """A listening socket is on a loopback of the session, or fails, with or without a port."""
     for source in ("socket.create_server(('127.0.0.1', 0))", "socket.socket().listen()"):
         ended = await place.run(kind, ("api.example.com",), python(f"import socket; {source}"))
         assert (ended.exit == 0) == (kind is SandboxKind.BUBBLEWRAP), place.said
 
 
 async def test_program_has_the_token_of_its_session_only(place: Place, kind: SandboxKind, port: int) -> None:
-    """Without it, or with another one, the proxy does nothing."""
+    """Without the token, or with another one, the proxy rejects the request."""
     script = f"""import os, urllib.request
     url = os.environ["HTTP_PROXY"]
     for proxy in (url, "http://" + url.partition("@")[2], url.replace("@", "x@")):
@@ -231,7 +231,7 @@ async def test_program_has_the_token_of_its_session_only(place: Place, kind: San
 
 
 async def test_token_is_in_no_log(place: Place, kind: SandboxKind, port: int) -> None:
-    """Neither as it is in the environment, nor as it is in a request."""
+    """Neither in its environment form nor in its request form."""
     script = f"env | grep -i proxy; curl --silent --verbose http://127.0.0.1:{port}/ 2>&1; echo $HTTP_PROXY >kept"
     await place.run(kind, (f"127.0.0.1:{port}",), ["sh", "-c", script], NO_PROXY="*", no_proxy="*")
     token = (place.tree / "kept").read_text().partition("council:")[2].partition("@")[0]
@@ -242,7 +242,7 @@ async def test_token_is_in_no_log(place: Place, kind: SandboxKind, port: int) ->
 
 
 async def test_proxy_settings_of_the_user_are_ignored(place: Place, kind: SandboxKind, port: int) -> None:
-    """What would lead around the proxy leads nowhere: it is not passed on."""
+    """They could bypass the proxy, so they are not passed on."""
     argv = ["sh", "-c", "echo $HTTP_PROXY $NO_PROXY $no_proxy $NODE_USE_ENV_PROXY | sed 's/.*@//; s/:[0-9]* / /'"]
     hosts = (f"127.0.0.1:{port}", f"[::1]:{port}")
     await place.run(kind, hosts, argv, NO_PROXY="*", no_proxy="*", HTTP_PROXY="http://proxy.example:1")
@@ -251,7 +251,7 @@ async def test_proxy_settings_of_the_user_are_ignored(place: Place, kind: Sandbo
 
 
 async def test_session_has_its_own_loopback(place: Place, port: int) -> None:
-    """In a bubblewrap a server of the session's own is reached directly, as tests of a project need it."""
+    """In bubblewrap a session reaches its own server directly, as tests of a project need."""
     require_sandbox(SandboxKind.BUBBLEWRAP, network=False)
     script = "python3 -m http.server 8000 --bind 127.0.0.1 >/dev/null 2>&1 & echo mine >page; "
     script += "curl --silent --retry 50 --retry-connrefused --retry-delay 1 http://127.0.0.1:8000/page"
@@ -260,12 +260,12 @@ async def test_session_has_its_own_loopback(place: Place, port: int) -> None:
 
 
 async def test_proxied_start_is_as_clean_as_without(place: Place, kind: SandboxKind) -> None:
-    """The same descriptors, signals, arguments, folder, environment."""
+    """The same descriptors, signals, arguments, folder and environment."""
     source = "import os, sys; print(sorted(map(int, os.listdir('/proc/self/fd')))[:-1], os.getcwd(), sys.argv[1:])\n"
     argv = ["sh", "-c", 'grep SigIgn /proc/self/status; exec "$@"', "sh", *python(source, "-x", "")]
     ended = await place.run(kind, ("api.example.com",), argv, A="b")
     assert ended.exit == 0, place.said
-    # Signals from 32 on are the C library's: what it starts by posix_spawn, as make does, ignores them.
+    # Signals from 32 on belong to the C library: programs that it starts by posix_spawn, as make does, ignore them.
     ignored = int(place.said.splitlines()[0].removeprefix("SigIgn:"), 16)
     assert ignored & ((1 << 31) - 1) == 0
     assert place.said.splitlines()[1] == f"[0, 1, 2] {place.tree} ['-x', '']"
@@ -273,7 +273,7 @@ async def test_proxied_start_is_as_clean_as_without(place: Place, kind: SandboxK
 
 
 async def test_missing_program_is_reported(place: Place, kind: SandboxKind) -> None:
-    """Is told from one that fails, as in each sandbox."""
+    """It is distinguished from a failing program, as in each sandbox."""
     ended = await place.run(kind, ("api.example.com",), ["no-such-program"])
     assert ended == SupervisedExit(None, None, "exit", "no-such-program: No such file or directory", 0, 0, 0, None)
     ended = await place.run(kind, ("api.example.com",), ["sh", "-c", "exit 127"])
@@ -281,7 +281,7 @@ async def test_missing_program_is_reported(place: Place, kind: SandboxKind) -> N
 
 
 async def test_proxy_ends_with_its_session(place: Place, kind: SandboxKind) -> None:
-    """Also where the session is stopped while it uses it."""
+    """Even if the session is stopped during a request."""
     source = """
 import os, socket, time
 port = int(os.environ["HTTP_PROXY"].rpartition(":")[2]); client = socket.create_connection(("127.0.0.1", port))
@@ -297,7 +297,7 @@ open("part", "w").write(str(port)); os.rename("part", "port"); time.sleep(300)""
 
 
 async def test_proxy_serves_its_session_only(place: Place, port: int) -> None:
-    """What another process passes on before the session starts is not taken, and the session gets its proxy."""
+    """A process that answers before the session starts is not accepted; the session gets its own proxy."""
     require_sandbox(SandboxKind.BUBBLEWRAP, network=False)
     hosts = (f"127.0.0.1:{port}",)
     command = place.command(python(FETCH, f"http://127.0.0.1:{port}/"))
@@ -311,12 +311,12 @@ async def test_proxy_serves_its_session_only(place: Place, port: int) -> None:
                 with socket.create_connection(planted.getsockname()):
                     ended = await run_supervised(fenced.command)
                     planted.setblocking(False)
-                    planted.accept()[0].close()  # which nobody else has done
+                    planted.accept()[0].close()  # although no other process did it
     assert (ended.exit, place.said) == (0, "reached\n")
 
 
 async def test_failed_check_names_the_denied_host(place: Place, kind: SandboxKind, port: int) -> None:
-    """Since what it prints of that may be little."""
+    """The output of the check may say little about it."""
     url = f"http://127.0.0.1:{port}/"
     assert await place.shell(kind, (f"127.0.0.1:{port}",), f"curl --silent --fail {url}") == CommandSucceeded()
     failed = await place.shell(kind, ("api.example.com",), f"curl --silent --fail --noproxy '' {url}")
@@ -326,7 +326,7 @@ async def test_failed_check_names_the_denied_host(place: Place, kind: SandboxKin
 
 @pytest.mark.extended_but_first
 def test_run_reports_denied_hosts(repository: Repository, kind: SandboxKind, port: int) -> None:
-    """Each once, when the session has ended; what it was to reach is reached by the session and by its checks."""
+    """Each once, after the session; the session and its checks reach the allowed hosts."""
     fetch = f"curl --silent --show-error --fail --noproxy '' http://127.0.0.1:{port}/ >>page"
     refused = "curl --silent --output answer --noproxy '' http://127.0.0.1:1/ http://127.0.0.1:1/; cat answer"
     shell = {"use": "command", "argv": ["sh", "{prompt_file}"]}
@@ -346,7 +346,7 @@ def test_run_reports_denied_hosts(repository: Repository, kind: SandboxKind, por
 
 
 async def test_kernel_without_connection_limits_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what to do, and only where hosts are listed."""
+    """With a remedy, and only if hosts are listed."""
     monkeypatch.setattr(landlock, "abi_version", lambda: 3)
     with pytest.raises(
         RefusedError, match=r"supports only ABI 3; `network.allow` requires ABI 4 .*`network: off`.*bubblewrap"
@@ -358,7 +358,7 @@ async def test_kernel_without_connection_limits_is_rejected(monkeypatch: pytest.
 
 
 async def test_hosts_without_a_sandbox_are_rejected() -> None:
-    """A limit that can't be kept is refused, as `network: off` is."""
+    """A limit that can't be enforced is rejected, as `network: off` is."""
     with pytest.raises(RefusedError, match="`network: off` needs a sandbox"):
         await choose_sandbox("off", network=False, hosts=("a.example",), environ=os.environ)
 

@@ -1,4 +1,4 @@
-"""`council locks`: who holds and awaits what in all three layers is seen, and can be taken away with a reason."""
+"""`council locks` shows owners and waiters of all three layers, and breaks locks with a reason."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ async def test_no_locks_print_nothing(repository: Repository) -> None:
 
 
 async def test_all_three_layers_are_shown_with_waiters(repository: Repository) -> None:
-    """Files by any process, ownership and the merge permit from the store."""
+    """File locks of any process; ownership and the merge permit from the store."""
     repository.council("run", str(repository.configure([{"id": "t", "prompt": "write a.txt x"}])), "--json")
     site = await find_run_repository(str(repository.top), is_url=False, environ=repository.environ)
     scope = ownership_scope(site.location, "main")
@@ -108,7 +108,7 @@ async def test_all_three_layers_are_shown_with_waiters(repository: Repository) -
 
 
 async def test_broken_ownership_is_released_by_its_owner(repository: Repository) -> None:
-    """The record has the reason; the process that held it learns from that what to give back."""
+    """The record has the reason; the owning process learns from it what to release."""
     async with opened(repository) as store:
         files = FileLocks(Project(repository.top).file_locks, SystemClock())
         registry = OwnershipRegistry(store, SystemClock(), "0" * 16)
@@ -127,7 +127,7 @@ async def test_broken_ownership_is_released_by_its_owner(repository: Repository)
 
 
 async def test_broken_lock_locks_nothing(repository: Repository) -> None:
-    """Others may land there, and take it."""
+    """Other tasks may land there, and own it."""
     async with opened(repository) as store:
         registry, guard = OwnershipRegistry(store, SystemClock(), "0" * 16), await claim(store, ADA)
         await registry.acquire(ADA, ["a"], orchestrator="o1", claim=guard, is_lock=True)
@@ -138,7 +138,7 @@ async def test_broken_lock_locks_nothing(repository: Repository) -> None:
 
 
 async def test_broken_file_lock_is_released_by_its_process(repository: Repository) -> None:
-    """That one file alone; of a dead process there is nothing to break, and the sentence says so."""
+    """Only that file; a lock of a dead process needs no breaking, and the message says so."""
     async with opened(repository) as store:
         files = FileLocks(Project(repository.top).file_locks, SystemClock())
         await files.acquire(ADA, ["a", "b"])
@@ -151,7 +151,7 @@ async def test_broken_file_lock_is_released_by_its_process(repository: Repositor
 
 
 async def test_holder_of_a_broken_merge_permit_is_rejected(repository: Repository) -> None:
-    """The permit's next epoch is written, so that the holder's guard fails; nobody holds it then."""
+    """The permit's epoch is incremented so that the holder's guard fails; the permit is free then."""
     async with opened(repository) as store:
         key = Key("lease", "merge/" + "0" * 16)
         holder = {"id": "o1", "host": "box", "pid": 4711, "run": "r", "since": time.time() - 9}
@@ -169,7 +169,6 @@ async def test_holder_of_a_broken_merge_permit_is_rejected(repository: Repositor
 
 
 async def test_locks_work_from_python(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`Council.locks.list` and `Council.locks.revoke`."""
     monkeypatch.chdir(repository.top)
     async with opened(repository) as store:
         registry = OwnershipRegistry(store, SystemClock(), "0" * 16)

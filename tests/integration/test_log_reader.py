@@ -1,4 +1,4 @@
-"""Parts of the log that end, read from its newest commit backwards, on every store."""
+"""Bounded parts of the log, and backward reads, on every store."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TASK = Key("task", "r/a")
 
 
 class ForgetfulStore(MemoryStore):
-    """A store whose log goes back to a position only."""
+    """A store whose log starts at a given position."""
 
     first = 0
 
@@ -46,13 +46,13 @@ class ForgetfulStore(MemoryStore):
 
 @pytest.fixture
 def clock() -> ManualClock:
-    """A clock that stands at 1000 s."""
+    """A clock fixed at 1000 s."""
     return ManualClock(1000.0)
 
 
 @pytest.fixture(params=["memory", "file"])
 async def store(request: pytest.FixtureRequest, tmp_path: Path, clock: ManualClock) -> AsyncIterator[Store]:
-    """An empty store of each kind."""
+    """Yield an empty store of each kind."""
     if request.param == "memory":
         yield ForgetfulStore(clock)
     else:
@@ -62,20 +62,20 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path, clock: ManualClo
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several parts even of a short log."""
+    """Split even a short log into several parts."""
     monkeypatch.setattr(log_reader, "_FIRST_PART", 4)
     monkeypatch.setattr(log_reader, "_LARGEST_PART", 8)
 
 
 async def fill(store: Store, commits: int, clock: ManualClock) -> None:
-    """Commit so often, once a second."""
+    """Make this many commits, one per second."""
     for number in range(commits):
         await store.commit(Commit([], [Event("n", {"n": number})]))
         clock.advance(1)
 
 
 async def test_part_of_the_log_ends(store: Store, clock: ManualClock) -> None:
-    """Nothing before, nothing behind, and no waiting for what is yet to come."""
+    """It contains nothing before or after it, and does not wait for future commits."""
     await fill(store, 30, clock)
     for after, until in ((0, 30), (0, 1), (7, 7), (7, 8), (12, 30), (30, 30), (30, 5)):
         found = [record.position async for record in read_range(store, after, until)]
@@ -83,7 +83,6 @@ async def test_part_of_the_log_ends(store: Store, clock: ManualClock) -> None:
 
 
 async def test_backward_parts_are_complete(store: Store, clock: ManualClock) -> None:
-    """Each commit is in one part, in order within it."""
     await fill(store, 30, clock)
     parts = [[record.position for record in part] async for part in read_backwards(store, 30, 3)]
     assert parts[0] == [27, 28, 29, 30]
@@ -91,7 +90,7 @@ async def test_backward_parts_are_complete(store: Store, clock: ManualClock) -> 
 
 
 async def test_search_in_new_commits_reads_no_old_log(clock: ManualClock) -> None:
-    """A log that goes back to a position gives what is behind it, and says where it ended."""
+    """A log that starts at a position returns the commits after it, and says where it ended."""
     store = ForgetfulStore(clock)
     await fill(store, 30, clock)
     store.first = 20
@@ -115,7 +114,7 @@ async def test_search_in_new_commits_reads_no_old_log(clock: ManualClock) -> Non
 async def test_time_maps_to_the_newest_commit_before(
     store: Store, clock: ManualClock, instant: float, position: int
 ) -> None:
-    """Position 0 before all of them."""
+    """Position 0 before all commits."""
     await fill(store, 30, clock)
     assert await find_position(store, instant) == position
 
@@ -123,7 +122,7 @@ async def test_time_maps_to_the_newest_commit_before(
 @example_settings(60)
 @given(steps=st.lists(st.integers(-5, 5), max_size=40), instant=st.integers(950, 1050))
 async def test_time_lookup_ignores_clock_jumps(steps: list[int], instant: int) -> None:
-    """The same as a look at every commit says."""
+    """The result equals that of a linear search."""
     clock = ManualClock(1000.0)
     store = MemoryStore(clock)
     times = []
@@ -138,7 +137,7 @@ async def test_time_lookup_ignores_clock_jumps(steps: list[int], instant: int) -
 async def test_log_with_an_unreadable_newest_commit_ends(
     tmp_path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is lost never comes: what can be read is what there is."""
+    """A lost commit never arrives: the readable ones are all there are."""
     monkeypatch.setattr(log_reader, "_PATIENCE", 0.3)
     async with FileStore.open(tmp_path, clock) as store:
         await fill(store, 10, clock)
@@ -155,14 +154,14 @@ async def test_log_with_an_unreadable_newest_commit_ends(
 
 
 async def forget(store: Store) -> int:
-    """Let the log grow by many segments, and go of all but the newest; return how far back it goes then."""
+    """Grow the log by many segments and prune all but the newest; return its first position."""
     for _ in range(40):
         await store.commit(Commit(events=[Event("e", {"text": "x" * 500})]))
     return (await store.compact(math.inf, 1)).first
 
 
 async def test_stopped_follower_continues_after_removed_commits(tmp_path: Path, clock: ManualClock) -> None:
-    """Whether it had begun or not, and more than once."""
+    """Whether it had started or not, and more than once."""
     async with (
         FileStore.open(tmp_path, clock, segment_bytes=2_000) as store,
         aclosing(follow_log(store, 0)) as records,
@@ -186,7 +185,7 @@ async def test_stopped_follower_continues_after_removed_commits(tmp_path: Path, 
 
 
 async def test_stopped_owner_still_finds_requests(tmp_path: Path, clock: ManualClock) -> None:
-    """Though the log that told of it is gone."""
+    """Although the log of the request has been pruned."""
     async with FileStore.open(tmp_path, clock, segment_bytes=2_000) as store:
         await record_run(store, clock, run_document(tmp_path))
         ledger = await Ledger.take(store, clock, Redactor(()), make_orchestrators(store, clock, RUN), "off")
@@ -202,7 +201,7 @@ async def test_stopped_owner_still_finds_requests(tmp_path: Path, clock: ManualC
 
 
 async def test_future_commits_are_not_waited_for(store: Store) -> None:
-    """A part of the log ends where the log ends, whatever position is asked for."""
+    """A part ends where the log ends, whatever position was requested."""
     with anyio.fail_after(5):
         assert [one async for one in read_range(store, 0, 1)] == []
         assert [part async for part in read_backwards(store, 5) if part] == []

@@ -1,4 +1,4 @@
-"""What `council logs` and `council show` tell of sessions, while they run and afterwards."""
+"""`council logs` and `council show` for sessions, during their run and afterwards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import Repository
 from tests.waiting import wait_for
 
-#: A program that prints what it finds in a file, line by line, waits for another, and changes something.
+#: A program that prints a file line by line, waits for another file, and changes something.
 PROGRAM = """\
 import json, os, pathlib, sys, time
 prompt = json.loads(pathlib.Path(sys.argv[1]).read_text())
@@ -39,7 +39,7 @@ ENDED = {"type": "turn.completed", "usage": {"input_tokens": 12_000, "output_tok
 
 @pytest.fixture
 def codex(repository: Repository, tmp_path: Path) -> dict[str, Any]:
-    """Return the adapter of a Codex that prints what it is told to."""
+    """Return an adapter for a Codex that prints the given lines."""
     folder = tmp_path / "bin"
     folder.mkdir()
     program = folder / "codex"
@@ -56,7 +56,7 @@ def configured(repository: Repository, adapter: dict[str, Any], prompt: dict[str
 
 
 def test_logs_are_readable_and_raw_on_request(repository: Repository, codex: dict[str, Any]) -> None:
-    """A line for each tool call with paths in the worktree, words wrapped, and tokens and time at the end."""
+    """One line per tool call with paths relative to the worktree, wrapped text, tokens and time at the end."""
     ran = repository.council("run", configured(repository, codex, {"lines": [*CALLS, SAID, ENDED]}, checks=["echo ok"]))
     assert ran.code == 0, ran
     shown = repository.council("logs", "t")
@@ -86,7 +86,7 @@ def test_logs_are_readable_and_raw_on_request(repository: Repository, codex: dic
 def test_running_session_is_followed_with_its_latest_activity(
     repository: Repository, codex: dict[str, Any], tmp_path: Path
 ) -> None:
-    """`-f` shows a call that has not ended; `show` the last line, and how long ago that was."""
+    """`-f` shows an unfinished call; `show` prints the last line and its age."""
     gate = tmp_path / "gate"
     prompt = {"lines": CALLS[:1], "until": str(gate), "then": [CALLS[1], ENDED]}
     child = repository.start("run", configured(repository, codex, prompt))
@@ -120,7 +120,7 @@ def test_output_of_a_failed_check_is_shown_once(repository: Repository) -> None:
 
 @pytest.mark.extended
 def test_newest_attempt_of_a_phase_is_shown(repository: Repository) -> None:
-    """By its name; an unknown one is refused with the names that there are."""
+    """By its name; an unknown name is rejected with the known ones."""
     workflow = [{"plan": {"access": "read"}}, {"build": {}}]
     task = {"id": "t", "prompt": "in plan print thinking\nin build print building\nin build write a.txt x"}
     path = repository.configure([{**task, "workflow": "two"}], workflows={"two": workflow})

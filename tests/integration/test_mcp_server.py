@@ -1,4 +1,4 @@
-"""`council mcp` as a client of the Model Context Protocol finds it, in a session of its own."""
+"""`council mcp` as a client of the Model Context Protocol sees it, in its own session."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
-    """A place for sessions."""
+    """Yield an environment for sessions."""
     (tmp_path / "hub").mkdir()
     return Site(Hub(tmp_path / "hub"), FakeSessionService(foreign_owners={"theirs.txt": "run-0/other.1"}))
 
@@ -31,9 +31,9 @@ def site(tmp_path: Path) -> Site:
 async def client(site: Site) -> AsyncIterator[ClientSession]:
     """Connect to the server of a session, started as a CLI does: without the session's variables.
 
-    This process holds the session's lock, as the supervisor that the server descends from does.
+    This process holds the session lock, like the supervisor that the server descends from.
     """
-    from mcp import ClientSession, StdioServerParameters, stdio_client  # noqa: PLC0415  it takes a second
+    from mcp import ClientSession, StdioServerParameters, stdio_client  # noqa: PLC0415  the import takes a second
 
     async with site.session() as (worktree, session_socket):
         caller = Caller(worktree)
@@ -47,7 +47,7 @@ async def client(site: Site) -> AsyncIterator[ClientSession]:
 
 
 async def test_tools_match_the_commands(site: Site) -> None:
-    """Each is explained, and says what it takes."""
+    """Each has a description and an input schema."""
     async with client(site) as session:
         tools = (await session.list_tools()).tools
     assert [tool.name for tool in tools] == list(SESSION_COMMANDS)
@@ -57,7 +57,7 @@ async def test_tools_match_the_commands(site: Site) -> None:
 
 @pytest.mark.extended
 async def test_tools_declare_that_they_change_no_file(site: Site) -> None:
-    """A CLI that only reads allows them then, `submit_handoff` among them."""
+    """A read-only CLI then allows them, including `submit_handoff`."""
     async with client(site) as session:
         tools = (await session.list_tools()).tools
     found = {tool.name: tool.annotations for tool in tools}
@@ -66,7 +66,7 @@ async def test_tools_declare_that_they_change_no_file(site: Site) -> None:
 
 
 async def test_tool_asks_as_the_session(site: Site) -> None:
-    """And tells what it is answered; what is refused is an error that says whose the file is."""
+    """And returns the answer; a rejection is an error that names the owner of the file."""
     async with client(site) as session:
         peers = await session.call_tool("peers", {})
         assert peers.structured_content is not None
@@ -82,7 +82,7 @@ async def test_tool_asks_as_the_session(site: Site) -> None:
 
 
 async def test_values_are_passed_unchanged(site: Site) -> None:
-    """What is shared is any value of JSON, what is handed over an object."""
+    """Shared values are any JSON, handoffs are objects."""
     async with client(site) as session:
         value = {"ports": [8080, None], "name": "größer"}
         assert not (await session.call_tool("share_put", {"key": "k", "value": value})).is_error
@@ -97,5 +97,5 @@ async def test_values_are_passed_unchanged(site: Site) -> None:
 
 @pytest.mark.parametrize("name", SESSION_COMMANDS)
 def test_each_schema_is_valid(name: str) -> None:
-    """By the standard."""
+    """By the JSON Schema standard."""
     jsonschema.Draft202012Validator.check_schema(input_schema(SESSION_COMMANDS[name]))

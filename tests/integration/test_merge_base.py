@@ -1,4 +1,4 @@
-"""What is merged is what lies between the work and where it began, however many have landed since."""
+"""A merge contains the changes between the work and its base, however many landings came since."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.merge_permits import hold_permit
 async def test_partly_merged_work_merges_as_by_git(
     repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: int
 ) -> None:
-    """Work lands beside other work, and on a part of itself that the user has merged by hand and changed."""
+    """Work lands next to other work, and onto a part of itself that the user merged by hand and changed."""
     monkeypatch.setattr(target_branch, "_MAX_WALKED_LANDINGS", few)
     site = await find_run_repository(str(repository.top), is_url=False, environ=repository.environ)
     hub = locate_hub(site.location, tmp_path / "council-home")

@@ -1,4 +1,4 @@
-"""The scripted model server, over real HTTP, read as each API's documentation says."""
+"""The scripted model server over real HTTP, parsed as each API's documentation says."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COMMAND = {"type": "object", "properties": {"command": {"type": "string"}}, "req
 
 @dataclass(frozen=True)
 class Heard:
-    """An answer as a client has it: the text, the calls by name and arguments, why it ended, and its tokens."""
+    """A client's view of an answer: text, calls by name and arguments, stop reason, and tokens."""
 
     text: str
     calls: list[tuple[str, Any]]
@@ -41,7 +41,7 @@ class Heard:
 
 @dataclass(frozen=True)
 class Api:
-    """A client of one API: how it asks with so many tool results since the prompt, and how it reads answers."""
+    """A client of one API: builds a request with some tool results after the prompt, and parses answers."""
 
     name: str
     ask: Callable[[str, bool, int, bool], tuple[str, Json]]
@@ -52,9 +52,12 @@ class Api:
 
 
 def events(raw: bytes) -> list[tuple[str, str]]:
-    """Return name and data of server-sent events, by https://html.spec.whatwg.org/multipage/server-sent-events.html."""
+    """Return names and data of server-sent events, by https:
+
+    html.spec.whatwg.org/multipage/server-sent-events.html.
+    """
     found = []
-    assert raw.endswith(b"\n\n"), "an event has no end"
+    assert raw.endswith(b"\n\n"), "an event is not terminated"
     for block in raw.decode().strip("\n").split("\n\n"):
         fields = dict(line.split(": ", 1) for line in block.split("\n"))
         found.append((fields.get("event", "message"), fields["data"]))
@@ -317,27 +320,27 @@ APIS = [
 
 @pytest.fixture
 def server() -> Iterator[ModelServer]:
-    """Serve."""
+    """Yield a running server."""
     with ModelServer() as server:
         yield server
 
 
 @pytest.fixture(params=APIS, ids=lambda api: api.name)
 def api(request: pytest.FixtureRequest) -> Api:
-    """Speak each API in turn."""
+    """Yield each API in turn."""
     found: Api = request.param
     return found
 
 
 @pytest.fixture(params=[True, False], ids=["stream", "whole"])
 def stream(request: pytest.FixtureRequest) -> bool:
-    """Ask for a stream, and for a whole answer."""
+    """Request a stream, and a whole answer."""
     return bool(request.param)
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back; `cut` if the connection ended before the answer did."""
+    """A response; `cut` if the connection ended before the answer did."""
 
     status: int
     headers: http.client.HTTPMessage
@@ -346,7 +349,7 @@ class Reply:
 
 
 def post(server: ModelServer, path: str, body: Json, headers: dict[str, str] | None = None) -> Reply:
-    """Ask on a connection of its own."""
+    """Send a request on a new connection."""
     connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=30)
     try:
         connection.request("POST", path, json.dumps(body), {"content-type": "application/json", **(headers or {})})
@@ -360,7 +363,7 @@ def post(server: ModelServer, path: str, body: Json, headers: dict[str, str] | N
 
 
 def hear(server: ModelServer, api: Api, prompt: str, stream: bool, results: int = 0, *, tools: bool = True) -> Heard:
-    """Return the answer to a prompt after so many tool results."""
+    """Return the answer to a prompt after this many tool results."""
     reply = post(server, *api.ask(prompt, stream, results, tools))
     assert (reply.status, reply.cut) == (200, False), reply
     return api.read(reply.raw, stream)
@@ -368,7 +371,7 @@ def hear(server: ModelServer, api: Api, prompt: str, stream: bool, results: int 
 
 @pytest.mark.extended_but_first
 def test_text_ends_the_answer(server: ModelServer, api: Api, stream: bool) -> None:
-    """All that is to be said comes as one text, any characters in it, and without any there is some text."""
+    """The whole text comes at once, with any characters; an empty script gives some text."""
     heard = hear(server, api, "You are to\n  say größer 'als' \"x\"\nsay and 🦉 more\nand words", stream)
     assert heard == Heard("größer 'als' \"x\"\nand 🦉 more", [], api.ended[1], heard.usage)
     assert hear(server, api, "Hello there", stream).text
@@ -376,7 +379,7 @@ def test_text_ends_the_answer(server: ModelServer, api: Api, stream: bool) -> No
 
 @pytest.mark.extended_but_first
 def test_each_turn_is_the_next_tool_call(server: ModelServer, api: Api, stream: bool) -> None:
-    """Files and commands go through the client's own tools in order, and then the text comes."""
+    """Files and commands go through the client's own tools in order, followed by the text."""
     prompt = "write a/b.txt some  text: \"q\" ä\nrun echo 'x' && true\nwrite c.txt\nsay ready"
     writes, commands = hear(server, api, prompt, stream, 0), hear(server, api, prompt, stream, 1)
     empty, end = hear(server, api, prompt, stream, 2), hear(server, api, prompt, stream, 3)
@@ -391,7 +394,7 @@ def test_each_turn_is_the_next_tool_call(server: ModelServer, api: Api, stream: 
 
 @pytest.mark.extended_but_first
 def test_failure_is_that_of_the_api(server: ModelServer, api: Api, stream: bool) -> None:
-    """Every request of the conversation gets the status and the error's kind."""
+    """Every request of the conversation gets the status and the error type."""
     path, body = api.ask("fail 401\nwrite a.txt x", stream, 0, True)
     replies = [post(server, path, body) for _ in range(3)]
     assert [reply.status for reply in replies] == [401, 401, 401]
@@ -401,7 +404,7 @@ def test_failure_is_that_of_the_api(server: ModelServer, api: Api, stream: bool)
 
 @pytest.mark.extended_but_first
 def test_failure_ends_after_its_count(server: ModelServer, api: Api, stream: bool) -> None:
-    """It says when to come back, and one conversation's failures are no other's."""
+    """The error has a retry delay; conversations fail independently."""
     prompt = "fail 429 2 30\nfail 500 1\nsay better"
     replies = [post(server, *api.ask(prompt, stream, 0, True)) for _ in range(3)]
     assert [reply.status for reply in replies] == [429, 429, 500]
@@ -413,7 +416,7 @@ def test_failure_ends_after_its_count(server: ModelServer, api: Api, stream: boo
 
 @pytest.mark.extended_but_first
 def test_drop_interrupts_the_answer(server: ModelServer, api: Api, stream: bool) -> None:
-    """The connection ends with part of the answer sent, and the next try has all of it."""
+    """The connection ends after part of the answer; the retry gets all of it."""
     prompt = "drop 1\nwrite a.txt x"
     reply = post(server, *api.ask(prompt, stream, 0, True))
     assert (reply.status, reply.cut) == (200, True)
@@ -423,7 +426,7 @@ def test_drop_interrupts_the_answer(server: ModelServer, api: Api, stream: bool)
 
 @pytest.mark.extended_but_first
 def test_answer_is_truncated_at_its_length(server: ModelServer, api: Api, stream: bool) -> None:
-    """Half of it comes, no tool is called, the end says why, and the next try has all of it."""
+    """Half of it comes, no tool is called, the stop reason says why, and the retry gets all of it."""
     prompt = "cut 1\nsay 12345678"
     heard = [hear(server, api, prompt, stream) for _ in range(2)]
     assert [(one.text, one.calls, one.ending) for one in heard] == [
@@ -434,7 +437,7 @@ def test_answer_is_truncated_at_its_length(server: ModelServer, api: Api, stream
 
 @pytest.mark.extended_but_first
 def test_too_long_prompt_is_rejected(server: ModelServer, api: Api, stream: bool) -> None:
-    """It is a wrong request, in words of the API's own, and stays one."""
+    """It is an invalid request in the API's own words, also when retried."""
     replies = [post(server, *api.ask("overflow\nwrite a.txt x", stream, 0, True)) for _ in range(2)]
     assert [reply.status for reply in replies] == [400, 400]
     plain = post(server, *api.ask("fail 400\nwrite a.txt x", stream, 0, True))
@@ -443,14 +446,14 @@ def test_too_long_prompt_is_rejected(server: ModelServer, api: Api, stream: bool
 
 @pytest.mark.extended_but_first
 def test_usage_is_that_of_the_script(server: ModelServer, api: Api, stream: bool) -> None:
-    """Calls and texts say it alike."""
+    """Calls and texts report the same usage."""
     prompt = "usage 1234 56\nrun true"
     assert [hear(server, api, prompt, stream, results).usage for results in (0, 1)] == [(1234, 56)] * 2
 
 
 @pytest.mark.extended_but_first
 def test_requests_are_recorded_without_credentials(server: ModelServer, api: Api, stream: bool) -> None:
-    """What was asked, in order, and no key in headers or path."""
+    """The requests in order, with no key in headers or path."""
     path, body = api.ask("say x", stream, 0, True)
     secret = {"Authorization": "Bearer hush", "x-api-key": "hush", "x-goog-api-key": "hush", "X-Seen": "yes"}
     post(server, f"{path}{'&' if '?' in path else '?'}key=hush", body, secret)
@@ -462,7 +465,7 @@ def test_requests_are_recorded_without_credentials(server: ModelServer, api: Api
 
 
 def test_side_requests_use_no_step_and_no_failure(server: ModelServer) -> None:
-    """A request for a title holds the prompt, too, but neither fails nor writes."""
+    """A request for a title contains the prompt, too, but neither fails nor writes."""
     prompt = "fail 500 1\nwrite a.txt x"
     api = APIS[2]
     path, body = api.ask(f"Generate a title for this conversation:\n{prompt}", True, 0, False)
@@ -471,7 +474,7 @@ def test_side_requests_use_no_step_and_no_failure(server: ModelServer) -> None:
 
 
 def test_last_prompt_with_a_script_counts(server: ModelServer) -> None:
-    """A session that goes on gets the new script from its first step, and a client's reminders are no scripts."""
+    """A resumed session starts the new script at its first step; a client's reminders are no scripts."""
     path, body = anthropic_ask("write old.txt x", False, 1, True)
     body["messages"].append({"role": "assistant", "content": "Done."})
     new = [
@@ -485,7 +488,7 @@ def test_last_prompt_with_a_script_counts(server: ModelServer) -> None:
 
 @pytest.mark.extended_but_first
 def test_instructions_choose_the_part_of_the_script(server: ModelServer, api: Api, stream: bool) -> None:
-    """The last whose words stand anywhere else in the prompt; its own line is no such place."""
+    """The last part whose words occur elsewhere in the prompt; its own line does not count."""
     script = "write a.txt x\nsay all\ntold of apples\nsay apples\ntold of pears\nsay pears"
     assert hear(server, api, script, stream, 1).text == "all"
     assert hear(server, api, f"This speaks of apples.\n{script}", stream).text == "apples"
@@ -494,7 +497,7 @@ def test_instructions_choose_the_part_of_the_script(server: ModelServer, api: Ap
 
 
 def test_later_instructions_start_a_part_at_its_first_step(server: ModelServer) -> None:
-    """Steps that were taken before are none of its own, nor are the failures."""
+    """Earlier steps and failures do not count for it."""
     script = "write a.txt x\nsay all\ntold of apples\nfail 500 1\nrun true\nsay apples"
     path, body = anthropic_ask(script, False, 1, True)
     assert anthropic_read(post(server, path, body).raw, False).text == "all"
@@ -508,7 +511,7 @@ def test_later_instructions_start_a_part_at_its_first_step(server: ModelServer) 
 
 
 def test_tool_of_a_server_is_called_by_its_own_name(server: ModelServer) -> None:
-    """Whatever the client puts before it; what is no JSON object calls nothing."""
+    """Whatever prefix the client adds; arguments that are no JSON object call nothing."""
     path, body = anthropic_ask('call broken {"a": }\ncall submit_handoff {"data": {"a": [1]}}', False, 0, True)
     body["tools"].append({"name": "mcp__council__submit_handoff", "input_schema": {"type": "object"}})
     heard = anthropic_read(post(server, path, body).raw, False)
@@ -516,7 +519,7 @@ def test_tool_of_a_server_is_called_by_its_own_name(server: ModelServer) -> None
 
 
 def test_codex_is_asked_for_an_unlisted_tool(server: ModelServer) -> None:
-    """It brings what its search finds. A server may have yet to start: the model searches again, but not for ever."""
+    """Codex runs its search. A server may still be starting: the model searches again, but not forever."""
     message = {"type": "message", "role": "user", "content": 'call submit_handoff {"a": 1}'}
     shell = {"type": "function", "name": "exec_command", "parameters": COMMAND}
     body: Json = {"model": "m", "stream": False, "input": [message], "tools": [shell, {"type": "tool_search"}]}
@@ -540,7 +543,7 @@ def test_codex_is_asked_for_an_unlisted_tool(server: ModelServer) -> None:
 
 
 def test_call_ids_are_unique_in_a_conversation(server: ModelServer) -> None:
-    """Not even where the same prompt comes again in a session that goes on."""
+    """Even if a resumed session repeats the same prompt."""
     path, body = anthropic_ask("run true", False, 0, True)
     ids = []
     for _ in range(3):
@@ -565,7 +568,7 @@ def test_call_ids_are_unique_in_a_conversation(server: ModelServer) -> None:
     ],
 )
 def test_paths_are_absolute_if_the_client_names_its_folder(server: ModelServer, told: str) -> None:
-    """Some tools take no others."""
+    """Some tools accept no relative paths."""
     path, body = anthropic_ask("write a.txt x", False, 0, True)
     body["system"] = [{"type": "text", "text": f"Words.\n{told}\nMore."}]
     ((_, arguments),) = anthropic_read(post(server, path, body).raw, False).calls
@@ -586,7 +589,7 @@ def test_codex_gets_a_patch(server: ModelServer) -> None:
 
 
 def test_codex_without_a_patch_tool_gets_a_command(server: ModelServer) -> None:
-    """The words that it is to run make the file; a list of them where the tool wants that."""
+    """The command creates the file; it is a list of words if the tool expects that."""
     listed = {"type": "object", "properties": {"command": {"type": "array", "items": {"type": "string"}}}}
     body = codex_tools({"type": "function", "name": "shell", "parameters": listed})
     ((name, arguments),) = responses_read(post(server, "/v1/responses", body).raw, True).calls
@@ -595,7 +598,7 @@ def test_codex_without_a_patch_tool_gets_a_command(server: ModelServer) -> None:
 
 
 def test_writing_command_writes(server: ModelServer, tmp_path: Any) -> None:
-    """With all that a shell would take for its own."""
+    """Including all characters that a shell interprets."""
     body = codex_tools({"type": "function", "name": "exec_command", "parameters": COMMAND})
     body["input"] = "write it's/c.txt x $HOME `id` \\n %s 'q' \"d\""
     ((_, arguments),) = responses_read(post(server, "/v1/responses", body).raw, True).calls
@@ -604,7 +607,7 @@ def test_writing_command_writes(server: ModelServer, tmp_path: Any) -> None:
 
 
 def test_codex_in_code_mode_gets_a_program(server: ModelServer) -> None:
-    """Its tools come in the conversation, and one of them runs programs that call the others."""
+    """Its tools are listed in the conversation, and one of them runs programs that call the others."""
     description = "Run JavaScript code to orchestrate/compose tool calls\n\n### `apply_patch`\nEdits.\n"
     program = {"type": "custom", "name": "exec", "description": description}
     namespace = {"type": "namespace", "name": "functions", "tools": [program]}
@@ -620,7 +623,7 @@ def test_codex_in_code_mode_gets_a_program(server: ModelServer) -> None:
 
 
 def test_local_shell_gets_words(server: ModelServer) -> None:
-    """It is a kind of item of its own."""
+    """It is a separate item type."""
     body = codex_tools({"type": "local_shell"}) | {"stream": False, "input": "run echo 'x y'"}
     (item,) = json.loads(post(server, "/v1/responses", body).raw)["output"]
     assert (item["type"], item["action"]["type"]) == ("local_shell_call", "exec")
@@ -628,7 +631,7 @@ def test_local_shell_gets_words(server: ModelServer) -> None:
 
 
 def test_required_arguments_of_a_tool_are_added(server: ModelServer) -> None:
-    """A description, a choice, a number: something of the right kind."""
+    """A description, a choice, a number: a value of the right type."""
     schema = {
         "type": "object",
         "properties": {
@@ -649,7 +652,7 @@ def test_required_arguments_of_a_tool_are_added(server: ModelServer) -> None:
 
 
 def test_ollama_bridge_can_parse_the_answer(server: ModelServer) -> None:
-    """A model without tools gives the files in the form that the bridge asks for; files shown to it are no scripts."""
+    """A model without tools returns files in the form that the bridge requests; shown files are no scripts."""
     shown = "```file README.md\nrun make\n  write shown.txt x\n```\n"
     messages = [
         {"role": "system", "content": EDIT_INSTRUCTIONS},
@@ -676,14 +679,14 @@ def test_ollama_generates(server: ModelServer, stream: bool) -> None:
     ],
 )
 def test_aider_gets_its_edit_formats(server: ModelServer, system: str, form: str) -> None:
-    """Whole files or blocks of differences, as its instructions say."""
+    """Whole files or diff blocks, as its instructions say."""
     messages = [{"role": "system", "content": system}, {"role": "user", "content": "write a.txt x y\nsay end"}]
     raw = post(server, "/v1/chat/completions", {"model": "m", "messages": messages}).raw
     assert chat_read(raw, False).text == f"{form}\n\nend"
 
 
 def test_aider_gets_a_diff_to_the_shown_file(server: ModelServer) -> None:
-    """Without, it would append to the file."""
+    """Otherwise it would append to the file."""
     messages = [
         {"role": "system", "content": "Every *SEARCH/REPLACE block* must"},
         {
@@ -703,7 +706,7 @@ def test_aider_gets_a_diff_to_the_shown_file(server: ModelServer) -> None:
     [("/v1/messages/count_tokens?beta=true", "input_tokens"), ("/v1beta/models/m:countTokens", "totalTokens")],
 )
 def test_tokens_are_counted(server: ModelServer, path: str, field: str) -> None:
-    """More words are more tokens, and no model was asked."""
+    """More words are more tokens, without a request to a model."""
     counts = [json.loads(post(server, path, {"messages": "x" * size}).raw)[field] for size in (100, 1000)]
     assert 0 < counts[0] < counts[1]
     assert {request.dialect for request in server.requests} == {None}
@@ -714,7 +717,7 @@ def test_tokens_are_counted(server: ModelServer, path: str, field: str) -> None:
     [("/v1/models", "data"), ("/v1beta/models", "models"), ("/api/tags", "models"), ("/api/version", "version")],
 )
 def test_lookups_are_answered(server: ModelServer, path: str, field: str) -> None:
-    """With something in them, on a connection that goes on."""
+    """With content, on a connection that stays open."""
     connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=30)
     connection.request("HEAD", "/")
     response = connection.getresponse()
@@ -725,26 +728,26 @@ def test_lookups_are_answered(server: ModelServer, path: str, field: str) -> Non
 
 
 def test_unknown_path_and_invalid_body_are_errors(server: ModelServer) -> None:
-    """And the server serves on."""
+    """The server continues to serve."""
     assert post(server, "/v1/embeddings", {}).status == 404
     assert post(server, "/v1/messages", {"messages": [3]}).status == 400
     assert hear(server, APIS[0], "say still there", True).text == "still there"
 
 
 def test_delay_delays(server: ModelServer) -> None:
-    """Each answer comes that much later."""
+    """Each answer is delayed by that time."""
     began = time.monotonic()
     hear(server, APIS[0], "delay 0.3\nsay x", True)
     assert time.monotonic() - began >= 0.3
 
 
 def served() -> list[threading.Thread]:
-    """Return the threads that answer requests in this process."""
+    """Return the threads of this process that answer requests."""
     return [thread for thread in threading.enumerate() if "process_request_thread" in thread.name]
 
 
 def test_delay_ends_with_the_client(server: ModelServer) -> None:
-    """Nothing waits on for a client that has gone away."""
+    """No thread waits for a disconnected client."""
     path, body = APIS[0].ask("delay 3600\nsay x", True, 0, True)
     raw = json.dumps(body).encode()
     address = urlsplit(server.url)
@@ -757,7 +760,7 @@ def test_delay_ends_with_the_client(server: ModelServer) -> None:
 
 
 def test_delay_ends_with_the_server() -> None:
-    """Its client sees the connection end, and no thread is left."""
+    """The client sees the connection close, and no thread is left."""
     before = set(served())
     ends: list[BaseException] = []
 
@@ -777,7 +780,7 @@ def test_delay_ends_with_the_server() -> None:
 
 
 def test_concurrent_conversations_are_separate(server: ModelServer) -> None:
-    """Each gets its own steps and its own failures."""
+    """Each has its own steps and failures."""
     statuses: dict[int, list[int]] = {}
 
     def converse(number: int) -> None:
@@ -793,7 +796,7 @@ def test_concurrent_conversations_are_separate(server: ModelServer) -> None:
 
 
 def test_program_serves_until_its_input_ends() -> None:
-    """It says where, and ends by itself."""
+    """It prints its address, and exits by itself."""
     argv = [sys.executable, "-m", "tests.model_server"]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
         assert program.stdin is not None

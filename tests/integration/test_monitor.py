@@ -1,4 +1,4 @@
-"""What a run at work does for its state by the clock, and what `council state health` and `compact` say and do."""
+"""Periodic maintenance of the state by an active run, and `council state health` and `compact`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LOCK, LATER = Key("lock", "a"), Key("lock", "b")
 
 @asynccontextmanager
 async def watched(store: Store, clock: ManualClock, folder: Path, retention: Retention) -> AsyncIterator[Ledger]:
-    """Have a run at work looked after."""
+    """Run the monitor of an active run."""
     run = run_document(folder).model_copy(update={"state": retention})
     await record_run(store, clock, run)
     ledger = await Ledger.take(store, clock, Redactor(()), make_orchestrators(store, clock, RUN), "off")
@@ -40,7 +40,7 @@ async def watched(store: Store, clock: ManualClock, folder: Path, retention: Ret
 
 
 async def events(store: Store, name: str, count: int, after: int = 0) -> list[Event]:
-    """Return the first so many events of a type."""
+    """Return the first events of a type, up to a number."""
     found: list[Event] = []
     with anyio.fail_after(60):
         async for record in store.watch(after):
@@ -51,21 +51,21 @@ async def events(store: Store, name: str, count: int, after: int = 0) -> list[Ev
 
 
 async def drive(clock: ManualClock, is_so: Callable[[], Awaitable[bool]]) -> None:
-    """Let hours pass until something is so, each once a sweep has ended: it does not rest then (`Monitor._repeat`)."""
+    """Advance the clock by hours until a condition is true, only between sweeps: `Monitor._repeat` is busy then."""
     with anyio.fail_after(60):
         while not await is_so():
             await pass_(clock, 3600.0)
 
 
 async def pass_(clock: ManualClock, seconds: float) -> None:
-    """Advance the clock so far that all that is done by it is due, and return when a sweep has ended."""
+    """Advance the clock until all periodic work is due, and return after the sweep."""
     clock.advance(seconds)
     await clock.wait_until_awaited(clock.monotonic() + SWEEP_INTERVAL)
 
 
 @pytest.fixture
 async def store(tmp_path: Path) -> AsyncIterator[tuple[FileStore, ManualClock]]:
-    """A store of small segments, and its clock."""
+    """Yield a store with small segments, and its clock."""
     clock = ManualClock(RUN_STARTED)
     async with FileStore.open(tmp_path / "state", clock, segment_bytes=2_000) as opened:
         yield opened, clock
@@ -74,7 +74,7 @@ async def store(tmp_path: Path) -> AsyncIterator[tuple[FileStore, ManualClock]]:
 async def test_expired_documents_are_removed_every_thirty_seconds(
     store: tuple[FileStore, ManualClock], tmp_path: Path
 ) -> None:
-    """It is deleted, with an event that names it; what has time left, or was given more, stays."""
+    """With an event that names them; unexpired and extended ones stay."""
     state, clock = store
     async with watched(state, clock, tmp_path, Retention()):
         await state.commit(Commit([Write(LOCK, 0, {"by": 1}, ttl=10), Write(LATER, 0, {}, ttl=1000)]))
@@ -90,7 +90,7 @@ async def test_expired_documents_are_removed_every_thirty_seconds(
 
 
 async def test_history_is_compacted_as_configured(store: tuple[FileStore, ManualClock], tmp_path: Path) -> None:
-    """By age and by size; how things stand stays, and an event says how far the log still goes back."""
+    """By age and by size; current documents stay, and an event has the new start of the log."""
     state, clock = store
     async with watched(state, clock, tmp_path, Retention(retention=3600.0, max_size=1_000_000)):
         for number in range(40):
@@ -113,7 +113,7 @@ async def test_history_is_compacted_as_configured(store: tuple[FileStore, Manual
 
 
 async def compacted(store: Store) -> Event:
-    """Return the newest event that tells of a compaction, once there is one."""
+    """Return the newest compaction event, once there is one."""
     with anyio.fail_after(60):
         while True:
             records = read_range(store, (await store.statistics()).first, await store.position())
@@ -124,9 +124,9 @@ async def compacted(store: Store) -> Event:
 
 
 async def test_endless_log_stays_within_its_size(store: tuple[FileStore, ManualClock], tmp_path: Path) -> None:
-    """However young all of it is, the log takes no more than it may, but for its newest segment.
+    """However young its commits are, the log stays within its limit, except for its newest segment.
 
-    What is written can't be packed to less than half of its size: so old records must go.
+    The content compresses to no less than half of its size, so old records have to go.
     """
     state, clock = store
     largest, noise = 20_000, random.Random(0)
@@ -145,7 +145,7 @@ async def test_endless_log_stays_within_its_size(store: tuple[FileStore, ManualC
 
 
 async def test_finding_is_recorded_once(store: tuple[FileStore, ManualClock], tmp_path: Path) -> None:
-    """A document that has grown too large, and damage; told anew only if it was well in between."""
+    """A document that has grown too large, and damage; recorded again only after a recovery."""
     state, clock = store
     big = {"text": "x" * LARGE_DOCUMENT_BYTES}
     async with watched(state, clock, tmp_path, Retention()):
@@ -172,14 +172,14 @@ async def test_finding_is_recorded_once(store: tuple[FileStore, ManualClock], tm
 
 
 async def warnings(store: Store) -> list[JsonObject]:
-    """Return what was recorded for people."""
+    """Return the warnings recorded for people."""
     records = [record async for record in read_range(store, 0, await store.position())]
     told = [one.data for record in records for one in record.events if one.type == "state.warning"]
-    return [one for one in told if one["about"] != "latency"]  # hours pass while something is committed
+    return [one for one in told if one["about"] != "latency"]  # hours pass between commits
 
 
 def test_health_of_a_running_run_has_no_findings(repository: Repository) -> None:
-    """All is told as well, with exit code 0, and a run's own events are not touched."""
+    """Everything is reported with exit code 0, and the run's own events stay unchanged."""
     path = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
     assert repository.council("run", str(path)).code == 0
     ended = repository.council("state", "health", "--json")
@@ -191,7 +191,7 @@ def test_health_of_a_running_run_has_no_findings(repository: Repository) -> None
 
 
 def test_health_reports_an_interrupted_run_and_damage(repository: Repository) -> None:
-    """With the exit code, and what to do."""
+    """With the exit code and the remedy."""
     path = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
     repository.council("run", str(path), failpoints="work.recorded=kill")
     ended = repository.council("state", "health", "--json")
@@ -209,7 +209,7 @@ def test_health_reports_an_interrupted_run_and_damage(repository: Repository) ->
 
 
 def test_health_names_a_silent_session(repository: Repository) -> None:
-    """It is at work, and has been silent for longer than it may."""
+    """It is running, and silent for longer than its limit."""
     busy = {"use": "command", "argv": ["sh", "-c", "while :; do date >now; sleep 0.1; done"]}
     task = {"id": "mute", "prompt": "-", "idle_timeout": "500ms", "attempts": 1}
     with repository.start("run", str(repository.configure([task], adapters={"busy": busy}))) as child:
@@ -227,7 +227,10 @@ def test_health_names_a_silent_session(repository: Repository) -> None:
 
 
 async def test_compact_command_compacts(repository: Repository) -> None:
-    """It takes what the newest run's file says unless told otherwise, and what went can't be looked at any more."""
+    """With the limits of the newest run's file unless options say otherwise.
+
+    Removed positions can't be read any more.
+    """
     path = repository.configure([{"id": "one", "prompt": "write one.txt 1"}], state={"retention": "off"})
     assert repository.council("run", str(path)).code == 0
     clock = ManualClock(RUN_STARTED)
@@ -236,7 +239,7 @@ async def test_compact_command_compacts(repository: Repository) -> None:
             await store.commit(Commit([Write(LATER, number, {"text": "x" * 200})]))
     kept = repository.council("state", "compact", "--json").result
     assert kept["first"] == 0
-    assert kept["after"] < kept["before"]  # it is packed
+    assert kept["after"] < kept["before"]  # it is compressed
     gone = repository.council("state", "compact", "--max-size", "1KB", "--json").result
     assert gone["first"] > 0
     refused = repository.council("state", "at", "1", "--json")

@@ -1,4 +1,4 @@
-"""Named locks between real processes: modes, owners, expiry, time-outs, and circles of waiters."""
+"""Named locks between real processes: modes, owners, expiry, timeouts, and deadlocks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from orchestrator.testing.clock import ManualClock
 from tests.hypothesis_settings import example_settings
 from tests.programs import run_python
 
-#: Takes a lock, says so, and keeps it until its standard input ends; then it may want another.
+#: Acquires a lock, reports it, and holds it until its standard input ends; may then acquire another.
 HOLDER = """
 import sys, anyio
 from pathlib import Path
@@ -53,7 +53,7 @@ anyio.run(main, *sys.argv[1:])
 
 @pytest.fixture
 async def locks(tmp_path: Path) -> AsyncIterator[NamedLocks]:
-    """The locks of a store in a folder."""
+    """Return the locks of a store in a folder."""
     async with FileStore.open(tmp_path / "state", SystemClock()) as store:
         yield NamedLocks(store, SystemClock())
 
@@ -68,7 +68,7 @@ def holder(folder: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
 
 
 async def test_readers_share_and_a_writer_is_exclusive(locks: NamedLocks, tmp_path: Path) -> None:
-    """Between processes; the error names the holder; who died holds nothing."""
+    """Between processes; the error names the holder, and a dead process holds nothing."""
     with holder(tmp_path, "ada", "deploy", "read") as reader:
         mine = await locks.acquire("deploy", mode="read", owner="bob", expiry=10)
         assert (mine.owner, mine.mode, mine.expires_at - mine.acquired_at) == ("bob", "read", 10)
@@ -88,7 +88,7 @@ async def test_readers_share_and_a_writer_is_exclusive(locks: NamedLocks, tmp_pa
 
 
 async def test_silent_owner_loses_its_lock_at_its_expiry() -> None:
-    """Whoever waits then has it; what it left is cleaned up."""
+    """The waiter gets it; the leftovers of the owner are cleaned up."""
     clock = ManualClock(1000.0)
     locks = NamedLocks(MemoryStore(clock), clock)
     first = await locks.acquire("a", owner="ada", expiry=10)
@@ -104,7 +104,7 @@ async def test_silent_owner_loses_its_lock_at_its_expiry() -> None:
 
 
 async def test_waiters_are_served_in_order_without_starving_a_writer(locks: NamedLocks) -> None:
-    """A reader that comes after a waiting writer waits behind it."""
+    """A reader that comes after a waiting writer waits for it."""
     had: list[str] = []
     first = await locks.acquire("a", mode="read", owner="r1")
 
@@ -124,7 +124,7 @@ async def test_waiters_are_served_in_order_without_starving_a_writer(locks: Name
 
 
 async def test_deadlock_of_two_processes_is_broken_immediately(locks: NamedLocks, tmp_path: Path) -> None:
-    """The one that began to wait last is refused, with the circle; the other gets what it waits for."""
+    """The last waiter is rejected with the cycle; the other one gets its lock."""
     with holder(tmp_path, "ada", "a", "write", "b") as theirs:
         mine = await locks.acquire("b", owner="bob", expiry=60)
         assert theirs.stdin is not None
@@ -143,7 +143,7 @@ async def test_deadlock_of_two_processes_is_broken_immediately(locks: NamedLocks
 @given(data=st.data())
 @example_settings(25, deadline=None)
 def test_no_deadlock_persists(data: st.DataObject) -> None:
-    """Owners take random locks in random orders and modes: each call ends long before its time-out."""
+    """Owners acquire random locks in random orders and modes: each call ends long before its timeout."""
     names = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["read", "write"])), min_size=1, max_size=3)
     plans = data.draw(st.lists(names.map(lambda plan: list({name: (name, mode) for name, mode in plan}.values())),
                                min_size=2, max_size=4))  # fmt: skip
@@ -165,7 +165,7 @@ def test_no_deadlock_persists(data: st.DataObject) -> None:
             for lock in held:
                 await locks.release(lock)
 
-        with anyio.fail_after(20):  # and nobody waited for its time-out
+        with anyio.fail_after(20):  # and no call reached its timeout
             async with anyio.create_task_group() as group:
                 for number, plan in enumerate(plans):
                     group.start_soon(one, f"o{number}", plan)
@@ -183,7 +183,7 @@ OWNERS = "abcdef"
     )
 )
 def test_exactly_the_cycles_are_found(graph: dict[str, tuple[int, set[str]]]) -> None:
-    """One who is in a circle finds one, nobody else does, and of each circle one has to give up."""
+    """Exactly the owners in a cycle find it, and one owner per cycle gives up."""
     waits = {owner: LockWait(float(since), "x", blockers) for owner, (since, blockers) in graph.items()}
     reach = {owner: set(wait.blockers) for owner, wait in waits.items()}
     for via, one, other in itertools.product(OWNERS, repeat=3):
@@ -201,7 +201,7 @@ def test_exactly_the_cycles_are_found(graph: dict[str, tuple[int, set[str]]]) ->
 
 
 async def test_unserializable_lock_is_rejected() -> None:
-    """A mode that is none, and times behind all dates; a lock of another program is named."""
+    """An unknown mode, and times out of range; a lock of another program is named."""
     store = MemoryStore(SystemClock())
     locks = NamedLocks(store, SystemClock())
     wrong: list[dict[str, Any]] = [

@@ -1,4 +1,4 @@
-"""A run is named in the same ways wherever one is: by its id, the beginning of it, or `latest`."""
+"""Every command accepts a run by its id, by a prefix of it, or as `latest`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OF_A_TASK = ["show models", "logs models", "salvage list", "checkpoint list", "s
 
 @pytest.fixture
 async def runs(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> Repository:
-    """A project with two runs that were made up."""
+    """Return a project with two made-up runs."""
     async with recorded_project(repository.top, monkeypatch) as store:
         clock = ManualClock(RUN_STARTED + 86400)
         await record_run(store, clock, run_document(repository.top, NEWER, clock.now()))
@@ -28,7 +28,7 @@ async def runs(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> Repos
 
 
 def test_every_command_about_a_run_accepts_the_option() -> None:
-    """`--run RUN`, with completion; where RUN is an argument, as another way to say the same."""
+    """`--run RUN`, with completion; if RUN is an argument, as an alternative to it."""
     named = {path: command for path, command in ALL.items() if any(one.name == "run" for one in command.params)}
     assert len(named) > 20
     for path, command in named.items():
@@ -41,7 +41,7 @@ def test_every_command_about_a_run_accepts_the_option() -> None:
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("words", OF_A_RUN)
 async def test_command_about_a_run_accepts_argument_and_option(runs: Repository, words: str) -> None:
-    """As the argument and as the option; the beginning of an id and `latest` will do."""
+    """By a prefix of its id and by `latest`."""
     command = words.split()
     by_id = runs.council(*command, RUN)
     assert "there is no run" not in by_id.stderr
@@ -57,7 +57,7 @@ async def test_command_about_a_run_accepts_argument_and_option(runs: Repository,
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("words", OF_A_TASK)
 async def test_command_about_a_part_of_a_run_accepts_the_option(runs: Repository, words: str) -> None:
-    """In the same ways."""
+    """By the same forms."""
     command = words.split()
     assert runs.council(*command, "--run", "20260102") == runs.council(*command, "--run", RUN)
     assert runs.council(*command, "--run", "latest") == runs.council(*command, "--run", NEWER)
@@ -66,7 +66,7 @@ async def test_command_about_a_part_of_a_run_accepts_the_option(runs: Repository
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("words", [*OF_A_RUN, *OF_A_TASK, "cancel", "resume", "work", "diff models", "usage"])
 async def test_unknown_run_suggests_the_nearest(runs: Repository, words: str) -> None:
-    """And one that several begin with to these."""
+    """An ambiguous prefix lists its matches."""
     wrong = runs.council(*words.split(), "--run", "20260102-030405-ab21")
     assert wrong.code == 2
     assert f"did you mean '{RUN}'?" in wrong.stderr

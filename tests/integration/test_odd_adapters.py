@@ -1,4 +1,4 @@
-"""What an adapter makes of its program's output may be anything: that is its tasks' matter, and no other's."""
+"""A faulty output parser of an adapter affects its own tasks only."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def council_register_adapters(register):
 
 
 async def test_error_of_an_adapter_fails_its_task_only(repository: Repository) -> None:
-    """What it raises, half characters and numbers that are none end no run: the other tasks land."""
+    """Exceptions, half characters and invalid numbers end no run: the other tasks land."""
     install_plugin(repository.top.parent, repository, "odd", _ODD)
     prompts = {name: f"echo {name} > {name}.txt; echo {name}" for name in ("raise", "fail", "go")}
     prompts["fail"] += "; exit 1"
@@ -67,7 +67,7 @@ async def test_error_of_an_adapter_fails_its_task_only(repository: Repository) -
     assert told["raise"]["reason"] == (
         "the adapter could not parse the output: OverflowError: int too large to convert to float"
     )
-    assert told["raise"]["branch"], "what it built is kept"
+    assert told["raise"]["branch"], "its work is kept"
     assert told["fail"]["reason"] == "cut in ?"
     assert (told["go"]["last_message"], told["go"]["cost"]) == ("end ?", None)
     await repository.assert_invariants()
@@ -81,7 +81,7 @@ async def test_error_of_an_adapter_fails_its_task_only(repository: Repository) -
     ],
 )
 def test_adapter_without_a_command_is_a_mistake_in_the_file(repository: Repository, command: str, told: str) -> None:
-    """It is told before anything starts, and not as a fault of ours."""
+    """It is reported before anything starts, and not as an internal error."""
     install_plugin(
         repository.top.parent,
         repository,
@@ -96,7 +96,7 @@ def test_adapter_without_a_command_is_a_mistake_in_the_file(repository: Reposito
 
 @pytest.mark.parametrize("number", ["9" * 400, "9" * 4200, "1e999", "NaN", "-1", "true", '"1"'])
 def test_meaningless_numbers_are_ignored(number: str) -> None:
-    """JSON's numbers have no end; what no float and no store takes is not known."""
+    """JSON numbers are unbounded; values that no float or store accepts are unknown."""
     claude = ClaudeCodeAdapter(ClaudeCodeOptions())
     spent = f'{{"type":"result","total_cost_usd":{number},"usage":{{"input_tokens":{number},"output_tokens":7}}}}'
     event = claude.parse(spent)[0]

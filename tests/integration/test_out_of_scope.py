@@ -1,4 +1,4 @@
-"""What a task changed is held against what it owned before it lands: it goes back, owns more, or may."""
+"""The ownership check before a landing: reject out-of-scope changes, extend the scope, or allow them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ def events(ended: CommandResult, event: str) -> list[dict[str, Any]]:
 
 
 async def test_out_of_scope_work_is_rejected_and_the_next_attempt_told(repository: Repository) -> None:
-    """It begins with what it did inside; all else is as it was, be it changed, new, gone, or a folder now."""
+    """It starts with the in-scope work.
+
+    Everything else is restored: changed, new or deleted files, and folders in place of files.
+    """
     repository.commit({"gone.txt": "x\n", "file": "x\n", "deep/er.txt": "x\n"}, "more")
     repository.remember()
     outside = ["append README.md evil", "write new.txt x", "delete gone.txt", "delete file", "write file/in x"]
@@ -58,7 +61,7 @@ async def test_out_of_scope_work_is_rejected_and_the_next_attempt_told(repositor
 
 
 async def test_repeated_out_of_scope_work_fails_and_is_preserved(repository: Repository) -> None:
-    """The last attempt's branch has it all; the reason names the paths."""
+    """The last attempt's branch has all of it; the reason names the paths."""
     ended = run(repository, {"id": "t", "prompt": "append README.md x", "owns": ["src/**"]}, attempts=2)
     (task,) = ended.result["tasks"]
     assert (task["status"], task["failure"], task["attempts"]) == ("failed", "out_of_scope", 2)
@@ -68,7 +71,7 @@ async def test_repeated_out_of_scope_work_fails_and_is_preserved(repository: Rep
 
 
 async def test_out_of_scope_task_does_not_affect_others(repository: Repository) -> None:
-    """Of three that are ready together two land; a name of a file can't get out of what it is told in."""
+    """Of three concurrent tasks two land; a file name can't break out of the report that quotes it."""
     tasks: list[dict[str, Any]] = [
         {"id": "a", "prompt": "write a.txt x", "owns": ["a.txt"]},
         {"id": "b", "prompt": "write c.txt x", "owns": ["b.txt"]},
@@ -80,13 +83,13 @@ async def test_out_of_scope_task_does_not_affect_others(repository: Repository) 
 
 
 async def test_task_without_owns_may_change_anything(repository: Repository) -> None:
-    """Nothing is held against a task that declared nothing."""
+    """A task without a declaration has no scope to check."""
     ended = run(repository, {"id": "t", "prompt": "append README.md x"}, on_out_of_scope="retry")
     assert ended.states == {"t": "landed"}, ended
 
 
 async def test_allow_lands_out_of_scope_work_and_reports_it_once(repository: Repository) -> None:
-    """Checks and all: the event names what was changed outside; a task may say otherwise than the defaults."""
+    """After its checks; the event names the out-of-scope changes, and a task may override the defaults."""
     tasks: list[dict[str, Any]] = [
         {"id": "free", "prompt": "append README.md x\nwrite src/a.txt x", "owns": ["src/**"]},
         {"id": "held", "prompt": "write b.txt x", "owns": ["docs/**"], "on_out_of_scope": "retry"},
@@ -99,7 +102,7 @@ async def test_allow_lands_out_of_scope_work_and_reports_it_once(repository: Rep
 
 
 async def test_extend_lands_unowned_paths(repository: Repository) -> None:
-    """The event names what the task owns from then on."""
+    """The event names the new owned paths."""
     task = {"id": "t", "prompt": "append README.md x", "owns": ["src/**"], "on_out_of_scope": "extend"}
     ended = run(repository, task)
     assert ended.states == {"t": "landed"}, ended
@@ -107,7 +110,7 @@ async def test_extend_lands_unowned_paths(repository: Repository) -> None:
 
 
 async def test_own_lock_does_not_extend_the_scope(repository: Repository) -> None:
-    """A session locks what its task does not own, and changes it: that is no way to land it."""
+    """A session locks and changes a path that its task does not own: the lock does not make it land."""
     adapter = {
         "use": "command",
         "argv": ["sh", "-c", "council lock ci.yaml && echo evil >ci.yaml && echo x >src/a.txt"],
@@ -124,7 +127,7 @@ async def test_own_lock_does_not_extend_the_scope(repository: Repository) -> Non
 @pytest.mark.extended
 @pytest.mark.parametrize("checks", [pytest.param([], marks=pytest.mark.slow), ["true"]])
 async def test_path_locked_by_another_session_waits_to_land(repository: Repository, checks: list[str]) -> None:
-    """Also the work of a task without `owns`: it lands onto the work of who had the lock, once that has ended."""
+    """Even without `owns`: it lands onto the work of the lock's owner, once that has ended."""
     held, freed = (repository.spawns.parent / name for name in ("held", "freed"))
     script = f"council lock README.md && touch {held}; until [ -e {freed} ]; do sleep 0.05; done; sed -i 1d README.md"
     holder = {"use": "command", "argv": ["sh", "-c", script], "writable": [str(held.parent)]}
@@ -158,7 +161,7 @@ async def test_path_locked_by_another_session_waits_to_land(repository: Reposito
 
 
 async def test_extend_accepts_any_file_name(repository: Repository) -> None:
-    """Also what no pattern can say; and nothing else of the run is held up by that."""
+    """Even names that no pattern can express; the rest of the run is not delayed."""
     program = repository.top.parent / "odd.py"
     names = {b"back\\slash", b"na\xefve", b"[star]*?", b"two\nlines"}
     program.write_text(f"for name in {names!r}: open(name, 'w').write('x')\n")
@@ -174,7 +177,7 @@ async def test_extend_accepts_any_file_name(repository: Repository) -> None:
 
 
 async def test_extend_rejects_too_many_paths(repository: Repository) -> None:
-    """As many as no record should have; the reason says how many would fit."""
+    """A record is bounded; the reason has the limit."""
     program = repository.top.parent / "many.py"
     program.write_text(f"for n in range({MAX_OWNED_PATTERNS + 1}): open(f'{{n}}.txt', 'w').write('x')\n")
     adapter = {"use": "command", "argv": [sys.executable, "-S", str(program)], "readable": [str(program.parent)]}
@@ -188,7 +191,7 @@ async def test_extend_rejects_too_many_paths(repository: Repository) -> None:
 
 
 def test_many_paths_are_shortened_in_the_report() -> None:
-    """A session may leave any number of files, and neither prompt nor record may grow with it; how many is said."""
+    """A session may leave any number of files; prompt and record stay bounded and contain the number."""
     escape = OwnershipViolation(tuple(f"node_modules/{'d' * 100}/{number}" for number in range(100_000)), ("src/**",))
     assert len(escape.render_feedback("mark")) < 100_000
     assert '"node_modules' in escape.render_feedback("mark")
@@ -199,7 +202,7 @@ def test_many_paths_are_shortened_in_the_report() -> None:
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("pattern", ["*.md", "other/**"])
 async def test_extend_rejects_paths_owned_by_another_session(repository: Repository, pattern: str) -> None:
-    """A live session of another run holds it: the reason says who. What it holds besides is in nobody's way."""
+    """A live session of another run owns it: the reason names it. Its other paths do not matter."""
     site = await find_run_repository(str(repository.top), is_url=False, environ=repository.environ)
     session = SessionName("another", "task", 1)
     async with FileStore.open(repository.log, SystemClock()) as store:
@@ -218,7 +221,7 @@ async def test_extend_rejects_paths_owned_by_another_session(repository: Reposit
 @pytest.mark.extended
 @pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 async def test_other_attempt_blocks_extend_only(repository: Repository, processes: int) -> None:
-    """Declared or locked, in the same process or another: `extend` goes back and says whose; `allow` lands."""
+    """Declared or locked, in the same process or another: `extend` rejects with the owner; `allow` lands."""
     held, freed = (repository.spawns.parent / name for name in ("held", "freed"))
     script = f"council lock README.md && touch {held}; until [ -e {freed} ]; do sleep 0.05; done; echo z >mine.txt"
     holder = {"use": "command", "argv": ["sh", "-c", script], "writable": [str(held.parent)]}
@@ -259,7 +262,7 @@ async def test_other_attempt_blocks_extend_only(repository: Repository, processe
 
 
 def test_lock_covers_a_replaced_path() -> None:
-    """A file or a link where a folder of the locked path would be, which need not be there yet."""
+    """A file or link in place of a parent folder of the locked path, which need not exist yet."""
     holding = PathOwnership(SessionName("r", "t", 1), (), 0.0, "o", 1).with_patterns(
         ["src/new/deep/x.py", "a[b]"], 1.0, is_lock=True
     )

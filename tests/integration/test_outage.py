@@ -1,4 +1,4 @@
-"""A store that can't be reached costs nothing but time, or is gone on without; what others did meanwhile counts."""
+"""An unreachable store costs only time, or the run continues without it; concurrent changes of others count."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def writing(key: Key, expected: int, value: JsonObject | None = None, *guards: G
 
 
 class Scene:
-    """A real store, the line to it, and what was told."""
+    """A real store, the connection to it, and the notices."""
 
     def __init__(self, folder: Path) -> None:
         self.real = MemoryStore(SystemClock())
@@ -52,7 +52,7 @@ class Scene:
         return found
 
     async def back(self) -> None:
-        """Mend the line, and wait until that is noticed."""
+        """Restore the connection, and wait until that is noticed."""
         self.told.clear()
         self.line.reconnect()
         await self.until_told("outage.ended")
@@ -70,7 +70,7 @@ class Scene:
         return None if found is None else found.value
 
     async def events(self) -> list[str]:
-        """Return the types of all events that the real store has."""
+        """Return the types of all events in the real store."""
         found: list[str] = []
         position = await self.real.position()
         if position:
@@ -83,12 +83,12 @@ class Scene:
 
 @pytest.fixture
 def scene(tmp_path: Path) -> Scene:
-    """One of them, with nothing in the store."""
+    """Yield a scene with an empty store."""
     return Scene(tmp_path / "outage")
 
 
 async def test_commits_wait_in_order_and_the_outage_is_reported_twice(scene: Scene) -> None:
-    """Once when it begins and once when it is over, however many wait."""
+    """Once at the start and once at the end, however many commits wait."""
     async with scene.opened("pause") as store:
         await store.commit(writing(A, 0))
         scene.line.cut()
@@ -111,7 +111,7 @@ async def test_commits_wait_in_order_and_the_outage_is_reported_twice(scene: Sce
 
 
 async def test_reads_and_followers_wait_too(scene: Scene) -> None:
-    """What is read then is what is there when it is over; who watches misses nothing and sees nothing twice."""
+    """Reads return the state after the outage; a follower misses nothing and sees nothing twice."""
     async with scene.opened("pause") as store:
         await store.commit(writing(A, 0))
         seen: list[int] = []
@@ -140,7 +140,7 @@ async def test_reads_and_followers_wait_too(scene: Scene) -> None:
 
 
 async def test_abandoned_wait_committed_nothing(scene: Scene) -> None:
-    """And holds nobody up who waits behind."""
+    """It does not block the commits behind it."""
     async with scene.opened("pause") as store:
         scene.line.cut()
         async with anyio.create_task_group() as group:
@@ -155,7 +155,7 @@ async def test_abandoned_wait_committed_nothing(scene: Scene) -> None:
 
 
 async def test_outage_during_the_final_report_does_no_harm(scene: Scene) -> None:
-    """Nobody hears of it any more."""
+    """No one receives the notice any more."""
     ended = anyio.Event()
 
     async def tell(_: TypedEvent) -> None:
@@ -177,7 +177,7 @@ async def test_outage_during_the_final_report_does_no_harm(scene: Scene) -> None
 
 
 async def test_commit_with_a_lost_answer_is_made_once(scene: Scene) -> None:
-    """It is known again by what it wrote; one that somebody else beat is refused as ever."""
+    """It is recognized by its content; one that another process has overtaken is rejected as usual."""
     async with scene.opened("pause") as store:
         scene.line.lost_answers = 1
         assert await store.commit(writing(A, 0)) == 1
@@ -199,7 +199,7 @@ async def test_commit_with_a_lost_answer_is_made_once(scene: Scene) -> None:
 
 
 class Emptied(MemoryStore):
-    """One that has lost what it had."""
+    """A store that has lost its content."""
 
     async def commit(self, commit: Commit) -> int:
         raise StateLost("there", "it is gone")
@@ -207,7 +207,7 @@ class Emptied(MemoryStore):
 
 @pytest.mark.parametrize("mode", ["pause", "continue"])
 async def test_lost_state_is_not_waited_for(tmp_path: Path, mode: Literal["pause", "continue"]) -> None:
-    """No waiting brings it back, and going on would hide it."""
+    """Waiting does not restore it, and continuing would hide the loss."""
 
     async def tell(event: TypedEvent) -> None:
         raise AssertionError(event)
@@ -219,13 +219,13 @@ async def test_lost_state_is_not_waited_for(tmp_path: Path, mode: Literal["pause
 
 @pytest.mark.parametrize("mode", ["pause", "continue"])
 async def test_full_disk_is_waited_for(tmp_path: Path, mode: Literal["pause", "continue"]) -> None:
-    """Also by what would go on, if its own place is there, too; nothing is lost once there is room."""
+    """Also in fork mode, if the fork's disk is full, too; nothing is lost once there is space."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)]
     mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
     if mounted.returncode:
-        pytest.skip(f"a small file system can't be mounted here: {mounted.stderr.strip()}")
+        pytest.skip(f"can't mount a small file system here: {mounted.stderr.strip()}")
     began = anyio.Event()
 
     async def tell(event: TypedEvent) -> None:
@@ -261,7 +261,7 @@ async def test_full_disk_is_waited_for(tmp_path: Path, mode: Literal["pause", "c
 
 
 async def test_work_continues_and_is_replayed_in_order(scene: Scene) -> None:
-    """Versions, values, events and guards; nothing is left of it on the disk."""
+    """Versions, values, events and guards; nothing of the fork is left on the disk."""
     async with scene.opened("continue") as store:
         await store.commit(writing(CLAIM, 0, {"epoch": 1}))
         assert await store.get(A) is None
@@ -289,7 +289,7 @@ async def test_work_continues_and_is_replayed_in_order(scene: Scene) -> None:
 
 
 async def test_concurrent_changes_of_others_count(scene: Scene) -> None:
-    """What builds on a claim that was theirs is refused, told, and whoever relied on it learns so; the rest stays."""
+    """Commits that rely on a claim of another process are rejected and reported; the rest stays."""
     async with scene.opened("continue") as store:
         await store.list("claim")
         await store.list("task")
@@ -307,7 +307,7 @@ async def test_concurrent_changes_of_others_count(scene: Scene) -> None:
         assert [await scene.value(key) for key in (CLAIM, A, B)] == [
             {"epoch": 1, "owner": "there"}, None, {"by": "here"},
         ]  # fmt: skip
-        # Their epoch has the same number, and yet the one that was had here is not theirs.
+        # Their epoch has the same number, yet it is not the epoch acquired here.
         with pytest.raises(LeaseLost):
             await store.commit(writing(A, 0, {"by": "here"}, Guard(CLAIM, 1)))
         with pytest.raises(VersionConflict):
@@ -320,7 +320,7 @@ async def test_concurrent_changes_of_others_count(scene: Scene) -> None:
 
 
 async def test_renewed_lease_is_valid_for_any_epoch(scene: Scene) -> None:
-    """Also one by an epoch that was had in vain while the store could not be reached."""
+    """Even for an epoch acquired in vain during the outage."""
     async with scene.opened("continue") as store:
         await store.list("claim")
         scene.line.cut()
@@ -336,7 +336,7 @@ async def test_renewed_lease_is_valid_for_any_epoch(scene: Scene) -> None:
 
 
 async def test_versions_of_the_fork_map_to_real_ones(scene: Scene) -> None:
-    """Where nobody here knew that the document had been there before, and been deleted."""
+    """If this process did not know that the document had existed and been deleted."""
     for commit in (writing(A, 0), writing(A, 1), Commit([Write(A, 2, None)])):
         await scene.real.commit(commit)
     async with scene.opened("continue") as store:
@@ -351,7 +351,7 @@ async def test_versions_of_the_fork_map_to_real_ones(scene: Scene) -> None:
 
 
 async def test_unseen_documents_are_unknown(scene: Scene) -> None:
-    """It may be there or not; what is new can be written all the same."""
+    """They may exist or not; new documents can still be written."""
     await scene.real.commit(writing(A, 0))
     async with scene.opened("continue") as store:
         scene.line.cut()
@@ -370,7 +370,7 @@ async def test_unseen_documents_are_unknown(scene: Scene) -> None:
 
 
 async def test_follower_sees_the_state_after_the_outage(scene: Scene) -> None:
-    """At the positions that it has there, and nothing twice."""
+    """At the positions of the real store, and nothing twice."""
     async with scene.opened("continue") as store:
         await store.list("task")
         await store.commit(writing(A, 0))
@@ -393,7 +393,7 @@ async def test_follower_sees_the_state_after_the_outage(scene: Scene) -> None:
 
 
 async def test_short_interruption_is_no_outage(scene: Scene) -> None:
-    """One failure is followed by another try, and a commit that was made by the first is known again."""
+    """A failure is retried, and a commit that the first try made is recognized."""
     async with scene.opened("continue") as store:
         scene.line.lost_answers = 1
         await store.commit(writing(A, 0))
@@ -403,7 +403,7 @@ async def test_short_interruption_is_no_outage(scene: Scene) -> None:
 
 
 async def test_commit_with_an_early_lost_answer_is_made_once(scene: Scene) -> None:
-    """It is made here, too, since nobody can know, and known again there."""
+    """The fork makes it, too, since its outcome is unknown, and recognizes it at the replay."""
     async with scene.opened("continue") as store:
         await store.list("task")
         scene.line.lost_answers = 1
@@ -453,7 +453,7 @@ anyio.run(main)
 
 
 async def test_fork_of_a_killed_process_is_replayed_by_the_next(tmp_path: Path) -> None:
-    """Nothing of it is lost; what that one had told before it was killed in turn is not told twice."""
+    """Nothing of it is lost; what it had replayed before it was killed is not replayed twice."""
     killed = subprocess.run([sys.executable, "-c", CRASH, str(tmp_path)], check=False, cwd=Path(__file__).parents[2])
     assert killed.returncode == -9
     clock = SystemClock()
@@ -464,7 +464,7 @@ async def test_fork_of_a_killed_process_is_replayed_by_the_next(tmp_path: Path) 
 
     async with FileStore.open(tmp_path / "state", clock) as real:
         assert await real.get(A) is None
-        # As if the next had been killed after the first of them.
+        # As if the next process had been killed after the first of them.
         await real.commit(Commit([Write(A, 0, {"n": 1})], [Event("done")]))
         for _ in range(2):
             async with survive_outages(real, "continue", clock, tmp_path / "outage", tell) as store:
@@ -477,7 +477,7 @@ async def test_fork_of_a_killed_process_is_replayed_by_the_next(tmp_path: Path) 
 
 
 async def test_fork_left_at_the_end_is_replayed_by_the_next(scene: Scene) -> None:
-    """Who ends while the store can't be reached says where it is; who lives and holds it is left alone."""
+    """A process that ends during an outage prints where the fork is; the fork of a live process is left alone."""
     async with scene.opened("continue") as store:
         await store.list("task")
         scene.line.cut()
@@ -491,7 +491,7 @@ async def test_fork_left_at_the_end_is_replayed_by_the_next(scene: Scene) -> Non
 
 
 async def test_internal_error_is_raised_unchanged(scene: Scene) -> None:
-    """In neither mode in a group."""
+    """In both modes, and not in an exception group."""
     modes: Sequence[Literal["pause", "continue"]] = ("pause", "continue")
     for mode in modes:
         with pytest.raises(StoreUnavailable, match="of another kind"):
@@ -505,7 +505,7 @@ async def test_internal_error_is_raised_unchanged(scene: Scene) -> None:
 async def test_store_failing_at_any_call_gets_each_commit_once(
     tmp_path: Path, mode: Literal["pause", "continue"], times: int, *, answers_are_lost: bool
 ) -> None:
-    """One failure is retried; several begin an outage. Lost answers of successful commits change nothing."""
+    """One failure is retried; several start an outage. Lost answers of successful commits change nothing."""
 
     async def ignore(_: TypedEvent) -> None:
         pass
@@ -514,7 +514,7 @@ async def test_store_failing_at_any_call_gets_each_commit_once(
         await store.commit(writing(CLAIM, 0, {"epoch": 1}))
         for number in range(3):
             await store.commit(writing(A, number, None, Guard(CLAIM, 1)))
-            with suppress(RefusedError):  # a fork does not know documents that were never read
+            with suppress(RefusedError):  # a fork does not know unread documents
                 await store.get(B)
                 await store.list("task", "r/")
         await store.commit(Commit([Write(CLAIM, 1, None)], [Event("done")]))

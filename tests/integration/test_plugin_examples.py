@@ -1,4 +1,4 @@
-"""The examples install as anybody's plugins would, pass their own tests, and do what the guide says."""
+"""The example plugins install like any plugin, pass their own tests, and do what the guide says."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from tests.sandboxes import needs_sandbox
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs/plugins.md").read_text()
 
-#: A paragraph that names a file, and the block behind it; or a block alone.
+#: A paragraph that names a file, and the block after it; or a block alone.
 _BLOCK = re.compile(r"(?:^`([^`\n]+)`:\n\n)?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment of its own, in which only what the tests install comes on top of what we have."""
+    """A virtual environment that adds the installed test packages to the current ones."""
 
     folder: Path
     variables: dict[str, str]
 
     def run(self, *command: str, cwd: Path) -> str:
-        """Run a command in it and return what it printed; it must end well."""
+        """Run a command in it and return its output; it must succeed."""
         done = subprocess.run(
             command,
             cwd=cwd,
@@ -45,13 +45,13 @@ class Environment:
         return done.stdout
 
     def install(self, source: Path) -> str:
-        """Build a wheel of a distribution and install it, from what is on this machine alone."""
+        """Build a wheel of a distribution and install it, offline."""
         return self.run("python", "-m", "pip", "install", "--quiet", str(source), cwd=self.folder)
 
 
 @pytest.fixture
 def environment(tmp_path: Path, environ: dict[str, str]) -> Environment:
-    """A new environment with `python`, `council` and all that is installed beside these tests."""
+    """Yield a new environment with `python`, `council` and all packages installed for these tests."""
     folder = tmp_path / "env"
     venv.create(folder, symlinks=True)
     paths = sysconfig.get_paths(vars={"base": str(folder), "platbase": str(folder)})
@@ -60,7 +60,7 @@ def environment(tmp_path: Path, environ: dict[str, str]) -> Environment:
     council = folder / "bin/council"
     council.write_text(f"#!{folder}/bin/python\nfrom orchestrator.cli.main import main\nmain()\n")
     council.chmod(0o755)
-    # No index is asked: what builds and what is needed is there already.
+    # No index is used: all build and run requirements are installed already.
     offline = {
         "PIP_NO_INDEX": "1",
         "PIP_NO_DEPS": "1",
@@ -74,7 +74,7 @@ def environment(tmp_path: Path, environ: dict[str, str]) -> Environment:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["plugin", "webhook"])
 def test_example_installs_as_a_wheel_and_passes_its_tests(environment: Environment, tmp_path: Path, name: str) -> None:
-    """Built, installed into an environment of its own, found by `council` there, and tested there."""
+    """Installed into a new environment, found by `council` there, and tested there."""
     source = tmp_path / name
     shutil.copytree(ROOT / "examples" / name, source, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     environment.install(source)
@@ -90,7 +90,7 @@ def test_example_installs_as_a_wheel_and_passes_its_tests(environment: Environme
 
 
 def test_guide_shows_the_examples_unchanged() -> None:
-    """What a reader types is what is tested and shipped."""
+    """The typed code equals the tested and shipped code."""
     shown = {name: text for name, _, text in _BLOCK.findall(GUIDE) if name.startswith("council-patch/")}
     assert len(shown) == 3
     for name, text in shown.items():
@@ -102,7 +102,7 @@ def test_guide_shows_the_examples_unchanged() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_guide_can_be_followed_literally(environment: Environment, tmp_path: Path) -> None:
-    """Each file is written, each command run in turn, and each piece of output seen."""
+    """Each file is written, each command run in turn, and each piece of output compared."""
     folder = tmp_path / "guide"
     folder.mkdir()
     said, kinds = "", []
@@ -113,7 +113,7 @@ def test_guide_can_be_followed_literally(environment: Environment, tmp_path: Pat
         elif kind == "text":
             assert all(line in said for line in text.splitlines()), said
         else:
-            assert name, f"where does this go?\n{text}"
+            assert name, f"unknown kind of block:\n{text}"
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
@@ -122,7 +122,7 @@ def test_guide_can_be_followed_literally(environment: Environment, tmp_path: Pat
 
 @pytest.mark.skipif(shutil.which("patch") is None, reason="patch(1) is not installed")
 async def test_unsuitable_patch_fails_after_one_attempt(repository: Repository) -> None:
-    """The example's verdict reaches the result, with what patch said; another that applies lands."""
+    """The example's verdict reaches the result, with the output of patch; a valid patch lands."""
     repository.environ["PYTHONPATH"] = str(ROOT / "examples/plugin")
     information = repository.top.parent / "site/council_patch-1.0.dist-info"
     information.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Plugins of others come in by one door; what is wrong with one is told, and costs nothing but the plugin."""
+"""Third-party plugins: a faulty one is reported and costs only itself."""
 
 from __future__ import annotations
 
@@ -62,19 +62,19 @@ _ECHO = ADAPTER + REGISTERS.format(kind="adapters", name="echo", type="Echo")
 
 @pytest.fixture
 def site(repository: Repository, tmp_path: Path) -> Path:
-    """A folder on the path of every process that the test starts."""
+    """Return a folder on the path of every process that the test starts."""
     folder = tmp_path / "site"
     folder.mkdir()
     repository.environ["PYTHONPATH"] = str(folder)
     return folder
 
 
-#: The adapters that come with the package.
+#: The shipped adapters.
 OURS = {"acp", "aider", "claude-code", "codex", "command", "gemini", "ollama", "opencode"}
 
 
 def _plugins(repository: Repository, *untrusted: Path, **environ: str) -> dict[str, Any]:
-    """Return what a process of its own finds."""
+    """Return the plugins that a separate process finds."""
     code = """
 import json, sys
 from pathlib import Path
@@ -98,7 +98,7 @@ print(json.dumps({
 
 
 def test_handoff_hooks_of_a_plugin_are_used(repository: Repository, site: Path) -> None:
-    """A model becomes a kind; a check that is added to one of ours is part of it."""
+    """A model becomes a kind; a check added to a built-in kind is part of it."""
     code = """
     from orchestrator.domain.workflow.handoff_kinds import HandoffValidator
     from orchestrator.domain.workflow.violations import Violation
@@ -148,7 +148,7 @@ print(json.dumps([
 
 
 async def test_invalid_plugins_are_reported_and_the_run_continues(repository: Repository, site: Path) -> None:
-    """Many kinds of broken plugins are each named with a reason; the run lands, and one that is whole is used."""
+    """Each kind of broken plugin is named with a reason; the run lands and uses the valid one."""
     for name, (code, _) in _BROKEN.items():
         install(site, name, code)
     install(site, "whole", _ECHO)
@@ -171,7 +171,7 @@ async def test_invalid_plugins_are_reported_and_the_run_continues(repository: Re
 
 
 async def test_skipped_plugin_is_named(repository: Repository, site: Path) -> None:
-    """A person reads which plugin is missing and why, in one line."""
+    """In one line, with the reason."""
     install(site, "broken", "raise ValueError('first line\\nsecond line')")
     ended = repository.council("run", str(repository.configure([{"id": "one", "prompt": "write one.txt 1"}])))
     assert "skipped the plugin 'broken' of broken 1.0: ValueError: first line second line\n" in ended.stdout
@@ -180,7 +180,7 @@ async def test_skipped_plugin_is_named(repository: Repository, site: Path) -> No
 
 
 def test_invalid_metadata_affects_no_other_plugin(repository: Repository, site: Path) -> None:
-    """An entry point that names no module, and a distribution that says neither its name nor its version."""
+    """An entry point that names no module, and a distribution without name or version."""
     install(site, "no-module", "x = 1", module="what is this?")
     install(site, "no-metadata", _ECHO)
     (site / "no_metadata-1.0.dist-info/METADATA").unlink()
@@ -192,7 +192,7 @@ def test_invalid_metadata_affects_no_other_plugin(repository: Repository, site: 
 
 
 def test_plugin_with_a_name_of_ours_is_skipped_completely(repository: Repository, site: Path) -> None:
-    """Ours stays, and nothing else that the other registers is there either."""
+    """The built-in plugin stays, and nothing else that the other registers is used."""
     install(site, "thief", _BROKEN["thief"][0])
     found = _plugins(repository)
     assert set(found["adapters"]) == OURS
@@ -200,7 +200,7 @@ def test_plugin_with_a_name_of_ours_is_skipped_completely(repository: Repository
 
 
 def test_first_of_two_plugins_with_one_name_is_used(repository: Repository, site: Path) -> None:
-    """Which of two is used does not hang on the order of installation."""
+    """Whatever the order of installation."""
     install(site, "zebra", _ECHO)
     install(site, "ant", _ECHO)
     found = _plugins(repository)
@@ -221,7 +221,7 @@ def test_first_of_two_plugins_with_one_name_is_used(repository: Repository, site
 def test_allowlist_selects_plugins_of_others(
     repository: Repository, site: Path, limit: str | None, expected: set[str]
 ) -> None:
-    """Unset all are, else those that it names; ours always are, and what is not named is not even imported."""
+    """Unset it allows all; built-in ones are always allowed, and excluded ones are not even imported."""
     for name in ("first", "second"):
         trace = f"open({str(site / name)!r} + '.imported', 'w').close()\n"
         install(site, name, trace + _ECHO.replace("'echo'", f"'{name}'"))
@@ -242,7 +242,7 @@ def test_allowlist_selects_plugins_of_others(
     ],
 )
 def test_nothing_in_the_repository_is_imported(repository: Repository, site: Path, where: str) -> None:
-    """What agents may have written there never runs as us: not as a plugin, nor in the place of one."""
+    """Agents may write there: it never runs as council, neither as a plugin nor in place of one."""
     trace = site / "trace"
     evil = f"open({str(trace)!r}, 'w').close()\n" + _ECHO
     top = repository.top
@@ -271,7 +271,7 @@ def test_nothing_in_the_repository_is_imported(repository: Repository, site: Pat
 
 
 def test_repository_named_by_a_file_is_not_imported(repository: Repository, site: Path, tmp_path: Path) -> None:
-    """Wherever the file lies, and wherever the command is given."""
+    """Wherever the file is, and wherever the command is run."""
     trace = site / "trace"
     install(repository.top, "evil", f"open({str(trace)!r}, 'w').close()\n" + _ECHO)
     repository.environ["PYTHONPATH"] = str(repository.top)
@@ -287,7 +287,7 @@ def test_repository_named_by_a_file_is_not_imported(repository: Repository, site
     "where", ["a distribution of our name", pytest.param("a package of our name", marks=pytest.mark.slow)]
 )
 def test_repository_can_not_impersonate_us(repository: Repository, site: Path, where: str) -> None:
-    """A distribution there with our name, and packages there with the names of ours, are not imported either."""
+    """A distribution named like ours, and packages named like ours, are not imported either."""
     trace = site / "trace"
     evil = f"open({str(trace)!r}, 'w').close()\n" + _ECHO
     if where == "a distribution of our name":
@@ -316,7 +316,7 @@ def test_repository_can_not_impersonate_us(repository: Repository, site: Path, w
 def test_adapter_of_a_skipped_plugin_is_explained_at_its_line(
     repository: Repository, site: Path, entry: str, code: str, limit: str | None, expected: str
 ) -> None:
-    """The mistake in the file says that the plugin was left out, and why."""
+    """The mistake in the file says that the plugin was skipped, and why."""
     install(site, "council-echo", code, entry=entry)
     if limit is not None:
         repository.environ["COUNCIL_PLUGINS"] = limit
@@ -333,7 +333,7 @@ def test_adapter_of_a_skipped_plugin_is_explained_at_its_line(
 
 
 async def test_resume_without_a_plugin_is_explained(repository: Repository, site: Path) -> None:
-    """An adapter that was there when the run began, and is left out now, is a refusal with the reason."""
+    """An adapter that was available at the start of the run and is skipped now is rejected with the reason."""
     module = install(site, "council-echo", _ECHO)
     config = repository.configure([{"id": "one", "prompt": "x"}], adapters={"e": {"use": "echo"}})
     repository.council("run", str(config), failpoints="run.seeded=kill")
@@ -376,7 +376,7 @@ def council_register_stores(register):
 
 
 def test_run_keeps_its_state_in_a_store_of_a_plugin(repository: Repository, site: Path) -> None:
-    """`COUNCIL_STATE` leads to a third party's store by its scheme, for all that a run does."""
+    """`COUNCIL_STATE` selects a third-party store by its scheme, for everything in a run."""
     install(site, "council-loud", _STORE)
     repository.environ["COUNCIL_STATE"] = "loud:somewhere"
     ended = repository.council("run", str(repository.configure([{"id": "one", "prompt": "write one.txt 1"}])))
@@ -389,7 +389,7 @@ def test_run_keeps_its_state_in_a_store_of_a_plugin(repository: Repository, site
 
 
 def test_plugin_store_local_paths_are_recorded_with_the_hub(repository: Repository, site: Path, tmp_path: Path) -> None:
-    """`council clean` then knows when the store is gone, as for a folder of state."""
+    """`council clean` then knows when the store is gone, as for a state folder."""
     install(site, "council-loud", _STORE)
     file = tmp_path / "loud.db"
     file.touch()
@@ -423,7 +423,7 @@ def test_shipped_stores_are_selected_by_url(repository: Repository, tmp_path: Pa
     ],
 )
 def test_unknown_store_lists_the_known_ones(repository: Repository, url: str, expected: str | None) -> None:
-    """An unknown scheme, or a URL that a store can't open, is bad input; an empty variable is none."""
+    """An unknown scheme or an unusable URL is a usage error; an empty variable is ignored."""
     repository.environ["COUNCIL_STATE"] = url
     ended = repository.council("run", str(repository.configure([{"id": "one", "prompt": "write one.txt 1"}])), "--json")
     if expected is None:

@@ -1,4 +1,4 @@
-"""Places are handed out whole, to one at a time, and nothing is left of whoever had them, or was killed."""
+"""A worktree slot has one owner at a time, and keeps nothing of its previous owner, even a killed one."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ MANY = 6
 
 @pytest.fixture(autouse=True)
 def any_file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Places are used again also where the tests' folder is in memory: nobody here writes through mappings."""
+    """Reuse slots even if the test folder is in memory: no test writes through mappings."""
     monkeypatch.setattr(pool_module, "detects_mmap_writes", lambda folder: True)
 
 
 @pytest.fixture
 async def yard(repository: Repository, tmp_path: Path, environ: dict[str, str]) -> HubFixture:
-    """A hub for a repository with a program, links, strange names, and a branch `other`."""
+    """Return a hub for a repository with a program, links, unusual names, and a branch `other`."""
     (repository.top / "run").write_text("#!/bin/sh\n")
     (repository.top / "run").chmod(0o755)
     (repository.top / "link").symlink_to("run")
@@ -56,7 +56,7 @@ async def yard(repository: Repository, tmp_path: Path, environ: dict[str, str]) 
 
 
 def files(tree: Path) -> dict[str, tuple[int, object]]:
-    """Return what is in a checkout."""
+    """Return the files of a checkout."""
     found: dict[str, tuple[int, object]] = {}
     for path in tree.rglob("*"):
         content = path.readlink() if path.is_symlink() else path.read_bytes() if path.is_file() else None
@@ -65,39 +65,39 @@ def files(tree: Path) -> dict[str, tuple[int, object]]:
 
 
 async def by_git(yard: HubFixture, branch: str, to: Path) -> dict[str, tuple[int, object]]:
-    """Return what git checks out."""
+    """Return the files that git checks out."""
     subprocess.run(["git", "clone", "-q", "-b", branch, str(yard.top), str(to)], check=True)
     shutil.rmtree(to / ".git")
     return files(to)
 
 
 async def settled(pool: SlotPool) -> None:
-    """Wait until nothing goes on in the background: all places are idle or handed out."""
+    """Wait until the background work is done: all slots are idle or in use."""
     with anyio.fail_after(30):
         while pool._is_making or pool._in_preparation or len(pool._held_slots) < pool._wanted:
             await anyio.sleep(0.01)
 
 
 async def idle(pool: SlotPool, count: int) -> None:
-    """Wait until so many are idle."""
+    """Wait until this many slots are idle."""
     with anyio.fail_after(30):
         while len(pool._idle) < count:
             await anyio.sleep(0.01)
 
 
 async def assert_no_leaks(yard: HubFixture) -> None:
-    """Every place is clean, or a session's that is there; nothing waits for deletion, and nobody holds a lock."""
+    """Every slot is clean or in use by a live session; nothing waits for deletion, and no lock is held."""
     for place in list_slots(yard.hub):
         assert read_record(place) is not None or read_slot_session(place) is not None, place
         assert not await place.lock.is_held(), place
     assert not list(yard.hub.trash.iterdir())
 
 
-# Handing out.
+# Acquisition.
 
 
 async def test_takers_get_distinct_slots(yard: HubFixture, tmp_path: Path) -> None:
-    """At once; each is what git checks out, git and the stamps find no difference, and all are taken back."""
+    """Concurrently; each equals git's checkout, git and the stamps find no difference, and all are released."""
     commit, expected = await yard.fetch(), await by_git(yard, "main", tmp_path / "clone")
     began = []
     async with yard.open() as pool:
@@ -125,7 +125,7 @@ async def test_takers_get_distinct_slots(yard: HubFixture, tmp_path: Path) -> No
 
 
 async def test_pool_that_ends_leaves_no_slot_of_unknown_state(yard: HubFixture) -> None:
-    """What is idle is there for the next; a place goes whose session another process has taken away."""
+    """Idle slots stay for the next pool; a slot whose session another process removed is deleted."""
     commit = await yard.fetch()
 
     async def be_fenced() -> None:
@@ -144,7 +144,7 @@ async def test_pool_that_ends_leaves_no_slot_of_unknown_state(yard: HubFixture) 
 
 
 async def test_warm_pool_creates_slots_ahead(yard: HubFixture) -> None:
-    """As many as are wanted, once it is known of which commit; also the last one, which others are copied from."""
+    """As many as configured, once the commit is known; including the last one, the source of copies."""
     commit = await yard.fetch()
     async with yard.open(warm=3) as pool:
         assert not list_slots(yard.hub)
@@ -158,7 +158,7 @@ async def test_warm_pool_creates_slots_ahead(yard: HubFixture) -> None:
 
 
 async def test_slot_keeps_its_path_and_moves_to_a_commit(yard: HubFixture, tmp_path: Path) -> None:
-    """One place serves both branches in turn, as git checks them out, whatever the session did before."""
+    """One slot serves both branches in turn, as git checks them out, whatever the session did before."""
     commits = {branch: await yard.fetch(branch) for branch in ("main", "other")}
     expected = {branch: await by_git(yard, branch, tmp_path / branch) for branch in commits}
     async with yard.open(places=1) as pool:
@@ -176,7 +176,7 @@ async def test_slot_keeps_its_path_and_moves_to_a_commit(yard: HubFixture, tmp_p
 
 
 async def test_number_of_slots_is_limited(yard: HubFixture) -> None:
-    """Those that wait go on as soon as one comes back, and waiting costs next to nothing."""
+    """Waiters continue as soon as a slot is released, and waiting costs almost nothing."""
     commit = await yard.fetch()
     out, most = 0, 0
     async with yard.open(places=2) as pool:
@@ -199,7 +199,7 @@ async def test_number_of_slots_is_limited(yard: HubFixture) -> None:
 
 
 async def test_waiting_does_not_spin(yard: HubFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no more may be made, whether that has changed is looked at twice a second."""
+    """If no more may be created, the limit is checked again twice a second."""
     commit, looks = await yard.fetch(), 0
     counted = SlotPool._measure_counted
 
@@ -219,7 +219,7 @@ async def test_waiting_does_not_spin(yard: HubFixture, monkeypatch: pytest.Monke
 
 
 async def test_bytes_are_limited(yard: HubFixture) -> None:
-    """Of places of one size as many are made as fit; what another run left makes room, and what it uses does not."""
+    """As many slots of equal size are created as fit; leftovers of another run are removed, used ones are not."""
     commit = await yard.fetch()
 
     async def furnish(checkout: HeldSlot, _: str) -> tuple[str, ...]:
@@ -244,17 +244,17 @@ async def test_bytes_are_limited(yard: HubFixture) -> None:
 
 
 async def test_impossible_limit_is_reported(yard: HubFixture) -> None:
-    """Instead of waiting for ever."""
+    """Instead of waiting forever."""
     async with yard.open(places=0) as pool:
         with anyio.fail_after(30), pytest.raises(RefusedError):
             await yard.begin(pool, "task", await yard.fetch())
 
 
-# What gets in the way.
+# Obstacles.
 
 
 async def test_file_in_the_way_of_a_move_discards_the_slot(yard: HubFixture, tmp_path: Path) -> None:
-    """A kept file that is tracked by the next commit: another place is made, and what it has is the commit's."""
+    """The next commit tracks a kept file: a new slot is created with the content of the commit."""
     main, other = await yard.fetch(), await yard.fetch("other")
     async with yard.open(SlotOptions(keep=KeepRules((("wanted.o", ""),)))) as pool:
         worktree, checkout = await yard.begin(pool, "first", main)
@@ -276,7 +276,7 @@ async def test_file_in_the_way_of_a_move_discards_the_slot(yard: HubFixture, tmp
 
 
 async def test_files_no_longer_ignored_are_removed(yard: HubFixture, repository: Repository) -> None:
-    """A kept folder goes where the next commit does not ignore it."""
+    """A kept folder is removed if the next commit does not ignore it."""
     main = await yard.fetch()
     repository.commit({".gitignore": "*.o\n"}, "no cache")
     newer = await yard.fetch()
@@ -291,7 +291,7 @@ async def test_files_no_longer_ignored_are_removed(yard: HubFixture, repository:
 
 
 async def test_kept_files_of_an_adapter_are_its_own(yard: HubFixture) -> None:
-    """What is kept for sessions of one is not seen by those of another, nor by checks; what is for all is."""
+    """Sessions of other adapters and checks do not see them; files kept for all are shared."""
     commit = await yard.fetch()
     async with yard.open(SlotOptions(keep=KeepRules((("one.o", "one"), ("cache", "")))), places=1) as pool:
         seen = list[tuple[bool, bool]]()
@@ -307,7 +307,7 @@ async def test_kept_files_of_an_adapter_are_its_own(yard: HubFixture) -> None:
 
 
 async def test_setup_files_stay_or_the_slot_is_discarded(yard: HubFixture) -> None:
-    """It is made once; where a session changed it, the next one has a new place."""
+    """Setup runs once; after a session changed its files, the next session gets a new slot."""
     commit, made = await yard.fetch(), 0
 
     async def furnish(checkout: HeldSlot, _: str) -> tuple[str, ...]:
@@ -333,7 +333,7 @@ async def test_setup_files_stay_or_the_slot_is_discarded(yard: HubFixture) -> No
 
 
 async def test_failed_setup_is_reported_to_the_waiters(yard: HubFixture) -> None:
-    """Once each, and nothing is left; the next one tries again."""
+    """Once each, and nothing is left; the next acquisition tries again."""
     is_broken = True
 
     async def furnish(checkout: HeldSlot, _: str) -> tuple[str, ...]:
@@ -351,7 +351,7 @@ async def test_failed_setup_is_reported_to_the_waiters(yard: HubFixture) -> None
 
 
 async def test_file_system_without_change_times_is_handled(yard: HubFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every place is used once: also where its clock is not ours, and where setup has made something."""
+    """Every slot is used once: also if its clock differs, and if setup has created files."""
     commit = await yard.fetch()
 
     async def furnish(checkout: HeldSlot, _: str) -> tuple[str, ...]:
@@ -376,7 +376,7 @@ async def test_file_system_without_change_times_is_handled(yard: HubFixture, mon
 
 
 async def test_acquisition_may_be_cancelled(yard: HubFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While it waits, and while a place is brought to another commit: nothing is lost, and the next one gets it."""
+    """While it waits, and while a slot is switched to another commit: the next taker gets it."""
     main, other = await yard.fetch(), await yard.fetch("other")
     move, moving = reset.move_slot, anyio.Event()
 
@@ -405,7 +405,7 @@ async def test_acquisition_may_be_cancelled(yard: HubFixture, monkeypatch: pytes
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("seed", [0, 1, 2, *(pytest.param(more, marks=pytest.mark.slow) for more in range(3, 8))])
 async def test_takers_cancelled_at_any_moment_lose_nothing(yard: HubFixture, seed: int) -> None:
-    """Of many some give up at a random moment; the others go on, and nothing is lost."""
+    """Some of many takers give up at a random point; the others continue."""
     commits, chance = [await yard.fetch(), await yard.fetch("other")], random.Random(seed)
     async with yard.open(places=3, warm=2) as pool:
 
@@ -430,7 +430,7 @@ async def test_takers_cancelled_at_any_moment_lose_nothing(yard: HubFixture, see
 
 
 async def test_next_pool_continues_with_the_slots(yard: HubFixture) -> None:
-    """Places that a closed pool left are used again, but for one that was changed in between, which goes."""
+    """Slots of a closed pool are reused, except for one that was changed since."""
     commit = await yard.fetch()
     async with yard.open(warm=3) as pool:
         pool.warm(commit)
@@ -455,7 +455,7 @@ async def test_next_pool_continues_with_the_slots(yard: HubFixture) -> None:
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("damage", ["record.json", "stamps.json", "tree"])
 async def test_damaged_slots_are_not_used(yard: HubFixture, damage: str) -> None:
-    """Half a record, or no checkout: the place is thrown away."""
+    """A partial record or a missing checkout: the slot is deleted."""
     commit = await yard.fetch()
     async with yard.open(warm=1) as pool:
         pool.warm(commit)
@@ -474,7 +474,7 @@ async def test_damaged_slots_are_not_used(yard: HubFixture, damage: str) -> None
 
 
 async def test_preserved_session_keeps_its_slot(yard: HubFixture) -> None:
-    """It counts for nothing, no pool touches it, and removing the session takes the place away, too."""
+    """It does not count, no pool touches it, and removing the session removes the slot, too."""
     commit = await yard.fetch()
     async with yard.open(places=1) as pool:
         worktree, checkout = await yard.begin(pool, "kept", commit)
@@ -491,7 +491,7 @@ async def test_preserved_session_keeps_its_slot(yard: HubFixture) -> None:
 
 
 async def test_two_pools_of_one_hub_share_the_limits(yard: HubFixture) -> None:
-    """Neither touches what the other has, idle or in use; what one does not use makes room for the other."""
+    """Neither touches the slots of the other, idle or in use; unused capacity of one is available to the other."""
     commit = await yard.fetch()
     async with yard.open(places=3, warm=2) as one, yard.open(places=3, warm=2) as two:
         one.warm(commit)
@@ -513,7 +513,7 @@ async def test_two_pools_of_one_hub_share_the_limits(yard: HubFixture) -> None:
 
 
 def worker(repository: Repository, *arguments: object, failpoints: str = "") -> subprocess.Popen[str]:
-    """Start a process with a pool of its own."""
+    """Start a process with its own pool."""
     env = {**repository.environ, "PYTHONPATH": str(WORKER.parents[2])}
     home = repository.top.parent / "council-home"
     return subprocess.Popen(
@@ -527,21 +527,21 @@ def worker(repository: Repository, *arguments: object, failpoints: str = "") -> 
 
 @pytest.fixture
 async def plain(repository: Repository, tmp_path: Path, environ: dict[str, str]) -> HubFixture:
-    """A hub for a repository with two branches of the same files."""
+    """Return a hub for a repository with two branches of the same files."""
     repository.git("branch", "other")
     repository.commit({"src/app.py": "changed\n"}, "second")
     return await HubFixture.of(repository.top, tmp_path / "council-home", environ)
 
 
 def forget_sessions(yard: HubFixture) -> None:
-    """Do what a recovery does once it has saved what sessions of a killed run left, and no command of that lives."""
+    """Do what a recovery does after it has salvaged the sessions of a killed run with no command left."""
     until_free(yard)
     for worktree in worktrees.list_worktrees(yard.hub, "run1", None):
         worktrees._remove(worktree)
 
 
 def until_free(yard: HubFixture) -> None:
-    """Wait for the commands of a killed process, which hold the locks of places until they have ended."""
+    """Wait for the commands of a killed process, which hold the slot locks until they end."""
     wait_for(lambda: not any(anyio.run(place.lock.is_held) for place in list_slots(yard.hub)))
 
 
@@ -551,7 +551,7 @@ def until_free(yard: HubFixture) -> None:
     [pytest.param(one, marks=() if one in {"slot.moved", "worktree.created"} else pytest.mark.slow) for one in STEPS],
 )
 async def test_slot_of_a_dead_process_is_reused(plain: HubFixture, repository: Repository, step: str) -> None:
-    """Killed at any step: the next pool throws away what nobody can vouch for, keeps sessions' places, and works."""
+    """Killed at any step: the next pool deletes slots of unknown state and keeps those of sessions."""
     before = worker(repository, 4, 2, "before", 2)
     _, errors = before.communicate(timeout=60)
     assert before.returncode == 0, errors
@@ -571,7 +571,7 @@ async def test_slot_of_a_dead_process_is_reused(plain: HubFixture, repository: R
 
 
 async def _many(yard: HubFixture, repository: Repository, total: int) -> None:
-    """Two processes at once hand places out until it is enough; most are killed at a random moment."""
+    """Acquire slots in two concurrent processes until the count is reached; kill most at a random point."""
     chance, handed = random.Random(total), 0
     while handed < total:
         children = [worker(repository, max(100, total // 10), 16, f"{handed}-{side}", 6) for side in range(2)]
@@ -599,19 +599,19 @@ async def _many(yard: HubFixture, repository: Repository, total: int) -> None:
 @pytest.mark.extended
 @pytest.mark.timeout(600)
 async def test_two_processes_killed_sometimes_lose_nothing(plain: HubFixture, repository: Repository) -> None:
-    """Of some dozen hand-outs none fails, nothing is left, and memory does not grow."""
+    """Of some dozen acquisitions none fails, nothing is left, and memory does not grow."""
     await _many(plain, repository, 60)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 async def test_ten_thousand_assignments_leave_nothing(plain: HubFixture, repository: Repository) -> None:
-    """The same, far longer."""
+    """The same test, far longer."""
     await _many(plain, repository, 10_000)
 
 
 def test_session_folder_is_created_while_its_neighbour_is_removed(tmp_path: Path) -> None:
-    """Whoever leaves removes the run's folder if nothing else is in it, at any moment."""
+    """A leaving session removes the run's folder if it is empty, at any time."""
     run, over = tmp_path / "sessions" / "run", threading.Event()
 
     def leave() -> None:
@@ -633,7 +633,7 @@ def test_session_folder_is_created_while_its_neighbour_is_removed(tmp_path: Path
 async def test_requested_slot_is_waited_for_while_it_is_cleaned(
     yard: HubFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A conversation goes on in its own folder alone, and not in another that is clean already."""
+    """A conversation continues in its own folder only, not in another clean one."""
     main = await yard.fetch()
     clean, begun, may_end = reset.clean_slot, anyio.Event(), anyio.Event()
 
@@ -658,7 +658,7 @@ async def test_requested_slot_is_waited_for_while_it_is_cleaned(
 
 
 async def let_go_once(pool: SlotPool, may_end: anyio.Event) -> None:
-    """Let the cleaning end as soon as somebody waits for a place."""
+    """Let the cleanup end as soon as a taker waits for a slot."""
     while not pool._waiting:
         await anyio.sleep(0.01)
     may_end.set()

@@ -1,4 +1,4 @@
-"""Names and ports of places: stable, free, and never those of two places, whoever races and whoever is killed."""
+"""Names and ports of worktree slots: stable, free and unique, despite races and killed processes."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.system.clock import SystemClock
 
 WORKER = Path(__file__).with_name("lease_worker.py")
-SPAN = 1000  # as the worker has it
+SPAN = 1000  # as in the worker
 PATIENCE = 60  # seconds
 HOST = socket.gethostname()
 
 
 @pytest.fixture
 def ports() -> range:
-    """Ports that nothing uses, and other tests that run beside this one don't look at."""
+    """Return ports that nothing uses, and that concurrent tests do not probe."""
     for step in range(18):
         first = 11000 + SPAN * ((os.getpid() + step) % 18)
         if not ports_in_use(range(first, first + SPAN)):
             return range(first, first + SPAN)
-    pytest.skip("no thousand ports in a row are free")
+    pytest.skip("no thousand consecutive ports are free")
 
 
 @pytest.fixture(params=["memory", "file"])
 async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
-    """Both stores of one machine."""
+    """Return both stores of one machine."""
     if request.param == "memory":
         yield MemoryStore(SystemClock())
     else:
@@ -69,19 +69,19 @@ async def opened(state: Path) -> AsyncIterator[Store]:
 
 
 def make_place(home: Path, number: int, hub: str = "repo-0123456789ab") -> Path:
-    """Make the folder of a place."""
+    """Create the folder of a slot."""
     place = home / hub / "slots" / str(number)
     place.mkdir(parents=True)
     return place
 
 
 def leases_of(store: Store, ports: range, count: int = 3) -> PortLeases:
-    """Lease from the ports of this test."""
+    """Return leases from the ports of this test."""
     return PortLeases(store, SystemClock(), count, ports=ports)
 
 
 async def lease_all(leases: PortLeases, places: Sequence[Path]) -> dict[Path, PortLease]:
-    """Lease for all places side by side."""
+    """Lease for all slots concurrently."""
     found: dict[Path, PortLease] = {}
 
     async def work(place: Path) -> None:
@@ -94,32 +94,32 @@ async def lease_all(leases: PortLeases, places: Sequence[Path]) -> dict[Path, Po
 
 
 async def recorded(store: Store) -> dict[int, str]:
-    """Return what the store says: the place that has each port."""
+    """Return the recorded slot of each port."""
     documents = await store.list("ports", f"{HOST}/")
     return {int(one.key.id.rpartition("/")[2]): one.value["slot"] for one in documents}
 
 
 def expected(found: dict[Path, PortLease]) -> dict[int, str]:
-    """Return what the store should say."""
+    """Return the expected content of the store."""
     return {port: str(place) for place, lease in found.items() for port in lease.ports}
 
 
 def assert_disjoint(blocks: Sequence[Sequence[int]], count: int) -> None:
-    """Each block has `count` ports in a row, and none is in two."""
+    """Check that each block has `count` consecutive ports, and that no port is in two."""
     assert all(list(block) == list(range(block[0], block[0] + count)) for block in blocks)
     assert len(set(chain(*blocks))) == count * len(blocks)
 
 
 @contextmanager
 def listening(port: int, address: str = "127.0.0.1") -> Iterator[socket.socket]:
-    """Be a server on a port."""
+    """Listen on a port within the body."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.create_server((address, port), family=family) as server:
         yield server
 
 
 async def test_slot_has_a_name_and_ports_in_its_environment(store: Store, ports: range, tmp_path: Path) -> None:
-    """Both are told by variables; the name is fit for hosts, databases and Compose projects, and nobody else's."""
+    """By variables; the name is valid for hosts, databases and Compose projects, and unique."""
     places = [make_place(tmp_path, 7), make_place(tmp_path, 7, "other"), make_place(tmp_path, 12345678901234567890)]
     found = await lease_all(leases_of(store, ports), places)
     lease = found[places[0]]
@@ -137,7 +137,7 @@ async def test_slot_has_a_name_and_ports_in_its_environment(store: Store, ports:
 
 
 async def test_lease_lasts_as_long_as_its_slot(ports: range, tmp_path: Path) -> None:
-    """Asked again, later and from a store that was opened anew, a place has what it had; nothing more is recorded."""
+    """A repeated lease, even from a reopened store, returns the same and records nothing more."""
     home = tmp_path / "home"
     places = [make_place(home, number) for number in range(4)]
     async with opened(tmp_path / "state") as store:
@@ -149,7 +149,7 @@ async def test_lease_lasts_as_long_as_its_slot(ports: range, tmp_path: Path) -> 
 
 
 async def test_slot_without_ports_has_only_a_name(store: Store, ports: range, tmp_path: Path) -> None:
-    """Where no ports are wanted none are taken, and what was had before is given back; the name stays."""
+    """Earlier ports are released; the name stays."""
     place = make_place(tmp_path, 1)
     before = await leases_of(store, ports).lease(place)
     lease = await leases_of(store, ports, 0).lease(place)
@@ -159,7 +159,7 @@ async def test_slot_without_ports_has_only_a_name(store: Store, ports: range, tm
 
 
 async def test_slots_of_two_projects_and_hubs_share_nothing(ports: range, tmp_path: Path) -> None:
-    """Two stores know nothing of each other; the home knows of both, also of a hub with a hidden name."""
+    """The stores are separate; the home knows both, also a hub with a hidden name."""
     ours, theirs = MemoryStore(SystemClock()), MemoryStore(SystemClock())
     tight = ports[:12]
     first = await lease_all(leases_of(ours, tight, 1), [make_place(tmp_path, number) for number in range(6)])
@@ -173,7 +173,7 @@ async def test_slots_of_two_projects_and_hubs_share_nothing(ports: range, tmp_pa
 
 
 async def test_block_is_chosen_under_the_lock_of_the_home(store: Store, ports: range, tmp_path: Path) -> None:
-    """While another process chooses, nothing is looked at and nothing written; afterwards what it took is seen."""
+    """While another process chooses, nothing is probed or written; afterwards its choice is visible."""
     tight = ports[:6]
     ours, theirs = make_place(tmp_path, 1), make_place(tmp_path, 2)
     found: dict[Path, PortLease] = {}
@@ -194,7 +194,7 @@ async def test_block_is_chosen_under_the_lock_of_the_home(store: Store, ports: r
 
 
 async def test_two_homes_of_one_store_share_nothing(store: Store, ports: range, tmp_path: Path) -> None:
-    """Where runs of one store race from different homes, the store takes only one of them at its word for each port."""
+    """Runs of one store race from different homes: the store accepts only one of them for each port."""
     tight = ports[:16]
     places = [make_place(tmp_path / home, number) for number in range(8) for home in ("a", "b")]
     found = await lease_all(leases_of(store, tight, 1), places)
@@ -205,7 +205,7 @@ async def test_two_homes_of_one_store_share_nothing(store: Store, ports: range, 
 
 
 async def test_blocks_of_different_sizes_never_overlap(store: Store, ports: range, tmp_path: Path) -> None:
-    """Another number of ports is another block; what was had before is free for others."""
+    """Another number of ports is another block; the earlier one becomes free."""
     places = [make_place(tmp_path, number) for number in range(6)]
     await lease_all(leases_of(store, ports), places)
     larger = await lease_all(leases_of(store, ports, 5), places[:3])
@@ -217,7 +217,7 @@ async def test_blocks_of_different_sizes_never_overlap(store: Store, ports: rang
 
 
 async def test_ports_outside_of_the_range_are_released(store: Store, ports: range, tmp_path: Path) -> None:
-    """Where the range has changed, a place gets a block of the new one."""
+    """After a change of the range a slot gets a block of the new one."""
     place = make_place(tmp_path, 1)
     await leases_of(store, ports[:500]).lease(place)
     lease = await leases_of(store, ports[500:]).lease(place)
@@ -229,7 +229,7 @@ async def test_ports_outside_of_the_range_are_released(store: Store, ports: rang
 async def test_port_taken_by_another_program_replaces_the_block(
     store: Store, ports: range, tmp_path: Path, address: str
 ) -> None:
-    """The next time that the place is handed out it has another block, and is told why; then that one stays."""
+    """At the next acquisition of the slot, with the reason; the new block stays."""
     place = make_place(tmp_path, 1)
     leases = leases_of(store, ports)
     before = await leases.lease(place)
@@ -237,7 +237,7 @@ async def test_port_taken_by_another_program_replaces_the_block(
         try:
             stack.enter_context(listening(before.ports[1], address))
         except OSError:
-            pytest.skip(f"nothing can listen on {address} here")
+            pytest.skip(f"can't listen on {address} here")
         after = await leases.lease(place)
         assert after.lost == (before.ports[1],)
         assert after.name == before.name
@@ -247,7 +247,7 @@ async def test_port_taken_by_another_program_replaces_the_block(
 
 
 async def test_port_in_use_is_never_leased(store: Store, ports: range, tmp_path: Path) -> None:
-    """A block is made of ports that nobody listens on, whatever is around it; without one it is refused."""
+    """A block has only ports without a listener; without such a block the lease is rejected."""
     place = make_place(tmp_path, 1)
     with ExitStack() as stack:
         for port in (ports[2], ports[6], ports[8]):
@@ -260,7 +260,7 @@ async def test_port_in_use_is_never_leased(store: Store, ports: range, tmp_path:
 
 
 def test_block_search_wraps_around(ports: range) -> None:
-    """Wherever the search begins, it finds the one block that is left, and only whole ones."""
+    """Wherever the search starts, it finds the one free block, and only whole ones."""
     taken = {*ports[:4], *ports[7:10]}
     assert {find_free_block(ports[:10], 3, begin, taken) for begin in range(20)} == {ports[4:7]}
     assert find_free_block(ports[:10], 4, 0, taken) is None
@@ -268,12 +268,12 @@ def test_block_search_wraps_around(ports: range) -> None:
 
 
 def test_port_in_time_wait_is_free(ports: range) -> None:
-    """A server that has ended leaves connections to the kernel, which is in nobody's way who sets SO_REUSEADDR."""
+    """Connections of a closed server in TIME_WAIT do not block a server that sets SO_REUSEADDR."""
     port = ports[0]
     with listening(port) as server, socket.create_connection(("127.0.0.1", port)) as client:
         peer, _ = server.accept()
         assert ports_in_use(ports[:3]) == (port,)
-        peer.close()  # first, so that TIME_WAIT is on the server's side
+        peer.close()  # first, so that the server's side is in TIME_WAIT
         assert client.recv(1) == b""
     with socket.socket() as strict, pytest.raises(OSError, match="in use"):
         strict.bind(("127.0.0.1", port))
@@ -281,7 +281,7 @@ def test_port_in_time_wait_is_free(ports: range) -> None:
 
 
 async def test_released_lease_is_gone(store: Store, ports: range, tmp_path: Path) -> None:
-    """Released before its folder is deleted or after, or twice: others can have the ports, and keep them."""
+    """Released before its folder is deleted or after, or twice: the ports are free for others."""
     tight = ports[:3]
     leases = leases_of(store, tight)
     first, second = make_place(tmp_path, 1), make_place(tmp_path, 2)
@@ -298,7 +298,7 @@ async def test_released_lease_is_gone(store: Store, ports: range, tmp_path: Path
 
 
 async def test_lease_without_documents_is_completed(store: Store, ports: range, tmp_path: Path) -> None:
-    """A process killed between the file and the store's commit: the place keeps its ports, the store learns of it."""
+    """A process killed between the file and the commit: the slot keeps its ports, the store records them."""
     place = make_place(tmp_path, 1)
     before = await leases_of(MemoryStore(SystemClock()), ports).lease(place)
     assert await leases_of(store, ports).lease(place) == before
@@ -306,7 +306,7 @@ async def test_lease_without_documents_is_completed(store: Store, ports: range, 
 
 
 async def test_documents_without_a_slot_are_taken_over(store: Store, ports: range, tmp_path: Path) -> None:
-    """Of places that are gone, that lost their file, or that have other ports by now."""
+    """Of slots that are deleted, that lost their file, or that have other ports now."""
     tight = ports[:3]
     gone, bare, moved = (make_place(tmp_path / "old", number) for number in range(3))
     old = await lease_all(leases_of(store, tight, 1), [gone, bare, moved])
@@ -322,7 +322,7 @@ async def test_documents_without_a_slot_are_taken_over(store: Store, ports: rang
 
 
 async def test_ports_of_a_live_slot_are_not_taken_over(store: Store, ports: range, tmp_path: Path) -> None:
-    """A file that names the ports of a place of another home, as its copy or a lost race leaves it, proves nothing."""
+    """A file that names the ports of a slot of another home, as a copy or a lost race leaves it, is no proof."""
     ours, theirs = make_place(tmp_path / "a", 1), make_place(tmp_path / "b", 1)
     leases = leases_of(store, ports)
     before = await leases.lease(theirs)
@@ -331,7 +331,7 @@ async def test_ports_of_a_live_slot_are_not_taken_over(store: Store, ports: rang
     lease = await leases.lease(ours)
     assert lease.lost == before.ports
     assert not set(lease.ports) & set(before.ports)
-    (ours / "lease.json").write_text(json.dumps(content))  # a copy as it is
+    (ours / "lease.json").write_text(json.dumps(content))  # an unchanged copy
     again = await leases.lease(ours)
     assert again.lost == ()
     assert not set(again.ports) & set(before.ports)
@@ -340,7 +340,7 @@ async def test_ports_of_a_live_slot_are_not_taken_over(store: Store, ports: rang
 
 
 async def test_stale_leases_are_found_and_removed(store: Store, ports: range, tmp_path: Path) -> None:
-    """Only those of this host whose places are gone; one that was taken over meanwhile stays."""
+    """Only those of this host whose slots are gone; a reclaimed one stays."""
     places = [make_place(tmp_path, number) for number in range(3)]
     leases = leases_of(store, ports)
     found = await lease_all(leases, places)
@@ -361,7 +361,7 @@ async def test_stale_leases_are_found_and_removed(store: Store, ports: range, tm
 
 
 async def test_damaged_lease_is_recorded_again(ports: range, tmp_path: Path) -> None:
-    """A document that can't be read says nothing; what the places say counts."""
+    """An unreadable document is ignored; the slots decide."""
     home, state = tmp_path / "home", tmp_path / "state"
     place = make_place(home, 1)
     async with opened(state) as store:
@@ -377,7 +377,7 @@ async def test_damaged_lease_is_recorded_again(ports: range, tmp_path: Path) -> 
 
 
 async def test_unreadable_home_is_not_an_empty_one(store: Store, ports: range, tmp_path: Path) -> None:
-    """Where the machine refuses to say what others have, nothing is given."""
+    """If the leases of others can't be read, none is given."""
     place = make_place(tmp_path / "home", 1)
     other = make_place(tmp_path / "home", 2)
     (other / "lease.json").symlink_to("lease.json")
@@ -391,13 +391,13 @@ Worker = subprocess.Popen[str]
 
 @pytest.fixture
 def start() -> Iterator[ExitStack]:
-    """Keep workers that are gone when the test is."""
+    """Yield a starter of workers, which are killed at the end of the test."""
     with ExitStack() as stack:
         yield stack
 
 
 def start_worker(stack: ExitStack, *arguments: object) -> Worker:
-    """Start a worker, which is killed at the test's end if it is still there."""
+    """Start a worker that is killed at the end of the test."""
     argv = [sys.executable, str(WORKER), *map(str, arguments)]
     worker = stack.enter_context(subprocess.Popen(argv, stdout=subprocess.PIPE, text=True))
     stack.callback(worker.kill)
@@ -405,7 +405,7 @@ def start_worker(stack: ExitStack, *arguments: object) -> Worker:
 
 
 def finish(worker: Worker) -> dict[Path, tuple[int, ...]]:
-    """Wait for a worker's good end; return what each of its places had in the end."""
+    """Wait until a worker succeeds; return the final ports of each of its slots."""
     output, _ = worker.communicate(timeout=PATIENCE)
     assert worker.returncode == 0
     return {Path(place): tuple(block) for place, block in map(json.loads, output.splitlines())}
@@ -415,7 +415,7 @@ def finish(worker: Worker) -> dict[Path, tuple[int, ...]]:
 async def test_processes_get_distinct_blocks(
     start: ExitStack, ports: range, tmp_path: Path, stores: int, count: int
 ) -> None:
-    """Processes with eight places each, of one project or of two in one home, all at once and several times."""
+    """Processes with eight slots each, of one project or of two in one home, concurrently and repeatedly."""
     home = tmp_path / "home"
     workers = []
     for number in range(count):
@@ -438,7 +438,7 @@ async def test_processes_get_distinct_blocks(
 
 @pytest.mark.parametrize("rounds", [1, pytest.param(3, marks=pytest.mark.slow)])
 async def test_killed_processes_leave_no_overlap(start: ExitStack, ports: range, tmp_path: Path, rounds: int) -> None:
-    """Killed anywhere in its work, a process leaves leases that others work around, and what is stale can be found."""
+    """Killed at any point, a process leaves leases that others avoid, and stale ones can be found."""
     chance, home, state = random.Random(1), tmp_path / "home", tmp_path / "state"
     places = [make_place(home, number) for number in range(12)]
     for _ in range(rounds):

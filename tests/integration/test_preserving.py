@@ -1,4 +1,4 @@
-"""A preserved worktree is no trap: whatever git a person runs in it, no program of the agent's runs."""
+"""A preserved worktree is safe: no git command of the user there runs a program of the agent."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ COMMANDS = ("status", "diff", "log", "fetch", "branch", "stash", "st", "add --al
 
 
 def run_git(folder: Path, environ: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run git as a person does, with the output of a pager."""
+    """Run git as a user does, with the output of a pager."""
     return subprocess.run(
         ["git", "--paginate", *arguments], cwd=folder, env=environ, capture_output=True, text=True, check=False
     )
 
 
 class Agent:
-    """What an agent does in its worktree, with a program of its own that leaves a trace."""
+    """The actions of an agent in its worktree, with a program that leaves a trace."""
 
     def __init__(self, tree: Path, trace: Path, environ: Mapping[str, str]) -> None:
         self.tree, self.trace, self.environ = tree, trace, environ
@@ -37,7 +37,7 @@ class Agent:
         subprocess.run(["git", *arguments], cwd=folder, env=self.environ, check=True, capture_output=True)
 
     def arm(self, git_dir: Path, **core: str) -> None:
-        """Have a repository run the program whatever is done in it."""
+        """Configure a repository to run the program on every git command."""
         for name in ("post-commit", "pre-commit", "post-index-change", "reference-transaction", "pre-auto-gc"):
             hook = git_dir / "hooks" / name
             hook.parent.mkdir(exist_ok=True)
@@ -51,7 +51,7 @@ class Agent:
             config.write(f"[core]\n{lines}{more}")
 
     def repository(self, folder: Path, *options: str) -> Path:
-        """Make a repository with a commit and a file that differs from it."""
+        """Create a repository with a commit and a modified file."""
         folder.mkdir(parents=True, exist_ok=True)
         self.git(folder, "init", "--quiet", *options)
         (folder / "a.txt").write_text("a\n")
@@ -63,14 +63,14 @@ class Agent:
 
 
 def own(agent: Agent, worktree: Worktree) -> list[Path]:
-    """The configuration of the git directory that the session was given."""
+    """Arm the configuration of the session's own git directory."""
     agent.arm(worktree.git_dir)
     (agent.tree / "sub").mkdir()
     return [agent.tree, agent.tree / "sub"]
 
 
 def replaced(agent: Agent, worktree: Worktree) -> list[Path]:
-    """A repository in the place of the file `.git`."""
+    """Replace the file `.git` by a repository."""
     (agent.tree / ".git").unlink()
     agent.repository(agent.tree)
     agent.arm(agent.tree / ".git")
@@ -78,7 +78,7 @@ def replaced(agent: Agent, worktree: Worktree) -> list[Path]:
 
 
 def nested(agent: Agent, worktree: Worktree) -> list[Path]:
-    """A repository below, also one whose name has a newline in it, in a folder that is closed."""
+    """Add nested repositories, one with a newline in its name, in a folder without permissions."""
     folders = [agent.repository(agent.tree / name) for name in ("lib", "a\nb/c")]
     for folder in folders:
         agent.arm(folder / ".git")
@@ -87,7 +87,7 @@ def nested(agent: Agent, worktree: Worktree) -> list[Path]:
 
 
 def by_file(agent: Agent, worktree: Worktree) -> list[Path]:
-    """A file `.git` that names a repository outside of the worktree."""
+    """Let the file `.git` name a repository outside of the worktree."""
     outside = agent.repository(agent.trace.parent / "outside")
     agent.arm(outside / ".git", worktree=str(agent.tree / "module"))
     (agent.tree / "module").mkdir()
@@ -97,7 +97,7 @@ def by_file(agent: Agent, worktree: Worktree) -> list[Path]:
 
 
 def by_link(agent: Agent, worktree: Worktree) -> list[Path]:
-    """A link `.git` to a repository that has another name."""
+    """Replace `.git` by a link to a repository with another name."""
     real = agent.repository(agent.tree / "real")
     agent.arm(real / ".git")
     (real / ".git").rename(agent.tree / "real/data")
@@ -107,7 +107,7 @@ def by_link(agent: Agent, worktree: Worktree) -> list[Path]:
 
 
 def bare(agent: Agent, worktree: Worktree) -> list[Path]:
-    """A folder that git takes for a bare repository, with a work tree."""
+    """Add a folder that git recognizes as a bare repository with a work tree."""
     source = agent.repository(agent.tree / "source")
     (source / ".git").rename(agent.tree / "innocent")
     agent.arm(agent.tree / "innocent", bare="false", worktree=str(agent.tree))
@@ -115,7 +115,7 @@ def bare(agent: Agent, worktree: Worktree) -> list[Path]:
 
 
 def of_worktree(agent: Agent, worktree: Worktree) -> list[Path]:
-    """The git directory of a linked worktree, which has neither objects nor refs but says where they are."""
+    """Add the git directory of a linked worktree, which has no objects or refs but names their location."""
     source = agent.repository(agent.tree / "source")
     agent.git(source, "worktree", "add", "--quiet", str(agent.tree / "other"))
     agent.arm(source / ".git")
@@ -131,7 +131,7 @@ def of_worktree(agent: Agent, worktree: Worktree) -> list[Path]:
 async def test_git_in_a_preserved_worktree_runs_no_program_of_the_agent(
     repository: Repository, tmp_path: Path, attack: Callable[[Agent, Worktree], list[Path]]
 ) -> None:
-    """Neither at the top nor anywhere below; and all content is still there."""
+    """Neither at the top nor in any subfolder; all content is kept."""
     yard = await HubFixture.of(repository.top, tmp_path / "hubs", repository.environ)
     base, trace = await yard.fetch(), tmp_path / "trace"
     async with yard.open() as pool:
@@ -154,7 +154,7 @@ async def test_git_in_a_preserved_worktree_runs_no_program_of_the_agent(
 async def test_git_in_a_preserved_worktree_shows_the_changes_of_the_session(
     repository: Repository, tmp_path: Path
 ) -> None:
-    """It is at that commit, with files that were changed, added and deleted; what was disabled is named."""
+    """HEAD is its commit, with changed, added and deleted files; disabled configuration is named."""
     yard = await HubFixture.of(repository.top, tmp_path / "hubs", repository.environ)
     base = await yard.fetch()
     async with yard.open() as pool:
@@ -165,7 +165,7 @@ async def test_git_in_a_preserved_worktree_shows_the_changes_of_the_session(
         agent = Agent(worktree.tree, tmp_path / "trace", repository.environ)
         agent.repository(worktree.tree / "lib")
         told = await preserve(yard.git, worktree, base)
-        assert await preserve(yard.git, worktree, base) is None  # a process that was killed is followed by another
+        assert await preserve(yard.git, worktree, base) is None  # another process follows a killed one
         status = run_git(worktree.tree, repository.environ, "status", "--porcelain").stdout.splitlines()
         assert {" M README.md", " D src/app.py", "?? new.txt", "?? lib/"} <= set(status)
         assert "+changed" in run_git(worktree.tree, repository.environ, "diff").stdout
@@ -189,7 +189,7 @@ async def test_disabled_configuration_is_reported(repository: Repository, tmp_pa
 
 
 def test_worktree_deeper_than_path_max_is_disarmed(tmp_path: Path) -> None:
-    """And a link to a folder outside is not followed."""
+    """A link to a folder outside is not followed."""
     tree, outside = tmp_path / "tree", tmp_path / "outside"
     tree.mkdir()
     outside.mkdir()

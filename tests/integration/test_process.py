@@ -1,4 +1,4 @@
-"""The door through which processes start, tried with real programs."""
+"""Subprocess execution with real programs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ENV = {"PATH": os.defpath}
 
 
 async def test_command_gets_exactly_the_given_environment_and_input() -> None:
-    """Nothing of our own environment reaches a command, and what it writes and returns comes back."""
+    """Nothing of our environment reaches the command; its output and exit code are returned."""
     done = await process.run(["sh", "-c", "cat; env >&2; exit 3"], env={"PATH": os.defpath, "X": "1"}, input=b"\xff\0")
     assert (done.returncode, done.stdout) == (3, b"\xff\0")
     assert set(done.stderr.split()) - {b"PWD=" + os.fsencode(Path.cwd()), b"_=/usr/bin/env", b"SHLVL=0"} == {
@@ -30,28 +30,27 @@ async def test_command_gets_exactly_the_given_environment_and_input() -> None:
 
 
 async def test_streamed_command_gets_its_input_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However long it takes."""
     monkeypatch.setattr(process, "_IDLE_POLL_SECONDS", 0.05)
-    data = bytes(1 << 20)  # more than a pipe takes
+    data = bytes(1 << 20)  # more than a pipe buffer
     done = await process.run(["sh", "-c", "sleep 0.3; cat"], env={"PATH": os.defpath}, input=data)
     assert done.stdout == data
 
 
 async def test_command_without_input_reads_nothing() -> None:
-    """A command that asks something fails at once instead of waiting for the terminal."""
+    """A command that asks a question fails at once instead of waiting for the terminal."""
     done = await process.run(["sh", "-c", "read answer || echo nobody"], env=ENV, timeout=20)
     assert done.stdout == b"nobody\n"
 
 
 async def test_command_runs_in_its_own_session(tmp_path: Path) -> None:
-    """A Ctrl-C in our terminal does not reach it, and it starts in the folder that was asked for."""
+    """Ctrl-C in our terminal does not reach it, and it starts in the given folder."""
     code = "import os; print(os.getsid(0) == os.getpid(), os.getcwd())"
     done = await process.run([sys.executable, "-ISc", code], env=ENV, cwd=tmp_path)
     assert done.stdout.decode().split() == ["True", str(tmp_path.resolve())]
 
 
 async def test_only_kept_descriptors_reach_the_command(tmp_path: Path) -> None:
-    """A descriptor goes to the command if it is named, and no other does, even an inheritable one."""
+    """No other descriptor does, even an inheritable one."""
     kept, other = (os.open(tmp_path / name, os.O_RDWR | os.O_CREAT) for name in ("kept", "other"))
     os.set_inheritable(other, True)
     code = (
@@ -68,7 +67,7 @@ async def test_only_kept_descriptors_reach_the_command(tmp_path: Path) -> None:
 
 
 async def test_slow_command_is_killed_with_its_group(tmp_path: Path) -> None:
-    """The timeout ends the command and what it runs, even if that holds the pipe, and says so."""
+    """The timeout ends the command and its children, even if those hold the pipe."""
     pid_file = tmp_path / "pid"
     script = f"sleep 300 & echo $! > {pid_file}; wait"
     began = time.monotonic()
@@ -78,7 +77,7 @@ async def test_slow_command_is_killed_with_its_group(tmp_path: Path) -> None:
     wait_for(lambda: not _lives(int(pid_file.read_text())), 10)
 
 
-#: Leaves a process that is stopped in a group of its own, and waits for it.
+#: Leaves a stopped process in a process group of its own, and waits for it.
 FROZEN = "setsid -w sh -c 'echo $$ > pid.new; mv pid.new pid; kill -STOP $$' & wait"
 
 
@@ -86,7 +85,7 @@ FROZEN = "setsid -w sh -c 'echo $$ > pid.new; mv pid.new pid; kill -STOP $$' & w
 async def test_command_with_a_stopped_process_is_killed_completely(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody would ever let it go on; without that, whoever waits for it would wait for ever."""
+    """Nothing would resume it: a waiter would wait forever."""
     monkeypatch.setattr(process, "STOPPED_TIMEOUT", 0.5)
     with pytest.raises(TimeoutError, match=r"killed: it was stopped for \d+ s"):
         await process.run(["sh", "-c", FROZEN], env=ENV, cwd=tmp_path)
@@ -95,7 +94,7 @@ async def test_command_with_a_stopped_process_is_killed_completely(
 
 @pytest.mark.extended
 async def test_idle_command_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes no processor time at all; one that takes some is left alone."""
+    """It uses no processor time; a busy one is left alone."""
     monkeypatch.setattr(process, "IDLE_TIMEOUT", 3.0)
     with pytest.raises(TimeoutError, match=r"killed: it did nothing for \d+ s"):
         await process.run(["sleep", "60"], env=ENV)
@@ -113,7 +112,7 @@ HOLDER = (
 )
 
 
-#: Runs a command that holds a lock, and another one when it is told to.
+#: Runs a command that holds a lock, and on request another one.
 HOLDER_OF_TWO = (
     "import anyio, os, sys\nfrom pathlib import Path\nfrom orchestrator.system.file_lock import FileLock\n"
     "from orchestrator.system.process import run\n"
@@ -128,7 +127,7 @@ HOLDER_OF_TWO = (
 
 @pytest.mark.parametrize("is_replaced", [False, True])
 async def test_frozen_command_does_not_outlive_its_starter(tmp_path: Path, is_replaced: bool) -> None:
-    """It and all that it started is killed, its lock is free; a keeper that replaces a killed one knows it, too."""
+    """It and its children are killed and its lock is free; a replaced keeper process knows it, too."""
     with subprocess.Popen([sys.executable, "-c", HOLDER_OF_TWO, f"sleep 1; {FROZEN}"], cwd=tmp_path) as starter:
         wait_for((tmp_path / "pid").exists)
         if is_replaced:
@@ -145,7 +144,7 @@ async def test_frozen_command_does_not_outlive_its_starter(tmp_path: Path, is_re
 
 
 async def test_active_command_finishes_after_its_starter(tmp_path: Path) -> None:
-    """A push that is killed half done would leave a checkout to repair; its lock is held until it has ended."""
+    """A half-done push would leave a checkout to repair; its lock is held until it has ended."""
     slow = "echo > started; sleep 2; echo > finished"
     with subprocess.Popen([sys.executable, "-c", HOLDER, slow], cwd=tmp_path) as starter:
         wait_for((tmp_path / "started").exists)
@@ -155,7 +154,7 @@ async def test_active_command_finishes_after_its_starter(tmp_path: Path) -> None
 
 
 async def test_cancellation_does_not_interrupt_a_command(tmp_path: Path) -> None:
-    """A cancelled caller waits for a command that runs: half a git command is worse than a late stop."""
+    """A cancelled caller waits for a running command: an interrupted git command is worse than a late stop."""
     script = "echo > started; while [ ! -e go ]; do sleep 0.01; done; echo > finished"
     async with anyio.create_task_group() as group:
         group.start_soon(lambda: process.run(["sh", "-c", script], env=ENV, cwd=tmp_path, timeout=60))
@@ -167,13 +166,13 @@ async def test_cancellation_does_not_interrupt_a_command(tmp_path: Path) -> None
 
 
 async def test_missing_program_is_an_error() -> None:
-    """What can't be started is told from what fails."""
+    """It is distinguished from a failing program."""
     with pytest.raises(FileNotFoundError, match="no-such-program"):
         await process.run(["no-such-program"], env=ENV)
 
 
 async def test_spawned_program_exchanges_data_while_it_runs() -> None:
-    """What is written to it arrives at once, and both its outputs come through one pipe."""
+    """Input arrives at once, and both outputs come through one pipe."""
     child = await process.spawn(["sh", "-c", "read a; echo got $a >&2"], env=ENV, cwd=Path("/"))
     assert child.stdin is not None
     assert child.stdout is not None

@@ -1,4 +1,4 @@
-"""Files that git does not track come into worktrees from the user's checkout, and never into commits."""
+"""Untracked files of the user's checkout are provided to worktrees, and never committed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COPIED = (".env", "config/local.yaml", "vendor/a b*[c]")
 
 @dataclass
 class Place:
-    """A worktree with what it was given, and the commands of the agent in it."""
+    """A worktree with its provided files, and the agent's commands in it."""
 
     git: Git
     worktree: Worktree
@@ -45,22 +45,22 @@ class Place:
         return self.worktree.tree
 
     async def prepare(self) -> None:
-        """Put everything into the worktree, as before each session."""
+        """Provide all files to the worktree, as before each session."""
         assert isinstance(await self.provisions.install_into(self.tree, self.base, self.git), PathAccess)
 
     async def refuse(self) -> ProvisionFailure:
-        """Return why not everything can be put into it."""
+        """Return the reason why not all files can be provided."""
         result = await self.provisions.install_into(self.tree, self.base, self.git)
         assert isinstance(result, ProvisionFailure)
         return result
 
     def agent(self, *arguments: str) -> str:
-        """Run git as the agent would."""
+        """Run git as the agent does."""
         done = subprocess.run(["git", *arguments], cwd=self.tree, env=self.environ, check=True, capture_output=True)
         return done.stdout.decode().strip()
 
     async def collect(self) -> CollectedWork:
-        """Collect, twice: what is found by stamps must also be found without, and again."""
+        """Collect twice: the result with stamps must equal the result without."""
         admit = IntakeRules(Redactor(), withheld=self.provisions.paths)
         found = self.snapshot.compare()
         first = await collect_work(self.git, self.worktree, self.base, "work\n", admit=admit, diff=found)
@@ -70,7 +70,7 @@ class Place:
         return first
 
     async def paths(self, commit: str | None) -> list[str]:
-        """Return the paths of a commit, and of all commits of the agent's before it."""
+        """Return the paths of a commit, and of all earlier commits of the agent."""
         if commit is None:
             return []
         listed = await self.git("log", "--format=", "--name-only", "-z", "--no-renames", commit, f"^{self.base}")
@@ -79,7 +79,7 @@ class Place:
 
 @pytest.fixture
 async def place(repository: Repository, tmp_path: Path, environ: dict[str, str]) -> Place:
-    """A worktree of a repository that ignores some of what its user has beside it, and tracks a folder for another."""
+    """Return a worktree of a repository with ignored user files, which tracks a folder instead of one of them."""
     repository.commit({".gitignore": ".env\n", "config/base.yaml": "a: 1\n"}, "more")
     top = repository.top
     (top / ".env").write_text("API_TOKEN=of-the-user-1\nDEBUG=1\n")
@@ -103,7 +103,7 @@ async def place(repository: Repository, tmp_path: Path, environ: dict[str, str])
 
 
 async def test_copies_equal_the_users_files(place: Place) -> None:
-    """Files, folders, what is nested; modes are kept, and links in a folder stay links."""
+    """Files and nested folders; modes are kept, and links in a folder stay links."""
     reach = await place.provisions.install_into(place.tree, place.base, place.git)
     assert (place.tree / ".env").read_text() == "API_TOKEN=of-the-user-1\nDEBUG=1\n"
     assert stat.S_IMODE((place.tree / ".env").stat().st_mode) == 0o600
@@ -117,7 +117,7 @@ async def test_copies_equal_the_users_files(place: Place) -> None:
 
 
 async def test_provided_files_are_not_work(place: Place) -> None:
-    """Neither is it complained of; what else there is comes in."""
+    """They are not reported either; all other files are collected."""
     await place.prepare()
     assert await place.collect() == CollectedWork(None)
     (place.tree / "config/new.yaml").write_text("b: 1\n")
@@ -127,7 +127,7 @@ async def test_provided_files_are_not_work(place: Place) -> None:
 
 
 async def test_changes_of_provided_files_are_not_work(place: Place) -> None:
-    """It may change, delete and replace all of it; the next session gets it as the user has it."""
+    """The session may change, delete and replace them; the next session gets the user's version again."""
     await place.prepare()
     (place.tree / ".env").write_text("API_TOKEN=of-the-agent\n")
     (place.tree / "config/local.yaml").unlink()
@@ -148,7 +148,7 @@ async def test_changes_of_provided_files_are_not_work(place: Place) -> None:
 
 
 async def test_many_changes_next_to_provided_files_are_found(place: Place) -> None:
-    """Also where there are too many to be named one by one, and a .gitignore lets everything in."""
+    """Even if there are too many to name one by one, and a .gitignore allows everything."""
     await place.prepare()
     (place.tree / ".gitignore").write_text("!.env\n!*\n")
     for number in range(150):
@@ -160,7 +160,7 @@ async def test_many_changes_next_to_provided_files_are_found(place: Place) -> No
 
 
 async def test_full_scan_does_not_import_provided_files(place: Place) -> None:
-    """A folder that became a link makes git look through the checkout, where a .gitignore lets everything in."""
+    """A folder replaced by a link makes git scan the checkout, with a .gitignore that allows everything."""
     await place.prepare()
     (place.tree / ".gitignore").write_text("!.env\n!*\n")
     shutil.rmtree(place.tree / "src")
@@ -180,7 +180,7 @@ async def test_full_scan_does_not_import_provided_files(place: Place) -> None:
     ],
 )
 async def test_forced_commit_of_provided_files_is_not_imported(place: Place, path: str) -> None:
-    """Its own commits are not kept then; the rest of its work is."""
+    """The agent's own commits are dropped then; the rest of its work is kept."""
     await place.prepare()
     (place.tree / "new.txt").write_text("new\n")
     place.agent("add", "--force", "--", f":(literal){path}", "new.txt")
@@ -194,7 +194,7 @@ async def test_forced_commit_of_provided_files_is_not_imported(place: Place, pat
 
 
 async def test_link_in_place_of_their_folder_is_not_followed(place: Place, tmp_path: Path) -> None:
-    """It is no work that can land, and nothing is written through it the next time."""
+    """It can't land, and the next session writes nothing through it."""
     outside = tmp_path / "outside"
     outside.mkdir()
     await place.prepare()
@@ -213,7 +213,7 @@ async def test_link_in_place_of_their_folder_is_not_followed(place: Place, tmp_p
 
 
 async def test_link_in_their_place_is_not_written_through(place: Place, tmp_path: Path) -> None:
-    """A file or a folder outside that something was made a link to stays as it is."""
+    """A linked file or folder outside stays unchanged."""
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "file").write_text("kept\n")
@@ -230,7 +230,7 @@ async def test_link_in_their_place_is_not_written_through(place: Place, tmp_path
 
 
 async def test_committed_link_in_place_of_their_folder_is_not_imported(place: Place) -> None:
-    """In the user's checkout git would put it where their file is."""
+    """In the user's checkout git would put it in place of the user's file."""
     shutil.rmtree(place.tree / "config")
     (place.tree / "config").symlink_to("/etc")
     place.agent("add", "--all")
@@ -250,7 +250,7 @@ async def test_missing_source_has_a_remedy(place: Place) -> None:
 
 
 async def test_link_in_the_path_of_the_source_is_rejected(place: Place, tmp_path: Path) -> None:
-    """A folder may have landed as a link to anywhere; what is named itself is the user's own doing."""
+    """A landing may have replaced a folder by a link to anywhere; a named link itself is the user's choice."""
     top, elsewhere = place.provisions.checkout, tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "local.yaml").write_text("of somebody\n")
@@ -272,13 +272,13 @@ async def test_link_in_the_path_of_the_source_is_rejected(place: Place, tmp_path
 
 @pytest.mark.parametrize("path", ["config", "config/base.yaml"])
 async def test_tracked_files_are_not_overwritten(place: Place, path: str) -> None:
-    """Each session would seem to have changed it."""
+    """Otherwise each session would seem to have changed them."""
     place.provisions = Provisions(place.provisions.checkout, (path,))
     assert "is in the commit already: remove it from `worktrees.copy`" in str(await place.refuse())
 
 
 async def test_tracked_link_in_the_path_stays(place: Place, repository: Repository) -> None:
-    """It is what the commit has there; the user is told to name the folder itself."""
+    """It belongs to the commit; the message suggests naming the folder itself."""
     (repository.top / "conf").symlink_to("config")
     base = repository.commit({}, "a link")
     await UpstreamRepository.of(str(repository.top), is_local=True, git=place.git).fetch(
@@ -289,7 +289,7 @@ async def test_tracked_link_in_the_path_stays(place: Place, repository: Reposito
 
 
 async def test_pipe_is_not_waited_for(place: Place) -> None:
-    """Where it is named it is refused."""
+    """A named pipe is rejected."""
     (place.provisions.checkout / ".env").unlink()
     os.mkfifo(place.provisions.checkout / ".env")
     assert "neither a file nor a folder" in str(await place.refuse())
@@ -297,14 +297,14 @@ async def test_pipe_is_not_waited_for(place: Place) -> None:
 
 
 async def test_live_diff_excludes_provided_files(place: Place) -> None:
-    """Neither the copy nor a line about it."""
+    """Neither their content nor a line about them."""
     await place.prepare()
     admit = IntakeRules(Redactor(), withheld=place.provisions.paths)
     assert await diff_session(place.git, place.worktree, place.base, admit=admit) == b""
 
 
 async def test_secret_values_in_provided_files_are_found(place: Place) -> None:
-    """In a file that is named, whatever it is called, and in files for secrets of a folder, copied or linked."""
+    """In a named file of any name, and in secret files of a folder, copied or linked."""
     top = place.provisions.checkout
     (top / "config/local.yaml").write_text("export DB_PASSWORD='not-to-be-seen'\nDB_PASSWORD_FILE=/run/secrets/dbpw\n")
     (top / "vendor/a b*[c]/prod.env").write_text('A_KEY="in-the-folder"\n')
@@ -317,7 +317,7 @@ async def test_secret_values_in_provided_files_are_found(place: Place) -> None:
 
 
 async def test_earlier_untracked_files_may_change(place: Place) -> None:
-    """A cache that stayed, or what a setup made: it is looked at as git looks at it without stamps."""
+    """A kept cache, or setup files: they are judged as git without stamps does."""
     await place.prepare()
     (place.tree / ".gitignore").write_text(".env\ncache\n")
     place.agent("add", "--all", ".gitignore")

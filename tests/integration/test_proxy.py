@@ -1,4 +1,4 @@
-"""The proxy of a session: which requests it carries out, which it refuses, and what bounds it."""
+"""The proxy of a session: which requests it forwards, which it rejects, and its limits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PATIENCE = 30.0
 
 
 class Upstream(socketserver.ThreadingTCPServer):
-    """A server that records what it receives; it echoes what begins with `echo`, and answers all else with `hi`."""
+    """A server that records its input; it echoes input that begins with `echo`, and answers `hi` otherwise."""
 
     daemon_threads = True
     allow_reuse_address = True
@@ -38,7 +38,7 @@ class Upstream(socketserver.ThreadingTCPServer):
 
 
 class Answer(socketserver.BaseRequestHandler):
-    """One connection."""
+    """Answer one connection."""
 
     def handle(self) -> None:
         assert isinstance(self.server, Upstream)
@@ -79,7 +79,7 @@ def authorized(proxy: Proxy, token: str | None = None) -> str:
 
 
 async def ask(port: int, request: str | bytes) -> str:
-    """Return all that comes back for a request."""
+    """Return the whole answer to a request."""
     async with await anyio.connect_tcp("127.0.0.1", port) as stream:
         await stream.send(request.encode() if isinstance(request, str) else request)
         return await rest(stream)
@@ -111,7 +111,7 @@ def resolver(*texts: str) -> Any:
 
 
 async def test_tunnel_to_an_allowed_host_works(upstream: Upstream) -> None:
-    """Bytes pass in both directions, also those that came with the request, and the end of them does."""
+    """In both directions, including bytes sent with the request, and the end of the stream."""
     proxy = Proxy([f"127.0.0.1:{upstream.port}"])
     async with serving(proxy) as port, await anyio.connect_tcp("127.0.0.1", port) as stream:
         await stream.send(f"CONNECT 127.0.0.1:{upstream.port} HTTP/1.1\r\n{authorized(proxy)}\r\necho".encode())
@@ -133,7 +133,7 @@ async def test_tunnel_to_an_allowed_host_works(upstream: Upstream) -> None:
 
 
 async def test_plain_request_is_forwarded(upstream: Upstream) -> None:
-    """As its host expects it: without the token and what is for the proxy, and for the host that was checked."""
+    """Without the token and proxy headers, and to the host that was checked."""
     proxy = Proxy([f"localhost:{upstream.port}"], resolve=resolver())
     request = (
         f"GET http://localhost:{upstream.port}/a/b?c=d HTTP/1.1\r\nHost: other.example\r\nAccept: */*\r\n"
@@ -146,7 +146,7 @@ async def test_plain_request_is_forwarded(upstream: Upstream) -> None:
 
 
 async def test_second_request_does_not_reach_the_first_host(upstream: Upstream) -> None:
-    """What follows the body on a connection could be for another host, and is dropped."""
+    """Bytes after the body could be for another host, and are dropped."""
     proxy = Proxy([f"127.0.0.1:{upstream.port}"])
     first = f"POST http://127.0.0.1:{upstream.port}/ HTTP/1.1\r\n{authorized(proxy)}Content-Length: 4\r\n\r\n"
     second = f"GET http://evil.example/ HTTP/1.1\r\n{authorized(proxy)}\r\n"
@@ -159,7 +159,7 @@ async def test_second_request_does_not_reach_the_first_host(upstream: Upstream) 
 
 
 async def test_unlisted_host_is_denied(upstream: Upstream) -> None:
-    """With a message that names it and the setting; it is not looked up, and noted once."""
+    """The message names it and the setting; it is not resolved, and recorded once."""
     proxy = Proxy(["api.example.com"], resolve=resolver("127.0.0.1"))
     async with serving(proxy) as port:
         for host in ("evil.example:443", "EVIL.example.:443", "api.example.com:22", f"127.0.0.1:{upstream.port}"):
@@ -175,7 +175,7 @@ async def test_unlisted_host_is_denied(upstream: Upstream) -> None:
 
 
 async def test_denied_hosts_are_recorded_up_to_a_limit() -> None:
-    """A session that tries one name after the other fills no memory."""
+    """A session that tries many names uses bounded memory."""
     proxy = Proxy(["api.example.com"])
     async with serving(proxy) as port:
         for number in range(120):
@@ -188,7 +188,7 @@ async def test_denied_hosts_are_recorded_up_to_a_limit() -> None:
     [["127.0.0.1"], ["8.8.8.8", "127.0.0.1"], ["::ffff:127.0.0.1"], ["169.254.169.254"], ["::1"], ["10.0.0.1"]],
 )
 async def test_name_of_a_private_address_is_denied(upstream: Upstream, addresses: list[str]) -> None:
-    """Who owns an allowed name must not choose a service of this machine or of its network."""
+    """The owner of an allowed name must not select a service of this machine or its network."""
     proxy = Proxy([f"api.example.com:{upstream.port}"], resolve=resolver(*addresses))
     async with serving(proxy) as port:
         answer = await connect(proxy, port, f"api.example.com:{upstream.port}")
@@ -199,7 +199,7 @@ async def test_name_of_a_private_address_is_denied(upstream: Upstream, addresses
 
 
 async def test_name_is_resolved_once(upstream: Upstream) -> None:
-    """The address that was judged is connected to: a second lookup could give another one."""
+    """The connection uses the checked address: a second lookup could return another one."""
     entries = [f"api.example.com:{upstream.port}", f"127.0.0.1:{upstream.port}"]
     proxy = Proxy(entries, resolve=resolver("127.0.0.1"))
     async with serving(proxy) as port, await anyio.connect_tcp("127.0.0.1", port) as stream:
@@ -210,7 +210,7 @@ async def test_name_is_resolved_once(upstream: Upstream) -> None:
 
 
 async def test_name_without_an_address_is_an_error(upstream: Upstream) -> None:
-    """And a server that is not there: the proxy says which."""
+    """So is an unreachable server: the message says which."""
 
     async def fails(host: str) -> Sequence[Address]:
         raise OSError("no such name")
@@ -236,7 +236,7 @@ async def test_name_without_an_address_is_an_error(upstream: Upstream) -> None:
     ],
 )
 async def test_missing_token_is_rejected(upstream: Upstream, header: str) -> None:
-    """No other session and no other program can use a session's proxy; hosts are not noted either."""
+    """Other sessions and programs can't use the proxy of a session; their hosts are not recorded either."""
     proxy = Proxy([f"127.0.0.1:{upstream.port}"])
     right = authorized(proxy)
     header = header.format(right=right, wrong=authorized(proxy, Proxy([]).token))
@@ -282,7 +282,7 @@ async def test_ambiguous_request_is_rejected(first: str) -> None:
 
 
 async def test_body_of_unknown_length_is_rejected() -> None:
-    """Where it ends is for its host to say, and what follows could be another request."""
+    """Its host decides where it ends, and the rest could be another request."""
     proxy = Proxy(["api.example.com"], resolve=resolver("127.0.0.1"))
     request = f"POST http://api.example.com/ HTTP/1.1\r\n{authorized(proxy)}Transfer-Encoding: chunked\r\n\r\n"
     async with serving(proxy) as port:
@@ -291,7 +291,7 @@ async def test_body_of_unknown_length_is_rejected() -> None:
 
 @pytest.mark.parametrize("size", [MAX_HEAD_BYTES + 1, 40 * MAX_HEAD_BYTES])
 async def test_oversized_head_is_rejected(upstream: Upstream, size: int) -> None:
-    """Whether or not it has an end."""
+    """Whether or not it is terminated."""
     proxy = Proxy([f"127.0.0.1:{upstream.port}"])
     request = f"CONNECT 127.0.0.1:{upstream.port} HTTP/1.1\r\n{authorized(proxy)}X: "
     async with serving(proxy) as port:
@@ -318,7 +318,7 @@ async def test_idle_tunnel_is_closed(upstream: Upstream) -> None:
 
 
 async def test_connections_are_limited(upstream: Upstream) -> None:
-    """Further ones wait until one of them is closed."""
+    """Further ones wait until one is closed."""
     proxy = Proxy([f"127.0.0.1:{upstream.port}"], max_connections=2)
     answered = anyio.Event()
 
@@ -334,7 +334,7 @@ async def test_connections_are_limited(upstream: Upstream) -> None:
         assert (await second.receive()).startswith(b"HTTP/1.1 200 ")
         async with anyio.create_task_group() as group:
             group.start_soon(wait_for_answer, third)
-            for _ in range(100):  # in each of these the third would have had its answer, too
+            for _ in range(100):  # by then the third would have been answered, too
                 await first.send(b"echo")
                 assert await first.receive() == b"echo"
             assert not answered.is_set()
@@ -345,7 +345,7 @@ async def test_connections_are_limited(upstream: Upstream) -> None:
 
 
 def test_variables_name_the_proxy() -> None:
-    """With the token, in both cases; what a session reaches itself is named unless it is an entry."""
+    """With the token, in both cases; local addresses are in `no_proxy` unless they are listed."""
     proxy = Proxy(["localhost:8000", "api.example.com"])
     url = f"http://council:{proxy.token}@127.0.0.1:3128"
     found = proxy.variables(3128, ("localhost", "127.0.0.1"))

@@ -1,4 +1,4 @@
-"""The package as a script uses it."""
+"""The Python package as a script uses it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ QUICK_START = (ROOT / "docs/quick-start.md").read_text()
 
 
 def describe(repository: Repository, *tasks: Task, **settings: Any) -> Config:
-    """Return a run of tasks for the fake CLI, which land on main."""
+    """Return a run of tasks for the fake CLI that lands on main."""
     argv = (sys.executable, "-S", str(FAKE_CLI), "{prompt_file}")
     fake = AdapterSettings.of("command", CommandOptions(argv=argv))
     readable = (sys.prefix, str(FAKE_CLI.parents[1]))
@@ -45,7 +45,7 @@ def describe(repository: Repository, *tasks: Task, **settings: Any) -> Config:
 
 
 def test_every_public_name_is_documented_and_importable() -> None:
-    """Each name has a docstring, or a documented class of its own, and stands in docs/python.md."""
+    """Each has a docstring, or is a documented class, and is listed in docs/python.md."""
     for name in orchestrator.__all__:
         assert inspect.getdoc(getattr(orchestrator, name)), name
         assert f"`{name}" in PAGE, name
@@ -55,7 +55,7 @@ def test_every_public_name_is_documented_and_importable() -> None:
 
 
 def test_every_public_method_is_documented() -> None:
-    """What a council can do stands in docs/python.md, with a docstring each."""
+    """Each method of a council is listed in docs/python.md and has a docstring."""
     names = [name for name in vars(Council) if not name.startswith("_")]
     assert [name for name in names if f"`{name}" not in PAGE and f"council.{name}" not in PAGE.lower()] == []
     assert [name for name in names if not inspect.getdoc(getattr(Council, name))] == []
@@ -64,7 +64,7 @@ def test_every_public_method_is_documented() -> None:
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", PAGE + QUICK_START, re.DOTALL))
 def test_every_block_runs(block: str, repository: Repository) -> None:
-    """What stands in the documents is a script that runs a file of the current folder."""
+    """Each block of the documents is a script that runs a file of the current folder."""
     path = repository.configure([{"id": "a", "prompt": "write a.txt a"}])
     (path.parent / "block.py").write_text(block)
     done = subprocess.run(
@@ -81,7 +81,7 @@ def test_every_block_runs(block: str, repository: Repository) -> None:
 
 
 async def test_run_of_typed_objects_lands(repository: Repository) -> None:
-    """Numbers are seconds and bytes, text is what a file would hold."""
+    """Numbers are seconds and bytes; text is what a file would contain."""
     text: dict[str, Any] = {"timeout": "1m", "max_file": "1KB", "idle_timeout": "off"}
     config = describe(
         repository,
@@ -100,7 +100,7 @@ async def test_run_of_typed_objects_lands(repository: Repository) -> None:
 
 
 async def test_mistakes_of_typed_objects_have_their_path(repository: Repository) -> None:
-    """What no single object can know is found when the council is opened."""
+    """Mistakes across objects are found when the council is opened."""
     config = describe(repository, Task(id="a", prompt="x", needs=("b",)))
     with pytest.raises(ConfigError, match=re.escape("tasks[0].needs[0]")):
         async with Council.open(config, environ=repository.environ):
@@ -109,13 +109,13 @@ async def test_mistakes_of_typed_objects_have_their_path(repository: Repository)
 
 @pytest.mark.parametrize("wrong", [{"timeout": 0.0}, {"timeout": True}, {"max_file": 0}, {"max_file": 1.5}])
 def test_numbers_out_of_range_are_rejected(wrong: dict[str, Any]) -> None:
-    """A duration or size that makes no sense is refused where it is written."""
+    """A senseless duration or size is rejected by its constructor."""
     with pytest.raises(ValueError, match=r"duration|size"):
         Task(id="a", prompt="x", **wrong)
 
 
 async def test_events_are_yielded_as_they_happen(repository: Repository) -> None:
-    """Who listens before a run starts gets all of its events, and the iteration ends with it."""
+    """A subscriber before the start gets all events of the run, and the iteration ends with it."""
     seen: list[str] = []
 
     async def listen(council: Council) -> None:
@@ -133,7 +133,7 @@ async def test_events_are_yielded_as_they_happen(repository: Repository) -> None
 
 
 async def test_two_runs_work_concurrently(repository: Repository) -> None:
-    """One council may be at work in several runs, onto targets of their own; stop ends them all."""
+    """One council, with a target for each run; stop ends them all."""
     config = describe(repository, Task(id="a", prompt="hang"), target=None)
     reports = []
 
@@ -157,14 +157,14 @@ async def test_two_runs_work_concurrently(repository: Repository) -> None:
 
 
 async def test_folder_without_a_run_is_rejected(tmp_path: Path, environ: dict[str, str]) -> None:
-    """The error says what to do."""
+    """The error has the remedy."""
     with pytest.raises(RefusedError, match="cd to the repository of a run"):
         async with Council.open(tmp_path, environ=environ):
             pass
 
 
 async def test_council_without_a_file_can_not_run(repository: Repository) -> None:
-    """A folder is opened for the runs that there are."""
+    """A folder is opened for its existing runs."""
     path = repository.configure([{"id": "a", "prompt": "write a.txt a"}])
     async with Council.open(path, environ=repository.environ) as council:
         await council.runs.run()
@@ -175,10 +175,10 @@ async def test_council_without_a_file_can_not_run(repository: Repository) -> Non
 
 
 async def test_two_councils_of_one_process_start_at_once(repository: Repository) -> None:
-    """What each writes beside a file to put it in place is its own."""
+    """The temporary files next to a target file are distinct."""
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
     settings = json.loads(config.read_text())
-    del settings["target"]  # each has a branch of its own
+    del settings["target"]  # each has its own branch
     config.write_text(json.dumps(settings))
     reports: list[RunReport] = []
 

@@ -1,4 +1,4 @@
-"""Each example does what it says."""
+"""Each example works as described."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_example_reports_an_invalid_file(repository: Repository) -> None:
 
 @needs_sandbox
 def test_example_runs_typed_objects(repository: Repository) -> None:
-    """Each module gets its test, on a branch of the run's own."""
+    """Each module gets its test, on the run's own branch."""
     repository.commit({"one.py": "x = 1\n", "two.py": "x = 2\n"})
     ended = run(repository, "typed_run.py")
     assert (ended.code, ended.stderr) == (0, "")
@@ -58,7 +58,7 @@ def test_example_runs_typed_objects(repository: Repository) -> None:
 
 
 def test_example_follows_events_and_cancels_a_task(repository: Repository) -> None:
-    """The example sees each event of the run and steers it from within."""
+    """The example receives each event of the run and controls it from the same process."""
     bad = {"id": "bad", "prompt": "exit 1", "attempts": 9}
     path = repository.configure([{"id": "good", "prompt": "write a.txt a"}, bad])
     ended = run(repository, "follow_events.py", str(path))
@@ -70,7 +70,7 @@ def test_example_follows_events_and_cancels_a_task(repository: Repository) -> No
 
 
 def test_example_repairs_a_run(repository: Repository) -> None:
-    """What failed is shown, tried again, and lands."""
+    """The failed task is shown, retried, and lands."""
     fails_first = "attempt 1 print no\nattempt 1 exit 1\nwrite a.txt a"
     path = repository.configure([{"id": "a", "prompt": fails_first, "attempts": 1}])
     assert repository.council("run", str(path)).code == 1

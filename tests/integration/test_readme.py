@@ -12,7 +12,7 @@ from tests.sandboxes import needs_sandbox
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
-#: Claude Code, as far as the example needs it: a change, and the tokens and cost of the README.
+#: A fake Claude Code for the example: a change, and the tokens and cost of the README.
 _CLAUDE = """\
 case "$*" in *--version*) echo "2.1.300 (Claude Code)"; exit;; esac
 read -r prompt

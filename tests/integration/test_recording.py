@@ -1,4 +1,4 @@
-"""The recording that the README shows."""
+"""The recording shown in the README."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def check(recording: Path) -> None:
-    """Check its frames: each has its share of the loop, the last shows the results, nothing is fetched or private."""
+    """Check the frames: each is visible, the last shows the results, nothing is fetched or private."""
     text = recording.read_text()
     root = ET.fromstring(text)
     frames = [group for group in root.iter(f"{SVG}g") if group.get("visibility")]

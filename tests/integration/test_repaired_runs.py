@@ -1,4 +1,4 @@
-"""A run of which some of the record is lost goes on from what a repair could settle for."""
+"""A run with a partly lost record continues after a repair."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.waiting import wait_for
 
 
 def lose_from(repository: Repository, event: bytes) -> None:
-    """Cut off what the log tells from the first commit on in which something happened."""
+    """Truncate the log from the first commit with a matching event."""
     (segment,) = (repository.top / ".council/state").glob("*/*.jsonl")
     lines = segment.read_bytes().splitlines(keepends=True)
     first = next(number for number, line in enumerate(lines) if event in line)
@@ -20,7 +20,7 @@ def lose_from(repository: Repository, event: bytes) -> None:
 
 
 def sessions(repository: Repository) -> set[str]:
-    """Return the folders of sessions that there are."""
+    """Return the existing session folders."""
     return {path.name for path in Path(repository.environ["COUNCIL_HOME"]).glob("*/sessions/*/*")}
 
 
@@ -31,7 +31,7 @@ def sessions(repository: Repository) -> set[str]:
 def test_run_with_a_lost_attempt_continues_after_a_repair(
     repository: Repository, failpoint: str, kept: set[str]
 ) -> None:
-    """The refusal names the way; the session that nobody knows of costs no attempt, and what is in it stays."""
+    """The rejection names the repair; the unknown session costs no attempt, and its content stays."""
     path = repository.configure([{"id": "two", "prompt": "write two.txt 2", "attempts": 1}])
     assert repository.council("run", str(path), failpoints=failpoint).code == -signal.SIGKILL
     assert sessions(repository) == {"two.1"}
@@ -51,7 +51,7 @@ def test_run_with_a_lost_attempt_continues_after_a_repair(
 
 
 def test_run_with_a_truncated_log_reports_the_loss(repository: Repository) -> None:
-    """With the way to go on."""
+    """With the way to continue."""
     child = repository.start("run", str(repository.configure([{"id": "a", "prompt": "write a.txt a\nhang"}])))
     wait_for(lambda: repository.spawns.exists() and " a " in repository.spawns.read_text())
     lose_from(repository, b'"task.started"')

@@ -1,4 +1,4 @@
-"""What a session changes in the user's repository is seen; what the user may do, and landings, are not reported."""
+"""Changes of a session to the user's repository are detected; user changes and landings are not reported."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ pytestmark = pytest.mark.sandbox
 
 @pytest.fixture
 def git(environ: dict[str, str]) -> Git:
-    """Git at the user's side."""
+    """Return git on the user's side."""
     return Git(None, as_user=True, environ=environ)
 
 
 async def sealed(repository: Repository, git: Git, previous: RepositorySnapshot | None = None) -> RepositorySnapshot:
-    """Take a seal of what the fixture made."""
+    """Seal the state of the fixture's repository."""
     return await take_snapshot(await find_repository(repository.top, git), git, previous)
 
 
 def write(path: str, content: str, mode: int = 0o644) -> Callable[[Repository], object]:
-    """Return an act: write a file in the git directory."""
+    """Return an action that writes a file in the git directory."""
 
     def act(repository: Repository) -> None:
         file = repository.top / ".git" / path
@@ -44,12 +44,12 @@ def write(path: str, content: str, mode: int = 0o644) -> Callable[[Repository], 
 
 
 def does(*arguments: str) -> Callable[[Repository], object]:
-    """Return an act: run git."""
+    """Return an action that runs git."""
     return lambda repository: repository.git(*arguments)
 
 
 def refresh(repository: Repository) -> None:
-    """Make git write what it knows of a file's times into the index anew."""
+    """Make git refresh the file times in the index."""
     index = (repository.top / ".git" / "index").read_bytes()
     os.utime(repository.top / "README.md", (1, 1))
     repository.git("status")
@@ -82,7 +82,7 @@ def refresh(repository: Repository) -> None:
 async def test_external_change_is_detected(
     repository: Repository, git: Git, act: Callable[[Repository], object], sentence: str | None
 ) -> None:
-    """One change, one sentence; files and what `git status` refreshes are the user's."""
+    """One message per change; files and `git status` refreshes are the user's."""
     repository.commit({"f": "1"})
     repository.git("branch", "side")
     repository.git("worktree", "add", "--quiet", "-b", "linked", "../linked")
@@ -100,7 +100,7 @@ async def test_external_change_is_detected(
 
 
 async def test_own_landing_is_recognized(repository: Repository, git: Git) -> None:
-    """The target, and the staged entries of its checkout, moved by us; anywhere else it went is reported."""
+    """Of the target and the staged entries of its checkout; any other move is reported."""
     before = await sealed(repository, git)
     commit = repository.commit({"f": "1"})
     after = await sealed(repository, git, before)
@@ -116,7 +116,7 @@ async def test_own_landing_is_recognized(repository: Repository, git: Git) -> No
 
 
 async def test_unchanged_files_are_not_read_again(repository: Repository, git: Git) -> None:
-    """Parts that are old enough to tell by their times are taken over; one that changed is read, alone."""
+    """Parts with old enough times are reused; only a changed one is read."""
     young = seal = await sealed(repository, git)
     assert young.refs.signature is None
     with anyio.fail_after(30):
@@ -137,7 +137,7 @@ async def test_unchanged_files_are_not_read_again(repository: Repository, git: G
 
 
 async def test_bare_repository_is_guarded(tmp_path: Path, repository: Repository, git: Git) -> None:
-    """It has refs and configuration, no staged entries."""
+    """It has refs and configuration, but no staged entries."""
     repository.git("clone", "--quiet", "--bare", ".", "../bare.git")
     bare = await find_repository(tmp_path / "bare.git", git)
     before = await take_snapshot(bare, git)
@@ -147,7 +147,7 @@ async def test_bare_repository_is_guarded(tmp_path: Path, repository: Repository
 
 
 async def test_git_of_the_user_is_distinguished_from_ours(repository: Repository, git: Git) -> None:
-    """A command that hangs below us is ours; one whose parents ended is not."""
+    """A descendant of this process is ours; one whose parents have ended is not."""
     local: LocalRepository = await find_repository(repository.top, git)
     assert not await is_user_git_running(local)
     waits = ["git", "cat-file", "--batch"]
@@ -173,7 +173,7 @@ async def test_git_of_the_user_is_distinguished_from_ours(repository: Repository
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("sandbox", ["off", pytest.param("auto", marks=needs_sandbox)])
 async def test_session_that_changes_the_users_repository_is_reported(repository: Repository, sandbox: str) -> None:
-    """Without a fence its hook, branch and setting are told with its name; with one there is nothing to tell."""
+    """Without a sandbox its hook, branch and setting are reported with its name; with one nothing changes."""
     top = repository.top
     steps = (
         f"cd {top} && git branch planted && git config core.pager evil && echo x > .git/hooks/post-commit;"
@@ -201,7 +201,7 @@ async def test_session_that_changes_the_users_repository_is_reported(repository:
 
 
 async def test_landings_are_not_reported(repository: Repository) -> None:
-    """Neither those of the run itself nor those of another one, into a branch that is checked out."""
+    """Neither those of this run nor those of another one, into a checked-out branch."""
     tasks = [{"id": f"t{n}", "prompt": f"write {{}}{n}.txt x"} for n in range(4)]
     children = []
     for name in ("left", "right"):
@@ -215,7 +215,7 @@ async def test_landings_are_not_reported(repository: Repository) -> None:
 
 
 async def test_unusual_files_are_no_error(repository: Repository, git: Git) -> None:
-    """A branch whose name has a line end of Unicode's, and a file where only folders of worktrees should be."""
+    """A branch with a Unicode line end in its name, and a file among the worktree folders."""
     repository.git("branch", "one\u2028two")
     (repository.top / ".git" / "worktrees").mkdir()
     (repository.top / ".git" / "worktrees" / ".DS_Store").write_text("x")

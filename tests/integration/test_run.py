@@ -1,4 +1,4 @@
-"""A YAML file runs on a real repository: each task once on the target, everything else as it was."""
+"""A YAML file runs on a real repository: each task lands once, and everything else stays unchanged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.waiting import wait_for
 
 
 async def test_chain_and_independent_tasks_land_once_each(repository: Repository) -> None:
-    """Tasks side by side and in a chain land on the checked-out target, each from where its needs landed."""
+    """On the checked-out target, each based on the landings that it needs."""
     config = repository.configure(
         [
             {"id": "models", "prompt": "write src/models.py class User: pass"},
@@ -33,7 +33,7 @@ async def test_chain_and_independent_tasks_land_once_each(repository: Repository
 
 
 async def test_every_final_status_is_reached_in_one_run(repository: Repository) -> None:
-    """Success after a failure, no change, a limit, a crash and a block end as they should, with work kept."""
+    """Success after a failure, no change, a limit, a crash and a blocked task, with work preserved."""
     config = repository.configure(
         [
             {"id": "second-try", "prompt": "attempt 1 exit 3\nwrite a.txt a"},
@@ -63,7 +63,7 @@ async def test_every_final_status_is_reached_in_one_run(repository: Repository) 
 
 @pytest.mark.extended
 async def test_retry_waits_for_the_cleanup_of_its_predecessor(repository: Repository, tmp_path: Path) -> None:
-    """However slowly a worktree is removed, a task never has two sessions, and capacity holds."""
+    """However slow the removal of a worktree, a task never has two sessions, and capacity is respected."""
     slow = tmp_path / "bin" / "rm"
     slow.parent.mkdir()
     slow.write_text('#!/bin/sh\nsleep 0.3\nexec /bin/rm "$@"\n')
@@ -78,7 +78,7 @@ async def test_retry_waits_for_the_cleanup_of_its_predecessor(repository: Reposi
 
 
 async def test_default_target_is_the_runs_own_branch(repository: Repository) -> None:
-    """Without `target` the work lands on `council/<run>`, and the checkout stays as it is."""
+    """`council/<run>`; the checkout stays unchanged."""
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}], target=None)
     text = json.loads(config.read_text())
     del text["target"]
@@ -92,7 +92,7 @@ async def test_default_target_is_the_runs_own_branch(repository: Repository) -> 
 
 
 async def test_bare_repository_by_url_is_fetched_and_pushed(repository: Repository, tmp_path: Path) -> None:
-    """A URL needs no checkout: the project's state lies beside the file, the work lands at the remote."""
+    """A URL needs no checkout: the state is next to the file, and the work lands at the remote."""
     remote = tmp_path / "remote.git"
     repository.git("clone", "--quiet", "--bare", str(repository.top), str(remote))
     folder = tmp_path / "elsewhere"
@@ -110,7 +110,7 @@ async def test_bare_repository_by_url_is_fetched_and_pushed(repository: Reposito
 
 
 async def test_moving_target_is_merged(repository: Repository) -> None:
-    """What the user commits to the target meanwhile is kept, and the work lands on top of it."""
+    """User commits to the target during the run are kept, and the work lands on top."""
     config = repository.configure([{"id": "one", "prompt": "git --version\nattempt 1 exit 1\nwrite one.txt 1"}],
                                   defaults={"backoff": {"initial": "1s", "max": "1s", "jitter": False}})  # fmt: skip
     child = repository.start("run", str(config), "--json")
@@ -125,7 +125,7 @@ async def test_moving_target_is_merged(repository: Repository) -> None:
 
 
 async def test_two_concurrent_runs_do_not_interfere(repository: Repository, tmp_path: Path) -> None:
-    """Two commands on one repository and one target land all of both."""
+    """Two commands on one repository and one target land all tasks of both."""
     tasks = [{"id": f"t{index}", "prompt": f"write {{}}/{index}.txt {index}"} for index in range(5)]
     children = []
     for name in ("left", "right"):
@@ -141,7 +141,7 @@ async def test_two_concurrent_runs_do_not_interfere(repository: Repository, tmp_
 
 
 async def test_live_run_is_shown_and_not_taken(repository: Repository) -> None:
-    """`status` from another terminal shows a live run, `resume` refuses to take it, a signal ends it."""
+    """`status` in another terminal shows it, `resume` rejects it, a signal ends it."""
     config = repository.configure([{"id": "long", "prompt": "hang"}])
     child = repository.start("run", str(config), "--json")
     wait_for(repository.spawns.exists)
@@ -158,7 +158,7 @@ async def test_live_run_is_shown_and_not_taken(repository: Repository) -> None:
 
 
 async def test_session_sees_only_what_is_allowed(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A secret of the user's reaches neither the program nor any log or document, unless it is named."""
+    """A secret of the user reaches neither the program nor any log or document, unless it is named."""
     repository.environ.update({"SECRET_CANARY": "canary-1f9e", "NAMED": "named-value"})
     shell = {"use": "command", "argv": ["sh", "{prompt_file}"], "env": ["NAMED"]}
     config = repository.configure([{"id": "look", "prompt": "env | sort > seen.txt"}], adapters={"sh": shell})
@@ -176,7 +176,7 @@ async def test_session_sees_only_what_is_allowed(repository: Repository, monkeyp
 
 
 async def test_each_missing_program_has_its_own_remedy(repository: Repository) -> None:
-    """What to install stands behind the program that it is for."""
+    """Each installation hint follows its program."""
     adapters = {"a": {"use": "claude-code", "bin": "no-claude"}, "b": {"use": "command", "argv": ["no-such-program"]}}
     tasks = [{"id": name, "prompt": "x", "adapter": name} for name in adapters]
     told = repository.council("run", str(repository.configure(tasks, adapters=adapters)), "--json").result["error"]
@@ -186,7 +186,7 @@ async def test_each_missing_program_has_its_own_remedy(repository: Repository) -
 
 
 async def test_prompt_on_stdin_is_passed(repository: Repository) -> None:
-    """`prompt: stdin` feeds the prompt itself, whatever it holds."""
+    """Whatever characters it contains."""
     prompt = "-x\n`id` $HOME \u2603\n"
     cat = {"use": "command", "argv": ["sh", "-c", "cat > got.txt"], "prompt": "stdin"}
     config = repository.configure([{"id": "cat", "prompt": prompt}], adapters={"cat": cat})
@@ -197,7 +197,7 @@ async def test_prompt_on_stdin_is_passed(repository: Repository) -> None:
 
 
 async def test_output_is_kept_in_files(repository: Repository) -> None:
-    """What the program prints is in the log of its attempt."""
+    """The log of the attempt has the output of the program."""
     config = repository.configure([{"id": "one", "prompt": "print hello there\nwrite one.txt 1"}])
     run = repository.council("run", str(config), "--json").result["run"]
     assert (repository.top / f".council/logs/{run}/one.1.stdout").read_text() == "hello there\n"
@@ -231,7 +231,7 @@ def _unrelated(repository: Repository) -> None:
 async def test_impossible_run_is_rejected_before_anything_starts(
     repository: Repository, prepare: object, settings: dict[str, object], fragment: str
 ) -> None:
-    """Exit 2 with what is wrong and what to do, and no program has run."""
+    """Exit code 2 with the reason and the remedy; no program has run."""
     assert callable(prepare)
     prepare(repository)
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}], **settings)
@@ -243,7 +243,7 @@ async def test_impossible_run_is_rejected_before_anything_starts(
 
 
 async def test_invalid_file_is_rejected_with_every_mistake(repository: Repository) -> None:
-    """Text and JSON name each mistake with its place; the exit code is 2."""
+    """Text and JSON name each mistake with its position; the exit code is 2."""
     config = repository.top / "bad.yaml"
     config.write_text("version: 1\nrepositry: .\ntasks:\n  - id: a\n    needs: [b]\n    prompt: x\n")
     text = repository.council("run", str(config))
@@ -256,7 +256,7 @@ async def test_invalid_file_is_rejected_with_every_mistake(repository: Repositor
 
 
 async def test_closed_output_does_not_end_the_run(repository: Repository) -> None:
-    """`council run … | head -1` lands everything all the same, and its exit code says so."""
+    """`council run … | head -1` lands everything, with the exit code of success."""
     config = repository.configure([{"id": name, "prompt": f"write {name}.txt x"} for name in ("a", "b", "c")])
     child = repository.start("run", str(config), "--json")
     assert child.stdout is not None
@@ -270,7 +270,7 @@ async def test_closed_output_does_not_end_the_run(repository: Repository) -> Non
 
 
 async def test_run_without_its_repositories_is_rejected(repository: Repository) -> None:
-    """With our own repositories deleted a run can't go on, and says so."""
+    """After our own repositories were deleted."""
     config = repository.configure([{"id": "long", "prompt": "hang"}])
     child = repository.start("run", str(config))
     wait_for(repository.spawns.exists)
@@ -282,7 +282,7 @@ async def test_run_without_its_repositories_is_rejected(repository: Repository) 
 
 
 async def test_resume_without_a_run_is_rejected(repository: Repository) -> None:
-    """Commands outside any project, and names of no run, are refused with the remedy."""
+    """Commands outside of any project, and unknown names, are rejected with the remedy."""
     assert repository.council("status", "--json").code == 2
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
     assert repository.council("run", str(config)).code == 0
@@ -291,11 +291,11 @@ async def test_resume_without_a_run_is_rejected(repository: Repository) -> None:
 
 
 async def test_names_with_spaces_and_unicode_work(tmp_path: Path, environ: dict[str, str]) -> None:
-    """A repository, its files and its prompts may have any names that the system allows."""
+    """Of the repository, its files and its prompts."""
     top = tmp_path / "mein Projekt \u00fc 'x' $y"
     top.mkdir()
     repository = Repository(top, environ, tmp_path / "ledger" / "spawns")
-    repository.spawns.parent.mkdir()  # beside what is hidden: Landlock can't make an exception inside of it
+    repository.spawns.parent.mkdir()  # not in a hidden folder: Landlock makes no exceptions there
     repository.git("init", "--quiet", "--initial-branch=main")
     repository.commit({"a b\u00e9.txt": "x\n"}, "first")
     repository.remember()
@@ -308,7 +308,7 @@ async def test_names_with_spaces_and_unicode_work(tmp_path: Path, environ: dict[
 
 @pytest.mark.extended
 async def test_landing_rewritten_by_the_user_is_not_landed(repository: Repository) -> None:
-    """If somebody takes a landed commit off the target during the run, its task is reported, with its work kept."""
+    """A landed commit that the user removes from the target during the run is reported, and its work kept."""
     tasks: list[dict[str, Any]] = [
         {"id": "lost", "prompt": "write lost.txt l"},
         {"id": "slow", "prompt": "hang", "timeout": "8s", "attempts": 1},
@@ -317,7 +317,7 @@ async def test_landing_rewritten_by_the_user_is_not_landed(repository: Repositor
     child = repository.start("run", str(config), "--json")
 
     def has_landed() -> bool:
-        # Recorded, not only pushed: rewritten before that, it would just be landed anew.
+        # Recorded, not only pushed: a rewrite before the record would just cause another landing.
         shown = repository.council("status", "--json").result
         return bool(shown.get("tasks")) and shown["tasks"][0]["status"] == "landed"
 
@@ -334,7 +334,7 @@ async def test_landing_rewritten_by_the_user_is_not_landed(repository: Repositor
 
 
 async def test_signal_before_the_run_starts_exits_with_130(repository: Repository) -> None:
-    """Whatever moment the first signal comes at, the exit code is 130 and nothing is left."""
+    """At any point before the start, and nothing is left."""
     config = repository.configure([{"id": "one", "prompt": "hang"}])
     child = repository.start("run", str(config), "--json")
     wait_for((repository.top / ".council").exists)

@@ -1,4 +1,4 @@
-"""What the command line says of a run beside its file: a task in words, some tasks, a number of sessions."""
+"""Options of `council run`: prompts on the command line, selected tasks, capacity."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ CHAIN: list[dict[str, Any]] = [
 
 
 def settle(repository: Repository, tasks: list[dict[str, Any]]) -> None:
-    """Make council.yaml the file at the repository's top, with a target of each run's own."""
+    """Write council.yaml at the top of the repository, with a target for each run."""
     written = json.loads(repository.configure(tasks).read_text())
     del written["target"]
     (repository.top / "council.yaml").write_text(json.dumps({**written, "repo": "."}))
 
 
 async def test_prompt_argument_equals_the_option(repository: Repository) -> None:
-    """`run "..."` is what `run --task "..."` is, with the file's settings; both together are two tasks."""
+    """`run "..."` equals `run --task "..."`, with the file's settings; both together are two tasks."""
     settle(repository, CHAIN)
     words, option = (
         repository.council("run", *form, "--json") for form in (["write x.txt 1"], ["--task", "write x.txt 1"])
@@ -59,7 +59,7 @@ async def test_prompt_argument_equals_the_option(repository: Repository) -> None
 def test_existing_or_yaml_path_is_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: bool
 ) -> None:
-    """All else says what to do."""
+    """Any other argument is rejected with a remedy."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there").touch()
     (tmp_path / "is there").touch()
@@ -67,7 +67,7 @@ def test_existing_or_yaml_path_is_a_file(
 
 
 def test_single_word_may_be_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No session is started for a file's name without its ending."""
+    """A file name without its extension starts no session."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "night.yaml").touch()
     with pytest.raises(click.UsageError, match=r"did you mean 'night.yaml'\?.*--task night"):
@@ -77,7 +77,7 @@ def test_single_word_may_be_a_mistake(tmp_path: Path, monkeypatch: pytest.Monkey
 async def test_only_installed_adapter_runs_without_a_file(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where several are, one has to be chosen."""
+    """With several adapters one has to be chosen."""
     monkeypatch.chdir(repository.top)
     programs = repository.top.parent / "programs"
     programs.mkdir()
@@ -94,7 +94,7 @@ async def test_only_installed_adapter_runs_without_a_file(
 
 
 async def test_only_option_runs_tasks_with_their_needs(repository: Repository) -> None:
-    """In the file's order; a name that is none leads to the near one, and the file's other tasks are not missed."""
+    """In the file's order; an unknown name suggests the nearest, and other tasks are not required."""
     config = str(repository.configure(CHAIN))
     told = repository.council("run", config, "--only", "b", "--dry-run", "--json").result
     assert [[task["id"] for task in wave["tasks"]] for wave in told["waves"]] == [["a"], ["b"]]
@@ -106,7 +106,7 @@ async def test_only_option_runs_tasks_with_their_needs(repository: Repository) -
 
 
 async def test_capacity_option_overrides_the_file(repository: Repository) -> None:
-    """The run records it, and that it is not the file's is no change of the file."""
+    """The run records the option; the difference is no change of the file."""
     tasks = [{"id": f"t{n}", "prompt": f"attempt 1 exit 1\nwrite {n} {n}", "attempts": 1} for n in range(3)]
     config = str(repository.configure(tasks))
     ended = repository.council("run", config, "-j", "1", "--json")
@@ -121,7 +121,7 @@ async def test_capacity_option_overrides_the_file(repository: Repository) -> Non
 
 @pytest.mark.extended
 async def test_resume_names_older_interrupted_runs(repository: Repository) -> None:
-    """Where it is not said which run is meant; one that has ended is not named."""
+    """If no run is given; a finished one is not named."""
     child = repository.start("run", str(repository.configure([{"id": "long", "prompt": "attempt 1 hang\nwrite l l"}])))
     has_begun(repository, "long")
     child.send_signal(signal.SIGKILL)
@@ -135,7 +135,7 @@ async def test_resume_names_older_interrupted_runs(repository: Repository) -> No
 
 
 def test_resume_of_a_finished_run_suggests_retry(repository: Repository) -> None:
-    """With nothing to resume it says so; the totals say what blocks a task."""
+    """It reports that nothing can be resumed; the totals name the blockers of a task."""
     tasks: list[dict[str, Any]] = [
         {"id": "need", "prompt": "exit 3", "attempts": 1},
         {"id": "after", "prompt": "write a a", "needs": ["need"]},
@@ -147,7 +147,7 @@ def test_resume_of_a_finished_run_suggests_retry(repository: Repository) -> None
 
 
 async def test_detached_run_continues_in_its_own_session(repository: Repository) -> None:
-    """The command ends at once and names the process; a signal to that stops the run, `resume --detach` resumes it."""
+    """The command returns at once with the process id; a signal stops the run, `resume --detach` resumes it."""
     gate = repository.spawns.parent / "gate"
     prompt = f"while ! test -e {gate}; do sleep 0.05; done; echo x > x.txt"
     config = repository.configure(
@@ -175,7 +175,7 @@ async def test_detached_run_continues_in_its_own_session(repository: Repository)
 
 @pytest.mark.extended
 async def test_active_run_is_not_detached_again(repository: Repository) -> None:
-    """Another process could not take it, and the one that is named to be killed would be nobody's or another's."""
+    """The new process could not take it over, and the printed process id would be wrong."""
     config = repository.configure([{"id": "t", "prompt": "hang"}])
     started = repository.council("run", str(config), "--detach", "--json").result
     has_begun(repository, "t")
@@ -188,7 +188,7 @@ async def test_active_run_is_not_detached_again(repository: Repository) -> None:
 
 @pytest.mark.extended
 async def test_error_of_a_detached_run_is_in_its_status(repository: Repository) -> None:
-    """A process in the background has no terminal to say it on."""
+    """A background process has no terminal to print it on."""
     child = repository.start("run", str(repository.configure([{"id": "t", "prompt": "hang"}])))
     has_begun(repository, "t")
     child.send_signal(signal.SIGINT)
@@ -201,7 +201,7 @@ async def test_error_of_a_detached_run_is_in_its_status(repository: Repository) 
 
 
 async def test_merge_lands_a_runs_own_branch_on_its_base(repository: Repository) -> None:
-    """With the checks of its tasks on the merge, and the user's newer commits; a second time there is nothing."""
+    """With the checks of its tasks on the merge, and the user's newer commits; a second merge is empty."""
     checks = {"checks": ["test -e a.txt", "test ! -e forbidden"], "allow_failing_base": True}
     settle(repository, [{**CHAIN[0], **checks}, CHAIN[3]])
     repository.commit({".gitignore": "council.yaml\n"})
@@ -235,7 +235,7 @@ async def test_merge_lands_a_runs_own_branch_on_its_base(repository: Repository)
 
 @pytest.mark.extended
 def test_unlanded_merge_is_continued(repository: Repository) -> None:
-    """By the next `council merge`, as the same run; until then all commands call it queued."""
+    """By the next `council merge`, as the same run; until then all commands show it as queued."""
     settle(repository, [CHAIN[0]])
     repository.commit({".gitignore": "council.yaml\n"})
     assert repository.council("run").code == 0
@@ -267,7 +267,7 @@ async def test_merge_into_a_dirty_checkout_is_rejected_before_a_run(repository: 
 
 
 async def test_merge_that_fails_its_checks_moves_nothing(repository: Repository) -> None:
-    """No session follows; what could not be merged is kept."""
+    """No session follows; the unmerged work is preserved."""
     settle(repository, [{**CHAIN[0], "checks": ["test ! -e forbidden"]}])
     repository.commit({".gitignore": "council.yaml\n"})
     assert repository.council("run").code == 0
@@ -302,7 +302,7 @@ async def test_merge_that_fails_its_checks_moves_nothing(repository: Repository)
     ],
 )
 def test_failed_merge_has_its_next_commands(repository: Repository, theirs: str, expected: list[str]) -> None:
-    """A retry would merge the same commits again. What is printed works as it is printed."""
+    """A retry would merge the same commits again. The printed commands work as printed."""
     settle(repository, [{**CHAIN[0], "checks": ["test ! -e forbidden"]}])
     repository.commit({".gitignore": "council.yaml\n"})
     assert repository.council("run").code == 0
@@ -333,7 +333,7 @@ def test_failed_merge_has_its_next_commands(repository: Repository, theirs: str,
 
 
 async def test_merge_lands_queued_work_and_starts_nothing(repository: Repository) -> None:
-    """What could not land because of changes in the checkout lands; what never began is left to `resume`."""
+    """Work held up by changes in the checkout lands; pending tasks are left to `resume`."""
     tasks: list[dict[str, Any]] = [
         {"id": "built", "prompt": "write README.md changed"},
         {"id": "later", "prompt": "write later.txt x", "needs": ["built"]},
@@ -372,7 +372,7 @@ async def test_merge_run_never_starts_a_session(repository: Repository) -> None:
 
 @pytest.mark.extended
 async def test_merge_run_with_a_pending_task_starts_no_session(repository: Repository) -> None:
-    """Also not if another process, such as one that restores a checkpoint, has made its task pending."""
+    """Even if another process, such as a checkpoint restore, has made its task pending."""
     settle(repository, [CHAIN[0]])
     repository.commit({".gitignore": "council.yaml\n"})
     assert repository.council("run").code == 0
@@ -390,7 +390,7 @@ async def test_merge_run_with_a_pending_task_starts_no_session(repository: Repos
 
 
 def printed_next(repository: Repository) -> list[str]:
-    """Return the lines with the next command that `status` and `runs` print."""
+    """Return the next commands that `status` and `runs` print."""
     shown = "".join(repository.council(command).stdout for command in ("status", "runs"))
     return [line.strip() for line in shown.splitlines() if "next:" in line.lower()]
 
@@ -398,7 +398,7 @@ def printed_next(repository: Repository) -> list[str]:
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("how", ["merged", "deleted", "squashed", "lost"])
 async def test_branch_merged_or_deleted_by_the_user_is_not_awaited(repository: Repository, how: str) -> None:
-    """`status` and `runs` name no next command any more, and `council merge` has nothing to merge."""
+    """`status` and `runs` print no next command any more, and `council merge` has nothing to merge."""
     settle(repository, [CHAIN[0]])
     repository.commit({".gitignore": "council.yaml\n"})
     assert repository.council("run").code == 0
@@ -426,7 +426,7 @@ async def test_branch_merged_or_deleted_by_the_user_is_not_awaited(repository: R
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("has_more", [False, True], ids=["all", "more"])
 async def test_merge_blocked_by_a_dirty_checkout_names_the_obstacle(repository: Repository, has_more: bool) -> None:
-    """Nobody has interrupted it: the exit code is 1, and the next command works once the checkout is clean."""
+    """It was not interrupted: the exit code is 1, and the next command works once the checkout is clean."""
     later = [{"id": "later", "prompt": "write later.txt x", "needs": ["built"]}] if has_more else []
     config = str(repository.configure([{"id": "built", "prompt": "write README.md changed"}, *later]))
     (repository.top / "README.md").write_text("my own change")
@@ -458,7 +458,7 @@ def test_invalid_branch_is_a_mistake_of_the_option(repository: Repository, optio
 
 
 def test_run_from_elsewhere_names_the_folder_of_its_commands(repository: Repository, tmp_path: Path) -> None:
-    """There the printed commands find the run; within the repository nothing more is printed."""
+    """The printed commands find the run in that folder; within the repository nothing more is printed."""
     settle(repository, [CHAIN[0]])
     repository.commit({".gitignore": "council.yaml\n"})
     folder = tmp_path / "elsewhere"

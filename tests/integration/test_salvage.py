@@ -1,4 +1,4 @@
-"""Kept work is found by name, shown, brought into a checkout or a branch, and dropped, with contents of all kinds."""
+"""Preserved work of all kinds is listed, shown, applied to a checkout or a branch, and dropped."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ BINARY = bytes(range(256)) * 8
 
 @pytest.fixture
 def users(environ: dict[str, str]) -> Git:
-    """Git at the user's side."""
+    """Return git on the user's side."""
     return Git(None, as_user=True, environ=environ)
 
 
 @pytest.fixture
 async def work(place: Place) -> str:
-    """A commit that changes, adds, deletes, links and renames files with hostile names."""
+    """Return a commit that changes, adds, deletes, links and renames files with hostile names."""
     place.write("README.md", "# Project\nchanged\n")
     (
         place.write("-rf"),
@@ -50,7 +50,7 @@ async def work(place: Place) -> str:
 
 
 def state(top: Path) -> dict[str, object]:
-    """Return what the files of a checkout are."""
+    """Return the state of the files of a checkout."""
     return {
         str(path.relative_to(top)): (path.readlink() if path.is_symlink() else path.read_bytes(), path.lstat().st_mode)
         for path in top.rglob("*")
@@ -59,7 +59,7 @@ def state(top: Path) -> dict[str, object]:
 
 
 async def test_preserved_work_is_listed_and_found(place: Place, work: str) -> None:
-    """Branches and salvaged refs have one short name each; what does not fit is refused with what is near."""
+    """Branches and salvaged refs have one short name each; an unknown name suggests the nearest."""
     for ref in ("refs/heads/council/run1/task/conflict", "refs/heads/council/run2/task/1",
                 "refs/salvage/run1/task.1/stash",
                 "refs/salvage/run1/a.b.2/1", "refs/heads/council/run1/a.b/2", "refs/council/run1/x"):  # fmt: skip
@@ -84,7 +84,7 @@ async def test_preserved_work_is_listed_and_found(place: Place, work: str) -> No
 
 
 async def test_diff_is_shown(place: Place, work: str) -> None:
-    """A difference is a patch or a summary, with colors if asked for, whatever the files are called."""
+    """As a patch or a summary, with colors on request, whatever the file names."""
     shown = await diff_commits(place.git, place.base, work)
     assert b'"b/new\\nline"' in shown
     assert b"rename to src/main.py" in shown
@@ -96,7 +96,7 @@ async def test_diff_is_shown(place: Place, work: str) -> None:
 async def test_reading_ignores_git_variables_of_the_environment(
     place: Place, work: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They could relocate the repository, or start a program for a diff."""
+    """They could redirect the repository, or start a diff program."""
     expected = await diff_commits(place.git, place.base, work), await salvage.list_unmerged_work(place.git)
     program = tmp_path / "program"
     program.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
@@ -114,7 +114,7 @@ async def test_reading_ignores_git_variables_of_the_environment(
 
 
 async def test_live_session_is_read_without_a_trace(place: Place) -> None:
-    """Its files are compared as they are; no index changes, nothing is left, secrets and huge files are only named."""
+    """No index changes and nothing is left; secrets and huge files are only named."""
     place.write("README.md", "# Project\nlive\n"), place.write("new.txt")
     place.write("a.py", f"v = '{VALUE}'\n"), place.write(".env", "A=1\n"), place.write("huge", b"h" * 200_000)
     place.agent("add", "new.txt")
@@ -139,7 +139,7 @@ async def test_live_session_is_read_without_a_trace(place: Place) -> None:
 
 
 async def test_work_is_applied_to_a_checkout(place: Place, work: str, users: Git, repository: Repository) -> None:
-    """All kinds of changes arrive as uncommitted ones, beside what the user had changed elsewhere."""
+    """All kinds of changes become uncommitted changes, next to those of the user."""
     (repository.top / "notes.txt").write_text("mine\n")
     repository.git("config", "apply.whitespace", "error")
     index = (repository.top / ".git/index").read_bytes()
@@ -156,7 +156,7 @@ async def test_work_is_applied_to_a_checkout(place: Place, work: str, users: Git
 async def test_work_is_merged_with_the_users_commits(
     place: Place, work: str, users: Git, repository: Repository
 ) -> None:
-    """The user's branch went on, in a renamed file: the change follows it. What is there already changes nothing."""
+    """A change follows a file that the user renamed. Work that is already merged changes nothing."""
     repository.git("mv", "README.md", "READ.md")
     repository.commit({"own.txt": "own\n"}, "own")
     place.write("README.md", "# Project\n")
@@ -172,7 +172,7 @@ async def test_work_is_merged_with_the_users_commits(
 async def test_conflicting_work_changes_nothing(
     place: Place, work: str, users: Git, repository: Repository, tmp_path: Path, how: str
 ) -> None:
-    """A change that conflicts with the user's commits or files is refused as a whole."""
+    """A conflict with the user's commits or files rejects the whole change."""
     match how:
         case "committed":
             repository.commit({"README.md": "# Other\nmine\n"}, "mine")
@@ -205,7 +205,7 @@ async def test_link_to_another_repository_is_not_applied(place: Place, users: Gi
 
 
 async def test_branch_is_created_once(place: Place, work: str, repository: Repository) -> None:
-    """The branch is made where there is none of that name, and only with a name that git takes."""
+    """Only if the name is free and valid in git."""
     source = UpstreamRepository.of(str(repository.top), is_local=True, git=place.git)
     await salvage.create_branch(source, work, "rescued/work")
     assert repository.git("rev-parse", "rescued/work") == work
@@ -221,7 +221,7 @@ async def test_branch_is_created_once(place: Place, work: str, repository: Repos
 
 
 async def test_only_listed_work_is_dropped(place: Place, work: str) -> None:
-    """If one of the refs has moved none is deleted; else all are."""
+    """If one of the refs has moved, none is deleted."""
     await place.git("update-ref", "refs/salvage/run1/task.1/stash", work)
     listed = await salvage.list_unmerged_work(place.git, "run1")
     await place.git("update-ref", "refs/salvage/run1/task.1/stash", place.base)
