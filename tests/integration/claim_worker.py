@@ -1,7 +1,7 @@
-"""Orchestrators that share a queue: `python claim_worker.py STATE LOCKS PATIENCE FATE…`, a process for each fate.
+"""Run worker processes that share a task queue: `python claim_worker.py STATE LOCKS PATIENCE FATE…`.
 
-A fate is what the process does to itself when it has claimed its so-many-th task, before it works at it: `none`,
-`kill@N` or `stop@N`. `seed COUNT` instead of a patience makes the queue.
+One process per fate. A fate is what the process does to itself after it claimed its N-th task and before it runs it:
+`none`, `kill@N` or `stop@N`. `seed COUNT` instead of a patience creates the queue.
 """
 
 import os
@@ -28,17 +28,17 @@ QUEUE = Key("queue", RUN)
 
 
 def say(*words: object) -> None:
-    """Print a line in one piece: several processes share this output."""
+    """Print a line with one write: several processes share this output."""
     os.write(1, (" ".join(map(str, words)) + "\n").encode())
 
 
 def work_key(task: str) -> Key:
-    """Return the key of what a task's work comes to."""
+    """Return the key of a task's result document."""
     return Key("work", f"{RUN}/{task}")
 
 
 class Worker:
-    """What one process does."""
+    """One process that claims and runs tasks."""
 
     def __init__(self, store: Store, locks: LivenessLocks, patience: float, number: int, fate: str) -> None:
         self.store, self.locks, self.number, self.fate = store, locks, number, fate
@@ -53,7 +53,7 @@ class Worker:
         self.claimed = self.done = 0
 
     async def work(self) -> None:
-        """Be at work until every task is done; whoever is taken for gone says so, and joins again."""
+        """Run tasks until all are done; report and rejoin after being taken for dead."""
         while not await self._joins():
             pass
         say(self.number, "done", self.done)
@@ -94,11 +94,11 @@ class Worker:
                 if claim is not None and claim.released is ReleaseReason.COMPLETE:
                     continue
                 if task not in claims:
-                    is_held = claim is not None and claim.released is None  # its owner's end is noticed by the sweep
+                    is_held = claim is not None and claim.released is None  # the reaper notices the end of its owner
                     if is_held or isinstance(await claims.claim(task), ClaimHolder):
                         rest.append(task)
                         continue
-                if await self.store.get(work_key(task)) is not None:  # done between the look and the claim
+                if await self.store.get(work_key(task)) is not None:  # done between the read and the claim
                     await claims.release(task, ReleaseReason.COMPLETE)
                     continue
                 guard = claims.guard(task)
@@ -135,19 +135,19 @@ class Worker:
 
 
 async def seed(state: str, count: str) -> None:
-    """Make the queue."""
+    """Create the queue."""
     async with FileStore.open(Path(state), SystemClock()) as store:
         await store.commit(Commit([Write(QUEUE, 0, {"tasks": [f"t{number:04}" for number in range(int(count))]})]))
 
 
 async def main(state: str, locks: str, patience: str, number: int, fate: str) -> None:
-    """Work in one process."""
+    """Run one worker."""
     async with FileStore.open(Path(state), SystemClock()) as store:
         await Worker(store, LivenessLocks(Path(locks)), float(patience), number, fate).work()
 
 
 def fork_all(state: str, locks: str, patience: str, *fates: str) -> None:
-    """Start a process for each fate, forked after the imports, which would cost most of the time."""
+    """Fork one process per fate after the imports, which take most of the time."""
     for number, fate in enumerate(fates):
         if os.fork() == 0:
             anyio.run(main, state, locks, patience, number, fate)

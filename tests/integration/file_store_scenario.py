@@ -1,8 +1,8 @@
-"""All that a file store does to its files, in a process that tells how each step ended: `file_store_scenario.py`.
+"""Run every file operation of a file store and report each outcome: `file_store_scenario.py`.
 
-For each folder that is named on its standard input it forks a process, prints its id, and that stops until it is sent
-SIGCONT. So whoever attaches to it counts the system calls of the store alone. Each line that it prints is JSON:
-what was tried, and `refused` with the reason if that failed.
+For each folder named on standard input it forks a process and prints its id; that process stops until it receives
+SIGCONT, so that a tracer that attaches to it counts the system calls of the store alone. Each output line is JSON: the
+step, and `refused` with the reason if the step failed.
 """
 
 import json
@@ -36,7 +36,7 @@ def say(**facts: Any) -> None:
 
 
 async def attempt(step: str, call: Callable[[], Awaitable[Any]], **facts: Any) -> bool:
-    """Do something and tell how it ended; the store may refuse it, and nothing else may go wrong."""
+    """Run a step and report the outcome; only the store's own rejection is allowed."""
     try:
         done = await call()
     except StoreUnavailable as error:
@@ -47,13 +47,13 @@ async def attempt(step: str, call: Callable[[], Awaitable[Any]], **facts: Any) -
 
 
 class Scenario:
-    """Commits of both kinds, segments that follow each other, snapshots, packing, thinning out, a checkpoint."""
+    """Commits of both kinds, several segments, snapshots, compression, compaction, a checkpoint."""
 
     def __init__(self, place: Path) -> None:
         self.place, self.clock, self.tried = place, ManualClock(), 0
 
     async def run(self) -> None:
-        """Open the store three times, each time again until it works."""
+        """Open the store three times, and retry each until it opens."""
         for part in (self.commits, self.upkeep, self.commits):
             for _ in range(6):
                 async with AsyncExitStack() as stack:
@@ -71,7 +71,7 @@ class Scenario:
         say(step="over")
 
     async def commits(self, store: FileStore) -> None:
-        """Commit to three documents in turn, every third commit not durably."""
+        """Commit to three documents in turn, every third commit non-durably."""
         for _ in range(12):
             self.clock.advance(60)
             self.tried += 1
@@ -88,7 +88,7 @@ class Scenario:
             await attempt("commit", commit, **tried)
 
     async def upkeep(self, store: FileStore) -> None:
-        """Pack, name a position, look back, thin out, check."""
+        """Compress, create a checkpoint, read history, compact, verify."""
         await attempt("pack", lambda: store.compact(0.0, 1 << 40))
         await attempt("checkpoint", lambda: checkpoints.create_checkpoint(store, None, "by test"))
         await attempt("history", lambda: store.history(KEYS[0]))
@@ -97,7 +97,7 @@ class Scenario:
 
 
 if __name__ == "__main__":
-    snapshot.MIN_NEW_BYTES = 1  # type: ignore[misc]  # so that even this log is worth one
+    snapshot.MIN_NEW_BYTES = 1  # type: ignore[misc]  # so that even this small log gets a snapshot
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

@@ -1,4 +1,4 @@
-"""What the processes do in the tests of the file store across processes: `python file_store_worker.py JOB ARGS…`."""
+"""Workers for the tests of the file store across processes: `python file_store_worker.py JOB ARGS…`."""
 
 import hashlib
 import itertools
@@ -16,16 +16,16 @@ from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
 
 SHARED = Key("counter", "shared")
-SEGMENT_BYTES = 5_000  # so small that the log is cut into many segments
+SEGMENT_BYTES = 5_000  # so small that the log has many segments
 
 
 def say(text: str) -> None:
-    """Print a line in one piece: several processes share this output."""
+    """Print a line with one write: several processes share this output."""
     os.write(1, f"{text}\n".encode())
 
 
 async def write(place: str, name: str, count: str) -> None:
-    """Commit `count` times to a document of our own and to one that all writers share, and say each success."""
+    """Commit `count` times to an own and to a shared document, and print each success."""
     async with FileStore.open(Path(place), SystemClock(), segment_bytes=SEGMENT_BYTES) as store:
         own = Key("own", name)
         done = 0
@@ -45,7 +45,7 @@ async def write(place: str, name: str, count: str) -> None:
 
 
 async def read(place: str, until: str) -> None:
-    """Follow from the beginning to position `until`, and say what was seen: each position and the content's digest."""
+    """Follow the log up to position `until`; print each position and the content's digest."""
     digest, positions = hashlib.sha256(), []
     async with FileStore.open(Path(place), SystemClock(), segment_bytes=SEGMENT_BYTES) as store:
         async for record in store.watch():
@@ -57,7 +57,7 @@ async def read(place: str, until: str) -> None:
 
 
 async def churn(place: str, name: str) -> None:
-    """Commit until killed, durably or not, and pack and thin out now and then; say each success."""
+    """Commit until killed, durably or not, with occasional compression and compaction; print each success."""
     clock, own = SystemClock(), Key("own", name)
     async with FileStore.open(Path(place), clock, segment_bytes=SEGMENT_BYTES) as store:
         for step in itertools.count():
@@ -72,8 +72,8 @@ async def churn(place: str, name: str) -> None:
 
 
 async def snapshots(place: str, name: str) -> None:
-    """Commit until killed, and leave a snapshot with each segment."""
-    snapshot.MIN_NEW_BYTES = 1  # type: ignore[misc]  # even this log is worth one
+    """Commit until killed, with a snapshot of each segment."""
+    snapshot.MIN_NEW_BYTES = 1  # type: ignore[misc]  # even this small log gets a snapshot
     async with FileStore.open(Path(place), SystemClock(), segment_bytes=SEGMENT_BYTES) as store:
         for version in range(200):
             write = Write(Key("own", name), version, {"n": version + 1, "text": "x" * 300})
@@ -81,9 +81,9 @@ async def snapshots(place: str, name: str) -> None:
 
 
 def churn_by_many(place: str) -> None:
-    """Do so in a process for each name that is read, forked after the imports; say its id."""
-    snapshot.MIN_NEW_BYTES = 1  # type: ignore[misc]  # even this log is worth one
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    """Run `churn` in one process per name read, forked after the imports; print its id."""
+    snapshot.MIN_NEW_BYTES = 1  # type: ignore[misc]  # even this small log gets a snapshot
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for these processes
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
@@ -93,7 +93,7 @@ def churn_by_many(place: str) -> None:
 
 
 def read_by_many(place: str, until: str, processes: str) -> None:
-    """The same in many processes, forked after the imports, which would cost most of their time."""
+    """Run `read` in many processes, forked after the imports, which take most of the time."""
     children = []
     for _ in range(int(processes)):
         child = os.fork()

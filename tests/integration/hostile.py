@@ -1,4 +1,4 @@
-"""A program that tries to get out of its fence: `hostile.py SETTING ATTACK…` prints as JSON which attacks succeeded.
+"""Try to break out of the sandbox: `hostile.py SETTING ATTACK…` prints as JSON which attacks succeeded.
 
 SETTING is JSON: the paths `tree`, `house`, `hidden`, `outside`, `pid` of a process outside, `port` of a server.
 """
@@ -193,7 +193,7 @@ def network() -> object:
 
 
 def hypervisor() -> object:
-    """Make a socket by which a virtual machine reaches its host."""
+    """Create a socket by which a virtual machine reaches its host."""
     with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM):
         return True
 
@@ -216,13 +216,13 @@ def other_host() -> object:
 
 
 def fast_open() -> object:
-    """Connect by sending, which Landlock does not look at."""
+    """Connect by TCP Fast Open, which Landlock does not check."""
     with socket.socket() as client:
         return client.sendto(b"x", 0x20000000, ("127.0.0.1", PORT))
 
 
 def multipath() -> object:
-    """Connect by MPTCP, which Landlock does not look at."""
+    """Connect by MPTCP, which Landlock does not check."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262) as client:
         client.connect(("127.0.0.1", PORT))
     return True
@@ -230,11 +230,11 @@ def multipath() -> object:
 
 def datagram() -> object:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
-        return client.sendto(b"x", ("192.0.2.1", 9))  # a network that is kept for documents (RFC 5737)
+        return client.sendto(b"x", ("192.0.2.1", 9))  # a network reserved for documentation (RFC 5737)
 
 
 def same_port() -> object:
-    """Connect to another host, at the port that the proxy has."""
+    """Connect to another host, at the proxy's port."""
     with socket.create_connection(("127.0.0.2", urlsplit(os.environ["HTTPS_PROXY"]).port), timeout=5):
         return True
 
@@ -243,7 +243,7 @@ def interfaces() -> object:
     return [name for _, name in socket.if_nameindex() if name != "lo"]
 
 
-# What the table in docs/security.md asks, beside the above
+# Further attacks of the table in docs/security.md.
 
 
 def chmod_and_times() -> object:
@@ -261,7 +261,7 @@ def attributes() -> object:
 
 
 def _flags() -> object:
-    """Mark a file as one that no backup takes (FS_IOC_SETFLAGS in ioctl_iflags(2))."""
+    """Mark a file as excluded from backups (FS_IOC_SETFLAGS in ioctl_iflags(2))."""
     descriptor = os.open(KEPT, os.O_RDONLY)
     fcntl.ioctl(descriptor, 0x40086602, struct.pack("=i", 0x40))
     return True
@@ -287,7 +287,7 @@ def own_loopback() -> object:
 
 def _connect(address: object) -> bool:
     with socket.socket(socket.AF_UNIX) as client:
-        client.connect(address)  # type: ignore[arg-type]  # a path, or a name that begins with a null
+        client.connect(address)  # type: ignore[arg-type]  # a path, or an abstract name (begins with a null byte)
     return True
 
 
@@ -313,7 +313,7 @@ def terminal() -> object:
 
 
 def type_into_terminal() -> object:
-    """Fail with ENOTTY or EIO, from the kernel itself, where the call is not denied."""
+    """Fail with ENOTTY or EIO from the kernel itself where the call is not denied."""
     if LIBC.ioctl(0, 0x5412, b"x") == 0:
         return True
     return ctypes.get_errno() != errno.EPERM
@@ -337,7 +337,7 @@ def memory_of_others() -> object:
 
 
 def limit_others() -> object:
-    """Change what a process outside may use: its limits, its priority, or the processors that it runs on."""
+    """Change limits, priority or CPU affinity of a process outside."""
 
     def done(change: Callable[..., None], *arguments: object) -> bool:
         change(*arguments)
@@ -361,7 +361,7 @@ def system_v() -> object:
 
 
 def _queue() -> bool:
-    """Read a message queue by its id, which /proc tells; to get it by its key is another call."""
+    """Read a message queue by its id from /proc; `msgget` by key is another call."""
     buffer = ctypes.create_string_buffer(200)
     return bool(LIBC.msgrcv(SETTING["queue"], buffer, 100, 0, 0o4000) > 0)
 

@@ -1,4 +1,4 @@
-"""What sessions say and change, as any process sees it: of files alone, at little cost."""
+"""Output and changes of running sessions, read from files by any process at little cost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.waiting import wait_for
 
 @dataclass
 class Watcher:
-    """Looks at what it is told to, and keeps what it sees."""
+    """Follows runs and collects the views."""
 
     sessions: Sequence[ObservedSession] = ()
     commits: dict[str, str] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Watcher:
 
 @dataclass(frozen=True)
 class Talker:
-    """Understands lines of JSON, and fails on one."""
+    """Parses lines of JSON, and fails on one of them."""
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
         match json.loads(line):
@@ -66,7 +66,7 @@ class Talker:
 
 
 async def until(condition: object, *, limit: float = 20.0) -> None:
-    """Wait on the event loop."""
+    """Wait on the event loop until the condition is true."""
     assert callable(condition)
     with anyio.fail_after(limit):
         while not condition():
@@ -75,7 +75,7 @@ async def until(condition: object, *, limit: float = 20.0) -> None:
 
 @pytest.fixture
 async def run_of_two(repository: Repository) -> Path:
-    """A run of which one task has landed, with two files, and one failed."""
+    """A run with two tasks: one landed with two files, one failed."""
     config = repository.configure(
         [
             {"id": "landed", "prompt": "write a.txt 1\nappend a.txt 2\nwrite README.md new"},
@@ -87,7 +87,7 @@ async def run_of_two(repository: Repository) -> Path:
 
 
 async def test_landed_work_is_counted_immediately(repository: Repository, run_of_two: Path) -> None:
-    """Files and lines of each commit, one git command for all; a commit that is gone changes nothing."""
+    """One git command counts all commits; a commit that no longer exists changes nothing."""
     async with Council.open(repository.top, environ=repository.environ) as council:
         report = await council.runs.status()
         commit = report.tasks[0].landed
@@ -105,7 +105,7 @@ async def test_landed_work_is_counted_immediately(repository: Repository, run_of
 
 
 def test_commits_of_the_user_are_not_counted_as_work_of_a_task(repository: Repository) -> None:
-    """A task that starts from the base as it is by then brings the user's commits onto the target with its own."""
+    """A task that starts from the newest base lands the user's commits of the base together with its own."""
     gate = repository.spawns.parent / "gate"
     tasks = [{"id": "first", "prompt": f"await {gate}\nwrite a.txt 1"}, {"id": "second", "prompt": "write b.txt 1"}]
     child = repository.start("run", str(repository.configure(tasks, target="out", capacity=1)))
@@ -118,7 +118,7 @@ def test_commits_of_the_user_are_not_counted_as_work_of_a_task(repository: Repos
 
 
 async def test_activity_of_a_running_session_is_visible(repository: Repository) -> None:
-    """Its last words and its lines come as they are; what is looked at is left as it is."""
+    """The view reads without changing the session."""
     config = repository.configure(
         [{"id": "t", "prompt": "print Reading\nwrite a.txt 1\nwrite .env SECRET_TOKEN=abcdefghijklmnop\nhang"}]
     )
@@ -146,7 +146,7 @@ async def test_activity_of_a_running_session_is_visible(repository: Repository) 
 async def test_output_lines_are_read_once_and_completely(
     repository: Repository, run_of_two: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half a line waits for its end, of much only the end is read, and an adapter's mistake ends nothing."""
+    """A partial line waits for its end; only the end of long output is read; an adapter error ends nothing."""
     monkeypatch.setattr("orchestrator.api.topics.activity.TRANSCRIPT_INTERVAL", 0.01)
     async with Council.open(repository.top, environ=repository.environ) as council:
         activity = await council.sessions.activity(await council.runs.newest())
@@ -179,7 +179,7 @@ async def test_output_lines_are_read_once_and_completely(
 
 @dataclass
 class SlowChanges:
-    """Takes its time to look, and counts how often it did."""
+    """Takes a configured time per scan, and counts scans."""
 
     looks: int = 0
 
@@ -191,7 +191,7 @@ class SlowChanges:
 
 @pytest.mark.extended
 async def test_activity_is_cheap(repository: Repository, run_of_two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a look takes long, the next comes much later; each session has its turn."""
+    """A slow scan delays the next scan; sessions are scanned in turn."""
     monkeypatch.setattr("orchestrator.api.topics.activity.CHANGES_INTERVAL", 0.01)
     async with Council.open(repository.top, environ=repository.environ) as council:
         found = await council.sessions.activity(await council.runs.newest())

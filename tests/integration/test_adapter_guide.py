@@ -1,4 +1,4 @@
-"""What docs/adapters.md says of another CLI works as it stands there."""
+"""The example in docs/adapters.md works as written."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ DOCS = Path(__file__).parents[2] / "docs" / "adapters.md"
 
 
 def section(title: str) -> str:
-    """Return a section of the page, by its title."""
+    """Return the section of the page with this title."""
     found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## )", DOCS.read_text(), re.MULTILINE | re.DOTALL)
     assert found is not None
     return found[1]
 
 
 def block(text: str, language: str) -> str:
-    """Return what stands in the first block of a language."""
+    """Return the first code block of a language."""
     found = re.search(rf"^ *```{language}\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
     assert found is not None
     return dedent(found[1])
 
 
 async def test_adapter_guide_example_runs(repository: Repository, tmp_path: Path) -> None:
-    """Its program and its entry keep all promises of adapters."""
+    """The example keeps the whole adapter contract."""
     mini, _ = install(repository, tmp_path)
     bare = repository.council("adapters", "test", mini, "--no-live", "--json")
     assert bare.code == 0, bare
 
 
 def install(repository: Repository, tmp_path: Path) -> tuple[str, dict[str, Any]]:
-    """Make the guide's program and file; return the adapter's name and its entry."""
+    """Install the guide's program and file; return the adapter's name and its entry."""
     guide = section("Another CLI in fifteen minutes")
     program = tmp_path / "bin" / "mini"
     program.parent.mkdir()
@@ -56,7 +56,7 @@ def install(repository: Repository, tmp_path: Path) -> tuple[str, dict[str, Any]
 @needs_sandbox
 @pytest.mark.slow
 async def test_adapter_guide_example_works_in_a_run(repository: Repository, tmp_path: Path) -> None:
-    """It lands a task, continues after a failed check, and stops without a key."""
+    """It lands a task, continues after a failed check, and is disabled without a key."""
     mini, entry = install(repository, tmp_path)
     program, guide = tmp_path / "bin" / "mini", section("Another CLI in fifteen minutes")
     checks = {"allow_failing_base": True, "checks": ["grep -q right a.txt"], "attempts": 2}
@@ -79,8 +79,8 @@ async def test_adapter_guide_example_works_in_a_run(repository: Repository, tmp_
     assert (stopped["tasks"][0]["failure"], stopped["adapters"][0]["name"]) == ("auth", mini), stopped
     (repository.top / "council.yaml").unlink()
     ended = repository.council("run", str(repository.top.parent / "council.yaml"), "--json")
-    (mended,) = ended.result["tasks"]
-    assert (mended["failure"], mended["attempts"]) == ("checks_failed", 2), ended
+    (repaired,) = ended.result["tasks"]
+    assert (repaired["failure"], repaired["attempts"]) == ("checks_failed", 2), ended
     key = f"task/{ended.result['run']}/t"
     (version, *_) = repository.council("state", "history", key, "--json").result["versions"]
     assert [one["resumed"] for one in version["new"]["attempts"]] == [False, True]

@@ -1,4 +1,4 @@
-"""`council adapters test`: the contract and a small task, for adapters that are right and for those that are not."""
+"""`council adapters test`: the contract and a small live task, for correct and for broken adapters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROMPT = ("--prompt", "write hello.txt hello")
 
 @pytest.fixture
 def claude(repository: Repository, tmp_path: Path) -> Repository:
-    """A project with a council.yaml, and a stand-in for Claude Code on PATH."""
+    """A project with a council.yaml, and a fake Claude Code on PATH."""
     folder = tmp_path / "bin"
     install(folder, "claude", "tests.fakes.claude")
     repository.environ["PATH"] = f"{folder}{os.pathsep}{repository.environ['PATH']}"
@@ -43,7 +43,7 @@ def tried(repository: Repository, name: str, *options: str) -> CommandResult:
 
 @pytest.mark.parametrize("name", ["claude", pytest.param("fake", marks=pytest.mark.slow)])
 async def test_correct_adapter_keeps_its_contract_and_lands(claude: Repository, name: str) -> None:
-    """With nothing left of it where the command was given."""
+    """Nothing is left in the current folder."""
     before = sorted(claude.top.iterdir())
     ended = tried(claude, name, *PROMPT)
     assert (ended.code, ended.result["live"]["status"]) == (0, "landed"), ended.result["live"]
@@ -56,7 +56,7 @@ async def test_correct_adapter_keeps_its_contract_and_lands(claude: Repository, 
 
 @pytest.mark.slow
 async def test_unfinished_task_has_its_reason(claude: Repository) -> None:
-    """The check did not pass, or the program said that it failed; with what it printed."""
+    """The check failed, or the program reported a failure; the output is included."""
     ended = claude.council("adapters", "test", "fake", "--prompt", "print nothing to do")
     assert ended.code == 1
     assert "session   no_change" in ended.stdout
@@ -68,7 +68,7 @@ async def test_unfinished_task_has_its_reason(claude: Repository) -> None:
 
 @pytest.mark.extended
 async def test_contract_without_a_session_asks_no_program(claude: Repository, tmp_path: Path) -> None:
-    """But its version; it may even be missing."""
+    """Only its version is queried; the program may even be missing."""
     (tmp_path / "bin/claude").unlink()
     ended = tried(claude, "claude", "--no-live")
     assert (ended.code, ended.result["live"]) == (0, None), ended
@@ -77,7 +77,7 @@ async def test_contract_without_a_session_asks_no_program(claude: Repository, tm
 
 @pytest.mark.extended
 async def test_broken_contract_is_named(claude: Repository, tmp_path: Path) -> None:
-    """An adapter of a plugin that remembers what it was asked."""
+    """A plugin's adapter that keeps state between calls."""
     honest = "        return SessionCommand(["
     counts = "        self.asked = getattr(self, 'asked', 0) + 1\n        return SessionCommand([str(self.asked), "
     assert honest in ADAPTER
@@ -90,7 +90,7 @@ async def test_broken_contract_is_named(claude: Repository, tmp_path: Path) -> N
 
 
 async def test_unknown_adapter_is_rejected(claude: Repository) -> None:
-    """With those that there are; a type that needs options is named in the file first."""
+    """The error lists the known adapters; a type that needs options must be defined in the file first."""
     ended = claude.council("adapters", "test", "cluade")
     assert (ended.code, "claude" in ended.stderr) == (2, True), ended
     ended = claude.council("adapters", "test", "acp")
@@ -98,7 +98,7 @@ async def test_unknown_adapter_is_rejected(claude: Repository) -> None:
 
 
 async def test_last_failures_are_listed(claude: Repository) -> None:
-    """With its class, the task and the reason."""
+    """Each with its class, task and reason."""
     claude.council("run", "--task", "fail overloaded", "--adapter", "claude")
     listed = {one["name"]: one for one in claude.council("adapters", "--json").result["adapters"]}
     assert listed["claude"]["last_failure"]["failure"] == "overloaded"

@@ -1,4 +1,4 @@
-"""Whole runs with each adapter: what its program does lands, and what it says about failures decides what follows."""
+"""Whole runs with each adapter: its changes land, and its reported failures select the reaction."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from tests.integration.test_scheduler import until_event
 from tests.sandboxes import SANDBOX_PARAMS
 
 ADAPTERS = ("claude-code", "aider", "acp", "ollama")
-#: One of a program and one of a bridge each time; what an adapter makes of outputs is in its contract.
+#: One adapter of a program and one of a bridge each; the contract tests cover output parsing.
 QUICK = tuple(pytest.param(use, marks=() if use in {"claude-code", "ollama"} else pytest.mark.slow) for use in ADAPTERS)
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A repository, the stand-ins installed on its PATH, and a server of models."""
+    """A repository, fake CLIs on its PATH, and a model server."""
 
     repository: Repository
     bin: Path
@@ -46,7 +46,7 @@ class Bench:
     def run(
         self, use: str, *prompts: str, sandbox: str = "off", options: dict[str, Any] | None = None, **more: Any
     ) -> CommandResult:
-        """Run tasks t0, t1, … with one adapter; `more` are keys of each of them."""
+        """Run tasks t0, t1, … with one adapter; `more` are keys of each task."""
         tasks = [{"id": f"t{number}", "prompt": text, "attempts": 1, **more} for number, text in enumerate(prompts)]
         config = self.repository.configure(
             tasks,
@@ -57,14 +57,14 @@ class Bench:
         return self.repository.council("run", str(config), "--json")
 
     def said(self, ended: CommandResult) -> str:
-        """Return what the first task's program printed."""
+        """Return the output of the first task's program."""
         logs = self.repository.top / ".council" / "logs" / ended.result["run"]
         return "".join(path.read_text() for path in sorted(logs.glob("t0.1.std*")))
 
 
 @pytest.fixture
 def bench(repository: Repository, tmp_path: Path) -> Iterator[Bench]:
-    """Stand-ins on PATH, a server on loopback."""
+    """Fake CLIs on PATH, a model server on loopback."""
     folder = tmp_path / "bin"
     for name, module in (("claude", "claude"), ("aider", "aider"), ("acp-agent", "acp_agent")):
         install(folder, name, f"tests.fakes.{module}")
@@ -74,7 +74,7 @@ def bench(repository: Repository, tmp_path: Path) -> Iterator[Bench]:
 
 
 def write(use: str, path: str, text: str) -> str:
-    """Return a prompt that has the program of an adapter write one line to a file."""
+    """Return a prompt that makes an adapter's program write one line to a file."""
     return f"```file {path}\n{text}\n```\n" if use == "ollama" else f"write {path} {text}\n"
 
 
@@ -82,7 +82,7 @@ def write(use: str, path: str, text: str) -> str:
 @pytest.mark.parametrize("sandbox", SANDBOX_PARAMS)
 @pytest.mark.parametrize("use", ADAPTERS)
 async def test_work_of_a_program_lands(bench: Bench, use: str, sandbox: str) -> None:
-    """A real change of a real program is on the target, and what it leaves for itself is not."""
+    """The program's own files do not land."""
     ended = bench.run(use, write(use, "src/new.py", "print(1)"), sandbox=sandbox)
     assert ended.states == {"t0": "landed"}, bench.said(ended) if ended.stdout else ended
     assert (bench.repository.top / "src/new.py").read_text() == "print(1)\n"
@@ -91,7 +91,7 @@ async def test_work_of_a_program_lands(bench: Bench, use: str, sandbox: str) -> 
 
 
 async def test_files_in_the_repository_are_work_whatever_their_name(bench: Bench) -> None:
-    """Only new files are what a program leaves for itself."""
+    """Only new files count as the program's own."""
     bench.repository.commit({".aider.conf.yml": "auto-lint: true\n"}, "a configuration of aider's")
     ended = bench.run("aider", "write .aider.conf.yml auto-lint: false\nwrite .aider.new x")
     assert ended.states == {"t0": "landed"}, ended
@@ -105,7 +105,7 @@ REMEDIES = {"claude-code": "claude auth login", "aider": "API_KEY", "acp": "agen
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("use", QUICK)
 async def test_failed_login_disables_the_adapter(bench: Bench, use: str) -> None:
-    """Nothing more of it starts, no attempt is counted, and the reason says how to log in."""
+    """No further session starts, no attempt is counted, and the reason says how to log in."""
     ended = bench.run(use, FAIL_AUTH[use], write(use, "b.txt", "b"))
     assert ended.states == {"t0": "blocked", "t1": "blocked"}, ended
     assert REMEDIES[use] in ended.result["tasks"][0]["reason"]
@@ -114,7 +114,7 @@ async def test_failed_login_disables_the_adapter(bench: Bench, use: str) -> None
 
 
 async def test_usage_limit_starts_a_cooldown_until_its_end(bench: Bench) -> None:
-    """Until the instant that the program told; the attempt does not count."""
+    """The end is the time that the program reported; the attempt does not count."""
     began = time.time()
     ended = bench.run("claude-code", "attempt 1 fail limit 2\nwrite a.txt a")
     assert ended.states == {"t0": "landed"}, ended
@@ -125,7 +125,7 @@ async def test_usage_limit_starts_a_cooldown_until_its_end(bench: Bench) -> None
 
 @pytest.mark.slow
 async def test_usage_limit_without_an_end_starts_a_cooldown(bench: Bench) -> None:
-    """Aider and agents tell no instant: their adapters are parked all the same, on a clock that the test holds."""
+    """Aider and ACP agents report no end: they get a cooldown all the same, on a clock that the test drives."""
     prompt = "attempt 1 fail limit\nwrite {}.txt x"
     tasks = [{"id": use, "prompt": prompt.format(use), "adapter": use, "attempts": 1} for use in ("aider", "acp")]
     path = bench.repository.configure(
@@ -147,21 +147,21 @@ async def test_usage_limit_without_an_end_starts_a_cooldown(bench: Bench) -> Non
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("use", ["claude-code", "aider"])
 async def test_half_work_of_a_failed_program_does_not_land(bench: Bench, use: str) -> None:
-    """Files were changed before the error; aider even ends with 0."""
+    """Files were changed before the error; aider even exits with 0."""
     ended = bench.run(use, f"{write(use, 'a.txt', 'half')}fail auth")
     assert ended.states == {"t0": "blocked"}, ended
     assert not (bench.repository.top / "a.txt").exists()
 
 
 async def test_half_work_of_an_interrupted_program_does_not_land(bench: Bench) -> None:
-    """It ends with 0, as interrupted ones do, but has not said how it went."""
+    """The program exits with 0 as on an interrupt, but reported no result."""
     ended = bench.run("claude-code", "write a.txt half\nfail silently")
     assert (ended.states, ended.result["tasks"][0]["failure"]) == ({"t0": "failed"}, "crashed"), ended
     assert not (bench.repository.top / "a.txt").exists()
 
 
 async def test_temporary_error_is_not_a_failure(bench: Bench) -> None:
-    """Aider tries again and succeeds: what it said in between does not count."""
+    """Aider retries and succeeds: the error that it printed in between does not count."""
     ended = bench.run("aider", "stumble\nwrite a.txt a")
     assert ended.states == {"t0": "landed"}, ended
 
@@ -201,7 +201,7 @@ ENDS = {
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("use", QUICK)
 async def test_failure_has_its_class(bench: Bench, use: str) -> None:
-    """The class and the reason that the program's words or its end stand for."""
+    """Output and exit code of the program decide the class and the reason."""
     ended = bench.run(use, *(prompt for prompt, _, _ in ENDS[use]))
     for task, (prompt, failure, told) in zip(ended.result["tasks"], ENDS[use], strict=True):
         assert (task["status"], task["failure"]) == ("failed", failure), (prompt, task)
@@ -213,7 +213,7 @@ async def test_failure_has_its_class(bench: Bench, use: str) -> None:
 @pytest.mark.extended
 @pytest.mark.parametrize("sandbox", SANDBOX_PARAMS)
 async def test_output_after_a_stop_is_parsed(bench: Bench, sandbox: str) -> None:
-    """Claude Code says what was spent when it is interrupted, and only then."""
+    """Claude Code reports its usage only when it is interrupted."""
     ended = bench.run("claude-code", "hang", sandbox=sandbox, timeout="4s")
     (task,) = ended.result["tasks"]
     assert (task["status"], task["failure"]) == ("failed", "timeout"), ended
@@ -222,7 +222,7 @@ async def test_output_after_a_stop_is_parsed(bench: Bench, sandbox: str) -> None
 
 @pytest.mark.extended
 async def test_usage_is_recorded(bench: Bench) -> None:
-    """Tokens and money of all four shapes arrive in the result; the adapters work side by side in one run."""
+    """All four formats of tokens and cost are parsed; the adapters run concurrently in one run."""
     expected = {
         "claude-code": (3210, 42, 0.0125),
         "aider": (4200, 1100, 0.01),
@@ -251,7 +251,7 @@ async def test_usage_is_recorded(bench: Bench) -> None:
 
 @pytest.mark.extended
 async def test_acp_agent_reads_and_writes_in_the_worktree_only(bench: Bench, tmp_path: Path) -> None:
-    """What it asks for outside is refused and told; what is inside it gets."""
+    """A path outside is rejected with an error, a path inside is served."""
     (tmp_path / "secret").write_text("canary")
     prompt = f"read src/app.py\nread {tmp_path}/secret\nwrite {tmp_path}/out.txt x\nwrite .git y\nwrite in.txt z"
     ended = bench.run("acp", prompt)
@@ -265,7 +265,7 @@ async def test_acp_agent_reads_and_writes_in_the_worktree_only(bench: Bench, tmp
 
 
 async def test_acp_agent_gets_permission_in_the_worktree(bench: Bench, tmp_path: Path) -> None:
-    """It is allowed once, never always, and to work in it; a path outside is rejected."""
+    """Permission is granted once, never always; a path outside is rejected."""
     target = tmp_path / "outside.txt"
     ended = bench.run("acp", f"edit in.txt x\nedit {target} x\nedit ../up.txt x\nwork")
     assert ended.states == {"t0": "landed"}, ended
@@ -276,7 +276,7 @@ async def test_acp_agent_gets_permission_in_the_worktree(bench: Bench, tmp_path:
 
 @pytest.mark.slow
 async def test_acp_agent_model_can_be_chosen(bench: Bench) -> None:
-    """One that it offers is set, any other is refused with those there are."""
+    """An unknown model is rejected with the available ones."""
     ended = bench.run("acp", "say with MODEL\nwrite a.txt x", options={"model": "large"})
     assert ended.states == {"t0": "landed"}, ended
     assert "with large" in bench.said(ended)
@@ -286,7 +286,7 @@ async def test_acp_agent_model_can_be_chosen(bench: Bench) -> None:
 
 @pytest.mark.extended
 async def test_acp_agent_tokens_beyond_the_protocol_are_recorded(bench: Bench) -> None:
-    """As Gemini CLI does."""
+    """Gemini CLI reports its tokens this way."""
     (task,) = bench.run("acp", "write a.txt x", options={"env": {"ACP_BESIDE": "1"}}).result["tasks"]
     assert (task["input_tokens"], task["output_tokens"]) == (40, 20)
 
@@ -299,7 +299,7 @@ async def test_acp_agent_tokens_beyond_the_protocol_are_recorded(bench: Bench) -
 async def test_acp_agent_that_can_not_start_has_its_reason(
     bench: Bench, env: dict[str, str], failure: str | None
 ) -> None:
-    """It wants a login, or speaks another version of the protocol."""
+    """A missing login, or another protocol version."""
     task = bench.run("acp", "write a.txt x", options={"env": env}).result["tasks"][0]
     assert (task["status"], task["failure"]) == (("failed", failure) if failure else ("blocked", "auth")), task
     assert ("agent login" in task["reason"]) == (failure is None)
@@ -316,13 +316,13 @@ async def test_acp_agent_that_can_not_start_has_its_reason(
 async def test_acp_agent_repairs_its_work_in_the_same_conversation(
     bench: Bench, env: dict[str, str], resumed: list[bool]
 ) -> None:
-    """One that can't after all loses that attempt, and mends it in the next, told everything."""
+    """An agent that fails to load the conversation loses that attempt and gets the full prompt in the next."""
     config = bench.repository.configure(
         [{"id": "t0", "prompt": "attempt 1 write a.txt wrong\nattempt 3 write a.txt right", "attempts": 3}],
         adapters={"it": bench.adapter("acp", home="own", resumes=True, env=env)},
         readable=[str(bench.bin), sys.prefix, str(ROOT / "tests")],
         defaults={
-            # What it says of the check is what it is told: a step of the stand-in's.
+            # The fake agent executes the check's output as steps.
             "allow_failing_base": True,
             "checks": ["grep -q right a.txt || { echo 'write a.txt right' ; echo 'say MENDED'; exit 1; }"],
             "backoff": {"initial": "10ms", "max": "10ms", "jitter": False},
@@ -343,7 +343,7 @@ async def test_acp_agent_repairs_its_work_in_the_same_conversation(
 
 @pytest.mark.extended
 async def test_acp_agent_gets_servers_with_their_variables(bench: Bench) -> None:
-    """The file has their names alone."""
+    """The stored file has only the names of the variables."""
     bench.repository.environ["MY_SETTING"] = "what it is"
     config = bench.repository.configure(
         [{"id": "t0", "prompt": "servers\nwrite a.txt x"}],
@@ -376,7 +376,7 @@ HOSTILE = {
 
 @pytest.mark.extended
 async def test_ollama_answer_can_not_leave_the_worktree(bench: Bench, tmp_path: Path) -> None:
-    """Nothing of it is applied, neither the good part; the task says that it was declined."""
+    """The whole answer is rejected, including its valid part; the task's reason says so."""
     outside = tmp_path / "outside"
     outside.mkdir()
     (bench.repository.top / "link").symlink_to(outside)
@@ -391,7 +391,7 @@ async def test_ollama_answer_can_not_leave_the_worktree(bench: Bench, tmp_path: 
 
 
 async def test_ollama_model_gets_the_files_of_the_prompt(bench: Bench) -> None:
-    """All names as far as they fit, contents of text files up to the limit, those that are named first."""
+    """All names up to the limit, and contents of text files up to the limit, named files first."""
     bench.repository.commit(
         {
             **{f"many/{number}.txt": f"filler {number} " * 50 for number in range(200)},
@@ -413,14 +413,14 @@ async def test_ollama_model_gets_the_files_of_the_prompt(bench: Bench) -> None:
 
 
 async def test_ollama_missing_model_has_a_remedy(bench: Bench) -> None:
-    """`ollama pull` is what helps."""
+    """The reason names `ollama pull`."""
     task = bench.run("ollama", "x", options={"model": "none:7b"}).result["tasks"][0]
     assert (task["failure"], "ollama pull none:7b" in task["reason"]) == ("invalid", True), task
 
 
 @pytest.mark.slow
 async def test_ollama_missing_server_disables_the_adapter(bench: Bench) -> None:
-    """After some seconds of patience: somebody has to start it, and no attempt is lost for that."""
+    """After a few seconds of retries: a person has to start the server, and no attempt is counted."""
     ended = bench.run("ollama", "x", options={"host": "http://127.0.0.1:9"})
     task = ended.result["tasks"][0]
     assert (task["status"], task["attempts"]) == ("blocked", 0), ended

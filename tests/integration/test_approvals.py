@@ -1,4 +1,4 @@
-"""A person approves what a phase came to, or has it done again, from another terminal; and tasks go back to a phase."""
+"""Approve or reject a phase result from another terminal, and retry a task from an earlier phase."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.conftest import CommandResult, Repository
 from tests.integration.test_workflow import PLAN
 from tests.waiting import wait_for
 
-#: A person is to say whether the plan is right before anything is built.
+#: A person approves the plan before the build.
 ASKS = {
     "asks": [
         {"plan": {"access": "read", "produces": "plan", "approve": True}},
@@ -34,7 +34,7 @@ def configured(repository: Repository, *more: str, **facts: Any) -> str:
 
 
 def until_asked(repository: Repository, session: int = 1) -> dict[str, Any]:
-    """Return what `status` says of the task once it waits after so many sessions."""
+    """Return the task's `status` when it waits for approval after this many sessions."""
 
     def asked() -> dict[str, Any] | None:
         ended = repository.council("status", "--json")
@@ -59,7 +59,7 @@ def events(ended: CommandResult, name: str) -> list[dict[str, Any]]:
 
 @pytest.mark.extended
 async def test_run_waits_for_approval_and_continues(repository: Repository) -> None:
-    """Status says what to type; the run says once what it waits for, and lands what follows."""
+    """`status` prints the command; the run reports once what it waits for."""
     child = repository.start("run", configured(repository), "--json")
     waits = until_asked(repository)
     assert (waits["phase"], waits["reason"]) == ("plan", "phase 'plan' waits for approval")
@@ -80,7 +80,7 @@ async def test_run_waits_for_approval_and_continues(repository: Repository) -> N
 
 
 async def test_rejected_result_is_repeated_with_the_note(repository: Repository) -> None:
-    """The session is told what is to be better; that it waits once more is told once more."""
+    """The next session gets the note; a second wait for approval is reported again."""
     child = repository.start("run", configured(repository, "in plan attempt 2 keep-prompt"), "--json")
     until_asked(repository)
     assert repository.council("reject", "t", "--note", "keep the old names").code == 0
@@ -97,7 +97,7 @@ async def test_rejected_result_is_repeated_with_the_note(repository: Repository)
 async def test_approval_during_the_end_of_a_session_is_accepted(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What waits is on record a moment before its session has given its place back: it does not go on before that."""
+    """The wait is recorded before its session has released the worktree slot; the next session starts after that."""
     path = configured(repository)
     release, answers = Session.release, ["reject", "approve"]
     async with Council.open(path, environ=repository.environ) as council:
@@ -116,7 +116,7 @@ async def test_approval_during_the_end_of_a_session_is_accepted(
 
 @pytest.mark.extended
 async def test_approval_survives_the_process_that_asked(repository: Repository) -> None:
-    """Nobody is at work when the answer is given; `resume` goes on from it."""
+    """No process is active when the answer is given; `resume` continues from it."""
     child = repository.start("run", configured(repository), "--json")
     until_asked(repository)
     child.send_signal(signal.SIGINT)
@@ -137,7 +137,7 @@ async def test_approval_survives_the_process_that_asked(repository: Repository) 
 
 @pytest.mark.extended
 async def test_waiting_task_can_be_cancelled(repository: Repository) -> None:
-    """It is over then, and so is the run."""
+    """Then the task and the run have finished."""
     child = repository.start("run", configured(repository), "--json")
     until_asked(repository)
     assert repository.council("cancel", "t").code == 0
@@ -147,7 +147,7 @@ async def test_waiting_task_can_be_cancelled(repository: Repository) -> None:
 
 
 def test_only_waiting_tasks_can_be_approved(repository: Repository) -> None:
-    """What is refused is told with what to do instead, and changes nothing."""
+    """The error says what to do instead, and nothing changes."""
     ended = repository.council("run", str(repository.configure([{"id": "t", "prompt": "write b.txt x"}])), "--json")
     assert ended.states == {"t": "landed"}
     for command in (["approve", "t"], ["reject", "t"]):
@@ -167,7 +167,7 @@ def test_only_waiting_tasks_can_be_approved(repository: Repository) -> None:
 
 @pytest.mark.extended
 async def test_task_is_retried_from_an_earlier_phase(repository: Repository) -> None:
-    """What came of the phases before that stays; a name that is none of its phases is refused."""
+    """Results of earlier phases stay; an unknown phase is rejected."""
     workflow = [
         {"scout": {"access": "read", "produces": "scout"}},
         {"plan": {"access": "read", "produces": "plan"}},
@@ -197,7 +197,7 @@ async def test_task_is_retried_from_an_earlier_phase(repository: Repository) -> 
 
 @pytest.mark.extended
 async def test_approvals_from_python_work(repository: Repository) -> None:
-    """The same as the commands do; and nobody is to be named by leaving the names out."""
+    """Same behaviour as the commands; an empty list of names is rejected."""
     refusals = []
     async with Council.open(configured(repository), environ=repository.environ) as council:
         run = await council.runs.create()
@@ -206,7 +206,7 @@ async def test_approvals_from_python_work(repository: Repository) -> None:
             await until_waiting(council, run, 1)
             try:
                 await council.tasks.approve(run=run)
-            except Exception as error:  # noqa: BLE001  which one is told below
+            except Exception as error:  # noqa: BLE001  the type is asserted below
                 refusals.append(str(error))
             await council.tasks.reject("t", note="no", run=run)
             waited = await until_waiting(council, run, 2)
@@ -224,7 +224,7 @@ async def test_approvals_from_python_work(repository: Repository) -> None:
 
 
 async def until_waiting(council: Council, run: str, count: int) -> Event:
-    """Return the event that a run only waits, once it was told so often."""
+    """Return the N-th event that says that the run only waits."""
     with anyio.fail_after(60):
         async for record in council.history.follow(0):
             for event in record.events:

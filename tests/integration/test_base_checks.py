@@ -1,4 +1,4 @@
-"""Checks run on the base before any session: what fails there would fail every task."""
+"""Checks run on the base before any session: a check that fails there would fail every task."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import pytest
 from tests.conftest import CommandResult, Repository
 from tests.waiting import wait_for
 
-#: Passes where `code` is good.
+#: Passes if `code` is good.
 GOOD = "grep -qx good code"
 #: A failed check ends the task.
 FAIL = {"on_checks_failed": "fail"}
 
 
 def configure(repository: Repository, *prompts: str, checks: list[str], **settings: Any) -> Path:
-    """Configure tasks with checks that are expected to pass on the base."""
+    """Configure tasks whose checks must pass on the base."""
     tasks = [{"id": f"t{number}", "prompt": prompt} for number, prompt in enumerate(prompts, 1)]
     backoff = {"initial": "10ms", "max": "10ms", "jitter": False}
     defaults = {"checks": checks, "backoff": backoff, "timeout": "60s", **settings.pop("defaults", {})}
@@ -43,7 +43,7 @@ def types(ended: CommandResult) -> list[str]:
 
 
 def sessions(repository: Repository) -> int:
-    """Return how many sessions the fake CLI was started for."""
+    """Return how many sessions of the fake CLI were started."""
     return len(repository.spawns.read_text().splitlines()) if repository.spawns.exists() else 0
 
 
@@ -77,7 +77,7 @@ async def test_check_failing_on_the_base_ends_the_run_before_any_session(reposit
 
 
 async def test_resume_checks_again_and_continues_on_a_fixed_base(repository: Repository) -> None:
-    """The fix of the user's own on the base is what the resumed run finds."""
+    """The user fixes the base between run and resume."""
     repository.commit({"code": "bad\n"}, "broken")
     config = configure(repository, "write a.txt a", checks=[GOOD])
     assert repository.council("run", str(config)).code == 1
@@ -95,7 +95,7 @@ async def test_resume_checks_again_and_continues_on_a_fixed_base(repository: Rep
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("how", ["run", "resume", "file"])
 async def test_task_that_fixes_the_failing_base_can_run(repository: Repository, how: str) -> None:
-    """With the option of either command, and with the key of the file."""
+    """By the option of either command, and by the key of the file."""
     repository.commit({"code": "bad\n"}, "broken")
     repository.remember()
     defaults = {"allow_failing_base": True} if how == "file" else {}
@@ -112,7 +112,7 @@ async def test_task_that_fixes_the_failing_base_can_run(repository: Repository, 
 
 @pytest.mark.extended
 async def test_base_is_checked_once_for_tasks_with_the_same_checks(repository: Repository) -> None:
-    """Tasks of other checks have theirs run, and one without checks needs none."""
+    """Tasks with other checks have theirs run; a task without checks needs none."""
     repository.commit({"code": "good\n"}, "code")
     repository.remember()
     tasks: list[dict[str, Any]] = [
@@ -131,7 +131,7 @@ async def test_base_is_checked_once_for_tasks_with_the_same_checks(repository: R
 
 @pytest.mark.extended
 async def test_killed_run_does_not_repeat_passed_base_checks(repository: Repository) -> None:
-    """Neither the base that passed, nor what landed through the same checks."""
+    """Neither for the base that passed, nor for a landing that passed the same checks."""
     repository.commit({"code": "good\n"}, "code")
     trace = repository.spawns.parent / "checked"
     check = f"{GOOD} && echo x >> {trace}"
@@ -151,7 +151,7 @@ async def test_killed_run_does_not_repeat_passed_base_checks(repository: Reposit
 
 @pytest.mark.extended
 async def test_signal_ends_the_base_checks(repository: Repository) -> None:
-    """Nothing has started then, and a resume starts over."""
+    """No session has started, and a resume starts from scratch."""
     flag = repository.spawns.parent / "flag"
     check = f"test -e {flag} || {{ touch {flag}; sleep 600; }}"
     config = configure(repository, "write a.txt a", checks=[check], writable=[str(flag.parent)])
@@ -168,7 +168,7 @@ async def test_signal_ends_the_base_checks(repository: Repository) -> None:
 
 @pytest.mark.extended
 async def test_corrected_check_is_reported_and_adopted_by_the_named_commands(repository: Repository) -> None:
-    """A resume that halts again reports that the file has changed; the commands of the message end the halt."""
+    """A resume that halts again reports the changed file; the printed commands end the halt."""
     repository.remember()
     config = configure(repository, "write a.txt a", "write b.txt b", checks=["false"])
     halted = repository.council("run", str(config), "--json")
@@ -195,7 +195,7 @@ def own_branch(repository: Repository, tasks: list[dict[str, Any]], **settings: 
 
 @pytest.mark.extended
 async def test_fixed_base_reaches_tasks_that_start_from_it(repository: Repository) -> None:
-    """Though the run has landed something on its own branch, which never gets the fix before the task lands."""
+    """The run has landed on its own branch, which gets the fix only when the task lands."""
     one, two = {"id": "one", "prompt": "write a.txt a"}, {"id": "two", "prompt": "exit 1 no", "attempts": 1}
     run = repository.council("run", str(own_branch(repository, [one, two])), "--json")
     assert run.states == {"one": "landed", "two": "failed"}
@@ -216,7 +216,7 @@ async def test_fixed_base_reaches_tasks_that_start_from_it(repository: Repositor
 @pytest.mark.extended
 @pytest.mark.parametrize("has_landed", [True, False])
 async def test_named_command_merges_the_fix_into_the_runs_own_branch(repository: Repository, has_landed: bool) -> None:
-    """A task that starts from the target gets a fix of the base only from there."""
+    """A task that starts from the target gets a fix of the base only from the target."""
     two: dict[str, Any] = {"id": "two", "prompt": "write b.txt b", "owns": ["b.txt"], "checks": ["test -f z"]}
     if has_landed:
         one = {"id": "one", "prompt": "write a.txt a"}
@@ -241,7 +241,7 @@ async def test_named_command_merges_the_fix_into_the_runs_own_branch(repository:
 
 @pytest.mark.extended
 async def test_dependents_get_the_base_of_their_need(repository: Repository) -> None:
-    """What starts from the target after a task that starts from the base is not held up by the old target."""
+    """A task that starts from the target after one that starts from the base is not blocked by the old target."""
     tasks: list[dict[str, Any]] = [
         {"id": "one", "prompt": "write a.txt a"},
         {"id": "two", "prompt": "write b.txt b", "needs": ["one"], "checks": ["test -f z"]},
@@ -254,7 +254,7 @@ async def test_dependents_get_the_base_of_their_need(repository: Repository) -> 
 
 
 async def test_remedy_for_tasks_outside_of_a_file_is_a_new_run(repository: Repository) -> None:
-    """`retry --reload` refuses these, before it asks for trust in the file."""
+    """`retry --reload` rejects these tasks before it asks to trust the file."""
     file = configure(repository, "write a.txt a", checks=["false"])
     (repository.top / "council.yaml").write_text(file.read_text())
     halted = repository.council("run", "write a.txt a", "--json").result["halted"]
@@ -267,7 +267,7 @@ async def test_remedy_for_tasks_outside_of_a_file_is_a_new_run(repository: Repos
 
 
 async def test_halt_report_has_the_end_of_the_output_and_the_log(repository: Repository) -> None:
-    """In ten lines of eighty columns, for four tasks; the line of the event is one short sentence."""
+    """At most ten lines of 80 columns for four tasks; the event's line is one short sentence."""
     check = "python3 -c 'import json; print(1); json.loads(\"x\")'"
     tasks = [{"id": name, "prompt": "write a.txt a"} for name in ("one", "two", "bad", "three")]
     ended = repository.council("run", str(repository.configure(tasks, defaults={"checks": [check]})))
@@ -283,7 +283,7 @@ async def test_halt_report_has_the_end_of_the_output_and_the_log(repository: Rep
 
 
 async def test_failed_setup_on_the_base_suggests_a_new_run(repository: Repository) -> None:
-    """A run keeps its setup, so no command takes over a corrected one; --allow-failing-base does not help either."""
+    """A run keeps its setup, so no command reloads a corrected one; --allow-failing-base does not help either."""
     repository.remember()
     config = configure(repository, "write a.txt a", checks=["true"], worktrees={"setup": ["exit 3"]})
     halted = repository.council("run", str(config), "--json").result["halted"]
@@ -295,7 +295,7 @@ async def test_failed_setup_on_the_base_suggests_a_new_run(repository: Repositor
 
 
 async def test_allowed_failing_base_is_checked_for_programs_only(repository: Repository) -> None:
-    """A check that names only programs that are there is not run; one that finds its program elsewhere passes."""
+    """A check whose programs all exist is not run; one that finds its program elsewhere passes."""
     commit_script(repository, "bin/own-tool", "#!/bin/sh\nexit 1\n")
     trace = repository.spawns.parent / "checked"
     checks = [f"echo x >> {trace}; test -e a.txt", "PATH=$PWD/bin:$PATH; own-tool || test -e a.txt"]
@@ -312,7 +312,7 @@ async def test_allowed_failing_base_is_checked_for_programs_only(repository: Rep
 async def test_missing_program_of_a_check_is_not_a_failure_of_the_task(
     repository: Repository, options: list[str]
 ) -> None:
-    """The message names the program and where it was looked for; no session starts, whatever may fail on the base."""
+    """The message names the program and the searched folders; no session starts, even if the base may fail."""
     folder = repository.spawns.parent / "bin"
     folder.mkdir()
     config = configure(repository, "write a.txt a", checks=["no-such-tool --all"], writable=[str(folder)])
@@ -340,7 +340,7 @@ async def test_missing_program_of_a_check_is_not_a_failure_of_the_task(
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("options", [[], ["--allow-failing-base"]])
 async def test_unexecutable_check_is_not_a_failure_of_the_task(repository: Repository, options: list[str]) -> None:
-    """A committed script without the permission: the message says so, whatever may fail on the base."""
+    """A committed script without the executable bit: the message says so, even if the base may fail."""
     repository.commit({"check.sh": "#!/bin/sh\n"}, "script")
     repository.remember()
     ended = repository.council(
@@ -357,7 +357,7 @@ async def test_unexecutable_check_is_not_a_failure_of_the_task(repository: Repos
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("options", [[], ["--allow-failing-base"]])
 async def test_unrunnable_checks_are_reported_at_once(repository: Repository, options: list[str]) -> None:
-    """With all fixes in one message; a check between them that can be run is not named."""
+    """One message has all fixes; runnable checks are not named."""
     repository.commit({"noexec.sh": "#!/bin/sh\n"}, "script")
     config = configure(repository, "write a.txt a", checks=["no-such-tool --all", "true", "./noexec.sh"])
     halted = repository.council("run", str(config), *options, "--json").result["halted"]
@@ -376,7 +376,7 @@ async def test_unrunnable_checks_are_reported_at_once(repository: Repository, op
 
 @pytest.mark.extended
 async def test_task_may_add_the_script_of_its_check(repository: Repository) -> None:
-    """Where the checks may fail on the base: an attempt without it, or that adds one without permission, has failed."""
+    """If the base may fail: an attempt that adds no script, or one without the executable bit, has failed."""
     commit_script(repository, "bin/own-tool", "#!/bin/sh\n")
     repository.remember()
     prompt = "write a.txt a\nattempt 2 write check.sh x\nattempt 3 git mv -f bin/own-tool check.sh"
@@ -389,7 +389,7 @@ async def test_task_may_add_the_script_of_its_check(repository: Repository) -> N
 
 @pytest.mark.extended
 async def test_missing_script_is_to_be_committed(repository: Repository) -> None:
-    """No program is to be installed for a path in the worktree."""
+    """For a path in the worktree the message does not suggest an installation."""
     repository.remember()
     ended = repository.council("run", str(configure(repository, "write a.txt a", checks=["./nothere.sh"])), "--json")
     assert "\ncommit ./nothere.sh" in ended.result["halted"]
@@ -401,7 +401,7 @@ async def test_missing_script_is_to_be_committed(repository: Repository) -> None
 
 
 async def test_task_that_removes_its_check_has_failed(repository: Repository) -> None:
-    """The base has the program, so what the task changed is at fault: it can't end the run for the others."""
+    """The base has the program, so the task's change is at fault: it does not end the run for others."""
     commit_script(repository, "check.sh", "#!/bin/sh\n")
     repository.remember()
     config = configure(repository, "delete check.sh", "write b.txt b", checks=["./check.sh"], defaults=FAIL)
@@ -416,7 +416,7 @@ async def test_task_that_removes_its_check_has_failed(repository: Repository) ->
 async def test_missing_program_of_the_setup_is_not_a_failure_of_the_task(
     repository: Repository, checks: list[str]
 ) -> None:
-    """Without checks it is the first worktree that finds it: still no session starts, and no attempt counts."""
+    """Without checks the first worktree detects it: still no session starts, and no attempt counts."""
     config = configure(repository, "write a.txt a", checks=checks, worktrees={"setup": ["no-such-installer"]})
     ended = repository.council("run", str(config), "--json")
     assert (ended.code, ended.result["status"]) == (1, "halted"), ended
@@ -440,7 +440,7 @@ async def test_missing_program_of_the_setup_is_not_a_failure_of_the_task(
 async def test_uncommittable_program_ends_the_run_immediately(
     repository: Repository, check: str, script: str | None, options: list[str]
 ) -> None:
-    """It is in a virtual environment, or ignored: no task may add it, and the remedy is not to commit it."""
+    """It is in a virtual environment, or ignored: no task may add it, and the message does not suggest a commit."""
     repository.commit({".gitignore": "build/\n"})
     settings: dict[str, Any] = {}
     if script is not None:
@@ -456,7 +456,7 @@ async def test_uncommittable_program_ends_the_run_immediately(
 
 
 async def test_check_may_create_the_program_that_it_runs(repository: Repository) -> None:
-    """Then a task may be at fault: an attempt without it has failed where checks may fail on the base."""
+    """Then a task may be at fault: if the base may fail, an attempt without the program has failed."""
     repository.commit({".gitignore": "build/\n", "make.sh": "exit 3\n"})
     repository.remember()
     prompt = "attempt 1 write a.txt a\nattempt 2 write make.sh mkdir build; cp /bin/true build/tool"
@@ -468,7 +468,7 @@ async def test_check_may_create_the_program_that_it_runs(repository: Repository)
 
 
 def test_show_and_runs_have_the_remedy_of_a_halted_run(repository: Repository) -> None:
-    """The same lines as `status`: a resume alone would be halted again."""
+    """The same lines as `status`: a resume alone would halt again."""
     file = str(repository.configure([{"id": "a", "prompt": "write a a", "checks": ["test -f z"]}]))
     halted = repository.council("run", file, "--json").result["halted"]
     remedy = halted.splitlines()[-1].removeprefix("or ")

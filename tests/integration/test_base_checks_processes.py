@@ -1,4 +1,4 @@
-"""Checks of the base while its process is killed or stopped, or while the base moves: no session starts unchecked."""
+"""Base checks while their process is killed or stopped, or while the base moves: no session starts unchecked."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ LIMIT = 60.0
 
 
 class Gated:
-    """A run whose check waits for `opened` and then passes unless the base has a file `bad`."""
+    """A run whose check waits for the file `opened` and then passes unless the base has a file `bad`."""
 
     def __init__(self, repository: Repository) -> None:
         self.repository, self.folder = repository, repository.spawns.parent
         self.children: list[StartedCommand] = []
 
     def start(self, command: str, *others: dict[str, Any], **settings: Any) -> StartedCommand:
-        """Start the run, or one more process, and return as soon as it waits."""
+        """Start the run, or one more process, and return when its check waits."""
         if command == "run":
             gate = f"while [ ! -e {self.folder}/open ]; do sleep 0.05; done"
             check = f"echo x >> {self.folder}/begun; {gate}; test ! -e bad"
@@ -41,23 +41,23 @@ class Gated:
         return self.children[-1]
 
     def open(self) -> None:
-        """Have all checks end."""
+        """Let all checks end."""
         (self.folder / "open").touch()
 
     @property
     def folders(self) -> list[Path]:
-        """The folders of sessions and checks that are there."""
+        """Return the existing folders of sessions and checks."""
         return list(Path(self.repository.environ["COUNCIL_HOME"]).glob("*/sessions/*/*"))
 
     @property
     def checks(self) -> int:
-        """How many checks have begun."""
+        """Return how many checks have begun."""
         return len((self.folder / "begun").read_text().splitlines())
 
 
 @pytest.fixture
 def gated(repository: Repository) -> Iterator[Gated]:
-    """Return a run to start; nothing of it lives afterwards."""
+    """Yield a run to start; kill its processes afterwards."""
     made = Gated(repository)
     yield made
     for child in made.children:
@@ -66,14 +66,14 @@ def gated(repository: Repository) -> Iterator[Gated]:
 
 
 def outcome(child: StartedCommand) -> CommandResult:
-    """Return how a process ended and what it printed."""
+    """Return the exit code and the output of a process."""
     out, error = child.communicate(timeout=LIMIT)
     return CommandResult(child.wait(), out, error)
 
 
 @pytest.mark.extended
 async def test_waiting_process_checks_the_base_when_the_other_is_killed(gated: Gated) -> None:
-    """The leftovers of the killed check are not in its way and are removed, and it is not taken for passed."""
+    """Leftovers of the killed check are removed, and it does not count as passed."""
     gated.repository.commit({"bad": "x\n"}, "broken")
     gated.repository.remember()
     first, second = gated.start("run"), gated.start("work")
@@ -86,13 +86,13 @@ async def test_waiting_process_checks_the_base_when_the_other_is_killed(gated: G
     assert "fails on main" in ended.result["halted"]
     assert sessions(gated.repository) == 0
     logs = list((gated.repository.top / ".council/logs").glob("*/t1.0.check1*"))
-    assert len(logs) == 2, logs  # one of each process
+    assert len(logs) == 2, logs  # one per process
     await gated.repository.assert_invariants()
 
 
-@pytest.mark.slow  # under load a folder of the stopped one may stay in the trash: open
+@pytest.mark.slow  # under load a folder of the stopped process may stay in the trash: open
 async def test_process_does_not_wait_for_base_checks_of_a_stopped_one(gated: Gated) -> None:
-    """It takes over and finishes; the stopped one ends by itself once it continues, and disturbs nothing."""
+    """The other takes over and finishes; the stopped one ends by itself when it continues, and disturbs nothing."""
     first = gated.start("run", coordination=QUICK)
     second = gated.start("work")
     first.send_signal(signal.SIGSTOP)
@@ -109,7 +109,7 @@ async def test_process_does_not_wait_for_base_checks_of_a_stopped_one(gated: Gat
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("broken", [False, True])
 async def test_base_that_moves_during_its_checks_is_checked_again(gated: Gated, broken: bool) -> None:
-    """What counts is the commit that sessions start from, whichever of the two passes."""
+    """Only the commit that sessions start from counts, whichever of the two passes."""
     if broken:
         gated.repository.commit({"bad": "x\n"}, "broken")
     run = gated.start("run")
@@ -129,7 +129,7 @@ async def test_base_that_moves_during_its_checks_is_checked_again(gated: Gated, 
 
 @pytest.mark.extended
 async def test_unrunnable_base_checks_start_no_session(gated: Gated) -> None:
-    """Here a file that each worktree gets a copy of is gone, and comes back for the resumed run."""
+    """A file that is copied to each worktree is missing, and exists again for the resumed run."""
     gated.repository.commit({".gitignore": "local\n"}, "ignored")
     gated.repository.remember()
     (gated.repository.top / "local").touch()

@@ -1,4 +1,4 @@
-"""A task that did not pass goes on from what the target is by then: what it owns may have been another's meanwhile."""
+"""A task that did not pass continues from the current target: another task may have changed its paths meanwhile."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from orchestrator.engine.scheduler.attempts import AttemptRunner
 from tests.conftest import Repository
 
 
-def mended(path: str) -> list[dict[str, Any]]:
-    """Return a task that is mended once, and one that owns the same and lands while that one waits to go on."""
+def repaired(path: str) -> list[dict[str, Any]]:
+    """Return a task that is repaired once, and one that owns the same paths and lands while the first waits."""
     mend = [
         f"attempt 1 append {path} bad",
         "attempt 2 without other.txt exit 1 what has landed is not here",
@@ -23,7 +23,7 @@ def mended(path: str) -> list[dict[str, Any]]:
     ]
     return [
         {
-            "id": "mended",
+            "id": "repaired",
             "prompt": "\n".join(mend),
             "owns": ["src/**"],
             "allow_failing_base": True,
@@ -44,12 +44,12 @@ def mended(path: str) -> list[dict[str, Any]]:
 async def test_paths_owned_by_another_meanwhile_are_merged_or_repeated(
     repository: Repository, path: str, content: str, reason: str | None
 ) -> None:
-    """Where both fit together the earlier work goes on; no task that says what it owns is ever in conflict."""
-    config = repository.configure(mended(path), capacity=1)
+    """If both merge, the earlier work continues; a task with owned paths never ends in a conflict."""
+    config = repository.configure(repaired(path), capacity=1)
     ended = repository.council("run", str(config), "--json")
-    assert ended.states == {"mended": "landed", "other": "landed"}, ended
+    assert ended.states == {"repaired": "landed", "other": "landed"}, ended
     assert (repository.top / path).read_text() == content
-    started = [one for one in ended.lines if one.get("event") == "task.started" and one["task"] == "mended"]
+    started = [one for one in ended.lines if one.get("event") == "task.started" and one["task"] == "repaired"]
     assert [one.get("reason") for one in started] == [None, reason]
     await repository.assert_invariants()
 
@@ -57,7 +57,7 @@ async def test_paths_owned_by_another_meanwhile_are_merged_or_repeated(
 async def test_start_after_owned_files_changed_chooses_a_new_base(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever had it has landed in between: the attempt starts from that, and not from what was seen before."""
+    """The other owner has landed in between: the attempt starts from that commit, not from the one seen before."""
     prepare, looks = AttemptRunner.prepare, [1, 2]
 
     async def land_meanwhile(

@@ -1,4 +1,4 @@
-"""What is ready together lands by one push, and each of them as if it had landed alone."""
+"""Tasks that are ready at the same time land by one push, with the same result as alone."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def moves(repository: Repository) -> int:
 
 
 def queue(repository: Repository, tasks: Sequence[Mapping[str, Any]], **settings: Any) -> int:
-    """Have tasks built that can't land, because of a change of the user's, which is undone; return the moves so far.
+    """Queue tasks that can't land because of a user's change, then undo the change; return the moves so far.
 
-    The run is killed: otherwise it would hope for some seconds that the change goes.
+    The run is killed: otherwise it would wait some seconds for the change to go.
     """
     config = repository.configure(tasks, capacity=1, **settings)
     readme = repository.top / "README.md"
@@ -50,12 +50,12 @@ def queue(repository: Repository, tasks: Sequence[Mapping[str, Any]], **settings
 
 
 def landed(repository: Repository) -> list[str]:
-    """Return the subjects of the target's first-parent line, the newest first, without the first commit."""
+    """Return the subjects of the target's first-parent history, newest first, without the first commit."""
     return repository.git("log", "--first-parent", "--format=%s", "main").splitlines()[:-1]
 
 
 async def test_waiting_tasks_land_with_one_push(repository: Repository) -> None:
-    """Each by a merge of its own, in the order of the file, and none of their branches is left."""
+    """Each by its own merge, in file order, and all task branches are deleted."""
     before = queue(repository, files(3))
     ended = repository.council("resume", "--json")
     assert set(ended.states.values()) == {"landed"}, ended
@@ -66,7 +66,7 @@ async def test_waiting_tasks_land_with_one_push(repository: Repository) -> None:
 
 
 async def test_conflict_is_judged_against_landed_work(repository: Repository) -> None:
-    """The one that conflicts ends alone, and those behind it land all the same."""
+    """Only the conflicting task fails; the tasks behind it land."""
     prompts = ["write same.txt a", "write other.txt x", "write same.txt b", "write last.txt x"]
     before = queue(repository, [{"id": f"t{one}", "prompt": prompt} for one, prompt in enumerate(prompts)])
     ended = repository.council("resume", "--json")
@@ -76,7 +76,7 @@ async def test_conflict_is_judged_against_landed_work(repository: Repository) ->
 
 
 async def test_same_change_twice_lands_once(repository: Repository) -> None:
-    """The second task is told the commit on the target that holds it already."""
+    """The second task is landed with the commit that the target already has."""
     before = queue(repository, [{"id": f"t{one}", "prompt": "write same.txt x"} for one in range(2)])
     ended = repository.council("resume", "--json")
     first, second = ended.result["tasks"]
@@ -88,7 +88,7 @@ async def test_same_change_twice_lands_once(repository: Repository) -> None:
 
 @pytest.mark.extended
 async def test_rejected_task_blocks_no_other(repository: Repository) -> None:
-    """A push of several that is refused is tried again one by one."""
+    """A rejected push of several tasks is retried one by one."""
     hook = repository.top / ".git/hooks/update"
     hook.write_text('#!/bin/sh\n! git ls-tree --name-only "$3" | grep -q bad.txt\n')
     hook.chmod(0o755)
@@ -104,7 +104,7 @@ async def test_rejected_task_blocks_no_other(repository: Repository) -> None:
 
 @pytest.mark.extended
 async def test_tasks_with_checks_land_one_by_one(repository: Repository) -> None:
-    """Each is checked on what is to be the target, and the others still land together and in their order."""
+    """Each is checked on its future target commit; the others still land together in order."""
     checked = {"checks": ["test -e f0.txt"], "allow_failing_base": True}
     tasks = [
         {"id": f"t{one}", "prompt": f"write f{one}.txt x", **(checked if one in {2, 3} else {})} for one in range(6)
@@ -126,7 +126,6 @@ async def test_tasks_with_checks_land_one_by_one(repository: Repository) -> None
     ],
 )
 async def test_batch_killed_at_a_failpoint_lands_once(repository: Repository, failpoint: str) -> None:
-    """All of them land once, wherever it was."""
     queue(repository, files(4))
     assert repository.council("resume", failpoints=failpoint).code == -signal.SIGKILL
     ended = repository.council("resume", "--json")
@@ -137,11 +136,11 @@ async def test_batch_killed_at_a_failpoint_lands_once(repository: Repository, fa
 
 @pytest.mark.extended
 async def test_batch_killed_during_the_push_lands_once(repository: Repository, tmp_path: Path) -> None:
-    """Nobody's files are left ahead of the branch, and all of them land once."""
+    """No files are left ahead of the branch, and all tasks land once."""
     pid, armed = tmp_path / "pid", tmp_path / "armed"
     queue(repository, files(3))
     hook = repository.top / ".git/hooks/reference-transaction"
-    # Files and index are written by then; the branch is yet to move.
+    # Files and index are written, the branch has not moved.
     once = f'[ -e "{armed}" ] || exit 0\nrm "{armed}"\nkill -9 "$(cat "{pid}")" "$PPID"\nexit 1\n'
     hook.write_text(f'#!/bin/sh\n[ "$1" = prepared ] || exit 0\ngrep -q refs/heads/main || exit 0\n{once}')
     hook.chmod(0o755)
@@ -170,7 +169,7 @@ def recorded(repository: Repository, event: str) -> int:
 
 
 async def landing_lock(repository: Repository) -> FileLock:
-    """Return what whoever lands on `main` must hold."""
+    """Return the lock for landings on `main`."""
     site = await find_run_repository(str(repository.top), is_url=False, environ=repository.environ)
     hub = locate_hub(site.identity, Path(repository.environ["COUNCIL_HOME"]))
     hub.root.joinpath("locks").mkdir(parents=True, exist_ok=True)
@@ -178,14 +177,14 @@ async def landing_lock(repository: Repository) -> FileLock:
 
 
 def ended(child: StartedCommand) -> CommandResult:
-    """Return how a run ended."""
+    """Return the exit code and the result of a run."""
     stdout, stderr = child.communicate(timeout=60)
     return CommandResult(child.returncode, stdout, stderr)
 
 
 @pytest.mark.extended
 async def test_task_waiting_for_a_landing_of_another_run_can_be_cancelled(repository: Repository) -> None:
-    """It is over at once; what waits with it lands when its turn has come."""
+    """The task ends at once; its batch lands in its turn."""
     config = repository.configure(files(2))
     project, clock = Project(repository.top), SystemClock()
     await anyio.to_thread.run_sync(project.create)
@@ -208,7 +207,7 @@ async def test_task_waiting_for_a_landing_of_another_run_can_be_cancelled(reposi
 async def test_interrupted_task_is_cancelled_only_if_not_landed(
     repository: Repository, failpoint: str, state: str
 ) -> None:
-    """Whether it has is found out first, with all that were cut off with it."""
+    """The landing is resolved first, together with all interrupted ones."""
     queue(repository, files(3))
     assert repository.council("resume", failpoints=f"{failpoint}=kill").code == -signal.SIGKILL
     async with (await landing_lock(repository)).hold():
@@ -223,7 +222,7 @@ async def test_interrupted_task_is_cancelled_only_if_not_landed(
 
 @pytest.mark.slow
 async def test_unmergeable_task_blocks_no_other(repository: Repository) -> None:
-    """The user's history was rewritten while it waited; what was built on the new one lands."""
+    """The user rewrote the history while it waited; a task built on the new history lands."""
     config = repository.configure(files(3), capacity=1)
     readme = repository.top / "README.md"
     before = readme.read_text()
@@ -240,11 +239,11 @@ async def test_unmergeable_task_blocks_no_other(repository: Repository) -> None:
 
 @pytest.mark.extended
 async def test_remote_outage_ends_nothing(repository: Repository, tmp_path: Path) -> None:
-    """Of several that are tried one by one, one is not known to have landed: it is settled before the others."""
+    """One of several single pushes has an unknown outcome: it is resolved before the others."""
     remote, count = tmp_path / "remote.git", tmp_path / "count"
     repository.git("clone", "--quiet", "--bare", str(repository.top), str(remote))
     hook = remote / "hooks/pre-receive"
-    # All of them, then the first one, are refused; at the second one the remote is gone for a moment.
+    # The batch and then the first task are rejected; at the second task the remote is briefly unreachable.
     hook.write_text(
         f'#!/bin/sh\necho x >> "{count}"\ncase $(wc -l < "{count}") in\n1|2) exit 1;;\n'
         f'3) mv "{remote}/HEAD" "{remote}/away"; (sleep 0.7; mv "{remote}/away" "{remote}/HEAD") > /dev/null 2>&1 &\n'
@@ -257,7 +256,7 @@ async def test_remote_outage_ends_nothing(repository: Repository, tmp_path: Path
 
 @pytest.mark.extended
 async def test_signal_prevents_a_new_push(repository: Repository, tmp_path: Path) -> None:
-    """A push of several that is refused is not tried one by one any more."""
+    """A rejected push of several tasks is not retried one by one after the signal."""
     count = tmp_path / "count"
     hook = repository.top / ".git/hooks/pre-receive"
     hook.write_text(f'#!/bin/sh\necho x >> "{count}"\nsleep 1\nexit 1\n')
@@ -274,7 +273,7 @@ async def test_signal_prevents_a_new_push(repository: Repository, tmp_path: Path
 
 @pytest.mark.extended
 async def test_task_left_for_the_next_batch_can_be_cancelled(repository: Repository, tmp_path: Path) -> None:
-    """Also while the turn that has left it is not over."""
+    """Also before the turn that left it has ended."""
     queue(repository, [{"id": f"t{one}", "prompt": f"write {name}.txt x"} for one, name in enumerate(("a", "a", "c"))])
     git, programs, begun, free = shutil.which("git"), tmp_path / "bin", tmp_path / "begun", tmp_path / "free"
     programs.mkdir()
@@ -294,7 +293,7 @@ async def test_task_left_for_the_next_batch_can_be_cancelled(repository: Reposit
 
 @pytest.mark.slow
 async def test_missing_target_worktree_ends_no_session(repository: Repository, tmp_path: Path) -> None:
-    """What waits keeps, with the remedy as its reason, and lands when that was followed."""
+    """Waiting tasks keep their work, with the fix as the reason, and land after the fix."""
     place = tmp_path / "linked"
     repository.git("branch", "land")
     repository.git("worktree", "add", "--quiet", str(place), "land")

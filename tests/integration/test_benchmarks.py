@@ -1,4 +1,4 @@
-"""The benchmarks work; what they measure is not judged here, because the machine may be busy."""
+"""The benchmarks run; their figures are not judged here, because the machine may be busy."""
 
 import math
 import subprocess
@@ -12,7 +12,7 @@ from benchmarks.measure import BenchmarkRow, Cost, format_table, measure_cost, m
 
 
 def check(rows: list[BenchmarkRow], expected: list[str]) -> None:
-    """Every row that is expected is there, has a figure, and is a line of the table."""
+    """Check that each expected row exists, has a figure, and is a line of the table."""
     assert [row.what for row in rows if not any(part in row.what for part in expected)] == []
     assert [part for part in expected if not any(part in row.what for row in rows)] == []
     for row in rows:
@@ -26,19 +26,19 @@ def check(rows: list[BenchmarkRow], expected: list[str]) -> None:
 
 @pytest.mark.slow
 def test_startup_is_measured() -> None:
-    """The help of the command, and a status with and without a snapshot."""
+    """The command's help, and a status with and without a snapshot."""
     check(startup.measure(quick=True), ["council --help", "council status", "without a snapshot"])
 
 
 @pytest.mark.slow
 def test_resume_is_measured() -> None:
-    """A resume to its first session, and a status, each of a long run next to a short one."""
+    """Resume to the first session, and status, of a long and a short run."""
     check(resume.measure(quick=True), ["council resume", "council status"])
 
 
 @pytest.mark.slow
 def test_session_commands_are_measured() -> None:
-    """A command and the hook, beside a Python that does nothing."""
+    """A command and the hook, compared with a Python process that does nothing."""
     check(session_commands.measure(quick=True), ["council peers", "the hook"])
 
 
@@ -52,13 +52,13 @@ def test_scheduler_is_measured() -> None:
 
 @pytest.mark.extended
 def test_cycle_is_measured() -> None:
-    """All tasks land both ways; the clock and the processor are told."""
+    """All tasks land both ways; wall time and CPU time are reported."""
     check(cycle.measure(quick=True), [": processor", ": clock"])
 
 
 @pytest.mark.slow
 def test_slot_assignment_is_measured() -> None:
-    """Beside what git takes; where files are few there is no limit."""
+    """Compared with plain git; without a limit if there are few files."""
     rows = worktrees.measure(quick=True)
     check(rows, ["hand out,", "hand out, moved", "give back", "clean, in the background", "find what changed"])
     assert {row.verdict for row in rows} == {""}
@@ -66,20 +66,20 @@ def test_slot_assignment_is_measured() -> None:
 
 @pytest.mark.slow
 def test_state_is_measured() -> None:
-    """Commits of both kinds beside SQLite, opening a long log, what packing saves, and processes that share a store."""
+    """Both kinds of commits compared with SQLite, opening a long log, compression savings, and a shared store."""
     rows = state.measure(quick=True)
     alone = ["durable commits", "commits, 40 at once", ": processor", "opening", ", packed", "packed closed segments"]
     check(rows, [*alone, "claims by priority", "99 of 100 within", "a change seen", "a watcher at rest", "followed by"])
 
 
 def test_contexts_are_measured() -> None:
-    """A word of one, and a look at a hundred."""
+    """One status update, and a scan of a hundred."""
     check(contexts.measure(quick=True), ["a word of a session", "a look at 100 sessions"])
 
 
 @pytest.mark.slow
 def test_locks_are_measured() -> None:
-    """Beside each of the others, and together with ownership."""
+    """Compared with each alternative, and together with ownership."""
     check(locks.measure(quick=True), ["beside filelock", "beside portalocker", "beside raw flock", "own a path"])
 
 
@@ -94,14 +94,13 @@ def test_locks_are_measured() -> None:
     ],
 )
 def test_each_benchmark_is_a_program(name: str) -> None:
-    """It can be run by its path, and says what it can do."""
+    """It runs by its path and has a `--help`."""
     done = subprocess.run([sys.executable, f"benchmarks/{name}.py", "--help"], check=False, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert b"--quick" in done.stdout
 
 
 def test_limits_are_absolute_or_ratios() -> None:
-    """The table says whether each was kept."""
     assert BenchmarkRow("a", 2.0, "s", limit=1.0).verdict == "no"
     assert BenchmarkRow("a", 2.0, "s", ratio=0.5, limit=1.0, is_ratio_limited=True).verdict == "yes"
     assert BenchmarkRow("a", 2.0, "s").verdict == ""

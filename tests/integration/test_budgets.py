@@ -1,4 +1,4 @@
-"""Sessions, tasks and runs end when they have used up what they may, and are warned before."""
+"""Sessions, tasks and runs stop at their budgets, with a warning before."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 from tests.conftest import FAKE_CLI, CommandResult, Repository
 from tests.fakes.script import ROOT, install
 
-#: Longer than any of these tests: who is not stopped before fails them.
+#: Longer than any of these tests: a session that is not stopped fails its test.
 LONG = "90s"
 
 
 @pytest.fixture
 def claude(repository: Repository, tmp_path: Path) -> Repository:
-    """A repository with a stand-in for Claude Code on PATH."""
+    """A repository with a fake Claude Code on PATH."""
     install(tmp_path / "bin", "claude", "tests.fakes.claude")
     repository.environ["PATH"] = f"{tmp_path / 'bin'}:{repository.environ['PATH']}"
     return repository
@@ -40,7 +40,7 @@ def happened(ended: CommandResult, event: str) -> list[dict[str, Any]]:
 
 
 async def test_session_is_stopped_at_its_token_limit(claude: Repository) -> None:
-    """While it is at work; a call that is told of twice counts once; another attempt does not follow by itself."""
+    """A call that is reported twice counts once; no further attempt follows by itself."""
     prompt = "spend 400\nspend 401\nwrite a.txt half\nspend 200\nhang"
     ended = claude.council("run", str(configured(claude, prompt, task={"session_budget": {"tokens": 1000}})), "--json")
     (task,) = ended.result["tasks"]
@@ -48,12 +48,12 @@ async def test_session_is_stopped_at_its_token_limit(claude: Repository) -> None
     assert "1,001 of 1,000 tokens" in task["reason"]
     assert "session_budget" in task["reason"]
     kept = claude.git("--git-dir", ended.result["repository"], "show", f"{task['branch']}:a.txt")
-    assert kept == "half", "what it did is kept"
+    assert kept == "half", "its work is preserved"
     await claude.assert_invariants()
 
 
 async def test_session_near_its_budget_is_warned_about_once(claude: Repository) -> None:
-    """At 80 %, and it goes on."""
+    """At 80 %, and the session continues."""
     budget = {"session_budget": {"tokens": 1000}, "budget": {"tokens": 1000}}
     ended = claude.council("run", str(configured(claude, "spend 800\nwrite a.txt a", task=budget)), "--json")
     assert ended.states == {"t0": "landed"}, ended
@@ -61,7 +61,7 @@ async def test_session_near_its_budget_is_warned_about_once(claude: Repository) 
 
 
 async def test_task_at_its_budget_gets_no_further_session(claude: Repository) -> None:
-    """What its first attempt used up counts, also where that is known at its end only."""
+    """The first attempt's usage counts, also if it is known only at its end."""
     prompt = "attempt 1 spend 600\nattempt 1 fail overloaded\nattempt 2 write a.txt a"
     ended = claude.council("run", str(configured(claude, prompt, task={"budget": {"tokens": 600}})), "--json")
     (task,) = ended.result["tasks"]
@@ -70,7 +70,7 @@ async def test_task_at_its_budget_gets_no_further_session(claude: Repository) ->
 
 
 async def test_run_at_its_budget_is_halted_and_continues_with_more(claude: Repository) -> None:
-    """Nothing is lost: what waits is done once there is more."""
+    """Waiting tasks are done after the budget was raised."""
     prompts = (
         "spend 700\nwrite a.txt a",
         "attempt 1 spend 400\nattempt 1 hang\nattempt 2 write b.txt b",
@@ -83,8 +83,10 @@ async def test_run_at_its_budget_is_halted_and_continues_with_more(claude: Repos
     assert "the run's budget is exhausted" in ended.result["halted"]
     again = claude.council("resume", "--json")
     assert again.result["status"] == "halted"
-    assert [task["attempts"] for task in again.result["tasks"]] == [1, 0, 0], "a session that was stopped is no attempt"
-    assert claude.council("usage", "--json").result["total"]["sessions"] == 2, "nothing was started"
+    assert [task["attempts"] for task in again.result["tasks"]] == [1, 0, 0], (
+        "a stopped session does not count as an attempt"
+    )
+    assert claude.council("usage", "--json").result["total"]["sessions"] == 2, "no session was started"
     shown = claude.council("status")
     assert "--budget" in shown.stdout
     done = claude.council("resume", "--budget", "tokens=10k", "--json")
@@ -94,7 +96,7 @@ async def test_run_at_its_budget_is_halted_and_continues_with_more(claude: Repos
 
 
 async def test_cost_is_estimated_by_the_price_of_the_model(claude: Repository) -> None:
-    """It was stopped before its result, which has the cost."""
+    """The session was stopped before its result, which has the cost."""
     prices = {"claude-opus-4-8": {"input": 1000, "output": 1000}}
     path = configured(claude, "spend 600\nspend 401\nhang", task={"session_budget": {"cost": 1}}, prices=prices)
     ended = claude.council("run", str(path), "--json")
@@ -105,7 +107,7 @@ async def test_cost_is_estimated_by_the_price_of_the_model(claude: Repository) -
 
 @pytest.mark.extended
 async def test_program_that_stops_at_its_own_limit_exhausted_the_budget(claude: Repository) -> None:
-    """It says that it reached a limit of its own, which is ours."""
+    """The program reports a limit of its own, which council passed to it."""
     prompt = "attempt 1 spend 600\nattempt 1 fail turns\nattempt 2 write a.txt a"
     ended = claude.council("run", str(configured(claude, prompt, budget={"cost": 0.01})), "--json")
     assert ended.result["status"] == "halted", ended
@@ -115,7 +117,7 @@ async def test_program_that_stops_at_its_own_limit_exhausted_the_budget(claude: 
 
 @pytest.mark.extended
 async def test_exhausted_task_is_not_retried(claude: Repository) -> None:
-    """Also where its session's is worth another attempt."""
+    """Even if its session's failure class is worth a retry."""
     task = {"budget": {"tokens": 1000}, "retry_on": ["budget"], "attempts": 3}
     ended = claude.council("run", str(configured(claude, "spend 600\nspend 401\nhang", task=task)), "--json")
     (told,) = ended.result["tasks"]
@@ -128,7 +130,7 @@ async def test_exhausted_task_is_not_retried(claude: Repository) -> None:
 
 @pytest.mark.extended
 async def test_uncountable_cost_is_reported(repository: Repository) -> None:
-    """Where neither the program nor a price says what it cost."""
+    """Neither the program nor a price gives the cost."""
     adapter = {
         "use": "command",
         "argv": [sys.executable, "-S", str(FAKE_CLI), "{prompt_file}"],
@@ -148,7 +150,7 @@ async def test_uncountable_cost_is_reported(repository: Repository) -> None:
 
 
 async def test_session_time_is_limited_over_all_attempts(claude: Repository) -> None:
-    """A session that is silent uses up time all the same."""
+    """A silent session uses up time as well."""
     ended = claude.council("run", str(configured(claude, "hang", task={"budget": {"time": "2s"}})), "--json")
     (task,) = ended.result["tasks"]
     assert (task["failure"], task["attempts"]) == ("budget", 1), ended
@@ -169,14 +171,14 @@ async def test_session_time_is_limited_over_all_attempts(claude: Repository) -> 
     ],
 )
 async def test_invalid_limits_are_rejected(claude: Repository, limits: str, told: str) -> None:
-    """With what to write."""
+    """The error says what to write."""
     ended = claude.council("resume", "--budget", limits)
     assert ended.code == 2
     assert told in ended.stderr
 
 
 async def test_exhausted_task_is_retried_with_a_raised_budget(claude: Repository) -> None:
-    """The run keeps the recorded budget: a retry without `--reload` fails again, and the printed steps work."""
+    """The run keeps the recorded budget: a retry without `--reload` fails again, and the printed commands work."""
     prompt = "attempt 1 spend 600\nattempt 1 fail overloaded\nwrite a.txt a"
     config = configured(claude, prompt, task={"budget": {"tokens": 600}})
     claude.council("run", str(config))

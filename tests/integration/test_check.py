@@ -1,4 +1,4 @@
-"""What is recorded of workflows is held against the rules: by a command, from Python, and while a run is at work."""
+"""Verify recorded workflows: by the command, from Python, and during a run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ STEPS = f"in plan hand-over {json.dumps(PLAN)}\nin build write b.txt hello\nin b
 
 
 def landed(repository: Repository) -> str:
-    """Have a task with two phases land, and one without a workflow; return the run."""
+    """Land a task with two phases and one without a workflow; return the run."""
     tasks = [{"id": "t", "prompt": STEPS, "workflow": "two"}, {"id": "plain", "prompt": "write c.txt x"}]
     ended = repository.council("run", str(repository.configure(tasks, workflows={"two": TWO})), "--json")
     assert ended.states == {"t": "landed", "plain": "landed"}, ended
@@ -50,7 +50,7 @@ def council_of(repository: Repository, **options: Any) -> AbstractAsyncContextMa
 
 
 async def test_valid_run_has_no_violations(repository: Repository) -> None:
-    """One line for people, an object for programs, and for tests the same in Python."""
+    """One line for people, an object for programs, and the same in Python."""
     run = landed(repository)
     told = repository.council("check")
     assert (told.code, told.stdout) == (0, f"run {run}: 1 task with a workflow, 2 handoffs: no violations\n")
@@ -69,7 +69,6 @@ async def test_valid_run_has_no_violations(repository: Repository) -> None:
 
 
 async def test_run_without_workflows_is_reported_as_such(repository: Repository) -> None:
-    """There is nothing to look at."""
     ended = repository.council("run", str(repository.configure([{"id": "t", "prompt": "write t.txt x"}])), "--json")
     told = repository.council("check")
     assert (told.code, told.stdout) == (0, f"run {ended.result['run']}: no task has a workflow\n")
@@ -77,58 +76,58 @@ async def test_run_without_workflows_is_reported_as_such(repository: Repository)
 
 
 def changed_handoff(value: JsonObject | None) -> JsonObject | None:
-    """Change what was handed over behind its digest."""
+    """Change a handoff so that its digest is wrong."""
     assert value is not None
     return {**value, "data": {**value["data"], "summary": "something else"}}
 
 
 def no_plan(value: JsonObject | None) -> JsonObject | None:
-    """Have a plan's task wait for one that there is not."""
+    """Let a plan's task wait for a plan that does not exist."""
     assert value is not None
     data = {**value["data"], "tasks": [{**value["data"]["tasks"][0], "dependencies": ["nobody"]}]}
     return {**value, "data": data, "digest": compute_digest(data)}
 
 
 def other_checksum(value: JsonObject | None) -> JsonObject | None:
-    """Name another checksum than that of the file."""
+    """Record a checksum other than the file's."""
     assert value is not None
     data = {**value["data"], "artifacts": [{"path": "b.txt", "checksum": "0" * 64}]}
     return {**value, "data": data, "digest": compute_digest(data)}
 
 
 def no_file(value: JsonObject | None) -> JsonObject | None:
-    """Name a file that is not there."""
+    """Record a file that does not exist."""
     assert value is not None
     data = {**value["data"], "artifacts": [{"path": "gone.txt", "checksum": "0" * 64}]}
     return {**value, "data": data, "digest": compute_digest(data)}
 
 
 def no_receipts(value: JsonObject | None) -> JsonObject | None:
-    """Have nobody acknowledge it."""
+    """Remove all receipts of a handoff."""
     assert value is not None
     return {**value, "receipts": []}
 
 
 def open_visit(value: JsonObject | None) -> JsonObject | None:
-    """Have the first visit go on."""
+    """Reopen the first visit."""
     assert value is not None
     return {**value, "phases": [{**value["phases"][0], "status": "in_progress"}, *value["phases"][1:]]}
 
 
 def put_back(value: JsonObject, _: JsonObject | None) -> JsonObject:
-    """Return what was there before."""
+    """Restore the previous values."""
     return value
 
 
 async def write(repository: Repository, key: Key, change: Callable[[JsonObject | None], JsonObject | None]) -> None:
-    """Change a document of council's own, which only somebody who has the store can."""
+    """Write a document of council's own, which needs access to the store."""
     async with FileStore.open(repository.log, SystemClock()) as store:
         found = await store.get(key)
         value = change(None if found is None else found.value)
         await store.commit(Commit([Write(key, 0 if found is None else found.version, value)]))
 
 
-#: What is changed by hand, the rule that is broken then, and where.
+#: The manual change, the violated rule, and its place.
 BROKEN: Final[Sequence[tuple[str, Callable[[JsonObject | None], JsonObject | None], str, str]]] = (
     ("handoff/1", changed_handoff, "chain.digest", "handoff RUN/t/1"),
     ("handoff/1", lambda _: None, "outputs.missing", "task 't', phase 'plan', visit 1"),
@@ -142,7 +141,7 @@ BROKEN: Final[Sequence[tuple[str, Callable[[JsonObject | None], JsonObject | Non
 
 
 async def test_violation_is_found_and_named(repository: Repository) -> None:
-    """By the rule, the place and what to do; when it is as it was, nothing is wrong."""
+    """The rule, the place and the fix; after the change is undone there is no violation."""
     run = landed(repository)
     async with council_of(repository) as council:
         for name, change, rule, place in BROKEN:
@@ -159,7 +158,7 @@ async def test_violation_is_found_and_named(repository: Repository) -> None:
 
 
 async def test_violation_is_printed_for_people_and_programs(repository: Repository) -> None:
-    """The exit code says so, too, and no test of a run passes by it."""
+    """The exit code reports it, too, so that a test of a run can't pass."""
     run = landed(repository)
     await write(repository, Key("handoff", f"{run}/t/1"), no_receipts)
     told = repository.council("check", "--json")
@@ -178,7 +177,7 @@ async def test_violation_is_printed_for_people_and_programs(repository: Reposito
 
 
 async def test_unreadable_record_is_reported_without_an_error(repository: Repository) -> None:
-    """Where the repositories of a run are gone, nobody knows its files any more."""
+    """The repositories of the run are gone, so its files are unknown."""
     run = landed(repository)
     shutil.rmtree(Path(repository.environ["COUNCIL_HOME"]))
     refused = repository.council("check")
@@ -191,7 +190,7 @@ async def test_unreadable_record_is_reported_without_an_error(repository: Reposi
 
 
 async def test_done_session_without_an_end_is_reported(repository: Repository) -> None:
-    """Its task would wait for it for ever."""
+    """Its task would wait for it forever."""
     run = landed(repository)
     clock = ManualClock()
     idle = SessionContext(
@@ -222,7 +221,7 @@ async def test_done_session_without_an_end_is_reported(repository: Repository) -
 
 
 async def test_plugin_rules_run_and_their_errors_are_reported(repository: Repository) -> None:
-    """A rule that fails is no reason to look at nothing else."""
+    """A failing rule does not prevent the others."""
     landed(repository)
 
     def names(facts: WorkflowRecord) -> Iterable[Violation]:
@@ -243,12 +242,12 @@ async def test_plugin_rules_run_and_their_errors_are_reported(repository: Reposi
 
 
 class Overtaking(MemoryStore):
-    """A store in which somebody else is always faster: before handoffs are read, what is `next` is committed."""
+    """A store with a faster concurrent writer: `next` is committed right before handoffs are read."""
 
     next: Sequence[Write] = ()
 
     async def list(self, kind: str, prefix: str = "") -> Sequence[Document]:
-        """Commit, then return what there is."""
+        """Commit, then return the documents."""
         if kind == "handoff" and self.next:
             writes, self.next = self.next, ()
             await self.commit(Commit(writes))
@@ -256,7 +255,7 @@ class Overtaking(MemoryStore):
 
 
 async def test_records_are_read_as_of_one_moment(repository: Repository) -> None:
-    """Also where the next phase has received a handoff between two looks."""
+    """Also if the next phase receives a handoff between two reads."""
     run = landed(repository)
     async with FileStore.open(repository.log, SystemClock()) as store:
         last, positions = await store.position(), list[int]()
@@ -278,12 +277,12 @@ async def test_records_are_read_as_of_one_moment(repository: Repository) -> None
     found = await verify_run(overtaking, run, HANDOFF_KINDS, {}, SystemClock(), repository.environ)
     assert not found.violations
     assert not overtaking.next
-    assert found.tasks[0].visits == 2, "what came meanwhile was seen"
+    assert found.tasks[0].visits == 2, "the read included a concurrent commit"
 
 
 @pytest.mark.extended
 async def test_active_run_has_no_false_alarm(repository: Repository) -> None:
-    """However often it is looked at while its tasks go from phase to phase."""
+    """Verified repeatedly while its tasks move from phase to phase."""
     tasks = [
         {"id": f"t{number}", "prompt": STEPS.replace("b.txt", f"{number}.txt"), "workflow": "two"}
         for number in range(4)
@@ -305,11 +304,11 @@ async def test_active_run_has_no_false_alarm(repository: Repository) -> None:
             running.kill()
         stdout, _ = running.communicate()
     assert json.loads(stdout.splitlines()[-1])["status"] == "landed"
-    assert len(seen) > 2, "it was looked at on its way"
+    assert len(seen) > 2, "the run was never verified while active"
 
 
 async def test_killed_run_has_no_violations(repository: Repository) -> None:
-    """What belongs together is recorded by one commit, so that there is nothing in between."""
+    """Related facts are recorded by one commit, so that there is no state in between."""
     tasks = [{"id": "t", "prompt": STEPS, "workflow": "two"}]
     path = repository.configure(tasks, workflows={"two": TWO})
     for command, failpoint, handoffs in ((["run", str(path)], "handoff.taken", 0), (["resume"], "work.recorded", 1)):

@@ -1,4 +1,4 @@
-"""No session, and no earlier check, decides what the programs are that a check runs."""
+"""No session and no earlier check can replace a program that a check runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from orchestrator.repo.worktrees.slots import list_slots, read_record
 from tests.conftest import CommandResult, Repository
 from tests.hub_fixture import HubFixture
 
-#: What `setup` makes: it passes where `code` is good, and only `src` and `lock` say what it is made of.
+#: `setup` creates it: it passes if `code` is good, and its inputs are only `src` and `lock`.
 JEST = "#!/bin/sh\\ngrep -qx good code\\n"
 INSTALL = (
     f"mkdir -p node_modules/.bin && printf '{JEST}' > node_modules/.bin/jest && chmod +x node_modules/.bin/jest"
@@ -25,7 +25,7 @@ INSTALL = (
 FAKE = "mkdir -p node_modules/.bin && printf '#!/bin/sh\\nexit 0\\n' > node_modules/.bin/jest"
 RUN_JEST = "node_modules/.bin/jest"
 
-#: Ways for a check's code to replace what setup made.
+#: Ways for a check's code to replace files of setup.
 ATTACKS = {
     "folder": "rm -r node_modules; mkdir -p node_modules/.bin; echo exit 0 > node_modules/.bin/jest",
     "copy": "mv node_modules old; cp -a old node_modules; echo exit 0 > node_modules/.bin/jest",
@@ -47,13 +47,13 @@ def outside(repository: Repository) -> Path:
 
 
 def prepare(repository: Repository, **files: str) -> None:
-    """Commit what the checks are about; `node_modules` is ignored."""
+    """Commit the files that are checked; `node_modules` is ignored."""
     repository.commit({".gitignore": "node_modules/\n", "code": "good\n", "lock": "1\n", **files}, "code")
     repository.remember()
 
 
 def configure(repository: Repository, outside: Path, scripts: dict[str, str], **settings: Any) -> Path:
-    """Configure tasks that are shell scripts, each after the one before, checked by what `setup` installed."""
+    """Configure sequential tasks that are shell scripts, checked by the program that `setup` installed."""
     listed = [{"id": name, "prompt": text, "adapter": "sh", "attempts": 1} for name, text in scripts.items()]
     for before, task in pairwise(listed):
         task["needs"] = [before["id"]]
@@ -94,7 +94,7 @@ def lines(path: Path) -> list[str]:
 async def test_program_planted_in_kept_files_does_not_check_the_work(
     repository: Repository, outside: Path, places: int
 ) -> None:
-    """The session breaks the code and replaces the test runner; the one that setup made says so."""
+    """The session breaks the code and replaces the test runner; setup's own runner reports the failure."""
     prepare(repository)
     scripts = {"a": f"{FAKE}; echo bad > code"}
     ended = run(repository, configure(repository, outside, scripts, worktrees={"max": places}))
@@ -109,7 +109,7 @@ async def test_program_planted_in_kept_files_does_not_check_the_work(
 async def test_session_replaces_nothing_that_phase_checks_run(
     repository: Repository, outside: Path, places: int
 ) -> None:
-    """A phase is done when its checks say so, which run in no worktree of a session either, and never wait for one."""
+    """Phase checks do not run in a session's worktree either, and never wait for one."""
     prepare(repository)
     phase = {"adapter": "sh", "until": [RUN_JEST], "max_rounds": 1, "prompt": "{{ task.prompt }}\nexit\n"}
     scripts = {"a": f"{FAKE}; echo a > a", "b": f"{FAKE}; echo bad > code"}
@@ -131,7 +131,7 @@ async def test_session_replaces_nothing_that_phase_checks_run(
 async def test_code_of_one_task_replaces_nothing_in_the_next_checks(
     repository: Repository, outside: Path, places: int
 ) -> None:
-    """What the first check runs replaces the test runner in its own worktree; the next check finds setup's."""
+    """The first check's code replaces the test runner in its own worktree; the next check finds setup's."""
     prepare(repository, tests="true\n")
     scripts = {"a": write("tests", FAKE), "b": "echo bad > code"}
     checks = [RUN_JEST, "sh tests"]
@@ -145,7 +145,7 @@ async def test_code_of_one_task_replaces_nothing_in_the_next_checks(
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
 async def test_setup_files_are_restored_after_each_check(repository: Repository, outside: Path, attack: str) -> None:
-    """Also where git sees nothing of it, in a repository that setup made within the worktree."""
+    """Also files that git does not see, in a repository that setup created inside the worktree."""
     prepare(repository, tests="true\n")
     made = "mkdir node_modules/dep; git init -q node_modules/dep; echo 'grep -qx good code' > node_modules/dep/run"
     worktrees = {"setup": [f"{INSTALL}; {made}"]}
@@ -158,7 +158,7 @@ async def test_setup_files_are_restored_after_each_check(repository: Repository,
 
 @pytest.mark.extended
 async def test_setup_runs_once_for_checks_and_again_for_changed_inputs(repository: Repository, outside: Path) -> None:
-    """The worktree of checks is set up for the first one; what a check adds to it is removed, and costs nothing."""
+    """The first check sets up the worktree of checks; files that a check adds are removed without another setup."""
     prepare(repository)
     look = "test ! -e node_modules/left; echo x > node_modules/left; mkdir -p node_modules/.cache; "
     note = f"echo $COUNCIL_TASK $PWD $(cat node_modules/lock) >> {outside}/checks"
@@ -171,10 +171,10 @@ async def test_setup_runs_once_for_checks_and_again_for_changed_inputs(repositor
     setups = lines(outside / "setups")
     places = [place for _, place, _ in seen]
     assert places[0] == places[1]
-    assert places[2] == places[3] != places[0], "what c landed is what d builds on"
+    assert places[2] == places[3] != places[0], "d starts from the work that c landed"
     assert [setups.count(place) for place in dict.fromkeys(places)] == [1, 1]
     run(repository, configure(repository, outside, {"e": "echo e > e"}, defaults=defaults))
-    assert lines(outside / "checks")[-1].split() == ["e", places[3], "2"], "another run finds it as it was left"
+    assert lines(outside / "checks")[-1].split() == ["e", places[3], "2"], "another run reuses the worktree"
     assert lines(outside / "setups").count(places[3]) == 1
     repository.remember()
     await repository.assert_invariants()
@@ -182,7 +182,7 @@ async def test_setup_runs_once_for_checks_and_again_for_changed_inputs(repositor
 
 @pytest.mark.extended
 async def test_unlanded_work_sets_nothing_up_for_other_checks(repository: Repository, outside: Path) -> None:
-    """Setup runs a file that it does not name as an input: a task's version of it makes nothing for the next task."""
+    """Setup runs a file that is not a declared input: a task's version of it has no effect on the next task."""
     prepare(repository, install=INSTALL)
     worktrees = {"setup": [{"run": "sh install", "inputs": ["lock"]}]}
     scripts = {
@@ -200,7 +200,7 @@ async def test_unlanded_work_sets_nothing_up_for_other_checks(repository: Reposi
 
 
 async def test_commit_that_repairs_the_setup_passes(repository: Repository, outside: Path) -> None:
-    """Setup is broken on the target, by a file that it does not name; the commit's own is used for its own check."""
+    """The target's setup is broken by an undeclared file; the commit's own version is used for its check."""
     prepare(repository, install="exit 1")
     worktrees = {"setup": [f"sh install || mkdir {outside}/base-passed || mkdir {outside}/session-passed"], "max": 1}
     scripts = {"a": write("install", INSTALL)}
@@ -211,7 +211,7 @@ async def test_commit_that_repairs_the_setup_passes(repository: Repository, outs
 
 
 async def test_check_can_not_write_what_only_sessions_may(repository: Repository, outside: Path) -> None:
-    """What is writable for all is so for checks, too; a session's cache is not."""
+    """Folders that are writable for all are writable for checks; a session's cache is not."""
     prepare(repository)
     cache = outside.parent / "cache"
     cache.mkdir()
@@ -256,7 +256,7 @@ class TestPool:
 
     @pytest.mark.parametrize("places", [2, 16])
     async def test_each_pool_has_its_own_slots(self, yard: HubFixture, places: int) -> None:
-        """A slot is used again by its own kind only, by another process, too."""
+        """A slot is used again by its own kind only, also by another process."""
         commit = await yard.fetch()
         found: dict[str, set[Path]] = {"session": set(), "check": set()}
         for _ in range(2):
@@ -271,7 +271,7 @@ class TestPool:
     async def test_idle_slot_of_the_other_pool_makes_room(
         self, yard: HubFixture, places: int, size: int | None
     ) -> None:
-        """With room for one slot they take turns, each in a new one."""
+        """With capacity for one slot they take turns, each in a new one."""
         commit = await yard.fetch()
         async with yard.open(places=places, size=size and await self.size(yard, commit)) as pool:
             for _ in range(2):
@@ -282,7 +282,7 @@ class TestPool:
 
     @pytest.mark.parametrize(("places", "size"), [(1, None), (16, 1)])
     async def test_check_never_waits_for_a_session(self, yard: HubFixture, places: int, size: int | None) -> None:
-        """Whose slot has no room for another beside it: the session may wait for the check."""
+        """Even if there is no capacity for another slot: the session may be waiting for the check."""
         commit = await yard.fetch()
         async with yard.open(places=places, size=size and await self.size(yard, commit)) as pool:
             worktree, checkout = await yard.begin(pool, "t", commit)
@@ -292,7 +292,7 @@ class TestPool:
 
     @staticmethod
     async def size(yard: HubFixture, commit: str) -> int:
-        """Return the bytes that a slot takes."""
+        """Return the size of a slot in bytes."""
         async with yard.open(places=1, size=1_000_000_000) as pool:
             await TestPool.session(yard, pool, commit)
         (place,) = list_slots(yard.hub)
@@ -302,7 +302,7 @@ class TestPool:
 
     @staticmethod
     async def kinds(yard: HubFixture, pool: SlotPool) -> list[bool]:
-        """Return of each slot whether it is for checks, when all are idle."""
+        """Return for each slot whether it is for checks, when all are idle."""
         while pool._cleaning or pool.checks._cleaning:
             await anyio.sleep(0)
         ours = {**pool._held_slots, **pool.checks._held_slots}

@@ -1,4 +1,4 @@
-"""Where a branch of the user's is checked out is found, however they have done it; where not, git is not asked."""
+"""Finding the checkout of a user's branch, in every way git allows; without a checkout git is not started."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.conftest import Repository
 
 
 async def found(repository: Repository, branch: str) -> Path | None:
-    """Look for it."""
+    """Return the checkout of the branch."""
     local = LocalRepository(repository.top / ".git", repository.top, "sha1")
     return await find_checkout(local, branch, Git(None, as_user=True, environ=repository.environ))
 
 
 async def test_branch_is_found_in_main_and_linked_checkouts(repository: Repository, tmp_path: Path) -> None:
-    """And not where it was before."""
+    """And not at its previous place."""
     linked = tmp_path / "linked"
     repository.git("worktree", "add", "-b", "beside", str(linked))
     assert await found(repository, "main") == repository.top
@@ -32,7 +32,7 @@ async def test_branch_is_found_in_main_and_linked_checkouts(repository: Reposito
 
 
 async def test_target_checked_out_twice_is_rejected(repository: Repository, tmp_path: Path) -> None:
-    """Before a session starts, by `council doctor`, and at a landing; one that is gone is in nobody's way."""
+    """Before a session starts, by `council doctor`, and at a landing; a deleted checkout does not count."""
     linked = tmp_path / "linked"
     repository.git("worktree", "add", "--force", str(linked), "main")
     path = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
@@ -56,7 +56,7 @@ async def test_target_checked_out_twice_is_rejected(repository: Repository, tmp_
 
 @pytest.mark.parametrize("kind", ["symbolic branch", "link"])
 async def test_branch_behind_a_symbolic_ref_is_found(repository: Repository, kind: str) -> None:
-    """HEAD may name a branch that stands for another one, or be a link, as it was in old times."""
+    """HEAD may name a branch that is symbolic itself, or be a link, as in old versions of git."""
     if kind == "link":
         head = repository.top / ".git" / "HEAD"
         head.unlink()
@@ -68,7 +68,7 @@ async def test_branch_behind_a_symbolic_ref_is_found(repository: Repository, kin
 
 
 async def test_ref_is_read_in_any_storage(repository: Repository, tmp_path: Path) -> None:
-    """In a file of its own, packed, symbolic, in a bare repository, from a linked checkout; or there is none."""
+    """In a file of its own, packed, symbolic, in a bare repository, from a linked checkout; or absent."""
     commit = repository.git("rev-parse", "main")
     bare, linked = tmp_path / "bare.git", tmp_path / "linked"
     repository.git("clone", "--quiet", "--bare", str(repository.top), str(bare))
@@ -76,7 +76,7 @@ async def test_ref_is_read_in_any_storage(repository: Repository, tmp_path: Path
     repository.git("symbolic-ref", "refs/heads/alias", "refs/heads/main")
     for place, ref in [(repository.top, "main"), (repository.top, "alias"), (bare, "main"), (linked, "main")]:
         assert await read_ref(place, f"refs/heads/{ref}") == commit
-    # What a checkout holds of this name is no ref.
+    # A file of this name in a checkout is not a ref.
     (repository.top / "refs" / "heads").mkdir(parents=True)
     (repository.top / "refs" / "heads" / "packed").write_text("1" * 40)
     repository.git("branch", "packed")
@@ -86,7 +86,7 @@ async def test_ref_is_read_in_any_storage(repository: Repository, tmp_path: Path
 
 
 def test_checkout_by_core_worktree_is_found(repository: Repository, tmp_path: Path) -> None:
-    """One around the git directory is as any other; in one elsewhere git finds no repository: it is refused."""
+    """A checkout around the git directory is normal; one elsewhere is rejected, since git finds no repository in it."""
     path = repository.configure([{"id": "one", "prompt": "write one.txt 1\nappend README.md More."}])
     repository.git("config", "core.worktree", "../src/..")
     assert repository.council("run", str(path), "--json").states == {"one": "landed"}
@@ -103,7 +103,7 @@ def test_checkout_by_core_worktree_is_found(repository: Repository, tmp_path: Pa
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("kind", ["submodule", "separate"])
 def test_checkout_with_a_separate_git_dir_is_rejected(repository: Repository, tmp_path: Path, kind: str) -> None:
-    """Git takes the git directory for the checkout and would write files there; other branches can be landed on."""
+    """Git takes the git directory for the checkout and would write files there; landing on other branches works."""
     if kind == "submodule":
         above = tmp_path / "above"
         repository.git("init", "--quiet", str(above))

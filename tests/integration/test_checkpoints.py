@@ -1,4 +1,4 @@
-"""Going back to a checkpoint with real runs: what is restored resumes, and each task lands once."""
+"""Restoring checkpoints of real runs: a restored run can resume, and each task lands once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.waiting import wait_for
 
 
 def flag(repository: Repository) -> Path:
-    """Return a file that prompts can look for."""
+    """Return a file that prompts can test for."""
     return repository.spawns.parent / "flag"
 
 
@@ -39,14 +39,14 @@ def killed_with(repository: Repository, tasks: list[dict[str, Any]], failpoint: 
 
 
 def made(repository: Repository) -> dict[str, Any]:
-    """Make a checkpoint of the newest run."""
+    """Create a checkpoint of the newest run."""
     ended = repository.council("checkpoint", "create", "--json")
     assert ended.code == 0, ended
     return ended.result
 
 
 def restored(repository: Repository, checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Restore it, and return what was told."""
+    """Restore it, and return the printed result."""
     ended = repository.council("checkpoint", "restore", checkpoint["id"], "--json")
     assert ended.code == 0, ended
     return ended.result
@@ -59,7 +59,7 @@ async def document(repository: Repository, task: str) -> TaskDocument:
 
 
 async def test_running_task_is_restored_as_after_a_kill(repository: Repository) -> None:
-    """Its attempts since stay on record and keep their numbers and branches; what landed since stays landed."""
+    """Its later attempts stay recorded and keep their numbers and branches; landed tasks stay landed."""
     tasks: list[dict[str, Any]] = [
         {"id": "fails", "prompt": f"write work.txt x\nwithout {flag(repository)} exit 1", "attempts": 2},
         {"id": "lands", "prompt": "write l.txt x"},
@@ -86,13 +86,13 @@ async def test_running_task_is_restored_as_after_a_kill(repository: Repository) 
     after = await document(repository, "fails")
     assert [one.outcome for one in after.attempts] == ["interrupted", "crashed", "crashed", "built"]
     await repository.assert_invariants()
-    # What it was before the restore is a checkpoint as well, and landed is landed there, too.
+    # The state before the restore is a checkpoint as well, with the landed task landed.
     assert restored(repository, {"id": told["before"]})["runs"] == []
 
 
 @pytest.mark.extended
 async def test_queued_work_lands_after_a_later_attempt(repository: Repository) -> None:
-    """A checkpoint from before the checks did not pass brings back that work, with its base and branch."""
+    """A checkpoint from before a failed check restores the queued work, with its base and branch."""
     tasks = [{"id": "one", "prompt": "attempt 1 write one.txt 1\nattempt 2 exit 1", "attempts": 2}]
     readable = [sys.prefix, str(FAKE_CLI.parents[1]), str(repository.spawns.parent)]
     checks = {"allow_failing_base": True, "checks": [f"test -e {flag(repository)}"]}
@@ -115,7 +115,7 @@ async def test_queued_work_lands_after_a_later_attempt(repository: Repository) -
 
 @pytest.mark.extended
 async def test_ended_task_is_retried_after_its_later_attempts(repository: Repository) -> None:
-    """Restored it is about the attempt that it was over with; retried, about a new one."""
+    """A restored task is at its final attempt; retried, at a new one."""
     path = repository.configure(
         [{"id": "one", "prompt": f"without {flag(repository)} exit 1\nwrite one.txt 1", "attempts": 1}]
     )
@@ -134,7 +134,7 @@ async def test_ended_task_is_retried_after_its_later_attempts(repository: Reposi
 
 @pytest.mark.extended
 async def test_landing_in_progress_is_repeated(repository: Repository) -> None:
-    """Its move was settled since, and files of the user's that look like its own are left alone."""
+    """Its push was resolved since, and user files that look like the landing's are not touched."""
     killed_with(repository, [{"id": "one", "prompt": "write README.md new"}], "landing.intended")
     checkpoint = made(repository)
     assert checkpoint["sessions"][0]["status"] == "landing"
@@ -151,7 +151,7 @@ async def test_landing_in_progress_is_repeated(repository: Repository) -> None:
 
 @pytest.mark.extended
 async def test_work_on_the_target_is_adopted_and_lands_once(repository: Repository) -> None:
-    """The push was made, and its end never recorded: a checkpoint from before does not turn that back."""
+    """The push was made, and its end never recorded: an older checkpoint does not undo it."""
     path = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
     assert repository.council("run", str(path), failpoints="attempt.recorded=kill").code == -signal.SIGKILL
     checkpoint = made(repository)
@@ -165,7 +165,7 @@ async def test_work_on_the_target_is_adopted_and_lands_once(repository: Reposito
 
 
 async def test_cancel_can_be_undone(repository: Repository) -> None:
-    """A checkpoint is made before; restored, the run goes on as if nobody had cancelled."""
+    """A checkpoint is created first; after the restore the run continues as if not cancelled."""
     tasks: list[dict[str, Any]] = [
         {"id": "a", "prompt": "write a.txt x"},
         {"id": "b", "prompt": "write b.txt x", "needs": ["a"]},
@@ -181,7 +181,7 @@ async def test_cancel_can_be_undone(repository: Repository) -> None:
 
 @pytest.mark.extended
 async def test_active_run_is_restored_only_by_force(repository: Repository) -> None:
-    """Refused with who is at work; forced, the old owner's next write is refused and it ends, and a resume goes on."""
+    """Rejected with the active process; forced, the old owner's next write is rejected, it ends, and a resume works."""
     tasks: list[dict[str, Any]] = [
         {"id": "first", "prompt": f"without {flag(repository)} exit 1\nwrite f.txt x", "attempts": 1},
         {"id": "long", "prompt": f"write half.txt x\nwithout {flag(repository)} hang"},
@@ -201,7 +201,7 @@ async def test_active_run_is_restored_only_by_force(repository: Repository) -> N
     assert forced.result["before"] == f"{checkpoint['run']}/3"
     states = repository.council("status", "--json").states
     assert states == {"first": "pending", "long": "pending"}
-    # The request wakes the old owner, which would write what it does about it. Nobody answers while it lives.
+    # The request wakes the old owner, which would record its reaction. Nobody answers while it lives.
     asking = repository.start("cancel", "first")
     assert owner.wait(timeout=60) == 1
     assert "was removed from run" in (said := owner.communicate()[0])
@@ -217,7 +217,7 @@ async def test_active_run_is_restored_only_by_force(repository: Repository) -> N
 
 
 async def test_active_run_creates_checkpoints_by_the_clock(repository: Repository) -> None:
-    """One every five minutes, of which the newest twelve stay; those of a person stay, too."""
+    """One every five minutes, of which the newest twelve are kept; manual ones are kept, too."""
     path = repository.configure(
         [{"id": "long", "prompt": "hang", "attempts": 1, "timeout": "10h", "idle_timeout": "10h"}]
     )
@@ -247,7 +247,7 @@ async def test_active_run_creates_checkpoints_by_the_clock(repository: Repositor
 
 
 async def until(council: Council, name: str, count: int = 1) -> None:
-    """Return when an event has happened that many times."""
+    """Return when an event was recorded that many times."""
     async for record in council.history.follow(0):
         count -= sum(event.type == name for event in record.events)
         if count <= 0:
@@ -255,21 +255,21 @@ async def until(council: Council, name: str, count: int = 1) -> None:
 
 
 async def test_event_follower_ends_after_a_restore(repository: Repository) -> None:
-    """What is made of a run that is over, or restored of it, does not have a listener wait for more."""
+    """A checkpoint or restore of a finished run does not make a follower wait for more."""
     path = repository.configure([{"id": "one", "prompt": "exit 1", "attempts": 1}])
     async with Council.open(path, environ=repository.environ) as council:
         run = await council.runs.create()
-        before = await council.checkpoints.create(run, reason="at first")
+        before = await council.checkpoints.create(run, reason="start")
         assert (await council.runs.resume(run)).status is RunStatus.INCOMPLETE
         assert (await council.checkpoints.restore(before.id)).runs == [run]
         with anyio.fail_after(20):
             types = [one.event.type async for one in council.runs.events(run)]
         assert types[-3:] == ["run.taken_over", "checkpoint.created", "checkpoint.restored"]
-        assert [one.reason for one in await council.checkpoints.list(run)] == ["at first", "before restore"]
+        assert [one.reason for one in await council.checkpoints.list(run)] == ["start", "before restore"]
 
 
 async def test_clean_creates_a_checkpoint_of_each_run_first(repository: Repository) -> None:
-    """Of the runs that it removes something of, and of no other."""
+    """Only of runs that it removes something of."""
     path = repository.configure([{"id": "one", "prompt": "append one.txt 1"}])
     for _ in range(2):
         assert repository.council("run", str(path)).code == 0
@@ -281,7 +281,7 @@ async def test_clean_creates_a_checkpoint_of_each_run_first(repository: Reposito
 
 
 async def test_all_runs_are_restored_with_readable_output(repository: Repository) -> None:
-    """The whole store has checkpoints of its own; every command says in words what it did."""
+    """The whole store has its own checkpoints; every command prints text for people."""
     path = repository.configure([{"id": "one", "prompt": f"without {flag(repository)} exit 1", "attempts": 1}])
     assert repository.council("run", str(path)).code == 1
     assert repository.council("checkpoint", "list").stdout == "no checkpoints\n"
@@ -306,7 +306,7 @@ async def test_all_runs_are_restored_with_readable_output(repository: Repository
 
 
 async def test_impossible_restore_is_rejected(repository: Repository) -> None:
-    """Exit code 2 with what is wrong and what there is."""
+    """Exit code 2, the reason and the available checkpoints."""
     assert repository.council("run", str(repository.configure([{"id": "a", "prompt": "write a.txt x"}]))).code == 0
     refusals = {
         ("show", "7"): "there is no checkpoint",
@@ -322,7 +322,7 @@ async def test_impossible_restore_is_rejected(repository: Repository) -> None:
 
 @pytest.mark.extended
 async def test_landed_task_keeps_its_handoffs(repository: Repository) -> None:
-    """Its phases are completed on record, so what they produced since the checkpoint is not deleted."""
+    """Its phases are recorded as completed, so their handoffs since the checkpoint are not deleted."""
     review = {"access": "read", "produces": "review", "prompt": "{{ task.prompt }}"}
     steps = 'in build write a.txt 1\nin review hand-over {"verdict": "approve", "findings": []}'
     path = repository.configure(
@@ -344,7 +344,7 @@ async def test_landed_task_keeps_its_handoffs(repository: Repository) -> None:
 
 
 class _Renewed:
-    """A store in which a process renews its record right after the first time that somebody has read it."""
+    """A store in which a process renews its record right after the first read of it."""
 
     def __init__(self, store: Store) -> None:
         self._store, self._is_renewed = store, False
@@ -361,7 +361,7 @@ class _Renewed:
 
 
 async def test_run_is_taken_over_despite_concurrent_heartbeats(repository: Repository) -> None:
-    """The record is read again: a heartbeat is no reason to fail."""
+    """The record is read again: a heartbeat is not a failure."""
     async with FileStore.open(repository.log, SystemClock()) as store:
         key = Key("orchestrator", "run/other")
         await store.commit(Commit([Write(key, 0, {"ended": None, "epoch": 1})]))
@@ -374,7 +374,7 @@ async def test_run_is_taken_over_despite_concurrent_heartbeats(repository: Repos
 
 
 async def test_halted_run_has_one_status_everywhere(repository: Repository) -> None:
-    """The final report, `status`, `runs`, `state show` and a checkpoint have the same word; `resume` names the run."""
+    """The final report, `status`, `runs`, `state show` and a checkpoint use one word; `resume` names the run."""
     repository.commit({"code": "bad\n"}, "broken")
     tasks = [{"id": "t", "prompt": "write t.txt x", "checks": ["grep -q good code"]}]
     config = str(repository.configure(tasks))

@@ -1,4 +1,4 @@
-"""Many processes claim from one queue over the file store: every task once, whoever is killed or stopped."""
+"""Many processes claim from one queue in a file store: each task runs once, whoever is killed or stopped."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PATIENCE = 90.0
 
 @contextmanager
 def started(state: Path, locks: Path, patience: float, *fates: str) -> Iterator[subprocess.Popen[str]]:
-    """Start a process for each fate; none is left in the end."""
+    """Start one process per fate, and end all of them afterwards."""
     locks.mkdir()
     argv = [sys.executable, str(WORKER), str(state), str(locks), str(patience), *fates]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
@@ -41,7 +41,7 @@ def started(state: Path, locks: Path, patience: float, *fates: str) -> Iterator[
 
 
 async def is_taken_over(store: Store, task: str, pid: int) -> None:
-    """Wait until the claim of a process has become another's."""
+    """Wait until another process has the claim of a process."""
     had = False
     with anyio.fail_after(PATIENCE):
         async with aclosing(store.watch()) as records:
@@ -54,12 +54,12 @@ async def is_taken_over(store: Store, task: str, pid: int) -> None:
 
 
 def authorship(key: Key, value: JsonObject) -> tuple[str, int, str] | None:
-    """Tell under which claim work was recorded."""
+    """Return the claim under which a result was recorded."""
     return (key.id, value["epoch"], value["by"]) if key.kind == "work" else None
 
 
 def check(records: list[CommitRecord], tasks: int) -> ClaimHistory:
-    """Every task was done once, by who had it, and what was claimed was claimed by the process that it names."""
+    """Check that each task ran once, by its owner, and that each claim has the process that it names."""
     history, done = ClaimHistory(authorship), Counter[Key]()
     for record in records:
         history.add(record)
@@ -92,7 +92,7 @@ MANY = [*SOME, *SOME, *SOME, *SOME]
 async def test_every_task_of_a_shared_queue_is_done_once(
     tmp_path: Path, fates: list[str], tasks: int, patience: float
 ) -> None:
-    """Those who are killed are followed at once, those who are stopped in time; what these then write is refused."""
+    """Killed processes are taken over at once, stopped ones in time; late writes of these are rejected."""
     state = tmp_path / "state"
     await claim_worker.seed(str(state), str(tasks))
     said = list[list[str]]()

@@ -1,4 +1,4 @@
-"""What is left over goes, once and with its reason; what is needed, or holds work that is nowhere else, stays."""
+"""`council clean` removes leftovers once and names the reason; needed files and unlanded work stay."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from orchestrator.system.file_lock import FileLock
 from tests.conftest import CommandResult, Repository
 from tests.waiting import wait_for
 
-#: Changes a file and leaves a key beside it, so that its worktree stays.
+#: Changes a file and leaves a key next to it, so that its worktree is preserved.
 KEEPS: dict[str, Any] = {"id": "keeps", "prompt": "write good.txt g\nwrite .env KEY=1", "attempts": 1}
 
 
 def found(ended: CommandResult) -> list[tuple[str, str]]:
-    """Return the standing and the last part of the place of all that `clean --json` listed, but for places."""
+    """Return status and last path component of everything that `clean --json` listed except worktree slots."""
     return sorted((one["standing"], Path(one["place"]).name) for one in ended.result["found"] if one["kind"] != "slot")
 
 
 def standings(ended: CommandResult) -> set[str]:
-    """Return what `clean --json` says of the places that sessions took turns in."""
+    """Return the status of each worktree slot that `clean --json` listed."""
     return {one["standing"] for one in ended.result["found"] if one["kind"] == "slot"}
 
 
 def nothing(ended: CommandResult) -> bool:
-    """Whether `clean --json` listed nothing but places that wait for the next run."""
+    """Return whether `clean --json` listed only worktree slots that are ready for the next run."""
     return found(ended) == [] and standings(ended) <= {"ready"}
 
 
@@ -57,12 +57,12 @@ def hub_of(repository: Repository) -> Hub:
 
 
 def trees(repository: Repository) -> list[str]:
-    """Return the names of all worktrees there are."""
+    """Return the names of all worktrees."""
     return sorted(path.name for path in home_of(repository).glob("*/sessions/*/*"))
 
 
 def age(path: Path) -> Path:
-    """Make a path look as if nobody had touched it for long."""
+    """Set the times of a path far into the past."""
     then = time.time() - 2 * STALE_FILE_SECONDS
     os.utime(path, (then, then), follow_symlinks=False)
     return path
@@ -83,7 +83,7 @@ def elsewhere(repository: Repository, *arguments: str) -> CommandResult:
 
 
 async def test_clean_removes_a_finished_run_completely(repository: Repository) -> None:
-    """But for checkouts that are ready for the next one, with a project and without; they go if that is asked for."""
+    """Except worktree slots that are ready for the next run, unless they are named; with and without a project."""
     run_once(repository, {"id": "a", "prompt": "write a.txt a"})
     for listed in (repository.council("clean", "--json"), elsewhere(repository, "clean", "--json")):
         assert (listed.code, listed.result["freed"], found(listed), standings(listed)) == (0, 0, [], {"ready"})
@@ -100,14 +100,14 @@ async def test_clean_removes_a_finished_run_completely(repository: Repository) -
 
 
 async def test_worktree_of_an_ended_task_is_removed_once(repository: Repository) -> None:
-    """Killed after the end of its task is recorded, its worktree is left; shown, removed, and gone the second time."""
+    """Killed after the end of its task was recorded; the worktree is listed, removed, and not found again."""
     tasks: list[dict[str, Any]] = [
         {"id": "done", "prompt": "write a.txt a\nexit 1", "attempts": 1},
         {"id": "waits", "prompt": "hang"},
     ]
     config = repository.configure(tasks, capacity=1)
     assert repository.council("run", str(config), failpoints="worktree.removed=kill").code == -signal.SIGKILL
-    # What a kill a little earlier leaves: the task is over, its worktree is there.
+    # The state after a slightly earlier kill: the task has ended, its worktree exists.
     [folder] = home_of(repository).glob("*/sessions")
     run = repository.council("status", "--json").result["run"]
     [user] = home_of(repository).glob("*/slots/*/user")
@@ -146,7 +146,7 @@ async def test_worktree_of_an_ended_task_is_removed_once(repository: Repository)
     ],
 )
 async def test_interrupted_run_can_resume_after_clean(repository: Repository, failpoint: str) -> None:
-    """What a resume needs is only told, whatever is asked for; cancelled instead, nothing is left."""
+    """The state that a resume needs is only reported, with every option; cancelled instead, everything is removed."""
     config = repository.configure([{"id": "a", "prompt": "write a.txt a"}, {"id": "b", "prompt": "write b.txt b"}])
     assert repository.council("run", str(config), failpoints=f"{failpoint}=kill").code == -signal.SIGKILL
     before = trees(repository)
@@ -156,7 +156,7 @@ async def test_interrupted_run_can_resume_after_clean(repository: Repository, fa
     assert cleaned.code == 0
     assert found(cleaned) == [("needed", name) for name in before]
     assert trees(repository) == before
-    # Of the places those stay that sessions have.
+    # Only the slots that sessions have are kept.
     assert standings(cleaned) <= {"left_over"}
     assert set(hub_of(repository).slots.iterdir()) == places
     [run] = {one["run"] for one in cleaned.result["found"] if one["kind"] == "worktree"}
@@ -169,7 +169,7 @@ async def test_interrupted_run_can_resume_after_clean(repository: Repository, fa
 
 @pytest.mark.extended
 async def test_cancelled_killed_run_leaves_nothing(repository: Repository) -> None:
-    """The cancel saves what was done; `clean` has nothing to add, and what was saved stays."""
+    """The cancel preserves the work; `clean` finds nothing more, and the preserved work stays."""
     config = repository.configure([{"id": "a", "prompt": "write a.txt a\nhang"}])
     child = repository.start("run", str(config))
     wait_for(lambda: list(home_of(repository).glob("*/sessions/*/a.1/slot/tree/a.txt")))
@@ -182,7 +182,7 @@ async def test_cancelled_killed_run_leaves_nothing(repository: Repository) -> No
 
 
 async def test_active_run_is_not_cleaned(repository: Repository) -> None:
-    """Nothing of a run that is at work is even listed, and it ends as if nothing had been."""
+    """Nothing of an active run is listed, and the run ends normally."""
     tasks = [KEEPS, {"id": "long", "prompt": "write l.txt l\nhang"}]
     child = repository.start("run", str(repository.configure(tasks)), "--json")
     wait_for(lambda: list(home_of(repository).glob("*/sessions/*/long.1/slot/tree/l.txt")))
@@ -198,7 +198,7 @@ async def test_active_run_is_not_cleaned(repository: Repository) -> None:
 
 
 async def test_preserved_work_is_removed_only_on_request(repository: Repository) -> None:
-    """A worktree with what no commit may hold is listed and stays; `--kept` removes it, and no branch."""
+    """A worktree with an uncommittable file is listed and stays; `--kept` removes it, but no branch."""
     run_once(repository, KEEPS, code=1)
     cleaned = repository.council("clean", "--yes", "--json")
     assert (cleaned.code, found(cleaned), cleaned.result["freed"]) == (0, [("kept", "keeps.1")], 0)
@@ -232,14 +232,14 @@ def damage(repository: Repository, event: bytes, at: int) -> None:
 
 @pytest.mark.extended
 async def test_damaged_record_proves_nothing(repository: Repository) -> None:
-    """Where the state of a task can't be read, its worktree is kept; where that of runs can't be, none is unknown."""
+    """If a task is unreadable, its worktree is kept; if the list of runs is unreadable, no run counts as unknown."""
     run = run_once(repository, KEEPS, code=1)
     age(hub_of(repository).trusted / "refs/council" / run)
     damage(repository, b"task.failed", -3)
     cleaned = repository.council("clean", "--yes", "--json")
     assert found(cleaned) == [("kept", "keeps.1")]
     assert "damaged" in next(one["reason"] for one in cleaned.result["found"] if one["kind"] == "worktree")
-    for event in (b"run.created", b"run.finished"):  # all that has the run's document
+    for event in (b"run.created", b"run.finished"):  # everything that has the run's document
         damage(repository, event, 30)
     assert repository.council("runs", "--json").result["runs"] == []
     assert nothing(repository.council("clean", "--yes", "--kept", "--json"))
@@ -247,7 +247,7 @@ async def test_damaged_record_proves_nothing(repository: Repository) -> None:
 
 
 async def test_hub_of_a_deleted_repository_is_removed(repository: Repository) -> None:
-    """From anywhere; as long as the repository or a state that knows of its runs is there, it stays."""
+    """From any folder; a hub whose repository or state exists stays."""
     run_once(repository, {"id": "a", "prompt": "write a.txt a"})
     root = hub_of(repository).root
     aside = repository.top.parent / "aside"
@@ -263,7 +263,7 @@ async def test_hub_of_a_deleted_repository_is_removed(repository: Repository) ->
 
 
 async def test_hub_of_a_deleted_repository_with_work_stays(repository: Repository) -> None:
-    """Branches and worktrees that keep work may be all that is left of it."""
+    """Its preserved branches and worktrees may be the only copy of the work."""
     run_once(repository, KEEPS, code=1)
     shutil.rmtree(repository.top)
     listed = elsewhere(repository, "clean", "--yes", "--json")
@@ -275,7 +275,7 @@ async def test_hub_of_a_deleted_repository_with_work_stays(repository: Repositor
 
 
 async def test_unmounted_disk_is_not_a_deleted_repository(repository: Repository) -> None:
-    """A hub whose repository was beneath a mount point that is none now is not judged."""
+    """A hub whose repository was below a mount point that is not mounted now is not judged."""
     run_once(repository, {"id": "a", "prompt": "write a.txt a"})
     recorded = hub_of(repository).root / "origin.json"
     mount = Path(next(path for path in repository.top.parents if os.path.ismount(path)))
@@ -287,7 +287,7 @@ async def test_unmounted_disk_is_not_a_deleted_repository(repository: Repository
 
 @pytest.mark.extended
 async def test_hub_unknown_to_any_state_is_removed(repository: Repository) -> None:
-    """With the state deleted its runs' worktrees hold work, their refs none; another project's state may know them."""
+    """With a deleted state the runs' worktrees count as work, their refs do not; another project may know them."""
     old = run_once(repository, KEEPS, code=1)
     hub = hub_of(repository)
     repository.git("worktree", "add", "--quiet", "-b", "second", str(repository.top.parent / "second"))
@@ -299,7 +299,7 @@ async def test_hub_unknown_to_any_state_is_removed(repository: Repository) -> No
     assert found(second.council("clean", "--json")) != []
     new = run_once(repository, {"id": "a", "prompt": "write a.txt a"})
     age(hub.trusted / "refs/council" / old)
-    for one in (second, repository):  # each might have the other's
+    for one in (second, repository):  # either hub might belong to the other
         assert nothing(one.council("clean", "--json"))
     shutil.rmtree(second.top / ".council")
     listed = repository.council("clean", "--json")
@@ -316,7 +316,7 @@ async def test_hub_unknown_to_any_state_is_removed(repository: Repository) -> No
 
 @pytest.mark.extended
 async def test_leftovers_of_killed_commands_are_removed(repository: Repository) -> None:
-    """Temporary files and locks in the hub and next to it: of git's at once, of ours what is old, and nothing else."""
+    """Temporary files and locks in the hub and next to it: those of git at once, our own when old; nothing else."""
     run_once(repository, KEEPS, code=1)
     hub = hub_of(repository)
     session = next(hub.sessions.glob("*/*"))
@@ -356,7 +356,6 @@ async def test_leftovers_of_killed_commands_are_removed(repository: Repository) 
 
 
 async def test_hub_being_created_is_not_a_leftover(repository: Repository) -> None:
-    """Whoever makes it holds its lock."""
     home = home_of(repository)
     (home / "other-0123456789ab.new").mkdir(parents=True)
     async with FileLock(home / "other-0123456789ab.lock").hold():
@@ -365,7 +364,7 @@ async def test_hub_being_created_is_not_a_leftover(repository: Repository) -> No
 
 
 async def test_old_logs_are_removed_on_request(repository: Repository) -> None:
-    """Those of runs that ended before; the task's work and state stay, as do the logs of a run that has not ended."""
+    """Logs of runs that ended before; the task's work and state stay, and logs of a run that has not ended."""
     old = run_once(repository, {"id": "a", "prompt": "write a.txt a\nprint hello"})
     config = repository.configure([{"id": "b", "prompt": "print hello\nhang"}])
     child = repository.start("run", str(config))
@@ -387,7 +386,7 @@ async def test_old_logs_are_removed_on_request(repository: Repository) -> None:
 
 @contextmanager
 def immutable(path: Path) -> Iterator[None]:
-    """Make a file that nobody can remove, not even root; skip where that can't be."""
+    """Make a file that nobody can remove, not even root; skip if this is not supported."""
     if subprocess.run(["chattr", "+i", path], check=False, capture_output=True).returncode:
         pytest.skip("files can't be made immutable here")
     descriptor = os.open(path, os.O_RDONLY)
@@ -401,7 +400,7 @@ def immutable(path: Path) -> Iterator[None]:
 
 @pytest.mark.extended
 async def test_unremovable_leftover_is_named(repository: Repository) -> None:
-    """The exit code says so, the rest goes, and closed folders are no hindrance."""
+    """The exit code reports it, the rest is removed, and unreadable folders are no obstacle."""
     run_once(repository, KEEPS, {**KEEPS, "id": "other"}, code=1)
     closed = next(home_of(repository).glob("*/sessions/*/other.1/slot/tree")) / "closed"
     (closed / "deep").mkdir(parents=True)
@@ -416,7 +415,7 @@ async def test_unremovable_leftover_is_named(repository: Repository) -> None:
         assert "Operation not permitted" in errors["keeps"][1]
         assert trees(repository) == []
         [waits] = hub_of(repository).trash.iterdir()
-        assert nothing(repository.council("clean", "--json"))  # somebody might be at work on it
+        assert nothing(repository.council("clean", "--json"))  # another process might be running it
         age(waits)
         told = repository.council("clean", "--yes")
         assert told.code == 1
@@ -426,13 +425,13 @@ async def test_unremovable_leftover_is_named(repository: Repository) -> None:
 
 
 async def listed_in_process(repository: Repository, store: FileStore) -> tuple[Cleaner, list[Leftover]]:
-    """Return a cleaner of the project, and the worktrees that it finds."""
+    """Return a cleaner of the project, and the worktrees that it lists."""
     cleaner = Cleaner(home_of(repository), repository.environ, SystemClock(), Project(repository.top), store)
     return cleaner, [one for one in await cleaner.find() if one.kind is LeftoverKind.WORKTREE]
 
 
 async def test_leftover_needed_since_listing_stays(repository: Repository) -> None:
-    """A run that somebody begins to work in is not touched, nor what was judged by what is not so any more."""
+    """A run that becomes active is not touched, and neither is an item whose status has changed."""
     run = run_once(repository, KEEPS, code=1)
     async with FileStore.open(repository.log, SystemClock()) as store:
         cleaner, listed = await listed_in_process(repository, store)
@@ -446,7 +445,7 @@ async def test_leftover_needed_since_listing_stays(repository: Repository) -> No
 
 
 async def test_hub_used_since_listing_stays(repository: Repository) -> None:
-    """The repository is back: its hub is not removed."""
+    """The repository exists again: its hub is not removed."""
     run_once(repository, {"id": "a", "prompt": "write a.txt a"})
     aside = repository.top.parent / "aside"
     repository.top.rename(aside)
@@ -460,7 +459,7 @@ async def test_hub_used_since_listing_stays(repository: Repository) -> None:
 
 @pytest.mark.extended
 async def test_repository_can_run_again_after_clean(repository: Repository) -> None:
-    """A hub that was removed is made anew by the next run of a repository in the same place."""
+    """The next run of a repository at the same path creates its hub again."""
     run_once(repository, {"id": "a", "prompt": "write a.txt a"})
     aside = repository.top.parent / "aside"
     repository.top.rename(aside)
@@ -474,7 +473,7 @@ async def test_repository_can_run_again_after_clean(repository: Repository) -> N
 
 @contextmanager
 def asked(repository: Repository) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """Start `clean --kept` on a terminal and wait for its question; yield it with the terminal's other end."""
+    """Start `clean --kept` on a terminal and wait for its question; yield the process and the terminal's other end."""
     ours, theirs = pty.openpty()
     argv = [sys.executable, "-m", "orchestrator.cli.main", "clean", "--kept"]
     child = subprocess.Popen(
@@ -495,7 +494,7 @@ def asked(repository: Repository) -> Iterator[tuple[subprocess.Popen[bytes], int
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize(("answer", "stays"), [("y", False), ("", True), ("no", True)])
 async def test_clean_on_a_terminal_asks_once(repository: Repository, answer: str, stays: bool) -> None:
-    """Only a yes removes."""
+    """Only `yes` removes."""
     run_once(repository, KEEPS, code=1)
     with asked(repository) as (child, terminal):
         os.write(terminal, answer.encode() + b"\n")
@@ -504,7 +503,7 @@ async def test_clean_on_a_terminal_asks_once(repository: Repository, answer: str
 
 
 async def test_clean_follows_no_link(repository: Repository) -> None:
-    """A link in our folders leads to what is somebody else's, whatever its names look like."""
+    """A link in our folders leads to files of others, whatever its name."""
     run, hub = run_once(repository, {"id": "a", "prompt": "write a.txt 1"}), hub_of(repository)
     theirs = repository.top.parent / "theirs"
     names = ("a.1/tree/file", "a.1.check/file", "trusted.git/config", "notes", "7/tree/file", "tree/file")
@@ -538,7 +537,7 @@ async def test_clean_follows_no_link(repository: Repository) -> None:
 
 
 async def test_folder_that_only_looks_like_a_partial_hub_stays(repository: Repository) -> None:
-    """What we make is known by what is in it, too: anything may lie in the folder that COUNCIL_HOME names."""
+    """Our folders are recognized by their content, too: COUNCIL_HOME may contain anything."""
     run_once(repository, {"id": "a", "prompt": "write a.txt 1"})
     photos = home_of(repository) / "photos-20200101abcd.new"
     photos.mkdir()
@@ -548,7 +547,7 @@ async def test_folder_that_only_looks_like_a_partial_hub_stays(repository: Repos
 
 
 async def test_signal_ends_the_confirmation(repository: Repository) -> None:
-    """As a no."""
+    """The same as `no`."""
     run_once(repository, KEEPS, code=1)
     with asked(repository) as (child, _):
         child.send_signal(signal.SIGINT)

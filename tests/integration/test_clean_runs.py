@@ -1,4 +1,4 @@
-"""`council clean --runs`: old runs are forgotten, with a way back; what could be lost by it stays."""
+"""`council clean --runs` removes old runs with a way to restore them; unlanded work stays."""
 
 from __future__ import annotations
 
@@ -42,25 +42,25 @@ async def later(repository: Repository, days: float) -> AsyncIterator[Council]:
 
 
 async def judged(council: Council, **wanted: Any) -> dict[str, str]:
-    """Return the standing of the record of each old run."""
+    """Return the status of each old run's record."""
     found = await council.cleaner.find(runs=7 * DAY, **wanted)
     return {str(one.run): str(one.standing) for one in found if one.kind == "run"}
 
 
 async def removed(council: Council, **wanted: Any) -> list[str | None]:
-    """Remove the records of old runs, and return what went wrong with each."""
+    """Remove the records of old runs, and return the error of each."""
     cleaner = council.cleaner
     found = [one for one in await cleaner.find(runs=7 * DAY, **wanted) if one.kind == "run"]
     return [one.error for one in await cleaner.remove(found)]
 
 
 async def documents(council: Council, run: str) -> set[str]:
-    """Return the kinds of the documents that there are of a run."""
+    """Return the kinds of a run's existing documents."""
     return {key.kind for key in (await council.history.at(await council.history.position(), run=run)).documents}
 
 
 async def test_old_runs_are_removed_and_restored(repository: Repository) -> None:
-    """After 7 days and not before; with what they printed; restored, the record is as it was."""
+    """After 7 days and not before, by the printed commands; the restored record is equal."""
     run = run_once(repository, LANDS)
     logs = repository.top / ".council/logs" / run
     assert list(logs.iterdir())
@@ -94,7 +94,7 @@ async def test_old_runs_are_removed_and_restored(repository: Repository) -> None
 
 
 async def test_unlanded_work_stays_without_force(repository: Repository) -> None:
-    """On a branch; dropped, the record may go; forced, the branch is still there when the record is back."""
+    """Its branch: dropped, the record may be removed; forced, the branch still exists after a restore."""
     run = run_once(repository, FAILS)
     async with later(repository, 8) as council:
         assert await judged(council) == {run: "kept"}
@@ -105,13 +105,13 @@ async def test_unlanded_work_stays_without_force(repository: Repository) -> None
         assert await council.changes.preserved(run) == [kept]
         await council.changes.drop([kept.name], run)
         assert await judged(council) == {run: "left_over"}
-        # What was brought back can be gone on with.
+        # A restored run can be resumed.
         assert [task.status for task in (await council.tasks.retry("f")).tasks] == ["pending"]
         assert [(task.status, task.attempts) for task in (await council.runs.resume()).tasks] == [("failed", 1)]
 
 
 async def test_resumable_run_stays_without_an_option(repository: Repository) -> None:
-    """A run that was cut off, and one of which a task is to be tried again."""
+    """An interrupted run, and one with a task to retry."""
     cut_off = run_once(repository, LANDS, failpoints="run.leader_elected=kill")
     retried = run_once(repository, FAILS)
     assert repository.council("retry", "f").code == 0
@@ -126,7 +126,7 @@ async def test_resumable_run_stays_without_an_option(repository: Repository) -> 
 
 
 async def test_restored_run_has_a_new_epoch(repository: Repository) -> None:
-    """What a process had before its run was forgotten is refused when the run is back, and the task is anybody's."""
+    """Writes under a lease from before the removal are rejected after the restore, and the task can be claimed."""
     run = run_once(repository, LANDS, failpoints="session.spawned=kill")
     claim, old = Key("claim", f"{run}/a"), 1
     async with later(repository, 8) as council:
@@ -145,13 +145,13 @@ async def test_restored_run_has_a_new_epoch(repository: Repository) -> None:
 
 
 async def test_active_run_is_never_removed(repository: Repository) -> None:
-    """It is not even listed; one that somebody begins to work in after the list was made stays, too."""
+    """It is not listed; a run that becomes active after the list was made stays, too."""
     run = run_once(repository, LANDS)
     async with later(repository, 8) as council:
         hub = await RunIndex(council._context).hub(await read_run(council._context.store, run))
         cleaner = council.cleaner
         found = [one for one in await cleaner.find(runs=7 * DAY) if one.kind == "run"]
-        # Who coordinates it, and who works in it beside that, or goes on where that was killed.
+        # The leader, and a worker that runs tasks concurrently or continues after a kill.
         for lock in (hub.run_lock(run), hub.liveness_locks.of(run, "box-1-ab12cd")):
             async with lock.hold(0):
                 assert await judged(council, include_interrupted=True) == {}
@@ -161,7 +161,7 @@ async def test_active_run_is_never_removed(repository: Repository) -> None:
 
 
 async def test_run_changed_since_listing_stays(repository: Repository) -> None:
-    """A run that was over and is to be gone on with."""
+    """A finished run that is retried."""
     run = run_once(repository, FAILS)
     async with later(repository, 8) as council:
         cleaner = council.cleaner
@@ -174,7 +174,7 @@ async def test_run_changed_since_listing_stays(repository: Repository) -> None:
 
 @pytest.mark.extended
 async def test_killed_removal_can_be_repeated(repository: Repository) -> None:
-    """With the logs gone and the record deleted, nothing is left but its checkpoints, its lease and its claims."""
+    """With the logs gone and the record deleted, only its checkpoints, its lease and its claims are left."""
     run = run_once(repository, LANDS)
     words = ("clean", "--runs", "1ms", "--yes")
     assert repository.council(*words, failpoints="run.removed=kill").code == -signal.SIGKILL
@@ -185,7 +185,7 @@ async def test_killed_removal_can_be_repeated(repository: Repository) -> None:
 
 
 async def test_command_lists_first(repository: Repository) -> None:
-    """Without --yes it only lists where nobody can be asked; seven days are the default."""
+    """Without --yes and without a terminal it only lists; seven days are the default."""
     run = run_once(repository, LANDS)
     assert run not in repository.council("clean", "--runs", "--yes").stdout
     shown = repository.council("clean", "--runs", "1ms")
@@ -203,14 +203,14 @@ async def test_command_lists_first(repository: Repository) -> None:
 
 
 async def test_record_without_a_checkpoint_is_kept(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a disk that is full, which is told."""
+    """As on a full disk, which is reported."""
     async with recorded_project(repository.top, monkeypatch):
         pass
     (log,) = (repository.top / ".council/state").glob("*/*.jsonl")
     before = log.read_bytes()
     command = [sys.executable, "-m", "orchestrator.cli.main", "clean", "--runs", "1s", "--interrupted", "--yes"]
     limited = f"ulimit -f {len(before) // 512}; exec {shlex.join(command)}"
-    environ = {**repository.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # which would be cut off, too
+    environ = {**repository.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # it would be cut as well
     ended = subprocess.run(
         ["sh", "-c", limited], cwd=repository.top, env=environ, capture_output=True, text=True, check=False
     )

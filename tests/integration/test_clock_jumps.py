@@ -15,10 +15,10 @@ HOUR = 3600.0
 
 
 class JumpingClock(SystemClock):
-    """The machine's clocks, of which the wall clock is off by another one of some amounts at each look."""
+    """The machine's clocks, with a wall clock that has another offset at each read."""
 
     def __init__(self, *offsets: float) -> None:
-        """Take the amounts in seconds, in turn."""
+        """Take the offsets in seconds, in turn."""
         self._offsets = itertools.cycle(offsets)
 
     def now(self) -> float:
@@ -27,7 +27,7 @@ class JumpingClock(SystemClock):
 
 
 async def test_run_survives_clock_jumps(repository: Repository) -> None:
-    """Retries, checks, order and landings are as usual, and no session times out."""
+    """Retries, checks, order and landings are normal, and no session times out."""
     tasks: list[dict[str, Any]] = [
         {"id": "one", "prompt": "write one.txt 1", "checks": ["test -e README.md"], "timeout": "60s"},
         {"id": "two", "prompt": "attempt 1 exit 1\nwrite two.txt 2", "attempts": 3, "needs": ["one"]},

@@ -1,4 +1,4 @@
-"""What an agent leaves comes in without secrets, huge files and anything that would hang or mislead us."""
+"""Collecting a session's changes without secrets, huge files and anything that would hang or mislead us."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ADMIT = IntakeRules(Redactor([VALUE]), max_file=100_000)
 
 @dataclass(frozen=True)
 class Place:
-    """A worktree as a session leaves it, and the commands of the agent in it."""
+    """A worktree as a session leaves it, and the agent's commands in it."""
 
     git: Git
     worktree: Worktree
@@ -46,7 +46,7 @@ class Place:
         return done.stdout.decode().strip()
 
     def tree_of(self, rows: str) -> str:
-        """Make a tree of the session's as `git mktree` does."""
+        """Create a tree in the session's repository as `git mktree` does."""
         command = ["git", "mktree"]
         done = subprocess.run(
             command, cwd=self.worktree.tree, env=self.environ, input=rows.encode(), check=True, capture_output=True
@@ -54,7 +54,7 @@ class Place:
         return done.stdout.decode().strip()
 
     def write(self, name: str, content: str | bytes = "text\n") -> Path:
-        """Write a file of the worktree."""
+        """Write a file in the worktree."""
         path = self.worktree.tree / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -68,7 +68,7 @@ class Place:
         return self.agent("rev-parse", "HEAD")
 
     async def collect(self) -> CollectedWork:
-        """Collect, twice: what is found by stamps must also be found without, and again."""
+        """Collect twice: a change found by time stamps must also be found without them, and again."""
         first = await collect_work(
             self.git, self.worktree, self.base, "work\n", admit=ADMIT, diff=self.snapshot.compare()
         )
@@ -87,14 +87,14 @@ class Place:
         return listed.stdout.decode(errors="surrogateescape").split("\0")[:-1]
 
     async def has(self, content: bytes) -> bool:
-        """Whether any object of the hub has this content."""
+        """Return whether any object of the hub has this content."""
         done = await self.git("cat-file", "--batch-all-objects", "--batch")
         return content in done.stdout
 
 
 @pytest.fixture
 async def place(repository: Repository, tmp_path: Path, environ: dict[str, str]) -> Place:
-    """A worktree of the repository's `main`, in a place that another one had before."""
+    """A worktree of the repository's `main`, in a slot that another session had before."""
     repository.commit({".env.tracked": "A=1\n", "config.py": f"OLD = '{KEY}'\n", "link/x": "x\n"}, "more")
     yard = await HubFixture.of(repository.top, tmp_path / "council-home", environ)
     base = await yard.fetch()
@@ -107,7 +107,7 @@ async def place(repository: Repository, tmp_path: Path, environ: dict[str, str])
 
 
 async def test_ordinary_work_is_collected_completely(place: Place) -> None:
-    """New, changed and deleted files, strange names, links and modes are one commit; the agent's commits are kept."""
+    """New, changed and deleted files, unusual names, links and modes are one commit; the agent's commits are kept."""
     own = place.commit("a.txt")
     place.write("-dash"), place.write("new\nline"), place.write(":(top)magic"), place.write("deep/er/x")
     (place.worktree.tree / "sym").symlink_to("/etc/passwd")
@@ -132,13 +132,13 @@ async def test_ordinary_work_is_collected_completely(place: Place) -> None:
 
 
 async def test_unchanged_worktree_gives_no_commit(place: Place) -> None:
-    """An untouched worktree holds nothing, a file that was only touched neither."""
+    """Neither does a file that was only touched."""
     os.utime(place.worktree.tree / ".env.tracked", (1, 1))
     assert await place.collect() == CollectedWork(None)
 
 
 async def test_secret_and_huge_files_are_left_out(place: Place) -> None:
-    """They are named, the rest is committed, none of them reaches the hub's objects, the worktree is kept."""
+    """They are reported, the rest is committed, none of them reaches the hub's objects, the worktree is preserved."""
     place.write("good.txt")
     place.write("new\nline/.env", "PASSWORD=hidden-by-name\n")
     place.write("deploy/server.pem", "hidden-by-name too")
@@ -173,7 +173,7 @@ async def test_secret_in_the_base_is_not_new(place: Place) -> None:
 
 
 async def test_only_secrets_give_no_commit(place: Place) -> None:
-    """Where nothing may come in there is no commit, but the worktree is kept."""
+    """The worktree is preserved."""
     place.write(".env", "A=1\n")
     left = await place.collect()
     assert (left.commit, left.left_out, left.complete) == (None, (".env",), False)
@@ -182,7 +182,7 @@ async def test_only_secrets_give_no_commit(place: Place) -> None:
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("name", ["key.txt", ".env", "huge.bin", "message"])
 async def test_history_with_a_secret_is_dropped(place: Place, name: str) -> None:
-    """What was committed and then removed does not come in through history: the files become one commit."""
+    """A secret that was committed and removed does not enter through history: the files become one commit."""
     contents: dict[str, str | bytes] = {"key.txt": f"k {VALUE}\n", "huge.bin": os.urandom(150_000)}
     content = contents.get(name, "hidden-in-history\n")
     place.commit(name, content, f"say {VALUE}" if name == "message" else "work")
@@ -193,7 +193,7 @@ async def test_history_with_a_secret_is_dropped(place: Place, name: str) -> None
     assert left.left_out == ()
     assert not left.complete
     assert "not kept as history" in left.notes[0]
-    assert ("a file in them has more than" in left.notes[0]) == (name == "huge.bin")  # known before it was copied
+    assert ("a file in them has more than" in left.notes[0]) == (name == "huge.bin")  # computed before it was copied
     assert "good.txt" in await place.tree(left.commit)
     assert await place.git.line("rev-parse", f"{left.commit}^") == place.base
     for hidden in (VALUE.encode(), b"hidden-in-history"):
@@ -201,7 +201,7 @@ async def test_history_with_a_secret_is_dropped(place: Place, name: str) -> None
 
 
 async def test_other_commits_are_salvaged(place: Place) -> None:
-    """Other branches, tags, stashes and a detached HEAD are kept under refs of their own; what is known is not."""
+    """Other branches, tags, stashes and a detached HEAD get refs of their own; known commits do not."""
     place.agent("branch", "known")
     place.agent("checkout", "--quiet", "-b", "feature/x y".replace(" ", "-"))
     feature = place.commit("feature.txt")
@@ -236,7 +236,7 @@ async def test_rewritten_branch_is_salvaged(place: Place) -> None:
 
 
 async def test_secrets_are_not_salvaged(place: Place) -> None:
-    """A stash with a secret stays where it is, and is named."""
+    """A stash with a secret stays in the session's repository, and is reported."""
     place.write("config.py", f"V = '{VALUE}'\n")
     place.agent("stash")
     place.write("good.txt")
@@ -250,7 +250,7 @@ async def test_secrets_are_not_salvaged(place: Place) -> None:
 
 @pytest.mark.slow
 async def test_salvaged_refs_are_limited(place: Place) -> None:
-    """At most 50 are salvaged; that there are more is said."""
+    """At most 50 are salvaged; the report says that there are more."""
     tree = place.agent("rev-parse", "HEAD^{tree}")
     for number in range(52):
         commit = place.agent("commit-tree", tree, "-p", place.base, "-m", str(number))
@@ -262,13 +262,13 @@ async def test_salvaged_refs_are_limited(place: Place) -> None:
 
 
 async def test_pipes_that_git_would_open_do_not_hang(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pipes and sockets where git looks for its own files are removed; a linked .gitignore stays."""
+    """Pipes and sockets in place of git's own files are removed; a linked .gitignore stays."""
     tree = place.worktree.tree
     place.write("sub/x"), place.write("nested/.git/objects/x"), place.write("deep/.gitignore", "y\n")
     for name in (".gitattributes", "sub/.gitignore", "nested/.git/HEAD", "plain"):
         os.mkfifo(tree / name)
     (tree / "src/.gitignore").symlink_to("nowhere")
-    monkeypatch.chdir(tree)  # a socket's path is short
+    monkeypatch.chdir(tree)  # a socket's path must be short
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(".gitmodules")
         left = await place.collect()
@@ -279,7 +279,7 @@ async def test_pipes_that_git_would_open_do_not_hang(place: Place, monkeypatch: 
 
 
 async def test_pipes_among_session_objects_do_not_hang(place: Place, tmp_path: Path) -> None:
-    """Alternates are not followed and pipes not opened; what is whole comes in nevertheless."""
+    """Alternates are not followed and pipes not opened; intact objects are collected all the same."""
     own = place.commit("a.txt")
     objects, evil = place.worktree.git_dir / "objects", tmp_path / "evil"
     (evil / "info").mkdir(parents=True)
@@ -296,7 +296,6 @@ async def test_pipes_among_session_objects_do_not_hang(place: Place, tmp_path: P
 
 
 async def test_filters_and_hooks_of_the_agent_do_not_run(place: Place, tmp_path: Path) -> None:
-    """Whatever the agent configured in its repository or attributes is not executed."""
     trace = tmp_path / "trace"
     place.agent("config", "filter.f.clean", f"touch {trace}; cat")
     place.agent("config", "core.fsmonitor", f"touch {trace}")
@@ -331,7 +330,7 @@ async def test_links_in_the_session_repository_are_not_followed(place: Place, tm
 
 
 async def test_file_replacing_a_folder_and_back_is_collected(place: Place) -> None:
-    """Paths that change between file and folder are staged, and what is refused there does no harm."""
+    """Paths that change between file and folder are staged, and a rejected file in them does no harm."""
     tree = place.worktree.tree
     (tree / "link/x").unlink()
     (tree / "link").rmdir()
@@ -367,7 +366,7 @@ async def test_secret_file_name_without_content_is_left_out(place: Place) -> Non
 
 @pytest.mark.extended
 async def test_self_expanding_tree_takes_bounded_memory(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twelve small trees that mean 10^12 files: the history is not taken, the files are."""
+    """Twelve small trees that expand to 10^12 files: the history is rejected, the files are collected."""
     monkeypatch.setattr("orchestrator.repo.git.command._MAX_MEMORY", 100 << 20)
     blob = place.agent("rev-parse", "HEAD:config.py")
     tree = place.tree_of("".join(f"100644 blob {blob}\tf{number}\n" for number in range(10)))
@@ -383,7 +382,7 @@ async def test_self_expanding_tree_takes_bounded_memory(place: Place, monkeypatc
 
 
 async def test_refs_above_the_limit_are_reported(place: Place) -> None:
-    """Commits on the last of thousands of branches are not lost in silence: the worktree stays."""
+    """Commits on the last of thousands of branches are not lost silently: the worktree is preserved."""
     commit = place.commit("own.txt")
     other = place.agent("commit-tree", "HEAD^{tree}", "-p", commit, "-m", "other")
     git_dir = place.worktree.git_dir
@@ -396,7 +395,7 @@ async def test_refs_above_the_limit_are_reported(place: Place) -> None:
 
 
 async def test_files_deeper_than_path_max_are_not_lost(place: Place) -> None:
-    """Git passes over a folder that it can't open with a warning; the worktree stays."""
+    """Git skips a folder that it can't open with a warning; the worktree is preserved."""
     place.write("good.txt")
     code = "import os\nfor _ in range(25):\n  os.mkdir('d' * 200); os.chdir('d' * 200)\nopen('x', 'w')"
     subprocess.run([sys.executable, "-c", code], cwd=place.worktree.tree, env=place.environ, check=True)
@@ -409,7 +408,7 @@ async def test_files_deeper_than_path_max_are_not_lost(place: Place) -> None:
 
 @pytest.mark.parametrize("where", ["tree", "git"])
 async def test_pipe_behind_a_pointer_does_not_hang(place: Place, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    """A `.git` that is a link, or names a folder, leads git to a pipe that lies elsewhere."""
+    """A `.git` that is a link, or names a folder, leads git to a pipe elsewhere."""
     monkeypatch.setattr("orchestrator.repo.intake.staging.STAGING_TIMEOUT", 5.0)
     evil = (place.worktree.tree if where == "tree" else place.worktree.git_dir) / "evil"
     for name in ("objects", "refs"):
@@ -436,7 +435,7 @@ _RESERVED = {
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("name", list(_RESERVED))
 async def test_file_with_a_reserved_name_is_left_out(place: Place, name: str) -> None:
-    """Nor does a .gitignore that says not to ignore it help."""
+    """A .gitignore that un-ignores it does not change that."""
     place.write("good.txt")
     place.write(".gitignore", "!.council\n!.worktrees\n")
     place.write(name, "forged")
@@ -459,8 +458,8 @@ async def test_file_with_a_reserved_name_is_left_out(place: Place, name: str) ->
         '[submodule "a"]\nupdate = !touch x',
     ],
 )
-async def test_a_description_of_submodules_that_git_rejects_is_left_out(place: Place, entry: str) -> None:
-    """On the target `git fsck` would fail, and a server would refuse every push; an ordinary one may enter."""
+async def test_gitmodules_that_git_rejects_is_left_out(place: Place, entry: str) -> None:
+    """`git fsck` would fail on the target, and a server would reject every push; a valid file is collected."""
     place.write("good.txt")
     place.write("vendored/.gitmodules", '[submodule "b"]\npath = b\nurl = https://example.org/b\n')
     place.write(".gitmodules", entry + "\n")
@@ -474,7 +473,7 @@ async def test_a_description_of_submodules_that_git_rejects_is_left_out(place: P
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("name", list(_RESERVED))
 async def test_commit_with_a_reserved_name_is_left_out(place: Place, name: str) -> None:
-    """Git commands that know no such rule can make one; the files of the checkout become a commit without it."""
+    """Git commands without that rule can create one; the files of the checkout become a commit without it."""
     place.write("good.txt")
     blob = place.agent("hash-object", "-w", str(place.write("forged.txt", "forged")))
     (place.worktree.tree / "forged.txt").unlink()

@@ -1,4 +1,4 @@
-"""A program that is driven from YAML alone: what it prints decides how it ended, and it goes on where it was."""
+"""A program configured in YAML alone: its output decides the outcome, and the next session resumes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from tests.conftest import Repository
 
-#: It keeps its conversation in its home, and tells all that this has used up; it breaks off in the first session.
+#: It keeps its conversation in its home, and prints the total usage; it aborts in the first session.
 PROGRAM = r"""
 id=${2:-s1}
 echo "$id $*" >> "$HOME/conversation"
@@ -31,7 +31,7 @@ OPTIONS: dict[str, Any] = {
 
 
 async def test_half_work_does_not_land_and_is_continued(repository: Repository) -> None:
-    """A zero exit without the end that the file waits for is a failure; the next attempt has the conversation."""
+    """Exit code 0 without the configured final line is a failure; the next attempt has the conversation."""
     tasks = [{"id": "t", "prompt": "x", "attempts": 2}]
     backoff = {"initial": "10ms", "max": "10ms"}
     config = repository.configure(tasks, adapters={"x": OPTIONS}, defaults={"backoff": backoff})
@@ -44,7 +44,7 @@ async def test_half_work_does_not_land_and_is_continued(repository: Repository) 
 
 
 async def test_attempts_without_a_result_fail(repository: Repository) -> None:
-    """Also where it has changed files; the reason names what was missing."""
+    """Also if the attempt has changed files; the reason names the missing output."""
     options = {**OPTIONS, "argv": ["sh", "-c", "echo x > x.txt"]}
     config = repository.configure([{"id": "t", "prompt": "x", "attempts": 1}], adapters={"x": options})
     task = repository.council("run", str(config), "--json").result["tasks"][0]

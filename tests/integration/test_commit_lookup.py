@@ -1,4 +1,4 @@
-"""A commit is found in a large segment without reading all of it, however large and damaged its neighbours are."""
+"""Find a commit in a large segment without reading all of it, with large and damaged neighbours."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SIZES = (10, 500, 3_000, 20_000, 400_000)
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("damage", [0, 5])
 async def test_each_commit_of_a_large_segment_is_found(tmp_path: Path, damage: int) -> None:
-    """Those whose header can be read, and no other."""
+    """Every commit with a readable header, and no other."""
     chance = random.Random(7)
     async with FileStore.open(tmp_path, ManualClock()) as store:
         for number in range(400):

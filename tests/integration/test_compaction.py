@@ -1,4 +1,4 @@
-"""A log that is packed and thinned out tells the same of the present, and says how far it goes back."""
+"""A compressed and compacted log has the same current state, and says how far its history goes back."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ALL = 1 << 40  # bytes
 
 @pytest.fixture
 def clock() -> ManualClock:
-    """The time of the tests."""
+    """The tests' clock."""
     return ManualClock()
 
 
@@ -43,8 +43,8 @@ async def store(tmp_path: Path, clock: ManualClock) -> AsyncIterator[FileStore]:
         yield opened
 
 
-async def told(store: Store, after: int = 0) -> list[CommitRecord]:
-    """Return all records behind a position."""
+async def all_records(store: Store, after: int = 0) -> list[CommitRecord]:
+    """Return all records after a position."""
     records, last = list[CommitRecord](), await store.position()
     async with aclosing(store.watch(after)) as watched:
         async for record in watched:
@@ -60,8 +60,8 @@ def files(tmp_path: Path) -> list[str]:
 
 
 async def test_packed_segments_have_the_same_content(store: FileStore, tmp_path: Path, clock: ManualClock) -> None:
-    """To whoever has the store open, and to the next one; the newest is not packed."""
-    records, versions, state = await told(store), await store.history(MUCH, 100), await store.at(7)
+    """For a store that is open, and for the next one; the newest segment is not compressed."""
+    records, versions, state = await all_records(store), await store.history(MUCH, 100), await store.at(7)
     compacted = await store.compact(0.0, ALL)
     assert compacted.after < compacted.before
     assert compacted.first == 0
@@ -70,17 +70,17 @@ async def test_packed_segments_have_the_same_content(store: FileStore, tmp_path:
     assert [name.endswith(".zst") for name in names] == [True] * (len(names) - 1) + [False]
     async with FileStore.open(tmp_path / "state", clock) as other:
         for one in (store, other):
-            assert (await told(one), await one.history(MUCH, 100), await one.at(7)) == (records, versions, state)
+            assert (await all_records(one), await one.history(MUCH, 100), await one.at(7)) == (records, versions, state)
             assert not one.damage
         await other.commit(Commit([Write(FEW, 1, {"n": 1})]))
-        assert (await told(store, after=len(records)))[0].documents == {FEW: (2, {"n": 1})}
+        assert (await all_records(store, after=len(records)))[0].documents == {FEW: (2, {"n": 1})}
     (tmp_path / "state" / snapshot.SNAPSHOT_FILE).unlink(missing_ok=True)
     async with FileStore.open(tmp_path / "state", clock) as replayed:
-        assert (await told(replayed))[:-1] == records
+        assert (await all_records(replayed))[:-1] == records
 
 
 async def test_old_commits_keep_the_last_versions(store: FileStore, tmp_path: Path, clock: ManualClock) -> None:
-    """What is newer than that stays whole; nothing older can be told, and that is said."""
+    """Newer commits stay whole; older ones can't be read, and the log says so."""
     now, newest = clock.now(), [await store.get(key) for key in (MUCH, FEW, GONE)]
     whole, recent = await store.history(MUCH, 100), await store.at(40)
     compacted = await store.compact(now - 10 * 60, ALL)
@@ -99,8 +99,8 @@ async def test_old_commits_keep_the_last_versions(store: FileStore, tmp_path: Pa
             assert [version.value for version in await one.history(FEW)] == [{"n": 0}]
             assert list((await one.history(FEW))[0].events) == [Event("begun")]
             with pytest.raises(HistoryCompacted):
-                await told(one)
-            assert (await told(one, compacted.first))[0].position == compacted.first + 1
+                await all_records(one)
+            assert (await all_records(one, compacted.first))[0].position == compacted.first + 1
             assert not one.damage
         await other.commit(Commit([Write(GONE, 0, {"n": 1})]))
     found = await store.get(GONE)
@@ -109,7 +109,6 @@ async def test_old_commits_keep_the_last_versions(store: FileStore, tmp_path: Pa
 
 
 async def test_log_can_be_compacted_repeatedly(store: FileStore, tmp_path: Path, clock: ManualClock) -> None:
-    """What is left of what was left is what is left of all."""
     start, versions = clock.now() - COMMITS * 60, await store.history(MUCH, 100)
     for minutes in range(0, COMMITS, 7):
         await store.compact(start + minutes * 60, ALL)
@@ -123,7 +122,7 @@ async def test_log_can_be_compacted_repeatedly(store: FileStore, tmp_path: Path,
 
 
 async def test_log_size_is_limited(store: FileStore, clock: ManualClock) -> None:
-    """However young it is, as much of it goes as need be, but for the newest segment and the last versions."""
+    """Even young commits are removed, except the newest segment and the last versions."""
     for number in range(400):
         await store.commit(Commit(events=[Event("noise", {"text": str(number) * 30})]))
     before = await store.compact(0.0, ALL)
@@ -136,7 +135,7 @@ async def test_log_size_is_limited(store: FileStore, clock: ManualClock) -> None
 
 
 async def test_lagging_reader_starts_again(store: FileStore, tmp_path: Path, clock: ManualClock) -> None:
-    """A process that was stopped while the log went on and was thinned out knows what there is, and no damage."""
+    """A process that was stopped during a compaction has the current state, and reports no damage."""
     async with FileStore.open(tmp_path / "state", clock, segment_bytes=1_500) as other:
         for number in range(COMMITS, 2 * COMMITS):
             clock.advance(60)
@@ -150,7 +149,7 @@ async def test_lagging_reader_starts_again(store: FileStore, tmp_path: Path, clo
 
 
 async def test_lagging_follower_is_notified(store: FileStore, clock: ManualClock) -> None:
-    """Commits that it has not seen yet are not passed over in silence."""
+    """Commits that it has not seen yet are not skipped silently."""
     async with aclosing(store.watch(3)) as watched:
         first = await anext(watched)
         assert first.position == 4
@@ -161,7 +160,7 @@ async def test_lagging_follower_is_notified(store: FileStore, clock: ManualClock
 
 
 async def test_damaged_part_is_not_compacted(store: FileStore, tmp_path: Path, clock: ManualClock) -> None:
-    """What can't be read wholly may yet be mended."""
+    """An unreadable segment may still be repairable."""
     oldest = tmp_path / "state" / files(tmp_path)[1]
     oldest.write_bytes(oldest.read_bytes().replace(b'"text":"xxx', b'"text":"yyy', 1))
     assert (await store.compact(clock.now(), ALL)).first == 0
@@ -169,7 +168,7 @@ async def test_damaged_part_is_not_compacted(store: FileStore, tmp_path: Path, c
 
 
 async def test_damage_in_a_compacted_part_is_reported(store: FileStore, tmp_path: Path, clock: ManualClock) -> None:
-    """Whatever byte it is: each document that was not written since is marked, none is silently older."""
+    """For every byte: each document that was not written since is marked, none is silently older."""
     await store.commit(Commit([Write(OTHER, 0, {"n": 0})]))
     await store.compact(clock.now(), ALL)
     (thinned,) = [one.path(tmp_path / "state") for one in list_segments(tmp_path / "state") if one.is_pruned]
@@ -180,9 +179,9 @@ async def test_damage_in_a_compacted_part_is_reported(store: FileStore, tmp_path
             found, few = await other.get(OTHER), await other.get(FEW)
             assert found == await store.get(OTHER)
             assert few is None or few.damaged or few == await store.get(FEW)
-            told = {damage.keys for damage in other.damage}
-            # On a few bytes at the beginning nothing depends but how quickly a store is opened.
-            assert told == ({None} if few is None or few.damaged else set())
+            damaged = {damage.keys for damage in other.damage}
+            # A few bytes at the beginning affect only how fast a store opens.
+            assert damaged == ({None} if few is None or few.damaged else set())
             assert await other.position() == await store.position()
 
 
@@ -191,7 +190,7 @@ async def test_damage_in_a_compacted_part_is_reported(store: FileStore, tmp_path
 async def test_killed_compaction_is_complete_or_absent(
     store: FileStore, tmp_path: Path, clock: ManualClock, failpoint: str
 ) -> None:
-    """Whoever comes next finds all that was there, and brings it to its end."""
+    """The next process finds the whole state, and finishes the compaction."""
     newest, versions = await store.get(MUCH), await store.history(MUCH)
     code = (
         "import sys, anyio\nfrom pathlib import Path\nfrom orchestrator.state.stores.file import FileStore\n"

@@ -1,4 +1,4 @@
-"""Repositories that sessions could not work on faithfully are refused by name; the remedies that are named work."""
+"""Repositories that sessions can't use safely are rejected with a specific error; the printed fixes work."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def check(repository: Repository, top: Path | None = None) -> None:
 
 
 def clone(repository: Repository, *options: str) -> Repository:
-    """Return a clone that was made as over a network."""
+    """Return a clone made by the network protocol."""
     repository.git("config", "uploadpack.allowFilter", "true")
     top = repository.top.parent / "clone"
     repository.git("clone", "--quiet", "--no-checkout", *options, f"file://{repository.top}", str(top))
@@ -44,12 +44,12 @@ def clone(repository: Repository, *options: str) -> Repository:
 
 
 def commands(remedy: str) -> list[list[str]]:
-    """Return the git commands that a remedy names."""
+    """Return the git commands of a fix."""
     return [command.split() for command in re.findall(r"`git ([^`]+)`", remedy)]
 
 
 async def test_plain_repository_is_accepted(repository: Repository) -> None:
-    """As are attributes without LFS, comments that name it, and names that only look odd."""
+    """So are attributes without LFS, comments that name it, and merely unusual names."""
     repository.commit(
         {".gitattributes": "# *.bin filter=lfs\n*.x filter=lfs2\n", "a/.gitignore": "", "git~2/.gitx": ""}
     )
@@ -65,7 +65,7 @@ async def test_plain_repository_is_accepted(repository: Repository) -> None:
 async def test_incomplete_clone_is_rejected_until_the_remedy(
     repository: Repository, options: list[str], says: str
 ) -> None:
-    """The commands that the remedy names make it a clone with all objects, which is accepted."""
+    """The printed commands make it a complete clone, which is accepted."""
     for number in "123":
         repository.commit({"f": number})
     cloned = clone(repository, *options)
@@ -113,7 +113,7 @@ def test_uncheckoutable_names_are_rejected(path: str) -> None:
     "paths", [["a/File", "a/file"], ["docs/x", "Docs/y"], ["é", "e\u0301"], ["docs", "Docs/y"], ["straße", "STRASSE"]]
 )
 def test_case_insensitive_duplicates_are_rejected(paths: list[str]) -> None:
-    """Files and folders; on a file system that tells them apart they are fine."""
+    """Files and folders; a case-sensitive file system accepts them."""
     encoded = [path.encode() for path in paths]
     check_file_names(encoded, folds_case=False)
     with pytest.raises(RefusedError, match="differ only in case"):
@@ -129,7 +129,7 @@ def test_non_utf_8_name_is_rejected_on_case_insensitive_systems() -> None:
 
 
 def test_case_sensitivity_is_detected_without_writing(tmp_path: Path) -> None:
-    """Another folder of that name is not the same folder; here a link plays a file system that ignores case."""
+    """Another folder of that name is a different folder; here a link simulates a case-insensitive file system."""
     folder = tmp_path / "hub"
     folder.mkdir()
     (tmp_path / "HUB").mkdir()

@@ -1,4 +1,4 @@
-"""Shells complete commands and the names of runs, tasks and kept work, by the real command."""
+"""Shell completion of commands, runs, tasks and preserved work, by the real command."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COUNCIL = str(Path(sys.executable).parent / "council")
 
 
 def complete(repository: Repository, words: str, *, cwd: Path | None = None) -> list[str]:
-    """Return what bash would offer for the last word of a line, which may be empty."""
+    """Return bash's completions for the last word of a line, which may be empty."""
     done = subprocess.run(
         [COUNCIL],
         cwd=cwd or repository.top,
@@ -37,7 +37,7 @@ def complete(repository: Repository, words: str, *, cwd: Path | None = None) -> 
 
 @pytest.mark.extended
 async def test_names_of_a_project_are_completed(repository: Repository) -> None:
-    """Tasks by what the command can do with them, runs, and kept work."""
+    """Tasks that the command applies to, runs, and preserved work."""
     tasks: list[dict[str, Any]] = [
         {"id": "good", "prompt": "write good.txt 1"},
         {"id": "glum", "prompt": "write bad.txt 1\nexit 3", "attempts": 1},
@@ -57,7 +57,7 @@ async def test_names_of_a_project_are_completed(repository: Repository) -> None:
 
 
 async def test_commands_and_options_are_completed(repository: Repository) -> None:
-    """Without any project, too."""
+    """Also without a project."""
     assert complete(repository, "council sal") == ["salvage"]
     assert complete(repository, "council run --dry") == ["--dry-run"]
     assert complete(repository, "council completion ") == ["bash", "zsh", "fish"]
@@ -65,7 +65,7 @@ async def test_commands_and_options_are_completed(repository: Repository) -> Non
 
 @pytest.mark.extended
 async def test_missing_names_complete_to_nothing(repository: Repository, tmp_path: Path) -> None:
-    """No project, or one whose state is damaged: no names, no message, no failure."""
+    """Without a project, or with a damaged state: no names, no message, no failure."""
     assert complete(repository, "council logs ") == []
     assert complete(repository, "council status ", cwd=tmp_path) == []
     assert not (repository.top / ".council").exists()
@@ -78,7 +78,7 @@ async def test_missing_names_complete_to_nothing(repository: Repository, tmp_pat
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 async def test_scripts_are_accepted_by_their_shells(repository: Repository, shell: str) -> None:
-    """Each is a script that defines a completion for `council`; a shell that is here reads it without a word."""
+    """Each script defines a completion for `council`; an installed shell reads it without output."""
     script = repository.council("completion", shell)
     assert (script.code, script.stderr) == (0, "")
     assert f"_COUNCIL_COMPLETE={shell}_complete" in script.stdout
@@ -102,7 +102,7 @@ async def test_bash_offers_the_completions_of_the_script(repository: Repository)
 
 
 async def test_unknown_shell_is_rejected(repository: Repository) -> None:
-    """With those that there are."""
+    """The error lists the known shells."""
     ended = repository.council("completion", "tcsh")
     assert ended.code == 2
     assert "'bash', 'zsh', 'fish'" in ended.stderr

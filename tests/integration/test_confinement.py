@@ -1,4 +1,4 @@
-"""Git that looks at what an agent can write runs in a sandbox: whatever it finds there can't make it do harm."""
+"""Git that reads agent-writable files runs in a sandbox: hostile content can't make it do harm."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _EXCHANGE = 2  # RENAME_EXCHANGE, renameat2(2)
 
 @pytest.fixture(params=[Mechanism.LANDLOCK, Mechanism.BUBBLEWRAP])
 def mechanism(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Mechanism:
-    """A way to confine programs that this machine has."""
+    """A sandbox kind that works on this machine."""
     wanted: Mechanism = request.param
     with monkeypatch.context() as patched:
         if wanted is Mechanism.BUBBLEWRAP:
@@ -48,7 +48,7 @@ def mechanism(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 class Attempt:
-    """A worktree that an agent has, and what we do with it."""
+    """An agent's worktree, and our operations on it."""
 
     def __init__(self, yard: HubFixture, worktree: Worktree, base: str) -> None:
         self.git, self.worktree, self.base, self.tree = yard.git, worktree, base, worktree.tree
@@ -70,7 +70,7 @@ async def attempt(repository: Repository, tmp_path: Path, environ: dict[str, str
 
 
 def plant_repository(attempt: Attempt, marker: Path) -> None:
-    """Make a repository in the worktree whose own configuration names programs for whatever git may start."""
+    """Create a repository in the worktree whose configuration names programs for everything git may start."""
     command = f"touch {marker}; cat"
     attempt.run("init", "--quiet", "nested")
     nested = attempt.tree / "nested"
@@ -87,7 +87,7 @@ def plant_repository(attempt: Attempt, marker: Path) -> None:
 async def test_collect_of_a_nested_repository_runs_none_of_its_programs(
     attempt: Attempt, tmp_path: Path, mechanism: Mechanism, beside: str
 ) -> None:
-    """What can't be added fails the first `git add` halfway, so that the next one enters the repository."""
+    """A file that can't be added fails the first `git add` halfway, so that the next one enters the repository."""
     marker = tmp_path / "it-ran"
     plant_repository(attempt, marker)
     if beside == "an empty repository":
@@ -104,7 +104,7 @@ async def test_collect_of_a_nested_repository_runs_none_of_its_programs(
 async def test_confined_git_with_hostile_configuration_starts_no_program(
     attempt: Attempt, tmp_path: Path, mechanism: Mechanism
 ) -> None:
-    """Even if an agent could choose the configuration that our git reads, git could not run what it names."""
+    """Even if an agent could choose the configuration that our git reads."""
     marker = tmp_path / "it-ran"
     (attempt.tree / ".gitattributes").write_text("* filter=evil\n")
     (attempt.tree / "file").write_text("one\n")
@@ -132,7 +132,7 @@ PROBES: dict[str, str] = {
 
 @pytest.mark.parametrize("probe", PROBES)
 def test_confined_program_can_do_nothing_else(tmp_path: Path, mechanism: Mechanism, probe: str) -> None:
-    """It reads and writes what it was given; the probe is a Python, which can try more than git."""
+    """It reads and writes only its given paths; the probe is Python, which can try more than git."""
     readable, writable, home = tmp_path / "readable", tmp_path / "writable", tmp_path / "home"
     for folder in (readable, writable, home):
         folder.mkdir()
@@ -142,7 +142,7 @@ def test_confined_program_can_do_nothing_else(tmp_path: Path, mechanism: Mechani
     planted = writable / "planted"
     planted.write_text("#!/bin/sh\nexit 0\n")
     planted.chmod(0o755)
-    # The interpreter's own libraries are what git's exec path is to git.
+    # The interpreter's libraries correspond to git's exec path.
     given = Confinement(Path(sys.executable).resolve(), (Path(sys.base_prefix, "lib"),), (readable,), (writable,))
     with socket.create_server(("127.0.0.1", 0)) as server:
         names = {
@@ -170,7 +170,7 @@ def test_confined_program_can_do_nothing_else(tmp_path: Path, mechanism: Mechani
 
 
 async def test_confinement_does_not_affect_the_process(attempt: Attempt, tmp_path: Path, mechanism: Mechanism) -> None:
-    """Rights are taken from that thread alone."""
+    """Rights are dropped in one thread alone."""
     await attempt.git.confined(readable=(attempt.worktree.hub.objects,))("rev-parse", "--git-dir")
     (tmp_path / "mine").write_text("x")
     assert subprocess.run(["/bin/sh", "-c", "exit 0"], check=False).returncode == 0
@@ -178,7 +178,7 @@ async def test_confinement_does_not_affect_the_process(attempt: Attempt, tmp_pat
 
 @contextmanager
 def swapping(one: Path, other: Path) -> Iterator[Callable[[], int]]:
-    """Exchange two files over and over while the body runs; gives how often."""
+    """Exchange two files repeatedly while the body runs; yields the counter."""
     libc, stopped, count = ctypes.CDLL(None), threading.Event(), 0
 
     def swap() -> None:
@@ -199,7 +199,7 @@ def swapping(one: Path, other: Path) -> Iterator[Callable[[], int]]:
 @pytest.mark.extended_but_first
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can exchange two files at once")
 async def test_live_diff_reads_nothing_behind_a_link(attempt: Attempt, tmp_path: Path, mechanism: Mechanism) -> None:
-    """A file that becomes a link between two looks at it is not followed out of the worktree."""
+    """A file that becomes a link between two reads is not followed out of the worktree."""
     secret = tmp_path / "secret"
     secret.write_text("canary\n")
     (attempt.tree / "file").write_text("plain\n")
@@ -215,7 +215,7 @@ async def test_live_diff_reads_nothing_behind_a_link(attempt: Attempt, tmp_path:
 async def test_object_with_a_wrong_name_does_not_enter_the_hub(
     repository: Repository, tmp_path: Path, environ: dict[str, str]
 ) -> None:
-    """What was written by a git that looked at an agent's files is hashed before anything relies on it."""
+    """Objects written by a git that read an agent's files are hashed before anything relies on them."""
     hub = locate_hub(str(repository.top), tmp_path / "council-home")
     await create_hub(hub, "sha1", environ)
     quarantine = Quarantine(tmp_path / "quarantine", hub.objects)
@@ -231,7 +231,7 @@ async def test_object_with_a_wrong_name_does_not_enter_the_hub(
 
 
 async def test_collect_after_a_killed_git_ignores_its_lock(attempt: Attempt) -> None:
-    """A command that was killed at its limit leaves a lock on our index; nobody else uses that."""
+    """A command that was killed at its limit leaves a lock on our index, which nobody else uses."""
     (attempt.tree / "new").write_text("x")
     attempt.worktree.index.with_name("index.lock").touch()
     left = await collect_work(attempt.git, attempt.worktree, attempt.base, "work\n", admit=ADMIT)

@@ -1,4 +1,4 @@
-"""Updates that compete for documents of a store: resolved at once, or kept until a person decides."""
+"""Concurrent updates of documents: resolved at once, or kept for a person to decide."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ A, B, LEASE = Key("task", "r/a"), Key("task", "r/b"), Key("lease", "run/r")
 
 @pytest.fixture
 def clock() -> ManualClock:
-    """The clock of the store."""
+    """The store's clock."""
     return ManualClock()
 
 
@@ -46,7 +46,7 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path, clock: ManualClo
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits for long here."""
+    """Make retries wait only briefly."""
     monkeypatch.setattr(retrying, "FIRST_PAUSE", 1e-4)
 
 
@@ -61,31 +61,31 @@ def bob(key: Key, value: JsonObject | None, base: int | None = None) -> Document
 
 
 async def put(store: Store, key: Key, value: JsonObject | None) -> None:
-    """Write a document, whatever it was."""
+    """Write a document, whatever its version."""
     found = await store.get(key)
     await store.commit(Commit([Write(key, found.version if found else 0, value)]))
 
 
 async def value_of(store: Store, key: Key) -> JsonObject | None:
-    """Return what a document is."""
+    """Return a document's value."""
     found = await store.get(key)
     return found.value if found else None
 
 
 async def record_at(store: Store, position: int) -> CommitRecord:
-    """Return a commit."""
+    """Return the record of a commit."""
     async with aclosing(store.watch(position - 1)) as records:
         return await anext(records)
 
 
 async def kept(store: Store, *updates: DocumentUpdate[Key]) -> Conflict:
-    """Leave updates to a person."""
+    """Leave all conflicts to a person."""
     (conflict,) = (await apply_updates(store, updates, "manual")).waiting
     return conflict
 
 
 class Overtaken:
-    """A store where somebody else does something right before each of the first commits."""
+    """A store with a concurrent write right before each of the first commits."""
 
     def __init__(self, store: Store, interfere: Callable[[], Awaitable[object]], times: int) -> None:
         self._commit, self._interfere, self._times = store.commit, interfere, times
@@ -93,7 +93,7 @@ class Overtaken:
         self.tried = 0
 
     async def commit(self, mine: Commit) -> int:
-        """Come second."""
+        """Commit after the concurrent write."""
         self.tried += 1
         if self.tried <= self._times:
             await self._interfere()
@@ -101,7 +101,7 @@ class Overtaken:
 
 
 def overtaken(store: Store, interfere: Callable[[], Awaitable[object]], times: int = 1) -> Any:
-    """Return such a store; typed as anything, because it has only what is used of one."""
+    """Return such a store; typed as Any, because it has only the methods that are used."""
     return Overtaken(store, interfere, times)
 
 
@@ -114,7 +114,7 @@ def overtaken(store: Store, interfere: Callable[[], Awaitable[object]], times: i
     ],
 )
 async def test_batch_is_resolved_in_one_commit(store: Store, strategy: ConflictStrategy, value: JsonObject) -> None:
-    """Of several documents, with an event only for that which has more than one update."""
+    """One commit for several documents, with an event only for a document with more than one update."""
     await put(store, A, {"n": 0})
     updates = [bob(A, {"n": 2, "tags": ["b"]}), ada(B, {"n": 5}), ada(A, {"n": 1, "tags": ["a"]})]
     applied = await apply_updates(store, updates, strategy)
@@ -125,7 +125,7 @@ async def test_batch_is_resolved_in_one_commit(store: Store, strategy: ConflictS
 
 
 async def test_last_write_wins_by_default(store: Store) -> None:
-    """And an unknown one is refused before anything is written."""
+    """An unknown strategy is rejected before anything is written."""
     await apply_updates(store, [bob(A, {"n": 2}), ada(A, {"n": 1})])
     assert await value_of(store, A) == {"n": 2}
     with pytest.raises(RefusedError, match="last_write_wins, first_write_wins, merge, manual"):
@@ -134,7 +134,7 @@ async def test_last_write_wins_by_default(store: Store) -> None:
 
 
 async def test_deletion_is_an_update(store: Store) -> None:
-    """That of what is not there is nothing, and no updates are no commit."""
+    """Deleting a missing document does nothing, and no updates mean no commit."""
     await put(store, A, {"n": 0})
     await apply_updates(store, [ada(A, {"n": 1}), bob(A, None)])
     assert (await store.position(), await value_of(store, A)) == (2, None)
@@ -144,7 +144,7 @@ async def test_deletion_is_an_update(store: Store) -> None:
 
 
 async def test_invalid_update_fails_its_batch_only(store: Store) -> None:
-    """Nothing is written of a batch with a value that can't be stored, nor of one whose lease is lost."""
+    """Nothing of a batch with an unstorable value, or with a lost lease, is written."""
     with pytest.raises(InvalidDocument):
         await apply_updates(store, [ada(A, {"n": 1}), ada(B, {"n": float("nan")})])
     await put(store, LEASE, {"epoch": 2})
@@ -156,7 +156,7 @@ async def test_invalid_update_fails_its_batch_only(store: Store) -> None:
 
 
 async def test_overtaken_batch_is_repeated(store: Store) -> None:
-    """The whole batch, a bounded number of times; then the conflict is told, and nothing is written."""
+    """The whole batch, a limited number of times; then the conflict is reported, and nothing is written."""
     slow = overtaken(store, lambda: put(store, B, {"theirs": 1}), 2)
     await apply_updates(slow, [ada(A, {"n": 1}), ada(B, {"n": 1})])
     assert (slow.tried, await store.position()) == (3, 3)
@@ -169,7 +169,7 @@ async def test_overtaken_batch_is_repeated(store: Store) -> None:
 
 
 async def test_concurrent_batches_are_complete(store: Store) -> None:
-    """Both documents of a batch are always of the same writer."""
+    """Both documents of a batch always have the same writer."""
 
     async def write(number: int) -> None:
         value = {"n": number}
@@ -185,7 +185,7 @@ async def test_concurrent_batches_are_complete(store: Store) -> None:
 
 
 async def test_update_of_an_older_version_competes(store: Store, clock: ManualClock) -> None:
-    """As of when it was committed, and by whom; one that knew it, or read nothing, replaces it."""
+    """It has the time and author of its commit; an update by a writer that read it, or read nothing, replaces it."""
     await put(store, A, {"base": 0})
     clock.advance(5)
     await put(store, A, {"theirs": 1})
@@ -203,7 +203,7 @@ async def test_update_of_an_older_version_competes(store: Store, clock: ManualCl
 
 
 async def test_deletion_of_an_unknown_version_competes(store: Store) -> None:
-    """It is a candidate as any other; one that the writer saw, who read that there is nothing, is none."""
+    """It is a candidate like any other; not if the writer read that the document is missing."""
     await put(store, A, {"base": 0})
     await put(store, A, None)
     conflict = await kept(store, DocumentUpdate(A, 2e9, "ada", {"mine": 1}, 1))
@@ -213,7 +213,7 @@ async def test_deletion_of_an_unknown_version_competes(store: Store) -> None:
 
 
 async def test_expired_document_does_not_compete(store: Store, clock: ManualClock) -> None:
-    """It is as if it had never been written."""
+    """It counts as never written."""
     await put(store, A, {"base": 0})
     await store.commit(Commit([Write(A, 1, {"theirs": 1}, ttl=5)]))
     clock.advance(6)
@@ -222,7 +222,7 @@ async def test_expired_document_does_not_compete(store: Store, clock: ManualCloc
 
 
 async def test_conflict_during_the_write_is_detected(store: Store) -> None:
-    """Whoever is overtaken looks anew at what competes."""
+    """An overtaken writer reads the candidates again."""
     await put(store, A, {"base": 0})
     slow = overtaken(store, lambda: put(store, A, {"theirs": 1}))
     assert list((await apply_updates(slow, [DocumentUpdate(A, 2e9, "ada", {"mine": 1}, 1)], "merge")).resolved) == [A]
@@ -260,7 +260,7 @@ async def test_concurrent_conflicts_are_all_recorded(store: Store) -> None:
 
 
 async def test_conflict_id_is_unique(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even if chance gives it to two processes: the second takes another."""
+    """If two processes draw the same id, the second draws another."""
     given = iter(["same", "same", "other"])
     monkeypatch.setattr("orchestrator.state.documents.conflicts.secrets.token_hex", lambda _: next(given))
     assert [(await kept(store, ada(key, {}), bob(key, {}))).id for key in (A, B)] == ["same", "other"]
@@ -273,7 +273,7 @@ async def test_conflict_id_is_unique(store: Store, monkeypatch: pytest.MonkeyPat
 async def test_chosen_update_is_written_and_resolves_the_conflict(
     store: Store, choice: int | JsonObject, value: JsonObject | None, writer: str | None
 ) -> None:
-    """In one commit, with an event that says whose it was: a candidate's, which may delete, or a value of one's own."""
+    """One commit with an event that names the candidate's author, or the person of an own value; it may delete."""
     await put(store, A, {"n": 0})
     conflict = await kept(store, bob(A, None), ada(A, {"n": 1}))
     written = await resolve_conflict(store, conflict.id, choice)
@@ -284,7 +284,7 @@ async def test_chosen_update_is_written_and_resolves_the_conflict(
 
 
 async def test_unknown_conflict_can_not_be_resolved(store: Store) -> None:
-    """An unknown id is told with those that wait, an unknown candidate with how many there are; nothing is written."""
+    """The error lists the open conflicts, or the number of candidates; nothing is written."""
     with pytest.raises(RefusedError) as caught:
         await resolve_conflict(store, "nope", 1)
     assert str(caught.value) == "there is no pending conflict 'nope': there are none"
@@ -302,7 +302,7 @@ async def test_unknown_conflict_can_not_be_resolved(store: Store) -> None:
 
 
 async def test_changed_document_is_not_overwritten(store: Store) -> None:
-    """By whom and when is told; forced, the choice replaces what is there."""
+    """The error has author and time; forced, the choice replaces the document."""
     conflict = await kept(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
     await put(store, A, {"n": 3})
     found = await store.get(A)
@@ -319,7 +319,7 @@ async def test_changed_document_is_not_overwritten(store: Store) -> None:
 
 
 async def test_deleted_document_is_not_recreated(store: Store, clock: ManualClock) -> None:
-    """Deleted, by whom and when is told; expired, that it is gone."""
+    """The error has author and time of the deletion, or says that it expired."""
     await put(store, A, {"n": 0})
     await store.commit(Commit([Write(B, 0, {"n": 0}, ttl=5)]))
     first, second = [await kept(store, ada(key, {"n": 1}), bob(key, {"n": 2})) for key in (A, B)]
@@ -335,7 +335,7 @@ async def test_deleted_document_is_not_recreated(store: Store, clock: ManualCloc
 
 
 async def test_change_at_the_last_moment_is_detected(store: Store) -> None:
-    """What somebody writes between the look and the commit is told as well, or overwritten if that is forced."""
+    """A write between the read and the commit is reported as well, or overwritten if forced."""
     conflict = await kept(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
     with pytest.raises(RefusedError, match="was changed by"):
         await resolve_conflict(overtaken(store, lambda: put(store, A, {"n": 3})), conflict.id, 1)
@@ -344,7 +344,7 @@ async def test_change_at_the_last_moment_is_detected(store: Store) -> None:
 
 
 async def test_conflict_is_resolved_once(store: Store) -> None:
-    """Of two persons one decides, and the other is told that it is over."""
+    """The second person gets an error that the conflict is resolved."""
     conflict = await kept(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
     with pytest.raises(RefusedError, match=r"there are none$"):
         await resolve_conflict(
@@ -363,7 +363,7 @@ async def test_resolution_without_the_lease_is_rejected(store: Store) -> None:
 
 
 async def test_conflict_survives_its_process(tmp_path: Path, clock: ManualClock) -> None:
-    """Whoever opens the store next finds it, with every candidate."""
+    """The next process finds it, with every candidate."""
     async with FileStore.open(tmp_path, clock) as store:
         conflict = await kept(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
     async with FileStore.open(tmp_path, clock) as store:
@@ -373,7 +373,7 @@ async def test_conflict_survives_its_process(tmp_path: Path, clock: ManualClock)
 
 
 async def test_damaged_conflict_is_ignored(tmp_path: Path, clock: ManualClock) -> None:
-    """It is not listed, and can't be settled; others can."""
+    """It is not listed, and can't be resolved; others can."""
     async with FileStore.open(tmp_path, clock) as store:
         lost = await kept(store, ada(A, {"n": "damaged"}), bob(A, {"n": 2}))
         other = await kept(store, ada(B, {"n": 1}), bob(B, {"n": 2}))

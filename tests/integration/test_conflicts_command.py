@@ -1,4 +1,4 @@
-"""`council state conflicts` and `settle`: what waits for a person is seen and chosen, in a shell and from Python."""
+"""`council state conflicts` and `settle`: list and resolve conflicts, in a shell and from Python."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ API, NAME = Key("task", f"{RUN}/api"), "3f9ac0d1e2b45678"
 
 
 async def updates(store: FileStore) -> list[DocumentUpdate[Key]]:
-    """Return what two have made of a document."""
+    """Return the two concurrent updates of a document."""
     found = await store.get(API)
     assert found is not None
     changed = found.value | {"status": "failed", "reason": "needs a key"}
@@ -49,14 +49,14 @@ async def project(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> Re
 
 
 async def change(repository: Repository, key: Key, value: dict[str, Any] | None) -> None:
-    """Write a document, whatever it was."""
+    """Write a document, whatever its version."""
     async with FileStore.open(repository.log, ManualClock(RUN_STARTED + 200)) as store:
         found = await store.get(key)
         await store.commit(Commit([Write(key, found.version if found else 0, value)]))
 
 
 async def test_guide_examples_work(project: Repository) -> None:
-    """One after the other, each prints what docs/state.md says."""
+    """In sequence, each prints the output in docs/state.md."""
     assert len(EXAMPLES) == 2
     for example in EXAMPLES:
         line, _, expected = example.partition("\n")
@@ -70,7 +70,7 @@ async def test_guide_examples_work(project: Repository) -> None:
 
 
 async def test_conflicts_are_printed_as_json(project: Repository) -> None:
-    """With whole values, and what each would change."""
+    """With full values, and the changes by each candidate."""
     [one] = project.council("state", "conflicts", "--json").result["conflicts"]
     assert (one["id"], one["key"], one["version"], one["current_version"]) == (NAME, str(API), 4, 4)
     first, second = one["candidates"]
@@ -83,7 +83,7 @@ async def test_conflicts_are_printed_as_json(project: Repository) -> None:
 
 
 async def pending(repository: Repository) -> dict[str, Any]:
-    """Return what the task in conflict would be if it were to be tried again."""
+    """Return the task in conflict as it would be after a retry."""
     async with FileStore.open(repository.log, ManualClock(RUN_STARTED + 200)) as store:
         found = await store.get(API)
     assert found is not None
@@ -122,7 +122,7 @@ async def test_own_value_resolves_a_conflict(project: Repository) -> None:
     ],
 )
 async def test_impossible_choice_is_rejected(project: Repository, words: list[str], says: str) -> None:
-    """With exit code 2 and the reason; the conflict waits on."""
+    """Exit code 2 with the reason; the conflict stays open."""
     (project.top / "list.json").write_text("[1]")
     (project.top / "odd.json").write_text('{"status": "pending", "x": 1}')
     ended = project.council("state", "settle", *words)
@@ -133,7 +133,7 @@ async def test_impossible_choice_is_rejected(project: Repository, words: list[st
 
 
 async def test_changed_document_needs_force(project: Repository) -> None:
-    """The list says so, the refusal says who did it and when."""
+    """The list shows it, the error has author and time."""
     await change(project, API, await pending(project))
     assert f"{API}  version 4, now version 5" in project.council("state", "conflicts").stdout
     refused = project.council("state", "settle", "task/api", "--take", "1")
@@ -142,7 +142,7 @@ async def test_changed_document_needs_force(project: Repository) -> None:
 
 
 async def test_ambiguous_document_needs_the_id(project: Repository) -> None:
-    """Each has one of its own."""
+    """Each conflict has an id of its own."""
     async with FileStore.open(project.log, ManualClock(RUN_STARTED + 200)) as store:
         await apply_updates(store, await updates(store), "manual")
     async with Council.open(project.top, environ=project.environ) as council:
@@ -158,7 +158,7 @@ async def test_ambiguous_document_needs_the_id(project: Repository) -> None:
 
 
 async def test_update_can_not_make_a_run_unreadable(project: Repository) -> None:
-    """Whatever a program writes: what is none of a document's kind, and a task without which there is no run."""
+    """An invalid field of a document, or the removal of a task that the run needs."""
     async with Council.open(project.top, environ=project.environ) as council:
         position = await council.history.position()
         for value, told in (({"status": "odd"}, "can't become this: status: "), (None, f"is part of run {RUN}")):
@@ -169,7 +169,7 @@ async def test_update_can_not_make_a_run_unreadable(project: Repository) -> None
 
 
 async def test_active_run_is_not_written_to(project: Repository) -> None:
-    """Neither by settling nor by updates; what is of no run, and of others, is."""
+    """Neither by `settle` nor by updates; documents of other runs, and of no run, are written."""
     hub = Hub(project.top / "hub")
     for folder in (hub.trusted, hub.root / "locks"):
         folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What is asked of a run from another terminal: cancel, retry, logs, diff, and the work that is kept."""
+"""Requests to a run from another terminal: cancel, retry, logs, diff, and preserved work."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.waiting import wait_for
 
 
 def spawned(repository: Repository) -> str:
-    """Return what the fake CLI has noted of its starts."""
+    """Return the fake CLI's records of its starts."""
     return repository.spawns.read_text() if repository.spawns.exists() else ""
 
 
@@ -33,7 +33,7 @@ def has_begun(repository: Repository, *tasks: str) -> None:
 
 
 async def test_cancel_on_a_live_run_ends_a_session_and_preserves_its_work(repository: Repository) -> None:
-    """The task ends as cancelled, what needs it is blocked, the rest lands; the exit codes say so."""
+    """The task ends as cancelled, its dependents are blocked, the rest lands; the exit codes say so."""
     tasks: list[dict[str, Any]] = [
         {"id": "long", "prompt": "write half.txt half\nhang"},
         {"id": "after", "prompt": "write after.txt x", "needs": ["long"]},
@@ -120,7 +120,7 @@ def test_unanswered_request_stays_recorded(repository: Repository, monkeypatch: 
 
 
 def run_until_push(repository: Repository, free: Path) -> StartedCommand:
-    """Start a run, and return when its push waits in a hook until there is a file `free`."""
+    """Start a run, and return when its push waits in a hook for a file `free`."""
     hook, begun = repository.top / ".git/hooks/pre-receive", free.with_name("begun")
     hook.write_text(f"#!/bin/sh\ntouch {begun}\nwhile ! test -e {free}; do sleep 0.05; done\n")
     hook.chmod(0o755)
@@ -149,7 +149,7 @@ def test_interrupted_process_in_a_hook_is_reported(repository: Repository, tmp_p
 
 @pytest.mark.extended
 async def test_task_with_a_push_in_progress_can_not_be_cancelled(repository: Repository, tmp_path: Path) -> None:
-    """Its hook runs on after a kill: that is named after a few seconds, and the exit code is 1."""
+    """Its hook continues after a kill: a line reports it after a few seconds, and the exit code is 1."""
     free = tmp_path / "free"
     child = run_until_push(repository, free)
     child.kill()
@@ -170,7 +170,7 @@ async def test_task_with_a_push_in_progress_can_not_be_cancelled(repository: Rep
 
 @pytest.mark.extended
 def test_dropped_work_is_not_listed(repository: Repository) -> None:
-    """Neither by `status` nor by `show`, and the refusal of its name says that there is nothing left."""
+    """Neither by `status` nor by `show`; its name is rejected because nothing is left."""
     repository.council(
         "run", str(repository.configure([{"id": "a", "prompt": "write a.txt x\nexit 1", "attempts": 1}]))
     )
@@ -190,7 +190,7 @@ def test_dropped_work_is_not_listed(repository: Repository) -> None:
 
 
 async def test_cancel_of_all_tasks_ends_a_live_run(repository: Repository) -> None:
-    """Without a name everything that is not over is cancelled, also what waits for room."""
+    """Without a name every unfinished task is cancelled, also those that wait for capacity."""
     tasks: list[dict[str, Any]] = [{"id": f"t{n}", "prompt": f"write {n}.txt x\nhang"} for n in range(3)]
     child = repository.start("run", str(repository.configure(tasks, capacity=1)), "--json")
     has_begun(repository, "t0")
@@ -205,7 +205,7 @@ async def test_cancel_of_all_tasks_ends_a_live_run(repository: Repository) -> No
 
 @pytest.mark.extended
 async def test_cancel_of_an_ended_task_is_no_error(repository: Repository) -> None:
-    """One rule: 0 where all tasks have ended then, whether they are named or not; 2 for a task that is unknown."""
+    """Exit code 0 if all tasks have ended, named or not; 2 for an unknown task."""
     tasks = [{"id": "done", "prompt": "write d.txt x"}, {"id": "long", "prompt": "hang"}]
     child = repository.start("run", str(repository.configure(tasks)))
     has_begun(repository, "done", "long")
@@ -226,7 +226,7 @@ async def test_cancel_of_an_ended_task_is_no_error(repository: Repository) -> No
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("keys", [{}, {"workflow": "one"}], ids=["plain", "workflow"])
 async def test_retry_on_a_live_run_unblocks_dependents(repository: Repository, keys: dict[str, Any]) -> None:
-    """It gets all of its attempts again, and what it blocked goes on."""
+    """It gets all of its attempts again, and its dependents continue."""
     tasks: list[dict[str, Any]] = [
         {"id": "flaky", "prompt": "attempt 1 exit 1\nwrite f.txt x", "attempts": 1, **keys},
         {"id": "after", "prompt": "write after.txt x", "needs": ["flaky"]},
@@ -250,7 +250,7 @@ async def test_retry_on_a_live_run_unblocks_dependents(repository: Repository, k
 
 @pytest.mark.extended
 async def test_cancel_and_retry_work_on_an_inactive_run(repository: Repository) -> None:
-    """With no owner the command does it itself, after bringing back what the killed one left; resume goes on."""
+    """Without an owner the command does it itself, after the killed process's leftovers are recovered."""
     tasks: list[dict[str, Any]] = [
         {"id": "a", "prompt": "write a.txt x\nattempt 1 hang"},
         {"id": "b", "prompt": "write b.txt x\nattempt 1 hang"},
@@ -284,7 +284,7 @@ async def test_cancel_and_retry_work_on_an_inactive_run(repository: Repository) 
     ],
 )
 async def test_impossible_request_is_rejected(repository: Repository, command: tuple[str, ...], fragment: str) -> None:
-    """Exit code 2 with what is wrong and what there is."""
+    """Exit code 2 with the reason and the possible values."""
     tasks: list[dict[str, Any]] = [
         {"id": "done", "prompt": "write d.txt x"},
         {"id": "failed", "prompt": "write f.txt x\nexit 1", "attempts": 1},
@@ -296,7 +296,7 @@ async def test_impossible_request_is_rejected(repository: Repository, command: t
 
 
 async def test_logs_of_a_live_session_are_followed_to_the_end(repository: Repository) -> None:
-    """`logs -f` shows what is there and then each line as it comes, attempt by attempt, and ends with the task."""
+    """`logs -f` prints the existing and then each new line, attempt by attempt, and ends with the task."""
     prompt = "attempt 1 print first\nattempt 1 exit 1\nprint second\ntick 3 0.2\nwrite a.txt x"
     child = repository.start("run", str(repository.configure([{"id": "t", "prompt": prompt}])))
     has_begun(repository, "t")
@@ -312,9 +312,9 @@ async def test_logs_of_a_live_session_are_followed_to_the_end(repository: Reposi
 
 
 async def test_task_without_sessions_has_its_reason(repository: Repository) -> None:
-    """A task that was cancelled before it started never had a session; one that may still start names `council status`.
+    """A task cancelled before its start never had a session; for one that may still start: `council status`.
 
-    The same for every command that shows a session's output or changes, also where the task is followed.
+    Every command that shows a session's output or changes does the same, also with --follow.
     """
     gate = repository.spawns.parent / "gate"
     tasks: list[dict[str, Any]] = [
@@ -337,13 +337,13 @@ async def test_task_without_sessions_has_its_reason(repository: Repository) -> N
     assert "task 'later' has not started yet: `council status --run" in waits
     gate.touch()
     child.communicate(timeout=60)
-    for follow in ([], ["-f"]):  # what it needs did not land
+    for follow in ([], ["-f"]):  # its dependency did not land
         blocked = repository.council("logs", "later", *follow)
         assert (blocked.code, blocked.stderr) == (2, waits), blocked
 
 
 async def test_logs_have_both_streams_and_checks(repository: Repository) -> None:
-    """Standard error goes to standard error; what the checks of an attempt printed follows its output."""
+    """Standard error goes to standard error; the output of an attempt's checks follows its own output."""
     shell = {"use": "command", "argv": ["sh", "-c", "echo out; echo err >&2; echo x > x.txt"]}
     tasks = [{"id": "t", "prompt": "x", "checks": ["echo checked"]}]
     assert repository.council("run", str(repository.configure(tasks, adapters={"sh": shell}))).code == 0
@@ -358,7 +358,7 @@ async def test_logs_have_both_streams_and_checks(repository: Repository) -> None
 
 
 async def test_diff_shows_landed_and_failed_work(repository: Repository) -> None:
-    """It is what the task itself changed, wherever its work is now."""
+    """Only the task's own changes, wherever its work is now."""
     tasks: list[dict[str, Any]] = [
         {"id": "done", "prompt": "write d.txt landed-text"},
         {"id": "failed", "prompt": "write f.txt failed-text\nexit 1", "attempts": 1},
@@ -372,7 +372,7 @@ async def test_diff_shows_landed_and_failed_work(repository: Repository) -> None
 
 
 async def test_preserved_work_is_listed_shown_applied_and_dropped(repository: Repository) -> None:
-    """What failed is found by name, brought into the files or onto a branch, and deleted when it is not wanted."""
+    """Failed work is found by name, applied to files or to a branch, and deleted on request."""
     tasks: list[dict[str, Any]] = [
         {"id": "failed", "prompt": "write f.txt kept-text\nexit 1", "attempts": 1},
         {"id": "stasher", "prompt": "write s.txt s\ngit add s.txt\ngit stash --quiet\nwrite t.txt t\nexit 1",
@@ -405,7 +405,7 @@ async def test_preserved_work_is_listed_shown_applied_and_dropped(repository: Re
 
 @pytest.mark.extended
 async def test_worktree_with_a_secret_is_preserved_and_can_be_dropped(repository: Repository) -> None:
-    """A `.env` is never committed; the rest is, the folder is named, and goes when it is not wanted any more."""
+    """A `.env` is never committed; the rest is, the folder is named, and can be dropped."""
     tasks = [{"id": "env", "prompt": "do it\nwrite src/.env API_TOKEN=s3cr3t-value-77\nwrite good.txt g"}]
     ended = repository.council("run", str(repository.configure(tasks)), "--json")
     task = ended.result["tasks"][0]
@@ -429,7 +429,7 @@ async def test_worktree_with_a_secret_is_preserved_and_can_be_dropped(repository
 
 @pytest.mark.extended
 async def test_request_of_a_killed_command_is_performed(repository: Repository) -> None:
-    """Recorded before a kill of the asker, it is done by the run's next owner."""
+    """The request was recorded before the command was killed; the run's next owner performs it."""
     tasks = [{"id": "a", "prompt": "attempt 1 hang\nwrite a.txt x"}, {"id": "b", "prompt": "write b.txt x"}]
     child = repository.start("run", str(repository.configure(tasks)), failpoints="landing.recorded=kill")
     child.communicate(timeout=60)
@@ -440,7 +440,7 @@ async def test_request_of_a_killed_command_is_performed(repository: Repository) 
 
 
 async def test_request_answer_is_json(repository: Repository) -> None:
-    """`cancel --json` prints the result of the run as it stands then, one object."""
+    """`cancel --json` prints the current result of the run, one object."""
     child = repository.start("run", str(repository.configure([{"id": "t", "prompt": "hang"}])))
     has_begun(repository, "t")
     answered = repository.council("cancel", "t", "--json")
@@ -450,7 +450,7 @@ async def test_request_answer_is_json(repository: Repository) -> None:
 
 @pytest.mark.extended
 async def test_rejected_request_stays_rejected(repository: Repository) -> None:
-    """A resume from where the secret's variable is not set neither commits what it was kept out for nor removes it."""
+    """A resume without the secret's variable neither commits the secret's file nor removes it."""
     repository.environ["MY_TOKEN"] = "zzz-my-own-secret-1234567890"
     shell = {"use": "command", "argv": ["sh", "{prompt_file}"], "env": ["MY_TOKEN"]}
     tasks = [
@@ -478,7 +478,7 @@ async def test_rejected_request_stays_rejected(repository: Repository) -> None:
 
 
 async def test_blocked_task_names_what_to_retry(repository: Repository) -> None:
-    """`retry` of a blocked task names the tasks that did not land; with these it is accepted."""
+    """`retry` of a blocked task names the failed tasks; with these it is accepted."""
     tasks: list[dict[str, Any]] = [
         {"id": "broken", "prompt": "exit 1", "attempts": 1},
         {"id": "bad", "prompt": "exit 1", "attempts": 1},
@@ -494,7 +494,7 @@ async def test_blocked_task_names_what_to_retry(repository: Repository) -> None:
 
 
 async def test_all_runs_are_listed(repository: Repository) -> None:
-    """Each with how it ended; what an earlier one kept is listed, too, and found by the run's name."""
+    """Each with its outcome; an earlier run's preserved work is listed, too, and found by the run's name."""
     repository.council(
         "run", str(repository.configure([{"id": "bad", "prompt": "write b.txt b\nexit 1", "attempts": 1}]))
     )
@@ -508,7 +508,7 @@ async def test_all_runs_are_listed(repository: Repository) -> None:
 
 @pytest.mark.extended
 async def test_durations_exclude_pauses(repository: Repository) -> None:
-    """An average time is the time in which a process was active: what is between an interrupt and a resume is not."""
+    """An average time counts active processes only, not the time between an interrupt and a resume."""
     child = repository.start("run", str(repository.configure([{"id": "t", "prompt": "write a x\nattempt 1 hang"}])))
     has_begun(repository, "t")
     child.send_signal(signal.SIGINT)
@@ -565,7 +565,7 @@ async def test_next_command_is_the_same_everywhere(
     assert steps(repository.council("status").stdout) == wanted
     of_run = [command for command in wanted if name in command]
     assert steps(repository.council("runs").stdout) == of_run
-    if "merge" not in wanted[0]:  # what landed needs nothing more itself
+    if "merge" not in wanted[0]:  # a landed task has no next command
         assert steps(repository.council("show", "t").stdout) == wanted
     if tasks[0]["prompt"] != "hang":
         assert steps(repository.council("resume").stdout) == wanted
@@ -573,7 +573,7 @@ async def test_next_command_is_the_same_everywhere(
 
 @pytest.mark.extended
 async def test_long_name_is_shortened_in_tables_only(repository: Repository) -> None:
-    """No line exceeds 80 columns unless a command or a path does; commands and JSON have the whole name."""
+    """Only commands and paths exceed 80 columns; commands and JSON have the full name."""
     name = "a-task-whose-name-is-as-long-as-names-of-tasks-may-be-or-nearly"
     task = {"id": name, "prompt": "write a x\nexit 1", "attempts": 1}
     config = str(repository.configure([task, {"id": "b", "prompt": "write b x", "needs": [name]}]))
@@ -594,13 +594,13 @@ async def test_long_name_is_shortened_in_tables_only(repository: Repository) -> 
 
 
 def of(ended: CommandResult, task: str) -> dict[str, Any]:
-    """Return what the result says of a task."""
+    """Return a field of a task's result."""
     return next(one for one in ended.result["tasks"] if one["id"] == task)
 
 
 @pytest.mark.extended
 async def test_ignored_task_is_not_tried_until_retried(repository: Repository) -> None:
-    """Whether a session is at work on it, it waits, or nobody is at work; `status` says why."""
+    """With an active session, waiting, or without a process; `status` has the reason."""
     tasks: list[dict[str, Any]] = [
         {"id": "long", "prompt": "write half.txt half\nattempt 1 hang"},
         {"id": "waits", "prompt": "write waits.txt x", "needs": ["long"]},
@@ -637,7 +637,7 @@ async def test_ignored_task_is_not_tried_until_retried(repository: Repository) -
     ],
 )
 async def test_impossible_ignore_is_rejected(repository: Repository, arguments: tuple[str, ...], fragment: str) -> None:
-    """Exit code 2 with what is wrong."""
+    """Exit code 2 with the reason."""
     tasks: list[dict[str, Any]] = [
         {"id": "done", "prompt": "write d.txt x"},
         {"id": "a", "prompt": "exit 1", "attempts": 1},
@@ -653,7 +653,7 @@ def _file(repository: Repository, tasks: list[dict[str, Any]], **settings: Any) 
 
 
 async def test_changed_file_is_reported_and_adopted_by_reload(repository: Repository) -> None:
-    """`retry` and `resume` name what the run does not follow; `retry --reload` records and follows it."""
+    """`retry` and `resume` name the changes that the run does not use; `retry --reload` records and uses them."""
     broken: list[dict[str, Any]] = [
         {"id": "t", "prompt": "exit 1", "attempts": 1},
         {"id": "u", "prompt": "write u.txt x\nexit 1", "attempts": 1},
@@ -680,14 +680,14 @@ async def test_changed_file_is_reported_and_adopted_by_reload(repository: Reposi
     [told] = [line for line in resumed.lines if line.get("event") == "run.file_changed"]
     assert told["tasks"] == {"u": ["attempts"]}
     assert repository.council("retry", "u", "--reload").code == 0
-    _file(repository, broken)  # the file of the start is not what the run has recorded since
+    _file(repository, broken)  # differs from the recorded file since
     [told] = [line for line in repository.council("resume", "--json").lines if line.get("event") == "run.file_changed"]
     assert told["tasks"] == {"u": ["attempts"]}
     await repository.assert_invariants()
 
 
 async def test_reload_adopts_adapters_and_pending_tasks(repository: Repository) -> None:
-    """An adapter that the run did not know becomes one of its own; a task that never began need not fail first."""
+    """A new adapter becomes one of the run; a task that never began need not fail first."""
     tasks: list[dict[str, Any]] = [
         {"id": "t", "prompt": "exit 1", "attempts": 1},
         {"id": "later", "prompt": "write later.txt old", "needs": ["first"]},
@@ -706,7 +706,7 @@ async def test_reload_adopts_adapters_and_pending_tasks(repository: Repository) 
 
 
 def test_reload_adopts_a_waiting_task_of_a_live_run(repository: Repository) -> None:
-    """It waits as before, and starts with what the file says by then."""
+    """It waits as before, and starts with the new settings."""
     gate = repository.spawns.parent / "gate"
     tasks: list[dict[str, Any]] = [
         {"id": "first", "prompt": f"await {gate}\nwrite a.txt a"},
@@ -724,7 +724,7 @@ def test_reload_adopts_a_waiting_task_of_a_live_run(repository: Repository) -> N
 
 @pytest.mark.extended
 def test_reload_adopts_the_checks_of_a_queued_task(repository: Repository) -> None:
-    """What it built stays queued; its landing runs the new checks."""
+    """Its work stays queued; its landing runs the new checks."""
     task: dict[str, Any] = {"id": "built", "prompt": "write README.md changed", "attempts": 1}
     (repository.top / "README.md").write_text("my own change")
     assert (
@@ -779,7 +779,7 @@ async def test_reload_of_inline_tasks_is_rejected(repository: Repository) -> Non
 
 
 def _two_failed(repository: Repository, command: tuple[str, ...]) -> None:
-    """Have two tasks fail, and wait to be tried again where that is to be cancelled."""
+    """Fail two tasks; they wait for a retry if the command is `cancel`."""
     tasks = [{"id": name, "prompt": f"write {name} x\nexit 1", "attempts": 1} for name in ("a", "b")]
     assert repository.council("run", _file(repository, tasks)).code == 1
     if command == ("cancel",):
@@ -789,7 +789,7 @@ def _two_failed(repository: Repository, command: tuple[str, ...]) -> None:
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("command", [("cancel",), ("salvage", "drop", "a/1")], ids=" ".join)
 async def test_irreversible_command_needs_confirmation(repository: Repository, command: tuple[str, ...]) -> None:
-    """Where nobody can be asked it is refused with the option that allows it, and nothing has changed."""
+    """Without a terminal it is rejected with the option that allows it, and nothing has changed."""
     _two_failed(repository, command)
     before = repository.council("status", "--json").states, repository.council("salvage", "list").stdout
     for more in ((), ("--json",)):
@@ -805,7 +805,7 @@ async def test_irreversible_command_needs_confirmation(repository: Repository, c
 @pytest.mark.parametrize("answer", ["y", "n"])
 @pytest.mark.parametrize("command", [("cancel",), ("salvage", "drop", "a/1")], ids=" ".join)
 async def test_person_at_a_terminal_is_asked(repository: Repository, command: tuple[str, ...], answer: str) -> None:
-    """Nothing is done without a yes; what is named in `cancel` needs none."""
+    """Only `yes` continues; a `cancel` with named tasks does not ask."""
     _two_failed(repository, command)
     before = repository.council("status", "--json").states, repository.council("salvage", "list").stdout
     terminal = Terminal(command, repository.top, repository.environ)
@@ -822,7 +822,7 @@ async def test_person_at_a_terminal_is_asked(repository: Repository, command: tu
 
 
 async def test_resumed_interruption_is_not_an_attempt(repository: Repository) -> None:
-    """Status, report, story and overview count alike; the numbers of sessions still tell their logs apart."""
+    """Status, report, `show` and summary count alike; session numbers still distinguish the logs."""
     child = repository.start("run", _file(repository, [{"id": "t", "prompt": "attempt 1 hang\nwrite t.txt x"}]))
     has_begun(repository, "t")
     child.kill()
@@ -838,7 +838,7 @@ async def test_resumed_interruption_is_not_an_attempt(repository: Repository) ->
 
 
 async def test_own_branches_are_named_as_salvage_accepts_them(repository: Repository) -> None:
-    """What is printed for people names no branch that their repository does not have."""
+    """Output for people names no branch that the user's repository does not have."""
     run = repository.council("run", _file(repository, [{"id": "t", "prompt": "write t x\nexit 1", "attempts": 1}]))
     printed = [run, *(repository.council(*words) for words in (("status",), ("show", "t"), ("state", "show")))]
     heads = repository.git("for-each-ref", "--format=%(refname:short)", "refs/heads").split()
@@ -850,7 +850,7 @@ async def test_own_branches_are_named_as_salvage_accepts_them(repository: Reposi
 
 
 def killed_with_work(repository: Repository) -> str:
-    """Run a task until it has changed something, and kill the run; return its id."""
+    """Run a task until it has changed something, kill the run, and return its id."""
     child = repository.start("run", _file(repository, [{"id": "t", "prompt": "write half.txt half\nhang"}]))
     has_begun(repository, "t")
     wait_for(lambda: "half.txt" in repository.council("diff", "t").stdout)
@@ -861,7 +861,7 @@ def killed_with_work(repository: Repository) -> str:
 
 @pytest.mark.extended
 def test_diff_shows_the_worktree_of_a_killed_run(repository: Repository) -> None:
-    """The same that it showed of the running session; `salvage list` names that worktree."""
+    """The same diff as of the running session; `salvage list` names that worktree."""
     killed_with_work(repository)
     assert "t/1/worktree" in repository.council("salvage", "list").stdout
     shown = repository.council("diff", "t")
@@ -870,7 +870,7 @@ def test_diff_shows_the_worktree_of_a_killed_run(repository: Repository) -> None
 
 @pytest.mark.extended
 def test_logs_of_a_killed_session_are_marked_interrupted(repository: Repository) -> None:
-    """As `show` does; nothing runs any more."""
+    """As `show` does; nothing is running."""
     killed_with_work(repository)
     assert "interrupted" in repository.council("show", "t").stdout
     assert repository.council("logs", "t").stdout.splitlines()[-1] == "session 1 interrupted"
@@ -887,7 +887,7 @@ def test_show_names_no_log_of_a_session_ended_by_setup(repository: Repository) -
 
 
 def test_show_of_a_blocked_task_names_the_failed_one(repository: Repository) -> None:
-    """Also over a task that is blocked itself; the printed command unblocks both."""
+    """Also through a task that is blocked itself; the printed command unblocks both."""
     tasks: list[dict[str, Any]] = [
         {"id": "need", "prompt": "attempt 1 exit 3\nwrite n n", "attempts": 1},
         {"id": "after", "prompt": "write a a", "needs": ["need"]},
@@ -906,7 +906,7 @@ def test_show_of_a_blocked_task_names_the_failed_one(repository: Repository) -> 
 
 
 def test_failed_setup_suggests_a_new_run(repository: Repository) -> None:
-    """The run keeps the recorded setup, which a retry names, also with `--reload`; the printed command works."""
+    """The run keeps the recorded setup, which a retry reports, also with `--reload`; the printed command works."""
     tasks: list[dict[str, Any]] = [{"id": "t", "prompt": "write t.txt x", "attempts": 1}]
     config = _file(repository, tasks, worktrees={"setup": ["exit 3"]})
     repository.council("run", config)

@@ -1,4 +1,4 @@
-"""What a task's sessions are given beside the prompt, and whether the next one goes on where the last one ended."""
+"""Session input besides the prompt, and whether the next session resumes the last conversation."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pytest
 from tests.conftest import CommandResult, Repository
 from tests.fakes.script import ROOT, install
 
-#: It passes once somebody has written `right` into the file.
+#: It passes if the file contains `right`.
 CHECK = "grep -q right a.txt"
 
 
 @pytest.fixture
 def bin_folder(repository: Repository, tmp_path: Path) -> Path:
-    """A stand-in for Claude Code on PATH."""
+    """A fake Claude Code on PATH."""
     folder = tmp_path / "bin"
     install(folder, "claude", "tests.fakes.claude")
     repository.environ["PATH"] = f"{folder}:{repository.environ['PATH']}"
@@ -29,7 +29,7 @@ def bin_folder(repository: Repository, tmp_path: Path) -> Path:
 def run(
     repository: Repository, folder: Path, prompt: str, adapter: dict[str, Any] | None = None, **more: Any
 ) -> CommandResult:
-    """Run one task with Claude Code, whose work is checked, in the fence."""
+    """Run one sandboxed task with Claude Code, whose work is checked."""
     task = {"id": "t", "prompt": prompt, "attempts": 3, **more.pop("task", {})}
     config = repository.configure(
         [task],
@@ -46,23 +46,23 @@ def run(
 
 
 def attempts(repository: Repository, ended: CommandResult) -> list[dict[str, Any]]:
-    """Return what is recorded of the task's attempts."""
+    """Return the recorded attempts of the task."""
     shown = repository.council("state", "history", f"task/{ended.result['run']}/t", "--json")
     found: list[dict[str, Any]] = shown.result["versions"][0]["new"]["attempts"]
     return found
 
 
 def told(repository: Repository, name: str) -> dict[str, Any]:
-    """Return what the program of an attempt was given, from the file that it wrote."""
+    """Return the input of an attempt's program, from the file that it wrote."""
     found: dict[str, Any] = json.loads((repository.top / name).read_text())
     return found
 
 
 @pytest.mark.extended
 async def test_failed_checks_are_repaired_in_the_same_conversation(repository: Repository, bin_folder: Path) -> None:
-    """Only what is new: the rest is known there."""
+    """Only the new feedback: the conversation has the rest."""
     ended = run(repository, bin_folder, "attempt 1 write a.txt wrong\nattempt 1 tell one.json")
-    assert ended.states == {"t": "failed"}, ended  # the feedback holds no step: nothing is mended
+    assert ended.states == {"t": "failed"}, ended  # the feedback has no step for the fake: nothing is repaired
     first, second = attempts(repository, ended)[:2]
     assert (first["resumed"], second["resumed"]) == (False, True)
     assert first["folder"] == second["folder"]
@@ -78,7 +78,7 @@ async def test_failed_checks_are_repaired_in_the_same_conversation(repository: R
 
 @pytest.mark.extended
 async def test_session_without_a_home_gets_the_full_prompt(repository: Repository, bin_folder: Path) -> None:
-    """It has nothing to go on with."""
+    """It has no conversation to resume."""
     prompt = "attempt 1 write a.txt wrong\nattempt 2 write a.txt right\nattempt 2 tell two.json"
     ended = run(repository, bin_folder, prompt, {"home": "shared"})
     assert ended.states == {"t": "landed"}, ended
@@ -87,7 +87,7 @@ async def test_session_without_a_home_gets_the_full_prompt(repository: Repositor
 
 
 async def test_home_is_removed_when_its_task_landed(repository: Repository, bin_folder: Path) -> None:
-    """Nobody goes on with it."""
+    """No later session needs it."""
     ended = run(repository, bin_folder, "write a.txt right")
     assert ended.states == {"t": "landed"}, ended
     assert not list((repository.top / ".council/logs" / ended.result["run"] / "homes").glob("*"))
@@ -95,7 +95,7 @@ async def test_home_is_removed_when_its_task_landed(repository: Repository, bin_
 
 
 async def test_instructions_servers_and_limits_reach_the_program(repository: Repository, bin_folder: Path) -> None:
-    """As its own options have them."""
+    """By the program's own options."""
     servers = {"files": {"command": ["mcp-files", "."], "env": ["MY_TOKEN"]}, "docs": {"url": "http://127.0.0.1:9/mcp"}}
     ended = run(
         repository,
@@ -114,7 +114,7 @@ async def test_instructions_servers_and_limits_reach_the_program(repository: Rep
 
 
 async def test_login_of_the_user_is_found_and_renewed(repository: Repository, bin_folder: Path, tmp_path: Path) -> None:
-    """In a home of the task's there are links to it; nothing else of the user's can be written there."""
+    """The task's home has links to it; nothing else of the user's is writable there."""
     user = tmp_path / "user"
     (user / ".claude").mkdir(parents=True)
     (user / ".claude/.credentials.json").write_text("login\n")
@@ -129,22 +129,22 @@ async def test_login_of_the_user_is_found_and_renewed(repository: Repository, bi
     assert (user / ".claude/settings.json").read_text() == "{}\n"
 
 
-#: What a phase hands over.
+#: The handoff of a phase.
 NUMBER = {"kind": "number", "schema": {"type": "object", "required": ["n"]}}
 
 
 def prompts_of(repository: Repository, ended: CommandResult) -> list[str]:
-    """Return what the program was told, as it keeps its conversation."""
+    """Return the prompts of a program from its conversation."""
     (kept,) = (repository.top / ".council/logs" / ended.result["run"] / "homes/t/claude").rglob("*.jsonl")
     return [json.loads(line) for line in kept.read_text().splitlines()]
 
 
 async def test_invalid_handoff_is_repaired_in_its_conversation(repository: Repository, bin_folder: Path) -> None:
-    """Only what is wrong with it is told: the rest is known there."""
+    """Only the error is reported: the conversation has the rest."""
     workflow = [{"ask": {"access": "read", "produces": NUMBER}}]
     prompt = """attempt 1 run printf '{"m": 1}' > $COUNCIL_HANDOFF"""
     ended = run(repository, bin_folder, prompt, task={"workflow": "one"}, workflows={"one": workflow})
-    assert ended.states == {"t": "failed"}, ended  # what is told then holds no step
+    assert ended.states == {"t": "failed"}, ended  # then the prompt has no step for the fake
     first, second = attempts(repository, ended)
     assert (first["outcome"], second["outcome"]) == ("invalid_handoff", "invalid_handoff")
     assert (first["resumed"], second["resumed"]) == (False, True)
@@ -156,7 +156,7 @@ async def test_invalid_handoff_is_repaired_in_its_conversation(repository: Repos
 
 
 async def test_continuing_phase_resumes_an_earlier_conversation(repository: Repository, bin_folder: Path) -> None:
-    """It is told its own prompt; another adapter could not go on with it."""
+    """It gets its own prompt; another adapter could not resume the conversation."""
     workflow = [{"ask": {"access": "read", "produces": NUMBER}}, {"build": {"session": {"continue": "ask"}}}]
     prompt = """attempt 1 run printf '{"n": 1}' > $COUNCIL_HANDOFF\nattempt 2 tell two.json\nwrite a.txt right"""
     ended = run(repository, bin_folder, prompt, task={"workflow": "two"}, workflows={"two": workflow})

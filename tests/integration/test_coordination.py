@@ -1,4 +1,4 @@
-"""Parallel sessions on one repository: worktrees, locks, what each is at, and all of it together."""
+"""Parallel sessions on one repository: worktrees, locks, status updates, and all combined."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def test_create_session_worktree(repository: Repository, tmp_path: Path) -
 
 
 async def test_parallel_sessions_same_task(repository: Repository, tmp_path: Path) -> None:
-    """Three attempts at one task do not see what the others write."""
+    """Three attempts at one task do not see each other's files."""
     async with open_team(repository, tmp_path) as team:
         sessions = [await team.join("auth", attempt) for attempt in (1, 2, 3)]
         assert len({team.tree(one) for one in sessions}) == 3
@@ -50,7 +50,7 @@ async def test_parallel_sessions_same_task(repository: Repository, tmp_path: Pat
 
 
 async def test_commit_in_worktree(repository: Repository, tmp_path: Path) -> None:
-    """What a session did is a commit of ours, with its own commits behind it, and is counted while it is at work."""
+    """A session's work is one commit of ours on top of its own commits, and is counted while it runs."""
     async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
         team.write(session, "auth.py", "one\ntwo\n")
@@ -67,7 +67,7 @@ async def test_commit_in_worktree(repository: Repository, tmp_path: Path) -> Non
 
 
 async def test_file_lock_acquisition(repository: Repository, tmp_path: Path) -> None:
-    """A lock is the session's in both layers until it gives it back."""
+    """The session holds a lock in both layers until it releases it."""
     async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
         assert await team.ask(session, "lock", paths=["src/api.py", "./src/../src/web.py"]) == {
@@ -83,7 +83,7 @@ async def test_file_lock_acquisition(repository: Repository, tmp_path: Path) -> 
 
 
 async def test_lock_conflict_detection(repository: Repository, tmp_path: Path) -> None:
-    """A second session is told who has it, and gets it when it is free."""
+    """A second session gets the holder's name, and gets the lock when it is free."""
     async with open_team(repository, tmp_path) as team:
         first, second = await team.join("auth"), await team.join("web")
         await team.ask(first, "lock", paths=["src/api.py"])
@@ -108,7 +108,7 @@ async def test_lock_conflict_detection(repository: Repository, tmp_path: Path) -
 
 
 async def test_merge_lock_coordination(repository: Repository, tmp_path: Path) -> None:
-    """One lands at a time; who comes second merges onto what the first has landed."""
+    """One session lands at a time; the second merges onto the first one's landing."""
     async with open_team(repository, tmp_path) as team:
         sessions = [await team.join(name) for name in ("auth", "web")]
         ready = []
@@ -135,7 +135,7 @@ async def test_merge_lock_coordination(repository: Repository, tmp_path: Path) -
 
 @pytest.mark.parametrize("progress", [50, "50", "50%"])
 async def test_update_and_read_context(repository: Repository, tmp_path: Path, progress: int | str) -> None:
-    """What a session reports, the others are told, by whichever process they are run."""
+    """A session's status update is visible to the others, in any process."""
     async with open_team(repository, tmp_path) as team:
         first, second = await team.join("auth"), await team.join("web")
         await team.ask(
@@ -154,7 +154,7 @@ async def test_update_and_read_context(repository: Repository, tmp_path: Path, p
 
 
 async def test_conflict_detection(repository: Repository, tmp_path: Path) -> None:
-    """Two sessions at one file are a conflict, until one goes elsewhere."""
+    """Two sessions that edit one file are in conflict, until one switches to another file."""
     async with open_team(repository, tmp_path) as team:
         first, second = await team.join("auth"), await team.join("web")
         await team.ask(first, "report", file="src/api.py")
@@ -168,7 +168,7 @@ async def test_conflict_detection(repository: Repository, tmp_path: Path) -> Non
 
 
 async def test_task_summary(repository: Repository, tmp_path: Path) -> None:
-    """The sessions of a task, by how they do."""
+    """The sessions of a task, by status."""
     async with open_team(repository, tmp_path) as team:
         sessions = [await team.join("auth", attempt) for attempt in (1, 2, 3)]
         await team.ask(sessions[0], "report", status="blocked", message="needs the schema", blocked_on="src/models.py")
@@ -180,7 +180,7 @@ async def test_task_summary(repository: Repository, tmp_path: Path) -> None:
 
 
 async def test_parallel_execution_workflow(repository: Repository, tmp_path: Path) -> None:
-    """Several sessions lock, write, report and land side by side; behind them nothing is held and nothing is lost."""
+    """Several sessions lock, write, report and land concurrently; afterwards nothing is locked or lost."""
     async with open_team(repository, tmp_path) as team:
         branch = await target(team)
 

@@ -1,4 +1,4 @@
-"""What holds of a shared run is recorded with it, and judged before anything starts."""
+"""Settings of a shared run are recorded with it, and validated before anything starts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ async def recorded(repository: Repository) -> dict[str, Any]:
 
 
 async def test_run_records_the_settings_of_its_creation(repository: Repository) -> None:
-    """The file's, the environment above it, and the options above both."""
+    """The file's, overridden by the environment, overridden by options."""
     file = repository.configure(
         TASK, coordination={"heartbeat_interval": "1s", "stale_after": "9s", "owner_stale_after": "9s"}
     )
@@ -33,7 +33,7 @@ async def test_run_records_the_settings_of_its_creation(repository: Repository) 
 
 
 def test_invalid_environment_prevents_a_run(repository: Repository) -> None:
-    """Also its rehearsal, and a resume of one that is there."""
+    """Also a dry run, and a resume."""
     file = repository.configure(TASK)
     assert repository.council("run", str(file)).code == 0
     repository.environ["SHARED_STATE_MAX_RETRIES"] = "many"
@@ -46,7 +46,7 @@ def test_invalid_environment_prevents_a_run(repository: Repository) -> None:
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize(("retries", "attempts"), [(0, 1), (1, 2), (5, 4)])
 def test_number_of_retries_is_a_limit(repository: Repository, retries: int, attempts: int) -> None:
-    """A task that always fails is tried once more than that, or as often as it says itself, whichever is less."""
+    """A task that always fails is retried that often, or as often as its own setting says, whichever is less."""
     file = repository.configure([{"id": "a", "prompt": "exit 1", "attempts": 4, "backoff": {"initial": "1ms"}}])
     repository.environ["SHARED_STATE_MAX_RETRIES"] = str(retries)
     [task] = repository.council("run", str(file), "--json").result["tasks"]
@@ -59,7 +59,7 @@ def test_number_of_retries_is_a_limit(repository: Repository, retries: int, atte
 def test_task_without_retries_uses_the_setting(
     repository: Repository, place: str, retries: int | None, attempts: int
 ) -> None:
-    """Wherever it was given, and where it was not, three times; a dry run says so before."""
+    """From wherever it is set; without it, three times; a dry run shows the number."""
     in_file = place == "file" and retries is not None
     settings: dict[str, Any] = {"coordination": {"max_retries": retries}} if in_file else {}
     file = repository.configure([{"id": "a", "prompt": "exit 1", "backoff": {"initial": "1ms"}}], **settings)

@@ -1,4 +1,4 @@
-"""Python code in the current folder, which is a repository of anybody's, is never imported by what we start."""
+"""Python code in the current folder, which may be anybody's repository, is never imported by our programs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MODULES = ("orchestrator", "adapters", "json", "typing", "click", "pytest", "any
 
 @pytest.fixture
 def trap(tmp_path: Path, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A current folder full of modules that leave a trace when they are imported; return the trace."""
+    """Fill the current folder with modules that leave a trace when imported; return the trace."""
     folder, trace = tmp_path / "repository", tmp_path / "trace"
     folder.mkdir()
     code = f"open({str(trace)!r}, 'a').write(__name__ + '\\n')\n"
@@ -37,7 +37,7 @@ def trap(tmp_path: Path, environ: dict[str, str], monkeypatch: pytest.MonkeyPatc
 
 
 def own(module: str, function: str) -> list[str]:
-    """Return the command line of a program of ours that reads what it is to do."""
+    """Return the command line of our program that reads its job from standard input."""
     return internal_program(module, function)[0]
 
 
@@ -62,7 +62,7 @@ COMMANDS = {
 def test_started_processes_import_nothing_from_the_current_folder(
     trap: Path, environ: dict[str, str], what: str
 ) -> None:
-    """Whatever the program then says of its input."""
+    """Whatever the program then reports about its input."""
     stored = {"use": "command", "options": {}}
     spec = {"name": "x", "stored": stored, "options": {"argv": ["true"]}, "places": []}
     done = subprocess.run(
@@ -74,7 +74,7 @@ def test_started_processes_import_nothing_from_the_current_folder(
 
 
 def test_python_m_imports_nothing_from_the_current_folder(trap: Path, environ: dict[str, str]) -> None:
-    """A package `orchestrator` there would be run in place of ours: that is Python's rule, `-P` turns it off."""
+    """Python itself would run a package `orchestrator` there in place of ours; `-P` turns that off."""
     package = Path("orchestrator")
     (package / "__init__.py").unlink()
     package.rmdir()
@@ -89,7 +89,7 @@ def test_python_m_imports_nothing_from_the_current_folder(trap: Path, environ: d
 async def test_adapter_contract_runs_no_conftest_of_a_shared_folder(
     trap: Path, environ: dict[str, str], tmp_path: Path
 ) -> None:
-    """Such as one that another user of the machine left in `/tmp`."""
+    """For example one that another user of the machine left in `/tmp`."""
     spec = {"name": "x", "stored": {"use": "command"}, "options": {"argv": ["true"]}, "places": []}
     shared = {**environ, "TMPDIR": str(Path.cwd())}
     done = await process.run(contract_command(), env=shared, cwd=tmp_path, input=json.dumps(spec).encode())
@@ -100,7 +100,7 @@ async def test_adapter_contract_runs_no_conftest_of_a_shared_folder(
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("entry", [".", "", "tools"])
 def test_no_program_of_the_repository_is_run_by_name(repository: Repository, tmp_path: Path, entry: str) -> None:
-    """Where PATH has a relative folder, or an empty one, which is the current folder."""
+    """With a relative folder on PATH, or an empty entry, which is the current folder."""
     ran = tmp_path / "ran"
     for name in ("git", "bwrap", "claude", "codex", "gemini", "rm", "sh"):
         program = repository.top / entry / name

@@ -1,4 +1,4 @@
-"""A process that is killed on this machine: the others notice at once and take over all that it had."""
+"""A process is killed on this machine: the others notice at once and take over all its tasks."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tests.conftest import Repository
 from tests.integration.test_shared_runs import assert_each_landed_once, ended, states
 from tests.waiting import wait_for
 
-#: Seconds within which each task of a killed process has its next session: 2, and as many again for a busy machine.
+#: Seconds within which each task of a killed process has its next session: 2, doubled for a busy machine.
 RESTARTED_WITHIN = 4.0
 
 
-async def told(repository: Repository, type_: str) -> AsyncIterator[tuple[float, dict[str, Any]]]:
-    """Yield the wall-clock time and the data of each event of a type, the oldest first."""
+async def events(repository: Repository, type_: str) -> AsyncIterator[tuple[float, dict[str, Any]]]:
+    """Yield the wall-clock time and the data of each event of a type, oldest first."""
     async with FileStore.open(repository.log, SystemClock()) as store:
         until = await store.position()
         async for record in store.watch(0):
@@ -48,7 +48,7 @@ async def claimed_by(repository: Repository, pid: int) -> set[str]:
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("victim", [pytest.param(0, id="leader"), pytest.param(2, id="worker")])
 async def test_every_task_of_a_killed_process_restarts_at_once(repository: Repository, victim: int) -> None:
-    """Thirty tasks, three processes, the default settings: nobody waits for a sweep."""
+    """Thirty tasks, three processes, the default settings: no task waits for the reaper."""
     gates = {f"t{number}": repository.spawns.parent / f"gate{number}" for number in range(12, 30)}
     tasks: list[dict[str, Any]] = [{"id": f"t{number}", "prompt": f"write t{number}.txt x"} for number in range(12)]
     tasks += [
@@ -74,14 +74,14 @@ async def test_every_task_of_a_killed_process_restarts_at_once(repository: Repos
     codes = ended(*children)
     assert codes.pop(victim) == -signal.SIGKILL
     assert codes == [0, 0]
-    again = {data["task"]: when - killed async for when, data in told(repository, "task.started") if when > killed}
+    again = {data["task"]: when - killed async for when, data in events(repository, "task.started") if when > killed}
     assert set(again) == theirs
     assert max(again.values()) < RESTARTED_WITHIN
     await assert_each_landed_once(repository, [task["id"] for task in tasks])
 
 
 async def test_frozen_session_of_a_killed_process_is_ended(repository: Repository) -> None:
-    """Its supervisor and its CLI are stopped: who takes over ends them before anybody else has their paths."""
+    """Its supervisor and its CLI are stopped: the new owner ends them before anybody else gets their paths."""
     gate = repository.spawns.parent / "gate"
     steps = f"await {gate}\nappend s.txt"
     tasks = [{"id": name, "prompt": f"{steps} {name}", "owns": ["s.txt"]} for name in ("first", "second")]

@@ -1,4 +1,4 @@
-"""`make demo` prints what it does before each step that takes long."""
+"""`make demo` prints each long step before it starts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOP = Path(__file__).resolve().parents[2]
 
 
 def test_demo_prints_before_it_clones(repository: Repository, tmp_path: Path) -> None:
-    """Its first line is there although the clone, the first step, fails."""
+    """The line is printed although the clone, the first step, fails."""
     git = tmp_path / "bin" / "git"
     git.parent.mkdir()
     git.write_text("#!/bin/sh\nexit 1\n")
@@ -27,7 +27,7 @@ def test_demo_prints_before_it_clones(repository: Repository, tmp_path: Path) ->
 
 
 def test_make_prints_before_it_installs(repository: Repository, tmp_path: Path) -> None:
-    """Its first line is there although `python -m venv`, the first step, fails."""
+    """The line is printed although `python -m venv`, the first step, fails."""
     for name in ("Makefile", "pyproject.toml"):
         shutil.copy(TOP / name, tmp_path)
     python = tmp_path / "python"

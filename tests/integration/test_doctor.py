@@ -1,4 +1,4 @@
-"""`council doctor` and `council adapters`, as somebody types them, on machines of many kinds."""
+"""`council doctor` and `council adapters` as typed by a user, on machines of many kinds."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def stand_ins(tmp_path: Path, repository: Repository) -> FakePrograms:
 
 
 def findings(ended: CommandResult) -> dict[str, list[tuple[str, str, str | None]]]:
-    """Return level, what was found and remedy of each finding by name; the exit code agrees with them."""
+    """Return level, finding and fix by name; the exit code agrees with them."""
     found: dict[str, list[tuple[str, str, str | None]]] = {}
     for one in ended.result["findings"]:
         found.setdefault(one["name"], []).append((one["level"], one["found"], one["remedy"]))
@@ -47,7 +47,7 @@ def level(found: dict[str, Any], name: str) -> str:
 
 
 def test_healthy_machine_has_no_problems(repository: Repository) -> None:
-    """Every look is taken, none finds a problem, and nothing is changed by any of them."""
+    """Every check runs, and none changes anything."""
     file = repository.configure(TASKS)
     before = Fingerprint.of(repository.top)
     found = doctor(repository, str(file))
@@ -62,7 +62,7 @@ def test_healthy_machine_has_no_problems(repository: Repository) -> None:
 
 @needs_sandbox
 def test_report_is_readable_text(repository: Repository, stand_ins: FakePrograms) -> None:
-    """A line for each finding, its remedy below, and how many there are."""
+    """A line for each finding, its fix below, and the count."""
     stand_ins.add("alpha", "echo alpha 2.1")
     ended = repository.council("doctor")
     assert ended.code == 0
@@ -72,7 +72,7 @@ def test_report_is_readable_text(repository: Repository, stand_ins: FakePrograms
 
 
 def test_missing_repository_is_reported(repository: Repository, tmp_path: Path) -> None:
-    """That is a problem, with what to do; the machine is looked at all the same."""
+    """With the fix; the machine is checked all the same."""
     (tmp_path / "elsewhere").mkdir()
     found = doctor(replace(repository, top=tmp_path / "elsewhere"))
     assert level(found, "repository") == "problem"
@@ -88,7 +88,7 @@ def test_missing_repository_is_reported(repository: Repository, tmp_path: Path) 
 
 
 def test_missing_git_is_reported(repository: Repository, stand_ins: FakePrograms) -> None:
-    """It is said to be missing, and what can be looked at without it is."""
+    """Checks that do not need git run all the same."""
     stand_ins.remove("git")
     found = doctor(repository)
     assert found["git"] == [("problem", "git is not on PATH", "install git 2.38 or newer")]
@@ -101,14 +101,14 @@ def test_missing_git_is_reported(repository: Repository, stand_ins: FakePrograms
 
 
 def test_old_git_is_reported(repository: Repository, stand_ins: FakePrograms) -> None:
-    """It is named with its version, and not used."""
+    """With its version; it is not used."""
     stand_ins.remove("git")
     stand_ins.add("git", "echo git version 2.30.2")
     assert doctor(repository)["git"][0][:2] == ("problem", "git 2.30.2 is too old")
 
 
 def test_file_without_tasks_is_checked_like_a_prompt_run(repository: Repository) -> None:
-    """Its adapters are probed; that it has no tasks is no problem."""
+    """Its adapters are probed; missing tasks are no problem."""
     path = repository.configure(TASKS, defaults={"adapter": "fake"})
     path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "tasks"}))
     found = doctor(repository, str(path))
@@ -116,7 +116,7 @@ def test_file_without_tasks_is_checked_like_a_prompt_run(repository: Repository)
 
 
 def test_default_file_is_found(repository: Repository) -> None:
-    """`council.yaml` here, or at the top of the repository; one that is named counts instead."""
+    """`council.yaml` here, or at the top of the repository; a named file takes precedence."""
     (repository.top / "council.yaml").write_text("version: 1\n")
     for folder in (repository.top, repository.top / "src"):
         assert "council.yaml:1:1: " in doctor(replace(repository, top=folder))["file"][0][1]
@@ -125,14 +125,14 @@ def test_default_file_is_found(repository: Repository) -> None:
 
 
 def test_missing_file_is_reported(repository: Repository) -> None:
-    """It is a problem where it was named, and a hint where it was not."""
+    """A problem for a named file, and a hint for the default one."""
     assert level(doctor(repository), "file") == "warning"
     for name in ("nothing.yaml", "no/folder/nothing.yaml"):
         assert level(doctor(repository, name), "file") == "problem"
 
 
 def test_repository_without_a_commit_is_reported(repository: Repository, tmp_path: Path) -> None:
-    """Sessions have nothing to start from."""
+    """Sessions have no base to start from."""
     empty = replace(repository, top=tmp_path / "empty")
     empty.top.mkdir()
     empty.git("init", "--quiet")
@@ -142,7 +142,7 @@ def test_repository_without_a_commit_is_reported(repository: Repository, tmp_pat
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("kind", ["sha256", "shallow", "partial", "submodule", "lfs"])
 def test_unsupported_repositories_are_reported(kind: str, repository: Repository, tmp_path: Path) -> None:
-    """Each is told by the same words that a run would be refused with."""
+    """In the words of the error of a run."""
     top = tmp_path / "other"
     if kind == "sha256":
         repository.git("init", "--quiet", "--object-format=sha256", str(top))
@@ -174,7 +174,7 @@ def test_impossible_base_and_target_are_reported(repository: Repository) -> None
 
 
 def test_files_invisible_to_sessions_are_reported(repository: Repository) -> None:
-    """What adapters and checks name is looked for in the base; what is committed, elsewhere or nowhere is no matter."""
+    """Files that adapters and checks name are looked up in the base; committed, elsewhere or nowhere: no problem."""
     (repository.top / "tools").mkdir()
     repository.commit({"kept.sh": "true\n"})
     for name in ("tools/fix.sh", "check me.sh", "test.sh", ":odd"):
@@ -213,7 +213,7 @@ def test_missing_script_of_an_adapter_is_reported(repository: Repository, argv: 
 
 
 def test_server_is_checked(repository: Repository, tmp_path: Path) -> None:
-    """A URL is asked for its branch, and nothing is fetched."""
+    """A URL is queried for its branch, and nothing is fetched."""
     url = repository.top.as_uri()
     assert level(doctor(repository, str(repository.configure(TASKS, repo=url))), "repository") == "ok"
     assert level(doctor(repository, str(repository.configure(TASKS, repo=url, base="no"))), "repository") == "problem"
@@ -245,13 +245,13 @@ def test_own_repositories_inside_of_the_users_are_reported(repository: Repositor
 
 
 def test_unwritable_folder_is_reported(repository: Repository) -> None:
-    """The state goes where COUNCIL_STATE says."""
+    """COUNCIL_STATE selects the folder of the state."""
     repository.environ["COUNCIL_STATE"] = "file:///proc/self/council"
     assert level(doctor(repository), "state") == "problem"
 
 
 def test_low_limit_of_open_files_is_reported(repository: Repository) -> None:
-    """It is told with how many sessions fit."""
+    """With the number of sessions that fit."""
 
     def lower() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (56, 56))
@@ -272,11 +272,11 @@ def test_low_limit_of_open_files_is_reported(repository: Repository) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no sandbox elsewhere")
 def test_sandboxes_are_checked(repository: Repository, stand_ins: FakePrograms) -> None:
-    """A bubblewrap that does not work is told with its own words and the remedy, and `off` is warned of."""
+    """A broken bubblewrap is reported with its own error and the fix; `off` gets a warning."""
     (stand_ins.folder / "bwrap").unlink(missing_ok=True)
     stand_ins.add("bwrap", "echo 'bwrap: setting up uid map: Permission denied' >&2; exit 1")
     status, words, remedy = doctor(repository)["sandbox"][0]
-    assert status in {"warning", "problem"}  # Landlock may be there
+    assert status in {"warning", "problem"}  # Landlock may be available
     assert "uid map: Permission denied" in words
     assert "install bubblewrap" in str(remedy)
     assert "apparmor_restrict_unprivileged_userns" in str(remedy)
@@ -287,7 +287,7 @@ def test_sandboxes_are_checked(repository: Repository, stand_ins: FakePrograms) 
 
 
 def test_installed_adapters_are_checked_without_a_file(repository: Repository, stand_ins: FakePrograms) -> None:
-    """All that need no options are looked at; what is missing is no problem as long as another one is there."""
+    """All that need no options; a missing one is no problem if another one exists."""
     (status, words, remedy) = doctor(repository)["adapters"][0]
     assert (status, "no CLI is on PATH that an adapter runs" in words) == ("problem", True)
     assert "use: command" in str(remedy)
@@ -301,7 +301,7 @@ def test_installed_adapters_are_checked_without_a_file(repository: Repository, s
 
 
 def test_adapters_of_a_file_are_checked(repository: Repository, stand_ins: FakePrograms) -> None:
-    """Those that tasks use must be there, of a known version, and logged in."""
+    """Adapters of tasks must be installed, of a known version, and logged in."""
     stand_ins.add("alpha", "echo alpha 2.1")
     stand_ins.add("beta", 'case "$1" in version) echo 1.0;; *) test "$BETA_LOGIN" = yes;; esac')
     file = repository.top.parent / "own.yaml"
@@ -331,7 +331,7 @@ def test_skipped_plugins_are_reported(repository: Repository, tmp_path: Path) ->
 
 
 def test_adapters_are_listed(repository: Repository, stand_ins: FakePrograms) -> None:
-    """Types with what there is of their programs, and what they need that can't be looked at."""
+    """Types with their programs' status, and the types that need options."""
     path = stand_ins.add("alpha", "echo alpha 2.1")
     ended = repository.council("adapters", "--json")
     assert ended.code == 0
@@ -350,7 +350,7 @@ def test_adapters_are_listed(repository: Repository, stand_ins: FakePrograms) ->
 
 @pytest.mark.extended
 def test_adapters_have_their_state_in_the_newest_run(repository: Repository) -> None:
-    """One that was stopped says why; before any run there is nothing to say."""
+    """A disabled one has its reason; before any run there is no state."""
     argv = ["sh", "-c", "echo not logged in; exit 1"]
     adapter = {"use": "command", "argv": argv, "failures": {"auth": "not logged in"}}
     value = {"version": 1, "repo": ".", "adapters": {"cli": adapter}, "tasks": [{"id": "a", "prompt": "p"}]}
@@ -367,7 +367,7 @@ def test_adapters_have_their_state_in_the_newest_run(repository: Repository) -> 
 
 
 def test_adapter_in_cooldown_has_its_end(repository: Repository) -> None:
-    """Also while the run is at work in another process."""
+    """Also while another process runs the run."""
     argv = ["sh", "-c", "echo try again in 3000 s; exit 1"]
     adapter = {"use": "command", "argv": argv, "failures": {"rate_limited": "again in (?P<seconds>[0-9]+)"}}
     value = {"version": 1, "repo": ".", "adapters": {"cli": adapter}, "tasks": [{"id": "a", "prompt": "p"}]}
@@ -386,7 +386,6 @@ def test_adapter_in_cooldown_has_its_end(repository: Repository) -> None:
 
 
 def test_invalid_file_does_not_prevent_the_list_of_types(repository: Repository) -> None:
-    """It is said to have them."""
     (repository.top / "council.yaml").write_text("version: 1\n")
     ended = repository.council("adapters", "--json")
     assert (ended.code, ended.result["adapters"]) == (0, [])
@@ -395,7 +394,7 @@ def test_invalid_file_does_not_prevent_the_list_of_types(repository: Repository)
 
 
 def test_output_of_programs_is_escaped(repository: Repository, stand_ins: FakePrograms) -> None:
-    """Neither escapes nor several lines."""
+    """Neither escape sequences nor several lines."""
     stand_ins.add("alpha", "printf 'one\\n\\033]0;owned\\007two\\033[2J\\n' >&2; exit 1")
     text = repository.council("doctor").stdout + repository.council("adapters").stdout
     assert "\x1b" not in text
@@ -404,13 +403,13 @@ def test_output_of_programs_is_escaped(repository: Repository, stand_ins: FakePr
 
 
 def programs(repository: Repository, checks: list[str], **settings: Any) -> list[tuple[str, str, str | None]]:
-    """Return what is found of the programs of checks and setup."""
+    """Return the findings about programs of checks and setup."""
     file = repository.configure(TASKS, defaults={"checks": checks}, **settings)
     return doctor(repository, str(file))["programs"]
 
 
 def test_programs_of_checks_are_looked_up_in_the_sandbox(repository: Repository) -> None:
-    """One that is nowhere on PATH is a problem, as is one in a folder that no session sees."""
+    """A program that is nowhere on PATH is a problem, and so is one in a hidden folder."""
     assert programs(repository, ["true && test -e . | cat", "! grep -q x README.md"])[0][0] == "ok"
     [(status, words, _)] = programs(repository, ["true && no-such-tool --all"])
     assert status == "problem"
@@ -431,7 +430,7 @@ def test_programs_of_checks_are_looked_up_in_the_sandbox(repository: Repository)
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("how", ["file", "option"])
 def test_script_that_a_task_may_add_is_accepted(repository: Repository, how: str) -> None:
-    """A warning where the check may fail on the base; a problem as soon as it must pass for another task."""
+    """A warning if the check may fail on the base; a problem if it must pass for another task."""
     allowed: dict[str, Any] = {"allow_failing_base": True} if how == "file" else {}
     options = [] if how == "file" else ["--allow-failing-base"]
     file = repository.configure(TASKS, defaults={"checks": ["./out.sh"], **allowed})
@@ -447,7 +446,7 @@ def test_script_that_a_task_may_add_is_accepted(repository: Repository, how: str
 
 
 def test_programs_of_adapters_are_looked_up_in_the_sandbox(repository: Repository) -> None:
-    """One on PATH in a folder that no session sees is a problem, unless `readable` names the folder."""
+    """A program in a hidden folder on PATH is a problem, unless `readable` names the folder."""
     hidden = repository.top / "tools"
     hidden.mkdir()
     (hidden / "my-cli").write_text("#!/bin/sh\n")
@@ -466,7 +465,7 @@ def test_programs_of_adapters_are_looked_up_in_the_sandbox(repository: Repositor
 
 
 def test_ignored_files_are_not_to_be_committed(repository: Repository) -> None:
-    """They come to worktrees by `copy` or `setup`, whether a check names them or an adapter."""
+    """`copy` or `setup` brings them to worktrees, whether a check names them or an adapter."""
     repository.commit({".gitignore": "build/\n"})
     (repository.top / "build").mkdir()
     (repository.top / "build" / "tool").write_text("")
@@ -488,7 +487,7 @@ def test_ignored_files_are_not_to_be_committed(repository: Repository) -> None:
 
 @needs_sandbox
 def test_run_with_a_hidden_program_is_rejected(repository: Repository) -> None:
-    """No session starts; run, its rehearsal and doctor report the same, and the remedy works."""
+    """No session starts; run, dry run and doctor report the same, and the fix works."""
     hidden = repository.top / "tools"
     hidden.mkdir()
     (hidden / "my-cli").write_text("#!/bin/sh\necho x >a.txt\n")
@@ -509,7 +508,7 @@ def test_run_with_a_hidden_program_is_rejected(repository: Repository) -> None:
 
 @needs_sandbox
 def test_prompt_with_a_hidden_program_runs_after_the_remedy(repository: Repository, stand_ins: FakePrograms) -> None:
-    """Without a file: it names the command that writes one, and doctor finds the same."""
+    """Without a file: the error names the command that writes one, and doctor finds the same."""
     hidden = repository.top / "tools"
     hidden.mkdir()
     (hidden / "alpha").write_text("#!/bin/sh\ncase $1 in --version) echo alpha 2.1;; *) echo x >a.txt;; esac\n")
@@ -532,7 +531,7 @@ def test_prompt_with_a_hidden_program_runs_after_the_remedy(repository: Reposito
 
 @pytest.mark.extended
 def test_virtual_environment_in_the_checkout_is_reported(repository: Repository) -> None:
-    """Setup creates one in each worktree; nobody is told to commit it."""
+    """Setup creates one in each worktree; no message suggests a commit of it."""
     repository.commit({".gitignore": ".venv/\nvenv/\n", "tools/check": "#!/bin/sh\n"})
     for name in (".venv/bin/python", ".venv/bin/my-tests", ".venv/pyvenv.cfg", "local.sh"):
         path = repository.top / name

@@ -1,4 +1,4 @@
-"""Documents of our own that somebody writes from outside: refused, or harmless; and what is stored already."""
+"""Documents of our own that others write: rejected, or harmless; and values that are stored already."""
 
 from __future__ import annotations
 
@@ -51,17 +51,17 @@ async def council(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> As
 
 
 async def put(store: Store, key: Key, change: Callable[[JsonObject], JsonObject]) -> None:
-    """Write a document past all checks, as another version or program could."""
+    """Write a document past all validation, as another version or program could."""
     await update_document(store, key, lambda value: change(value or {}))
 
 
 def merge(changes: JsonObject, value: JsonObject | None) -> JsonObject:
-    """Return a document with other values in some fields."""
+    """Return a document with changed fields."""
     return {**(value or {}), **changes}
 
 
 def looks(council: Council, run: str) -> Mapping[str, Callable[[], Awaitable[object]]]:
-    """Return what commands do to look at a run."""
+    """Read a run as the commands do."""
     reports = council.reports
     return {
         "status": lambda: council.runs.status(run),
@@ -81,12 +81,12 @@ def looks(council: Council, run: str) -> Mapping[str, Callable[[], Awaitable[obj
 
 
 async def restoration(council: Council, run: str) -> object:
-    """Return what going back to the first checkpoint of a run would do."""
+    """Return the effect of restoring the first checkpoint of a run."""
     return [await council.checkpoints.plan_restore(one.id) for one in await council.checkpoints.list(run)]
 
 
 async def look_at_all(council: Council) -> None:
-    """Do all that is about no run in particular; none of it may fail."""
+    """Read everything that belongs to no single run; nothing of it may fail."""
     await council.runs.list()
     await council.runs.list(active=True)
     await council.runs.newest()
@@ -110,7 +110,7 @@ async def look_at_all(council: Council) -> None:
 async def test_update_with_unknown_fields_is_rejected_with_the_known_ones(
     council: Council, changes: JsonObject
 ) -> None:
-    """A field that a task does not have, a status that is none; nothing is written."""
+    """An unknown field of a task, an invalid status; nothing is written."""
     position = await council.history.position()
     with pytest.raises(RefusedError) as refused:
         await council.state.update(API, lambda value: {**(value or {}), **changes})
@@ -120,7 +120,7 @@ async def test_update_with_unknown_fields_is_rejected_with_the_known_ones(
 
 
 async def test_progress_is_accepted(council: Council) -> None:
-    """`extra` of a task and of a run holds any fields, next to the states that a person can give."""
+    """`extra` of a task and of a run takes any fields, next to the states that a person can set."""
     noted = {"progress": "50%", "files": ["a.py"], "metrics": {"lines": 3}}
     made = await council.state.update(API, lambda task: {**(task or {}), "extra": noted, "status": "failed"})
     assert made is not None
@@ -131,7 +131,7 @@ async def test_progress_is_accepted(council: Council) -> None:
 
 
 async def test_recorded_progress_is_restored_by_a_repair(council: Council) -> None:
-    """Also integers of more than 64 bits, which some encoders of JSON refuse."""
+    """Also integers of more than 64 bits, which some JSON encoders reject."""
     noted = {"x": 2**80, "name": "é\u2028", "files": []}
     for key in (API, Key("run", RUN)):
         await council.state.update(key, partial(merge, {"extra": noted}))
@@ -143,7 +143,7 @@ async def test_recorded_progress_is_restored_by_a_repair(council: Council) -> No
 
 
 async def test_only_a_run_records_work(council: Council) -> None:
-    """Nothing counts as landed because somebody says so; attempts, commits and claims are not for others to write."""
+    """A writer can't mark work as landed; attempts, commits and claims are not writable."""
     words: list[JsonObject] = [{"status": "landed"}, {"status": "queued"}, {"attempts": []}, {"commit": "0" * 40}]
     for changes in words:
         with pytest.raises(RefusedError, match=r"written by the run alone|manually|become"):
@@ -190,7 +190,7 @@ UNFIT: Mapping[str, tuple[Key, JsonObject]] = {
 async def test_unstorable_value_is_rejected(
     council: Council, repository: Repository, key: Key, state: str | None
 ) -> None:
-    """With an error of ours, by each function that writes, and nothing is written."""
+    """Each writing function raises our error, and nothing is written."""
     async with Council.open(repository.top, state=state, environ=repository.environ) as opened:
         if state is not None:
             for each in (await council.history.at(await council.history.position())).documents.values():
@@ -210,7 +210,7 @@ async def test_unstorable_value_is_rejected(
 
 @pytest.mark.parametrize("name", UNFIT)
 async def test_value_that_breaks_commands_is_rejected(council: Council, name: str) -> None:
-    """They are of the right type, and still nothing could be shown or started with them."""
+    """They have the right type, but nothing could be shown or started with them."""
     key, changes = UNFIT[name]
     with pytest.raises(RefusedError, match="can't become this"):
         await council.state.update(key, partial(merge, changes))
@@ -218,7 +218,7 @@ async def test_value_that_breaks_commands_is_rejected(council: Council, name: st
     await look_at_all(council)
     with pytest.raises(UnreadableDocument):
         await council.runs.status(RUN)
-    with pytest.raises(UnreadableDocument):  # it is not known which of its fields a person may change
+    with pytest.raises(UnreadableDocument):  # its writable fields are unknown
         await council.state.update(key, lambda value: {**(value or {}), "extra": {"a": 1}})
     assert (await council.state.repair()).is_valid
 
@@ -262,7 +262,7 @@ BROKEN: Mapping[str, tuple[Key, Callable[[JsonObject], JsonObject]]] = {
 
 @pytest.mark.parametrize("name", BROKEN)
 async def test_unreadable_document_affects_its_run_only(council: Council, name: str) -> None:
-    """It is named, with what to do; all else goes on; a repair goes back to what could be read."""
+    """The error names it and the fix; all else works; a repair goes back to the last readable version."""
     key, change = BROKEN[name]
     before = await council.state.get(key)
     await put(council._context.store, key, change)
@@ -294,7 +294,7 @@ async def test_unreadable_document_affects_its_run_only(council: Council, name: 
 
 
 async def test_rejection_names_the_document_and_the_fix(council: Council, repository: Repository) -> None:
-    """In one line, as `status` and `resume` print it; `runs` lists the others and tells of it."""
+    """In one line, by `status` and `resume`; `runs` lists the others and reports it."""
     await put(council._context.store, Key("task", f"{OTHER}/api"), lambda value: {**value, "status": "completed"})
     for command in (["status"], ["resume"], ["state", "show"], ["checkpoint", "create"]):
         ended = repository.council(*command)
@@ -314,7 +314,7 @@ async def test_rejection_names_the_document_and_the_fix(council: Council, reposi
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("place", ["state.appended", "state.published"])
 async def test_killed_repair_continues(council: Council, repository: Repository, place: str) -> None:
-    """Of several documents some are restored by then; the next one does the rest, and the one after that nothing."""
+    """Some documents are restored by then; the next repair does the rest, and the one after that nothing."""
     keys = [Key(kind, f"{run}/{task}") for kind in ("task", "spec") for run in (RUN, OTHER) for task in RECORDED]
     before = [found and found.value for found in [await council.state.get(key) for key in keys]]
     for key in keys:
@@ -331,7 +331,7 @@ async def test_killed_repair_continues(council: Council, repository: Repository,
 
 
 def test_each_kind_is_known(council: Council) -> None:
-    """What the runs of the project have recorded is readable, whatever kind it is."""
+    """Every document that the project's runs have recorded is readable, whatever its kind."""
     assert {"run", "task", "spec", "lease", "claim", "orchestrator"} <= DOCUMENT_KINDS
 
 
@@ -346,7 +346,7 @@ VALUES = st.recursive(
 
 @st.composite
 def changed(draw: st.DrawFn, value: Any) -> Any:
-    """Return a value with another in place of one of its parts, or without it."""
+    """Return a value with one part replaced or removed."""
     if isinstance(value, dict) and value and draw(st.integers(0, 3)):
         name = draw(st.sampled_from(sorted(value)))
         if not draw(st.integers(0, 5)):
@@ -361,7 +361,7 @@ def changed(draw: st.DrawFn, value: Any) -> Any:
 @given(data=st.data())
 @example_settings(40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 async def test_commands_work_with_any_overwritten_document(council: Council, data: st.DataObject) -> None:
-    """Either it is refused, or all can be looked at as before."""
+    """The write is rejected, or all commands work as before."""
     documents = (await council.history.at(22)).documents  # as the fixture made them, at each example
     key = data.draw(st.sampled_from(sorted(key for key in documents if key.kind in DOCUMENT_KINDS)))
     value = data.draw(changed(documents[key].value))
@@ -378,7 +378,7 @@ async def test_commands_work_with_any_overwritten_document(council: Council, dat
 @given(data=st.data())
 @example_settings(15, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 async def test_commands_work_with_foreign_documents_of_one_run(council: Council, data: st.DataObject) -> None:
-    """Past all checks, into any of its documents: no other run is affected, and a repair helps."""
+    """Past all validation, any of its documents: no other run is affected, and a repair works."""
     documents = {key: one for key, one in (await council.history.at(22)).documents.items() if OTHER not in key.id}
     key = data.draw(st.sampled_from(sorted(documents)))
     value = data.draw(changed(documents[key].value))
@@ -399,7 +399,7 @@ async def test_commands_work_with_foreign_documents_of_one_run(council: Council,
 @given(data=st.data())
 @example_settings(150, deadline=None)
 def test_accepted_value_is_readable(data: st.DataObject) -> None:
-    """Of any change of any document of ours, what is not refused has no flaw."""
+    """For any change of any document of ours: an accepted value has no error."""
     value = json.loads(run_document(Path("/"), RUN).model_dump_json())
     key = data.draw(st.sampled_from([Key("run", RUN), API]))
     before = value if key.kind == "run" else {"status": "pending", "attempts": [], "extra": {}}
@@ -414,7 +414,7 @@ def test_accepted_value_is_readable(data: st.DataObject) -> None:
 
 
 async def test_unreadable_document_has_its_own_error(council: Council) -> None:
-    """Who catches it knows which document it is."""
+    """The exception has the document's key."""
     found = await council._context.store.get(API)
     assert found is not None
     await council._context.store.commit(Commit([Write(API, found.version, {"status": "odd"})]))

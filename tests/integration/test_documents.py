@@ -1,4 +1,4 @@
-"""Single documents of a project's state from Python: read, changed, locked for a time, and waited for."""
+"""Single documents of a project's state from Python: read, changed, locked for a time, and watched."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NOTE, API = Key("memo", "x"), Key("task", f"{RUN}/api")
 
 @pytest.fixture
 async def project(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> Repository:
-    """A repository in which a run is recorded that was interrupted, and one that is over."""
+    """A repository with one interrupted and one finished run."""
     async with recorded_project(repository.top, monkeypatch) as store:
         clock = ManualClock(RUN_STARTED - 1000)
         await record_run(store, clock, run_document(repository.top, "over", clock.now()))
@@ -40,7 +40,7 @@ async def opened(project: Repository, clock: ManualClock | None = None) -> Async
 
 
 async def test_written_document_is_readable_by_all(project: Repository) -> None:
-    """Made, changed and deleted; versions rise by one, and `change` gets what is there."""
+    """Created, changed and deleted; versions rise by one, and `change` gets the current value."""
     async with opened(project) as ours, opened(project) as theirs:
         assert await ours.state.get(NOTE) is None
         seen: list[JsonObject | None] = []
@@ -58,7 +58,7 @@ async def test_written_document_is_readable_by_all(project: Repository) -> None:
 
 
 async def test_task_progress_is_merged_and_counted(project: Repository) -> None:
-    """Fields that are not named stay, also if both write at once; the run's figures follow."""
+    """Other fields stay, even with concurrent writers; the run's counts follow."""
     async with opened(project) as ours, opened(project) as theirs:
         before = await ours.state.get(API)
         assert before is not None
@@ -80,7 +80,7 @@ async def test_task_progress_is_merged_and_counted(project: Repository) -> None:
 
 
 async def test_expected_version_is_enforced(project: Repository) -> None:
-    """With the wrong one nothing is written, and it is told at once who was there, and when."""
+    """With a wrong one nothing is written, and the error has author and time of the last write."""
     async with opened(project, ManualClock(RUN_STARTED + 500)) as council:
         made = await council.state.update(NOTE, lambda _: {"n": 1}, expected_version=0)
         assert made is not None
@@ -92,7 +92,7 @@ async def test_expected_version_is_enforced(project: Repository) -> None:
 
 
 async def test_expiring_lock_ends_at_its_time(project: Repository) -> None:
-    """One has it; the next gets it when it is given back, or when its time is over."""
+    """One holder at a time; the next gets it after a release, or after its expiry."""
     clock, lock = ManualClock(RUN_STARTED + 500), Key("lock", "deploy")
     async with opened(project, clock) as ours, opened(project, clock) as theirs:
 
@@ -115,7 +115,7 @@ async def test_expiring_lock_ends_at_its_time(project: Repository) -> None:
 
 
 async def test_document_waiter_is_notified(project: Repository) -> None:
-    """By its pattern, from whichever process, and also what came before, from a position on."""
+    """By its pattern, from any process, and also for earlier commits, from a position on."""
     heard: list[DocumentChange] = []
 
     async def listen(council: Council, after: int) -> None:
@@ -138,7 +138,7 @@ async def test_document_waiter_is_notified(project: Repository) -> None:
 
 
 async def test_active_run_is_not_changed(project: Repository) -> None:
-    """Which would not know of it; what is of no run is."""
+    """It would not notice; documents of no run are writable."""
     async with opened(project) as council, Hub(project.top / "hub").run_lock(RUN).hold(0):
         with pytest.raises(RefusedError, match=f"task/{RUN}/api belongs to run {RUN}, which is active"):
             await council.state.update(API, lambda _: pytest.fail("called"))
@@ -146,7 +146,7 @@ async def test_active_run_is_not_changed(project: Repository) -> None:
 
 
 async def test_unfinished_runs_are_listed(project: Repository) -> None:
-    """One whose tasks wait, one that was cut off, and the same while a process is at work in it."""
+    """One with waiting tasks, one interrupted, and the same during a resume."""
     async with opened(project) as council:
         waiting = "over", RunStatus.INCOMPLETE
         active = [(one.run, one.status) for one in await council.runs.list(active=True)]
@@ -158,7 +158,7 @@ async def test_unfinished_runs_are_listed(project: Repository) -> None:
 
 
 async def test_recovered_run_has_its_time(repository: Repository) -> None:
-    """Cut off it is active, and who takes it on is its next owner, recorded with the time; landed it is not active."""
+    """An interrupted run is active, and its next owner is recorded with the time; a landed run is not active."""
     path = repository.configure([{"id": "a", "prompt": "write a.txt a"}])
     assert repository.council("run", str(path), failpoints="work.recorded=kill").code < 0
     async with Council.open(repository.top, environ=repository.environ) as council:

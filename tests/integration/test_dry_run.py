@@ -1,4 +1,4 @@
-"""`council run --dry-run` makes the checks of a run and shows what would happen; nothing does."""
+"""`council run --dry-run` validates a run and prints its plan; nothing is started or recorded."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _everything(folder: Path) -> dict[str, bytes]:
 
 
 async def test_dry_run_shows_what_would_run_and_where(repository: Repository) -> None:
-    """Waves, who follows whom, programs, branches, checks and limits, as one object."""
+    """Waves, dependents, programs, branches, checks and limits, as one object."""
     ended = repository.council(
         "run", str(repository.configure(TASKS, base="main", target="out")), "--dry-run", "--json"
     )
@@ -50,7 +50,7 @@ async def test_dry_run_shows_what_would_run_and_where(repository: Repository) ->
 
 
 async def test_task_is_planned_by_its_first_phase(repository: Repository) -> None:
-    """Its adapter, program and limit are those of its first phase, where that has an adapter of its own."""
+    """Its adapter, program and limit are those of its first phase, if that has an adapter of its own."""
     path = repository.configure(
         [{"id": name, "prompt": "x", "workflow": "two"} for name in "abc"],
         workflows={"two": [{"plan": {"access": "read", "adapter": "slow"}}, {"build": {}}]},
@@ -66,7 +66,7 @@ async def test_task_is_planned_by_its_first_phase(repository: Repository) -> Non
 
 
 async def test_dry_run_starts_and_records_nothing(repository: Repository) -> None:
-    """The repository is as it was to the byte, no project is made, and what was fetched is held by no ref."""
+    """The repository is unchanged to the byte, no project is created, and no ref keeps fetched objects."""
     config = repository.configure(TASKS)
     before = _everything(repository.top)
     assert repository.council("run", str(config), "--dry-run").code == 0
@@ -78,7 +78,7 @@ async def test_dry_run_starts_and_records_nothing(repository: Repository) -> Non
 
 
 async def test_waves_match_a_real_run(repository: Repository) -> None:
-    """A run of one session at a time starts tasks in the order that was told."""
+    """A run of one session at a time starts tasks in the planned order."""
     config = repository.configure(TASKS, capacity=1)
     told = repository.council("run", str(config), "--dry-run", "--json").result
     ended = repository.council("run", str(config), "--json")
@@ -132,7 +132,7 @@ def _nothing(repository: Repository) -> None:
 async def test_obstacles_of_a_run_are_rejected_equally(
     repository: Repository, prepare: Callable[[Repository], None], settings: dict[str, Any]
 ) -> None:
-    """With and without --dry-run there is the same answer, word for word."""
+    """With and without --dry-run the error is the same, word for word."""
     prepare(repository)
     config = str(repository.configure(TASKS[:1], **settings))
     told = repository.council("run", config, "--dry-run", "--json")
@@ -177,7 +177,7 @@ async def test_deferred_landing_is_allowed_on_request(repository: Repository) ->
 
 
 async def test_text_shows_waves_and_a_tree(repository: Repository) -> None:
-    """For people: what is alike is told once, what a task needs is drawn below it."""
+    """For people: equal settings are printed once, dependencies are drawn below each task."""
     text = repository.council("run", str(repository.configure(TASKS)), "--dry-run").stdout
     assert "4 tasks in 2 waves, up to 2 sessions at once" in text
     assert "  views   " in text
@@ -187,7 +187,7 @@ async def test_text_shows_waves_and_a_tree(repository: Repository) -> None:
 
 @pytest.mark.slow
 async def test_ten_thousand_tasks_are_summarized(repository: Repository) -> None:
-    """Text and chart stay readable, and both are there in moments."""
+    """Text and chart stay readable, and both are printed within moments."""
     tasks = [
         {"id": f"t{number}", "prompt": "x", "needs": [f"t{number // 2}"] if number else []} for number in range(10_000)
     ]
@@ -233,7 +233,7 @@ async def test_mermaid_chart_has_each_task_and_need(repository: Repository) -> N
 
 
 async def test_incompatible_options_are_rejected(repository: Repository) -> None:
-    """A chart is neither JSON nor a run; what a file says is not said twice."""
+    """A chart is neither JSON nor a run; options can't repeat the file's keys."""
     config = str(repository.configure(TASKS))
     for options in (["--mermaid"], ["--dry-run", "--mermaid", "--json"], ["--adapter", "fake"], ["--check", "true"]):
         ended = repository.council("run", config, *options)
@@ -243,7 +243,7 @@ async def test_incompatible_options_are_rejected(repository: Repository) -> None
 
 
 async def test_inline_tasks_use_the_adapters_of_the_found_file(repository: Repository) -> None:
-    """council.yaml at the top of the repository lends all but its tasks, from any folder in it."""
+    """council.yaml at the top of the repository provides all but its tasks, from any folder in it."""
     config = repository.configure(TASKS)
     written = {**json.loads(config.read_text()), "repo": "."}
     (repository.top / "council.yaml").write_text(json.dumps(written))
@@ -264,7 +264,7 @@ async def test_inline_tasks_use_the_adapters_of_the_found_file(repository: Repos
 async def test_dry_run_without_a_file_uses_the_current_repository(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Work starts from what is checked out; where that is no branch, from main."""
+    """Work starts from the checked-out branch; from main if HEAD is detached."""
     monkeypatch.setattr("orchestrator.cli.core.run_source.load_plugins", lambda *_: Plugins(adapters=dict(TYPES)))
     (repository.top / "sub").mkdir()
     monkeypatch.chdir(repository.top / "sub")
@@ -280,7 +280,7 @@ async def test_dry_run_without_a_file_uses_the_current_repository(
 
 @pytest.mark.extended
 async def test_open_items_of_trackers_are_shown_and_not_updated(repository: Repository, tmp_path: Path) -> None:
-    """Also where the file has no tasks of its own; that there are none at all is refused as for a run."""
+    """Also if the file has no tasks of its own; no items at all are rejected as for a run."""
     todo = tmp_path / "todo.md"
     todo.write_text("- [ ] write one.txt 1\n- [x] write never.txt 1\n")
     trackers = {"todo": {"use": "checklist", "file": "todo.md"}}
@@ -307,7 +307,7 @@ async def test_dry_run_without_a_file_lists_the_possible_adapters(repository: Re
 
 
 async def test_tasks_of_trackers_are_included(repository: Repository) -> None:
-    """Trackers are asked as a run would ask them; one that has nothing open is told of."""
+    """Trackers are queried as by a run; one without open items is reported."""
     todo = repository.top.parent / "todo.md"
     todo.write_text("- [ ] Add a help text. {#help}\n")
     path = repository.configure([], trackers={"todo": {"use": "checklist", "file": str(todo)}})

@@ -1,4 +1,4 @@
-"""Every way to look at a state in which nothing is recorded ends, and says so."""
+"""Every command and call works on an empty state, and says that it is empty."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from orchestrator.cli.commands.state.state import state
 from orchestrator.protocols import Commit, Event
 from tests.conftest import Repository
 
-#: The arguments of those that need any; none of these names anything that is there.
+#: The arguments of commands that need any; none of these names exists.
 ARGUMENTS: dict[str, list[str]] = {
     "history": ["task/a"],
     "at": ["now"],
@@ -25,19 +25,19 @@ ARGUMENTS: dict[str, list[str]] = {
     "copy": [".council/state", "copy"],
     "settle": ["task/a", "--take", "1"],
 }
-#: Looked at everything: 0; found nothing of that name: 2.
+#: Exit code 0: everything listed; 2: nothing of that name found.
 CODES = {0, 2}
 
 
 @pytest.fixture
 def repository(repository: Repository) -> Repository:
-    """A repository in which a store is open that nothing was committed to."""
+    """A repository with an open store without commits."""
     (repository.top / ".council/state").mkdir(mode=0o700, parents=True)
     return repository
 
 
 def test_each_command_works_on_an_empty_store(repository: Repository) -> None:
-    """As a process of its own; `log --follow` alone never ends by itself."""
+    """In a process of its own; only `log --follow` never ends by itself."""
     assert isinstance(state, click.Group)
     for name in state.list_commands(click.Context(state)):
         ended = repository.council("state", name, *ARGUMENTS.get(name, []), timeout=15)
@@ -49,7 +49,7 @@ def test_each_command_works_on_an_empty_store(repository: Repository) -> None:
 
 @pytest.mark.parametrize("url", [None, "memory:"])
 async def test_each_python_call_works_on_an_empty_store(repository: Repository, url: str | None) -> None:
-    """On files and in memory; an empty folder, too, becomes an empty store."""
+    """On files and in memory; an empty folder becomes an empty store."""
     async with Council.open(repository.top, state=url, environ=repository.environ) as council:
         looks: list[Callable[[], Awaitable[Any]]] = [
             council.state.verify,
@@ -64,7 +64,7 @@ async def test_each_python_call_works_on_an_empty_store(repository: Repository, 
             lambda: council.history.at(0),
             lambda: council.history.position_at(0.0),
             lambda: council.history.newest_commits(10, until=1),
-            council.state.check_health,  # the last: it makes a commit
+            council.state.check_health,  # the last one: it makes a commit
         ]
         with anyio.fail_after(10):
             for look in looks:
@@ -73,7 +73,7 @@ async def test_each_python_call_works_on_an_empty_store(repository: Repository, 
 
 
 async def test_health_works_during_writes(repository: Repository) -> None:
-    """What others commit meanwhile neither holds it up nor is waited for."""
+    """Concurrent commits neither delay it nor are waited for."""
     async with (
         Council.open(repository.top, environ=repository.environ) as council,
         Council.open(repository.top, environ=repository.environ) as other,
@@ -83,7 +83,7 @@ async def test_health_works_during_writes(repository: Repository) -> None:
         async def write() -> None:
             while True:
                 await other._context.store.commit(Commit([], [Event("a")], durable=False))
-                await anyio.sleep(0)  # where it can be cancelled
+                await anyio.sleep(0)  # cancellable here
 
         group.start_soon(write)
         with anyio.fail_after(10):

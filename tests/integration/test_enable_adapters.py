@@ -1,4 +1,4 @@
-"""An adapter that a run has stopped is used again by the command that the run prints, while the run goes on."""
+"""Enable a disabled adapter during a run, by the command that the run prints."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tests.command_server import StartedCommand
 from tests.conftest import Repository
 from tests.waiting import wait_for
 
-#: Ends as a program that is not logged in, as long as there is no such file.
+#: Fails with a missing login, as long as the file does not exist.
 LOGIN = 'test -e {login} || {{ echo "invalid api key" >&2; exit 1; }}; echo x > "$COUNCIL_TASK.txt"'
 
 
 def configured(repository: Repository, tmp_path: Path, *tasks: dict[str, Any], **settings: Any) -> str:
-    """Return a file whose adapter `locked` needs a login that is not there yet, beside the fake CLI."""
+    """Return a file whose adapter `locked` needs a login that does not exist yet, next to the fake CLI."""
     locked = {
         "use": "command",
         "argv": ["sh", "-c", LOGIN.format(login=tmp_path / "login")],
@@ -31,7 +31,7 @@ def configured(repository: Repository, tmp_path: Path, *tasks: dict[str, Any], *
 
 
 def command_in(text: str) -> list[str]:
-    """Return the command that a text tells a person to run."""
+    """Return the command that a text asks a person to run."""
     found = re.findall(r"`council (adapters enable [^`]+)`", text)
     assert found, text
     return shlex.split(found[-1])
@@ -52,7 +52,7 @@ def finish(child: StartedCommand, tmp_path: Path) -> str:
 
 
 async def test_printed_command_enables_an_adapter_of_an_active_run(repository: Repository, tmp_path: Path) -> None:
-    """The key is fixed, the command is run as it is printed, and the same process starts the task again."""
+    """The key is fixed, the printed command is run, and the same process starts the task again."""
     tasks = ({"id": name, "prompt": "x", "adapter": "locked", "attempts": 1} for name in ("one", "two"))
     child = repository.start("run", configured(repository, tmp_path, *tasks))
     try:
@@ -74,7 +74,7 @@ async def test_printed_command_enables_an_adapter_of_an_active_run(repository: R
 
 @pytest.mark.extended
 async def test_worker_starts_tasks_of_an_enabled_adapter(repository: Repository, tmp_path: Path) -> None:
-    """Of two processes of a run, either may run its tasks then."""
+    """Either of two processes of a run may then run its tasks."""
     tasks = ({"id": name, "prompt": "x", "adapter": "locked", "attempts": 1} for name in ("one", "two", "three"))
     path = configured(repository, tmp_path, *tasks, capacity=1)
     child = repository.start("run", path)
@@ -84,7 +84,7 @@ async def test_worker_starts_tasks_of_an_enabled_adapter(repository: Repository,
         wait_for(lambda: is_disabled(repository), 60)
         (tmp_path / "login").touch()
         assert repository.council("adapters", "enable", "locked").code == 0
-        # The other one is busy.
+        # The other process is busy.
         wait_for(lambda: all(has_landed(repository, name) for name in ("one", "two", "three")), 60)
     finally:
         said = finish(child, tmp_path)
@@ -95,7 +95,7 @@ async def test_worker_starts_tasks_of_an_enabled_adapter(repository: Repository,
 
 @pytest.mark.extended
 async def test_enabled_adapter_of_an_ended_run_applies_to_resume(repository: Repository, tmp_path: Path) -> None:
-    """The command that was printed while it was active is no error then, and says how to continue."""
+    """A command printed during the run is no error after it, and says how to continue."""
     (tmp_path / "gate").touch()
     ended = repository.council(
         "run", configured(repository, tmp_path, {"id": "one", "prompt": "x", "adapter": "locked"})
@@ -115,7 +115,7 @@ async def test_enabled_adapter_of_an_ended_run_applies_to_resume(repository: Rep
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("names", [["locke"], ["fake"], []])
 def test_enabling_a_usable_adapter_is_rejected(repository: Repository, tmp_path: Path, names: list[str]) -> None:
-    """Nor what the run does not have; the names of its adapters are given."""
+    """So is an adapter that the run does not have; the error lists its adapters."""
     (tmp_path / "gate").touch()
     assert repository.council("run", configured(repository, tmp_path)).code == 0
     refused = repository.council("adapters", "enable", *names)
@@ -124,7 +124,7 @@ def test_enabling_a_usable_adapter_is_rejected(repository: Repository, tmp_path:
 
 
 def test_disabled_adapter_of_an_ended_run_has_a_remedy(repository: Repository, tmp_path: Path) -> None:
-    """To a resume as long as a task waits for it, which `runs --active` lists; to none once all tasks have ended."""
+    """`resume` if a task waits for it (`runs --active` lists the run); none once all tasks have ended."""
     (tmp_path / "gate").touch()
     tasks = ({"id": name, "prompt": "x", "adapter": "locked", "attempts": 1} for name in ("one", "two"))
     repository.council("run", configured(repository, tmp_path, *tasks))

@@ -1,4 +1,4 @@
-"""Plans that become tasks of the run: they land like any others, and what follows the plan waits for them."""
+"""Plans that become tasks of the run: these land like any others, and dependents of the plan wait for them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PLAN: dict[str, Any] = {"access": "read", "produces": "plan", "prompt": "{{ task
 
 
 def plan(*tasks: dict[str, Any], **more: Any) -> str:
-    """Return a plan as a session hands it over."""
+    """Return a plan as a session submits it."""
     return json.dumps({"tasks": list(tasks), "dependencies": [], "timeline": [], "resources": [], **more})
 
 
@@ -43,13 +43,13 @@ def expanding(repository: Repository, prompt: Sequence[str], *more: dict[str, An
 
 
 def landings(repository: Repository) -> list[str]:
-    """Return the tasks that landed, the first first."""
+    """Return the landed tasks in order."""
     lines = repository.git("log", "--reverse", "--format=%(trailers:key=Council-Task,valueonly)", "main").splitlines()
     return [line.rpartition("/")[2] for line in lines if line]
 
 
 def reason_of(run: CommandResult, task: str) -> str:
-    """Return why a task is where it is."""
+    """Return the reason of a task's state."""
     return next(str(one["reason"]) for one in run.result["tasks"] if one["id"] == task)
 
 
@@ -60,7 +60,7 @@ TWO = plan(
 
 
 async def test_plan_becomes_tasks_that_land_before_dependents(repository: Repository) -> None:
-    """Names begin with the task's, dependencies are needs, and the task itself is done only when they have landed."""
+    """Names have the task's as prefix, dependencies become needs, and the task lands only after all of them."""
     path = expanding(
         repository,
         [f"in plan hand-over {TWO}"],
@@ -86,7 +86,7 @@ async def test_plan_becomes_tasks_that_land_before_dependents(repository: Reposi
 
 
 async def test_next_phase_starts_from_the_landed_subtasks(repository: Repository) -> None:
-    """A build after the plan sees all of it, and is reviewed and lands in turn."""
+    """A build after the plan has all of it, and is reviewed and lands in turn."""
     following = [
         {"build": {"produces": "build"}},
         {"review": {"access": "read", "produces": "review", "prompt": "{{ task.prompt }}"}},
@@ -107,7 +107,7 @@ async def test_next_phase_starts_from_the_landed_subtasks(repository: Repository
 
 
 async def test_invalid_plan_is_repaired_once_by_the_session(repository: Repository) -> None:
-    """Paths beyond the task's own, a name that is taken, too many: all are told at once, one more turn mends them."""
+    """Paths outside the task's own, a name in use, too many tasks: one message has all errors, one turn repairs it."""
     wrong = plan(
         planned("x", "write a/x 1", owns=["a/x", "b/*"]),
         planned("y", "write a/y 1", owns=["../y"]),
@@ -135,7 +135,7 @@ async def test_invalid_plan_is_repaired_once_by_the_session(repository: Reposito
 
 
 async def test_plan_that_stays_invalid_fails_its_phase(repository: Repository) -> None:
-    """Nothing of it is there, and what is wrong with it is the task's reason."""
+    """Nothing of it becomes a task, and the task's reason has its errors."""
     circle = plan(planned("a", "write a 1", dependencies=["b"]), planned("b", "write b 1", dependencies=["a"]))
     path = expanding(repository, [f"in plan hand-over {circle}"], own={"attempts": 1})
     run = repository.council("run", path, "--json")
@@ -145,7 +145,7 @@ async def test_plan_that_stays_invalid_fails_its_phase(repository: Repository) -
 
 
 async def test_plan_can_only_set_its_own_keys(repository: Repository) -> None:
-    """Who does it, the checks, and the limits are those of the task, whatever a plan has under such names."""
+    """Adapter, checks and limits are the task's, whatever a plan has under such names."""
     bold = {
         "adapter": "other",
         "checks": [],
@@ -180,7 +180,7 @@ async def test_plan_can_only_set_its_own_keys(repository: Repository) -> None:
 
 
 async def test_expanded_plan_waits_for_approval(repository: Repository) -> None:
-    """Nothing is added before; approved, it lands in the run that goes on."""
+    """Nothing is added before; after the approval it lands in the continued run."""
     path = expanding(
         repository, [f"in plan hand-over {plan(planned('x', 'write x.txt 1'))}"], workflows=workflow(approve=True)
     )
@@ -197,7 +197,7 @@ async def test_expanded_plan_waits_for_approval(repository: Repository) -> None:
 async def test_failed_subtask_blocks_its_parent_until_retried(
     repository: Repository,
 ) -> None:
-    """The plan's own task goes on when all of it has landed; what has landed is not done again."""
+    """The plan's own task continues when all subtasks have landed; landed ones are not repeated."""
     tasks = plan(planned("x", "write x.txt 1"), planned("y", "attempt 1 exit 1", "write y.txt 1"))
     path = expanding(
         repository, [f"in plan hand-over {tasks}"], {"id": "next", "prompt": "write n 1", "needs": ["all"]}
@@ -224,7 +224,7 @@ async def test_failed_subtask_blocks_its_parent_until_retried(
 
 
 def planned_twice(repository: Repository) -> str:
-    """Write a task of whose first plan one part lands, one fails, one waits; the second has one. Return the config."""
+    """Return the config of a task whose first plan has a landed, a failed and a waiting part, its second plan one."""
     old = plan(planned("x", "write x.txt 1"), planned("y", "exit 1"), planned("z", "write z.txt 1", dependencies=["y"]))
     new = plan(planned("y", "write y.txt 1"))
     return expanding(
@@ -235,7 +235,7 @@ def planned_twice(repository: Repository) -> str:
 
 
 async def test_new_plan_replaces_unlanded_subtasks(repository: Repository) -> None:
-    """Its tasks have names of their own; what has landed stays, what has not is cancelled."""
+    """Its tasks have names of their own; landed ones stay, the others are cancelled."""
     path = planned_twice(repository)
     run = repository.council("run", path, "--json")
     assert run.states == {"all": "blocked", "all-x": "landed", "all-y": "failed", "all-z": "blocked"}, run
@@ -255,7 +255,7 @@ async def test_new_plan_replaces_unlanded_subtasks(repository: Repository) -> No
 
 
 async def test_new_plan_ends_the_sessions_of_the_old_one(repository: Repository) -> None:
-    """Asked of a run that is at work: what is being built of the old plan is stopped, and the new one is made."""
+    """In an active run: sessions of the old plan are stopped, and the new one is made."""
     old = plan(planned("x", "hang"))
     new = plan(planned("x", "write x.txt 1"))
     path = expanding(
@@ -275,7 +275,7 @@ async def test_new_plan_ends_the_sessions_of_the_old_one(repository: Repository)
     ["plan.subtasks", *(pytest.param(one, marks=pytest.mark.slow) for one in ("handed_over", "attempt.ended"))],
 )
 async def test_plan_killed_anywhere_becomes_tasks_once(repository: Repository, place: str) -> None:
-    """What is recorded is all of it or nothing: killed before, the plan is made anew; killed behind, it goes on."""
+    """All of it is recorded or nothing: killed before, the plan is made again; killed after, it continues."""
     failpoint = {"handed_over": "session.ended=kill"}.get(place, f"{place}=kill")
     path = expanding(repository, [f"in plan hand-over {TWO}"])
     assert repository.council("run", path, failpoints=failpoint).code == -signal.SIGKILL
@@ -292,7 +292,7 @@ async def test_plan_killed_anywhere_becomes_tasks_once(repository: Repository, p
 
 @pytest.mark.extended
 async def test_two_processes_share_the_subtasks(repository: Repository) -> None:
-    """Who did not plan it learns of the tasks, and each lands once; what needs the plan's task waits for both."""
+    """The other process finds the tasks, and each lands once; dependents of the plan's task wait for both."""
     tasks = plan(*(planned(f"t{one}", "tick 5 0.3", f"write t{one}.txt {one}") for one in range(6)))
     path = expanding(
         repository,
@@ -314,7 +314,7 @@ async def test_two_processes_share_the_subtasks(repository: Repository) -> None:
 
 @pytest.mark.slow
 async def test_survivor_continues_the_plan_of_a_killed_process(repository: Repository) -> None:
-    """The tasks were recorded, and nobody was told."""
+    """The tasks were recorded, but not yet reported."""
     path = expanding(repository, ["tick 12 0.3", f"in plan hand-over {TWO}"], coordination=QUICK)
     first = repository.start("run", path, failpoints="plan.subtasks=kill")
     wait_for(lambda: states(repository).get("all") == "running", limit=60)
@@ -327,7 +327,7 @@ async def test_survivor_continues_the_plan_of_a_killed_process(repository: Repos
 
 @pytest.mark.slow
 async def test_subtasks_share_the_budget_of_their_task(repository: Repository) -> None:
-    """A plan of many tasks is no way to more of it: each of them alone would have enough."""
+    """A plan of many tasks is no way around it: each of them alone would have enough."""
     tasks = plan(*(planned(f"t{one}", "tick 1 4", f"write t{one}.txt {one}") for one in range(3)))
     path = expanding(repository, [f"in plan hand-over {tasks}"], own={"budget": {"time": "7s"}}, capacity=1)
     run = repository.council("run", path, "--json")
@@ -339,7 +339,7 @@ async def test_subtasks_share_the_budget_of_their_task(repository: Repository) -
 
 @pytest.mark.extended
 async def test_checkpoint_before_a_plan_keeps_its_work(repository: Repository) -> None:
-    """What no session was at is gone with the plan; another one is made."""
+    """Subtasks without a session are removed with the plan; another plan is made."""
     path = planned_twice(repository)
     assert repository.council("run", path, failpoints="run.leader_elected=kill").code == -signal.SIGKILL
     checkpoint = repository.council("checkpoint", "create", "--json").result["id"]
@@ -362,7 +362,7 @@ async def test_checkpoint_before_a_plan_keeps_its_work(repository: Repository) -
 async def test_plan_gives_its_tasks_no_more_than_its_own(
     repository: Repository, limit: str, owned: str, steps: list[str]
 ) -> None:
-    """A path that a plan names as a file's is a folder's, too, with all that is beneath."""
+    """A path that a plan names as a file's is a folder's, too, with everything below it."""
     made = plan(planned("part", *steps, owns=[owned]))
     path = expanding(repository, [f"in plan hand-over {made}"], own={"owns": [limit], "attempts": 1})
     run = repository.council("run", path, "--json")
@@ -373,7 +373,7 @@ async def test_plan_gives_its_tasks_no_more_than_its_own(
 
 @pytest.mark.extended
 async def test_plan_after_a_restore_uses_new_task_names(repository: Repository) -> None:
-    """Two plans of one task are known to checkpoints: a name means the same task in both, and each plan is landed."""
+    """Checkpoints know two plans of one task: a name means the same task in both, and each plan lands."""
     first = plan(planned("x", "write first.txt 1"))
     second = plan(planned("x", "write second.txt 2"))
     path = expanding(repository, [f"attempt 1 in plan hand-over {first}", f"attempt 2 in plan hand-over {second}"])
