@@ -51,7 +51,7 @@ async def events(store: Store, name: str, count: int, after: int = 0) -> list[Ev
 
 
 async def drive(clock: ManualClock, is_so: Callable[[], Awaitable[bool]]) -> None:
-    """Advance the clock by hours until a condition is true, only between sweeps: `Monitor._repeat` is busy then."""
+    """Advance the clock by an hour after each sweep (`Monitor._repeat`) until a condition is true."""
     with anyio.fail_after(60):
         while not await is_so():
             await pass_(clock, 3600.0)

@@ -1,4 +1,4 @@
-"""The fence against a program that tries to get out, and what an honest one needs inside."""
+"""The sandbox against a program that tries to escape, and the needs of an honest program inside."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ ON_THE_MACHINE = [
 
 
 class House:
-    """Folders of a machine: one that may be read, in it one that is hidden, in that what may be used again."""
+    """Folders of a machine: a readable one, in it a hidden one, in that a usable one."""
 
     def __init__(self, top: Path) -> None:
         self.house, self.outside, self.scratch = top / "house", top / "outside", top / "scratch"
@@ -59,7 +59,7 @@ class House:
         (self.objects / "object").write_text("object")
 
     def fence(self, **changes: Any) -> SandboxPolicy:
-        # The interpreter may be in a folder for temporary files, as these folders are.
+        # The interpreter may be in a folder for temporary files, like these folders.
         readable = (self.house, self.outside, self.objects, HOSTILE, Path(sys.prefix), Path(sys.base_prefix))
         fence = SandboxPolicy((self.tree / "work", self.house / "gone"), readable, (self.hidden,), self.scratch)
         return replace(fence, **changes)
@@ -90,7 +90,7 @@ def house(tmp_path: Path) -> House:
 
 @pytest.fixture(params=[SandboxKind.BUBBLEWRAP, SandboxKind.LANDLOCK])
 def kind(request: pytest.FixtureRequest) -> SandboxKind:
-    """A kind of sandbox that this machine has."""
+    """Yield each kind of sandbox available here."""
     return require_sandbox(request.param)
 
 
@@ -101,7 +101,7 @@ def bubblewrap() -> SandboxKind:
 
 @pytest.fixture
 def bystander() -> Iterator[subprocess.Popen[bytes]]:
-    """A process of the same user outside of the fence."""
+    """Yield a process of the same user outside of the sandbox."""
     process = subprocess.Popen(["sleep", "300"], env={"CANARY": "x", "PATH": os.defpath})
     yield process
     process.kill()
@@ -121,7 +121,7 @@ def names(folder: Path) -> list[str]:
 async def attack(
     house: House, kind: SandboxKind, fence: SandboxPolicy, attacks: list[str], pid: int = 1, port: int = 0
 ) -> list[str]:
-    """Run the hostile program in the fence and return the names of the attacks that succeeded."""
+    """Run the hostile program in the sandbox and return the names of the successful attacks."""
     setting: dict[str, object] = {
         "tree": str(fence.writable[0]),
         "house": str(house.house),
@@ -135,14 +135,14 @@ async def attack(
     return succeeded
 
 
-# What must not work
+# Attacks that must fail
 
 
 @pytest.mark.extended_but_first
 async def test_hidden_files_are_unreadable_and_outside_is_unwritable(
     house: House, kind: SandboxKind, bystander: subprocess.Popen[bytes]
 ) -> None:
-    """No trick with links, names, /proc, mounts, devices or namespaces leads out of the fence."""
+    """By links, names, /proc, mounts, devices or namespaces."""
     fence = house.fence(hidden=(house.hidden, house.house / "hidden-file"))
     assert await attack(house, kind, fence, ON_FILES + ON_THE_MACHINE, bystander.pid) == []
     assert (house.house / "kept").read_text() == "kept"
@@ -152,7 +152,7 @@ async def test_hidden_files_are_unreadable_and_outside_is_unwritable(
 
 
 async def test_attacks_work_without_a_sandbox(house: House, bystander: subprocess.Popen[bytes]) -> None:
-    """Without a fence each of those that can be tried without harm succeeds."""
+    """Each of those that can be tried without harm succeeds."""
     attacks = [*ON_FILES, "chmod", "others_signal", "rename_in"]
     assert await attack(house, SandboxKind.OFF, house.fence(writable=(house.tree,)), attacks, bystander.pid) == attacks
 
@@ -168,14 +168,13 @@ async def test_hidden_folder_inside_a_writable_one_is_hidden(house: House, kind:
 
 
 async def test_target_of_a_hidden_symlink_is_hidden(house: House, kind: SandboxKind) -> None:
-    """A fence that names a link means what the link leads to."""
     alias = house.house.parent / "alias"
     alias.symlink_to(house.hidden)
     assert await attack(house, kind, house.fence(hidden=(alias,)), ["read_hidden", "own_root"]) == []
 
 
 async def test_part_of_the_system_can_be_hidden(house: House, kind: SandboxKind) -> None:
-    """Also outside of folders that are the session's own in any case."""
+    """Outside of the session's own folders, too."""
     shown = next(path for path in (Path("/usr/share"), Path("/usr/lib")) if path.is_dir())
     hidden = next(path for path in shown.iterdir() if path.is_dir() and not path.is_symlink() and any(path.iterdir()))
     script = f"! ls {hidden}/* && ! touch {hidden}/x && ls /usr/bin/env"
@@ -188,7 +187,7 @@ async def test_part_of_the_system_can_be_hidden(house: House, kind: SandboxKind)
 async def test_outside_processes_are_unreachable(
     house: House, kind: SandboxKind, bystander: subprocess.Popen[bytes]
 ) -> None:
-    """None of them is signalled, traced or looked into."""
+    """They can't be signalled, traced or inspected."""
     attacks = ["others_signal", "ptrace", "others_environment", "others_root"]
     if kind is SandboxKind.BUBBLEWRAP:
         attacks.append("everybodys_signal")
@@ -197,11 +196,11 @@ async def test_outside_processes_are_unreachable(
 
 
 async def test_services_of_the_machine_are_unreachable(house: House, bubblewrap: SandboxKind) -> None:
-    """In /run there is nothing but what resolves names, and a hidden socket is not there to be connected to."""
+    """/run contains only the files for name resolution, and a hidden socket can't be connected to."""
     os.chdir(house.house.parent)
     with socket.socket(socket.AF_UNIX) as listening:
         here = Path.cwd()
-        os.chdir(house.hidden)  # the path of a socket is short
+        os.chdir(house.hidden)  # a socket path is limited in length
         listening.bind("socket")
         os.chdir(here)
         listening.listen()
@@ -210,7 +209,7 @@ async def test_services_of_the_machine_are_unreachable(house: House, bubblewrap:
 
 
 async def test_network_is_unreachable_if_off(house: House, bubblewrap: SandboxKind, server: socket.socket) -> None:
-    """Without a network there is a loopback of its own that works, and no server of the machine."""
+    """Only a working loopback of its own is left, and no server of the machine is reachable."""
     port = server.getsockname()[1]
     attacks = ["network", "interfaces"]
     assert "network" in await attack(house, bubblewrap, house.fence(), attacks, port=port)
@@ -222,13 +221,13 @@ async def test_network_is_unreachable_if_off(house: House, bubblewrap: SandboxKi
     )
 
 
-# What must work
+# Needs that must work
 
 
 async def test_needs_of_an_agent_work(house: House, kind: SandboxKind) -> None:
-    """Files, temporary files, subprocesses, shared memory, locks, devices, and an interpreter of its own.
+    """Files, temporary files, subprocesses, shared memory, locks, devices, and its own interpreter.
 
-    With Landlock shared memory has to be asked for, because it can only be had together with that of others.
+    With Landlock shared memory is opt-in, because it includes the shared memory of other processes.
     """
     source = """
 import multiprocessing, os, pathlib, subprocess, sys, tempfile
@@ -251,7 +250,7 @@ open("/dev/stdout", "w").close(); subprocess.run("echo x | cat > from-shell", sh
 
 
 async def test_commit_with_borrowed_objects_works(house: House, kind: SandboxKind) -> None:
-    """A git directory of the session's own borrows objects from a folder that is only readable, in a hidden one."""
+    """The session's git directory borrows objects from a read-only folder inside a hidden one."""
     env = {"PATH": os.environ["PATH"], "HOME": str(house.outside), "GIT_CONFIG_GLOBAL": os.devnull}
     env |= {f"GIT_{who}_{what}": "a@b" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     hub, own, tree = house.objects / "hub.git", house.tree / "work" / "git", house.tree / "work" / "tree"
@@ -271,7 +270,7 @@ async def test_commit_with_borrowed_objects_works(house: House, kind: SandboxKin
 
 
 async def test_sandboxed_program_starts_as_clean_as_without(house: House, kind: SandboxKind) -> None:
-    """No descriptor but the three usual ones, its folder, its arguments, its environment."""
+    """Only the three standard descriptors, and the given folder, arguments and environment."""
     source = "import os, sys; print(sorted(map(int, os.listdir('/proc/self/fd')))[:-1])"
     source += "; print(os.getcwd(), sys.argv[1], os.environ['A'])"
     command = house.command([sys.executable, "-I", "-S", "-c", source, "-x"], env={"A": "b"})
@@ -279,11 +278,11 @@ async def test_sandboxed_program_starts_as_clean_as_without(house: House, kind: 
     assert (house.house.parent / "stdout").read_text() == f"[0, 1, 2]\n{house.tree / 'work'} -x b\n"
 
 
-# How it ends
+# Ends
 
 
 async def test_missing_program_is_distinguished_from_a_failing_one(house: House, kind: SandboxKind) -> None:
-    """The program's name and why, as without a sandbox; an exit code of 1 is the program's own."""
+    """By the program's name and the reason, as without a sandbox; exit code 1 is the program's own."""
     ended = await run_supervised(sandbox_command(kind, house.command(["no-such-program"]), house.fence()))
     assert ended == SupervisedExit(None, None, "exit", "no-such-program: No such file or directory", 0, 0, 0, None)
     (house.tree / "work" / "text").write_text("not a program")
@@ -295,7 +294,7 @@ async def test_missing_program_is_distinguished_from_a_failing_one(house: House,
 
 
 async def test_crash_is_reported_from_a_sandbox(house: House, kind: SandboxKind) -> None:
-    """As a signal, or in a bubblewrap as a shell sees it."""
+    """As a signal, or in bubblewrap as a shell reports it."""
     ended = await run_supervised(sandbox_command(kind, house.command(["sh", "-c", "kill -SEGV $$"]), house.fence()))
     expected = (139, None) if kind is SandboxKind.BUBBLEWRAP else (None, signal.SIGSEGV)
     assert (ended.exit, ended.signal) == expected
@@ -318,7 +317,7 @@ while True: time.sleep(0.05)  # Python sees a signal that comes just before a sl
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("loader", [[], ["loader"]], ids=["program", "loader"])
 async def test_stopped_program_has_its_grace_period(house: House, kind: SandboxKind, loader: list[str]) -> None:
-    """At the limit, program and descendants get SIGTERM and can save, and no longer than they need is waited."""
+    """At the limit, program and descendants get SIGTERM and time to save, and the wait ends when they do."""
     began = time.monotonic()
     command = house.command([sys.executable, "-I", "-S", "-c", SAVES, *loader], timeout=2)
     ended = await run_supervised(sandbox_command(kind, command, house.fence()))
@@ -330,7 +329,6 @@ async def test_stopped_program_has_its_grace_period(house: House, kind: SandboxK
 
 @pytest.mark.extended_but_first
 async def test_program_that_ignores_sigterm_is_killed(house: House, kind: SandboxKind) -> None:
-    """The grace is all it gets."""
     command = house.command(["sh", "-c", "trap '' TERM; sleep 300; sleep 300"], timeout=0.5, grace=0.3)
     ended = await run_supervised(sandbox_command(kind, command, house.fence()))
     assert (ended.exit, ended.signal, ended.ended_by) == (None, signal.SIGKILL, "timeout")
@@ -339,7 +337,7 @@ async def test_program_that_ignores_sigterm_is_killed(house: House, kind: Sandbo
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("interrupt", [False, True])
 async def test_stop_during_the_start_takes_no_grace_period(house: House, interrupt: bool) -> None:
-    """A sandbox in which the program has not begun has nothing to save and is not waited for."""
+    """A sandbox whose program has not started has nothing to save."""
     began = time.monotonic()
     stuck = house.command(["sh", "-c", "sleep 300; :"], wrapped=True, timeout=0.5, grace=60, interrupt=interrupt)
     ended = await run_supervised(stuck)
@@ -348,7 +346,7 @@ async def test_stop_during_the_start_takes_no_grace_period(house: House, interru
 
 
 async def test_sandbox_killed_during_its_start_is_no_machine_error(house: House) -> None:
-    """Its exit code says which signal it was: the session has crashed, and its task may be tried again."""
+    """The exit code has the signal: the session has crashed, and its task may be retried."""
     ended = await run_supervised(house.command(["sh", "-c", "sh -c 'kill -KILL $$'; exit $?"], wrapped=True))
     assert (ended.spawn_error, ended.signal, ended.exit) == (None, signal.SIGKILL, None)
     unsaid = await run_supervised(house.command(["sh", "-c", "exit 1"], wrapped=True))
@@ -360,7 +358,7 @@ async def test_sandbox_killed_during_its_start_is_no_machine_error(house: House)
 async def test_cancellation_during_the_start_leaves_nothing(
     house: House, kind: SandboxKind, delay: float, interrupt: bool
 ) -> None:
-    """However early it comes, nothing lives afterwards."""
+    """However early it comes."""
     command = house.command(["sleep", "300"], grace=30, interrupt=interrupt)
     with anyio.move_on_after(delay):
         await run_supervised(sandbox_command(kind, command, house.fence()))
@@ -383,7 +381,7 @@ time.sleep(300)
 
 
 async def test_killed_supervisor_leaves_no_process(house: House, bubblewrap: SandboxKind) -> None:
-    """In a PID namespace even a daemon dies that has a session of its own and no environment."""
+    """In a PID namespace even a daemon with its own session and an empty environment dies."""
     grows = house.tree / "work" / "grows"
 
     async def kill() -> None:
@@ -408,15 +406,15 @@ def _is_daemon(process: psutil.Process) -> bool:
 async def until(condition: Callable[[], object], within: float = 20) -> None:
     deadline = time.monotonic() + within
     while not condition():
-        assert time.monotonic() < deadline, f"did not come true in {within} s"
+        assert time.monotonic() < deadline, f"condition not reached within {within} s"
         await anyio.sleep(0.01)
 
 
-# Which one is chosen
+# Selection
 
 
 async def test_unusable_bubblewrap_is_not_chosen(tmp_path: Path) -> None:
-    """That the program is there is not enough: it has to work, and what it said is told."""
+    """It has to work, not only exist; its error output is reported."""
     fake = tmp_path / "bwrap"
     fake.write_text("#!/bin/sh\necho 'bwrap: setting up uid map: Permission denied' >&2\nexit 1\n")
     fake.chmod(0o755)
@@ -430,7 +428,7 @@ async def test_unusable_bubblewrap_is_not_chosen(tmp_path: Path) -> None:
 
 
 async def test_bubblewrap_killed_at_its_start_is_probed_again(tmp_path: Path) -> None:
-    """Neither is a weaker kind taken for that, nor does what it had started stay."""
+    """No weaker kind is chosen instead, and its child processes do not stay."""
     fake, left = tmp_path / "bwrap", tmp_path / "left"
     fake.write_text(f"""#!/bin/sh
 case "$*" in
@@ -446,7 +444,7 @@ esac
 
 
 async def test_sandbox_off_can_not_turn_the_network_off() -> None:
-    """A limit that can't be kept is refused, not passed over."""
+    """A limit that can't be enforced is rejected, not ignored."""
     with pytest.raises(RefusedError, match="`network: off` needs a sandbox"):
         await choose_sandbox("off", network=False, environ=os.environ)
 
@@ -458,6 +456,6 @@ async def test_missing_bubblewrap_has_its_installation_as_remedy(tmp_path: Path)
 
 
 async def test_auto_prefers_bubblewrap(bubblewrap: SandboxKind) -> None:
-    """The stronger kind is taken where it works, with and without a network."""
+    """The stronger kind is preferred if it works, with and without a network."""
     for network in (True, False):
         assert await choose_sandbox("auto", network=network, environ=os.environ) is bubblewrap

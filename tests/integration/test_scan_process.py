@@ -1,4 +1,4 @@
-"""Looking at each file of a large checkout in another process comes to what it would come to in ours."""
+"""The process that scans large checkouts returns the same as a scan in this process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MANY = 100_000
 
 
 def walkers() -> list[psutil.Process]:
-    """Return the processes of ours that do so."""
+    """Return our scan processes."""
     return [
         one
         for one in psutil.Process().children()
@@ -31,7 +31,7 @@ def walkers() -> list[psutil.Process]:
 
 @pytest.fixture
 def stamps(tmp_path: Path) -> TreeSnapshot:
-    """Stamps of a folder with a file whose name is not UTF-8, and one that was written since."""
+    """Return stamps of a folder with a non-UTF-8 file name, and a file written since."""
     tree = tmp_path / "tree"
     tree.mkdir()
     for name in (b"same", b"written", b"odd \xff"):
@@ -44,7 +44,7 @@ def stamps(tmp_path: Path) -> TreeSnapshot:
 
 
 async def test_scan_process_finds_the_same_changes(stamps: TreeSnapshot) -> None:
-    """One process answers all questions, and ends with the body."""
+    """One process answers all requests, and ends with the body."""
     async with FileScanner.open() as walker:
         for _ in range(2):
             found = await walker.run(stamps.compare, MANY)
@@ -61,7 +61,7 @@ async def test_few_files_start_no_process(stamps: TreeSnapshot) -> None:
 
 
 async def test_dead_scan_process_is_replaced(stamps: TreeSnapshot) -> None:
-    """The answer comes from a thread of ours, the next one from another process."""
+    """A thread of ours answers, and the next request starts another process."""
     async with FileScanner.open() as walker:
         await walker.run(stamps.compare, MANY)
         (first,) = walkers()
@@ -74,7 +74,7 @@ async def test_dead_scan_process_is_replaced(stamps: TreeSnapshot) -> None:
 
 
 async def test_hanging_scan_process_is_abandoned(stamps: TreeSnapshot, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After some time the answer comes from a thread of ours, and the process is killed."""
+    """After a timeout a thread of ours answers, and the process is killed."""
     monkeypatch.setattr(scan_process, "_EXIT_TIMEOUT", 0.01)
     async with FileScanner.open() as walker:
         await walker.run(stamps.compare, MANY)
@@ -87,7 +87,7 @@ async def test_hanging_scan_process_is_abandoned(stamps: TreeSnapshot, monkeypat
 
 @pytest.mark.parametrize("said", ["Fatal Python error: init_fs_encoding", "Could not find libraries", ""])
 async def test_invalid_answer_is_not_used(stamps: TreeSnapshot, monkeypatch: pytest.MonkeyPatch, said: str) -> None:
-    """Whatever an interpreter prints that can't be started, the answer comes from a thread of ours."""
+    """Whatever a broken interpreter prints, a thread of ours answers."""
     argv = ["sh", "-c", f"echo {said!r}"]
     monkeypatch.setattr(process, "internal_program", lambda *_: (argv, dict(os.environ)))
     async with FileScanner.open() as walker:
@@ -95,7 +95,7 @@ async def test_invalid_answer_is_not_used(stamps: TreeSnapshot, monkeypatch: pyt
 
 
 def test_unwritable_index_stays_unchanged(tmp_path: Path) -> None:
-    """So that whoever is told can have it looked over by git."""
+    """The caller can then have git check it."""
     for arguments in (("init", "--quiet"), ("add", "file")):
         (tmp_path / "file").write_text("x")
         subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
@@ -111,7 +111,7 @@ def test_unwritable_index_stays_unchanged(tmp_path: Path) -> None:
 
 
 async def test_error_is_raised_from_a_thread(tmp_path: Path) -> None:
-    """Whatever a function raises is raised, and the walker goes on."""
+    """The walker continues."""
     async with FileScanner.open() as walker:
         with pytest.raises(FileNotFoundError):
             await walker.run(partial(os.stat, tmp_path / "missing"), MANY)

@@ -1,4 +1,4 @@
-"""The scheduler on a clock that the test drives: hours of waiting in the time that the programs take."""
+"""The scheduler on a clock that the test drives: hours of waiting in seconds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HOUR = 3600.0
 
 
 async def until_event(council: Council, name: str, count: int) -> None:
-    """Return when an event has happened that many times in the project."""
+    """Wait until an event has happened that many times in the project."""
     seen = 0
     async for record in council.history.follow(0):
         seen += sum(event.type == name for event in record.events)
@@ -23,7 +23,7 @@ async def until_event(council: Council, name: str, count: int) -> None:
 
 
 async def test_backoff_waits_on_the_clock(repository: Repository) -> None:
-    """A task that fails is tried again after its backoff, not before, however long that is."""
+    """A failed task is retried exactly when its backoff ends, however long that is."""
     path = repository.configure(
         [{"id": "late", "prompt": "attempt 1 exit 1\nattempt 2 exit 1\nwrite late.txt x"}],
         defaults={"backoff": {"initial": "1h", "factor": 3, "max": "2h", "jitter": False}},
@@ -53,7 +53,7 @@ async def test_backoff_waits_on_the_clock(repository: Repository) -> None:
 
 
 async def test_dirty_target_is_retried_while_sessions_run(repository: Repository) -> None:
-    """A landing that the user's changes hold up is made as soon as they are gone, without a resume."""
+    """A landing blocked by user changes is made as soon as they are gone, without a resume."""
     path = repository.configure(
         [{"id": "quick", "prompt": "write quick.txt q"}, {"id": "long", "prompt": "hang", "attempts": 1}]
     )

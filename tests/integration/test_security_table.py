@@ -1,4 +1,4 @@
-"""The table in docs/security.md: a program in each sandbox tries what the rows name, and the cells say how it ends."""
+"""The table in docs/security.md: a program in each sandbox tries each row, and the cells have the results."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "security.md"
 HOSTILE = Path(__file__).with_name("hostile.py")
 FILE_SIZE, MEMORY = 1 << 20, 512 << 20
 
-#: The row, and what `hostile.py` does to find out; with `network: off` in the second table.
+#: The row, and the attempts of `hostile.py` for it; with `network: off` in the second table.
 ROWS = {
     "**read** other files of yours": "read_kept",
     "**read** what is hidden": "read_hidden",
@@ -78,20 +78,20 @@ WITH_HOSTS = {
 
 
 def table() -> dict[str, dict[str, str]]:
-    """Return the cells of the page by row and by kind of sandbox."""
+    """Return the cells of the page by row and kind of sandbox."""
     lines = [line for line in PAGE.read_text().splitlines() if line.startswith("|")]
     heads, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {row[0]: dict(zip((head.lower() for head in heads[1:]), row[1:], strict=True)) for row in rows}
 
 
 def test_each_row_of_the_table_is_attacked() -> None:
-    """A row that nobody tries is a claim without proof."""
+    """A row that no test attacks is an unproven claim."""
     assert table().keys() == ROWS.keys() | WITHOUT_NETWORK.keys() | WITH_HOSTS.keys()
 
 
 @pytest.fixture
 def outside(tmp_path: Path) -> Iterator[dict[str, object]]:
-    """What is on the machine besides the session: a process, a terminal, sockets, shared memory."""
+    """Yield resources outside of the session: a process, a terminal, sockets, shared memory."""
     libc = ctypes.CDLL(None, use_errno=True)
     folders = {name: tmp_path / name for name in ("house", "hidden", "outside", "tree", "scratch")}
     for folder in folders.values():
@@ -100,7 +100,7 @@ def outside(tmp_path: Path) -> Iterator[dict[str, object]]:
     (folders["house"] / "kept").write_text("kept")
     run_folder = Path("/run") if os.access("/run", os.W_OK) else Path(f"/run/user/{os.getuid()}")
     run_socket = run_folder / f"council-test-{os.getpid()}"
-    hidden_socket = Path(f"/tmp/council-test-{os.getpid()}")  # a socket's path is short
+    hidden_socket = Path(f"/tmp/council-test-{os.getpid()}")  # a socket path is limited in length
     shared = Path("/dev/shm", f"council-test-{os.getpid()}")
     with ExitStack() as stack:
         process = stack.enter_context(subprocess.Popen(["sleep", "300"], env={"CANARY": "x"}))
@@ -143,7 +143,7 @@ def outside(tmp_path: Path) -> Iterator[dict[str, object]]:
 async def tried(
     kind: SandboxKind, setting: dict[str, object], rows: dict[str, str], *, network: bool, hosts: tuple[str, ...] = ()
 ) -> set[str]:
-    """Return the rows of which something succeeded in a session."""
+    """Return the rows of which an attempt succeeded in a session."""
     place = {name: Path(str(setting[name])) for name in ("house", "hidden", "tree", "scratch")}
     python = (Path(sys.prefix), Path(sys.base_prefix))
     config = SandboxSettings(
@@ -167,7 +167,7 @@ async def tried(
     )
     fencing = RunSandbox(kind, (place["hidden"], Path(str(setting["hidden_socket"]))), config)
     async with fencing.apply(SandboxScope((place["tree"],), (), place["scratch"]), command, PathAccess()) as fenced:
-        # Another host, whose server has the port number of the proxy.
+        # A host with the port number of the proxy.
         ports = {name: value.rpartition(":")[2] for name, value in fenced.command.env.items()}
         with socket.create_server(("127.0.0.2", int(ports.get("HTTPS_PROXY", 0)))):
             ended = await run_supervised(fenced.command)
@@ -180,7 +180,7 @@ async def tried(
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("kind", SandboxKind)
 async def test_session_can_do_what_the_table_allows(kind: SandboxKind, outside: dict[str, object]) -> None:
-    """Yes where an attempt succeeds, no where it does not, in each kind of sandbox that this machine has."""
+    """Yes where an attempt succeeds, no where it fails, in each kind of sandbox available here."""
     require_sandbox(kind)
     expected = {row: cells[kind] == "yes" for row, cells in table().items()}
     rows = set(ROWS)

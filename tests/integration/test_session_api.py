@@ -1,4 +1,4 @@
-"""What a session at work asks is answered, and what it can't have is refused with nothing changed."""
+"""The session API: requests of a running session are answered, and rejected ones change nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.team import SECRET, open_team
 
 
 async def test_second_lock_of_a_file_is_rejected(repository: Repository, tmp_path: Path) -> None:
-    """The session still owns what it has locked, and no more of what it asked for with it."""
+    """The session keeps its earlier locks, and gets no other path of the rejected request."""
     async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
         await team.ask(session, "lock", paths=["a.py"])
@@ -38,7 +38,7 @@ async def test_second_lock_of_a_file_is_rejected(repository: Repository, tmp_pat
 
 
 async def test_lock_without_a_timeout_waits_as_configured(repository: Repository, tmp_path: Path) -> None:
-    """With nothing of that, it is refused at once, and was never seen to wait."""
+    """Without a configured timeout it is rejected at once, and never listed as a waiter."""
     async with open_team(repository, tmp_path) as gathered:
         team = replace(gathered, lock_timeout=0.0)
         first, second = await team.join("auth"), await team.join("web")
@@ -50,7 +50,7 @@ async def test_lock_without_a_timeout_waits_as_configured(repository: Repository
 
 
 async def test_paths_owned_from_the_start_stay_owned(repository: Repository, tmp_path: Path) -> None:
-    """A lock on it and its end take nothing of that away."""
+    """A lock and its release take no declared ownership away."""
     async with open_team(repository, tmp_path) as team:
         session = await team.join("auth", owns=["src/**", "a.py"])
         await team.ask(session, "lock", paths=["a.py", "src/api.py", "b.py"])
@@ -59,7 +59,7 @@ async def test_paths_owned_from_the_start_stay_owned(repository: Repository, tmp
 
 
 async def test_names_with_special_characters_are_literal(repository: Repository, tmp_path: Path) -> None:
-    """A star in a file's name owns no other file."""
+    """A star in a file name owns no other file."""
     async with open_team(repository, tmp_path) as team:
         first, second = await team.join("auth"), await team.join("web")
         await team.ask(first, "lock", paths=["src/[id].tsx", "src/*.py"])
@@ -70,7 +70,7 @@ async def test_names_with_special_characters_are_literal(repository: Repository,
 
 
 async def test_locks_of_a_session_are_limited(repository: Repository, tmp_path: Path) -> None:
-    """Its record is written again with each lock. What it gives back makes room; others are not held up."""
+    """Each lock rewrites the session record. Released locks make room; other sessions are not limited."""
     async with open_team(repository, tmp_path) as team:
         first, second = await team.join("auth"), await team.join("web")
         for number in range(0, MAX_OWNED_PATTERNS, 200):
@@ -87,7 +87,7 @@ async def test_locks_of_a_session_are_limited(repository: Repository, tmp_path: 
 
 
 async def test_lock_rejected_by_the_second_layer_is_undone_in_the_first(repository: Repository, tmp_path: Path) -> None:
-    """A file that somebody has locked whom the registry does not know, such as a session on another target."""
+    """The file is locked by an owner unknown to the registry, such as a session on another target."""
     async with open_team(repository, tmp_path) as team:
         session, other = await team.join("auth"), FileLocks(team.folder / "locks", team.clock)
         stranger = session._replace(task="stranger")
@@ -109,7 +109,7 @@ async def test_lock_rejected_by_the_second_layer_is_undone_in_the_first(reposito
 
 
 async def test_interrupted_wait_leaves_nothing(repository: Repository, tmp_path: Path) -> None:
-    """Neither a lock nor a waiter; the session is as it was."""
+    """Neither a lock nor a waiter; the session record is unchanged."""
     async with open_team(repository, tmp_path) as team:
         first, second = await team.join("auth"), await team.join("web")
         await team.ask(first, "lock", paths=["a.py"])
@@ -127,7 +127,7 @@ async def test_interrupted_wait_leaves_nothing(repository: Repository, tmp_path:
 
 
 async def test_locks_end_with_the_session(repository: Repository, tmp_path: Path) -> None:
-    """Locks, ownership, and what it waits for; again is no mistake, and it is answered no more."""
+    """Locks, ownership and waits; a second end is no error, and later requests are rejected."""
     async with open_team(repository, tmp_path) as team:
         first, second = await team.join("auth", owns=["src/**"]), await team.join("web")
         await team.ask(first, "lock", paths=["a.py"])
@@ -146,7 +146,7 @@ async def test_locks_end_with_the_session(repository: Repository, tmp_path: Path
 
 
 async def test_edit_of_a_file_owned_by_another_is_denied(repository: Repository, tmp_path: Path) -> None:
-    """By whatever name; what nobody else owns may be edited, and so may what is not in the repository."""
+    """By any name of the file; unowned files and files outside of the repository may be edited."""
     async with open_team(repository, tmp_path) as team:
         first, second = await team.join("auth", owns=["src/**"]), await team.join("web")
         tree = team.tree(second)
@@ -164,7 +164,7 @@ async def test_edit_of_a_file_owned_by_another_is_denied(repository: Repository,
 
 
 async def test_details_are_available_while_a_session_runs(repository: Repository, tmp_path: Path) -> None:
-    """The plan, the diff so far, its last words and its figures, without secrets; nothing of it is touched."""
+    """The plan, the current diff, the last output and metrics, without secrets; the session is not disturbed."""
     async with open_team(repository, tmp_path) as team:
         session, asker = await team.join("auth"), await team.join("web")
         team.write(session, "src/auth.py", f"one\ntwo\nkey = '{SECRET}'\n")
@@ -190,7 +190,7 @@ async def test_details_are_available_while_a_session_runs(repository: Repository
 
 
 async def test_program_output_updates_the_activity(repository: Repository, tmp_path: Path) -> None:
-    """Without its saying a word to us: what it did last, and the file that it changed."""
+    """Without a request of the session: its last action, and the changed file."""
     async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
         tree = team.tree(session)
@@ -215,7 +215,7 @@ async def test_program_output_updates_the_activity(repository: Repository, tmp_p
 
 
 async def test_notes_are_added_and_found(repository: Repository, tmp_path: Path) -> None:
-    """By any session of the same target; those of a task, of a topic, about paths."""
+    """By any session of the same target; filtered by task, topic and paths."""
     async with open_team(repository, tmp_path) as team:
         first, second = await team.join("auth"), await team.join("web")
         left = await team.ask(first, "note", text="the port is 8080", topic="set-up", paths=["src/api/**"])
@@ -224,12 +224,12 @@ async def test_notes_are_added_and_found(repository: Repository, tmp_path: Path)
         assert (note["id"], note["task"], note["text"]) == (left["id"], "auth", "the port is 8080")
         assert (await team.ask(second, "notes", task="web"))["notes"] == []
         assert (await team.ask(second, "notes", topic="Set-Up"))["notes"] == [note]
-        assert (await team.ask(second, "notes"))["notes"] == [note]  # whoever left it
+        assert (await team.ask(second, "notes"))["notes"] == [note]  # whichever session left it
         assert "has no text" in await team.refused(first, "note", text=" ")
 
 
 async def test_slow_requests_are_answered_one_at_a_time(repository: Repository, tmp_path: Path) -> None:
-    """Who asks for much at once waits for itself alone, and holds nobody else up."""
+    """A session with many requests delays only itself."""
     async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
         for number in range(5):
@@ -248,12 +248,12 @@ async def test_slow_requests_are_answered_one_at_a_time(repository: Repository, 
             while len(done) < 3:
                 await anyio.sleep(0)
                 others += 1
-        assert done[0] - begin < (done[-1] - begin) * 0.75  # a third, or all three at the end
+        assert done[0] - begin < (done[-1] - begin) * 0.75  # one third, or all three at the end
         assert others > 500
 
 
 async def test_session_of_a_taken_over_task_is_told_to_end(repository: Repository, tmp_path: Path) -> None:
-    """Whatever it wants to write is refused, and nothing of it is written."""
+    """Its writes are rejected, and nothing is written."""
     async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
         key = claim_key(session)
@@ -272,7 +272,7 @@ async def test_session_of_a_taken_over_task_is_told_to_end(repository: Repositor
 
 
 async def test_session_of_a_taken_over_task_is_rejected_later_too(repository: Repository, tmp_path: Path) -> None:
-    """It has seen in the log that the claim is another's, or has the task once more: neither is that session's."""
+    """The log shows the claim of another process, or a new claim of its own: neither is the session's."""
     async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
         await team.ask(session, "lock", paths=["a.py"])
@@ -315,7 +315,7 @@ async def test_session_of_a_taken_over_task_is_rejected_later_too(repository: Re
 async def test_invalid_request_is_rejected(
     repository: Repository, tmp_path: Path, command: str, arguments: dict[str, Any], why: str
 ) -> None:
-    """With what is wrong and what would be right."""
+    """With the mistake and the remedy."""
     async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
         with pytest.raises(RefusedError, match=why):
@@ -324,7 +324,7 @@ async def test_invalid_request_is_rejected(
 
 
 async def test_sessions_share_values(repository: Repository, tmp_path: Path) -> None:
-    """By whoever put them; who waits is seen to, and is told where nothing comes."""
+    """From any session; a waiting reader is listed, and its timeout reported."""
     async with open_team(repository, tmp_path) as team:
         first, second = await team.join("auth"), await team.join("web")
         assert "no shared value api/port" in await team.refused(second, "share_get", key="api/port")
@@ -353,7 +353,7 @@ async def test_sessions_share_values(repository: Repository, tmp_path: Path) -> 
 
 
 async def test_session_of_a_taken_over_task_shares_nothing(repository: Repository, tmp_path: Path) -> None:
-    """And is told so."""
+    """With the reason."""
     async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
         key = claim_key(session)
@@ -363,7 +363,7 @@ async def test_session_of_a_taken_over_task_shares_nothing(repository: Repositor
 
 
 async def test_handoff_is_validated_immediately(repository: Repository, tmp_path: Path) -> None:
-    """What is wrong is told, so that it can be mended; the last that is right counts, without secrets."""
+    """Mistakes are reported so that the session can fix them; the last valid one counts, without secrets."""
     judged: list[Any] = []
 
     async def takes(data: dict[str, Any]) -> list[str]:
@@ -398,7 +398,7 @@ async def test_handoff_is_validated_immediately(repository: Repository, tmp_path
 
 
 async def test_recorded_text_of_a_session_has_no_secret(repository: Repository, tmp_path: Path) -> None:
-    """Neither what a note is about, nor a topic, nor what is waited for; a path that is one to lock is refused."""
+    """Neither in a note's subject or topic, nor in a key waited for; a path with a secret can't be locked."""
     async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
         await team.ask(session, "note", text=f"is {SECRET}", topic=SECRET, paths=[f"src/{SECRET}/**", f"{SECRET}.py"])
@@ -421,11 +421,11 @@ async def test_recorded_text_of_a_session_has_no_secret(repository: Repository, 
     assert not any(SECRET in name for name in locks)
 
 
-# How much a session may write
+# Limits of writes per session
 
 
 async def test_endless_sharing_is_rejected(repository: Repository, tmp_path: Path) -> None:
-    """Its log grows by a few megabytes and no more, whatever it writes; others go on, and so does it after a while."""
+    """Its log grows by a few megabytes at most; other sessions continue, and it may share again after a while."""
     async with open_team(repository, tmp_path) as gathered:
         clock = ManualClock()
         team = replace(gathered, clock=clock)
@@ -441,7 +441,7 @@ async def test_endless_sharing_is_rejected(repository: Repository, tmp_path: Pat
 
 @pytest.mark.parametrize("command", ["note", "report", "unlock"])
 async def test_many_small_requests_are_rejected(repository: Repository, tmp_path: Path, command: str) -> None:
-    """Each is a commit, however little it says."""
+    """Each is a commit, however small."""
     async with open_team(repository, tmp_path) as gathered:
         team = replace(gathered, clock=ManualClock())
         session = await team.join("auth")
@@ -454,7 +454,7 @@ async def test_many_small_requests_are_rejected(repository: Repository, tmp_path
 
 
 def test_session_and_run_have_total_limits() -> None:
-    """However slowly it is written; that of a run counts sessions that have ended, too."""
+    """However slowly it writes; the limit of a run includes its ended sessions."""
     clock = ManualClock()
     mib = 1 << 20
     quota = WriteQuota(clock, {"burst": mib, "rate": mib, "session": 2 * mib, "run": 3 * mib})

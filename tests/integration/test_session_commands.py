@@ -1,4 +1,4 @@
-"""Sessions of a run can ask their orchestrator, by what their adapter can be asked for; without a desk none can."""
+"""Sessions of a run call the session API by the means of their adapter."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tests.fakes.script import ROOT, install
 
 @pytest.fixture
 def desk() -> FakeSessionService:
-    """One to whom a file belongs that is of no session here."""
+    """Yield a session API whose files belong to another owner."""
     return FakeSessionService(foreign_owners={"theirs.txt": "run-0/other.1"})
 
 
 async def run(
     repository: Repository, folder: Path, monkeypatch: pytest.MonkeyPatch, prompt: str, **settings: Any
 ) -> RunReport:
-    """Run one task with a stand-in for Claude Code, in the fence."""
+    """Run one task with a fake Claude Code, in the sandbox."""
     install(folder, "claude", "tests.fakes.claude")
     monkeypatch.setenv("PATH", f"{folder}:{repository.environ['PATH']}")
     config = repository.configure(
@@ -43,7 +43,7 @@ async def run(
 async def test_session_asks_by_its_shell_and_its_hook(
     repository: Repository, desk: FakeSessionService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And is known by who it is; what belongs to another is not written."""
+    """And is identified; files of other owners are not written."""
     use_in_runs(desk, monkeypatch)
     prompt = "write theirs.txt no\nrun council lock ours.txt\nwrite ours.txt yes\ntell told.json"
     report = await run(repository, tmp_path / "bin", monkeypatch, prompt)
@@ -67,7 +67,7 @@ async def test_session_asks_by_its_shell_and_its_hook(
 async def test_lock_timeout_is_that_of_the_file(
     repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the session does not."""
+    """If the session sets none."""
     told: list[float] = []
 
     def seat(shop: RunContext, *rest: Any) -> RunContext:
@@ -92,7 +92,7 @@ async def test_session_without_a_session_api_gets_nothing(
 
 
 def test_server_name_of_the_user_is_kept(repository: Repository) -> None:
-    """Ours would take its place."""
+    """Ours would replace it."""
     config = repository.configure([{"id": "t", "prompt": "x"}], mcp_servers={"council": {"command": ["x"]}})
     ended = repository.council("validate", str(config))
     assert ended.code == 2

@@ -1,4 +1,4 @@
-"""What the sessions of a run are at, as it is seen from outside: by Python and in the shell."""
+"""The sessions of a run, seen from outside: by Python and in the shell."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TASKS = [{"id": name, "prompt": f"write {name}.txt x\nhang"} for name in ("auth"
 
 
 def started(repository: Repository) -> tuple[StartedCommand, str]:
-    """Start a run of two sessions that do not end; return its id once both are at work."""
+    """Start a run of two sessions that do not end; return its id once both are running."""
     child = repository.start("run", str(repository.configure(TASKS)))
     spawned = wait_for(lambda: repository.spawns.exists() and len(repository.spawns.read_text().splitlines()) == 2)
     assert spawned
@@ -37,7 +37,7 @@ def ended(repository: Repository, child: StartedCommand) -> None:
 
 
 async def test_contexts_are_visible_from_outside(repository: Repository) -> None:
-    """In the result, in text and in Python; conflicts on files and a task at a glance, too; gone with the run."""
+    """In the result, in text and in Python, with conflicts on files and a summary per task; removed with the run."""
     child, run = started(repository)
     try:
         async with (
@@ -80,7 +80,7 @@ async def test_contexts_are_visible_from_outside(repository: Repository) -> None
 
 
 async def test_details_are_visible_from_outside(repository: Repository) -> None:
-    """As long as it is at work."""
+    """While it runs."""
     child, run = started(repository)
     try:
         async with Council.open(repository.top, environ=repository.environ) as council:
@@ -97,7 +97,7 @@ async def test_details_are_visible_from_outside(repository: Repository) -> None:
 
 
 async def test_notes_are_listed_and_dropped_from_outside(repository: Repository) -> None:
-    """Those of all runs on the same target; they outlive the runs' records."""
+    """Those of all runs on the same target; they outlive the records of the runs."""
     tasks = [{"id": "a", "prompt": "write a.txt a"}]
     runs = []
     for _ in range(2):
@@ -116,11 +116,11 @@ async def test_notes_are_listed_and_dropped_from_outside(repository: Repository)
         await council.notes.drop(third.id)
         for run in runs:
             await forget(council, run)
-        assert await memory.all() == [first, second], "the next run on that target is told"
+        assert await memory.all() == [first, second], "the next run on that target gets it"
 
 
 async def test_notes_of_a_runs_own_branch_are_removed_with_its_record(repository: Repository) -> None:
-    """And come back with it."""
+    """And restored with it."""
     config = repository.configure([{"id": "a", "prompt": "write a.txt a"}])
     settings = json.loads(config.read_text())
     del settings["target"]
@@ -147,7 +147,7 @@ async def forget(council: Council, run: str) -> None:
 
 
 async def test_processes_and_their_claims_are_listed(repository: Repository) -> None:
-    """Of one that was killed and of the one that took over; the claim of a second attempt is a retry."""
+    """Of a killed one and of the one that took over; the claim of a second attempt is a retry."""
     config = str(repository.configure([{"id": "a", "prompt": "attempt 1 exit 1\nwrite a.txt a"}]))
     assert repository.council("run", config, failpoints="session.spawned=kill").code == -signal.SIGKILL
     [killed] = repository.council("status", "--json").result["orchestrators"]

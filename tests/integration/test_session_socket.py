@@ -1,4 +1,4 @@
-"""A session asks its orchestrator: from inside of each fence, as itself alone, and whatever it sends."""
+"""The session socket: reachable in each sandbox, only as its own session, and robust against any input."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ KINDS = [SandboxKind.BUBBLEWRAP, SandboxKind.LANDLOCK, SandboxKind.OFF]
 
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> SandboxKind:
-    """A kind of fence that works here, or none."""
+    """Yield each kind of sandbox available here, and none."""
     return require_sandbox(request.param)
 
 
 @dataclass
 class Site:
-    """Sessions of one run, each with its worktree, all hidden from each other."""
+    """Sessions of one run, each with its worktree, hidden from each other."""
 
     hub: Hub
     session_service: FakeSessionService
 
     def worktree(self, task: str, number: int, attempt: int = 1) -> Worktree:
-        """Make the folders of a session."""
+        """Create the folders of a session."""
         place = WorktreeSlot(self.hub, number)
         made = Worktree(self.hub, "run-1", task, attempt, held_slot=place)
         for folder in (made.git_dir, made.tree / "src", self.hub.objects):
@@ -70,7 +70,7 @@ class Site:
     async def session(
         self, task: str = "models", number: int = 1, attempt: int = 1
     ) -> AsyncIterator[tuple[Worktree, SessionSocket]]:
-        """Open the session socket of a session."""
+        """Open the socket of a session."""
         worktree = self.worktree(task, number, attempt)
         async with open_session_socket(worktree, self.session_service) as session_socket:
             yield worktree, session_socket
@@ -78,7 +78,7 @@ class Site:
     async def run(
         self, kind: SandboxKind, worktree: Worktree, session_socket: SessionSocket, argv: list[str], **changes: Any
     ) -> tuple[int | None, str]:
-        """Run a program in the session's fence; return its exit code and all that it printed."""
+        """Run a program in the session's sandbox; return its exit code and output."""
         said = [self.hub.root.parent / f"{worktree.task}.{stream}" for stream in ("out", "err")]
         for one in said:
             one.unlink(missing_ok=True)
@@ -105,7 +105,7 @@ class Site:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
-    """A place whose paths are longer than a socket's address may be."""
+    """Return a site whose paths are longer than a socket address may be."""
     hub = Hub(tmp_path / ("a-long-name-" * 10) / "hub")
     hub.root.mkdir(parents=True)
     return Site(hub, FakeSessionService())
@@ -116,7 +116,7 @@ def site(tmp_path: Path) -> Site:
 
 @pytest.mark.extended_but_first
 async def test_sandboxed_program_asks_as_its_session(site: Site, kind: SandboxKind) -> None:
-    """`council` is found, and needs to be told nothing about who asks."""
+    """`council` is found, and needs no option to identify the session."""
     async with site.session() as (worktree, session_socket):
         assert await site.run(kind, worktree, session_socket, ["council", "lock", "src/a.py", "./src/../b.py"]) == (
             0,
@@ -132,7 +132,7 @@ async def test_sandboxed_program_asks_as_its_session(site: Site, kind: SandboxKi
 async def test_council_starts_in_a_sandbox_for_any_python(
     site: Site, kind: SandboxKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The path of a Python that was typed with `..` may lead through folders that are hidden from the session."""
+    """The path of a Python that was typed with `..` may lead through folders hidden from the session."""
     hidden = site.hub.root / "hidden"
     hidden.mkdir()
     for name in ("executable", "prefix", "base_prefix"):
@@ -143,7 +143,7 @@ async def test_council_starts_in_a_sandbox_for_any_python(
 
 @pytest.mark.extended_but_first
 async def test_sandboxed_program_submits_a_handoff_and_shares(site: Site, kind: SandboxKind) -> None:
-    """What is in a file, and what is said in a word; a file that is none is said so."""
+    """From a file, and from an argument; a missing file is reported."""
     async with site.session() as (worktree, session_socket):
         (worktree.tree / "plan.json").write_text('{"tasks": []}')
         argv = ["council", "submit-handoff", "../tree/plan.json"]
@@ -158,7 +158,7 @@ async def test_sandboxed_program_submits_a_handoff_and_shares(site: Site, kind: 
 
 
 async def test_session_is_found_without_a_variable(site: Site, kind: SandboxKind) -> None:
-    """A CLI may keep its variables from its tools, or give them a folder further down."""
+    """A CLI may not pass its variables to its tools, or may set them to a subfolder."""
     async with site.session() as (worktree, session_socket):
         argv = [sys.executable, "-P", "-m", "orchestrator", "lock", "a.py"]
         code, said = await site.run(
@@ -168,7 +168,7 @@ async def test_session_is_found_without_a_variable(site: Site, kind: SandboxKind
 
 
 async def test_file_owned_by_another_is_rejected_with_its_owner(site: Site) -> None:
-    """The exit code tells a refusal from a mistake."""
+    """The exit code distinguishes a rejection from a mistake."""
     async with site.session() as (first, _), site.session("api", 2) as (second, session_socket):
         async with site.session("docs", 3) as (third, thirds):
             assert (await site.run(SandboxKind.OFF, third, thirds, ["council", "lock", "a.py"]))[0] == 0
@@ -203,7 +203,7 @@ print(json.dumps({"card": bool(found), "said": said}))
 
 
 async def test_socket_of_another_session_is_unusable(site: Site, kind: SandboxKind) -> None:
-    """It can't be read in a fence; where its socket can be reached, a token of another session is refused."""
+    """A sandbox hides it; where it can be reached, the token of another session is rejected."""
     async with site.session() as (first, session_socket), site.session("api", 2) as (second, _):
         token = json.loads((first.socket_folder / "session.json").read_text())["token"]
         argv = [sys.executable, "-I", "-S", "-c", INTRUDE, str(second.socket_folder), token]
@@ -220,7 +220,7 @@ async def test_socket_of_another_session_is_unusable(site: Site, kind: SandboxKi
 
 @asynccontextmanager
 async def busy(site: Site, kind: SandboxKind, worktree: Worktree, session_socket: SessionSocket) -> AsyncIterator[None]:
-    """Have a session run a program for the body."""
+    """Run a program in a session during the body."""
     (worktree.tree / "end").unlink(missing_ok=True)
     source = "import os, time\nopen('begun', 'w')\nwhile not os.path.exists('end'): time.sleep(0.01)"
     argv = [sys.executable, "-I", "-S", "-c", source]
@@ -235,7 +235,7 @@ async def busy(site: Site, kind: SandboxKind, worktree: Worktree, session_socket
 
 @pytest.mark.extended_but_first
 async def test_stolen_token_is_unusable_for_another_session(site: Site, kind: SandboxKind) -> None:
-    """The kernel says which process connected, and it does not descend from the supervisor of the token's session."""
+    """The kernel names the connecting process, which is no descendant of the supervisor of the token's session."""
     async with site.session() as (first, session_socket), site.session("api", 2) as (second, others):
         stolen = json.loads((second.socket_folder / "session.json").read_text())["token"]
         async with busy(site, kind, second, others):
@@ -247,7 +247,7 @@ async def test_stolen_token_is_unusable_for_another_session(site: Site, kind: Sa
                 assert found["said"] == ""
             else:
                 assert "not of this session" in json.loads(found["said"])["error"]
-            # Neither is it to a process of the user's that no session started.
+            # Nor for a process of the user that no session started.
             done = await anyio.to_thread.run_sync(lambda: subprocess.run(argv, capture_output=True, check=True))
             assert "not of this session" in json.loads(json.loads(done.stdout)["said"])["error"]
     assert site.session_service.asked == []
@@ -275,7 +275,7 @@ while not os.path.exists("told") and time.monotonic() < end:
 
 
 async def test_daemon_of_the_session_asks_as_its_session(site: Site, kind: SandboxKind) -> None:
-    """Its parents have ended, and it is the supervisor's now, or of the init in a bubblewrap."""
+    """Its parents have ended; its parent is the supervisor, or the init process in bubblewrap."""
     async with site.session() as (worktree, session_socket):
         code, said = await site.run(kind, worktree, session_socket, [sys.executable, "-I", "-S", "-c", DAEMON])
         assert (code, said) == (0, "")
@@ -283,7 +283,7 @@ async def test_daemon_of_the_session_asks_as_its_session(site: Site, kind: Sandb
 
 
 async def test_strangers_take_no_slot_of_the_session(site: Site) -> None:
-    """However many connect and say nothing, with another session's token or without."""
+    """However many connect and send nothing, with another session's token or without."""
     async with site.session() as (worktree, session_socket):
         strangers: list[socket.socket] = []
         try:
@@ -306,7 +306,7 @@ async def test_strangers_take_no_slot_of_the_session(site: Site) -> None:
 
 @pytest.mark.extended_but_first
 async def test_token_of_an_ended_attempt_is_rejected(site: Site, kind: SandboxKind) -> None:
-    """Neither the mailbox of the next attempt nor that of another task; and by its own nobody is there."""
+    """By the socket of the next attempt and of another task; its own socket is gone."""
     async with site.session() as (over, _):
         token = json.loads((over.socket_folder / "session.json").read_text())["token"]
     async with site.session(number=2, attempt=2) as (again, session_socket), site.session("api", 3) as (other, _):
@@ -323,7 +323,7 @@ async def test_token_of_an_ended_attempt_is_rejected(site: Site, kind: SandboxKi
 
 
 async def test_edit_hook_works_in_each_sandbox(site: Site, kind: SandboxKind) -> None:
-    """As the CLI starts it there; where a fence kept it from asking, every edit would be allowed."""
+    """As the CLI starts it there; if a sandbox blocked its request, every edit would be allowed."""
     site.session_service.foreign_owners["src/theirs.py"] = "run-0/other.1"
     async with site.session() as (worktree, session_socket):
         tool = {"file_path": "src/theirs.py"}
@@ -336,7 +336,7 @@ async def test_edit_hook_works_in_each_sandbox(site: Site, kind: SandboxKind) ->
 
 
 async def test_end_of_a_session_closes_its_socket(site: Site) -> None:
-    """Nothing to ask by is left, whoever asks is told so, and what the body raises comes out as it is."""
+    """Later requests get an error, and an exception of the body is raised unchanged."""
     with pytest.raises(KeyError, match="as it is"):
         async with site.session() as (worktree, session_socket):
             raise KeyError("as it is")
@@ -348,7 +348,7 @@ async def test_end_of_a_session_closes_its_socket(site: Site) -> None:
 
 
 def test_command_outside_of_a_session_has_a_remedy(tmp_path: Path) -> None:
-    """As any bad input."""
+    """As for any usage error."""
     argv = [sys.executable, "-P", "-m", "orchestrator", "peers"]
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -357,11 +357,11 @@ def test_command_outside_of_a_session_has_a_remedy(tmp_path: Path) -> None:
     assert json.loads(told.stdout)["exit"] == 2
 
 
-# Whatever is sent
+# Any input
 
 
 class Caller:
-    """Speaks to a session socket as no client of ours does; its process holds the session lock like a supervisor."""
+    """A client that bypasses ours; its process holds the session lock like a supervisor."""
 
     def __init__(self, worktree: Worktree) -> None:
         self.folder = worktree.socket_folder
@@ -441,7 +441,7 @@ REFUSED: list[tuple[Any, dict[str, Any]]] = [
 
 
 async def test_invalid_requests_are_rejected(site: Site) -> None:
-    """Each gets an answer that says what to do, and the next request one, too."""
+    """Each gets an answer with the remedy, and so does the next request."""
     async with site.session() as (worktree, session_socket):
         caller = Caller(worktree)
         for data in ODD:
@@ -457,7 +457,7 @@ async def test_invalid_requests_are_rejected(site: Site) -> None:
 
 
 async def test_largest_handoff_fits_into_a_request(site: Site) -> None:
-    """As a session sends it, whatever its characters; an object that a model wrote as text is one, too."""
+    """Whatever its characters; an object that a model wrote as text is accepted, too."""
     largest = {"a": "ä" * (MAX_HANDOFF_BYTES // 2 - 4)}
     async with site.session() as (worktree, _):
         caller = Caller(worktree)
@@ -479,7 +479,7 @@ async def test_oversized_request_is_rejected(site: Site) -> None:
 
 
 async def test_too_long_arguments_are_rejected(site: Site) -> None:
-    """And not that nobody answers; JSON makes more of what is typed."""
+    """And not reported as a missing answer; JSON escapes make arguments longer."""
     async with site.session() as (worktree, session_socket):
         argv = ["council", "lock", *(f"{number}{'x' * 2000}" for number in range(600))]
         code, said = await site.run(SandboxKind.OFF, worktree, session_socket, argv)
@@ -487,7 +487,7 @@ async def test_too_long_arguments_are_rejected(site: Site) -> None:
 
 
 async def test_error_of_the_session_api_is_reported_and_logged(site: Site) -> None:
-    """The session goes on."""
+    """The session continues."""
     async with site.session() as (worktree, session_socket):
         caller = Caller(worktree)
         answer = await anyio.to_thread.run_sync(caller.say, caller.line("lock", paths=["fault"]))
@@ -497,7 +497,7 @@ async def test_error_of_the_session_api_is_reported_and_logged(site: Site) -> No
 
 
 async def test_disconnected_client_gets_no_answer(site: Site) -> None:
-    """What was begun for it is given up."""
+    """Its pending request is cancelled."""
     async with site.session() as (worktree, _):
         caller = Caller(worktree)
         with caller.connect() as one:
@@ -511,7 +511,7 @@ async def test_disconnected_client_gets_no_answer(site: Site) -> None:
 
 
 async def test_thousand_silent_clients_do_no_harm(site: Site) -> None:
-    """Who asks is answered at once, in the same session as in another; of the silent few are kept."""
+    """Requests are answered at once in this and other sessions; only a few silent connections are kept."""
     async with site.session() as (worktree, _), site.session("api", 2) as (other, _):
         caller, neighbour = Caller(worktree), Caller(other)
         idle: list[socket.socket] = []
@@ -521,7 +521,7 @@ async def test_thousand_silent_clients_do_no_harm(site: Site) -> None:
                 one.setblocking(False)
                 idle.append(one)
                 there = os.open(caller.folder, os.O_RDONLY)
-                with suppress(BlockingIOError):  # the kernel keeps no more of them waiting
+                with suppress(BlockingIOError):  # the kernel's backlog is full
                     one.connect(f"/proc/self/fd/{there}/socket")
                     one.send(b"{")
                 os.close(there)
@@ -536,7 +536,7 @@ async def test_thousand_silent_clients_do_no_harm(site: Site) -> None:
 
 
 async def test_clients_above_the_limit_are_told_to_retry(site: Site) -> None:
-    """More than that are refused at once, and not left waiting behind them."""
+    """They are rejected at once instead of waiting."""
     async with site.session() as (worktree, _):
         caller = Caller(worktree)
         waiting = []
@@ -584,7 +584,7 @@ CALLS: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("event", "given", "what"), CALLS, ids=[what for _, _, what in CALLS])
 async def test_edit_of_a_file_of_another_is_denied(site: Site, event: str, given: dict[str, Any], what: str) -> None:
-    """In the form that the CLI knows, with whose it is; other files may be edited."""
+    """In the format of the CLI, with the owner; other files may be edited."""
     site.session_service.foreign_owners["src/theirs.py"] = "run-0/other.1"
     async with site.session() as (worktree, session_socket):
         (worktree.tree / "src" / "link.py").symlink_to("theirs.py")
@@ -613,7 +613,7 @@ async def test_edit_of_a_file_of_another_is_denied(site: Site, event: str, given
 
 
 async def test_hook_without_an_orchestrator_allows(site: Site) -> None:
-    """What lands is checked all the same; other commands say that nobody answers."""
+    """The landing checks again; other commands report the missing answer."""
     site.session_service.foreign_owners["src/theirs.py"] = "run-0/other.1"
     async with site.session() as (worktree, session_socket):
         (worktree.socket_folder / "socket").unlink()
@@ -629,7 +629,7 @@ async def test_hook_without_an_orchestrator_allows(site: Site) -> None:
 
 
 async def test_request_without_descriptors_waits(site: Site) -> None:
-    """Sessions that use up what this process may have open neither end it nor the others; later it answers."""
+    """Sessions that use up our descriptors end neither this process nor other sessions; it answers later."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     code = "import socket,sys; s=socket.socket(socket.AF_UNIX); sys.stdin.readline(); s.connect(sys.argv[1])\n"
     code += "s.sendall(sys.argv[2].encode()); print('sent', flush=True); print(s.makefile().readline(), flush=True)"
@@ -658,7 +658,7 @@ async def test_request_without_descriptors_waits(site: Site) -> None:
 
 
 def test_lock_takes_no_last_descriptor(tmp_path: Path) -> None:
-    """What is left is for everything else."""
+    """A reserve is kept for everything else."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 
     async def lock() -> None:

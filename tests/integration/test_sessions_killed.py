@@ -1,4 +1,4 @@
-"""Sessions that hold all that a session can have, while they, their supervisor or their process are killed."""
+"""Sessions with all possible resources, while they, their supervisor or their process are killed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.waiting import wait_for
 
 pytestmark = pytest.mark.sandbox
 
-#: Takes all that there is to take and stays; a later attempt takes it anew, and ends.
+#: Takes all resources and stays; a later attempt takes them again, and ends.
 HOLDER = """
 council lock a.txt lib || exit 9
 council report --file a.txt --message "attempt $COUNCIL_ATTEMPT" || exit 9
@@ -33,18 +33,18 @@ echo x >a.txt
 
 @pytest.fixture(params=SANDBOX_PARAMS)
 def kind(request: pytest.FixtureRequest) -> SandboxKind:
-    """A kind of sandbox that works here, or none."""
+    """Yield each kind of sandbox available here, and none."""
     return SandboxKind(request.param)
 
 
 def adapter(repository: Repository, script: str) -> dict[str, Any]:
-    """Return an adapter whose program is a script; `LEDGER` is a folder that it may write."""
+    """Return an adapter whose program is a script; `LEDGER` is a writable folder."""
     ledger = str(repository.spawns.parent)
     return {"use": "command", "argv": ["bash", "-c", script], "env": {"LEDGER": ledger}, "writable": [ledger]}
 
 
 def program(repository: Repository, task: str) -> psutil.Process:
-    """Return the process that an adapter has started for a task, wherever the fence has put it."""
+    """Return the process that an adapter has started for a task, inside the sandbox."""
     wanted = {"COUNCIL_TASK": task, "LEDGER": str(repository.spawns.parent)}
     for one in psutil.process_iter():
         with suppress(psutil.Error):
@@ -54,7 +54,7 @@ def program(repository: Repository, task: str) -> psutil.Process:
 
 
 def supervisor(repository: Repository, task: str) -> psutil.Process:
-    """Return the supervisor of a task's session: whoever holds its lock."""
+    """Return the supervisor of a task's session: the holder of its lock."""
     inodes = {str(lock.stat().st_ino) for lock in sessions(repository, f"{task}.*/lock")}
     held = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
     [pid] = [one[4] for one in held if one[1] == "FLOCK" and one[5].rpartition(":")[2] in inodes]
@@ -62,7 +62,7 @@ def supervisor(repository: Repository, task: str) -> psutil.Process:
 
 
 def sessions(repository: Repository, pattern: str = "*") -> list[Path]:
-    """Return what there is in the folders of a run's sessions."""
+    """Return the content of the session folders of a run."""
     result = repository.council("status", "--json").result
     return sorted((Path(result["repository"]).parent / "sessions" / result["run"]).glob(pattern))
 
@@ -77,7 +77,7 @@ def sessions(repository: Repository, pattern: str = "*") -> list[Path]:
     ],
 )
 async def test_resources_of_a_killed_session_are_free(repository: Repository, kind: SandboxKind, killed: str) -> None:
-    """Paths, file locks, record, socket and handoff: the next attempt has them, nobody takes the first for alive."""
+    """Paths, file locks, record, socket and handoff: the next attempt gets them, and the first counts as dead."""
     task = {"id": "t", "prompt": "x", "owns": ["src/**", "a.txt"]}
     path = repository.configure(
         [task], adapters={"odd": adapter(repository, HOLDER)}, sandbox=kind.value, coordination=QUICK
@@ -105,13 +105,13 @@ async def test_resources_of_a_killed_session_are_free(repository: Repository, ki
     assert repository.council("locks", "--json").result["locks"] == []
     assert repository.council("status", "--json").result["sessions"] == []
     assert sessions(repository, "*/socket") == []
-    assert bool(sessions(repository)) is (killed == "supervisor")  # what nobody vouches for is kept for a person
+    assert bool(sessions(repository)) is (killed == "supervisor")  # a slot of unknown state is preserved
     await repository.assert_invariants()
 
 
 @pytest.mark.extended
 async def test_queued_work_keeps_its_paths_when_its_process_is_killed(repository: Repository) -> None:
-    """Whoever goes on with it has them: a third process does not begin what owns the same before it has landed."""
+    """The next owner gets them: a third process starts no task with the same paths before it has landed."""
     built, checked = (repository.spawns.parent / name for name in ("built", "checked"))
     tasks: list[dict[str, Any]] = [
         {
@@ -143,7 +143,7 @@ async def test_queued_work_keeps_its_paths_when_its_process_is_killed(repository
     await repository.assert_invariants()
 
 
-#: Takes two files in an order of its task's, gives them back, and that again and again; ends when it may.
+#: Locks two files in the order of its task and releases them, repeatedly; ends on request.
 CROSSING = """
 [ "$COUNCIL_TASK" = x ] && set -- a.txt b.txt || set -- b.txt a.txt
 until [ -e "$LEDGER/enough" ]; do
@@ -157,7 +157,7 @@ echo done >$COUNCIL_TASK.txt
 
 @pytest.mark.slow
 async def test_opposite_lock_orders_end_despite_killed_holders(repository: Repository) -> None:
-    """In two processes: whoever is left gets both files each time, and who comes anew does, too."""
+    """In two processes: the survivors and new sessions get both files each time."""
     rounds, enough = (repository.spawns.parent / name for name in ("rounds", "enough"))
     tasks = [{"id": name, "prompt": "x", "attempts": 9} for name in ("x", "y")]
     settings = {"sandbox": "off", "capacity": 1, "coordination": {**QUICK, "max_retries": 9}}
@@ -196,7 +196,7 @@ def log(repository: Repository) -> list[str]:
 
 
 async def test_sessions_work_without_their_fork_server(repository: Repository) -> None:
-    """It is killed while one session runs: that one ends as usual, and the next is started without it."""
+    """It is killed during one session: that one ends as usual, and the next one starts without it."""
     folder = repository.spawns.parent
     script = f"touch {folder}/is-there; until [ -e {folder}/go ]; do read -t 0.1 <> <(:); done; echo x > one.txt"
     sh = {"use": "command", "argv": ["bash", "{prompt_file}"], "writable": [str(folder)]}
@@ -220,7 +220,7 @@ async def test_sessions_work_without_their_fork_server(repository: Repository) -
 async def test_run_continues_after_its_fork_server_or_a_supervisor_was_stopped(
     repository: Repository, stopped: str
 ) -> None:
-    """It is stopped (SIGSTOP) while one session runs, and resumed; else no session would start or end."""
+    """It gets SIGSTOP during one session, and is resumed; otherwise no session would start or end."""
     folder = repository.spawns.parent
     script = f"touch {folder}/is-there; until [ -e {folder}/go ]; do read -t 0.1 <> <(:); done; echo x > one.txt"
     sh = {"use": "command", "argv": ["bash", "{prompt_file}"], "writable": [str(folder)]}

@@ -1,4 +1,4 @@
-"""Several processes in one run: each task is claimed by one of them, and whoever is gone is stood in for."""
+"""Several processes in one run: each task has one owner, and a dead process is replaced."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.faults import SHELL_ADAPTER
 from tests.integration.test_scheduler import until_event
 from tests.waiting import wait_for
 
-#: Whoever is silent for so long is gone; without the proof that its process has ended.
+#: A process silent for this long counts as dead, even without proof of its end.
 QUICK = {
     "heartbeat_interval": "200ms",
     "stale_after": "1500ms",
@@ -41,7 +41,7 @@ QUICK = {
 
 
 def shared(count: int) -> list[dict[str, Any]]:
-    """Return tasks of which every fourth has to do with the same file, and says so."""
+    """Return tasks of which every fourth declares the same file."""
     return [
         {"id": f"t{one}", "prompt": f"append s{one % 4}.txt {one}", "owns": [f"s{one % 4}.txt"]} for one in range(count)
     ]
@@ -66,14 +66,14 @@ async def happened(repository: Repository) -> list[Event]:
 
 
 def ended(*children: StartedCommand) -> list[int]:
-    """Return how processes end."""
+    """Return the outcomes of the processes."""
     for child in children:
         child.communicate(timeout=120)
     return [child.wait() for child in children]
 
 
 async def assert_each_landed_once(repository: Repository, tasks: Sequence[str]) -> None:
-    """Each task is on the target by one merge, and was worked at by one process at a time."""
+    """Check that each task landed by one merge, and had one process at a time."""
     landed = Counter(
         line.rpartition("/")[2]
         for line in repository.git("log", "--format=%(trailers:key=Council-Task,valueonly)", "main").splitlines()
@@ -92,7 +92,7 @@ async def assert_each_landed_once(repository: Repository, tasks: Sequence[str]) 
     [(24, 0), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((24, 1), (60, 0), (60, 1)))],
 )
 async def test_three_processes_finish_one_queue_despite_a_kill(repository: Repository, count: int, killed: int) -> None:
-    """Its tasks are taken over; tasks that say what they own are never in conflict."""
+    """Its tasks are taken over; tasks with declared paths never conflict."""
     tasks = shared(count)
     config = repository.configure(tasks, capacity=2, coordination=QUICK)
     children = [repository.start("run", str(config), "--json")]
@@ -114,7 +114,7 @@ async def test_three_processes_finish_one_queue_despite_a_kill(repository: Repos
 
 @pytest.mark.extended
 async def test_process_stopped_past_its_lease_is_rejected_with_the_reason(repository: Repository) -> None:
-    """Another takes over and lands; what the stopped one then writes does not count, and it ends by itself."""
+    """Another process takes over and lands; later writes of the stopped one do not count, and it exits by itself."""
     tasks: list[dict[str, Any]] = [
         {"id": "slow", "prompt": "attempt 1 hang\nwrite slow.txt x"},
         {"id": "next", "prompt": "write next.txt x", "needs": ["slow"]},
@@ -135,13 +135,13 @@ async def test_process_stopped_past_its_lease_is_rejected_with_the_reason(reposi
     assert "council.log" not in out
     assert "no heartbeat for" in out
     assert states(repository) == {"slow": "landed", "next": "landed"}
-    assert repository.council("clean", "--yes").code == 0  # it has ended without tidying up, as if it had been killed
+    assert repository.council("clean", "--yes").code == 0  # it has ended without cleanup, as if killed
     await assert_each_landed_once(repository, ["slow", "next"])
 
 
 @pytest.mark.extended
 async def test_process_stopped_past_its_merge_permit_requests_it_again(repository: Repository) -> None:
-    """Another lands meanwhile; the tasks of the stopped one are still its own, and it finishes them."""
+    """Another process lands meanwhile; the stopped one still owns its tasks, and finishes them."""
     begun, free, gate = (repository.spawns.parent / name for name in ("begun", "free", "gate"))
     check = f"touch {begun}; while [ ! -e {free} ]; do sleep 0.05; done"
     tasks: list[dict[str, Any]] = [
@@ -169,7 +169,7 @@ async def test_process_stopped_past_its_merge_permit_requests_it_again(repositor
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("role", ["auto", "leader", "worker"])
 async def test_cancelled_task_of_another_process_ends_there(repository: Repository, role: str) -> None:
-    """Its claim is overridden, since a person wants it; the other goes on with what else there is."""
+    """Its claim is overridden by the user's request; the other process continues with the remaining tasks."""
     tasks = [{"id": name, "prompt": f"write {name}.txt x\nhang"} for name in ("a", "b")]
     config = repository.configure(tasks, capacity=1, coordination={**QUICK, "role": role})
     leader = repository.start("run", str(config), "--json")
@@ -184,7 +184,7 @@ async def test_cancelled_task_of_another_process_ends_there(repository: Reposito
 
 @pytest.mark.extended
 async def test_paths_of_a_cancelled_session_are_free_at_its_end(repository: Repository) -> None:
-    """Its process is frozen and can't stop it: whoever else wants its paths waits until it does."""
+    """Its process is frozen and can't stop it: other tasks wait for its paths until it ends."""
     tasks: list[dict[str, Any]] = [
         {"id": "long", "prompt": "hang"},
         {"id": "first", "prompt": "hang", "owns": ["s.txt"]},
@@ -200,7 +200,7 @@ async def test_paths_of_a_cancelled_session_are_free_at_its_end(repository: Repo
     try:
         assert repository.council("cancel", "first").code == 0
         wait_for(lambda: states(repository)["first"] == "cancelled")
-        time.sleep(1.5)  # three tries
+        time.sleep(1.5)  # three attempts
         assert len(repository.spawns.read_text().splitlines()) == 2
     finally:
         owner.send_signal(signal.SIGCONT)
@@ -213,7 +213,7 @@ async def test_paths_of_a_cancelled_session_are_free_at_its_end(repository: Repo
 
 @pytest.mark.extended
 async def test_process_stopped_during_setup_starts_nothing_after_losing_its_task(repository: Repository) -> None:
-    """It was taken for gone meanwhile, and another process has done the task."""
+    """It counted as dead meanwhile, and another process has done the task."""
     tasks = [{"id": "t", "prompt": "write t.txt x"}, {"id": "next", "prompt": "write n.txt x"}]
     config = repository.configure(tasks, capacity=1, coordination=QUICK)
     owner = repository.start("run", str(config), "--json", failpoints="attempt.recorded=stop")
@@ -231,7 +231,7 @@ async def test_process_stopped_during_setup_starts_nothing_after_losing_its_task
 
 @pytest.mark.extended
 async def test_task_landed_elsewhere_ends_before_a_request_about_it(repository: Repository) -> None:
-    """Whoever asks that it be ignored hears so as soon as it has landed, and what else is asked is done meanwhile."""
+    """A request to ignore it is answered as soon as it has landed, and other requests are performed meanwhile."""
     begun, free = (repository.spawns.parent / name for name in ("begun", "free"))
     hook = repository.top / ".git/hooks/pre-receive"
     hook.write_text(f"#!/bin/sh\ntouch {begun}\nwhile [ ! -e {free} ]; do sleep 0.05; done\n")
@@ -254,7 +254,7 @@ async def test_task_landed_elsewhere_ends_before_a_request_about_it(repository: 
 
 @pytest.mark.extended
 async def test_leftovers_of_a_killed_process_are_removed_by_the_sweep(repository: Repository) -> None:
-    """Its task was given back already, so that nobody takes it over; what the session had is of use to nobody."""
+    """Its task was released already, so no process takes it over and its session's leftovers are useless."""
     tasks = [{"id": "long", "prompt": "hang"}, {"id": "t", "prompt": "attempt 1 exit 1\nwrite t.txt x"}]
     owner = repository.start("run", str(repository.configure(tasks, capacity=1, coordination=QUICK)), "--json")
     wait_for(repository.spawns.exists)
@@ -276,7 +276,7 @@ async def test_leftovers_of_a_killed_process_are_removed_by_the_sweep(repository
 async def test_request_after_the_leader_is_gone_is_performed(
     repository: Repository, action: str, sweep_interval: str
 ) -> None:
-    """Whoever stands in for it does it; where nobody has noticed yet, the one who asks does, beside the others."""
+    """By the replacement leader, or by the requesting process if no other has noticed yet."""
     gate = repository.spawns.parent / "gate"
     tasks: list[dict[str, Any]] = [
         {"id": "failed", "prompt": "attempt 1 exit 1\nwrite failed.txt x", "attempts": 1},
@@ -306,7 +306,7 @@ async def test_request_after_the_leader_is_gone_is_performed(
 
 @pytest.mark.extended
 async def test_process_that_sees_the_end_late_does_not_end_the_run_again(repository: Repository) -> None:
-    """Its leader has recorded the end, told its sinks of it, and is gone."""
+    """The leader has recorded the end, reported it to its sinks, and exited."""
     gate = repository.spawns.parent / "gate"
     config = repository.configure(
         [{"id": "a", "prompt": f"await {gate}\nwrite a.txt x"}],
@@ -326,8 +326,8 @@ async def test_process_that_sees_the_end_late_does_not_end_the_run_again(reposit
     await assert_each_landed_once(repository, ["a"])
 
 
-async def test_a_leader_that_is_stopped_while_a_worker_continues_reports_a_running_run(repository: Repository) -> None:
-    """It names the process that continues; `run.interrupted` would end all who follow the run."""
+async def test_leader_stopped_while_a_worker_continues_reports_a_running_run(repository: Repository) -> None:
+    """It names the process that continues; `run.interrupted` would end all followers of the run."""
     gate = repository.spawns.parent / "gate"
     tasks = [{"id": task, "prompt": f"await {gate}\nwrite {task}.txt x"} for task in ("a", "b")]
     leader = repository.start("run", str(repository.configure(tasks, capacity=1, coordination=QUICK)), "--json")
@@ -349,7 +349,7 @@ async def test_a_leader_that_is_stopped_while_a_worker_continues_reports_a_runni
 
 @pytest.mark.extended
 async def test_unshared_run_can_not_be_joined(repository: Repository) -> None:
-    """The switch is off: there are no claims, and whoever asks is told what to write."""
+    """Without `shared` there are no claims; the message names the setting."""
     config = repository.configure([{"id": "a", "prompt": "hang"}], coordination={"enabled": False})
     child = repository.start("run", str(config), "--json")
     wait_for(lambda: states(repository) == {"a": "running"})
@@ -367,20 +367,20 @@ async def test_unshared_run_can_not_be_joined(repository: Repository) -> None:
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("by", ["option", "environment"])
 async def test_exclusive_process_can_not_be_joined(repository: Repository, by: str) -> None:
-    """It claims nothing, so that both would be at one task: whoever comes is refused, and the first goes on."""
+    """It makes no claims, so both could run one task: the new process is rejected, and the first continues."""
     config = repository.configure([{"id": "a", "prompt": "hang"}, {"id": "b", "prompt": "hang"}], capacity=1)
-    if by == "option":  # which is of that process, and in no record
+    if by == "option":  # a fact of that process, in no record
         stopped = repository.start("run", str(config), "--json")
         wait_for(lambda: "running" in states(repository).values())
         stopped.send_signal(signal.SIGINT)
         ended(stopped)
         alone = repository.start("resume", "--no-coordination", "--json")
-    else:  # which has the last word where somebody joins
+    else:  # which decides when a process joins
         alone = repository.start("run", str(config), "--no-coordination", "--json")
         repository.environ["SHARED_STATE_ENABLED"] = "true"
     wait_for(lambda: "running" in states(repository).values())
     run = repository.council("status", "--json").result["run"]
-    refused = repository.council("work", "--run", run, timeout=30)  # who is let in stays
+    refused = repository.council("work", "--run", run, timeout=30)  # a joined process stays
     assert (refused.code, f"process {alone.pid} on" in refused.stderr) == (2, True), refused
     assert f"SHARED_STATE_ENABLED=true council resume {run}" in refused.stderr
     assert len(repository.council("status", "--json").result["orchestrators"]) == (2 if by == "option" else 1)
@@ -392,7 +392,7 @@ async def test_exclusive_process_can_not_be_joined(repository: Repository, by: s
 
 @pytest.mark.extended
 def test_worker_can_not_choose_to_be_exclusive(repository: Repository) -> None:
-    """There is no such option, and where a variable says so, it is named."""
+    """There is no such option, and a variable that requests it is named."""
     assert "--no-coordination" not in repository.council("work", "--help").stdout
     config = repository.configure([{"id": "a", "prompt": "write a.txt x"}])
     run = repository.council("run", str(config), "--json").result["run"]
@@ -403,7 +403,7 @@ def test_worker_can_not_choose_to_be_exclusive(repository: Repository) -> None:
 
 @pytest.mark.extended
 async def test_single_worker_finishes_a_run(repository: Repository) -> None:
-    """Its leader was killed before: it coordinates then, and records the end."""
+    """Its leader was killed before: the worker becomes leader, and records the end."""
     config = repository.configure(shared(4), coordination=QUICK)
     killed = repository.council("run", str(config), failpoints="attempt.recorded=kill")
     assert killed.code == -signal.SIGKILL
@@ -417,7 +417,10 @@ async def test_single_worker_finishes_a_run(repository: Repository) -> None:
 
 @pytest.mark.extended
 async def test_process_without_a_program_leaves_the_end_to_others(repository: Repository) -> None:
-    """Nobody else is at work, and it coordinates: what it can't do is no end of the run, another still can."""
+    """It is the only process and leads.
+
+    A missing program here does not end the run, since another process may have it.
+    """
     program = repository.spawns.parent / "an-agent"
     script = f'#!/bin/sh\nexec {sys.executable} -S {FAKE_CLI} "$@"\n'
     program.write_text(script)
@@ -444,7 +447,7 @@ async def test_process_without_a_program_leaves_the_end_to_others(repository: Re
 
 
 async def test_last_process_records_the_end_of_a_run(repository: Repository) -> None:
-    """Its leader was killed when nothing was left to do, and nobody has looked since; sinks hear of the end."""
+    """Its leader was killed after the last task; sinks receive the end."""
     sink = repository.top.parent / "events.jsonl"
     config = repository.configure(shared(1), sinks={"log": {"use": "jsonlines", "file": str(sink)}})
     killed = repository.council("run", str(config), failpoints="landing.recorded=kill")
@@ -457,7 +460,7 @@ async def test_last_process_records_the_end_of_a_run(repository: Repository) -> 
 
 
 async def test_no_active_run_can_be_joined(repository: Repository) -> None:
-    """It says so, and ends well."""
+    """With a notice and exit code 0."""
     repository.council("run", str(repository.configure(shared(1))))
     ended_at_once = repository.council("work")
     assert ended_at_once.code == 0
@@ -467,7 +470,7 @@ async def test_no_active_run_can_be_joined(repository: Repository) -> None:
 async def test_task_ended_elsewhere_before_its_claim_ends_here(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A sweep reads it before this process was told of it; the run still comes to its end."""
+    """A sweep reads the record before the event arrives; the run still ends."""
     claimed = anyio.Event()
     changes, claim = follow_changes, Ledger.claim
 
@@ -508,7 +511,7 @@ async def test_task_ended_elsewhere_before_its_claim_ends_here(
 
 @pytest.mark.extended
 def test_processes_waiting_for_the_target_do_not_wait_for_each_other(repository: Repository) -> None:
-    """Each has a task that can't land while the user has changes in the checkout; both end, and nothing is lost."""
+    """Each has a task that can't land while the user has changes in the checkout; both exit, and nothing is lost."""
     folder = repository.spawns.parent
     waits = f"until [ -e {folder}/go ]; do sleep 0.02; done"
     tasks = [{"id": one, "prompt": f"touch {folder}/{one}; {waits}; echo 1 > {one}.txt"} for one in ("a", "b")]

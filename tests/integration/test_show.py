@@ -1,4 +1,4 @@
-"""What `council show` tells of tasks that were really run."""
+"""`council show` for tasks that were really run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FOUR: list[dict[str, Any]] = [
     {"build": {"produces": "build"}},
     {"review": {"access": "read", "produces": "review", "on_reject": "build"}},
 ]
-#: The plan is mended once, the first review rejects, and reviewers change what they are to read.
+#: The plan is repaired once, the first review rejects, and reviewers change files that they may only read.
 STEPS = (
     f"in scout hand-over {SCOUT}",
     'in plan attempt 2 hand-over {"tasks": []}',
@@ -40,7 +40,7 @@ STEPS = (
 
 
 async def test_task_with_phases_is_shown_in_full(repository: Repository) -> None:
-    """Each visit with its sessions, what it was given, handed over and found; handoffs with who received them."""
+    """Each visit with its sessions, inputs, handoffs and findings; handoffs with their receivers."""
     task = {"id": "t", "prompt": "\n".join(STEPS), "workflow": "four"}
     path = repository.configure([task, {"id": "plain", "prompt": "write p.txt x"}], workflows={"four": FOUR})
     ran = repository.council("run", str(path), "--json")
@@ -64,7 +64,7 @@ async def test_task_with_phases_is_shown_in_full(repository: Repository) -> None
     assert [one["attempt"] for one in story["handoffs"]] == [1, 3, 4, 5, 6, 7]
     assert all(one["is_intact"] and one["digest"] == compute_digest(one["data"]) for one in story["handoffs"])
     scout = handoffs[visits["scout", 1]["handoff"]]
-    # Reviewers are given all that is known.
+    # Reviewers get all known results.
     assert [(one["phase"], one["attempt"]) for one in scout["receipts"]] == [("plan", 2), ("review", 5), ("review", 7)]
     assert visits["plan", 1]["received"] == [scout["id"]]
     assert all(Path(one["log"]).is_file() for one in story["sessions"])
@@ -85,7 +85,7 @@ async def test_task_with_phases_is_shown_in_full(repository: Repository) -> None
 
 @pytest.mark.extended
 def test_sessions_are_shown_as_running_only_while_they_run(repository: Repository) -> None:
-    """With the time that they have taken so far; what interrupted an earlier one is said of that alone."""
+    """With the elapsed time; the interruption of an earlier one is shown for that session only."""
     path = repository.configure([{"id": "t", "prompt": "hang"}])
     child = repository.start("run", str(path))
     has_begun(repository, "t")
@@ -112,7 +112,7 @@ def test_sessions_are_shown_as_running_only_while_they_run(repository: Repositor
 
 @pytest.mark.extended
 def test_work_is_shown_as_preserved_only_if_it_is(repository: Repository) -> None:
-    """What landed is no longer kept; what an earlier attempt left still is."""
+    """Landed work is not preserved any more; leftovers of an earlier attempt still are."""
     path = repository.configure(
         [{"id": "t", "prompt": "attempt 1 write a.txt x\nattempt 1 exit 3\nattempt 2 write b.txt x"}]
     )
@@ -123,7 +123,7 @@ def test_work_is_shown_as_preserved_only_if_it_is(repository: Repository) -> Non
 
 @pytest.mark.extended
 def test_newest_run_is_the_default(repository: Repository) -> None:
-    """A task of the same name in two runs has two stories; a name that is none is refused with one that is near."""
+    """Two runs may have a task of the same name; an unknown name suggests the nearest."""
     first = repository.council("run", str(repository.configure([{"id": "build", "prompt": "write a.txt x"}])), "--json")
     repository.council("run", str(repository.configure([{"id": "build", "prompt": "exit 3", "attempts": 1}])), "--json")
     newest, named = (
@@ -137,7 +137,7 @@ def test_newest_run_is_the_default(repository: Repository) -> None:
 
 
 def test_done_task_has_nothing_to_land(repository: Repository) -> None:
-    """A run of such tasks is a success; what needs them may start, and a checklist ticks them."""
+    """A run of such tasks succeeds; dependent tasks may start, and a checklist ticks them."""
     one = [{"plan": {"access": "read", "produces": "plan"}}]
     tasks: list[dict[str, Any]] = [
         {"id": "thinks", "prompt": f"in plan hand-over {PLAN}", "workflow": "one"},
@@ -154,7 +154,7 @@ def test_done_task_has_nothing_to_land(repository: Repository) -> None:
 
 
 def test_checklist_ticks_done_tasks(repository: Repository) -> None:
-    """An item is over when its workflow is, with or without a landing."""
+    """An item is finished with its workflow, with or without a landing."""
     todo = repository.top.parent / "todo.md"
     todo.write_text(f"- [ ] in plan hand-over {PLAN} {{#thinks}}\n- [ ] exit 3 {{#fails}}\n")
     path = repository.configure(

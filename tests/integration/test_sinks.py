@@ -1,4 +1,4 @@
-"""Sinks and trackers in real runs: what a file says of them holds, and no run lands less because of one."""
+"""Sinks and trackers in real runs: they follow the file, and their failures stop no landing."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def council_register_trackers(register):
 
 @pytest.fixture
 def moody(repository: Repository, tmp_path: Path) -> Path:
-    """The folder of a sink and tracker that is what the folder says."""
+    """Yield the folder of a sink and tracker that the test controls by files."""
     install(tmp_path / "site", "council-moody", _SINK)
     repository.environ.update(PYTHONPATH=str(tmp_path / "site"), MY_TOKEN="correct-horse-battery")
     folder = tmp_path / "mood"
@@ -69,7 +69,7 @@ def _events(ended: CommandResult) -> list[dict[str, Any]]:
 
 
 async def test_sink_gets_the_printed_events(repository: Repository, tmp_path: Path) -> None:
-    """The same events in the same order, from the run's first to its last; the file lies beside the YAML file."""
+    """In the same order, from first to last; the output file is next to the YAML file."""
     tasks: list[dict[str, Any]] = [
         {"id": "one", "prompt": "write one.txt 1"},
         {"id": "two", "prompt": "exit 1", "attempts": 1},
@@ -91,7 +91,10 @@ async def test_sink_gets_the_printed_events(repository: Repository, tmp_path: Pa
 
 @pytest.mark.slow
 async def test_failing_sink_costs_nothing_and_gets_the_rest_on_resume(repository: Repository, moody: Path) -> None:
-    """The run lands and ends as ever; the failure is told once, without secrets, and what is left is delivered."""
+    """The run lands and ends as usual.
+
+    The failure is reported once, without secrets, and the rest is delivered later.
+    """
     (moody / "off").touch()
     sinks = {"m": {"use": "moody", "folder": str(moody)}}
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}], sinks=sinks)
@@ -116,7 +119,7 @@ async def test_failing_sink_costs_nothing_and_gets_the_rest_on_resume(repository
 
 @pytest.mark.slow
 async def test_missing_sink_plugin_does_not_stop_a_run(repository: Repository, moody: Path) -> None:
-    """On resume a person is told which sink fails, why, and how it gets the rest; the run lands."""
+    """On resume the failing sink is reported with the reason and the remedy; the run lands."""
     sinks = {"m": {"use": "moody", "folder": str(moody)}}
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}], sinks=sinks)
     repository.council("run", str(config), failpoints="run.leader_elected=kill")
@@ -157,7 +160,7 @@ tasks:
 
 
 def test_mistakes_in_sinks_and_trackers_have_their_positions(repository: Repository) -> None:
-    """They are judged by the rules of adapters, all at once."""
+    """By the rules of adapters, all at once."""
     config = repository.top.parent / "council.yaml"
     config.write_text(_MISTAKES.format(repo=repository.top))
     ended = repository.council("run", str(config), "--json")
@@ -181,7 +184,7 @@ def test_mistakes_in_sinks_and_trackers_have_their_positions(repository: Reposit
 
 
 async def test_open_items_of_a_list_are_done_and_ticked(repository: Repository, tmp_path: Path) -> None:
-    """Items run beside the file's tasks with its defaults; what lands is ticked, the next run does the rest."""
+    """Items run with the file's tasks and defaults; landed ones are ticked, and the next run does the rest."""
     todo = tmp_path / "todo.md"
     todo.write_text(
         "- [ ] write one.txt 1\n- [x] write never.txt 1\n- [ ] attempt 1 exit 1 {#two}\n  write two.txt 2\n"
@@ -207,7 +210,7 @@ async def test_open_items_of_a_list_are_done_and_ticked(repository: Repository, 
 
 @pytest.mark.extended
 async def test_task_landed_before_a_crash_is_ticked_on_resume(repository: Repository, tmp_path: Path) -> None:
-    """Also where the tracker had not heard of it, and where the file of the run is gone."""
+    """Even if the tracker did not know, and the file of the run is gone."""
     (tmp_path / "todo.md").write_text("- [ ] write one.txt 1\n")
     config = repository.configure([], trackers={"todo": {"use": "checklist", "file": "todo.md"}})
     assert repository.council("run", str(config), failpoints="landing.recorded=kill").code < 0
@@ -219,7 +222,7 @@ async def test_task_landed_before_a_crash_is_ticked_on_resume(repository: Reposi
 
 @pytest.mark.extended
 async def test_tasks_of_a_tracker_and_the_file_can_need_each_other(repository: Repository, moody: Path) -> None:
-    """What they need lands first, wherever that comes from."""
+    """The needed task lands first, whatever its source."""
     (moody / "tasks").write_text(
         "[Task('last', 'append log.txt 3', ['mid']), Task('mid', 'append log.txt 2', ['own'])]"
     )
@@ -267,7 +270,7 @@ async def test_tasks_of_a_tracker_and_the_file_can_need_each_other(repository: R
 def test_tasks_of_a_tracker_are_validated_like_those_of_the_file(
     repository: Repository, moody: Path, tasks: str, expected: list[tuple[str, str]]
 ) -> None:
-    """Every mistake is told with its place, and nothing is recorded."""
+    """Every mistake has its position, and nothing is recorded."""
     (moody / "tasks").write_text(tasks)
     trackers = {"m": {"use": "moody", "folder": str(moody)}}
     config = repository.configure([{"id": "own", "prompt": "x"}], trackers=trackers)
@@ -278,7 +281,7 @@ def test_tasks_of_a_tracker_are_validated_like_those_of_the_file(
 
 
 def test_conflicting_trackers_are_both_named(repository: Repository, moody: Path, tmp_path: Path) -> None:
-    """The second is the mistake, the first is named with it."""
+    """The second is the mistake; the message names the first."""
     (moody / "tasks").write_text("[Task('same', 'x')]")
     (tmp_path / "todo.md").write_text("- [ ] other\n- [ ] Do it {#same}\n")
     trackers = {"m": {"use": "moody", "folder": str(moody)}, "todo": {"use": "checklist", "file": "todo.md"}}
@@ -298,7 +301,7 @@ def test_conflicting_trackers_are_both_named(repository: Repository, moody: Path
     ],
 )
 def test_failing_tracker_is_rejected(repository: Repository, moody: Path, tasks: str, expected: str) -> None:
-    """Nothing starts, and no traceback is shown."""
+    """Nothing starts, and no traceback is printed."""
     (moody / "tasks").write_text(tasks)
     config = repository.configure([], trackers={"m": {"use": "moody", "folder": str(moody)}})
     ended = repository.council("run", str(config), "--json")
@@ -306,7 +309,7 @@ def test_failing_tracker_is_rejected(repository: Repository, moody: Path, tasks:
 
 
 def test_tracker_without_an_adapter_is_a_mistake(repository: Repository, moody: Path) -> None:
-    """Among several adapters the defaults must name the one for tasks that can't name theirs."""
+    """With several adapters the defaults must name the one for tasks that can't name theirs."""
     config = repository.configure([], trackers={"m": {"use": "moody", "folder": str(moody)}})
     value = json.loads(config.read_text())
     value["adapters"]["other"] = {"use": "command", "argv": ["true"]}

@@ -1,4 +1,4 @@
-"""What is staged by what is known to differ is what a look at everything would stage."""
+"""Staging by known differences equals staging by a full scan."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IGNORED = IntakeRules(Redactor([]), scratch_patterns=("*.log",))
 
 @dataclass(frozen=True)
 class Checkout:
-    """A checkout with its index, as it was handed out."""
+    """A checkout with its index, as acquired."""
 
     git: Git
     staging: StagingArea
@@ -34,11 +34,11 @@ class Checkout:
 
     @property
     def tree(self) -> Path:
-        """Where the files are."""
+        """Return the folder of the files."""
         return self.staging.tree
 
     async def stage(self, admit: IntakeRules = ADMIT) -> StagingResult:
-        """Stage by what differs, then with a look at everything; both must come to the same."""
+        """Stage by known differences, then with a full scan; both must be equal."""
         found = self.snapshot.compare()
         assert found is not None
         by_stamps = await stage_files(self.git, replace(self.staging, known_diff=found), self.base, admit)
@@ -48,13 +48,13 @@ class Checkout:
         return by_stamps
 
     async def index(self) -> str:
-        """Return what is staged."""
+        """Return the staged entries."""
         return await self.git.line("ls-files", "--stage", env=self.staging.env)
 
 
 @pytest.fixture
 async def checkout(repository: Repository, tmp_path: Path, environ: dict[str, str]) -> Checkout:
-    """A checkout of the repository's `main`."""
+    """Return a checkout of the repository's `main`."""
     repository.commit({"a.txt": "a\n", "b.txt": "b\n", "folder/c.txt": "c\n", ".gitignore": "*.tmp\n"}, "more")
     hub = locate_hub(str(repository.top), tmp_path / "council-home")
     await create_hub(hub, "sha1", environ)
@@ -76,7 +76,7 @@ def paths_of(staged: StagingResult) -> list[str]:
 
 
 async def test_added_changed_and_removed_files_are_staged(checkout: Checkout) -> None:
-    """Files, links, modes and folders, whatever they are called."""
+    """Files, links, modes and folders, whatever their names."""
     tree = checkout.tree
     (tree / "a.txt").write_text("other\n")
     (tree / "b.txt").unlink()
@@ -90,7 +90,6 @@ async def test_added_changed_and_removed_files_are_staged(checkout: Checkout) ->
 
 
 async def test_restored_file_is_no_change(checkout: Checkout) -> None:
-    """A file with the content that it had before is not staged."""
     (checkout.tree / "a.txt").write_text("a\n")
     assert paths_of(await checkout.stage()) == []
 
@@ -106,7 +105,7 @@ async def test_ignored_files_are_skipped(checkout: Checkout) -> None:
 
 
 async def test_rejected_file_stays_as_in_the_base(checkout: Checkout) -> None:
-    """Files for secrets and huge ones are not even read, secrets in files are found; the rest comes in."""
+    """Secret and huge files are not even read, secrets in files are found; all other files are staged."""
     (checkout.tree / ".env").write_text("A=1\n")
     (checkout.tree / "a.txt").write_text("x" * 2000)
     (checkout.tree / "b.txt").write_text(f"{VALUE}\n")
@@ -117,7 +116,7 @@ async def test_rejected_file_stays_as_in_the_base(checkout: Checkout) -> None:
 
 
 async def test_file_ignored_only_by_git_is_not_rejected(checkout: Checkout) -> None:
-    """A file for secrets that git ignores is none of the work."""
+    """A secret file that git ignores is not part of the work."""
     (checkout.tree / ".gitignore").write_text(".env\n")
     (checkout.tree / ".env").write_text("A=1\n")
     staged = await checkout.stage()
@@ -125,7 +124,7 @@ async def test_file_ignored_only_by_git_is_not_rejected(checkout: Checkout) -> N
 
 
 async def test_earlier_staged_index_is_rebuilt(checkout: Checkout) -> None:
-    """What an earlier look staged, and is gone by now, does not stay in the index."""
+    """An entry staged earlier whose file is gone does not stay in the index."""
     (checkout.tree / "early").write_text("x\n")
     await stage_files(checkout.git, checkout.staging, checkout.base, ADMIT)
     (checkout.tree / "early").unlink()
@@ -134,7 +133,7 @@ async def test_earlier_staged_index_is_rebuilt(checkout: Checkout) -> None:
 
 
 async def test_rejected_file_of_an_earlier_index_is_restored(checkout: Checkout) -> None:
-    """A file that was staged when it was small, and is too large by now, is left as the base has it."""
+    """A file that was staged while small and is too large now is left as in the base."""
     (checkout.tree / "a.txt").write_text("small\n")
     await stage_files(checkout.git, checkout.staging, checkout.base, ADMIT)
     (checkout.tree / "a.txt").write_text("x" * 2000)
@@ -142,7 +141,7 @@ async def test_rejected_file_of_an_earlier_index_is_restored(checkout: Checkout)
 
 
 async def test_index_of_another_commit_is_rebuilt(checkout: Checkout) -> None:
-    """A session that began at a merge is judged against its base: all of the difference is staged."""
+    """A session that began at a merge is compared with its base: the whole difference is staged."""
     other = checkout.staging.index.with_name("other")
     env = {"GIT_WORK_TREE": str(checkout.tree), "GIT_INDEX_FILE": str(other)}
     (checkout.tree / "a.txt").write_text("merged\n")
@@ -160,7 +159,7 @@ async def test_index_of_another_commit_is_rebuilt(checkout: Checkout) -> None:
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("limit", [{"max_total": 5000}, {"max_files": 20}])
 async def test_more_files_than_git_can_stage_are_rejected_first(checkout: Checkout, limit: dict[str, int]) -> None:
-    """With how much it is and how much fits; nothing is read, staged or left behind, and less of it can be staged."""
+    """With size and limit; nothing is read, staged or left over, and fewer files can be staged."""
     assert (await checkout.stage()).problem is None
     before = await checkout.index()
     for number in range(21):

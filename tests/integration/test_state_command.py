@@ -1,4 +1,4 @@
-"""`council state` and the figures of `council runs` on real runs: beside one that is at work, and afterwards."""
+"""`council state` and the metrics of `council runs` on real runs: active and ended."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tests.waiting import wait_for
 
 
 def status_of(repository: Repository, task: str) -> str | None:
-    """Return where a task of the newest run is, as the state says."""
+    """Return the recorded state of a task of the newest run."""
     told = repository.council("state", "at", "now", f"task/{task}", "--json").result
     return None if "documents" not in told else str(told["documents"][0]["value"]["status"])
 
 
 async def test_active_run_is_shown_and_followed(repository: Repository) -> None:
-    """Its live session has a worktree; who follows sees each commit as it comes, and Ctrl-C ends only that."""
+    """Its live session has a worktree; a follower sees each commit at once, and Ctrl-C ends only the follower."""
     tasks: list[dict[str, Any]] = [
         {"id": "quick", "prompt": "write q.txt q"},
         {"id": "held", "prompt": "write h.txt h\nhang"},
@@ -62,7 +62,7 @@ async def test_active_run_is_shown_and_followed(repository: Repository) -> None:
 
 
 async def test_ended_run_has_metrics_and_history(repository: Repository) -> None:
-    """What failed, what landed, how often it was tried, and how it stood before."""
+    """Failures, landings, attempts, and earlier states."""
     tasks: list[dict[str, Any]] = [
         {"id": "good", "prompt": "write g.txt g"},
         {"id": "bad", "prompt": "exit 1", "attempts": 2},
@@ -101,7 +101,7 @@ async def test_ended_run_has_metrics_and_history(repository: Repository) -> None
 
 @pytest.mark.extended
 async def test_follower_ends_when_its_output_is_closed(repository: Repository) -> None:
-    """As with `| head -1`: with the next commit."""
+    """As with `| head -1`: at the next commit."""
     repository.council("run", str(repository.configure([{"id": "a", "prompt": "write a.txt a"}])))
     follower = repository.start("state", "log", "--follow")
     assert follower.stdout is not None
@@ -115,7 +115,10 @@ async def test_follower_ends_when_its_output_is_closed(repository: Repository) -
 
 @pytest.mark.extended
 async def test_unreadable_run_is_reported(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that another version wrote in a sentence, by what needs it and the list of runs; so is one hit by damage."""
+    """A run of another version in one sentence, by commands that need it and in the list of runs.
+
+    A damaged one as well.
+    """
     async with recorded_project(repository.top, monkeypatch):
         pass
     newer = Key("run", "29990101-000000-ffff")

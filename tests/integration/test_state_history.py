@@ -1,4 +1,4 @@
-"""`council state` on a run that was made up: every moment of it can be looked at, and the guide's examples are true."""
+"""`council state` on a made-up run: every point in time is readable, and the examples of the guide work."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MODELS, API, CLAIM = Key("task", f"{RUN}/models"), Key("task", f"{RUN}/api"), Ke
 
 @pytest.fixture
 async def project(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> Repository:
-    """A repository in which the run is recorded, on a machine whose zone is UTC."""
+    """Return a repository with the recorded run, on a machine in UTC."""
     repository.environ["TZ"] = "UTC"
     async with recorded_project(repository.top, monkeypatch, Path("/home/ada/shop")):
         pass
@@ -39,7 +39,7 @@ async def project(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> Re
 
 
 async def add(repository: Repository, commit: Commit) -> None:
-    """Commit something more to the project's state."""
+    """Commit one more change to the project's state."""
     async with FileStore.open(repository.log, SystemClock()) as store:
         await store.commit(commit)
 
@@ -48,7 +48,7 @@ async def add(repository: Repository, commit: Commit) -> None:
     "example", re.findall(r"```console\n\$ (.*?)```", GUIDE, re.DOTALL), ids=lambda text: text[:40]
 )
 async def test_guide_examples_work(project: Repository, example: str) -> None:
-    """Each command prints what docs/state.md says."""
+    """Each command prints what docs/state.md shows."""
     line, _, expected = example.partition("\n")
     _, *words = shlex.split(line)
     ended = project.council(*words)
@@ -59,7 +59,7 @@ async def test_guide_examples_work(project: Repository, example: str) -> None:
     "moment", ["5", "2026-01-02T03:04:45Z", "2026-01-02 03:05", "2026-01-02T04:05+01:00", f"{RUN}/1"]
 )
 async def test_position_can_be_named_in_many_ways(project: Repository, moment: str) -> None:
-    """Position, times with and without a zone, and a checkpoint lead to the same documents."""
+    """Position, times with and without a zone, and a checkpoint select the same documents."""
     await add(project, Commit([Write(Key("checkpoint", f"{RUN}/1"), 0, {"position": 5})]))
     told = project.council("state", "at", moment, "--json").result
     assert (told["position"], told["time"], len(told["documents"])) == (5, RUN_STARTED + 40, 9)
@@ -69,7 +69,7 @@ async def test_position_can_be_named_in_many_ways(project: Repository, moment: s
 
 
 async def test_relative_time_is_counted_from_now(project: Repository) -> None:
-    """What was committed within the hour is not yet there an hour ago."""
+    """A commit of the last hour is not in the state of an hour ago."""
     await add(project, Commit([Write(Key("note", "x"), 0, {})]))
     assert project.council("state", "at", "1h", "--json").result["position"] == 11
     assert project.council("state", "at", "now", "--json").result["position"] == 12
@@ -83,7 +83,7 @@ async def test_state_before_the_first_commit_is_empty(project: Repository) -> No
 
 
 async def test_values_are_printed_for_keys(project: Repository) -> None:
-    """In full, with the newest run or without; `*` stands for several."""
+    """In full, with the prefix of the newest run or without; `*` matches several."""
     for name in ("task/models", str(MODELS)):
         shown = project.council("state", "at", "8", name).stdout
         assert '      "status": "landed",' in shown.splitlines()
@@ -111,7 +111,7 @@ async def test_values_are_printed_for_keys(project: Repository) -> None:
     ],
 )
 async def test_missing_document_is_rejected(project: Repository, words: str, error: str, remedy: str) -> None:
-    """With exit code 2 and what would be right, for people and for programs."""
+    """Exit code 2 with the remedy, for people and for programs."""
     ended = project.council("state", *words.split())
     assert (ended.code, ended.stdout) == (2, "")
     assert error in ended.stderr
@@ -121,7 +121,7 @@ async def test_missing_document_is_rejected(project: Repository, words: str, err
 
 
 async def test_diff_names_added_removed_and_changed_fields(project: Repository) -> None:
-    """Only documents of the run that is asked for, only fields that differ."""
+    """Only documents of the given run, only fields that differ."""
     await add(project, Commit([Write(Key("request", f"{RUN}/1"), 0, {"n": 1}), Write(Key("note", "x"), 0, {})]))
     await add(project, Commit([Write(Key("request", f"{RUN}/1"), 1, None)]))
     added = project.council("state", "diff", "11", "12", "--json").result["documents"]
@@ -149,7 +149,7 @@ async def test_equal_positions_have_no_diff(project: Repository) -> None:
 
 
 async def test_history_has_each_version_with_its_diff(project: Repository) -> None:
-    """Old and new, who, when, and what happened; also of what is deleted by now."""
+    """Old and new value, process, time and event; also of deleted documents."""
     versions = project.council("state", "history", "task/models", "--json").result["versions"]
     assert [one["version"] for one in versions] == [5, 4, 3, 2, 1]
     assert versions[0]["events"] == [
@@ -200,7 +200,7 @@ async def test_log_is_limited_as_asked(project: Repository) -> None:
 
 
 async def test_terminal_sequences_are_escaped(project: Repository) -> None:
-    """Whatever stands in documents, events and keys."""
+    """In documents, events and keys."""
     evil = "\x1b]0;title\x07hidden\u202e"
     await add(project, Commit([Write(Key("note", evil), 0, {evil: evil})], [Event("noted", {"task": evil})]))
     await add(project, Commit([Write(Key("note", evil), 1, {evil: ""})]))
@@ -212,7 +212,7 @@ async def test_terminal_sequences_are_escaped(project: Repository) -> None:
 
 
 async def test_other_store_can_be_read(project: Repository, tmp_path: Path) -> None:
-    """By a flag or the environment; the flag counts."""
+    """By an option or the environment; the option wins."""
     async with FileStore.open(project.log_in(tmp_path / "elsewhere"), SystemClock()) as store:
         await store.commit(Commit([Write(Key("note", "x"), 0, {})]))
     url = (tmp_path / "elsewhere").as_uri()
@@ -225,13 +225,13 @@ async def test_other_store_can_be_read(project: Repository, tmp_path: Path) -> N
 
 
 async def test_store_can_be_read_from_any_folder(project: Repository, tmp_path: Path) -> None:
-    """Also where council never ran; nothing is made there, and what would write there is refused."""
+    """Even where council never ran; nothing is created there, and commands that write are rejected."""
     (tmp_path / "off").mkdir()
     own = str(project.top / ".council/state")
 
     council = Repository(tmp_path / "off", project.environ, project.spawns).council
     assert council("state", "log", "--state", own).stdout == project.council("state", "log").stdout
-    assert f"{RUN}  interrupted" in council("runs", "--state", own).stdout  # although its repositories are nowhere
+    assert f"{RUN}  interrupted" in council("runs", "--state", own).stdout  # although its repositories are gone
     for words, why in ((["state", "views"], "has not run"), (["resume"], "are gone from")):
         refused = council(*words, "--state", own)
         assert (refused.code, why in refused.stderr) == (2, True), refused
@@ -239,7 +239,7 @@ async def test_store_can_be_read_from_any_folder(project: Repository, tmp_path: 
 
 
 async def test_reading_creates_no_store(project: Repository, tmp_path: Path) -> None:
-    """A folder whose name was mistyped is refused, whoever names it, and not made."""
+    """A mistyped folder is rejected by every command, and not created."""
     missing, file = tmp_path / "missing", project.top / "README"
     file.write_text("no store\n")
     for place in (missing, file):
@@ -260,7 +260,7 @@ async def test_reading_changes_nothing(project: Repository) -> None:
 
 
 async def test_damage_is_reported(project: Repository) -> None:
-    """Beside what can still be read, to people and to programs."""
+    """Next to the readable state, to people and to programs."""
     [segment] = (project.top / ".council/state").glob("*/*.jsonl")
     data = bytearray(segment.read_bytes())
     data[data.index(b'"landed":"4f0c')] ^= 1
@@ -275,7 +275,7 @@ async def test_damage_is_reported(project: Repository) -> None:
 
 
 async def test_run_is_summarized(project: Repository) -> None:
-    """Its options, tasks, phases, events and figures; nothing of it is live, and its repositories are gone."""
+    """Options, tasks, phases, events and metrics; none of it is live, and its repositories are gone."""
     told = project.council("state", "show", RUN, "--json").result
     assert (told["run"], told["status"], told["started"], told["sessions"]) == (RUN, "interrupted", RUN_STARTED, [])
     assert (told["options"]["capacity"], told["options"]["base"]) == (2, "main")
@@ -297,7 +297,7 @@ def context_of(store: ForgetfulStore, clock: ManualClock, folder: Path) -> Proje
 
 
 async def test_last_hundred_events_are_shown(tmp_path: Path) -> None:
-    """Those of other runs do not count."""
+    """Events of other runs do not count."""
     clock = ManualClock(RUN_STARTED)
     store = ForgetfulStore(clock)
     await record_run(store, clock, run_document(tmp_path))
@@ -308,7 +308,7 @@ async def test_last_hundred_events_are_shown(tmp_path: Path) -> None:
 
 
 async def test_compacted_start_of_the_log_is_reported(tmp_path: Path) -> None:
-    """What is asked for explicitly is refused with what can be had; what is open begins where the log does."""
+    """An explicit range before it is rejected with the first position; an open range starts there."""
     clock = ManualClock(RUN_STARTED)
     store = ForgetfulStore(clock)
     await record_run(store, clock, run_document(tmp_path))
@@ -333,13 +333,13 @@ async def test_compacted_start_of_the_log_is_reported(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_documents_of_a_run_are_listed(key: Key, expected: bool) -> None:
-    """By the beginning of their ids; a task that is named as a run is none of it."""
+    """By an id prefix; a task named like a run does not match."""
     assert is_run_document(key, "r") is expected
     assert is_about_run(CommitRecord(1, 0.0, {key: (1, {})}, ()), "r") is expected
 
 
 async def test_history_works_from_python(project: Repository) -> None:
-    """`council.history` and `council.reports` have what the commands print."""
+    """`council.history` and `council.reports` return what the commands print."""
     async with Council.open(project.top, environ=project.environ) as council:
         past = council.history
         assert await past.position_at(RUN_STARTED + 41) == 5
@@ -354,13 +354,13 @@ async def test_history_works_from_python(project: Repository) -> None:
 
 
 async def test_damage_is_found_and_accepted(project: Repository) -> None:
-    """The exit code says whether all can be trusted; repaired, it can, and says what was given up."""
+    """The exit code reports damage; after the repair it is 0, and the losses are listed."""
     segment = next((project.top / ".council/state").glob("*/*.jsonl"))
     before, _, after = segment.read_bytes().rpartition(b'"landed":"4f0c2d1e9b')
     segment.write_bytes(before + b'"landed":"000000000b' + after)
     found = project.council("state", "verify", "--json")
     assert (found.code, found.result["is_valid"]) == (1, False)
-    assert found.result["damaged"] == [str(CLAIM), str(MODELS)]  # one commit landed the task and gave back its claim
+    assert found.result["damaged"] == [str(CLAIM), str(MODELS)]  # one commit landed the task and released its claim
     assert "verify --repair" in project.council("state", "verify").stdout
     repaired = project.council("state", "verify", "--repair", "--json")
     assert (repaired.code, repaired.result["is_valid"], repaired.result["position"]) == (0, True, 12)
@@ -371,7 +371,7 @@ async def test_damage_is_found_and_accepted(project: Repository) -> None:
 
 
 async def test_task_without_a_record_is_named(project: Repository) -> None:
-    """As damage may leave it; a checkpoint brings it back."""
+    """As damage may leave it; a checkpoint restores it."""
     assert project.council("checkpoint", "create").code == 0
     await add(project, Commit([Write(API, 4, None)]))
     listed = project.council("runs", "--json").result
@@ -384,7 +384,7 @@ async def test_task_without_a_record_is_named(project: Repository) -> None:
 
 
 async def test_task_with_a_damaged_newest_record_is_reported(project: Repository) -> None:
-    """It is shown as it stood before; no other task is touched."""
+    """Its previous version is shown; other tasks are not affected."""
     (segment,) = (project.top / ".council/state").glob("*/*.jsonl")
     lines = segment.read_bytes().splitlines(keepends=True)
     lines[7] = lines[7][:-3] + bytes([lines[7][-3] ^ 1]) + lines[7][-2:]  # `models` lands there

@@ -1,4 +1,4 @@
-"""How programs are stopped: those that tidy up when they are interrupted, and those behind wrappers."""
+"""How programs are stopped: those that clean up on interrupt, and those behind wrappers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="there is a sandbox on Linux only"),
 ]
 
-#: What is run has the test's folder as its first argument. Each process notes the signals that it gets, and when.
+#: Each program gets the test's folder as its first argument. Each process notes its signals with their times.
 NOTES = """
 import os, signal, sys, time
 INT, TERM = signal.SIGINT, signal.SIGTERM
@@ -54,7 +54,7 @@ def save():
 
 @pytest.fixture
 def house(tmp_path: Path) -> Iterator[House]:
-    """Folders to work in; what was run there is none of the machine's processes afterwards."""
+    """Yield folders to work in; programs run there must be gone afterwards."""
     yield House(tmp_path)
     left = [one for one in psutil.process_iter(["cmdline"]) if str(tmp_path) in (one.info["cmdline"] or ())]
     for process in left:
@@ -62,7 +62,7 @@ def house(tmp_path: Path) -> Iterator[House]:
     assert not left
 
 
-#: With Landlock nothing of a stop differs from without a fence.
+#: With Landlock a stop equals one without a sandbox.
 @pytest.fixture(
     params=[SandboxKind.BUBBLEWRAP, SandboxKind.OFF, pytest.param(SandboxKind.LANDLOCK, marks=pytest.mark.slow)]
 )
@@ -75,7 +75,7 @@ Run = Callable[..., SupervisedCommand]
 
 @pytest.fixture
 def program(house: House, kind: SandboxKind) -> Run:
-    """Make the command that runs a Python program behind a fence of this kind."""
+    """Return the command that runs a Python program in a sandbox of this kind."""
 
     def make(source: str, **changes: Any) -> SupervisedCommand:
         argv = [sys.executable, "-I", "-S", "-c", NOTES + source, str(house.house.parent)]
@@ -85,7 +85,7 @@ def program(house: House, kind: SandboxKind) -> Run:
 
 
 def notes(house: House) -> list[tuple[str, str, float]]:
-    """Return who got which signal when, in seconds."""
+    """Return which process got which signal when, in seconds."""
     file = house.tree / "work" / "notes"
     lines = file.read_text().splitlines() if file.exists() else []
     return [(name, number, float(at)) for name, number, at in map(str.split, lines)]
@@ -96,7 +96,7 @@ def heard(house: House) -> list[tuple[str, str]]:
 
 
 async def stopped(house: House, command: SupervisedCommand) -> tuple[SupervisedExit, float]:
-    """Run the command, have its supervisor stop it as soon as it is ready, and return after how many seconds it was."""
+    """Run the command, stop it through its supervisor once it is ready, and return the seconds until its end."""
     asked: list[float] = []
 
     async def stop() -> None:
@@ -111,9 +111,9 @@ async def stopped(house: House, command: SupervisedCommand) -> tuple[SupervisedE
     return ended, time.monotonic() - asked[0]
 
 
-# A program that tidies up
+# A program that cleans up
 
-#: Has a tool in its process group, and when it is interrupted says more than fits into a pipe.
+#: Has a tool in its process group, and on interrupt prints more than a pipe buffer.
 TIDIES = """
 def tidy():
     time.sleep(0.2)
@@ -134,7 +134,7 @@ wait()
 
 
 async def test_interrupted_program_can_clean_up(house: House, program: Run) -> None:
-    """It alone gets SIGINT, its tool lives until it ends it, all that it says is heard, and nobody waits any longer."""
+    """It alone gets SIGINT and ends its tool itself; all its output is read, and the wait ends with it."""
     ended, took = await stopped(house, program(TIDIES, interrupt=True))
     assert heard(house) == [("cli", "SIGINT")]
     assert (house.house.parent / "stdout").read_text() == "x" * 1_000_000 + "\nended its tool\n"
@@ -152,14 +152,14 @@ async def test_program_without_interrupt_support_is_not_interrupted(house: House
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("why", ["timeout", "idle_timeout"])
 async def test_program_over_its_limit_is_interrupted(house: House, program: Run, why: str) -> None:
-    """Whatever stops it, it can tidy up."""
+    """Whatever stops it, it can clean up."""
     ended = await run_supervised(program(TIDIES, interrupt=True, **{why: 2.0}))
     assert (ended.exit, ended.ended_by) == (3, why)
     assert heard(house) == [("cli", "SIGINT")]
 
 
 async def test_cancelled_program_is_interrupted(house: House, program: Run) -> None:
-    """The cancellation goes on when it has tidied up."""
+    """The cancellation continues after the cleanup."""
     async with anyio.create_task_group() as group:
         group.start_soon(run_supervised, program(TIDIES, interrupt=True))
         await until((house.tree / "work" / "ready").exists)
@@ -169,7 +169,7 @@ async def test_cancelled_program_is_interrupted(house: House, program: Run) -> N
 
 @pytest.mark.extended_but_first
 async def test_leftover_process_is_not_mistaken_for_the_program(house: House, program: Run) -> None:
-    """A process without a parent, whoever looks after it now, gets SIGTERM when the program has ended."""
+    """An orphan process, whatever its new parent, gets SIGTERM when the program has ended."""
     source = """
 hear("cli", {INT: sys.exit})
 if os.fork() == 0:
@@ -191,12 +191,12 @@ wait()
     assert took < 5
 
 
-# Programs that do not end of it
+# Programs that continue
 
 
 @pytest.mark.extended_but_first
 async def test_continuing_program_is_terminated_after_half_of_the_grace_period(house: House, program: Run) -> None:
-    """It and its tool then get SIGTERM, and the rest of the grace."""
+    """It and its tool get SIGTERM, and the rest of the grace period."""
     source = """
 hear("cli", {TERM: sys.exit})
 if os.fork() == 0:
@@ -215,7 +215,7 @@ wait()
 
 @pytest.mark.extended_but_first
 async def test_program_that_ignores_signals_is_killed_after_the_grace_period(house: House, program: Run) -> None:
-    """To be interrupted gives no more time."""
+    """An interrupt adds no time."""
     source = "hear('cli', {})\nready()\nwait()"
     ended, took = await stopped(house, program(source, interrupt=True, grace=1))
     assert heard(house) == [("cli", "SIGINT"), ("cli", "SIGTERM")]
@@ -225,7 +225,7 @@ async def test_program_that_ignores_signals_is_killed_after_the_grace_period(hou
 
 # Wrappers
 
-#: A program in a session of its own, which needs a moment to save when it is told to end.
+#: A program in its own session that needs a moment to save on SIGTERM.
 BEHIND = """
 if os.fork() == 0:
     os.setsid()
@@ -241,7 +241,7 @@ MODES = pytest.mark.parametrize("interrupt", [False, True], ids=["terminated", "
 @pytest.mark.extended_but_first
 @MODES
 async def test_dying_wrapper_leaves_its_program_the_grace_period(house: House, program: Run, interrupt: bool) -> None:
-    """Of whichever signal it dies, its program gets SIGTERM at once, and can save."""
+    """Whatever signal kills the wrapper, its program gets SIGTERM at once, and can save."""
     ended, took = await stopped(house, program(DIES + BEHIND, interrupt=interrupt))
     assert heard(house) == [("program", "SIGTERM")]
     assert (house.tree / "work" / "last-word").exists()
@@ -252,7 +252,7 @@ async def test_dying_wrapper_leaves_its_program_the_grace_period(house: House, p
 @pytest.mark.extended_but_first
 @MODES
 async def test_wrapper_that_forwards_nothing_is_bypassed(house: House, program: Run, interrupt: bool) -> None:
-    """Its program gets SIGTERM all the same, and can save; the wrapper is killed."""
+    """Its program gets SIGTERM directly, and can save; the wrapper is killed."""
     ended, took = await stopped(house, program(IGNORES + BEHIND, interrupt=interrupt, grace=1))
     assert heard(house) == [("program", "SIGTERM")]
     assert (house.tree / "work" / "last-word").exists()
@@ -265,7 +265,7 @@ async def test_wrapper_that_forwards_nothing_is_bypassed(house: House, program: 
 async def test_program_that_ignores_signals_does_not_outlive_its_wrapper(
     house: House, program: Run, interrupt: bool
 ) -> None:
-    """The wrapper's end is not taken for its program's, which is killed after the grace."""
+    """The wrapper's end does not count as its program's end; that is killed after the grace period."""
     source = DIES + BEHIND.replace("save", "ready")
     ended, took = await stopped(house, program(source, interrupt=interrupt, grace=1))
     assert heard(house) == [("program", "SIGTERM")]
@@ -275,7 +275,7 @@ async def test_program_that_ignores_signals_does_not_outlive_its_wrapper(
 
 @pytest.mark.extended_but_first
 async def test_program_gets_one_interrupt_through_its_wrapper(house: House, program: Run) -> None:
-    """Not a second one of ours beside that which is passed on, which would tell many programs to end at once."""
+    """A second interrupt in addition to the forwarded one would make many programs exit at once."""
     source = """
 hear("wrapper", {INT: lambda: os.kill(behind, INT)})
 behind = os.fork()

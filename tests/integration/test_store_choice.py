@@ -1,4 +1,4 @@
-"""Which store a command works with: by flag, environment, file, or what the newest run's file said."""
+"""Which store a command uses: by option, environment, file, or the newest run's file."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _TASK = {"id": "one", "prompt": "write one.txt 1", "attempts": 1}
 
 
 def holds_a_log(folder: Path) -> bool:
-    """Whether a store in a folder was written to."""
+    """Return whether a store in a folder was written to."""
     return any(folder.glob("*/*.jsonl*"))
 
 
 @pytest.mark.extended
 @pytest.mark.parametrize("form", ["url", pytest.param("folder", marks=pytest.mark.slow)])
 def test_later_commands_use_the_store_of_the_newest_run(repository: Repository, tmp_path: Path, form: str) -> None:
-    """A store that only the file names is found without it, until a run's file names another."""
+    """A store named only by the file is used without the file, until a newer run names another."""
     elsewhere = tmp_path / "state of mine"
     named: dict[str, Any] = {"state": folder_url(elsewhere)} if form == "url" else {"state_dir": "state of mine"}
     ended = repository.council("run", str(repository.configure([_TASK], **named)), "--json")
@@ -45,7 +45,7 @@ def test_later_commands_use_the_store_of_the_newest_run(repository: Repository, 
 
 @pytest.mark.extended
 def test_option_overrides_environment_which_overrides_the_file(repository: Repository, tmp_path: Path) -> None:
-    """Each is used where nothing before it says otherwise, and a choice for once is not remembered."""
+    """Each source overrides the next ones, and an option is not remembered."""
     folders = {name: tmp_path / name for name in ("flag", "environment", "file")}
     path = repository.configure([_TASK], state=folder_url(folders["file"]))
     repository.environ["COUNCIL_STATE"] = folder_url(folders["environment"])
@@ -65,7 +65,7 @@ def test_option_overrides_environment_which_overrides_the_file(repository: Repos
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"file:///a\nfile:///b\n", b"file://[", b"a folder", None])
 def test_invalid_store_is_reported(repository: Repository, content: bytes | None) -> None:
-    """With the file, whatever became of it; a pipe is not waited for."""
+    """With the file, whatever replaced it; a pipe does not block."""
     (repository.top / ".council/state").mkdir(parents=True)
     chosen = repository.top / ".council/store"
     if content is None:
@@ -82,7 +82,7 @@ def test_invalid_store_is_reported(repository: Repository, content: bytes | None
 
 @pytest.mark.extended
 def test_run_continues_in_the_store_of_its_file(repository: Repository, tmp_path: Path) -> None:
-    """`resume` and `retry` need no file to find it."""
+    """`resume` and `retry` find it without the file."""
     path = repository.configure([_TASK | {"prompt": "exit 1"}], state_dir=str(tmp_path / "state"))
     assert repository.council("run", str(path)).code == 1
     assert repository.council("retry", "one").code == 0
@@ -93,7 +93,7 @@ def test_run_continues_in_the_store_of_its_file(repository: Repository, tmp_path
 
 @needs_sandbox
 def test_session_sees_no_store(repository: Repository, tmp_path: Path) -> None:
-    """What is recorded is hidden from sessions in another folder, too."""
+    """State in another folder is hidden from sessions, too."""
     store = tmp_path / "state"
     path = repository.configure(
         [_TASK], state_dir=str(store), adapters={"look": {"use": "command", "argv": ["sh", "-c", f"ls {store} >seen"]}}
@@ -106,7 +106,7 @@ def test_session_sees_no_store(repository: Repository, tmp_path: Path) -> None:
 
 @pytest.mark.extended
 def test_clean_keeps_hubs_of_runs_in_another_store(repository: Repository, tmp_path: Path) -> None:
-    """A run that one store knows is not left over because another does not know it."""
+    """A run of one store is not left over just because another store does not know it."""
     path = repository.configure([_TASK], state_dir=str(tmp_path / "state"))
     assert repository.council("run", str(path), failpoints="session.ended=kill").code == -signal.SIGKILL
     own = repository.configure([_TASK | {"prompt": "write two.txt 2"}])

@@ -1,4 +1,4 @@
-"""Whole stores from one to the other, and through a file: all of them or nothing, and the same at every moment."""
+"""Copies of whole stores, directly and through a file: complete or absent, equal at every position."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ SMALL = 1_500  # bytes of a segment
 
 @pytest.fixture
 def clock() -> ManualClock:
-    """The time of the tests."""
+    """Return the time of the tests."""
     return ManualClock()
 
 
 @pytest.fixture
 async def source(tmp_path: Path, clock: ManualClock) -> AsyncIterator[FileStore]:
-    """A store with documents that are deleted, expired and yet to expire, whose past is packed and thinned out."""
+    """Return a store with deleted, expired and unexpired documents, whose history is compressed and compacted."""
     async with FileStore.open(tmp_path / "source", clock, segment_bytes=SMALL) as store:
         first = [Write(GONE, 0, {"n": 0}), Write(BRIEF, 0, {"n": 0}, ttl=60), Write(LONG, 0, {"ü": 2**70}, ttl=1e6)]
         await store.commit(Commit(first, [Event("begun", {"n": 1})]))
@@ -66,7 +66,7 @@ Told = tuple[object, ...]
 
 
 async def told(store: Store) -> Told:
-    """Return all that a store tells, of each moment that it can tell of, and where it ends."""
+    """Return all that a store reports: its state at each readable position, and its end."""
     position = await store.position()
     moments = list[object]()
     for moment in range(position + 1):
@@ -99,12 +99,12 @@ def files(place: Path) -> set[str]:
 
 
 async def test_copy_there_and_back_is_equal(source: FileStore, tmp_path: Path, clock: ManualClock) -> None:
-    """From files to memory, to a file, to files: at each stop all is told as before, also to the next opener."""
+    """From files to memory, to a file, to files: each copy equals the source, also after reopening."""
     expected, memory = await told(source), MemoryStore(clock)
     copied = await copy_store(source, memory)
     assert (copied.position, copied.was_there) == (82, False)
     assert copied.first == (await source.compact(0.0, ALL)).first > 0
-    assert copied.documents == 2  # one was deleted, one has expired
+    assert copied.documents == 2  # one deleted, one expired
     assert await told(memory) == expected
     exported = await export_store(memory, tmp_path / "file", clock=clock)
     async with FileStore.open(tmp_path / "target", clock, segment_bytes=SMALL) as target:
@@ -125,7 +125,7 @@ async def test_copy_there_and_back_is_equal(source: FileStore, tmp_path: Path, c
 
 
 async def test_copied_segments_have_their_usual_size(source: FileStore, tmp_path: Path, clock: ManualClock) -> None:
-    """However many commits there are at once."""
+    """However many commits are copied at once."""
     async with FileStore.open(tmp_path / "target", clock, segment_bytes=SMALL) as target:
         await copy_store(source, target)
         found = [one.path(tmp_path / "target").stat() for one in list_segments(tmp_path / "target")]
@@ -135,7 +135,7 @@ async def test_copied_segments_have_their_usual_size(source: FileStore, tmp_path
 
 
 async def test_active_store_is_copied_as_of_a_moment(source: FileStore, tmp_path: Path, clock: ManualClock) -> None:
-    """Whoever commits goes on meanwhile, through another opening of the store, too; nothing is lost or half there."""
+    """Commits continue meanwhile, also by another opener of the store; nothing is lost or partial."""
     async with (
         FileStore.open(tmp_path / "source", clock) as other,
         FileStore.open(tmp_path / "target", clock) as target,
@@ -162,7 +162,7 @@ async def test_active_store_is_copied_as_of_a_moment(source: FileStore, tmp_path
 
 
 async def test_second_copy_is_a_no_op(source: FileStore, tmp_path: Path, clock: ManualClock) -> None:
-    """But neither one of another store, nor one that was committed to, nor one of a store that has gone on."""
+    """But not a copy of another store, or onto a store with later commits, or from a source that has continued."""
     async with FileStore.open(tmp_path / "target", clock) as target:
         copied = await copy_store(source, target)
         assert await copy_store(source, target) == replace(copied, was_there=True)
@@ -182,20 +182,20 @@ async def test_second_copy_is_a_no_op(source: FileStore, tmp_path: Path, clock: 
 
 
 class Forgetful(MemoryStore):
-    """A store that does not keep all that it is given."""
+    """A store that loses part of its input."""
 
     async def commit(self, commit: Commit) -> int:
         """See `Store.commit`."""
         return await super().commit(replace(commit, events=()))
 
     async def load(self, dump: object) -> None:
-        """Keep something else than what was dumped."""
+        """Store other data than was dumped."""
         async for commit in dump.commits:  # type: ignore[attr-defined]  # it is a dump
             await self.commit(Commit([Write(Key("x", str(commit.position)), 0, {})]))
 
 
 async def test_different_copy_is_reported(clock: ManualClock) -> None:
-    """A store that breaks its promise is found out."""
+    """A store that breaks its contract is detected."""
     source = MemoryStore(clock)
     await source.commit(Commit([Write(MUCH, 0, {})], [Event("e")]))
     with pytest.raises(StoreUnavailable, match="differs"):
@@ -203,7 +203,7 @@ async def test_different_copy_is_reported(clock: ManualClock) -> None:
 
 
 async def test_damaged_store_is_not_copied(tmp_path: Path, clock: ManualClock) -> None:
-    """Neither to a store nor to a file; repaired, it is, and tells the same."""
+    """Neither to a store nor to a file; after a repair it is copied, with an equal result."""
     async with FileStore.open(tmp_path / "source", clock, segment_bytes=600) as source:
         for number in range(20):
             await source.commit(Commit([Write(MUCH, number, {"n": number, "text": "x" * 50})]))
@@ -222,7 +222,7 @@ async def test_damaged_store_is_not_copied(tmp_path: Path, clock: ManualClock) -
 
 
 async def test_target_opened_by_another_process_is_rejected(tmp_path: Path, clock: ManualClock) -> None:
-    """Sees what was loaded, or wins by committing first."""
+    """It sees the loaded state, or makes the load fail by committing first."""
     async with (
         FileStore.open(tmp_path / "target", clock) as target,
         FileStore.open(tmp_path / "target", clock) as other,
@@ -266,7 +266,7 @@ anyio.run(main)
 
 
 def work(place: Path, failpoints: str = "", **limits: int) -> subprocess.CompletedProcess[bytes]:
-    """Copy `source` to `target` in a process of its own."""
+    """Copy `source` to `target` in a separate process."""
 
     def limit() -> None:
         for name, value in limits.items():
@@ -298,7 +298,7 @@ def work(place: Path, failpoints: str = "", **limits: int) -> subprocess.Complet
 async def test_killed_load_is_complete_or_absent(
     source: FileStore, tmp_path: Path, clock: ManualClock, failpoint: str, is_there: bool, opens: bool
 ) -> None:
-    """The store is empty or whole, to whoever has it open and to whoever comes; to copy it again succeeds."""
+    """For current and later openers; a second copy succeeds."""
     expected = await told(source)
     name, _, hit = failpoint.partition("@")
     async with FileStore.open(tmp_path / ("target" if opens else "elsewhere"), clock, segment_bytes=SMALL) as before:
@@ -319,7 +319,7 @@ async def test_killed_load_is_complete_or_absent(
 
 
 async def test_full_disk_loads_nothing(source: FileStore, tmp_path: Path, clock: ManualClock) -> None:
-    """The target stays empty, and takes it when there is room."""
+    """The target stays empty, and accepts the copy once there is space."""
     full = await anyio.to_thread.run_sync(lambda: work(tmp_path, RLIMIT_FSIZE=1_000))
     assert full.returncode == 1
     assert b"StoreUnavailable" in full.stderr
@@ -332,13 +332,13 @@ async def test_full_disk_loads_nothing(source: FileStore, tmp_path: Path, clock:
 
 @pytest.fixture
 async def exported(source: FileStore, tmp_path: Path, clock: ManualClock) -> Path:
-    """The file of a store."""
+    """Return the export of a store."""
     await export_store(source, tmp_path / "state.jsonl.zst", clock=clock)
     return tmp_path / "state.jsonl.zst"
 
 
 async def test_export_consists_of_readable_lines(exported: Path, clock: ManualClock) -> None:
-    """A header, commits and a footer whose checksum is that of the lines before."""
+    """A header, commits and a footer with the checksum of the lines before."""
     header, *commits, footer = map(json.loads, unpacked(exported))
     assert (header["format"], header["version"], header["position"], header["time"]) == (
         "council-state", 1, 82, clock.now(),
@@ -358,7 +358,7 @@ async def test_export_consists_of_readable_lines(exported: Path, clock: ManualCl
 
 
 async def refused(data: bytes, store: Store) -> str:
-    """Import something that is no whole export into an empty store; return why it is refused."""
+    """Import an incomplete export into an empty store; return the reason of the rejection."""
     with pytest.raises(RefusedError) as caught:
         await import_from_stream("FILE", lambda: io.BytesIO(data), store)
     assert await store.position() == 0
@@ -366,7 +366,7 @@ async def refused(data: bytes, store: Store) -> str:
 
 
 async def test_truncated_file_is_rejected(exported: Path, tmp_path: Path, clock: ManualClock) -> None:
-    """Wherever; and one with something behind its end, and none at all."""
+    """At any point; a file with trailing data, and an empty one, as well."""
     whole, store = exported.read_bytes(), MemoryStore(clock)
     for end in {*range(0, len(whole), 17), *range(len(whole) - 20, len(whole))}:
         told_why = await refused(whole[:end], store)
@@ -382,7 +382,7 @@ async def test_truncated_file_is_rejected(exported: Path, tmp_path: Path, clock:
 
 
 async def test_file_with_a_flipped_bit_is_rejected(exported: Path, clock: ManualClock) -> None:
-    """Whichever, but for the few that say nothing: with one of those all of it is what was written."""
+    """Any bit, except for the few without meaning: with one of those the content is unchanged."""
     whole, refusals = exported.read_bytes(), 0
     for place in range(0, len(whole), 5):
         store, flipped = MemoryStore(clock), bytearray(whole)
@@ -404,7 +404,7 @@ def packed(lines: Sequence[bytes]) -> bytes:
 
 
 async def test_file_that_is_no_export_is_rejected(exported: Path, clock: ManualClock) -> None:
-    """Each for its own reason."""
+    """Each with its own reason."""
     lines, store = unpacked(exported), MemoryStore(clock)
     header, footer = json.loads(lines[0]), json.loads(lines[-1])
     newer = json.dumps({**header, "version": 2, "more": True}).encode() + b"\n"
@@ -449,7 +449,7 @@ async def test_file_that_is_no_export_is_rejected(exported: Path, clock: ManualC
 async def test_unusable_content_is_rejected(
     changes: dict[str, Any], told: str, tmp_path: Path, clock: ManualClock
 ) -> None:
-    """Though the file's own checksum is right; nothing of it is in the store then."""
+    """Even with a valid checksum; nothing of it is in the store then."""
     document = {"kind": "task", "id": "a", "version": 1, "value": {}, "expires": None, "previous": 0}
     commit = {"position": 1, "time": 0.0, "by": "x", "events": [], **changes}
     commit["documents"] = [document | one for one in changes.get("documents", [])]
@@ -486,7 +486,7 @@ except RefusedError as error:
 
 @pytest.mark.parametrize("line", [b"\n", pytest.param(b"x", marks=pytest.mark.slow)])
 def test_decompression_bomb_takes_bounded_memory(tmp_path: Path, line: bytes) -> None:
-    """Neither many empty lines, of which each is an object for us, nor one that does not end."""
+    """Neither many empty lines, each an object in memory, nor one endless line."""
     packer = zstandard.ZstdCompressor().compressobj()
     part = line * (1 << 20)
     (tmp_path / "bomb").write_bytes(b"".join(packer.compress(part) for _ in range(300)) + packer.flush())
@@ -497,7 +497,7 @@ def test_decompression_bomb_takes_bounded_memory(tmp_path: Path, line: bytes) ->
 
 
 async def test_file_is_replaced_only_by_force(exported: Path, source: FileStore, tmp_path: Path) -> None:
-    """And a folder never; nothing is left beside it."""
+    """And a folder never; nothing is left next to it."""
     before = exported.read_bytes()
     with pytest.raises(RefusedError, match="--force"):
         await export_store(source, exported)
@@ -508,7 +508,7 @@ async def test_file_is_replaced_only_by_force(exported: Path, source: FileStore,
     assert exported.stat().st_mode & 0o777 == 0o600
     with pytest.raises(RefusedError, match="is a folder"):
         await export_store(source, tmp_path / "source", force=True)
-    os.mkfifo(tmp_path / "pipe")  # as /dev/null, which root could replace
+    os.mkfifo(tmp_path / "pipe")  # such as /dev/null, which root could replace
     with pytest.raises(RefusedError, match="is not a regular file"):
         await export_store(source, tmp_path / "pipe", force=True)
     assert (tmp_path / "pipe").is_fifo()
@@ -521,7 +521,7 @@ async def test_file_is_replaced_only_by_force(exported: Path, source: FileStore,
 
 
 async def test_failed_export_leaves_nothing(source: FileStore, tmp_path: Path) -> None:
-    """Nor does one whose place was taken meanwhile take it back."""
+    """Nor does it remove a file that another process created meanwhile."""
 
     class Full(io.BytesIO):
         def write(self, data: object) -> int:
@@ -538,7 +538,7 @@ async def test_failed_export_leaves_nothing(source: FileStore, tmp_path: Path) -
 async def test_place_taken_meanwhile_is_not_overwritten(
     source: FileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who came first stays."""
+    """The first file stays."""
     place = tmp_path / "file"
 
     async def export_and_lose(store: Store, stream: IO[bytes], time: float) -> CopyResult:
@@ -553,7 +553,7 @@ async def test_place_taken_meanwhile_is_not_overwritten(
 
 
 async def test_stores_have_several_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A URL, or the path of a folder, as text or not."""
+    """A URL, or the path of a folder, as text or a Path."""
     monkeypatch.chdir(tmp_path)
     async with open_store("made") as store:
         await store.commit(Commit(events=[Event("e")]))

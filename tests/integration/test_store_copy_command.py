@@ -1,4 +1,4 @@
-"""`council state copy`, `export` and `import` on a run that was made up, and beside one that is at work."""
+"""`council state copy`, `export` and `import` on a made-up run, and during an active one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.waiting import wait_for
 
 @pytest.fixture
 async def project(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> Repository:
-    """A repository in which the run is recorded."""
+    """Return a repository with the recorded run."""
     async with recorded_project(repository.top, monkeypatch):
         pass
     return repository
@@ -37,7 +37,7 @@ def log_of(repository: Repository, *words: str) -> str:
 
 
 async def test_state_is_copied_from_folder_to_file_to_folder(project: Repository, tmp_path: Path) -> None:
-    """Each says how much it was; the log of the last is that of the first."""
+    """Each command prints the size; the last log equals the first."""
     copied = project.council("state", "copy", ".council/state", str(tmp_path / "copy"), "--json").result
     assert (copied["position"], copied["first"], copied["commits"], copied["documents"]) == (11, 0, 11, 9)
     assert (copied["packed_bytes"], copied["ratio"], copied["was_there"]) == (None, None, False)
@@ -57,7 +57,7 @@ async def test_state_is_copied_from_folder_to_file_to_folder(project: Repository
 
 @pytest.mark.extended
 async def test_state_is_copied_through_a_pipe(project: Repository, tmp_path: Path) -> None:
-    """What is told does not get into what is sent on; half of it is refused."""
+    """Messages do not mix with the data; a truncated stream is rejected."""
     council = [sys.executable, "-m", "orchestrator.cli.main", "state"]
     sent = subprocess.run(
         [*council, "export", "-", "--json"], cwd=project.top, env=project.environ, capture_output=True, check=True
@@ -77,12 +77,12 @@ async def test_state_is_copied_through_a_pipe(project: Repository, tmp_path: Pat
         f"{' '.join(council)} export - | true; exit ${{PIPESTATUS[0]}}",
         cwd=project.top, env=project.environ, shell=True, executable="/bin/bash", capture_output=True, check=False,
     )  # fmt: skip
-    assert gone.returncode in {0, 2}, gone  # it may all have fitted into the pipe
+    assert gone.returncode in {0, 2}, gone  # it may all have fitted into the pipe buffer
     assert b"Traceback" not in gone.stderr
 
 
 async def test_impossible_copy_is_rejected(project: Repository, tmp_path: Path) -> None:
-    """With what would be right, and nothing changed."""
+    """With a remedy, and nothing changed."""
     (tmp_path / "other").mkdir()
     (project.top / "file").write_text("mine")
     (project.top / "text").write_text("no export\n")
@@ -113,7 +113,7 @@ async def test_impossible_copy_is_rejected(project: Repository, tmp_path: Path) 
 
 
 async def test_copy_needs_a_place_for_its_own_store(project: Repository, tmp_path: Path) -> None:
-    """Neither loaded; and nothing is made or changed there."""
+    """Neither loaded; nothing is created or changed there."""
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "file").write_text("mine")
@@ -147,7 +147,7 @@ async def test_copy_needs_a_place_for_its_own_store(project: Repository, tmp_pat
 
 @pytest.mark.parametrize("is_there", [True, False])
 async def test_rejected_copy_leaves_nothing(project: Repository, tmp_path: Path, *, is_there: bool) -> None:
-    """Neither the folder that was made nor what is in that of any store; an empty one stays empty."""
+    """Neither a new folder nor new files in an existing one; an empty one stays empty."""
     (project.top / "text").write_text("no export\n")
     target = tmp_path / "new" / "folder"
     if is_there:
@@ -161,7 +161,7 @@ async def test_rejected_copy_leaves_nothing(project: Repository, tmp_path: Path,
 
 
 async def test_damage_is_not_copied(project: Repository, tmp_path: Path) -> None:
-    """But what was made of it by a repair."""
+    """The repaired state is copied instead."""
     segment = next((project.top / ".council/state").glob("*/*.jsonl"))
     segment.write_bytes(segment.read_bytes().replace(b'"landed":"4f0c2d1e9b', b'"landed":"000000000b', 1))
     for words in (["copy", ".council/state", str(tmp_path / "copy")], ["export", "file"]):
@@ -177,7 +177,7 @@ async def test_damage_is_not_copied(project: Repository, tmp_path: Path) -> None
 
 @pytest.mark.extended
 async def test_active_run_can_be_copied(repository: Repository, tmp_path: Path) -> None:
-    """Which goes on and lands; the copy is one of its moments."""
+    """It continues and lands; the copy is one of its states."""
     child = repository.start("run", str(repository.configure([{"id": "a", "prompt": "write a.txt a\nhang"}])))
     wait_for((repository.top / ".council/state/identity").exists)
     wait_for(lambda: '"task.started"' in log_of(repository), 60)
@@ -192,7 +192,7 @@ async def test_active_run_can_be_copied(repository: Repository, tmp_path: Path) 
 
 
 async def test_copy_works_from_python(project: Repository, tmp_path: Path) -> None:
-    """The same by methods."""
+    """The methods do the same as the commands."""
     async with Council.open(project.top, environ=project.environ) as council:
         exported = await council.state.export_to(str(tmp_path / "file"))
         with pytest.raises(RefusedError, match="not empty"):
@@ -205,7 +205,7 @@ async def test_copy_works_from_python(project: Repository, tmp_path: Path) -> No
 
 
 async def _another(folder: Path, council: Council) -> Path:
-    """Return an export of a store that is not the council's."""
+    """Return an export of a store of another program."""
     async with FileStore.open(ensure_log(folder / "else", council_home(os.environ)), SystemClock()) as store:
         await store.commit(Commit(events=[Event("else")]))
     async with Council.open(council.project.top, state=(folder / "else").as_uri()) as other:
@@ -214,7 +214,7 @@ async def _another(folder: Path, council: Council) -> Path:
 
 
 def test_imported_state_is_not_part_of_the_repository(repository: Repository, tmp_path: Path) -> None:
-    """Git is told to leave it out where it becomes the project's, before any run."""
+    """git ignores it once it becomes the project's state, before any run."""
     assert repository.council("run", str(repository.configure([{"id": "a", "prompt": "write a.txt a"}]))).code == 0
     assert repository.council("state", "export", str(tmp_path / "file")).code == 0
     new = tmp_path / "new"
@@ -228,7 +228,7 @@ def test_imported_state_is_not_part_of_the_repository(repository: Repository, tm
 
 
 async def test_unreadable_documents_are_reported(project: Repository, tmp_path: Path) -> None:
-    """They are copied as they are; each command names them, with the flaw and the fix."""
+    """They are copied unchanged; each command names them, with the defect and the fix."""
     key, flaw = f"task/{RUN}/api", "progress: extra inputs are not permitted"
     async with Council.open(project.top, environ=project.environ) as council:
         await update_document(

@@ -1,4 +1,4 @@
-"""Standard streams, files and a machine as they should not be: a message and a code, never a traceback."""
+"""Broken streams, files and machines give a message and an exit code, never a traceback."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def through_shell(repository: Repository, arguments: str, **variables: str) -> C
     "closed", ["<&- >&- 2>&-", *(pytest.param(one, marks=pytest.mark.slow) for one in ("<&-", ">&-", "2>&-"))]
 )
 async def test_closed_streams_do_no_harm(repository: Repository, closed: str) -> None:
-    """A run without streams lands, and nothing that was printed has gone into a file that it opened."""
+    """A run without streams lands, and no output has gone into a file that it opened."""
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
     ended = through_shell(repository, f"run {config} {closed}")
     assert (ended.code, ended.stderr) == (0, "")
@@ -45,14 +45,14 @@ async def test_closed_streams_do_no_harm(repository: Repository, closed: str) ->
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is full")
 @pytest.mark.parametrize(("command", "code"), [("validate council.yaml", 1), ("--help", 1)])
 def test_incomplete_output_is_reported(repository: Repository, command: str, code: int) -> None:
-    """What a disk without room cut off is not passed for whole."""
+    """Output truncated by a full disk does not count as complete."""
     repository.configure([{"id": "one", "prompt": "write one.txt 1"}]).rename(repository.top / "council.yaml")
     ended = through_shell(repository, f"{command} >/dev/full")
     assert ended == CommandResult(code, "", f"council: standard output can't be written: {os.strerror(errno.ENOSPC)}\n")
 
 
 def test_terminal_without_unicode_works(repository: Repository) -> None:
-    """What its encoding lacks is printed as escapes."""
+    """Missing characters are printed as escapes."""
     ended = through_shell(repository, "adapters", PYTHONIOENCODING="ascii")
     assert ended.code == 0, ended
     assert ended.stdout.isascii()
@@ -77,7 +77,7 @@ def test_missing_git_is_reported(repository: Repository, tmp_path: Path, command
     "command", ["validate", *(pytest.param(one, marks=pytest.mark.slow) for one in ("doctor", "run --dry-run"))]
 )
 def test_pipe_in_place_of_the_file_does_not_hang(repository: Repository, command: str) -> None:
-    """A repository may bring anything under the name that is looked for."""
+    """A repository may contain anything under the default file name."""
     os.mkfifo(repository.top / "council.yaml")
     ended = through_shell(repository, command)
     assert ended.code in {1, 2}, ended
@@ -85,7 +85,7 @@ def test_pipe_in_place_of_the_file_does_not_hang(repository: Repository, command
 
 
 def test_refused_system_calls_are_no_internal_error() -> None:
-    """It is told with its place and a remedy; anything else may be our fault."""
+    """With its position and a remedy; other exceptions may be internal errors."""
     refused = to_permission_refusal(PermissionError(errno.EACCES, "Permission denied", "/home/.council"))
     assert isinstance(refused, RefusedError)
     assert str(refused) == "/home/.council: permission denied: give yourself access to it"
@@ -99,7 +99,7 @@ def test_refused_system_calls_are_no_internal_error() -> None:
     ["status", "run --task x", *(pytest.param(one, marks=pytest.mark.slow) for one in ("init", "doctor", "clean"))],
 )
 def test_deleted_current_folder_is_reported(repository: Repository, command: str) -> None:
-    """Somebody else may have removed it while the shell stands in it."""
+    """Another process may have removed it under the shell."""
     program = Path(sys.executable).with_name("council")
     done = subprocess.run(
         ["/bin/sh", "-c", f'mkdir gone; cd gone; rmdir ../gone; exec "{program}" {command}'],

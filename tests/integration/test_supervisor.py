@@ -1,4 +1,4 @@
-"""The supervisor against real programs that misbehave in every way that was seen in real CLIs."""
+"""The supervisor against real programs that misbehave in every way seen in real CLIs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LINUX_ONLY = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has 
 
 @pytest.fixture(autouse=True, params=["started", "forked"])
 async def _way(request: pytest.FixtureRequest) -> AsyncIterator[None]:
-    """Each supervisor is a program that is started, or is forked from one."""
+    """Run each test with a spawned and with a forked supervisor."""
     if request.param == "started":
         yield
     else:
@@ -50,7 +50,7 @@ async def _way(request: pytest.FixtureRequest) -> AsyncIterator[None]:
 
 @pytest.fixture(autouse=True)
 def _no_survivors(tmp_path: Path) -> Iterator[None]:
-    """Every program of these tests has the test's folder in its argv: none may be left, pass or fail."""
+    """Check that no program of the test is left: each has the test's folder in its argv."""
     yield
     survivors = [process for process in psutil.process_iter(["cmdline"]) if _belongs(process, tmp_path)]
     for process in survivors:
@@ -64,7 +64,7 @@ def _belongs(process: psutil.Process, folder: Path) -> bool:
 
 @pytest.fixture
 def agent(tmp_path: Path) -> Agent:
-    """Make the command that runs a Python program, its first argument being the test's folder."""
+    """Return the command that runs a Python program with the test's folder as its first argument."""
 
     def make(source: str, **changes: Any) -> SupervisedCommand:
         script = tmp_path / "agent.py"
@@ -89,12 +89,12 @@ def agent(tmp_path: Path) -> Agent:
 async def until(condition: Callable[[], object], within: float = 20) -> None:
     deadline = time.monotonic() + within
     while not condition():
-        assert time.monotonic() < deadline, f"did not come true in {within} s"
+        assert time.monotonic() < deadline, f"condition not reached within {within} s"
         await anyio.sleep(0.005)
 
 
 def supervisors() -> list[psutil.Process]:
-    """Return our children, and instead of the one that forks supervisors its children."""
+    """Return our children, with the fork server replaced by its children."""
     found: list[psutil.Process] = []
     for child in child_processes():
         found += child.children() if "serve()" in "".join(child.cmdline()) else [child]
@@ -102,7 +102,7 @@ def supervisors() -> list[psutil.Process]:
 
 
 async def none_is_left() -> None:
-    """Wait for the end of what has just told its end; a zombie would stay."""
+    """Wait for a process that has just reported its end; a zombie would stay."""
     await until(lambda: not supervisors(), within=2)
 
 
@@ -127,7 +127,7 @@ def is_free(lock: Path) -> bool:
 
 
 async def stopped_once(command: SupervisedCommand, ready: Callable[[], object]) -> float:
-    """Run `command`, cancel it when `ready()`, and return how many seconds the cancellation took."""
+    """Run `command`, cancel it when `ready()`, and return the seconds that the cancellation took."""
     cancelled_at = 0.0
     async with anyio.create_task_group() as group:
         group.start_soon(run_supervised, command)
@@ -137,11 +137,11 @@ async def stopped_once(command: SupervisedCommand, ready: Callable[[], object]) 
     return time.monotonic() - cancelled_at
 
 
-# What a well-behaved program sees
+# A well-behaved program
 
 
 async def test_exit_and_output_of_a_program_are_reported(agent: Agent, tmp_path: Path) -> None:
-    """Its exit code, what it wrote and where, and that nothing had to be killed."""
+    """Its exit code, its output and the path of it, and that nothing had to be killed."""
     command = agent("print('out'); print('err', file=sys.stderr); sys.exit(3)")
     assert await run_supervised(command) == SupervisedExit(3, None, "exit", None, 4, 4, 0, None)
     assert (tmp_path / "stdout").read_bytes() == b"out\n"
@@ -149,13 +149,13 @@ async def test_exit_and_output_of_a_program_are_reported(agent: Agent, tmp_path:
 
 
 async def test_program_ended_by_a_signal_is_reported_as_such(agent: Agent) -> None:
-    """A crash is told from an exit."""
+    """A crash is distinguished from an exit."""
     ended = await run_supervised(agent("os.kill(os.getpid(), signal.SIGSEGV)"))
     assert (ended.exit, ended.signal, ended.ended_by) == (None, signal.SIGSEGV, "exit")
 
 
 async def test_prompt_is_the_input_of_the_program(agent: Agent, tmp_path: Path) -> None:
-    """A prompt file arrives on standard input byte for byte; without one there is nothing to read."""
+    """A prompt file arrives on standard input byte for byte; without one the input is empty."""
     prompt = tmp_path / "prompt"
     prompt.write_bytes(b"-x\xff\n" * 100_000)
     echo = "sys.stdout.buffer.write(sys.stdin.buffer.read())"
@@ -165,7 +165,7 @@ async def test_prompt_is_the_input_of_the_program(agent: Agent, tmp_path: Path) 
 
 
 async def test_program_starts_with_clean_signals_and_descriptors(agent: Agent, tmp_path: Path) -> None:
-    """Exactly the given environment (however large), the usual umask and signals, no stray descriptors."""
+    """Exactly the given environment (however large), the default umask and signals, no other descriptors."""
     env = {"LC_ALL": "C.UTF-8", "BIG": "x" * 100_000, "MORE": "y" * 100_000, "ODD": "caf\udce9 \n"}
     source = """
 print({key: len(value) for key, value in os.environb.items()} | {b"ODD": os.environb[b"ODD"]})
@@ -198,13 +198,13 @@ async def test_broken_pipe_ends_a_program_as_usual(tmp_path: Path, agent: Agent)
 
 
 async def test_program_that_asks_the_terminal_fails_immediately(agent: Agent, tmp_path: Path) -> None:
-    """There is no terminal, so that a question is an error and not an endless wait."""
+    """Without a terminal a question is an error, not an endless wait."""
     ended = await run_supervised(agent("os.open('/dev/tty', os.O_RDWR)"))
     assert ended.exit == 1
     assert "/dev/tty" in (tmp_path / "stderr").read_text()
 
 
-# What can't be started
+# Programs that can't start
 
 
 @pytest.mark.parametrize(
@@ -223,13 +223,13 @@ async def test_program_that_asks_the_terminal_fails_immediately(agent: Agent, tm
 async def test_unstartable_program_is_reported_with_the_reason(
     agent: Agent, change: dict[str, object], why: str
 ) -> None:
-    """A missing program, folder or file is a fact about the session, not a crash."""
+    """A missing program, folder or file is an outcome of the session, not a crash."""
     assert await run_supervised(agent("", **change)) == SupervisedExit(None, None, "exit", why, 0, 0, 0, None)
 
 
 @LINUX_ONLY
 async def test_exhausted_machine_is_distinguished_from_a_missing_program(agent: Agent, tmp_path: Path) -> None:
-    """Out of descriptors another try may help, which it does not for a program that is missing."""
+    """After descriptors ran out a retry may help; for a missing program it does not."""
     assert not (await run_supervised(agent("", argv=["no-such-program"]))).exhausted
     command = agent("open('ran', 'w')")
     ended: list[SupervisedExit] = []
@@ -237,7 +237,7 @@ async def test_exhausted_machine_is_distinguished_from_a_missing_program(agent: 
     async def run() -> None:
         ended.append(await run_supervised(command))
 
-    # While the lock is held the supervisor waits, and can be caught before it opens anything else.
+    # The supervisor waits for the lock, and can be caught before it opens anything else.
     with command.lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         async with anyio.create_task_group() as group:
@@ -259,7 +259,7 @@ def _has_open(process: psutil.Process, path: Path) -> bool:
 
 @pytest.mark.extended_but_first
 async def test_session_does_not_start_next_to_an_earlier_one(agent: Agent, tmp_path: Path) -> None:
-    """While something still holds the session's lock, the CLI is not run a second time."""
+    """While the session's lock is held, the CLI is not run a second time."""
     command = agent("open('ran', 'w')")
     with command.lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -269,18 +269,17 @@ async def test_session_does_not_start_next_to_an_earlier_one(agent: Agent, tmp_p
     assert not (tmp_path / "ran").exists()
 
 
-# How it ends
+# Ends
 
 
 async def test_slow_program_is_ended(agent: Agent) -> None:
-    """The wall-clock limit is enforced with SIGTERM, and said."""
+    """SIGTERM enforces the wall-clock limit, and the result reports it."""
     ended = await run_supervised(agent("time.sleep(300)", timeout=0.2))
     assert (ended.exit, ended.signal, ended.ended_by) == (None, signal.SIGTERM, "timeout")
 
 
 @pytest.mark.extended_but_first
 async def test_program_that_ignores_sigterm_is_killed_after_the_grace_period(agent: Agent) -> None:
-    """No program outlasts its limit by more than the grace."""
     began = time.monotonic()
     ended = await run_supervised(
         agent("signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(300)", timeout=0.5, grace=0.3)
@@ -301,7 +300,7 @@ while True: time.sleep(0.05)  # Python sees a signal that comes just before a sl
 
 
 async def test_stopped_program_can_save_its_work(agent: Agent, tmp_path: Path) -> None:
-    """A cancelled session's program gets SIGTERM first and is waited for, but not longer than it needs."""
+    """Its program gets SIGTERM first, and the wait ends when it does."""
     took = await stopped_once(agent(LAST_WORD), (tmp_path / "ready").exists)
     assert (tmp_path / "last-word").read_text() == "saved"
     assert took < 5
@@ -309,7 +308,7 @@ async def test_stopped_program_can_save_its_work(agent: Agent, tmp_path: Path) -
 
 @LINUX_ONLY
 async def test_wrapper_that_ends_first_leaves_the_program_its_grace_period(agent: Agent, tmp_path: Path) -> None:
-    """Some CLIs are a loader that dies of SIGTERM while the real program, in a session of its own, cleans up."""
+    """Some CLIs are a loader that dies of SIGTERM while the real program, in its own session, cleans up."""
     source = "if os.fork(): time.sleep(300)\nos.setsid()\n" + LAST_WORD.replace(
         "    with", "    time.sleep(0.2)\n    with"
     )
@@ -341,7 +340,7 @@ async def test_leftover_processes_are_killed_and_counted(agent: Agent, tmp_path:
 
 @LINUX_ONLY
 async def test_fast_forking_process_does_not_escape(agent: Agent, tmp_path: Path) -> None:
-    """Stopping comes before killing: a program that jumps from pid to pid is caught all the same."""
+    """Processes are stopped before they are killed, so a program that forks from pid to pid is caught, too."""
     source = """
 end = time.monotonic() + 90  # in case nobody catches it
 if os.fork() == 0:
@@ -355,12 +354,12 @@ time.sleep(0.2)
     ended = await run_supervised(agent(source))
     assert (ended.exit, ended.ended_by) == (0, "exit")
     assert ended.killed >= 16
-    assert time.monotonic() - began < 80  # they were caught, and did not end by themselves
+    assert time.monotonic() - began < 80  # they were killed, and did not end by themselves
 
 
 @LINUX_ONLY
 async def test_foreign_holder_of_the_output_does_not_delay_the_end(agent: Agent, tmp_path: Path) -> None:
-    """The end of a pipe is never waited for: someone outside of the session may have it open, and write to it."""
+    """The end of the pipe is not awaited: a process outside of the session may have it open, and write to it."""
     source = "open('pid.new', 'w').write(str(os.getpid())); os.rename('pid.new', 'pid')\n"
     source += "while not os.path.exists('go'): time.sleep(0.01)"
     strangers: list[subprocess.Popen[bytes]] = []
@@ -402,7 +401,7 @@ open("ticks", "w").write(str(spent() - before))
 
 @pytest.mark.extended_but_first
 async def test_silent_program_is_ended(agent: Agent, tmp_path: Path) -> None:
-    """One that says nothing and changes nothing is stopped long before its limit, and it is said why."""
+    """A program without output and changes is stopped long before its limit, with that reason."""
     (tmp_path / "tree").mkdir()
     began = time.monotonic()
     command = agent("print('at work', flush=True)\n" + LAST_WORD, idle_timeout=1.0, watched=(tmp_path / "tree",))
@@ -415,7 +414,7 @@ async def test_silent_program_is_ended(agent: Agent, tmp_path: Path) -> None:
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("sign", ["os.utime('tree/deep/file', (1, 1))", "print('.', flush=True)"])
 async def test_program_with_activity_continues(agent: Agent, tmp_path: Path, sign: str) -> None:
-    """A change deep in a watched folder counts as much as output does, whatever time the file claims."""
+    """A change deep in a watched folder counts like output, whatever time the file claims."""
     (tmp_path / "tree" / "deep").mkdir(parents=True)
     (tmp_path / "tree" / "deep" / "file").touch()
     source = f"end = time.monotonic() + 4\nwhile time.monotonic() < end: {sign}; time.sleep(0.05)"
@@ -425,7 +424,7 @@ async def test_program_with_activity_continues(agent: Agent, tmp_path: Path, sig
 
 @pytest.mark.extended_but_first
 async def test_unwatchable_folder_ends_nothing(agent: Agent, tmp_path: Path) -> None:
-    """What can't be seen is no proof of silence; the wall-clock limit remains."""
+    """An unreadable folder is no proof of silence; the wall-clock limit remains."""
     command = agent("time.sleep(300)", idle_timeout=0.2, watched=(tmp_path / "gone",), timeout=1.5)
     assert (await run_supervised(command)).ended_by == "timeout"
 
@@ -437,7 +436,7 @@ SECRETS = r"sk-[A-Za-z0-9]{20,}|(?i:bearer) \S{10,}"
 
 
 async def test_secrets_do_not_reach_the_disk(agent: Agent, tmp_path: Path) -> None:
-    """However a secret is cut into writes, and whether the line ever ends, it is replaced; the count is of all."""
+    """However a secret is split into writes, and whether the line ever ends, it is redacted; the count is of all."""
     source = """
 secret = b"sk-" + b"a1" * 15
 for number in range(len(secret)):
@@ -452,7 +451,7 @@ os.write(2, b"x" * 300_000 + b" Bearer 0123456789 " + b"y" * 300_000)
 
 
 async def test_complete_lines_are_read_while_the_program_runs(agent: Agent, tmp_path: Path) -> None:
-    """Who follows the file sees each line as soon as it is whole."""
+    """A follower of the file sees each line as soon as it is complete."""
     source = "os.write(1, b'whole\\nhalf')\nwhile not os.path.exists('go'): time.sleep(0.01)"
     async with anyio.create_task_group() as group:
         group.start_soon(run_supervised, agent(source, redact=SECRETS))
@@ -463,7 +462,7 @@ async def test_complete_lines_are_read_while_the_program_runs(agent: Agent, tmp_
 
 @pytest.mark.parametrize("lead", range(0, 60, 6))
 async def test_half_a_secret_at_a_gap_is_removed(agent: Agent, tmp_path: Path, lead: int) -> None:
-    """Where the middle of the output is left out, neither side keeps a part of a secret; all bytes are counted."""
+    """Where the middle of the output is omitted, neither side keeps a part of a secret; all bytes are counted."""
     source = f"""
 os.write(1, b"-" * {lead})
 for _ in range(100): os.write(1, (b"sk-" + b"A" * 55 + b"\\n") * 1000)
@@ -480,7 +479,7 @@ for _ in range(100): os.write(1, (b"sk-" + b"A" * 55 + b"\\n") * 1000)
 
 
 async def test_omitted_output_starts_and_ends_with_no_part_of_a_key(agent: Agent, tmp_path: Path) -> None:
-    """A private key that is cut by the gap is gone from both sides."""
+    """A private key cut by the gap is removed from both sides."""
     source = """
 begin, end = (b"-----" + word + b" RSA PRIVATE KEY-----\\n" for word in (b"BEGIN", b"END"))
 key = begin + b"MIIEvQIBADANBgkqhkiG\\n" * 100 + end
@@ -507,7 +506,7 @@ async def test_invalid_pattern_starts_nothing(agent: Agent, tmp_path: Path) -> N
 @pytest.mark.extended_but_first
 @LINUX_ONLY
 async def test_output_flood_is_truncated_in_the_middle_with_bounded_memory(agent: Agent, tmp_path: Path) -> None:
-    """Of 1 GiB the first bytes and the last MiB are kept, with the number of those left out between them."""
+    """Of 1 GiB the first bytes and the last MiB are kept, with the omitted count between them."""
     source = """
 chunk = b"x" * (1 << 20)
 for _ in range(1024): os.write(1, chunk)
@@ -527,7 +526,7 @@ open("peak", "w").write(peak[0].split()[1])
 
 
 async def test_output_between_the_cap_and_the_tail_is_complete(agent: Agent, tmp_path: Path) -> None:
-    """A line of 3 MB that is neither text nor ends is kept byte for byte."""
+    """A binary line of 3 MB without an end is kept byte for byte."""
     line = b"\xff\xfe\x00\r" * 750_000
     ended = await run_supervised(agent("os.write(2, b'\\xff\\xfe\\0\\r' * 750_000)", cap=2 * MIB))
     assert ended.stderr_bytes == len(line)
@@ -535,7 +534,7 @@ async def test_output_between_the_cap_and_the_tail_is_complete(agent: Agent, tmp
 
 
 async def test_output_on_a_full_disk_is_reported_and_the_program_continues(agent: Agent, tmp_path: Path) -> None:
-    """A full disk loses output, which is said, but not the session."""
+    """A full disk loses output, which is reported, but not the session."""
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
     ended = await run_supervised(agent("print('x' * 100_000); open('done', 'w')", stdout=Path("/dev/full")))
@@ -578,7 +577,7 @@ anyio.run(run_supervised, SupervisedCommand(
 @pytest.mark.extended_but_first
 @LINUX_ONLY
 async def test_killed_orchestrator_leaves_no_process(agent: Agent, tmp_path: Path) -> None:
-    """After kill -9 of ours, what ignores, detaches, clears its environment dies within 2 s, then the lock is free."""
+    """After kill -9 of the orchestrator, stubborn, detached and environment-clearing processes die within 2 s."""
     command = agent(NASTY)
     growing = [tmp_path / f"grows-{name}" for name in ("cli", "a", "b")]
     orchestrator = subprocess.Popen([sys.executable, "-c", ORCHESTRATOR, str(tmp_path)])
@@ -602,7 +601,7 @@ async def test_killed_orchestrator_leaves_no_process(agent: Agent, tmp_path: Pat
 
 @LINUX_ONLY
 async def test_stop_ends_everything_after_the_grace_period(agent: Agent, tmp_path: Path) -> None:
-    """Cancellation leaves nothing alive even of a program that will not end."""
+    """Even of a program that ignores signals."""
     growing = [tmp_path / f"grows-{name}" for name in ("cli", "a", "b")]
     command = agent(NASTY, grace=0.2)
     took = await stopped_once(command, lambda: all(path.exists() and path.stat().st_size for path in growing))
@@ -612,7 +611,7 @@ async def test_stop_ends_everything_after_the_grace_period(agent: Agent, tmp_pat
 
 
 async def test_session_lock_is_held_while_the_session_lives(agent: Agent, tmp_path: Path) -> None:
-    """Whoever waits for the lock goes on only when nothing of the session is left."""
+    """A waiter for the lock continues only when nothing of the session is left."""
     command = agent("open('ready', 'w')\nwhile not os.path.exists('go'): time.sleep(0.01)\nopen('done', 'w')")
     async with anyio.create_task_group() as group:
         group.start_soon(run_supervised, command)
@@ -625,12 +624,12 @@ async def test_session_lock_is_held_while_the_session_lives(agent: Agent, tmp_pa
 
 
 async def test_session_that_never_started_is_released(tmp_path: Path) -> None:
-    """Where no lock was ever made there is nothing to wait for, and none is made."""
+    """Without a lock file there is nothing to wait for, and none is created."""
     await wait_until_released(tmp_path / "never" / "task.lock", timeout=0)
 
 
 async def test_lock_removed_during_the_check_has_no_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another process sees to the same session, and is done in between."""
+    """Another process cleans up the same session, and finishes meanwhile."""
     lock = tmp_path / "session" / "lock"
     lock.parent.mkdir()
     lock.touch()
@@ -651,7 +650,7 @@ async def test_lock_removed_during_the_check_has_no_holder(tmp_path: Path, monke
     "delay", [0, 0.02, 0.06, *(pytest.param(one, marks=pytest.mark.slow) for one in (0.005, 0.01, 0.03, 0.04))]
 )
 async def test_cancellation_during_the_start_leaves_nothing(agent: Agent, delay: float) -> None:
-    """However early the cancellation comes, afterwards nothing lives, no descriptor is open, no zombie is left."""
+    """However early it comes: no process, open descriptor or zombie."""
     command = agent("time.sleep(300)")
     before = open_fds()
     with anyio.move_on_after(delay):
@@ -662,7 +661,7 @@ async def test_cancellation_during_the_start_leaves_nothing(agent: Agent, delay:
 
 
 async def test_program_of_a_session_cancelled_before_its_start_never_runs(agent: Agent, tmp_path: Path) -> None:
-    """A session that is stopped while the supervisor starts costs no call of a model."""
+    """A session stopped while its supervisor starts costs no call of a model."""
 
     async def cancel() -> None:
         scope.cancel()
@@ -674,7 +673,7 @@ async def test_program_of_a_session_cancelled_before_its_start_never_runs(agent:
 
 
 async def test_program_that_may_not_start_never_runs(agent: Agent, tmp_path: Path) -> None:
-    """That is asked under the session's lock: whoever finds it free has been heard, or will be."""
+    """The permission is requested under the session's lock: a process that finds it free knows the answer."""
     command = agent("open('ran', 'w')")
 
     async def refuse() -> None:
@@ -690,7 +689,7 @@ async def test_program_that_may_not_start_never_runs(agent: Agent, tmp_path: Pat
 @pytest.mark.extended_but_first
 @LINUX_ONLY
 async def test_frozen_session_ends_with_all_its_processes(agent: Agent, tmp_path: Path) -> None:
-    """Its orchestrator is dead; the supervisor is woken, and kills also what has cleared its environment."""
+    """Its orchestrator is dead; the woken supervisor also kills processes that cleared their environment."""
     command = agent(NASTY)
     growing = [tmp_path / f"grows-{name}" for name in ("cli", "a", "b")]
     orchestrator = subprocess.Popen([sys.executable, "-c", ORCHESTRATOR, str(tmp_path)])
@@ -709,7 +708,7 @@ async def test_frozen_session_ends_with_all_its_processes(agent: Agent, tmp_path
 
 @LINUX_ONLY
 async def test_cancelled_session_ends_despite_a_stopped_supervisor(agent: Agent, tmp_path: Path) -> None:
-    """The supervisor is resumed (SIGCONT) and ends the session as usual: no process is left."""
+    """The supervisor is resumed (SIGCONT) and ends the session as usual."""
 
     def stopped() -> bool:
         if not (tmp_path / "ready").exists():
@@ -726,7 +725,7 @@ async def test_cancelled_session_ends_despite_a_stopped_supervisor(agent: Agent,
 @pytest.mark.extended_but_first
 @LINUX_ONLY
 async def test_session_waiting_for_a_frozen_orchestrator_ends_before_it_starts(agent: Agent, tmp_path: Path) -> None:
-    """Whoever takes over need not wait, and the orchestrator learns it when it wakes."""
+    """A process that takes over need not wait, and the orchestrator notices when it wakes."""
     command = agent("open('ran', 'w')")
 
     async def be_taken_over() -> None:
@@ -739,7 +738,7 @@ async def test_session_waiting_for_a_frozen_orchestrator_ends_before_it_starts(a
 
 
 async def test_failing_callback_ends_the_session(agent: Agent) -> None:
-    """An error in the caller's own code leaves no CLI running behind it."""
+    """An exception in the caller's code leaves no CLI running."""
 
     def fail() -> None:
         raise ZeroDivisionError
@@ -752,7 +751,7 @@ async def test_failing_callback_ends_the_session(agent: Agent) -> None:
 
 @LINUX_ONLY
 async def test_killed_supervisor_is_an_error_and_ends_its_program(agent: Agent, tmp_path: Path) -> None:
-    """Without a report nothing is known of the session; its CLI at least dies with the supervisor."""
+    """Without a report the outcome is unknown; its CLI dies with the supervisor."""
     source = "open('pid.new', 'w').write(str(os.getpid())); os.rename('pid.new', 'pid'); time.sleep(300)"
 
     async def kill() -> None:
@@ -771,7 +770,7 @@ async def test_killed_supervisor_is_an_error_and_ends_its_program(agent: Agent, 
 
 @LINUX_ONLY
 async def test_daemon_of_a_killed_supervisor_is_killed_by_the_fork_server(agent: Agent, tmp_path: Path) -> None:
-    """Nothing in it says whose it was; and those after the last session are looked after, too."""
+    """It carries no mark of its session; daemons left after the last session are killed, too."""
 
     async def kill() -> None:
         await until((tmp_path / "pid").exists)
@@ -785,7 +784,7 @@ async def test_daemon_of_a_killed_supervisor_is_killed_by_the_fork_server(agent:
 
 
 async def test_supervisor_is_stopped_by_sigterm_only(agent: Agent, tmp_path: Path) -> None:
-    """SIGTERM to the supervisor is a stop; a hang-up or an interrupt is not for it."""
+    """SIGTERM to the supervisor is a stop; it ignores hang-ups and interrupts."""
 
     async def interfere() -> None:
         await until((tmp_path / "ready").exists)
@@ -802,7 +801,7 @@ async def test_supervisor_is_stopped_by_sigterm_only(agent: Agent, tmp_path: Pat
 
 @pytest.mark.parametrize("count", [15, pytest.param(50, marks=pytest.mark.slow)])
 async def test_many_concurrent_sessions_leave_nothing_open(agent: Agent, tmp_path: Path, count: int) -> None:
-    """Each gets its own answer, and no descriptor, thread or zombie stays behind for one."""
+    """Each gets its own result, and no descriptor, thread or zombie stays."""
     before = open_fds()
     template = agent("print(sys.argv[2]); sys.exit(int(sys.argv[2]))")
     ends: dict[int, SupervisedExit] = {}
@@ -827,9 +826,9 @@ async def test_many_concurrent_sessions_leave_nothing_open(agent: Agent, tmp_pat
 
 
 async def test_unstartable_supervisor_is_an_error(agent: Agent) -> None:
-    """Out of descriptors: the error comes out, and nothing is left behind."""
+    """When descriptors run out the error is raised, and nothing is left."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # A first thread and its event loop's descriptors exist already.
+    # The first thread and the descriptors of its event loop exist already.
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(open_fds()) + 2, hard))
     try:
         with pytest.raises(OSError, match="Too many open files"):

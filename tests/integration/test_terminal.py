@@ -1,4 +1,4 @@
-"""What a person sees of a run: a table on a terminal, lines elsewhere, and at the end what landed and what to type."""
+"""The display of a run: a table on a terminal, lines elsewhere, finally the landings and next commands."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Start = Callable[..., Terminal]
 
 @pytest.fixture
 def start(repository: Repository) -> Iterator[Start]:
-    """Starts `council` on a terminal."""
+    """Return a starter of `council` on a terminal."""
     started: list[Terminal] = []
 
     def begin(*arguments: str, environ: dict[str, str] | None = None, **facts: Any) -> Terminal:
@@ -36,7 +36,7 @@ def start(repository: Repository) -> Iterator[Start]:
 
 
 def shell(repository: Repository, *tasks: dict[str, Any], **settings: Any) -> tuple[Path, Path]:
-    """Write a config of shell scripts; return it, and the file that a script which says `gate` waits for."""
+    """Write a config of shell scripts; return it, and the file that a script with `gate` waits for."""
     gate = repository.spawns.parent / "gate"
     adapters = {"sh": {"use": "command", "argv": ["sh", "{prompt_file}"]}}
     waiting = f"while ! test -e {gate}; do sleep 0.05; done"
@@ -45,7 +45,7 @@ def shell(repository: Repository, *tasks: dict[str, Any], **settings: Any) -> tu
 
 
 async def test_run_on_a_terminal_is_a_table(repository: Repository, start: Start) -> None:
-    """It shows each task with its last words and lines, survives another size, and leaves what landed behind."""
+    """It shows each task with its last output and lines, survives a resize, and leaves the landings behind."""
     config, gate = shell(
         repository,
         {"id": "talker", "prompt": "echo first; echo 'Reading the model'; printf '1\\n2\\n' > a.txt; gate"},
@@ -53,7 +53,7 @@ async def test_run_on_a_terminal_is_a_table(repository: Repository, start: Start
         {"id": "after", "prompt": "echo c > c.txt", "needs": ["talker"]},
     )
     terminal = start("run", str(config), "-v")
-    # What is said, what is changed and who is at work are looked at in turns of their own.
+    # Output, changes and running sessions are polled in separate rounds.
     whole = re.compile(r"\+2 -0 +Reading the model$")
     wait_for(lambda: bool(whole.search(terminal.row("talker"))) and "2/2" in terminal.row("tries"))
     assert re.fullmatch(r"talker +build +sh +1/3 +0:\d\d +\+2 -0 +Reading the model", terminal.row("talker"))
@@ -79,7 +79,7 @@ async def test_run_on_a_terminal_is_a_table(repository: Repository, start: Start
 
 @pytest.mark.extended
 async def test_unlanded_tasks_have_their_next_commands(repository: Repository, start: Start) -> None:
-    """At the end, in `status` on a terminal and in plain text: why, where it is kept, and the next command."""
+    """At the end, in `status` on a terminal and in plain text: the reason, the preserved work, the next command."""
     config, _ = shell(
         repository,
         {"id": "left", "prompt": "echo left > README.md", "priority": 1},
@@ -112,7 +112,7 @@ async def test_unlanded_tasks_have_their_next_commands(repository: Repository, s
     ids=lambda one: next(iter(one)),
 )
 def test_terminal_can_show_lines(variables: dict[str, str], repository: Repository, start: Start) -> None:
-    """With CI, and where it can't do more, it gets a line for each event, without any escape sequence."""
+    """With CI set, or on a limited terminal, one line per event, without escape sequences."""
     config, _ = shell(repository, {"id": "one", "prompt": "echo 1 > one.txt"})
     terminal = start("run", str(config), environ=variables)
     assert terminal.wait() == 0, terminal.text
@@ -123,7 +123,7 @@ def test_terminal_can_show_lines(variables: dict[str, str], repository: Reposito
 
 @pytest.mark.extended
 def test_no_color_affects_colours_only(repository: Repository, start: Start) -> None:
-    """With NO_COLOR the table is there as without, in the terminal's own colours; so is a difference."""
+    """With NO_COLOR the table is the same in the terminal's default colours; so is a diff."""
     config, gate = shell(repository, {"id": "one", "prompt": "echo 1 > one.txt; echo ready; gate"})
     terminal = start("run", str(config), environ={"NO_COLOR": "1"})
     wait_for(lambda: terminal.row("one").endswith("ready"))
@@ -140,7 +140,7 @@ def test_no_color_affects_colours_only(repository: Repository, start: Start) -> 
 
 
 def test_pipe_gets_lines(repository: Repository) -> None:
-    """Without a terminal there is a line for each event, and a plain result."""
+    """One line per event, and a plain result."""
     config, _ = shell(repository, {"id": "one", "prompt": "echo 1 > one.txt"})
     ended = repository.council("run", str(config), "-v")
     assert ended.code == 0
@@ -151,7 +151,7 @@ def test_pipe_gets_lines(repository: Repository) -> None:
 
 @pytest.mark.extended
 def test_ctrl_c_is_answered_above_the_table(repository: Repository, start: Start) -> None:
-    """What stops is said at once, the table stays until all is kept, and `resume` is the next thing to type."""
+    """The stop is reported at once, the table stays until all work is kept, and `resume` is the next command."""
     config, gate = shell(repository, {"id": "slow", "prompt": "echo 1 > one.txt; echo ready; gate"})
     terminal = start("run", str(config))
     wait_for(lambda: terminal.row("slow").endswith("ready"))
@@ -167,7 +167,7 @@ def test_ctrl_c_is_answered_above_the_table(repository: Repository, start: Start
 
 @pytest.mark.extended
 def test_second_ctrl_c_leaves_a_usable_terminal(repository: Repository, start: Start) -> None:
-    """Where it ends at once the cursor comes back, and what is said stands below the table."""
+    """Even after an immediate end the cursor is visible, and messages are below the table."""
     config, gate = shell(repository, {"id": "slow", "prompt": "trap '' TERM; echo ready; gate"})
     terminal = start("run", str(config))
     wait_for(lambda: terminal.row("slow").endswith("ready"))
@@ -182,7 +182,7 @@ def test_second_ctrl_c_leaves_a_usable_terminal(repository: Repository, start: S
 
 @pytest.mark.extended
 def test_shown_text_is_not_interpreted(repository: Repository, start: Start) -> None:
-    """Escape sequences and markup of a program's are text in the table and at the end, and its title is not ours."""
+    """A program's escape sequences and markup are text in the table and the result; it can't set our title."""
     evil = r"printf '\033]0;owned\007\033[31m[red]stop[/red]\033[2J\r\n'"
     config, gate = shell(
         repository, {"id": "evil", "prompt": f"{evil}; echo 1 > one.txt; gate; {evil} >&2; exit 3", "attempts": 1}
@@ -212,7 +212,7 @@ async def test_run_survives_its_terminal(repository: Repository, start: Start) -
 
 @pytest.mark.extended
 async def test_watch_shows_a_run_of_another_process(repository: Repository, start: Start) -> None:
-    """It is the same table; Ctrl-C ends only the showing; and it ends with the run, with the run's exit code."""
+    """It is the same table; Ctrl-C ends only the display; it ends with the run and its exit code."""
     config, gate = shell(
         repository,
         {"id": "one", "prompt": "echo 'at it'; echo 1 > one.txt; gate"},
@@ -241,7 +241,7 @@ async def test_watch_shows_a_run_of_another_process(repository: Repository, star
 
 @pytest.mark.extended
 async def test_watch_ends_when_the_run_is_killed(repository: Repository, start: Start) -> None:
-    """A process that was killed says nothing: it is seen to be gone, and the next command is `resume`."""
+    """A killed process reports nothing: its end is detected, and the next command is `resume`."""
     config, gate = shell(repository, {"id": "one", "prompt": "echo 1 > one.txt; gate"})
     child = repository.start("run", str(config), "--json")
     wait_for(lambda: "running" in repository.council("status").stdout)
@@ -257,7 +257,7 @@ async def test_watch_ends_when_the_run_is_killed(repository: Repository, start: 
 
 
 def test_adapter_cooldown_is_shown_above_the_table(repository: Repository, start: Start) -> None:
-    """What concerns the run as a whole is a line that stays, and no time left is told meanwhile."""
+    """A message about the whole run is a permanent line, without a remaining time."""
     adapters = {"sh": {"use": "command", "argv": ["sh", "{prompt_file}"],
                        "failures": {"rate_limited": "again in (?P<seconds>[0-9]+) s"}}}  # fmt: skip
     config = repository.configure([{"id": "limited", "prompt": "echo again in 3600 s; exit 1"}], adapters=adapters)
@@ -274,7 +274,7 @@ def test_adapter_cooldown_is_shown_above_the_table(repository: Repository, start
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux, a terminal that wraps anew what it shows")
 @pytest.mark.slow
 def test_rewrapping_terminal_shows_one_table(repository: Repository, tmp_path: Path) -> None:
-    """Made narrower again and again, it has no rest of a wider table on its screen."""
+    """After several reductions of its width no rest of a wider table is on the screen."""
     config, gate = shell(
         repository, {"id": "talker", "prompt": f"echo {'word ' * 40}; gate"}, {"id": "b", "prompt": "gate"}
     )
@@ -293,11 +293,11 @@ def test_rewrapping_terminal_shows_one_table(repository: Repository, tmp_path: P
     tmux("new-session", "-d", "-x", "150", "-y", "14", f"seq 9; {run}; sleep 60")
     try:
         for width in (150, 120, 100, 75):
-            # Right after it was drawn: what is drawn while the terminal changes its size nobody can take back.
+            # Right after a redraw: output during a resize can't be corrected.
             before = screen()
             wait_for(lambda before=before: screen() != before)  # type: ignore[misc]
             tmux("resize-window", "-x", str(width), "-y", "14")
-            # The words reach to the end of the line, which is then cut.
+            # The text reaches the end of the line, where it is cut.
             wait_for(lambda width=width: any(len(line) == width and line.endswith("…") for line in screen()))  # type: ignore[misc]
             assert sum(line.startswith("task ") for line in screen()) == 1, screen()
             assert sum(line.startswith("talker ") for line in screen()) == 1, screen()

@@ -1,4 +1,4 @@
-"""What a repository's file asks for beyond the sandbox is confirmed before any program of it is run."""
+"""Requests of a repository's file beyond the sandbox are confirmed before any of its programs runs."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ COMMANDS = (("doctor",), ("adapters",), ("run",), ("run", "--dry-run"), ("adapte
 
 @pytest.fixture
 def cloned(repository: Repository) -> Repository:
-    """A repository that came with a file of its own, for a user who has confirmed nothing yet."""
+    """Return a repository cloned with a file, for a user without confirmations."""
     del repository.environ["COUNCIL_TRUST"]
     repository.environ["XDG_CONFIG_HOME"] = str(repository.top.parent / "config")
     return repository
 
 
 def bring(repository: Repository, **settings: Any) -> Path:
-    """Write the repository's council.yaml, with a program of the repository's that leaves a trace; return the trace."""
+    """Write the repository's council.yaml with a program that leaves a trace; return the trace."""
     trace = repository.top.parent / "trace"
     program = repository.top / "evil"
     program.write_text(f'#!/bin/sh\necho "$*" >> "{trace}"\n')
@@ -51,7 +51,7 @@ def said(ended: CommandResult) -> str:
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_unconfirmed_programs_of_a_file_are_not_run(cloned: Repository, command: tuple[str, ...]) -> None:
-    """Without a terminal that is one error, with what is asked for and what to do."""
+    """Without a terminal there is one error, with the requests and the remedy."""
     trace = bring(cloned)
     ended = cloned.council(*command)
     assert ended.code == 2, ended
@@ -61,7 +61,7 @@ def test_unconfirmed_programs_of_a_file_are_not_run(cloned: Repository, command:
 
 
 def test_confirmation_is_remembered_and_only_new_requests_are_asked(cloned: Repository) -> None:
-    """In a file of the user's alone, outside of the repository."""
+    """In a private file of the user, outside of the repository."""
     trace = bring(cloned)
     assert cloned.council("doctor", "--trust").code in {0, 1}
     assert trace.exists()
@@ -79,7 +79,7 @@ def test_confirmation_is_remembered_and_only_new_requests_are_asked(cloned: Repo
 
 
 def test_environment_confirms_without_a_terminal(cloned: Repository) -> None:
-    """For this time alone."""
+    """For this command only."""
     bring(cloned)
     cloned.environ["COUNCIL_TRUST"] = "1"
     assert cloned.council("adapters").code == 0
@@ -88,7 +88,7 @@ def test_environment_confirms_without_a_terminal(cloned: Repository) -> None:
 
 
 def test_harmless_or_chosen_file_needs_no_confirmation(cloned: Repository, tmp_path: Path) -> None:
-    """Nor does one that `council init` wrote here."""
+    """Nor does a file that `council init` wrote here."""
     bring(cloned, adapters={"evil": {"use": "command", "argv": ["sh", "{prompt_file}"]}})
     assert cloned.council("adapters").code == 0
     trace = bring(cloned, repo=str(cloned.top))
@@ -99,7 +99,7 @@ def test_harmless_or_chosen_file_needs_no_confirmation(cloned: Repository, tmp_p
     text = (cloned.top / "council.yaml").read_text()
     assert "env: [HOME]" in text
     assert cloned.council("adapters").code == 0
-    # Nor does the first edit of it: HOME is passed on to all built-in CLIs, too.
+    # Nor does its first edit: HOME is passed to all built-in CLIs, too.
     (cloned.top / "council.yaml").write_text(text.replace("command:\n", "mine:\n", 1))
     assert cloned.council("adapters").code == 0
 
@@ -113,7 +113,7 @@ def test_reading_a_file_needs_no_confirmation(cloned: Repository) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
 def test_signal_ends_the_question_immediately(cloned: Repository, how: int) -> None:
-    """As it ends any command; nothing is confirmed and no program of the file is executed."""
+    """As in any command; nothing is confirmed and no program of the file runs."""
     trace = bring(cloned)
     terminal = Terminal(("doctor",), cloned.top, cloned.environ)
     try:
@@ -130,7 +130,7 @@ def test_signal_ends_the_question_immediately(cloned: Repository, how: int) -> N
 
 @pytest.mark.parametrize("answer", ["y", ""])
 def test_answer_at_the_terminal_decides(cloned: Repository, answer: str) -> None:
-    """No answer is no."""
+    """No answer means no."""
     trace = bring(cloned)
     terminal = Terminal(("doctor",), cloned.top, cloned.environ)
     try:

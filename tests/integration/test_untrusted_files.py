@@ -1,4 +1,4 @@
-"""An agent exchanges what we read and write with a link, as fast as it can: nothing leaves its folder."""
+"""An agent swaps files that we read and write with links, as fast as it can: no access leaves its folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from orchestrator.state.legacy.files import read_legacy_files
 from orchestrator.system import untrusted_files
 
 CANARY = "canary-4f1d"
-#: Exchanges two paths by renameat2 with RENAME_EXCHANGE until it is ended; a link that was removed is made again.
+#: Swaps two paths by renameat2 with RENAME_EXCHANGE until it is ended; restores a removed link.
 EXCHANGE = """
 import ctypes, os, sys
 one, two = (os.fsencode(path) for path in sys.argv[1:])
@@ -49,7 +49,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Li
 
 @contextmanager
 def exchanging(one: Path, two: Path) -> Iterator[None]:
-    """Have a process exchange two paths all the time within the body."""
+    """Swap two paths continuously in a process during the body."""
     argv = [sys.executable, "-I", "-S", "-c", EXCHANGE, str(one), str(two)]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
@@ -62,7 +62,7 @@ def exchanging(one: Path, two: Path) -> Iterator[None]:
 
 
 def repeat(what: Callable[[], None], is_enough: Callable[[], bool] = lambda: True) -> int:
-    """Do it again and again for a quarter of a second, or longer on a busy machine; return how often."""
+    """Repeat for a quarter of a second, or longer on a busy machine; return the count."""
     count, end = 0, time.monotonic() + SECONDS
     while time.monotonic() < end or count <= 20 or not is_enough():
         what()
@@ -72,7 +72,7 @@ def repeat(what: Callable[[], None], is_enough: Callable[[], bool] = lambda: Tru
 
 @pytest.fixture
 def outside(tmp_path: Path) -> Path:
-    """A folder of the user's with a secret, that no session may see."""
+    """Return a folder of the user with a secret that no session may see."""
     folder = tmp_path / "outside"
     folder.mkdir()
     return folder
@@ -80,7 +80,7 @@ def outside(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("exchanged", ["file", "folder", "pipe"])
 def test_read_during_a_link_exchange_stays_in_the_folder(tmp_path: Path, outside: Path, exchanged: str) -> None:
-    """Neither by the last component nor by one before it; and a pipe is never waited for."""
+    """Neither by the last component nor by an earlier one; a pipe does not block."""
     top = tmp_path / "top"
     (top / "a" / "b").mkdir(parents=True)
     (top / "a" / "b" / "file").write_text("own")
@@ -106,7 +106,7 @@ def test_read_during_a_link_exchange_stays_in_the_folder(tmp_path: Path, outside
 
 
 def test_write_during_a_link_exchange_stays_in_the_folder(tmp_path: Path, outside: Path) -> None:
-    """Nothing of the user's is changed, made or removed."""
+    """No file of the user is changed, created or removed."""
     top = tmp_path / "top"
     (top / "a").mkdir(parents=True)
     (outside / "file").write_text(CANARY)
@@ -127,7 +127,7 @@ def test_write_during_a_link_exchange_stays_in_the_folder(tmp_path: Path, outsid
 
 
 def test_link_in_place_of_a_file_is_replaced(tmp_path: Path, outside: Path) -> None:
-    """So is one in the place of a folder above it."""
+    """So is a link in place of a parent folder."""
     (outside / "file").write_text(CANARY)
     (tmp_path / "link").symlink_to(outside / "file")
     (tmp_path / "folder").symlink_to(outside)
@@ -138,7 +138,7 @@ def test_link_in_place_of_a_file_is_replaced(tmp_path: Path, outside: Path) -> N
 
 
 def test_only_plain_relative_paths_are_accepted(tmp_path: Path) -> None:
-    """No absolute one, and none that goes up or around."""
+    """No absolute path, and none with `..` or `.`."""
     (tmp_path / "top").mkdir()
     (tmp_path / "file").write_text(CANARY)
     for path in ("../file", "/etc/passwd", "a/../../file", "", "./file", "a//b"):
@@ -147,7 +147,7 @@ def test_only_plain_relative_paths_are_accepted(tmp_path: Path) -> None:
 
 
 def test_irregular_file_is_rejected(tmp_path: Path) -> None:
-    """A folder, a link, a device; a file with another name where that is asked for; and one that is too large."""
+    """A folder, a link, a device; a hard-linked file where that matters; a file that is too large."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "file")
     (tmp_path / "file").write_text("12345")
@@ -172,7 +172,7 @@ def _worktree(tmp_path: Path) -> Worktree:
 
 
 def test_refs_are_not_read_through_an_exchanged_link(tmp_path: Path, outside: Path) -> None:
-    """A folder of refs of another repository, and its HEAD."""
+    """A refs folder of another repository, and its HEAD."""
     worktree, theirs = _worktree(tmp_path), "c" * 40
     own = worktree.git_dir / "refs" / "heads"
     (own / "own").write_text("a" * 40)
@@ -203,7 +203,7 @@ def test_handoff_is_not_read_through_an_exchanged_link(tmp_path: Path, outside: 
 
 
 def test_login_is_not_copied_through_an_exchanged_link(tmp_path: Path, outside: Path) -> None:
-    """Or the user's login would become what any file of the user's holds, for the next session to read."""
+    """Otherwise the next session could read any file of the user as the login."""
     folder, login = tmp_path / "home", outside / "login.json"
     folder.mkdir()
     (outside / "key").write_text(CANARY)
@@ -225,7 +225,7 @@ def test_login_is_not_copied_through_an_exchanged_link(tmp_path: Path, outside: 
 
 
 def test_settings_are_not_written_through_an_exchanged_link(tmp_path: Path, outside: Path) -> None:
-    """Nothing of the user's is replaced, and no login is linked into a folder of theirs."""
+    """No file of the user is replaced, and no login is linked into a folder of the user."""
     folder, login = tmp_path / "home", tmp_path / "login.json"
     (folder / "dir").mkdir(parents=True)
     login.write_text("login")
@@ -243,7 +243,7 @@ def test_settings_are_not_written_through_an_exchanged_link(tmp_path: Path, outs
 
 
 def test_legacy_state_is_not_read_through_an_exchanged_link(tmp_path: Path, outside: Path) -> None:
-    """A link within the project is followed; one that leads out while it is looked at gives nothing."""
+    """A link within the project is followed; one that leads out during the read gives nothing."""
     project = Project(tmp_path / "project")
     sessions = project.top / LEGACY_TREE / "sessions"
     sessions.mkdir(parents=True)

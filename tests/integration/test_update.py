@@ -1,4 +1,4 @@
-"""Changing documents that others change, too, and hearing of changes."""
+"""Updates of documents with concurrent writers, and subscriptions to changes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COUNT = Key("count", "r/a")
 
 @pytest.fixture(params=["memory", "file"])
 async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
-    """An empty store of each kind."""
+    """Yield an empty store of each kind."""
     if request.param == "memory":
         yield MemoryStore(SystemClock())
     else:
@@ -33,17 +33,17 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits for long here."""
+    """Shorten the pauses between tries."""
     monkeypatch.setattr(module, "FIRST_PAUSE", 1e-4)
 
 
 def one_more(value: JsonObject | None) -> JsonObject:
-    """Count."""
+    """Increment the number."""
     return {"n": (value or {"n": 0})["n"] + 1}
 
 
 async def test_concurrent_updates_lose_nothing(store: Store) -> None:
-    """Whoever was overtaken does it anew with the newer value."""
+    """An overtaken update is repeated with the newer value."""
 
     async def count() -> None:
         for _ in range(5):
@@ -58,7 +58,7 @@ async def test_concurrent_updates_lose_nothing(store: Store) -> None:
 
 
 async def test_repeatedly_overtaken_update_gives_up(store: Store) -> None:
-    """After so many attempts the conflict is told, and nothing is written."""
+    """After the last try the conflict is raised, and nothing is written."""
     tried = 0
 
     def overtaken(value: JsonObject | None) -> JsonObject:
@@ -88,7 +88,7 @@ async def test_repeatedly_overtaken_update_gives_up(store: Store) -> None:
 
 
 async def test_expected_version_is_tried_once(store: Store) -> None:
-    """With the wrong one nothing is called or written; whoever wrote the other one is named."""
+    """With a stale version nothing is called or written; the error names the process of the newer one."""
     await update_document(store, COUNT, one_more)
     with pytest.raises(VersionConflict) as caught:
         await update_document(store, COUNT, lambda _: pytest.fail("called"), expected_version=7)
@@ -102,7 +102,7 @@ async def test_expected_version_is_tried_once(store: Store) -> None:
 
 
 async def test_update_to_none_deletes(store: Store) -> None:
-    """Also where there is nothing to delete; the events of the commit are recorded with it."""
+    """Even if there is nothing to delete; the events of the commit are recorded with it."""
     assert await update_document(store, COUNT, lambda _: None) is None
     assert await store.position() == 0
     await update_document(store, COUNT, one_more, ttl=60)
@@ -112,7 +112,7 @@ async def test_update_to_none_deletes(store: Store) -> None:
 
 
 async def test_subscriber_gets_matching_changes(store: Store) -> None:
-    """From now on, or from a position on; a deletion is a change without a value."""
+    """From now on, or from a position; a deletion is a change without a value."""
     await store.commit(Commit([Write(Key("task", "r/old"), 0, {})]))
     heard: list[DocumentChange] = []
     begun = anyio.Event()

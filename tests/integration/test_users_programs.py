@@ -1,4 +1,4 @@
-"""Programs in the user's checkout that git would run on a landing: those that the landing may have written never do."""
+"""Programs in the user's checkout that git would run on a landing: never those that it may have written."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HOOKS = ("pre-receive", "update", "post-receive", "post-update", "reference-tran
 async def land(
     repository: Repository, tmp_path: Path, files: dict[str, str], before: Callable[[], object] = lambda: None
 ) -> Landed | DeferredLanding | object:
-    """Land a commit with executable files on the checked-out `main`, `before` done first, by the push of a run."""
+    """Land a commit with executable files on the checked-out `main`, by the push of a run; do `before` first."""
     start = repository.git("rev-parse", "HEAD")
     for name, content in files.items():
         path = repository.top / name
@@ -85,7 +85,7 @@ def included(repository: Repository, tmp_path: Path) -> str:
 
 
 def linked(repository: Repository, tmp_path: Path) -> str:
-    """Each hook of `.git/hooks` is a link to a file that the landing brings."""
+    """Link each hook of `.git/hooks` to a file that the landing brings."""
     folder = repository.top / ".git/hooks"
     folder.mkdir(exist_ok=True)
     for name in HOOKS:
@@ -95,7 +95,7 @@ def linked(repository: Repository, tmp_path: Path) -> str:
 
 
 def through_tracked_link(repository: Repository, tmp_path: Path) -> str:
-    """The folder is outside, but the way there is a link in the checkout, which a landing can replace by a folder."""
+    """The folder is outside, but its path contains a tracked link, which a landing can replace by a folder."""
     (tmp_path / "outside").mkdir()
     (repository.top / ".githooks").symlink_to(tmp_path / "outside")
     repository.git("add", ".githooks")
@@ -134,7 +134,7 @@ async def test_hook_in_another_checkout_is_not_run(repository: Repository, tmp_p
 
 
 async def test_hooks_outside_of_the_checkouts_run(repository: Repository, tmp_path: Path) -> None:
-    """By their own names, and what one of them refuses does not land."""
+    """By their own names, and a commit that a hook rejects does not land."""
     trace, folder = tmp_path / "trace", repository.top / ".git/hooks"
     folder.mkdir(exist_ok=True)
     for name in ("update", "post-receive"):
@@ -156,7 +156,7 @@ async def test_hooks_outside_of_the_checkouts_run(repository: Repository, tmp_pa
 
 @pytest.mark.extended
 async def test_daemon_of_a_hook_keeps_no_lock_of_a_killed_process(repository: Repository) -> None:
-    """Nobody could resume the run before the daemon ends."""
+    """Otherwise the run could not resume before the daemon ends."""
     folder, trace = repository.top / ".git/hooks", repository.spawns.parent / "daemons"
     folder.mkdir(exist_ok=True)
     for name in ("update", "post-receive", "reference-transaction"):
@@ -203,7 +203,7 @@ async def test_daemon_of_a_hook_keeps_no_lock_of_a_killed_process(repository: Re
 async def test_filter_with_a_landable_program_defers_landings(
     repository: Repository, tmp_path: Path, key: str, command: str
 ) -> None:
-    """It would run as it is after the landing; a run that lands there does not start."""
+    """The landed program would run; a run with that target does not start."""
     repository.git("config", f"filter.x.{key}", command)
     landed = await land(repository, tmp_path, {".gitattributes": "*.txt filter=y\n", "tools/x.sh": "exit 0\n"})
     assert isinstance(landed, DeferredLanding)
@@ -218,7 +218,7 @@ async def test_filter_with_a_landable_program_defers_landings(
 async def test_filter_with_slashes_in_other_arguments_runs(
     repository: Repository, tmp_path: Path, command: str
 ) -> None:
-    """What such a program is given is an expression."""
+    """Arguments of such a program may be expressions."""
     repository.git("config", "filter.x.clean", command)
     landed = await land(repository, tmp_path, {".gitattributes": "*.txt filter=x\n"})
     assert isinstance(landed, Landed), landed
@@ -236,7 +236,7 @@ async def test_filter_outside_of_the_checkout_runs(repository: Repository, tmp_p
 
 
 async def test_file_monitor_in_the_checkout_is_not_run_by_a_landing(repository: Repository, tmp_path: Path) -> None:
-    """`core.fsmonitor` is off for all that a landing runs."""
+    """`core.fsmonitor` is off for all git commands of a landing."""
     trace, script = tmp_path / "trace", '#!/bin/sh\necho ran >> "{}"\n'
 
     def watch() -> None:
@@ -263,7 +263,7 @@ def included_from_outside(repository: Repository, tmp_path: Path) -> None:
 
 
 def included_on_a_branch(repository: Repository, tmp_path: Path) -> None:
-    """By a condition that is not true now, in a file that git does not read until then."""
+    """By a condition that is false now, in a file that git does not read until then."""
     (tmp_path / "more").write_text(f"[include]\n\tpath = {repository.top}/gitconfig\n")
     repository.git("config", "includeIf.onbranch:feature.path", str(tmp_path / "more"))
 
@@ -284,7 +284,7 @@ WAYS = [includes, dotfiles, included_from_outside, included_on_a_branch, of_anot
 async def test_landing_does_not_change_git_configuration_files(
     repository: Repository, tmp_path: Path, way: Callable[[Repository, Path], None], is_there: bool
 ) -> None:
-    """A filter that it brought would run, as the user, with the next git command."""
+    """A filter in them would run, as the user, with the next git command."""
     repository.environ.pop("GIT_CONFIG_GLOBAL", None)
     if is_there:
         repository.commit({"gitconfig": "[alias]\n\tst = status\n"}, "mine")
@@ -311,7 +311,7 @@ async def test_landing_does_not_change_git_configuration_files(
     ],
 )
 async def test_landing_deletes_no_ignored_files(repository: Repository, script: str, lost: str) -> None:
-    """Neither in a folder that becomes a file, nor where a file is that becomes a folder."""
+    """Neither in a folder replaced by a file, nor a file replaced by a folder."""
     repository.commit({".gitignore": ".env\nbuild\ndata\n", "docs/d": "d\n"}, "more")
     repository.remember()
     mine = repository.top / lost
@@ -333,7 +333,7 @@ async def test_landing_deletes_no_ignored_files(repository: Repository, script: 
 async def test_landing_changes_no_program_run_by_the_users_git(
     repository: Repository, tmp_path: Path, setting: str
 ) -> None:
-    """It would run with the user's next command; another file of the checkout may be changed."""
+    """It would run with the user's next command; other files of the checkout may be changed."""
     repository.commit({"tools/mine": "#!/bin/sh\nexit 1\n"}, "mine")
     assert isinstance(await land(repository, tmp_path, {"x.txt": "x\n"}), Landed)
 
@@ -354,7 +354,7 @@ _EMBEDDED = (
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("parts", [1, 2])
 async def test_landing_creates_no_repository(repository: Repository, tmp_path: Path, parts: int) -> None:
-    """Nor do two of them together, of which each brings a part; `salvage apply` does not bring it in either."""
+    """Nor do two landings that bring a part each; `salvage apply` rejects it, too."""
     ran = tmp_path / "ran"
     whole = _EMBEDDED.format("docs/Notes", ran)
     scripts = [whole] if parts == 1 else [f"{whole}; rm docs/Notes/HEAD", f"{whole}; rm -r docs/Notes/[or]*"]
@@ -374,7 +374,7 @@ async def test_landing_creates_no_repository(repository: Repository, tmp_path: P
 
 @pytest.mark.extended
 async def test_salvage_apply_changes_nothing_that_git_runs(repository: Repository) -> None:
-    """What a landing defers, it refuses."""
+    """It rejects what a landing defers."""
     repository.commit({"gitconfig": "[alias]\n\tst = status\n"}, "mine")
     repository.git("config", "include.path", "../gitconfig")
     task = {

@@ -1,4 +1,4 @@
-"""`council validate` reads a file as `run` does; the schemas that `council schema` prints hold for real output."""
+"""`council validate` reads a file as `run` does; the schemas of `council schema` match real output."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TASKS = [{"id": "one", "prompt": "write one.txt 1"}]
 
 
 async def test_valid_file_is_accepted(repository: Repository) -> None:
-    """It says what is in it, starts nothing, and makes no project."""
+    """It summarizes the file, starts nothing, and creates no project."""
     config = repository.configure(TASKS, target="out", defaults={"checks": ["true"]})
     text = repository.council("validate", str(config))
     assert (text.code, text.stderr) == (0, "")
@@ -37,7 +37,7 @@ async def test_valid_file_is_accepted(repository: Repository) -> None:
 
 
 async def test_invalid_file_is_reported_like_by_run(repository: Repository) -> None:
-    """Exit 2 with every mistake, in the same words."""
+    """Exit code 2 with every mistake, in the same words."""
     config = repository.top / "bad.yaml"
     config.write_text("version: 1\nrepositry: .\ntasks:\n  - id: a\n    needs: [b]\n    prompt: x\n")
     for options in ([], ["--json"]):
@@ -48,7 +48,7 @@ async def test_invalid_file_is_reported_like_by_run(repository: Repository) -> N
 
 
 async def test_unusual_settings_are_warnings_with_a_remedy(repository: Repository) -> None:
-    """A target under your hands, a repository to write, work that nothing proves, servers for nobody; exit code 0."""
+    """A checked-out target, a writable repository, unchecked work, unused servers; exit code 0."""
     servers = {"tickets": {"command": ["tickets-mcp"]}}
     config = repository.configure(TASKS, target="main", writable=[str(repository.top)], mcp_servers=servers)
     told = repository.council("validate", str(config), "--json")
@@ -66,7 +66,7 @@ async def test_unusual_settings_are_warnings_with_a_remedy(repository: Repositor
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("checks", [[], ["true"]])
 async def test_doctor_has_the_same_warnings(repository: Repository, checks: list[str]) -> None:
-    """Each with its remedy: that the target is checked out, and what the file itself says."""
+    """With its remedies: for the checked-out target, and for the file's settings."""
     config = str(repository.configure([{"id": "a", "prompt": "x", "checks": checks}]))
     warnings = repository.council("validate", config, "--json").result["warnings"]
     findings = repository.council("doctor", config, "--json").result["findings"]
@@ -78,7 +78,7 @@ async def test_doctor_has_the_same_warnings(repository: Repository, checks: list
 
 
 async def test_default_file_is_found(repository: Repository) -> None:
-    """Without a name it is council.yaml here, else at the top of the repository; else it is said that there is none."""
+    """council.yaml in this folder, then at the top of the repository; otherwise it reports that there is none."""
     missing = repository.council("validate", "--json")
     assert (missing.code, missing.result["status"]) == (2, "refused")
     assert "council init" in missing.result["remedy"]
@@ -89,7 +89,7 @@ async def test_default_file_is_found(repository: Repository) -> None:
 
 
 async def test_real_results_match_their_schema(repository: Repository) -> None:
-    """What run, status and cancel print last validates, with tasks of every kind of end."""
+    """The last output of run, status and cancel, with tasks of every outcome."""
     schema = json.loads(repository.council("schema", "--result").stdout)
     validator = Draft202012Validator(schema)
     tasks: list[dict[str, Any]] = [
@@ -111,6 +111,6 @@ async def test_real_results_match_their_schema(repository: Repository) -> None:
 
 
 async def test_schema_of_the_file_is_the_shipped_one(repository: Repository) -> None:
-    """The command prints just what stands beside the examples."""
+    """The command prints the schema next to the examples."""
     shipped = Path(__file__).parents[2] / "configs/council.schema.json"
     assert repository.council("schema").stdout == shipped.read_text()

@@ -1,4 +1,4 @@
-"""The readable copies of the state say what the store says, whatever becomes of them; and nothing depends on them."""
+"""The readable views equal the store, whatever happens to them; and nothing depends on them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.waiting import wait_for
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs/state.md").read_text()
 MODELS = Key("task", f"{RUN}/models")
-#: Files that are told otherwise than by documents.
+#: Files with another source than documents.
 OTHERS = {"index.json", "events.jsonl", "ownership.json"}
 
 
@@ -42,7 +42,7 @@ def content(views: Path) -> dict[str, bytes]:
 
 
 async def assert_equal(views: Path, store: Store) -> None:
-    """Check that the views are what the store says, with nothing missing and nothing over."""
+    """Check that the views equal the store, with nothing missing or extra."""
     found = content(views)
     expected: dict[str, bytes] = {}
     for kind in (*DOCUMENT_KINDS, "other"):
@@ -74,7 +74,7 @@ async def assert_equal_in(repository: Repository) -> None:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
-    """A folder with state."""
+    """Return a folder with state."""
     made = Project(tmp_path)
     made.create()
     return made
@@ -82,7 +82,7 @@ def project(tmp_path: Path) -> Project:
 
 @pytest.fixture(params=["memory", "file"])
 async def store(request: pytest.FixtureRequest, project: Project) -> AsyncIterator[Store]:
-    """A store of each kind with a run of two tasks, one landed, one at work."""
+    """Yield a store of each kind with a run of two tasks, one landed, one running."""
     clock = ManualClock(RUN_STARTED)
     if request.param == "memory":
         memory = MemoryStore(clock)
@@ -95,7 +95,7 @@ async def store(request: pytest.FixtureRequest, project: Project) -> AsyncIterat
 
 
 async def rewrite(store: Store, key: Key, times: int) -> None:
-    """Write a document anew, so many times."""
+    """Rewrite a document this many times."""
     for number in range(times):
         found = await store.get(key)
         value: JsonObject = {**(found.value if found else {}), "reason": f"number {number}"}
@@ -128,7 +128,7 @@ async def test_views_equal_the_store_after_a_run(repository: Repository) -> None
 
 
 async def test_running_session_is_shown(repository: Repository) -> None:
-    """With what it may change and where it works."""
+    """With its writable paths and its worktree."""
     tasks = [{"id": "slow", "prompt": "hang", "owns": ["src/", "a.txt"]}]
     child = repository.start("run", str(repository.configure(tasks)))
     top = repository.top / ".council/views"
@@ -156,7 +156,7 @@ async def test_running_session_is_shown(repository: Repository) -> None:
 
 
 async def test_deleted_and_modified_views_are_restored(repository: Repository) -> None:
-    """By the command, and by the next run; what the state says is the same meanwhile."""
+    """By the command, and by the next run; the state itself is unaffected."""
     config = repository.configure([{"id": "a", "prompt": "write a.txt a"}])
     assert repository.council("run", str(config)).code == 0
     assert repository.council("state", "views").code == 0
@@ -196,7 +196,7 @@ async def test_deleted_and_modified_views_are_restored(repository: Repository) -
 
 
 async def test_export_replaces_links_without_following_them(store: Store, project: Project, tmp_path: Path) -> None:
-    """The target of a link is neither changed nor closed to others; a file in place of the folder is an error."""
+    """The target keeps its content and mode; a file in place of the folder is an error."""
     elsewhere = tmp_path / "elsewhere"
     project.views.write_text("mine")
     with pytest.raises(RefusedError, match="is not a folder"):
@@ -221,7 +221,7 @@ async def test_export_replaces_links_without_following_them(store: Store, projec
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("name", ["views.written", "views.replaced"])
 async def test_killed_export_is_completed(repository: Repository, name: str) -> None:
-    """Nothing is twice, nothing is missing, and nothing of what was begun is left."""
+    """Nothing is duplicated, missing, or left of the killed one."""
     config = repository.configure([{"id": "a", "prompt": "write a.txt a"}])
     (repository.top / ".council/views").mkdir(parents=True)
     assert repository.council("run", str(config), failpoints=f"{name}=kill").code == -signal.SIGKILL
@@ -235,7 +235,7 @@ async def test_killed_export_is_completed(repository: Repository, name: str) -> 
 
 
 async def test_unwritable_views_do_not_fail_a_run(repository: Repository) -> None:
-    """That is recorded once; a file stands where their folder should be."""
+    """It is recorded once; a file is in place of their folder."""
     config = repository.configure([{"id": name, "prompt": f"write {name}.txt a"} for name in ("a", "b")])
     (repository.top / ".council").mkdir()
     (repository.top / ".council/views").write_text("no folder")
@@ -249,7 +249,7 @@ async def test_unwritable_views_do_not_fail_a_run(repository: Repository) -> Non
 
 
 async def test_repeated_export_shows_the_newest_state(store: Store, project: Project) -> None:
-    """Versions beyond the last ten go; deleted documents go; unusual ids have their files."""
+    """Only the last ten versions stay; deleted documents are removed; unusual ids get files."""
     for times in (1, 4, 25):
         await rewrite(store, MODELS, times)
         await store.commit(Commit([Write(Key("other", f"{times}/A/../é"), 0, {"n": 2**70})]))
@@ -281,7 +281,7 @@ async def test_concurrent_exports_leave_complete_views(store: Store, project: Pr
 
 
 async def test_documents_behind_the_compacted_log_are_exported(project: Project) -> None:
-    """Documents and their last versions; events from where the log begins."""
+    """Documents and their last versions; events from the start of the log."""
     clock = ManualClock(RUN_STARTED)
     async with FileStore.open(ensure_log(project.state_folder), clock, segment_bytes=2000) as store:
         await record_run(store, clock, run_document(project.top))
@@ -298,7 +298,7 @@ async def test_documents_behind_the_compacted_log_are_exported(project: Project)
 
 
 async def test_damage_is_shown(project: Project) -> None:
-    """An older value stands in the view with the flag that it has in the store."""
+    """An older value is in the view with the flag that it has in the store."""
     clock = ManualClock(RUN_STARTED)
     key = Key("task", "r/a")
     async with FileStore.open(ensure_log(project.state_folder), clock) as store:
@@ -317,10 +317,10 @@ async def test_damage_is_shown(project: Project) -> None:
 
 @pytest.mark.parametrize("example", re.findall(r"```sh\n\$ (.*?)```", GUIDE, re.DOTALL), ids=lambda text: text[:40])
 async def test_guide_examples_work(repository: Repository, monkeypatch: pytest.MonkeyPatch, example: str) -> None:
-    """What docs/state.md does with `cat` and its like prints what it says."""
+    """The shell commands of docs/state.md print what it shows."""
     line, _, expected = example.partition("\n")
     if line.startswith("jq") and shutil.which("jq") is None:
-        pytest.skip("there is no jq")
+        pytest.skip("jq is missing")
     repository.environ["TZ"] = "UTC"
     async with recorded_project(repository.top, monkeypatch):
         pass

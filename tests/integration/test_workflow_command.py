@@ -1,4 +1,4 @@
-"""Workflows as they are shown and copied, and as a run records them."""
+"""Workflows: shown, copied, and recorded with a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OWN = {"mine": [{"look": {"access": "read", "prompt": "Look at {{ task.id }}."}}
 
 
 async def test_supplied_workflow_is_shown_as_yaml(repository: Repository) -> None:
-    """It can be put into a file as it is printed."""
+    """The printed text is valid in a file."""
     shown = repository.council("workflow", "show", "adw")
     assert (shown.code, shown.stderr) == (0, "")
     section = yaml.safe_load(shown.stdout)
@@ -31,7 +31,7 @@ async def test_supplied_workflow_is_shown_as_yaml(repository: Repository) -> Non
 
 
 async def test_workflows_of_a_file_are_shown_too(repository: Repository) -> None:
-    """Those that its tasks go through, with what their sessions are told where it is their own."""
+    """The workflows of its tasks, with their custom prompts."""
     config = repository.configure([{"id": "a", "prompt": "p", "workflow": "mine"}], workflows=OWN)
     shown = repository.council("workflow", "show", "--file", str(config), "--json")
     assert shown.code == 0
@@ -43,7 +43,7 @@ async def test_workflows_of_a_file_are_shown_too(repository: Repository) -> None
 
 
 async def test_copied_workflow_can_be_changed(repository: Repository) -> None:
-    """What is in the copied templates is what sessions are told; files that are there are not replaced."""
+    """Sessions get the changed templates; existing files are not replaced."""
     copied = repository.council("workflow", "copy", "adw", "flows", "--json")
     assert copied.code == 0
     names = ["adw.yaml", *(f"{name}.md.j2" for name in ("scout", "plan", "build", "review"))]
@@ -65,7 +65,7 @@ async def test_copied_workflow_can_be_changed(repository: Repository) -> None:
 
 
 async def test_unknown_workflow_is_rejected(repository: Repository) -> None:
-    """With what there is; and a folder that can't be one."""
+    """With the known ones; and so is an impossible folder."""
     refused = repository.council("workflow", "copy", "adv", "flows")
     assert (refused.code, refused.stderr) == (
         2,
@@ -80,7 +80,7 @@ async def test_unknown_workflow_is_rejected(repository: Repository) -> None:
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("from_code", [False, True])
 async def test_run_records_its_workflows(repository: Repository, from_code: bool) -> None:
-    """A resume has phases, values and the tracker of each task without the file."""
+    """A resume knows phases, values and the tracker of each task without the file."""
     todo = repository.top.parent / "todo.md"
     todo.write_text("- [ ] write t.txt t\n")
     settings: dict[str, Any] = {

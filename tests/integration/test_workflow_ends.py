@@ -1,4 +1,4 @@
-"""Workflows whose work can't land, is sent back or cut off: the work survives, and every loop has an end."""
+"""Workflows whose work can't land, is rejected or interrupted: the work survives, and every loop ends."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ REVIEW: dict[str, Any] = {"review": {"access": "read", "produces": "review"}}
 
 
 def entered(ended: CommandResult) -> list[str]:
-    """Return the phases that were entered, in order."""
+    """Return the entered phases in order."""
     return [one["phase"] for one in ended.lines if one.get("event") == "phase.entered"]
 
 
 async def test_work_that_never_passes_its_checks_ends(repository: Repository) -> None:
-    """Each complete phase counts nothing anew of what could not land."""
+    """A complete phase does not reset the count of failed landings."""
     steps = ("in build append b.txt more", f"in review hand-over {APPROVE}")
     path = repository.configure(
         [
@@ -44,7 +44,7 @@ async def test_work_that_never_passes_its_checks_ends(repository: Repository) ->
 
 @pytest.mark.extended
 async def test_unlandable_work_is_repaired_by_an_unskipped_phase(repository: Repository) -> None:
-    """The last phase that writes may not have been entered: the one before it has the work."""
+    """The last writing phase may not have been entered: then the one before it has the work."""
     steps = ("in build append b.txt more", f"in review hand-over {APPROVE}")
     docs = {"docs": {"when": "false"}}
     path = repository.configure(
@@ -67,7 +67,7 @@ async def test_unlandable_work_is_repaired_by_an_unskipped_phase(repository: Rep
 
 
 async def test_work_rejected_to_a_skipped_phase_continues(repository: Repository) -> None:
-    """A rejection goes back to a phase that has made something."""
+    """A rejection goes back to a phase that has produced something."""
     steps = (
         "in build append b.txt more",
         f"in review attempt 2 hand-over {REJECT}",
@@ -86,7 +86,7 @@ async def test_work_rejected_to_a_skipped_phase_continues(repository: Repository
 
 @pytest.mark.extended
 async def test_work_survives_a_new_plan(repository: Repository) -> None:
-    """A review may send back to a phase that only reads: what was built goes on from where it was."""
+    """A review may reject to a read-only phase: the built work continues from its state."""
     steps = (
         f"in plan hand-over {PLAN}",
         "in plan keep-prompt",
@@ -111,7 +111,7 @@ async def test_work_survives_a_new_plan(repository: Repository) -> None:
 
 @pytest.mark.extended
 async def test_retry_has_all_rounds_again(repository: Repository) -> None:
-    """Rejections before `council retry` are not counted again."""
+    """Rejections before `council retry` do not count."""
     steps = (
         "in build append b.txt more",
         *(f"in review attempt {n} hand-over {REJECT}" for n in (2, 4, 6)),
@@ -130,7 +130,7 @@ async def test_retry_has_all_rounds_again(repository: Repository) -> None:
 
 
 async def test_only_a_review_rejects_its_subject(repository: Repository) -> None:
-    """What else has a field of that name is data: it ends, and passes the check."""
+    """Another handoff with such a field is data: the phase ends, and passes the check."""
     own: dict[str, Any] = {"access": "read", "produces": {"kind": "opinion", "schema": {"type": "object"}}}
     path = repository.configure(
         [
@@ -146,7 +146,7 @@ async def test_only_a_review_rejects_its_subject(repository: Repository) -> None
 
 
 async def test_conflicting_work_of_several_phases_is_repeated_by_all(repository: Repository) -> None:
-    """The last of them would go on from what conflicts."""
+    """The last one would continue from the conflict."""
     steps = ("in one write src/app.py one", "in two append two.txt more")
     path = repository.configure(
         [
@@ -164,7 +164,7 @@ async def test_conflicting_work_of_several_phases_is_repeated_by_all(repository:
 
 @pytest.mark.extended
 async def test_later_entry_phase_omits_nothing(repository: Repository) -> None:
-    """Who tries again from a phase on has all before it behind them: a task that builds is not done without."""
+    """A retry at a later phase treats all earlier ones as done: a task that builds still needs its work."""
     steps = ("in build attempt 2 append b.txt more", "in build attempt 1 exit 1", f"in review hand-over {APPROVE}")
     path = repository.configure(
         [{"id": "t", "prompt": "\n".join(steps), "workflow": "two", "attempts": 1}],
@@ -182,7 +182,7 @@ async def test_later_entry_phase_omits_nothing(repository: Repository) -> None:
 
 
 async def test_unset_value_does_not_fail_the_check(repository: Repository) -> None:
-    """A phase that is given the file's own value has received nothing, where what came before left it empty."""
+    """A phase that gets the file's own value has received nothing, if the value before it was empty."""
     scout = json.dumps({"scout_findings": ["x"], "requirements": []})
     phases: list[dict[str, Any]] = [
         {"scout": {"access": "read", "produces": "scout"}},

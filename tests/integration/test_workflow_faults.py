@@ -1,4 +1,4 @@
-"""What goes wrong around a task of three phases: it goes on at the phase that it was at, and does nothing twice."""
+"""Faults around a task of three phases: it resumes at its current phase, and repeats nothing."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ WORK = (f"in plan hand-over {PLAN}", "in build append b.txt built", f"in review 
 
 
 def configure(repository: Repository, *steps: str, adapter: dict[str, Any] | None = None, **settings: Any) -> Path:
-    """Write a file with one task of three phases, which does these steps first; `adapter` is more of its adapter.
+    """Write a file with one task of three phases and these first steps; `adapter` adds to its adapter.
 
-    There is another adapter, `other`, which is like that; `builder` is more of one that builds.
+    A second adapter, `other`, is the same; `builder` adds to the building one.
     """
     workflow: list[dict[str, Any]] = [
         {"plan": {"access": "read", "produces": "plan"}},
@@ -43,13 +43,13 @@ def configure(repository: Repository, *steps: str, adapter: dict[str, Any] | Non
 
 
 def visits(repository: Repository) -> list[tuple[str, str, int]]:
-    """Return the visits of the task's phases: the phase, how it ended, and how many sessions it took."""
+    """Return the visits of the task's phases: the phase, its outcome, and its number of sessions."""
     story = repository.council("show", "t", "--json").result
     return [(one["phase"], one["status"], len(one["attempts"])) for one in story["phases"]]
 
 
 def once(**sessions: int) -> list[tuple[str, str, int]]:
-    """Return what `visits` are where each phase is done once, by one session or as many as said."""
+    """Return `visits` with each phase done once, by one session or the given number."""
     return [(phase, "completed", sessions.get(phase, 1)) for phase in PHASES]
 
 
@@ -63,7 +63,7 @@ COUNTING: dict[str, Any] = {"output": "jsonl", "read": [{"input_tokens": "n"}]}
 async def test_run_with_a_budget_exhausted_after_a_phase_continues_with_more(
     repository: Repository, phase: str
 ) -> None:
-    """At the phase that was next; what was handed over and built is there."""
+    """At the next phase; handoffs and built work are kept."""
     path = configure(repository, f'in {phase} print {{"n": 100}}', adapter=COUNTING, budget={"tokens": 100})
     ended = repository.council("run", str(path), "--json")
     assert (ended.result["status"], ended.states) == ("halted", {"t": "pending"}), ended
@@ -82,7 +82,7 @@ async def test_run_with_a_budget_exhausted_after_a_phase_continues_with_more(
 async def test_task_that_needs_no_session_lands_without_a_budget(
     repository: Repository, budgets: dict[str, Any]
 ) -> None:
-    """The last phase has used up what there was, and was complete by that."""
+    """The last phase used up the budget, and was complete."""
     path = configure(repository, 'in review print {"n": 100}', adapter=COUNTING, **budgets)
     ended = repository.council("run", str(path), "--json")
     assert ended.states == {"t": "landed"}, ended
@@ -91,7 +91,7 @@ async def test_task_that_needs_no_session_lands_without_a_budget(
 
 
 async def test_task_with_a_budget_exhausted_after_a_phase_fails_with_its_work(repository: Repository) -> None:
-    """No file can give it more; the branch is there for a person."""
+    """No file can raise its budget; the branch is preserved."""
     path = configure(repository, 'in build print {"n": 100}', adapter=COUNTING, task={"budget": {"tokens": 100}})
     ended = repository.council("run", str(path), "--json")
     (task,) = ended.result["tasks"]
@@ -105,7 +105,7 @@ async def test_task_with_a_budget_exhausted_after_a_phase_fails_with_its_work(re
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("phase", PHASES)
 async def test_usage_limit_is_waited_for_in_its_phase(repository: Repository, phase: str) -> None:
-    """It is not counted, and what was complete stays so."""
+    """It does not count as an attempt, and complete phases stay complete."""
     path = configure(repository, f"in {phase} once exit 1 {LIMIT}, again in 1 s", adapter=LIMITED, task={"attempts": 1})
     ended = repository.council("run", str(path), "--json")
     assert ended.states == {"t": "landed"}, ended
@@ -116,7 +116,7 @@ async def test_usage_limit_is_waited_for_in_its_phase(repository: Repository, ph
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("phase", PHASES)
 async def test_fallback_is_used_from_the_limited_phase_on(repository: Repository, phase: str) -> None:
-    """For as long as the limit holds; what was complete stays so."""
+    """While the limit lasts; complete phases stay complete."""
     task = {"attempts": 1, "adapter": "fake", "fallback": ["other"]}
     path = configure(repository, f"in {phase} once exit 1 {LIMIT}, again in 18000 s", adapter=LIMITED, task=task)
     ended = repository.council("run", str(path), "--json")
@@ -130,7 +130,7 @@ async def test_fallback_is_used_from_the_limited_phase_on(repository: Repository
 
 @pytest.mark.extended
 async def test_missing_program_is_waited_for(repository: Repository) -> None:
-    """It was removed while an earlier phase was at work: the next one waits until it is back, and costs no attempt."""
+    """It is removed during an earlier phase: the next one waits for it, at no cost of an attempt."""
     tool = repository.spawns.parent / "tool"
     script = f'#!/bin/sh\nexec {shlex.join([sys.executable, "-S", str(FAKE_CLI)])} "$@"\n'
 
@@ -156,7 +156,7 @@ async def test_missing_program_is_waited_for(repository: Repository) -> None:
 
 
 async def test_program_killed_in_each_phase_is_retried_there(repository: Repository) -> None:
-    """A phase that is complete counts nothing against the next one."""
+    """A complete phase leaves no attempts counted against the next one."""
     path = configure(repository, *(f"in {phase} once hang" for phase in PHASES), task={"attempts": 2})
     started = repository.start("run", str(path), "--json")
     try:
@@ -173,13 +173,13 @@ async def test_program_killed_in_each_phase_is_retried_there(repository: Reposit
 
 
 async def assert_built_once(repository: Repository) -> None:
-    """Check what has landed, and all that must hold after any run."""
+    """Check the landed work and the invariants of every run."""
     assert (repository.top / "b.txt").read_text() == "built\n"
     await repository.assert_invariants()
 
 
 def program(repository: Repository) -> psutil.Process:
-    """Return the fake CLI that runs for this repository, itself and nothing around it."""
+    """Return the process of the fake CLI running for this repository, without wrappers."""
     for process in psutil.process_iter():
         try:
             argv = process.cmdline()

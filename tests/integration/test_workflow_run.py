@@ -1,4 +1,4 @@
-"""A whole run of tasks that go through workflows: what git, the state and the events say of it agrees."""
+"""A whole run of tasks with workflows: git, state and events agree."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def plan(*tasks: dict[str, Any]) -> str:
 
 
 def steps(name: str, *more: str, review: str = f"in review tell {json.dumps(APPROVE)}") -> str:
-    """Return what a task does in each phase of the built-in workflow, beside `more`."""
+    """Return the steps of a task in each phase of the built-in workflow, in addition to `more`."""
     return "\n".join(
         (
             f'in scout hand-over {{"scout_findings": ["what {name} is about"]}}',
@@ -42,7 +42,7 @@ def steps(name: str, *more: str, review: str = f"in review tell {json.dumps(APPR
 
 
 def tasks(count: int) -> list[dict[str, Any]]:
-    """Return so many tasks, each of the first with something of its own."""
+    """Return this many tasks, with a special feature for each of the first ones."""
     rejected = f"in review attempt 4 tell {json.dumps(REJECT)}\nin review attempt 6 tell {json.dumps(APPROVE)}"
     never = f"in review tell {json.dumps(REJECT)}"
     special: list[dict[str, Any]] = [
@@ -69,7 +69,7 @@ def tasks(count: int) -> list[dict[str, Any]]:
 
 
 def configure(repository: Repository, count: int) -> Path:
-    """Write the config of so many tasks."""
+    """Write the config of this many tasks."""
     careful = [
         {"scout": {"access": "read", "produces": "scout"}},
         {"plan": {"access": "read", "produces": "plan", "approve": True}},
@@ -81,7 +81,7 @@ def configure(repository: Repository, count: int) -> Path:
 
 
 async def read(repository: Repository, run: str) -> tuple[dict[str, Any], list[Event], dict[str, int]]:
-    """Return the tasks as they are on record, the events, and how many handoffs each task has."""
+    """Return the recorded tasks, the events, and the number of handoffs per task."""
     async with FileStore.open(repository.log, SystemClock()) as store:
         document = await read_run(store, run)
         found = task_documents(await read_tasks(store, run), document.tasks)
@@ -97,7 +97,7 @@ async def read(repository: Repository, run: str) -> tuple[dict[str, Any], list[E
 @pytest.mark.extended
 @pytest.mark.parametrize("count", [pytest.param(9), pytest.param(20, marks=pytest.mark.slow)])
 async def test_git_state_and_events_agree(repository: Repository, count: int) -> None:
-    """Rejected, repaired, invalid, edited, crashed, approved, expanded: each comes to what it has to."""
+    """Rejected, repaired, invalid, edited, crashed, approved, expanded: each has its expected outcome."""
     path = configure(repository, count)
     started = repository.start("run", str(path), "--json")
 

@@ -1,4 +1,4 @@
-"""What worktrees are made of is looked for before a run starts, and how they are configured is recorded with it."""
+"""Sources of worktrees are checked before a run starts, and worktree options are recorded with it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LINK = WorktreeSettings(link=("deep/data",))
 
 
 async def look(repository: Repository, worktrees: WorktreeSettings, place: str = ".") -> str | None:
-    """Return what a run with such worktrees would be refused for, None for nothing."""
+    """Return the reason why a run with such worktrees is rejected, None if it is not."""
     environ = repository.environ
     site = await find_run_repository(str(repository.top / place), is_url=False, environ=environ)
     assert site.repository is not None
@@ -46,7 +46,7 @@ def _write(path: Path, text: str = "x") -> None:
 
 
 async def test_existing_sources_are_accepted(repository: Repository, tmp_path: Path) -> None:
-    """Files and folders that git doesn't track, ignored or not, also through a link that is the last part of a path."""
+    """Untracked files and folders, ignored or not, also through a link as the last component."""
     repository.commit({".gitignore": ".env\n", "docs/guide/a.md": "a\n", "app/[id]/x y.js": "", "deep/x": "x"})
     outside = tmp_path / "models"
     _write(outside / "small.bin")
@@ -118,7 +118,7 @@ def _through_a_link(repository: Repository) -> None:
 async def test_invalid_sources_are_rejected(
     repository: Repository, prepare: Callable[[Repository], object], worktrees: WorktreeSettings, fragment: str
 ) -> None:
-    """The message has the path, and what to do."""
+    """The message has the path and the remedy."""
     prepare(repository)
     found = await look(repository, worktrees)
     assert found is not None
@@ -127,7 +127,7 @@ async def test_invalid_sources_are_rejected(
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root can read everything")
 async def test_unreadable_sources_are_rejected(repository: Repository) -> None:
-    """A copy of it could not be made."""
+    """They could not be copied."""
     _write(repository.top / "secret")
     (repository.top / "secret").chmod(0)
     assert "'secret' can't be read" in (await look(repository, COPY) or "")
@@ -143,7 +143,7 @@ async def test_all_mistakes_are_reported_at_once(repository: Repository) -> None
 
 
 async def test_bare_repository_has_nothing_to_copy(repository: Repository) -> None:
-    """The rest works as elsewhere."""
+    """Other options work as elsewhere."""
     repository.git("clone", "--quiet", "--bare", ".", "../bare.git")
     assert await look(repository, WorktreeSettings(sparse=("src",)), "../bare.git") is None
     assert "the repository has none: remove them, or set `repo` to a checkout" in (
@@ -152,7 +152,7 @@ async def test_bare_repository_has_nothing_to_copy(repository: Repository) -> No
 
 
 async def test_doctor_checks_the_sources(repository: Repository) -> None:
-    """Only where a file says something of worktrees; what a run would be refused for is a problem."""
+    """Only if a file configures worktrees; reasons to reject a run are problems."""
 
     def level(**settings: Any) -> str | None:
         told = repository.council("doctor", str(repository.configure(ONE, **settings)), "--json").result["findings"]
@@ -165,7 +165,7 @@ async def test_doctor_checks_the_sources(repository: Repository) -> None:
 
 
 async def test_run_records_its_worktree_options(repository: Repository) -> None:
-    """A resume finds all of it without the file, and what each adapter keeps as well."""
+    """A resume knows them without the file, including the kept files of each adapter."""
     _write(repository.top / "secret")
     worktrees = {"max": 7, "setup": ["true", {"run": "make", "inputs": ["README.md"]}], "copy": ["secret"], "ports": 2}
     path = repository.configure(ONE, worktrees=worktrees)
@@ -183,7 +183,7 @@ async def test_run_records_its_worktree_options(repository: Repository) -> None:
 
 
 async def test_worktree_options_work_from_python(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Typed objects say the same as a file, with numbers for durations and sizes."""
+    """Typed objects equal a file, with numbers for durations and sizes."""
     monkeypatch.chdir(repository.top)
     described = Config(
         version=1,

@@ -1,4 +1,4 @@
-"""What worktrees are prepared with, from the file to the landing: setup, hooks, files of the user's, ports, caches."""
+"""Preparation of worktrees, from the file to the landing: setup, hooks, provided files, ports, caches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SECRET = "s3cr3t-Val-0123456789"
 
 @pytest.fixture
 def outside(repository: Repository) -> Path:
-    """A folder that sessions and commands may write, to leave a trace in."""
+    """Return a folder that sessions and commands may write, for traces."""
     folder = repository.top.parent / "outside"
     folder.mkdir()
     return folder
@@ -49,12 +49,12 @@ def lines(path: Path) -> list[str]:
 
 
 def many(number: int, script: str) -> dict[str, str]:
-    """Return tasks with the same script, in which `@` is the task's own name."""
+    """Return tasks with the same script, in which `@` is the task's name."""
     return {f"t{one}": script.replace("@", f"t{one}") for one in range(number)}
 
 
 async def test_setup_runs_once_per_slot_and_again_for_changed_inputs(repository: Repository, outside: Path) -> None:
-    """Not in the next run either; what it made is there, no session's work, and made anew for other inputs."""
+    """Not in the next run either; its files are no work of a session, and are made again for other inputs."""
     repository.commit({"lock": "one\n", ".gitignore": "made/\n"}, "inputs")
     repository.remember()
     step = f"mkdir -p made && cp lock made/lock && echo note > note && git rev-parse HEAD && pwd >> {outside}/setups"
@@ -63,13 +63,13 @@ async def test_setup_runs_once_per_slot_and_again_for_changed_inputs(repository:
     config = shell(repository, outside, many(6, script), worktrees=worktrees, capacity=2)
     done = run(repository, config)
     first = lines(outside / "setups")
-    assert len(first) == len(set(first)) <= 3, "once for each place"
+    assert len(first) == len(set(first)) <= 3, "once per slot"
     assert [one["commands"] for one in done.lines if one.get("event") == "slot.setup_started"] == [[step]] * len(first)
     took = [one["seconds"] for one in done.lines if one.get("event") == "slot.setup_finished"]
     assert len(took) == len(first)
     assert min(took) > 0
     run(repository, shell(repository, outside, many(3, script.replace("@.", "@b.")), worktrees=worktrees, capacity=2))
-    assert lines(outside / "setups") == first, "another run finds the places as they were left"
+    assert lines(outside / "setups") == first, "the next run reuses the slots unchanged"
     repository.commit({"lock": "two\n"}, "other inputs")
     run(repository, shell(repository, outside, many(2, script.replace("@.", "@c.")), worktrees=worktrees, capacity=2))
     assert len(lines(outside / "setups")) > len(first)
@@ -79,7 +79,7 @@ async def test_setup_runs_once_per_slot_and_again_for_changed_inputs(repository:
 
 
 async def test_session_that_damages_the_setup_discards_its_slot(repository: Repository, outside: Path) -> None:
-    """The next one has what setup makes, not what the last one made of it."""
+    """The next session gets fresh setup files."""
     repository.commit({".gitignore": "made/\n"}, "ignored")
     repository.remember()
     worktrees = {"setup": [f"mkdir made && echo good > made/file && echo x >> {outside}/setups"]}
@@ -90,7 +90,7 @@ async def test_session_that_damages_the_setup_discards_its_slot(repository: Repo
 
 
 async def test_failed_setup_is_tried_once_and_reported(repository: Repository, outside: Path) -> None:
-    """Every task says why, with the cause above the notes of the command, and its log; no session was started."""
+    """Every task has the reason, with the cause above the notes of the command, and its log; no session started."""
     said = r"no such package\n\n[notice] A new release is there\nhint: see above\n"
     worktrees = {"setup": [f"echo x >> {outside}/setups; printf '{said}' >&2; exit 7"]}
     tasks = many(5, f"echo x >> {outside}/sessions")
@@ -103,13 +103,13 @@ async def test_failed_setup_is_tried_once_and_reported(repository: Repository, o
         assert ("`network: off` may be the cause" in task["reason"]) == (not default_sandbox())
     shown = " ".join(repository.council("status").stdout.split())
     assert ("no such package" in shown, "hint:" in shown, "(log: /" in shown) == (True, False, True), shown
-    assert len(lines(outside / "setups")) <= 3, "places that were made at the same time"
+    assert len(lines(outside / "setups")) <= 3, "slots created at the same time"
     assert not lines(outside / "sessions")
     await repository.assert_invariants()
 
 
 async def test_hooks_run_around_each_session(repository: Repository, outside: Path) -> None:
-    """One that fails before it fails the attempt; one that fails after it is told, and what it changed is work."""
+    """A failing hook before a session fails the attempt; one after it is reported, and its changes are work."""
     worktrees = {
         "before_run": ["echo before > started", f"test $COUNCIL_TASK != bad && echo $COUNCIL_TASK >> {outside}/before"],
         "after_run": ["test -f started && echo formatted >> $COUNCIL_TASK.txt", "exit 3"],
@@ -128,7 +128,7 @@ async def test_hooks_run_around_each_session(repository: Repository, outside: Pa
 
 
 async def test_files_of_the_user_are_provided_and_never_landed(repository: Repository, outside: Path) -> None:
-    """In sessions and checks; forced into a commit they are left out of it, and their secrets are in no log."""
+    """In sessions and checks; forced commits of them are dropped, and their secrets are in no log."""
     repository.commit({".gitignore": ".env\ndata/\n"}, "ignored")
     (repository.top / ".env").write_text(f"SERVICE_TOKEN={SECRET}\n")
     (repository.top / "data").mkdir()
@@ -155,7 +155,7 @@ async def test_files_of_the_user_are_provided_and_never_landed(repository: Repos
 
 
 async def test_live_sessions_share_no_port_or_name(repository: Repository, outside: Path) -> None:
-    """Each serves on its first port as long as the others do; checks have one, too."""
+    """Each listens on its first port while the others do; checks have one, too."""
     (outside / "serve.py").write_text(
         "import os, socket, sys, time\n"
         "server = socket.create_server(('127.0.0.1', int(os.environ['COUNCIL_PORT_0'])))\n"
@@ -182,7 +182,7 @@ async def test_live_sessions_share_no_port_or_name(repository: Repository, outsi
 
 
 async def test_ignored_files_reach_the_next_session_only_if_kept(repository: Repository, outside: Path) -> None:
-    """Caches of all are everybody's, those of an adapter its own sessions', the rest nobody's."""
+    """Shared caches are for all sessions, those of an adapter for its own, all others for none."""
     repository.commit({".gitignore": "cache/\n.tool/\njunk/\n"}, "ignored")
     repository.remember()
     look = f"for i in cache .tool junk; do test ! -e $i || echo @ $i >> {outside}/seen; done; "
@@ -207,7 +207,7 @@ async def test_ignored_files_reach_the_next_session_only_if_kept(repository: Rep
 
 
 async def test_unselected_folders_are_absent_and_not_lost(repository: Repository, outside: Path) -> None:
-    """A session sees what is at the top and in the named folders; what lands has all the rest."""
+    """A session sees the top and the named folders; the landed commit has all others, too."""
     repository.commit({"docs/a.md": "a\n", "src/deep/b.py": "b\n", "tests/c.py": "c\n"}, "folders")
     repository.remember()
     script = "test ! -e docs && test ! -e tests && test -f src/deep/b.py && git status --porcelain && echo n > src/@.py"
@@ -220,7 +220,7 @@ async def test_unselected_folders_are_absent_and_not_lost(repository: Repository
 
 
 async def test_output_of_teardown_is_recorded(repository: Repository, outside: Path) -> None:
-    """It runs in a place before that is thrown away, with the place's own name."""
+    """It runs in a slot before its deletion, with the slot's own name."""
     worktrees = {
         "setup": [f"echo $COUNCIL_NAME >> {outside}/up; echo x > made"],
         "teardown": [f"echo $COUNCIL_NAME >> {outside}/down"],
@@ -232,7 +232,7 @@ async def test_output_of_teardown_is_recorded(repository: Repository, outside: P
 
 
 async def test_removed_setup_files_are_made_again(repository: Repository, outside: Path) -> None:
-    """Whoever keeps it: sessions of every adapter find it."""
+    """Whichever adapter keeps them: sessions of every adapter find them."""
     repository.commit({".gitignore": "modules/\n"}, "ignored")
     repository.remember()
     worktrees = {"setup": ["mkdir modules && echo x > modules/x"], "max": 1}
