@@ -1,4 +1,4 @@
-"""What each class of failure leads to, in real runs; hours of parking on a clock that the test drives."""
+"""The reaction to each failure class, in real runs; hours of cooldown on a clock that the test drives."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ FAILURES = {
 
 
 def fake(repository: Repository, **more: Any) -> dict[str, Any]:
-    """Return the entry of an adapter whose words are classified."""
+    """Return the entry of an adapter whose output is classified."""
     return repository.fake_adapter(**{"failures": FAILURES, **more})
 
 
 async def test_failure_class_decides_about_a_retry(repository: Repository) -> None:
-    """What may pass is tried again, what will not is not; the result names the class."""
+    """A temporary failure is retried, a permanent one is not; the result has the class."""
     expected = {
         "print overloaded\nexit 1": ("overloaded", 2),
         "print that is declined\nexit 1": ("refused", 1),
@@ -61,7 +61,7 @@ async def test_retried_classes_can_be_chosen(repository: Repository) -> None:
 
 
 async def test_retried_conflict_starts_from_the_target(repository: Repository) -> None:
-    """With `retry_on: [conflict]` the work is done again on top of what was in its way."""
+    """With `retry_on: [conflict]` the work is repeated on top of the conflicting commit."""
     repository.commit({"a.txt": "1\n"}, "a")
     repository.remember()
     tasks = [{"id": name, "prompt": f"append a.txt {name}", "retry_on": ["conflict"]} for name in ("left", "right")]
@@ -73,7 +73,7 @@ async def test_retried_conflict_starts_from_the_target(repository: Repository) -
 
 
 async def test_failed_login_disables_its_adapter_only(repository: Repository) -> None:
-    """Its tasks wait, with no attempt counted, until a person has logged in and resumes; the others land."""
+    """Its tasks wait, with no attempt counted, for a login and a resume; the others land."""
     flag = repository.spawns.parent / "logged-in"
     shell = {"use": "command", "argv": ["sh", "{prompt_file}"], "failures": FAILURES}
     prompt = f"test -e {flag} || {{ echo 'not logged in: run x login'; exit 1; }}; echo ok > $COUNCIL_TASK.txt"
@@ -99,7 +99,7 @@ async def test_failed_login_disables_its_adapter_only(repository: Repository) ->
 
 
 async def test_usage_limit_starts_a_cooldown_until_its_end(repository: Repository) -> None:
-    """Five hours pass on the clock; no attempt is counted, another adapter goes on meanwhile."""
+    """Five hours pass on the clock; no attempt is counted, and another adapter continues meanwhile."""
     tasks: list[dict[str, Any]] = [
         {"id": "limited", "prompt": "attempt 1 print limit reached, again in 18000 s\nattempt 1 exit 1\nwrite a.txt a",
          "adapter": "limited", "attempts": 1},
@@ -135,7 +135,7 @@ async def test_usage_limit_starts_a_cooldown_until_its_end(repository: Repositor
 
 
 async def test_task_with_a_fallback_does_not_wait_for_a_limit(repository: Repository) -> None:
-    """The limited task goes on with the first of its others that can be used, as does what was ready behind it."""
+    """It continues with its first usable fallback, and so do the waiting tasks behind it."""
     tasks: list[dict[str, Any]] = [
         {"id": "limited", "prompt": "attempt 1 print limit reached, again in 18000 s\nattempt 1 exit 1\nwrite a.txt a",
          "attempts": 1},
@@ -176,7 +176,7 @@ async def test_task_with_a_fallback_does_not_wait_for_a_limit(repository: Reposi
 
 
 async def test_cooldown_survives_the_process(repository: Repository) -> None:
-    """Whoever resumes keeps the adapter parked until the same instant."""
+    """A resume keeps the adapter in cooldown until the same time."""
     tasks = [{"id": "t", "prompt": "attempt 1 print limit reached, again in 7200 s\nattempt 1 exit 1\nwrite a.txt a"}]
     path = repository.configure(tasks, adapters={"fake": fake(repository)})
     clock = ManualClock()
@@ -210,7 +210,7 @@ async def until_claimed(council: Council, run: str, times: int) -> None:
 
 
 async def test_idle_timeout_ends_a_silent_session(repository: Repository) -> None:
-    """Output or changes keep it alive; without both it is ended, with its work kept."""
+    """Output or changes keep it alive; without both it is ended, with its work preserved."""
     tasks: list[dict[str, Any]] = [
         {"id": "silent", "prompt": "write half.txt x\nhang", "idle_timeout": "1s", "attempts": 1},
         {"id": "busy", "prompt": "tick 8 0.25\nwrite b.txt b", "idle_timeout": "1s"},
@@ -224,7 +224,7 @@ async def test_idle_timeout_ends_a_silent_session(repository: Repository) -> Non
 
 
 async def test_priority_decides_the_start_order(repository: Repository) -> None:
-    """With room for one, the higher priority goes first, whatever the order of the file."""
+    """With capacity one, the higher priority starts first, whatever the order of the file."""
     tasks = [{"id": f"p{value}", "prompt": f"write {value}.txt x", "priority": value} for value in (1, 3, 2)]
     ended = repository.council("run", str(repository.configure(tasks, capacity=1)), "--json")
     started = [line["task"] for line in ended.lines if line.get("event") == "task.started"]
@@ -232,7 +232,7 @@ async def test_priority_decides_the_start_order(repository: Repository) -> None:
 
 
 async def test_tasks_with_the_same_paths_run_in_turn(repository: Repository) -> None:
-    """They are never at work together, and the later one starts from where the earlier one landed: no conflict."""
+    """They never run concurrently, and the later one starts from the earlier one's landing: no conflict."""
     tasks: list[dict[str, Any]] = [
         {"id": name, "prompt": f"append src/app.py # {name}", "owns": ["src/**"]} for name in ("one", "two", "three")
     ]
@@ -250,7 +250,7 @@ async def test_tasks_with_the_same_paths_run_in_turn(repository: Repository) -> 
 
 
 async def test_adapter_capacity_is_respected(repository: Repository) -> None:
-    """However many sessions may run in all, no more of an adapter than it allows."""
+    """Even if the run may have more sessions in all."""
     tasks = [{"id": f"t{n}", "prompt": f"write {n}.txt x"} for n in range(6)]
     adapters = {"fake": fake(repository, capacity=2)}
     ended = repository.council("run", str(repository.configure(tasks, adapters=adapters, capacity=6)), "--json")
@@ -264,7 +264,7 @@ async def test_adapter_capacity_is_respected(repository: Repository) -> None:
 
 @pytest.mark.extended
 async def test_program_in_a_hidden_folder_is_distinguished_from_a_missing_one(repository: Repository) -> None:
-    """A tool in the user's own repository is not there for sessions; the refusal says what to do, and that helps."""
+    """A tool in the user's own repository is hidden from sessions; the error has the fix, and the fix works."""
     tool = repository.top / "tool.sh"
     tool.write_text("#!/bin/sh\necho x > x.txt\n")
     tool.chmod(0o755)
@@ -281,7 +281,7 @@ async def test_program_in_a_hidden_folder_is_distinguished_from_a_missing_one(re
 
 
 async def test_machine_without_capacity_is_waited_for(repository: Repository) -> None:
-    """A session that can't be started for lack of space costs no attempt: nothing starts for a while, then it does."""
+    """A session that can't start for lack of space costs no attempt: nothing starts for a while, then it does."""
     path = repository.configure([{"id": "t", "prompt": "write a.txt x", "attempts": 1}])
     clock = ManualClock()
     full = repository.top / ".council" / "logs"
@@ -309,7 +309,7 @@ async def test_machine_without_capacity_is_waited_for(repository: Repository) ->
 
 @pytest.mark.extended
 async def test_concurrent_limits_are_one_cooldown(repository: Repository) -> None:
-    """However many hit it at once, the adapter is parked once, and told again only where the limit ends later."""
+    """Concurrent sessions hit it once, and it is reported again only if the limit ends later."""
     gate = repository.spawns.parent / "gate"
     prompt = f"attempt 1 meet {gate} 4\nattempt 1 print limit reached{{}}\nattempt 1 exit 1\nwrite {{}}.txt x"
     says = [", again in 18000 s", "", ", again in 18000 s", ", again in 19000 s"]
@@ -332,7 +332,7 @@ async def test_concurrent_limits_are_one_cooldown(repository: Repository) -> Non
 
 
 async def test_run_that_only_waits_for_adapters_says_so_once(repository: Repository) -> None:
-    """With its first adapter stopped and its second parked, a task says until when; the run says it, once a park."""
+    """First adapter disabled, second in cooldown: a task has the time; the run reports each wait once."""
     limited = "attempt {0} print limit reached, again in {1} s\nattempt {0} exit 1\n"
     prompt = "attempt 1 print not logged in\nattempt 1 exit 1\n" + limited.format(2, 600) + limited.format(3, 7200)
     tasks: list[dict[str, Any]] = [
@@ -355,7 +355,7 @@ async def test_run_that_only_waits_for_adapters_says_so_once(repository: Reposit
                 waits = f"waits for adapter 'limited' until {format_local_time(instants[-1])}; 'locked' is disabled: "
                 assert str(reasons["t"]).startswith(waits)
                 assert (reasons["after2"], reasons["other"]) == (None, None)
-                await council.tasks.cancel(f"after{count}", run=run)  # it looks again at what is to do
+                await council.tasks.cancel(f"after{count}", run=run)  # it checks again for ready tasks
                 await anyio.wait_all_tasks_blocked()
                 clock.advance(seconds)
         waited = await events_of(council, run, "run.waiting")
@@ -368,7 +368,7 @@ async def test_run_that_only_waits_for_adapters_says_so_once(repository: Reposit
 
 
 async def events_of(council: Council, run: str, name: str) -> list[Event]:
-    """Return all events of a name that a run has had so far, which is over."""
+    """Return all events of a name of a finished run."""
     found: list[Event] = []
     async for record in council.history.follow(0):
         found += [event for event in record.events if event.type == name]

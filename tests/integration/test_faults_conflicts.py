@@ -1,4 +1,4 @@
-"""Merges that can't be made, and those that look as if they could not: each kind, through a whole run."""
+"""Merge conflicts of every kind, and changes that only look like conflicts, in whole runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.faults import PYTHON_ADAPTER, SHELL_ADAPTER
 
 BASE = {"content/f": "1\n2\n3\n", "gone/f": "a\nb\nc\n", "names/f": "x\ny\nz\n", "kinds/keep": "k\n",
         "binary/f": "\0\1base", "link/keep": "k\n"}  # fmt: skip
-#: What the target's side did, what the task's side does, and the paths that are named.
+#: The target's change, the task's change, and the paths in the reason.
 KINDS = {
     "content": ("echo target > content/f", "echo task > content/f", {"content/f"}),
     "gone": ("rm gone/f", "echo task >> gone/f", {"gone/f"}),
@@ -29,7 +29,7 @@ def show(repository: Path, *arguments: str) -> str:
 
 
 async def test_conflicts_of_all_kinds_are_reported(repository: Repository) -> None:
-    """Each is named with its paths, the target does not move, and its branch has the commits of both sides."""
+    """Each has its paths, the target does not move, and the branch has the commits of both sides."""
     base = repository.commit(BASE, "base")
     repository.git("checkout", "--quiet", "-b", "out")
     for ours, _, _ in KINDS.values():
@@ -69,7 +69,7 @@ async def test_case_only_rename_lands_and_is_checked(repository: Repository) -> 
 
 
 async def test_same_change_twice_lands_once(repository: Repository) -> None:
-    """What the target holds already is landed without a commit; files that were only touched are no change."""
+    """It has landed without a commit; files that were only touched are no change."""
     tasks = [
         {"id": "first", "prompt": "write same.txt same"},
         {"id": "second", "prompt": "write same.txt same"},
@@ -95,7 +95,7 @@ for name in {names!r}:
 
 
 async def test_hostile_file_names_pass_run_conflict_diff_and_salvage(repository: Repository) -> None:
-    """Every name that the system allows lands, is named where it conflicts, is shown, and is brought back."""
+    """Every valid file name lands, is reported in a conflict, is printed, and is salvaged."""
     nested = tuple(b"-d/\xff/" + name for name in NAMES)
     tasks: list[dict[str, Any]] = [
         {"id": "lands", "prompt": WRITE.format(names=NAMES + nested, content=b"lands", rest="")},

@@ -1,4 +1,4 @@
-"""Limits of the machine, floods, questions and signals: bounded, quick, and nothing is left alive."""
+"""Machine limits, output floods, prompts for input and signals: bounded, quick, and no process survives."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MIB = 1 << 20
 
 
 def peak_memory(pid: int) -> int:
-    """Return the most memory (bytes) that a process has had so far; 0 if it has ended."""
+    """Return the peak memory (bytes) of a process; 0 if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -43,7 +43,7 @@ open("done-" + os.environ["COUNCIL_TASK"], "w").write("x")
 @pytest.mark.extended
 @pytest.mark.parametrize(("blocks", "width"), [(30, 32), pytest.param(100, 1, marks=pytest.mark.slow)])
 async def test_output_flood_takes_bounded_memory_and_files(repository: Repository, blocks: int, width: int) -> None:
-    """Many MB, lines of 3 MB and bytes that are no text, from several at once and from a check."""
+    """Many MB, lines of 3 MB and bytes that are no text, from several sessions at once and from a check."""
     tasks: list[dict[str, Any]] = [
         {"id": name, "prompt": FLOOD.format(blocks=blocks, width=width)} for name in ("a", "b")
     ]
@@ -78,7 +78,7 @@ async def test_output_flood_takes_bounded_memory_and_files(repository: Repositor
 
 
 async def test_program_that_asks_fails_immediately(repository: Repository) -> None:
-    """There is nobody to answer on standard input, and no terminal: that is the end of it, not a wait."""
+    """Standard input is closed and there is no terminal, so that it does not wait."""
     tasks = [
         {"id": "stdin", "prompt": "printf 'Proceed? [y/N] '; read answer || exit 3; echo $answer > a.txt"},
         {"id": "tty", "prompt": "printf 'Password: ' > /dev/tty && read answer < /dev/tty && echo x > b.txt"},
@@ -94,7 +94,7 @@ async def test_program_that_asks_fails_immediately(repository: Repository) -> No
 
 
 def nothing_lives(repository: Repository) -> bool:
-    """Whether no process of council's or of a session's has anything of this test in it."""
+    """Return whether no process of council's or of a session's refers to this test."""
     return not processes_with(bytes(repository.top.parent))
 
 
@@ -103,8 +103,8 @@ STUBBORN = "stubborn\ndaemon daemon.txt\nwrite half.txt half\nhang"
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-async def test_one_signal_ends_cleanly(repository: Repository, number: signal.Signals) -> None:
-    """130, said so in JSON, with the work kept and nothing alive; resume goes on."""
+async def test_run_at_the_first_signal_ends_cleanly(repository: Repository, number: signal.Signals) -> None:
+    """Exit code 130, reported in JSON, with the work preserved and no process alive; resume continues."""
     task = {"id": "one", "prompt": "write half.txt half\nattempt 1 hang"}
     child = repository.start("run", str(repository.configure([task])), "--json")
     wait_for(lambda: list(Path(repository.environ["COUNCIL_HOME"]).glob("*/sessions/*/one.1/slot/tree/half.txt")))
@@ -123,7 +123,7 @@ async def test_one_signal_ends_cleanly(repository: Repository, number: signal.Si
 async def test_second_signal_ends_immediately(
     repository: Repository, first: signal.Signals, second: signal.Signals
 ) -> None:
-    """A program that ignores SIGTERM would get its grace after one signal; after two all is dead within 2 s."""
+    """After one signal a program that ignores SIGTERM would get its grace period; after two all end within 2 s."""
     task = {"id": "one", "prompt": "\n".join(f"attempt 1 {line}" for line in STUBBORN.splitlines()) + "\nwrite b b"}
     child = repository.start("run", str(repository.configure([task])))
     wait_for(lambda: list(Path(repository.environ["COUNCIL_HOME"]).glob("*/sessions/*/one.1/slot/tree/half.txt")))
@@ -140,7 +140,7 @@ async def test_second_signal_ends_immediately(
 
 @pytest.mark.extended
 async def test_signal_during_a_push_lets_it_finish(repository: Repository) -> None:
-    """The target and its checkout agree afterwards, whatever the signal met; the landing is not cut off."""
+    """Target and checkout agree afterwards, whenever the signal arrived; the landing is not interrupted."""
     hook = repository.top / ".git/hooks/pre-receive"
     hook.parent.mkdir(exist_ok=True)
     flag = repository.top.parent / "pushing"
@@ -170,7 +170,7 @@ async def test_signal_during_a_push_lets_it_finish(repository: Repository) -> No
 
 
 async def test_thousand_sessions_under_a_low_descriptor_limit_work(repository: Repository) -> None:
-    """As many run as fit, that is said with the remedy, and all land; where not even one fits it is refused."""
+    """As many run as fit, the report has the fix, and all land; if not even one fits, the run is rejected."""
     tasks = [{"id": f"t{number}", "prompt": f"write {number}.txt x"} for number in range(5)]
     config = repository.configure(tasks, capacity=1000)
 
@@ -195,7 +195,7 @@ async def test_thousand_sessions_under_a_low_descriptor_limit_work(repository: R
     refused = limited(40)
     assert (refused.code, refused.result["status"]) == (2, "refused"), refused
     assert "ulimit -n" in refused.result["remedy"]
-    short = limited(24)  # too few to run a command that looks for programs
+    short = limited(24)  # too few for a command that looks up programs
     assert (short.code, short.result["status"]) == (1, "unavailable"), short
     assert "Too many open files" in short.result["error"]
     assert "ulimit" in short.result["remedy"]
@@ -203,7 +203,7 @@ async def test_thousand_sessions_under_a_low_descriptor_limit_work(repository: R
 
 
 async def test_too_much_requested_memory_is_rejected(repository: Repository) -> None:
-    """With the numbers and what to do, before any program starts."""
+    """With the numbers and the fix, before any program starts."""
     config = repository.configure([{"id": "one", "prompt": "write a.txt a"}], session_memory="100TiB")
     refused = repository.council("run", str(config), "--json")
     assert (refused.code, refused.result["status"]) == (2, "refused"), refused

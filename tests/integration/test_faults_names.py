@@ -1,4 +1,4 @@
-"""Names that mean something to git, to a shell or a file system: refused where they are ours, harmless elsewhere."""
+"""Names with a meaning to git, a shell or a file system: rejected if they are ours, harmless elsewhere."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BAD_TASKS = ("../x", "..", ".", "a/b", "/etc", "x\n", "a\nb", "-x", "a..b", "x.l
 @pytest.mark.parametrize("key", ["base", "target"])
 @pytest.mark.parametrize("name", BAD_BRANCHES)
 def test_branch_that_git_would_misread_is_rejected(repository: Repository, key: str, name: str) -> None:
-    """In the file, at its place, before git sees it."""
+    """At its position in the file, before git sees it."""
     path = repository.configure([{"id": "one", "prompt": "x"}], **{key: name})
     with pytest.raises(ConfigError) as refused:
         load_config(path, load_plugins().adapters)
@@ -34,7 +34,7 @@ def test_branch_that_git_would_misread_is_rejected(repository: Repository, key: 
 
 @pytest.mark.extended
 async def test_task_name_that_leaves_its_folder_is_rejected(repository: Repository) -> None:
-    """Each in the file, each on the command line, where nothing but a task's own id finds anything."""
+    """Each in the file, and each on the command line, where only a task id finds anything."""
     tasks = [{"id": name, "prompt": "write x.txt x"} for name in BAD_TASKS]
     ended = repository.council("run", str(repository.configure(tasks)), "--json")
     assert (ended.code, ended.result["status"]) == (2, "invalid"), ended
@@ -54,7 +54,7 @@ async def test_task_name_that_leaves_its_folder_is_rejected(repository: Reposito
 
 
 async def test_unusual_branches_of_the_user_do_no_harm(repository: Repository) -> None:
-    """What plumbing can make is there, and the run sees its own base and target only; so odd as they may be."""
+    """Names that only plumbing can create exist, and the run uses only its own base and target."""
     for name in ("HEAD", "-b", "@", "refs/heads/main", "main;id", "$(id)", "\u00fc/\u2603"):
         (repository.top / ".git/refs/heads" / name).parent.mkdir(parents=True, exist_ok=True)
         (repository.top / ".git/refs/heads" / name).write_text(repository.git("rev-parse", "main") + "\n")
@@ -66,7 +66,7 @@ async def test_unusual_branches_of_the_user_do_no_harm(repository: Repository) -
             {"id": "2.a_B-c", "prompt": "append x.txt y", "needs": ["1"]},
         ]
         if target.startswith("-"):
-            target = f"x{target}"  # noqa: PLW2901  a dash may stand anywhere but first
+            target = f"x{target}"  # noqa: PLW2901  a dash may be anywhere but first
         config = repository.configure(tasks, base=base, target=target)
         ended = repository.council("run", str(config), "--json")
         assert ended.code == 0, ended
@@ -77,7 +77,7 @@ async def test_unusual_branches_of_the_user_do_no_harm(repository: Repository) -
 
 
 def installed(repository: Repository, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the script that an installation makes: unlike `python -m` it does not look into the current folder."""
+    """Run the installed script: unlike `python -m` it does not import from the current folder."""
     council = str(Path(sys.executable).with_name("council"))
     return subprocess.run(
         [council, *arguments], cwd=repository.top, env=repository.environ, capture_output=True, text=True, check=False
@@ -86,7 +86,7 @@ def installed(repository: Repository, *arguments: str) -> subprocess.CompletedPr
 
 @pytest.mark.extended
 async def test_plugin_in_the_repository_is_not_loaded(repository: Repository, tmp_path: Path) -> None:
-    """What lies in the repository or in the current folder is data to the installed command, whatever it looks like."""
+    """To the installed command, files of the repository and of the current folder are data."""
     ran = tmp_path / "ran"
     code = f"open({str(ran)!r}, 'a').write(__name__ + ' ')\n"
     planted = {
@@ -113,7 +113,7 @@ async def test_plugin_in_the_repository_is_not_loaded(repository: Repository, tm
 
 
 async def test_state_that_came_with_a_repository_is_not_used(repository: Repository) -> None:
-    """A `.council` that git tracks is refused by every command, before anything in it is read."""
+    """Every command rejects a `.council` that git tracks, before anything in it is read."""
     config = repository.configure([{"id": "t", "prompt": "write a.txt a"}])
     assert repository.council("run", str(config)).code == 0
     repository.git("add", "--force", ".council/state")

@@ -1,4 +1,4 @@
-"""Repositories in odd states: stale locks, odd checkouts, odd configuration. Each works, or is refused by name."""
+"""Repositories in unusual states: stale locks, checkouts, configuration. Each works, or is rejected."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ONE = [{"id": "one", "prompt": "write one.txt 1\nappend README.md More."}]
 
 
 def planted(place: Path) -> Path:
-    """Make an empty lock file."""
+    """Create an empty lock file."""
     place.parent.mkdir(parents=True, exist_ok=True)
     place.touch()
     return place
@@ -30,7 +30,7 @@ def planted(place: Path) -> Path:
 
 @pytest.mark.extended
 async def test_stale_locks_of_each_kind_are_removed(repository: Repository, tmp_path: Path) -> None:
-    """What killed git commands of ours left in our own repository is removed by the next owner of the run."""
+    """Killed git commands leave locks in our own repository, which the run's next owner removes."""
     config = repository.configure(ONE)
     assert repository.council("run", str(config), failpoints="worktree.created=kill").code == -signal.SIGKILL
     run = next((tmp_path / "council-home").glob("*/sessions/*"))
@@ -46,7 +46,7 @@ async def test_stale_locks_of_each_kind_are_removed(repository: Repository, tmp_
 
 @pytest.mark.extended
 async def test_lock_stays_while_its_git_command_lives(repository: Repository, tmp_path: Path) -> None:
-    """Another run's command may be the one that made it: only what belongs to this run alone goes."""
+    """Another run's command may have created it: only locks of this run alone are removed."""
     config = repository.configure(ONE)
     assert repository.council("run", str(config), failpoints="worktree.created=kill").code == -signal.SIGKILL
     run = next((tmp_path / "council-home").glob("*/sessions/*"))
@@ -71,7 +71,7 @@ async def test_lock_stays_while_its_git_command_lives(repository: Repository, tm
     ],
 )
 async def test_lock_of_the_user_is_never_removed(repository: Repository, name: str, stops: bool) -> None:
-    """It may be that of an editor or of a command of theirs: what can't land waits, with what to do, until it went."""
+    """Its owner may be an editor or a command of theirs: the landing waits, with the fix, until it is gone."""
     lock = planted(repository.top / ".git" / name)
     ended = repository.council("run", str(repository.configure(ONE)), "--json")
     assert ended.states == {"one": "queued" if stops else "landed"}, ended
@@ -84,7 +84,7 @@ async def test_lock_of_the_user_is_never_removed(repository: Repository, name: s
 
 
 @pytest.mark.parametrize("damage", ["HEAD", "refs/council/*/start", "objects/??/*"])
-def test_a_damaged_internal_repository_is_named_with_the_remedy(
+def test_damaged_internal_repository_is_named_with_the_remedy(
     repository: Repository, tmp_path: Path, damage: str
 ) -> None:
     """No retry would help; a new run works once it is moved away."""
@@ -110,13 +110,13 @@ def test_a_damaged_internal_repository_is_named_with_the_remedy(
     ],
     ids=["rebase", "bisect"],
 )
-async def test_a_landing_waits_while_the_user_rebases_or_bisects_the_target(
+async def test_landing_during_a_rebase_or_bisect_of_the_target_waits(
     repository: Repository, start: Sequence[str], finish: Sequence[str]
 ) -> None:
-    """Git would refuse the push without a reason; the task names the operation and the command that finishes it."""
+    """Git would reject the push without a reason; the task names the operation and the command that finishes it."""
     for number in range(2):
         repository.commit({"README.md": f"# {number}\n"})
-    with suppress(subprocess.CalledProcessError):  # the rebase stops
+    with suppress(subprocess.CalledProcessError):  # the rebase stops here
         repository.git(*start)
     ended = repository.council("run", str(repository.configure(ONE)), "--json")
     assert ended.states == {"one": "queued"}, ended
@@ -130,7 +130,7 @@ async def test_a_landing_waits_while_the_user_rebases_or_bisects_the_target(
     await repository.assert_invariants()
 
 
-async def test_a_target_whose_history_was_rewritten_waits_with_a_remedy(repository: Repository) -> None:
+async def test_landing_on_a_rewritten_target_waits_with_a_remedy(repository: Repository) -> None:
     """The user amends its first commit while a session runs; once the old history is back, the work lands."""
     old = repository.git("rev-parse", "HEAD")
     child = repository.start("run", str(repository.configure(ONE)), "--json", failpoints="work.recorded=stop")
@@ -162,7 +162,7 @@ async def test_a_target_whose_history_was_rewritten_waits_with_a_remedy(reposito
 async def test_deleted_target_is_not_recreated(
     repository: Repository, tmp_path: Path, target: str, failpoint: str
 ) -> None:
-    """Landings wait, also those of a process that was killed, until the branch exists again."""
+    """Landings wait, also those of a killed process, until the branch exists again."""
     folder, more = repository.top, {"target": target}
     if target == "remote":
         folder, target = tmp_path / "remote.git", "main"
@@ -238,7 +238,7 @@ def _shallow(repository: Repository) -> None:
 async def test_unusable_repository_is_rejected(
     repository: Repository, prepare: Callable[[Repository], object], repo: str, fragment: str, remedy: str
 ) -> None:
-    """Exit code 2 with what it is and what to do, and no program has run."""
+    """Exit code 2 with the reason and the fix, and no program has run."""
     prepare(repository)
     config = repository.configure(ONE, repo=str(repository.top.parent / repo), target="out")
     ended = repository.council("run", str(config), "--json")
@@ -250,7 +250,7 @@ async def test_unusable_repository_is_rejected(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a repository away")
 async def test_foreign_repository_is_rejected_until_trusted(repository: Repository, tmp_path: Path) -> None:
-    """Git's own rule (safe.directory) holds: its words are told each time, and following them is all it takes."""
+    """Git's own rule (safe.directory) applies: its message is printed each time, and following it is enough."""
     subprocess.run(["chown", "-R", "12345:12345", str(repository.top)], check=True)
     config = repository.configure(ONE)
     trusts = tmp_path / "gitconfig"
@@ -311,7 +311,7 @@ async def test_unusual_checkout_takes_landings(repository: Repository, odd: Call
 
 
 def refusing(repository: Repository, hook: str) -> Path:
-    """Make a hook that fails."""
+    """Create a hook that fails."""
     place = repository.top / ".git/hooks" / hook
     place.parent.mkdir(exist_ok=True)
     place.write_text("#!/bin/sh\necho not on a friday >&2\nexit 1\n")
@@ -330,7 +330,7 @@ def refusing(repository: Repository, hook: str) -> Path:
     ],
 )
 async def test_rejecting_hook_of_the_user_is_respected(repository: Repository, hook: str) -> None:
-    """The target does not move, its checkout is as it was, the reason names the hook; without it the work lands."""
+    """The target does not move, its checkout is unchanged, the reason names the hook; without it the work lands."""
     place = refusing(repository, hook)
     before = repository.git("rev-parse", "main")
     ended = repository.council("run", str(repository.configure(ONE)), "--json")
@@ -344,7 +344,7 @@ async def test_rejecting_hook_of_the_user_is_respected(repository: Repository, h
 
 
 async def test_failing_other_hooks_of_the_user_stop_nothing(repository: Repository) -> None:
-    """Those of commits, merges and checkouts are not run by a push, those that come after one can't refuse it."""
+    """A push does not run hooks of commits, merges and checkouts, and hooks after an operation can't reject it."""
     for hook in ("pre-commit", "commit-msg", "pre-merge-commit", "post-merge", "post-checkout", "pre-push",
                  "post-receive", "post-update", "post-index-change"):  # fmt: skip
         refusing(repository, hook)
@@ -355,7 +355,7 @@ async def test_failing_other_hooks_of_the_user_stop_nothing(repository: Reposito
 
 @pytest.mark.extended
 async def test_missing_own_repositories_are_named(repository: Repository) -> None:
-    """What is left of their folder does not make a fault of ours out of it."""
+    """An incomplete folder is not reported as an internal error."""
     repository.council("run", str(repository.configure([{"id": "one", "prompt": "write one.txt 1"}])))
     (hub,) = (path for path in Path(repository.environ["COUNCIL_HOME"]).iterdir() if path.is_dir())
     shutil.rmtree(hub)

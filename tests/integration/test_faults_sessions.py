@@ -1,4 +1,4 @@
-"""Agents that do with git what they should not: each kind on its own, fenced in and not."""
+"""Agents that misuse git: each kind on its own, sandboxed and not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.sandboxes import needs_sandbox
 
 pytestmark = pytest.mark.sandbox
 
-#: What an agent does, and the files that land.
+#: The agent's commands, and the files that land.
 KINDS = {
     "commits": ("echo x > commits; git add -A; git commit -qm one; echo y >> commits; git commit -qam two", "x\ny"),
     "switches": ("git switch -qc elsewhere; echo x > switches; git add -A; git commit -qm away", "x"),
@@ -29,7 +29,7 @@ KINDS = {
 @pytest.mark.extended
 @pytest.mark.parametrize("sandbox", [pytest.param("auto", marks=[needs_sandbox, pytest.mark.slow]), "off"])
 async def test_git_changes_of_an_agent_stay_in_its_session(repository: Repository, sandbox: str) -> None:
-    """Only the files of its own checkout land, once each, on the target; no branch or setting of anyone's moves."""
+    """Only the files of its own checkout land, once each, on the target; no other branch or setting changes."""
     tasks = [{"id": name, "prompt": script} for name, (script, _) in KINDS.items()]
     config = repository.configure(tasks, adapters={"sh": SHELL_ADAPTER}, sandbox=sandbox, capacity=6)
     ended = repository.council("run", str(config), "--json")
@@ -45,7 +45,7 @@ async def test_git_changes_of_an_agent_stay_in_its_session(repository: Repositor
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("sandbox", [pytest.param("auto", marks=needs_sandbox), "off"])
 async def test_agent_that_reaches_for_the_users_repository_is_contained(repository: Repository, sandbox: str) -> None:
-    """Fenced in it gets nowhere; without a sandbox what it moved is named, and its own work lands all the same."""
+    """Sandboxed it has no effect; without a sandbox the moved branch is reported. Its own work lands."""
     repository.git("branch", "side")
     repository.remember()
     script = f"""
@@ -59,7 +59,7 @@ true
 """
     task = {"id": "reaches", "prompt": script}
     if sandbox == "off":
-        task["prompt"] = "\n".join(script.splitlines()[:5])  # the rest would do harm
+        task["prompt"] = "\n".join(script.splitlines()[:5])  # the others would do harm
     config = repository.configure([task], adapters={"sh": SHELL_ADAPTER}, sandbox=sandbox)
     ended = repository.council("run", str(config), "--json")
     assert ended.states == {"reaches": "landed"}, ended

@@ -1,4 +1,4 @@
-"""File locks of sessions between real processes: order, fairness, death, and what a look at them shows."""
+"""File locks of sessions between real processes: order, fairness, death, and the list of locks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.programs import run_python
 
 ADA, BOB, EVE = (SessionName("r", task, 1) for task in ("ada", "bob", "eve"))
 
-#: Takes a file for a session, says so, and gives it back when its standard input ends.
+#: Locks a file for a session, prints that, and releases it when its standard input ends.
 HOLDER = """
 import sys, anyio
 from pathlib import Path
@@ -40,13 +40,13 @@ async def main(folder, task, path, mode):
 anyio.run(main, *sys.argv[1:])
 """
 
-#: The same, with a child that lives on.
+#: The same, with a child that survives.
 WITH_A_CHILD = HOLDER.replace(
     'print("held", flush=True)',
     'import subprocess; child = subprocess.Popen(["sleep", "600"], close_fds=False); print(child.pid, flush=True)',
 )
 
-#: Takes and gives back one file again and again for so many seconds, and says how often it had it.
+#: Locks and releases one file repeatedly for some seconds, and prints how often it had it.
 AGAIN_AND_AGAIN = """
 import statistics, sys, time, anyio
 from pathlib import Path
@@ -71,7 +71,7 @@ async def main(folder, task, mode, rounds):
 anyio.run(main, *sys.argv[1:])
 """
 
-#: Takes files in the order given, so many times, each time all of them; counts in a file that nothing else protects.
+#: Locks several files in the given order, some number of times, all together; counts in an otherwise unprotected file.
 ROUNDS = """
 import sys, anyio
 from pathlib import Path
@@ -117,7 +117,7 @@ def held_elsewhere(folder: Path, task: str, path: str, mode: str = "exclusive") 
 
 
 def locked_files(folder: Path) -> list[str]:
-    """Ask the kernel which of the files in a folder are locked by anybody."""
+    """Return which files in a folder the kernel has locks on."""
     found = []
     for path in folder.iterdir():
         with path.open("rb") as file:
@@ -142,7 +142,7 @@ async def until_in_the_gate(folder: Path) -> None:
 
 @pytest.fixture
 def known() -> frozenset[threading.Thread]:
-    """The threads that others have left, which may still wait for what nobody will give back."""
+    """Return the existing threads, which may still wait for a lock that is never released."""
     return frozenset(threading.enumerate())
 
 
@@ -153,7 +153,7 @@ async def until_no_thread(known: frozenset[threading.Thread]) -> None:
 
 
 async def test_locked_file_is_rejected_with_its_holder(folder: Path) -> None:
-    """The refusal says which session of which process has it since when; other files are free."""
+    """The error has the holder's session, process and time; other files are free."""
     with held_elsewhere(folder, "ada", "src/a.py") as child:
         began = time.monotonic()
         with pytest.raises(FileLocked) as caught:
@@ -167,7 +167,7 @@ async def test_locked_file_is_rejected_with_its_holder(folder: Path) -> None:
 
 
 async def test_lock_is_acquired_when_released(folder: Path) -> None:
-    """The default is to wait; whoever waits is seen, with what it waits for."""
+    """The default is to wait; waiters are listed with the file."""
     locks = locks_of(folder)
     with held_elsewhere(folder, "ada", "a") as child:
         async with anyio.create_task_group() as group:
@@ -182,7 +182,7 @@ async def test_lock_is_acquired_when_released(folder: Path) -> None:
 
 
 async def test_several_files_are_locked_all_or_none(folder: Path) -> None:
-    """Where one of three is not free, the others are free again."""
+    """If one of three is locked, the other two are free again."""
     locks = locks_of(folder)
     with held_elsewhere(folder, "ada", "b"):
         with pytest.raises(FileLocked, match=r"^b is locked by r/ada\.1"):
@@ -193,7 +193,7 @@ async def test_several_files_are_locked_all_or_none(folder: Path) -> None:
 
 
 async def test_second_lock_of_an_own_file_is_rejected_immediately(folder: Path) -> None:
-    """By any spelling, shared or not, held or waited for: the sentence names the file, and all stays as it was."""
+    """Any spelling, shared or not, held or waited for: the error names the file, and nothing changes."""
     locks = locks_of(folder)
     await locks.acquire(ADA, ["src/a"])
     for shared in (False, True):
@@ -210,7 +210,7 @@ async def test_second_lock_of_an_own_file_is_rejected_immediately(folder: Path) 
 
 
 async def test_sessions_of_one_process_exclude_each_other(folder: Path) -> None:
-    """It is the session that holds a file, not the process."""
+    """The owner of a lock is the session, not the process."""
     locks = locks_of(folder)
     await locks.acquire(ADA, ["a"])
     with pytest.raises(FileLocked, match=r"locked by r/ada\.1"):
@@ -220,7 +220,7 @@ async def test_sessions_of_one_process_exclude_each_other(folder: Path) -> None:
 
 
 async def test_shared_locks_coexist_and_block_an_exclusive_one(folder: Path) -> None:
-    """Within a process and between two; all who share it are seen."""
+    """Within a process and between two; all holders are listed."""
     locks = locks_of(folder)
     with held_elsewhere(folder, "ada", "a", "shared") as child:
         await locks.acquire(BOB, ["a"], shared=True, timeout=0)
@@ -234,12 +234,12 @@ async def test_shared_locks_coexist_and_block_an_exclusive_one(folder: Path) -> 
             group.start_soon(lambda: locks.acquire(writer, ["a"], timeout=60))
             await until_in_the_gate(folder)
             late = SessionName("r", "late", 1)
-            with pytest.raises(FileLocked):  # who comes behind a writer does not overtake it
+            with pytest.raises(FileLocked):  # a reader behind a writer does not overtake it
                 await locks.acquire(late, ["a"], shared=True, timeout=0.02)
             let_go(child)
             await locks.release_all(BOB)
             await locks.release_all(EVE)
-        child.wait(20)  # the marks of another process go after its lock
+        child.wait(20)  # the marks of another process are removed after its lock
         assert [one.owner for one in list_file_locks(folder)] == ["r/writer.1"]
 
 
@@ -249,7 +249,7 @@ async def test_shared_locks_coexist_and_block_an_exclusive_one(folder: Path) -> 
 async def test_cancelled_wait_leaves_nothing_locked(
     folder: Path, known: frozenset[threading.Thread], turns: int, *, shared: bool
 ) -> None:
-    """Wherever in the acquisition of two files the cancellation comes, nothing is locked or marked afterwards."""
+    """Wherever the cancellation arrives in the locking of two files, nothing is locked or marked afterwards."""
     locks = locks_of(folder)
     with held_elsewhere(folder, "ada", "b") as child:
         async with anyio.create_task_group() as group:
@@ -270,7 +270,7 @@ async def test_cancelled_wait_leaves_nothing_locked(
 async def test_abandoned_shared_wait_makes_room_for_an_exclusive_one(
     folder: Path, known: frozenset[threading.Thread]
 ) -> None:
-    """The thread that an abandoned wait has left is taken over by a wait of the other kind."""
+    """The thread of an abandoned wait is reused by a wait of the other kind."""
     locks = locks_of(folder)
     with held_elsewhere(folder, "ada", "a") as child:
         for shared in (True, False, True):
@@ -286,7 +286,7 @@ async def test_abandoned_shared_wait_makes_room_for_an_exclusive_one(
 
 
 async def test_lock_of_a_killed_owner_is_free_despite_a_living_child(folder: Path) -> None:
-    """`kill -9` frees what it had locked at once: no child of its own inherits a lock, even one that inherits all."""
+    """`kill -9` releases its locks at once: no child inherits a lock, even one that inherits all descriptors."""
     with run_python(WITH_A_CHILD, folder, "ada", "a", "exclusive") as owner:
         child = int(line(owner))
         try:
@@ -301,7 +301,7 @@ async def test_lock_of_a_killed_owner_is_free_despite_a_living_child(folder: Pat
 
 
 async def test_killed_process_is_not_shown_as_holder_or_waiter(folder: Path) -> None:
-    """Its marks are removed by whoever looks."""
+    """The next reader removes its marks."""
     with held_elsewhere(folder, "ada", "a"), run_python(HOLDER, folder, "bob", "a", "exclusive") as waiter:
         await until_waiting(folder, BOB)
         with held_elsewhere(folder, "eve", "b", "shared") as sharer:
@@ -314,7 +314,7 @@ async def test_killed_process_is_not_shown_as_holder_or_waiter(folder: Path) -> 
 
 
 def passed_by(folder: Path, modes: list[str], rounds: int) -> list[float]:
-    """How often others got the file, as a rule, while each of so many processes waited for it."""
+    """Return how often others typically got the file while each of several processes waited for it."""
     stack = [run_python(AGAIN_AND_AGAIN, folder, number, mode, rounds) for number, mode in enumerate(modes)]
     children = [one.__enter__() for one in stack]
     try:
@@ -328,19 +328,19 @@ def passed_by(folder: Path, modes: list[str], rounds: int) -> list[float]:
 
 
 async def test_eight_processes_share_a_file_fairly(folder: Path) -> None:
-    """While one waits, nobody has it more than twice."""
+    """While one waits, nobody gets it more than twice."""
     assert max(passed_by(folder, ["exclusive"] * 8, 200)) <= 2 * 7
 
 
 async def test_writer_is_not_starved_by_four_readers(folder: Path) -> None:
-    """Those who could hold it together without a break let it pass: while it waits, none has it more than twice."""
+    """Overlapping readers could block it for ever: while it waits, none gets the lock more than twice."""
     writer, *_ = passed_by(folder, ["exclusive", *["shared"] * 4], 200)
     assert writer <= 2 * 4
 
 
 @pytest.mark.parametrize("rounds", [100, pytest.param(1_000, marks=pytest.mark.slow)])
 async def test_opposite_orders_do_not_deadlock(folder: Path, rounds: int) -> None:
-    """Two sessions take the same three files in opposite orders; none waits for ever, and no count is lost."""
+    """Two sessions lock the same three files in opposite orders; none waits for ever, and no count is lost."""
     paths = ["x/a", "b", "c"]
     count = folder.with_name("count")
     count.write_text("0")
@@ -352,7 +352,7 @@ async def test_opposite_orders_do_not_deadlock(folder: Path, rounds: int) -> Non
     assert int(count.read_text()) == 2 * rounds
 
 
-#: Takes one file, says so, and takes another when it is told to; then says what came of that.
+#: Locks one file, prints that, and locks another on request; then prints the outcome.
 THEN_ANOTHER = HOLDER.replace(
     "    await locks.release_all(me)",
     """    try:
@@ -365,7 +365,7 @@ THEN_ANOTHER = HOLDER.replace(
 
 
 async def test_deadlock_of_two_processes_is_broken_immediately(folder: Path) -> None:
-    """The session that began to wait last is refused with the circle, and has what it had; the other goes on."""
+    """The last waiter gets an error with the cycle, and keeps its locks; the other continues."""
     ours = FileLocks(folder, SystemClock())
     with run_python(THEN_ANOTHER, folder, "ada", "a", "exclusive") as theirs:
         assert theirs.stdout is not None
@@ -385,7 +385,7 @@ async def test_deadlock_of_two_processes_is_broken_immediately(folder: Path) -> 
 
 
 async def test_deadlock_of_three_with_a_shared_lock_is_broken_once(folder: Path) -> None:
-    """One of them gives up, whichever was last; the others get what they wait for."""
+    """Only the last waiter gets an error; the others get their locks."""
     locks = FileLocks(folder, SystemClock())
     wants = {ADA: ("a", "b"), BOB: ("b", "c"), EVE: ("c", "a")}
     refused: list[SessionName] = []
@@ -407,7 +407,7 @@ async def test_deadlock_of_three_with_a_shared_lock_is_broken_once(folder: Path)
 
 
 async def test_plain_waiter_is_never_rejected(folder: Path) -> None:
-    """A queue behind one holder, and a holder that waits for somebody else, are no circle."""
+    """A queue behind one holder, and a holder that waits for another session, are no cycle."""
     locks = FileLocks(folder, SystemClock())
     await locks.acquire(ADA, ["a"])
     await locks.acquire(BOB, ["b"])
@@ -420,6 +420,6 @@ async def test_plain_waiter_is_never_rejected(folder: Path) -> None:
         async with anyio.create_task_group() as group:
             group.start_soon(take, BOB, "a")
             group.start_soon(take, EVE, "a")
-            await anyio.sleep(0.6)  # two looks
+            await anyio.sleep(0.6)  # two checks
             assert set(await locks.list_waits()) == {"r/bob.1", "r/eve.1"}
             await locks.release_all(ADA)

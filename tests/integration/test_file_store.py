@@ -1,4 +1,4 @@
-"""The file store as its one process sees it: privacy, refusals, and followers that need no polling."""
+"""The file store within one process: privacy, rejections, and followers without polling."""
 
 import asyncio
 import os
@@ -31,7 +31,7 @@ async def test_files_are_private(tmp_path: Path) -> None:
 
 
 async def test_unusable_folder_is_reported(tmp_path: Path) -> None:
-    """A state directory that is a file is reported as unavailable, not as a bug."""
+    """A state directory that is a file is reported as unavailable, not as an internal error."""
     (tmp_path / "file").touch()
     with pytest.raises(StoreUnavailable):
         async with FileStore.open(tmp_path / "file", SystemClock()):
@@ -40,7 +40,7 @@ async def test_unusable_folder_is_reported(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("what", ["folder", "lock"])
 async def test_replaced_folder_is_written_by_new_openers_only(tmp_path: Path, what: str) -> None:
-    """Of a copy that takes its place, or a new lock file, a process that had it open before would have another lock."""
+    """Through a replaced folder or lock file, a process that opened it before would lock another file."""
     place, clock = tmp_path / "state", SystemClock()
     async with FileStore.open(place, clock) as before:
         await before.commit(Commit(events=[Event("first")]))
@@ -62,7 +62,7 @@ async def test_replaced_folder_is_written_by_new_openers_only(tmp_path: Path, wh
 
 
 async def test_follower_is_woken_by_commits_of_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Were there an hour between two looks at the files, a commit of this process would still be seen at once."""
+    """With an hour between two polls, a commit of this process is still seen at once."""
     for pause in ("_POLL_FASTEST", "_POLL_SLOWEST"):
         monkeypatch.setattr(file, pause, 3600.0)
     async with FileStore.open(tmp_path, SystemClock()) as store, anyio.create_task_group() as tasks:
@@ -84,7 +84,7 @@ async def test_follower_is_woken_by_commits_of_its_process(tmp_path: Path, monke
 
 
 async def test_killed_commit_is_complete_or_absent(tmp_path: Path) -> None:
-    """When tasks are cancelled natively, past any shield, no two threads write at once and nothing is half done."""
+    """If tasks are cancelled natively, past any shield, no two threads write at once and nothing is half done."""
     async with FileStore.open(tmp_path, SystemClock()) as store:
         for number in range(80):
             task = asyncio.ensure_future(store.commit(Commit(events=[Event("e", {"n": number})])))
@@ -110,7 +110,7 @@ async def _until(store: FileStore, end: int) -> AsyncIterator[CommitRecord]:
 
 
 async def test_follower_of_later_commits_starts_after_earlier_ones(tmp_path: Path) -> None:
-    """Those of this process and those that were there before: a large run would be read again by each follower."""
+    """Also after commits of other processes: otherwise each follower would read a large run again."""
     async with FileStore.open(tmp_path, SystemClock()) as store:
         await store.commit(Commit(events=[Event("earlier")]))
     journal = Journal(tmp_path, SystemClock(), file.SEGMENT_BYTES)

@@ -1,4 +1,4 @@
-"""The file store on a bad disk: nothing is ever silently older, and damage never keeps anybody from working."""
+"""The file store on a bad disk: no value is silently older, and damage never blocks a commit."""
 
 import os
 import subprocess
@@ -52,7 +52,7 @@ class Good:
 
 @pytest.fixture(scope="module")
 def good() -> Good:
-    """The undamaged files."""
+    """Return the undamaged files."""
 
     async def build(place: Path) -> None:
         async with FileStore.open(place, SystemClock()) as store:
@@ -73,7 +73,7 @@ def positions(log: bytes, each: int) -> list[int]:
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """A directory for many quick opens: in memory where the machine offers it."""
+    """A directory for many quick opens: in memory if the machine offers it."""
     shared_memory = Path("/dev/shm")
     parent = shared_memory if os.access(shared_memory, os.W_OK) else None
     with TemporaryDirectory(dir=parent) as directory:
@@ -81,7 +81,7 @@ def place() -> Iterator[Path]:
 
 
 def lay_out(place: Path, log: bytes, mark: bytes | None) -> None:
-    """Make `place` hold these files and nothing else."""
+    """Make `place` contain exactly these files."""
     for path in place.iterdir():
         path.unlink()
     (place / SEGMENT).write_bytes(log)
@@ -90,14 +90,14 @@ def lay_out(place: Path, log: bytes, mark: bytes | None) -> None:
 
 
 async def read(store: FileStore, key: Key) -> Document:
-    """Return a document that must be there."""
+    """Read a document that must exist."""
     document = await store.get(key)
     assert document is not None
     return document
 
 
 async def read_all(store: FileStore) -> dict[Key, Document]:
-    """Return the documents that there are, each by `get` and in `list` alike."""
+    """Return the existing documents, and check that `get` and `list` agree."""
     listed = {document.key: document for document in await store.list("task")}
     for key in (A, B, C, GONE, NEW):
         assert await store.get(key) == listed.get(key)
@@ -105,7 +105,7 @@ async def read_all(store: FileStore) -> dict[Key, Document]:
 
 
 def assert_true_or_flagged(found: Mapping[Key, Document], damage: Sequence[Damage]) -> None:
-    """Each document is the true one or flagged; one is missing only if unknown damage is reported."""
+    """Check that each document is true or flagged, and missing only if unknown damage is reported."""
     for key in found.keys() | TRUTH.keys():
         if key in found and not found[key].damaged:
             assert (found[key].version, found[key].value) == TRUTH.get(key)
@@ -116,12 +116,12 @@ def assert_true_or_flagged(found: Mapping[Key, Document], damage: Sequence[Damag
 
 
 async def check_damaged(place: Path, log: bytes, mark: bytes | None) -> None:
-    """Open a damaged store; check what it says; work on; open it again."""
+    """Open a damaged store, check its report, commit, and open it again."""
     lay_out(place, log, mark)
     async with FileStore.open(place, SystemClock()) as store:
         before, damage = await read_all(store), store.damage
         assert_true_or_flagged(before, damage)
-        assert damage, "a changed byte went unseen"
+        assert damage, "a changed byte was not detected"
         position = await store.commit(Commit([Write(NEW, 0, {"n": 8})]))
         assert position > len(HISTORY)
         async for record in store.watch():
@@ -151,7 +151,7 @@ async def check_damaged(place: Path, log: bytes, mark: bytes | None) -> None:
     ],
 )
 async def test_every_flipped_byte_is_detected(good: Good, place: Path, change: Callable[[int], int], each: int) -> None:
-    """Whichever byte of the log is changed: it opens, tells the truth or flags, takes commits, and remembers."""
+    """For each byte: the store opens, returns true or flagged values, takes commits, and remembers the damage."""
     for offset in positions(good.log, each):
         damaged = bytearray(good.log)
         damaged[offset] = change(damaged[offset])
@@ -161,18 +161,18 @@ async def test_every_flipped_byte_is_detected(good: Good, place: Path, change: C
 
 @pytest.mark.parametrize("each", [5, pytest.param(1, marks=pytest.mark.slow)])
 async def test_truncation_of_acknowledged_data_is_detected(good: Good, place: Path, each: int) -> None:
-    """If acknowledged commits are missing at the log's end, at any length, all that they may concern is flagged."""
+    """If commits are missing at the log's end, at any length, all possibly affected documents are flagged."""
     for length in positions(good.log[:-1], each):
         await check_damaged(place, good.log[:length], good.mark)
 
 
 @pytest.mark.parametrize("each", [5, pytest.param(1, marks=pytest.mark.slow)])
 async def test_torn_tail_is_truncated(good: Good, place: Path, each: int) -> None:
-    """What a dying writer leaves, at any length, is cut and reported; all earlier commits are there, unflagged."""
+    """A dying writer's partial line, at any length, is cut and reported; all earlier commits exist, unflagged."""
     ends = [0, *(end + 1 for end, byte in enumerate(good.log) if byte == ord("\n"))]
     for length in positions(good.log, each)[1:]:
         lay_out(place, good.log[:length], None)
-        # A line that only lacks its newline is whole.
+        # A line without only its newline is whole.
         whole = sum(end <= length + 1 for end in ends) - 1
         async with FileStore.open(place, SystemClock()) as store:
             assert await store.position() == whole
@@ -205,7 +205,7 @@ async def test_damaged_value_without_an_older_one_is_flagged_and_empty(good: Goo
 
 
 async def test_damaged_lease_guards_nothing(place: Path) -> None:
-    """A guard on a lease of which only an older value is known is refused: somebody may have taken over."""
+    """A guard on a lease with only an older value is rejected: another process may have taken over."""
     lease = Key("lease", "a")
     async with FileStore.open(place, SystemClock()) as store:
         await store.commit(Commit([Write(lease, 0, {"epoch": 4})]))
@@ -219,7 +219,7 @@ async def test_damaged_lease_guards_nothing(place: Path) -> None:
 
 
 async def test_missing_segment_flags_its_possible_documents(place: Path) -> None:
-    """If a whole segment is gone, the gap in the positions is seen."""
+    """The gap in the positions shows that a whole segment is missing."""
     async with FileStore.open(place, SystemClock(), segment_bytes=1) as store:
         for commit in HISTORY:
             await store.commit(commit)
@@ -244,7 +244,7 @@ async def test_garbage_between_lines_costs_nothing(good: Good, place: Path) -> N
 
 
 async def test_live_store_truncates_a_torn_tail_of_another_process(place: Path) -> None:
-    """The next committer cuts half a line of a dead one and reports it; readers are not held up by it before."""
+    """The next committer cuts a dead writer's partial line and reports it; readers are not blocked by it."""
     async with FileStore.open(place, SystemClock()) as store:
         await store.commit(HISTORY[0])
         size = (place / SEGMENT).stat().st_size
@@ -257,7 +257,7 @@ async def test_live_store_truncates_a_torn_tail_of_another_process(place: Path) 
 
 
 async def test_complete_commit_of_a_dead_writer_is_adopted(good: Good, place: Path) -> None:
-    """A commit that was written but not published is not seen by readers until the next committer adopts it."""
+    """Readers do not see a written but unpublished commit until the next committer adopts it."""
     *_, last = good.log.splitlines(keepends=True)
     lay_out(place, good.log[: -len(last)], None)
     async with FileStore.open(place, SystemClock()) as store:
@@ -269,7 +269,7 @@ async def test_complete_commit_of_a_dead_writer_is_adopted(good: Good, place: Pa
 
 
 async def test_damaged_mark_is_rewritten(place: Path) -> None:
-    """If the mark in the lock file is spoiled while the store is open, readers go on and mend it."""
+    """If the mark in the lock file is damaged while the store is open, readers continue and rewrite it."""
     async with FileStore.open(place, SystemClock()) as store:
         await store.commit(HISTORY[0])
         mark = (place / "lock").read_bytes()
@@ -280,7 +280,7 @@ async def test_damaged_mark_is_rewritten(place: Path) -> None:
 
 
 async def test_log_that_shrank_is_not_written_to(place: Path) -> None:
-    """If somebody cuts the log while it is open, committing is refused instead of leaving a hole in it."""
+    """If the log is truncated while it is open, a commit is rejected instead of leaving a hole in it."""
     async with FileStore.open(place, SystemClock()) as store:
         await store.commit(HISTORY[0])
         os.truncate(place / SEGMENT, 5)
@@ -324,14 +324,14 @@ FILL = textwrap.dedent(
 
 
 def run_child(*argv: str | Path) -> list[str]:
-    """Run a program to its end and return what it printed, by line."""
+    """Run a program to its end and return its output lines."""
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
 
 async def assert_refilled(place: Path, last_line: str) -> None:
-    """After a full disk: all that was acknowledged is there, nothing else, and nothing is damaged."""
+    """Check that after a full disk exactly the acknowledged commits exist, undamaged."""
     small = last_line.startswith("small fits")
     version = int(last_line.rsplit(maxsplit=1)[-1])
     async with FileStore.open(place, SystemClock()) as store:
@@ -340,7 +340,7 @@ async def assert_refilled(place: Path, last_line: str) -> None:
 
 
 async def test_file_size_limit_changes_nothing_acknowledged(place: Path) -> None:
-    """A write that the file size limit cuts short is taken back and said with its remedy; smaller ones still fit."""
+    """A write that exceeds the file size limit is undone and reported with the fix; smaller ones still fit."""
     what, last = run_child(sys.executable, "-c", FILL, place, "65536")
     assert "ulimit -f" in what
     assert last.startswith("small fits")
@@ -348,7 +348,7 @@ async def test_file_size_limit_changes_nothing_acknowledged(place: Path) -> None
 
 
 async def test_full_disk_changes_nothing_acknowledged(place: Path) -> None:
-    """On a full file system the commit is refused with its remedy, and all that was acknowledged stays."""
+    """On a full file system a commit is rejected with the fix, and acknowledged commits stay."""
     disk = place / "disk"
     disk.mkdir()
     options = ["-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
@@ -366,7 +366,7 @@ async def test_full_disk_changes_nothing_acknowledged(place: Path) -> None:
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize(("when", "recovers"), [("5", True), ("5..6", True), ("5..7", False), ("5+", False)])
 async def test_failing_sync_is_never_acknowledged(place: Path, tmp_path: Path, when: str, recovers: bool) -> None:
-    """If a sync fails, the commit is refused, and so is all that follows until what is in doubt is settled."""
+    """If a sync fails, its commit and all later ones are rejected until the outcome is known."""
     if why := strace_fails(tmp_path):
         pytest.skip(why)
     inject = ["strace", "-f", "-qq", "-o", str(tmp_path / "trace"), "-e", "trace=fdatasync"]

@@ -1,4 +1,4 @@
-"""The file store on a disk that fails: at the n-th call of each kind, whatever it is doing, once and from then on."""
+"""The file store on a failing disk: the n-th call of each kind fails, once or from then on."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ Line = dict[str, Any]
 
 
 class Server:
-    """What starts scenarios, each in a process that waits until somebody looks at it."""
+    """A server that starts scenarios, each in a process that waits for a tracer."""
 
     def __init__(self, place: Path) -> None:
-        """Start it; `place` is for what it traces."""
+        """Start the server; `place` is for trace files."""
         self._trace = place / "trace"
         self._process = subprocess.Popen(
             [sys.executable, str(SCENARIO)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def close(self) -> None:
-        """End it."""
+        """Stop the server."""
         self._process.communicate(timeout=10)
 
     def run(self, place: Path, call: str, error: str, when: str) -> tuple[list[Line], int]:
-        """Return what a scenario told, and how many calls failed."""
+        """Return the scenario's output, and the number of failed calls."""
         assert self._process.stdin
         self._process.stdin.write(f"{place}\n")
         self._process.stdin.flush()
@@ -91,14 +91,14 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """A folder for many quick stores: in memory where the machine offers it."""
+    """A folder for many quick stores: in memory if the machine offers it."""
     shared_memory = Path("/dev/shm")
     with TemporaryDirectory(dir=shared_memory if os.access(shared_memory, os.W_OK) else None) as directory:
         yield Path(directory) / "state"
 
 
 async def check(place: Path, lines: list[Line], *, lasting: bool) -> None:
-    """What was acknowledged is there, what was refused is not, nothing is damaged, and all goes on."""
+    """Check that exactly the acknowledged commits exist, undamaged, and that the store takes commits."""
     assert lines[-1] == {"step": "over"}
     refused = [line for line in lines if "refused" in line]
     for line in refused:
@@ -115,7 +115,7 @@ async def check(place: Path, lines: list[Line], *, lasting: bool) -> None:
             found = await store.get(Key("task", name))
             number = found.value["n"] if found else None
             newest = done[-1] if done else None
-            # With a disk on which nothing works any more, nobody can be told that it is not to count.
+            # If nothing works on the disk any more, a rejected commit can't be undone.
             doubtful = [line["number"] for line in tried if line["number"] > (newest or 0)] if lasting else []
             assert number in {newest, *doubtful}, (number, tried[-3:])
             version = found.version if found else 0
@@ -125,7 +125,7 @@ async def check(place: Path, lines: list[Line], *, lasting: bool) -> None:
 
 
 async def run(server: Server, place: Path, call: str, error: str, when: str) -> int:
-    """Let a scenario run into faults; return how many."""
+    """Run a scenario with faults; return their number."""
     shutil.rmtree(place, ignore_errors=True)
     lines, failed = server.run(place, call, error, when)
     try:
@@ -139,7 +139,7 @@ async def run(server: Server, place: Path, call: str, error: str, when: str) -> 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize(("call", "error"), FAULTS)
 async def test_disk_that_fails_sometimes_loses_nothing(server: Server, place: Path, call: str, error: str) -> None:
-    """A call here and there, and all from there on."""
+    """Single calls, and all calls from some call on."""
     failed = [await run(server, place, call, error, when) for when in ("5", "3+")]
     assert any(failed)
 
@@ -151,7 +151,7 @@ async def test_disk_that_fails_sometimes_loses_nothing(server: Server, place: Pa
 async def test_disk_that_fails_at_each_call_loses_nothing(
     server: Server, place: Path, call: str, error: str, last: str
 ) -> None:
-    """Each call of the scenario fails in turn, until there is none left to fail."""
+    """Each call of the scenario fails in turn."""
     number = 1
     while await run(server, place, call, error, f"{number}{last}"):
         number += 1
@@ -160,7 +160,7 @@ async def test_disk_that_fails_at_each_call_loses_nothing(
 
 
 async def test_no_faults_reject_nothing(server: Server, place: Path) -> None:
-    """The scenario does all that it is to do."""
+    """The scenario does every step."""
     lines, failed = server.run(place, "fdatasync", "EIO", str(MANY))
     assert not failed
     assert not [line for line in lines if "refused" in line]

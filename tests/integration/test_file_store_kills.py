@@ -1,4 +1,4 @@
-"""A process that is killed at each named step of a commit and of a snapshot: what it was told stays."""
+"""A process is killed at each named step of a commit and of a snapshot: acknowledged commits stay."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STEPS = (
 
 
 def run_killed(place: Path, step: str) -> list[tuple[int, ...]]:
-    """Let another process commit until it is killed at a step; return what it said it was told."""
+    """Let another process commit until it is killed at a step; return the acknowledged commits."""
     name, _, hit = step.partition("@")
     done = subprocess.run(
         [sys.executable, file_store_worker.__file__, "snapshots", str(place), "victim"],
@@ -50,7 +50,7 @@ def run_killed(place: Path, step: str) -> list[tuple[int, ...]]:
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("step", STEPS)
 async def test_store_killed_at_a_failpoint_is_intact(tmp_path: Path, step: str) -> None:
-    """Every acknowledged commit is there, perhaps the one under way, and the state is what the log says."""
+    """Every acknowledged commit exists, perhaps the one in progress, and the state matches the log."""
     said = run_killed(tmp_path, step)
     async with FileStore.open(tmp_path, SystemClock()) as store:
         position, own = await store.position(), await store.get(OWN)
@@ -61,7 +61,7 @@ async def test_store_killed_at_a_failpoint_is_intact(tmp_path: Path, step: str) 
         found = await store.verify()
         assert found.is_valid, found
         assert [damage.keys for damage in store.damage if damage.keys != ()] == []
-    async with FileStore.open(tmp_path, SystemClock()) as again:  # and by whoever comes next
+    async with FileStore.open(tmp_path, SystemClock()) as again:  # and for the next opener
         assert (await again.position(), (await again.verify()).is_valid) == (position, True)
         await again.compact(-inf, 1 << 30)
     assert not list(tmp_path.glob(f"{snapshot.SNAPSHOT_FILE}*.new"))
@@ -70,11 +70,11 @@ async def test_store_killed_at_a_failpoint_is_intact(tmp_path: Path, step: str) 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize(("step", "left"), [("state.appended@3", 1), ("state.published@3", 1), ("state.rolled@2", 0)])
 async def test_open_store_continues_after_a_killed_writer(tmp_path: Path, step: str, left: int) -> None:
-    """A small commit that needs no sync follows on what stands in the log, though the mark does not tell of it."""
+    """A small commit without a sync follows the log's end, although the mark is older."""
     async with FileStore.open(tmp_path, SystemClock()) as store:
         first = await store.commit(Commit([Write(Key("own", "first"), 0, {})]))
         behind = first + len(run_killed(tmp_path, step)) + left
-        await store.get(OWN)  # so that all that the mark tells of is known
+        await store.get(OWN)  # so that everything up to the mark is known
         position = await store.commit(Commit([Write(Key("own", "other"), 0, {"n": 1})], durable=False))
         own = await store.get(OWN)
         assert (position, own and own.position) == (behind + 1, behind)

@@ -1,4 +1,4 @@
-"""The file store after a loss of power: what was durable is there or told, what was not may be gone without a word."""
+"""The file store after a power loss: durable commits exist or are reported, others may be lost silently."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def newest(place: Path) -> Path:
 
 
 async def beat(store: FileStore, times: int) -> None:
-    """Commit what need not outlive the machine."""
+    """Commit non-durably."""
     for _ in range(times):
         found = await store.get(BEAT)
         version = found.version if found else 0
@@ -32,14 +32,14 @@ async def beat(store: FileStore, times: int) -> None:
 
 
 async def work(store: FileStore) -> None:
-    """Commit what must."""
+    """Commit durably."""
     found = await store.get(WORK)
     version = found.version if found else 0
     await store.commit(Commit([Write(WORK, version, {"n": version})], [Event("worked")]))
 
 
 async def test_undurable_commits_may_be_lost(tmp_path: Path) -> None:
-    """However much of it is left and whatever the mark says: no alarm, nothing marked, and all goes on."""
+    """At any length, with any mark: nothing is reported or flagged, and the store takes commits."""
     async with FileStore.open(tmp_path, ManualClock()) as store:
         await work(store)
         await beat(store, 2)
@@ -70,7 +70,7 @@ async def test_undurable_commits_may_be_lost(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_old", [False, True], ids=["mark of then", "mark of before"])
 async def test_damaged_durable_commit_is_reported(tmp_path: Path, is_old: bool) -> None:
-    """What was written later knows that it was durable, even where the mark does not."""
+    """A later commit records that it was durable, even if the mark does not."""
     async with FileStore.open(tmp_path, ManualClock()) as store:
         await beat(store, 1)
         old = (tmp_path / "lock").read_bytes()
@@ -88,7 +88,7 @@ async def test_damaged_durable_commit_is_reported(tmp_path: Path, is_old: bool) 
 
 
 async def test_missing_durable_commit_is_reported(tmp_path: Path) -> None:
-    """A drive that says it has written what it has not: the mark knows."""
+    """A drive that acknowledges unwritten data: the mark knows."""
     async with FileStore.open(tmp_path, ManualClock()) as store:
         await work(store)
         size = newest(tmp_path).stat().st_size
@@ -108,7 +108,7 @@ async def test_missing_durable_commit_is_reported(tmp_path: Path) -> None:
 
 
 async def test_missing_commit_of_this_boot_is_reported(tmp_path: Path) -> None:
-    """Without a loss of power nothing may be missing, durable or not."""
+    """Without a power loss nothing may be missing, durable or not."""
     async with FileStore.open(tmp_path, ManualClock()) as store:
         await work(store)
         size = newest(tmp_path).stat().st_size
@@ -119,7 +119,7 @@ async def test_missing_commit_of_this_boot_is_reported(tmp_path: Path) -> None:
 
 
 async def test_old_mark_hides_nothing(tmp_path: Path) -> None:
-    """The mark may be older than the log: all that is there counts."""
+    """The mark may be older than the log: all commits in the log count."""
     async with FileStore.open(tmp_path, ManualClock(), segment_bytes=600) as store:
         await work(store)
         old = (tmp_path / "lock").read_bytes()
@@ -137,7 +137,7 @@ async def test_old_mark_hides_nothing(tmp_path: Path) -> None:
 
 
 async def test_segment_is_durable_before_the_next_starts(tmp_path: Path) -> None:
-    """A durable commit makes all before it durable, in the segments before it too."""
+    """A durable commit makes all earlier commits durable, also those in earlier segments."""
     async with FileStore.open(tmp_path, ManualClock(), segment_bytes=600) as store:
         marks = list[HighWaterMark]()
         for _ in range(12):

@@ -1,4 +1,4 @@
-"""Many processes on one file store: nothing lost, nothing twice, one order for all, whoever dies."""
+"""Many processes on one file store: nothing lost or repeated, one order for all, whoever dies."""
 
 import fcntl
 import os
@@ -29,7 +29,7 @@ Start = Callable[..., Worker]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Start workers that are gone when the test is."""
+    """Start workers that are killed at the end of the test."""
     with ExitStack() as stack:
 
         def start(*arguments: object) -> Worker:
@@ -44,20 +44,20 @@ def start() -> Iterator[Start]:
 
 
 def kill_group(process: Worker) -> None:
-    """End a worker and what it has forked."""
+    """Kill a worker and its children."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
 def finish(process: Worker) -> list[str]:
-    """Wait for a worker's good end and return the lines it said."""
+    """Wait for a worker's success and return its output lines."""
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0
     return output.splitlines()
 
 
 async def check_log(place: Path, acknowledged: dict[int, str]) -> dict[int, str]:
-    """The log has each acknowledged commit once, by its author; positions, versions and counts have no gap."""
+    """Check that the log has each acknowledged commit once, by its author, without gaps."""
     async with FileStore.open(place, SystemClock()) as store:
         assert not any(one.keys is None or one.keys for one in store.damage)
         end = await store.position()
@@ -80,7 +80,7 @@ async def check_log(place: Path, acknowledged: dict[int, str]) -> dict[int, str]
 
 
 def parse(lines: Iterable[str]) -> dict[int, str]:
-    """Return what writers acknowledged: position -> name. Two can't have the same position."""
+    """Return the acknowledged commits, position -> name, and check that positions are unique."""
     pairs = [line.split() for line in lines]
     found = {int(position): name for name, position in pairs}
     assert len(found) == len(pairs)
@@ -89,7 +89,7 @@ def parse(lines: Iterable[str]) -> dict[int, str]:
 
 @pytest.mark.parametrize(("writers", "readers"), [(3, 15), pytest.param(8, 50, marks=pytest.mark.slow)])
 async def test_writers_and_readers_agree(start: Start, tmp_path: Path, writers: int, readers: int) -> None:
-    """Writers lose nothing and repeat nothing; readers that follow meanwhile see one same sequence."""
+    """Writers lose nothing and repeat nothing; concurrent followers all read one same sequence."""
     each = 20
     reading = start("read", tmp_path, writers * each, readers)
     writing = [start("write", tmp_path, f"w{number}", each) for number in range(writers)]
@@ -104,7 +104,7 @@ async def test_writers_and_readers_agree(start: Start, tmp_path: Path, writers: 
 
 
 async def test_killed_writer_loses_and_blocks_nothing(start: Start, tmp_path: Path) -> None:
-    """Writers killed in the midst of their work lose no acknowledged commit; the others go on to their end."""
+    """No acknowledged commit is lost; the others finish."""
     survivor = start("write", tmp_path, "survivor", 150)
     said: list[str] = []
     for number in range(4):
@@ -112,16 +112,16 @@ async def test_killed_writer_loses_and_blocks_nothing(start: Start, tmp_path: Pa
         assert victim.stdout
         said += [victim.stdout.readline() for _ in range(5 + 3 * number)]
         victim.kill()
-        said += victim.stdout.readlines()  # with what was read ahead, of which `communicate` knows nothing
+        said += victim.stdout.readlines()  # with the lines that were read before, which `communicate` does not return
         victim.wait(PATIENCE)
     acknowledged = parse(said + finish(survivor))
     authors = await check_log(tmp_path, acknowledged)
-    # A commit whose author died before it could say so may be there, one for each.
+    # For each killed author there may be one commit that it could not acknowledge.
     assert len(authors) - len(acknowledged) <= 4
 
 
 async def test_follower_sees_commits_of_another_store_immediately(tmp_path: Path) -> None:
-    """A follower that has waited long sees a commit of another opener, who shares nothing but the files."""
+    """The idle follower shares only the files with the writer."""
     async with (
         FileStore.open(tmp_path, SystemClock()) as ours,
         FileStore.open(tmp_path, SystemClock()) as theirs,
@@ -139,7 +139,7 @@ async def test_follower_sees_commits_of_another_store_immediately(tmp_path: Path
 
 
 async def test_reader_waits_for_no_writer(tmp_path: Path) -> None:
-    """While somebody else has the lock of the log what was committed is read; who commits waits until it is free."""
+    """Reads work while another process has the log's lock; a commit waits for it."""
     async with (
         FileStore.open(tmp_path, SystemClock()) as ours,
         FileStore.open(tmp_path, SystemClock()) as theirs,
@@ -147,7 +147,7 @@ async def test_reader_waits_for_no_writer(tmp_path: Path) -> None:
         await theirs.commit(Commit([Write(SHARED, 0, {"n": 1})]))
         assert await ours.position() == 1
         async with anyio.create_task_group() as group:
-            # Closed, and so unlocked, before the group waits for the commit, whatever is found.
+            # Closed, and so unlocked, before the group waits for the commit, whatever the outcome.
             with (tmp_path / "lock").open() as held:
                 fcntl.flock(held, fcntl.LOCK_EX)
                 group.start_soon(theirs.commit, Commit([Write(SHARED, 1, {"n": 2})]))

@@ -1,4 +1,4 @@
-"""What is damaged is found on request, and settled for on request: what can be read counts from then on."""
+"""Verify and repair of a damaged log: the readable commits count from then on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HIT, WHOLE, NEVER, GONE = Key("task", "hit"), Key("task", "whole"), Key("task", 
 
 @pytest.fixture
 async def place(tmp_path: Path) -> Path:
-    """The folder of a store of three segments: the second version of a document is in the second, and never again."""
+    """The folder of a store of three segments: only the second one has the second version of a document."""
     async with FileStore.open(tmp_path, ManualClock(), segment_bytes=600) as store:
         await store.commit(Commit([Write(HIT, 0, {"n": "first"}), Write(WHOLE, 0, {"n": 0})]))
         for number in range(1, 12):
@@ -44,7 +44,7 @@ def spoil(place: Path, what: bytes, by: bytes) -> Path:
 
 
 async def test_intact_log_is_not_repaired(place: Path) -> None:
-    """To verify it says how much there is, and repair does nothing."""
+    """Verify reports its size, and repair does nothing."""
     async with FileStore.open(place, ManualClock()) as store:
         verified = await store.verify()
         assert verified.is_valid
@@ -54,7 +54,7 @@ async def test_intact_log_is_not_repaired(place: Path) -> None:
 
 
 async def test_damage_during_use_is_found(place: Path) -> None:
-    """What has been read stays right, and is what repair goes by."""
+    """Values that were read before stay valid, and repair uses them."""
     async with FileStore.open(place, ManualClock()) as store:
         spoil(place, b'"second"', b'"sec0nd"')
         verified = await store.verify()
@@ -71,7 +71,7 @@ async def test_damage_during_use_is_found(place: Path) -> None:
     "damage", [lambda place: spoil(place, b'"second"', b'"sec0nd"'), lambda place: spoil(place, b'"never"', b'"NEVER"')]
 )
 async def test_lost_commits_are_accepted(place: Path, damage: Callable[[Path], Path]) -> None:
-    """The newest value that is known is the next version, or there is none; what was damaged is kept aside."""
+    """The newest known value becomes the next version, or none; the damaged part is kept aside."""
     spoiled = damage(place).read_bytes()
     async with FileStore.open(place, ManualClock()) as store:
         before = await store.get(HIT)
@@ -98,7 +98,7 @@ async def test_lost_commits_are_accepted(place: Path, damage: Callable[[Path], P
 
 
 async def test_damage_in_the_newest_segment_is_repaired(place: Path) -> None:
-    """That one is closed first."""
+    """That segment is closed first."""
     newest = log(place)[-1]
     newest.write_bytes(newest.read_bytes().replace(b'{"n":11}', b'{"n":99}'))
     async with FileStore.open(place, ManualClock()) as store:
@@ -110,7 +110,7 @@ async def test_damage_in_the_newest_segment_is_repaired(place: Path) -> None:
 
 
 async def requested(place: Path, *, follow: bool = True, segment_bytes: int = SEGMENT_BYTES) -> list[Path]:
-    """Make a store in which a request was answered (`GONE`), with or without more behind it; return its segments."""
+    """Create a store with an answered request (`GONE`), with or without later commits; return its segments."""
     async with FileStore.open(place, ManualClock(), segment_bytes=segment_bytes) as store:
         await store.commit(Commit([Write(GONE, 0, {"n": "asked"}), Write(WHOLE, 0, {"n": 0})]))
         await store.commit(Commit([Write(GONE, 1, None)], [Event("answered")]))
@@ -121,7 +121,7 @@ async def requested(place: Path, *, follow: bool = True, segment_bytes: int = SE
 
 @pytest.mark.parametrize("follow", [True, False])
 async def test_deleted_document_stays_deleted(tmp_path: Path, *, follow: bool) -> None:
-    """Though the commit that did it is damaged: its header says so, and what of it is told of the past."""
+    """The commit of the deletion is damaged, but its header has it; the history reports that."""
     await requested(tmp_path, follow=follow)
     spoil(tmp_path, b'"answered"', b'"answerEd"')
     async with FileStore.open(tmp_path, ManualClock()) as store:
@@ -142,7 +142,7 @@ async def test_deleted_document_stays_deleted(tmp_path: Path, *, follow: bool) -
 
 @pytest.mark.parametrize("is_open", [True, False])
 async def test_versions_of_deleted_documents_never_decrease(tmp_path: Path, *, is_open: bool) -> None:
-    """A commit that is lost may have made and deleted it once more; the store was opened before or after that."""
+    """A lost commit may have created and deleted it again; the store was opened before or after."""
     (segment,) = await requested(tmp_path)
     async with FileStore.open(tmp_path, ManualClock()) as known:
         lines = segment.read_bytes().splitlines(keepends=True)
@@ -164,7 +164,7 @@ async def test_versions_of_deleted_documents_never_decrease(tmp_path: Path, *, i
 
 
 async def test_expiry_applies_after_a_repair(tmp_path: Path) -> None:
-    """What is settled for has no more time than it had; what had none left is not there again."""
+    """An accepted value has its remaining time; an expired one does not reappear."""
     clock, late = ManualClock(), Key("task", "late")
     async with FileStore.open(tmp_path, clock) as store:
         await store.commit(Commit([Write(HIT, 0, {"n": 1}, ttl=100.0), Write(late, 0, {"n": 1}, ttl=10.0)]))
@@ -188,7 +188,7 @@ async def test_expiry_applies_after_a_repair(tmp_path: Path) -> None:
 async def test_repeated_commit_affects_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, *, with_snapshot: bool
 ) -> None:
-    """Of the newest as of any other, also where the log is read from a snapshot on."""
+    """The newest as any other, also if the log is read from a snapshot on."""
     monkeypatch.setattr(snapshot, "MIN_NEW_BYTES", 1 if with_snapshot else 1 << 20)
     segment = (await requested(tmp_path, segment_bytes=1))[number]
     segment.write_bytes(2 * segment.read_bytes())
@@ -206,7 +206,7 @@ async def test_repeated_commit_affects_nothing(
 
 
 async def test_commit_copied_over_another_affects_everything(tmp_path: Path) -> None:
-    """It is known that there is one more."""
+    """The copied commit is detected as an additional one."""
     (segment,) = await requested(tmp_path)
     lines = segment.read_bytes().splitlines(keepends=True)
     segment.write_bytes(b"".join([lines[0], lines[0], lines[2]]))
@@ -216,7 +216,7 @@ async def test_commit_copied_over_another_affects_everything(tmp_path: Path) -> 
 
 
 async def test_completely_lost_log_is_accepted(tmp_path: Path) -> None:
-    """Its mark says that there was one; positions go on."""
+    """The mark says that there was a log; positions continue."""
     (segment,) = await requested(tmp_path)
     segment.unlink()
     async with FileStore.open(tmp_path, ManualClock()) as store:
@@ -226,7 +226,7 @@ async def test_completely_lost_log_is_accepted(tmp_path: Path) -> None:
 
 
 async def test_copy_during_use_affects_nothing(tmp_path: Path) -> None:
-    """Who has it open goes on behind it."""
+    """An open store continues after the copy."""
     (segment,) = await requested(tmp_path)
     async with FileStore.open(tmp_path, ManualClock()) as store:
         await store.commit(Commit([Write(WHOLE, 2, {"n": 2})]))

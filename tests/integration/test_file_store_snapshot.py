@@ -1,4 +1,4 @@
-"""The file store with a snapshot: what was read from it is what the log says, or it is not believed."""
+"""The file store with a snapshot: its content equals the log's, or it is ignored."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,33 +23,33 @@ Found = tuple[Mapping[Key, Document], int, Sequence[Damage]]
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A store of several segments that was closed with a snapshot of its first three commits, and went on."""
+    """A store of several segments with a snapshot of its first three commits, and later commits."""
     monkeypatch.setattr(snapshot, "MIN_NEW_BYTES", 1)
     return tmp_path / "state"
 
 
 async def commit(place: Path, commits: Sequence[Commit]) -> None:
-    """Add to the store, in segments of two commits."""
+    """Add commits to the store, in segments of two."""
     async with FileStore.open(place, SystemClock(), segment_bytes=200) as store:
         for one in commits:
             await store.commit(one)
 
 
 async def look(place: Path) -> Found:
-    """Return what an opener finds; it leaves no snapshot where it should have found one."""
+    """Return what an opener reads; it leaves no new snapshot."""
     async with FileStore.open(place, SystemClock()) as store:
         found = {document.key: document for kind in ("task", "spec") for document in await store.list(kind)}
         return found, await store.position(), store.damage
 
 
 async def without_snapshot(place: Path) -> Found:
-    """Return what an opener finds in the log alone."""
+    """Return what an opener reads from the log alone."""
     (place / snapshot.SNAPSHOT_FILE).unlink()
     return await look(place)
 
 
 async def test_snapshot_equals_the_log(place: Path) -> None:
-    """All documents, versions and positions are those of the log, and what came after it is replayed."""
+    """Documents, versions and positions are the log's, and later commits are replayed."""
     await commit(place, HISTORY[:3])
     image = (place / snapshot.SNAPSHOT_FILE).read_bytes()
     await commit(place, HISTORY[3:])
@@ -62,7 +62,7 @@ async def test_snapshot_equals_the_log(place: Path) -> None:
 
 
 async def test_snapshot_has_the_versions_of_deleted_documents(place: Path) -> None:
-    """A document that is made again after a reopening goes on counting."""
+    """A document that is created again after a reopening continues its versions."""
     await commit(place, HISTORY)
     assert snapshot.read_snapshot(place) is not None
     await commit(place, [Commit([Write(GONE, 0, {})])])
@@ -70,7 +70,7 @@ async def test_snapshot_has_the_versions_of_deleted_documents(place: Path) -> No
 
 
 async def test_damage_behind_a_snapshot_is_found(place: Path) -> None:
-    """Whatever byte of the log is not what it was, an opener finds what it finds without the snapshot."""
+    """For each changed byte of the log an opener reads the same as without the snapshot."""
     await commit(place, HISTORY)
     image = (place / snapshot.SNAPSHOT_FILE).read_bytes()
     segments = sorted(place.glob("*.jsonl"))
@@ -85,7 +85,7 @@ async def test_damage_behind_a_snapshot_is_found(place: Path) -> None:
 
 
 async def test_shorter_log_behind_a_snapshot_is_found(place: Path) -> None:
-    """A segment that is cut or gone is reported, and so is one that was put in between."""
+    """A truncated, missing or inserted segment is reported."""
     await commit(place, HISTORY)
     image, segments = (place / snapshot.SNAPSHOT_FILE).read_bytes(), sorted(place.glob("*.jsonl"))
     for segment in segments:
@@ -107,7 +107,7 @@ async def test_shorter_log_behind_a_snapshot_is_found(place: Path) -> None:
 
 
 async def test_torn_snapshot_is_ignored(place: Path) -> None:
-    """Any part of one, and any change to one, counts as none; so does one whose parts make no sense."""
+    """A truncated or changed snapshot counts as none; so does one with inconsistent parts."""
     await commit(place, HISTORY)
     image = (place / snapshot.SNAPSHOT_FILE).read_bytes()
     for size in range(len(image)):
@@ -120,7 +120,7 @@ async def test_torn_snapshot_is_ignored(place: Path) -> None:
 
 
 async def test_each_segment_gets_a_snapshot(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that after a kill no more than the newest one has to be replayed."""
+    """After a kill only the newest segment has to be replayed."""
     monkeypatch.setattr(snapshot, "MIN_NEW_BYTES", 1)
     async with FileStore.open(place, SystemClock(), segment_bytes=500) as store:
         for number in range(20):
@@ -132,7 +132,7 @@ async def test_each_segment_gets_a_snapshot(place: Path, monkeypatch: pytest.Mon
 
 
 async def test_damage_leaves_no_snapshot(place: Path) -> None:
-    """Of a log that could not be read wholly there is none: each opener is told."""
+    """An unreadable part of the log prevents it: each opener gets the report."""
     await commit(place, HISTORY)
     segment = min(place.glob("*.jsonl"))
     segment.write_bytes(segment.read_bytes().replace(b'"n":1', b'"n":9'))
@@ -143,7 +143,7 @@ async def test_damage_leaves_no_snapshot(place: Path) -> None:
 
 
 async def test_damage_during_use_is_not_saved(place: Path) -> None:
-    """The checksums are of what was read and written, not of what stands on the disk in the end."""
+    """The checksums are of the data that was read and written, not of the final content of the disk."""
     async with FileStore.open(place, SystemClock()) as store:
         await store.commit(HISTORY[0])
         await store.commit(HISTORY[1])
@@ -154,7 +154,7 @@ async def test_damage_during_use_is_not_saved(place: Path) -> None:
 
 
 async def test_unwritable_snapshot_stops_nothing(place: Path) -> None:
-    """It only saves time."""
+    """A snapshot only saves time."""
     place.mkdir()
     (place / snapshot.SNAPSHOT_FILE).mkdir()
     await commit(place, HISTORY)

@@ -1,4 +1,4 @@
-"""A state that was not made on this machine is not obeyed, however it got into the folder."""
+"""A state from another machine is not used, however it got into the folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NOT_OURS = "created on another machine"
 
 
 def forged(repository: Repository, tmp_path: Path) -> tuple[Path, Path]:
-    """Return the `.council` of another machine, with an interrupted run whose command leaves a trace, and the trace."""
+    """Return the `.council` of another machine with an interrupted run whose command leaves a trace, and the trace."""
     trace = tmp_path / "trace"
     task = {"id": "evil", "prompt": f"touch {trace}", "adapter": "sh"}
     config = repository.configure([task], adapters={"sh": SHELL_ADAPTER}, sandbox="off")
@@ -34,7 +34,7 @@ def forged(repository: Repository, tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.mark.extended
 async def test_file_name_does_not_make_a_segment(repository: Repository, tmp_path: Path) -> None:
-    """Not even one that would stand for all that there is: `verify`, `status` and `resume` do not see it."""
+    """Not even one that would replace the whole log: `verify`, `status` and `resume` ignore it."""
     made, trace = forged(repository, tmp_path)
     ended = repository.council("run", str(repository.configure([{"id": "mine", "prompt": "write a.txt a"}])), "--json")
     state = Project(repository.top).state_folder
@@ -51,7 +51,7 @@ async def test_file_name_does_not_make_a_segment(repository: Repository, tmp_pat
 
 
 def test_foreign_state_is_rejected_until_adopted(repository: Repository, tmp_path: Path) -> None:
-    """By every command, also after what the first refusal says to do, which deletes nothing."""
+    """By every command, also after the printed fix, which deletes nothing."""
     made, trace = forged(repository, tmp_path)
     shutil.copytree(made, repository.top / ".council")
     repository.git("add", "--force", ".council")
@@ -76,7 +76,7 @@ def test_foreign_state_is_rejected_until_adopted(repository: Repository, tmp_pat
 
 
 def test_other_spelling_of_the_folder_is_rejected(repository: Repository) -> None:
-    """Where case does not count it is the same folder."""
+    """On a case-insensitive file system it is the same folder."""
     repository.commit({".Council/state/x": "x"})
     assert repository.council("run", str(repository.configure([{"id": "t", "prompt": "x"}]))).code == 2
 
@@ -92,7 +92,7 @@ def test_other_spelling_of_the_folder_is_rejected(repository: Repository) -> Non
     ],
 )
 def test_foreign_store_named_by_a_file_is_rejected(repository: Repository, tmp_path: Path, url: str) -> None:
-    """Only a run writes that file; who writes it otherwise would choose what is resumed."""
+    """Only a run writes that file; otherwise its writer could choose the runs to resume."""
     made, trace = forged(repository, tmp_path)
     assert repository.council("run", str(repository.configure([{"id": "mine", "prompt": "write a.txt a"}]))).code == 0
     known = tmp_path / "known"
@@ -105,7 +105,7 @@ def test_foreign_store_named_by_a_file_is_rejected(repository: Repository, tmp_p
 
 
 def test_moved_project_is_known(repository: Repository, tmp_path: Path) -> None:
-    """What is known is the log, not where it is."""
+    """The log is known, not its path."""
     assert repository.council("run", str(repository.configure([{"id": "mine", "prompt": "write a.txt a"}]))).code == 0
     moved = Repository(tmp_path / "moved", repository.environ, repository.spawns)
     shutil.move(repository.top, moved.top)
@@ -113,7 +113,7 @@ def test_moved_project_is_known(repository: Repository, tmp_path: Path) -> None:
 
 
 def test_lost_identity_is_found_and_a_lost_log_named(repository: Repository) -> None:
-    """Neither makes an empty state of one that had runs."""
+    """Neither a state without its identity nor one without its log becomes an empty state."""
     ended = repository.council("run", str(repository.configure([{"id": "mine", "prompt": "write a.txt a"}])), "--json")
     state = Project(repository.top).state_folder
     (state / IDENTITY_FILE).unlink()
@@ -126,7 +126,7 @@ def test_lost_identity_is_found_and_a_lost_log_named(repository: Repository) -> 
 
 @pytest.mark.extended
 def test_link_is_no_log(repository: Repository, tmp_path: Path) -> None:
-    """Where the log is to be, to another one; the folder's own identity is known."""
+    """A link to another log, in a folder whose own identity is known."""
     made, trace = forged(repository, tmp_path)
     assert repository.council("run", str(repository.configure([{"id": "mine", "prompt": "write a.txt a"}]))).code == 0
     log = repository.log
@@ -138,7 +138,7 @@ def test_link_is_no_log(repository: Repository, tmp_path: Path) -> None:
 
 
 def test_session_sees_no_state_of_another_project(repository: Repository, tmp_path: Path) -> None:
-    """Whoever knows its identity could forge it."""
+    """A session that reads its identity could forge it."""
     other = tmp_path / "other"
     assert repository.council("run", str(repository.configure([{"id": "mine", "prompt": "write a.txt a"}]))).code == 0
     assert repository.council("state", "copy", ".council/state", str(other)).code == 0
@@ -149,7 +149,7 @@ def test_session_sees_no_state_of_another_project(repository: Repository, tmp_pa
 
 
 def test_adoptable_state_is_adopted(repository: Repository, tmp_path: Path) -> None:
-    """A state that is there, in a `.council` that git does not track; nothing else is said to be used."""
+    """An existing state in a `.council` that git does not track; no other file is reported."""
     made, _ = forged(repository, tmp_path)
     for url in ("memory:", "nosuch://x/y", str(tmp_path / "nothing")):
         assert repository.council("state", "adopt", "--state", url).code == 2, url
@@ -159,7 +159,7 @@ def test_adoptable_state_is_adopted(repository: Repository, tmp_path: Path) -> N
 
 
 def test_unusable_home_is_rejected(repository: Repository, tmp_path: Path) -> None:
-    """By its path and with what to do, not as a fault of ours; `doctor` reports a state that is not known."""
+    """With its path and the fix, not as an internal error; `doctor` reports an unknown state."""
     made, _ = forged(repository, tmp_path)
     shutil.copytree(made, repository.top / ".council")
     assert NOT_OURS in repository.council("doctor").stdout
@@ -170,7 +170,7 @@ def test_unusable_home_is_rejected(repository: Repository, tmp_path: Path) -> No
 
 
 def test_state_above_a_repository_is_not_its_own(repository: Repository) -> None:
-    """As one in a folder that all users can write to."""
+    """For example one in a folder that all users can write to."""
     assert repository.council("run", str(repository.configure([{"id": "mine", "prompt": "write a.txt a"}]))).code == 0
     inner = Repository(repository.top / "inner", repository.environ, repository.spawns)
     inner.top.mkdir()
@@ -180,7 +180,7 @@ def test_state_above_a_repository_is_not_its_own(repository: Repository) -> None
 
 
 def test_store_gets_one_identity(tmp_path: Path, environ: dict[str, Any]) -> None:
-    """Which is on record before it counts; a damaged one is named."""
+    """It is recorded before it counts; a damaged one is reported."""
     home, folder = council_home(environ), tmp_path / "state"
     assert find_log(folder) is None
     check_trusted(folder_url(folder), home)

@@ -1,4 +1,4 @@
-"""A full disk: commands end with one line and exit code 1; a run waits for room and loses nothing."""
+"""A full disk: commands end with one line and exit code 1; a run waits for space and loses nothing."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tests.integration.test_interrupted_landings import Landing
 from tests.merge_permits import hold_permit
 from tests.waiting import wait_for
 
-#: Room for a repository, a run and its sessions.
+#: Space for a repository, a run and its sessions.
 _SIZE = "32m"
 
 
 @pytest.fixture
 def small(tmp_path: Path, environ: dict[str, str], template: Path) -> Iterator[Repository]:
-    """A repository on a small disk, with all that belongs to it."""
+    """A repository on a small disk, with its state and hub."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={_SIZE}", "tmpfs", str(disk)]
@@ -51,7 +51,7 @@ def filler(repository: Repository) -> Path:
 
 
 def fill(repository: Repository) -> None:
-    """Leave no room on the disk."""
+    """Fill the disk."""
     for size in (1 << 16, 512, 1):
         with suppress(OSError), filler(repository).open("ab", buffering=0) as file:
             while file.write(bytes(size)):
@@ -59,11 +59,11 @@ def fill(repository: Repository) -> None:
 
 
 async def test_run_on_a_full_disk_waits_and_lands_everything(small: Repository) -> None:
-    """Work that is finished when the disk fills up is collected later; a session that fails then costs no attempt."""
+    """Finished work is collected later; a session that fails on the full disk costs no attempt."""
     folder = small.spawns.parent
     sh = {**SHELL_ADAPTER, "writable": [str(folder)]}
     room = f"until [ -e {folder}/go ]; do sleep 0.05; done"
-    # A file that its session can't write while there is no room: what a program does that finds the disk full.
+    # The session can't write this file while the disk is full, like a program that finds the disk full.
     fails = "head -c 100000 /dev/zero > big.txt || exit 7"
     tasks: list[dict[str, Any]] = [
         {"id": "finished", "prompt": f"echo done > finished.txt; touch {folder}/is-done; {room}"},
@@ -92,20 +92,20 @@ async def test_run_on_a_full_disk_waits_and_lands_everything(small: Repository) 
 
 @pytest.mark.extended
 async def test_landing_on_a_full_disk_leaves_the_checkout_unchanged(small: Repository) -> None:
-    """Of three files one fits, one is cut short and one is empty: all are removed, and land when there is room."""
+    """Of three files one fits, one is cut short and one is empty: all are removed, and land when there is space."""
     names, size, room = ("a.bin", "b.bin", "c.bin"), 4 << 20, 6 << 20
     flag = small.spawns.parent / "fill"
     hook = small.top / ".git/hooks/pre-receive"
     hook.parent.mkdir(exist_ok=True)
     free = "$(stat -f -c '%a * %S' .)"
     fills = f"head -c $(({free} - {room})) /dev/zero >> {filler(small)}"
-    # What the session wrote takes room until its worktree is clean again.
+    # The session's files take space until its worktree is clean again.
     cleaned = f"while [ -e {small.environ['COUNCIL_HOME']}/*/slots/1/tree/a.bin ]; do sleep 0.05; done"
     hook.write_text(f"#!/bin/sh\n[ -e {flag} ] || exit 0\n{cleaned}\n[ -e {filler(small)} ] || {fills}\n")
     hook.chmod(0o755)
     small.remember()
     flag.touch()
-    writes = "; ".join(f"yes text | head -c {size} > {name}" for name in names)  # of zeros git makes holes
+    writes = "; ".join(f"yes text | head -c {size} > {name}" for name in names)  # git turns zeros into holes
     path = small.configure([{"id": "t", "prompt": writes}], adapters={"sh": SHELL_ADAPTER})
     ended = small.council("run", str(path), "--json")
     assert (ended.code, ended.states) == (1, {"t": "queued"}), ended
@@ -119,7 +119,7 @@ async def test_landing_on_a_full_disk_leaves_the_checkout_unchanged(small: Repos
 
 
 async def test_landing_without_room_for_the_index_lock_leaves_no_lock(small: Repository, tmp_path: Path) -> None:
-    """The disk fills up right before the checkout is updated; the landing is made once there is room."""
+    """The disk fills up right before the checkout is updated; the landing is made once there is space."""
     landing = await Landing.prepare(small, tmp_path)
     hook = small.top / ".git/hooks/pre-receive"
     hook.parent.mkdir(exist_ok=True)
@@ -136,7 +136,7 @@ async def test_landing_without_room_for_the_index_lock_leaves_no_lock(small: Rep
 
 
 async def test_run_waiting_for_room_ends_at_a_signal(small: Repository) -> None:
-    """One is enough: what can't be recorded is left to `resume`."""
+    """One is enough: `resume` does the rest."""
     run = small.start("run", str(small.configure([{"id": "t", "prompt": "hang"}])))
     wait_for(small.spawns.exists)
     fill(small)
@@ -164,7 +164,7 @@ async def test_run_waiting_for_room_ends_at_a_signal(small: Repository) -> None:
     ids=lambda command: command[0],
 )
 async def test_command_on_a_full_disk_ends_with_one_line_and_exit_code_1(small: Repository, command: list[str]) -> None:
-    """It names the disk and the fix; as soon as there is room the same command does its work."""
+    """It names the disk and the fix; with space the same command succeeds."""
     config = small.configure([{"id": "one", "prompt": "hang"}, {"id": "two", "prompt": "hang"}])
     shutil.copy(config, small.top / "council.yaml")
     run = small.start("run", str(config))

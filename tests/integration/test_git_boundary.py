@@ -1,4 +1,4 @@
-"""The boundary around git: nothing an agent plants runs as us, nothing of the user's changes but the target."""
+"""The boundary around git: no planted program runs outside of the session, and only the target changes."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ ONCE = 'if [ -e "{armed}" ]; then rm "{armed}"; {kill}; fi'
 
 
 def plant(path: Path, script: str) -> None:
-    """Make an executable shell script."""
+    """Create an executable shell script."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
 
 
 def run_armed(repository: Repository, config: Path, pid: Path, armed: Path) -> StartedCommand:
-    """Run until what was planted with ONCE ends it."""
+    """Run until the planted ONCE ends it."""
     child = repository.start("run", str(config), "--json")
     pid.write_text(str(child.pid))
     armed.touch()
@@ -48,7 +48,7 @@ STEPS = {
     "right after the ref": ("reference-transaction", 'cat > /dev/null; if [ "$1" = committed ]; then {once}; fi'),
     "when all is done": ("post-receive", "cat > /dev/null; {once}"),
 }
-#: Those between which the branch moves; before them nothing has changed, after them all has.
+#: The branch moves between these two: before them nothing has changed, after them everything has.
 QUICK_STEPS = ("between index and ref", "right after the ref")
 
 
@@ -64,7 +64,7 @@ QUICK_STEPS = ("between index and ref", "right after the ref")
 async def test_landing_killed_at_each_step_is_recovered(
     repository: Repository, tmp_path: Path, step: str, kill: str
 ) -> None:
-    """Whatever step of the push is cut off, a resume brings ref, index and files to one commit with the work on it."""
+    """At each interrupted step of the push, a resume brings ref, index and files to one commit with the work."""
     pid, armed = tmp_path / "pid", tmp_path / "armed"
     once = ONCE.format(armed=armed, kill=kill.format(pid=pid))
     if step in STEPS:
@@ -91,7 +91,7 @@ async def test_landing_killed_at_each_step_is_recovered(
 
 @pytest.mark.extended
 async def test_interrupted_landing_keeps_later_changes_of_the_user(repository: Repository, tmp_path: Path) -> None:
-    """A file that the user changed after the crash is never overwritten: the landing waits and says why."""
+    """A file that the user changed after the crash is never overwritten: the landing waits with the reason."""
     pid, armed = tmp_path / "pid", tmp_path / "armed"
     once = ONCE.format(armed=armed, kill=KILL_ALL.format(pid=pid))
     plant(tmp_path / "smudge", f'if [ "$1" = b.cut ]; then {once}; fi; cat')
@@ -121,7 +121,7 @@ async def test_planted_programs_never_run_outside_of_the_session(repository: Rep
     keys = ["filter.evil.clean", "filter.evil.smudge", "core.fsmonitor", "diff.external", "gpg.program",
             "core.sshCommand", "core.alternateRefsCommand", "merge.evil.driver", "core.editor"]  # fmt: skip
     hub = "../../../hub.git"
-    # The sandbox may deny what is outside of the session.
+    # The sandbox may deny access outside of the session.
     settings = [*(f"{key} {evil}" for key in keys), "commit.gpgSign true"]
     lines = [f'git -c "alias.try=!git config --file {hub}/config {setting} || :" try' for setting in settings]
     lines += [f"intrude {hub}/hooks/post-checkout {evil}"]
@@ -143,7 +143,7 @@ async def test_planted_programs_never_run_outside_of_the_session(repository: Rep
 
 
 async def test_damaged_git_directory_of_a_session_damages_nothing_else(repository: Repository) -> None:
-    """Deleting `.git`, moving main, switching branches and committing are all survived; the files are what counts."""
+    """Deleted `.git`, moved main, switched branches and commits: only the files count."""
     config = repository.configure(
         [
             {"id": "commits", "prompt": "write one.txt 1\ncommit first\nwrite two.txt 2"},
@@ -162,7 +162,7 @@ async def test_damaged_git_directory_of_a_session_damages_nothing_else(repositor
 
 
 async def test_rewritten_history_of_an_agent_is_not_imported(repository: Repository) -> None:
-    """A branch that does not descend from where it started contributes its files only."""
+    """A branch that does not descend from its base contributes its files only."""
     prompt = "git checkout --quiet --orphan fresh\nwrite new.txt n\ncommit orphan\ngit branch --force council/{0} fresh"
     config = repository.configure([{"id": "orphan", "prompt": prompt}])
     ended = repository.council("run", str(config), "--json")
@@ -172,7 +172,7 @@ async def test_rewritten_history_of_an_agent_is_not_imported(repository: Reposit
 
 
 async def test_nested_repository_is_rejected_and_preserved(repository: Repository) -> None:
-    """A repository inside the worktree can't land as a link to nowhere: the task fails and says what to do."""
+    """A repository inside the worktree can't land as a broken link: the task fails with the fix."""
     inner = "git -C inner -c user.name=a -c user.email=a@example.org"
     prompt = f"git init --quiet inner\nwrite inner/file.txt x\ngit -C inner add --all\n{inner} commit -qm inner"
     config = repository.configure([{"id": "nested", "prompt": prompt, "attempts": 1}])
@@ -184,7 +184,7 @@ async def test_nested_repository_is_rejected_and_preserved(repository: Repositor
 
 
 async def test_landing_of_a_late_zombie_is_adopted(repository: Repository) -> None:
-    """An earlier owner's push that arrives after the new owner began is found under the same lease, never repeated."""
+    """A previous owner's push that arrives after the takeover is found under the same lease, and not repeated."""
     site = await find_run_repository(str(repository.top), is_url=False, environ=repository.environ)
     hub = locate_hub(site.identity, Path(repository.environ["COUNCIL_HOME"]))
     await create_hub(hub, site.object_format, repository.environ)
@@ -210,7 +210,8 @@ async def test_landing_of_a_late_zombie_is_adopted(repository: Repository) -> No
         new_merge = await successor.prepare(permit, "r/task", await work_of(2), start)
         assert isinstance(old_merge, PreparedMerge)
         assert isinstance(new_merge, PreparedMerge)
-        pushed = await source.push(old_merge.new, "main", old_merge.old, ())  # the zombie's push arrives only now
+        # The previous owner's push arrives only now.
+        pushed = await source.push(old_merge.new, "main", old_merge.old, ())
         assert pushed.moved
         assert await successor.move(permit, [new_merge]) == StaleTarget()
         again = await successor.prepare(permit, "r/task", await work_of(2), start, intended=[old_merge.new])
@@ -220,7 +221,7 @@ async def test_landing_of_a_late_zombie_is_adopted(repository: Repository) -> No
 
 @pytest.mark.extended
 async def test_resume_waits_for_a_push_that_outlives_its_owner(repository: Repository, tmp_path: Path) -> None:
-    """With the owner killed in the middle of a push that goes on, resume waits for it and lands nothing twice."""
+    """The owner is killed during a push that continues; resume waits for it and lands nothing twice."""
     pid, armed = tmp_path / "pid", tmp_path / "armed"
     once = ONCE.format(armed=armed, kill=f'kill -9 "$(cat "{pid}")"; sleep 2')
     plant(repository.top / ".git/hooks/update", once)
@@ -230,7 +231,7 @@ async def test_resume_waits_for_a_push_that_outlives_its_owner(repository: Repos
     started = SystemClock().now()
     ended = repository.council("resume", "--json")
     assert ended.states == {"slow": "landed"}, ended
-    assert SystemClock().now() - started > 1, "the resume went on while the push was alive"
+    assert SystemClock().now() - started > 1, "the resume did not wait for the push"
     await repository.assert_invariants()
 
 
@@ -261,7 +262,7 @@ async def test_conflict_preserves_both_sides_and_the_target(repository: Reposito
 
 @pytest.mark.parametrize("staged", [pytest.param(False, marks=pytest.mark.slow), True])
 async def test_dirty_target_is_rejected_unless_deferred(repository: Repository, staged: bool) -> None:
-    """Changes of the user's own in the target's checkout stop a run at its start; allowed, it lands on resume."""
+    """A run with a dirty target checkout is rejected at its start; if allowed, it lands on resume."""
     (repository.top / "README.md").write_text("mine\n")
     if staged:
         repository.git("add", "README.md")
@@ -281,7 +282,7 @@ async def test_dirty_target_is_rejected_unless_deferred(repository: Repository, 
 
 
 async def test_work_that_can_not_be_staged_is_preserved(repository: Repository, tmp_path: Path) -> None:
-    """Where git can't stage a file, the rest is on a branch, and the worktree stays where the reason says."""
+    """Other files are on a branch, and the worktree stays at the path in the reason."""
     prompt = "write good.txt good\ngit init --quiet inner\nwrite inner/file.txt x"  # a repository without a commit
     config = repository.configure([{"id": "half", "prompt": prompt, "attempts": 1}])
     task = repository.council("run", str(config), "--json").result["tasks"][0]
@@ -295,14 +296,14 @@ async def test_work_that_can_not_be_staged_is_preserved(repository: Repository, 
 
 
 async def test_reverted_changes_of_an_agent_do_not_land(repository: Repository) -> None:
-    """A commit that the checkout no longer shows, on the branch that it still is on, was taken back."""
+    """An older commit on its branch has changes that the checkout does not have any more."""
     config = repository.configure([{"id": "undo", "prompt": "write x.txt x\ncommit x\ndelete x.txt"}])
     assert repository.council("run", str(config), "--json").states == {"undo": "no_change"}
     await repository.assert_invariants()
 
 
 async def test_replaced_worktree_is_not_followed(repository: Repository, tmp_path: Path) -> None:
-    """A checkout that became a link to somewhere else is neither read nor landed."""
+    """A checkout that became a link to another folder is neither read nor landed."""
     (tmp_path / "private").mkdir()
     (tmp_path / "private/secret.txt").write_text("canary-77\n")
     shell = {"use": "command", "argv": ["sh", "-c", f"cd .. && mv tree real && ln -s {tmp_path}/private tree"]}
@@ -317,7 +318,7 @@ async def test_replaced_worktree_is_not_followed(repository: Repository, tmp_pat
 
 
 async def test_conflict_in_a_non_utf8_name_is_reported(repository: Repository) -> None:
-    """Such a name is shown with escapes; the run goes on and ends as any other."""
+    """The name is printed with escapes; the run ends normally."""
     shell = {"use": "command", "argv": ["sh", "{prompt_file}"]}
     script = "printf '{}\\n' > \"$(printf 'caf\\351.txt')\""
     tasks = [{"id": name, "prompt": script.format(name)} for name in ("left", "right")]
@@ -330,7 +331,7 @@ async def test_conflict_in_a_non_utf8_name_is_reported(repository: Repository) -
 
 @pytest.mark.extended
 async def test_interrupted_rejected_push_keeps_the_users_changes(repository: Repository, tmp_path: Path) -> None:
-    """Changes that the user had before a landing was begun are theirs, whatever they look like."""
+    """Changes that the user made before a landing are theirs, even if they look like the landing's."""
     repository.commit({"a.txt": "one\ntwo\n", "b.txt": "b\n", "c.txt": "c\n"}, "files")
     prompt = "write a.txt one\nappend a.txt two\nappend a.txt three\nwrite b.txt bb\nwrite c.txt cc\nwrite new.txt n"
     config = repository.configure([{"id": "edit", "prompt": prompt}])
@@ -350,7 +351,7 @@ async def test_interrupted_rejected_push_keeps_the_users_changes(repository: Rep
 
 @pytest.mark.extended
 async def test_changes_during_a_rejected_push_survive_recovery(repository: Repository, tmp_path: Path) -> None:
-    """A push that a hook refuses has written no file: what differs after a kill is the user's, and stays."""
+    """A push that a hook rejects has written no file: differences after a kill are the user's, and stay."""
     pid, armed = tmp_path / "pid", tmp_path / "armed"
     kill = f'kill -9 "$(cat "{pid}")"; exit 1'
     plant(repository.top / ".git/hooks/update", ONCE.format(armed=armed, kill=kill))
@@ -365,7 +366,7 @@ async def test_changes_during_a_rejected_push_survive_recovery(repository: Repos
 
 @pytest.mark.extended
 async def test_stray_folder_and_stale_locks_do_not_block_a_run(repository: Repository, tmp_path: Path) -> None:
-    """Folders that are no attempt's are passed over; locks of killed git commands of ours go."""
+    """Folders that belong to no attempt are skipped; locks of our killed git commands are removed."""
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
     assert repository.council("run", str(config), failpoints="worktree.created=kill").code == -signal.SIGKILL
     hub = next(path for path in (tmp_path / "council-home").iterdir() if path.is_dir())
@@ -380,7 +381,7 @@ async def test_stray_folder_and_stale_locks_do_not_block_a_run(repository: Repos
 
 @pytest.mark.extended
 async def test_work_merged_by_the_user_is_not_merged_again(repository: Repository) -> None:
-    """A kept branch that the user brought in, and then mended, is found to be there; the mending stays."""
+    """A preserved branch that the user merged and then repaired is detected; the repair stays."""
     (repository.top / "README.md").write_text("mine\n")
     config = repository.configure([{"id": "one", "prompt": "write a.txt a\nwrite b.txt b"}])
     deferred = repository.council("run", str(config), "--json", "--allow-deferred")
@@ -398,7 +399,7 @@ async def test_work_merged_by_the_user_is_not_merged_again(repository: Repositor
 
 
 async def test_folder_that_becomes_a_link_lands(repository: Repository) -> None:
-    """Replacing a tracked folder by a file or a link is no obstacle to a clean checkout."""
+    """A folder that is replaced by a file or a link lands on a clean checkout."""
     repository.commit({"d/one.txt": "1\n", "f/two.txt": "2\n"}, "folders")
     repository.remember()
     shell = {"use": "command", "argv": ["sh", "{prompt_file}"]}
@@ -411,7 +412,7 @@ async def test_folder_that_becomes_a_link_lands(repository: Repository) -> None:
 
 
 async def test_push_killed_in_the_middle_is_undone_immediately(repository: Repository, tmp_path: Path) -> None:
-    """If something else ends our push while it writes files, the checkout is whole again before anything goes on."""
+    """The push is killed while it writes files, and the checkout is restored before the run continues."""
     armed = tmp_path / "armed"
     plant(
         tmp_path / "smudge", f'if [ "$1" = c.cut ] && [ -e {armed} ]; then rm {armed}; kill -TERM 0; sleep 5; fi; cat'

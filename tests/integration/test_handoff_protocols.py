@@ -1,4 +1,4 @@
-"""How what one phase came to gets to the next, as it is on record: whole runs by a real program."""
+"""Delivery of phase results to the next phase, as recorded: whole runs with a real program."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ PLAN = json.dumps({"tasks": [{"id": "t1", "prompt": "b"}], "dependencies": [], "
 REJECT = json.dumps({"verdict": "reject", "findings": [{"path": "b.txt", "message": "say more"}]})
 
 
-def telling(repository: Repository) -> dict[str, Any]:
-    """Return an adapter for the fake CLI whose words say what it used up."""
+def reporting_usage(repository: Repository) -> dict[str, Any]:
+    """Return an adapter for the fake CLI whose output reports its usage."""
     return repository.fake_adapter(
         read=[{"match": r"^used (?P<input_tokens>\d+) (?P<output_tokens>\d+) (?P<cost>\S+)$"}]
     )
 
 
 async def recorded(repository: Repository, run: str) -> tuple[TaskDocument, dict[str, Handoff]]:
-    """Return what is on record of the task `t`, and what its phases handed over, by the phase and attempt."""
+    """Return the record of the task `t`, and its phases' handoffs by phase and attempt."""
     async with FileStore.open(repository.log, SystemClock()) as store:
         handoffs = await read_handoffs(store, run, "t")
         found = {f"{one.phase}.{one.attempt}": one for _, one in handoffs.values()}
@@ -39,7 +39,7 @@ async def recorded(repository: Repository, run: str) -> tuple[TaskDocument, dict
 
 
 async def test_direct_handoff_has_its_origin(repository: Repository) -> None:
-    """Who made it and for whom, what the task had used up by then, what was said; and that it was received whole."""
+    """Its author and receiver, the task's usage so far, the session's summary; and the receipt."""
     workflow = [
         {"scout": {"access": "read", "produces": "scout"}},
         {"plan": {"access": "read", "produces": "plan", "context": {"style": "short"}, "needs": ["risks", "style"]}},
@@ -55,8 +55,10 @@ async def test_direct_handoff_has_its_origin(repository: Repository) -> None:
         ),
         *("in build write b.txt x", "in build built b.txt"),
     )
-    task = {"id": "t", "prompt": "\n".join(steps), "workflow": "three", "adapter": "telling"}
-    path = repository.configure([task], workflows={"three": workflow}, adapters={"telling": telling(repository)})
+    task = {"id": "t", "prompt": "\n".join(steps), "workflow": "three", "adapter": "reporting_usage"}
+    path = repository.configure(
+        [task], workflows={"three": workflow}, adapters={"reporting_usage": reporting_usage(repository)}
+    )
     ended = repository.council("run", str(path), "--json")
     assert ended.states == {"t": "landed"}, ended
     document, handoffs = await recorded(repository, ended.result["run"])
@@ -73,7 +75,7 @@ async def test_direct_handoff_has_its_origin(repository: Repository) -> None:
     assert all(map(is_intact, handoffs.values()))
     received = [(one.phase, one.attempt, one.digest) for one in scout.receipts]
     assert received[0] == ("plan", 2, scout.digest)
-    # What was needed, and nothing else of what was known.
+    # The needed facts, and nothing else.
     given = document.phases[1].given
     assert given is not None
     assert (given.keys, "requirements" in given.left_out) == (("risks", "style"), True)
@@ -85,7 +87,7 @@ async def test_direct_handoff_has_its_origin(repository: Repository) -> None:
 
 
 async def test_named_phase_mediates(repository: Repository) -> None:
-    """What it makes of a result stands for that; what earlier phases handed over is there as `results`."""
+    """The mediator's result replaces the original; handoffs of earlier phases are available as `results`."""
     prepared = json.dumps({"scout_findings": ["made ready"], "requirements": []})
     known = "{{ 'old' if results.scout is defined else 'new' }}"
     told = f"{{{{ task.prompt }}}}\nkeep-prompt\nGiven: {{{{ given.scout_findings | join }}}}, {known}"
@@ -112,7 +114,7 @@ async def test_named_phase_mediates(repository: Repository) -> None:
 
 
 async def test_failing_phase_has_its_reason(repository: Repository) -> None:
-    """In the visit, in its task, and by an event; what came before stays."""
+    """In the visit, in its task, and in an event; earlier results stay."""
     workflow = [{"scout": {"access": "read", "produces": "scout"}}, {"build": {}}]
     steps = (f"in scout hand-over {SCOUT}", "in build exit 3 no room")
     path = repository.configure(
@@ -138,7 +140,7 @@ async def test_failing_phase_has_its_reason(repository: Repository) -> None:
 
 @pytest.mark.extended
 async def test_only_complete_handoffs_count(repository: Repository) -> None:
-    """Where a phase has to be done again, what it came to before is no result of it any more."""
+    """If a phase is repeated, its previous result does not count any more."""
     review = {"access": "read", "produces": "review", "max_rounds": 1}
     workflow: list[dict[str, Any]] = [{"build": {"produces": "build"}}, {"review": review}]
     steps = ("in build append b.txt more", "in build built b.txt", f"in review hand-over {REJECT}")
@@ -152,7 +154,7 @@ async def test_only_complete_handoffs_count(repository: Repository) -> None:
         phases = Workflow(
             (Phase(name="build", produces=HandoffSettings(kind="build")), Phase(name="review", access="read"))
         )
-        # The review has sent it back, and the build is at it again.
+        # The review has rejected it, and the build runs again.
         assert [(one.phase, one.status) for one in document.phases] == [
             ("build", PhaseStatus.COMPLETED),
             ("review", PhaseStatus.COMPLETED),

@@ -1,4 +1,4 @@
-"""What sessions leave in the file that `$COUNCIL_HANDOFF` names: written from inside of each fence, read with care."""
+"""Files that sessions leave at `$COUNCIL_HANDOFF`: written inside each sandbox, read with care."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ pytestmark = pytest.mark.sandbox
 
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> SandboxKind:
-    """A kind of fence that works here, or none."""
+    """A sandbox kind that works here, or none."""
     return require_sandbox(request.param)
 
 
 @pytest.fixture
 def worktree(tmp_path: Path) -> Worktree:
-    """The folders of a session that is over."""
+    """The folders of an ended session."""
     made = Worktree(Hub(tmp_path / "hub"), "run-1", "t", 1)
     made.handoff_file.parent.mkdir(parents=True)
     return made
 
 
 async def test_session_has_a_handoff_folder(repository: Repository) -> None:
-    """Its own from its beginning, gone with it, and its environment says where."""
+    """It is created and removed with the session, and the environment has its path."""
     yard = await HubFixture.of(repository.top, Path(repository.environ["COUNCIL_HOME"]), repository.environ)
     base = await yard.fetch()
     async with yard.open() as pool:
@@ -78,7 +78,7 @@ print(json.dumps(said))
 
 @pytest.mark.extended_but_first
 async def test_sandboxed_program_writes_its_own_handoff_only(tmp_path: Path, kind: SandboxKind) -> None:
-    """Neither another session's nor the prompt."""
+    """Neither another session's handoff nor the prompt."""
     hub = Hub(tmp_path / "hub")
     hub.root.mkdir()
     site = Site(hub, FakeSessionService())
@@ -108,7 +108,7 @@ async def test_sandboxed_program_writes_its_own_handoff_only(tmp_path: Path, kin
     ids=range(7),
 )
 async def test_handoff_that_is_no_object_is_reported(worktree: Worktree, data: bytes, why: str) -> None:
-    """With why, and what to do."""
+    """With the reason and the fix."""
     worktree.handoff_file.write_bytes(data)
     found = await read_handoff(worktree)
     assert isinstance(found, MalformedHandoff)
@@ -126,7 +126,7 @@ async def test_largest_handoff_is_read(worktree: Worktree) -> None:
 
 @pytest.mark.parametrize("what", ["link", "hard link", "pipe", "folder", "socket", "linked folder", "file for folder"])
 async def test_only_regular_files_are_read(worktree: Worktree, tmp_path: Path, what: str) -> None:
-    """Whatever else is there leads nowhere, and is not waited for."""
+    """Any other file type is not followed, and not waited for."""
     file, secret = worktree.handoff_file, tmp_path / "secret.json"
     secret.write_text('{"password": "x"}')
     match what:
@@ -155,7 +155,7 @@ async def test_only_regular_files_are_read(worktree: Worktree, tmp_path: Path, w
 
 
 async def test_sessions_share_values_that_a_person_can_list(repository: Repository) -> None:
-    """One waits for what another puts there; from outside it is seen, changed, and waited for."""
+    """One session waits for a value of another; from outside it can be read, changed, and waited for."""
     script = {"use": "command", "argv": ["sh", "-e", "{prompt_file}"]}
     odd = "! council submit-handoff /dev/null 2> err.txt\necho '{}' | council submit-handoff 2>> err.txt || true"
     config = repository.configure(
@@ -178,7 +178,7 @@ async def test_sessions_share_values_that_a_person_can_list(repository: Reposito
 
 
 async def test_person_can_list_and_put_shared_values(repository: Repository) -> None:
-    """Outside of sessions it is by the run; what is refused is bad input."""
+    """Outside of sessions by the run's name; a rejection is an input error."""
     config = repository.configure([{"id": "t", "prompt": "write a.txt x"}])
     async with Council.open(config) as council:
         run = await council.runs.create()

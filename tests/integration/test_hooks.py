@@ -1,4 +1,4 @@
-"""Commands of the user's around sessions: fenced in, bounded, told of, and not repeated without need."""
+"""User commands around sessions: sandboxed, bounded, reported, and not repeated without need."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ KINDS = [SandboxKind.BUBBLEWRAP, SandboxKind.LANDLOCK] if sys.platform == "linux
 
 
 class Place:
-    """A checkout without a session, beside what is hidden from it and what belongs to others."""
+    """A checkout without a session, next to hidden and foreign folders."""
 
     def __init__(self, top: Path, kind: SandboxKind) -> None:
         self.tree, self.logs, self.hidden = top / "place" / "tree", top / "logs", top / "hidden"
@@ -87,12 +87,12 @@ class Place:
 
 @pytest.fixture(params=KINDS)
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    """One behind a fence that this machine has."""
+    """A checkout in a sandbox that works on this machine."""
     return Place(tmp_path, require_sandbox(request.param))
 
 
 async def test_command_gets_its_checkout_only(place: Place) -> None:
-    """It writes there and in its scratch folder, which is its home; it sees what it is given of the environment."""
+    """It writes there and in its scratch folder, which is its home; its environment has only the given variables."""
     script = f"""
     echo made >made && echo x >"$HOME/x" && mktemp >/dev/null || exit 1
     touch {place.top}/planted {place.hidden}/planted {place.top}/readable/planted 2>/dev/null
@@ -109,7 +109,7 @@ async def test_command_gets_its_checkout_only(place: Place) -> None:
 
 @pytest.mark.extended_but_first
 async def test_failed_command_has_its_output(place: Place) -> None:
-    """An exit code, and a limit with the setting's name."""
+    """An exit code, or a timeout with the setting's name."""
     result = await place.shell.run(place.command("echo no such package; exit 3"))
     log = place.logs / "log"
     assert result == CommandFailed("echo no such package; exit 3", "ended with exit code 3", "no such package\n", log)
@@ -121,14 +121,14 @@ async def test_failed_command_has_its_output(place: Place) -> None:
 
 
 async def test_command_leaves_no_process(place: Place) -> None:
-    """What it puts into the background ends with it."""
+    """Background processes end with it."""
     assert await place.shell.run(place.command("sleep 600 & echo started")) == CommandSucceeded()
     assert not child_processes()
     assert not [one for one in psutil.process_iter(["cwd"]) if one.info["cwd"] == str(place.tree)]
 
 
 async def test_cancelled_command_gets_its_grace_period(place: Place) -> None:
-    """It can clean up; nothing of it lives when the cancellation goes on."""
+    """It can clean up; none of its processes survives the cancellation."""
     script = "trap 'echo cleaned >cleaned; exit' TERM; touch ready; while :; do sleep 0.05; done"
     async with anyio.create_task_group() as group:
         group.start_soon(place.shell.run, place.command(script))
@@ -139,7 +139,7 @@ async def test_cancelled_command_gets_its_grace_period(place: Place) -> None:
 
 
 async def test_command_without_its_supervisor_is_not_done(place: Place) -> None:
-    """All that has its mark is killed, so that nothing writes there any more."""
+    """All processes with its mark are killed, so that nothing writes there any more."""
     results: list[object] = []
 
     async def run() -> None:
@@ -154,7 +154,7 @@ async def test_command_without_its_supervisor_is_not_done(place: Place) -> None:
 
 
 async def test_unstartable_command_is_not_a_failed_one(place: Place) -> None:
-    """Its folder is gone, or there is nowhere to write down what it prints."""
+    """Its folder is missing, or its log can't be written."""
     result = await replace(place.shell, cwd=place.top / "gone").run(place.command("true"))
     assert isinstance(result, CommandNotRun)
     assert str(place.top / "gone") in result.reason
@@ -167,7 +167,7 @@ async def test_unstartable_command_is_not_a_failed_one(place: Place) -> None:
 
 @pytest.mark.extended_but_first
 async def test_steps_run_up_to_the_first_failure(place: Place) -> None:
-    """How far they came is told, each has a log; going on begins where it ended."""
+    """The progress is reported, each step has a log; a repeat starts after the last success."""
     steps = [SetupStep(run="echo 1 >>ran"), SetupStep(run="test -e allowed && echo 2 >>ran", timeout=30)]
     steps.append(SetupStep(run="echo 3 >>ran"))
     ended = await run_until_failure(place.shell, setup_commands(steps, 0, place.logs, 7))
@@ -182,7 +182,7 @@ async def test_steps_run_up_to_the_first_failure(place: Place) -> None:
 
 @pytest.mark.extended_but_first
 async def test_reporting_hook_prevents_nothing(place: Place) -> None:
-    """Each command of a teardown runs, whatever became of the others."""
+    """Each command of a teardown runs, whatever the outcome of the others."""
     lines = ["echo 1 >>ran; false", "echo 2 >>ran", "echo 3 >>ran; exit 4"]
     told = await run_all(place.shell, teardown_commands(lines, 60.0, place.logs, 7))
     assert [one.how_it_ended for one in told if isinstance(one, CommandFailed)] == [
@@ -194,7 +194,7 @@ async def test_reporting_hook_prevents_nothing(place: Place) -> None:
 
 @pytest.mark.extended_but_first
 async def test_attempt_hooks_have_its_variables_and_log(place: Place) -> None:
-    """Their logs are streams of the attempt, in the order in which they run."""
+    """Their logs are streams of the attempt, in the order of execution."""
     worktree = Worktree(Hub(place.top / "hub"), "run1", "task", 2)
     shell = replace(place.shell, environment={**place.shell.environment, **attempt_variables(worktree)})
     for commands in (before_commands, after_commands):
@@ -220,12 +220,12 @@ async def test_attempt_hooks_have_its_variables_and_log(place: Place) -> None:
     ],
 )
 def test_setup_failures_are_distinguished(ended: ShellResult, outcome: Outcome | None) -> None:
-    """A command that fails is the user's to mend; what may pass by itself is tried again."""
+    """A failing command needs a fix by the user; a temporary failure is retried."""
     assert hook_outcome(ended) == outcome
 
 
 async def test_logs_show_the_commands_around_a_session(repository: Repository) -> None:
-    """What a hook printed is part of what `council logs` prints of the attempt."""
+    """`council logs` prints a hook's output as part of the attempt."""
     ended = repository.council("run", str(repository.configure([{"id": "t", "prompt": "write a.txt a\nprint mine"}])))
     assert ended.code == 0, ended
     logs = next((repository.top / ".council/logs").iterdir())
@@ -236,7 +236,7 @@ async def test_logs_show_the_commands_around_a_session(repository: Repository) -
 
 
 async def test_setup_keys_follow_the_files_of_the_commit(repository: Repository) -> None:
-    """A changed input, a new one, a folder's and one that is gone; other changes and odd names count for nothing."""
+    """A changed input, a new one, a folder's and a deleted one; other changes and unusual names have no effect."""
     steps = (
         SetupStep(run="a", inputs=("requirements.txt", "later.txt")),
         SetupStep(run="b", inputs=("tools", "*.md")),

@@ -1,4 +1,4 @@
-"""`council init`: what it writes loads and says what was found, and nothing of the user's is touched."""
+"""`council init`: the written file loads and has the detected tools, and no user file changes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def stand_ins(tmp_path: Path, repository: Repository) -> FakePrograms:
 
 
 def load(path: Path) -> RunConfig:
-    """Load a file that needs nothing but what we ship."""
+    """Load a file that needs only what the package includes."""
     return load_config(path, load_plugins().adapters)
 
 
@@ -43,14 +43,14 @@ def init(repository: Repository, *arguments: str) -> dict[str, Any]:
 
 
 def refusal(repository: Repository, *arguments: str) -> str:
-    """Return why nothing was written."""
+    """Return the reason why nothing was written."""
     ended = repository.council("init", *arguments, "--json")
     assert (ended.code, ended.result["status"]) == (2, "refused")
     return f"{ended.result['error']}: {ended.result['remedy']}"
 
 
 def test_init_without_any_cli_works(repository: Repository, stand_ins: FakePrograms) -> None:
-    """A file for any program, to be filled in; it loads, and git sees that file alone."""
+    """A template for any program; it loads, and git sees that file alone."""
     result = init(repository)
     path = repository.top / "council.yaml"
     assert (result["path"], result["adapters"], result["checks"]) == (str(path), [], [])
@@ -62,7 +62,7 @@ def test_init_without_any_cli_works(repository: Repository, stand_ins: FakeProgr
 
 
 def test_found_tools_are_used(repository: Repository, stand_ins: FakePrograms) -> None:
-    """The adapters whose programs are there, the ready one first, and the repository's own tests."""
+    """Adapters of installed programs, the ready one first, and the repository's own tests."""
     stand_ins.add("alpha", "echo alpha 2.1")
     stand_ins.add("beta", 'case "$1" in version) echo 1.0;; *) exit 0;; esac')
     stand_ins.add("make", "exit 0")
@@ -76,7 +76,7 @@ def test_found_tools_are_used(repository: Repository, stand_ins: FakePrograms) -
     assert value["defaults"]["checks"] == ["make test"]
     found = repository.council("doctor", "--json").result["findings"]
     assert {one["level"] for one in found if one["name"] == "file"} == {"ok"}
-    # A check for the login: who is not logged in comes last, with what to do.
+    # A login check: an adapter without a login comes last, with the fix.
     stand_ins.add("beta", "exit 1")
     text = repository.council("init", "--force").stdout
     assert text.index("alpha-code") < text.index("beta-code")
@@ -85,7 +85,7 @@ def test_found_tools_are_used(repository: Repository, stand_ins: FakePrograms) -
 
 
 def test_next_command_is_printed(repository: Repository, stand_ins: FakePrograms) -> None:
-    """The commands, with the file's name where it is not the usual one."""
+    """The commands have the file's name if it is not the default."""
     text = repository.council("init").stdout
     assert [line.split("  ")[-1].strip() for line in text.splitlines() if line.startswith("next")] == [
         "council doctor",
@@ -113,7 +113,7 @@ def test_existing_file_is_kept(repository: Repository, stand_ins: FakePrograms) 
 
 
 def test_file_can_be_written_elsewhere(repository: Repository, stand_ins: FakePrograms, tmp_path: Path) -> None:
-    """Relative to where it was typed; the repository is named from there."""
+    """Relative to the current folder; the file has the repository's path relative to it."""
     inner = replace(repository, top=repository.top / "src")
     assert init(inner)["path"] == str(repository.top / "council.yaml")
     init(inner, "deep.yaml")
@@ -124,7 +124,7 @@ def test_file_can_be_written_elsewhere(repository: Repository, stand_ins: FakePr
 
 
 def test_unusual_names_are_quoted(repository: Repository, stand_ins: FakePrograms, tmp_path: Path) -> None:
-    """Spaces, quotes, colons and other scripts in paths and branches come through."""
+    """Spaces, quotes, colons and other scripts in paths and branches load unchanged."""
     top = tmp_path / "a 'b' \"c\" # ü: ö"
     repository.top.rename(top)
     odd = replace(repository, top=top)
@@ -138,14 +138,14 @@ def test_unusual_names_are_quoted(repository: Repository, stand_ins: FakeProgram
 
 @pytest.mark.parametrize("name", ["on", "null", "1.0", "0x10"])
 def test_ambiguous_branches_are_quoted(name: str, repository: Repository, stand_ins: FakePrograms) -> None:
-    """A branch's name is text, whatever YAML would make of it."""
+    """A branch's name is text, whatever YAML would parse it as."""
     repository.git("branch", "--move", name)
     assert init(repository)["base"] == name
     assert load(repository.top / "council.yaml").base == name
 
 
 def test_base_without_a_branch_is_chosen(repository: Repository, stand_ins: FakePrograms, tmp_path: Path) -> None:
-    """With a detached HEAD it is the default branch of `origin`, else one with a usual name."""
+    """With a detached HEAD: the default branch of `origin`, or one with a usual name."""
     repository.git("branch", "other")
     repository.git("switch", "--quiet", "--detach")
     assert init(repository)["base"] == "main"
@@ -159,7 +159,7 @@ def test_base_without_a_branch_is_chosen(repository: Repository, stand_ins: Fake
 
 
 def test_unusable_repository_is_rejected(repository: Repository, stand_ins: FakePrograms, tmp_path: Path) -> None:
-    """Outside of a repository, without a commit, in a bare one: each says so, and nothing is written."""
+    """Outside of a repository, without a commit, in a bare one: each has its error, and nothing is written."""
     for name, words in (("plain", "is not in a git repository"), ("empty", "has no commit yet"), ("bare", "bare")):
         top = tmp_path / name
         top.mkdir()
@@ -171,7 +171,7 @@ def test_unusable_repository_is_rejected(repository: Repository, stand_ins: Fake
 
 
 def test_chosen_adapter_is_used(repository: Repository, stand_ins: FakePrograms) -> None:
-    """It is used, there or not; one that needs options, or is none, is refused with what could be meant."""
+    """Installed or not; one that needs options, or is unknown, is rejected with suggestions."""
     stand_ins.add("beta", "echo 1.0")
     result = init(repository, "--adapter", "alpha-code")
     assert [(one["use"], one["programs"][0]["path"]) for one in result["adapters"]] == [("alpha-code", None)]
@@ -182,7 +182,7 @@ def test_chosen_adapter_is_used(repository: Repository, stand_ins: FakePrograms)
 
 
 def test_editors_get_a_schema(repository: Repository, stand_ins: FakePrograms) -> None:
-    """It lies where git does not see it, and has the types that are installed."""
+    """It is in a file that git ignores, and has the installed adapter types."""
     result = init(repository)
     first = (repository.top / "council.yaml").read_text().splitlines()[0]
     assert first == "# yaml-language-server: $schema=.council/schema.json"
@@ -205,7 +205,7 @@ def test_foreign_folder_gets_no_schema(repository: Repository, stand_ins: FakePr
 
 
 def test_file_created_meanwhile_is_kept(tmp_path: Path) -> None:
-    """A file that somebody else writes between the look and the end is not replaced; nothing half-written stays."""
+    """A file that appears during the command is not replaced; no partial file stays."""
     path = tmp_path / "council.yaml"
     path.write_text("theirs\n")
     text = "version: 1\nadapters: {a: {use: command, argv: [x]}}\ntasks: [{id: t, prompt: p}]\n"
@@ -242,7 +242,7 @@ def wheel(folder: Path, module: str, code: str) -> None:
 
 
 async def run_with_fake(repository: Repository) -> CommandResult:
-    """Commit the first file, and run its settings with a task for the fake CLI."""
+    """Commit the generated file, and run its settings with a task for the fake CLI."""
     path = repository.top / "council.yaml"
     config = yaml.safe_load(path.read_text())
     config |= {"target": "main", "adapters": {"fake": repository.fake_adapter()}}
@@ -261,14 +261,14 @@ async def run_with_fake(repository: Repository) -> CommandResult:
     return ended
 
 
-#: Runs the tests of `unittest` where pytest would find them.
+#: Runs the tests of `unittest` in place of pytest.
 RUNNER = "import unittest\nunittest.main(module=None, argv=['pytest', 'discover', '-s', 'tests'])\n"
 PASSES = "import unittest\nclass T(unittest.TestCase):\n    def test(self):\n        import {module}\n"
 
 
 @pytest.mark.extended
 async def test_written_file_of_a_python_project_runs(repository: Repository) -> None:
-    """Setup creates a virtual environment in each worktree, which nothing of lands; no network is needed for it."""
+    """Setup creates a virtual environment in each worktree, none of which lands; no network is needed for it."""
     (repository.top / "vendor").mkdir()
     wheel(repository.top / "vendor", "pytest", RUNNER)
     wheel(repository.top / "vendor", "dependency", "")
@@ -286,7 +286,7 @@ async def test_written_file_of_a_python_project_runs(repository: Repository) -> 
 
 @pytest.mark.extended
 async def test_written_file_of_a_python_project_without_packages_runs(repository: Repository) -> None:
-    """The pytest of the `python3` that sessions see is used where there is one."""
+    """The pytest of the `python3` that sessions see is used, if there is one."""
     repository.commit({"pytest.ini": "[pytest]\n", "tests/test_it.py": "def test_it():\n    import os\n"})
     result = init(repository)
     assert (result["checks"], result["setup"]) == (["python3 -m pytest"], [])
@@ -298,7 +298,7 @@ async def test_written_file_of_a_python_project_without_packages_runs(repository
 async def test_written_file_of_a_node_project_runs(repository: Repository) -> None:
     """Its packages are installed in each worktree; this one has some in the repository itself."""
     if shutil.which("node") is None or shutil.which("npm") is None:
-        pytest.skip("there is no Node")
+        pytest.skip("Node.js is not installed")
     package = {"name": "x", "version": "1.0.0", "scripts": {"test": "node test.js"}}
     depends = {**package, "dependencies": {"dep": "file:dep"}}
     lock = {
@@ -321,7 +321,7 @@ async def test_written_file_of_a_node_project_runs(repository: Repository) -> No
 
 
 def test_missing_programs_are_commented_out(repository: Repository, stand_ins: FakePrograms) -> None:
-    """The file names what is missing; it loads without checks, and they can be had by removing the marks."""
+    """The file names them; it loads without checks, which can be enabled by removing the comment marks."""
     repository.commit({"package.json": json.dumps({"scripts": {"test": "x"}}), "pnpm-lock.yaml": ""})
     result = init(repository)
     assert (result["checks"], result["setup"], result["missing"]) == ([], [], ["pnpm"])
@@ -333,6 +333,6 @@ def test_missing_programs_are_commented_out(repository: Repository, stand_ins: F
 
 
 def test_uncommitted_files_are_ignored(repository: Repository, stand_ins: FakePrograms) -> None:
-    """Sessions would not see it."""
+    """Sessions would not see them."""
     (repository.top / "Makefile").write_text("test:\n")
     assert init(repository)["checks"] == []

@@ -1,4 +1,4 @@
-"""The package as it is built: what is in it, and that it runs from there alone."""
+"""The built package: its content, and that it runs on its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_wheel_runs(tmp_path: Path, environ: dict[str, str]) -> None:
-    """Everything that is imported or read is in the wheel; tests, examples and benchmarks are not."""
+    """The wheel has every imported or read file; tests, examples and benchmarks are not in it."""
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*build, "--wheel-dir", str(tmp_path), str(ROOT)], check=True, env=environ, capture_output=True)
     [wheel] = tmp_path.glob("*.whl")
@@ -21,7 +21,7 @@ def test_wheel_runs(tmp_path: Path, environ: dict[str, str]) -> None:
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"orchestrator", "adapters"}
     assert {"orchestrator/py.typed", "adapters/py.typed"} <= set(names)
-    # -I: nothing of the current folder; the wheel's own comes before what is installed.
+    # -I: nothing from the current folder; the wheel's folder comes before the installed packages.
     start = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); from orchestrator.cli.main import main; main()"
     )

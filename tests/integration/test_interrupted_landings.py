@@ -1,4 +1,4 @@
-"""Pushes into a checkout that end at each of their steps, and what the user does before and after."""
+"""Pushes into a checkout that end at each of their steps, and the user's changes before and after."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.conftest import Repository
 from tests.merge_permits import hold_permit
 from tests.waiting import wait_for
 
-#: What the landing brings; None deletes.
+#: The landing's changes; None deletes.
 OURS: Mapping[str, str | None] = {
     "README.md": "# Project\nlanded\n",
     "a/b/new.txt": "new\n" * 2000,
@@ -43,7 +43,7 @@ OURS: Mapping[str, str | None] = {
 
 @dataclass(frozen=True)
 class Landing:
-    """A merge that waits to be landed on the checked-out `main` of a repository."""
+    """A merge to be landed on the checked-out `main` of a repository."""
 
     repository: Repository
     target: Target
@@ -53,18 +53,18 @@ class Landing:
 
     @property
     def old(self) -> str:
-        """The commit that the target is to be moved from."""
+        """Return the commit that the target is moved from."""
         assert self.merge.old is not None
         return self.merge.old
 
     @property
     def lock(self) -> Path:
-        """The lock of the checkout's index."""
+        """Return the lock of the checkout's index."""
         return self.repository.top / ".git/index.lock"
 
     @classmethod
     async def prepare(cls, repository: Repository, tmp_path: Path) -> Landing:
-        """Have the merge made as a run would, of work that was built on what `main` is at."""
+        """Create the merge as a run would, of work based on the current `main`."""
         start = repository.commit({"gone.txt": "gone\n", "kept.txt": "kept\n"}, "start")
         site = await find_run_repository(str(repository.top), is_url=False, environ=repository.environ)
         hub = locate_hub(site.location, tmp_path / "hubs")
@@ -90,7 +90,7 @@ class Landing:
         return cls(repository, target, source, git, merge)
 
     async def bring_objects(self) -> None:
-        """Have the repository know the merge's objects, as a push does before all else."""
+        """Add the merge's objects to the repository, the first step of a push."""
         await self.git("update-ref", "refs/council/merge", self.merge.new)
         self.repository.git("fetch", "--quiet", "--no-write-fetch-head", str(self.git.git_dir), "refs/council/merge")
 
@@ -104,9 +104,9 @@ class Landing:
                 path.write_text(content)
 
     async def finish(self, ago: float = 60) -> None:
-        """Settle as the next process does, and land what has not: `prepare` and `move`, as often as it takes.
+        """Recover as the next process does, and land the rest: `prepare` and `move`, as often as needed.
 
-        The intent is `ago` seconds old, as the clock shows it.
+        The clock shows that the intent is `ago` seconds old.
         """
         async with hold_permit(self.source, "main") as permit:
             settled: object = await self.target.settle(permit, self.merge, [self.merge.new], time.time() - ago)
@@ -122,9 +122,9 @@ class Landing:
         assert isinstance(settled, Landed | NothingToLand), settled
 
     def judge(self, theirs: Mapping[str, str | None], uncommitted: Mapping[str, str]) -> None:
-        """Check that all landed, that what the user did is as they did it, and that nothing is left over.
+        """Check that all landed, that the user's changes are intact, and that nothing is left over.
 
-        `uncommitted` are the lines of `git status` that are the user's, by path.
+        `uncommitted` are the user's lines of `git status`, by path.
         """
         repository = self.repository
         status = repository.git("status", "--porcelain", "--untracked-files=all").splitlines()
@@ -145,7 +145,7 @@ def nothing(_: Landing) -> None:
 
 
 def writing(count: int, partial: str | None = None) -> Callable[[Landing], None]:
-    """It was writing files: so many were done, and one was perhaps in pieces."""
+    """It was writing files: some were complete, and one was perhaps partial."""
 
     def write(landing: Landing) -> None:
         landing.lock.touch()
@@ -164,14 +164,14 @@ def staged(landing: Landing) -> None:
 
 
 def moved(landing: Landing) -> None:
-    """All was done, and nobody has seen it. Moves nothing if the user was first, as a push."""
+    """The push was complete but unrecorded. Moves nothing if the user committed first, as a push."""
     staged(landing)
     with suppress(subprocess.CalledProcessError):
         landing.repository.git("update-ref", "refs/heads/main", landing.merge.new, landing.old)
 
 
 def undoing(landing: Landing) -> None:
-    """It was being undone: the index is as before, and so is one file, and one is a part of that."""
+    """The undo was in progress: index and one file are as before, and one file is partial."""
     writing(5)(landing)
     (landing.repository.top / "README.md").write_text("# Project\n")
     (landing.repository.top / "src/app.py").write_text("def main():\n    return 0")
@@ -189,13 +189,13 @@ STAGES = {
 }
 
 
-#: The files that the user has now, and the lines of `git status` that are theirs, by path.
+#: The files that the user has now, and the user's lines of `git status`, by path.
 Done = tuple[dict[str, str | None], dict[str, str]]
 Action = Callable[["Landing"], Done]
 
 
 def unlocked(landing: Landing) -> None:
-    """As git says, they remove the lock that is in the way."""
+    """Remove the stale lock, as git suggests."""
     landing.lock.unlink(missing_ok=True)
 
 
@@ -209,7 +209,7 @@ def commit_new(landing: Landing) -> Done:
 
 
 def commit_only(landing: Landing) -> Done:
-    """Commit a new file and a changed one, whatever is staged besides."""
+    """Commit a new file and a changed one, whatever else is staged."""
     unlocked(landing)
     (landing.repository.top / "user.txt").write_text("user\n")
     (landing.repository.top / "kept.txt").write_text("changed\n")
@@ -227,7 +227,7 @@ def commit_deletion(landing: Landing) -> Done:
 
 
 def commit_all(landing: Landing) -> Done:
-    """Commit all that is there, with what the landing has written."""
+    """Commit everything, including the landing's files."""
     unlocked(landing)
     (landing.repository.top / "user.txt").write_text("user\n")
     landing.repository.git("add", "--all")
@@ -236,7 +236,7 @@ def commit_all(landing: Landing) -> Done:
 
 
 def commit_twice(landing: Landing) -> Done:
-    """Commit a new file, then what else there is."""
+    """Commit a new file, then everything else."""
     commit_only(landing)
     (landing.repository.top / "more.txt").write_text("more\n")
     landing.repository.git("add", "more.txt")
@@ -245,7 +245,7 @@ def commit_twice(landing: Landing) -> Done:
 
 
 def leave_untracked(landing: Landing) -> Done:
-    """Make a file."""
+    """Create an untracked file."""
     (landing.repository.top / "user.txt").write_text("user\n")
     return {"user.txt": "user\n"}, {"user.txt": "??"}
 
@@ -259,7 +259,7 @@ ACTIONS = (idle, commit_new, commit_only, commit_deletion, commit_all, commit_tw
 
 
 def cases(stages: set[str], actions: set[Action]) -> list[object]:
-    """Return all pairs of a stage and an action; those that are not named are for the slow suite."""
+    """Return all pairs of a stage and an action; only the named ones run outside of the slow suite."""
     return [
         pytest.param(
             stage,
@@ -277,9 +277,9 @@ def cases(stages: set[str], actions: set[Action]) -> list[object]:
 async def test_changes_of_the_user_after_a_killed_push_are_kept(
     repository: Repository, tmp_path: Path, stage: str, act: Action
 ) -> None:
-    """At each step of it: the work lands, their commits and files stay, and nothing stays staged or locked."""
+    """At each step of it: the work lands, the user's commits and files stay, and nothing stays staged or locked."""
     if stage in {"piece", "undo"} and act is commit_all:
-        pytest.skip("who commits a piece of a file has changed it: that is a conflict")
+        pytest.skip("a commit of a partial file is a change of it: a conflict")
     landing = await Landing.prepare(repository, tmp_path)
     await landing.bring_objects()
     STAGES[stage](landing)
@@ -293,7 +293,7 @@ async def test_changes_of_the_user_after_a_killed_push_are_kept(
 async def test_commits_of_the_user_before_a_push_writes_are_kept(
     repository: Repository, tmp_path: Path, stage: str, act: Action
 ) -> None:
-    """The push has looked at the checkout already when they commit, and is killed at each step."""
+    """The push has already checked the checkout when they commit, and is killed at each step."""
     landing = await Landing.prepare(repository, tmp_path)
     await landing.bring_objects()
     theirs, uncommitted = act(landing)
@@ -302,7 +302,7 @@ async def test_commits_of_the_user_before_a_push_writes_are_kept(
     landing.judge(theirs, uncommitted)
 
 
-#: A git that has something happen before or after the command by which a push updates a checkout.
+#: A git that runs something before or after the command by which a push updates a checkout.
 GIT = """#!/bin/sh
 if [ "$1" != read-tree ] || [ -e "{folder}/done" ]; then exec {git} "$@"; fi
 : > "{folder}/done"
@@ -322,7 +322,7 @@ exit $code
 
 
 async def test_lock_of_a_killed_push_is_removed_while_the_user_works(repository: Repository, tmp_path: Path) -> None:
-    """Once none of their git commands runs: one of those might have it."""
+    """Once none of their git commands runs: one of those might own it."""
     landing = await Landing.prepare(repository, tmp_path)
     landing.lock.touch()
     command = ["git", "cat-file", "--batch"]
@@ -358,8 +358,8 @@ git -c user.name=user -c user.email=user commit --quiet --message user
     landing.judge({"user.txt": "user\n"}, {})
 
 
-#: A git that has a commit of the user's end while a push is undone that read the index before: `git commit` does so
-#: after the hook `pre-commit`, and holds no lock.
+#: A git that completes a user's commit during the undo of a push, after it read the index: `git commit` does so after
+#: the hook `pre-commit`, and has no lock.
 UNDOING = """#!/bin/sh
 case "$*" in
     *--index-info*)
@@ -377,7 +377,7 @@ exec {git} "$@"
 async def test_commit_during_the_undo_of_a_rejected_push_is_not_reverted(
     repository: Repository, tmp_path: Path
 ) -> None:
-    """It has what the push had staged: index and files follow it."""
+    """It includes the staged files of the push: index and files follow it."""
     environ = repository.environ
     landing = await Landing.prepare(repository, tmp_path)
     refuse = repository.top / ".git/hooks/reference-transaction"
@@ -404,7 +404,7 @@ async def test_commit_during_the_undo_of_a_rejected_push_is_not_reverted(
 
 
 async def test_rejected_push_is_undone_before_the_next(repository: Repository, tmp_path: Path) -> None:
-    """As where the disk was full at that moment; what it had staged is not taken for changes of the user's."""
+    """For example after a full disk; its staged files do not count as changes of the user's."""
     environ = repository.environ
     landing = await Landing.prepare(repository, tmp_path)
     refuse = repository.top / ".git/hooks/reference-transaction"
@@ -430,7 +430,7 @@ async def test_rejected_push_is_undone_before_the_next(repository: Repository, t
 
 @pytest.mark.extended
 def test_rejected_push_is_undone_after_a_kill(repository: Repository, tmp_path: Path) -> None:
-    """What it staged lands by the next process, or is removed by that, and is locked until then."""
+    """The next process lands or removes its staged files, which stay locked until then."""
     refuse, path = repository.top / ".git/hooks/reference-transaction", repository.environ["PATH"]
     refuse.parent.mkdir(exist_ok=True)
     refuse.write_text('#!/bin/sh\n[ "$1" != prepared ] || ! grep -q refs/heads/main || exit 1\n')
@@ -459,7 +459,7 @@ def test_rejected_push_is_undone_after_a_kill(repository: Repository, tmp_path: 
 async def test_landing_with_a_running_push_stays_interrupted(
     repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in a hook that is stopped: what is staged when it is killed is not taken for changes of the user's."""
+    """For example in a stopped hook: its staged files at a kill do not count as changes of the user's."""
     monkeypatch.setattr(landings, "_PUSH_TIMEOUT", 0.1)
     landing = await Landing.prepare(repository, tmp_path)
     await landing.bring_objects()
@@ -482,7 +482,7 @@ async def test_landing_with_a_running_push_stays_interrupted(
 async def test_change_of_the_user_during_a_checkout_update_is_rejected(
     repository: Repository, tmp_path: Path, act: str, when: str, kill: str
 ) -> None:
-    """What is staged and on no branch yet would be part of their commit, or go along to another branch."""
+    """Files that are staged and on no branch yet would be part of their commit, or move along to another branch."""
     environ = repository.environ
     real, programs = shutil.which("git", path=environ["PATH"]), tmp_path / "programs"
     programs.mkdir()
@@ -505,7 +505,7 @@ async def test_change_of_the_user_during_a_checkout_update_is_rejected(
     assert not list((repository.top / ".git").glob("index.*"))
 
 
-#: A hook of the user's that has them do something in their checkout while a push runs.
+#: A hook of the user's that changes their checkout while a push runs.
 MEANWHILE = """#!/bin/sh
 unset $(git rev-parse --local-env-vars) GIT_QUARANTINE_PATH
 cd {top} && git {act}
@@ -517,7 +517,7 @@ exit 0
 async def test_leaving_the_target_during_a_push_takes_nothing_along(
     repository: Repository, tmp_path: Path, act: str
 ) -> None:
-    """Git has looked where the target is checked out before that."""
+    """Git has determined the target's checkout before that."""
     landing = await Landing.prepare(repository, tmp_path)
     repository.git("branch", "other")
     hook = repository.top / ".git/hooks/update"
@@ -541,7 +541,7 @@ async def test_leaving_the_target_during_a_push_takes_nothing_along(
 async def test_switching_to_the_target_during_a_push_gets_the_landing(
     repository: Repository, tmp_path: Path, name: str
 ) -> None:
-    """The push found no checkout of it: their files and index are brought to the new commit after it."""
+    """The push found no checkout of it: files and index are brought to the new commit after it."""
     landing = await Landing.prepare(repository, tmp_path)
     repository.git("switch", "--quiet", "--create", "other")
     hook = repository.top / ".git/hooks" / name
@@ -558,7 +558,7 @@ async def test_switching_to_the_target_during_a_push_gets_the_landing(
 async def test_killed_push_is_settled_after_the_clock_was_set_back(
     repository: Repository, tmp_path: Path, stage: str
 ) -> None:
-    """All that it left is older than its intent: a lock that is marked is ours all the same."""
+    """All its leftovers are older than its intent: a marked lock still counts as ours."""
     landing = await Landing.prepare(repository, tmp_path)
     await landing.bring_objects()
     STAGES[stage](landing)
@@ -573,7 +573,7 @@ async def test_killed_push_is_settled_after_the_clock_was_set_back(
 async def test_removing_the_lock_of_a_killed_push_and_leaving_takes_nothing_along(
     repository: Repository, tmp_path: Path, stage: str, leave: str
 ) -> None:
-    """It is undone where they are now; their own changes stay, staged or not."""
+    """The undo happens on their current branch; their own changes stay, staged or not."""
     landing = await Landing.prepare(repository, tmp_path)
     repository.git("branch", "other")
     await landing.bring_objects()
@@ -598,7 +598,7 @@ async def test_removing_the_lock_of_a_killed_push_and_leaving_takes_nothing_alon
 
 @pytest.mark.extended
 async def test_killed_landing_of_another_run_is_reported_with_its_repair(repository: Repository) -> None:
-    """And not as changes of the user's, which they would commit."""
+    """Not as changes of the user's, which they would commit."""
     path = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
     hook = repository.top / ".git/hooks/reference-transaction"
     hook.parent.mkdir(exist_ok=True)
@@ -619,7 +619,7 @@ async def test_killed_landing_of_another_run_is_reported_with_its_repair(reposit
 
 
 async def test_changes_reverted_by_the_user_after_a_push_stay_reverted(repository: Repository, tmp_path: Path) -> None:
-    """The checkout was updated by the push and has not left the branch, whatever becomes of other worktrees."""
+    """The push updated the checkout, which is still on the branch, whatever the state of other worktrees."""
     landing = await Landing.prepare(repository, tmp_path)
     hook = repository.top / ".git/hooks/post-receive"
     hook.parent.mkdir(exist_ok=True)
@@ -632,7 +632,7 @@ async def test_changes_reverted_by_the_user_after_a_push_stay_reverted(repositor
 
 
 async def test_foreign_lock_that_rejects_a_push_is_kept(repository: Repository, tmp_path: Path) -> None:
-    """Also where that is no git, and does not keep it open."""
+    """Also if its owner is not git, and does not keep it open."""
     landing = await Landing.prepare(repository, tmp_path)
     hook = repository.top / ".git/hooks/pre-receive"
     hook.parent.mkdir(exist_ok=True)
@@ -648,7 +648,7 @@ async def test_foreign_lock_that_rejects_a_push_is_kept(repository: Repository, 
 
 
 async def test_lock_on_the_head_of_a_bare_repository_is_removed(repository: Repository, tmp_path: Path) -> None:
-    """It leads to the branch that a linked worktree has checked out, and a push locks both."""
+    """HEAD points to the branch that a linked worktree has checked out, and a push locks both."""
     bare, checkout, git = tmp_path / "bare.git", tmp_path / "checkout", Git(None, environ=repository.environ)
     repository.git("clone", "--quiet", "--bare", str(repository.top), str(bare))
     await git("worktree", "add", "--quiet", str(checkout), "main", cwd=bare)
@@ -663,7 +663,7 @@ async def test_lock_on_the_head_of_a_bare_repository_is_removed(repository: Repo
 async def test_slow_push_is_reported(
     repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By the process that pushes, and by one that waits for it to settle the landing."""
+    """By the process that pushes, and by one that waits for the outcome."""
     monkeypatch.setattr(landings, "_SLOW_PUSH", 0.1)
     monkeypatch.setattr(file_lock, "NOTICE_AFTER", 0.1)
     hook, free = repository.top / ".git/hooks/pre-receive", tmp_path / "free"
@@ -691,7 +691,7 @@ async def test_slow_push_is_reported(
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 60))])
 async def test_pushes_killed_at_random_moments_are_recovered(repository: Repository, tmp_path: Path, seed: int) -> None:
-    """With commits of the user's at random moments: all of it is there in the end, and nothing is left."""
+    """With commits of the user's at random moments: all of them exist in the end, and nothing is left over."""
     chance = random.Random(seed)
     landing = await Landing.prepare(repository, tmp_path)
     repository.environ["COUNCIL_TEST_MARK"] = mark = f"{tmp_path}/{seed}"
@@ -705,7 +705,7 @@ async def test_pushes_killed_at_random_moments_are_recovered(repository: Reposit
 
     def commit() -> None:
         time.sleep(moments[1])
-        with suppress(subprocess.CalledProcessError):  # the push has the lock: they would try again
+        with suppress(subprocess.CalledProcessError):  # the push has the lock: the user would retry
             (repository.top / "user.txt").write_text("user\n")
             users.git("add", "user.txt")
             users.git("commit", "--quiet", "--message", "user", "--", "user.txt")
@@ -738,7 +738,7 @@ async def test_pushes_killed_at_random_moments_are_recovered(repository: Reposit
 def test_push_stopped_during_its_update_ends_with_its_process(
     repository: Repository, tmp_path: Path, whose: str
 ) -> None:
-    """A hook that is stopped for ever holds up `council resume` no longer than it takes to kill it."""
+    """A hook that is stopped for ever delays `council resume` only by the time to kill it."""
     hook, is_stopped = repository.top / ".git/hooks/post-index-change", tmp_path / "stopped"
     hook.parent.mkdir(exist_ok=True)
     hook.write_text(f"#!/bin/sh\n[ -e {is_stopped} ] || {{ : > {is_stopped}; kill -STOP {whose}; }}\n")

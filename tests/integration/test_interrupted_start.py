@@ -1,4 +1,4 @@
-"""Ctrl-C while `council` is still starting: nothing has begun, and the exit code says that it was interrupted."""
+"""Ctrl-C during the start of `council`: nothing has begun, and the exit code reports the interrupt."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import Repository
 
-#: Has the import of a module wait for the other end of a fifo.
+#: Makes the import of a module wait for the other end of a fifo.
 WAITING = """
 import os, sys
 
@@ -36,7 +36,7 @@ sys.meta_path.insert(0, Finder())
     ],
 )
 def test_interrupt_during_the_start_is_reported_as_such(repository: Repository, tmp_path: Path, module: str) -> None:
-    """While its modules are imported, and while the command is looked up."""
+    """During the imports, and during the lookup of the command."""
     (tmp_path / "sitecustomize.py").write_text(WAITING)
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
@@ -49,7 +49,7 @@ def test_interrupt_during_the_start_is_reported_as_such(repository: Repository, 
         stderr=subprocess.PIPE,
         text=True,
     )
-    with fifo.open("w"):  # from when it waits there
+    with fifo.open("w"):  # it waits there from now on
         child.send_signal(signal.SIGINT)
         stdout, stderr = child.communicate()
     assert (child.returncode, stdout, stderr.strip().removeprefix("council: ")) == (130, "", "interrupted")

@@ -1,4 +1,4 @@
-"""The checker of the invariants sees what it is there to see."""
+"""The invariant checker detects each violation."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ CANARY = "canary-value-0451"
 
 
 def in_a_log(repository: Repository, run: str, house: Path) -> None:
-    """Plant a secret in what a program printed."""
+    """Plant a secret in a program's output."""
     log = repository.top / f".council/logs/{run}/t.1.stdout"
     log.write_text(f"it is {CANARY}\n")
 
 
 def in_a_commit(repository: Repository, run: str, house: Path) -> None:
-    """Plant a secret in an object that nothing refers to."""
+    """Plant a secret in an unreferenced object."""
     command = ["git", "hash-object", "-w", "--stdin"]
     subprocess.run(command, cwd=house / "trusted.git", input=CANARY.encode(), check=True, capture_output=True)
 
@@ -31,12 +31,12 @@ def worktree_of_a_check(repository: Repository, run: str, house: Path) -> None:
 
 
 def place_of_nobody(repository: Repository, run: str, house: Path) -> None:
-    """Leave a place that nobody has, and of which nobody knows what is in it."""
+    """Leave a worktree slot without an owner, and with unknown content."""
     next(house.glob("slots/*/record.json")).unlink()
 
 
 def place_of_another_session(repository: Repository, run: str, house: Path) -> None:
-    """Leave a session that does not say the same as the place that names it."""
+    """Leave a session that names another slot than the slot that names it."""
     session = house / "sessions" / "another" / "t.1"
     session.mkdir(parents=True)
     place_of_nobody(repository, run, house)
@@ -45,7 +45,7 @@ def place_of_another_session(repository: Repository, run: str, house: Path) -> N
 
 
 def half_deleted(repository: Repository, run: str, house: Path) -> None:
-    """Leave what was thrown away."""
+    """Leave files in the trash."""
     (house / "trash" / "1-0123456789abcdef" / "tree").mkdir(parents=True)
 
 
@@ -64,7 +64,7 @@ def half_deleted(repository: Repository, run: str, house: Path) -> None:
 async def test_violation_is_named(
     repository: Repository, act: Callable[[Repository, str, Path], None], number: int
 ) -> None:
-    """By the number of the invariant that does not hold."""
+    """By the number of the violated invariant."""
     ended = repository.council("run", str(repository.configure([{"id": "t", "prompt": "write t.txt x"}])), "--json")
     await repository.assert_invariants(canaries=[CANARY])
     act(repository, ended.result["run"], Path(ended.result["repository"]).parent)
@@ -74,7 +74,7 @@ async def test_violation_is_named(
 
 
 async def test_process_of_a_check_is_found_anywhere(repository: Repository) -> None:
-    """By its environment, when it has left the worktree."""
+    """By its environment, if it has left the worktree."""
     ended = repository.council("run", str(repository.configure([{"id": "t", "prompt": "write t.txt x"}])), "--json")
     place = Path(ended.result["repository"]).parent / "sessions" / ended.result["run"] / "t.1.check" / "prompt.md"
     with subprocess.Popen(["sleep", "60"], cwd="/", env={"COUNCIL_PROMPT_FILE": str(place)}) as left:

@@ -1,4 +1,4 @@
-"""Git commands that are killed, one after the other, and the locks that killed ones leave."""
+"""Killed git commands, one after the other, and their stale locks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.conftest import FAKE_CLI, Repository
 
 
 async def run_killing(repository: Repository, number: int, failpoint: str) -> None:
-    """Have the n-th git command (from 1) of a whole run killed: the run ends as if nothing had been."""
+    """Kill the n-th git command (from 1) of a whole run, which succeeds all the same."""
     name = f"t{number}"
     task = {"id": name, "prompt": f"write {name}.txt 1\nappend README.md {number}"}
     repository.remember()
@@ -48,7 +48,7 @@ async def test_each_git_command_of_a_run_may_be_killed(repository: Repository, f
             ended = repository.council("run", str(config), failpoints=f"git.starting=kill@{number}")
             shutil.rmtree(repository.environ["COUNCIL_HOME"])
             shutil.rmtree(repository.top / ".council")
-            if ended.code != -signal.SIGKILL:  # it has not so many
+            if ended.code != -signal.SIGKILL:  # it has fewer commands
                 assert number > 20
                 return
 
@@ -62,7 +62,7 @@ async def test_git_command_of_a_run_may_be_killed(repository: Repository, number
 
 
 async def trusted_git(repository: Repository, tmp_path: Path) -> tuple[Hub, Git]:
-    """Make a hub, and return it with git in its trusted repository."""
+    """Create a hub, and return it with git in its trusted repository."""
     hub = locate_hub(str(repository.top), tmp_path / "hubs")
     await create_hub(hub, "sha1", repository.environ)
     return hub, Git(hub.trusted, environ=repository.environ)
@@ -84,7 +84,7 @@ async def trusted_git(repository: Repository, tmp_path: Path) -> tuple[Hub, Git]
 async def test_lock_of_a_killed_command_stops_no_other(
     repository: Repository, tmp_path: Path, lock: str, command: tuple[str, ...]
 ) -> None:
-    """It is removed as soon as nobody lives who can own it, and not before."""
+    """It is removed once no possible owner is alive, and not before."""
     hub, git = await trusted_git(repository, tmp_path)
     await git("fetch", "--quiet", str(repository.top), "refs/heads/main:refs/heads/main")
     facts = {"commit": repository.git("rev-parse", "main"), "top": f"file://{repository.top}"}
@@ -109,7 +109,7 @@ async def test_lock_of_a_killed_command_stops_no_other(
 async def test_git_that_is_always_killed_ends_with_one_line(
     repository: Repository, tmp_path: Path, command: str
 ) -> None:
-    """Exit code 1, and no fault of ours; when that is over the work lands."""
+    """Exit code 1, and no internal error; without the kills the work lands."""
     programs = tmp_path / "programs"
     programs.mkdir()
     git = shutil.which("git", path=os.environ["PATH"])
@@ -133,7 +133,7 @@ async def test_git_that_is_always_killed_ends_with_one_line(
 
 @pytest.mark.parametrize("start", ['serve() {{ {server} "$@"; }}; serve', "exec {server}"], ids=["told", "silent"])
 async def test_killed_server_is_retried(repository: Repository, tmp_path: Path, start: str) -> None:
-    """Whether the shell that git starts it by tells of its death or not; what is not there was not killed."""
+    """Whether git's shell reports its death or not; a missing server was not killed."""
     server, asked = tmp_path / "server", tmp_path / "asked"
     server.write_text(f'#!/bin/sh\n[ -e {asked} ] || {{ touch {asked}; kill -9 $$; }}\nexec git upload-pack "$@"\n')
     server.chmod(0o755)
@@ -149,7 +149,7 @@ async def test_killed_server_is_retried(repository: Repository, tmp_path: Path, 
 
 @pytest.mark.extended
 async def test_objects_received_by_a_killed_push_are_removed(repository: Repository) -> None:
-    """And after a git command that is at work in the repository has ended."""
+    """And after the end of a git command that runs in the repository."""
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
     assert repository.council("run", str(config), failpoints="attempt.recorded=kill").code == -signal.SIGKILL
     left = repository.top / ".git/objects/tmp_objdir-incoming-a"
@@ -164,7 +164,7 @@ async def test_objects_received_by_a_killed_push_are_removed(repository: Reposit
 
 
 async def test_partial_objects_are_removed(repository: Repository, tmp_path: Path) -> None:
-    """Those of a killed push in the user's repository, of killed commands in ours: by recovery, and by `clean`."""
+    """Of a killed push in the user's repository, of killed commands in ours: by recovery, and by `clean`."""
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
     assert repository.council("run", str(config), failpoints="landing.intended=kill").code == -signal.SIGKILL
     (hub,) = (Path(path).parent for path in (tmp_path / "council-home").glob("*/hub.git"))
@@ -188,7 +188,7 @@ async def test_partial_objects_are_removed(repository: Repository, tmp_path: Pat
         assert repository.council("resume", "--json").states == {"one": "landed"}
         assert all(path.exists() for path in ours)
         living.communicate(b"")
-    assert older.exists(), "it is not of our push"
+    assert older.exists(), "an object of another writer was removed"
     assert not theirs.exists()
     assert repository.council("clean", "--yes").code == 0
     assert not [path for path in ours if path.exists()]
