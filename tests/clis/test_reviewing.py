@@ -1,4 +1,4 @@
-"""A real program as the reviewer of others' work: it reads the changes, runs the tests, and changes nothing."""
+"""A real CLI reviews the work of others: it reads the diff, runs the tests, and changes nothing."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from tests.clis.test_phases import PLAN, REVIEW, answer
 pytestmark = [pytest.mark.clis, pytest.mark.timeout(300)]
 
 SCOUT: Final[dict[str, Any]] = {"scout_findings": ["there is a.txt"], "requirements": ["hello.txt"], "constraints": []}
-#: Writes a cache as test runners do, and prints what no prompt holds.
+# Writes a cache like test runners, and prints text that no prompt contains.
 TEST: Final = "mkdir -p cache && touch cache/seen && test -s hello.txt && printf 'tests: %d passed' 42"
 
 
 def prompt(review: str) -> str:
-    """Return what a model does in each phase of `adw`, chosen by what it is asked to hand over."""
+    """Return the model's script for each phase of `adw`, selected by the requested handoff."""
     build = "write hello.txt MARMALADE\n" + answer({"artifacts": [], "summary": "It is there."})
     parts = {"scout": answer(SCOUT), "plan": answer(PLAN), "build": build, "review": f"{review}\n{answer(REVIEW)}"}
     return "Greet.\n" + "\n".join(f"told your result ({name})\n{part}" for name, part in parts.items())
 
 
 def told(stage: Stage) -> list[str]:
-    """Return all that the model was sent."""
+    """Return everything sent to the model."""
     return [json.dumps(one.body) for one in stage.server.requests if one.dialect]
 
 
 async def test_reviewer_reads_the_diff_and_runs_the_tests(stage: Stage, program: Program) -> None:
-    """With the permissions of its adapter; its prompt has the changes, and what its tests write is discarded."""
+    """With its default permissions; the prompt has the diff, and files written by its tests are discarded."""
     if not program.has_shell:
         pytest.skip("it runs no commands")
     review = f"run git diff --no-ext-diff HEAD~1 -- hello.txt | tr A-Z a-z\nrun {TEST}"
@@ -39,8 +39,8 @@ async def test_reviewer_reads_the_diff_and_runs_the_tests(stage: Stage, program:
     assert ended.states == {"task": "landed"}, stage.tell(ended)
     sent = told(stage)
     assert any("diff begins]" in one and "+MARMALADE" in one for one in sent)
-    assert any("+marmalade" in one for one in sent), "what git printed to the reviewer"
-    assert any("tests: 42 passed" in one for one in sent), "what the tests printed to the reviewer"
+    assert any("+marmalade" in one for one in sent), "the reviewer received no output of git"
+    assert any("tests: 42 passed" in one for one in sent), "the reviewer received no output of the tests"
     names = stage.repository.git("ls-tree", "-r", "--name-only", "main").splitlines()
     assert ("hello.txt" in names, "cache/seen" in names) == (True, False)
     task = await stage.task()
@@ -51,7 +51,7 @@ async def test_reviewer_reads_the_diff_and_runs_the_tests(stage: Stage, program:
 
 
 async def test_denied_tool_is_the_reason_for_no_change(stage: Stage, name: str) -> None:
-    """With the tool, what it was to do, and the setting that allows it."""
+    """With the tool, its argument, and the setting that allows it."""
     if name != "claude-code":
         pytest.skip("the others deny nothing in a mode of theirs that they offer a shell in")
     stage.programs[name].adapter["permission_mode"] = "acceptEdits"  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""What becomes of one task of each real program: done, resumed, limited, cut off, killed, without a login."""
+"""One task per real CLI: done, resumed, limited, disconnected, killed, without a login."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ _DIALECTS: Final = {
 
 
 async def test_edit_lands_with_its_token_usage(stage: Stage, program: Program) -> None:
-    """The file is on the target, and what the model said that it cost is in the result."""
     ended = stage.run("write hello.txt hi\nsay It is written.\nusage 120 34")
     assert ended.states == {"task": "landed"}, stage.tell(ended)
     assert stage.repository.git("show", "main:hello.txt") == "hi"
@@ -38,7 +37,7 @@ async def test_edit_lands_with_its_token_usage(stage: Stage, program: Program) -
 
 
 async def test_failed_check_is_repaired_in_the_same_conversation(stage: Stage, program: Program) -> None:
-    """Those that can go on in the same conversation, the model then sees it whole; the others begin a new one."""
+    """The model gets the whole conversation, or a new one if the CLI cannot resume."""
     check = "test -e second.txt || { echo write second.txt 2; exit 1; }"
     ended = stage.run("write first.txt 1\nsay The first is written.", checks=[check], allow_failing_base=True)
     assert ended.states == {"task": "landed"}, stage.tell(ended)
@@ -54,7 +53,7 @@ async def test_failed_check_is_repaired_in_the_same_conversation(stage: Stage, p
 
 
 async def test_instructions_and_mcp_servers_reach_the_model(stage: Stage, program: Program, tmp_path: Path) -> None:
-    """Instructions somewhere in what it is told; a server is started with its variable, and asked for its tools."""
+    """Instructions appear in its input; a server is started with its variable and listed for tools."""
     log = tmp_path / "servers" / "log"
     log.parent.mkdir()
     stage.repository.environ["LOOKUP_TOKEN"] = "a-word-for-the-server"
@@ -72,7 +71,7 @@ async def test_instructions_and_mcp_servers_reach_the_model(stage: Stage, progra
 
 
 async def test_usage_limit_costs_no_attempt(stage: Stage, program: Program) -> None:
-    """The only attempt that it has is not spent on the limit."""
+    """The task's only attempt is not used up."""
     ended = stage.run(f"fail 429 {program.calls} 1\nwrite hello.txt hi", attempts=1)
     assert ended.states == {"task": "landed"}, stage.tell(ended)
     (parked,) = [line for line in ended.lines if line.get("event") == "adapter.cooling_down"]
@@ -85,7 +84,7 @@ async def test_usage_limit_costs_no_attempt(stage: Stage, program: Program) -> N
 
 
 async def test_unreachable_server_costs_no_attempt(cut_off: Stage, program: Program) -> None:
-    """Nothing lands, and the class of the failure is that of the network."""
+    """Nothing lands, and the failure class is that of the network."""
     ended = cut_off.run(
         "write hello.txt hi", attempts=1, timeout="20s" if program.without_server == "timeout" else "2m"
     )
@@ -98,7 +97,7 @@ async def test_unreachable_server_costs_no_attempt(cut_off: Stage, program: Prog
 
 
 async def test_killed_program_is_a_crash_and_is_retried(stage: Stage) -> None:
-    """It is killed while its model thinks."""
+    """The kill happens during a model request."""
     started = stage.start("delay 2\nwrite hello.txt hi", attempts=2)
     try:
         wait_for(lambda: any(one.dialect for one in stage.server.requests), 150)
@@ -112,7 +111,7 @@ async def test_killed_program_is_a_crash_and_is_retried(stage: Stage) -> None:
 
 
 async def test_missing_login_disables_the_adapter_with_a_remedy(logged_out: Stage, program: Program) -> None:
-    """The attempt is not spent, and whoever reads the result knows what to do."""
+    """The attempt is not used up, and the result has the fix."""
     ended = logged_out.run("write hello.txt hi" if program.keys else "fail 401\nwrite hello.txt hi", attempts=1)
     (adapter,) = ended.result["adapters"]
     assert program.remedy in adapter["disabled_reason"], logged_out.tell(ended)
@@ -124,7 +123,7 @@ async def test_missing_login_disables_the_adapter_with_a_remedy(logged_out: Stag
 
 
 def _goes_on(request: RecordedRequest) -> bool:
-    """Whether a request holds an earlier prompt, with what was done for it, before the one that it is about."""
+    """Return whether a request has an earlier prompt and its results before the current one."""
     if request.dialect is None:
         return False
     turns = _DIALECTS[request.dialect].read(request.path, request.body).turns

@@ -1,4 +1,4 @@
-"""Real programs, and the sessions beside them: what they can ask their orchestrator by, and what keeps them off."""
+"""Session commands of real CLIs, and the isolation between sessions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.clis, pytest.mark.timeout(300)]
 async def test_session_command_of_an_agent_sees_only_its_own_session(
     stage: Stage, program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its shell knows `council`, its model the tools, and a file of another session is not written."""
+    """Its shell has `council`, its model the tools, and files of other sessions are read-only."""
     for name, value in stage.repository.environ.items():
         monkeypatch.setenv(name, value)
     desk = FakeSessionService(foreign_owners={"theirs.txt": "run-0/other.1"})
@@ -31,8 +31,8 @@ async def test_session_command_of_an_agent_sees_only_its_own_session(
     assert ("ours.txt" in names, "theirs.txt" in names) == (True, not program.asks_before_edits)
     told = [json.dumps(one.body) for one in stage.server.requests if one.dialect]
     assert any("theirs.txt belongs to run-0/other.1" in one for one in told) is program.asks_before_edits
-    if program.has_servers:  # and with that tools at all
-        # One that has its model search for tools tells it of the server alone, once that has started.
+    if program.has_servers:  # and the tool calls with it
+        # A CLI with tool search lists only the server to the model, once it has started.
         known = ("Lock files for this session", "Other agents work on the same")
         assert not program.keeps_path or any(part in one for one in told for part in known)
         asked = [arguments for _, command, arguments in desk.asked if command == "lock"]

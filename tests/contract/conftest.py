@@ -1,4 +1,4 @@
-"""What contracts are held against: each kind of store that needs no server, on a clock that tests drive."""
+"""Stores for the contracts: each kind that needs no server, on a clock driven by tests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def clock() -> ManualClock:
 
 @pytest.fixture(params=["memory", "file"])
 async def store(request: pytest.FixtureRequest, tmp_path: Path, clock: ManualClock) -> AsyncIterator[Store]:
-    """Each kind of store."""
+    """Return each kind of store."""
     async with AsyncExitStack() as stack:
         if request.param == "memory":
             yield MemoryStore(clock)

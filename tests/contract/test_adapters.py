@@ -1,4 +1,4 @@
-"""The contract on the adapters that are shipped, with lines and ends as their programs were seen to print them."""
+"""The contract of bundled adapters, with recorded lines and exits of their programs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ REJECTED = claude(
 
 
 class TestClaudeCode(AdapterContract):
-    """JSON lines that tell everything."""
+    """JSON lines with a complete result."""
 
     adapter_type = ClaudeCodeAdapter
     options: ClassVar = {"model": "opus", "permission_mode": "bypassPermissions", "args": ["--max-turns", "3"]}
@@ -186,7 +186,7 @@ class TestClaudeCode(AdapterContract):
     ],
 )
 def test_claude_usage_limit_has_its_end(stdout: str) -> None:
-    """By an event before its result, or by the instant in its words."""
+    """From an event before its result, or from the time in its message."""
     failed = judged(ClaudeCodeAdapter, {}, stdout)
     assert failed is not None
     assert (failed.failure, failed.until) == (FailureClass.RATE_LIMITED, 1_790_003_600.0)
@@ -220,13 +220,12 @@ def test_claude_usage_limit_has_its_end(stdout: str) -> None:
     ],
 )
 def test_invalid_options_are_rejected(adapter_type: AdapterType, options: dict[str, Any]) -> None:
-    """What no session could be started with is refused before anything runs."""
     with pytest.raises(ValidationError):
         adapter_type.Options.model_validate(options)
 
 
 def test_council_tools_are_not_deferred_behind_a_search(tmp_path: Any) -> None:
-    """Those of the user's servers are, where Claude Code does that."""
+    """Tools of the user's servers are deferred if Claude Code does so."""
     servers = (McpServer(MCP_SERVER_NAME, ("council", "mcp")), McpServer("docs", ("docs",)))
     request = SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path, tmp_path / "home", mcp_servers=servers)
     home = ClaudeCodeAdapter(ClaudeCodeAdapter.Options()).command(request).home  # type: ignore[arg-type]
@@ -237,7 +236,6 @@ def test_council_tools_are_not_deferred_behind_a_search(tmp_path: Any) -> None:
 
 
 def test_variable_in_the_file_overrides_the_adapter(tmp_path: Any) -> None:
-    """A preset variable can be set anew or passed on, and one that is passed on by itself can be set."""
     request = SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path, tmp_path / "home")
     options = {"env": ["DISABLE_AUTOUPDATER", "CLAUDE_CODE_MAX_RETRIES=9", "HOME=/elsewhere"]}
     command = ClaudeCodeAdapter(ClaudeCodeAdapter.Options.model_validate(options)).command(request)  # type: ignore[arg-type]

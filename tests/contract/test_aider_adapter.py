@@ -1,4 +1,4 @@
-"""The contract on the adapter of aider, with what the program was seen to print."""
+"""The contract of the aider adapter, with recorded output."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OPENAI = "litellm.RateLimitError: RateLimitError: OpenAIException - stub says ra
 
 
 class TestAider(AdapterContract):
-    """Plain text, and an exit code that says nothing."""
+    """Plain text, and an exit code without meaning."""
 
     adapter_type = AiderAdapter
     options: ClassVar = {"model": "openai/gpt-5", "args": ["--map-tokens", "0"], "env": ["MY_KEY", "OPENAI_API_BASE=x"]}
@@ -80,7 +80,7 @@ class TestAider(AdapterContract):
 
 
 def test_aider_opens_no_browser(tmp_path: Path) -> None:
-    """It is told yes whenever it offers a page, so its browser is one that does nothing; of news it does not ask."""
+    """Aider accepts every offer to open a page, so its browser does nothing; news is disabled."""
     request = SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path, tmp_path / "home")
     command = AiderAdapter(AiderOptions()).command(request)
     browser = subprocess.run([command.env["BROWSER"], "http://model"], capture_output=True, check=True)

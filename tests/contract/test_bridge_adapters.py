@@ -1,4 +1,4 @@
-"""The contract on the adapters that talk through a bridge of ours, with what it printed beside real agents."""
+"""The contract of the bridge adapters, with output recorded with real agents."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ BRIDGE_ENDS: Sequence[tuple[SessionEnd, FailureClass | None]] = (
 )
 
 
-#: What all agents make of what all programs are put through.
+# The common results of all agents in the standard scenarios.
 _AGENTS: Mapping[str, RecordingMeaning] = {
     "tool": RecordingMeaning(text="Both done."),
     "limited": RecordingMeaning(FailureClass.RATE_LIMITED),
@@ -89,7 +89,7 @@ _AGENTS: Mapping[str, RecordingMeaning] = {
     "dead-server": RecordingMeaning(FailureClass.TRANSIENT),
     "broken-stream": RecordingMeaning(FailureClass.TRANSIENT),
     "unknown-model": RecordingMeaning(FailureClass.INVALID),
-    "out-of-tokens": RecordingMeaning(tokens=(100, 10)),  # they say that their turn is over, and nothing else
+    "out-of-tokens": RecordingMeaning(tokens=(100, 10)),  # they report the end of the turn and nothing else
     "interrupted": RecordingMeaning(),
     "terminated": RecordingMeaning(),
     "read-only": RecordingMeaning(text="It is looked at."),
@@ -97,7 +97,7 @@ _AGENTS: Mapping[str, RecordingMeaning] = {
 
 
 class TestAcp(AdapterContract):
-    """A conversation, through a bridge, with Gemini CLI, which asks leave for everything."""
+    """Gemini CLI in a bridged conversation; it asks for permission for everything."""
 
     adapter_type = AcpAdapter
     options: ClassVar = {"argv": ["gemini", "--acp"], "model": "x", "env": ["GEMINI_API_KEY"]}
@@ -117,19 +117,19 @@ class TestAcp(AdapterContract):
             session="b0b76deb-32df-4659-b447-42897f325ffa",
             text="Both are there.",
             tokens=(2 * 20, 2 * 4),
-            paths=frozenset({"/work/b.txt"}),  # what was done before is not told again
+            paths=frozenset({"/work/b.txt"}),  # replayed messages are not repeated
         ),
         "invalid": RecordingMeaning(FailureClass.INVALID),
         "no-key": RecordingMeaning(FailureClass.AUTH),
         "not-installed": RecordingMeaning(FailureClass.INVALID),
         "limited-for-long": RecordingMeaning(FailureClass.RATE_LIMITED),
         "too-long": RecordingMeaning(FailureClass.LIMIT),
-        "outside": RecordingMeaning(text="It is not written.", paths=frozenset()),  # it refuses that by itself
+        "outside": RecordingMeaning(text="It is not written.", paths=frozenset()),  # it rejects that by itself
     }
 
 
 class TestAcpOpencode(AdapterContract):
-    """The same with opencode, which asks leave for what its configuration says, and tells no status."""
+    """The same with opencode, which asks for permission as configured and reports no status."""
 
     adapter_type = AcpAdapter
     options: ClassVar = {"argv": ["opencode", "acp"], "env": ["ANTHROPIC_API_KEY"]}
@@ -143,24 +143,24 @@ class TestAcpOpencode(AdapterContract):
         "edit": RecordingMeaning(
             session="ses_df60b8be3ffelymAhaWpKaVZd7",
             text="It is written.",
-            tokens=(120, 34),  # of its last answer
+            tokens=(120, 34),  # from its last answer
             paths=frozenset({"/work/hello.txt"}),
         ),
         "resumed": RecordingMeaning(
             session="ses_df60a4719ffeonBmdhPR9d3Aob",
             text="Both are there.",
             tokens=(20, 4),
-            paths=frozenset({"/work/b.txt"}),  # what was done before is not told again
+            paths=frozenset({"/work/b.txt"}),  # replayed messages are not repeated
         ),
         "asking": RecordingMeaning(text="Done.", paths=frozenset({"/work", "/work/hello.txt"})),
         "outside": RecordingMeaning(FailureClass.REFUSED),
         "invalid": RecordingMeaning(FailureClass.CRASHED),
-        "too-long": RecordingMeaning(text="Done.Done."),  # it sums up and goes on
+        "too-long": RecordingMeaning(text="Done.Done."),  # it compacts and continues
     }
 
 
 class TestAcpClaude(AdapterContract):
-    """The same with Claude Code, which asks leave for everything."""
+    """The same with Claude Code, which asks for permission for everything."""
 
     adapter_type = AcpAdapter
     options: ClassVar = {"argv": ["claude-agent-acp"], "env": ["ANTHROPIC_API_KEY"], "home": "own", "resumes": True}
@@ -177,7 +177,7 @@ class TestAcpClaude(AdapterContract):
             session="18c52824-ec82-431b-ba54-6dff1cd846fd",
             text="Both are there.",
             tokens=(2 * 20, 2 * 4),
-            paths=frozenset({"/work/b.txt"}),  # what was done before is not told again
+            paths=frozenset({"/work/b.txt"}),  # replayed messages are not repeated
         ),
         "invalid": RecordingMeaning(FailureClass.INVALID),
         "too-long": RecordingMeaning(FailureClass.LIMIT),
@@ -187,7 +187,7 @@ class TestAcpClaude(AdapterContract):
 
 
 class TestOllama(AdapterContract):
-    """HTTP, through a bridge."""
+    """HTTP through a bridge."""
 
     adapter_type = OllamaAdapter
     options: ClassVar = {"model": "qwen3-coder:30b", "host": "http://[::1]:11434", "context": 65536}
@@ -203,7 +203,7 @@ class TestOllama(AdapterContract):
         "no-login": RecordingMeaning(FailureClass.AUTH),
         "server-error": RecordingMeaning(FailureClass.OVERLOADED),
         "overloaded": RecordingMeaning(FailureClass.OVERLOADED),
-        "dead-server": RecordingMeaning(FailureClass.AUTH),  # somebody has to start it
+        "dead-server": RecordingMeaning(FailureClass.AUTH),  # a person has to start the server
         "broken-stream": RecordingMeaning(FailureClass.TRANSIENT, paths=frozenset()),
         "invalid": RecordingMeaning(FailureClass.INVALID),
         "unknown-model": RecordingMeaning(FailureClass.INVALID),
@@ -220,13 +220,13 @@ class TestOllama(AdapterContract):
 
 @pytest.mark.parametrize("program", ["acp-claude", "acp-gemini", "acp-opencode", "ollama"])
 def test_interrupted_bridge_prints_no_traceback(program: str) -> None:
-    """It ends by the signal, as any program does, once its agent is gone."""
+    """It ends by the signal like any program, after its agent."""
     interrupted = read_recordings(TRANSCRIPTS / program)["interrupted"]
     assert interrupted.signal == signal.SIGINT
     assert not any("Traceback" in line for line in interrupted.stderr)
 
 
 def test_agent_gets_a_trusted_worktree() -> None:
-    """Gemini CLI would leave out what the project tells it, and says so."""
+    """Otherwise Gemini CLI ignores the project's instructions and prints a notice."""
     recordings = read_recordings(TRANSCRIPTS / "acp-gemini").values()
     assert [line for one in recordings for line in one.stderr if "trusted" in line] == []

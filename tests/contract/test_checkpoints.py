@@ -1,4 +1,4 @@
-"""Checkpoints, on both stores of one machine."""
+"""Checkpoints on both local stores."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LEASE = Key("lease", f"run/{RUN}")
 
 @pytest.fixture(params=["memory", "file"])
 async def stores(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[list[Store]]:
-    """Two openings of one store; in memory the same one twice."""
+    """Return two instances of one store; in memory the same one twice."""
     clock = ManualClock()
     async with AsyncExitStack() as stack:
         if request.param == "memory":
@@ -47,12 +47,12 @@ async def stores(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
 
 @pytest.fixture
 def store(stores: list[Store]) -> Store:
-    """The first of them."""
+    """Return the first instance."""
     return stores[0]
 
 
 def run_document(run: str = RUN, tasks: tuple[str, ...] = ("a", "b"), **changes: Any) -> JsonObject:
-    """Return a run's document."""
+    """Return the document of a run."""
     facts = {"config": "f", "repo": "r", "is_url": False, "base": "main", "target": "main", "capacity": 1}
     more = {"session_memory": 1, "adapters": {}, "start": "a" * 40, "hub": "/nowhere"}
     made = RunDocument.model_validate({"id": run, "tasks": tasks, "started": 1.0, **facts, **more, **changes})
@@ -60,7 +60,7 @@ def run_document(run: str = RUN, tasks: tuple[str, ...] = ("a", "b"), **changes:
 
 
 def task(status: TaskStatus = TaskStatus.PENDING, attempts: int = 0, **changes: Any) -> JsonObject:
-    """Return a task's document; of its attempts the last is at work if the task is."""
+    """Return a task document; the last attempt is active if the task is."""
     made = tuple(
         Attempt(number=number, adapter="x", base="c" * 40, started=1.0, ended=2.0, outcome="crash")
         for number in range(1, attempts + 1)
@@ -71,7 +71,7 @@ def task(status: TaskStatus = TaskStatus.PENDING, attempts: int = 0, **changes: 
 
 
 async def put(store: Store, values: Mapping[Key, JsonObject | None], *guards: Guard) -> None:
-    """Write documents over whatever is there, by one commit."""
+    """Overwrite documents in one commit."""
     found = {key: await store.get(key) for key in values}
     writes = [Write(key, one.version if (one := found[key]) else 0, value) for key, value in values.items()]
     await store.commit(Commit(writes, (), guards))
@@ -89,7 +89,7 @@ def key(name: str, run: str = RUN) -> Key:
 
 
 async def test_checkpoint_has_position_and_summary(store: Store) -> None:
-    """Position, reason, status, tasks by status and live sessions are those of the moment."""
+    """Position, reason, status, tasks by status and live sessions are those at the time of the checkpoint."""
     await seed(store, a=task(TaskStatus.RUNNING, 2), b=task(), c=task())
     position = await store.position()
     made = await create_checkpoint(store, RUN, "before lunch")
@@ -106,7 +106,7 @@ async def test_checkpoint_has_position_and_summary(store: Store) -> None:
 
 
 async def test_checkpoint_numbers_increase_and_are_never_reused(store: Store) -> None:
-    """What was pruned leaves its number taken; each run and the whole store count for themselves."""
+    """Pruned numbers stay used; each run and the whole store have counters of their own."""
     await seed(store, a=task())
     for _ in range(2):
         await create_checkpoint(store, RUN, "x", maker=CheckpointOrigin.CLOCK)
@@ -116,7 +116,7 @@ async def test_checkpoint_numbers_increase_and_are_never_reused(store: Store) ->
 
 
 async def test_concurrent_checkpoints_get_different_numbers(stores: list[Store]) -> None:
-    """Each of two openings makes several side by side: all get numbers of their own."""
+    """Also across two instances that create several at a time."""
     await seed(stores[0], a=task())
     made: list[str] = []
 
@@ -131,7 +131,7 @@ async def test_concurrent_checkpoints_get_different_numbers(stores: list[Store])
 
 
 async def test_pruning_keeps_manual_checkpoints(store: Store) -> None:
-    """Of those made by the clock the newest stay, all others, too."""
+    """Of automatic ones the newest are kept."""
     await seed(store, a=task())
     for maker in (
         CheckpointOrigin.CLOCK,
@@ -147,7 +147,7 @@ async def test_pruning_keeps_manual_checkpoints(store: Store) -> None:
 
 
 async def test_contents_are_those_at_the_position(store: Store) -> None:
-    """The run's documents come as they were, those of other runs not at all."""
+    """With the documents of this run only."""
     await seed(store, a=task())
     await seed(store, "other", a=task())
     await put(store, {LEASE: {"epoch": 1}})
@@ -162,7 +162,7 @@ async def test_contents_are_those_at_the_position(store: Store) -> None:
 
 
 async def test_restore_writes_old_values_as_new_versions(store: Store) -> None:
-    """What has changed is written back and goes on counting versions; the unchanged and the landed are not touched."""
+    """Changed documents get a new version; unchanged and landed ones are not written."""
     await seed(store, a=task(TaskStatus.RUNNING, 1), b=task(), c=task(), d=task())
     made = await create_checkpoint(store, RUN, "x")
     changed = {"a": task(TaskStatus.FAILED, 2), "b": task(TaskStatus.LANDED, 1, landed="d" * 40)}
@@ -183,7 +183,7 @@ async def test_restore_writes_old_values_as_new_versions(store: Store) -> None:
 
 @pytest.mark.parametrize("kind", ["lease", "request", "cursor", "adapter", "ports", "checkpoint"])
 async def test_restore_leaves_excluded_kinds_unchanged(store: Store, kind: str) -> None:
-    """Whatever they were then, and also where they were not there, a restoration does not know them."""
+    """In any state, and also if they did not exist at the checkpoint."""
     await seed(store, a=task())
     there = Key(kind, f"run/{RUN}" if kind == "lease" else f"{RUN}/9")
     value = {"epoch": 1, "position": 1, "reason": "x", "maker": "hand", "status": None, "phase": {}, "sessions": []}
@@ -195,7 +195,7 @@ async def test_restore_leaves_excluded_kinds_unchanged(store: Store, kind: str) 
 
 
 async def test_restore_of_an_unchanged_run_keeps_its_end(store: Store) -> None:
-    """The run's document goes with its tasks: by itself it would make an ended run look cut off."""
+    """The run document is restored with its tasks only: alone it would make an ended run look interrupted."""
     await seed(store, a=task())
     made = await create_checkpoint(store, RUN, "x")
     await put(store, {Key("run", RUN): run_document(ended=9.0), key("a"): task(TaskStatus.LANDED, 1, landed="d" * 40)})
@@ -204,7 +204,7 @@ async def test_restore_of_an_unchanged_run_keeps_its_end(store: Store) -> None:
 
 
 async def test_restore_that_interrupts_tasks_reopens_the_run(store: Store) -> None:
-    """A run had ended, and was retried and killed: it has no end again, so that a resume looks after what is left."""
+    """A run that ended, was retried and killed is open again, so that a resume handles the leftovers."""
     await seed(store, a=task(TaskStatus.FAILED, 1))
     await put(store, {Key("run", RUN): run_document(ended=9.0)})
     made = await create_checkpoint(store, RUN, "x")
@@ -215,7 +215,7 @@ async def test_restore_that_interrupts_tasks_reopens_the_run(store: Store) -> No
 
 
 async def test_restore_of_everything_keeps_new_documents_and_recreates_deleted_ones(store: Store) -> None:
-    """A run that did not exist then is left alone, one that was cleaned away is there again."""
+    """A run created later is unchanged, a cleaned one exists again."""
     await seed(store, a=task(TaskStatus.LANDED, 1, landed="d" * 40))
     await seed(store, "kept", a=task())
     made = await create_checkpoint(store, None, "x")
@@ -230,7 +230,7 @@ async def test_restore_of_everything_keeps_new_documents_and_recreates_deleted_o
 
 
 async def test_restore_deletes_new_tasks_unless_a_session_had_them(store: Store) -> None:
-    """What was added to a run since goes with it, but for what is on the target, and attempts stay on record."""
+    """Except those on the target; attempts stay on record."""
     await seed(store, a=task())
     made = await create_checkpoint(store, RUN, "x")
     since = {
@@ -254,7 +254,7 @@ async def test_restore_deletes_new_tasks_unless_a_session_had_them(store: Store)
 
 
 async def test_missing_checkpoint_is_rejected(store: Store) -> None:
-    """A run or checkpoint that does not exist is told with what to do."""
+    """The error for an unknown run or checkpoint has the fix."""
     with pytest.raises(RefusedError, match="there is no run"):
         await create_checkpoint(store, "nonsense", "x")
     with pytest.raises(RefusedError, match="council checkpoint list"):
@@ -263,7 +263,7 @@ async def test_missing_checkpoint_is_rejected(store: Store) -> None:
 
 
 async def test_checkpoint_by_a_stale_owner_is_rejected(store: Store) -> None:
-    """Under a guard that holds no more neither a checkpoint is made nor one pruned."""
+    """An outdated guard rejects both creating and pruning."""
     await seed(store, a=task())
     await put(store, {LEASE: {"epoch": 2}})
     await create_checkpoint(store, RUN, "x", maker=CheckpointOrigin.CLOCK)
@@ -275,15 +275,15 @@ async def test_checkpoint_by_a_stale_owner_is_rejected(store: Store) -> None:
 
 
 class Forgetful(MemoryStore):
-    """A store whose log goes back to nowhere."""
+    """A store whose log is compacted completely."""
 
     async def at(self, position: int) -> StateSnapshot:
-        """Know nothing."""
+        """Report no state."""
         raise HistoryCompacted(position, position + 1)
 
 
 async def test_restore_behind_the_compacted_log_is_rejected() -> None:
-    """It is listed, but its contents are gone, and that is said."""
+    """The checkpoint is still listed, and the error says that its contents are gone."""
     store = Forgetful(ManualClock())
     await seed(store, a=task())
     made = await create_checkpoint(store, RUN, "x")
@@ -293,17 +293,17 @@ async def test_restore_behind_the_compacted_log_is_rejected() -> None:
 
 
 class Damaged(MemoryStore):
-    """A store that has lost the newest values of a task, now or at every position before."""
+    """A store with damaged newest values of a task, in the current state or in the past."""
 
     now: Key | None = None
     then: Key | None = None
 
     async def list(self, kind: str, prefix: str = "") -> list[Document]:
-        """Mark what is damaged now."""
+        """Mark the damaged current values."""
         return [one._replace(damaged=one.key == self.now) for one in await super().list(kind, prefix)]
 
     async def at(self, position: int) -> StateSnapshot:
-        """Mark what was damaged then."""
+        """Mark the damaged values at that position."""
         found = await super().at(position)
         marked = {name: one._replace(damaged=name == self.then) for name, one in found.documents.items()}
         return StateSnapshot(found.position, found.time, marked)
@@ -311,7 +311,7 @@ class Damaged(MemoryStore):
 
 @pytest.mark.parametrize("when", ["now", "then"])
 async def test_damaged_document_stays_and_blocks_nothing(when: str) -> None:
-    """Only the task that can't be trusted is left; the others are turned back."""
+    """Only the damaged task is skipped; the others are restored."""
     store = Damaged(ManualClock())
     await seed(store, a=task(), b=task())
     made = await create_checkpoint(store, RUN, "x")
@@ -325,16 +325,16 @@ async def test_damaged_document_stays_and_blocks_nothing(when: str) -> None:
 
 
 class Restless(MemoryStore):
-    """A store in which something is committed at every look."""
+    """A store with a new commit at every read."""
 
     async def position(self) -> int:
-        """Commit, so that no two looks see the same."""
+        """Commit, so that no two reads return the same position."""
         await put(self, {Key("x", "y"): {"n": await super().position()}})
         return await super().position()
 
 
 async def test_restore_between_commits_of_others_reads_the_log() -> None:
-    """Where no two looks agree, what the checkpoint says is still what its position holds."""
+    """Where no two reads agree, the checkpoint still has the documents of its position."""
     store = Restless(ManualClock())
     await seed(store, a=task(), b=task())
     made = await create_checkpoint(store, RUN, "x")
@@ -343,12 +343,12 @@ async def test_restore_between_commits_of_others_reads_the_log() -> None:
 
 
 def note(run: str, text: str) -> JsonObject:
-    """Return a note that a session of a run left."""
+    """Return a note of a session of a run."""
     return {"id": "1", "run": run, "task": "a", "attempt": 1, "text": text, "time": 0.0}
 
 
 async def test_restored_notes_come_back_and_new_ones_stay(store: Store) -> None:
-    """Those of its sessions are part of its checkpoint; later ones stay, and so do those of other runs as they are."""
+    """Notes of the run's sessions are part of the checkpoint; later ones and those of other runs are unchanged."""
     ours, later, theirs = (Key("note", f"0123456789abcdef/{name}") for name in ("1", "2", "3"))
     await seed(store, a=task())
     await put(store, {ours: note(RUN, "x"), theirs: note("another", "y")})
@@ -366,7 +366,7 @@ async def test_restored_notes_come_back_and_new_ones_stay(store: Store) -> None:
 
 
 async def test_checkpoint_of_everything_has_documents_of_other_kinds(store: Store) -> None:
-    """They become as they were; what is to expire goes on with its time, and a run's checkpoint leaves all as it is."""
+    """They are restored, with expiry times unchanged; a checkpoint of a run does not affect them."""
     kept, changed, new, lock = (Key("memo", name) for name in ("kept", "changed", "new", "lock"))
     gone = Key("plan", "gone/deep")
     await seed(store, a=task())
@@ -383,7 +383,7 @@ async def test_checkpoint_of_everything_has_documents_of_other_kinds(store: Stor
 
 
 async def test_restored_shared_values_have_their_old_values(store: Store) -> None:
-    """What was not there yet goes: sessions that are had again share it anew."""
+    """Later values are deleted, since repeated sessions share them again."""
     sharing = SharedValues(store, ManualClock(), Redactor(), RUN)
     await store.commit(Commit([Write(Key("run", RUN), 0, run_document(ended=2.0))]))
     await sharing.put("k", "then")

@@ -1,4 +1,4 @@
-"""Claims, orchestrators and merge permits do the same over every store."""
+"""Claims, orchestrators and merge permits behave equally on every store."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TASK = Key("task", f"{RUN}/a")
 
 
 class Line:
-    """The way of one process to a store; what is in `faults` happens to its next commits, in that order."""
+    """The connection of one process to a store; `faults` apply to its next commits in order."""
 
     def __init__(self, store: Store) -> None:
         self.faults: list[str] = []
@@ -59,7 +59,7 @@ class Line:
 
 @dataclass
 class Process:
-    """An orchestrator that has joined."""
+    """An orchestrator that joined."""
 
     line: Line
     others: RunMembership
@@ -68,13 +68,13 @@ class Process:
 
     @property
     def name(self) -> str:
-        """By what it is told from any other."""
+        """Return its unique name."""
         return self.others.me.id
 
 
 @dataclass
 class Place:
-    """A store, a clock, and the processes that are known to have ended."""
+    """A store, a clock, and the processes known to be dead."""
 
     store: Store
     clock: ManualClock
@@ -90,7 +90,7 @@ class Place:
         clock: Clock | None = None,
         shares: bool = True,
     ) -> Process:
-        """Have another orchestrator join, of a machine of its own unless it is said."""
+        """Join as another orchestrator, by default of another machine."""
         owner = OrchestratorIdentity(
             id=name, host=host or name, boot="1", pid=len(name), started=None, role=role, shares=shares
         )
@@ -110,32 +110,32 @@ class Place:
         return (await read_claims(self.store, RUN))[task]
 
     async def write(self, *guards: Guard | None) -> None:
-        """Commit something under guards."""
+        """Commit a document under guards."""
         await self.store.commit(Commit(events=[Event("work")], guards=[one for one in guards if one is not None]))
 
     async def lease(self, process: Process) -> MergeLease:
-        """Return the merge permit's document."""
+        """Return the document of the merge permit."""
         found = await self.store.get(merge_lease_key(process.permits.scope))
         assert found is not None
         return MergeLease.model_validate(found.value)
 
 
 async def gets(process: Process, task: str, **how: bool) -> Guard:
-    """Claim a task, which must work."""
+    """Claim a task, which must succeed."""
     found = await process.claims.claim(task, **how)
     assert isinstance(found, Guard)
     return found
 
 
 async def comes_true(condition: Callable[[], Awaitable[bool]]) -> None:
-    """Let other tasks go on until something is so."""
+    """Run other tasks until the condition is true."""
     with anyio.fail_after(PATIENCE):
         while not await condition():
             await anyio.lowlevel.checkpoint()
 
 
 async def watch_for(process: Process, seconds: float, clock: ManualClock) -> None:
-    """Let time pass in which a process looks, and gives signs of life, as it does at work."""
+    """Advance the time while a process watches and sends heartbeats."""
     left = seconds
     while left > 0:
         await process.others.find_gone()
@@ -146,7 +146,7 @@ async def watch_for(process: Process, seconds: float, clock: ManualClock) -> Non
 
 
 class ClaimsContract(ABC):
-    """What orchestrators may rely on, over a store."""
+    """The guarantees for orchestrators on a store."""
 
     @abstractmethod
     def open_store(self, clock: Clock) -> AbstractAsyncContextManager[Store]:
@@ -154,13 +154,13 @@ class ClaimsContract(ABC):
 
     @pytest.fixture
     async def place(self) -> AsyncIterator[Place]:
-        """A place for orchestrators."""
+        """Return a shared store for orchestrators."""
         clock = ManualClock()
         async with self.open_store(clock) as store:
             yield Place(store, clock)
 
     async def test_claim_belongs_to_the_first_until_released(self, place: Place) -> None:
-        """Among equals; who is refused learns who has it. Each change raises the epoch, and makes the last one void."""
+        """A rejection names the owner. Each change raises the epoch and invalidates the former."""
         a, b = await place.join("a"), await place.join("b", Role.LEADER)
         first = await gets(a, "t")
         assert (list(a.claims), "t" in a.claims, a.claims.guard("t")) == (["t"], True, first)
@@ -183,7 +183,7 @@ class ClaimsContract(ABC):
         assert (counters.claims, counters.conflicts, counters.retries, counters.takeovers) == (1, 1, 1, 0)
 
     async def test_concurrent_claims_have_one_winner(self, place: Place) -> None:
-        """All others are told who."""
+        """All others get the name of the winner."""
         processes = [await place.join(f"p{number}") for number in range(8)]
         found = list[Guard | ClaimHolder]()
 
@@ -200,7 +200,7 @@ class ClaimsContract(ABC):
         assert sum(process.others.counters.conflicts for process in processes) == 7
 
     async def test_heartbeat_renews_all_claims_without_writing_them(self, place: Place) -> None:
-        """However long it takes; the counters come along."""
+        """For any duration; the counters are kept."""
         a, b = await place.join("a"), await place.join("b")
         for task in ("t", "u"):
             await gets(a, task)
@@ -216,12 +216,12 @@ class ClaimsContract(ABC):
         assert (record.counters.claims, record.counters.renewals) == (2, 20)
 
     async def test_silent_orchestrator_loses_all_claims(self, place: Place) -> None:
-        """In one commit, once it was watched; what it then still wants to do is refused, and it learns why."""
+        """In one commit, after being watched; its later writes are rejected with the reason."""
         a, b = await place.join("a"), await place.join("b")
         guards = [await gets(a, task) for task in ("t", "u")]
         await a.claims.release("u", ReleaseReason.COMPLETE)
         place.clock.advance(301.0)
-        assert await b.claims.sweep() == {}  # b has not looked until now
+        assert await b.claims.sweep() == {}  # b has not watched yet
         await watch_for(b, 90.0, place.clock)
         before = await place.store.position()
         assert await b.claims.sweep() == {"t": "a"}
@@ -253,7 +253,7 @@ class ClaimsContract(ABC):
         assert (counters.takeovers, counters.claims, counters.retries) == (2, 2, 2)
 
     async def test_silent_orchestrator_on_this_machine_gets_more_time_unless_dead(self, place: Place) -> None:
-        """Its process can be looked at: it may just be busy, or it is proven to be gone, and not a second is lost."""
+        """Its process can be inspected: it may be slow, or is proven dead without a wait."""
         a, b, c = [await place.join(name, host="box") for name in "abc"]
         for process, task in ((a, "t"), (b, "u")):
             await gets(process, task)
@@ -267,7 +267,7 @@ class ClaimsContract(ABC):
         assert await c.claims.sweep() == {"u": "b"}
 
     async def test_dead_orchestrator_is_noticed_within_a_second(self, place: Place) -> None:
-        """However often it is asked how it stands: not each of thousands of claims costs a look at its process."""
+        """A cached result serves thousands of claims without further looks at the process."""
         a, b = [await place.join(name, host="box") for name in "ab"]
         await gets(a, "t")
         assert await b.claims.verdict("t") is ClaimVerdict.CLAIMED
@@ -278,7 +278,7 @@ class ClaimsContract(ABC):
         assert await b.claims.verdict("t") is ClaimVerdict.TRY
 
     async def test_observer_pause_proves_nothing(self, place: Place) -> None:
-        """Whoever was stopped for long, as all of the machine may have been, has to watch anew."""
+        """An observer that was suspended, possibly with the whole machine, starts to watch from scratch."""
         a, b = await place.join("a"), await place.join("b")
         await gets(a, "t")
         assert await b.claims.sweep() == {}
@@ -290,7 +290,7 @@ class ClaimsContract(ABC):
         assert await b.claims.sweep() == {"t": "a"}
 
     async def test_claim_by_a_swept_orchestrator_is_swept_next(self, place: Place) -> None:
-        """Its claim may come between the look at what it has and the commit that fences it."""
+        """The claim may be committed between the listing of its claims and the commit that fences it."""
         a, b = await place.join("a"), await place.join("b")
         await gets(a, "t")
         place.dead.add("a")
@@ -305,7 +305,7 @@ class ClaimsContract(ABC):
         assert await b.claims.sweep() == {"t": "a", "late": "a"}
 
     async def test_orchestrator_that_left_holds_no_claim(self, place: Place) -> None:
-        """Nor is one whose record is gone: what it had is free for whoever asks first, as a retry."""
+        """Nor does one without a record: its tasks are free, and the next claim counts as a retry."""
         a, b = await place.join("a"), await place.join("b")
         old = await gets(a, "t")
         await a.others.leave("it was told to")
@@ -325,7 +325,7 @@ class ClaimsContract(ABC):
             await b.others.renew()
 
     async def test_leader_overrides_claims_of_non_members(self, place: Place) -> None:
-        """If it says so; that counts as a takeover and as a try. A worker overrides nobody."""
+        """On request; it counts as a takeover and as an attempt. A worker overrides no claim."""
         a, chief, b = await place.join("a"), await place.join("chief", Role.LEADER), await place.join("b")
         old = await gets(a, "t")
         assert isinstance(await chief.claims.claim("t"), ClaimHolder)
@@ -341,7 +341,7 @@ class ClaimsContract(ABC):
         assert ((await place.claim("t")).retries, chief.others.counters.takeovers) == (1, 1)
 
     async def test_takeovers_are_counted_until_an_attempt_succeeds(self, place: Place) -> None:
-        """Four of them, in whichever way they end; a person may have the count begin anew."""
+        """Four, in any way they end; a person may reset the count."""
         a = await place.join("a")
         for number in range(4):
             assert await a.claims.verdict("t") is ClaimVerdict.TRY
@@ -367,7 +367,7 @@ class ClaimsContract(ABC):
         assert again.claim.retries == 0
 
     async def test_sweep_for_a_person_counts_no_takeover(self, place: Place) -> None:
-        """Who has a run gone on with has not tried in vain."""
+        """A resume by a person is not a failed attempt."""
         a, b = await place.join("a"), await place.join("b")
         await gets(a, "t")
         await a.others.leave()
@@ -375,7 +375,7 @@ class ClaimsContract(ABC):
         assert (await place.claim("t")).retries == 0
 
     async def test_planned_claim_is_committed_with_the_first_work(self, place: Place) -> None:
-        """All or nothing: what is planned twice is had once."""
+        """Of two plans of one claim only one commits."""
         a, b = await place.join("a"), await place.join("b")
         plans = [await process.claims.plan("t") for process in (a, b)]
         mine, theirs = [one for one in plans if isinstance(one, PlannedClaim)]
@@ -391,7 +391,7 @@ class ClaimsContract(ABC):
 
     @pytest.mark.parametrize("fault", ["fails", "is not acknowledged"])
     async def test_failed_commit_loses_no_claim(self, place: Place, fault: str) -> None:
-        """Whether it was done or not: it is tried again, by whoever can, and costs neither a claim nor a try."""
+        """Whether the commit was applied or not, it is repeated, and costs neither a claim nor an attempt."""
         a, b = await place.join("a"), await place.join("b")
         a.line.faults = [fault]
         with pytest.raises(StoreUnavailable):
@@ -424,7 +424,7 @@ class ClaimsContract(ABC):
         await b.others.leave()
 
     async def test_claim_being_acquired_is_not_swept(self, place: Place) -> None:
-        """A sweep between the commit of a claim and the word of that is nothing to worry about."""
+        """A sweep between the commit of a claim and its acknowledgement is harmless."""
         a = await place.join("a")
         taking = await a.claims.plan("t")
         assert isinstance(taking, PlannedClaim)
@@ -436,7 +436,7 @@ class ClaimsContract(ABC):
 
     @pytest.mark.parametrize("alone", ["first", "second"])
     async def test_exclusive_and_shared_orchestrators_see_each_other(self, place: Place, alone: str) -> None:
-        """Whichever of the two shares the run with nobody; who has ended is in nobody's way."""
+        """Whichever of the two is exclusive; ended ones do not count."""
         first = await place.join("first", shares=alone != "first")
         assert await first.others.find_exclusive_peer() is None
         second = await place.join("second", shares=alone != "second")
@@ -448,7 +448,7 @@ class ClaimsContract(ABC):
         assert (await third.others.find_exclusive_peer() is None) is (alone == "first")
 
     async def test_join_with_a_lost_answer_happens_once(self, place: Place) -> None:
-        """Its record is its own, be its commit acknowledged or not."""
+        """The record is recognized, whether its commit was acknowledged or not."""
         a = await place.join("a")
         await a.others.join()
         await a.others.renew()
@@ -457,7 +457,7 @@ class ClaimsContract(ABC):
             await a.others.join()
 
     async def test_membership_changes_are_logged(self, place: Place, caplog: pytest.LogCaptureFixture) -> None:
-        """What goes well for who wants to know, what does not as a warning."""
+        """Successes as information, failures as warnings."""
         caplog.set_level(logging.INFO, "orchestrator.claims")
         a, b = await place.join("a"), await place.join("b")
         for task in ("t", "u"):
@@ -482,7 +482,7 @@ class ClaimsContract(ABC):
         ]
 
     async def test_merge_permit_is_granted_in_request_order(self, place: Place) -> None:
-        """Of several orchestrators with several tasks each; each turn has an epoch of its own."""
+        """Across orchestrators with several tasks each; each turn has its own epoch."""
         clock, turns, most = SystemClock(), list[tuple[str, int]](), 0
         processes = [await place.join(name, clock=clock) for name in "abcd"]
         inside = 0
@@ -512,7 +512,7 @@ class ClaimsContract(ABC):
         return len((await place.lease(process)).waiting) == many
 
     async def test_merge_permit_alternates_between_landings_of_one_orchestrator(self, place: Place) -> None:
-        """Its own name on the permit is not a leftover as long as another task of it has it."""
+        """A permit with its own name is not a leftover while another task of it holds it."""
         a, order = await place.join("a"), list[str]()
 
         async def second() -> None:
@@ -529,7 +529,7 @@ class ClaimsContract(ABC):
 
     @pytest.mark.parametrize("is_dead", [False, True])
     async def test_merge_permit_of_a_dead_holder_passes_on(self, place: Place, is_dead: bool) -> None:
-        """It passes over those who wait and are gone, too; who had it can't land any more, and takes nothing back."""
+        """Dead waiters are skipped; the former holder can neither land nor release it."""
         a, gone, b = [await place.join(name, host="box" if is_dead else "") for name in ("a", "gone", "b")]
         done = anyio.Event()
 
@@ -568,7 +568,7 @@ class ClaimsContract(ABC):
             pass
 
     async def test_merge_permit_wait_that_is_cancelled_leaves_nothing(self, place: Place) -> None:
-        """Who waits no longer holds up nobody."""
+        """A cancelled waiter delays nobody."""
         a, b = await place.join("a"), await place.join("b")
         async with a.permits.hold():
             async with anyio.create_task_group() as group:
@@ -581,7 +581,7 @@ class ClaimsContract(ABC):
         assert (await place.lease(a)).holder is None
 
     async def test_merge_permit_is_denied_to_an_ended_orchestrator(self, place: Place) -> None:
-        """It is told so at once, and leaves nothing behind."""
+        """The error is immediate, and nothing is left behind."""
         a, b = await place.join("a"), await place.join("b")
         await a.others.leave()
         with pytest.raises(LeaseLost):
@@ -596,7 +596,7 @@ class ClaimsContract(ABC):
     async def test_merge_permit_release_that_failed_is_repeated_by_the_heartbeat(
         self, place: Place, fault: str, number: int
     ) -> None:
-        """Or all others would wait for as long as that process lives: whether taking it failed, or giving it back."""
+        """Otherwise all others would wait as long as the process lives, after a failed release or acquisition."""
         a, b = await place.join("a"), await place.join("b")
         a.line.faults = [[fault, "fails"], ["", fault]][number]
         if number:
@@ -612,20 +612,20 @@ class ClaimsContract(ABC):
 
 
 class TestClaimsInMemory(ClaimsContract):
-    """In memory."""
+    """Claims in memory."""
 
     @asynccontextmanager
     async def open_store(self, clock: Clock) -> AsyncIterator[Store]:
-        """Make an empty store."""
+        """Return an empty store."""
         yield MemoryStore(clock)
 
 
 class TestClaimsInFiles(ClaimsContract):
-    """On disk."""
+    """Claims on disk."""
 
     @asynccontextmanager
     async def open_store(self, clock: Clock) -> AsyncIterator[Store]:
-        """Open a store in a directory of its own."""
+        """Open a store in its own directory."""
         with TemporaryDirectory() as directory:
             async with FileStore.open(Path(directory) / "state", clock) as store:
                 yield store

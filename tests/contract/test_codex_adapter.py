@@ -1,4 +1,4 @@
-"""The contract on the adapter of Codex, with what the program was seen to print."""
+"""The contract of the Codex adapter, with recorded output."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ HIT = "You\u2019ve hit your usage limit. To get more access now, send a request 
 
 
 class TestCodex(AdapterContract):
-    """JSON lines that say in words what failed."""
+    """JSON lines with failures in words."""
 
     adapter_type = CodexAdapter
     options: ClassVar = {
@@ -181,7 +181,7 @@ class TestCodex(AdapterContract):
 
 @pytest.fixture
 def utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The machine's own time is UTC."""
+    """Set the local time zone to UTC."""
     monkeypatch.setenv("TZ", "UTC")
     time.tzset()
     yield
@@ -201,7 +201,7 @@ def utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ],
 )
 def test_codex_usage_limit_has_its_end(told: str, until: datetime | None) -> None:
-    """In words, in local time, with the date where it is not today's; the session ended on 2026-09-21, 14:13 UTC."""
+    """In words, in local time, with a date unless today; the session ended on 2026-09-21, 14:13 UTC."""
     failed = judged(CodexAdapter, {}, codex_failure(f"{HIT} {told}"))
     assert failed is not None
     assert (failed.failure, failed.until) == (FailureClass.RATE_LIMITED, until.timestamp() if until else None)
@@ -221,7 +221,7 @@ def test_codex_rate_limit_has_its_duration() -> None:
     [("no-login", "codex login"), ("no-key", "env_key"), ("unwritable", "writable"), ("refused", "`sandbox: none`")],
 )
 def test_codex_failure_has_a_remedy(recording: str, remedy: str) -> None:
-    """What a person has to do stands behind what it said."""
+    """It follows the program's message."""
     adapter = CodexAdapter(CodexAdapter.Options.model_validate({}))  # type: ignore[arg-type]
     told = read_recordings(TRANSCRIPTS / "codex")[recording].end()
     events = [event for line in told.stdout.splitlines() for event in adapter.parse(line)]
@@ -237,10 +237,10 @@ def test_codex_failure_has_a_remedy(recording: str, remedy: str) -> None:
 def test_codex_provider_changes_its_settings(
     tmp_path: Path, provider: str | None, is_asked: bool, is_set: bool
 ) -> None:
-    """Its login counts for its own provider only, and only one that the file names can be set."""
+    """The login applies to its own provider only, and only a provider named by the file can be configured."""
     adapter = CodexAdapter(CodexAdapter.Options.model_validate({"provider": provider}))  # type: ignore[arg-type]
     assert [bool(program.ready) for program in adapter.programs()] == [is_asked]
     argv = adapter.command(SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path, tmp_path / "home")).argv
     assert (f"model_provider={provider}" in argv) is (provider is not None)
-    assert "features.shell_snapshot=false" in argv  # else the keys that it is given are in a file
+    assert "features.shell_snapshot=false" in argv  # otherwise its keys are in a file
     assert (f"model_providers.{provider}.stream_max_retries=1" in argv) is is_set

@@ -1,4 +1,4 @@
-"""The contract on `use: command`: with all that it can be asked for, and with what real CLIs printed."""
+"""The contract of `use: command` with all options, and with recorded output of real CLIs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.transcripts.programs.qwen_code import QWEN_CODE
 
 
 class TestEverything(AdapterContract):
-    """All options at once, the arguments in the middle, long texts by files."""
+    """All options at once, arguments in the middle, long texts in files."""
 
     adapter_type = CommandAdapter
     options: ClassVar[dict[str, Any]] = {
@@ -42,7 +42,7 @@ class TestEverything(AdapterContract):
 
 
 class TestInArguments(AdapterContract):
-    """Instructions as an argument, each without the others; the home is yours."""
+    """Instructions as an argument, each option alone; the home is the user's."""
 
     adapter_type = CommandAdapter
     options: ClassVar = {
@@ -56,7 +56,7 @@ class TestInArguments(AdapterContract):
 
 
 class TestQwenCode(AdapterContract):
-    """The adapter of configs/any-cli.yaml, with what Qwen Code was seen to print."""
+    """The adapter of configs/any-cli.yaml, with recorded output of Qwen Code."""
 
     adapter_type = CommandAdapter
     options: ClassVar = QWEN_CODE.options
@@ -83,7 +83,7 @@ class TestQwenCode(AdapterContract):
 
 
 class TestCodexFromYaml(AdapterContract):
-    """What our adapter of Codex reads can be said in YAML, but for the tools that it used."""
+    """Everything the Codex adapter reads can be configured in YAML, except for tool names."""
 
     adapter_type = CommandAdapter
     options: ClassVar = yaml.safe_load(r"""
@@ -151,7 +151,7 @@ class TestCodexFromYaml(AdapterContract):
 
 
 class TestOpencodeFromYaml(AdapterContract):
-    """The same for opencode, whose usage is of each step."""
+    """The same for opencode, which reports usage per step."""
 
     adapter_type = CommandAdapter
     options: ClassVar = yaml.safe_load(r"""
@@ -203,7 +203,7 @@ class TestOpencodeFromYaml(AdapterContract):
         "read-only": RecordingMeaning(text="It is looked at."),
         "tool": RecordingMeaning(text="Both done."),
         "limited": RecordingMeaning(FailureClass.RATE_LIMITED, tokens=(0, 0)),
-        "limited-for-long": RecordingMeaning(),  # without the plugin that ours has
+        "limited-for-long": RecordingMeaning(),  # without the plugin of the bundled adapter
         "limited-until": RecordingMeaning(FailureClass.RATE_LIMITED),
         "limited-then-well": RecordingMeaning(text="Done."),
         "no-login": RecordingMeaning(FailureClass.AUTH),
@@ -221,7 +221,7 @@ class TestOpencodeFromYaml(AdapterContract):
 
 
 def test_qwen_code_gets_its_arguments(tmp_path: Path) -> None:
-    """All that it is asked for stands behind what every session has; its home has the servers."""
+    """Optional arguments follow the common ones; the home has the servers."""
     contract = TestQwenCode()
     adapter = CommandAdapter(contract.validated())
     plain, *_, last = contract.requests(tmp_path)

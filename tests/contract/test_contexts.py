@@ -1,4 +1,4 @@
-"""What sessions are at, on each store: written under their claims, read by all, gone after a while."""
+"""Session contexts on each store: written under claims, readable by all, expiring."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ SCOPE = "0123456789abcdef"
 
 @pytest.fixture
 def contexts(store: Store, clock: ManualClock) -> SessionContexts:
-    """Those of one process."""
+    """Return the contexts of one process."""
     return SessionContexts(store, clock, SCOPE, Redactor([SECRET]), orchestrator="o1")
 
 
 @pytest.fixture
 def others(store: Store, clock: ManualClock) -> SessionContexts:
-    """Those of another process on the same store."""
+    """Return the contexts of another process on the same store."""
     return SessionContexts(store, clock, SCOPE, Redactor(), orchestrator="o2")
 
 
 async def test_context_of_a_session_is_visible_to_all_processes(
     contexts: SessionContexts, others: SessionContexts, clock: ManualClock
 ) -> None:
-    """What is not named stays as it was; each report says when."""
+    """An update keeps other fields; each has a time."""
     await contexts.begin(API, "fixer")
     clock.advance(5)
     await contexts.update(API, file="src/api.py", message="adds an endpoint", progress="50%")
@@ -56,7 +56,7 @@ async def test_context_of_a_session_is_visible_to_all_processes(
 async def test_context_conflict_is_a_file_in_several_sessions(
     contexts: SessionContexts, others: SessionContexts
 ) -> None:
-    """At work on it or having it locked; not those that are done, and not those of another scope."""
+    """Edited or locked files count, but not those of done sessions or other scopes."""
     await contexts.begin(API, "fixer")
     await others.begin(WEB, "fixer")
     await others.begin(OTHER, "fixer")
@@ -72,7 +72,7 @@ async def test_context_conflict_is_a_file_in_several_sessions(
 
 
 async def test_task_summary_has_the_context(contexts: SessionContexts) -> None:
-    """Its sessions are counted by status, with the files that they are on."""
+    """Sessions by status, with their files."""
     sessions = [SessionName("r", "api", number) for number in (1, 2, 3)]
     for one in sessions:
         await contexts.begin(one, "fixer")
@@ -87,7 +87,6 @@ async def test_task_summary_has_the_context(contexts: SessionContexts) -> None:
 
 
 async def test_context_status_after_a_wait_is_the_one_before(contexts: SessionContexts) -> None:
-    """Unless it has said otherwise in the meantime."""
     await contexts.begin(API, "fixer")
     await contexts.mark_blocked(API, "x", "the schema")
     async with contexts.waiting(API, "src/a.py"):
@@ -107,7 +106,7 @@ async def test_context_status_after_a_wait_is_the_one_before(contexts: SessionCo
 async def test_context_without_updates_expires_after_half_an_hour(
     contexts: SessionContexts, others: SessionContexts, store: Store, clock: ManualClock
 ) -> None:
-    """By itself; each word renews it, and one that speaks again is there again with all that it said."""
+    """Each update renews it, and an expired one returns with all its fields."""
     await contexts.begin(API, "fixer")
     await contexts.begin(WEB, "fixer")
     await contexts.update(API, message="long work")
@@ -125,7 +124,7 @@ async def test_context_without_updates_expires_after_half_an_hour(
 async def test_old_contexts_are_removed_on_request(
     contexts: SessionContexts, others: SessionContexts, clock: ManualClock
 ) -> None:
-    """Those that are older than is said, and those whose time is over; whoever wrote them."""
+    """Older than requested or expired, of any owner."""
     await contexts.begin(API, "fixer")
     clock.advance(STALE_CONTEXT_SECONDS)
     await contexts.begin(WEB, "fixer")
@@ -140,7 +139,7 @@ async def test_old_contexts_are_removed_on_request(
 
 
 async def test_context_update_by_a_fenced_session_is_rejected(store: Store, clock: ManualClock) -> None:
-    """A record is written under the claim of its task; the new owner ends what the old one has left."""
+    """A record is written under the claim of its task; the new owner ends the old record."""
     key = claim_key(API)
     await store.commit(Commit([Write(key, 0, {"epoch": 1, "released": None})]))
     old = SessionContexts(store, clock, SCOPE, Redactor(), orchestrator="o1", claim=lambda _: Guard(key, 1))
@@ -159,7 +158,7 @@ async def test_context_update_by_a_fenced_session_is_rejected(store: Store, cloc
 
 
 async def test_context_text_of_programs_is_sanitized(contexts: SessionContexts) -> None:
-    """Secrets are hidden, half characters replaced, long messages cut; who is not at work here is refused."""
+    """Secrets are redacted, lone surrogates replaced, long messages truncated; unknown sessions are rejected."""
     await contexts.begin(API, "fixer")
     found = await contexts.update(API, message=f"uses {SECRET} \ud800 " + "x" * 600, progress="9" * 50)
     assert found.message is not None
@@ -173,7 +172,7 @@ async def test_context_text_of_programs_is_sanitized(contexts: SessionContexts) 
 async def test_concurrent_context_updates_are_all_kept(
     contexts: SessionContexts, others: SessionContexts, store: Store
 ) -> None:
-    """Of one session none overtakes another, and what is cleaned away meanwhile comes back."""
+    """Updates of one session stay in order, and a concurrently deleted record is created again."""
     await contexts.begin(API, "fixer")
 
     async def say(number: int) -> None:

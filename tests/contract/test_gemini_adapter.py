@@ -1,4 +1,4 @@
-"""The contract on the adapter of Gemini CLI, with what the program was seen to print."""
+"""The contract of the Gemini CLI adapter, with recorded output."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def gemini(type_: str, **fields: Any) -> str:
 
 
 def gemini_result(message: str | None = None, name: str = "unknown") -> str:
-    """Return its result; with a message, it is an error."""
+    """Return its result; with a message, an error."""
     stats = {"total_tokens": 330, "input_tokens": 300, "output_tokens": 20, "cached": 100, "input": 200}
     if message is None:
         return gemini("result", status="success", stats=stats)
@@ -38,7 +38,7 @@ def gemini_api_error(code: int, status: str, message: str) -> str:
     return f"[API Error: {json.dumps({'error': {'code': code, 'message': message, 'status': status}})}]"
 
 
-# ai.google.dev/gemini-api/docs/troubleshooting, and what github.com/google-gemini/gemini-cli/issues show
+# ai.google.dev/gemini-api/docs/troubleshooting, and issues of github.com/google-gemini/gemini-cli
 GEMINI_BAD_KEY = gemini_api_error(400, "INVALID_ARGUMENT", "API key not valid. Please pass a valid API key.")
 GEMINI_TOO_LONG = gemini_api_error(
     400, "INVALID_ARGUMENT", "The input token count (1200000) exceeds the maximum number of tokens allowed (1048576)."
@@ -47,7 +47,7 @@ GEMINI_QUOTA = "You have exhausted your capacity on this model. Your quota will 
 
 
 class TestGemini(AdapterContract):
-    """JSON lines, and errors that are told by their words."""
+    """JSON lines, and errors classified by their messages."""
 
     adapter_type = GeminiAdapter
     options: ClassVar = {"model": "gemini-2.5-pro", "approval_mode": "yolo", "args": ["--debug"], "env": ["MY_KEY"]}
@@ -142,10 +142,10 @@ class TestGemini(AdapterContract):
         "read-only": RecordingMeaning(text="It is looked at.", paths=frozenset({"/work/hello.txt"})),
         "edit": RecordingMeaning(text="It is written.", tokens=(240, 68), paths=frozenset({"hello.txt"})),
         "tool": RecordingMeaning(text="Both done.", paths=frozenset({"out/b.txt"})),
-        # The tool answered with an error; the program goes on, and says that all went well.
+        # The tool failed; the program continues and reports success.
         "refused": RecordingMeaning(text="Done.", paths=frozenset({"../beside.txt"})),
         "denied": RecordingMeaning(text="Tried."),
-        # Of what it may not do unasked, the model does not even hear.
+        # Tools that need permission are not offered to the model.
         "no-shell": RecordingMeaning(paths=frozenset({"hello.txt"})),
         "limited": RecordingMeaning(FailureClass.RATE_LIMITED, paths=frozenset()),
         "limited-for-long": RecordingMeaning(FailureClass.RATE_LIMITED),
@@ -161,7 +161,7 @@ class TestGemini(AdapterContract):
         "overloaded": RecordingMeaning(FailureClass.OVERLOADED),
         "dead-server": RecordingMeaning(FailureClass.TRANSIENT),
         "broken-stream": RecordingMeaning(FailureClass.TRANSIENT),
-        # Both end it with 0 and without a result.
+        # Both exit with 0 and without a result.
         "interrupted": RecordingMeaning(FailureClass.CRASHED),
         "terminated": RecordingMeaning(FailureClass.CRASHED),
     }
@@ -178,7 +178,7 @@ class TestGemini(AdapterContract):
     ],
 )
 def test_gemini_usage_limit_has_its_end(text: str, seconds: float | None) -> None:
-    """By how long to wait, counted from its end; if it says nothing, nobody knows."""
+    """The wait counts from the end of the session; without one the end is unknown."""
     failed = judged(GeminiAdapter, {}, gemini_result(f"[API Error: {text}]"))
     assert failed is not None
     until = None if seconds is None else 1_790_000_000.0 + seconds

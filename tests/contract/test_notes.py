@@ -1,4 +1,4 @@
-"""Notes that sessions leave, on each store: found again, bounded, kept by checkpoints."""
+"""Notes of sessions on each store: searchable, bounded, part of checkpoints."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ SCOPE = "0123456789abcdef"
 
 @pytest.fixture
 def memory(store: Store, clock: ManualClock) -> NoteStore:
-    """The notes of a scope."""
+    """Return the notes of a scope."""
     return NoteStore(store, clock, SCOPE, Redactor([SECRET]))
 
 
 async def test_notes_are_found_by_task_topic_and_path(memory: NoteStore, store: Store, clock: ManualClock) -> None:
-    """Paths are patterns that overlap, topics count in whatever case, and all that is asked must fit."""
+    """Paths match overlapping patterns, topics ignore case, and all criteria must match."""
     first = await memory.add(API, "the port is 8080", topic="Set-up", paths=["src/api/**"])
     clock.advance(1)
     second = await memory.add(WEB, "run npm ci first", topic="set-up")
@@ -46,7 +46,7 @@ async def test_notes_are_found_by_task_topic_and_path(memory: NoteStore, store: 
 async def test_notes_above_the_limit_drop_the_oldest(
     memory: NoteStore, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A scope has room for so many."""
+    """A scope has a maximum number of notes."""
     monkeypatch.setattr("orchestrator.engine.session_api.notes.MAX_NOTES", 3)
     for number in range(5):
         await memory.add(API, f"note {number}")
@@ -57,7 +57,7 @@ async def test_notes_above_the_limit_drop_the_oldest(
 async def test_notes_above_the_limit_of_a_task_drop_its_own(
     memory: NoteStore, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever leaves notes without end takes no other task's away."""
+    """A task with too many notes drops none of other tasks."""
     monkeypatch.setattr("orchestrator.engine.session_api.notes.MAX_TASK_NOTES", 2)
     await memory.add(WEB, "of another")
     for number in range(5):
@@ -67,14 +67,13 @@ async def test_notes_above_the_limit_of_a_task_drop_its_own(
 
 
 async def test_note_query_is_limited_to_what_notes_can_name(memory: NoteStore) -> None:
-    """What patterns have in common takes as long as both together are."""
+    """The cost of comparing two patterns grows with the length of both."""
     for paths, why in ((["a"] * 51, "51 paths"), (["*" * 1001], "1001 characters"), (["a" * 999] * 3, "2997 char")):
         with pytest.raises(RefusedError, match=why):
             await memory.find(paths=paths)
 
 
 async def test_concurrent_notes_are_all_kept(memory: NoteStore) -> None:
-    """Nobody's note takes another's place."""
     async with anyio.create_task_group() as group:
         for number in range(20):
             group.start_soon(memory.add, API, f"note {number}")
@@ -97,21 +96,21 @@ async def test_concurrent_notes_are_all_kept(memory: NoteStore) -> None:
 async def test_oversized_note_is_rejected(
     memory: NoteStore, text: str, topic: str | None, paths: list[str], why: str
 ) -> None:
-    """With what would fit; nothing is kept."""
+    """The error has the limit; nothing is stored."""
     with pytest.raises(RefusedError, match=why):
         await memory.add(API, text, topic=topic, paths=paths)
     assert await memory.all() == []
 
 
 async def test_secrets_are_removed_and_the_largest_note_fits(memory: NoteStore) -> None:
-    """Also in topics; what is not Unicode is replaced."""
+    """Also from topics; invalid Unicode is replaced."""
     note = await memory.add(API, f"key {SECRET}\ud800", topic=f"about {SECRET}")
     assert (note.text, note.topic) == (f"key {REDACTED}?", f"about {REDACTED}")
     assert len((await memory.add(API, "x" * bounds.MAX_TEXT_BYTES)).text) == bounds.MAX_TEXT_BYTES
 
 
 async def test_note_is_dropped_by_its_id(memory: NoteStore) -> None:
-    """One that is not there is refused."""
+    """An unknown id is an error."""
     note = await memory.add(API, "wrong")
     await memory.drop(note.id)
     assert await memory.all() == []
@@ -120,7 +119,7 @@ async def test_note_is_dropped_by_its_id(memory: NoteStore) -> None:
 
 
 async def test_note_by_a_fenced_session_is_rejected(memory: NoteStore, store: Store) -> None:
-    """It is written under the claim of its task."""
+    """A note is written under the claim of its task."""
     await store.commit(Commit([Write(claim_key(API), 0, {"epoch": 2, "released": None})]))
     with pytest.raises(LeaseLost):
         await memory.add(API, "late", claim=Guard(claim_key(API), 1))

@@ -1,4 +1,4 @@
-"""The contract on the adapter of opencode, with what the program was seen to print."""
+"""The contract of the opencode adapter, with recorded output."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ STEP = UsageReport(321, 54, 0.25, cached_tokens=300, model=MODEL)
 
 
 class TestOpencode(AdapterContract):
-    """JSON lines without a result, and a log that knows more."""
+    """JSON lines without a result, and a log with details."""
 
     adapter_type = OpencodeAdapter
     options: ClassVar = {
@@ -178,7 +178,7 @@ class TestOpencode(AdapterContract):
 
 
 def test_opencode_usage_limit_has_its_end() -> None:
-    """By the header that its last answer had: a second after it."""
+    """From the header of its last response: one second later."""
     recording = read_recordings(TRANSCRIPTS / "opencode")["limited-until"]
     failed = judged(OpencodeAdapter, {}, "\n".join(recording.stdout))
     assert failed is not None
@@ -186,7 +186,6 @@ def test_opencode_usage_limit_has_its_end() -> None:
 
 
 def test_opencode_configuration_overrides_ours(tmp_path: Any) -> None:
-    """What the file says of a key of ours replaces it; the rest stays."""
     request = SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path, tmp_path / "home")
     options = {"config": {"share": "manual", "permission": {"bash": "deny"}}}
     command = OpencodeAdapter(OpencodeAdapter.Options.model_validate(options)).command(request)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The registry of ownership on each store: who owns what, in which order, and what is left behind."""
+"""Path ownership on each store: owners, request order, and leftovers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ADA, BOB, EVE = (SessionName("r", task, 1) for task in ("ada", "bob", "eve"))
 
 
 async def claimed(store: Store, session: SessionName) -> Guard:
-    """Claim a session's task anew, under the next epoch."""
+    """Claim a session's task again, under the next epoch."""
     key = claim_key(session)
     found = await store.get(key)
     version = found.version if found else 0
@@ -41,7 +41,7 @@ async def end(store: Store, claim: Guard, how: str) -> None:
 
 
 class Owners:
-    """Sessions that take of one registry, each with a claim of its own."""
+    """Sessions of one registry, each with its own claim."""
 
     def __init__(self, store: Store, scope: str = SCOPE) -> None:
         self.alive = set[SessionName]()
@@ -71,7 +71,7 @@ class Owners:
 
 
 class RegistryContract(ABC):
-    """What holds on every store."""
+    """The guarantees of the registry on every store."""
 
     @abstractmethod
     def open_store(self) -> AbstractAsyncContextManager[Store]:
@@ -83,7 +83,7 @@ class RegistryContract(ABC):
             yield Owners(store)
 
     async def test_owned_path_is_rejected_with_its_owner(self) -> None:
-        """The refusal says who holds which pattern since when; what does not overlap is free."""
+        """The error has the owner, the pattern and the time; other paths are free."""
         async with self.owners() as owners:
             assert await owners.take(ADA, "src/models/**", "docs/a.md") is None
             held = await owners.take(BOB, "tests/**", "src/models/user.py")
@@ -100,7 +100,7 @@ class RegistryContract(ABC):
             ]
 
     async def test_session_extends_and_releases_its_paths(self) -> None:
-        """What it takes twice it has once; what it gives back is free."""
+        """A path acquired twice is owned once; a released one is free."""
         async with self.owners() as owners:
             await owners.take(ADA, "a", "b")
             await owners.take(ADA, "b", "c")
@@ -112,7 +112,7 @@ class RegistryContract(ABC):
             assert await owners.events("ownership.released") == ["ownership.released ada"]
 
     async def test_deadlocked_sessions_are_reported_immediately(self) -> None:
-        """The one that began to wait last is refused with the circle, keeps what it has, and the other goes on."""
+        """The last waiter gets an error with the cycle and keeps its paths; the other continues."""
         async with self.owners() as owners:
             await owners.take(ADA, "a")
             await owners.take(BOB, "b")
@@ -137,7 +137,7 @@ class RegistryContract(ABC):
             assert had == [None]
 
     async def test_concurrent_plans_of_a_path_have_one_winner(self) -> None:
-        """The second commit of two that were planned on the same state is refused, whatever their patterns are."""
+        """Of two commits planned on the same state the second is rejected, for any patterns."""
         async with self.owners() as owners:
             plans = []
             for session in (ADA, BOB):
@@ -151,7 +151,7 @@ class RegistryContract(ABC):
             assert await owners.owned() == {"ada": ("a",)}
 
     async def test_plan_and_claim_are_one_commit(self) -> None:
-        """The claim may be written by the commit that takes; before it there is nothing that counts."""
+        """The claim may be written by the acquiring commit; before it the paths are not owned."""
         async with self.owners() as owners:
             claim = Guard(claim_key(ADA), 1)
             plan = await owners.registry.plan(ADA, ["a"], orchestrator="o1", claim=claim)
@@ -162,7 +162,7 @@ class RegistryContract(ABC):
             assert await owners.owned() == {"ada": ("a",)}
 
     async def test_paths_of_an_ended_session_are_free(self) -> None:
-        """`release` gives what the ending commit must write."""
+        """`release` returns the writes for the ending commit."""
         async with self.owners() as owners:
             await owners.take(ADA, "a")
             await owners.store.commit(Commit(await owners.registry.release(ADA)))
@@ -171,7 +171,7 @@ class RegistryContract(ABC):
 
     @pytest.mark.parametrize("how", ["complete", "abandoned", "failed"])
     async def test_ownership_of_an_ended_claim_is_ignored(self, how: str) -> None:
-        """Whoever takes next has it, and the document that was left is gone."""
+        """The next owner gets the path, and the leftover document is deleted."""
         async with self.owners() as owners:
             await owners.take(ADA, "a")
             await end(owners.store, owners.claims[ADA], how)
@@ -180,7 +180,7 @@ class RegistryContract(ABC):
             assert await owners.store.get(owners.registry.key(ADA)) is None
 
     async def test_fenced_session_can_neither_own_nor_release(self) -> None:
-        """The claim's new epoch makes what the old owner holds stale, and refuses what it writes."""
+        """A new epoch of the claim invalidates the paths and the writes of the old owner."""
         async with self.owners() as owners:
             await owners.take(ADA, "a")
             old = owners.claims.pop(ADA)
@@ -195,7 +195,7 @@ class RegistryContract(ABC):
             assert [one.session for one in await owners.registry.holdings()] == [again]
 
     async def test_next_attempt_inherits_the_paths_of_the_session(self) -> None:
-        """And what it had locked; nothing where somebody was faster."""
+        """With its locks, unless another session was faster."""
         async with self.open_store() as store:
             owners = Owners(store)
             await owners.take(ADA, "a", "gone")
@@ -213,7 +213,7 @@ class RegistryContract(ABC):
             assert await owners.owned() == {"bob": ("a",)}
 
     async def test_session_keeps_its_paths_during_a_takeover(self) -> None:
-        """Nobody has them in between: not before the takeover, not by a plan of before it, not before it is dead."""
+        """Nobody else gets them: neither before the takeover, nor by an older plan, nor before the session is dead."""
         async with self.owners() as owners:
             await owners.take(ADA, "a")
             before = await owners.store.get(claim_key(ADA))
@@ -230,7 +230,7 @@ class RegistryContract(ABC):
             assert await owners.take(BOB, "a") is None
 
     async def test_session_that_outlives_its_claim_keeps_its_paths(self) -> None:
-        """Its task was cancelled elsewhere: nobody has its paths before it is dead, then they are free."""
+        """After a cancellation elsewhere its paths are free only once it is dead."""
         async with self.owners() as owners:
             await owners.take(ADA, "a")
             owners.alive.add(ADA)
@@ -244,7 +244,7 @@ class RegistryContract(ABC):
             assert await owners.owned() == {"bob": ("a",)}
 
     async def test_attempts_of_one_task_do_not_conflict(self) -> None:
-        """Under one claim, what an earlier attempt left goes over to the next."""
+        """Under one claim the next attempt inherits them."""
         async with self.owners() as owners:
             await owners.take(ADA, "a", "b")
             again = ADA._replace(attempt=2)
@@ -253,7 +253,7 @@ class RegistryContract(ABC):
             assert [(one.session, one.patterns) for one in await owners.registry.holdings()] == [(again, ("a",))]
 
     async def test_waiter_is_recorded_and_gets_the_path_when_free(self) -> None:
-        """A wait shows in the holdings for as long as it lasts."""
+        """A wait is listed as long as it lasts."""
         async with self.owners() as owners:
             await owners.take(ADA, "a")
             got: list[OwnershipConflict | None] = []
@@ -274,7 +274,7 @@ class RegistryContract(ABC):
             assert (await owners.owned())["bob"] == ("a",)
 
     async def test_failed_or_cancelled_wait_leaves_nothing(self) -> None:
-        """Neither ownership nor a waiter is left."""
+        """Neither ownership nor a waiter remains."""
         async with self.owners() as owners:
             await owners.take(ADA, "a")
             held = await owners.take(BOB, "a", wait=0.05)
@@ -289,7 +289,7 @@ class RegistryContract(ABC):
             assert await owners.store.get(owners.registry.key(BOB)) is None
 
     async def test_scopes_are_independent(self) -> None:
-        """The same path of another target or repository is another path."""
+        """The same path on another target or in another repository is a different one."""
         async with self.owners() as owners:
             other = Owners(owners.store, ownership_scope("/repo", "next"))
             await owners.take(ADA, "a")
@@ -298,7 +298,7 @@ class RegistryContract(ABC):
             assert await other.owned() == {"bob": ("a",)}
 
     async def test_concurrent_owners_never_share_a_path(self) -> None:
-        """Of twelve tasks that want overlapping paths at once one has each, and nobody is told a conflict."""
+        """Twelve tasks with overlapping paths get them one at a time, without a conflict."""
         async with self.owners() as owners:
             sessions = [SessionName("r", f"t{number}", 1) for number in range(12)]
             for session in sessions:
@@ -310,7 +310,7 @@ class RegistryContract(ABC):
             assert sorted(patterns[0] for patterns in owned.values()) == ["0/**", "1/**", "2/**"]
 
     async def test_invalid_path_is_rejected(self) -> None:
-        """The sentence names it, and nothing is taken."""
+        """The error names it, and nothing is acquired."""
         async with self.owners() as owners:
             with pytest.raises(RefusedError, match=r"invalid path pattern '\.\./a'"):
                 await owners.take(ADA, "a", "../a")
@@ -322,7 +322,7 @@ class TestRegistryInMemory(RegistryContract):
 
     @asynccontextmanager
     async def open_store(self) -> AsyncIterator[Store]:
-        """Make an empty store."""
+        """Return an empty store."""
         yield MemoryStore(SystemClock())
 
 
@@ -331,7 +331,7 @@ class TestRegistryOnFiles(RegistryContract):
 
     @asynccontextmanager
     async def open_store(self) -> AsyncIterator[Store]:
-        """Open a store in a directory of its own."""
+        """Open a store in its own directory."""
         with TemporaryDirectory() as directory:
             async with FileStore.open(Path(directory) / "state", SystemClock()) as store:
                 yield store

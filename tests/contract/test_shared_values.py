@@ -1,4 +1,4 @@
-"""Values that sessions share, on each store: by versions, waited for, bounded, and nobody's who was taken over."""
+"""Shared values on each store: versioned, awaitable, bounded, fenced."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from orchestrator.testing.clock import ManualClock
 
 API, WEB = SessionName("r", "api", 1), SessionName("r", "web", 2)
 SECRET = "hunter2hunter2"
-PATIENT = 30  # seconds for what is to happen at once
+PATIENT = 30  # seconds for an immediate effect
 
 
 @pytest.fixture
 def sharing(store: Store, clock: ManualClock) -> SharedValues:
-    """What the sessions of a run share."""
+    """Return the shared values of a run."""
     return SharedValues(store, clock, Redactor([SECRET]), "r")
 
 
 async def test_shared_value_is_readable_by_all_sessions(
     sharing: SharedValues, store: Store, clock: ManualClock
 ) -> None:
-    """With its version, who put it there and when; nobody of another run."""
+    """With version, author and time; other runs cannot read it."""
     await sharing.put("api/port", 8080, writer=API)
     clock.advance(1)
     put = await sharing.put("api/port", {"ports": [8081, None]}, writer=WEB)
@@ -50,7 +50,6 @@ async def test_shared_value_is_readable_by_all_sessions(
 
 
 async def test_put_event_has_no_value(sharing: SharedValues, store: Store) -> None:
-    """Sinks get the events of a run: they hear that there is something, and where."""
     await sharing.put("api/port", 8080, writer=API)
     await sharing.put("api/port", 8081)
     events = [event async for record in read_range(store, 0, await store.position()) for event in record.events]
@@ -60,7 +59,7 @@ async def test_put_event_has_no_value(sharing: SharedValues, store: Store) -> No
 
 
 async def test_put_with_an_outdated_version_overwrites_nothing(sharing: SharedValues) -> None:
-    """Of many that build on one version, one puts the next; those that do not say so all do."""
+    """Of several puts on one version one succeeds; unconditional ones all do."""
     await sharing.put("count", 0, if_version=0)
     done: list[int] = []
     refused: list[str] = []
@@ -87,7 +86,7 @@ async def test_put_with_an_outdated_version_overwrites_nothing(sharing: SharedVa
 
 
 async def test_concurrent_puts_all_count(sharing: SharedValues) -> None:
-    """Each is a version of its own."""
+    """Each creates a version."""
     made: list[int] = []
 
     async def put(number: int) -> None:
@@ -100,20 +99,20 @@ async def test_concurrent_puts_all_count(sharing: SharedValues) -> None:
 
 
 class AwaitedClock(ManualClock):
-    """Tells when somebody waits for it."""
+    """A clock that reports waiters."""
 
     def __init__(self) -> None:
         super().__init__()
         self.awaited = anyio.Event()
 
     async def wait(self, event: anyio.Event, until: float | None) -> None:
-        """As the clock that it is."""
+        """Report the waiter and wait."""
         self.awaited.set()
         await super().wait(event, until)
 
 
 async def test_waiter_is_woken_by_the_next_version(sharing: SharedValues, store: Store) -> None:
-    """By whoever puts it, and by nothing else; what is there already is had at once."""
+    """Only by a put; an existing newer version is returned at once."""
     got: list[SharedValue | None] = []
     clock = AwaitedClock()
 
@@ -138,7 +137,7 @@ async def test_waiter_is_woken_by_the_next_version(sharing: SharedValues, store:
 
 
 async def test_chain_of_sessions_can_use_one_key(sharing: SharedValues) -> None:
-    """Each takes what the one before it made, in order, whichever began to wait first."""
+    """Each takes the value of the one before it, in order, regardless of who waited first."""
     made: list[Any] = []
 
     async def step(number: int) -> None:
@@ -156,7 +155,7 @@ async def test_chain_of_sessions_can_use_one_key(sharing: SharedValues) -> None:
 
 
 async def test_wait_without_a_value_ends_at_its_timeout(store: Store) -> None:
-    """Half a minute, unless another time is said."""
+    """Half a minute by default."""
     got: list[SharedValue | None] = []
     clock = AwaitedClock()
     sharing = SharedValues(store, clock, Redactor(), "r")
@@ -178,7 +177,7 @@ async def test_wait_without_a_value_ends_at_its_timeout(store: Store) -> None:
 
 @pytest.mark.parametrize("key", ["", "/", "a/", "/a", "a//b", "../a", "a b", "a*", "ä", "x.lock", "a/" * 101 + "a"])
 async def test_invalid_key_is_rejected(sharing: SharedValues, key: str) -> None:
-    """By all that take one."""
+    """By every function with a key."""
     for refused in (sharing.put(key, 1), sharing.get(key), sharing.wait(key, timeout=0)):
         with pytest.raises(RefusedError, match="invalid key for a shared value"):
             await refused
@@ -186,14 +185,14 @@ async def test_invalid_key_is_rejected(sharing: SharedValues, key: str) -> None:
 
 
 async def test_longest_key_is_accepted(sharing: SharedValues) -> None:
-    """Of several names."""
+    """With several parts."""
     key = "/".join(["a" * 49] * 4) + "b"
     assert len(key) == MAX_KEY_LENGTH
     assert (await sharing.put(key, 1)).key == key
 
 
 async def test_secrets_are_neither_keys_nor_values(sharing: SharedValues) -> None:
-    """Names of fields are hidden, too."""
+    """Field names are redacted, too."""
     put = await sharing.put("k", {SECRET: [f"key {SECRET}"]})
     assert put.value == {REDACTED: [f"key {REDACTED}"]}
     assert await sharing.get("k") == put
@@ -225,14 +224,14 @@ def _nested(depth: int) -> Any:
     ids=range(10),
 )
 async def test_oversized_value_is_rejected(sharing: SharedValues, value: Any, why: str) -> None:
-    """Nothing is kept."""
+    """Nothing is stored."""
     with pytest.raises(RefusedError, match=why):
         await sharing.put("k", value)
     assert await sharing.get("k") is None
 
 
 async def test_largest_and_deepest_value_is_accepted(sharing: SharedValues) -> None:
-    """As they are."""
+    """Unchanged."""
     for value in ("x" * (MAX_SHARED_BYTES - 2), _nested(MAX_DEPTH)):
         await sharing.put("k", value)
         found = await sharing.get("k")
@@ -243,7 +242,7 @@ async def test_largest_and_deepest_value_is_accepted(sharing: SharedValues) -> N
 async def test_keys_above_the_limit_of_a_run_are_rejected(
     sharing: SharedValues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those that are there can still be written."""
+    """Existing keys can still be written."""
     monkeypatch.setattr("orchestrator.engine.session_api.shared_values.MAX_KEYS", 2)
     await sharing.put("a", 1)
     await sharing.put("b", 1)
@@ -255,7 +254,7 @@ async def test_keys_above_the_limit_of_a_run_are_rejected(
 async def test_bytes_above_the_limit_of_a_run_are_rejected(
     sharing: SharedValues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A commit that goes back to a checkpoint has to hold all of them; what is replaced does not count."""
+    """A restore writes all of them in one commit; replaced values do not count."""
     monkeypatch.setattr("orchestrator.engine.session_api.shared_values.MAX_BYTES", 1000)
     await sharing.put("a", "x" * 300)
     await sharing.put("b", "x" * 300)
@@ -267,7 +266,7 @@ async def test_bytes_above_the_limit_of_a_run_are_rejected(
 
 
 async def test_put_by_a_fenced_session_is_rejected(sharing: SharedValues, store: Store) -> None:
-    """It is written under the claim of its task."""
+    """A value is written under the claim of its task."""
     await store.commit(Commit([Write(claim_key(API), 0, {"epoch": 2, "released": None})]))
     with pytest.raises(LeaseLost):
         await sharing.put("k", "late", writer=API, claim=Guard(claim_key(API), 1))
@@ -276,7 +275,7 @@ async def test_put_by_a_fenced_session_is_rejected(sharing: SharedValues, store:
 
 
 async def test_version_continues_after_a_removal(sharing: SharedValues, store: Store) -> None:
-    """So that who waits for a later one is not told of an old one, nor misses the new one."""
+    """So that a waiter for a later version gets no older one and does not miss the new one."""
     await sharing.put("k", 1)
     await store.commit(Commit([Write(Key(KIND, "r/k"), 1, None)]))
     assert await sharing.get("k") is None
@@ -287,7 +286,6 @@ async def test_version_continues_after_a_removal(sharing: SharedValues, store: S
 
 
 async def test_foreign_document_is_not_a_value(sharing: SharedValues, store: Store) -> None:
-    """It can be replaced."""
     await store.commit(Commit([Write(Key(KIND, "r/k"), 0, {"odd": 1})]))
     with pytest.raises(RefusedError, match="is unreadable: put it again"):
         await sharing.get("k")

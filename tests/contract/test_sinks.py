@@ -1,4 +1,4 @@
-"""The sinks that come with the package keep the contract that every sink keeps."""
+"""The bundled sinks meet the sink contract."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from orchestrator.testing.sink_contract import SinkContract, sample_events
 
 
 class TestJsonLines(SinkContract):
-    """The contract with a file."""
+    """Run the contract with a file."""
 
     sink_type = JsonLinesSink
 
     def given(self, folder: Path) -> Mapping[str, Any]:
-        """Name a file that does not exist."""
+        """Return a file that does not exist."""
         return {"file": str(folder / "events.jsonl")}
 
     def arrived(self, folder: Path) -> Sequence[int]:
-        """Read the file."""
+        """Return the events in the file."""
         return [line["position"] for line in self.lines(folder)]
 
     def lines(self, folder: Path) -> list[dict[str, Any]]:
@@ -35,7 +35,7 @@ class TestJsonLines(SinkContract):
         return [json.loads(line) for line in (folder / "events.jsonl").read_bytes().splitlines()]
 
     async def test_line_has_the_whole_event(self, tmp_path: Path) -> None:
-        """Position, time, type and fields; the file is the owner's alone."""
+        """Position, time, type and fields; the file is private."""
         (event, *_) = events = sample_events()
         await self.deliver(self.validated(tmp_path), events)
         assert self.lines(tmp_path)[0] == {
@@ -44,7 +44,7 @@ class TestJsonLines(SinkContract):
         assert (tmp_path / "events.jsonl").stat().st_mode & 0o777 == 0o600
 
     async def test_event_is_written_once(self, tmp_path: Path) -> None:
-        """Whatever comes again, after a restart and from two runs in one file, each has one line."""
+        """Repeated events, after a restart or from two runs in one file, have one line."""
         options, ours, theirs = self.validated(tmp_path), sample_events(), sample_events(run="another")
         for events in (ours[:5], theirs[:3], ours[:6], ours, theirs, theirs[-1:], ours[-1:]):
             await self.deliver(options, events)
@@ -52,7 +52,7 @@ class TestJsonLines(SinkContract):
         assert [(line["run"], line["position"]) for line in self.lines(tmp_path)] == expected
 
     async def test_events_of_one_position_are_distinguished(self, tmp_path: Path) -> None:
-        """Where a commit has several events and only some are in the file, the others follow."""
+        """If only some events of a commit are in the file, the others follow."""
         both = [RecordedEvent(3, 0.0, Event(kind, {"run": "r"})) for kind in ("first", "second")]
         await self.deliver(self.validated(tmp_path), both)
         path = tmp_path / "events.jsonl"
@@ -62,7 +62,7 @@ class TestJsonLines(SinkContract):
 
     @pytest.mark.parametrize("kept", [1, 5, 13, 40, -1])
     async def test_truncated_line_is_written_again(self, tmp_path: Path, kept: int) -> None:
-        """What a kill left half written is replaced; what is not ours stays as it is."""
+        """A partial line left by a kill is replaced; foreign content is unchanged."""
         options, events, path = self.validated(tmp_path), sample_events(), tmp_path / "events.jsonl"
         path.write_text("a note of mine, without a line break")
         await self.deliver(options, events[:3])
@@ -74,7 +74,7 @@ class TestJsonLines(SinkContract):
         assert [json.loads(line)["position"] for line in rest] == [one.position for one in events]
 
     async def test_emptied_file_is_continued(self, tmp_path: Path) -> None:
-        """Who rotates it while a run is at work loses nothing that comes later."""
+        """Rotating it during a run loses no later event."""
         events, path = sample_events(), tmp_path / "events.jsonl"
         async with JsonLinesSink(self.validated(tmp_path)) as sink:
             await sink.send(events[:4])
@@ -85,7 +85,7 @@ class TestJsonLines(SinkContract):
         assert self.arrived(tmp_path) == [one.position for one in events[6:]]
 
     async def test_foreign_lock_does_not_block_forever(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """It is an error, so that the sink is told as failing and tried again."""
+        """It is an error, so that the sink is reported as failing and retried."""
         monkeypatch.setattr(jsonlines, "LOCK_TIMEOUT", 0.05)
         with (tmp_path / "events.jsonl").open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -95,7 +95,7 @@ class TestJsonLines(SinkContract):
         assert self.arrived(tmp_path) == []
 
     async def test_concurrent_writers_write_complete_lines(self, tmp_path: Path) -> None:
-        """Many threads of many processes' kind: every line is one event, each there once."""
+        """Every line is one event, and each event has one line."""
         options = self.validated(tmp_path)
         runs = [[RecordedEvent(n, 0.0, Event("x", {"run": f"r{run}", "text": "x" * 500})) for n in range(1, 40)]
                 for run in range(4)]  # fmt: skip

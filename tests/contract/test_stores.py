@@ -1,4 +1,4 @@
-"""Both stores of one machine keep the contract that every store keeps, also behind what survives their absence."""
+"""Both local stores meet the store contract, also behind the outage wrappers."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,22 +16,22 @@ from orchestrator.testing.store_contract import StoreContract
 
 
 class TestMemoryStore(StoreContract):
-    """The contract in memory."""
+    """Run the contract in memory."""
 
     @asynccontextmanager
     async def open_store(self) -> AsyncIterator[Store]:
-        """Make an empty store."""
+        """Return an empty store."""
         yield MemoryStore(SystemClock())
 
 
 class TestFileStore(StoreContract):
-    """The contract on disk."""
+    """Run the contract on disk."""
 
     segment_bytes = 16 << 20
 
     @asynccontextmanager
     async def open_store(self) -> AsyncIterator[Store]:
-        """Open a store in a directory of its own."""
+        """Open a store in its own directory."""
         with TemporaryDirectory() as directory:
             place = Path(directory) / "state"
             async with FileStore.open(place, SystemClock(), segment_bytes=self.segment_bytes) as store:
@@ -39,7 +39,7 @@ class TestFileStore(StoreContract):
 
 
 class TestFileStoreOfTinySegments(TestFileStore):
-    """The contract on disk where nearly each commit begins a new segment."""
+    """Run the contract on disk with a new segment for almost every commit."""
 
     segment_bytes = 100
 
@@ -49,7 +49,7 @@ async def _tell(event: TypedEvent) -> None:
 
 
 class TestPausing(StoreContract):
-    """The contract of a store that is waited for where it can't be reached."""
+    """Run the contract with a store that waits during outages."""
 
     mode: Literal["pause", "continue"] = "pause"
 
@@ -66,6 +66,6 @@ class TestPausing(StoreContract):
 
 
 class TestContinuing(TestPausing):
-    """The contract of one that is gone on without."""
+    """Run the contract with a store that continues locally during outages."""
 
     mode = "continue"

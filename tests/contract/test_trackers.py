@@ -1,4 +1,4 @@
-"""The trackers that come with the package keep the contract that every tracker keeps."""
+"""The bundled trackers meet the tracker contract."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ TEXT = """\
 
 
 class TestChecklist(TrackerContract):
-    """The contract with a file."""
+    """Run the contract with a file."""
 
     tracker_type = ChecklistTracker
 
     def given(self, folder: Path) -> Mapping[str, Any]:
-        """Write a list."""
+        """Write a checklist."""
         (folder / "todo.md").write_bytes(TEXT.encode())
         return {"file": str(folder / "todo.md")}
 
     async def test_open_items_are_tasks(self, tmp_path: Path) -> None:
-        """An id is what the item says, or made from its words; lines below belong to it."""
+        """The id is in the item or derived from its words; indented lines belong to it."""
         tasks = await self.open_tasks(self.validated(tmp_path))
         assert [(task.id, task.prompt) for task in tasks] == [
             ("models", "Add a User model.\nWith a name and an address."),
@@ -56,7 +56,7 @@ class TestChecklist(TrackerContract):
         ]
 
     async def test_tick_changes_one_byte(self, tmp_path: Path) -> None:
-        """Everything else of the file stays, its mode and the link that leads to it too."""
+        """Everything else is unchanged, including the mode and a symlink to the file."""
         options = self.validated(tmp_path)
         path = tmp_path / "todo.md"
         path.rename(tmp_path / "real.md")
@@ -70,7 +70,7 @@ class TestChecklist(TrackerContract):
         assert sorted(path.name for path in tmp_path.iterdir()) == ["real.md", "todo.md"]
 
     async def test_edited_file_is_ticked_at_the_new_position(self, tmp_path: Path) -> None:
-        """Items that moved are found, those that are gone are no error."""
+        """Moved items are found, deleted ones are no error."""
         options = self.validated(tmp_path)
         (tmp_path / "todo.md").write_text("- [ ] New\n- [ ] Add a User model {#models}\n")
         await self.tell(options, _landed("models"), _landed("ends"))
@@ -81,7 +81,7 @@ class TestChecklist(TrackerContract):
         [("- [ ] 漢字\n", "line 1: no id can be derived from '漢字'"), (None, "no such file or directory")],
     )
     async def test_invalid_list_is_rejected(self, tmp_path: Path, text: str | None, what: str) -> None:
-        """A file that is missing, and an item that has no id, are told with what to do."""
+        """The errors for a missing file and an item without an id have the fix."""
         options = self.validated(tmp_path)
         path = tmp_path / "todo.md"
         path.unlink() if text is None else path.write_text(text)
@@ -90,7 +90,7 @@ class TestChecklist(TrackerContract):
 
     @pytest.mark.parametrize("by_link", [False, True])
     async def test_tracked_file_is_rejected(self, tmp_path: Path, by_link: bool) -> None:
-        """Its ticks would be changes in a checkout, which keep work from landing; untracked there it is fine."""
+        """Ticks would be changes in a checkout, which prevent landings; an untracked file is fine."""
         options = self.validated(tmp_path)
         if by_link:
             (tmp_path / "repository").mkdir()

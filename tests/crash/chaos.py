@@ -1,11 +1,11 @@
 """Random work under random faults, judged by git, the log and /proc: `python -m tests.crash.chaos SEED`.
 
-The workload and what goes wrong follow from the seed; when it happens to what does not, which is why a seed repeats a
-trial's kind and not each of its steps. Everything is in one folder, whose file system is small and its own where that
-can be had (`unshare`), so that it can be full.
+The seed determines the workload and the faults but not their timing, so a repeated seed gives a similar trial, not the
+same steps. Everything is in one folder, on a small file system of its own where possible (`unshare`), so that it can
+be filled.
 """
 
-# ruff: noqa: T201 - a program that prints what it found
+# ruff: noqa: T201 - a program that prints its findings
 
 from __future__ import annotations
 
@@ -31,28 +31,27 @@ from tests.conftest import CommandResult, Repository, hermetic_environ
 from tests.crash.judge import Judge, RunProcess, UserCommit, find_processes
 from tests.crash.workload import Workload, make_workload
 
-#: Seconds that a run may take to its end once nothing goes wrong any more.
+# Seconds for a run to end after the last fault.
 END_TIMEOUT = 120.0
-#: Marks the user's own processes, to which nothing happens.
+# Marks processes of the user, which get no faults.
 USER_MARKER = "CHAOS_USER=1"
-#: Set where the file systems that are mounted are this process's own.
+# Set where mounts belong to this process only.
 INSIDE_VARIABLE = "CHAOS_INSIDE"
 DISK_BYTES = 96 << 20
-#: What is killed and stopped, and how much more often.
+# Process kinds to kill and stop, with weights.
 KINDS = {"orchestrator": 2, "git": 4, "session": 2, "supervisor": 2, "bwrap": 1, "check": 1}
 ACTIVE = ("run", "resume", "work")
-#: Statuses of tasks that a person gave up or restored to be so, in the order in which they can be retried.
+# Final statuses caused by a person, in the order in which they can be retried.
 _GIVEN_UP = ("cancelled", "blocked")
-#: The same after a restore: it brings back work that was built before other work on the same paths landed.
+# The same after a restore: it restores work built before other work on the same paths landed.
 _RESTORED = (*_GIVEN_UP, "conflict")
 _OVER = {"landed", "incomplete"}
 
 
 class RunningCommand(threading.Thread):
-    """A command, whose output is read while it runs."""
+    """A command whose output is read while it runs."""
 
     def __init__(self, repository: Repository, *arguments: str) -> None:
-        """Start it."""
         super().__init__(daemon=True)
         self.name, self.began = " ".join(arguments), time.monotonic()
         self._command = repository.start(*arguments)
@@ -61,16 +60,13 @@ class RunningCommand(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        """Read all that it prints."""
+        """Read all of its output."""
         out, err = self._command.communicate()
         self.ended = CommandResult(int(self._command.returncode), out, err)
 
 
 class CommittingUser(threading.Thread):
-    """Commits to the target that is checked out, and tries again until git takes it."""
-
     def __init__(self, repository: Repository, dice: random.Random) -> None:
-        """Take the repository of a run."""
         super().__init__(daemon=True)
         self._repository, self._dice = repository, dice
         self._environ = {**repository.environ, **dict([USER_MARKER.split("=")])}
@@ -80,7 +76,7 @@ class CommittingUser(threading.Thread):
         self.problem = ""
 
     def run(self) -> None:
-        """Commit now and then."""
+        """Commit at random intervals."""
         number = 0
         while not self.done.wait(self._dice.expovariate(1.5)):
             number += 1
@@ -110,7 +106,7 @@ class CommittingUser(threading.Thread):
                             opened.write(f"{message}\n")
                 if not self._git(*staging, "--", path):
                     self._git("commit", "-q", "-m", message, *options)
-                # On a full disk git may fail after it has committed.
+                # On a full disk git may fail after the commit.
                 if not self._git("log", "-9", "--format=%s") and message in self._said.splitlines():
                     self.commits.append(
                         UserCommit(message, {} if is_gone else {path: message}, path if is_gone else None)
@@ -137,10 +133,9 @@ class CommittingUser(threading.Thread):
 
 
 class ChaosTrial:
-    """One run: its workload, what happens to it, and what came of that."""
+    """One run with its workload, faults and outcome."""
 
     def __init__(self, seed: int, root: Path, *, seconds: float, most: int, has_disk: bool) -> None:
-        """Set up a repository in a folder; `has_disk` says that the folder's file system may be filled."""
         self.seed, self.root = seed, root
         self._dice = random.Random(f"{seed} faults")
         self._seconds, self._has_disk = seconds, has_disk
@@ -166,14 +161,14 @@ class ChaosTrial:
         self._user = CommittingUser(self.repository, random.Random(f"{seed} user"))
 
     def note(self, what: str) -> None:
-        """Add a line to what happened."""
+        """Add a line to the trial's log."""
         self.trace.append(f"{time.monotonic() - self._began:6.2f} {what}")
 
     def run(self) -> list[str]:
-        """Torment the run, then let it end; return what was found."""
+        """Inject faults, then let the run end; return the findings."""
         self._user.start()
         self._begin("run", str(self._config))
-        if self._dice.random() < 0.8:  # the first moments are the same in all runs
+        if self._dice.random() < 0.8:  # the first seconds are the same in all runs
             self._wait_for_work()
         end = time.monotonic() + self._dice.uniform(0.4, 1) * self._seconds
         actions = self._actions()
@@ -184,7 +179,7 @@ class ChaosTrial:
             self._dice.choices(list(actions), list(actions.values()))[0]()
         self._thaw(math.inf)
         self._user.done.set()
-        # The index stays locked after a killed landing until the run is resumed.
+        # The index stays locked after a killed landing until a resume.
         deadline = time.monotonic() + END_TIMEOUT
         while self._user.is_alive() and time.monotonic() < deadline:
             self._keep_going()
@@ -216,7 +211,7 @@ class ChaosTrial:
         return list(find_processes(self.root, commands, USER_MARKER.encode()))
 
     def _victim(self) -> RunProcess | None:
-        """Return a process of a random kind; wait a moment for one, as most of git's processes are short."""
+        """Return a process of a random kind; wait briefly for one, since git processes are short-lived."""
         (kind,) = self._dice.choices(list(KINDS), list(KINDS.values()))
         deadline = time.monotonic() + 0.2
         while time.monotonic() < deadline:
@@ -267,7 +262,7 @@ class ChaosTrial:
         return ended.code != 2
 
     def _ask(self, *arguments: str) -> CommandResult:
-        """Run a command that a frozen process may hold up; that goes on after a while."""
+        """Run a command that a stopped process may delay, and continue that process after a while."""
         thaw = threading.Timer(5, self._thaw, (math.inf,))
         thaw.start()
         try:
@@ -290,7 +285,7 @@ class ChaosTrial:
         self._begin(*self._dice.choice(choices))
 
     def _go_back(self) -> None:
-        """Restore a checkpoint of the run, or make the first one."""
+        """Restore a checkpoint of the run, or create the first one."""
         listed = self._ask("checkpoint", "list", "--json")
         found = [one["id"] for one in listed.result["checkpoints"]] if listed.code == 0 else []
         if found and self._dice.random() < 0.6:
@@ -314,7 +309,7 @@ class ChaosTrial:
         self.note("the disk has room")
 
     def _settle(self) -> None:
-        """Let what runs end, then resume until the run is over, and judge it."""
+        """Wait for running commands, then resume until the run ended, and judge it."""
         self.note("no more faults")
         began = time.monotonic()
         if not self._has_run() and not self._active():
@@ -356,13 +351,13 @@ class ChaosTrial:
         return ended.code in {0, 1} and ended.result["status"] in _OVER
 
     def end(self) -> None:
-        """Kill all that is left."""
+        """Kill all remaining processes."""
         for one in self._processes():
             with suppress(ProcessLookupError):
                 os.kill(one.pid, signal.SIGKILL)
 
     def _abort(self) -> None:
-        """End what hangs so that faulthandler prints the stacks of its threads; note those that the kernel knows."""
+        """Abort a hanging process so that faulthandler prints its stacks; log the kernel's stacks."""
         hanging = [one for one in self.commands if one.ended is None]
         for one in hanging:
             with suppress(OSError):
@@ -377,7 +372,7 @@ class ChaosTrial:
             self._wait(began, *(("resume",) if self._has_run() else ("run", str(self._config))))
 
     def _given_up(self) -> list[str]:
-        """Return what must land and was cancelled, or is blocked by what was."""
+        """Return required tasks that were cancelled or are blocked by cancelled ones."""
         ended = self.repository.council("status", "--json")
         if "tasks" not in ended.result:
             self.findings.append(f"`council status` printed {ended.result}")
@@ -390,7 +385,7 @@ class ChaosTrial:
 
 
 def report(trial: ChaosTrial, seconds: float) -> str:
-    """Return what happened in a trial and what was found."""
+    """Return the log and findings of a trial as text."""
     counts = ", ".join(f"{times} {what}" for what, times in sorted(trial.counts.items()))
     lines = [
         f"seed {trial.seed}: {len(trial.workload.jobs)} tasks, {seconds:.1f} s, {len(trial.findings)} findings",
@@ -405,7 +400,7 @@ def report(trial: ChaosTrial, seconds: float) -> str:
 
 
 def run_trial(seed: int, given: argparse.Namespace) -> bool:
-    """Run a trial in a folder of its own and print its report; return whether nothing was found."""
+    """Run a trial in its own folder and print its report; return whether it has no findings."""
     root = Path(tempfile.mkdtemp(prefix="chaos-"))
     mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(root)]
     has_disk = INSIDE_VARIABLE in os.environ and not subprocess.run(mount, check=False).returncode
@@ -423,7 +418,7 @@ def run_trial(seed: int, given: argparse.Namespace) -> bool:
 
 
 def main() -> None:
-    """Run trials one after the other; the exit code is 1 where something was found."""
+    """Run trials in sequence; the exit code is 1 with any finding."""
     parser = argparse.ArgumentParser(prog="python -m tests.crash.chaos")
     parser.add_argument("seeds", type=int, nargs="+", help="what the trials follow from")
     parser.add_argument("--seconds", type=float, default=5.0, help="how long faults happen at most")

@@ -1,4 +1,4 @@
-"""An external judge of a run: git, the records of the log and /proc say whether anything was lost, repeated or left."""
+"""An external judge of a run: from git, the log and /proc, finds lost, repeated and leftover work."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from orchestrator.system.clock import SystemClock
 from tests.conftest import CommandResult, Repository
 from tests.crash.workload import Workload
 
-#: Files that git leaves where it was killed.
+# Files that a killed git leaves behind.
 _STALE = ("*.lock", "tmp_objdir-*", "tmp_pack_*", "tmp_idx_*")
 
 
 @dataclass(frozen=True)
 class RunProcess:
-    """A process of a run: its id and what kind it is."""
+    """A process of a run: its id and kind."""
 
     pid: int
     kind: str
@@ -30,7 +30,7 @@ class RunProcess:
 
 
 def find_processes(root: Path, commands: Container[int], without: bytes) -> Iterator[RunProcess]:
-    """Yield the processes that have to do with a folder, but for those with `without` in their environment."""
+    """Yield the processes that use a folder, except those with `without` in their environment."""
     wanted = os.fsencode(root)
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -38,14 +38,14 @@ def find_processes(root: Path, commands: Container[int], without: bytes) -> Iter
             if without in environ or (folder / "stat").read_bytes().rpartition(b")")[2].split()[0] == b"Z":
                 continue
             is_found = wanted in command or wanted in environ or _is_beneath(folder / "cwd", wanted)
-            # Our own that were forked have nothing of it but what they have open.
+            # Our forked processes are recognizable by open files only.
             if is_found or (
                 b"python" in command and any(_is_beneath(one, wanted) for one in (folder / "fd").iterdir())
             ):
                 pid = int(folder.name)
                 kind = "orchestrator" if pid in commands else _kind(command.split(b"\0"))
                 yield RunProcess(pid, kind, os.fsdecode(command.replace(b"\0", b" "))[:300])
-        except OSError:  # it has ended
+        except OSError:  # the process ended
             continue
 
 
@@ -65,7 +65,7 @@ def _kind(command: Sequence[bytes]) -> str:
 
 @dataclass(frozen=True)
 class UserCommit:
-    """A commit of the user: its message, and the lines that it adds to files and removes with them."""
+    """A commit of the user: its message, and the lines it adds to and removes from files."""
 
     message: str
     added: Mapping[str, str]
@@ -74,7 +74,7 @@ class UserCommit:
 
 @dataclass(frozen=True)
 class Judge:
-    """What was to be done in a repository, what the user did meanwhile, and how commands ended."""
+    """The expected work in a repository, the user's commits, and the exit codes of commands."""
 
     repository: Repository
     workload: Workload
@@ -84,7 +84,7 @@ class Judge:
     commands: Sequence[tuple[str, CommandResult]]
 
     async def findings(self) -> list[str]:
-        """Return all that is wrong once the run has ended."""
+        """Return all problems of an ended run."""
         found = [*self._commands(), *self._target(), *self._user(), *self._checkout(), *self._left()]
         return [*found, *self._tasks(*await self._recorded())]
 
@@ -108,7 +108,7 @@ class Judge:
             yield f"the target went back: {moves}"
 
     def _lines(self) -> Counter[tuple[str, str]]:
-        """Count how often each line was added to a file by the commits of the target, less how often it was removed."""
+        """Count the additions of each line by the target's commits, minus removals."""
         found: Counter[tuple[str, str]] = Counter()
         options = ("--first-parent", "-m", "--patch", "--unified=0", "--no-renames", "--format=")
         path = ""
@@ -144,7 +144,7 @@ class Judge:
 
     def _left(self) -> Iterator[str]:
         root = self.repository.top.parent
-        # Not at any depth: a sandbox leaves empty folders in that of a session where it showed it a repository.
+        # Not at any depth: a sandbox leaves empty mount points in its session's folder.
         homes = (root.glob(f"council-home/*/{name}.git") for name in ("hub", "trusted"))
         repositories = [self.repository.top / ".git", *(one for found in homes for one in found)]
         for repository in repositories:
@@ -167,7 +167,7 @@ class Judge:
             yield f"still locked: {locks}"
 
     async def _recorded(self) -> tuple[dict[str, TaskDocument], dict[str, set[int]]]:
-        """Return the tasks as the log has them, and the attempts of whose plans each was ever recorded to be a part."""
+        """Return the logged tasks, and the attempts of whose plans each was recorded as a part."""
         run = self.repository.council("status", "--json").result["run"]
         plans: dict[str, set[int]] = defaultdict(set)
         async with FileStore.open(self.repository.log, SystemClock()) as store:

@@ -1,7 +1,7 @@
-"""A night's work: tasks of every kind there is with the end that each must come to, and a person who looks in.
+"""A night's work: tasks of all kinds with their expected ends, and an operator.
 
-The agents are scripted so that where a kill hits changes no end: what they do only once they note outside of their
-worktree, and an attempt that is cut off counts for nothing.
+The scripted agents make every end independent of the time of a kill: one-time actions are noted outside of the
+worktree, and interrupted attempts do not count.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from orchestrator.api.council import Council
 from orchestrator.errors import RefusedError
 from tests.conftest import FAKE_CLI, CommandResult, Repository
 
-#: Where work starts; it never moves, and where it meets the target both have changed `CONFLICT_FILE`.
+# The fixed base of all work; the target also changes `CONFLICT_FILE`.
 BASE, CONFLICT_FILE = "dev", "both.txt"
-#: A secret by its variable's name, and one by its form.
+# Secrets detected by variable name and by form.
 CANARIES = {"CANARY_TOKEN": "canary-value-0451-xyz", "HARMLESS": "ghp_" + "Canary0451" * 4}
 FAIL_ON_CHECKS = {"on_checks_failed": "fail"}
 
 
 @dataclass(frozen=True)
 class NightTask:
-    """One task: what its agent does, how it ends (state, class of failure), and what else its entry says."""
+    """A task with its agent's script, its expected end (state, failure class), and more keys of its entry."""
 
     prompt: str
     ends: tuple[str, str | None] = ("landed", None)
@@ -40,7 +40,7 @@ class NightTask:
 
 @dataclass(frozen=True)
 class RivalTasks:
-    """Tasks of which exactly one lands; which one it is depends on who comes first."""
+    """Tasks of which exactly one lands, depending on the order."""
 
     jobs: Mapping[str, NightTask]
     loser: tuple[str, str | None]
@@ -48,7 +48,7 @@ class RivalTasks:
 
 @dataclass(frozen=True)
 class ProjectTests:
-    """A project's own tests: the command that runs them, and a file with one more, for a name and an assertion."""
+    """A project's test command, and a test file for a name and an assertion."""
 
     check: str
     folder: str
@@ -59,7 +59,7 @@ class ProjectTests:
         return f"write {self.folder}/test_{name}.py {self.template.format(name=name, claim=claim)}"
 
 
-#: Standard library alone: for repositories that have nothing else.
+# Only the standard library, for repositories without dependencies.
 UNITTEST = ProjectTests(
     f"{sys.executable} -S -m unittest -q",
     ".",
@@ -74,7 +74,7 @@ PYTEST = ProjectTests(
 
 
 def few_tasks(suite: ProjectTests, ledger: Path) -> tuple[dict[str, NightTask], list[RivalTasks]]:
-    """Return the kinds that matter most."""
+    """Return the most important kinds."""
     jobs = {
         "first": NightTask(suite.write("first")),
         "second": NightTask(f"append log.txt second\n{suite.write('second')}", entry={"needs": ["first"]}),
@@ -146,7 +146,7 @@ def many_tasks(suite: ProjectTests, ledger: Path, outside: Path) -> tuple[dict[s
 
 @dataclass(frozen=True)
 class OvernightRun:
-    """A repository, what is to be done in it over night, and what must come of that."""
+    """A repository with a night's tasks and their expected results."""
 
     repository: Repository
     suite: ProjectTests
@@ -154,7 +154,7 @@ class OvernightRun:
     rivals: Sequence[RivalTasks]
 
     def prepare(self) -> Path:
-        """Set the repository up and write the config."""
+        """Set up the repository and write the config."""
         repository = self.repository
         repository.commit({CONFLICT_FILE: "base\n", "nightlib.py": "def f(): return None\n"}, "for the night")
         repository.git("branch", BASE)
@@ -229,20 +229,19 @@ class OvernightRun:
 
 
 class Operator(threading.Thread):
-    """Mends what `retried` needs once it has failed; when that has landed, and may be, cancels `cancelled`.
+    """Fixes the cause of `retried` once it failed, then cancels `cancelled` after it landed.
 
-    Before that the run can't come to its end.
+    The run cannot end before that.
     """
 
     def __init__(self, repository: Repository) -> None:
-        """Take the repository of a run that starts soon."""
         super().__init__()
         self._repository = repository
         self.done, self.may_cancel = threading.Event(), threading.Event()
         self._mended = False
 
     def run(self) -> None:
-        """Ask again whenever there was nobody who could be asked."""
+        """Repeat requests while no process accepts them."""
         while not self.done.is_set():
             states = anyio.run(read_task_states, self._repository)
             if states.get("retried") == "failed" and not self._mended:
@@ -255,7 +254,7 @@ class Operator(threading.Thread):
 
 
 async def read_task_states(repository: Repository) -> dict[str, str]:
-    """Return the states of the newest run's tasks; none where there is no run yet."""
+    """Return the task states of the newest run, none without a run."""
     try:
         async with Council.open(repository.top, environ=repository.environ) as council:
             found = await council.runs.status()
@@ -265,12 +264,12 @@ async def read_task_states(repository: Repository) -> dict[str, str]:
 
 
 def is_running_elsewhere(ended: CommandResult) -> bool:
-    """Whether a command was refused because another one is at work in the run, as a person's is for a moment."""
+    """Return whether a command was rejected because another one is active in the run."""
     return ended.code == 2 and "is at work" in ended.stdout
 
 
 def resume_to_end(repository: Repository) -> CommandResult:
-    """Resume until the run is over."""
+    """Resume until the run ended."""
     for _ in range(50):
         ended = repository.council("resume", "--json", timeout=400)
         if not is_running_elsewhere(ended):

@@ -1,4 +1,4 @@
-"""Real projects for the long tests: source archives from the package index, unpacked into a test's repository."""
+"""Real projects for the long tests: source archives from the package index as repositories."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tests.conftest import Repository
 
 
 def download(requirement: str, folder: Path) -> Path:
-    """Return the source archive of a requirement."""
+    """Download the source archive of a requirement."""
     command = ["download", "--quiet", "--no-deps", "--no-binary", ":all:", "--dest", str(folder), requirement]
     subprocess.run([sys.executable, "-m", "pip", *command], check=True)
     return next(folder.glob("*.tar.gz"))
 
 
 def unpack(archive: Path, repository: Repository) -> None:
-    """Commit an archive's files to a repository."""
+    """Commit the files of an archive to a repository."""
     with tarfile.open(archive) as opened:
         opened.extractall(repository.top.parent, filter="data")
         name = opened.getnames()[0].split("/")[0]
@@ -28,6 +28,6 @@ def unpack(archive: Path, repository: Repository) -> None:
             path.rename(target)
         else:
             subprocess.run(["cp", "-r", f"{path}/.", str(target)], check=True)
-    repository.git("add", "--all", "--force")  # what an archive holds belongs to it, whatever its .gitignore says
+    repository.git("add", "--all", "--force")  # all files of an archive belong to it, despite its .gitignore
     repository.commit({}, "the project")
     repository.remember()

@@ -1,4 +1,4 @@
-"""Trials of random work under random faults: CHAOS_TRIALS of them, whose seeds begin at CHAOS_SEED."""
+"""Trials of random work under random faults: CHAOS_TRIALS of them, with seeds from CHAOS_SEED."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FIRST, TRIALS = (int(os.environ.get(f"CHAOS_{name}", usual)) for name, usual in 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + TRIALS))
 def test_chaos_loses_repeats_and_leaves_nothing(seed: int, tmp_path: Path) -> None:
-    """A trial of its own process, so that it can have a file system of its own."""
+    """Each trial is a process, so that it can have a file system of its own."""
     command = [sys.executable, "-m", "tests.crash.chaos", str(seed)]
     environ = {**os.environ, "TMPDIR": str(tmp_path)}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Killed while a checkpoint is made or restored: the state is as it was before or then, and nothing between."""
+"""Kills during the creation or restore of a checkpoint: the result is the old or the new state."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.crash.test_crashes import CHECKPOINT_FAILPOINTS, chain_and_sides, con
     ],
 )
 async def test_restore_killed_at_a_failpoint_is_complete_or_absent(repository: Repository, name: str) -> None:
-    """It is restored wholly or not at all; either way the run resumes and lands each task once."""
+    """In both cases the run resumes and lands each task once."""
     config = configure(repository, chain_and_sides(4))
     assert repository.council("run", str(config), failpoints="session.spawned=kill@2").code == -signal.SIGKILL
     made = repository.council("checkpoint", "create", "--json").result
@@ -46,7 +46,7 @@ async def test_restore_killed_at_a_failpoint_is_complete_or_absent(repository: R
     ],
 )
 async def test_run_killed_after_a_restore_resumes(repository: Repository, name: str) -> None:
-    """A resume of what was restored may be killed as any other."""
+    """The resume of a restored run is killed like any other."""
     config = configure(repository, chain_and_sides(4))
     assert repository.council("run", str(config), failpoints="landing.recorded=kill").code == -signal.SIGKILL
     made = repository.council("checkpoint", "create", "--json").result

@@ -1,4 +1,4 @@
-"""Killed anywhere, a run that is resumed lands each task once and leaves nothing behind."""
+"""A run killed at any point and resumed lands each task once and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from orchestrator.system.failpoints import FAILPOINTS
 from tests.conftest import CommandResult, Repository
 from tests.waiting import wait_for
 
-#: Reached by a request from another process; see below.
+# Reached by a request from another process; see below.
 REQUEST_FAILPOINTS = frozenset(name for name in FAILPOINTS if name.startswith("request."))
 #: Those of the store, which has tests of its own; see test_file_store_kills.py, test_compaction.py and test_copying.py
 #: in tests/integration.
 STORE_FAILPOINTS = frozenset(name for name in FAILPOINTS if name.startswith("state."))
-#: Reached by making or restoring a checkpoint; see tests/crash/test_checkpoints.py.
+# Reached by creating or restoring a checkpoint; see tests/crash/test_checkpoints.py.
 CHECKPOINT_FAILPOINTS = frozenset({"run.taken_over", "checkpoint.created", "checkpoint.restored"})
-#: Reached by writing the readable copies; see tests/integration/test_views.py.
+# Reached by writing the readable copies; see tests/integration/test_views.py.
 VIEW_FAILPOINTS = frozenset({"views.written", "views.replaced"})
 #: Reached by importing what older layouts have, and by forgetting runs; see tests/integration/test_legacy.py and
 #: test_clean_runs.py there.
 RECORD_FAILPOINTS = frozenset({"legacy.begun", "legacy.imported", "run.removed"})
-#: Reached by tasks with a workflow; see tests/crash/test_phases.py and tests/integration/test_expansion.py.
+# Reached by tasks with a workflow; see tests/crash/test_phases.py and tests/integration/test_expansion.py.
 PHASE_FAILPOINTS = frozenset({"phase.checked", "phase.finished", "handoff.taken", "plan.subtasks"})
-#: Those that a run never reaches by itself.
+# Never reached by a run.
 UNREACHED_FAILPOINTS = (
     REQUEST_FAILPOINTS
     | STORE_FAILPOINTS
@@ -40,18 +40,18 @@ UNREACHED_FAILPOINTS = (
     | RECORD_FAILPOINTS
     | PHASE_FAILPOINTS
 )
-#: Reached only once by the tasks of `chain_and_sides`.
+# Reached only once by the tasks of `chain_and_sides`.
 SINGLE_HIT_FAILPOINTS = frozenset(
     {"run.seeded", "run.leader_elected", "run.finished", "adapter.cooling_down", "landing.rejected"}
 )
 RECOVERY_FAILPOINTS = frozenset(name for name in FAILPOINTS if name.startswith("recovery."))
-#: Those that every process reaches that has some tasks to work on.
+# Reached by every process with a few tasks.
 FAILPOINTS_IN_TURN = sorted(
     FAILPOINTS - RECOVERY_FAILPOINTS - UNREACHED_FAILPOINTS - SINGLE_HIT_FAILPOINTS - {"slot.partly_made"}
 )
-#: So many that enough are left for the last of them.
+# Enough tasks for the last failpoint.
 TASKS_IN_TURN = 12
-#: Where the first process must die for a recovery to reach each point.
+# The kill of the first process after which a recovery reaches each failpoint.
 FIRST_KILL_FOR = {
     "recovery.session_reaped": "session.spawned",
     "recovery.attempt_returned": "attempt.recorded",
@@ -60,10 +60,10 @@ FIRST_KILL_FOR = {
 
 
 def chain_and_sides(count: int) -> list[dict[str, object]]:
-    """Return tasks of which every third needs the one before; most of what can happen to a task happens to one.
+    """Return tasks of which every third needs the one before, with most kinds of events.
 
-    One runs into a limit, one fails once, one leaves a daemon behind, one does not pass its checks at first. Each
-    changes a file that was there before, so that there is something to clean behind it.
+    One reaches a limit, one fails once, one leaves a daemon behind, one first fails its checks. Each changes an existing
+    file, so that there is something to clean.
     """
     tasks: list[dict[str, object]] = []
     for index in range(count):
@@ -81,7 +81,6 @@ def chain_and_sides(count: int) -> list[dict[str, object]]:
 
 
 def configure(repository: Repository, tasks: list[dict[str, object]]) -> Path:
-    """Write the config of tasks whose merges are checked, with an adapter whose limit is over at once."""
     repository.commit({f"old/{index}.txt": "old\n" for index in range(len(tasks))}, "what tasks change")
     repository.remember()
     path = repository.configure(tasks)
@@ -94,7 +93,7 @@ def configure(repository: Repository, tasks: list[dict[str, object]]) -> Path:
 
 
 async def assert_sink_complete(repository: Repository) -> None:
-    """Check that the file of the sink, if there is one, has every event once and in order."""
+    """Assert that the sink's file, if any, has every event once and in order."""
     file = repository.top.parent / "events.jsonl"
     async with FileStore.open(repository.log, SystemClock()) as store:
         last, recorded = await store.position(), []
@@ -107,7 +106,7 @@ async def assert_sink_complete(repository: Repository) -> None:
 
 
 async def resume_and_check(repository: Repository, count: int) -> CommandResult:
-    """Resume until the run is over; check that it all landed once, and that one more resume changes nothing."""
+    """Resume until the run ended; assert that each task landed once, and that another resume changes nothing."""
     ended = repository.council("resume", "--json")
     assert ended.code == 0, ended
     assert set(ended.states.values()) == {"landed"}
@@ -124,7 +123,7 @@ async def resume_and_check(repository: Repository, count: int) -> CommandResult:
 
 @pytest.mark.slow
 async def test_run_killed_at_each_step_in_turn_lands_every_task_once(repository: Repository) -> None:
-    """One run that is killed at each step in turn, whatever the kill before has left, loses and repeats nothing."""
+    """Each kill acts on the leftovers of the one before."""
     config = configure(repository, chain_and_sides(TASKS_IN_TURN))
     command = ["run", str(config)]
     for name in ("run.seeded", "run.leader_elected", "adapter.cooling_down", *FAILPOINTS_IN_TURN):
@@ -143,7 +142,7 @@ async def test_run_killed_at_each_step_in_turn_lands_every_task_once(repository:
     ],
 )
 async def test_run_killed_at_a_failpoint_lands_every_task_once(repository: Repository, name: str, hit: int) -> None:
-    """A kill right after any persisted or outward step loses nothing and repeats nothing."""
+    """After each persisted or external step."""
     config = configure(repository, chain_and_sides(4))
     killed = repository.council("run", str(config), "--json", failpoints=f"{name}=kill@{hit}")
     assert killed.code == -signal.SIGKILL, killed
@@ -159,9 +158,9 @@ async def test_run_killed_at_a_failpoint_lands_every_task_once(repository: Repos
     ],
 )
 async def test_recovery_killed_at_a_failpoint_is_repeated(repository: Repository, name: str, again: str) -> None:
-    """A recovery that is itself killed, and the one after it too, comes to the same end."""
+    """Recoveries are killed twice in a row."""
     tasks = chain_and_sides(4)
-    # It starts after the third landing, so that each of the processes below has a session and a landing to make.
+    # Starts after the third landing, so that each process below has a session and a landing.
     tasks[3]["needs"] = ["t0", "t1", "t2"]
     config = configure(repository, tasks)
     assert repository.council("run", str(config), failpoints=f"{FIRST_KILL_FOR[name]}=kill@2").code == -signal.SIGKILL
@@ -180,7 +179,7 @@ async def test_recovery_killed_at_a_failpoint_is_repeated(repository: Repository
     ],
 )
 async def test_request_killed_while_handled_is_completed(repository: Repository, name: str, action: str) -> None:
-    """What was asked happens once, whoever is killed: the one who asks, or the one who obeys."""
+    """Both the requesting and the handling process are killed; the request takes effect once."""
     tasks: list[dict[str, object]] = [
         {"id": "failed", "prompt": "attempt 1 exit 1\nwrite f.txt x", "attempts": 1},
         {"id": "pending", "prompt": "write p.txt x", "needs": ["failed"]},
@@ -198,7 +197,7 @@ async def test_request_killed_while_handled_is_completed(repository: Repository,
 
 @pytest.mark.extended
 async def test_resume_waits_until_a_stubborn_agent_is_dead(repository: Repository) -> None:
-    """With an agent that ignores TERM, leaves its session and keeps writing, nothing is touched before all is dead."""
+    """The agent ignores TERM, leaves its process session and keeps writing; nothing is touched before it is dead."""
     prompt = "stubborn\nwrite file.txt first\ndaemon file.txt\nattempt 1 hang"
     config = repository.configure([{"id": "stubborn", "prompt": prompt}])
     child = repository.start("run", str(config))
@@ -215,13 +214,13 @@ async def test_resume_waits_until_a_stubborn_agent_is_dead(repository: Repositor
 
 
 def is_daemon_running(repository: Repository) -> bool:
-    """Whether an agent's daemon is at work in a session of the repository."""
+    """Return whether an agent's daemon runs in a session of the repository."""
     homes = repository.top.parent / "council-home"
     return any(len(path.read_bytes()) > 10 for path in homes.glob("*/sessions/*/*/slot/tree/file.txt"))
 
 
 async def test_signal_preserves_the_work_for_resume(repository: Repository) -> None:
-    """The first SIGINT ends sessions, keeps what they did on a branch, exits 130; resume goes on."""
+    """The first SIGINT ends sessions, preserves their work on branches and exits 130; resume continues."""
     prompt = "write half.txt half\nattempt 1 hang"
     config = repository.configure([{"id": "long", "prompt": prompt}])
     child = repository.start("run", str(config), "--json")
@@ -240,7 +239,7 @@ async def test_signal_preserves_the_work_for_resume(repository: Repository) -> N
 
 
 async def test_killed_supervisor_costs_one_attempt_and_leaves_no_process(repository: Repository) -> None:
-    """Without its supervisor a session is over: its processes are killed, its files kept, its neighbours go on."""
+    """Its session ends: processes are killed, files preserved, other sessions continue."""
     tasks = [
         {"id": "victim", "prompt": "write half.txt half\nattempt 1 hang\nwrite whole.txt w"},
         {"id": "neighbour", "prompt": "write n.txt n"},
@@ -259,7 +258,7 @@ async def test_killed_supervisor_costs_one_attempt_and_leaves_no_process(reposit
 
 
 def is_session(process: psutil.Process, task: str) -> bool:
-    """Whether a process is the fake CLI of a task's session."""
+    """Return whether a process is the fake CLI of a task's session."""
     try:
         return any("fake_cli.py" in part for part in process.cmdline()) and process.environ()["COUNCIL_TASK"] == task
     except (psutil.Error, KeyError):
@@ -270,7 +269,7 @@ def is_session(process: psutil.Process, task: str) -> bool:
 @pytest.mark.parametrize("at", [-3, pytest.param(30, marks=pytest.mark.slow)], ids=["payload", "header"])
 @pytest.mark.parametrize("line", [-1, 0, pytest.param(1, marks=pytest.mark.slow)])
 async def test_damaged_log_is_reported(repository: Repository, line: int, at: int) -> None:
-    """A flipped byte in any record is reported by the next command, in text and JSON, and nothing crashes."""
+    """A flipped byte in any record is reported by the next command, in text and JSON, without a crash."""
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
     assert repository.council("run", str(config), failpoints="work.recorded=kill").code == -signal.SIGKILL
     log = next((repository.top / ".council/state").glob("*/*.jsonl"))

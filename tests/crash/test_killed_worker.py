@@ -1,4 +1,4 @@
-"""Of several processes in one run any is killed anywhere: the others finish, nothing is lost, repeated or left."""
+"""Any one of several processes of a run is killed: the others finish without lost, repeated or leftover work."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from tests.crash.test_crashes import (
 from tests.integration.test_shared_runs import QUICK, assert_each_landed_once, ended, happened, states
 from tests.waiting import wait_for
 
-#: What only the leader reaches.
+# Reached by the leader only.
 LEADER_FAILPOINTS: Final = frozenset({"run.seeded", "run.leader_elected", "run.finished", "sink.sent"})
-#: What only who stands in for another reaches.
+# Reached by a replacement leader only.
 TAKEOVER_FAILPOINTS: Final = RECOVERY_FAILPOINTS | {"claims.taken_over"}
-#: What a process reaches before the session of its first task is at work.
+# Reached by a process before the session of its first task runs.
 EARLY_FAILPOINTS: Final = frozenset(
     {
         "attempt.recorded",
@@ -44,25 +44,25 @@ EARLY_FAILPOINTS: Final = frozenset(
         "session.spawned",
     }
 )
-#: Commits, of which each process makes many.
+# Commits, of which each process makes many.
 COMMIT_FAILPOINTS: Final = frozenset({"state.appended", "state.published"})
 WORKER_FAILPOINTS: Final = (
     FAILPOINTS - UNREACHED_FAILPOINTS - LEADER_FAILPOINTS - TAKEOVER_FAILPOINTS | COMMIT_FAILPOINTS
 )
-#: The short form: the leader is killed, then whoever replaces it.
+# The short form: the leader is killed, then its replacement.
 QUICK_CASES: Final = {("stand-in", "claims.taken_over", 1)}
 
-#: Whoever is dead is known to be by its lock, and who is only slow is left alone.
+# Death is detected by the lock, and slow processes are not taken over.
 SLOW_EXPIRY: Final = {**QUICK, "stale_after": "60s", "owner_stale_after": "60s"}
 
-#: Tasks that wait for a word of the test's: while a process has one, it starts no other.
+# Tasks that wait for a signal of the test; they use all the capacity of their process.
 GATED: Final = ("first", "second", "third")
 COUNT: Final = 5
 
 
 @dataclass
 class RunProcesses:
-    """Processes in one run, each of which begins with a task that waits until it may end."""
+    """Processes of one run, each starting with a task that waits for a signal."""
 
     repository: Repository
     processes: list[StartedCommand] = field(default_factory=list)
@@ -88,17 +88,17 @@ class RunProcesses:
         return self.repository.spawns.parent / f"gate-{task}"
 
     def open(self, *tasks: str) -> None:
-        """Have tasks end that waited."""
+        """Signal waiting tasks to end."""
         for task in tasks:
             self._gate(task).touch()
 
     def run(self, failpoints: str = "") -> StartedCommand:
-        """Start the run; return once its process is at a session or dead."""
+        """Start the run; return once its process has a session or is dead."""
         child = self.repository.start("run", str(self.config), "--json", failpoints=failpoints)
         return self._added(child)
 
     def work(self, failpoints: str = "") -> StartedCommand:
-        """Have one more process join; return once it is at a session or dead."""
+        """Start another worker; return once it has a session or is dead."""
         child = self.repository.start("work", "--run", self.id, "--json", failpoints=failpoints)
         return self._added(child)
 
@@ -109,27 +109,27 @@ class RunProcesses:
         return child
 
     def begun(self) -> int:
-        """Return how many sessions have begun."""
+        """Return the number of started sessions."""
         spawns = self.repository.spawns
         return len(spawns.read_text().splitlines()) if spawns.exists() else 0
 
     @property
     def id(self) -> str:
-        """The run's."""
+        """Return the id of the run."""
         return str(self.repository.council("status", "--json").result["run"])
 
     async def claimed(self) -> int:
-        """Return how often somebody has become the leader."""
+        """Return how often the leader role was claimed."""
         return sum(event.type == "run.leader_elected" for event in await happened(self.repository))
 
 
 def is_killed(child: StartedCommand) -> bool:
-    """Whether a process has been killed by now."""
+    """Return whether a process was killed."""
     return child.poll() == -signal.SIGKILL
 
 
 def kill_cases() -> list[object]:
-    """Return who is killed where, at which time that it gets there."""
+    """Return the process to kill, its failpoint, and the number of its hit."""
     found = [
         ("leader", name, 1 + (name in EARLY_FAILPOINTS - {"slot.partly_made"}))
         for name in WORKER_FAILPOINTS | LEADER_FAILPOINTS
@@ -145,7 +145,7 @@ def kill_cases() -> list[object]:
 async def test_tasks_of_a_killed_worker_are_finished_by_the_others(
     repository: Repository, who: str, name: str, hit: int
 ) -> None:
-    """One is killed at a failpoint while the others are at sessions: each task lands once, nothing is left."""
+    """The others have running sessions meanwhile; each task lands once, nothing is left over."""
     crew = RunProcesses(repository)
     spec = f"{name}=kill@{hit}"
     if who == "stand-in":
@@ -174,15 +174,15 @@ async def test_tasks_of_a_killed_worker_are_finished_by_the_others(
     codes = ended(*crew.processes)
     assert {code for code in codes if code != -signal.SIGKILL} <= {0}, [one.communicate() for one in crew.processes]
     is_over = name == "run.finished"
-    if is_over:  # nobody was left to tell sinks of it: who comes next does
+    if is_over:  # events without a remaining process reach sinks in the next one
         assert repository.council("resume").code == 0
     await assert_finished(repository, crew.tasks, unended=int(is_over))
 
 
 async def assert_finished(repository: Repository, tasks: Sequence[str], *, unended: int = 0) -> None:
-    """Check that a run is over with every task landed once, and that nothing of its processes is left.
+    """Assert that the run ended with every task landed once, and no leftovers of its processes.
 
-    `unended` is how many were killed when the run was over, of which nobody has said since that they are gone.
+    `unended` is the number of killed processes that nobody recorded as dead.
     """
     status = repository.council("status", "--json").result
     assert (status["status"], set(states(repository).values())) == ("landed", {"landed"})

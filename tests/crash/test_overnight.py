@@ -1,4 +1,4 @@
-"""A night with agents of every kind: each task ends as it should, and the target is green at every commit."""
+"""A night with agents of every kind: each task ends as expected, and every commit of the target passes the tests."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PROJECT = "pluggy==1.6.0"
 
 @pytest.fixture
 def person(repository: Repository) -> Iterator[Operator]:
-    """Somebody who looks in from another terminal."""
+    """Return an operator in another terminal."""
     made = Operator(repository)
     yield made
     made.done.set()
@@ -38,20 +38,20 @@ def person(repository: Repository) -> Iterator[Operator]:
 
 @pytest.fixture
 def short(repository: Repository) -> OvernightRun:
-    """Nine tasks in a small repository."""
+    """Return nine tasks in a small repository."""
     repository.commit({"test_app.py": UNITTEST.template.format(name="app", claim="True")})
     return OvernightRun(repository, UNITTEST, *few_tasks(UNITTEST, repository.spawns))
 
 
 @pytest.fixture(scope="session")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The source archive of a project with tests that are quick."""
+    """Return the source archive of a project with fast tests."""
     return download(PROJECT, tmp_path_factory.mktemp("archive"))
 
 
 @pytest.fixture
 def long(archive: Path, repository: Repository) -> OvernightRun:
-    """Forty tasks in a real project."""
+    """Return forty tasks in a real project."""
     unpack(archive, repository)
     night = OvernightRun(repository, PYTEST, *many_tasks(PYTEST, repository.spawns, repository.top))
     assert len(night.jobs) == 40
@@ -72,7 +72,7 @@ async def run_uninterrupted(night: OvernightRun, person: Operator) -> None:
 async def run_with_kills(
     night: OvernightRun, person: Operator, kills: int, dice: random.Random, longest: float
 ) -> None:
-    """Kill `kills` owners of the run at moments that no one chose, then let one come to the end."""
+    """Kill the owner of the run at random times, `kills` times, then let the last one finish."""
     repository, command = night.repository, ["run", str(night.prepare()), "--json"]
     person.start()
     while kills:
@@ -84,7 +84,7 @@ async def run_with_kills(
             child.send_signal(signal.SIGKILL)
             child.communicate()
             kills -= 1
-        # Killed before the run was recorded there is nothing to resume.
+        # Without a recorded run there is nothing to resume.
         command = ["resume", "--json"] if await read_task_states(repository) else command
     person.may_cancel.set()
     ended = resume_to_end(repository) if command[0] == "resume" else repository.council(*command, timeout=400)
@@ -101,7 +101,7 @@ async def test_short_overnight_run_lands_everything(short: OvernightRun, person:
 
 @pytest.mark.slow
 async def test_short_overnight_run_with_kills_lands_everything(short: OvernightRun, person: Operator) -> None:
-    """The same end, with three owners killed on the way."""
+    """The results are the same with three killed owners."""
     await run_with_kills(short, person, 3, random.Random(0), 2.0)
 
 

@@ -1,4 +1,4 @@
-"""Killed at any step of a workflow, a run that is resumed goes on at the phase that was cut off."""
+"""A workflow killed at any step and resumed continues at the interrupted phase."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from orchestrator.system.clock import SystemClock
 from tests.conftest import Repository
 
 PHASES = ("scout", "plan", "build", "review")
-#: Reached once by each session, or as often as said.
+# Reached once by each session, or as often as given.
 STEPS = {
     "attempt.recorded": 4,
     "worktree.created": 4,
@@ -36,7 +36,7 @@ STEPS = {
 
 
 def configure(repository: Repository) -> Path:
-    """Write the config of a task of four phases."""
+    """Write the config of a task with four phases."""
     scout = json.dumps({"scout_findings": ["there is a README"]})
     plan = json.dumps({"tasks": [{"id": "t1", "prompt": "b"}], "dependencies": [], "timeline": [], "resources": []})
     steps = (
@@ -57,7 +57,7 @@ def configure(repository: Repository) -> Path:
 
 
 async def recorded(repository: Repository, run: str) -> TaskDocument:
-    """Check what is on record of the task, and return it."""
+    """Assert the records of the task, and return them."""
     async with FileStore.open(repository.log, SystemClock()) as store:
         task = await read_task(store, run, "t")
         handoffs = {id_: one for id_, (_, one) in (await read_handoffs(store, run, "t")).items()}
@@ -68,14 +68,14 @@ async def recorded(repository: Repository, run: str) -> TaskDocument:
                 break
     assert [(one.phase, one.status) for one in task.phases] == [(name, PhaseStatus.COMPLETED) for name in PHASES]
     assert [event.data["phase"] for event in events if event.type == "phase.completed"] == list(PHASES)
-    # Each phase handed over once, each was received once by whoever was given it, and nothing else was.
+    # Each phase submitted one handoff, and each handoff was received once by its recipient only.
     assert sorted(handoffs) == sorted(one.handoff or "" for one in task.phases)
     assert sum(event.type == "handoff.delivered" for event in events) == len(PHASES)
     received = [(id_, one.phase) for one in task.phases for id_ in one.received]
     assert sorted((id_, receipt.phase) for id_, one in handoffs.items() for receipt in one.receipts) == sorted(received)
     assert sum(event.type == "handoff.received" for event in events) == len(received) > 0
     assert all(map(is_intact, handoffs.values()))
-    # What was done stays done: attempts follow the phases, each of them is of one visit.
+    # Done phases stay done: attempts are in phase order, each of one visit.
     order = [PHASES.index(one.phase or "") for one in task.attempts]
     assert order == sorted(order)
     assert [number for one in task.phases for number in one.attempts] == [one.number for one in task.attempts]
@@ -87,14 +87,14 @@ async def recorded(repository: Repository, run: str) -> TaskDocument:
     [pytest.param(name, hit, marks=pytest.mark.slow) for name, hits in STEPS.items() for hit in range(1, hits + 1)],
 )
 async def test_workflow_killed_at_a_failpoint_resumes(repository: Repository, name: str, hit: int) -> None:
-    """Phases that are done stay done, and no session is started that is not on record."""
+    """Done phases are kept, and no session starts without a record."""
     killed = repository.council("run", str(configure(repository)), "--json", failpoints=f"{name}=kill@{hit}")
     assert killed.code == -signal.SIGKILL, killed
     ended = repository.council("resume", "--json")
     assert ended.states == {"t": "landed"}, ended
     task = await recorded(repository, killed.lines[0]["run"])
     started = [line.split()[2] for line in repository.spawns.read_text().splitlines()]
-    assert sorted(set(started)) == sorted(started), "no attempt was begun twice"
+    assert sorted(set(started)) == sorted(started), "no attempt was started twice"
     assert set(started) <= {str(one.number) for one in task.attempts}
     assert (repository.top / "b.txt").read_text() == "hello\n"
     await repository.assert_invariants()
@@ -102,7 +102,7 @@ async def test_workflow_killed_at_a_failpoint_resumes(repository: Repository, na
 
 @pytest.mark.extended
 async def test_workflow_killed_at_each_step_in_turn_resumes(repository: Repository) -> None:
-    """However often it is killed, it comes to its end."""
+    """It finishes after any number of kills."""
     command = ["run", str(configure(repository))]
     run = ""
     for name in (

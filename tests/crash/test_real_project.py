@@ -1,4 +1,4 @@
-"""The long form: a real project's repository, twelve real edits by real programs, killed everywhere."""
+"""The long form: a real project's repository, twelve edits by real programs, killed at every failpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 PROJECT = "flask==3.1.2"
 
-#: Edits by sed, perl, awk and python3, in two chains of four and four side by side.
+# Edits by sed, perl, awk and python3, in two chains of four and four independent ones.
 EDITS = {
     "license-year": "sed -i 's/2010/2010-2026/' LICENSE.txt",
     "readme-title": "sed -i '1s/.*/# Flask, edited/' README.md",
@@ -42,13 +42,13 @@ SHELL = {"use": "command", "argv": ["sh", "-e", "{prompt_file}"]}
 
 @pytest.fixture(scope="session")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project's source archive."""
+    """Return the source archive of the project."""
     return download(PROJECT, tmp_path_factory.mktemp("archive"))
 
 
 @pytest.fixture
 def project(archive: Path, repository: Repository) -> Repository:
-    """A repository that holds the archive's files."""
+    """Return a repository with the files of the archive."""
     unpack(archive, repository)
     assert len(repository.git("ls-files").splitlines()) > 200
     return repository
@@ -62,7 +62,7 @@ def configure(project: Repository) -> Path:
 
 
 async def test_twelve_real_edits_land_once_each(project: Repository) -> None:
-    """Without any crash."""
+    """Without a crash."""
     assert project.council("run", str(configure(project)), "--json").code == 0
     await resume_and_check(project, len(EDITS))
 
@@ -71,7 +71,7 @@ async def test_twelve_real_edits_land_once_each(project: Repository) -> None:
     "name", sorted(FAILPOINTS - UNREACHED_FAILPOINTS - {"adapter.cooling_down", "landing.rejected", "sink.sent"})
 )
 async def test_real_project_killed_at_every_failpoint_lands_once(project: Repository, name: str) -> None:
-    """Killed at the fifth time (or the only one) that a step is reached."""
+    """Killed at the fifth hit of a failpoint, or its only one."""
     config = str(configure(project))
     hit = 1 if name.startswith("run.") else 5
     if name in RECOVERY_FAILPOINTS:

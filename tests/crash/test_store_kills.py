@@ -1,4 +1,4 @@
-"""Writers of one store that are killed at any moment: nothing that was acknowledged is lost, or older than it was."""
+"""Writers of one store killed at random times: acknowledged commits are neither lost nor reverted."""
 
 from __future__ import annotations
 
@@ -25,10 +25,9 @@ NAMES = [f"w{number}" for number in range(4)]
 
 
 class Writers:
-    """Processes that commit until they are killed, and what they have said."""
+    """Processes that commit until killed, and their acknowledged commits."""
 
     def __init__(self, place: Path) -> None:
-        """Start what starts them."""
         argv = [sys.executable, file_store_worker.__file__, "churn", str(place)]
         self._server = subprocess.Popen(
             argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -40,22 +39,22 @@ class Writers:
         self._pids: dict[str, int] = {}
 
     def start(self, name: str) -> None:
-        """Start one, in place of one that was killed."""
+        """Start a writer in place of a killed one."""
         assert self._server.stdin
         self._server.stdin.write(f"{name}\n")
         self._server.stdin.flush()
         self._pids[name] = self._started.get(timeout=20)
 
     def kill(self, name: str) -> None:
-        """Kill one, wherever it is."""
+        """Kill a writer at any point."""
         os.kill(self._pids[name], signal.SIGKILL)
 
     def have_said(self, count: int) -> bool:
-        """Whether so many commits were acknowledged by now."""
+        """Return whether that many commits were acknowledged."""
         return len(self.acknowledged) >= count
 
     def close(self) -> None:
-        """Kill all."""
+        """Kill all writers."""
         os.killpg(self._server.pid, signal.SIGKILL)
         self._server.wait()
         if self._server.stdin:
@@ -75,7 +74,7 @@ class Writers:
 
 @pytest.fixture
 def writers(tmp_path: Path) -> Iterator[Writers]:
-    """Writers of one store."""
+    """Return writers of one store."""
     made = Writers(tmp_path / "state")
     yield made
     made.close()
@@ -85,7 +84,7 @@ def writers(tmp_path: Path) -> Iterator[Writers]:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kills", [12, pytest.param(300, marks=pytest.mark.slow)])
 async def test_store_is_intact_after_writers_are_killed(writers: Writers, tmp_path: Path, kills: int) -> None:
-    """After each kill: all that was said is there, what is told is what the log says, and no version goes back."""
+    """After each kill acknowledged commits exist, documents match the log, and no version decreases."""
     dice, seen = random.Random(kills), dict.fromkeys(NAMES, 0)
     for name in NAMES:
         writers.start(name)

@@ -1,6 +1,6 @@
-"""A random workload: tasks for the fake CLI, each with the lines that it adds to files and whether it must land.
+"""A random workload: tasks for the fake CLI, with the lines they add to files and whether they must land.
 
-Every line names its task, so that git alone shows which task changed what, how often, and whether anything is missing.
+Every line names its task, so that git alone shows changes per task, repetitions and losses.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-#: A process that is killed may take a session with it so often.
+# A killed process may interrupt a session that often.
 ATTEMPTS = 40
-#: Plans that a task has ready: one for each attempt that may get to it.
+# Prepared plans of a task: one per possible attempt.
 PLANS = 12
 _OWN = ("tasks/", "parts/")
 APPROVE = json.dumps({"verdict": "approve", "findings": []})
@@ -28,7 +28,7 @@ WORKFLOWS = {
 
 @dataclass(frozen=True)
 class WorkloadTask:
-    """One task: its entry in the configuration, the lines that it adds to files, and whether it must land."""
+    """A task with its entry in the config, the lines it adds to files, and whether it must land."""
 
     entry: Mapping[str, Any]
     lines: Mapping[str, str] = field(default_factory=dict)
@@ -36,35 +36,35 @@ class WorkloadTask:
 
     @property
     def id(self) -> str:
-        """Its name."""
+        """Return its name."""
         return str(self.entry["id"])
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The tasks of a run, and the options of its configuration."""
+    """The tasks of a run and the options of its config."""
 
     jobs: Mapping[str, WorkloadTask]
     settings: Mapping[str, Any]
 
     @property
     def files(self) -> Mapping[str, str]:
-        """The files that the tasks change and that exist before."""
+        """Return the existing files that the tasks change."""
         return {f"{folder}/{one}.txt": "first\n" for folder in ("shared", "owned") for one in range(3)}
 
     def lines_for_part(self, part: str, plan: int) -> Mapping[str, str]:
-        """Return the lines of a task that the plan of an attempt became."""
+        """Return the lines of a task created by the plan of an attempt."""
         task, _, own = part.partition("-")
         return part_lines(task.partition(".")[0], plan, own)
 
 
 def part_lines(task: str, plan: int, part: str) -> Mapping[str, str]:
-    """Return the lines that part `part` of a task's plan adds, of the plan that attempt `plan` made."""
+    """Return the lines of part `part` of the plan made by attempt `plan`."""
     return {f"parts/{task}.{plan}.{part}.txt": f"{task} plan {plan} part {part}"}
 
 
 def make_workload(dice: random.Random, holds: str, *, most: int = 30) -> Workload:
-    """Return a random workload; sessions hold the file of what they own in the folder `holds`."""
+    """Create a random workload; sessions lock their owned paths by files in the folder `holds`."""
     jobs: dict[str, WorkloadTask] = {}
     kinds = _KINDS if dice.random() < 0.7 else (_planner, _planner, _owner)  # some trials are about plans
     for number in range(round(dice.triangular(5, most, 9))):
@@ -94,7 +94,7 @@ def _steps(dice: random.Random, *steps: str) -> str:
 
 
 def _adding(lines: Mapping[str, str]) -> list[str]:
-    # Only its own files are replaced, so that a conversation that continues adds nothing twice.
+    # Its files are overwritten, so that a continued conversation adds nothing twice.
     return [f"{'write' if path.startswith(_OWN) else 'append'} {path} {line}" for path, line in lines.items()]
 
 
@@ -111,7 +111,7 @@ def _owner(task: str, dice: random.Random, holds: str) -> WorkloadTask:
 
 
 def _rival(task: str, dice: random.Random, _holds: str) -> WorkloadTask:
-    """May conflict with others, and with the user."""
+    """Return a task that may conflict with others and the user."""
     lines = {f"tasks/{task}.txt": f"{task} works", f"shared/{dice.randrange(3)}.txt": f"{task} shares"}
     entry = {"id": task, "prompt": _steps(dice, *_adding(lines)), "attempts": 3, "retry_on": ["conflict", "crashed"]}
     return WorkloadTask(entry, lines, must_land=False)
@@ -160,7 +160,7 @@ def _leaving_a_process(task: str, dice: random.Random, holds: str) -> WorkloadTa
 
 
 def _planner(task: str, dice: random.Random, _holds: str) -> WorkloadTask:
-    """Makes another plan in each attempt, of parts that have the same names."""
+    """Return a task with a different plan per attempt, with equal names of parts."""
     count = dice.randint(1, 3)
     plans = [f"attempt {number} hand-over {_plan(task, number, count)}" for number in range(1, PLANS + 1)]
     return WorkloadTask({"id": task, "prompt": _steps(dice, *plans), "workflow": "split"})

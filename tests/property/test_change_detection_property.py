@@ -1,4 +1,4 @@
-"""What differs in a checkout is the same by stamps as by git, which looks at everything, whatever was done to it."""
+"""Change detection by stamps finds the same changes as git, which reads every file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _write(top: Path, path: str, text: str) -> None:
 
 
 def _rewrite(top: Path, path: str, _: str) -> None:
-    """Another content of the same size, with the times of before."""
+    """Write another content of the same size and restore the times."""
     before = (top / path).stat()
     (top / path).write_text("".join(reversed((top / path).read_text())))
     os.utime(top / path, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -90,7 +90,7 @@ def _git(top: Path, *args: str) -> str:
 
 
 def _by_git(top: Path, *paths: str) -> set[str]:
-    """Return what differs from a fresh index, as one that git has filled anew from the objects."""
+    """Return the changes found by git with an index rebuilt from the objects."""
     listed = _git(top, "ls-files", "--stage")
     (top / ".git" / "index").unlink()
     subprocess.run(["git", "-C", str(top), "update-index", "--index-info"], input=listed, check=True, text=True)
@@ -101,7 +101,7 @@ def _by_git(top: Path, *paths: str) -> set[str]:
 @example_settings(60)
 @given(_steps)
 def test_changes_that_git_finds_are_detected(steps: list[tuple[Callable[[Path, str, str], None], str, str]]) -> None:
-    """Git, told to look at what differs alone, finds all that it finds when it looks at everything."""
+    """Git restricted to the detected paths finds all changes that a full scan finds."""
     with _checkout() as top:
         stamps = TreeSnapshot.capture(top)
         assert stamps is not None

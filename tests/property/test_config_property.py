@@ -1,4 +1,4 @@
-"""Whatever is in the file, loading it gives a run or a ConfigError."""
+"""Loading any file gives a run config or a ConfigError."""
 
 import string
 from typing import Any
@@ -16,7 +16,7 @@ from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.errors import ConfigError
 from tests.hypothesis_settings import example_settings
 
-# The machine may be busy with other tests: how long an example takes says nothing.
+# The machine may be busy: the duration of an example has no meaning.
 unhurried = example_settings(60)
 PIECES = [
     "version",
@@ -134,7 +134,7 @@ def load(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> RunConfig | C
 @given(st.binary(max_size=200))
 @example(b"\xef\xbb\xbf\xef\xbb\xbfa: b")
 def test_config_of_any_bytes_is_read_or_rejected(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
-    """Bytes of any kind end in a ConfigError."""
+    """Arbitrary bytes end in a ConfigError."""
     load(tmp_path_factory, data)
 
 
@@ -147,7 +147,7 @@ def test_config_of_any_bytes_is_read_or_rejected(tmp_path_factory: pytest.TempPa
 @example("a: \ufeffb")
 @example('a: "\\UFFFFFFFF"')
 def test_config_of_any_text_is_read_or_rejected(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
-    """Text made of what YAML and the format are made of ends in a run or a ConfigError."""
+    """Text built from fragments of YAML and the format."""
     load(tmp_path_factory, text.encode())
 
 
@@ -158,7 +158,7 @@ def test_config_of_any_text_is_read_or_rejected(tmp_path_factory: pytest.TempPat
 def test_config_of_any_text_without_libyaml_is_read_or_rejected(
     tmp_path_factory: pytest.TempPathFactory, text: str
 ) -> None:
-    """Where PyYAML was built without its C part, the same holds."""
+    """The same without the C part of PyYAML."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delattr(yaml, "CSafeLoader")
         load(tmp_path_factory, text.encode())
@@ -173,7 +173,7 @@ def test_config_of_any_text_without_libyaml_is_read_or_rejected(
 def test_config_of_any_values_is_read_or_rejected(
     tmp_path_factory: pytest.TempPathFactory, tree: dict[str, Any]
 ) -> None:
-    """Well-formed YAML with any values in any place ends in a run or a ConfigError."""
+    """Valid YAML with any value at any place."""
     load(tmp_path_factory, yaml.safe_dump(tree, allow_unicode=True).encode(errors="replace"))
 
 
@@ -183,8 +183,8 @@ PROMPTS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).fi
 @unhurried
 @given(st.lists(PROMPTS, min_size=1, max_size=5))
 def test_prompt_is_read_unchanged(tmp_path_factory: pytest.TempPathFactory, prompts: list[str]) -> None:
-    """A prompt arrives as it was written, and survives being stored."""
-    # Quoted, because YAML 1.2 reads more plain scalars as numbers than the dumper knows of.
+    """Also after being stored."""
+    # Quoted, because YAML 1.2 reads more plain scalars as numbers than the dumper knows.
     quoted = [yaml.safe_dump(prompt, default_style='"', width=1 << 20).rstrip("\n") for prompt in prompts]
     lines = ["version: 1", "adapters: {x: {use: command, argv: [x]}}", "tasks:"]
     lines += [f"  - {{id: t{number}, prompt: {text}}}" for number, text in enumerate(quoted)]
@@ -198,7 +198,7 @@ NODES = st.sampled_from("abcdefg")
 
 
 def leads_back(needs: dict[str, list[str]], start: str) -> bool:
-    """Return whether a task is reached from itself."""
+    """Return whether a task reaches itself."""
     reached, waiting = set(), list(needs[start])
     while waiting:
         node = waiting.pop()
@@ -211,7 +211,6 @@ def leads_back(needs: dict[str, list[str]], start: str) -> bool:
 @unhurried
 @given(st.dictionaries(NODES, st.lists(NODES, unique=True, max_size=4)))
 def test_circular_needs_are_found(needs: dict[str, list[str]]) -> None:
-    """Circles are real and disjoint, and every task on any circle is in one knot with a reported one."""
     circles = find_cycles(needs)
     for circle in circles:
         assert all(after in needs[task] for task, after in zip(circle, [*circle[1:], circle[0]], strict=True))
@@ -223,10 +222,10 @@ def test_circular_needs_are_found(needs: dict[str, list[str]]) -> None:
 
 
 def knotted(needs: dict[str, list[str]], one: str, other: str) -> bool:
-    """Return whether two tasks lead to each other."""
+    """Return whether two tasks reach each other."""
     return one == other or (leads_to(needs, one, other) and leads_to(needs, other, one))
 
 
 def leads_to(needs: dict[str, list[str]], start: str, end: str) -> bool:
-    """Return whether one task leads to another."""
+    """Return whether one task reaches another."""
     return leads_back({**needs, "start": [start], end: [*needs[end], "start"]}, "start")

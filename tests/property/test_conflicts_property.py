@@ -1,4 +1,4 @@
-"""What holds of every resolution of updates that compete, whoever made them and however they come."""
+"""Properties of every resolution of conflicting updates."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from orchestrator.domain.documents.conflicts import (
     resolve_updates,
 )
 
-#: On a busy machine nothing is said by how long an example takes.
+# The duration of an example has no meaning on a busy machine.
 
 NAMES = st.sampled_from("abc")
 SCALARS = st.none() | st.booleans() | st.integers(0, 3) | st.text(max_size=2)
@@ -28,7 +28,7 @@ VALUES = st.recursive(
 )
 OBJECTS = st.dictionaries(NAMES, VALUES, max_size=3)
 LISTLESS = st.recursive(SCALARS, lambda inner: st.dictionaries(NAMES, inner, max_size=3), max_leaves=6)
-#: Where the name of a field says of which kind it is, in every update.
+# Updates in which each field name has values of one kind.
 OF_ONE_KIND = st.fixed_dictionaries(
     {},
     optional={
@@ -42,7 +42,7 @@ STRATEGIES = st.sampled_from(list(ConflictStrategy))
 
 @st.composite
 def batches(draw: st.DrawFn, least: int = 0, keys: str = "xyz") -> list[DocumentUpdate[str]]:
-    """Updates at times of which no two are the same."""
+    """Return updates with distinct times."""
     times = draw(st.lists(st.integers(0, 1_000), unique=True, min_size=least, max_size=5))
     return [
         DocumentUpdate(draw(st.sampled_from(keys)), float(time), f"w{time}", draw(st.none() | OBJECTS))
@@ -51,7 +51,7 @@ def batches(draw: st.DrawFn, least: int = 0, keys: str = "xyz") -> list[Document
 
 
 def covers(merged: Any, value: Any) -> bool:
-    """Whether every field of an object is in the merge, and every item of its lists."""
+    """Return whether a merge has every field of an object and every item of its lists."""
     if isinstance(merged, dict) and isinstance(value, dict):
         return all(name in merged and covers(merged[name], inner) for name, inner in value.items())
     if isinstance(merged, list) and isinstance(value, list):
@@ -63,7 +63,7 @@ def covers(merged: Any, value: Any) -> bool:
 def test_update_order_does_not_matter(
     batch: list[DocumentUpdate[str]], strategy: ConflictStrategy, random: Any
 ) -> None:
-    """With times that differ every order of the batch has the same result."""
+    """With distinct times every order has the same result."""
     shuffled = random.sample(batch, len(batch))
     assert resolve_updates(shuffled, strategy) == resolve_updates(batch, strategy)
     assert find_competing(shuffled) == find_competing(batch)
@@ -71,7 +71,6 @@ def test_update_order_does_not_matter(
 
 @given(batches(least=1, keys="x"), STRATEGIES)
 def test_updates_are_not_modified(batch: list[DocumentUpdate[str]], strategy: ConflictStrategy) -> None:
-    """Whatever is made of them, the updates are what they were."""
     before = json.dumps([(one.time, one.value) for one in batch])
     resolve_updates(batch, strategy)
     assert json.dumps([(one.time, one.value) for one in batch]) == before
@@ -79,7 +78,7 @@ def test_updates_are_not_modified(batch: list[DocumentUpdate[str]], strategy: Co
 
 @given(batches(least=1, keys="x"))
 def test_winner_is_one_of_the_updates(batch: list[DocumentUpdate[str]]) -> None:
-    """The last is the one of the greatest time, the first that of the least; for a person there are all of them."""
+    """The last has the greatest time, the first the least; a person gets all of them."""
     assert resolve_updates(batch) == Resolved(max(batch, key=lambda one: one.time).value)
     assert resolve_updates(batch, ConflictStrategy.FIRST_WRITE_WINS) == Resolved(
         min(batch, key=lambda one: one.time).value
@@ -91,7 +90,7 @@ def test_winner_is_one_of_the_updates(batch: list[DocumentUpdate[str]]) -> None:
 
 @given(batches())
 def test_competing_fields_are_those_that_differ(batch: list[DocumentUpdate[str]]) -> None:
-    """Every update is in its key's group, and a group of one is no conflict."""
+    """Every update is in the group of its key, and a group of one is no conflict."""
     groups = group_by_key(batch)
     assert sorted(one.time for group in groups.values() for one in group) == sorted(one.time for one in batch)
     assert all(one.key == key for key, group in groups.items() for one in group)
@@ -100,7 +99,7 @@ def test_competing_fields_are_those_that_differ(batch: list[DocumentUpdate[str]]
 
 @given(st.lists(st.none() | OBJECTS, min_size=1, max_size=4))
 def test_merge_has_every_field_of_each_update(values: list[dict[str, Any] | None]) -> None:
-    """No field is lost, and there are no others; there is nothing only where all delete."""
+    """And no others; it is empty only if all updates delete."""
     merged = merge_values(values)
     present = [value for value in values if value is not None]
     assert (merged is None) == (not present)
@@ -112,7 +111,7 @@ def test_merge_has_every_field_of_each_update(values: list[dict[str, Any] | None
 
 @given(st.lists(OF_ONE_KIND, min_size=1, max_size=4))
 def test_merge_of_equal_kinds_loses_nothing_at_any_depth(values: list[dict[str, Any]]) -> None:
-    """Every nested field and every item of every list of each update is in the merge."""
+    """Every nested field and list item of each update is in the merge."""
     merged = merge_values(values)
     assert all(covers(merged, value) for value in values)
     assert len((merged or {}).get("list", [])) == sum(len(value.get("list", [])) for value in values)
@@ -120,7 +119,7 @@ def test_merge_of_equal_kinds_loses_nothing_at_any_depth(values: list[dict[str, 
 
 @given(OF_ONE_KIND, OF_ONE_KIND, OF_ONE_KIND)
 def test_merge_of_equal_kinds_is_associative(one: dict[str, Any], two: dict[str, Any], three: dict[str, Any]) -> None:
-    """It is associative then; else not: of `[1]`, `5` and `[2]` either `[1, 2]` stays or `[1]`."""
+    """Only then: `[1]`, `5` and `[2]` merge to `[1, 2]` or `[1]`."""
     assert (
         merge_values([merge_values([one, two]), three])
         == merge_values([one, merge_values([two, three])])
@@ -130,5 +129,5 @@ def test_merge_of_equal_kinds_is_associative(one: dict[str, Any], two: dict[str,
 
 @given(st.dictionaries(NAMES, LISTLESS, max_size=3))
 def test_merge_with_itself_is_unchanged_without_lists(value: dict[str, Any]) -> None:
-    """It is idempotent then; a list is joined to itself."""
+    """Lists are concatenated."""
     assert merge_values([value, value]) == value

@@ -1,4 +1,4 @@
-"""A delta leads from one version to the other and back, whatever they are."""
+"""A delta converts one version into the other and back."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from orchestrator.domain.documents.delta import apply_delta, compute_delta, delta_to_json, format_delta, revert_delta
 
-#: On a busy machine nothing is said by how long an example takes.
+# The duration of an example has no meaning on a busy machine.
 
-# Few names and values, so that versions have much in common; with pairs that Python takes for equal.
+# Few names and values, so that versions overlap; with pairs that Python considers equal.
 NAMES = st.sampled_from(["a", "b", "c.d", ""])
 SCALARS = st.sampled_from([None, True, False, 0, 1, 1.0, 0.0, -0.0, "", "1", "ü\n\u2028"])
 JSON = st.recursive(
@@ -28,13 +28,13 @@ DOCUMENTS = st.dictionaries(NAMES, JSON, max_size=4)
 
 
 def text(value: Any) -> str:
-    """Return a value so that two are equal only if they are the same JSON."""
+    """Return a text that is equal for equal JSON only."""
     return json.dumps(value, sort_keys=True)
 
 
 @given(DOCUMENTS, DOCUMENTS)
 def test_delta_applies_forward_and_backward(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Applied to the old version it gives the new one, reverted the old; neither is changed by that."""
+    """Applying gives the new version, reverting the old; no input is changed."""
     before = text([old, new])
     delta = compute_delta(old, new)
     assert text(apply_delta(old, delta)) == text(new)
@@ -44,7 +44,7 @@ def test_delta_applies_forward_and_backward(old: dict[str, Any], new: dict[str, 
 
 @given(DOCUMENTS, DOCUMENTS)
 def test_delta_has_one_line_per_change(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Equal versions have an empty delta, and no two changes are at or below the same path."""
+    """Equal versions have an empty delta, and no path is equal to or below another."""
     delta = compute_delta(old, new)
     paths = [*delta.added, *delta.modified, *delta.removed]
     told = format_delta(delta)
@@ -57,7 +57,6 @@ def test_delta_has_one_line_per_change(old: dict[str, Any], new: dict[str, Any])
 
 @given(DOCUMENTS, DOCUMENTS)
 def test_delta_result_shares_nothing_with_its_input(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Whoever changes the result changes neither the delta nor a version."""
     delta = compute_delta(old, new)
     before = text([old, new, delta_to_json(delta)])
     for made in (apply_delta(old, delta), revert_delta(new, delta)):
@@ -66,7 +65,7 @@ def test_delta_result_shares_nothing_with_its_input(old: dict[str, Any], new: di
 
 
 def spoil(value: Any) -> None:
-    """Change every object and list, from the innermost on."""
+    """Change every object and list, innermost first."""
     if isinstance(value, (dict, list)):
         for inner in value.values() if isinstance(value, dict) else value:
             spoil(inner)

@@ -1,4 +1,4 @@
-"""Whatever the graph and whatever happens: limits, needs and paths hold, every task ends, and none starves."""
+"""For any graph and any events: limits, needs and paths are respected, every task ends, and none starves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LIMITS = st.dictionaries(st.sampled_from(ADAPTERS), st.integers(1, 2))
 
 @st.composite
 def entries(draw: st.DrawFn) -> dict[str, DispatchEntry]:
-    """Draw an acyclic graph: a task may need earlier ones."""
+    """Draw an acyclic graph in which tasks need earlier ones."""
     names = [f"t{index}" for index in range(draw(st.integers(1, 12)))]
     made = {
         name: DispatchEntry(
@@ -35,7 +35,7 @@ def entries(draw: st.DrawFn) -> dict[str, DispatchEntry]:
 
 
 class Run:
-    """A scheduler without sessions: does what the board says and what a test draws, and checks each step."""
+    """A scheduler without sessions that follows the board and the drawn events, and checks each step."""
 
     def __init__(self, tasks: Mapping[str, DispatchEntry], capacity: int, capacities: Mapping[str, int]) -> None:
         self.tasks, self.capacity, self.capacities = tasks, capacity, capacities
@@ -57,7 +57,7 @@ class Run:
         self._check_adapters()
 
     def _check_adapters(self) -> None:
-        """What is left ready, and owns nothing that it could wait for, waits for room or for the end of a park."""
+        """Assert that a ready task that owns no contended path waits for capacity or a cooldown."""
         counts = Counter(self.adapters[task] for task in self.running)
         for task in self.startable(with_parked=True):
             best = self.first_open(task)
@@ -65,16 +65,16 @@ class Run:
             if self.tasks[task].owns:
                 continue
             if best is not None and len(self.running) < self.capacity:
-                assert counts[best] >= self.capacities.get(best, self.capacity), "its adapter is open and has room"
+                assert counts[best] >= self.capacities.get(best, self.capacity), "its adapter has capacity"
             ends = [self.parked[one] for one in self.better(task, best) if one not in self.board.closed]
             due = self.board.next_time()
-            assert not ends or (due is not None and due <= min(ends)), "nobody looks when its adapter is open again"
+            assert not ends or (due is not None and due <= min(ends)), "no wake-up at the end of its adapter's cooldown"
 
     def first_open(self, task: str) -> str | None:
         return next(filter(self.is_open, self.tasks[task].adapters), None)
 
     def better(self, task: str, adapter: str | None) -> tuple[str, ...]:
-        """The adapters of a task before that one; all of them without one."""
+        """Return the adapters of a task that precede this one, or all of them."""
         adapters = self.tasks[task].adapters
         return adapters if adapter is None else adapters[: adapters.index(adapter)]
 
@@ -100,7 +100,7 @@ class Run:
         assert not [task for task in untouched if set(self.tasks[task].needs) & dead]
 
     def startable(self, *, with_parked: bool = False) -> list[str]:
-        """What could start now, were there room for all (and no adapter parked or closed), by the plainest means."""
+        """Return the tasks that could start with unlimited capacity and all adapters available, computed naively."""
         busy = {*self.running, *self.built, *self.landed, *self.over, *self.waiting, *self.board.blocked}
         live = [self.tasks[task].owns for task in (*self.running, *self.built)]
         return [
@@ -133,7 +133,7 @@ class Run:
                 self.board.landed(task)
 
     def disturb(self, what: str, task: str, delay: float) -> None:
-        """Something that comes from without."""
+        """Apply an external event."""
         adapter = self.tasks[task].adapter
         match what:
             case "park":
@@ -155,7 +155,7 @@ class Run:
 def test_dispatch_respects_limits_and_ends_every_task(
     tasks: dict[str, DispatchEntry], capacity: int, capacities: dict[str, int], data: st.DataObject
 ) -> None:
-    """Through parks, closes, retries, cancels and revivals each start is allowed, and the run comes to its end."""
+    """With cooldowns, disabled adapters, retries, cancellations and revivals."""
     run, budget = Run(tasks, capacity, capacities), 30
     delays = st.floats(0, 2000)
     while True:
@@ -188,7 +188,7 @@ def test_dispatch_respects_limits_and_ends_every_task(
 def test_dispatch_starts_nothing_when_it_reports_no_work(
     tasks: dict[str, DispatchEntry], capacity: int, data: st.DataObject
 ) -> None:
-    """With nothing running, `has_work` tells what may start without a landing from what must wait for one."""
+    """With nothing running, `has_work` distinguishes tasks that may start from those that need a landing."""
     run = Run(tasks, capacity, {})
     for _ in range(20):
         run.decide()
@@ -209,7 +209,7 @@ STEPS = st.lists(st.tuples(st.sampled_from(["park", "pass", "land", "retry"]), s
 def test_fallback_adapter_is_used_only_during_cooldowns(
     lists: list[list[str]], capacity: int, capacities: dict[str, int], steps: list[tuple[str, int, int]]
 ) -> None:
-    """At every decision, with more tasks ready than can start, and parks that begin and end meanwhile."""
+    """At every decision, with more ready tasks than capacity, and changing cooldowns."""
     tasks = {f"t{one}": DispatchEntry(adapter=names[0], fallback=tuple(names[1:])) for one, names in enumerate(lists)}
     run = Run(tasks, capacity, capacities)
     run.decide()
@@ -231,7 +231,7 @@ STREAM = st.lists(
 def test_dispatch_starves_no_task(
     capacity: int, levels: int, owns: tuple[str, ...], stream: list[tuple[tuple[str, ...], int]]
 ) -> None:
-    """Under an endless stream of tasks with a higher priority, those that came late enough never get ahead."""
+    """In an endless stream of tasks with higher priority, late enough ones do not overtake."""
     total, step = 200, 60.0
     tasks = {"low": DispatchEntry((), "x", 0, owns)}
     for index in range(total):
@@ -252,8 +252,8 @@ def test_dispatch_starves_no_task(
             if task == "low":
                 return
             if task not in ahead:
-                assert owns, "without paths nothing may hold it up"
-                assert ahead or not has_any_overlap(owns, tasks[task].owns), "it overtook the oldest of all"
+                assert owns, "a task without paths must not be held"
+                assert ahead or not has_any_overlap(owns, tasks[task].owns), "it overtook the oldest task"
             ahead.discard(task)
             sessions[task] = index + stream[int(task[1:]) % 8][1]
     raise AssertionError("it never started")

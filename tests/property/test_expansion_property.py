@@ -1,4 +1,4 @@
-"""Whatever a plan says: it becomes tasks that a run can have, or is told what is wrong; what is within is within."""
+"""Any plan becomes valid tasks or gets violations; paths stay within those of the plan."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PATTERNS = st.text("ab*?/", min_size=1, max_size=7)
 
 @st.composite
 def tasks(draw: st.DrawFn) -> list[dict[str, object]]:
-    """Draw the tasks of a plan, most of which fit each other."""
+    """Draw the tasks of a plan, most of them compatible."""
     ids = draw(st.lists(IDS, min_size=1, max_size=6))
     return [
         {
@@ -35,7 +35,7 @@ def tasks(draw: st.DrawFn) -> list[dict[str, object]]:
 
 @given(tasks(), st.sampled_from([(), ("src/",), ("**",)]), st.sets(st.sampled_from(["p-a", "P-B", "q"])))
 def test_expanded_plan_is_a_valid_run(drawn: list[dict[str, object]], owns: tuple[str, ...], taken: set[str]) -> None:
-    """Names, needs, paths and number are fit for a file; else every mistake has a place and a remedy."""
+    """Names, needs, paths and count are valid in a file; else every mistake has a position and a fix."""
     assume(all(str(one["id"]).strip() for one in drawn))
     plan = {"tasks": drawn, "dependencies": [], "timeline": [], "resources": []}
     found = expand_plan(plan, "p-", most=5, owns=owns, taken=taken)
@@ -59,7 +59,7 @@ def test_expanded_plan_is_a_valid_run(drawn: list[dict[str, object]], owns: tupl
 
 @given(PATTERNS, PATTERNS, st.lists(st.text("ab", min_size=1, max_size=3), min_size=1, max_size=3))
 def test_subtask_paths_stay_within_the_plan(inner: str, outer: str, parts: list[str]) -> None:
-    """But for what would be below a path without wildcards, which counts as a file's."""
+    """Except below a path without wildcards, which counts as a file."""
     path = "/".join(parts)
     try:
         check_pattern(inner), check_pattern(outer)
@@ -72,7 +72,7 @@ def test_subtask_paths_stay_within_the_plan(inner: str, outer: str, parts: list[
 
 @given(st.lists(st.sampled_from(["land", "fail", "revive", "plan"]), max_size=20), st.integers(1, 3))
 def test_board_extended_by_a_plan_equals_a_new_board(steps: list[str], size: int) -> None:
-    """Whatever happens to the tasks of a plan, what needs what is as if they had been there from the beginning."""
+    """After any events the dependencies are as if the subtasks had existed from the start."""
     names = [f"p-{one}" for one in range(size)]
     chain = {name: DispatchEntry(tuple(names[place - 1 : place])) for place, name in enumerate(names)}
     board = DispatchBoard({"p": DispatchEntry(), "last": DispatchEntry(("p",))})

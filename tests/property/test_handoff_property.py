@@ -1,4 +1,4 @@
-"""Whatever the values: what a phase is given, what a chain passes on, what a digest tells, where an answer ends."""
+"""For any values: phase inputs, inheritance, digests, and the end of an answer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from orchestrator.domain.workflow.phase_context import (
 from orchestrator.domain.workflow.violations import HandoffFacts
 from orchestrator.errors import InvalidTransition
 
-#: Characters of one to four bytes, and those that mean something to JSON or a fence.
+# Characters of one to four bytes, and those special to JSON or fences.
 TEXT = st.text(st.sampled_from('aB1é€😀 \n\t`~"\\{}[]:,'), max_size=12)
 NAMES = st.sampled_from(["plan", "build", "requirements", "constraints", "scout_findings", "specifications", "x", "y"])
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
@@ -34,7 +34,7 @@ CONTEXTS = st.dictionaries(NAMES, VALUES, max_size=6)
 
 @given(CONTEXTS, st.none() | st.lists(NAMES, max_size=6))
 def test_filter_returns_what_is_needed_and_reports_the_rest(values: dict[str, Any], needs: list[str] | None) -> None:
-    """Nothing is made up, changed or lost: what is given and what is left out is all there was; bytes are told."""
+    """Inputs and omitted values are a partition of all values; sizes are reported."""
     chosen, told = select_values(values, needs)
     assert chosen == {key: values[key] for key in chosen}
     assert set(chosen) == (set(values) if needs is None else set(values) & set(needs))
@@ -47,7 +47,7 @@ def test_filter_returns_what_is_needed_and_reports_the_rest(values: dict[str, An
 
 @st.composite
 def workflows(draw: st.DrawFn) -> list[Phase]:
-    """Some phases with values of their own."""
+    """Draw phases with values of their own."""
     names = draw(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=6, unique=True))
     return [Phase(name=name, context=draw(CONTEXTS)) for name in names]
 
@@ -56,7 +56,7 @@ def workflows(draw: st.DrawFn) -> list[Phase]:
 def test_chain_passes_on_produced_values_only(
     phases: list[Phase], inherited: dict[str, Any], data: st.DataObject
 ) -> None:
-    """Each phase knows the newest value of each name that was produced before it, and its own before those."""
+    """Each phase gets the newest earlier value of each name, and its own values first."""
     produced = {phase.name: data.draw(CONTEXTS) for phase in phases if data.draw(st.booleans())}
     chain = chain_contexts(phases, inherited, produced)
     assert [one.phase for one in chain] == [phase.name for phase in phases]
@@ -73,7 +73,7 @@ def test_chain_passes_on_produced_values_only(
 
 @given(NAMES, st.none() | st.sampled_from(sorted(HANDOFF_KINDS)), st.none() | st.lists(NAMES).map(tuple))
 def test_declared_values_of_a_phase_come_first(name: str, kind: str | None, needs: tuple[str, ...] | None) -> None:
-    """Then what its kind needs, then what phases of its name do; else everything."""
+    """Then the inputs of its kind, then those of its name; otherwise everything."""
     found = get_phase_needs(Phase(name=name, needs=needs), None if kind is None else HANDOFF_KINDS[kind])
     by_name = {
         "plan": ("requirements", "constraints", "scout_findings"),
@@ -86,7 +86,7 @@ def test_declared_values_of_a_phase_come_first(name: str, kind: str | None, need
 
 @given(st.dictionaries(TEXT, VALUES, max_size=5), st.data())
 def test_digest_is_equal_for_equal_values_only(value: dict[str, Any], data: st.DataObject) -> None:
-    """The order of keys and a way through the store do not matter; any other value does."""
+    """Key order and a round trip through the store do not matter."""
     keys = data.draw(st.permutations(list(value)))
     assert (
         compute_digest({key: value[key] for key in keys})
@@ -103,7 +103,7 @@ def test_digest_is_equal_for_equal_values_only(value: dict[str, Any], data: st.D
 
 @given(st.lists(st.tuples(st.sampled_from(["build", "review"]), st.integers(1, 4)), max_size=8))
 def test_each_visit_has_one_receipt(visits: list[tuple[str, int]]) -> None:
-    """However often it is acknowledged."""
+    """For any number of acknowledgements."""
     handoff = make_handoff("r", "t", 1, {}, kind="x", protocol="direct", phase="p", time=0.0, by="tool")
     for now, (phase, attempt) in enumerate(visits):
         handoff = acknowledge(handoff, phase, attempt, float(now))
@@ -118,7 +118,7 @@ PROSE = st.text(st.sampled_from('aé😀 \n\t\r{}"#-'), max_size=40)
 def test_last_block_is_found_in_any_answer(
     last: dict[str, Any], earlier: list[tuple[str, dict[str, Any]]], tail: str, fence: str
 ) -> None:
-    """Whatever stands before, between and behind."""
+    """With any text before, between and after blocks."""
     blocks = [f"{text}\n```json\n{json.dumps(one)}\n```\n" for text, one in earlier]
     answer = "".join(blocks) + f"{fence}json\n{json.dumps(last, indent=1, ensure_ascii=False)}\n{fence}\n{tail}"
     assert find_last_json_block(answer).data == last
@@ -126,14 +126,14 @@ def test_last_block_is_found_in_any_answer(
 
 @given(st.text(st.sampled_from('`~{}[]":,a1 \n\\')))
 def test_any_answer_is_parsed_without_an_error(answer: str) -> None:
-    """Any text has a last block or none, and what is read is plain JSON."""
+    """The last block, if any, is plain JSON."""
     found = find_last_json_block(answer)
     assert found.data is None or find_json_error(found.data) is None
 
 
 @given(st.text(st.sampled_from('{}[]":,a1eE+-.\\ud8 ')))
 def test_parsed_value_equals_the_json(text: str) -> None:
-    """A strict reader takes nothing that a lenient one does not, and comes to the same."""
+    """The strict parser accepts a subset of a lenient one, with equal results."""
     try:
         value = parse_object(text)
     except ValueError:
@@ -146,7 +146,7 @@ def test_parsed_value_equals_the_json(text: str) -> None:
     ["tasks", "dependencies", "timeline", "resources", "findings", "verdict", "artifacts", "passed", "summary", "id",
      "scout_findings", "message", "path", "line", "checksum", "deployed", "approach", "specs"]), VALUES))  # fmt: skip
 def test_any_object_is_accepted_or_named_as_invalid(name: str, data: dict[str, Any]) -> None:
-    """A kind never raises; what it takes, it takes again as it is, and what is exported is plain JSON."""
+    """A kind never raises; accepted content parses to itself, and exports are plain JSON."""
     kind = HANDOFF_KINDS[name]
     checked = kind.check(data, HandoffFacts())
     assert (checked.data is None) == bool(checked.violations)
@@ -158,7 +158,7 @@ def test_any_object_is_accepted_or_named_as_invalid(name: str, data: dict[str, A
 
 @given(st.lists(st.sampled_from(PhaseTrigger), max_size=8))
 def test_visits_follow_the_transition_table(triggers: list[PhaseTrigger]) -> None:
-    """After any triggers a visit is where the rows lead; a missing row raises and leaves it as it was."""
+    """For any triggers; a missing row raises and changes nothing."""
     record: PhaseRecord | None = None
     for trigger in triggers:
         status = None if record is None else record.status

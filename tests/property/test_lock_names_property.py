@@ -1,4 +1,4 @@
-"""Names of file locks against the file system itself: one lock for one file, whatever it is called."""
+"""Names of file locks compared with the file system: one lock per file, for any spelling."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from orchestrator.errors import RefusedError
 from orchestrator.locking.lock_names import canonical_path, folds_case, lock_name
 from tests.hypothesis_settings import example_settings
 
-# Pairs that a careless name would take for one: a/b and a_b, small and capital, and long ones with the same beginning.
+# Pairs that naive names confuse: a/b and a_b, upper and lower case, and long names with equal prefixes.
 LETTERS = st.sampled_from(["a", "b", "_", "A", "é", "ß", ".", " ", "-", "%", "\n", "x" * 60, "\udcff"])
 names = st.lists(LETTERS, min_size=1, max_size=4).map("".join).filter(lambda name: name not in {".", ".."})
 paths = st.lists(names, min_size=1, max_size=3).map("/".join)
@@ -25,7 +25,7 @@ paths = st.lists(names, min_size=1, max_size=3).map("/".join)
 @example_settings(300)
 @given(st.lists(paths, min_size=2, max_size=8, unique=True))
 def test_distinct_files_have_distinct_lock_names(files: list[str]) -> None:
-    """And every name fits into a folder, beside its extension."""
+    """Every name with its extension fits the file system."""
     locks = [lock_name(canonical_path(path)) for path in files]
     assert len(set(locks)) == len({unicodedata.normalize("NFC", os.path.normpath(path)) for path in files})
     for lock in locks:
@@ -40,7 +40,7 @@ steps = st.lists(st.one_of(SHORT, st.just(".."), st.just("."), st.just("")), min
 
 @pytest.fixture(scope="module")
 def tree() -> Iterator[Path]:
-    """A tree with links to folders, to files, to links, upwards, and out of it."""
+    """Draw a tree with links to folders, files, links, parents, and outside."""
     with TemporaryDirectory() as made:
         top = Path(made, "repo")
         for folder in ("a/b", "b/a", "a_b/a"):
@@ -60,7 +60,7 @@ def tree() -> Iterator[Path]:
 @example_settings(800)
 @given(st.data())
 def test_spellings_of_a_file_have_one_lock_name(tree: Path, data: st.DataObject) -> None:
-    """Two spellings have the same lock exactly if they are one file of the file system's."""
+    """Two spellings share a lock exactly if the file system resolves them to one file."""
     first, second = (data.draw(steps.map("/".join).filter(bool)) for _ in range(2))
     found = []
     for spelled in (first, second):
@@ -80,7 +80,7 @@ def test_spellings_of_a_file_have_one_lock_name(tree: Path, data: st.DataObject)
 @example_settings(300)
 @given(paths)
 def test_unicode_forms_of_a_file_have_one_lock_name(path: str) -> None:
-    """Composed and decomposed are one anywhere; small and capital are where the file system takes them for one."""
+    """Composed and decomposed names on any system; names that differ in case where the file system ignores it."""
     for form in ("NFC", "NFD"):
         assert canonical_path(unicodedata.normalize(form, path)) == canonical_path(path)
         spelled = unicodedata.normalize(form, path.upper())
@@ -90,7 +90,7 @@ def test_unicode_forms_of_a_file_have_one_lock_name(path: str) -> None:
 
 
 def test_case_sensitivity_is_that_of_the_file_system(tmp_path: Path) -> None:
-    """It says what is so there, and leaves nothing."""
+    """The probe leaves no file behind."""
     (tmp_path / "case").touch()
     alike = (tmp_path / "CASE").exists()
     (tmp_path / "case").unlink()
@@ -99,7 +99,7 @@ def test_case_sensitivity_is_that_of_the_file_system(tmp_path: Path) -> None:
 
 
 def test_long_path_has_a_valid_lock_name(tmp_path: Path) -> None:
-    """Far more than 255 bytes, of which only the middle differs."""
+    """Far more than 255 bytes, with a difference in the middle only."""
     names = [lock_name(canonical_path("/".join(["é" * 100] * 20 + [middle] + ["ü" * 100] * 20))) for middle in "ab"]
     for name in names:
         (tmp_path / f"{name}.lock").touch()
@@ -108,14 +108,14 @@ def test_long_path_has_a_valid_lock_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["", ".", "..", "a/..", "../x", "a/../../b", "/etc/passwd", "a\0"])
 def test_path_outside_of_the_repository_is_rejected(path: str, tmp_path: Path) -> None:
-    """With and without a tree to look it up in."""
+    """With and without a tree to resolve it."""
     for top in (None, tmp_path):
         with pytest.raises(RefusedError):
             canonical_path(path, top)
 
 
 def test_absolute_path_in_the_tree_is_accepted(tmp_path: Path) -> None:
-    """Also where the tree is reached by a link."""
+    """Also where the tree is reached through a link."""
     (tmp_path / "repo").mkdir()
     (tmp_path / "alias").symlink_to("repo")
     assert canonical_path(str(tmp_path / "alias" / "a"), tmp_path / "repo") == "a"

@@ -1,4 +1,4 @@
-"""However two parties' work and an outage of one of them interleave, the real store's history is consistent."""
+"""For any interleaving of two clients and an outage, the history of the real store is consistent."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def task_key(task: str) -> Key:
 
 
 class Party:
-    """Somebody who claims tasks and works on them, by what it remembers unless it reads."""
+    """A client that claims and works on tasks from memory, unless it reads."""
 
     def __init__(self, name: str, store: Store) -> None:
         self.name, self.store = name, store
@@ -104,7 +104,7 @@ async def play(steps: list[tuple[str, ...]], folder: Path) -> None:
                             await anyio.sleep(0.001)
                     case (what, who, task):
                         await getattr(parties[who], what)(task)
-            # Whoever is back works by what counts.
+            # After a reconnect it works on the real state.
             for party in parties.values():
                 for task in TASKS:
                     await party.claim(task)
@@ -115,7 +115,7 @@ async def play(steps: list[tuple[str, ...]], folder: Path) -> None:
 
 
 async def check(real: MemoryStore, parties: dict[str, Party], refused: int) -> None:
-    """Epochs rise, each write is under the claim that held, and what was acknowledged is there or was told of."""
+    """Check that epochs rise, writes are under the valid claim, and acknowledged writes exist or were reported lost."""
     claims: dict[str, JsonObject] = {}
     versions: dict[Key, int] = {}
     made: dict[str, list[int]] = {name: [] for name in parties}
@@ -136,7 +136,7 @@ async def check(real: MemoryStore, parties: dict[str, Party], refused: int) -> N
         if record.position == position:
             break
     assert made["there"] == parties["there"].made
-    assert made["here"] == sorted(set(made["here"])), "in order, and none twice"
+    assert made["here"] == sorted(set(made["here"])), "in order, without repetition"
     assert len(made["here"]) == len(parties["here"].made) - refused
     assert set(made["here"]) <= set(parties["here"].made)
 
@@ -144,6 +144,6 @@ async def check(real: MemoryStore, parties: dict[str, Party], refused: int) -> N
 @example_settings(100)
 @given(STEPS)
 def test_any_outage_ends_in_a_valid_history(steps: list[tuple[str, ...]]) -> None:
-    """First come, first served, by the real store alone."""
+    """First come, first served, as decided by the real store alone."""
     with TemporaryDirectory() as folder:
         anyio.run(play, steps, Path(folder) / "outage")

@@ -1,4 +1,4 @@
-"""Path patterns against brute force: every path over a small alphabet."""
+"""Path patterns compared with brute force over a small alphabet."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ patterns = st.builds(
 
 
 def plainly(pattern: str) -> re.Pattern[str]:
-    """Return a pattern as a regular expression, by the plainest rules."""
+    """Return a pattern as a regular expression, translated naively."""
     whole = pattern.endswith("/") or not re.search(r"[*?\[]", pattern)
     parts = []
     for one in pattern.rstrip("/").split("/"):
@@ -40,10 +40,10 @@ def plainly(pattern: str) -> re.Pattern[str]:
 @example_settings(300)
 @given(patterns, st.sampled_from(PATHS))
 def test_pattern_matches_like_a_regular_expression(pattern: str, path: str) -> None:
-    """One path, one pattern, two ways; and the overlap with a path that is spelled out is the same."""
+    """As does its overlap with a literal path."""
     expected = plainly(pattern).fullmatch(f"/{path}") is not None
     assert is_match(pattern, path) is expected
-    # A path as a pattern owns what lies below, too.
+    # A pattern that is a path also owns everything below.
     assert has_overlap(pattern, path) is (
         expected or any(plainly(pattern).fullmatch(f"/{path}/{more}") for more in PATHS)
     )
@@ -52,14 +52,14 @@ def test_pattern_matches_like_a_regular_expression(pattern: str, path: str) -> N
 @example_settings(120)
 @given(patterns, patterns)
 def test_overlap_agrees_with_brute_force(left: str, right: str) -> None:
-    """Two patterns overlap exactly if a path matches both; all that these need to meet in is among the paths."""
+    """Two patterns overlap exactly if one path matches both; the paths are long enough for every meeting point."""
     a, b = plainly(left), plainly(right)
     expected = any(a.fullmatch(f"/{path}") and b.fullmatch(f"/{path}") for path in PATHS + [f"{p}/a" for p in PATHS])
     assert has_overlap(left, right) is has_overlap(right, left) is expected
 
 
 def test_many_stars_are_matched_quickly() -> None:
-    """No pattern makes the comparison blow up."""
+    """The comparison is not exponential."""
     began = time.perf_counter()
     assert not has_overlap("*a" * 60 + "b", "*a" * 60 + "c")
     assert not is_match("/".join(["**", "a"] * 40) + "/b", "/".join(["a"] * 80))
@@ -81,7 +81,7 @@ def test_many_stars_are_matched_quickly() -> None:
     ],
 )
 def test_pattern_names_its_paths(pattern: str, inside: list[str], outside: list[str]) -> None:
-    """The rules, by examples."""
+    """The matching rules, by examples."""
     assert [path for path in inside if not is_match(pattern, path)] == []
     assert [path for path in outside if is_match(pattern, path)] == []
 
@@ -100,12 +100,12 @@ def test_pattern_names_its_paths(pattern: str, inside: list[str], outside: list[
     ],
 )
 def test_overlapping_patterns_are_found(left: str, right: str, meet: bool) -> None:
-    """The same, whichever is first."""
+    """In either order."""
     assert has_overlap(left, right) is has_overlap(right, left) is has_any_overlap(["zzz", left], [right]) is meet
 
 
 @pytest.mark.parametrize("text", ["", "/a", "../a", "a/../b", "./a", "a//b", "/", "a\\b", "a\0", "a**", "[a", "[z-a]"])
 def test_invalid_pattern_is_rejected_with_a_remedy(text: str) -> None:
-    """The sentence says what is wrong and, behind a colon, what would be right."""
+    """The error has the mistake and, after a colon, the fix."""
     with pytest.raises(ValueError, match=r".+: .+"):
         check_pattern(text)

@@ -1,4 +1,4 @@
-"""Waves keep every need before what needs it, and say of tasks of one wave which keep each other waiting."""
+"""Waves respect needs, and shared paths of tasks in one wave are reported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PATTERNS = ["src/**", "src/a/*", "src/a/b.py", "src/b*/x", "docs/", "**/x", "do
 
 @st.composite
 def _entries(draw: st.DrawFn) -> Mapping[str, DispatchEntry]:
-    """Return tasks in any order whose needs go from later to earlier numbers, so that there is no circle."""
+    """Return shuffled tasks whose needs are lower numbers, so without cycles."""
     many = draw(st.integers(1, 25))
     made = {
         f"t{number}": DispatchEntry(
@@ -35,7 +35,7 @@ def _entries(draw: st.DrawFn) -> Mapping[str, DispatchEntry]:
 
 @given(_entries())
 def test_task_is_in_the_earliest_wave_after_its_needs(entries: Mapping[str, DispatchEntry]) -> None:
-    """Every task is there once, behind all of its needs, and right behind one of them."""
+    """Each task is in one wave, directly after one of its needs."""
     waves = plan_waves(entries)
     places = [(task, number) for number, wave in enumerate(waves) for task in wave.tasks]
     wave_of = dict(places)
@@ -47,7 +47,7 @@ def test_task_is_in_the_earliest_wave_after_its_needs(entries: Mapping[str, Disp
 
 @given(_entries())
 def test_tasks_of_a_wave_are_in_dispatch_order(entries: Mapping[str, DispatchEntry]) -> None:
-    """The higher priority comes first, then the order of the file."""
+    """By priority, then file order."""
     order = list(entries)
     for wave in plan_waves(entries):
         assert list(wave.tasks) == sorted(wave.tasks, key=lambda task: (-entries[task].priority, order.index(task)))
@@ -55,7 +55,7 @@ def test_tasks_of_a_wave_are_in_dispatch_order(entries: Mapping[str, DispatchEnt
 
 @given(_entries())
 def test_task_follows_earlier_owners_of_its_paths(entries: Mapping[str, DispatchEntry]) -> None:
-    """What is found by the beginnings of patterns is what comparing all with all finds."""
+    """The index by pattern prefixes finds the same pairs as comparing all."""
     for wave in plan_waves(entries):
         expected: dict[str, str] = {}
         for place, task in enumerate(wave.tasks):
@@ -69,7 +69,7 @@ def test_task_follows_earlier_owners_of_its_paths(entries: Mapping[str, Dispatch
 def test_concurrent_sessions_of_a_plan_respect_all_limits(
     entries: Mapping[str, DispatchEntry], most: int, capacities: Mapping[str, int]
 ) -> None:
-    """No more run than fit, than adapters may have, and than own paths of their own; at least one if one fits."""
+    """Capacity, adapter limits and path ownership; at least one session if one fits."""
     for wave in plan_waves(entries):
         sessions = count_concurrent_sessions(wave, entries, capacities, most)
         adapters = [entries[task].adapter for task in wave.tasks]
@@ -81,7 +81,7 @@ def test_concurrent_sessions_of_a_plan_respect_all_limits(
 
 @pytest.mark.extended
 def test_plan_of_ten_thousand_overlapping_tasks_is_fast() -> None:
-    """Where comparing would have no end it is given up, and said."""
+    """An unbounded comparison is abandoned and reported."""
     many = 10_000
     entries = {f"t{number}": DispatchEntry(owns=(f"src/*{number}.py", f"**/x{number}")) for number in range(many)}
     apart = {f"t{number}": DispatchEntry(owns=(f"*-{number}.py",)) for number in range(many)}
@@ -92,6 +92,6 @@ def test_plan_of_ten_thousand_overlapping_tasks_is_fast() -> None:
 
 
 def test_chain_of_ten_thousand_tasks_has_ten_thousand_waves() -> None:
-    """Neither depth nor number meets a recursion limit."""
+    """Neither depth nor size reaches the recursion limit."""
     entries = {f"t{number}": DispatchEntry(needs=(f"t{number - 1}",) if number else ()) for number in range(10_000)}
     assert [wave.tasks for wave in plan_waves(entries)] == [[task] for task in entries]

@@ -1,4 +1,4 @@
-"""Whatever has happened in a store, a copy of it through a file tells the same."""
+"""A copy of a store through a file has the same contents and history."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ _values = st.dictionaries(
 )
 KEYS = [Key("task", "a"), Key("task", "ü\n"), Key("run", "a")]
 
-#: Which document, its value (None: delete it), how long it lives.
+# Document, value (None deletes it), and lifetime.
 _Change = tuple[int, JsonObject | None, float | None]
 _changes = st.tuples(
     st.integers(0, len(KEYS) - 1), st.none() | _values, st.none() | st.floats(0.5, 100.0, allow_subnormal=False)
 )
-#: Some documents' changes, an event's data, and the seconds behind it; or a compaction of what is so many seconds old.
+# Changed documents, event data, and the following seconds; or a compaction up to that age.
 _commits = st.tuples(st.lists(_changes, max_size=3, unique_by=lambda one: one[0]), _values, st.floats(0.0, 60.0))
 _steps = _commits | st.floats(0.0, 300.0)
 
 
 async def perform(store: Store, clock: ManualClock, step: tuple[list[_Change], JsonObject, float] | float) -> None:
-    """Do one thing that changes a store."""
+    """Apply one step to a store."""
     if isinstance(step, float):
         await store.compact(clock.now() - step, 1 << 40)
         return
@@ -55,7 +55,7 @@ async def perform(store: Store, clock: ManualClock, step: tuple[list[_Change], J
 
 
 async def moments(store: Store) -> list[object]:
-    """Return what a store tells of each position, and the versions that it has."""
+    """Return the state of a store at each position, and its versions."""
     found: list[object] = [await store.history(key, 100) for key in KEYS]
     for position in range(await store.position() + 1):
         try:
@@ -66,7 +66,7 @@ async def moments(store: Store) -> list[object]:
 
 
 async def check(steps: Sequence[tuple[list[_Change], JsonObject, float] | float], segment_bytes: int) -> None:
-    """Perform the steps, and copy the store to a file and from it into both kinds of stores."""
+    """Run the steps, and copy the store to a file and from it into both kinds of stores."""
     clock = ManualClock()
     with TemporaryDirectory() as folder:
         async with FileStore.open(Path(folder) / "a", clock, segment_bytes=segment_bytes) as source:
@@ -91,5 +91,5 @@ async def check(steps: Sequence[tuple[list[_Change], JsonObject, float] | float]
 def test_copy_through_a_file_is_equal(
     steps: list[tuple[list[_Change], JsonObject, float] | float], segment_bytes: int
 ) -> None:
-    """Of every moment: gaps, deletions and expiry included; to the next opener, too."""
+    """At every position, with gaps, deletions and expiry; also after reopening."""
     anyio.run(check, steps, segment_bytes)

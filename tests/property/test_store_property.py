@@ -1,4 +1,4 @@
-"""The file store over random histories is a plain dict with a past, whatever is closed, killed or cut off."""
+"""Over random histories the file store behaves like a dict with history, despite closes, kills and truncation."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ALL = 1 << 40
 
 @dataclass(frozen=True)
 class Happened:
-    """A commit, as the model has it: key -> (version, value, when it expires)."""
+    """A commit of the model: key -> (version, value, expiry)."""
 
     time: float
     documents: dict[Key, tuple[int, JsonObject | None, float | None]]
@@ -50,7 +50,7 @@ class Happened:
 values = st.none() | st.builds(
     lambda number, size: {"epoch": number, "text": "x" * size}, st.integers(1, 3), st.sampled_from([0, 0, 30, 400])
 )
-#: Which document, how far the expected version is off, the value, how long it lives.
+# Document, offset of the expected version, value, lifetime.
 writes = st.lists(
     st.tuples(
         st.sampled_from(KEYS),
@@ -65,16 +65,16 @@ guards = st.lists(st.builds(Guard, st.just(LEASE), st.integers(1, 3)), max_size=
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Two stores on one folder, and what must be in them."""
+    """Two stores on one folder, and the model of their contents."""
 
     def __init__(self) -> None:
         super().__init__()
         self.clock = ManualClock()
         self.log: list[Happened] = []
-        self.first = 0  # the position of the oldest state that can be told
-        self.kept: dict[Key, int] = {}  # from which position on there are versions of a document
+        self.first = 0  # the position of the oldest available state
+        self.kept: dict[Key, int] = {}  # the position from which versions of a document exist
         self.durable = 0
-        self.durable_end: tuple[str, int] = ("", 0)  # in which segment, up to which offset
+        self.durable_end: tuple[str, int] = ("", 0)  # the segment and the offset in it
         self.marks: list[bytes] = []
         self.resources = ExitStack()
         memory = Path("/dev/shm")
@@ -86,10 +86,10 @@ class StoreMachine(RuleBasedStateMachine):
         self.stores: list[FileStore] = []
         self.closers: list[AbstractContextManager[FileStore]] = []
 
-    # What the tests are made with.
+    # Test helpers.
 
     def teardown(self) -> None:
-        """Close all."""
+        """Close everything."""
         self.close()
         self.resources.close()
 
@@ -109,16 +109,16 @@ class StoreMachine(RuleBasedStateMachine):
         self.stores, self.closers = [], []
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a coroutine function."""
+        """Run a coroutine function."""
         return self.portal.call(function, *arguments)
 
     def entry(self, key: Key, until: int | None = None) -> tuple[int, JsonObject | None, float | None]:
-        """Return the newest version of a document after so many commits."""
+        """Return the newest version of a document after that many commits."""
         found = [one.documents[key] for one in self.log[:until] if key in one.documents]
         return found[-1] if found else (0, None, None)
 
     def state(self, now: float, until: int | None = None) -> dict[Key, tuple[int, JsonObject]]:
-        """Return the documents that there are after so many commits."""
+        """Return all documents after that many commits."""
         entries = {key: self.entry(key, until) for key in KEYS}
         return {
             key: (version, value)
@@ -127,23 +127,23 @@ class StoreMachine(RuleBasedStateMachine):
         }
 
     def version(self, key: Key) -> int:
-        """Return what a writer must expect."""
+        """Return the version that a writer must expect."""
         return self.state(self.clock.now()).get(key, (0, None))[0]
 
     def commit_of(self, writes: Sequence[Any], guards: Sequence[Guard], number: int, durable: bool) -> Commit:
-        """Return a commit of what was drawn."""
+        """Return a commit of the drawn changes."""
         made = [Write(key, max(self.version(key) + off, 0), value, ttl) for key, off, value, ttl in writes]
         return Commit(made, [Event("e", {"n": number})], guards, durable)
 
     def refusal(self, commit: Commit) -> type[Exception] | None:
-        """Return what must be raised."""
+        """Return the expected exception."""
         lease = self.state(self.clock.now()).get(LEASE)
         if any(lease is None or lease[1]["epoch"] != guard.epoch for guard in commit.guards):
             return LeaseLost
         return VersionConflict if any(one.expected != self.version(one.key) for one in commit.writes) else None
 
     def happen(self, commit: Commit) -> None:
-        """Take a commit into the model."""
+        """Apply a commit to the model."""
         now = self.clock.now()
         documents = {
             one.key: (self.entry(one.key)[0] + 1, one.value, now + one.ttl if one.ttl and one.value else None)
@@ -152,12 +152,12 @@ class StoreMachine(RuleBasedStateMachine):
         self.log.append(Happened(now, documents, list(commit.events)))
 
     def synced(self) -> None:
-        """Remember what can't be lost any more."""
+        """Record what is durable."""
         newest = max(self.place.glob("*.jsonl"))
         self.durable, self.durable_end = len(self.log), (newest.name, newest.stat().st_size)
 
     def move(self, change: Callable[[Path], object]) -> None:
-        """Go on in a copy of the folder as it is now, as if all processes had been killed, after a change to it."""
+        """Continue in a copy of the folder with a change, as if all processes had been killed."""
         self.places += 1
         place = self.top / str(self.places)
         shutil.copytree(self.place, place)
@@ -167,11 +167,11 @@ class StoreMachine(RuleBasedStateMachine):
         change(place)
         self.open()
 
-    # What happens.
+    # Rules.
 
     @rule(writes=writes, guards=guards, durable=st.booleans(), which=st.integers(0, 1))
     def commit(self, writes: Sequence[Any], guards: Sequence[Guard], durable: bool, which: int) -> None:
-        """All of a commit happens, or nothing."""
+        """Commit atomically."""
         commit = self.commit_of(writes, guards, len(self.log), durable)
         expected = self.refusal(commit)
         if expected is not None:
@@ -185,7 +185,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(key=st.sampled_from(KEYS), size=st.sampled_from([0, 100]), durable=st.booleans(), which=st.integers(0, 1))
     def commit_often(self, key: Key, size: int, durable: bool, which: int) -> None:
-        """So many versions of one document that the oldest may go."""
+        """Write enough versions of one document to drop the oldest."""
         for number in range(VERSIONS_KEPT + 1):
             commit = self.commit_of([(key, 0, {"epoch": number, "text": "x" * size}, None)], [], number, durable)
             assert self.call(self.stores[which].commit, commit) == len(self.log) + 1
@@ -195,7 +195,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(keys=st.lists(st.sampled_from(KEYS), min_size=2, unique=True), durable=st.booleans())
     def commit_together(self, keys: list[Key], durable: bool) -> None:
-        """Commits that wait at the same time, in both stores, all happen, in some order."""
+        """Commit concurrently in both stores; all succeed, in some order."""
         commits = [self.commit_of([(key, 0, {"epoch": 1}, None)], [], 0, durable) for key in keys]
         positions: dict[int, Commit] = {}
 
@@ -216,12 +216,12 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([1, 10, 100]))
     def wait(self, seconds: int) -> None:
-        """Time goes by."""
+        """Advance the time."""
         self.clock.advance(seconds)
 
     @rule(which=st.integers(0, 1), age=st.sampled_from([0, 10, 100, 1000]), largest=st.sampled_from([ALL, ALL, 2_000]))
     def compact(self, which: int, age: int, largest: int) -> None:
-        """Some of the past goes."""
+        """Compact a part of the history."""
         found = self.call(self.stores[which].compact, self.clock.now() - age, largest)
         assert self.first <= found.first <= len(self.log)
         if found.first > self.first:
@@ -235,18 +235,18 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def reopen(self) -> None:
-        """All close the store, and open it again."""
+        """Close and reopen the store."""
         self.close()
         self.open()
 
     @rule()
     def kill(self) -> None:
-        """All are killed."""
+        """Kill all processes."""
         self.move(lambda _: None)
 
     @rule(garbage=st.binary(min_size=1, max_size=60) | st.integers(1, 10_000), within=st.booleans())
     def kill_within_a_write(self, garbage: bytes | int, within: bool) -> None:
-        """A killed process leaves some of what it was about to write; or what it leaves is nonsense."""
+        """Leave a part of a write behind, or garbage."""
 
         def leave(place: Path) -> None:
             newest = max(place.glob("*.jsonl"), default=None)
@@ -264,7 +264,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.log)
     @rule(seed=st.integers(0, 1 << 30), mark=st.integers(0, 1 << 30))
     def lose_power(self, seed: int, mark: int) -> None:
-        """What was durable is there; of the rest the first commits may be."""
+        """Keep the durable commits and possibly the first of the others."""
         older = self.marks[-1 - mark % min(len(self.marks), 4)] if self.marks else None
 
         def lose(place: Path) -> None:
@@ -279,11 +279,11 @@ class StoreMachine(RuleBasedStateMachine):
         del self.log[position:]
         self.synced()
 
-    # What holds.
+    # Invariants.
 
     @invariant()
     def is_what_it_should_be(self) -> None:
-        """Both stores tell each document, and no damage to any."""
+        """Both stores return each document without damage."""
         if not self.stores:
             return
         self.marks.append((self.place / "lock").read_bytes())
@@ -300,7 +300,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(key=st.sampled_from(KEYS), which=st.integers(0, 1), limit=st.integers(1, 15))
     def history(self, key: Key, which: int, limit: int) -> None:
-        """The versions are those that were written, as far as they are kept."""
+        """The versions are the written ones, as far as they are kept."""
         expected = [
             (*one.documents[key][:2], position, one.time, one.events)
             for position, one in enumerate(self.log, 1)
@@ -312,7 +312,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(position=st.integers(-3, 1 << 20), which=st.integers(0, 1))
     def at(self, position: int, which: int) -> None:
-        """The state at a position is what it was."""
+        """The state at a position is that of the model."""
         position = position % (len(self.log) + 2)
         if position < self.first:
             with pytest.raises(HistoryCompacted):
@@ -328,7 +328,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(after=st.integers(0, 1 << 20), which=st.integers(0, 1))
     def watch(self, after: int, which: int) -> None:
-        """Who watches sees each commit once, in order."""
+        """A watcher sees each commit once, in order."""
         after = after % (len(self.log) + 1)
 
         async def watch() -> list[CommitRecord]:
@@ -352,14 +352,14 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 1))
     def verify(self, which: int) -> None:
-        """All that is read anew is as it was told."""
+        """A new read returns the same contents."""
         found = self.call(self.stores[which].verify)
         assert found.is_valid, found
         assert found.position == len(self.log)
 
 
 def run(examples: int, steps: int, phases: Sequence[Phase] = tuple(Phase)) -> None:
-    """Try so many histories of so many steps."""
+    """Run that many histories of that many steps."""
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
     bounds = settings(
         phases=phases,
@@ -372,7 +372,7 @@ def run(examples: int, steps: int, phases: Sequence[Phase] = tuple(Phase)) -> No
 
 
 def test_store_behaves_like_a_dict_with_history() -> None:
-    """A few short histories; to make one that fails simpler would take longer than a test may."""
+    """A few short histories, without shrinking, which would exceed the time of a test."""
     run(10, 30, (Phase.reuse, Phase.generate))
 
 

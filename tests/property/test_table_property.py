@@ -1,4 +1,4 @@
-"""The model of the live table, kept up to date by records, is the one that all documents would make anew."""
+"""The live table updated by records equals one rebuilt from all documents."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COMMIT = "0123456789" * 4
 
 
 def step(task: TaskDocument, trigger: Trigger, now: float) -> TaskDocument:
-    """Return a task after what can happen to it, with what is recorded of that."""
+    """Return a task after a possible event, with its record."""
     changes: dict[str, Any] = {}
     match trigger:
         case Trigger.START:
@@ -35,7 +35,7 @@ def step(task: TaskDocument, trigger: Trigger, now: float) -> TaskDocument:
 
 @st.composite
 def runs(draw: st.DrawFn) -> dict[str, DispatchEntry]:
-    """Some tasks, of which each may need earlier ones."""
+    """Draw tasks that may need earlier ones."""
     names = [f"t{number}" for number in range(draw(st.integers(1, 7)))]
     return {
         name: DispatchEntry(tuple(draw(st.lists(st.sampled_from(names[:number]), unique=True))) if number else ())
@@ -45,7 +45,7 @@ def runs(draw: st.DrawFn) -> dict[str, DispatchEntry]:
 
 @given(runs(), st.data())
 def test_records_and_documents_give_the_same_table(entries: dict[str, DispatchEntry], data: st.DataObject) -> None:
-    """After each change: the same counts, the same rows in the same phases, and every task counted once."""
+    """After each change: the same counts, rows and phases, and every task counted once."""
     run = RunDocument(
         id="run", config="c", repo="/r", is_url=False, base="main", target="main", capacity=2, session_memory=1,
         adapters={}, tasks=tuple(entries), start=COMMIT, hub="/h", started=0.0,
@@ -77,7 +77,7 @@ def test_records_and_documents_give_the_same_table(entries: dict[str, DispatchEn
 
 
 def check(kept: LiveRun, made: LiveRun, count: int) -> None:
-    """Compare what both show."""
+    """Compare both tables."""
     one, other = kept.totals(100.0), made.totals(100.0)
     counts, others = (
         (both.landed, both.done, both.running, both.queued, both.waiting, both.asked, both.blocked, both.failed)
@@ -93,6 +93,6 @@ def check(kept: LiveRun, made: LiveRun, count: int) -> None:
 
 
 def shown(view: LiveRun) -> list[tuple[str, ...]]:
-    """Return the rows, but for which of several needs blocks a task."""
+    """Return the rows without the need that blocks a task, which may be any of several."""
     rows = view.frame(100.0, 20).rows
     return [(row.task, row.phase, row.attempt, row.words * (row.phase != "blocked")) for row in rows]

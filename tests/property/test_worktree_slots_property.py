@@ -1,4 +1,4 @@
-"""A place is again as git checks a commit out, byte for byte, whatever a session did to it."""
+"""A cleaned worktree slot equals a fresh checkout byte for byte, after any session."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ Facts = tuple[int, int, object, tuple[tuple[str, bytes], ...]]
 
 @dataclass(frozen=True, repr=False)
 class Commits:
-    """A repository's hub, and two commits of it that differ in all that commits can differ in."""
+    """The hub of a repository with two commits that differ in every possible way."""
 
     yard: HubFixture
     first: str
@@ -66,7 +66,7 @@ class Commits:
     """What is in a place of each kind for each of them."""
 
 
-# The edits. What can't be done where it is tried is passed over.
+# The edits. Those that are impossible in a slot are skipped.
 
 
 def _write(top: Path, path: str, other: str) -> None:
@@ -80,7 +80,7 @@ def _append(top: Path, path: str, _: str) -> None:
 
 
 def _rewrite(top: Path, path: str, _: str) -> None:
-    """Another content of the same size, with the times of before."""
+    """Write another content of the same size and restore the times."""
     before = (top / path).stat()
     (top / path).write_bytes((top / path).read_bytes()[::-1])
     os.utime(top / path, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -88,13 +88,13 @@ def _rewrite(top: Path, path: str, _: str) -> None:
 
 def _map(top: Path, path: str, _: str) -> None:
     if not detects_mmap_writes(top.parent):
-        return  # a pool uses such a place once
+        return  # the pool uses such a slot once
     with (top / path).open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
         mapped[0] ^= 1
 
 
 def _copy_folder(top: Path, path: str, _: str) -> None:
-    """The same in another folder of the same name."""
+    """Replace a folder by a copy with the same name."""
     if not path:
         return
     shutil.copytree(top / path, top / "copied", symlinks=True)
@@ -128,7 +128,7 @@ def _link_hard(top: Path, path: str, other: str) -> None:
 
 
 def _link_out(top: Path, path: str, _: str) -> None:
-    """Another name outside, through which it is written."""
+    """Write through a hard link outside."""
     outside = top.parent / "tmp" / f"outside-{len(list((top.parent / 'tmp').iterdir()))}"
     outside.hardlink_to(top / path)
     with suppress(OSError):
@@ -136,7 +136,7 @@ def _link_out(top: Path, path: str, _: str) -> None:
 
 
 def _link_in(top: Path, path: str, _: str) -> None:
-    """A file from outside, in place of what was there."""
+    """Replace a file by one from outside."""
     outside = top.parent / "tmp" / f"outside-{len(list((top.parent / 'tmp').iterdir()))}"
     outside.write_text("outside\n")
     (top / path).unlink(missing_ok=True)
@@ -214,7 +214,7 @@ def _mark(top: Path, path: str, _: str) -> None:
 
 
 def _hand_down(top: Path, path: str, _: str) -> None:
-    """An access control list that what is made in a folder gets (acl(5); the kernel's posix_acl_xattr.h)."""
+    """Set a default access control list on a folder (acl(5); the kernel's posix_acl_xattr.h)."""
     entries = ((1, 7, -1), (2, 7, 1), (4, 7, -1), (16, 7, -1), (32, 7, -1))
     value = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
     os.setxattr(top / path, "system.posix_acl_default", value)
@@ -233,7 +233,7 @@ def _lose_git(top: Path, _: str, __: str) -> None:
 
 
 def _own_git(top: Path, _: str, __: str) -> None:
-    """A repository of its own in place of the file."""
+    """Replace the `.git` file by a repository."""
     _remove(top, ".git", "")
     subprocess.run(["git", "init", "-q", str(top)], check=True, capture_output=True)
 
@@ -288,12 +288,12 @@ def _edit(top: Path, steps: Steps) -> None:
             edit(top, path, other)
 
 
-# The repository, and what is expected of it.
+# The repository and the expected contents.
 
 
 @pytest.fixture(scope="module")
 def commits() -> Iterator[Commits]:
-    """The repository."""
+    """Return the repository."""
     with TemporaryDirectory() as folder:
         yield anyio.run(_commits, Path(folder))
 
@@ -336,7 +336,7 @@ async def _commits(folder: Path) -> Commits:
 
 
 def _facts(tree: Path, without: tuple[str, ...] = ()) -> dict[str, Facts]:
-    """Return all that can be told of what is in a folder, but for the times."""
+    """Return all properties of a folder's contents, except for times."""
     found, waiting = {"": _facts_of(tree)}, [""]
     while waiting:
         folder = waiting.pop()
@@ -378,7 +378,7 @@ def _options(kind: str) -> SlotOptions:
 
 
 async def _expected(pool: SlotPool, commits: Commits, commit: str) -> dict[str, Facts]:
-    """Return what a new place holds."""
+    """Return the contents of a fresh slot."""
     worktree, checkout = await commits.yard.begin(pool, "expected", commit)
     facts = _facts(checkout.slot.tree, ("cache",) if checkout.contents.record.kept else ())
     await worktrees.remove_session_folder(worktree)
@@ -392,7 +392,7 @@ def _with_parents(path: str) -> set[str]:
 
 
 def _assert_found(found: TreeDiff | None, before: dict[str, Facts], after: dict[str, Facts]) -> None:
-    """Whatever differs is named, or a folder that it is in."""
+    """Assert that each difference, or a folder above it, is detected."""
     if found is None:
         return
     files, others = {*found.changed, *found.removed}, {path.rstrip("/") for path in (*found.added, *found.replaced)}
@@ -417,7 +417,7 @@ async def _clean(pool: SlotPool, checkout: HeldSlot, found: TreeDiff | None) -> 
 
 
 async def _assert_clean(git: Git, place: WorktreeSlot, contents: SlotContents) -> None:
-    """Neither git nor the stamps find anything that is not known."""
+    """Assert that neither git nor the stamps find unknown changes."""
     assert contents.snapshot.compare() == TreeDiff(touched_folders=["/"])
     options = ("--porcelain", "-z", "--untracked-files=all", "--ignored")
     status = await git("status", *options, env=place.env, cwd=place.tree)
@@ -431,7 +431,7 @@ async def _assert_clean(git: Git, place: WorktreeSlot, contents: SlotContents) -
 
 
 async def _check(commits: Commits, kind: str, steps: Steps, more: Steps) -> bool:
-    """Have two sessions edit a place in turn; returns whether it had to be thrown away."""
+    """Have two sessions edit a slot in turn; return whether it had to be discarded."""
     async with commits.yard.open(_options(kind)) as pool:
         if kind not in commits.expected:
             commits.expected[kind] = [await _expected(pool, commits, one) for one in (commits.first, commits.second)]
@@ -469,9 +469,9 @@ async def _check(commits: Commits, kind: str, steps: Steps, more: Steps) -> bool
 @settings(max_examples=20)
 @given(_kinds, _steps, _steps)
 def test_slot_after_a_session_has_no_leftovers(commits: Commits, kind: str, steps: Steps, more: Steps) -> None:
-    """Cleaned, a place is as new, moves to another commit whole, and what the next session does is found.
+    """After cleaning it equals a fresh slot, moves to another commit, and detects the next session's changes.
 
-    It is thrown away only where something changed that was set up.
+    It is discarded only if setup results changed.
     """
     anyio.run(partial(_check, commits, kind, steps, more))
 
@@ -481,5 +481,5 @@ def test_slot_after_a_session_has_no_leftovers(commits: Commits, kind: str, step
 @settings(max_examples=2000)
 @given(_kinds, _steps, _steps)
 def test_slot_after_many_sessions_has_no_leftovers(commits: Commits, kind: str, steps: Steps, more: Steps) -> None:
-    """The same, far more often."""
+    """The same with many more examples."""
     anyio.run(partial(_check, commits, kind, steps, more))

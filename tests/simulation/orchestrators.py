@@ -1,8 +1,8 @@
-"""Orchestrators that work at one queue while everything goes wrong that may: a simulation of all that claims promise.
+"""Orchestrators share one queue under all kinds of faults: a simulation of the guarantees of claims.
 
-The classes under test are the real ones, over the store in memory. Between any two steps a process may be stopped for
-longer than its lease, or end; a commit may fail, or be done although its caller hears that it failed; the processes'
-clocks differ by up to three seconds. After a while the weather calms down, and everything has to come to its end.
+The classes under test are the real ones, over the memory store. Between any two steps a process may be stopped for
+longer than its lease, or end; a commit may fail, or succeed with a lost acknowledgement; the clocks of processes
+differ by up to three seconds. The faults end after a while, and then all work must finish.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ FAULT_PERIOD = 180.0
 SETTLE_TIMEOUT = 30 * TIMING.owner_stale_after
 """Seconds within which all has to be done from then on."""
 
-#: Each task of the event loop throws its own dice: what one of them draws does not depend on whose turn it was.
+# Each asyncio task has its own random generator: its draws do not depend on the order of tasks.
 _dice: ContextVar[Random] = ContextVar("dice")
 
 
 class ProcessCrashed(BaseException):
-    """The process has ended in the midst of what it did."""
+    """The process crashed at a step."""
 
 
 @dataclass(frozen=True)
 class FaultRates:
-    """How likely it is that something happens at a step, or with a commit."""
+    """The probabilities of faults at a step or a commit."""
 
     crash: float = 0.004
     stop: float = 0.008
@@ -67,24 +67,24 @@ class FaultRates:
 
 
 class SkewedClock(SystemClock):
-    """The clock of a machine: virtual, and a bit wrong."""
+    """The clock of a machine: virtual, with an offset."""
 
     def __init__(self, skew: float) -> None:
         self._skew = skew
 
     def now(self) -> float:
-        """Seconds since the epoch."""
+        """Return seconds since the epoch."""
         return 1e9 + self.monotonic() + self._skew
 
     async def wait(self, event: anyio.Event, until: float | None) -> None:
-        """Wait for a time: the code under test waits for nothing else."""
+        """Wait for a time, the only wait of the code under test."""
         assert until is not None
         await asyncio.sleep(max(0.0, until - self.monotonic()))
 
 
 @dataclass
 class World:
-    """What all processes share: the store, the target branch, and the weather."""
+    """The shared state of all processes: the store, the target branch, and the fault rates."""
 
     seed: int
     weather: FaultRates
@@ -100,12 +100,12 @@ class World:
         self.time = asyncio.get_running_loop().time
 
     def should_fail(self, chance: float) -> bool:
-        """Whether something happens now that is so likely while the storm lasts."""
+        """Return whether a fault of this probability happens now."""
         return self.time() < FAULT_PERIOD and _dice.get().random() < chance
 
 
 class SimulatedProcess:
-    """One orchestrator's process: where it may be stopped, or end, and its way to the store and the target."""
+    """A process of an orchestrator: its pauses, its crashes, and its access to store and target."""
 
     def __init__(self, world: World, number: int, role: Role) -> None:
         dice = Random(f"{world.seed}/{number}")
@@ -120,10 +120,10 @@ class SimulatedProcess:
         world.processes[self.owner.id] = self
 
     async def step(self) -> None:
-        """Get from one moment to the next."""
+        """Pass a point where the process may pause or crash."""
         dice, world = _dice.get(), self.world
         fate = dice.random()
-        if fate > 0.5:  # others have their turns in between
+        if fate > 0.5:  # other tasks run in between
             await asyncio.sleep(0.2 * (fate - 0.5))
         elif world.time() < FAULT_PERIOD:
             if fate < world.weather.crash:
@@ -160,12 +160,12 @@ class SimulatedProcess:
         return await self.world.store.list(kind, prefix)
 
     async def fetch(self) -> Sequence[str]:
-        """Return what is on the target."""
+        """Return the content of the target."""
         await self.step()
         return tuple(self.world.target)
 
     async def push(self, old: int, task: str) -> bool:
-        """Move the target from `old` by a task; False where it is not there any more."""
+        """Move the target from `old` by a task; return False if it has moved."""
         await self.step()
         if len(self.world.target) != old:
             return False
@@ -174,7 +174,7 @@ class SimulatedProcess:
         return True
 
     async def is_dead(self, _run: str, owner: OrchestratorIdentity) -> bool:
-        """Whether a process of this machine is known to have ended."""
+        """Return whether a process of this machine is known to be dead."""
         other = self.world.processes[owner.id]
         return other.host == self.host and other.is_over
 
@@ -184,12 +184,12 @@ def _unavailable() -> StoreUnavailable:
 
 
 def work_key(task: str) -> Key:
-    """Return the key of what is recorded of a task's work."""
+    """Return the key of a task's recorded work."""
     return Key("work", f"{RUN}/{task}")
 
 
 class SimulatedOrchestrator:
-    """An engine in small: it claims tasks, works at each step by step, lands it and releases the claim."""
+    """A minimal engine: claims tasks, works on each in steps, lands it and releases the claim."""
 
     def __init__(self, process: SimulatedProcess) -> None:
         self.process = process
@@ -200,7 +200,7 @@ class SimulatedOrchestrator:
         self._busy: set[str] = set()
 
     async def live(self) -> None:
-        """Work until nothing is left to do. LeaseLost where it was taken for gone, Crashed where it ended."""
+        """Work until no task is left. Raises LeaseLost after a takeover and ProcessCrashed after a crash."""
         try:
             await self._until_it_works(self.others.join)
             async with anyio.create_task_group() as group:
@@ -308,7 +308,7 @@ class SimulatedOrchestrator:
                     return
 
     async def _adopts(self, task: str, guard: Guard) -> bool:
-        """Whether the task is on the target already, by whose work ever."""
+        """Return whether the task is already on the target, by anyone's work."""
         found = await self.store.get(work_key(task))
         assert found is not None
         if found.value["state"] == "landed":
@@ -336,7 +336,7 @@ class SimulatedOrchestrator:
 
 @dataclass(frozen=True)
 class SimulationResult:
-    """What came of a simulation."""
+    """The outcome of a simulation."""
 
     violations: Sequence[str]
     records: Sequence[CommitRecord]
@@ -348,7 +348,7 @@ class SimulationResult:
 def simulate(
     seed: int, *, processes: int = 3, tasks: int = 5, weather: FaultRates = FaultRates(), is_fenced: bool = True
 ) -> SimulationResult:
-    """Have orchestrators do tasks; the same seed gives the same again."""
+    """Run a simulation; the same seed gives the same result."""
     return run_in_virtual_time(_simulate(seed, processes, tasks, weather, is_fenced))
 
 
@@ -373,7 +373,7 @@ async def _simulate(seed: int, processes: int, tasks: int, weather: FaultRates, 
 
 
 async def _lives(world: World, number: int, processes: int) -> None:
-    """Have a process that ends followed by another; only of some, but for the first."""
+    """Restart a process after each crash, for a number of crashes."""
     dice = Random(f"{world.seed}/{number}/lives")
     _dice.set(dice)
     role = Role.LEADER if number == 0 else Role.WORKER
@@ -391,7 +391,7 @@ async def _lives(world: World, number: int, processes: int) -> None:
 
 
 def check_history(records: Sequence[CommitRecord]) -> tuple[list[str], int]:
-    """Return what is wrong in the history of a store, and how often a claim was taken over."""
+    """Return the violations in the history of a store, and the number of takeovers."""
     history, permits, found = ClaimHistory(_authorship), dict[Key, int](), list[str]()
     permit = merge_lease_key(ownership_scope(REPOSITORY, TARGET))
     for record in records:

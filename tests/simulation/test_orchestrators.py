@@ -1,4 +1,4 @@
-"""Thousands of bad nights of several orchestrators: no claim is held by two, no task lands twice, none is left."""
+"""Thousands of simulated runs with faults: claims are exclusive, and each task lands exactly once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MANY, CHUNK = 10_000, 625
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """Have nothing logged: it would be kept for a message that nobody reads."""
+    """Disable logging, whose records would fill the memory."""
     logger = logging.getLogger("orchestrator.claims")
     logger.disabled = True
     yield
@@ -30,14 +30,14 @@ def quiet() -> Iterator[None]:
     ],
 )
 def test_faults_of_any_kind_land_every_task_once(first: int, seeds: int) -> None:
-    """Stopped for longer than a lease, ended in the midst of anything, without an answer, with wrong clocks."""
+    """Pauses longer than a lease, crashes at any step, lost acknowledgements, skewed clocks."""
     seen, takeovers = Counter[str](), 0
     for seed in range(first, first + seeds):
         outcome = simulate(seed)
         assert not outcome.violations, f"seed {seed}: {outcome.violations}"
         seen += outcome.seen
         takeovers += outcome.takeovers
-    # It was bad enough.
+    # Enough faults happened.
     assert (
         min(seen[one] for one in ("crashed", "stopped", "lost acknowledgement", "adopted", "LeaseLost")) > seeds // 20
     )
@@ -45,7 +45,7 @@ def test_faults_of_any_kind_land_every_task_once(first: int, seeds: int) -> None
 
 
 def test_faults_without_fencing_are_detected() -> None:
-    """What is held against the history finds what the guards of commits prevent."""
+    """Without the guards of commits the history check finds violations."""
     found = [simulate(seed, is_fenced=False).violations for seed in range(20)]
     assert sum(map(bool, found)) >= 5
     for kind in ("wrote work/", "although it was over"):
@@ -54,13 +54,13 @@ def test_faults_without_fencing_are_detected() -> None:
 
 @pytest.mark.parametrize("seed", [3, 17])
 def test_same_seed_gives_the_same_simulation(seed: int) -> None:
-    """Down to the time of each commit."""
+    """Including the time of each commit."""
     first, second = simulate(seed), simulate(seed)
     assert first == second
     assert first.records != simulate(seed + 1).records
 
 
 def test_eight_orchestrators_without_faults_finish_forty_tasks() -> None:
-    """Nobody is taken over, nothing is tried twice."""
+    """Without takeovers and retries."""
     outcome = simulate(1, processes=8, tasks=40, weather=FaultRates(0, 0, 0, 0, give_up=0, override=0))
     assert (outcome.violations, outcome.takeovers, outcome.seen) == ([], 0, Counter())

@@ -1,4 +1,4 @@
-"""An event loop whose time jumps to the next timer: hours in milliseconds, and the same again for the same seed."""
+"""An event loop whose time jumps to the next timer: hours in milliseconds, deterministic per seed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class VirtualDeadlock(BaseException):
 
 
 class _Jumping(selectors.SelectSelector):
-    """Waits for no file: it tells the loop that the time is over."""
+    """A selector without files that advances the time."""
 
     def __init__(self, passes: Callable[[float], None]) -> None:
         super().__init__()
         self._passes = passes
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        """Let `timeout` seconds pass."""
+        """Advance the time by `timeout` seconds."""
         if timeout is None:
             raise VirtualDeadlock
         if timeout > 0:
@@ -31,7 +31,7 @@ class _Jumping(selectors.SelectSelector):
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """An event loop without threads and files; its time begins at 0."""
+    """An event loop without threads and files; its time starts at 0."""
 
     def __init__(self) -> None:
         self._passed = 0.0
@@ -39,7 +39,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         self._clock_resolution = 1e-9
 
     def time(self) -> float:
-        """Virtual seconds."""
+        """Return virtual seconds."""
         return self._passed
 
     def _pass(self, seconds: float) -> None:
