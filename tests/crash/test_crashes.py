@@ -62,8 +62,8 @@ FIRST_KILL_FOR = {
 def chain_and_sides(count: int) -> list[dict[str, object]]:
     """Return tasks of which every third needs the one before, with most kinds of events.
 
-    One reaches a limit, one fails once, one leaves a daemon behind, one first fails its checks. Each changes an existing
-    file, so that there is something to clean.
+    One reaches a limit, one fails once, one leaves a daemon behind, one first fails its checks. Each changes an
+    existing file, so that there is something to clean.
     """
     tasks: list[dict[str, object]] = []
     for index in range(count):
