@@ -83,7 +83,6 @@ async def test_cancel_right_after_an_attempt_is_performed(
 
 @pytest.mark.extended
 async def test_task_cancelled_during_its_checks_lands_after_a_retry(repository: Repository) -> None:
-    """In the same run, after its checks have run again."""
     begun, free = (repository.spawns.parent / name for name in ("begun", "free"))
     tasks: list[dict[str, Any]] = [
         {

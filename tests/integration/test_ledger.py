@@ -205,7 +205,6 @@ async def test_task_just_started_by_another_is_cancelled(tmp_path: Path) -> None
 
 
 async def test_task_just_released_by_another_is_cancelled(tmp_path: Path) -> None:
-    """It was running elsewhere when last read."""
     clock = ManualClock()
     ours, theirs = await leader_and_worker(MemoryStore(clock), clock, tmp_path)
     assert await start(theirs, "models") is None
@@ -233,7 +232,6 @@ async def test_task_being_landed_by_another_is_not_cancelled(tmp_path: Path, see
 
 
 async def test_task_found_landed_by_another_is_not_retried(tmp_path: Path) -> None:
-    """It was failed when last read."""
     clock = ManualClock()
     ours, theirs = await leader_and_worker(MemoryStore(clock), clock, tmp_path)
     assert await start(ours, "models") is None
@@ -245,7 +243,6 @@ async def test_task_found_landed_by_another_is_not_retried(tmp_path: Path) -> No
 
 
 async def test_take_during_a_leader_election_names_the_leader(tmp_path: Path) -> None:
-    """The other process was slightly faster."""
     clock = ManualClock()
     store = Overtaken(clock, "run.leader_elected")
     theirs, _ = await two_ledgers(store, clock, tmp_path)
@@ -313,7 +310,6 @@ async def test_concurrent_elections_have_one_leader(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("role", "is_theirs"), [(Role.LEADER, False), (Role.WORKER, True)])
 async def test_leader_takes_a_claim_that_a_worker_has_not_started(tmp_path: Path, role: Role, is_theirs: bool) -> None:
-    """A worker may not take it."""
     clock = ManualClock()
     store = MemoryStore(clock)
     first, worker = await leader_and_worker(store, clock, tmp_path)

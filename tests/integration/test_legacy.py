@@ -199,7 +199,6 @@ async def test_older_versions_are_imported(
 
 
 async def test_statuses_are_mapped_as_documented(repository: Repository) -> None:
-    """Each word of the table in docs/state.md."""
     rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*|anything else) \| `(\w+)`[^|]*\|$", SECTION, re.MULTILINE)
     expected = {word: ours for words, ours in rows for word in re.findall(r"`(\w+)`", words) or ["whatever"]}
     assert expected.keys() > {"pending", "in_progress", "completed", "failed", "active", "initialized", "whatever"}
@@ -237,7 +236,6 @@ async def test_folder_becomes_runs_next_to_those_of_the_file(repository: Reposit
     "content", ["", "{", '{"version": "2.0", "sess', "[1]", '{"sessions": 3}', "\ud800", "[" * 5000]
 )
 async def test_damaged_files_are_set_aside_and_the_rest_imported(repository: Repository, content: str) -> None:
-    """People see it once; the log keeps it."""
     (repository.top / ".worktrees").mkdir()
     path = repository.top / LEGACY_FILE
     path.write_bytes(content.encode(errors="surrogatepass"))
@@ -485,7 +483,6 @@ def yaml_of(text: str) -> dict[str, str]:
 
 
 async def test_checkpoints_of_an_imported_run_work(repository: Repository) -> None:
-    """Like those of other runs."""
     write(repository, LEGACY_FILE, STATE)
     made = repository.council("checkpoint", "create", "--json")
     assert (made.code, made.result["status"]) == (0, "incomplete")

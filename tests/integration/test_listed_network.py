@@ -178,7 +178,6 @@ async def test_folder_with_a_long_path_works(tmp_path: Path, kind: SandboxKind, 
 
 
 async def test_listed_host_is_reached_by_a_tunnel(place: Place, kind: SandboxKind, port: int) -> None:
-    """As for https."""
     argv = ["curl", "--silent", "--show-error", "--proxytunnel", f"http://127.0.0.1:{port}/"]
     ended = await place.run(kind, (f"127.0.0.1:{port}",), argv)
     assert (ended.exit, place.said) == (0, "reached")
@@ -281,7 +280,6 @@ async def test_missing_program_is_reported(place: Place, kind: SandboxKind) -> N
 
 
 async def test_proxy_ends_with_its_session(place: Place, kind: SandboxKind) -> None:
-    """Even if the session is stopped during a request."""
     source = """
 import os, socket, time
 port = int(os.environ["HTTP_PROXY"].rpartition(":")[2]); client = socket.create_connection(("127.0.0.1", port))
@@ -316,7 +314,6 @@ async def test_proxy_serves_its_session_only(place: Place, port: int) -> None:
 
 
 async def test_failed_check_names_the_denied_host(place: Place, kind: SandboxKind, port: int) -> None:
-    """The output of the check may say little about it."""
     url = f"http://127.0.0.1:{port}/"
     assert await place.shell(kind, (f"127.0.0.1:{port}",), f"curl --silent --fail {url}") == CommandSucceeded()
     failed = await place.shell(kind, ("api.example.com",), f"curl --silent --fail --noproxy '' {url}")

@@ -127,7 +127,6 @@ async def test_broken_ownership_is_released_by_its_owner(repository: Repository)
 
 
 async def test_broken_lock_locks_nothing(repository: Repository) -> None:
-    """Other tasks may land there, and own it."""
     async with opened(repository) as store:
         registry, guard = OwnershipRegistry(store, SystemClock(), "0" * 16), await claim(store, ADA)
         await registry.acquire(ADA, ["a"], orchestrator="o1", claim=guard, is_lock=True)

@@ -114,7 +114,6 @@ async def test_search_in_new_commits_reads_no_old_log(clock: ManualClock) -> Non
 async def test_time_maps_to_the_newest_commit_before(
     store: Store, clock: ManualClock, instant: float, position: int
 ) -> None:
-    """Position 0 before all commits."""
     await fill(store, 30, clock)
     assert await find_position(store, instant) == position
 
@@ -122,7 +121,6 @@ async def test_time_maps_to_the_newest_commit_before(
 @example_settings(60)
 @given(steps=st.lists(st.integers(-5, 5), max_size=40), instant=st.integers(950, 1050))
 async def test_time_lookup_ignores_clock_jumps(steps: list[int], instant: int) -> None:
-    """The result equals that of a linear search."""
     clock = ManualClock(1000.0)
     store = MemoryStore(clock)
     times = []
@@ -161,7 +159,6 @@ async def forget(store: Store) -> int:
 
 
 async def test_stopped_follower_continues_after_removed_commits(tmp_path: Path, clock: ManualClock) -> None:
-    """Whether it had started or not, and more than once."""
     async with (
         FileStore.open(tmp_path, clock, segment_bytes=2_000) as store,
         aclosing(follow_log(store, 0)) as records,

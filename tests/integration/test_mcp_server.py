@@ -47,7 +47,6 @@ async def client(site: Site) -> AsyncIterator[ClientSession]:
 
 
 async def test_tools_match_the_commands(site: Site) -> None:
-    """Each has a description and an input schema."""
     async with client(site) as session:
         tools = (await session.list_tools()).tools
     assert [tool.name for tool in tools] == list(SESSION_COMMANDS)
@@ -82,7 +81,6 @@ async def test_tool_asks_as_the_session(site: Site) -> None:
 
 
 async def test_values_are_passed_unchanged(site: Site) -> None:
-    """Shared values are any JSON, handoffs are objects."""
     async with client(site) as session:
         value = {"ports": [8080, None], "name": "größer"}
         assert not (await session.call_tool("share_put", {"key": "k", "value": value})).is_error
@@ -97,5 +95,4 @@ async def test_values_are_passed_unchanged(site: Site) -> None:
 
 @pytest.mark.parametrize("name", SESSION_COMMANDS)
 def test_each_schema_is_valid(name: str) -> None:
-    """By the JSON Schema standard."""
     jsonschema.Draft202012Validator.check_schema(input_schema(SESSION_COMMANDS[name]))

@@ -446,7 +446,6 @@ def test_too_long_prompt_is_rejected(server: ModelServer, api: Api, stream: bool
 
 @pytest.mark.extended_but_first
 def test_usage_is_that_of_the_script(server: ModelServer, api: Api, stream: bool) -> None:
-    """Calls and texts report the same usage."""
     prompt = "usage 1234 56\nrun true"
     assert [hear(server, api, prompt, stream, results).usage for results in (0, 1)] == [(1234, 56)] * 2
 
@@ -497,7 +496,6 @@ def test_instructions_choose_the_part_of_the_script(server: ModelServer, api: Ap
 
 
 def test_later_instructions_start_a_part_at_its_first_step(server: ModelServer) -> None:
-    """Earlier steps and failures do not count for it."""
     script = "write a.txt x\nsay all\ntold of apples\nfail 500 1\nrun true\nsay apples"
     path, body = anthropic_ask(script, False, 1, True)
     assert anthropic_read(post(server, path, body).raw, False).text == "all"
@@ -581,7 +579,6 @@ def codex_tools(*tools: Json) -> Json:
 
 
 def test_codex_gets_a_patch(server: ModelServer) -> None:
-    """By a freeform tool, in its own language."""
     body = codex_tools({"type": "function", "name": "exec_command", "parameters": COMMAND})
     body["tools"].append({"type": "custom", "name": "apply_patch", "description": "", "format": {}})
     patch = "*** Begin Patch\n*** Add File: a/b.txt\n+x y\n*** End Patch\n"
@@ -623,7 +620,6 @@ def test_codex_in_code_mode_gets_a_program(server: ModelServer) -> None:
 
 
 def test_local_shell_gets_words(server: ModelServer) -> None:
-    """It is a separate item type."""
     body = codex_tools({"type": "local_shell"}) | {"stream": False, "input": "run echo 'x y'"}
     (item,) = json.loads(post(server, "/v1/responses", body).raw)["output"]
     assert (item["type"], item["action"]["type"]) == ("local_shell_call", "exec")
@@ -728,14 +724,12 @@ def test_lookups_are_answered(server: ModelServer, path: str, field: str) -> Non
 
 
 def test_unknown_path_and_invalid_body_are_errors(server: ModelServer) -> None:
-    """The server continues to serve."""
     assert post(server, "/v1/embeddings", {}).status == 404
     assert post(server, "/v1/messages", {"messages": [3]}).status == 400
     assert hear(server, APIS[0], "say still there", True).text == "still there"
 
 
 def test_delay_delays(server: ModelServer) -> None:
-    """Each answer is delayed by that time."""
     began = time.monotonic()
     hear(server, APIS[0], "delay 0.3\nsay x", True)
     assert time.monotonic() - began >= 0.3
@@ -747,7 +741,6 @@ def served() -> list[threading.Thread]:
 
 
 def test_delay_ends_with_the_client(server: ModelServer) -> None:
-    """No thread waits for a disconnected client."""
     path, body = APIS[0].ask("delay 3600\nsay x", True, 0, True)
     raw = json.dumps(body).encode()
     address = urlsplit(server.url)
@@ -780,7 +773,6 @@ def test_delay_ends_with_the_server() -> None:
 
 
 def test_concurrent_conversations_are_separate(server: ModelServer) -> None:
-    """Each has its own steps and failures."""
     statuses: dict[int, list[int]] = {}
 
     def converse(number: int) -> None:

@@ -57,7 +57,6 @@ async def test_command_about_a_run_accepts_argument_and_option(runs: Repository,
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("words", OF_A_TASK)
 async def test_command_about_a_part_of_a_run_accepts_the_option(runs: Repository, words: str) -> None:
-    """By the same forms."""
     command = words.split()
     assert runs.council(*command, "--run", "20260102") == runs.council(*command, "--run", RUN)
     assert runs.council(*command, "--run", "latest") == runs.council(*command, "--run", NEWER)

@@ -83,7 +83,6 @@ async def test_out_of_scope_task_does_not_affect_others(repository: Repository) 
 
 
 async def test_task_without_owns_may_change_anything(repository: Repository) -> None:
-    """A task without a declaration has no scope to check."""
     ended = run(repository, {"id": "t", "prompt": "append README.md x"}, on_out_of_scope="retry")
     assert ended.states == {"t": "landed"}, ended
 
@@ -102,7 +101,6 @@ async def test_allow_lands_out_of_scope_work_and_reports_it_once(repository: Rep
 
 
 async def test_extend_lands_unowned_paths(repository: Repository) -> None:
-    """The event names the new owned paths."""
     task = {"id": "t", "prompt": "append README.md x", "owns": ["src/**"], "on_out_of_scope": "extend"}
     ended = run(repository, task)
     assert ended.states == {"t": "landed"}, ended

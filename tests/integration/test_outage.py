@@ -140,7 +140,6 @@ async def test_reads_and_followers_wait_too(scene: Scene) -> None:
 
 
 async def test_abandoned_wait_committed_nothing(scene: Scene) -> None:
-    """It does not block the commits behind it."""
     async with scene.opened("pause") as store:
         scene.line.cut()
         async with anyio.create_task_group() as group:
@@ -491,7 +490,6 @@ async def test_fork_left_at_the_end_is_replayed_by_the_next(scene: Scene) -> Non
 
 
 async def test_internal_error_is_raised_unchanged(scene: Scene) -> None:
-    """In both modes, and not in an exception group."""
     modes: Sequence[Literal["pause", "continue"]] = ("pause", "continue")
     for mode in modes:
         with pytest.raises(StoreUnavailable, match="of another kind"):

@@ -171,7 +171,6 @@ async def test_invalid_plugins_are_reported_and_the_run_continues(repository: Re
 
 
 async def test_skipped_plugin_is_named(repository: Repository, site: Path) -> None:
-    """In one line, with the reason."""
     install(site, "broken", "raise ValueError('first line\\nsecond line')")
     ended = repository.council("run", str(repository.configure([{"id": "one", "prompt": "write one.txt 1"}])))
     assert "skipped the plugin 'broken' of broken 1.0: ValueError: first line second line\n" in ended.stdout

@@ -244,7 +244,6 @@ async def test_bytes_are_limited(yard: HubFixture) -> None:
 
 
 async def test_impossible_limit_is_reported(yard: HubFixture) -> None:
-    """Instead of waiting forever."""
     async with yard.open(places=0) as pool:
         with anyio.fail_after(30), pytest.raises(RefusedError):
             await yard.begin(pool, "task", await yard.fetch())
@@ -606,7 +605,6 @@ async def test_two_processes_killed_sometimes_lose_nothing(plain: HubFixture, re
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 async def test_ten_thousand_assignments_leave_nothing(plain: HubFixture, repository: Repository) -> None:
-    """The same test, far longer."""
     await _many(plain, repository, 10_000)
 
 

@@ -149,7 +149,6 @@ async def test_lease_lasts_as_long_as_its_slot(ports: range, tmp_path: Path) -> 
 
 
 async def test_slot_without_ports_has_only_a_name(store: Store, ports: range, tmp_path: Path) -> None:
-    """Earlier ports are released; the name stays."""
     place = make_place(tmp_path, 1)
     before = await leases_of(store, ports).lease(place)
     lease = await leases_of(store, ports, 0).lease(place)

@@ -177,7 +177,6 @@ async def test_git_in_a_preserved_worktree_shows_the_changes_of_the_session(
 
 
 async def test_disabled_configuration_is_reported(repository: Repository, tmp_path: Path) -> None:
-    """By its new name."""
     tree = tmp_path / "tree"
     agent_of = tree / "lib"
     agent_of.mkdir(parents=True)

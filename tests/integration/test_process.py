@@ -166,7 +166,6 @@ async def test_cancellation_does_not_interrupt_a_command(tmp_path: Path) -> None
 
 
 async def test_missing_program_is_an_error() -> None:
-    """It is distinguished from a failing program."""
     with pytest.raises(FileNotFoundError, match="no-such-program"):
         await process.run(["no-such-program"], env=ENV)
 

@@ -289,7 +289,6 @@ async def test_tracked_link_in_the_path_stays(place: Place, repository: Reposito
 
 
 async def test_pipe_is_not_waited_for(place: Place) -> None:
-    """A named pipe is rejected."""
     (place.provisions.checkout / ".env").unlink()
     os.mkfifo(place.provisions.checkout / ".env")
     assert "neither a file nor a folder" in str(await place.refuse())

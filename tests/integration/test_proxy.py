@@ -274,7 +274,6 @@ async def test_missing_token_is_rejected(upstream: Upstream, header: str) -> Non
     ],
 )
 async def test_ambiguous_request_is_rejected(first: str) -> None:
-    """Without a lookup, whatever its host."""
     proxy = Proxy(["api.example.com"], resolve=resolver("127.0.0.1"))
     async with serving(proxy) as port:
         assert (await ask(port, f"{first}\r\n{authorized(proxy)}\r\n")).startswith("HTTP/1.1 400 Bad Request")
@@ -309,7 +308,6 @@ async def test_incomplete_head_times_out() -> None:
 
 
 async def test_idle_tunnel_is_closed(upstream: Upstream) -> None:
-    """From both sides."""
     proxy = Proxy([f"127.0.0.1:{upstream.port}"], timeouts=ProxyTimeouts(idle=0.05))
     async with serving(proxy) as port:
         assert await connect(proxy, port, f"127.0.0.1:{upstream.port}") == (
@@ -318,7 +316,6 @@ async def test_idle_tunnel_is_closed(upstream: Upstream) -> None:
 
 
 async def test_connections_are_limited(upstream: Upstream) -> None:
-    """Further ones wait until one is closed."""
     proxy = Proxy([f"127.0.0.1:{upstream.port}"], max_connections=2)
     answered = anyio.Event()
 
@@ -355,7 +352,6 @@ def test_variables_name_the_proxy() -> None:
 
 
 def test_limits_match_the_documentation() -> None:
-    """docs/security.md has the numbers."""
     page = " ".join((Path(__file__).parents[2] / "docs" / "security.md").read_text().split())
     proxy = Proxy([])
     assert f"At most {proxy.max_connections} connections are open at once" in page

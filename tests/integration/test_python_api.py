@@ -157,7 +157,6 @@ async def test_two_runs_work_concurrently(repository: Repository) -> None:
 
 
 async def test_folder_without_a_run_is_rejected(tmp_path: Path, environ: dict[str, str]) -> None:
-    """The error has the remedy."""
     with pytest.raises(RefusedError, match="cd to the repository of a run"):
         async with Council.open(tmp_path, environ=environ):
             pass

@@ -48,7 +48,6 @@ def test_example_reports_an_invalid_file(repository: Repository) -> None:
 
 @needs_sandbox
 def test_example_runs_typed_objects(repository: Repository) -> None:
-    """Each module gets its test, on the run's own branch."""
     repository.commit({"one.py": "x = 1\n", "two.py": "x = 2\n"})
     ended = run(repository, "typed_run.py")
     assert (ended.code, ended.stderr) == (0, "")
@@ -70,7 +69,6 @@ def test_example_follows_events_and_cancels_a_task(repository: Repository) -> No
 
 
 def test_example_repairs_a_run(repository: Repository) -> None:
-    """The failed task is shown, retried, and lands."""
     fails_first = "attempt 1 print no\nattempt 1 exit 1\nwrite a.txt a"
     path = repository.configure([{"id": "a", "prompt": fails_first, "attempts": 1}])
     assert repository.council("run", str(path)).code == 1

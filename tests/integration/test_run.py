@@ -186,7 +186,6 @@ async def test_each_missing_program_has_its_own_remedy(repository: Repository) -
 
 
 async def test_prompt_on_stdin_is_passed(repository: Repository) -> None:
-    """Whatever characters it contains."""
     prompt = "-x\n`id` $HOME \u2603\n"
     cat = {"use": "command", "argv": ["sh", "-c", "cat > got.txt"], "prompt": "stdin"}
     config = repository.configure([{"id": "cat", "prompt": prompt}], adapters={"cat": cat})
@@ -334,7 +333,6 @@ async def test_landing_rewritten_by_the_user_is_not_landed(repository: Repositor
 
 
 async def test_signal_before_the_run_starts_exits_with_130(repository: Repository) -> None:
-    """At any point before the start, and nothing is left."""
     config = repository.configure([{"id": "one", "prompt": "hang"}])
     child = repository.start("run", str(config), "--json")
     wait_for((repository.top / ".council").exists)

@@ -59,7 +59,6 @@ async def test_prompt_argument_equals_the_option(repository: Repository) -> None
 def test_existing_or_yaml_path_is_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: bool
 ) -> None:
-    """Any other argument is rejected with a remedy."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there").touch()
     (tmp_path / "is there").touch()
@@ -253,7 +252,6 @@ def test_unlanded_merge_is_continued(repository: Repository) -> None:
 
 @pytest.mark.extended
 async def test_merge_into_a_dirty_checkout_is_rejected_before_a_run(repository: Repository) -> None:
-    """However often it is tried."""
     settle(repository, [CHAIN[0]])
     repository.commit({".gitignore": "council.yaml\n"})
     assert repository.council("run").code == 0
@@ -450,7 +448,6 @@ async def test_merge_blocked_by_a_dirty_checkout_names_the_obstacle(repository: 
 
 @pytest.mark.parametrize("option", ["--base", "--target"])
 def test_invalid_branch_is_a_mistake_of_the_option(repository: Repository, option: str) -> None:
-    """Not of the file, which names none."""
     settle(repository, CHAIN)
     wrong = repository.council("run", "echo x", option, "nope..x")
     assert (wrong.code, f"'{option}': 'nope..x' can't be a branch" in wrong.stderr) == (2, True), wrong

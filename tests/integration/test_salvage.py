@@ -221,7 +221,6 @@ async def test_branch_is_created_once(place: Place, work: str, repository: Repos
 
 
 async def test_only_listed_work_is_dropped(place: Place, work: str) -> None:
-    """If one of the refs has moved, none is deleted."""
     await place.git("update-ref", "refs/salvage/run1/task.1/stash", work)
     listed = await salvage.list_unmerged_work(place.git, "run1")
     await place.git("update-ref", "refs/salvage/run1/task.1/stash", place.base)

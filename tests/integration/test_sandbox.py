@@ -174,7 +174,6 @@ async def test_target_of_a_hidden_symlink_is_hidden(house: House, kind: SandboxK
 
 
 async def test_part_of_the_system_can_be_hidden(house: House, kind: SandboxKind) -> None:
-    """Outside of the session's own folders, too."""
     shown = next(path for path in (Path("/usr/share"), Path("/usr/lib")) if path.is_dir())
     hidden = next(path for path in shown.iterdir() if path.is_dir() and not path.is_symlink() and any(path.iterdir()))
     script = f"! ls {hidden}/* && ! touch {hidden}/x && ls /usr/bin/env"
@@ -187,7 +186,6 @@ async def test_part_of_the_system_can_be_hidden(house: House, kind: SandboxKind)
 async def test_outside_processes_are_unreachable(
     house: House, kind: SandboxKind, bystander: subprocess.Popen[bytes]
 ) -> None:
-    """They can't be signalled, traced or inspected."""
     attacks = ["others_signal", "ptrace", "others_environment", "others_root"]
     if kind is SandboxKind.BUBBLEWRAP:
         attacks.append("everybodys_signal")
@@ -358,7 +356,6 @@ async def test_sandbox_killed_during_its_start_is_no_machine_error(house: House)
 async def test_cancellation_during_the_start_leaves_nothing(
     house: House, kind: SandboxKind, delay: float, interrupt: bool
 ) -> None:
-    """However early it comes."""
     command = house.command(["sleep", "300"], grace=30, interrupt=interrupt)
     with anyio.move_on_after(delay):
         await run_supervised(sandbox_command(kind, command, house.fence()))

@@ -111,7 +111,6 @@ def test_unwritable_index_stays_unchanged(tmp_path: Path) -> None:
 
 
 async def test_error_is_raised_from_a_thread(tmp_path: Path) -> None:
-    """The walker continues."""
     async with FileScanner.open() as walker:
         with pytest.raises(FileNotFoundError):
             await walker.run(partial(os.stat, tmp_path / "missing"), MANY)

@@ -59,7 +59,6 @@ async def test_paths_owned_from_the_start_stay_owned(repository: Repository, tmp
 
 
 async def test_names_with_special_characters_are_literal(repository: Repository, tmp_path: Path) -> None:
-    """A star in a file name owns no other file."""
     async with open_team(repository, tmp_path) as team:
         first, second = await team.join("auth"), await team.join("web")
         await team.ask(first, "lock", paths=["src/[id].tsx", "src/*.py"])
@@ -253,7 +252,6 @@ async def test_slow_requests_are_answered_one_at_a_time(repository: Repository, 
 
 
 async def test_session_of_a_taken_over_task_is_told_to_end(repository: Repository, tmp_path: Path) -> None:
-    """Its writes are rejected, and nothing is written."""
     async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
         key = claim_key(session)
@@ -315,7 +313,6 @@ async def test_session_of_a_taken_over_task_is_rejected_later_too(repository: Re
 async def test_invalid_request_is_rejected(
     repository: Repository, tmp_path: Path, command: str, arguments: dict[str, Any], why: str
 ) -> None:
-    """With the mistake and the remedy."""
     async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
         with pytest.raises(RefusedError, match=why):
@@ -353,7 +350,6 @@ async def test_sessions_share_values(repository: Repository, tmp_path: Path) -> 
 
 
 async def test_session_of_a_taken_over_task_shares_nothing(repository: Repository, tmp_path: Path) -> None:
-    """With the reason."""
     async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
         key = claim_key(session)
@@ -441,7 +437,6 @@ async def test_endless_sharing_is_rejected(repository: Repository, tmp_path: Pat
 
 @pytest.mark.parametrize("command", ["note", "report", "unlock"])
 async def test_many_small_requests_are_rejected(repository: Repository, tmp_path: Path, command: str) -> None:
-    """Each is a commit, however small."""
     async with open_team(repository, tmp_path) as gathered:
         team = replace(gathered, clock=ManualClock())
         session = await team.join("auth")

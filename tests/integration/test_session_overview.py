@@ -80,7 +80,6 @@ async def test_contexts_are_visible_from_outside(repository: Repository) -> None
 
 
 async def test_details_are_visible_from_outside(repository: Repository) -> None:
-    """While it runs."""
     child, run = started(repository)
     try:
         async with Council.open(repository.top, environ=repository.environ) as council:
@@ -120,7 +119,6 @@ async def test_notes_are_listed_and_dropped_from_outside(repository: Repository)
 
 
 async def test_notes_of_a_runs_own_branch_are_removed_with_its_record(repository: Repository) -> None:
-    """And restored with it."""
     config = repository.configure([{"id": "a", "prompt": "write a.txt a"}])
     settings = json.loads(config.read_text())
     del settings["target"]

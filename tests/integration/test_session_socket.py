@@ -348,7 +348,6 @@ async def test_end_of_a_session_closes_its_socket(site: Site) -> None:
 
 
 def test_command_outside_of_a_session_has_a_remedy(tmp_path: Path) -> None:
-    """As for any usage error."""
     argv = [sys.executable, "-P", "-m", "orchestrator", "peers"]
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -487,7 +486,6 @@ async def test_too_long_arguments_are_rejected(site: Site) -> None:
 
 
 async def test_error_of_the_session_api_is_reported_and_logged(site: Site) -> None:
-    """The session continues."""
     async with site.session() as (worktree, session_socket):
         caller = Caller(worktree)
         answer = await anyio.to_thread.run_sync(caller.say, caller.line("lock", paths=["fault"]))
@@ -497,7 +495,6 @@ async def test_error_of_the_session_api_is_reported_and_logged(site: Site) -> No
 
 
 async def test_disconnected_client_gets_no_answer(site: Site) -> None:
-    """Its pending request is cancelled."""
     async with site.session() as (worktree, _):
         caller = Caller(worktree)
         with caller.connect() as one:
@@ -536,7 +533,6 @@ async def test_thousand_silent_clients_do_no_harm(site: Site) -> None:
 
 
 async def test_clients_above_the_limit_are_told_to_retry(site: Site) -> None:
-    """They are rejected at once instead of waiting."""
     async with site.session() as (worktree, _):
         caller = Caller(worktree)
         waiting = []

@@ -460,7 +460,6 @@ async def test_last_process_records_the_end_of_a_run(repository: Repository) -> 
 
 
 async def test_no_active_run_can_be_joined(repository: Repository) -> None:
-    """With a notice and exit code 0."""
     repository.council("run", str(repository.configure(shared(1))))
     ended_at_once = repository.council("work")
     assert ended_at_once.code == 0

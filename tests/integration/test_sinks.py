@@ -160,7 +160,6 @@ tasks:
 
 
 def test_mistakes_in_sinks_and_trackers_have_their_positions(repository: Repository) -> None:
-    """By the rules of adapters, all at once."""
     config = repository.top.parent / "council.yaml"
     config.write_text(_MISTAKES.format(repo=repository.top))
     ended = repository.council("run", str(config), "--json")
@@ -222,7 +221,6 @@ async def test_task_landed_before_a_crash_is_ticked_on_resume(repository: Reposi
 
 @pytest.mark.extended
 async def test_tasks_of_a_tracker_and_the_file_can_need_each_other(repository: Repository, moody: Path) -> None:
-    """The needed task lands first, whatever its source."""
     (moody / "tasks").write_text(
         "[Task('last', 'append log.txt 3', ['mid']), Task('mid', 'append log.txt 2', ['own'])]"
     )
@@ -301,7 +299,6 @@ def test_conflicting_trackers_are_both_named(repository: Repository, moody: Path
     ],
 )
 def test_failing_tracker_is_rejected(repository: Repository, moody: Path, tasks: str, expected: str) -> None:
-    """Nothing starts, and no traceback is printed."""
     (moody / "tasks").write_text(tasks)
     config = repository.configure([], trackers={"m": {"use": "moody", "folder": str(moody)}})
     ended = repository.council("run", str(config), "--json")

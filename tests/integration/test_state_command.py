@@ -62,7 +62,6 @@ async def test_active_run_is_shown_and_followed(repository: Repository) -> None:
 
 
 async def test_ended_run_has_metrics_and_history(repository: Repository) -> None:
-    """Failures, landings, attempts, and earlier states."""
     tasks: list[dict[str, Any]] = [
         {"id": "good", "prompt": "write g.txt g"},
         {"id": "bad", "prompt": "exit 1", "attempts": 2},

@@ -48,7 +48,6 @@ async def add(repository: Repository, commit: Commit) -> None:
     "example", re.findall(r"```console\n\$ (.*?)```", GUIDE, re.DOTALL), ids=lambda text: text[:40]
 )
 async def test_guide_examples_work(project: Repository, example: str) -> None:
-    """Each command prints what docs/state.md shows."""
     line, _, expected = example.partition("\n")
     _, *words = shlex.split(line)
     ended = project.council(*words)
@@ -76,7 +75,6 @@ async def test_relative_time_is_counted_from_now(project: Repository) -> None:
 
 
 async def test_state_before_the_first_commit_is_empty(project: Repository) -> None:
-    """That is position 0."""
     told = project.council("state", "at", "2020-01-01", "--json").result
     assert told == {"position": 0, "time": None, "documents": [], "damage": []}
     assert project.council("state", "at", "0").stdout == "position 0, before the first commit: 0 documents\n"
@@ -144,7 +142,6 @@ async def test_diff_names_added_removed_and_changed_fields(project: Repository) 
 
 
 async def test_equal_positions_have_no_diff(project: Repository) -> None:
-    """Commits without documents change none."""
     assert project.council("state", "diff", "9").stdout.endswith("\nno differences\n")
 
 
@@ -171,7 +168,6 @@ async def test_history_has_each_version_with_its_diff(project: Repository) -> No
 
 
 async def test_log_is_limited_as_asked(project: Repository) -> None:
-    """By run, by position, and to the newest."""
     await add(project, Commit([Write(Key("note", "x"), 0, {})], [Event("noted", {"run": "other"})]))
     printed = [
         [one["position"] for one in project.council("state", "log", *words, "--json").lines]
@@ -200,7 +196,6 @@ async def test_log_is_limited_as_asked(project: Repository) -> None:
 
 
 async def test_terminal_sequences_are_escaped(project: Repository) -> None:
-    """In documents, events and keys."""
     evil = "\x1b]0;title\x07hidden\u202e"
     await add(project, Commit([Write(Key("note", evil), 0, {evil: evil})], [Event("noted", {"task": evil})]))
     await add(project, Commit([Write(Key("note", evil), 1, {evil: ""})]))
@@ -212,7 +207,6 @@ async def test_terminal_sequences_are_escaped(project: Repository) -> None:
 
 
 async def test_other_store_can_be_read(project: Repository, tmp_path: Path) -> None:
-    """By an option or the environment; the option wins."""
     async with FileStore.open(project.log_in(tmp_path / "elsewhere"), SystemClock()) as store:
         await store.commit(Commit([Write(Key("note", "x"), 0, {})]))
     url = (tmp_path / "elsewhere").as_uri()
@@ -251,7 +245,6 @@ async def test_reading_creates_no_store(project: Repository, tmp_path: Path) -> 
 
 
 async def test_reading_changes_nothing(project: Repository) -> None:
-    """Not a byte of the state."""
     state = project.top / ".council/state"
     before = {path: path.read_bytes() for path in state.rglob("*") if path.is_file()}
     for words in (["log"], ["at", "3"], ["diff", "3"], ["history", "task/api"], ["show"]):

@@ -143,7 +143,6 @@ async def test_interrupted_program_can_clean_up(house: House, program: Run) -> N
 
 
 async def test_program_without_interrupt_support_is_not_interrupted(house: House, program: Run) -> None:
-    """It and its tool get SIGTERM at once."""
     ended, _ = await stopped(house, program(TIDIES, interrupt=False))
     assert sorted(heard(house)) == [("cli", "SIGTERM"), ("tool", "SIGTERM")]
     assert (ended.exit, ended.ended_by, ended.stdout_bytes) == (0, "stop", 0)
@@ -215,7 +214,6 @@ wait()
 
 @pytest.mark.extended_but_first
 async def test_program_that_ignores_signals_is_killed_after_the_grace_period(house: House, program: Run) -> None:
-    """An interrupt adds no time."""
     source = "hear('cli', {})\nready()\nwait()"
     ended, took = await stopped(house, program(source, interrupt=True, grace=1))
     assert heard(house) == [("cli", "SIGINT"), ("cli", "SIGTERM")]

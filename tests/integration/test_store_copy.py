@@ -195,7 +195,6 @@ class Forgetful(MemoryStore):
 
 
 async def test_different_copy_is_reported(clock: ManualClock) -> None:
-    """A store that breaks its contract is detected."""
     source = MemoryStore(clock)
     await source.commit(Commit([Write(MUCH, 0, {})], [Event("e")]))
     with pytest.raises(StoreUnavailable, match="differs"):
@@ -404,7 +403,6 @@ def packed(lines: Sequence[bytes]) -> bytes:
 
 
 async def test_file_that_is_no_export_is_rejected(exported: Path, clock: ManualClock) -> None:
-    """Each with its own reason."""
     lines, store = unpacked(exported), MemoryStore(clock)
     header, footer = json.loads(lines[0]), json.loads(lines[-1])
     newer = json.dumps({**header, "version": 2, "more": True}).encode() + b"\n"
@@ -538,7 +536,6 @@ async def test_failed_export_leaves_nothing(source: FileStore, tmp_path: Path) -
 async def test_place_taken_meanwhile_is_not_overwritten(
     source: FileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first file stays."""
     place = tmp_path / "file"
 
     async def export_and_lose(store: Store, stream: IO[bytes], time: float) -> CopyResult:

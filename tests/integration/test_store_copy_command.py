@@ -192,7 +192,6 @@ async def test_active_run_can_be_copied(repository: Repository, tmp_path: Path) 
 
 
 async def test_copy_works_from_python(project: Repository, tmp_path: Path) -> None:
-    """The methods do the same as the commands."""
     async with Council.open(project.top, environ=project.environ) as council:
         exported = await council.state.export_to(str(tmp_path / "file"))
         with pytest.raises(RefusedError, match="not empty"):

@@ -52,7 +52,6 @@ def test_incomplete_output_is_reported(repository: Repository, command: str, cod
 
 
 def test_terminal_without_unicode_works(repository: Repository) -> None:
-    """Missing characters are printed as escapes."""
     ended = through_shell(repository, "adapters", PYTHONIOENCODING="ascii")
     assert ended.code == 0, ended
     assert ended.stdout.isascii()

@@ -149,7 +149,6 @@ async def test_exit_and_output_of_a_program_are_reported(agent: Agent, tmp_path:
 
 
 async def test_program_ended_by_a_signal_is_reported_as_such(agent: Agent) -> None:
-    """A crash is distinguished from an exit."""
     ended = await run_supervised(agent("os.kill(os.getpid(), signal.SIGSEGV)"))
     assert (ended.exit, ended.signal, ended.ended_by) == (None, signal.SIGSEGV, "exit")
 
@@ -601,7 +600,6 @@ async def test_killed_orchestrator_leaves_no_process(agent: Agent, tmp_path: Pat
 
 @LINUX_ONLY
 async def test_stop_ends_everything_after_the_grace_period(agent: Agent, tmp_path: Path) -> None:
-    """Even of a program that ignores signals."""
     growing = [tmp_path / f"grows-{name}" for name in ("cli", "a", "b")]
     command = agent(NASTY, grace=0.2)
     took = await stopped_once(command, lambda: all(path.exists() and path.stat().st_size for path in growing))

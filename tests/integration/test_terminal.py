@@ -140,7 +140,6 @@ def test_no_color_affects_colours_only(repository: Repository, start: Start) -> 
 
 
 def test_pipe_gets_lines(repository: Repository) -> None:
-    """One line per event, and a plain result."""
     config, _ = shell(repository, {"id": "one", "prompt": "echo 1 > one.txt"})
     ended = repository.council("run", str(config), "-v")
     assert ended.code == 0

@@ -172,7 +172,6 @@ def _worktree(tmp_path: Path) -> Worktree:
 
 
 def test_refs_are_not_read_through_an_exchanged_link(tmp_path: Path, outside: Path) -> None:
-    """A refs folder of another repository, and its HEAD."""
     worktree, theirs = _worktree(tmp_path), "c" * 40
     own = worktree.git_dir / "refs" / "heads"
     (own / "own").write_text("a" * 40)
@@ -185,7 +184,6 @@ def test_refs_are_not_read_through_an_exchanged_link(tmp_path: Path, outside: Pa
 
 
 def test_handoff_is_not_read_through_an_exchanged_link(tmp_path: Path, outside: Path) -> None:
-    """Another session's token is no handoff of this one."""
     worktree = _worktree(tmp_path)
     file = worktree.handoff_file
     file.write_text('{"own": 1}')

@@ -128,7 +128,6 @@ async def test_views_equal_the_store_after_a_run(repository: Repository) -> None
 
 
 async def test_running_session_is_shown(repository: Repository) -> None:
-    """With its writable paths and its worktree."""
     tasks = [{"id": "slow", "prompt": "hang", "owns": ["src/", "a.txt"]}]
     child = repository.start("run", str(repository.configure(tasks)))
     top = repository.top / ".council/views"

@@ -207,7 +207,6 @@ async def test_phase_continues_until_its_commands_succeed(repository: Repository
 
 
 async def test_phases_are_skipped_by_their_condition(repository: Repository) -> None:
-    """A condition reads the handoffs of earlier phases."""
     scout = json.dumps({"scout_findings": ["x"], "risks": []})
     workflow = [
         {"scout": {"access": "read", "produces": "scout"}},
@@ -325,7 +324,6 @@ async def test_approved_result_is_not_replaced(repository: Repository, approved:
 
 
 async def test_kind_of_the_user_is_accepted(repository: Repository) -> None:
-    """A JSON Schema defines the handoff and its errors."""
     schema = {"type": "object", "required": ["answer"], "properties": {"answer": {"type": "integer"}}}
     workflow = [
         {"ask": {"access": "read", "produces": {"kind": "number", "schema": schema}}},
@@ -413,7 +411,6 @@ async def test_phase_mediates_between_two_others(repository: Repository) -> None
 
 
 async def test_handoffs_contain_no_secrets(repository: Repository) -> None:
-    """Neither in the records nor in the next prompt."""
     secret = "sk-ant-api03-" + "a1B2" * 20
     scout = json.dumps({"scout_findings": [f"the key is {secret}"]})
     workflow = [{"scout": {"access": "read", "produces": "scout"}}, {"build": {"needs": ["scout_findings"]}}]

@@ -20,7 +20,6 @@ OWN = {"mine": [{"look": {"access": "read", "prompt": "Look at {{ task.id }}."}}
 
 
 async def test_supplied_workflow_is_shown_as_yaml(repository: Repository) -> None:
-    """The printed text is valid in a file."""
     shown = repository.council("workflow", "show", "adw")
     assert (shown.code, shown.stderr) == (0, "")
     section = yaml.safe_load(shown.stdout)

@@ -111,7 +111,6 @@ async def test_work_survives_a_new_plan(repository: Repository) -> None:
 
 @pytest.mark.extended
 async def test_retry_has_all_rounds_again(repository: Repository) -> None:
-    """Rejections before `council retry` do not count."""
     steps = (
         "in build append b.txt more",
         *(f"in review attempt {n} hand-over {REJECT}" for n in (2, 4, 6)),

@@ -118,7 +118,6 @@ def _through_a_link(repository: Repository) -> None:
 async def test_invalid_sources_are_rejected(
     repository: Repository, prepare: Callable[[Repository], object], worktrees: WorktreeSettings, fragment: str
 ) -> None:
-    """The message has the path and the remedy."""
     prepare(repository)
     found = await look(repository, worktrees)
     assert found is not None
@@ -127,14 +126,12 @@ async def test_invalid_sources_are_rejected(
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root can read everything")
 async def test_unreadable_sources_are_rejected(repository: Repository) -> None:
-    """They could not be copied."""
     _write(repository.top / "secret")
     (repository.top / "secret").chmod(0)
     assert "'secret' can't be read" in (await look(repository, COPY) or "")
 
 
 async def test_all_mistakes_are_reported_at_once(repository: Repository) -> None:
-    """One message has each fact with its remedy."""
     worktrees = WorktreeSettings(sparse=("lib",), copy=("README.md", "secret"), link=("data",))
     found = await look(repository, worktrees) or ""
     for fragment in ("folder 'lib' not found", "'README.md' is in 'main' already", "no 'secret'", "no 'data'"):
@@ -143,7 +140,6 @@ async def test_all_mistakes_are_reported_at_once(repository: Repository) -> None
 
 
 async def test_bare_repository_has_nothing_to_copy(repository: Repository) -> None:
-    """Other options work as elsewhere."""
     repository.git("clone", "--quiet", "--bare", ".", "../bare.git")
     assert await look(repository, WorktreeSettings(sparse=("src",)), "../bare.git") is None
     assert "the repository has none: remove them, or set `repo` to a checkout" in (

@@ -79,7 +79,6 @@ async def test_setup_runs_once_per_slot_and_again_for_changed_inputs(repository:
 
 
 async def test_session_that_damages_the_setup_discards_its_slot(repository: Repository, outside: Path) -> None:
-    """The next session gets fresh setup files."""
     repository.commit({".gitignore": "made/\n"}, "ignored")
     repository.remember()
     worktrees = {"setup": [f"mkdir made && echo good > made/file && echo x >> {outside}/setups"]}
