@@ -70,7 +70,7 @@ class FakeSessionService:
 
     async def _lock(self, session: SessionName, paths: list[str]) -> JsonObject:
         if "fault" in paths:
-            raise ZeroDivisionError("a fault of the desk's")
+            raise ZeroDivisionError("an error of the session API")
         if "never" in paths:
             try:
                 await anyio.sleep_forever()
@@ -100,10 +100,10 @@ class FakeSessionService:
         return {**one._asdict(), **told, **more}
 
 
-def use_in_runs(desk: FakeSessionService, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have runs of this process answer their sessions at a desk."""
+def use_in_runs(service: FakeSessionService, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use this service as the session API of runs in this process."""
 
     def seat(shop: RunContext, *_: object) -> RunContext:
-        return replace(shop, tools=replace(shop.tools, session_service=desk))
+        return replace(shop, tools=replace(shop.tools, session_service=service))
 
     monkeypatch.setattr(leadership, "with_session_service", seat)

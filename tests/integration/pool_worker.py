@@ -19,8 +19,8 @@ from orchestrator.repo.worktrees.pool import SlotPool
 from tests.hub_fixture import HubFixture
 
 
-async def _session(yard: HubFixture, pool: SlotPool, commit: str, name: str, chance: random.Random) -> None:
-    worktree, checkout = await yard.begin(pool, name, commit)
+async def _session(hub_fixture: HubFixture, pool: SlotPool, commit: str, name: str, chance: random.Random) -> None:
+    worktree, checkout = await hub_fixture.begin(pool, name, commit)
     tree = worktree.tree
     assert (tree / "README.md").read_text() == "# Project\n", name
     assert sorted(path.name for path in tree.iterdir()) == [".git", "README.md", "src"], name
@@ -34,24 +34,24 @@ async def _session(yard: HubFixture, pool: SlotPool, commit: str, name: str, cha
     if chance.random() < 0.1:
         await pool.discard(checkout)
     else:
-        await yard.end(pool, worktree, checkout)
+        await hub_fixture.end(pool, worktree, checkout)
 
 
 async def main(*arguments: str) -> None:
     """Acquire and release slots, then print the totals."""
     top, home, count, takers, seed, places = arguments
-    yard = await HubFixture.of(Path(top), Path(home), os.environ)
-    commits = [await yard.fetch(branch) for branch in ("main", "other")]
+    hub_fixture = await HubFixture.of(Path(top), Path(home), os.environ)
+    commits = [await hub_fixture.fetch(branch) for branch in ("main", "other")]
     names = iter(f"{seed}-{os.getpid()}-{number}" for number in range(int(count)))
     memory = []
 
     async def taker(pool: SlotPool, number: int) -> None:
         chance = random.Random(f"{seed}{number}")
         for name in names:
-            await _session(yard, pool, chance.choice(commits), name, chance)
+            await _session(hub_fixture, pool, chance.choice(commits), name, chance)
             memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
-    async with yard.open(places=int(places), warm=int(places) // 2) as pool, anyio.create_task_group() as group:
+    async with hub_fixture.open(places=int(places), warm=int(places) // 2) as pool, anyio.create_task_group() as group:
         for number in range(int(takers)):
             group.start_soon(taker, pool, number)
     sys.stdout.write(f"{len(memory)} {memory[len(memory) // 2]} {memory[-1]}\n")

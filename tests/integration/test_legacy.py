@@ -240,8 +240,8 @@ async def test_damaged_files_are_set_aside_and_the_rest_imported(repository: Rep
     path = repository.top / LEGACY_FILE
     path.write_bytes(content.encode(errors="surrogatepass"))
     write_tree(repository)
-    [told, problem] = await imported(repository)
-    assert told.startswith("Imported 1 run with 2 tasks")
+    [reported, problem] = await imported(repository)
+    assert reported.startswith("Imported 1 run with 2 tasks")
     assert problem.startswith(f"Not imported completely: {LEGACY_FILE}: ")
     [event] = await events(repository, "legacy.file_skipped")
     assert (repository.top / event["copy"]).read_bytes() == path.read_bytes()
@@ -261,12 +261,12 @@ async def test_damaged_parts_of_a_folder_are_recovered(repository: Repository) -
     assert {run: states(one) for run, one in (await runs(repository)).items()} == {
         "tree-1": {"a": "landed", "b": "landed"}
     }
-    told = {
+    reported = {
         one["path"].removeprefix(f"{LEGACY_TREE}/"): one["reason"]
         for one in await events(repository, "legacy.file_skipped")
     }
-    assert told.keys() == {"tasks/task-b/state.json", "sessions/tree-1.json", "sessions/other.json"}
-    assert "version 9 of its history" in told["tasks/task-b/state.json"]
+    assert reported.keys() == {"tasks/task-b/state.json", "sessions/tree-1.json", "sessions/other.json"}
+    assert "version 9 of its history" in reported["tasks/task-b/state.json"]
 
 
 async def test_sessions_next_to_unknown_files_are_imported(repository: Repository) -> None:
@@ -319,8 +319,8 @@ async def test_links_out_of_the_project_are_not_followed(repository: Repository,
     os.mkfifo(repository.top / LEGACY_TREE / "sessions/pipe.json")
     (repository.top / LEGACY_TREE / "tasks/task-c").symlink_to(outside)
     assert (await runs(repository)).keys() == {"tree-1"}
-    told = [(one["path"], one["reason"], one["copy"]) for one in await events(repository, "legacy.file_skipped")]
-    assert sorted(told) == [
+    reported = [(one["path"], one["reason"], one["copy"]) for one in await events(repository, "legacy.file_skipped")]
+    assert sorted(reported) == [
         (LEGACY_FILE, "a link leads out of the project", None),
         (f"{LEGACY_TREE}/sessions/more.json", "a link leads out of the project", None),
         (f"{LEGACY_TREE}/sessions/pipe.json", "not a regular file", None),
@@ -354,13 +354,13 @@ async def test_import_is_limited_to_the_first_entries(repository: Repository, mo
     write(repository, LEGACY_FILE, {"sessions": [*few, {"id": "d"}]})
     for number in range(40):
         write(repository, f"{LEGACY_TREE}/tasks/task-{number:02}/state.json", " " * 601)
-    told = await imported(repository)
+    reported = await imported(repository)
     assert (await runs(repository)).keys() == {"a", "c"}
     reasons = [one["reason"] for one in await events(repository, "legacy.file_skipped")]
     assert len(reasons) == 33
     assert {"of 4 sessions only the first 3 are taken", "of its 40 entries only the first 30 are read"} < set(reasons)
     assert {"its 601 bytes are more than 600", "session b has too many tasks, 2"} < set(reasons)
-    assert told[-1] == "13 more files were not imported completely: see `council state log`."
+    assert reported[-1] == "13 more files were not imported completely: see `council state log`."
 
 
 async def test_killed_import_has_the_same_result(repository: Repository) -> None:

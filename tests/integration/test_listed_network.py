@@ -100,7 +100,7 @@ def kind(request: pytest.FixtureRequest) -> SandboxKind:
     return require_sandbox(request.param, network=False, hosts=("a.example",))
 
 
-class Place:
+class Workspace:
     """The environment that sessions run in."""
 
     def __init__(self, top: Path) -> None:
@@ -151,8 +151,8 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path)
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace(tmp_path)
 
 
 def python(source: str, *arguments: str) -> list[str]:
@@ -160,11 +160,11 @@ def python(source: str, *arguments: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])
-async def test_listed_host_is_reached(place: Place, kind: SandboxKind, port: int, name: str) -> None:
+async def test_listed_host_is_reached(workspace: Workspace, kind: SandboxKind, port: int, name: str) -> None:
     """By a program that reads its proxy from the environment, as most do."""
-    ended = await place.run(kind, (f"{name}:{port}",), python(FETCH, f"http://{name}:{port}/"))
-    assert (ended.exit, ended.spawn_error, place.said) == (0, None, "reached\n")
-    assert place.denied == []
+    ended = await workspace.run(kind, (f"{name}:{port}",), python(FETCH, f"http://{name}:{port}/"))
+    assert (ended.exit, ended.spawn_error, workspace.said) == (0, None, "reached\n")
+    assert workspace.denied == []
 
 
 @pytest.mark.parametrize("length", [70, 80, 90, 100, 110, 150])
@@ -172,51 +172,51 @@ async def test_folder_with_a_long_path_works(tmp_path: Path, kind: SandboxKind, 
     """A socket address is limited to about a hundred bytes; the path of its folder may be longer."""
     top = tmp_path / ("x" * max(1, length - len(str(tmp_path)) - len("/scratch") - 1))
     top.mkdir()
-    place = Place(top)
-    ended = await place.run(kind, (f"127.0.0.1:{port}",), python(FETCH, f"http://127.0.0.1:{port}/"))
-    assert (ended.exit, place.said) == (0, "reached\n")
+    workspace = Workspace(top)
+    ended = await workspace.run(kind, (f"127.0.0.1:{port}",), python(FETCH, f"http://127.0.0.1:{port}/"))
+    assert (ended.exit, workspace.said) == (0, "reached\n")
 
 
-async def test_listed_host_is_reached_by_a_tunnel(place: Place, kind: SandboxKind, port: int) -> None:
+async def test_listed_host_is_reached_by_a_tunnel(workspace: Workspace, kind: SandboxKind, port: int) -> None:
     argv = ["curl", "--silent", "--show-error", "--proxytunnel", f"http://127.0.0.1:{port}/"]
-    ended = await place.run(kind, (f"127.0.0.1:{port}",), argv)
-    assert (ended.exit, place.said) == (0, "reached")
+    ended = await workspace.run(kind, (f"127.0.0.1:{port}",), argv)
+    assert (ended.exit, workspace.said) == (0, "reached")
 
 
-async def test_unlisted_host_is_denied(place: Place, kind: SandboxKind, port: int) -> None:
+async def test_unlisted_host_is_denied(workspace: Workspace, kind: SandboxKind, port: int) -> None:
     """The program gets a message, and the run records the host once."""
     script = f"for _ in 1 2; do curl --silent --noproxy '' http://127.0.0.1:{port}/; done"
-    ended = await place.run(kind, ("api.example.com",), ["sh", "-c", script])
+    ended = await workspace.run(kind, ("api.example.com",), ["sh", "-c", script])
     assert ended.exit == 0
-    assert place.said.count(f"127.0.0.1:{port} is not in `network.allow`") == 2
-    assert place.denied == [f"127.0.0.1:{port}"]
+    assert workspace.said.count(f"127.0.0.1:{port} is not in `network.allow`") == 2
+    assert workspace.denied == [f"127.0.0.1:{port}"]
 
 
-async def test_nothing_is_reached_without_the_proxy(place: Place, kind: SandboxKind, port: int) -> None:
+async def test_nothing_is_reached_without_the_proxy(workspace: Workspace, kind: SandboxKind, port: int) -> None:
     """Not by TCP, UDP or raw sockets, nor by kinds of TCP that Landlock does not cover."""
     argv = python(ATTEMPTS, str(port))
-    ended = await place.run(kind, (f"127.0.0.1:{port}",), argv)
-    assert ended.exit == 0, place.said
-    assert json.loads((place.top / "stdout").read_text()) == ["proxy"]
+    ended = await workspace.run(kind, (f"127.0.0.1:{port}",), argv)
+    assert ended.exit == 0, workspace.said
+    assert json.loads((workspace.top / "stdout").read_text()) == ["proxy"]
 
 
-async def test_only_tcp_is_proxied(place: Place) -> None:
+async def test_only_tcp_is_proxied(workspace: Workspace) -> None:
     """No kernel module that Landlock does not cover can be selected instead."""
     source = "import socket; socket.socket().setsockopt(6, 31, b'smc')"
     if landlock.abi_version() < landlock.MIN_ABI_FOR_PORTS:
         pytest.skip("this kernel's Landlock limits no connections")
-    await place.run(SandboxKind.LANDLOCK, ("api.example.com",), python(source))
-    assert "OSError: [Errno 92] Protocol not available" in place.said
+    await workspace.run(SandboxKind.LANDLOCK, ("api.example.com",), python(source))
+    assert "OSError: [Errno 92] Protocol not available" in workspace.said
 
 
-async def test_session_accepts_no_connections(place: Place, kind: SandboxKind) -> None:
+async def test_session_accepts_no_connections(workspace: Workspace, kind: SandboxKind) -> None:
     """A listening socket is on a loopback of the session, or fails, with or without a port."""
     for source in ("socket.create_server(('127.0.0.1', 0))", "socket.socket().listen()"):
-        ended = await place.run(kind, ("api.example.com",), python(f"import socket; {source}"))
-        assert (ended.exit == 0) == (kind is SandboxKind.BUBBLEWRAP), place.said
+        ended = await workspace.run(kind, ("api.example.com",), python(f"import socket; {source}"))
+        assert (ended.exit == 0) == (kind is SandboxKind.BUBBLEWRAP), workspace.said
 
 
-async def test_program_has_the_token_of_its_session_only(place: Place, kind: SandboxKind, port: int) -> None:
+async def test_program_has_the_token_of_its_session_only(workspace: Workspace, kind: SandboxKind, port: int) -> None:
     """Without the token, or with another one, the proxy rejects the request."""
     script = f"""import os, urllib.request
     url = os.environ["HTTP_PROXY"]
@@ -224,99 +224,102 @@ async def test_program_has_the_token_of_its_session_only(place: Place, kind: San
         opener = urllib.request.build_opener(urllib.request.ProxyHandler(dict(http=proxy)))
         try: print(opener.open("http://127.0.0.1:{port}/", timeout=20).status)
         except urllib.error.HTTPError as error: print(error.code)""".replace("\n    ", "\n")
-    await place.run(kind, (f"127.0.0.1:{port}",), python(script))
-    assert place.said == "200\n407\n407\n"
-    assert place.denied == []
+    await workspace.run(kind, (f"127.0.0.1:{port}",), python(script))
+    assert workspace.said == "200\n407\n407\n"
+    assert workspace.denied == []
 
 
-async def test_token_is_in_no_log(place: Place, kind: SandboxKind, port: int) -> None:
+async def test_token_is_in_no_log(workspace: Workspace, kind: SandboxKind, port: int) -> None:
     """Neither in its environment form nor in its request form."""
     script = f"env | grep -i proxy; curl --silent --verbose http://127.0.0.1:{port}/ 2>&1; echo $HTTP_PROXY >kept"
-    await place.run(kind, (f"127.0.0.1:{port}",), ["sh", "-c", script], NO_PROXY="*", no_proxy="*")
-    token = (place.tree / "kept").read_text().partition("council:")[2].partition("@")[0]
+    await workspace.run(kind, (f"127.0.0.1:{port}",), ["sh", "-c", script], NO_PROXY="*", no_proxy="*")
+    token = (workspace.tree / "kept").read_text().partition("council:")[2].partition("@")[0]
     assert len(token) == 32
-    assert "HTTPS_PROXY=http://council:[redacted]@127.0.0.1:" in place.said
-    assert "Proxy-Authorization: Basic [redacted]" in place.said
-    assert token not in place.said
+    assert "HTTPS_PROXY=http://council:[redacted]@127.0.0.1:" in workspace.said
+    assert "Proxy-Authorization: Basic [redacted]" in workspace.said
+    assert token not in workspace.said
 
 
-async def test_proxy_settings_of_the_user_are_ignored(place: Place, kind: SandboxKind, port: int) -> None:
+async def test_proxy_settings_of_the_user_are_ignored(workspace: Workspace, kind: SandboxKind, port: int) -> None:
     """They could bypass the proxy, so they are not passed on."""
     argv = ["sh", "-c", "echo $HTTP_PROXY $NO_PROXY $no_proxy $NODE_USE_ENV_PROXY | sed 's/.*@//; s/:[0-9]* / /'"]
     hosts = (f"127.0.0.1:{port}", f"[::1]:{port}")
-    await place.run(kind, hosts, argv, NO_PROXY="*", no_proxy="*", HTTP_PROXY="http://proxy.example:1")
+    await workspace.run(kind, hosts, argv, NO_PROXY="*", no_proxy="*", HTTP_PROXY="http://proxy.example:1")
     own = "localhost localhost " if kind is SandboxKind.BUBBLEWRAP else ""
-    assert place.said == f"127.0.0.1 {own}1\n"
+    assert workspace.said == f"127.0.0.1 {own}1\n"
 
 
-async def test_session_has_its_own_loopback(place: Place, port: int) -> None:
+async def test_session_has_its_own_loopback(workspace: Workspace, port: int) -> None:
     """In bubblewrap a session reaches its own server directly, as tests of a project need."""
     require_sandbox(SandboxKind.BUBBLEWRAP, network=False)
     script = "python3 -m http.server 8000 --bind 127.0.0.1 >/dev/null 2>&1 & echo mine >page; "
     script += "curl --silent --retry 50 --retry-connrefused --retry-delay 1 http://127.0.0.1:8000/page"
-    await place.run(SandboxKind.BUBBLEWRAP, ("api.example.com",), ["sh", "-c", script])
-    assert place.said == "mine\n"
+    await workspace.run(SandboxKind.BUBBLEWRAP, ("api.example.com",), ["sh", "-c", script])
+    assert workspace.said == "mine\n"
 
 
-async def test_proxied_start_is_as_clean_as_without(place: Place, kind: SandboxKind) -> None:
+async def test_proxied_start_is_as_clean_as_without(workspace: Workspace, kind: SandboxKind) -> None:
     """The same descriptors, signals, arguments, folder and environment."""
     source = "import os, sys; print(sorted(map(int, os.listdir('/proc/self/fd')))[:-1], os.getcwd(), sys.argv[1:])\n"
     argv = ["sh", "-c", 'grep SigIgn /proc/self/status; exec "$@"', "sh", *python(source, "-x", "")]
-    ended = await place.run(kind, ("api.example.com",), argv, A="b")
-    assert ended.exit == 0, place.said
+    ended = await workspace.run(kind, ("api.example.com",), argv, A="b")
+    assert ended.exit == 0, workspace.said
     # Signals from 32 on belong to the C library: programs that it starts by posix_spawn, as make does, ignore them.
-    ignored = int(place.said.splitlines()[0].removeprefix("SigIgn:"), 16)
+    ignored = int(workspace.said.splitlines()[0].removeprefix("SigIgn:"), 16)
     assert ignored & ((1 << 31) - 1) == 0
-    assert place.said.splitlines()[1] == f"[0, 1, 2] {place.tree} ['-x', '']"
-    assert not list(place.scratch.glob(".council-*"))
+    assert workspace.said.splitlines()[1] == f"[0, 1, 2] {workspace.tree} ['-x', '']"
+    assert not list(workspace.scratch.glob(".council-*"))
 
 
-async def test_missing_program_is_reported(place: Place, kind: SandboxKind) -> None:
+async def test_missing_program_is_reported(workspace: Workspace, kind: SandboxKind) -> None:
     """It is distinguished from a failing program, as in each sandbox."""
-    ended = await place.run(kind, ("api.example.com",), ["no-such-program"])
+    ended = await workspace.run(kind, ("api.example.com",), ["no-such-program"])
     assert ended == SupervisedExit(None, None, "exit", "no-such-program: No such file or directory", 0, 0, 0, None)
-    ended = await place.run(kind, ("api.example.com",), ["sh", "-c", "exit 127"])
+    ended = await workspace.run(kind, ("api.example.com",), ["sh", "-c", "exit 127"])
     assert (ended.exit, ended.spawn_error) == (127, None)
 
 
-async def test_proxy_ends_with_its_session(place: Place, kind: SandboxKind) -> None:
+async def test_proxy_ends_with_its_session(workspace: Workspace, kind: SandboxKind) -> None:
     source = """
 import os, socket, time
 port = int(os.environ["HTTP_PROXY"].rpartition(":")[2]); client = socket.create_connection(("127.0.0.1", port))
 open("part", "w").write(str(port)); os.rename("part", "port"); time.sleep(300)"""
-    found = place.tree / "port"
+    found = workspace.tree / "port"
     async with anyio.create_task_group() as group:
-        group.start_soon(place.run, kind, ("api.example.com",), python(source))
+        group.start_soon(workspace.run, kind, ("api.example.com",), python(source))
         await anyio.to_thread.run_sync(wait_for, found.exists)
         group.cancel_scope.cancel()
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", int(found.read_text())))
-    assert not list(place.scratch.glob(".council-*"))
+    assert not list(workspace.scratch.glob(".council-*"))
 
 
-async def test_proxy_serves_its_session_only(place: Place, port: int) -> None:
+async def test_proxy_serves_its_session_only(workspace: Workspace, port: int) -> None:
     """A process that answers before the session starts is not accepted; the session gets its own proxy."""
     require_sandbox(SandboxKind.BUBBLEWRAP, network=False)
     hosts = (f"127.0.0.1:{port}",)
-    command = place.command(python(FETCH, f"http://127.0.0.1:{port}/"))
-    fencing = place.sandbox(SandboxKind.BUBBLEWRAP, hosts)
+    command = workspace.command(python(FETCH, f"http://127.0.0.1:{port}/"))
+    fencing = workspace.sandbox(SandboxKind.BUBBLEWRAP, hosts)
     with socket.create_server(("127.0.0.1", 0)) as planted:
-        async with fencing.apply(place.ground, command, PathAccess()) as fenced:
-            (meeting,) = place.scratch.glob(".council-*")
-            with ShortSocketPath(str(place.scratch), meeting.name) as folder, socket.socket(socket.AF_UNIX) as intruder:
+        async with fencing.apply(workspace.ground, command, PathAccess()) as fenced:
+            (meeting,) = workspace.scratch.glob(".council-*")
+            with (
+                ShortSocketPath(str(workspace.scratch), meeting.name) as folder,
+                socket.socket(socket.AF_UNIX) as intruder,
+            ):
                 intruder.connect(f"{folder}/{meeting.name}")
                 socket.send_fds(intruder, [b"+"], [planted.fileno()])
                 with socket.create_connection(planted.getsockname()):
                     ended = await run_supervised(fenced.command)
                     planted.setblocking(False)
                     planted.accept()[0].close()  # although no other process did it
-    assert (ended.exit, place.said) == (0, "reached\n")
+    assert (ended.exit, workspace.said) == (0, "reached\n")
 
 
-async def test_failed_check_names_the_denied_host(place: Place, kind: SandboxKind, port: int) -> None:
+async def test_failed_check_names_the_denied_host(workspace: Workspace, kind: SandboxKind, port: int) -> None:
     url = f"http://127.0.0.1:{port}/"
-    assert await place.shell(kind, (f"127.0.0.1:{port}",), f"curl --silent --fail {url}") == CommandSucceeded()
-    failed = await place.shell(kind, ("api.example.com",), f"curl --silent --fail --noproxy '' {url}")
+    assert await workspace.shell(kind, (f"127.0.0.1:{port}",), f"curl --silent --fail {url}") == CommandSucceeded()
+    failed = await workspace.shell(kind, ("api.example.com",), f"curl --silent --fail --noproxy '' {url}")
     assert isinstance(failed, CommandFailed)
     assert f"(`network.allow` does not cover 127.0.0.1:{port})" in failed.describe()
 
@@ -338,8 +341,8 @@ def test_run_reports_denied_hosts(repository: Repository, kind: SandboxKind, por
     )
     ended = repository.council("run", str(file), "--json")
     assert ended.states == {"fetch": "landed"}, ended
-    told = [line for line in ended.lines if line.get("event") == "task.host_denied"]
-    assert [(line["task"], line["host"]) for line in told] == [("fetch", "127.0.0.1:1")]
+    reported = [line for line in ended.lines if line.get("event") == "task.host_denied"]
+    assert [(line["task"], line["host"]) for line in reported] == [("fetch", "127.0.0.1:1")]
 
 
 async def test_kernel_without_connection_limits_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:

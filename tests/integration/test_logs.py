@@ -74,13 +74,17 @@ def test_logs_are_readable_and_raw_on_request(repository: Repository, codex: dic
     assert [json.loads(line)["type"] for line in raw.splitlines()[:-1]] == [
         *("item.started", "item.completed", "item.completed", "item.completed", "turn.completed"),
     ]
-    told = repository.council("logs", "t", "--json").lines
-    assert [one["kind"] for one in told] == ["began", "tool", "tool", "text", "ended", "line"]
-    assert told[1] == {
+    reported = repository.council("logs", "t", "--json").lines
+    assert [one["kind"] for one in reported] == ["began", "tool", "tool", "text", "ended", "line"]
+    assert reported[1] == {
         "kind": "tool", "text": "make test", "tool": "shell", "outcome": "failed: exit code 2: no rule", "attempt": 1,
         "stream": "stdout",
     }  # fmt: skip
-    assert (told[-2]["outcome"], told[-2]["input_tokens"], told[-1]["stream"]) == ("built", 12_000, "check1")
+    assert (reported[-2]["outcome"], reported[-2]["input_tokens"], reported[-1]["stream"]) == (
+        "built",
+        12_000,
+        "check1",
+    )
 
 
 def test_running_session_is_followed_with_its_latest_activity(

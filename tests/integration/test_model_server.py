@@ -557,7 +557,7 @@ def test_call_ids_are_unique_in_a_conversation(server: ModelServer) -> None:
 
 
 @pytest.mark.parametrize(
-    "told",
+    "reported",
     [
         " - Primary working directory: /x/y z\n",
         "Working directory: /x/y\n",
@@ -565,12 +565,12 @@ def test_call_ids_are_unique_in_a_conversation(server: ModelServer) -> None:
         "- **Workspace Directories:**\n  - /x/y\n",
     ],
 )
-def test_paths_are_absolute_if_the_client_names_its_folder(server: ModelServer, told: str) -> None:
+def test_paths_are_absolute_if_the_client_names_its_folder(server: ModelServer, reported: str) -> None:
     """Some tools accept no relative paths."""
     path, body = anthropic_ask("write a.txt x", False, 0, True)
-    body["system"] = [{"type": "text", "text": f"Words.\n{told}\nMore."}]
+    body["system"] = [{"type": "text", "text": f"Words.\n{reported}\nMore."}]
     ((_, arguments),) = anthropic_read(post(server, path, body).raw, False).calls
-    assert arguments["file_path"] == f"/x/y{' z' if 'y z' in told else ''}/a.txt"
+    assert arguments["file_path"] == f"/x/y{' z' if 'y z' in reported else ''}/a.txt"
 
 
 def codex_tools(*tools: Json) -> Json:

@@ -162,9 +162,9 @@ async def test_finding_is_recorded_once(store: tuple[FileStore, ManualClock], tm
         await drive(clock, partial(is_told, 2))
         for _ in range(5):
             await pass_(clock, 3600.0)
-        told = await warnings(state)
-        assert len(told) == 2, told
-        large, integrity = told
+        reported = await warnings(state)
+        assert len(reported) == 2, reported
+        large, integrity = reported
         assert large["about"] == "document lock/b"
         assert integrity["about"] == "integrity"
         assert segment.name in integrity["reason"]
@@ -174,8 +174,8 @@ async def test_finding_is_recorded_once(store: tuple[FileStore, ManualClock], tm
 async def warnings(store: Store) -> list[JsonObject]:
     """Return the warnings recorded for people."""
     records = [record async for record in read_range(store, 0, await store.position())]
-    told = [one.data for record in records for one in record.events if one.type == "state.warning"]
-    return [one for one in told if one["about"] != "latency"]  # hours pass between commits
+    reported = [one.data for record in records for one in record.events if one.type == "state.warning"]
+    return [one for one in reported if one["about"] != "latency"]  # hours pass between commits
 
 
 def test_health_of_a_running_run_has_no_findings(repository: Repository) -> None:
@@ -215,12 +215,12 @@ def test_health_names_a_silent_session(repository: Repository) -> None:
     with repository.start("run", str(repository.configure([task], adapters={"busy": busy}))) as child:
         wait_for(lambda: list((repository.top / ".council/logs").glob("*/mute.1.stdout")))
 
-        def told() -> list[str]:
+        def reported() -> list[str]:
             ended = repository.council("state", "health", "--json")
             return [one["found"] for one in ended.result["findings"] if one["name"].startswith("session ")]
 
         try:
-            assert "nothing printed for" in wait_for(told)[0]
+            assert "nothing printed for" in wait_for(reported)[0]
         finally:
             child.terminate()
             child.communicate()

@@ -63,24 +63,26 @@ async def test_error_of_an_adapter_fails_its_task_only(repository: Repository) -
     ended = repository.council("run", str(config), "--json")
     assert ended.code == 1, ended
     assert ended.states == {"raise": "failed", "fail": "failed", "go": "landed"}
-    told = {task["id"]: task for task in ended.result["tasks"]}
-    assert told["raise"]["reason"] == (
+    reported = {task["id"]: task for task in ended.result["tasks"]}
+    assert reported["raise"]["reason"] == (
         "the adapter could not parse the output: OverflowError: int too large to convert to float"
     )
-    assert told["raise"]["branch"], "its work is kept"
-    assert told["fail"]["reason"] == "cut in ?"
-    assert (told["go"]["last_message"], told["go"]["cost"]) == ("end ?", None)
+    assert reported["raise"]["branch"], "its work is kept"
+    assert reported["fail"]["reason"] == "cut in ?"
+    assert (reported["go"]["last_message"], reported["go"]["cost"]) == ("end ?", None)
     await repository.assert_invariants()
 
 
 @pytest.mark.parametrize(
-    ("command", "told"),
+    ("command", "reported"),
     [
         ("SessionCommand(argv=['sh', request.prompt_file])", "makes a command that is not of text: ['sh', PosixPath("),
         ("1 / 0", "can't make its command, ZeroDivisionError: division by zero"),
     ],
 )
-def test_adapter_without_a_command_is_a_mistake_in_the_file(repository: Repository, command: str, told: str) -> None:
+def test_adapter_without_a_command_is_a_mistake_in_the_file(
+    repository: Repository, command: str, reported: str
+) -> None:
     """It is reported before anything starts, and not as an internal error."""
     install_plugin(
         repository.top.parent,
@@ -91,7 +93,7 @@ def test_adapter_without_a_command_is_a_mistake_in_the_file(repository: Reposito
     config = repository.configure([{"id": "go", "prompt": "true"}], adapters={"odd": {"use": "odd"}})
     ended = repository.council("validate", str(config))
     assert ended.code == 2, ended
-    assert f"the adapter 'odd' {told}" in ended.stderr
+    assert f"the adapter 'odd' {reported}" in ended.stderr
 
 
 @pytest.mark.parametrize("number", ["9" * 400, "9" * 4200, "1e999", "NaN", "-1", "true", '"1"'])

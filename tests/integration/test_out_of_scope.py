@@ -53,8 +53,8 @@ async def test_out_of_scope_work_is_rejected_and_the_next_attempt_told(repositor
     (retried,) = events(ended, "task.retrying")
     assert retried["outcome"] == "out_of_scope"
     assert sorted(retried["paths"]) == ["README.md", "deep", "deep/er.txt", "file", "file/in", "gone.txt", "new.txt"]
-    told = Path(ended.result["tasks"][0]["log"]).with_name("t.2.stdout").read_text()
-    forbidden, _, allowed = told.partition("do not change]")[2].partition("the task may change]")
+    reported = Path(ended.result["tasks"][0]["log"]).with_name("t.2.stdout").read_text()
+    forbidden, _, allowed = reported.partition("do not change]")[2].partition("the task may change]")
     assert '"new.txt"' in forbidden
     assert '"src/**"' in allowed
     await repository.assert_invariants()

@@ -37,25 +37,25 @@ class Scene:
         self.real = MemoryStore(SystemClock())
         self.line = DisconnectableStore(self.real)
         self.folder = folder
-        self.told: list[TypedEvent] = []
+        self.reported: list[TypedEvent] = []
         self._news = anyio.Event()
 
     async def tell(self, event: TypedEvent) -> None:
-        self.told.append(event)
+        self.reported.append(event)
         self._news.set()
         self._news = anyio.Event()
 
-    async def until_told(self, kind: str) -> TypedEvent:
+    async def until_reported(self, kind: str) -> TypedEvent:
         with anyio.fail_after(PATIENCE):
-            while (found := next((one for one in self.told if one.type == kind), None)) is None:
+            while (found := next((one for one in self.reported if one.type == kind), None)) is None:
                 await self._news.wait()
         return found
 
     async def back(self) -> None:
         """Restore the connection, and wait until that is noticed."""
-        self.told.clear()
+        self.reported.clear()
         self.line.reconnect()
-        await self.until_told("outage.ended")
+        await self.until_reported("outage.ended")
 
     @asynccontextmanager
     async def opened(self, mode: Literal["pause", "continue"]) -> AsyncIterator[Store]:
@@ -101,13 +101,13 @@ async def test_commits_wait_in_order_and_the_outage_is_reported_twice(scene: Sce
             for number in range(20):
                 group.start_soon(commit, number)
                 await anyio.wait_all_tasks_blocked()
-            await scene.until_told("outage.began")
+            await scene.until_reported("outage.began")
             assert positions == {}
             scene.line.reconnect()
         assert positions == {number: number + 2 for number in range(20)}
-    assert [one.type for one in scene.told] == ["outage.began", "outage.ended"]
-    assert scene.told[0].data()["mode"] == "pause"
-    assert "does not answer" in scene.told[0].data()["reason"]
+    assert [one.type for one in scene.reported] == ["outage.began", "outage.ended"]
+    assert scene.reported[0].data()["mode"] == "pause"
+    assert "does not answer" in scene.reported[0].data()["reason"]
 
 
 async def test_reads_and_followers_wait_too(scene: Scene) -> None:
@@ -132,7 +132,7 @@ async def test_reads_and_followers_wait_too(scene: Scene) -> None:
             await anyio.wait_all_tasks_blocked()
             scene.line.cut()
             group.start_soon(read)
-            await scene.until_told("outage.began")
+            await scene.until_reported("outage.began")
             await scene.real.commit(writing(A, 1))
             await scene.real.commit(writing(B, 0))
             scene.line.reconnect()
@@ -145,7 +145,7 @@ async def test_abandoned_wait_committed_nothing(scene: Scene) -> None:
         async with anyio.create_task_group() as group:
             with anyio.CancelScope() as scope:
                 group.start_soon(store.commit, writing(B, 0))
-                await scene.until_told("outage.began")
+                await scene.until_reported("outage.began")
                 scope.cancel()
                 await store.commit(writing(A, 0))
             scene.line.reconnect()
@@ -190,9 +190,9 @@ async def test_commit_with_a_lost_answer_is_made_once(scene: Scene) -> None:
                 with pytest.raises(VersionConflict):
                     await store.commit(writing(B, 1, {"n": "mine"}))
 
-            scene.told.clear()
+            scene.reported.clear()
             group.start_soon(lose)
-            await scene.until_told("outage.began")
+            await scene.until_reported("outage.began")
             await scene.real.commit(writing(B, 1, {"n": "theirs"}))
             scene.line.reconnect()
 
@@ -277,10 +277,15 @@ async def test_work_continues_and_is_replayed_in_order(scene: Scene) -> None:
         with pytest.raises(LeaseLost):
             await store.commit(writing(A, 3, None, Guard(CLAIM, 2)))
         assert await scene.value(A) is None
-        assert [one.type for one in scene.told] == ["outage.began"]
+        assert [one.type for one in scene.reported] == ["outage.began"]
         assert list(scene.folder.iterdir())
         await scene.back()
-        assert scene.told[-1].data() | {"seconds": 0} == {"mode": "continue", "seconds": 0, "replayed": 3, "refused": 0}
+        assert scene.reported[-1].data() | {"seconds": 0} == {
+            "mode": "continue",
+            "seconds": 0,
+            "replayed": 3,
+            "refused": 0,
+        }
         assert [one.value for one in await scene.real.history(A)] == [{"n": 3}, {"n": 2}, {"n": 1}]
         assert await scene.events() == ["done"] * 4
         await store.commit(writing(A, 3, None, Guard(CLAIM, 1)))
@@ -298,11 +303,11 @@ async def test_concurrent_changes_of_others_count(scene: Scene) -> None:
         await store.commit(writing(B, 0, {"by": "here"}))
         await scene.real.commit(writing(CLAIM, 0, {"epoch": 1, "owner": "there"}))
         await scene.back()
-        assert [one.data()["keys"] for one in scene.told if one.type == "outage.commit_rejected"] == [
+        assert [one.data()["keys"] for one in scene.reported if one.type == "outage.commit_rejected"] == [
             [str(CLAIM)],
             [str(A)],
         ]
-        assert scene.told[-1].data()["refused"] == 2
+        assert scene.reported[-1].data()["refused"] == 2
         assert [await scene.value(key) for key in (CLAIM, A, B)] == [
             {"epoch": 1, "owner": "there"}, None, {"by": "here"},
         ]  # fmt: skip
@@ -397,7 +402,7 @@ async def test_short_interruption_is_no_outage(scene: Scene) -> None:
         scene.line.lost_answers = 1
         await store.commit(writing(A, 0))
         await store.commit(writing(A, 1))
-    assert scene.told == []
+    assert scene.reported == []
     assert await scene.real.position() == 2
 
 
@@ -456,10 +461,10 @@ async def test_fork_of_a_killed_process_is_replayed_by_the_next(tmp_path: Path) 
     killed = subprocess.run([sys.executable, "-c", CRASH, str(tmp_path)], check=False, cwd=Path(__file__).parents[2])
     assert killed.returncode == -9
     clock = SystemClock()
-    told: list[TypedEvent] = []
+    reported: list[TypedEvent] = []
 
     async def tell(event: TypedEvent) -> None:
-        told.append(event)
+        reported.append(event)
 
     async with FileStore.open(tmp_path / "state", clock) as real:
         assert await real.get(A) is None
@@ -471,7 +476,7 @@ async def test_fork_of_a_killed_process_is_replayed_by_the_next(tmp_path: Path) 
                 assert found is not None
                 assert (found.version, found.value) == (5, {"n": 5})
         assert await real.position() == 5
-    assert [(one.type, one.data()["replayed"]) for one in told] == [("outage.ended", 5)]
+    assert [(one.type, one.data()["replayed"]) for one in reported] == [("outage.ended", 5)]
     assert list((tmp_path / "outage").iterdir()) == []
 
 
@@ -483,7 +488,7 @@ async def test_fork_left_at_the_end_is_replayed_by_the_next(scene: Scene) -> Non
         await store.commit(writing(A, 0))
         async with survive_outages(scene.real, "continue", SystemClock(), scene.folder, scene.tell):
             assert await scene.value(A) is None
-    assert [one.type for one in scene.told] == ["outage.began", "outage.preserved"]
+    assert [one.type for one in scene.reported] == ["outage.began", "outage.preserved"]
     scene.line.reconnect()
     async with scene.opened("continue"):
         assert await scene.value(A) == {"n": 1}

@@ -162,11 +162,11 @@ async def test_invalid_plugins_are_reported_and_the_run_continues(repository: Re
     config.write_text(json.dumps(value))
     ended = repository.council("run", str(config), "--json")
     assert ended.states == {"one": "landed", "two": "landed"}, ended
-    told = {line["plugin"]: line["reason"] for line in ended.lines if line.get("event") == "plugin.skipped"}
-    assert told.keys() == _BROKEN.keys()
+    reported = {line["plugin"]: line["reason"] for line in ended.lines if line.get("event") == "plugin.skipped"}
+    assert reported.keys() == _BROKEN.keys()
     for name, (_, reason) in _BROKEN.items():
-        assert reason in told[name]
-        assert f"the plugin {name!r} of {name} 1.0" in told[name]
+        assert reason in reported[name]
+        assert f"the plugin {name!r} of {name} 1.0" in reported[name]
     await repository.assert_invariants()
 
 

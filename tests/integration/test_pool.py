@@ -40,7 +40,7 @@ def any_file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture
-async def yard(repository: Repository, tmp_path: Path, environ: dict[str, str]) -> HubFixture:
+async def hub_fixture(repository: Repository, tmp_path: Path, environ: dict[str, str]) -> HubFixture:
     """Return a hub for a repository with a program, links, unusual names, and a branch `other`."""
     (repository.top / "run").write_text("#!/bin/sh\n")
     (repository.top / "run").chmod(0o755)
@@ -64,9 +64,9 @@ def files(tree: Path) -> dict[str, tuple[int, object]]:
     return {name: facts for name, facts in found.items() if name != ".git"}
 
 
-async def by_git(yard: HubFixture, branch: str, to: Path) -> dict[str, tuple[int, object]]:
+async def by_git(hub_fixture: HubFixture, branch: str, to: Path) -> dict[str, tuple[int, object]]:
     """Return the files that git checks out."""
-    subprocess.run(["git", "clone", "-q", "-b", branch, str(yard.top), str(to)], check=True)
+    subprocess.run(["git", "clone", "-q", "-b", branch, str(hub_fixture.top), str(to)], check=True)
     shutil.rmtree(to / ".git")
     return files(to)
 
@@ -85,25 +85,25 @@ async def idle(pool: SlotPool, count: int) -> None:
             await anyio.sleep(0.01)
 
 
-async def assert_no_leaks(yard: HubFixture) -> None:
+async def assert_no_leaks(hub_fixture: HubFixture) -> None:
     """Every slot is clean or in use by a live session; nothing waits for deletion, and no lock is held."""
-    for place in list_slots(yard.hub):
+    for place in list_slots(hub_fixture.hub):
         assert read_record(place) is not None or read_slot_session(place) is not None, place
         assert not await place.lock.is_held(), place
-    assert not list(yard.hub.trash.iterdir())
+    assert not list(hub_fixture.hub.trash.iterdir())
 
 
 # Acquisition.
 
 
-async def test_takers_get_distinct_slots(yard: HubFixture, tmp_path: Path) -> None:
+async def test_takers_get_distinct_slots(hub_fixture: HubFixture, tmp_path: Path) -> None:
     """Concurrently; each equals git's checkout, git and the stamps find no difference, and all are released."""
-    commit, expected = await yard.fetch(), await by_git(yard, "main", tmp_path / "clone")
+    commit, expected = await hub_fixture.fetch(), await by_git(hub_fixture, "main", tmp_path / "clone")
     began = []
-    async with yard.open() as pool:
+    async with hub_fixture.open() as pool:
 
         async def take(name: str) -> None:
-            began.append(await yard.begin(pool, name, commit))
+            began.append(await hub_fixture.begin(pool, name, commit))
 
         async with anyio.create_task_group() as group:
             for number in range(MANY):
@@ -118,89 +118,89 @@ async def test_takers_get_distinct_slots(yard: HubFixture, tmp_path: Path) -> No
             found = await checkout.compare()
             assert found is not None
             assert found.is_small(0)
-            await yard.end(pool, worktree, checkout)
-    assert not list(yard.hub.sessions.glob("*"))
-    assert len(list_slots(yard.hub)) == MANY
-    await assert_no_leaks(yard)
+            await hub_fixture.end(pool, worktree, checkout)
+    assert not list(hub_fixture.hub.sessions.glob("*"))
+    assert len(list_slots(hub_fixture.hub)) == MANY
+    await assert_no_leaks(hub_fixture)
 
 
-async def test_pool_that_ends_leaves_no_slot_of_unknown_state(yard: HubFixture) -> None:
+async def test_pool_that_ends_leaves_no_slot_of_unknown_state(hub_fixture: HubFixture) -> None:
     """Idle slots stay for the next pool; a slot whose session another process removed is deleted."""
-    commit = await yard.fetch()
+    commit = await hub_fixture.fetch()
 
     async def be_fenced() -> None:
-        async with yard.open(warm=2) as pool:
+        async with hub_fixture.open(warm=2) as pool:
             pool.warm(commit)
             await idle(pool, 2)
-            worktree, _ = await yard.begin(pool, "task", commit)
+            worktree, _ = await hub_fixture.begin(pool, "task", commit)
             await settled(pool)
             await worktrees.remove_session_folder(worktree)
             raise ValueError("fenced")
 
     with pytest.raises(ExceptionGroup, match="TaskGroup"):
         await be_fenced()
-    await assert_no_leaks(yard)
-    assert len(list_slots(yard.hub)) == 1
+    await assert_no_leaks(hub_fixture)
+    assert len(list_slots(hub_fixture.hub)) == 1
 
 
-async def test_warm_pool_creates_slots_ahead(yard: HubFixture) -> None:
+async def test_warm_pool_creates_slots_ahead(hub_fixture: HubFixture) -> None:
     """As many as configured, once the commit is known; including the last one, the source of copies."""
-    commit = await yard.fetch()
-    async with yard.open(warm=3) as pool:
-        assert not list_slots(yard.hub)
+    commit = await hub_fixture.fetch()
+    async with hub_fixture.open(warm=3) as pool:
+        assert not list_slots(hub_fixture.hub)
         pool.warm(commit)
         await idle(pool, 3)
-        began = [await yard.begin(pool, f"task{number}", commit) for number in range(3)]
+        began = [await hub_fixture.begin(pool, f"task{number}", commit) for number in range(3)]
         assert {checkout.slot.number for _, checkout in began} == {1, 2, 3}
         for one in began:
-            await yard.end(pool, *one)
-    await assert_no_leaks(yard)
+            await hub_fixture.end(pool, *one)
+    await assert_no_leaks(hub_fixture)
 
 
-async def test_slot_keeps_its_path_and_moves_to_a_commit(yard: HubFixture, tmp_path: Path) -> None:
+async def test_slot_keeps_its_path_and_moves_to_a_commit(hub_fixture: HubFixture, tmp_path: Path) -> None:
     """One slot serves both branches in turn, as git checks them out, whatever the session did before."""
-    commits = {branch: await yard.fetch(branch) for branch in ("main", "other")}
-    expected = {branch: await by_git(yard, branch, tmp_path / branch) for branch in commits}
-    async with yard.open(places=1) as pool:
+    commits = {branch: await hub_fixture.fetch(branch) for branch in ("main", "other")}
+    expected = {branch: await by_git(hub_fixture, branch, tmp_path / branch) for branch in commits}
+    async with hub_fixture.open(places=1) as pool:
         for number, branch in enumerate(("main", "other", "other", "main", "other")):
-            worktree, checkout = await yard.begin(pool, f"task{number}", commits[branch])
+            worktree, checkout = await hub_fixture.begin(pool, f"task{number}", commits[branch])
             assert checkout.slot.number == 1
             assert files(worktree.tree) == expected[branch]
             (worktree.tree / "src/app.py").unlink()
             (worktree.tree / "made.txt").write_text("made\n")
-            await yard.end(pool, worktree, checkout)
-    await assert_no_leaks(yard)
+            await hub_fixture.end(pool, worktree, checkout)
+    await assert_no_leaks(hub_fixture)
 
 
 # Limits.
 
 
-async def test_number_of_slots_is_limited(yard: HubFixture) -> None:
+async def test_number_of_slots_is_limited(hub_fixture: HubFixture) -> None:
     """Waiters continue as soon as a slot is released, and waiting costs almost nothing."""
-    commit = await yard.fetch()
+    commit = await hub_fixture.fetch()
     out, most = 0, 0
-    async with yard.open(places=2) as pool:
+    async with hub_fixture.open(places=2) as pool:
 
         async def session(name: str) -> None:
             nonlocal out, most
-            one = await yard.begin(pool, name, commit)
+            one = await hub_fixture.begin(pool, name, commit)
             out, most = out + 1, max(most, out + 1)
             await anyio.sleep(0.05)
             out -= 1
-            await yard.end(pool, *one)
+            await hub_fixture.end(pool, *one)
 
         with anyio.fail_after(60):
             async with anyio.create_task_group() as group:
                 for number in range(MANY):
                     group.start_soon(session, f"task{number}")
         assert most == 2
-    assert len(list_slots(yard.hub)) == 2
-    await assert_no_leaks(yard)
+    assert len(list_slots(hub_fixture.hub)) == 2
+    await assert_no_leaks(hub_fixture)
 
 
-async def test_waiting_does_not_spin(yard: HubFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_waiting_does_not_spin(hub_fixture: HubFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """If no more may be created, the limit is checked again twice a second."""
-    commit, looks = await yard.fetch(), 0
+    commit, looks = await hub_fixture.fetch(), 0
     counted = SlotPool._measure_counted
 
     async def count(pool: SlotPool) -> dict[WorktreeSlot, int]:
@@ -208,19 +208,19 @@ async def test_waiting_does_not_spin(yard: HubFixture, monkeypatch: pytest.Monke
         looks += 1
         return await counted(pool)
 
-    async with yard.open(places=1) as pool:
-        one = await yard.begin(pool, "first", commit)
+    async with hub_fixture.open(places=1) as pool:
+        one = await hub_fixture.begin(pool, "first", commit)
         monkeypatch.setattr(SlotPool, "_measure_counted", count)
         with anyio.move_on_after(1.2) as waited:
-            await yard.begin(pool, "second", commit)
+            await hub_fixture.begin(pool, "second", commit)
         assert waited.cancelled_caught
         assert 1 <= looks <= 4
-        await yard.end(pool, *one)
+        await hub_fixture.end(pool, *one)
 
 
-async def test_bytes_are_limited(yard: HubFixture) -> None:
+async def test_bytes_are_limited(hub_fixture: HubFixture) -> None:
     """As many slots of equal size are created as fit; leftovers of another run are removed, used ones are not."""
-    commit = await yard.fetch()
+    commit = await hub_fixture.fetch()
 
     async def furnish(checkout: HeldSlot, _: str) -> tuple[str, ...]:
         if not checkout.contents.record.setup:
@@ -228,86 +228,86 @@ async def test_bytes_are_limited(yard: HubFixture) -> None:
         return ("large",)
 
     care = SlotOptions(set_up=furnish)
-    async with yard.open(care, size=5 << 19) as pool:
-        began = [await yard.begin(pool, f"task{number}", commit) for number in range(2)]
+    async with hub_fixture.open(care, size=5 << 19) as pool:
+        began = [await hub_fixture.begin(pool, f"task{number}", commit) for number in range(2)]
         with anyio.move_on_after(1.2) as waited:
-            await yard.begin(pool, "third", commit)
+            await hub_fixture.begin(pool, "third", commit)
         assert waited.cancelled_caught
         for one in began:
-            await yard.end(pool, *one)
-    assert [record.bytes >> 20 for place in list_slots(yard.hub) if (record := read_record(place))] == [1, 1]
-    async with yard.open(replace(care, sparse=("src",)), size=5 << 19) as pool:
+            await hub_fixture.end(pool, *one)
+    assert [record.bytes >> 20 for place in list_slots(hub_fixture.hub) if (record := read_record(place))] == [1, 1]
+    async with hub_fixture.open(replace(care, sparse=("src",)), size=5 << 19) as pool:
         with anyio.fail_after(30):
-            await yard.end(pool, *await yard.begin(pool, "task", commit))
-    assert len(list_slots(yard.hub)) == 2
-    await assert_no_leaks(yard)
+            await hub_fixture.end(pool, *await hub_fixture.begin(pool, "task", commit))
+    assert len(list_slots(hub_fixture.hub)) == 2
+    await assert_no_leaks(hub_fixture)
 
 
-async def test_impossible_limit_is_reported(yard: HubFixture) -> None:
-    async with yard.open(places=0) as pool:
+async def test_impossible_limit_is_reported(hub_fixture: HubFixture) -> None:
+    async with hub_fixture.open(places=0) as pool:
         with anyio.fail_after(30), pytest.raises(RefusedError):
-            await yard.begin(pool, "task", await yard.fetch())
+            await hub_fixture.begin(pool, "task", await hub_fixture.fetch())
 
 
 # Obstacles.
 
 
-async def test_file_in_the_way_of_a_move_discards_the_slot(yard: HubFixture, tmp_path: Path) -> None:
+async def test_file_in_the_way_of_a_move_discards_the_slot(hub_fixture: HubFixture, tmp_path: Path) -> None:
     """The next commit tracks a kept file: a new slot is created with the content of the commit."""
-    main, other = await yard.fetch(), await yard.fetch("other")
-    async with yard.open(SlotOptions(keep=KeepRules((("wanted.o", ""),)))) as pool:
-        worktree, checkout = await yard.begin(pool, "first", main)
+    main, other = await hub_fixture.fetch(), await hub_fixture.fetch("other")
+    async with hub_fixture.open(SlotOptions(keep=KeepRules((("wanted.o", ""),)))) as pool:
+        worktree, checkout = await hub_fixture.begin(pool, "first", main)
         (worktree.tree / "wanted.o").write_text("kept\n")
-        await yard.end(pool, worktree, checkout)
+        await hub_fixture.end(pool, worktree, checkout)
         await idle(pool, 1)
-        worktree, checkout = await yard.begin(pool, "again", main)
+        worktree, checkout = await hub_fixture.begin(pool, "again", main)
         assert (worktree.tree / "wanted.o").read_text() == "kept\n"
-        await yard.end(pool, worktree, checkout)
+        await hub_fixture.end(pool, worktree, checkout)
         await idle(pool, 1)
-        worktree, checkout = await yard.begin(pool, "moved", other)
-        assert files(worktree.tree) == await by_git(yard, "other", tmp_path / "clone")
+        worktree, checkout = await hub_fixture.begin(pool, "moved", other)
+        assert files(worktree.tree) == await by_git(hub_fixture, "other", tmp_path / "clone")
         (worktree.tree / "wanted.o").write_text("changed\n")
         found = await checkout.compare()
         assert found is not None
         assert found.changed == ["wanted.o"]
-        await yard.end(pool, worktree, checkout)
-    await assert_no_leaks(yard)
+        await hub_fixture.end(pool, worktree, checkout)
+    await assert_no_leaks(hub_fixture)
 
 
-async def test_files_no_longer_ignored_are_removed(yard: HubFixture, repository: Repository) -> None:
+async def test_files_no_longer_ignored_are_removed(hub_fixture: HubFixture, repository: Repository) -> None:
     """A kept folder is removed if the next commit does not ignore it."""
-    main = await yard.fetch()
+    main = await hub_fixture.fetch()
     repository.commit({".gitignore": "*.o\n"}, "no cache")
-    newer = await yard.fetch()
-    async with yard.open(SlotOptions(keep=KeepRules((("cache", ""),))), places=1) as pool:
+    newer = await hub_fixture.fetch()
+    async with hub_fixture.open(SlotOptions(keep=KeepRules((("cache", ""),))), places=1) as pool:
         for name, commit, is_there in (("a", main, False), ("b", main, True), ("c", newer, False)):
-            worktree, checkout = await yard.begin(pool, name, commit)
+            worktree, checkout = await hub_fixture.begin(pool, name, commit)
             assert (worktree.tree / "cache").exists() is is_there
             (worktree.tree / "cache").mkdir(exist_ok=True)
             (worktree.tree / "cache" / "x").write_text("x\n")
-            await yard.end(pool, worktree, checkout)
-    await assert_no_leaks(yard)
+            await hub_fixture.end(pool, worktree, checkout)
+    await assert_no_leaks(hub_fixture)
 
 
-async def test_kept_files_of_an_adapter_are_its_own(yard: HubFixture) -> None:
+async def test_kept_files_of_an_adapter_are_its_own(hub_fixture: HubFixture) -> None:
     """Sessions of other adapters and checks do not see them; files kept for all are shared."""
-    commit = await yard.fetch()
-    async with yard.open(SlotOptions(keep=KeepRules((("one.o", "one"), ("cache", "")))), places=1) as pool:
+    commit = await hub_fixture.fetch()
+    async with hub_fixture.open(SlotOptions(keep=KeepRules((("one.o", "one"), ("cache", "")))), places=1) as pool:
         seen = list[tuple[bool, bool]]()
         for name in ("one", "one", "two", "one", ""):
-            worktree, checkout = await yard.begin(pool, f"task{len(seen)}", commit, name)
+            worktree, checkout = await hub_fixture.begin(pool, f"task{len(seen)}", commit, name)
             seen.append(((worktree.tree / "one.o").exists(), (worktree.tree / "cache").exists()))
             if name == "one":
                 (worktree.tree / "one.o").write_text("mine\n")
             (worktree.tree / "cache").mkdir(exist_ok=True)
-            await yard.end(pool, worktree, checkout)
+            await hub_fixture.end(pool, worktree, checkout)
             await idle(pool, 1)
     assert seen == [(False, False), (True, True), (False, True), (False, True), (False, True)]
 
 
-async def test_setup_files_stay_or_the_slot_is_discarded(yard: HubFixture) -> None:
+async def test_setup_files_stay_or_the_slot_is_discarded(hub_fixture: HubFixture) -> None:
     """Setup runs once; after a session changed its files, the next session gets a new slot."""
-    commit, made = await yard.fetch(), 0
+    commit, made = await hub_fixture.fetch(), 0
 
     async def furnish(checkout: HeldSlot, _: str) -> tuple[str, ...]:
         nonlocal made
@@ -318,20 +318,20 @@ async def test_setup_files_stay_or_the_slot_is_discarded(yard: HubFixture) -> No
         (checkout.slot.tree / "plain.txt").write_text("whole\n")
         return ("made",)
 
-    async with yard.open(SlotOptions(set_up=furnish), places=1) as pool:
+    async with hub_fixture.open(SlotOptions(set_up=furnish), places=1) as pool:
         for number, (edit, count) in enumerate(
             ((None, 1), ("README.md", 1), ("setup.o", 1), ("plain.txt", 2), (None, 3))
         ):
-            worktree, checkout = await yard.begin(pool, f"task{number}", commit)
+            worktree, checkout = await hub_fixture.begin(pool, f"task{number}", commit)
             assert made == count
             assert (worktree.tree / "setup.o").read_text() == (worktree.tree / "plain.txt").read_text() == "whole\n"
             if edit:
                 (worktree.tree / edit).write_text("changed\n")
-            await yard.end(pool, worktree, checkout)
-    await assert_no_leaks(yard)
+            await hub_fixture.end(pool, worktree, checkout)
+    await assert_no_leaks(hub_fixture)
 
 
-async def test_failed_setup_is_reported_to_the_waiters(yard: HubFixture) -> None:
+async def test_failed_setup_is_reported_to_the_waiters(hub_fixture: HubFixture) -> None:
     """Once each, and nothing is left; the next acquisition tries again."""
     is_broken = True
 
@@ -340,18 +340,20 @@ async def test_failed_setup_is_reported_to_the_waiters(yard: HubFixture) -> None
             raise SetupError("it can't be")
         return ()
 
-    async with yard.open(SlotOptions(set_up=furnish)) as pool:
+    async with hub_fixture.open(SlotOptions(set_up=furnish)) as pool:
         for number in range(2):
             with anyio.fail_after(30), pytest.raises(SetupError):
-                await yard.begin(pool, f"task{number}", await yard.fetch())
+                await hub_fixture.begin(pool, f"task{number}", await hub_fixture.fetch())
         is_broken = False
-        await yard.end(pool, *await yard.begin(pool, "task", await yard.fetch()))
-    await assert_no_leaks(yard)
+        await hub_fixture.end(pool, *await hub_fixture.begin(pool, "task", await hub_fixture.fetch()))
+    await assert_no_leaks(hub_fixture)
 
 
-async def test_file_system_without_change_times_is_handled(yard: HubFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_file_system_without_change_times_is_handled(
+    hub_fixture: HubFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every slot is used once: also if its clock differs, and if setup has created files."""
-    commit = await yard.fetch()
+    commit = await hub_fixture.fetch()
 
     async def furnish(checkout: HeldSlot, _: str) -> tuple[str, ...]:
         (checkout.slot.tree / "setup.o").write_text("made\n")
@@ -363,20 +365,20 @@ async def test_file_system_without_change_times_is_handled(yard: HubFixture, mon
                 patch.setattr(TreeSnapshot, "capture", classmethod(lambda cls, *_: None))
             else:
                 patch.setattr(pool_module, name, value)
-            async with yard.open(SlotOptions(set_up=furnish), places=2) as pool:
+            async with hub_fixture.open(SlotOptions(set_up=furnish), places=2) as pool:
                 for number in range(3):
                     with anyio.fail_after(30):
-                        worktree, checkout = await yard.begin(pool, f"{name}{number}", commit)
+                        worktree, checkout = await hub_fixture.begin(pool, f"{name}{number}", commit)
                     assert not (checkout.slot.scratch / "used").exists()
                     (checkout.slot.scratch / "used").touch()
-                    await yard.end(pool, worktree, checkout)
-        assert not list_slots(yard.hub)
-        await assert_no_leaks(yard)
+                    await hub_fixture.end(pool, worktree, checkout)
+        assert not list_slots(hub_fixture.hub)
+        await assert_no_leaks(hub_fixture)
 
 
-async def test_acquisition_may_be_cancelled(yard: HubFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_acquisition_may_be_cancelled(hub_fixture: HubFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """While it waits, and while a slot is switched to another commit: the next taker gets it."""
-    main, other = await yard.fetch(), await yard.fetch("other")
+    main, other = await hub_fixture.fetch(), await hub_fixture.fetch("other")
     move, moving = reset.move_slot, anyio.Event()
 
     async def slow(*arguments: object) -> object:
@@ -384,131 +386,131 @@ async def test_acquisition_may_be_cancelled(yard: HubFixture, monkeypatch: pytes
         await anyio.sleep(30)
         raise AssertionError("it was to be cancelled")
 
-    async with yard.open(places=1) as pool:
-        one = await yard.begin(pool, "first", main)
+    async with hub_fixture.open(places=1) as pool:
+        one = await hub_fixture.begin(pool, "first", main)
         with anyio.move_on_after(0.1):
-            await yard.begin(pool, "waits", main)
-        await yard.end(pool, *one)
+            await hub_fixture.begin(pool, "waits", main)
+        await hub_fixture.end(pool, *one)
         await idle(pool, 1)
         monkeypatch.setattr(reset, "move_slot", slow)
         async with anyio.create_task_group() as group:
-            group.start_soon(yard.begin, pool, "moves", other)
+            group.start_soon(hub_fixture.begin, pool, "moves", other)
             await moving.wait()
             group.cancel_scope.cancel()
         monkeypatch.setattr(reset, "move_slot", move)
         with anyio.fail_after(30):
-            await yard.end(pool, *await yard.begin(pool, "next", other))
-    await assert_no_leaks(yard)
+            await hub_fixture.end(pool, *await hub_fixture.begin(pool, "next", other))
+    await assert_no_leaks(hub_fixture)
 
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("seed", [0, 1, 2, *(pytest.param(more, marks=pytest.mark.slow) for more in range(3, 8))])
-async def test_takers_cancelled_at_any_moment_lose_nothing(yard: HubFixture, seed: int) -> None:
+async def test_takers_cancelled_at_any_moment_lose_nothing(hub_fixture: HubFixture, seed: int) -> None:
     """Some of many takers give up at a random point; the others continue."""
-    commits, chance = [await yard.fetch(), await yard.fetch("other")], random.Random(seed)
-    async with yard.open(places=3, warm=2) as pool:
+    commits, chance = [await hub_fixture.fetch(), await hub_fixture.fetch("other")], random.Random(seed)
+    async with hub_fixture.open(places=3, warm=2) as pool:
 
         async def session(number: int) -> None:
             with anyio.move_on_after(chance.random() * 0.3 if number % 2 else None):
-                worktree = yard.worktree(f"task{number}")
+                worktree = hub_fixture.worktree(f"task{number}")
                 checkout = await pool.acquire(chance.choice(commits), worktree.root)
                 with anyio.CancelScope(shield=True):
                     await worktrees.create_worktree(worktree, checkout, "")
                     (worktree.tree / "README.md").write_text("changed\n")
-                    await yard.end(pool, worktree, checkout)
+                    await hub_fixture.end(pool, worktree, checkout)
 
         with anyio.fail_after(60):
             async with anyio.create_task_group() as group:
                 for number in range(12):
                     group.start_soon(session, number)
-    assert len(list_slots(yard.hub)) <= 3
-    await assert_no_leaks(yard)
+    assert len(list_slots(hub_fixture.hub)) <= 3
+    await assert_no_leaks(hub_fixture)
 
 
 # Between processes and runs.
 
 
-async def test_next_pool_continues_with_the_slots(yard: HubFixture) -> None:
+async def test_next_pool_continues_with_the_slots(hub_fixture: HubFixture) -> None:
     """Slots of a closed pool are reused, except for one that was changed since."""
-    commit = await yard.fetch()
-    async with yard.open(warm=3) as pool:
+    commit = await hub_fixture.fetch()
+    async with hub_fixture.open(warm=3) as pool:
         pool.warm(commit)
         await idle(pool, 3)
-    for place in list_slots(yard.hub):
+    for place in list_slots(hub_fixture.hub):
         (place.root / "mark").touch()
-    (WorktreeSlot(yard.hub, 2).tree / "README.md").write_text("changed in between\n")
+    (WorktreeSlot(hub_fixture.hub, 2).tree / "README.md").write_text("changed in between\n")
     again, began = {}, []
-    async with yard.open(places=3, warm=3) as pool:
+    async with hub_fixture.open(places=3, warm=3) as pool:
         for number in range(3):
-            worktree, checkout = await yard.begin(pool, f"task{number}", commit)
+            worktree, checkout = await hub_fixture.begin(pool, f"task{number}", commit)
             assert (worktree.tree / "README.md").read_text() == "# Project\n"
             again[checkout.slot.number] = (checkout.slot.root / "mark").exists()
             began.append((worktree, checkout))
         for one in began:
-            await yard.end(pool, *one)
+            await hub_fixture.end(pool, *one)
     assert again == {1: True, 2: False, 3: True}
-    assert len(list_slots(yard.hub)) == 3
-    await assert_no_leaks(yard)
+    assert len(list_slots(hub_fixture.hub)) == 3
+    await assert_no_leaks(hub_fixture)
 
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("damage", ["record.json", "stamps.json", "tree"])
-async def test_damaged_slots_are_not_used(yard: HubFixture, damage: str) -> None:
+async def test_damaged_slots_are_not_used(hub_fixture: HubFixture, damage: str) -> None:
     """A partial record or a missing checkout: the slot is deleted."""
-    commit = await yard.fetch()
-    async with yard.open(warm=1) as pool:
+    commit = await hub_fixture.fetch()
+    async with hub_fixture.open(warm=1) as pool:
         pool.warm(commit)
         await idle(pool, 1)
-    place = WorktreeSlot(yard.hub, 1)
+    place = WorktreeSlot(hub_fixture.hub, 1)
     if damage == "tree":
         shutil.rmtree(place.tree)
     else:
         path = place.root / damage
         path.write_bytes(path.read_bytes()[:-20])
-    async with yard.open(warm=1) as pool:
-        worktree, checkout = await yard.begin(pool, "task", commit)
+    async with hub_fixture.open(warm=1) as pool:
+        worktree, checkout = await hub_fixture.begin(pool, "task", commit)
         assert (worktree.tree / "README.md").read_text() == "# Project\n"
-        await yard.end(pool, worktree, checkout)
-    await assert_no_leaks(yard)
+        await hub_fixture.end(pool, worktree, checkout)
+    await assert_no_leaks(hub_fixture)
 
 
-async def test_preserved_session_keeps_its_slot(yard: HubFixture) -> None:
+async def test_preserved_session_keeps_its_slot(hub_fixture: HubFixture) -> None:
     """It does not count, no pool touches it, and removing the session removes the slot, too."""
-    commit = await yard.fetch()
-    async with yard.open(places=1) as pool:
-        worktree, checkout = await yard.begin(pool, "kept", commit)
+    commit = await hub_fixture.fetch()
+    async with hub_fixture.open(places=1) as pool:
+        worktree, checkout = await hub_fixture.begin(pool, "kept", commit)
         (worktree.tree / "work.txt").write_text("work\n")
         await pool.detach(checkout)
-    async with yard.open(places=1, warm=1) as pool:
-        await yard.end(pool, *await yard.begin(pool, "next", commit))
+    async with hub_fixture.open(places=1, warm=1) as pool:
+        await hub_fixture.end(pool, *await hub_fixture.begin(pool, "next", commit))
     assert (worktree.tree / "work.txt").read_text() == "work\n"
     await worktrees.remove_worktree(worktree)
-    assert [place.number for place in list_slots(yard.hub)] == [2]
-    async with yard.open():
+    assert [place.number for place in list_slots(hub_fixture.hub)] == [2]
+    async with hub_fixture.open():
         pass
-    await assert_no_leaks(yard)
+    await assert_no_leaks(hub_fixture)
 
 
-async def test_two_pools_of_one_hub_share_the_limits(yard: HubFixture) -> None:
+async def test_two_pools_of_one_hub_share_the_limits(hub_fixture: HubFixture) -> None:
     """Neither touches the slots of the other, idle or in use; unused capacity of one is available to the other."""
-    commit = await yard.fetch()
-    async with yard.open(places=3, warm=2) as one, yard.open(places=3, warm=2) as two:
+    commit = await hub_fixture.fetch()
+    async with hub_fixture.open(places=3, warm=2) as one, hub_fixture.open(places=3, warm=2) as two:
         one.warm(commit)
         await idle(one, 2)
-        first = await yard.begin(one, "first", commit)
-        second = await yard.begin(two, "second", commit)
+        first = await hub_fixture.begin(one, "first", commit)
+        second = await hub_fixture.begin(two, "second", commit)
         with anyio.move_on_after(0.7) as waited:
-            await yard.begin(two, "third", commit)
+            await hub_fixture.begin(two, "third", commit)
         assert waited.cancelled_caught
         assert len({first[0].tree, second[0].tree}) == 2
-        await yard.end(one, *first)
-        await yard.end(two, *second)
-    assert len(list_slots(yard.hub)) == 3
-    await assert_no_leaks(yard)
-    async with yard.open(places=1) as pool:
-        await yard.end(pool, *await yard.begin(pool, "last", commit))
-    assert len(list_slots(yard.hub)) == 1
-    await assert_no_leaks(yard)
+        await hub_fixture.end(one, *first)
+        await hub_fixture.end(two, *second)
+    assert len(list_slots(hub_fixture.hub)) == 3
+    await assert_no_leaks(hub_fixture)
+    async with hub_fixture.open(places=1) as pool:
+        await hub_fixture.end(pool, *await hub_fixture.begin(pool, "last", commit))
+    assert len(list_slots(hub_fixture.hub)) == 1
+    await assert_no_leaks(hub_fixture)
 
 
 def worker(repository: Repository, *arguments: object, failpoints: str = "") -> subprocess.Popen[str]:
@@ -532,16 +534,16 @@ async def plain(repository: Repository, tmp_path: Path, environ: dict[str, str])
     return await HubFixture.of(repository.top, tmp_path / "council-home", environ)
 
 
-def forget_sessions(yard: HubFixture) -> None:
+def forget_sessions(hub_fixture: HubFixture) -> None:
     """Do what a recovery does after it has salvaged the sessions of a killed run with no command left."""
-    until_free(yard)
-    for worktree in worktrees.list_worktrees(yard.hub, "run1", None):
+    until_free(hub_fixture)
+    for worktree in worktrees.list_worktrees(hub_fixture.hub, "run1", None):
         worktrees._remove(worktree)
 
 
-def until_free(yard: HubFixture) -> None:
+def until_free(hub_fixture: HubFixture) -> None:
     """Wait for the commands of a killed process, which hold the slot locks until they end."""
-    wait_for(lambda: not any(anyio.run(place.lock.is_held) for place in list_slots(yard.hub)))
+    wait_for(lambda: not any(anyio.run(place.lock.is_held) for place in list_slots(hub_fixture.hub)))
 
 
 @pytest.mark.extended_but_first
@@ -569,7 +571,7 @@ async def test_slot_of_a_dead_process_is_reused(plain: HubFixture, repository: R
     await assert_no_leaks(plain)
 
 
-async def _many(yard: HubFixture, repository: Repository, total: int) -> None:
+async def _many(hub_fixture: HubFixture, repository: Repository, total: int) -> None:
     """Acquire slots in two concurrent processes until the count is reached; kill most at a random point."""
     chance, handed = random.Random(total), 0
     while handed < total:
@@ -586,13 +588,13 @@ async def _many(yard: HubFixture, repository: Repository, total: int) -> None:
                 count, half, end = map(int, output.split())
                 handed += count
                 assert end < half * 1.2 + 4_000
-        assert len(list_slots(yard.hub)) <= 6 + 2 * 16
-        await anyio.to_thread.run_sync(forget_sessions, yard)
-    async with yard.open():
+        assert len(list_slots(hub_fixture.hub)) <= 6 + 2 * 16
+        await anyio.to_thread.run_sync(forget_sessions, hub_fixture)
+    async with hub_fixture.open():
         pass
-    await assert_no_leaks(yard)
-    assert len(list_slots(yard.hub)) <= 6
-    assert not list((yard.hub.indexes).iterdir())
+    await assert_no_leaks(hub_fixture)
+    assert len(list_slots(hub_fixture.hub)) <= 6
+    assert not list((hub_fixture.hub.indexes).iterdir())
 
 
 @pytest.mark.extended
@@ -629,10 +631,10 @@ def test_session_folder_is_created_while_its_neighbour_is_removed(tmp_path: Path
 
 
 async def test_requested_slot_is_waited_for_while_it_is_cleaned(
-    yard: HubFixture, monkeypatch: pytest.MonkeyPatch
+    hub_fixture: HubFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A conversation continues in its own folder only, not in another clean one."""
-    main = await yard.fetch()
+    main = await hub_fixture.fetch()
     clean, begun, may_end = reset.clean_slot, anyio.Event(), anyio.Event()
 
     async def slowly(*arguments: Any) -> Any:
@@ -640,17 +642,17 @@ async def test_requested_slot_is_waited_for_while_it_is_cleaned(
         await may_end.wait()
         return await clean(*arguments)
 
-    async with yard.open() as pool:
-        first, mine = await yard.begin(pool, "first", main)
-        second, other = await yard.begin(pool, "second", main)
-        await yard.end(pool, second, other)
+    async with hub_fixture.open() as pool:
+        first, mine = await hub_fixture.begin(pool, "first", main)
+        second, other = await hub_fixture.begin(pool, "second", main)
+        await hub_fixture.end(pool, second, other)
         await idle(pool, 1)
         monkeypatch.setattr(reset, "clean_slot", slowly)
-        await yard.end(pool, first, mine)
+        await hub_fixture.end(pool, first, mine)
         await begun.wait()
         async with anyio.create_task_group() as group:
             group.start_soon(let_go_once, pool, may_end)
-            again = await pool.acquire(main, yard.worktree("first", 2).root, tree=mine.slot.tree)
+            again = await pool.acquire(main, hub_fixture.worktree("first", 2).root, tree=mine.slot.tree)
         assert again.slot.tree == mine.slot.tree
         await pool.discard(again)
 

@@ -68,11 +68,11 @@ async def opened(state: Path) -> AsyncIterator[Store]:
         yield store
 
 
-def make_place(home: Path, number: int, hub: str = "repo-0123456789ab") -> Path:
+def make_slot(home: Path, number: int, hub: str = "repo-0123456789ab") -> Path:
     """Create the folder of a slot."""
-    place = home / hub / "slots" / str(number)
-    place.mkdir(parents=True)
-    return place
+    slot = home / hub / "slots" / str(number)
+    slot.mkdir(parents=True)
+    return slot
 
 
 def leases_of(store: Store, ports: range, count: int = 3) -> PortLeases:
@@ -80,16 +80,16 @@ def leases_of(store: Store, ports: range, count: int = 3) -> PortLeases:
     return PortLeases(store, SystemClock(), count, ports=ports)
 
 
-async def lease_all(leases: PortLeases, places: Sequence[Path]) -> dict[Path, PortLease]:
+async def lease_all(leases: PortLeases, slots: Sequence[Path]) -> dict[Path, PortLease]:
     """Lease for all slots concurrently."""
     found: dict[Path, PortLease] = {}
 
-    async def work(place: Path) -> None:
-        found[place] = await leases.lease(place)
+    async def work(slot: Path) -> None:
+        found[slot] = await leases.lease(slot)
 
     async with anyio.create_task_group() as group:
-        for place in places:
-            group.start_soon(work, place)
+        for slot in slots:
+            group.start_soon(work, slot)
     return found
 
 
@@ -101,7 +101,7 @@ async def recorded(store: Store) -> dict[int, str]:
 
 def expected(found: dict[Path, PortLease]) -> dict[int, str]:
     """Return the expected content of the store."""
-    return {port: str(place) for place, lease in found.items() for port in lease.ports}
+    return {port: str(slot) for slot, lease in found.items() for port in lease.ports}
 
 
 def assert_disjoint(blocks: Sequence[Sequence[int]], count: int) -> None:
@@ -120,9 +120,9 @@ def listening(port: int, address: str = "127.0.0.1") -> Iterator[socket.socket]:
 
 async def test_slot_has_a_name_and_ports_in_its_environment(store: Store, ports: range, tmp_path: Path) -> None:
     """By variables; the name is valid for hosts, databases and Compose projects, and unique."""
-    places = [make_place(tmp_path, 7), make_place(tmp_path, 7, "other"), make_place(tmp_path, 12345678901234567890)]
-    found = await lease_all(leases_of(store, ports), places)
-    lease = found[places[0]]
+    slots = [make_slot(tmp_path, 7), make_slot(tmp_path, 7, "other"), make_slot(tmp_path, 12345678901234567890)]
+    found = await lease_all(leases_of(store, ports), slots)
+    lease = found[slots[0]]
     first = lease.ports[0]
     assert lease.environment() == {
         "COUNCIL_NAME": lease.name,
@@ -139,33 +139,33 @@ async def test_slot_has_a_name_and_ports_in_its_environment(store: Store, ports:
 async def test_lease_lasts_as_long_as_its_slot(ports: range, tmp_path: Path) -> None:
     """A repeated lease, even from a reopened store, returns the same and records nothing more."""
     home = tmp_path / "home"
-    places = [make_place(home, number) for number in range(4)]
+    slots = [make_slot(home, number) for number in range(4)]
     async with opened(tmp_path / "state") as store:
-        before = await lease_all(leases_of(store, ports), places)
+        before = await lease_all(leases_of(store, ports), slots)
         position = await store.position()
     async with opened(tmp_path / "state") as store:
-        assert await lease_all(leases_of(store, ports), places[::-1]) == before
+        assert await lease_all(leases_of(store, ports), slots[::-1]) == before
         assert await store.position() == position
 
 
 async def test_slot_without_ports_has_only_a_name(store: Store, ports: range, tmp_path: Path) -> None:
-    place = make_place(tmp_path, 1)
-    before = await leases_of(store, ports).lease(place)
-    lease = await leases_of(store, ports, 0).lease(place)
+    slot = make_slot(tmp_path, 1)
+    before = await leases_of(store, ports).lease(slot)
+    lease = await leases_of(store, ports, 0).lease(slot)
     assert lease.environment() == {"COUNCIL_NAME": before.name}
     assert await recorded(store) == {}
-    assert list(place.iterdir()) == []
+    assert list(slot.iterdir()) == []
 
 
 async def test_slots_of_two_projects_and_hubs_share_nothing(ports: range, tmp_path: Path) -> None:
     """The stores are separate; the home knows both, also a hub with a hidden name."""
     ours, theirs = MemoryStore(SystemClock()), MemoryStore(SystemClock())
     tight = ports[:12]
-    first = await lease_all(leases_of(ours, tight, 1), [make_place(tmp_path, number) for number in range(6)])
-    hidden = [make_place(tmp_path, number, ".dotfiles-ba9876543210") for number in range(6)]
+    first = await lease_all(leases_of(ours, tight, 1), [make_slot(tmp_path, number) for number in range(6)])
+    hidden = [make_slot(tmp_path, number, ".dotfiles-ba9876543210") for number in range(6)]
     second = await lease_all(leases_of(theirs, tight, 1), hidden)
     assert_disjoint([lease.ports for lease in (first | second).values()], 1)
-    one_more = make_place(tmp_path, 6)
+    one_more = make_slot(tmp_path, 6)
     for store in (ours, theirs):
         with pytest.raises(RefusedError, match="lower `ports`"):
             await leases_of(store, tight, 1).lease(one_more)
@@ -174,7 +174,7 @@ async def test_slots_of_two_projects_and_hubs_share_nothing(ports: range, tmp_pa
 async def test_block_is_chosen_under_the_lock_of_the_home(store: Store, ports: range, tmp_path: Path) -> None:
     """While another process chooses, nothing is probed or written; afterwards its choice is visible."""
     tight = ports[:6]
-    ours, theirs = make_place(tmp_path, 1), make_place(tmp_path, 2)
+    ours, theirs = make_slot(tmp_path, 1), make_slot(tmp_path, 2)
     found: dict[Path, PortLease] = {}
 
     async def work() -> None:
@@ -195,20 +195,20 @@ async def test_block_is_chosen_under_the_lock_of_the_home(store: Store, ports: r
 async def test_two_homes_of_one_store_share_nothing(store: Store, ports: range, tmp_path: Path) -> None:
     """Runs of one store race from different homes: the store accepts only one of them for each port."""
     tight = ports[:16]
-    places = [make_place(tmp_path / home, number) for number in range(8) for home in ("a", "b")]
-    found = await lease_all(leases_of(store, tight, 1), places)
+    slots = [make_slot(tmp_path / home, number) for number in range(8) for home in ("a", "b")]
+    found = await lease_all(leases_of(store, tight, 1), slots)
     assert_disjoint([lease.ports for lease in found.values()], 1)
     assert await recorded(store) == expected(found)
     assert all(not lease.lost for lease in found.values())
-    assert await lease_all(leases_of(store, tight, 1), places) == found
+    assert await lease_all(leases_of(store, tight, 1), slots) == found
 
 
 async def test_blocks_of_different_sizes_never_overlap(store: Store, ports: range, tmp_path: Path) -> None:
     """Another number of ports is another block; the earlier one becomes free."""
-    places = [make_place(tmp_path, number) for number in range(6)]
-    await lease_all(leases_of(store, ports), places)
-    larger = await lease_all(leases_of(store, ports, 5), places[:3])
-    same = await lease_all(leases_of(store, ports), places[3:])
+    slots = [make_slot(tmp_path, number) for number in range(6)]
+    await lease_all(leases_of(store, ports), slots)
+    larger = await lease_all(leases_of(store, ports, 5), slots[:3])
+    same = await lease_all(leases_of(store, ports), slots[3:])
     assert_disjoint([lease.ports for lease in larger.values()], 5)
     assert not set(expected(larger)) & set(expected(same))
     assert await recorded(store) == expected(larger | same)
@@ -217,11 +217,11 @@ async def test_blocks_of_different_sizes_never_overlap(store: Store, ports: rang
 
 async def test_ports_outside_of_the_range_are_released(store: Store, ports: range, tmp_path: Path) -> None:
     """After a change of the range a slot gets a block of the new one."""
-    place = make_place(tmp_path, 1)
-    await leases_of(store, ports[:500]).lease(place)
-    lease = await leases_of(store, ports[500:]).lease(place)
+    slot = make_slot(tmp_path, 1)
+    await leases_of(store, ports[:500]).lease(slot)
+    lease = await leases_of(store, ports[500:]).lease(slot)
     assert all(port in ports[500:] for port in lease.ports)
-    assert await recorded(store) == expected({place: lease})
+    assert await recorded(store) == expected({slot: lease})
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "::1", "::"])
@@ -229,33 +229,33 @@ async def test_port_taken_by_another_program_replaces_the_block(
     store: Store, ports: range, tmp_path: Path, address: str
 ) -> None:
     """At the next acquisition of the slot, with the reason; the new block stays."""
-    place = make_place(tmp_path, 1)
+    slot = make_slot(tmp_path, 1)
     leases = leases_of(store, ports)
-    before = await leases.lease(place)
+    before = await leases.lease(slot)
     with ExitStack() as stack:
         try:
             stack.enter_context(listening(before.ports[1], address))
         except OSError:
             pytest.skip(f"can't listen on {address} here")
-        after = await leases.lease(place)
+        after = await leases.lease(slot)
         assert after.lost == (before.ports[1],)
         assert after.name == before.name
         assert before.ports[1] not in after.ports
-        assert await recorded(store) == expected({place: after})
-        assert await leases.lease(place) == PortLease(after.name, after.ports)
+        assert await recorded(store) == expected({slot: after})
+        assert await leases.lease(slot) == PortLease(after.name, after.ports)
 
 
 async def test_port_in_use_is_never_leased(store: Store, ports: range, tmp_path: Path) -> None:
     """A block has only ports without a listener; without such a block the lease is rejected."""
-    place = make_place(tmp_path, 1)
+    slot = make_slot(tmp_path, 1)
     with ExitStack() as stack:
         for port in (ports[2], ports[6], ports[8]):
             stack.enter_context(listening(port, "0.0.0.0"))
-        assert (await leases_of(store, ports[:12]).lease(place)).ports in {tuple(ports[3:6]), tuple(ports[9:12])}
+        assert (await leases_of(store, ports[:12]).lease(slot)).ports in {tuple(ports[3:6]), tuple(ports[9:12])}
         with pytest.raises(RefusedError, match=f"no 4 consecutive ports are free from {ports[0]} to {ports[11]}"):
-            await leases_of(store, ports[:12], 4).lease(place)
+            await leases_of(store, ports[:12], 4).lease(slot)
     with pytest.raises(RefusedError, match="no 13 consecutive ports"):
-        await leases_of(store, ports[:12], 13).lease(place)
+        await leases_of(store, ports[:12], 13).lease(slot)
 
 
 def test_block_search_wraps_around(ports: range) -> None:
@@ -283,7 +283,7 @@ async def test_released_lease_is_gone(store: Store, ports: range, tmp_path: Path
     """Released before its folder is deleted or after, or twice: the ports are free for others."""
     tight = ports[:3]
     leases = leases_of(store, tight)
-    first, second = make_place(tmp_path, 1), make_place(tmp_path, 2)
+    first, second = make_slot(tmp_path, 1), make_slot(tmp_path, 2)
     await leases.lease(first)
     await leases.release(first)
     lease = await leases.lease(second)
@@ -298,16 +298,16 @@ async def test_released_lease_is_gone(store: Store, ports: range, tmp_path: Path
 
 async def test_lease_without_documents_is_completed(store: Store, ports: range, tmp_path: Path) -> None:
     """A process killed between the file and the commit: the slot keeps its ports, the store records them."""
-    place = make_place(tmp_path, 1)
-    before = await leases_of(MemoryStore(SystemClock()), ports).lease(place)
-    assert await leases_of(store, ports).lease(place) == before
-    assert await recorded(store) == expected({place: before})
+    slot = make_slot(tmp_path, 1)
+    before = await leases_of(MemoryStore(SystemClock()), ports).lease(slot)
+    assert await leases_of(store, ports).lease(slot) == before
+    assert await recorded(store) == expected({slot: before})
 
 
 async def test_documents_without_a_slot_are_taken_over(store: Store, ports: range, tmp_path: Path) -> None:
     """Of slots that are deleted, that lost their file, or that have other ports now."""
     tight = ports[:3]
-    gone, bare, moved = (make_place(tmp_path / "old", number) for number in range(3))
+    gone, bare, moved = (make_slot(tmp_path / "old", number) for number in range(3))
     old = await lease_all(leases_of(store, tight, 1), [gone, bare, moved])
     shutil.rmtree(gone)
     (bare / "lease.json").write_text("{")
@@ -315,14 +315,14 @@ async def test_documents_without_a_slot_are_taken_over(store: Store, ports: rang
     elsewhere = [port + 100 for port in old[moved].ports]
     file.write_text(json.dumps({**json.loads(file.read_text()), "ports": elsewhere}))
     assert {one.value["slot"] for one in await find_stale_port_leases(store)} == {str(gone), str(bare), str(moved)}
-    new = await lease_all(leases_of(store, tight, 1), [make_place(tmp_path / "new", number) for number in range(3)])
+    new = await lease_all(leases_of(store, tight, 1), [make_slot(tmp_path / "new", number) for number in range(3)])
     assert await recorded(store) == expected(new)
     assert await find_stale_port_leases(store) == []
 
 
 async def test_ports_of_a_live_slot_are_not_taken_over(store: Store, ports: range, tmp_path: Path) -> None:
     """A file that names the ports of a slot of another home, as a copy or a lost race leaves it, is no proof."""
-    ours, theirs = make_place(tmp_path / "a", 1), make_place(tmp_path / "b", 1)
+    ours, theirs = make_slot(tmp_path / "a", 1), make_slot(tmp_path / "b", 1)
     leases = leases_of(store, ports)
     before = await leases.lease(theirs)
     content = json.loads((theirs / "lease.json").read_text())
@@ -340,21 +340,21 @@ async def test_ports_of_a_live_slot_are_not_taken_over(store: Store, ports: rang
 
 async def test_stale_leases_are_found_and_removed(store: Store, ports: range, tmp_path: Path) -> None:
     """Only those of this host whose slots are gone; a reclaimed one stays."""
-    places = [make_place(tmp_path, number) for number in range(3)]
+    slots = [make_slot(tmp_path, number) for number in range(3)]
     leases = leases_of(store, ports)
-    found = await lease_all(leases, places)
+    found = await lease_all(leases, slots)
     foreign = Key("ports", f"other.{HOST}/20000")
     await store.commit(Commit([Write(foreign, 0, {"slot": str(tmp_path / "nowhere")})]))
     assert await find_stale_port_leases(store) == []
-    shutil.rmtree(places[0])
-    shutil.rmtree(places[1])
+    shutil.rmtree(slots[0])
+    shutil.rmtree(slots[1])
     stale = await find_stale_port_leases(store)
-    assert {int(one.key.id.rpartition("/")[2]) for one in stale} == {*found[places[0]].ports, *found[places[1]].ports}
-    make_place(tmp_path, 1)
-    found[places[1]] = await leases.lease(places[1])
+    assert {int(one.key.id.rpartition("/")[2]) for one in stale} == {*found[slots[0]].ports, *found[slots[1]].ports}
+    make_slot(tmp_path, 1)
+    found[slots[1]] = await leases.lease(slots[1])
     await delete_port_leases(store, stale)
     await delete_port_leases(store, stale)
-    del found[places[0]]
+    del found[slots[0]]
     assert await recorded(store) == expected(found)
     assert await store.get(foreign) is not None
 
@@ -362,26 +362,26 @@ async def test_stale_leases_are_found_and_removed(store: Store, ports: range, tm
 async def test_damaged_lease_is_recorded_again(ports: range, tmp_path: Path) -> None:
     """An unreadable document is ignored; the slots decide."""
     home, state = tmp_path / "home", tmp_path / "state"
-    place = make_place(home, 1)
+    slot = make_slot(home, 1)
     async with opened(state) as store:
-        lease = await leases_of(store, ports).lease(place)
+        lease = await leases_of(store, ports).lease(slot)
     (segment,) = state.glob("*.jsonl")
     segment.write_bytes(segment.read_bytes().replace(b'"name"', b'"nam\xff"'))
     async with opened(state) as store:
         assert all(one.damaged for one in await store.list("ports"))
         assert len(await find_stale_port_leases(store)) == 3
-        assert await leases_of(store, ports).lease(place) == lease
-        assert await recorded(store) == expected({place: lease})
+        assert await leases_of(store, ports).lease(slot) == lease
+        assert await recorded(store) == expected({slot: lease})
         assert await find_stale_port_leases(store) == []
 
 
 async def test_unreadable_home_is_not_an_empty_one(store: Store, ports: range, tmp_path: Path) -> None:
     """If the leases of others can't be read, none is given."""
-    place = make_place(tmp_path / "home", 1)
-    other = make_place(tmp_path / "home", 2)
+    slot = make_slot(tmp_path / "home", 1)
+    other = make_slot(tmp_path / "home", 2)
     (other / "lease.json").symlink_to("lease.json")
     with pytest.raises(OSError, match="symbolic links"):
-        await leases_of(store, ports).lease(place)
+        await leases_of(store, ports).lease(slot)
     assert await recorded(store) == {}
 
 
@@ -407,7 +407,7 @@ def finish(worker: Worker) -> dict[Path, tuple[int, ...]]:
     """Wait until a worker succeeds; return the final ports of each of its slots."""
     output, _ = worker.communicate(timeout=PATIENCE)
     assert worker.returncode == 0
-    return {Path(place): tuple(block) for place, block in map(json.loads, output.splitlines())}
+    return {Path(slot): tuple(block) for slot, block in map(json.loads, output.splitlines())}
 
 
 @pytest.mark.parametrize(("stores", "count"), [(2, 2), *(pytest.param(n, 4, marks=pytest.mark.slow) for n in (1, 2))])
@@ -419,9 +419,9 @@ async def test_processes_get_distinct_blocks(
     workers = []
     for number in range(count):
         hub = f"repo-00000000000{number // 2}"
-        places = [make_place(home, 8 * number + one, hub) for one in range(8)]
+        slots = [make_slot(home, 8 * number + one, hub) for one in range(8)]
         state = tmp_path / f"state{number % stores}"
-        workers.append(start_worker(start, state, ports[0], 3, 5, *places))
+        workers.append(start_worker(start, state, ports[0], 3, 5, *slots))
     found: dict[Path, tuple[int, ...]] = {}
     for worker in workers:
         found |= finish(worker)
@@ -432,16 +432,16 @@ async def test_processes_get_distinct_blocks(
         async with opened(tmp_path / f"state{number}") as store:
             assert await find_stale_port_leases(store) == []
             said |= await recorded(store)
-    assert said == {port: str(place) for place, block in found.items() for port in block}
+    assert said == {port: str(slot) for slot, block in found.items() for port in block}
 
 
 @pytest.mark.parametrize("rounds", [1, pytest.param(3, marks=pytest.mark.slow)])
 async def test_killed_processes_leave_no_overlap(start: ExitStack, ports: range, tmp_path: Path, rounds: int) -> None:
     """Killed at any point, a process leaves leases that others avoid, and stale ones can be found."""
     chance, home, state = random.Random(1), tmp_path / "home", tmp_path / "state"
-    places = [make_place(home, number) for number in range(12)]
+    slots = [make_slot(home, number) for number in range(12)]
     for _ in range(rounds):
-        workers = [start_worker(start, state, ports[0], 3, 1_000_000, *places[6 * n : 6 * n + 6]) for n in range(2)]
+        workers = [start_worker(start, state, ports[0], 3, 1_000_000, *slots[6 * n : 6 * n + 6]) for n in range(2)]
         for worker in workers:
             assert worker.stdout is not None
             for _ in range(chance.randrange(1, 30)):
@@ -450,9 +450,9 @@ async def test_killed_processes_leave_no_overlap(start: ExitStack, ports: range,
         for worker in workers:
             worker.communicate(timeout=PATIENCE)
             assert worker.returncode == -signal.SIGKILL
-    for place in places[::3]:
-        shutil.rmtree(place)
-    left = [place for place in places if place.exists()]
+    for slot in slots[::3]:
+        shutil.rmtree(slot)
+    left = [slot for slot in slots if slot.exists()]
     async with opened(state) as store:
         found = await lease_all(leases_of(store, ports), left)
         assert_disjoint([lease.ports for lease in found.values()], 3)

@@ -132,15 +132,15 @@ async def test_git_in_a_preserved_worktree_runs_no_program_of_the_agent(
     repository: Repository, tmp_path: Path, attack: Callable[[Agent, Worktree], list[Path]]
 ) -> None:
     """Neither at the top nor in any subfolder; all content is kept."""
-    yard = await HubFixture.of(repository.top, tmp_path / "hubs", repository.environ)
-    base, trace = await yard.fetch(), tmp_path / "trace"
-    async with yard.open() as pool:
-        worktree, checkout = await yard.begin(pool, "t", base)
+    hub_fixture = await HubFixture.of(repository.top, tmp_path / "hubs", repository.environ)
+    base, trace = await hub_fixture.fetch(), tmp_path / "trace"
+    async with hub_fixture.open() as pool:
+        worktree, checkout = await hub_fixture.begin(pool, "t", base)
         agent = Agent(worktree.tree, trace, repository.environ)
         folders = attack(agent, worktree)
         trace.unlink(missing_ok=True)
         assert not is_preserved(worktree)
-        await preserve(yard.git, worktree, base)
+        await preserve(hub_fixture.git, worktree, base)
         assert is_preserved(worktree)
         assert not trace.exists()
         for folder in folders:
@@ -155,24 +155,24 @@ async def test_git_in_a_preserved_worktree_shows_the_changes_of_the_session(
     repository: Repository, tmp_path: Path
 ) -> None:
     """HEAD is its commit, with changed, added and deleted files; disabled configuration is named."""
-    yard = await HubFixture.of(repository.top, tmp_path / "hubs", repository.environ)
-    base = await yard.fetch()
-    async with yard.open() as pool:
-        worktree, checkout = await yard.begin(pool, "t", base)
+    hub_fixture = await HubFixture.of(repository.top, tmp_path / "hubs", repository.environ)
+    base = await hub_fixture.fetch()
+    async with hub_fixture.open() as pool:
+        worktree, checkout = await hub_fixture.begin(pool, "t", base)
         (worktree.tree / "README.md").write_text("changed\n")
         (worktree.tree / "src/app.py").unlink()
         (worktree.tree / "new.txt").write_text("new\n")
         agent = Agent(worktree.tree, tmp_path / "trace", repository.environ)
         agent.repository(worktree.tree / "lib")
-        told = await preserve(yard.git, worktree, base)
-        assert await preserve(yard.git, worktree, base) is None  # another process follows a killed one
+        reported = await preserve(hub_fixture.git, worktree, base)
+        assert await preserve(hub_fixture.git, worktree, base) is None  # another process follows a killed one
         status = run_git(worktree.tree, repository.environ, "status", "--porcelain").stdout.splitlines()
         assert {" M README.md", " D src/app.py", "?? new.txt", "?? lib/"} <= set(status)
         assert "+changed" in run_git(worktree.tree, repository.environ, "diff").stdout
         assert run_git(worktree.tree, repository.environ, "rev-parse", "HEAD").stdout.strip() == base
         assert (worktree.tree / "lib/.git/HEAD.disabled-by-council").read_text().startswith("ref: ")
-        assert told is not None
-        assert told.endswith("by renaming them to lib/.git/HEAD.disabled-by-council")
+        assert reported is not None
+        assert reported.endswith("by renaming them to lib/.git/HEAD.disabled-by-council")
         await pool.detach(checkout)
 
 

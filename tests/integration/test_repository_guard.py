@@ -188,13 +188,13 @@ async def test_session_that_changes_the_users_repository_is_reported(repository:
         "run", str(repository.configure(tasks, adapters={"sh": shell}, sandbox=sandbox)), "--json"
     )
     assert set(ended.states.values()) == {"landed"}, ended
-    told = [line for line in ended.lines if line.get("event") == "repository.changed"]
+    reported = [line for line in ended.lines if line.get("event") == "repository.changed"]
     if sandbox == "auto":
-        assert told == []
+        assert reported == []
         await repository.assert_invariants()
         return
-    assert [line["sessions"] for line in told] == [["reaches-out"]]
-    changed = " ".join(told[0]["changes"])
+    assert [line["sessions"] for line in reported] == [["reaches-out"]]
+    changed = " ".join(reported[0]["changes"])
     assert "refs/heads/planted" in changed
     assert ".git/config was changed" in changed
     assert "hooks/post-commit was created" in changed

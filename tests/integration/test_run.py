@@ -179,9 +179,9 @@ async def test_each_missing_program_has_its_own_remedy(repository: Repository) -
     """Each installation hint follows its program."""
     adapters = {"a": {"use": "claude-code", "bin": "no-claude"}, "b": {"use": "command", "argv": ["no-such-program"]}}
     tasks = [{"id": name, "prompt": "x", "adapter": name} for name in adapters]
-    told = repository.council("run", str(repository.configure(tasks, adapters=adapters)), "--json").result["error"]
-    first, second = told.split("; ")
-    assert re.fullmatch(r"adapter 'a' runs 'no-claude', which is not on PATH \(install it .*npm.*\)", first), told
+    reported = repository.council("run", str(repository.configure(tasks, adapters=adapters)), "--json").result["error"]
+    first, second = reported.split("; ")
+    assert re.fullmatch(r"adapter 'a' runs 'no-claude', which is not on PATH \(install it .*npm.*\)", first), reported
     assert second == "adapter 'b' runs 'no-such-program', which is not on PATH (install it, or correct the adapter)"
 
 

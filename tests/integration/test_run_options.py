@@ -95,8 +95,8 @@ async def test_only_installed_adapter_runs_without_a_file(
 async def test_only_option_runs_tasks_with_their_needs(repository: Repository) -> None:
     """In the file's order; an unknown name suggests the nearest, and other tasks are not required."""
     config = str(repository.configure(CHAIN))
-    told = repository.council("run", config, "--only", "b", "--dry-run", "--json").result
-    assert [[task["id"] for task in wave["tasks"]] for wave in told["waves"]] == [["a"], ["b"]]
+    reported = repository.council("run", config, "--only", "b", "--dry-run", "--json").result
+    assert [[task["id"] for task in wave["tasks"]] for wave in reported["waves"]] == [["a"], ["b"]]
     ended = repository.council("run", config, "--only", "d", "--only", "a", "--json")
     assert ended.states == {"a": "landed", "d": "landed"}
     wrong = repository.council("run", config, "--only", "e")

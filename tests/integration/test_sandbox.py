@@ -44,25 +44,25 @@ ON_THE_MACHINE = [
 ]
 
 
-class House:
+class Folders:
     """Folders of a machine: a readable one, in it a hidden one, in that a usable one."""
 
     def __init__(self, top: Path) -> None:
-        self.house, self.outside, self.scratch = top / "house", top / "outside", top / "scratch"
-        self.hidden = self.house / "hidden"
+        self.home, self.outside, self.scratch = top / "house", top / "outside", top / "scratch"
+        self.hidden = self.home / "hidden"
         self.objects, self.tree = self.hidden / "objects", self.hidden / "sessions" / "tree"
-        for folder in (self.house, self.outside, self.objects, self.tree / "private", self.tree / "work"):
+        for folder in (self.home, self.outside, self.objects, self.tree / "private", self.tree / "work"):
             folder.mkdir(parents=True)
-        for path in (self.hidden / "secret", self.house / "hidden-file", self.tree / "private" / "secret"):
+        for path in (self.hidden / "secret", self.home / "hidden-file", self.tree / "private" / "secret"):
             path.write_text("canary")
-        (self.house / "kept").write_text("kept")
+        (self.home / "kept").write_text("kept")
         (self.objects / "object").write_text("object")
 
-    def fence(self, **changes: Any) -> SandboxPolicy:
+    def policy(self, **changes: Any) -> SandboxPolicy:
         # The interpreter may be in a folder for temporary files, like these folders.
-        readable = (self.house, self.outside, self.objects, HOSTILE, Path(sys.prefix), Path(sys.base_prefix))
-        fence = SandboxPolicy((self.tree / "work", self.house / "gone"), readable, (self.hidden,), self.scratch)
-        return replace(fence, **changes)
+        readable = (self.home, self.outside, self.objects, HOSTILE, Path(sys.prefix), Path(sys.base_prefix))
+        policy = SandboxPolicy((self.tree / "work", self.home / "gone"), readable, (self.hidden,), self.scratch)
+        return replace(policy, **changes)
 
     def command(self, argv: list[str], **changes: Any) -> SupervisedCommand:
         command = SupervisedCommand(
@@ -70,22 +70,22 @@ class House:
             env={"PATH": os.environ["PATH"]},
             cwd=self.tree / "work",
             stdin=None,
-            stdout=self.house.parent / "stdout",
-            stderr=self.house.parent / "stderr",
+            stdout=self.home.parent / "stdout",
+            stderr=self.home.parent / "stderr",
             cap=1 << 20,
             timeout=60,
             grace=10,
-            lock=self.house.parent / "task.1.lock",
+            lock=self.home.parent / "task.1.lock",
         )
         return replace(command, **changes)
 
     def said(self) -> str:
-        return (self.house.parent / "stdout").read_text() + (self.house.parent / "stderr").read_text()
+        return (self.home.parent / "stdout").read_text() + (self.home.parent / "stderr").read_text()
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> House:
-    return House(tmp_path)
+def folders(tmp_path: Path) -> Folders:
+    return Folders(tmp_path)
 
 
 @pytest.fixture(params=[SandboxKind.BUBBLEWRAP, SandboxKind.LANDLOCK])
@@ -119,19 +119,19 @@ def names(folder: Path) -> list[str]:
 
 
 async def attack(
-    house: House, kind: SandboxKind, fence: SandboxPolicy, attacks: list[str], pid: int = 1, port: int = 0
+    folders: Folders, kind: SandboxKind, policy: SandboxPolicy, attacks: list[str], pid: int = 1, port: int = 0
 ) -> list[str]:
     """Run the hostile program in the sandbox and return the names of the successful attacks."""
     setting: dict[str, object] = {
-        "tree": str(fence.writable[0]),
-        "house": str(house.house),
-        "hidden": str(house.hidden),
+        "tree": str(policy.writable[0]),
+        "house": str(folders.home),
+        "hidden": str(folders.hidden),
     }
-    setting |= {"outside": str(house.outside), "pid": pid, "port": port}
+    setting |= {"outside": str(folders.outside), "pid": pid, "port": port}
     argv = [sys.executable, "-I", "-S", str(HOSTILE), json.dumps(setting), *attacks]
-    ended = await run_supervised(sandbox_command(kind, house.command(argv), fence))
-    assert (ended.exit, ended.spawn_error) == (0, None), house.said()
-    succeeded: list[str] = json.loads((house.house.parent / "stdout").read_text())
+    ended = await run_supervised(sandbox_command(kind, folders.command(argv), policy))
+    assert (ended.exit, ended.spawn_error) == (0, None), folders.said()
+    succeeded: list[str] = json.loads((folders.home.parent / "stdout").read_text())
     return succeeded
 
 
@@ -140,89 +140,92 @@ async def attack(
 
 @pytest.mark.extended_but_first
 async def test_hidden_files_are_unreadable_and_outside_is_unwritable(
-    house: House, kind: SandboxKind, bystander: subprocess.Popen[bytes]
+    folders: Folders, kind: SandboxKind, bystander: subprocess.Popen[bytes]
 ) -> None:
     """By links, names, /proc, mounts, devices or namespaces."""
-    fence = house.fence(hidden=(house.hidden, house.house / "hidden-file"))
-    assert await attack(house, kind, fence, ON_FILES + ON_THE_MACHINE, bystander.pid) == []
-    assert (house.house / "kept").read_text() == "kept"
-    assert names(house.house) == ["hidden", "hidden-file", "kept"]
-    assert names(house.hidden) == ["objects", "secret", "sessions"]
-    assert names(house.outside) == []
+    policy = folders.policy(hidden=(folders.hidden, folders.home / "hidden-file"))
+    assert await attack(folders, kind, policy, ON_FILES + ON_THE_MACHINE, bystander.pid) == []
+    assert (folders.home / "kept").read_text() == "kept"
+    assert names(folders.home) == ["hidden", "hidden-file", "kept"]
+    assert names(folders.hidden) == ["objects", "secret", "sessions"]
+    assert names(folders.outside) == []
 
 
-async def test_attacks_work_without_a_sandbox(house: House, bystander: subprocess.Popen[bytes]) -> None:
+async def test_attacks_work_without_a_sandbox(folders: Folders, bystander: subprocess.Popen[bytes]) -> None:
     """Each of those that can be tried without harm succeeds."""
     attacks = [*ON_FILES, "chmod", "others_signal", "rename_in"]
-    assert await attack(house, SandboxKind.OFF, house.fence(writable=(house.tree,)), attacks, bystander.pid) == attacks
+    assert (
+        await attack(folders, SandboxKind.OFF, folders.policy(writable=(folders.tree,)), attacks, bystander.pid)
+        == attacks
+    )
 
 
-async def test_hidden_folder_inside_a_writable_one_is_hidden(house: House, kind: SandboxKind) -> None:
+async def test_hidden_folder_inside_a_writable_one_is_hidden(folders: Folders, kind: SandboxKind) -> None:
     """The more specific path wins, in both directions."""
-    fence = house.fence(writable=(house.tree,), hidden=(house.hidden, house.tree / "private"))
-    assert await attack(house, kind, fence, ["read_hidden", "read_hidden_inside_writable"]) == []
-    script = f"echo ok >{house.tree}/work/new && cat {house.objects}/object && ! echo x >{house.objects}/object"
-    ended = await run_supervised(sandbox_command(kind, house.command(["sh", "-c", script]), fence))
-    assert (ended.exit, (house.tree / "work" / "new").read_text()) == (0, "ok\n"), house.said()
-    assert (house.objects / "object").read_text() == "object"
+    policy = folders.policy(writable=(folders.tree,), hidden=(folders.hidden, folders.tree / "private"))
+    assert await attack(folders, kind, policy, ["read_hidden", "read_hidden_inside_writable"]) == []
+    script = f"echo ok >{folders.tree}/work/new && cat {folders.objects}/object && ! echo x >{folders.objects}/object"
+    ended = await run_supervised(sandbox_command(kind, folders.command(["sh", "-c", script]), policy))
+    assert (ended.exit, (folders.tree / "work" / "new").read_text()) == (0, "ok\n"), folders.said()
+    assert (folders.objects / "object").read_text() == "object"
 
 
-async def test_target_of_a_hidden_symlink_is_hidden(house: House, kind: SandboxKind) -> None:
-    alias = house.house.parent / "alias"
-    alias.symlink_to(house.hidden)
-    assert await attack(house, kind, house.fence(hidden=(alias,)), ["read_hidden", "own_root"]) == []
+async def test_target_of_a_hidden_symlink_is_hidden(folders: Folders, kind: SandboxKind) -> None:
+    alias = folders.home.parent / "alias"
+    alias.symlink_to(folders.hidden)
+    assert await attack(folders, kind, folders.policy(hidden=(alias,)), ["read_hidden", "own_root"]) == []
 
 
-async def test_part_of_the_system_can_be_hidden(house: House, kind: SandboxKind) -> None:
+async def test_part_of_the_system_can_be_hidden(folders: Folders, kind: SandboxKind) -> None:
     shown = next(path for path in (Path("/usr/share"), Path("/usr/lib")) if path.is_dir())
     hidden = next(path for path in shown.iterdir() if path.is_dir() and not path.is_symlink() and any(path.iterdir()))
     script = f"! ls {hidden}/* && ! touch {hidden}/x && ls /usr/bin/env"
     ended = await run_supervised(
-        sandbox_command(kind, house.command(["sh", "-c", script]), house.fence(hidden=(hidden,)))
+        sandbox_command(kind, folders.command(["sh", "-c", script]), folders.policy(hidden=(hidden,)))
     )
-    assert ended.exit == 0, house.said()
+    assert ended.exit == 0, folders.said()
 
 
 async def test_outside_processes_are_unreachable(
-    house: House, kind: SandboxKind, bystander: subprocess.Popen[bytes]
+    folders: Folders, kind: SandboxKind, bystander: subprocess.Popen[bytes]
 ) -> None:
     attacks = ["others_signal", "ptrace", "others_environment", "others_root"]
     if kind is SandboxKind.BUBBLEWRAP:
         attacks.append("everybodys_signal")
-    assert await attack(house, kind, house.fence(), attacks, bystander.pid) == []
+    assert await attack(folders, kind, folders.policy(), attacks, bystander.pid) == []
     assert bystander.poll() is None
 
 
-async def test_services_of_the_machine_are_unreachable(house: House, bubblewrap: SandboxKind) -> None:
+async def test_services_of_the_machine_are_unreachable(folders: Folders, bubblewrap: SandboxKind) -> None:
     """/run contains only the files for name resolution, and a hidden socket can't be connected to."""
-    os.chdir(house.house.parent)
+    os.chdir(folders.home.parent)
     with socket.socket(socket.AF_UNIX) as listening:
         here = Path.cwd()
-        os.chdir(house.hidden)  # a socket path is limited in length
+        os.chdir(folders.hidden)  # a socket path is limited in length
         listening.bind("socket")
         os.chdir(here)
         listening.listen()
-        assert await attack(house, SandboxKind.OFF, house.fence(), ["socket_file"]) == ["socket_file"]
-        assert await attack(house, bubblewrap, house.fence(), ["services", "socket_file"]) == []
+        assert await attack(folders, SandboxKind.OFF, folders.policy(), ["socket_file"]) == ["socket_file"]
+        assert await attack(folders, bubblewrap, folders.policy(), ["services", "socket_file"]) == []
 
 
-async def test_network_is_unreachable_if_off(house: House, bubblewrap: SandboxKind, server: socket.socket) -> None:
+async def test_network_is_unreachable_if_off(folders: Folders, bubblewrap: SandboxKind, server: socket.socket) -> None:
     """Only a working loopback of its own is left, and no server of the machine is reachable."""
     port = server.getsockname()[1]
     attacks = ["network", "interfaces"]
-    assert "network" in await attack(house, bubblewrap, house.fence(), attacks, port=port)
-    assert await attack(house, bubblewrap, house.fence(network=False), attacks, port=port) == []
+    assert "network" in await attack(folders, bubblewrap, folders.policy(), attacks, port=port)
+    assert await attack(folders, bubblewrap, folders.policy(network=False), attacks, port=port) == []
     source = "import socket; s = socket.create_server(('127.0.0.1', 0)); socket.create_connection(s.getsockname())"
-    alone = house.command([sys.executable, "-I", "-S", "-c", source])
-    assert (await run_supervised(sandbox_command(bubblewrap, alone, house.fence(network=False)))).exit == 0, (
-        house.said()
+    alone = folders.command([sys.executable, "-I", "-S", "-c", source])
+    assert (await run_supervised(sandbox_command(bubblewrap, alone, folders.policy(network=False)))).exit == 0, (
+        folders.said()
     )
 
 
 # Needs that must work
 
 
-async def test_needs_of_an_agent_work(house: House, kind: SandboxKind) -> None:
+async def test_needs_of_an_agent_work(folders: Folders, kind: SandboxKind) -> None:
     """Files, temporary files, subprocesses, shared memory, locks, devices, and its own interpreter.
 
     With Landlock shared memory is opt-in, because it includes the shared memory of other processes.
@@ -241,59 +244,61 @@ subprocess.run([sys.executable, "-c", "print('child')"], check=True); os.listdir
 open("/dev/stdout", "w").close(); subprocess.run("echo x | cat > from-shell", shell=True, check=True)
 """
     shared = (Path("/dev/shm"),) if kind is SandboxKind.LANDLOCK else ()
-    fence = house.fence(writable=(house.tree / "work", *shared))
-    ended = await run_supervised(sandbox_command(kind, house.command([sys.executable, "-c", source]), fence))
-    assert (ended.exit, ended.spawn_error) == (0, None), house.said()
-    assert (house.tree / "work" / "from-shell").read_text() == "x\n"
+    policy = folders.policy(writable=(folders.tree / "work", *shared))
+    ended = await run_supervised(sandbox_command(kind, folders.command([sys.executable, "-c", source]), policy))
+    assert (ended.exit, ended.spawn_error) == (0, None), folders.said()
+    assert (folders.tree / "work" / "from-shell").read_text() == "x\n"
 
 
-async def test_commit_with_borrowed_objects_works(house: House, kind: SandboxKind) -> None:
+async def test_commit_with_borrowed_objects_works(folders: Folders, kind: SandboxKind) -> None:
     """The session's git directory borrows objects from a read-only folder inside a hidden one."""
-    env = {"PATH": os.environ["PATH"], "HOME": str(house.outside), "GIT_CONFIG_GLOBAL": os.devnull}
+    env = {"PATH": os.environ["PATH"], "HOME": str(folders.outside), "GIT_CONFIG_GLOBAL": os.devnull}
     env |= {f"GIT_{who}_{what}": "a@b" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    hub, own, tree = house.objects / "hub.git", house.tree / "work" / "git", house.tree / "work" / "tree"
+    hub, own, tree = folders.objects / "hub.git", folders.tree / "work" / "git", folders.tree / "work" / "tree"
     seed = f"""set -e
-    git init -q {house.outside}/seed; cd {house.outside}/seed; echo 1 >file; git add .; git commit -qm first
+    git init -q {folders.outside}/seed; cd {folders.outside}/seed; echo 1 >file; git add .; git commit -qm first
     git clone -q --bare . {hub}; git init -q --bare {own}; echo {hub}/objects >{own}/objects/info/alternates
     mkdir {tree}; git --git-dir {own} update-ref refs/heads/work $(git rev-parse HEAD)
     git --git-dir {own} symbolic-ref HEAD refs/heads/work; git --git-dir {own} config core.bare false
     echo "gitdir: {own}" >{tree}/.git; git -C {tree} reset -q --hard"""
     subprocess.run(["sh", "-c", seed], env=env, check=True)
     script = "echo 2 >>file && git add --all && git commit -qm second && git log --oneline && git fsck && git status"
-    command = house.command(["sh", "-c", script], cwd=tree, env=env)
-    ended = await run_supervised(sandbox_command(kind, command, house.fence()))
-    assert ended.exit == 0, house.said()
+    command = folders.command(["sh", "-c", script], cwd=tree, env=env)
+    ended = await run_supervised(sandbox_command(kind, command, folders.policy()))
+    assert ended.exit == 0, folders.said()
     log = subprocess.run(["git", "log", "--format=%s"], cwd=tree, env=env, capture_output=True, text=True, check=True)
     assert log.stdout.split() == ["second", "first"]
 
 
-async def test_sandboxed_program_starts_as_clean_as_without(house: House, kind: SandboxKind) -> None:
+async def test_sandboxed_program_starts_as_clean_as_without(folders: Folders, kind: SandboxKind) -> None:
     """Only the three standard descriptors, and the given folder, arguments and environment."""
     source = "import os, sys; print(sorted(map(int, os.listdir('/proc/self/fd')))[:-1])"
     source += "; print(os.getcwd(), sys.argv[1], os.environ['A'])"
-    command = house.command([sys.executable, "-I", "-S", "-c", source, "-x"], env={"A": "b"})
-    assert (await run_supervised(sandbox_command(kind, command, house.fence()))).exit == 0, house.said()
-    assert (house.house.parent / "stdout").read_text() == f"[0, 1, 2]\n{house.tree / 'work'} -x b\n"
+    command = folders.command([sys.executable, "-I", "-S", "-c", source, "-x"], env={"A": "b"})
+    assert (await run_supervised(sandbox_command(kind, command, folders.policy()))).exit == 0, folders.said()
+    assert (folders.home.parent / "stdout").read_text() == f"[0, 1, 2]\n{folders.tree / 'work'} -x b\n"
 
 
 # Ends
 
 
-async def test_missing_program_is_distinguished_from_a_failing_one(house: House, kind: SandboxKind) -> None:
+async def test_missing_program_is_distinguished_from_a_failing_one(folders: Folders, kind: SandboxKind) -> None:
     """By the program's name and the reason, as without a sandbox; exit code 1 is the program's own."""
-    ended = await run_supervised(sandbox_command(kind, house.command(["no-such-program"]), house.fence()))
+    ended = await run_supervised(sandbox_command(kind, folders.command(["no-such-program"]), folders.policy()))
     assert ended == SupervisedExit(None, None, "exit", "no-such-program: No such file or directory", 0, 0, 0, None)
-    (house.tree / "work" / "text").write_text("not a program")
-    ended = await run_supervised(sandbox_command(kind, house.command(["./text"]), house.fence()))
+    (folders.tree / "work" / "text").write_text("not a program")
+    ended = await run_supervised(sandbox_command(kind, folders.command(["./text"]), folders.policy()))
     assert ended.spawn_error == "./text: Permission denied"
     script = "echo 'bwrap: execvp x: No such file or directory' >&2; exit 1"
-    ended = await run_supervised(sandbox_command(kind, house.command(["sh", "-c", script]), house.fence()))
+    ended = await run_supervised(sandbox_command(kind, folders.command(["sh", "-c", script]), folders.policy()))
     assert (ended.exit, ended.spawn_error) == (1, None)
 
 
-async def test_crash_is_reported_from_a_sandbox(house: House, kind: SandboxKind) -> None:
+async def test_crash_is_reported_from_a_sandbox(folders: Folders, kind: SandboxKind) -> None:
     """As a signal, or in bubblewrap as a shell reports it."""
-    ended = await run_supervised(sandbox_command(kind, house.command(["sh", "-c", "kill -SEGV $$"]), house.fence()))
+    ended = await run_supervised(
+        sandbox_command(kind, folders.command(["sh", "-c", "kill -SEGV $$"]), folders.policy())
+    )
     expected = (139, None) if kind is SandboxKind.BUBBLEWRAP else (None, signal.SIGSEGV)
     assert (ended.exit, ended.signal) == expected
 
@@ -314,51 +319,51 @@ while True: time.sleep(0.05)  # Python sees a signal that comes just before a sl
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("loader", [[], ["loader"]], ids=["program", "loader"])
-async def test_stopped_program_has_its_grace_period(house: House, kind: SandboxKind, loader: list[str]) -> None:
+async def test_stopped_program_has_its_grace_period(folders: Folders, kind: SandboxKind, loader: list[str]) -> None:
     """At the limit, program and descendants get SIGTERM and time to save, and the wait ends when they do."""
     began = time.monotonic()
-    command = house.command([sys.executable, "-I", "-S", "-c", SAVES, *loader], timeout=2)
-    ended = await run_supervised(sandbox_command(kind, command, house.fence()))
-    assert (house.tree / "work" / "last-word").read_text() == "saved"
+    command = folders.command([sys.executable, "-I", "-S", "-c", SAVES, *loader], timeout=2)
+    ended = await run_supervised(sandbox_command(kind, command, folders.policy()))
+    assert (folders.tree / "work" / "last-word").read_text() == "saved"
     assert (ended.exit, ended.signal) == ((None, signal.SIGTERM) if loader else (7, None))
     assert ended.ended_by == "timeout"
     assert time.monotonic() - began < 8
 
 
 @pytest.mark.extended_but_first
-async def test_program_that_ignores_sigterm_is_killed(house: House, kind: SandboxKind) -> None:
-    command = house.command(["sh", "-c", "trap '' TERM; sleep 300; sleep 300"], timeout=0.5, grace=0.3)
-    ended = await run_supervised(sandbox_command(kind, command, house.fence()))
+async def test_program_that_ignores_sigterm_is_killed(folders: Folders, kind: SandboxKind) -> None:
+    command = folders.command(["sh", "-c", "trap '' TERM; sleep 300; sleep 300"], timeout=0.5, grace=0.3)
+    ended = await run_supervised(sandbox_command(kind, command, folders.policy()))
     assert (ended.exit, ended.signal, ended.ended_by) == (None, signal.SIGKILL, "timeout")
 
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("interrupt", [False, True])
-async def test_stop_during_the_start_takes_no_grace_period(house: House, interrupt: bool) -> None:
+async def test_stop_during_the_start_takes_no_grace_period(folders: Folders, interrupt: bool) -> None:
     """A sandbox whose program has not started has nothing to save."""
     began = time.monotonic()
-    stuck = house.command(["sh", "-c", "sleep 300; :"], wrapped=True, timeout=0.5, grace=60, interrupt=interrupt)
+    stuck = folders.command(["sh", "-c", "sleep 300; :"], wrapped=True, timeout=0.5, grace=60, interrupt=interrupt)
     ended = await run_supervised(stuck)
     assert (ended.ended_by, ended.spawn_error) == ("timeout", None)
     assert time.monotonic() - began < 20
 
 
-async def test_sandbox_killed_during_its_start_is_no_machine_error(house: House) -> None:
+async def test_sandbox_killed_during_its_start_is_no_machine_error(folders: Folders) -> None:
     """The exit code has the signal: the session has crashed, and its task may be retried."""
-    ended = await run_supervised(house.command(["sh", "-c", "sh -c 'kill -KILL $$'; exit $?"], wrapped=True))
+    ended = await run_supervised(folders.command(["sh", "-c", "sh -c 'kill -KILL $$'; exit $?"], wrapped=True))
     assert (ended.spawn_error, ended.signal, ended.exit) == (None, signal.SIGKILL, None)
-    unsaid = await run_supervised(house.command(["sh", "-c", "exit 1"], wrapped=True))
+    unsaid = await run_supervised(folders.command(["sh", "-c", "exit 1"], wrapped=True))
     assert unsaid.spawn_error == "the sandbox could not be created: no error message"
 
 
 @pytest.mark.parametrize("interrupt", [False, True])
 @pytest.mark.parametrize("delay", [0.02, 0.04, 0.06])
 async def test_cancellation_during_the_start_leaves_nothing(
-    house: House, kind: SandboxKind, delay: float, interrupt: bool
+    folders: Folders, kind: SandboxKind, delay: float, interrupt: bool
 ) -> None:
-    command = house.command(["sleep", "300"], grace=30, interrupt=interrupt)
+    command = folders.command(["sleep", "300"], grace=30, interrupt=interrupt)
     with anyio.move_on_after(delay):
-        await run_supervised(sandbox_command(kind, command, house.fence()))
+        await run_supervised(sandbox_command(kind, command, folders.policy()))
     assert not child_processes()
 
 
@@ -377,19 +382,19 @@ time.sleep(300)
 """
 
 
-async def test_killed_supervisor_leaves_no_process(house: House, bubblewrap: SandboxKind) -> None:
+async def test_killed_supervisor_leaves_no_process(folders: Folders, bubblewrap: SandboxKind) -> None:
     """In a PID namespace even a daemon with its own session and an empty environment dies."""
-    grows = house.tree / "work" / "grows"
+    grows = folders.tree / "work" / "grows"
 
     async def kill() -> None:
         await until(lambda: grows.exists() and grows.stat().st_size)
         child_processes()[0].kill()
 
-    command = house.command([sys.executable, "-I", "-S", "-c", DETACHED])
+    command = folders.command([sys.executable, "-I", "-S", "-c", DETACHED])
     async with anyio.create_task_group() as group:
         group.start_soon(kill)
         with pytest.raises(SessionError):
-            await run_supervised(sandbox_command(bubblewrap, command, house.fence()))
+            await run_supervised(sandbox_command(bubblewrap, command, folders.policy()))
     await until(lambda: not any(_is_daemon(process) for process in psutil.process_iter(["cmdline", "cwd"])))
     size = grows.stat().st_size
     await anyio.sleep(0.1)

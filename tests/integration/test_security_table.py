@@ -108,8 +108,8 @@ def outside(tmp_path: Path) -> Iterator[dict[str, object]]:
         controller, terminal = os.openpty()
         stack.callback(os.close, controller), stack.callback(os.close, terminal)
         server, other = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
-        house = stack.enter_context(ShortSocketPath(str(folders["house"])))
-        for address in (f"{house}/socket", str(run_socket), str(hidden_socket), f"\0council-test-{os.getpid()}"):
+        home = stack.enter_context(ShortSocketPath(str(folders["house"])))
+        for address in (f"{home}/socket", str(run_socket), str(hidden_socket), f"\0council-test-{os.getpid()}"):
             listening = stack.enter_context(socket.socket(socket.AF_UNIX))
             with suppress(FileNotFoundError, PermissionError):
                 listening.bind(address)
@@ -144,19 +144,19 @@ async def tried(
     kind: SandboxKind, setting: dict[str, object], rows: dict[str, str], *, network: bool, hosts: tuple[str, ...] = ()
 ) -> set[str]:
     """Return the rows of which an attempt succeeded in a session."""
-    place = {name: Path(str(setting[name])) for name in ("house", "hidden", "tree", "scratch")}
+    paths = {name: Path(str(setting[name])) for name in ("house", "hidden", "tree", "scratch")}
     python = (Path(sys.prefix), Path(sys.base_prefix))
     config = SandboxSettings(
         network=NetworkSettings(allow=hosts) if hosts else "on" if network else "off",
         limits=LimitSettings(file_size=FILE_SIZE, memory=MEMORY),
-        readable=tuple(map(str, (HOSTILE, place["house"], *python))),
+        readable=tuple(map(str, (HOSTILE, paths["house"], *python))),
     )
     attacks = [attack for names in rows.values() for attack in names.split()]
-    top = place["house"].parent
+    top = paths["house"].parent
     command = SupervisedCommand(
         argv=[sys.executable, "-I", str(HOSTILE), json.dumps(setting), *attacks],
         env={"PATH": os.environ["PATH"]},
-        cwd=place["tree"],
+        cwd=paths["tree"],
         stdin=None,
         stdout=top / "stdout",
         stderr=top / "stderr",
@@ -165,8 +165,8 @@ async def tried(
         grace=5,
         lock=top / "task.1.lock",
     )
-    fencing = RunSandbox(kind, (place["hidden"], Path(str(setting["hidden_socket"]))), config)
-    async with fencing.apply(SandboxScope((place["tree"],), (), place["scratch"]), command, PathAccess()) as fenced:
+    fencing = RunSandbox(kind, (paths["hidden"], Path(str(setting["hidden_socket"]))), config)
+    async with fencing.apply(SandboxScope((paths["tree"],), (), paths["scratch"]), command, PathAccess()) as fenced:
         # A host with the port number of the proxy.
         ports = {name: value.rpartition(":")[2] for name, value in fenced.command.env.items()}
         with socket.create_server(("127.0.0.2", int(ports.get("HTTPS_PROXY", 0)))):

@@ -151,13 +151,13 @@ async def test_edit_of_a_file_owned_by_another_is_denied(repository: Repository,
         tree = team.tree(second)
         (tree / "link").symlink_to("src")
         for path in ("src/api.py", str(tree / "src/api.py"), "link/api.py", "docs/../src/new.py"):
-            told = await team.ask(second, "check_edit", path=path)
-            assert (told["allowed"], told["owner"]) == (False, str(first)), path
-            assert "task auth of run run1 owns src/**" in told["reason"]
-            assert told["since"] <= team.clock.now()
+            reported = await team.ask(second, "check_edit", path=path)
+            assert (reported["allowed"], reported["owner"]) == (False, str(first)), path
+            assert "task auth of run run1 owns src/**" in reported["reason"]
+            assert reported["since"] <= team.clock.now()
         for session, path in ((second, "docs/a.md"), (second, "/etc/hosts"), (second, "../x"), (first, "src/api.py")):
-            told = await team.ask(session, "check_edit", path=path)
-            assert told == {"allowed": True, "owner": None, "since": None, "reason": None}, path
+            reported = await team.ask(session, "check_edit", path=path)
+            assert reported == {"allowed": True, "owner": None, "since": None, "reason": None}, path
         again = await team.join("auth", 2)
         assert (await team.ask(again, "check_edit", path="src/api.py"))["allowed"], "attempts of one task share"
 
@@ -261,8 +261,8 @@ async def test_session_of_a_taken_over_task_is_told_to_end(repository: Repositor
             ("report", {"message": "x"}),
             ("note", {"text": "x"}),
         ):
-            told = await team.refused(session, command, **arguments)
-            assert told.startswith("task auth was taken over by another process: stop here"), command
+            reported = await team.refused(session, command, **arguments)
+            assert reported.startswith("task auth was taken over by another process: stop here"), command
         assert team.files.held() == []
         assert await team.memory.all() == []
         await team.session_service.leave(session)
@@ -284,8 +284,8 @@ async def test_session_of_a_taken_over_task_is_rejected_later_too(repository: Re
                 ("report", {"message": "x"}),
                 ("note", {"text": "x"}),
             ):
-                told = await team.refused(session, command, **arguments)
-                assert told.startswith("task auth was taken over by another process: stop here"), (command, now)
+                reported = await team.refused(session, command, **arguments)
+                assert reported.startswith("task auth was taken over by another process: stop here"), (command, now)
             team.claims[session] = Guard(claim_key(session), 2)
         assert await team.memory.all() == []
         assert (await team.context(session)).message is None
@@ -338,9 +338,9 @@ async def test_sessions_share_values(repository: Repository, tmp_path: Path) -> 
             assert (await team.context(second)).blocked_on == "the shared value api/port"
             assert await team.ask(first, "share_put", key="api/port", value=SECRET) == {"key": "api/port", "version": 1}
         assert (await team.context(second)).status is SessionStatus.WORKING
-        (told,) = got
-        assert (told["value"], told["version"], told["writer"]) == ("[redacted]", 1, str(first))
-        assert await team.ask(second, "share_get", key="api/port") == told
+        (reported,) = got
+        assert (reported["value"], reported["version"], reported["writer"]) == ("[redacted]", 1, str(first))
+        assert await team.ask(second, "share_get", key="api/port") == reported
         assert "at version 1, not at version 4" in await team.refused(
             second, "share_put", key="api/port", value=1, if_version=4
         )

@@ -19,7 +19,7 @@ from tests.fakes.script import ROOT, install
 
 
 @pytest.fixture
-def desk() -> FakeSessionService:
+def session_api() -> FakeSessionService:
     """Yield a session API whose files belong to another owner."""
     return FakeSessionService(foreign_owners={"theirs.txt": "run-0/other.1"})
 
@@ -41,10 +41,10 @@ async def run(
 
 
 async def test_session_asks_by_its_shell_and_its_hook(
-    repository: Repository, desk: FakeSessionService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    repository: Repository, session_api: FakeSessionService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And is identified; files of other owners are not written."""
-    use_in_runs(desk, monkeypatch)
+    use_in_runs(session_api, monkeypatch)
     prompt = "write theirs.txt no\nrun council lock ours.txt\nwrite ours.txt yes\ntell told.json"
     report = await run(repository, tmp_path / "bin", monkeypatch, prompt)
     assert [task.status for task in report.tasks] == ["landed"], report
@@ -54,7 +54,7 @@ async def test_session_asks_by_its_shell_and_its_hook(
         "src",
         "told.json",
     ]
-    assert [(str(session), command) for session, command, _ in desk.asked] == [
+    assert [(str(session), command) for session, command, _ in session_api.asked] == [
         (f"{report.run}/t.1", "check_edit"),
         (f"{report.run}/t.1", "lock"),
         (f"{report.run}/t.1", "check_edit"),
@@ -68,15 +68,15 @@ async def test_lock_timeout_is_that_of_the_file(
     repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If the session sets none."""
-    told: list[float] = []
+    reported: list[float] = []
 
     def seat(shop: RunContext, *rest: Any) -> RunContext:
-        told.append(rest[-1])
+        reported.append(rest[-1])
         return shop
 
     monkeypatch.setattr(leadership, "with_session_service", seat)
     await run(repository, tmp_path / "bin", monkeypatch, "write a.txt x", coordination={"lock_timeout": "2s"})
-    assert told == [2.0]
+    assert reported == [2.0]
 
 
 async def test_session_without_a_session_api_gets_nothing(

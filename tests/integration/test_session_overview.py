@@ -70,8 +70,10 @@ async def test_contexts_are_visible_from_outside(repository: Repository) -> None
             text = repository.council("status").stdout
             assert "50%; src/api.py: adds an endpoint" in text
             assert "blocked on the schema; src/api.py: needs it" in text
-            [told] = [one for one in repository.council("status", "--json").result["sessions"] if one["task"] == "web"]
-            assert (told["status"], told["blocked_on"], told["attempt"]) == ("blocked", "the schema", 1)
+            [reported] = [
+                one for one in repository.council("status", "--json").result["sessions"] if one["task"] == "web"
+            ]
+            assert (reported["status"], reported["blocked_on"], reported["attempt"]) == ("blocked", "the schema", 1)
             assert await council.sessions.prune(0) == [f"{run}/auth.1", f"{run}/web.1"]
             assert await council.sessions.list() == []
     finally:
@@ -151,12 +153,12 @@ async def test_processes_and_their_claims_are_listed(repository: Repository) -> 
     [killed] = repository.council("status", "--json").result["orchestrators"]
     assert (killed["role"], killed["ended"], killed["reason"]) == ("leader", None, None)
     assert repository.council("resume").code == 0
-    told = repository.council("status", "--json").result
-    before, after = told["orchestrators"]
+    reported = repository.council("status", "--json").result
+    before, after = reported["orchestrators"]
     assert before["id"] == killed["id"] != after["id"]
     assert before["reason"].endswith("process exited")
     assert (after["reason"], after["ended"] >= after["heartbeat"] >= after["since"]) == (None, True)
-    claims = told["claims"]
+    claims = reported["claims"]
     assert (claims["takeovers"], claims["conflicts"], claims["refused"]) == (1, 0, 0)
     assert claims["claims"] >= claims["takeovers"] + 1
     assert claims.keys() == {"claims", "conflicts", "renewals", "takeovers", "retries", "sweeps", "refused"}

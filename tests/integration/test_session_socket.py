@@ -175,10 +175,10 @@ async def test_file_owned_by_another_is_rejected_with_its_owner(site: Site) -> N
             code, said = await site.run(SandboxKind.OFF, second, session_socket, ["council", "lock", "a.py", "--json"])
         assert first.socket_folder.is_dir()
     assert code == 1
-    told = json.loads(said)
-    assert told["status"] == "refused"
-    assert "run-1/docs.1" in told["error"]
-    assert told["exit"] == 1
+    reported = json.loads(said)
+    assert reported["status"] == "refused"
+    assert "run-1/docs.1" in reported["error"]
+    assert reported["exit"] == 1
 
 
 INTRUDE = """
@@ -313,9 +313,9 @@ async def test_token_of_an_ended_attempt_is_rejected(site: Site, kind: SandboxKi
         said = {}
         for one in (again, other, over):
             argv = [sys.executable, "-I", "-S", "-c", INTRUDE, str(one.socket_folder), token]
-            code, told = await site.run(kind, again, session_socket, argv)
-            assert code == 0, told
-            said[one.name] = json.loads(told)["said"]
+            code, reported = await site.run(kind, again, session_socket, argv)
+            assert code == 0, reported
+            said[one.name] = json.loads(reported)["said"]
     assert "not of this session" in said[again.name]
     assert said[other.name] == "" if kind is SandboxKind.BUBBLEWRAP else "not of this session" in said[other.name]
     assert said[over.name] == ""
@@ -327,8 +327,8 @@ async def test_edit_hook_works_in_each_sandbox(site: Site, kind: SandboxKind) ->
     site.session_service.foreign_owners["src/theirs.py"] = "run-0/other.1"
     async with site.session() as (worktree, session_socket):
         tool = {"file_path": "src/theirs.py"}
-        told = {"hook_event_name": "PreToolUse", "cwd": str(worktree.tree), "tool_input": tool}
-        worktree.prompt_file.write_text(json.dumps(told))
+        reported = {"hook_event_name": "PreToolUse", "cwd": str(worktree.tree), "tool_input": tool}
+        worktree.prompt_file.write_text(json.dumps(reported))
         code, said = await site.run(
             kind, worktree, session_socket, list(session_socket.hook), stdin=worktree.prompt_file
         )
@@ -352,8 +352,8 @@ def test_command_outside_of_a_session_has_a_remedy(tmp_path: Path) -> None:
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "not in the worktree of an active session" in done.stderr
-    told = subprocess.run([*argv, "--json"], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert json.loads(told.stdout)["exit"] == 2
+    reported = subprocess.run([*argv, "--json"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert json.loads(reported.stdout)["exit"] == 2
 
 
 # Any input
@@ -491,7 +491,7 @@ async def test_error_of_the_session_api_is_reported_and_logged(site: Site) -> No
         answer = await anyio.to_thread.run_sync(caller.say, caller.line("lock", paths=["fault"]))
         assert (answer["ok"], "internal error" in answer["error"]) == (False, True)
         assert (await anyio.to_thread.run_sync(caller.say, caller.line("peers")))["ok"] is True
-    assert session_socket.faults == ["ZeroDivisionError: a fault of the desk's"]
+    assert session_socket.faults == ["ZeroDivisionError: an error of the session API"]
 
 
 async def test_disconnected_client_gets_no_answer(site: Site) -> None:
@@ -587,8 +587,8 @@ async def test_edit_of_a_file_of_another_is_denied(site: Site, event: str, given
 
         async def call(given: dict[str, Any]) -> str:
             put = {key: value.replace("{tree}", str(worktree.tree)) for key, value in given.items()}
-            told = {"hook_event_name": event, "cwd": str(worktree.tree), "tool_name": "Write", "tool_input": put}
-            worktree.prompt_file.write_text(json.dumps(told))
+            reported = {"hook_event_name": event, "cwd": str(worktree.tree), "tool_name": "Write", "tool_input": put}
+            worktree.prompt_file.write_text(json.dumps(reported))
             code, said = await site.run(
                 SandboxKind.OFF, worktree, session_socket, list(session_socket.hook), stdin=worktree.prompt_file
             )
@@ -614,8 +614,8 @@ async def test_hook_without_an_orchestrator_allows(site: Site) -> None:
     async with site.session() as (worktree, session_socket):
         (worktree.socket_folder / "socket").unlink()
         tool = {"file_path": "src/theirs.py"}
-        told = {"hook_event_name": "PreToolUse", "cwd": str(worktree.tree), "tool_input": tool}
-        worktree.prompt_file.write_text(json.dumps(told))
+        reported = {"hook_event_name": "PreToolUse", "cwd": str(worktree.tree), "tool_input": tool}
+        worktree.prompt_file.write_text(json.dumps(reported))
         ended = await site.run(
             SandboxKind.OFF, worktree, session_socket, list(session_socket.hook), stdin=worktree.prompt_file
         )

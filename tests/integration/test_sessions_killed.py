@@ -72,7 +72,7 @@ def sessions(repository: Repository, pattern: str = "*") -> list[Path]:
     "killed",
     [
         "supervisor",
-        "orchestrator, beside another",
+        "orchestrator, next to another",
         *(pytest.param(one, marks=pytest.mark.slow) for one in ("program", "orchestrator, resumed")),
     ],
 )
@@ -91,7 +91,7 @@ async def test_resources_of_a_killed_session_are_free(repository: Repository, ki
     elif killed == "supervisor":
         supervisor(repository, "t").kill()
     else:
-        helper = repository.start("work", "--json") if "beside" in killed else None
+        helper = repository.start("work", "--json") if "another" in killed else None
         if helper is not None:
             wait_for(lambda: "run.joined" in repository.council("state", "log", "--json").stdout)
         running.send_signal(signal.SIGKILL)

@@ -45,9 +45,9 @@ async def test_task_with_phases_is_shown_in_full(repository: Repository) -> None
     path = repository.configure([task, {"id": "plain", "prompt": "write p.txt x"}], workflows={"four": FOUR})
     ran = repository.council("run", str(path), "--json")
     assert ran.states == {"t": "landed", "plain": "landed"}, ran
-    told = repository.council("show", "t", "--json")
-    assert told.code == 0, told
-    story = json.loads(told.stdout)
+    reported = repository.council("show", "t", "--json")
+    assert reported.code == 0, reported
+    story = json.loads(reported.stdout)
     schema = json.loads(repository.council("schema", "--story").stdout)
     assert [error.message for error in Draft202012Validator(schema).iter_errors(story)] == []
     visits = {(one["phase"], one["visit"]): one for one in story["phases"]}

@@ -79,11 +79,11 @@ async def test_sink_gets_the_printed_events(repository: Repository, tmp_path: Pa
                       "events": ["task.landed", "task.f*", "run.finished"]}}  # fmt: skip
     ended = repository.council("run", str(repository.configure(tasks, sinks=sinks)), "--json")
     assert ended.states == {"one": "landed", "two": "failed"}, ended
-    told = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
-    positions = [line.pop("position") for line in told]
-    assert told == _events(ended)
+    reported = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    positions = [line.pop("position") for line in reported]
+    assert reported == _events(ended)
     assert positions == sorted(positions)
-    assert (told[0]["event"], told[-1]["event"]) == ("run.created", "run.finished")
+    assert (reported[0]["event"], reported[-1]["event"]) == ("run.created", "run.finished")
     ends = [json.loads(line)["event"] for line in (tmp_path / "ends.jsonl").read_text().splitlines()]
     assert sorted(ends) == ["run.finished", "task.failed", "task.landed"]
     await repository.assert_invariants()
@@ -163,8 +163,8 @@ def test_mistakes_in_sinks_and_trackers_have_their_positions(repository: Reposit
     config = repository.top.parent / "council.yaml"
     config.write_text(_MISTAKES.format(repo=repository.top))
     ended = repository.council("run", str(config), "--json")
-    told = {problem["line"]: (problem["what"], problem["remedy"]) for problem in ended.result["errors"]}
-    assert told == {
+    reported = {problem["line"]: (problem["what"], problem["remedy"]) for problem in ended.result["errors"]}
+    assert reported == {
         6: ("there is no sink type 'jsonline'", "did you mean 'jsonlines'?"),
         7: ("the key 'file' is missing", "add `file:` here"),
         8: ("the key 'colour' is not known", "the keys here are file"),

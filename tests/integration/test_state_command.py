@@ -19,8 +19,8 @@ from tests.waiting import wait_for
 
 def status_of(repository: Repository, task: str) -> str | None:
     """Return the recorded state of a task of the newest run."""
-    told = repository.council("state", "at", "now", f"task/{task}", "--json").result
-    return None if "documents" not in told else str(told["documents"][0]["value"]["status"])
+    reported = repository.council("state", "at", "now", f"task/{task}", "--json").result
+    return None if "documents" not in reported else str(reported["documents"][0]["value"]["status"])
 
 
 async def test_active_run_is_shown_and_followed(repository: Repository) -> None:
@@ -36,13 +36,13 @@ async def test_active_run_is_shown_and_followed(repository: Repository) -> None:
     assert follower.stdout is not None
     begun = json.loads(follower.stdout.readline())["position"]
 
-    told = repository.council("state", "show", "--json").result
-    [session] = told["sessions"]
-    assert (told["status"], session["task"], session["attempt"]) == ("running", "held", 1)
+    reported = repository.council("state", "show", "--json").result
+    [session] = reported["sessions"]
+    assert (reported["status"], session["task"], session["attempt"]) == ("running", "held", 1)
     assert wait_for((Path(session["worktree"]) / "h.txt").exists)
-    assert session["branch"] == f"council/{told['run']}/held/1"
+    assert session["branch"] == f"council/{reported['run']}/held/1"
     [active] = repository.council("runs", "--active", "--json").result["runs"]
-    assert (active["run"], active["metrics"]["completed"], active["metrics"]["in_progress"]) == (told["run"], 1, 1)
+    assert (active["run"], active["metrics"]["completed"], active["metrics"]["in_progress"]) == (reported["run"], 1, 1)
     shown = repository.council("state", "show").stdout
     assert "active sessions" in shown
     assert session["worktree"] in shown
@@ -68,29 +68,29 @@ async def test_ended_run_has_metrics_and_history(repository: Repository) -> None
         {"id": "late", "prompt": "write l.txt l", "needs": ["bad"]},
     ]
     repository.council("run", str(repository.configure(tasks)))
-    told = repository.council("state", "show", "--json").result
-    assert told["status"] == "incomplete"
-    assert {task["id"]: task["status"] for task in told["tasks"]} == {
+    reported = repository.council("state", "show", "--json").result
+    assert reported["status"] == "incomplete"
+    assert {task["id"]: task["status"] for task in reported["tasks"]} == {
         "good": "landed",
         "bad": "failed",
         "late": "blocked",
     }
-    good, bad, _ = told["tasks"]
+    good, bad, _ = reported["tasks"]
     assert (good["landed"], good["phases"][0]["status"]) == (repository.git("rev-parse", "main"), "built")
     assert [attempt["outcome"] for attempt in bad["phases"][0]["attempts"]] == ["crashed"] * 2
-    metrics = told["metrics"]
+    metrics = reported["metrics"]
     counts = [metrics[name] for name in ("total_tasks", "completed", "in_progress", "failed", "pending")]
     assert counts == [3, 1, 0, 1, 1]
     assert metrics["average_time_minutes"] == good["metrics"]["time_minutes"] > 0
-    assert (told["events"][0]["event"], told["events"][-1]["event"]) == ("run.created", "run.finished")
+    assert (reported["events"][0]["event"], reported["events"][-1]["event"]) == ("run.created", "run.finished")
 
     line = " ".join(repository.council("runs").stdout.split())
-    assert line.startswith(f"{told['run']} incomplete 1 of 3 landed on main, 1 failed, 1 blocked, ")
+    assert line.startswith(f"{reported['run']} incomplete 1 of 3 landed on main, 1 failed, 1 blocked, ")
     assert repository.council("runs", "--active").stdout == ""
     assert repository.council("retry", "bad").code == 0
-    assert repository.council("runs", "--active").stdout.startswith(told["run"])
+    assert repository.council("runs", "--active").stdout.startswith(reported["run"])
 
-    landed = next(one["position"] for one in told["events"] if one["event"] == "task.landed")
+    landed = next(one["position"] for one in reported["events"] if one["event"] == "task.landed")
     before = repository.council("state", "at", str(landed - 1), "task/good", "--json").result
     assert before["documents"][0]["value"]["landed"] is None
     [newest, *_] = repository.council("state", "history", "task/good", "--json").result["versions"]
@@ -142,7 +142,7 @@ async def test_unreadable_run_is_reported(repository: Repository, monkeypatch: p
     (log,) = repository.log.glob("*.jsonl")
     log.write_bytes(log.read_bytes().replace(b'"fixer"', b'"Fixer"', 1))
     (repository.log / "snapshot").unlink(missing_ok=True)
-    told = repository.council("runs", "--json")
-    assert (told.code, told.result["runs"]) == (0, [])
-    assert RUN in told.result["damage"][0]
+    reported = repository.council("runs", "--json")
+    assert (reported.code, reported.result["runs"]) == (0, [])
+    assert RUN in reported.result["damage"][0]
     assert "The state log is damaged" in repository.council("runs").stderr

@@ -60,9 +60,9 @@ async def test_guide_examples_work(project: Repository, example: str) -> None:
 async def test_position_can_be_named_in_many_ways(project: Repository, moment: str) -> None:
     """Position, times with and without a zone, and a checkpoint select the same documents."""
     await add(project, Commit([Write(Key("checkpoint", f"{RUN}/1"), 0, {"position": 5})]))
-    told = project.council("state", "at", moment, "--json").result
-    assert (told["position"], told["time"], len(told["documents"])) == (5, RUN_STARTED + 40, 9)
-    api = next(one for one in told["documents"] if one["key"] == str(API))
+    reported = project.council("state", "at", moment, "--json").result
+    assert (reported["position"], reported["time"], len(reported["documents"])) == (5, RUN_STARTED + 40, 9)
+    api = next(one for one in reported["documents"] if one["key"] == str(API))
     assert (api["version"], api["position"], api["by"]) == (3, 5, "ada@box:4711")
     assert (api["value"]["status"], api["value"]["failures"]) == ("pending", 1)
 
@@ -75,8 +75,8 @@ async def test_relative_time_is_counted_from_now(project: Repository) -> None:
 
 
 async def test_state_before_the_first_commit_is_empty(project: Repository) -> None:
-    told = project.council("state", "at", "2020-01-01", "--json").result
-    assert told == {"position": 0, "time": None, "documents": [], "damage": []}
+    reported = project.council("state", "at", "2020-01-01", "--json").result
+    assert reported == {"position": 0, "time": None, "documents": [], "damage": []}
     assert project.council("state", "at", "0").stdout == "position 0, before the first commit: 0 documents\n"
 
 
@@ -86,8 +86,8 @@ async def test_values_are_printed_for_keys(project: Repository) -> None:
         shown = project.council("state", "at", "8", name).stdout
         assert '      "status": "landed",' in shown.splitlines()
         assert "task/" in shown
-    told = project.council("state", "at", "8", "task/*", "lease/*", "--json").result
-    assert [one["key"] for one in told["documents"]] == [f"lease/run/{RUN}", str(API), str(MODELS)]
+    reported = project.council("state", "at", "8", "task/*", "lease/*", "--json").result
+    assert [one["key"] for one in reported["documents"]] == [f"lease/run/{RUN}", str(API), str(MODELS)]
 
 
 @pytest.mark.extended_but_first
@@ -261,24 +261,29 @@ async def test_damage_is_reported(project: Repository) -> None:
     shown = project.council("state", "history", "task/models")
     assert "damaged: its value can't be read" in shown.stdout
     assert "The state log is damaged" in shown.stderr
-    told = project.council("state", "at", "8", "task/models", "--json").result
-    assert told["documents"][0]["damaged"]
-    assert len(told["damage"]) == 1
+    reported = project.council("state", "at", "8", "task/models", "--json").result
+    assert reported["documents"][0]["damaged"]
+    assert len(reported["damage"]) == 1
     assert "unreadable" in project.council("state", "log").stdout
 
 
 async def test_run_is_summarized(project: Repository) -> None:
     """Options, tasks, phases, events and metrics; none of it is live, and its repositories are gone."""
-    told = project.council("state", "show", RUN, "--json").result
-    assert (told["run"], told["status"], told["started"], told["sessions"]) == (RUN, "interrupted", RUN_STARTED, [])
-    assert (told["options"]["capacity"], told["options"]["base"]) == (2, "main")
-    models, api = told["tasks"]
+    reported = project.council("state", "show", RUN, "--json").result
+    assert (reported["run"], reported["status"], reported["started"], reported["sessions"]) == (
+        RUN,
+        "interrupted",
+        RUN_STARTED,
+        [],
+    )
+    assert (reported["options"]["capacity"], reported["options"]["base"]) == (2, "main")
+    models, api = reported["tasks"]
     assert (models["status"], models["metrics"]["time_minutes"], models["worktree"]) == ("landed", 1.5, None)
     assert [(phase["name"], phase["status"], len(phase["attempts"])) for phase in api["phases"]] == [
         ("build", "interrupted", 2)
     ]
-    assert [one["event"] for one in told["events"]][::5] == ["run.created", "task.queued", "run.interrupted"]
-    assert told["metrics"] == {
+    assert [one["event"] for one in reported["events"]][::5] == ["run.created", "task.queued", "run.interrupted"]
+    assert reported["metrics"] == {
         "total_tasks": 2, "completed": 1, "in_progress": 1, "failed": 0, "pending": 0, "average_time_minutes": 1.5,
         "by_status": {"running": 1, "landed": 1}, "input_tokens": 12_000, "output_tokens": 800, "cost": 0.12,
     }  # fmt: skip
@@ -342,8 +347,8 @@ async def test_history_works_from_python(project: Repository) -> None:
         assert (await council.reports.metrics(RUN)).completed == 1
         with pytest.raises(RefusedError):
             await past.at(99)
-        told = json.loads(json.dumps((await council.reports.overview(RUN)).to_json()))
-    assert told == project.council("state", "show", "--json").result
+        reported = json.loads(json.dumps((await council.reports.overview(RUN)).to_json()))
+    assert reported == project.council("state", "show", "--json").result
 
 
 async def test_damage_is_found_and_accepted(project: Repository) -> None:

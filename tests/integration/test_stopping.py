@@ -15,7 +15,7 @@ import pytest
 
 from orchestrator.sessions.sandbox.policy import SandboxKind, sandbox_command
 from orchestrator.sessions.supervision.supervisor_client import SupervisedCommand, SupervisedExit, run_supervised
-from tests.integration.test_sandbox import House, until
+from tests.integration.test_sandbox import Folders, until
 from tests.processes import child_processes
 from tests.sandboxes import require_sandbox
 
@@ -53,9 +53,9 @@ def save():
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> Iterator[House]:
+def folders(tmp_path: Path) -> Iterator[Folders]:
     """Yield folders to work in; programs run there must be gone afterwards."""
-    yield House(tmp_path)
+    yield Folders(tmp_path)
     left = [one for one in psutil.process_iter(["cmdline"]) if str(tmp_path) in (one.info["cmdline"] or ())]
     for process in left:
         process.kill()
@@ -74,33 +74,33 @@ Run = Callable[..., SupervisedCommand]
 
 
 @pytest.fixture
-def program(house: House, kind: SandboxKind) -> Run:
+def program(folders: Folders, kind: SandboxKind) -> Run:
     """Return the command that runs a Python program in a sandbox of this kind."""
 
     def make(source: str, **changes: Any) -> SupervisedCommand:
-        argv = [sys.executable, "-I", "-S", "-c", NOTES + source, str(house.house.parent)]
-        return sandbox_command(kind, house.command(argv, **changes), house.fence())
+        argv = [sys.executable, "-I", "-S", "-c", NOTES + source, str(folders.home.parent)]
+        return sandbox_command(kind, folders.command(argv, **changes), folders.policy())
 
     return make
 
 
-def notes(house: House) -> list[tuple[str, str, float]]:
+def notes(folders: Folders) -> list[tuple[str, str, float]]:
     """Return which process got which signal when, in seconds."""
-    file = house.tree / "work" / "notes"
+    file = folders.tree / "work" / "notes"
     lines = file.read_text().splitlines() if file.exists() else []
     return [(name, number, float(at)) for name, number, at in map(str.split, lines)]
 
 
-def heard(house: House) -> list[tuple[str, str]]:
-    return [(name, number) for name, number, _ in notes(house)]
+def heard(folders: Folders) -> list[tuple[str, str]]:
+    return [(name, number) for name, number, _ in notes(folders)]
 
 
-async def stopped(house: House, command: SupervisedCommand) -> tuple[SupervisedExit, float]:
+async def stopped(folders: Folders, command: SupervisedCommand) -> tuple[SupervisedExit, float]:
     """Run the command, stop it through its supervisor once it is ready, and return the seconds until its end."""
     asked: list[float] = []
 
     async def stop() -> None:
-        await until((house.tree / "work" / "ready").exists)
+        await until((folders.tree / "work" / "ready").exists)
         (supervisor,) = child_processes()
         asked.append(time.monotonic())
         supervisor.send_signal(signal.SIGTERM)
@@ -133,41 +133,41 @@ wait()
 """
 
 
-async def test_interrupted_program_can_clean_up(house: House, program: Run) -> None:
+async def test_interrupted_program_can_clean_up(folders: Folders, program: Run) -> None:
     """It alone gets SIGINT and ends its tool itself; all its output is read, and the wait ends with it."""
-    ended, took = await stopped(house, program(TIDIES, interrupt=True))
-    assert heard(house) == [("cli", "SIGINT")]
-    assert (house.house.parent / "stdout").read_text() == "x" * 1_000_000 + "\nended its tool\n"
+    ended, took = await stopped(folders, program(TIDIES, interrupt=True))
+    assert heard(folders) == [("cli", "SIGINT")]
+    assert (folders.home.parent / "stdout").read_text() == "x" * 1_000_000 + "\nended its tool\n"
     assert (ended.exit, ended.signal, ended.ended_by, ended.killed) == (3, None, "stop", 0)
     assert took < 5
 
 
-async def test_program_without_interrupt_support_is_not_interrupted(house: House, program: Run) -> None:
-    ended, _ = await stopped(house, program(TIDIES, interrupt=False))
-    assert sorted(heard(house)) == [("cli", "SIGTERM"), ("tool", "SIGTERM")]
+async def test_program_without_interrupt_support_is_not_interrupted(folders: Folders, program: Run) -> None:
+    ended, _ = await stopped(folders, program(TIDIES, interrupt=False))
+    assert sorted(heard(folders)) == [("cli", "SIGTERM"), ("tool", "SIGTERM")]
     assert (ended.exit, ended.ended_by, ended.stdout_bytes) == (0, "stop", 0)
 
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("why", ["timeout", "idle_timeout"])
-async def test_program_over_its_limit_is_interrupted(house: House, program: Run, why: str) -> None:
+async def test_program_over_its_limit_is_interrupted(folders: Folders, program: Run, why: str) -> None:
     """Whatever stops it, it can clean up."""
     ended = await run_supervised(program(TIDIES, interrupt=True, **{why: 2.0}))
     assert (ended.exit, ended.ended_by) == (3, why)
-    assert heard(house) == [("cli", "SIGINT")]
+    assert heard(folders) == [("cli", "SIGINT")]
 
 
-async def test_cancelled_program_is_interrupted(house: House, program: Run) -> None:
+async def test_cancelled_program_is_interrupted(folders: Folders, program: Run) -> None:
     """The cancellation continues after the cleanup."""
     async with anyio.create_task_group() as group:
         group.start_soon(run_supervised, program(TIDIES, interrupt=True))
-        await until((house.tree / "work" / "ready").exists)
+        await until((folders.tree / "work" / "ready").exists)
         group.cancel_scope.cancel()
-    assert (house.house.parent / "stdout").read_text().endswith("ended its tool\n")
+    assert (folders.home.parent / "stdout").read_text().endswith("ended its tool\n")
 
 
 @pytest.mark.extended_but_first
-async def test_leftover_process_is_not_mistaken_for_the_program(house: House, program: Run) -> None:
+async def test_leftover_process_is_not_mistaken_for_the_program(folders: Folders, program: Run) -> None:
     """An orphan process, whatever its new parent, gets SIGTERM when the program has ended."""
     source = """
 hear("cli", {INT: sys.exit})
@@ -183,9 +183,9 @@ if os.fork() == 0:
     os._exit(0)
 wait()
 """
-    ended, took = await stopped(house, program(source, interrupt=True))
-    assert heard(house)[1:] == [("cli", "SIGINT"), ("left", "SIGTERM")]
-    assert (house.tree / "work" / "last-word").exists()
+    ended, took = await stopped(folders, program(source, interrupt=True))
+    assert heard(folders)[1:] == [("cli", "SIGINT"), ("left", "SIGTERM")]
+    assert (folders.tree / "work" / "last-word").exists()
     assert (ended.exit, ended.killed) == (0, 0)
     assert took < 5
 
@@ -194,7 +194,7 @@ wait()
 
 
 @pytest.mark.extended_but_first
-async def test_continuing_program_is_terminated_after_half_of_the_grace_period(house: House, program: Run) -> None:
+async def test_continuing_program_is_terminated_after_half_of_the_grace_period(folders: Folders, program: Run) -> None:
     """It and its tool get SIGTERM, and the rest of the grace period."""
     source = """
 hear("cli", {TERM: sys.exit})
@@ -203,20 +203,20 @@ if os.fork() == 0:
     ready()
 wait()
 """
-    ended, took = await stopped(house, program(source, interrupt=True, grace=2))
-    assert heard(house)[0] == ("cli", "SIGINT")
-    assert sorted(heard(house)[1:]) == [("cli", "SIGTERM"), ("tool", "SIGTERM")]
-    assert all(at - notes(house)[0][2] >= 0.99 for _, _, at in notes(house)[1:])
-    assert (house.tree / "work" / "last-word").exists()
+    ended, took = await stopped(folders, program(source, interrupt=True, grace=2))
+    assert heard(folders)[0] == ("cli", "SIGINT")
+    assert sorted(heard(folders)[1:]) == [("cli", "SIGTERM"), ("tool", "SIGTERM")]
+    assert all(at - notes(folders)[0][2] >= 0.99 for _, _, at in notes(folders)[1:])
+    assert (folders.tree / "work" / "last-word").exists()
     assert (ended.exit, ended.killed) == (0, 0)
     assert took < 2
 
 
 @pytest.mark.extended_but_first
-async def test_program_that_ignores_signals_is_killed_after_the_grace_period(house: House, program: Run) -> None:
+async def test_program_that_ignores_signals_is_killed_after_the_grace_period(folders: Folders, program: Run) -> None:
     source = "hear('cli', {})\nready()\nwait()"
-    ended, took = await stopped(house, program(source, interrupt=True, grace=1))
-    assert heard(house) == [("cli", "SIGINT"), ("cli", "SIGTERM")]
+    ended, took = await stopped(folders, program(source, interrupt=True, grace=1))
+    assert heard(folders) == [("cli", "SIGINT"), ("cli", "SIGTERM")]
     assert (ended.exit, ended.signal) == (None, signal.SIGKILL)
     assert 1 <= took < 5
 
@@ -238,22 +238,24 @@ MODES = pytest.mark.parametrize("interrupt", [False, True], ids=["terminated", "
 
 @pytest.mark.extended_but_first
 @MODES
-async def test_dying_wrapper_leaves_its_program_the_grace_period(house: House, program: Run, interrupt: bool) -> None:
+async def test_dying_wrapper_leaves_its_program_the_grace_period(
+    folders: Folders, program: Run, interrupt: bool
+) -> None:
     """Whatever signal kills the wrapper, its program gets SIGTERM at once, and can save."""
-    ended, took = await stopped(house, program(DIES + BEHIND, interrupt=interrupt))
-    assert heard(house) == [("program", "SIGTERM")]
-    assert (house.tree / "work" / "last-word").exists()
+    ended, took = await stopped(folders, program(DIES + BEHIND, interrupt=interrupt))
+    assert heard(folders) == [("program", "SIGTERM")]
+    assert (folders.tree / "work" / "last-word").exists()
     assert (ended.exit, ended.signal, ended.killed) == (None, signal.SIGINT if interrupt else signal.SIGTERM, 0)
     assert took < 5
 
 
 @pytest.mark.extended_but_first
 @MODES
-async def test_wrapper_that_forwards_nothing_is_bypassed(house: House, program: Run, interrupt: bool) -> None:
+async def test_wrapper_that_forwards_nothing_is_bypassed(folders: Folders, program: Run, interrupt: bool) -> None:
     """Its program gets SIGTERM directly, and can save; the wrapper is killed."""
-    ended, took = await stopped(house, program(IGNORES + BEHIND, interrupt=interrupt, grace=1))
-    assert heard(house) == [("program", "SIGTERM")]
-    assert (house.tree / "work" / "last-word").exists()
+    ended, took = await stopped(folders, program(IGNORES + BEHIND, interrupt=interrupt, grace=1))
+    assert heard(folders) == [("program", "SIGTERM")]
+    assert (folders.tree / "work" / "last-word").exists()
     assert (ended.exit, ended.signal) == (None, signal.SIGKILL)
     assert 1 <= took < 5
 
@@ -261,18 +263,18 @@ async def test_wrapper_that_forwards_nothing_is_bypassed(house: House, program: 
 @pytest.mark.extended_but_first
 @MODES
 async def test_program_that_ignores_signals_does_not_outlive_its_wrapper(
-    house: House, program: Run, interrupt: bool
+    folders: Folders, program: Run, interrupt: bool
 ) -> None:
     """The wrapper's end does not count as its program's end; that is killed after the grace period."""
     source = DIES + BEHIND.replace("save", "ready")
-    ended, took = await stopped(house, program(source, interrupt=interrupt, grace=1))
-    assert heard(house) == [("program", "SIGTERM")]
+    ended, took = await stopped(folders, program(source, interrupt=interrupt, grace=1))
+    assert heard(folders) == [("program", "SIGTERM")]
     assert ended.killed == 1
     assert 1 <= took < 5
 
 
 @pytest.mark.extended_but_first
-async def test_program_gets_one_interrupt_through_its_wrapper(house: House, program: Run) -> None:
+async def test_program_gets_one_interrupt_through_its_wrapper(folders: Folders, program: Run) -> None:
     """A second interrupt in addition to the forwarded one would make many programs exit at once."""
     source = """
 hear("wrapper", {INT: lambda: os.kill(behind, INT)})
@@ -283,8 +285,8 @@ if behind == 0:
     wait()
 os.waitpid(behind, 0)
 """
-    ended, took = await stopped(house, program(source, interrupt=True))
-    assert heard(house) == [("wrapper", "SIGINT"), ("program", "SIGINT")]
-    assert (house.tree / "work" / "last-word").exists()
+    ended, took = await stopped(folders, program(source, interrupt=True))
+    assert heard(folders) == [("wrapper", "SIGINT"), ("program", "SIGINT")]
+    assert (folders.tree / "work" / "last-word").exists()
     assert (ended.exit, ended.killed) == (0, 0)
     assert took < 5

@@ -120,7 +120,7 @@ def test_clean_keeps_hubs_of_runs_in_another_store(repository: Repository, tmp_p
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "reported"),
     [
         ({"state": "state"}, "is not a store URL"),
         ({"state": "file:state"}, "is not a folder on this machine"),
@@ -132,10 +132,10 @@ def test_clean_keeps_hubs_of_runs_in_another_store(repository: Repository, tmp_p
     ],
 )
 def test_impossible_store_is_reported_with_its_position(
-    repository: Repository, settings: dict[str, Any], told: str
+    repository: Repository, settings: dict[str, Any], reported: str
 ) -> None:
     """The file's mistakes are found before anything is opened."""
     path = repository.configure([_TASK], **settings)
     ended = repository.council("validate", str(path), "--json")
     assert ended.code == 2
-    assert told in json.dumps(ended.result, ensure_ascii=False)
+    assert reported in json.dumps(ended.result, ensure_ascii=False)

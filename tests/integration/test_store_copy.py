@@ -65,7 +65,7 @@ async def source(tmp_path: Path, clock: ManualClock) -> AsyncIterator[FileStore]
 Told = tuple[object, ...]
 
 
-async def told(store: Store) -> Told:
+async def reported(store: Store) -> Told:
     """Return all that a store reports: its state at each readable position, and its end."""
     position = await store.position()
     moments = list[object]()
@@ -100,17 +100,17 @@ def files(place: Path) -> set[str]:
 
 async def test_copy_there_and_back_is_equal(source: FileStore, tmp_path: Path, clock: ManualClock) -> None:
     """From files to memory, to a file, to files: each copy equals the source, also after reopening."""
-    expected, memory = await told(source), MemoryStore(clock)
+    expected, memory = await reported(source), MemoryStore(clock)
     copied = await copy_store(source, memory)
     assert (copied.position, copied.was_there) == (82, False)
     assert copied.first == (await source.compact(0.0, ALL)).first > 0
     assert copied.documents == 2  # one deleted, one expired
-    assert await told(memory) == expected
+    assert await reported(memory) == expected
     exported = await export_store(memory, tmp_path / "file", clock=clock)
     async with FileStore.open(tmp_path / "target", clock, segment_bytes=SMALL) as target:
         imported = await import_store(tmp_path / "file", target)
         assert imported == exported == replace(copied, packed=(tmp_path / "file").stat().st_size)
-        assert await told(target) == expected
+        assert await reported(target) == expected
         assert not target.damage
         assert (await target.commit(Commit([Write(GONE, 0, {}), Write(BRIEF, 0, {})]))) == 83
         assert [one.version for one in await target.list("task")] == [2, 3, 1, 40]
@@ -217,7 +217,7 @@ async def test_damaged_store_is_not_copied(tmp_path: Path, clock: ManualClock) -
             assert files(tmp_path) == {"source", "target"}
             assert (await source.repair()).is_valid
             await copy_store(source, target)
-            assert await told(target) == await told(source)
+            assert await reported(target) == await reported(source)
 
 
 async def test_target_opened_by_another_process_is_rejected(tmp_path: Path, clock: ManualClock) -> None:
@@ -298,7 +298,7 @@ async def test_killed_load_is_complete_or_absent(
     source: FileStore, tmp_path: Path, clock: ManualClock, failpoint: str, is_there: bool, opens: bool
 ) -> None:
     """For current and later openers; a second copy succeeds."""
-    expected = await told(source)
+    expected = await reported(source)
     name, _, hit = failpoint.partition("@")
     async with FileStore.open(tmp_path / ("target" if opens else "elsewhere"), clock, segment_bytes=SMALL) as before:
         killed = await anyio.to_thread.run_sync(work, tmp_path, f"{name}=kill@{hit or 1}")
@@ -313,7 +313,7 @@ async def test_killed_load_is_complete_or_absent(
         assert await target.position() == 82 * is_there + (opens and is_there)
         if not (opens and is_there):
             assert (await copy_store(source, target)).was_there is is_there
-            assert await told(target) == expected
+            assert await reported(target) == expected
         assert not files(tmp_path / "target") & {"loading", "loaded"}
 
 
@@ -326,7 +326,7 @@ async def test_full_disk_loads_nothing(source: FileStore, tmp_path: Path, clock:
     async with FileStore.open(tmp_path / "target", clock) as target:
         assert await read_dump(target) == (0, 0, [])
         await copy_store(source, target)
-        assert await told(target) == await told(source)
+        assert await reported(target) == await reported(source)
 
 
 @pytest.fixture
@@ -426,7 +426,7 @@ async def test_file_that_is_no_export_is_rejected(exported: Path, clock: ManualC
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "reported"),
     [
         ({"position": 1 << 70}, "position"),
         ({"position": (1 << 64) - 1}, "position"),
@@ -445,7 +445,7 @@ async def test_file_that_is_no_export_is_rejected(exported: Path, clock: ManualC
     ],
 )
 async def test_unusable_content_is_rejected(
-    changes: dict[str, Any], told: str, tmp_path: Path, clock: ManualClock
+    changes: dict[str, Any], reported: str, tmp_path: Path, clock: ManualClock
 ) -> None:
     """Even with a valid checksum; nothing of it is in the store then."""
     document = {"kind": "task", "id": "a", "version": 1, "value": {}, "expires": None, "previous": 0}
@@ -457,7 +457,7 @@ async def test_unusable_content_is_rejected(
     footer = {"commits": 1, "sha256": hashlib.sha256(b"".join(lines)).hexdigest()}
     data = packed([*lines, json.dumps(footer).encode() + b"\n"])
     async with FileStore.open(tmp_path / "state", clock) as store:
-        assert told in await refused(data, store)
+        assert reported in await refused(data, store)
         assert await store.position() == 0
         assert await store.commit(Commit(events=[Event("e")])) == 1
 

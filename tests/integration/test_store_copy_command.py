@@ -185,9 +185,9 @@ async def test_active_run_can_be_copied(repository: Repository, tmp_path: Path) 
     assert repository.council("cancel", "a").code == 0
     child.communicate(timeout=60)
     place = (tmp_path / "copy").as_uri()
-    told = log_of(repository, "--state", place)
-    assert len(told.splitlines()) == copied["position"] > 0
-    assert log_of(repository).startswith(told)
+    reported = log_of(repository, "--state", place)
+    assert len(reported.splitlines()) == copied["position"] > 0
+    assert log_of(repository).startswith(reported)
     await repository.assert_invariants()
 
 

@@ -109,5 +109,5 @@ def test_deleted_current_folder_is_reported(repository: Repository, command: str
         timeout=60,
         check=False,
     )
-    told = "council: the current folder no longer exists: cd to an existing folder\n"
-    assert (done.returncode, done.stderr) == (2, told)
+    reported = "council: the current folder no longer exists: cd to an existing folder\n"
+    assert (done.returncode, done.stderr) == (2, reported)

@@ -403,7 +403,7 @@ async def test_silent_program_is_ended(agent: Agent, tmp_path: Path) -> None:
     """A program without output and changes is stopped long before its limit, with that reason."""
     (tmp_path / "tree").mkdir()
     began = time.monotonic()
-    command = agent("print('at work', flush=True)\n" + LAST_WORD, idle_timeout=1.0, watched=(tmp_path / "tree",))
+    command = agent("print('running', flush=True)\n" + LAST_WORD, idle_timeout=1.0, watched=(tmp_path / "tree",))
     ended = await run_supervised(command)
     assert (ended.exit, ended.ended_by) == (0, "idle_timeout")
     assert (tmp_path / "last-word").exists()

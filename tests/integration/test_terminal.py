@@ -40,8 +40,8 @@ def shell(repository: Repository, *tasks: dict[str, Any], **settings: Any) -> tu
     gate = repository.spawns.parent / "gate"
     adapters = {"sh": {"use": "command", "argv": ["sh", "{prompt_file}"]}}
     waiting = f"while ! test -e {gate}; do sleep 0.05; done"
-    told = [{**task, "prompt": task["prompt"].replace("gate", waiting)} for task in tasks]
-    return repository.configure(told, adapters=adapters, readable=[str(gate.parent)], **settings), gate
+    reported = [{**task, "prompt": task["prompt"].replace("gate", waiting)} for task in tasks]
+    return repository.configure(reported, adapters=adapters, readable=[str(gate.parent)], **settings), gate
 
 
 async def test_run_on_a_terminal_is_a_table(repository: Repository, start: Start) -> None:
@@ -270,7 +270,7 @@ def test_adapter_cooldown_is_shown_above_the_table(repository: Repository, start
     assert "Adapter sh is paused until" in terminal.text
 
 
-@pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux, a terminal that wraps anew what it shows")
+@pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux, a terminal that rewraps its content")
 @pytest.mark.slow
 def test_rewrapping_terminal_shows_one_table(repository: Repository, tmp_path: Path) -> None:
     """After several reductions of its width no rest of a wider table is on the screen."""

@@ -20,8 +20,8 @@ async def test_valid_file_is_accepted(repository: Repository) -> None:
     text = repository.council("validate", str(config))
     assert (text.code, text.stderr) == (0, "")
     assert text.stdout == f"{config} is valid: 1 task, 1 adapter, from main onto out\n"
-    told = repository.council("validate", str(config), "--json")
-    assert told.lines == [
+    reported = repository.council("validate", str(config), "--json")
+    assert reported.lines == [
         {
             "status": "valid",
             "file": str(config),
@@ -51,12 +51,12 @@ async def test_unusual_settings_are_warnings_with_a_remedy(repository: Repositor
     """A checked-out target, a writable repository, unchecked work, unused servers; exit code 0."""
     servers = {"tickets": {"command": ["tickets-mcp"]}}
     config = repository.configure(TASKS, target="main", writable=[str(repository.top)], mcp_servers=servers)
-    told = repository.council("validate", str(config), "--json")
-    assert (told.code, told.result["exit"]) == (0, 0)
-    assert [warning["what"].split(" ", 2)[0:2] for warning in told.result["warnings"]] == [
+    reported = repository.council("validate", str(config), "--json")
+    assert (reported.code, reported.result["exit"]) == (0, 0)
+    assert [warning["what"].split(" ", 2)[0:2] for warning in reported.result["warnings"]] == [
         ["the", "target"], ["`writable`", "lets"], ["no", "task"], ["adapters", "'fake'"],
     ]  # fmt: skip
-    assert all(warning["remedy"] for warning in told.result["warnings"])
+    assert all(warning["remedy"] for warning in reported.result["warnings"])
     text = repository.council("validate", str(config))
     assert text.stdout.count("\nwarning: ") == 4
     (repository.top / ".git").rename(repository.top / "no-git")
@@ -70,9 +70,9 @@ async def test_doctor_has_the_same_warnings(repository: Repository, checks: list
     config = str(repository.configure([{"id": "a", "prompt": "x", "checks": checks}]))
     warnings = repository.council("validate", config, "--json").result["warnings"]
     findings = repository.council("doctor", config, "--json").result["findings"]
-    told = [{"what": one["found"], "remedy": one["remedy"]} for one in findings if one["level"] == "warning"]
+    reported = [{"what": one["found"], "remedy": one["remedy"]} for one in findings if one["level"] == "warning"]
     assert any("checked out in" in one["what"] for one in warnings)
-    assert [one for one in told if one in warnings] == warnings
+    assert [one for one in reported if one in warnings] == warnings
     planned = repository.council("run", config, "--dry-run", "--json").result["findings"]
     assert [one for one in findings if one["name"] == "file"][1:] == [one for one in planned if one["name"] == "file"]
 

@@ -59,8 +59,8 @@ async def assert_equal(views: Path, store: Store) -> None:
         events += [(record.position, record.time, event.type, event.data) for event in record.events]
         if record.position == position:
             break
-    told = [json.loads(line) for line in found["events.jsonl"].splitlines()]
-    assert [(one["position"], one["time"], one["type"], one["data"]) for one in told] == events
+    reported = [json.loads(line) for line in found["events.jsonl"].splitlines()]
+    assert [(one["position"], one["time"], one["type"], one["data"]) for one in reported] == events
     assert json.loads(found["index.json"])["position"] == position
     for path in (views, *views.rglob("*")):
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
@@ -121,8 +121,8 @@ async def test_views_equal_the_store_after_a_run(repository: Repository) -> None
     assert json.loads((top / "ownership.json").read_text()) == {"owners": []}
     assert not list(top.glob("context/*/*"))
     before = content(top)
-    told = repository.council("state", "views", "--json").result
-    assert (told["path"], told["position"]) == (str(top), json.loads(before["index.json"])["position"])
+    reported = repository.council("state", "views", "--json").result
+    assert (reported["path"], reported["position"]) == (str(top), json.loads(before["index.json"])["position"])
     assert {**content(top), "index.json": b""} == {**before, "index.json": b""}
     await repository.assert_invariants()
 
@@ -241,8 +241,8 @@ async def test_unwritable_views_do_not_fail_a_run(repository: Repository) -> Non
     ended = repository.council("run", str(config), "--json")
     assert ended.code == 0, ended
     assert set(ended.states.values()) == {"landed"}
-    [told] = [line for line in ended.lines if line.get("event") == "views.failing"]
-    assert ".council/views" in told["reason"]
+    [reported] = [line for line in ended.lines if line.get("event") == "views.failing"]
+    assert ".council/views" in reported["reason"]
     refused = repository.council("state", "views")
     assert refused.code != 0
 
@@ -309,8 +309,8 @@ async def test_damage_is_shown(project: Project) -> None:
     log.write_bytes(log.read_bytes().replace(b'"second"', b'"sec0nd"'))
     async with FileStore.open(ensure_log(project.state_folder), clock) as store:
         await export_views(store, project, 0.0)
-        told = json.loads((project.views / "tasks/r/a/state.json").read_text())
-        assert (told["damaged"], told["value"], told["version"]) == (True, {"n": "first"}, 2)
+        reported = json.loads((project.views / "tasks/r/a/state.json").read_text())
+        assert (reported["damaged"], reported["value"], reported["version"]) == (True, {"n": "first"}, 2)
         assert json.loads((project.views / "index.json").read_text())["damage"]
 
 

@@ -94,18 +94,18 @@ async def test_invalid_handoff_is_repaired_once(repository: Repository) -> None:
     steps = (f"in plan attempt 1 hand-over {wrong}", f"in plan attempt 2 hand-over {PLAN}", "in plan keep-prompt")
     workflow = [{"plan": {"access": "read", "produces": "plan"}}]
     tasks = [
-        {"id": "mends", "prompt": "\n".join(steps), "workflow": "one"},
+        {"id": "fixes", "prompt": "\n".join(steps), "workflow": "one"},
         {"id": "never", "prompt": f"in plan hand-over {wrong}", "workflow": "one"},
         {"id": "silent", "prompt": "print nothing", "workflow": "one"},
     ]
     path = repository.configure(tasks, workflows={"one": workflow})
     ended = repository.council("run", str(path), "--json")
-    assert ended.states == {"mends": "done", "never": "failed", "silent": "failed"}, ended
-    assert "The result that you submitted is not valid" in repository.council("logs", "mends", "--session", "2").stdout
+    assert ended.states == {"fixes": "done", "never": "failed", "silent": "failed"}, ended
+    assert "The result that you submitted is not valid" in repository.council("logs", "fixes", "--session", "2").stdout
     assert "tasks" in task_of(ended, "never")["reason"]
     assert "no result was submitted" in task_of(ended, "silent")["reason"]
-    told = [one["task"] for one in ended.lines if one.get("event") == "handoff.invalid"]
-    assert sorted(told) == ["mends", "never", "silent"]
+    reported = [one["task"] for one in ended.lines if one.get("event") == "handoff.invalid"]
+    assert sorted(reported) == ["fixes", "never", "silent"]
     await repository.assert_invariants()
 
 
@@ -118,8 +118,8 @@ async def test_changes_of_a_reader_are_discarded_and_reported(repository: Reposi
     )
     ended = repository.council("run", str(path), "--json")
     assert ended.states == {"t": "done"}, ended
-    [told] = [one for one in ended.lines if one.get("event") == "task.changes_discarded"]
-    assert sorted(told["paths"]) == ["a.txt", "new.txt"]
+    [reported] = [one for one in ended.lines if one.get("event") == "task.changes_discarded"]
+    assert sorted(reported["paths"]) == ["a.txt", "new.txt"]
     await repository.assert_invariants()
 
 
@@ -151,8 +151,8 @@ async def test_caches_of_a_readers_tests_are_no_changes(repository: Repository) 
     path = repository.configure(tasks, workflows={"two": [{"look": {"access": "read"}}, {"build": {}}]})
     ended = repository.council("run", str(path), "--json")
     assert ended.states == {"tests": "landed", "changes": "landed"}, ended
-    told = [one for one in ended.lines if one.get("event") == "task.changes_discarded"]
-    assert [(one["task"], sorted(one["paths"])) for one in told] == [
+    reported = [one for one in ended.lines if one.get("event") == "task.changes_discarded"]
+    assert [(one["task"], sorted(one["paths"])) for one in reported] == [
         ("changes", ["cache/seen", "old/__pycache__/kept.txt"])
     ]
     names = repository.git("ls-tree", "-r", "--name-only", "main").splitlines()
@@ -355,9 +355,9 @@ async def test_text_of_agents_stays_data(repository: Repository) -> None:
     )
     ended = repository.council("run", str(path), "--json")
     assert ended.states == {"t": "landed"}, ended
-    told = repository.council("logs", "t", "--session", "2").stdout
-    assert "{{ 'no' * 7 }}" in told
-    assert "nono" not in told
+    reported = repository.council("logs", "t", "--session", "2").stdout
+    assert "{{ 'no' * 7 }}" in reported
+    assert "nono" not in reported
     await repository.assert_invariants()
 
 
@@ -375,9 +375,9 @@ async def test_unset_keys_of_a_phase_are_those_of_the_file(repository: Repositor
     )
     ended = repository.council("run", str(path), "--json")
     assert ended.states == {"t": "landed"}, ended
-    told = repository.council("logs", "t", "--session", "2").stdout
-    assert "of the file" in told
-    assert "of the phase" in told
+    reported = repository.council("logs", "t", "--session", "2").stdout
+    assert "of the file" in reported
+    assert "of the phase" in reported
 
 
 async def test_phase_mediates_between_two_others(repository: Repository) -> None:
@@ -427,9 +427,9 @@ async def test_handoffs_contain_no_secrets(repository: Repository) -> None:
     )
     ended = repository.council("run", str(path), "--json")
     assert ended.states == {"t": "landed"}, ended
-    told = repository.council("logs", "t", "--session", "2").stdout
-    assert "the key is" in told
-    assert secret not in told
+    reported = repository.council("logs", "t", "--session", "2").stdout
+    assert "the key is" in reported
+    assert secret not in reported
     await repository.assert_invariants(canaries=[secret])
 
 

@@ -115,22 +115,24 @@ async def test_git_state_and_events_agree(repository: Repository, count: int) ->
     named = [one["id"] for one in tasks(count)]
     assert ended.states == {**dict.fromkeys(named, "landed"), **failed, **done, **parts}, ended
     found, events, handoffs = await read(repository, ended.result["run"])
-    told = Counter((event.data.get("task"), event.type) for event in events)
+    reported = Counter((event.data.get("task"), event.type) for event in events)
     trailers = repository.git(
         "log", "--first-parent", "--format=%(trailers:key=Council-Task,valueonly)", "main"
     ).split()
     for task, document in found.items():
         is_landed = document.status is TaskStatus.LANDED
         assert trailers.count(f"{ended.result['run']}/{task}") == int(is_landed), task
-        assert told[task, "task.landed"] == int(is_landed)
+        assert reported[task, "task.landed"] == int(is_landed)
         completed = [one for one in document.phases if one.status == "completed"]
-        assert told[task, "phase.completed"] == len(completed)
-        assert told[task, "phase.entered"] == sum(one.status != "skipped" for one in document.phases)
-        assert handoffs[task] == told[task, "handoff.delivered"] == sum(one.handoff is not None for one in completed)
-        assert told[task, "task.started"] == len(document.attempts)
+        assert reported[task, "phase.completed"] == len(completed)
+        assert reported[task, "phase.entered"] == sum(one.status != "skipped" for one in document.phases)
+        assert (
+            handoffs[task] == reported[task, "handoff.delivered"] == sum(one.handoff is not None for one in completed)
+        )
+        assert reported[task, "task.started"] == len(document.attempts)
     assert [one.phase for one in found["rejected"].phases].count("build") == 2
     assert "not yet" in (found["never"].reason or "")
-    assert told["editor", "task.changes_discarded"] == 1
+    assert reported["editor", "task.changes_discarded"] == 1
     assert repository.git("show", "main:src/app.py").startswith("def main")
     assert found["careful"].phases[1].note == "go on"
     assert sorted(repository.git("ls-tree", "--name-only", "main:parts").split()) == [f"{n}.txt" for n in range(5)]

@@ -151,8 +151,8 @@ async def test_doctor_checks_the_sources(repository: Repository) -> None:
     """Only if a file configures worktrees; reasons to reject a run are problems."""
 
     def level(**settings: Any) -> str | None:
-        told = repository.council("doctor", str(repository.configure(ONE, **settings)), "--json").result["findings"]
-        return next((str(one["level"]) for one in told if one["name"] == "worktrees"), None)
+        reported = repository.council("doctor", str(repository.configure(ONE, **settings)), "--json").result["findings"]
+        return next((str(one["level"]) for one in reported if one["name"] == "worktrees"), None)
 
     assert level() is None
     assert level(worktrees={"copy": ["secret"]}) == "problem"

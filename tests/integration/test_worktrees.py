@@ -119,8 +119,8 @@ async def test_hooks_run_around_each_session(repository: Repository, outside: Pa
     assert ended.states == {"good": "landed", "bad": "failed", "other": "landed"}
     assert sorted(lines(outside / "before")) == ["good", "other"]
     assert repository.git("show", "HEAD:good.txt").splitlines() == ["before", "formatted"]
-    told = map(json.loads, ended.stdout.splitlines())
-    failed = [event for event in told if event.get("event") == "task.after_run_failed"]
+    reported = map(json.loads, ended.stdout.splitlines())
+    failed = [event for event in reported if event.get("event") == "task.after_run_failed"]
     assert {event["task"] for event in failed} == {"good", "other"}
     assert all("exit code 3" in event["reason"] for event in failed)
     await repository.assert_invariants()
@@ -162,8 +162,8 @@ async def test_live_sessions_share_no_port_or_name(repository: Repository, outsi
     )
     waits = f'until [ "$(ls {outside}/up | wc -l)" -ge 4 ]; do sleep 0.05; done'
     (outside / "up").mkdir()
-    told = f"echo $COUNCIL_NAME $COUNCIL_PORT_0 >> {outside}/had; touch {outside}/up/@"
-    script = f"python3 {outside}/serve.py > @.txt; {told}; {waits}"
+    reported = f"echo $COUNCIL_NAME $COUNCIL_PORT_0 >> {outside}/had; touch {outside}/up/@"
+    script = f"python3 {outside}/serve.py > @.txt; {reported}; {waits}"
     config = shell(
         repository,
         outside,
