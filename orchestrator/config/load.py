@@ -22,6 +22,7 @@ from orchestrator.config.workflows import load
 from orchestrator.domain.settings.fields import NO_WORKFLOW, Settings
 from orchestrator.domain.settings.names import is_url
 from orchestrator.domain.settings.run_settings import (
+    MAX_WORKTREES,
     RunSettings,
     SandboxSettings,
     TaskSettings,
@@ -218,7 +219,7 @@ def _worktrees(file: Config) -> WorktreeSettings:
 
 def default_slot_count(capacity: int) -> int:
     """Return the default number of worktree slots: at least one more than sessions, for checks."""
-    return max(WorktreeSettings().max, capacity + 1)
+    return min(max(WorktreeSettings().max, capacity + 1), MAX_WORKTREES)
 
 
 def _state(file: Config, folder: Path) -> StateSettings:

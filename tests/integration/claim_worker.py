@@ -47,7 +47,7 @@ class Worker:
             stale_after=patience,
             owner_stale_after=patience,
             sweep_interval=0.25,
-            max_retries=100,
+            max_retries=99,
         )
         self.clock = SystemClock()
         self.claimed = self.done = 0

@@ -34,7 +34,7 @@ from tests.simulation.virtual_time import run_in_virtual_time
 
 RUN, REPOSITORY, TARGET = "r", "repository", "main"
 TIMING = CoordinationSettings(
-    heartbeat_interval=6.0, stale_after=30.0, owner_stale_after=60.0, sweep_interval=9.0, max_retries=1_000
+    heartbeat_interval=6.0, stale_after=30.0, owner_stale_after=60.0, sweep_interval=9.0, max_retries=99
 )
 SKEW = 3.0
 """Seconds by which a clock is wrong at most."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -230,10 +230,14 @@ class SetupStep(Settings):
 _STEP = short_form("run", "a step", "a shell command, or a mapping with `run:`", Command | SetupStep)
 
 
+#: The largest value of `worktrees.max`.
+MAX_WORKTREES: Final = 1000
+
+
 class WorktreeSettings(Settings):
     """The pool of worktrees for sessions and checks."""
 
-    max: Annotated[int, Field(ge=1, le=1000)] = 16
+    max: Annotated[int, Field(ge=1, le=MAX_WORKTREES)] = 16
     """The largest number of worktrees. Default: 16, or `capacity` + 1 if that is more."""
     max_size: Size | None = None
     """Their total size on disk. Default: no limit."""
