@@ -16,7 +16,7 @@ from tests.integration.test_scheduler import until_event
 from tests.waiting import wait_for
 
 
-async def states_after(
+async def states_after_request(
     repository: Repository,
     monkeypatch: pytest.MonkeyPatch,
     tasks: list[dict[str, Any]],
@@ -61,7 +61,7 @@ async def test_retry_right_after_an_attempt_is_performed(
         {"id": "t", "prompt": "attempt 1 exit 1\nwrite t.txt x", "attempts": 1},
         {"id": "after", "prompt": "write a.txt x", "needs": ["t"]},
     ]
-    states = await states_after(repository, monkeypatch, tasks, "task.failed", RequestAction.RETRY)
+    states = await states_after_request(repository, monkeypatch, tasks, "task.failed", RequestAction.RETRY)
     assert states == {"t": "landed", "after": "landed"}
 
 
@@ -77,7 +77,7 @@ async def test_cancel_right_after_an_attempt_is_performed(
         {"id": "t", "prompt": prompt},
         {"id": "after", "prompt": "write a.txt x", "needs": ["t"]},
     ]
-    states = await states_after(repository, monkeypatch, tasks, end, RequestAction.CANCEL)
+    states = await states_after_request(repository, monkeypatch, tasks, end, RequestAction.CANCEL)
     assert states == {"t": "cancelled", "after": "blocked"}
 
 

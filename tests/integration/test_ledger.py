@@ -63,7 +63,7 @@ async def leader_and_worker(store: Store, clock: Clock, folder: Path) -> tuple[L
     return await Ledger.take(store, clock, Redactor([]), others, "off"), await join(store, clock, run.id)
 
 
-class Overtaken(MemoryStore):
+class OvertakenStore(MemoryStore):
     """A store in which another process commits first, once.
 
     This happens before a commit with a given event type, or before a given kind of document is read.
@@ -95,7 +95,7 @@ class Overtaken(MemoryStore):
             await quicker()
 
 
-class Watched(Overtaken):
+class RacingStore(OvertakenStore):
     """A ledger during whose claim releases and reads everything else happens that can."""
 
     def __init__(self, clock: Clock) -> None:
@@ -113,7 +113,7 @@ class Watched(Overtaken):
 async def test_refresh_still_reports_a_move_by_another(tmp_path: Path, is_looked_meanwhile: bool) -> None:
     """A late claim finds the task landed; followers of other processes still receive that event."""
     clock = ManualClock()
-    store = Watched(clock)
+    store = RacingStore(clock)
     ours, theirs = await two_ledgers(store, clock, tmp_path)
     claimed = anyio.Event()
     async with aclosing(follow_changes(ours)) as changes:
@@ -171,7 +171,7 @@ async def test_task_tried_by_another_is_not_started(tmp_path: Path, trigger: Tri
 async def test_concurrent_adapter_update_is_judged_again(tmp_path: Path) -> None:
     """Two sessions in two processes hit the same limit: the later one finds it recorded."""
     clock = ManualClock()
-    store = Overtaken(clock, "adapter.cooling_down")
+    store = OvertakenStore(clock, "adapter.cooling_down")
     ours, theirs = await two_ledgers(store, clock, tmp_path)
 
     def judge(known: AdapterDocument) -> AdapterUpdate | None:
@@ -244,7 +244,7 @@ async def test_task_found_landed_by_another_is_not_retried(tmp_path: Path) -> No
 
 async def test_take_during_a_leader_election_names_the_leader(tmp_path: Path) -> None:
     clock = ManualClock()
-    store = Overtaken(clock, "run.leader_elected")
+    store = OvertakenStore(clock, "run.leader_elected")
     theirs, _ = await two_ledgers(store, clock, tmp_path)
     store.quicker = theirs.writer.try_to_lead
     run = theirs.run.id
@@ -256,7 +256,7 @@ async def test_take_during_a_leader_election_names_the_leader(tmp_path: Path) ->
 async def test_restore_during_a_take_is_seen(tmp_path: Path, event: str) -> None:
     """The documents were read before, and the process that restores a checkpoint is no orchestrator of the run."""
     clock = ManualClock()
-    store, run = Overtaken(clock, event), run_document(tmp_path)
+    store, run = OvertakenStore(clock, event), run_document(tmp_path)
     await record_new_run(store, run, {task: task_spec(task, "Do it.") for task in run.tasks})
     (key,) = [found.key for found in await store.list("task", f"{run.id}/models")]
 
@@ -278,7 +278,7 @@ async def test_restore_during_a_take_is_seen(tmp_path: Path, event: str) -> None
 async def test_record_read_while_a_restore_removes_a_task_is_whole(tmp_path: Path, kind: str) -> None:
     """The task is removed between the read of the run document and its own."""
     clock = ManualClock()
-    store, run = Overtaken(clock, kind), run_document(tmp_path)
+    store, run = OvertakenStore(clock, kind), run_document(tmp_path)
     await record_new_run(store, run, {task: task_spec(task, "Do it.") for task in run.tasks})
     *kept, removed = run.tasks
 
@@ -300,7 +300,7 @@ async def test_record_read_while_a_restore_removes_a_task_is_whole(tmp_path: Pat
 async def test_concurrent_elections_have_one_leader(tmp_path: Path) -> None:
     """The loser read the state before the election, and must not reclaim from a live leader."""
     clock = ManualClock()
-    store = Overtaken(clock, "run")
+    store = OvertakenStore(clock, "run")
     ours, theirs = await two_ledgers(store, clock, tmp_path)
     store.quicker = theirs.writer.try_to_lead
     assert not await ours.writer.try_to_lead()

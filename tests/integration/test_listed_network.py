@@ -146,7 +146,7 @@ class Workspace:
         return await shell.run(ShellCommand(text, self.top / "logs" / "check", PATIENCE, "checks_timeout"))
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         return (self.top / "stdout").read_text() + (self.top / "stderr").read_text()
 
 
@@ -163,7 +163,7 @@ def python(source: str, *arguments: str) -> list[str]:
 async def test_listed_host_is_reached(workspace: Workspace, kind: SandboxKind, port: int, name: str) -> None:
     """By a program that reads its proxy from the environment, as most do."""
     ended = await workspace.run(kind, (f"{name}:{port}",), python(FETCH, f"http://{name}:{port}/"))
-    assert (ended.exit, ended.spawn_error, workspace.said) == (0, None, "reached\n")
+    assert (ended.exit, ended.spawn_error, workspace.output) == (0, None, "reached\n")
     assert workspace.denied == []
 
 
@@ -174,13 +174,13 @@ async def test_folder_with_a_long_path_works(tmp_path: Path, kind: SandboxKind, 
     top.mkdir()
     workspace = Workspace(top)
     ended = await workspace.run(kind, (f"127.0.0.1:{port}",), python(FETCH, f"http://127.0.0.1:{port}/"))
-    assert (ended.exit, workspace.said) == (0, "reached\n")
+    assert (ended.exit, workspace.output) == (0, "reached\n")
 
 
 async def test_listed_host_is_reached_by_a_tunnel(workspace: Workspace, kind: SandboxKind, port: int) -> None:
     argv = ["curl", "--silent", "--show-error", "--proxytunnel", f"http://127.0.0.1:{port}/"]
     ended = await workspace.run(kind, (f"127.0.0.1:{port}",), argv)
-    assert (ended.exit, workspace.said) == (0, "reached")
+    assert (ended.exit, workspace.output) == (0, "reached")
 
 
 async def test_unlisted_host_is_denied(workspace: Workspace, kind: SandboxKind, port: int) -> None:
@@ -188,7 +188,7 @@ async def test_unlisted_host_is_denied(workspace: Workspace, kind: SandboxKind, 
     script = f"for _ in 1 2; do curl --silent --noproxy '' http://127.0.0.1:{port}/; done"
     ended = await workspace.run(kind, ("api.example.com",), ["sh", "-c", script])
     assert ended.exit == 0
-    assert workspace.said.count(f"127.0.0.1:{port} is not in `network.allow`") == 2
+    assert workspace.output.count(f"127.0.0.1:{port} is not in `network.allow`") == 2
     assert workspace.denied == [f"127.0.0.1:{port}"]
 
 
@@ -196,7 +196,7 @@ async def test_nothing_is_reached_without_the_proxy(workspace: Workspace, kind: 
     """Not by TCP, UDP or raw sockets, nor by kinds of TCP that Landlock does not cover."""
     argv = python(ATTEMPTS, str(port))
     ended = await workspace.run(kind, (f"127.0.0.1:{port}",), argv)
-    assert ended.exit == 0, workspace.said
+    assert ended.exit == 0, workspace.output
     assert json.loads((workspace.top / "stdout").read_text()) == ["proxy"]
 
 
@@ -206,14 +206,14 @@ async def test_only_tcp_is_proxied(workspace: Workspace) -> None:
     if landlock.abi_version() < landlock.MIN_ABI_FOR_PORTS:
         pytest.skip("this kernel's Landlock limits no connections")
     await workspace.run(SandboxKind.LANDLOCK, ("api.example.com",), python(source))
-    assert "OSError: [Errno 92] Protocol not available" in workspace.said
+    assert "OSError: [Errno 92] Protocol not available" in workspace.output
 
 
 async def test_session_accepts_no_connections(workspace: Workspace, kind: SandboxKind) -> None:
     """A listening socket is on a loopback of the session, or fails, with or without a port."""
     for source in ("socket.create_server(('127.0.0.1', 0))", "socket.socket().listen()"):
         ended = await workspace.run(kind, ("api.example.com",), python(f"import socket; {source}"))
-        assert (ended.exit == 0) == (kind is SandboxKind.BUBBLEWRAP), workspace.said
+        assert (ended.exit == 0) == (kind is SandboxKind.BUBBLEWRAP), workspace.output
 
 
 async def test_program_has_the_token_of_its_session_only(workspace: Workspace, kind: SandboxKind, port: int) -> None:
@@ -225,7 +225,7 @@ async def test_program_has_the_token_of_its_session_only(workspace: Workspace, k
         try: print(opener.open("http://127.0.0.1:{port}/", timeout=20).status)
         except urllib.error.HTTPError as error: print(error.code)""".replace("\n    ", "\n")
     await workspace.run(kind, (f"127.0.0.1:{port}",), python(script))
-    assert workspace.said == "200\n407\n407\n"
+    assert workspace.output == "200\n407\n407\n"
     assert workspace.denied == []
 
 
@@ -235,9 +235,9 @@ async def test_token_is_in_no_log(workspace: Workspace, kind: SandboxKind, port:
     await workspace.run(kind, (f"127.0.0.1:{port}",), ["sh", "-c", script], NO_PROXY="*", no_proxy="*")
     token = (workspace.tree / "kept").read_text().partition("council:")[2].partition("@")[0]
     assert len(token) == 32
-    assert "HTTPS_PROXY=http://council:[redacted]@127.0.0.1:" in workspace.said
-    assert "Proxy-Authorization: Basic [redacted]" in workspace.said
-    assert token not in workspace.said
+    assert "HTTPS_PROXY=http://council:[redacted]@127.0.0.1:" in workspace.output
+    assert "Proxy-Authorization: Basic [redacted]" in workspace.output
+    assert token not in workspace.output
 
 
 async def test_proxy_settings_of_the_user_are_ignored(workspace: Workspace, kind: SandboxKind, port: int) -> None:
@@ -246,7 +246,7 @@ async def test_proxy_settings_of_the_user_are_ignored(workspace: Workspace, kind
     hosts = (f"127.0.0.1:{port}", f"[::1]:{port}")
     await workspace.run(kind, hosts, argv, NO_PROXY="*", no_proxy="*", HTTP_PROXY="http://proxy.example:1")
     own = "localhost localhost " if kind is SandboxKind.BUBBLEWRAP else ""
-    assert workspace.said == f"127.0.0.1 {own}1\n"
+    assert workspace.output == f"127.0.0.1 {own}1\n"
 
 
 async def test_session_has_its_own_loopback(workspace: Workspace, port: int) -> None:
@@ -255,7 +255,7 @@ async def test_session_has_its_own_loopback(workspace: Workspace, port: int) -> 
     script = "python3 -m http.server 8000 --bind 127.0.0.1 >/dev/null 2>&1 & echo mine >page; "
     script += "curl --silent --retry 50 --retry-connrefused --retry-delay 1 http://127.0.0.1:8000/page"
     await workspace.run(SandboxKind.BUBBLEWRAP, ("api.example.com",), ["sh", "-c", script])
-    assert workspace.said == "mine\n"
+    assert workspace.output == "mine\n"
 
 
 async def test_proxied_start_is_as_clean_as_without(workspace: Workspace, kind: SandboxKind) -> None:
@@ -263,11 +263,11 @@ async def test_proxied_start_is_as_clean_as_without(workspace: Workspace, kind: 
     source = "import os, sys; print(sorted(map(int, os.listdir('/proc/self/fd')))[:-1], os.getcwd(), sys.argv[1:])\n"
     argv = ["sh", "-c", 'grep SigIgn /proc/self/status; exec "$@"', "sh", *python(source, "-x", "")]
     ended = await workspace.run(kind, ("api.example.com",), argv, A="b")
-    assert ended.exit == 0, workspace.said
+    assert ended.exit == 0, workspace.output
     # Signals from 32 on belong to the C library: programs that it starts by posix_spawn, as make does, ignore them.
-    ignored = int(workspace.said.splitlines()[0].removeprefix("SigIgn:"), 16)
+    ignored = int(workspace.output.splitlines()[0].removeprefix("SigIgn:"), 16)
     assert ignored & ((1 << 31) - 1) == 0
-    assert workspace.said.splitlines()[1] == f"[0, 1, 2] {workspace.tree} ['-x', '']"
+    assert workspace.output.splitlines()[1] == f"[0, 1, 2] {workspace.tree} ['-x', '']"
     assert not list(workspace.scratch.glob(".council-*"))
 
 
@@ -313,7 +313,7 @@ async def test_proxy_serves_its_session_only(workspace: Workspace, port: int) ->
                     ended = await run_supervised(fenced.command)
                     planted.setblocking(False)
                     planted.accept()[0].close()  # although no other process did it
-    assert (ended.exit, workspace.said) == (0, "reached\n")
+    assert (ended.exit, workspace.output) == (0, "reached\n")
 
 
 async def test_failed_check_names_the_denied_host(workspace: Workspace, kind: SandboxKind, port: int) -> None:

@@ -30,7 +30,7 @@ COMMAND = {"type": "object", "properties": {"command": {"type": "string"}}, "req
 
 
 @dataclass(frozen=True)
-class Heard:
+class ParsedAnswer:
     """A client's view of an answer: text, calls by name and arguments, stop reason, and tokens."""
 
     text: str
@@ -45,7 +45,7 @@ class Api:
 
     name: str
     ask: Callable[[str, bool, int, bool], tuple[str, Json]]
-    read: Callable[[bytes, bool], Heard]
+    read: Callable[[bytes, bool], ParsedAnswer]
     ended: tuple[str, str, str]
     error: Callable[[Json], str]
     errors: tuple[str, str]
@@ -81,7 +81,7 @@ def anthropic_ask(prompt: str, stream: bool, results: int, tools: bool) -> tuple
     return "/v1/messages?beta=true", body
 
 
-def anthropic_read(raw: bytes, stream: bool) -> Heard:
+def anthropic_read(raw: bytes, stream: bool) -> ParsedAnswer:
     if not stream:
         message = json.loads(raw)
     else:
@@ -107,7 +107,7 @@ def anthropic_read(raw: bytes, stream: bool) -> Heard:
                     message["usage"] |= usage
         assert seen[-1][1] == {"type": "message_stop"}
     blocks = message["content"]
-    return Heard(
+    return ParsedAnswer(
         "".join(block["text"] for block in blocks if block["type"] == "text"),
         [(block["name"], block["input"]) for block in blocks if block["type"] == "tool_use"],
         message["stop_reason"],
@@ -132,7 +132,7 @@ def responses_ask(prompt: str, stream: bool, results: int, tools: bool) -> tuple
     return "/v1/responses", body
 
 
-def responses_read(raw: bytes, stream: bool) -> Heard:
+def responses_read(raw: bytes, stream: bool) -> ParsedAnswer:
     if not stream:
         response = json.loads(raw)
     else:
@@ -163,7 +163,7 @@ def responses_read(raw: bytes, stream: bool) -> Heard:
             calls.append((item["name"], item["input"]))
     usage = response["usage"]
     assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
-    return Heard("".join(texts), calls, response["status"], (usage["input_tokens"], usage["output_tokens"]))
+    return ParsedAnswer("".join(texts), calls, response["status"], (usage["input_tokens"], usage["output_tokens"]))
 
 
 def chat_ask(prompt: str, stream: bool, results: int, tools: bool) -> tuple[str, Json]:
@@ -184,7 +184,7 @@ def chat_ask(prompt: str, stream: bool, results: int, tools: bool) -> tuple[str,
     return "/v1/chat/completions", body
 
 
-def chat_read(raw: bytes, stream: bool) -> Heard:
+def chat_read(raw: bytes, stream: bool) -> ParsedAnswer:
     if not stream:
         whole = json.loads(raw)
         message, ending = whole["choices"][0]["message"], whole["choices"][0]["finish_reason"]
@@ -208,7 +208,7 @@ def chat_read(raw: bytes, stream: bool) -> Heard:
                         calls[part["index"]]["arguments"] += part["function"]["arguments"]
     assert usage is not None
     made = [(call["name"], json.loads(call["arguments"])) for call in calls]
-    return Heard(text, made, ending, (usage["prompt_tokens"], usage["completion_tokens"]))
+    return ParsedAnswer(text, made, ending, (usage["prompt_tokens"], usage["completion_tokens"]))
 
 
 def gemini_ask(prompt: str, stream: bool, results: int, tools: bool) -> tuple[str, Json]:
@@ -230,13 +230,13 @@ def gemini_ask(prompt: str, stream: bool, results: int, tools: bool) -> tuple[st
     return f"/v1beta/models/m:{method}", body
 
 
-def gemini_read(raw: bytes, stream: bool) -> Heard:
+def gemini_read(raw: bytes, stream: bool) -> ParsedAnswer:
     chunks = [json.loads(data) for _, data in events(raw)] if stream else [json.loads(raw)]
     parts = [part for chunk in chunks for part in chunk["candidates"][0]["content"]["parts"]]
     calls = [part["functionCall"] for part in parts if "functionCall" in part]
     usage = chunks[-1]["usageMetadata"]
     assert usage["totalTokenCount"] == usage["promptTokenCount"] + usage["candidatesTokenCount"]
-    return Heard(
+    return ParsedAnswer(
         "".join(part.get("text", "") for part in parts),
         [(call["name"], call["args"]) for call in calls],
         chunks[-1]["candidates"][0]["finishReason"],
@@ -261,12 +261,12 @@ def ollama_ask(prompt: str, stream: bool, results: int, tools: bool) -> tuple[st
     return "/api/chat", body
 
 
-def ollama_read(raw: bytes, stream: bool) -> Heard:
+def ollama_read(raw: bytes, stream: bool) -> ParsedAnswer:
     parts = [json.loads(line) for line in raw.splitlines()]
     assert len(parts) > 1 if stream else len(parts) == 1
     assert [part["done"] for part in parts] == [False] * (len(parts) - 1) + [True]
     functions = [call["function"] for part in parts for call in part["message"].get("tool_calls", ())]
-    return Heard(
+    return ParsedAnswer(
         "".join(part["message"]["content"] for part in parts),
         [(function["name"], function["arguments"]) for function in functions],
         parts[-1]["done_reason"],
@@ -362,7 +362,9 @@ def post(server: ModelServer, path: str, body: Json, headers: dict[str, str] | N
         connection.close()
 
 
-def hear(server: ModelServer, api: Api, prompt: str, stream: bool, results: int = 0, *, tools: bool = True) -> Heard:
+def ask_model(
+    server: ModelServer, api: Api, prompt: str, stream: bool, results: int = 0, *, tools: bool = True
+) -> ParsedAnswer:
     """Return the answer to a prompt after this many tool results."""
     reply = post(server, *api.ask(prompt, stream, results, tools))
     assert (reply.status, reply.cut) == (200, False), reply
@@ -372,17 +374,17 @@ def hear(server: ModelServer, api: Api, prompt: str, stream: bool, results: int 
 @pytest.mark.extended_but_first
 def test_text_ends_the_answer(server: ModelServer, api: Api, stream: bool) -> None:
     """The whole text comes at once, with any characters; an empty script gives some text."""
-    heard = hear(server, api, "You are to\n  say größer 'als' \"x\"\nsay and 🦉 more\nand words", stream)
-    assert heard == Heard("größer 'als' \"x\"\nand 🦉 more", [], api.ended[1], heard.usage)
-    assert hear(server, api, "Hello there", stream).text
+    heard = ask_model(server, api, "You are to\n  say größer 'als' \"x\"\nsay and 🦉 more\nand words", stream)
+    assert heard == ParsedAnswer("größer 'als' \"x\"\nand 🦉 more", [], api.ended[1], heard.usage)
+    assert ask_model(server, api, "Hello there", stream).text
 
 
 @pytest.mark.extended_but_first
 def test_each_turn_is_the_next_tool_call(server: ModelServer, api: Api, stream: bool) -> None:
     """Files and commands go through the client's own tools in order, followed by the text."""
     prompt = "write a/b.txt some  text: \"q\" ä\nrun echo 'x' && true\nwrite c.txt\nsay ready"
-    writes, commands = hear(server, api, prompt, stream, 0), hear(server, api, prompt, stream, 1)
-    empty, end = hear(server, api, prompt, stream, 2), hear(server, api, prompt, stream, 3)
+    writes, commands = ask_model(server, api, prompt, stream, 0), ask_model(server, api, prompt, stream, 1)
+    empty, end = ask_model(server, api, prompt, stream, 2), ask_model(server, api, prompt, stream, 3)
     writer = {"anthropic": "Write", "openai-chat": "write"}.get(api.name, "write_file")
     shell = {"anthropic": "Bash", "openai-responses": "shell", "gemini": "run_shell_command"}.get(api.name, "bash")
     assert writes.calls == [(writer, {"file_path": "a/b.txt", "content": 'some  text: "q" ä\n'})]
@@ -411,7 +413,7 @@ def test_failure_ends_after_its_count(server: ModelServer, api: Api, stream: boo
     assert [reply.headers["retry-after"] for reply in replies] == ["30", "30", None]
     assert api.error(json.loads(replies[0].raw)) == api.errors[1]
     assert post(server, *api.ask(f"another\n{prompt}", stream, 0, True)).status == 429
-    assert hear(server, api, prompt, stream).text == "better"
+    assert ask_model(server, api, prompt, stream).text == "better"
 
 
 @pytest.mark.extended_but_first
@@ -421,14 +423,14 @@ def test_drop_interrupts_the_answer(server: ModelServer, api: Api, stream: bool)
     reply = post(server, *api.ask(prompt, stream, 0, True))
     assert (reply.status, reply.cut) == (200, True)
     assert reply.raw
-    assert len(hear(server, api, prompt, stream).calls) == 1
+    assert len(ask_model(server, api, prompt, stream).calls) == 1
 
 
 @pytest.mark.extended_but_first
 def test_answer_is_truncated_at_its_length(server: ModelServer, api: Api, stream: bool) -> None:
     """Half of it comes, no tool is called, the stop reason says why, and the retry gets all of it."""
     prompt = "cut 1\nsay 12345678"
-    heard = [hear(server, api, prompt, stream) for _ in range(2)]
+    heard = [ask_model(server, api, prompt, stream) for _ in range(2)]
     assert [(one.text, one.calls, one.ending) for one in heard] == [
         ("1234", [], api.ended[2]),
         ("12345678", [], api.ended[1]),
@@ -447,7 +449,7 @@ def test_too_long_prompt_is_rejected(server: ModelServer, api: Api, stream: bool
 @pytest.mark.extended_but_first
 def test_usage_is_that_of_the_script(server: ModelServer, api: Api, stream: bool) -> None:
     prompt = "usage 1234 56\nrun true"
-    assert [hear(server, api, prompt, stream, results).usage for results in (0, 1)] == [(1234, 56)] * 2
+    assert [ask_model(server, api, prompt, stream, results).usage for results in (0, 1)] == [(1234, 56)] * 2
 
 
 @pytest.mark.extended_but_first
@@ -489,10 +491,10 @@ def test_last_prompt_with_a_script_counts(server: ModelServer) -> None:
 def test_instructions_choose_the_part_of_the_script(server: ModelServer, api: Api, stream: bool) -> None:
     """The last part whose words occur elsewhere in the prompt; its own line does not count."""
     script = "write a.txt x\nsay all\ntold of apples\nsay apples\ntold of pears\nsay pears"
-    assert hear(server, api, script, stream, 1).text == "all"
-    assert hear(server, api, f"This speaks of apples.\n{script}", stream).text == "apples"
-    assert hear(server, api, f"{script}\nThis speaks of apples, and pears.", stream).text == "apples"
-    assert hear(server, api, f"{script}\nThis speaks of pears and of apples.", stream).text == "pears"
+    assert ask_model(server, api, script, stream, 1).text == "all"
+    assert ask_model(server, api, f"This speaks of apples.\n{script}", stream).text == "apples"
+    assert ask_model(server, api, f"{script}\nThis speaks of apples, and pears.", stream).text == "apples"
+    assert ask_model(server, api, f"{script}\nThis speaks of pears and of apples.", stream).text == "pears"
 
 
 def test_later_instructions_start_a_part_at_its_first_step(server: ModelServer) -> None:
@@ -726,12 +728,12 @@ def test_lookups_are_answered(server: ModelServer, path: str, field: str) -> Non
 def test_unknown_path_and_invalid_body_are_errors(server: ModelServer) -> None:
     assert post(server, "/v1/embeddings", {}).status == 404
     assert post(server, "/v1/messages", {"messages": [3]}).status == 400
-    assert hear(server, APIS[0], "say still there", True).text == "still there"
+    assert ask_model(server, APIS[0], "say still there", True).text == "still there"
 
 
 def test_delay_delays(server: ModelServer) -> None:
     began = time.monotonic()
-    hear(server, APIS[0], "delay 0.3\nsay x", True)
+    ask_model(server, APIS[0], "delay 0.3\nsay x", True)
     assert time.monotonic() - began >= 0.3
 
 

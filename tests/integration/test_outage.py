@@ -197,7 +197,7 @@ async def test_commit_with_a_lost_answer_is_made_once(scene: Scene) -> None:
             scene.line.reconnect()
 
 
-class Emptied(MemoryStore):
+class EmptiedStore(MemoryStore):
     """A store that has lost its content."""
 
     async def commit(self, commit: Commit) -> int:
@@ -212,7 +212,7 @@ async def test_lost_state_is_not_waited_for(tmp_path: Path, mode: Literal["pause
         raise AssertionError(event)
 
     with pytest.raises(StateLost), anyio.fail_after(PATIENCE):
-        async with survive_outages(Emptied(SystemClock()), mode, SystemClock(), tmp_path / "x", tell) as store:
+        async with survive_outages(EmptiedStore(SystemClock()), mode, SystemClock(), tmp_path / "x", tell) as store:
             await store.commit(writing(A, 0))
 
 

@@ -64,14 +64,14 @@ def files(tree: Path) -> dict[str, tuple[int, object]]:
     return {name: facts for name, facts in found.items() if name != ".git"}
 
 
-async def by_git(hub_fixture: HubFixture, branch: str, to: Path) -> dict[str, tuple[int, object]]:
+async def checked_out_by_git(hub_fixture: HubFixture, branch: str, to: Path) -> dict[str, tuple[int, object]]:
     """Return the files that git checks out."""
     subprocess.run(["git", "clone", "-q", "-b", branch, str(hub_fixture.top), str(to)], check=True)
     shutil.rmtree(to / ".git")
     return files(to)
 
 
-async def settled(pool: SlotPool) -> None:
+async def wait_until_settled(pool: SlotPool) -> None:
     """Wait until the background work is done: all slots are idle or in use."""
     with anyio.fail_after(30):
         while pool._is_making or pool._in_preparation or len(pool._held_slots) < pool._wanted:
@@ -98,7 +98,7 @@ async def assert_no_leaks(hub_fixture: HubFixture) -> None:
 
 async def test_takers_get_distinct_slots(hub_fixture: HubFixture, tmp_path: Path) -> None:
     """Concurrently; each equals git's checkout, git and the stamps find no difference, and all are released."""
-    commit, expected = await hub_fixture.fetch(), await by_git(hub_fixture, "main", tmp_path / "clone")
+    commit, expected = await hub_fixture.fetch(), await checked_out_by_git(hub_fixture, "main", tmp_path / "clone")
     began = []
     async with hub_fixture.open() as pool:
 
@@ -133,7 +133,7 @@ async def test_pool_that_ends_leaves_no_slot_of_unknown_state(hub_fixture: HubFi
             pool.warm(commit)
             await idle(pool, 2)
             worktree, _ = await hub_fixture.begin(pool, "task", commit)
-            await settled(pool)
+            await wait_until_settled(pool)
             await worktrees.remove_session_folder(worktree)
             raise ValueError("fenced")
 
@@ -160,7 +160,7 @@ async def test_warm_pool_creates_slots_ahead(hub_fixture: HubFixture) -> None:
 async def test_slot_keeps_its_path_and_moves_to_a_commit(hub_fixture: HubFixture, tmp_path: Path) -> None:
     """One slot serves both branches in turn, as git checks them out, whatever the session did before."""
     commits = {branch: await hub_fixture.fetch(branch) for branch in ("main", "other")}
-    expected = {branch: await by_git(hub_fixture, branch, tmp_path / branch) for branch in commits}
+    expected = {branch: await checked_out_by_git(hub_fixture, branch, tmp_path / branch) for branch in commits}
     async with hub_fixture.open(places=1) as pool:
         for number, branch in enumerate(("main", "other", "other", "main", "other")):
             worktree, checkout = await hub_fixture.begin(pool, f"task{number}", commits[branch])
@@ -265,7 +265,7 @@ async def test_file_in_the_way_of_a_move_discards_the_slot(hub_fixture: HubFixtu
         await hub_fixture.end(pool, worktree, checkout)
         await idle(pool, 1)
         worktree, checkout = await hub_fixture.begin(pool, "moved", other)
-        assert files(worktree.tree) == await by_git(hub_fixture, "other", tmp_path / "clone")
+        assert files(worktree.tree) == await checked_out_by_git(hub_fixture, "other", tmp_path / "clone")
         (worktree.tree / "wanted.o").write_text("changed\n")
         found = await checkout.compare()
         assert found is not None
@@ -536,12 +536,12 @@ async def plain(repository: Repository, tmp_path: Path, environ: dict[str, str])
 
 def forget_sessions(hub_fixture: HubFixture) -> None:
     """Do what a recovery does after it has salvaged the sessions of a killed run with no command left."""
-    until_free(hub_fixture)
+    wait_until_free(hub_fixture)
     for worktree in worktrees.list_worktrees(hub_fixture.hub, "run1", None):
         worktrees._remove(worktree)
 
 
-def until_free(hub_fixture: HubFixture) -> None:
+def wait_until_free(hub_fixture: HubFixture) -> None:
     """Wait for the commands of a killed process, which hold the slot locks until they end."""
     wait_for(lambda: not any(anyio.run(place.lock.is_held) for place in list_slots(hub_fixture.hub)))
 
@@ -559,7 +559,7 @@ async def test_slot_of_a_dead_process_is_reused(plain: HubFixture, repository: R
     child = worker(repository, 24, 4, "seed", 4, failpoints=f"{step}=kill@2")
     _, errors = child.communicate(timeout=60)
     assert child.returncode == -9, errors
-    await anyio.to_thread.run_sync(until_free, plain)
+    await anyio.to_thread.run_sync(wait_until_free, plain)
     sessions = {one.root: one.slot for one in worktrees.list_worktrees(plain.hub, "run1", None)}
     async with plain.open(warm=2) as pool:
         await plain.end(pool, *await plain.begin(pool, "after", await plain.fetch()))
@@ -571,7 +571,7 @@ async def test_slot_of_a_dead_process_is_reused(plain: HubFixture, repository: R
     await assert_no_leaks(plain)
 
 
-async def _many(hub_fixture: HubFixture, repository: Repository, total: int) -> None:
+async def _acquire_in_two_processes(hub_fixture: HubFixture, repository: Repository, total: int) -> None:
     """Acquire slots in two concurrent processes until the count is reached; kill most at a random point."""
     chance, handed = random.Random(total), 0
     while handed < total:
@@ -601,13 +601,13 @@ async def _many(hub_fixture: HubFixture, repository: Repository, total: int) -> 
 @pytest.mark.timeout(600)
 async def test_two_processes_killed_sometimes_lose_nothing(plain: HubFixture, repository: Repository) -> None:
     """Of some dozen acquisitions none fails, nothing is left, and memory does not grow."""
-    await _many(plain, repository, 60)
+    await _acquire_in_two_processes(plain, repository, 60)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 async def test_ten_thousand_assignments_leave_nothing(plain: HubFixture, repository: Repository) -> None:
-    await _many(plain, repository, 10_000)
+    await _acquire_in_two_processes(plain, repository, 10_000)
 
 
 def test_session_folder_is_created_while_its_neighbour_is_removed(tmp_path: Path) -> None:
@@ -651,13 +651,13 @@ async def test_requested_slot_is_waited_for_while_it_is_cleaned(
         await hub_fixture.end(pool, first, mine)
         await begun.wait()
         async with anyio.create_task_group() as group:
-            group.start_soon(let_go_once, pool, may_end)
+            group.start_soon(finish_cleanup_on_wait, pool, may_end)
             again = await pool.acquire(main, hub_fixture.worktree("first", 2).root, tree=mine.slot.tree)
         assert again.slot.tree == mine.slot.tree
         await pool.discard(again)
 
 
-async def let_go_once(pool: SlotPool, may_end: anyio.Event) -> None:
+async def finish_cleanup_on_wait(pool: SlotPool, may_end: anyio.Event) -> None:
     """Let the cleanup end as soon as a taker waits for a slot."""
     while not pool._waiting:
         await anyio.sleep(0.01)

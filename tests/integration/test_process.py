@@ -74,7 +74,7 @@ async def test_slow_command_is_killed_with_its_group(tmp_path: Path) -> None:
     with pytest.raises(TimeoutError, match=r"killed: it ran longer than 0\.5 s"):
         await process.run(["sh", "-c", script], env=ENV, timeout=0.5)
     assert time.monotonic() - began < 10
-    wait_for(lambda: not _lives(int(pid_file.read_text())), 10)
+    wait_for(lambda: not _is_alive(int(pid_file.read_text())), 10)
 
 
 #: Leaves a stopped process in a process group of its own, and waits for it.
@@ -89,7 +89,7 @@ async def test_command_with_a_stopped_process_is_killed_completely(
     monkeypatch.setattr(process, "STOPPED_TIMEOUT", 0.5)
     with pytest.raises(TimeoutError, match=r"killed: it was stopped for \d+ s"):
         await process.run(["sh", "-c", FROZEN], env=ENV, cwd=tmp_path)
-    wait_for(lambda: not _lives(int((tmp_path / "pid").read_text())), 10)
+    wait_for(lambda: not _is_alive(int((tmp_path / "pid").read_text())), 10)
 
 
 @pytest.mark.extended
@@ -138,7 +138,7 @@ async def test_frozen_command_does_not_outlive_its_starter(tmp_path: Path, is_re
             (tmp_path / "go").touch()
             wait_for((tmp_path / "second").exists)
         starter.kill()
-    wait_for(lambda: not _lives(int((tmp_path / "pid").read_text())), 10)
+    wait_for(lambda: not _is_alive(int((tmp_path / "pid").read_text())), 10)
     async with FileLock(tmp_path / "lock").hold(5):
         pass
 
@@ -181,7 +181,7 @@ async def test_spawned_program_exchanges_data_while_it_runs() -> None:
     assert child.wait() == 0
 
 
-def _lives(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

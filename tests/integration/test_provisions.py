@@ -48,7 +48,7 @@ class Workspace:
         """Provide all files to the worktree, as before each session."""
         assert isinstance(await self.provisions.install_into(self.tree, self.base, self.git), PathAccess)
 
-    async def refuse(self) -> ProvisionFailure:
+    async def find_refusal(self) -> ProvisionFailure:
         """Return the reason why not all files can be provided."""
         result = await self.provisions.install_into(self.tree, self.base, self.git)
         assert isinstance(result, ProvisionFailure)
@@ -243,7 +243,7 @@ async def test_committed_link_in_place_of_their_folder_is_not_imported(workspace
 async def test_missing_source_has_a_remedy(workspace: Workspace) -> None:
     """The user may have deleted it meanwhile."""
     (workspace.provisions.checkout / ".env").unlink()
-    reported = str(await workspace.refuse())
+    reported = str(await workspace.find_refusal())
     assert reported.startswith("`worktrees.copy`: there is no '.env' in ")
     assert "make it there, or remove it" in reported
     assert not (workspace.tree / ".env").exists()
@@ -256,7 +256,7 @@ async def test_link_in_the_path_of_the_source_is_rejected(workspace: Workspace, 
     (elsewhere / "local.yaml").write_text("of somebody\n")
     shutil.rmtree(top / "config")
     (top / "config").symlink_to(elsewhere)
-    assert "'config/local.yaml' goes through the link 'config'" in str(await workspace.refuse())
+    assert "'config/local.yaml' goes through the link 'config'" in str(await workspace.find_refusal())
     (top / "config").unlink()
     (top / "config").mkdir()
     (top / "config/local.yaml").symlink_to(elsewhere / "local.yaml")
@@ -267,14 +267,14 @@ async def test_link_in_the_path_of_the_source_is_rejected(workspace: Workspace, 
     assert (workspace.tree / "config/local.yaml").read_text() == "of somebody\n"
     assert not (workspace.tree / "config/local.yaml").is_symlink()
     workspace.provisions = replace(workspace.provisions, hidden=(elsewhere / "deeper",))
-    assert "`worktrees.link`: 'data/models' contains files hidden from sessions" in str(await workspace.refuse())
+    assert "`worktrees.link`: 'data/models' contains files hidden from sessions" in str(await workspace.find_refusal())
 
 
 @pytest.mark.parametrize("path", ["config", "config/base.yaml"])
 async def test_tracked_files_are_not_overwritten(workspace: Workspace, path: str) -> None:
     """Otherwise each session would seem to have changed them."""
     workspace.provisions = Provisions(workspace.provisions.checkout, (path,))
-    assert "is in the commit already: remove it from `worktrees.copy`" in str(await workspace.refuse())
+    assert "is in the commit already: remove it from `worktrees.copy`" in str(await workspace.find_refusal())
 
 
 async def test_tracked_link_in_the_path_stays(workspace: Workspace, repository: Repository) -> None:
@@ -285,13 +285,13 @@ async def test_tracked_link_in_the_path_stays(workspace: Workspace, repository: 
         "main", internal_ref_name("run1", "base")
     )
     workspace.base, workspace.provisions = base, Provisions(repository.top, ("conf/local.yaml",))
-    assert "'conf' is no folder in the commit" in str(await workspace.refuse())
+    assert "'conf' is no folder in the commit" in str(await workspace.find_refusal())
 
 
 async def test_pipe_is_not_waited_for(workspace: Workspace) -> None:
     (workspace.provisions.checkout / ".env").unlink()
     os.mkfifo(workspace.provisions.checkout / ".env")
-    assert "neither a file nor a folder" in str(await workspace.refuse())
+    assert "neither a file nor a folder" in str(await workspace.find_refusal())
     assert await workspace.provisions.secrets() == frozenset()
 
 

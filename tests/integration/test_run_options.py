@@ -35,7 +35,7 @@ CHAIN: list[dict[str, Any]] = [
 ]
 
 
-def settle(repository: Repository, tasks: list[dict[str, Any]]) -> None:
+def write_config(repository: Repository, tasks: list[dict[str, Any]]) -> None:
     """Write council.yaml at the top of the repository, with a target for each run."""
     written = json.loads(repository.configure(tasks).read_text())
     del written["target"]
@@ -44,7 +44,7 @@ def settle(repository: Repository, tasks: list[dict[str, Any]]) -> None:
 
 async def test_prompt_argument_equals_the_option(repository: Repository) -> None:
     """`run "..."` equals `run --task "..."`, with the file's settings; both together are two tasks."""
-    settle(repository, CHAIN)
+    write_config(repository, CHAIN)
     words, option = (
         repository.council("run", *form, "--json") for form in (["write x.txt 1"], ["--task", "write x.txt 1"])
     )
@@ -202,7 +202,7 @@ async def test_error_of_a_detached_run_is_in_its_status(repository: Repository) 
 async def test_merge_lands_a_runs_own_branch_on_its_base(repository: Repository) -> None:
     """With the checks of its tasks on the merge, and the user's newer commits; a second merge is empty."""
     checks = {"checks": ["test -e a.txt", "test ! -e forbidden"], "allow_failing_base": True}
-    settle(repository, [{**CHAIN[0], **checks}, CHAIN[3]])
+    write_config(repository, [{**CHAIN[0], **checks}, CHAIN[3]])
     repository.commit({".gitignore": "council.yaml\n"})
     run = repository.council("run")
     assert run.stdout.splitlines()[-1].startswith("Next: council merge 2"), run
@@ -235,7 +235,7 @@ async def test_merge_lands_a_runs_own_branch_on_its_base(repository: Repository)
 @pytest.mark.extended
 def test_unlanded_merge_is_continued(repository: Repository) -> None:
     """By the next `council merge`, as the same run; until then all commands show it as queued."""
-    settle(repository, [CHAIN[0]])
+    write_config(repository, [CHAIN[0]])
     repository.commit({".gitignore": "council.yaml\n"})
     assert repository.council("run").code == 0
     (repository.top / "a.txt").write_text("in the way")
@@ -252,7 +252,7 @@ def test_unlanded_merge_is_continued(repository: Repository) -> None:
 
 @pytest.mark.extended
 async def test_merge_into_a_dirty_checkout_is_rejected_before_a_run(repository: Repository) -> None:
-    settle(repository, [CHAIN[0]])
+    write_config(repository, [CHAIN[0]])
     repository.commit({".gitignore": "council.yaml\n"})
     assert repository.council("run").code == 0
     (repository.top / ".gitignore").write_text("mine\n")
@@ -266,7 +266,7 @@ async def test_merge_into_a_dirty_checkout_is_rejected_before_a_run(repository: 
 
 async def test_merge_that_fails_its_checks_moves_nothing(repository: Repository) -> None:
     """No session follows; the unmerged work is preserved."""
-    settle(repository, [{**CHAIN[0], "checks": ["test ! -e forbidden"]}])
+    write_config(repository, [{**CHAIN[0], "checks": ["test ! -e forbidden"]}])
     repository.commit({".gitignore": "council.yaml\n"})
     assert repository.council("run").code == 0
     before = repository.commit({"forbidden": "x"})
@@ -301,7 +301,7 @@ async def test_merge_that_fails_its_checks_moves_nothing(repository: Repository)
 )
 def test_failed_merge_has_its_next_commands(repository: Repository, theirs: str, expected: list[str]) -> None:
     """A retry would merge the same commits again. The printed commands work as printed."""
-    settle(repository, [{**CHAIN[0], "checks": ["test ! -e forbidden"]}])
+    write_config(repository, [{**CHAIN[0], "checks": ["test ! -e forbidden"]}])
     repository.commit({".gitignore": "council.yaml\n"})
     assert repository.council("run").code == 0
     name = repository.council("status", "--json").result["run"]
@@ -352,7 +352,7 @@ async def test_merge_lands_queued_work_and_starts_nothing(repository: Repository
 @pytest.mark.extended
 async def test_merge_run_never_starts_a_session(repository: Repository) -> None:
     """A retry of its task is rejected with the commands that merge again; a resume changes nothing."""
-    settle(repository, [CHAIN[0]])
+    write_config(repository, [CHAIN[0]])
     repository.commit({".gitignore": "council.yaml\n"})
     assert repository.council("run").code == 0
     name = repository.council("status", "--json").result["run"]
@@ -371,7 +371,7 @@ async def test_merge_run_never_starts_a_session(repository: Repository) -> None:
 @pytest.mark.extended
 async def test_merge_run_with_a_pending_task_starts_no_session(repository: Repository) -> None:
     """Even if another process, such as a checkpoint restore, has made its task pending."""
-    settle(repository, [CHAIN[0]])
+    write_config(repository, [CHAIN[0]])
     repository.commit({".gitignore": "council.yaml\n"})
     assert repository.council("run").code == 0
     repository.commit({"a.txt": "mine"})
@@ -397,7 +397,7 @@ def printed_next(repository: Repository) -> list[str]:
 @pytest.mark.parametrize("how", ["merged", "deleted", "squashed", "lost"])
 async def test_branch_merged_or_deleted_by_the_user_is_not_awaited(repository: Repository, how: str) -> None:
     """`status` and `runs` print no next command any more, and `council merge` has nothing to merge."""
-    settle(repository, [CHAIN[0]])
+    write_config(repository, [CHAIN[0]])
     repository.commit({".gitignore": "council.yaml\n"})
     assert repository.council("run").code == 0
     name = repository.council("status", "--json").result["run"]
@@ -448,7 +448,7 @@ async def test_merge_blocked_by_a_dirty_checkout_names_the_obstacle(repository: 
 
 @pytest.mark.parametrize("option", ["--base", "--target"])
 def test_invalid_branch_is_a_mistake_of_the_option(repository: Repository, option: str) -> None:
-    settle(repository, CHAIN)
+    write_config(repository, CHAIN)
     wrong = repository.council("run", "echo x", option, "nope..x")
     assert (wrong.code, f"'{option}': 'nope..x' can't be a branch" in wrong.stderr) == (2, True), wrong
     assert "council.yaml" not in wrong.stderr
@@ -456,7 +456,7 @@ def test_invalid_branch_is_a_mistake_of_the_option(repository: Repository, optio
 
 def test_run_from_elsewhere_names_the_folder_of_its_commands(repository: Repository, tmp_path: Path) -> None:
     """The printed commands find the run in that folder; within the repository nothing more is printed."""
-    settle(repository, [CHAIN[0]])
+    write_config(repository, [CHAIN[0]])
     repository.commit({".gitignore": "council.yaml\n"})
     folder = tmp_path / "elsewhere"
     folder.mkdir()

@@ -79,7 +79,7 @@ class Folders:
         )
         return replace(command, **changes)
 
-    def said(self) -> str:
+    def output(self) -> str:
         return (self.home.parent / "stdout").read_text() + (self.home.parent / "stderr").read_text()
 
 
@@ -130,7 +130,7 @@ async def attack(
     setting |= {"outside": str(folders.outside), "pid": pid, "port": port}
     argv = [sys.executable, "-I", "-S", str(HOSTILE), json.dumps(setting), *attacks]
     ended = await run_supervised(sandbox_command(kind, folders.command(argv), policy))
-    assert (ended.exit, ended.spawn_error) == (0, None), folders.said()
+    assert (ended.exit, ended.spawn_error) == (0, None), folders.output()
     succeeded: list[str] = json.loads((folders.home.parent / "stdout").read_text())
     return succeeded
 
@@ -166,7 +166,7 @@ async def test_hidden_folder_inside_a_writable_one_is_hidden(folders: Folders, k
     assert await attack(folders, kind, policy, ["read_hidden", "read_hidden_inside_writable"]) == []
     script = f"echo ok >{folders.tree}/work/new && cat {folders.objects}/object && ! echo x >{folders.objects}/object"
     ended = await run_supervised(sandbox_command(kind, folders.command(["sh", "-c", script]), policy))
-    assert (ended.exit, (folders.tree / "work" / "new").read_text()) == (0, "ok\n"), folders.said()
+    assert (ended.exit, (folders.tree / "work" / "new").read_text()) == (0, "ok\n"), folders.output()
     assert (folders.objects / "object").read_text() == "object"
 
 
@@ -183,7 +183,7 @@ async def test_part_of_the_system_can_be_hidden(folders: Folders, kind: SandboxK
     ended = await run_supervised(
         sandbox_command(kind, folders.command(["sh", "-c", script]), folders.policy(hidden=(hidden,)))
     )
-    assert ended.exit == 0, folders.said()
+    assert ended.exit == 0, folders.output()
 
 
 async def test_outside_processes_are_unreachable(
@@ -218,7 +218,7 @@ async def test_network_is_unreachable_if_off(folders: Folders, bubblewrap: Sandb
     source = "import socket; s = socket.create_server(('127.0.0.1', 0)); socket.create_connection(s.getsockname())"
     alone = folders.command([sys.executable, "-I", "-S", "-c", source])
     assert (await run_supervised(sandbox_command(bubblewrap, alone, folders.policy(network=False)))).exit == 0, (
-        folders.said()
+        folders.output()
     )
 
 
@@ -246,7 +246,7 @@ open("/dev/stdout", "w").close(); subprocess.run("echo x | cat > from-shell", sh
     shared = (Path("/dev/shm"),) if kind is SandboxKind.LANDLOCK else ()
     policy = folders.policy(writable=(folders.tree / "work", *shared))
     ended = await run_supervised(sandbox_command(kind, folders.command([sys.executable, "-c", source]), policy))
-    assert (ended.exit, ended.spawn_error) == (0, None), folders.said()
+    assert (ended.exit, ended.spawn_error) == (0, None), folders.output()
     assert (folders.tree / "work" / "from-shell").read_text() == "x\n"
 
 
@@ -265,7 +265,7 @@ async def test_commit_with_borrowed_objects_works(folders: Folders, kind: Sandbo
     script = "echo 2 >>file && git add --all && git commit -qm second && git log --oneline && git fsck && git status"
     command = folders.command(["sh", "-c", script], cwd=tree, env=env)
     ended = await run_supervised(sandbox_command(kind, command, folders.policy()))
-    assert ended.exit == 0, folders.said()
+    assert ended.exit == 0, folders.output()
     log = subprocess.run(["git", "log", "--format=%s"], cwd=tree, env=env, capture_output=True, text=True, check=True)
     assert log.stdout.split() == ["second", "first"]
 
@@ -275,7 +275,7 @@ async def test_sandboxed_program_starts_as_clean_as_without(folders: Folders, ki
     source = "import os, sys; print(sorted(map(int, os.listdir('/proc/self/fd')))[:-1])"
     source += "; print(os.getcwd(), sys.argv[1], os.environ['A'])"
     command = folders.command([sys.executable, "-I", "-S", "-c", source, "-x"], env={"A": "b"})
-    assert (await run_supervised(sandbox_command(kind, command, folders.policy()))).exit == 0, folders.said()
+    assert (await run_supervised(sandbox_command(kind, command, folders.policy()))).exit == 0, folders.output()
     assert (folders.home.parent / "stdout").read_text() == f"[0, 1, 2]\n{folders.tree / 'work'} -x b\n"
 
 
@@ -387,7 +387,7 @@ async def test_killed_supervisor_leaves_no_process(folders: Folders, bubblewrap:
     grows = folders.tree / "work" / "grows"
 
     async def kill() -> None:
-        await until(lambda: grows.exists() and grows.stat().st_size)
+        await wait_until(lambda: grows.exists() and grows.stat().st_size)
         child_processes()[0].kill()
 
     command = folders.command([sys.executable, "-I", "-S", "-c", DETACHED])
@@ -395,7 +395,7 @@ async def test_killed_supervisor_leaves_no_process(folders: Folders, bubblewrap:
         group.start_soon(kill)
         with pytest.raises(SessionError):
             await run_supervised(sandbox_command(bubblewrap, command, folders.policy()))
-    await until(lambda: not any(_is_daemon(process) for process in psutil.process_iter(["cmdline", "cwd"])))
+    await wait_until(lambda: not any(_is_daemon(process) for process in psutil.process_iter(["cmdline", "cwd"])))
     size = grows.stat().st_size
     await anyio.sleep(0.1)
     assert grows.stat().st_size == size
@@ -405,7 +405,7 @@ def _is_daemon(process: psutil.Process) -> bool:
     return "daemon" in (process.info["cmdline"] or ()) and DETACHED in process.info["cmdline"]
 
 
-async def until(condition: Callable[[], object], within: float = 20) -> None:
+async def wait_until(condition: Callable[[], object], within: float = 20) -> None:
     deadline = time.monotonic() + within
     while not condition():
         assert time.monotonic() < deadline, f"condition not reached within {within} s"
@@ -421,8 +421,8 @@ async def test_unusable_bubblewrap_is_not_chosen(tmp_path: Path) -> None:
     fake.write_text("#!/bin/sh\necho 'bwrap: setting up uid map: Permission denied' >&2\nexit 1\n")
     fake.chmod(0o755)
     environ = {"PATH": f"{tmp_path}:{os.defpath}"}
-    said = r"uid map: Permission denied.*apparmor_restrict_unprivileged_userns=0.*`sandbox: off`"
-    with pytest.raises(RefusedError, match=said):
+    output = r"uid map: Permission denied.*apparmor_restrict_unprivileged_userns=0.*`sandbox: off`"
+    with pytest.raises(RefusedError, match=output):
         await choose_sandbox("bubblewrap", network=True, environ=environ)
     require_sandbox(SandboxKind.LANDLOCK)
     for network in (True, False):

@@ -15,7 +15,7 @@ import pytest
 
 from orchestrator.sessions.sandbox.policy import SandboxKind, sandbox_command
 from orchestrator.sessions.supervision.supervisor_client import SupervisedCommand, SupervisedExit, run_supervised
-from tests.integration.test_sandbox import Folders, until
+from tests.integration.test_sandbox import Folders, wait_until
 from tests.processes import child_processes
 from tests.sandboxes import require_sandbox
 
@@ -100,7 +100,7 @@ async def stopped(folders: Folders, command: SupervisedCommand) -> tuple[Supervi
     asked: list[float] = []
 
     async def stop() -> None:
-        await until((folders.tree / "work" / "ready").exists)
+        await wait_until((folders.tree / "work" / "ready").exists)
         (supervisor,) = child_processes()
         asked.append(time.monotonic())
         supervisor.send_signal(signal.SIGTERM)
@@ -161,7 +161,7 @@ async def test_cancelled_program_is_interrupted(folders: Folders, program: Run) 
     """The cancellation continues after the cleanup."""
     async with anyio.create_task_group() as group:
         group.start_soon(run_supervised, program(TIDIES, interrupt=True))
-        await until((folders.tree / "work" / "ready").exists)
+        await wait_until((folders.tree / "work" / "ready").exists)
         group.cancel_scope.cancel()
     assert (folders.home.parent / "stdout").read_text().endswith("ended its tool\n")
 

@@ -181,7 +181,7 @@ async def test_second_copy_is_a_no_op(source: FileStore, tmp_path: Path, clock: 
         assert await target.position() == 83
 
 
-class Forgetful(MemoryStore):
+class LossyStore(MemoryStore):
     """A store that loses part of its input."""
 
     async def commit(self, commit: Commit) -> int:
@@ -198,7 +198,7 @@ async def test_different_copy_is_reported(clock: ManualClock) -> None:
     source = MemoryStore(clock)
     await source.commit(Commit([Write(MUCH, 0, {})], [Event("e")]))
     with pytest.raises(StoreUnavailable, match="differs"):
-        await copy_store(source, Forgetful(clock))
+        await copy_store(source, LossyStore(clock))
 
 
 async def test_damaged_store_is_not_copied(tmp_path: Path, clock: ManualClock) -> None:

@@ -39,7 +39,7 @@ LINUX_ONLY = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has 
 
 
 @pytest.fixture(autouse=True, params=["started", "forked"])
-async def _way(request: pytest.FixtureRequest) -> AsyncIterator[None]:
+async def _supervisor_start(request: pytest.FixtureRequest) -> AsyncIterator[None]:
     """Run each test with a spawned and with a forked supervisor."""
     if request.param == "started":
         yield
@@ -52,13 +52,13 @@ async def _way(request: pytest.FixtureRequest) -> AsyncIterator[None]:
 def _no_survivors(tmp_path: Path) -> Iterator[None]:
     """Check that no program of the test is left: each has the test's folder in its argv."""
     yield
-    survivors = [process for process in psutil.process_iter(["cmdline"]) if _belongs(process, tmp_path)]
+    survivors = [process for process in psutil.process_iter(["cmdline"]) if _is_of_test(process, tmp_path)]
     for process in survivors:
         process.kill()
     assert not survivors
 
 
-def _belongs(process: psutil.Process, folder: Path) -> bool:
+def _is_of_test(process: psutil.Process, folder: Path) -> bool:
     return any(str(folder) in word for word in process.info["cmdline"] or ())
 
 
@@ -86,7 +86,7 @@ def agent(tmp_path: Path) -> Agent:
     return make
 
 
-async def until(condition: Callable[[], object], within: float = 20) -> None:
+async def wait_until(condition: Callable[[], object], within: float = 20) -> None:
     deadline = time.monotonic() + within
     while not condition():
         assert time.monotonic() < deadline, f"condition not reached within {within} s"
@@ -101,12 +101,12 @@ def supervisors() -> list[psutil.Process]:
     return found
 
 
-async def none_is_left() -> None:
+async def wait_for_no_children() -> None:
     """Wait for a process that has just reported its end; a zombie would stay."""
-    await until(lambda: not supervisors(), within=2)
+    await wait_until(lambda: not supervisors(), within=2)
 
 
-def lives(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -126,12 +126,12 @@ def is_free(lock: Path) -> bool:
     return True
 
 
-async def stopped_once(command: SupervisedCommand, ready: Callable[[], object]) -> float:
+async def cancel_when_ready(command: SupervisedCommand, ready: Callable[[], object]) -> float:
     """Run `command`, cancel it when `ready()`, and return the seconds that the cancellation took."""
     cancelled_at = 0.0
     async with anyio.create_task_group() as group:
         group.start_soon(run_supervised, command)
-        await until(ready)
+        await wait_until(ready)
         cancelled_at = time.monotonic()
         group.cancel_scope.cancel()
     return time.monotonic() - cancelled_at
@@ -241,7 +241,7 @@ async def test_exhausted_machine_is_distinguished_from_a_missing_program(agent: 
         fcntl.flock(file, fcntl.LOCK_EX)
         async with anyio.create_task_group() as group:
             group.start_soon(run)
-            await until(lambda: any(_has_open(child, command.lock) for child in supervisors()))
+            await wait_until(lambda: any(_has_open(child, command.lock) for child in supervisors()))
             (supervisor,) = supervisors()
             taken = {int(fd.name) for fd in Path(f"/proc/{supervisor.pid}/fd").iterdir()}
             supervisor.rlimit(psutil.RLIMIT_NOFILE, (min(set(range(len(taken) + 1)) - taken), 1 << 10))
@@ -300,7 +300,7 @@ while True: time.sleep(0.05)  # Python sees a signal that comes just before a sl
 
 async def test_stopped_program_can_save_its_work(agent: Agent, tmp_path: Path) -> None:
     """Its program gets SIGTERM first, and the wait ends when it does."""
-    took = await stopped_once(agent(LAST_WORD), (tmp_path / "ready").exists)
+    took = await cancel_when_ready(agent(LAST_WORD), (tmp_path / "ready").exists)
     assert (tmp_path / "last-word").read_text() == "saved"
     assert took < 5
 
@@ -311,7 +311,7 @@ async def test_wrapper_that_ends_first_leaves_the_program_its_grace_period(agent
     source = "if os.fork(): time.sleep(300)\nos.setsid()\n" + LAST_WORD.replace(
         "    with", "    time.sleep(0.2)\n    with"
     )
-    took = await stopped_once(agent(source), (tmp_path / "ready").exists)
+    took = await cancel_when_ready(agent(source), (tmp_path / "ready").exists)
     assert (tmp_path / "last-word").read_text() == "saved"
     assert took < 5
 
@@ -333,7 +333,7 @@ async def test_leftover_processes_are_killed_and_counted(agent: Agent, tmp_path:
     began = time.monotonic()
     ended = await run_supervised(agent(DAEMON + "while not os.path.exists('pid'): pass"))
     assert (ended.exit, ended.ended_by, ended.killed) == (0, "exit", 1)
-    assert not lives(int((tmp_path / "pid").read_text()))
+    assert not is_alive(int((tmp_path / "pid").read_text()))
     assert time.monotonic() - began < 10
 
 
@@ -364,7 +364,7 @@ async def test_foreign_holder_of_the_output_does_not_delay_the_end(agent: Agent,
     strangers: list[subprocess.Popen[bytes]] = []
 
     async def write() -> None:
-        await until((tmp_path / "pid").exists)
+        await wait_until((tmp_path / "pid").exists)
         with Path(f"/proc/{(tmp_path / 'pid').read_text()}/fd/1").open("wb") as pipe:
             strangers.append(subprocess.Popen(["yes", str(tmp_path)], stdout=pipe, stderr=subprocess.DEVNULL))
         (tmp_path / "go").touch()
@@ -454,7 +454,7 @@ async def test_complete_lines_are_read_while_the_program_runs(agent: Agent, tmp_
     source = "os.write(1, b'whole\\nhalf')\nwhile not os.path.exists('go'): time.sleep(0.01)"
     async with anyio.create_task_group() as group:
         group.start_soon(run_supervised, agent(source, redact=SECRETS))
-        await until(lambda: (tmp_path / "stdout").exists() and (tmp_path / "stdout").read_bytes() == b"whole\n")
+        await wait_until(lambda: (tmp_path / "stdout").exists() and (tmp_path / "stdout").read_bytes() == b"whole\n")
         (tmp_path / "go").touch()
     assert (tmp_path / "stdout").read_bytes() == b"whole\nhalf"
 
@@ -581,18 +581,18 @@ async def test_killed_orchestrator_leaves_no_process(agent: Agent, tmp_path: Pat
     growing = [tmp_path / f"grows-{name}" for name in ("cli", "a", "b")]
     orchestrator = subprocess.Popen([sys.executable, "-c", ORCHESTRATOR, str(tmp_path)])
     try:
-        await until(lambda: all(path.exists() and path.stat().st_size for path in growing))
+        await wait_until(lambda: all(path.exists() and path.stat().st_size for path in growing))
         pids = [int(path.read_text().split()[0]) for path in growing]
         with pytest.raises(LockHeld):
             await wait_until_released(command.lock, timeout=0)
-        assert all(map(lives, pids))
+        assert all(map(is_alive, pids))
     finally:
         orchestrator.kill()
         orchestrator.wait()
     killed_at = time.monotonic()
     while not is_free(command.lock):
         assert time.monotonic() < killed_at + 2
-    assert not any(map(lives, pids))
+    assert not any(map(is_alive, pids))
     sizes = [path.stat().st_size for path in growing]
     await anyio.sleep(0.05)  # long enough for hundreds of lines
     assert [path.stat().st_size for path in growing] == sizes
@@ -602,8 +602,8 @@ async def test_killed_orchestrator_leaves_no_process(agent: Agent, tmp_path: Pat
 async def test_stop_ends_everything_after_the_grace_period(agent: Agent, tmp_path: Path) -> None:
     growing = [tmp_path / f"grows-{name}" for name in ("cli", "a", "b")]
     command = agent(NASTY, grace=0.2)
-    took = await stopped_once(command, lambda: all(path.exists() and path.stat().st_size for path in growing))
-    assert not any(lives(int(path.read_text().split()[0])) for path in growing)
+    took = await cancel_when_ready(command, lambda: all(path.exists() and path.stat().st_size for path in growing))
+    assert not any(is_alive(int(path.read_text().split()[0])) for path in growing)
     assert is_free(command.lock)
     assert took < 5
 
@@ -613,7 +613,7 @@ async def test_session_lock_is_held_while_the_session_lives(agent: Agent, tmp_pa
     command = agent("open('ready', 'w')\nwhile not os.path.exists('go'): time.sleep(0.01)\nopen('done', 'w')")
     async with anyio.create_task_group() as group:
         group.start_soon(run_supervised, command)
-        await until((tmp_path / "ready").exists)
+        await wait_until((tmp_path / "ready").exists)
         with pytest.raises(LockHeld, match=r"task\.1\.lock is locked by process \d+ \(alive"):
             await wait_until_released(command.lock, timeout=0.05)
         (tmp_path / "go").touch()
@@ -653,7 +653,7 @@ async def test_cancellation_during_the_start_leaves_nothing(agent: Agent, delay:
     before = open_fds()
     with anyio.move_on_after(delay):
         await run_supervised(command)
-    await none_is_left()
+    await wait_for_no_children()
     assert not command.lock.exists() or is_free(command.lock)
     assert open_fds() == before
 
@@ -691,7 +691,7 @@ async def test_frozen_session_ends_with_all_its_processes(agent: Agent, tmp_path
     command = agent(NASTY)
     growing = [tmp_path / f"grows-{name}" for name in ("cli", "a", "b")]
     orchestrator = subprocess.Popen([sys.executable, "-c", ORCHESTRATOR, str(tmp_path)])
-    await until(lambda: all(path.exists() and path.stat().st_size for path in growing))
+    await wait_until(lambda: all(path.exists() and path.stat().st_size for path in growing))
     pids = [int(path.read_text().split()[0]) for path in growing]
     frozen = [*psutil.Process(orchestrator.pid).children(), psutil.Process(pids[0])]
     for process in frozen:
@@ -699,9 +699,9 @@ async def test_frozen_session_ends_with_all_its_processes(agent: Agent, tmp_path
     orchestrator.kill()
     orchestrator.wait()
     await anyio.sleep(0.1)
-    assert all(map(lives, pids))
+    assert all(map(is_alive, pids))
     await stop_supervised(command.lock, b"nobody has this", 10)
-    assert not any(map(lives, pids))
+    assert not any(map(is_alive, pids))
 
 
 @LINUX_ONLY
@@ -715,9 +715,9 @@ async def test_cancelled_session_ends_despite_a_stopped_supervisor(agent: Agent,
         supervisor.suspend()
         return supervisor.status() == psutil.STATUS_STOPPED
 
-    took = await stopped_once(agent("open('ready', 'w').close(); time.sleep(300)", grace=1), stopped)
+    took = await cancel_when_ready(agent("open('ready', 'w').close(); time.sleep(300)", grace=1), stopped)
     assert took < 4
-    await none_is_left()
+    await wait_for_no_children()
 
 
 @pytest.mark.extended_but_first
@@ -744,7 +744,7 @@ async def test_failing_callback_ends_the_session(agent: Agent) -> None:
     command = agent("time.sleep(300)")
     with pytest.raises(ZeroDivisionError):
         await run_supervised(command, on_spawned=fail)
-    await none_is_left()
+    await wait_for_no_children()
 
 
 @LINUX_ONLY
@@ -753,7 +753,7 @@ async def test_killed_supervisor_is_an_error_and_ends_its_program(agent: Agent, 
     source = "open('pid.new', 'w').write(str(os.getpid())); os.rename('pid.new', 'pid'); time.sleep(300)"
 
     async def kill() -> None:
-        await until((tmp_path / "pid").exists)
+        await wait_until((tmp_path / "pid").exists)
         supervisors()[0].kill()
 
     async with anyio.create_task_group() as group:
@@ -762,8 +762,8 @@ async def test_killed_supervisor_is_an_error_and_ends_its_program(agent: Agent, 
             SessionError, match=r"^the supervisor of the session ended without a report: it was killed:"
         ):
             await run_supervised(agent(source))
-    await until(lambda: not lives(int((tmp_path / "pid").read_text())), within=2)
-    await none_is_left()
+    await wait_until(lambda: not is_alive(int((tmp_path / "pid").read_text())), within=2)
+    await wait_for_no_children()
 
 
 @LINUX_ONLY
@@ -771,21 +771,21 @@ async def test_daemon_of_a_killed_supervisor_is_killed_by_the_fork_server(agent:
     """It carries no mark of its session; daemons left after the last session are killed, too."""
 
     async def kill() -> None:
-        await until((tmp_path / "pid").exists)
+        await wait_until((tmp_path / "pid").exists)
         supervisors()[0].kill()
 
     async with open_fork_server(), anyio.create_task_group() as group:
         group.start_soon(kill)
         with pytest.raises(SessionError, match="it was killed:"):
             await run_supervised(agent(DAEMON + "time.sleep(300)", env={}))
-    assert not lives(int((tmp_path / "pid").read_text()))
+    assert not is_alive(int((tmp_path / "pid").read_text()))
 
 
 async def test_supervisor_is_stopped_by_sigterm_only(agent: Agent, tmp_path: Path) -> None:
     """SIGTERM to the supervisor is a stop; it ignores hang-ups and interrupts."""
 
     async def interfere() -> None:
-        await until((tmp_path / "ready").exists)
+        await wait_until((tmp_path / "ready").exists)
         (supervisor,) = supervisors()
         for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
             supervisor.send_signal(number)
@@ -819,7 +819,7 @@ async def test_many_concurrent_sessions_leave_nothing_open(agent: Agent, tmp_pat
             group.start_soon(work, number)
     assert [ends[number].exit for number in range(count)] == list(range(count))
     assert [(tmp_path / f"{number}.out").read_text() for number in range(count)] == [f"{n}\n" for n in range(count)]
-    await none_is_left()
+    await wait_for_no_children()
     assert open_fds() == before
 
 
@@ -833,4 +833,4 @@ async def test_unstartable_supervisor_is_an_error(agent: Agent) -> None:
             await run_supervised(agent(""))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    await none_is_left()
+    await wait_for_no_children()

@@ -29,7 +29,7 @@ def cloned(repository: Repository) -> Repository:
     return repository
 
 
-def bring(repository: Repository, **settings: Any) -> Path:
+def write_config(repository: Repository, **settings: Any) -> Path:
     """Write the repository's council.yaml with a program that leaves a trace; return the trace."""
     trace = repository.top.parent / "trace"
     program = repository.top / "evil"
@@ -45,42 +45,42 @@ def bring(repository: Repository, **settings: Any) -> Path:
     return trace
 
 
-def said(ended: CommandResult) -> str:
+def printed(ended: CommandResult) -> str:
     return ended.stdout + ended.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_unconfirmed_programs_of_a_file_are_not_run(cloned: Repository, command: tuple[str, ...]) -> None:
     """Without a terminal there is one error, with the requests and the remedy."""
-    trace = bring(cloned)
+    trace = write_config(cloned)
     ended = cloned.council(*command)
     assert ended.code == 2, ended
-    assert f"adapters.evil.bin: {cloned.top}/evil" in said(ended)
-    assert "--trust" in said(ended)
+    assert f"adapters.evil.bin: {cloned.top}/evil" in printed(ended)
+    assert "--trust" in printed(ended)
     assert not trace.exists()
 
 
 def test_confirmation_is_remembered_and_only_new_requests_are_asked(cloned: Repository) -> None:
     """In a private file of the user, outside of the repository."""
-    trace = bring(cloned)
+    trace = write_config(cloned)
     assert cloned.council("doctor", "--trust").code in {0, 1}
     assert trace.exists()
     store = cloned.top.parent / "config/council/trust.json"
     assert stat.S_IMODE(store.stat().st_mode) == 0o600
     assert list(json.loads(store.read_text())["files"]) == [os.path.realpath(cloned.top / "council.yaml")]
     assert cloned.council("doctor").code in {0, 1}
-    bring(cloned, sandbox="off")
+    write_config(cloned, sandbox="off")
     ended = cloned.council("doctor")
     assert ended.code == 2
-    assert "sandbox: off" in said(ended)
-    assert "evil.bin" not in said(ended)
-    bring(cloned)
+    assert "sandbox: off" in printed(ended)
+    assert "evil.bin" not in printed(ended)
+    write_config(cloned)
     assert cloned.council("adapters").code == 0
 
 
 def test_environment_confirms_without_a_terminal(cloned: Repository) -> None:
     """For this command only."""
-    bring(cloned)
+    write_config(cloned)
     cloned.environ["COUNCIL_TRUST"] = "1"
     assert cloned.council("adapters").code == 0
     del cloned.environ["COUNCIL_TRUST"]
@@ -89,9 +89,9 @@ def test_environment_confirms_without_a_terminal(cloned: Repository) -> None:
 
 def test_harmless_or_chosen_file_needs_no_confirmation(cloned: Repository, tmp_path: Path) -> None:
     """Nor does a file that `council init` wrote here."""
-    bring(cloned, adapters={"evil": {"use": "command", "argv": ["sh", "{prompt_file}"]}})
+    write_config(cloned, adapters={"evil": {"use": "command", "argv": ["sh", "{prompt_file}"]}})
     assert cloned.council("adapters").code == 0
-    trace = bring(cloned, repo=str(cloned.top))
+    trace = write_config(cloned, repo=str(cloned.top))
     (cloned.top / "council.yaml").rename(tmp_path / "mine.yaml")
     assert cloned.council("doctor", str(tmp_path / "mine.yaml")).code in {0, 1}
     assert trace.exists()
@@ -106,7 +106,7 @@ def test_harmless_or_chosen_file_needs_no_confirmation(cloned: Repository, tmp_p
 
 def test_reading_a_file_needs_no_confirmation(cloned: Repository) -> None:
     """`validate` runs nothing of it."""
-    trace = bring(cloned, sandbox="off")
+    trace = write_config(cloned, sandbox="off")
     assert cloned.council("validate").code == 0
     assert not trace.exists()
 
@@ -114,7 +114,7 @@ def test_reading_a_file_needs_no_confirmation(cloned: Repository) -> None:
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
 def test_signal_ends_the_question_immediately(cloned: Repository, how: int) -> None:
     """As in any command; nothing is confirmed and no program of the file runs."""
-    trace = bring(cloned)
+    trace = write_config(cloned)
     terminal = Terminal(("doctor",), cloned.top, cloned.environ)
     try:
         wait_for(lambda: "Trust this file? [y/N]" in terminal.text)
@@ -131,7 +131,7 @@ def test_signal_ends_the_question_immediately(cloned: Repository, how: int) -> N
 @pytest.mark.parametrize("answer", ["y", ""])
 def test_answer_at_the_terminal_decides(cloned: Repository, answer: str) -> None:
     """No answer means no."""
-    trace = bring(cloned)
+    trace = write_config(cloned)
     terminal = Terminal(("doctor",), cloned.top, cloned.environ)
     try:
         wait_for(lambda: "Trust this file? [y/N]" in terminal.text)

@@ -37,7 +37,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FIRST_PAUSE", 1e-4)
 
 
-def one_more(value: JsonObject | None) -> JsonObject:
+def increment(value: JsonObject | None) -> JsonObject:
     """Increment the number."""
     return {"n": (value or {"n": 0})["n"] + 1}
 
@@ -47,7 +47,7 @@ async def test_concurrent_updates_lose_nothing(store: Store) -> None:
 
     async def count() -> None:
         for _ in range(5):
-            await update_document(store, COUNT, one_more, attempts=1_000)
+            await update_document(store, COUNT, increment, attempts=1_000)
 
     async with anyio.create_task_group() as group:
         for _ in range(8):
@@ -89,14 +89,14 @@ async def test_repeatedly_overtaken_update_gives_up(store: Store) -> None:
 
 async def test_expected_version_is_tried_once(store: Store) -> None:
     """With a stale version nothing is called or written; the error names the process of the newer one."""
-    await update_document(store, COUNT, one_more)
+    await update_document(store, COUNT, increment)
     with pytest.raises(VersionConflict) as caught:
         await update_document(store, COUNT, lambda _: pytest.fail("called"), expected_version=7)
     found = await store.get(COUNT)
     assert found is not None
     assert (caught.value.expected, caught.value.found, caught.value.by) == (7, 1, found.by)
-    await update_document(store, COUNT, one_more, expected_version=1)
-    created = await update_document(store, Key("count", "new"), one_more, expected_version=0)
+    await update_document(store, COUNT, increment, expected_version=1)
+    created = await update_document(store, Key("count", "new"), increment, expected_version=0)
     assert created is not None
     assert (created.value, created.version) == ({"n": 1}, 1)
 
@@ -105,7 +105,7 @@ async def test_update_to_none_deletes(store: Store) -> None:
     """Even if there is nothing to delete; the events of the commit are recorded with it."""
     assert await update_document(store, COUNT, lambda _: None) is None
     assert await store.position() == 0
-    await update_document(store, COUNT, one_more, ttl=60)
+    await update_document(store, COUNT, increment, ttl=60)
     assert await update_document(store, COUNT, lambda _: None, events=[Event("gone")]) is None
     newest = (await store.history(COUNT))[0]
     assert (newest.version, newest.value, list(newest.events)) == (2, None, [Event("gone")])

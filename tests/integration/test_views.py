@@ -162,7 +162,7 @@ async def test_deleted_and_modified_views_are_restored(repository: Repository) -
     top = repository.top / ".council/views"
     status = repository.council("status", "--json").result
 
-    def spoil(name: str, text: str | None) -> None:
+    def damage(name: str, text: str | None) -> None:
         for path in top.glob(name):
             if text is not None:
                 path.write_text(text)
@@ -180,12 +180,12 @@ async def test_deleted_and_modified_views_are_restored(repository: Repository) -
         ("index.json", json.dumps({**index, "position": 99_999})),
         ("index.json", "lies"),
     ):
-        spoil(name, text)
+        damage(name, text)
         async with FileStore.open(repository.log, SystemClock()) as store:
             await export_views(store, Project(repository.top), 0.0)
             await assert_equal(top, store)
-    spoil("tasks/*/a/state.json", '{"value": {"status": "failed"}}')
-    spoil("runs", None)
+    damage("tasks/*/a/state.json", '{"value": {"status": "failed"}}')
+    damage("runs", None)
     assert repository.council("status", "--json").result == status
     assert repository.council("state", "views").code == 0
     await assert_equal_in(repository)

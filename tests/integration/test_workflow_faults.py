@@ -48,7 +48,7 @@ def visits(repository: Repository) -> list[tuple[str, str, int]]:
     return [(one["phase"], one["status"], len(one["attempts"])) for one in story["phases"]]
 
 
-def once(**sessions: int) -> list[tuple[str, str, int]]:
+def visits_once(**sessions: int) -> list[tuple[str, str, int]]:
     """Return `visits` with each phase done once, by one session or the given number."""
     return [(phase, "completed", sessions.get(phase, 1)) for phase in PHASES]
 
@@ -67,13 +67,13 @@ async def test_run_with_a_budget_exhausted_after_a_phase_continues_with_more(
     path = configure(repository, f'in {phase} print {{"n": 100}}', adapter=COUNTING, budget={"tokens": 100})
     ended = repository.council("run", str(path), "--json")
     assert (ended.result["status"], ended.states) == ("halted", {"t": "pending"}), ended
-    done_before = once()[: PHASES.index(phase) + 1]
+    done_before = visits_once()[: PHASES.index(phase) + 1]
     assert visits(repository) == done_before
     assert repository.council("resume", "--json").result["status"] == "halted"
     assert visits(repository) == done_before
     done = repository.council("resume", "--budget", "tokens=1k", "--json")
     assert done.states == {"t": "landed"}, done
-    assert visits(repository) == once()
+    assert visits(repository) == visits_once()
     await assert_built_once(repository)
 
 
@@ -86,7 +86,7 @@ async def test_task_that_needs_no_session_lands_without_a_budget(
     path = configure(repository, 'in review print {"n": 100}', adapter=COUNTING, **budgets)
     ended = repository.council("run", str(path), "--json")
     assert ended.states == {"t": "landed"}, ended
-    assert visits(repository) == once()
+    assert visits(repository) == visits_once()
     await assert_built_once(repository)
 
 
@@ -98,7 +98,7 @@ async def test_task_with_a_budget_exhausted_after_a_phase_fails_with_its_work(re
     assert (task["status"], task["attempts"], task["phase"]) == ("failed", 1, "review"), ended
     assert "the task's budget is exhausted, 100 of 100 tokens" in task["reason"]
     assert repository.git("--git-dir", ended.result["repository"], "show", f"{task['branch']}:b.txt") == "built"
-    assert visits(repository) == once()[:2]
+    assert visits(repository) == visits_once()[:2]
     await repository.assert_invariants()
 
 
@@ -109,7 +109,7 @@ async def test_usage_limit_is_waited_for_in_its_phase(repository: Repository, ph
     path = configure(repository, f"in {phase} once exit 1 {LIMIT}, again in 1 s", adapter=LIMITED, task={"attempts": 1})
     ended = repository.council("run", str(path), "--json")
     assert ended.states == {"t": "landed"}, ended
-    assert visits(repository) == once(**{phase: 2})
+    assert visits(repository) == visits_once(**{phase: 2})
     await assert_built_once(repository)
 
 
@@ -121,7 +121,7 @@ async def test_fallback_is_used_from_the_limited_phase_on(repository: Repository
     path = configure(repository, f"in {phase} once exit 1 {LIMIT}, again in 18000 s", adapter=LIMITED, task=task)
     ended = repository.council("run", str(path), "--json")
     assert ended.states == {"t": "landed"}, ended
-    assert visits(repository) == once(**{phase: 2})
+    assert visits(repository) == visits_once(**{phase: 2})
     begun = [one["adapter"] for one in ended.lines if one.get("event") == "task.started"]
     before = PHASES.index(phase) + 1
     assert begun == ["fake"] * before + ["other"] * (len(begun) - before)
@@ -147,7 +147,7 @@ async def test_missing_program_is_waited_for(repository: Repository) -> None:
         assert (ended.code, ended.states) == (1, {"t": "blocked"}), ended
         (builder,) = ended.result["adapters"]
         assert builder["disabled_reason"] == f"the program was not found: {tool}: No such file or directory"
-        assert visits(repository)[0] == once()[0]
+        assert visits(repository)[0] == visits_once()[0]
     install()
     done = repository.council("resume", "--json")
     assert done.states == {"t": "landed"}, done
@@ -168,7 +168,7 @@ async def test_program_killed_in_each_phase_is_retried_there(repository: Reposit
         started.kill()
     ended = CommandResult(started.returncode, stdout, stderr)
     assert ended.states == {"t": "landed"}, ended
-    assert visits(repository) == once(plan=2, build=2, review=2)
+    assert visits(repository) == visits_once(plan=2, build=2, review=2)
     await assert_built_once(repository)
 
 

@@ -27,7 +27,7 @@ COPY = WorktreeSettings(copy=("secret",))
 LINK = WorktreeSettings(link=("deep/data",))
 
 
-async def look(repository: Repository, worktrees: WorktreeSettings, place: str = ".") -> str | None:
+async def find_rejection(repository: Repository, worktrees: WorktreeSettings, place: str = ".") -> str | None:
     """Return the reason why a run with such worktrees is rejected, None if it is not."""
     environ = repository.environ
     site = await find_run_repository(str(repository.top / place), is_url=False, environ=environ)
@@ -53,7 +53,7 @@ async def test_existing_sources_are_accepted(repository: Repository, tmp_path: P
     _write(repository.top / ".env")
     _write(repository.top / "docs/guide/private/notes")
     (repository.top / "deep/data").symlink_to(outside)
-    found = await look(
+    found = await find_rejection(
         repository,
         WorktreeSettings(
             sparse=("docs/guide", "app/[id]"),
@@ -119,7 +119,7 @@ async def test_invalid_sources_are_rejected(
     repository: Repository, prepare: Callable[[Repository], object], worktrees: WorktreeSettings, fragment: str
 ) -> None:
     prepare(repository)
-    found = await look(repository, worktrees)
+    found = await find_rejection(repository, worktrees)
     assert found is not None
     assert fragment in found
 
@@ -128,12 +128,12 @@ async def test_invalid_sources_are_rejected(
 async def test_unreadable_sources_are_rejected(repository: Repository) -> None:
     _write(repository.top / "secret")
     (repository.top / "secret").chmod(0)
-    assert "'secret' can't be read" in (await look(repository, COPY) or "")
+    assert "'secret' can't be read" in (await find_rejection(repository, COPY) or "")
 
 
 async def test_all_mistakes_are_reported_at_once(repository: Repository) -> None:
     worktrees = WorktreeSettings(sparse=("lib",), copy=("README.md", "secret"), link=("data",))
-    found = await look(repository, worktrees) or ""
+    found = await find_rejection(repository, worktrees) or ""
     for fragment in ("folder 'lib' not found", "'README.md' is in 'main' already", "no 'secret'", "no 'data'"):
         assert found.count(fragment) == 1
     assert found.endswith("fix these under `worktrees:`")
@@ -141,9 +141,9 @@ async def test_all_mistakes_are_reported_at_once(repository: Repository) -> None
 
 async def test_bare_repository_has_nothing_to_copy(repository: Repository) -> None:
     repository.git("clone", "--quiet", "--bare", ".", "../bare.git")
-    assert await look(repository, WorktreeSettings(sparse=("src",)), "../bare.git") is None
+    assert await find_rejection(repository, WorktreeSettings(sparse=("src",)), "../bare.git") is None
     assert "the repository has none: remove them, or set `repo` to a checkout" in (
-        await look(repository, COPY, "../bare.git") or ""
+        await find_rejection(repository, COPY, "../bare.git") or ""
     )
 
 
