@@ -1,1 +1,1 @@
-"""Benchmarks: each a program of its own, all of them together `python -m benchmarks`."""
+"""Benchmarks: each is a program; `python -m benchmarks` runs all."""

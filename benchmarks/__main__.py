@@ -1,4 +1,4 @@
-"""All benchmarks, as one table: printed, and written to `build/bench.md`.
+"""Run all benchmarks; print one table, and write it to `build/bench.md`.
 
 python -m benchmarks [--quick] [--folder PATH]
 """
@@ -18,7 +18,7 @@ RESULTS: Final = Path("build", "bench.md")
 
 
 def main() -> None:
-    """Measure everything."""
+    """Run all benchmarks."""
     options = argument_parser(__doc__).parse_args()
     rows = [
         *startup.measure(quick=options.quick, folder=options.folder),

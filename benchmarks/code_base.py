@@ -1,8 +1,8 @@
-"""Files with the shape of a middle-sized code base, the same ones each time.
+"""Generated files with the shape of a medium-sized code base, deterministic.
 
 As in ansible, which has about 5,000 files of 5 KB on average, most are small and a few large (a log-normal
-distribution), about a dozen are in a folder, and folders are nested. The text is lines of code from a large stock,
-which compresses as code does; no two files are the same.
+distribution), about a dozen are in a folder, and folders are nested. The text is lines of code from a large pool,
+which compresses like code; no two files are the same.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _FORMS: Final = (
 
 
 def write_files(top: Path, files: int) -> None:
-    """Write so many files below `top`. Blocks."""
+    """Write that many files below `top`. Blocks."""
     chance = random.Random(_SEED)  # noqa: S311  nothing secret
     lines = _stock(chance)
     folders = _folders(chance, top, max(1, files // _FILES_A_FOLDER))
@@ -51,7 +51,7 @@ def write_files(top: Path, files: int) -> None:
 def _stock(chance: random.Random) -> list[str]:
     letters = "eeeetttaaooiinnsshhrrddllcumwfgypbvkxjqz"
     words = ["".join(chance.choices(letters, k=chance.randint(2, 9))) for _ in range(_WORDS)]
-    # Some words are said far more often than others.
+    # Some words are much more frequent than others.
     often = list(accumulate(1 / rank for rank in range(1, _WORDS + 1)))
     made = []
     for _ in range(_STOCK):

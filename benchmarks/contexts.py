@@ -1,4 +1,4 @@
-"""What sessions are at: one word of a session and a look at a hundred, beside JSON files that are renamed into place.
+"""Session contexts: one update and a listing of a hundred, compared with atomically renamed JSON files.
 
 python benchmarks/contexts.py [--quick] [--folder PATH]
 """
@@ -32,7 +32,7 @@ from orchestrator.system.clock import SystemClock
 
 SESSIONS: Final = 100
 WRITE_LIMIT, READ_LIMIT = 1.0, 5.0  # ms
-#: As many secrets as an environment may have, which are looked for in all that is said.
+#: The maximum number of secrets of an environment, all of which are searched for in every text.
 _SECRETS: Final = tuple(f"a-secret-of-this-machine-{one}" for one in range(20))
 
 
@@ -64,7 +64,7 @@ async def _measure(place: Path, rounds: int) -> list[BenchmarkRow]:
             with measure_cost() as their_look:
                 read = [json.loads(path.read_bytes()) for path in files.glob("*.json")]
             assert len(found) == len(read) == SESSIONS  # noqa: S101  else something else was measured
-            if number:  # the first is to have files in memory
+            if number:  # the first run loads files into memory
                 writes.append((ours(), theirs()))
                 reads.append((our_look(), their_look()))
     return [

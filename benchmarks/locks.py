@@ -1,10 +1,10 @@
-"""What it costs to lock a file that nobody else wants, beside raw `flock`, portalocker and filelock, and to own it.
+"""The cost of an uncontended file lock, compared with raw `flock`, portalocker and filelock, and of ownership.
 
     python benchmarks/locks.py [--quick] [--folder PATH]
 
-A lock of ours is signed, passes a gate, can be seen by any process and is found by the file's path, whatever its
-spelling; the baselines lock a file of a name that is known. With ownership it is two commits of the file store, one
-that takes and one that gives back, and a look at what twenty others own.
+Our lock is signed, queued within the process, visible to any process and found by the path of the file in any
+spelling; the baselines lock a file of a known name. With ownership it adds two commits of the file store, one to
+acquire and one to release, and a look at the paths of twenty other owners.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _PATH: Final = "src/models/user.py"
 def measure(*, quick: bool, folder: Path | None = None) -> list[BenchmarkRow]:
     """Return the rows of this benchmark."""
     times, rounds = (QUICK_TIMES, QUICK_ROUNDS) if quick else (TIMES, ROUNDS)
-    # Not in shared memory: locks are where the project is.
+    # Not in shared memory: real locks are on the project's disk.
     with scratch_folder(folder or Path("/var/tmp")) as place:  # noqa: S108  a folder of our own is made there
         beside: dict[str, tuple[Callable[[Path, int], Cost], float | None]] = {
             "filelock": (partial(_by_entering, filelock.FileLock), 1.0),

@@ -1,4 +1,4 @@
-"""Measures side by side: what is measured and its baseline take turns, and what counts is the median of the ratios."""
+"""Measurements in pairs: subject and baseline alternate, and the result is the median of the ratios."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final, NamedTuple
 
-#: A baseline that a median of more is hardly better than.
+#: Above this many runs the median of a baseline hardly improves.
 ROUNDS: Final = 15
 QUICK_ROUNDS: Final = 1
-#: The exit code of `council status` for a run that was interrupted.
+#: The exit code of `council status` for an interrupted run.
 INTERRUPTED: Final = 130
 
 _SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108  a folder is made in it, readable by its owner alone
 
 
 class Cost(NamedTuple):
-    """Seconds that something took: on the clock, and of the processors by all of its processes."""
+    """Seconds of wall time, and of processor time of all processes."""
 
     wall: float
     cpu: float
@@ -34,7 +34,7 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkRow:
-    """A line of the table: a figure in its unit, that of the baseline in the same run, and what it may be."""
+    """A row of the table: a value in its unit, that of the baseline in the same run, and its limit."""
 
     what: str
     measured: float
@@ -47,7 +47,7 @@ class BenchmarkRow:
 
     @property
     def verdict(self) -> str:
-        """Whether the limit was kept; empty without one."""
+        """Return whether the limit is met; empty without one."""
         if self.limit is None:
             return ""
         limited = self.ratio if self.is_ratio_limited else self.measured
@@ -55,7 +55,7 @@ class BenchmarkRow:
 
 
 def format_table(rows: Sequence[BenchmarkRow]) -> str:
-    """Return the rows as a table in Markdown."""
+    """Return the rows as a Markdown table."""
     lines = ["| what | measured | baseline | ratio | limit | kept |", "|---|---:|---|---:|---:|---|"]
     for row in rows:
         unit = "" if row.is_ratio_limited else f" {row.unit}"
@@ -67,22 +67,21 @@ def format_table(rows: Sequence[BenchmarkRow]) -> str:
 
 
 def measure_pairs(measured: Callable[[], Cost], baseline: Callable[[], Cost], rounds: int) -> list[tuple[Cost, Cost]]:
-    """Return the costs of both, in turn; each is done once before that, so that files are in memory."""
+    """Return the costs of both, alternating; each runs once before, so that files are in memory."""
     measured(), baseline()
     return [(measured(), baseline()) for _ in range(rounds)]
 
 
 def median(values: Iterator[float] | Sequence[float]) -> float:
-    """Return the median."""
     return statistics.median(values)
 
 
 def measure_command(
     argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None, code: int = 0
 ) -> Cost:
-    """Run a program to its end, its output thrown away; what it costs, with all that it waited for.
+    """Run a program to its end without output; return its cost, including the children it waited for.
 
-    Raises RuntimeError where it ends with another exit code: what it did then is not what was to be measured.
+    Raises RuntimeError for another exit code, which would measure something else.
     """
     with measure_cost() as cost:
         ended = subprocess.run(argv, env=env, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
@@ -93,7 +92,7 @@ def measure_command(
 
 @contextmanager
 def measure_cost() -> Iterator[Callable[[], Cost]]:
-    """Measure what the body costs; it is asked for afterwards. Of children those count that were waited for."""
+    """Measure the cost of the body, available after its end. Only awaited child processes count."""
     start, before = time.perf_counter(), _cpu()
     yield lambda: Cost(end - start, after - before)
     end, after = time.perf_counter(), _cpu()
@@ -105,7 +104,7 @@ def _cpu() -> float:
 
 
 def user_environment(bytecode: Path | None = None, **changes: str) -> dict[str, str]:
-    """Return the environment of a user: byte code is kept, in a folder if one is given, and output is buffered."""
+    """Return the environment of a user: byte code is cached, in a folder if one is given, and output is buffered."""
     unwanted = {"PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED"}
     kept = {} if bytecode is None else {"PYTHONPYCACHEPREFIX": str(bytecode)}
     return {name: value for name, value in os.environ.items() if name not in unwanted} | kept | changes
@@ -113,19 +112,19 @@ def user_environment(bytecode: Path | None = None, **changes: str) -> dict[str, 
 
 @contextmanager
 def scratch_folder(folder: Path | None) -> Iterator[Path]:
-    """Make a folder to work in: in `folder`, else in shared memory where there is such, else where others are."""
+    """Create a working folder: in `folder`, else in shared memory if available, else in the default place."""
     parent = folder or (_SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else None)
     with TemporaryDirectory(prefix="council-bench-", dir=parent) as made:
         yield Path(made)
 
 
 def council_path() -> str:
-    """Return the path of the `council` command that belongs to this Python."""
+    """Return the path of the `council` command of this Python."""
     return str(Path(sys.executable).with_name("council"))
 
 
 def argument_parser(description: str | None) -> argparse.ArgumentParser:
-    """Return the options that all benchmarks have."""
+    """Return the options of all benchmarks."""
     made = argparse.ArgumentParser(description=(description or "").split("\n")[0])
     made.add_argument("--quick", action="store_true", help="a short form that only shows that it works")
     made.add_argument("--folder", type=Path, help="where to work; default: shared memory, else the temporary folder")
@@ -133,5 +132,4 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def print_table(rows: Sequence[BenchmarkRow]) -> None:
-    """Print the table."""
     sys.stdout.write(format_table(rows))

@@ -1,4 +1,4 @@
-"""What benchmarks work on: repositories, clones of them, and a file system that does not drown what is measured."""
+"""Benchmark data: repositories, their clones, and the check for a suitable file system."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _IDENTITY: Final = ("-c", "user.name=Benchmark", "-c", "user.email=benchmark@loc
 
 
 def file_system_kind(place: Path) -> str:
-    """Return the kind of a folder's file system; RuntimeError if it is an ext4 without a journal."""
+    """Return the kind of a folder's file system. Raises RuntimeError for an ext4 without a journal."""
     table = Path("/proc/self/mountinfo")
     if not table.exists():
         return "an unknown file system"
@@ -26,12 +26,12 @@ def file_system_kind(place: Path) -> str:
 def _has_journal(mount: Path) -> bool:
     device = mount.stat().st_dev
     name = Path(f"/sys/dev/block/{device >> 8 & 0xFFF}:{device & 0xFF}").resolve().name
-    # ext4 keeps the work of its journal there while it has one (fs/jbd2/journal.c in the kernel).
+    # ext4 has its journal task there if it has a journal (fs/jbd2/journal.c in the kernel).
     return any(Path("/proc/fs/jbd2").glob(f"{name}-*"))
 
 
 def make_repository(path: Path, files: int) -> Path:
-    """Make a repository with so many files."""
+    """Create a repository with that many files."""
     run_git(None, "init", "--quiet", "-b", "main", str(path))
     code_base.write_files(path, files)
     run_git(path, "add", "--all")
@@ -40,13 +40,13 @@ def make_repository(path: Path, files: int) -> Path:
 
 
 def clone(origin: Path, path: Path) -> Path:
-    """Clone a repository with objects of its own."""
+    """Clone a repository without sharing objects."""
     run_git(None, "clone", "--quiet", "--no-local", str(origin), str(path))
     return path
 
 
 def run_git(top: Path | None, *args: str) -> bytes:
-    """Run git, return what it printed."""
+    """Run git, return its output."""
     where = () if top is None else ("-C", str(top))
     argv = ["git", *where, *_IDENTITY, "-c", "gc.auto=0", "-c", "maintenance.auto=false", *args]
     return subprocess.run(argv, check=True, capture_output=True).stdout

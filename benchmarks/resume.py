@@ -1,9 +1,9 @@
-"""How much more a long run's `council resume` takes to its first session, and its `council status`, than a short one's.
+"""Time to the first session of `council resume`, and of `council status`: a long run compared with a short one.
 
     python benchmarks/resume.py [--quick]
 
-Processor time of both commands on a run of 10,000 tasks that was killed, next to one of 1,000 tasks. The resume is
-killed as soon as its first attempt is on record, so that each one finds the session of the one before to clear up.
+Processor time of both commands on a killed run of 10,000 tasks, compared with one of 1,000 tasks. The resume is
+killed as soon as its first attempt is recorded, so that each one has to clean up the session of the one before.
 """
 
 from __future__ import annotations

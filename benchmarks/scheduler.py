@@ -1,11 +1,10 @@
-"""What it costs to pick the next task of 100,000 that are pending, and how much memory they take.
+"""The cost of picking the next task out of 100,000 pending ones, and their memory.
 
     python benchmarks/scheduler.py [--quick]
 
-A pick is what `decide` takes for each task that it starts, of which there are eight at a time; making tasks ready is
-part of it. With the rest, in which the board hears that a task is built and has landed, it is a task's whole way. The
-baseline pushes each task on a plain heap and pops it. Owners of paths have no limit: each of their picks looks at the
-live ones, too.
+A pick is the time of `decide` per started task, eight at a time; this includes making tasks ready. The whole cycle
+adds the reports that a task is built and has landed. The baseline pushes each task onto a plain heap and pops it.
+Owners of paths have no limit: each of their picks also looks at the live ones.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ Shape = Callable[[int], Mapping[str, DispatchEntry]]
 
 
 def priorities(tasks: int) -> Mapping[str, DispatchEntry]:
-    """Return tasks of five priorities and three adapters that are all ready at once."""
+    """Return tasks of five priorities and three adapters, all ready at once."""
     return {f"task-{one}": DispatchEntry((), f"adapter-{one % 3}", one % 5) for one in range(tasks)}
 
 
@@ -48,7 +47,7 @@ def chains(tasks: int) -> Mapping[str, DispatchEntry]:
 
 
 def owners(tasks: int) -> Mapping[str, DispatchEntry]:
-    """Return tasks that own paths, fifty of them the same ones each."""
+    """Return tasks that own paths, with fifty of them per path."""
     return {f"task-{one}": DispatchEntry((), "adapter", one % 5, (f"src/{one // _SHARED}/**",)) for one in range(tasks)}
 
 
@@ -80,7 +79,7 @@ def _flat(costs: tuple[tuple[float, float], float]) -> tuple[float, float, float
 
 
 def _through_board(entries: Mapping[str, DispatchEntry]) -> tuple[float, float]:
-    """Return the seconds of the processor that all decisions took, and those that all of it took."""
+    """Return the processor seconds of all decisions, and of everything."""
     board = DispatchBoard(entries)
     _forget_cycles()
     begin = time.thread_time()
@@ -89,7 +88,7 @@ def _through_board(entries: Mapping[str, DispatchEntry]) -> tuple[float, float]:
 
 
 def run_all_tasks(board: DispatchBoard, tasks: int) -> float:
-    """Pick and land all tasks, `CAPACITY` at a time; return the seconds of the processor that decisions took."""
+    """Pick and land all tasks, `CAPACITY` at a time; return the processor seconds of the decisions."""
     now, deciding = 0.0, 0.0
     while tasks:
         begin = time.thread_time()
@@ -117,14 +116,14 @@ def _through_heap(tasks: int) -> float:
 
 
 def _forget_cycles() -> None:
-    """Keep Python from looking for cycles among what is there already, as `council` itself does."""
+    """Exclude existing objects from garbage collection, like `council` itself."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000)
 
 
 def _memory(name: str, tasks: int) -> BenchmarkRow:
-    """Return what the board of all tasks adds to a process, at its highest, from the first pick to the last."""
+    """Return the peak memory that the board of all tasks adds to a process, from the first pick to the last."""
     argv = [sys.executable, __file__, "--memory", name, str(tasks)]
     grown = int(subprocess.run(argv, check=True, capture_output=True).stdout)
     return BenchmarkRow(f"memory, {tasks:,} tasks, {name}", grown / 1e6, "MB", limit=MEMORY_LIMIT)

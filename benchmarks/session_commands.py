@@ -1,9 +1,9 @@
-"""How long a command takes that a session asks by, and the hook before an edit, from start to end.
+"""The duration of a session command and of the hook before an edit, from start to end.
 
     python benchmarks/session_commands.py [--quick]
 
-95 of 100 take no longer than what is told. Beside a Python that does nothing, in turn with it, on the clock; who
-answers is a session socket as sessions have it, whose desk knows the answer at once.
+The result is the 95th percentile of wall time, alternating with a Python that does nothing; the requests are answered
+by a real session socket whose service responds immediately.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _cost(argv: list[str], env: dict[str, str], cwd: Path, given: bytes) -> Cost
 
 @contextmanager
 def _session(folder: Path) -> Iterator[tuple[Worktree, SessionSocket]]:
-    """Serve a session socket from a thread of its own, as an orchestrator does from another process."""
+    """Serve a session socket from a thread, like an orchestrator from another process."""
     hub = Hub(folder / "hub")
     place = WorktreeSlot(hub, 1)
     worktree = Worktree(hub, "run-1", "task", 1, held_slot=place)
@@ -93,7 +93,7 @@ def _session(folder: Path) -> Iterator[tuple[Worktree, SessionSocket]]:
         start_blocking_portal() as portal,
         portal.wrap_async_context_manager(open_session_socket(worktree, _FakeSessionService())) as session_socket,
     ):
-        # As a supervisor: only its descendants are answered.
+        # Like a supervisor: only its descendants are answered.
         fcntl.flock(lock, fcntl.LOCK_EX)
         lock.write(json.dumps({"pid": os.getpid()}))
         lock.flush()

@@ -25,14 +25,17 @@ from orchestrator.system.clock import SystemClock
 CLAIMERS: Final = 8
 READERS: Final = 50
 PRIORITIES: Final = 20
-RATE_LIMIT: Final = 2.0  # times what SQLite takes
+RATE_LIMIT: Final = 2.0  # times SQLite's duration
 CLAIM_LIMIT: Final = 50.0  # ms, of the slowest in a hundred
 SEEN_LIMIT: Final = 250.0  # ms
 IDLE_LIMIT: Final = 1.0  # % of a processor
 
 
 def measure_claims(place: Path, *, quick: bool) -> list[BenchmarkRow]:
-    """Return how fast eight processes claim tasks by priority; RuntimeError if one is claimed twice or not at all."""
+    """Return the rate at which eight processes claim tasks by priority.
+
+    Raises RuntimeError if a task is not claimed once.
+    """
     tasks, rounds = (100, 1) if quick else (2_000, 3)
     pairs = []
     for one in range(rounds):
@@ -51,7 +54,7 @@ def measure_claims(place: Path, *, quick: bool) -> list[BenchmarkRow]:
 
 
 def measure_watching(place: Path, *, quick: bool) -> list[BenchmarkRow]:
-    """Return what it costs to wait for a change, and how soon another process sees one."""
+    """Return the cost of waiting for a change, and the delay until another process sees one."""
     changes, idle = (3, 0.2) if quick else (40, 5.0)
     argv = [sys.executable, "-m", "benchmarks.shared_store", "watch", str(place), str(changes)]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as watcher:
@@ -71,7 +74,7 @@ def measure_watching(place: Path, *, quick: bool) -> list[BenchmarkRow]:
 
 
 def measure_many_processes(place: Path, *, quick: bool) -> list[BenchmarkRow]:
-    """Return the time of a durable commit of one of eight writers until fifty readers have followed."""
+    """Return the time of a durable commit of one of eight writers until fifty readers have seen it."""
     each = 5 if quick else 100
     readers = _start("follow", place, READERS, each * CLAIMERS)
     writers = _start("commit", place, CLAIMERS, each)
@@ -92,7 +95,7 @@ def _start(job: str, place: Path, processes: int, number: int) -> subprocess.Pop
 
 
 def _begin(*jobs: subprocess.Popen[str]) -> float:
-    """Let all begin once all are ready; return when."""
+    """Start all jobs once they are ready; return the time."""
     for job in jobs:
         assert job.stdout  # noqa: S101  as asked for
         job.stdout.readline()
@@ -137,12 +140,12 @@ async def _change(place: Path, changes: int, idle: float) -> None:
         await store.commit(Commit(events=[Event("begin")]))
         await anyio.sleep(idle)
         for _ in range(changes):
-            # Long enough for whoever watches to look as seldom as it does.
+            # Long enough for watchers to reach their lowest polling rate.
             await anyio.sleep(random.uniform(0.0, 0.5))  # noqa: S311  no secret
             await store.commit(Commit(events=[Event("sent", {"at": time.monotonic()})]))
 
 
-# What the processes do. Each is given what lets it begin.
+# The jobs of the processes. Each gets the function that waits for the start.
 
 
 async def _watch(place: Path, changes: int) -> None:
@@ -163,7 +166,7 @@ async def _watch(place: Path, changes: int) -> None:
 
 
 async def _claim(place: Path, _tasks: int, me: int, begin: Callable[[], None]) -> None:
-    """Claim any of the tasks of the highest priority, which is a commit that takes it out of the queue."""
+    """Claim any task of the highest priority by a commit that removes it from the queue."""
     dice, claimed, took = random.Random(me), list[int](), list[float]()  # noqa: S311  no secret
     async with FileStore.open(place, SystemClock()) as store:
         begin()
@@ -220,12 +223,12 @@ async def _follow(place: Path, until: int, _me: int, begin: Callable[[], None]) 
 
 
 def print_json(facts: dict[str, Any]) -> None:
-    """Print a line in one piece: several processes share this output."""
+    """Print a line atomically: several processes share this output."""
     os.write(1, json.dumps(facts).encode() + b"\n")
 
 
 def _fork(job: Callable[..., Any], place: Path, number: int, processes: int) -> int:
-    """Do a job in many processes, forked after the imports; they begin together once standard input ends."""
+    """Run a job in many processes, forked after the imports; they start together once stdin ends."""
     ready, tell = os.pipe()
 
     def begin() -> None:

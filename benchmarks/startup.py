@@ -1,9 +1,9 @@
-"""How long commands take that only show something.
+"""The duration of commands that only show something.
 
     python benchmarks/startup.py [--quick]
 
-`council --help` beside a click program that prints a line, and `council status` of a run of 10,000 tasks beside
-`import click`; both with the same Python, on the clock, nothing else at work.
+`council --help` compared with a click program that prints a line, and `council status` of a run of 10,000 tasks
+compared with `import click`; both with the same Python, in wall time, on an idle machine.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from benchmarks.measure import (
 )
 
 TASKS: Final = 10_000
-QUICK_TASKS: Final = 200  # with fewer, no snapshot is written
+QUICK_TASKS: Final = 200  # with fewer no snapshot is written
 
 _HELLO: Final = """
 import sys

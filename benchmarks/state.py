@@ -1,9 +1,9 @@
-"""The file store beside SQLite (WAL): commits, opening a long log, what packing saves, and many processes on one store.
+"""The file store compared with SQLite (WAL): commits, opening a long log, compression, and many processes.
 
     python benchmarks/state.py [--quick] [--folder PATH]
 
-Documents are 1.8 kB of JSON, as those of tasks are; 40 tasks commit at once, as in a run. Whether a commit is durable
-says only something on a device with a real fsync: one that takes no time at all is refused.
+Documents are 1.8 kB of JSON, like those of tasks; 40 tasks commit at once, as in a run. Durable commits are comparable
+only on a device with a real fsync: one whose fsync takes no time is rejected.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ VERSIONS: Final = 25
 TASKS: Final = 10_000
 QUICK_TASKS: Final = 100
 ROUNDS: Final = 5
-FULL_LIMIT: Final = 0.2  # of SQLite's time with synchronous=FULL
+FULL_LIMIT: Final = 0.2  # times SQLite's duration with synchronous=FULL
 NORMAL_LIMIT: Final = 1.0
-CPU_LIMIT: Final = 60.0  # µs a commit
+CPU_LIMIT: Final = 60.0  # µs per commit
 OPEN_LIMIT: Final = 0.25  # seconds
-#: Seconds that an fsync takes at least where there is a device behind it.
+#: The minimum seconds of an fsync on a real device.
 _REAL_FSYNC: Final = 20e-6
 _SCHEMA: Final = "CREATE TABLE documents (id TEXT PRIMARY KEY, version INTEGER NOT NULL, value TEXT NOT NULL)"
 
 
 def measure(*, quick: bool, folder: Path | None = None) -> list[BenchmarkRow]:
-    """Return the rows of this benchmark; RuntimeError where nothing is behind an fsync."""
+    """Return the rows of this benchmark. Raises RuntimeError without a real fsync."""
     tasks, rounds = (QUICK_TASKS, 1) if quick else (TASKS, ROUNDS)
-    # Shared memory, where others are measured, has no device behind it.
+    # Shared memory, used by other benchmarks, has no device.
     with scratch_folder(folder or Path("/var/tmp")) as place:  # noqa: S108  a folder of our own is made there
         if not quick:
             _check_fsync(place)
@@ -103,7 +103,7 @@ def _check_fsync(place: Path) -> None:
 
 
 def make_document(number: int) -> JsonObject:
-    """Return a value of about 1.8 kB that looks like a task's and is like no other."""
+    """Return a unique value of about 1.8 kB that resembles a task document."""
     chance = random.Random(number)  # noqa: S311  the same each time
     attempts = [
         {

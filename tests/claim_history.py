@@ -1,6 +1,6 @@
-"""What the history of a store must show of claims, whatever the orchestrators of a run went through.
+"""Check the history of a store for violations of the rules of claims.
 
-Feed it the records of a store in their order, from the first; `violations` says what should never have been accepted.
+Pass the records of a store in order, from the first; `violations` lists commits that should have been rejected.
 """
 
 from __future__ import annotations
@@ -12,21 +12,20 @@ from orchestrator.domain.events.runs import RunRemoved
 from orchestrator.domain.scheduling.claims import Claim, OrchestratorLease
 from orchestrator.protocols import CommitRecord, JsonObject, Key
 
-#: Tells of a document's new value under which epoch of which task's claim, and by whom, it was written: (task, epoch,
-#: orchestrator). None: under none.
+#: Returns the claim under which a document's new value was written: (task, epoch, orchestrator), or None.
 Authorship = Callable[[Key, JsonObject], tuple[str, int, str] | None]
 
 
 @dataclass
 class ClaimHistory:
-    """The claims of all runs of a store, as far as its records were looked at.
+    """The claims of all runs of a store, up to the last record passed.
 
-    - An orchestrator's record begins at epoch 1, and nothing is written to it once its epoch has changed. It is only
-      deleted with the record of its run, and is over by that.
-    - The epoch of a claim is its version; it is taken by orchestrators that are not over, and released by its owner.
-      Of one that is released, only the count of tries may begin anew.
-    - What is written under a claim is written by its owner under its epoch.
-    - The epoch of a merge permit rises with each change of hands.
+    - An orchestrator's record begins at epoch 1 and is not written after a change of its epoch. It is only deleted with
+      the record of its run, which ends it.
+    - The epoch of a claim is its version; it is acquired by active orchestrators and released by its owner.
+      Of a released one, only the attempt count may be reset.
+    - Writes under a claim are made by its owner under its epoch.
+    - The epoch of a merge permit rises with each change of its holder.
     """
 
     authorship: Authorship = lambda _key, _value: None
@@ -41,7 +40,7 @@ class ClaimHistory:
     _versions: dict[Key, int] = field(default_factory=dict)
 
     def add(self, record: CommitRecord) -> None:
-        """Look at the next record."""
+        """Check the next record."""
         before, over = dict[str, Claim](), {name for name, one in self.orchestrators.items() if one.epoch != 1}
         found: list[str] = []
         for key, (version, value) in record.documents.items():
@@ -97,7 +96,7 @@ class ClaimHistory:
 
     def _work(self, key: Key, written: tuple[str, int, str], before: dict[str, Claim]) -> Iterator[str]:
         task, epoch, owner = written
-        # The commit that takes or releases a claim may write under it, too.
+        # The commit that acquires or releases a claim may write under it, too.
         claims = [one for one in (before.get(task), self.claims.get(task)) if one is not None and one.released is None]
         if not any((one.epoch, one.owner.id) == (epoch, owner) for one in claims):
             now = self.claims.get(task)

@@ -1,8 +1,8 @@
-"""The real command without the wait for its imports: forks of one process that has made them.
+"""The real command without the import time: forks of one process with all modules loaded.
 
-A test starts some hundred commands, most of whose time would go to importing the same modules once more. What is forked
-is a process like any other: with its own session, folder, environment, streams and failpoints, and it ends as an
-interpreter does. Where the start itself matters, tests start `python -m orchestrator.cli.main`.
+A test starts hundreds of commands, which would spend most of their time on the same imports. A fork is an ordinary
+process with its own session, folder, environment, streams and failpoints, and exits like an interpreter. Tests of the
+startup itself run `python -m orchestrator.cli.main`.
 """
 
 from __future__ import annotations
@@ -41,28 +41,26 @@ from orchestrator.cli.main import main
 from orchestrator.system.failpoints import arm
 
 _MAX_REQUEST: Final = 1 << 20
-#: What an interpreter looks at when it starts, or a library when it is imported: who sets it gets a start of its own.
+#: Read at interpreter startup or on import of a library: with one of these set, a new interpreter is started.
 _READ_AT_START: Final = ("PYTHON", "LC_", "LANG", "TMPDIR", "LD_", "GIT_PYTHON_")
 _NOT_IMPORTED: Final = ("orchestrator.testing", "adapters.bridges")
 _USUAL: Final = {"LC_ALL": "C.UTF-8"}
 
 
 class ForkedCommand:
-    """A command that was started; as much of `subprocess.Popen` as tests need."""
+    """A started command, with the parts of `subprocess.Popen` that tests need."""
 
     def __init__(self, pid: int, process: int, told: socket.socket, stdout: io.TextIOBase, stderr: io.TextIOBase):
         self.pid, self.stdout, self.stderr = pid, stdout, stderr
-        self.returncode: int | Any = None  # as typeshed has it: nobody asks before the end
+        self.returncode: int | Any = None  # typeshed's type: not read before the end
         self._process, self._told = process, told
 
     def poll(self) -> int | None:
-        """Return the exit code, None while it runs."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.wait(0)
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end and return the exit code."""
         if self.returncode is None:
             self._told.settimeout(timeout or 1e-6 if timeout is not None else None)
             try:
@@ -75,7 +73,6 @@ class ForkedCommand:
         return int(self.returncode)
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Wait for its end and return what it printed."""
         deadline = None if timeout is None else time.monotonic() + timeout
         found: dict[io.TextIOBase, list[bytes]] = {self.stdout: [], self.stderr: []}
         with selectors.DefaultSelector() as selector:
@@ -98,17 +95,14 @@ class ForkedCommand:
         return out, err
 
     def send_signal(self, number: int) -> None:
-        """Send a signal, if it still runs."""
         if self.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._process, number)
 
     def terminate(self) -> None:
-        """Ask it to end."""
         self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it."""
         self.send_signal(signal.SIGKILL)
 
     def __enter__(self) -> Self:
@@ -126,9 +120,9 @@ StartedCommand = ForkedCommand | subprocess.Popen[str]
 
 
 def start_command(arguments: Sequence[str], cwd: Path, environ: Mapping[str, str]) -> StartedCommand:
-    """Start `council` with some arguments in a session of its own, without input."""
+    """Start `council` with these arguments in a new session, without input."""
     read = {name: value for name, value in environ.items() if name.startswith(_READ_AT_START)}
-    read.pop("PYTHONPATH", None)  # a fork takes it over: what it adds comes behind what is imported already
+    read.pop("PYTHONPATH", None)  # inherited by the fork: additions extend the loaded modules
     if hasattr(os, "pidfd_open") and read == _USUAL:
         return _server().start(arguments, cwd, environ)
     return subprocess.Popen(
@@ -151,25 +145,25 @@ def _server() -> _Server:
 
 
 class _Server:
-    """One for all tests of a process."""
+    """The fork server of a test process."""
 
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for size in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             self._socket.setsockopt(socket.SOL_SOCKET, size, _MAX_REQUEST)
         with theirs:
-            # Nothing of the test that comes first: it may look for its paths in what processes were started with.
+            # Nothing of the first test: tests search for their paths in processes' environments.
             kept = {name: value for name, value in os.environ.items() if name.startswith(("PATH", *_READ_AT_START))}
             first = subprocess.Popen(
                 [sys.executable, "-m", "tests.command_server", str(theirs.fileno())],
                 cwd=Path(__file__).parents[1],
                 env={**kept, **_USUAL},
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,  # as those that are forked: a stream goes by what it was opened on
+                stdout=subprocess.PIPE,  # as in the forks: a stream's behaviour depends on the file it was opened on
                 stderr=subprocess.PIPE,
                 pass_fds=[theirs.fileno()],
             )
-        first.wait()  # it leaves the server behind: no child of ours, among which tests look
+        first.wait()  # it detaches the server, which tests must not find among our children
         assert first.stdout
         assert first.stderr
         self._stdout, self._stderr = first.stdout, first.stderr
@@ -190,13 +184,13 @@ class _Server:
         return ForkedCommand(int(data), process, told, os.fdopen(out[0]), os.fdopen(err[0]))
 
     def close(self) -> None:
-        """End the server; commands that run go on."""
+        """End the server; running commands continue."""
         for one in (self._socket, self._stdout, self._stderr):
             one.close()
 
 
 def _serve(ours: socket.socket) -> list[str] | None:
-    """Fork a process for each request; return a command's arguments in that process, None here at the end."""
+    """Fork a process for each request; return the command's arguments in the fork, None in the server at its end."""
     with selectors.DefaultSelector() as selector:
         selector.register(ours, selectors.EVENT_READ)
         while True:
@@ -230,7 +224,7 @@ def _tell_end(selector: selectors.BaseSelector, key: selectors.SelectorKey) -> N
 
 
 def _become(request: Mapping[str, Any], fds: Sequence[int]) -> list[str]:
-    """Make this process what one would be that was just started for a request; return the command's arguments."""
+    """Set this process up like a new one for a request; return the command's arguments."""
     os.setsid()
     for number, fd in enumerate(fds[:2], start=1):
         os.dup2(fd, number)
@@ -247,7 +241,7 @@ def _become(request: Mapping[str, Any], fds: Sequence[int]) -> list[str]:
 
 
 def _import_all() -> None:
-    anyio.run(anyio.sleep, 0)  # what it imports when it is first used
+    anyio.run(anyio.sleep, 0)  # lazy imports
     for package in (orchestrator, adapters):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             if not module.name.startswith(_NOT_IMPORTED):
@@ -256,7 +250,7 @@ def _import_all() -> None:
 
 
 def _complete(model: type[pydantic.BaseModel]) -> None:
-    """Build what models that were derived from one leave to their first use."""
+    """Build the parts of derived models that are created on first use."""
     for derived in model.__subclasses__():
         if derived.__module__.startswith(("orchestrator.", "adapters.")):
             derived.model_rebuild()
@@ -264,7 +258,7 @@ def _complete(model: type[pydantic.BaseModel]) -> None:
 
 
 def _end(run: Callable[..., Any], arguments: Sequence[str]) -> NoReturn:
-    """Run a command and end as an interpreter does, but for giving back all modules, which takes longer than most."""
+    """Run a command and exit like an interpreter, but without the slow teardown of modules."""
     code: Any = 1
     try:
         run(arguments, prog_name="council")
@@ -274,7 +268,7 @@ def _end(run: Callable[..., Any], arguments: Sequence[str]) -> NoReturn:
         traceback.print_exc()
     if isinstance(code, str):
         sys.stderr.write(f"{code}\n")
-    threading._shutdown()  # type: ignore[attr-defined]  # what the interpreter calls
+    threading._shutdown()  # type: ignore[attr-defined]  # called by the interpreter
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
@@ -286,6 +280,6 @@ if __name__ == "__main__":
     if os.fork():
         os._exit(0)
     _import_all()
-    gc.freeze()  # what no collection looks at stays shared with those that are forked
+    gc.freeze()  # objects outside of garbage collection stay shared with forks
     if (given := _serve(socket.socket(fileno=int(sys.argv[1])))) is not None:
         _end(main, given)

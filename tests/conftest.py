@@ -1,4 +1,4 @@
-"""What tests share: an environment that nothing of the machine reaches into, real repositories, the real command."""
+"""Shared fixtures: an isolated environment, real repositories, the real command."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from tests.hypothesis_settings import DEFAULT_EXAMPLES, example_settings
 from tests.invariants import RunUnderTest, assert_invariants
 from tests.sandboxes import default_sandbox
 
-# What ignores signals because these tests were started in the background would do so in the programs under test, too.
+# Signals ignored because the tests run in the background would be ignored by the programs under test, too.
 for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _handler)
 
-# What a machine does beside the tests makes none of them wrong.
+# Load on the machine must not fail a test.
 settings.register_profile(
     "suite", example_settings(DEFAULT_EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 )
@@ -42,7 +42,7 @@ FAKE_CLI = Path(tests.fake_cli.__file__)
 
 
 def hermetic_environ(folder: Path) -> dict[str, str]:
-    """Return an environment that nothing of the machine reaches into; its home is made in a folder."""
+    """Return an environment isolated from the machine, with a home in a folder."""
     home = folder / "home"
     home.mkdir()
     return {
@@ -57,7 +57,7 @@ def hermetic_environ(folder: Path) -> dict[str, str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Have all parameters but the first of some tests run with the extended ones alone."""
+    """Mark all but the first parameters of some tests as extended only."""
     seen = set[str]()
     for item in items:
         name = item.nodeid.partition("[")[0]
@@ -67,14 +67,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave thousands of tests out of each look for garbage."""
+    """Exclude thousands of tests from garbage collection."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture
 def environ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The whole environment of everything that a test starts."""
+    """Return the complete environment of everything that a test starts."""
     made = hermetic_environ(tmp_path)
     for name in list(os.environ):
         if name not in made and not name.startswith(("PYTEST", "COV", "LD_")):
@@ -86,7 +86,7 @@ def environ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class CommandResult:
-    """How a command ended."""
+    """The result of a command."""
 
     code: int
     stdout: str
@@ -94,23 +94,23 @@ class CommandResult:
 
     @property
     def lines(self) -> list[dict[str, Any]]:
-        """The JSON lines that it printed."""
+        """Return the printed JSON lines."""
         return [json.loads(line) for line in self.stdout.splitlines()]
 
     @property
     def result(self) -> dict[str, Any]:
-        """The last of them."""
+        """Return the last JSON line."""
         return self.lines[-1]
 
     @property
     def states(self) -> dict[str, str]:
-        """The state of each task in the result."""
+        """Return the state of each task in the result."""
         return {task["id"]: task["status"] for task in self.result["tasks"]}
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A user's repository, with the commands that a user would give in it."""
+    """A user's repository and commands run in it."""
 
     top: Path
     environ: dict[str, str]
@@ -119,15 +119,14 @@ class Repository:
 
     @property
     def log(self) -> Path:
-        """The folder of the log of its own state, which is made known as a command would."""
+        """Return the log folder of its store, registered like by a command."""
         return self.log_in(Project(self.top).state_folder)
 
     def log_in(self, folder: Path) -> Path:
-        """Return the same of the store in a folder."""
+        """Return the log folder of the store in a folder."""
         return ensure_log(folder, council_home(self.environ))
 
     def git(self, *arguments: str) -> str:
-        """Run git as the user would."""
         identity = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER") for what, value in
                     (("NAME", "User"), ("EMAIL", "user@example.org"))}  # fmt: skip
         done = subprocess.run(
@@ -141,7 +140,7 @@ class Repository:
         return done.stdout.rstrip("\n")
 
     def commit(self, files: Mapping[str, str], message: str = "change") -> str:
-        """Write files, commit them, return the commit's id."""
+        """Write files, commit them, return the commit id."""
         for name, content in files.items():
             path = self.top / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +150,7 @@ class Repository:
         return self.git("rev-parse", "HEAD")
 
     def fake_adapter(self, **more: Any) -> dict[str, Any]:
-        """Return the entry of an adapter for the fake CLI; `more` is said of it beside."""
+        """Return the adapter entry of the fake CLI, extended by `more`."""
         return {
             "use": "command",
             "argv": [sys.executable, "-S", str(FAKE_CLI), "{prompt_file}"],
@@ -161,7 +160,7 @@ class Repository:
         }
 
     def configure(self, tasks: Sequence[Mapping[str, Any]], **settings: Any) -> Path:
-        """Write a config of tasks for the fake CLI beside the repository; return its path."""
+        """Write a config of tasks for the fake CLI next to the repository; return its path."""
         config = {
             "version": 1,
             "repo": str(self.top),
@@ -174,15 +173,15 @@ class Repository:
             **settings,
         }
         path = self.top.parent / "council.yaml"
-        path.write_text(json.dumps(config))  # every JSON text is YAML
+        path.write_text(json.dumps(config))  # JSON is valid YAML
         return path
 
     def remember(self) -> None:
-        """Take the fingerprint that the end is compared with."""
+        """Take the fingerprint for the final comparison."""
         self.before[:] = [Fingerprint.of(self.top)]
 
     def start(self, *arguments: str, failpoints: str = "") -> StartedCommand:
-        """Start the real command in a process group of its own."""
+        """Start the real command in its own process group."""
         armed = {"COUNCIL_FAILPOINTS": failpoints} if failpoints else {}
         return command_server.start_command(arguments, self.top, {**self.environ, **armed})
 
@@ -198,7 +197,7 @@ class Repository:
         return CommandResult(child.returncode, stdout, stderr)
 
     async def assert_invariants(self, *, target_checked_out: bool = True, canaries: Sequence[str] = ()) -> None:
-        """Check all that must hold after any run; `canaries` are secrets that programs were given."""
+        """Check the invariants of every run; `canaries` are secrets that programs received."""
         before = self.before[0] if self.before else None
         secrets = tuple(canary.encode() for canary in canaries)
         await assert_invariants(RunUnderTest(self.top, self.environ, before, target_checked_out, self.spawns, secrets))
@@ -206,7 +205,7 @@ class Repository:
 
 @pytest.fixture(scope="session")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `repository` is a copy of: git takes ten times as long to make one."""
+    """Return the template of `repository`: a copy is ten times as fast as git."""
     folder = tmp_path_factory.mktemp("template")
     made = Repository(folder / "project", hermetic_environ(folder), folder / "spawns")
     made.top.mkdir()
@@ -217,10 +216,10 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def repository(tmp_path: Path, environ: dict[str, str], template: Path) -> Repository:
-    """A repository with one commit on `main`, which is checked out."""
+    """Return a repository with one commit on the checked-out `main`."""
     made = Repository(tmp_path / "project", environ, tmp_path / "ledger" / "spawns")
     made.spawns.parent.mkdir()
     shutil.copytree(template, made.top)
-    made.git("update-index", "--refresh")  # or the next command that looks at the files would write it
+    made.git("update-index", "--refresh")  # otherwise the next command that reads the files would write it
     made.remember()
     return made

@@ -1,4 +1,4 @@
-"""Real distributions for tests: a module and its metadata in a folder, as an installer leaves them."""
+"""Real distributions for tests: a module and its metadata in a folder, as installed."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pluggy
 hookimpl = pluggy.HookimplMarker("cli_council")
 """
 
-#: What registers a type under a name.
+#: Registers a type under a name.
 REGISTERS = """
 @hookimpl
 def council_register_{kind}(register):
     register({name!r}, {type})
 """
 
-#: An adapter type that is complete, and runs the program that its option names.
+#: A complete adapter type, which runs the program named by its option.
 ADAPTER = (
     REGISTER
     + """
@@ -53,7 +53,7 @@ class Echo:
 
 
 def install(folder: Path, name: str, code: str, *, entry: str | None = None, module: str | None = None) -> Path:
-    """Put a distribution of one module into a folder, with one entry point; return the module's file."""
+    """Install a distribution of one module with one entry point into a folder; return the module's file."""
     module = module or name.replace("-", "_")
     information = folder / f"{name.replace('-', '_')}-1.0.dist-info"
     information.mkdir(parents=True)

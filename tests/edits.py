@@ -1,4 +1,4 @@
-"""Changes to files that property tests make, of two paths within a folder."""
+"""Edits of two paths within a folder, for property tests."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from pathlib import Path
 
 
 def rename(top: Path, path: str, other: str) -> None:
-    """Rename one path to the other, over what stands there."""
+    """Rename one path to the other, overwriting it."""
     (top / path).rename(top / other)
 
 
 def swap(top: Path, path: str, other: str) -> None:
-    """Let two paths change places."""
+    """Swap two paths."""
     (top / path).rename(top / "between")
     (top / other).rename(top / path)
     (top / "between").rename(top / other)

@@ -1,36 +1,35 @@
-"""A coding CLI that does exactly what its prompt says: a real program for tests and demonstrations.
+"""A coding CLI that executes the steps of its prompt: a real program for tests and demonstrations.
 
     python3 fake_cli.py PROMPT_FILE
 
-Standard library alone. Each line of the prompt is a step; lines that are none are ignored, as a person's words
-would be. `attempt N` before a step makes it happen in that attempt only, `once` only the first time that the task
-gets there in whatever attempt (needs `FAKE_CLI_LEDGER`), `without PATH` only as long as there is no such file, `in
-PHASE` only in that phase of the task's workflow.
+Standard library alone. Each line of the prompt is a step; other lines are ignored. Prefixes of a step are conditions:
+`attempt N` runs it in that attempt only, `once` only the first time in any attempt (needs `FAKE_CLI_LEDGER`),
+`without PATH` only while that file does not exist, `in PHASE` only in that phase of the task's workflow.
 
-    write PATH TEXT…     replace a file          commit MESSAGE…   commit everything, with git
+    write PATH TEXT…     replace a file          commit MESSAGE…   commit everything with git
     append PATH TEXT…    add a line to a file     git ARGS…         run git
-    delete PATH          remove a file            print TEXT…       say something
-    discard PATH         remove it if it is there
-    exit CODE TEXT…      say something, then end  flood BYTES       print that many bytes
-    hang                 never end                stubborn          ignore SIGTERM and SIGINT from here on
-    await PATH           wait until there is such a file
-    hold PATH            lock this file until the process ends; where another one has it, note that in PATH.broken
-    keep-prompt          print the whole prompt       tick TIMES SECONDS   print, and wait, so many times
-    daemon PATH          leave a process behind that has a session of its own and no environment, ignores
-                         SIGTERM, and appends to PATH for ever
+    delete PATH          remove a file            print TEXT…       print a text
+    discard PATH         remove a file if it exists
+    exit CODE TEXT…      print a text and exit    flood BYTES       print that many bytes
+    hang                 never end                stubborn          ignore SIGTERM and SIGINT from now on
+    await PATH           wait until the file exists
+    hold PATH            lock this file until the process ends; if it is locked, report that in PATH.broken
+    keep-prompt          print the whole prompt       tick TIMES SECONDS   print and wait repeatedly
+    daemon PATH          start a process in another session without an environment, which ignores
+                         SIGTERM and appends to PATH forever
     print-env NAME       print a variable         write-env PATH NAME    write it to a file
-    wipe PATH            remove a file, or a folder with all that is in it
-    intrude PATH TEXT…   try to write a file, and go on if that is denied
-    hand-over JSON       write it where the session hands over     answer JSON    end the answer with it
-    tell JSON            give it to the command for that, and print what is wrong with it
-    built PATH…          hand over a build of these files      share KEY JSON    share it with the others
-    pause SECONDS        do nothing for so long
-    plant PATH           leave hooks and configuration in the session's git directory that would write PATH
+    wipe PATH            remove a file, or a folder with its contents
+    intrude PATH TEXT…   try to write a file, and continue if that is denied
+    hand-over JSON       write the handoff file of the session     answer JSON    end the answer with a handoff
+    tell JSON            submit a handoff by the session command, and print its violations
+    built PATH…          submit a build of these files      share KEY JSON    share a value with other sessions
+    pause SECONDS        wait
+    plant PATH           put hooks and configuration that would write PATH into the session's git directory
 
-With `FAKE_CLI_LEDGER` set, every start appends `run task attempt` to that file first.
+With `FAKE_CLI_LEDGER` set, every start first appends `run task attempt` to that file.
 """
 
-# ruff: noqa: C901, T201 - a stand-alone program that behaves as badly as it is told to
+# ruff: noqa: C901, T201 - a stand-alone program with scripted misbehaviour
 
 from __future__ import annotations
 
@@ -172,7 +171,7 @@ def _step(words: list[str], rest: str) -> None:
 
 
 def main() -> None:
-    """Follow the prompt."""
+    """Execute the prompt."""
     attempt = os.environ.get("COUNCIL_ATTEMPT", "1")
     if ledger := os.environ.get("FAKE_CLI_LEDGER"):
         with Path(ledger).open("a") as file:
@@ -187,7 +186,7 @@ def main() -> None:
 
 
 def _due(line: str, number: int, attempt: str) -> str:
-    """Return the step of a line without what says when it is due; nothing if it is not due now."""
+    """Return a line's step without its conditions; empty if it is not due."""
     match line.split(maxsplit=2):
         case ["attempt", wanted, step]:
             return _due(step, number, attempt) if wanted == attempt else ""

@@ -1,4 +1,4 @@
-"""Stand-ins for what a machine may have: CLIs on a PATH of the test's own, and a plugin that knows them."""
+"""Fake CLIs on a PATH of the test's own, and a plugin with adapters for them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def council_register_adapters(register):
 
 @dataclass(frozen=True)
 class FakePrograms:
-    """Programs on the PATH of everything that the test starts, and nothing else but what `council` itself starts."""
+    """The PATH of all processes of a test, with these programs and the requirements of `council` only."""
 
     folder: Path
 
@@ -73,12 +73,12 @@ class FakePrograms:
         return path
 
     def remove(self, name: str) -> None:
-        """Take a program from PATH."""
+        """Remove a program from PATH."""
         (self.folder / name).unlink()
 
 
 def install_fake_programs(tmp_path: Path, repository: Repository) -> FakePrograms:
-    """Make the PATH of a repository's commands our own, and install a plugin with `alpha-code` and `beta-code`."""
+    """Replace the PATH of a repository's commands, and install a plugin with `alpha-code` and `beta-code`."""
     stand_ins = FakePrograms(tmp_path / "stand-ins")
     stand_ins.folder.mkdir()
     for name in ("git", "sh", "rm", "bwrap"):
@@ -91,7 +91,7 @@ def install_fake_programs(tmp_path: Path, repository: Repository) -> FakeProgram
 
 
 def install_plugin(tmp_path: Path, repository: Repository, name: str, source: str) -> None:
-    """Make a distribution with one plugin, of version 1.0, where the repository's commands find it."""
+    """Install a distribution with one plugin, version 1.0, for the repository's commands."""
     place = tmp_path / "plugins"
     install(place, name, source)
     repository.environ["PYTHONPATH"] = os.fspath(place)

@@ -1,4 +1,4 @@
-"""What the tests of the catalogue of faults share: adapters that do anything, and looking everywhere for something."""
+"""Helpers of the fault tests: adapters with arbitrary programs, and searches everywhere for a text."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def read_objects(repository: Path) -> bytes:
 
 
 def files_with(folder: Path, needle: bytes) -> list[str]:
-    """Return the files below a folder that have something in their content or in their path."""
+    """Return the files below a folder with a text in their content or path."""
     found = [path for path in folder.rglob("*") if needle in bytes(path.relative_to(folder))]
     found += [path for path in folder.rglob("*") if path.is_file() and needle in path.read_bytes()]
     return sorted({str(path) for path in found})
 
 
 def processes_with(needle: bytes) -> list[str]:
-    """Return the living processes whose arguments, environment or folder have something in them."""
+    """Return the processes with a text in their arguments, environment or folder."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -38,20 +38,20 @@ def processes_with(needle: bytes) -> list[str]:
             facts += bytes((process / "cwd").readlink())
             if needle in facts and (process / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
                 found.append(f"{process.name}: {facts[:200]!r}")
-        except OSError:  # it has ended
+        except OSError:  # the process ended
             continue
     return found
 
 
 def drop_kept_worktrees(repository: Repository) -> None:
-    """Delete the worktrees that stay because of what could not come in, as a person would."""
+    """Delete the preserved worktrees with rejected content, as a person would."""
     kept = repository.council("salvage", "list", "--json").result["kept"]
     names = [one["name"] for one in kept if one["name"].endswith("/worktree")]
     assert repository.council("salvage", "drop", "--yes", *names).code == 0
 
 
 def strace_fails(tmp_path: Path) -> str | None:
-    """Return why strace can't inject faults here, or None."""
+    """Return why strace cannot inject faults here, or None."""
     if shutil.which("strace") is None:
         return "strace is not installed"
     probe = ["strace", "-o", str(tmp_path / "probe"), "-e", "inject=fdatasync:error=EIO", "true"]

@@ -1,4 +1,4 @@
-"""What the tests of outages share: a store that can be put out of reach, in front of a real one."""
+"""Helpers of the outage tests: a real store that can be disconnected."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from orchestrator.state.offline.outage import RetryIntervals, StoreWrapper
 
 T = TypeVar("T")
 
-#: Tests wait for nothing.
+#: No wait in tests.
 QUICK_PAUSES = RetryIntervals(first=0.001, longest=0.005)
 
 
 class DisconnectableStore(StoreWrapper):
-    """A store at the other end of a line that can be cut."""
+    """A store behind a connection that can be cut."""
 
     def __init__(self, inner: Store) -> None:
         super().__init__(inner)
@@ -30,13 +30,13 @@ class DisconnectableStore(StoreWrapper):
         """How many of the next commits are made without their maker's getting to know."""
 
     def cut(self) -> None:
-        """Put it out of reach; who watches finds out, too."""
+        """Disconnect the store; watchers notice."""
         self._is_cut = True
         self._news.set()
         self._news = anyio.Event()
 
     def reconnect(self) -> None:
-        """Put it within reach again."""
+        """Reconnect the store."""
         self._is_cut = False
 
     def _check(self) -> None:
@@ -78,7 +78,7 @@ class DisconnectableStore(StoreWrapper):
 
 
 class FailingStore(StoreWrapper):
-    """A store of which some calls fail after `fail`; with `answers_are_lost` these calls succeed anyway."""
+    """A store with scripted failures; with `answers_are_lost` the failing calls take effect."""
 
     def __init__(self, inner: Store, *, answers_are_lost: bool) -> None:
         super().__init__(inner)

@@ -1,4 +1,4 @@
-"""All of the user's repository that a run must leave byte for byte as it was."""
+"""Fingerprints of the parts of the user's repository that a run must not change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from orchestrator.project import COUNCIL_FOLDER
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """What a repository with a checkout holds outside of its objects and reflogs: path to digest."""
+    """Digests of a checked-out repository outside of its objects and reflogs, by path."""
 
     git: dict[str, str]
     files: dict[str, str]
@@ -29,7 +29,7 @@ class Fingerprint:
         )
 
     def changes(self, after: Fingerprint, *, target: str, checked_out: bool) -> list[str]:
-        """Return what differs in `after` beyond the target's ref and, if it is checked out, its index and files."""
+        """Return the differences in `after`, except the target's ref and, if checked out, its index and files."""
         allowed = {f".git/refs/heads/{target}"} | ({".git/index"} if checked_out else set())
         pairs = [(self.git, after.git)] if checked_out else [(self.git, after.git), (self.files, after.files)]
         return sorted(

@@ -1,4 +1,4 @@
-"""Places for tests: a hub of a repository, and a pool that is opened on it."""
+"""A repository hub and a worktree pool for tests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from orchestrator.system.clock import SystemClock
 
 @dataclass(frozen=True)
 class HubFixture:
-    """The hub of a repository, as it is for one run."""
+    """The hub of a repository during one run."""
 
     top: Path
     hub: Hub
@@ -27,13 +27,13 @@ class HubFixture:
 
     @classmethod
     async def of(cls, top: Path, home: Path, environ: Mapping[str, str]) -> HubFixture:
-        """Make the hub, unless it is there."""
+        """Create the hub unless it exists."""
         hub = locate_hub(str(top), home)
         await create_hub(hub, "sha1", environ)
         return cls(top, hub, Git(hub.trusted, environ=environ))
 
     async def fetch(self, branch: str = "main") -> str:
-        """Bring a branch of the repository into the hub, return its commit."""
+        """Fetch a branch into the hub, return its commit."""
         source = UpstreamRepository.of(str(self.top), is_local=True, git=self.git)
         return await source.fetch(branch, internal_ref_name("run1", f"base-{os.getpid()}"))
 
@@ -56,18 +56,18 @@ class HubFixture:
             yield pool
 
     def worktree(self, task: str, attempt: int = 1) -> Worktree:
-        """Name a session."""
+        """Return the name of a session's worktree."""
         return Worktree(self.hub, "run1", task, attempt)
 
     async def begin(self, pool: SlotPool, task: str, commit: str, adapter: str = "") -> tuple[Worktree, HeldSlot]:
-        """Hand a place out to a session, and make what that has."""
+        """Acquire a slot for a session and create its worktree."""
         worktree = self.worktree(task)
         checkout = await pool.acquire(commit, worktree.root, adapter)
         await worktrees.create_worktree(worktree, checkout, "prompt")
         return worktree, checkout
 
     async def end(self, pool: SlotPool, worktree: Worktree, checkout: HeldSlot) -> None:
-        """Take the place back from a session whose work is saved."""
+        """Release the slot of a session whose work is saved."""
         found = await checkout.compare()
         await worktrees.remove_session_folder(worktree)
         pool.release(checkout, found)

@@ -1,18 +1,18 @@
-"""What must be true after every run, crash and recovery; each integration and crash test ends here.
+"""The invariants of every run, crash and recovery, checked at the end of each integration and crash test.
 
 The numbers are those of the project's list of invariants:
 
  1 a task has at most one landing on first-parent, exactly one once landed    8 attempts are recorded before spawns
- 2 the target's tree equals its merges in order                               9 no process is left
- 3 epochs rise strictly                                                      10 no temporary or half-built thing is left
- 5 the log is whole, versions have no gaps                                   11 fsck and worktree list succeed
- 6 replaying the log gives the state                                         12 the user's repository is as it was
- 7 no task starts before its needs have landed, none is lost or invented     14 no secret is in a log, record or commit
-17 all that is recorded of workflows agrees with itself                     15 state is the owner's alone
+ 2 the target's tree equals its merges in order                               9 no process is left over
+ 3 epochs rise strictly                                                      10 no temporary or incomplete file remains
+ 5 the log is intact, versions have no gaps                                  11 fsck and worktree list succeed
+ 6 replaying the log gives the state                                         12 the user's repository is unchanged
+ 7 tasks start after their needs landed; none is lost or invented            14 no secret is in a log, record or commit
+17 workflow records are consistent                                           15 state files are private
 18 every recorded event has a class, and the fields of that class
 
-(4 and 16 are what the tests that call this do with time and processes; 13 is `finish` of the crash tests; for 14 they
-name the canaries that they planted.)
+(4 and 16 are covered by time and processes in the calling tests; 13 is `finish` of the crash tests; for 14 the tests
+pass the canaries that they planted.)
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from tests.fingerprint import Fingerprint
 
 @dataclass(frozen=True, slots=True)
 class RunUnderTest:
-    """What is looked at: the user's checkout and its fingerprint from before, and the fake CLI's own record."""
+    """The user's checkout, its fingerprint from before, and the ledger of the fake CLI."""
 
     top: Path
     environ: Mapping[str, str]
@@ -63,7 +63,6 @@ class RunUnderTest:
 
     @property
     def git(self) -> Git:
-        """Git at the user's side."""
         return Git(None, as_user=True, environ=self.environ)
 
 
@@ -79,7 +78,7 @@ class _State:
 
 
 async def assert_invariants(scene: RunUnderTest) -> None:
-    """Raise AssertionError that lists every invariant which does not hold."""
+    """Raise AssertionError with all violated invariants."""
     state = await _read(scene)
     broken = [violation async for violation in _violations(scene, state)]
     assert not broken, "\n".join(broken)
@@ -145,10 +144,10 @@ def _log(state: _State) -> list[str]:
             versions[key] = version
             replayed.pop(key, None)
             if value is not None:
-                if key.kind != CONTEXT:  # it expires, which records do not tell
+                if key.kind != CONTEXT:  # it expires, which records do not show
                     replayed[key] = value
                 if key.kind == "lease":
-                    # Who waits for the permit to land is written beside it, under the epoch of who has it.
+                    # A waiter for the permit is written to its document under the epoch of the holder.
                     is_same = key.id.startswith("merge/") and value["epoch"] == epochs[key]
                     if value["epoch"] <= epochs[key] and not is_same:
                         broken.append(f"3: {key} went from epoch {epochs[key]} to {value['epoch']}")
@@ -165,7 +164,7 @@ def _events(state: _State) -> list[str]:
 
 
 def find_event_error(event: Event) -> str | None:
-    """Return in what a recorded event differs from its class; None if in nothing."""
+    """Return the difference between a recorded event and its class, or None."""
     if event.type not in EVENT_TYPES:
         return f"{event.type} is in no module of orchestrator.domain.events"
     adapters, known = _field_adapters(event.type), EVENT_TYPES[event.type].from_data(event.data)
@@ -192,7 +191,7 @@ def _workflows(state: _State) -> list[str]:
 
 def _modes(top: Path) -> list[str]:
     folder = Project(top).folder
-    # What a session puts into its home is behind the home itself.
+    # Home contents of a session are below the home itself.
     homes = {home for home in folder.glob("logs/*/homes/*/*") if home.is_dir()}
     paths = [folder, *(path for path in folder.rglob("*") if not homes.intersection(path.parents))]
     return [f"15: {path} is open to others" for path in paths if path.stat().st_mode & 0o077]
@@ -221,7 +220,7 @@ async def _secrets(scene: RunUnderTest, state: _State) -> AsyncIterator[str]:
     for path in Project(scene.top).folder.rglob("*"):
         if path.is_file() and (found := _canary(scene, path.read_bytes())):
             yield f"14: {path} has {found!r}"
-    # The trusted repository's objects are the hub's; what nothing refers to counts as well.
+    # The trusted repository uses the hub's objects; unreferenced ones count as well.
     repositories = {Hub(Path(value["hub"])).trusted for value in state.of("run").values()} | {scene.top / ".git"}
     for repository in repositories:
         arguments = ("cat-file", "--batch-all-objects", "--batch", "--unordered")
@@ -254,7 +253,7 @@ def _left_overs(run: RunDocument, tasks: Mapping[str, TaskDocument]) -> list[str
 
 
 async def _places(hub: Hub) -> list[str]:
-    """Look for what became of checkouts: each is clean, stays with a session, or is somebody's right now."""
+    """Check that each checkout is clean, preserved for a session, or in use."""
     broken = [f"10: {path} is left" for path in hub.slots.glob("*.new")]
     broken += [f"10: {path} was not deleted" for path in hub.trash.glob("*")]
     for place in list_slots(hub):
@@ -266,7 +265,7 @@ async def _places(hub: Hub) -> list[str]:
 
 
 def _processes(hub: Hub, sessions: Path) -> list[str]:
-    """Look for what sessions and checks left: by where it is, and by what each has in its environment."""
+    """Find leftover processes of sessions and checks, by folder and environment."""
     marker = b"COUNCIL_PROMPT_FILE=" + os.fsencode(sessions) + b"/"
     broken = []
     for process in Path("/proc").glob("[0-9]*"):
@@ -289,7 +288,7 @@ async def _landings(scene: RunUnderTest, run: RunDocument, tasks: Mapping[str, T
         lines = [line.split() for line in log.stdout.decode().splitlines()]
     commits: dict[str, list[str]] = defaultdict(list)
     for commit, *rest in lines:
-        if len(rest) == 4:  # two parents, a tree, a label: a landing
+        if len(rest) == 4:  # two parents, a tree, a trailer: a landing
             first, second, tree, label = rest
             commits[label].append(commit)
             merged = await git("merge-tree", "--write-tree", "--no-messages", first, second, cwd=scene.top, ok=(0, 1))

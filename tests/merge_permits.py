@@ -1,4 +1,4 @@
-"""Permits to land, for tests that have no run."""
+"""Merge permits for tests without a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.recorded_run import make_orchestrators
 
 
 async def join_merge_queue(store: Store, clock: Clock, repository: str, branch: str) -> MergePermitQueue:
-    """Return the turns of one more orchestrator to land on a branch."""
+    """Return the merge turns of another orchestrator on a branch."""
     others = make_orchestrators(store, clock, "r", alone=False)
     await others.join()
     return MergePermitQueue(store, clock, others, repository, branch)
@@ -23,7 +23,7 @@ async def join_merge_queue(store: Store, clock: Clock, repository: str, branch: 
 
 @asynccontextmanager
 async def hold_permit(source: UpstreamRepository, branch: str) -> AsyncIterator[MergePermit]:
-    """Have the right to land on a branch, which nobody else asks for."""
+    """Hold the uncontended merge permit of a branch."""
     clock = ManualClock()
     async with (await join_merge_queue(MemoryStore(clock), clock, source.location, branch)).hold() as permit:
         yield permit

@@ -1,4 +1,4 @@
-"""What a loss of power leaves of a file store: all that was durable, and of the rest whatever had got to the disk."""
+"""Simulated power loss of a file store: durable bytes are kept, others arbitrarily."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from random import Random
 
 from orchestrator.state.log.segments import HighWaterMark
 
-#: What gets to the disk as a whole or not at all.
+#: Sectors are written completely or not at all.
 SECTOR = 512
 
 
 def lose_power(place: Path, durable: int, dice: Random, mark: bytes | None = None) -> None:
-    """Leave of the newest segment its first `durable` bytes, and some sectors of the rest; the machine starts anew.
+    """Keep the first `durable` bytes of the newest segment and some sectors of the rest, and simulate a reboot.
 
-    The mark is that of any moment before, if one is given.
+    The durability mark may be an earlier one, if given.
     """
     newest = max(place.glob("*.jsonl"), default=None)
     if newest is not None:
@@ -31,7 +31,7 @@ def lose_power(place: Path, durable: int, dice: Random, mark: bytes | None = Non
 
 
 def simulate_reboot(place: Path, mark: bytes | None = None) -> None:
-    """Let the machine have started since the mark was written."""
+    """Make the durability mark look older than the boot."""
     found = HighWaterMark.decode((place / "lock").read_bytes() if mark is None else mark)
     if found is not None:
         (place / "lock").write_bytes(found._replace(boot="f" * 32).encode())

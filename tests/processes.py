@@ -1,4 +1,4 @@
-"""The processes that tests look for."""
+"""Processes that tests search for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import psutil
 
 
 def child_processes() -> list[psutil.Process]:
-    """Return what this process has started and is left, except the keeper, which ends with this process."""
+    """Return the child processes, except the keeper, which ends with this process."""
     return [
         one
         for one in psutil.Process().children()

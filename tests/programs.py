@@ -1,4 +1,4 @@
-"""Python programs that tests run beside themselves."""
+"""Python programs that run concurrently with tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def run_python(code: str, *args: object) -> Iterator[subprocess.Popen[str]]:
-    """A program with our code that is dead, whatever happens, when the block ends."""
+    """Run a program with our code, which is killed at the end of the block at the latest."""
     argv = [sys.executable, "-c", code, *map(str, args)]
     pipe = subprocess.PIPE
     with subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True, env={"PYTHONPATH": str(Path.cwd())}) as child:

@@ -1,4 +1,4 @@
-"""A project with a run that was made up: two tasks, one landed, one failed and being tried again."""
+"""A project with a synthetic run of two tasks: one landed, one failed and being retried."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ RUN = "20260102-030405-ab12"
 #: 2026-01-02 03:04:05 UTC.
 RUN_STARTED = 1767323045.0
 OLD_COMMIT, NEW_COMMIT = "0" * 40, "4f0c2d1e9b" * 4
-#: The process that was at work in it, on a machine of which nothing was heard since.
+#: Its active process, on a machine without contact.
 OWNER = OrchestratorIdentity(
     id="box-4711-9b3e50",
     host="box",
@@ -45,7 +45,7 @@ OWNER = OrchestratorIdentity(
 
 
 def run_document(folder: Path, run: str = RUN, started: float = RUN_STARTED) -> RunDocument:
-    """Return a run of the tasks `models` and `api`, whose repositories are nowhere."""
+    """Return a run of the tasks `models` and `api`, whose repositories do not exist."""
     return RunDocument(
         id=run,
         config="council.yaml",
@@ -64,7 +64,7 @@ def run_document(folder: Path, run: str = RUN, started: float = RUN_STARTED) -> 
 
 
 def task_spec(task: str, prompt: str) -> TaskSpec:
-    """Return a task of the fixer that was read from a file which says little of it."""
+    """Return a task of the fixer, as read from a minimal file."""
     return TaskSpec(
         id=task,
         prompt=prompt,
@@ -87,7 +87,10 @@ def task_spec(task: str, prompt: str) -> TaskSpec:
 def make_orchestrators(
     store: Store, clock: Clock, run: str, *, alone: bool = True, me: OrchestratorIdentity | None = None
 ) -> RunMembership:
-    """Return those of a run as `me` sees them, else a process with a name of its own; `alone`: all others are dead."""
+    """Return the orchestrators of a run as seen by `me`, or by a process with a unique name; `alone`:
+
+    others are dead.
+    """
 
     async def is_dead(run: str, owner: OrchestratorIdentity) -> bool:
         return alone
@@ -98,7 +101,7 @@ def make_orchestrators(
 async def record_run(
     store: Store, clock: ManualClock, run: RunDocument, me: OrchestratorIdentity | None = None
 ) -> None:
-    """Record a run in eleven commits as `me`: `models` lands after 90 s, `api` fails once and is tried again."""
+    """Record a run in eleven commits as `me`: `models` lands after 90 s, `api` fails once and is retried."""
     await record_new_run(
         store, run, {"models": task_spec("models", "Add a User model."), "api": task_spec("api", "Add an API.")}
     )
@@ -148,9 +151,9 @@ async def record_run(
 async def recorded_project(
     top: Path, monkeypatch: pytest.MonkeyPatch, folder: Path | None = None
 ) -> AsyncIterator[FileStore]:
-    """Make a folder a project with that run, written by ada@box:4711; yields its store.
+    """Create a project with that run, recorded by ada@box:4711; yield its store.
 
-    The run's repositories are in `folder`, which is written down: sizes depend on its length.
+    The run's repositories are in `folder`, whose name is recorded: sizes depend on its length.
     """
     monkeypatch.setattr(journal, "get_writer_name", lambda: "ada@box:4711")
     clock = ManualClock(RUN_STARTED)

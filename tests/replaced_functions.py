@@ -1,4 +1,4 @@
-"""Pages that say what has become of functions of earlier designs: their tables, and whether what they name exists."""
+"""Pages that map functions of earlier designs: their tables, and the existence of the named replacements."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from orchestrator.cli.main import main
 
 
 class ReplacedFunctionsContract:
-    """What holds of such a page; a subclass takes the rows of its tables."""
+    """The contract of such a page; a subclass defines the rows of its tables."""
 
     functions: ClassVar[Sequence[Sequence[str]]]
     """The rows: what there was, what is here now, and the tests that show it."""
@@ -27,11 +27,11 @@ class ReplacedFunctionsContract:
     """How many rows there are at the least."""
 
     def is_word(self, name: str) -> bool:
-        """Whether what stands in code is neither a command nor a name of Python's; a subclass knows."""
+        """Return whether a code span is neither a command nor a Python name; defined by subclasses."""
         raise NotImplementedError
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Have a test for each of what the tables name."""
+        """Parametrize by everything that the tables name."""
         here = code_spans(self.functions, 1)
         commands = [name for name in here if name.startswith("council ")]
         cases = {
@@ -43,18 +43,18 @@ class ReplacedFunctionsContract:
             metafunc.parametrize(argument, cases[argument])
 
     def test_each_row_says_what_is_here_and_what_shows_it(self) -> None:
-        """A row without a test promises what nobody has seen."""
+        """A replacement without a test is unverified."""
         assert len(self.functions) > self.fewest
         for row in self.functions:
             assert len(row) == 3, row
             assert re.fullmatch(r"(`tests/[\w/]+\.py(::\w+)+`(, )?)+", row[2]), row
 
     def test_each_test_is_there(self, test: str) -> None:
-        """By its file and its name, also where it is of a contract that the file's class has inherited."""
+        """By file and name, including tests inherited from a contract."""
         check_test(test)
 
     def test_each_command_is_there(self, line: str) -> None:
-        """With the options that are named."""
+        """With the named options."""
         _, *words = line.split()
         command: click.Command = main
         while isinstance(command, click.Group):
@@ -65,19 +65,19 @@ class ReplacedFunctionsContract:
         assert {word for word in words if word.startswith("-")} <= known
 
     def test_each_name_of_python_is_there(self, name: str) -> None:
-        """A public name, or one within a module of ours, with attributes and fields."""
+        """A public name, or one in a module of ours, with attributes and fields."""
         owner, steps = _owner(name.split("."))
         for step in steps:
             owner = _attribute(owner, step)
 
 
 def sections(page: str) -> dict[str, str]:
-    """Return the texts of a page by their headings."""
+    """Return the sections of a page by heading."""
     return dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
 
 
 def rows(section: str) -> list[list[str]]:
-    """Return the cells of the tables of a section, without their heads."""
+    """Return the cells of the tables of a section, without headers."""
     lines = [line for line in section.splitlines() if line.startswith("| ")]
     return [
         cells for line in lines if (cells := line.strip("| ").split(" | "))[0] not in {"earlier design", "variable"}
@@ -85,12 +85,12 @@ def rows(section: str) -> list[list[str]]:
 
 
 def code_spans(table: Sequence[Sequence[str]], column: int) -> list[str]:
-    """Return all that stands in code in a column, each once."""
+    """Return the code spans of a column without duplicates."""
     return list(dict.fromkeys(name for row in table for name in re.findall(r"`([^`]+)`", row[column])))
 
 
 def check_test(name: str) -> None:
-    """It is there by its file and its name, also where it is of a contract that the file's class has inherited."""
+    """Check that a test exists by file and name, including tests inherited from a contract."""
     path, *names = name.split("::")
     assert names[-1].startswith("test_")
     module = import_module(path.removesuffix(".py").replace("/", "."))

@@ -1,4 +1,4 @@
-"""Sessions that work side by side on one repository, as one process has them: real worktrees, store, locks and desk."""
+"""Concurrent sessions of one process on one repository: real worktrees, store, locks and session API."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ from orchestrator.system.clock import Clock, SystemClock
 from tests.conftest import Repository
 from tests.hub_fixture import HubFixture
 
-#: A secret of the machine that the sessions work on.
+#: A secret of the machine under test.
 SECRET = "hunter2hunter2"
-#: Yards are of one run.
+#: Folders of a run.
 RUN = "run1"
 
 
 @dataclass
 class SessionTeam:
-    """The sessions of one process; several teams on one store and folder are several processes."""
+    """The sessions of one process; several teams on one store and folder act as several processes."""
 
     store: Store
     yard: HubFixture
@@ -59,7 +59,7 @@ class SessionTeam:
     checkouts: dict[SessionName, tuple[Worktree, HeldSlot]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Open the desk."""
+        """Create the session API."""
         scope, redactor = ownership_scope(str(self.yard.top), "main"), Redactor([SECRET])
         self.registry = OwnershipRegistry(self.store, self.clock, scope)
         self.files = FileLocks(self.folder / "locks", self.clock)
@@ -71,7 +71,7 @@ class SessionTeam:
         self.session_service = SessionService(self.contexts, self.memory, locks, self.yard.git, self._elsewhere)
 
     async def join(self, task: str, attempt: int = 1, *, owns: Sequence[str] = ()) -> SessionName:
-        """Begin a session in a worktree of its own, under a claim, with what its task owns."""
+        """Start a session in its own worktree, under a claim, with its task's paths."""
         session = SessionName(RUN, task, attempt)
         worktree = self.yard.worktree(task, attempt)
         checkout = await self.pool.acquire(self.base, worktree.root)
@@ -82,7 +82,7 @@ class SessionTeam:
         return session
 
     async def claim(self, session: SessionName) -> None:
-        """Take a claim on a task, unless an earlier session of it here has that."""
+        """Claim a task, unless an earlier session here has the claim."""
         key = claim_key(session)
         held = next((guard for guard in self.claims.values() if guard.key == key), None)
         if held is None:
@@ -93,7 +93,7 @@ class SessionTeam:
         self.claims[session] = held
 
     def workplace(self, session: SessionName) -> SessionWorkspace:
-        """Return where a session works."""
+        """Return the working folder of a session."""
         worktree = self.yard.worktree(session.task, session.attempt)
         adapter = ClaudeCodeAdapter(ClaudeCodeOptions())
         self.folder.joinpath("logs").mkdir(exist_ok=True)
@@ -109,45 +109,44 @@ class SessionTeam:
         return self.checkouts[session][0].tree
 
     def write(self, session: SessionName, name: str, text: str) -> None:
-        """Change a file as the session's program would."""
+        """Change a file like the session's program."""
         path = self.tree(session) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
 
     def git(self, session: SessionName, *arguments: str) -> None:
-        """Run git as the session's program would."""
         identity = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER") for what, value in
                     (("NAME", "Agent"), ("EMAIL", "agent@example.org"))}  # fmt: skip
         environ = {**self.environ, **identity}
         subprocess.run(["git", *arguments], cwd=self.tree(session), env=environ, check=True, capture_output=True)
 
     def says(self, session: SessionName, *content: Mapping[str, Any]) -> None:
-        """Have a session print what its CLI prints of an answer."""
+        """Print an answer in the session like its CLI."""
         line = json.dumps({"type": "assistant", "message": {"content": content}})
         with log_path(self.folder / "logs", session.task, session.attempt, "stdout").open("a") as log:
             log.write(f"{line}\n")
 
     async def collect(self, session: SessionName) -> CollectedWork:
-        """Commit what a session has done."""
+        """Commit the changes of a session."""
         admit = self.workplace(session).admit
         return await collect_work(self.yard.git, self.checkouts[session][0], self.base, "work", admit=admit)
 
     async def changes(self, collected: CollectedWork) -> Changes:
-        """Return how much that changes."""
+        """Return the size of its changes."""
         assert collected.commit is not None
         return await count(self.yard.git, self.base, collected.commit)
 
     async def end(self, session: SessionName) -> None:
-        """End a session: all that it has goes, its place is clean for another."""
+        """End a session: release everything, and clean its slot."""
         await self.session_service.leave(session)
         await self.yard.end(self.pool, *self.checkouts.pop(session))
 
     async def ask(self, session: SessionName, command: str, **arguments: Any) -> JsonObject:
-        """Ask the desk as a session."""
+        """Send a request of a session to the API."""
         return await self.session_service.answer(session, command, arguments)
 
     async def refused(self, session: SessionName, command: str, **arguments: Any) -> str:
-        """Ask the desk for what it refuses; return what it says."""
+        """Send a request that must be rejected; return the message."""
         try:
             found = await self.ask(session, command, **arguments)
         except RefusedError as error:
@@ -155,20 +154,20 @@ class SessionTeam:
         raise AssertionError(f"not refused: {found}")
 
     async def context(self, session: SessionName) -> SessionContext:
-        """Return what a session is at."""
+        """Return the context of a session."""
         found = await self.contexts.read(session)
         assert found is not None
         return found
 
     async def owned(self) -> dict[str, tuple[str, ...]]:
-        """Return what the registry says that each session owns."""
+        """Return the registered paths of each session."""
         return {f"{one.session.task}.{one.session.attempt}": one.patterns
                 for one in await self.registry.holdings() if one.patterns}  # fmt: skip
 
 
 @asynccontextmanager
 async def open_team(repository: Repository, folder: Path) -> AsyncIterator[SessionTeam]:
-    """Gather a team at a repository, on a store of files; `folder` is for all that it needs beside that."""
+    """Open a team for a repository with a file store; `folder` has its other files."""
     place = folder / "team"
     place.mkdir()
     yard = await HubFixture.of(repository.top, Path(repository.environ["COUNCIL_HOME"]), repository.environ)

@@ -1,4 +1,4 @@
-"""A program on a pseudo-terminal, and what a person would see there."""
+"""A program on a pseudo-terminal, and its screen."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pyte
 
-# Makes the terminal the controlling one, so that its keys and its size reach the program as signals.
+# Makes this the controlling terminal, so that keys and resizes are delivered as signals.
 _ON_TERMINAL = """
 import fcntl, os, signal, sys, termios
 os.setsid()
@@ -28,7 +28,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 class Terminal:
-    """`council` with some arguments on a terminal of its own; `nohup` has it ignore that this is hung up."""
+    """`council` with arguments on its own terminal; `nohup` makes it ignore hangups."""
 
     def __init__(
         self,
@@ -58,26 +58,26 @@ class Terminal:
 
     @property
     def text(self) -> str:
-        """What stands on the screen now."""
+        """Return the current screen."""
         self._take()
         return "\n".join(line.rstrip() for line in self._screen.display)
 
     @property
     def cursor_is_shown(self) -> bool:
-        """Whether a person sees the cursor."""
+        """Return whether the cursor is visible."""
         return not self._screen.cursor.hidden
 
     @property
     def title(self) -> str:
-        """The title that the program gave the terminal."""
+        """Return the title of the terminal."""
         return str(self._screen.title)
 
     def row(self, beginning: str) -> str:
-        """Return the first line that begins so; empty if there is none."""
+        """Return the first line with this prefix, or an empty text."""
         return next((line for line in self.text.splitlines() if line.startswith(beginning)), "")
 
     def resize(self, columns: int, rows: int) -> None:
-        """Make the window another size, as a person would."""
+        """Resize the window."""
         self._take()
         self._screen.resize(rows, columns)
         self._set_size(columns, rows)
@@ -96,17 +96,17 @@ class Terminal:
         self._master = -1
 
     def wait(self, limit: float = 60.0) -> int:
-        """Read to the end of the program and return its exit code."""
+        """Read until the program ends and return its exit code."""
         deadline = time.monotonic() + limit
         while self._child.poll() is None:
-            assert time.monotonic() < deadline, f"it does not end: {self.text}"
+            assert time.monotonic() < deadline, f"the program does not end: {self.text}"
             self._take(0.05)
             time.sleep(0.01)
         self._take()
         return self._child.returncode
 
     def close(self) -> None:
-        """End all that is left."""
+        """End all remaining processes."""
         if self._child.poll() is None:
             self._child.send_signal(signal.SIGKILL)
             self._child.wait()
@@ -118,11 +118,11 @@ class Terminal:
         fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
     def _take(self, pause: float = 0.0) -> None:
-        """Draw all that has been printed."""
+        """Process all pending output."""
         while self._master >= 0 and select.select([self._master], [], [], pause)[0]:
             try:
                 data = os.read(self._master, 1 << 16)
-            except OSError:  # the program has ended
+            except OSError:  # the program ended
                 return
             if not data:
                 return

@@ -1,4 +1,4 @@
-"""Waiting for a process to get somewhere: polls, because there is nothing to be told by."""
+"""Waiting for another process by polling, since it sends no notification."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ T = TypeVar("T")
 
 
 def wait_for(condition: Callable[[], T], limit: float = 20.0) -> T:
-    """Return what the condition returns as soon as that is true; fail after `limit` seconds."""
+    """Return the condition's result once it is true; fail after `limit` seconds."""
     deadline = time.monotonic() + limit
     while not (found := condition()):
-        assert time.monotonic() < deadline, "it never came to that"
+        assert time.monotonic() < deadline, "condition not met in time"
         time.sleep(0.02)
     return found

@@ -1,9 +1,9 @@
-"""Run a command on this machine as on one without bubblewrap, without Landlock, or without both.
+"""Run a command as on a machine without bubblewrap, without Landlock, or without both.
 
     python -m tests.without_sandbox bubblewrap landlock -- pytest tests/integration
 
-Without bubblewrap, PATH leads to every program but `bwrap`. Without Landlock, a seccomp filter answers its system calls
-with ENOSYS, as a kernel does that was built without it. Both apply to everything that the command starts.
+Without bubblewrap, PATH has every program except `bwrap`. Without Landlock, a seccomp filter answers its system calls
+with ENOSYS, like a kernel built without it. Both apply to all processes of the command.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _ALLOW, _FAIL = 0x7FFF0000, 0x00050000
 
 
 def deny_landlock() -> None:
-    """Let this process, and what it starts, find a kernel without Landlock."""
+    """Hide Landlock from this process and its children."""
     operations = [
-        (_LOAD, 0, 0, 0),  # the number of the call
+        (_LOAD, 0, 0, 0),  # the system call number
         (_AT_LEAST, 0, 2, _FIRST),
         (_MORE_THAN, 1, 0, _LAST),
         (_RETURN, 0, 0, _FAIL | errno.ENOSYS),

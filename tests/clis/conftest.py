@@ -26,7 +26,7 @@ from tests.fingerprint import Fingerprint
 from tests.model_server import ModelServer
 from tests.waiting import wait_for
 
-# A port without a listener.
+#: A port without a listener.
 _NOWHERE: Final = "http://127.0.0.1:9"
 _LONGEST: Final = 280.0  # seconds per run: some CLIs start in ten on a busy machine
 SELECTED: Final = selected(os.environ.get("CLIS", ""))

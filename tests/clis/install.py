@@ -14,7 +14,7 @@ from typing import Final
 
 from tests.clis.programs import CLIS, selected
 
-# By CLI: the npm package, installed in its newest version, or the pip requirement.
+#: By CLI: the npm package, installed in its newest version, or the pip requirement.
 NPM: Final = {
     "claude": "@anthropic-ai/claude-code",
     "codex": "@openai/codex",

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-# The folder of `make test-clis`.
+#: The folder of `make test-clis`.
 CLIS: Final = Path(__file__).parents[2] / ".clis"
-# Placeholder of the server's URL below.
+#: Placeholder of the server's URL below.
 MODEL: Final = "http://model"
 
 

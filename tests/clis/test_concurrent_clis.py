@@ -12,7 +12,7 @@ from tests.model_server import ModelServer
 
 pytestmark = [pytest.mark.clis, pytest.mark.timeout(300)]
 
-# Distinguished by type rather than by protocol.
+#: Distinguished by type rather than by protocol.
 _PROGRAMS = ("claude-code", "codex", "gemini", "opencode", "aider")
 _TASKS = 15
 

@@ -24,7 +24,7 @@ CONTRACTS: Final[dict[str, type[AdapterContract]]] = {
     "gemini": GeminiContract,
     "opencode": OpencodeContract,
 }
-# Scenarios with several sessions, an edit, a command, a limit, a missing login, a denial.
+#: Scenarios with several sessions, an edit, a command, a limit, a missing login, a denial.
 CASES: Final = ("resumed", "edit", "tool", "limited", "no-login", "server-error", "refused", "denied")
 
 

@@ -14,7 +14,7 @@ from tests.clis.test_phases import PLAN, REVIEW, answer
 pytestmark = [pytest.mark.clis, pytest.mark.timeout(300)]
 
 SCOUT: Final[dict[str, Any]] = {"scout_findings": ["there is a.txt"], "requirements": ["hello.txt"], "constraints": []}
-# Writes a cache like test runners, and prints text that no prompt contains.
+#: Writes a cache like test runners, and prints text that no prompt contains.
 TEST: Final = "mkdir -p cache && touch cache/seen && test -s hello.txt && printf 'tests: %d passed' 42"
 
 

@@ -8,9 +8,9 @@ from typing import Any, Final
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.protocols import AdapterType, SessionEnd
 
-# Recordings of real programs, one folder each.
+#: Recordings of real programs, one folder each.
 TRANSCRIPTS: Final = Path(__file__).parents[1] / "transcripts"
-# A conversation id as programs print it.
+#: A conversation id as programs print it.
 SESSION: Final = "e4176175-ef9d-4a2f-bffa-f270f179ef19"
 
 

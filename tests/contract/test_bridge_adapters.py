@@ -78,7 +78,7 @@ BRIDGE_ENDS: Sequence[tuple[SessionEnd, FailureClass | None]] = (
 )
 
 
-# The common results of all agents in the standard scenarios.
+#: The common results of all agents in the standard scenarios.
 _AGENTS: Mapping[str, RecordingMeaning] = {
     "tool": RecordingMeaning(text="Both done."),
     "limited": RecordingMeaning(FailureClass.RATE_LIMITED),

@@ -31,19 +31,19 @@ from tests.conftest import CommandResult, Repository, hermetic_environ
 from tests.crash.judge import Judge, RunProcess, UserCommit, find_processes
 from tests.crash.workload import Workload, make_workload
 
-# Seconds for a run to end after the last fault.
+#: Seconds for a run to end after the last fault.
 END_TIMEOUT = 120.0
-# Marks processes of the user, which get no faults.
+#: Marks processes of the user, which get no faults.
 USER_MARKER = "CHAOS_USER=1"
-# Set where mounts belong to this process only.
+#: Set where mounts belong to this process only.
 INSIDE_VARIABLE = "CHAOS_INSIDE"
 DISK_BYTES = 96 << 20
-# Process kinds to kill and stop, with weights.
+#: Process kinds to kill and stop, with weights.
 KINDS = {"orchestrator": 2, "git": 4, "session": 2, "supervisor": 2, "bwrap": 1, "check": 1}
 ACTIVE = ("run", "resume", "work")
-# Final statuses caused by a person, in the order in which they can be retried.
+#: Final statuses caused by a person, in the order in which they can be retried.
 _GIVEN_UP = ("cancelled", "blocked")
-# The same after a restore: it restores work built before other work on the same paths landed.
+#: The same after a restore: it restores work built before other work on the same paths landed.
 _RESTORED = (*_GIVEN_UP, "conflict")
 _OVER = {"landed", "incomplete"}
 

@@ -16,7 +16,7 @@ from orchestrator.system.clock import SystemClock
 from tests.conftest import CommandResult, Repository
 from tests.crash.workload import Workload
 
-# Files that a killed git leaves behind.
+#: Files that a killed git leaves behind.
 _STALE = ("*.lock", "tmp_objdir-*", "tmp_pack_*", "tmp_idx_*")
 
 

@@ -22,9 +22,9 @@ from orchestrator.api.council import Council
 from orchestrator.errors import RefusedError
 from tests.conftest import FAKE_CLI, CommandResult, Repository
 
-# The fixed base of all work; the target also changes `CONFLICT_FILE`.
+#: The fixed base of all work; the target also changes `CONFLICT_FILE`.
 BASE, CONFLICT_FILE = "dev", "both.txt"
-# Secrets detected by variable name and by form.
+#: Secrets detected by variable name and by form.
 CANARIES = {"CANARY_TOKEN": "canary-value-0451-xyz", "HARMLESS": "ghp_" + "Canary0451" * 4}
 FAIL_ON_CHECKS = {"on_checks_failed": "fail"}
 
@@ -59,7 +59,7 @@ class ProjectTests:
         return f"write {self.folder}/test_{name}.py {self.template.format(name=name, claim=claim)}"
 
 
-# Only the standard library, for repositories without dependencies.
+#: Only the standard library, for repositories without dependencies.
 UNITTEST = ProjectTests(
     f"{sys.executable} -S -m unittest -q",
     ".",

@@ -17,21 +17,21 @@ from orchestrator.system.failpoints import FAILPOINTS
 from tests.conftest import CommandResult, Repository
 from tests.waiting import wait_for
 
-# Reached by a request from another process; see below.
+#: Reached by a request from another process; see below.
 REQUEST_FAILPOINTS = frozenset(name for name in FAILPOINTS if name.startswith("request."))
 #: Those of the store, which has tests of its own; see test_file_store_kills.py, test_compaction.py and test_copying.py
 #: in tests/integration.
 STORE_FAILPOINTS = frozenset(name for name in FAILPOINTS if name.startswith("state."))
-# Reached by creating or restoring a checkpoint; see tests/crash/test_checkpoints.py.
+#: Reached by creating or restoring a checkpoint; see tests/crash/test_checkpoints.py.
 CHECKPOINT_FAILPOINTS = frozenset({"run.taken_over", "checkpoint.created", "checkpoint.restored"})
-# Reached by writing the readable copies; see tests/integration/test_views.py.
+#: Reached by writing the readable copies; see tests/integration/test_views.py.
 VIEW_FAILPOINTS = frozenset({"views.written", "views.replaced"})
 #: Reached by importing what older layouts have, and by forgetting runs; see tests/integration/test_legacy.py and
 #: test_clean_runs.py there.
 RECORD_FAILPOINTS = frozenset({"legacy.begun", "legacy.imported", "run.removed"})
-# Reached by tasks with a workflow; see tests/crash/test_phases.py and tests/integration/test_expansion.py.
+#: Reached by tasks with a workflow; see tests/crash/test_phases.py and tests/integration/test_expansion.py.
 PHASE_FAILPOINTS = frozenset({"phase.checked", "phase.finished", "handoff.taken", "plan.subtasks"})
-# Never reached by a run.
+#: Never reached by a run.
 UNREACHED_FAILPOINTS = (
     REQUEST_FAILPOINTS
     | STORE_FAILPOINTS
@@ -40,18 +40,18 @@ UNREACHED_FAILPOINTS = (
     | RECORD_FAILPOINTS
     | PHASE_FAILPOINTS
 )
-# Reached only once by the tasks of `chain_and_sides`.
+#: Reached only once by the tasks of `chain_and_sides`.
 SINGLE_HIT_FAILPOINTS = frozenset(
     {"run.seeded", "run.leader_elected", "run.finished", "adapter.cooling_down", "landing.rejected"}
 )
 RECOVERY_FAILPOINTS = frozenset(name for name in FAILPOINTS if name.startswith("recovery."))
-# Reached by every process with a few tasks.
+#: Reached by every process with a few tasks.
 FAILPOINTS_IN_TURN = sorted(
     FAILPOINTS - RECOVERY_FAILPOINTS - UNREACHED_FAILPOINTS - SINGLE_HIT_FAILPOINTS - {"slot.partly_made"}
 )
-# Enough tasks for the last failpoint.
+#: Enough tasks for the last failpoint.
 TASKS_IN_TURN = 12
-# The kill of the first process after which a recovery reaches each failpoint.
+#: The kill of the first process after which a recovery reaches each failpoint.
 FIRST_KILL_FOR = {
     "recovery.session_reaped": "session.spawned",
     "recovery.attempt_returned": "attempt.recorded",

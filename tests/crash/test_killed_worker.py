@@ -29,11 +29,11 @@ from tests.crash.test_crashes import (
 from tests.integration.test_shared_runs import QUICK, assert_each_landed_once, ended, happened, states
 from tests.waiting import wait_for
 
-# Reached by the leader only.
+#: Reached by the leader only.
 LEADER_FAILPOINTS: Final = frozenset({"run.seeded", "run.leader_elected", "run.finished", "sink.sent"})
-# Reached by a replacement leader only.
+#: Reached by a replacement leader only.
 TAKEOVER_FAILPOINTS: Final = RECOVERY_FAILPOINTS | {"claims.taken_over"}
-# Reached by a process before the session of its first task runs.
+#: Reached by a process before the session of its first task runs.
 EARLY_FAILPOINTS: Final = frozenset(
     {
         "attempt.recorded",
@@ -44,18 +44,18 @@ EARLY_FAILPOINTS: Final = frozenset(
         "session.spawned",
     }
 )
-# Commits, of which each process makes many.
+#: Commits, of which each process makes many.
 COMMIT_FAILPOINTS: Final = frozenset({"state.appended", "state.published"})
 WORKER_FAILPOINTS: Final = (
     FAILPOINTS - UNREACHED_FAILPOINTS - LEADER_FAILPOINTS - TAKEOVER_FAILPOINTS | COMMIT_FAILPOINTS
 )
-# The short form: the leader is killed, then its replacement.
+#: The short form: the leader is killed, then its replacement.
 QUICK_CASES: Final = {("stand-in", "claims.taken_over", 1)}
 
-# Death is detected by the lock, and slow processes are not taken over.
+#: Death is detected by the lock, and slow processes are not taken over.
 SLOW_EXPIRY: Final = {**QUICK, "stale_after": "60s", "owner_stale_after": "60s"}
 
-# Tasks that wait for a signal of the test; they use all the capacity of their process.
+#: Tasks that wait for a signal of the test; they use all the capacity of their process.
 GATED: Final = ("first", "second", "third")
 COUNT: Final = 5
 

@@ -17,7 +17,7 @@ from orchestrator.system.clock import SystemClock
 from tests.conftest import Repository
 
 PHASES = ("scout", "plan", "build", "review")
-# Reached once by each session, or as often as given.
+#: Reached once by each session, or as often as given.
 STEPS = {
     "attempt.recorded": 4,
     "worktree.created": 4,

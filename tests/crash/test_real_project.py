@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 PROJECT = "flask==3.1.2"
 
-# Edits by sed, perl, awk and python3, in two chains of four and four independent ones.
+#: Edits by sed, perl, awk and python3, in two chains of four and four independent ones.
 EDITS = {
     "license-year": "sed -i 's/2010/2010-2026/' LICENSE.txt",
     "readme-title": "sed -i '1s/.*/# Flask, edited/' README.md",

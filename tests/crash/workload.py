@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# A killed process may interrupt a session that often.
+#: A killed process may interrupt a session that often.
 ATTEMPTS = 40
-# Prepared plans of a task: one per possible attempt.
+#: Prepared plans of a task: one per possible attempt.
 PLANS = 12
 _OWN = ("tasks/", "parts/")
 APPROVE = json.dumps({"verdict": "approve", "findings": []})

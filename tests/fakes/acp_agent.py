@@ -1,13 +1,13 @@
-"""An agent that speaks the Agent Client Protocol, built on the agent's side of the SDK.
+"""A fake agent of the Agent Client Protocol, built on the agent side of the SDK.
 
-Steps: `write PATH TEXT` (by asking us to), `edit PATH TEXT` (itself, after asking leave), `read PATH`, `say TEXT`,
-`run COMMAND` (which it only tells of), `work` (in the worktree itself, after asking leave), `servers` (which it was
-given), `ask KIND` (leave for a tool of that kind), `fail auth|limit|die|refuse`, `fail CODE MESSAGE`; `stop PATH` is
-`edit`, and the end where it is refused. What it was answered it says. With ACP_BESIDE it tells its tokens as Gemini CLI
-does.
+Steps: `write PATH TEXT` (by a request to the client), `edit PATH TEXT` (itself, after asking for permission), `read
+PATH`, `say TEXT`, `run COMMAND` (reported only), `work` (in the worktree itself, after asking for permission),
+`servers` (print those it received), `ask KIND` (for permission for a tool of that kind), `fail
+auth|limit|die|refuse`, `fail CODE MESSAGE`; `stop PATH` is `edit`, and ends if it is rejected. It prints the responses
+it gets. With ACP_BESIDE it reports its tokens like Gemini CLI.
 
-With ACP_LOADS it keeps what it is told, takes servers by their URLs, and goes on with a conversation: it tells all that
-was in it, some of it late. ACP_MODES are the modes that it offers.
+With ACP_LOADS it stores its conversation, accepts servers by URL, and resumes a conversation: it replays all of it,
+some of it late. ACP_MODES are the modes that it offers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OPTIONS = [
 
 
 class FakeAgent:
-    """Does what the prompt says."""
+    """Execute the steps of the prompt."""
 
     def __init__(self) -> None:
         self.client: Any = None
@@ -171,7 +171,10 @@ class FakeAgent:
                 raise acp.RequestError(int(code), message)
 
     async def write(self, session: str, path: str, content: str) -> None:
-        """Write as Gemini CLI does: it looks for the file, and does not know the client's answer that there is none."""
+        """Write like Gemini CLI:
+
+        read the file first, and fail to recognize the client's response for a missing file.
+        """
         if not self.reads_by_client or Path(path).exists():
             await self.ask(session, self.client.write_text_file(session_id=session, path=path, content=content))
 
@@ -186,7 +189,7 @@ class FakeAgent:
             await self.say(session, f"refused: {error.data}")
 
     async def run(self, session: str, command: str) -> None:
-        """Tell of a command as opencode does: each update says what is new, the last one not even the command."""
+        """Report a command like opencode: each update has only new fields, the last one not even the command."""
         for update in (
             acp.start_tool_call("r-1", "bash", kind="execute", status="pending"),
             acp.update_tool_call("r-1", title=command, status="in_progress", raw_input={"command": command}),
@@ -213,7 +216,7 @@ class FakeAgent:
             await self.client.session_update(session, acp.update_agent_message_text(piece))
 
     async def cancel(self, session_id: str, **_: Any) -> None:
-        """Nothing to cancel."""
+        """Ignore cancellation."""
 
 
 if __name__ == "__main__":

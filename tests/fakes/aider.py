@@ -1,6 +1,6 @@
-"""A stand-in for aider 0.86: `aider --message-file FILE --yes-always …`, which ends with 0 whatever happens.
+"""A fake aider 0.86: `aider --message-file FILE --yes-always …`, which always exits with 0.
 
-Steps: `write PATH TEXT`, `fail auth|limit|context`, `stumble` (an error that passes by itself).
+Steps: `write PATH TEXT`, `fail auth|limit|context`, `stumble` (a transient error).
 """
 
 # ruff: noqa: T201  a program that prints
@@ -19,7 +19,7 @@ LIMIT = "litellm.RateLimitError: RateLimitError: OpenAIException - stub says rat
 def main() -> None:
     assert {"--no-auto-commits", "--yes-always"} <= set(sys.argv), sys.argv
     print("Aider v0.86.1\nMain model: openai/stub with diff edit format\n")
-    # What repomap.py makes at the top of the repository.
+    # Created by repomap.py at the top of the repository.
     write(".aider.tags.cache.v4/cache.db", "cache")
     for word, first, rest in steps(Path(sys.argv[sys.argv.index("--message-file") + 1]).read_text()):
         match word, first:

@@ -1,9 +1,9 @@
-"""A stand-in for Claude Code 2.1: `claude -p --output-format stream-json --verbose …` with the prompt on stdin.
+"""A fake Claude Code 2.1: `claude -p --output-format stream-json --verbose …` with the prompt on stdin.
 
-Steps: `write PATH TEXT`, `fail auth|overloaded|turns|drop|plain|silently`, `fail limit SECONDS`, `hang` until it is
-interrupted, `spend TOKENS` (a call of the model, which it tells of twice), `tell PATH` (write its arguments and the
-prompt), `run COMMAND`. Before it writes it asks the hook of its settings. It keeps its conversation in its folder, and
-knows it again by its id only in the worktree where it was.
+Steps: `write PATH TEXT`, `fail auth|overloaded|turns|drop|plain|silently`, `fail limit SECONDS`, `hang` until
+interrupted, `spend TOKENS` (a model call, reported twice), `tell PATH` (write its arguments and the prompt), `run
+COMMAND`. Before a write it calls the hook in its settings. It stores its conversation in its folder, and resumes it by
+id in the same worktree only.
 """
 
 # ruff: noqa: T201  a program that prints
@@ -59,7 +59,7 @@ def fail(kind: str, rest: str) -> None:
 
 
 def hang() -> None:
-    """Of SIGINT it ends with a result, of SIGTERM without."""
+    """Hang until SIGINT, with a result, or SIGTERM, without one."""
 
     def conclude(*_: object) -> None:
         result(subtype="error_during_execution", is_error=True, result=None)
@@ -67,18 +67,18 @@ def hang() -> None:
 
     signal.signal(signal.SIGINT, conclude)
     while True:
-        time.sleep(0.02)  # Python sees a signal that comes just before a sleep only after it
+        time.sleep(0.02)  # Python handles a signal that arrives just before a sleep only after it
 
 
 def spend(tokens: int, call: int) -> None:
-    """Tell of a call while it is under way, and when it is done."""
+    """Report a model call in progress, and again when it is done."""
     for output in (1, tokens - 10):
         usage = {"input_tokens": 10, "output_tokens": output}
         emit("assistant", message={"id": f"msg_{call}", "model": "claude-opus-4-8", "content": [], "usage": usage})
 
 
 def is_denied(path: str) -> bool:
-    """Whether a hook of its settings denies that a file is written."""
+    """Return whether a hook in its settings denies a write."""
     if "--settings" not in sys.argv:
         return False
     settings = json.loads(Path(sys.argv[sys.argv.index("--settings") + 1]).read_text())
@@ -99,7 +99,7 @@ def is_denied(path: str) -> bool:
 
 
 def continue_conversation(prompt: str) -> None:
-    """Keep the conversation; end where it is to be gone on with one that is not known."""
+    """Store the conversation; exit if the one to resume is unknown."""
     folder = os.environ.get("CLAUDE_CONFIG_DIR")
     place = None if folder is None else Path(folder) / "projects" / str(Path.cwd()).replace("/", "-")
     if "--resume" in sys.argv:

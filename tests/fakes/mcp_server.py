@@ -1,6 +1,6 @@
-"""A server of the Model Context Protocol with one tool, on standard input and output: `mcp_server.py LOG`.
+"""A server of the Model Context Protocol with one tool, on stdin and stdout: `mcp_server.py LOG`.
 
-It writes to LOG what it is asked, and first the value of LOOKUP_TOKEN.
+It writes the value of LOOKUP_TOKEN and then each request to LOG.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ TOOL = {"name": "lookup", "description": "Looks something up.", "inputSchema": {
 
 
 def answer(method: str, params: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the result for a request; None for one that is not known."""
+    """Return the result of a request; None for an unknown one."""
     match method:
         case "initialize":
             told = {"name": "lookup", "version": "1"}
@@ -29,7 +29,7 @@ def answer(method: str, params: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def main() -> None:
-    """Answer until there is nothing more to read."""
+    """Answer until the input ends."""
     with Path(sys.argv[1]).open("a", buffering=1) as log:
         log.write(f"{os.environ.get('LOOKUP_TOKEN', 'no token')}\n")
         for line in sys.stdin:

@@ -1,7 +1,7 @@
-"""A server that speaks as much of Ollama's API as a session needs, on loopback.
+"""A fake Ollama server on loopback, with the part of the API that sessions need.
 
-A task's text is the model's answer, word for word; a line `fail STATUS` is answered by that HTTP status instead,
-`fail drop` breaks the answer off, `fail error` puts an error into the stream, `fail length` ends it for its length.
+The answer of the model is the task's text unchanged; a line `fail STATUS` gives that HTTP status instead,
+`fail drop` closes the connection, `fail error` puts an error into the stream, `fail length` ends it at the token limit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers one connection; `server.asked` has all requests."""
+    """Handle one connection; `server.asked` has all requests."""
 
     server: Server
 
@@ -66,11 +66,11 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-        """Keep quiet."""
+        """Log nothing."""
 
 
 class Server(ThreadingHTTPServer):
-    """The server, with the models that it has and what it was asked."""
+    """The server with its models and received requests."""
 
     daemon_threads = True
 
@@ -81,7 +81,7 @@ class Server(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """Return the base URL."""
         return f"http://127.0.0.1:{self.server_port}"
 
 

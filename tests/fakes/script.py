@@ -1,6 +1,6 @@
-"""What stand-ins do is what their prompt says, a step a line: `write PATH TEXT`, `fail KIND` and steps of their own.
+"""Scripts of fake programs in prompts, one step per line: `write PATH TEXT`, `fail KIND` and others.
 
-`attempt N` before a step makes it happen in that attempt only. Lines that are no steps are ignored.
+`attempt N` before a step runs it in that attempt only. Other lines are ignored.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def steps(prompt: str) -> Iterator[tuple[str, str, str]]:
-    """Yield each step that is due: its word, the next one, and the rest."""
+    """Yield each due step: its verb, the next word, and the rest."""
     for line in prompt.splitlines():
         words = line.split(maxsplit=2)
         if words[:1] == ["attempt"] and len(words) == 3:
@@ -28,13 +28,13 @@ def steps(prompt: str) -> Iterator[tuple[str, str, str]]:
 
 
 def write(path: str, text: str) -> None:
-    """Write a file of one line."""
+    """Write a file with one line."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(text + "\n")
 
 
 def install(folder: Path, name: str, module: str) -> Path:
-    """Make a program of this name in a folder that runs a module; return its path."""
+    """Create an executable with this name that runs a module; return its path."""
     program = folder / name
     folder.mkdir(exist_ok=True)
     run = shlex.join([sys.executable, "-P", "-m", module])

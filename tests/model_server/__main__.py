@@ -1,4 +1,4 @@
-"""Serve until standard input ends: `python -m tests.model_server [--port N]` prints the URL."""
+"""Serve until stdin ends: `python -m tests.model_server [--port N]` prints the URL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a client asks a model and what the model answers, in no API's own words."""
+"""Requests and answers of models, independent of an API."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any, Literal, TypeAlias
 
 Json: TypeAlias = dict[str, Any]
 DialectName: TypeAlias = Literal["anthropic", "openai-responses", "openai-chat", "gemini", "ollama"]
-#: How a tool is called: with a JSON object, with free text, with a JavaScript program that calls functions (Codex' code
-#: mode), as the shell built into the Responses API, or as the search for tools there, which brings more of them.
+#: Kinds of tool calls: with a JSON object, with free text, with a JavaScript program that calls functions (Codex'
+#: code mode), the shell built into the Responses API, or the tool search there, which loads more tools.
 ToolKind: TypeAlias = Literal["function", "freeform", "program", "local-shell", "search"]
 
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """A tool that a request offers; `parameters` is its JSON schema.
+    """A tool of a request; `parameters` is its JSON schema.
 
-    For a program the properties are the functions that it may call; for the other kinds there are none.
+    For a program its properties are the callable functions; the other kinds have none.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Tool:
 
 @dataclass(frozen=True, slots=True)
 class ConversationTurn:
-    """A text of the user's, or what came of a tool call or of a search for tools (without text: only that it did)."""
+    """A text of the user, or the result of a tool call or tool search (possibly without text)."""
 
     role: Literal["user", "tool", "search"]
     text: str = ""
@@ -36,9 +36,9 @@ class ConversationTurn:
 
 @dataclass(frozen=True, slots=True)
 class ModelRequest:
-    """A request to a model: its instructions, what user and tools said in order, and the tools that are offered.
+    """A model request: instructions, the messages of user and tools in order, and the offered tools.
 
-    `stream_usage` is whether a stream is to end with its tokens, where an API leaves that to the client.
+    `stream_usage` is whether a stream ends with its token usage, where an API lets the client choose.
     """
 
     model: str
@@ -51,14 +51,14 @@ class ModelRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenUsage:
-    """Tokens that an answer says it cost."""
+    """The token usage reported by an answer."""
 
     input: int = 100
     output: int = 10
 
     @property
     def total(self) -> int:
-        """Both together."""
+        """Return the sum of both."""
         return self.input + self.output
 
 
@@ -66,7 +66,7 @@ class TokenUsage:
 class ToolCall:
     """A tool call; `arguments` is a JSON object for a function, text for the other kinds.
 
-    `number` is unique in its conversation and `key` tells conversations apart; together they make the call's id.
+    `number` is unique in its conversation and `key` identifies the conversation; together they make the call's id.
     """
 
     tool: Tool
@@ -75,13 +75,13 @@ class ToolCall:
     number: int
 
     def id(self, prefix: str) -> str:
-        """Return the same id for the same call of the same conversation."""
+        """Return a deterministic id of the call."""
         return f"{prefix}{self.key}{self.number:04}"
 
 
 @dataclass(frozen=True, slots=True)
 class ModelAnswer:
-    """What the model says: a text, or with `call` a tool call alone; `is_cut` if it had no tokens left to go on."""
+    """A model answer: a text, or with `call` only a tool call; `is_cut` if it was truncated at the token limit."""
 
     text: str
     call: ToolCall | None = None
@@ -89,13 +89,16 @@ class ModelAnswer:
     is_cut: bool = False
 
     def cut(self) -> ModelAnswer:
-        """Return the first half of it; a call is none then."""
+        """Return the first half; a call is dropped."""
         return replace(self, text=self.text[: len(self.text) // 2], call=None, is_cut=True)
 
 
 @dataclass(frozen=True, slots=True)
 class ApiFault:
-    """An HTTP error in place of an answer; `retry_after` in seconds. `is_too_long` if the prompt is, for the model."""
+    """An HTTP error as the answer; `retry_after` in seconds.
+
+    `is_too_long` if the prompt exceeds the model's context.
+    """
 
     status: int
     retry_after: int | None = None
@@ -104,9 +107,9 @@ class ApiFault:
 
 @dataclass(frozen=True, slots=True)
 class ApiDialect:
-    """An API: how its requests are read, and how answers and errors look.
+    """An API: the parsing of its requests, and the format of answers and errors.
 
-    `stream` gives the parts of a streamed answer as they are sent, each complete in itself.
+    `stream` yields the chunks of a streamed answer, each complete in itself.
     """
 
     name: DialectName
@@ -118,6 +121,6 @@ class ApiDialect:
 
 
 def split_for_stream(text: str) -> list[str]:
-    """Return a text in several parts, as a stream brings it; none for an empty one."""
+    """Split a text into the chunks of a stream; none for an empty text."""
     size = max(1, min(24, (len(text) + 1) // 2))
     return [text[start : start + size] for start in range(0, len(text), size)]

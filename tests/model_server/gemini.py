@@ -18,7 +18,7 @@ from tests.model_server.conversation import (
 )
 from tests.model_server.sse import encode_event
 
-#: The path of a request: the model and the method.
+#: The path of a request: model and method.
 PATH: Final = re.compile(r".*/models/(?P<model>[^/:]+):(?P<method>\w+)")
 
 _FAULTS: Final = {
@@ -38,7 +38,7 @@ _TOO_LONG: Final = (
 
 
 def _either(mapping: Mapping[str, Any], camel: str) -> Any:
-    """Return a field by either of its spellings; the API takes both."""
+    """Return a field by either of its spellings; the API accepts both."""
     return mapping.get(camel, mapping.get(re.sub(r"[A-Z]", lambda found: f"_{found[0].lower()}", camel)))
 
 

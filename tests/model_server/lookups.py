@@ -1,4 +1,4 @@
-"""What clients ask beside answers of a model: lists of models, versions, counts of tokens."""
+"""Lookups of clients besides model answers: model lists, versions, token counts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DETAILS: Final = {
 
 
 def answer_lookup(path: str, body: Mapping[str, Any], *, anthropic: bool) -> Json | None:
-    """Return what a path gives, a list of models in the form of whoever asks; None for one that no API has."""
+    """Return the response for a path, with model lists in the client's format; None for an unknown path."""
     tokens = len(json.dumps(body)) // 4
     match path.rsplit("/", 1)[-1]:
         case "" | "api":

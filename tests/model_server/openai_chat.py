@@ -29,7 +29,7 @@ def _text(content: Any) -> str:
 
 
 def read_messages(messages: Any) -> tuple[str, tuple[ConversationTurn, ...]]:
-    """Return the instructions and the turns of a list of messages; Ollama has the same."""
+    """Return the instructions and turns of a message list; shared with Ollama."""
     system, turns = [], []
     for message in messages or ():
         text = _text(message.get("content"))
@@ -44,7 +44,7 @@ def read_messages(messages: Any) -> tuple[str, tuple[ConversationTurn, ...]]:
 
 
 def read_tools(tools: Any) -> tuple[Tool, ...]:
-    """Return the functions in a list of tools; Ollama has the same."""
+    """Return the functions of a tool list; shared with Ollama."""
     functions = [tool["function"] for tool in tools or () if tool.get("type") == "function"]
     return tuple(Tool(function["name"], function.get("parameters") or {}) for function in functions)
 

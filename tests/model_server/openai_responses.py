@@ -21,9 +21,9 @@ from tests.model_server.conversation import (
 from tests.model_server.openai_faults import openai_error
 from tests.model_server.sse import encode_event
 
-# How often a tool is searched for: it may be that of a server that has yet to start.
+# Attempts of a tool search: the tool may be that of a server that is still starting.
 _SEARCHES: Final = 200
-# How the description of Codex' code mode names what a program may call.
+# The list of callable functions in the description of Codex' code mode.
 _NESTED: Final = re.compile(r"^### `(\w+)`$", re.MULTILINE)
 
 
@@ -68,7 +68,7 @@ def _tools(tools: Any, namespace: str | None = None) -> Iterator[Tool]:
 def _offered(body: Mapping[str, Any]) -> Iterator[Tool]:
     items = body.get("input")
     items = items if isinstance(items, list) else []
-    # Codex gives some models their tools in the conversation, and all of them those that were searched for.
+    # Codex sends some models their tools in the conversation, and all models the tools found by a search.
     for item in items:
         if item.get("type") in ("additional_tools", "tool_search_output"):
             yield from _tools(item.get("tools"))
@@ -78,7 +78,7 @@ def _offered(body: Mapping[str, Any]) -> Iterator[Tool]:
 
 
 def _last_told(items: Sequence[Json]) -> int:
-    """Return the place of what the user said last, 0 for nothing."""
+    """Return the index of the last user message, 0 without one."""
     return max((number for number, item in enumerate(items) if item.get("role") == "user"), default=0)
 
 

@@ -1,4 +1,4 @@
-"""The script that a prompt holds, and what the model does next by it."""
+"""Scripts in prompts, and the next step of the model."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from tests.model_server.tools import RunStep, ScriptStep, UseToolStep, WriteStep
 
 @dataclass(frozen=True, slots=True)
 class ConnectionDrop:
-    """The connection ends in the middle of an answer."""
+    """The connection closes in the middle of an answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerTruncation:
-    """The answer ends halfway for its length."""
+    """The answer is truncated at the token limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScriptedFailure:
-    """What goes wrong, for how many requests; None is all that follow."""
+    """A failure and the number of affected requests; None is all."""
 
     kind: ApiFault | ConnectionDrop | AnswerTruncation
     times: int | None
@@ -42,7 +42,7 @@ class ScriptedFailure:
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """What a prompt tells the model to do; `prompt` tells it from all others."""
+    """The model's script in a prompt; `prompt` identifies it."""
 
     prompt: str
     steps: tuple[ScriptStep, ...]
@@ -52,7 +52,7 @@ class Script:
     usage: TokenUsage
 
     def failure_for(self, request: int) -> ApiFault | ConnectionDrop | AnswerTruncation | None:
-        """Return what goes wrong with the conversation's n-th model request, counted from 0."""
+        """Return the failure of the conversation's n-th model request, counted from 0."""
         for disturbance in self.disturbances:
             if disturbance.times is None or request < disturbance.times:
                 return disturbance.kind
@@ -78,19 +78,19 @@ _LINE: Final = re.compile(
     )""",
     re.VERBOSE,
 )
-# What a CLI adds to a turn in the user's name; such a text has lines of all sorts.
+# Text that CLIs add to a turn in the user's name, with arbitrary lines.
 _REMINDER: Final = re.compile(r"<system-reminder>.*?</system-reminder>", re.DOTALL)
-# What the Ollama bridge writes between the files that it shows, with lines of all sorts, and the prompt.
+# Text of the Ollama bridge between the shown files, with arbitrary lines, and the prompt.
 _SHOWN: Final = "\nThe task:\n\n"
-# Requests that a CLI makes beside the conversation, with the prompt in them and no tools.
+# Requests of a CLI outside of the conversation, with the prompt and without tools.
 _ASIDE: Final = re.compile(r"\b(?:title|summari[sz]e|classif|topic|router)", re.IGNORECASE)
 
 
 def read_script(text: str, later: Sequence[str] = ()) -> Script | None:
-    """Return the script that a text holds, None if no line of it is a directive.
+    """Return the script of a text, None without a directive.
 
-    Of its parts that begin with `told`, the last counts whose words stand elsewhere in the text, or in what was said
-    `later`; what stands before the first of them counts where none does.
+    Of its parts that begin with `told`, the last one whose words occur elsewhere in the text, or in `later` messages,
+    is used; without such a part, the directives before the first of them.
     """
     before, *parts = _parts(_REMINDER.sub("", text).rpartition(_SHOWN)[2].splitlines())
     words = "\n".join((*(line for line in text.splitlines() if not _CONDITION.fullmatch(line)), *later))
@@ -110,20 +110,20 @@ def read_script(text: str, later: Sequence[str] = ()) -> Script | None:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """The directives that stand together, and the words that they wait for; "" for those before all others."""
+    """A group of directives and the words that activate it; "" for those before all groups."""
 
     told: str
     directives: list[Directive]
 
 
 def _parts(lines: Sequence[str]) -> list[_Part]:
-    """Return the parts of a script in order; the first always is what waits for nothing."""
+    """Return the parts of a script in order; the first one is unconditional."""
     parts = [_Part("", [])]
     for line in lines:
         if (heading := _CONDITION.fullmatch(line)) is not None:
             parts.append(_Part(heading["text"], []))
         elif (found := _LINE.fullmatch(line)) is not None:
-            with suppress(ValueError):  # of a call whose arguments are no JSON
+            with suppress(ValueError):  # of a call whose arguments are not JSON
                 parts[-1].directives.append(_directive(found))
     return parts
 
@@ -157,14 +157,14 @@ def _disturbance(found: re.Match[str]) -> ScriptedFailure | None:
 
 @dataclass(frozen=True, slots=True)
 class ScriptPosition:
-    """Where a conversation is: its script, and how many tools have answered since that was told."""
+    """The state of a conversation: its script, and the number of tool results since."""
 
     script: Script
     results: int
 
 
 def find_script_position(asked: ModelRequest) -> ScriptPosition | None:
-    """Return where a request stands in its script; None if it has none, or is one beside the conversation."""
+    """Return the position of a request in its script; None without one or outside of the conversation."""
     turns = asked.turns
     for at in range(len(turns) - 1, -1, -1):
         if (script := _script_at(turns, at, len(turns))) is None:
@@ -176,7 +176,7 @@ def find_script_position(asked: ModelRequest) -> ScriptPosition | None:
 
 
 def _script_at(turns: Sequence[ConversationTurn], at: int, end: int) -> Script | None:
-    """Return the script of a turn as it is after those before `end`."""
+    """Return the script of a turn, given the turns before `end`."""
     later = [turn.text for turn in turns[at + 1 : end] if turn.role == "user"]
     return read_script(turns[at].text, later) if turns[at].role == "user" else None
 
@@ -188,7 +188,7 @@ def _is_side_request(asked: ModelRequest, steps: Sequence[ScriptStep]) -> bool:
 
 
 def next_answer(asked: ModelRequest, place: ScriptPosition | None) -> ModelAnswer:
-    """Return what the model says: the next step by one of the tools offered, or all in words if there are none."""
+    """Return the model's answer: the next step by an offered tool, or all of them as text without tools."""
     if place is None:
         return ModelAnswer("Done.")
     script = place.script

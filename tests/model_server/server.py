@@ -1,4 +1,4 @@
-"""The HTTP server: which API a request is in, what goes wrong, and how answers get on the wire."""
+"""The HTTP server: API detection, failures, and transmission of answers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _BY_ENDING: Final = {
 
 @dataclass(frozen=True, slots=True)
 class RecordedRequest:
-    """A request that came in; `dialect` is None where no model was asked, as for a list of models.
+    """A received request; `dialect` is None for requests other than model requests, such as model lists.
 
     `path` has the query without a key, `headers` have lower-case names and no credentials. `body` is {} without one.
     """
@@ -70,7 +70,7 @@ class _Listener(ThreadingHTTPServer):
         self.connections: set[socket.socket] = set()
 
     def server_bind(self) -> None:
-        # HTTPServer asks the resolver for this machine's name, which can take seconds.
+        # HTTPServer resolves this machine's name, which can take seconds.
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = "127.0.0.1", self.server_address[1]
 
@@ -85,19 +85,19 @@ class _Listener(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing: a client that goes away is none of this server's failures."""
+        """Ignore disconnecting clients."""
 
     def stop(self) -> None:
         self.shutdown()
         with self.lock:
-            # A thread that waits for a delay sees its connection end, as if the client had gone away.
+            # A thread in a delay notices its connection end, as if the client had disconnected.
             for connection in self.connections:
-                with suppress(OSError):  # the other end may be gone already
+                with suppress(OSError):  # the client may have disconnected
                     connection.shutdown(socket.SHUT_RDWR)
         self.server_close()
 
     def count(self, dialect: ApiDialect, script: Script) -> int:
-        """Return how many requests of this conversation there were before, and count this one."""
+        """Return the number of earlier requests of this conversation, and count this one."""
         with self.lock:
             key = dialect.name, script.prompt
             self.counts[key] += 1
@@ -110,7 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Listener
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class' name
-        """Log nothing: `requests` has it all."""
+        """Log nothing: `requests` has everything."""
 
     def do_HEAD(self) -> None:
         self._record(None, {}, None)
@@ -158,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send_stream(dialect.stream_type, parts, cut=isinstance(disturbance, ConnectionDrop))
 
     def _wait(self, seconds: float) -> bool:
-        """Return whether that long went by with the client still there and the server not stopped."""
+        """Wait; return False if the client disconnects or the server stops before the end."""
         if not seconds:
             return True
         with selectors.DefaultSelector() as selector:
@@ -236,7 +236,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class ModelServer:
-    """A server on loopback that answers as the script in each prompt says; a context manager, which stops it.
+    """A loopback server that answers by the script in each prompt; a context manager.
 
     `port` 0 takes any free one. Raises OSError if the port is taken.
     """
@@ -247,12 +247,12 @@ class ModelServer:
 
     @property
     def url(self) -> str:
-        """Where it listens, without a path: the base URL for Anthropic, Gemini and Ollama; OpenAI's has `/v1`."""
+        """Return the base URL for Anthropic, Gemini and Ollama; OpenAI's has `/v1` appended."""
         return f"http://127.0.0.1:{self._listener.server_port}"
 
     @property
     def requests(self) -> list[RecordedRequest]:
-        """What came in so far, in order."""
+        """Return the received requests in order."""
         with self._listener.lock:
             return list(self._listener.requests)
 

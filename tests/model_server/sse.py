@@ -1,4 +1,4 @@
-"""Server-sent events, as the APIs send them."""
+"""Server-sent events."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from tests.model_server.conversation import Json
 
 
 def encode_event(data: Json, name: str | None = None) -> bytes:
-    """Return an event with JSON data, complete with the empty line that ends it."""
+    """Return an event with JSON data, including the terminating blank line."""
     head = f"event: {name}\n" if name else ""
     return f"{head}data: {json.dumps(data, ensure_ascii=False)}\n\n".encode()

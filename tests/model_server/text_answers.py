@@ -1,4 +1,4 @@
-"""How a file is written in words, for clients that offer no tools and apply what the answer says."""
+"""Files as text, for clients that offer no tools and apply the answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ AnswerFormat: TypeAlias = Callable[[WriteStep], str]
 
 
 def find_answer_format(asked: ModelRequest) -> AnswerFormat | None:
-    """Return how the client wants files in the answer; None if it has tools for that or says nothing about it."""
+    """Return the answer format that the client asks for; None if it has tools or names no format."""
     if asked.tools:
         return None
     shown = "\n".join(turn.text for turn in asked.turns)
@@ -29,7 +29,7 @@ def find_answer_format(asked: ModelRequest) -> AnswerFormat | None:
 
 
 def _search_replace(step: WriteStep, shown: str) -> str:
-    """Return a block of aider's that replaces all that it showed of the file; with nothing to search, it appends."""
+    """Return an aider block that replaces the whole shown file; with an empty search part it appends."""
     file = re.compile(
         rf"^{re.escape(step.path)}\n(?P<fence>`{{3,}})\w*\n(?P<content>.*?)^(?P=fence)$", re.MULTILINE | re.DOTALL
     )
@@ -43,5 +43,5 @@ def _file_listing(step: WriteStep) -> str:
 
 
 def _file_block(step: WriteStep) -> str:
-    """Return the form that the Ollama bridge asks for: a fence with the word `file` and the path."""
+    """Return a block in the format of the Ollama bridge: a fence with the word `file` and the path."""
     return f"```file {step.path}\n{step.content}```\n"

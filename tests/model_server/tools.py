@@ -1,4 +1,4 @@
-"""Which of the tools that a CLI offers its model carries out a step of the script, and with what arguments."""
+"""Selection of a CLI's tool and arguments for each step of a script."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.model_server.conversation import Json, ModelRequest, Tool
 
 @dataclass(frozen=True, slots=True)
 class WriteStep:
-    """Make a file, or replace it."""
+    """Create or replace a file."""
 
     verb: ClassVar[str] = "write a file"
     path: str
@@ -32,14 +32,14 @@ class RunStep:
 
 @dataclass(frozen=True, slots=True)
 class UseToolStep:
-    """Call a tool by its name, that of a server without what the CLI puts before it."""
+    """Call a tool by name; for a server's tool without the prefix of the CLI."""
 
     name: str
     arguments: Json
 
     @property
     def verb(self) -> str:
-        """What it does, in words."""
+        """Return a description of the step."""
         return f"do {self.name}"
 
 
@@ -48,13 +48,13 @@ ScriptStep: TypeAlias = WriteStep | RunStep | UseToolStep
 
 @dataclass(frozen=True, slots=True)
 class ToolUse:
-    """A tool and what it is called with."""
+    """A tool and its arguments."""
 
     tool: Tool
     arguments: Json | str
 
 
-# By the CLIs' own names, in order of preference: Claude Code, Gemini CLI and Qwen Code, opencode, Copilot, OpenHands.
+# The CLIs' tool names, in order of preference: Claude Code, Gemini CLI and Qwen Code, opencode, Copilot, OpenHands.
 _WRITERS: Final = ("Write", "write_file", "write", "create", "file_editor", "str_replace_editor")
 _NOT_WRITERS: Final = re.compile(r"todo|memory|stdin|plan", re.IGNORECASE)
 # Claude Code, Gemini CLI and Qwen Code, opencode and Copilot, Codex by its version, OpenHands.
@@ -85,7 +85,7 @@ _DIRECTORY: Final = re.compile(
 
 
 def working_directory(asked: ModelRequest) -> str | None:
-    """Return where the CLI says that it works, None if it does not."""
+    """Return the working directory named by the CLI, or None."""
     for text in (asked.system, *(turn.text for turn in asked.turns)):
         if (found := _DIRECTORY.search(text)) is not None:
             return found["path"].rstrip()
@@ -93,7 +93,7 @@ def working_directory(asked: ModelRequest) -> str | None:
 
 
 def tool_call_for(step: ScriptStep, asked: ModelRequest) -> ToolUse | None:
-    """Return the tool call that carries out a step; None if no tool offered can."""
+    """Return the tool call for a step; None if no offered tool fits."""
     if isinstance(step, RunStep):
         return _shell(step.command, asked.tools)
     if isinstance(step, UseToolStep):
@@ -112,7 +112,7 @@ def tool_call_for(step: ScriptStep, asked: ModelRequest) -> ToolUse | None:
 
 
 def _use(step: UseToolStep, tools: Iterable[Tool]) -> ToolUse | None:
-    """Return the call of a tool, or the search for it where a client tells its model of such tools only when asked."""
+    """Return the call of a tool, or a tool search where the client loads such tools on request."""
     found = None
     for tool in tools:
         if tool.kind == "function" and (tool.name == step.name or tool.name.endswith(f"_{step.name}")):
@@ -128,7 +128,7 @@ def _write(step: WriteStep, tool: Tool, directory: str | None) -> ToolUse | None
     content = next((name for name in _CONTENTS if name in offered), None)
     if tool.kind != "function" or path is None or content is None:
         return None
-    # Some of these tools refuse relative paths, and none an absolute one.
+    # Some of these tools reject relative paths, none rejects absolute ones.
     arguments = {path: posixpath.join(directory, step.path) if directory else step.path, content: step.content}
     if "create" in offered.get("command", {}).get("enum", ()):
         arguments["command"] = "create"
@@ -136,13 +136,13 @@ def _write(step: WriteStep, tool: Tool, directory: str | None) -> ToolUse | None
 
 
 def _add_file(step: WriteStep) -> str:
-    """Return a patch in the form of Codex; one that adds a file replaces what is there."""
+    """Return a patch in the format of Codex; adding an existing file replaces it."""
     lines = "".join(f"+{line}\n" for line in step.content.splitlines())
     return f"*** Begin Patch\n*** Add File: {step.path}\n{lines}*** End Patch\n"
 
 
 def _program(function: str, argument: Json | str, tools: Iterable[Tool]) -> ToolUse | None:
-    """Return a program that calls one function, if there is a tool that runs programs which may."""
+    """Return a program that calls one function, if an offered tool may run it."""
     for tool in tools:
         if tool.kind == "program" and function in tool.parameters["properties"]:
             return ToolUse(tool, f"text(await tools.{function}({json.dumps(argument)}));\n")
@@ -180,7 +180,7 @@ def _shell(command: str, tools: Iterable[Tool]) -> ToolUse | None:
 
 
 def _completed(arguments: Json, tool: Tool) -> Json:
-    """Return the arguments with something for all others that the tool requires."""
+    """Return the arguments with placeholders for the other required ones."""
     offered = tool.parameters.get("properties", {})
     missing = [name for name in tool.parameters.get("required", ()) if name not in arguments]
     return arguments | {name: _something(offered.get(name, {})) for name in missing}

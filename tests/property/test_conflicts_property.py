@@ -19,7 +19,7 @@ from orchestrator.domain.documents.conflicts import (
     resolve_updates,
 )
 
-# The duration of an example has no meaning on a busy machine.
+#: The duration of an example has no meaning on a busy machine.
 
 NAMES = st.sampled_from("abc")
 SCALARS = st.none() | st.booleans() | st.integers(0, 3) | st.text(max_size=2)
@@ -28,7 +28,7 @@ VALUES = st.recursive(
 )
 OBJECTS = st.dictionaries(NAMES, VALUES, max_size=3)
 LISTLESS = st.recursive(SCALARS, lambda inner: st.dictionaries(NAMES, inner, max_size=3), max_leaves=6)
-# Updates in which each field name has values of one kind.
+#: Updates in which each field name has values of one kind.
 OF_ONE_KIND = st.fixed_dictionaries(
     {},
     optional={

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from orchestrator.domain.documents.delta import apply_delta, compute_delta, delta_to_json, format_delta, revert_delta
 
-# The duration of an example has no meaning on a busy machine.
+#: The duration of an example has no meaning on a busy machine.
 
 # Few names and values, so that versions overlap; with pairs that Python considers equal.
 NAMES = st.sampled_from(["a", "b", "c.d", ""])

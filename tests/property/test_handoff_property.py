@@ -23,7 +23,7 @@ from orchestrator.domain.workflow.phase_context import (
 from orchestrator.domain.workflow.violations import HandoffFacts
 from orchestrator.errors import InvalidTransition
 
-# Characters of one to four bytes, and those special to JSON or fences.
+#: Characters of one to four bytes, and those special to JSON or fences.
 TEXT = st.text(st.sampled_from('aB1é€😀 \n\t`~"\\{}[]:,'), max_size=12)
 NAMES = st.sampled_from(["plan", "build", "requirements", "constraints", "scout_findings", "specifications", "x", "y"])
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)

@@ -30,12 +30,12 @@ _values = st.dictionaries(
 )
 KEYS = [Key("task", "a"), Key("task", "ü\n"), Key("run", "a")]
 
-# Document, value (None deletes it), and lifetime.
+#: Document, value (None deletes it), and lifetime.
 _Change = tuple[int, JsonObject | None, float | None]
 _changes = st.tuples(
     st.integers(0, len(KEYS) - 1), st.none() | _values, st.none() | st.floats(0.5, 100.0, allow_subnormal=False)
 )
-# Changed documents, event data, and the following seconds; or a compaction up to that age.
+#: Changed documents, event data, and the following seconds; or a compaction up to that age.
 _commits = st.tuples(st.lists(_changes, max_size=3, unique_by=lambda one: one[0]), _values, st.floats(0.0, 60.0))
 _steps = _commits | st.floats(0.0, 300.0)
 

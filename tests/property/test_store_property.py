@@ -50,7 +50,7 @@ class Happened:
 values = st.none() | st.builds(
     lambda number, size: {"epoch": number, "text": "x" * size}, st.integers(1, 3), st.sampled_from([0, 0, 30, 400])
 )
-# Document, offset of the expected version, value, lifetime.
+#: Document, offset of the expected version, value, lifetime.
 writes = st.lists(
     st.tuples(
         st.sampled_from(KEYS),

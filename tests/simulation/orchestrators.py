@@ -43,7 +43,7 @@ FAULT_PERIOD = 180.0
 SETTLE_TIMEOUT = 30 * TIMING.owner_stale_after
 """Seconds within which all has to be done from then on."""
 
-# Each asyncio task has its own random generator: its draws do not depend on the order of tasks.
+#: Each asyncio task has its own random generator: its draws do not depend on the order of tasks.
 _dice: ContextVar[Random] = ContextVar("dice")
 
 

@@ -1,1 +1,1 @@
-"""What real programs printed, by program, and how that is recorded."""
+"""Recordings of real programs, and the recorder."""

@@ -1,7 +1,7 @@
-"""Record what real programs print: `python -m tests.transcripts.record PROGRAM FOLDER [CASE…]`.
+"""Record the output of real programs: `python -m tests.transcripts.record PROGRAM FOLDER [CASE…]`.
 
-PROGRAM is a name of `PROGRAMS`; FOLDER holds the installed programs (`bin` or `node_modules/.bin`). Each case is run as
-its adapter says, against the scripted model server, in a scratch repository and an environment made from nothing.
+PROGRAM is a name of `PROGRAMS`; FOLDER has the installed programs (`bin` or `node_modules/.bin`). Each case runs by its
+adapter against the scripted model server, in a scratch repository and an empty environment.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _LONGEST: Final = 150.0  # seconds
 
 
 def record(program: Program, case: Case, folder: str) -> Recording:
-    """Run one case of a program that is installed in a folder, and return what came of it."""
+    """Run one case of a program installed in a folder, and return the recording."""
     path = os.pathsep.join([f"{folder}/bin", f"{folder}/node_modules/.bin", os.environ["PATH"]])
     with tempfile.TemporaryDirectory() as scratch, ModelServer() as server:
         place = Path(scratch)
@@ -93,7 +93,7 @@ def record(program: Program, case: Case, folder: str) -> Recording:
 def _prepared(
     adapter: Adapter, request: SessionRequest, environ: Mapping[str, str], more: Mapping[str, str]
 ) -> tuple[SessionCommand, dict[str, str]]:
-    """Return what is to be run, with its variables, when its prompt and its home are there."""
+    """Return the command and its variables, after preparing prompt and home."""
     request.prompt_file.write_text(request.prompt + "\n")
     command = adapter.command(request)
     if command.home is not None:
@@ -102,7 +102,7 @@ def _prepared(
 
 
 def _begin(adapter: Adapter, request: SessionRequest, environ: Mapping[str, str], more: Mapping[str, str]) -> str:
-    """Have a conversation that can be gone on with; return its id."""
+    """Start a conversation to resume; return its id."""
     command, given = _prepared(adapter, request, environ, more)
     with (command.stdin or Path(os.devnull)).open("rb") as stdin:
         done = subprocess.run(
@@ -121,7 +121,7 @@ def _has_come(server: ModelServer, case: Case, worktree: Path, out: Path) -> boo
 
 
 def _sanitized(text: str, known: Mapping[str, str]) -> list[str]:
-    """Return lines without anything of the machine (folders, addresses, host and user), nor frames of JavaScript."""
+    """Return lines without data of the machine (folders, addresses, host and user) and JavaScript stack frames."""
     for found, put in known.items():
         text = text.replace(found, put)
     text = re.sub(r"127\.0\.0\.1:\d+", "model", text)
@@ -133,7 +133,7 @@ def _sanitized(text: str, known: Mapping[str, str]) -> list[str]:
 
 
 def main(name: str, folder: str, *cases: str) -> None:
-    """Record some cases of a program, or all."""
+    """Record the named cases of a program, or all."""
     program = PROGRAMS[name]
     for case in cases or program.cases:
         record(program, program.cases[case], folder).write(HERE / name / f"{case}.json")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "architecture.md"
-# Modules per folder, so that a listing can be taken in at a glance.
+#: Modules per folder, so that a listing can be taken in at a glance.
 MOST_MODULES = 15
 
 

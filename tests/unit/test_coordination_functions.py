@@ -38,9 +38,9 @@ TEN: Final = (
     "test_parallel_execution_workflow",
 )
 
-# The tables of functions; each is followed by another table of two columns.
+#: The tables of functions; each is followed by another table of two columns.
 FUNCTIONS: Final = [row for name in (CLAIMS, SESSIONS) for row in rows(sections(MAPPING)[name]) if len(row) == 3]
-# Other words in code spans: keys, values, arguments, and the name of a logger.
+#: Other words in code spans: keys, values, arguments, and the name of a logger.
 _WORDS: Final = {
     *("async with", "continue", "enabled", "heartbeat_interval", "max_retries", "orchestrator.claims", "override"),
     *("owner_stale_after", "pause", "stale_after", "when_unreachable"),

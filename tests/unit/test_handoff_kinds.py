@@ -40,7 +40,7 @@ def wrong(kind: str, data: Any, facts: HandoffFacts | None = None) -> list[tuple
     return [(one.rule, one.place) for one in checked.violations]
 
 
-# By kind: input, and the expected subset of the parsed content.
+#: By kind: input, and the expected subset of the parsed content.
 LIBERAL: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("scout", {"findings": "one file"}, {"scout_findings": ["one file"], "requirements": [], "approach": ""}),
     ("scout", {"observations": [{"file": "a.py"}, 3, None]}, {"scout_findings": [{"file": "a.py"}, "3"]}),

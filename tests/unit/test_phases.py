@@ -16,7 +16,7 @@ from orchestrator.domain.runs.phases import (
 )
 from orchestrator.errors import InvalidTransition
 
-# The transitions of a visit, defined independently of the table under test.
+#: The transitions of a visit, defined independently of the table under test.
 _LEADS = {
     (None, "enter"): "in_progress",
     (None, "skip"): "skipped",

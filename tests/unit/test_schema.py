@@ -51,7 +51,7 @@ MINIMAL: dict[str, Any] = {
 EXAMPLES = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/configuration.md").read_text(), re.DOTALL)
 EDITOR_LINE = "# yaml-language-server: $schema=council.schema.json\n"
 
-# Mistakes that a schema cannot detect: they depend on the system, on other parts of the file, or on its notation.
+#: Mistakes that a schema cannot detect: they depend on the system, on other parts of the file, or on its notation.
 BEYOND = {
     "unknown fallback",
     "unknown adapter", "unknown default adapter", "several adapters, none named", "duplicate id", "same but for case",

@@ -19,7 +19,7 @@ PAGE: Final = (ROOT / "docs/function-mapping.md").read_text()
 OUTPUT: Final = (ROOT / "docs/output.md").read_text()
 SECTIONS: Final = replaced_functions.sections(PAGE)
 
-# Other words in code spans: arguments, keys of the file, paths, and terms.
+#: Other words in code spans: arguments, keys of the file, paths, and terms.
 _NO_NAMES: Final = re.compile(
     r"\w+=\w+|\{.*\}|(state|state_dir|memory):|\.council/.*|async \w+|anyio\.\w+|COUNCIL_STATE"
 )

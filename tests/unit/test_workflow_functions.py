@@ -30,7 +30,7 @@ SECTIONS: Final = sections(PAGE)
 MAPPING: Final = sections((ROOT / "docs/function-mapping.md").read_text())["Workflows and handoffs"]
 FUNCTIONS: Final = rows(MAPPING)
 
-# Other words in code spans: keys of the file, arguments, and names of values.
+#: Other words in code spans: keys of the file, arguments, and names of values.
 _WORDS: Final = {"KIND_to_KIND", "if_version", "key", "results.PHASE"}
 _SETTING: Final = re.compile(r"(handoff|workflow|mediator): ?\w*")
 _RULE: Final = re.compile(r"(chain|sessions)\.\w+")

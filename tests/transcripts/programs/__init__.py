@@ -1,4 +1,4 @@
-"""Which real programs are recorded, and what each is put through."""
+"""The recorded programs and their cases."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.transcripts.programs.ollama import OLLAMA
 from tests.transcripts.programs.opencode import OPENCODE
 from tests.transcripts.programs.qwen_code import QWEN_CODE
 
-#: By the name of the folder that holds their recordings.
+#: By the name of the folder with its recordings.
 PROGRAMS: Final[Mapping[str, Program]] = {
     "acp-claude": ACP_CLAUDE,
     "acp-gemini": ACP_GEMINI,

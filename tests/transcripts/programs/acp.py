@@ -1,4 +1,4 @@
-"""Agents that our bridge speaks the Agent Client Protocol with (the extra `acp`)."""
+"""Agents of the Agent Client Protocol, run by our bridge (the extra `acp`)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CASES: Final[Mapping[str, Case]] = {
     "unknown-model": Case("write hello.txt hi", options={"model": "no-such-model"}),
 }
 
-#: It asks for leave only where it is told to.
+#: It asks for permission only if configured to.
 _ASKING: Final = {"OPENCODE_CONFIG_CONTENT": json.dumps({"permission": {"edit": "ask", "bash": "ask"}})}
 
 ACP_GEMINI: Final = Program(
@@ -36,7 +36,7 @@ ACP_GEMINI: Final = Program(
     version=("gemini", "gemini", "--version"),
     cases={
         **_CASES,
-        # It loads no conversation that was begun in the same minute: their files have the same name.
+        # It cannot load a conversation started within the same minute: their files have the same name.
         "resumed": replace(_RESUMED, pause=61.0),
         "overloaded": Case("fail 503\nwrite hello.txt hi"),
         "no-key": Case("write hello.txt hi", environ={"GEMINI_API_KEY": ""}),

@@ -13,7 +13,7 @@ from tests.transcripts.programs.case import CASES, Case, Program
 
 
 def _environ(url: str, home: Path) -> Mapping[str, str]:
-    """Prices of models, which both it and LiteLLM fetch, are those that LiteLLM brings along."""
+    """Use the model prices bundled with LiteLLM instead of downloading them."""
     prices = home / ".aider/caches/model_prices_and_context_window.json"
     prices.parent.mkdir(parents=True)
     prices.write_text(json.dumps({"none": {}}))
@@ -32,7 +32,7 @@ AIDER: Final = Program(
         "out-of-tokens": Case("cut\nwrite hello.txt hi"),
         "no-such-model": Case("fail 404\nwrite hello.txt hi"),
         "no-key": Case("write hello.txt hi", options={"model": "anthropic/claude-sonnet-4-5"}),
-        # It waits for somebody to log in by the browser.
+        # It waits for a login by the browser.
         "no-model": Case("write hello.txt hi", {"model": None}, {"OPENAI_API_KEY": ""}, signal.SIGTERM, "No LLM model"),
         "unknown-model": Case("write hello.txt hi", options={"model": "no-such-model"}),
     },

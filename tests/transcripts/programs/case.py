@@ -1,4 +1,4 @@
-"""What a program and its cases are, and the cases that every program is put through."""
+"""Programs and cases, and the cases common to all programs."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from typing import Any, Final
 
 from orchestrator.protocols import AdapterType
 
-#: Stands for the server's URL.
+#: Placeholder of the server's URL.
 MODEL: Final = "http://model"
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One run: the script in the prompt, options and variables beside the program's own, what else is asked for, and a
-    signal for its process group once the model has been asked, or once it has `said` something or `made` a file.
-    `is_dead`: nothing listens where the model should be. `after` is the script of a run before, in whose conversation
-    this one goes on, `pause` seconds later.
+    """One run: the script in the prompt, additional options and variables, other request fields, and a signal.
+
+    The signal is sent to the process group after the first model request, or once the program has `said` something or
+    `made` a file. `is_dead`: the model's port has no listener. `after` is the script of an earlier run, whose
+    conversation this one resumes `pause` seconds later.
     """
 
     prompt: str
@@ -36,9 +37,10 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """How a program is run: its adapter, the options of all cases, in which `http://model` stands for the server's URL,
-    and its variables, given that URL and its own home. `version` is its name and the command that prints its version,
-    where the adapter knows none.
+    """A program: its adapter, the common options of all cases, and its variables.
+
+    `http://model` in the options is replaced by the server's URL; the variables are computed from that URL and a home.
+    `version` is the name and version command of a program whose adapter has none.
     """
 
     adapter: AdapterType
@@ -48,7 +50,7 @@ class Program:
     version: tuple[str, ...] = ()
 
 
-#: What every program is put through; each adds and replaces what is its own.
+#: The cases of every program; each adds and replaces some.
 CASES: Final[Mapping[str, Case]] = {
     "edit": Case("write hello.txt hi\nsay It is written.\nusage 120 34"),
     "tool": Case("run echo from-the-shell\nwrite out/b.txt two\nsay Both done."),
@@ -62,7 +64,7 @@ CASES: Final[Mapping[str, Case]] = {
     "terminated": Case("delay 60\nwrite hello.txt hi", signal=signal.SIGTERM),
 }
 
-#: What those are put through, too, that can go on with a conversation, and look without changing anything.
+#: More cases for programs that can resume a conversation and have a read-only mode.
 ASKED: Final[Mapping[str, Case]] = {
     "resumed": Case("write b.txt two\nsay Both are there.\nusage 20 4", after="write a.txt one\nusage 120 34"),
     "read-only": Case("write hello.txt hi\nsay It is looked at.", asked={"read_only": True}),

@@ -12,7 +12,7 @@ from tests.transcripts.programs.case import ASKED, CASES, Case, Program
 
 
 def claude_environ(url: str, _home: Path) -> Mapping[str, str]:
-    """Return where the model is, and a key for nothing."""
+    """Return the model's URL and a dummy key."""
     return {"ANTHROPIC_BASE_URL": url, "ANTHROPIC_API_KEY": "no-key"}
 
 
@@ -24,7 +24,7 @@ CLAUDE_CODE: Final = Program(
         **CASES,
         "limited-until": Case("fail 429 99 1\nwrite hello.txt hi"),
         **ASKED,
-        "resumed-total-cost": ASKED["resumed"],  # 2.1.280 to about 2.1.310: its cost is the conversation's
+        "resumed-total-cost": ASKED["resumed"],  # 2.1.280 to about 2.1.310: reports the cost of the conversation
         "resumed-both-costs": ASKED["resumed"],  # later versions
         "denied": Case(
             "run python3 -c 'print(1)'\nwrite out.txt hi\nsay Tried.", options={"permission_mode": "acceptEdits"}

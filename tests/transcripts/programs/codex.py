@@ -12,7 +12,7 @@ from tests.transcripts.programs.case import ASKED, CASES, Case, Program
 
 
 def _environ(_url: str, home: Path) -> Mapping[str, str]:
-    """Its home may not be where temporary files are."""
+    """Codex rejects a home in the folder for temporary files."""
     (home.parent / "tmp").mkdir()
     return {"OPENAI_API_KEY": "no-key", "TMPDIR": str(home.parent / "tmp")}
 
@@ -20,10 +20,10 @@ def _environ(_url: str, home: Path) -> Mapping[str, str]:
 CODEX: Final = Program(
     adapter=CodexAdapter,
     options={
-        "model": "gpt-5.5",  # its newer ones have no tools but a program of JavaScript
+        "model": "gpt-5.5",  # newer models have a JavaScript tool only
         "provider": "model",
         "args": [
-            *("--disable", "plugins"),  # a list of them is fetched from GitHub
+            *("--disable", "plugins"),  # the plugin list is fetched from GitHub
             *("-c", 'model_providers.model.name="model"'),
             *("-c", 'model_providers.model.base_url="http://model/v1"'),
             *("-c", 'model_providers.model.env_key="OPENAI_API_KEY"'),

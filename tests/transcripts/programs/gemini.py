@@ -12,7 +12,7 @@ from tests.transcripts.programs.case import ASKED, CASES, Case, Program
 
 
 def gemini_environ(url: str, home: Path) -> Mapping[str, str]:
-    """Settings take variables. Of its ten attempts, which take minutes, two are left; its reports stay at home."""
+    """Settings may contain variables. Two of ten retries are kept, which take minutes; crash reports stay at home."""
     settings = {
         "security": {"auth": {"selectedType": "${AUTH_TYPE}"}},
         "privacy": {"usageStatisticsEnabled": False},

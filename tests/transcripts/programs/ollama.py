@@ -1,4 +1,4 @@
-"""Our bridge to a server of Ollama (the extra `ollama`)."""
+"""Our bridge to an Ollama server (the extra `ollama`)."""
 
 from __future__ import annotations
 

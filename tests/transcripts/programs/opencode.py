@@ -13,14 +13,14 @@ from tests.transcripts.programs.case import ASKED, CASES, Case, Program
 
 
 def opencode_environ(url: str, home: Path) -> Mapping[str, str]:
-    """Its own configuration file says where the model is."""
+    """Its own configuration file names the model's URL."""
     file = home / "opencode.json"
     file.write_text(json.dumps({"provider": {"anthropic": {"options": {"baseURL": f"{url}/v1"}}}}))
     return {"OPENCODE_CONFIG": str(file), "ANTHROPIC_API_KEY": "no-key"}
 
 
 _DENIED: Final = {"permission": {"edit": {"*": "allow", "hello.txt": "deny"}, "bash": "deny"}}
-#: By a folder of it no one can make another.
+#: A name in a private folder that nobody else can create.
 _UNWRITABLE: Final = {"XDG_DATA_HOME": f"{os.devnull}/data"}
 
 OPENCODE: Final = Program(

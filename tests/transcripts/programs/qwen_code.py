@@ -1,4 +1,4 @@
-"""Qwen Code (npm `@qwen-code/qwen-code`), which has no adapter: it is run as configs/any-cli.yaml says."""
+"""Qwen Code (npm `@qwen-code/qwen-code`), which has no adapter: it runs as configured in configs/any-cli.yaml."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ QWEN_CODE: Final = Program(
     environ=_environ,
     version=("qwen", "qwen", "--version"),
     cases={
-        # For minutes it asks again where it is limited.
+        # It retries a rate limit for minutes.
         **{name: case for name, case in CASES.items() if name != "limited"},
         **ASKED,
         "invalid": Case("fail 400\nwrite hello.txt hi"),
