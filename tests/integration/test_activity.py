@@ -39,8 +39,8 @@ class Watcher:
     def uncounted_commits(self, most: int) -> Mapping[str, str]:
         return dict(list(self.commits.items())[:most])
 
-    def on_transcript(self, session: ObservedSession, said: Transcript) -> None:
-        self.heard[session.task] = said
+    def on_transcript(self, session: ObservedSession, transcript: Transcript) -> None:
+        self.heard[session.task] = transcript
 
     def on_changes(self, session: ObservedSession, changes: Changes) -> None:
         self.seen[session.task] = changes

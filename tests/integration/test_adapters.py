@@ -56,7 +56,7 @@ class Bench:
         )
         return self.repository.council("run", str(config), "--json")
 
-    def said(self, ended: CommandResult) -> str:
+    def output(self, ended: CommandResult) -> str:
         """Return the output of the first task's program."""
         logs = self.repository.top / ".council" / "logs" / ended.result["run"]
         return "".join(path.read_text() for path in sorted(logs.glob("t0.1.std*")))
@@ -84,7 +84,7 @@ def write(use: str, path: str, text: str) -> str:
 async def test_work_of_a_program_lands(bench: Bench, use: str, sandbox: str) -> None:
     """The program's own files do not land."""
     ended = bench.run(use, write(use, "src/new.py", "print(1)"), sandbox=sandbox)
-    assert ended.states == {"t0": "landed"}, bench.said(ended) if ended.stdout else ended
+    assert ended.states == {"t0": "landed"}, bench.output(ended) if ended.stdout else ended
     assert (bench.repository.top / "src/new.py").read_text() == "print(1)\n"
     assert bench.repository.git("ls-files").split() == ["README.md", "src/app.py", "src/new.py"]
     await bench.repository.assert_invariants()
@@ -203,11 +203,11 @@ ENDS = {
 async def test_failure_has_its_class(bench: Bench, use: str) -> None:
     """Output and exit code of the program decide the class and the reason."""
     ended = bench.run(use, *(prompt for prompt, _, _ in ENDS[use]))
-    for task, (prompt, failure, told) in zip(ended.result["tasks"], ENDS[use], strict=True):
+    for task, (prompt, failure, expected) in zip(ended.result["tasks"], ENDS[use], strict=True):
         assert (task["status"], task["failure"]) == ("failed", failure), (prompt, task)
-        assert told in task["reason"], prompt
+        assert expected in task["reason"], prompt
     if use == "acp":
-        assert "last words" in bench.said(ended), "what an agent says to its standard error is in the log"
+        assert "last words" in bench.output(ended), "what an agent says to its standard error is in the log"
 
 
 @pytest.mark.extended
@@ -257,10 +257,10 @@ async def test_acp_agent_reads_and_writes_in_the_worktree_only(bench: Bench, tmp
     ended = bench.run("acp", prompt)
     assert ended.states == {"t0": "landed"}, ended
     assert not (tmp_path / "out.txt").exists()
-    said = bench.said(ended)
-    assert "def main():" in said
-    assert "canary" not in said
-    assert said.count('"type": "denied"') == 3
+    output = bench.output(ended)
+    assert "def main():" in output
+    assert "canary" not in output
+    assert output.count('"type": "denied"') == 3
     assert bench.repository.git("show", "--name-only", "--format=", "HEAD^2").split() == ["in.txt"]
 
 
@@ -269,7 +269,7 @@ async def test_acp_agent_gets_permission_in_the_worktree(bench: Bench, tmp_path:
     target = tmp_path / "outside.txt"
     ended = bench.run("acp", f"edit in.txt x\nedit {target} x\nedit ../up.txt x\nwork")
     assert ended.states == {"t0": "landed"}, ended
-    chosen = re.findall(r'"said", "text": "chosen: (\w+)"', bench.said(ended))
+    chosen = re.findall(r'"said", "text": "chosen: (\w+)"', bench.output(ended))
     assert chosen == ["once", "no", "no", "once"]
     assert not target.exists()
 
@@ -279,7 +279,7 @@ async def test_acp_agent_model_can_be_chosen(bench: Bench) -> None:
     """An unknown model is rejected with the available ones."""
     ended = bench.run("acp", "say with MODEL\nwrite a.txt x", options={"model": "large"})
     assert ended.states == {"t0": "landed"}, ended
-    assert "with large" in bench.said(ended)
+    assert "with large" in bench.output(ended)
     task = bench.run("acp", "write a.txt x", options={"model": "huge"}).result["tasks"][0]
     assert (task["failure"], "small, large" in task["reason"]) == ("invalid", True), task
 
@@ -353,7 +353,7 @@ async def test_acp_agent_gets_servers_with_their_variables(bench: Bench) -> None
     )
     ended = bench.repository.council("run", str(config), "--json")
     assert ended.states == {"t0": "landed"}, ended
-    assert '{\\"name\\":\\"MY_SETTING\\",\\"value\\":\\"what it is\\"}' in bench.said(ended)
+    assert '{\\"name\\":\\"MY_SETTING\\",\\"value\\":\\"what it is\\"}' in bench.output(ended)
 
 
 HOSTILE = {

@@ -33,17 +33,17 @@ def configured(repository: Repository, *more: str, **facts: Any) -> str:
     return str(repository.configure([task, {"id": "after", "prompt": "write c.txt x", "needs": ["t"]}], workflows=ASKS))
 
 
-def until_asked(repository: Repository, session: int = 1) -> dict[str, Any]:
+def wait_for_approval(repository: Repository, session: int = 1) -> dict[str, Any]:
     """Return the task's `status` when it waits for approval after this many sessions."""
 
-    def asked() -> dict[str, Any] | None:
+    def waiting_task() -> dict[str, Any] | None:
         ended = repository.council("status", "--json")
         found = next((one for one in ended.result.get("tasks", ()) if one["id"] == "t"), None) if ended.stdout else None
         if found is None or found["status"] != "awaiting_approval":
             return None
         return found if repository.council("show", "t", "--json").result["usage"]["sessions"] == session else None
 
-    found = wait_for(asked)
+    found = wait_for(waiting_task)
     assert found is not None
     return found
 
@@ -61,12 +61,12 @@ def events(ended: CommandResult, name: str) -> list[dict[str, Any]]:
 async def test_run_waits_for_approval_and_continues(repository: Repository) -> None:
     """`status` prints the command; the run reports once what it waits for."""
     child = repository.start("run", configured(repository), "--json")
-    waits = until_asked(repository)
+    waits = wait_for_approval(repository)
     assert (waits["phase"], waits["reason"]) == ("plan", "phase 'plan' waits for approval")
-    told = repository.council("status").stdout
-    assert "waiting for approval" in told
-    assert "next: council show t\n    then: council approve t\n    or: council reject t --note TEXT\n" in told
-    assert "Waiting for your approval: t." in told
+    shown = repository.council("status").stdout
+    assert "waiting for approval" in shown
+    assert "next: council show t\n    then: council approve t\n    or: council reject t --note TEXT\n" in shown
+    assert "Waiting for your approval: t." in shown
     assert "plan: waiting for approval" in repository.council("show", "t").stdout
     assert child.poll() is None
     approved = repository.council("approve", "t", "--note", "as discussed", "--json")
@@ -82,9 +82,9 @@ async def test_run_waits_for_approval_and_continues(repository: Repository) -> N
 async def test_rejected_result_is_repeated_with_the_note(repository: Repository) -> None:
     """The next session gets the note; a second wait for approval is reported again."""
     child = repository.start("run", configured(repository, "in plan attempt 2 keep-prompt"), "--json")
-    until_asked(repository)
+    wait_for_approval(repository)
     assert repository.council("reject", "t", "--note", "keep the old names").code == 0
-    until_asked(repository, 2)
+    wait_for_approval(repository, 2)
     assert "keep the old names" in repository.council("logs", "t", "--session", "2").stdout
     assert repository.council("approve", "t").code == 0
     ended = finished(child)
@@ -118,11 +118,11 @@ async def test_approval_during_the_end_of_a_session_is_accepted(
 async def test_approval_survives_the_process_that_asked(repository: Repository) -> None:
     """No process is active when the answer is given; `resume` continues from it."""
     child = repository.start("run", configured(repository), "--json")
-    until_asked(repository)
+    wait_for_approval(repository)
     child.send_signal(signal.SIGINT)
     assert finished(child).code == 130
-    cut_off = repository.council("status")
-    assert "next: council show t\n" in cut_off.stdout
+    interrupted = repository.council("status")
+    assert "next: council show t\n" in interrupted.stdout
     shown = repository.council("show", "t").stdout
     assert (
         shown.endswith("next: council approve t\nor: council reject t --note TEXT\n"),
@@ -139,7 +139,7 @@ async def test_approval_survives_the_process_that_asked(repository: Repository) 
 async def test_waiting_task_can_be_cancelled(repository: Repository) -> None:
     """Then the task and the run have finished."""
     child = repository.start("run", configured(repository), "--json")
-    until_asked(repository)
+    wait_for_approval(repository)
     assert repository.council("cancel", "t").code == 0
     ended = finished(child)
     assert (ended.code, ended.states) == (1, {"t": "cancelled", "after": "blocked"}), ended

@@ -16,7 +16,7 @@ from tests.conftest import Repository
 
 def repaired(path: str) -> list[dict[str, Any]]:
     """Return a task that is repaired once, and one that owns the same paths and lands while the first waits."""
-    mend = [
+    repair = [
         f"attempt 1 append {path} bad",
         "attempt 2 without other.txt exit 1 what has landed is not here",
         f"attempt 2 append {path} good",
@@ -24,7 +24,7 @@ def repaired(path: str) -> list[dict[str, Any]]:
     return [
         {
             "id": "repaired",
-            "prompt": "\n".join(mend),
+            "prompt": "\n".join(repair),
             "owns": ["src/**"],
             "allow_failing_base": True,
             "checks": [f"grep -q good {path}"],

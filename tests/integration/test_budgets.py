@@ -120,8 +120,8 @@ async def test_exhausted_task_is_not_retried(claude: Repository) -> None:
     """Even if its session's failure class is worth a retry."""
     task = {"budget": {"tokens": 1000}, "retry_on": ["budget"], "attempts": 3}
     ended = claude.council("run", str(configured(claude, "spend 600\nspend 401\nhang", task=task)), "--json")
-    (told,) = ended.result["tasks"]
-    assert (told["failure"], told["attempts"]) == ("budget", 1), ended
+    (exhausted,) = ended.result["tasks"]
+    assert (exhausted["failure"], exhausted["attempts"]) == ("budget", 1), ended
     task = {"session_budget": {"tokens": 1000}, "retry_on": ["budget"], "attempts": 2}
     prompt = "attempt 1 spend 1001\nattempt 1 hang\nattempt 2 write b.txt b"
     ended = claude.council("run", str(configured(claude, prompt, task=task)), "--json")
@@ -142,8 +142,8 @@ async def test_uncountable_cost_is_reported(repository: Repository) -> None:
     path = repository.configure([task], adapters={"it": adapter}, sandbox="off", budget={"cost": 1})
     ended = repository.council("run", str(path), "--json")
     assert ended.states == {"t": "landed"}, ended
-    (told,) = happened(ended, "budget.price_unknown")
-    assert (told["adapter"], told["model"]) == ("it", "nobody-knows")
+    (event,) = happened(ended, "budget.price_unknown")
+    assert (event["adapter"], event["model"]) == ("it", "nobody-knows")
     known = repository.configure([task], adapters={"it": adapter}, sandbox="off", budget={"cost": 1}, target="two",
                                  prices={"nobody-knows": {"input": 1, "output": 1}})  # fmt: skip
     assert happened(repository.council("run", str(known), "--json"), "budget.price_unknown") == []
@@ -160,7 +160,7 @@ async def test_session_time_is_limited_over_all_attempts(claude: Repository) -> 
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize(
-    ("limits", "told"),
+    ("limits", "expected"),
     [
         ("tokens=0", "positive"),
         ("cost=nan", "US dollars"),
@@ -170,11 +170,11 @@ async def test_session_time_is_limited_over_all_attempts(claude: Repository) -> 
         ("", "is not a limit"),
     ],
 )
-async def test_invalid_limits_are_rejected(claude: Repository, limits: str, told: str) -> None:
+async def test_invalid_limits_are_rejected(claude: Repository, limits: str, expected: str) -> None:
     """The error says what to write."""
     ended = claude.council("resume", "--budget", limits)
     assert ended.code == 2
-    assert told in ended.stderr
+    assert expected in ended.stderr
 
 
 async def test_exhausted_task_is_retried_with_a_raised_budget(claude: Repository) -> None:

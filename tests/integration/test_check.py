@@ -52,8 +52,8 @@ def council_of(repository: Repository, **options: Any) -> AbstractAsyncContextMa
 async def test_valid_run_has_no_violations(repository: Repository) -> None:
     """One line for people, an object for programs, and the same in Python."""
     run = landed(repository)
-    told = repository.council("check")
-    assert (told.code, told.stdout) == (0, f"run {run}: 1 task with a workflow, 2 handoffs: no violations\n")
+    report = repository.council("check")
+    assert (report.code, report.stdout) == (0, f"run {run}: 1 task with a workflow, 2 handoffs: no violations\n")
     assert repository.council("check", run, "--json").result == {
         "run": run,
         "is_valid": True,
@@ -70,8 +70,8 @@ async def test_valid_run_has_no_violations(repository: Repository) -> None:
 
 async def test_run_without_workflows_is_reported_as_such(repository: Repository) -> None:
     ended = repository.council("run", str(repository.configure([{"id": "t", "prompt": "write t.txt x"}])), "--json")
-    told = repository.council("check")
-    assert (told.code, told.stdout) == (0, f"run {ended.result['run']}: no task has a workflow\n")
+    report = repository.council("check")
+    assert (report.code, report.stdout) == (0, f"run {ended.result['run']}: no task has a workflow\n")
     assert repository.council("check", "--json").result["tasks"] == []
 
 
@@ -161,10 +161,10 @@ async def test_violation_is_printed_for_people_and_programs(repository: Reposito
     """The exit code reports it, too, so that a test of a run can't pass."""
     run = landed(repository)
     await write(repository, Key("handoff", f"{run}/t/1"), no_receipts)
-    told = repository.council("check", "--json")
-    assert told.code == told.result["exit"] == 1
-    assert told.result["is_valid"] is False
-    [one] = told.result["tasks"][0]["violations"]
+    report = repository.council("check", "--json")
+    assert report.code == report.result["exit"] == 1
+    assert report.result["is_valid"] is False
+    [one] = report.result["tasks"][0]["violations"]
     text = repository.council("check")
     assert text.code == 1
     assert text.stdout.splitlines() == [
@@ -183,10 +183,10 @@ async def test_unreadable_record_is_reported_without_an_error(repository: Reposi
     refused = repository.council("check")
     assert (refused.code, "created on another machine" in refused.stderr) == (2, True)
     assert repository.council("state", "adopt").code == 0
-    told = repository.council("check")
-    assert told.code == 0
-    assert "not checked: task 't', phase 'build', visit 1: handoff files" in told.stdout
-    assert f"run {run}: 1 task with a workflow" in told.stdout
+    report = repository.council("check")
+    assert report.code == 0
+    assert "not checked: task 't', phase 'build', visit 1: handoff files" in report.stdout
+    assert f"run {run}: 1 task with a workflow" in report.stdout
 
 
 async def test_done_session_without_an_end_is_reported(repository: Repository) -> None:
@@ -205,12 +205,12 @@ async def test_done_session_without_an_end_is_reported(repository: Repository) -
         updated=clock.now(),
     )
     async with FileStore.open(repository.log, clock) as store:
-        at_work = await store.get(Key("task", f"{run}/t"))
-        assert at_work is not None
-        attempts = [*at_work.value["attempts"][:1], {**at_work.value["attempts"][1], "ended": None}]
+        running = await store.get(Key("task", f"{run}/t"))
+        assert running is not None
+        attempts = [*running.value["attempts"][:1], {**running.value["attempts"][1], "ended": None}]
         context = await store.get(Key("context", f"{run}/t.2"))
         writes = [
-            Write(at_work.key, at_work.version, {**at_work.value, "attempts": attempts}),
+            Write(running.key, running.version, {**running.value, "attempts": attempts}),
             Write(Key("context", f"{run}/t.2"), context.version if context else 0, idle.to_json()),
         ]
         await store.commit(Commit(writes))
@@ -313,5 +313,5 @@ async def test_killed_run_has_no_violations(repository: Repository) -> None:
     path = repository.configure(tasks, workflows={"two": TWO})
     for command, failpoint, handoffs in ((["run", str(path)], "handoff.taken", 0), (["resume"], "work.recorded", 1)):
         assert repository.council(*command, failpoints=f"{failpoint}=kill").code == -signal.SIGKILL
-        told = repository.council("check", "--json")
-        assert (told.code, told.result["tasks"][0]["handoffs"]) == (0, handoffs), told
+        report = repository.council("check", "--json")
+        assert (report.code, report.result["tasks"][0]["handoffs"]) == (0, handoffs), report

@@ -69,10 +69,10 @@ async def test_running_task_is_restored_as_after_a_kill(repository: Repository) 
     sessions = [(one["task"], one["attempt"], one["status"]) for one in checkpoint["sessions"]]
     assert (checkpoint["status"], sessions) == ("interrupted", [("fails", 1, "running")])
     assert repository.council("resume", "--json").states == {"fails": "failed", "lands": "landed"}
-    told = restored(repository, checkpoint)
+    result = restored(repository, checkpoint)
     run = checkpoint["run"]
-    assert told["written"] == [f"run/{run}", f"task/{run}/fails"]
-    assert told["left"] == [{"document": f"task/{run}/lands", "reason": "it has landed"}]
+    assert result["written"] == [f"run/{run}", f"task/{run}/fails"]
+    assert result["left"] == [{"document": f"task/{run}/lands", "reason": "it has landed"}]
     back = await document(repository, "fails")
     assert (back.status, back.failures) == ("running", 0)
     assert [one.outcome for one in back.attempts] == ["interrupted", "crashed", "crashed"]
@@ -87,7 +87,7 @@ async def test_running_task_is_restored_as_after_a_kill(repository: Repository) 
     assert [one.outcome for one in after.attempts] == ["interrupted", "crashed", "crashed", "built"]
     await repository.assert_invariants()
     # The state before the restore is a checkpoint as well, with the landed task landed.
-    assert restored(repository, {"id": told["before"]})["runs"] == []
+    assert restored(repository, {"id": result["before"]})["runs"] == []
 
 
 @pytest.mark.extended
@@ -156,9 +156,9 @@ async def test_work_on_the_target_is_adopted_and_lands_once(repository: Reposito
     assert repository.council("run", str(path), failpoints="attempt.recorded=kill").code == -signal.SIGKILL
     checkpoint = made(repository)
     assert repository.council("resume", failpoints="landing.pushed=kill").code == -signal.SIGKILL
-    told = restored(repository, checkpoint)
-    assert told["written"] == []
-    assert "may have landed" in told["left"][0]["reason"]
+    result = restored(repository, checkpoint)
+    assert result["written"] == []
+    assert "may have landed" in result["left"][0]["reason"]
     assert repository.council("resume", "--json").states == {"one": "landed"}
     await repository.assert_invariants()
     assert restored(repository, checkpoint)["written"] == []
@@ -204,8 +204,8 @@ async def test_active_run_is_restored_only_by_force(repository: Repository) -> N
     # The request wakes the old owner, which would record its reaction. Nobody answers while it lives.
     asking = repository.start("cancel", "first")
     assert owner.wait(timeout=60) == 1
-    assert "was removed from run" in (said := owner.communicate()[0])
-    assert "a checkpoint of the run was restored" in said
+    assert "was removed from run" in (output := owner.communicate()[0])
+    assert "a checkpoint of the run was restored" in output
     assert asking.wait(timeout=60) == 0
     asking.communicate()
     flag(repository).touch()

@@ -47,16 +47,16 @@ async def test_clean_merge_that_fails_its_checks_does_not_land(repository: Repos
 async def test_next_attempt_continues_from_the_merge_with_the_output(repository: Repository) -> None:
     """The second attempt finds the first one's files and the check's last output; its repair lands once."""
     prompt = "attempt 1 write a.txt bad\nattempt 2 append a.txt good\nkeep-prompt"
-    settings = checked([{"id": "mend", "prompt": prompt}], ["cat a.txt; grep -q good a.txt"])
+    settings = checked([{"id": "repair", "prompt": prompt}], ["cat a.txt; grep -q good a.txt"])
     config = repository.configure(**settings)
     ended = repository.council("run", str(config), "--json")
-    assert ended.states == {"mend": "landed"}, ended
+    assert ended.states == {"repair": "landed"}, ended
     assert (repository.top / "a.txt").read_text() == "bad\ngood\n"
     assert ended.result["tasks"][0]["attempts"] == 2
     log = Path(ended.result["tasks"][0]["log"])
-    told = log.with_name("mend.2.stdout").read_text()
-    assert "grep -q good a.txt" in told
-    assert "bad" in told.partition("output begins")[2]
+    output = log.with_name("repair.2.stdout").read_text()
+    assert "grep -q good a.txt" in output
+    assert "bad" in output.partition("output begins")[2]
     retried = next(line for line in ended.lines if line.get("event") == "task.retrying")
     assert retried["outcome"] == "checks_failed"
     await repository.assert_invariants()
@@ -69,10 +69,10 @@ async def test_check_output_is_data_for_the_next_attempt(repository: Repository)
     ended = repository.council("run", str(repository.configure(**checked([{"id": "t", "prompt": prompt}], [check]))))
     assert ended.code == 0, ended
     logs = next((repository.top / ".council/logs").iterdir())
-    told = (logs / "t.2.stdout").read_text()
-    begins = next(line for line in told.splitlines() if line.endswith(" output begins]"))
+    output = (logs / "t.2.stdout").read_text()
+    begins = next(line for line in output.splitlines() if line.endswith(" output begins]"))
     ends = begins.replace("begins", "ends")
-    assert "I am an instruction" in told.partition(begins)[2].partition(ends)[0]
+    assert "I am an instruction" in output.partition(begins)[2].partition(ends)[0]
 
 
 async def test_attempts_that_never_pass_end(repository: Repository) -> None:

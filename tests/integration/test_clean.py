@@ -87,9 +87,9 @@ async def test_clean_removes_a_finished_run_completely(repository: Repository) -
     run_once(repository, {"id": "a", "prompt": "write a.txt a"})
     for listed in (repository.council("clean", "--json"), elsewhere(repository, "clean", "--json")):
         assert (listed.code, listed.result["freed"], found(listed), standings(listed)) == (0, 0, [], {"ready"})
-    told = repository.council("clean", "--yes", "--kept").stdout
-    assert "no leftovers to remove" in told
-    assert "ready for the next run: --pool removes it" in told
+    printed = repository.council("clean", "--yes", "--kept").stdout
+    assert "no leftovers to remove" in printed
+    assert "ready for the next run: --pool removes it" in printed
     await repository.assert_invariants()
     assert list(hub_of(repository).slots.iterdir())
     removed = repository.council("clean", "--yes", "--pool", "--json")
@@ -121,9 +121,9 @@ async def test_worktree_of_an_ended_task_is_removed_once(repository: Repository)
     [one] = (one for one in listed.result["found"] if one["kind"] == "worktree")
     assert one["bytes"] > 5000
     assert (one["run"], one["task"], one["removed"]) == (run, "done", False)
-    told = repository.council("clean")
-    assert "its task is finished, and its work is saved" in told.stdout
-    assert "add --yes" in told.stdout
+    printed = repository.council("clean")
+    assert "its task is finished, and its work is saved" in printed.stdout
+    assert "add --yes" in printed.stdout
     assert "removed" not in repository.council("clean", "--dry-run", "--yes").stdout
     assert trees(repository) == ["done.1"]
     removed = repository.council("clean", "--yes", "--json")
@@ -203,9 +203,9 @@ async def test_preserved_work_is_removed_only_on_request(repository: Repository)
     cleaned = repository.council("clean", "--yes", "--json")
     assert (cleaned.code, found(cleaned), cleaned.result["freed"]) == (0, [("kept", "keeps.1")], 0)
     assert trees(repository) == ["keeps.1"]
-    told = repository.council("clean", "--yes").stdout
-    assert "kept: it has files that are in no commit" in told
-    assert "--kept removes it" in told
+    printed = repository.council("clean", "--yes").stdout
+    assert "kept: it has files that are in no commit" in printed
+    assert "--kept removes it" in printed
     assert repository.council("clean", "--kept", "--dry-run", "--yes").code == 0
     assert trees(repository) == ["keeps.1"]
     [kept] = hub_of(repository).sessions.glob("*/*/slot")
@@ -417,9 +417,9 @@ async def test_unremovable_leftover_is_named(repository: Repository) -> None:
         [waits] = hub_of(repository).trash.iterdir()
         assert nothing(repository.council("clean", "--json"))  # another process might be running it
         age(waits)
-        told = repository.council("clean", "--yes")
-        assert told.code == 1
-        assert f"{waits} could not be removed" in told.stderr
+        printed = repository.council("clean", "--yes")
+        assert printed.code == 1
+        assert f"{waits} could not be removed" in printed.stderr
     assert repository.council("clean", "--yes").code == 0
     assert not list(hub_of(repository).trash.iterdir())
 
@@ -472,7 +472,7 @@ async def test_repository_can_run_again_after_clean(repository: Repository) -> N
 
 
 @contextmanager
-def asked(repository: Repository) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+def confirmation(repository: Repository) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """Start `clean --kept` on a terminal and wait for its question; yield the process and the terminal's other end."""
     ours, theirs = pty.openpty()
     argv = [sys.executable, "-m", "orchestrator.cli.main", "clean", "--kept"]
@@ -496,7 +496,7 @@ def asked(repository: Repository) -> Iterator[tuple[subprocess.Popen[bytes], int
 async def test_clean_on_a_terminal_asks_once(repository: Repository, answer: str, stays: bool) -> None:
     """Only `yes` removes."""
     run_once(repository, KEEPS, code=1)
-    with asked(repository) as (child, terminal):
+    with confirmation(repository) as (child, terminal):
         os.write(terminal, answer.encode() + b"\n")
         assert child.wait(timeout=30) == 0
     assert trees(repository) == (["keeps.1"] if stays else [])
@@ -549,7 +549,7 @@ async def test_folder_that_only_looks_like_a_partial_hub_stays(repository: Repos
 async def test_signal_ends_the_confirmation(repository: Repository) -> None:
     """The same as `no`."""
     run_once(repository, KEEPS, code=1)
-    with asked(repository) as (child, _):
+    with confirmation(repository) as (child, _):
         child.send_signal(signal.SIGINT)
         assert child.wait(timeout=30) == 130
     assert trees(repository) == ["keeps.1"]

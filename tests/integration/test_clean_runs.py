@@ -41,7 +41,7 @@ async def later(repository: Repository, days: float) -> AsyncIterator[Council]:
         yield council
 
 
-async def judged(council: Council, **wanted: Any) -> dict[str, str]:
+async def statuses(council: Council, **wanted: Any) -> dict[str, str]:
     """Return the status of each old run's record."""
     found = await council.cleaner.find(runs=7 * DAY, **wanted)
     return {str(one.run): str(one.standing) for one in found if one.kind == "run"}
@@ -65,10 +65,10 @@ async def test_old_runs_are_removed_and_restored(repository: Repository) -> None
     logs = repository.top / ".council/logs" / run
     assert list(logs.iterdir())
     async with later(repository, 6.9) as council:
-        assert await judged(council) == {}
+        assert await statuses(council) == {}
     async with later(repository, 7.1) as council:
         before = (await council.reports.overview(run)).to_json()
-        assert await judged(council) == {run: "left_over"}
+        assert await statuses(council) == {run: "left_over"}
         position = await council.history.position()
         assert await removed(council) == [None]
         # A checkpoint, and all documents in one commit.
@@ -97,14 +97,14 @@ async def test_unlanded_work_stays_without_force(repository: Repository) -> None
     """Its branch: dropped, the record may be removed; forced, the branch still exists after a restore."""
     run = run_once(repository, FAILS)
     async with later(repository, 8) as council:
-        assert await judged(council) == {run: "kept"}
+        assert await statuses(council) == {run: "kept"}
         [kept] = await council.changes.preserved(run)
         assert await removed(council) == [None]  # as with --kept
         [checkpoint] = await council.checkpoints.list(run)
         await council.checkpoints.restore(checkpoint.id)
         assert await council.changes.preserved(run) == [kept]
         await council.changes.drop([kept.name], run)
-        assert await judged(council) == {run: "left_over"}
+        assert await statuses(council) == {run: "left_over"}
         # A restored run can be resumed.
         assert [task.status for task in (await council.tasks.retry("f")).tasks] == ["pending"]
         assert [(task.status, task.attempts) for task in (await council.runs.resume()).tasks] == [("failed", 1)]
@@ -112,17 +112,17 @@ async def test_unlanded_work_stays_without_force(repository: Repository) -> None
 
 async def test_resumable_run_stays_without_an_option(repository: Repository) -> None:
     """An interrupted run, and one with a task to retry."""
-    cut_off = run_once(repository, LANDS, failpoints="run.leader_elected=kill")
+    interrupted = run_once(repository, LANDS, failpoints="run.leader_elected=kill")
     retried = run_once(repository, FAILS)
     assert repository.council("retry", "f").code == 0
     async with later(repository, 8) as council:
-        assert await judged(council) == {cut_off: "needed", retried: "needed"}
-        assert await judged(council, include_interrupted=True) == {cut_off: "left_over", retried: "kept"}
+        assert await statuses(council) == {interrupted: "needed", retried: "needed"}
+        assert await statuses(council, include_interrupted=True) == {interrupted: "left_over", retried: "kept"}
         found = await council.cleaner.find(runs=7 * DAY, include_interrupted=True)
-        [run] = [one for one in found if (one.kind, one.run) == ("run", cut_off)]
+        [run] = [one for one in found if (one.kind, one.run) == ("run", interrupted)]
         assert run.reason.startswith("it was interrupted on ")
     async with later(repository, 6) as council:
-        assert await judged(council, include_interrupted=True) == {}
+        assert await statuses(council, include_interrupted=True) == {}
 
 
 async def test_restored_run_has_a_new_epoch(repository: Repository) -> None:
@@ -154,7 +154,7 @@ async def test_active_run_is_never_removed(repository: Repository) -> None:
         # The leader, and a worker that runs tasks concurrently or continues after a kill.
         for lock in (hub.run_lock(run), hub.liveness_locks.of(run, "box-1-ab12cd")):
             async with lock.hold(0):
-                assert await judged(council, include_interrupted=True) == {}
+                assert await statuses(council, include_interrupted=True) == {}
                 [removal] = await cleaner.remove(found)
                 assert removal.error is not None
         assert await council.runs.ids() == [run]

@@ -83,16 +83,16 @@ def plant_repository(attempt: Attempt, marker: Path) -> None:
     (nested / "file").touch()
 
 
-@pytest.mark.parametrize("beside", ["nothing", "an unreadable file", "an empty repository"])
+@pytest.mark.parametrize("extra", ["nothing", "an unreadable file", "an empty repository"])
 async def test_collect_of_a_nested_repository_runs_none_of_its_programs(
-    attempt: Attempt, tmp_path: Path, mechanism: Mechanism, beside: str
+    attempt: Attempt, tmp_path: Path, mechanism: Mechanism, extra: str
 ) -> None:
     """A file that can't be added fails the first `git add` halfway, so that the next one enters the repository."""
     marker = tmp_path / "it-ran"
     plant_repository(attempt, marker)
-    if beside == "an empty repository":
+    if extra == "an empty repository":
         attempt.run("init", "--quiet", "zzz")
-    elif beside == "an unreadable file":
+    elif extra == "an unreadable file":
         (attempt.tree / "bad").mkdir()
         (attempt.tree / "bad" / "x").write_text("x")
         (attempt.tree / "bad" / "x").chmod(0o000)

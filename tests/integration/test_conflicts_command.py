@@ -161,8 +161,8 @@ async def test_update_can_not_make_a_run_unreadable(project: Repository) -> None
     """An invalid field of a document, or the removal of a task that the run needs."""
     async with Council.open(project.top, environ=project.environ) as council:
         position = await council.history.position()
-        for value, told in (({"status": "odd"}, "can't become this: status: "), (None, f"is part of run {RUN}")):
-            with pytest.raises(RefusedError, match=told):
+        for value, expected in (({"status": "odd"}, "can't become this: status: "), (None, f"is part of run {RUN}")):
+            with pytest.raises(RefusedError, match=expected):
                 await council.state.apply_updates([DocumentUpdate(API, 1.0, "me", value)])
         assert await council.history.position() == position
         assert [one.run for one in await council.runs.list()] == [RUN]

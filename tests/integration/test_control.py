@@ -142,8 +142,8 @@ def test_interrupted_process_in_a_hook_is_reported(repository: Repository, tmp_p
     child.communicate(timeout=60)
     free.touch()
     assert child.returncode == 130
-    (told,) = [line for line in lines if line.startswith("waiting for a push to the target of this process, which a")]
-    assert told.endswith("hook of the repository may delay: press Ctrl-C again to exit now\n")
+    (found,) = [line for line in lines if line.startswith("waiting for a push to the target of this process, which a")]
+    assert found.endswith("hook of the repository may delay: press Ctrl-C again to exit now\n")
     assert repository.council("resume", "--json").states == {"a": "landed"}
 
 
@@ -303,8 +303,8 @@ async def test_logs_of_a_live_session_are_followed_to_the_end(repository: Reposi
     followed = repository.council("logs", "t", "-f", "--json")
     child.communicate(timeout=60)
     assert followed.code == 0, followed
-    said = [line["text"] for line in followed.lines if line["kind"] == "line"]
-    assert said[-4:] == ["second", "tick", "tick", "tick"]
+    lines = [line["text"] for line in followed.lines if line["kind"] == "line"]
+    assert lines[-4:] == ["second", "tick", "tick", "tick"]
     assert {line["attempt"] for line in followed.lines} >= {2}
     assert [line["outcome"] for line in followed.lines if line["kind"] == "ended"][-1] == "built"
     assert repository.council("logs", "t", "--raw").stdout == "second\ntick\ntick\ntick\n"
@@ -667,8 +667,8 @@ async def test_changed_file_is_reported_and_adopted_by_reload(repository: Reposi
     assert "council retry t --reload`" in kept.stderr
     resumed = repository.council("resume", "--json")
     assert resumed.states["t"] == "failed"
-    [told] = [line for line in resumed.lines if line.get("event") == "run.file_changed"]
-    assert (told["tasks"], told["keys"]) == ({"t": ["timeout", "prompt"], "u": ["attempts"]}, ["capacity"])
+    [event] = [line for line in resumed.lines if line.get("event") == "run.file_changed"]
+    assert (event["tasks"], event["keys"]) == ({"t": ["timeout", "prompt"], "u": ["attempts"]}, ["capacity"])
     reloaded = repository.council("retry", "t", "--reload")
     assert (reloaded.code, "settings: capacity; to use them, start a new run" in reloaded.stderr) == (0, True), reloaded
     assert f"t: reloaded timeout, prompt from {file}" in reloaded.stderr
@@ -677,12 +677,12 @@ async def test_changed_file_is_reported_and_adopted_by_reload(repository: Reposi
     resumed = repository.council("resume", "--json")
     assert resumed.states == {"t": "landed", "u": "failed"}
     assert (repository.top / "t.txt").read_text().strip() == "repaired"
-    [told] = [line for line in resumed.lines if line.get("event") == "run.file_changed"]
-    assert told["tasks"] == {"u": ["attempts"]}
+    [event] = [line for line in resumed.lines if line.get("event") == "run.file_changed"]
+    assert event["tasks"] == {"u": ["attempts"]}
     assert repository.council("retry", "u", "--reload").code == 0
     _file(repository, broken)  # differs from the recorded file since
-    [told] = [line for line in repository.council("resume", "--json").lines if line.get("event") == "run.file_changed"]
-    assert told["tasks"] == {"u": ["attempts"]}
+    [event] = [line for line in repository.council("resume", "--json").lines if line.get("event") == "run.file_changed"]
+    assert event["tasks"] == {"u": ["attempts"]}
     await repository.assert_invariants()
 
 
@@ -774,8 +774,8 @@ async def test_reload_of_inline_tasks_is_rejected(repository: Repository) -> Non
     assert "run.file_changed" not in repository.council("resume", "--json").stdout
     assert repository.council("retry", "task-1").code == 0
     _file(repository, tasks, defaults={**defaults, "checks": ["true"]})
-    [told] = [one for one in repository.council("resume", "--json").lines if one.get("event") == "run.file_changed"]
-    assert (told["tasks"], told["keys"]) == ({}, ["defaults.checks"])
+    [event] = [one for one in repository.council("resume", "--json").lines if one.get("event") == "run.file_changed"]
+    assert (event["tasks"], event["keys"]) == ({}, ["defaults.checks"])
 
 
 def _two_failed(repository: Repository, command: tuple[str, ...]) -> None:

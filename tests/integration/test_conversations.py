@@ -52,7 +52,7 @@ def attempts(repository: Repository, ended: CommandResult) -> list[dict[str, Any
     return found
 
 
-def told(repository: Repository, name: str) -> dict[str, Any]:
+def input_of(repository: Repository, name: str) -> dict[str, Any]:
     """Return the input of an attempt's program, from the file that it wrote."""
     found: dict[str, Any] = json.loads((repository.top / name).read_text())
     return found
@@ -83,7 +83,7 @@ async def test_session_without_a_home_gets_the_full_prompt(repository: Repositor
     ended = run(repository, bin_folder, prompt, {"home": "shared"})
     assert ended.states == {"t": "landed"}, ended
     assert [one["resumed"] for one in attempts(repository, ended)] == [False, False]
-    assert prompt in told(repository, "two.json")["prompt"]
+    assert prompt in input_of(repository, "two.json")["prompt"]
 
 
 async def test_home_is_removed_when_its_task_landed(repository: Repository, bin_folder: Path) -> None:
@@ -106,7 +106,7 @@ async def test_instructions_servers_and_limits_reach_the_program(repository: Rep
         task={"instructions": "Speak plainly.", "session_budget": {"cost": 2}, "budget": {"cost": 1.5}},
     )
     assert ended.states == {"t": "landed"}, ended
-    argv = told(repository, "it.json")["argv"]
+    argv = input_of(repository, "it.json")["argv"]
     given = dict(pairwise(argv))
     assert given["--append-system-prompt"] == "Speak plainly."
     assert (given["--max-turns"], given["--max-budget-usd"]) == ("7", "1.5")
@@ -162,5 +162,5 @@ async def test_continuing_phase_resumes_an_earlier_conversation(repository: Repo
     ended = run(repository, bin_folder, prompt, task={"workflow": "two"}, workflows={"two": workflow})
     assert ended.states == {"t": "landed"}, ended
     assert [(one["phase"], one["resumed"]) for one in attempts(repository, ended)] == [("ask", False), ("build", True)]
-    assert prompt in told(repository, "two.json")["prompt"]
+    assert prompt in input_of(repository, "two.json")["prompt"]
     await repository.assert_invariants()

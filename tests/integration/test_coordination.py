@@ -87,8 +87,8 @@ async def test_lock_conflict_detection(repository: Repository, tmp_path: Path) -
     async with open_team(repository, tmp_path) as team:
         first, second = await team.join("auth"), await team.join("web")
         await team.ask(first, "lock", paths=["src/api.py"])
-        told = await team.refused(second, "lock", paths=["src/api.py"], wait=0)
-        assert "task auth of run run1 owns src/api.py" in told
+        error = await team.refused(second, "lock", paths=["src/api.py"], wait=0)
+        assert "task auth of run run1 owns src/api.py" in error
         assert await team.owned() == {"auth.1": ("src/api.py",)}
         got: list[object] = []
 
@@ -143,8 +143,8 @@ async def test_update_and_read_context(repository: Repository, tmp_path: Path, p
         )
         peers = (await team.ask(second, "peers"))["peers"]
         assert [(one["task"], one["is_me"]) for one in peers] == [("auth", False), ("web", True)]
-        told = {name: peers[0][name] for name in ("status", "file", "message", "progress", "adapter")}
-        assert told == {
+        peer = {name: peers[0][name] for name in ("status", "file", "message", "progress", "adapter")}
+        assert peer == {
             "status": "working",
             "file": "src/api.py",
             "message": "adds an endpoint",

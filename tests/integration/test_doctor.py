@@ -24,7 +24,7 @@ TASKS = [{"id": "a", "prompt": "write a.txt a"}]
 
 
 @pytest.fixture
-def stand_ins(tmp_path: Path, repository: Repository) -> FakePrograms:
+def fakes(tmp_path: Path, repository: Repository) -> FakePrograms:
     return install_fake_programs(tmp_path, repository)
 
 
@@ -61,9 +61,9 @@ def test_healthy_machine_has_no_problems(repository: Repository) -> None:
 
 
 @needs_sandbox
-def test_report_is_readable_text(repository: Repository, stand_ins: FakePrograms) -> None:
+def test_report_is_readable_text(repository: Repository, fakes: FakePrograms) -> None:
     """A line for each finding, its fix below, and the count."""
-    stand_ins.add("alpha", "echo alpha 2.1")
+    fakes.add("alpha", "echo alpha 2.1")
     ended = repository.council("doctor")
     assert ended.code == 0
     assert "warning  file" in ended.stdout
@@ -87,9 +87,9 @@ def test_missing_repository_is_reported(repository: Repository, tmp_path: Path) 
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
-def test_missing_git_is_reported(repository: Repository, stand_ins: FakePrograms) -> None:
+def test_missing_git_is_reported(repository: Repository, fakes: FakePrograms) -> None:
     """Checks that do not need git run all the same."""
-    stand_ins.remove("git")
+    fakes.remove("git")
     found = doctor(repository)
     assert found["git"] == [("problem", "git is not on PATH", "install git 2.38 or newer")]
     assert "repository" not in found
@@ -100,10 +100,10 @@ def test_missing_git_is_reported(repository: Repository, stand_ins: FakePrograms
     assert repository.council("init").code == 2
 
 
-def test_old_git_is_reported(repository: Repository, stand_ins: FakePrograms) -> None:
+def test_old_git_is_reported(repository: Repository, fakes: FakePrograms) -> None:
     """With its version; it is not used."""
-    stand_ins.remove("git")
-    stand_ins.add("git", "echo git version 2.30.2")
+    fakes.remove("git")
+    fakes.add("git", "echo git version 2.30.2")
     assert doctor(repository)["git"][0][:2] == ("problem", "git 2.30.2 is too old")
 
 
@@ -182,8 +182,8 @@ def test_files_invisible_to_sessions_are_reported(repository: Repository) -> Non
     argv = ["sh", "./tools/fix.sh", "kept.sh", "nowhere.sh", ":odd", str(repository.top / "test.sh"), "{prompt}"]
     settings: dict[str, Any] = {"adapters": {"x": {"use": "command", "argv": argv}}}
     tasks = [{"id": "a", "prompt": "word " * 999, "checks": ["! ./test.sh -q"]}]
-    [(told, found, remedy)] = doctor(repository, str(repository.configure(tasks, **settings)))["files"]
-    assert (told, found.partition(": ")[0]) == ("warning", "tools/fix.sh, :odd")
+    [(severity, found, remedy)] = doctor(repository, str(repository.configure(tasks, **settings)))["files"]
+    assert (severity, found.partition(": ")[0]) == ("warning", "tools/fix.sh, :odd")
     assert remedy is not None
     repository.git("add", "--all")
     repository.git("commit", "--quiet", "--message", "tools")
@@ -206,8 +206,8 @@ def test_missing_script_of_an_adapter_is_reported(repository: Repository, argv: 
     repository.commit({"tools/kept.py": ""})
     adapters = {"fix": {"use": "command", "argv": argv}}
     found = doctor(repository, str(repository.configure(TASKS, adapters=adapters))).get("files", [])
-    said = ("tools/fix.py: neither in your checkout nor in main, where sessions start", "create and commit")
-    assert [(level, words, str(remedy)[:17]) for level, words, remedy in found] == [("warning", *said)] * is_found
+    finding = ("tools/fix.py: neither in your checkout nor in main, where sessions start", "create and commit")
+    assert [(level, words, str(remedy)[:17]) for level, words, remedy in found] == [("warning", *finding)] * is_found
     file = repository.configure(TASKS, adapters=adapters, worktrees={"setup": ["true"]})
     assert "files" not in doctor(repository, str(file))
 
@@ -271,10 +271,10 @@ def test_low_limit_of_open_files_is_reported(repository: Repository) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no sandbox elsewhere")
-def test_sandboxes_are_checked(repository: Repository, stand_ins: FakePrograms) -> None:
+def test_sandboxes_are_checked(repository: Repository, fakes: FakePrograms) -> None:
     """A broken bubblewrap is reported with its own error and the fix; `off` gets a warning."""
-    (stand_ins.folder / "bwrap").unlink(missing_ok=True)
-    stand_ins.add("bwrap", "echo 'bwrap: setting up uid map: Permission denied' >&2; exit 1")
+    (fakes.folder / "bwrap").unlink(missing_ok=True)
+    fakes.add("bwrap", "echo 'bwrap: setting up uid map: Permission denied' >&2; exit 1")
     status, words, remedy = doctor(repository)["sandbox"][0]
     assert status in {"warning", "problem"}  # Landlock may be available
     assert "uid map: Permission denied" in words
@@ -286,12 +286,12 @@ def test_sandboxes_are_checked(repository: Repository, stand_ins: FakePrograms) 
     assert level(doctor(repository, str(off)), "sandbox") == "warning"
 
 
-def test_installed_adapters_are_checked_without_a_file(repository: Repository, stand_ins: FakePrograms) -> None:
+def test_installed_adapters_are_checked_without_a_file(repository: Repository, fakes: FakePrograms) -> None:
     """All that need no options; a missing one is no problem if another one exists."""
     (status, words, remedy) = doctor(repository)["adapters"][0]
     assert (status, "no CLI is on PATH that an adapter runs" in words) == ("problem", True)
     assert "use: command" in str(remedy)
-    stand_ins.add("alpha", "echo alpha 3.0")
+    fakes.add("alpha", "echo alpha 3.0")
     found = doctor(repository)
     assert "adapters" not in found
     assert found["adapter alpha-code"][0][0] == "warning"
@@ -300,10 +300,10 @@ def test_installed_adapters_are_checked_without_a_file(repository: Repository, s
     assert "adapter needy" not in found
 
 
-def test_adapters_of_a_file_are_checked(repository: Repository, stand_ins: FakePrograms) -> None:
+def test_adapters_of_a_file_are_checked(repository: Repository, fakes: FakePrograms) -> None:
     """Adapters of tasks must be installed, of a known version, and logged in."""
-    stand_ins.add("alpha", "echo alpha 2.1")
-    stand_ins.add("beta", 'case "$1" in version) echo 1.0;; *) test "$BETA_LOGIN" = yes;; esac')
+    fakes.add("alpha", "echo alpha 2.1")
+    fakes.add("beta", 'case "$1" in version) echo 1.0;; *) test "$BETA_LOGIN" = yes;; esac')
     file = repository.top.parent / "own.yaml"
     value = {
         "version": 1,
@@ -330,9 +330,9 @@ def test_skipped_plugins_are_reported(repository: Repository, tmp_path: Path) ->
     assert "skipped: the plugin 'broken_one'" in repository.council("adapters").stdout
 
 
-def test_adapters_are_listed(repository: Repository, stand_ins: FakePrograms) -> None:
+def test_adapters_are_listed(repository: Repository, fakes: FakePrograms) -> None:
     """Types with their programs' status, and the types that need options."""
-    path = stand_ins.add("alpha", "echo alpha 2.1")
+    path = fakes.add("alpha", "echo alpha 2.1")
     ended = repository.council("adapters", "--json")
     assert ended.code == 0
     types = {one["name"]: one for one in ended.result["types"]}
@@ -393,9 +393,9 @@ def test_invalid_file_does_not_prevent_the_list_of_types(repository: Repository)
     assert "has mistakes" in repository.council("adapters").stdout
 
 
-def test_output_of_programs_is_escaped(repository: Repository, stand_ins: FakePrograms) -> None:
+def test_output_of_programs_is_escaped(repository: Repository, fakes: FakePrograms) -> None:
     """Neither escape sequences nor several lines."""
-    stand_ins.add("alpha", "printf 'one\\n\\033]0;owned\\007two\\033[2J\\n' >&2; exit 1")
+    fakes.add("alpha", "printf 'one\\n\\033]0;owned\\007two\\033[2J\\n' >&2; exit 1")
     text = repository.council("doctor").stdout + repository.council("adapters").stdout
     assert "\x1b" not in text
     assert "it ended with exit code 1: two" in text
@@ -507,7 +507,7 @@ def test_run_with_a_hidden_program_is_rejected(repository: Repository) -> None:
 
 
 @needs_sandbox
-def test_prompt_with_a_hidden_program_runs_after_the_remedy(repository: Repository, stand_ins: FakePrograms) -> None:
+def test_prompt_with_a_hidden_program_runs_after_the_remedy(repository: Repository, fakes: FakePrograms) -> None:
     """Without a file: the error names the command that writes one, and doctor finds the same."""
     hidden = repository.top / "tools"
     hidden.mkdir()

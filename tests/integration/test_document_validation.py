@@ -305,8 +305,8 @@ async def test_rejection_names_the_document_and_the_fix(council: Council, reposi
         assert "internal" not in ended.stderr
     listed = repository.council("runs")
     assert (listed.code, RUN in listed.stdout, f"task/{OTHER}/api can't be read" in listed.stderr) == (0, True, True)
-    told = repository.council("state", "verify")
-    assert (told.code, f"task/{OTHER}/api: can't be read: status: " in told.stdout) == (1, True)
+    verified = repository.council("state", "verify")
+    assert (verified.code, f"task/{OTHER}/api: can't be read: status: " in verified.stdout) == (1, True)
     assert repository.council("state", "verify", "--repair").code == 0
     assert repository.council("status").code == 130
 

@@ -34,13 +34,13 @@ async def test_dry_run_shows_what_would_run_and_where(repository: Repository) ->
     ended = repository.council(
         "run", str(repository.configure(TASKS, base="main", target="out")), "--dry-run", "--json"
     )
-    told = ended.result
-    assert (ended.code, told["status"], told["exit"], told["base"], told["target"]) == (0, "planned", 0, "main", "out")
-    assert told["repository"] == str(repository.top)
-    waves = [[task["id"] for task in wave["tasks"]] for wave in told["waves"]]
+    plan = ended.result
+    assert (ended.code, plan["status"], plan["exit"], plan["base"], plan["target"]) == (0, "planned", 0, "main", "out")
+    assert plan["repository"] == str(repository.top)
+    waves = [[task["id"] for task in wave["tasks"]] for wave in plan["waves"]]
     assert waves == [["docs", "models", "views"], ["api"]]
-    assert ([wave["sessions"] for wave in told["waves"]], told["sessions"]) == ([2, 1], 2)
-    tasks = {task["id"]: task for wave in told["waves"] for task in wave["tasks"]}
+    assert ([wave["sessions"] for wave in plan["waves"]], plan["sessions"]) == ([2, 1], 2)
+    tasks = {task["id"]: task for wave in plan["waves"] for task in wave["tasks"]}
     assert {name: task["follows"] for name, task in tasks.items() if task["follows"]} == {"views": "models"}
     assert {name: task["starts_from"] for name, task in tasks.items()} == {
         "docs": "main", "models": "out", "views": "out", "api": "out",
@@ -80,10 +80,10 @@ async def test_dry_run_starts_and_records_nothing(repository: Repository) -> Non
 async def test_waves_match_a_real_run(repository: Repository) -> None:
     """A run of one session at a time starts tasks in the planned order."""
     config = repository.configure(TASKS, capacity=1)
-    told = repository.council("run", str(config), "--dry-run", "--json").result
+    plan = repository.council("run", str(config), "--dry-run", "--json").result
     ended = repository.council("run", str(config), "--json")
     started = [line["task"] for line in ended.lines if line.get("event") == "task.started"]
-    assert started == [task["id"] for wave in told["waves"] for task in wave["tasks"]]
+    assert started == [task["id"] for wave in plan["waves"] for task in wave["tasks"]]
     await repository.assert_invariants()
 
 
@@ -135,10 +135,10 @@ async def test_obstacles_of_a_run_are_rejected_equally(
     """With and without --dry-run the error is the same, word for word."""
     prepare(repository)
     config = str(repository.configure(TASKS[:1], **settings))
-    told = repository.council("run", config, "--dry-run", "--json")
+    dry = repository.council("run", config, "--dry-run", "--json")
     ran = repository.council("run", config, "--json")
-    assert (told.code, told.result["status"]) == (2, "refused"), told
-    assert _without_measures(told.result) == _without_measures(ran.result)
+    assert (dry.code, dry.result["status"]) == (2, "refused"), dry
+    assert _without_measures(dry.result) == _without_measures(ran.result)
     assert not repository.spawns.exists()
 
 
@@ -157,10 +157,10 @@ def _without_measures(result: dict[str, Any]) -> dict[str, Any]:
 def test_problems_match_the_doctor(repository: Repository, settings: dict[str, Any]) -> None:
     """With its exit code; the plan is printed all the same."""
     config = str(repository.configure(TASKS[:1], **settings))
-    told = repository.council("run", config, "--dry-run", "--json")
+    dry = repository.council("run", config, "--dry-run", "--json")
     found = repository.council("doctor", config, "--json").result["findings"]
-    assert (told.code, told.result["exit"], told.result["status"]) == (1, 1, "planned"), told
-    problems = [one for one in told.result["findings"] if one["level"] == "problem"]
+    assert (dry.code, dry.result["exit"], dry.result["status"]) == (1, 1, "planned"), dry
+    problems = [one for one in dry.result["findings"] if one["level"] == "problem"]
     assert problems == [one for one in found if one["level"] == "problem"] != []
     text = repository.council("run", config, "--dry-run").stdout
     assert text.startswith("1 task in 1 wave")
@@ -257,8 +257,8 @@ async def test_inline_tasks_use_the_adapters_of_the_found_file(repository: Repos
     assert ended.states == {"task-1": "landed", "task-2": "landed"}
     assert ended.result["target"] == "out"
     assert repository.git("show", "out:one.txt", "out:two.txt") == "1\n2"
-    told = inner.council("run", "--dry-run", "--json").result
-    assert [len(wave["tasks"]) for wave in told["waves"]] == [3, 1]
+    plan = inner.council("run", "--dry-run", "--json").result
+    assert [len(wave["tasks"]) for wave in plan["waves"]] == [3, 1]
 
 
 async def test_dry_run_without_a_file_uses_the_current_repository(
@@ -311,8 +311,8 @@ async def test_tasks_of_trackers_are_included(repository: Repository) -> None:
     todo = repository.top.parent / "todo.md"
     todo.write_text("- [ ] Add a help text. {#help}\n")
     path = repository.configure([], trackers={"todo": {"use": "checklist", "file": str(todo)}})
-    told = repository.council("run", str(path), "--dry-run", "--json").result
-    assert [[task["id"] for task in wave["tasks"]] for wave in told["waves"]] == [["help"]]
+    plan = repository.council("run", str(path), "--dry-run", "--json").result
+    assert [[task["id"] for task in wave["tasks"]] for wave in plan["waves"]] == [["help"]]
     todo.write_text("- [x] Add a help text. {#help}\n")
     ended = repository.council("run", str(path), "--dry-run", "--json")
     assert (ended.code, ended.result["status"]) == (2, "refused")

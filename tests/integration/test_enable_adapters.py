@@ -65,9 +65,9 @@ async def test_printed_command_enables_an_adapter_of_an_active_run(repository: R
         again = repository.council(*command_in(printed))
         assert (again.code, "there is nothing to enable" in again.stderr) == (2, True)
     finally:
-        said = finish(child, tmp_path)
-    assert child.returncode == 0, said
-    assert command_in(said) == command_in(printed)
+        output = finish(child, tmp_path)
+    assert child.returncode == 0, output
+    assert command_in(output) == command_in(printed)
     assert has_landed(repository, "busy")
     await repository.assert_invariants()
 
@@ -87,9 +87,9 @@ async def test_worker_starts_tasks_of_an_enabled_adapter(repository: Repository,
         # The other process is busy.
         wait_for(lambda: all(has_landed(repository, name) for name in ("one", "two", "three")), 60)
     finally:
-        said = finish(child, tmp_path)
+        output = finish(child, tmp_path)
         worker.communicate(timeout=60)
-    assert child.returncode == 0, said
+    assert child.returncode == 0, output
     await repository.assert_invariants()
 
 

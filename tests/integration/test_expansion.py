@@ -272,21 +272,21 @@ async def test_new_plan_ends_the_sessions_of_the_old_one(repository: Repository)
 
 @pytest.mark.parametrize(
     "place",
-    ["plan.subtasks", *(pytest.param(one, marks=pytest.mark.slow) for one in ("handed_over", "attempt.ended"))],
+    ["plan.subtasks", *(pytest.param(one, marks=pytest.mark.slow) for one in ("submitted", "attempt.ended"))],
 )
 async def test_plan_killed_anywhere_becomes_tasks_once(repository: Repository, place: str) -> None:
     """All of it is recorded or nothing: killed before, the plan is made again; killed after, it continues."""
-    failpoint = {"handed_over": "session.ended=kill"}.get(place, f"{place}=kill")
+    failpoint = {"submitted": "session.ended=kill"}.get(place, f"{place}=kill")
     path = expanding(repository, [f"in plan hand-over {TWO}"])
     assert repository.council("run", path, failpoints=failpoint).code == -signal.SIGKILL
     before = states(repository)
-    assert set(before) == ({"all"} if place == "handed_over" else {"all", "all-First-one", "all-second"})
+    assert set(before) == ({"all"} if place == "submitted" else {"all", "all-First-one", "all-second"})
     run = repository.council("resume", "--json")
     assert run.states == {"all": "done", "all-First-one": "landed", "all-second": "landed"}, run
     expanded = [one for one in await happened(repository) if one.type == "task.expanded"]
     assert len(expanded) == 1
     plans = [one for one in repository.spawns.read_text().splitlines() if one.split()[1] == "all"]
-    assert len(plans) == (2 if place == "handed_over" else 1)
+    assert len(plans) == (2 if place == "submitted" else 1)
     await repository.assert_invariants()
 
 

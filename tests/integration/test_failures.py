@@ -323,9 +323,9 @@ async def test_concurrent_limits_are_one_cooldown(repository: Repository) -> Non
             await until_event(council, "run.waiting", 1)
             until = clock.now() + 19_000
             clock.advance(19_000)
-        told = [event.data["until"] for event in await events_of(council, run, "adapter.cooling_down")]
-        assert told == sorted(set(told))
-        assert told[-1] == until
+        times = [event.data["until"] for event in await events_of(council, run, "adapter.cooling_down")]
+        assert times == sorted(set(times))
+        assert times[-1] == until
         report = await council.runs.status(run)
     assert {task.id: task.status for task in report.tasks} == {f"t{n}": "landed" for n in range(4)}
     await repository.assert_invariants()

@@ -184,12 +184,12 @@ async def test_thousand_sessions_under_a_low_descriptor_limit_work(repository: R
 
     ended = limited(64)
     assert (ended.code, set(ended.states.values())) == (0, {"landed"}), ended
-    said = next(line for line in ended.lines if line.get("event") == "run.capacity_limited")
-    assert 1 <= said["sessions"] < 5
-    assert "ulimit -n" in said["reason"]
+    event = next(line for line in ended.lines if line.get("event") == "run.capacity_limited")
+    assert 1 <= event["sessions"] < 5
+    assert "ulimit -n" in event["reason"]
     starts = [line["event"] for line in ended.lines if line.get("event") in {"task.started", "task.queued"}]
     running = [starts[:end].count("task.started") - starts[:end].count("task.queued") for end in range(len(starts))]
-    assert max(running) <= said["sessions"]
+    assert max(running) <= event["sessions"]
     await repository.assert_invariants()
     config = repository.configure([{"id": "more", "prompt": "write more.txt x"}], capacity=1000)
     refused = limited(40)

@@ -67,11 +67,11 @@ async def test_secret_variable_leaves_no_trace(repository: Repository, tmp_path:
     assert run.code == 1, run
     commands = (["status"], ["salvage", "list"], ["resume", "--json"], ["logs", "prints"], ["logs", "dribbles"],
                 ["logs", "fails"], ["diff", "message"], ["salvage", "show", "name/1"])  # fmt: skip
-    said = [run, *(repository.council(*command) for command in commands)]
-    for ended in said:
+    outputs = [run, *(repository.council(*command) for command in commands)]
+    for ended in outputs:
         assert CANARY not in ended.stdout + ended.stderr
-    assert "[redacted]" in said[4].stdout
-    assert "[redacted]" in said[5].stderr
+    assert "[redacted]" in outputs[4].stdout
+    assert "[redacted]" in outputs[5].stderr
     assert {way for way, state in run.states.items() if state == "failed"} == {"fails", "writes", "name", "folder"}
     assert {way for way, state in run.states.items() if state == "no_change"} == {"dribbles"}
     # Rejected files stay in the worktree until they are dropped.

@@ -17,7 +17,7 @@ KINDS = {
     "detaches": ("git checkout -q --detach; echo x > detaches; git add -A; git commit -qm loose", "x"),
     "moves-main": ("echo x > moves-main; git branch -f main; git update-ref refs/heads/out HEAD", "x"),
     "deletes-git": ("rm -rf \"$(sed 's/gitdir: //' .git)\" .git; echo x > deletes-git", "x"),
-    "inits-anew": ("rm .git; git init -q .; git add -A; git commit -qm mine; echo x > inits-anew", "x"),
+    "inits-again": ("rm .git; git init -q .; git add -A; git commit -qm mine; echo x > inits-again", "x"),
     "rewrites": ("git checkout -q --orphan new; git commit -qm root; echo x > rewrites", "x"),
     "stashes": ("echo kept > README.md; git stash -q; echo x > stashes", "x"),
     "locks": ('cd "$(git rev-parse --git-dir)"; touch index.lock HEAD.lock config.lock; echo x > "$OLDPWD/locks"', "x"),
@@ -68,8 +68,8 @@ true
         assert changed == []
         await repository.assert_invariants()
     else:
-        said = "; ".join(sentence for line in changed for sentence in line["changes"])
-        assert "refs/heads/planted was created" in said
-        assert "refs/heads/side was deleted" in said
-        assert ".git/config was changed" in said
+        changes = "; ".join(sentence for line in changed for sentence in line["changes"])
+        assert "refs/heads/planted was created" in changes
+        assert "refs/heads/side was deleted" in changes
+        assert ".git/config was changed" in changes
         assert changed[0]["sessions"] == ["reaches"]

@@ -51,11 +51,11 @@ def run_killed(place: Path, step: str) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("step", STEPS)
 async def test_store_killed_at_a_failpoint_is_intact(tmp_path: Path, step: str) -> None:
     """Every acknowledged commit exists, perhaps the one in progress, and the state matches the log."""
-    said = run_killed(tmp_path, step)
+    acknowledged = run_killed(tmp_path, step)
     async with FileStore.open(tmp_path, SystemClock()) as store:
         position, own = await store.position(), await store.get(OWN)
         reached = (own.version, own.position) if own else (0, 0)
-        assert position in {len(said), len(said) + 1}
+        assert position in {len(acknowledged), len(acknowledged) + 1}
         assert reached == ((position, position) if position else (0, 0))
         assert [one.version for one in await store.history(OWN)] == list(range(position, 0, -1))[:VERSIONS_KEPT]
         found = await store.verify()

@@ -106,15 +106,15 @@ async def test_writers_and_readers_agree(start: Start, tmp_path: Path, writers: 
 async def test_killed_writer_loses_and_blocks_nothing(start: Start, tmp_path: Path) -> None:
     """No acknowledged commit is lost; the others finish."""
     survivor = start("write", tmp_path, "survivor", 150)
-    said: list[str] = []
+    lines: list[str] = []
     for number in range(4):
         victim = start("write", tmp_path, f"victim{number}", 1_000_000)
         assert victim.stdout
-        said += [victim.stdout.readline() for _ in range(5 + 3 * number)]
+        lines += [victim.stdout.readline() for _ in range(5 + 3 * number)]
         victim.kill()
-        said += victim.stdout.readlines()  # with the lines that were read before, which `communicate` does not return
+        lines += victim.stdout.readlines()  # with the lines that were read before, which `communicate` does not return
         victim.wait(PATIENCE)
-    acknowledged = parse(said + finish(survivor))
+    acknowledged = parse(lines + finish(survivor))
     authors = await check_log(tmp_path, acknowledged)
     # For each killed author there may be one commit that it could not acknowledge.
     assert len(authors) - len(acknowledged) <= 4

@@ -147,8 +147,8 @@ async def test_versions_of_deleted_documents_never_decrease(tmp_path: Path, *, i
     async with FileStore.open(tmp_path, ManualClock()) as known:
         lines = segment.read_bytes().splitlines(keepends=True)
         segment.write_bytes(b"".join([*lines[:2], b"x" * (len(lines[2]) - 1) + b"\n"]))
-        async with FileStore.open(tmp_path, ManualClock()) as anew:
-            store = known if is_open else anew
+        async with FileStore.open(tmp_path, ManualClock()) as reopened:
+            store = known if is_open else reopened
             assert WHOLE in (await store.verify()).damaged
             assert (await store.repair()).is_valid
     async with FileStore.open(tmp_path, ManualClock()) as store:
@@ -158,9 +158,9 @@ async def test_versions_of_deleted_documents_never_decrease(tmp_path: Path, *, i
         found = await store.get(GONE)
         assert found is not None
         assert found.version > 3
-        told = [event.data["key"] async for record in read_range(store, 3, await store.position())
+        keys = [event.data["key"] async for record in read_range(store, 3, await store.position())
                 for event in record.events if event.type == "state.repaired"]  # fmt: skip
-        assert told == ["task/whole"]
+        assert keys == ["task/whole"]
 
 
 async def test_expiry_applies_after_a_repair(tmp_path: Path) -> None:

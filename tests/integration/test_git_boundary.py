@@ -391,10 +391,10 @@ async def test_work_merged_by_the_user_is_not_merged_again(repository: Repositor
     repository.git("fetch", "--quiet", deferred.result["repository"], f"{branch}:kept")
     repository.git("merge", "--quiet", "--no-ff", "--message", "by hand", "kept")
     repository.git("rm", "--quiet", "b.txt")
-    mended = repository.commit({"a.txt": "better\n"}, "mend it")
+    repair = repository.commit({"a.txt": "better\n"}, "mend it")
     resumed = repository.council("resume", "--json")
     assert resumed.states == {"one": "landed"}, resumed
-    assert repository.git("rev-parse", "main") == mended
+    assert repository.git("rev-parse", "main") == repair
     assert not (repository.top / "b.txt").exists()
 
 

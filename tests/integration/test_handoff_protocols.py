@@ -80,9 +80,9 @@ async def test_direct_handoff_has_its_origin(repository: Repository) -> None:
     assert given is not None
     assert (given.keys, "requirements" in given.left_out) == (("risks", "style"), True)
     assert 0 < given.size < given.whole
-    told = repository.council("logs", "t", "--session", "2").stdout
-    assert "a race" in told
-    assert "a login" not in told.replace(SCOUT, "")
+    output = repository.council("logs", "t", "--session", "2").stdout
+    assert "a race" in output
+    assert "a login" not in output.replace(SCOUT, "")
     await repository.assert_invariants()
 
 
@@ -90,11 +90,11 @@ async def test_named_phase_mediates(repository: Repository) -> None:
     """The mediator's result replaces the original; handoffs of earlier phases are available as `results`."""
     prepared = json.dumps({"scout_findings": ["made ready"], "requirements": []})
     known = "{{ 'old' if results.scout is defined else 'new' }}"
-    told = f"{{{{ task.prompt }}}}\nkeep-prompt\nGiven: {{{{ given.scout_findings | join }}}}, {known}"
+    prompt = f"{{{{ task.prompt }}}}\nkeep-prompt\nGiven: {{{{ given.scout_findings | join }}}}, {known}"
     workflow = [
         {"scout": {"access": "read", "produces": "scout", "handoff": "mediated", "mediator": "prepare"}},
-        {"prepare": {"access": "read", "produces": "scout", "prompt": told}},
-        {"build": {"needs": ["scout_findings"], "prompt": told}},
+        {"prepare": {"access": "read", "produces": "scout", "prompt": prompt}},
+        {"build": {"needs": ["scout_findings"], "prompt": prompt}},
     ]
     steps = (f"in scout hand-over {SCOUT}", f"in prepare hand-over {prepared}", "in build write b.txt x")
     path = repository.configure(
@@ -133,8 +133,8 @@ async def test_failing_phase_has_its_reason(repository: Repository) -> None:
     assert build.ended is not None
     assert scout.ended is not None
     assert scout.ended <= build.started <= build.ended
-    [told] = [one for one in ended.lines if one.get("event") == "phase.failed"]
-    assert (told["phase"], told["reason"]) == ("build", build.reason)
+    [event] = [one for one in ended.lines if one.get("event") == "phase.failed"]
+    assert (event["phase"], event["reason"]) == ("build", build.reason)
     await repository.assert_invariants()
 
 

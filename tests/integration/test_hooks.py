@@ -81,7 +81,7 @@ class Place:
     def command(self, text: str, timeout: float = 60) -> ShellCommand:
         return ShellCommand(text, self.logs / "log", timeout, "worktrees.hooks_timeout")
 
-    def said(self, log: str = "log") -> str:
+    def output(self, log: str = "log") -> str:
         return (self.logs / log).read_text()
 
 
@@ -104,7 +104,7 @@ async def test_command_gets_its_checkout_only(place: Place) -> None:
     assert (place.tree / "made").read_text() == "made\n"
     assert (place.top / "place/tmp/x").exists()
     assert not any((folder / "planted").exists() for folder in (place.top, place.hidden, place.top / "readable"))
-    assert place.said() == f"g--slot-1-5000--{place.tree.parent}\n[redacted]\n"
+    assert place.output() == f"g--slot-1-5000--{place.tree.parent}\n[redacted]\n"
 
 
 @pytest.mark.extended_but_first
@@ -184,8 +184,8 @@ async def test_steps_run_up_to_the_first_failure(place: Place) -> None:
 async def test_reporting_hook_prevents_nothing(place: Place) -> None:
     """Each command of a teardown runs, whatever the outcome of the others."""
     lines = ["echo 1 >>ran; false", "echo 2 >>ran", "echo 3 >>ran; exit 4"]
-    told = await run_all(place.shell, teardown_commands(lines, 60.0, place.logs, 7))
-    assert [one.how_it_ended for one in told if isinstance(one, CommandFailed)] == [
+    outcomes = await run_all(place.shell, teardown_commands(lines, 60.0, place.logs, 7))
+    assert [one.how_it_ended for one in outcomes if isinstance(one, CommandFailed)] == [
         "ended with exit code 1",
         "ended with exit code 4",
     ]
@@ -199,7 +199,7 @@ async def test_attempt_hooks_have_its_variables_and_log(place: Place) -> None:
     shell = replace(place.shell, environment={**place.shell.environment, **attempt_variables(worktree)})
     for commands in (before_commands, after_commands):
         assert await run_all(shell, commands(["echo $COUNCIL_TASK.$COUNCIL_ATTEMPT"], 60.0, place.logs, worktree)) == []
-    assert place.said("task.2.before1") == place.said("task.2.after1") == "task.2\n"
+    assert place.output("task.2.before1") == place.output("task.2.after1") == "task.2\n"
     names = [path.name.removeprefix("task.2.") for path in place.logs.iterdir()]
     assert list_attempt_streams([*names, "check10", "check9", "stderr", "stdout", "stdout1", "check", "x"]) == [
         *("before1", "stdout", "stderr", "after1", "check9", "check10")

@@ -26,7 +26,7 @@ from tests.sandboxes import needs_sandbox
 
 
 @pytest.fixture
-def stand_ins(tmp_path: Path, repository: Repository) -> FakePrograms:
+def fakes(tmp_path: Path, repository: Repository) -> FakePrograms:
     return install_fake_programs(tmp_path, repository)
 
 
@@ -49,7 +49,7 @@ def refusal(repository: Repository, *arguments: str) -> str:
     return f"{ended.result['error']}: {ended.result['remedy']}"
 
 
-def test_init_without_any_cli_works(repository: Repository, stand_ins: FakePrograms) -> None:
+def test_init_without_any_cli_works(repository: Repository, fakes: FakePrograms) -> None:
     """A template for any program; it loads, and git sees that file alone."""
     result = init(repository)
     path = repository.top / "council.yaml"
@@ -61,11 +61,11 @@ def test_init_without_any_cli_works(repository: Repository, stand_ins: FakeProgr
     assert "use: command" in path.read_text()
 
 
-def test_found_tools_are_used(repository: Repository, stand_ins: FakePrograms) -> None:
+def test_found_tools_are_used(repository: Repository, fakes: FakePrograms) -> None:
     """Adapters of installed programs, the ready one first, and the repository's own tests."""
-    stand_ins.add("alpha", "echo alpha 2.1")
-    stand_ins.add("beta", 'case "$1" in version) echo 1.0;; *) exit 0;; esac')
-    stand_ins.add("make", "exit 0")
+    fakes.add("alpha", "echo alpha 2.1")
+    fakes.add("beta", 'case "$1" in version) echo 1.0;; *) exit 0;; esac')
+    fakes.add("make", "exit 0")
     repository.commit({"Makefile": "test:\n\ttrue\n"})
     result = init(repository)
     assert [one["use"] for one in result["adapters"]] == ["beta-code", "alpha-code"]
@@ -77,14 +77,14 @@ def test_found_tools_are_used(repository: Repository, stand_ins: FakePrograms) -
     found = repository.council("doctor", "--json").result["findings"]
     assert {one["level"] for one in found if one["name"] == "file"} == {"ok"}
     # A login check: an adapter without a login comes last, with the fix.
-    stand_ins.add("beta", "exit 1")
+    fakes.add("beta", "exit 1")
     text = repository.council("init", "--force").stdout
     assert text.index("alpha-code") < text.index("beta-code")
     assert "→ run `beta login`" in text
     assert "run `beta login`" in (repository.top / "council.yaml").read_text()
 
 
-def test_next_command_is_printed(repository: Repository, stand_ins: FakePrograms) -> None:
+def test_next_command_is_printed(repository: Repository, fakes: FakePrograms) -> None:
     """The commands have the file's name if it is not the default."""
     text = repository.council("init").stdout
     assert [line.split("  ")[-1].strip() for line in text.splitlines() if line.startswith("next")] == [
@@ -95,7 +95,7 @@ def test_next_command_is_printed(repository: Repository, stand_ins: FakePrograms
     assert init(repository, "an other.yaml")["next"][0] == "council doctor 'an other.yaml'"
 
 
-def test_existing_file_is_kept(repository: Repository, stand_ins: FakePrograms) -> None:
+def test_existing_file_is_kept(repository: Repository, fakes: FakePrograms) -> None:
     """Without --force nothing is replaced, whatever it is; with it a file is, a folder is not."""
     path = repository.top / "council.yaml"
     path.write_text("mine\n")
@@ -112,7 +112,7 @@ def test_existing_file_is_kept(repository: Repository, stand_ins: FakePrograms) 
     assert sorted(one.name for one in repository.top.iterdir() if "new" in one.name) == []
 
 
-def test_file_can_be_written_elsewhere(repository: Repository, stand_ins: FakePrograms, tmp_path: Path) -> None:
+def test_file_can_be_written_elsewhere(repository: Repository, fakes: FakePrograms, tmp_path: Path) -> None:
     """Relative to the current folder; the file has the repository's path relative to it."""
     inner = replace(repository, top=repository.top / "src")
     assert init(inner)["path"] == str(repository.top / "council.yaml")
@@ -123,7 +123,7 @@ def test_file_can_be_written_elsewhere(repository: Repository, stand_ins: FakePr
     assert "there is no folder" in refusal(repository, "no/such/folder.yaml")
 
 
-def test_unusual_names_are_quoted(repository: Repository, stand_ins: FakePrograms, tmp_path: Path) -> None:
+def test_unusual_names_are_quoted(repository: Repository, fakes: FakePrograms, tmp_path: Path) -> None:
     """Spaces, quotes, colons and other scripts in paths and branches load unchanged."""
     top = tmp_path / "a 'b' \"c\" # ü: ö"
     repository.top.rename(top)
@@ -137,14 +137,14 @@ def test_unusual_names_are_quoted(repository: Repository, stand_ins: FakeProgram
 
 
 @pytest.mark.parametrize("name", ["on", "null", "1.0", "0x10"])
-def test_ambiguous_branches_are_quoted(name: str, repository: Repository, stand_ins: FakePrograms) -> None:
+def test_ambiguous_branches_are_quoted(name: str, repository: Repository, fakes: FakePrograms) -> None:
     """A branch's name is text, whatever YAML would parse it as."""
     repository.git("branch", "--move", name)
     assert init(repository)["base"] == name
     assert load(repository.top / "council.yaml").base == name
 
 
-def test_base_without_a_branch_is_chosen(repository: Repository, stand_ins: FakePrograms, tmp_path: Path) -> None:
+def test_base_without_a_branch_is_chosen(repository: Repository, fakes: FakePrograms, tmp_path: Path) -> None:
     """With a detached HEAD: the default branch of `origin`, or one with a usual name."""
     repository.git("branch", "other")
     repository.git("switch", "--quiet", "--detach")
@@ -158,7 +158,7 @@ def test_base_without_a_branch_is_chosen(repository: Repository, stand_ins: Fake
     assert init(cloned)["base"] == "other"
 
 
-def test_unusable_repository_is_rejected(repository: Repository, stand_ins: FakePrograms, tmp_path: Path) -> None:
+def test_unusable_repository_is_rejected(repository: Repository, fakes: FakePrograms, tmp_path: Path) -> None:
     """Outside of a repository, without a commit, in a bare one: each has its error, and nothing is written."""
     for name, words in (("plain", "is not in a git repository"), ("empty", "has no commit yet"), ("bare", "bare")):
         top = tmp_path / name
@@ -170,9 +170,9 @@ def test_unusable_repository_is_rejected(repository: Repository, stand_ins: Fake
         assert sorted(top.iterdir()) == before
 
 
-def test_chosen_adapter_is_used(repository: Repository, stand_ins: FakePrograms) -> None:
+def test_chosen_adapter_is_used(repository: Repository, fakes: FakePrograms) -> None:
     """Installed or not; one that needs options, or is unknown, is rejected with suggestions."""
-    stand_ins.add("beta", "echo 1.0")
+    fakes.add("beta", "echo 1.0")
     result = init(repository, "--adapter", "alpha-code")
     assert [(one["use"], one["programs"][0]["path"]) for one in result["adapters"]] == [("alpha-code", None)]
     init(repository, "--adapter", "command", "--force")
@@ -181,7 +181,7 @@ def test_chosen_adapter_is_used(repository: Repository, stand_ins: FakePrograms)
     assert "write one of: alpha-code" in refusal(repository, "--adapter", "alpha-cod", "--force")
 
 
-def test_editors_get_a_schema(repository: Repository, stand_ins: FakePrograms) -> None:
+def test_editors_get_a_schema(repository: Repository, fakes: FakePrograms) -> None:
     """It is in a file that git ignores, and has the installed adapter types."""
     result = init(repository)
     first = (repository.top / "council.yaml").read_text().splitlines()[0]
@@ -190,7 +190,7 @@ def test_editors_get_a_schema(repository: Repository, stand_ins: FakePrograms) -
     assert stat.S_IMODE((repository.top / ".council").stat().st_mode) == 0o700
 
 
-def test_foreign_folder_gets_no_schema(repository: Repository, stand_ins: FakePrograms, tmp_path: Path) -> None:
+def test_foreign_folder_gets_no_schema(repository: Repository, fakes: FakePrograms, tmp_path: Path) -> None:
     """A `.council` that is a link, or came with the repository, is not written to."""
     (tmp_path / "trap").mkdir()
     (repository.top / ".council").symlink_to(tmp_path / "trap")
@@ -219,10 +219,10 @@ def test_file_created_meanwhile_is_kept(tmp_path: Path) -> None:
 
 
 @needs_sandbox
-def test_written_file_runs(repository: Repository, stand_ins: FakePrograms) -> None:
+def test_written_file_runs(repository: Repository, fakes: FakePrograms) -> None:
     """With the program filled in, the first run lands."""
     init(repository)
-    stand_ins.add("my-cli", 'test -f "$1" && echo better > README.md')
+    fakes.add("my-cli", 'test -f "$1" && echo better > README.md')
     ended = repository.council("run", str(repository.top / "council.yaml"), "--json")
     assert ended.states == {"first": "landed"}, ended.stdout + ended.stderr
 
@@ -320,7 +320,7 @@ async def test_written_file_of_a_node_project_runs(repository: Repository) -> No
     assert ended.states == {"a": "landed"}, ended
 
 
-def test_missing_programs_are_commented_out(repository: Repository, stand_ins: FakePrograms) -> None:
+def test_missing_programs_are_commented_out(repository: Repository, fakes: FakePrograms) -> None:
     """The file names them; it loads without checks, which can be enabled by removing the comment marks."""
     repository.commit({"package.json": json.dumps({"scripts": {"test": "x"}}), "pnpm-lock.yaml": ""})
     result = init(repository)
@@ -332,7 +332,7 @@ def test_missing_programs_are_commented_out(repository: Repository, stand_ins: F
     assert load(path).tasks[0].checks == ("pnpm test",)
 
 
-def test_uncommitted_files_are_ignored(repository: Repository, stand_ins: FakePrograms) -> None:
+def test_uncommitted_files_are_ignored(repository: Repository, fakes: FakePrograms) -> None:
     """Sessions would not see them."""
     (repository.top / "Makefile").write_text("test:\n")
     assert init(repository)["checks"] == []

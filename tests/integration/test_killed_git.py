@@ -131,7 +131,7 @@ async def test_git_that_is_always_killed_ends_with_one_line(
     await repository.assert_invariants()
 
 
-@pytest.mark.parametrize("start", ['serve() {{ {server} "$@"; }}; serve', "exec {server}"], ids=["told", "silent"])
+@pytest.mark.parametrize("start", ['serve() {{ {server} "$@"; }}; serve', "exec {server}"], ids=["reported", "silent"])
 async def test_killed_server_is_retried(repository: Repository, tmp_path: Path, start: str) -> None:
     """Whether git's shell reports its death or not; a missing server was not killed."""
     server, asked = tmp_path / "server", tmp_path / "asked"
