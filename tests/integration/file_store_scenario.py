@@ -49,15 +49,15 @@ async def attempt(step: str, call: Callable[[], Awaitable[Any]], **facts: Any) -
 class Scenario:
     """Commits of both kinds, several segments, snapshots, compression, compaction, a checkpoint."""
 
-    def __init__(self, place: Path) -> None:
-        self.place, self.clock, self.tried = place, ManualClock(), 0
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.clock, self.tried = folder, ManualClock(), 0
 
     async def run(self) -> None:
         """Open the store three times, and retry each until it opens."""
         for part in (self.commits, self.upkeep, self.commits):
             for _ in range(6):
                 async with AsyncExitStack() as stack:
-                    opened = FileStore.open(self.place, self.clock, segment_bytes=SEGMENT_BYTES)
+                    opened = FileStore.open(self.folder, self.clock, segment_bytes=SEGMENT_BYTES)
                     stores = list[FileStore]()
 
                     async def enter(

@@ -24,9 +24,9 @@ def say(text: str) -> None:
     os.write(1, f"{text}\n".encode())
 
 
-async def write(place: str, name: str, count: str) -> None:
+async def write(folder: str, name: str, count: str) -> None:
     """Commit `count` times to an own and to a shared document, and print each success."""
-    async with FileStore.open(Path(place), SystemClock(), segment_bytes=SEGMENT_BYTES) as store:
+    async with FileStore.open(Path(folder), SystemClock(), segment_bytes=SEGMENT_BYTES) as store:
         own = Key("own", name)
         done = 0
         while done < int(count):
@@ -44,10 +44,10 @@ async def write(place: str, name: str, count: str) -> None:
             say(f"{name} {position}")
 
 
-async def read(place: str, until: str) -> None:
+async def read(folder: str, until: str) -> None:
     """Follow the log up to position `until`; print each position and the content's digest."""
     digest, positions = hashlib.sha256(), []
-    async with FileStore.open(Path(place), SystemClock(), segment_bytes=SEGMENT_BYTES) as store:
+    async with FileStore.open(Path(folder), SystemClock(), segment_bytes=SEGMENT_BYTES) as store:
         async for record in store.watch():
             positions.append(record.position)
             digest.update(repr((record.position, sorted(record.documents.items()), record.events)).encode())
@@ -56,10 +56,10 @@ async def read(place: str, until: str) -> None:
     say(f"{positions == list(range(1, int(until) + 1))} {digest.hexdigest()}")
 
 
-async def churn(place: str, name: str) -> None:
+async def churn(folder: str, name: str) -> None:
     """Commit until killed, durably or not, with occasional compression and compaction; print each success."""
     clock, own = SystemClock(), Key("own", name)
-    async with FileStore.open(Path(place), clock, segment_bytes=SEGMENT_BYTES) as store:
+    async with FileStore.open(Path(folder), clock, segment_bytes=SEGMENT_BYTES) as store:
         for step in itertools.count():
             mine = await store.get(own)
             version = mine.version if mine else 0
@@ -71,34 +71,34 @@ async def churn(place: str, name: str) -> None:
                 await store.compact(clock.now() - 1.0, 40_000)
 
 
-async def snapshots(place: str, name: str) -> None:
+async def snapshots(folder: str, name: str) -> None:
     """Commit until killed, with a snapshot of each segment."""
     snapshot.MIN_NEW_BYTES = 1  # type: ignore[misc]  # even this small log gets a snapshot
-    async with FileStore.open(Path(place), SystemClock(), segment_bytes=SEGMENT_BYTES) as store:
+    async with FileStore.open(Path(folder), SystemClock(), segment_bytes=SEGMENT_BYTES) as store:
         for version in range(200):
             write = Write(Key("own", name), version, {"n": version + 1, "text": "x" * 300})
             say(f"{name} {version + 1} {await store.commit(Commit([write]))}")
 
 
-def churn_by_many(place: str) -> None:
+def churn_by_many(folder: str) -> None:
     """Run `churn` in one process per name read, forked after the imports; print its id."""
     snapshot.MIN_NEW_BYTES = 1  # type: ignore[misc]  # even this small log gets a snapshot
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for these processes
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
-            anyio.run(churn, place, line.strip())
+            anyio.run(churn, folder, line.strip())
             os._exit(1)
         say(f"started {line.strip()} {child}")
 
 
-def read_by_many(place: str, until: str, processes: str) -> None:
+def read_by_many(folder: str, until: str, processes: str) -> None:
     """Run `read` in many processes, forked after the imports, which take most of the time."""
     children = []
     for _ in range(int(processes)):
         child = os.fork()
         if child == 0:
-            anyio.run(read, place, until)
+            anyio.run(read, folder, until)
             os._exit(0)
         children.append(child)
     sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))

@@ -90,14 +90,14 @@ def lines(path: Path) -> list[str]:
 
 
 @pytest.mark.extended_but_first
-@pytest.mark.parametrize("places", [1, 2, 4])
+@pytest.mark.parametrize("slots", [1, 2, 4])
 async def test_program_planted_in_kept_files_does_not_check_the_work(
-    repository: Repository, outside: Path, places: int
+    repository: Repository, outside: Path, slots: int
 ) -> None:
     """The session breaks the code and replaces the test runner; setup's own runner reports the failure."""
     prepare(repository)
     scripts = {"a": f"{FAKE}; echo bad > code"}
-    ended = run(repository, configure(repository, outside, scripts, worktrees={"max": places}))
+    ended = run(repository, configure(repository, outside, scripts, worktrees={"max": slots}))
     assert ended.states == {"a": "failed"}, ended
     assert ended.result["tasks"][0]["failure"] == "checks_failed"
     assert repository.git("show", "HEAD:code") == "good"
@@ -105,9 +105,9 @@ async def test_program_planted_in_kept_files_does_not_check_the_work(
 
 
 @pytest.mark.extended_but_first
-@pytest.mark.parametrize("places", [1, 2])
+@pytest.mark.parametrize("slots", [1, 2])
 async def test_session_replaces_nothing_that_phase_checks_run(
-    repository: Repository, outside: Path, places: int
+    repository: Repository, outside: Path, slots: int
 ) -> None:
     """Phase checks do not run in a session's worktree either, and never wait for one."""
     prepare(repository)
@@ -117,7 +117,7 @@ async def test_session_replaces_nothing_that_phase_checks_run(
         repository,
         outside,
         scripts,
-        worktrees={"max": places},
+        worktrees={"max": slots},
         workflows={"careful": [{"build": phase}]},
         defaults={"checks": [], "workflow": "careful"},
     )
@@ -127,16 +127,16 @@ async def test_session_replaces_nothing_that_phase_checks_run(
 
 
 @pytest.mark.extended_but_first
-@pytest.mark.parametrize("places", [1, 2, 4])
+@pytest.mark.parametrize("slots", [1, 2, 4])
 async def test_code_of_one_task_replaces_nothing_in_the_next_checks(
-    repository: Repository, outside: Path, places: int
+    repository: Repository, outside: Path, slots: int
 ) -> None:
     """The first check's code replaces the test runner in its own worktree; the next check finds setup's."""
     prepare(repository, tests="true\n")
     scripts = {"a": write("tests", FAKE), "b": "echo bad > code"}
     checks = [RUN_JEST, "sh tests"]
     ended = run(
-        repository, configure(repository, outside, scripts, worktrees={"max": places}, defaults={"checks": checks})
+        repository, configure(repository, outside, scripts, worktrees={"max": slots}, defaults={"checks": checks})
     )
     assert ended.states == {"a": "landed", "b": "failed"}, ended
     await repository.assert_invariants()
@@ -169,13 +169,13 @@ async def test_setup_runs_once_for_checks_and_again_for_changed_inputs(repositor
     seen = [line.split() for line in lines(outside / "checks")]
     assert [(task, lock) for task, _, lock in seen] == [("a", "1"), ("b", "1"), ("c", "2"), ("d", "2")]
     setups = lines(outside / "setups")
-    places = [place for _, place, _ in seen]
-    assert places[0] == places[1]
-    assert places[2] == places[3] != places[0], "d starts from the work that c landed"
-    assert [setups.count(place) for place in dict.fromkeys(places)] == [1, 1]
+    worktrees = [worktree for _, worktree, _ in seen]
+    assert worktrees[0] == worktrees[1]
+    assert worktrees[2] == worktrees[3] != worktrees[0], "d starts from the work that c landed"
+    assert [setups.count(worktree) for worktree in dict.fromkeys(worktrees)] == [1, 1]
     run(repository, configure(repository, outside, {"e": "echo e > e"}, defaults=defaults))
-    assert lines(outside / "checks")[-1].split() == ["e", places[3], "2"], "another run reuses the worktree"
-    assert lines(outside / "setups").count(places[3]) == 1
+    assert lines(outside / "checks")[-1].split() == ["e", worktrees[3], "2"], "another run reuses the worktree"
+    assert lines(outside / "setups").count(worktrees[3]) == 1
     repository.remember()
     await repository.assert_invariants()
 
@@ -295,8 +295,8 @@ class TestPool:
         """Return the size of a slot in bytes."""
         async with yard.open(places=1, size=1_000_000_000) as pool:
             await TestPool.session(yard, pool, commit)
-        (place,) = list_slots(yard.hub)
-        record = read_record(place)
+        (slot,) = list_slots(yard.hub)
+        record = read_record(slot)
         assert record is not None
         return record.bytes
 
@@ -306,5 +306,5 @@ class TestPool:
         while pool._cleaning or pool.checks._cleaning:
             await anyio.sleep(0)
         ours = {**pool._held_slots, **pool.checks._held_slots}
-        assert sorted(ours) == [place.number for place in list_slots(yard.hub)]
+        assert sorted(ours) == [slot.number for slot in list_slots(yard.hub)]
         return [one.contents.record.is_check for one in ours.values()]

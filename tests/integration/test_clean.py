@@ -150,15 +150,15 @@ async def test_interrupted_run_can_resume_after_clean(repository: Repository, fa
     config = repository.configure([{"id": "a", "prompt": "write a.txt a"}, {"id": "b", "prompt": "write b.txt b"}])
     assert repository.council("run", str(config), failpoints=f"{failpoint}=kill").code == -signal.SIGKILL
     before = trees(repository)
-    places = {path.readlink() for path in hub_of(repository).sessions.glob("*/*/slot")}
-    assert places
+    slots = {path.readlink() for path in hub_of(repository).sessions.glob("*/*/slot")}
+    assert slots
     cleaned = repository.council("clean", "--yes", "--kept", "--logs", "1ms", "--json")
     assert cleaned.code == 0
     assert found(cleaned) == [("needed", name) for name in before]
     assert trees(repository) == before
     # Only the slots that sessions have are kept.
     assert standings(cleaned) <= {"left_over"}
-    assert set(hub_of(repository).slots.iterdir()) == places
+    assert set(hub_of(repository).slots.iterdir()) == slots
     [run] = {one["run"] for one in cleaned.result["found"] if one["kind"] == "worktree"}
     assert f"needed by `council resume {run}`" in repository.council("clean").stdout
     ended = repository.council("resume", "--json")
@@ -209,12 +209,12 @@ async def test_preserved_work_is_removed_only_on_request(repository: Repository)
     assert repository.council("clean", "--kept", "--dry-run", "--yes").code == 0
     assert trees(repository) == ["keeps.1"]
     [kept] = hub_of(repository).sessions.glob("*/*/slot")
-    place = kept.readlink()
-    assert place.exists()
+    slot = kept.readlink()
+    assert slot.exists()
     cleaned = repository.council("clean", "--kept", "--yes", "--json")
     assert [one["removed"] for one in cleaned.result["found"] if one["standing"] == "kept"] == [True]
     assert trees(repository) == []
-    assert not place.exists()
+    assert not slot.exists()
     assert [one["name"] for one in repository.council("salvage", "list", "--json").result["kept"]] == ["keeps/1"]
     await repository.assert_invariants()
 

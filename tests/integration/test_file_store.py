@@ -41,15 +41,15 @@ async def test_unusable_folder_is_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize("what", ["folder", "lock"])
 async def test_replaced_folder_is_written_by_new_openers_only(tmp_path: Path, what: str) -> None:
     """Through a replaced folder or lock file, a process that opened it before would lock another file."""
-    place, clock = tmp_path / "state", SystemClock()
-    async with FileStore.open(place, clock) as before:
+    folder, clock = tmp_path / "state", SystemClock()
+    async with FileStore.open(folder, clock) as before:
         await before.commit(Commit(events=[Event("first")]))
         if what == "lock":
-            (place / "lock").unlink()
+            (folder / "lock").unlink()
         else:
-            place.rename(tmp_path / "elsewhere")
-            shutil.copytree(tmp_path / "elsewhere", place)
-        async with FileStore.open(place, clock) as after:
+            folder.rename(tmp_path / "elsewhere")
+            shutil.copytree(tmp_path / "elsewhere", folder)
+        async with FileStore.open(folder, clock) as after:
             await after.commit(Commit(events=[Event("second")]))
             with pytest.raises(StoreUnavailable, match="moved or replaced"):
                 await before.commit(Commit(events=[Event("never")]))

@@ -54,8 +54,8 @@ class Good:
 def good() -> Good:
     """Return the undamaged files."""
 
-    async def build(place: Path) -> None:
-        async with FileStore.open(place, SystemClock()) as store:
+    async def build(folder: Path) -> None:
+        async with FileStore.open(folder, SystemClock()) as store:
             for commit in HISTORY:
                 await store.commit(commit)
 
@@ -72,7 +72,7 @@ def positions(log: bytes, each: int) -> list[int]:
 
 
 @pytest.fixture
-def place() -> Iterator[Path]:
+def folder() -> Iterator[Path]:
     """A directory for many quick opens: in memory if the machine offers it."""
     shared_memory = Path("/dev/shm")
     parent = shared_memory if os.access(shared_memory, os.W_OK) else None
@@ -80,13 +80,13 @@ def place() -> Iterator[Path]:
         yield Path(directory)
 
 
-def lay_out(place: Path, log: bytes, mark: bytes | None) -> None:
-    """Make `place` contain exactly these files."""
-    for path in place.iterdir():
+def lay_out(folder: Path, log: bytes, mark: bytes | None) -> None:
+    """Make `folder` contain exactly these files."""
+    for path in folder.iterdir():
         path.unlink()
-    (place / SEGMENT).write_bytes(log)
+    (folder / SEGMENT).write_bytes(log)
     if mark:
-        (place / "lock").write_bytes(mark)
+        (folder / "lock").write_bytes(mark)
 
 
 async def read(store: FileStore, key: Key) -> Document:
@@ -115,10 +115,10 @@ def assert_true_or_flagged(found: Mapping[Key, Document], damage: Sequence[Damag
             assert damage
 
 
-async def check_damaged(place: Path, log: bytes, mark: bytes | None) -> None:
+async def check_damaged(folder: Path, log: bytes, mark: bytes | None) -> None:
     """Open a damaged store, check its report, commit, and open it again."""
-    lay_out(place, log, mark)
-    async with FileStore.open(place, SystemClock()) as store:
+    lay_out(folder, log, mark)
+    async with FileStore.open(folder, SystemClock()) as store:
         before, damage = await read_all(store), store.damage
         assert_true_or_flagged(before, damage)
         assert damage, "a changed byte was not detected"
@@ -129,7 +129,7 @@ async def check_damaged(place: Path, log: bytes, mark: bytes | None) -> None:
                 assert key == NEW or Write(key, value[0] - 1, value[1]) in HISTORY[record.position - 1].writes
             if record.position == position:
                 break
-    async with FileStore.open(place, SystemClock()) as store:
+    async with FileStore.open(folder, SystemClock()) as store:
         again = await read_all(store)
         new = again.pop(NEW)
         assert (new.version, new.value, new.damaged) == (1, {"n": 8}, False)
@@ -150,31 +150,33 @@ async def check_damaged(place: Path, log: bytes, mark: bytes | None) -> None:
         pytest.param(lambda _: ord("\n"), id="newline", marks=pytest.mark.slow),
     ],
 )
-async def test_every_flipped_byte_is_detected(good: Good, place: Path, change: Callable[[int], int], each: int) -> None:
+async def test_every_flipped_byte_is_detected(
+    good: Good, folder: Path, change: Callable[[int], int], each: int
+) -> None:
     """For each byte: the store opens, returns true or flagged values, takes commits, and remembers the damage."""
     for offset in positions(good.log, each):
         damaged = bytearray(good.log)
         damaged[offset] = change(damaged[offset])
         if damaged != good.log:
-            await check_damaged(place, bytes(damaged), good.mark)
+            await check_damaged(folder, bytes(damaged), good.mark)
 
 
 @pytest.mark.parametrize("each", [5, pytest.param(1, marks=pytest.mark.slow)])
-async def test_truncation_of_acknowledged_data_is_detected(good: Good, place: Path, each: int) -> None:
+async def test_truncation_of_acknowledged_data_is_detected(good: Good, folder: Path, each: int) -> None:
     """If commits are missing at the log's end, at any length, all possibly affected documents are flagged."""
     for length in positions(good.log[:-1], each):
-        await check_damaged(place, good.log[:length], good.mark)
+        await check_damaged(folder, good.log[:length], good.mark)
 
 
 @pytest.mark.parametrize("each", [5, pytest.param(1, marks=pytest.mark.slow)])
-async def test_torn_tail_is_truncated(good: Good, place: Path, each: int) -> None:
+async def test_torn_tail_is_truncated(good: Good, folder: Path, each: int) -> None:
     """A dying writer's partial line, at any length, is cut and reported; all earlier commits exist, unflagged."""
     ends = [0, *(end + 1 for end, byte in enumerate(good.log) if byte == ord("\n"))]
     for length in positions(good.log, each)[1:]:
-        lay_out(place, good.log[:length], None)
+        lay_out(folder, good.log[:length], None)
         # A line without only its newline is whole.
         whole = sum(end <= length + 1 for end in ends) - 1
-        async with FileStore.open(place, SystemClock()) as store:
+        async with FileStore.open(folder, SystemClock()) as store:
             assert await store.position() == whole
             found = await read_all(store)
             assert {key: (one.version, one.value) for key, one in found.items()} == state_after(HISTORY[:whole])
@@ -182,60 +184,60 @@ async def test_torn_tail_is_truncated(good: Good, place: Path, each: int) -> Non
             torn = length not in ends and length + 1 not in ends
             assert [(one.offset, one.keys) for one in store.damage] == ([(ends[whole], ())] if torn else [])
             await store.commit(Commit([Write(NEW, 0, {})]))
-        async with FileStore.open(place, SystemClock()) as store:
+        async with FileStore.open(folder, SystemClock()) as store:
             assert (await store.position(), list(store.damage)) == (whole + 1, [])
 
 
-async def test_damaged_value_keeps_the_older_one_with_a_flag(good: Good, place: Path) -> None:
+async def test_damaged_value_keeps_the_older_one_with_a_flag(good: Good, folder: Path) -> None:
     """Damage inside a value names the document; the older value stays readable, at the lost value's version."""
-    lay_out(place, good.log.replace(b'{"n":7}', b'{"n":1}'), good.mark)
-    async with FileStore.open(place, SystemClock()) as store:
+    lay_out(folder, good.log.replace(b'{"n":7}', b'{"n":1}'), good.mark)
+    async with FileStore.open(folder, SystemClock()) as store:
         document = await read(store, B)
         assert (document.version, document.value, document.damaged) == (2, {"n": 3}, True)
-        assert [(one.path, one.keys) for one in store.damage] == [(place / SEGMENT, (B,))]
+        assert [(one.path, one.keys) for one in store.damage] == [(folder / SEGMENT, (B,))]
         assert not (await read(store, A)).damaged
 
 
-async def test_damaged_value_without_an_older_one_is_flagged_and_empty(good: Good, place: Path) -> None:
+async def test_damaged_value_without_an_older_one_is_flagged_and_empty(good: Good, folder: Path) -> None:
     """A document whose only version is damaged is listed, flagged, with an empty value."""
-    lay_out(place, good.log.replace(b'{"n":6}', b'{"n":1}'), good.mark)
-    async with FileStore.open(place, SystemClock()) as store:
+    lay_out(folder, good.log.replace(b'{"n":6}', b'{"n":1}'), good.mark)
+    async with FileStore.open(folder, SystemClock()) as store:
         document = await read(store, C)
         assert (document.version, document.value, document.damaged) == (1, {}, True)
 
 
-async def test_damaged_lease_guards_nothing(place: Path) -> None:
+async def test_damaged_lease_guards_nothing(folder: Path) -> None:
     """A guard on a lease with only an older value is rejected: another process may have taken over."""
     lease = Key("lease", "a")
-    async with FileStore.open(place, SystemClock()) as store:
+    async with FileStore.open(folder, SystemClock()) as store:
         await store.commit(Commit([Write(lease, 0, {"epoch": 4})]))
         await store.commit(Commit([Write(lease, 1, {"epoch": 5})]))
-    log = (place / SEGMENT).read_bytes()
-    (place / SEGMENT).write_bytes(log.replace(b'{"epoch":5}', b'{"epoch":4}'))
-    async with FileStore.open(place, SystemClock()) as store:
+    log = (folder / SEGMENT).read_bytes()
+    (folder / SEGMENT).write_bytes(log.replace(b'{"epoch":5}', b'{"epoch":4}'))
+    async with FileStore.open(folder, SystemClock()) as store:
         for epoch in (4, 5):
             with pytest.raises(LeaseLost):
                 await store.commit(Commit(guards=[Guard(lease, epoch)]))
 
 
-async def test_missing_segment_flags_its_possible_documents(place: Path) -> None:
+async def test_missing_segment_flags_its_possible_documents(folder: Path) -> None:
     """The gap in the positions shows that a whole segment is missing."""
-    async with FileStore.open(place, SystemClock(), segment_bytes=1) as store:
+    async with FileStore.open(folder, SystemClock(), segment_bytes=1) as store:
         for commit in HISTORY:
             await store.commit(commit)
-    (place / f"{3:020d}.jsonl").unlink()
-    async with FileStore.open(place, SystemClock()) as store:
+    (folder / f"{3:020d}.jsonl").unlink()
+    async with FileStore.open(folder, SystemClock()) as store:
         found = await read_all(store)
         assert {key: one.damaged for key, one in found.items()} == {A: True, B: False, GONE: True}
         assert [one.keys for one in store.damage] == [None]
         assert await store.position() == len(HISTORY)
 
 
-async def test_garbage_between_lines_costs_nothing(good: Good, place: Path) -> None:
+async def test_garbage_between_lines_costs_nothing(good: Good, folder: Path) -> None:
     """Bytes that are no line are reported; as no position is missing, no document is flagged."""
     first_end = good.log.index(b"\n") + 1
-    lay_out(place, good.log[:first_end] + b"garbage\n\n" + good.log[first_end:], None)
-    async with FileStore.open(place, SystemClock()) as store:
+    lay_out(folder, good.log[:first_end] + b"garbage\n\n" + good.log[first_end:], None)
+    async with FileStore.open(folder, SystemClock()) as store:
         found = await read_all(store)
         assert {key: (one.version, one.value, one.damaged) for key, one in found.items()} == {
             key: (*truth, False) for key, truth in TRUTH.items()
@@ -243,12 +245,12 @@ async def test_garbage_between_lines_costs_nothing(good: Good, place: Path) -> N
         assert [(one.offset, one.keys) for one in store.damage] == [(first_end, ())]
 
 
-async def test_live_store_truncates_a_torn_tail_of_another_process(place: Path) -> None:
+async def test_live_store_truncates_a_torn_tail_of_another_process(folder: Path) -> None:
     """The next committer cuts a dead writer's partial line and reports it; readers are not blocked by it."""
-    async with FileStore.open(place, SystemClock()) as store:
+    async with FileStore.open(folder, SystemClock()) as store:
         await store.commit(HISTORY[0])
-        size = (place / SEGMENT).stat().st_size
-        with (place / SEGMENT).open("ab") as log:
+        size = (folder / SEGMENT).stat().st_size
+        with (folder / SEGMENT).open("ab") as log:
             log.write(b"0123abcd 000000")
         assert await store.position() == 1
         await store.commit(HISTORY[1])
@@ -256,37 +258,37 @@ async def test_live_store_truncates_a_torn_tail_of_another_process(place: Path) 
         assert (await read(store, B)).value == {"n": 3}
 
 
-async def test_complete_commit_of_a_dead_writer_is_adopted(good: Good, place: Path) -> None:
+async def test_complete_commit_of_a_dead_writer_is_adopted(good: Good, folder: Path) -> None:
     """Readers do not see a written but unpublished commit until the next committer adopts it."""
     *_, last = good.log.splitlines(keepends=True)
-    lay_out(place, good.log[: -len(last)], None)
-    async with FileStore.open(place, SystemClock()) as store:
-        with (place / SEGMENT).open("ab") as log:
+    lay_out(folder, good.log[: -len(last)], None)
+    async with FileStore.open(folder, SystemClock()) as store:
+        with (folder / SEGMENT).open("ab") as log:
             log.write(last)
         assert await store.position() == len(HISTORY) - 1
         assert await store.commit(Commit([Write(B, 2, {"n": 8})])) == len(HISTORY) + 1
         assert list(store.damage) == []
 
 
-async def test_damaged_mark_is_rewritten(place: Path) -> None:
+async def test_damaged_mark_is_rewritten(folder: Path) -> None:
     """If the mark in the lock file is damaged while the store is open, readers continue and rewrite it."""
-    async with FileStore.open(place, SystemClock()) as store:
+    async with FileStore.open(folder, SystemClock()) as store:
         await store.commit(HISTORY[0])
-        mark = (place / "lock").read_bytes()
-        with (place / "lock").open("r+b") as lock:
+        mark = (folder / "lock").read_bytes()
+        with (folder / "lock").open("r+b") as lock:
             lock.write(b"spoiled")
         assert (await read(store, A)).value == {"n": 1}
-        assert (place / "lock").read_bytes() == mark
+        assert (folder / "lock").read_bytes() == mark
 
 
-async def test_log_that_shrank_is_not_written_to(place: Path) -> None:
+async def test_log_that_shrank_is_not_written_to(folder: Path) -> None:
     """If the log is truncated while it is open, a commit is rejected instead of leaving a hole in it."""
-    async with FileStore.open(place, SystemClock()) as store:
+    async with FileStore.open(folder, SystemClock()) as store:
         await store.commit(HISTORY[0])
-        os.truncate(place / SEGMENT, 5)
+        os.truncate(folder / SEGMENT, 5)
         with pytest.raises(StoreUnavailable, match="shorter"):
             await store.commit(HISTORY[1])
-        assert (place / SEGMENT).stat().st_size == 5
+        assert (folder / SEGMENT).stat().st_size == 5
 
 
 FILL = textwrap.dedent(
@@ -299,8 +301,8 @@ FILL = textwrap.dedent(
     from orchestrator.protocols import Commit, Key, Write
     from orchestrator.state.stores.file import FileStore
 
-    async def main(place: Path, limit: int) -> None:
-        async with FileStore.open(Path(place), SystemClock()) as store:
+    async def main(folder: Path, limit: int) -> None:
+        async with FileStore.open(Path(folder), SystemClock()) as store:
             if limit:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             key, version = Key("task", "a"), 0
@@ -330,26 +332,26 @@ def run_child(*argv: str | Path) -> list[str]:
     return done.stdout.splitlines()
 
 
-async def assert_refilled(place: Path, last_line: str) -> None:
+async def assert_refilled(folder: Path, last_line: str) -> None:
     """Check that after a full disk exactly the acknowledged commits exist, undamaged."""
     small = last_line.startswith("small fits")
     version = int(last_line.rsplit(maxsplit=1)[-1])
-    async with FileStore.open(place, SystemClock()) as store:
+    async with FileStore.open(folder, SystemClock()) as store:
         assert (await read(store, A)).value["n"] == version - 1
         assert (await store.position(), list(store.damage)) == (version + small, [])
 
 
-async def test_file_size_limit_changes_nothing_acknowledged(place: Path) -> None:
+async def test_file_size_limit_changes_nothing_acknowledged(folder: Path) -> None:
     """A write that exceeds the file size limit is undone and reported with the fix; smaller ones still fit."""
-    what, last = run_child(sys.executable, "-c", FILL, place, "65536")
+    what, last = run_child(sys.executable, "-c", FILL, folder, "65536")
     assert "ulimit -f" in what
     assert last.startswith("small fits")
-    await assert_refilled(place, last)
+    await assert_refilled(folder, last)
 
 
-async def test_full_disk_changes_nothing_acknowledged(place: Path) -> None:
+async def test_full_disk_changes_nothing_acknowledged(folder: Path) -> None:
     """On a full file system a commit is rejected with the fix, and acknowledged commits stay."""
-    disk = place / "disk"
+    disk = folder / "disk"
     disk.mkdir()
     options = ["-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
     mounted = subprocess.run(["mount", *options], capture_output=True, text=True, check=False)
@@ -365,13 +367,13 @@ async def test_full_disk_changes_nothing_acknowledged(place: Path) -> None:
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize(("when", "recovers"), [("5", True), ("5..6", True), ("5..7", False), ("5+", False)])
-async def test_failing_sync_is_never_acknowledged(place: Path, tmp_path: Path, when: str, recovers: bool) -> None:
+async def test_failing_sync_is_never_acknowledged(folder: Path, tmp_path: Path, when: str, recovers: bool) -> None:
     """If a sync fails, its commit and all later ones are rejected until the outcome is known."""
     if why := strace_fails(tmp_path):
         pytest.skip(why)
     inject = ["strace", "-f", "-qq", "-o", str(tmp_path / "trace"), "-e", "trace=fdatasync"]
     inject += ["-e", f"inject=fdatasync:error=EIO:when={when}"]
-    what, last = run_child(*inject, sys.executable, "-c", FILL, place, "0")
+    what, last = run_child(*inject, sys.executable, "-c", FILL, folder, "0")
     assert "check the disk" in what
     assert last == f"small {'fits' if recovers else 'does not fit'} 4"
-    await assert_refilled(place, last)
+    await assert_refilled(folder, last)

@@ -38,9 +38,9 @@ Line = dict[str, Any]
 class Server:
     """A server that starts scenarios, each in a process that waits for a tracer."""
 
-    def __init__(self, place: Path) -> None:
-        """Start the server; `place` is for trace files."""
-        self._trace = place / "trace"
+    def __init__(self, folder: Path) -> None:
+        """Start the server; `folder` is for trace files."""
+        self._trace = folder / "trace"
         self._process = subprocess.Popen(
             [sys.executable, str(SCENARIO)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -49,10 +49,10 @@ class Server:
         """Stop the server."""
         self._process.communicate(timeout=10)
 
-    def run(self, place: Path, call: str, error: str, when: str) -> tuple[list[Line], int]:
+    def run(self, folder: Path, call: str, error: str, when: str) -> tuple[list[Line], int]:
         """Return the scenario's output, and the number of failed calls."""
         assert self._process.stdin
-        self._process.stdin.write(f"{place}\n")
+        self._process.stdin.write(f"{folder}\n")
         self._process.stdin.flush()
         child = int(self._line()["child"])
         wait_for(lambda: _status(child, "State").startswith("T"))
@@ -81,23 +81,23 @@ def _status(pid: int, field: str) -> str:
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """A server of scenarios."""
-    with TemporaryDirectory() as place:
-        if why := strace_fails(Path(place)):
+    with TemporaryDirectory() as folder:
+        if why := strace_fails(Path(folder)):
             pytest.skip(why)
-        server = Server(Path(place))
+        server = Server(Path(folder))
         yield server
         server.close()
 
 
 @pytest.fixture
-def place() -> Iterator[Path]:
+def folder() -> Iterator[Path]:
     """A folder for many quick stores: in memory if the machine offers it."""
     shared_memory = Path("/dev/shm")
     with TemporaryDirectory(dir=shared_memory if os.access(shared_memory, os.W_OK) else None) as directory:
         yield Path(directory) / "state"
 
 
-async def check(place: Path, lines: list[Line], *, lasting: bool) -> None:
+async def check(folder: Path, lines: list[Line], *, lasting: bool) -> None:
     """Check that exactly the acknowledged commits exist, undamaged, and that the store takes commits."""
     assert lines[-1] == {"step": "over"}
     refused = [line for line in lines if "refused" in line]
@@ -107,7 +107,7 @@ async def check(place: Path, lines: list[Line], *, lasting: bool) -> None:
         assert len(refused) <= 2, refused
     positions = Counter(line["position"] for line in lines if line["step"] == "commit" and "position" in line)
     assert not [position for position, times in positions.items() if times > 1]
-    async with FileStore.open(place, ManualClock()) as store:
+    async with FileStore.open(folder, ManualClock()) as store:
         assert not any(one.keys is None or one.keys for one in store.damage), store.damage
         for name in "abc":
             tried = [line for line in lines if line.get("key") == f"task/{name}"]
@@ -124,12 +124,12 @@ async def check(place: Path, lines: list[Line], *, lasting: bool) -> None:
         assert await store.position() >= max(positions, default=0) + 3
 
 
-async def run(server: Server, place: Path, call: str, error: str, when: str) -> int:
+async def run(server: Server, folder: Path, call: str, error: str, when: str) -> int:
     """Run a scenario with faults; return their number."""
-    shutil.rmtree(place, ignore_errors=True)
-    lines, failed = server.run(place, call, error, when)
+    shutil.rmtree(folder, ignore_errors=True)
+    lines, failed = server.run(folder, call, error, when)
     try:
-        await check(place, lines, lasting=when.endswith("+"))
+        await check(folder, lines, lasting=when.endswith("+"))
     except BaseException as failure:
         failure.add_note(f"{call} fails with {error} at {when}: {lines}")
         raise
@@ -138,9 +138,9 @@ async def run(server: Server, place: Path, call: str, error: str, when: str) -> 
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize(("call", "error"), FAULTS)
-async def test_disk_that_fails_sometimes_loses_nothing(server: Server, place: Path, call: str, error: str) -> None:
+async def test_disk_that_fails_sometimes_loses_nothing(server: Server, folder: Path, call: str, error: str) -> None:
     """Single calls, and all calls from some call on."""
-    failed = [await run(server, place, call, error, when) for when in ("5", "3+")]
+    failed = [await run(server, folder, call, error, when) for when in ("5", "3+")]
     assert any(failed)
 
 
@@ -149,24 +149,24 @@ async def test_disk_that_fails_sometimes_loses_nothing(server: Server, place: Pa
 @pytest.mark.parametrize("last", ["", "+"], ids=["once", "from then on"])
 @pytest.mark.parametrize(("call", "error"), FAULTS)
 async def test_disk_that_fails_at_each_call_loses_nothing(
-    server: Server, place: Path, call: str, error: str, last: str
+    server: Server, folder: Path, call: str, error: str, last: str
 ) -> None:
     """Each call of the scenario fails in turn."""
     number = 1
-    while await run(server, place, call, error, f"{number}{last}"):
+    while await run(server, folder, call, error, f"{number}{last}"):
         number += 1
         assert number < MANY
     assert number > 1
 
 
-async def test_no_faults_reject_nothing(server: Server, place: Path) -> None:
+async def test_no_faults_reject_nothing(server: Server, folder: Path) -> None:
     """The scenario does every step."""
-    lines, failed = server.run(place, "fdatasync", "EIO", str(MANY))
+    lines, failed = server.run(folder, "fdatasync", "EIO", str(MANY))
     assert not failed
     assert not [line for line in lines if "refused" in line]
     assert len([line for line in lines if line["step"] == "commit"]) == 24
-    names = [path.name for path in place.iterdir()]
+    names = [path.name for path in folder.iterdir()]
     assert any(re.fullmatch(r"\d{20}-\d{20}\.jsonl\.zst", name) for name in names)
     assert any(re.fullmatch(r"\d{20}\.jsonl\.zst", name) for name in names)
     assert "snapshot" in names
-    await check(place, lines, lasting=False)
+    await check(folder, lines, lasting=False)

@@ -32,11 +32,11 @@ STEPS = (
 )
 
 
-def run_killed(place: Path, step: str) -> list[tuple[int, ...]]:
+def run_killed(folder: Path, step: str) -> list[tuple[int, ...]]:
     """Let another process commit until it is killed at a step; return the acknowledged commits."""
     name, _, hit = step.partition("@")
     done = subprocess.run(
-        [sys.executable, file_store_worker.__file__, "snapshots", str(place), "victim"],
+        [sys.executable, file_store_worker.__file__, "snapshots", str(folder), "victim"],
         env={**os.environ, "COUNCIL_FAILPOINTS": f"{name}=kill@{hit or 1}"},
         capture_output=True,
         text=True,

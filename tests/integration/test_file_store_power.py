@@ -18,9 +18,9 @@ from tests.power_loss import lose_power, simulate_reboot
 BEAT, WORK = Key("beat", "b"), Key("work", "w")
 
 
-def newest(place: Path) -> Path:
+def newest(folder: Path) -> Path:
     """Return the segment that is written to."""
-    return max(place.glob("*.jsonl"))
+    return max(folder.glob("*.jsonl"))
 
 
 async def beat(store: FileStore, times: int) -> None:
@@ -48,10 +48,10 @@ async def test_undurable_commits_may_be_lost(tmp_path: Path) -> None:
         await beat(store, 8)
         shutil.copytree(tmp_path, tmp_path.with_name("kept"))
     for seed in range(60):
-        place = tmp_path.with_name(f"{tmp_path.name}-{seed}")
-        shutil.copytree(tmp_path.with_name("kept"), place)
-        lose_power(place, durable, random.Random(seed))
-        async with FileStore.open(place, ManualClock()) as store:
+        folder = tmp_path.with_name(f"{tmp_path.name}-{seed}")
+        shutil.copytree(tmp_path.with_name("kept"), folder)
+        lose_power(folder, durable, random.Random(seed))
+        async with FileStore.open(folder, ManualClock()) as store:
             assert not any(one.keys is None or one.keys for one in store.damage), (seed, store.damage)
             found, beaten = await store.get(WORK), await store.get(BEAT)
             assert found is not None
@@ -61,7 +61,7 @@ async def test_undurable_commits_may_be_lost(tmp_path: Path) -> None:
             await work(store)
             await beat(store, 1)
             assert not (await store.verify()).mismatched
-        async with FileStore.open(place, ManualClock()) as store:
+        async with FileStore.open(folder, ManualClock()) as store:
             assert (await store.verify()).is_valid
             found = await store.get(WORK)
             assert found is not None

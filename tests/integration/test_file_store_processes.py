@@ -56,9 +56,9 @@ def finish(process: Worker) -> list[str]:
     return output.splitlines()
 
 
-async def check_log(place: Path, acknowledged: dict[int, str]) -> dict[int, str]:
+async def check_log(folder: Path, acknowledged: dict[int, str]) -> dict[int, str]:
     """Check that the log has each acknowledged commit once, by its author, without gaps."""
-    async with FileStore.open(place, SystemClock()) as store:
+    async with FileStore.open(folder, SystemClock()) as store:
         assert not any(one.keys is None or one.keys for one in store.damage)
         end = await store.position()
         authors: dict[int, str] = {}

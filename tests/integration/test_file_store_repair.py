@@ -18,7 +18,7 @@ HIT, WHOLE, NEVER, GONE = Key("task", "hit"), Key("task", "whole"), Key("task", 
 
 
 @pytest.fixture
-async def place(tmp_path: Path) -> Path:
+async def folder(tmp_path: Path) -> Path:
     """The folder of a store of three segments: only the second one has the second version of a document."""
     async with FileStore.open(tmp_path, ManualClock(), segment_bytes=600) as store:
         await store.commit(Commit([Write(HIT, 0, {"n": "first"}), Write(WHOLE, 0, {"n": 0})]))
@@ -31,32 +31,32 @@ async def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def log(place: Path) -> list[Path]:
+def log(folder: Path) -> list[Path]:
     """Return the segments."""
-    return sorted(place.glob("*.jsonl*"))
+    return sorted(folder.glob("*.jsonl*"))
 
 
-def spoil(place: Path, what: bytes, by: bytes) -> Path:
+def spoil(folder: Path, what: bytes, by: bytes) -> Path:
     """Change some bytes of the log; return the segment."""
-    (segment,) = [path for path in log(place) if what in path.read_bytes()]
+    (segment,) = [path for path in log(folder) if what in path.read_bytes()]
     segment.write_bytes(segment.read_bytes().replace(what, by, 1))
     return segment
 
 
-async def test_intact_log_is_not_repaired(place: Path) -> None:
+async def test_intact_log_is_not_repaired(folder: Path) -> None:
     """Verify reports its size, and repair does nothing."""
-    async with FileStore.open(place, ManualClock()) as store:
+    async with FileStore.open(folder, ManualClock()) as store:
         verified = await store.verify()
         assert verified.is_valid
-        assert (verified.position, verified.bytes) == (13, sum(path.stat().st_size for path in log(place)))
+        assert (verified.position, verified.bytes) == (13, sum(path.stat().st_size for path in log(folder)))
         assert await store.repair() == verified
         assert await store.position() == 13
 
 
-async def test_damage_during_use_is_found(place: Path) -> None:
+async def test_damage_during_use_is_found(folder: Path) -> None:
     """Values that were read before stay valid, and repair uses them."""
-    async with FileStore.open(place, ManualClock()) as store:
-        spoil(place, b'"second"', b'"sec0nd"')
+    async with FileStore.open(folder, ManualClock()) as store:
+        spoil(folder, b'"second"', b'"sec0nd"')
         verified = await store.verify()
         assert not verified.is_valid
         assert set(verified.damaged) == {HIT, NEVER}
@@ -68,12 +68,13 @@ async def test_damage_during_use_is_found(place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda place: spoil(place, b'"second"', b'"sec0nd"'), lambda place: spoil(place, b'"never"', b'"NEVER"')]
+    "damage",
+    [lambda folder: spoil(folder, b'"second"', b'"sec0nd"'), lambda folder: spoil(folder, b'"never"', b'"NEVER"')],
 )
-async def test_lost_commits_are_accepted(place: Path, damage: Callable[[Path], Path]) -> None:
+async def test_lost_commits_are_accepted(folder: Path, damage: Callable[[Path], Path]) -> None:
     """The newest known value becomes the next version, or none; the damaged part is kept aside."""
-    spoiled = damage(place).read_bytes()
-    async with FileStore.open(place, ManualClock()) as store:
+    spoiled = damage(folder).read_bytes()
+    async with FileStore.open(folder, ManualClock()) as store:
         before = await store.get(HIT)
         assert before is not None
         assert before.damaged
@@ -90,18 +91,18 @@ async def test_lost_commits_are_accepted(place: Path, damage: Callable[[Path], P
         assert [event.data["key"] for event in events if event.type == "state.repaired"].count("task/hit") == 1
         with pytest.raises(HistoryCompacted):
             await store.at(1)
-    assert any(path.read_bytes() == spoiled for path in (place / "damaged").iterdir())
-    async with FileStore.open(place, ManualClock()) as store:
+    assert any(path.read_bytes() == spoiled for path in (folder / "damaged").iterdir())
+    async with FileStore.open(folder, ManualClock()) as store:
         assert not store.damage
         assert await store.get(HIT) == after
         assert (await store.verify()).is_valid
 
 
-async def test_damage_in_the_newest_segment_is_repaired(place: Path) -> None:
+async def test_damage_in_the_newest_segment_is_repaired(folder: Path) -> None:
     """That segment is closed first."""
-    newest = log(place)[-1]
+    newest = log(folder)[-1]
     newest.write_bytes(newest.read_bytes().replace(b'{"n":11}', b'{"n":99}'))
-    async with FileStore.open(place, ManualClock()) as store:
+    async with FileStore.open(folder, ManualClock()) as store:
         assert WHOLE in (await store.verify()).damaged
         assert (await store.repair()).is_valid
         found = await store.get(WHOLE)
@@ -109,14 +110,14 @@ async def test_damage_in_the_newest_segment_is_repaired(place: Path) -> None:
         assert found.value == {"n": 10}
 
 
-async def requested(place: Path, *, follow: bool = True, segment_bytes: int = SEGMENT_BYTES) -> list[Path]:
+async def requested(folder: Path, *, follow: bool = True, segment_bytes: int = SEGMENT_BYTES) -> list[Path]:
     """Create a store with an answered request (`GONE`), with or without later commits; return its segments."""
-    async with FileStore.open(place, ManualClock(), segment_bytes=segment_bytes) as store:
+    async with FileStore.open(folder, ManualClock(), segment_bytes=segment_bytes) as store:
         await store.commit(Commit([Write(GONE, 0, {"n": "asked"}), Write(WHOLE, 0, {"n": 0})]))
         await store.commit(Commit([Write(GONE, 1, None)], [Event("answered")]))
         if follow:
             await store.commit(Commit([Write(WHOLE, 1, {"n": 1})], [Event("counted")]))
-    return log(place)
+    return log(folder)
 
 
 @pytest.mark.parametrize("follow", [True, False])

@@ -22,140 +22,140 @@ Found = tuple[Mapping[Key, Document], int, Sequence[Damage]]
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A store of several segments with a snapshot of its first three commits, and later commits."""
     monkeypatch.setattr(snapshot, "MIN_NEW_BYTES", 1)
     return tmp_path / "state"
 
 
-async def commit(place: Path, commits: Sequence[Commit]) -> None:
+async def commit(folder: Path, commits: Sequence[Commit]) -> None:
     """Add commits to the store, in segments of two."""
-    async with FileStore.open(place, SystemClock(), segment_bytes=200) as store:
+    async with FileStore.open(folder, SystemClock(), segment_bytes=200) as store:
         for one in commits:
             await store.commit(one)
 
 
-async def look(place: Path) -> Found:
+async def look(folder: Path) -> Found:
     """Return what an opener reads; it leaves no new snapshot."""
-    async with FileStore.open(place, SystemClock()) as store:
+    async with FileStore.open(folder, SystemClock()) as store:
         found = {document.key: document for kind in ("task", "spec") for document in await store.list(kind)}
         return found, await store.position(), store.damage
 
 
-async def without_snapshot(place: Path) -> Found:
+async def without_snapshot(folder: Path) -> Found:
     """Return what an opener reads from the log alone."""
-    (place / snapshot.SNAPSHOT_FILE).unlink()
-    return await look(place)
+    (folder / snapshot.SNAPSHOT_FILE).unlink()
+    return await look(folder)
 
 
-async def test_snapshot_equals_the_log(place: Path) -> None:
+async def test_snapshot_equals_the_log(folder: Path) -> None:
     """Documents, versions and positions are the log's, and later commits are replayed."""
-    await commit(place, HISTORY[:3])
-    image = (place / snapshot.SNAPSHOT_FILE).read_bytes()
-    await commit(place, HISTORY[3:])
-    (place / snapshot.SNAPSHOT_FILE).write_bytes(image)
-    assert snapshot.read_snapshot(place) is not None
-    quick = await look(place)
-    assert quick == await without_snapshot(place)
+    await commit(folder, HISTORY[:3])
+    image = (folder / snapshot.SNAPSHOT_FILE).read_bytes()
+    await commit(folder, HISTORY[3:])
+    (folder / snapshot.SNAPSHOT_FILE).write_bytes(image)
+    assert snapshot.read_snapshot(folder) is not None
+    quick = await look(folder)
+    assert quick == await without_snapshot(folder)
     assert {key: one.value for key, one in quick[0].items()} == {KEPT: {"n": 4}, MOVED: {"n": 5}}
     assert quick[1:] == (4, ())
 
 
-async def test_snapshot_has_the_versions_of_deleted_documents(place: Path) -> None:
+async def test_snapshot_has_the_versions_of_deleted_documents(folder: Path) -> None:
     """A document that is created again after a reopening continues its versions."""
-    await commit(place, HISTORY)
-    assert snapshot.read_snapshot(place) is not None
-    await commit(place, [Commit([Write(GONE, 0, {})])])
-    assert (await look(place))[0][GONE].version == 3
+    await commit(folder, HISTORY)
+    assert snapshot.read_snapshot(folder) is not None
+    await commit(folder, [Commit([Write(GONE, 0, {})])])
+    assert (await look(folder))[0][GONE].version == 3
 
 
-async def test_damage_behind_a_snapshot_is_found(place: Path) -> None:
+async def test_damage_behind_a_snapshot_is_found(folder: Path) -> None:
     """For each changed byte of the log an opener reads the same as without the snapshot."""
-    await commit(place, HISTORY)
-    image = (place / snapshot.SNAPSHOT_FILE).read_bytes()
-    segments = sorted(place.glob("*.jsonl"))
+    await commit(folder, HISTORY)
+    image = (folder / snapshot.SNAPSHOT_FILE).read_bytes()
+    segments = sorted(folder.glob("*.jsonl"))
     assert len(segments) > 1
     for segment in segments:
         good = segment.read_bytes()
         for offset in range(len(good)):
             segment.write_bytes(good[:offset] + bytes([good[offset] ^ 0x40]) + good[offset + 1 :])
-            (place / snapshot.SNAPSHOT_FILE).write_bytes(image)
-            assert snapshot.read_snapshot(place) is None
+            (folder / snapshot.SNAPSHOT_FILE).write_bytes(image)
+            assert snapshot.read_snapshot(folder) is None
         segment.write_bytes(good)
 
 
-async def test_shorter_log_behind_a_snapshot_is_found(place: Path) -> None:
+async def test_shorter_log_behind_a_snapshot_is_found(folder: Path) -> None:
     """A truncated, missing or inserted segment is reported."""
-    await commit(place, HISTORY)
-    image, segments = (place / snapshot.SNAPSHOT_FILE).read_bytes(), sorted(place.glob("*.jsonl"))
+    await commit(folder, HISTORY)
+    image, segments = (folder / snapshot.SNAPSHOT_FILE).read_bytes(), sorted(folder.glob("*.jsonl"))
     for segment in segments:
         good = segment.read_bytes()
         segment.unlink()
-        assert snapshot.read_snapshot(place) is None
+        assert snapshot.read_snapshot(folder) is None
         segment.write_bytes(good[:-1])
-        assert snapshot.read_snapshot(place) is None
+        assert snapshot.read_snapshot(folder) is None
         segment.write_bytes(good)
-    assert snapshot.read_snapshot(place) is not None
-    (place / f"{2:020d}.jsonl").touch()
-    assert snapshot.read_snapshot(place) is None
-    (place / f"{2:020d}.jsonl").unlink()
+    assert snapshot.read_snapshot(folder) is not None
+    (folder / f"{2:020d}.jsonl").touch()
+    assert snapshot.read_snapshot(folder) is None
+    (folder / f"{2:020d}.jsonl").unlink()
     segments[0].write_bytes(segments[0].read_bytes()[:-10])
-    found = await look(place)
+    found = await look(folder)
     assert found[2]
-    assert (place / snapshot.SNAPSHOT_FILE).read_bytes() == image
-    assert found == await without_snapshot(place)
+    assert (folder / snapshot.SNAPSHOT_FILE).read_bytes() == image
+    assert found == await without_snapshot(folder)
 
 
-async def test_torn_snapshot_is_ignored(place: Path) -> None:
+async def test_torn_snapshot_is_ignored(folder: Path) -> None:
     """A truncated or changed snapshot counts as none; so does one with inconsistent parts."""
-    await commit(place, HISTORY)
-    image = (place / snapshot.SNAPSHOT_FILE).read_bytes()
+    await commit(folder, HISTORY)
+    image = (folder / snapshot.SNAPSHOT_FILE).read_bytes()
     for size in range(len(image)):
-        (place / snapshot.SNAPSHOT_FILE).write_bytes(image[:size])
-        assert snapshot.read_snapshot(place) is None
-        (place / snapshot.SNAPSHOT_FILE).write_bytes(image[:size] + bytes([image[size] ^ 0x40]) + image[size + 1 :])
-        assert snapshot.read_snapshot(place) is None
-    (place / snapshot.SNAPSHOT_FILE).write_bytes(image[:20])
-    assert (await look(place))[1:] == (4, ())
+        (folder / snapshot.SNAPSHOT_FILE).write_bytes(image[:size])
+        assert snapshot.read_snapshot(folder) is None
+        (folder / snapshot.SNAPSHOT_FILE).write_bytes(image[:size] + bytes([image[size] ^ 0x40]) + image[size + 1 :])
+        assert snapshot.read_snapshot(folder) is None
+    (folder / snapshot.SNAPSHOT_FILE).write_bytes(image[:20])
+    assert (await look(folder))[1:] == (4, ())
 
 
-async def test_each_segment_gets_a_snapshot(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_each_segment_gets_a_snapshot(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a kill only the newest segment has to be replayed."""
     monkeypatch.setattr(snapshot, "MIN_NEW_BYTES", 1)
-    async with FileStore.open(place, SystemClock(), segment_bytes=500) as store:
+    async with FileStore.open(folder, SystemClock(), segment_bytes=500) as store:
         for number in range(20):
             await store.commit(Commit([Write(KEPT, number, {"n": number})]))
-        found = snapshot.read_snapshot(place)
+        found = snapshot.read_snapshot(folder)
         assert found is not None
-        newest = max(int(path.stem) for path in place.glob("*.jsonl"))
+        newest = max(int(path.stem) for path in folder.glob("*.jsonl"))
         assert found.table.position == newest - 1
 
 
-async def test_damage_leaves_no_snapshot(place: Path) -> None:
+async def test_damage_leaves_no_snapshot(folder: Path) -> None:
     """An unreadable part of the log prevents it: each opener gets the report."""
-    await commit(place, HISTORY)
-    segment = min(place.glob("*.jsonl"))
+    await commit(folder, HISTORY)
+    segment = min(folder.glob("*.jsonl"))
     segment.write_bytes(segment.read_bytes().replace(b'"n":1', b'"n":9'))
-    (place / snapshot.SNAPSHOT_FILE).unlink()
-    assert (await look(place))[2]
-    assert not (place / snapshot.SNAPSHOT_FILE).exists()
-    assert (await look(place))[2]
+    (folder / snapshot.SNAPSHOT_FILE).unlink()
+    assert (await look(folder))[2]
+    assert not (folder / snapshot.SNAPSHOT_FILE).exists()
+    assert (await look(folder))[2]
 
 
-async def test_damage_during_use_is_not_saved(place: Path) -> None:
+async def test_damage_during_use_is_not_saved(folder: Path) -> None:
     """The checksums are of the data that was read and written, not of the final content of the disk."""
-    async with FileStore.open(place, SystemClock()) as store:
+    async with FileStore.open(folder, SystemClock()) as store:
         await store.commit(HISTORY[0])
         await store.commit(HISTORY[1])
-        segment = min(place.glob("*.jsonl"))
+        segment = min(folder.glob("*.jsonl"))
         segment.write_bytes(segment.read_bytes().replace(b'"n":1', b'"n":9'))
-    assert (place / snapshot.SNAPSHOT_FILE).exists()
-    assert (await look(place))[2]
+    assert (folder / snapshot.SNAPSHOT_FILE).exists()
+    assert (await look(folder))[2]
 
 
-async def test_unwritable_snapshot_stops_nothing(place: Path) -> None:
+async def test_unwritable_snapshot_stops_nothing(folder: Path) -> None:
     """A snapshot only saves time."""
-    place.mkdir()
-    (place / snapshot.SNAPSHOT_FILE).mkdir()
-    await commit(place, HISTORY)
-    assert (await look(place))[1:] == (4, ())
+    folder.mkdir()
+    (folder / snapshot.SNAPSHOT_FILE).mkdir()
+    await commit(folder, HISTORY)
+    assert (await look(folder))[1:] == (4, ())

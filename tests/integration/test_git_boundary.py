@@ -391,7 +391,7 @@ async def test_work_merged_by_the_user_is_not_merged_again(repository: Repositor
     repository.git("fetch", "--quiet", deferred.result["repository"], f"{branch}:kept")
     repository.git("merge", "--quiet", "--no-ff", "--message", "by hand", "kept")
     repository.git("rm", "--quiet", "b.txt")
-    repair = repository.commit({"a.txt": "better\n"}, "mend it")
+    repair = repository.commit({"a.txt": "better\n"}, "repair it")
     resumed = repository.council("resume", "--json")
     assert resumed.states == {"one": "landed"}, resumed
     assert repository.git("rev-parse", "main") == repair

@@ -53,11 +53,11 @@ pytestmark = pytest.mark.sandbox
 KINDS = [SandboxKind.BUBBLEWRAP, SandboxKind.LANDLOCK] if sys.platform == "linux" else [SandboxKind.OFF]
 
 
-class Place:
+class HookCheckout:
     """A checkout without a session, next to hidden and foreign folders."""
 
     def __init__(self, top: Path, kind: SandboxKind) -> None:
-        self.tree, self.logs, self.hidden = top / "place" / "tree", top / "logs", top / "hidden"
+        self.tree, self.logs, self.hidden = top / "checkout" / "tree", top / "logs", top / "hidden"
         for folder in (self.tree, self.hidden, top / "readable"):
             folder.mkdir(parents=True)
         (self.hidden / "secret").write_text("canary")
@@ -70,9 +70,9 @@ class Place:
         )
         self.shell = Shell(
             sandbox=fencing,
-            scope=SandboxScope((self.tree,), (top / "readable",), top / "place" / "tmp"),
+            scope=SandboxScope((self.tree,), (top / "readable",), top / "checkout" / "tmp"),
             cwd=self.tree,
-            lock=top / "place" / "lock",
+            lock=top / "checkout" / "lock",
             environment=build_base_environment(["GIVEN"], environ, self.tree, variables),
             redactor=Redactor(["the-secret-value"]),
         )
@@ -86,121 +86,125 @@ class Place:
 
 
 @pytest.fixture(params=KINDS)
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+def checkout(request: pytest.FixtureRequest, tmp_path: Path) -> HookCheckout:
     """A checkout in a sandbox that works on this machine."""
-    return Place(tmp_path, require_sandbox(request.param))
+    return HookCheckout(tmp_path, require_sandbox(request.param))
 
 
-async def test_command_gets_its_checkout_only(place: Place) -> None:
+async def test_command_gets_its_checkout_only(checkout: HookCheckout) -> None:
     """It writes there and in its scratch folder, which is its home; its environment has only the given variables."""
     script = f"""
     echo made >made && echo x >"$HOME/x" && mktemp >/dev/null || exit 1
-    touch {place.top}/planted {place.hidden}/planted {place.top}/readable/planted 2>/dev/null
-    ls {place.top}/readable && ! cat {place.hidden}/secret 2>/dev/null || exit 2
+    touch {checkout.top}/planted {checkout.hidden}/planted {checkout.top}/readable/planted 2>/dev/null
+    ls {checkout.top}/readable && ! cat {checkout.hidden}/secret 2>/dev/null || exit 2
     echo "$GIVEN-$OTHER-$COUNCIL_NAME-$COUNCIL_PORT_0-$COUNCIL_TASK-$GIT_CEILING_DIRECTORIES"
     echo the-secret-value >&2
     """
-    assert await place.shell.run(place.command(script)) == CommandSucceeded()
-    assert (place.tree / "made").read_text() == "made\n"
-    assert (place.top / "place/tmp/x").exists()
-    assert not any((folder / "planted").exists() for folder in (place.top, place.hidden, place.top / "readable"))
-    assert place.output() == f"g--slot-1-5000--{place.tree.parent}\n[redacted]\n"
+    assert await checkout.shell.run(checkout.command(script)) == CommandSucceeded()
+    assert (checkout.tree / "made").read_text() == "made\n"
+    assert (checkout.top / "checkout/tmp/x").exists()
+    assert not any(
+        (folder / "planted").exists() for folder in (checkout.top, checkout.hidden, checkout.top / "readable")
+    )
+    assert checkout.output() == f"g--slot-1-5000--{checkout.tree.parent}\n[redacted]\n"
 
 
 @pytest.mark.extended_but_first
-async def test_failed_command_has_its_output(place: Place) -> None:
+async def test_failed_command_has_its_output(checkout: HookCheckout) -> None:
     """An exit code, or a timeout with the setting's name."""
-    result = await place.shell.run(place.command("echo no such package; exit 3"))
-    log = place.logs / "log"
+    result = await checkout.shell.run(checkout.command("echo no such package; exit 3"))
+    log = checkout.logs / "log"
     assert result == CommandFailed("echo no such package; exit 3", "ended with exit code 3", "no such package\n", log)
-    result = await place.shell.run(place.command("echo begun; sleep 600 & sleep 600", timeout=1))
+    result = await checkout.shell.run(checkout.command("echo begun; sleep 600 & sleep 600", timeout=1))
     assert isinstance(result, CommandFailed)
     assert result.how_it_ended == "exceeded its timeout of 1 s (`worktrees.hooks_timeout`)"
     assert result.output == "begun\n"
     assert not child_processes()
 
 
-async def test_command_leaves_no_process(place: Place) -> None:
+async def test_command_leaves_no_process(checkout: HookCheckout) -> None:
     """Background processes end with it."""
-    assert await place.shell.run(place.command("sleep 600 & echo started")) == CommandSucceeded()
+    assert await checkout.shell.run(checkout.command("sleep 600 & echo started")) == CommandSucceeded()
     assert not child_processes()
-    assert not [one for one in psutil.process_iter(["cwd"]) if one.info["cwd"] == str(place.tree)]
+    assert not [one for one in psutil.process_iter(["cwd"]) if one.info["cwd"] == str(checkout.tree)]
 
 
-async def test_cancelled_command_gets_its_grace_period(place: Place) -> None:
+async def test_cancelled_command_gets_its_grace_period(checkout: HookCheckout) -> None:
     """It can clean up; none of its processes survives the cancellation."""
     script = "trap 'echo cleaned >cleaned; exit' TERM; touch ready; while :; do sleep 0.05; done"
     async with anyio.create_task_group() as group:
-        group.start_soon(place.shell.run, place.command(script))
-        await anyio.to_thread.run_sync(wait_for, (place.tree / "ready").exists)
+        group.start_soon(checkout.shell.run, checkout.command(script))
+        await anyio.to_thread.run_sync(wait_for, (checkout.tree / "ready").exists)
         group.cancel_scope.cancel()
-    assert (place.tree / "cleaned").exists()
+    assert (checkout.tree / "cleaned").exists()
     assert not child_processes()
 
 
-async def test_command_without_its_supervisor_is_not_done(place: Place) -> None:
+async def test_command_without_its_supervisor_is_not_done(checkout: HookCheckout) -> None:
     """All processes with its mark are killed, so that nothing writes there any more."""
     results: list[object] = []
 
     async def run() -> None:
-        results.append(await place.shell.run(place.command("touch ready; sleep 600")))
+        results.append(await checkout.shell.run(checkout.command("touch ready; sleep 600")))
 
     async with anyio.create_task_group() as group:
         group.start_soon(run)
-        await anyio.to_thread.run_sync(wait_for, (place.tree / "ready").exists)
+        await anyio.to_thread.run_sync(wait_for, (checkout.tree / "ready").exists)
         child_processes()[0].kill()
     assert isinstance(results[0], CommandNotRun)
-    wait_for(lambda: not [one for one in psutil.process_iter(["cwd"]) if one.info["cwd"] == str(place.tree)])
+    wait_for(lambda: not [one for one in psutil.process_iter(["cwd"]) if one.info["cwd"] == str(checkout.tree)])
 
 
-async def test_unstartable_command_is_not_a_failed_one(place: Place) -> None:
+async def test_unstartable_command_is_not_a_failed_one(checkout: HookCheckout) -> None:
     """Its folder is missing, or its log can't be written."""
-    result = await replace(place.shell, cwd=place.top / "gone").run(place.command("true"))
+    result = await replace(checkout.shell, cwd=checkout.top / "gone").run(checkout.command("true"))
     assert isinstance(result, CommandNotRun)
-    assert str(place.top / "gone") in result.reason
-    shutil.rmtree(place.logs)
-    place.logs.write_text("a file")
-    result = await place.shell.run(place.command("true"))
+    assert str(checkout.top / "gone") in result.reason
+    shutil.rmtree(checkout.logs)
+    checkout.logs.write_text("a file")
+    result = await checkout.shell.run(checkout.command("true"))
     assert isinstance(result, CommandNotRun)
     assert not result.exhausted
 
 
 @pytest.mark.extended_but_first
-async def test_steps_run_up_to_the_first_failure(place: Place) -> None:
+async def test_steps_run_up_to_the_first_failure(checkout: HookCheckout) -> None:
     """The progress is reported, each step has a log; a repeat starts after the last success."""
     steps = [SetupStep(run="echo 1 >>ran"), SetupStep(run="test -e allowed && echo 2 >>ran", timeout=30)]
     steps.append(SetupStep(run="echo 3 >>ran"))
-    ended = await run_until_failure(place.shell, setup_commands(steps, 0, place.logs, 7))
+    ended = await run_until_failure(checkout.shell, setup_commands(steps, 0, checkout.logs, 7))
     assert (ended.done, type(ended.last)) == (1, CommandFailed)
-    assert sorted(path.name for path in place.logs.iterdir()) == ["slot-7.setup1", "slot-7.setup2"]
-    (place.tree / "allowed").touch()
-    ended = await run_until_failure(place.shell, setup_commands(steps, ended.done, place.logs, 7))
+    assert sorted(path.name for path in checkout.logs.iterdir()) == ["slot-7.setup1", "slot-7.setup2"]
+    (checkout.tree / "allowed").touch()
+    ended = await run_until_failure(checkout.shell, setup_commands(steps, ended.done, checkout.logs, 7))
     assert ended == HooksResult(2, CommandSucceeded())
-    assert (place.tree / "ran").read_text() == "1\n2\n3\n"
-    assert (place.logs / "slot-7.setup3").exists()
+    assert (checkout.tree / "ran").read_text() == "1\n2\n3\n"
+    assert (checkout.logs / "slot-7.setup3").exists()
 
 
 @pytest.mark.extended_but_first
-async def test_reporting_hook_prevents_nothing(place: Place) -> None:
+async def test_reporting_hook_prevents_nothing(checkout: HookCheckout) -> None:
     """Each command of a teardown runs, whatever the outcome of the others."""
     lines = ["echo 1 >>ran; false", "echo 2 >>ran", "echo 3 >>ran; exit 4"]
-    outcomes = await run_all(place.shell, teardown_commands(lines, 60.0, place.logs, 7))
+    outcomes = await run_all(checkout.shell, teardown_commands(lines, 60.0, checkout.logs, 7))
     assert [one.how_it_ended for one in outcomes if isinstance(one, CommandFailed)] == [
         "ended with exit code 1",
         "ended with exit code 4",
     ]
-    assert (place.tree / "ran").read_text() == "1\n2\n3\n"
+    assert (checkout.tree / "ran").read_text() == "1\n2\n3\n"
 
 
 @pytest.mark.extended_but_first
-async def test_attempt_hooks_have_its_variables_and_log(place: Place) -> None:
+async def test_attempt_hooks_have_its_variables_and_log(checkout: HookCheckout) -> None:
     """Their logs are streams of the attempt, in the order of execution."""
-    worktree = Worktree(Hub(place.top / "hub"), "run1", "task", 2)
-    shell = replace(place.shell, environment={**place.shell.environment, **attempt_variables(worktree)})
+    worktree = Worktree(Hub(checkout.top / "hub"), "run1", "task", 2)
+    shell = replace(checkout.shell, environment={**checkout.shell.environment, **attempt_variables(worktree)})
     for commands in (before_commands, after_commands):
-        assert await run_all(shell, commands(["echo $COUNCIL_TASK.$COUNCIL_ATTEMPT"], 60.0, place.logs, worktree)) == []
-    assert place.output("task.2.before1") == place.output("task.2.after1") == "task.2\n"
-    names = [path.name.removeprefix("task.2.") for path in place.logs.iterdir()]
+        assert (
+            await run_all(shell, commands(["echo $COUNCIL_TASK.$COUNCIL_ATTEMPT"], 60.0, checkout.logs, worktree)) == []
+        )
+    assert checkout.output("task.2.before1") == checkout.output("task.2.after1") == "task.2\n"
+    names = [path.name.removeprefix("task.2.") for path in checkout.logs.iterdir()]
     assert list_attempt_streams([*names, "check10", "check9", "stderr", "stdout", "stdout1", "check", "x"]) == [
         *("before1", "stdout", "stderr", "after1", "check9", "check10")
     ]
