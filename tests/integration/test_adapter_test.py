@@ -98,7 +98,6 @@ async def test_unknown_adapter_is_rejected(claude: Repository) -> None:
 
 
 async def test_last_failures_are_listed(claude: Repository) -> None:
-    """Each with its class, task and reason."""
     claude.council("run", "--task", "fail overloaded", "--adapter", "claude")
     listed = {one["name"]: one for one in claude.council("adapters", "--json").result["adapters"]}
     assert listed["claude"]["last_failure"]["failure"] == "overloaded"

@@ -203,13 +203,13 @@ async def test_approvals_from_python_work(repository: Repository) -> None:
         run = await council.runs.create()
         async with anyio.create_task_group() as group:
             group.start_soon(council.runs.resume, run)
-            await until_waiting(council, run, 1)
+            await wait_for_waiting_event(council, run, 1)
             try:
                 await council.tasks.approve(run=run)
             except Exception as error:  # noqa: BLE001  the type is asserted below
                 refusals.append(str(error))
             await council.tasks.reject("t", note="no", run=run)
-            waited = await until_waiting(council, run, 2)
+            waited = await wait_for_waiting_event(council, run, 2)
             await council.tasks.approve("t", run=run)
         story = await council.tasks.details("t", run)
     assert ["no task is named" in one for one in refusals] == [True]
@@ -223,7 +223,7 @@ async def test_approvals_from_python_work(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
-async def until_waiting(council: Council, run: str, count: int) -> Event:
+async def wait_for_waiting_event(council: Council, run: str, count: int) -> Event:
     """Return the N-th event that says that the run only waits."""
     with anyio.fail_after(60):
         async for record in council.history.follow(0):

@@ -171,7 +171,6 @@ async def test_session_time_is_limited_over_all_attempts(claude: Repository) -> 
     ],
 )
 async def test_invalid_limits_are_rejected(claude: Repository, limits: str, expected: str) -> None:
-    """The error says what to write."""
     ended = claude.council("resume", "--budget", limits)
     assert ended.code == 2
     assert expected in ended.stderr

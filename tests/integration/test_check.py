@@ -114,7 +114,7 @@ def open_visit(value: JsonObject | None) -> JsonObject | None:
     return {**value, "phases": [{**value["phases"][0], "status": "in_progress"}, *value["phases"][1:]]}
 
 
-def put_back(value: JsonObject, _: JsonObject | None) -> JsonObject:
+def restore(value: JsonObject, _: JsonObject | None) -> JsonObject:
     """Restore the previous values."""
     return value
 
@@ -153,7 +153,7 @@ async def test_violation_is_found_and_named(repository: Repository) -> None:
             found = (await council.state.verify_run()).violations
             assert (rule, place.replace("RUN", run)) in {(one.rule, one.place) for one in found}, (name, found)
             assert all(one.what and one.remedy for one in found)
-            await write(repository, key, partial(put_back, before.value))
+            await write(repository, key, partial(restore, before.value))
             assert (await council.state.verify_run()).is_valid
 
 

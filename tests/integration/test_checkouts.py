@@ -21,7 +21,6 @@ async def found(repository: Repository, branch: str) -> Path | None:
 
 
 async def test_branch_is_found_in_main_and_linked_checkouts(repository: Repository, tmp_path: Path) -> None:
-    """And not at its previous place."""
     linked = tmp_path / "linked"
     repository.git("worktree", "add", "-b", "beside", str(linked))
     assert await found(repository, "main") == repository.top

@@ -35,14 +35,14 @@ def found(ended: CommandResult) -> list[tuple[str, str]]:
     return sorted((one["standing"], Path(one["place"]).name) for one in ended.result["found"] if one["kind"] != "slot")
 
 
-def standings(ended: CommandResult) -> set[str]:
+def slot_statuses(ended: CommandResult) -> set[str]:
     """Return the status of each worktree slot that `clean --json` listed."""
     return {one["standing"] for one in ended.result["found"] if one["kind"] == "slot"}
 
 
 def nothing(ended: CommandResult) -> bool:
     """Return whether `clean --json` listed only worktree slots that are ready for the next run."""
-    return found(ended) == [] and standings(ended) <= {"ready"}
+    return found(ended) == [] and slot_statuses(ended) <= {"ready"}
 
 
 def home_of(repository: Repository) -> Path:
@@ -75,9 +75,9 @@ def run_once(repository: Repository, *tasks: dict[str, Any], code: int = 0) -> s
     return str(ended.result["run"])
 
 
-def elsewhere(repository: Repository, *arguments: str) -> CommandResult:
+def run_outside(repository: Repository, *arguments: str) -> CommandResult:
     """Run the command in a folder that is no project."""
-    folder = repository.top.parent / "elsewhere"
+    folder = repository.top.parent / "run_outside"
     folder.mkdir(exist_ok=True)
     return Repository(folder, repository.environ, repository.spawns).council(*arguments)
 
@@ -85,8 +85,8 @@ def elsewhere(repository: Repository, *arguments: str) -> CommandResult:
 async def test_clean_removes_a_finished_run_completely(repository: Repository) -> None:
     """Except worktree slots that are ready for the next run, unless they are named; with and without a project."""
     run_once(repository, {"id": "a", "prompt": "write a.txt a"})
-    for listed in (repository.council("clean", "--json"), elsewhere(repository, "clean", "--json")):
-        assert (listed.code, listed.result["freed"], found(listed), standings(listed)) == (0, 0, [], {"ready"})
+    for listed in (repository.council("clean", "--json"), run_outside(repository, "clean", "--json")):
+        assert (listed.code, listed.result["freed"], found(listed), slot_statuses(listed)) == (0, 0, [], {"ready"})
     printed = repository.council("clean", "--yes", "--kept").stdout
     assert "no leftovers to remove" in printed
     assert "ready for the next run: --pool removes it" in printed
@@ -157,7 +157,7 @@ async def test_interrupted_run_can_resume_after_clean(repository: Repository, fa
     assert found(cleaned) == [("needed", name) for name in before]
     assert trees(repository) == before
     # Only the slots that sessions have are kept.
-    assert standings(cleaned) <= {"left_over"}
+    assert slot_statuses(cleaned) <= {"left_over"}
     assert set(hub_of(repository).slots.iterdir()) == slots
     [run] = {one["run"] for one in cleaned.result["found"] if one["kind"] == "worktree"}
     assert f"needed by `council resume {run}`" in repository.council("clean").stdout
@@ -189,7 +189,7 @@ async def test_active_run_is_not_cleaned(repository: Repository) -> None:
     wait_for(lambda: repository.council("status", "--json").states["keeps"] == "failed")
     cleaned = repository.council("clean", "--yes", "--kept", "--logs", "1ms", "--json")
     assert (cleaned.code, cleaned.result["found"]) == (0, [])
-    assert elsewhere(repository, "clean", "--yes", "--kept", "--json").result["found"] == []
+    assert run_outside(repository, "clean", "--yes", "--kept", "--json").result["found"] == []
     assert [name for name in trees(repository) if ".0.check" not in name] == ["keeps.1", "long.1"]
     assert repository.council("cancel", "long").code == 0
     stdout, stderr = child.communicate(timeout=60)
@@ -252,25 +252,25 @@ async def test_hub_of_a_deleted_repository_is_removed(repository: Repository) ->
     root = hub_of(repository).root
     aside = repository.top.parent / "aside"
     (repository.top / ".git").rename(aside)
-    assert nothing(elsewhere(repository, "clean", "--json"))
+    assert nothing(run_outside(repository, "clean", "--json"))
     shutil.rmtree(repository.top)
-    listed = elsewhere(repository, "clean", "--json")
+    listed = run_outside(repository, "clean", "--json")
     assert found(listed) == [("left_over", root.name)]
     assert listed.result["found"][0]["reason"] == f"{repository.top / '.git'} is gone, and it has no unmerged work"
-    assert elsewhere(repository, "clean", "--yes").code == 0
+    assert run_outside(repository, "clean", "--yes").code == 0
     assert not root.exists()
-    assert elsewhere(repository, "clean", "--json").result["found"] == []
+    assert run_outside(repository, "clean", "--json").result["found"] == []
 
 
 async def test_hub_of_a_deleted_repository_with_work_stays(repository: Repository) -> None:
     """Its preserved branches and worktrees may be the only copy of the work."""
     run_once(repository, KEEPS, code=1)
     shutil.rmtree(repository.top)
-    listed = elsewhere(repository, "clean", "--yes", "--json")
+    listed = run_outside(repository, "clean", "--yes", "--json")
     assert [one["standing"] for one in listed.result["found"]] == ["kept"]
     assert listed.result["found"][0]["reason"].endswith("it has unmerged work (refs: 1, worktrees: 1)")
     assert hub_of(repository).root.exists()
-    assert elsewhere(repository, "clean", "--yes", "--kept").code == 0
+    assert run_outside(repository, "clean", "--yes", "--kept").code == 0
     assert not list(home_of(repository).glob("*/"))
 
 
@@ -282,7 +282,7 @@ async def test_unmounted_disk_is_not_a_deleted_repository(repository: Repository
     recorded.write_text(recorded.read_text().replace(f'"{mount}"]', f'"{repository.top.parent}"]'))
     assert f'"{repository.top.parent}"]' in recorded.read_text()
     shutil.rmtree(repository.top)
-    assert nothing(elsewhere(repository, "clean", "--json"))
+    assert nothing(run_outside(repository, "clean", "--json"))
 
 
 @pytest.mark.extended
@@ -359,8 +359,8 @@ async def test_hub_being_created_is_not_a_leftover(repository: Repository) -> No
     home = home_of(repository)
     (home / "other-0123456789ab.new").mkdir(parents=True)
     async with FileLock(home / "other-0123456789ab.lock").hold():
-        assert elsewhere(repository, "clean", "--json").result["found"] == []
-    assert len(elsewhere(repository, "clean", "--json").result["found"]) == 1
+        assert run_outside(repository, "clean", "--json").result["found"] == []
+    assert len(run_outside(repository, "clean", "--json").result["found"]) == 1
 
 
 async def test_old_logs_are_removed_on_request(repository: Repository) -> None:
@@ -463,7 +463,7 @@ async def test_repository_can_run_again_after_clean(repository: Repository) -> N
     run_once(repository, {"id": "a", "prompt": "write a.txt a"})
     aside = repository.top.parent / "aside"
     repository.top.rename(aside)
-    assert elsewhere(repository, "clean", "--yes").code == 0
+    assert run_outside(repository, "clean", "--yes").code == 0
     assert not list(home_of(repository).glob("*/"))
     aside.rename(repository.top)
     assert repository.council("clean", "--json").code == 0
@@ -547,7 +547,6 @@ async def test_folder_that_only_looks_like_a_partial_hub_stays(repository: Repos
 
 
 async def test_signal_ends_the_confirmation(repository: Repository) -> None:
-    """The same as `no`."""
     run_once(repository, KEEPS, code=1)
     with confirmation(repository) as (child, _):
         child.send_signal(signal.SIGINT)

@@ -78,7 +78,7 @@ async def record_at(store: Store, position: int) -> CommitRecord:
         return await anext(records)
 
 
-async def kept(store: Store, *updates: DocumentUpdate[Key]) -> Conflict:
+async def leave_to_person(store: Store, *updates: DocumentUpdate[Key]) -> Conflict:
     """Leave all conflicts to a person."""
     (conflict,) = (await apply_updates(store, updates, "manual")).waiting
     return conflict
@@ -206,7 +206,7 @@ async def test_deletion_of_an_unknown_version_competes(store: Store) -> None:
     """It is a candidate like any other; not if the writer read that the document is missing."""
     await put(store, A, {"base": 0})
     await put(store, A, None)
-    conflict = await kept(store, DocumentUpdate(A, 2e9, "ada", {"mine": 1}, 1))
+    conflict = await leave_to_person(store, DocumentUpdate(A, 2e9, "ada", {"mine": 1}, 1))
     assert [(one.value, one.base) for one in conflict.candidates] == [(None, None), ({"mine": 1}, 1)]
     assert await list_pending(store) == [conflict]
     assert list((await apply_updates(store, [ada(A, {"mine": 1}, 0)])).resolved) == []
@@ -248,7 +248,7 @@ async def test_concurrent_conflicts_are_all_recorded(store: Store) -> None:
     found: list[Conflict] = []
 
     async def leave() -> None:
-        found.append(await kept(store, ada(A, {"n": 1}), bob(A, {"n": 2})))
+        found.append(await leave_to_person(store, ada(A, {"n": 1}), bob(A, {"n": 2})))
 
     async with anyio.create_task_group() as group:
         for _ in range(10):
@@ -263,7 +263,7 @@ async def test_conflict_id_is_unique(store: Store, monkeypatch: pytest.MonkeyPat
     """If two processes draw the same id, the second draws another."""
     given = iter(["same", "same", "other"])
     monkeypatch.setattr("orchestrator.state.documents.conflicts.secrets.token_hex", lambda _: next(given))
-    assert [(await kept(store, ada(key, {}), bob(key, {}))).id for key in (A, B)] == ["same", "other"]
+    assert [(await leave_to_person(store, ada(key, {}), bob(key, {}))).id for key in (A, B)] == ["same", "other"]
     assert [one.key for one in await list_pending(store)] == [A, B]
 
 
@@ -275,7 +275,7 @@ async def test_chosen_update_is_written_and_resolves_the_conflict(
 ) -> None:
     """One commit with an event that names the candidate's author, or the person of an own value; it may delete."""
     await put(store, A, {"n": 0})
-    conflict = await kept(store, bob(A, None), ada(A, {"n": 1}))
+    conflict = await leave_to_person(store, bob(A, None), ada(A, {"n": 1}))
     written = await resolve_conflict(store, conflict.id, choice)
     assert (written.value if written else None, await value_of(store, A)) == (value, value)
     assert (await list_pending(store), await store.position()) == ([], 3)
@@ -288,7 +288,7 @@ async def test_unknown_conflict_can_not_be_resolved(store: Store) -> None:
     with pytest.raises(RefusedError) as caught:
         await resolve_conflict(store, "nope", 1)
     assert str(caught.value) == "there is no pending conflict 'nope': there are none"
-    conflict = await kept(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
+    conflict = await leave_to_person(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
     with pytest.raises(RefusedError, match=f"pending conflicts: {conflict.id}$"):
         await resolve_conflict(store, "nope", 1)
     for number in (0, 3, -1):
@@ -303,7 +303,7 @@ async def test_unknown_conflict_can_not_be_resolved(store: Store) -> None:
 
 async def test_changed_document_is_not_overwritten(store: Store) -> None:
     """The error has author and time; forced, the choice replaces the document."""
-    conflict = await kept(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
+    conflict = await leave_to_person(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
     await put(store, A, {"n": 3})
     found = await store.get(A)
     assert found is not None
@@ -322,7 +322,7 @@ async def test_deleted_document_is_not_recreated(store: Store, clock: ManualCloc
     """The error has author and time of the deletion, or says that it expired."""
     await put(store, A, {"n": 0})
     await store.commit(Commit([Write(B, 0, {"n": 0}, ttl=5)]))
-    first, second = [await kept(store, ada(key, {"n": 1}), bob(key, {"n": 2})) for key in (A, B)]
+    first, second = [await leave_to_person(store, ada(key, {"n": 1}), bob(key, {"n": 2})) for key in (A, B)]
     await put(store, A, None)
     clock.advance(6)
     with pytest.raises(RefusedError, match=r"task/r/a was deleted by .*, 2001-09-09 01:46:40 UTC"):
@@ -336,7 +336,7 @@ async def test_deleted_document_is_not_recreated(store: Store, clock: ManualCloc
 
 async def test_change_at_the_last_moment_is_detected(store: Store) -> None:
     """A write between the read and the commit is reported as well, or overwritten if forced."""
-    conflict = await kept(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
+    conflict = await leave_to_person(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
     with pytest.raises(RefusedError, match="was changed by"):
         await resolve_conflict(overtaken(store, lambda: put(store, A, {"n": 3})), conflict.id, 1)
     await resolve_conflict(overtaken(store, lambda: put(store, A, {"n": 4})), conflict.id, 1, force=True)
@@ -345,7 +345,7 @@ async def test_change_at_the_last_moment_is_detected(store: Store) -> None:
 
 async def test_conflict_is_resolved_once(store: Store) -> None:
     """The second person gets an error that the conflict is resolved."""
-    conflict = await kept(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
+    conflict = await leave_to_person(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
     with pytest.raises(RefusedError, match=r"there are none$"):
         await resolve_conflict(
             overtaken(store, lambda: resolve_conflict(store, conflict.id, 2)), conflict.id, 1, force=True
@@ -354,9 +354,8 @@ async def test_conflict_is_resolved_once(store: Store) -> None:
 
 
 async def test_resolution_without_the_lease_is_rejected(store: Store) -> None:
-    """The guards are those of the commit."""
     await put(store, LEASE, {"epoch": 2})
-    conflict = await kept(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
+    conflict = await leave_to_person(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
     with pytest.raises(LeaseLost):
         await resolve_conflict(store, conflict.id, 1, guards=[Guard(LEASE, 1)])
     assert await list_pending(store) == [conflict]
@@ -365,7 +364,7 @@ async def test_resolution_without_the_lease_is_rejected(store: Store) -> None:
 async def test_conflict_survives_its_process(tmp_path: Path, clock: ManualClock) -> None:
     """The next process finds it, with every candidate."""
     async with FileStore.open(tmp_path, clock) as store:
-        conflict = await kept(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
+        conflict = await leave_to_person(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
     async with FileStore.open(tmp_path, clock) as store:
         assert await list_pending(store) == [conflict]
         await resolve_conflict(store, conflict.id, 2)
@@ -375,8 +374,8 @@ async def test_conflict_survives_its_process(tmp_path: Path, clock: ManualClock)
 async def test_damaged_conflict_is_ignored(tmp_path: Path, clock: ManualClock) -> None:
     """It is not listed, and can't be resolved; others can."""
     async with FileStore.open(tmp_path, clock) as store:
-        lost = await kept(store, ada(A, {"n": "damaged"}), bob(A, {"n": 2}))
-        other = await kept(store, ada(B, {"n": 1}), bob(B, {"n": 2}))
+        lost = await leave_to_person(store, ada(A, {"n": "damaged"}), bob(A, {"n": 2}))
+        other = await leave_to_person(store, ada(B, {"n": 1}), bob(B, {"n": 2}))
     for path in tmp_path.rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes().replace(b"damaged", b"demaged"))

@@ -142,7 +142,6 @@ async def test_changed_document_needs_force(project: Repository) -> None:
 
 
 async def test_ambiguous_document_needs_the_id(project: Repository) -> None:
-    """Each conflict has an id of its own."""
     async with FileStore.open(project.log, ManualClock(RUN_STARTED + 200)) as store:
         await apply_updates(store, await updates(store), "manual")
     async with Council.open(project.top, environ=project.environ) as council:

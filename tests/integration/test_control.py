@@ -750,7 +750,6 @@ def test_reload_adopts_the_checks_of_a_queued_task(repository: Repository) -> No
     ids=str,
 )
 async def test_reload_rejects_unchangeable_keys(repository: Repository, change: dict[str, Any], words: str) -> None:
-    """With the reason; nothing is retried then."""
     tasks: list[dict[str, Any]] = [
         {"id": "t", "prompt": "exit 1", "attempts": 1},
         {"id": "other", "prompt": "write o x"},

@@ -87,7 +87,6 @@ async def test_session_without_a_home_gets_the_full_prompt(repository: Repositor
 
 
 async def test_home_is_removed_when_its_task_landed(repository: Repository, bin_folder: Path) -> None:
-    """No later session needs it."""
     ended = run(repository, bin_folder, "write a.txt right")
     assert ended.states == {"t": "landed"}, ended
     assert not list((repository.top / ".council/logs" / ended.result["run"] / "homes").glob("*"))

@@ -168,7 +168,6 @@ async def test_conflict_detection(repository: Repository, tmp_path: Path) -> Non
 
 
 async def test_task_summary(repository: Repository, tmp_path: Path) -> None:
-    """The sessions of a task, by status."""
     async with open_team(repository, tmp_path) as team:
         sessions = [await team.join("auth", attempt) for attempt in (1, 2, 3)]
         await team.ask(sessions[0], "report", status="blocked", message="needs the schema", blocked_on="src/models.py")

@@ -72,7 +72,6 @@ def test_report_is_readable_text(repository: Repository, fakes: FakePrograms) ->
 
 
 def test_missing_repository_is_reported(repository: Repository, tmp_path: Path) -> None:
-    """With the fix; the machine is checked all the same."""
     (tmp_path / "elsewhere").mkdir()
     found = doctor(replace(repository, top=tmp_path / "elsewhere"))
     assert level(found, "repository") == "problem"

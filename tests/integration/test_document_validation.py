@@ -60,7 +60,7 @@ def merge(changes: JsonObject, value: JsonObject | None) -> JsonObject:
     return {**(value or {}), **changes}
 
 
-def looks(council: Council, run: str) -> Mapping[str, Callable[[], Awaitable[object]]]:
+def read_run(council: Council, run: str) -> Mapping[str, Callable[[], Awaitable[object]]]:
     """Read a run as the commands do."""
     reports = council.reports
     return {
@@ -85,7 +85,7 @@ async def restoration(council: Council, run: str) -> object:
     return [await council.checkpoints.plan_restore(one.id) for one in await council.checkpoints.list(run)]
 
 
-async def look_at_all(council: Council) -> None:
+async def read_project(council: Council) -> None:
     """Read everything that belongs to no single run; nothing of it may fail."""
     await council.runs.list()
     await council.runs.list(active=True)
@@ -116,7 +116,7 @@ async def test_update_with_unknown_fields_is_rejected_with_the_known_ones(
         await council.state.update(API, lambda value: {**(value or {}), **changes})
     assert ("under `extra`" if "progress" in changes else "'pending', 'running'") in str(refused.value)
     assert await council.history.position() == position
-    await look_at_all(council)
+    await read_project(council)
 
 
 async def test_progress_is_accepted(council: Council) -> None:
@@ -215,7 +215,7 @@ async def test_value_that_breaks_commands_is_rejected(council: Council, name: st
     with pytest.raises(RefusedError, match="can't become this"):
         await council.state.update(key, partial(merge, changes))
     await put(council._context.store, key, partial(merge, changes))
-    await look_at_all(council)
+    await read_project(council)
     with pytest.raises(UnreadableDocument):
         await council.runs.status(RUN)
     with pytest.raises(UnreadableDocument):  # its writable fields are unknown
@@ -266,13 +266,13 @@ async def test_unreadable_document_affects_its_run_only(council: Council, name: 
     key, change = BROKEN[name]
     before = await council.state.get(key)
     await put(council._context.store, key, change)
-    await look_at_all(council)
+    await read_project(council)
     assert OTHER in [one.run for one in await council.runs.list()]
-    for what, look in looks(council, OTHER).items():
+    for what, look in read_run(council, OTHER).items():
         if what != "resume":
             await look()
     refused: list[str] = []
-    for look in looks(council, RUN).values():
+    for look in read_run(council, RUN).values():
         try:
             await look()
         except RefusedError as error:
@@ -367,9 +367,9 @@ async def test_commands_work_with_any_overwritten_document(council: Council, dat
     value = data.draw(changed(documents[key].value))
     with suppress(RefusedError):
         await council.state.update(key, lambda _: value if isinstance(value, dict) else {"x": value})
-    await look_at_all(council)
+    await read_project(council)
     for run in (RUN, OTHER):
-        for name, look in looks(council, run).items():
+        for name, look in read_run(council, run).items():
             if name not in {"resume", "checkpoint"}:
                 await look()
     assert await find_unreadable(council._context.store) == []
@@ -383,16 +383,16 @@ async def test_commands_work_with_foreign_documents_of_one_run(council: Council,
     key = data.draw(st.sampled_from(sorted(documents)))
     value = data.draw(changed(documents[key].value))
     await put(council._context.store, key, lambda _: value if isinstance(value, dict) else {"x": value})
-    await look_at_all(council)
-    for what, look in looks(council, OTHER).items():
+    await read_project(council)
+    for what, look in read_run(council, OTHER).items():
         if what != "resume":
             await look()
-    for look in looks(council, RUN).values():
+    for look in read_run(council, RUN).values():
         with suppress(RefusedError):
             await look()
     assert (await council.state.repair()).is_valid
     assert (await council.state.repair()).is_valid
-    await look_at_all(council)
+    await read_project(council)
     await put(council._context.store, key, lambda _: documents[key].value)
 
 

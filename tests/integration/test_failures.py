@@ -187,7 +187,7 @@ async def test_cooldown_survives_the_process(repository: Repository) -> None:
             async with anyio.create_task_group() as group:
                 group.start_soon(council.runs.resume, name)
                 await until_event(council, "adapter.cooling_down", 1)
-                await until_claimed(council, name, 1 if run is None else 2)
+                await wait_for_claims(council, name, 1 if run is None else 2)
                 await anyio.wait_all_tasks_blocked()
                 clock.advance(advance)
                 await anyio.wait_all_tasks_blocked()
@@ -204,7 +204,7 @@ async def test_cooldown_survives_the_process(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
-async def until_claimed(council: Council, run: str, times: int) -> None:
+async def wait_for_claims(council: Council, run: str, times: int) -> None:
     """Return when a run has had that many owners."""
     await until_event(council, "run.leader_elected", times)
 

@@ -104,7 +104,7 @@ def line(child: subprocess.Popen[str]) -> str:
     return child.stdout.readline().strip()
 
 
-def let_go(child: subprocess.Popen[str]) -> None:
+def release(child: subprocess.Popen[str]) -> None:
     assert child.stdin is not None
     child.stdin.close()
 
@@ -128,13 +128,13 @@ def locked_files(folder: Path) -> list[str]:
     return found
 
 
-async def until_waiting(folder: Path, owner: SessionName) -> None:
+async def wait_for_waiters(folder: Path, owner: SessionName) -> None:
     with anyio.fail_after(20):
         while not any(one.owner == str(owner) and one.state == "waiting" for one in list_file_locks(folder)):
             await anyio.sleep(0.002)
 
 
-async def until_in_the_gate(folder: Path) -> None:
+async def wait_for_gate(folder: Path) -> None:
     with anyio.fail_after(20):
         while not any(name.endswith(".gate") for name in locked_files(folder)):
             await anyio.sleep(0.002)
@@ -146,7 +146,7 @@ def known() -> frozenset[threading.Thread]:
     return frozenset(threading.enumerate())
 
 
-async def until_no_thread(known: frozenset[threading.Thread]) -> None:
+async def wait_for_threads(known: frozenset[threading.Thread]) -> None:
     with anyio.fail_after(20):
         while any(thread.name.startswith("flock ") for thread in threading.enumerate() if thread not in known):
             await anyio.sleep(0.002)
@@ -172,10 +172,10 @@ async def test_lock_is_acquired_when_released(folder: Path) -> None:
     with held_elsewhere(folder, "ada", "a") as child:
         async with anyio.create_task_group() as group:
             group.start_soon(lambda: locks.acquire(BOB, ["a"], timeout=60))
-            await until_waiting(folder, BOB)
+            await wait_for_waiters(folder, BOB)
             seen = [(one.owner, one.path, one.mode, one.state) for one in list_file_locks(folder)]
             assert seen == [("r/ada.1", "a", "exclusive", "held"), ("r/bob.1", "a", "exclusive", "waiting")]
-            let_go(child)
+            release(child)
     assert [(one.owner, one.state) for one in list_file_locks(folder)] == [("r/bob.1", "held")]
     assert await locks.release_all(BOB) == 1
     assert list_file_locks(folder) == []
@@ -202,7 +202,7 @@ async def test_second_lock_of_an_own_file_is_rejected_immediately(folder: Path) 
     assert [one.path for one in locks.held(ADA)] == ["src/a"]
     async with anyio.create_task_group() as group:
         group.start_soon(lambda: locks.acquire(BOB, ["src/a"], timeout=600))
-        await until_waiting(folder, BOB)
+        await wait_for_waiters(folder, BOB)
         with anyio.fail_after(2), pytest.raises(RefusedError, match=r"r/bob\.1 is already waiting for src/a"):
             await locks.acquire(BOB, ["src/a"], timeout=600)
         assert await locks.release(ADA, ["src//a", "never"]) == 1
@@ -232,11 +232,11 @@ async def test_shared_locks_coexist_and_block_an_exclusive_one(folder: Path) -> 
             await locks.acquire(writer, ["a"], timeout=0.02)
         async with anyio.create_task_group() as group:
             group.start_soon(lambda: locks.acquire(writer, ["a"], timeout=60))
-            await until_in_the_gate(folder)
+            await wait_for_gate(folder)
             late = SessionName("r", "late", 1)
             with pytest.raises(FileLocked):  # a reader behind a writer does not overtake it
                 await locks.acquire(late, ["a"], shared=True, timeout=0.02)
-            let_go(child)
+            release(child)
             await locks.release_all(BOB)
             await locks.release_all(EVE)
         child.wait(20)  # the marks of another process are removed after its lock
@@ -258,11 +258,11 @@ async def test_cancelled_wait_leaves_nothing_locked(
                 await anyio.sleep(0.0005)
             group.cancel_scope.cancel()
         assert [one.owner for one in list_file_locks(folder)] == ["r/ada.1"]
-        let_go(child)
+        release(child)
         child.wait(20)
     await locks.acquire(EVE, ["a", "b"], timeout=20)
     await locks.release_all(EVE)
-    await until_no_thread(known)
+    await wait_for_threads(known)
     assert locked_files(folder) == []
     assert {path.suffix for path in folder.iterdir()} == {".lock", ".gate"}
 
@@ -278,11 +278,11 @@ async def test_abandoned_shared_wait_makes_room_for_an_exclusive_one(
                 await locks.acquire(BOB, ["a"], shared=shared, timeout=0.05)
         async with anyio.create_task_group() as group:
             group.start_soon(lambda: locks.acquire(EVE, ["a"], timeout=60))
-            await until_waiting(folder, EVE)
-            let_go(child)
+            await wait_for_waiters(folder, EVE)
+            release(child)
     with pytest.raises(FileLocked, match=r"r/eve\.1"):
         await locks.acquire(BOB, ["a"], shared=True, timeout=0)
-    await until_no_thread(known)
+    await wait_for_threads(known)
 
 
 async def test_lock_of_a_killed_owner_is_free_despite_a_living_child(folder: Path) -> None:
@@ -303,7 +303,7 @@ async def test_lock_of_a_killed_owner_is_free_despite_a_living_child(folder: Pat
 async def test_killed_process_is_not_shown_as_holder_or_waiter(folder: Path) -> None:
     """The next reader removes its marks."""
     with held_elsewhere(folder, "ada", "a"), run_python(HOLDER, folder, "bob", "a", "exclusive") as waiter:
-        await until_waiting(folder, BOB)
+        await wait_for_waiters(folder, BOB)
         with held_elsewhere(folder, "eve", "b", "shared") as sharer:
             assert {one.owner for one in list_file_locks(folder)} == {"r/ada.1", "r/bob.1", "r/eve.1"}
             for child in (waiter, sharer):
@@ -313,14 +313,14 @@ async def test_killed_process_is_not_shown_as_holder_or_waiter(folder: Path) -> 
         assert {path.suffix for path in folder.iterdir()} == {".lock", ".gate"}
 
 
-def passed_by(folder: Path, modes: list[str], rounds: int) -> list[float]:
+def overtakes(folder: Path, modes: list[str], rounds: int) -> list[float]:
     """Return how often others typically got the file while each of several processes waited for it."""
     stack = [run_python(AGAIN_AND_AGAIN, folder, number, mode, rounds) for number, mode in enumerate(modes)]
     children = [one.__enter__() for one in stack]
     try:
         assert {line(child) for child in children} == {"ready"}
         for child in children:
-            let_go(child)
+            release(child)
         return [float(line(child)) for child in children]
     finally:
         for one in stack:
@@ -329,12 +329,12 @@ def passed_by(folder: Path, modes: list[str], rounds: int) -> list[float]:
 
 async def test_eight_processes_share_a_file_fairly(folder: Path) -> None:
     """While one waits, nobody gets it more than twice."""
-    assert max(passed_by(folder, ["exclusive"] * 8, 200)) <= 2 * 7
+    assert max(overtakes(folder, ["exclusive"] * 8, 200)) <= 2 * 7
 
 
 async def test_writer_is_not_starved_by_four_readers(folder: Path) -> None:
     """Overlapping readers could block it for ever: while it waits, none gets the lock more than twice."""
-    writer, *_ = passed_by(folder, ["exclusive", *["shared"] * 4], 200)
+    writer, *_ = overtakes(folder, ["exclusive", *["shared"] * 4], 200)
     assert writer <= 2 * 4
 
 

@@ -80,7 +80,7 @@ def folder() -> Iterator[Path]:
         yield Path(directory)
 
 
-def lay_out(folder: Path, log: bytes, mark: bytes | None) -> None:
+def write_files(folder: Path, log: bytes, mark: bytes | None) -> None:
     """Make `folder` contain exactly these files."""
     for path in folder.iterdir():
         path.unlink()
@@ -117,7 +117,7 @@ def assert_true_or_flagged(found: Mapping[Key, Document], damage: Sequence[Damag
 
 async def check_damaged(folder: Path, log: bytes, mark: bytes | None) -> None:
     """Open a damaged store, check its report, commit, and open it again."""
-    lay_out(folder, log, mark)
+    write_files(folder, log, mark)
     async with FileStore.open(folder, SystemClock()) as store:
         before, damage = await read_all(store), store.damage
         assert_true_or_flagged(before, damage)
@@ -173,7 +173,7 @@ async def test_torn_tail_is_truncated(good: Good, folder: Path, each: int) -> No
     """A dying writer's partial line, at any length, is cut and reported; all earlier commits exist, unflagged."""
     ends = [0, *(end + 1 for end, byte in enumerate(good.log) if byte == ord("\n"))]
     for length in positions(good.log, each)[1:]:
-        lay_out(folder, good.log[:length], None)
+        write_files(folder, good.log[:length], None)
         # A line without only its newline is whole.
         whole = sum(end <= length + 1 for end in ends) - 1
         async with FileStore.open(folder, SystemClock()) as store:
@@ -190,7 +190,7 @@ async def test_torn_tail_is_truncated(good: Good, folder: Path, each: int) -> No
 
 async def test_damaged_value_keeps_the_older_one_with_a_flag(good: Good, folder: Path) -> None:
     """Damage inside a value names the document; the older value stays readable, at the lost value's version."""
-    lay_out(folder, good.log.replace(b'{"n":7}', b'{"n":1}'), good.mark)
+    write_files(folder, good.log.replace(b'{"n":7}', b'{"n":1}'), good.mark)
     async with FileStore.open(folder, SystemClock()) as store:
         document = await read(store, B)
         assert (document.version, document.value, document.damaged) == (2, {"n": 3}, True)
@@ -200,7 +200,7 @@ async def test_damaged_value_keeps_the_older_one_with_a_flag(good: Good, folder:
 
 async def test_damaged_value_without_an_older_one_is_flagged_and_empty(good: Good, folder: Path) -> None:
     """A document whose only version is damaged is listed, flagged, with an empty value."""
-    lay_out(folder, good.log.replace(b'{"n":6}', b'{"n":1}'), good.mark)
+    write_files(folder, good.log.replace(b'{"n":6}', b'{"n":1}'), good.mark)
     async with FileStore.open(folder, SystemClock()) as store:
         document = await read(store, C)
         assert (document.version, document.value, document.damaged) == (1, {}, True)
@@ -221,7 +221,6 @@ async def test_damaged_lease_guards_nothing(folder: Path) -> None:
 
 
 async def test_missing_segment_flags_its_possible_documents(folder: Path) -> None:
-    """The gap in the positions shows that a whole segment is missing."""
     async with FileStore.open(folder, SystemClock(), segment_bytes=1) as store:
         for commit in HISTORY:
             await store.commit(commit)
@@ -236,7 +235,7 @@ async def test_missing_segment_flags_its_possible_documents(folder: Path) -> Non
 async def test_garbage_between_lines_costs_nothing(good: Good, folder: Path) -> None:
     """Bytes that are no line are reported; as no position is missing, no document is flagged."""
     first_end = good.log.index(b"\n") + 1
-    lay_out(folder, good.log[:first_end] + b"garbage\n\n" + good.log[first_end:], None)
+    write_files(folder, good.log[:first_end] + b"garbage\n\n" + good.log[first_end:], None)
     async with FileStore.open(folder, SystemClock()) as store:
         found = await read_all(store)
         assert {key: (one.version, one.value, one.damaged) for key, one in found.items()} == {
@@ -261,7 +260,7 @@ async def test_live_store_truncates_a_torn_tail_of_another_process(folder: Path)
 async def test_complete_commit_of_a_dead_writer_is_adopted(good: Good, folder: Path) -> None:
     """Readers do not see a written but unpublished commit until the next committer adopts it."""
     *_, last = good.log.splitlines(keepends=True)
-    lay_out(folder, good.log[: -len(last)], None)
+    write_files(folder, good.log[: -len(last)], None)
     async with FileStore.open(folder, SystemClock()) as store:
         with (folder / SEGMENT).open("ab") as log:
             log.write(last)

@@ -151,7 +151,6 @@ async def test_disk_that_fails_sometimes_loses_nothing(server: Server, folder: P
 async def test_disk_that_fails_at_each_call_loses_nothing(
     server: Server, folder: Path, call: str, error: str, last: str
 ) -> None:
-    """Each call of the scenario fails in turn."""
     number = 1
     while await run(server, folder, call, error, f"{number}{last}"):
         number += 1
@@ -160,7 +159,6 @@ async def test_disk_that_fails_at_each_call_loses_nothing(
 
 
 async def test_no_faults_reject_nothing(server: Server, folder: Path) -> None:
-    """The scenario does every step."""
     lines, failed = server.run(folder, "fdatasync", "EIO", str(MANY))
     assert not failed
     assert not [line for line in lines if "refused" in line]

@@ -35,7 +35,7 @@ async def commit(folder: Path, commits: Sequence[Commit]) -> None:
             await store.commit(one)
 
 
-async def look(folder: Path) -> Found:
+async def read(folder: Path) -> Found:
     """Return what an opener reads; it leaves no new snapshot."""
     async with FileStore.open(folder, SystemClock()) as store:
         found = {document.key: document for kind in ("task", "spec") for document in await store.list(kind)}
@@ -45,7 +45,7 @@ async def look(folder: Path) -> Found:
 async def without_snapshot(folder: Path) -> Found:
     """Return what an opener reads from the log alone."""
     (folder / snapshot.SNAPSHOT_FILE).unlink()
-    return await look(folder)
+    return await read(folder)
 
 
 async def test_snapshot_equals_the_log(folder: Path) -> None:
@@ -55,7 +55,7 @@ async def test_snapshot_equals_the_log(folder: Path) -> None:
     await commit(folder, HISTORY[3:])
     (folder / snapshot.SNAPSHOT_FILE).write_bytes(image)
     assert snapshot.read_snapshot(folder) is not None
-    quick = await look(folder)
+    quick = await read(folder)
     assert quick == await without_snapshot(folder)
     assert {key: one.value for key, one in quick[0].items()} == {KEPT: {"n": 4}, MOVED: {"n": 5}}
     assert quick[1:] == (4, ())
@@ -66,7 +66,7 @@ async def test_snapshot_has_the_versions_of_deleted_documents(folder: Path) -> N
     await commit(folder, HISTORY)
     assert snapshot.read_snapshot(folder) is not None
     await commit(folder, [Commit([Write(GONE, 0, {})])])
-    assert (await look(folder))[0][GONE].version == 3
+    assert (await read(folder))[0][GONE].version == 3
 
 
 async def test_damage_behind_a_snapshot_is_found(folder: Path) -> None:
@@ -100,7 +100,7 @@ async def test_shorter_log_behind_a_snapshot_is_found(folder: Path) -> None:
     assert snapshot.read_snapshot(folder) is None
     (folder / f"{2:020d}.jsonl").unlink()
     segments[0].write_bytes(segments[0].read_bytes()[:-10])
-    found = await look(folder)
+    found = await read(folder)
     assert found[2]
     assert (folder / snapshot.SNAPSHOT_FILE).read_bytes() == image
     assert found == await without_snapshot(folder)
@@ -116,7 +116,7 @@ async def test_torn_snapshot_is_ignored(folder: Path) -> None:
         (folder / snapshot.SNAPSHOT_FILE).write_bytes(image[:size] + bytes([image[size] ^ 0x40]) + image[size + 1 :])
         assert snapshot.read_snapshot(folder) is None
     (folder / snapshot.SNAPSHOT_FILE).write_bytes(image[:20])
-    assert (await look(folder))[1:] == (4, ())
+    assert (await read(folder))[1:] == (4, ())
 
 
 async def test_each_segment_gets_a_snapshot(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,9 +137,9 @@ async def test_damage_leaves_no_snapshot(folder: Path) -> None:
     segment = min(folder.glob("*.jsonl"))
     segment.write_bytes(segment.read_bytes().replace(b'"n":1', b'"n":9'))
     (folder / snapshot.SNAPSHOT_FILE).unlink()
-    assert (await look(folder))[2]
+    assert (await read(folder))[2]
     assert not (folder / snapshot.SNAPSHOT_FILE).exists()
-    assert (await look(folder))[2]
+    assert (await read(folder))[2]
 
 
 async def test_damage_during_use_is_not_saved(folder: Path) -> None:
@@ -150,12 +150,11 @@ async def test_damage_during_use_is_not_saved(folder: Path) -> None:
         segment = min(folder.glob("*.jsonl"))
         segment.write_bytes(segment.read_bytes().replace(b'"n":1', b'"n":9'))
     assert (folder / snapshot.SNAPSHOT_FILE).exists()
-    assert (await look(folder))[2]
+    assert (await read(folder))[2]
 
 
 async def test_unwritable_snapshot_stops_nothing(folder: Path) -> None:
-    """A snapshot only saves time."""
     folder.mkdir()
     (folder / snapshot.SNAPSHOT_FILE).mkdir()
     await commit(folder, HISTORY)
-    assert (await look(folder))[1:] == (4, ())
+    assert (await read(folder))[1:] == (4, ())

@@ -26,7 +26,7 @@ _SIZE = "32m"
 
 
 @pytest.fixture
-def small(tmp_path: Path, environ: dict[str, str], template: Path) -> Iterator[Repository]:
+def small_disk(tmp_path: Path, environ: dict[str, str], template: Path) -> Iterator[Repository]:
     """A repository on a small disk, with its state and hub."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -58,9 +58,9 @@ def fill(repository: Repository) -> None:
                 pass
 
 
-async def test_run_on_a_full_disk_waits_and_lands_everything(small: Repository) -> None:
+async def test_run_on_a_full_disk_waits_and_lands_everything(small_disk: Repository) -> None:
     """Finished work is collected later; a session that fails on the full disk costs no attempt."""
-    folder = small.spawns.parent
+    folder = small_disk.spawns.parent
     sh = {**SHELL_ADAPTER, "writable": [str(folder)]}
     room = f"until [ -e {folder}/go ]; do sleep 0.05; done"
     # The session can't write this file while the disk is full, like a program that finds the disk full.
@@ -70,86 +70,86 @@ async def test_run_on_a_full_disk_waits_and_lands_everything(small: Repository) 
         {"id": "failing", "prompt": f"touch {folder}/is-there; {room}; {fails}", "attempts": 1},
         {"id": "last", "prompt": "echo last > last.txt", "needs": ["finished"], "checks": ["test ! -e broken"]},
     ]
-    run = small.start("run", str(small.configure(tasks, adapters={"sh": sh})), "--json")
+    run = small_disk.start("run", str(small_disk.configure(tasks, adapters={"sh": sh})), "--json")
     wait_for(lambda: (folder / "is-done").exists() and (folder / "is-there").exists())
-    fill(small)
+    fill(small_disk)
     (folder / "go").touch()
-    done = small.council("status", "--json")
+    done = small_disk.council("status", "--json")
     assert "landed" not in done.states.values(), done
     assert run.poll() is None
     with pytest.raises(subprocess.TimeoutExpired):
         run.wait(3)
-    filler(small).unlink()
+    filler(small_disk).unlink()
     stdout, stderr = run.communicate(timeout=60)
     assert run.returncode == 0, (stdout, stderr)
     assert "Traceback" not in stderr
-    assert (small.top / "finished.txt").read_text() == "done\n"
-    assert (small.top / "big.txt").stat().st_size == 100_000
-    ended = small.council("status", "--json")
+    assert (small_disk.top / "finished.txt").read_text() == "done\n"
+    assert (small_disk.top / "big.txt").stat().st_size == 100_000
+    ended = small_disk.council("status", "--json")
     assert set(ended.states.values()) == {"landed"}
-    await small.assert_invariants()
+    await small_disk.assert_invariants()
 
 
 @pytest.mark.extended
-async def test_landing_on_a_full_disk_leaves_the_checkout_unchanged(small: Repository) -> None:
+async def test_landing_on_a_full_disk_leaves_the_checkout_unchanged(small_disk: Repository) -> None:
     """Of three files one fits, one is cut short and one is empty: all are removed, and land when there is space."""
     names, size, room = ("a.bin", "b.bin", "c.bin"), 4 << 20, 6 << 20
-    flag = small.spawns.parent / "fill"
-    hook = small.top / ".git/hooks/pre-receive"
+    flag = small_disk.spawns.parent / "fill"
+    hook = small_disk.top / ".git/hooks/pre-receive"
     hook.parent.mkdir(exist_ok=True)
     free = "$(stat -f -c '%a * %S' .)"
-    fills = f"head -c $(({free} - {room})) /dev/zero >> {filler(small)}"
+    fills = f"head -c $(({free} - {room})) /dev/zero >> {filler(small_disk)}"
     # The session's files take space until its worktree is clean again.
-    cleaned = f"while [ -e {small.environ['COUNCIL_HOME']}/*/slots/1/tree/a.bin ]; do sleep 0.05; done"
-    hook.write_text(f"#!/bin/sh\n[ -e {flag} ] || exit 0\n{cleaned}\n[ -e {filler(small)} ] || {fills}\n")
+    cleaned = f"while [ -e {small_disk.environ['COUNCIL_HOME']}/*/slots/1/tree/a.bin ]; do sleep 0.05; done"
+    hook.write_text(f"#!/bin/sh\n[ -e {flag} ] || exit 0\n{cleaned}\n[ -e {filler(small_disk)} ] || {fills}\n")
     hook.chmod(0o755)
-    small.remember()
+    small_disk.remember()
     flag.touch()
     writes = "; ".join(f"yes text | head -c {size} > {name}" for name in names)  # git turns zeros into holes
-    path = small.configure([{"id": "t", "prompt": writes}], adapters={"sh": SHELL_ADAPTER})
-    ended = small.council("run", str(path), "--json")
+    path = small_disk.configure([{"id": "t", "prompt": writes}], adapters={"sh": SHELL_ADAPTER})
+    ended = small_disk.council("run", str(path), "--json")
     assert (ended.code, ended.states) == (1, {"t": "queued"}), ended
-    assert small.git("status", "--porcelain") == ""
+    assert small_disk.git("status", "--porcelain") == ""
     flag.unlink()
-    filler(small).unlink()
-    again = small.council("resume", "--json")
+    filler(small_disk).unlink()
+    again = small_disk.council("resume", "--json")
     assert (again.code, again.states) == (0, {"t": "landed"}), again
-    assert [(small.top / name).stat().st_size for name in names] == [size] * 3
-    await small.assert_invariants()
+    assert [(small_disk.top / name).stat().st_size for name in names] == [size] * 3
+    await small_disk.assert_invariants()
 
 
-async def test_landing_without_room_for_the_index_lock_leaves_no_lock(small: Repository, tmp_path: Path) -> None:
+async def test_landing_without_room_for_the_index_lock_leaves_no_lock(small_disk: Repository, tmp_path: Path) -> None:
     """The disk fills up right before the checkout is updated; the landing is made once there is space."""
-    landing = await Landing.prepare(small, tmp_path)
-    hook = small.top / ".git/hooks/pre-receive"
+    landing = await Landing.prepare(small_disk, tmp_path)
+    hook = small_disk.top / ".git/hooks/pre-receive"
     hook.parent.mkdir(exist_ok=True)
-    hook.write_text(f"#!/bin/sh\ncat /dev/zero >{filler(small)}\nexit 0\n")
+    hook.write_text(f"#!/bin/sh\ncat /dev/zero >{filler(small_disk)}\nexit 0\n")
     hook.chmod(0o755)
     async with hold_permit(landing.source, "main") as permit:
         refused = await landing.target.move(permit, [landing.merge])
         assert isinstance(refused, DeferredLanding), refused
         assert not landing.lock.exists()
         hook.unlink()
-        filler(small).unlink()
+        filler(small_disk).unlink()
     await landing.finish()
-    landing.judge({}, {})
+    landing.check({}, {})
 
 
-async def test_run_waiting_for_room_ends_at_a_signal(small: Repository) -> None:
+async def test_run_waiting_for_room_ends_at_a_signal(small_disk: Repository) -> None:
     """One is enough: `resume` does the rest."""
-    run = small.start("run", str(small.configure([{"id": "t", "prompt": "hang"}])))
-    wait_for(small.spawns.exists)
-    fill(small)
+    run = small_disk.start("run", str(small_disk.configure([{"id": "t", "prompt": "hang"}])))
+    wait_for(small_disk.spawns.exists)
+    fill(small_disk)
     for _ in range(50):  # until the log's last page is full, too
-        if small.council("checkpoint", "create").code:
+        if small_disk.council("checkpoint", "create").code:
             break
     run.send_signal(signal.SIGTERM)
     stdout, stderr = run.communicate(timeout=60)
     assert run.returncode in {1, 130}, (stdout, stderr)
     assert "Traceback" not in stderr
-    filler(small).unlink()
-    assert small.council("cancel", "t").code == 0
-    await small.assert_invariants()
+    filler(small_disk).unlink()
+    assert small_disk.council("cancel", "t").code == 0
+    await small_disk.assert_invariants()
 
 
 @pytest.mark.extended_but_first
@@ -163,25 +163,27 @@ async def test_run_waiting_for_room_ends_at_a_signal(small: Repository) -> None:
     ],
     ids=lambda command: command[0],
 )
-async def test_command_on_a_full_disk_ends_with_one_line_and_exit_code_1(small: Repository, command: list[str]) -> None:
+async def test_command_on_a_full_disk_ends_with_one_line_and_exit_code_1(
+    small_disk: Repository, command: list[str]
+) -> None:
     """It names the disk and the fix; with space the same command succeeds."""
-    config = small.configure([{"id": "one", "prompt": "hang"}, {"id": "two", "prompt": "hang"}])
-    shutil.copy(config, small.top / "council.yaml")
-    run = small.start("run", str(config))
-    wait_for(small.spawns.exists)
+    config = small_disk.configure([{"id": "one", "prompt": "hang"}, {"id": "two", "prompt": "hang"}])
+    shutil.copy(config, small_disk.top / "council.yaml")
+    run = small_disk.start("run", str(config))
+    wait_for(small_disk.spawns.exists)
     run.send_signal(signal.SIGINT)
     run.communicate(timeout=30)
-    fill(small)
+    fill(small_disk)
     for _ in range(50):  # until the log's last page is full, too
-        if small.council("checkpoint", "create").code:
+        if small_disk.council("checkpoint", "create").code:
             break
-    ended = small.council(*command)
+    ended = small_disk.council(*command)
     assert ended.code == 1, ended
     assert len(ended.stderr.splitlines()) == 1, ended
     assert os.strerror(errno.ENOSPC).lower() in ended.stderr.lower()
     assert "free some space" in ended.stderr
-    filler(small).unlink()
+    filler(small_disk).unlink()
     if command[0] == "run":
         return
-    again = small.council(*command)
+    again = small_disk.council(*command)
     assert again.code == 0, again

@@ -108,7 +108,6 @@ async def test_sandboxed_program_writes_its_own_handoff_only(tmp_path: Path, kin
     ids=range(7),
 )
 async def test_handoff_that_is_no_object_is_reported(worktree: Worktree, data: bytes, why: str) -> None:
-    """With the reason and the fix."""
     worktree.handoff_file.write_bytes(data)
     found = await read_handoff(worktree)
     assert isinstance(found, MalformedHandoff)
@@ -117,7 +116,6 @@ async def test_handoff_that_is_no_object_is_reported(worktree: Worktree, data: b
 
 
 async def test_largest_handoff_is_read(worktree: Worktree) -> None:
-    """To its last byte."""
     data = {"a": "x" * (MAX_HANDOFF_BYTES - len('{"a": ""}'))}
     worktree.handoff_file.write_text(json.dumps(data))
     assert worktree.handoff_file.stat().st_size == MAX_HANDOFF_BYTES

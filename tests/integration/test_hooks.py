@@ -123,7 +123,6 @@ async def test_failed_command_has_its_output(checkout: HookCheckout) -> None:
 
 
 async def test_command_leaves_no_process(checkout: HookCheckout) -> None:
-    """Background processes end with it."""
     assert await checkout.shell.run(checkout.command("sleep 600 & echo started")) == CommandSucceeded()
     assert not child_processes()
     assert not [one for one in psutil.process_iter(["cwd"]) if one.info["cwd"] == str(checkout.tree)]

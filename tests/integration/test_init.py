@@ -333,6 +333,5 @@ def test_missing_programs_are_commented_out(repository: Repository, fakes: FakeP
 
 
 def test_uncommitted_files_are_ignored(repository: Repository, fakes: FakePrograms) -> None:
-    """Sessions would not see them."""
     (repository.top / "Makefile").write_text("test:\n")
     assert init(repository)["checks"] == []

@@ -121,7 +121,7 @@ class Landing:
                     settled = await self.target.move(permit, [settled])
         assert isinstance(settled, Landed | NothingToLand), settled
 
-    def judge(self, theirs: Mapping[str, str | None], uncommitted: Mapping[str, str]) -> None:
+    def check(self, theirs: Mapping[str, str | None], uncommitted: Mapping[str, str]) -> None:
         """Check that all landed, that the user's changes are intact, and that nothing is left over.
 
         `uncommitted` are the user's lines of `git status`, by path.
@@ -285,7 +285,7 @@ async def test_changes_of_the_user_after_a_killed_push_are_kept(
     STAGES[stage](landing)
     theirs, uncommitted = act(landing)
     await landing.finish()
-    landing.judge(theirs, uncommitted)
+    landing.check(theirs, uncommitted)
 
 
 @pytest.mark.extended_but_first
@@ -299,7 +299,7 @@ async def test_commits_of_the_user_before_a_push_writes_are_kept(
     theirs, uncommitted = act(landing)
     STAGES[stage](landing)
     await landing.finish()
-    landing.judge(theirs, uncommitted)
+    landing.check(theirs, uncommitted)
 
 
 #: A git that runs something before or after the command by which a push updates a checkout.
@@ -332,7 +332,7 @@ async def test_lock_of_a_killed_push_is_removed_while_the_user_works(repository:
         ends.start()
         await landing.finish()
         ends.join()
-    landing.judge({}, {})
+    landing.check({}, {})
 
 
 async def test_commit_after_switching_to_the_target_during_a_push_is_kept(
@@ -355,7 +355,7 @@ git -c user.name=user -c user.email=user commit --quiet --message user
     assert repository.git("log", "-1", "--format=%s") == "user"
     assert repository.git("status", "--porcelain") == ""
     await landing.finish()
-    landing.judge({"user.txt": "user\n"}, {})
+    landing.check({"user.txt": "user\n"}, {})
 
 
 #: A git that completes a user's commit during the undo of a push, after it read the index: `git commit` does so after
@@ -400,7 +400,7 @@ async def test_commit_during_the_undo_of_a_rejected_push_is_not_reverted(
     assert repository.git("log", "-1", "--format=%s") == "user"
     assert repository.git("status", "--porcelain") == ""
     await landing.finish()
-    landing.judge({}, {})
+    landing.check({}, {})
 
 
 async def test_rejected_push_is_undone_before_the_next(repository: Repository, tmp_path: Path) -> None:
@@ -425,7 +425,7 @@ async def test_rejected_push_is_undone_before_the_next(repository: Repository, t
         again = await landing.target.prepare(permit, "run/one", work, landing.old, None, [landing.merge.new])
         assert isinstance(again, PreparedMerge)
         assert isinstance(await landing.target.move(permit, [again]), Landed)
-    landing.judge({}, {})
+    landing.check({}, {})
 
 
 @pytest.mark.extended
@@ -470,7 +470,7 @@ async def test_landing_with_a_running_push_stays_interrupted(
             staged(landing)
         assert await landing.target.find_obstacle(landing.merge) is None
     await landing.finish()
-    landing.judge({}, {})
+    landing.check({}, {})
 
 
 @pytest.mark.extended_but_first
@@ -501,7 +501,7 @@ async def test_change_of_the_user_during_a_checkout_update_is_rejected(
     assert (tmp_path / "refused").exists()
     del environ["GIT_EXEC_PATH"]
     await landing.finish()
-    landing.judge({}, {})
+    landing.check({}, {})
     assert not list((repository.top / ".git").glob("index.*"))
 
 
@@ -534,7 +534,7 @@ async def test_leaving_the_target_during_a_push_takes_nothing_along(
     if act.startswith("switch"):
         await landing.finish()
         repository.git("switch", "--quiet", "main")
-        landing.judge({}, {})
+        landing.check({}, {})
 
 
 @pytest.mark.parametrize("name", ["update", "pre-receive"])
@@ -551,7 +551,7 @@ async def test_switching_to_the_target_during_a_push_gets_the_landing(
     async with hold_permit(landing.source, "main") as permit:
         moved = await landing.target.move(permit, [landing.merge])
     assert isinstance(moved, Landed)
-    landing.judge({}, {})
+    landing.check({}, {})
 
 
 @pytest.mark.parametrize("stage", ["index", "undo"])
@@ -564,7 +564,7 @@ async def test_killed_push_is_settled_after_the_clock_was_set_back(
     STAGES[stage](landing)
     landing.lock.write_text(lock_marker("main"))
     await landing.finish(ago=-3600)
-    landing.judge({}, {})
+    landing.check({}, {})
 
 
 @pytest.mark.extended_but_first
@@ -593,7 +593,7 @@ async def test_removing_the_lock_of_a_killed_push_and_leaving_takes_nothing_alon
     await landing.finish()
     repository.git("stash")
     repository.git("switch", "--quiet", "main")
-    landing.judge({}, {})
+    landing.check({}, {})
 
 
 @pytest.mark.extended
@@ -644,7 +644,7 @@ async def test_foreign_lock_that_rejects_a_push_is_kept(repository: Repository, 
     assert landing.lock.exists()
     landing.lock.unlink()
     await landing.finish()
-    landing.judge({}, {})
+    landing.check({}, {})
 
 
 async def test_lock_on_the_head_of_a_bare_repository_is_removed(repository: Repository, tmp_path: Path) -> None:
@@ -685,7 +685,7 @@ async def test_slow_push_is_reported(
     pushing, waiting = caplog.messages
     assert pushing == "waiting for a push to the target of this process, which a hook of the repository may delay"
     assert waiting.startswith(f"waiting for a push to the target of process {os.getpid()} (alive, since ")
-    landing.judge({}, {})
+    landing.check({}, {})
 
 
 @pytest.mark.extended_but_first
@@ -730,7 +730,7 @@ async def test_pushes_killed_at_random_moments_are_recovered(repository: Reposit
         commit_only(landing)
     await landing.finish()
     kept: dict[str, str | None] = {} if are_done else {"kept.txt": "changed\n"}
-    landing.judge({"user.txt": "user\n", **kept}, {})
+    landing.check({"user.txt": "user\n", **kept}, {})
 
 
 @pytest.mark.extended_but_first

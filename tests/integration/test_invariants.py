@@ -30,16 +30,16 @@ def worktree_of_a_check(repository: Repository, run: str, house: Path) -> None:
     (house / "sessions" / run / "t.1.check").mkdir(parents=True)
 
 
-def place_of_nobody(repository: Repository, run: str, house: Path) -> None:
+def slot_without_owner(repository: Repository, run: str, house: Path) -> None:
     """Leave a worktree slot without an owner, and with unknown content."""
     next(house.glob("slots/*/record.json")).unlink()
 
 
-def place_of_another_session(repository: Repository, run: str, house: Path) -> None:
+def slot_of_another_session(repository: Repository, run: str, house: Path) -> None:
     """Leave a session that names another slot than the slot that names it."""
     session = house / "sessions" / "another" / "t.1"
     session.mkdir(parents=True)
-    place_of_nobody(repository, run, house)
+    slot_without_owner(repository, run, house)
     for user in house.glob("slots/*/user"):
         user.write_text(str(session))
 
@@ -56,15 +56,14 @@ def half_deleted(repository: Repository, run: str, house: Path) -> None:
         (in_a_log, 14),
         (in_a_commit, 14),
         (worktree_of_a_check, 10),
-        (place_of_nobody, 10),
-        (place_of_another_session, 10),
+        (slot_without_owner, 10),
+        (slot_of_another_session, 10),
         (half_deleted, 10),
     ],
 )
 async def test_violation_is_named(
     repository: Repository, act: Callable[[Repository, str, Path], None], number: int
 ) -> None:
-    """By the number of the violated invariant."""
     ended = repository.council("run", str(repository.configure([{"id": "t", "prompt": "write t.txt x"}])), "--json")
     await repository.assert_invariants(canaries=[CANARY])
     act(repository, ended.result["run"], Path(ended.result["repository"]).parent)

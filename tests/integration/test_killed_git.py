@@ -57,7 +57,6 @@ async def test_each_git_command_of_a_run_may_be_killed(repository: Repository, f
 @pytest.mark.parametrize("failpoint", ["git.started", "git.ended"])
 @pytest.mark.parametrize("number", [2, 8, 13, 24, 35])
 async def test_git_command_of_a_run_may_be_killed(repository: Repository, number: int, failpoint: str) -> None:
-    """The short form of the above."""
     await run_killing(repository, number, failpoint)
 
 
