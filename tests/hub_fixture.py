@@ -42,13 +42,13 @@ class HubFixture:
         self,
         care: SlotOptions | None = None,
         *,
-        places: int = 16,
+        slots: int = 16,
         size: int | None = None,
         warm: int = 0,
         warm_checks: int = 0,
     ) -> AsyncIterator[SlotPool]:
         """Open a pool for the body."""
-        limits, clock = PoolLimits(places, size), SystemClock()
+        limits, clock = PoolLimits(slots, size), SystemClock()
         opened = SlotPool.open(
             self.git, self.hub, clock, limits, care or SlotOptions(), warm=warm, warm_checks=warm_checks
         )

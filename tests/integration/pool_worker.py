@@ -39,7 +39,7 @@ async def _session(hub_fixture: HubFixture, pool: SlotPool, commit: str, name: s
 
 async def main(*arguments: str) -> None:
     """Acquire and release slots, then print the totals."""
-    top, home, count, takers, seed, places = arguments
+    top, home, count, takers, seed, slots = arguments
     hub_fixture = await HubFixture.of(Path(top), Path(home), os.environ)
     commits = [await hub_fixture.fetch(branch) for branch in ("main", "other")]
     names = iter(f"{seed}-{os.getpid()}-{number}" for number in range(int(count)))
@@ -51,7 +51,7 @@ async def main(*arguments: str) -> None:
             await _session(hub_fixture, pool, chance.choice(commits), name, chance)
             memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
-    async with hub_fixture.open(places=int(places), warm=int(places) // 2) as pool, anyio.create_task_group() as group:
+    async with hub_fixture.open(slots=int(slots), warm=int(slots) // 2) as pool, anyio.create_task_group() as group:
         for number in range(int(takers)):
             group.start_soon(taker, pool, number)
     sys.stdout.write(f"{len(memory)} {memory[len(memory) // 2]} {memory[-1]}\n")

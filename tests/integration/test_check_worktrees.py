@@ -260,7 +260,7 @@ class TestPool:
         commit = await yard.fetch()
         found: dict[str, set[Path]] = {"session": set(), "check": set()}
         for _ in range(2):
-            async with yard.open(places=places, warm=1, warm_checks=1) as pool:
+            async with yard.open(slots=places, warm=1, warm_checks=1) as pool:
                 for _ in range(3):
                     found["session"].add(await self.session(yard, pool, commit))
                     found["check"].add(await self.check(yard, pool, commit))
@@ -273,7 +273,7 @@ class TestPool:
     ) -> None:
         """With capacity for one slot they take turns, each in a new one."""
         commit = await yard.fetch()
-        async with yard.open(places=places, size=size and await self.size(yard, commit)) as pool:
+        async with yard.open(slots=places, size=size and await self.size(yard, commit)) as pool:
             for _ in range(2):
                 await self.session(yard, pool, commit)
                 assert await self.kinds(yard, pool) == [False]
@@ -284,7 +284,7 @@ class TestPool:
     async def test_check_never_waits_for_a_session(self, yard: HubFixture, places: int, size: int | None) -> None:
         """Even if there is no capacity for another slot: the session may be waiting for the check."""
         commit = await yard.fetch()
-        async with yard.open(places=places, size=size and await self.size(yard, commit)) as pool:
+        async with yard.open(slots=places, size=size and await self.size(yard, commit)) as pool:
             worktree, checkout = await yard.begin(pool, "t", commit)
             assert await self.check(yard, pool, commit) != checkout.slot.tree
             assert checkout.slot.tree.is_dir()
@@ -293,7 +293,7 @@ class TestPool:
     @staticmethod
     async def size(yard: HubFixture, commit: str) -> int:
         """Return the size of a slot in bytes."""
-        async with yard.open(places=1, size=1_000_000_000) as pool:
+        async with yard.open(slots=1, size=1_000_000_000) as pool:
             await TestPool.session(yard, pool, commit)
         (slot,) = list_slots(yard.hub)
         record = read_record(slot)

@@ -87,9 +87,9 @@ async def idle(pool: SlotPool, count: int) -> None:
 
 async def assert_no_leaks(hub_fixture: HubFixture) -> None:
     """Every slot is clean or in use by a live session; nothing waits for deletion, and no lock is held."""
-    for place in list_slots(hub_fixture.hub):
-        assert read_record(place) is not None or read_slot_session(place) is not None, place
-        assert not await place.lock.is_held(), place
+    for slot in list_slots(hub_fixture.hub):
+        assert read_record(slot) is not None or read_slot_session(slot) is not None, slot
+        assert not await slot.lock.is_held(), slot
     assert not list(hub_fixture.hub.trash.iterdir())
 
 
@@ -161,7 +161,7 @@ async def test_slot_keeps_its_path_and_moves_to_a_commit(hub_fixture: HubFixture
     """One slot serves both branches in turn, as git checks them out, whatever the session did before."""
     commits = {branch: await hub_fixture.fetch(branch) for branch in ("main", "other")}
     expected = {branch: await checked_out_by_git(hub_fixture, branch, tmp_path / branch) for branch in commits}
-    async with hub_fixture.open(places=1) as pool:
+    async with hub_fixture.open(slots=1) as pool:
         for number, branch in enumerate(("main", "other", "other", "main", "other")):
             worktree, checkout = await hub_fixture.begin(pool, f"task{number}", commits[branch])
             assert checkout.slot.number == 1
@@ -179,7 +179,7 @@ async def test_number_of_slots_is_limited(hub_fixture: HubFixture) -> None:
     """Waiters continue as soon as a slot is released, and waiting costs almost nothing."""
     commit = await hub_fixture.fetch()
     out, most = 0, 0
-    async with hub_fixture.open(places=2) as pool:
+    async with hub_fixture.open(slots=2) as pool:
 
         async def session(name: str) -> None:
             nonlocal out, most
@@ -208,7 +208,7 @@ async def test_waiting_does_not_spin(hub_fixture: HubFixture, monkeypatch: pytes
         looks += 1
         return await counted(pool)
 
-    async with hub_fixture.open(places=1) as pool:
+    async with hub_fixture.open(slots=1) as pool:
         one = await hub_fixture.begin(pool, "first", commit)
         monkeypatch.setattr(SlotPool, "_measure_counted", count)
         with anyio.move_on_after(1.2) as waited:
@@ -235,7 +235,7 @@ async def test_bytes_are_limited(hub_fixture: HubFixture) -> None:
         assert waited.cancelled_caught
         for one in began:
             await hub_fixture.end(pool, *one)
-    assert [record.bytes >> 20 for place in list_slots(hub_fixture.hub) if (record := read_record(place))] == [1, 1]
+    assert [record.bytes >> 20 for slot in list_slots(hub_fixture.hub) if (record := read_record(slot))] == [1, 1]
     async with hub_fixture.open(replace(care, sparse=("src",)), size=5 << 19) as pool:
         with anyio.fail_after(30):
             await hub_fixture.end(pool, *await hub_fixture.begin(pool, "task", commit))
@@ -244,7 +244,7 @@ async def test_bytes_are_limited(hub_fixture: HubFixture) -> None:
 
 
 async def test_impossible_limit_is_reported(hub_fixture: HubFixture) -> None:
-    async with hub_fixture.open(places=0) as pool:
+    async with hub_fixture.open(slots=0) as pool:
         with anyio.fail_after(30), pytest.raises(RefusedError):
             await hub_fixture.begin(pool, "task", await hub_fixture.fetch())
 
@@ -279,7 +279,7 @@ async def test_files_no_longer_ignored_are_removed(hub_fixture: HubFixture, repo
     main = await hub_fixture.fetch()
     repository.commit({".gitignore": "*.o\n"}, "no cache")
     newer = await hub_fixture.fetch()
-    async with hub_fixture.open(SlotOptions(keep=KeepRules((("cache", ""),))), places=1) as pool:
+    async with hub_fixture.open(SlotOptions(keep=KeepRules((("cache", ""),))), slots=1) as pool:
         for name, commit, is_there in (("a", main, False), ("b", main, True), ("c", newer, False)):
             worktree, checkout = await hub_fixture.begin(pool, name, commit)
             assert (worktree.tree / "cache").exists() is is_there
@@ -292,7 +292,7 @@ async def test_files_no_longer_ignored_are_removed(hub_fixture: HubFixture, repo
 async def test_kept_files_of_an_adapter_are_its_own(hub_fixture: HubFixture) -> None:
     """Sessions of other adapters and checks do not see them; files kept for all are shared."""
     commit = await hub_fixture.fetch()
-    async with hub_fixture.open(SlotOptions(keep=KeepRules((("one.o", "one"), ("cache", "")))), places=1) as pool:
+    async with hub_fixture.open(SlotOptions(keep=KeepRules((("one.o", "one"), ("cache", "")))), slots=1) as pool:
         seen = list[tuple[bool, bool]]()
         for name in ("one", "one", "two", "one", ""):
             worktree, checkout = await hub_fixture.begin(pool, f"task{len(seen)}", commit, name)
@@ -318,7 +318,7 @@ async def test_setup_files_stay_or_the_slot_is_discarded(hub_fixture: HubFixture
         (checkout.slot.tree / "plain.txt").write_text("whole\n")
         return ("made",)
 
-    async with hub_fixture.open(SlotOptions(set_up=furnish), places=1) as pool:
+    async with hub_fixture.open(SlotOptions(set_up=furnish), slots=1) as pool:
         for number, (edit, count) in enumerate(
             ((None, 1), ("README.md", 1), ("setup.o", 1), ("plain.txt", 2), (None, 3))
         ):
@@ -365,7 +365,7 @@ async def test_file_system_without_change_times_is_handled(
                 patch.setattr(TreeSnapshot, "capture", classmethod(lambda cls, *_: None))
             else:
                 patch.setattr(pool_module, name, value)
-            async with hub_fixture.open(SlotOptions(set_up=furnish), places=2) as pool:
+            async with hub_fixture.open(SlotOptions(set_up=furnish), slots=2) as pool:
                 for number in range(3):
                     with anyio.fail_after(30):
                         worktree, checkout = await hub_fixture.begin(pool, f"{name}{number}", commit)
@@ -386,7 +386,7 @@ async def test_acquisition_may_be_cancelled(hub_fixture: HubFixture, monkeypatch
         await anyio.sleep(30)
         raise AssertionError("it was to be cancelled")
 
-    async with hub_fixture.open(places=1) as pool:
+    async with hub_fixture.open(slots=1) as pool:
         one = await hub_fixture.begin(pool, "first", main)
         with anyio.move_on_after(0.1):
             await hub_fixture.begin(pool, "waits", main)
@@ -408,7 +408,7 @@ async def test_acquisition_may_be_cancelled(hub_fixture: HubFixture, monkeypatch
 async def test_takers_cancelled_at_any_moment_lose_nothing(hub_fixture: HubFixture, seed: int) -> None:
     """Some of many takers give up at a random point; the others continue."""
     commits, chance = [await hub_fixture.fetch(), await hub_fixture.fetch("other")], random.Random(seed)
-    async with hub_fixture.open(places=3, warm=2) as pool:
+    async with hub_fixture.open(slots=3, warm=2) as pool:
 
         async def session(number: int) -> None:
             with anyio.move_on_after(chance.random() * 0.3 if number % 2 else None):
@@ -436,11 +436,11 @@ async def test_next_pool_continues_with_the_slots(hub_fixture: HubFixture) -> No
     async with hub_fixture.open(warm=3) as pool:
         pool.warm(commit)
         await idle(pool, 3)
-    for place in list_slots(hub_fixture.hub):
-        (place.root / "mark").touch()
+    for slot in list_slots(hub_fixture.hub):
+        (slot.root / "mark").touch()
     (WorktreeSlot(hub_fixture.hub, 2).tree / "README.md").write_text("changed in between\n")
     again, began = {}, []
-    async with hub_fixture.open(places=3, warm=3) as pool:
+    async with hub_fixture.open(slots=3, warm=3) as pool:
         for number in range(3):
             worktree, checkout = await hub_fixture.begin(pool, f"task{number}", commit)
             assert (worktree.tree / "README.md").read_text() == "# Project\n"
@@ -461,11 +461,11 @@ async def test_damaged_slots_are_not_used(hub_fixture: HubFixture, damage: str) 
     async with hub_fixture.open(warm=1) as pool:
         pool.warm(commit)
         await idle(pool, 1)
-    place = WorktreeSlot(hub_fixture.hub, 1)
+    slot = WorktreeSlot(hub_fixture.hub, 1)
     if damage == "tree":
-        shutil.rmtree(place.tree)
+        shutil.rmtree(slot.tree)
     else:
-        path = place.root / damage
+        path = slot.root / damage
         path.write_bytes(path.read_bytes()[:-20])
     async with hub_fixture.open(warm=1) as pool:
         worktree, checkout = await hub_fixture.begin(pool, "task", commit)
@@ -477,15 +477,15 @@ async def test_damaged_slots_are_not_used(hub_fixture: HubFixture, damage: str) 
 async def test_preserved_session_keeps_its_slot(hub_fixture: HubFixture) -> None:
     """It does not count, no pool touches it, and removing the session removes the slot, too."""
     commit = await hub_fixture.fetch()
-    async with hub_fixture.open(places=1) as pool:
+    async with hub_fixture.open(slots=1) as pool:
         worktree, checkout = await hub_fixture.begin(pool, "kept", commit)
         (worktree.tree / "work.txt").write_text("work\n")
         await pool.detach(checkout)
-    async with hub_fixture.open(places=1, warm=1) as pool:
+    async with hub_fixture.open(slots=1, warm=1) as pool:
         await hub_fixture.end(pool, *await hub_fixture.begin(pool, "next", commit))
     assert (worktree.tree / "work.txt").read_text() == "work\n"
     await worktrees.remove_worktree(worktree)
-    assert [place.number for place in list_slots(hub_fixture.hub)] == [2]
+    assert [slot.number for slot in list_slots(hub_fixture.hub)] == [2]
     async with hub_fixture.open():
         pass
     await assert_no_leaks(hub_fixture)
@@ -494,7 +494,7 @@ async def test_preserved_session_keeps_its_slot(hub_fixture: HubFixture) -> None
 async def test_two_pools_of_one_hub_share_the_limits(hub_fixture: HubFixture) -> None:
     """Neither touches the slots of the other, idle or in use; unused capacity of one is available to the other."""
     commit = await hub_fixture.fetch()
-    async with hub_fixture.open(places=3, warm=2) as one, hub_fixture.open(places=3, warm=2) as two:
+    async with hub_fixture.open(slots=3, warm=2) as one, hub_fixture.open(slots=3, warm=2) as two:
         one.warm(commit)
         await idle(one, 2)
         first = await hub_fixture.begin(one, "first", commit)
@@ -507,7 +507,7 @@ async def test_two_pools_of_one_hub_share_the_limits(hub_fixture: HubFixture) ->
         await hub_fixture.end(two, *second)
     assert len(list_slots(hub_fixture.hub)) == 3
     await assert_no_leaks(hub_fixture)
-    async with hub_fixture.open(places=1) as pool:
+    async with hub_fixture.open(slots=1) as pool:
         await hub_fixture.end(pool, *await hub_fixture.begin(pool, "last", commit))
     assert len(list_slots(hub_fixture.hub)) == 1
     await assert_no_leaks(hub_fixture)
@@ -543,7 +543,7 @@ def forget_sessions(hub_fixture: HubFixture) -> None:
 
 def wait_until_free(hub_fixture: HubFixture) -> None:
     """Wait for the commands of a killed process, which hold the slot locks until they end."""
-    wait_for(lambda: not any(anyio.run(place.lock.is_held) for place in list_slots(hub_fixture.hub)))
+    wait_for(lambda: not any(anyio.run(slot.lock.is_held) for slot in list_slots(hub_fixture.hub)))
 
 
 @pytest.mark.extended_but_first
@@ -563,8 +563,8 @@ async def test_slot_of_a_dead_process_is_reused(plain: HubFixture, repository: R
     sessions = {one.root: one.slot for one in worktrees.list_worktrees(plain.hub, "run1", None)}
     async with plain.open(warm=2) as pool:
         await plain.end(pool, *await plain.begin(pool, "after", await plain.fetch()))
-        for root, place in sessions.items():
-            assert place is None or read_slot_session(place) == root
+        for root, slot in sessions.items():
+            assert slot is None or read_slot_session(slot) == root
     await anyio.to_thread.run_sync(forget_sessions, plain)
     async with plain.open():
         pass

@@ -58,8 +58,8 @@ class Site:
 
     def worktree(self, task: str, number: int, attempt: int = 1) -> Worktree:
         """Create the folders of a session."""
-        place = WorktreeSlot(self.hub, number)
-        made = Worktree(self.hub, "run-1", task, attempt, held_slot=place)
+        slot = WorktreeSlot(self.hub, number)
+        made = Worktree(self.hub, "run-1", task, attempt, held_slot=slot)
         for folder in (made.git_dir, made.tree / "src", self.hub.objects):
             folder.mkdir(parents=True, exist_ok=True)
         (made.tree / ".git").write_text(f"gitdir: {made.git_dir}\n")

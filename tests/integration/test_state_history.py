@@ -236,9 +236,9 @@ async def test_reading_creates_no_store(project: Repository, tmp_path: Path) -> 
     """A mistyped folder is rejected by every command, and not created."""
     missing, file = tmp_path / "missing", project.top / "README"
     file.write_text("no store\n")
-    for place in (missing, file):
-        refused = project.council("state", "log", "--state", str(place), "--json")
-        assert (refused.code, refused.result["error"]) == (2, f"there is no state in {place}")
+    for location in (missing, file):
+        refused = project.council("state", "log", "--state", str(location), "--json")
+        assert (refused.code, refused.result["error"]) == (2, f"there is no state in {location}")
     project.environ["COUNCIL_STATE"] = str(missing)
     assert project.council("runs").code == 2
     assert not missing.exists()

@@ -93,9 +93,9 @@ def unpacked(path: Path) -> list[bytes]:
     return zstandard.ZstdDecompressor().decompressobj().decompress(path.read_bytes()).splitlines(keepends=True)
 
 
-def files(place: Path) -> set[str]:
+def files(location: Path) -> set[str]:
     """Return the names in a folder."""
-    return {path.name for path in place.iterdir()}
+    return {path.name for path in location.iterdir()}
 
 
 async def test_copy_there_and_back_is_equal(source: FileStore, tmp_path: Path, clock: ManualClock) -> None:
@@ -264,7 +264,7 @@ anyio.run(main)
 """
 
 
-def work(place: Path, failpoints: str = "", **limits: int) -> subprocess.CompletedProcess[bytes]:
+def work(location: Path, failpoints: str = "", **limits: int) -> subprocess.CompletedProcess[bytes]:
     """Copy `source` to `target` in a separate process."""
 
     def limit() -> None:
@@ -272,7 +272,7 @@ def work(place: Path, failpoints: str = "", **limits: int) -> subprocess.Complet
             resource.setrlimit(getattr(resource, name), (value, value))
 
     return subprocess.run(
-        [sys.executable, "-c", WORKER, str(place / "source"), str(place / "target")],
+        [sys.executable, "-c", WORKER, str(location / "source"), str(location / "target")],
         env={**os.environ, **({"COUNCIL_FAILPOINTS": failpoints} if failpoints else {})},
         capture_output=True,
         check=False,
@@ -383,9 +383,9 @@ async def test_truncated_file_is_rejected(exported: Path, tmp_path: Path, clock:
 async def test_file_with_a_flipped_bit_is_rejected(exported: Path, clock: ManualClock) -> None:
     """Any bit, except for the few without meaning: with one of those the content is unchanged."""
     whole, refusals = exported.read_bytes(), 0
-    for place in range(0, len(whole), 5):
+    for location in range(0, len(whole), 5):
         store, flipped = MemoryStore(clock), bytearray(whole)
-        flipped[place] ^= 1 << place % 8
+        flipped[location] ^= 1 << location % 8
         try:
             await import_from_stream("FILE", partial(io.BytesIO, bytes(flipped)), store)
         except RefusedError:
@@ -527,25 +527,25 @@ async def test_failed_export_leaves_nothing(source: FileStore, tmp_path: Path) -
 
     with pytest.raises(OSError, match="No space"):
         await export_to_stream(source, Full(), 0.0)
-    for place in (tmp_path / "none/file", tmp_path / "source/lock/file", tmp_path / ("long" * 100)):
+    for location in (tmp_path / "none/file", tmp_path / "source/lock/file", tmp_path / ("long" * 100)):
         with pytest.raises(RefusedError, match="name a file in an existing folder"):
-            await export_store(source, place)
+            await export_store(source, location)
     assert files(tmp_path) == {"source"}
 
 
 async def test_place_taken_meanwhile_is_not_overwritten(
     source: FileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = tmp_path / "file"
+    location = tmp_path / "file"
 
     async def export_and_lose(store: Store, stream: IO[bytes], time: float) -> CopyResult:
-        place.write_text("first")
+        location.write_text("first")
         return await export_to_stream(store, stream, time)
 
     monkeypatch.setattr("orchestrator.api.transfer.export_to_stream", export_and_lose)
     with pytest.raises(RefusedError, match="exists already"):
-        await export_store(source, place)
-    assert place.read_text() == "first"
+        await export_store(source, location)
+    assert location.read_text() == "first"
     assert files(tmp_path) == {"source", "file"}
 
 

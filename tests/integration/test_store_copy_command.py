@@ -41,9 +41,9 @@ async def test_state_is_copied_from_folder_to_file_to_folder(project: Repository
     copied = project.council("state", "copy", ".council/state", str(tmp_path / "copy"), "--json").result
     assert (copied["position"], copied["first"], copied["commits"], copied["documents"]) == (11, 0, 11, 9)
     assert (copied["packed_bytes"], copied["ratio"], copied["was_there"]) == (None, None, False)
-    place = (tmp_path / "copy").as_uri()
-    assert log_of(project, "--state", place) == log_of(project)
-    exported = project.council("state", "export", "file", "--state", place, "--json").result
+    url = (tmp_path / "copy").as_uri()
+    assert log_of(project, "--state", url) == log_of(project)
+    exported = project.council("state", "export", "file", "--state", url, "--json").result
     assert exported["bytes"] == copied["bytes"]
     assert exported["packed_bytes"] == (project.top / "file").stat().st_size
     assert exported["ratio"] == pytest.approx(exported["bytes"] / exported["packed_bytes"], abs=0.01)
@@ -184,8 +184,8 @@ async def test_active_run_can_be_copied(repository: Repository, tmp_path: Path) 
     copied = repository.council("state", "copy", ".council/state", str(tmp_path / "copy"), "--json").result
     assert repository.council("cancel", "a").code == 0
     child.communicate(timeout=60)
-    place = (tmp_path / "copy").as_uri()
-    reported = log_of(repository, "--state", place)
+    url = (tmp_path / "copy").as_uri()
+    reported = log_of(repository, "--state", url)
     assert len(reported.splitlines()) == copied["position"] > 0
     assert log_of(repository).startswith(reported)
     await repository.assert_invariants()

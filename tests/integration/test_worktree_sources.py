@@ -27,10 +27,10 @@ COPY = WorktreeSettings(copy=("secret",))
 LINK = WorktreeSettings(link=("deep/data",))
 
 
-async def find_rejection(repository: Repository, worktrees: WorktreeSettings, place: str = ".") -> str | None:
+async def find_rejection(repository: Repository, worktrees: WorktreeSettings, folder: str = ".") -> str | None:
     """Return the reason why a run with such worktrees is rejected, None if it is not."""
     environ = repository.environ
-    site = await find_run_repository(str(repository.top / place), is_url=False, environ=environ)
+    site = await find_run_repository(str(repository.top / folder), is_url=False, environ=environ)
     assert site.repository is not None
     base = BaseCommit("main", "refs/heads/main", Git(site.repository.git_dir, as_user=True, environ=environ))
     try:
