@@ -207,7 +207,7 @@ async def test_failure_has_its_class(bench: Bench, use: str) -> None:
         assert (task["status"], task["failure"]) == ("failed", failure), (prompt, task)
         assert expected in task["reason"], prompt
     if use == "acp":
-        assert "last words" in bench.output(ended), "what an agent says to its standard error is in the log"
+        assert "last words" in bench.output(ended), "the standard error of an agent is missing in the log"
 
 
 @pytest.mark.extended

@@ -127,7 +127,7 @@ async def write(repository: Repository, key: Key, change: Callable[[JsonObject |
         await store.commit(Commit([Write(key, 0 if found is None else found.version, value)]))
 
 
-#: The manual change, the violated rule, and its place.
+#: The manual change, the violated rule, and its location.
 BROKEN: Final[Sequence[tuple[str, Callable[[JsonObject | None], JsonObject | None], str, str]]] = (
     ("handoff/1", changed_handoff, "chain.digest", "handoff RUN/t/1"),
     ("handoff/1", lambda _: None, "outputs.missing", "task 't', phase 'plan', visit 1"),
@@ -141,7 +141,7 @@ BROKEN: Final[Sequence[tuple[str, Callable[[JsonObject | None], JsonObject | Non
 
 
 async def test_violation_is_found_and_named(repository: Repository) -> None:
-    """The rule, the place and the fix; after the change is undone there is no violation."""
+    """The rule, the location and the fix; after the change is undone there is no violation."""
     run = landed(repository)
     async with council_of(repository) as council:
         for name, change, rule, place in BROKEN:

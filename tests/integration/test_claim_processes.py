@@ -1,4 +1,4 @@
-"""Many processes claim from one queue in a file store: each task runs once, whoever is killed or stopped."""
+"""Many processes claim from one queue in a file store: each task runs once, whatever process is killed or stopped."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def mechanism(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         if wanted is Mechanism.BUBBLEWRAP:
             patched.setattr(landlock, "abi_version", lambda: 0)
         if confinement.best_mechanism.__wrapped__() is not wanted:
-            pytest.skip(f"there is no {wanted} here")
+            pytest.skip(f"{wanted} is not available on this machine")
     monkeypatch.setattr(confinement, "best_mechanism", lambda: wanted)
     return wanted
 

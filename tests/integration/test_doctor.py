@@ -269,7 +269,7 @@ def test_low_limit_of_open_files_is_reported(repository: Repository) -> None:
     assert found["open files"][0][2] == "raise it with `ulimit -n`"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="there is no sandbox elsewhere")
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no sandbox")
 def test_sandboxes_are_checked(repository: Repository, fakes: FakePrograms) -> None:
     """A broken bubblewrap is reported with its own error and the fix; `off` gets a warning."""
     (fakes.folder / "bwrap").unlink(missing_ok=True)

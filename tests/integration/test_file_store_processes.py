@@ -1,4 +1,4 @@
-"""Many processes on one file store: nothing lost or repeated, one order for all, whoever dies."""
+"""Many processes on one file store: nothing lost or repeated, one order for all, whatever process dies."""
 
 import fcntl
 import os
