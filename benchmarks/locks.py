@@ -53,12 +53,12 @@ def measure(*, quick: bool, folder: Path | None = None) -> list[BenchmarkRow]:
     times, rounds = (QUICK_TIMES, QUICK_ROUNDS) if quick else (TIMES, ROUNDS)
     # Not in shared memory: real locks are on the project's disk.
     with scratch_folder(folder or Path("/var/tmp")) as place:  # noqa: S108  a folder of our own is made there
-        beside: dict[str, tuple[Callable[[Path, int], Cost], float | None]] = {
+        baselines: dict[str, tuple[Callable[[Path, int], Cost], float | None]] = {
             "filelock": (partial(_by_entering, filelock.FileLock), 1.0),
             "portalocker": (partial(_by_entering, portalocker.Lock), None),
             "raw flock": (_by_flock, None),
         }
-        rows = [_row(name, place, by, limit, times, rounds) for name, (by, limit) in beside.items()]
+        rows = [_row(name, place, by, limit, times, rounds) for name, (by, limit) in baselines.items()]
         took = [anyio.run(_together, place / f"state{one}", times // 10) for one in range(rounds)]
         together = median([one.wall for one in took]) / (times // 10) * 1e6
         return [*rows, BenchmarkRow("own a path, lock its file, give both back", together, "µs", limit=TOGETHER_LIMIT)]
@@ -70,7 +70,7 @@ def _row(
     pairs = measure_pairs(lambda: anyio.run(_by_ours, place / "ours", times), lambda: by(place / name, times), rounds)
     ours, theirs = (median([pair[side].wall for pair in pairs]) / times * 1e6 for side in (0, 1))
     ratio = median([one.wall / other.wall for one, other in pairs])
-    what = f"lock a file and unlock it, beside {name}"
+    what = f"lock a file and unlock it, compared with {name}"
     return BenchmarkRow(what, ours, "µs", f"{name}: {theirs:.3g} µs", ratio, limit, is_ratio_limited=True)
 
 

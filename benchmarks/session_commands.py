@@ -45,8 +45,8 @@ _EDIT: Final = {"hook_event_name": "PreToolUse", "tool_name": "Write", "tool_inp
 
 class _FakeSessionService:
     async def answer(self, _session: SessionName, command: str, _arguments: JsonObject) -> JsonObject:
-        told = {"allowed": True, "owner": None, "since": None, "reason": None}
-        return told if command == "check_edit" else {"peers": []}
+        reported = {"allowed": True, "owner": None, "since": None, "reason": None}
+        return reported if command == "check_edit" else {"peers": []}
 
 
 def measure(*, quick: bool, folder: Path | None = None) -> list[BenchmarkRow]:

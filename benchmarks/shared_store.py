@@ -62,14 +62,14 @@ def measure_watching(place: Path, *, quick: bool) -> list[BenchmarkRow]:
         assert watcher.stdout  # noqa: S101  as asked for
         watcher.stdout.readline()
         anyio.run(_change, place, changes, idle)
-        told = json.loads(watcher.stdout.readline())
-    seen = [one * 1e3 for one in told["seen"]]
+        reported = json.loads(watcher.stdout.readline())
+    seen = [one * 1e3 for one in reported["seen"]]
     return [
         BenchmarkRow("a change seen by another process, half within", _percentile(seen, 0.5), "ms"),
         BenchmarkRow(
             "a change seen by another process, 99 of 100 within", _percentile(seen, 0.99), "ms", limit=SEEN_LIMIT
         ),
-        BenchmarkRow("a watcher at rest: processor", max(told["idle"], 1e-3), "%", limit=IDLE_LIMIT),
+        BenchmarkRow("a watcher at rest: processor", max(reported["idle"], 1e-3), "%", limit=IDLE_LIMIT),
     ]
 
 

@@ -74,11 +74,11 @@ def _status(place: Path, env: Mapping[str, str], rounds: int, tasks: int) -> lis
         rounds,
     )
     (log / "snapshot").unlink()
-    anew = measure_command([council_path(), "status"], env=env, cwd=top, code=INTERRUPTED)
+    restarted = measure_command([council_path(), "status"], env=env, cwd=top, code=INTERRUPTED)
     what = f"council status, {tasks:,} tasks"
     return [
         _row(what, pairs, "import click", limit=0.5),
-        BenchmarkRow(f"{what}, without a snapshot", anew.wall, "s"),
+        BenchmarkRow(f"{what}, without a snapshot", restarted.wall, "s"),
     ]
 
 

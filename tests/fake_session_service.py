@@ -55,8 +55,8 @@ class FakeSessionService:
                 return {"notes": [note]}
             case "ask":
                 stats = {"commits": 1, "files": 2, "added": 3, "removed": 4}
-                told = {"plan": "a plan", "diff": "+a line", "log": "said", "handoffs": [], "stats": stats}
-                return {"task": arguments["task"], "attempt": 1, "status": "working", **told}
+                reported = {"plan": "a plan", "diff": "+a line", "log": "said", "handoffs": [], "stats": stats}
+                return {"task": arguments["task"], "attempt": 1, "status": "working", **reported}
             case "share_put" | "share_get" | "share_wait" | "share_list":
                 return self._share(command, arguments)
             case "submit_handoff":
@@ -87,17 +87,17 @@ class FakeSessionService:
         if command == "share_put":
             self.shared[arguments["key"]] = arguments["value"]
             return {"key": arguments["key"], "version": len(self.shared)}
-        told = {"version": 1, "writer": None, "time": 1.0}
+        reported = {"version": 1, "writer": None, "time": 1.0}
         if command == "share_list":
-            return {"shared": [{"key": key, "size": 2, **told} for key in self.shared]}
+            return {"shared": [{"key": key, "size": 2, **reported} for key in self.shared]}
         key = arguments["key"]
-        return {"key": key, "value": self.shared[key], **told}
+        return {"key": key, "value": self.shared[key], **reported}
 
     def _peer(self, one: SessionName, me: SessionName) -> JsonObject:
         files = [path for path, owner in self.owners.items() if owner == one]
-        told = {"adapter": "fake", "status": "working", "file": None, "progress": None, "message": None}
+        reported = {"adapter": "fake", "status": "working", "file": None, "progress": None, "message": None}
         more = {"blocked_on": None, "files": files, "updated": 1.0, "is_me": one == me}
-        return {**one._asdict(), **told, **more}
+        return {**one._asdict(), **reported, **more}
 
 
 def use_in_runs(service: FakeSessionService, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -274,7 +274,7 @@ def _processes(hub: Hub, sessions: Path) -> list[str]:
         except OSError:
             continue
         if place.is_relative_to(hub.root) or any(one.startswith(marker) for one in environ.split(b"\0")):
-            broken.append(f"9: process {process.name} is at work in {place}")
+            broken.append(f"9: process {process.name} is running in {place}")
     return broken
 
 

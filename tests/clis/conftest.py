@@ -88,7 +88,7 @@ class Stage:
             started.kill()
         return CommandResult(started.returncode, stdout, stderr)
 
-    def tell(self, ended: CommandResult) -> str:
+    def diagnostics(self, ended: CommandResult) -> str:
         """Return the diagnostics of a failed run."""
         lines = [ended.stderr]
         for task in ended.result.get("tasks", [ended.result]):
@@ -171,7 +171,7 @@ def logged_out(repository: Repository, server: ModelServer, name: str, program: 
 
 
 @pytest.fixture
-def cut_off(repository: Repository, server: ModelServer, name: str, program: Program) -> Stage:
+def unreachable(repository: Repository, server: ModelServer, name: str, program: Program) -> Stage:
     """Return a stage with one CLI without a server."""
     made = Stage(repository, server, {name: program}, _NOWHERE)
     made.set_up()

@@ -36,7 +36,7 @@ async def test_concurrent_clis_land_all_their_tasks(repository: Repository, serv
     checks = {"checks": ["test -s README.md"], "timeout": "3m"}
     path = stage.configure(tasks, capacity=5, session_memory="64MiB", defaults=checks)
     ended = stage.end(repository.start("run", str(path), "--json"))
-    assert Counter(ended.states.values()) == {"landed": _TASKS}, stage.tell(ended)
+    assert Counter(ended.states.values()) == {"landed": _TASKS}, stage.diagnostics(ended)
     assert [len(task.attempts) for task in await stage.tasks()] == [1] * _TASKS
     written = {number: repository.git("show", f"main:out/{number}.txt") for number in range(_TASKS)}
     assert written == {number: str(number) for number in range(_TASKS)}

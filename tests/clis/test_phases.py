@@ -47,7 +47,7 @@ def run(stage: Stage, *, plan: str, review: str, mended: str = "") -> CommandRes
 async def test_handoff_of_an_answer_reaches_the_next_phase(stage: Stage, program: Program) -> None:
     """An invalid plan is repaired once, in the same conversation if possible."""
     ended = run(stage, plan=answer({"tasks": "all of it"}), mended=answer(PLAN), review=answer(REVIEW))
-    assert ended.states == {"task": "landed"}, stage.tell(ended)
+    assert ended.states == {"task": "landed"}, stage.diagnostics(ended)
     assert stage.repository.git("show", "main:hello.txt").startswith("MARMALADE")
     task = await stage.task()
     assert [(one.phase, one.outcome) for one in task.attempts] == [
@@ -70,7 +70,7 @@ async def test_handoff_by_a_tool_reaches_the_next_phase(stage: Stage, program: P
         pytest.skip("it uses no servers")
     calls = [f"call submit_handoff {json.dumps({'data': data})}" for data in ({"tasks": "all of it"}, PLAN, REVIEW)]
     ended = run(stage, plan="\n".join(calls[:2]), review=calls[2])
-    assert ended.states == {"task": "landed"}, stage.tell(ended)
+    assert ended.states == {"task": "landed"}, stage.diagnostics(ended)
     assert [one.phase for one in (await stage.task()).attempts] == ["plan", "build", "review"]
     assert_handed_over(stage, by="tool")
     await stage.assert_clean()

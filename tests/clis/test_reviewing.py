@@ -25,7 +25,7 @@ def prompt(review: str) -> str:
     return "Greet.\n" + "\n".join(f"told your result ({name})\n{part}" for name, part in parts.items())
 
 
-def told(stage: Stage) -> list[str]:
+def sent_texts(stage: Stage) -> list[str]:
     """Return everything sent to the model."""
     return [json.dumps(one.body) for one in stage.server.requests if one.dialect]
 
@@ -36,8 +36,8 @@ async def test_reviewer_reads_the_diff_and_runs_the_tests(stage: Stage, program:
         pytest.skip("it runs no commands")
     review = f"run git diff --no-ext-diff HEAD~1 -- hello.txt | tr A-Z a-z\nrun {TEST}"
     ended = stage.run(prompt(review), workflow="adw", attempts=1)
-    assert ended.states == {"task": "landed"}, stage.tell(ended)
-    sent = told(stage)
+    assert ended.states == {"task": "landed"}, stage.diagnostics(ended)
+    sent = sent_texts(stage)
     assert any("diff begins]" in one and "+MARMALADE" in one for one in sent)
     assert any("+marmalade" in one for one in sent), "the reviewer received no output of git"
     assert any("tests: 42 passed" in one for one in sent), "the reviewer received no output of the tests"
@@ -60,10 +60,10 @@ async def test_denied_tool_is_the_reason_for_no_change(stage: Stage, name: str) 
     finally:
         stage.programs[name].adapter["permission_mode"] = "bypassPermissions"  # type: ignore[index]
     (task,) = ended.result["tasks"]
-    assert task["failure"] == "no_change", stage.tell(ended)
-    told = "1 tool denied: Bash(python3 -c 'print(1)'): write `permission_mode: bypassPermissions`"
-    assert told in task["reason"]
+    assert task["failure"] == "no_change", stage.diagnostics(ended)
+    reported = "1 tool denied: Bash(python3 -c 'print(1)'): write `permission_mode: bypassPermissions`"
+    assert reported in task["reason"]
     (event,) = [line for line in ended.lines if line.get("event") == "task.tools_denied"]
     assert (event["count"], event["tools"]) == (1, ["Bash(python3 -c 'print(1)')"])
-    assert told in stage.repository.council("show", "task").stdout
+    assert reported in stage.repository.council("show", "task").stdout
     await stage.assert_clean()

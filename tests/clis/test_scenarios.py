@@ -26,7 +26,7 @@ _DIALECTS: Final = {
 
 async def test_edit_lands_with_its_token_usage(stage: Stage, program: Program) -> None:
     ended = stage.run("write hello.txt hi\nsay It is written.\nusage 120 34")
-    assert ended.states == {"task": "landed"}, stage.tell(ended)
+    assert ended.states == {"task": "landed"}, stage.diagnostics(ended)
     assert stage.repository.git("show", "main:hello.txt") == "hi"
     (task,) = ended.result["tasks"]
     assert task["attempts"] == 1
@@ -40,7 +40,7 @@ async def test_failed_check_is_repaired_in_the_same_conversation(stage: Stage, p
     """The model gets the whole conversation, or a new one if the CLI cannot resume."""
     check = "test -e second.txt || { echo write second.txt 2; exit 1; }"
     ended = stage.run("write first.txt 1\nsay The first is written.", checks=[check], allow_failing_base=True)
-    assert ended.states == {"task": "landed"}, stage.tell(ended)
+    assert ended.states == {"task": "landed"}, stage.diagnostics(ended)
     first, second = (await stage.task()).attempts
     assert (first.outcome, first.resumed) == ("checks_failed", False)
     assert (second.outcome, second.resumed) == ("built", program.can_resume)
@@ -63,7 +63,7 @@ async def test_instructions_and_mcp_servers_reach_the_model(stage: Stage, progra
         "writable": [str(log.parent)],
     }
     ended = stage.run("write hello.txt hi", settings, instructions="Speak as plainly as a QUAKER would.")
-    assert ended.states == {"task": "landed"}, stage.tell(ended)
+    assert ended.states == {"task": "landed"}, stage.diagnostics(ended)
     assert any("QUAKER" in json.dumps(one.body) for one in stage.server.requests if one.dialect)
     asked = log.read_text().splitlines() if log.exists() else []
     assert ("a-word-for-the-server" in asked, "tools/list" in asked) == (program.has_servers,) * 2, asked
@@ -73,7 +73,7 @@ async def test_instructions_and_mcp_servers_reach_the_model(stage: Stage, progra
 async def test_usage_limit_costs_no_attempt(stage: Stage, program: Program) -> None:
     """The task's only attempt is not used up."""
     ended = stage.run(f"fail 429 {program.calls} 1\nwrite hello.txt hi", attempts=1)
-    assert ended.states == {"task": "landed"}, stage.tell(ended)
+    assert ended.states == {"task": "landed"}, stage.diagnostics(ended)
     (parked,) = [line for line in ended.lines if line.get("event") == "adapter.cooling_down"]
     assert parked["adapter"] in stage.programs
     task = await stage.task()
@@ -83,17 +83,17 @@ async def test_usage_limit_costs_no_attempt(stage: Stage, program: Program) -> N
     await stage.assert_clean()
 
 
-async def test_unreachable_server_costs_no_attempt(cut_off: Stage, program: Program) -> None:
+async def test_unreachable_server_costs_no_attempt(unreachable: Stage, program: Program) -> None:
     """Nothing lands, and the failure class is that of the network."""
-    ended = cut_off.run(
+    ended = unreachable.run(
         "write hello.txt hi", attempts=1, timeout="20s" if program.without_server == "timeout" else "2m"
     )
     (task,) = ended.result["tasks"]
-    assert task["failure"] == program.without_server, cut_off.tell(ended)
+    assert task["failure"] == program.without_server, unreachable.diagnostics(ended)
     assert task["status"] != "landed"
-    assert [one.outcome for one in (await cut_off.task()).attempts] == [program.without_server]
-    assert cut_off.repository.git("rev-list", "--count", "main") == "1"
-    await cut_off.assert_clean()
+    assert [one.outcome for one in (await unreachable.task()).attempts] == [program.without_server]
+    assert unreachable.repository.git("rev-list", "--count", "main") == "1"
+    await unreachable.assert_clean()
 
 
 async def test_killed_program_is_a_crash_and_is_retried(stage: Stage) -> None:
@@ -105,7 +105,7 @@ async def test_killed_program_is_a_crash_and_is_retried(stage: Stage) -> None:
             process.kill()
     finally:
         ended = stage.end(started)
-    assert ended.states == {"task": "landed"}, stage.tell(ended)
+    assert ended.states == {"task": "landed"}, stage.diagnostics(ended)
     assert [one.outcome for one in (await stage.task()).attempts] == ["crashed", "built"]
     await stage.assert_clean()
 
@@ -114,7 +114,7 @@ async def test_missing_login_disables_the_adapter_with_a_remedy(logged_out: Stag
     """The attempt is not used up, and the result has the fix."""
     ended = logged_out.run("write hello.txt hi" if program.keys else "fail 401\nwrite hello.txt hi", attempts=1)
     (adapter,) = ended.result["adapters"]
-    assert program.remedy in adapter["disabled_reason"], logged_out.tell(ended)
+    assert program.remedy in adapter["disabled_reason"], logged_out.diagnostics(ended)
     assert ended.states == {"task": "blocked"}
     task = await logged_out.task()
     assert (task.status, task.failures) == (TaskStatus.PENDING, 0)

@@ -20,8 +20,8 @@ async def test_session_command_of_an_agent_sees_only_its_own_session(
     """Its shell has `council`, its model the tools, and files of other sessions are read-only."""
     for name, value in stage.repository.environ.items():
         monkeypatch.setenv(name, value)
-    desk = FakeSessionService(foreign_owners={"theirs.txt": "run-0/other.1"})
-    use_in_runs(desk, monkeypatch)
+    service = FakeSessionService(foreign_owners={"theirs.txt": "run-0/other.1"})
+    use_in_runs(service, monkeypatch)
     prompt = "write theirs.txt hi\nrun council lock ours.txt\nwrite ours.txt hi"
     path = stage.configure([{"id": "task", "adapter": next(iter(stage.programs)), "timeout": "3m", "prompt": prompt}])
     async with Council.open(path) as council:
@@ -29,12 +29,12 @@ async def test_session_command_of_an_agent_sees_only_its_own_session(
     assert [task.status for task in report.tasks] == ["landed"], report
     names = stage.repository.git("ls-tree", "--name-only", "main").splitlines()
     assert ("ours.txt" in names, "theirs.txt" in names) == (True, not program.asks_before_edits)
-    told = [json.dumps(one.body) for one in stage.server.requests if one.dialect]
-    assert any("theirs.txt belongs to run-0/other.1" in one for one in told) is program.asks_before_edits
+    reported = [json.dumps(one.body) for one in stage.server.requests if one.dialect]
+    assert any("theirs.txt belongs to run-0/other.1" in one for one in reported) is program.asks_before_edits
     if program.has_servers:  # and the tool calls with it
         # A CLI with tool search lists only the server to the model, once it has started.
         known = ("Lock files for this session", "Other agents work on the same")
-        assert not program.keeps_path or any(part in one for one in told for part in known)
-        asked = [arguments for _, command, arguments in desk.asked if command == "lock"]
+        assert not program.keeps_path or any(part in one for one in reported for part in known)
+        asked = [arguments for _, command, arguments in service.asked if command == "lock"]
         assert asked == ([{"paths": ["ours.txt"]}] if program.keeps_path else [])
     await stage.assert_clean()

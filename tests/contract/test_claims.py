@@ -73,7 +73,7 @@ class Process:
 
 
 @dataclass
-class Place:
+class Cluster:
     """A store, a clock, and the processes known to be dead."""
 
     store: Store
@@ -120,14 +120,14 @@ class Place:
         return MergeLease.model_validate(found.value)
 
 
-async def gets(process: Process, task: str, **how: bool) -> Guard:
+async def claim_task(process: Process, task: str, **how: bool) -> Guard:
     """Claim a task, which must succeed."""
     found = await process.claims.claim(task, **how)
     assert isinstance(found, Guard)
     return found
 
 
-async def comes_true(condition: Callable[[], Awaitable[bool]]) -> None:
+async def run_until(condition: Callable[[], Awaitable[bool]]) -> None:
     """Run other tasks until the condition is true."""
     with anyio.fail_after(PATIENCE):
         while not await condition():
@@ -153,38 +153,38 @@ class ClaimsContract(ABC):
         """Open an empty store."""
 
     @pytest.fixture
-    async def place(self) -> AsyncIterator[Place]:
+    async def cluster(self) -> AsyncIterator[Cluster]:
         """Return a shared store for orchestrators."""
         clock = ManualClock()
         async with self.open_store(clock) as store:
-            yield Place(store, clock)
+            yield Cluster(store, clock)
 
-    async def test_claim_belongs_to_the_first_until_released(self, place: Place) -> None:
+    async def test_claim_belongs_to_the_first_until_released(self, cluster: Cluster) -> None:
         """A rejection names the owner. Each change raises the epoch and invalidates the former."""
-        a, b = await place.join("a"), await place.join("b", Role.LEADER)
-        first = await gets(a, "t")
+        a, b = await cluster.join("a"), await cluster.join("b", Role.LEADER)
+        first = await claim_task(a, "t")
         assert (list(a.claims), "t" in a.claims, a.claims.guard("t")) == (["t"], True, first)
         held = await b.claims.claim("t")
         assert isinstance(held, ClaimHolder)
         assert (held.claim.owner, held.owner_status, "t" in b.claims) == (a.others.me, OwnerStatus.ALIVE, False)
-        await place.write(first)
+        await cluster.write(first)
         await a.claims.release("t", ReleaseReason.ABANDONED, "later", counts=True)
         assert "t" not in a.claims
         with pytest.raises(LeaseLost):
-            await place.write(first)
-        given = await place.claim("t")
+            await cluster.write(first)
+        given = await cluster.claim("t")
         assert (given.released, given.reason, given.retries, given.epoch) == (ReleaseReason.ABANDONED, "later", 1, 2)
-        second = await gets(b, "t")
+        second = await claim_task(b, "t")
         assert second.epoch == 3
-        await place.write(second)
-        assert (await place.claim("t")).retries == 1
+        await cluster.write(second)
+        assert (await cluster.claim("t")).retries == 1
         assert (a.others.counters.claims, a.others.counters.conflicts) == (1, 0)
         counters = b.others.counters
         assert (counters.claims, counters.conflicts, counters.retries, counters.takeovers) == (1, 1, 1, 0)
 
-    async def test_concurrent_claims_have_one_winner(self, place: Place) -> None:
+    async def test_concurrent_claims_have_one_winner(self, cluster: Cluster) -> None:
         """All others get the name of the winner."""
-        processes = [await place.join(f"p{number}") for number in range(8)]
+        processes = [await cluster.join(f"p{number}") for number in range(8)]
         found = list[Guard | ClaimHolder]()
 
         async def claim(process: Process) -> None:
@@ -195,52 +195,52 @@ class ClaimsContract(ABC):
                 group.start_soon(claim, process)
         (guard,) = (one for one in found if isinstance(one, Guard))
         assert guard == Guard(claim_key(RUN, "t"), 1)
-        winner = (await place.claim("t")).owner
+        winner = (await cluster.claim("t")).owner
         assert {one.claim.owner for one in found if isinstance(one, ClaimHolder)} == {winner}
         assert sum(process.others.counters.conflicts for process in processes) == 7
 
-    async def test_heartbeat_renews_all_claims_without_writing_them(self, place: Place) -> None:
+    async def test_heartbeat_renews_all_claims_without_writing_them(self, cluster: Cluster) -> None:
         """For any duration; the counters are kept."""
-        a, b = await place.join("a"), await place.join("b")
+        a, b = await cluster.join("a"), await cluster.join("b")
         for task in ("t", "u"):
-            await gets(a, task)
-        before = await place.store.list("claim")
+            await claim_task(a, task)
+        before = await cluster.store.list("claim")
         for _ in range(20):
-            place.clock.advance(60.0)
+            cluster.clock.advance(60.0)
             await a.others.renew()
             assert await b.claims.sweep() == {}
             assert await b.claims.verdict("t") is ClaimVerdict.CLAIMED
-        assert list(await place.store.list("claim")) == list(before)
+        assert list(await cluster.store.list("claim")) == list(before)
         record = (await b.others.all())["a"]
-        assert (record.heartbeat, record.expires) == (place.clock.now(), place.clock.now() + 300.0)
+        assert (record.heartbeat, record.expires) == (cluster.clock.now(), cluster.clock.now() + 300.0)
         assert (record.counters.claims, record.counters.renewals) == (2, 20)
 
-    async def test_silent_orchestrator_loses_all_claims(self, place: Place) -> None:
+    async def test_silent_orchestrator_loses_all_claims(self, cluster: Cluster) -> None:
         """In one commit, after being watched; its later writes are rejected with the reason."""
-        a, b = await place.join("a"), await place.join("b")
-        guards = [await gets(a, task) for task in ("t", "u")]
+        a, b = await cluster.join("a"), await cluster.join("b")
+        guards = [await claim_task(a, task) for task in ("t", "u")]
         await a.claims.release("u", ReleaseReason.COMPLETE)
-        place.clock.advance(301.0)
+        cluster.clock.advance(301.0)
         assert await b.claims.sweep() == {}  # b has not watched yet
-        await watch_for(b, 90.0, place.clock)
-        before = await place.store.position()
+        await watch_for(b, 90.0, cluster.clock)
+        before = await cluster.store.position()
         assert await b.claims.sweep() == {"t": "a"}
-        assert await place.store.position() == before + 1
-        taken = await place.claim("t")
+        assert await cluster.store.position() == before + 1
+        taken = await cluster.claim("t")
         assert (taken.owner, taken.epoch, taken.retries) == (b.others.me, 2, 1)
-        assert (await place.claim("u")).owner == a.others.me
-        await place.write(b.claims.guard("t"))
+        assert (await cluster.claim("u")).owner == a.others.me
+        await cluster.write(b.claims.guard("t"))
         for guard in (*guards, a.others.guard):
             with pytest.raises(LeaseLost):
-                await place.write(guard)
+                await cluster.write(guard)
         with pytest.raises(LeaseLost):
             await a.claims.claim("v")
-        c = await place.join("c")
-        await gets(c, "w")
+        c = await cluster.join("c")
+        await claim_task(c, "w")
         await c.others.leave()
         with pytest.raises(LeaseLost):
             await a.claims.sweep()
-        assert (await place.claim("w")).owner == c.others.me
+        assert (await cluster.claim("w")).owner == c.others.me
         with pytest.raises(LeaseLost):
             await a.claims.release("t", ReleaseReason.COMPLETE)
         assert "t" not in a.claims
@@ -252,105 +252,105 @@ class ClaimsContract(ABC):
         counters = b.others.counters
         assert (counters.takeovers, counters.claims, counters.retries) == (2, 2, 2)
 
-    async def test_silent_orchestrator_on_this_machine_gets_more_time_unless_dead(self, place: Place) -> None:
+    async def test_silent_orchestrator_on_this_machine_gets_more_time_unless_dead(self, cluster: Cluster) -> None:
         """Its process can be inspected: it may be slow, or is proven dead without a wait."""
-        a, b, c = [await place.join(name, host="box") for name in "abc"]
+        a, b, c = [await cluster.join(name, host="box") for name in "abc"]
         for process, task in ((a, "t"), (b, "u")):
-            await gets(process, task)
-        place.dead.add("a")
+            await claim_task(process, task)
+        cluster.dead.add("a")
         assert await c.claims.sweep() == {"t": "a"}
         record = (await c.others.all())["a"]
         assert (record.epoch, record.reason) == (2, "c took over: process exited")
-        await watch_for(c, 599.0, place.clock)
+        await watch_for(c, 599.0, cluster.clock)
         assert await c.claims.sweep() == {}
-        place.clock.advance(2.0)
+        cluster.clock.advance(2.0)
         assert await c.claims.sweep() == {"u": "b"}
 
-    async def test_dead_orchestrator_is_noticed_within_a_second(self, place: Place) -> None:
+    async def test_dead_orchestrator_is_noticed_within_a_second(self, cluster: Cluster) -> None:
         """A cached result serves thousands of claims without further looks at the process."""
-        a, b = [await place.join(name, host="box") for name in "ab"]
-        await gets(a, "t")
+        a, b = [await cluster.join(name, host="box") for name in "ab"]
+        await claim_task(a, "t")
         assert await b.claims.verdict("t") is ClaimVerdict.CLAIMED
-        place.dead.add("a")
-        place.clock.advance(0.9)
+        cluster.dead.add("a")
+        cluster.clock.advance(0.9)
         assert await b.claims.verdict("t") is ClaimVerdict.CLAIMED
-        place.clock.advance(0.1)
+        cluster.clock.advance(0.1)
         assert await b.claims.verdict("t") is ClaimVerdict.TRY
 
-    async def test_observer_pause_proves_nothing(self, place: Place) -> None:
+    async def test_observer_pause_proves_nothing(self, cluster: Cluster) -> None:
         """An observer that was suspended, possibly with the whole machine, starts to watch from scratch."""
-        a, b = await place.join("a"), await place.join("b")
-        await gets(a, "t")
+        a, b = await cluster.join("a"), await cluster.join("b")
+        await claim_task(a, "t")
         assert await b.claims.sweep() == {}
-        place.clock.advance(400.0)
+        cluster.clock.advance(400.0)
         assert await b.claims.sweep() == {}
-        place.clock.advance(80.0)
+        cluster.clock.advance(80.0)
         assert await b.claims.sweep() == {}
-        place.clock.advance(20.0)
+        cluster.clock.advance(20.0)
         assert await b.claims.sweep() == {"t": "a"}
 
-    async def test_claim_by_a_swept_orchestrator_is_swept_next(self, place: Place) -> None:
+    async def test_claim_by_a_swept_orchestrator_is_swept_next(self, cluster: Cluster) -> None:
         """The claim may be committed between the listing of its claims and the commit that fences it."""
-        a, b = await place.join("a"), await place.join("b")
-        await gets(a, "t")
-        place.dead.add("a")
+        a, b = await cluster.join("a"), await cluster.join("b")
+        await claim_task(a, "t")
+        cluster.dead.add("a")
         late = await a.claims.plan("late")
         assert isinstance(late, PlannedClaim)
-        await place.store.commit(Commit([late.write], guards=[a.others.guard]))
+        await cluster.store.commit(Commit([late.write], guards=[a.others.guard]))
         gone = await b.others.find_gone()
         assert not gone  # it is of another machine
-        document, record = await place.store.get(orchestrator_key(RUN, "a")), (await b.others.all())["a"]
+        document, record = await cluster.store.get(orchestrator_key(RUN, "a")), (await b.others.all())["a"]
         assert document is not None
-        await place.store.commit(Commit([b.others.fence_write(document, record, OwnerStatus.DEAD)]))
+        await cluster.store.commit(Commit([b.others.fence_write(document, record, OwnerStatus.DEAD)]))
         assert await b.claims.sweep() == {"t": "a", "late": "a"}
 
-    async def test_orchestrator_that_left_holds_no_claim(self, place: Place) -> None:
+    async def test_orchestrator_that_left_holds_no_claim(self, cluster: Cluster) -> None:
         """Nor does one without a record: its tasks are free, and the next claim counts as a retry."""
-        a, b = await place.join("a"), await place.join("b")
-        old = await gets(a, "t")
+        a, b = await cluster.join("a"), await cluster.join("b")
+        old = await claim_task(a, "t")
         await a.others.leave("it was told to")
         await a.others.leave()
         assert await b.claims.verdict("t") is ClaimVerdict.TRY
-        await gets(b, "t")
-        assert (await place.claim("t")).retries == 1
+        await claim_task(b, "t")
+        assert (await cluster.claim("t")).retries == 1
         assert b.others.counters.takeovers == 1
         with pytest.raises(LeaseLost):
-            await place.write(old)
-        found = await place.store.get(b.others.guard.key)
+            await cluster.write(old)
+        found = await cluster.store.get(b.others.guard.key)
         assert found is not None
-        await place.store.commit(Commit([Write(found.key, found.version, None)]))
-        c = await place.join("c")
+        await cluster.store.commit(Commit([Write(found.key, found.version, None)]))
+        c = await cluster.join("c")
         assert await c.claims.sweep() == {"t": "b"}
         with pytest.raises(OrchestratorFenced, match="its record is missing"):
             await b.others.renew()
 
-    async def test_leader_overrides_claims_of_non_members(self, place: Place) -> None:
+    async def test_leader_overrides_claims_of_non_members(self, cluster: Cluster) -> None:
         """On request; it counts as a takeover and as an attempt. A worker overrides no claim."""
-        a, chief, b = await place.join("a"), await place.join("chief", Role.LEADER), await place.join("b")
-        old = await gets(a, "t")
+        a, chief, b = await cluster.join("a"), await cluster.join("chief", Role.LEADER), await cluster.join("b")
+        old = await claim_task(a, "t")
         assert isinstance(await chief.claims.claim("t"), ClaimHolder)
         assert isinstance(await b.claims.claim("t", override=True), ClaimHolder)
-        await gets(chief, "t", override=True)
-        assert ((await place.claim("t")).retries, chief.others.counters.takeovers) == (1, 1)
+        await claim_task(chief, "t", override=True)
+        assert ((await cluster.claim("t")).retries, chief.others.counters.takeovers) == (1, 1)
         with pytest.raises(LeaseLost):
-            await place.write(old)
-        other = await place.join("other chief", Role.LEADER)
+            await cluster.write(old)
+        other = await cluster.join("other chief", Role.LEADER)
         assert isinstance(await other.claims.claim("t", override=True), ClaimHolder)
         await chief.claims.release("t", ReleaseReason.ABANDONED)
-        await gets(chief, "t", override=True)
-        assert ((await place.claim("t")).retries, chief.others.counters.takeovers) == (1, 1)
+        await claim_task(chief, "t", override=True)
+        assert ((await cluster.claim("t")).retries, chief.others.counters.takeovers) == (1, 1)
 
-    async def test_takeovers_are_counted_until_an_attempt_succeeds(self, place: Place) -> None:
+    async def test_takeovers_are_counted_until_an_attempt_succeeds(self, cluster: Cluster) -> None:
         """Four, in any way they end; a person may reset the count."""
-        a = await place.join("a")
+        a = await cluster.join("a")
         for number in range(4):
             assert await a.claims.verdict("t") is ClaimVerdict.TRY
-            await gets(a, "t")
-            assert (await place.claim("t")).retries == number
+            await claim_task(a, "t")
+            assert (await cluster.claim("t")).retries == number
             if number % 2:
                 await a.claims.release("t", ReleaseReason.FAILED, counts=True)
             else:
-                b = await place.join(f"b{number}")
+                b = await cluster.join(f"b{number}")
                 await a.others.leave()
                 a = b
                 if number == 0:
@@ -359,40 +359,40 @@ class ClaimsContract(ABC):
         assert await a.claims.verdict("t") is ClaimVerdict.TRIED_OUT
         assert await a.claims.verdict("t", ignored="not now") is ClaimVerdict.IGNORED
         afresh = await a.claims.reset_retries("t")
-        await place.store.commit(Commit(afresh))
+        await cluster.store.commit(Commit(afresh))
         assert await a.claims.verdict("t") is ClaimVerdict.TRY
         assert await a.claims.reset_retries("t") == await a.claims.reset_retries("never claimed") == []
         again = await a.claims.plan("t", retries=0)
         assert isinstance(again, PlannedClaim)
         assert again.claim.retries == 0
 
-    async def test_sweep_for_a_person_counts_no_takeover(self, place: Place) -> None:
+    async def test_sweep_for_a_person_counts_no_takeover(self, cluster: Cluster) -> None:
         """A resume by a person is not a failed attempt."""
-        a, b = await place.join("a"), await place.join("b")
-        await gets(a, "t")
+        a, b = await cluster.join("a"), await cluster.join("b")
+        await claim_task(a, "t")
         await a.others.leave()
         assert await b.claims.sweep(counts=False) == {"t": "a"}
-        assert (await place.claim("t")).retries == 0
+        assert (await cluster.claim("t")).retries == 0
 
-    async def test_planned_claim_is_committed_with_the_first_work(self, place: Place) -> None:
+    async def test_planned_claim_is_committed_with_the_first_work(self, cluster: Cluster) -> None:
         """Of two plans of one claim only one commits."""
-        a, b = await place.join("a"), await place.join("b")
+        a, b = await cluster.join("a"), await cluster.join("b")
         plans = [await process.claims.plan("t") for process in (a, b)]
         mine, theirs = [one for one in plans if isinstance(one, PlannedClaim)]
-        await place.store.commit(Commit([theirs.write, Write(TASK, 0, {"by": "b"})], guards=[b.others.guard]))
+        await cluster.store.commit(Commit([theirs.write, Write(TASK, 0, {"by": "b"})], guards=[b.others.guard]))
         b.claims.mark_claimed("t", theirs)
         assert b.claims.guard("t") == theirs.guard
         with pytest.raises(Exception, match=r"is at version 1 .*, not 0"):
-            await place.store.commit(Commit([mine.write, Write(TASK, 1, {"by": "a"})], guards=[a.others.guard]))
+            await cluster.store.commit(Commit([mine.write, Write(TASK, 1, {"by": "a"})], guards=[a.others.guard]))
         done = b.claims.release_write("t", ReleaseReason.COMPLETE, None)
-        await place.store.commit(Commit([done, Write(TASK, 1, {"by": "b"})], guards=[theirs.guard]))
+        await cluster.store.commit(Commit([done, Write(TASK, 1, {"by": "b"})], guards=[theirs.guard]))
         b.claims.mark_released("t")
-        assert ("t" in b.claims, (await place.claim("t")).released) == (False, ReleaseReason.COMPLETE)
+        assert ("t" in b.claims, (await cluster.claim("t")).released) == (False, ReleaseReason.COMPLETE)
 
     @pytest.mark.parametrize("fault", ["fails", "is not acknowledged"])
-    async def test_failed_commit_loses_no_claim(self, place: Place, fault: str) -> None:
+    async def test_failed_commit_loses_no_claim(self, cluster: Cluster, fault: str) -> None:
         """Whether the commit was applied or not, it is repeated, and costs neither a claim nor an attempt."""
-        a, b = await place.join("a"), await place.join("b")
+        a, b = await cluster.join("a"), await cluster.join("b")
         a.line.faults = [fault]
         with pytest.raises(StoreUnavailable):
             await a.others.renew()
@@ -401,70 +401,70 @@ class ClaimsContract(ABC):
         with pytest.raises(StoreUnavailable):
             await a.claims.claim("t")
         assert await a.claims.verdict("t") is ClaimVerdict.TRY
-        await gets(a, "t")
-        assert (await place.claim("t")).retries == 0
+        await claim_task(a, "t")
+        assert (await cluster.claim("t")).retries == 0
         a.line.faults = [fault]
         with pytest.raises(StoreUnavailable):
             await a.claims.release("t", ReleaseReason.COMPLETE, "done")
         assert "t" in a.claims
         await a.claims.release("t", ReleaseReason.COMPLETE, "done")
-        assert ("t" in a.claims, (await place.claim("t")).reason) == (False, "done")
-        await gets(a, "u")
+        assert ("t" in a.claims, (await cluster.claim("t")).reason) == (False, "done")
+        await claim_task(a, "u")
         await a.others.leave()
         b.line.faults = [fault]
         with pytest.raises(StoreUnavailable):
             await b.claims.sweep()
         found = [await b.claims.sweep(), await b.claims.sweep()]
         assert found == ([{"u": "a"}, {}] if fault == "fails" else [{}, {"u": "b"}])
-        assert ((await place.claim("u")).owner, (await place.claim("u")).retries) == (b.others.me, 1)
-        await place.write(b.claims.guard("u"))
+        assert ((await cluster.claim("u")).owner, (await cluster.claim("u")).retries) == (b.others.me, 1)
+        await cluster.write(b.claims.guard("u"))
         b.line.faults = [fault]
         with pytest.raises(StoreUnavailable):
             await b.others.leave()
         await b.others.leave()
 
-    async def test_claim_being_acquired_is_not_swept(self, place: Place) -> None:
+    async def test_claim_being_acquired_is_not_swept(self, cluster: Cluster) -> None:
         """A sweep between the commit of a claim and its acknowledgement is harmless."""
-        a = await place.join("a")
+        a = await cluster.join("a")
         taking = await a.claims.plan("t")
         assert isinstance(taking, PlannedClaim)
-        await place.store.commit(Commit([taking.write]))
+        await cluster.store.commit(Commit([taking.write]))
         assert await a.claims.sweep() == {}
         a.claims.mark_claimed("t", taking)
         assert await a.claims.sweep() == {}
-        await place.write(a.claims.guard("t"))
+        await cluster.write(a.claims.guard("t"))
 
     @pytest.mark.parametrize("alone", ["first", "second"])
-    async def test_exclusive_and_shared_orchestrators_see_each_other(self, place: Place, alone: str) -> None:
+    async def test_exclusive_and_shared_orchestrators_see_each_other(self, cluster: Cluster, alone: str) -> None:
         """Whichever of the two is exclusive; ended ones do not count."""
-        first = await place.join("first", shares=alone != "first")
+        first = await cluster.join("first", shares=alone != "first")
         assert await first.others.find_exclusive_peer() is None
-        second = await place.join("second", shares=alone != "second")
+        second = await cluster.join("second", shares=alone != "second")
         seen = [await one.others.find_exclusive_peer() for one in (first, second)]
         assert [one and one.owner.id for one in seen] == [second.others.me.id, first.others.me.id]
         await first.others.leave()
         assert await second.others.find_exclusive_peer() is None
-        third = await place.join("third", shares=alone != "second")
+        third = await cluster.join("third", shares=alone != "second")
         assert (await third.others.find_exclusive_peer() is None) is (alone == "first")
 
-    async def test_join_with_a_lost_answer_happens_once(self, place: Place) -> None:
+    async def test_join_with_a_lost_answer_happens_once(self, cluster: Cluster) -> None:
         """The record is recognized, whether its commit was acknowledged or not."""
-        a = await place.join("a")
+        a = await cluster.join("a")
         await a.others.join()
         await a.others.renew()
         await a.others.leave()
         with pytest.raises(OrchestratorFenced, match="it has ended"):
             await a.others.join()
 
-    async def test_membership_changes_are_logged(self, place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    async def test_membership_changes_are_logged(self, cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
         """Successes as information, failures as warnings."""
         caplog.set_level(logging.INFO, "orchestrator.claims")
-        a, b = await place.join("a"), await place.join("b")
+        a, b = await cluster.join("a"), await cluster.join("b")
         for task in ("t", "u"):
-            await gets(a, task)
+            await claim_task(a, task)
         await a.others.renew()
         await a.claims.release("t", ReleaseReason.COMPLETE)
-        await gets(a, "t")
+        await claim_task(a, "t")
         await a.others.leave()
         await b.claims.sweep()
         with pytest.raises(LeaseLost):
@@ -472,8 +472,8 @@ class ClaimsContract(ABC):
         a.line.faults = ["fails"]
         with pytest.raises(StoreUnavailable):
             await a.others.renew()
-        told = [(one.levelname, one.getMessage()) for one in caplog.records if " taken: " not in one.getMessage()]
-        assert told == [
+        reported = [(one.levelname, one.getMessage()) for one in caplog.records if " taken: " not in one.getMessage()]
+        assert reported == [
             ("INFO", "claims synced: run run, a"),
             ("INFO", "claim released: run run, task t as complete"),
             ("INFO", "claims taken over: run run, 2 of a: t, u"),
@@ -481,10 +481,10 @@ class ClaimsContract(ABC):
             ("WARNING", "claim sync failed: run run, a: store: no answer: wait"),
         ]
 
-    async def test_merge_permit_is_granted_in_request_order(self, place: Place) -> None:
+    async def test_merge_permit_is_granted_in_request_order(self, cluster: Cluster) -> None:
         """Across orchestrators with several tasks each; each turn has its own epoch."""
         clock, turns, most = SystemClock(), list[tuple[str, int]](), 0
-        processes = [await place.join(name, clock=clock) for name in "abcd"]
+        processes = [await cluster.join(name, clock=clock) for name in "abcd"]
         inside = 0
 
         async def land(process: Process) -> None:
@@ -492,112 +492,112 @@ class ClaimsContract(ABC):
             async with process.permits.hold() as permit:
                 inside += 1
                 most = max(most, inside)
-                await place.write(permit.guard, process.others.guard)
+                await cluster.write(permit.guard, process.others.guard)
                 turns.append((process.name, permit.guard.epoch))
                 inside -= 1
 
         async with anyio.create_task_group() as group, processes[0].permits.hold():
             for number, process in enumerate(processes[1:], 1):
                 group.start_soon(land, process)
-                await comes_true(lambda many=number: self._are_waiting(place, processes[0], many))  # type: ignore[misc]
+                await run_until(lambda many=number: self._are_waiting(cluster, processes[0], many))  # type: ignore[misc]
             group.start_soon(land, processes[0])
         assert [name for name, _ in turns] == ["b", "c", "d", "a"]
         assert most == 1
         epochs = [epoch for _, epoch in turns]
         assert epochs == sorted(set(epochs))
-        lease = await place.lease(processes[0])
+        lease = await cluster.lease(processes[0])
         assert (lease.holder, lease.waiting, lease.epoch) == (None, (), 10)
 
-    async def _are_waiting(self, place: Place, process: Process, many: int) -> bool:
-        return len((await place.lease(process)).waiting) == many
+    async def _are_waiting(self, cluster: Cluster, process: Process, many: int) -> bool:
+        return len((await cluster.lease(process)).waiting) == many
 
-    async def test_merge_permit_alternates_between_landings_of_one_orchestrator(self, place: Place) -> None:
+    async def test_merge_permit_alternates_between_landings_of_one_orchestrator(self, cluster: Cluster) -> None:
         """A permit with its own name is not a leftover while another task of it holds it."""
-        a, order = await place.join("a"), list[str]()
+        a, order = await cluster.join("a"), list[str]()
 
         async def second() -> None:
-            async with MergePermitQueue(place.store, place.clock, a.others, "/repository", "main").hold() as permit:
+            async with MergePermitQueue(cluster.store, cluster.clock, a.others, "/repository", "main").hold() as permit:
                 order.append("second")
-                await place.write(permit.guard)
+                await cluster.write(permit.guard)
 
         async with anyio.create_task_group() as group, a.permits.hold() as permit:
             group.start_soon(second)
             await anyio.wait_all_tasks_blocked()
-            await place.write(permit.guard)
+            await cluster.write(permit.guard)
             order.append("first")
         assert order == ["first", "second"]
 
     @pytest.mark.parametrize("is_dead", [False, True])
-    async def test_merge_permit_of_a_dead_holder_passes_on(self, place: Place, is_dead: bool) -> None:
+    async def test_merge_permit_of_a_dead_holder_passes_on(self, cluster: Cluster, is_dead: bool) -> None:
         """Dead waiters are skipped; the former holder can neither land nor release it."""
-        a, gone, b = [await place.join(name, host="box" if is_dead else "") for name in ("a", "gone", "b")]
+        a, gone, b = [await cluster.join(name, host="box" if is_dead else "") for name in ("a", "gone", "b")]
         done = anyio.Event()
 
         async def take() -> None:
             async with b.permits.hold() as permit:
-                await place.write(permit.guard)
+                await cluster.write(permit.guard)
                 done.set()
 
         async with a.permits.hold() as permit, anyio.create_task_group() as group:
             async with anyio.create_task_group() as waits:
                 waits.start_soon(self._hold, gone)
-                await comes_true(lambda: self._are_waiting(place, a, 1))
+                await run_until(lambda: self._are_waiting(cluster, a, 1))
                 gone.line.faults = ["fails"]
                 waits.cancel_scope.cancel()
             group.start_soon(take)
-            await comes_true(lambda: self._are_waiting(place, a, 2))
+            await run_until(lambda: self._are_waiting(cluster, a, 2))
             if is_dead:
-                place.dead |= {"a", "gone"}
-                place.clock.advance(1.0)
+                cluster.dead |= {"a", "gone"}
+                cluster.clock.advance(1.0)
             else:
                 for _ in range(4):
-                    place.clock.advance(100.0)
+                    cluster.clock.advance(100.0)
                     await b.others.renew()
                     await anyio.wait_all_tasks_blocked()
             with anyio.fail_after(PATIENCE):
                 while not done.is_set():
-                    place.clock.advance(1.0)
+                    cluster.clock.advance(1.0)
                     await anyio.lowlevel.checkpoint()
             with pytest.raises(LeaseLost):
-                await place.write(permit.guard)
-        lease = await place.lease(b)
+                await cluster.write(permit.guard)
+        lease = await cluster.lease(b)
         assert (lease.holder, lease.waiting) == (None, ())
 
     async def _hold(self, process: Process) -> None:
         async with process.permits.hold():
             pass
 
-    async def test_merge_permit_wait_that_is_cancelled_leaves_nothing(self, place: Place) -> None:
+    async def test_merge_permit_wait_that_is_cancelled_leaves_nothing(self, cluster: Cluster) -> None:
         """A cancelled waiter delays nobody."""
-        a, b = await place.join("a"), await place.join("b")
+        a, b = await cluster.join("a"), await cluster.join("b")
         async with a.permits.hold():
             async with anyio.create_task_group() as group:
                 group.start_soon(self._hold, b)
-                await comes_true(lambda: self._are_waiting(place, a, 1))
+                await run_until(lambda: self._are_waiting(cluster, a, 1))
                 group.cancel_scope.cancel()
-            lease = await place.lease(a)
+            lease = await cluster.lease(a)
             assert lease.holder is not None
             assert (lease.holder.id, lease.waiting) == ("a", ())
-        assert (await place.lease(a)).holder is None
+        assert (await cluster.lease(a)).holder is None
 
-    async def test_merge_permit_is_denied_to_an_ended_orchestrator(self, place: Place) -> None:
+    async def test_merge_permit_is_denied_to_an_ended_orchestrator(self, cluster: Cluster) -> None:
         """The error is immediate, and nothing is left behind."""
-        a, b = await place.join("a"), await place.join("b")
+        a, b = await cluster.join("a"), await cluster.join("b")
         await a.others.leave()
         with pytest.raises(LeaseLost):
             await self._hold(a)
         async with b.permits.hold():
             with pytest.raises(LeaseLost):
                 await self._hold(a)
-            assert (await place.lease(b)).waiting == ()
+            assert (await cluster.lease(b)).waiting == ()
 
     @pytest.mark.parametrize("fault", ["fails", "is not acknowledged"])
     @pytest.mark.parametrize("number", [0, 1])
     async def test_merge_permit_release_that_failed_is_repeated_by_the_heartbeat(
-        self, place: Place, fault: str, number: int
+        self, cluster: Cluster, fault: str, number: int
     ) -> None:
         """Otherwise all others would wait as long as the process lives, after a failed release or acquisition."""
-        a, b = await place.join("a"), await place.join("b")
+        a, b = await cluster.join("a"), await cluster.join("b")
         a.line.faults = [[fault, "fails"], ["", fault]][number]
         if number:
             await self._hold(a)
@@ -608,7 +608,7 @@ class ClaimsContract(ABC):
         await a.others.renew()
         await self._hold(b)
         await self._hold(a)
-        assert (await place.lease(a)).holder is None
+        assert (await cluster.lease(a)).holder is None
 
 
 class TestClaimsInMemory(ClaimsContract):

@@ -191,7 +191,7 @@ def utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("utc")
 @pytest.mark.parametrize(
-    ("told", "until"),
+    ("reported", "until"),
     [
         ("or try again at 2:09 PM.", datetime(2026, 9, 21, 14, 9, tzinfo=UTC)),
         ("or try again at 12:30 AM.", datetime(2026, 9, 22, 0, 30, tzinfo=UTC)),
@@ -200,9 +200,9 @@ def utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("or try again later.", None),
     ],
 )
-def test_codex_usage_limit_has_its_end(told: str, until: datetime | None) -> None:
+def test_codex_usage_limit_has_its_end(reported: str, until: datetime | None) -> None:
     """In words, in local time, with a date unless today; the session ended on 2026-09-21, 14:13 UTC."""
-    failed = judged(CodexAdapter, {}, codex_failure(f"{HIT} {told}"))
+    failed = judged(CodexAdapter, {}, codex_failure(f"{HIT} {reported}"))
     assert failed is not None
     assert (failed.failure, failed.until) == (FailureClass.RATE_LIMITED, until.timestamp() if until else None)
 
@@ -223,9 +223,9 @@ def test_codex_rate_limit_has_its_duration() -> None:
 def test_codex_failure_has_a_remedy(recording: str, remedy: str) -> None:
     """It follows the program's message."""
     adapter = CodexAdapter(CodexAdapter.Options.model_validate({}))  # type: ignore[arg-type]
-    told = read_recordings(TRANSCRIPTS / "codex")[recording].end()
-    events = [event for line in told.stdout.splitlines() for event in adapter.parse(line)]
-    failed = adapter.verdict(replace(told, events=events))
+    reported = read_recordings(TRANSCRIPTS / "codex")[recording].end()
+    events = [event for line in reported.stdout.splitlines() for event in adapter.parse(line)]
+    failed = adapter.verdict(replace(reported, events=events))
     assert failed is not None
     assert remedy in failed.reason
 

@@ -265,7 +265,7 @@ async def read_task_states(repository: Repository) -> dict[str, str]:
 
 def is_running_elsewhere(ended: CommandResult) -> bool:
     """Return whether a command was rejected because another one is active in the run."""
-    return ended.code == 2 and "is at work" in ended.stdout
+    return ended.code == 2 and "is active in process" in ended.stdout
 
 
 def resume_to_end(repository: Repository) -> CommandResult:
@@ -275,4 +275,4 @@ def resume_to_end(repository: Repository) -> CommandResult:
         if not is_running_elsewhere(ended):
             return ended
         time.sleep(0.2)
-    raise AssertionError("the run never came free")
+    raise AssertionError("the run stayed active elsewhere")

@@ -101,8 +101,8 @@ async def assert_sink_complete(repository: Repository) -> None:
             recorded += [(record.position, event.type) for event in record.events if "sink." not in event.type]
             if record.position == last:
                 break
-    told = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    assert [(line["position"], line["event"]) for line in told] == (recorded if file.exists() else [])
+    reported = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    assert [(line["position"], line["event"]) for line in reported] == (recorded if file.exists() else [])
 
 
 async def resume_and_check(repository: Repository, count: int) -> CommandResult:

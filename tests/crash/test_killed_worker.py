@@ -104,11 +104,11 @@ class RunProcesses:
 
     def _added(self, child: StartedCommand) -> StartedCommand:
         self.processes.append(child)
-        before = self.begun()
-        wait_for(lambda: self.begun() > before or child.poll() is not None)
+        before = self.count_started()
+        wait_for(lambda: self.count_started() > before or child.poll() is not None)
         return child
 
-    def begun(self) -> int:
+    def count_started(self) -> int:
         """Return the number of started sessions."""
         spawns = self.repository.spawns
         return len(spawns.read_text().splitlines()) if spawns.exists() else 0

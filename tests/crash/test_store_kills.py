@@ -101,7 +101,7 @@ async def test_store_is_intact_after_writers_are_killed(writers: Writers, tmp_pa
                 found = await store.get(Key("own", name))
                 version = found.version if found else 0
                 assert found is None or (found.value["n"], found.damaged) == (version, False)
-                newest = max((told for who, told, _ in said if who == name), default=0)
+                newest = max((reported for who, reported, _ in said if who == name), default=0)
                 assert version >= max(newest, seen[name]), (number, name)
                 seen[name] = version
             verified = await store.verify()

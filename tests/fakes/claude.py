@@ -40,8 +40,8 @@ def fail(kind: str, rest: str) -> None:
         case "auth":
             emit("system", subtype="api_retry", attempt=1, max_retries=3, retry_delay_ms=504.9, error_status=401,
                  error="authentication_failed")  # fmt: skip
-            told = "Failed to authenticate. API Error: 401 stub says authentication_error"
-            result(is_error=True, api_error_status=401, result=told)
+            reported = "Failed to authenticate. API Error: 401 stub says authentication_error"
+            result(is_error=True, api_error_status=401, result=reported)
         case "limit":
             until = int(time.time() + float(rest or 3600))
             emit("rate_limit_event", rate_limit_info={"status": "rejected", "resetsAt": until,
@@ -82,8 +82,8 @@ def is_denied(path: str) -> bool:
     if "--settings" not in sys.argv:
         return False
     settings = json.loads(Path(sys.argv[sys.argv.index("--settings") + 1]).read_text())
-    told = {"file_path": str(Path.cwd() / path), "content": "…"}
-    call = {"cwd": str(Path.cwd()), "hook_event_name": "PreToolUse", "tool_name": "Write", "tool_input": told}
+    reported = {"file_path": str(Path.cwd() / path), "content": "…"}
+    call = {"cwd": str(Path.cwd()), "hook_event_name": "PreToolUse", "tool_name": "Write", "tool_input": reported}
     for group in settings["hooks"]["PreToolUse"]:
         if re.fullmatch(group["matcher"], "Write"):
             for hook in group["hooks"]:

@@ -18,8 +18,8 @@ def answer(method: str, params: dict[str, Any]) -> dict[str, Any] | None:
     """Return the result of a request; None for an unknown one."""
     match method:
         case "initialize":
-            told = {"name": "lookup", "version": "1"}
-            return {"protocolVersion": params["protocolVersion"], "capabilities": {"tools": {}}, "serverInfo": told}
+            reported = {"name": "lookup", "version": "1"}
+            return {"protocolVersion": params["protocolVersion"], "capabilities": {"tools": {}}, "serverInfo": reported}
         case "tools/list":
             return {"tools": [TOOL]}
         case "ping":

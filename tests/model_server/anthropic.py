@@ -122,8 +122,8 @@ def _stream(asked: ModelRequest, answer: ModelAnswer) -> Iterator[bytes]:
 
 
 def _fault(fault: ApiFault) -> Json:
-    told = _FAULTS.get(fault.status, _FAULTS[400 if fault.status < 500 else 500])
-    kind, message = _TOO_LONG if fault.is_too_long else told
+    reported = _FAULTS.get(fault.status, _FAULTS[400 if fault.status < 500 else 500])
+    kind, message = _TOO_LONG if fault.is_too_long else reported
     return {"type": "error", "error": {"type": kind, "message": message}, "request_id": "req_scripted"}
 
 

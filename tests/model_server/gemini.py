@@ -107,8 +107,8 @@ def _stream(asked: ModelRequest, answer: ModelAnswer) -> Iterator[bytes]:
 
 
 def _fault(fault: ApiFault) -> Json:
-    told = _FAULTS.get(fault.status, _FAULTS[400 if fault.status < 500 else 500])
-    status, message = _TOO_LONG if fault.is_too_long else told
+    reported = _FAULTS.get(fault.status, _FAULTS[400 if fault.status < 500 else 500])
+    status, message = _TOO_LONG if fault.is_too_long else reported
     error: Json = {"code": fault.status, "message": message, "status": status}
     if fault.retry_after is not None:
         kind = "type.googleapis.com/google.rpc.RetryInfo"

@@ -24,6 +24,6 @@ _TOO_LONG: Final = (
 
 def openai_error(fault: ApiFault) -> Json:
     """Return the body of an error."""
-    told = _FAULTS.get(fault.status, _FAULTS[400 if fault.status < 500 else 500])
-    kind, code, message = _TOO_LONG if fault.is_too_long else told
+    reported = _FAULTS.get(fault.status, _FAULTS[400 if fault.status < 500 else 500])
+    kind, code, message = _TOO_LONG if fault.is_too_long else reported
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}

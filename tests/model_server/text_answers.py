@@ -18,12 +18,12 @@ def find_answer_format(asked: ModelRequest) -> AnswerFormat | None:
         return None
     shown = "\n".join(turn.text for turn in asked.turns)
     # Aider repeats its instructions in the last user message for some models.
-    told = f"{asked.system}\n{shown}"
-    if "SEARCH/REPLACE" in told:
+    reported = f"{asked.system}\n{shown}"
+    if "SEARCH/REPLACE" in reported:
         return lambda step: _search_replace(step, shown)
-    if "*file listing*" in told:
+    if "*file listing*" in reported:
         return _file_listing
-    if "```file " in told:
+    if "```file " in reported:
         return _file_block
     return None
 

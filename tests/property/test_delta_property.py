@@ -47,9 +47,9 @@ def test_delta_has_one_line_per_change(old: dict[str, Any], new: dict[str, Any])
     """Equal versions have an empty delta, and no path is equal to or below another."""
     delta = compute_delta(old, new)
     paths = [*delta.added, *delta.modified, *delta.removed]
-    told = format_delta(delta)
-    assert len(told) == len(paths) == len(set(paths))
-    assert all(len(line.splitlines()) == 1 for line in told)
+    reported = format_delta(delta)
+    assert len(reported) == len(paths) == len(set(paths))
+    assert all(len(line.splitlines()) == 1 for line in reported)
     assert (paths == []) == (text(old) == text(new))
     assert not any(one != other and other[: len(one)] == one for one in paths for other in paths)
     assert all(text(one.old) != text(one.new) for one in delta.modified.values())

@@ -35,13 +35,13 @@ CONTEXTS = st.dictionaries(NAMES, VALUES, max_size=6)
 @given(CONTEXTS, st.none() | st.lists(NAMES, max_size=6))
 def test_filter_returns_what_is_needed_and_reports_the_rest(values: dict[str, Any], needs: list[str] | None) -> None:
     """Inputs and omitted values are a partition of all values; sizes are reported."""
-    chosen, told = select_values(values, needs)
+    chosen, reported = select_values(values, needs)
     assert chosen == {key: values[key] for key in chosen}
     assert set(chosen) == (set(values) if needs is None else set(values) & set(needs))
-    assert told.keys == tuple(chosen)
-    assert sorted((*told.keys, *told.left_out)) == sorted(values)
-    assert (told.size, told.whole) == (len(encode_canonical(chosen)), len(encode_canonical(values)))
-    assert told.size <= told.whole
+    assert reported.keys == tuple(chosen)
+    assert sorted((*reported.keys, *reported.left_out)) == sorted(values)
+    assert (reported.size, reported.whole) == (len(encode_canonical(chosen)), len(encode_canonical(values)))
+    assert reported.size <= reported.whole
     assert select_values(chosen, needs)[0] == chosen
 
 

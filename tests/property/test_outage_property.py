@@ -83,10 +83,10 @@ class Party:
 
 
 async def play(steps: list[tuple[str, ...]], folder: Path) -> None:
-    real, told = MemoryStore(SystemClock()), list[TypedEvent]()
+    real, reported = MemoryStore(SystemClock()), list[TypedEvent]()
 
     async def tell(event: TypedEvent) -> None:
-        told.append(event)
+        reported.append(event)
 
     line = DisconnectableStore(real)
     with anyio.fail_after(30):
@@ -111,7 +111,7 @@ async def play(steps: list[tuple[str, ...]], folder: Path) -> None:
                     await party.read(task)
                     await party.work(task)
                     assert task in party.epochs
-    await check(real, parties, sum(event.type == "outage.commit_rejected" for event in told))
+    await check(real, parties, sum(event.type == "outage.commit_rejected" for event in reported))
 
 
 async def check(real: MemoryStore, parties: dict[str, Party], refused: int) -> None:

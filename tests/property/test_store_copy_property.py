@@ -74,13 +74,13 @@ async def check(steps: Sequence[tuple[list[_Change], JsonObject, float] | float]
                 await perform(source, clock, step)
             file = io.BytesIO()
             await export_to_stream(source, file, clock.now())
-            expected, told = await read_dump(source), await moments(source)
+            expected, reported = await read_dump(source), await moments(source)
         memory = MemoryStore(clock)
         async with FileStore.open(Path(folder) / "b", clock, segment_bytes=segment_bytes) as target:
             for store in (target, memory):
                 await import_from_stream("FILE", partial(io.BytesIO, file.getvalue()), store)
                 assert await read_dump(store) == expected
-                assert await moments(store) == told
+                assert await moments(store) == reported
         async with FileStore.open(Path(folder) / "b", clock) as reopened:
             assert await read_dump(reopened) == expected
             assert [one.key for one in await reopened.list("task")] == [one.key for one in await memory.list("task")]

@@ -142,7 +142,7 @@ class StoreMachine(RuleBasedStateMachine):
             return LeaseLost
         return VersionConflict if any(one.expected != self.version(one.key) for one in commit.writes) else None
 
-    def happen(self, commit: Commit) -> None:
+    def apply_to_model(self, commit: Commit) -> None:
         """Apply a commit to the model."""
         now = self.clock.now()
         documents = {
@@ -179,7 +179,7 @@ class StoreMachine(RuleBasedStateMachine):
                 self.call(self.stores[which].commit, commit)
             return
         assert self.call(self.stores[which].commit, commit) == len(self.log) + 1
-        self.happen(commit)
+        self.apply_to_model(commit)
         if durable:
             self.synced()
 
@@ -189,7 +189,7 @@ class StoreMachine(RuleBasedStateMachine):
         for number in range(VERSIONS_KEPT + 1):
             commit = self.commit_of([(key, 0, {"epoch": number, "text": "x" * size}, None)], [], number, durable)
             assert self.call(self.stores[which].commit, commit) == len(self.log) + 1
-            self.happen(commit)
+            self.apply_to_model(commit)
         if durable:
             self.synced()
 
@@ -210,7 +210,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.call(commit_all)
         assert sorted(positions) == list(range(len(self.log) + 1, len(self.log) + len(commits) + 1))
         for _, one in sorted(positions.items()):
-            self.happen(one)
+            self.apply_to_model(one)
         if durable:
             self.synced()
 
@@ -307,8 +307,8 @@ class StoreMachine(RuleBasedStateMachine):
             if key in one.documents and position >= self.kept.get(key, 0)
         ]
         found = self.call(self.stores[which].history, key, limit)
-        told = [(one.version, one.value, one.position, one.time, list(one.events)) for one in found]
-        assert told == expected[::-1][:limit]
+        reported = [(one.version, one.value, one.position, one.time, list(one.events)) for one in found]
+        assert reported == expected[::-1][:limit]
 
     @rule(position=st.integers(-3, 1 << 20), which=st.integers(0, 1))
     def at(self, position: int, which: int) -> None:
@@ -323,8 +323,8 @@ class StoreMachine(RuleBasedStateMachine):
         else:
             time = self.log[position - 1].time if position else 0
             found = self.call(self.stores[which].at, position)
-            told = {key: (one.version, one.value) for key, one in found.documents.items()}
-            assert told == self.state(time, position)
+            reported = {key: (one.version, one.value) for key, one in found.documents.items()}
+            assert reported == self.state(time, position)
 
     @rule(after=st.integers(0, 1 << 20), which=st.integers(0, 1))
     def watch(self, after: int, which: int) -> None:

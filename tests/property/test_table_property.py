@@ -85,14 +85,14 @@ def check(kept: LiveRun, made: LiveRun, count: int) -> None:
     )
     assert (counts, one.tokens, one.cost) == (others, other.tokens, other.cost)
     assert sum(counts) == count
-    assert shown(kept) == shown(made)
+    assert visible_rows(kept) == visible_rows(made)
     for room in range(count):
         frame = kept.frame(100.0, room)
         assert len(frame.rows) == max(room - 1, 0)
     assert set(kept.working()) == set(made.working())
 
 
-def shown(view: LiveRun) -> list[tuple[str, ...]]:
+def visible_rows(view: LiveRun) -> list[tuple[str, ...]]:
     """Return the rows without the need that blocks a task, which may be any of several."""
     rows = view.frame(100.0, 20).rows
     return [(row.task, row.phase, row.attempt, row.words * (row.phase != "blocked")) for row in rows]

@@ -57,7 +57,7 @@ def ready(adapter: Adapter, environ: dict[str, str]) -> tuple[int, str]:
     return done.returncode, (done.stdout.splitlines() or [""])[-1]
 
 
-def without(package: str, folder: Path) -> str:
+def path_without_package(package: str, folder: Path) -> str:
     """Return a PYTHONPATH that hides an installed package."""
     (folder / f"{package}.py").write_text(f"raise ModuleNotFoundError({package!r})\n")
     return str(folder)
@@ -68,10 +68,10 @@ def test_missing_sdk_is_reported_before_and_in_a_session(environ: dict[str, str]
         ("acp", AcpAdapter(AcpOptions(argv=("x",))), "cli-council[acp]"),
         ("ollama", OllamaAdapter(OllamaOptions(model="x")), "cli-council[ollama]"),
     ):
-        bare = {**environ, "PYTHONPATH": without(package, tmp_path)}
-        code, told = ready(adapter, bare)
+        bare = {**environ, "PYTHONPATH": path_without_package(package, tmp_path)}
+        code, reported = ready(adapter, bare)
         assert code == 1
-        assert told.endswith(f"pip install '{extra}'")
+        assert reported.endswith(f"pip install '{extra}'")
         assert extra in adapter.programs()[0].log_in
         program = adapter.programs()[0]
         session = [program.name, *(one for one in program.ready if one != "--ready")]
@@ -88,10 +88,10 @@ def test_installed_sdk_is_ready(environ: dict[str, str], tmp_path: Path) -> None
     assert ready(AcpAdapter(AcpOptions(argv=("x",))), environ) == (0, "ready")
     with run_server() as server:
         assert ready(OllamaAdapter(OllamaOptions(model="stub", host=server.url)), environ) == (0, "ready")
-        code, told = ready(OllamaAdapter(OllamaOptions(model="none", host=server.url)), environ)
-        assert (code, "ollama pull none" in told) == (1, True)
-    code, told = ready(OllamaAdapter(OllamaOptions(model="stub", host="http://127.0.0.1:9")), environ)
-    assert (code, "ollama serve" in told) == (1, True)
+        code, reported = ready(OllamaAdapter(OllamaOptions(model="none", host=server.url)), environ)
+        assert (code, "ollama pull none" in reported) == (1, True)
+    code, reported = ready(OllamaAdapter(OllamaOptions(model="stub", host="http://127.0.0.1:9")), environ)
+    assert (code, "ollama serve" in reported) == (1, True)
     claude = ClaudeCodeAdapter(ClaudeCodeOptions(bin=str(install(tmp_path, "claude", "tests.fakes.claude"))))
     assert ready(claude, environ)[0] == 1
     assert ready(claude, {**environ, "ANTHROPIC_API_KEY": "x"})[0] == 0
@@ -99,9 +99,9 @@ def test_installed_sdk_is_ready(environ: dict[str, str], tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", ["a", "sub/deep/new.txt", "./a", "sub/../a"])
 def test_path_inside_the_worktree_is_resolved(tmp_path: Path, name: str) -> None:
-    place = ConfinedWorktree(tmp_path).locate(name)
-    assert place == ConfinedWorktree(tmp_path).locate(str(tmp_path / name))
-    assert place.is_relative_to(tmp_path)
+    bridge = ConfinedWorktree(tmp_path).locate(name)
+    assert bridge == ConfinedWorktree(tmp_path).locate(str(tmp_path / name))
+    assert bridge.is_relative_to(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_missing_agent_is_named(environ: dict[str, str], tmp_path: Path) -> None
 
 
 @dataclass(frozen=True)
-class Place:
+class BridgeFixture:
     """A worktree, its home, and the programs on PATH."""
 
     folder: Path
@@ -266,14 +266,14 @@ class Place:
 
 
 @pytest.fixture
-def place(environ: dict[str, str], tmp_path: Path) -> Place:
+def bridge(environ: dict[str, str], tmp_path: Path) -> BridgeFixture:
     """Return an empty worktree with an agent on PATH."""
     install(tmp_path / "bin", "acp-agent", "tests.fakes.acp_agent")
     subprocess.run(["git", "init", "--quiet", str(tmp_path / "worktree")], check=True, env=environ)
-    return Place(tmp_path, {**environ, "PATH": f"{tmp_path / 'bin'}{os.pathsep}{environ['PATH']}"})
+    return BridgeFixture(tmp_path, {**environ, "PATH": f"{tmp_path / 'bin'}{os.pathsep}{environ['PATH']}"})
 
 
-def words(events: list[SessionEvent]) -> list[str]:
+def printed_lines(events: list[SessionEvent]) -> list[str]:
     """Return the printed lines."""
     return [line for event in events if isinstance(event, AgentMessage) for line in event.text.splitlines()]
 
@@ -284,15 +284,15 @@ def warnings(events: list[SessionEvent]) -> list[str]:
 
 
 @pytest.mark.extended
-def test_tool_inside_the_worktree_is_allowed(place: Place) -> None:
+def test_tool_inside_the_worktree_is_allowed(bridge: BridgeFixture) -> None:
     kinds = ("fetch", "read", "search", "think", "delete", "edit", "execute", "move", "other", "switch_mode")
-    events = place.converse("\n".join(f"ask {kind}" for kind in kinds))
-    assert words(events) == ["chosen: once" for _ in kinds]
+    events = bridge.converse("\n".join(f"ask {kind}" for kind in kinds))
+    assert printed_lines(events) == ["chosen: once" for _ in kinds]
 
 
 @pytest.mark.extended
-def test_tool_update_is_merged_with_its_call(place: Place) -> None:
-    events = place.converse("run make test")
+def test_tool_update_is_merged_with_its_call(bridge: BridgeFixture) -> None:
+    events = bridge.converse("run make test")
     assert [event for event in events if isinstance(event, ToolCall | ToolResult)] == [
         ToolCall("execute", "bash", call="r-1"),
         ToolCall("execute", "make test", call="r-1"),
@@ -302,7 +302,7 @@ def test_tool_update_is_merged_with_its_call(place: Place) -> None:
 
 @pytest.mark.extended
 @pytest.mark.parametrize("takes_urls", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_agent_gets_the_servers_it_supports(place: Place, takes_urls: bool) -> None:
+def test_agent_gets_the_servers_it_supports(bridge: BridgeFixture, takes_urls: bool) -> None:
     """Commands as absolute paths with resolved variables; URLs only if the agent announces support."""
     servers = (
         McpServer("files", ("sh", "-c", "x y"), env=("MY_TOKEN", "NOT_SET")),
@@ -314,11 +314,11 @@ def test_agent_gets_the_servers_it_supports(place: Place, takes_urls: bool) -> N
         {**program, "env": [{"name": "MY_TOKEN", "value": "a token"}]},
         {"name": "odd", "command": "no-such-program", "args": [], "env": []},
     ]
-    place.environ["MY_TOKEN"] = "a token"
+    bridge.environ["MY_TOKEN"] = "a token"
     url = {"type": "http", "name": "docs", "url": "http://127.0.0.1:9/mcp", "headers": []}
-    events = place.converse("servers", {"env": {"ACP_LOADS": "1"} if takes_urls else {}}, mcp_servers=servers)
-    told = [json.loads(line.removeprefix("server: ")) for line in words(events)]
-    assert told == ([*commands, url] if takes_urls else commands)
+    events = bridge.converse("servers", {"env": {"ACP_LOADS": "1"} if takes_urls else {}}, mcp_servers=servers)
+    reported = [json.loads(line.removeprefix("server: ")) for line in printed_lines(events)]
+    assert reported == ([*commands, url] if takes_urls else commands)
     assert ["'docs'" in one for one in warnings(events)] == ([] if takes_urls else [True])
 
 
@@ -326,43 +326,43 @@ RESUMES = {"home": "own", "resumes": True, "env": {"ACP_LOADS": "1"}}
 
 
 @pytest.mark.slow
-def test_replayed_conversation_is_not_printed(place: Place) -> None:
+def test_replayed_conversation_is_not_printed(bridge: BridgeFixture) -> None:
     """Replayed messages are not counted either, including those after the load response."""
-    first = place.converse("say it once", RESUMES)
-    assert words(first) == ["it once"]
-    second = place.converse("servers\nsay it twice", RESUMES, resume="s-1", mcp_servers=(McpServer("odd", ("x",)),))
-    assert [line for line in words(second) if "server" not in line] == ["it twice"]
-    assert sum("server" in line for line in words(second)) == 1
+    first = bridge.converse("say it once", RESUMES)
+    assert printed_lines(first) == ["it once"]
+    second = bridge.converse("servers\nsay it twice", RESUMES, resume="s-1", mcp_servers=(McpServer("odd", ("x",)),))
+    assert [line for line in printed_lines(second) if "server" not in line] == ["it twice"]
+    assert sum("server" in line for line in printed_lines(second)) == 1
     for events in (first, second):
         assert ConversationStarted("s-1") in events
         assert [event.cost for event in events if isinstance(event, UsageReport)] == [0.5]
-        assert events[-1] == ConcludedEvent("\n".join((*words(events), "")))
+        assert events[-1] == ConcludedEvent("\n".join((*printed_lines(events), "")))
 
 
 @pytest.mark.extended
 @pytest.mark.parametrize("loads", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_agent_without_resume_gets_no_prompt(place: Place, loads: bool) -> None:
+def test_agent_without_resume_gets_no_prompt(bridge: BridgeFixture, loads: bool) -> None:
     """The failure class asks for a retry from scratch, both without the capability and with a lost conversation."""
     options = RESUMES if loads else {"home": "own", "resumes": True}
-    (event,) = place.converse("write a.txt x", options, resume="s-1")
+    (event,) = bridge.converse("write a.txt x", options, resume="s-1")
     assert isinstance(event, ConcludedEvent)
     assert event.failed is not None
     assert event.failed.failure is FailureClass.TRANSIENT
     assert ("remove `resumes`" in event.text, "no session s-1" in event.text) == (not loads, loads)
-    assert [one.name for one in place.worktree.iterdir()] == [".git"]
+    assert [one.name for one in bridge.worktree.iterdir()] == [".git"]
 
 
-def test_read_only_model_is_asked_for_prose(place: Place) -> None:
+def test_read_only_model_is_asked_for_prose(bridge: BridgeFixture) -> None:
     """The answer is printed and never applied; instructions precede the first prompt."""
     answer = "```file a.txt\nx\n```"
     with run_server() as server:
         adapter = OllamaAdapter(OllamaOptions(model="stub", host=server.url))
-        looked = place.perform(adapter, answer, read_only=True, instructions="Speak plainly.")
-        assert not (place.worktree / "a.txt").exists()
-        changed = place.perform(adapter, answer)
-        assert (place.worktree / "a.txt").read_text() == "x\n"
+        looked = bridge.perform(adapter, answer, read_only=True, instructions="Speak plainly.")
+        assert not (bridge.worktree / "a.txt").exists()
+        changed = bridge.perform(adapter, answer)
+        assert (bridge.worktree / "a.txt").read_text() == "x\n"
         system, plain = (one["messages"][0] for one in server.asked)
-    assert "\n".join(words(looked)) == "\n".join(words(changed)) == answer
+    assert "\n".join(printed_lines(looked)) == "\n".join(printed_lines(changed)) == answer
     assert [looked[-1], changed[-1]] == [ConcludedEvent(), ConcludedEvent()]
     assert [isinstance(event, ToolCall) for event in (looked[-2], changed[-2])] == [False, True]
     assert (system["role"], plain["content"]) == ("system", EDIT_INSTRUCTIONS)

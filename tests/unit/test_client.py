@@ -82,10 +82,10 @@ def test_unusual_arguments_take_the_normal_path(line: str) -> None:
 @pytest.mark.parametrize(("command", "option"), [(long_way.lock, "--wait"), (share.commands["wait"], "--timeout")])
 def test_invalid_timeout_takes_the_normal_path(command: click.Command, option: str, seconds: str) -> None:
     """click reports it as a usage error of the option."""
-    with pytest.raises(click.BadParameter) as told:
+    with pytest.raises(click.BadParameter) as reported:
         command.make_context("council", ["a", option, seconds])
-    assert told.value.param is not None
-    assert option in told.value.param.opts
+    assert reported.value.param is not None
+    assert option in reported.value.param.opts
 
 
 def test_fast_path_imports_nothing_slow(tmp_path: Path) -> None:
@@ -121,19 +121,19 @@ def test_fast_path_imports_nothing_slow(tmp_path: Path) -> None:
 
 
 async def test_each_result_is_printed_as_text() -> None:
-    desk, me = FakeSessionService(), SessionName("r", "t", 1)
+    service, me = FakeSessionService(), SessionName("r", "t", 1)
     arguments = {"paths": ["a.py"], "task": "models", "key": "k", "value": [1, "é"], "data": {}}
-    told = {name: format_result(name, await desk.answer(me, name, arguments)) for name in SESSION_COMMANDS}
-    assert told["lock"] == "locked: a.py\n"
-    assert told["unlock"] == "unlocked: a.py\n"
-    assert told["peers"] == "t.1 (fake, this session): working\n"
-    assert told["notes"] == "n1 (task t, topic tests):\n  one\n  two\n"
-    assert "models, session 1: working\n1 commits, 2 files, +3 -4\n\nplan:\na plan\n" in told["ask"]
-    assert told["share_put"] == "shared k: version 1\n"
-    assert told["share_get"] == told["share_wait"] == '[\n  1,\n  "é"\n]\n'
-    assert told["share_list"] == "k: version 1, 2 bytes, by a person\n"
-    assert told["submit_handoff"] == "handoff accepted: 2 bytes\n"
-    assert all(told.values())
+    reported = {name: format_result(name, await service.answer(me, name, arguments)) for name in SESSION_COMMANDS}
+    assert reported["lock"] == "locked: a.py\n"
+    assert reported["unlock"] == "unlocked: a.py\n"
+    assert reported["peers"] == "t.1 (fake, this session): working\n"
+    assert reported["notes"] == "n1 (task t, topic tests):\n  one\n  two\n"
+    assert "models, session 1: working\n1 commits, 2 files, +3 -4\n\nplan:\na plan\n" in reported["ask"]
+    assert reported["share_put"] == "shared k: version 1\n"
+    assert reported["share_get"] == reported["share_wait"] == '[\n  1,\n  "é"\n]\n'
+    assert reported["share_list"] == "k: version 1, 2 bytes, by a person\n"
+    assert reported["submit_handoff"] == "handoff accepted: 2 bytes\n"
+    assert all(reported.values())
 
 
 def test_terminal_sequences_of_others_are_escaped() -> None:

@@ -256,9 +256,9 @@ def test_files_are_written_to_the_home() -> None:
         }
     }
     by_file = {"argv": ["x"], "instructions": ["--system={instructions_file}"]}
-    told = asked(by_file, instructions="Speak.")
-    assert told.argv == ("x", "--system=/h/council-instructions.md")
-    assert told.home == SessionHome({"council-instructions.md": "Speak."})
+    reported = asked(by_file, instructions="Speak.")
+    assert reported.argv == ("x", "--system=/h/council-instructions.md")
+    assert reported.home == SessionHome({"council-instructions.md": "Speak."})
     assert asked(by_file).home is None
     assert asked({"argv": ["x", "{home}"]}).home == SessionHome()
 
@@ -272,7 +272,7 @@ def test_long_instructions_need_a_file() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "reported"),
     [
         ({"argv": ["x", "{model}"]}, "{model} has no value: add `model`"),
         ({"argv": ["x", "{session}"]}, "{session} is not a placeholder"),
@@ -290,10 +290,10 @@ def test_long_instructions_need_a_file() -> None:
         ({"mcp": "--mcp {mcp_file}"}, "tuple"),
     ],
 )
-def test_invalid_capability_options_are_explained(options: dict[str, Any], told: str) -> None:
+def test_invalid_capability_options_are_explained(options: dict[str, Any], reported: str) -> None:
     with pytest.raises(ValidationError) as raised:
         CommandOptions.model_validate({"argv": ["x"], **options})
-    assert told in str(raised.value)
+    assert reported in str(raised.value)
 
 
 def test_conversations_are_kept_in_the_configured_home() -> None:

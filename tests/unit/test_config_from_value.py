@@ -80,8 +80,8 @@ def test_recursive_value_is_rejected(tmp_path: Path) -> None:
     """Reading stops at a nesting limit, for any number of cycles."""
     knot: list[Any] = []
     knot += [knot, knot]
-    [told] = mistakes({**RUN, "tasks": knot}, tmp_path)
-    assert told.endswith("more than 64 nested collections: nest less deeply")
+    [reported] = mistakes({**RUN, "tasks": knot}, tmp_path)
+    assert reported.endswith("more than 64 nested collections: nest less deeply")
 
 
 def test_mistakes_of_a_file_and_a_value_are_equal(tmp_path: Path) -> None:

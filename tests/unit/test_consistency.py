@@ -30,9 +30,9 @@ PLAN = {"tasks": [{"id": "a", "prompt": "x"}], "dependencies": [], "timeline": [
 DATA = {"plan": PLAN, "build": {"artifacts": {"a.py": SUM}}, "review": {"verdict": "approve"}}
 
 
-def handoff(phase: str, attempt: int, to: str | None, **told: Any) -> Handoff:
+def handoff(phase: str, attempt: int, to: str | None, **reported: Any) -> Handoff:
     """Return the handoff of an attempt at a phase."""
-    facts = {"kind": phase, "protocol": "direct", "phase": phase, "to": to, "time": 1.0, "by": "file", **told}
+    facts = {"kind": phase, "protocol": "direct", "phase": phase, "to": to, "time": 1.0, "by": "file", **reported}
     return make_handoff("run", "task", attempt, facts.pop("data", DATA[phase]), **facts)
 
 
@@ -44,13 +44,13 @@ def attempts(*phases: str) -> tuple[Attempt, ...]:
     )
 
 
-def visit(phase: str, number: int, **told: Any) -> PhaseRecord:
+def visit(phase: str, number: int, **reported: Any) -> PhaseRecord:
     """Return a visit completed by one attempt."""
     facts = {"status": PhaseStatus.COMPLETED, "started": float(number), "ended": number + 0.5, "attempts": (number,)}
-    return PhaseRecord(phase=phase, **{**facts, "handoff": f"run/task/{number}", **told})
+    return PhaseRecord(phase=phase, **{**facts, "handoff": f"run/task/{number}", **reported})
 
 
-def whole() -> WorkflowRecord:
+def valid_record() -> WorkflowRecord:
     """Return the valid facts of a task that is queued to land."""
     first = acknowledge(handoff("plan", 1, "build"), "build", 2, 2.0)
     second = acknowledge(handoff("build", 2, "review"), "review", 3, 3.0)
@@ -89,7 +89,7 @@ def with_handoff(facts: WorkflowRecord, number: int, **changes: Any) -> Workflow
 
 
 def test_complete_record_has_no_violation() -> None:
-    facts = whole()
+    facts = valid_record()
     assert rules(facts) == set()
     document = facts.document
     begun = changed(facts, 2, status=PhaseStatus.IN_PROGRESS, ended=None, handoff=None, verdict=None)
@@ -152,19 +152,19 @@ BROKEN: list[tuple[str, Any]] = [
 @pytest.mark.parametrize(("rule", "broken"), BROKEN, ids=[f"{n} {rule}" for n, (rule, _) in enumerate(BROKEN)])
 def test_violation_is_found(rule: str, broken: Any) -> None:
     """Reported under the rule that the record violates."""
-    assert rule in rules(broken(whole()))
+    assert rule in rules(broken(valid_record()))
 
 
 def test_foreign_receipt_is_found() -> None:
     """A visit must have received its own handoff."""
-    facts = whole()
+    facts = valid_record()
     receipt = facts.handoffs["run/task/1"].receipts[0].model_copy(update={"digest": "sha256:0"})
     assert rules(with_handoff(facts, 1, receipts=(receipt,))) == {"chain.received"}
 
 
 def test_attempts_after_a_restore_need_no_visit() -> None:
     """A restore keeps the records of later attempts."""
-    facts = whole()
+    facts = valid_record()
     more = changed(facts, attempts=attempts("plan", "build", "review", "build"))
     assert rules(changed(more, current=3)) == set()
 
@@ -189,7 +189,7 @@ def session(attempt: int, status: SessionStatus, updated: float) -> SessionConte
 )
 def test_session_without_a_task_is_found(attempt: int, status: SessionStatus, age: float, found: set[str]) -> None:
     """A completed session that never ended keeps its task waiting."""
-    facts = whole()
+    facts = valid_record()
     begun = changed(facts, 2, status=PhaseStatus.IN_PROGRESS, ended=None, handoff=None, verdict=None)
     running = begun.document.attempts[2].model_copy(update={"ended": None})
     tried = (*begun.document.attempts[:2], running)
@@ -209,5 +209,5 @@ def test_plugin_rules_are_checked() -> None:
         "none": lambda _facts: None,
         "right": lambda facts: [mine] if facts.document.attempts else [],
     }
-    found = check_workflow(whole(), constraints)
+    found = check_workflow(valid_record(), constraints)
     assert [one.rule for one in found] == ["constraint.broken", "constraint.strange", "constraint.none", "mine"]

@@ -73,8 +73,8 @@ def test_each_variable_is_in_the_example() -> None:
 
 def test_record_fields_and_bounds_match_the_code() -> None:
     """Both ways: none is missing and none is invented."""
-    told = {name for row in rows(sections(PAGE)["Session context"]) for name in re.findall(r"`(\w+)`", row[0])}
-    assert told == set(SessionContext.model_fields)
+    reported = {name for row in rows(sections(PAGE)["Session context"]) for name in re.findall(r"`(\w+)`", row[0])}
+    assert reported == set(SessionContext.model_fields)
     text = " ".join(PAGE.split())
     assert (STALE_CONTEXT_SECONDS, MAX_MESSAGE_CHARS) == (1800, 500)
     for bound in (f"up to {MAX_TEXT_BYTES // 1024} KiB", f"Of {MAX_NOTES} the oldest", f"most {MAX_BLOCK_CHARS:,} char",

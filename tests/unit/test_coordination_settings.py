@@ -142,20 +142,20 @@ def test_unreadable_variable_is_named(variable: str, text: str, remedy: str) -> 
 
 def test_all_mistakes_of_the_environment_are_reported_at_once() -> None:
     """Each by its variable."""
-    told = refused({"SHARED_STATE_ENABLED": "x", "SHARED_STATE_MAX_RETRIES": "y"})
-    assert "SHARED_STATE_ENABLED" in told
-    assert "SHARED_STATE_MAX_RETRIES" in told
+    reported = refused({"SHARED_STATE_ENABLED": "x", "SHARED_STATE_MAX_RETRIES": "y"})
+    assert "SHARED_STATE_ENABLED" in reported
+    assert "SHARED_STATE_MAX_RETRIES" in reported
 
 
 def test_contradiction_is_reported_for_its_source() -> None:
-    told = refused({"SHARED_STATE_STALE_THRESHOLD_MS": "30000"})
-    assert "`heartbeat_interval` (1m) is more than a third of SHARED_STATE_STALE_THRESHOLD_MS (30000)" in told
-    assert "write at most SHARED_STATE_HEARTBEAT_INTERVAL_MS=10000" in told
-    assert "or at least SHARED_STATE_STALE_THRESHOLD_MS=180000" in told
-    told = refused({}, CoordinationOverrides(stale_after=10.0))
-    assert "more than a third of --stale (10s): write at most --heartbeat 3s333ms, or at least --stale 3m" in told
-    told = refused({}, CoordinationOverrides(stale_after=700.0))
-    assert "or at least TASK_CLAIM_OWNER_STALE_TTL_MS=700000" in told, "no option sets this value"
+    reported = refused({"SHARED_STATE_STALE_THRESHOLD_MS": "30000"})
+    assert "`heartbeat_interval` (1m) is more than a third of SHARED_STATE_STALE_THRESHOLD_MS (30000)" in reported
+    assert "write at most SHARED_STATE_HEARTBEAT_INTERVAL_MS=10000" in reported
+    assert "or at least SHARED_STATE_STALE_THRESHOLD_MS=180000" in reported
+    reported = refused({}, CoordinationOverrides(stale_after=10.0))
+    assert "more than a third of --stale (10s): write at most --heartbeat 3s333ms, or at least --stale 3m" in reported
+    reported = refused({}, CoordinationOverrides(stale_after=700.0))
+    assert "or at least TASK_CLAIM_OWNER_STALE_TTL_MS=700000" in reported, "no option sets this value"
 
 
 def test_options_reach_the_command() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from orchestrator.sandbox.credentials import find_credentials
 
 
-def made(path: Path) -> Path:
+def make_file(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("secret")
     return path
@@ -16,8 +16,8 @@ def made(path: Path) -> Path:
 def test_credentials_are_found_at_home_and_by_variables(tmp_path: Path) -> None:
     """Only existing ones; relative and empty values are ignored."""
     home, moved = tmp_path / "home", tmp_path / "moved"
-    found = [made(home / name) for name in (".netrc", ".aws/credentials", ".config/sops/age/keys.txt")]
-    elsewhere = [made(moved / name) for name in ("gh/hosts.yml", "kube", "more", "gnupg/key")]
+    found = [make_file(home / name) for name in (".netrc", ".aws/credentials", ".config/sops/age/keys.txt")]
+    elsewhere = [make_file(moved / name) for name in ("gh/hosts.yml", "kube", "more", "gnupg/key")]
     environ = {
         "HOME": str(home),
         "XDG_CONFIG_HOME": str(moved),

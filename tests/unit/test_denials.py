@@ -63,8 +63,8 @@ def test_no_change_because_of_denials_is_reported() -> None:
     outcome = judge_outcome(ProcessExit("exit", 0, None, None), SessionLimits(1.0), None, None, None, denials=denials)
     assert isinstance(outcome, Failed)
     assert outcome.failure is FailureClass.NO_CHANGE
-    told = "5 tools denied: Bash(make), Write(a), Write(b), …: allow it"
-    assert outcome.reason == f"the program succeeded but changed nothing: {told}"
+    reported = "5 tools denied: Bash(make), Write(a), Write(b), …: allow it"
+    assert outcome.reason == f"the program succeeded but changed nothing: {reported}"
 
 
 def test_first_of_many_denials_are_kept() -> None:

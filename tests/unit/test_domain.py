@@ -271,8 +271,8 @@ def test_outcome_is_judged_by_facts(
 
 def test_exit_code_is_explained_by_the_last_line_of_stderr() -> None:
     failed, limits = ProcessExit("exit", 2, None, None), SessionLimits(60.0)
-    told = judge_outcome(failed, limits, None, None, None, errors="started\n sh: no such file \n\n")
-    assert told == Failed(CRASHED, "the program ended with exit code 2: sh: no such file")
+    result = judge_outcome(failed, limits, None, None, None, errors="started\n sh: no such file \n\n")
+    assert result == Failed(CRASHED, "the program ended with exit code 2: sh: no such file")
     ruled = judge_outcome(failed, limits, None, None, None, errors="  | OSError: no room\n  +-----------\n")
     assert ruled == Failed(CRASHED, "the program ended with exit code 2: | OSError: no room")
     cut = judge_outcome(failed, limits, None, None, None, errors="x" * 999)

@@ -43,5 +43,5 @@ def test_read_only_file_system_is_unavailable(capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as end, error_boundary(Output(as_json=False), ErrorLog()):
         raise error
     assert end.value.code == 1
-    told = "council: /place: read-only file system: mount it writable; no recorded work is lost\n"
-    assert capsys.readouterr().err == told
+    reported = "council: /place: read-only file system: mount it writable; no recorded work is lost\n"
+    assert capsys.readouterr().err == reported

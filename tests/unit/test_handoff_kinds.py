@@ -25,14 +25,14 @@ SUM = "0123456789abcdef" * 4
 PLAN = {"tasks": [{"id": "a", "prompt": "do it"}], "dependencies": [], "timeline": [], "resources": []}
 
 
-def taken(kind: str, data: dict[str, Any], facts: HandoffFacts | None = None) -> dict[str, Any]:
+def parsed(kind: str, data: dict[str, Any], facts: HandoffFacts | None = None) -> dict[str, Any]:
     """Return the parsed content of a handoff."""
     checked = HANDOFF_KINDS[kind].check(data, facts or HandoffFacts())
     assert checked.data is not None, [str(one) for one in checked.violations]
     return checked.data
 
 
-def wrong(kind: str, data: Any, facts: HandoffFacts | None = None) -> list[tuple[str, str]]:
+def violations_of(kind: str, data: Any, facts: HandoffFacts | None = None) -> list[tuple[str, str]]:
     """Return the rules and positions of the violations of a handoff."""
     checked = HANDOFF_KINDS[kind].check(data, facts or HandoffFacts())
     assert checked.data is None
@@ -121,9 +121,9 @@ LIBERAL: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 @pytest.mark.parametrize(("kind", "data", "expected"), LIBERAL)
 def test_valid_content_is_accepted(kind: str, data: dict[str, Any], expected: dict[str, Any]) -> None:
     """Alternative spellings, single values for lists, mappings for lists; parsed content parses to itself."""
-    made = taken(kind, data)
+    made = parsed(kind, data)
     assert {key: made[key] for key in expected} == expected
-    assert taken(kind, made) == made
+    assert parsed(kind, made) == made
     Draft202012Validator(HANDOFF_KINDS[kind].schema).validate(
         {key: one for key, one in made.items() if key != "findings"}
     )
@@ -172,12 +172,12 @@ WRONG: list[tuple[str, Any, list[tuple[str, str]]]] = [
 @pytest.mark.parametrize(("kind", "data", "expected"), WRONG)
 def test_invalid_content_has_its_position(kind: str, data: Any, expected: list[tuple[str, str]]) -> None:
     """Each violation has a rule, a position and a remedy; all are reported at once."""
-    assert wrong(kind, data) == expected
+    assert violations_of(kind, data) == expected
 
 
 def test_reported_mistakes_are_limited() -> None:
     """A repair prompt must not be longer than the work."""
-    found = wrong("build", {"artifacts": [{"path": "a"}] * 100})
+    found = violations_of("build", {"artifacts": [{"path": "a"}] * 100})
     assert len(found) == MAX_VIOLATIONS + 1
     assert found[-1] == ("build.more", "the handoff")
 
@@ -195,7 +195,9 @@ def test_reported_mistakes_are_limited() -> None:
 def test_artifacts_match_the_tree(checksums: dict[str, str | None], expected: list[tuple[str, str]]) -> None:
     """Missing and wrong artifacts are named; unchecked ones pass."""
     data, facts = {"artifacts": {"a": SUM}}, HandoffFacts(checksums)
-    assert (wrong("build", data, facts) if expected else [] if taken("build", data, facts) else None) == expected
+    assert (
+        violations_of("build", data, facts) if expected else [] if parsed("build", data, facts) else None
+    ) == expected
     assert HANDOFF_KINDS["build"].paths({"artifacts": {"./a": SUM, "../b": SUM}}) == ("a",)
     assert (
         HANDOFF_KINDS["build"].paths({"artifacts": 3}) == HANDOFF_KINDS["scout"].paths({"artifacts": {"a": SUM}}) == ()
@@ -257,7 +259,7 @@ EXPORTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def test_later_phases_inherit_values(kind: str) -> None:
     """By the names that phases need, empty values included, since conditions use them."""
     data, expected = EXPORTED[kind]
-    assert HANDOFF_KINDS[kind].exports(taken(kind, data)) == expected
+    assert HANDOFF_KINDS[kind].exports(parsed(kind, data)) == expected
 
 
 def test_exports_are_unique_and_requirements_met() -> None:
@@ -271,7 +273,7 @@ def test_exports_are_unique_and_requirements_met() -> None:
         "deploy": {"deployed": True},
         "review": {"verdict": "approve"},
     }
-    exported = {name: set(HANDOFF_KINDS[name].exports(taken(name, data))) for name, data in full.items()}
+    exported = {name: set(HANDOFF_KINDS[name].exports(parsed(name, data))) for name, data in full.items()}
     assert exported.keys() == HANDOFF_KINDS.keys()
     assert all(not one & other for one, other in itertools.combinations(exported.values(), 2))
     assert {need for needs in PHASE_NEEDS.values() for need in needs} <= set().union(*exported.values())
@@ -371,7 +373,7 @@ def test_validators_of_plugins_run() -> None:
     good = with_validators(
         HANDOFF_KINDS["plan"], {"m": HandoffValidator("plan", meddling), "n": HandoffValidator("build", never)}
     )
-    assert good.check(PLAN, HandoffFacts()).data == taken("plan", PLAN)
+    assert good.check(PLAN, HandoffFacts()).data == parsed("plan", PLAN)
     bad = with_validators(
         HANDOFF_KINDS["plan"],
         {

@@ -23,9 +23,9 @@ from orchestrator.domain.workflow.violations import Violation
 from orchestrator.errors import HandoffCorrupted
 
 
-def made(data: dict[str, Any] | None = None, **told: Any) -> Handoff:
+def second_handoff(data: dict[str, Any] | None = None, **reported: Any) -> Handoff:
     """Return the handoff of the second attempt of a task."""
-    facts = {"kind": "plan", "protocol": "direct", "phase": "plan", "time": 5.0, "by": "file", **told}
+    facts = {"kind": "plan", "protocol": "direct", "phase": "plan", "time": 5.0, "by": "file", **reported}
     return make_handoff("run", "task", 2, data or {"tasks": [1]}, **facts)
 
 
@@ -38,7 +38,7 @@ def test_digest_is_that_of_the_canonical_text() -> None:
 
 def test_handoff_has_its_origin_and_integrity() -> None:
     """Named by its attempt; the digest covers data and mediation; the summary is bounded."""
-    handoff = made(summary="x" * 9999, to="build", tokens=7, cost=0.5)
+    handoff = second_handoff(summary="x" * 9999, to="build", tokens=7, cost=0.5)
     assert (handoff.id, handoff.to, handoff.tokens, handoff.cost) == ("run/task/2", "build", 7, 0.5)
     assert len(handoff.summary) == MAX_SUMMARY_CHARS
     assert is_intact(Handoff.model_validate_json(handoff.model_dump_json()))
@@ -50,9 +50,9 @@ def test_mediated_content_is_given_and_digested() -> None:
     """Changing the mediated content breaks the digest, too."""
     mediation = mediate({"requirements": ["r"]}, "scout", "plan")
     assert isinstance(mediation, Mediation)
-    handoff = made({"requirements": ["r"]}, mediation=mediation)
+    handoff = second_handoff({"requirements": ["r"]}, mediation=mediation)
     assert get_payload(handoff) == mediation.processed
-    assert get_payload(made({"a": 1})) == {"a": 1}
+    assert get_payload(second_handoff({"a": 1})) == {"a": 1}
     assert is_intact(Handoff.model_validate_json(handoff.model_dump_json()))
     forged = mediation.model_copy(update={"instructions": "push to the target"})
     assert not is_intact(handoff.model_copy(update={"mediation": forged}))
@@ -61,7 +61,7 @@ def test_mediated_content_is_given_and_digested() -> None:
 
 def test_visit_receives_a_handoff_once() -> None:
     """Repeating a receipt changes nothing; another visit has its own."""
-    once = acknowledge(made(), "build", 3, 6.0)
+    once = acknowledge(second_handoff(), "build", 3, 6.0)
     assert [(one.phase, one.attempt, one.time, one.digest) for one in once.receipts] == [
         ("build", 3, 6.0, compute_digest({"tasks": [1]}))
     ]
@@ -73,7 +73,7 @@ def test_visit_receives_a_handoff_once() -> None:
 def test_modified_handoff_is_not_received() -> None:
     """The error names the handoff and the fix."""
     with pytest.raises(HandoffCorrupted, match=r"handoff run/task/2: .*digest.*council retry TASK --from"):
-        acknowledge(made().model_copy(update={"data": {}}), "build", 3, 6.0)
+        acknowledge(second_handoff().model_copy(update={"data": {}}), "build", 3, 6.0)
 
 
 @pytest.mark.parametrize(

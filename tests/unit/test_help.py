@@ -51,7 +51,7 @@ def _parse(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "reported"),
     [
         ("statis", "did you mean `council status`?"),
         ("salvage lst", "did you mean `council salvage list`?"),
@@ -60,8 +60,8 @@ def _parse(words: list[str]) -> None:
         ("salvage apply x --brnch y", "--branch"),
     ],
 )
-def test_unknown_command_suggests_the_nearest(words: str, told: str) -> None:
+def test_unknown_command_suggests_the_nearest(words: str, reported: str) -> None:
     """For commands, subcommands and options."""
     ended = CliRunner().invoke(main, words.split(), prog_name="council")
     assert ended.exit_code == 2
-    assert told in re.sub(r"\s+", " ", ended.output)
+    assert reported in re.sub(r"\s+", " ", ended.output)

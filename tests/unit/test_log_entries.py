@@ -44,7 +44,7 @@ def adapter_of(program: str) -> Adapter:
     return type_(type_.Options.model_validate(options))
 
 
-def shown(adapter: Adapter, *lines: str) -> list[str]:
+def displayed(adapter: Adapter, *lines: str) -> list[str]:
     """Return the displayed text of all lines."""
     entries = OutputEntryBuilder()
     found = [entry for line in lines for entry in entries.read(adapter, line)]
@@ -53,7 +53,7 @@ def shown(adapter: Adapter, *lines: str) -> list[str]:
 
 def recorded(program: str, name: str) -> list[str]:
     recording = read_recordings(TRANSCRIPTS / program)[name]
-    return shown(adapter_of(program), *recording.stdout)
+    return displayed(adapter_of(program), *recording.stdout)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_failure_is_shown(program: str, name: str) -> None:
 def test_all_recordings_can_be_shown(program: str) -> None:
     """Shorter than the recording; lines without JSON are unchanged."""
     for name, recording in read_recordings(TRANSCRIPTS / program).items():
-        lines = shown(adapter_of(program), *recording.stdout)
+        lines = displayed(adapter_of(program), *recording.stdout)
         words = "\n".join(lines)
         assert [line for line in recording.stdout if not line.startswith("{") and line not in words] == [], name
         assert len(words) <= sum(len(line) + 1 for line in recording.stdout), name
@@ -108,9 +108,12 @@ def test_failed_tool_has_its_reason() -> None:
     ]
     failed = claude("user", type="tool_result", tool_use_id="b", is_error=True, content="Exit code 2\nno rule")
     ended = claude("user", type="tool_result", tool_use_id="a", content="fine")
-    assert shown(CLAUDE, *calls, failed, ended) == ["> Bash make b: failed: Exit code 2 no rule", "> Bash make a: ok"]
+    assert displayed(CLAUDE, *calls, failed, ended) == [
+        "> Bash make b: failed: Exit code 2 no rule",
+        "> Bash make a: ok",
+    ]
     words = claude("assistant", type="text", text="Meanwhile.")
-    assert shown(CLAUDE, *calls, words, failed, ended) == [
+    assert displayed(CLAUDE, *calls, words, failed, ended) == [
         "> Bash make a",
         "> Bash make b",
         "Meanwhile.",
@@ -126,7 +129,7 @@ def test_blocked_command_is_shown_as_denied() -> None:
 def test_unknown_json_is_shown_unchanged() -> None:
     """At the end, or after more JSON than a program prints at startup."""
     lines = [json.dumps({"step": number}) for number in range(30)]
-    assert shown(CUSTOM, *lines[:2]) == lines[:2]
+    assert displayed(CUSTOM, *lines[:2]) == lines[:2]
     entries = OutputEntryBuilder()
     soon = [entry for line in lines[:20] for entry in entries.read(CUSTOM, line)]
     assert [entry.line for entry in soon] == lines[:20]

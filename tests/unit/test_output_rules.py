@@ -250,8 +250,8 @@ def test_limit_in_an_error_has_its_end() -> None:
     options: dict[str, Any] = {"output": "jsonl", "read": [{"error": "message", "status": "status"}]}
     line = json.dumps({"message": "slow down, again in 90 s", "status": 429})
     assert verdict([line], 1, **options) == Failed(FailureClass.RATE_LIMITED, "slow down, again in 90 s")
-    told = verdict([line], 1, failures={"rate_limited": r"again in (?P<seconds>\d+) s"}, **options)
-    assert told == Failed(FailureClass.RATE_LIMITED, "slow down, again in 90 s", 1_000_090.0)
+    reported = verdict([line], 1, failures={"rate_limited": r"again in (?P<seconds>\d+) s"}, **options)
+    assert reported == Failed(FailureClass.RATE_LIMITED, "slow down, again in 90 s", 1_000_090.0)
 
 
 def test_quoted_error_in_json_is_not_a_failure() -> None:
@@ -288,7 +288,7 @@ def test_any_output_can_be_read(line: dict[str, Any], rule: dict[str, str]) -> N
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "reported"),
     [
         ({"output": "json"}, "'text' or 'jsonl'"),
         ({"output": "jsonl"}, "add `read` with a rule"),
@@ -314,8 +314,8 @@ def test_any_output_can_be_read(line: dict[str, Any], rule: dict[str, str]) -> N
         ({"output": "jsonl", "read": [{"texts": "t"}]}, "texts"),
     ],
 )
-def test_mistakes_are_explained(options: dict[str, Any], told: str) -> None:
+def test_mistakes_are_explained(options: dict[str, Any], reported: str) -> None:
     """Each message says what to write."""
     with pytest.raises(ValidationError) as raised:
         CommandOptions.model_validate({"argv": ["x"], **options})
-    assert told in str(raised.value)
+    assert reported in str(raised.value)

@@ -37,7 +37,7 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class Stand:
+class ProgramAdapter:
     """An adapter with the given programs."""
 
     Options: ClassVar[type[BaseModel]] = Options
@@ -61,7 +61,7 @@ class Stand:
         return None
 
 
-class AtHome(Stand):
+class HomeAdapter(ProgramAdapter):
     """An adapter whose programs have a task home."""
 
     def command(self, request: SessionRequest) -> SessionCommand:
@@ -96,19 +96,19 @@ async def test_program_with_a_task_home_is_probed_in_one(
     program: MakeProgram, environ: dict[str, str], tmp_path: Path
 ) -> None:
     """The home has the user's login, and is deleted with everything written to it."""
-    told = tmp_path / "told"
+    log = tmp_path / "log"
     looks = (
-        f'echo "$TOOL_HOME" > {told}; touch "$TOOL_HOME/new"; [ -e "$TOOL_HOME/set" ] && [ -e "$TOOL_HOME/../login" ]'
+        f'echo "$TOOL_HOME" > {log}; touch "$TOOL_HOME/new"; [ -e "$TOOL_HOME/set" ] && [ -e "$TOOL_HOME/../login" ]'
     )
     program("tool", looks)
     environ["HOME"] = str(tmp_path / "user")
-    adapter = AtHome(Program("tool", ready=["ready"], log_in="log in"))
+    adapter = HomeAdapter(Program("tool", ready=["ready"], log_in="log in"))
     without = (await probe_adapters({"it": adapter}, environ))["it"].programs[0]
     (tmp_path / "user/.tool").mkdir(parents=True)
     (tmp_path / "user/.tool/login").touch()
     with_login = (await probe_adapters({"it": adapter}, environ))["it"].programs[0]
     assert (without.ready, with_login.ready) == (False, True)
-    home = Path(told.read_text().strip())
+    home = Path(log.read_text().strip())
     assert not home.parent.exists()
     assert home.is_relative_to(tempfile.gettempdir())
 
@@ -195,9 +195,9 @@ async def test_programs_are_found_and_probed(program: MakeProgram, environ: dict
     path = program("tool", 'case "$1" in --version) echo tool 1.2.3;; status) test -n "$LOGIN";; esac')
     known = Program("tool", version=("--version",), known="<2", ready=("status",), log_in="log in")
     adapters = {
-        "in": Stand(known, env={"LOGIN": "1"}),
-        "out": Stand(known),
-        "missing": Stand(Program("no-such-tool", install="get it")),
+        "in": ProgramAdapter(known, env={"LOGIN": "1"}),
+        "out": ProgramAdapter(known),
+        "missing": ProgramAdapter(Program("no-such-tool", install="get it")),
     }
     found = await probe_adapters(adapters, environ)
     assert [one.programs[0].ready for one in found.values()] == [True, False, None]
@@ -212,7 +212,7 @@ async def test_key_replaces_a_login(program: MakeProgram, environ: dict[str, str
     """A program with one of its keys is ready without a probe, if the key reaches it."""
     program("tool", f"touch {tmp_path}/asked; exit 1")
     wanted = Program("tool", ready=("status",), keys=("OTHER_KEY", "TOOL_KEY"))
-    found = await probe_adapters({"a": Stand(wanted, pass_env=["TOOL_KEY"])}, {**environ, "TOOL_KEY": "k"})
+    found = await probe_adapters({"a": ProgramAdapter(wanted, pass_env=["TOOL_KEY"])}, {**environ, "TOOL_KEY": "k"})
     assert found["a"].programs[0].ready is True
     assert not (tmp_path / "asked").exists()
 
@@ -223,7 +223,7 @@ async def test_program_gets_a_minimal_environment(
     """The base environment, HOME and the adapter's variables, empty stdin, an empty folder."""
     program("tool", f"env > {tmp_path}/env; pwd > {tmp_path}/cwd; ls -A >> {tmp_path}/cwd; cat; echo 1.0")
     given = {**environ, "SECRET": "s", "PASSED": "p"}
-    adapter = Stand(Program("tool", version=("-V",)), pass_env=["PASSED"], env={"SET": "v"})
+    adapter = ProgramAdapter(Program("tool", version=("-V",)), pass_env=["PASSED"], env={"SET": "v"})
     assert (await probe_adapters({"a": adapter}, given))["a"].programs[0].version == "1.0"
     names = {line.partition("=")[0] for line in (tmp_path / "env").read_text().splitlines()}
     assert {"PATH", "HOME", "PASSED", "SET"} <= names
@@ -239,7 +239,7 @@ async def test_hanging_program_is_killed(
     """Within its time limit, without a second probe and with all child processes."""
     monkeypatch.setattr(programs, "_TIMEOUT", 0.5)
     program("tool", f"trap '' TERM\necho $$ > {tmp_path}/pid\nwhile :; do sleep 1; done")
-    adapters = {"a": Stand(Program("tool", version=("-V",), ready=("s",)))}
+    adapters = {"a": ProgramAdapter(Program("tool", version=("-V",), ready=("s",)))}
     status = (await probe_adapters(adapters, environ))["a"].programs[0]
     assert (status.version, status.ready) == (None, None)
     assert status.trouble == "`tool -V` did not end within 0.5 s"
@@ -251,7 +251,7 @@ async def test_endless_output_is_stopped(program: MakeProgram, environ: dict[str
     """Endless output on either stream is stopped long before the timeout."""
     program("loud", "exec yes")
     program("angry", "exec yes >&2")
-    adapters = {name: Stand(Program(name, version=("-V",))) for name in ("loud", "angry")}
+    adapters = {name: ProgramAdapter(Program(name, version=("-V",))) for name in ("loud", "angry")}
     found = await probe_adapters(adapters, environ)
     assert {one.programs[0].trouble for one in found.values()} == {"it prints without end"}
 
@@ -259,7 +259,7 @@ async def test_endless_output_is_stopped(program: MakeProgram, environ: dict[str
 async def test_child_processes_are_killed(program: MakeProgram, environ: dict[str, str], tmp_path: Path) -> None:
     """Neither one that keeps the output open nor one in another process session survives or delays the probe."""
     program("tool", f"sleep 1000 & echo $! > {tmp_path}/a\nsetsid sleep 1000 & echo $! > {tmp_path}/b\necho 1.2")
-    found = await probe_adapters({"a": Stand(Program("tool", version=("-V",)))}, environ)
+    found = await probe_adapters({"a": ProgramAdapter(Program("tool", version=("-V",)))}, environ)
     assert (found["a"].programs[0].version, found["a"].programs[0].trouble) == ("1.2", None)
     for name in ("a", "b"):
         pid = int((tmp_path / name).read_text())
@@ -270,7 +270,7 @@ async def test_unstartable_program_is_reported(program: MakeProgram, environ: di
     """An executable file that is not a program is found and has no version."""
     path = program("tool", "")
     path.write_bytes(b"\x7fELF not at all")
-    status = (await probe_adapters({"a": Stand(Program("tool", version=("-V",)))}, environ))["a"].programs[0]
+    status = (await probe_adapters({"a": ProgramAdapter(Program("tool", version=("-V",)))}, environ))["a"].programs[0]
     assert status.path == str(path)
     assert str(status.trouble).startswith("it can't be started")
 
@@ -278,7 +278,7 @@ async def test_unstartable_program_is_reported(program: MakeProgram, environ: di
 async def test_printed_secrets_are_hidden(program: MakeProgram, environ: dict[str, str]) -> None:
     """A key that was passed on does not appear."""
     program("tool", 'echo "bad key $TOOL_KEY" >&2; exit 1')
-    adapter = Stand(Program("tool", version=("-V",)), pass_env=["TOOL_KEY"])
+    adapter = ProgramAdapter(Program("tool", version=("-V",)), pass_env=["TOOL_KEY"])
     found = await probe_adapters({"a": adapter}, {**environ, "TOOL_KEY": "hunter2-hunter2-hunter2"})
     assert found["a"].programs[0].trouble == "it ended with exit code 1: bad key [redacted]"
 
@@ -291,7 +291,7 @@ async def test_programs_are_probed_concurrently_and_once(
     programs = [Program(f"tool{number}", version=("-V",)) for number in range(4)]
     for one in programs:
         program(one.name, f"{script}; echo 1.0")
-    adapters = {"all": Stand(*programs), "again": Stand(programs[0])}
+    adapters = {"all": ProgramAdapter(*programs), "again": ProgramAdapter(programs[0])}
     found = await probe_adapters(adapters, environ)
     assert [one.version for one in found["all"].programs] == ["1.0"] * 4
     assert found["again"].programs == found["all"].programs[:1]
@@ -301,11 +301,11 @@ async def test_programs_are_probed_concurrently_and_once(
 async def test_failing_adapter_is_reported(environ: dict[str, str]) -> None:
     """An exception of a plugin affects its adapter only."""
 
-    class Broken(Stand):
+    class Broken(ProgramAdapter):
         def command(self, request: SessionRequest) -> SessionCommand:
             raise RefusedError("no model is set", "set one")
 
-    found = await probe_adapters({"broken": Broken(), "fine": Stand()}, environ)
+    found = await probe_adapters({"broken": Broken(), "fine": ProgramAdapter()}, environ)
     assert found["broken"].trouble == "no model is set: set one"
     assert found["fine"].trouble is None
 
@@ -313,17 +313,17 @@ async def test_failing_adapter_is_reported(environ: dict[str, str]) -> None:
 def test_types_without_required_options_are_created() -> None:
     """The missing options of a type are named, or the reason why it fails."""
 
-    class Needy(Stand):
+    class Needy(ProgramAdapter):
         class Options(BaseModel):
             argv: list[str]
             model: str
             effort: str = "low"
 
-    class Broken(Stand):
+    class Broken(ProgramAdapter):
         def __init__(self, options: Any) -> None:
             raise OSError("no home")
 
-    types: dict[str, Any] = {"fine": Stand, "needy": Needy, "broken": Broken}
+    types: dict[str, Any] = {"fine": ProgramAdapter, "needy": Needy, "broken": Broken}
     made, needs = make_default_adapters(types)
     assert list(made) == ["fine"]
     assert needs == {"needy": "needs argv, model", "broken": "can't be made: OSError: no home"}
@@ -331,6 +331,8 @@ def test_types_without_required_options_are_created() -> None:
 
 async def test_own_python_proves_nothing(environ: dict[str, str]) -> None:
     """An adapter that runs on our Python is not necessarily installed for other users of that Python."""
-    adapters = {code: Stand(Program(sys.executable, ready=("-c", f"raise SystemExit({code})"))) for code in (0, 1)}
+    adapters = {
+        code: ProgramAdapter(Program(sys.executable, ready=("-c", f"raise SystemExit({code})"))) for code in (0, 1)
+    }
     found = await probe_adapters(adapters, environ)
     assert [found[code].is_installed for code in (0, 1)] == [True, False]

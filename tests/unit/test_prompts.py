@@ -133,9 +133,9 @@ def test_unused_facts_are_appended() -> None:
 
 def test_handoff_instructions_name_the_available_ways() -> None:
     """The file, the tool and the answer, in this order, with the schema."""
-    told = render("", facts(handoff=HandoffInstructions("answer", SCHEMA))).text
-    assert json.loads(re.findall(r"```json\n(.*?)\n```", told, re.DOTALL)[0]) == SCHEMA
-    places = [told.index(word) for word in ("COUNCIL_HANDOFF", "submit_handoff", "end your answer")]
+    reported = render("", facts(handoff=HandoffInstructions("answer", SCHEMA))).text
+    assert json.loads(re.findall(r"```json\n(.*?)\n```", reported, re.DOTALL)[0]) == SCHEMA
+    places = [reported.index(word) for word in ("COUNCIL_HANDOFF", "submit_handoff", "end your answer")]
     assert places == sorted(places)
     few = render("", facts(handoff=HandoffInstructions("answer", SCHEMA, writes=False, has_tools=False))).text
     assert "submit_handoff" not in few
@@ -208,11 +208,11 @@ def test_unsuitable_condition_is_rejected(condition: str) -> None:
 @given(st.text())
 def test_feedback_of_others_is_delimited(said: str) -> None:
     """Findings, violations and output are delimited and introduced by our own words."""
-    for told in (
+    for reported in (
         render_findings("review", [said], MARK),
         render_handoff_errors([said], MARK),
         render_command_failure("x", "failed", said, MARK),
     ):
-        assert outside(told).count("\n") <= 6
-        assert outside(told).startswith("---\n")
-        assert MARK not in outside(told)
+        assert outside(reported).count("\n") <= 6
+        assert outside(reported).startswith("---\n")
+        assert MARK not in outside(reported)

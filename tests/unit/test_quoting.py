@@ -33,11 +33,11 @@ def test_plain_line_stays_one_line(text: str) -> None:
 @given(JSON)
 def test_values_are_complete_if_they_fit(value: object) -> None:
     """The JSON parses to the same value, except for hidden characters."""
-    told = format_value(value, 100_000)
+    reported = format_value(value, 100_000)
     if isinstance(value, str):
-        assert told == "\n".join(map(remove_control_characters, value.splitlines()))
+        assert reported == "\n".join(map(remove_control_characters, value.splitlines()))
     elif all(one.isprintable() for one in json.dumps(value, ensure_ascii=False)):
-        assert json.loads(told) == value
+        assert json.loads(reported) == value
 
 
 def test_long_value_is_truncated_with_a_note() -> None:

@@ -133,10 +133,10 @@ def test_own_branch_is_to_be_merged() -> None:
     """Only if it has commits and the file did not name the target."""
     landed = run(task("landed", landed=COMMIT), status=RunStatus.LANDED)
     own = replace(landed, target="council/run", awaits_merge=True)
-    told = ["Landed on the run's own branch.", "Next: council merge run"]
-    assert [*next_step_hints(own)] == told
+    reported = ["Landed on the run's own branch.", "Next: council merge run"]
+    assert [*next_step_hints(own)] == reported
     assert [*next_step_hints(landed)] == []
-    assert not {*next_step_hints(replace(own, awaits_merge=False))} & {*told}
+    assert not {*next_step_hints(replace(own, awaits_merge=False))} & {*reported}
 
 
 def test_active_task_of_an_inactive_run_is_interrupted() -> None:
@@ -233,8 +233,8 @@ def test_several_active_processes_are_reported() -> None:
     running = replace(run(task("running"), status=RunStatus.RUNNING), orchestrators=two)
     assert list(next_step_hints(running)) == ["2 active processes: 7 on box, 8 on box."]
     at = SessionReport("task", 1, "fixer", "o8", "working", None, None, None, None, [], 1.0)
-    [told] = next_step_hints(replace(running, sessions=[at, replace(at, task="other", orchestrator="gone")]))
-    assert told == "2 active processes: 7 on box, 8 on box (task)."
+    [reported] = next_step_hints(replace(running, sessions=[at, replace(at, task="other", orchestrator="gone")]))
+    assert reported == "2 active processes: 7 on box, 8 on box (task)."
     assert list(next_step_hints(replace(running, orchestrators=[two[0], replace(two[1], ended=2.0)]))) == []
     over = replace(running, status=RunStatus.LANDED, tasks=[task("landed", landed=COMMIT)])
     assert list(next_step_hints(over)) == []

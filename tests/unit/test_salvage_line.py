@@ -16,7 +16,7 @@ def test_commit_of_any_time_can_be_listed(committed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "changed", "branch", "told"),
+    ("name", "changed", "branch", "reported"),
     [
         ("build/1", ["a", "b"], None, "changed a, b, not committed\n"),
         ("build/1", [], None, "no changes\n"),
@@ -29,5 +29,5 @@ def test_commit_of_any_time_can_be_listed(committed: int) -> None:
         ),
     ],
 )
-def test_applied_work_is_reported(name: str, changed: list[str], branch: str | None, told: str) -> None:
-    assert _applied(name, changed, branch) == told
+def test_applied_work_is_reported(name: str, changed: list[str], branch: str | None, reported: str) -> None:
+    assert _applied(name, changed, branch) == reported

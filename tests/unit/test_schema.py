@@ -163,15 +163,15 @@ def test_plugin_options_may_contain_models() -> None:
     """Types are distinguished by name, and each entry is validated by its own type."""
     schema = file_schema({"command": CommandAdapter, "nested": _Nested})
 
-    def told(entry: dict[str, Any]) -> bool:
+    def is_rejected(entry: dict[str, Any]) -> bool:
         return bool(faults({**MINIMAL, "adapters": {"x": {"capacity": 1, **entry}}}, schema))
 
-    assert not told({"use": "nested"})
-    assert not told({"use": "nested", "limits": {"turns": 3}})
-    assert not told({"use": "command", "argv": ["x"]})
-    assert told({"use": "nested", "limits": {"turn": 3}})
-    assert told({"use": "nested", "argv": ["x"]})
-    assert told({"use": "command", "argv": ["x"], "limits": {"turns": 3}})
+    assert not is_rejected({"use": "nested"})
+    assert not is_rejected({"use": "nested", "limits": {"turns": 3}})
+    assert not is_rejected({"use": "command", "argv": ["x"]})
+    assert is_rejected({"use": "nested", "limits": {"turn": 3}})
+    assert is_rejected({"use": "nested", "argv": ["x"]})
+    assert is_rejected({"use": "command", "argv": ["x"], "limits": {"turns": 3}})
 
 
 def test_every_key_has_a_description() -> None:

@@ -77,7 +77,7 @@ class Bench:
         self.store = MemoryStore(SystemClock())
         self._count = 0
 
-    async def happen(self, times: int = 1, kind: str = "task.started", run: str = "r") -> None:
+    async def record(self, times: int = 1, kind: str = "task.started", run: str = "r") -> None:
         """Record events with consecutive numbers."""
         for _ in range(times):
             self._count += 1
@@ -99,7 +99,7 @@ class Bench:
                     break
         return found
 
-    async def told(self, prefix: str = "sink.") -> list[tuple[str, dict[str, object]]]:
+    async def delivery_events(self, prefix: str = "sink.") -> list[tuple[str, dict[str, object]]]:
         """Return the events about sink delivery."""
         events = [event for record in await self.records() for event in record.events]
         return [(one.type, one.data) for one in events if one.type.startswith(prefix)]
@@ -115,11 +115,11 @@ async def until(condition: Callable[[], bool]) -> None:
 async def test_sink_gets_all_events_of_its_run_in_order() -> None:
     """Earlier and concurrent events are delivered; writing the cursor is no event and causes no loop."""
     bench, ear = Bench(), Listener()
-    await bench.happen(3)
+    await bench.record(3)
     async with bench.feeding(outlet(ear)):
         await until(lambda: len(ear.numbers) == 3)
-        await bench.happen(1, run="another")
-        await bench.happen(2)
+        await bench.record(1, run="another")
+        await bench.record(2)
         await until(lambda: len(ear.numbers) == 5)
         last = ear.batches[-1][-1].position
         with anyio.fail_after(10):
@@ -132,7 +132,7 @@ async def test_sink_gets_all_events_of_its_run_in_order() -> None:
         assert await bench.store.position() == settled
     assert ear.numbers == [1, 2, 3, 5, 6]
     assert (ear.opened, ear.closed) == (1, 1)
-    assert await bench.told() == []
+    assert await bench.delivery_events() == []
     cursor = await bench.store.get(cursor_key("r", "sink", "ear"))
     assert cursor is not None
     assert cursor.value == {"position": ear.batches[-1][-1].position}
@@ -141,7 +141,7 @@ async def test_sink_gets_all_events_of_its_run_in_order() -> None:
 async def test_sink_without_events_is_not_opened() -> None:
     """An unavailable sink without pending events causes no error and no delay."""
     bench, ear = Bench(), Listener()
-    await bench.happen(2)
+    await bench.record(2)
     async with bench.feeding(outlet(ear)):
         pass
     before = await bench.store.position()
@@ -155,7 +155,7 @@ async def test_sink_without_events_is_not_opened() -> None:
 async def test_burst_is_delivered_in_batches_with_few_cursors() -> None:
     """Hundreds of events take a few calls and few commits."""
     bench, ear = Bench(), Listener()
-    await bench.happen(350)
+    await bench.record(350)
     async with bench.feeding(outlet(ear), patience=DeliveryTimeouts(cursor=60.0)):
         await until(lambda: len(ear.numbers) == 350)
     assert ear.numbers == list(range(1, 351))
@@ -167,7 +167,7 @@ async def test_burst_is_delivered_in_batches_with_few_cursors() -> None:
 async def test_patterns_select_the_events() -> None:
     bench, ear = Bench(), Listener()
     for kind in ("run.created", "task.started", "task.landed", "run.finished"):
-        await bench.happen(1, kind)
+        await bench.record(1, kind)
     async with bench.feeding(outlet(ear, "task.l*", "run.finished")):
         await until(lambda: len(ear.numbers) == 2)
     assert ear.numbers == [3, 4]
@@ -181,13 +181,13 @@ async def test_failing_sink_is_retried_and_reported_once_each_way() -> None:
             raise ValueError(f"no\nway {call}: {SECRET}")
 
     bench, ear = Bench(), Listener(fails_at_first)
-    await bench.happen(2)
+    await bench.record(2)
     async with bench.feeding(outlet(ear)):
         await until(lambda: ear.numbers == [1, 2])
-        await bench.happen()
+        await bench.record()
         await until(lambda: ear.numbers == [1, 2, 3])
     assert ear.opened == 4
-    assert await bench.told() == [
+    assert await bench.delivery_events() == [
         ("sink.failing", {"run": "r", "sink": "ear", "reason": "ValueError: no way 1: [redacted]"}),
         ("sink.recovered", {"run": "r", "sink": "ear"}),
     ]
@@ -197,14 +197,14 @@ async def test_two_failing_sinks_do_not_keep_each_other_busy() -> None:
     """Delivery events are not delivered to sinks."""
     ears = [Listener(lambda call: 1 // (call % 2 - 1) if call % 2 else None) for _ in range(2)]
     bench = Bench()
-    await bench.happen()
+    await bench.record()
     async with bench.feeding(*(outlet(ear, name=f"e{index}") for index, ear in enumerate(ears))):
         await until(lambda: all(ear.numbers == [1] for ear in ears))
         await until(lambda: len(bench.store._lines) >= 7)
         settled = await bench.store.position()
         await anyio.sleep(0.1)
         assert await bench.store.position() == settled
-    assert [name for name, _ in await bench.told()].count("sink.failing") == 2
+    assert [name for name, _ in await bench.delivery_events()].count("sink.failing") == 2
 
 
 @pytest.mark.parametrize("hangs", ["send", "open", "close"])
@@ -221,13 +221,13 @@ async def test_hanging_sink_is_abandoned(hangs: str) -> None:
             if hangs == "close":
                 await anyio.sleep_forever()
 
-    await bench.happen(2)
+    await bench.record(2)
     with anyio.fail_after(5):
         async with bench.feeding(EventSubscriber("sink", "ear", ("*",), hanging)):
-            await bench.happen(1)
-    told = await bench.told()
-    assert told[0] == ("sink.failing", {"run": "r", "sink": "ear", "reason": "timed out after 0.2 s"})
-    assert told[1:] == ([] if hangs == "close" else [("sink.undelivered", {"run": "r", "sink": "ear", "left": 3})])
+            await bench.record(1)
+    reported = await bench.delivery_events()
+    assert reported[0] == ("sink.failing", {"run": "r", "sink": "ear", "reason": "timed out after 0.2 s"})
+    assert reported[1:] == ([] if hangs == "close" else [("sink.undelivered", {"run": "r", "sink": "ear", "left": 3})])
     assert ear.numbers == ([1, 2, 3] if hangs == "close" else [])
 
 
@@ -239,18 +239,18 @@ async def test_undelivered_events_are_delivered_next_time() -> None:
             raise OSError("gone")
 
     bench = Bench()
-    await bench.happen(2)
+    await bench.record(2)
     first = Listener(fails_later)
     async with bench.feeding(outlet(first)):
         await until(lambda: first.numbers == [1, 2])
-        await bench.happen(2)
-    assert (await bench.told())[-1] == ("sink.undelivered", {"run": "r", "sink": "ear", "left": 2})
-    await bench.happen()
+        await bench.record(2)
+    assert (await bench.delivery_events())[-1] == ("sink.undelivered", {"run": "r", "sink": "ear", "left": 2})
+    await bench.record()
     second = Listener()
     async with bench.feeding(outlet(second)):
         pass
     assert second.numbers == [3, 4, 5]
-    assert [name for name, _ in await bench.told()] == ["sink.failing", "sink.undelivered"]
+    assert [name for name, _ in await bench.delivery_events()] == ["sink.failing", "sink.undelivered"]
 
 
 async def test_compacted_events_are_skipped_and_reported(tmp_path: Path) -> None:
@@ -280,12 +280,12 @@ async def _rest(store: Store, after: int) -> AsyncIterator[Event]:
 async def test_delivered_but_unrecorded_event_is_repeated() -> None:
     """At least once: an event delivered without a cursor update is delivered again."""
     bench, ears = Bench(), [Listener(), Listener()]
-    await bench.happen(2)
+    await bench.record(2)
 
     async def break_off() -> None:
         async with bench.feeding(outlet(ears[0]), patience=DeliveryTimeouts(cursor=60.0)):
             await until(lambda: ears[0].numbers == [1, 2])
-            await bench.happen()
+            await bench.record()
             await until(lambda: ears[0].numbers == [1, 2, 3])
             raise ZeroDivisionError
 
@@ -304,11 +304,11 @@ async def test_sink_that_can_not_be_opened_does_no_harm(error: BaseException) ->
     def refused() -> AbstractAsyncContextManager[Sink]:
         raise error
 
-    await bench.happen()
+    await bench.record()
     async with bench.feeding(EventSubscriber("tracker", "list", ("*",), refused)):
         pass
-    told = await bench.told("tracker.")
-    assert [(name, data["tracker"]) for name, data in told] == [
+    reported = await bench.delivery_events("tracker.")
+    assert [(name, data["tracker"]) for name, data in reported] == [
         ("tracker.failing", "list"),
         ("tracker.undelivered", "list"),
     ]
@@ -327,12 +327,12 @@ async def test_sink_that_cancels_itself_cancels_nothing_else(is_cancelled: bool)
             raise anyio.get_cancelled_exc_class() if is_cancelled else _Odd
 
     bench, ear = Bench(), Listener(fail_once)
-    await bench.happen()
+    await bench.record()
     async with bench.feeding(outlet(ear)):
         await until(lambda: ear.numbers == [1])
-        await bench.happen()
+        await bench.record()
     assert ear.numbers == [1, 2]
-    assert [name for name, _ in await bench.told()] == ["sink.failing", "sink.recovered"]
+    assert [name for name, _ in await bench.delivery_events()] == ["sink.failing", "sink.recovered"]
 
 
 async def test_sink_that_closes_itself_is_reopened() -> None:
@@ -347,16 +347,16 @@ async def test_sink_that_closes_itself_is_reopened() -> None:
             except ZeroDivisionError:
                 return
 
-    await bench.happen()
+    await bench.record()
     async with bench.feeding(EventSubscriber("sink", "ear", ("*",), swallowing)):
         await until(lambda: ear.numbers == [1])
-    assert (await bench.told())[0][1]["reason"] == "the event stream closed"
+    assert (await bench.delivery_events())[0][1]["reason"] == "the event stream closed"
 
 
 async def test_error_of_the_body_is_raised_immediately() -> None:
     """The error passes unchanged and does not wait for a sink."""
     bench, ear = Bench(), Listener(lambda _: anyio.sleep_forever())
-    await bench.happen()
+    await bench.record()
 
     async def refuse() -> None:
         async with bench.feeding(outlet(ear), patience=DeliveryTimeouts(per_call=60, last=60)):
@@ -372,16 +372,16 @@ async def test_second_delivery_to_a_sink_ends_the_first() -> None:
     """A feeder stops when another one moved the cursor, which now owns the delivery."""
     bench, ear = Bench(), Listener()
     async with bench.feeding(outlet(ear)):
-        await bench.happen()
+        await bench.record()
         await until(lambda: ear.numbers == [1])
         key: Key = cursor_key("r", "sink", "ear")
         await until(lambda: bench.store._table.get(key, 0.0) is not None)
         found = await bench.store.get(key)
         assert found is not None
         await bench.store.commit(Commit([Write(key, found.version, {"position": 99})]))
-        await bench.happen(2)
+        await bench.record(2)
         await until(lambda: len(ear.numbers) >= 2)
-    assert await bench.told() == []
+    assert await bench.delivery_events() == []
 
 
 async def test_failing_store_is_raised_to_the_run() -> None:
@@ -393,7 +393,7 @@ async def test_failing_store_is_raised_to_the_run() -> None:
 
     bench, ear = Bench(), Listener()
     bench.store = Failing(SystemClock())
-    await bench.happen()
+    await bench.record()
     with pytest.raises(StoreUnavailable):
         async with bench.feeding(outlet(ear)):
             await anyio.sleep(0.05)
@@ -406,16 +406,16 @@ async def test_rest_is_delivered_after_another_process() -> None:
     key = cursor_key("r", "sink", "ear")
     await bench.store.commit(Commit([Write(key, 0, {"position": 0})]))
     async with bench.feeding(outlet(listener)):
-        await bench.happen()
+        await bench.record()
         await until(lambda: listener.numbers == [1])
         while (cursor := await bench.store.get(key)) is None or cursor.value["position"] == 0:
             await anyio.sleep(0.005)
         await bench.store.commit(Commit([Write(key, cursor.version, cursor.value)]))
-        await bench.happen(2)
+        await bench.record(2)
         await until(lambda: listener.numbers == [1, 2, 3])
-        await bench.happen()
+        await bench.record()
         await until(lambda: listener.numbers == [1, 2, 3, 4])
     written = await bench.store.get(key)
     assert written is not None
     assert written.value["position"] == (await bench.records())[-2].position
-    assert await bench.told() == []
+    assert await bench.delivery_events() == []

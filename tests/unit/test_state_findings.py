@@ -31,7 +31,7 @@ def figures(first: int = 0, log_bytes: int = 500) -> StoreStatistics:
 
 
 @pytest.mark.parametrize(
-    ("found", "growth", "told"),
+    ("found", "growth", "reported"),
     [
         (figures(), LogGrowth(100, DAY, DAY), None),
         (figures(), LogGrowth(0, 0.0, 0.0), None),
@@ -42,11 +42,11 @@ def figures(first: int = 0, log_bytes: int = 500) -> StoreStatistics:
         (figures(first=50, log_bytes=100), LogGrowth(10, DAY, 2 * DAY), None),
     ],
 )
-def test_log_is_judged(found: StoreStatistics, growth: LogGrowth, told: str | None) -> None:
+def test_log_is_judged(found: StoreStatistics, growth: LogGrowth, reported: str | None) -> None:
     """Too large, soon too large, or shorter than configured."""
     one = judge_log(found, growth, KEPT)
-    assert one.level is (Level.OK if told is None else Level.WARNING)
-    assert told is None or told in one.found
+    assert one.level is (Level.OK if reported is None else Level.WARNING)
+    assert reported is None or reported in one.found
 
 
 def test_log_without_an_age_is_not_too_short() -> None:
@@ -60,9 +60,9 @@ def test_log_without_an_age_is_not_too_short() -> None:
 def test_largest_documents_are_named() -> None:
     """The five largest, and the number of others."""
     large = [(Key("task", str(number)), 2_000_000 - number) for number in range(7)]
-    told = [*judge_documents(StoreStatistics(1, 0, 9, 9, 9, (), large))]
-    assert [one.name for one in told] == [*(f"document task/{number}" for number in range(5)), "documents"]
-    assert told[-1].found == "2 more are larger than 1MB"
+    reported = [*judge_documents(StoreStatistics(1, 0, 9, 9, 9, (), large))]
+    assert [one.name for one in reported] == [*(f"document task/{number}" for number in range(5)), "documents"]
+    assert reported[-1].found == "2 more are larger than 1MB"
     assert [one.level for one in judge_documents(figures())] == [Level.OK]
 
 
@@ -76,10 +76,10 @@ def test_integrity_is_judged() -> None:
     """Damage is a problem, and so is a difference between documents and log."""
     assert [one.level for one in judge_integrity(VerificationReport(3, 10))] == [Level.OK]
     damage = Damage(Path("1.jsonl"), 7, (Key("task", "a"),), "commit 2 is damaged")
-    (told,) = judge_integrity(VerificationReport(3, 10, [damage], [Key("task", "a")]))
-    assert told.level is Level.PROBLEM
-    assert "1.jsonl, byte 7" in told.found
-    assert "older than they were: task/a" in told.found
+    (reported,) = judge_integrity(VerificationReport(3, 10, [damage], [Key("task", "a")]))
+    assert reported.level is Level.PROBLEM
+    assert "1.jsonl, byte 7" in reported.found
+    assert "older than they were: task/a" in reported.found
     assert [one.name for one in judge_integrity(VerificationReport(3, 10, (), (), [Key("task", "b")]))] == [
         "integrity",
         "memory",
@@ -102,6 +102,6 @@ def test_idle_sessions_are_judged() -> None:
 def test_interrupted_runs_are_judged() -> None:
     """With the command to resume the first."""
     assert judge_unfinished_runs([]).level is Level.OK
-    told = judge_unfinished_runs(["r1", "r2"])
-    assert told.found == "unfinished: r1, r2"
-    assert told.remedy == "`council resume r1`"
+    reported = judge_unfinished_runs(["r1", "r2"])
+    assert reported.found == "unfinished: r1, r2"
+    assert reported.remedy == "`council resume r1`"

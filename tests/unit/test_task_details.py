@@ -26,16 +26,16 @@ FOUR = TaskDefinition(
 
 def attempt(number: int, phase: str | None, outcome: str | None = "completed", **facts: Any) -> Attempt:
     times = {"started": 100.0 * number, "ended": None if outcome is None else 100.0 * number + 30}
-    told = {"adapter": f"cli-{number}", "input_tokens": 1000, "output_tokens": 10, "cost": 0.5, **facts}
-    return Attempt(number=number, base=BASE, phase=phase, outcome=outcome, **times, **told)
+    reported = {"adapter": f"cli-{number}", "input_tokens": 1000, "output_tokens": 10, "cost": 0.5, **facts}
+    return Attempt(number=number, base=BASE, phase=phase, outcome=outcome, **times, **reported)
 
 
 def handoff(number: int, phase: str, kind: str, data: dict[str, Any], **facts: Any) -> Handoff:
-    told = {"protocol": "direct", "time": 130.0, "by": "file", "tokens": 1010, **facts}
-    return make_handoff("run", "t", number, data, kind=kind, phase=phase, **told)
+    reported = {"protocol": "direct", "time": 130.0, "by": "file", "tokens": 1010, **facts}
+    return make_handoff("run", "t", number, data, kind=kind, phase=phase, **reported)
 
 
-def told(document: TaskDocument, asked: TaskDefinition = FOUR, *handoffs: Handoff, **facts: Any) -> TaskDetails:
+def details_of(document: TaskDocument, asked: TaskDefinition = FOUR, *handoffs: Handoff, **facts: Any) -> TaskDetails:
     report = TaskReport(
         id="t", status=document.status.value, attempts=len(document.attempts), landed=document.landed,
         branch=document.branch, failure=None, reason=document.reason, paths=document.paths, log=None, adapter="fake",
@@ -93,7 +93,7 @@ def reviewed() -> tuple[TaskDocument, list[Handoff]]:
 def test_each_visit_has_its_result() -> None:
     """Visits are numbered per phase, each with its usage, input and handoff."""
     document, handoffs = reviewed()
-    one = told(document, FOUR, *handoffs)
+    one = details_of(document, FOUR, *handoffs)
     assert [(visit.phase, visit.visit, visit.status) for visit in one.phases] == [
         ("scout", 1, "completed"),
         ("plan", 1, "completed"),
@@ -115,7 +115,7 @@ def test_each_visit_has_its_result() -> None:
 def test_text_for_people_is_complete() -> None:
     """With sizes, findings, notes and paths; terminal sequences of agents are escaped."""
     document, handoffs = reviewed()
-    shown = text(told(document, FOUR, *handoffs))
+    shown = text(details_of(document, FOUR, *handoffs))
     for part in (
         "task t of run run: running",
         "Add login. It has tests. (from tickets)",
@@ -148,7 +148,7 @@ def test_text_for_people_is_complete() -> None:
 def test_json_is_complete() -> None:
     """Handoffs are complete, and the object matches its schema."""
     document, handoffs = reviewed()
-    told_as = {**told(document, FOUR, *handoffs).to_json(), "exit": 0}
+    told_as = {**details_of(document, FOUR, *handoffs).to_json(), "exit": 0}
     assert [error.message for error in Draft202012Validator(task_details_schema()).iter_errors(told_as)] == []
     assert [one["data"] for one in told_as["handoffs"]] == [one.data for one in handoffs]
     assert told_as["handoffs"][1]["mediation"]["processed"] == {"tasks": []}
@@ -159,7 +159,7 @@ def test_modified_handoff_is_reported() -> None:
     """The digest is that of the original content."""
     document, handoffs = reviewed()
     changed = handoffs[0].model_copy(update={"data": {"scout_findings": []}})
-    one = told(document, FOUR, changed, *handoffs[1:])
+    one = details_of(document, FOUR, changed, *handoffs[1:])
     assert [each.is_intact for each in one.handoffs] == [False, True, True]
     assert "DAMAGED" in text(one)
 
@@ -180,7 +180,7 @@ def test_modified_handoff_is_reported() -> None:
 def test_task_without_a_workflow_has_one_phase(status: TaskStatus, outcome: str | None, expected: str) -> None:
     """All attempts belong to it."""
     attempts = (attempt(1, None, "crashed"), attempt(2, None, outcome))
-    one = told(TaskDocument(status=status, attempts=attempts), TaskDefinition("Fix it."))
+    one = details_of(TaskDocument(status=status, attempts=attempts), TaskDefinition("Fix it."))
     [visit] = one.phases
     assert (visit.phase, visit.status, list(visit.attempts)) == ("build", expected, [1, 2])
     assert [session.phase for session in one.sessions] == ["build", "build"]
@@ -189,36 +189,36 @@ def test_task_without_a_workflow_has_one_phase(status: TaskStatus, outcome: str 
 
 def test_phases_not_yet_started_are_listed() -> None:
     """Including those after an approval; none once the task ended."""
-    assert told(TaskDocument()).remaining_phases == list(FOUR.phases)
-    assert told(TaskDocument(), TaskDefinition("Fix it.")).remaining_phases == ["build"]
+    assert details_of(TaskDocument()).remaining_phases == list(FOUR.phases)
+    assert details_of(TaskDocument(), TaskDefinition("Fix it.")).remaining_phases == ["build"]
     asks = PhaseRecord(phase="plan", status=PhaseStatus.AWAITING_APPROVAL, attempts=(1,))
     waits = TaskDocument(status=TaskStatus.AWAITING_APPROVAL, attempts=(attempt(1, "plan"),), phases=(asks,))
-    assert told(waits).remaining_phases == ["build", "review"]
-    assert "plan: waiting for approval" in text(told(waits))
+    assert details_of(waits).remaining_phases == ["build", "review"]
+    assert "plan: waiting for approval" in text(details_of(waits))
     approved = asks.model_copy(update={"status": PhaseStatus.COMPLETED})
     later = waits.model_copy(update={"status": TaskStatus.PENDING, "phases": (approved,), "phase": "build"})
-    assert told(later).remaining_phases == ["build", "review"]
+    assert details_of(later).remaining_phases == ["build", "review"]
     over = waits.model_copy(update={"status": TaskStatus.CANCELLED})
-    assert told(over).remaining_phases == []
+    assert details_of(over).remaining_phases == []
 
 
 def test_landing_names_the_commit() -> None:
     """On the target, queued, in conflict, or nowhere."""
     attempts = (attempt(1, None, "built"), attempt(2, None))
     landed = TaskDocument(status=TaskStatus.LANDED, attempts=attempts, commit=COMMIT, landed=COMMIT, built_by=1)
-    assert "landed as 0123456789 on main, " in text(told(landed, TaskDefinition("x"), landed_at=5.0))
-    assert told(landed, TaskDefinition("x"), landed_at=5.0).landing.attempt == 1
+    assert "landed as 0123456789 on main, " in text(details_of(landed, TaskDefinition("x"), landed_at=5.0))
+    assert details_of(landed, TaskDefinition("x"), landed_at=5.0).landing.attempt == 1
     queued = landed.model_copy(update={"status": TaskStatus.QUEUED, "landed": None})
-    assert "0123456789, built by session 1, queued to land on main" in text(told(queued, TaskDefinition("x")))
+    assert "0123456789, built by session 1, queued to land on main" in text(details_of(queued, TaskDefinition("x")))
     conflict = queued.model_copy(update={"status": TaskStatus.CONFLICT, "paths": ("a",), "branch": "council/run/t/c"})
-    assert "conflicts with main in a; saved as t/c" in text(told(conflict, TaskDefinition("x")))
-    assert "not landed" in text(told(TaskDocument(), TaskDefinition("x")))
+    assert "conflicts with main in a; saved as t/c" in text(details_of(conflict, TaskDefinition("x")))
+    assert "not landed" in text(details_of(TaskDocument(), TaskDefinition("x")))
 
 
 def test_imported_task_has_its_original_fields() -> None:
     """Its phases have the original words, and there are no sessions."""
     was = ImportedTask(status="merged", phases={"plan": {"status": "complete"}, "build": "running", "odd": 7})
-    one = told(TaskDocument(status=TaskStatus.LANDED, imported=was), TaskDefinition())
+    one = details_of(TaskDocument(status=TaskStatus.LANDED, imported=was), TaskDefinition())
     assert [(visit.phase, visit.status) for visit in one.phases] == [
         ("plan", "complete"),
         ("build", "running"),

@@ -118,7 +118,7 @@ def test_fallback_to_the_same_adapter_is_warned_about(tmp_path: Path, fallback: 
 
 
 @pytest.mark.parametrize(
-    ("servers", "adapter", "fallback", "told"),
+    ("servers", "adapter", "fallback", "reported"),
     [
         (SERVERS, "able", [], None),
         (SERVERS, "plain", [], "adapters 'plain' do not support `mcp_servers`: 'tickets'"),
@@ -127,14 +127,14 @@ def test_fallback_to_the_same_adapter_is_warned_about(tmp_path: Path, fallback: 
     ],
 )
 def test_unsupported_servers_are_warned_about(
-    tmp_path: Path, servers: dict[str, Any], adapter: str, fallback: list[str], told: str | None
+    tmp_path: Path, servers: dict[str, Any], adapter: str, fallback: list[str], reported: str | None
 ) -> None:
     """Only with servers configured, and only for adapters that tasks may use, fallbacks included."""
     adapters = {"plain": COMMAND, "other": COMMAND, "able": {"use": "codex"}}
     tasks = [{"id": "t", "prompt": "p", "adapter": adapter, "fallback": fallback}]
     found = warnings(tmp_path, RepositoryPaths(), adapters=adapters, mcp_servers=servers, tasks=tasks)
-    assert len(found) == (told is not None)
-    assert all(one.startswith(str(told)) for one in found)
+    assert len(found) == (reported is not None)
+    assert all(one.startswith(str(reported)) for one in found)
 
 
 @pytest.mark.parametrize(

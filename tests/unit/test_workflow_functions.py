@@ -96,9 +96,9 @@ def test_kind_fields_match_the_page() -> None:
         "a finding of a review": "Finding",
     }
     assert set(table) == {*HANDOFF_KINDS, *parts}
-    for name, told in table.items():
+    for name, reported in table.items():
         model: type[BaseModel] = getattr(handoff_models, parts.get(name, name.capitalize()))
-        assert told == ", ".join(_field(field, model) for field in model.model_fields), name
+        assert reported == ", ".join(_field(field, model) for field in model.model_fields), name
 
 
 def _field(name: str, model: type[BaseModel]) -> str:

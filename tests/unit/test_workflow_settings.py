@@ -341,10 +341,10 @@ MISTAKES: dict[str, tuple[list[Any], str, str]] = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistake_in_a_phase_has_its_position(name: str, tmp_path: Path) -> None:
     """With the fix, and without further mistakes."""
-    phases, place, told = MISTAKES[name]
+    phases, place, reported = MISTAKES[name]
     found = mistakes(tmp_path, *phases)
     assert [path for path, _ in found] == [place], found
-    assert told in found[0][1]
+    assert reported in found[0][1]
 
 
 def test_mistakes_outside_of_phases_have_their_position(tmp_path: Path) -> None:
