@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from orchestrator.cli.render.events import event_text
 from orchestrator.cli.render.result import format_state, landed_summary, run_summary, state_counts
@@ -17,11 +18,13 @@ from orchestrator.cli.render.text import (
     wrapped,
 )
 from orchestrator.domain.events.tasks import salvage_name
-from orchestrator.domain.runs.metrics import Metrics
-from orchestrator.domain.runs.model import RunDocument
-from orchestrator.engine.reports.overview import RunOverview, TaskOverview
-from orchestrator.engine.reports.report import RunReport
 from orchestrator.system.instants import format_local_time
+
+if TYPE_CHECKING:
+    from orchestrator.domain.runs.metrics import Metrics
+    from orchestrator.domain.runs.model import RunDocument
+    from orchestrator.engine.reports.overview import RunOverview, TaskOverview
+    from orchestrator.engine.reports.report import RunReport
 
 
 def overview_lines(overview: RunOverview) -> Iterator[str]:

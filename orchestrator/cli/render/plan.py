@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from orchestrator.cli.render.text import one_line, pluralize, printable, short_name, wrapped
 from orchestrator.domain.settings.quantities import format_duration
 from orchestrator.domain.wording import join_names
-from orchestrator.engine.reports.dry_run import DryRun, PlannedTask, PlannedWave
+
+if TYPE_CHECKING:
+    from orchestrator.engine.reports.dry_run import DryRun, PlannedTask, PlannedWave
 
 #: Limits of shown items; the rest is counted.
 MAX_WAVES, MAX_TASKS_PER_WAVE, _MOST_LINES, _DEEPEST = 40, 20, 80, 12

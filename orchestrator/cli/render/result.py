@@ -62,12 +62,14 @@ def result_rows(
     With `now` (seconds since the epoch), includes the age of each session's activity.
     """
     sessions = {one.task: one for one in report.sessions}
+    target = printable(report.target)
+    labels = {status: format_state(status, report) for status in {task.status for task in report.tasks}}
     for task in report.tasks:
         session = sessions.get(task.id) if task.status == TaskStatus.RUNNING else None
         yield ResultRow(
             printable(task.id),
-            format_state(task.status, report),
-            _task_details(task, report.target, changes) if session is None else format_session_status(session, now),
+            labels[task.status],
+            _task_details(task, target, changes) if session is None else format_session_status(session, now),
             [printable(str(step)) for step in task_steps(task, report, is_newest=is_newest)],
         )
 
@@ -93,7 +95,7 @@ def format_session_status(session: SessionReport, now: float | None = None) -> s
 def _task_details(task: TaskReport, target: str, changes: Mapping[str, Changes]) -> str:
     parts = []
     if task.landed is not None:
-        text = f"{task.landed[:10]} on {printable(target)}"
+        text = f"{task.landed[:10]} on {target}"
         if (changed := changes.get(task.id)) is not None:
             text += f", {changed.files} {'file' if changed.files == 1 else 'files'} {format_line_counts(changed)}"
         parts.append(text)

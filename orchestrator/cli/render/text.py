@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from rich.cells import cell_len, set_cell_size
@@ -85,7 +86,7 @@ def wrapped(text: str, *, head: str = "", indent: str = "") -> Iterator[str]:
 
     No path and no command in backticks is divided.
     """
-    words = _WORDS.findall(text)
+    words = _WORDS.findall(text) if "`" in text else text.split()
     whole = head + " ".join(words)
     if _width(whole) <= COLUMNS:
         words, head = [], whole
@@ -108,12 +109,10 @@ def described(rows: Sequence[Sequence[str]], indent: str = "") -> Iterator[str]:
 
 def align_columns(rows: Sequence[Sequence[str]], indent: str = "") -> Iterator[str]:
     """Yield a printable line for each row; rows may have fewer columns."""
-    shown = [[printable(cell) for cell in row] for row in rows]
-    columns = max((len(row) for row in shown), default=0)
-    widths = [max((len(row[place]) for row in shown if place < len(row)), default=0) for place in range(columns)]
+    shown = [list(map(printable, row)) for row in rows]
+    widths = [max(map(len, column)) for column in zip_longest(*shown, fillvalue="")]
     for row in shown:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=False))
-        yield f"{indent}{'  '.join(cells)}".rstrip()
+        yield f"{indent}{'  '.join(map(str.ljust, row, widths))}".rstrip()
 
 
 def truncate_end(text: str, width: int) -> str:

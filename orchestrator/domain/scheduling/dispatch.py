@@ -64,7 +64,9 @@ def with_subtasks(
 ) -> dict[str, DispatchEntry]:
     """Return the entries with the tasks that their plans created, if known, as additional needs."""
     return {
-        task: entry.with_subtasks([subtask for subtask in documents[task].subtasks if subtask in entries])
+        task: entry.with_subtasks([subtask for subtask in subtasks if subtask in entries])
+        if (subtasks := documents[task].subtasks) or entry.parts
+        else entry
         for task, entry in entries.items()
     }
 

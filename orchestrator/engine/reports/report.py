@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
-from orchestrator.domain.runs.model import AdapterDocument, HaltCause, ImportedTask, RunDocument, TaskDocument
+from orchestrator.domain.runs.model import AdapterDocument, Attempt, HaltCause, ImportedTask, RunDocument, TaskDocument
 from orchestrator.domain.runs.phases import OPEN_STATUSES
 from orchestrator.domain.runs.statuses import (
     FINAL_STATUSES,
@@ -440,7 +440,7 @@ def _describe_cooldown(adapters: Sequence[AdapterReport]) -> str:
 
 
 def _describe_task(task: str, document: TaskDocument, adapter: str, why_blocked: str | None, logs: str) -> TaskReport:
-    status, reason = document.status.value, document.reason
+    status, reason = str(document.status), document.reason
     if why_blocked is not None and document.status is TaskStatus.PENDING:
         status, reason = "blocked", why_blocked
     if document.status is TaskStatus.RUNNING:
@@ -468,8 +468,13 @@ def _describe_task(task: str, document: TaskDocument, adapter: str, why_blocked:
         output_tokens=sum([one.output_tokens for one in attempts]),
         cost=document.cost,
         phase=phase,
-        denied_tools=next((str(one.denied_tools) for one in reversed(attempts) if one.denied_tools.count), None),
+        denied_tools=_newest_denials(attempts),
     )
+
+
+def _newest_denials(attempts: Sequence[Attempt]) -> str | None:
+    denials = [one.denied_tools for one in attempts if one.denied_tools.count]
+    return str(denials[-1]) if denials else None
 
 
 def current_phase(task: TaskDocument) -> str | None:

@@ -7,13 +7,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anyio
 import anyio.to_thread
 import click
 
+from orchestrator.api import execution
 from orchestrator.api.council import Council
-from orchestrator.api.execution.dry_run import perform_dry_run
 from orchestrator.cli.core.command import (
     CommandContext,
     json_option,
@@ -41,10 +42,12 @@ from orchestrator.domain.runs.statuses import LANDING_STATUSES
 from orchestrator.domain.settings.names import check_branch
 from orchestrator.domain.settings.run_settings import MAX_CAPACITY, Budget
 from orchestrator.domain.wording import join_names
-from orchestrator.engine.reports.dry_run import DryRun
 from orchestrator.engine.reports.report import RunReport, RunStatus
 from orchestrator.errors import NothingToMerge, RefusedError
 from orchestrator.system.process import start_detached
+
+if TYPE_CHECKING:
+    from orchestrator.engine.reports.dry_run import DryRun
 
 allow_failing_base_option = click.option(
     "--allow-failing-base", is_flag=True, help="Start sessions although checks fail on the base."
@@ -160,7 +163,9 @@ def run_file(  # noqa: PLR0917  as many as there are options
         await require_trust(config, is_named=file is not None)
         if dry_run:
             config = with_failing_base(config) if allow_failing_base else config
-            plan = await perform_dry_run(config, plugins, allow_deferred=allow_deferred, coordination=coordination)
+            plan = await execution.perform_dry_run(
+                config, plugins, allow_deferred=allow_deferred, coordination=coordination
+            )
             return _show_plan(plan, context.output, mermaid=mermaid)
         async with open_council(context.log, config, plugins) as council:
             if detach and council.store_url == MEMORY:
