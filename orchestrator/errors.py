@@ -115,7 +115,8 @@ class RunActive(RefusedError):
     def __init__(self, run: str, pid: int, host: str) -> None:
         self.pid, self.host = pid, host
         what = f"run {run} is active in process {pid} on {host}"
-        super().__init__(what, "wait for it to end, stop it with SIGINT, or join it with `council work`")
+        stop = f"stop it with `kill -INT {pid}`"
+        super().__init__(what, f"wait for it to end, {stop}, or join it with `council work {run}`")
 
 
 class FileLocked(RefusedError):
@@ -295,8 +296,8 @@ class StateLost(StoreUnavailable):
 class LockHeld(CouncilError):
     """A file lock was not free in time."""
 
-    def __init__(self, path: Path, holder: str, *, owner_lives: bool = True) -> None:
-        self.path, self.holder, self.owner_lives = path, holder, owner_lives
+    def __init__(self, path: Path, holder: str, *, pid: int | None = None, owner_lives: bool = True) -> None:
+        self.path, self.holder, self.pid, self.owner_lives = path, holder, pid, owner_lives
         self.what, self.remedy = f"{path} is locked by {holder}", "wait for it to end or stop it"
         super().__init__(f"{self.what}: {self.remedy}")
 

@@ -204,7 +204,7 @@ class Session:
                     return SessionResult(obstacle)
                 exit_ = await self._supervise()
         except SetupFailed as failed:
-            return SessionResult(failed.outcome(at_base=assignment.start is None))
+            return SessionResult(failed.outcome(worktree.run, at_base=assignment.start is None))
         except (GitError, OSError, RefusedError, LeaseLost) as error:
             return SessionResult(_setup_outcome(error))
         except SessionError as error:

@@ -127,8 +127,8 @@ class FileLock:
 
     async def held_error(self) -> LockHeld:
         """Return the error that names the holder of the lock."""
-        holder, lives = await anyio.to_thread.run_sync(_describe_holder, self.path)
-        return LockHeld(self.path, holder, owner_lives=lives)
+        holder, pid, lives = await anyio.to_thread.run_sync(_describe_holder, self.path)
+        return LockHeld(self.path, holder, pid=pid, owner_lives=lives)
 
     def try_acquire(self, *, shared: bool = False) -> HeldLock | None:
         """Take the lock if it is free, ahead of waiters of this event loop; return None otherwise.
@@ -368,14 +368,14 @@ def _unlock(fd: int) -> None:
         os.close(fd)
 
 
-def _describe_holder(path: Path) -> tuple[str, bool]:
-    """Return a description of the holder of a lock file, and whether its process is alive as far as known."""
+def _describe_holder(path: Path) -> tuple[str, int | None, bool]:
+    """Return a description of the holder of a lock file, its pid, and whether its process is alive as far as known."""
     holder = LockHolder.read(path)
     if holder is None:
-        return "an unknown process", True
+        return "an unknown process", None, True
     since = datetime.fromtimestamp(holder.since, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     state = "alive" if holder.is_alive else "ended, but a child process holds it"
-    return f"process {holder.pid} ({state}, since {since})", holder.is_alive
+    return f"process {holder.pid} ({state}, since {since})", holder.pid, holder.is_alive
 
 
 @cache

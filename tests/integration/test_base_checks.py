@@ -67,8 +67,10 @@ async def test_check_failing_on_the_base_ends_the_run_before_any_session(reposit
     assert (".check1" in shown, shown.count("then `council resume"), "next:" in shown) == (True, 1, False), shown
     retried = repository.council("retry", "t1")
     assert (retried.code, "(state: pending)" in retried.stderr) == (2, True)
-    assert "no process is active in the run: `council resume` continues it" in retried.stderr, retried
     status = repository.council("status", "--json")
+    run = status.result["run"]
+    assert f"no process is active in the run: `council resume {run}` continues it" in retried.stderr, retried
+    assert f"`council retry t1 --reload --run {run}`" in retried.stderr, retried
     assert status.states == {"t1": "pending", "t2": "pending"}
     assert (status.result["status"], status.result["halted_by"]) == ("halted", "base")
     assert "looking at it\nthe code is bad\n" in status.result["halted"]
@@ -347,8 +349,9 @@ async def test_unexecutable_check_is_not_a_failure_of_the_task(repository: Repos
         "run", str(configure(repository, "write a.txt a", checks=["./check.sh"])), *options, "--json"
     )
     assert ended.code == 1
-    for part in ("./check.sh", "exit code 126", "can not be executed", "`chmod +x check.sh` and commit it"):
+    for part in ("./check.sh", "exit code 126", "cannot be executed", "`chmod +x check.sh` and commit it"):
         assert part in ended.result["halted"]
+    assert f"then `council resume {ended.result['run']}`" in ended.result["halted"]
     assert "install" not in ended.result["halted"]
     assert sessions(repository) == 0
     await repository.assert_invariants()

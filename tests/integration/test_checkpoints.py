@@ -78,6 +78,9 @@ async def test_running_task_is_restored_as_after_a_kill(repository: Repository) 
     assert [one.outcome for one in back.attempts] == ["interrupted", "crashed", "crashed"]
     status = repository.council("status", "--json")
     assert (status.result["status"], status.states) == ("interrupted", {"fails": "running", "lands": "landed"})
+    shown = repository.council("show", "fails").stdout
+    assert shown.splitlines()[0].endswith(": interrupted"), shown
+    assert "(state: interrupted)" in repository.council("retry", "fails").stderr
     flag(repository).touch()
     ended = repository.council("resume", "--json")
     assert ended.states == {"fails": "landed", "lands": "landed"}, ended
@@ -194,6 +197,7 @@ async def test_active_run_is_restored_only_by_force(repository: Repository) -> N
     refused = repository.council("checkpoint", "restore", "1")
     assert refused.code == 2
     assert "is active in process" in refused.stderr
+    assert f"stop it with `kill -INT {owner.pid}`" in refused.stderr
     assert "--force" in refused.stderr
     position = repository.council("checkpoint", "create", "--json").result["position"]
     forced = repository.council("checkpoint", "restore", "1", "--force", "--json")

@@ -46,7 +46,7 @@ def details_of(document: TaskDocument, asked: TaskDefinition = FOUR, *handoffs: 
 
 
 def text(one: TaskDetails) -> str:
-    return "\n".join(story_lines(one, 1_000.0))
+    return "\n".join(story_lines(one, 1_000.0, one.status))
 
 
 def reviewed() -> tuple[TaskDocument, list[Handoff]]:

@@ -149,10 +149,11 @@ async def _check_sharing(members: RunMembership) -> None:
     if peer is None:
         return
     what = f"process {peer.owner.pid} on {peer.owner.host} is active in run {members.run}"
+    stop = f"stop it with `kill -INT {peer.owner.pid}`"
     if peer.owner.shares:
-        raise RefusedError(what, "wait for it to end, stop it with SIGINT, or enable sharing for this process")
+        raise RefusedError(what, f"wait for it to end, {stop}, or enable sharing for this process")
     command = f"`{ENVIRONMENT_VARIABLES['enabled']}=true council resume {members.run}`"
-    raise RefusedError(f"{what} and does not share it", f"wait for it to end, or stop it with SIGINT, then {command}")
+    raise RefusedError(f"{what} and does not share it", f"wait for it to end, or {stop}, then {command}")
 
 
 def sharing_disabled_error(run: str, environ: Mapping[str, str], options: CoordinationOverrides | None) -> RefusedError:
@@ -170,8 +171,9 @@ def sharing_disabled_error(run: str, environ: Mapping[str, str], options: Coordi
 
 def run_active_error(run: str, held: LockHeld, *, or_else: str = "") -> RefusedError:
     """Return the error for a run that a process is active in, or has left processes of."""
+    stop = "stop it with SIGINT" if held.pid is None else f"stop it with `kill -INT {held.pid}`"
     wait = f"wait for its end, which `council watch {run}` shows"
-    remedy = ", or ".join(filter(None, (wait, "stop it with SIGINT", or_else)))
+    remedy = ", or ".join(filter(None, (wait, stop, or_else)))
     if not held.owner_lives:
         remedy = f"end the processes that it left: `fuser {held.path}` lists them"
     return RefusedError(f"run {run} is active in {held.holder}", remedy)

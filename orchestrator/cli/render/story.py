@@ -28,9 +28,9 @@ _MAX_NAMED = 10
 _VISIT_LABELS: Mapping[str, str] = {status: status.record.label for status in PhaseStatus}
 
 
-def story_lines(story: TaskDetails, now: float) -> Iterator[str]:
-    """Yield the lines of a task: summary, phases, sessions, handoffs, landing and usage."""
-    yield printable(f"task {story.task} of run {story.run}: {story.status.replace('_', ' ')}")
+def story_lines(story: TaskDetails, now: float, state: str) -> Iterator[str]:
+    """Yield the lines of a task: summary with its `state`, phases, sessions, handoffs, landing and usage."""
+    yield printable(f"task {story.task} of run {story.run}: {state}")
     yield from align_columns(list(_head(story, now)), "  ")
     if story.phases or story.remaining_phases:
         yield "phases"

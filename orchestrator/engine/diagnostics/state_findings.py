@@ -65,7 +65,7 @@ def judge_log(found: StoreStatistics, growth: LogGrowth, retention: Retention) -
         f"{format_size_short(found.log_bytes)} of {format_size_short(retention.max_size)}, {found.position:,} commits"
     )
     if growth.seconds > 0:
-        what += f", {growth.commits / growth.seconds * 60:,.0f} a minute of late"
+        what += f", {growth.commits / growth.seconds * 60:,.0f} per minute recently"
     commits = found.position - found.first
     per_second = growth.commits / growth.seconds * found.log_bytes / commits if growth.seconds > 0 and commits else 0.0
     more = "raise `max_size` under `state`"
@@ -130,8 +130,8 @@ def judge_unfinished_runs(runs: Sequence[str]) -> Finding:
 def judge_conflicts(waiting: int) -> Finding:
     """Judge the number of conflicts to be settled manually."""
     if not waiting:
-        return Finding("conflicts", Level.OK, "none waits")
-    return Finding("conflicts", Level.WARNING, f"{waiting} wait for you", "`council state conflicts` lists them")
+        return Finding("conflicts", Level.OK, "none waiting")
+    return Finding("conflicts", Level.WARNING, f"{waiting} waiting for you", "`council state conflicts` lists them")
 
 
 def _list_keys(keys: Sequence[Key]) -> str:

@@ -198,7 +198,7 @@ class BaseChecks:
         correction = describe_check_fix(self.ledger.run, [await self.ledger.definitions.spec(name) for name in tasks])
         if spec.allow_failing_base or self.ledger.run.allow_failing_base:
             unrunnable = await self._unrunnable_on(task, spec, spec.checks, commit, may_be_added=True)
-            return describe_unrunnable(unrunnable, correction, base.merge) if unrunnable else None
+            return describe_unrunnable(unrunnable, correction, self.ledger.run.id, base.merge) if unrunnable else None
         await self.ledger.note(BaseChecking(commit=commit, branch=base.branch, checks=spec.checks))
         result = await self._run(task, spec, spec.checks, commit)
         failpoint("base.checked")
@@ -214,7 +214,7 @@ class BaseChecks:
             case CommandFailed() if result.unrunnable is not None and result.command in spec.checks:
                 later = spec.checks[spec.checks.index(result.command) + 1 :]
                 unrunnable = [result, *await self._unrunnable_on(task, spec, later, commit, may_be_added=False)]
-                return describe_unrunnable(unrunnable, correction, base.merge)
+                return describe_unrunnable(unrunnable, correction, self.ledger.run.id, base.merge)
             case CommandFailed():
                 return _describe_failure(result, spec, base, self.ledger.run, correction)
             case _:
@@ -293,7 +293,9 @@ class BaseChecks:
             is_missing_there = missing_on_base is not None and not (
                 is_allowed and self._may_add(failed.command, missing_on_base)
             )
-            self._unrunnable[key] = describe_unrunnable([failed], correction) if is_missing_there else None
+            self._unrunnable[key] = (
+                describe_unrunnable([failed], correction, self.ledger.run.id) if is_missing_there else None
+            )
         return self._unrunnable[key]
 
     def _may_add(self, command: str, missing: UnrunnableProgram) -> bool:
@@ -385,7 +387,7 @@ def _describe_failure(
     is_check = failed.command in spec.checks
     correction = correction if is_check else SETUP_REMEDY
     if failed.unrunnable is not None:
-        return describe_unrunnable([failed], correction, base.merge)
+        return describe_unrunnable([failed], correction, run.id, base.merge)
     kind, allowed = ("check", " or add --allow-failing-base") if is_check else ("setup", "")
     headline = f"{kind} `{failed.short}` fails on {base.branch} ({base.commit[:10]}): {failed.how_it_ended}"
     remedy = f"fix {run.base}{base.merge}{allowed}, then `council resume {run.id}`", f"or {correction}"

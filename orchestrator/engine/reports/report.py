@@ -388,7 +388,7 @@ def last_failures(record: RunRecord) -> dict[str, AdapterFailure]:
 def _tasks_without_adapter(record: RunRecord, disabled: Mapping[str, str]) -> dict[str, str]:
     """Return the tasks whose adapters are all disabled, their dependents, and the reason for each."""
     stuck = {
-        task: _describe_disabled({name: disabled[name] for name in record.adapters_of(task)})
+        task: _describe_disabled({name: disabled[name] for name in record.adapters_of(task)}, record.run.id)
         for task in record.entries
         if disabled
         and record.tasks[task].status is TaskStatus.PENDING
@@ -399,13 +399,13 @@ def _tasks_without_adapter(record: RunRecord, disabled: Mapping[str, str]) -> di
     return stuck
 
 
-def _describe_disabled(disabled: Mapping[str, str]) -> str:
+def _describe_disabled(disabled: Mapping[str, str], run: str) -> str:
     """Say that all adapters of a task are disabled, and why."""
     if len(disabled) == 1:
         [(name, why)] = disabled.items()
-        return f"adapter {name!r} is disabled: {why}: fix it, then run `council resume`"
+        return f"adapter {name!r} is disabled: {why}: fix it, then run `council resume {run}`"
     each = "; ".join(f"{name!r}: {why}" for name, why in disabled.items())
-    return f"all its adapters are disabled ({each}): fix one of them, then run `council resume`"
+    return f"all its adapters are disabled ({each}): fix one of them, then run `council resume {run}`"
 
 
 def _tasks_in_cooldown(record: RunRecord, unavailable: Sequence[AdapterReport]) -> dict[str, str]:

@@ -14,7 +14,14 @@ from orchestrator.domain.events.runs import RequestCompleted, RequestSubmitted
 from orchestrator.domain.events.tasks import TaskApproved, TaskCancelled, TaskIgnored, TaskRejected, TaskRetryRequested
 from orchestrator.domain.runs.model import AdapterDocument, RequestAction, RunDocument, RunRequest, TaskDocument
 from orchestrator.domain.runs.phases import PhaseTrigger
-from orchestrator.domain.runs.statuses import FINAL_STATUSES, RETRYABLE_STATUSES, TRANSITIONS, TaskStatus, Trigger
+from orchestrator.domain.runs.statuses import (
+    ACTIVE_STATUSES,
+    FINAL_STATUSES,
+    RETRYABLE_STATUSES,
+    TRANSITIONS,
+    TaskStatus,
+    Trigger,
+)
 from orchestrator.domain.security.secrets import has_secret_key
 from orchestrator.domain.settings.phase_settings import Phase
 from orchestrator.domain.settings.run_settings import TaskSpec
@@ -81,7 +88,7 @@ def check_request(
                 message = f"task {task!r} waits for {', '.join(map(repr, missing))}, which did not land"
                 raise RefusedError(message, f"`council retry {' '.join(map(shlex.quote, missing))}`")
         elif status not in RETRYABLE_STATUSES and not (even_waiting and status in _RELOADED):
-            raise _explain_not_retryable(task, status, may_reload=TASKS_KEY not in record.run.given, is_live=is_live)
+            raise _explain_not_retryable(task, status, record.run, is_live=is_live)
 
 
 def _explain_merge_retry(run: RunDocument, status: TaskStatus) -> RefusedError:
@@ -95,7 +102,7 @@ def _explain_merge_retry(run: RunDocument, status: TaskStatus) -> RefusedError:
     return RefusedError(f"run {run.id} is a merge of run {run.merges}, which starts no session", remedy)
 
 
-def _explain_not_retryable(task: str, status: TaskStatus, *, may_reload: bool, is_live: bool) -> RefusedError:
+def _explain_not_retryable(task: str, status: TaskStatus, run: RunDocument, *, is_live: bool) -> RefusedError:
     """Return why a task that is not blocked cannot be retried, and what to do instead."""
     match status:
         case TaskStatus.LANDED:
@@ -107,10 +114,12 @@ def _explain_not_retryable(task: str, status: TaskStatus, *, may_reload: bool, i
             return RefusedError(f"task {task!r} waits for approval", remedy)
     remedy = "cancel it first, or wait"
     if not is_live:
-        remedy = "no process is active in the run: `council resume` continues it"
-        if may_reload and status in _RELOADED:
-            remedy += f" (to apply changes of the file first: `council retry {shlex.quote(task)} --reload`)"
-    return RefusedError(f"task {task!r} has not ended (state: {status})", remedy)
+        remedy = f"no process is active in the run: `council resume {run.id}` continues it"
+        if TASKS_KEY not in run.given and status in _RELOADED:
+            reload = f"`council retry {shlex.quote(task)} --reload --run {run.id}`"
+            remedy += f" (to apply changes of the file first: {reload})"
+    state = "interrupted" if status in ACTIVE_STATUSES and not is_live else status.replace("_", " ")
+    return RefusedError(f"task {task!r} has not ended (state: {state})", remedy)
 
 
 def check_adapters_to_enable(record: RunRecord, adapters: Sequence[str], now: float) -> Sequence[str]:

@@ -102,8 +102,8 @@ class CommandFailed:
         return "\n".join(lines[-_TAIL_LINES:])[-_TAIL_CHARS:]
 
 
-def describe_unrunnable(failed: Sequence[CommandFailed], correction: str, merge: str = "") -> str:
-    """Return why commands with missing programs can't be run, and what to do.
+def describe_unrunnable(failed: Sequence[CommandFailed], correction: str, run: str, merge: str = "") -> str:
+    """Return why commands with missing programs can't be run, and what to do to resume `run`.
 
     `correction` says how to fix the commands; `merge` says what a commit needs to take effect.
     """
@@ -120,7 +120,7 @@ def describe_unrunnable(failed: Sequence[CommandFailed], correction: str, merge:
     in_order = sorted((missing for _, missing in pairs), key=lambda missing: missing.is_uncommitted)
     remedy = ", ".join(dict.fromkeys(missing.remedy for missing in in_order)) + merge
     if not in_order[-1].is_uncommitted:
-        remedy += ", then `council resume`"
+        remedy += f", then `council resume {run}`"
     return str(HaltReason(headlines[0], output, str(failed[-1].log), (remedy, f"or {correction}")))
 
 
@@ -217,7 +217,7 @@ class Shell:
     async def _unrunnable(self, command: ShellCommand, exit_code: int | None, output: str) -> UnrunnableProgram:
         program = find_missing_program(command.text, output)
         is_there = exit_code == NOT_EXECUTABLE
-        why = f"program {program!r} {'can not be executed' if is_there else 'was not found'}"
+        why = f"program {program!r} {'cannot be executed' if is_there else 'was not found'}"
         if is_in_worktree(program):
             where = "the worktree has the committed files and what `setup` creates"
             is_made = is_of_environment(program)

@@ -58,11 +58,11 @@ class SetupFailed(SetupError):
         )
         self.result = result
 
-    def outcome(self, *, at_base: bool) -> Outcome:
-        """Return the outcome of the attempt; `at_base` means that its worktree has no work of the task yet."""
+    def outcome(self, run: str, *, at_base: bool) -> Outcome:
+        """Return the outcome of an attempt of `run`; `at_base` means that its worktree has no work of the task yet."""
         if isinstance(self.result, CommandFailed):
             if at_base and self.result.unrunnable is not None:
-                return Misconfigured(describe_unrunnable([self.result], SETUP_REMEDY))
+                return Misconfigured(describe_unrunnable([self.result], SETUP_REMEDY, run))
             return Failed(FailureClass.SETUP_FAILED, str(self))
         return hooks.hook_outcome(self.result) or Failed(FailureClass.TRANSIENT, str(self))
 

@@ -18,9 +18,11 @@ from orchestrator.cli.core.command import (
 )
 from orchestrator.cli.core.completion import complete_tasks
 from orchestrator.cli.render.next_steps import Step, halt_steps, run_step, task_steps
+from orchestrator.cli.render.result import format_state
 from orchestrator.cli.render.story import story_lines
 from orchestrator.cli.render.text import printable
 from orchestrator.domain.runs.statuses import TaskStatus
+from orchestrator.engine.reports.task_details import TaskDetails
 from orchestrator.errors import RefusedError
 
 
@@ -47,22 +49,22 @@ def show(task: str, run: str | None, as_json: bool) -> None:
             if as_json:
                 context.output.json({**story.to_json(), "exit": 0})
                 return 0
-            steps = await _steps(council, story.run, story.task)
-            for line in (*story_lines(story, time.time()), *steps):
+            state, steps = await _state_and_steps(council, story)
+            for line in (*story_lines(story, time.time(), state), *steps):
                 context.output.text(f"{line}\n")
             return 0
 
     run_command(command, as_json=as_json, brief=True)
 
 
-async def _steps(council: Council, run: str, task: str) -> Sequence[str]:
-    """Return the lines with the next commands for a task, or for its run."""
+async def _state_and_steps(council: Council, story: TaskDetails) -> tuple[str, Sequence[str]]:
+    """Return the label of a task's state, and the lines with the next commands for it, or for its run."""
     try:
-        report = await council.runs.status(run)
+        report = await council.runs.status(story.run)
     except RefusedError:  # its repositories are gone
-        return ()
-    shown = next(one for one in report.tasks if one.id == task)
-    steps = task_steps(shown, report, is_newest=await council.runs.newest() == run, is_shown=True)
+        return story.status.replace("_", " "), ()
+    shown = next(one for one in report.tasks if one.id == story.task)
+    steps = task_steps(shown, report, is_newest=await council.runs.newest() == story.run, is_shown=True)
     if not steps and shown.status != TaskStatus.LANDED:
         steps = halt_steps(report) or [Step("next", own)] if (own := run_step(report)) else ()
-    return [printable(str(step)) for step in steps]
+    return format_state(story.status, report), [printable(str(step)) for step in steps]
