@@ -90,7 +90,7 @@ async def test_adapter_contract_runs_no_conftest_of_a_shared_folder(
     trap: Path, environ: dict[str, str], tmp_path: Path
 ) -> None:
     """For example one that another user of the machine left in `/tmp`."""
-    spec = {"name": "x", "stored": {"use": "command"}, "options": {"argv": ["true"]}, "places": []}
+    spec = {"use": "command", "options": {"argv": ["true"]}, "places": []}
     shared = {**environ, "TMPDIR": str(Path.cwd())}
     done = await process.run(contract_command(), env=shared, cwd=tmp_path, input=json.dumps(spec).encode())
     assert json.loads(done.stdout)["results"]

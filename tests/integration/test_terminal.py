@@ -155,7 +155,7 @@ def test_ctrl_c_is_answered_above_the_table(repository: Repository, start: Start
     terminal = start("run", str(config))
     wait_for(lambda: terminal.row("slow").endswith("ready"))
     terminal.type("\x03")
-    wait_for(lambda: "stopping: sessions are ended and their work is kept" in terminal.text)
+    wait_for(lambda: "stopping sessions and saving their work" in terminal.text)
     assert terminal.wait() == 130
     assert terminal.cursor_is_shown
     assert re.search(r"^  slow: interrupted|^  1 pending$", terminal.text, re.MULTILINE)
@@ -171,11 +171,11 @@ def test_second_ctrl_c_leaves_a_usable_terminal(repository: Repository, start: S
     terminal = start("run", str(config))
     wait_for(lambda: terminal.row("slow").endswith("ready"))
     terminal.type("\x03")
-    wait_for(lambda: "stopping:" in terminal.text)
+    wait_for(lambda: "stopping sessions" in terminal.text)
     terminal.type("\x03")
     assert terminal.wait() == 130
     assert terminal.cursor_is_shown
-    assert terminal.row("council: ended at once") != ""
+    assert terminal.row("council: stopped at once") != ""
     gate.touch()
 
 
