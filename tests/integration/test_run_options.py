@@ -215,6 +215,8 @@ async def test_merge_lands_a_runs_own_branch_on_its_base(repository: Repository)
     assert (again.code, "'main' has all of" in again.stdout, again.stdout.count("\n")) == (0, True, 1), again
     merge = merged.result["run"]
     assert repository.council("status", name, "--json").result["merged_by"] == merge
+    listed = " ".join(repository.council("runs").stdout.split())
+    assert (f"merged by run {merge}" in listed, f"merge of run {name}" in listed) == (True, True), listed
     for command in ("status", "resume"):
         assert "council merge" not in repository.council(command, name).stdout
     for given, meant in (([], name), (["latest"], name), ([merge], merge)):

@@ -96,9 +96,12 @@ def _step_lines(report: RunReport) -> Sequence[str]:
 
 
 def _run_lines(report: RunReport, metrics: Metrics) -> Iterator[str]:
-    yield from wrapped(
-        printable(metrics_line(report, metrics)), head=f"{report.run}  {report.status:<12} ", indent="    "
-    )
+    parts = [metrics_line(report, metrics)]
+    if report.merges is not None:
+        parts.append(f"merge of run {report.merges}")
+    if report.merged_by is not None:
+        parts.append(f"merged by run {report.merged_by}")
+    yield from wrapped(printable(", ".join(parts)), head=f"{report.run}  {report.status:<12} ", indent="    ")
 
 
 @click.command()
