@@ -33,8 +33,13 @@ LAYERS = {
 OFTEN = 20
 #: Transitions that a task without faults, phases and requests makes.
 MAIN = {Trigger.START, Trigger.BUILD, Trigger.CHECK, Trigger.INTEND, Trigger.LAND}
-#: Transitions that every status has; they would hide the rest.
-EVERYWHERE = {Trigger.CANCEL, Trigger.DISTRUST, Trigger.REVIVE, Trigger.IGNORE, Trigger.ADOPT}
+#: Triggers that apply in this many statuses are left out; they would hide the rest.
+MANY = 4
+#: Triggers that are left out: those above, and others of people that aren't part of the path of a task.
+EVERYWHERE = {
+    Trigger.IGNORE,
+    *(trigger for trigger in Trigger if sum(trigger is one for _, one in TRANSITIONS) >= MANY),
+}
 
 
 def imports() -> Counter[tuple[str, str]]:

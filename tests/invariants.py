@@ -31,7 +31,7 @@ from pydantic import TypeAdapter, ValidationError
 from orchestrator.domain.documents.times import Instant
 from orchestrator.domain.events import EVENT_TYPES
 from orchestrator.domain.runs.model import RunDocument, TaskDocument
-from orchestrator.domain.runs.statuses import RETRYABLE_STATUSES, TaskStatus
+from orchestrator.domain.runs.statuses import UNSUCCESSFUL_STATUSES, TaskStatus
 from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.engine.phases.verification import RunVerification, verify_run
 from orchestrator.engine.session_api.contexts import KIND as CONTEXT
@@ -301,7 +301,7 @@ async def _landings(scene: RunUnderTest, run: RunDocument, tasks: Mapping[str, T
             yield f"1: {task} landed {len(found)} times"
         if document.status is TaskStatus.LANDED and not (found == [document.landed] or (not found and landed_here)):
             yield f"1: {task} is landed as {document.landed}, the target has {found}"
-        if document.status in RETRYABLE_STATUSES and found:
+        if document.status in UNSUCCESSFUL_STATUSES and found:
             yield f"1: {task} is {document.status} but on the target as {found}"
 
 

@@ -51,15 +51,21 @@ ADAPTERS = (ROOT / "docs/adapters.md").read_text()
 
 
 def test_commands_page_names_every_command() -> None:
-    assert set(re.findall(r"^\| `council ([\w-]+)", COMMANDS_PAGE, re.MULTILINE)) == set(_commands())
+    documented = set(re.findall(r"^\| `council ([\w-]+)", COMMANDS_PAGE, re.MULTILINE))
+    missing, unknown = sorted(set(_commands()) - documented), sorted(documented - set(_commands()))
+    assert not missing, f"docs/commands.md: add a row `| `council NAME` | … |` for {missing}"
+    assert not unknown, f"docs/commands.md has {unknown}: add them to COMMANDS_BY_SECTION in orchestrator/cli/main.py"
 
 
 def test_command_list_matches_the_commands() -> None:
     """The text in `--help` is the first sentence of the command's own help."""
     for name, command in _commands().items():
         entry = next(entries[name] for entries in COMMANDS_BY_SECTION.values() if name in entries)
-        assert (command.help or "").split("\n\n")[0].replace("\n", " ") == entry.help
-        assert command.name == name
+        sentence, place = (command.help or "").split("\n\n")[0].replace("\n", " "), "in orchestrator/cli/main.py"
+        assert sentence == entry.help, (
+            f"`council {name}`: use its docstring's first sentence in COMMANDS_BY_SECTION {place}"
+        )
+        assert command.name == name, f"COMMANDS_BY_SECTION {place} has {command.name!r} as {name!r}"
 
 
 def _commands() -> dict[str, click.Command]:
@@ -163,22 +169,25 @@ def test_checklist_example_gives_the_described_tasks() -> None:
 def test_every_final_status_is_explained() -> None:
     """The table in docs/task-states.md has each state that a final result can contain."""
     transient = {TaskStatus.PENDING, TaskStatus.RUNNING, TaskStatus.CHECKING, TaskStatus.LANDING}
-    for state in [*(set(TaskStatus) - transient), "blocked"]:
-        assert f"| `{state}` |" in TASK_STATES
+    states = [*(status.value for status in TaskStatus if status not in transient), "blocked"]
+    missing = [state for state in states if f"| `{state}` |" not in TASK_STATES]
+    assert not missing, f"docs/task-states.md: add a row `| `STATUS` | meaning |` for {missing}"
 
 
 def test_events_page_matches_the_event_classes() -> None:
     """`python docs/events.py` regenerates its tables."""
     command = [sys.executable, str(ROOT / "docs" / "events.py"), "--check"]
     assert subprocess.run(command, check=False).returncode == 0, "run `python docs/events.py`"
-    assert [name for name in EVENT_TYPES if f"| `{name}` |" not in EVENTS] == []
+    missing = [name for name in EVENT_TYPES if f"| `{name}` |" not in EVENTS]
+    assert not missing, f"docs/events.md lacks {missing}: run `python docs/events.py`"
 
 
 def test_every_status_and_field_is_documented() -> None:
     """docs/output.md has each status of runs and tasks, and each field of the result."""
     fields = {field.name for model in (RunReport, TaskReport) for field in dataclasses.fields(model)}
     names = {*RunStatus, *TaskStatus, *fields}
-    assert [name for name in sorted(names) if f"`{name}`" not in OUTPUT] == []
+    missing = [name for name in sorted(names) if f"`{name}`" not in OUTPUT]
+    assert not missing, f"docs/output.md: name {missing} in the tables of the result (statuses: in the row `status`)"
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)

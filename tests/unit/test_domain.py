@@ -26,7 +26,14 @@ from orchestrator.domain.runs.retry import (
     decide_retry,
     retry_delay,
 )
-from orchestrator.domain.runs.statuses import FINAL_STATUSES, RETRYABLE_STATUSES, TRANSITIONS, TaskStatus, Trigger
+from orchestrator.domain.runs.statuses import (
+    FINAL_STATUSES,
+    RETRYABLE_STATUSES,
+    SUCCESS_STATUSES,
+    TRANSITIONS,
+    TaskStatus,
+    Trigger,
+)
 from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, choose_tasks
 from orchestrator.domain.settings.failures import (
     RETRIED_BY_DEFAULT,
@@ -54,8 +61,9 @@ def test_transition_exists_for_expected_pairs_only(status: TaskStatus, trigger: 
     task = TaskDocument(status=status)
     if (status, trigger) in TRANSITIONS:
         leaves = TRANSITIONS[status, trigger] is not status
-        by_others = {Trigger.REVIVE, Trigger.ADOPT} if status in RETRYABLE_STATUSES else {Trigger.LOSE}
+        by_others = {Trigger.LOSE} if status in SUCCESS_STATUSES else {Trigger.REVIVE, Trigger.ADOPT}
         assert status not in FINAL_STATUSES or not leaves or trigger in by_others
+        assert trigger is not Trigger.REVIVE or status in RETRYABLE_STATUSES
         assert apply_trigger("task", task, trigger, reason="why") == TaskDocument(
             status=TRANSITIONS[status, trigger], reason="why"
         )

@@ -27,10 +27,21 @@ def test_each_status_is_counted_once() -> None:
     """Completed, in progress, failed and pending add up to the total, as documented."""
     tasks = {status.value: task(status) for status in TaskStatus}
     found = compute_metrics(tasks, {}, ActiveTime())
-    assert (found.total_tasks, found.completed, found.pending) == (len(TaskStatus), 2, 1)
-    assert (found.in_progress, found.failed) == (5, 4)
-    assert found.completed + found.in_progress + found.failed + found.pending == found.total_tasks
+    assert found.completed + found.in_progress + found.failed + found.pending == found.total_tasks == len(TaskStatus)
     assert found.by_status == dict.fromkeys(TaskStatus, 1)
+
+
+@pytest.mark.parametrize("status", TaskStatus)
+def test_status_is_counted_by_its_record(status: TaskStatus) -> None:
+    """An ended task without success has failed, whether it can be retried or not."""
+    found = compute_metrics({"a": task(status)}, {}, ActiveTime())
+    counts = {name: getattr(found, name) for name in ("completed", "in_progress", "failed", "pending")}
+    expected = "in_progress"
+    if status.record.is_final:
+        expected = "completed" if status.record.is_successful else "failed"
+    elif status is TaskStatus.PENDING:
+        expected = "pending"
+    assert [name for name, count in counts.items() if count] == [expected], f"status {status.value!r}"
 
 
 def test_no_tasks_have_no_average() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from orchestrator.domain.runs.statuses import (
     FINAL_STATUSES,
     RETRYABLE_STATUSES,
     SUCCESS_STATUSES,
+    UNSUCCESSFUL_STATUSES,
     ReleaseReason,
     StatusRecord,
     TaskStatus,
@@ -24,6 +27,8 @@ PROPERTIES: dict[str, Any] = {"label": "x", "activity": "x", "style": "", "relea
     ("changes", "error"),
     [
         ({"is_successful": True}, "status 'x' is successful and not final"),
+        ({"is_retryable": True}, "status 'x' is retryable: set `is_final=True`, and leave out `is_successful`"),
+        ({"is_retryable": True, "is_final": True, "is_successful": True}, "status 'x' is retryable"),
         ({"is_final": True, "release": None}, "status 'x' is final and keeps the claim: give it a `release`"),
         ({"is_active": True}, "status 'x' is active without a claim: set `release=None`"),
         ({"is_landing": True}, "status 'x' is active without a claim: set `release=None`"),
@@ -46,13 +51,47 @@ def test_status_release_reason_of_claimed_task_raises_value_error() -> None:
 
 
 def test_retryable_statuses_name_the_command() -> None:
-    """Each unsuccessful final status can be retried and says how."""
-    assert FINAL_STATUSES == RETRYABLE_STATUSES | SUCCESS_STATUSES
-    for status in RETRYABLE_STATUSES:
-        assert any(command == "council retry {}" for _, command in status.record.next_steps), status
+    """Each status that can be retried says how, and no other does."""
+    for status in TaskStatus:
+        names_it = any(command == "council retry {}" for _, command in status.record.next_steps)
+        assert names_it == (status in RETRYABLE_STATUSES), (
+            f"status {status.value!r}: `next_steps` must name `council retry {{}}` exactly if `is_retryable` is set"
+        )
+
+
+def test_final_statuses_are_successful_or_unsuccessful() -> None:
+    """A status that can be retried is unsuccessful; an unsuccessful one may have no retry."""
+    assert FINAL_STATUSES == SUCCESS_STATUSES | UNSUCCESSFUL_STATUSES
+    assert not SUCCESS_STATUSES & UNSUCCESSFUL_STATUSES
+    assert RETRYABLE_STATUSES <= UNSUCCESSFUL_STATUSES
 
 
 def test_phase_statuses_are_open_passed_or_ended() -> None:
     """No status is both open and passed, and each has its own event."""
     assert not OPEN_STATUSES & PASSED_STATUSES
     assert len({status.record.event for status in PhaseStatus}) == len(PhaseStatus)
+
+
+_WITHOUT_RETRY = """
+from orchestrator.domain.runs import statuses
+from orchestrator.domain.runs.statuses import TaskStatus
+
+statuses.RETRYABLE_STATUSES -= {TaskStatus.CONFLICT}  # before other modules import it
+
+from orchestrator.domain.runs.metrics import ActiveTime, compute_metrics
+from orchestrator.domain.runs.model import TaskDocument
+from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, choose_tasks
+
+entries = {"a": DispatchEntry(), "b": DispatchEntry(("a",))}
+board = DispatchBoard.of(entries, {"a": TaskStatus.CONFLICT, "b": TaskStatus.PENDING})
+assert choose_tasks(board, 9, 0.0) == [], "it starts again after a restart"
+board.sync_task("a", TaskStatus.CONFLICT, 0.0)
+assert choose_tasks(board, 9, 0.0) == [], "it starts again after a change by another process"
+assert board.blocked == {"b": "a"}, board.blocked
+assert compute_metrics({"a": TaskDocument(status=TaskStatus.CONFLICT)}, {}, ActiveTime()).failed == 1
+"""
+
+
+def test_unsuccessful_status_without_retry_blocks_dependents_and_counts_as_failed() -> None:
+    """Its own process, in which no module has seen that the status can be retried."""
+    subprocess.run([sys.executable, "-c", _WITHOUT_RETRY], check=True)

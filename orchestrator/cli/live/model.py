@@ -30,8 +30,8 @@ from orchestrator.domain.runs.statuses import (
     ACTIVE_STATUSES,
     FINAL_STATUSES,
     LANDING_STATUSES,
-    RETRYABLE_STATUSES,
     SUCCESS_STATUSES,
+    UNSUCCESSFUL_STATUSES,
     TaskStatus,
 )
 from orchestrator.domain.scheduling.active_time import compute_active_time
@@ -46,7 +46,7 @@ from orchestrator.sessions.output.transcript import EMPTY_TRANSCRIPT, Transcript
 _BUILT = LANDING_STATUSES | {TaskStatus.LANDED}
 #: States in which the lines of a row are those of what the last session left.
 _SESSION_ENDED = (FINAL_STATUSES - {TaskStatus.LANDED}) | {TaskStatus.QUEUED, TaskStatus.AWAITING_APPROVAL}
-_NOT_LANDED = tuple(status.record.activity for status in TaskStatus if status in RETRYABLE_STATUSES)
+_NOT_LANDED = tuple(status.record.activity for status in TaskStatus if status in UNSUCCESSFUL_STATUSES)
 #: The shortest time left that is told, in seconds: what is nearly over is over before it is read.
 _MIN_TIME_LEFT = 1.0
 

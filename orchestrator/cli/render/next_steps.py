@@ -12,7 +12,7 @@ from typing import NamedTuple
 from orchestrator.domain.events.tasks import salvage_name
 from orchestrator.domain.runs.halts import HaltReason
 from orchestrator.domain.runs.model import HaltCause
-from orchestrator.domain.runs.statuses import LANDING_STATUSES, RETRYABLE_STATUSES, TaskStatus
+from orchestrator.domain.runs.statuses import LANDING_STATUSES, UNSUCCESSFUL_STATUSES, TaskStatus
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.engine.reports.report import RunReport, RunStatus, TaskReport
 
@@ -75,13 +75,13 @@ def task_steps(  # noqa: PLR0911  one case for each cause
     commands = [(label, command.format(name)) for label, command in _NEXT_STEPS.get(task.status, ())]
     if is_shown and commands[:1] == [("next", f"council show {name}")]:
         commands = [("next", command) for _, command in commands[1:2]] + commands[2:]
-    commands += apply if task.status in RETRYABLE_STATUSES else []
+    commands += apply if task.status in UNSUCCESSFUL_STATUSES else []
     return [Step(label, f"{command}{run}") for label, command in commands]
 
 
 def _merge_steps(task: TaskReport, report: RunReport) -> Sequence[Step]:
     """Return the commands after a failed merge of a run's own branch; a retry would merge the same commits."""
-    if task.status not in RETRYABLE_STATUSES:
+    if task.status not in UNSUCCESSFUL_STATUSES:
         return ()
     base, again = shlex.quote(report.target), f"council merge {report.merges}"
     match task.status:

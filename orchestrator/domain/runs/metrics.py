@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.domain.runs.model import TaskDocument, sum_known_cost
-from orchestrator.domain.runs.statuses import FINAL_STATUSES, RETRYABLE_STATUSES, SUCCESS_STATUSES, TaskStatus
+from orchestrator.domain.runs.statuses import FINAL_STATUSES, SUCCESS_STATUSES, UNSUCCESSFUL_STATUSES, TaskStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def compute_metrics(tasks: Mapping[str, TaskDocument], landed_at: Mapping[str, f
         total_tasks=len(tasks),
         completed=sum(counts[status] for status in SUCCESS_STATUSES),
         in_progress=len(tasks) - pending - finished,
-        failed=sum(counts[status] for status in RETRYABLE_STATUSES),
+        failed=sum(counts[status] for status in UNSUCCESSFUL_STATUSES),
         pending=pending,
         average_time_minutes=sum(known) / len(known) if known else None,
         by_status={status.value: counts[status] for status in TaskStatus if counts[status]},

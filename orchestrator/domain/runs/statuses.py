@@ -41,6 +41,8 @@ class StatusRecord:
     """The task is finished; only a person continues it."""
     is_successful: bool = False
     """Dependents may start."""
+    is_retryable: bool = False
+    """A person may retry it."""
     is_active: bool = False
     """A session, a check or a landing runs."""
     is_landing: bool = False
@@ -50,6 +52,8 @@ class StatusRecord:
         """Raise ValueError if the properties contradict each other."""
         if self.is_successful and not self.is_final:
             raise ValueError(f"status {self.label!r} is successful and not final")
+        if self.is_retryable and (self.is_successful or not self.is_final):
+            raise ValueError(f"status {self.label!r} is retryable: set `is_final=True`, and leave out `is_successful`")
         if self.is_final == (self.release is None) and self.is_final:
             raise ValueError(f"status {self.label!r} is final and keeps the claim: give it a `release`")
         if (self.is_active or self.is_landing) and self.release is not None:
@@ -147,6 +151,7 @@ class TaskStatus(StrEnum):
             release=ReleaseReason.COMPLETE,
             next_steps=_LOGS_AND_RETRY,
             is_final=True,
+            is_retryable=True,
         ),
     )
     CONFLICT = (
@@ -158,6 +163,7 @@ class TaskStatus(StrEnum):
             release=ReleaseReason.FAILED,
             next_steps=(_RETRY,),
             is_final=True,
+            is_retryable=True,
         ),
     )
     FAILED = (
@@ -169,6 +175,7 @@ class TaskStatus(StrEnum):
             release=ReleaseReason.FAILED,
             next_steps=_LOGS_AND_RETRY,
             is_final=True,
+            is_retryable=True,
         ),
     )
     CANCELLED = (
@@ -180,14 +187,16 @@ class TaskStatus(StrEnum):
             release=ReleaseReason.ABANDONED,
             next_steps=(_RETRY,),
             is_final=True,
+            is_retryable=True,
         ),
     )
 
 
 FINAL_STATUSES: Final = frozenset(status for status in TaskStatus if status.record.is_final)
 SUCCESS_STATUSES: Final = frozenset(status for status in TaskStatus if status.record.is_successful)
-#: Final statuses without success; a person may retry the task.
-RETRYABLE_STATUSES: Final = FINAL_STATUSES - SUCCESS_STATUSES
+#: Final statuses without success: dependents stay blocked.
+UNSUCCESSFUL_STATUSES: Final = FINAL_STATUSES - SUCCESS_STATUSES
+RETRYABLE_STATUSES: Final = frozenset(status for status in TaskStatus if status.record.is_retryable)
 LANDING_STATUSES: Final = frozenset(status for status in TaskStatus if status.record.is_landing)
 ACTIVE_STATUSES: Final = frozenset(status for status in TaskStatus if status.record.is_active)
 CLAIMED_STATUSES: Final = frozenset(status for status in TaskStatus if status.record.release is None)

@@ -17,7 +17,7 @@ from enum import Enum, auto
 from typing import NamedTuple
 
 from orchestrator.domain.runs.model import TaskDocument
-from orchestrator.domain.runs.statuses import FINAL_STATUSES, RETRYABLE_STATUSES, SUCCESS_STATUSES, TaskStatus
+from orchestrator.domain.runs.statuses import FINAL_STATUSES, SUCCESS_STATUSES, UNSUCCESSFUL_STATUSES, TaskStatus
 from orchestrator.domain.scheduling.ready import AdapterGroup, ReadyLane, ReadyQueue
 
 #: Seconds of waiting that equal one level of priority.
@@ -146,7 +146,7 @@ class DispatchBoard:
             elif status not in FINAL_STATUSES and status is not TaskStatus.PENDING:
                 board._resume(task, running=status is TaskStatus.RUNNING)
         for task, status in statuses.items():
-            if status in RETRYABLE_STATUSES:
+            if status in UNSUCCESSFUL_STATUSES:
                 board.ended(task)
         return board
 
@@ -268,7 +268,7 @@ class DispatchBoard:
         A task that is active elsewhere takes no slot here, but owns its paths. For the other arguments see `wait`.
         """
         state = self._state[task]
-        if state is _OVER and status not in RETRYABLE_STATUSES:
+        if state is _OVER and status not in UNSUCCESSFUL_STATUSES:
             self.revive(task)
             state = self._state[task]
         if status in SUCCESS_STATUSES:

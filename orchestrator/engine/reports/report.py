@@ -12,8 +12,8 @@ from orchestrator.domain.runs.model import AdapterDocument, Attempt, HaltCause, 
 from orchestrator.domain.runs.phases import OPEN_STATUSES
 from orchestrator.domain.runs.statuses import (
     FINAL_STATUSES,
-    RETRYABLE_STATUSES,
     SUCCESS_STATUSES,
+    UNSUCCESSFUL_STATUSES,
     TaskStatus,
     run_state,
 )
@@ -259,7 +259,7 @@ class RunRecord:
     def blocked(self) -> dict[str, str]:
         """Return the tasks that can no longer start, each with a need that will not land."""
         return self.dependents_of(
-            [task for task, document in self.tasks.items() if document.status in RETRYABLE_STATUSES]
+            [task for task, document in self.tasks.items() if document.status in UNSUCCESSFUL_STATUSES]
         )
 
     def dependents_of(self, needs: Iterable[str]) -> dict[str, str]:
@@ -289,7 +289,9 @@ class RunRecord:
                     known.add(need)
                     stack.append(need)
         known.discard(task)
-        return tuple(need for need in self.entries if need in known and self.tasks[need].status in RETRYABLE_STATUSES)
+        return tuple(
+            need for need in self.entries if need in known and self.tasks[need].status in UNSUCCESSFUL_STATUSES
+        )
 
     @property
     def is_over(self) -> bool:

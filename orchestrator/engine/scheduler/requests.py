@@ -86,7 +86,11 @@ def check_request(
             missing = [need for need in record.failed_needs(task) if need not in tasks]
             if missing:
                 message = f"task {task!r} waits for {', '.join(map(repr, missing))}, which did not land"
-                raise RefusedError(message, f"`council retry {' '.join(map(shlex.quote, missing))}`")
+                gone = [need for need in missing if record.tasks[need].status not in RETRYABLE_STATUSES]
+                remedy = f"start a new run: {', '.join(map(repr, gone))} can't be retried"
+                raise RefusedError(
+                    message, remedy if gone else f"`council retry {' '.join(map(shlex.quote, missing))}`"
+                )
         elif status not in RETRYABLE_STATUSES and not (even_waiting and status in _RELOADED):
             raise _explain_not_retryable(task, status, record.run, is_live=is_live)
 
@@ -107,11 +111,11 @@ def _explain_not_retryable(task: str, status: TaskStatus, run: RunDocument, *, i
     match status:
         case TaskStatus.LANDED:
             return RefusedError(f"task {task!r} has landed", "revert its commit and start a new run to do it again")
-        case TaskStatus.DONE:
-            return RefusedError(f"task {task!r} is done", "start a new run to do it again")
         case TaskStatus.AWAITING_APPROVAL:
             remedy = f"`council approve {task}`, or `council reject {task}` to repeat its phase"
             return RefusedError(f"task {task!r} waits for approval", remedy)
+    if status in FINAL_STATUSES:
+        return RefusedError(f"task {task!r} is {status.record.label}", "start a new run to do it again")
     remedy = "cancel it first, or wait"
     if not is_live:
         remedy = f"no process is active in the run: `council resume {run.id}` continues it"

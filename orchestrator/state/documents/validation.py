@@ -25,7 +25,7 @@ from orchestrator.domain.documents.stored import (
 )
 from orchestrator.domain.events.state import StateRepaired
 from orchestrator.domain.runs.model import AdapterDocument, RunDocument, RunRequest, TaskDocument
-from orchestrator.domain.runs.statuses import RETRYABLE_STATUSES, TaskStatus
+from orchestrator.domain.runs.statuses import UNSUCCESSFUL_STATUSES, TaskStatus
 from orchestrator.domain.scheduling.claims import Claim, MergeLease, OrchestratorLease
 from orchestrator.domain.scheduling.path_ownership import PathOwnership
 from orchestrator.domain.sessions.contexts import SessionContext
@@ -45,7 +45,7 @@ EDITABLE_RUN_FIELDS: Final = frozenset({"capacity", "ended", "halted", "extra"})
 #: The fields of a task that people may change; only the run writes the others.
 EDITABLE_TASK_FIELDS: Final = frozenset({"status", "reason", "feedback", "ignored", "pull_request", "extra"})
 #: The statuses that people may set; the others need work that only a run can record.
-MANUAL_STATUSES: Final = tuple(one for one in TaskStatus if one is TaskStatus.PENDING or one in RETRYABLE_STATUSES)
+MANUAL_STATUSES: Final = tuple(one for one in TaskStatus if one is TaskStatus.PENDING or one in UNSUCCESSFUL_STATUSES)
 #: How many versions of a document are searched for a readable one.
 _DEEP: Final = 1000
 
