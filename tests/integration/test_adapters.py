@@ -188,7 +188,7 @@ ENDS = {
         ("fail 503", "overloaded", "503"),
         ("fail 500", "overloaded", "500"),
         ("fail 400", "invalid", "400"),
-        ("fail drop", "transient", "broke off"),
+        ("fail drop", "transient", "interrupted its answer"),
         ("fail error", "transient", "while running the model"),
         ("fail length", "limit", "raise `context`"),
         ("word " * 12_000, "limit", "raise `context`"),
