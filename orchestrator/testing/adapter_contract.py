@@ -1,11 +1,11 @@
-"""What every adapter promises, as tests: subclass `AdapterContract` in a test module and name the adapter.
+"""The contract of every adapter, as tests: subclass `AdapterContract` and name the adapter.
 
 class TestMyAdapter(AdapterContract):
     adapter_type = MyAdapter
     options = {"model": "small"}
 """
 
-# ruff: noqa: S101  assert is what a test suite is made of, also one that is shipped
+# ruff: noqa: S101  this module is a test suite
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from orchestrator.testing.recordings import read_recordings
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PROMPTS = ("Fix it.", 'Say "{task}" and {prompt}; $HOME `id`\n\nÄ 漢 🙂', "-rf --help\n", "x" * 20_000)
 
-#: What a request has where it asks for more than a prompt.
+#: The fields of a request that use each capability.
 _ASKED: Final[Mapping[Capability, Mapping[str, Any]]] = {
     Capability.RESUME: {"resume": "0c5b2f3e-1d"},
     Capability.READ_ONLY: {"read_only": True},
@@ -78,9 +78,10 @@ _ODD_LINES = (
 
 @dataclass(frozen=True, slots=True)
 class RecordingMeaning:
-    """What a recording means: the class of its failure (None: the program's word is that all went well), and, where
-    they are given, the id of its conversation, the result's text, the tokens that went in and came out in all, and the
-    files that its tools named.
+    """The expected result of a recording.
+
+    `failure` is its failure class (None: the program reported success). Optional: the id of its conversation, the
+    text of its result, the total input and output tokens, and the paths that its tools named.
     """
 
     failure: FailureClass | None = None
@@ -91,37 +92,37 @@ class RecordingMeaning:
 
 
 class AdapterContract(OptionsContract):
-    """The suite; `adapter_type` is what the plugin registers, `options` a valid mapping as in the YAML file.
+    """The suite; `adapter_type` is the class that the plugin registers, `options` a valid mapping as in the YAML file.
 
-    A validator of `Options` says what is wrong and what would be right by `ValueError("what: remedy")`.
+    A validator of `Options` reports an error and its fix by `ValueError("what: remedy")`.
     """
 
     adapter_type: ClassVar[AdapterType]
     own_keys: ClassVar[frozenset[str]] = frozenset({"use", "capacity", "writable", "readable", "keep_ignored"})
     lines: ClassVar[Sequence[tuple[str, Sequence[SessionEvent]]]] = ()
-    """Lines that the program was seen to print, and what each means."""
+    """Recorded lines of the program, and the events that each gives."""
     ends: ClassVar[Sequence[tuple[SessionEnd, FailureClass | None]]] = ()
-    """Ends that were seen, and the class that the verdict on each should have; events are parsed from its output."""
+    """Recorded ends, and the expected failure class of each; the events are parsed from its output."""
 
     limits: ClassVar[Sequence[tuple[SessionEnd, float]]] = ()
-    """Ends at the limit of an account, and when it ends as the program said (wall-clock seconds)."""
+    """Ends at an account limit, and the end of that limit as the program reported it (wall-clock seconds)."""
     transcripts: ClassVar[Path | None] = None
-    """A folder of recordings (`orchestrator.testing.recordings`), made by running the program."""
+    """A folder of recordings of the program (`orchestrator.testing.recordings`)."""
     recorded: ClassVar[Mapping[str, RecordingMeaning]] = {}
-    """What each of them means, by its name."""
+    """The expected result of each recording, by its name."""
 
     def options_type(self) -> type[BaseModel]:
         """Return the adapter's `Options`."""
         return self.adapter_type.Options
 
     def requests(self, folder: Path) -> list[SessionRequest]:
-        """Return requests of all kinds that it can be asked for; none of the paths exists."""
+        """Return requests for a prompt and for each capability; none of their paths exists."""
         plain = self.plain_requests(folder)
         asked = [_ASKED[one] for one in sorted(self.adapter_type(self.validated()).capabilities())]
         return [*plain, *(replace(plain[0], **one) for one in asked)]
 
     def plain_requests(self, folder: Path) -> list[SessionRequest]:
-        """Return requests that ask for nothing but a prompt."""
+        """Return requests that have only a prompt."""
         return [
             SessionRequest(
                 run="20260101-abc",
@@ -141,13 +142,13 @@ class AdapterContract(OptionsContract):
         return [adapter.command(request) for request in self.requests(folder)]
 
     def test_restored_options_give_the_same_commands(self, tmp_path: Path) -> None:
-        """Options that were stored as JSON and read again give equal commands."""
+        """Options that were stored as JSON and restored give equal commands."""
         stored = json.loads(json.dumps(self.validated().model_dump(mode="json"), allow_nan=False))
         adapter = self.adapter_type(self.adapter_type.Options.model_validate(stored))
         assert [adapter.command(request) for request in self.requests(tmp_path)] == self.commands(tmp_path)
 
-    def test_what_it_can_be_asked_for_is_passed_on(self, tmp_path: Path) -> None:
-        """Each capability makes a difference to the command, and what is not one makes none."""
+    def test_each_capability_changes_the_command(self, tmp_path: Path) -> None:
+        """Each capability changes the command, and an unsupported one does not."""
         adapter = self.adapter_type(self.validated())
         can = adapter.capabilities()
         assert can <= frozenset(Capability)
@@ -156,8 +157,8 @@ class AdapterContract(OptionsContract):
         passed = {one for one in Capability if adapter.command(replace(request, **_ASKED[one])) != plain}
         assert passed == can
 
-    def test_home_holds_names_and_texts(self, tmp_path: Path) -> None:
-        """What a session finds in its home has names within it; links lead to absolute places, or from the user's."""
+    def test_home_entries_have_valid_names_and_targets(self, tmp_path: Path) -> None:
+        """Names are relative paths inside the home; links have absolute targets or targets in the user's home."""
         for command in self.commands(tmp_path):
             home = command.home or SessionHome()
             for name in (*home.files, *home.links, *home.settings):
@@ -168,54 +169,54 @@ class AdapterContract(OptionsContract):
                 assert ".." not in path.parts, name
             assert [target for target in home.links.values() if not target.startswith(("/", "~/"))] == []
             assert set(home.renewed) <= set(home.links)
-            places = [*home.files, *home.links, *home.settings]
-            assert len(places) == len(set(places)), "a name stands for two things"
+            names = [*home.files, *home.links, *home.settings]
+            assert len(names) == len(set(names)), "a name is used twice"
             assert [one.of for one in home.settings.values() if not one.of.startswith(("/", "~/"))] == []
 
-    def test_command_is_repeatable(self, tmp_path: Path) -> None:
-        """The same request gives the same command, whatever was asked before."""
+    def test_repeated_request_gives_the_same_command(self, tmp_path: Path) -> None:
+        """The same request gives the same command, regardless of earlier requests."""
         adapter = self.adapter_type(self.validated())
         requests = self.requests(tmp_path)
         first = [adapter.command(request) for request in requests]
         again = [adapter.command(request) for request in reversed(requests)]
         assert again[::-1] == first
 
-    def test_command_touches_nothing(self, tmp_path: Path) -> None:
-        """Asking for a command needs no file and leaves none."""
+    def test_command_creates_no_files(self, tmp_path: Path) -> None:
+        """`command` needs no files and writes none."""
         self.commands(tmp_path)
         assert list(tmp_path.iterdir()) == [], "command() must not write files"
 
-    def test_argv_is_a_command_line(self, tmp_path: Path) -> None:
-        """argv is a non-empty list of text without NUL, its program not empty."""
+    def test_argv_is_a_list_of_valid_arguments(self, tmp_path: Path) -> None:
+        """`argv` is a non-empty list of texts without NUL, and its program is not empty."""
         for command in self.commands(tmp_path):
-            assert not isinstance(command.argv, str), "argv is a list, never one string for a shell"
+            assert not isinstance(command.argv, str), "argv must be a list, not a string for a shell"
             assert command.argv, "argv is empty"
             assert command.argv[0], "the program is empty"
             assert [a for a in command.argv if type(a) is not str or "\0" in a] == []
 
-    def test_stdin_is_the_prompt_file_or_nothing(self, tmp_path: Path) -> None:
-        """The only file that a session may read as its input is the one that holds its prompt."""
+    def test_stdin_is_the_prompt_file_or_none(self, tmp_path: Path) -> None:
+        """A session may read only its prompt file as standard input."""
         for command in self.commands(tmp_path):
             assert command.stdin in {None, tmp_path / "prompt"}, command.stdin
             assert [path for path in command.readable if not path.is_absolute()] == []
 
-    def test_interrupt_is_yes_or_no(self, tmp_path: Path) -> None:
-        """Whether the program is interrupted before it is terminated is plain, and not read out of another value."""
+    def test_interrupt_is_a_boolean(self, tmp_path: Path) -> None:
+        """`interrupt` is True or False, not another value."""
         assert {type(command.interrupt) for command in self.commands(tmp_path)} == {bool}
 
-    def test_leavings_are_patterns(self, tmp_path: Path) -> None:
-        """What the program leaves for itself is named by patterns that take something away, one a line."""
+    def test_scratch_patterns_are_valid_patterns(self, tmp_path: Path) -> None:
+        """Each pattern is one line and neither empty, nor a negation, nor a comment."""
         for command in self.commands(tmp_path):
-            assert not isinstance(command.scratch_patterns, str), "leavings is a list of patterns"
+            assert not isinstance(command.scratch_patterns, str), "scratch_patterns must be a list of patterns"
             odd = [
                 one for one in command.scratch_patterns if not one.strip() or one.startswith(("!", "#")) or "\n" in one
             ]
             assert odd == []
 
-    def test_environment_names_are_valid(self, tmp_path: Path) -> None:
-        """Variables have portable names, values without NUL, and leave COUNCIL_* to the run."""
+    def test_environment_names_and_values_are_valid(self, tmp_path: Path) -> None:
+        """Variables have portable names outside COUNCIL_*, and values without NUL."""
         for command in self.commands(tmp_path):
-            assert not isinstance(command.pass_env, str), "pass_env is a list of names"
+            assert not isinstance(command.pass_env, str), "pass_env must be a list of names"
             for name in (*command.env, *command.pass_env):
                 assert _ENV_NAME.fullmatch(name), name
                 assert not name.startswith("COUNCIL_"), name
@@ -223,32 +224,34 @@ class AdapterContract(OptionsContract):
 
     @pytest.mark.parametrize("said", ["", "done\n", "\x00\ufffd\x1b[31m\n", "word " * 13_000, "\n" * 65_000])
     @pytest.mark.parametrize(("code", "number"), [(0, None), (1, None), (None, 9)])
-    def test_verdict_is_a_class_of_failure_or_nothing(self, said: str, code: int | None, number: int | None) -> None:
-        """Whatever was printed, the same end gives the same verdict: None, or a class with a reason."""
+    def test_verdict_on_any_output_is_a_failure_class_or_none(
+        self, said: str, code: int | None, number: int | None
+    ) -> None:
+        """The same end always gives the same verdict: None, or a failure class with a reason."""
         adapter = self.adapter_type(self.validated())
         end = SessionEnd(exit=code, signal=number, time=1_000_000.0, stdout=said, stderr=said)
         verdict = adapter.verdict(end)
         assert adapter.verdict(end) == verdict
         if verdict is not None:
             assert isinstance(verdict.failure, FailureClass)
-            assert verdict.reason, "a verdict says why"
+            assert verdict.reason, "the verdict has no reason"
             assert verdict.until is None or math.isfinite(verdict.until)
 
-    def test_programs_can_be_looked_for(self) -> None:
-        """Programs are names without a slash or absolute paths, with a remedy; versions are a valid range."""
+    def test_programs_are_described_completely(self) -> None:
+        """Programs are names or absolute paths with an install command; versions are a valid range."""
         for program in self.adapter_type(self.validated()).programs():
-            assert isinstance(program, Program), "programs() returns a list of Program"
+            assert isinstance(program, Program), "programs() must return a list of Program"
             assert program.name, "the program has no name"
             assert "/" not in program.name or Path(program.name).is_absolute(), program.name
-            assert program.install, "say how to install it"
-            assert not program.ready or program.log_in, "say what to do where it is not ready"
+            assert program.install, "install is empty: describe how to install the program"
+            assert not program.ready or program.log_in, "log_in is empty: describe how to log in"
             SpecifierSet(program.known)
-            assert not program.known or program.version, "a range of versions needs a way to ask for the version"
+            assert not program.known or program.version, "known versions need arguments that print the version"
             assert [name for name in program.keys if not _ENV_NAME.fullmatch(name)] == []
 
     @pytest.mark.parametrize("line", [*_ODD_LINES, "x" * MAX_LINE_BYTES])
-    def test_any_line_can_be_parsed(self, line: str) -> None:
-        """Whatever a line holds, the same line means the same events, and nothing is raised."""
+    def test_any_line_is_parsed_without_errors(self, line: str) -> None:
+        """The same line always gives the same events, and no line raises an error."""
         adapter = self.adapter_type(self.validated())
         events: list[object] = list(adapter.parse(line))
         assert list(adapter.parse(line)) == events
@@ -256,36 +259,36 @@ class AdapterContract(OptionsContract):
         costs = [event.cost for event in events if isinstance(event, UsageReport) and event.cost is not None]
         assert all(math.isfinite(cost) for cost in costs), costs
 
-    def test_lines_that_were_recorded_mean_what_they_should(self) -> None:
-        """Each line of `lines` means the events beside it."""
+    def test_recorded_lines_give_the_expected_events(self) -> None:
+        """Each line of `lines` gives its events."""
         adapter = self.adapter_type(self.validated())
         assert [(line, list(adapter.parse(line))) for line, _ in self.lines] == [
             (line, list(events)) for line, events in self.lines
         ]
 
-    def test_ends_that_were_recorded_are_judged_as_they_should_be(self) -> None:
-        """Each end of `ends` is the class of failure beside it, or None."""
+    def test_recorded_ends_give_the_expected_failure_class(self) -> None:
+        """Each end of `ends` gives its failure class, or None."""
         adapter = self.adapter_type(self.validated())
         for end, failure in self.ends:
             parsed = [event for line in end.stdout.splitlines() for event in adapter.parse(line)]
             verdict = adapter.verdict(replace(end, events=parsed))
             assert (verdict.failure if verdict else None) == failure, end
             admitted = has_reported_failure(parsed)
-            assert verdict is not None or not admitted, f"its last conclusion failed, and the verdict is None: {end}"
+            assert verdict is not None or not admitted, f"the program reported a failure, the verdict is None: {end}"
 
-    def test_a_limit_parks_the_adapter_until_it_ends(self) -> None:
-        """At each end of `limits` the adapter is parked, and until the instant that the program named."""
+    def test_account_limit_parks_the_adapter_until_its_end(self) -> None:
+        """Each end of `limits` parks the adapter until the time that the program reported."""
         adapter = self.adapter_type(self.validated())
         for end, until in self.limits:
             parsed = [event for line in end.stdout.splitlines() for event in adapter.parse(line)]
             verdict = adapter.verdict(replace(end, events=parsed))
             assert verdict is not None, end
             assert get_failure_policy(verdict.failure, RETRIED_BY_DEFAULT) is FailurePolicy.PARK, verdict
-            assert verdict.until is not None, f"it names the end of its limit, and the verdict does not: {end}"
+            assert verdict.until is not None, f"the verdict lacks the reported end of the limit: {end}"
             assert abs(compute_cooldown_end(end.time, verdict.until, 1) - until) < 1, verdict
 
-    def test_recordings_mean_what_they_should(self) -> None:
-        """Each recording of the folder is named in `recorded`, and means what stands there."""
+    def test_recordings_give_the_expected_result(self) -> None:
+        """Each recording of the folder has an entry in `recorded` and gives its result."""
         found = read_recordings(self.transcripts) if self.transcripts else {}
         assert sorted(found) == sorted(self.recorded)
         adapter = self.adapter_type(self.validated())
@@ -294,14 +297,14 @@ class AdapterContract(OptionsContract):
 
 
 def interpret_end(adapter: Adapter, end: SessionEnd, asked: RecordingMeaning) -> RecordingMeaning:
-    """Return what an end means, as far as it is asked."""
+    """Return the result of an end, limited to the fields that are set in `asked`."""
     parsed = [event for line in end.stdout.splitlines() for event in adapter.parse(line)]
     verdict = adapter.verdict(replace(end, events=parsed))
-    told = reduce(Transcript.after, parsed, EMPTY_TRANSCRIPT)
+    transcript = reduce(Transcript.after, parsed, EMPTY_TRANSCRIPT)
     return RecordingMeaning(
         verdict.failure if verdict else None,
-        None if asked.session is None else told.session,
-        None if asked.text is None else told.last_message,
-        None if asked.tokens is None else (told.input_tokens, told.output_tokens),
+        None if asked.session is None else transcript.session,
+        None if asked.text is None else transcript.last_message,
+        None if asked.tokens is None else (transcript.input_tokens, transcript.output_tokens),
         None if asked.paths is None else frozenset(p for one in parsed if isinstance(one, ToolCall) for p in one.paths),
     )

@@ -6,25 +6,25 @@ import anyio
 
 
 class ManualClock:
-    """Stands still until it is told to advance; both of its times move together."""
+    """A clock that moves only by `advance`; wall-clock and monotonic time move together."""
 
     def __init__(self, now: float = 1_000_000_000.0) -> None:
-        """Begin at `now` (wall-clock seconds); the monotonic time begins at 0."""
+        """Start at `now` (wall-clock seconds); the monotonic time starts at 0."""
         self._start = now
         self._passed = 0.0
         self._waiting: list[tuple[float, anyio.Event]] = []
         self._more_wait: anyio.Event | None = None
 
     def now(self) -> float:
-        """Wall-clock seconds."""
+        """Return the time in wall-clock seconds."""
         return self._start + self._passed
 
     def monotonic(self) -> float:
-        """Seconds since the clock was made."""
+        """Return the seconds since the clock was created."""
         return self._passed
 
     async def wait(self, event: anyio.Event, until: float | None) -> None:
-        """Return once `event` is set or the clock was advanced to `until`, which sets the event."""
+        """Wait for `event`, which the clock sets when it reaches `until` (monotonic seconds)."""
         if until is not None:
             self._waiting.append((until, event))
             if self._more_wait is not None:
@@ -33,12 +33,12 @@ class ManualClock:
         await event.wait()
 
     def advance(self, seconds: float) -> None:
-        """Move the time forward and wake whoever waited for it."""
+        """Move the time forward and wake the waiters whose time has come."""
         self._passed += seconds
         self._ring()
 
     async def wait_until_awaited(self, until: float) -> None:
-        """Return once somebody waits for that time of the monotonic clock: only then does it make sense to advance."""
+        """Wait until there is a waiter for this monotonic time, so that `advance` can wake it."""
         while until not in (one for one, _ in self._waiting):
             more = self._more_wait = anyio.Event()
             await more.wait()

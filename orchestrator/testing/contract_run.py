@@ -1,8 +1,8 @@
-"""The contract of adapters, run against one as it is configured: `python -m orchestrator.testing.contract_run`.
+"""Run the contract of adapters with a configured adapter: `python -m orchestrator.testing.contract_run`.
 
-It reads a JSON object from standard input, `{"use", "options", "places"}`: the type of the adapter, the options as in
+It reads a JSON object from standard input, `{"use", "options", "places"}`: the type of the adapter, its options as in
 the file, and the folders of local plugins. It prints one JSON object, `{"results": [{"test", "promise", "passed",
-"said"}]}`, or `{"error"}` where it can't be run.
+"said"}]}`, or `{"error"}` if the contract can't be run.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 _SPEC = "COUNCIL_TESTED_ADAPTER"
 _MODULE = "from orchestrator.testing.contract_run import contract_suite\n\nTestAdapter = contract_suite()\n"
-_LONGEST = 2_000  # characters of what a failed test says
+_LONGEST = 2_000  # characters of a failed test's output
 INSTALL_COMMAND = "pip install 'cli-council[testing]'"
 
 
 @dataclass(frozen=True, slots=True)
 class ContractResult:
-    """What came of one test of the contract."""
+    """The result of one test of the contract."""
 
     test: str
     promise: str
@@ -39,8 +39,8 @@ class ContractResult:
 
 
 def contract_suite() -> type[AdapterContract]:
-    """Return the suite for the adapter that this process was started for."""
-    from orchestrator.plugins import load_plugins  # noqa: PLC0415  (the command only asks for constants)
+    """Return the suite for the adapter that the environment of this process names."""
+    from orchestrator.plugins import load_plugins  # noqa: PLC0415  (the command imports only constants)
     from orchestrator.testing.adapter_contract import AdapterContract  # noqa: PLC0415
 
     spec = json.loads(os.environ[_SPEC])
@@ -51,15 +51,15 @@ def contract_suite() -> type[AdapterContract]:
 
 @dataclass(slots=True)
 class _Recorder:
-    """A plugin of pytest's that keeps what came of each test."""
+    """A pytest plugin that records the result of each test."""
 
     results: list[ContractResult] = field(default_factory=list)
     _promises: dict[str, str] = field(default_factory=dict)
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
-            told = getattr(getattr(item, "function", None), "__doc__", None) or item.name
-            self._promises[item.nodeid] = " ".join(told.split())
+            promise = getattr(getattr(item, "function", None), "__doc__", None) or item.name
+            self._promises[item.nodeid] = " ".join(promise.split())
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.failed:
@@ -69,17 +69,17 @@ class _Recorder:
 
 
 def main() -> dict[str, Any]:
-    """Run the suite, and return what is to be printed."""
+    """Run the suite and return the object to print."""
     os.environ[_SPEC] = sys.stdin.read()
     try:
         import pytest  # noqa: PLC0415  (an extra)
     except ImportError:
-        return {"error": f"the contract is run by pytest, which is not installed: {INSTALL_COMMAND}"}
+        return {"error": f"the contract needs pytest, which is not installed: {INSTALL_COMMAND}"}
     recorder = _Recorder()
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()) as said:
         module = Path(folder) / "test_adapter.py"
         module.write_text(_MODULE)
-        # Without `--confcutdir` pytest would run a `conftest.py` that anybody left in the folder for temporary files.
+        # Without `--confcutdir` pytest would run a `conftest.py` of another user in the folder for temporary files.
         places = ["--confcutdir", folder, "-c", os.devnull, "--rootdir", folder, f"--basetemp={folder}/temporary"]
         options = ["-q", "-p", "no:cacheprovider", *places, str(module)]
         pytest.main(options, plugins=[recorder])

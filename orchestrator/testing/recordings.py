@@ -1,4 +1,4 @@
-"""What a program printed and how it ended, recorded once and kept: adapters are tested with it."""
+"""Recordings of programs (their output and exit), with which adapters are tested."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from orchestrator.protocols import SessionEnd
 
 RECORDING_TIME = 1_790_000_000.0
-"""When each of them ended, in wall-clock seconds: what a program says of the time is recorded as of then."""
+"""The end of every recording in wall-clock seconds; recorded times are relative to it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """One run of a program: which it was, with its version; its exit code or signal; the lines that it printed."""
+    """One run of a program: its name and version, its exit code or signal, and its output lines."""
 
     program: str
     exit: int | None
@@ -23,17 +23,17 @@ class Recording:
     stderr: list[str]
 
     def end(self) -> SessionEnd:
-        """Return it as an adapter gets to see it; no line is parsed yet."""
+        """Return the end as an adapter gets it, without parsed events."""
         return SessionEnd(self.exit, self.signal, RECORDING_TIME, _text(self.stdout), _text(self.stderr))
 
     def write(self, path: Path) -> None:
-        """Keep it as a JSON file."""
+        """Write it as a JSON file."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
 
 
 def read_recordings(folder: Path) -> dict[str, Recording]:
-    """Return the recordings of a folder by name, which is the file's without `.json`."""
+    """Return the recordings of a folder by name: the file name without `.json`."""
     return {path.stem: Recording(**json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))}
 
 

@@ -1,18 +1,18 @@
-"""What every sink promises, as tests: subclass `SinkContract` in a test module.
+"""The contract of every sink, as tests: subclass `SinkContract` in a test module.
 
 class TestMySink(SinkContract):
     sink_type = MySink
 
-    def given(self, folder):                # options as in the file; `options = {...}` if they need no folder
+    def given(self, folder):                # options as in the file; use `options = {...}` if they need no folder
         return {"file": str(folder / "events")}
 
-    def arrived(self, folder):              # the positions of what has arrived, in that order
+    def arrived(self, folder):              # positions of the events that have arrived, in that order
         return [...]
 
 Needs pytest with pytest-asyncio in its auto mode (or mark your subclass `pytest.mark.asyncio`).
 """
 
-# ruff: noqa: S101  assert is what a test suite is made of, also one that is shipped
+# ruff: noqa: S101  this module is a test suite
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from pydantic import BaseModel
 from orchestrator.protocols import Event, JsonObject, RecordedEvent, SinkType
 from orchestrator.testing.options_contract import OptionsContract
 
-#: Seconds that anything may take.
+#: Seconds after which an operation fails.
 TIMEOUT = 30.0
-#: How often in a row `send` may raise: the other side may be down at first.
+#: The maximum number of tries of a delivery: the receiver may be unavailable at first.
 MAX_TRIES = 5
 
 _RUN = "20260101-120000-abcd"
@@ -47,7 +47,7 @@ _DATA: Sequence[tuple[str, JsonObject]] = (
 
 
 def sample_events(first: int = 1, run: str = _RUN) -> list[RecordedEvent]:
-    """Return events of many kinds, one of which no version has yet, at positions from `first` on."""
+    """Return events of many kinds, one of them unknown, at every second position from `first`."""
     return [
         RecordedEvent(first + 2 * index, 1_767_265_200.125 + index, Event(kind, {"run": run, **data}))
         for index, (kind, data) in enumerate(_DATA)
@@ -55,7 +55,7 @@ def sample_events(first: int = 1, run: str = _RUN) -> list[RecordedEvent]:
 
 
 class SinkContract(OptionsContract):
-    """The suite; `sink_type` is what the plugin registers."""
+    """The suite; `sink_type` is the class that the plugin registers."""
 
     sink_type: ClassVar[SinkType]
     own_keys: ClassVar[frozenset[str]] = frozenset({"use", "events"})
@@ -66,13 +66,13 @@ class SinkContract(OptionsContract):
 
     @abstractmethod
     def arrived(self, folder: Path) -> Sequence[int]:
-        """Return the positions of all events that have arrived where this sink brings them, in that order.
+        """Return the positions of all events that have arrived at the destination, in that order.
 
-        `folder` is the one that `given` had.
+        `folder` is the one that `given` got.
         """
 
     async def deliver(self, options: BaseModel, *batches: Sequence[RecordedEvent], tries: int = MAX_TRIES) -> None:
-        """Deliver as a run does: what raises is tried again with a sink that is opened anew, but not for ever."""
+        """Deliver as a run does: after an error, retry with a newly opened sink."""
         waiting = deque(batches)
         try:
             await self._deliver(options, waiting)
@@ -88,25 +88,25 @@ class SinkContract(OptionsContract):
                     await sink.send(waiting[0])
                     waiting.popleft()
 
-    async def test_it_opens_and_closes_without_an_event(self, tmp_path: Path) -> None:
-        """A run may have nothing to tell."""
+    async def test_sink_without_events_opens_and_closes(self, tmp_path: Path) -> None:
+        """A run may have no events for it."""
         await self.deliver(self.validated(tmp_path))
 
-    async def test_every_event_arrives_in_order(self, tmp_path: Path) -> None:
-        """Events of any kind, with any text, one by one and together."""
+    async def test_events_of_any_kind_arrive_in_order(self, tmp_path: Path) -> None:
+        """Events have any text and are sent one by one and together."""
         events = sample_events()
         await self.deliver(self.validated(tmp_path), *([event] for event in events[:3]), events[3:])
         assert _first_times(self.arrived(tmp_path)) == [one.position for one in events]
 
-    async def test_what_comes_again_is_no_error(self, tmp_path: Path) -> None:
-        """After a restart, events come that have arrived already, and then new ones."""
+    async def test_repeated_events_are_accepted(self, tmp_path: Path) -> None:
+        """After a restart, a run sends some events again, and then new ones."""
         options, events = self.validated(tmp_path), sample_events()
         await self.deliver(options, events[:4])
         await self.deliver(options, events[2:6], events[6:])
         assert _first_times(self.arrived(tmp_path)) == [one.position for one in events]
 
-    async def test_a_call_that_is_cancelled_can_be_made_again(self, tmp_path: Path) -> None:
-        """Cut off in the middle, a sink lets go; opened anew, it takes the same events."""
+    async def test_cancelled_send_can_be_repeated(self, tmp_path: Path) -> None:
+        """A cancelled sink closes; opened again, it accepts the same events."""
         options, events = self.validated(tmp_path), sample_events()
         with anyio.fail_after(TIMEOUT):
             with anyio.CancelScope() as scope:
@@ -116,8 +116,8 @@ class SinkContract(OptionsContract):
         await self.deliver(options, events)
         assert sorted(set(self.arrived(tmp_path))) == [one.position for one in events]
 
-    async def test_two_runs_can_use_it_side_by_side(self, tmp_path: Path) -> None:
-        """Opened twice from the same options, each brings its own events."""
+    async def test_sink_of_two_concurrent_runs_delivers_both(self, tmp_path: Path) -> None:
+        """Two sinks with the same options each deliver their own events."""
         options = self.validated(tmp_path)
         ours, theirs = sample_events(), sample_events(first=2, run="20260101-130000-ef01")
         async with anyio.create_task_group() as group:
@@ -127,5 +127,5 @@ class SinkContract(OptionsContract):
 
 
 def _first_times(positions: Sequence[int]) -> list[int]:
-    """Return each position where it came for the first time."""
+    """Return the positions without repetitions, in the order of their first occurrence."""
     return list(dict.fromkeys(positions))

@@ -1,9 +1,9 @@
-"""What every store must do, as tests: subclass `StoreContract` in your own suite and override `open_store`.
+"""The contract of every store, as tests: subclass `StoreContract` and override `open_store`.
 
 Needs pytest with pytest-asyncio in its auto mode (or mark your subclass `pytest.mark.asyncio`).
 """
 
-# ruff: noqa: S101 - asserting is what this module is for
+# ruff: noqa: S101  this module is a test suite
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TASK = Key("task", "a")
 OTHER_TASK = Key("task", "b")
 LEASE = Key("lease", "a")
 TIMEOUT = 10.0
-"""Seconds after which something that must come has not come."""
+"""Seconds after which a test that still waits fails."""
 
 
 def _nested(depth: int) -> JsonObject:
@@ -50,20 +50,20 @@ def _nested(depth: int) -> JsonObject:
 INVALID_VALUES: dict[str, Any] = {
     "NaN": {"x": float("nan")},
     "infinity": {"x": [1.0, float("inf")]},
-    "half a surrogate pair": {"x": "\ud800"},
-    "half a surrogate pair in a field's name": {"\udfff": 1},
+    "lone surrogate": {"x": "\ud800"},
+    "lone surrogate in a field name": {"\udfff": 1},
     "too deep": _nested(2_000),
     "too large": {"x": "x" * (5 << 20)},
-    "a field's name that is a number": {"x": {1: "a"}},
-    "a field's name that is None": {None: 1},
-    "an integer of 5,000 digits": {"x": 10**5_000},
+    "field name that is a number": {"x": {1: "a"}},
+    "field name that is None": {None: 1},
+    "integer of 5,000 digits": {"x": 10**5_000},
     "bytes": {"x": b"a"},
-    "a list": [1],
+    "list": [1],
     "text": "x",
 }
 
 
-#: A log that was thinned out up to position 6, of which nothing is left of some commits, and some of others.
+#: A log that was compacted up to position 6: some of those commits are missing, others are incomplete.
 COMPACTED_LOG: Sequence[DumpedCommit] = (
     DumpedCommit(
         2, 1e9, "ada@box:1", (DumpedDocument(TASK, 2, b'{"n":2}', previous=1),), (Event("two", {"n": 2**70}),)
@@ -78,7 +78,7 @@ COMPACTED_LOG: Sequence[DumpedCommit] = (
 def make_dump(
     commits: Sequence[DumpedCommit], position: int, first: int = 0, *, error: Exception | None = None
 ) -> Dump:
-    """Return a dump that is not a store's; with an `error`, which comes behind its commits."""
+    """Return a dump of these commits, which no store wrote; an `error` is raised after them."""
 
     async def generate() -> AsyncGenerator[DumpedCommit]:
         for commit in commits:
@@ -90,7 +90,7 @@ def make_dump(
 
 
 async def read_dump(store: Store) -> tuple[int, int, list[DumpedCommit]]:
-    """Return what a store dumps."""
+    """Return the position, the first position and the commits of a store's dump."""
     async with store.dump() as dump:
         return dump.position, dump.first, [commit async for commit in dump.commits]
 
@@ -101,29 +101,29 @@ def make_commit(key: Key, expected: int, value: JsonObject | None) -> Commit:
 
 
 class StoreContract(ABC):
-    """The proof that a store keeps the promises of `orchestrator.protocols.Store`."""
+    """Tests of the contract that `orchestrator.protocols.Store` describes."""
 
     @abstractmethod
     def open_store(self) -> AbstractAsyncContextManager[Store]:
-        """Return a context manager that opens a store of its own, empty, for one test."""
+        """Return a context manager that opens a new, empty store for one test."""
 
-    async def test_local_paths_are_absolute_and_exist(self) -> None:
-        """Sessions can't be kept from paths that are not declared, or that can't be found."""
+    async def test_local_paths_of_a_used_store_are_absolute_and_exist(self) -> None:
+        """The sandbox can only hide declared, existing paths from sessions."""
         async with self.open_store() as store:
             await store.commit(make_commit(TASK, 0, {"n": 1}))
             paths = store.local_paths()
             assert all(path.is_absolute() and path.exists() for path in paths)
 
-    async def test_an_empty_store_has_nothing(self) -> None:
-        """A new store is at position 0 and knows no document and no damage."""
+    async def test_empty_store_has_position_0_and_no_documents(self) -> None:
+        """A new store is at position 0, without documents and without damage."""
         async with self.open_store() as store:
             assert await store.position() == 0
             assert await store.get(TASK) is None
             assert list(await store.list("task")) == []
             assert list(store.damage) == []
 
-    async def test_each_look_at_an_empty_store_ends(self) -> None:
-        """Nothing waits for a first commit but who watches."""
+    async def test_reads_of_an_empty_store_return_at_once(self) -> None:
+        """Only `watch` waits for a first commit."""
         async with self.open_store() as store:
             with anyio.fail_after(10):
                 assert (await store.at(0)).documents == {}
@@ -135,8 +135,8 @@ class StoreContract(ABC):
                 assert (await store.compact(0.0, 0)).first == 0
                 assert await read_dump(store) == (0, 0, [])
 
-    async def test_versions_and_positions_count_from_one(self) -> None:
-        """Each commit takes the next position, each write of a document its next version."""
+    async def test_consecutive_commits_number_versions_and_positions_from_one(self) -> None:
+        """Each commit gets the next position, and each write of a document its next version."""
         async with self.open_store() as store:
             for number in range(1, 6):
                 assert await store.commit(make_commit(TASK, number - 1, {"n": number})) == number
@@ -147,8 +147,8 @@ class StoreContract(ABC):
             assert await store.position() == 5
 
     @pytest.mark.parametrize("expected", [0, 1, 3, -1])
-    async def test_a_write_at_another_version_conflicts(self, expected: int) -> None:
-        """A write whose expected version is not the current one changes nothing and says what it found."""
+    async def test_write_expecting_another_version_conflicts(self, expected: int) -> None:
+        """The write changes nothing, and the error names the version that was found and its author."""
         async with self.open_store() as store:
             await store.commit(make_commit(TASK, 0, {"n": 1}))
             await store.commit(make_commit(TASK, 1, {"n": 2}))
@@ -161,16 +161,16 @@ class StoreContract(ABC):
             assert newest.by in str(caught.value)
             await _assert_only(store, {TASK: (2, {"n": 2})}, position=2)
 
-    async def test_an_absent_document_is_at_version_0(self) -> None:
-        """A write that expects a version of a document that was never written conflicts with 0."""
+    async def test_write_of_an_absent_document_finds_version_0(self) -> None:
+        """A write that expects version 1 of a document that was never written conflicts."""
         async with self.open_store() as store:
             with pytest.raises(VersionConflict) as caught:
                 await store.commit(make_commit(TASK, 1, {}))
             assert caught.value.found == 0
             await _assert_only(store, {}, position=0)
 
-    async def test_a_deleted_document_counts_on_when_it_returns(self) -> None:
-        """Deletion hides a document and is a version; what is created anew expects 0 and gets the next version."""
+    async def test_recreated_document_continues_its_version_numbers(self) -> None:
+        """A deletion is a version. A new write expects version 0 and gets the next number."""
         async with self.open_store() as store:
             await store.commit(make_commit(TASK, 0, {"n": 1}))
             await store.commit(make_commit(TASK, 1, None))
@@ -181,7 +181,7 @@ class StoreContract(ABC):
             await store.commit(make_commit(TASK, 0, {"n": 3}))
             await _assert_only(store, {TASK: (3, {"n": 3})}, position=3)
 
-    async def test_a_commit_of_several_documents_is_whole(self) -> None:
+    async def test_commit_of_several_documents_is_atomic(self) -> None:
         """All writes of a commit take effect at one position."""
         async with self.open_store() as store:
             await store.commit(Commit([Write(TASK, 0, {"n": 1}), Write(OTHER_TASK, 0, {"n": 2})]))
@@ -191,16 +191,16 @@ class StoreContract(ABC):
     @pytest.mark.parametrize(
         "bad", [Write(OTHER_TASK, 7, {}), Write(OTHER_TASK, 0, {"x": float("nan")}), Write(TASK, 2, {})]
     )
-    async def test_one_bad_write_spoils_the_commit(self, bad: Write) -> None:
-        """If one write conflicts, can't be stored, or is the same document's second, none takes effect."""
+    async def test_commit_with_one_invalid_write_changes_nothing(self, bad: Write) -> None:
+        """A write is invalid if it conflicts, can't be stored, or writes a document a second time."""
         async with self.open_store() as store:
             await store.commit(make_commit(TASK, 0, {"n": 1}))
             with pytest.raises((VersionConflict, InvalidDocument)):
                 await store.commit(Commit([Write(TASK, 1, {"n": 2}), bad], [Event("never")]))
             await _assert_only(store, {TASK: (1, {"n": 1})}, position=1)
 
-    async def test_a_guard_lets_the_current_epoch_pass(self) -> None:
-        """A commit whose guard names the lease's epoch is accepted, also one that renews the lease itself."""
+    async def test_guard_with_the_current_epoch_accepts_the_commit(self) -> None:
+        """This includes a commit that renews the lease itself."""
         async with self.open_store() as store:
             await store.commit(make_commit(LEASE, 0, {"epoch": 4}))
             guard = Guard(LEASE, 4)
@@ -208,8 +208,8 @@ class StoreContract(ABC):
             assert await store.commit(Commit([Write(TASK, 0, {}), renewal], guards=[guard])) == 2
 
     @pytest.mark.parametrize("lease", [{"epoch": 5}, {"epoch": 3}, {}, None])
-    async def test_a_guard_refuses_any_other_epoch(self, lease: JsonObject | None) -> None:
-        """A guard fails on a newer or older epoch, a lease without one, and a missing lease; nothing changes."""
+    async def test_guard_with_another_epoch_refuses_the_commit(self, lease: JsonObject | None) -> None:
+        """The same applies to a lease without an epoch and to a missing lease; nothing changes."""
         async with self.open_store() as store:
             if lease is not None:
                 await store.commit(make_commit(LEASE, 0, lease))
@@ -220,16 +220,16 @@ class StoreContract(ABC):
             assert await store.get(TASK) is None
             assert await store.position() == before
 
-    async def test_a_deleted_lease_guards_nothing(self) -> None:
-        """Once a lease is deleted, its last epoch is refused."""
+    async def test_guard_of_a_deleted_lease_refuses_the_commit(self) -> None:
+        """The last epoch of a deleted lease is refused."""
         async with self.open_store() as store:
             await store.commit(make_commit(LEASE, 0, {"epoch": 4}))
             await store.commit(make_commit(LEASE, 1, None))
             with pytest.raises(LeaseLost):
                 await store.commit(Commit(guards=[Guard(LEASE, 4)]))
 
-    async def test_watch_yields_all_of_each_commit_in_order(self) -> None:
-        """A follower sees documents with versions, deletions as None, and events, commit by commit."""
+    async def test_watch_yields_complete_commits_in_order(self) -> None:
+        """Each record has the documents with their versions, deletions as None, and the events."""
         async with self.open_store() as store:
             happened = [Event("started", {"by": "ü"}), Event("seen")]
             await store.commit(Commit([Write(TASK, 0, {"n": 1}), Write(OTHER_TASK, 0, {"n": 2})], happened))
@@ -244,15 +244,15 @@ class StoreContract(ABC):
             assert not any(record.unreadable for record in (first, second, third))
             assert 0 < first.time <= third.time
 
-    async def test_watch_begins_behind_the_position_named(self) -> None:
-        """`watch(after)` yields the commits behind `after` and no other."""
+    async def test_watch_after_a_position_yields_only_later_commits(self) -> None:
+        """`watch(after)` yields exactly the commits after position `after`."""
         async with self.open_store() as store:
             for number in range(5):
                 await store.commit(make_commit(TASK, number, {"n": number}))
             assert [record.position for record in await _watch(store, 3, 2)] == [4, 5]
 
-    async def test_watch_wakes_up_for_what_comes_later(self) -> None:
-        """A follower that has reached the end sees each new commit while it waits."""
+    async def test_watch_at_the_end_of_the_log_yields_later_commits(self) -> None:
+        """A watcher that has reached the end gets each new commit."""
         async with self.open_store() as store:
             await store.commit(make_commit(TASK, 0, {"n": 0}))
             seen: list[int] = []
@@ -273,8 +273,8 @@ class StoreContract(ABC):
                         await store.commit(make_commit(TASK, number, {"n": number}))
             assert seen == [1, 2, 3, 4]
 
-    async def test_history_has_each_version_with_who_when_and_what_happened(self) -> None:
-        """The newest comes first; a deletion is a version without a value, and what returns counts on."""
+    async def test_history_has_author_time_and_events_of_each_version(self) -> None:
+        """The newest version comes first; a deletion is a version without a value."""
         async with self.open_store() as store:
             await store.commit(Commit([Write(TASK, 0, {"n": 1})], [Event("made")]))
             await store.commit(make_commit(OTHER_TASK, 0, {"n": 9}))
@@ -292,8 +292,8 @@ class StoreContract(ABC):
             assert {one.by for one in found} == {newest.by} != {""}
             assert list(await store.history(Key("task", "none"))) == []
 
-    async def test_history_is_as_long_as_asked_for(self) -> None:
-        """Without a word the last ten versions, otherwise so many, as far as the log goes back."""
+    async def test_history_with_a_limit_returns_the_newest_versions(self) -> None:
+        """The default limit is `VERSIONS_KEPT`; fewer are returned if the log has fewer."""
         async with self.open_store() as store:
             for number in range(15):
                 await store.commit(make_commit(TASK, number, {"n": number}))
@@ -302,8 +302,8 @@ class StoreContract(ABC):
                 assert [one.version for one in versions] == list(range(15, first - 1, -1))
                 assert [one.value for one in versions] == [{"n": one.version - 1} for one in versions]
 
-    async def test_the_state_at_each_position_is_what_it_was(self) -> None:
-        """Every commit leads from one state to the next, also one that deletes; there is nothing at position 0."""
+    async def test_state_at_an_earlier_position_is_reconstructed(self) -> None:
+        """Each commit, also a deletion, leads to the next state; position 0 is empty."""
         async with self.open_store() as store:
             await store.commit(Commit([Write(TASK, 0, {"n": 1}), Write(OTHER_TASK, 0, {"n": 2})]))
             await store.commit(make_commit(TASK, 1, None))
@@ -322,15 +322,15 @@ class StoreContract(ABC):
             assert newest is not None
             assert (state.documents[TASK], state.time) == (newest, newest.time)
 
-    async def test_there_is_no_state_of_the_future(self) -> None:
-        """A position that is yet to come is refused."""
+    async def test_state_at_a_future_position_is_refused(self) -> None:
+        """A position after the last commit is refused."""
         async with self.open_store() as store:
             await store.commit(make_commit(TASK, 0, {}))
             with pytest.raises(RefusedError):
                 await store.at(2)
 
-    async def test_compaction_changes_nothing_of_the_present(self) -> None:
-        """Documents and their last versions are what they were; what is left of the log goes on from there."""
+    async def test_compaction_keeps_the_current_state(self) -> None:
+        """Documents and their last versions stay the same, and the rest of the log stays readable."""
         async with self.open_store() as store:
             await store.commit(Commit([Write(OTHER_TASK, 0, {"n": 0}), Write(LEASE, 0, {})]))
             await store.commit(make_commit(LEASE, 1, None))
@@ -355,8 +355,8 @@ class StoreContract(ABC):
             assert found is not None
             assert found.version == 3
 
-    async def test_what_is_sound_is_verified_and_not_repaired(self) -> None:
-        """There is nothing to tell of, and nothing to do."""
+    async def test_valid_store_is_verified_and_not_repaired(self) -> None:
+        """Both report a valid store, and the repair adds no commit."""
         async with self.open_store() as store:
             await store.commit(make_commit(TASK, 0, {}))
             verified = await store.verify()
@@ -365,8 +365,8 @@ class StoreContract(ABC):
             assert (await store.repair()).is_valid
             assert await store.position() == 1
 
-    async def test_a_copy_tells_the_same_of_every_moment(self) -> None:
-        """Positions, times, writers, versions, expiry, events and what is deleted are those of the original."""
+    async def test_loaded_copy_equals_the_original_at_every_position(self) -> None:
+        """Positions, times, authors, versions, expiries, events and deletions are those of the original."""
         async with self.open_store() as store, self.open_store() as copy:
             lease = {"epoch": 3, "text": "ü\n\u2028", "big": 2**70, "small": -0.0}
             await store.commit(
@@ -393,8 +393,8 @@ class StoreContract(ABC):
             assert found is not None
             assert (found.version, found.position) == (5, 7)
 
-    async def test_a_copy_of_what_was_thinned_out_goes_back_as_far(self) -> None:
-        """Gaps and all; it can be copied on, and is committed to like any other."""
+    async def test_loaded_compacted_dump_keeps_its_remaining_history(self) -> None:
+        """Its gaps stay; it can be dumped again and accepts commits."""
         async with self.open_store() as store:
             await store.load(make_dump(COMPACTED_LOG, 8, 6))
             assert await read_dump(store) == (8, 6, list(COMPACTED_LOG))
@@ -416,7 +416,7 @@ class StoreContract(ABC):
             history = await store.history(TASK)
             assert [(one.version, one.value) for one in history] == [(4, {"n": "ü"}), (3, {"n": 3.5}), (2, {"n": 2})]
             assert list(history[2].events) == [Event("two", {"n": 2**70})]
-            assert await store.get(TASK) is None  # its time is over
+            assert await store.get(TASK) is None  # expired
             await store.commit(Commit([Write(OTHER_TASK, 0, {}), Write(TASK, 0, {})]))
             assert [one.version for one in await store.list("task")] == [5, 5]
             assert await store.position() == 9
@@ -470,12 +470,19 @@ class StoreContract(ABC):
             ((), 8, 0),
             (COMPACTED_LOG, 0, 0),
         ],
-        ids=["cut off", "too short", "too long", "a gap", "a hole", "disorder", "nothing", "something"],
+        ids=[
+            "last commit missing",
+            "position too high",
+            "position too low",
+            "first too low",
+            "commit missing",
+            "wrong order",
+            "no commits",
+            "position 0",
+        ],
     )
-    async def test_what_a_dump_lacks_is_refused(
-        self, commits: Sequence[DumpedCommit], position: int, first: int
-    ) -> None:
-        """Then the store is empty, and can be loaded or committed to."""
+    async def test_incomplete_dump_is_refused(self, commits: Sequence[DumpedCommit], position: int, first: int) -> None:
+        """Afterwards the store is empty and can be loaded."""
         async with self.open_store() as store:
             with pytest.raises(RefusedError):
                 await store.load(make_dump(commits, position, first))
@@ -486,8 +493,8 @@ class StoreContract(ABC):
     @pytest.mark.parametrize(
         "last", [OSError("gone"), replace(COMPACTED_LOG[4], events=[Event("e", {"n": float("nan")})])]
     )
-    async def test_a_load_that_is_cut_off_leaves_an_empty_store(self, last: OSError | DumpedCommit) -> None:
-        """Whether no more comes of the dump, or something that can't be stored."""
+    async def test_interrupted_load_leaves_an_empty_store(self, last: OSError | DumpedCommit) -> None:
+        """A load fails if its dump raises an error or has a value that can't be stored."""
         async with self.open_store() as store:
             if isinstance(last, OSError):
                 with pytest.raises(OSError, match="gone"):
@@ -499,8 +506,8 @@ class StoreContract(ABC):
             await store.load(make_dump(COMPACTED_LOG, 8, 6))
             assert (await read_dump(store))[0] == 8
 
-    async def test_of_two_loads_at_once_one_is(self) -> None:
-        """The other is refused."""
+    async def test_one_of_two_concurrent_loads_is_refused(self) -> None:
+        """The other one is complete."""
         async with self.open_store() as store:
             refused = list[RefusedError]()
 
@@ -517,8 +524,8 @@ class StoreContract(ABC):
             assert len(refused) == 1
             assert await read_dump(store) == (8, 6, list(COMPACTED_LOG))
 
-    async def test_who_watches_an_empty_store_sees_what_is_loaded(self) -> None:
-        """Each commit, or that there is no telling of the first."""
+    async def test_watch_of_an_empty_store_yields_loaded_commits(self) -> None:
+        """If the first commits were compacted, the watcher gets `HistoryCompacted`."""
         async with self.open_store() as store:
             seen = list[CommitRecord]()
 
@@ -548,12 +555,12 @@ class StoreContract(ABC):
                     await store.load(make_dump(COMPACTED_LOG, 8, 6))
                     await gone.wait()
 
-    async def test_a_document_whose_time_is_over_is_as_if_deleted(self) -> None:
-        """It is not read, not listed and guards nothing; what is written in its place expects 0 and counts on."""
+    async def test_expired_document_is_treated_as_deleted(self) -> None:
+        """It is not read, listed or accepted as a guard; a new write expects version 0."""
         async with self.open_store() as store:
             await store.commit(Commit([Write(TASK, 0, {"n": 1}, ttl=1e-6), Write(LEASE, 0, {"epoch": 1}, ttl=1e-6)]))
             with anyio.fail_after(TIMEOUT):
-                while await store.get(TASK) is not None:  # noqa: ASYNC110  time that passes at the store
+                while await store.get(TASK) is not None:  # noqa: ASYNC110  the store has its own time
                     await anyio.sleep(0.001)
             assert list(await store.list("task")) == []
             with pytest.raises(LeaseLost):
@@ -564,8 +571,8 @@ class StoreContract(ABC):
             await store.commit(make_commit(TASK, 0, {"n": 2}))
             await _assert_only(store, {TASK: (2, {"n": 2})}, position=2)
 
-    async def test_a_document_can_be_given_more_time(self) -> None:
-        """Until its time is over it is like any other; each write says anew how long it has, or that it stays."""
+    async def test_write_with_another_ttl_replaces_the_expiry(self) -> None:
+        """Each write sets the expiry again; a write without a `ttl` removes it."""
         async with self.open_store() as store:
             await store.commit(Commit([Write(TASK, 0, {"n": 1}, ttl=3600)]))
             first = await store.get(TASK)
@@ -581,15 +588,15 @@ class StoreContract(ABC):
             assert third.expires is None
 
     @pytest.mark.parametrize("ttl", [0.0, -1.0, float("nan"), float("inf")])
-    async def test_a_time_to_live_is_some_seconds(self, ttl: float) -> None:
-        """None at all, less than that, or for ever is refused."""
+    async def test_invalid_ttl_is_refused(self, ttl: float) -> None:
+        """A `ttl` must be a positive, finite number of seconds."""
         async with self.open_store() as store:
             with pytest.raises(InvalidDocument):
                 await store.commit(Commit([Write(TASK, 0, {}, ttl=ttl)]))
             await _assert_only(store, {}, position=0)
 
-    async def test_a_commit_that_is_not_durable_is_one_all_the_same(self) -> None:
-        """It is checked, ordered, read and watched like any other."""
+    async def test_commit_without_durability_is_checked_and_ordered(self) -> None:
+        """It is also read and watched like any other commit."""
         async with self.open_store() as store:
             await store.commit(Commit([Write(TASK, 0, {"n": 1})], durable=False))
             with pytest.raises(VersionConflict):
@@ -597,8 +604,8 @@ class StoreContract(ABC):
             await store.commit(make_commit(TASK, 1, {"n": 2}))
             assert [record.documents[TASK] for record in await _watch(store, 0, 2)] == [(1, {"n": 1}), (2, {"n": 2})]
 
-    async def test_statistics_tell_how_much_there_is(self) -> None:
-        """Documents with their sizes, which of them are large, and what the log takes."""
+    async def test_statistics_count_documents_and_bytes(self) -> None:
+        """They include the sizes of documents, the large ones, and the size of the log."""
         async with self.open_store() as store:
             empty = await store.statistics()
             assert (empty.position, empty.documents, empty.bytes, empty.expired, empty.large) == (0, 0, 0, [], [])
@@ -613,8 +620,8 @@ class StoreContract(ABC):
             assert found.log_bytes > empty.log_bytes
             assert list(found.expired) == []
 
-    async def test_list_takes_one_kind_by_prefix_in_order(self) -> None:
-        """`list` yields the documents of one kind whose id begins with the prefix, by id, deleted ones left out."""
+    async def test_list_with_a_prefix_returns_one_kind_in_order(self) -> None:
+        """The documents are ordered by id, and deleted ones are omitted."""
         async with self.open_store() as store:
             ids = ["r1/b", "r10/a", "r1/a", "r1/é", "r2/a", "r1/gone"]
             await store.commit(Commit([Write(Key("task", name), 0, {"id": name}) for name in ids]))
@@ -627,8 +634,8 @@ class StoreContract(ABC):
             assert [document.key.id for document in await store.list("task", "r1/b")] == ["r1/b"]
             assert list(await store.list("phase")) == []
 
-    async def test_what_is_read_or_written_is_a_copy(self) -> None:
-        """Changing a value after writing it, or after reading it, changes nothing in the store."""
+    async def test_changed_value_does_not_change_the_store(self) -> None:
+        """This applies to values that were written, read or listed."""
         async with self.open_store() as store:
             value: JsonObject = {"list": [1]}
             await store.commit(make_commit(TASK, 0, value))
@@ -639,8 +646,8 @@ class StoreContract(ABC):
             (await store.list("task"))[0].value["list"].append(4)
             await _assert_only(store, {TASK: (1, {"list": [1]})}, position=1)
 
-    async def test_any_plain_json_comes_back_as_it_went_in(self) -> None:
-        """Text of every plane, control characters, big integers and floats survive, in values and in names."""
+    async def test_plain_json_is_returned_unchanged(self) -> None:
+        """Values and names have text of every plane, control characters, big integers and floats."""
         value = {
             "text": 'a\n\r\t\0\u2028"\\ ü 漢 \U0001f600',
             "\n]]}\x7f": [],
@@ -658,8 +665,8 @@ class StoreContract(ABC):
             assert list(record.events) == [Event("ü\n", value)]
 
     @pytest.mark.parametrize("value", INVALID_VALUES.values(), ids=INVALID_VALUES)
-    async def test_what_is_not_plain_json_is_refused(self, value: Any) -> None:
-        """A value that JSON can't hold or that is over a limit is refused as document and as event data."""
+    async def test_value_that_is_not_plain_json_is_refused(self, value: Any) -> None:
+        """A value that JSON can't express or that exceeds a limit is refused in documents and events."""
         async with self.open_store() as store:
             await store.commit(make_commit(TASK, 0, {"n": 1}))
             for bad in (make_commit(TASK, 1, value), Commit([Write(TASK, 1, {})], [Event("e", value)])):
@@ -667,8 +674,8 @@ class StoreContract(ABC):
                     await store.commit(bad)
             await _assert_only(store, {TASK: (1, {"n": 1})}, position=1)
 
-    async def test_of_concurrent_writers_one_wins_each_version(self) -> None:
-        """Of 40 commits at once that expect the same version one is accepted; the others conflict."""
+    async def test_one_of_concurrent_writers_wins_each_version(self) -> None:
+        """Of 40 concurrent commits that expect the same version, one is accepted; the others conflict."""
         async with self.open_store() as store:
             winners: list[tuple[int, int]] = []
 
@@ -690,8 +697,8 @@ class StoreContract(ABC):
             ]
             assert await store.position() == 5
 
-    async def test_concurrent_commits_of_different_documents_all_pass(self) -> None:
-        """40 commits at once to 40 documents are all accepted, each at a position of its own."""
+    async def test_concurrent_commits_of_different_documents_are_all_accepted(self) -> None:
+        """40 concurrent commits to 40 documents are all accepted, each at its own position."""
         async with self.open_store() as store:
             positions: list[int] = []
 
@@ -704,8 +711,8 @@ class StoreContract(ABC):
             assert sorted(positions) == list(range(1, 41))
             assert len(await store.list("task")) == 40
 
-    async def test_a_cancelled_commit_is_whole_or_absent(self) -> None:
-        """Cancelling committers leaves each commit complete or without effect, and the store usable."""
+    async def test_cancelled_commit_is_complete_or_absent(self) -> None:
+        """The store stays usable afterwards."""
         async with self.open_store() as store:
 
             async def commit(name: int) -> None:
@@ -733,7 +740,7 @@ async def _assert_only(store: Store, documents: dict[Key, tuple[int, JsonObject]
 
 
 async def _watch(store: Store, after: int, count: int) -> list[CommitRecord]:
-    """Return the first `count` records behind `after`."""
+    """Return the first `count` records after position `after`."""
     records: list[CommitRecord] = []
     with anyio.fail_after(TIMEOUT):
         if count == 0:

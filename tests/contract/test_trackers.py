@@ -62,7 +62,7 @@ class TestChecklist(TrackerContract):
         path.rename(tmp_path / "real.md")
         path.symlink_to("real.md")
         path.chmod(0o640)
-        await self.tell(options, _landed("ends"), _landed("models"))
+        await self.send_events(options, _landed("ends"), _landed("models"))
         expected = TEXT.replace("[ ] Add a User", "[x] Add a User").replace("[ ] Ünïcode", "[x] Ünïcode")
         assert path.read_bytes() == expected.encode()
         assert path.is_symlink()
@@ -73,7 +73,7 @@ class TestChecklist(TrackerContract):
         """Moved items are found, deleted ones are no error."""
         options = self.validated(tmp_path)
         (tmp_path / "todo.md").write_text("- [ ] New\n- [ ] Add a User model {#models}\n")
-        await self.tell(options, _landed("models"), _landed("ends"))
+        await self.send_events(options, _landed("models"), _landed("ends"))
         assert (tmp_path / "todo.md").read_text() == "- [ ] New\n- [x] Add a User model {#models}\n"
 
     @pytest.mark.parametrize(

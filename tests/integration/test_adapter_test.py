@@ -86,7 +86,7 @@ async def test_broken_contract_is_named(claude: Repository, tmp_path: Path) -> N
     claude.environ["PYTHONPATH"] = str(tmp_path / "site")
     ended = claude.council("adapters", "test", "echo", "--no-live")
     assert ended.code == 1, ended
-    assert "test_command_is_repeatable: The same request gives the same command" in ended.stdout
+    assert "test_repeated_request_gives_the_same_command: The same request gives the same command" in ended.stdout
 
 
 async def test_unknown_adapter_is_rejected(claude: Repository) -> None:
