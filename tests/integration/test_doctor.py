@@ -544,7 +544,7 @@ def test_virtual_environment_in_the_checkout_is_reported(repository: Repository)
     assert ".venv/bin/python is not in main" in words
     assert "worktrees.setup" in str(remedy)
     assert "files" not in found
-    assert remedy == "create it by `worktrees.setup`: worktrees have the committed files alone"
+    assert remedy == "create it by `worktrees.setup`: worktrees contain only committed files"
     setup = {"setup": ["python3 -m venv .venv"]}
     assert programs(repository, [".venv/bin/python -m pytest"], worktrees=setup)[0][0] == "ok"
     [(_, words, remedy)] = programs(repository, ["my-tests -q"])

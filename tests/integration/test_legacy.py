@@ -419,9 +419,7 @@ async def test_imported_run_accepts_no_work(repository: Repository) -> None:
             lambda: anext(logs.chunks("login", RUN)), lambda: changes.size("login", RUN),
         ]  # fmt: skip
         for ask in asked:
-            with pytest.raises(
-                RefusedError, match=f"run {RUN} was imported from {LEGACY_FILE}, only its record exists"
-            ):
+            with pytest.raises(RefusedError, match=f"run {RUN} was imported from {LEGACY_FILE} and has only a record"):
                 await ask()
         assert await council.history.position() == position
     refused = repository.council("resume")

@@ -128,16 +128,17 @@ def longest_chains(entries: Mapping[str, DispatchEntry]) -> dict[str, int]:
     return lengths
 
 
-def choose_rows(working: Iterable[str], waiting: Iterable[str], over: Iterable[str], room: int) -> list[str]:
-    """Return the tasks that get one of `room` rows: what is at work, then what has changed and what comes next.
+def choose_rows(working: Iterable[str], waiting: Iterable[str], finished: Iterable[str], limit: int) -> list[str]:
+    """Return at most `limit` tasks to show: the running ones, then finished and waiting ones.
 
-    `over` begins with what changed last; of what is left by those at work it gets the half, and what nobody needs.
+    `finished` has the newest first. It gets half of the rows that the running tasks leave, and the rows that the
+    waiting tasks do not need.
     """
-    chosen = list(islice(working, room))
-    rest = room - len(chosen)
+    chosen = list(islice(working, limit))
+    rest = limit - len(chosen)
     coming = list(islice(waiting, rest))
-    chosen += islice(over, max(rest - len(coming), (rest + 1) // 2))
-    return chosen + coming[: room - len(chosen)]
+    chosen += islice(finished, max(rest - len(coming), (rest + 1) // 2))
+    return chosen + coming[: limit - len(chosen)]
 
 
 def format_estimate(seconds: float) -> str:

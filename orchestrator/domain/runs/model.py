@@ -279,7 +279,7 @@ class RunDocument(ResolvedSettings):
     def check_not_imported(self) -> None:
         """Raise RefusedError for an imported run."""
         if self.imported is not None:
-            what = f"run {self.id} was imported from {self.imported.source}, only its record exists"
+            what = f"run {self.id} was imported from {self.imported.source} and has only a record"
             raise RefusedError(what, f"show it with `council state show {self.id}`, or start a new run")
 
     def check_task(self, task: str) -> None:

@@ -49,7 +49,7 @@ async def write_unfinished_tasks(store: Store, run: RunDocument, folder: Path) -
     """
     tasks = await read_unfinished_tasks(store, run)
     source = run.imported.source if run.imported else ""
-    what = f"run {run.id} was imported from {source}, only its record exists"
+    what = f"run {run.id} was imported from {source} and has only a record"
     if not tasks:
         return RefusedError(what, f"no unfinished tasks; to show the record, run `council state show {run.id}`")
     path = folder / f"{run.id}.yaml"

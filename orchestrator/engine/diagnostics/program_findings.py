@@ -116,7 +116,7 @@ def _missing_program(command: _Command, name: str, probe: SandboxProbe, top: Pat
     )
 
 
-_ONLY_COMMITTED: Final = "worktrees have the committed files alone"
+_ONLY_COMMITTED: Final = "worktrees contain only committed files"
 
 
 def _has(top: Path | None, folder: str, name: str) -> bool:

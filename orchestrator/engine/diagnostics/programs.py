@@ -284,7 +284,7 @@ def _is_known(version: Version | None, known: str) -> tuple[bool | None, str | N
     try:
         return SpecifierSet(known).contains(version, prereleases=True), None
     except InvalidSpecifier:
-        return None, f"its adapter names versions that can't be read, {known!r}"
+        return None, f"its adapter has an invalid range of known versions: {known!r}"
 
 
 def _is_ready(answer: CompletedCommand | str | None) -> bool | None:

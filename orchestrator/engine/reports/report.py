@@ -46,7 +46,7 @@ EXIT_CODES: Mapping[RunStatus, int] = {
 
 _FAILURES = frozenset(FailureClass)
 _INTERRUPTED = "session interrupted: to retry, run `council resume {run}`"
-_DAMAGED = "its record in the state log is damaged, this is an earlier state: run `council state verify`"
+_DAMAGED = "its record in the state log is damaged, so an earlier state is shown: run `council state verify`"
 
 
 @dataclass(slots=True)  # not frozen, which would take three times as long, and there are thousands

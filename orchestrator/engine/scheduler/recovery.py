@@ -85,7 +85,7 @@ async def recover(ledger: Ledger, context: RunContext, clock: Clock) -> None:
     await _recover_sessions(ledger, context, clock, tasks, at_start=True)
     for task in ledger.tasks.damaged:
         if ledger.task(task).status not in FINAL_STATUSES:
-            reason = "its record in the state log is damaged, its work is unknown: run it again in a new run"
+            reason = "its record in the state log is damaged, so its work is unknown: run it again in a new run"
             await ledger.change(task, Trigger.DISTRUST, TaskFailed(reason=reason), reason=reason)
 
 

@@ -45,7 +45,7 @@ _REMEDY = (
     "with `sysctl kernel.unprivileged_userns_clone=1`, in a container with the options of its runtime"
 )
 _CAN_FILTER = seccomp.is_supported()
-_OFF = "set `sandbox: off`, which protects from accidents only"
+_OFF = "set `sandbox: off`, which only protects against accidents"
 
 
 class SandboxKind(StrEnum):

@@ -58,7 +58,7 @@ class CommandSucceeded:
 
 @dataclass(frozen=True, slots=True)
 class UnrunnableProgram:
-    """A program that was not found or can't be executed: why, where it was searched, and what to do."""
+    """A program that was not found or can't be executed: why, where it was searched for, and what to do."""
 
     program: str
     why: str
@@ -74,7 +74,7 @@ class UnrunnableProgram:
 class CommandFailed:
     """The command failed: how it ended, as text, and the tail of its output.
 
-    `unrunnable` is set for exit codes 126 and 127: the program that can't be run, and where it was searched.
+    `unrunnable` is set for exit codes 126 and 127: the program that can't be run, and where it was searched for.
     """
 
     command: str
