@@ -64,9 +64,9 @@ def packages() -> Iterator[str]:
     yield "flowchart TB"
     for level, (layer, names) in enumerate(LAYERS.items(), 1):
         yield f'  L{level}["{level} {layer}: {", ".join(names)}"]'
-    for (upper, lower), count in sorted(counts.items()):
-        if count >= OFTEN:
-            yield f"  L{upper} --> L{lower}"
+    for upper in range(1, len(LAYERS) + 1):
+        if lower := [f"L{level}" for level in range(1, len(LAYERS) + 1) if counts[upper, level] >= OFTEN]:
+            yield f"  L{upper} --> {' & '.join(lower)}"
 
 
 def task() -> Iterator[str]:

@@ -1,4 +1,7 @@
-"""Both local stores meet the store contract, also behind the outage wrappers."""
+"""The built-in stores meet the store contract, also behind the outage wrappers.
+
+Each registered scheme has a class here, named by its `scheme` (`tests/unit/test_stores.py` checks this).
+"""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,6 +21,8 @@ from orchestrator.testing.store_contract import StoreContract
 class TestMemoryStore(StoreContract):
     """Run the contract in memory."""
 
+    scheme = "memory"
+
     @asynccontextmanager
     async def open_store(self) -> AsyncIterator[Store]:
         """Return an empty store."""
@@ -27,6 +32,7 @@ class TestMemoryStore(StoreContract):
 class TestFileStore(StoreContract):
     """Run the contract on disk."""
 
+    scheme = "file"
     segment_bytes = 16 << 20
 
     @asynccontextmanager
