@@ -77,7 +77,8 @@ def test_record_fields_and_bounds_match_the_code() -> None:
     assert reported == set(SessionContext.model_fields)
     text = " ".join(PAGE.split())
     assert (STALE_CONTEXT_SECONDS, MAX_MESSAGE_CHARS) == (1800, 500)
-    for bound in (f"up to {MAX_TEXT_BYTES // 1024} KiB", f"most {MAX_NOTES} notes are kept", f"most {MAX_BLOCK_CHARS:,} char",
+    for bound in (f"up to {MAX_TEXT_BYTES // 1024} KiB", f"most {MAX_NOTES} notes are kept",
+                  f"most {MAX_BLOCK_CHARS:,} char",
                   f"up to {MAX_PATHS_CHARS:,} characters", f"and {MAX_TASK_NOTES} of each task",
                   f"{MAX_OWNED_PATTERNS:,} paths, with {MAX_OWNED_CHARS:,} characters"):  # fmt: skip
         assert bound in text
