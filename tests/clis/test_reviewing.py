@@ -61,7 +61,7 @@ async def test_denied_tool_is_the_reason_for_no_change(stage: Stage, name: str) 
         stage.programs[name].adapter["permission_mode"] = "bypassPermissions"  # type: ignore[index]
     (task,) = ended.result["tasks"]
     assert task["failure"] == "no_change", stage.diagnostics(ended)
-    reported = "1 tool denied: Bash(python3 -c 'print(1)'): write `permission_mode: bypassPermissions`"
+    reported = "1 tool denied: Bash(python3 -c 'print(1)'): set `permission_mode: bypassPermissions`"
     assert reported in task["reason"]
     (event,) = [line for line in ended.lines if line.get("event") == "task.tools_denied"]
     assert (event["count"], event["tools"]) == (1, ["Bash(python3 -c 'print(1)')"])

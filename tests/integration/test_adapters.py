@@ -176,7 +176,7 @@ ENDS = {
     "aider": [("fail context", "limit", "token limit")],
     "acp": [
         ("fail die", "crashed", "exit code 7"),
-        ("fail refuse", "refused", "refuses"),
+        ("fail refuse", "refused", "refused to continue"),
         ("stop ../up.txt", "refused", "outside of the worktree"),
         ('fail 400 {"error":{"message":"It is wrong."}}', "invalid", "says: It is wrong."),
         ("fail 500 exception TypeError: fetch failed sending request", "transient", "fetch failed"),
@@ -192,7 +192,7 @@ ENDS = {
         ("fail error", "transient", "while running the model"),
         ("fail length", "limit", "raise `context`"),
         ("word " * 12_000, "limit", "raise `context`"),
-        ("```file a.txt\nhalf", "crashed", "no end"),
+        ("```file a.txt\nhalf", "crashed", "not closed"),
         ("```diff\n--- a/src/app.py\n+++ b/src/app.py\n@@ -1 +1 @@\n-nope\n+x\n```", "crashed", "not apply"),
     ],
 }
