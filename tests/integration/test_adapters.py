@@ -178,7 +178,7 @@ ENDS = {
         ("fail die", "crashed", "exit code 7"),
         ("fail refuse", "refused", "refused to continue"),
         ("stop ../up.txt", "refused", "outside of the worktree"),
-        ('fail 400 {"error":{"message":"It is wrong."}}', "invalid", "says: It is wrong."),
+        ('fail 400 {"error":{"message":"It is wrong."}}', "invalid", "reports: It is wrong."),
         ("fail 500 exception TypeError: fetch failed sending request", "transient", "fetch failed"),
         ("fail 500 An internal error has occurred.", "overloaded", "internal error"),
         ("fail -32603 Internal error: API Error: 400 It is wrong.", "invalid", "400"),
