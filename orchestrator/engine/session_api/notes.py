@@ -63,8 +63,8 @@ class NoteStore:
         async def attempt() -> Note:
             notes = await self._documents()
             now = self._clock.now()
-            # Sorts by time; the suffix keeps names of simultaneous notes apart.
-            name = f"{int(now * 1000):013d}-{secrets.token_hex(3)}"
+            # Sorts by microseconds; the suffix keeps names of simultaneous notes apart.
+            name = f"{int(now * 1_000_000):016d}-{secrets.token_hex(3)}"
             note = Note(id=name, **session._asdict(), topic=topic, paths=patterns, text=text, time=now)
             # A task above its limit replaces its own notes first.
             own = [one for one in notes if not one.damaged and one.value["task"] == session.task]
