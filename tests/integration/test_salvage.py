@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from git import Reference
 
 from orchestrator.errors import RefusedError
 from orchestrator.repo.git.command import Git
@@ -114,6 +117,21 @@ async def test_reading_ignores_git_variables_of_the_environment(
     ) == expected
     assert (await read_commits(session.git, [work]))[work].subject == "work"
     assert not (tmp_path / "started").exists()
+
+
+async def test_listing_skips_a_ref_deleted_meanwhile(
+    session: SessionWorktree, work: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (ref,) = [one.ref for one in await salvage.list_unmerged_work(session.git)]
+    listed = Reference.iter_items
+
+    def delete_after_listing(*arguments: Any) -> Iterator[Any]:
+        for found in [*listed(*arguments)]:
+            (Path(str(session.git.git_dir)) / ref).unlink(missing_ok=True)
+            yield found
+
+    monkeypatch.setattr(Reference, "iter_items", delete_after_listing)
+    assert await salvage.list_unmerged_work(session.git) == []
 
 
 async def test_live_session_is_read_without_a_trace(session: SessionWorktree) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -67,8 +68,11 @@ async def list_refs(repository: Git, *prefixes: str) -> dict[str, str]:
     def read(opened: git.Repo) -> dict[str, str]:
         from git import Reference  # noqa: PLC0415  as above
 
-        refs = (ref for prefix in prefixes for ref in Reference.iter_items(opened, prefix))
-        return {str(ref.path): Reference.dereference_recursive(opened, ref.path) for ref in refs}
+        found = {}
+        for ref in (ref for prefix in prefixes for ref in Reference.iter_items(opened, prefix)):
+            with suppress(ValueError):  # another process has deleted it meanwhile
+                found[str(ref.path)] = Reference.dereference_recursive(opened, ref.path)
+        return found
 
     return await _read(repository, read)
 
