@@ -57,7 +57,7 @@ def main() -> None:
         lasted = time.monotonic() - end
         for leader in tuple(left):
             family = read_process_tree(leader).values()
-            is_stopped = any(stat.state in "Tt" for stat in family)
+            is_stopped = any(stat.is_stopped for stat in family)
             if family and lasted >= (STOPPED_TIMEOUT if is_stopped else EXIT_TIMEOUT):
                 kill_tree(leader)
             elif not family:

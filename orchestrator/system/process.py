@@ -137,7 +137,7 @@ def _communicate(child: subprocess.Popen[bytes], timeout: float | None) -> tuple
         if now >= deadline:
             raise TimeoutError(f"it ran longer than {timeout:g} s")
         family = command_reaper.read_process_tree(child.pid).values()
-        ticks, is_stopped = sum(stat.cpu_ticks for stat in family), any(stat.state in "Tt" for stat in family)
+        ticks, is_stopped = sum(stat.cpu_ticks for stat in family), any(stat.is_stopped for stat in family)
         if ticks != before or not family:
             before, since = ticks, now
         if now - since >= (STOPPED_TIMEOUT if is_stopped else IDLE_TIMEOUT):

@@ -27,6 +27,11 @@ class ProcessStat:
         """Whether the process has ended and only waits to be reaped."""
         return self.state in "ZX"
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a signal or a debugger has stopped the process."""
+        return self.state in "Tt"
+
 
 def process_stat(pid: int) -> ProcessStat | None:
     """Return a process's snapshot; None if it does not exist, is not visible, or without /proc. Blocks."""

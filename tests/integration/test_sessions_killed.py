@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from orchestrator.sessions.sandbox.policy import SandboxKind
+from tests.command_server import StartedCommand
 from tests.conftest import Repository
 from tests.integration.test_shared_runs import QUICK, ended, states
 from tests.sandboxes import SANDBOX_PARAMS
@@ -195,8 +196,8 @@ def log(repository: Repository) -> list[str]:
     return [event["event"] for line in said for event in json.loads(line).get("events", [])]
 
 
-async def test_sessions_work_without_their_fork_server(repository: Repository) -> None:
-    """It is killed during one session: that one ends as usual, and the next one starts without it."""
+def start_waiting_session(repository: Repository) -> tuple[StartedCommand, psutil.Process]:
+    """Start a run of two tasks, the first of which waits for the file `go`; return it and its fork server."""
     folder = repository.spawns.parent
     script = f"touch {folder}/is-there; until [ -e {folder}/go ]; do read -t 0.1 <> <(:); done; echo x > one.txt"
     sh = {"use": "command", "argv": ["bash", "{prompt_file}"], "writable": [str(folder)]}
@@ -207,8 +208,14 @@ async def test_sessions_work_without_their_fork_server(repository: Repository) -
     run = repository.start("run", str(repository.configure(tasks, adapters={"sh": sh}, capacity=1)), "--json")
     wait_for((folder / "is-there").exists)
     [server] = [one for one in psutil.Process(run.pid).children() if "serve" in " ".join(one.cmdline())]
+    return run, server
+
+
+async def test_sessions_work_without_their_fork_server(repository: Repository) -> None:
+    """It is killed during one session: that one ends as usual, and the next one starts without it."""
+    run, server = start_waiting_session(repository)
     server.kill()
-    (folder / "go").touch()
+    (repository.spawns.parent / "go").touch()
     stdout, stderr = run.communicate(timeout=60)
     assert run.returncode == 0, (stdout, stderr)
     result = json.loads(stdout.splitlines()[-1])
@@ -221,20 +228,11 @@ async def test_run_continues_after_its_fork_server_or_a_supervisor_was_stopped(
     repository: Repository, stopped: str
 ) -> None:
     """It gets SIGSTOP during one session, and is resumed; otherwise no session would start or end."""
-    folder = repository.spawns.parent
-    script = f"touch {folder}/is-there; until [ -e {folder}/go ]; do read -t 0.1 <> <(:); done; echo x > one.txt"
-    sh = {"use": "command", "argv": ["bash", "{prompt_file}"], "writable": [str(folder)]}
-    tasks: list[dict[str, Any]] = [
-        {"id": "one", "prompt": script},
-        {"id": "two", "prompt": "echo x > two.txt", "needs": ["one"]},
-    ]
-    run = repository.start("run", str(repository.configure(tasks, adapters={"sh": sh}, capacity=1)), "--json")
-    wait_for((folder / "is-there").exists)
-    [server] = [one for one in psutil.Process(run.pid).children() if "serve" in " ".join(one.cmdline())]
+    run, server = start_waiting_session(repository)
     victim = server if stopped == "fork server" else supervisor(repository, "one")
     assert stopped == "fork server" or victim.ppid() == server.pid
     victim.suspend()
-    (folder / "go").touch()
+    (repository.spawns.parent / "go").touch()
     stdout, stderr = run.communicate(timeout=60)
     assert run.returncode == 0, (stdout, stderr)
     assert [task["status"] for task in json.loads(stdout.splitlines()[-1])["tasks"]] == ["landed"] * 2

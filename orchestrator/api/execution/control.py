@@ -194,7 +194,7 @@ def _describe_process(pid: int | None, host: str) -> str:
     if host != socket.gethostname():
         return f"process {pid} on {host}, which has not answered yet"
     stat = process_stat(pid)
-    return f"process {pid}, which {'is stopped' if stat is not None and stat.state in 'Tt' else 'has not answered yet'}"
+    return f"process {pid}, which {'is stopped' if stat is not None and stat.is_stopped else 'has not answered yet'}"
 
 
 def _requested_tasks(record: RunRecord, action: RequestAction, tasks: Sequence[str]) -> Sequence[str]:

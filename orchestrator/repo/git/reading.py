@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio.to_thread
@@ -69,7 +70,7 @@ async def list_refs(repository: Git, *prefixes: str) -> dict[str, str]:
         from git import Reference  # noqa: PLC0415  as above
 
         found = {}
-        for ref in (ref for prefix in prefixes for ref in Reference.iter_items(opened, prefix)):
+        for ref in chain.from_iterable(Reference.iter_items(opened, prefix) for prefix in prefixes):
             with suppress(ValueError):  # another process has deleted it meanwhile
                 found[str(ref.path)] = Reference.dereference_recursive(opened, ref.path)
         return found

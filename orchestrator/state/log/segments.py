@@ -185,7 +185,7 @@ class LogLock:
         owner = find_lock_owner(self._identity[1])
         what = "another process" if owner is None else f"process {owner}"
         stat = None if owner is None else process_stat(owner)
-        is_stopped = stat is not None and stat.state in "Tt"
+        is_stopped = stat is not None and stat.is_stopped
         remedy = (
             f"which is stopped: `kill -CONT {owner}`, or `kill -9 {owner}`" if is_stopped else "which is writing it"
         )
