@@ -184,9 +184,15 @@ class CliOptions(AdapterOptions):
     args: Arguments = ()
     """Additional arguments, such as `[--verbose]`."""
 
-    def program(self, install: str, known: str, keys: Sequence[str], log_in: str, **more: Any) -> Program:
-        """Return the CLI's program; `install` is a command that installs it, `known` the tested versions."""
+    def program(self, install: str, supported: str, keys: Sequence[str], log_in: str, **more: Any) -> Program:
+        """Return the CLI's program; `install` is a command that installs it, `supported` the tested versions."""
         remedy = f"install it ({install}), or correct `bin`"
         return Program(
-            self.bin, install=remedy, version=("--version",), known=known, keys=tuple(keys), log_in=log_in, **more
+            self.bin,
+            install=remedy,
+            version=("--version",),
+            supported=supported,
+            keys=tuple(keys),
+            log_in=log_in,
+            **more,
         )

@@ -455,7 +455,7 @@ class Program:
     """The remedy if it is missing."""
     version: Sequence[str] = ()
     """Arguments that make it print its version; empty: it has no such option."""
-    known: str = ""
+    supported: str = ""
     """The supported versions, as in `>=2.0,<3` (PEP 440, version specifiers); other versions cause a warning."""
     ready: Sequence[str] = ()
     """Arguments of a quick command that exits with 0 if it can be used: logged in, server reachable; empty: unknown.

@@ -52,8 +52,8 @@ class Needy(adapter("needy")):
 
 @hookimpl
 def council_register_adapters(register):
-    register("alpha-code", adapter("alpha", install="install alpha", version=("--version",), known=">=2,<3"))
-    register("beta-code", adapter("beta", install="install beta", version=("version",), known=">=1",
+    register("alpha-code", adapter("alpha", install="install alpha", version=("--version",), supported=">=2,<3"))
+    register("beta-code", adapter("beta", install="install beta", version=("version",), supported=">=1",
                                   ready=("status",), keys=("ALPHA_KEY",), log_in="run `beta login`"))
     register("needy", Needy)
 """

@@ -49,7 +49,7 @@ class PatchAdapter:
 
     def programs(self) -> Sequence[Program]:
         """Return the programs that must be on PATH before a run starts."""
-        return [Program("patch", install="install GNU patch", version=["--version"], known=">=2.7,<3")]
+        return [Program("patch", install="install GNU patch", version=["--version"], supported=">=2.7,<3")]
 
     def command(self, request: SessionRequest) -> SessionCommand:
         """Return the command; the prompt is in a file."""

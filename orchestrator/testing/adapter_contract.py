@@ -245,8 +245,8 @@ class AdapterContract(OptionsContract):
             assert "/" not in program.name or Path(program.name).is_absolute(), program.name
             assert program.install, "install is empty: describe how to install the program"
             assert not program.ready or program.log_in, "log_in is empty: describe how to log in"
-            SpecifierSet(program.known)
-            assert not program.known or program.version, "known versions need arguments that print the version"
+            SpecifierSet(program.supported)
+            assert not program.supported or program.version, "supported versions need arguments that print the version"
             assert [name for name in program.keys if not _ENV_NAME.fullmatch(name)] == []
 
     @pytest.mark.parametrize("line", [*_ODD_LINES, "x" * MAX_LINE_BYTES])

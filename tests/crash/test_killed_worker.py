@@ -194,5 +194,5 @@ async def assert_finished(repository: Repository, tasks: Sequence[str], *, unend
         assert await read_requests(store, status["run"]) == []
     assert repository.council("locks", "--json").result["locks"] == []
     left = repository.council("clean", "--dry-run", "--json").result["found"]
-    assert [one for one in left if one["standing"] != "ready"] == []
+    assert [one for one in left if one["status"] != "ready"] == []
     assert repository.council("state", "verify").code == 0

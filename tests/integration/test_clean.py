@@ -32,12 +32,12 @@ KEEPS: dict[str, Any] = {"id": "keeps", "prompt": "write good.txt g\nwrite .env 
 
 def found(ended: CommandResult) -> list[tuple[str, str]]:
     """Return status and last path component of everything that `clean --json` listed except worktree slots."""
-    return sorted((one["standing"], Path(one["place"]).name) for one in ended.result["found"] if one["kind"] != "slot")
+    return sorted((one["status"], Path(one["place"]).name) for one in ended.result["found"] if one["kind"] != "slot")
 
 
 def slot_statuses(ended: CommandResult) -> set[str]:
     """Return the status of each worktree slot that `clean --json` listed."""
-    return {one["standing"] for one in ended.result["found"] if one["kind"] == "slot"}
+    return {one["status"] for one in ended.result["found"] if one["kind"] == "slot"}
 
 
 def nothing(ended: CommandResult) -> bool:
@@ -212,7 +212,7 @@ async def test_preserved_work_is_removed_only_on_request(repository: Repository)
     slot = kept.readlink()
     assert slot.exists()
     cleaned = repository.council("clean", "--kept", "--yes", "--json")
-    assert [one["removed"] for one in cleaned.result["found"] if one["standing"] == "kept"] == [True]
+    assert [one["removed"] for one in cleaned.result["found"] if one["status"] == "kept"] == [True]
     assert trees(repository) == []
     assert not slot.exists()
     assert [one["name"] for one in repository.council("salvage", "list", "--json").result["kept"]] == ["keeps/1"]
@@ -267,7 +267,7 @@ async def test_hub_of_a_deleted_repository_with_work_stays(repository: Repositor
     run_once(repository, KEEPS, code=1)
     shutil.rmtree(repository.top)
     listed = run_outside(repository, "clean", "--yes", "--json")
-    assert [one["standing"] for one in listed.result["found"]] == ["kept"]
+    assert [one["status"] for one in listed.result["found"]] == ["kept"]
     assert listed.result["found"][0]["reason"].endswith("it has unmerged work (refs: 1, worktrees: 1)")
     assert hub_of(repository).root.exists()
     assert run_outside(repository, "clean", "--yes", "--kept").code == 0
@@ -347,7 +347,7 @@ async def test_leftovers_of_killed_commands_are_removed(repository: Repository) 
         age(path)
     names = sorted([*(path.name for path in left), half_built.name])
     listed = repository.council("clean", "--json")
-    assert [name for standing, name in found(listed) if standing == "left_over"] == names
+    assert [name for status, name in found(listed) if status == "left_over"] == names
     assert repository.council("clean", "--yes").code == 0
     assert not [path for path in (*left, half_built) if path.exists()]
     assert index.exists()

@@ -44,7 +44,7 @@ async def later(repository: Repository, days: float) -> AsyncIterator[Council]:
 async def statuses(council: Council, **wanted: Any) -> dict[str, str]:
     """Return the status of each old run's record."""
     found = await council.cleaner.find(runs=7 * DAY, **wanted)
-    return {str(one.run): str(one.standing) for one in found if one.kind == "run"}
+    return {str(one.run): str(one.status) for one in found if one.kind == "run"}
 
 
 async def removed(council: Council, **wanted: Any) -> list[str | None]:
@@ -194,7 +194,7 @@ async def test_command_lists_first(repository: Repository) -> None:
     assert repository.council("runs").stdout.startswith(run)
     done: CommandResult = repository.council("clean", "--runs", "1ms", "--yes", "--json")
     [facts] = [one for one in done.result["found"] if one["kind"] == "run"]
-    assert (facts["place"], facts["standing"], facts["removed"]) == (run, "left_over", True)
+    assert (facts["place"], facts["status"], facts["removed"]) == (run, "left_over", True)
     assert facts["bytes"] > 0
     assert repository.council("runs").stdout == ""
     assert run in repository.council("checkpoint", "list").stdout

@@ -32,7 +32,7 @@ def findings(ended: CommandResult) -> dict[str, list[tuple[str, str, str | None]
     """Return level, finding and fix by name; the exit code agrees with them."""
     found: dict[str, list[tuple[str, str, str | None]]] = {}
     for one in ended.result["findings"]:
-        found.setdefault(one["name"], []).append((one["level"], one["found"], one["remedy"]))
+        found.setdefault(one["name"], []).append((one["level"], one["message"], one["remedy"]))
     is_bad = any(level == "problem" for many in found.values() for level, _, _ in many)
     assert ended.code == ended.result["exit"] == int(is_bad), ended.stdout
     return found
@@ -340,7 +340,7 @@ def test_adapters_are_listed(repository: Repository, fakes: FakePrograms) -> Non
     assert types["needy"]["needs"] == "needs endpoint"
     assert types["alpha-code"]["plugin"] == {"name": "stand_ins", "distribution": "stand_ins", "version": "1.0"}
     (program,) = types["alpha-code"]["programs"]
-    assert (program["path"], program["version"], program["is_known"]) == (str(path), "2.1", True)
+    assert (program["path"], program["version"], program["is_supported"]) == (str(path), "2.1", True)
     assert types["beta-code"]["programs"][0]["remedy"] == "install beta"
     text = repository.council("adapters").stdout
     assert "alpha-code (stand_ins 1.0)\n  alpha 2.1, " in text
@@ -421,8 +421,9 @@ def test_programs_of_checks_are_looked_up_in_the_sandbox(repository: Repository)
     (hidden / "my-tool").write_text("#!/bin/sh\n")
     (hidden / "my-tool").chmod(0o755)
     repository.environ["PATH"] += f"{os.pathsep}{hidden}"
-    [(status, words, _)] = programs(repository, ["my-tool"])
-    assert (status, "is hidden from sessions" in words) == ("problem", True)
+    [(status, words, remedy)] = programs(repository, ["my-tool"])
+    assert (status, f"({hidden} is hidden from sessions)" in words) == ("problem", True)
+    assert remedy == f"add {hidden} to `readable`, or install it elsewhere"
     assert programs(repository, ["my-tool"], sandbox="off")[0][0] == "ok"
 
 
@@ -435,7 +436,9 @@ def test_script_that_a_task_may_add_is_accepted(repository: Repository, how: str
     file = repository.configure(TASKS, defaults={"checks": ["./out.sh"], **allowed})
     planned = repository.council("run", str(file), "--dry-run", *options, "--json")
     assert planned.code == 0
-    [(level, words)] = [(one["level"], one["found"]) for one in planned.result["findings"] if one["name"] == "programs"]
+    [(level, words)] = [
+        (one["level"], one["message"]) for one in planned.result["findings"] if one["name"] == "programs"
+    ]
     assert (level, "./out.sh is not in main" in words) == ("warning", True)
     if how == "file":
         assert [level for level, _, _ in programs(repository, ["./out.sh"])] == ["problem"]
@@ -458,8 +461,9 @@ def test_programs_of_adapters_are_looked_up_in_the_sandbox(repository: Repositor
         file = repository.configure([{"id": "a", "prompt": "x", "adapter": "my"}], adapters=adapters)
         return doctor(repository, str(file))["adapter my"]
 
-    [(level, words, _)] = found()
-    assert (level, "is hidden from sessions" in words) == ("problem", True), words
+    [(level, words, remedy)] = found()
+    assert (level, words.endswith(f"({hidden} is hidden from sessions)")) == ("problem", True), words
+    assert remedy == f"add {hidden} to `readable` of the adapter 'my', or install it elsewhere"
     assert [level for level, _, _ in found(readable=[str(hidden)])] == ["ok"]
 
 
@@ -500,7 +504,7 @@ def test_run_with_a_hidden_program_is_rejected(repository: Repository) -> None:
     [(level, what, remedy)] = doctor(repository, str(file))["adapter my"]
     assert (level, what, remedy) == ("problem", ran.result["error"], ran.result["remedy"])
     assert f"({hidden} is hidden from sessions" in what
-    assert "add its folder to `readable` of the adapter 'my', or" in str(remedy)
+    assert f"add {hidden} to `readable` of the adapter 'my', or" in str(remedy)
     file = repository.configure([{"id": "a", "prompt": "x"}], adapters={"my": {**adapter, "readable": [str(hidden)]}})
     assert repository.council("run", str(file), "--json").states == {"a": "landed"}
 
@@ -518,7 +522,7 @@ def test_prompt_with_a_hidden_program_runs_after_the_remedy(repository: Reposito
     assert (ran.code, ran.result["status"]) == (2, "refused"), ran
     [(level, what, remedy)] = doctor(repository)["adapter alpha-code"]
     assert (level, what, remedy) == ("warning", ran.result["error"], ran.result["remedy"])
-    assert "write a council.yaml with `council init` and add its folder to `readable` of the adapter" in str(remedy)
+    assert f"write a council.yaml with `council init` and add {hidden} to `readable` of the adapter" in str(remedy)
     assert repository.council("init").code == 0
     file = repository.top / "council.yaml"
     entry = "use: alpha-code"

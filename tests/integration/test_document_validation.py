@@ -280,7 +280,7 @@ async def test_unreadable_document_affects_its_run_only(council: Council, name: 
     assert "\n" not in "".join(refused)
     found = await council.state.verify()
     assert (list(found.unreadable), found.is_valid) == ([key], False)
-    assert str(key) in " ".join(f"{one.name} {one.found}" for one in await council.state.check_health())
+    assert str(key) in " ".join(f"{one.name} {one.message}" for one in await council.state.check_health())
 
     after = await council.state.repair()
     assert after.is_valid

@@ -164,7 +164,7 @@ def test_problems_match_the_doctor(repository: Repository, settings: dict[str, A
     assert problems == [one for one in found if one["level"] == "problem"] != []
     text = repository.council("run", config, "--dry-run").stdout
     assert text.startswith("1 task in 1 wave")
-    assert problems[0]["found"][:40] in text
+    assert problems[0]["message"][:40] in text
 
 
 async def test_deferred_landing_is_allowed_on_request(repository: Repository) -> None:

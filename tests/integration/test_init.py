@@ -284,6 +284,15 @@ async def test_written_file_of_a_python_project_runs(repository: Repository) -> 
     assert "base.passed" in [line.get("event") for line in ended.lines]
 
 
+async def test_written_file_of_a_unittest_project_runs(repository: Repository) -> None:
+    """Its check discovers the committed tests."""
+    repository.commit({"tests/test_it.py": PASSES.format(module="json")})
+    result = init(repository)
+    assert (result["checks"], result["setup"]) == (["python3 -m unittest discover -s tests"], [])
+    ended = await run_with_fake(repository)
+    assert ended.states == {"a": "landed"}, ended
+
+
 @pytest.mark.extended
 async def test_written_file_of_a_python_project_without_packages_runs(repository: Repository) -> None:
     """The pytest of the `python3` that sessions see is used, if there is one."""

@@ -217,7 +217,7 @@ def test_health_names_a_silent_session(repository: Repository) -> None:
 
         def reported() -> list[str]:
             ended = repository.council("state", "health", "--json")
-            return [one["found"] for one in ended.result["findings"] if one["name"].startswith("session ")]
+            return [one["message"] for one in ended.result["findings"] if one["name"].startswith("session ")]
 
         try:
             assert "nothing printed for" in wait_for(reported)[0]

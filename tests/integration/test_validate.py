@@ -70,7 +70,7 @@ async def test_doctor_has_the_same_warnings(repository: Repository, checks: list
     config = str(repository.configure([{"id": "a", "prompt": "x", "checks": checks}]))
     warnings = repository.council("validate", config, "--json").result["warnings"]
     findings = repository.council("doctor", config, "--json").result["findings"]
-    reported = [{"what": one["found"], "remedy": one["remedy"]} for one in findings if one["level"] == "warning"]
+    reported = [{"what": one["message"], "remedy": one["remedy"]} for one in findings if one["level"] == "warning"]
     assert any("checked out in" in one["what"] for one in warnings)
     assert [one for one in reported if one in warnings] == warnings
     planned = repository.council("run", config, "--dry-run", "--json").result["findings"]

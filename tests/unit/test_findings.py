@@ -26,7 +26,7 @@ from orchestrator.system.resources import remaining_processes
 
 MACHINE = Machine("3.11.2", "Linux", AvailableResources(1024, 10, 8 << 30), None, 1_800_000_000.0, 1_700_000_000.0)
 PLACE = StorageLocation(Path("/a/place"), 100 << 30, 1_000_000, Path("/a"), "ext4")
-TOOL = ProgramStatus("tool", "/bin/tool", "1.2", known="<2", is_known=True, ready=True)
+TOOL = ProgramStatus("tool", "/bin/tool", "1.2", supported="<2", is_supported=True, ready=True)
 NEED = SpaceNeed(1 << 30, 4 << 30, 10_000)
 
 
@@ -34,7 +34,7 @@ def assert_finding(finding: Finding | None, level: Level, *words: str) -> None:
     """Assert the level and text of a finding; every problem has a remedy."""
     assert finding is not None
     assert finding.level is level
-    assert [word for word in words if word not in f"{finding.found} {finding.remedy}"] == []
+    assert [word for word in words if word not in f"{finding.message} {finding.remedy}"] == []
     assert finding.remedy is not None or level is Level.OK
 
 
@@ -82,8 +82,8 @@ def test_file_is_judged(tmp_path: Path) -> None:
         (replace(TOOL, path=None, remedy="get it"), Level.PROBLEM, Level.WARNING, "get it"),
         (replace(TOOL, ready=False, remedy="log in"), Level.PROBLEM, Level.WARNING, "log in"),
         (replace(TOOL, ready=None), Level.OK, Level.OK, "tool 1.2, /bin/tool"),
-        (replace(TOOL, is_known=False), Level.WARNING, Level.WARNING, "<2"),
-        (replace(TOOL, version=None, is_known=None, trouble="it hung"), Level.WARNING, Level.WARNING, "it hung"),
+        (replace(TOOL, is_supported=False), Level.WARNING, Level.WARNING, "<2"),
+        (replace(TOOL, version=None, is_supported=None, trouble="it hung"), Level.WARNING, Level.WARNING, "it hung"),
     ],
 )
 def test_program_is_judged(program: ProgramStatus, used: Level, unused: Level, words: str) -> None:

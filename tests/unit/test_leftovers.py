@@ -52,9 +52,9 @@ def test_worktree_state_is_judged(attempt: int, is_check: bool, held: WorktreeCo
 @pytest.mark.parametrize("status", TaskStatus)
 def test_only_saved_work_of_ended_tasks_is_removed(status: TaskStatus, held: WorktreeContents) -> None:
     """What a resume needs is never removed, and unsaved work only on request."""
-    standing, _ = judge_worktree("run", document(status), held)
-    assert (standing is LeftoverStatus.NEEDED) == (status not in FINAL_STATUSES)
-    assert (standing is LeftoverStatus.LEFT_OVER) == (status in FINAL_STATUSES and held is WorktreeContents.NOTHING)
+    verdict, _ = judge_worktree("run", document(status), held)
+    assert (verdict is LeftoverStatus.NEEDED) == (status not in FINAL_STATUSES)
+    assert (verdict is LeftoverStatus.LEFT_OVER) == (status in FINAL_STATUSES and held is WorktreeContents.NOTHING)
     assert judge_worktree("run", None, held)[0] is LeftoverStatus.KEPT
     assert (judge_orphan(held)[0] is LeftoverStatus.LEFT_OVER) == (held is WorktreeContents.NOTHING)
 

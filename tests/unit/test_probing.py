@@ -154,17 +154,24 @@ def test_output_of_a_failed_command_is_no_version() -> None:
     assert status.trouble == "it ended with exit code 2: no -V, since 3.1"
 
 
-@pytest.mark.parametrize(("known", "is_known"), [(">=2,<3", True), (">=3", False), ("", None), (">=2.1b1", True)])
-def test_version_is_compared_with_the_known_ones(known: str, is_known: bool | None) -> None:
+@pytest.mark.parametrize(
+    ("supported", "is_supported"), [(">=2,<3", True), (">=3", False), ("", None), (">=2.1b1", True)]
+)
+def test_version_is_compared_with_the_supported_ones(supported: str, is_supported: bool | None) -> None:
     """Including pre-releases."""
     answer = CompletedCommand(0, b"tool 2.1rc1", b"")
-    assert judge_program(Program("tool", version=("-V",), known=known), "/bin/tool", answer).is_known is is_known
+    assert (
+        judge_program(Program("tool", version=("-V",), supported=supported), "/bin/tool", answer).is_supported
+        is is_supported
+    )
 
 
 def test_invalid_range_is_reported() -> None:
     """A plugin's mistake is reported and has no other effect."""
-    status = judge_program(Program("tool", version=("-V",), known="two"), "/bin/tool", CompletedCommand(0, b"2.0", b""))
-    assert (status.version, status.is_known) == ("2.0", None)
+    status = judge_program(
+        Program("tool", version=("-V",), supported="two"), "/bin/tool", CompletedCommand(0, b"2.0", b"")
+    )
+    assert (status.version, status.is_supported) == ("2.0", None)
     assert "'two'" in str(status.trouble)
 
 
@@ -193,7 +200,7 @@ def test_readiness_is_an_exit_code_or_a_key(
 async def test_programs_are_found_and_probed(program: MakeProgram, environ: dict[str, str]) -> None:
     """Path, version and login of a program that answers; the remedy for a missing one."""
     path = program("tool", 'case "$1" in --version) echo tool 1.2.3;; status) test -n "$LOGIN";; esac')
-    known = Program("tool", version=("--version",), known="<2", ready=("status",), log_in="log in")
+    known = Program("tool", version=("--version",), supported="<2", ready=("status",), log_in="log in")
     adapters = {
         "in": ProgramAdapter(known, env={"LOGIN": "1"}),
         "out": ProgramAdapter(known),
@@ -202,7 +209,7 @@ async def test_programs_are_found_and_probed(program: MakeProgram, environ: dict
     found = await probe_adapters(adapters, environ)
     assert [one.programs[0].ready for one in found.values()] == [True, False, None]
     first = found["in"].programs[0]
-    assert (first.path, first.version, first.is_known) == (str(path), "1.2.3", True)
+    assert (first.path, first.version, first.is_supported) == (str(path), "1.2.3", True)
     assert found["out"].programs[0].remedy == "log in"
     missing = found["missing"]
     assert (missing.programs[0].path, missing.programs[0].remedy, missing.is_installed) == (None, "get it", False)

@@ -46,7 +46,7 @@ def test_log_is_judged(found: StoreStatistics, growth: LogGrowth, reported: str 
     """Too large, soon too large, or shorter than configured."""
     one = judge_log(found, growth, KEPT)
     assert one.level is (Level.OK if reported is None else Level.WARNING)
-    assert reported is None or reported in one.found
+    assert reported is None or reported in one.message
 
 
 def test_log_without_an_age_is_not_too_short() -> None:
@@ -62,7 +62,7 @@ def test_largest_documents_are_named() -> None:
     large = [(Key("task", str(number)), 2_000_000 - number) for number in range(7)]
     reported = [*judge_documents(StoreStatistics(1, 0, 9, 9, 9, (), large))]
     assert [one.name for one in reported] == [*(f"document task/{number}" for number in range(5)), "documents"]
-    assert reported[-1].found == "2 more are larger than 1MB"
+    assert reported[-1].message == "2 more are larger than 1MB"
     assert [one.level for one in judge_documents(figures())] == [Level.OK]
 
 
@@ -78,8 +78,8 @@ def test_integrity_is_judged() -> None:
     damage = Damage(Path("1.jsonl"), 7, (Key("task", "a"),), "commit 2 is damaged")
     (reported,) = judge_integrity(VerificationReport(3, 10, [damage], [Key("task", "a")]))
     assert reported.level is Level.PROBLEM
-    assert "1.jsonl, byte 7" in reported.found
-    assert "older than they were: task/a" in reported.found
+    assert "1.jsonl, byte 7" in reported.message
+    assert "older than they were: task/a" in reported.message
     assert [one.name for one in judge_integrity(VerificationReport(3, 10, (), (), [Key("task", "b")]))] == [
         "integrity",
         "memory",
@@ -103,5 +103,5 @@ def test_interrupted_runs_are_judged() -> None:
     """With the command to resume the first."""
     assert judge_unfinished_runs([]).level is Level.OK
     reported = judge_unfinished_runs(["r1", "r2"])
-    assert reported.found == "unfinished: r1, r2"
+    assert reported.message == "unfinished: r1, r2"
     assert reported.remedy == "`council resume r1`"

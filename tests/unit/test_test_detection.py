@@ -102,6 +102,17 @@ TREES: list[tuple[dict[str, str], str | None, str | None]] = [
     ({"deno.json": '{"tasks": {"test": "deno test -A"}}'}, "deno task test", None),
     ({"deno.jsonc": "{\n // nothing\n}"}, "deno test", None),
     ({"Package.swift": ""}, "swift test", None),
+    ({"tests/": "", "tests/test_a.py": "import unittest\n"}, "python3 -m unittest discover -s tests", None),
+    ({"test_a.py": "from unittest import TestCase\n"}, "python3 -m unittest discover", None),
+    (
+        {"requirements.txt": "requests\n", "test/": "", "test/test_a.py": "import unittest\n"},
+        ".venv/bin/python -m unittest discover -s test",
+        f"{PIP} -r requirements.txt",
+    ),
+    ({"tests/": "", "tests/test_a.py": "def test_a():\n    pass\n"}, None, None),
+    ({"tests/": "", "tests/helper.py": "import unittest\n"}, None, None),
+    ({"tests/": "", "tests/test_a.py": "import unittest\n", "pytest.ini": ""}, "python3 -m pytest", None),
+    ({"tests/": "", "tests/test_a.py": "import unittest\n", "Cargo.toml": ""}, "cargo test", None),
     ({"go.mod/": ""}, None, None),
     ({"packages/": "", "packages/package.json": SCRIPT}, None, None),
 ]

@@ -26,7 +26,7 @@ def finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
     """Yield each finding as a line, with its remedy on the next one."""
     width = max((len(finding.name) for finding in findings), default=0)
     for finding in findings:
-        yield printable(f"{finding.level:<8} {finding.name:<{width}}  {one_line(finding.found)}")
+        yield printable(f"{finding.level:<8} {finding.name:<{width}}  {one_line(finding.message)}")
         if finding.remedy is not None:
             yield printable(f"{'':<8} {'':<{width}}  → {one_line(finding.remedy)}")
 

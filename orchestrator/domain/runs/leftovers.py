@@ -64,7 +64,7 @@ class Leftover:
 
     kind: LeftoverKind
     place: str
-    standing: LeftoverStatus
+    status: LeftoverStatus
     reason: str
     hub: str | None = None
     """The folder of the internal repositories that it belongs to."""
@@ -141,7 +141,7 @@ def judge_run(
 def is_unchanged(judged: Leftover, now: Leftover) -> bool:
     """Whether an earlier decision about a run's record still applies: it has no new work, though some may be gone."""
     same_end = judged.reason.partition(";")[0] == now.reason.partition(";")[0]
-    return same_end and now.standing in {judged.standing, LeftoverStatus.LEFT_OVER}
+    return same_end and now.status in {judged.status, LeftoverStatus.LEFT_OVER}
 
 
 def is_stale_file(modified: float, now: float) -> bool:

@@ -129,11 +129,11 @@ class OrphanFinder:
             is_over = await self._is_over(run)
         except (GitError, RefusedError):
             branches, is_over = None, run.ended is not None
-        left = [one for one in await self.worktrees(run) if one.standing is not LeftoverStatus.LEFT_OVER]
-        standing, reason = judge_run(
+        left = [one for one in await self.worktrees(run) if one.status is not LeftoverStatus.LEFT_OVER]
+        status, reason = judge_run(
             run.id, ended, branches, len(left), is_over=is_over, include_interrupted=include_interrupted
         )
-        return Leftover(LeftoverKind.RUN, run.id, standing, reason, run.hub, run.id)
+        return Leftover(LeftoverKind.RUN, run.id, status, reason, run.hub, run.id)
 
     async def _is_over(self, run: RunDocument) -> bool:
         """Return True if no task of a run can continue; raise RefusedError if its records are damaged."""
@@ -185,8 +185,8 @@ class OrphanFinder:
         except GitError:
             refs = None
         left = await anyio.to_thread.run_sync(lambda: len(list(hub.sessions.glob("*/*"))))
-        standing, reason = judge_hub(known.name, refs, left)
-        return Leftover(LeftoverKind.HUB, str(hub.root), standing, reason, str(hub.root))
+        status, reason = judge_hub(known.name, refs, left)
+        return Leftover(LeftoverKind.HUB, str(hub.root), status, reason, str(hub.root))
 
     async def unknown_runs(self, hub: Hub) -> list[Leftover]:
         """Return leftovers of runs that no state knows any more; nothing if that can't be proven."""
@@ -252,9 +252,9 @@ async def judge_slot(slot: WorktreeSlot, *, is_ours: bool = False) -> Leftover |
     return None if verdict is None else Leftover(LeftoverKind.SLOT, str(slot.root), *verdict, str(slot.hub.root))
 
 
-def _leftover(worktree: Worktree, standing: LeftoverStatus, reason: str) -> Leftover:
+def _leftover(worktree: Worktree, status: LeftoverStatus, reason: str) -> Leftover:
     place, hub = str(worktree.root), str(worktree.hub.root)
-    return Leftover(LeftoverKind.WORKTREE, place, standing, reason, hub, worktree.run, worktree.task)
+    return Leftover(LeftoverKind.WORKTREE, place, status, reason, hub, worktree.run, worktree.task)
 
 
 def _temporary(path: Path, hub: Hub | None) -> Leftover:

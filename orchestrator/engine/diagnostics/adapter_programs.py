@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import anyio
+
 from orchestrator.config.adapters import make_trial_request
 from orchestrator.domain.sessions.shell_commands import is_in_worktree, make_lookup_command
 from orchestrator.domain.settings.run_settings import AdapterConfig, PathAccess
@@ -29,9 +31,9 @@ async def check_adapter_programs(
 
     `configs` are the entries of `file`, which may not exist.
     """
-    found: list[Finding] = []
+    findings: list[Finding] = []
     if probe.sandbox.kind is SandboxKind.OFF:
-        return found
+        return findings
     for name, adapter in adapters.items():
         command = adapter.command(make_trial_request("task", "prompt"))
         program, env = command.argv[0], tuple(command.pass_env)
@@ -42,16 +44,11 @@ async def check_adapter_programs(
         reach = configured | PathAccess(readable=tuple(map(Path, command.readable)))
         lookup = make_lookup_command(program)
         if lookup not in await probe.find_succeeding([lookup], env, reach):
-            why = probe.explain_missing_program(program, env, reach)
+            why, hidden = probe.explain_missing_program(program, env, reach)
             what = f"program {program!r} is on PATH, but sessions can't see it{why}"
-            remedy = f"{_readable_remedy(name, file)}, or install it elsewhere"
-            found.append(Finding(f"adapter {name}", level, printable_name(what), remedy))
-    return found
-
-
-def _readable_remedy(adapter: str, file: Path | None) -> str:
-    """Return how to make a folder readable for the sessions of an adapter. Blocks."""
-    remedy = f"add its folder to `readable` of the adapter {adapter!r}"
-    if file is not None and file.is_file():
-        return remedy
-    return f"write a council.yaml with `council init` and {remedy} there"
+            remedy = f"add {', '.join(hidden) or 'its folder'} to `readable` of the adapter {name!r}"
+            if file is None or not await anyio.Path(file).is_file():
+                remedy = f"write a council.yaml with `council init` and {remedy} there"
+            remedy = printable_name(f"{remedy}, or install it elsewhere")
+            findings.append(Finding(f"adapter {name}", level, printable_name(what), remedy))
+    return findings

@@ -48,7 +48,7 @@ class Finding:
 
     name: str
     level: Level
-    found: str
+    message: str
     remedy: str | None = None
 
 
@@ -124,8 +124,8 @@ def _judge_program(title: str, program: ProgramStatus, bad: Level) -> Finding:
     found = describe(program)
     if program.ready is False:
         return Finding(title, bad, found, program.remedy)
-    if program.is_known is False:
-        remedy = f"it is made for {program.name} {program.known}: install such a version if this one does not work"
+    if program.is_supported is False:
+        remedy = f"it is made for {program.name} {program.supported}: install such a version if this one does not work"
         return Finding(title, Level.WARNING, found, remedy)
     if program.trouble is not None:
         return Finding(title, Level.WARNING, found, f"try `{program.name}` by hand")

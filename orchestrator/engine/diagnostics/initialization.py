@@ -73,7 +73,7 @@ async def find_usable_tests(ground: InitRepository, environ: Mapping[str, str]) 
     git = Git(None, as_user=True, environ=environ)
     committed = set(split_nul((await git("ls-tree", "-z", "--name-only", ground.base, cwd=ground.top)).stdout))
     top = await anyio.to_thread.run_sync(read_top_level, ground.top)
-    best = detect_tests({name: text for name, text in top.items() if name.rstrip("/") in committed})
+    best = detect_tests({name: text for name, text in top.items() if name.partition("/")[0] in committed})
     if best is None:
         return None
     project = Project(ground.top)

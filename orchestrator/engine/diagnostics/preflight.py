@@ -80,7 +80,7 @@ async def run_preflight(
     probe = await SandboxProbe.open(config.sandbox, site, project, stores, environ)
     if probe is not None:
         hidden = await check_adapter_programs(adapters, config.adapters, config.path, probe, environ)
-        raise_combined_refusal([(one.found, one.remedy or "") for one in hidden], "fix these")
+        raise_combined_refusal([(one.message, one.remedy or "") for one in hidden], "fix these")
     home = council_home(environ)
     if site.repository is not None:
         if site.repository.top is not None and home.is_relative_to(site.repository.top):

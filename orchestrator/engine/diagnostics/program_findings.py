@@ -104,16 +104,17 @@ async def _committed(
 
 
 def _missing_program(command: _Command, name: str, probe: SandboxProbe, top: Path | None) -> Finding:
-    what = f"{_describe_command(command)}: program {name!r} was not found as the sandbox shows the machine"
+    why, hidden = probe.explain_missing_program(name, command.env)
+    what = f"{_describe_command(command)}: program {name!r} was not found as the sandbox shows the machine{why}"
     local = next((one for one in (".venv", "venv", "node_modules/.bin") if _has(top, one, name)), None)
     if local is not None:
         folder = local if local.startswith("node") else f"{local}/bin"
-        remedy = f"create {local.split('/')[0]} by `worktrees.setup`, and write {folder}/{name}: " + _ONLY_COMMITTED
+        remedy = f"create {local.split('/')[0]} by `worktrees.setup`, and write {folder}/{name}: {_ONLY_COMMITTED}"
+    elif hidden:
+        remedy = f"add {', '.join(hidden)} to `readable`, or install it elsewhere"
     else:
         remedy = "install it, or create it by `worktrees.setup` and write its path in the worktree"
-    return Finding(
-        _TITLE, Level.PROBLEM, printable_name(what + probe.explain_missing_program(name, command.env)), remedy
-    )
+    return Finding(_TITLE, Level.PROBLEM, printable_name(what), printable_name(remedy))
 
 
 _ONLY_COMMITTED: Final = "worktrees contain only committed files"

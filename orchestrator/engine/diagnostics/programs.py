@@ -56,9 +56,9 @@ class ProgramStatus:
     path: str | None
     """Its path; None: not on PATH."""
     version: str | None = None
-    known: str = ""
+    supported: str = ""
     """The versions that its adapter supports."""
-    is_known: bool | None = None
+    is_supported: bool | None = None
     """Whether its version is supported."""
     ready: bool | None = None
     """Whether it reports that it is ready: logged in, its server available."""
@@ -234,9 +234,9 @@ def judge_program(
     they were not. `has_key`: one of its `keys` is set. `hide` are secrets that it may have printed.
     """
     if path is None:
-        return ProgramStatus(program.name, None, known=program.known, remedy=program.install)
+        return ProgramStatus(program.name, None, supported=program.supported, remedy=program.install)
     found = read_version(version) if isinstance(version, CompletedCommand) else None
-    is_known, odd = _is_known(found, program.known)
+    is_supported, odd = _is_supported(found, program.supported)
     is_ready = True if has_key else _is_ready(ready)
     troubles = [
         _describe_trouble(version) if found is None else None,
@@ -249,8 +249,8 @@ def judge_program(
         name=program.name,
         path=path,
         version=None if found is None else str(found),
-        known=program.known,
-        is_known=is_known,
+        supported=program.supported,
+        is_supported=is_supported,
         ready=is_ready,
         trouble=None if told is None else Redactor(hide).text(told),
         remedy=log_in if is_ready is False else None,
@@ -278,13 +278,13 @@ def _version(release: str, suffix: str) -> Version:
         return Version(release)
 
 
-def _is_known(version: Version | None, known: str) -> tuple[bool | None, str | None]:
-    if version is None or not known:
+def _is_supported(version: Version | None, supported: str) -> tuple[bool | None, str | None]:
+    if version is None or not supported:
         return None, None
     try:
-        return SpecifierSet(known).contains(version, prereleases=True), None
+        return SpecifierSet(supported).contains(version, prereleases=True), None
     except InvalidSpecifier:
-        return None, f"its adapter has an invalid range of known versions: {known!r}"
+        return None, f"its adapter has an invalid range of supported versions: {supported!r}"
 
 
 def _is_ready(answer: CompletedCommand | str | None) -> bool | None:

@@ -105,8 +105,12 @@ class SandboxProbe:
                 await anyio.to_thread.run_sync(partial(shutil.rmtree, folder, ignore_errors=True))
         return {commands[int(number)] for number in numbers}
 
-    def explain_missing_program(self, program: str, env: Sequence[str] = (), reach: PathAccess = _NO_REACH) -> str:
-        """Describe where a program was searched, and why it may be on the user's PATH nevertheless."""
+    def explain_missing_program(
+        self, program: str, env: Sequence[str] = (), reach: PathAccess = _NO_REACH
+    ) -> tuple[str, list[str]]:
+        """Describe where a program was searched, and return the hidden folders that contain it on the user's PATH."""
         environment = build_base_environment(env, self.environ, Path("/"), {})
-        hint = self.sandbox.explain_missing_program(program, environment, reach)
-        return hint or f": PATH is {environment['PATH']}"
+        hidden = self.sandbox.find_hidden_folders(program, environment, reach)
+        if hidden:
+            return f" ({', '.join(hidden)} is hidden from sessions)", hidden
+        return f": PATH is {environment['PATH']}", []

@@ -21,7 +21,16 @@ _MAX_FILE_SIZE: Final = 1 << 20
 _REQUIREMENTS: Final = re.compile(r"(?:[a-z]+-)?requirements(?:[-_][a-z]+)?\.txt")
 
 TopLevelFiles = Mapping[str, str]
-"""The names at the top of a repository, those of folders ending with a slash, with the contents that were read."""
+"""The names at the top of a repository, those of folders ending with a slash, with the contents that were read.
+
+Test files of Python are included, also those in a folder of tests.
+"""
+
+_TEST_FOLDERS: Final = ("tests/", "test/")
+_PYTHON_TEST: Final = re.compile(r"test[^/]*\.py")
+_IMPORTS_UNITTEST: Final = re.compile(r"^\s*(?:import|from) unittest\b", re.MULTILINE)
+_MAX_TEST_FILES: Final = 50
+"""The largest number of test files that are read in a folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +80,15 @@ def read_top_level(folder: Path) -> dict[str, str]:
     top: dict[str, str] = {}
     for entry in sorted(folder.iterdir()):
         with suppress(OSError):
-            top[f"{entry.name}/" if entry.is_dir() else entry.name] = _read(entry) if _is_read(entry.name) else ""
+            name = f"{entry.name}/" if entry.is_dir() else entry.name
+            is_parsed = name in _PARSED_FILES or _REQUIREMENTS.fullmatch(name) or _PYTHON_TEST.fullmatch(name)
+            top[name] = _read(entry) if is_parsed else ""
+    for folder_name in _TEST_FOLDERS:
+        if folder_name in top:
+            files = sorted((folder / folder_name).glob("test*.py"))[:_MAX_TEST_FILES]
+            with suppress(OSError):
+                top |= {f"{folder_name}{file.name}": _read(file) for file in files}
     return top
-
-
-def _is_read(name: str) -> bool:
-    return name in _PARSED_FILES or bool(_REQUIREMENTS.fullmatch(name))
 
 
 def _read(file: Path) -> str:
@@ -203,6 +215,19 @@ def _python(top: TopLevelFiles) -> RepositoryTests | None:
         environment = next(iter(_python_environments(top)), None)
         python = "python3" if environment is None else f"{_VENV}/python"
         return RepositoryTests(f"{python} manage.py test", "manage.py", environment=environment)
+    return None
+
+
+def _unittest(top: TopLevelFiles) -> RepositoryTests | None:
+    """Return the command that discovers tests of `unittest`, at the top or in a folder."""
+    for folder in ("", *_TEST_FOLDERS):
+        tests = {name: text for name, text in top.items() if re.fullmatch(rf"{folder}test[^/]*\.py", name)}
+        declared_in = next((name for name, text in tests.items() if _IMPORTS_UNITTEST.search(text)), None)
+        if declared_in is not None:
+            environment = next(iter(_python_environments(top)), None)
+            python = "python3" if environment is None else f"{_VENV}/python"
+            start = f" -s {folder.rstrip('/')}" if folder else ""
+            return RepositoryTests(f"{python} -m unittest discover{start}", declared_in, environment=environment)
     return None
 
 
@@ -337,6 +362,7 @@ _RULES: Final[tuple[Callable[[TopLevelFiles], RepositoryTests | None], ...]] = (
     _ruby,
     _deno,
     _single_file_rule("Package.swift", "swift test"),
+    _unittest,
 )
 
 #: The files whose contents are parsed; of other files only the existence counts.

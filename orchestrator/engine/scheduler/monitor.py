@@ -77,5 +77,5 @@ class Monitor:
             if finding.level is Level.OK:
                 self._ledger.writer.forget(StateWarning, finding.name)
             else:
-                warning = StateWarning(about=finding.name, reason=finding.found, remedy=finding.remedy)
+                warning = StateWarning(about=finding.name, reason=finding.message, remedy=finding.remedy)
                 await self._ledger.writer.note_once(warning, finding.name)

@@ -89,16 +89,18 @@ class RunSandbox:
 
     def explain_missing_program(self, program: str, environ: Mapping[str, str], reach: PathAccess) -> str:
         """Return a hint for a program that exists but is hidden from sessions; else an empty string."""
+        hidden = self.find_hidden_folders(program, environ, reach)
+        return f" ({', '.join(hidden)} is hidden from sessions: add it to `readable`)" if hidden else ""
+
+    def find_hidden_folders(self, program: str, environ: Mapping[str, str], reach: PathAccess) -> list[str]:
+        """Return the folders of a program on PATH that are hidden from sessions."""
         found = shutil.which(program, path=environ.get("PATH"))
         if found is None or self.kind is SandboxKind.OFF:
-            return ""
+            return []
         paths = {Path(found).absolute(), Path(found).resolve()}
         allowed = (*self.config.access.writable, *self.config.access.readable, *reach.writable, *reach.readable)
         covered = (*self.hidden, *(map(Path, REPLACED_FOLDERS) if self.kind is SandboxKind.BUBBLEWRAP else ()))
-        hidden = sorted({path.parent for path in paths if _is_in(path, covered) and not _is_in(path, allowed)})
-        if not hidden:
-            return ""
-        return f" ({', '.join(map(str, hidden))} is hidden from sessions: add it to `readable`)"
+        return sorted({str(path.parent) for path in paths if _is_in(path, covered) and not _is_in(path, allowed)})
 
 
 def _is_in(path: Path, folders: Iterable[Path]) -> bool:

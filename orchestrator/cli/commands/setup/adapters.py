@@ -170,8 +170,8 @@ def _programs(status: AdapterStatus) -> Iterator[str]:
         yield f"  {one_line(status.trouble)}"
     for program in status.programs:
         yield f"  {one_line(describe(program))}"
-        if program.is_known is False:
-            yield f"    supported versions: {program.known}"
+        if program.is_supported is False:
+            yield f"    supported versions: {program.supported}"
         if program.remedy is not None:
             yield f"    → {one_line(program.remedy)}"
 

@@ -88,7 +88,7 @@ def clean(
                 *([LeftoverStatus.KEPT] if kept else []),
                 *([LeftoverStatus.READY] if pool else []),
             }
-            going = [one for one in found if one.standing in wanted]
+            going = [one for one in found if one.status in wanted]
             if not as_json:
                 _print_leftovers(context.output, found, going)
             is_wanted = (
@@ -120,12 +120,12 @@ async def _cleaner(log: ErrorLog) -> AsyncIterator[Cleaner]:
 
 
 def _is_kept(one: Leftover) -> bool:
-    return one.standing is LeftoverStatus.KEPT
+    return one.status is LeftoverStatus.KEPT
 
 
 def _print_leftovers(output: Output, found: Sequence[Leftover], going: Sequence[Leftover]) -> None:
     for one in found:
-        if one.standing is not LeftoverStatus.NEEDED and (one.standing is not LeftoverStatus.READY or one in going):
+        if one.status is not LeftoverStatus.NEEDED and (one.status is not LeftoverStatus.READY or one in going):
             size = "" if one.kind is LeftoverKind.REFS else format_size_short(one.bytes)
             stays = "" if one in going else "kept: "
             output.text(printable(f"{size:>7}  {one.kind:<9}  {one.place}: {stays}{one.reason}") + "\n")
@@ -138,9 +138,9 @@ def _summary(found: Sequence[Leftover], going: Sequence[Leftover]) -> Iterator[s
         yield "no leftovers to remove"
     if stays := [one for one in found if _is_kept(one) and one not in going]:
         yield f"{_total(stays)} with work that may exist nowhere else: --kept removes {_pronoun(stays)}"
-    if ready := [one for one in found if one.standing is LeftoverStatus.READY and one not in going]:
+    if ready := [one for one in found if one.status is LeftoverStatus.READY and one not in going]:
         yield f"{_total(ready)} ready for the next run: --pool removes {_pronoun(ready)}"
-    needed = [one for one in found if one.standing is LeftoverStatus.NEEDED]
+    needed = [one for one in found if one.status is LeftoverStatus.NEEDED]
     for run in dict.fromkeys(one.run for one in needed):
         yield f"{_total([one for one in needed if one.run == run])} needed by `council resume {run}`"
 
