@@ -110,11 +110,8 @@ async def record_run(
     for task in ("models", "api"):
         clock.advance(5)
         attempt = Attempt(number=1, adapter="fixer", base=OLD_COMMIT, started=clock.now())
-        assert (
-            await ledger.start(
-                task, TaskUpdate(Trigger.START, TaskStarted(base=OLD_COMMIT, adapter="fixer"), {"attempts": (attempt,)})
-            )
-            is None
+        assert await ledger.start(
+            task, TaskUpdate(Trigger.START, TaskStarted(base=OLD_COMMIT, adapter="fixer"), {"attempts": (attempt,)})
         )
     clock.advance(30)
     failed = TaskRetrying(outcome="crashed", reason="it ended with 1", branch=None, retry_in=2.0)
@@ -136,11 +133,8 @@ async def record_run(
     clock.advance(1)
     again = Attempt(number=2, adapter="fixer", base=NEW_COMMIT, started=clock.now())
     attempts = (*ledger.task("api").attempts, again)
-    assert (
-        await ledger.start(
-            "api", TaskUpdate(Trigger.START, TaskStarted(base=NEW_COMMIT, adapter="fixer"), {"attempts": attempts})
-        )
-        is None
+    assert await ledger.start(
+        "api", TaskUpdate(Trigger.START, TaskStarted(base=NEW_COMMIT, adapter="fixer"), {"attempts": attempts})
     )
     clock.advance(9)
     await ledger.note(RunPaused(reason="memory is short", retry_in=5.0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -59,21 +59,6 @@ from orchestrator.system.clock import Clock
 
 
 @dataclass(frozen=True, slots=True)
-class RunRefs:
-    """Names of an orchestrator's private refs.
-
-    Concurrent fetches into one ref would both fail.
-    """
-
-    run: str
-    suffix: str
-
-    def __call__(self, name: str) -> str:
-        """Return the full ref for a name."""
-        return internal_ref_name(self.run, f"{name}{self.suffix}")
-
-
-@dataclass(frozen=True, slots=True)
 class RunContext:
     """The resources of an open run.
 
@@ -90,7 +75,8 @@ class RunContext:
     tools: SessionResources
     worktrees: WorktreeSettings
     accounting: Accounting
-    refs: RunRefs
+    refs: Callable[[str], str]
+    """Returns the full ref for a name; each orchestrator has its own refs: concurrent fetches into one would fail."""
     registry: OwnershipRegistry
     """Path ownership on the target."""
     mcp_servers: tuple[McpServer, ...] = ()
@@ -189,7 +175,11 @@ async def open_run_context(
     site = await find_run_repository(run.repo, is_url=run.is_url, environ=environ)
     git = Git(hub.trusted, keep_fds=tuple(lock_fds), environ=environ)
     source = site.source(git)
-    refs = RunRefs(run.id, "" if worker is None else f"-{worker}")
+    suffix = "" if worker is None else f"-{worker}"
+
+    def refs(name: str) -> str:
+        return internal_ref_name(run.id, f"{name}{suffix}")
+
     target = Target(
         hub,
         git,

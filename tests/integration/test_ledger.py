@@ -16,11 +16,10 @@ from orchestrator.domain.events.tasks import TaskFailed, TaskLanded, TaskLanding
 from orchestrator.domain.runs.model import AdapterDocument, Attempt
 from orchestrator.domain.runs.statuses import TaskStatus, Trigger
 from orchestrator.domain.scheduling.claims import Role
-from orchestrator.domain.scheduling.path_ownership import OwnershipConflict as OwnedBy
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.engine.scheduler.requests import cancel_task, retry_task
 from orchestrator.engine.state.change_feed import follow_changes
-from orchestrator.engine.state.ledger import Ledger, OutdatedBase, TaskMoved
+from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.records import record_new_run, run_key, spec_key, task_key
 from orchestrator.engine.state.run_state import AdapterUpdate
 from orchestrator.engine.state.transitions import TaskUpdate
@@ -35,8 +34,8 @@ from orchestrator.testing.clock import ManualClock
 from tests.recorded_run import NEW_COMMIT, OLD_COMMIT, make_orchestrators, run_document, task_spec
 
 
-async def start(ledger: Ledger, task: str) -> ClaimHolder | OwnedBy | OutdatedBase | TaskMoved | None:
-    """Record the first attempt of a task."""
+async def start(ledger: Ledger, task: str) -> bool:
+    """Record the first attempt of a task; return False if it can't start."""
     attempt = Attempt(number=1, adapter="fixer", base=OLD_COMMIT, started=0.0)
     started = TaskStarted(base=OLD_COMMIT, adapter="fixer")
     return await ledger.start(task, TaskUpdate(Trigger.START, started, {"attempts": (attempt,)}))
@@ -148,7 +147,7 @@ async def test_ended_task_is_not_claimed(tmp_path: Path) -> None:
     clock = ManualClock()
     store = MemoryStore(clock)
     ours, theirs = await two_ledgers(store, clock, tmp_path)
-    assert await start(theirs, "models") is None
+    assert await start(theirs, "models")
     assert await ours.tasks.refresh("models")
     await theirs.change("models", Trigger.FAIL, TaskFailed(), reason="theirs")
     before = await store.position()
@@ -161,10 +160,9 @@ async def test_task_tried_by_another_is_not_started(tmp_path: Path, trigger: Tri
     """The stale record does not know the other attempt and would reuse its number."""
     clock = ManualClock()
     ours, theirs = await two_ledgers(MemoryStore(clock), clock, tmp_path)
-    assert await start(theirs, "models") is None
+    assert await start(theirs, "models")
     await theirs.change("models", trigger, trigger.event(), reason="theirs")
-    status = theirs.task("models").status
-    assert await start(ours, "models") == TaskMoved(status)
+    assert not await start(ours, "models")
     assert ours.task("models") == theirs.task("models")
 
 
@@ -192,7 +190,7 @@ async def test_task_just_started_by_another_is_cancelled(tmp_path: Path) -> None
     """It was pending when last read: the leader takes it, and the new owner is notified when it continues."""
     clock = ManualClock()
     ours, theirs = await leader_and_worker(MemoryStore(clock), clock, tmp_path)
-    assert await start(theirs, "models") is None
+    assert await start(theirs, "models")
     assert await cancel_task(ours, "models")
     assert ours.task("models").status is TaskStatus.CANCELLED
     assert ours.claims is not None
@@ -207,7 +205,7 @@ async def test_task_just_started_by_another_is_cancelled(tmp_path: Path) -> None
 async def test_task_just_released_by_another_is_cancelled(tmp_path: Path) -> None:
     clock = ManualClock()
     ours, theirs = await leader_and_worker(MemoryStore(clock), clock, tmp_path)
-    assert await start(theirs, "models") is None
+    assert await start(theirs, "models")
     await ours.tasks.refresh("models")
     await theirs.change("models", Trigger.RETRY, TaskRetrying())
     assert await cancel_task(ours, "models")
@@ -219,7 +217,7 @@ async def test_task_being_landed_by_another_is_not_cancelled(tmp_path: Path, see
     """A started landing completes, even if the task was still running when last read."""
     clock = ManualClock()
     ours, theirs = await leader_and_worker(MemoryStore(clock), clock, tmp_path)
-    assert await start(theirs, "models") is None
+    assert await start(theirs, "models")
     await ours.tasks.refresh("models")
     await theirs.change("models", Trigger.BUILD, TaskQueued(), commit=NEW_COMMIT)
     await theirs.change("models", Trigger.INTEND, TaskLanding(old=OLD_COMMIT, new=NEW_COMMIT))
@@ -234,7 +232,7 @@ async def test_task_being_landed_by_another_is_not_cancelled(tmp_path: Path, see
 async def test_task_found_landed_by_another_is_not_retried(tmp_path: Path) -> None:
     clock = ManualClock()
     ours, theirs = await leader_and_worker(MemoryStore(clock), clock, tmp_path)
-    assert await start(ours, "models") is None
+    assert await start(ours, "models")
     await ours.change("models", Trigger.FAIL, TaskFailed())
     await theirs.tasks.refresh("models")
     await theirs.change("models", Trigger.ADOPT, TaskLanded(landed=NEW_COMMIT), landed=NEW_COMMIT)
@@ -317,8 +315,7 @@ async def test_leader_takes_a_claim_that_a_worker_has_not_started(tmp_path: Path
     assert ours.orchestrators.me.role is role
     assert worker.claims is not None
     assert not isinstance(await worker.claims.claim("models"), ClaimHolder)
-    found = await start(ours, "models")
-    assert isinstance(found, ClaimHolder) == is_theirs
+    assert await start(ours, "models") == (not is_theirs)
     assert (ours.task("models").status is TaskStatus.RUNNING) == (not is_theirs)
 
 

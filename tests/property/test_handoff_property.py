@@ -5,23 +5,31 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import anyio
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.domain.documents.json_values import compute_digest, encode_canonical, find_json_error, parse_object
-from orchestrator.domain.runs.phases import PHASE_TRANSITIONS, PhaseRecord, PhaseTrigger, advance_phase
-from orchestrator.domain.settings.phase_settings import Phase
-from orchestrator.domain.workflow.handoff_kinds import HANDOFF_KINDS
-from orchestrator.domain.workflow.handoffs import acknowledge, find_last_json_block, is_intact, make_handoff
-from orchestrator.domain.workflow.phase_context import (
-    build_phase_context,
-    chain_contexts,
-    get_phase_needs,
-    select_values,
+from orchestrator.domain.documents.json_values import (
+    compute_digest,
+    encode_canonical,
+    find_json_error,
+    is_empty_value,
+    parse_object,
 )
+from orchestrator.domain.runs.phases import PHASE_TRANSITIONS, PhaseRecord, PhaseStatus, PhaseTrigger, advance_phase
+from orchestrator.domain.security.secrets import Redactor
+from orchestrator.domain.settings.phase_settings import Phase
+from orchestrator.domain.workflow.handoff_kinds import HANDOFF_KINDS, CheckResult, HandoffKind
+from orchestrator.domain.workflow.handoffs import Handoff, acknowledge, find_last_json_block, is_intact, make_handoff
+from orchestrator.domain.workflow.phase_context import get_phase_needs, select_values
+from orchestrator.domain.workflow.routing import Workflow
 from orchestrator.domain.workflow.violations import HandoffFacts
+from orchestrator.engine.phases.values import collect_phase_values
+from orchestrator.engine.session_api.shared_values import SharedValues
 from orchestrator.errors import InvalidTransition
+from orchestrator.state.stores.memory import MemoryStore
+from orchestrator.testing.clock import ManualClock
 
 #: Characters of one to four bytes, and those special to JSON or fences.
 TEXT = st.text(st.sampled_from('aB1é€😀 \n\t`~"\\{}[]:,'), max_size=12)
@@ -53,22 +61,34 @@ def workflows(draw: st.DrawFn) -> list[Phase]:
 
 
 @given(workflows(), CONTEXTS, st.data())
-def test_chain_passes_on_produced_values_only(
+def test_phase_gets_the_newest_value_of_each_name(
     phases: list[Phase], inherited: dict[str, Any], data: st.DataObject
 ) -> None:
-    """Each phase gets the newest earlier value of each name, and its own values first."""
-    produced = {phase.name: data.draw(CONTEXTS) for phase in phases if data.draw(st.booleans())}
-    chain = chain_contexts(phases, inherited, produced)
-    assert [one.phase for one in chain] == [phase.name for phase in phases]
-    known = dict(inherited)
-    for place, (phase, context) in enumerate(zip(phases, chain, strict=True)):
-        assert context.inherited == known
-        assert context.known() == {**known, **phase.context}
-        known.update(produced.get(phase.name, {}))
-        assert context.complete() == {**context.known(), **produced.get(phase.name, {})}
-        begun = build_phase_context(phase, phases[:place], inherited, produced)
-        assert (begun.known(), begun.produced) == (context.known(), {})
-    assert chain[-1].to_next_phase() == known
+    """Its own values come first, then those of later phases; an empty value replaces none."""
+    done, handoffs, known = dict[str, PhaseRecord](), dict[str, tuple[int, Handoff]](), dict(inherited)
+    for number, phase in enumerate(phases[:-1], 1):
+        produced = data.draw(CONTEXTS)
+        fields: dict[str, Any] = {
+            "kind": phase.name,
+            "protocol": "direct",
+            "phase": phase.name,
+            "time": 0.0,
+            "by": "file",
+        }
+        handoff = make_handoff("run", "task", number, produced, **fields)
+        handoffs[handoff.id] = (1, handoff)
+        done[phase.name] = PhaseRecord(phase=phase.name, status=PhaseStatus.COMPLETED, handoff=handoff.id)
+        known |= {key: value for key, value in produced.items() if key not in known or not is_empty_value(value)}
+    clock = ManualClock()
+    shared = SharedValues(MemoryStore(clock), clock, Redactor(()), "run")
+    workflow = Workflow(phases)
+    found = anyio.run(collect_phase_values, workflow, phases[-1], inherited, done, handoffs, plain_kind, shared)
+    assert found.known == {**known, **phases[-1].context}
+
+
+def plain_kind(phase: Phase) -> HandoffKind:
+    """Return a kind that exports all values of a handoff."""
+    return HandoffKind(phase.name, dict, lambda data, _: CheckResult(data), dict)
 
 
 @given(NAMES, st.none() | st.sampled_from(sorted(HANDOFF_KINDS)), st.none() | st.lists(NAMES).map(tuple))

@@ -103,12 +103,12 @@ async def create_merge_run(context: ProjectContext, run: str) -> str:
         await delete_run_refs(hub, name, environ)
         raise NothingToMerge(f"{base!r} has all of {document.target!r} already", "there is nothing to merge")
     specs = [*(await read_specs(context.store, run, document.tasks)).values()]
-    built = build_merge_run(
+    merge, spec, task = build_merge_run(
         document, specs, name, commit=commit, branch=branch, start=start, now=context.clock.now(),
         common=await git.line("merge-base", commit, start),
     )  # fmt: skip
     await git("update-ref", f"refs/heads/{branch}", commit)
-    await record_new_run(context.store, built.run, {MERGE_TASK: built.spec}, {MERGE_TASK: built.task})
+    await record_new_run(context.store, merge, {MERGE_TASK: spec}, {MERGE_TASK: task})
     return name
 
 

@@ -7,11 +7,12 @@ of fields. Required fields stay required.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
+from orchestrator.domain.scheduling.cycles import find_cycles
 from orchestrator.domain.workflow.violations import HandoffFacts, Violation
 
 #: Limits of a handoff: characters per text, and items per list or mapping.
@@ -349,9 +350,8 @@ def check_plan(plan: Plan, _facts: HandoffFacts) -> Iterable[Violation]:
                 if name not in known:
                     remedy = "name only tasks of the plan here, and everything else under `resources`"
                     yield _unknown(f"dependencies.{key[:200]}", name, remedy)
-    cycle = _find_cycle(collect_needs(plan))
-    if cycle:
-        what = f"dependency cycle: {' → '.join(cycle)}"
+    for cycle in find_cycles(collect_needs(plan))[:1]:
+        what = f"dependency cycle: {' → '.join([*cycle, cycle[0]])}"
         yield Violation("plan.circle", "tasks", what, "remove one of these dependencies")
 
 
@@ -367,22 +367,6 @@ def collect_needs(plan: Plan) -> dict[str, tuple[str, ...]]:
             if key in needs:
                 needs[key] |= dict.fromkeys(name for name in map(str, parse_names(value)) if name in needs)
     return {name: tuple(one) for name, one in needs.items()}
-
-
-def _find_cycle(needs: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return a cycle of tasks, with the first one repeated at the end; empty if there is none."""
-    left = {name: {need for need in of if need in needs} for name, of in needs.items()}
-    while free := [name for name, of in left.items() if not of]:
-        for name in free:
-            del left[name]
-        for of in left.values():
-            of.difference_update(free)
-    if not left:
-        return []
-    path = [min(left)]
-    while path.count(path[-1]) == 1:
-        path.append(min(left[path[-1]]))
-    return path[path.index(path[-1]) :]
 
 
 def check_build(build: Build, facts: HandoffFacts) -> Iterable[Violation]:

@@ -1,62 +1,14 @@
-"""Context of a phase: inherited, local and produced values, and the selection that its session gets."""
+"""Select the values that the session of a phase gets."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestrator.domain.documents.json_values import encode_canonical
 from orchestrator.domain.runs.phases import GivenValues
 from orchestrator.domain.settings.phase_settings import Phase
 from orchestrator.domain.workflow.handoff_kinds import PHASE_NEEDS, HandoffKind, kind_from_schema
-
-
-@dataclass(frozen=True, slots=True)
-class PhaseContext:
-    """The named values of one phase."""
-
-    phase: str
-    inherited: Mapping[str, Any] = field(default_factory=dict)
-    """Values from the config file and from earlier phases."""
-    local: Mapping[str, Any] = field(default_factory=dict)
-    """Values for this phase only."""
-    produced: Mapping[str, Any] = field(default_factory=dict)
-    """Values that it produced."""
-
-    def known(self) -> dict[str, Any]:
-        """Return all input values; local values override inherited ones."""
-        return {**self.inherited, **self.local}
-
-    def complete(self) -> dict[str, Any]:
-        """Return all values; produced values override local ones, and these override inherited ones."""
-        return {**self.known(), **self.produced}
-
-    def to_next_phase(self) -> dict[str, Any]:
-        """Return the values that the next phase inherits: all except local ones."""
-        return {**self.inherited, **self.produced}
-
-
-def chain_contexts(
-    phases: Iterable[Phase], inherited: Mapping[str, Any], produced: Mapping[str, Mapping[str, Any]]
-) -> list[PhaseContext]:
-    """Return the contexts of phases in order, each inheriting from the previous one.
-
-    `produced` has the exported values of handoffs by phase; a missing phase adds nothing.
-    """
-    chain: list[PhaseContext] = []
-    known = dict(inherited)
-    for phase in phases:
-        chain.append(PhaseContext(phase.name, known, phase.context, produced.get(phase.name, {})))
-        known = chain[-1].to_next_phase()
-    return chain
-
-
-def build_phase_context(
-    phase: Phase, before: Sequence[Phase], inherited: Mapping[str, Any], produced: Mapping[str, Mapping[str, Any]]
-) -> PhaseContext:
-    """Return the context of a starting phase, given the phases before it."""
-    return chain_contexts([*before, phase], inherited, {each.name: produced.get(each.name, {}) for each in before})[-1]
 
 
 def get_handoff_kind(phase: Phase, kinds: Mapping[str, HandoffKind]) -> HandoffKind | None:

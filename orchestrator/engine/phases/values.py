@@ -12,7 +12,6 @@ from orchestrator.domain.settings.phase_settings import Phase
 from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.domain.workflow.handoff_kinds import HandoffKind, kind_from_schema
 from orchestrator.domain.workflow.handoffs import Handoff, get_payload, is_intact
-from orchestrator.domain.workflow.phase_context import PhaseContext, build_phase_context
 from orchestrator.domain.workflow.routing import Workflow, completed_visits
 from orchestrator.domain.workflow.violations import HandoffFacts
 from orchestrator.engine.session_api.shared_values import SharedValues
@@ -27,18 +26,14 @@ MEDIATION_INSTRUCTIONS: Final = "handoff_instructions"
 class PhaseValues:
     """The values of a phase by name, and the handoffs that they come from."""
 
-    context: PhaseContext
+    known: Mapping[str, Any]
+    """All available values: those of the task, those that earlier phases added, and those of the phase itself."""
     produced: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """The values that each earlier phase added."""
     handoffs: Mapping[str, tuple[int, Handoff]] = field(default_factory=dict)
     """The handoff of each earlier phase, with its document version."""
     results: Mapping[str, Any] = field(default_factory=dict)
     """The result of each earlier phase, as later phases see it."""
-
-    @property
-    def known(self) -> dict[str, Any]:
-        """All available values."""
-        return self.context.complete()
 
     def wanted(self, phase: Phase, needs: Sequence[str] | None) -> Sequence[str] | None:
         """Return the names of the values that a phase receives: its needs, and all data mediated for it."""
@@ -62,8 +57,7 @@ class PhaseValues:
 
     def with_produced(self, added: Mapping[str, Any], phase: str, result: Mapping[str, Any]) -> PhaseValues:
         """Return the values including those that the phase itself added, for later phases."""
-        context = replace(self.context, produced=added)
-        return replace(self, context=context, results={**self.results, phase: result})
+        return replace(self, known={**self.known, **added}, results={**self.results, phase: result})
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +98,7 @@ async def collect_phase_values(
 ) -> PhaseValues:
     """Return the values of a phase; `done` are its completed earlier visits, `handoffs` all of the task by id."""
     produced: dict[str, Mapping[str, Any]] = {}
-    known = set(inherited)
+    known = dict(inherited)
     results: dict[str, Any] = {}
     by_phase: dict[str, tuple[int, Handoff]] = {}
     # Shared data must not change after a person has approved it.
@@ -135,9 +129,8 @@ async def collect_phase_values(
             added[MEDIATION_INSTRUCTIONS] = mediation.instructions
         # An empty value does not replace a known one.
         produced[name] = {key: value for key, value in added.items() if key not in known or not is_empty_value(value)}
-        known |= produced[name].keys()
-    context = build_phase_context(phase, workflow.before(phase.name), inherited, produced)
-    return PhaseValues(context, produced, by_phase, results)
+        known |= produced[name]
+    return PhaseValues({**known, **phase.context}, produced, by_phase, results)
 
 
 async def _latest_shared_data(handoff: Handoff, kind: HandoffKind, shared_values: SharedValues) -> dict[str, Any]:

@@ -31,8 +31,7 @@ from orchestrator.engine.scheduler.active_attempts import ActiveAttempt, Attempt
 from orchestrator.engine.scheduler.attempt_results import AttemptRecorder, end_events
 from orchestrator.engine.scheduler.budgets import Budgets
 from orchestrator.engine.session_api.details import SessionWorkspace
-from orchestrator.engine.state.ledger import Ledger, OutdatedBase
-from orchestrator.engine.state.transitions import TaskUpdate
+from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import ClaimLost
 from orchestrator.protocols import Capability, Guard, Write
 from orchestrator.repo.intake.diffs import diff_commits_bounded
@@ -159,7 +158,7 @@ class AttemptRunner:
                 event=update.event.replace(reason=_RESTART_REASON),
                 changes={**update.changes, "start": None, "base": None, "feedback": None},
             )
-        return await self.ledger.start(active.task, update, partial(self._paths, active)) is None
+        return await self.ledger.start(active.task, update, partial(self._paths, active))
 
     async def _run(self, active: ActiveAttempt) -> SessionResult:
         """Run the session of an attempt within its budget, with the session API served."""
@@ -202,22 +201,20 @@ class AttemptRunner:
             return None
         return format_notes(await self.context.session_service.notes.find_relevant(task, spec.owns))
 
-    async def _paths(self, active: ActiveAttempt, claim: Guard) -> Sequence[Write] | OwnershipConflict | OutdatedBase:
-        """Return the writes that claim the paths of a task.
-
-        `claim` is the guard of the task claim that is about to be taken.
-        """
+    async def _paths(self, active: ActiveAttempt, claim: Guard) -> Sequence[Write] | None:
+        """Return the writes that claim the paths of a task under `claim`; None if it can't start from its base."""
         owns = active.spec.owns
         if not owns:
             return []
         orchestrator = self.ledger.orchestrators.me.id
         planned = await self.context.registry.plan(active.name, owns, orchestrator=orchestrator, claim=claim)
         # The previous owner may have landed since the start point was read; from now on no other task can.
-        if isinstance(planned, OwnershipConflict) or not active.next_phase.is_newest:
-            return planned
-        if not await self.base_selector.is_outdated(owns, active.session.assignment.base):
-            return planned
-        return OutdatedBase()
+        base = active.session.assignment.base
+        if isinstance(planned, OwnershipConflict) or (
+            active.next_phase.is_newest and await self.base_selector.is_outdated(owns, base)
+        ):
+            return None
+        return planned
 
     def _apply_budget(self, active: ActiveAttempt, finished: SessionResult) -> SessionResult:
         """Return the result of a session.
@@ -231,16 +228,6 @@ class AttemptRunner:
             return finished
         active.is_budget_exhausted = reached.scope == "task"
         return replace(finished, outcome=reached.outcome)
-
-    async def finish(self, task: str, update: TaskUpdate) -> bool:
-        """Finish a task that needs no further session: queue its work to land, or mark it done.
-
-        Return False if another orchestrator owns the task.
-        """
-        if await self.ledger.start(task, update) is not None:
-            return False
-        failpoint("phase.finished")
-        return True
 
 
 def _conversation(document: TaskDocument, number: int | None, adapter: str) -> Conversation | None:

@@ -32,9 +32,11 @@ from orchestrator.engine.scheduler.peers import PeerSync
 from orchestrator.engine.scheduler.preparation import AttemptPreparer
 from orchestrator.engine.scheduler.requests import cancel_task
 from orchestrator.engine.state.ledger import Ledger
+from orchestrator.engine.state.transitions import TaskUpdate
 from orchestrator.errors import GitError
 from orchestrator.repo.worktrees.pool import SlotPool
 from orchestrator.system import process
+from orchestrator.system.failpoints import failpoint
 
 #: How long no session starts after a resource shortage.
 SHORTAGE_BACKOFF = Backoff(initial=1.0, factor=2.0, max=30.0, jitter=False)
@@ -72,9 +74,7 @@ class Scheduler:
         self._landings = LandingLoop(ledger, context, self._local, capacity)
         recorder = AttemptRecorder(ledger, context, pool, self._base_checks, phase_handlers)
         self._attempts = AttemptRunner(ledger, context, pool, budgets, base_selector, phase_handlers, recorder)
-        self._preparer = AttemptPreparer(
-            ledger, self._local, budgets, phase_handlers.starter, base_selector, self._attempts, self._apply_end
-        )
+        self._preparer = AttemptPreparer(self._local, self._attempts)
         self._peers = PeerSync(ledger, context, pool, self._local, budgets, self._halt, lambda: self._is_start_blocked)
         self._only_lands = False
         self._shortages = 0
@@ -181,12 +181,14 @@ class Scheduler:
         starts = choose_tasks(self._board, await self._free(now), now)
         tips: dict[bool, str] = {}
         for task in starts:
-            attempt = await self._preparer.prepare(task, tips)
+            prepared = await self._preparer.prepare(task, tips)
+            if isinstance(prepared, TaskUpdate):
+                await self._finish(task, prepared)
             if self._is_start_blocked:  # it changed while the start point was read
                 return
-            if attempt is not None:
-                self._local.active_attempts[task] = attempt
-                group.start_soon(self._attempt, attempt)
+            if isinstance(prepared, ActiveAttempt):
+                self._local.active_attempts[task] = prepared
+                group.start_soon(self._attempt, prepared)
         await self._note_waiting()
 
     async def _note_waiting(self) -> None:
@@ -255,6 +257,13 @@ class Scheduler:
             self._local.update_adapter(attempt.adapter, end.adapter)
         await self._apply_end(attempt.task, end)
         self._local.wake()
+
+    async def _finish(self, task: str, update: TaskUpdate) -> None:
+        """Finish a task that needs no further session."""
+        if is_ours := await self._ledger.start(task, update):
+            failpoint("phase.finished")
+        await self._apply_end(task, AttemptEnd() if is_ours else None)
+        self._local.wake()  # dependent tasks may start
 
     async def _apply_end(self, task: str, end: AttemptEnd | None) -> None:
         """Apply the end of an attempt, and the state that its task has now: a request may have changed it since.

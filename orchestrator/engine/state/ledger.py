@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.domain.events.base import RunEvent, TaskEvent
 from orchestrator.domain.events.runs import RunJoined
 from orchestrator.domain.runs.model import RunDocument, TaskDocument
 from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, TRANSITIONS, TaskStatus, Trigger
-from orchestrator.domain.scheduling.path_ownership import OwnershipConflict
 from orchestrator.engine.state.records import new_task_writes, parse_entry, run_key, task_key
 from orchestrator.engine.state.run_state import AdapterStates, RunState
 from orchestrator.engine.state.tasks import LoadedRun, TaskDefinitions, TaskTable, load_run
@@ -29,22 +28,8 @@ from orchestrator.system.failpoints import failpoint
 if TYPE_CHECKING:
     from orchestrator.domain.security.secrets import Redactor
 
-#: Additional writes of a commit that starts an attempt, or the obstacle to it.
-ClaimPlan = Awaitable["Sequence[Write] | OwnershipConflict | OutdatedBase"]
-
-
-class OutdatedBase(NamedTuple):
-    """The base of a prepared attempt is no longer the newest commit."""
-
-
-class TaskMoved(NamedTuple):
-    """Another orchestrator or a person has moved the task in the meantime."""
-
-    status: TaskStatus
-
-
-#: Why a task cannot start.
-StartObstacle = ClaimHolder | OwnershipConflict | OutdatedBase | TaskMoved
+#: Given the guard of the claim on a task, plans more writes of the commit that starts it; None if it can't start now.
+StartPlan = Callable[[Guard], Awaitable["Sequence[Write] | None"]]
 
 
 class Ledger:
@@ -190,35 +175,28 @@ class Ledger:
                 self.tasks.add(task, 1, TaskDocument(), parse_entry(spec.model_dump(mode="json")))
         self.run_state.adopt(after)
 
-    async def start(
-        self, task: str, update: TaskUpdate, also: Callable[[Guard], ClaimPlan] | None = None
-    ) -> StartObstacle | None:
+    async def start(self, task: str, update: TaskUpdate, also: StartPlan | None = None) -> bool:
         """Claim a task and record its next attempt in one commit.
 
-        Return the obstacle if that is impossible. `also` plans, given the guard of the claim, further writes or returns
-        what prevents them.
+        Return False if another orchestrator owns the task or has moved it, or if `also` returns None.
         """
         if self.claims is None:
             await self.change_all({task: update})
-            return None
+            return True
         with self.tasks.delay_reports([task]):
             return await self._start(self.claims, task, update, also)
 
-    async def _start(
-        self, claims: Claims, task: str, update: TaskUpdate, also: Callable[[Guard], ClaimPlan] | None
-    ) -> StartObstacle | None:
+    async def _start(self, claims: Claims, task: str, update: TaskUpdate, also: StartPlan | None) -> bool:
         version = self.tasks.version(task)
         while True:
             plan = await claims.plan(task, override=True)  # the task has not started: a worker loses nothing
             if isinstance(plan, ClaimHolder):
                 await self.tasks.refresh(task)
-                return plan
-            extra_writes = [] if also is None else await also(plan.guard)
-            if isinstance(extra_writes, OwnershipConflict | OutdatedBase):
-                return extra_writes
-            status = self.tasks[task].status
-            if self.tasks.version(task) != version or status is not TaskStatus.PENDING:
-                return TaskMoved(status)  # the update was made from an older document
+                return False
+            if (extra_writes := [] if also is None else await also(plan.guard)) is None:
+                return False
+            if self.tasks.version(task) != version or self.tasks[task].status is not TaskStatus.PENDING:
+                return False  # the update was made from an older document
             after, step = self._build_transition(task, update)
             try:
                 await self.writer.commit(Commit([*step.writes, *extra_writes, plan.write], step.events))
@@ -230,7 +208,7 @@ class Ledger:
                 continue
             claims.mark_claimed(task, plan)
             self.tasks.apply_own(task, after)
-            return None
+            return True
 
     async def claim(self, task: str, *, is_asked: bool = False) -> bool:
         """Claim an unclaimed task in its current state; return True if it is ours.

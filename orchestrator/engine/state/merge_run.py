@@ -6,7 +6,7 @@ It has one task, which is already built.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from orchestrator.domain.runs.model import Attempt, RunDocument, TaskDocument
 from orchestrator.domain.runs.statuses import TaskStatus
@@ -16,14 +16,6 @@ if TYPE_CHECKING:
 
 #: Task name of a merge run.
 MERGE_TASK: Final = "merge"
-
-
-class MergeRun(NamedTuple):
-    """The documents of such a run."""
-
-    run: RunDocument
-    spec: TaskSpec
-    task: TaskDocument
 
 
 def build_merge_run(
@@ -36,8 +28,8 @@ def build_merge_run(
     start: str,
     common: str,
     now: float,
-) -> MergeRun:
-    """Return the run `name`, which lands a run's target on its base.
+) -> tuple[RunDocument, TaskSpec, TaskDocument]:
+    """Return the run `name`, which lands a run's target on its base, with the documents of its task.
 
     `commit` is the commit to land, kept by `branch`; `start` is the commit of the base, and `common` the merge base.
     The checks of the run's tasks (`specs`) also check the merge. The task has one attempt: no session follows if the
@@ -78,4 +70,4 @@ def build_merge_run(
         number=1, adapter=first_spec.adapter, base=common, started=now, ended=now, outcome="built", branch=branch
     )
     document = TaskDocument(status=TaskStatus.QUEUED, attempts=(attempt,), commit=commit, branch=branch)
-    return MergeRun(run.model_copy(update=run_changes), first_spec.model_copy(update=task), document)
+    return run.model_copy(update=run_changes), first_spec.model_copy(update=task), document
