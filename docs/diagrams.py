@@ -30,7 +30,7 @@ LAYERS = {
     "foundation": ("system", "domain", "sandbox", "client", "errors"),
 }
 #: Imports between two layers from which on the diagram shows them.
-OFTEN = 20
+OFTEN = 15
 #: Transitions that a task without faults, phases and requests makes.
 MAIN = {Trigger.START, Trigger.BUILD, Trigger.CHECK, Trigger.INTEND, Trigger.LAND}
 #: Triggers that apply in this many statuses are left out; they would hide the rest.

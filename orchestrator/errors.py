@@ -115,7 +115,7 @@ class RunActive(RefusedError):
     def __init__(self, run: str, pid: int, host: str) -> None:
         self.pid, self.host = pid, host
         what = f"run {run} is active in process {pid} on {host}"
-        stop = f"stop it with `kill -INT {pid}`"
+        stop = f"stop it with `kill {pid}`"
         super().__init__(what, f"wait for it to end, {stop}, or join it with `council work {run}`")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 
@@ -16,129 +16,57 @@ from orchestrator.client.commands import SESSION_COMMANDS
 _EXIT_INTERRUPTED = 130
 
 
-class CommandEntry(NamedTuple):
-    """The location of a command, as `module:name`, and its summary; a test compares it with the command's own."""
-
-    place: str
-    help: str
-
-
-#: All commands by section, in the order of `--help`.
-COMMANDS_BY_SECTION: Mapping[str, Mapping[str, CommandEntry]] = {
+#: All commands by section, in the order of `--help`: the location of each in `orchestrator.cli.commands`, as
+#: `module:name`, and its summary; a test compares it with the command's own.
+COMMANDS_BY_SECTION: Mapping[str, Mapping[str, tuple[str, str]]] = {
     "Run": {
-        "run": CommandEntry(
-            "orchestrator.cli.commands.runs.run:run_file", "Run the tasks of a file, or a prompt, and land their work."
-        ),
-        "resume": CommandEntry("orchestrator.cli.commands.runs.run:resume", "Resume an interrupted run."),
-        "merge": CommandEntry(
-            "orchestrator.cli.commands.runs.run:merge",
-            "Land queued work, and merge the run's own branch into its base.",
-        ),
-        "work": CommandEntry("orchestrator.cli.commands.runs.run:work", "Join active runs as an additional worker."),
+        "run": ("runs.run:run_file", "Run the tasks of a file, or a prompt, and land their work."),
+        "resume": ("runs.run:resume", "Resume an interrupted run."),
+        "merge": ("runs.run:merge", "Land queued work, and merge the run's own branch into its base."),
+        "work": ("runs.run:work", "Join active runs as an additional worker."),
     },
     "Set up": {
-        "init": CommandEntry("orchestrator.cli.commands.setup.init:init", "Write a council.yaml for this repository."),
-        "validate": CommandEntry(
-            "orchestrator.cli.commands.setup.validate:validate",
-            "Report every mistake in a file, without running it.",
-        ),
-        "doctor": CommandEntry(
-            "orchestrator.cli.commands.setup.doctor:doctor",
-            "Check that this repository is ready to run, and suggest fixes.",
-        ),
-        "adapters": CommandEntry(
-            "orchestrator.cli.commands.setup.adapters:adapters",
-            "List installed adapters with their programs, versions and logins.",
-        ),
-        "workflow": CommandEntry(
-            "orchestrator.cli.commands.setup.workflow:workflow",
-            "Show workflows, or copy one to edit it.",
-        ),
-        "schema": CommandEntry(
-            "orchestrator.cli.commands.setup.schema:schema", "Print the JSON Schema of the file, for editors."
-        ),
-        "completion": CommandEntry(
-            "orchestrator.cli.commands.setup.completion:completion", "Print a completion script for SHELL."
-        ),
+        "init": ("setup.init:init", "Write a council.yaml for this repository."),
+        "validate": ("setup.validate:validate", "Report every mistake in a file, without running it."),
+        "doctor": ("setup.doctor:doctor", "Check that this repository is ready to run, and suggest fixes."),
+        "adapters": ("setup.adapters:adapters", "List installed adapters with their programs, versions and logins."),
+        "workflow": ("setup.workflow:workflow", "Show workflows, or copy one to edit it."),
+        "schema": ("setup.schema:schema", "Print the JSON Schema of the file, for editors."),
+        "completion": ("setup.completion:completion", "Print a completion script for SHELL."),
     },
     "Inspect": {
-        "status": CommandEntry(
-            "orchestrator.cli.commands.runs.status:status", "Show the state of a run, also as the exit code."
-        ),
-        "show": CommandEntry(
-            "orchestrator.cli.commands.runs.show:show",
-            "Show a task in full: phases, sessions, handoffs, cost, landing.",
-        ),
-        "watch": CommandEntry(
-            "orchestrator.cli.commands.runs.watch:watch",
-            "Show an active run until it ends; Ctrl-C ends only the display.",
-        ),
-        "runs": CommandEntry(
-            "orchestrator.cli.commands.runs.status:runs", "List the runs of this project, oldest first."
-        ),
-        "usage": CommandEntry(
-            "orchestrator.cli.commands.runs.usage:usage", "Show time, tokens and cost of a run, by adapter and by task."
-        ),
-        "logs": CommandEntry("orchestrator.cli.commands.runs.logs:logs", "Show the log of a task's session."),
-        "diff": CommandEntry(
-            "orchestrator.cli.commands.runs.tasks:diff", "Show a task's changes, including those of a running session."
-        ),
-        "check": CommandEntry(
-            "orchestrator.cli.commands.runs.check:check",
-            "Verify a run's workflow records.",
-        ),
-        "state": CommandEntry(
-            "orchestrator.cli.commands.state.state:state",
-            "Inspect and maintain the recorded state, now and in the past.",
-        ),
-        "locks": CommandEntry(
-            "orchestrator.cli.commands.state.locks:locks", "List locks with their holders, times and waiters."
-        ),
-        "where": CommandEntry(
-            "orchestrator.cli.commands.runs.status:where",
-            "Print the locations of the state, the logs and the repositories.",
-        ),
+        "status": ("runs.status:status", "Show the state of a run, also as the exit code."),
+        "show": ("runs.show:show", "Show a task in full: phases, sessions, handoffs, cost, landing."),
+        "watch": ("runs.watch:watch", "Show an active run until it ends; Ctrl-C ends only the display."),
+        "runs": ("runs.status:runs", "List the runs of this project, oldest first."),
+        "usage": ("runs.usage:usage", "Show time, tokens and cost of a run, by adapter and by task."),
+        "logs": ("runs.logs:logs", "Show the log of a task's session."),
+        "diff": ("runs.tasks:diff", "Show a task's changes, including those of a running session."),
+        "check": ("runs.check:check", "Verify a run's workflow records."),
+        "state": ("state.state:state", "Inspect and maintain the recorded state, now and in the past."),
+        "locks": ("state.locks:locks", "List locks with their holders, times and waiters."),
+        "where": ("runs.status:where", "Print the locations of the state, the logs and the repositories."),
     },
     "In a session": {
         **{
-            one.typed[0]: CommandEntry(f"orchestrator.cli.commands.sessions.session:{name}", one.help)
+            one.typed[0]: (f"sessions.session:{name}", one.help)
             for name, one in SESSION_COMMANDS.items()
             if not one.is_for_all
         },
-        "share": CommandEntry(
-            "orchestrator.cli.commands.sessions.share:share",
-            "Share values between the sessions of a run.",
-        ),
-        "mcp": CommandEntry(
-            "orchestrator.cli.commands.sessions.mcp:mcp",
-            "Serve the session commands as Model Context Protocol tools.",
-        ),
+        "share": ("sessions.share:share", "Share values between the sessions of a run."),
+        "mcp": ("sessions.mcp:mcp", "Serve the session commands as Model Context Protocol tools."),
     },
     "Control": {
-        "cancel": CommandEntry(
-            "orchestrator.cli.commands.runs.tasks:cancel", "Cancel tasks; without TASK, all unfinished ones."
-        ),
-        "retry": CommandEntry(
-            "orchestrator.cli.commands.runs.tasks:retry", "Retry terminal tasks that have not landed."
-        ),
-        "approve": CommandEntry(
-            "orchestrator.cli.commands.runs.tasks:approve", "Approve the result of a phase, so that its task continues."
-        ),
-        "reject": CommandEntry(
-            "orchestrator.cli.commands.runs.tasks:reject", "Reject the result of a phase, and repeat the phase."
-        ),
-        "task": CommandEntry("orchestrator.cli.commands.runs.tasks:task", "Exclude tasks from further attempts."),
-        "salvage": CommandEntry("orchestrator.cli.commands.runs.salvage:salvage", "List, apply or drop unmerged work."),
-        "checkpoint": CommandEntry(
-            "orchestrator.cli.commands.state.checkpoint:checkpoint",
-            "Save and restore checkpoints of a run.",
-        ),
-        "clean": CommandEntry(
-            "orchestrator.cli.commands.state.clean:clean", "Remove leftovers of runs that nothing needs."
-        ),
+        "cancel": ("runs.tasks:cancel", "Cancel tasks; without TASK, all unfinished ones."),
+        "retry": ("runs.tasks:retry", "Retry terminal tasks that have not landed."),
+        "approve": ("runs.tasks:approve", "Approve the result of a phase, so that its task continues."),
+        "reject": ("runs.tasks:reject", "Reject the result of a phase, and repeat the phase."),
+        "task": ("runs.tasks:task", "Exclude tasks from further attempts."),
+        "salvage": ("runs.salvage:salvage", "List, apply or drop unmerged work."),
+        "checkpoint": ("state.checkpoint:checkpoint", "Save and restore checkpoints of a run."),
+        "clean": ("state.clean:clean", "Remove leftovers of runs that nothing needs."),
     },
 }
-_ENTRIES = {name: entry for entries in COMMANDS_BY_SECTION.values() for name, entry in entries.items()}
 
 
 class CouncilGroup(LazyGroup):
@@ -164,12 +92,12 @@ class CouncilGroup(LazyGroup):
         """Write the commands under their headings."""
         for heading, entries in COMMANDS_BY_SECTION.items():
             with formatter.section(heading):
-                formatter.write_dl([(name, entry.help) for name, entry in entries.items()])
+                formatter.write_dl([(name, summary) for name, (_, summary) in entries.items()])
 
 
 @click.group(
     cls=CouncilGroup,
-    places={name: entry.place for name, entry in _ENTRIES.items()},
+    locations={name: place for entries in COMMANDS_BY_SECTION.values() for name, (place, _) in entries.items()},
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.version_option(package_name="cli-council", prog_name="council")

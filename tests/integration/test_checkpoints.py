@@ -197,7 +197,7 @@ async def test_active_run_is_restored_only_by_force(repository: Repository) -> N
     refused = repository.council("checkpoint", "restore", "1")
     assert refused.code == 2
     assert "is active in process" in refused.stderr
-    assert f"stop it with `kill -INT {owner.pid}`" in refused.stderr
+    assert f"stop it with `kill {owner.pid}`" in refused.stderr
     assert "--force" in refused.stderr
     position = repository.council("checkpoint", "create", "--json").result["position"]
     forced = repository.council("checkpoint", "restore", "1", "--force", "--json")

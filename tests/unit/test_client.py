@@ -14,6 +14,7 @@ import pytest
 
 from orchestrator.cli.commands.sessions import session as long_way
 from orchestrator.cli.commands.sessions.share import share
+from orchestrator.cli.core.options import wants_json
 from orchestrator.client import hook
 from orchestrator.client.commands import SESSION_COMMANDS
 from orchestrator.client.messages import format_result, strip_control_characters
@@ -66,9 +67,11 @@ def test_fast_and_normal_path_parse_equally(line: str) -> None:
     words = words[len(typed.command.typed) :]
     name = typed.command.name
     command = share.commands[typed.command.typed[-1]] if typed.command.is_for_all else getattr(long_way, name)
-    given = command.make_context(name, words).params
+    context = command.make_context(name, words)
+    with context:
+        assert wants_json() is typed.as_json
+    given = context.params
     given.pop("run", None)
-    assert given.pop("as_json") is typed.as_json
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
     assert {key: value for key, value in plain.items() if value not in (None, [])} == typed.arguments
 

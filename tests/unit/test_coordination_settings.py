@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from adapters.command import CommandAdapter
-from orchestrator.cli.core.options import coordination_options
+from orchestrator.cli.commands.runs.run_options import coordination_options
 from orchestrator.config.coordination import (
     ENVIRONMENT_VARIABLES,
     CoordinationOverrides,

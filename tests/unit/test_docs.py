@@ -60,9 +60,9 @@ def test_commands_page_names_every_command() -> None:
 def test_command_list_matches_the_commands() -> None:
     """The text in `--help` is the first sentence of the command's own help."""
     for name, command in _commands().items():
-        entry = next(entries[name] for entries in COMMANDS_BY_SECTION.values() if name in entries)
+        _, summary = next(entries[name] for entries in COMMANDS_BY_SECTION.values() if name in entries)
         sentence, place = (command.help or "").split("\n\n")[0].replace("\n", " "), "in orchestrator/cli/main.py"
-        assert sentence == entry.help, (
+        assert sentence == summary, (
             f"`council {name}`: use its docstring's first sentence in COMMANDS_BY_SECTION {place}"
         )
         assert command.name == name, f"COMMANDS_BY_SECTION {place} has {command.name!r} as {name!r}"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from orchestrator.cli.core.options import parse_instant
+from orchestrator.cli.commands.state.history import parse_instant
 from orchestrator.state.documents.log_reader import find_newest_until
 
 NOW = 1767323045.0  # 2026-01-02 03:04:05 UTC

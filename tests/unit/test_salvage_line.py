@@ -18,14 +18,14 @@ def test_commit_of_any_time_can_be_listed(committed: int) -> None:
 @pytest.mark.parametrize(
     ("name", "changed", "branch", "reported"),
     [
-        ("build/1", ["a", "b"], None, "changed a, b, not committed\n"),
-        ("build/1", [], None, "no changes\n"),
-        ("build/1", ["mine"], "mine", "created branch mine\n"),
+        ("build/1", ["a", "b"], None, "changed a, b, not committed"),
+        ("build/1", [], None, "no changes"),
+        ("build/1", ["mine"], "mine", "created branch mine"),
         (
             "build/conflict",
             ["mine"],
             "mine",
-            "created branch mine: switch to it, resolve the conflicts, commit, and merge it into the target\n",
+            "created branch mine: switch to it, resolve the conflicts, commit, and merge it into the target",
         ),
     ],
 )

@@ -149,7 +149,7 @@ async def _check_sharing(members: RunMembership) -> None:
     if peer is None:
         return
     what = f"process {peer.owner.pid} on {peer.owner.host} is active in run {members.run}"
-    stop = f"stop it with `kill -INT {peer.owner.pid}`"
+    stop = f"stop it with `kill {peer.owner.pid}`"
     if peer.owner.shares:
         raise RefusedError(what, f"wait for it to end, {stop}, or enable sharing for this process")
     command = f"`{ENVIRONMENT_VARIABLES['enabled']}=true council resume {members.run}`"
@@ -171,7 +171,7 @@ def sharing_disabled_error(run: str, environ: Mapping[str, str], options: Coordi
 
 def run_active_error(run: str, held: LockHeld, *, or_else: str = "") -> RefusedError:
     """Return the error for a run that a process is active in, or has left processes of."""
-    stop = "stop it with SIGINT" if held.pid is None else f"stop it with `kill -INT {held.pid}`"
+    stop = "stop it with SIGTERM" if held.pid is None else f"stop it with `kill {held.pid}`"
     wait = f"wait for its end, which `council watch {run}` shows"
     remedy = ", or ".join(filter(None, (wait, stop, or_else)))
     if not held.owner_lives:

@@ -9,9 +9,10 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import update_wrapper, wraps
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -20,6 +21,7 @@ import click
 from orchestrator.api.council import Council
 from orchestrator.cli.core.completion import complete_runs
 from orchestrator.cli.core.error_boundary import EXIT_INTERNAL_ERROR, EXIT_UNAVAILABLE, ErrorLog, error_boundary
+from orchestrator.cli.core.options import json_option, remember_option, wants_json
 from orchestrator.cli.core.signals import InterruptHandler
 from orchestrator.cli.render.output import Output
 from orchestrator.cli.render.text import printable
@@ -32,24 +34,21 @@ from orchestrator.state.stores.file import require_store
 if TYPE_CHECKING:
     from orchestrator.config.model import RunConfig
     from orchestrator.plugins import Plugins
+    from orchestrator.protocols import JsonObject
     from orchestrator.repo.git.change_counts import Changes
 
-json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print JSON: one event per line, then one result object."
-)
+P = ParamSpec("P")
 CommandT = TypeVar("CommandT", bound=Callable[..., Any] | click.Command)
 
-_RUN = "orchestrator.run"
+_RUN, _STORE, _VERBOSE = (f"orchestrator.{name}" for name in ("run", "store", "verbose"))
+
+
 _HELP_OF_RUN = "The run: its id, the beginning of its id, or latest; default: the newest."
 
 
 def run_option(command: CommandT, words: str = _HELP_OF_RUN) -> CommandT:
     """Add the option `--run` to a command, which gets it as `run`."""
     return click.option("--run", "run", metavar="RUN", help=words, shell_complete=complete_runs)(command)
-
-
-def _store_run_option(context: click.Context, _: click.Parameter, named: str | None) -> None:
-    context.meta[_RUN] = named
 
 
 def _resolve_run(context: click.Context, _: click.Parameter, named: str | None) -> str | None:
@@ -69,24 +68,17 @@ def run_argument(command: CommandT) -> CommandT:
         help="Same as RUN.",
         expose_value=False,
         is_eager=True,
-        callback=_store_run_option,
+        callback=remember_option(_RUN),
         shell_complete=complete_runs,
     )
     return argument(option(command))
-
-
-_STORE = "orchestrator.store"
-
-
-def _store_state_option(context: click.Context, _: click.Parameter, named: str | None) -> None:
-    context.meta[_STORE] = None if named is None else to_store_url(named)
 
 
 store_option = click.option(
     "--state",
     metavar="URL",
     expose_value=False,
-    callback=_store_state_option,
+    callback=remember_option(_STORE),
     help="The store of the state; default: that of COUNCIL_STATE, of the file, or of the project.",
 )
 
@@ -94,18 +86,12 @@ store_option = click.option(
 def store_option_url() -> str | None:
     """Return the URL of the store in `--state`; None if the option is absent."""
     chosen: str | None = click.get_current_context().meta.get(_STORE)
-    return chosen
+    return None if chosen is None else to_store_url(chosen)
 
 
 def explicit_store_url() -> str:
     """Return the URL of the store in `--state`, or else in `COUNCIL_STATE`; empty if both are absent."""
     return store_option_url() or to_store_url(os.environ.get("COUNCIL_STATE", ""))
-
-
-def print_damage(context: CommandContext, damage: Iterable[str]) -> None:
-    """Print the unreadable places in the state log."""
-    for place in damage:
-        context.output.notice(printable(f"The state log is damaged: {place}"))
 
 
 #: New objects after which Python looks for cycles among them.
@@ -119,6 +105,23 @@ class CommandContext:
     output: Output
     log: ErrorLog
     interrupt: InterruptHandler
+
+
+@dataclass(frozen=True, slots=True)
+class CouncilContext(CommandContext):
+    """The context of a command about the project of the current folder."""
+
+    council: Council
+
+    def answer_with_damage(self, to_json: Callable[[], JsonObject], lines: Iterable[str]) -> None:
+        """Print an answer, and the unreadable places in the state log, as found while it was read."""
+        self.output.answer(lambda: {**to_json(), "damage": list(self.council.damage)}, lines)
+        self.print_damage()
+
+    def print_damage(self) -> None:
+        """Print the unreadable places in the state log, for people."""
+        for place in self.council.damage:
+            self.output.notice(printable(f"The state log is damaged: {place}"))
 
 
 @asynccontextmanager
@@ -142,29 +145,23 @@ async def open_council(
 _MAX_COUNTED = 300
 
 
-_VERBOSE = "orchestrator.whole"
-
-
-def _store_verbose_option(context: click.Context, _: click.Parameter, verbose: bool) -> None:
-    context.meta[_VERBOSE] = verbose
-
-
 verbose_option = click.option(
     "-v",
     "--verbose",
     is_flag=True,
     expose_value=False,
-    callback=_store_verbose_option,
+    callback=remember_option(_VERBOSE),
     help="Print all tasks at the end, not only those that need attention.",
 )
 
 
-async def show_result(context: CommandContext, council: Council, report: RunReport, code: int | None = None) -> None:
-    """Print how a run stands, briefly where the command has `verbose_option` and that is not given.
+async def show_result(context: CommandContext, council: Council, report: RunReport, code: int | None = None) -> int:
+    """Print the state of a run, and return the exit code: `code`, by default that of the run.
 
-    People are also told how much landed, where that can still be seen.
+    The text is brief if the command has `verbose_option` and that is not given. Otherwise it includes how much landed,
+    as far as that is known.
     """
-    whole: bool = click.get_current_context().meta.get(_VERBOSE, True)
+    whole = bool(click.get_current_context().meta.get(_VERBOSE, True))
     changes: Mapping[str, Changes] = {}
     commits = {task.id: task.landed for task in report.tasks if task.landed is not None}
     if whole and commits and not context.output.as_json:
@@ -177,14 +174,49 @@ async def show_result(context: CommandContext, council: Council, report: RunRepo
         context.output.text(
             printable(f"Run these commands in the folder of the run: cd {shlex.quote(str(top))}\n", keep="\n")
         )
+    return report.exit_code if code is None else code
 
 
-def run_command(command: Callable[[CommandContext], Awaitable[int]], *, as_json: bool, brief: bool = False) -> None:
-    """Run a command to its end and exit with its code; whatever it raises becomes a message and a code.
+def async_command(
+    *, brief: bool = False, prints_json: bool = True
+) -> Callable[[Callable[Concatenate[CommandContext, P], Awaitable[int | None]]], Callable[P, None]]:
+    """Make a coroutine function the callback of a click command; it returns the exit code, None for 0.
 
-    A `brief` one is over before what it leaves behind could fill the memory, and ends the process at once.
+    It gets a context before its arguments. The command has the option `--json` if it `prints_json`; a `brief` one ends
+    before its leftovers could fill the memory. A group does nothing here if it has a subcommand to run.
     """
-    output, log = Output(as_json), ErrorLog()
+
+    def decorate(body: Callable[Concatenate[CommandContext, P], Awaitable[int | None]]) -> Callable[P, None]:
+        @wraps(body)
+        def callback(*args: P.args, **kwargs: P.kwargs) -> None:
+            if click.get_current_context().invoked_subcommand is None:
+                run_command(lambda context: body(context, *args, **kwargs), brief=brief)
+
+        return json_option(callback) if prints_json else callback
+
+    return decorate
+
+
+def council_command(
+    *, brief: bool = False, prints_json: bool = True
+) -> Callable[[Callable[Concatenate[CouncilContext, P], Awaitable[int | None]]], Callable[P, None]]:
+    """Do the same as `async_command` for a command about the project of the current folder, with `--state`."""
+
+    def decorate(body: Callable[Concatenate[CouncilContext, P], Awaitable[int | None]]) -> Callable[P, None]:
+        async def with_council(context: CommandContext, /, *args: P.args, **kwargs: P.kwargs) -> int | None:
+            async with open_council(context.log) as council:
+                opened = CouncilContext(context.output, context.log, context.interrupt, council)
+                return await body(opened, *args, **kwargs)
+
+        update_wrapper(with_council, body)
+        return store_option(async_command(brief=brief, prints_json=prints_json)(with_council))
+
+    return decorate
+
+
+def run_command(command: Callable[[CommandContext], Awaitable[int | None]], *, brief: bool = False) -> None:
+    """Run a command and exit with its code; see `async_command`. Its errors become a message and a code."""
+    output, log = Output(wants_json()), ErrorLog()
 
     async def guarded() -> int:
         context = CommandContext(output, log, InterruptHandler(output))

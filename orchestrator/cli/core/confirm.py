@@ -10,6 +10,7 @@ import anyio
 import anyio.to_thread
 import click
 
+from orchestrator.cli.core.options import remember_option
 from orchestrator.cli.render.output import Output
 from orchestrator.cli.render.text import printable
 from orchestrator.config.model import RunConfig
@@ -54,17 +55,11 @@ async def confirm_action(output: Output, question: str, *, yes: bool) -> bool:
 
 
 _TRUST = "orchestrator.trust"
-
-
-def _store_trust_option(context: click.Context, _: click.Parameter, trusted: bool) -> None:
-    context.meta[_TRUST] = trusted or context.meta.get(_TRUST, False)
-
-
 trust_option = click.option(
     "--trust",
     is_flag=True,
     expose_value=False,
-    callback=_store_trust_option,
+    callback=remember_option(_TRUST),
     help="Confirm the file's requests beyond the sandbox, and remember that.",
 )
 

@@ -10,9 +10,10 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,41 +81,44 @@ def _append(path: Path, text: str) -> Path:
 
 @contextmanager
 def error_boundary(output: Output, log: ErrorLog) -> Iterator[None]:
-    """Convert the errors of the body into a message and an exit code."""
+    """Convert the errors of the body into a message and an exit code, except those of click, which does that itself."""
     try:
         yield
-    except (click.exceptions.Exit, click.ClickException):
-        raise
-    except KeyboardInterrupt:
-        _fail_and_exit(output, EXIT_INTERRUPTED, {"status": "interrupted", "error": "interrupted"}, "interrupted")
     except BaseException as raised:  # noqa: BLE001  the one boundary: nothing may leave as a traceback
         error = _root_cause(raised)
-        if isinstance(error, OSError):
-            error = to_permission_refusal(error) or error
-        if isinstance(error, ConfigError):
-            problems = [asdict(problem) for problem in error.problems]
-            _fail_and_exit(output, EXIT_BAD_INPUT, {"status": "invalid", "errors": problems}, str(error))
-        if isinstance(error, RefusedError):
-            _fail_and_exit(
-                output,
-                EXIT_BAD_INPUT,
-                {"status": "refused", "error": error.what, "remedy": error.remedy},
-                f"council: {error}",
-            )
-        if (lack := describe_shortage(error)) is not None:
-            what, remedy = lack
-            result = {"status": "unavailable", "error": what, "remedy": remedy}
-            _fail_and_exit(output, EXIT_UNAVAILABLE, result, f"council: {what}: {remedy}; no recorded work is lost")
-        if isinstance(error, LeaseLost):  # a process that was stopped for long, which is no fault of anybody's
-            _fail_and_exit(output, EXIT_TAKEN_OVER, {"status": "taken over", "error": str(error)}, f"council: {error}")
-        path = log.write(raised)
-        what = str(error) if isinstance(error, CouncilError) else f"internal error: {type(error).__name__}: {error}"
-        stands = "The recorded state is intact: `council resume` continues the run."
-        if isinstance(error, StateLost):
-            stands = "Some recorded state is lost."
-        details = "" if path is None else f" Details: {path}"
-        failure: JsonObject = {"status": "error", "error": what, "log": None if path is None else str(path)}
-        _fail_and_exit(output, EXIT_INTERNAL_ERROR, failure, f"council: {what}\n{stands}{details}")
+        if isinstance(error, click.exceptions.Exit | click.ClickException):
+            raise error from None
+        code, result, message = _describe(error, partial(log.write, raised))
+        redactor = _redactor()
+        output.failure({**redactor.json(result), "exit": code}, redactor.text(message))
+        sys.exit(code)
+
+
+def _describe(error: BaseException, write_log: Callable[[], Path | None]) -> tuple[int, JsonObject, str]:
+    """Return the exit code, the JSON object and the text for an error; an internal one is also logged."""
+    if isinstance(error, OSError):
+        error = to_permission_refusal(error) or error
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED, {"status": "interrupted", "error": "interrupted"}, "interrupted"
+    if isinstance(error, ConfigError):
+        return EXIT_BAD_INPUT, {"status": "invalid", "errors": [*map(asdict, error.problems)]}, str(error)
+    if isinstance(error, RefusedError):
+        result = {"status": "refused", "error": error.what, "remedy": error.remedy}
+        return EXIT_BAD_INPUT, result, f"council: {error}"
+    if (lack := describe_shortage(error)) is not None:
+        what, remedy = lack
+        result = {"status": "unavailable", "error": what, "remedy": remedy}
+        return EXIT_UNAVAILABLE, result, f"council: {what}: {remedy}; no recorded work is lost"
+    if isinstance(error, LeaseLost):  # a process that was paused for long: not an internal error
+        return EXIT_TAKEN_OVER, {"status": "taken over", "error": str(error)}, f"council: {error}"
+    path = write_log()
+    what = str(error) if isinstance(error, CouncilError) else f"internal error: {type(error).__name__}: {error}"
+    state = "The recorded state is intact: `council resume` continues the run."
+    if isinstance(error, StateLost):
+        state = "Some recorded state is lost."
+    details = "" if path is None else f" Details: {path}"
+    failure = {"status": "error", "error": what, "log": None if path is None else str(path)}
+    return EXIT_INTERNAL_ERROR, failure, f"council: {what}\n{state}{details}"
 
 
 def _root_cause(error: BaseException) -> BaseException:
@@ -128,9 +132,3 @@ def _root_cause(error: BaseException) -> BaseException:
     short = (one for one in leaves if describe_shortage(one) is not None)
     ours = (one for kind in (LeaseLost, CouncilError) for one in leaves if isinstance(one, kind))
     return next(short, next(ours, leaves[0]))
-
-
-def _fail_and_exit(output: Output, code: int, result: JsonObject, message: str) -> None:
-    redactor = _redactor()
-    output.failure({**redactor.json(result), "exit": code}, redactor.text(message))
-    sys.exit(code)

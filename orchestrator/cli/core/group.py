@@ -30,24 +30,24 @@ class SuggestingGroup(click.Group):
 
 
 class LazyGroup(SuggestingGroup):
-    """A group whose commands are imported on demand; `places` maps names to `module:attribute`."""
+    """A group whose commands are imported on demand; `locations` maps names to `module:name` in `commands`."""
 
-    def __init__(self, *args: Any, places: Mapping[str, str], **kwargs: Any) -> None:
+    def __init__(self, *args: Any, locations: Mapping[str, str], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._places = places
+        self._locations = locations
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's signature
         """Return all names in the order of the help."""
-        return list(self._places)
+        return list(self._locations)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002  the same
         """Import a command; None if there is none of this name."""
-        if cmd_name not in self._places:
+        if cmd_name not in self._locations:
             return None
-        module, _, name = self._places[cmd_name].partition(":")
+        module, _, name = self._locations[cmd_name].partition(":")
         gc.disable()  # a collection of garbage takes a tenth of the import's time and finds none
         try:
-            command: click.Command = getattr(import_module(module), name)
+            command: click.Command = getattr(import_module(f"orchestrator.cli.commands.{module}"), name)
         finally:
             gc.enable()
         return command

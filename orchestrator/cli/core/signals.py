@@ -26,11 +26,11 @@ class InterruptHandler:
         self.stop: Callable[[], None] | None = None
         """Called instead, where it is set; the command then ends by itself."""
 
-    async def guard(self, command: Awaitable[int]) -> int:
-        """Await the command and return its exit code, or that of an interruption."""
+    async def guard(self, command: Awaitable[int | None]) -> int:
+        """Await the command and return its exit code (None is 0), or that of an interruption."""
         async with anyio.create_task_group() as group:
             await group.start(self._listen, group.cancel_scope)
-            code = await command
+            code = await command or 0
             group.cancel_scope.cancel()
             return code
         self._output.failure({"status": "interrupted", "exit": EXIT_INTERRUPTED}, "council: interrupted")

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -107,15 +107,6 @@ class Output:
             for line in wrapped(hint):
                 self._say(line)
 
-    def facts(self, facts: Mapping[str, str | None]) -> None:
-        """Print names and values."""
-        if self.as_json:
-            self._line(dict(facts))
-            return
-        width = max(map(len, facts))
-        for name, value in facts.items():
-            self._say(f"{name:<{width}}  {value or '-'}")
-
     def failure(self, result: JsonObject, message: str) -> None:
         """Print the error of a command."""
         if self.print_above_table is not None:  # it ends at once, and leaves the table where it is
@@ -149,6 +140,14 @@ class Output:
     def json(self, value: JsonObject) -> None:
         """Print one object, as a line."""
         self._line(value)
+
+    def answer(self, to_json: Callable[[], JsonObject], lines: Iterable[str]) -> None:
+        """Print one object, or for people lines of text without control characters."""
+        if self.as_json:
+            self._line(to_json())
+            return
+        for line in lines:
+            self._say(printable(line, keep="\t"))
 
     def notice(self, text: str) -> None:
         """Print a message for people that is not an event."""

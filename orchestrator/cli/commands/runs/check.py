@@ -7,16 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from orchestrator.cli.core.command import (
-    CommandContext,
-    json_option,
-    open_council,
-    print_damage,
-    run_argument,
-    run_command,
-    store_option,
-)
-from orchestrator.cli.render.text import one_line, pluralize, printable
+from orchestrator.cli.core.command import CouncilContext, council_command, run_argument
+from orchestrator.cli.render.text import one_line, pluralize
 
 if TYPE_CHECKING:
     from orchestrator.engine.phases.verification import RunVerification
@@ -24,9 +16,8 @@ if TYPE_CHECKING:
 
 @click.command()
 @run_argument
-@store_option
-@json_option
-def check(run: str | None, as_json: bool) -> None:
+@council_command(brief=True)
+async def check(context: CouncilContext, run: str | None) -> int:
     """Verify a run's workflow records.
 
     Checks phases, sessions, handoffs and the files that they name. Each violation is reported with its place and the
@@ -37,20 +28,10 @@ def check(run: str | None, as_json: bool) -> None:
       council check
       council check 20260102-030405-ab12 --json
     """
-
-    async def command(context: CommandContext) -> int:
-        async with open_council(context.log) as council:
-            found = await council.state.verify_run(run)
-            code = 0 if found.is_valid else 1
-            if as_json:
-                context.output.json({**found.to_json(), "damage": list(council.damage), "exit": code})
-                return code
-            for line in _lines(found):
-                context.output.text(f"{printable(line)}\n")
-            print_damage(context, council.damage)
-            return code
-
-    run_command(command, as_json=as_json, brief=True)
+    found = await context.council.state.verify_run(run)
+    code = 0 if found.is_valid else 1
+    context.answer_with_damage(lambda: {**found.to_json(), "exit": code}, _lines(found))
+    return code
 
 
 def _lines(found: RunVerification) -> Iterator[str]:

@@ -11,14 +11,7 @@ from dataclasses import asdict
 import click
 
 from orchestrator.api.topics.logs import AttemptMarker, LogChunk, LogEntry
-from orchestrator.cli.core.command import (
-    CommandContext,
-    json_option,
-    open_council,
-    run_command,
-    run_option,
-    store_option,
-)
+from orchestrator.cli.core.command import CouncilContext, council_command, run_option
 from orchestrator.cli.core.completion import complete_tasks
 from orchestrator.cli.render.output import Output
 from orchestrator.cli.render.text import format_count, format_elapsed, one_line, printable
@@ -43,10 +36,15 @@ _WIDEST, _NARROWEST = 100, 40
 @click.option("--phase", metavar="PHASE", help="The newest session of this phase.")
 @click.option("--raw", is_flag=True, help="Print the original lines.")
 @run_option
-@store_option
-@json_option
-def logs(
-    task: str, follow: bool, attempt: int | None, phase: str | None, raw: bool, run: str | None, as_json: bool
+@council_command()
+async def logs(
+    context: CouncilContext,
+    task: str,
+    follow: bool,
+    attempt: int | None,
+    phase: str | None,
+    raw: bool,
+    run: str | None,
 ) -> None:
     """Show the log of a task's session.
 
@@ -63,18 +61,11 @@ def logs(
     """
     if attempt is not None and phase is not None:
         raise click.UsageError("--session and --phase both select a session: use one of them.")
-
-    async def command(context: CommandContext) -> int:
-        async with open_council(context.log) as council:
-            if raw:
-                chunks = council.logs.chunks(task, run, attempt=attempt, phase=phase, follow=follow)
-                await _print_raw(context.output, chunks)
-            else:
-                entries = council.logs.entries(task, run, attempt=attempt, phase=phase, follow=follow)
-                await _print(context.output, entries)
-            return 0
-
-    run_command(command, as_json=as_json)
+    logs = context.council.logs
+    if raw:
+        await _print_raw(context.output, logs.chunks(task, run, attempt=attempt, phase=phase, follow=follow))
+    else:
+        await _print(context.output, logs.entries(task, run, attempt=attempt, phase=phase, follow=follow))
 
 
 async def _print(output: Output, entries: AsyncGenerator[LogEntry | AttemptMarker]) -> None:

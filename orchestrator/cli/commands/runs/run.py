@@ -15,26 +15,27 @@ import click
 
 from orchestrator.api import execution
 from orchestrator.api.council import Council
+from orchestrator.cli.commands.runs.run_options import coordination_options, parse_budget
 from orchestrator.cli.core.command import (
     CommandContext,
-    json_option,
+    CouncilContext,
+    async_command,
+    council_command,
     open_council,
     run_argument,
-    run_command,
     show_result,
     store_option,
     store_option_url,
     verbose_option,
 )
 from orchestrator.cli.core.confirm import require_trust, trust_option
-from orchestrator.cli.core.options import coordination_options, parse_budget_option
+from orchestrator.cli.core.options import parsed_by
 from orchestrator.cli.core.run_source import is_prompt, load_run_config
 from orchestrator.cli.live.display import show_progress
 from orchestrator.cli.render.findings import finding_lines, findings_exit_code
 from orchestrator.cli.render.next_steps import needs_retry, own_branch
 from orchestrator.cli.render.output import Output
 from orchestrator.cli.render.plan import flowchart, plan_text
-from orchestrator.cli.render.text import printable
 from orchestrator.config.coordination import CoordinationOverrides
 from orchestrator.config.inline import InlineTasks, select_tasks, with_capacity, with_failing_base
 from orchestrator.config.store import MEMORY
@@ -70,12 +71,8 @@ capacity_option = click.option(
 detach_option = click.option("--detach", is_flag=True, help="Continue in the background.")
 
 
-def _check_branch_option(_: click.Context, __: click.Parameter, branch: str | None) -> str | None:
-    """Reject an invalid branch name here: in a run's config it would be reported as a mistake of the file."""
-    try:
-        return branch if branch is None else check_branch(branch)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
+#: Rejects an invalid branch name here: in a run's config it would be reported as a mistake of the file.
+_parse_branch = parsed_by(check_branch)
 
 
 @click.command("run")
@@ -92,8 +89,8 @@ def _check_branch_option(_: click.Context, __: click.Parameter, branch: str | No
 )
 @capacity_option
 @click.option("--adapter", metavar="ADAPTER", help="The adapter of prompts: from the file, or an installed type.")
-@click.option("--base", metavar="BRANCH", callback=_check_branch_option, help="The branch where prompts start.")
-@click.option("--target", metavar="BRANCH", callback=_check_branch_option, help="The branch where prompts land.")
+@click.option("--base", metavar="BRANCH", callback=_parse_branch, help="The branch where prompts start.")
+@click.option("--target", metavar="BRANCH", callback=_parse_branch, help="The branch where prompts land.")
 @click.option("--check", "checks", metavar="COMMAND", multiple=True, help="A check of prompts; repeatable.")
 @click.option(
     "--allow-deferred", is_flag=True, help="Start although the checkout of the target has changes; land on resume."
@@ -106,8 +103,9 @@ def _check_branch_option(_: click.Context, __: click.Parameter, branch: str | No
 @trust_option
 @verbose_option
 @store_option
-@json_option
-def run_file(  # noqa: PLR0917  as many as there are options
+@async_command()
+async def run_file(  # noqa: PLR0917  as many as there are options
+    context: CommandContext,
     source: str | None,
     prompts: tuple[str, ...],
     only: tuple[str, ...],
@@ -121,9 +119,8 @@ def run_file(  # noqa: PLR0917  as many as there are options
     dry_run: bool,
     mermaid: bool,
     detach: bool,
-    as_json: bool,
     coordination: CoordinationOverrides,
-) -> None:
+) -> int:
     """Run the tasks of a file, or a prompt, and land their work.
 
     FILE defaults to council.yaml, in the current folder or at the top of the repository. A PROMPT, like --task, is a
@@ -152,32 +149,28 @@ def run_file(  # noqa: PLR0917  as many as there are options
         raise click.UsageError("--dry-run and --detach exclude each other.")
     if only and prompts:
         raise click.UsageError("--only selects tasks of a file, and a prompt replaces them: use one of them.")
-    if mermaid and (as_json or not dry_run):
+    if mermaid and (context.output.as_json or not dry_run):
         raise click.UsageError("--mermaid requires --dry-run and excludes --json.")
     tasks = InlineTasks(prompts, adapter, base, target, checks) if prompts else None
-
-    async def command(context: CommandContext) -> int:
-        plugins, config = await load_run_config(file, tasks)
-        config = select_tasks(config, only) if only else config
-        config = config if capacity is None else with_capacity(config, capacity)
-        await require_trust(config, is_named=file is not None)
-        if dry_run:
-            config = with_failing_base(config) if allow_failing_base else config
-            plan = await execution.perform_dry_run(
-                config, plugins, allow_deferred=allow_deferred, coordination=coordination
-            )
-            return _show_plan(plan, context.output, mermaid=mermaid)
-        async with open_council(context.log, config, plugins) as council:
-            if detach and council.store_url == MEMORY:
-                raise RefusedError("a store in memory ends with this process", "omit --detach, or use another store")
-            run = await council.runs.create(
-                allow_deferred=allow_deferred, allow_failing_base=allow_failing_base, coordination=coordination
-            )
-            if detach:
-                return await _detach(council, run, context)
-            return await _execute(council, run, context, 0, lambda: council.runs.resume(run, coordination=coordination))
-
-    run_command(command, as_json=as_json)
+    plugins, config = await load_run_config(file, tasks)
+    config = select_tasks(config, only) if only else config
+    config = config if capacity is None else with_capacity(config, capacity)
+    await require_trust(config, is_named=file is not None)
+    if dry_run:
+        config = with_failing_base(config) if allow_failing_base else config
+        plan = await execution.perform_dry_run(
+            config, plugins, allow_deferred=allow_deferred, coordination=coordination
+        )
+        return _show_plan(plan, context.output, mermaid=mermaid)
+    async with open_council(context.log, config, plugins) as council:
+        if detach and council.store_url == MEMORY:
+            raise RefusedError("a store in memory ends with this process", "omit --detach, or use another store")
+        run = await council.runs.create(
+            allow_deferred=allow_deferred, allow_failing_base=allow_failing_base, coordination=coordination
+        )
+        if detach:
+            return await _detach(council, run, context)
+        return await _execute(council, run, context, 0, lambda: council.runs.resume(run, coordination=coordination))
 
 
 def _show_plan(plan: DryRun, output: Output, *, mermaid: bool) -> int:
@@ -193,23 +186,22 @@ def _show_plan(plan: DryRun, output: Output, *, mermaid: bool) -> int:
 
 @click.command()
 @run_argument
-@click.option("--budget", metavar="LIMITS", callback=parse_budget_option, help="New limits of the run's budget.")
+@click.option("--budget", metavar="LIMITS", callback=parsed_by(parse_budget), help="New limits of the run's budget.")
 @capacity_option
 @detach_option
 @allow_failing_base_option
 @coordination_options
 @verbose_option
-@store_option
-@json_option
-def resume(
+@council_command()
+async def resume(
+    context: CouncilContext,
     run: str | None,
     budget: Budget | None,
     capacity: int | None,
     detach: bool,
     allow_failing_base: bool,
-    as_json: bool,
     coordination: CoordinationOverrides,
-) -> None:
+) -> int:
     """Resume an interrupted run.
 
     RUN defaults to the newest run. LIMITS are tokens, cost (US dollars) and time, separated by commas.
@@ -220,53 +212,45 @@ def resume(
       council resume 20260102-030405-ab12
       council resume --budget tokens=5M,cost=20,time=8h
     """
-
     if detach and coordination.given():
         raise click.UsageError(
             "--detach excludes the options of coordination: set their environment variables instead."
         )
-
-    async def command(context: CommandContext) -> int:
-        async with open_council(context.log) as council:
-            name = await council.runs.find(run)
-            interrupted = await council.runs.interrupted()
-            report = None if name in interrupted else await council.runs.status(name)
-            if report is not None and needs_retry(report) and report.merges is None:
-                context.output.notice(
-                    f"run {name} has finished: `council retry TASK` first, then `council resume {name}`"
-                )
-            others = [] if run else [one for one in interrupted if one != name]
-            if others and (report is None or report.status is not RunStatus.RUNNING):  # else it is refused below
-                context.output.notice(_other_interrupted_runs(name, others))
-            if detach:
-                limits = {} if budget is None else budget.model_dump(exclude_none=True)
-                budget_text = ",".join(f"{key}={value}{'s' if key == 'time' else ''}" for key, value in limits.items())
-                options = [
-                    *(["--budget", budget_text] if budget_text else []),
-                    *([] if capacity is None else ["-j", str(capacity)]),
-                ]
-                options += ["--allow-failing-base"] if allow_failing_base else []
-                return await _detach(council, name, context, options)
-            after = await council.history.position()
-            resumed = partial(
-                council.runs.resume,
-                name,
-                budget=budget,
-                capacity=capacity,
-                allow_failing_base=allow_failing_base,
-                coordination=coordination,
-            )
-            return await _execute(council, name, context, after, resumed)
-
-    run_command(command, as_json=as_json)
+    council = context.council
+    name = await council.runs.find(run)
+    interrupted = await council.runs.interrupted()
+    report = None if name in interrupted else await council.runs.status(name)
+    if report is not None and needs_retry(report) and report.merges is None:
+        context.output.notice(f"run {name} has finished: `council retry TASK` first, then `council resume {name}`")
+    others = [] if run else [one for one in interrupted if one != name]
+    if others and (report is None or report.status is not RunStatus.RUNNING):  # else it is refused below
+        context.output.notice(_other_interrupted_runs(name, others))
+    if detach:
+        limits = {} if budget is None else budget.model_dump(exclude_none=True)
+        budget_text = ",".join(f"{key}={value}{'s' if key == 'time' else ''}" for key, value in limits.items())
+        options = [
+            *(["--budget", budget_text] if budget_text else []),
+            *([] if capacity is None else ["-j", str(capacity)]),
+            *(["--allow-failing-base"] if allow_failing_base else []),
+        ]
+        return await _detach(council, name, context, options)
+    after = await council.history.position()
+    resumed = partial(
+        council.runs.resume,
+        name,
+        budget=budget,
+        capacity=capacity,
+        allow_failing_base=allow_failing_base,
+        coordination=coordination,
+    )
+    return await _execute(council, name, context, after, resumed)
 
 
 @click.command()
 @run_argument
 @verbose_option
-@store_option
-@json_option
-def merge(run: str | None, as_json: bool) -> None:
+@council_command()
+async def merge(context: CouncilContext, run: str | None) -> int:
     """Land queued work, and merge the run's own branch into its base.
 
     Work is queued while the target cannot move, for example because its checkout has changes. If the run landed on
@@ -278,37 +262,30 @@ def merge(run: str | None, as_json: bool) -> None:
       council merge
       council merge 20260102-030405-ab12
     """
-
-    async def command(context: CommandContext) -> int:
-        async with open_council(context.log) as council:
-            name = await council.runs.find(run)
-            report = await council.runs.status(name)
-            if report.status is RunStatus.RUNNING:
-                raise RefusedError(f"run {name} is running and lands its work itself", "wait for its end")
-            waiting = any(task.status in LANDING_STATUSES for task in report.tasks)
-            if not waiting and not own_branch(report):
-                return await _show_nothing(context, council, report, f"run {name} has nothing to merge")
-            after = await council.history.position()
-            if waiting:
-                code = await _execute(council, name, context, after, lambda: council.runs.land(name))
-                if not own_branch(await council.runs.status(name)):
-                    return code
-                after = await council.history.position()
-            try:
-                made = await council.runs.create_merge(name)
-            except NothingToMerge as nothing:
-                return await _show_nothing(context, council, report, str(nothing))
-            return await _execute(council, made, context, after, lambda: council.runs.resume(made))
-
-    run_command(command, as_json=as_json)
+    council = context.council
+    name = await council.runs.find(run)
+    report = await council.runs.status(name)
+    if report.status is RunStatus.RUNNING:
+        raise RefusedError(f"run {name} is running and lands its work itself", "wait for its end")
+    waiting = any(task.status in LANDING_STATUSES for task in report.tasks)
+    if not waiting and not own_branch(report):
+        return _show_nothing(context.output, report, f"run {name} has nothing to merge")
+    after = await council.history.position()
+    if waiting:
+        code = await _execute(council, name, context, after, lambda: council.runs.land(name))
+        if not own_branch(await council.runs.status(name)):
+            return code
+        after = await council.history.position()
+    try:
+        made = await council.runs.create_merge(name)
+    except NothingToMerge as nothing:
+        return _show_nothing(context.output, report, str(nothing))
+    return await _execute(council, made, context, after, lambda: council.runs.resume(made))
 
 
-async def _show_nothing(context: CommandContext, council: Council, report: RunReport, line: str) -> int:
+def _show_nothing(output: Output, report: RunReport, line: str) -> int:
     """Print that there is nothing to merge; return the exit code."""
-    if context.output.as_json:
-        await show_result(context, council, report, code=0)
-    else:
-        context.output.text(printable(f"{line}\n", keep="\n"))
+    output.answer(lambda: {**report.to_json(), "exit": 0}, line.split("\n"))
     return 0
 
 
@@ -324,11 +301,10 @@ def _other_interrupted_runs(run: str, others: Sequence[str]) -> str:
 @click.option("--follow", is_flag=True, help="Also join runs that start later.")
 @partial(coordination_options, joins=True)
 @verbose_option
-@store_option
-@json_option
-def work(
-    run: str | None, capacity: int | None, follow: bool, as_json: bool, coordination: CoordinationOverrides
-) -> None:
+@council_command()
+async def work(
+    context: CouncilContext, run: str | None, capacity: int | None, follow: bool, coordination: CoordinationOverrides
+) -> int:
     """Join active runs as an additional worker.
 
     The worker claims free tasks whose CLI is installed here, and takes over those of processes that have exited. It
@@ -342,26 +318,23 @@ def work(
     """
     if run is not None and follow:
         raise click.UsageError("--follow joins all runs, and RUN names one: use one of them.")
+    council = context.council
 
-    async def join(council: Council, name: str, context: CommandContext) -> int:
+    async def join(name: str) -> int:
         work = partial(council.runs.work, name, capacity=capacity, coordination=coordination)
         return await _execute(council, name, context, await council.history.position(), work)
 
-    async def command(context: CommandContext) -> int:
-        async with open_council(context.log) as council:
-            if run is not None:
-                return await join(council, await council.runs.find(run), context)
-            code = None
-            async with aclosing(council.runs.live(follow=follow)) as runs:
-                async for name in runs:
-                    code = max(code or 0, await join(council, name, context))
-                    if context.interrupt.is_stopping:
-                        break
-            if code is None:
-                context.output.notice("no active run: `council run` starts one, `council resume` resumes one")
-            return code or 0
-
-    run_command(command, as_json=as_json)
+    if run is not None:
+        return await join(await council.runs.find(run))
+    code = None
+    async with aclosing(council.runs.live(follow=follow)) as runs:
+        async for name in runs:
+            code = max(code or 0, await join(name))
+            if context.interrupt.is_stopping:
+                break
+    if code is None:
+        context.output.notice("no active run: `council run` starts one, `council resume` resumes one")
+    return code or 0
 
 
 async def _detach(council: Council, run: str, context: CommandContext, options: Sequence[str] = ()) -> int:
@@ -378,14 +351,14 @@ async def _detach(council: Council, run: str, context: CommandContext, options: 
     child = await anyio.to_thread.run_sync(start)
     while child.poll() is None and not await council.runs.is_live(run):  # noqa: ASYNC110  another process
         await anyio.sleep(_POLL_INTERVAL)
-    if context.output.as_json:
-        context.output.json({"run": run, "pid": child.pid, "log": str(log), "exit": 0})
-    else:
-        context.output.text(
-            f"run {run} continues in the background as process {child.pid}\n"
-            f"  follow: council watch {run}\n"
-            f"  stop:   kill -INT {child.pid} (council resume {run} resumes it)\n"
-        )
+    context.output.answer(
+        lambda: {"run": run, "pid": child.pid, "log": str(log), "exit": 0},
+        (
+            f"run {run} continues in the background as process {child.pid}",
+            f"  follow: council watch {run}",
+            f"  stop:   kill {child.pid} (council resume {run} resumes it)",
+        ),
+    )
     return 0
 
 
@@ -400,8 +373,7 @@ async def _execute(
     async with show_progress(council, run, context.output, after) as progress:
         report = await execute()
         await progress.reach(await council.history.position())
-    await show_result(context, council, report)
-    return report.exit_code
+    return await show_result(context, council, report)
 
 
 def _remove_background_error(log: Path) -> None:

@@ -11,18 +11,11 @@ import click
 
 from orchestrator.api.topics.changes import PreservedWork
 from orchestrator.cli.commands.runs.tasks import should_use_color, stat_option
-from orchestrator.cli.core.command import (
-    CommandContext,
-    json_option,
-    open_council,
-    run_command,
-    run_option,
-    store_option,
-)
+from orchestrator.cli.core.command import CouncilContext, council_command, run_option
 from orchestrator.cli.core.completion import complete_preserved_work
 from orchestrator.cli.core.confirm import confirm_action, yes_option
 from orchestrator.cli.core.group import SuggestingGroup
-from orchestrator.cli.render.text import described, printable
+from orchestrator.cli.render.text import described
 
 
 @click.group(cls=SuggestingGroup)
@@ -41,9 +34,8 @@ def salvage() -> None:
 
 @salvage.command("list")
 @run_option
-@store_option
-@json_option
-def list_kept(run: str | None, as_json: bool) -> None:
+@council_command()
+async def list_kept(context: CouncilContext, run: str | None) -> None:
     """List unmerged work, newest run first.
 
     Includes the state of each task: for a landed task, this is the work of an earlier attempt. The other commands take
@@ -54,27 +46,18 @@ def list_kept(run: str | None, as_json: bool) -> None:
       council salvage list
       council salvage list --run 20260102-030405-ab12
     """
-
-    async def command(context: CommandContext) -> int:
-        async with open_council(context.log) as council:
-            names = [await council.runs.find(run)] if run else [one.run for one in await council.runs.list()][::-1]
-            kept = [one for name in names for one in await council.changes.preserved(name)]
-            if as_json:
-                context.output.json({"kept": [asdict(one) for one in kept]})
-            else:
-                for line in _lines(kept):
-                    context.output.text(f"{line}\n")
-            if not kept:
-                context.output.notice("no unmerged work" + (f" of run {names[0]}" if run else ""))
-            return 0
-
-    run_command(command, as_json=as_json)
+    council = context.council
+    names = [await council.runs.find(run)] if run else [one.run for one in await council.runs.list()][::-1]
+    kept = [one for name in names for one in await council.changes.preserved(name)]
+    context.output.answer(lambda: {"kept": [asdict(one) for one in kept]}, _lines(kept))
+    if not kept:
+        context.output.notice("no unmerged work" + (f" of run {names[0]}" if run else ""))
 
 
 def _lines(kept: Sequence[PreservedWork]) -> Iterator[str]:
     """Yield each run, and below it a row for each piece of work."""
     for run, group in groupby(kept, key=lambda one: one.run):
-        yield f"run {printable(run)}"
+        yield f"run {run}"
         rows = [
             [
                 one.name,
@@ -95,7 +78,7 @@ def _applied(name: str, changed: Sequence[str], branch: str | None) -> str:
             told += ": switch to it, resolve the conflicts, commit, and merge it into the target"
     elif changed:
         told = f"changed {', '.join(changed)}, not committed"
-    return printable(told) + "\n"
+    return told
 
 
 def _local(instant: int) -> str:
@@ -110,8 +93,8 @@ def _local(instant: int) -> str:
 @click.argument("name", shell_complete=complete_preserved_work)
 @stat_option
 @run_option
-@store_option
-def show(name: str, stat: bool, run: str | None) -> None:
+@council_command(prints_json=False)
+async def show(context: CouncilContext, name: str, stat: bool, run: str | None) -> None:
     """Show the changes of unmerged work.
 
     \b
@@ -119,23 +102,16 @@ def show(name: str, stat: bool, run: str | None) -> None:
       council salvage show models/2
       council salvage show models/conflict --stat
     """
-
-    async def command(context: CommandContext) -> int:
-        async with open_council(context.log) as council:
-            difference = await council.changes.diff_preserved(name, run, stat=stat)
-            context.output.difference(difference, color=should_use_color(None))
-            return 0
-
-    run_command(command, as_json=False)
+    difference = await context.council.changes.diff_preserved(name, run, stat=stat)
+    context.output.difference(difference, color=should_use_color(None))
 
 
 @salvage.command()
 @click.argument("name", shell_complete=complete_preserved_work)
 @click.option("--branch", metavar="BRANCH", help="Create this branch in your repository instead.")
 @run_option
-@store_option
-@json_option
-def apply(name: str, branch: str | None, run: str | None, as_json: bool) -> None:
+@council_command()
+async def apply(context: CouncilContext, name: str, branch: str | None, run: str | None) -> None:
     """Apply unmerged work to your files, without a commit.
 
     Applies all changes, or none if they conflict with your files. With --branch, creates a branch in your repository
@@ -146,26 +122,17 @@ def apply(name: str, branch: str | None, run: str | None, as_json: bool) -> None
       council salvage apply models/2
       council salvage apply models/conflict --branch models-by-hand
     """
-
-    async def command(context: CommandContext) -> int:
-        async with open_council(context.log) as council:
-            changed = await council.changes.apply(name, run, branch=branch)
-            if as_json:
-                context.output.json({"applied": name, "branch": branch, "paths": [] if branch else list(changed)})
-            else:
-                context.output.text(_applied(name, changed, branch))
-            return 0
-
-    run_command(command, as_json=as_json)
+    changed = await context.council.changes.apply(name, run, branch=branch)
+    facts = {"applied": name, "branch": branch, "paths": [] if branch else list(changed)}
+    context.output.answer(lambda: facts, [_applied(name, changed, branch)])
 
 
 @salvage.command()
 @click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_preserved_work)
 @yes_option
 @run_option
-@store_option
-@json_option
-def drop(names: tuple[str, ...], yes: bool, run: str | None, as_json: bool) -> None:
+@council_command()
+async def drop(context: CouncilContext, names: tuple[str, ...], yes: bool, run: str | None) -> int:
     """Delete unmerged work, after confirmation.
 
     \b
@@ -173,19 +140,12 @@ def drop(names: tuple[str, ...], yes: bool, run: str | None, as_json: bool) -> N
       council salvage drop models/1 models/2
       council salvage drop models/1 --yes
     """
-
-    async def command(context: CommandContext) -> int:
-        async with open_council(context.log) as council:
-            work = await council.runs.find(run)
-            kept = {one.name for one in await council.changes.preserved(work)}
-            question = f"Delete {', '.join(names)} of run {work}?"
-            if kept.issuperset(names) and not await confirm_action(context.output, question, yes=yes):
-                return 1
-            await council.changes.drop(names, work)
-            if as_json:
-                context.output.json({"dropped": list(names)})
-            else:
-                context.output.text(f"dropped {', '.join(names)}\n")
-            return 0
-
-    run_command(command, as_json=as_json)
+    council = context.council
+    work = await council.runs.find(run)
+    kept = {one.name for one in await council.changes.preserved(work)}
+    question = f"Delete {', '.join(names)} of run {work}?"
+    if kept.issuperset(names) and not await confirm_action(context.output, question, yes=yes):
+        return 1
+    await council.changes.drop(names, work)
+    context.output.answer(lambda: {"dropped": list(names)}, [f"dropped {', '.join(names)}"])
+    return 0

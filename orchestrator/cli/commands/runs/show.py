@@ -8,14 +8,7 @@ from collections.abc import Sequence
 import click
 
 from orchestrator.api.council import Council
-from orchestrator.cli.core.command import (
-    CommandContext,
-    json_option,
-    open_council,
-    run_command,
-    run_option,
-    store_option,
-)
+from orchestrator.cli.core.command import CouncilContext, council_command, run_option
 from orchestrator.cli.core.completion import complete_tasks
 from orchestrator.cli.render.next_steps import Step, halt_steps, run_step, task_steps
 from orchestrator.cli.render.result import format_state
@@ -29,9 +22,8 @@ from orchestrator.errors import RefusedError
 @click.command()
 @click.argument("task", shell_complete=complete_tasks)
 @run_option
-@store_option
-@json_option
-def show(task: str, run: str | None, as_json: bool) -> None:
+@council_command(brief=True)
+async def show(context: CouncilContext, task: str, run: str | None) -> None:
     """Show a task in full: phases, sessions, handoffs, cost, landing.
 
     Includes the inputs of each phase and the omitted values, findings, tokens and time, and the latest activity of a
@@ -42,19 +34,13 @@ def show(task: str, run: str | None, as_json: bool) -> None:
       council show models
       council show models --run 20260102-030405-ab12 --json
     """
-
-    async def command(context: CommandContext) -> int:
-        async with open_council(context.log) as council:
-            story = await council.tasks.details(task, run)
-            if as_json:
-                context.output.json({**story.to_json(), "exit": 0})
-                return 0
-            state, steps = await _state_and_steps(council, story)
-            for line in (*story_lines(story, time.time(), state), *steps):
-                context.output.text(f"{line}\n")
-            return 0
-
-    run_command(command, as_json=as_json, brief=True)
+    story = await context.council.tasks.details(task, run)
+    if context.output.as_json:
+        context.output.json({**story.to_json(), "exit": 0})
+        return
+    state, steps = await _state_and_steps(context.council, story)
+    for line in (*story_lines(story, time.time(), state), *steps):
+        context.output.text(f"{line}\n")
 
 
 async def _state_and_steps(council: Council, story: TaskDetails) -> tuple[str, Sequence[str]]:

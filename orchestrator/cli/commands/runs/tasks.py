@@ -4,21 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 
 import click
 
-from orchestrator.api.council import Council
-from orchestrator.cli.core.command import (
-    CommandContext,
-    json_option,
-    open_council,
-    run_command,
-    run_option,
-    show_result,
-    store_option,
-    verbose_option,
-)
+from orchestrator.cli.core.command import CouncilContext, council_command, run_option, show_result, verbose_option
 from orchestrator.cli.core.completion import (
     complete_approvable_tasks,
     complete_retryable_tasks,
@@ -40,22 +30,13 @@ _MOST_NAMED = 5
 stat_option = click.option("--stat", is_flag=True, help="Show only file names and line counts.")
 
 
-def _request_and_show(ask: Callable[[Council], Awaitable[RunReport]], *, as_json: bool) -> None:
-    async def command(context: CommandContext) -> int:
-        async with open_council(context.log) as council:
-            await show_result(context, council, await ask(council), code=0)
-            return 0
-
-    run_command(command, as_json=as_json)
-
-
-def _print_still_landing(context: CommandContext, report: RunReport, tasks: Sequence[str]) -> int:
-    """Report tasks that were not cancelled because they are landing; return the exit code."""
+async def _show_cancelled(context: CouncilContext, report: RunReport, tasks: Sequence[str]) -> int:
+    """Print the result, and tasks that were not cancelled because they are landing; return the exit code."""
     landing = [task.id for task in report.tasks if task.id in tasks and task.status == TaskStatus.LANDING]
     who = "the run" if report.status is RunStatus.RUNNING else "`council resume`"
     for task in landing:
         context.output.notice(printable(f"{task} was not cancelled: it is landing, and {who} completes that first"))
-    return 1 if landing else 0
+    return await show_result(context, context.council, report, int(bool(landing)))
 
 
 @click.command()
@@ -63,9 +44,8 @@ def _print_still_landing(context: CommandContext, report: RunReport, tasks: Sequ
 @yes_option
 @run_option
 @verbose_option
-@store_option
-@json_option
-def cancel(tasks: tuple[str, ...], yes: bool, run: str | None, as_json: bool) -> None:
+@council_command()
+async def cancel(context: CouncilContext, tasks: tuple[str, ...], yes: bool, run: str | None) -> int:
     """Cancel tasks; without TASK, all unfinished ones.
 
     Stops their sessions and preserves their work on branches. The exit code is 0 if every task has ended, including
@@ -77,32 +57,22 @@ def cancel(tasks: tuple[str, ...], yes: bool, run: str | None, as_json: bool) ->
       council cancel models api
       council cancel --yes --run 20260102-030405-ab12
     """
-
-    async def command(context: CommandContext) -> int:
-        async with open_council(context.log) as council:
-            report = await council.runs.status(run)
-            left = [task.id for task in report.tasks if task.status not in FINAL_STATUSES]
-            ended = {
-                task.id: task.status for task in report.tasks if task.id in tasks and task.status in FINAL_STATUSES
-            }
-            for name, state in ended.items():
-                words = f"task {name!r} has already ended (state: {state.replace('_', ' ')})"
-                context.output.notice(printable(f"nothing to cancel: {words}"))
-            if not left and not tasks:
-                context.output.notice(f"nothing to cancel: all tasks of run {report.run} have ended")
-            if ended.keys() >= set(tasks or left):
-                await show_result(context, council, report, code=0)
-                return 0
-            named = join_names(left, _MOST_NAMED)
-            question = f"Cancel {pluralize(len(left), 'unfinished task')} of run {report.run} ({named})?"
-            if not tasks and not await confirm_action(context.output, question, yes=yes):
-                return 1
-            cancelled = await council.tasks.cancel(*tasks, run=report.run)
-            code = _print_still_landing(context, cancelled, tasks or left)
-            await show_result(context, council, cancelled, code)
-            return code
-
-    run_command(command, as_json=as_json)
+    council = context.council
+    report = await council.runs.status(run)
+    left = [task.id for task in report.tasks if task.status not in FINAL_STATUSES]
+    ended = {task.id: task.status for task in report.tasks if task.id in tasks and task.status in FINAL_STATUSES}
+    for name, state in ended.items():
+        words = f"task {name!r} has already ended (state: {state.replace('_', ' ')})"
+        context.output.notice(printable(f"nothing to cancel: {words}"))
+    if not left and not tasks:
+        context.output.notice(f"nothing to cancel: all tasks of run {report.run} have ended")
+    if ended.keys() >= set(tasks or left):
+        return await show_result(context, council, report, code=0)
+    named = join_names(left, _MOST_NAMED)
+    question = f"Cancel {pluralize(len(left), 'unfinished task')} of run {report.run} ({named})?"
+    if not tasks and not await confirm_action(context.output, question, yes=yes):
+        return 1
+    return await _show_cancelled(context, await council.tasks.cancel(*tasks, run=report.run), tasks or left)
 
 
 @click.group(cls=SuggestingGroup)
@@ -120,9 +90,8 @@ def task() -> None:
 @click.option("--reason", metavar="TEXT", required=True, help="The reason, which is recorded.")
 @run_option
 @verbose_option
-@store_option
-@json_option
-def ignore_tasks(tasks: tuple[str, ...], reason: str, run: str | None, as_json: bool) -> None:
+@council_command()
+async def ignore_tasks(context: CouncilContext, tasks: tuple[str, ...], reason: str, run: str | None) -> int:
     """Cancel tasks, and prevent further attempts.
 
     Cancels them in whichever process they are active. They stay cancelled until `council retry`.
@@ -132,15 +101,7 @@ def ignore_tasks(tasks: tuple[str, ...], reason: str, run: str | None, as_json: 
       council task ignore models --reason "done by hand"
       council task ignore models api --reason "not before the release"
     """
-
-    async def command(context: CommandContext) -> int:
-        async with open_council(context.log) as council:
-            ignored = await council.tasks.ignore(*tasks, reason=reason, run=run)
-            code = _print_still_landing(context, ignored, tasks)
-            await show_result(context, council, ignored, code)
-            return code
-
-    run_command(command, as_json=as_json)
+    return await _show_cancelled(context, await context.council.tasks.ignore(*tasks, reason=reason, run=run), tasks)
 
 
 @click.command()
@@ -150,9 +111,10 @@ def ignore_tasks(tasks: tuple[str, ...], reason: str, run: str | None, as_json: 
 @run_option
 @trust_option
 @verbose_option
-@store_option
-@json_option
-def retry(tasks: tuple[str, ...], phase: str | None, reloads: bool, run: str | None, as_json: bool) -> None:
+@council_command()
+async def retry(
+    context: CouncilContext, tasks: tuple[str, ...], phase: str | None, reloads: bool, run: str | None
+) -> int:
     """Retry terminal tasks that have not landed.
 
     Resets their attempts. A task with a workflow continues at its current phase, or at PHASE; the results of earlier
@@ -169,22 +131,17 @@ def retry(tasks: tuple[str, ...], phase: str | None, reloads: bool, run: str | N
       council retry models --from plan
       council retry models api --run 20260102-030405-ab12
     """
-
-    async def command(context: CommandContext) -> int:
-        async with open_council(context.log) as council:
-            changes = await council.tasks.file_changes(run)
-            kept = {} if reloads else {name: keys for name, keys in changes.tasks.items() if name in tasks}
-            if kept or changes.keys:
-                context.output.notice(printable(describe_file_changes(changes.file, kept, changes.keys, run)))
-            if reloads and changes.has_tasks and changes.config is not None:
-                await require_trust(changes.config, is_named=False)
-            report = await council.tasks.retry(*tasks, run=run, from_phase=phase, reload=changes if reloads else None)
-            for name in tasks if reloads else ():
-                context.output.notice(printable(_describe_reload(name, changes)))
-            await show_result(context, council, report, code=0)
-            return 0
-
-    run_command(command, as_json=as_json)
+    council = context.council
+    changes = await council.tasks.file_changes(run)
+    kept = {} if reloads else {name: keys for name, keys in changes.tasks.items() if name in tasks}
+    if kept or changes.keys:
+        context.output.notice(printable(describe_file_changes(changes.file, kept, changes.keys, run)))
+    if reloads and changes.has_tasks and changes.config is not None:
+        await require_trust(changes.config, is_named=False)
+    report = await council.tasks.retry(*tasks, run=run, from_phase=phase, reload=changes if reloads else None)
+    for name in tasks if reloads else ():
+        context.output.notice(printable(_describe_reload(name, changes)))
+    return await show_result(context, council, report, code=0)
 
 
 def _describe_reload(task: str, changes: FileChanges) -> str:
@@ -200,9 +157,8 @@ def _describe_reload(task: str, changes: FileChanges) -> str:
 @click.option("--note", metavar="TEXT", help="A note, which is recorded.")
 @run_option
 @verbose_option
-@store_option
-@json_option
-def approve(tasks: tuple[str, ...], note: str | None, run: str | None, as_json: bool) -> None:
+@council_command()
+async def approve(context: CouncilContext, tasks: tuple[str, ...], note: str | None, run: str | None) -> int:
     """Approve the result of a phase, so that its task continues.
 
     `council status` lists the tasks that wait for approval, and `council show TASK` shows the result. An active run
@@ -213,7 +169,8 @@ def approve(tasks: tuple[str, ...], note: str | None, run: str | None, as_json: 
       council approve models
       council approve models --note "as discussed"
     """
-    _request_and_show(lambda council: council.tasks.approve(*tasks, note=note, run=run), as_json=as_json)
+    report = await context.council.tasks.approve(*tasks, note=note, run=run)
+    return await show_result(context, context.council, report, code=0)
 
 
 @click.command()
@@ -221,9 +178,8 @@ def approve(tasks: tuple[str, ...], note: str | None, run: str | None, as_json: 
 @click.option("--note", metavar="TEXT", help="A note to the session that repeats the phase.")
 @run_option
 @verbose_option
-@store_option
-@json_option
-def reject(tasks: tuple[str, ...], note: str | None, run: str | None, as_json: bool) -> None:
+@council_command()
+async def reject(context: CouncilContext, tasks: tuple[str, ...], note: str | None, run: str | None) -> int:
     """Reject the result of a phase, and repeat the phase.
 
     The session that repeats it gets the note. An active run starts it at once; otherwise run `council resume`. To end
@@ -233,7 +189,8 @@ def reject(tasks: tuple[str, ...], note: str | None, run: str | None, as_json: b
     Examples:
       council reject models --note "keep the old names"
     """
-    _request_and_show(lambda council: council.tasks.reject(*tasks, note=note, run=run), as_json=as_json)
+    report = await context.council.tasks.reject(*tasks, note=note, run=run)
+    return await show_result(context, context.council, report, code=0)
 
 
 @click.command()
@@ -241,8 +198,8 @@ def reject(tasks: tuple[str, ...], note: str | None, run: str | None, as_json: b
 @stat_option
 @_color
 @run_option
-@store_option
-def diff(task: str, stat: bool, color: bool | None, run: str | None) -> None:
+@council_command(prints_json=False)
+async def diff(context: CouncilContext, task: str, stat: bool, color: bool | None, run: str | None) -> None:
     """Show a task's changes, including those of a running session.
 
     After a run was killed, shows the changes in the worktree of the interrupted session.
@@ -252,14 +209,8 @@ def diff(task: str, stat: bool, color: bool | None, run: str | None) -> None:
       council diff models
       council diff models --stat
     """
-
-    async def command(context: CommandContext) -> int:
-        async with open_council(context.log) as council:
-            difference = await council.changes.diff(task, run, stat=stat)
-            context.output.difference(difference, color=should_use_color(color))
-            return 0
-
-    run_command(command, as_json=False)
+    difference = await context.council.changes.diff(task, run, stat=stat)
+    context.output.difference(difference, color=should_use_color(color))
 
 
 def should_use_color(color: bool | None) -> bool:

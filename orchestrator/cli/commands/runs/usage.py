@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import click
 
-from orchestrator.cli.core.command import (
-    CommandContext,
-    json_option,
-    open_council,
-    run_argument,
-    run_command,
-    store_option,
-)
-from orchestrator.cli.render.text import align_columns, format_minutes, printable, short_name
+from orchestrator.cli.core.command import CouncilContext, council_command, run_argument
+from orchestrator.cli.render.text import align_columns, format_minutes, short_name
 from orchestrator.domain.runs.budget import Spending, compute_budget_usage
 
 if TYPE_CHECKING:
@@ -25,9 +19,8 @@ if TYPE_CHECKING:
 
 @click.command()
 @run_argument
-@store_option
-@json_option
-def usage(run: str | None, as_json: bool) -> None:
+@council_command(brief=True)
+async def usage(context: CouncilContext, run: str | None) -> None:
     """Show time, tokens and cost of a run, by adapter and by task.
 
     Tokens and cost (US dollars) are those that the CLIs report. If a CLI reports no cost, it is estimated from the
@@ -38,20 +31,11 @@ def usage(run: str | None, as_json: bool) -> None:
       council usage
       council usage 20260102-030405-ab12 --json
     """
-
-    async def command(context: CommandContext) -> int:
-        async with open_council(context.log) as council:
-            found = await council.reports.usage(await council.runs.find(run))
-            if as_json:
-                context.output.json({**asdict(found), "budget": found.budget.limits, "exit": 0})
-                return 0
-            for line in align_columns(list(_rows(found))):
-                context.output.text(f"{line}\n")
-            for line in _notes(found):
-                context.output.text(f"{printable(line)}\n")
-            return 0
-
-    run_command(command, as_json=as_json, brief=True)
+    found = await context.council.reports.usage(run)
+    context.output.answer(
+        lambda: {**asdict(found), "budget": found.budget.limits, "exit": 0},
+        chain(align_columns(list(_rows(found))), _notes(found)),
+    )
 
 
 def _rows(found: RunUsage) -> Iterator[list[str]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from orchestrator.cli.core.options import json_option, wants_json
 from orchestrator.client import main as client
 from orchestrator.client.commands import (
     MAX_VERSION,
@@ -71,14 +72,13 @@ def _word(argument: Argument) -> str:
 def _command(name: str) -> click.Command:
     asked = SESSION_COMMANDS[name]
 
-    def perform(as_json: bool, **given: Any) -> None:
+    def perform(**given: Any) -> None:
         arguments = {key: [*value] if isinstance(value, tuple) else value for key, value in given.items()}
         said = {key: value for key, value in arguments.items() if value not in (None, [])}
-        sys.exit(client.run_session_command(ParsedCommand(asked, said, as_json=as_json)))
+        sys.exit(client.run_session_command(ParsedCommand(asked, said, as_json=wants_json())))
 
-    as_json = click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object.")
-    parameters = [*map(click_parameter, asked.arguments), as_json]
-    return click.Command(asked.typed[-1], params=parameters, callback=perform, help=command_help(asked))
+    parameters = [*map(click_parameter, asked.arguments)]
+    return json_option(click.Command(asked.typed[-1], params=parameters, callback=perform, help=command_help(asked)))
 
 
 def command_help(asked: SessionCommand) -> str:

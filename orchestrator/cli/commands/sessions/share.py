@@ -11,7 +11,6 @@ from orchestrator.api.council import Council
 from orchestrator.cli.commands.sessions.session import click_parameter, command_help
 from orchestrator.cli.core.command import (
     CommandContext,
-    json_option,
     open_council,
     run_command,
     run_option,
@@ -19,6 +18,7 @@ from orchestrator.cli.core.command import (
     store_option_url,
 )
 from orchestrator.cli.core.group import SuggestingGroup
+from orchestrator.cli.core.options import json_option, wants_json
 from orchestrator.client import main as client
 from orchestrator.client.commands import SESSION_COMMANDS, SessionCommand
 from orchestrator.client.messages import format_result, strip_control_characters
@@ -45,37 +45,33 @@ def share() -> None:
 
 
 def _command(asked: SessionCommand) -> click.Command:
-    def perform_it(as_json: bool, run: str | None, **given: Any) -> None:
-        said = {name: value for name, value in given.items() if value is not None}
+    def perform(run: str | None, **given: Any) -> None:
+        words = {name: value for name, value in given.items() if value is not None}
         if run is None and store_option_url() is None and client.is_in_session():
-            sys.exit(client.run_session_command(ParsedCommand(asked, said, as_json=as_json)))
-        run_outside_session(asked, said, run, as_json=as_json)
+            sys.exit(client.run_session_command(ParsedCommand(asked, words, as_json=wants_json())))
+        run_command(lambda context: _perform_outside_session(context, asked, words, run))
 
     command = click.Command(
-        asked.typed[-1], params=[*map(click_parameter, asked.arguments)], callback=perform_it, help=command_help(asked)
+        asked.typed[-1], params=[*map(click_parameter, asked.arguments)], callback=perform, help=command_help(asked)
     )
     for option in (json_option, store_option, run_option):
         command = option(command)
     return command
 
 
-def run_outside_session(asked: SessionCommand, words: JsonObject, run: str | None, *, as_json: bool) -> None:
-    """Execute a command outside sessions, print its result, and exit."""
-
-    async def command(context: CommandContext) -> int:
-        try:
-            arguments = resolve_arguments(asked, words)
-        except SessionRequestError as error:
-            raise RefusedError(error.what, error.remedy) from None
-        async with open_council(context.log) as council:
-            result = await _result(council, asked, arguments, run)
-        if as_json:
-            context.output.json({**result, "exit": 0})
-        else:
-            context.output.text(strip_control_characters(format_result(asked.name, result)))
-        return 0
-
-    run_command(command, as_json=as_json)
+async def _perform_outside_session(
+    context: CommandContext, asked: SessionCommand, words: JsonObject, run: str | None
+) -> None:
+    try:
+        arguments = resolve_arguments(asked, words)
+    except SessionRequestError as error:
+        raise RefusedError(error.what, error.remedy) from None
+    async with open_council(context.log) as council:
+        result = await _result(council, asked, arguments, run)
+    if context.output.as_json:
+        context.output.json({**result, "exit": 0})
+    else:
+        context.output.text(strip_control_characters(format_result(asked.name, result)))
 
 
 async def _result(council: Council, asked: SessionCommand, arguments: JsonObject, run: str | None) -> JsonObject:

@@ -17,11 +17,11 @@ import anyio.to_thread
 import click
 
 from orchestrator.api.council import Council
-from orchestrator.cli.core.command import CommandContext, json_option, run_command
+from orchestrator.cli.core.command import CommandContext, async_command
 from orchestrator.cli.core.confirm import trust_option
 from orchestrator.cli.core.options import parse_duration_option
 from orchestrator.cli.core.run_source import CommandEnvironment, discover_environment
-from orchestrator.cli.render.text import one_line, printable
+from orchestrator.cli.render.text import one_line
 from orchestrator.config.load import load_value
 from orchestrator.config.model import RunConfig, make_adapters
 from orchestrator.domain.settings.quantities import format_duration
@@ -55,8 +55,15 @@ _LONGEST_LINE: Final = 200
     help="The time limit of the session.",
 )
 @trust_option
-@json_option
-def test(name: str, prompt: str | None, timeout: float, *, no_live: bool, as_json: bool) -> None:
+@async_command()
+async def test(
+    context: CommandContext,
+    name: str,
+    prompt: str | None,
+    timeout: float,  # noqa: ASYNC109  it ends the run
+    *,
+    no_live: bool,
+) -> int:
     """Test an adapter of council.yaml, or an installed type.
 
     First runs the adapter contract against the configured adapter. Then runs a small task in a scratch repository, in
@@ -67,24 +74,14 @@ def test(name: str, prompt: str | None, timeout: float, *, no_live: bool, as_jso
       council adapters test claude
       council adapters test my-cli --no-live
     """
-
-    async def command(context: CommandContext) -> int:
-        scene = await discover_environment()
-        adapter = await _find(scene, name)
-        contract = await _check_contract(scene, adapter)
-        status = (await probe_adapters(make_adapters({name: adapter}, scene.plugins.adapters), os.environ))[name]
-        live, said = (
-            (None, "") if no_live else await _run_scratch_task(scene, name, adapter, prompt or _PROMPT, timeout)
-        )
-        trial = _AdapterTestResult(name, adapter.use, contract, status, live, said, is_live=not no_live)
-        if as_json:
-            context.output.json(trial.to_json())
-        else:
-            for line in trial.lines():
-                context.output.text(printable(line) + "\n")
-        return trial.code
-
-    run_command(command, as_json=as_json)
+    scene = await discover_environment()
+    adapter = await _find(scene, name)
+    contract = await _check_contract(scene, adapter)
+    status = (await probe_adapters(make_adapters({name: adapter}, scene.plugins.adapters), os.environ))[name]
+    live, said = (None, "") if no_live else await _run_scratch_task(scene, name, adapter, prompt or _PROMPT, timeout)
+    trial = _AdapterTestResult(name, adapter.use, contract, status, live, said, is_live=not no_live)
+    context.output.answer(trial.to_json, trial.lines())
+    return trial.code
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,9 @@ from orchestrator.cli.commands.setup.adapter_test import test
 from orchestrator.cli.core.adapter_state import AdapterState, read_adapter_state
 from orchestrator.cli.core.command import (
     CommandContext,
-    json_option,
-    open_council,
-    run_command,
+    CouncilContext,
+    async_command,
+    council_command,
     run_option,
     show_result,
     store_option,
@@ -23,7 +23,7 @@ from orchestrator.cli.core.command import (
 from orchestrator.cli.core.confirm import trust_option
 from orchestrator.cli.core.group import SuggestingGroup
 from orchestrator.cli.core.run_source import CommandEnvironment, discover_environment
-from orchestrator.cli.render.text import one_line, printable
+from orchestrator.cli.render.text import one_line
 from orchestrator.config.model import RunConfig, make_adapters
 from orchestrator.engine.diagnostics.findings import describe
 from orchestrator.engine.diagnostics.programs import AdapterStatus, make_default_adapters, probe_adapters
@@ -35,9 +35,8 @@ from orchestrator.protocols import Adapter, JsonObject
 @click.group(cls=SuggestingGroup, invoke_without_command=True)
 @store_option
 @trust_option
-@json_option
-@click.pass_context
-def adapters(context: click.Context, as_json: bool) -> None:
+@async_command()
+async def adapters(context: CommandContext) -> None:
     """List installed adapters with their programs, versions and logins.
 
     Also lists the adapters of council.yaml, in the current folder or at the top of the repository: their optional
@@ -50,21 +49,10 @@ def adapters(context: click.Context, as_json: bool) -> None:
       council adapters test claude
       council adapters enable claude
     """
-    if context.invoked_subcommand is not None:
-        return
-
-    async def command(context: CommandContext) -> int:
-        scene = await discover_environment()
-        types, named = await _list(scene)
-        known = await read_adapter_state(context) if scene.top is not None or named else AdapterState()
-        if as_json:
-            context.output.json(_json(scene, types, named, known))
-        else:
-            for line in _lines(scene, types, named, known):
-                context.output.text(printable(line) + "\n")
-        return 0
-
-    run_command(command, as_json=as_json)
+    scene = await discover_environment()
+    types, named = await _list(scene)
+    known = await read_adapter_state(context) if scene.top is not None or named else AdapterState()
+    context.output.answer(lambda: _json(scene, types, named, known), _lines(scene, types, named, known))
 
 
 adapters.add_command(test)
@@ -179,9 +167,8 @@ def _programs(status: AdapterStatus) -> Iterator[str]:
 @adapters.command()
 @click.argument("names", metavar="[ADAPTER]...", nargs=-1)
 @run_option
-@store_option
-@json_option
-def enable(names: tuple[str, ...], run: str | None, as_json: bool) -> None:
+@council_command()
+async def enable(context: CouncilContext, names: tuple[str, ...], run: str | None) -> int:
     """Enable adapters that a run has disabled or paused.
 
     For example after you logged in or bought credit. Without ADAPTER, enables all of them. An active run starts their
@@ -193,10 +180,5 @@ def enable(names: tuple[str, ...], run: str | None, as_json: bool) -> None:
       council adapters enable claude
       council adapters enable --run 20260102-030405-ab12
     """
-
-    async def command(context: CommandContext) -> int:
-        async with open_council(context.log) as council:
-            await show_result(context, council, await council.runs.enable_adapters(*names, run=run), code=0)
-            return 0
-
-    run_command(command, as_json=as_json)
+    report = await context.council.runs.enable_adapters(*names, run=run)
+    return await show_result(context, context.council, report, code=0)

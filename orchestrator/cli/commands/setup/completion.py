@@ -5,14 +5,15 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
-from orchestrator.cli.core.command import CommandContext, run_command
+from orchestrator.cli.core.command import CommandContext, async_command
 
 _SHELLS = ("bash", "zsh", "fish")
 
 
 @click.command()
 @click.argument("shell", type=click.Choice(_SHELLS))
-def completion(shell: str) -> None:
+@async_command(prints_json=False)
+async def completion(context: CommandContext, shell: str) -> None:
     """Print a completion script for SHELL.
 
     It completes commands, options, and the names of runs, tasks and unmerged work.
@@ -23,13 +24,7 @@ def completion(shell: str) -> None:
       council completion zsh > ~/.zfunc/_council
       council completion fish > ~/.config/fish/completions/council.fish
     """
-
-    async def command(context: CommandContext) -> int:
-        root = click.get_current_context().find_root().command
-        found = get_completion_class(shell)
-        assert found is not None  # noqa: S101  click brings all three
-        made = found(root, {}, "council", "_COUNCIL_COMPLETE")
-        context.output.text(made.source_template % made.source_vars())
-        return 0
-
-    run_command(command, as_json=False)
+    root = click.get_current_context().find_root().command
+    found = get_completion_class(shell)
+    assert found is not None  # noqa: S101  click brings all three
+    context.output.text(found(root, {}, "council", "_COUNCIL_COMPLETE").source())

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from orchestrator.cli.core.adapter_state import read_adapter_state
-from orchestrator.cli.core.command import CommandContext, json_option, run_command
+from orchestrator.cli.core.command import CommandContext, async_command
 from orchestrator.cli.core.confirm import trust_option
 from orchestrator.cli.core.run_source import discover_environment
 from orchestrator.cli.render.findings import findings_exit_code, show_findings
@@ -18,8 +18,8 @@ from orchestrator.engine.diagnostics.doctor import DoctorInput, run_doctor
 @click.command()
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 @trust_option
-@json_option
-def doctor(file: Path | None, as_json: bool) -> None:
+@async_command()
+async def doctor(context: CommandContext, file: Path | None) -> int:
     """Check that this repository is ready to run, and suggest fixes.
 
     Checks the machine, the repository, the programs and the file: FILE, or council.yaml in the current folder or at the
@@ -30,14 +30,10 @@ def doctor(file: Path | None, as_json: bool) -> None:
       council doctor
       council doctor night.yaml --json
     """
-
-    async def command(context: CommandContext) -> int:
-        scene = await discover_environment(file)
-        left_out = [str(one) for one in scene.plugins.left_out]
-        subject = DoctorInput(scene.folder, scene.file, scene.config, scene.plugins.adapters, left_out)
-        findings = [*await run_doctor(subject, os.environ), *(await read_adapter_state(context)).findings()]
-        code = findings_exit_code(findings)
-        show_findings(findings, code, context.output)
-        return code
-
-    run_command(command, as_json=as_json)
+    scene = await discover_environment(file)
+    left_out = [str(one) for one in scene.plugins.left_out]
+    subject = DoctorInput(scene.folder, scene.file, scene.config, scene.plugins.adapters, left_out)
+    findings = [*await run_doctor(subject, os.environ), *(await read_adapter_state(context)).findings()]
+    code = findings_exit_code(findings)
+    show_findings(findings, code, context.output)
+    return code

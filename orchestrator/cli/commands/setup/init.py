@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import anyio.to_thread
 import click
 
-from orchestrator.cli.core.command import CommandContext, json_option, run_command
+from orchestrator.cli.core.command import CommandContext, async_command
 from orchestrator.cli.core.run_source import CONFIG_FILE_NAME
-from orchestrator.cli.render.output import Output
-from orchestrator.cli.render.text import printable
 from orchestrator.config.json_schema import file_schema
 from orchestrator.config.load import load_config
 from orchestrator.config.permissions import list_permission_requests
@@ -35,15 +33,15 @@ from orchestrator.engine.diagnostics.programs import AdapterStatus
 from orchestrator.engine.diagnostics.test_detection import ProjectEnvironment, RepositoryTests
 from orchestrator.engine.diagnostics.trust import confirm_requests
 from orchestrator.plugins import load_plugins
-from orchestrator.protocols import AdapterType
+from orchestrator.protocols import JsonObject
 
 
 @click.command()
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 @click.option("--adapter", metavar="TYPE", help="Use this adapter type, as `council adapters` lists it.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
-@json_option
-def init(file: Path | None, adapter: str | None, force: bool, as_json: bool) -> None:
+@async_command()
+async def init(context: CommandContext, file: Path | None, adapter: str | None, force: bool) -> None:
     """Write a council.yaml for this repository.
 
     The file has the adapters whose programs are found, the command that runs the tests of the repository, and a first
@@ -55,29 +53,23 @@ def init(file: Path | None, adapter: str | None, force: bool, as_json: bool) -> 
       council init --adapter aider
       council init night.yaml --force
     """
-
-    async def command(context: CommandContext) -> int:
-        ground = await find_init_repository(Path.cwd(), os.environ)
-        path = ground.top / CONFIG_FILE_NAME if file is None else Path.cwd() / file
-        await anyio.to_thread.run_sync(lambda: check_can_write(path, force=force))
-        plugins = await anyio.to_thread.run_sync(load_plugins, os.environ, [ground.top])
-        found = _Discovery(
-            ground,
-            path,
-            await find_adapters(plugins.adapters, adapter, os.environ),
-            await find_usable_tests(ground, os.environ),
-        )
-        schema = await _schema(ground, plugins.adapters)
-        text = starter_text(_starter(found, schema))
-        await anyio.to_thread.run_sync(lambda: write_file(path, text, plugins.adapters, force=force))
-        config = await anyio.to_thread.run_sync(load_config, path, plugins.adapters)
-        await confirm_requests(
-            path, list_permission_requests(config, ground.top), os.environ
-        )  # it was written here, for the user
-        _show(found, schema, context.output)
-        return 0
-
-    run_command(command, as_json=as_json)
+    ground = await find_init_repository(Path.cwd(), os.environ)
+    path = ground.top / CONFIG_FILE_NAME if file is None else Path.cwd() / file
+    await anyio.to_thread.run_sync(lambda: check_can_write(path, force=force))
+    plugins = await anyio.to_thread.run_sync(load_plugins, os.environ, [ground.top])
+    found = _Discovery(
+        ground,
+        path,
+        await find_adapters(plugins.adapters, adapter, os.environ),
+        await find_usable_tests(ground, os.environ),
+    )
+    schema = await write_schema(ground, json.dumps(file_schema(plugins.adapters), indent=2) + "\n", os.environ)
+    text = starter_text(_starter(found, schema))
+    await anyio.to_thread.run_sync(lambda: write_file(path, text, plugins.adapters, force=force))
+    config = await anyio.to_thread.run_sync(load_config, path, plugins.adapters)
+    # It was written here, for the user.
+    await confirm_requests(path, list_permission_requests(config, ground.top), os.environ)
+    context.output.answer(lambda: _json(found, schema), _lines(found))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +103,6 @@ class _Discovery:
         return [f"council doctor{name}", f"council run --dry-run{name}", f"council run{name}"]
 
 
-async def _schema(ground: InitRepository, types: Mapping[str, AdapterType]) -> Path | None:
-    return await write_schema(ground, json.dumps(file_schema(types), indent=2) + "\n", os.environ)
-
-
 def _starter(found: _Discovery, schema: Path | None) -> Starter:
     """Return the contents of the file; paths in the repository are relative to the file."""
     folder, top = Path(os.path.realpath(found.path.parent)), Path(os.path.realpath(found.ground.top))
@@ -139,34 +127,36 @@ def _words(status: AdapterStatus) -> str:
     return ", ".join(told)
 
 
-def _show(found: _Discovery, schema: Path | None, output: Output) -> None:
+def _json(found: _Discovery, schema: Path | None) -> JsonObject:
     tests, environment, missing = found.detected_tests, found.environment, found.missing_text
-    if output.as_json:
-        output.json(
-            {
-                "path": str(found.path),
-                "repository": str(found.ground.top),
-                "base": found.ground.base,
-                "adapters": [{"use": name, **status.to_json()} for name, status in found.adapters.items()],
-                "checks": [] if tests is None or missing is not None else [tests.command],
-                "setup": [] if environment is None or missing is not None else [environment.setup],
-                "missing": [] if found.tests is None else list(found.tests.missing),
-                "told_by": None if tests is None else tests.declared_in,
-                "schema": None if schema is None else str(schema),
-                "next": found.next_commands,
-                "exit": 0,
-            }
-        )
-        return
-    lines = [f"wrote {found.path}", f"base      {found.ground.base}"]
+    return {
+        "path": str(found.path),
+        "repository": str(found.ground.top),
+        "base": found.ground.base,
+        "adapters": [{"use": name, **status.to_json()} for name, status in found.adapters.items()],
+        "checks": [] if tests is None or missing is not None else [tests.command],
+        "setup": [] if environment is None or missing is not None else [environment.setup],
+        "missing": [] if found.tests is None else list(found.tests.missing),
+        "told_by": None if tests is None else tests.declared_in,
+        "schema": None if schema is None else str(schema),
+        "next": found.next_commands,
+        "exit": 0,
+    }
+
+
+def _lines(found: _Discovery) -> Iterator[str]:
+    tests = found.detected_tests
+    yield f"wrote {found.path}"
+    yield f"base      {found.ground.base}"
     for name, status in found.adapters.items():
-        lines.append(f"adapter   {name}: {'; '.join(map(describe, status.programs)) or 'no program'}")
-        lines += [f"          → {one.remedy}" for one in status.programs if one.remedy]
+        yield f"adapter   {name}: {'; '.join(map(describe, status.programs)) or 'no program'}"
+        yield from (f"          → {one.remedy}" for one in status.programs if one.remedy)
     if not found.adapters:
-        lines.append("adapter   none was found: replace my-cli in the file by your program")
-    told = "none: no test command was found" if tests is None else f"{tests.command} (from {tests.declared_in})"
-    lines += [] if environment is None else [f"setup     {environment.setup}"]
-    lines += [f"checks    {told}", *([] if missing is None else [f"          → commented out: {missing}"])]
-    lines += [*(f"next      {command}" for command in found.next_commands)]
-    for line in lines:
-        output.text(printable(line) + "\n")
+        yield "adapter   none was found: replace my-cli in the file by your program"
+    if found.environment is not None:
+        yield f"setup     {found.environment.setup}"
+    found_by = "none: no test command was found" if tests is None else f"{tests.command} (from {tests.declared_in})"
+    yield f"checks    {found_by}"
+    if found.missing_text is not None:
+        yield f"          → commented out: {found.missing_text}"
+    yield from (f"next      {command}" for command in found.next_commands)

@@ -6,7 +6,7 @@ import json
 
 import click
 
-from orchestrator.cli.core.command import CommandContext, run_command
+from orchestrator.cli.core.command import CommandContext, async_command
 from orchestrator.config.json_schema import file_schema
 from orchestrator.engine.reports.schema import event_schema, result_schema, task_details_schema
 from orchestrator.plugins import load_plugins
@@ -16,7 +16,8 @@ from orchestrator.plugins import load_plugins
 @click.option("--result", is_flag=True, help="Print the schema of the final --json object.")
 @click.option("--story", is_flag=True, help="Print the schema of `council show TASK --json`.")
 @click.option("--events", is_flag=True, help="Print the schema of the events that --json prints.")
-def schema(result: bool, story: bool, events: bool) -> None:
+@async_command(prints_json=False)
+async def schema(context: CommandContext, result: bool, story: bool, events: bool) -> None:
     """Print the JSON Schema of the file, for editors.
 
     Includes the options of all installed adapter types. An editor with a YAML language server finds it by this first
@@ -30,17 +31,12 @@ def schema(result: bool, story: bool, events: bool) -> None:
       council schema > council.schema.json
       council schema --result
     """
-
-    async def command(context: CommandContext) -> int:
-        if result + story + events > 1:
-            raise click.UsageError("--result, --story and --events exclude each other")
-        if events:
-            made = event_schema()
-        else:
-            made = (
-                task_details_schema() if story else result_schema() if result else file_schema(load_plugins().adapters)
-            )
-        context.output.text(json.dumps(made, indent=2) + "\n")
-        return 0
-
-    run_command(command, as_json=False)
+    if result + story + events > 1:
+        raise click.UsageError("--result, --story and --events exclude each other.")
+    if events:
+        made = event_schema()
+    elif story:
+        made = task_details_schema()
+    else:
+        made = result_schema() if result else file_schema(load_plugins().adapters)
+    context.output.text(json.dumps(made, indent=2) + "\n")

@@ -7,10 +7,9 @@ from pathlib import Path
 import anyio.to_thread
 import click
 
-from orchestrator.cli.core.command import CommandContext, json_option, run_command
+from orchestrator.cli.core.command import CommandContext, async_command
 from orchestrator.cli.core.group import SuggestingGroup
 from orchestrator.cli.core.run_source import load_run_config
-from orchestrator.cli.render.text import printable
 from orchestrator.config.workflows.load import Phases, builtin_phases
 from orchestrator.config.workflows.text import build_workflow_files, phase_settings, workflows_to_yaml
 from orchestrator.domain.wording import suggest
@@ -39,8 +38,8 @@ def workflow() -> None:
 @workflow.command()
 @click.argument("name", required=False)
 @_file_option
-@json_option
-def show(name: str | None, file: Path | None, as_json: bool) -> None:
+@async_command()
+async def show(context: CommandContext, name: str | None, file: Path | None) -> None:
     """Print the workflow NAME, or all workflows, in the format of the file.
 
     Omits the default prompts of phases; `council workflow copy` also writes these.
@@ -50,18 +49,13 @@ def show(name: str | None, file: Path | None, as_json: bool) -> None:
       council workflow show
       council workflow show mine --file council.yaml --json
     """
-
-    async def command(context: CommandContext) -> int:
-        found = await _find(name, file)
-        if context.output.as_json:
-            told = {one: [{"name": each.name, **phase_settings(each, phases)} for each in phases]
-                    for one, phases in found.items()}  # fmt: skip
-            context.output.json({"workflows": told, "exit": 0})
-        else:
-            context.output.text(workflows_to_yaml(found))
-        return 0
-
-    run_command(command, as_json=as_json)
+    found = await _find(name, file)
+    if context.output.as_json:
+        told = {one: [{"name": each.name, **phase_settings(each, phases)} for each in phases]
+                for one, phases in found.items()}  # fmt: skip
+        context.output.json({"workflows": told, "exit": 0})
+    else:
+        context.output.text(workflows_to_yaml(found))
 
 
 @workflow.command()
@@ -69,8 +63,8 @@ def show(name: str | None, file: Path | None, as_json: bool) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 @_file_option
 @click.option("--force", is_flag=True, help="Replace existing files.")
-@json_option
-def copy(name: str, folder: Path, file: Path | None, force: bool, as_json: bool) -> None:
+@async_command()
+async def copy(context: CommandContext, name: str, folder: Path, file: Path | None, force: bool) -> None:
     """Write the workflow NAME and its prompt templates into FOLDER, for you to edit.
 
     Copy the contents of NAME.yaml into your council.yaml. Its paths are relative to the current folder: run the command
@@ -80,19 +74,11 @@ def copy(name: str, folder: Path, file: Path | None, force: bool, as_json: bool)
     Examples:
       council workflow copy adw workflows
     """
-
-    async def command(context: CommandContext) -> int:
-        phases = (await _find(name, file))[name]
-        files = {Path(path): text for path, text in build_workflow_files(name, phases, folder).items()}
-        await anyio.to_thread.run_sync(lambda: _write(folder, files, force=force))
-        if context.output.as_json:
-            context.output.json({"workflow": name, "files": [*map(str, files)], "exit": 0})
-        else:
-            for path in files:
-                context.output.text(printable(f"wrote {path}") + "\n")
-        return 0
-
-    run_command(command, as_json=as_json)
+    phases = (await _find(name, file))[name]
+    files = {Path(path): text for path, text in build_workflow_files(name, phases, folder).items()}
+    await anyio.to_thread.run_sync(lambda: _write(folder, files, force=force))
+    facts = {"workflow": name, "files": [*map(str, files)], "exit": 0}
+    context.output.answer(lambda: facts, (f"wrote {path}" for path in files))
 
 
 async def _find(name: str | None, file: Path | None) -> dict[str, Phases]:

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 
 import click
 
 from orchestrator.api.council import Council
-from orchestrator.cli.core.command import (
-    CommandContext,
-    json_option,
-    open_council,
-    run_command,
-    run_option,
-    store_option,
-)
+from orchestrator.cli.core.command import CouncilContext, council_command, run_option
 from orchestrator.cli.core.completion import complete_checkpoints
 from orchestrator.cli.core.group import SuggestingGroup
-from orchestrator.cli.render.text import printable
+from orchestrator.engine.scheduler.restore import RestoreResult
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import JsonObject
 from orchestrator.state.documents.checkpoints import WHOLE_STORE, Checkpoint, RestorePlan
@@ -48,9 +41,8 @@ def checkpoint() -> None:
 @click.option("--reason", metavar="TEXT", default="manual", help="The reason for the checkpoint.")
 @run_option
 @_all_option
-@store_option
-@json_option
-def create(reason: str, run: str | None, whole: bool, as_json: bool) -> None:
+@council_command()
+async def create(context: CouncilContext, reason: str, run: str | None, whole: bool) -> None:
     """Create a checkpoint of the current state of a run; default: the newest.
 
     \b
@@ -59,25 +51,15 @@ def create(reason: str, run: str | None, whole: bool, as_json: bool) -> None:
       council checkpoint create --all --reason "before the upgrade"
     """
     _check_scope(run, whole=whole)
-
-    async def command(context: CommandContext) -> int:
-        async with open_council(context.log) as council:
-            made = await council.checkpoints.create(run, reason=reason, whole=whole)
-            if as_json:
-                context.output.json(_facts(made))
-            else:
-                context.output.text(f"created checkpoint {made.id}\n")
-            return 0
-
-    run_command(command, as_json=as_json)
+    made = await context.council.checkpoints.create(run, reason=reason, whole=whole)
+    context.output.answer(lambda: _facts(made), [f"created checkpoint {made.id}"])
 
 
 @checkpoint.command("list")
 @partial(run_option, words="Only those of this run.")
 @click.option("--all", "whole", is_flag=True, help="List only checkpoints of all runs together.")
-@store_option
-@json_option
-def list_checkpoints(run: str | None, whole: bool, as_json: bool) -> None:
+@council_command(brief=True)
+async def list_checkpoints(context: CouncilContext, run: str | None, whole: bool) -> None:
     """List the checkpoints of this project, oldest first.
 
     \b
@@ -86,32 +68,24 @@ def list_checkpoints(run: str | None, whole: bool, as_json: bool) -> None:
       council checkpoint list --run 20260102-030405-ab12
     """
     _check_scope(run, whole=whole)
-
-    async def command(context: CommandContext) -> int:
-        async with open_council(context.log) as council:
-            found = await council.checkpoints.list(WHOLE_STORE if whole else run)
-            if run is not None and not found:  # of a run whose record was removed they are listed all the same
-                found = await council.checkpoints.list(await council.runs.find(run))
-            if as_json:
-                context.output.json({"checkpoints": [_facts(one) for one in found]})
-            elif not found:
-                context.output.text("no checkpoints\n")
-            for one in [] if as_json else found:
-                told = (
-                    f"{one.id:<24} {format_local_time(one.time)}  {one.status or '-':<12} {_phase(one)}  {one.reason}"
-                )
-                context.output.text(printable(told) + "\n")
-            return 0
-
-    run_command(command, as_json=as_json, brief=True)
+    council = context.council
+    found = await council.checkpoints.list(WHOLE_STORE if whole else run)
+    if run is not None and not found:  # checkpoints remain when the record of their run is removed
+        found = await council.checkpoints.list(await council.runs.find(run))
+    lines = (
+        f"{one.id:<24} {format_local_time(one.time)}  {one.status or '-':<12} {_phase(one)}  {one.reason}"
+        for one in found
+    )
+    context.output.answer(
+        lambda: {"checkpoints": [_facts(one) for one in found]}, lines if found else ["no checkpoints"]
+    )
 
 
 @checkpoint.command()
 @_id_argument
 @run_option
-@store_option
-@json_option
-def show(checkpoint_id: str, run: str | None, as_json: bool) -> None:
+@council_command()
+async def show(context: CouncilContext, checkpoint_id: str, run: str | None) -> None:
     """Show a checkpoint, and the changes that restoring it would make.
 
     CHECKPOINT is an id from `council checkpoint list`, or a number for the newest run.
@@ -121,26 +95,16 @@ def show(checkpoint_id: str, run: str | None, as_json: bool) -> None:
       council checkpoint show 3
       council checkpoint show all/1
     """
-
-    async def command(context: CommandContext) -> int:
-        async with open_council(context.log) as council:
-            found = await council.checkpoints.plan_restore(await _full_id(council, checkpoint_id, run))
-            if as_json:
-                context.output.json({**_facts(found.checkpoint), **_changes(found)})
-            for line in () if as_json else _lines(found):
-                context.output.text(printable(line) + "\n")
-            return 0
-
-    run_command(command, as_json=as_json)
+    found = await context.council.checkpoints.plan_restore(await _full_id(context.council, checkpoint_id, run))
+    context.output.answer(lambda: {**_facts(found.checkpoint), **_changes(found)}, _lines(found))
 
 
 @checkpoint.command()
 @_id_argument
 @click.option("--force", is_flag=True, help="Take over a run that is active in a process.")
 @run_option
-@store_option
-@json_option
-def restore(checkpoint_id: str, force: bool, run: str | None, as_json: bool) -> None:
+@council_command()
+async def restore(context: CouncilContext, checkpoint_id: str, force: bool, run: str | None) -> None:
     """Restore a checkpoint, from which `council resume` continues.
 
     Landed work stays landed. The work of later sessions stays in their logs and in `council salvage`. The current state
@@ -151,27 +115,22 @@ def restore(checkpoint_id: str, force: bool, run: str | None, as_json: bool) -> 
       council checkpoint restore 3
       council checkpoint restore 20260102-030405-ab12/3 --force
     """
+    done = await context.council.checkpoints.restore(await _full_id(context.council, checkpoint_id, run), force=force)
+    context.output.answer(lambda: {**asdict(done), "left": _skipped_documents(done.left)}, _restored(done))
 
-    async def command(context: CommandContext) -> int:
-        async with open_council(context.log) as council:
-            done = await council.checkpoints.restore(await _full_id(council, checkpoint_id, run), force=force)
-            if as_json:
-                context.output.json({**asdict(done), "left": _skipped_documents(done.left)})
-                return 0
-            for name, why in done.left.items():
-                context.output.text(printable(f"{name} is unchanged: {why}") + "\n")
-            before = f"the previous state is checkpoint {done.before}" if done.before else "there was no previous state"
-            told = f"restored {done.checkpoint}; {before}"
-            if not done.written and not done.deleted:
-                told = "nothing to restore: the state is the same"
-            elif not done.runs:
-                told += "\nthe run had ended then: there is nothing to resume"
-            context.output.text(f"{told}\n")
-            for one in done.runs:
-                context.output.text(f"`council resume {one}` continues it\n")
-            return 0
 
-    run_command(command, as_json=as_json)
+def _restored(done: RestoreResult) -> Iterator[str]:
+    for name, why in done.left.items():
+        yield f"{name} is unchanged: {why}"
+    if not done.written and not done.deleted:
+        yield "nothing to restore: the state is the same"
+    else:
+        before = f"the previous state is checkpoint {done.before}" if done.before else "there was no previous state"
+        yield f"restored {done.checkpoint}; {before}"
+        if not done.runs:
+            yield "the run had ended then: there is nothing to resume"
+    for run in done.runs:
+        yield f"`council resume {run}` continues it"
 
 
 def _check_scope(run: str | None, *, whole: bool) -> None:
@@ -211,7 +170,7 @@ def _phase(one: Checkpoint) -> str:
     return ", ".join(f"{count} {status}" for status, count in one.phase.items())
 
 
-def _lines(found: RestorePlan) -> Iterable[str]:
+def _lines(found: RestorePlan) -> Iterator[str]:
     one = found.checkpoint
     yield f"{one.id}  {format_local_time(one.time)}  position {one.position}  {one.status or '-'}"
     yield f"made by {one.maker}: {one.reason}"

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from orchestrator.api.topics.cleanup import Cleaner, RemovalResult
-from orchestrator.cli.core.command import CommandContext, json_option, open_council, run_command, store_option
+from orchestrator.cli.core.command import CommandContext, async_command, open_council, store_option
 from orchestrator.cli.core.confirm import ask_yes_no, can_prompt, yes_option
 from orchestrator.cli.core.error_boundary import ErrorLog
 from orchestrator.cli.core.options import parse_duration_option
@@ -49,8 +49,9 @@ from orchestrator.system.clock import SystemClock
 )
 @click.option("--interrupted", is_flag=True, help="With --runs, also remove those of interrupted runs.")
 @store_option
-@json_option
-def clean(
+@async_command()
+async def clean(
+    context: CommandContext,
     dry_run: bool,
     yes: bool,
     kept: bool,
@@ -58,8 +59,7 @@ def clean(
     logs: float | None,
     runs: float | None,
     interrupted: bool,
-    as_json: bool,
-) -> None:
+) -> int:
     """Remove leftovers of runs that nothing needs.
 
     Removes worktrees of ended tasks, temporary files of killed commands, and internal repositories whose user's
@@ -79,30 +79,27 @@ def clean(
     """
     if interrupted and runs is None:
         raise click.UsageError("--interrupted requires --runs.")
-
-    async def command(context: CommandContext) -> int:
-        async with _cleaner(context.log) as cleaner:
-            found = await cleaner.find(logs=logs, runs=runs, include_interrupted=interrupted)
-            wanted = {
-                LeftoverStatus.LEFT_OVER,
-                *([LeftoverStatus.KEPT] if kept else []),
-                *([LeftoverStatus.READY] if pool else []),
-            }
-            going = [one for one in found if one.status in wanted]
-            if not as_json:
-                _print_leftovers(context.output, found, going)
-            is_wanted = (
-                bool(going) and not dry_run and (yes or (not as_json and await _confirm_removal(context.output, going)))
-            )
-            removals = await cleaner.remove(going) if is_wanted else []
-            code = int(any(one.error is not None for one in removals))
-            if as_json:
-                context.output.json(_result(found, removals, code))
-            elif is_wanted:
-                _print_removals(context.output, removals)
-            return code
-
-    run_command(command, as_json=as_json)
+    output = context.output
+    async with _cleaner(context.log) as cleaner:
+        found = await cleaner.find(logs=logs, runs=runs, include_interrupted=interrupted)
+        wanted = {
+            LeftoverStatus.LEFT_OVER,
+            *([LeftoverStatus.KEPT] if kept else []),
+            *([LeftoverStatus.READY] if pool else []),
+        }
+        going = [one for one in found if one.status in wanted]
+        if not output.as_json:
+            _print_leftovers(output, found, going)
+        is_wanted = (
+            bool(going) and not dry_run and (yes or (not output.as_json and await _confirm_removal(output, going)))
+        )
+        removals = await cleaner.remove(going) if is_wanted else []
+        code = int(any(one.error is not None for one in removals))
+        if output.as_json:
+            output.json(_result(found, removals, code))
+        elif is_wanted:
+            _print_removals(output, removals)
+        return code
 
 
 @asynccontextmanager

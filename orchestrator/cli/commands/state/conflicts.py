@@ -11,16 +11,8 @@ import anyio.to_thread
 import click
 import orjson
 
-from orchestrator.cli.core.command import (
-    CommandContext,
-    json_option,
-    open_council,
-    print_damage,
-    run_command,
-    store_option,
-)
+from orchestrator.cli.core.command import CouncilContext, council_command
 from orchestrator.cli.render.documents import field_changes, field_lines
-from orchestrator.cli.render.text import printable
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import Document, JsonObject
 from orchestrator.system.instants import format_local_time
@@ -30,9 +22,8 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@store_option
-@json_option
-def conflicts(as_json: bool) -> None:
+@council_command(brief=True)
+async def conflicts(context: CouncilContext) -> None:
     """List unresolved conflicts of updates, oldest first.
 
     Shows the id of each, the document, and the candidates: time, writer, and changes to the current document. `council
@@ -43,25 +34,14 @@ def conflicts(as_json: bool) -> None:
       council state conflicts
       council state conflicts --json
     """
-
-    async def command(context: CommandContext) -> int:
-        async with open_council(context.log) as council:
-            found = await council.state.conflicts()
-            now = await council.history.at(await council.history.position())
-            told = [(one, now.documents.get(one.key)) for one in found]
-            if as_json:
-                listed = [_facts(*pair) for pair in told]
-                context.output.json({"conflicts": listed, "damage": list(council.damage)})
-                return 0
-            for pair in told:
-                for line in _lines(*pair):
-                    context.output.text(f"{line}\n")
-            if not told:
-                context.output.text("no conflicts\n")
-            print_damage(context, council.damage)
-            return 0
-
-    run_command(command, as_json=as_json, brief=True)
+    council = context.council
+    found = await council.state.conflicts()
+    now = await council.history.at(await council.history.position())
+    pairs = [(one, now.documents.get(one.key)) for one in found]
+    lines = (line for pair in pairs for line in _lines(*pair))
+    context.answer_with_damage(
+        lambda: {"conflicts": [_facts(*pair) for pair in pairs]}, lines if pairs else ["no conflicts"]
+    )
 
 
 @click.command()
@@ -69,9 +49,8 @@ def conflicts(as_json: bool) -> None:
 @click.option("--take", metavar="N", type=click.IntRange(min=1), help="Choose the candidate with this number.")
 @click.option("--value", "file", metavar="FILE", help="Use the JSON object in this file; - is standard input.")
 @click.option("--force", is_flag=True, help="Resolve it even if the document has changed since the conflict.")
-@store_option
-@json_option
-def settle(name: str, take: int | None, file: str | None, force: bool, as_json: bool) -> None:
+@council_command()
+async def settle(context: CouncilContext, name: str, take: int | None, file: str | None, force: bool) -> None:
     """Resolve a conflict with a candidate or with your own value.
 
     CONFLICT is an id from `council state conflicts`, or the name of the document, which may omit the newest run.
@@ -83,22 +62,15 @@ def settle(name: str, take: int | None, file: str | None, force: bool, as_json: 
     """
     if (take is None) == (file is None):
         raise click.UsageError("use either --take or --value.")
-
-    async def command(context: CommandContext) -> int:
-        choice = take if file is None else await anyio.to_thread.run_sync(_read, file)
-        assert choice is not None, "checked above"  # noqa: S101
-        async with open_council(context.log) as council:
-            done = await council.state.resolve_conflict(name, choice, force=force)
-            key, version = str(done.conflict.key), None if done.document is None else done.document.version
-            if as_json:
-                value = None if done.document is None else done.document.value
-                context.output.json({"conflict": done.conflict.id, "key": key, "version": version, "value": value})
-            else:
-                became = "is deleted" if version is None else f"is version {version}"
-                context.output.text(printable(f"settled: {key} {became}") + "\n")
-            return 0
-
-    run_command(command, as_json=as_json)
+    choice = take if file is None else await anyio.to_thread.run_sync(_read, file)
+    assert choice is not None, "checked above"  # noqa: S101
+    done = await context.council.state.resolve_conflict(name, choice, force=force)
+    key = str(done.conflict.key)
+    version, value = (None, None) if done.document is None else (done.document.version, done.document.value)
+    context.output.answer(
+        lambda: {"conflict": done.conflict.id, "key": key, "version": version, "value": value},
+        [f"settled: {key} is {'deleted' if version is None else f'version {version}'}"],
+    )
 
 
 def _read(file: str) -> JsonObject:
@@ -141,9 +113,9 @@ def _facts(one: Conflict, now: Document | None) -> JsonObject:
 def _lines(one: Conflict, now: Document | None) -> Iterator[str]:
     version = now.version if now else 0
     since = "" if version == one.version else f", now version {version}" if version else ", now deleted"
-    yield printable(f"{one.id}  {one.key}  version {one.version}{since}")
+    yield f"{one.id}  {one.key}  version {one.version}{since}"
     for number, candidate in enumerate(one.candidates, 1):
-        yield printable(f"  {number}  {format_local_time(candidate.time)}  {candidate.writer}")
+        yield f"  {number}  {format_local_time(candidate.time)}  {candidate.writer}"
         if candidate.value is None:
             yield "       deleted"
             continue

@@ -16,12 +16,14 @@ from anyio import to_thread
 from orchestrator.api.transfer import copy_state, import_store, open_target
 from orchestrator.cli.core.command import (
     CommandContext,
+    CouncilContext,
+    async_command,
+    council_command,
     explicit_store_url,
-    json_option,
     open_council,
-    run_command,
     store_option,
 )
+from orchestrator.cli.render.output import Output
 from orchestrator.cli.render.text import printable
 from orchestrator.cli.streams import redirect_to_null
 from orchestrator.domain.settings.quantities import format_size_short
@@ -44,8 +46,8 @@ _file = click.argument("file", metavar="FILE", type=click.Path(path_type=Path, a
 @click.command()
 @click.argument("source", metavar="FROM")
 @click.argument("target", metavar="TO")
-@json_option
-def copy(source: str, target: str, as_json: bool) -> None:
+@async_command()
+async def copy(context: CommandContext, source: str, target: str) -> None:
     """Copy a store with its complete history into an empty one.
 
     FROM and TO are URLs of stores, or folders. FROM may have an active run: the copy is a consistent snapshot. The two
@@ -56,21 +58,15 @@ def copy(source: str, target: str, as_json: bool) -> None:
       council state copy .council/state /backup/state
       council state copy file:///home/ada/shop/.council/state file:///backup/state --json
     """
-
-    async def command(context: CommandContext) -> int:
-        copied = await copy_state(source, target)
-        _tell(context, copied, "already exists" if copied.was_there else "copied")
-        return 0
-
-    run_command(command, as_json=as_json)
+    copied = await copy_state(source, target)
+    _print_result(context.output, copied, "already exists" if copied.was_there else "copied")
 
 
 @click.command()
 @_file
 @click.option("--force", is_flag=True, help="Replace an existing FILE.")
-@store_option
-@json_option
-def export(file: Path, force: bool, as_json: bool) -> None:
+@council_command()
+async def export(context: CouncilContext, file: Path, force: bool) -> None:
     """Write the complete state to a file.
 
     The file has compressed JSON lines, which `zstdcat FILE` prints. With -, writes to standard output, and messages to
@@ -81,32 +77,25 @@ def export(file: Path, force: bool, as_json: bool) -> None:
       council state export state.jsonl.zst
       council state export - > state.jsonl.zst
     """
-
-    async def command(context: CommandContext) -> int:
-        if file != _STREAM:
-            _tell(context, await _export(context, file, force=force), "exported")
-            return 0
-        if sys.stdout.isatty():
-            raise RefusedError(
-                "an export is binary, and standard output is a terminal",
-                "name a file, or redirect the output, as in `- > FILE`",
-            )
-        try:
-            copied = await _export(context, sys.stdout.buffer)
-        except BrokenPipeError:
-            redirect_to_null(sys.stdout)
-            raise RefusedError("the reader of the export has exited", "check why it ended") from None
-        _tell(context, copied, "exported", err=True)
-        return 0
-
-    run_command(command, as_json=as_json)
+    is_stream, state = file == _STREAM, context.council.state
+    if is_stream and sys.stdout.isatty():
+        raise RefusedError(
+            "an export is binary, and standard output is a terminal",
+            "name a file, or redirect the output, as in `- > FILE`",
+        )
+    try:
+        copied = await state.export_to(sys.stdout.buffer if is_stream else file, force=force)
+    except BrokenPipeError:
+        redirect_to_null(sys.stdout)
+        raise RefusedError("the reader of the export has exited", "check why it ended") from None
+    _print_result(context.output, copied, "exported", err=is_stream)
 
 
 @click.command("import")
 @_file
 @store_option
-@json_option
-def import_(file: Path, as_json: bool) -> None:
+@async_command()
+async def import_(context: CommandContext, file: Path) -> None:
     """Import an exported file into an empty store.
 
     Positions, times and versions are those of the original. Nothing of an incomplete file is imported. - is standard
@@ -118,20 +107,10 @@ def import_(file: Path, as_json: bool) -> None:
       council state import state.jsonl.zst --state .council/state
       council state import - --json
     """
-
-    async def command(context: CommandContext) -> int:
-        if file == _STREAM and sys.stdin.isatty():
-            raise RefusedError("standard input is a terminal", "name a file, or redirect the input, as in `- < FILE`")
-        copied = await _import(context, sys.stdin.buffer if file == _STREAM else file)
-        _tell(context, copied, "already exists" if copied.was_there else "imported")
-        return 0
-
-    run_command(command, as_json=as_json)
-
-
-async def _export(context: CommandContext, file: Path | IO[bytes], *, force: bool = False) -> CopyResult:
-    async with open_council(context.log) as council:
-        return await council.state.export_to(file, force=force)
+    if file == _STREAM and sys.stdin.isatty():
+        raise RefusedError("standard input is a terminal", "name a file, or redirect the input, as in `- < FILE`")
+    copied = await _import(context, sys.stdin.buffer if file == _STREAM else file)
+    _print_result(context.output, copied, "already exists" if copied.was_there else "imported")
 
 
 async def _import(context: CommandContext, file: Path | IO[bytes]) -> CopyResult:
@@ -159,8 +138,8 @@ async def _exclude(paths: Sequence[Path]) -> None:
         await to_thread.run_sync(exclude_from_git, repository.git_dir)
 
 
-def _tell(context: CommandContext, copied: CopyResult, what: str, *, err: bool = False) -> None:
-    if context.output.as_json:
+def _print_result(output: Output, copied: CopyResult, what: str, *, err: bool = False) -> None:
+    if output.as_json:
         line = json.dumps(_copied_json(copied))
     else:
         packed = ""
@@ -168,9 +147,9 @@ def _tell(context: CommandContext, copied: CopyResult, what: str, *, err: bool =
             packed = f", in a file of {format_size_short(copied.packed)} (1/{copied.ratio:.0f})"
         documents = f"{copied.documents:,} {'document' if copied.documents == 1 else 'documents'}"
         line = f"{copied.commits:,} commits, {documents}, {format_size_short(copied.bytes)}{packed}: {what}"
-    context.output.text(f"{line}\n", err=err)
-    for warning in () if context.output.as_json else _warnings(copied):
-        context.output.text(f"{warning}\n", err=True)
+    output.text(f"{line}\n", err=err)
+    for warning in () if output.as_json else _warnings(copied):
+        output.text(f"{warning}\n", err=True)
 
 
 def _warnings(copied: CopyResult) -> Iterator[str]:

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+import re
+import time
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from datetime import datetime
 from functools import partial
+from typing import Final
 
 import click
 
 from orchestrator.api.council import Council
-from orchestrator.api.topics.history import is_about_run
-from orchestrator.cli.core.command import (
-    CommandContext,
-    json_option,
-    open_council,
-    print_damage,
-    run_argument,
-    run_command,
-    run_option,
-    store_option,
-)
-from orchestrator.cli.core.options import resolve_position
+from orchestrator.api.topics.history import StateHistory, is_about_run
+from orchestrator.cli.core.command import CouncilContext, council_command, run_argument, run_option
 from orchestrator.cli.render.documents import (
     CommitFormatter,
     RepairedDocument,
@@ -36,30 +30,11 @@ from orchestrator.cli.render.documents import (
     verification_lines,
 )
 from orchestrator.cli.render.overview import overview_lines
-from orchestrator.protocols import VERSIONS_KEPT, CommitRecord, DocumentVersion, JsonObject, Key
+from orchestrator.domain.settings.quantities import parse_duration
+from orchestrator.errors import RefusedError
+from orchestrator.protocols import VERSIONS_KEPT, CommitRecord, DocumentVersion, Key
 
 _of_run = partial(run_option, words="Only documents of this run.")
-
-
-#: A function that returns the answer as JSON, and the answer as lines.
-_RenderedAnswer = tuple[Callable[[], JsonObject], Iterator[str]]
-
-
-def _run_query(answer: Callable[[Council], Awaitable[_RenderedAnswer]], *, as_json: bool) -> None:
-    """Execute a command that only reads."""
-
-    async def command(context: CommandContext) -> int:
-        async with open_council(context.log) as council:
-            to_json, lines = await answer(council)
-            if as_json:
-                context.output.json(to_json() | {"damage": list(council.damage)})
-                return 0
-            for line in lines:
-                context.output.text(f"{line}\n")
-            print_damage(context, council.damage)
-            return 0
-
-    run_command(command, as_json=as_json, brief=True)
 
 
 async def _find_run(council: Council, run: str | None) -> str | None:
@@ -71,9 +46,8 @@ async def _find_run(council: Council, run: str | None) -> str | None:
 @click.argument("moment", metavar="MOMENT")
 @click.argument("keys", metavar="[KEY]...", nargs=-1)
 @_of_run
-@store_option
-@json_option
-def at(moment: str, keys: tuple[str, ...], run: str | None, as_json: bool) -> None:
+@council_command(brief=True)
+async def at(context: CouncilContext, moment: str, keys: tuple[str, ...], run: str | None) -> None:
     """Show the documents at a point in time.
 
     Without KEY lists them; with KEY prints their values. A key is kind/id. It may omit the newest run, and * matches
@@ -85,22 +59,18 @@ def at(moment: str, keys: tuple[str, ...], run: str | None, as_json: bool) -> No
       council state at 2h task/models
       council state at 120 'task/*' --json
     """
-
-    async def answer(council: Council) -> _RenderedAnswer:
-        position = await resolve_position(council.history, moment)
-        found = await council.history.at(position, run=await _find_run(council, run), names=keys)
-        return lambda: state_json(found), state_lines(found, with_values=bool(keys))
-
-    _run_query(answer, as_json=as_json)
+    past = context.council.history
+    position, only = await _resolve_position(past, moment), await _find_run(context.council, run)
+    found = await past.at(position, run=only, names=keys)
+    context.answer_with_damage(lambda: state_json(found), state_lines(found, with_values=bool(keys)))
 
 
 @click.command()
 @click.argument("before", metavar="A")
 @click.argument("after", metavar="[B]", default="now")
 @_of_run
-@store_option
-@json_option
-def diff(before: str, after: str, run: str | None, as_json: bool) -> None:
+@council_command(brief=True)
+async def diff(context: CouncilContext, before: str, after: str, run: str | None) -> None:
     """Show the differences between two points in time, field by field.
 
     B defaults to now.
@@ -110,13 +80,9 @@ def diff(before: str, after: str, run: str | None, as_json: bool) -> None:
       council state diff 2h
       council state diff 120 140 --run 20260102-030405-ab12
     """
-
-    async def answer(council: Council) -> _RenderedAnswer:
-        past, only = council.history, await _find_run(council, run)
-        old, new = [await past.at(await resolve_position(past, one), run=only) for one in (before, after)]
-        return lambda: differences_json(old, new), difference_lines(old, new)
-
-    _run_query(answer, as_json=as_json)
+    past, only = context.council.history, await _find_run(context.council, run)
+    old, new = [await past.at(await _resolve_position(past, one), run=only) for one in (before, after)]
+    context.answer_with_damage(lambda: differences_json(old, new), difference_lines(old, new))
 
 
 @click.command()
@@ -124,9 +90,8 @@ def diff(before: str, after: str, run: str | None, as_json: bool) -> None:
 @click.option(
     "--limit", metavar="N", type=click.IntRange(min=1), default=VERSIONS_KEPT, help="The maximum number of versions."
 )
-@store_option
-@json_option
-def history(key: str, limit: int, as_json: bool) -> None:
+@council_command(brief=True)
+async def history(context: CouncilContext, key: str, limit: int) -> None:
     """Show the versions of a document, newest first.
 
     Shows the writer and time of each, its events, and the changed fields. KEY is kind/id, and may omit the newest run.
@@ -136,16 +101,12 @@ def history(key: str, limit: int, as_json: bool) -> None:
       council state history task/models
       council state history run/20260102-030405-ab12 --limit 3 --json
     """
-
-    async def answer(council: Council) -> _RenderedAnswer:
-        found = await council.history.key(key)
-        # One more, which the oldest of them is compared with.
-        versions = await council.history.versions(found, limit + 1)
-        before: list[DocumentVersion | None] = [*versions[1:], None]
-        pairs = list(zip(versions, before, strict=True))[:limit]
-        return lambda: history_json(found, pairs), history_lines(found, pairs)
-
-    _run_query(answer, as_json=as_json)
+    found = await context.council.history.key(key)
+    # One more, which the oldest of them is compared with.
+    versions = await context.council.history.versions(found, limit + 1)
+    before: list[DocumentVersion | None] = [*versions[1:], None]
+    pairs = list(zip(versions, before, strict=True))[:limit]
+    context.answer_with_damage(lambda: history_json(found, pairs), history_lines(found, pairs))
 
 
 @click.command()
@@ -155,9 +116,8 @@ def history(key: str, limit: int, as_json: bool) -> None:
 )
 @click.option("--limit", metavar="N", type=click.IntRange(min=1), help="Only the newest N commits.")
 @_of_run
-@store_option
-@json_option
-def log(follow: bool, after: int, limit: int | None, run: str | None, as_json: bool) -> None:
+@council_command()
+async def log(context: CouncilContext, follow: bool, after: int, limit: int | None, run: str | None) -> None:
     """Print the commits of the log, oldest first.
 
     One line each: position, time, writer, events, and written documents.
@@ -168,22 +128,17 @@ def log(follow: bool, after: int, limit: int | None, run: str | None, as_json: b
       council state log --follow --run 20260102-030405-ab12
       council state log --after 120 --json
     """
-
-    async def command(context: CommandContext) -> int:
-        async with open_council(context.log) as council:
-            only, lines = await _find_run(council, run), CommitFormatter()
-            async with aclosing(_commits(council, only, after=after, limit=limit, follow=follow)) as commits:
-                async for record in commits:
-                    if as_json:
-                        context.output.json(commit_json(record))
-                    else:
-                        context.output.text(f"{lines.line(record)}\n")
-                    if context.output.is_reader_gone:
-                        break
-            print_damage(context, council.damage)
-            return 0
-
-    run_command(command, as_json=as_json)
+    council, output, lines = context.council, context.output, CommitFormatter()
+    only = await _find_run(council, run)
+    async with aclosing(_commits(council, only, after=after, limit=limit, follow=follow)) as commits:
+        async for record in commits:
+            if output.as_json:
+                output.json(commit_json(record))
+            else:
+                output.text(f"{lines.line(record)}\n")
+            if output.is_reader_gone:
+                break
+    context.print_damage()
 
 
 async def _commits(
@@ -206,9 +161,8 @@ async def _commits(
 
 @click.command()
 @run_argument
-@store_option
-@json_option
-def show(run: str | None, as_json: bool) -> None:
+@council_command(brief=True)
+async def show(context: CouncilContext, run: str | None) -> None:
     """Show a summary of a run: options, tasks, sessions, events and metrics.
 
     RUN defaults to the newest run.
@@ -218,19 +172,14 @@ def show(run: str | None, as_json: bool) -> None:
       council state show
       council state show 20260102-030405-ab12 --json
     """
-
-    async def answer(council: Council) -> _RenderedAnswer:
-        found = await council.reports.overview(run)
-        return found.to_json, overview_lines(found)
-
-    _run_query(answer, as_json=as_json)
+    found = await context.council.reports.overview(run)
+    context.answer_with_damage(found.to_json, overview_lines(found))
 
 
 @click.command()
 @click.option("--repair", is_flag=True, help="Restore the newest readable values of damaged documents.")
-@store_option
-@json_option
-def verify(repair: bool, as_json: bool) -> None:
+@council_command()
+async def verify(context: CouncilContext, repair: bool) -> int:
     """Verify the integrity of the complete state.
 
     The exit code is 1 if it is damaged. --repair restores the newest known value of each damaged document, and moves
@@ -241,21 +190,53 @@ def verify(repair: bool, as_json: bool) -> None:
       council state verify
       council state verify --repair --json
     """
+    council = context.council
+    found = await council.state.verify()
+    repaired: list[RepairedDocument] = []
+    if repair and not found.is_valid:
+        begin, found = found.position, await council.state.repair()
+        limit = max(found.position - begin, 1)
+        commits = await council.history.newest_commits(limit, after=begin, until=found.position)
+        repaired = repaired_documents(commits)
+    context.output.answer(lambda: verification_json(found, repaired), verification_lines(found, repaired))
+    return 0 if found.is_valid else 1
 
-    async def command(context: CommandContext) -> int:
-        async with open_council(context.log) as council:
-            found = await council.state.verify()
-            settled: list[RepairedDocument] = []
-            if repair and not found.is_valid:
-                begin, found = found.position, await council.state.repair()
-                limit = max(found.position - begin, 1)
-                settled = repaired_documents(
-                    await council.history.newest_commits(limit, after=begin, until=found.position)
-                )
-            if as_json:
-                context.output.json(verification_json(found, settled))
-            for line in () if as_json else verification_lines(found, settled):
-                context.output.text(f"{line}\n")
-            return 0 if found.is_valid else 1
 
-    run_command(command, as_json=as_json)
+_POSITION: Final = re.compile(r"[0-9]{1,18}")
+_CHECKPOINT: Final = re.compile(r"[^/]+/[0-9]+")
+_LONGEST_AGE: Final = 100 * 366 * 86400.0  # seconds
+_REMEDY: Final = (
+    "write a position such as 120, a time such as 2026-01-02T03:04, an age such as 2h, the id of a checkpoint, or now"
+)
+
+
+async def _resolve_position(past: StateHistory, text: str) -> int:
+    """Return the position of a point in time; RefusedError for other text."""
+    if text == "now":
+        return await past.position()
+    if _POSITION.fullmatch(text):
+        return int(text)
+    instant = parse_instant(text, time.time())
+    if instant is not None:
+        return await past.position_at(instant)
+    found = await past.position_of(text)
+    if found is None and _CHECKPOINT.fullmatch(text):
+        raise RefusedError(f"there is no checkpoint {text!r}", "`council checkpoint list` lists them")
+    if found is None:
+        raise RefusedError(f"{text!r} is not a point in time", _REMEDY)
+    return found
+
+
+def parse_instant(text: str, now: float) -> float | None:
+    """Return the instant (wall-clock seconds) of a time in ISO 8601 or so long before `now`; None for other text.
+
+    A time that names no zone is one of the local zone.
+    """
+    try:
+        return now - parse_duration(text.removesuffix("ago").rstrip(), longest=_LONGEST_AGE)
+    except ValueError:
+        pass
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError, OSError):
+        return None

@@ -6,25 +6,16 @@ from collections.abc import Iterator, Sequence
 
 import click
 
-from orchestrator.cli.core.command import (
-    CommandContext,
-    json_option,
-    open_council,
-    print_damage,
-    run_command,
-    store_option,
-)
+from orchestrator.cli.core.command import CouncilContext, council_command
 from orchestrator.cli.core.group import SuggestingGroup
-from orchestrator.cli.render.text import align_columns, printable
+from orchestrator.cli.render.text import align_columns
 from orchestrator.domain.settings.quantities import format_duration
 from orchestrator.locking.lock_overview import LockParty, LockStatus
 
 
 @click.group(cls=SuggestingGroup, invoke_without_command=True)
-@store_option
-@json_option
-@click.pass_context
-def locks(context: click.Context, as_json: bool) -> None:
+@council_command()
+async def locks(context: CouncilContext) -> None:
     """List locks with their holders, times and waiters.
 
     There are three layers: files that sessions edit, paths that they own, and permits to land on a target.
@@ -35,31 +26,17 @@ def locks(context: click.Context, as_json: bool) -> None:
       council locks --json
       council locks break ownership/20260102-030405-ab12/models.1 --reason "its machine is gone"
     """
-    if context.invoked_subcommand is not None:
-        return
-
-    async def command(context: CommandContext) -> int:
-        async with open_council(context.log) as council:
-            found = await council.locks.list()
-            if as_json:
-                context.output.json({"locks": [one.to_json() for one in found], "damage": list(council.damage)})
-                return 0
-            for line in _lines(found):
-                context.output.text(f"{line}\n")
-            if not found:
-                context.output.text("no locks\n")
-            print_damage(context, council.damage)
-            return 0
-
-    run_command(command, as_json=as_json)
+    found = await context.council.locks.list()
+    context.answer_with_damage(
+        lambda: {"locks": [one.to_json() for one in found]}, _lines(found) if found else ["no locks"]
+    )
 
 
 @locks.command("break")
 @click.argument("name")
 @click.option("--reason", metavar="TEXT", required=True, help="The reason, which is recorded.")
-@store_option
-@json_option
-def break_(name: str, reason: str, as_json: bool) -> None:
+@council_command()
+async def break_(context: CouncilContext, name: str, reason: str) -> None:
     """Remove a lock from its holder.
 
     NAME is a name from `council locks`. To release everything that a session has locked, break its ownership: this
@@ -72,18 +49,9 @@ def break_(name: str, reason: str, as_json: bool) -> None:
       council locks break ownership/20260102-030405-ab12/models.1 --reason "the session hangs"
       council locks break merge/3f9ac0d1e2b45678 --reason "its machine is gone"
     """
-
-    async def command(context: CommandContext) -> int:
-        async with open_council(context.log) as council:
-            lock = await council.locks.revoke(name, reason)
-            if as_json:
-                context.output.json({"broken": lock.to_json(), "reason": reason})
-            else:
-                held = ", ".join(one.owner for one in lock.holders)
-                context.output.text(printable(f"broke {lock.name}, held by {held}") + "\n")
-            return 0
-
-    run_command(command, as_json=as_json)
+    lock = await context.council.locks.revoke(name, reason)
+    held = ", ".join(one.owner for one in lock.holders)
+    context.output.answer(lambda: {"broken": lock.to_json(), "reason": reason}, [f"broke {lock.name}, held by {held}"])
 
 
 def _lines(locks: Sequence[LockStatus]) -> Iterator[str]:

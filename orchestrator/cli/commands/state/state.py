@@ -6,27 +6,20 @@ import click
 
 from orchestrator.cli.core.group import LazyGroup
 
-_HERE = "orchestrator.cli.commands.state"
+#: The commands by module, in the order of the help.
+_COMMANDS = {
+    "history": ("at", "diff", "history", "log", "show", "verify"),
+    "maintenance": ("health", "compact", "adopt", "views"),
+    "conflicts": ("conflicts", "settle"),
+    "copy": ("copy", "export"),
+}
 
 
 @click.group(
     cls=LazyGroup,
-    places={
-        "at": f"{_HERE}.history:at",
-        "diff": f"{_HERE}.history:diff",
-        "history": f"{_HERE}.history:history",
-        "log": f"{_HERE}.history:log",
-        "show": f"{_HERE}.history:show",
-        "verify": f"{_HERE}.history:verify",
-        "health": f"{_HERE}.maintenance:health",
-        "compact": f"{_HERE}.maintenance:compact",
-        "adopt": f"{_HERE}.maintenance:adopt",
-        "views": f"{_HERE}.maintenance:views",
-        "conflicts": f"{_HERE}.conflicts:conflicts",
-        "settle": f"{_HERE}.conflicts:settle",
-        "copy": f"{_HERE}.copy:copy",
-        "export": f"{_HERE}.copy:export",
-        "import": f"{_HERE}.copy:import_",
+    locations={
+        **{name: f"state.{module}:{name}" for module, names in _COMMANDS.items() for name in names},
+        "import": "state.copy:import_",
     },
 )
 def state() -> None:
