@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import Distribution, EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pluggy
 from pydantic import BaseModel
@@ -39,19 +39,31 @@ OWN_DISTRIBUTION = "cli-council"
 #: A comma-separated list of the third-party plugins to load; unset: all, empty: none.
 PLUGINS_VARIABLE = "COUNCIL_PLUGINS"
 
-#: The required attributes of an adapter; one for another version of the contract lacks some of them.
-_ADAPTER = ("Options", "programs", "command", "parse", "verdict")
-_SINK = ("Options",)
-#: The required attributes of each registered kind.
-_REQUIRED_ATTRIBUTES: Mapping[str, Sequence[str]] = {
-    "adapters": _ADAPTER,
-    "stores": (),
-    "sinks": _SINK,
-    "trackers": _SINK,
-    "handoff_kinds": (),
-    "transformations": (),
-    "validators": (),
-    "constraints": (),
+
+class _Kind(NamedTuple):
+    """What plugins register of a kind: the expected object in words, its check by name, its required attributes."""
+
+    expected: str = "a type"
+    is_valid: Callable[[str, Any], bool] = lambda _, registered: callable(registered)
+    attributes: Sequence[str] = ()
+
+
+def _is_handoff_kind(name: str, registered: Any) -> bool:
+    if isinstance(registered, HandoffKind):
+        return registered.name == name
+    return isinstance(registered, type) and issubclass(registered, BaseModel)
+
+
+#: The kinds, named in the plural as in the hooks. A type for another version of the contract lacks some attributes.
+_KINDS: Mapping[str, _Kind] = {
+    "adapters": _Kind(attributes=("Options", "programs", "command", "parse", "verdict")),
+    "stores": _Kind(),
+    "sinks": _Kind(attributes=("Options",)),
+    "trackers": _Kind(attributes=("Options",)),
+    "handoff_kinds": _Kind("a pydantic model or a HandoffKind of that name", _is_handoff_kind),
+    "transformations": _Kind("a function"),
+    "validators": _Kind("a HandoffValidator", lambda _, registered: isinstance(registered, HandoffValidator)),
+    "constraints": _Kind("a function"),
 }
 
 #: The folder of the running package.
@@ -103,7 +115,7 @@ class Plugins:
 
     def kinds(self) -> Mapping[str, dict[str, Any]]:
         """Return the registries by kind, named in the plural as in the hooks."""
-        return {kind: getattr(self, kind) for kind in _REQUIRED_ATTRIBUTES}
+        return {kind: getattr(self, kind) for kind in _KINDS}
 
     def checked_kinds(self) -> dict[str, HandoffKind]:
         """Return the kinds of handoffs by name, each with the validators of plugins."""
@@ -236,34 +248,12 @@ def _call_hooks(entry: EntryPoint, plugin: PluginInfo, registered: Mapping[str, 
         raise PluginError(plugin.name, "it registers nothing: it has no hook that this version calls")
 
 
-#: The expected objects for kinds that are no types.
-_EXPECTED_TYPES: Mapping[str, str] = {
-    "handoff_kinds": "a pydantic model or a HandoffKind of that name",
-    "transformations": "a function",
-    "validators": "a HandoffValidator",
-    "constraints": "a function",
-}
-
-
-def _is_valid(kind: str, name: str, registered: Any) -> bool:
-    match kind:
-        case "handoff_kinds":
-            if isinstance(registered, HandoffKind):
-                return registered.name == name
-            return isinstance(registered, type) and issubclass(registered, BaseModel)
-        case "validators":
-            return isinstance(registered, HandoffValidator)
-        case _:
-            return callable(registered)
-
-
 def _register(plugin: PluginInfo, kind: str, registry: dict[str, Any]) -> Callable[[Any, Any], None]:
-    wanted = _REQUIRED_ATTRIBUTES[kind]
+    expected, is_valid, wanted = _KINDS[kind]
 
     def register(name: Any, registered: Any) -> None:
-        if not isinstance(name, str) or not name or not _is_valid(kind, name, registered):
-            what = _EXPECTED_TYPES.get(kind, "a type")
-            raise PluginError(plugin.name, f"it registers {registered!r} as {name!r}: expected a name and {what}")
+        if not isinstance(name, str) or not name or not is_valid(name, registered):
+            raise PluginError(plugin.name, f"it registers {registered!r} as {name!r}: expected a name and {expected}")
         if name in registry:
             raise PluginError(plugin.name, f"it registers {name!r} twice")
         if kind == "handoff_kinds" and not isinstance(registered, HandoffKind):

@@ -17,35 +17,6 @@ if TYPE_CHECKING:
     from orchestrator.plugins import Plugins
 
 
-@dataclass(frozen=True, slots=True)
-class ProjectContext:
-    """An open project; `environ` replaces the process's environment."""
-
-    project: Project
-    store: Store
-    url: str
-    """The URL of the store."""
-    clock: Clock
-    environ: Mapping[str, str]
-    follows_file: bool = False
-    """Whether the store is that of the run's file, or the project's own; False if the user has chosen another."""
-    unreadable: list[str] = field(default_factory=list)
-    """Errors of the runs that the last listing of all runs had to skip."""
-
-    @property
-    def damage(self) -> tuple[str, ...]:
-        """Descriptions of the damage found since the state was opened, and errors of unreadable runs."""
-        return (*(one.describe() for one in self.store.damage), *self.unreadable)
-
-    async def check_writable(self) -> None:
-        """Raise RefusedError if the store is only read from another folder than its project's."""
-        await anyio.to_thread.run_sync(self._check_folder)
-
-    def _check_folder(self) -> None:
-        if not self.project.folder.is_dir():
-            find_project(self.project.top)
-
-
 class LazyPlugins:
     """Plugins that are loaded on first use, by default the installed ones."""
 
@@ -64,6 +35,36 @@ class LazyPlugins:
     async def load(self) -> Plugins:
         """Return the plugins without blocking the event loop."""
         return await anyio.to_thread.run_sync(self.get) if self._loaded is None else self._loaded
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectContext:
+    """An open project; `environ` replaces the process's environment."""
+
+    project: Project
+    store: Store
+    url: str
+    """The URL of the store."""
+    clock: Clock
+    environ: Mapping[str, str]
+    plugins: LazyPlugins
+    follows_file: bool = False
+    """Whether the store is that of the run's file, or the project's own; False if the user has chosen another."""
+    unreadable: list[str] = field(default_factory=list)
+    """Errors of the runs that the last listing of all runs had to skip."""
+
+    @property
+    def damage(self) -> tuple[str, ...]:
+        """Descriptions of the damage found since the state was opened, and errors of unreadable runs."""
+        return (*(one.describe() for one in self.store.damage), *self.unreadable)
+
+    async def check_writable(self) -> None:
+        """Raise RefusedError if the store is only read from another folder than its project's."""
+        await anyio.to_thread.run_sync(self._check_folder)
+
+    def _check_folder(self) -> None:
+        if not self.project.folder.is_dir():
+            find_project(self.project.top)
 
 
 class StopSignal:

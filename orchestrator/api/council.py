@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from orchestrator.api import topics
-from orchestrator.api.context import LazyPlugins, ProjectContext, StopSignal
+from orchestrator.api.context import ProjectContext, StopSignal
 from orchestrator.api.opening import open_project
 from orchestrator.api.run_index import RunIndex
 from orchestrator.domain.security.secrets import redact_urls
@@ -52,14 +52,13 @@ class Council:
     def __init__(
         self,
         context: ProjectContext,
-        plugins: LazyPlugins,
         config: RunConfig | None,
         opened_at: int,
         notices: Sequence[str] = (),
     ) -> None:
         """`opened_at` is the position of the log at which the council was opened."""
         self.project, self.config, self.notices = context.project, config, notices
-        self._context, self._plugins, self._opened_at = context, plugins, opened_at
+        self._context, self._opened_at = context, opened_at
         self._stop = StopSignal()
 
     @classmethod
@@ -92,22 +91,22 @@ class Council:
         """
         async with open_project(source, plugins, state, clock or SystemClock(), environ) as opened:
             context = opened.context
-            yield cls(context, opened.plugins, opened.config, await context.store.position(), opened.notices)
+            yield cls(context, opened.config, await context.store.position(), opened.notices)
 
     @cached_property
     def runs(self) -> topics.Runs:
         """Start, continue, find and follow runs."""
-        return topics.Runs(self._context, self._plugins, self._stop, self.config, self._opened_at)
+        return topics.Runs(self._context, self._stop, self.config, self._opened_at)
 
     @cached_property
     def tasks(self) -> topics.Tasks:
         """Cancel, retry, approve and describe single tasks."""
-        return topics.Tasks(self._context, self._plugins)
+        return topics.Tasks(self._context)
 
     @cached_property
     def logs(self) -> topics.TaskLogs:
         """Read the output of tasks."""
-        return topics.TaskLogs(self._context, self._plugins)
+        return topics.TaskLogs(self._context)
 
     @cached_property
     def changes(self) -> topics.TaskChanges:
@@ -122,7 +121,7 @@ class Council:
     @cached_property
     def sessions(self) -> topics.Sessions:
         """Observe the sessions of runs, and use the values that they share."""
-        return topics.Sessions(self._context, self._plugins)
+        return topics.Sessions(self._context)
 
     @cached_property
     def notes(self) -> topics.Notes:
@@ -137,7 +136,7 @@ class Council:
     @cached_property
     def checkpoints(self) -> topics.Checkpoints:
         """Create, list and restore checkpoints."""
-        return topics.Checkpoints(self._context, self._plugins)
+        return topics.Checkpoints(self._context)
 
     @cached_property
     def history(self) -> topics.StateHistory:
@@ -147,7 +146,7 @@ class Council:
     @cached_property
     def state(self) -> topics.State:
         """Read and change documents, and maintain the store."""
-        return topics.State(self._context, self._plugins)
+        return topics.State(self._context)
 
     @cached_property
     def cleaner(self) -> topics.Cleaner:
@@ -159,7 +158,7 @@ class Council:
     @property
     def plugins(self) -> Plugins:
         """The plugins in use: those that were passed to `open`, or the installed ones. Blocks on first use."""
-        return self._plugins.get()
+        return self._context.plugins.get()
 
     @property
     def store_url(self) -> str:

@@ -41,7 +41,6 @@ class OpenedProject:
     """An open project, with the run of its file if it was opened with one."""
 
     context: ProjectContext
-    plugins: LazyPlugins
     config: RunConfig | None
     notices: Sequence[str]
     """Messages for the user about how the state was opened."""
@@ -74,8 +73,8 @@ async def open_project(
     lazy_plugins = LazyPlugins(plugins, environ, [project.top])
     async with _open_store(url, lazy_plugins, clock) as store:
         notices = await _import_legacy_state(store, project, clock, environ) if state is None else ()
-        context = ProjectContext(project, store, url, clock, environ, follows_file=chosen is None)
-        yield OpenedProject(context, lazy_plugins, config, notices)
+        context = ProjectContext(project, store, url, clock, environ, lazy_plugins, follows_file=chosen is None)
+        yield OpenedProject(context, config, notices)
 
 
 def _find_source_project(folder: Path, chosen: str | None) -> tuple[Project, bool]:

@@ -59,7 +59,7 @@ class Argument:
 class SessionCommand:
     """A command: its protocol name, the words that invoke it, its arguments and its help.
 
-    A command that `is_for_all` is also available outside sessions.
+    The name of a command of a `group` begins with that; these commands are also available outside sessions.
     """
 
     __slots__ = ("arguments", "examples", "help", "is_for_all", "more", "name", "typed")
@@ -71,13 +71,13 @@ class SessionCommand:
         more: str,
         *arguments: Argument,
         examples: Sequence[str] = (),
-        typed: str = "",
-        is_for_all: bool = False,
+        group: str = "",
     ) -> None:
         self.name, self.help, self.more = name, help, more
         self.arguments, self.examples = arguments, tuple(examples)
-        self.typed = tuple((typed or name).split())
-        self.is_for_all = is_for_all
+        words = (group, name.removeprefix(f"{group}_")) if group else (name,)
+        self.typed = tuple(word.replace("_", "-") for word in words)
+        self.is_for_all = bool(group)
 
 
 _PATHS_HELP = "Files, or folders with everything in them, relative to the current folder."
@@ -166,8 +166,7 @@ SESSION_COMMANDS = {
             ),
             Argument("if_version", VERSION, "Only if the key has this version; 0: only if it has no value."),
             examples=("council share put api/port 8080", "council share put api/routes '[\"/login\"]' --if-version 3"),
-            typed="share put",
-            is_for_all=True,
+            group="share",
         ),
         SessionCommand(
             "share_get",
@@ -175,8 +174,7 @@ SESSION_COMMANDS = {
             "With --json also its version and its writer.",
             _KEY,
             examples=("council share get api/port", "council share get schema --json"),
-            typed="share get",
-            is_for_all=True,
+            group="share",
         ),
         SessionCommand(
             "share_wait",
@@ -186,8 +184,7 @@ SESSION_COMMANDS = {
             Argument("after", VERSION, "Wait for a version later than this one."),
             Argument("timeout", SECONDS, "Seconds to wait. Default: 30.", metavar="SECONDS"),
             examples=("council share wait api/port", "council share wait schema --after 3 --timeout 300"),
-            typed="share wait",
-            is_for_all=True,
+            group="share",
         ),
         SessionCommand(
             "share_list",
@@ -195,8 +192,7 @@ SESSION_COMMANDS = {
             "Shows keys with their versions and sizes, without the values.",
             Argument("prefix", TEXT, "Only keys that begin with this text."),
             examples=("council share list", "council share list --prefix api/"),
-            typed="share list",
-            is_for_all=True,
+            group="share",
         ),
         SessionCommand(
             "submit_handoff",
@@ -211,7 +207,6 @@ SESSION_COMMANDS = {
                 metavar="FILE",
             ),
             examples=("council submit-handoff plan.json", "council submit-handoff - --json"),
-            typed="submit-handoff",
         ),
     )
 }

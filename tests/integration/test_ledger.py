@@ -9,7 +9,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from orchestrator.api.context import ProjectContext
+from orchestrator.api.context import LazyPlugins, ProjectContext
 from orchestrator.api.run_reader import RunReader
 from orchestrator.domain.events.runs import AdapterCooldown, RunInterrupted
 from orchestrator.domain.events.tasks import TaskFailed, TaskLanded, TaskLanding, TaskQueued, TaskRetrying, TaskStarted
@@ -287,7 +287,7 @@ async def test_record_read_while_a_restore_removes_a_task_is_whole(tmp_path: Pat
         await store.commit(Commit([write, *(Write(key(run.id, removed), 1, None) for key in (task_key, spec_key))]))
 
     store.quicker = restore
-    reader = RunReader(ProjectContext(Project(tmp_path), store, "memory:", clock, {}))
+    reader = RunReader(ProjectContext(Project(tmp_path), store, "memory:", clock, {}, LazyPlugins(None, {}, ())))
     assert [*(await reader.record(run.id)).tasks] == kept
     store.quicker = None
     await store.commit(Commit([Write(task_key(run.id, kept[0]), 1, None)]))

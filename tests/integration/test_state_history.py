@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.api.context import ProjectContext
+from orchestrator.api.context import LazyPlugins, ProjectContext
 from orchestrator.api.council import Council
 from orchestrator.api.topics.history import StateHistory, is_about_run
 from orchestrator.api.topics.reports import RunReports
@@ -291,7 +291,7 @@ async def test_run_is_summarized(project: Repository) -> None:
 
 def context_of(store: ForgetfulStore, clock: ManualClock, folder: Path) -> ProjectContext:
     """Return a project with a store."""
-    return ProjectContext(Project(folder), store, "memory:", clock, {})
+    return ProjectContext(Project(folder), store, "memory:", clock, {}, LazyPlugins(None, {}, ()))
 
 
 async def test_last_hundred_events_are_shown(tmp_path: Path) -> None:

@@ -35,7 +35,6 @@ from orchestrator.engine.state.records import check_task, read_spec, read_task
 from orchestrator.engine.state.reload import FileChanges
 from orchestrator.errors import REQUEST_RECORDED, LockHeld, RequestTimeout, RunActive
 from orchestrator.locking.orchestrators import create_owner
-from orchestrator.plugins import Plugins
 from orchestrator.protocols import Guard
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.state.documents.checkpoints import create_checkpoint, plan_restore
@@ -56,7 +55,6 @@ class RunController:
     """Performs requests on the runs of a project, or has the leader of the run perform them."""
 
     _context: ProjectContext
-    _plugins: Plugins
 
     async def perform(
         self,
@@ -92,7 +90,7 @@ class RunController:
                 context.store, run, f"before {action}", maker=CheckpointOrigin.COUNCIL, is_live=is_live
             )
         if reload is not None:
-            await apply_config_file(context, self._plugins, run, requested, reload)
+            await apply_config_file(context, run, requested, reload)
         request = await submit_request(context.store, context.clock, run, action, requested, reason, phase, adapters)
         await self._wait_until_handled(record.run, request)
         if stops_sessions and await reader.index.is_live(run):
@@ -102,7 +100,7 @@ class RunController:
         """Wait until the leader of a run has performed a request; perform it here if there is none."""
         context, waiting = self._context, _RequestWait()
         hub = await RunReader(context).index.hub(run)
-        entry = RunEntry(context, self._plugins, run, hub, run_settings(context, run))
+        entry = RunEntry(context, run, hub, run_settings(context, run))
         while not await is_handled(context.store, run.id, request):
             try:
                 await self._apply_pending(entry)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import anyio.to_thread
 
 from orchestrator.api.context import ProjectContext
-from orchestrator.api.execution.tracked_tasks import add_open_tracked_tasks
 from orchestrator.api.run_reader import RunReader
 from orchestrator.config.coordination import CoordinationOverrides, apply_max_retries, resolve_coordination
 from orchestrator.config.model import RunConfig, used_adapters
 from orchestrator.config.store import MEMORY
+from orchestrator.config.tracked import add_tracked_tasks
 from orchestrator.domain.runs.model import RunDocument
 from orchestrator.engine.diagnostics.preflight import (
     check_branches,
@@ -21,6 +23,7 @@ from orchestrator.engine.diagnostics.preflight import (
 from orchestrator.engine.reports.report import RunRecord
 from orchestrator.engine.state.merge_run import MERGE_TASK, build_merge_run
 from orchestrator.engine.state.records import new_run_id, read_specs, record_new_run
+from orchestrator.engine.trackers import fetch_tracked_tasks
 from orchestrator.errors import NothingToMerge, RefusedError
 from orchestrator.plugins import Plugins
 from orchestrator.project import council_home, exclude_from_git
@@ -33,7 +36,6 @@ from orchestrator.state.log.identity import record_store_use
 
 async def create_run(
     context: ProjectContext,
-    plugins: Plugins,
     config: RunConfig,
     *,
     allow_deferred: bool,
@@ -41,6 +43,7 @@ async def create_run(
     coordination: CoordinationOverrides | None = None,
 ) -> str:
     """Check that a file can run, and record a run; return its id. See `Runs.create`."""
+    plugins = await context.plugins.load()
     coordinated = resolve_coordination(config.coordination, context.environ, coordination)
     config = await add_open_tracked_tasks(apply_max_retries(config, coordinated), plugins)
     run = new_run_id(context.clock.now())
@@ -75,6 +78,24 @@ async def create_run(
         await anyio.to_thread.run_sync(_use_store, context, config.state.url)
     await record_new_run(context.store, document, {task.id: task for task in config.tasks})
     return run
+
+
+async def add_open_tracked_tasks(config: RunConfig, plugins: Plugins) -> RunConfig:
+    """Return the config with the open tasks of its trackers in addition to its own.
+
+    Raises ConfigError if their tasks are invalid, RefusedError if a tracker does not answer or there is no task at all.
+    """
+    if not config.trackers:
+        return config
+    stored = {name: tracker.to_stored() for name, tracker in config.trackers.items()}
+    tracked = await fetch_tracked_tasks(
+        {name: partial(plugins.open, "tracker", name, tracker) for name, tracker in stored.items()}
+    )
+    config = add_tracked_tasks(config, tracked, plugins.adapters)
+    if not config.tasks:
+        names = ", ".join(map(repr, tracked))
+        raise RefusedError(f"nothing to do: no open task in {names}", "add a task, or try again later")
+    return config
 
 
 async def create_merge_run(context: ProjectContext, run: str) -> str:

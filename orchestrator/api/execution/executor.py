@@ -39,7 +39,6 @@ from orchestrator.engine.session_api.shared_values import SharedValues
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.records import read_entries, read_requests, read_run
 from orchestrator.errors import LockHeld
-from orchestrator.plugins import Plugins
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.sessions.supervision.supervisor_client import open_fork_server
 
@@ -51,7 +50,6 @@ class RunExecutor:
     """Executes runs of a project in this process."""
 
     _context: ProjectContext
-    _plugins: Plugins
     _stop: StopSignal
 
     async def resume(
@@ -71,7 +69,7 @@ class RunExecutor:
         settings = run_settings(self._context, document, coordination)
         hub = await RunIndex(self._context).hub(document)
         try:
-            async with hold_run_lock(hub, run) as lock, background_services(self._context, self._plugins, document):
+            async with hold_run_lock(hub, run) as lock, background_services(self._context, document):
                 reader = RunReader(self._context)
                 before = await reader.record(run)
                 has_ended = before.is_over and not await read_requests(self._context.store, run)
@@ -133,17 +131,17 @@ class RunExecutor:
         async with survive_store_outages(
             self._context, run.id, settings, gives_up=lambda: self._stop.is_set
         ) as context:
-            yield RunEntry(context, self._plugins, run, hub, settings)
+            yield RunEntry(context, run, hub, settings)
 
     async def _run_services_as_leader(self, run: RunDocument, ledger: Ledger, ended: anyio.Event) -> None:
         await ledger.writer.became_leader.wait()
-        async with background_services(self._context, self._plugins, run):  # they need the event of the run's end
+        async with background_services(self._context, run):  # they need the event of the run's end
             await ended.wait()
 
     async def _note_file_changes(self, ledger: Ledger) -> None:
         if await has_same_config_file(ledger.run):
             return
-        changes = await compare_with_config_file(self._context, self._plugins, ledger.run, ledger.statuses())
+        changes = await compare_with_config_file(self._context, ledger.run, ledger.statuses())
         if changes:
             await ledger.note(RunFileChanged(file=changes.file, tasks=changes.tasks, keys=changes.keys))
 
@@ -165,7 +163,7 @@ class RunExecutor:
         room = await Capacity.measure(wanted, ledger, context.clock)
         async with run_context.pool(sessions=_max_sessions(wanted, before.run)) as pool:
             board = _board(context, ledger, run_context, entries, disabled)
-            handlers = self._phase_handlers(context, ledger, run_context)
+            handlers = await self._phase_handlers(context, ledger, run_context)
             scheduler = Scheduler(ledger, run_context, pool, board, room, handlers, disabled)
             self._stop.add(scheduler.stop)
             try:
@@ -175,12 +173,13 @@ class RunExecutor:
                 self._stop.remove(scheduler.stop)
         return await _record_end(reader, ledger, scheduler, run, finished=finished)
 
-    def _phase_handlers(self, context: ProjectContext, ledger: Ledger, run_context: RunContext) -> PhaseHandlers:
+    async def _phase_handlers(self, context: ProjectContext, ledger: Ledger, run_context: RunContext) -> PhaseHandlers:
+        plugins = await context.plugins.load()
         values = SharedValues(context.store, context.clock, run_context.tools.redactor, ledger.run.id)
-        inputs = PhaseInputs(ledger, self._plugins.checked_kinds(), values)
+        inputs = PhaseInputs(ledger, plugins.checked_kinds(), values)
         return PhaseHandlers(
             PhaseStarter(ledger, inputs, context.clock, has_tools=run_context.session_service is not None),
-            PhaseCompleter(ledger, inputs, run_context.git, context.clock, self._plugins.transformations),
+            PhaseCompleter(ledger, inputs, run_context.git, context.clock, plugins.transformations),
         )
 
 

@@ -21,7 +21,6 @@ from orchestrator.engine.diagnostics.preflight import check_programs
 from orchestrator.engine.state.records import read_spec, read_specs, run_key, spec_key
 from orchestrator.engine.state.reload import TASKS_KEY, FileChanges, build_reload, compare_with_file
 from orchestrator.errors import ConfigError, RefusedError, VersionConflict
-from orchestrator.plugins import Plugins
 from orchestrator.protocols import Commit, Store
 
 
@@ -32,12 +31,13 @@ async def has_same_config_file(run: RunDocument) -> bool:
 
 
 async def compare_with_config_file(
-    context: ProjectContext, plugins: Plugins, run: RunDocument, statuses: Mapping[str, TaskStatus]
+    context: ProjectContext, run: RunDocument, statuses: Mapping[str, TaskStatus]
 ) -> FileChanges:
     """Compare a run with its file, if that exists, without the tasks that have succeeded."""
     path = anyio.Path(run.config)
     if run.imported is not None or not await path.is_file():
         return FileChanges(run.config, unreadable="there is no such file")
+    plugins = await context.plugins.load()
     kinds = plugins.adapters, plugins.extensions()
     inline = await _inline_tasks(context.store, run)
     try:
@@ -69,18 +69,14 @@ async def _inline_tasks(store: Store, run: RunDocument) -> InlineTasks | None:
     return InlineTasks([one.prompt for one in own], adapter, checks=own[0].checks if "checks" in run.given else ())
 
 
-async def apply_config_file(
-    context: ProjectContext, plugins: Plugins, run: str, tasks: Sequence[str], changes: FileChanges
-) -> None:
+async def apply_config_file(context: ProjectContext, run: str, tasks: Sequence[str], changes: FileChanges) -> None:
     """Apply the settings of the file to tasks."""
     while True:
         with suppress(VersionConflict):  # a leader has just changed the run
-            return await _try_to_apply(context, plugins, run, tasks, changes)
+            return await _try_to_apply(context, run, tasks, changes)
 
 
-async def _try_to_apply(
-    context: ProjectContext, plugins: Plugins, run: str, tasks: Sequence[str], changes: FileChanges
-) -> None:
+async def _try_to_apply(context: ProjectContext, run: str, tasks: Sequence[str], changes: FileChanges) -> None:
     store, is_live = context.store, await RunIndex(context).is_live(run)
     found, specs = await store.get(run_key(run)), {}
     for task in tasks:
@@ -92,6 +88,7 @@ async def _try_to_apply(
     if changes.config is not None:
         tasks_now = tuple(task for task in changes.config.tasks if task.id in specs)
         config = changes.config.model_copy(update={"tasks": tasks_now})
-        check_programs(used_adapters(config, plugins.adapters), context.environ)
+        adapters = (await context.plugins.load()).adapters
+        check_programs(used_adapters(config, adapters), context.environ)
     if writes:
         await store.commit(Commit(writes, events))

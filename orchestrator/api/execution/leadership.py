@@ -26,7 +26,6 @@ from orchestrator.engine.scheduler.requests import RequestHandler
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import LockHeld, RefusedError, StoreUnavailable
 from orchestrator.locking.orchestrators import RunMembership, create_owner
-from orchestrator.plugins import Plugins
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.system.file_lock import HeldLock
 
@@ -36,10 +35,9 @@ LOCK_HANDOVER_TIMEOUT = 60.0
 
 @dataclass(frozen=True, slots=True)
 class RunEntry:
-    """How this process enters a run: in which project, with which plugins and settings."""
+    """How this process enters a run: in which project, with which settings."""
 
     context: ProjectContext
-    plugins: Plugins
     run: RunDocument
     hub: Hub
     settings: CoordinationSettings
@@ -61,7 +59,7 @@ class RunEntry:
             ledger = await Ledger.take(store, clock, redactor, members, sandbox, is_shared=self.settings.enabled)
             async with _leave_on_exit(members):
                 await _check_sharing(members)
-                for left_out in self.plugins.left_out:
+                for left_out in (await self.context.plugins.load()).left_out:
                     await ledger.note(PluginSkipped(plugin=left_out.plugin.name, reason=str(left_out)))
                 run_context = self._with_session_service(opened, ledger)
                 await recover(ledger, run_context, clock)
@@ -90,14 +88,14 @@ class RunEntry:
         return RunMembership(context.store, context.clock, self.run.id, me, self.settings, is_dead)
 
     async def _open_run_context(self, lock_fds: Sequence[int], worker: str | None) -> RunContext:
-        context, types = self.context, self.plugins.adapters
-        configs = restore_adapters(self.run.adapters, types, self.plugins.explain)
+        context, plugins = self.context, await self.context.plugins.load()
+        configs = restore_adapters(self.run.adapters, plugins.adapters, plugins.explain)
         return await open_run_context(
             self.run,
             self.hub,
             context.project,
             configs,
-            make_adapters(configs, types),
+            make_adapters(configs, plugins.adapters),
             store=context.store,
             lock_fds=lock_fds,
             worker=worker,

@@ -34,10 +34,12 @@ _log = logging.getLogger("orchestrator.outage")
 
 
 @asynccontextmanager
-async def background_services(context: ProjectContext, plugins: Plugins, run: RunDocument) -> AsyncIterator[None]:
+async def background_services(context: ProjectContext, run: RunDocument) -> AsyncIterator[None]:
     """Forward events to a run's sinks and trackers during the body, and update existing views after it."""
     redactor = Redactor(secret_values(context.environ))
-    forwarding = forward_events(context.store, context.clock, redactor, run.id, _subscribers(plugins, run))
+    forwarding = forward_events(
+        context.store, context.clock, redactor, run.id, _subscribers(await context.plugins.load(), run)
+    )
     async with forwarding:
         yield
     await _update_views(context, run.id)

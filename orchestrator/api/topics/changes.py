@@ -8,9 +8,8 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from orchestrator.api.context import ProjectContext
-from orchestrator.api.run_index import RunIndex
 from orchestrator.api.topics.logs import find_attempt, no_attempt_error, read_named_task
+from orchestrator.api.topics.topic import Topic
 from orchestrator.domain.runs.model import Attempt, RunDocument, TaskDocument
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.runs.statuses import FINAL_STATUSES, TaskStatus
@@ -49,14 +48,11 @@ class PreservedWork:
     """The folder of a worktree, once it has no git configuration of an agent; a worktree has no commit."""
 
 
-@dataclass(frozen=True, slots=True)
-class TaskChanges:
+class TaskChanges(Topic):
     """The changes of tasks, landed or preserved. Available as `council.changes`.
 
     `run` is a name that `council.runs.find` accepts.
     """
-
-    _context: ProjectContext
 
     async def diff(self, task: str, run: str | None = None, *, stat: bool = False) -> bytes:
         """Return the changes of a task as a git diff: from the worktree of a running or interrupted session."""
@@ -84,7 +80,7 @@ class TaskChanges:
         unmerged = await salvage.list_unmerged_work(git, name)
         commits = await read_commits(git, [one.commit for one in unmerged])
         found = [await self._describe(one, commits[one.commit]) for one in unmerged]
-        if await RunIndex(self._context).is_live(name):
+        if await self._index.is_live(name):
             return found
         return [*found, *[await self._describe_worktree(one) for one in await self._leftover_worktrees(name)]]
 
@@ -143,9 +139,6 @@ class TaskChanges:
     async def _git(self, run: str) -> Git:
         return trusted_git(await read_run(self._context.store, run), self._context.environ)
 
-    async def _find(self, run: str | None) -> str:
-        return await RunIndex(self._context).find(run)
-
     async def _live_diff(self, run: str, task: str, attempt: Attempt, *, stat: bool) -> bytes:
         worktree, admit = await self._session(run, task, attempt)
         git = await self._git(run)
@@ -175,7 +168,7 @@ class TaskChanges:
 
     async def _has_worktree(self, run: str, task: str, attempt: Attempt) -> bool:
         """Return True if the session of an attempt runs, or was interrupted and left its worktree."""
-        if await RunIndex(self._context).is_live(run):
+        if await self._index.is_live(run):
             return True
         left = await self._leftover_worktrees(run)
         return any((one.task, one.attempt) == (task, attempt.number) for one in left)

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from orchestrator.api import execution
-from orchestrator.api.context import LazyPlugins, ProjectContext
-from orchestrator.api.run_index import RunIndex
+from orchestrator.api.topics.topic import Topic
 from orchestrator.engine.scheduler.restore import RestoreResult
 from orchestrator.state.documents import checkpoints
 from orchestrator.state.documents.checkpoints import Checkpoint, RestorePlan
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoints:
+class Checkpoints(Topic):
     """Named positions of the log that can be restored. Available as `council.checkpoints`."""
-
-    _context: ProjectContext
-    _plugins: LazyPlugins
 
     async def create(self, run: str | None = None, *, reason: str = "manual", whole: bool = False) -> Checkpoint:
         """Create a checkpoint of a run, or with `whole` of all runs of the project."""
-        store, index = self._context.store, RunIndex(self._context)
+        store, index = self._context.store, self._index
         if whole:
             return await checkpoints.create_checkpoint(store, None, reason)
         run = await index.find(run)
@@ -43,5 +37,5 @@ class Checkpoints:
         `force` the run is taken over instead, and that process ends at its next step.
         """
         await self._context.check_writable()
-        controller = execution.RunController(self._context, await self._plugins.load())
+        controller = execution.RunController(self._context)
         return await controller.restore(checkpoint, force=force)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager, suppress
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from orchestrator.api.context import ProjectContext
-from orchestrator.api.run_index import RunIndex
+from orchestrator.api.topics.topic import Topic
 from orchestrator.domain.wording import find_similar
 from orchestrator.errors import HistoryCompacted, RefusedError
 from orchestrator.protocols import VERSIONS_KEPT, CommitRecord, Document, DocumentVersion, Key, StateSnapshot
@@ -29,14 +27,11 @@ def is_about_run(record: CommitRecord, run: str) -> bool:
     return any(is_run_document(key, run) for key in keys) or any(one.data.get("run") == run for one in record.events)
 
 
-@dataclass(frozen=True, slots=True)
-class StateHistory:
+class StateHistory(Topic):
     """The recorded state of a project at any position of its log. Available as `council.history`.
 
     `run` is a run's id; the record of the run may have been removed.
     """
-
-    _context: ProjectContext
 
     async def position(self) -> int:
         """Return the position of the newest commit."""
@@ -128,7 +123,7 @@ class StateHistory:
 
     async def _newest(self) -> str | None:
         with suppress(RefusedError):
-            return await RunIndex(self._context).newest()
+            return await self._index.newest()
         return None
 
 

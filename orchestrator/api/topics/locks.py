@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from orchestrator.api.context import ProjectContext
+from orchestrator.api.topics.topic import Topic
 from orchestrator.locking.lock_overview import LockOverview, LockStatus
 from orchestrator.locking.named_locks import NamedLocks
 
 
-@dataclass(frozen=True, slots=True)
-class Locks:
+class Locks(Topic):
     """The locks of a project. Available as `council.locks`."""
-
-    _context: ProjectContext
 
     async def list(self) -> Sequence[LockStatus]:
         """Return the locks of all three layers, with their holders and waiters."""

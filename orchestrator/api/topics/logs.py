@@ -9,13 +9,13 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 import anyio
 import anyio.to_thread
 
-from orchestrator.api.context import LazyPlugins, ProjectContext
-from orchestrator.api.run_index import RunIndex
+from orchestrator.api.context import ProjectContext
+from orchestrator.api.topics.topic import Topic
 from orchestrator.config.model import make_adapters, restore_adapters
 from orchestrator.domain.runs.halts import HaltReason
 from orchestrator.domain.runs.model import Attempt, RunDocument, TaskDocument
@@ -34,6 +34,17 @@ from orchestrator.sessions.output.transcript import EMPTY_TRANSCRIPT, Transcript
 #: Seconds between two reads of a followed file.
 _FOLLOW_PAUSE = 0.2
 _CHUNK = 1 << 16
+
+
+class LogSelection(TypedDict, total=False):
+    """Which output of a task to read: by default that of its newest attempt so far."""
+
+    attempt: int | None
+    """The number of an attempt."""
+    phase: str | None
+    """The newest attempt of this phase."""
+    follow: bool
+    """Continue with new output, attempt by attempt, until the task has ended or the run is not active."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,61 +80,40 @@ class AttemptMarker:
     """The transcript so far, with the reported usage."""
 
 
-@dataclass(frozen=True, slots=True)
-class TaskLogs:
+class TaskLogs(Topic):
     """The output of tasks. Available as `council.logs`. `run` is a name that `council.runs.find` accepts."""
 
-    _context: ProjectContext
-    _plugins: LazyPlugins
-
     async def chunks(
-        self,
-        task: str,
-        run: str | None = None,
-        *,
-        attempt: int | None = None,
-        phase: str | None = None,
-        follow: bool = False,
+        self, task: str, run: str | None = None, **selection: Unpack[LogSelection]
     ) -> AsyncGenerator[LogChunk]:
-        """Yield the output of an attempt of a task (by default the newest, or the newest of a phase), with its checks.
-
-        With `follow`, continue with new output, attempt by attempt, until the task has ended or the run is not active.
-        RefusedError if there is no such attempt.
-        """
-        name = await RunIndex(self._context).find(run)
-        async with aclosing(self._poll(name, task, attempt, phase, follow=follow)) as reads:
+        """Yield the output of an attempt of a task, with its checks. RefusedError if there is no such attempt."""
+        async with aclosing(self._poll(await self._find(run), task, **selection)) as reads:
             async for _, found in reads:
                 for part in chain.from_iterable(found.values()):
                     yield part
 
     async def entries(
-        self,
-        task: str,
-        run: str | None = None,
-        *,
-        attempt: int | None = None,
-        phase: str | None = None,
-        follow: bool = False,
+        self, task: str, run: str | None = None, **selection: Unpack[LogSelection]
     ) -> AsyncGenerator[LogEntry | AttemptMarker]:
         """Yield the output of `chunks` as parsed by the adapters.
 
         Each attempt has a begin marker, entries and an end marker. The task of a merge run has no session: only the
         output of its checks follows.
         """
-        name = await RunIndex(self._context).find(run)
+        name = await self._find(run)
         is_merge = (await read_run(self._context.store, name)).merges is not None
-        async with aclosing(self._all_entries(name, task, attempt, phase, follow=follow)) as entries:
+        async with aclosing(self._all_entries(name, task, **selection)) as entries:
             async for entry in entries:
                 if not (is_merge and isinstance(entry, AttemptMarker)):
                     yield entry
 
     async def _all_entries(
-        self, run: str, task: str, attempt: int | None, phase: str | None, *, follow: bool
+        self, run: str, task: str, **selection: Unpack[LogSelection]
     ) -> AsyncGenerator[LogEntry | AttemptMarker]:
         logs: dict[int, _SessionLog] = {}
         run_document, document = await read_named_task(self._context.store, run, task)
-        adapters = await find_run_adapters(self._plugins, run_document)
-        async with aclosing(self._poll(run, task, attempt, phase, follow=follow)) as reads:
+        adapters = await find_run_adapters(self._context, run_document)
+        async with aclosing(self._poll(run, task, **selection)) as reads:
             async for document, found in reads:
                 for number, parts in found.items():
                     if number not in logs:
@@ -134,10 +124,10 @@ class TaskLogs:
                         yield AttemptMarker("began", made)
                     for entry in chain.from_iterable(logs[number].read(part, document) for part in parts):
                         yield entry
-                    if follow and not parts:
+                    if selection.get("follow") and not parts:
                         for entry in logs[number].pause(document):
                             yield entry
-        is_interrupted = document.status is TaskStatus.RUNNING and not await RunIndex(self._context).is_live(run)
+        is_interrupted = document.status is TaskStatus.RUNNING and not await self._index.is_live(run)
         for entry in chain.from_iterable(one.end(document, is_interrupted=is_interrupted) for one in logs.values()):
             yield entry
 
@@ -146,7 +136,7 @@ class TaskLogs:
 
         None if no session is running, it has no output yet, or its output is on another machine.
         """
-        name = await RunIndex(self._context).find(run)
+        name = await self._find(run)
         run_document, document = await read_named_task(self._context.store, name, task)
         if document.status is not TaskStatus.RUNNING:
             return None
@@ -156,17 +146,17 @@ class TaskLogs:
             text, time = await read_tail(file), (await anyio.Path(file).stat()).st_mtime
         except FileNotFoundError:
             return None
-        adapters = await find_run_adapters(self._plugins, run_document)
+        adapters = await find_run_adapters(self._context, run_document)
         log = await self._session_log(run_document, task, adapters, made)
         entries = [*log.read(LogChunk(made.number, "stdout", text), document), *log.end(document)]
         lines = [one.line for one in entries if isinstance(one, LogEntry) and one.line.strip()]
         return (lines[-1].strip().rpartition("\n")[2], time) if lines else None
 
     async def _poll(
-        self, run: str, task: str, attempt: int | None, phase: str | None, *, follow: bool
+        self, run: str, task: str, *, attempt: int | None = None, phase: str | None = None, follow: bool = False
     ) -> AsyncGenerator[tuple[TaskDocument, dict[int, list[LogChunk]]]]:
         """Yield the new output of each attempt since the last read, with the task's record from before that."""
-        store, index = self._context.store, RunIndex(self._context)
+        store, index = self._context.store, self._index
         run_document, document = await read_named_task(store, run, task)
         if phase is not None:
             attempt = find_phase_attempt(run_document, task, document, phase).number
@@ -193,9 +183,9 @@ class TaskLogs:
         return _SessionLog(adapters[made.adapter], made, f"{folder}/", redactor)
 
 
-async def find_run_adapters(plugins: LazyPlugins, run: RunDocument) -> Mapping[str, Adapter]:
+async def find_run_adapters(context: ProjectContext, run: RunDocument) -> Mapping[str, Adapter]:
     """Return the adapters of a run by name."""
-    loaded = await plugins.load()
+    loaded = await context.plugins.load()
     return make_adapters(restore_adapters(run.adapters, loaded.adapters, loaded.explain), loaded.adapters)
 
 

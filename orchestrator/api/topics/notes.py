@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from orchestrator.api.context import ProjectContext
 from orchestrator.api.run_index import RunIndex
+from orchestrator.api.topics.topic import Topic
 from orchestrator.domain.security.secrets import Redactor, secret_values
 from orchestrator.domain.sessions.notes import Note
 from orchestrator.engine.session_api.notes import NoteStore
@@ -14,14 +13,11 @@ from orchestrator.engine.state.records import read_run
 from orchestrator.locking.ownership import ownership_scope
 
 
-@dataclass(frozen=True, slots=True)
-class Notes:
+class Notes(Topic):
     """The notes of sessions. Available as `council.notes`.
 
     `run` is a name that `council.runs.find` accepts; all runs with the same target share their notes.
     """
-
-    _context: ProjectContext
 
     async def list(
         self,

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import anyio.to_thread
 
-from orchestrator.api.context import ProjectContext
-from orchestrator.api.run_reader import RunReader
+from orchestrator.api.topics.topic import Topic
 from orchestrator.domain.events.runs import RunCreated
 from orchestrator.domain.runs.metrics import Metrics, compute_metrics
 from orchestrator.domain.runs.model import INTERRUPTED, Attempt, RunDocument, TaskDocument
@@ -35,15 +33,12 @@ from orchestrator.state.documents.log_reader import read_backwards
 MAX_EVENTS: Final = 100
 
 
-@dataclass(frozen=True, slots=True)
-class RunReports:
+class RunReports(Topic):
     """Computed reports on runs. Available as `council.reports`. `run` is a name that `council.runs.find` accepts."""
-
-    _context: ProjectContext
 
     async def overview(self, run: str | None = None) -> RunOverview:
         """Return the overview of a run, even if its repositories are missing."""
-        reader = RunReader(self._context)
+        reader = self._reader
         record = await reader.record(await self._find(run))
         name, store = record.run.id, self._context.store
         landed_at = await find_landing_times(store, record.run, record.tasks, await read_tasks(store, name))
@@ -66,7 +61,7 @@ class RunReports:
 
     async def usage(self, run: str | None = None) -> RunUsage:
         """Return the usage of a run's sessions."""
-        context, reader = self._context, RunReader(self._context)
+        context, reader = self._context, self._reader
         name, now = await self._find(run), context.clock.now()
         record = await reader.record(name)
         tasks: Mapping[str, TaskDocument] = record.tasks
@@ -76,7 +71,7 @@ class RunReports:
 
     async def last_failures(self, run: str | None = None) -> dict[str, AdapterFailure]:
         """Return the last failed session of each adapter of a run, by the adapter's name."""
-        return last_failures(await RunReader(self._context).record(await self._find(run)))
+        return last_failures(await self._reader.record(await self._find(run)))
 
     async def landed_changes(self, run: str, commits: Mapping[str, str]) -> dict[str, Changes]:
         """Return the size of each task's changes; `commits` maps tasks to the commits by which they landed.
@@ -109,9 +104,6 @@ class RunReports:
                         if len(found) == MAX_EVENTS or one.event.type == RunCreated.type:
                             return list(found)
         return list(found)
-
-    async def _find(self, run: str | None) -> str:
-        return await RunReader(self._context).index.find(run)
 
 
 async def find_landing_times(

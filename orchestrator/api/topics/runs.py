@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from orchestrator.api import execution
-from orchestrator.api.context import LazyPlugins, ProjectContext, StopSignal
+from orchestrator.api.context import StopSignal
 from orchestrator.api.run_index import RunIndex
 from orchestrator.api.run_reader import RunReader
 from orchestrator.domain.events.runs import (
@@ -41,15 +41,13 @@ _ACTIVE = frozenset({RunStatus.RUNNING, RunStatus.INTERRUPTED, RunStatus.HALTED}
 
 
 @dataclass(frozen=True, slots=True)
-class Runs:
+class Runs(RunIndex):
     """The runs of a project. Available as `council.runs`.
 
     Only one process at a time can execute a run; `work` joins it as an additional worker. `run` is an id, a unique
     prefix of one, or `latest`; None is the newest run.
     """
 
-    _context: ProjectContext
-    _plugins: LazyPlugins
     _stop: StopSignal
     _config: RunConfig | None
     _opened_at: int
@@ -81,10 +79,9 @@ class Runs:
         """
         if self._config is None:
             raise RefusedError("no file was opened", "open the council with a YAML file")
-        await self._context.check_writable()
+        await self.context.check_writable()
         return await execution.create_run(
-            self._context,
-            await self._plugins.load(),
+            self.context,
             self._config,
             allow_deferred=allow_deferred,
             allow_failing_base=allow_failing_base,
@@ -98,8 +95,8 @@ class Runs:
         all tasks of the other run. Return its id, or that of an earlier merge that is still queued to land.
         NothingToMerge if the base has all commits.
         """
-        await self._context.check_writable()
-        return await execution.create_merge_run(self._context, await self.find(run))
+        await self.context.check_writable()
+        return await execution.create_merge_run(self.context, await self.find(run))
 
     async def resume(
         self,
@@ -140,15 +137,15 @@ class Runs:
         All processes of an active run use them at once; otherwise the next `resume` does. RefusedError for an adapter
         that is in use, or that the run does not have.
         """
-        await self._context.check_writable()
-        controller = execution.RunController(self._context, await self._plugins.load())
+        await self.context.check_writable()
+        controller = execution.RunController(self.context)
         name = await self.find(run)
         await controller.perform(name, RequestAction.ENABLE, (), adapters=adapters)
         return await self.status(name)
 
     async def status(self, run: str | None = None) -> RunReport:
         """Return the current report of a run."""
-        return await RunReader(self._context).status(await self.find(run))
+        return await RunReader(self.context).status(await self.find(run))
 
     async def list(self, *, active: bool = False) -> Sequence[RunReport]:
         """Return the reports of all runs of the project, or only of active ones, the oldest first.
@@ -156,42 +153,19 @@ class Runs:
         Active runs are running or interrupted, or have ended with waiting tasks, such as after a retry. Unreadable runs
         are skipped: `Council.damage` names the document.
         """
-        reports = await RunReader(self._context).all()
+        reports = await RunReader(self.context).all()
         return [report for report in reports if not active or report.status in _ACTIVE or report.has_unfinished_tasks]
-
-    async def ids(self) -> Sequence[str]:
-        """Return the ids of all readable runs of the project, the oldest first."""
-        return await RunIndex(self._context).ids()
-
-    async def find(self, name: str | None = None) -> str:
-        """Return the id of the run with a name: an id, a unique prefix of one, or `latest`; None is the newest run.
-
-        RefusedError, with the closest ids, if no run or several match.
-        """
-        return await RunIndex(self._context).find(name)
-
-    async def newest(self) -> str:
-        """Return the id of the newest run, ignoring runs that merge another run's branch."""
-        return await RunIndex(self._context).newest()
-
-    async def interrupted(self) -> Sequence[str]:
-        """Return the ids of unfinished runs without an active process, the oldest first."""
-        return await RunIndex(self._context).interrupted()
-
-    async def is_live(self, run: str) -> bool:
-        """Return True if a process is active in a run."""
-        return await RunIndex(self._context).is_live(run)
 
     async def live(self, *, follow: bool = False) -> AsyncGenerator[str]:
         """Yield the ids of runs with an active process, the oldest first; with `follow` also those that start later."""
-        store, index = self._context.store, RunIndex(self._context)
+        store = self.context.store
         position = await store.position()
         known = set()
-        for run in await index.ids():
+        for run in await self.ids():
             with suppress(UnreadableDocument):  # commands that name it report that
                 if (await read_run(store, run)).ended is not None:
                     continue
-            if await index.has_live_process(run):
+            if await self.has_live_process(run):
                 known.add(run)
                 yield run
         if follow:
@@ -211,7 +185,7 @@ class Runs:
         if after is None:
             after = 0 if run is not None else self._opened_at
         has_ended = False
-        async with aclosing(follow_log(self._context.store, after)) as records:
+        async with aclosing(follow_log(self.context.store, after)) as records:
             async for record in records:
                 for event in record.events:
                     run = run or event.data.get("run")
@@ -219,9 +193,9 @@ class Runs:
                         yield RecordedEvent(record.position, record.time, event)
                         has_ended = event.type in _LAST_EVENTS or (has_ended and event.type in _LATER_EVENTS)
                 # A resumed run has more events after that.
-                if has_ended and record.position >= await self._context.store.position():
+                if has_ended and record.position >= await self.context.store.position():
                     return
 
     async def _executor(self) -> execution.RunExecutor:
-        await self._context.check_writable()
-        return execution.RunExecutor(self._context, await self._plugins.load(), self._stop)
+        await self.context.check_writable()
+        return execution.RunExecutor(self.context, self._stop)

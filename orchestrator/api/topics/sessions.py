@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
-from orchestrator.api.context import LazyPlugins, ProjectContext
 from orchestrator.api.run_index import RunIndex
 from orchestrator.api.run_reader import RunReader
 from orchestrator.api.topics.activity import RunActivity
 from orchestrator.api.topics.changes import TaskChanges, trusted_git
 from orchestrator.api.topics.logs import find_run_adapters, no_running_session_error, read_named_task
 from orchestrator.api.topics.reports import RunReports
+from orchestrator.api.topics.topic import Topic
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.domain.security.secrets import Redactor, secret_values
@@ -28,12 +27,8 @@ from orchestrator.engine.session_api.shared_values import SharedValues
 from orchestrator.engine.state.records import check_task, read_run
 
 
-@dataclass(frozen=True, slots=True)
-class Sessions:
+class Sessions(Topic):
     """The sessions of a run. Available as `council.sessions`. `run` is a name that `council.runs.find` accepts."""
-
-    _context: ProjectContext
-    _plugins: LazyPlugins
 
     async def list(self, run: str | None = None) -> Sequence[SessionContext]:
         """Return the contexts of a run's sessions, in all processes; each covers the last half hour."""
@@ -60,7 +55,7 @@ class Sessions:
         if document.status is not TaskStatus.RUNNING or not await RunIndex(context).is_live(name):
             raise no_running_session_error(task)
         session, redactor = SessionName(name, task, document.attempt.number), self._redactor()
-        adapters = await find_run_adapters(self._plugins, run_document)
+        adapters = await find_run_adapters(context, run_document)
         workspace = await find_workspace(context.store, adapters, context.project.logs_folder, redactor, session)
         return await read_session_details(trusted_git(run_document, context.environ), workspace, redactor)
 
@@ -70,7 +65,7 @@ class Sessions:
         position, record = await context.store.position(), await RunReader(context).record(name)
         specs = await context.store.list("spec", f"{name}/")
         attempts = {spec.key.id.partition("/")[2]: int(spec.value["attempts"]) for spec in specs}
-        adapters = await find_run_adapters(self._plugins, record.run)
+        adapters = await find_run_adapters(context, record.run)
         logs = context.project.logs(name)
         return RunActivity(record, position, attempts, RunReports(context), TaskChanges(context), adapters, logs)
 
@@ -78,9 +73,6 @@ class Sessions:
         """Return the key-value store that the sessions of a run share. RefusedError if there is no such run."""
         document = await read_run(self._context.store, await self._find(run))
         return SharedValues(self._context.store, self._context.clock, self._redactor(), document.id)
-
-    async def _find(self, run: str | None) -> str:
-        return await RunIndex(self._context).find(run)
 
     def _redactor(self) -> Redactor:
         return Redactor(secret_values(self._context.environ))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from orchestrator.api.context import LazyPlugins, ProjectContext
 from orchestrator.api.run_index import RunIndex
 from orchestrator.api.topics.health import Health, read_retention
+from orchestrator.api.topics.topic import Topic
 from orchestrator.api.transfer import export_store, import_store
 from orchestrator.domain.documents.conflicts import DocumentUpdate
 from orchestrator.engine.diagnostics.findings import Finding
@@ -26,16 +25,12 @@ from orchestrator.state.transfer.copying import CopyResult
 from orchestrator.views.export import ViewPosition, export_views
 
 
-@dataclass(frozen=True, slots=True)
-class State:
+class State(Topic):
     """The documents of a project and their store. Available as `council.state`.
 
     Documents of a run can't be changed while a process is active in it, and documents that only council writes can't be
     changed at all (`state.documents.validation`): RefusedError.
     """
-
-    _context: ProjectContext
-    _plugins: LazyPlugins
 
     async def get(self, key: Key) -> Document | None:
         """Return the newest version of a document, or None."""
@@ -97,7 +92,7 @@ class State:
         """
         store, newest = self._context.store, None
         with suppress(RefusedError):
-            newest = await RunIndex(self._context).newest()
+            newest = await self._index.newest()
         pending = await conflicts.find_conflict(store, conflict, newest)
         await self._check_idle(pending.key)
         document = await conflicts.resolve_conflict(store, pending.id, choice, force=force, check=check_manual_change)
@@ -105,7 +100,7 @@ class State:
 
     async def _check_idle(self, key: Key) -> None:
         """Refuse to write a document of a run with an active process, which would not notice the change."""
-        index = RunIndex(self._context)
+        index = self._index
         run = next((run for run in await index.ids() if is_run_document(key, run)), None)
         if run is not None and await index.has_live_process(run):
             what = f"{key} belongs to run {run}, which is active"
@@ -120,7 +115,7 @@ class State:
 
         Changes nothing, and works on active runs.
         """
-        context, plugins = self._context, await self._plugins.load()
+        context, plugins = self._context, await self._context.plugins.load()
         name = await RunIndex(context).find(run)
         rules = plugins.constraints
         return await verify_run(context.store, name, plugins.checked_kinds(), rules, context.clock, context.environ)
@@ -131,7 +126,7 @@ class State:
         A document with the wrong shape for its kind gets its newest readable value, but not while a process is active
         in its run.
         """
-        store, index = self._context.store, RunIndex(self._context)
+        store, index = self._context.store, self._index
         await store.repair()
         report = await verify_store(store)
         live = [run for run in await index.ids() if await index.has_live_process(run)]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import anyio.to_thread
 
-from orchestrator.api.context import LazyPlugins, ProjectContext
 from orchestrator.api.execution.control import RunController
 from orchestrator.api.execution.file_comparison import compare_with_config_file
-from orchestrator.api.run_reader import RunReader
 from orchestrator.api.topics.logs import TaskLogs
 from orchestrator.api.topics.reports import find_landing_times, mark_interrupted
+from orchestrator.api.topics.topic import Topic
 from orchestrator.domain.runs.model import RequestAction, RunDocument
 from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.engine.reports.report import RunReport
@@ -23,16 +22,12 @@ from orchestrator.engine.state.reload import FileChanges
 from orchestrator.errors import RefusedError
 
 
-@dataclass(frozen=True, slots=True)
-class Tasks:
+class Tasks(Topic):
     """The tasks of a run. Available as `council.tasks`.
 
     The active process of the run performs requests, if there is one. Requests return the report of the run. `run` is a
     name that `council.runs.find` accepts.
     """
-
-    _context: ProjectContext
-    _plugins: LazyPlugins
 
     async def cancel(self, *tasks: str, run: str | None = None) -> RunReport:
         """Cancel tasks, by default all unfinished ones.
@@ -51,9 +46,9 @@ class Tasks:
 
         A run uses the settings recorded at its creation; `retry` with `reload` applies those of the file to tasks.
         """
-        record = await RunReader(self._context).record(await self._find(run), whole=False)
+        record = await self._reader.record(await self._find(run), whole=False)
         statuses = {task: one.status for task, one in record.tasks.items()}
-        return await compare_with_config_file(self._context, await self._plugins.load(), record.run, statuses)
+        return await compare_with_config_file(self._context, record.run, statuses)
 
     async def retry(
         self,
@@ -106,9 +101,9 @@ class Tasks:
     ) -> RunReport:
         name = await self._find(run)
         await self._context.check_writable()
-        controller = RunController(self._context, await self._plugins.load())
+        controller = RunController(self._context)
         await controller.perform(name, action, tasks, reason, phase, reload)
-        return await RunReader(self._context).status(name)
+        return await self._reader.status(name)
 
     async def details(self, task: str, run: str | None = None) -> TaskDetails:
         """Return a task in full: phases, sessions, handoffs, landing. RefusedError if there is no such task."""
@@ -116,11 +111,11 @@ class Tasks:
         details = await self._details(name, task)
         if details.status != TaskStatus.RUNNING:
             return details
-        latest = await TaskLogs(self._context, self._plugins).latest(task, name)
+        latest = await TaskLogs(self._context).latest(task, name)
         return details if latest is None else replace(details, latest_activity=LatestActivity(*latest))
 
     async def _details(self, run: str, task: str) -> TaskDetails:
-        context, reader = self._context, RunReader(self._context)
+        context, reader = self._context, self._reader
         document = await read_run(context.store, run)
         await check_task(context.store, document, task)
         record = await reader.without_dropped(await reader.record(run), task)
@@ -154,9 +149,6 @@ class Tasks:
             return definition
         names = [phase.name for phase in run.workflows[spec.workflow]]
         return replace(definition, workflow=spec.workflow, phases=names)
-
-    async def _find(self, run: str | None) -> str:
-        return await RunReader(self._context).index.find(run)
 
 
 def _without_missing_logs(details: TaskDetails) -> TaskDetails:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 import click
 
-from orchestrator.api.topics.logs import AttemptMarker, LogChunk, LogEntry
+from orchestrator.api.topics.logs import AttemptMarker, LogChunk, LogEntry, LogSelection
 from orchestrator.cli.core.command import CouncilContext, council_command, run_option
 from orchestrator.cli.core.completion import complete_tasks
 from orchestrator.cli.render.output import Output
@@ -61,11 +61,11 @@ async def logs(
     """
     if attempt is not None and phase is not None:
         raise click.UsageError("--session and --phase both select a session: use one of them.")
-    logs = context.council.logs
+    logs, selection = context.council.logs, LogSelection(attempt=attempt, phase=phase, follow=follow)
     if raw:
-        await _print_raw(context.output, logs.chunks(task, run, attempt=attempt, phase=phase, follow=follow))
+        await _print_raw(context.output, logs.chunks(task, run, **selection))
     else:
-        await _print(context.output, logs.entries(task, run, attempt=attempt, phase=phase, follow=follow))
+        await _print(context.output, logs.entries(task, run, **selection))
 
 
 async def _print(output: Output, entries: AsyncGenerator[LogEntry | AttemptMarker]) -> None:
