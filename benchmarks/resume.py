@@ -36,15 +36,15 @@ LIMIT: Final = 2.0
 _KILLED: Final = {"COUNCIL_FAILPOINTS": "attempt.recorded=kill"}
 
 
-def measure(*, quick: bool, folder: Path | None = None) -> list[BenchmarkRow]:
-    """Return the rows of this benchmark."""
+def measure(*, quick: bool, folder: Path | None = None, rounds: int | None = None) -> list[BenchmarkRow]:
+    """Return the rows of this benchmark, from `rounds` pairs of measurements."""
     with scratch_folder(folder) as place:
         env = user_environment(
             None if quick else place / "bytecode", COUNCIL_HOME=str(place / "home"), COUNCIL_TRUST="1"
         )
         many, few = QUICK_TASKS if quick else TASKS
         tops = [_killed_run(place, tasks, env) for tasks in (many, few)]
-        rounds = QUICK_ROUNDS if quick else ROUNDS
+        rounds = rounds or (QUICK_ROUNDS if quick else ROUNDS)
         return [
             _row(what, {**env, **more}, tops, (many, few), rounds, code)
             for what, more, code in (("resume", _KILLED, -SIGKILL), ("status", {}, INTERRUPTED))

@@ -37,6 +37,15 @@ def test_resume_is_measured() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_resume_and_status_are_flat_to_ten_thousand_tasks() -> None:
+    """Neither takes twice the processor time that it takes for a thousand tasks."""
+    rows = resume.measure(quick=False, rounds=3)
+    assert [row.verdict for row in rows] == ["yes", "yes"], format_table(rows)
+    assert all(f"{resume.TASKS[0]:,} tasks" in row.what for row in rows)
+
+
+@pytest.mark.slow
 def test_session_commands_are_measured() -> None:
     """A command and the hook, compared with a Python process that does nothing."""
     check(session_commands.measure(quick=True), ["council peers", "the hook"])
@@ -89,7 +98,16 @@ def test_locks_are_measured() -> None:
         "startup",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("asking", "resuming", "scheduler", "cycle", "state", "contexts", "locks", "worktrees")
+            for name in (
+                "session_commands",
+                "resume",
+                "scheduler",
+                "cycle",
+                "state",
+                "contexts",
+                "locks",
+                "worktrees",
+            )
         ),
     ],
 )
