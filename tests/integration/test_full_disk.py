@@ -18,6 +18,7 @@ from orchestrator.repo.landing.target_branch import DeferredLanding
 from tests.conftest import Repository, hermetic_environ
 from tests.faults import SHELL_ADAPTER
 from tests.integration.test_interrupted_landings import Landing
+from tests.integration.test_shared_runs import states
 from tests.merge_permits import hold_permit
 from tests.waiting import wait_for
 
@@ -56,6 +57,14 @@ def fill(repository: Repository) -> None:
         with suppress(OSError), filler(repository).open("ab", buffering=0) as file:
             while file.write(bytes(size)):
                 pass
+
+
+def fill_with_log(repository: Repository) -> None:
+    """Fill the disk, and the last page of the log."""
+    fill(repository)
+    for _ in range(50):
+        if repository.council("checkpoint", "create").code:
+            break
 
 
 async def test_run_on_a_full_disk_waits_and_lands_everything(small_disk: Repository) -> None:
@@ -139,10 +148,7 @@ async def test_run_waiting_for_room_ends_at_a_signal(small_disk: Repository) -> 
     """One is enough: `resume` does the rest."""
     run = small_disk.start("run", str(small_disk.configure([{"id": "t", "prompt": "hang"}])))
     wait_for(small_disk.spawns.exists)
-    fill(small_disk)
-    for _ in range(50):  # until the log's last page is full, too
-        if small_disk.council("checkpoint", "create").code:
-            break
+    fill_with_log(small_disk)
     run.send_signal(signal.SIGTERM)
     stdout, stderr = run.communicate(timeout=60)
     assert run.returncode in {1, 130}, (stdout, stderr)
@@ -160,23 +166,24 @@ async def test_run_waiting_for_room_ends_at_a_signal(small_disk: Repository) -> 
         ["cancel", "two"],
         ["task", "ignore", "one", "--reason", "not needed"],
         ["checkpoint", "create"],
+        ["retry", "failed"],
+        ["retry", "failed", "--reload"],
+        ["share", "put", "key", "1"],
     ],
-    ids=lambda command: command[0],
+    ids=" ".join,
 )
 async def test_command_on_a_full_disk_ends_with_one_line_and_exit_code_1(
     small_disk: Repository, command: list[str]
 ) -> None:
     """It names the disk and the fix; with space the same command succeeds."""
-    config = small_disk.configure([{"id": "one", "prompt": "hang"}, {"id": "two", "prompt": "hang"}])
+    tasks: list[dict[str, Any]] = [{"id": name, "prompt": "hang"} for name in ("one", "two")]
+    config = small_disk.configure([*tasks, {"id": "failed", "prompt": "exit 1", "attempts": 1}])
     shutil.copy(config, small_disk.top / "council.yaml")
     run = small_disk.start("run", str(config))
-    wait_for(small_disk.spawns.exists)
+    wait_for(lambda: states(small_disk).get("failed") == "failed")
     run.send_signal(signal.SIGINT)
     run.communicate(timeout=30)
-    fill(small_disk)
-    for _ in range(50):  # until the log's last page is full, too
-        if small_disk.council("checkpoint", "create").code:
-            break
+    fill_with_log(small_disk)
     ended = small_disk.council(*command)
     assert ended.code == 1, ended
     assert len(ended.stderr.splitlines()) == 1, ended
@@ -187,3 +194,24 @@ async def test_command_on_a_full_disk_ends_with_one_line_and_exit_code_1(
         return
     again = small_disk.council(*command)
     assert again.code == 0, again
+
+
+@pytest.mark.extended_but_first
+@pytest.mark.parametrize("command", [["resume"], ["work", "--run", "latest"]], ids=lambda command: command[0])
+async def test_resume_on_a_full_disk_says_so_and_waits(small_disk: Repository, command: list[str]) -> None:
+    """In one line; it continues as soon as there is space."""
+    config = small_disk.configure([{"id": "t", "prompt": "attempt 1 hang\nwrite t.txt x"}])
+    run = small_disk.start("run", str(config))
+    wait_for(small_disk.spawns.exists)
+    run.send_signal(signal.SIGINT)
+    run.communicate(timeout=30)
+    fill_with_log(small_disk)
+    resumed = small_disk.start(*command)
+    assert resumed.stderr is not None
+    notice = resumed.stderr.readline()
+    assert notice.endswith(f"{os.strerror(errno.ENOSPC)} (retrying)\n"), notice
+    filler(small_disk).unlink()
+    stdout, stderr = resumed.communicate(timeout=60)
+    assert (resumed.returncode, "Traceback" in stderr) == (0, False), (stdout, stderr)
+    assert states(small_disk) == {"t": "landed"}
+    await small_disk.assert_invariants()

@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator.cli.core.error_boundary import ErrorLog, error_boundary
 from orchestrator.cli.render.output import Output
-from orchestrator.errors import is_resource_exhaustion
+from orchestrator.errors import ClaimLost, LeaseLost, is_resource_exhaustion
 from orchestrator.system.file_lock import FileLock
 
 
@@ -45,3 +45,41 @@ def test_read_only_file_system_is_unavailable(capsys: pytest.CaptureFixture[str]
     assert end.value.code == 1
     reported = "council: /place: read-only file system: mount it writable; no recorded work is lost\n"
     assert capsys.readouterr().err == reported
+
+
+@pytest.mark.parametrize("is_grouped", [False, True])
+@pytest.mark.parametrize(
+    "lost", [LeaseLost("the lease on merges to main", 1, 2), ClaimLost("t", 1, 2, "other")], ids=["lease", "claim"]
+)
+def test_lost_lease_is_not_an_internal_error(
+    capsys: pytest.CaptureFixture[str], lost: LeaseLost, *, is_grouped: bool
+) -> None:
+    """Another process continued after this one was stopped: one line, exit code 1, no log."""
+    raised = ExceptionGroup("tasks", [ValueError("its result"), lost]) if is_grouped else lost
+    with pytest.raises(SystemExit) as end, error_boundary(Output(as_json=False), ErrorLog()):
+        raise raised
+    assert end.value.code == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert "another process took over" in line
+    assert "Details" not in line
+
+
+@pytest.mark.parametrize("is_anywhere_writable", [False, True])
+def test_internal_error_with_an_unwritable_log_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *, is_anywhere_writable: bool
+) -> None:
+    """A temporary log replaces the project's; without room for any the error itself is still printed."""
+    log, temporary = ErrorLog(), tmp_path / "tmp"
+    log.path = tmp_path / "missing" / "council.log"
+    if is_anywhere_writable:
+        temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    with pytest.raises(SystemExit) as end, error_boundary(Output(as_json=False), log):
+        raise ValueError("odd")
+    assert end.value.code == 3
+    reported = capsys.readouterr().err
+    assert reported.startswith("council: internal error: ValueError: odd\n")
+    assert "Traceback" not in reported
+    written = list(temporary.glob("*/council.log"))
+    assert f"Details: {written[0]}" in reported if written else "Details" not in reported, reported
+    assert bool(written) is is_anywhere_writable
