@@ -103,30 +103,84 @@ async def test_lock_of_a_killed_command_stops_no_other(
     assert not place.exists()
 
 
+def install_killed_git(repository: Repository, tmp_path: Path, command: str, condition: str = "true") -> Path:
+    """Put a git on PATH of which one command is killed while a shell condition is true; return its folder."""
+    programs = tmp_path / "programs"
+    programs.mkdir(exist_ok=True)
+    git = shutil.which("git", path=os.environ["PATH"])
+    kill = f'[ "$word" = {command} ] && {condition} && kill -KILL $$'
+    (programs / "git").write_text(f'#!/bin/sh\nfor word; do {kill}; done\nexec {git} "$@"\n')
+    (programs / "git").chmod(0o755)
+    repository.environ["PATH"] = f"{programs}{os.pathsep}{repository.environ['PATH']}"
+    return programs
+
+
+def configure_one(repository: Repository, programs: Path) -> str:
+    """Configure one task whose sessions can read this folder of programs."""
+    programs.mkdir(exist_ok=True)
+    readable = [sys.prefix, str(FAKE_CLI.parents[1]), str(programs)]
+    return str(repository.configure([{"id": "one", "prompt": "write one.txt 1"}], readable=readable))
+
+
+@pytest.mark.extended_but_first
+@pytest.mark.parametrize(
+    ("start", "command"),
+    [
+        *(("run", command) for command in ("fetch", "init", "merge-tree", "update-ref")),
+        *(("work", command) for command in ("fetch", "merge-tree", "update-ref")),
+    ],
+)
+async def test_git_command_killed_once_is_run_again(
+    repository: Repository, tmp_path: Path, start: str, command: str
+) -> None:
+    """At no cost: the first attempt lands, and nothing is reported as failed."""
+    killed = tmp_path / "killed"
+    condition = f"[ ! -e {killed} ] && : > {killed}"
+    if start == "work":
+        config = configure_one(repository, tmp_path / "programs")
+        assert repository.council("run", config, failpoints="session.spawned=kill").code == -signal.SIGKILL
+        install_killed_git(repository, tmp_path, command, condition)
+        ended = repository.council("work", "--run", "latest", "--json")
+    else:
+        programs = install_killed_git(repository, tmp_path, command, condition)
+        ended = repository.council("run", configure_one(repository, programs), "--json")
+    assert killed.exists()
+    assert (ended.code, ended.states) == (0, {"one": "landed"}), ended
+    assert [task["attempts"] for task in ended.result["tasks"]] == [1]
+    await repository.assert_invariants()
+
+
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("command", ["init", "fetch", "merge-tree"])
 async def test_git_that_is_always_killed_ends_with_one_line(
     repository: Repository, tmp_path: Path, command: str
 ) -> None:
     """Exit code 1, and no internal error; without the kills the work lands."""
-    programs = tmp_path / "programs"
-    programs.mkdir()
-    git = shutil.which("git", path=os.environ["PATH"])
-    script = f'#!/bin/sh\nfor word; do [ "$word" = {command} ] && kill -KILL $$; done\nexec {git} "$@"\n'
-    (programs / "git").write_text(script)
-    (programs / "git").chmod(0o755)
     path = repository.environ["PATH"]
-    repository.environ["PATH"] = f"{programs}{os.pathsep}{path}"
-    config = repository.configure(
-        [{"id": "one", "prompt": "write one.txt 1"}], readable=[sys.prefix, str(FAKE_CLI.parents[1]), str(programs)]
-    )
-    ended = repository.council("run", str(config))
+    config = configure_one(repository, install_killed_git(repository, tmp_path, command))
+    ended = repository.council("run", config)
     assert ended.code == 1, ended
     assert "killed" in ended.stdout + ended.stderr
     assert "Traceback" not in ended.stderr
     repository.environ["PATH"] = path
-    again = ("resume",) if command == "merge-tree" else ("run", str(config))
+    again = ("resume",) if command == "merge-tree" else ("run", config)
     assert repository.council(*again, "--json").states == {"one": "landed"}
+    await repository.assert_invariants()
+
+
+@pytest.mark.extended
+async def test_work_whose_git_is_always_killed_is_no_internal_error(repository: Repository, tmp_path: Path) -> None:
+    """As of `run`; without the kills the next worker lands the task."""
+    path = repository.environ["PATH"]
+    config = configure_one(repository, tmp_path / "programs")
+    assert repository.council("run", config, failpoints="session.spawned=kill").code == -signal.SIGKILL
+    install_killed_git(repository, tmp_path, "fetch")
+    ended = repository.council("work", "--run", "latest")
+    assert ended.code == 1, ended
+    assert "killed" in ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stdout + ended.stderr
+    repository.environ["PATH"] = path
+    assert repository.council("work", "--run", "latest", "--json").states == {"one": "landed"}
     await repository.assert_invariants()
 
 
