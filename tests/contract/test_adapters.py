@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
@@ -20,6 +21,7 @@ from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.protocols import (
     AdapterType,
     AgentMessage,
+    Capability,
     CliWarning,
     ConversationStarted,
     FinalResult,
@@ -222,6 +224,27 @@ def test_claude_usage_limit_has_its_end(stdout: str) -> None:
 def test_invalid_options_are_rejected(adapter_type: AdapterType, options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         adapter_type.Options.model_validate(options)
+
+
+@pytest.mark.parametrize(
+    ("adapter_type", "options"),
+    [
+        (ClaudeCodeAdapter, {"permission_mode": "bypassPermissions"}),
+        (ClaudeCodeAdapter, {}),
+        (CodexAdapter, {}),
+        (GeminiAdapter, {"approval_mode": "yolo"}),
+        (OpencodeAdapter, {}),
+        (AcpAdapter, {"argv": ["agent"]}),
+    ],
+)
+def test_reader_has_the_tools_of_a_writer(adapter_type: AdapterType, options: dict[str, Any], tmp_path: Any) -> None:
+    """A mode that only plans has no shell: a reviewer could run neither `git diff` nor the tests."""
+    adapter = adapter_type(adapter_type.Options.model_validate(options))
+    assert Capability.READ_ONLY not in adapter.capabilities()
+    request = SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path, tmp_path / "home")
+    writer, reader = (adapter.command(replace(request, read_only=flag)) for flag in (False, True))
+    assert reader == writer
+    assert "plan" not in reader.argv
 
 
 def test_council_tools_are_not_deferred_behind_a_search(tmp_path: Any) -> None:

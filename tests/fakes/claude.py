@@ -2,8 +2,8 @@
 
 Steps: `write PATH TEXT`, `fail auth|overloaded|turns|drop|plain|silently`, `fail limit SECONDS`, `hang` until
 interrupted, `spend TOKENS` (a model call, reported twice), `tell PATH` (write its arguments and the prompt), `run
-COMMAND`. Before a write it calls the hook in its settings. It stores its conversation in its folder, and resumes it by
-id in the same worktree only.
+COMMAND`, `deny COMMAND` (refuse to run it). Before a write it calls the hook in its settings. It stores its
+conversation in its folder, and resumes it by id in the same worktree only.
 """
 
 # ruff: noqa: T201  a program that prints
@@ -77,6 +77,16 @@ def spend(tokens: int, call: int) -> None:
         emit("assistant", message={"id": f"msg_{call}", "model": "claude-opus-4-8", "content": [], "usage": usage})
 
 
+def deny(command: str) -> dict[str, Any]:
+    """Refuse a command as its permission mode does; return the denial that the result repeats."""
+    denial = {"tool_name": "Bash", "tool_use_id": "d", "tool_input": {"command": command}}
+    call = {"type": "tool_use", "id": "d", "name": "Bash", "input": denial["tool_input"]}
+    emit("assistant", message={"role": "assistant", "content": [call]})
+    reason = "This command requires approval"
+    emit("system", subtype="permission_denied", tool_name="Bash", tool_use_id="d", message=reason)
+    return denial
+
+
 def is_denied(path: str) -> bool:
     """Return whether a hook in its settings denies a write."""
     if "--settings" not in sys.argv:
@@ -118,6 +128,7 @@ def main() -> None:
     assert os.environ["DISABLE_AUTOUPDATER"] == "1"
     emit("system", subtype="init", cwd=str(Path.cwd()), tools=["Edit", "Write"], model="claude-opus-4-8[1m]")
     prompt, spent = sys.stdin.read(), 0
+    denied: list[dict[str, Any]] = []
     continue_conversation(prompt)
     for number, (word, first, rest) in enumerate(steps(prompt)):
         if word == "spend":
@@ -132,12 +143,15 @@ def main() -> None:
                 write(first, rest)
         elif word == "run":
             subprocess.run(f"{first} {rest}", shell=True, check=True)
+        elif word == "deny":
+            denied.append(deny(f"{first} {rest}"))
         elif word == "fail":
             fail(first, rest)
         elif word == "hang":
             hang()
     emit("assistant", message={"role": "assistant", "content": [{"type": "text", "text": "Done."}]})
-    result(**({"usage": {"input_tokens": spent}, "total_cost_usd": spent / 1000} if spent else {}))
+    used = {"usage": {"input_tokens": spent}, "total_cost_usd": spent / 1000} if spent else {}
+    result(permission_denials=denied, **used)
 
 
 if __name__ == "__main__":

@@ -144,6 +144,31 @@ async def test_usage_limit_without_an_end_starts_a_cooldown(bench: Bench) -> Non
     assert [(task.status, task.attempts) for task in report.tasks] == [("landed", 1), ("landed", 1)]
 
 
+#: A step for which the program is denied a tool, and how that is reported.
+DENIED = {
+    "claude-code": ("deny make test", "1 tool denied: Bash(make test): set `permission_mode: bypassPermissions`"),
+    "acp": ("edit ../up.txt x", "1 tool denied: "),
+}
+
+
+@pytest.mark.extended_but_first
+@pytest.mark.parametrize("use", DENIED)
+async def test_denied_tool_is_reported_by_each_command(bench: Bench, use: str) -> None:
+    """A session that was denied everything has this as its reason; one that worked all the same shows it, too."""
+    step, reported = DENIED[use]
+    ended = bench.run(use, f"{step}\nsay x", f"{step}\nwrite a.txt x")
+    assert ended.states == {"t0": "no_change", "t1": "landed"}, ended
+    events = {line["task"]: line for line in ended.lines if line.get("event") == "task.tools_denied"}
+    assert {task: (one["count"], len(one["tools"])) for task, one in events.items()} == {"t0": (1, 1), "t1": (1, 1)}
+    assert reported in ended.result["tasks"][0]["reason"]
+    status, *stories = (
+        " ".join(bench.repository.council(*words).stdout.split())
+        for words in (("status",), ("show", "t0"), ("show", "t1"))
+    )
+    assert status.count(reported) == 2, status
+    assert all(reported in story for story in stories), stories
+
+
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("use", ["claude-code", "aider"])
 async def test_half_work_of_a_failed_program_does_not_land(bench: Bench, use: str) -> None:

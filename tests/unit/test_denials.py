@@ -6,6 +6,7 @@ from functools import reduce
 
 import pytest
 
+from adapters.acp import AcpAdapter, AcpOptions
 from adapters.claude_code import ClaudeCodeAdapter, ClaudeCodeOptions
 from adapters.codex import CodexAdapter, CodexOptions
 from adapters.gemini import GeminiAdapter, GeminiOptions
@@ -35,6 +36,10 @@ BYPASS = "permission_mode: bypassPermissions"
         (GeminiAdapter(GeminiOptions(approval_mode="yolo")), "gemini/denied",
          ("run_shell_command(Blocked: command substitution detected",), ""),
         (OpencodeAdapter(OpencodeOptions()), "opencode/refused", ("write(/work/hello.txt)",), "`permission`"),
+        (AcpAdapter(AcpOptions(argv=("claude-agent-acp",))), "acp-claude/outside",
+         ("Write /scratch/beside.txt('/scratch/beside.txt' is outside of the worktree",), ""),
+        (AcpAdapter(AcpOptions(argv=("opencode", "acp"))), "acp-opencode/outside",
+         ("/work/..('/work/..' is outside of the worktree",), ""),
         (ClaudeCodeAdapter(ClaudeCodeOptions()), "claude-code/edit", (), ""),
         (CodexAdapter(CodexOptions()), "codex/tool", (), ""),
     ],
