@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections import Counter
@@ -21,8 +22,14 @@ from tests.conftest import Repository
 from tests.integration.test_shared_runs import assert_each_landed_once, ended, states
 from tests.waiting import wait_for
 
-#: Seconds within which each task of a killed process has its next session: 2, doubled for a busy machine.
-RESTARTED_WITHIN = 4.0
+#: Seconds within which each task of a killed process has its next session, on an idle machine.
+RESTARTED_WITHIN = 2.0
+
+
+def limit() -> float:
+    """Return that limit, up to doubled on a machine with more running processes than processors."""
+    busy = os.getloadavg()[0] / (os.cpu_count() or 1)
+    return RESTARTED_WITHIN * min(max(busy, 1.0), 2.0)
 
 
 async def events(repository: Repository, type_: str) -> AsyncIterator[tuple[float, dict[str, Any]]]:
@@ -49,6 +56,7 @@ async def claimed_by(repository: Repository, pid: int) -> set[str]:
 @pytest.mark.parametrize("victim", [pytest.param(0, id="leader"), pytest.param(2, id="worker")])
 async def test_every_task_of_a_killed_process_restarts_at_once(repository: Repository, victim: int) -> None:
     """Thirty tasks, three processes, the default settings: no task waits for the reaper."""
+    within = limit()
     gates = {f"t{number}": repository.spawns.parent / f"gate{number}" for number in range(12, 30)}
     tasks: list[dict[str, Any]] = [{"id": f"t{number}", "prompt": f"write t{number}.txt x"} for number in range(12)]
     tasks += [
@@ -76,7 +84,7 @@ async def test_every_task_of_a_killed_process_restarts_at_once(repository: Repos
     assert codes == [0, 0]
     again = {data["task"]: when - killed async for when, data in events(repository, "task.started") if when > killed}
     assert set(again) == theirs
-    assert max(again.values()) < RESTARTED_WITHIN
+    assert max(again.values()) < within
     await assert_each_landed_once(repository, [task["id"] for task in tasks])
 
 
@@ -100,7 +108,7 @@ async def test_frozen_session_of_a_killed_process_is_ended(repository: Repositor
     since = time.monotonic()
     wait_for(lambda: len(repository.spawns.read_text().splitlines()) == 2)
     assert not [process for process in frozen if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
-    assert time.monotonic() - since < 2 * RESTARTED_WITHIN
+    assert time.monotonic() - since < 4 * RESTARTED_WITHIN
     gate.touch()
     assert ended(other) == [0]
     assert states(repository) == {"first": "landed", "second": "landed"}
