@@ -27,7 +27,8 @@ RECIPES = {
 CHECKS = [".venv/bin/python -m pytest -q"]
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("page", "number"), [(page, number) for page, found in RECIPES.items() for number in range(len(found))]
 )
@@ -49,7 +50,7 @@ async def test_documented_virtual_environment_works_in_checks(repository: Reposi
     config = str(repository.configure([task], readable=readable, **settings))
     found = repository.council("doctor", config, "--json").result["findings"]
     assert [one for one in found if one["name"] == "programs" and one["level"] != "ok"] == []
-    ended = repository.council("run", config, "--json")
+    ended = repository.council("run", config, "--json", timeout=250)
     assert ended.states == {"a": "landed"}, ended
     passed = [line.get("event") for line in ended.lines]
     assert ("base.passed" in passed, "task.checking" in passed) == (True, True)
