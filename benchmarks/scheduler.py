@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from benchmarks.measure import BenchmarkRow, argument_parser, median, print_table
-from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, choose_tasks
+from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry
 
 TASKS: Final = 100_000
 QUICK_TASKS: Final = 2_000
@@ -92,7 +92,7 @@ def run_all_tasks(board: DispatchBoard, tasks: int) -> float:
     now, deciding = 0.0, 0.0
     while tasks:
         begin = time.thread_time()
-        starts = choose_tasks(board, CAPACITY, now)
+        starts = board.choose_tasks(CAPACITY, now)
         deciding += time.thread_time() - begin
         for task in starts:
             board.built(task)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.domain.scheduling.dispatch import AGING_SECONDS, DispatchBoard, DispatchEntry, choose_tasks
+from orchestrator.domain.scheduling.dispatch import AGING_SECONDS, DispatchBoard, DispatchEntry
 from orchestrator.domain.settings.path_patterns import has_any_overlap
 from tests.hypothesis_settings import example_settings
 
@@ -45,7 +45,7 @@ class Run:
         self.landed, self.over, self.parked = set[str](), set[str](), dict[str, float]()
 
     def decide(self) -> None:
-        for task in choose_tasks(self.board, self.capacity - len(self.running), self.now):
+        for task in self.board.choose_tasks(self.capacity - len(self.running), self.now):
             self._check_start(task)
             self.waiting.pop(task, None)
             self.running.append(task)
@@ -248,7 +248,7 @@ def test_dispatch_starves_no_task(
         for task in [task for task, end in sessions.items() if end <= index]:
             del sessions[task]
             board.landed(task)
-        for task in choose_tasks(board, capacity - len(sessions), index * step):
+        for task in board.choose_tasks(capacity - len(sessions), index * step):
             if task == "low":
                 return
             if task not in ahead:

@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from orchestrator.domain.scheduling.cycles import find_cycles
-from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, choose_tasks
+from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry
 from orchestrator.domain.settings.names import check_name
 from orchestrator.domain.settings.path_patterns import check_pattern, is_covered, is_match
 from orchestrator.domain.workflow.expansion import ExpandedTask, expand_plan
@@ -76,8 +76,8 @@ def test_board_extended_by_a_plan_equals_a_new_board(steps: list[str], size: int
     names = [f"p-{one}" for one in range(size)]
     chain = {name: DispatchEntry(tuple(names[place - 1 : place])) for place, name in enumerate(names)}
     board = DispatchBoard({"p": DispatchEntry(), "last": DispatchEntry(("p",))})
-    choose_tasks(board, 9, 0.0)
-    board.add(chain, {name: 0.1 * place for place, name in enumerate(names)})
+    board.choose_tasks(9, 0.0)
+    board.add(chain, ["p", *names, "last"])
     board.set_subtasks("p", names)
     board.wait("p", 0.0)
     whole = DispatchBoard(
@@ -85,8 +85,8 @@ def test_board_extended_by_a_plan_equals_a_new_board(steps: list[str], size: int
     )
     running, failed = list[str](), list[str]()
     for step in steps:
-        begun = choose_tasks(board, 9, 1.0)
-        assert begun == choose_tasks(whole, 9, 1.0)
+        begun = board.choose_tasks(9, 1.0)
+        assert begun == whole.choose_tasks(9, 1.0)
         running += begun
         if step in {"land", "fail"} and running:
             task = running.pop()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from orchestrator.domain.runs.statuses import TaskStatus
-from orchestrator.domain.scheduling.dispatch import AGING_SECONDS, DispatchBoard, DispatchEntry, choose_tasks
+from orchestrator.domain.scheduling.dispatch import AGING_SECONDS, DispatchBoard, DispatchEntry
 
 
 def started(board: DispatchBoard, free: int = 9, now: float = 0.0) -> list[str]:
     """Return the tasks that a decision starts."""
-    return choose_tasks(board, free, now)
+    return board.choose_tasks(free, now)
 
 
 def owners(**owns: str) -> dict[str, DispatchEntry]:
@@ -246,13 +246,13 @@ def test_landed_dependent_of_a_lost_need_is_not_blocked() -> None:
 
 def test_start_of_a_cancelled_or_revived_task_is_void() -> None:
     board = DispatchBoard({"a": DispatchEntry()})
-    assert choose_tasks(board, 1, 0.0) == ["a"]
+    assert board.choose_tasks(1, 0.0) == ["a"]
     assert board.is_running("a")
     board.ended("a")
     assert not board.is_running("a")
     board.revive("a")
     assert not board.is_running("a")
-    assert choose_tasks(board, 1, 0.0) == ["a"]
+    assert board.choose_tasks(1, 0.0) == ["a"]
 
 
 def test_fallback_adapter_is_used_only_during_a_cooldown() -> None:

@@ -34,7 +34,7 @@ from orchestrator.domain.runs.statuses import (
     TaskStatus,
     Trigger,
 )
-from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, choose_tasks
+from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry
 from orchestrator.domain.settings.failures import (
     RETRIED_BY_DEFAULT,
     RETRYABLE,
@@ -52,7 +52,7 @@ DIAMOND = {"a": DispatchEntry(), "b": DispatchEntry(("a",)), "c": DispatchEntry(
 
 def started(board: DispatchBoard, free: int, now: float = 0.0) -> list[str]:
     """Return the tasks that a decision starts."""
-    return choose_tasks(board, free, now)
+    return board.choose_tasks(free, now)
 
 
 @pytest.mark.parametrize(("status", "trigger"), [*itertools.product(TaskStatus, Trigger)])
@@ -85,7 +85,7 @@ def test_every_status_is_reachable() -> None:
 def test_tasks_start_in_file_order_within_capacity() -> None:
     """At most the free capacity is used."""
     board = DispatchBoard({"c": DispatchEntry(), "a": DispatchEntry(), "b": DispatchEntry()})
-    assert choose_tasks(board, 2, 0.0) == ["c", "a"]
+    assert board.choose_tasks(2, 0.0) == ["c", "a"]
     assert started(board, 0) == []
     assert started(board, 5) == ["b"]
     assert started(board, 5) == []

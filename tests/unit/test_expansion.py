@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orchestrator.domain.runs.model import TaskDocument
-from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, choose_tasks, with_subtasks
+from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, with_subtasks
 from orchestrator.domain.settings.names import check_name
 from orchestrator.domain.settings.path_patterns import is_covered
 from orchestrator.domain.workflow.expansion import ExpandedTask, expand_plan, make_task_name
@@ -121,10 +121,10 @@ def test_path_within_the_owned_paths_is_accepted(pattern: str, owned: tuple[str,
 def grown() -> DispatchBoard:
     """Return a board on which a running plan of two subtasks was just expanded, with one dependent."""
     board = DispatchBoard({"p": DispatchEntry(owns=("src/",)), "last": DispatchEntry(("p",)), "other": DispatchEntry()})
-    assert choose_tasks(board, 1, 0.0) == ["p"]
+    assert board.choose_tasks(1, 0.0) == ["p"]
     board.add(
         {"p-a": DispatchEntry(owns=("src/a",)), "p-b": DispatchEntry(("p-a",), owns=("src/b",))},
-        {"p-a": 0.3, "p-b": 0.6},
+        ["p", "p-a", "p-b", "last", "other"],
     )
     board.set_subtasks("p", ("p-a", "p-b"))
     board.wait("p", 0.0, keeps_paths=True)
@@ -134,45 +134,45 @@ def grown() -> DispatchBoard:
 def test_planning_task_continues_after_its_subtasks_landed() -> None:
     """Its dependents wait for it; its paths belong to the subtasks, which precede later tasks of the file."""
     board = grown()
-    assert choose_tasks(board, 9, 0.0) == ["p-a", "other"]
+    assert board.choose_tasks(9, 0.0) == ["p-a", "other"]
     board.landed("p-a")
-    assert choose_tasks(board, 9, 1.0) == ["p-b"]
+    assert board.choose_tasks(9, 1.0) == ["p-b"]
     board.landed("p-b")
-    assert choose_tasks(board, 9, 1.0) == ["p"]
+    assert board.choose_tasks(9, 1.0) == ["p"]
     board.landed("p")
-    assert choose_tasks(board, 9, 1.0) == ["last"]
+    assert board.choose_tasks(9, 1.0) == ["last"]
 
 
 def test_failed_subtask_blocks_the_planning_task_and_dependents() -> None:
     """Until it is retried."""
     board = grown()
-    choose_tasks(board, 9, 1.0)
+    board.choose_tasks(9, 1.0)
     board.ended("p-a")
     assert board.blocked == {"p": "p-a", "p-b": "p-a", "last": "p"}
     board.revive("p-a")
     assert board.blocked == {}
-    assert choose_tasks(board, 9, 2.0) == ["p-a"]
+    assert board.choose_tasks(9, 2.0) == ["p-a"]
 
 
 def test_second_plan_does_not_wait_for_the_first() -> None:
     """Unlanded subtasks of the first plan are dropped."""
     board = grown()
-    choose_tasks(board, 9, 1.0)
+    board.choose_tasks(9, 1.0)
     for one in ("p-a", "p-b", "p"):
         board.ended(one)
     board.set_subtasks("p", ())
     board.revive("p")
-    assert choose_tasks(board, 9, 2.0) == ["p"]
+    assert board.choose_tasks(9, 2.0) == ["p"]
     board.landed("p")
-    assert choose_tasks(board, 9, 2.0) == ["last"]
+    assert board.choose_tasks(9, 2.0) == ["last"]
 
 
 def test_task_can_need_a_blocked_subtask() -> None:
     """The new task is blocked, too."""
     board = DispatchBoard({"p": DispatchEntry(), "dead": DispatchEntry(), "last": DispatchEntry(("p",))})
-    choose_tasks(board, 1, 0.0)
+    board.choose_tasks(1, 0.0)
     board.ended("dead")
-    board.add({"p-a": DispatchEntry(("dead",))}, {"p-a": 0.5})
+    board.add({"p-a": DispatchEntry(("dead",))}, ["p", "p-a", "dead", "last"])
     board.set_subtasks("p", ("p-a",))
     board.wait("p", 0.0)
     assert board.blocked == {"p-a": "dead", "p": "p-a", "last": "p"}

@@ -80,13 +80,13 @@ statuses.RETRYABLE_STATUSES -= {TaskStatus.CONFLICT}  # before other modules imp
 
 from orchestrator.domain.runs.metrics import ActiveTime, compute_metrics
 from orchestrator.domain.runs.model import TaskDocument
-from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, choose_tasks
+from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry
 
 entries = {"a": DispatchEntry(), "b": DispatchEntry(("a",))}
 board = DispatchBoard.of(entries, {"a": TaskStatus.CONFLICT, "b": TaskStatus.PENDING})
-assert choose_tasks(board, 9, 0.0) == [], "it starts again after a restart"
+assert board.choose_tasks(9, 0.0) == [], "it starts again after a restart"
 board.sync_task("a", TaskStatus.CONFLICT, 0.0)
-assert choose_tasks(board, 9, 0.0) == [], "it starts again after a change by another process"
+assert board.choose_tasks(9, 0.0) == [], "it starts again after a change by another process"
 assert board.blocked == {"b": "a"}, board.blocked
 assert compute_metrics({"a": TaskDocument(status=TaskStatus.CONFLICT)}, {}, ActiveTime()).failed == 1
 """

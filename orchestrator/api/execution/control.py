@@ -19,7 +19,6 @@ from orchestrator.domain.documents.stored import CheckpointOrigin
 from orchestrator.domain.runs.model import RequestAction, RunDocument, RunRequest
 from orchestrator.domain.runs.statuses import FINAL_STATUSES
 from orchestrator.domain.scheduling.claims import Role
-from orchestrator.domain.scheduling.dispatch import DispatchBoard
 from orchestrator.engine.reports.report import RunRecord
 from orchestrator.engine.scheduler.recovery import has_active_peers
 from orchestrator.engine.scheduler.requests import (
@@ -116,8 +115,8 @@ class RunController:
         """Lead a run for a moment, which applies its pending requests."""
         reader, run = RunReader(self._context), entry.run
         async with hold_run_lock(entry.hub, run.id) as lock, entry.lead(lock) as (ledger, run_context):
-            now, statuses = await reader.record(run.id), ledger.statuses()
-            has_ended = run.ended is not None or DispatchBoard.of(now.entries, statuses).is_over(statuses)
+            now = await reader.record(run.id)
+            has_ended = run.ended is not None or not now.has_open_tasks
             if has_ended and not await has_active_peers(ledger):
                 await ledger.run_state.finish(reader.describe(now, is_live=False, has_ended=True).status)
             async with run_context.pool(sessions=0):

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import NamedTuple
 
 from orchestrator.domain.runs.model import TaskDocument
 from orchestrator.domain.runs.statuses import FINAL_STATUSES, SUCCESS_STATUSES, UNSUCCESSFUL_STATUSES, TaskStatus
-from orchestrator.domain.scheduling.ready import AdapterGroup, ReadyLane, ReadyQueue
+from orchestrator.domain.scheduling.dependencies import DependencyGraph
+from orchestrator.domain.scheduling.ready import AdapterGroup, AdapterPool, ReadyLane, ReadyQueue
 
 #: Seconds of waiting that equal one level of priority.
 AGING_SECONDS = 600.0
@@ -94,6 +96,38 @@ class _Placement(NamedTuple):
     lane: ReadyLane
 
 
+class _WaitingTasks:
+    """Tasks that may start again at a time, by adapter group."""
+
+    def __init__(self) -> None:
+        self._until: dict[str, float] = {}
+        self._heaps: dict[AdapterGroup, list[tuple[float, float, str]]] = defaultdict(list)
+
+    def add(self, task: str, until: float, placement: _Placement) -> None:
+        """Let a task wait until a time."""
+        self._until[task] = until
+        heapq.heappush(self._heaps[placement.lane.adapter_group], (until, placement.order, task))
+
+    def discard(self, task: str) -> None:
+        """Forget a task."""
+        del self._until[task]
+
+    def first(self, group: AdapterGroup) -> float | None:
+        """Return the earliest time of a task of a group; None if none waits."""
+        heap = self._heaps.get(group, [])
+        while heap and self._until.get(heap[0][2]) != heap[0][0]:
+            heapq.heappop(heap)
+        return heap[0][0] if heap else None
+
+    def take_due(self, now: float) -> Iterator[tuple[str, float]]:
+        """Remove and yield the tasks whose time has come, with that time."""
+        for group, heap in self._heaps.items() if self._until else ():
+            while (first := self.first(group)) is not None and first <= now:
+                until, _, task = heapq.heappop(heap)
+                del self._until[task]
+                yield task, until
+
+
 class DispatchBoard:
     """The scheduling state of all tasks of a run, in file order.
 
@@ -107,23 +141,18 @@ class DispatchBoard:
         self.entries = dict(entries)
         """The entries of all tasks, including those that plans have added."""
         self._state = dict.fromkeys(entries, _PENDING)
-        self._missing = {task: len(set(entry.needs)) for task, entry in entries.items()}
-        self._dependents: dict[str, list[str]] = {task: [] for task in entries}
-        for task, entry in entries.items():
-            for need in dict.fromkeys(entry.needs):
-                self._dependents[need].append(task)
-        self._queue = ReadyQueue(capacities)
+        needs = {task: entry.needs for task, entry in entries.items()}
+        self._graph = DependencyGraph(needs, lambda task: self._state[task] is _PENDING)
+        self.blocked: Mapping[str, str] = self._graph.blocked
+        """Tasks that can no longer start, each with a need that will not land."""
+        self._adapters = AdapterPool(capacities)
+        self._queue = ReadyQueue(self._adapters)
         self._placements = {
             task: _Placement(order, entry.priority, self._queue.lane(entry.adapters, entry.owns))
             for order, (task, entry) in enumerate(entries.items())
         }
         self._fresh: list[str] = []
-        self._until: dict[str, float] = {}
-        self._waiting: dict[AdapterGroup, list[tuple[float, float, str]]] = {
-            placement.lane.adapter_group: [] for placement in self._placements.values()
-        }
-        self.blocked: dict[str, str] = {}
-        """Tasks that can no longer start, each with a need that will not land."""
+        self._waiting = _WaitingTasks()
         self.closed: dict[str, str] = {}
         """Disabled adapters, each with the reason."""
         for task in entries:
@@ -150,40 +179,42 @@ class DispatchBoard:
                 board.ended(task)
         return board
 
-    def add(self, entries: Mapping[str, DispatchEntry], orders: Mapping[str, float]) -> None:
-        """Add pending tasks with their file order; they may need each other."""
+    def add(self, entries: Mapping[str, DispatchEntry], file_order: Iterable[str]) -> None:
+        """Add pending tasks, which may need each other, at their places among all tasks."""
+        orders = self._positions(entries, file_order)
         self.entries |= entries
         for task, entry in entries.items():
-            self._state[task], self._dependents[task] = _PENDING, []
+            self._state[task] = _PENDING
             lane = self._queue.lane(entry.adapters, entry.owns)
             self._placements[task] = _Placement(orders[task], entry.priority, lane)
-            self._waiting.setdefault(lane.adapter_group, [])
         for task, entry in entries.items():
-            self._link(task, entry.needs)
+            self._graph.set_needs(task, entry.needs)
         for task in entries:
-            if task not in self.blocked and not self._is_blocked_by_a_need(task):
+            if task not in self.blocked and not self._graph.block_if_a_need_is_dead(task):
                 self._offer(task)
+
+    def _positions(self, new: Container[str], file_order: Iterable[str]) -> dict[str, float]:
+        """Return fractional positions of new tasks: neighbours share the gap between existing ones."""
+        positions: dict[str, float] = {}
+        group: list[str] = []
+        before = -1.0
+        for task in (*file_order, None):
+            if task is not None and task in new:
+                group.append(task)
+                continue
+            here = before + 1.0 if task is None else self._placements[task].order
+            share = (here - before) / (len(group) + 1)
+            positions |= {member: before + share * number for number, member in enumerate(group, 1)}
+            group, before = [], here
+        return positions
 
     def set_subtasks(self, task: str, parts: Sequence[str]) -> None:
         """Set the tasks that a plan created: the task continues after they have landed.
 
         Tasks that are no longer among them are no longer needed. The caller then calls `wait`, `rest` or `revive`.
         """
-        before = self.entries[task]
-        after = self.entries[task] = before.with_subtasks(parts)
-        if after is before:
-            return
-        for need in set(before.needs) - set(after.needs):
-            self._dependents[need].remove(task)
-        self._link(task, [need for need in after.needs if need not in before.needs])
-
-    def order(self, task: str) -> float:
-        """Return the file order of a task."""
-        return self._placements[task].order
-
-    def has(self, task: str) -> bool:
-        """Whether the board has a task."""
-        return task in self.entries
+        self.entries[task] = self.entries[task].with_subtasks(parts)
+        self._graph.set_needs(task, self.entries[task].needs)
 
     def built(self, task: str) -> None:
         """Record that a session ended and its work is queued to land: free its slot, but keep its paths."""
@@ -193,15 +224,13 @@ class DispatchBoard:
     def landed(self, task: str) -> None:
         """Record that a task has landed, or is done without a landing: tasks that needed only this one may start."""
         self._leave(task, _LANDED)
-        for dependent in self._dependents[task]:
-            self._missing[dependent] -= 1
+        for dependent in self._graph.land(task):
             self._offer(dependent)
 
     def ended(self, task: str) -> None:
         """Record that a task failed or was cancelled: block direct and indirect dependents, each by its own need."""
         self._leave(task, _OVER)
-        self.blocked.pop(task, None)
-        self._block(task)
+        self._graph.end(task)
 
     def wait(
         self, task: str, until: float, adapters: tuple[str, ...] | None = None, *, keeps_paths: bool = False
@@ -213,13 +242,11 @@ class DispatchBoard:
         """
         if self._waits_for_parts(task):
             self.rest(task, keeps_paths=False, adapters=adapters)
-            self._is_blocked_by_a_need(task)
+            self._graph.block_if_a_need_is_dead(task)
             return
         self._leave(task, _AWAITING_APPROVAL)
-        self._until[task] = until
         self._replace(task, adapters, keeps_paths=keeps_paths)
-        placement = self._placements[task]
-        heapq.heappush(self._waiting[placement.lane.adapter_group], (until, placement.order, task))
+        self._waiting.add(task, until, self._placements[task])
 
     def place(self, task: str, adapters: tuple[str, ...], *, keeps_paths: bool = False) -> None:
         """Change the adapters of a task that has not started here; for the other arguments see `wait`."""
@@ -237,22 +264,10 @@ class DispatchBoard:
 
     def revive(self, task: str) -> None:
         """Retry an ended task: it becomes pending, and so do the tasks that only it blocked."""
-        if self._state[task] is not _OVER:
-            return
-        self._state[task] = _PENDING
-        self.blocked[task] = task
-        stack = [task]
-        while stack:
-            current = stack.pop()
-            if self.blocked.get(current) is None:
-                continue
-            need = next((need for need in self.entries[current].needs if self._is_dead(need)), None)
-            if need is not None:
-                self.blocked[current] = need
-                continue
-            del self.blocked[current]
-            self._offer(current)
-            stack.extend(self._dependents[current])
+        if self._state[task] is _OVER:
+            self._state[task] = _PENDING
+            for revived in self._graph.revive(task):
+                self._offer(revived)
 
     def sync_task(
         self,
@@ -288,41 +303,38 @@ class DispatchBoard:
 
     def _sync_pending(self, task: str, until: float, adapters: tuple[str, ...] | None, *, keeps_paths: bool) -> None:
         has_started = self._state[task] is _RUNNING or self._state[task] is _BUILT
-        if not has_started and (self._missing[task] or task in self.blocked):
+        if not has_started and not self._graph.is_ready(task):
             if adapters is not None:
                 self.place(task, adapters, keeps_paths=keeps_paths)
         elif has_started or adapters is not None:
             self.wait(task, until, adapters, keeps_paths=keeps_paths)
 
-    def entry(self, task: str) -> DispatchEntry:
-        """Return the entry of a task."""
-        return self.entries[task]
-
     def adapter_of(self, task: str) -> str:
         """Return the adapter that a task runs with, or would run with now."""
-        return self._queue.adapter_of(task, self._placements[task].lane)
+        return self._adapters.adapter_of(task, self._placements[task].lane.adapter_group)
 
     def park(self, adapter: str, until: float) -> None:
         """Put an adapter in cooldown until a time; tasks use their fallback adapters meanwhile."""
-        self._queue.park(adapter, until)
+        self._adapters.park(adapter, until)
+        self._queue.release_parked()
 
     def close(self, adapter: str, reason: str) -> None:
         """Disable an adapter; its running sessions continue, and tasks use their fallback adapters."""
         self.closed[adapter] = reason
-        self._queue.close(adapter)
+        self._adapters.close(adapter)
+        self._queue.release_parked()
 
     def open(self, adapter: str) -> None:
         """Enable an adapter that was in cooldown or disabled."""
         self.closed.pop(adapter, None)
-        self._queue.open(adapter)
+        self._adapters.open(adapter)
 
     def next_time(self) -> float | None:
         """Return the earliest end of a wait or cooldown that could let a task start; None if there is none."""
         times: list[float] = []
-        for group, waiting in self._waiting.items():
-            self._drop_stale(waiting)
-            if waiting:
-                times.append(max(waiting[0][0], group.parked))
+        for group in self._adapters.groups():
+            if (first := self._waiting.first(group)) is not None:
+                times.append(max(first, group.parked))
             if self._queue.has_startable_task(group) or (group.parked and self._has_fresh(group)):
                 times.append(group.next_opening)
         return min((time for time in times if time < math.inf), default=None)
@@ -350,22 +362,21 @@ class DispatchBoard:
 
     def _groups_with_work(self) -> Iterator[AdapterGroup]:
         """Yield the adapter groups with ready or waiting tasks that are not held."""
-        for group, waiting in self._waiting.items():
-            self._drop_stale(waiting)
-            if waiting or self._has_fresh(group) or self._queue.has_startable_task(group):
+        for group in self._adapters.groups():
+            if (
+                self._waiting.first(group) is not None
+                or self._has_fresh(group)
+                or self._queue.has_startable_task(group)
+            ):
                 yield group
 
     def running(self) -> int:
         """Return the number of running sessions."""
-        return self._queue.running()
+        return self._adapters.running()
 
     def is_running(self, task: str) -> bool:
         """Whether the last start of a task is still valid: it has neither ended nor been revived since."""
         return self._state[task] is _RUNNING
-
-    def is_over(self, statuses: Mapping[str, TaskStatus]) -> bool:
-        """Whether every task is finished or permanently blocked."""
-        return not any(self.left(statuses))
 
     def left(self, statuses: Mapping[str, TaskStatus]) -> Iterator[Sequence[str]]:
         """Yield the adapters of each task that is neither finished nor permanently blocked."""
@@ -373,28 +384,22 @@ class DispatchBoard:
             if status not in FINAL_STATUSES and task not in self.blocked:
                 yield self.entries[task].adapters
 
-    def take(self, most: int, now: float) -> list[str]:
-        """Mark the first tasks that may start now as running, and return them in order."""
+    def choose_tasks(self, most: int, now: float) -> list[str]:
+        """Return the tasks to start, in order, at most `most`; they count as running."""
+        self._advance(now)
         taken, states = self._queue.take(most, now), self._state
         for task in taken:
             states[task] = _RUNNING
         return taken
 
-    def advance(self, now: float) -> None:
+    def _advance(self, now: float) -> None:
         """Add tasks that became ready, and end expired waits and cooldowns."""
-        self._queue.unpark(now)
+        self._adapters.unpark(now)
         if self._fresh:
             self._add([task for task in self._fresh if self._state[task] is _FRESH], now)
             self._fresh.clear()
-        if not self._until:
-            return
-        for waiting in self._waiting.values():
-            self._drop_stale(waiting)
-            while waiting and waiting[0][0] <= now:
-                until, _, task = heapq.heappop(waiting)
-                del self._until[task]
-                self._add([task], until)
-                self._drop_stale(waiting)
+        for task, until in self._waiting.take_due(now):
+            self._add([task], until)
 
     def _add(self, tasks: Iterable[str], since: float) -> None:
         states, places, ranks = self._state, self._placements, dict[int, float]()
@@ -410,7 +415,7 @@ class DispatchBoard:
         self._queue.add(ready)
 
     def _offer(self, task: str) -> None:
-        if self._state[task] is _PENDING and not self._missing[task] and task not in self.blocked:
+        if self._state[task] is _PENDING and self._graph.is_ready(task):
             self._state[task] = _FRESH
             self._fresh.append(task)
 
@@ -422,18 +427,18 @@ class DispatchBoard:
         elif before is _READY:
             self._queue.discard(task)
         elif before is _AWAITING_APPROVAL:
-            del self._until[task]
+            self._waiting.discard(task)
         self._state[task] = state
 
     def _free_slot(self, task: str) -> None:
         if self._state[task] is _RUNNING:
-            self._queue.free_slot(task)
+            self._adapters.free(task)
 
     def _resume(self, task: str, *, running: bool) -> None:
         self._state[task] = _RUNNING if running else _BUILT
         self._queue.keep_paths(task, self.entries[task].owns)
         if running:
-            self._queue.occupy(task, self._placements[task].lane)
+            self._adapters.occupy(task, self._placements[task].lane.adapter_group)
 
     def _replace(self, task: str, adapters: tuple[str, ...] | None, *, keeps_paths: bool) -> None:
         """Move a task to its lane: a task that keeps its paths need not wait for them."""
@@ -444,49 +449,11 @@ class DispatchBoard:
         lane = self._queue.lane(names, () if keeps_paths else entry.owns)
         if lane is not placement.lane:
             self._placements[task] = placement._replace(lane=lane)
-            self._waiting.setdefault(lane.adapter_group, [])
-
-    def _block(self, task: str) -> None:
-        stack = [task]
-        while stack:
-            need = stack.pop()
-            for dependent in self._dependents[need]:
-                if dependent not in self.blocked and self._state[dependent] is _PENDING:
-                    self.blocked[dependent] = need
-                    stack.append(dependent)
-
-    def _link(self, task: str, needs: Iterable[str]) -> None:
-        """Add needs of a task."""
-        for need in dict.fromkeys(needs):
-            self._dependents[need].append(task)
-        every = set(self.entries[task].needs)
-        self._missing[task] = sum(self._state[need] is not _LANDED for need in every)
 
     def _waits_for_parts(self, task: str) -> bool:
-        return any(self._state[part] is not _LANDED for part in self.entries[task].parts)
-
-    def _is_blocked_by_a_need(self, task: str) -> bool:
-        """Block a pending task and its dependents if one of its needs will not land; return whether it was blocked."""
-        need = next((need for need in self.entries[task].needs if self._is_dead(need)), None)
-        if need is not None:
-            self.blocked[task] = need
-            self._block(task)
-        return need is not None
-
-    def _is_dead(self, need: str) -> bool:
-        return self._state[need] is _OVER or need in self.blocked
+        return not all(map(self._graph.has_landed, self.entries[task].parts))
 
     def _has_fresh(self, group: AdapterGroup) -> bool:
         return any(
             self._state[task] is _FRESH and self._placements[task].lane.adapter_group is group for task in self._fresh
         )
-
-    def _drop_stale(self, waiting: list[tuple[float, float, str]]) -> None:
-        while waiting and self._until.get(waiting[0][2]) != waiting[0][0]:
-            heapq.heappop(waiting)
-
-
-def choose_tasks(board: DispatchBoard, free: int, now: float) -> list[str]:
-    """Return the tasks to start, in order: at most `free`, and only after all of their needs have landed."""
-    board.advance(now)
-    return board.take(free, now)

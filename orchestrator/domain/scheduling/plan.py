@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from graphlib import TopologicalSorter
 from itertools import groupby
 
-from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, choose_tasks
+from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry
 from orchestrator.domain.settings.path_patterns import has_any_overlap, literal_prefix
 
 #: The largest number of comparisons per wave: tens of thousands of tasks with similar paths would take minutes.
@@ -45,7 +45,7 @@ def count_concurrent_sessions(
 ) -> int:
     """Return how many tasks of a wave would start together with at most `most` sessions, as `dispatch` decides."""
     ready = {task: replace(entries[task], needs=()) for task in wave.tasks}
-    return len(choose_tasks(DispatchBoard(ready, capacities), most, 0.0))
+    return len(DispatchBoard(ready, capacities).choose_tasks(most, 0.0))
 
 
 def _levels(entries: Mapping[str, DispatchEntry]) -> Iterator[list[str]]:

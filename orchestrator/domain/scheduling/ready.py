@@ -14,7 +14,7 @@ reservation ends when the task starts, or when none of its adapters is available
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from heapq import heappop, heappush
 
 from orchestrator.domain.settings.path_patterns import has_any_overlap
@@ -59,7 +59,7 @@ class _Adapter:
 class AdapterGroup:
     """A list of adapters in order of preference, and its ready tasks that are not held."""
 
-    __slots__ = ("adapters", "current", "free", "fronts", "has_lanes")
+    __slots__ = ("adapters", "current", "free", "fronts", "sources")
 
     def __init__(self, adapters: tuple[_Adapter, ...]) -> None:
         self.adapters = adapters
@@ -67,7 +67,8 @@ class AdapterGroup:
         """Tasks without paths."""
         self.fronts: list[_Entry] = []
         """The first entries of the lanes with paths."""
-        self.has_lanes = False
+        self.sources = ((self.free.entries, 0), (self.free.run, -1), (self.fronts, 0))
+        """Heaps, whose first entry is at index 0, and a sorted batch, where it is at index -1."""
         self.choose()
 
     def choose(self) -> None:
@@ -80,6 +81,11 @@ class AdapterGroup:
         return self.current.parked
 
     @property
+    def is_full(self) -> bool:
+        """Whether the current adapter has as many sessions as it may have."""
+        return self.current.running >= self.current.capacity
+
+    @property
     def next_opening(self) -> float:
         """When the end of a cooldown makes a better adapter available, or any; infinity: never."""
         if self.current.parked:
@@ -88,50 +94,101 @@ class AdapterGroup:
         return min((adapter.parked for adapter in better), default=math.inf)
 
 
-class ReadyQueue:
-    """Ready tasks, and the live tasks that restrict them."""
+class AdapterPool:
+    """The adapters: their capacity, running sessions and cooldowns, and whether they are disabled."""
 
     def __init__(self, capacities: Mapping[str, int]) -> None:
-        """Create a queue with the session limits by adapter; a missing adapter has no limit."""
+        """Create a pool with the session limits by adapter; a missing adapter has no limit."""
         self._capacities = capacities
         self._adapters: dict[str, _Adapter] = {}
         self._groups: dict[tuple[str, ...], AdapterGroup] = {}
-        self._sources: list[tuple[AdapterGroup, list[_Entry], int]] = []
-        """Heaps, whose first entry is at index 0, and sorted batches, where it is at index -1."""
-        self._lanes: dict[tuple[tuple[str, ...], tuple[str, ...]], ReadyLane] = {}
-        self._entries: dict[str, _Entry] = {}
         self._sessions: dict[str, _Adapter] = {}
-        self._owners: dict[str, tuple[str, ...]] = {}
-        self._followers: dict[str | ReadyLane, list[ReadyLane]] = {}
-        self._held: list[_Entry] = []
-        self._reserved: ReadyLane | None = None
 
-    def adapter_group(self, names: tuple[str, ...]) -> AdapterGroup:
+    def group(self, names: tuple[str, ...]) -> AdapterGroup:
         """Return the group of these adapters."""
         known = self._groups.get(names)
         if known is None:
             known = self._groups[names] = AdapterGroup(tuple(map(self._adapter, names)))
-            self._sources += [(known, known.free.entries, 0), (known, known.free.run, -1)]
         return known
 
-    def lane(self, names: tuple[str, ...], owns: tuple[str, ...]) -> ReadyLane:
-        """Return the lane of tasks with these adapters and these owned paths."""
-        known = self.adapter_group(names)
-        if not owns:
-            return known.free
-        lane = self._lanes.get((names, owns))
-        if lane is None:
-            lane = self._lanes[names, owns] = ReadyLane(known, owns)
-            if not known.has_lanes:
-                known.has_lanes = True
-                self._sources.append((known, known.fronts, 0))
-        return lane
+    def groups(self) -> Collection[AdapterGroup]:
+        """Return all groups."""
+        return self._groups.values()
 
     def _adapter(self, name: str) -> _Adapter:
         known = self._adapters.get(name)
         if known is None:
             known = self._adapters[name] = _Adapter(name, self._capacities.get(name, math.inf))
         return known
+
+    def occupy(self, task: str, group: AdapterGroup) -> None:
+        """Count a running session for the current adapter of a group."""
+        adapter = self._sessions[task] = group.current
+        adapter.running += 1
+
+    def free(self, task: str) -> None:
+        """Release the session of a task."""
+        self._sessions.pop(task).running -= 1
+
+    def running(self) -> int:
+        """Return the number of running sessions."""
+        return len(self._sessions)
+
+    def adapter_of(self, task: str, group: AdapterGroup) -> str:
+        """Return the adapter that a task of this group runs with, or would run with now."""
+        return (self._sessions.get(task) or group.current).name
+
+    def park(self, name: str, until: float) -> None:
+        """Put an adapter in cooldown until a time."""
+        adapter = self._adapter(name)
+        adapter.parked = max(adapter.parked, until)
+        self._choose()
+
+    def unpark(self, now: float) -> None:
+        """End expired cooldowns."""
+        expired = [adapter for adapter in self._adapters.values() if 0.0 < adapter.parked <= now]
+        for adapter in expired:
+            adapter.parked = 0.0
+        if expired:
+            self._choose()
+
+    def close(self, name: str) -> None:
+        """Disable an adapter."""
+        adapter = self._adapter(name)
+        adapter.closed, adapter.parked = True, math.inf
+        self._choose()
+
+    def open(self, name: str) -> None:
+        """Enable an adapter that was in cooldown or disabled."""
+        adapter = self._adapter(name)
+        adapter.closed, adapter.parked = False, 0.0
+        self._choose()
+
+    def _choose(self) -> None:
+        for group in self._groups.values():
+            group.choose()
+
+
+class ReadyQueue:
+    """Ready tasks, and the live tasks that restrict them."""
+
+    def __init__(self, adapters: AdapterPool) -> None:
+        self._adapters = adapters
+        self._lanes: dict[tuple[tuple[str, ...], tuple[str, ...]], ReadyLane] = {}
+        self._entries: dict[str, _Entry] = {}
+        self._owners: dict[str, tuple[str, ...]] = {}
+        self._followers: dict[str | ReadyLane, list[ReadyLane]] = {}
+        self._held: list[_Entry] = []
+        self._reserved: ReadyLane | None = None
+
+    def lane(self, names: tuple[str, ...], owns: tuple[str, ...]) -> ReadyLane:
+        """Return the lane of tasks with these adapters and these owned paths."""
+        if not owns:
+            return self._adapters.group(names).free
+        lane = self._lanes.get((names, owns))
+        if lane is None:
+            lane = self._lanes[names, owns] = ReadyLane(self._adapters.group(names), owns)
+        return lane
 
     def add(self, entries: Iterable[_Entry]) -> None:
         """Add ready tasks; they start in order of rank, then file order."""
@@ -166,53 +223,18 @@ class ReadyQueue:
         if owns:
             self._owners[task] = owns
 
-    def occupy(self, task: str, lane: ReadyLane) -> None:
-        """Count a running session for the current adapter of a lane."""
-        adapter = self._sessions[task] = lane.adapter_group.current
-        adapter.running += 1
-
-    def free_slot(self, task: str) -> None:
-        """Release the session of a task."""
-        self._sessions.pop(task).running -= 1
-
-    def adapter_of(self, task: str, lane: ReadyLane) -> str:
-        """Return the adapter that a task of this lane runs with, or would run with now."""
-        return (self._sessions.get(task) or lane.adapter_group.current).name
-
     def free_paths(self, task: str) -> None:
         """Release the paths of a task, and recheck the lanes that waited for them."""
         if self._owners and self._owners.pop(task, None) is not None:
             self._release_followers(task)
 
-    def park(self, name: str, until: float) -> None:
-        """Put an adapter in cooldown until a time; tasks without another adapter reserve no paths meanwhile."""
-        adapter = self._adapter(name)
-        adapter.parked = max(adapter.parked, until)
-        self._unblock_parked()
-
-    def unpark(self, now: float) -> None:
-        """End expired cooldowns."""
-        expired = [adapter for adapter in self._adapters.values() if 0.0 < adapter.parked <= now]
-        for adapter in expired:
-            adapter.parked = 0.0
-        if expired:
-            self._choose()
-
-    def close(self, name: str) -> None:
-        """Disable an adapter."""
-        adapter = self._adapter(name)
-        adapter.closed, adapter.parked = True, math.inf
-        self._unblock_parked()
-
-    def open(self, name: str) -> None:
-        """Enable an adapter that was in cooldown or disabled."""
-        adapter = self._adapter(name)
-        adapter.closed, adapter.parked = False, 0.0
-        self._choose()
-
-    def running(self) -> int:
-        """Return the number of running sessions."""
-        return len(self._sessions)
+    def release_parked(self) -> None:
+        """Release lanes and the reservation of tasks that no adapter can start now."""
+        for lane in self._lanes.values():
+            if lane.held_by is not None and lane.adapter_group.parked:
+                self._unblock(lane)
+        if self._reserved is not None and self._reserved.adapter_group.parked:
+            self._give_up_reservation()
 
     def has_startable_task(self, group: AdapterGroup) -> bool:
         """Whether a group has a ready task that is not known to be held."""
@@ -237,7 +259,7 @@ class ReadyQueue:
 
     def take(self, most: int, now: float) -> list[str]:
         """Remove and return the first tasks that may start now, in order; they become live."""
-        known, sessions, sources = self._entries, self._sessions, self._open(now)
+        known, sources = self._entries, self._open(now)
         taken: list[str] = []
         while len(taken) < most:
             best, source, front = None, None, 0
@@ -261,18 +283,18 @@ class ReadyQueue:
                 task = self._take_owner(lane)
             del known[task]
             taken.append(task)
-            adapter = sessions[task] = lane.adapter_group.current
-            adapter.running += 1
-            if adapter.running >= adapter.capacity:
+            self._adapters.occupy(task, lane.adapter_group)
+            if lane.adapter_group.is_full:
                 sources = self._open(now)
         return taken
 
     def _open(self, now: float) -> list[tuple[list[_Entry], int]]:
         """Return the sources of the groups whose adapter has free capacity."""
         return [
-            (entries, end)
-            for group, entries, end in self._sources
-            if (adapter := group.current).running < adapter.capacity and adapter.parked <= now
+            source
+            for group in self._adapters.groups()
+            if not group.is_full and group.current.parked <= now
+            for source in group.sources
         ]
 
     def _holder(self, lane: ReadyLane) -> str | ReadyLane | None:
@@ -317,19 +339,6 @@ class ReadyQueue:
             if lane.held_by is holder or lane.held_by == holder:
                 lane.held_by = None
                 heappush(lane.adapter_group.fronts, lane.entries[0])
-
-    def _choose(self) -> None:
-        for group in self._groups.values():
-            group.choose()
-
-    def _unblock_parked(self) -> None:
-        """Release lanes and the reservation of tasks that no adapter can start now."""
-        self._choose()
-        for lane in self._lanes.values():
-            if lane.held_by is not None and lane.adapter_group.parked:
-                self._unblock(lane)
-        if self._reserved is not None and self._reserved.adapter_group.parked:
-            self._give_up_reservation()
 
     def _reservation(self) -> ReadyLane | None:
         """Return the lane with the reservation: the first held one at the time."""

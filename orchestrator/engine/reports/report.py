@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
@@ -18,6 +17,7 @@ from orchestrator.domain.runs.statuses import (
     run_state,
 )
 from orchestrator.domain.scheduling.claims import ClaimCounters, OrchestratorLease, sum_counters
+from orchestrator.domain.scheduling.dependencies import DependencyGraph
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.protocols import JsonObject
@@ -264,21 +264,11 @@ class RunRecord:
 
     def dependents_of(self, needs: Iterable[str]) -> dict[str, str]:
         """Return the pending direct and indirect dependents of some tasks, each with its direct need."""
-        dependents = defaultdict(list)
-        for task, entry in self.entries.items():
-            for need in entry.needs:
-                dependents[need].append(task)
-        reached: dict[str, str] = {}
-        stack = list(needs)[::-1]
-        known = set(stack)
-        while stack:
-            need = stack.pop()
-            for task in dependents.get(need, ()):
-                if task not in known and self.tasks[task].status is TaskStatus.PENDING:
-                    known.add(task)
-                    reached[task] = need
-                    stack.append(task)
-        return reached
+        needed = {task: entry.needs for task, entry in self.entries.items()}
+        graph = DependencyGraph(needed, lambda task: self.tasks[task].status is TaskStatus.PENDING)
+        for need in needs:
+            graph.end(need)
+        return graph.blocked
 
     def failed_needs(self, task: str) -> tuple[str, ...]:
         """Return the direct and indirect needs of a task that ended without landing."""
@@ -296,10 +286,13 @@ class RunRecord:
     @property
     def is_over(self) -> bool:
         """Whether the run has ended and no task in it can continue."""
-        if self.run.ended is None:
-            return False
+        return self.run.ended is not None and not self.has_open_tasks
+
+    @property
+    def has_open_tasks(self) -> bool:
+        """Whether a task can continue."""
         blocked = self.blocked()
-        return all(document.status in FINAL_STATUSES or task in blocked for task, document in self.tasks.items())
+        return any(task not in blocked and one.status not in FINAL_STATUSES for task, one in self.tasks.items())
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ The scheduler acts on it; `engine.scheduler.peers` applies changes of other orch
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import anyio
 
@@ -59,12 +59,10 @@ class LocalWork:
 
     def add_planned_tasks(self) -> None:
         """Add subtasks of expanded plans to the board, at their positions in the file."""
-        new = [task for task in self._ledger.tasks.added if not self.board.has(task)]
+        new = [task for task in self._ledger.tasks.added if task not in self.board.entries]
         if not new:
             return
-        self.board.add(
-            {task: self._ledger.tasks.added[task] for task in new}, _file_order(self._ledger.run.tasks, self.board, new)
-        )
+        self.board.add({task: self._ledger.tasks.added[task] for task in new}, self._ledger.run.tasks)
         for task in new:
             if self._ledger.task(task).status is TaskStatus.PENDING:
                 self.board.set_subtasks(task, self._ledger.tasks.subtasks(task))
@@ -172,7 +170,7 @@ class LocalWork:
 
         The adapters are None without a workflow.
         """
-        entry, document = self.board.entry(task), self._ledger.task(task)
+        entry, document = self.board.entries[task], self._ledger.task(task)
         if entry.workflow is None:
             return None, False
         workflow = self._ledger.definitions.workflow(entry.workflow)
@@ -202,22 +200,3 @@ class LocalWork:
         """Stop tracking a task that has ended, or will."""
         self.merge_queue.remove(task)
         self.board.ended(task)
-
-
-def _file_order(tasks: Sequence[str], board: DispatchBoard, new: Sequence[str]) -> dict[str, float]:
-    """Return fractional positions of new tasks.
-
-    Neighbours share the gap between existing ones.
-    """
-    order: dict[str, float] = {}
-    group: list[str] = []
-    before, is_new = -1.0, set(new)
-    for task in (*tasks, None):
-        if task is not None and task in is_new:
-            group.append(task)
-            continue
-        here = before + 1.0 if task is None else board.order(task)
-        share = (here - before) / (len(group) + 1)
-        order |= {member: before + share * number for number, member in enumerate(group, 1)}
-        group, before = [], here
-    return order

@@ -12,7 +12,7 @@ from orchestrator.domain.events.runs import RunPaused, RunTargetUnreachable, Run
 from orchestrator.domain.runs.model import AdapterDocument, HaltCause
 from orchestrator.domain.runs.retry import retry_delay
 from orchestrator.domain.runs.statuses import SUCCESS_STATUSES, TaskStatus
-from orchestrator.domain.scheduling.dispatch import DispatchBoard, choose_tasks
+from orchestrator.domain.scheduling.dispatch import DispatchBoard
 from orchestrator.domain.settings.run_settings import Backoff
 from orchestrator.engine.landing.base_checks import BaseChecks
 from orchestrator.engine.landing.base_selection import BaseSelector
@@ -147,7 +147,7 @@ class Scheduler:
                     await self._pause()
                     await self._tick(group)
             services.cancel_scope.cancel()
-        is_over = self._board.is_over(self._ledger.statuses())
+        is_over = not any(self._board.left(self._ledger.statuses()))
         was_stopped = self._stopping or self.halted is not None
         if not is_over and (was_stopped or self._is_unavailable_work_left()):
             return False
@@ -178,7 +178,7 @@ class Scheduler:
             return
         now = self._clock.monotonic()
         self._landings.tick(group, now)
-        starts = choose_tasks(self._board, await self._free(now), now)
+        starts = self._board.choose_tasks(await self._free(now), now)
         tips: dict[bool, str] = {}
         for task in starts:
             prepared = await self._preparer.prepare(task, tips)

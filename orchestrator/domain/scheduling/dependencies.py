@@ -1,0 +1,95 @@
+"""Track which tasks wait for which others, and which can no longer start because a need will not land."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+
+
+class DependencyGraph:
+    """The needs of tasks, and which of them have landed or ended without landing. No step depends on all tasks."""
+
+    def __init__(self, needs: Mapping[str, Iterable[str]], can_block: Callable[[str], bool]) -> None:
+        """Create a graph of tasks of which none has landed; a task is blocked only while `can_block` it."""
+        self._can_block = can_block
+        self._needs: dict[str, tuple[str, ...]] = {}
+        self._missing: dict[str, int] = {}
+        self._dependents: dict[str, list[str]] = defaultdict(list)
+        self._landed, self._ended = set[str](), set[str]()
+        self.blocked: dict[str, str] = {}
+        """Tasks that can no longer start, each with a need that will not land."""
+        for task, names in needs.items():
+            self.set_needs(task, names)
+
+    def set_needs(self, task: str, needs: Iterable[str]) -> None:
+        """Set the needs of a task, which may be new."""
+        before, after = self._needs.get(task, ()), tuple(dict.fromkeys(needs))
+        for need in before:
+            if need not in after:
+                self._dependents[need].remove(task)
+        for need in after:
+            if need not in before:
+                self._dependents[need].append(task)
+        self._needs[task] = after
+        self._missing[task] = len([need for need in after if need not in self._landed]) if self._landed else len(after)
+
+    def is_ready(self, task: str) -> bool:
+        """Whether all needs of a task have landed, and it is not blocked."""
+        return not self._missing[task] and task not in self.blocked
+
+    def has_landed(self, task: str) -> bool:
+        """Whether a task has landed."""
+        return task in self._landed
+
+    def land(self, task: str) -> Iterable[str]:
+        """Record that a task has landed; return its dependents."""
+        self._ended.discard(task)
+        self._landed.add(task)
+        dependents = self._dependents.get(task, ())
+        for dependent in dependents:
+            self._missing[dependent] -= 1
+        return dependents
+
+    def end(self, task: str) -> None:
+        """Record that a task ended without landing: block direct and indirect dependents, each by its own need."""
+        self._landed.discard(task)
+        self._ended.add(task)
+        self.blocked.pop(task, None)
+        self._block_dependents(task)
+
+    def block_if_a_need_is_dead(self, task: str) -> bool:
+        """Block a task and its dependents if one of its needs will not land; return whether it was blocked."""
+        need = self._dead_need(task)
+        if need is not None:
+            self.blocked[task] = need
+            self._block_dependents(task)
+        return need is not None
+
+    def revive(self, task: str) -> list[str]:
+        """Record that an ended task is retried; return the tasks that are no longer blocked, it included."""
+        self._ended.discard(task)
+        self.blocked[task] = task
+        revived, stack = list[str](), [task]
+        while stack:
+            current = stack.pop()
+            if current in self.blocked:
+                need = self._dead_need(current)
+                if need is not None:
+                    self.blocked[current] = need
+                    continue
+                del self.blocked[current]
+                revived.append(current)
+                stack.extend(self._dependents.get(current, ()))
+        return revived
+
+    def _dead_need(self, task: str) -> str | None:
+        return next((need for need in self._needs[task] if need in self._ended or need in self.blocked), None)
+
+    def _block_dependents(self, task: str) -> None:
+        stack = [task]
+        while stack:
+            need = stack.pop()
+            for dependent in self._dependents.get(need, ()):
+                if dependent not in self.blocked and dependent not in self._ended and self._can_block(dependent):
+                    self.blocked[dependent] = need
+                    stack.append(dependent)
