@@ -15,6 +15,8 @@ from math import inf
 from typing import Any
 
 import anyio
+from tenacity import AsyncRetrying, RetryCallState, retry_if_result, wait_exponential
+from tenacity.wait import wait_base
 
 from orchestrator.domain.events.base import RunEvent
 from orchestrator.domain.events.runs import (
@@ -27,9 +29,7 @@ from orchestrator.domain.events.runs import (
     TrackerSkipped,
     TrackerUndelivered,
 )
-from orchestrator.domain.runs.retry import retry_delay
 from orchestrator.domain.security.secrets import Redactor
-from orchestrator.domain.settings.run_settings import Backoff
 from orchestrator.engine.state.records import cursor_key
 from orchestrator.errors import CouncilError, HistoryCompacted, PluginFailed, VersionConflict, plugin_code
 from orchestrator.protocols import Commit, CommitRecord, Event, RecordedEvent, Sink, Store, Write
@@ -39,8 +39,8 @@ from orchestrator.system.failpoints import failpoint
 
 #: Most events per batch (events of one commit stay together).
 MAX_BATCH_EVENTS = 100
-#: Delay before a retry; the second one applies at the end of the run, when time is short.
-RETRY_BACKOFF = Backoff(initial=1.0, factor=2.0, max=60.0, jitter=False)
+#: Delay before a retry; the second one is the longest at the end of the run, when time is short.
+RETRY_WAIT: wait_base = wait_exponential(max=60.0)
 FINAL_RETRY_DELAY = 0.5
 
 
@@ -133,16 +133,15 @@ class EventForwarder:
 
     async def deliver_until_end(self) -> None:
         """Deliver until the position given to `end` is reached; retry failures."""
-        failures = 0
+        retrying = AsyncRetrying(
+            retry=retry_if_result(lambda _: not self._is_finished),
+            wait=self._choose_wait,
+            sleep=self._pause,
+            after=_restart_after_progress,
+        )
         try:
             await self._begin()
-            while not self._is_finished:
-                before = self._delivered
-                reason = await self._try()
-                if reason is not None:
-                    failures = 1 if self._delivered > before else failures + 1
-                    await self._note_failure(reason)
-                    await self._pause(failures)
+            await retrying(self._try)
         except (CouncilError, OSError):
             # The store is unavailable: the next process delivers the rest.
             return
@@ -170,11 +169,16 @@ class EventForwarder:
             self._version, self._done = cursor.version, int(cursor.value["position"])
         self._delivered = self._recorded = self._done
 
-    async def _try(self) -> str | None:
-        """Deliver to a sink that is opened for the first event.
+    async def _try(self) -> bool:
+        """Deliver, and report a failure; return whether an event was delivered."""
+        before = self._delivered
+        if (reason := await self._deliver()) is not None and not self._is_failing:
+            self._is_failing = True
+            await self._note(SinkFailing, TrackerFailing, reason=self._redactor.text(reason))
+        return self._delivered > before
 
-        Return why delivery ended early.
-        """
+    async def _deliver(self) -> str | None:
+        """Deliver to a sink that is opened for the first event; return why delivery ended early."""
         try:
             with anyio.CancelScope() as self._call_scope, plugin_code(_StoreFailed, HistoryCompacted):
                 await self._deliver_all()
@@ -182,7 +186,7 @@ class EventForwarder:
             raise error.error from None
         except HistoryCompacted as compacted:
             await self._skip(compacted.first)
-            return None
+            return await self._deliver()
         except PluginFailed as failed:
             return str(failed)
         if self._call_scope.cancelled_caught:
@@ -270,21 +274,17 @@ class EventForwarder:
                 self._version += 1
                 self._recorded, self._recorded_at = self._delivered, self._clock.monotonic()
 
-    async def _note_failure(self, reason: str) -> None:
-        if not self._is_failing:
-            self._is_failing = True
-            await self._note(SinkFailing, TrackerFailing, reason=self._redactor.text(reason))
-
     async def _note(self, of_sink: type[RunEvent], of_tracker: type[RunEvent], **fields: Any) -> None:
         kind = self._subscriber.kind
         event = (of_sink if kind == "sink" else of_tracker)(run=self._run, **{kind: self._subscriber.name}, **fields)
         await self._store.commit(Commit([], [Event.of(event)]))
 
-    async def _pause(self, failures: int) -> None:
-        delay = retry_delay(RETRY_BACKOFF, failures)
+    def _choose_wait(self, state: RetryCallState) -> float:
+        return RETRY_WAIT(state) if self._goal is None else min(RETRY_WAIT(state), FINAL_RETRY_DELAY)
+
+    async def _pause(self, delay: float) -> None:
         if self._goal is not None:
             self._retry_now = anyio.Event()
-            delay = min(delay, FINAL_RETRY_DELAY)
         await self._clock.wait(self._retry_now, self._clock.monotonic() + delay)
 
     async def _count(self, goal: int) -> int:
@@ -300,6 +300,12 @@ class EventForwarder:
                 if record.position == goal:
                     break
         return undelivered
+
+
+def _restart_after_progress(state: RetryCallState) -> None:
+    """Begin with the first delay again after a try that delivered events."""
+    if state.outcome is not None and state.outcome.result():
+        state.attempt_number = 1
 
 
 async def _send(sink: Sink, batch: Sequence[RecordedEvent]) -> None:

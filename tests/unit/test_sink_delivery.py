@@ -9,9 +9,9 @@ from pathlib import Path
 
 import anyio
 import pytest
+from tenacity import wait_fixed
 
 from orchestrator.domain.security.secrets import Redactor
-from orchestrator.domain.settings.run_settings import Backoff
 from orchestrator.engine import sinks
 from orchestrator.engine.sinks import DeliveryTimeouts, EventSubscriber, forward_events
 from orchestrator.engine.state.records import cursor_key
@@ -30,7 +30,7 @@ Send = Callable[[Sequence[RecordedEvent]], object]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retry soon."""
-    monkeypatch.setattr(sinks, "RETRY_BACKOFF", Backoff(initial=0.01, factor=1.0, max=0.01, jitter=False))
+    monkeypatch.setattr(sinks, "RETRY_WAIT", wait_fixed(0.01))
     monkeypatch.setattr(sinks, "FINAL_RETRY_DELAY", 0.01)
 
 
