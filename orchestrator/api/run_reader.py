@@ -16,7 +16,7 @@ from orchestrator.api.run_index import RunIndex, start_key
 from orchestrator.domain.runs.model import RunDocument
 from orchestrator.domain.runs.statuses import FINAL_STATUSES, LANDING_STATUSES, TaskStatus
 from orchestrator.domain.scheduling.dispatch import with_subtasks
-from orchestrator.engine.reports.report import ReportPaths, RunRecord, RunReport, RunStatus, SessionReport, build_report
+from orchestrator.engine.reports.report import RunRecord, RunReport, RunStatus, SessionReport, build_report
 from orchestrator.engine.state.records import (
     read_adapters,
     read_entries,
@@ -93,11 +93,11 @@ class RunReader:
 
     def describe(self, record: RunRecord, *, is_live: bool, has_ended: bool | None = None) -> RunReport:
         """Return the report of a run; `is_live`: a process is active on it; `has_ended` by default as recorded."""
-        paths = ReportPaths(self.context.project.logs(record.run.id), Hub(Path(record.run.hub)).trusted)
         has_ended = record.run.ended is not None if has_ended is None else has_ended
         return build_report(
             record,
-            paths=paths,
+            logs=self.context.project.logs(record.run.id),
+            repository=Hub(Path(record.run.hub)).trusted,
             has_ended=has_ended,
             is_live=is_live,
             now=self.context.clock.now(),

@@ -182,7 +182,7 @@ def context_view(one: ActiveTask, worktree: str | None) -> bytes:
             "attempt": attempt.number,
             "adapter": attempt.adapter,
             "since": attempt.started,
-            "branch": work_branch_name(one.run, one.task, str(attempt.number)),
+            "branch": work_branch_name(one.run, one.task, attempt.number),
             "worktree": worktree,
             "last_message": attempt.last_message,
             "input_tokens": attempt.input_tokens,

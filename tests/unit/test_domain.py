@@ -43,7 +43,7 @@ from orchestrator.domain.settings.failures import (
     get_failure_policy,
 )
 from orchestrator.domain.settings.run_settings import Backoff
-from orchestrator.engine.reports.report import AdapterReport, ReportPaths, RunRecord, RunReport, RunStatus, build_report
+from orchestrator.engine.reports.report import AdapterReport, RunRecord, RunReport, RunStatus, build_report
 from orchestrator.errors import InvalidTransition, RefusedError
 from orchestrator.system.instants import format_local_time
 
@@ -333,8 +333,14 @@ def record(tasks: dict[str, TaskDocument], entries: dict[str, DispatchEntry], **
 
 def reported(made: RunRecord, status: RunStatus | None) -> RunReport:
     """Report the run as of second 100."""
-    paths, is_live = ReportPaths(Path("/logs"), Path("/trusted")), status is RunStatus.RUNNING
-    return build_report(made, paths=paths, has_ended=status is None, is_live=is_live, now=100.0)
+    return build_report(
+        made,
+        logs=Path("/logs"),
+        repository=Path("/trusted"),
+        has_ended=status is None,
+        is_live=status is RunStatus.RUNNING,
+        now=100.0,
+    )
 
 
 def test_report_names_the_blocking_task() -> None:

@@ -15,13 +15,13 @@ from orchestrator.domain.workflow.handoff_kinds import HANDOFF_KINDS
 from orchestrator.engine.phases.prompts import (
     MAX_PROMPT_LENGTH,
     MAX_VALUE_LENGTH,
-    HandoffInstructions,
     PromptFacts,
     is_condition_met,
     render,
     render_command_failure,
     render_findings,
     render_handoff_errors,
+    render_handoff_instructions,
 )
 from orchestrator.errors import RefusedError
 
@@ -123,33 +123,35 @@ def test_task_of_a_tracker_is_delimited() -> None:
 
 def test_unused_facts_are_appended() -> None:
     """Handoff instructions and violations, unless the template printed them."""
-    handing = HandoffInstructions("answer", SCHEMA)
-    text = render("{{ task.prompt }}", facts(feedback="Mend it.", handoff=handing)).text
+    handing = render_handoff_instructions("answer", SCHEMA)
+    text = render("{{ task.prompt }}", facts(feedback="Mend it.", submit_handoff=handing)).text
     assert text.startswith("Add a login.\n\nMend it.\n\nWhen you are done, submit")
-    own = render("{{ submit_handoff }}\n{{ feedback }}\nEnd.", facts(feedback="Mend it.", handoff=handing)).text
+    own = render("{{ submit_handoff }}\n{{ feedback }}\nEnd.", facts(feedback="Mend it.", submit_handoff=handing)).text
     assert own.endswith("Mend it.\nEnd.\n")
     assert own.count("submit your result") == own.count("Mend it.") == 1
 
 
 def test_handoff_instructions_name_the_available_ways() -> None:
     """The file, the tool and the answer, in this order, with the schema."""
-    reported = render("", facts(handoff=HandoffInstructions("answer", SCHEMA))).text
+    reported = render("", facts(submit_handoff=render_handoff_instructions("answer", SCHEMA))).text
     assert json.loads(re.findall(r"```json\n(.*?)\n```", reported, re.DOTALL)[0]) == SCHEMA
     places = [reported.index(word) for word in ("COUNCIL_HANDOFF", "submit_handoff", "end your answer")]
     assert places == sorted(places)
-    few = render("", facts(handoff=HandoffInstructions("answer", SCHEMA, writes=False, has_tools=False))).text
+    few = render(
+        "", facts(submit_handoff=render_handoff_instructions("answer", SCHEMA, writes=False, has_tools=False))
+    ).text
     assert "submit_handoff" not in few
     assert few.index("end your answer") < few.index("COUNCIL_HANDOFF")
 
 
 def test_resumed_conversation_gets_new_facts_only() -> None:
     """Violations and handoff instructions; without violations nothing is new."""
-    handing = HandoffInstructions("answer", SCHEMA)
-    prompt = render("{{ task.prompt }}", facts(feedback="Mend it.", handoff=handing))
+    handing = render_handoff_instructions("answer", SCHEMA)
+    prompt = render("{{ task.prompt }}", facts(feedback="Mend it.", submit_handoff=handing))
     assert prompt.follow_up is not None
     assert prompt.follow_up.startswith("Mend it.\n\nWhen you are done, submit")
     assert "Add a login." not in prompt.follow_up
-    assert render("{{ task.prompt }}", facts(handoff=handing)).follow_up is None
+    assert render("{{ task.prompt }}", facts(submit_handoff=handing)).follow_up is None
 
 
 def test_values_and_prompts_are_limited() -> None:
@@ -169,10 +171,18 @@ def test_supplied_templates_render_all_facts(name: str, writes: bool) -> None:
     template = read_builtin_template(name)
     assert "Add a login." in render(template, facts(given={}, writes=writes)).text
     kind = HANDOFF_KINDS.get(name)
-    handing = HandoffInstructions(name, SCHEMA if kind is None else kind.schema)
+    handing = render_handoff_instructions(name, SCHEMA if kind is None else kind.schema)
     whole = render(
         template,
-        facts(feedback="Mend it.", handoff=handing, owns=["src/**"], base="c0ffee", round=2, writes=writes, phase=name),
+        facts(
+            feedback="Mend it.",
+            submit_handoff=handing,
+            owns=["src/**"],
+            base="c0ffee",
+            round=2,
+            writes=writes,
+            phase=name,
+        ),
     ).text
     for part in ("Add a login.", "Mend it.", "submit your result"):
         assert whole.count(part) == 1, part

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from secrets import randbelow
 
@@ -60,15 +60,7 @@ async def find_init_repository(folder: Path, environ: Mapping[str, str]) -> Init
     return InitRepository(site, repository.top, repository.git_dir, base)
 
 
-@dataclass(frozen=True, slots=True)
-class DetectedTests:
-    """The command for the repository's tests, and its programs that are not visible in the sandbox."""
-
-    tests: RepositoryTests
-    missing: Sequence[str] = ()
-
-
-async def find_usable_tests(ground: InitRepository, environ: Mapping[str, str]) -> DetectedTests | None:
+async def find_usable_tests(ground: InitRepository, environ: Mapping[str, str]) -> RepositoryTests | None:
     """Return the command for the tests of the base: the best one that works in the sandbox, else the best one."""
     git = Git(None, as_user=True, environ=environ)
     committed = set(split_nul((await git("ls-tree", "-z", "--name-only", ground.base, cwd=ground.top)).stdout))
@@ -79,13 +71,13 @@ async def find_usable_tests(ground: InitRepository, environ: Mapping[str, str]) 
     project = Project(ground.top)
     probe = await SandboxProbe.open(DEFAULT_SANDBOX, ground.site, project, [project.state_folder], environ)
     if probe is None:  # without a sandbox no run can start, as `council doctor` says
-        return DetectedTests(best)
+        return best
     needs = {number: required_programs(way) for number, way in enumerate(best.alternatives)}
     questions = list(dict.fromkeys(question for asked in needs.values() for question in asked.values()))
     there = await probe.find_succeeding(questions)
     missing = [[name for name, one in needs[number].items() if one not in there] for number in needs]
     found = next((number for number, names in enumerate(missing) if not names), 0)
-    return DetectedTests(best.alternatives[found], missing[found])
+    return replace(best.alternatives[found], missing=tuple(missing[found]))
 
 
 def required_programs(tests: RepositoryTests) -> dict[str, str]:

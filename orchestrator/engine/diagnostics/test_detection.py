@@ -60,6 +60,8 @@ class RepositoryTests:
     """Shell commands that succeed on a machine where the tests can be run."""
     fallback: RepositoryTests | None = None
     """An alternative for machines that do not meet the needs of this one."""
+    missing: tuple[str, ...] = ()
+    """Its programs that are not visible in the sandbox of this machine."""
 
     @property
     def alternatives(self) -> list[RepositoryTests]:

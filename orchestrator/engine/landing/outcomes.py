@@ -168,7 +168,7 @@ class LandingOutcomes:
             document = self._ledger.task(task)
             if document.landed is None or (exists and await self._target.contains(document.landed)):
                 continue
-            branch = work_branch_name(self._ledger.run.id, task, str(document.building_attempt.number))
+            branch = self._ledger.work_branch(task)
             await self._git("update-ref", f"refs/heads/{branch}", document.commit or document.landed)
             reason = f"commit {document.landed[:10]} is no longer on the target: the target was {change}"
             lost = TaskFailed(reason=reason, branch=branch)
@@ -177,9 +177,10 @@ class LandingOutcomes:
     async def bounce(self, task: str, spec: TaskSpec, merge: PreparedMerge, failed: CommandFailed) -> None:
         """Retry a task whose merge fails its checks, or end the task."""
         reason = failed.describe("on the merged tree")
-        document = self._ledger.task(task)
-        branch = work_branch_name(self._ledger.run.id, task, str(document.building_attempt.number))
-        rejection = Rejection(FailureClass.CHECKS_FAILED, reason, branch, {"log": str(failed.log)}, str(failed.log))
+        facts: JsonObject = {"log": str(failed.log)}
+        rejection = Rejection(
+            FailureClass.CHECKS_FAILED, reason, self._ledger.work_branch(task), facts, str(failed.log)
+        )
         if spec.on_checks_failed == "retry" and self._is_retried(task, spec, FailureClass.CHECKS_FAILED):
             start = await self._target.create_retry_base(merge, internal_ref_name(self._ledger.run.id, f"again/{task}"))
             feedback = _render_check_failure(failed, secrets.token_hex(8))
@@ -191,9 +192,8 @@ class LandingOutcomes:
         self, task: str, spec: TaskSpec, merge: PreparedMerge, violation: OwnershipViolation
     ) -> None:
         """Retry a task without its out-of-scope changes, or end the task."""
-        document = self._ledger.task(task)
-        branch = work_branch_name(self._ledger.run.id, task, str(document.building_attempt.number))
         facts: JsonObject = {"paths": violation.recorded}
+        branch = self._ledger.work_branch(task)
         rejection = Rejection(FailureClass.OUT_OF_SCOPE, violation.describe(), branch, facts)
         if self._is_retried(task, spec, FailureClass.OUT_OF_SCOPE):
             start = await self._ownership.create_retry_base(task, merge, violation)
@@ -257,7 +257,7 @@ class LandingOutcomes:
         """Delete the branches with the work of tasks that have landed."""
         documents = {task: self._ledger.task(task) for task in tasks}
         branches = [
-            work_branch_name(self._ledger.run.id, task, str(document.building_attempt.number))
+            self._ledger.work_branch(task)
             for task, document in documents.items()
             if document.status is TaskStatus.LANDED and document.commit is not None
         ]

@@ -29,18 +29,6 @@ _WORD: Final = re.compile(r"[A-Za-z0-9_ .-]{1,64}")
 
 
 @dataclass(frozen=True, slots=True)
-class HandoffInstructions:
-    """How a session submits its result: a JSON object that fits `schema`."""
-
-    kind: str
-    schema: JsonObject
-    writes: bool = True
-    """Whether its program may write files; if not, `$COUNCIL_HANDOFF` is listed last."""
-    has_tools: bool = True
-    """Whether the session has the command `council submit-handoff` and the tool `submit_handoff`."""
-
-
-@dataclass(frozen=True, slots=True)
 class PromptFacts:
     """The facts that the template of a phase can use.
 
@@ -71,8 +59,8 @@ class PromptFacts:
     """The changes between that commit and the work; None: there is no work yet, or the template does not use them."""
     owns: Sequence[str] = ()
     """Patterns of the paths that the task may change; none: all."""
-    handoff: HandoffInstructions | None = None
-    """How to submit the result; None: the phase has none."""
+    submit_handoff: str | None = None
+    """How to submit the result, from `render_handoff_instructions`; None: the phase has none."""
 
     @property
     def source(self) -> str | None:
@@ -100,13 +88,12 @@ def render(template: str, facts: PromptFacts) -> SessionPrompt:
     Feedback and handoff instructions that the template does not print are appended. Raise RefusedError if the template
     fails with these facts.
     """
-    submit_handoff = None if facts.handoff is None else render_handoff_instructions(facts.handoff)
     # In reading order: what is wrong, then what to submit.
-    required = [part for part in (facts.feedback, submit_handoff) if part is not None]
+    required = [part for part in (facts.feedback, facts.submit_handoff) if part is not None]
     quoter = _Quoter(facts.mark)
     try:
         with environment().limit_rendering():
-            text = compile_template(template).render(_template_variables(facts, submit_handoff, quoter)).strip()
+            text = compile_template(template).render(_template_variables(facts, quoter)).strip()
     except (environment().error, *_TEMPLATE_ERRORS) as error:
         raise _template_refusal(facts.phase, error) from error
     if quoter.has_quoted:
@@ -134,17 +121,21 @@ def is_condition_met(phase: str, condition: str, values: Mapping[str, Any]) -> b
         raise RefusedError(what, "use a value that exists, or write `NAME is defined and …`") from error
 
 
-def render_handoff_instructions(instructions: HandoffInstructions) -> str:
-    """Render the instructions for submitting a result."""
+def render_handoff_instructions(kind: str, schema: JsonObject, *, writes: bool = True, has_tools: bool = True) -> str:
+    """Render the instructions for submitting a result: a JSON object that fits `schema`.
+
+    `$COUNCIL_HANDOFF` is listed last if the program may not write files. `has_tools`: the session has the command
+    `council submit-handoff` and the tool `submit_handoff`.
+    """
     file = "write it to the file named by the environment variable COUNCIL_HANDOFF"
     ways = ["end your answer with it, in a code block that begins with ```json"]
-    if instructions.has_tools:
+    if has_tools:
         ways.insert(0, "pass it to the tool `submit_handoff`, or to `council submit-handoff` on standard input")
-    ways.insert(0 if instructions.writes else len(ways), file)
+    ways.insert(0 if writes else len(ways), file)
     numbered = "\n".join(f"{number}. {way}" for number, way in enumerate(ways, 1))
     return (
-        f"When you are done, submit your result ({instructions.kind}): one JSON object that fits this JSON Schema.\n"
-        f"```json\n{json.dumps(instructions.schema, ensure_ascii=False)}\n```\n"
+        f"When you are done, submit your result ({kind}): one JSON object that fits this JSON Schema.\n"
+        f"```json\n{json.dumps(schema, ensure_ascii=False)}\n```\n"
         f"Use the first of these ways that works:\n{numbered}\n"
     )
 
@@ -182,7 +173,7 @@ def render_rejection(note: str | None) -> str:
     return f"---\nA person reviewed your result and did not approve it. Do it again, better.{comment}\n"
 
 
-def _template_variables(facts: PromptFacts, submit_handoff: str | None, quoter: _Quoter) -> dict[str, Any]:
+def _template_variables(facts: PromptFacts, quoter: _Quoter) -> dict[str, Any]:
     """Return the variables listed in `config.workflows.templates.TEMPLATE_NAMES`."""
     return {
         "task": {
@@ -194,7 +185,7 @@ def _template_variables(facts: PromptFacts, submit_handoff: str | None, quoter: 
         "given": quoter.value(dict(facts.given)),
         "results": quoter.value(dict(facts.results)),
         "feedback": None if facts.feedback is None else facts.feedback.strip(),
-        "submit_handoff": "" if submit_handoff is None else submit_handoff.strip(),
+        "submit_handoff": (facts.submit_handoff or "").strip(),
         "owns": [*map(remove_control_characters, facts.owns)],
         "base": facts.base,
         "diff": quoter.value(facts.diff),

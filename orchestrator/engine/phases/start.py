@@ -26,12 +26,12 @@ from orchestrator.domain.workflow.routing import (
     has_open_visit,
 )
 from orchestrator.engine.phases.prompts import (
-    HandoffInstructions,
     PromptFacts,
     SessionPrompt,
     describe_prompt_source,
     is_condition_met,
     render,
+    render_handoff_instructions,
     render_task_prompt,
 )
 from orchestrator.engine.phases.values import PhaseInputs
@@ -109,7 +109,12 @@ class PhaseStarter:
             return SessionPrompt(render_plain_prompt(spec), suffix=feedback, follow_up=feedback)
         phase = following.phase
         values = await self.inputs.values(task, spec, following.workflow, phase)
-        kind = None if phase.kind is None else self.inputs.kind(phase)
+        kind = submit_handoff = None
+        if phase.kind is not None:
+            kind = self.inputs.kind(phase)
+            submit_handoff = render_handoff_instructions(
+                phase.kind, kind.schema, writes=phase.writes, has_tools=self.has_tools
+            )
         given, measured = select_values(values.known, values.wanted(phase, get_phase_needs(phase, kind)))
         visits = [visit for visit in document.phases if visit.phase == phase.name]
         facts = PromptFacts(
@@ -127,7 +132,7 @@ class PhaseStarter:
             base=following.base,
             diff=diff,
             owns=spec.owns,
-            handoff=self._handoff_instructions(phase),
+            submit_handoff=submit_handoff,
         )
         prompt = render(phase.prompt or _DEFAULT_TEMPLATE, facts)
         follow_up = prompt.follow_up or prompt.text
@@ -160,12 +165,6 @@ class PhaseStarter:
         ]
         writes = [handoff_write(handoff, version) for version, handoff in received.values()]
         return TaskUpdate(Trigger.START, event, changes, writes, events)
-
-    def _handoff_instructions(self, phase: Phase) -> HandoffInstructions | None:
-        if phase.kind is None:
-            return None
-        schema = self.inputs.kind(phase).schema
-        return HandoffInstructions(phase.kind, schema, writes=phase.writes, has_tools=self.has_tools)
 
 
 def render_plain_prompt(spec: TaskSpec) -> str:

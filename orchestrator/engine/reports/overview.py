@@ -181,7 +181,7 @@ def _live_sessions(record: RunRecord, worktrees: Mapping[str, str]) -> list[Live
             attempt=attempt.number,
             adapter=attempt.adapter,
             started=attempt.started,
-            branch=work_branch_name(record.run.id, task, str(attempt.number)),
+            branch=work_branch_name(record.run.id, task, attempt.number),
             worktree=worktrees.get(task),
         )
         for task, attempt in running.items()

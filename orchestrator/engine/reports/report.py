@@ -295,24 +295,20 @@ class RunRecord:
         return any(task not in blocked and one.status not in FINAL_STATUSES for task, one in self.tasks.items())
 
 
-@dataclass(frozen=True, slots=True)
-class ReportPaths:
-    """The locations of a run's logs and branches."""
-
-    logs: Path
-    repository: Path
-
-
 def build_report(
     record: RunRecord,
     *,
-    paths: ReportPaths,
+    logs: Path,
+    repository: Path,
     has_ended: bool,
     is_live: bool,
     now: float,
     damage: Sequence[str] = (),
 ) -> RunReport:
-    """Describe a run at `now` (wall-clock seconds); `is_live`: a process is active in it."""
+    """Describe a run at `now` (wall-clock seconds), whose logs and branches are in `logs` and `repository`.
+
+    `is_live`: a process is active in it.
+    """
     state = run_state(
         {document.status for document in record.tasks.values()},
         has_ended=has_ended,
@@ -329,13 +325,13 @@ def build_report(
     disabled = {adapter.name: adapter.disabled_reason for adapter in adapters if adapter.disabled_reason is not None}
     stuck = {} if status is RunStatus.RUNNING else _tasks_without_adapter(record, disabled)
     waiting = _tasks_in_cooldown(record, adapters)
-    reports, logs, roots = [], str(paths.logs), dict[str, str]()
+    reports, roots = [], dict[str, str]()
     for task, blocker in blocked.items():  # what a task needs comes before it
         roots[task] = roots.get(blocker, blocker)
     for task in record.run.tasks:
         need = blocked.get(task)
         why = stuck.get(task) if need is None else f"needs {need!r}, which did not land"
-        report = _describe_task(task, record.tasks[task], record.entries[task].adapter, why, logs)
+        report = _describe_task(task, record.tasks[task], record.entries[task].adapter, why, str(logs))
         report = replace(report, reason=waiting[task]) if task in waiting else report
         report = replace(report, blocked_by=roots[task]) if task in roots else report
         if status in {RunStatus.INTERRUPTED, RunStatus.HALTED} and report.status == TaskStatus.RUNNING:
@@ -344,15 +340,14 @@ def build_report(
             report = replace(report, reason=reason, attempts=report.attempts - 1)
         reports.append(replace(report, reason=_DAMAGED) if task in record.damaged else report)
     run, source = record.run, record.run.imported.source if record.run.imported else None
-    # The branches of an imported run, if they still exist, are in the user's own repository.
-    repository = str(paths.repository) if source is None else run.repo
     halted = run.halted if status is RunStatus.HALTED else None
     leases = sorted(record.orchestrators, key=lambda lease: (lease.since, lease.owner.id))
     return RunReport(
         run=run.id,
         status=status,
         target=run.target,
-        repository=repository,
+        # The branches of an imported run, if they still exist, are in the user's own repository.
+        repository=str(repository) if source is None else run.repo,
         tasks=reports,
         adapters=adapters,
         damage=damage,

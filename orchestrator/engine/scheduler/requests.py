@@ -43,7 +43,6 @@ from orchestrator.engine.state.reload import TASKS_KEY
 from orchestrator.engine.state.transitions import TaskUpdate
 from orchestrator.errors import ClaimLost, RefusedError, VersionConflict
 from orchestrator.protocols import Commit, Event, Store, Write
-from orchestrator.repo.worktrees.hub import work_branch_name
 from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
 
@@ -289,7 +288,7 @@ async def cancel_task(ledger: Ledger, task: str) -> bool:
         document = ledger.task(task)
         branch, reason = document.branch, "on request"
         if document.commit is not None:
-            branch = work_branch_name(ledger.run.id, task, str(document.building_attempt.number))
+            branch = ledger.work_branch(task)
         cancelled = TaskCancelled(reason=reason, branch=branch)
         try:
             await ledger.change(task, Trigger.CANCEL, cancelled, reason=reason, branch=branch)

@@ -87,7 +87,7 @@ async def _restore_branches(run: str, hub: Hub, writes: Sequence[Write], environ
         if write.key.kind == "task" and owner == run and write.value is not None:
             document = TaskDocument.model_validate(write.value)
             if document.status in _QUEUED_STATUSES and document.commit is not None:
-                branch = work_branch_name(run, task, str(document.building_attempt.number))
+                branch = work_branch_name(run, task, document.building_attempt.number)
                 lines.append(f"update refs/heads/{branch} {document.commit}\n")
     if not lines or not await anyio.to_thread.run_sync(hub.trusted.is_dir):
         return

@@ -22,6 +22,7 @@ from orchestrator.errors import ClaimLost, LeaseLost, RefusedError, VersionConfl
 from orchestrator.locking.claims import ClaimHolder, Claims
 from orchestrator.locking.orchestrators import RunMembership
 from orchestrator.protocols import Commit, Event, Guard, Store, Write
+from orchestrator.repo.worktrees.hub import work_branch_name
 from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
 
@@ -104,6 +105,10 @@ class Ledger:
     def task(self, task: str) -> TaskDocument:
         """Return the current state of a task."""
         return self.tasks[task]
+
+    def work_branch(self, task: str) -> str:
+        """Return the branch with the built work of a task."""
+        return work_branch_name(self.run.id, task, self.tasks[task].building_attempt.number)
 
     def statuses(self) -> dict[str, TaskStatus]:
         """Return the status of every task, in file order."""

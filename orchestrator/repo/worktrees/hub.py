@@ -187,6 +187,6 @@ def internal_ref_name(run: str, name: str) -> str:
     return f"{INTERNAL_REFS}/{run}/{name}"
 
 
-def work_branch_name(run: str, task: str, part: str) -> str:
+def work_branch_name(run: str, task: str, part: int | str) -> str:
     """Return the branch with a task's work; `part` is the attempt's number, or `conflict`."""
     return f"council/{run}/{task}/{part}"

@@ -20,7 +20,6 @@ from orchestrator.config.permissions import list_permission_requests
 from orchestrator.config.starter import Starter, StarterAdapter, starter_text
 from orchestrator.engine.diagnostics.findings import describe
 from orchestrator.engine.diagnostics.initialization import (
-    DetectedTests,
     InitRepository,
     check_can_write,
     find_adapters,
@@ -77,17 +76,12 @@ class _Discovery:
     ground: InitRepository
     path: Path
     adapters: Mapping[str, AdapterStatus]
-    tests: DetectedTests | None
-
-    @property
-    def detected_tests(self) -> RepositoryTests | None:
-        """The command that runs the tests of the repository."""
-        return None if self.tests is None else self.tests.tests
+    tests: RepositoryTests | None
 
     @property
     def environment(self) -> ProjectEnvironment | None:
         """The setup that the tests need."""
-        return None if self.detected_tests is None else self.detected_tests.environment
+        return None if self.tests is None else self.tests.environment
 
     @property
     def missing_text(self) -> str | None:
@@ -107,7 +101,7 @@ def _starter(found: _Discovery, schema: Path | None) -> Starter:
     """Return the contents of the file; paths in the repository are relative to the file."""
     folder, top = Path(os.path.realpath(found.path.parent)), Path(os.path.realpath(found.ground.top))
     is_inside = folder.is_relative_to(top)
-    tests, environment = found.detected_tests, found.environment
+    tests, environment = found.tests, found.environment
     return Starter(
         repo=os.path.relpath(top, folder) if is_inside else str(top),
         base=found.ground.base,
@@ -128,7 +122,7 @@ def _words(status: AdapterStatus) -> str:
 
 
 def _json(found: _Discovery, schema: Path | None) -> JsonObject:
-    tests, environment, missing = found.detected_tests, found.environment, found.missing_text
+    tests, environment, missing = found.tests, found.environment, found.missing_text
     return {
         "path": str(found.path),
         "repository": str(found.ground.top),
@@ -145,7 +139,7 @@ def _json(found: _Discovery, schema: Path | None) -> JsonObject:
 
 
 def _lines(found: _Discovery) -> Iterator[str]:
-    tests = found.detected_tests
+    tests = found.tests
     yield f"wrote {found.path}"
     yield f"base      {found.ground.base}"
     for name, status in found.adapters.items():
