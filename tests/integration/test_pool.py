@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import shutil
 import subprocess
@@ -10,6 +12,7 @@ import threading
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import anyio
@@ -19,7 +22,7 @@ import pytest
 from orchestrator.errors import RefusedError
 from orchestrator.repo.worktrees import pool as pool_module
 from orchestrator.repo.worktrees import reset, worktrees
-from orchestrator.repo.worktrees.change_detection import TreeSnapshot
+from orchestrator.repo.worktrees.change_detection import TreeSnapshot, detects_mmap_writes
 from orchestrator.repo.worktrees.pool import HeldSlot, SetupError, SlotOptions, SlotPool
 from orchestrator.repo.worktrees.reset import KeepRules
 from orchestrator.repo.worktrees.slots import WorktreeSlot, list_slots, read_record, read_slot_session
@@ -31,11 +34,12 @@ WORKER = Path(__file__).with_name("pool_worker.py")
 STEPS = ("slot.partly_made", "slot.moved", "worktree.partly_made", "worktree.created", "worktree.removed",
          "slot.partly_clean", "slot.clean")  # fmt: skip
 MANY = 6
+MEMORY = Path("/dev/shm")
 
 
 @pytest.fixture(autouse=True)
 def any_file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reuse slots even if the test folder is in memory: no test writes through mappings."""
+    """Work as on a disk even if the test folder is in memory."""
     monkeypatch.setattr(pool_module, "detects_mmap_writes", lambda folder: True)
 
 
@@ -352,28 +356,56 @@ async def test_failed_setup_is_reported_to_the_waiters(hub_fixture: HubFixture) 
 async def test_file_system_without_change_times_is_handled(
     hub_fixture: HubFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every slot is used once: also if its clock differs, and if setup has created files."""
+    """Every slot is used once, also if setup has created files."""
     commit = await hub_fixture.fetch()
 
     async def furnish(checkout: HeldSlot, _: str) -> tuple[str, ...]:
         (checkout.slot.tree / "setup.o").write_text("made\n")
         return ("made",)
 
-    for name, value in (("detects_mmap_writes", lambda folder: False), ("TreeSnapshot", None)):
+    def fail(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    for name in ("no watch is free", "its clock differs"):
         with monkeypatch.context() as patch:
-            if value is None:
+            if name == "its clock differs":
                 patch.setattr(TreeSnapshot, "capture", classmethod(lambda cls, *_: None))
             else:
-                patch.setattr(pool_module, name, value)
+                patch.setattr(pool_module, "detects_mmap_writes", lambda folder: False)
+                patch.setattr(pool_module, "WriteWatch", fail)
             async with hub_fixture.open(SlotOptions(set_up=furnish), slots=2) as pool:
                 for number in range(3):
                     with anyio.fail_after(30):
-                        worktree, checkout = await hub_fixture.begin(pool, f"{name}{number}", commit)
+                        worktree, checkout = await hub_fixture.begin(pool, f"{name[:2]}{number}", commit)
                     assert not (checkout.slot.scratch / "used").exists()
                     (checkout.slot.scratch / "used").touch()
                     await hub_fixture.end(pool, worktree, checkout)
         assert not list_slots(hub_fixture.hub)
         await assert_no_leaks(hub_fixture)
+
+
+@pytest.mark.skipif(not MEMORY.is_dir(), reason="no file system in memory")
+async def test_mapped_writes_in_memory_are_detected_and_undone(
+    hub_fixture: HubFixture, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system in memory reports no time of a write through a shared mapping."""
+    monkeypatch.setattr(pool_module, "detects_mmap_writes", detects_mmap_writes)
+    with TemporaryDirectory(dir=MEMORY) as folder:
+        in_memory = await HubFixture.of(hub_fixture.top, Path(folder), environ)
+        commit = await in_memory.fetch()
+        async with in_memory.open(slots=1) as pool:
+            worktree, checkout = await in_memory.begin(pool, "task", commit)
+            # By a child process, as in a session: nothing of it is left when the changes are read.
+            code = "import mmap; file = open('a/b/c/d.txt', 'r+b'); mmap.mmap(file.fileno(), 0)[0] = 0x44"
+            await anyio.run_process([sys.executable, "-c", code], cwd=worktree.tree)
+            diff = await checkout.compare()
+            assert diff is not None
+            assert diff.changed == ["a/b/c/d.txt"]
+            await worktrees.remove_session_folder(worktree)
+            pool.release(checkout, diff)
+            again, _ = await in_memory.begin(pool, "next", commit)
+            assert again.slot == checkout.slot
+            assert (again.tree / "a/b/c/d.txt").read_text() == "d\n"
 
 
 async def test_acquisition_may_be_cancelled(hub_fixture: HubFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from orchestrator.errors import GitError
 from orchestrator.repo.git.command import Git, sealed_environment
 from orchestrator.repo.worktrees import reset, worktrees
-from orchestrator.repo.worktrees.change_detection import TreeDiff, detects_mmap_writes
+from orchestrator.repo.worktrees.change_detection import TreeDiff
 from orchestrator.repo.worktrees.pool import HeldSlot, SlotOptions, SlotPool
 from orchestrator.repo.worktrees.reset import KeepRules, SlotContents
 from orchestrator.repo.worktrees.slots import WorktreeSlot
@@ -87,8 +87,6 @@ def _rewrite(top: Path, path: str, _: str) -> None:
 
 
 def _map(top: Path, path: str, _: str) -> None:
-    if not detects_mmap_writes(top.parent):
-        return  # the pool uses such a slot once
     with (top / path).open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
         mapped[0] ^= 1
 

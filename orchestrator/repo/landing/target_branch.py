@@ -192,7 +192,7 @@ class Target:
         """Whether a commit is part of the target, as of the last refresh."""
         if self.known is None:
             return False
-        return await self._git.is_ancestor(commit, self.known, may_be_missing=True)
+        return commit in self._line or await self._git.is_ancestor(commit, self.known, may_be_missing=True)
 
     async def prepare(
         self,

@@ -3,7 +3,7 @@
 Git compares times by the second, and must read files that are as young as its index. Here a file counts as unchanged
 while its path leads to the same inode and its ctime (inode(7), in nanoseconds) is older than the snapshot; no program
 can set the ctime. Writes through a shared mapping are detected where the file system stamps them
-(`detects_mmap_writes`); elsewhere git misses them, too.
+(`detects_mmap_writes`); elsewhere by `repo.worktrees.write_watch`.
 
 Imports only the standard library, because `orchestrator.repo.worktrees.scan_worker` runs it.
 

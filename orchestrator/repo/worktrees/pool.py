@@ -42,6 +42,7 @@ from orchestrator.repo.worktrees.slots import (
     read_snapshot,
     write_record,
 )
+from orchestrator.repo.worktrees.write_watch import WriteWatch
 from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
 
@@ -89,21 +90,39 @@ class HeldSlot:
     fd: int
     """The slot's lock; every process that writes to the slot holds it until it exits."""
     scanner: FileScanner
-    reader: Git | None
-    """Git that compares file contents where the file system does not report every change; otherwise None."""
+    detects_all: bool
+    """Whether the file system reports every change; otherwise a watch reports the rest."""
     _lock_stack: AsyncExitStack
+    _watch: WriteWatch | None = None
+
+    def watch(self) -> None:
+        """Start to watch the files if that is necessary. Without a free watch, all changes are unknown. Blocks."""
+        self.end_watch()
+        if not self.detects_all:
+            with suppress(OSError):
+                self._watch = WriteWatch(self.slot.tree, self.contents.snapshot.folders)
+
+    def end_watch(self) -> None:
+        """Stop watching the files."""
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.close()
 
     async def compare(self) -> TreeDiff | None:
         """Return the changes since assignment, None if unknown. No process may write to the slot any more."""
-        diff = await _compare(self.scanner, self.contents.snapshot)
-        if diff is None or self.reader is None:
+        snapshot = self.contents.snapshot
+        diff = await _compare(self.scanner, snapshot)
+        if diff is None or self.detects_all:
             return diff
-        with suppress(GitError, OSError):
-            return await reset.add_content_changes(self.reader, self.slot, diff)
-        return None
+        written = None if self._watch is None else self._watch.read_written()
+        if written is None:
+            return None
+        unreported = written.difference(diff.changed, diff.removed)
+        return replace(diff, changed=[*diff.changed, *filter(snapshot.has, sorted(unreported))])
 
     async def release(self) -> None:
         """Release the slot's lock."""
+        self.end_watch()
         await self._lock_stack.aclose()
 
 
@@ -136,7 +155,7 @@ class SlotPool:
         self._newest = ""
         self._is_making = self._is_copying = False
         self._detects_all_changes = True
-        """Whether the file system reports every change. If not, git reads all files, and setup files are used once."""
+        """Whether the file system reports every change."""
         self._setup_scopes: set[anyio.CancelScope] = set()
         """Scopes of setups that no session waits for; cancelled when the pool closes."""
         self._failures: list[Exception] = []
@@ -348,9 +367,8 @@ class SlotPool:
 
     def _hold(self, slot: WorktreeSlot, record: SlotRecord, fd: int, lock_stack: AsyncExitStack) -> HeldSlot:
         """Register a slot whose lock we hold; nothing is known of its files yet."""
-        contents = SlotContents(record, TreeSnapshot.unknown(slot.tree))
-        reader = None if self._detects_all_changes else reset.slot_git(self._git, slot, self._options.sparse)
-        held = self._held_slots[slot.number] = HeldSlot(slot, contents, fd, self._scanner, reader, lock_stack)
+        contents, detects_all = SlotContents(record, TreeSnapshot.unknown(slot.tree)), self._detects_all_changes
+        held = self._held_slots[slot.number] = HeldSlot(slot, contents, fd, self._scanner, detects_all, lock_stack)
         return held
 
     async def _close(self) -> None:
@@ -437,6 +455,7 @@ class SlotPool:
         await self._set_up(held, commit)
         if held.contents.record != before:
             await anyio.to_thread.run_sync(assign_slot, slot, session, held.contents.record)
+        await anyio.to_thread.run_sync(held.watch)
         return True
 
     async def _set_up(self, held: HeldSlot, commit: str) -> None:
@@ -635,9 +654,10 @@ class SlotPool:
     async def _clean(self, held: HeldSlot, diff: TreeDiff | None) -> None:
         contents = None
         self._in_preparation += 1
+        held.end_watch()
         try:
             with suppress(GitError, OSError):
-                if diff is not None and (self._detects_all_changes or not held.contents.record.extras):
+                if diff is not None:
                     git = self._slot_git(held)
                     contents = await reset.clean_slot(git, held.slot, held.contents, diff, self._options.keep)
             if contents is not None:

@@ -151,26 +151,6 @@ async def remove_kept_of_others(slot: WorktreeSlot, contents: SlotContents, adap
     return None if refreshed is None else SlotContents(replace(contents.record, kept=kept), refreshed)
 
 
-async def add_content_changes(git: Git, slot: WorktreeSlot, diff: TreeDiff) -> TreeDiff | None:
-    """Return the diff with content changes added, where the file system does not report every change.
-
-    None if the session changed the rules for reading files, which makes the result uncertain.
-    """
-    if any(path.rpartition("/")[2] == ".gitattributes" for path in (*diff.changed, *diff.removed, *diff.added)):
-        return None
-    before = await anyio.to_thread.run_sync(slot.index.stat)
-    try:
-        # Git reads files that are no older than the index (gitformat-index(5), racy git): with time 0 it reads all.
-        await anyio.to_thread.run_sync(lambda: os.utime(slot.index, (0, 0)))
-        done = await git("diff-files", "--name-only", "-z", env=slot.env, cwd=slot.tree)
-    finally:
-        times = (before.st_atime_ns, before.st_mtime_ns)
-        await anyio.to_thread.run_sync(lambda: os.utime(slot.index, ns=times))
-    differs = split_nul(done.stdout)
-    known = {*diff.changed, *diff.removed}
-    return replace(diff, changed=[*diff.changed, *(path for path in differs if path not in known)])
-
-
 async def list_ignored(git: Git, slot: WorktreeSlot, paths: Sequence[str]) -> set[str]:
     """Return the paths that git ignores, by the files of the commit."""
     if not paths:
