@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum, StrEnum
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import anyio
@@ -169,6 +169,7 @@ def _wrap_with_loopback(
     return [*program, str(resolved), str(endpoint.port), str(WRAPPER_ERROR), unset, *argv], {**needed, **env}
 
 
+@cache
 def _filter(*, sockets: str, namespaced: bool, nesting: bool) -> str | None:
     return seccomp.build_filter(sockets=sockets, namespaced=namespaced, nesting=nesting).hex() if _CAN_FILTER else None
 

@@ -44,10 +44,11 @@ from orchestrator.state.log.compaction import (
 )
 from orchestrator.state.log.loading import Staging, not_empty_error
 from orchestrator.state.log.mounts import refuse_network_mount
-from orchestrator.state.log.open_log import AT_ONCE_BYTES, OpenLog
+from orchestrator.state.log.open_log import OpenLog
 from orchestrator.state.log.packing import read_content_checksum
 from orchestrator.state.log.reading import LogReplay, replay_until
 from orchestrator.state.log.segments import (
+    AT_ONCE_BYTES,
     HighWaterMark,
     LogCursor,
     LogLostError,
@@ -122,7 +123,7 @@ class Journal:
         if mark is None or not self._io.acquire(blocking=False):
             return False
         try:
-            if not self.log.is_near(mark):
+            if not self.log.cursor.is_near(mark):
                 return False
             self.log.follow(mark)
             return True
@@ -261,7 +262,7 @@ class Journal:
                     return InlineResult.BUSY
                 mark = self.log.lock.read()
                 is_roomy = self.log.cursor.offset < self._segment_bytes and not self._rolls
-                if mark is None or not (is_roomy and self.log.is_near(mark) and self.log.is_complete(mark)):
+                if mark is None or not (is_roomy and self.log.cursor.is_near(mark) and self.log.is_complete(mark)):
                     return InlineResult.TOO_MUCH
                 group += _take_all(pending)
                 self.log.follow(mark)

@@ -32,8 +32,6 @@ from orchestrator.state.log.table import DocumentTable, rebuild_state
 from orchestrator.system.files import sync_folder
 from orchestrator.system.process_table import boot_id
 
-AT_ONCE_BYTES: Final = 16 << 10
-"""The bytes to read or write on the event loop at most: some ten recent commits, or commits without sync."""
 _ENDS_KEPT: Final = 64
 """The former ends of the log from which a reader of later commits can start."""
 
@@ -82,10 +80,6 @@ class OpenLog:
                 state = rebuild_state(position, lines, first)
                 if pruned_through(self._directory) == first:  # otherwise some may have been skipped
                     return state
-
-    def is_near(self, mark: HighWaterMark) -> bool:
-        """Whether a mark is so close that the data up to it can be read on the event loop."""
-        return mark.segment == self.cursor.segment and mark.end - self.cursor.offset <= AT_ONCE_BYTES
 
     def load_snapshot(self) -> None:
         """Start from the snapshot, if there is a valid one."""

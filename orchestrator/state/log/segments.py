@@ -28,6 +28,8 @@ from orchestrator.system.files import open_private, opened, sync_file, sync_fold
 from orchestrator.system.process_table import UNKNOWN_BOOT, find_lock_owner, process_stat
 from orchestrator.system.slow_waits import NOTICE_AFTER, logger
 
+AT_ONCE_BYTES: Final = 16 << 10
+"""The bytes to read or write on the event loop at most: some ten recent commits, or commits without sync."""
 _READ_BYTES: Final = 1 << 20
 _MARK_BYTES: Final = 148
 _LOCK: Final = "lock"
@@ -286,6 +288,10 @@ class LogCursor:
     def has_checksum(self) -> bool:
         """Whether `sums` covers all content before the cursor in this segment."""
         return self.segment > 0 and self.sums[self.segment].size == self.offset
+
+    def is_near(self, mark: HighWaterMark) -> bool:
+        """Whether a mark is so close that the data up to it can be read on the event loop."""
+        return mark.segment == self.segment and mark.end - self.offset <= AT_ONCE_BYTES
 
     def size(self) -> int:
         """Return the current size of the segment's file in bytes; -1 if it is packed and can't grow any more."""

@@ -179,7 +179,12 @@ class FileStore:
                         await news.wait()
                     pause = min(1.25 * pause, _POLL_SLOWEST)
                     continue
-                records, is_at_mark = await self._in_thread(partial(read_records, self._directory, cursor, mark, after))
+                read = partial(read_records, self._directory, cursor, mark, after)
+                if cursor.is_near(mark):
+                    with self._translate_errors():
+                        records, is_at_mark = read()
+                else:
+                    records, is_at_mark = await self._in_thread(read)
                 for record in records:
                     after = record.position
                     yield record
