@@ -99,7 +99,8 @@ class NoteStore:
 
     async def find_relevant(self, task: str, owns: Sequence[str]) -> list[Note]:
         """Return the notes to include in the prompt of a task that owns these patterns."""
-        return await anyio.to_thread.run_sync(filter_relevant, await self.all(), task, owns)
+        notes = await self.all()
+        return await anyio.to_thread.run_sync(filter_relevant, notes, task, owns) if notes else []
 
     async def drop(self, note: str) -> None:
         """Delete a note by its id; raise RefusedError if there is none."""

@@ -75,7 +75,8 @@ async def _collect_all(
 ) -> CollectedWork:
     refs = await anyio.to_thread.run_sync(read_session_refs, worktree.git_dir)
     history = SessionCommits(git, worktree, base, admit)
-    await history.open()
+    if any(target != base for _, target in _candidates(refs, worktree.branch)):
+        await history.open()
     tip, dropped = await _own_commits(history, refs)
     files = await _collect_files(history, tip, refs.head, message, diff)
     salvaged, notes = await _salvage(history, refs, files.commit or base)
@@ -140,11 +141,9 @@ class _Staged:
 async def _stage(history: SessionCommits, diff: TreeDiff | None) -> _Staged:
     """Stage all files of the checkout that can and may be staged."""
     worktree = history.worktree
-    if not await anyio.to_thread.run_sync(is_folder, worktree.tree):
+    unread = await anyio.to_thread.run_sync(_clear_blocking_files, worktree, diff)
+    if unread is None:
         return _Staged("its worktree was removed or replaced")
-    unread = await anyio.to_thread.run_sync(remove_blocking_files, worktree.tree, diff)
-    if await anyio.to_thread.run_sync(is_folder, worktree.git_dir):
-        await anyio.to_thread.run_sync(remove_blocking_files, worktree.git_dir)
     quarantine = Quarantine(worktree.import_folder / "files", worktree.hub.objects)
     slot, git = worktree.slot, history.git
     if slot is not None and slot.is_sparse:
@@ -162,6 +161,15 @@ async def _stage(history: SessionCommits, diff: TreeDiff | None) -> _Staged:
     if problem is not None:
         reasons.append(f"some of its files can't be staged ({problem}): find them in {worktree.tree}")
     return _Staged("; ".join(reasons) or None, tuple(sorted(map(printable_name, staged.refused))), staged.changes)
+
+
+def _clear_blocking_files(worktree: Worktree, diff: TreeDiff | None) -> list[str] | None:
+    """Remove files that git would block on; return the folders that can't be opened, None without a checkout."""
+    if not is_folder(worktree.tree):
+        return None
+    if is_folder(worktree.git_dir):
+        remove_blocking_files(worktree.git_dir)
+    return remove_blocking_files(worktree.tree, diff)
 
 
 def _describe_nested_repository(changes: Iterable[FileChange]) -> str | None:

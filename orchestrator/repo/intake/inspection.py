@@ -152,9 +152,7 @@ class _Objects:
 
     async def find(self, ids: Iterable[str], redactor: Redactor) -> dict[str, set[bytes]]:
         """Return the secrets in each object that has some."""
-        contents = await anyio.to_thread.run_sync(self._contents_of_files, ids)
-        secrets = await anyio.to_thread.run_sync(_find, contents, redactor)
-        packed = [name for name in ids if name not in contents]
+        secrets, packed = await anyio.to_thread.run_sync(self._find_in_files, ids, redactor)
         if not packed:
             return secrets
         output = await cat_blobs(self.git, packed, self.env)
@@ -170,9 +168,11 @@ class _Objects:
         read = {name: self._read(name, 0) for name in ids}
         return {name: loose.size for name, loose in read.items() if loose is not None}
 
-    def _contents_of_files(self, ids: Iterable[str]) -> dict[str, bytes]:
+    def _find_in_files(self, ids: Iterable[str], redactor: Redactor) -> tuple[dict[str, set[bytes]], list[str]]:
+        """Return the secrets in loose objects, and the ids of the other objects."""
         read = {name: self._read(name) for name in ids}
-        return {name: loose.content for name, loose in read.items() if loose is not None}
+        contents = {name: loose.content for name, loose in read.items() if loose is not None}
+        return _find(contents, redactor), [name for name in read if name not in contents]
 
     def _read(self, name: str, most: int | None = None) -> LooseObject | None:
         objects = (read_loose_object(folder, name, most) for folder in self.loose)

@@ -82,8 +82,12 @@ class SessionCommits:
 
     async def open(self) -> None:
         """Link the session's objects; must be called before any other method."""
-        await anyio.to_thread.run_sync(link_session_objects, self.worktree.git_dir, self._view)
-        await anyio.to_thread.run_sync(lambda: (self._packed / "pack").mkdir(mode=0o700, parents=True, exist_ok=True))
+
+        def link() -> None:
+            link_session_objects(self.worktree.git_dir, self._view)
+            (self._packed / "pack").mkdir(mode=0o700, parents=True, exist_ok=True)
+
+        await anyio.to_thread.run_sync(link)
 
     async def _run_on_session_objects(self, *args: str, ok: tuple[int, ...] = (0,), input_: bytes | None = None) -> str:
         known = self.worktree.hub.objects

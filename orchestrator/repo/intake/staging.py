@@ -120,10 +120,9 @@ async def _stage(
     try:
         withheld_at = {path: admit.find_withheld(path) for path in await _differing(git, staging, among, admit)}
         differing = [path for path, withheld in withheld_at.items() if withheld is None]
-        refused = await anyio.to_thread.run_sync(_refused_unread, staging.tree, differing, admit)
+        refused, problem = await anyio.to_thread.run_sync(_judge_unread, staging.tree, differing, admit)
         # A .gitignore may re-include files that we ignore.
         without = [*refused, *{withheld for withheld in withheld_at.values() if withheld is not None}]
-        problem = await anyio.to_thread.run_sync(_too_much, staging.tree, differing, refused, admit)
         if differing and problem is None:
             problem = await _add(git, staging, differing, without, admit)
         raw = await git("diff-index", "--cached", "--raw", "-z", "--no-renames", base, env=staging.env)
@@ -187,30 +186,20 @@ def _literal(path: str) -> str:
 def _may_all_be_read(tree: Path, added: Iterable[str], paths: Iterable[str], admit: IntakeRules) -> bool:
     """Whether no path is rejected unread, and no added path is a folder."""
     folders = (path for path in added if (tree / path).is_dir() and not (tree / path).is_symlink())
-    return not any(folders) and not _refused_unread(tree, paths, admit)
+    return not any(folders) and not _judge_unread(tree, paths, admit)[0]
 
 
-def _refused_unread(tree: Path, paths: Iterable[str], admit: IntakeRules) -> dict[str, str]:
-    refused = {}
+def _judge_unread(tree: Path, paths: Iterable[str], admit: IntakeRules) -> tuple[dict[str, str], str | None]:
+    """Return the files rejected by name or size, with reasons, and why the others are too much, or None."""
+    refused, files, total = dict[str, str](), 0, 0
     for path in paths:
-        try:
+        with suppress(OSError):  # removed meanwhile, or unreachable: git reports it
             status = os.lstat(tree / path)
-        except OSError:  # removed meanwhile, or unreachable: git reports it
-            continue
-        if not stat.S_ISDIR(status.st_mode) and (why := admit.check_file(path, status.st_size)):
-            refused[path] = why
-    return refused
-
-
-def _too_much(tree: Path, paths: Iterable[str], refused: Mapping[str, str], admit: IntakeRules) -> str | None:
-    """Return why the changes are too large to stage, None if they are not."""
-    files = size = 0
-    for path in paths:
-        with suppress(OSError):
-            if path not in refused:
-                size += os.lstat(tree / path).st_size
-                files += 1
-    return admit.check_total(files, size)
+            if not stat.S_ISDIR(status.st_mode) and (why := admit.check_file(path, status.st_size)):
+                refused[path] = why
+            else:
+                files, total = files + 1, total + status.st_size
+    return refused, admit.check_total(files, total)
 
 
 async def _add(

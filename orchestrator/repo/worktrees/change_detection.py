@@ -19,7 +19,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -134,10 +134,12 @@ class TreeSnapshot:
                 return None
             while waiting:
                 path = waiting.pop()
-                descriptor = os.open(f"{self.tree}/{path}", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                descriptor = self._open_folder(path, diff)
+                if descriptor is None:
+                    continue
                 try:
-                    self._compare_folder(path, descriptor, diff)
-                    waiting.extend(self._same_folders(path, descriptor, diff))
+                    if self._compare_folder(path, descriptor, diff):
+                        waiting.extend(f"{path}{name}/" for name in self.folders[path].folders)
                 finally:
                     os.close(descriptor)
             # After the clock was set back, a change may have an earlier time.
@@ -181,9 +183,27 @@ class TreeSnapshot:
         }
         return cls(tree, folders, frozenset(stored["kept"]), int(stored["moment"]), int(stored["clocks"]))
 
-    def _compare_folder(self, path: str, descriptor: int, diff: TreeDiff) -> None:
-        known, oldest = self.folders[path], self.timestamp - _TIMESTAMP_RESOLUTION
-        if os.fstat(descriptor).st_ctime_ns > oldest or not path:
+    def _open_folder(self, path: str, diff: TreeDiff) -> int | None:
+        """Return a descriptor of a folder; if it is none any more, add its files as removed and return None."""
+        try:
+            # A link would be followed at a trailing slash.
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+            return os.open(f"{self.tree}/{path.rstrip('/')}", flags)
+        except FileNotFoundError:
+            pass
+        except NotADirectoryError:
+            diff.added.append(path.rstrip("/"))
+        self._add_removed_folder(path, diff)
+        return None
+
+    def _compare_folder(self, path: str, descriptor: int, diff: TreeDiff) -> bool:
+        """Compare the entries of a folder except its folders; return whether it is the same folder as before."""
+        known, oldest, status = self.folders[path], self.timestamp - _TIMESTAMP_RESOLUTION, os.fstat(descriptor)
+        if status.st_ino != known.inode:
+            diff.replaced.append(path)
+            self._add_removed_folder(path, diff)
+            return False
+        if status.st_ctime_ns > oldest or not path:
             if path:
                 diff.touched_folders.append(path)
             self._compare_names(path, os.listdir(descriptor), diff)
@@ -199,6 +219,7 @@ class TreeSnapshot:
                     diff.added.append(path + name)
                 else:
                     diff.changed.append(path + name)
+        return True
 
     def _compare_names(self, path: str, names: Iterable[str], diff: TreeDiff) -> None:
         known = self.folders[path]
@@ -210,24 +231,6 @@ class TreeSnapshot:
             # Empty folders of a checkout are submodules, and git treats both cases specially.
             if name.lower() == ".git" or (path and known.is_empty):
                 diff.ambiguous.append(full)
-
-    def _same_folders(self, path: str, descriptor: int, diff: TreeDiff) -> Iterator[str]:
-        """Yield the unchanged folders in a folder; add the files of the other ones as removed."""
-        for name in self.folders[path].folders:
-            folder = f"{path}{name}/"
-            try:
-                status = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
-            except FileNotFoundError:
-                self._add_removed_folder(folder, diff)
-                continue
-            if stat.S_ISDIR(status.st_mode) and status.st_ino == self.folders[folder].inode:
-                yield folder
-                continue
-            if stat.S_ISDIR(status.st_mode):
-                diff.replaced.append(folder)
-            else:
-                diff.added.append(folder.rstrip("/"))
-            self._add_removed_folder(folder, diff)
 
     def _add_removed_folder(self, path: str, diff: TreeDiff) -> None:
         waiting = [path]

@@ -96,11 +96,9 @@ class HeldSlot:
     _watch: WriteWatch | None = None
 
     def watch(self) -> None:
-        """Start to watch the files if that is necessary. Without a free watch, all changes are unknown. Blocks."""
-        self.end_watch()
-        if not self.detects_all:
-            with suppress(OSError):
-                self._watch = WriteWatch(self.slot.tree, self.contents.snapshot.folders)
+        """Start to watch the files. Without a free watch, all changes are unknown. Blocks."""
+        with suppress(OSError):
+            self._watch = WriteWatch(self.slot.tree, self.contents.snapshot.folders)
 
     def end_watch(self) -> None:
         """Stop watching the files."""
@@ -455,7 +453,8 @@ class SlotPool:
         await self._set_up(held, commit)
         if held.contents.record != before:
             await anyio.to_thread.run_sync(assign_slot, slot, session, held.contents.record)
-        await anyio.to_thread.run_sync(held.watch)
+        if not held.detects_all:
+            await anyio.to_thread.run_sync(held.watch)
         return True
 
     async def _set_up(self, held: HeldSlot, commit: str) -> None:

@@ -124,14 +124,15 @@ async def clean_slot(
     removed = [*(path for path in diff.added if path not in wanted), *diff.replaced, *diff.changed]
     await anyio.to_thread.run_sync(_remove, slot, diff.touched_folders, removed)
     await _write(git, slot, written)
-    empty = [path for path in (*diff.ambiguous, *diff.replaced) if snapshot.is_empty(path)]
-    await anyio.to_thread.run_sync(_make_folders, slot.tree, empty)
+    if empty := [path for path in (*diff.ambiguous, *diff.replaced) if snapshot.is_empty(path)]:
+        await anyio.to_thread.run_sync(_make_folders, slot.tree, empty)
     # Check files preserved earlier, too: they may no longer be ignored.
     owners = {**record.kept, **{path: keep.adapter_of(path) or "" for path in wanted}}
     kept = await list_ignored(git, slot, list(owners))
     if record.setup and not record.kept.keys() <= kept:
         return None  # setup may have made it
-    await anyio.to_thread.run_sync(_remove, slot, (), owners.keys() - kept)
+    if unwanted := owners.keys() - kept:
+        await anyio.to_thread.run_sync(_remove, slot, (), unwanted)
     preserved = {path: owner for path, owner in owners.items() if path in kept}
     changed = [*written, *diff.added, *diff.replaced, *diff.ambiguous]
     refreshed = await anyio.to_thread.run_sync(
