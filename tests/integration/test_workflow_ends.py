@@ -161,6 +161,40 @@ async def test_conflicting_work_of_several_phases_is_repeated_by_all(repository:
     await repository.assert_invariants()
 
 
+async def test_rejected_work_that_conflicts_restarts_with_its_diff_and_findings(repository: Repository) -> None:
+    """Another task has landed meanwhile; the restart survives a failed attempt, and is reported."""
+    landed = repository.spawns.parent / "landed"
+    steps = (
+        f"in review attempt 2 await {landed}",
+        "in build attempt 1 write shared.txt first draft",
+        "in build keep-prompt",
+        "in build attempt 3 exit 1",
+        "in build attempt 4 append shared.txt second",
+        f"in review attempt 2 hand-over {REJECT}",
+        f"in review attempt 5 hand-over {APPROVE}",
+    )
+    path = repository.configure(
+        [
+            {"id": "t", "prompt": "\n".join(steps), "workflow": "two", "attempts": 3, "priority": 10},
+            {"id": "other", "prompt": "write shared.txt other"},
+            {"id": "later", "prompt": f"write {landed} x\nwrite later.txt x", "needs": ["other"]},
+        ],
+        workflows={"two": [{"build": {}}, REVIEW]},
+    )
+    ended = repository.council("run", str(path), "--json", timeout=60)
+    assert ended.states == {"t": "landed", "other": "landed", "later": "landed"}, ended
+    assert (repository.top / "shared.txt").read_text() == "other\nsecond\n"
+    reason = "the earlier work (t/1) conflicts with the target in shared.txt: starting from scratch"
+    for session in ("3", "4"):
+        prompt = repository.council("logs", "t", "--session", session).stdout
+        assert "+first draft" in prompt
+        assert "say more" in prompt
+    started = [one for one in ended.lines if one.get("event") == "task.started" and one["task"] == "t"]
+    assert [one.get("reason", "") for one in started] == ["", "", reason, reason, ""]
+    assert repository.council("show", "t").stdout.count(reason) == 2
+    await repository.assert_invariants()
+
+
 @pytest.mark.extended
 async def test_later_entry_phase_omits_nothing(repository: Repository) -> None:
     """A retry at a later phase treats all earlier ones as done: a task that builds still needs its work."""

@@ -137,6 +137,7 @@ def _session(one: AttemptDetails) -> Iterator[str]:
         parts.append("continued an earlier conversation")
     yield printable(f"  {one.number} {one.phase}: {', '.join(parts)}")
     told = {
+        "restart": one_line(one.restart_reason),
         "reason": one_line(one.reason or ""),
         "message": one_line(one.last_message or "", _LONGEST),
         "saved as": "" if one.branch is None else salvage_name(one.branch),

@@ -12,7 +12,8 @@ class TaskStarted(TaskEvent):
     """An attempt is recorded, its session follows."""
 
     type = "task.started"
-    sentence = "started (session {attempt}, {adapter})"
+    sentence = "started (session {attempt}, {adapter}): {reason}"
+    sentence_without = ("reason", "started (session {attempt}, {adapter})")
 
     base: str
     """The commit that it starts from."""

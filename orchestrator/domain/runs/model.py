@@ -73,6 +73,8 @@ class Attempt(_Document):
     """Whether it continued the conversation of an earlier attempt."""
     phase: str | None = None
     """Its phase of the workflow; None: the task has no workflow."""
+    restart_reason: str = ""
+    """Why it started from scratch although there was work to fix."""
     discarded: tuple[str, ...] = ()
     """The first paths whose changes were discarded, because it was not allowed to change files."""
     denied_tools: ToolDenials = ToolDenials()

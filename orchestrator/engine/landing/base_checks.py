@@ -174,9 +174,9 @@ class BaseChecks:
         except GitError:  # reported when the first session starts
             return None
         # If the two conflict, only work that starts from the base can be checked.
-        if merged is None:
-            return CheckedBase(base, run.base)
-        return CheckedBase(merged, f"{run.target} with {run.base}")
+        if isinstance(merged, str):
+            return CheckedBase(merged, f"{run.target} with {run.base}")
+        return CheckedBase(base, run.base)
 
     async def _merge_into_target(self) -> str:
         """Return how a fix of the base reaches the target if no task brings it along."""

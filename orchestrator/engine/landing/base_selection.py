@@ -15,7 +15,7 @@ import anyio
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.domain.settings.path_patterns import find_out_of_scope
 from orchestrator.domain.settings.run_settings import TaskSpec
-from orchestrator.engine.phases.start import NextPhase
+from orchestrator.engine.phases.start import ConflictingWork, NextPhase
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import GitError
@@ -36,8 +36,8 @@ class BaseSelector:
         """Return the next phase of a task with the commits that its session starts from.
 
         `tips` caches commits for tasks that start together. Earlier work continues if it merges cleanly onto the
-        current target. If not, work to be fixed starts from scratch, and a later phase takes the work unmerged: its
-        landing reports the conflict.
+        current target. If not, work to be fixed starts from scratch, with the earlier work in its prompt, and a later
+        phase takes the work unmerged: its landing reports the conflict.
         """
         document = self._ledger.task(task)
         builds_on_target = self.builds_on_target(task, spec) or next_phase.start is not None
@@ -45,17 +45,19 @@ class BaseSelector:
             tips[builds_on_target] = await self.newest(builds_on_target=builds_on_target)
         tip = tips[builds_on_target]
         if next_phase.start is None:
-            return replace(next_phase, base=tip, is_restart=document.start is not None)
+            return replace(next_phase, base=tip)
+        branches = (each.branch for each in reversed(document.attempts) if not each.restart_reason)
+        conflicting = ConflictingWork(next(filter(None, branches), None), next_phase.start, None)
         with suppress(GitError):  # its parents are not here, or the target was rewritten
-            if (
-                merged := await self._context.target.renew_retry_base(
-                    next_phase.start, tip, self._context.refs(f"renew_retry_base/{task}")
-                )
-            ) is not None:
+            merged = await self._context.target.renew_retry_base(
+                next_phase.start, tip, self._context.refs(f"renew_retry_base/{task}")
+            )
+            if isinstance(merged, str):
                 return replace(next_phase, base=tip, start=merged)
+            conflicting = replace(conflicting, base=next_phase.base, paths=merged)
         if document.start is None and next_phase.base is not None:
             return replace(next_phase, is_newest=False)
-        return replace(next_phase, base=tip, start=None, is_restart=document.start is not None)
+        return replace(next_phase, base=tip, start=None, conflicting=conflicting)
 
     def builds_on_target(self, task: str, spec: TaskSpec) -> bool:
         """Return True if a task without earlier work starts from the target, not the base."""

@@ -167,6 +167,21 @@ def render_command_failure(command: str, ended: str, output: str, mark: str) -> 
     )
 
 
+def render_restart(paths: Sequence[str], diff: str | None, feedback: str | None, mark: str) -> str:
+    """Render feedback for a session that starts from scratch, because the earlier work conflicts with the target.
+
+    `paths` conflict; `diff` and `feedback` are of the earlier work.
+    """
+    conflicts = f"conflicting paths: {', '.join(paths) or 'unknown'}"
+    quoted = _text(conflicts if diff is None else f"{conflicts}\n\n{diff}")
+    about = "" if feedback is None else f"The rest is feedback on the earlier work:\n{feedback}"
+    return (
+        "---\nAn earlier session worked on this task, but its work conflicts with other work that has landed since.\n"
+        "The files here have that other work, and nothing of the earlier work. Do the task again on them. The\n"
+        f"earlier work is quoted between the two marks; {DATA_NOTICE}.\n{quote_block(quoted, mark, 'work')}\n{about}"
+    )
+
+
 def render_rejection(note: str | None) -> str:
     """Render feedback for a phase whose result a person rejected."""
     comment = "" if note is None else f" Their comment:\n{note.strip()}"

@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
-from orchestrator.domain.events.tasks import HandoffReceived, TaskDone, TaskQueued, TaskStarted
+from orchestrator.domain.events.tasks import HandoffReceived, TaskDone, TaskQueued, TaskStarted, salvage_name
 from orchestrator.domain.runs.model import Attempt
 from orchestrator.domain.runs.phases import PhaseRecord
 from orchestrator.domain.runs.statuses import Trigger
 from orchestrator.domain.settings.phase_settings import Phase
 from orchestrator.domain.settings.run_settings import TaskSpec
+from orchestrator.domain.wording import join_names
 from orchestrator.domain.workflow.handoffs import acknowledge
 from orchestrator.domain.workflow.phase_context import get_phase_needs, select_values
 from orchestrator.domain.workflow.routing import (
@@ -32,6 +33,7 @@ from orchestrator.engine.phases.prompts import (
     is_condition_met,
     render,
     render_handoff_instructions,
+    render_restart,
     render_task_prompt,
 )
 from orchestrator.engine.phases.values import PhaseInputs
@@ -40,8 +42,28 @@ from orchestrator.engine.state.tasks import handoff_write
 from orchestrator.engine.state.transitions import TaskUpdate
 from orchestrator.system.clock import Clock
 
+#: Most conflicting paths in the reason of a restart.
+_MAX_NAMED_PATHS: Final = 10
 #: For a phase without a template.
 _DEFAULT_TEMPLATE: Final = "{{ task.prompt }}"
+
+
+@dataclass(frozen=True, slots=True)
+class ConflictingWork:
+    """Work that a session was to fix, but that conflicts with the target."""
+
+    branch: str | None
+    commit: str
+    base: str | None
+    """The commit that it is compared with; None if that is not known to be here."""
+    paths: tuple[str, ...] = ()
+    """The conflicting paths, if known."""
+
+    def describe(self) -> str:
+        """Return why the session starts from scratch."""
+        work = "the earlier work" if self.branch is None else f"the earlier work ({salvage_name(self.branch)})"
+        paths = f" in {join_names(self.paths, _MAX_NAMED_PATHS)}" if self.paths else ""
+        return f"{work} conflicts with the target{paths}: starting from scratch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +80,8 @@ class NextPhase:
     earlier: int | None = None
     """The attempt whose conversation it continues."""
     prompt: SessionPrompt | None = None
-    is_restart: bool = False
-    """Whether it restarts from scratch, because the work that it was to fix no longer applies."""
+    conflicting: ConflictingWork | None = None
+    """The work that it was to fix; it starts from scratch instead."""
     is_newest: bool = True
     """Whether it starts from the newest state of its base."""
 
@@ -102,10 +124,16 @@ class PhaseStarter:
     async def build_prompt(
         self, task: str, spec: TaskSpec, following: NextPhase, diff: str | None = None
     ) -> SessionPrompt:
-        """Return the prompt and inputs of a phase's session; `diff` shows the work that it starts with."""
+        """Return the prompt and inputs of a phase's session.
+
+        `diff` shows the work that it starts with, or that conflicts with the target.
+        """
         document = self.ledger.task(task)
+        feedback = document.feedback
+        if following.conflicting is not None:
+            feedback = render_restart(following.conflicting.paths, diff, feedback or "", secrets.token_hex(8))
+            diff = None
         if following.workflow.is_default:
-            feedback = None if following.is_restart else document.feedback
             return SessionPrompt(render_plain_prompt(spec), suffix=feedback, follow_up=feedback)
         phase = following.phase
         values = await self.inputs.values(task, spec, following.workflow, phase)
@@ -128,7 +156,7 @@ class PhaseStarter:
             writes=phase.writes,
             given=given,
             results=values.results,
-            feedback=None if following.is_restart else document.feedback,
+            feedback=feedback,
             base=following.base,
             diff=diff,
             owns=spec.owns,
@@ -144,6 +172,8 @@ class PhaseStarter:
         """Return the update that records the start of an attempt at a phase."""
         document, prompt, now = self.ledger.task(task), following.prompt, self.clock.now()
         event = TaskStarted(base=attempt.base, adapter=attempt.adapter)
+        if attempt.restart_reason:
+            event = event.replace(reason=attempt.restart_reason)
         changes: dict[str, Any] = {"attempts": tuple(attempts), "current": None}
         if following.workflow.is_default or prompt is None:
             return TaskUpdate(Trigger.START, event, changes)

@@ -42,9 +42,6 @@ from orchestrator.sessions.output.log_files import log_path
 from orchestrator.sessions.session import Assignment, Conversation, Session, SessionResult
 from orchestrator.system.failpoints import failpoint
 
-#: Why an attempt restarts although there is work to fix.
-_RESTART_REASON = "the earlier work conflicts with the target: starting from scratch"
-
 
 @dataclass(frozen=True, slots=True)
 class AttemptRunner:
@@ -69,7 +66,7 @@ class AttemptRunner:
         prompt = await self.phase_handlers.starter.build_prompt(task, spec, next_phase, await self._diff(next_phase))
         conversation = None
         if Capability.RESUME in self.context.adapters[adapter].capabilities():
-            conversation = None if next_phase.is_restart else _conversation(document, next_phase.earlier, adapter)
+            conversation = None if next_phase.conflicting else _conversation(document, next_phase.earlier, adapter)
         timeout = next_phase.phase.timeout or spec.timeout
         assignment = Assignment(
             worktree=Worktree(self.context.hub, self.ledger.run.id, task, len(document.attempts) + 1),
@@ -95,12 +92,13 @@ class AttemptRunner:
         return ActiveAttempt(task, spec, adapter, session, replace(next_phase, prompt=prompt))
 
     async def _diff(self, next_phase: NextPhase) -> str | None:
-        """Return the diff that a phase starts with, if its template may show it."""
-        if next_phase.base is None or next_phase.start is None or not next_phase.phase.shows_diff:
+        """Return the diff that a phase starts with, if its template may show it, or that conflicts with the target."""
+        base, commit = next_phase.base, next_phase.start if next_phase.phase.shows_diff else None
+        if next_phase.conflicting is not None:
+            base, commit = next_phase.conflicting.base, next_phase.conflicting.commit
+        if base is None or commit is None:
             return None
-        return self.context.tools.redactor.text(
-            await diff_commits_bounded(self.context.git, next_phase.base, next_phase.start)
-        )
+        return self.context.tools.redactor.text(await diff_commits_bounded(self.context.git, base, commit))
 
     async def perform(self, active: ActiveAttempt) -> AttemptEnd | None:
         """Record the attempt, run it, record its end, and clean up.
@@ -137,7 +135,7 @@ class AttemptRunner:
 
         Return False if another orchestrator has the task or its paths.
         """
-        assignment = active.session.assignment
+        assignment, conflicting = active.session.assignment, active.next_phase.conflicting
         attempt = Attempt(
             number=assignment.worktree.attempt,
             adapter=active.adapter,
@@ -146,6 +144,7 @@ class AttemptRunner:
             started=self.ledger.writer.clock.now(),
             secrets=active.session.secret_names(),
             phase=assignment.phase,
+            restart_reason="" if conflicting is None else conflicting.describe(),
         )
         earlier = self.ledger.task(active.task).attempts
         if len(earlier) + 1 != attempt.number:  # another orchestrator has made an attempt since this one was prepared
@@ -153,11 +152,6 @@ class AttemptRunner:
         update = self.phase_handlers.starter.build_start_update(
             active.task, active.next_phase, attempt, (*earlier, attempt)
         )
-        if active.next_phase.is_restart:
-            update = update._replace(
-                event=update.event.replace(reason=_RESTART_REASON),
-                changes={**update.changes, "start": None, "base": None, "feedback": None},
-            )
         return await self.ledger.start(active.task, update, partial(self._paths, active))
 
     async def _run(self, active: ActiveAttempt) -> SessionResult:

@@ -247,12 +247,12 @@ class Target:
         first, second = parents.split()
         return await self._restart(tree, first, second, ref)
 
-    async def renew_retry_base(self, work: str, onto: str, ref: str) -> str | None:
-        """Recreate a retry base on a newer commit of the target, kept by `ref`; None if the two conflict."""
+    async def renew_retry_base(self, work: str, onto: str, ref: str) -> str | tuple[str, ...]:
+        """Recreate a retry base on a newer commit of the target, kept by `ref`, or return the conflicting paths."""
         if await self._git.line("rev-parse", f"{work}^1") == onto:
             return work
         tree, paths = await self._git.merge_tree(onto, work)
-        return None if paths else await self._restart(tree, onto, work, ref)
+        return paths or await self._restart(tree, onto, work, ref)
 
     async def _restart(self, tree: str, first: str, second: str, ref: str) -> str:
         commit = await self._commit(tree, first, second, "Merge for another attempt\n")
