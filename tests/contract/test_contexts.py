@@ -7,8 +7,13 @@ import pytest
 
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.security.secrets import REDACTED, Redactor
-from orchestrator.domain.sessions.contexts import STALE_CONTEXT_SECONDS, SessionStatus
-from orchestrator.engine.session_api.contexts import SessionContexts, context_key, read_contexts
+from orchestrator.domain.sessions.contexts import (
+    STALE_CONTEXT_SECONDS,
+    SessionStatus,
+    find_file_conflicts,
+    summarize_task,
+)
+from orchestrator.engine.session_api.contexts import SessionContexts, clean_contexts, context_key, read_contexts
 from orchestrator.errors import LeaseLost, RefusedError
 from orchestrator.locking.ownership import claim_key
 from orchestrator.protocols import Commit, Guard, Store, Write
@@ -45,7 +50,7 @@ async def test_context_of_a_session_is_visible_to_all_processes(
     assert (found.session, found.adapter, found.orchestrator) == (API, "fixer", "o1")
     assert (found.file, found.message, found.progress) == ("src/api.py", "adds an endpoint", "50%")
     assert (found.updated - found.started, found.status) == (5, SessionStatus.WORKING)
-    await contexts.mark_blocked(API, "waits for the schema", "src/models.py")
+    await contexts.update(API, status=SessionStatus.BLOCKED, message="waits for the schema", blocked_on="src/models.py")
     found = await others.read(API)
     assert found is not None
     assert (found.status, found.blocked_on, found.message) == ("blocked", "src/models.py", "waits for the schema")
@@ -63,12 +68,12 @@ async def test_context_conflict_is_a_file_in_several_sessions(
     await contexts.update(API, file="src/api.py")
     await others.hold(WEB, ["src/api.py", "src/web.py"])
     await others.update(OTHER, file="src/web.py", status=SessionStatus.DONE)
-    assert {path: [one.task for one in on] for path, on in (await contexts.conflicts()).items()} == {
+    assert {path: [one.task for one in on] for path, on in find_file_conflicts(await contexts.all()).items()} == {
         "src/api.py": ["api", "web"]
     }
-    assert [one.session for one in await contexts.sessions_on_file("src/web.py")] == [WEB]
+    assert [one.session for one in await contexts.all() if one.is_on("src/web.py")] == [WEB]
     await others.end(WEB)
-    assert await contexts.conflicts() == {}
+    assert find_file_conflicts(await contexts.all()) == {}
 
 
 async def test_task_summary_has_the_context(contexts: SessionContexts) -> None:
@@ -78,17 +83,17 @@ async def test_task_summary_has_the_context(contexts: SessionContexts) -> None:
         await contexts.begin(one, "fixer")
     await contexts.begin(WEB, "fixer")
     await contexts.update(sessions[0], file="b.py")
-    await contexts.mark_blocked(sessions[1], "x", "y")
+    await contexts.update(sessions[1], status=SessionStatus.BLOCKED, message="x", blocked_on="y")
     await contexts.hold(sessions[1], ["a.py"])
     await contexts.end(sessions[2])
-    found = await contexts.summary("r", "api")
+    found = summarize_task("api", await contexts.all("r"))
     assert found.by_status == {"working": 1, "blocked": 1, "waiting": 0, "done": 1}
     assert (found.total, found.files) == (3, ["a.py", "b.py"])
 
 
 async def test_context_status_after_a_wait_is_the_one_before(contexts: SessionContexts) -> None:
     await contexts.begin(API, "fixer")
-    await contexts.mark_blocked(API, "x", "the schema")
+    await contexts.update(API, status=SessionStatus.BLOCKED, message="x", blocked_on="the schema")
     async with contexts.waiting(API, "src/a.py"):
         found = await contexts.read(API)
         assert found is not None
@@ -122,7 +127,7 @@ async def test_context_without_updates_expires_after_half_an_hour(
 
 
 async def test_old_contexts_are_removed_on_request(
-    contexts: SessionContexts, others: SessionContexts, clock: ManualClock
+    contexts: SessionContexts, others: SessionContexts, store: Store, clock: ManualClock
 ) -> None:
     """Older than requested or expired, of any owner."""
     await contexts.begin(API, "fixer")
@@ -130,10 +135,10 @@ async def test_old_contexts_are_removed_on_request(
     await contexts.begin(WEB, "fixer")
     clock.advance(60)
     await contexts.begin(OTHER, "fixer")
-    assert await others.clean(61) == ["r/api.1"]
-    assert await others.clean(60) == ["r/web.2"]
-    assert await others.clean(0) == ["s/api.1"]
-    assert await others.clean(0) == []
+    assert await clean_contexts(store, clock.now(), 61) == ["r/api.1"]
+    assert await clean_contexts(store, clock.now(), 60) == ["r/web.2"]
+    assert await clean_contexts(store, clock.now(), 0) == ["s/api.1"]
+    assert await clean_contexts(store, clock.now(), 0) == []
     await contexts.update(OTHER, message="still there")
     assert [one.message for one in await others.all()] == ["still there"]
 
@@ -170,7 +175,7 @@ async def test_context_text_of_programs_is_sanitized(contexts: SessionContexts) 
 
 
 async def test_concurrent_context_updates_are_all_kept(
-    contexts: SessionContexts, others: SessionContexts, store: Store
+    contexts: SessionContexts, store: Store, clock: ManualClock
 ) -> None:
     """Updates of one session stay in order, and a concurrently deleted record is created again."""
     await contexts.begin(API, "fixer")
@@ -181,7 +186,7 @@ async def test_concurrent_context_updates_are_all_kept(
     async with anyio.create_task_group() as group:
         for number in range(20):
             group.start_soon(say, number)
-        group.start_soon(others.clean, 0)
+        group.start_soon(clean_contexts, store, clock.now(), 0)
     await contexts.update(API, message="last")
     [found] = await read_contexts(store, "r")
     assert (found.progress, found.files, found.message) == ("19", ("18.py",), "last")

@@ -7,7 +7,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from orchestrator.domain.sessions.contexts import SessionStatus
+from orchestrator.domain.sessions.contexts import SessionStatus, find_file_conflicts, summarize_task
 from orchestrator.repo.landing.target_branch import Landed, PreparedMerge, Target
 from orchestrator.repo.source.run_repository import find_run_repository
 from orchestrator.repo.worktrees.hub import internal_ref_name
@@ -46,7 +46,7 @@ async def test_parallel_sessions_same_task(repository: Repository, tmp_path: Pat
             team.write(one, "auth.py", f"attempt = {one.attempt}\n")
         for one in sessions:
             assert (team.tree(one) / "auth.py").read_text() == f"attempt = {one.attempt}\n"
-        assert (await team.contexts.summary("run1", "auth")).total == 3
+        assert (summarize_task("auth", await team.contexts.all("run1"))).total == 3
 
 
 async def test_commit_in_worktree(repository: Repository, tmp_path: Path) -> None:
@@ -159,12 +159,12 @@ async def test_conflict_detection(repository: Repository, tmp_path: Path) -> Non
         first, second = await team.join("auth"), await team.join("web")
         await team.ask(first, "report", file="src/api.py")
         await team.ask(second, "report", file=str(team.tree(second) / "src/api.py"))
-        found = await team.contexts.conflicts()
+        found = find_file_conflicts(await team.contexts.all())
         assert {path: [one.task for one in sessions] for path, sessions in found.items()} == {
             "src/api.py": ["auth", "web"]
         }
         await team.ask(second, "report", file="src/web.py")
-        assert await team.contexts.conflicts() == {}
+        assert find_file_conflicts(await team.contexts.all()) == {}
 
 
 async def test_task_summary(repository: Repository, tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ async def test_task_summary(repository: Repository, tmp_path: Path) -> None:
         await team.ask(sessions[0], "report", status="blocked", message="needs the schema", blocked_on="src/models.py")
         await team.end(sessions[1])
         await team.ask(sessions[2], "report", file="src/auth.py")
-        found = await team.contexts.summary("run1", "auth")
+        found = summarize_task("auth", await team.contexts.all("run1"))
         assert found.by_status == {"working": 1, "blocked": 1, "waiting": 0, "done": 1}
         assert (found.total, found.files) == (3, ["src/auth.py"])
 

@@ -51,7 +51,7 @@ async def test_contexts_are_visible_from_outside(repository: Repository) -> None
                 await contexts.begin(one, "fake")
                 await contexts.update(one, file="src/api.py")
             await contexts.update(auth, message="adds an endpoint", progress="50%")
-            await contexts.mark_blocked(web, "needs it", "the schema")
+            await contexts.update(web, status=SessionStatus.BLOCKED, message="needs it", blocked_on="the schema")
             assert {one.session: one.status for one in await council.sessions.list()} == {
                 auth: SessionStatus.WORKING,
                 web: SessionStatus.BLOCKED,

@@ -62,7 +62,7 @@ class RunEntry:
                 for left_out in (await self.context.plugins.load()).left_out:
                     await ledger.note(PluginSkipped(plugin=left_out.plugin.name, reason=str(left_out)))
                 run_context = self._with_session_service(opened, ledger)
-                await recover(ledger, run_context, clock)
+                await recover(ledger, run_context)
                 handler = RequestHandler(ledger)
                 for request in await handler.pending():
                     await handler.apply(request)

@@ -105,11 +105,6 @@ def filter_active(contexts: Iterable[SessionContext]) -> list[SessionContext]:
     return [context for context in contexts if context.status is not SessionStatus.DONE]
 
 
-def find_sessions_on(contexts: Iterable[SessionContext], path: str) -> list[SessionContext]:
-    """Return the sessions that work on a file or have it locked; several sessions are a conflict."""
-    return [context for context in contexts if context.is_on(path)]
-
-
 def find_file_conflicts(contexts: Iterable[SessionContext]) -> dict[str, list[SessionContext]]:
     """Return the sessions of each file with several of them; two attempts at one task are two sessions."""
     by_file: dict[str, list[SessionContext]] = {}

@@ -44,11 +44,6 @@ class Workflow:
         """Whether it is the single phase of a task without a workflow; its visits are not recorded."""
         return self.phases is DEFAULT_PHASES or tuple(self.phases) == DEFAULT_PHASES
 
-    @property
-    def has_work(self) -> bool:
-        """Whether any phase writes; if so, its task is done only when it has landed."""
-        return any(phase.writes for phase in self.phases)
-
     def phase(self, name: str) -> Phase:
         """Return a phase by name; raise KeyError if there is none."""
         for phase in self.phases:

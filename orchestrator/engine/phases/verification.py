@@ -6,7 +6,7 @@ Read-only, and safe while the run is active: the documents of a task are read as
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import anyio.to_thread
@@ -48,14 +48,7 @@ class TaskVerification:
 
     def to_json(self) -> JsonObject:
         """Return the object for `--json`."""
-        return {
-            "id": self.id,
-            "workflow": self.workflow,
-            "visits": self.visits,
-            "handoffs": self.handoffs,
-            "violations": [violation.to_json() for violation in self.violations],
-            "unseen": list(self.unseen),
-        }
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -139,7 +139,7 @@ class PeerSync:
             for request in await self.requests.pending():
                 self.requests.enqueue(request)
         await self._prune_ownership()
-        for task in await take_over_tasks(self._ledger, self._context, self._clock):
+        for task in await take_over_tasks(self._ledger, self._context):
             self._local.take_over(task)
         await self.clean_up_abandoned()
         for task in await self._reconciler.adopt_landings(frozenset(self._local.merge_queue.landing)):

@@ -49,7 +49,6 @@ from orchestrator.sessions.output.transcript import EMPTY_TRANSCRIPT, Transcript
 from orchestrator.sessions.session import salvage_session
 from orchestrator.sessions.socket.listener import remove_session_socket
 from orchestrator.sessions.supervision.supervisor_client import stop_supervised
-from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
 
 #: Seconds for a session to end once its orchestrator is gone; far above the usual time.
@@ -61,7 +60,7 @@ _LOST = "the record of the attempt was lost with part of the state log"
 _UNCHECKED = "the orchestrator exited before the checks ended"
 
 
-async def recover(ledger: Ledger, context: RunContext, clock: Clock) -> None:
+async def recover(ledger: Ledger, context: RunContext) -> None:
     """Requeue interrupted tasks, salvage their work, and adopt landed merges.
 
     Interrupted landings are not decided here: their tasks stay `landing`, and the merge queue settles them first. May
@@ -82,14 +81,14 @@ async def recover(ledger: Ledger, context: RunContext, clock: Clock) -> None:
         raise to_unusable_error(error, "cannot read the target", "retry once it is reachable") from None
     taken = await _take_over(ledger, context, counts=False)
     tasks = ledger.run.tasks if alone else taken
-    await _recover_sessions(ledger, context, clock, tasks, at_start=True)
+    await _recover_sessions(ledger, context, tasks, at_start=True)
     for task in ledger.tasks.damaged:
         if ledger.task(task).status not in FINAL_STATUSES:
             reason = "its record in the state log is damaged, so its work is unknown: run it again in a new run"
             await ledger.change(task, Trigger.DISTRUST, TaskFailed(reason=reason), reason=reason)
 
 
-async def take_over_tasks(ledger: Ledger, context: RunContext, clock: Clock) -> list[str]:
+async def take_over_tasks(ledger: Ledger, context: RunContext) -> list[str]:
     """Take over tasks of dead orchestrators, and return them.
 
     It works as `recover` does at the start. Each takeover counts as a retry of its task. May be killed at any point:
@@ -100,13 +99,11 @@ async def take_over_tasks(ledger: Ledger, context: RunContext, clock: Clock) -> 
         await worktrees.remove_stale_files(context.hub, ledger.run.id, is_alone=False)
         with suppress(GitError):  # it is refreshed again when they land
             await context.target.refresh()
-        await _recover_sessions(ledger, context, clock, taken, at_start=False)
+        await _recover_sessions(ledger, context, taken, at_start=False)
     return taken
 
 
-async def _recover_sessions(
-    ledger: Ledger, context: RunContext, clock: Clock, tasks: Sequence[str], *, at_start: bool
-) -> None:
+async def _recover_sessions(ledger: Ledger, context: RunContext, tasks: Sequence[str], *, at_start: bool) -> None:
     """End the remaining sessions of tasks, salvage their work, and requeue each task.
 
     The caller has refreshed the target. Except `at_start`, dead orchestrators may be suspended processes, and only
@@ -118,9 +115,9 @@ async def _recover_sessions(
         # Base checks may belong to another live process: `remove_abandoned` removes leftovers.
         if not at_start and (worktree.checker or ledger.task(worktree.task).status not in CLAIMED_STATUSES):
             continue
-        await _reap(ledger, context, clock, worktree)
+        await _reap(ledger, context, worktree)
     for task in tasks:
-        await _requeue_task(ledger, clock, task, context.target.find_landing(ledger.task(task).intended_merges))
+        await _requeue_task(ledger, task, context.target.find_landing(ledger.task(task).intended_merges))
 
 
 async def _inherit_session(ledger: Ledger, context: RunContext, task: str) -> None:
@@ -180,7 +177,7 @@ async def has_active_peers(ledger: Ledger) -> bool:
     return any([await orchestrators.assess(peer) in {OwnerStatus.ALIVE, OwnerStatus.STALE} for peer in peers])
 
 
-async def _requeue_task(ledger: Ledger, clock: Clock, task: str, landed: str | None) -> None:
+async def _requeue_task(ledger: Ledger, task: str, landed: str | None) -> None:
     """Return a task to a state that it can continue from.
 
     `landed` is its merge on the target, if any.
@@ -195,25 +192,25 @@ async def _requeue_task(ledger: Ledger, clock: Clock, task: str, landed: str | N
         event = TaskInterrupted(reason=_ROLLED_BACK, branch=branch)
         await ledger.change(task, Trigger.INTERRUPT, event, reason=_ROLLED_BACK, branch=branch)
     elif document.status is TaskStatus.RUNNING:  # recorded, but never started
-        await _record_interruption(ledger, clock, task, None)
+        await _record_interruption(ledger, task, None)
     elif document.status is TaskStatus.CHECKING:
         await ledger.change(task, Trigger.REQUEUE, TaskRequeued(reason=_UNCHECKED), reason=_UNCHECKED)
 
 
-async def _reap(ledger: Ledger, context: RunContext, clock: Clock, worktree: Worktree) -> None:
+async def _reap(ledger: Ledger, context: RunContext, worktree: Worktree) -> None:
     await end_orphaned_session(worktree)
     failpoint("recovery.session_reaped")
     document = ledger.task(worktree.task)
     contents = classify_worktree(document, worktree.attempt, is_check=worktree.is_check)
-    if contents is WorktreeContents.UNKNOWN and await _recreate_lost_record(ledger, context, clock, worktree):
+    if contents is WorktreeContents.UNKNOWN and await _recreate_lost_record(ledger, context, worktree):
         return
-    if contents is WorktreeContents.UNSAVED and await _salvage_attempt(ledger, context, clock, worktree):
+    if contents is WorktreeContents.UNSAVED and await _salvage_attempt(ledger, context, worktree):
         contents = WorktreeContents.NOTHING
     if contents is WorktreeContents.NOTHING:
         await worktrees.remove_session_folder(worktree)  # the pool discards its slot at the next scan
 
 
-async def _recreate_lost_record(ledger: Ledger, context: RunContext, clock: Clock, worktree: Worktree) -> bool:
+async def _recreate_lost_record(ledger: Ledger, context: RunContext, worktree: Worktree) -> bool:
     """Recreate the lost record of the attempt that a worktree belongs to.
 
     Its number is used up. The worktree is preserved: its secrets and its start commit are unknown. An unused worktree
@@ -221,14 +218,14 @@ async def _recreate_lost_record(ledger: Ledger, context: RunContext, clock: Cloc
     """
     task, number = worktree.task, worktree.attempt
     if ledger.task(task).status is TaskStatus.RUNNING and ledger.task(task).attempt.ended is None:
-        await _record_interruption(ledger, clock, task, None)
+        await _record_interruption(ledger, task, None)
     attempts = ledger.task(task).attempts
     if ledger.task(task).status is not TaskStatus.PENDING or task in ledger.tasks.damaged or number <= len(attempts):
         return False
     if not await anyio.to_thread.run_sync(worktrees.unlock_index, worktree):
         await worktrees.remove_session_folder(worktree)
         return True
-    spec, base, now = await ledger.definitions.spec(task), await context.target.tip(), clock.now()
+    spec, base, now = await ledger.definitions.spec(task), await context.target.tip(), ledger.writer.clock.now()
     lost = [
         Attempt(
             number=index,
@@ -259,7 +256,7 @@ async def end_orphaned_session(worktree: Worktree) -> None:
     await anyio.to_thread.run_sync(remove_session_socket, worktree)
 
 
-async def _salvage_attempt(ledger: Ledger, context: RunContext, clock: Clock, worktree: Worktree) -> bool:
+async def _salvage_attempt(ledger: Ledger, context: RunContext, worktree: Worktree) -> bool:
     """Save the work of an interrupted attempt and requeue its task.
 
     Return False if the worktree must stay.
@@ -270,10 +267,10 @@ async def _salvage_attempt(ledger: Ledger, context: RunContext, clock: Clock, wo
     if document.status is TaskStatus.RUNNING and document.attempt == attempt:
         branch = worktree.branch if await context.git.has_branch(worktree.branch) else None
         transcript = await _read_transcript(context, attempt, worktree.task)
-        log_args = (context.tools.logs, worktree.task, attempt.number, attempt.started, clock.now())
+        log_args = (context.tools.logs, worktree.task, attempt.number, attempt.started, ledger.writer.clock.now())
         ended = await anyio.to_thread.run_sync(last_activity, *log_args)
         usage = {**context.accounting.recorded(transcript, document.attempts), "ended": ended}
-        await _record_interruption(ledger, clock, worktree.task, branch, is_kept=not is_saved, usage=usage)
+        await _record_interruption(ledger, worktree.task, branch, is_kept=not is_saved, usage=usage)
     return is_saved
 
 
@@ -328,7 +325,6 @@ async def _read_transcript(context: RunContext, attempt: Attempt, task: str) -> 
 
 async def _record_interruption(
     ledger: Ledger,
-    clock: Clock,
     task: str,
     branch: str | None,
     *,
@@ -337,7 +333,7 @@ async def _record_interruption(
 ) -> None:
     facts = {"outcome": INTERRUPTED, "reason": _ORCHESTRATOR_ENDED, "branch": branch, "is_kept": is_kept}
     document = ledger.task(task)
-    attempts = document.with_attempt(**{"ended": clock.now(), **facts, **(usage or {})})
+    attempts = document.with_attempt(**{"ended": ledger.writer.clock.now(), **facts, **(usage or {})})
     event = TaskInterrupted(reason=_ORCHESTRATOR_ENDED, branch=branch)
     kept_branch = branch or (document.branch if document.phases else None)  # built by earlier phases
     await ledger.change(

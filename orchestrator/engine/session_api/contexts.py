@@ -24,12 +24,8 @@ from orchestrator.domain.sessions.contexts import (
     STALE_CONTEXT_SECONDS,
     SessionContext,
     SessionStatus,
-    TaskSummary,
     filter_active,
     filter_stale,
-    find_file_conflicts,
-    find_sessions_on,
-    summarize_task,
 )
 from orchestrator.errors import LeaseLost, RefusedError, StoreUnavailable, VersionConflict
 from orchestrator.protocols import Commit, Guard, Key, Store, Write
@@ -128,10 +124,6 @@ class SessionContexts:
         """Record a session's report and heartbeat. Raise RefusedError if this process does not run it."""
         return await self._write(session, changes)
 
-    async def mark_blocked(self, session: SessionName, reason: str, on: str) -> SessionContext:
-        """Record that a session is blocked."""
-        return await self.update(session, status=SessionStatus.BLOCKED, message=reason, blocked_on=on)
-
     async def record_activity(self, session: SessionName, activity: str, file: str | None) -> SessionContext:
         """Record the observed activity of a session and its file (None: unchanged)."""
         return await self._write(session, {"seen": activity, **({} if file is None else {"file": file})})
@@ -181,22 +173,6 @@ class SessionContexts:
     async def all(self, run: str | None = None) -> list[SessionContext]:
         """Return the records of this scope's sessions, of all processes, in all runs or in one."""
         return [context for context in await read_contexts(self.store, run) if context.scope == self._scope]
-
-    async def sessions_on_file(self, path: str) -> list[SessionContext]:
-        """Return the sessions that work on a file or have locked it."""
-        return find_sessions_on(await self.all(), path)
-
-    async def conflicts(self) -> dict[str, list[SessionContext]]:
-        """Return the files that several sessions work on."""
-        return find_file_conflicts(await self.all())
-
-    async def summary(self, run: str, task: str) -> TaskSummary:
-        """Summarize the sessions of a task."""
-        return summarize_task(task, await self.all(run))
-
-    async def clean(self, after: float = STALE_CONTEXT_SECONDS) -> list[str]:
-        """See `clean_contexts`."""
-        return await clean_contexts(self.store, self.clock.now(), after)
 
     def _owned(self, session: SessionName) -> _OwnRecord:
         own = self._own.get(session)
