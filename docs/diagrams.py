@@ -27,7 +27,7 @@ LAYERS = {
     "work": ("sessions", "repo", "locking"),
     "state": ("state",),
     "input and contracts": ("config", "plugins", "project", "hookspecs", "protocols"),
-    "foundation": ("system", "domain", "sandbox", "client", "errors"),
+    "foundation": ("system", "domain", "sandbox", "client", "errors", "lazy"),
 }
 #: Imports between two layers from which on the diagram shows them.
 OFTEN = 15

@@ -6,6 +6,8 @@ from collections.abc import Collection
 from itertools import islice
 from typing import Any, Final
 
+from orchestrator import lazy
+
 # Each unknown name is compared with all: with more, a systematic mistake in a large file would take minutes.
 _MOST_CANDIDATES: Final = 200
 _MOST_FOLDED: Final = 5_000
@@ -29,9 +31,7 @@ def find_similar(unknown: str, names: Collection[str], most: int = 1, cutoff: fl
     same = [name for name in names if name.casefold() == unknown.casefold()] if len(names) <= _MOST_FOLDED else []
     if same or len(names) > _MOST_CANDIDATES:
         return same[:most]
-    from difflib import get_close_matches  # noqa: PLC0415  only errors need it
-
-    return get_close_matches(unknown, names, n=most, cutoff=cutoff)
+    return lazy.difflib.get_close_matches(unknown, names, n=most, cutoff=cutoff)
 
 
 def suggest_similar(unknown: str, names: Collection[str], most: int = 1) -> str | None:

@@ -319,14 +319,13 @@ class _Locker:
 
     def __init__(self) -> None:
         # Imported late: portalocker takes up to half a second to import if redis is installed.
-        from portalocker import AlreadyLocked, LockException, LockFlags  # noqa: PLC0415  (a slow import)
-        from portalocker.portalocker import FlockLocker  # noqa: PLC0415  (the same)
+        import portalocker  # noqa: PLC0415  (a slow import)
 
-        self.locker = FlockLocker()
-        self.held, self.failed = AlreadyLocked, LockException
-        modes = {False: LockFlags.EXCLUSIVE, True: LockFlags.SHARED}
+        self.locker = portalocker.portalocker.FlockLocker()
+        self.held, self.failed = portalocker.AlreadyLocked, portalocker.LockException
+        modes = {False: portalocker.LockFlags.EXCLUSIVE, True: portalocker.LockFlags.SHARED}
         self.flags = {
-            (block, shared): flags if block else flags | LockFlags.NON_BLOCKING
+            (block, shared): flags if block else flags | portalocker.LockFlags.NON_BLOCKING
             for shared, flags in modes.items()
             for block in (False, True)
         }

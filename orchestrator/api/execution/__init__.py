@@ -6,8 +6,9 @@ it. Each is imported on first use, because commands that only show a run need no
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from orchestrator.lazy import lazy_names
 
 if TYPE_CHECKING:
     from orchestrator.api.execution.control import RunController
@@ -17,18 +18,13 @@ if TYPE_CHECKING:
 
 __all__ = ["RunController", "RunExecutor", "create_merge_run", "create_run", "perform_dry_run"]
 
-_MODULES = {
-    "RunController": "control",
-    "RunExecutor": "executor",
-    "create_merge_run": "creation",
-    "create_run": "creation",
-    "perform_dry_run": "dry_run",
-}
-
 if not TYPE_CHECKING:  # type checkers see the imports above, and report unknown names
-
-    def __getattr__(name: str) -> Any:
-        """Import a public name (PEP 562)."""
-        if name not in _MODULES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    __getattr__ = lazy_names(
+        __name__,
+        {
+            "control": ["RunController"],
+            "executor": ["RunExecutor"],
+            "creation": ["create_merge_run", "create_run"],
+            "dry_run": ["perform_dry_run"],
+        },
+    )

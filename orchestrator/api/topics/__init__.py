@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from orchestrator.lazy import lazy_names
 
 if TYPE_CHECKING:
     from orchestrator.api.topics.changes import TaskChanges
@@ -37,25 +38,21 @@ __all__ = [
     "Tasks",
 ]
 
-_MODULES = {
-    "Checkpoints": "checkpoints",
-    "Cleaner": "cleanup",
-    "Locks": "locks",
-    "Notes": "notes",
-    "RunReports": "reports",
-    "Runs": "runs",
-    "Sessions": "sessions",
-    "State": "state",
-    "StateHistory": "history",
-    "TaskChanges": "changes",
-    "TaskLogs": "logs",
-    "Tasks": "tasks",
-}
-
 if not TYPE_CHECKING:  # type checkers see the imports above, and report unknown names
-
-    def __getattr__(name: str) -> Any:
-        """Import a topic (PEP 562)."""
-        if name not in _MODULES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    __getattr__ = lazy_names(
+        __name__,
+        {
+            "changes": ["TaskChanges"],
+            "checkpoints": ["Checkpoints"],
+            "cleanup": ["Cleaner"],
+            "history": ["StateHistory"],
+            "locks": ["Locks"],
+            "logs": ["TaskLogs"],
+            "notes": ["Notes"],
+            "reports": ["RunReports"],
+            "runs": ["Runs"],
+            "sessions": ["Sessions"],
+            "state": ["State"],
+            "tasks": ["Tasks"],
+        },
+    )

@@ -15,11 +15,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from orchestrator.cli.render.output import Output
+from orchestrator.domain.security.secrets import Redactor, secret_values
 from orchestrator.errors import (
     ConfigError,
     CouncilError,
@@ -30,9 +30,6 @@ from orchestrator.errors import (
     to_permission_refusal,
 )
 from orchestrator.protocols import JsonObject
-
-if TYPE_CHECKING:
-    from orchestrator.domain.security.secrets import Redactor
 
 EXIT_UNAVAILABLE = EXIT_TAKEN_OVER = 1
 EXIT_BAD_INPUT = 2
@@ -46,9 +43,6 @@ class _RedactingFormatter(logging.Formatter):
 
 
 def _redactor() -> Redactor:
-    # Late: compiling its expressions takes long, and most commands end well.
-    from orchestrator.domain.security.secrets import Redactor, secret_values  # noqa: PLC0415
-
     return Redactor(secret_values(os.environ))
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from orchestrator import lazy
+
 
 class SuggestingGroup(click.Group):
     """A group that suggests the closest command for an unknown name."""
@@ -19,9 +21,7 @@ class SuggestingGroup(click.Group):
         """Find a command; for an unknown name fail with the closest one."""
         name = args[0]
         if self.get_command(ctx, name) is None and not name.startswith("-"):
-            import difflib  # noqa: PLC0415  `--help` must be quick
-
-            near = difflib.get_close_matches(name, self.list_commands(ctx), n=1)
+            near = lazy.difflib.get_close_matches(name, self.list_commands(ctx), n=1)
             remedy = (
                 f"did you mean `{ctx.command_path} {near[0]}`?" if near else f"`{ctx.command_path} --help` lists them."
             )

@@ -16,6 +16,7 @@ from pydantic import AliasChoices, BaseModel, ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import ErrorDetails
 
+from orchestrator import lazy
 from orchestrator.client.commands import MAX_HANDOFF_BYTES
 from orchestrator.domain.documents.json_values import encode_canonical, find_json_error
 from orchestrator.domain.workflow.violations import (
@@ -166,11 +167,9 @@ def with_validators(kind: HandoffKind, validators: Mapping[str, HandoffValidator
 
 def check_schema(schema: Mapping[str, Any]) -> None:
     """Raise RefusedError for an invalid JSON Schema (draft 2020-12), or one with external references."""
-    from jsonschema import Draft202012Validator, SchemaError  # noqa: PLC0415  only for custom schemas
-
     try:
-        Draft202012Validator.check_schema(schema)
-    except SchemaError as error:
+        lazy.jsonschema.Draft202012Validator.check_schema(schema)
+    except lazy.jsonschema.SchemaError as error:
         place = _place(error.absolute_path) or "the schema"
         remedy = "see https://json-schema.org/draft/2020-12"
         raise RefusedError(f"{place} is invalid: {error.message[:300]}", remedy) from None
@@ -276,11 +275,8 @@ def _limit(kind: str, violations: Sequence[Violation]) -> Sequence[Violation]:
 
 
 def _check_schema_data(name: str, schema: dict[str, Any], data: dict[str, Any]) -> CheckResult:
-    from jsonschema import Draft202012Validator  # noqa: PLC0415  only for custom schemas
-    from referencing import Registry  # noqa: PLC0415  only for custom schemas
-
     # An empty registry: external references are not resolved.
-    validator = Draft202012Validator(schema, registry=Registry())
+    validator = lazy.jsonschema.Draft202012Validator(schema, registry=lazy.referencing.Registry())
     remedy = "write it as the schema says"
     violations = [
         Violation(f"{name}.schema", _place(error.absolute_path) or "the handoff", error.message[:300], remedy)
@@ -326,23 +322,22 @@ _BUILT: Final = (
 )  # fmt: skip
 
 
+def _models() -> Any:
+    """Return the module of the built-in models, which most processes do not use."""
+    from orchestrator.domain.workflow import handoff_models  # noqa: PLC0415
+
+    return handoff_models
+
+
 def _builtin_kind(name: str, exports: Exports) -> HandoffKind:
-    """Return a kind whose model is loaded on first use: most processes use none."""
+    """Return a kind whose model is loaded on first use."""
 
     def load() -> tuple[type[BaseModel], Rule]:
-        from orchestrator.domain.workflow import handoff_models as models  # noqa: PLC0415  most processes use no model
-
-        rules: Mapping[str, Rule] = {
-            "plan": models.check_plan,
-            "build": models.check_build,
-            "review": models.check_review,
-        }
-        return getattr(models, name.capitalize()), rules.get(name, _no_rule)
+        return getattr(_models(), name.capitalize()), getattr(_models(), f"check_{name}", _no_rule)
 
     def paths(data: Mapping[str, Any]) -> tuple[str, ...]:
-        from orchestrator.domain.workflow.handoff_models import find_artifact_paths  # noqa: PLC0415  as above
-
-        return find_artifact_paths(data)
+        found: tuple[str, ...] = _models().find_artifact_paths(data)
+        return found
 
     return _make_kind(name, load, exports, PHASE_NEEDS.get(name), paths if name == "build" else _no_paths)
 

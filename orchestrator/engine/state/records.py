@@ -161,21 +161,21 @@ async def read_task(store: Store, run: str, task: str) -> TaskDocument:
 
 async def read_spec(store: Store, run: str, task: str) -> TaskSpec:
     """Return the specification of a task; RefusedError if it is missing or damaged."""
-    # Imported late: building its models takes as long as all other reads of a status command.
-    from orchestrator.domain.settings.run_settings import TaskSpec  # noqa: PLC0415  as above
-
     stored = await store.get(spec_key(run, task))
-    return _parsed(
-        TaskSpec, _require_undamaged(store, _require_present({} if stored is None else {task: stored}, task))
-    )
+    return _parse_spec(store, {} if stored is None else {task: stored}, task)
 
 
 async def read_specs(store: Store, run: str, tasks: Iterable[str]) -> dict[str, TaskSpec]:
     """Return the specifications of tasks as `read_spec` does, with one store query."""
-    from orchestrator.domain.settings.run_settings import TaskSpec  # noqa: PLC0415  as above
-
     documents = await _list_by_name(store, "spec", run)
-    return {task: _parsed(TaskSpec, _require_undamaged(store, _require_present(documents, task))) for task in tasks}
+    return {task: _parse_spec(store, documents, task) for task in tasks}
+
+
+def _parse_spec(store: Store, documents: Mapping[str, Document], task: str) -> TaskSpec:
+    # Imported late: building its models takes as long as all other reads of a status command.
+    from orchestrator.domain.settings.run_settings import TaskSpec  # noqa: PLC0415
+
+    return _parsed(TaskSpec, _require_undamaged(store, _require_present(documents, task)))
 
 
 async def read_tasks(store: Store, run: str) -> dict[str, Document]:

@@ -406,12 +406,11 @@ def _read_ref(repository: Path, ref: str) -> str | None:
 def _read_any_ref(repository: Path, ref: str) -> str | None:
     # Importing GitPython takes as long as all our other imports together.
     import git  # noqa: PLC0415
-    from git.exc import GitError as GitPythonError  # noqa: PLC0415
 
     try:
         with git.Repo(repository) as opened:
             return git.SymbolicReference.dereference_recursive(opened, ref)
     except ValueError:  # GitPython raises it for a missing ref
         return None
-    except (GitPythonError, OSError) as error:
+    except (git.exc.GitError, OSError) as error:
         raise GitError(["rev-parse", ref], 128, f"{repository}: {error}") from error

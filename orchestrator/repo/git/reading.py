@@ -29,7 +29,8 @@ class CommitSummary:
 
 
 @cache
-def _sealed_repo() -> type[git.Repo]:
+def _sealed_repo() -> tuple[type[git.Repo], type[Exception]]:
+    """Return the class of repositories, and that of their errors."""
     # Late: importing GitPython takes as long as all our other imports together.
     import git  # noqa: PLC0415
 
@@ -43,7 +44,7 @@ def _sealed_repo() -> type[git.Repo]:
     class SealedRepo(git.Repo):
         GitCommandWrapperType = SealedGit
 
-    return SealedRepo
+    return SealedRepo, git.exc.GitError
 
 
 async def _read(repository: Git, read: Callable[[git.Repo], T]) -> T:
@@ -52,14 +53,12 @@ async def _read(repository: Git, read: Callable[[git.Repo], T]) -> T:
 
 
 def _open_and_read(repository: Git, read: Callable[[git.Repo], T]) -> T:
-    repo = _sealed_repo()
-    from git.exc import GitError as GitPythonError  # noqa: PLC0415  as above
-
+    repo, error_type = _sealed_repo()
     try:
         with repo(repository.git_dir, expand_vars=False) as opened:
             opened.git.update_environment(PATH=repository.environ.get("PATH", ""))
             return read(opened)
-    except (GitPythonError, ValueError, OSError) as error:  # ValueError: a missing or unreadable object
+    except (error_type, ValueError, OSError) as error:  # ValueError: a missing or unreadable object
         raise GitError(["cat-file"], 128, f"{repository.git_dir}: {error}") from error
 
 

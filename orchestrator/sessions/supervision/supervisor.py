@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import json
 import os
 import re
@@ -474,7 +475,6 @@ def serve() -> None:
     A request is one byte with the descriptors of the control and status pipes. Orphans of killed supervisors are
     inherited and killed, so this returns after the last of them.
     """
-    import gc  # noqa: PLC0415
     import socket  # noqa: PLC0415  (only needed here)
 
     requests = socket.socket(fileno=os.dup(CONTROL))

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from orchestrator import lazy
 from orchestrator.state.log.codec import DecodedLine, UnreadableBytes, scan
 
 _MAGIC: Final = 0x184D2A50
@@ -46,9 +47,7 @@ class Packer:
 
     def __init__(self) -> None:
         """Start without content."""
-        import zstandard  # noqa: PLC0415  (a slow import that is seldom needed)
-
-        self._compressor = zstandard.ZstdCompressor(level=_LEVEL)
+        self._compressor = lazy.zstandard.ZstdCompressor(level=_LEVEL)
         self._first = 0
         self._content, self._packed_crc = Checksum(0, 0), 0
 
@@ -117,9 +116,7 @@ def _crc_of(frame: bytes | memoryview, length: int, first: int) -> int:
 
 
 def _unpack(part: _Part) -> bytes:
-    import zstandard  # noqa: PLC0415  (a slow import that is seldom needed)
-
-    return zstandard.ZstdDecompressor().decompress(part.frame)
+    return lazy.zstandard.ZstdDecompressor().decompress(part.frame)
 
 
 class SegmentReader:

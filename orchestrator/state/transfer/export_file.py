@@ -22,6 +22,7 @@ import orjson
 from anyio import to_thread
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from orchestrator import lazy
 from orchestrator.domain.documents.times import Instant
 from orchestrator.errors import InvalidDocument, RefusedError
 from orchestrator.protocols import Dump, DumpedCommit, DumpedDocument, Event, Key
@@ -143,10 +144,10 @@ class _Writer:
     """Compresses lines to a stream. Blocks."""
 
     def __init__(self, stream: IO[bytes]) -> None:
-        import zstandard  # noqa: PLC0415  (a slow import that is seldom needed)
-
         self._stream, self.sum, self.bytes = stream, hashlib.sha256(), 0
-        self._packer: ZstdCompressionObj = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).compressobj()
+        self._packer: ZstdCompressionObj = lazy.zstandard.ZstdCompressor(
+            level=_LEVEL, write_checksum=True
+        ).compressobj()
 
     def write(self, lines: bytes) -> None:
         self.sum.update(lines)
@@ -184,10 +185,8 @@ class ExportReader:
 
     def __init__(self, name: str, stream: IO[bytes]) -> None:
         """Read the header; `name` is the file's name in errors."""
-        import zstandard  # noqa: PLC0415  (a slow import that is seldom needed)
-
         self._name, self._stream = name, stream
-        self._unpacker, self._error = zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError
+        self._unpacker, self._error = lazy.zstandard.ZstdDecompressor().decompressobj(), lazy.zstandard.ZstdError
         self._sum = hashlib.sha256()
         self._lines = self._read_lines()
         self._commits = 0
