@@ -19,7 +19,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple, Protocol, TypeVar
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationInfo
 
@@ -57,6 +57,7 @@ __all__ = [
     "Key",
     "McpServer",
     "PathOption",
+    "PluginType",
     "Program",
     "RecordedEvent",
     "SessionCommand",
@@ -735,15 +736,21 @@ class Adapter(Protocol):
         """
 
 
-class AdapterType(Protocol):
-    """The type that a plugin registers under a name: validates options and makes adapters from them."""
+Made_co = TypeVar("Made_co", covariant=True)
+
+
+class PluginType(Protocol[Made_co]):
+    """The type that a plugin registers under a name: validates options, and makes an object with them."""
 
     @property
-    def Options(self) -> type[BaseModel]:  # noqa: N802  a class, in the tracker's body or beside it
+    def Options(self) -> type[BaseModel]:  # noqa: N802  a class, in the body of the type or next to it
         """The model of the entry's own keys; strict, with unknown keys forbidden."""
 
-    def __call__(self, options: Any, /) -> Adapter:
-        """Make an adapter from a validated instance of `Options`."""
+    def __call__(self, options: Any, /) -> Made_co:
+        """Make the object from a validated instance of `Options`."""
+
+
+AdapterType = PluginType[Adapter]
 
 
 @dataclass(frozen=True, slots=True)
@@ -767,15 +774,8 @@ class Sink(Protocol):
         """
 
 
-class SinkType(Protocol):
-    """The type that a plugin registers under a name: validates options and opens sinks with them."""
-
-    @property
-    def Options(self) -> type[BaseModel]:  # noqa: N802  a class, in the tracker's body or beside it
-        """The model of the entry's own keys; strict, with unknown keys forbidden."""
-
-    def __call__(self, options: Any, /) -> AbstractAsyncContextManager[Sink]:
-        """Open a sink from a validated instance of `Options`, from the first event until the run's end."""
+#: Opens a sink from the first event until the run's end.
+SinkType = PluginType[AbstractAsyncContextManager[Sink]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -794,12 +794,4 @@ class Tracker(Sink, Protocol):
         """Return the open tasks."""
 
 
-class TrackerType(Protocol):
-    """The type that a plugin registers under a name: validates options and opens trackers with them."""
-
-    @property
-    def Options(self) -> type[BaseModel]:  # noqa: N802  a class, in the tracker's body or beside it
-        """The model of the entry's own keys; strict, with unknown keys forbidden."""
-
-    def __call__(self, options: Any, /) -> AbstractAsyncContextManager[Tracker]:
-        """Open a tracker from a validated instance of `Options`."""
+TrackerType = PluginType[AbstractAsyncContextManager[Tracker]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from pydantic import BaseModel
 
@@ -22,16 +22,7 @@ from orchestrator.domain.settings.run_settings import (
 from orchestrator.domain.wording import quote_text, suggest
 from orchestrator.domain.workflow.handoff_kinds import HANDOFF_KINDS
 from orchestrator.domain.workflow.mediation import TRANSFORMATIONS
-from orchestrator.protocols import SinkType, TrackerType
-
-
-class HasOptions(Protocol):
-    """A registered plugin type with options."""
-
-    @property
-    def Options(self) -> type[BaseModel]:  # noqa: N802  the contract's name
-        """The model of its options."""
-
+from orchestrator.protocols import PluginType, SinkType, TrackerType
 
 ExplainMissing = Callable[[str], str | None]
 """Returns why a type of this name may be missing; None if unknown."""
@@ -69,7 +60,7 @@ class PluginEntry(NamedTuple, Generic[SettingsT]):
 def read_entries(
     root: Node,
     kind: str,
-    types: Mapping[str, HasOptions],
+    types: Mapping[str, PluginType[Any]],
     common: type[SettingsT],
     folder: Path,
     explain: ExplainMissing,

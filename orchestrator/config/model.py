@@ -19,7 +19,7 @@ from orchestrator.domain.settings.run_settings import (
     TrackerConfig,
 )
 from orchestrator.errors import RefusedError
-from orchestrator.protocols import Adapter, AdapterType, SinkType, TrackerType
+from orchestrator.protocols import Adapter, AdapterType, PluginType
 
 
 class RunConfig(ResolvedSettings):
@@ -71,15 +71,15 @@ class RunConfig(ResolvedSettings):
         return () if workflow is None else self.workflows[workflow]
 
 
-Type = TypeVar("Type", AdapterType, SinkType, TrackerType)
+T = TypeVar("T")
 
 
 def restore_options(
     subject: str,
     stored: AdapterConfig | SinkConfig | TrackerConfig,
-    types: Mapping[str, Type],
+    types: Mapping[str, PluginType[T]],
     why: str | None = None,
-) -> tuple[Type, BaseModel]:
+) -> tuple[PluginType[T], BaseModel]:
     """Return the type and options of a stored adapter, sink or tracker, without its config file.
 
     `subject` names the entry in messages. Raises RefusedError if its plugin is no longer installed, with the reason
