@@ -45,7 +45,7 @@ def processes_with(needle: bytes) -> list[str]:
 
 def drop_kept_worktrees(repository: Repository) -> None:
     """Delete the preserved worktrees with rejected content, as a person would."""
-    kept = repository.council("salvage", "list", "--json").result["kept"]
+    kept = repository.council("salvage", "list", "--json").result["preserved"]
     names = [one["name"] for one in kept if one["name"].endswith("/worktree")]
     assert repository.council("salvage", "drop", "--yes", *names).code == 0
 

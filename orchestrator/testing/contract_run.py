@@ -1,8 +1,8 @@
 """Run the contract of adapters with a configured adapter: `python -m orchestrator.testing.contract_run`.
 
 It reads a JSON object from standard input, `{"use", "options", "places"}`: the type of the adapter, its options as in
-the file, and the folders of local plugins. It prints one JSON object, `{"results": [{"test", "promise", "passed",
-"said"}]}`, or `{"error"}` if the contract can't be run.
+the file, and the folders of local plugins. It prints one JSON object, `{"results": [{"test", "rule", "passed",
+"output"}]}`, or `{"error"}` if the contract can't be run.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class ContractResult:
     """The result of one test of the contract."""
 
     test: str
-    promise: str
+    rule: str
     passed: bool
-    said: str = ""
+    output: str = ""
 
 
 def contract_suite() -> type[AdapterContract]:
@@ -54,18 +54,18 @@ class _Recorder:
     """A pytest plugin that records the result of each test."""
 
     results: list[ContractResult] = field(default_factory=list)
-    _promises: dict[str, str] = field(default_factory=dict)
+    _rules: dict[str, str] = field(default_factory=dict)
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
-            promise = getattr(getattr(item, "function", None), "__doc__", None) or item.name
-            self._promises[item.nodeid] = " ".join(promise.split())
+            rule = getattr(getattr(item, "function", None), "__doc__", None) or item.name
+            self._rules[item.nodeid] = " ".join(rule.split())
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.failed:
-            said = report.longreprtext[-_LONGEST:] if report.failed else ""
+            output = report.longreprtext[-_LONGEST:] if report.failed else ""
             name = report.nodeid.rpartition("::")[2]
-            self.results.append(ContractResult(name, self._promises.get(report.nodeid, name), report.passed, said))
+            self.results.append(ContractResult(name, self._rules.get(report.nodeid, name), report.passed, output))
 
 
 def main() -> dict[str, Any]:
@@ -76,7 +76,7 @@ def main() -> dict[str, Any]:
     except ImportError:
         return {"error": f"the contract needs pytest, which is not installed: {INSTALL_COMMAND}"}
     recorder = _Recorder()
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()) as said:
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()) as printed:
         module = Path(folder) / "test_adapter.py"
         module.write_text(_MODULE)
         # Without `--confcutdir` pytest would run a `conftest.py` of another user in the folder for temporary files.
@@ -84,7 +84,7 @@ def main() -> dict[str, Any]:
         options = ["-q", "-p", "no:cacheprovider", *places, str(module)]
         pytest.main(options, plugins=[recorder])
     if not recorder.results:
-        return {"error": f"the contract could not be run: {said.getvalue().strip()[-_LONGEST:]}"}
+        return {"error": f"the contract could not be run: {printed.getvalue().strip()[-_LONGEST:]}"}
     return {"results": [asdict(one) for one in recorder.results]}
 
 

@@ -192,7 +192,7 @@ class OvernightRun:
         assert not (repository.top / "planted").exists()
         log = "".join(path.read_text() for path in (repository.top / ".council/state").glob("*/*.jsonl"))
         assert "repository.changed" not in log, log[log.index("repository.changed") :][:1000]
-        kept = repository.council("salvage", "list", "--json").result["kept"]
+        kept = repository.council("salvage", "list", "--json").result["preserved"]
         folders = [one["name"] for one in kept if one["name"].endswith("/worktree")]
         assert {name.partition("/")[0] for name in folders} == {"key-kept"} & self.jobs.keys(), kept
         if folders:

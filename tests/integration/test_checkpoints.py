@@ -84,7 +84,7 @@ async def test_running_task_is_restored_as_after_a_kill(repository: Repository) 
     flag(repository).touch()
     ended = repository.council("resume", "--json")
     assert ended.states == {"fails": "landed", "lands": "landed"}, ended
-    kept = {one["name"] for one in repository.council("salvage", "list", "--json").result["kept"]}
+    kept = {one["name"] for one in repository.council("salvage", "list", "--json").result["preserved"]}
     assert {"fails/2", "fails/3"} <= kept
     after = await document(repository, "fails")
     assert [one.outcome for one in after.attempts] == ["interrupted", "crashed", "crashed", "built"]

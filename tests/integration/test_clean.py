@@ -32,7 +32,7 @@ KEEPS: dict[str, Any] = {"id": "keeps", "prompt": "write good.txt g\nwrite .env 
 
 def found(ended: CommandResult) -> list[tuple[str, str]]:
     """Return status and last path component of everything that `clean --json` listed except worktree slots."""
-    return sorted((one["status"], Path(one["place"]).name) for one in ended.result["found"] if one["kind"] != "slot")
+    return sorted((one["status"], Path(one["name"]).name) for one in ended.result["found"] if one["kind"] != "slot")
 
 
 def slot_statuses(ended: CommandResult) -> set[str]:
@@ -87,7 +87,7 @@ async def test_clean_removes_a_finished_run_completely(repository: Repository) -
     run_once(repository, {"id": "a", "prompt": "write a.txt a"})
     for listed in (repository.council("clean", "--json"), run_outside(repository, "clean", "--json")):
         assert (listed.code, listed.result["freed"], found(listed), slot_statuses(listed)) == (0, 0, [], {"ready"})
-    printed = repository.council("clean", "--yes", "--kept").stdout
+    printed = repository.council("clean", "--yes", "--preserved").stdout
     assert "no leftovers to remove" in printed
     assert "ready for the next run: --pool removes it" in printed
     await repository.assert_invariants()
@@ -116,8 +116,9 @@ async def test_worktree_of_an_ended_task_is_removed_once(repository: Repository)
     (folder / run / "done.1" / "slot").symlink_to(user.parent)
     (user.parent / "tree" / "a.txt").write_text("a" * 5000)
     listed = repository.council("clean", "--json")
-    assert (listed.code, found(listed)) == (0, [("left_over", "done.1")])
-    assert str(user.parent) not in {one["place"] for one in listed.result["found"]}
+    assert listed.code == 0
+    assert [one for one in found(listed) if not one[1].startswith("done.1-")] == [("left_over", "done.1")]  # and trash
+    assert str(user.parent) not in {one["name"] for one in listed.result["found"]}
     [one] = (one for one in listed.result["found"] if one["kind"] == "worktree")
     assert one["bytes"] > 5000
     assert (one["run"], one["task"], one["removed"]) == (run, "done", False)
@@ -152,7 +153,7 @@ async def test_interrupted_run_can_resume_after_clean(repository: Repository, fa
     before = trees(repository)
     slots = {path.readlink() for path in hub_of(repository).sessions.glob("*/*/slot")}
     assert slots
-    cleaned = repository.council("clean", "--yes", "--kept", "--logs", "1ms", "--json")
+    cleaned = repository.council("clean", "--yes", "--preserved", "--logs", "1ms", "--json")
     assert cleaned.code == 0
     assert found(cleaned) == [("needed", name) for name in before]
     assert trees(repository) == before
@@ -176,7 +177,7 @@ async def test_cancelled_killed_run_leaves_nothing(repository: Repository) -> No
     child.kill()
     child.communicate()
     assert repository.council("cancel", "--yes", "--json").states == {"a": "cancelled"}
-    assert repository.council("clean", "--yes", "--kept", "--json").result["found"] == []
+    assert repository.council("clean", "--yes", "--preserved", "--json").result["found"] == []
     assert "a.txt" in repository.council("salvage", "show", "a/1").stdout
     await repository.assert_invariants()
 
@@ -187,9 +188,9 @@ async def test_active_run_is_not_cleaned(repository: Repository) -> None:
     child = repository.start("run", str(repository.configure(tasks)), "--json")
     wait_for(lambda: list(home_of(repository).glob("*/sessions/*/long.1/slot/tree/l.txt")))
     wait_for(lambda: repository.council("status", "--json").states["keeps"] == "failed")
-    cleaned = repository.council("clean", "--yes", "--kept", "--logs", "1ms", "--json")
+    cleaned = repository.council("clean", "--yes", "--preserved", "--logs", "1ms", "--json")
     assert (cleaned.code, cleaned.result["found"]) == (0, [])
-    assert run_outside(repository, "clean", "--yes", "--kept", "--json").result["found"] == []
+    assert run_outside(repository, "clean", "--yes", "--preserved", "--json").result["found"] == []
     assert [name for name in trees(repository) if ".0.check" not in name] == ["keeps.1", "long.1"]
     assert repository.council("cancel", "long").code == 0
     stdout, stderr = child.communicate(timeout=60)
@@ -198,24 +199,24 @@ async def test_active_run_is_not_cleaned(repository: Repository) -> None:
 
 
 async def test_preserved_work_is_removed_only_on_request(repository: Repository) -> None:
-    """A worktree with an uncommittable file is listed and stays; `--kept` removes it, but no branch."""
+    """A worktree with an uncommittable file is listed and stays; `--preserved` removes it, but no branch."""
     run_once(repository, KEEPS, code=1)
     cleaned = repository.council("clean", "--yes", "--json")
-    assert (cleaned.code, found(cleaned), cleaned.result["freed"]) == (0, [("kept", "keeps.1")], 0)
+    assert (cleaned.code, found(cleaned), cleaned.result["freed"]) == (0, [("preserved", "keeps.1")], 0)
     assert trees(repository) == ["keeps.1"]
     printed = repository.council("clean", "--yes").stdout
     assert "kept: it has files that are in no commit" in printed
-    assert "--kept removes it" in printed
-    assert repository.council("clean", "--kept", "--dry-run", "--yes").code == 0
+    assert "--preserved removes it" in printed
+    assert repository.council("clean", "--preserved", "--dry-run", "--yes").code == 0
     assert trees(repository) == ["keeps.1"]
     [kept] = hub_of(repository).sessions.glob("*/*/slot")
     slot = kept.readlink()
     assert slot.exists()
-    cleaned = repository.council("clean", "--kept", "--yes", "--json")
-    assert [one["removed"] for one in cleaned.result["found"] if one["status"] == "kept"] == [True]
+    cleaned = repository.council("clean", "--preserved", "--yes", "--json")
+    assert [one["removed"] for one in cleaned.result["found"] if one["status"] == "preserved"] == [True]
     assert trees(repository) == []
     assert not slot.exists()
-    assert [one["name"] for one in repository.council("salvage", "list", "--json").result["kept"]] == ["keeps/1"]
+    assert [one["name"] for one in repository.council("salvage", "list", "--json").result["preserved"]] == ["keeps/1"]
     await repository.assert_invariants()
 
 
@@ -237,12 +238,12 @@ async def test_damaged_record_proves_nothing(repository: Repository) -> None:
     age(hub_of(repository).trusted / "refs/council" / run)
     damage(repository, b"task.failed", -3)
     cleaned = repository.council("clean", "--yes", "--json")
-    assert found(cleaned) == [("kept", "keeps.1")]
+    assert found(cleaned) == [("preserved", "keeps.1")]
     assert "damaged" in next(one["reason"] for one in cleaned.result["found"] if one["kind"] == "worktree")
     for event in (b"run.created", b"run.finished"):  # everything that has the run's document
         damage(repository, event, 30)
     assert repository.council("runs", "--json").result["runs"] == []
-    assert nothing(repository.council("clean", "--yes", "--kept", "--json"))
+    assert nothing(repository.council("clean", "--yes", "--preserved", "--json"))
     assert trees(repository) == ["keeps.1"]
 
 
@@ -267,10 +268,10 @@ async def test_hub_of_a_deleted_repository_with_work_stays(repository: Repositor
     run_once(repository, KEEPS, code=1)
     shutil.rmtree(repository.top)
     listed = run_outside(repository, "clean", "--yes", "--json")
-    assert [one["status"] for one in listed.result["found"]] == ["kept"]
+    assert [one["status"] for one in listed.result["found"]] == ["preserved"]
     assert listed.result["found"][0]["reason"].endswith("it has unmerged work (refs: 1, worktrees: 1)")
     assert hub_of(repository).root.exists()
-    assert run_outside(repository, "clean", "--yes", "--kept").code == 0
+    assert run_outside(repository, "clean", "--yes", "--preserved").code == 0
     assert not list(home_of(repository).glob("*/"))
 
 
@@ -303,14 +304,14 @@ async def test_hub_unknown_to_any_state_is_removed(repository: Repository) -> No
         assert nothing(one.council("clean", "--json"))
     shutil.rmtree(second.top / ".council")
     listed = repository.council("clean", "--json")
-    assert found(listed) == [("kept", "keeps.1"), ("left_over", old)]
+    assert found(listed) == [("left_over", old), ("preserved", "keeps.1")]
     assert repository.council("clean", "--yes").code == 0
     refs = Repository(hub.trusted, repository.environ, repository.spawns).git("for-each-ref", "--format=%(refname)")
     assert f"refs/council/{old}/" not in refs
     assert f"refs/council/{new}/" in refs
     assert f"refs/heads/council/{old}/keeps/1" in refs
-    assert found(repository.council("clean", "--json")) == [("kept", "keeps.1")]
-    assert repository.council("clean", "--yes", "--kept").code == 0
+    assert found(repository.council("clean", "--json")) == [("preserved", "keeps.1")]
+    assert repository.council("clean", "--yes", "--preserved").code == 0
     assert trees(repository) == []
 
 
@@ -341,7 +342,7 @@ async def test_leftovers_of_killed_commands_are_removed(repository: Repository) 
     for path in (index, hub.trusted / "config", session):
         age(path)
     assert found(repository.council("clean", "--json")) == sorted(
-        [("kept", session.name), *(("left_over", name) for name in (half_built.name, left[0].name, left[1].name))]
+        [("preserved", session.name), *(("left_over", name) for name in (half_built.name, left[0].name, left[1].name))]
     )
     for path in left:
         age(path)
@@ -351,7 +352,7 @@ async def test_leftovers_of_killed_commands_are_removed(repository: Repository) 
     assert repository.council("clean", "--yes").code == 0
     assert not [path for path in (*left, half_built) if path.exists()]
     assert index.exists()
-    assert found(repository.council("clean", "--json")) == [("kept", session.name)]
+    assert found(repository.council("clean", "--json")) == [("preserved", session.name)]
     await repository.assert_invariants()
 
 
@@ -407,7 +408,7 @@ async def test_unremovable_leftover_is_named(repository: Repository) -> None:
     closed.chmod(0)
     stuck = next(home_of(repository).glob("*/sessions/*/keeps.1/slot/tree/.env"))
     with immutable(stuck):
-        cleaned = repository.council("clean", "--yes", "--kept", "--json")
+        cleaned = repository.council("clean", "--yes", "--preserved", "--json")
         assert (cleaned.code, cleaned.result["exit"]) == (1, 1)
         errors = {one["task"]: (one["removed"], one["error"]) for one in cleaned.result["found"] if one["task"]}
         assert errors["other"] == (True, None)
@@ -415,8 +416,7 @@ async def test_unremovable_leftover_is_named(repository: Repository) -> None:
         assert "Operation not permitted" in errors["keeps"][1]
         assert trees(repository) == []
         [waits] = hub_of(repository).trash.iterdir()
-        assert nothing(repository.council("clean", "--json"))  # another process might be running it
-        age(waits)
+        assert found(repository.council("clean", "--json")) == [("left_over", waits.name)]
         printed = repository.council("clean", "--yes")
         assert printed.code == 1
         assert f"{waits} could not be removed" in printed.stderr
@@ -451,7 +451,7 @@ async def test_hub_used_since_listing_stays(repository: Repository) -> None:
     repository.top.rename(aside)
     cleaner = Cleaner(home_of(repository), repository.environ, SystemClock())
     listed = await cleaner.find()
-    assert [one.place for one in listed] == [str(hub_of(repository).root)]
+    assert [one.name for one in listed] == [str(hub_of(repository).root)]
     aside.rename(repository.top)
     assert [one.error for one in await cleaner.remove(listed)] == ["it is in use again, or was changed"]
     assert hub_of(repository).root.exists()
@@ -473,9 +473,9 @@ async def test_repository_can_run_again_after_clean(repository: Repository) -> N
 
 @contextmanager
 def confirmation(repository: Repository) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """Start `clean --kept` on a terminal and wait for its question; yield the process and the terminal's other end."""
+    """Start `clean --preserved` on a terminal and wait for its question; yield the process and its terminal."""
     ours, theirs = pty.openpty()
-    argv = [sys.executable, "-m", "orchestrator.cli.main", "clean", "--kept"]
+    argv = [sys.executable, "-m", "orchestrator.cli.main", "clean", "--preserved"]
     child = subprocess.Popen(
         argv, cwd=repository.top, env=repository.environ, stdin=theirs, stdout=theirs, stderr=theirs
     )
@@ -528,7 +528,7 @@ async def test_clean_follows_no_link(repository: Repository) -> None:
         if link.exists():
             link.rename(moved)
         link.symlink_to(theirs)
-        cleaned = repository.council("clean", "--yes", "--kept", "--json")
+        cleaned = repository.council("clean", "--yes", "--preserved", "--json")
         assert cleaned.code == 0, (link, cleaned)
         assert sorted(theirs.rglob("*")) == before, link
         link.unlink(missing_ok=True)
@@ -542,7 +542,7 @@ async def test_folder_that_only_looks_like_a_partial_hub_stays(repository: Repos
     photos = home_of(repository) / "photos-20200101abcd.new"
     photos.mkdir()
     (photos / "one.jpg").write_text("precious")
-    assert repository.council("clean", "--yes", "--kept").code == 0
+    assert repository.council("clean", "--yes", "--preserved").code == 0
     assert (photos / "one.jpg").exists()
 
 

@@ -97,9 +97,9 @@ async def test_unlanded_work_stays_without_force(repository: Repository) -> None
     """Its branch: dropped, the record may be removed; forced, the branch still exists after a restore."""
     run = run_once(repository, FAILS)
     async with later(repository, 8) as council:
-        assert await statuses(council) == {run: "kept"}
+        assert await statuses(council) == {run: "preserved"}
         [kept] = await council.changes.preserved(run)
-        assert await removed(council) == [None]  # as with --kept
+        assert await removed(council) == [None]  # as with --preserved
         [checkpoint] = await council.checkpoints.list(run)
         await council.checkpoints.restore(checkpoint.id)
         assert await council.changes.preserved(run) == [kept]
@@ -117,7 +117,7 @@ async def test_resumable_run_stays_without_an_option(repository: Repository) -> 
     assert repository.council("retry", "f").code == 0
     async with later(repository, 8) as council:
         assert await statuses(council) == {interrupted: "needed", retried: "needed"}
-        assert await statuses(council, include_interrupted=True) == {interrupted: "left_over", retried: "kept"}
+        assert await statuses(council, include_interrupted=True) == {interrupted: "left_over", retried: "preserved"}
         found = await council.cleaner.find(runs=7 * DAY, include_interrupted=True)
         [run] = [one for one in found if (one.kind, one.run) == ("run", interrupted)]
         assert run.reason.startswith("it was interrupted on ")
@@ -194,7 +194,7 @@ async def test_command_lists_first(repository: Repository) -> None:
     assert repository.council("runs").stdout.startswith(run)
     done: CommandResult = repository.council("clean", "--runs", "1ms", "--yes", "--json")
     [facts] = [one for one in done.result["found"] if one["kind"] == "run"]
-    assert (facts["place"], facts["status"], facts["removed"]) == (run, "left_over", True)
+    assert (facts["name"], facts["status"], facts["removed"]) == (run, "left_over", True)
     assert facts["bytes"] > 0
     assert repository.council("runs").stdout == ""
     assert run in repository.council("checkpoint", "list").stdout

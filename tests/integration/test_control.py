@@ -380,7 +380,7 @@ async def test_preserved_work_is_listed_shown_applied_and_dropped(repository: Re
         {"id": "tried", "prompt": "write t.txt t\nattempt 1 exit 1", "attempts": 2},
     ]  # fmt: skip
     repository.council("run", str(repository.configure(tasks)))
-    listed = repository.council("salvage", "list", "--json").result["kept"]
+    listed = repository.council("salvage", "list", "--json").result["preserved"]
     assert [one["name"] for one in listed] == ["failed/1", "stasher/1", "stasher/1/stash", "tried/1"]
     run, *rows = repository.council("salvage", "list").stdout.splitlines()
     assert run == f"run {listed[0]['run']}"
@@ -399,7 +399,7 @@ async def test_preserved_work_is_listed_shown_applied_and_dropped(repository: Re
     assert applied.result["paths"] == ["f.txt"]
     assert (repository.top / "f.txt").read_text() == "kept-text\n"
     assert repository.council("salvage", "drop", "--yes", "failed/1", "stasher/1/stash").code == 0
-    left = repository.council("salvage", "list", "--json").result["kept"]
+    left = repository.council("salvage", "list", "--json").result["preserved"]
     assert [one["name"] for one in left] == ["stasher/1", "tried/1"]
 
 
@@ -411,7 +411,7 @@ async def test_worktree_with_a_secret_is_preserved_and_can_be_dropped(repository
     task = ended.result["tasks"][0]
     assert (task["status"], task["failure"]) == ("failed", "refused")
     assert "src/.env" in task["reason"]
-    kept = repository.council("salvage", "list", "--json").result["kept"]
+    kept = repository.council("salvage", "list", "--json").result["preserved"]
     assert [one["name"] for one in kept] == ["env/1", "env/1/worktree"]
     assert (Path(kept[1]["worktree"]) / "src/.env").exists()
     shown = repository.council("salvage", "show", "env/1").stdout
@@ -467,7 +467,7 @@ async def test_rejected_request_stays_rejected(repository: Repository) -> None:
     del repository.environ["MY_TOKEN"]
     cancelled = repository.council("cancel", "--yes", "--json")
     assert cancelled.states == {"leaks": "failed", "cut-off": "cancelled"}, cancelled
-    kept = {one["name"] for one in repository.council("salvage", "list", "--json").result["kept"]}
+    kept = {one["name"] for one in repository.council("salvage", "list", "--json").result["preserved"]}
     assert kept == {"leaks/1", "leaks/1/worktree", "cut-off/1/worktree"}
     for place in homes.glob("*/*.git"):
         objects = subprocess.run(
@@ -502,7 +502,7 @@ async def test_all_runs_are_listed(repository: Repository) -> None:
     first, second = repository.council("runs", "--json").result["runs"]
     assert (first["status"], second["status"]) == ("incomplete", "landed")
     assert first["run"] in repository.council("runs").stdout
-    [kept] = repository.council("salvage", "list", "--json").result["kept"]
+    [kept] = repository.council("salvage", "list", "--json").result["preserved"]
     assert "b.txt" in repository.council("salvage", "show", kept["name"], "--run", kept["run"]).stdout
 
 

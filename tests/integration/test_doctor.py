@@ -325,7 +325,7 @@ def test_skipped_plugins_are_reported(repository: Repository, tmp_path: Path) ->
     (status, words, _) = doctor(repository)["plugin"][0]
     assert status == "warning"
     assert "'broken_one' of broken_one 1.0: RuntimeError: no such thing" in words
-    assert "no such thing" in repository.council("adapters", "--json").result["left_out"][0]
+    assert "no such thing" in repository.council("adapters", "--json").result["skipped"][0]
     assert "skipped: the plugin 'broken_one'" in repository.council("adapters").stdout
 
 

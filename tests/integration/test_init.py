@@ -69,7 +69,7 @@ def test_found_tools_are_used(repository: Repository, fakes: FakePrograms) -> No
     repository.commit({"Makefile": "test:\n\ttrue\n"})
     result = init(repository)
     assert [one["use"] for one in result["adapters"]] == ["beta-code", "alpha-code"]
-    assert (result["checks"], result["told_by"]) == (["make test"], "Makefile")
+    assert (result["checks"], result["declared_in"]) == (["make test"], "Makefile")
     value = yaml.safe_load((repository.top / "council.yaml").read_text())
     assert value["adapters"] == {"beta-code": {"use": "beta-code"}, "alpha-code": {"use": "alpha-code"}}
     assert value["defaults"]["adapter"] == "beta-code"

@@ -45,7 +45,7 @@ def test_run_with_a_lost_attempt_continues_after_a_repair(
     assert (resumed.code, resumed.states) == (0, {"two": "landed"}), resumed
     assert resumed.result["tasks"][0]["attempts"] == 1
     assert sessions(repository) == kept
-    listed = repository.council("salvage", "list", "--json").result["kept"]
+    listed = repository.council("salvage", "list", "--json").result["preserved"]
     assert [one["name"] for one in listed if one["worktree"]] == ["two/1/worktree"] * len(kept)
     assert (repository.top / "two.txt").read_text().strip() == "2"
 

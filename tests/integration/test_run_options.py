@@ -73,6 +73,15 @@ def test_single_word_may_be_a_mistake(tmp_path: Path, monkeypatch: pytest.Monkey
         is_prompt("night")
 
 
+@pytest.mark.parametrize("words", [("",), ("--task", " ")])
+def test_empty_prompt_is_rejected_without_naming_the_file(repository: Repository, words: tuple[str, ...]) -> None:
+    write_config(repository, CHAIN)
+    refused = repository.council("run", *words)
+    assert refused.code == 2
+    assert "the prompt is empty" in refused.stderr
+    assert "council.yaml" not in refused.stderr
+
+
 async def test_only_installed_adapter_runs_without_a_file(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -117,7 +117,7 @@ def test_work_is_shown_as_preserved_only_if_it_is(repository: Repository) -> Non
         [{"id": "t", "prompt": "attempt 1 write a.txt x\nattempt 1 exit 3\nattempt 2 write b.txt x"}]
     )
     assert repository.council("run", str(path), "--json").states == {"t": "landed"}
-    kept = [one["name"] for one in repository.council("salvage", "list", "--json").result["kept"]]
+    kept = [one["name"] for one in repository.council("salvage", "list", "--json").result["preserved"]]
     assert re.findall(r"saved as +(\S+)", repository.council("show", "t").stdout) == kept == ["t/1"]
 
 

@@ -362,8 +362,8 @@ async def test_damage_is_found_and_accepted(project: Repository) -> None:
     assert "verify --repair" in project.council("state", "verify").stdout
     repaired = project.council("state", "verify", "--repair", "--json")
     assert (repaired.code, repaired.result["is_valid"], repaired.result["position"]) == (0, True, 12)
-    assert repaired.result["settled"] == [{"key": str(CLAIM), "version": 3}, {"key": str(MODELS), "version": 6}]
-    assert project.council("state", "verify", "--repair", "--json").result["settled"] == []
+    assert repaired.result["repaired"] == [{"key": str(CLAIM), "version": 3}, {"key": str(MODELS), "version": 6}]
+    assert project.council("state", "verify", "--repair", "--json").result["repaired"] == []
     assert project.council("state", "verify").code == 0
     assert project.council("state", "at", "now", "--json").result["damage"] == []
 

@@ -112,7 +112,7 @@ def test_clean_keeps_hubs_of_runs_in_another_store(repository: Repository, tmp_p
     own = repository.configure([_TASK | {"prompt": "write two.txt 2"}])
     ended = repository.council("run", str(own))
     assert ended.code == 0, ended.stdout
-    cleaned = repository.council("clean", "--kept", "--yes", "--json").result
+    cleaned = repository.council("clean", "--preserved", "--yes", "--json").result
     assert [one for one in cleaned["found"] if one["kind"] != "slot"] == []
     assert repository.council("resume", "--state", str(tmp_path / "state")).code == 0
     assert (repository.top / "one.txt").exists()

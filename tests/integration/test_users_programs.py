@@ -365,7 +365,7 @@ async def test_landing_creates_no_repository(repository: Repository, tmp_path: P
     assert "git would treat docs/Notes as a separate repository" in waiting["reason"]
     if parts == 1:
         assert repository.council("cancel", waiting["id"]).code in {0, 1}
-        (kept,) = repository.council("salvage", "list", "--json").result["kept"]
+        (kept,) = repository.council("salvage", "list", "--json").result["preserved"]
         applied = repository.council("salvage", "apply", kept["name"])
         assert (applied.code, "a separate repository" in applied.stderr) == (2, True), applied
     repository.git("status")
@@ -385,7 +385,7 @@ async def test_salvage_apply_changes_nothing_that_git_runs(repository: Repositor
     }
     config = repository.configure([{**task, "attempts": 1}], adapters={"sh": SHELL_ADAPTER})
     assert repository.council("run", str(config)).code == 1
-    (kept,) = repository.council("salvage", "list", "--json").result["kept"]
+    (kept,) = repository.council("salvage", "list", "--json").result["preserved"]
     applied = repository.council("salvage", "apply", kept["name"])
     assert (applied.code, "it changes gitconfig, which decides" in applied.stderr) == (2, True), applied
     assert "evil" not in (repository.top / "gitconfig").read_text()

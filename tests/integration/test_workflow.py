@@ -133,7 +133,7 @@ async def test_changes_of_a_killed_reader_are_discarded(repository: Repository, 
     )
     assert repository.council("run", str(path), failpoints=f"{failpoint}=kill").code == -signal.SIGKILL
     assert repository.council("resume", "--json").states == {"t": "done"}
-    assert repository.council("salvage", "list", "--json").result["kept"] == []
+    assert repository.council("salvage", "list", "--json").result["preserved"] == []
     await repository.assert_invariants()
 
 

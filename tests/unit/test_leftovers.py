@@ -55,14 +55,14 @@ def test_only_saved_work_of_ended_tasks_is_removed(status: TaskStatus, held: Wor
     verdict, _ = judge_worktree("run", document(status), held)
     assert (verdict is LeftoverStatus.NEEDED) == (status not in FINAL_STATUSES)
     assert (verdict is LeftoverStatus.LEFT_OVER) == (status in FINAL_STATUSES and held is WorktreeContents.NOTHING)
-    assert judge_worktree("run", None, held)[0] is LeftoverStatus.KEPT
+    assert judge_worktree("run", None, held)[0] is LeftoverStatus.PRESERVED
     assert (judge_orphan(held)[0] is LeftoverStatus.LEFT_OVER) == (held is WorktreeContents.NOTHING)
 
 
 @pytest.mark.parametrize(("refs", "worktrees"), [(1, 0), (0, 1), (None, 0)])
 def test_hub_with_work_is_kept(refs: int | None, worktrees: int) -> None:
     """And if its state is unknown."""
-    assert judge_hub("/r/.git", refs, worktrees)[0] is LeftoverStatus.KEPT
+    assert judge_hub("/r/.git", refs, worktrees)[0] is LeftoverStatus.PRESERVED
     assert judge_hub("/r/.git", 0, 0)[0] is LeftoverStatus.LEFT_OVER
 
 

@@ -127,7 +127,7 @@ def test_text_for_people_is_complete() -> None:
         "verdict: reject",
         "a.py:3 (major) say \N{REPLACEMENT CHARACTER}[31mmore",
         "a.py, b.py",
-        "invalid_handoff, cli-2, 0:30, 1.0k tokens, $0.5000",
+        "invalid handoff, cli-2, 0:30, 1.0k tokens, $0.5000",
         "continued an earlier conversation",
         "/logs/t.4.stdout",
         "run/t/1, scout: scout to plan; direct; by file; sha256:",

@@ -114,17 +114,17 @@ class Cleaner:
             known = (await self._survey.runs()).get(run)
             found = await (self._survey.unknown_runs(_hub(one)) if known is None else self._survey.worktrees(known))
             if one not in found:
-                return not await anyio.Path(one.place).exists()
+                return not await anyio.Path(one.name).exists()
             folder = _hub(one).sessions / run
             for worktree in await anyio.to_thread.run_sync(worktrees.list_worktrees, _hub(one), run, None):
-                if str(worktree.root) == one.place:
+                if str(worktree.root) == one.name:
                     await end_orphaned_session(worktree)
                     await self._delete(worktree.hub, await worktrees.remove_worktree(worktree), git.keep_fds)
             await anyio.to_thread.run_sync(worktrees.remove_if_empty, folder)
         return True
 
     async def _remove_place(self, one: Leftover) -> bool:
-        place = WorktreeSlot(_hub(one), int(Path(one.place).name))
+        place = WorktreeSlot(_hub(one), int(Path(one.name).name))
         async with place.lock.hold(0) as lock:
             if not await anyio.Path(place.root).exists():
                 return True
@@ -144,7 +144,7 @@ class Cleaner:
         async with self._hold_run(one) as (git, _):
             if one not in await self._survey.unknown_runs(_hub(one)):
                 return False
-            listed = await git("for-each-ref", "--format=delete %(refname) %(objectname)", one.place)
+            listed = await git("for-each-ref", "--format=delete %(refname) %(objectname)", one.name)
             await git("update-ref", "--stdin", input_=listed.stdout)
         return True
 
@@ -153,7 +153,7 @@ class Cleaner:
             known = (await self._survey.runs()).get(run)
             if known is None or known.ended is None:
                 return False
-            await remove_all([Path(one.place)], self._environ, git.keep_fds)
+            await remove_all([Path(one.name)], self._environ, git.keep_fds)
         return True
 
     async def _remove_run(self, one: Leftover) -> bool:
@@ -217,14 +217,14 @@ class Cleaner:
             if one.hub is not None:
                 fds = ((await stack.enter_async_context(_hub(one).creation_lock.hold(0))).fd,)
             if not await self._is_stale_file(one):
-                return not await anyio.Path(one.place).exists()
-            await remove_all([Path(one.place)], self._environ, fds)
+                return not await anyio.Path(one.name).exists()
+            await remove_all([Path(one.name)], self._environ, fds)
         return True
 
     async def _is_stale_file(self, one: Leftover) -> bool:
         if one.hub is None:
             return one in await self._survey.stale_excludes()
-        return one.place == str(_hub(one).staging_root) or one in await self._survey.stale_files(_hub(one))
+        return one.name == str(_hub(one).staging_root) or one in await self._survey.stale_files(_hub(one))
 
 
 def _hub(one: Leftover) -> Hub:
@@ -235,9 +235,9 @@ def _hub(one: Leftover) -> Hub:
 def _with_size(one: Leftover, project: Project | None) -> Leftover:
     if one.kind is LeftoverKind.REFS:
         return one
-    folders = [Path(one.place)]
+    folders = [Path(one.name)]
     if one.kind is LeftoverKind.RUN and project is not None:
-        folders = [project.logs(one.place)]
-    if one.kind is LeftoverKind.WORKTREE and (place := read_session_slot(_hub(one), Path(one.place))) is not None:
+        folders = [project.logs(one.name)]
+    if one.kind is LeftoverKind.WORKTREE and (place := read_session_slot(_hub(one), Path(one.name))) is not None:
         folders.append(place.root)
     return replace(one, bytes=sum(map(disk_usage, folders)))

@@ -74,7 +74,7 @@ def is_prompt(text: str) -> bool:
     UsageError for a single word that is neither, which may as well be a file's name with a mistake in it.
     """
     if not text.strip():
-        return True  # which is refused as an empty prompt
+        return True  # the caller rejects it
     if text.endswith(_CONFIG_SUFFIXES) or os.path.lexists(text):
         return False
     if len(text.split()) < _MIN_PROMPT_WORDS:

@@ -105,14 +105,14 @@ def _shortened(text: str) -> str:
     lost = [one for one in re.finditer(r"`[^`]*`", text) if cell_len(text[: one.end()]) >= COLUMNS]
     commands = " ".join(one.group() for one in lost)
     prose = text[: lost[0].start()] if lost else text
-    room = max(COLUMNS - 1 - cell_len(commands), COLUMNS // 2) if lost else COLUMNS
-    if not lost:
-        return truncate_end(prose, room)
+    room = max(COLUMNS - 1 - cell_len(commands), COLUMNS // 2)
     kept = set_cell_size(prose, room - 2) if cell_len(prose) > room - 2 else prose
     clauses = [one.start() for one in _CLAUSE_ENDS.finditer(f"{kept} ")]
-    if clauses and clauses[-1] > len(kept) // 2:  # a shorter clause is better than half a sentence
+    if lost and clauses and clauses[-1] > len(kept) // 2:  # a shorter clause is better than half a sentence
         kept = kept[: clauses[-1]]
-    return f"{kept.rstrip()} … {commands}"
+    elif kept != prose and (words := kept.rpartition(" ")[0].rstrip()):
+        kept = words
+    return f"{kept.rstrip()} … {commands}".rstrip()
 
 
 def _next(report: RunReport) -> Iterator[str]:

@@ -267,7 +267,7 @@ def repaired_documents(records: Iterable[CommitRecord]) -> list[RepairedDocument
     return found
 
 
-def verification_json(found: VerificationReport, settled: Sequence[RepairedDocument]) -> JsonObject:
+def verification_json(found: VerificationReport, repaired: Sequence[RepairedDocument]) -> JsonObject:
     """Return it as one object, with what was settled before."""
     return {
         "is_valid": found.is_valid,
@@ -277,20 +277,20 @@ def verification_json(found: VerificationReport, settled: Sequence[RepairedDocum
         "damaged": [str(key) for key in found.damaged],
         "differs": [str(key) for key in found.mismatched],
         "unreadable": {str(key): flaw for key, flaw in found.unreadable.items()},
-        "settled": [{"key": one.key, "version": one.version} for one in settled],
+        "repaired": [{"key": one.key, "version": one.version} for one in repaired],
     }
 
 
-def verification_lines(found: VerificationReport, settled: Sequence[RepairedDocument]) -> Iterator[str]:
+def verification_lines(found: VerificationReport, repaired: Sequence[RepairedDocument]) -> Iterator[str]:
     """Yield it line by line, as text that a terminal only shows; before it, what was settled."""
-    for document in settled:
+    for document in repaired:
         version = document.version
-        stands = (
+        outcome = (
             "deleted, no value is known"
             if version is None
             else f"restored to its last known value, now version {version}"
         )
-        yield printable(f"repaired: {document.key}: {stands}")
+        yield printable(f"repaired: {document.key}: {outcome}")
     verdict = "sound" if found.is_valid else "damaged"
     yield f"{found.position:,} commits, {format_size_short(found.bytes)}: {verdict}"
     for one in found.damage:

@@ -220,5 +220,5 @@ def adapter_line(adapter: AdapterReport, command: str) -> str:
     """Return why an adapter is unavailable, and the command that enables it."""
     if adapter.disabled_reason is not None:
         reason = printable(one_line(adapter.disabled_reason))
-        return f"Adapter {adapter.name} is disabled: {reason}. Fix that, then `{command}`."
+        return f"Adapter {adapter.name} is disabled; after a fix, `{command}` enables it. The reason: {reason}"
     return f"Adapter {adapter.name} is paused until {format_local_time(adapter.cooldown_until or 0.0)}."

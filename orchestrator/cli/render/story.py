@@ -127,7 +127,7 @@ def _named(handoff: str, story: TaskDetails) -> str:
 
 
 def _session(one: AttemptDetails) -> Iterator[str]:
-    parts = [one.outcome or ("running" if one.ended is None else "ended"), one.adapter]
+    parts = [(one.outcome or "").replace("_", " ") or ("running" if one.ended is None else "ended"), one.adapter]
     if one.model is not None:
         parts.append(one.model)
     parts += [format_elapsed(one.seconds), *_used(one.input_tokens, one.output_tokens, one.cost)]

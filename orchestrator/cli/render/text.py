@@ -27,7 +27,10 @@ def one_line(text: str, limit: int = 300) -> str:
     """Return the first and the last of what may be many lines: what happened, and what was said last of all."""
     lines = [" ".join(line.split()) for line in text.splitlines() if any(map(str.isalnum, line))] or [""]
     words = lines[0] if len(lines) == 1 else f"{lines[0]}: {lines[-1]}"
-    return words if len(words) <= limit else f"{words[: limit // 2]} … {words[-limit // 2 :]}"
+    if len(words) <= limit:
+        return words
+    head, tail = words[: limit // 2], words[-limit // 2 :]
+    return f"{head.rpartition(' ')[0] or head} … {tail.partition(' ')[2] or tail}"  # no half words
 
 
 def printable(text: str, keep: str = "") -> str:

@@ -53,17 +53,17 @@ class LeftoverStatus(StrEnum):
     """Whether a leftover may be deleted."""
 
     LEFT_OVER = auto()  #: yes: nothing needs it, and no work is lost
-    KEPT = auto()  #: only on request: it may have content that exists nowhere else
+    PRESERVED = auto()  #: only on request: it may have content that exists nowhere else
     READY = auto()  #: only on request: the next run starts faster with it
     NEEDED = auto()  #: no: its run can be resumed
 
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """A leftover of a run; `place` is its path, or the common prefix of refs."""
+    """A leftover of a run; `name` is its path, the common prefix of refs, or the id of a run."""
 
     kind: LeftoverKind
-    place: str
+    name: str
     status: LeftoverStatus
     reason: str
     hub: str | None = None
@@ -76,16 +76,16 @@ class Leftover:
 
 _REASONS = {
     WorktreeContents.NOTHING: (LeftoverStatus.LEFT_OVER, "its task is finished, and its work is saved"),
-    WorktreeContents.UNSAVED: (LeftoverStatus.KEPT, "it was interrupted, and its work is not saved"),
-    WorktreeContents.KEPT: (LeftoverStatus.KEPT, "it has files that are in no commit"),
-    WorktreeContents.UNKNOWN: (LeftoverStatus.KEPT, "it matches no recorded attempt"),
+    WorktreeContents.UNSAVED: (LeftoverStatus.PRESERVED, "it was interrupted, and its work is not saved"),
+    WorktreeContents.KEPT: (LeftoverStatus.PRESERVED, "it has files that are in no commit"),
+    WorktreeContents.UNKNOWN: (LeftoverStatus.PRESERVED, "it matches no recorded attempt"),
 }
 
 
 def judge_worktree(run: str, document: TaskDocument | None, contents: WorktreeContents) -> tuple[LeftoverStatus, str]:
     """Return whether a worktree of an inactive run may be deleted, and why."""
     if document is None:
-        return LeftoverStatus.KEPT, "the record of its task is damaged"
+        return LeftoverStatus.PRESERVED, "the record of its task is damaged"
     if document.status not in FINAL_STATUSES:
         return LeftoverStatus.NEEDED, f"`council resume {run}` continues from it"
     return _REASONS[contents]
@@ -93,7 +93,7 @@ def judge_worktree(run: str, document: TaskDocument | None, contents: WorktreeCo
 
 def judge_orphan(contents: WorktreeContents) -> tuple[LeftoverStatus, str]:
     """Return whether a worktree of a run without state may be deleted, and why."""
-    status = LeftoverStatus.LEFT_OVER if contents is WorktreeContents.NOTHING else LeftoverStatus.KEPT
+    status = LeftoverStatus.LEFT_OVER if contents is WorktreeContents.NOTHING else LeftoverStatus.PRESERVED
     return status, "the state of its run no longer exists"
 
 
@@ -110,9 +110,9 @@ def judge_hub(gone: str, refs: int | None, worktrees: int) -> tuple[LeftoverStat
     `gone` names the deleted project; `refs` counts refs with unmerged work, None if unreadable.
     """
     if refs is None:
-        return LeftoverStatus.KEPT, f"{gone} is gone; its repositories can't be read"
+        return LeftoverStatus.PRESERVED, f"{gone} is gone; its repositories can't be read"
     if refs or worktrees:
-        return LeftoverStatus.KEPT, f"{gone} is gone; it has unmerged work (refs: {refs}, worktrees: {worktrees})"
+        return LeftoverStatus.PRESERVED, f"{gone} is gone; it has unmerged work (refs: {refs}, worktrees: {worktrees})"
     return LeftoverStatus.LEFT_OVER, f"{gone} is gone, and it has no unmerged work"
 
 
@@ -129,10 +129,10 @@ def judge_run(
         return LeftoverStatus.NEEDED, f"`council resume {run}` continues it"
     when = f"it {'ended' if is_over else 'was interrupted'} on {ended}"
     if branches is None:
-        return LeftoverStatus.KEPT, f"{when}; its branches can't be read"
+        return LeftoverStatus.PRESERVED, f"{when}; its branches can't be read"
     if branches or worktrees:
         return (
-            LeftoverStatus.KEPT,
+            LeftoverStatus.PRESERVED,
             f"{when}; it has unmerged work (branches: {branches}, worktrees: {worktrees})",
         )
     return LeftoverStatus.LEFT_OVER, f"{when}; it has no unmerged work"

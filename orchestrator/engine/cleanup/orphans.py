@@ -35,7 +35,7 @@ from orchestrator.repo.landing import salvage
 from orchestrator.repo.source.user_checkouts import find_repository
 from orchestrator.repo.worktrees import origin, worktrees
 from orchestrator.repo.worktrees.hub import INTERNAL_REFS, Hub, is_inside_hub
-from orchestrator.repo.worktrees.hub_scan import list_hubs, list_incomplete_hubs, list_stale_files
+from orchestrator.repo.worktrees.hub_scan import list_hubs, list_incomplete_hubs, list_stale_files, list_trash
 from orchestrator.repo.worktrees.origin import HubOrigin, StoreLocation
 from orchestrator.repo.worktrees.slots import WorktreeSlot, assess_slot, list_slots
 from orchestrator.repo.worktrees.worktrees import Worktree
@@ -222,6 +222,8 @@ class OrphanFinder:
     async def stale_files(self, hub: Hub) -> list[Leftover]:
         """Return files that killed commands left in a hub."""
         found = await anyio.to_thread.run_sync(list_stale_files, hub, self._clock.now())
+        if not any([await lock.is_held() for lock in await run_locks(hub)]):  # else its process deletes them
+            found += await anyio.to_thread.run_sync(list_trash, hub)
         return [_temporary(path, hub) for path in found]
 
     async def _half_built(self) -> list[Leftover]:

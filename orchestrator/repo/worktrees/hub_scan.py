@@ -52,6 +52,11 @@ def _has_only_hub_parts(folder: Path) -> bool:
     return folder.is_dir() and not folder.is_symlink() and {path.name for path in folder.iterdir()} <= _PARTS
 
 
+def list_trash(hub: Hub) -> list[Path]:
+    """Return the folders in a hub's trash, which a process may be deleting. Blocks."""
+    return [path for path in sorted(hub.trash.glob("*")) if is_inside_hub(hub, path)]
+
+
 def list_stale_files(hub: Hub, now: float) -> list[Path]:
     """Return a hub's temporary files and locks without a living owner; `now` is the wall clock. Blocks."""
     git_files = {
@@ -67,7 +72,6 @@ def list_stale_files(hub: Hub, now: float) -> list[Path]:
 def _temporaries(hub: Hub) -> Iterator[Path]:
     yield from hub.trusted.glob("objects.*")  # scratch objects of an interrupted `council salvage apply`
     yield from hub.root.glob("*.json.new")
-    yield from hub.trash.glob("*")
     sessions = {f"{path.parent.name}-{path.name}" for path in hub.sessions.glob("*/*")}
     for path in hub.indexes.glob("*"):
         if (path.is_dir() and _LIVE_DIFF.fullmatch(path.name)) or not _owners(path.name) & sessions:

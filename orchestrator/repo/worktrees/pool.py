@@ -523,7 +523,7 @@ class SlotPool:
             counted.pop(spare, None)
         if not counted and not self._fits_in(counted):
             message = f"no worktree fits into {self._limits.bytes} bytes"
-            raise RefusedError(message, "raise `worktrees.max_size`, or free space with `council clean --kept`")
+            raise RefusedError(message, "raise `worktrees.max_size`, or free space with `council clean --preserved`")
         # A session may hold its slot while it waits for a check: without a slot for that check it would wait forever.
         is_first_check = self._options.is_check and self._waiting > 0 and not self._held_slots
         return is_first_check or self._fits_in(counted)

@@ -141,6 +141,8 @@ async def run_file(  # noqa: PLR0917  as many as there are options
     file = None if source is None or is_prompt(source) else Path(source)
     if source is not None and file is None:
         prompts = (source, *prompts)
+    if not all(map(str.strip, prompts)):
+        raise click.UsageError("the prompt is empty: write what to do, or omit it to run the tasks of a file.")
     if (adapter, base, target, checks) != (None, None, None, ()) and not prompts:
         raise click.UsageError(
             "--adapter, --base, --target and --check apply to prompts; for a file, set them in the file."

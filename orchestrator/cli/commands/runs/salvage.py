@@ -48,15 +48,15 @@ async def list_kept(context: CouncilContext, run: str | None) -> None:
     """
     council = context.council
     names = [await council.runs.find(run)] if run else [one.run for one in await council.runs.list()][::-1]
-    kept = [one for name in names for one in await council.changes.preserved(name)]
-    context.output.answer(lambda: {"kept": [asdict(one) for one in kept]}, _lines(kept))
-    if not kept:
+    found = [one for name in names for one in await council.changes.preserved(name)]
+    context.output.answer(lambda: {"preserved": [asdict(one) for one in found]}, _lines(found))
+    if not found:
         context.output.notice("no unmerged work" + (f" of run {names[0]}" if run else ""))
 
 
-def _lines(kept: Sequence[PreservedWork]) -> Iterator[str]:
+def _lines(found: Sequence[PreservedWork]) -> Iterator[str]:
     """Yield each run, and below it a row for each piece of work."""
-    for run, group in groupby(kept, key=lambda one: one.run):
+    for run, group in groupby(found, key=lambda one: one.run):
         yield f"run {run}"
         rows = [
             [

@@ -78,8 +78,8 @@ async def test(
     adapter = await _find(scene, name)
     contract = await _check_contract(scene, adapter)
     status = (await probe_adapters(make_adapters({name: adapter}, scene.plugins.adapters), os.environ))[name]
-    live, said = (None, "") if no_live else await _run_scratch_task(scene, name, adapter, prompt or _PROMPT, timeout)
-    trial = _AdapterTestResult(name, adapter.use, contract, status, live, said, is_live=not no_live)
+    live, output = (None, "") if no_live else await _run_scratch_task(scene, name, adapter, prompt or _PROMPT, timeout)
+    trial = _AdapterTestResult(name, adapter.use, contract, status, live, output, is_live=not no_live)
     context.output.answer(trial.to_json, trial.lines())
     return trial.code
 
@@ -93,7 +93,7 @@ class _AdapterTestResult:
     contract: Sequence[ContractResult] | str
     status: AdapterStatus
     live: TaskReport | str | None
-    said: str
+    output: str
     """The end of the output of a session that did not land."""
     is_live: bool
 
@@ -110,18 +110,18 @@ class _AdapterTestResult:
         if isinstance(self.contract, str):
             yield f"contract  not run: {one_line(self.contract)}"
         else:
-            kept = len(self.contract) - len(self.failed)
-            yield f"contract  {kept} of {len(self.contract)} checks passed"
+            passed = len(self.contract) - len(self.failed)
+            yield f"contract  {passed} of {len(self.contract)} checks passed"
             for one in self.failed:
-                yield f"          {one.test}: {one.promise}"
-                yield from (f"            {line}" for line in one.said.splitlines()[-5:])
+                yield f"          {one.test}: {one.rule}"
+                yield from (f"            {line}" for line in one.output.splitlines()[-5:])
         for program in self.status.programs:
             yield f"program   {one_line(describe(program))}"
         if self.status.trouble is not None:
             yield f"program   {one_line(self.status.trouble)}"
         if self.is_live:
             yield from _live_lines(self.live)
-            yield from (f"          | {line[:_LONGEST_LINE]}" for line in self.said.splitlines()[-8:])
+            yield from (f"          | {line[:_LONGEST_LINE]}" for line in self.output.splitlines()[-8:])
 
     def to_json(self) -> JsonObject:
         contract = {"error": self.contract} if isinstance(self.contract, str) else {"results": _plain(self.contract)}
@@ -136,7 +136,7 @@ class _AdapterTestResult:
             "contract": contract,
             **self.status.to_json(),
             "live": live,
-            "said": self.said,
+            "output": self.output,
             "exit": self.code,
         }
 
@@ -227,9 +227,9 @@ async def _run_scratch_task(
         except RefusedError as error:
             return str(error), ""
         (task,) = report.tasks
-        said = "" if task.status == "landed" or task.log is None else await _session_output(Path(task.log))
+        output = "" if task.status == "landed" or task.log is None else await _session_output(Path(task.log))
         closed = next((one.disabled_reason for one in report.adapters if one.disabled_reason is not None), None)
-        return (task if closed is None else f"stopped: {closed}"), said
+        return (task if closed is None else f"stopped: {closed}"), output
 
 
 async def _make_repository(repo: Path) -> None:

@@ -112,7 +112,7 @@ def _json(
             }
             for one in types
         ],
-        "left_out": [str(one) for one in scene.plugins.left_out],
+        "skipped": [str(one) for one in scene.plugins.left_out],
         "file": None if scene.file is None else str(scene.file),
         "mistakes": len(scene.config.problems) if isinstance(scene.config, ConfigError) else 0,
         "adapters": [

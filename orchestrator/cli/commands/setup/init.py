@@ -131,7 +131,7 @@ def _json(found: _Discovery, schema: Path | None) -> JsonObject:
         "checks": [] if tests is None or missing is not None else [tests.command],
         "setup": [] if environment is None or missing is not None else [environment.setup],
         "missing": [] if found.tests is None else list(found.tests.missing),
-        "told_by": None if tests is None else tests.declared_in,
+        "declared_in": None if tests is None else tests.declared_in,
         "schema": None if schema is None else str(schema),
         "next": found.next_commands,
         "exit": 0,

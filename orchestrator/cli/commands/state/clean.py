@@ -28,7 +28,7 @@ from orchestrator.system.clock import SystemClock
 @click.option("--dry-run", is_flag=True, help="Only list the leftovers.")
 @yes_option
 @click.option(
-    "--kept",
+    "--preserved",
     is_flag=True,
     help="Also remove worktrees and internal repositories with work that may exist nowhere else.",
 )
@@ -54,7 +54,7 @@ async def clean(
     context: CommandContext,
     dry_run: bool,
     yes: bool,
-    kept: bool,
+    preserved: bool,
     pool: bool,
     logs: float | None,
     runs: float | None,
@@ -66,14 +66,14 @@ async def clean(
     repository no longer exists. Keeps everything that an active run uses or that `council resume` needs, and unmerged
     work on branches: `council salvage list` lists it and `council salvage drop` deletes it.
 
-    --runs removes the records and logs of old runs. A run with unmerged work is removed only with --kept, an active run
-    never. A checkpoint is created first, which can restore the records.
+    --runs removes the records and logs of old runs. A run with unmerged work is removed only with --preserved, an
+    active run never. A checkpoint is created first, which can restore the records.
 
     \b
     Examples:
       council clean
       council clean --yes --logs 30d
-      council clean --kept --dry-run
+      council clean --preserved --dry-run
       council clean --pool
       council clean --runs 30d
     """
@@ -84,7 +84,7 @@ async def clean(
         found = await cleaner.find(logs=logs, runs=runs, include_interrupted=interrupted)
         wanted = {
             LeftoverStatus.LEFT_OVER,
-            *([LeftoverStatus.KEPT] if kept else []),
+            *([LeftoverStatus.PRESERVED] if preserved else []),
             *([LeftoverStatus.READY] if pool else []),
         }
         going = [one for one in found if one.status in wanted]
@@ -116,8 +116,8 @@ async def _cleaner(log: ErrorLog) -> AsyncIterator[Cleaner]:
         yield council.cleaner
 
 
-def _is_kept(one: Leftover) -> bool:
-    return one.status is LeftoverStatus.KEPT
+def _is_preserved(one: Leftover) -> bool:
+    return one.status is LeftoverStatus.PRESERVED
 
 
 def _print_leftovers(output: Output, found: Sequence[Leftover], going: Sequence[Leftover]) -> None:
@@ -125,7 +125,7 @@ def _print_leftovers(output: Output, found: Sequence[Leftover], going: Sequence[
         if one.status is not LeftoverStatus.NEEDED and (one.status is not LeftoverStatus.READY or one in going):
             size = "" if one.kind is LeftoverKind.REFS else format_size_short(one.bytes)
             stays = "" if one in going else "kept: "
-            output.text(printable(f"{size:>7}  {one.kind:<9}  {one.place}: {stays}{one.reason}") + "\n")
+            output.text(printable(f"{size:>7}  {one.kind:<9}  {one.name}: {stays}{one.reason}") + "\n")
     for line in _summary(found, going):
         output.text(printable(line) + "\n")
 
@@ -133,8 +133,8 @@ def _print_leftovers(output: Output, found: Sequence[Leftover], going: Sequence[
 def _summary(found: Sequence[Leftover], going: Sequence[Leftover]) -> Iterator[str]:
     if not going:
         yield "no leftovers to remove"
-    if stays := [one for one in found if _is_kept(one) and one not in going]:
-        yield f"{_total(stays)} with work that may exist nowhere else: --kept removes {_pronoun(stays)}"
+    if stays := [one for one in found if _is_preserved(one) and one not in going]:
+        yield f"{_total(stays)} with work that may exist nowhere else: --preserved removes {_pronoun(stays)}"
     if ready := [one for one in found if one.status is LeftoverStatus.READY and one not in going]:
         yield f"{_total(ready)} ready for the next run: --pool removes {_pronoun(ready)}"
     needed = [one for one in found if one.status is LeftoverStatus.NEEDED]
@@ -162,7 +162,7 @@ async def _confirm_removal(output: Output, going: Sequence[Leftover]) -> bool:
 def _print_removals(output: Output, removals: Sequence[RemovalResult]) -> None:
     for one in removals:
         if one.error is not None:
-            output.text(printable(f"{one.leftover.place} could not be removed: {one.error}") + "\n", err=True)
+            output.text(printable(f"{one.leftover.name} could not be removed: {one.error}") + "\n", err=True)
     output.text(f"removed {_total([one.leftover for one in removals if one.error is None])}\n")
 
 
