@@ -121,7 +121,7 @@ async def test_capacity_option_overrides_the_file(repository: Repository) -> Non
     assert ended.code == 1
     assert re.search(r"capacity +1$", repository.council("state", "show").stdout, re.MULTILINE)
     assert repository.council("retry", "t0", "t1", "t2").code == 0
-    resumed = repository.council("resume", "-j", "2", "--json")
+    resumed = repository.council("resume", "--capacity", "2", "--json")
     assert set(resumed.states.values()) == {"landed"}
     assert not [line for line in resumed.lines if line.get("event") == "run.file_changed"]
     assert repository.council("run", config, "-j", "0").code == 2
