@@ -170,7 +170,7 @@ async def test_run_waiting_for_room_ends_at_a_signal(small_disk: Repository) -> 
         ["retry", "failed", "--reload"],
         ["share", "put", "key", "1"],
     ],
-    ids=" ".join,
+    ids="-".join,
 )
 async def test_command_on_a_full_disk_ends_with_one_line_and_exit_code_1(
     small_disk: Repository, command: list[str]
