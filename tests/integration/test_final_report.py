@@ -89,7 +89,7 @@ BRANCHES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended
 @pytest.mark.parametrize("target", ["own", "main"])
 def test_branch_in_any_output_exists(repository: Repository, target: str) -> None:
     """In the user's repository, whatever the state of its task; other work is named as `salvage` accepts it."""
