@@ -14,6 +14,7 @@ from tests.conftest import CommandResult, Repository
 from tests.distributions import ADAPTER, REGISTERS
 from tests.fake_cli import __file__ as fake_cli
 from tests.fakes.script import ROOT, install
+from tests.sandboxes import needs_sandbox
 
 PROMPT = ("--prompt", "write hello.txt hello")
 
@@ -87,6 +88,21 @@ async def test_broken_contract_is_named(claude: Repository, tmp_path: Path) -> N
     ended = claude.council("adapters", "test", "echo", "--no-live")
     assert ended.code == 1, ended
     assert "test_repeated_request_gives_the_same_command: The same request gives the same command" in ended.stdout
+
+
+@needs_sandbox
+def test_hidden_program_of_the_file_gets_the_remedy_of_doctor(claude: Repository) -> None:
+    """The file exists and has the adapter: `readable` is to be added there."""
+    tool = claude.top / "tool.sh"
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    file = claude.configure([{"id": "t", "prompt": "x"}], adapters={"own": {"use": "command", "argv": [str(tool)]}})
+    file.rename(claude.top / "council.yaml")
+    ended = claude.council("adapters", "test", "own", "--json")
+    findings = claude.council("doctor", "--json").result["findings"]
+    [remedy] = [one["remedy"] for one in findings if one["name"] == "adapter own" and one["level"] == "problem"]
+    assert remedy in ended.result["live"]["error"]
+    assert "council init" not in remedy
 
 
 async def test_unknown_adapter_is_rejected(claude: Repository) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import CommandResult, Repository
+from tests.sandboxes import needs_sandbox
 from tests.waiting import wait_for
 
 #: Passes if `code` is good.
@@ -337,6 +338,23 @@ async def test_missing_program_of_a_check_is_not_a_failure_of_the_task(
     assert again.states == {"t1": "landed"}, again
     assert again.result["tasks"][0]["attempts"] == 1
     await repository.assert_invariants()
+
+
+@needs_sandbox
+def test_check_of_a_hidden_program_needs_a_new_run(repository: Repository) -> None:
+    """A run keeps its `readable`: neither a resume nor a reload is named as a fix for the folder."""
+    tool = repository.top / "tools/tool"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    repository.commit({".gitignore": "tools/\n"})
+    config = configure(repository, "write a.txt a", checks=[f"{tool} --version"])
+    ended = repository.council("run", str(config), "--json")
+    headline, *_, remedy, correction = ended.result["halted"].splitlines()
+    assert headline.endswith(f"program '{tool}' was not found ({tool.parent} is hidden from sessions)")
+    assert "PATH" not in ended.result["halted"]
+    assert remedy == f"start a new run with {tool.parent} in `readable`"
+    assert correction.endswith(f"`council retry t1 --reload --run {ended.result['run']}`")
 
 
 @pytest.mark.extended_but_first

@@ -425,6 +425,13 @@ def test_programs_of_checks_are_looked_up_in_the_sandbox(repository: Repository)
     assert (status, f"({hidden} is hidden from sessions)" in words) == ("problem", True)
     assert remedy == f"add {hidden} to `readable`, or install it elsewhere"
     assert programs(repository, ["my-tool"], sandbox="off")[0][0] == "ok"
+    environment = hidden / ".venv/bin"
+    environment.mkdir(parents=True)
+    (hidden / "my-tool").rename(environment / "my-tool")
+    (repository.top / ".venv").symlink_to(environment.parent)
+    [(status, words, remedy)] = programs(repository, [f"{environment}/my-tool --version"])
+    assert (status, "PATH" in words) == ("problem", False)
+    assert remedy == f"add {environment} to `readable`, or install it elsewhere"
 
 
 @pytest.mark.extended_but_first

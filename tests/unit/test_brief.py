@@ -191,10 +191,29 @@ def test_halt_has_its_log() -> None:
     report = replace(run(task("pending")), halted=str(reason), halted_by=HaltCause.BASE)
     assert "log: /logs/t.0.check1" in brief_lines(report)
     shown = brief_lines(replace(report, adapters=adapters))
-    assert shown[-4:-2] == ["Halted: check `x` fails on main", "log: /logs/t.0.check1"]
+    assert shown[-4:-1] == ["Halted: check `x` fails on main", "two", "log: /logs/t.0.check1"]
     short = brief_lines(replace(report, halted=str(replace(reason, remedy=("fix main",)))))
     assert short[-4:] == ["one", "two", "log: /logs/t.0.check1", "fix main"]
     assert HaltReason.parse(str(reason)) == reason
+
+
+def test_halt_without_room_for_its_remedy_names_the_command_that_prints_it() -> None:
+    """No sentence is cut before its command."""
+    remedy = ("start a new run " * 20, "or correct the check in the file, then `council retry t --reload --run r`")
+    halted = str(HaltReason("check `x` can't be run", ("one",), "/logs/t.0.check1", remedy))
+    shown = brief_lines(replace(run(task("pending")), halted=halted, halted_by=HaltCause.BASE))
+    assert shown[-1] == remedy[-1]
+    halted = str(HaltReason("check `x` can't be run", ("one",), "/logs/t.0.check1", (*remedy, "more " * 30)))
+    shown = brief_lines(replace(run(task("pending")), halted=halted, halted_by=HaltCause.BASE))
+    assert shown[-3:] == ["one", "log: /logs/t.0.check1", "How to fix it: council status"]
+
+
+def test_halt_omits_a_path_list_that_has_no_room() -> None:
+    """Its end without its label says nothing."""
+    output = ("sh: 1: nosuchprog: not found", f"PATH, as the sandbox shows it: {'/usr/bin:' * 20}/bin")
+    halted = str(HaltReason("check `nosuchprog` can't be run", output, "/logs/t.0.check1", ("install it",)))
+    shown = brief_lines(replace(run(task("pending")), halted=halted, halted_by=HaltCause.BASE))
+    assert shown[-3:] == [output[0], "log: /logs/t.0.check1", "install it"]
 
 
 def test_successful_run_has_totals_only() -> None:

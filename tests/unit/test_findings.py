@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.cli.render.findings import finding_lines
 from orchestrator.config.load import load_config
 from orchestrator.domain.scheduling.admission import DEFAULT_DEMAND, MIB, AvailableResources, SessionDemand
 from orchestrator.engine.diagnostics import findings
@@ -36,6 +37,13 @@ def assert_finding(finding: Finding | None, level: Level, *words: str) -> None:
     assert finding.level is level
     assert [word for word in words if word not in f"{finding.message} {finding.remedy}"] == []
     assert finding.remedy is not None or level is Level.OK
+
+
+def test_findings_are_printed_in_full() -> None:
+    """Neither a command nor a list of folders is cut."""
+    path, command = "/usr/local/bin:" * 40, f"`sysctl {'kernel.unprivileged_userns_clone=1 ' * 20}`"
+    first, second = finding_lines([Finding("sandbox", Level.PROBLEM, f"PATH is {path}", f"run {command} as root")])
+    assert (path in first, command in second) == (True, True)
 
 
 def test_system_is_judged() -> None:

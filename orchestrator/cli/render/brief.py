@@ -57,7 +57,7 @@ def brief_lines(report: RunReport, *, is_newest: bool = True) -> list[str]:
     foot = list(_next(report))[:most]
     if report.halted is not None and report.halted_by is not HaltCause.BUDGET:
         foot = foot[: most // 2]
-        foot += _halt(HaltReason.parse(report.halted), most - len(foot))
+        foot += _halt(HaltReason.parse(report.halted), most - len(foot), f"How to fix it: council status{run}")
     tasks = sorted(
         (task for task in report.tasks if task.status not in _NO_ATTENTION),
         key=lambda task: _LATE.index(task.status) + 1 if task.status in _LATE else 0,
@@ -128,13 +128,23 @@ def _next(report: RunReport) -> Iterator[str]:
     yield from next_line(report)
 
 
-def _halt(halted: HaltReason, room: int) -> list[str]:
-    """Return a halt in at most `room` lines: the output is shortened first, then the remedy; never the log."""
+def _halt(halted: HaltReason, room: int, more: str) -> list[str]:
+    """Return a halt in at most `room` lines: the output is shortened first; never the log.
+
+    A remedy that has no room as a whole is replaced by `more`.
+    """
     head = list(wrapped(printable(f"Halted: {halted.headline}")))
     log = [] if halted.log is None else [printable(f"log: {halted.log}")]
     remedy = [line for one in halted.remedy for line in wrapped(printable(one))]
+    if remedy and len(head) + len(log) + len(remedy) > room:
+        remedy = [more]
     left = max(room - len(head) - len(log) - len(remedy), 0)
     *before, last = [printable(line.expandtabs()) for line in halted.output if line.strip()] or [""]
-    output = [*(truncate_end(line, COLUMNS) for line in before), *filter(None, [truncate_start(last, COLUMNS)])]
+    output = [*(truncate_end(line, COLUMNS) for line in before), *_end(last)]
     shown = output[-left:] if left else []
-    return [*head[: room - len(log)], *shown, *log, *remedy][:room]
+    return [*head[: room - len(log) - len(remedy)], *shown, *log, *remedy]
+
+
+def _end(line: str) -> list[str]:
+    """Return the end of the last line of some output; nothing if not even its last word fits, such as a PATH."""
+    return [] if not line or cell_len(line.rsplit(maxsplit=1)[-1]) > COLUMNS else [truncate_start(line, COLUMNS)]

@@ -23,12 +23,14 @@ def show_findings(findings: Sequence[Finding], code: int, output: Output) -> Non
 
 
 def finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
-    """Yield each finding as a line, with its remedy on the next one."""
+    """Yield each finding as a line, with its remedy on the next one; nothing is cut, as commands may be anywhere."""
     width = max((len(finding.name) for finding in findings), default=0)
     for finding in findings:
-        yield printable(f"{finding.level:<8} {finding.name:<{width}}  {one_line(finding.message)}")
+        yield printable(
+            f"{finding.level:<8} {finding.name:<{width}}  {one_line(finding.message, len(finding.message))}"
+        )
         if finding.remedy is not None:
-            yield printable(f"{'':<8} {'':<{width}}  → {one_line(finding.remedy)}")
+            yield printable(f"{'':<8} {'':<{width}}  → {one_line(finding.remedy, len(finding.remedy))}")
 
 
 def findings_exit_code(findings: Iterable[Finding]) -> int:

@@ -27,7 +27,7 @@ async def check_adapter_programs(
     environ: Mapping[str, str],
     level: Level = Level.PROBLEM,
 ) -> list[Finding]:
-    """Return a finding for each adapter whose program is on PATH, but hidden from its sessions.
+    """Return a finding for each adapter whose program is installed, but hidden from its sessions.
 
     `configs` are the entries of `file`, which may not exist.
     """
@@ -45,7 +45,7 @@ async def check_adapter_programs(
         lookup = make_lookup_command(program)
         if lookup not in await probe.find_succeeding([lookup], env, reach):
             why, hidden = probe.explain_missing_program(program, env, reach)
-            what = f"program {program!r} is on PATH, but sessions can't see it{why}"
+            what = f"program {program!r} is installed, but sessions can't see it{why}"
             remedy = f"add {', '.join(hidden) or 'its folder'} to `readable` of the adapter {name!r}"
             if file is None or not await anyio.Path(file).is_file():
                 remedy = f"write a council.yaml with `council init` and {remedy} there"

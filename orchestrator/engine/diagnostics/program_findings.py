@@ -121,6 +121,8 @@ _ONLY_COMMITTED: Final = "worktrees contain only committed files"
 
 
 def _has(top: Path | None, folder: str, name: str) -> bool:
+    if "/" in name:
+        return False
     inner = folder if folder.startswith("node") else f"{folder}/bin"
     return top is not None and os.path.lexists(top / inner / name)
 

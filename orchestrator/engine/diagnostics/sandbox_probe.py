@@ -113,4 +113,4 @@ class SandboxProbe:
         hidden = self.sandbox.find_hidden_folders(program, environment, reach)
         if hidden:
             return f" ({', '.join(hidden)} is hidden from sessions)", hidden
-        return f": PATH is {environment['PATH']}", []
+        return "" if "/" in program else f": PATH is {environment['PATH']}", []

@@ -300,7 +300,7 @@ class BaseChecks:
 
     def _may_add(self, command: str, missing: UnrunnableProgram) -> bool:
         """Return True if a task may add the program that a check misses."""
-        return missing.is_absent and (not missing.is_uncommitted or self._is_made(command, missing.program))
+        return missing.is_absent and (not missing.needs_new_run or self._is_made(command, missing.program))
 
     def _is_made(self, command: str, program: str) -> bool:
         """Return True if changed files may produce the program.

@@ -58,7 +58,7 @@ class CommandSucceeded:
 
 @dataclass(frozen=True, slots=True)
 class UnrunnableProgram:
-    """A program that was not found or can't be executed: why, where it was searched for, and what to do."""
+    """A program that was not found or can't be executed: why, where on PATH it was searched for, and what to do."""
 
     program: str
     why: str
@@ -66,8 +66,8 @@ class UnrunnableProgram:
     remedy: str
     is_absent: bool = False
     """Whether it is a file missing in the worktree."""
-    is_uncommitted: bool = False
-    """Whether it is never committed, so that only the settings of a new run can provide it."""
+    needs_new_run: bool = False
+    """Whether only the settings of a new run can provide it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,15 +111,15 @@ def describe_unrunnable(failed: Sequence[CommandFailed], correction: str, run: s
     headlines = [
         f"`{command.short}` can't be run: it {command.how_it_ended}: {missing.why}" for command, missing in pairs
     ]
-    output = tuple(dict.fromkeys(missing.search_location for _, missing in pairs))
+    output = tuple(dict.fromkeys(missing.search_location for _, missing in pairs if missing.search_location))
     if len(pairs) > 1:
         output = (*headlines, *output)
         names = ", ".join(f"`{command.short}`" for command, _ in pairs)
         headlines = [f"{len(pairs)} commands can't be run: {names}"]
-    merge = merge if any(is_in_worktree(missing.program) and not missing.is_uncommitted for _, missing in pairs) else ""
-    in_order = sorted((missing for _, missing in pairs), key=lambda missing: missing.is_uncommitted)
+    merge = merge if any(is_in_worktree(missing.program) and not missing.needs_new_run for _, missing in pairs) else ""
+    in_order = sorted((missing for _, missing in pairs), key=lambda missing: missing.needs_new_run)
     remedy = ", ".join(dict.fromkeys(missing.remedy for missing in in_order)) + merge
-    if not in_order[-1].is_uncommitted:
+    if not in_order[-1].needs_new_run:
         remedy += f", then `council resume {run}`"
     return str(HaltReason(headlines[0], output, str(failed[-1].log), (remedy, f"or {correction}")))
 
@@ -228,10 +228,15 @@ class Shell:
             else:
                 remedy = make_chmod_hint(program) if is_there else f"commit {program} (or {setup} it)"
             return UnrunnableProgram(program, f"{why} in the worktree", where, remedy, not is_there, is_uncommitted)
-        hidden = self.sandbox.explain_missing_program(program, self.environment, self.reach)
-        where = f"PATH, as the sandbox shows it: {self.environment.get('PATH', os.defpath)}"
+        hidden = ", ".join(self.sandbox.find_hidden_folders(program, self.environment, self.reach))
+        where = ""
+        if not program.startswith("/"):
+            why, where = f"{why} on PATH", f"PATH, as the sandbox shows it: {self.environment.get('PATH', os.defpath)}"
+        if hidden:
+            why, remedy = f"{why} ({hidden} is hidden from sessions)", f"start a new run with {hidden} in `readable`"
+            return UnrunnableProgram(program, why, where, remedy, needs_new_run=True)
         remedy = f"make {program} executable" if is_there else f"install {program} where sessions see it"
-        return UnrunnableProgram(program, f"{why} on PATH{hidden}", where, remedy)
+        return UnrunnableProgram(program, why, where, remedy)
 
     async def _is_ignored(self, path: str) -> bool:
         """Return whether git ignores a path in the worktree; False if git fails."""

@@ -221,6 +221,8 @@ async def _run_scratch_task(
         environ = {**os.environ, "COUNCIL_HOME": str(folder / "home"), "COUNCIL_STATE": ""}
         await _make_repository(repo)
         config = _config(scene, name, adapter, repo, prompt, timeout)
+        if isinstance(scene.config, RunConfig) and name in scene.config.adapters:
+            await anyio.Path(config.path).touch()  # remedies name the user's file, if that has the adapter
         try:
             async with Council.open(config, plugins=scene.plugins, environ=environ) as council:
                 report = await council.runs.run()
