@@ -37,6 +37,7 @@ IDLE_TIMEOUT, STOPPED_TIMEOUT = 300.0, 10.0
 #: Seconds between two checks whether an internal program is stopped.
 RESUME_SECONDS = 2.0
 _IDLE_POLL_SECONDS = 2.0  # between two checks for activity
+_FIRST_TIMEOUT = 5.0  # seconds until a fork server reads what does not fit into its socket
 _PIPE = 1 << 20  # bytes; the default maximum capacity of a pipe, see pipe(7)
 
 
@@ -381,10 +382,10 @@ class ForkServer:
     forked process.
     """
 
-    def __init__(self, argv: Sequence[str], env: Mapping[str, str], cwd: Path) -> None:
-        """Start the server. Blocks. Raises OSError."""
+    def __init__(self, argv: Sequence[str], env: Mapping[str, str], cwd: Path, first: bytes) -> None:
+        """Start the server, and send it the bytes `first` before all requests. Blocks. Raises OSError."""
         self._requests, theirs = socket.socketpair()
-        self._requests.setblocking(False)  # a full queue fails, so that the caller starts the process itself
+        self._requests.settimeout(_FIRST_TIMEOUT)
         with theirs:
             try:
                 self._server = subprocess.Popen(
@@ -396,9 +397,12 @@ class ForkServer:
                     stderr=subprocess.DEVNULL,
                     start_new_session=True,
                 )
+                theirs.close()
+                self._requests.sendall(first)
             except BaseException:
                 self._requests.close()
                 raise
+        self._requests.setblocking(False)  # a full queue fails, so that the caller starts the process itself
 
     def fork(self) -> tuple[IO[bytes], IO[bytes]]:
         """Fork a process; return the pipes that it reads and writes, unbuffered. Blocks briefly.

@@ -167,7 +167,7 @@ class RunExecutor:
             scheduler = Scheduler(ledger, run_context, pool, board, room, handlers, disabled)
             self._stop.add(scheduler.stop)
             try:
-                async with _raise_if_fenced(ledger), open_fork_server():
+                async with _raise_if_fenced(ledger), open_fork_server(run_context.tools.redactor.bytes_pattern):
                     finished = await scheduler.run(before.adapters, only_lands=only_lands)
             finally:
                 self._stop.remove(scheduler.stop)

@@ -472,12 +472,18 @@ def main() -> None:
 def serve() -> None:
     """Fork a supervisor for each request on the standard input socket, until it closes.
 
-    A request is one byte with the descriptors of the control and status pipes. Orphans of killed supervisors are
+    The first line is the pattern of secrets that most sessions have: compiled here, it need not be in each of them. A
+    request is one byte with the descriptors of the control and status pipes. Orphans of killed supervisors are
     inherited and killed, so this returns after the last of them.
     """
     import socket  # noqa: PLC0415  (only needed here)
 
     requests = socket.socket(fileno=os.dup(CONTROL))
+    with open(CONTROL, "rb", 0, closefd=False) as first:
+        try:  # noqa: SIM105  (contextlib is a slow import)
+            re.compile(first.readline().rstrip(b"\n"))
+        except re.error:  # the sessions report it
+            pass
     wake = open_signal_wakeup()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     prctl(PR_SET_CHILD_SUBREAPER, 1)

@@ -183,15 +183,15 @@ def _stop_supervisor(lock: Path) -> None:
 
 
 @asynccontextmanager
-async def open_fork_server() -> AsyncIterator[None]:
+async def open_fork_server(redact: str = "") -> AsyncIterator[None]:
     """Fork the supervisors of the block, and of tasks started in it, from one prepared process.
 
-    If that process can't be started or is gone, supervisors start normally.
+    It is prepared for commands with the same `redact`. If it can't be started or is gone, supervisors start normally.
     """
     server: process.ForkServer | None = None
     with suppress(OSError):
         server = await anyio.to_thread.run_sync(
-            process.ForkServer, *process.internal_program(_MODULE, "serve"), _FOLDER
+            process.ForkServer, *process.internal_program(_MODULE, "serve"), _FOLDER, f"{redact}\n".encode()
         )
     token = _SERVER.set(server)
     try:
