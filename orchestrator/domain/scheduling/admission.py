@@ -53,15 +53,18 @@ def fit_sessions(
     facts: AvailableResources, wanted: int, demand: SessionDemand = DEFAULT_DEMAND
 ) -> SessionFit | NoSessionFits:
     """Return how many of the wanted sessions fit, given the resources in use before the first one."""
-    limits = [
-        ("descriptors", _fitting_descriptors(facts, demand), "raise it with `ulimit -n`"),
-        ("memory", _fitting_memory(facts, demand), "stop other programs, or set a smaller `session_memory`"),
-    ]
-    known = [(count, name, remedy) for name, count, remedy in limits if count is not None]
-    count, name, remedy = min(known, default=(wanted, "", ""))
+    limits = []
+    if facts.descriptor_limit is not None:
+        count = (facts.descriptor_limit - facts.descriptors_open - demand.spare_descriptors) // demand.descriptors
+        what = f"{facts.descriptors_open} of at most {facts.descriptor_limit} file descriptors are open"
+        limits.append((count, what, "raise it with `ulimit -n`"))
+    if facts.memory is not None:
+        count = (facts.memory - demand.spare_memory) // demand.memory
+        what = f"{facts.memory // MIB} MiB of memory are free, and a session needs {demand.memory // MIB} MiB"
+        limits.append((count, what, "stop other programs, or set a smaller `session_memory`"))
+    count, what, remedy = min(limits, default=(wanted, "", ""), key=lambda limit: limit[0])
     if count >= wanted:
         return SessionFit(wanted)
-    what = _describe_usage(name, facts, demand)
     if count < 1:
         return NoSessionFits(f"not even one session fits: {what}", remedy)
     return SessionFit(count, f"{what}, enough for {count} of {wanted} sessions: {remedy}")
@@ -73,19 +76,3 @@ def can_start_session(facts: AvailableResources, running: int, demand: SessionDe
     Always true if no session is running, because waiting would not free memory.
     """
     return not running or facts.memory is None or facts.memory >= demand.memory + demand.spare_memory
-
-
-def _fitting_descriptors(facts: AvailableResources, demand: SessionDemand) -> int | None:
-    if facts.descriptor_limit is None:
-        return None
-    return (facts.descriptor_limit - facts.descriptors_open - demand.spare_descriptors) // demand.descriptors
-
-
-def _fitting_memory(facts: AvailableResources, demand: SessionDemand) -> int | None:
-    return None if facts.memory is None else (facts.memory - demand.spare_memory) // demand.memory
-
-
-def _describe_usage(name: str, facts: AvailableResources, demand: SessionDemand) -> str:
-    if name == "descriptors":
-        return f"{facts.descriptors_open} of at most {facts.descriptor_limit} file descriptors are open"
-    return f"{(facts.memory or 0) // MIB} MiB of memory are free, and a session needs {demand.memory // MIB} MiB"

@@ -322,20 +322,6 @@ def _pytest_signs(top: TopLevelFiles, project: Mapping[str, Any]) -> dict[str, b
     }
 
 
-def _gradle(top: TopLevelFiles) -> RepositoryTests | None:
-    name = next((one for one in ("build.gradle.kts", "build.gradle", "settings.gradle.kts", "settings.gradle")
-                 if one in top), None)  # fmt: skip
-    if name is None:
-        return None
-    return RepositoryTests("./gradlew test" if "gradlew" in top else "gradle test", name)
-
-
-def _maven(top: TopLevelFiles) -> RepositoryTests | None:
-    if "pom.xml" not in top:
-        return None
-    return RepositoryTests("./mvnw --batch-mode test" if "mvnw" in top else "mvn --batch-mode test", "pom.xml")
-
-
 def _ruby(top: TopLevelFiles) -> RepositoryTests | None:
     if "Gemfile" not in top:
         return None
@@ -344,11 +330,22 @@ def _ruby(top: TopLevelFiles) -> RepositoryTests | None:
     return RepositoryTests("bundle exec rake test", "Rakefile", "bundle install") if "Rakefile" in top else None
 
 
-def _single_file_rule(
-    name: str, command: str, before: str | None = None
+def _file_rule(
+    names: tuple[str, ...], command: str, before: str | None = None, wrapper: str | None = None
 ) -> Callable[[TopLevelFiles], RepositoryTests | None]:
-    """Return the rule of a language with a single test command."""
-    return lambda top: RepositoryTests(command, name, before) if name in top else None
+    """Return the rule of a language whose test command follows from the first of some files.
+
+    `wrapper` is a file that replaces the program of the command.
+    """
+
+    def rule(top: TopLevelFiles) -> RepositoryTests | None:
+        name = next((name for name in names if name in top), None)
+        if name is None:
+            return None
+        _, _, arguments = command.partition(" ")
+        return RepositoryTests(f"./{wrapper} {arguments}" if wrapper in top else command, name, before)
+
+    return rule
 
 
 _RULES: Final[tuple[Callable[[TopLevelFiles], RepositoryTests | None], ...]] = (
@@ -356,14 +353,16 @@ _RULES: Final[tuple[Callable[[TopLevelFiles], RepositoryTests | None], ...]] = (
     _composer,
     _makefile,
     _python,
-    _single_file_rule("Cargo.toml", "cargo test"),
-    _single_file_rule("go.mod", "go test ./..."),
-    _maven,
-    _gradle,
-    _single_file_rule("mix.exs", "mix test", "mix deps.get"),
+    _file_rule(("Cargo.toml",), "cargo test"),
+    _file_rule(("go.mod",), "go test ./..."),
+    _file_rule(("pom.xml",), "mvn --batch-mode test", wrapper="mvnw"),
+    _file_rule(
+        ("build.gradle.kts", "build.gradle", "settings.gradle.kts", "settings.gradle"), "gradle test", wrapper="gradlew"
+    ),
+    _file_rule(("mix.exs",), "mix test", "mix deps.get"),
     _ruby,
     _deno,
-    _single_file_rule("Package.swift", "swift test"),
+    _file_rule(("Package.swift",), "swift test"),
     _unittest,
 )
 

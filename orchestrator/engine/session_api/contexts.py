@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from typing import Any, Final, TypedDict, Unpack
 
 import anyio
@@ -30,12 +30,11 @@ from orchestrator.domain.sessions.contexts import (
 from orchestrator.errors import LeaseLost, RefusedError, StoreUnavailable, VersionConflict
 from orchestrator.protocols import Commit, Guard, Key, Store, Write
 from orchestrator.state.documents.log_reader import validate_many
+from orchestrator.state.documents.update import retry_on_conflict
 from orchestrator.system.clock import Clock
 
 KIND: Final = "context"
 
-#: How often a write is tried: apart from its own process, only a cleanup writes a session's record.
-_MAX_TRIES: Final = 5
 _CONTEXTS = cache(lambda: TypeAdapter(list[SessionContext]))
 #: The largest number of characters of fields that contain a program's text.
 _TEXT_LIMITS: Final = {
@@ -117,7 +116,7 @@ class SessionContexts:
             started=now,
             updated=now,
         )
-        self._own[session] = _OwnRecord(context, claim=self.claim(session))
+        self._own[session] = _OwnRecord(context, self.claim(session))
         return await self._note(session, {})
 
     async def update(self, session: SessionName, **changes: Unpack[SessionStatusUpdate]) -> SessionContext:
@@ -157,7 +156,7 @@ class SessionContexts:
             context = SessionContext.model_validate_json(document.encoded)
             if context.status is SessionStatus.DONE:
                 return
-            self._own[session] = _OwnRecord(context, document.version, self.claim(session))
+            self._own[session] = _OwnRecord(context, self.claim(session))
         try:
             await self._note(session, {"status": SessionStatus.DONE, "files": (), "blocked_on": None})
         except LeaseLost:  # the process that took over the task records its status
@@ -192,26 +191,15 @@ class SessionContexts:
         # Concurrent writes of one process would conflict with each other.
         async with own.write_lock:
             own.context = own.context.model_copy(update={**values, "updated": self.clock.now()})
-            for left in reversed(range(_MAX_TRIES)):
-                write = Write(context_key(session), own.version, own.context.to_json(), STALE_CONTEXT_SECONDS)
-                try:
-                    await self.store.commit(Commit([write], (), [own.claim] if own.claim else [], durable=False))
-                except VersionConflict:
-                    if not left:
-                        raise
-                    document = await self.store.get(context_key(session))
-                    own.version = document.version if document else 0
-                else:
-                    own.version = await self._version(session, own.version)
-                    return own.context
-        raise AssertionError("the last try returns or raises")
+            await retry_on_conflict(partial(self._commit, own))  # apart from this process, only a cleanup writes it
+            return own.context
 
-    async def _version(self, session: SessionName, written: int) -> int:
-        """Return the version that a write created: the next one, or for a new record whatever the store assigned."""
-        if written:
-            return written + 1
-        document = await self.store.get(context_key(session))
-        return document.version if document else 0
+    async def _commit(self, own: _OwnRecord) -> None:
+        key = context_key(own.context.session)
+        document = await self.store.get(key)
+        version = document.version if document else 0
+        write = Write(key, version, own.context.to_json(), STALE_CONTEXT_SECONDS)
+        await self.store.commit(Commit([write], (), [own.claim] if own.claim else [], durable=False))
 
     def _fit(self, name: str, value: Any) -> Any:
         if name not in _TEXT_LIMITS or value is None:
@@ -222,8 +210,8 @@ class SessionContexts:
 
 
 class _OwnRecord:
-    """The record of a session as last written, its version, and the claim that the session began under."""
+    """The record of a session as last written, and the claim that the session began under."""
 
-    def __init__(self, context: SessionContext, version: int = 0, claim: Guard | None = None) -> None:
-        self.context, self.version, self.claim = context, version, claim
+    def __init__(self, context: SessionContext, claim: Guard | None) -> None:
+        self.context, self.claim = context, claim
         self.write_lock = anyio.Lock()
