@@ -192,7 +192,7 @@ class BaseChecks:
     async def _find_failure(self, tasks: Sequence[str], base: CheckedBase) -> str | None:
         """Return why the checks that these tasks share fail on a commit."""
         task, spec, commit = tasks[0], await self.ledger.definitions.spec(tasks[0]), base.commit
-        key = await self._key(spec, commit)
+        key = await _hash_checks(self.context, spec, commit)
         if self._has_landed(spec, commit) or key in await self.ledger.run_state.proven_bases():
             return None
         correction = describe_check_fix(self.ledger.run, [await self.ledger.definitions.spec(name) for name in tasks])
@@ -250,13 +250,6 @@ class BaseChecks:
             return await self.context.checks(*check_args).run(commit, commit)
 
         return await _repeat_unless_run(check, self.context.tools.clock)
-
-    async def _key(self, spec: TaskSpec, commit: str) -> str:
-        """Return a hash of a base, its checks, and the setup that they need."""
-        tree = await self.context.git.line("rev-parse", f"{commit}^{{tree}}")
-        setup = await self.context.tools.worktree_setup.keys(commit) if self.context.worktrees.setup else ()
-        facts = json.dumps([tree, spec.checks, spec.checks_env, setup])
-        return hashlib.sha256(facts.encode()).hexdigest()[:32]
 
     def _has_landed(self, spec: TaskSpec, commit: str) -> bool:
         """Return True if a commit is a merge of this run that passed the same checks."""
@@ -322,6 +315,14 @@ class BaseChecks:
             return f"test -x {name}"
         absent = "true" if is_made else f"! git check-ignore --quiet -- {name}"
         return f"if test -e {name}; then test -x {name}; else {absent}; fi"
+
+
+async def _hash_checks(context: RunContext, spec: TaskSpec, commit: str) -> str:
+    """Return a hash of a base, its checks, and the setup that they need."""
+    tree = await context.git.line("rev-parse", f"{commit}^{{tree}}")
+    setup = await context.tools.worktree_setup.keys(commit) if context.worktrees.setup else ()
+    facts = json.dumps([tree, spec.checks, spec.checks_env, setup])
+    return hashlib.sha256(facts.encode()).hexdigest()[:32]
 
 
 async def _repeat_unless_run(check: Callable[[], Awaitable[CheckResult]], clock: Clock) -> CheckResult:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import anyio.to_thread
 
-from orchestrator.domain.events.runs import RunCapacityLimited
+from orchestrator.domain.events.runs import RunCapacityLimited, RunPaused
+from orchestrator.domain.runs.retry import retry_delay
 from orchestrator.domain.scheduling.admission import (
     NoSessionFits,
     SessionDemand,
@@ -12,6 +13,7 @@ from orchestrator.domain.scheduling.admission import (
     can_start_session,
     fit_sessions,
 )
+from orchestrator.domain.settings.run_settings import Backoff
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import RefusedError
 from orchestrator.system.clock import Clock
@@ -19,6 +21,8 @@ from orchestrator.system.resources import raise_descriptor_limit, read_resources
 
 #: Seconds before memory is checked again after a shortage.
 MEMORY_RETRY_DELAY = 5.0
+#: How long no session starts after one failed for lack of a resource.
+SHORTAGE_BACKOFF = Backoff(initial=1.0, factor=2.0, max=30.0, jitter=False)
 
 
 async def measure_capacity(wanted: int, demand: SessionDemand) -> SessionFit:
@@ -43,6 +47,9 @@ class Capacity:
         self._is_short = False
         self.recheck_at: float | None = None
         """When to check memory again (monotonic seconds); None if memory is not short."""
+        self.paused_until = 0.0
+        """No session starts before this time (monotonic seconds)."""
+        self._shortages = 0
 
     @classmethod
     async def measure(cls, wanted: int, ledger: Ledger, clock: Clock) -> Capacity:
@@ -74,3 +81,13 @@ class Capacity:
                 reason = "memory is low: no session starts until more is free"
                 await self._ledger.note(RunCapacityLimited(sessions=running, reason=reason))
         return startable
+
+    async def apply_shortage(self, reason: str | None) -> None:
+        """Pause starts if a session ended for lack of a resource, for longer each time in a row; None: it did not."""
+        if reason is None:
+            self._shortages = 0
+        elif self.paused_until <= self._clock.monotonic():  # else another session reported the same shortage
+            self._shortages += 1
+            pause = retry_delay(SHORTAGE_BACKOFF, self._shortages)
+            self.paused_until = self._clock.monotonic() + pause
+            await self._ledger.note(RunPaused(reason=reason, retry_in=pause))

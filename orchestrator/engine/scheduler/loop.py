@@ -8,12 +8,10 @@ from functools import partial
 import anyio
 from anyio.abc import TaskGroup
 
-from orchestrator.domain.events.runs import RunPaused, RunTargetUnreachable, RunWaiting
+from orchestrator.domain.events.runs import RunTargetUnreachable, RunWaiting
 from orchestrator.domain.runs.model import AdapterDocument, HaltCause
-from orchestrator.domain.runs.retry import retry_delay
 from orchestrator.domain.runs.statuses import SUCCESS_STATUSES, TaskStatus
 from orchestrator.domain.scheduling.dispatch import DispatchBoard
-from orchestrator.domain.settings.run_settings import Backoff
 from orchestrator.engine.landing.base_checks import BaseChecks
 from orchestrator.engine.landing.base_selection import BaseSelector
 from orchestrator.engine.landing.merge_queue import MergeQueue
@@ -37,9 +35,6 @@ from orchestrator.errors import GitError
 from orchestrator.repo.worktrees.pool import SlotPool
 from orchestrator.system import process
 from orchestrator.system.failpoints import failpoint
-
-#: How long no session starts after a resource shortage.
-SHORTAGE_BACKOFF = Backoff(initial=1.0, factor=2.0, max=30.0, jitter=False)
 
 
 class Scheduler:
@@ -77,8 +72,6 @@ class Scheduler:
         self._preparer = AttemptPreparer(self._local, self._attempts)
         self._peers = PeerSync(ledger, context, pool, self._local, budgets, self._halt, lambda: self._is_start_blocked)
         self._only_lands = False
-        self._shortages = 0
-        self._paused_until = 0.0
         self._stopping = False
         self._last_noted_wait: tuple[Mapping[str, float], Mapping[str, int]] = {}, {}
         """The cooling adapters and waiting approvals of the last `run.waiting` event."""
@@ -212,7 +205,7 @@ class Scheduler:
 
         Zero while the queue to land is full: more built work would only become stale.
         """
-        if self._landings.is_full or now < self._paused_until or self._is_start_blocked:
+        if self._landings.is_full or self._is_start_blocked or now < self._capacity.paused_until:
             return 0
         return await self._capacity.free(len(self._local.active_attempts))
 
@@ -237,9 +230,9 @@ class Scheduler:
     async def _pause(self) -> None:
         times: list[float | None] = []
         if not self._stopping:
-            is_paused = self._paused_until > self._clock.monotonic()
+            paused_until = self._capacity.paused_until
             starts = None if self._is_start_blocked else self._board.next_time()
-            times.append(self._paused_until if is_paused else starts)
+            times.append(paused_until if paused_until > self._clock.monotonic() else starts)
             times += self._landings.next_times()
             times.append(self._capacity.recheck_at)
         await self._local.pause(min((time for time in times if time is not None), default=None))
@@ -273,26 +266,15 @@ class Scheduler:
         if end is None:
             (self._local.sync_task if self._ledger.is_claimed_elsewhere(task) else self._local.take_over)(task)
             return
-        self._shortages = self._shortages if end.shortage is not None else 0
         self._local.show(task, end.retry_in)
         match self._ledger.task(task).status:
             case TaskStatus.QUEUED:
                 self._merge_queue.waiting.append(task)
             case TaskStatus.DONE:
                 await self._landings.remove_homes([task])
-        if end.shortage is not None:
-            await self._pause_starts(end.shortage)
+        await self._capacity.apply_shortage(end.shortage)
         if end.unrunnable is not None:
             self._give_up(end.unrunnable)
-
-    async def _pause_starts(self, reason: str) -> None:
-        """Start nothing for a while, because the machine is short of a resource."""
-        if self._paused_until > self._clock.monotonic():  # another session reported the same shortage
-            return
-        self._shortages += 1
-        pause = retry_delay(SHORTAGE_BACKOFF, self._shortages)
-        self._paused_until = self._clock.monotonic() + pause
-        await self._ledger.note(RunPaused(reason=reason, retry_in=pause))
 
     async def _run_monitor_as_leader(self) -> None:
         """Watch the state store once this orchestrator leads the run."""
