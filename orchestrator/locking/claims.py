@@ -19,6 +19,7 @@ from orchestrator.domain.scheduling.claims import (
     OwnerStatus,
     can_claim,
     count_earlier_tries,
+    describe_loss,
     should_try,
 )
 from orchestrator.errors import CouncilError, LeaseLost, VersionConflict
@@ -251,7 +252,7 @@ class Claims:
             # An orchestrator that has ended may have taken claims after the previous sweep.
             if name in gone or await self._others.read_liveness(name) is OwnerStatus.ENDED:
                 fence = [self._others.fence_write(*gone[name])] if name in gone else []
-                reason = self._others.describe_loss(*gone[name][1:]) if name in gone else "it left the run"
+                reason = describe_loss(*gone[name][1:], self._clock.now()) if name in gone else "it left the run"
                 taken |= dict.fromkeys(await self._take_over(name, reason, theirs, fence, also, counts=counts), name)
         strays = {task: document for task, document in ours.items() if self._unrecorded.get(task) == document.version}
         self._unrecorded = {task: document.version for task, document in ours.items()}

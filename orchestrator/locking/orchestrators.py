@@ -23,6 +23,7 @@ from orchestrator.domain.scheduling.claims import (
     OrchestratorLease,
     OwnerStatus,
     Role,
+    describe_loss,
     judge_owner_status,
 )
 from orchestrator.domain.settings.run_settings import CoordinationSettings
@@ -90,6 +91,61 @@ class _Heartbeat(NamedTuple):
     checked: float
 
 
+class PeerObserver:
+    """Judges whether the orchestrators of a run are alive, by their heartbeats and their processes."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        run: str,
+        me: OrchestratorIdentity,
+        timing: CoordinationSettings,
+        is_dead: Callable[[str, OrchestratorIdentity], Awaitable[bool]],
+    ) -> None:
+        self._clock, self._run, self._me, self._timing, self._is_dead = clock, run, me, timing, is_dead
+        self._seen: dict[tuple[str, str], _Heartbeat] = {}
+        """By run and name."""
+        self._alive: dict[str, float] = {}
+        """When a process was last checked and not proven dead (monotonic seconds), by orchestrator."""
+
+    async def assess(self, record: OrchestratorLease, run: str | None = None) -> OwnerStatus:
+        """Return the status of an orchestrator by its record."""
+        owner = record.owner
+        if owner.id == self._me.id:
+            return OwnerStatus.ALIVE if record.ended is None else OwnerStatus.ENDED
+        is_here = (owner.host, owner.boot) == (self._me.host, self._me.boot)
+        run = run or self._run
+        # No process survives a reboot. Its lock shows whether a host of the same name is this machine.
+        is_dead = record.ended is None and owner.host == self._me.host and await self._is_proven_dead(run, owner)
+        now, watched = self._clock.now(), self._seconds_unchanged(run, record)
+        return judge_owner_status(record, now, watched, self._timing, is_here=is_here, is_dead=is_dead)
+
+    async def _is_proven_dead(self, run: str, owner: OrchestratorIdentity) -> bool:
+        # Cached, because the status of an owner is read once for each task that it has claimed.
+        now, checked = self._clock.monotonic(), self._alive.get(owner.id)
+        if checked is not None and now - checked < _LIVENESS_CACHE_SECONDS:
+            return False
+        if await self._is_dead(run, owner):
+            return True
+        self._alive[owner.id] = now
+        return False
+
+    def expire_liveness(self, orchestrators: Iterable[str]) -> None:
+        """Drop the cached liveness of these orchestrators."""
+        for orchestrator in orchestrators:
+            self._alive.pop(orchestrator, None)
+
+    def _seconds_unchanged(self, run: str, record: OrchestratorLease) -> float:
+        """Return the seconds for which we have watched the last heartbeat without a long gap."""
+        now, seen = self._clock.monotonic(), self._seen.get((run, record.owner.id))
+        # After a suspension of this process or machine, start again: the peer may have been suspended as well.
+        max_gap = max(self._timing.stale_after, 2 * self._timing.sweep_interval)
+        is_new = seen is None or seen.heartbeat != record.heartbeat or now - seen.checked > max_gap
+        since = now if seen is None or is_new else seen.since
+        self._seen[run, record.owner.id] = _Heartbeat(record.heartbeat, since, now)
+        return now - since
+
+
 class RunMembership:
     """The orchestrators of one run, as seen by one of them, `me`."""
 
@@ -107,16 +163,13 @@ class RunMembership:
         self.counters = ClaimCounters()
         self.guard = Guard(orchestrator_key(run, me.id), 1)
         """The guard that rejects our commits once this orchestrator is declared gone."""
-        self._store, self._clock, self._is_dead = store, clock, is_dead
+        self.peers = PeerObserver(clock, run, me, timing, is_dead)
+        self._store, self._clock = store, clock
         self._version = 0
         self._record: OrchestratorLease | None = None
         self._writing = anyio.Lock()
         self._process_locks: dict[str, anyio.Lock] = {}
         self._deferred: list[Callable[[], Awaitable[None]]] = []
-        self._seen: dict[tuple[str, str], _Heartbeat] = {}
-        """By run and name."""
-        self._alive: dict[str, float] = {}
-        """When a process was last checked and not proven dead (monotonic seconds), by orchestrator."""
 
     def promote(self) -> None:
         """Record that this orchestrator is now the leader of its run."""
@@ -221,7 +274,7 @@ class RunMembership:
             is_me = record.owner.id == self.me.id
             if is_me or (record.owner.shares and self.me.shares):
                 continue
-            if await self.assess(record) is OwnerStatus.ALIVE:
+            if await self.peers.assess(record) is OwnerStatus.ALIVE:
                 return record
         return None
 
@@ -230,7 +283,7 @@ class RunMembership:
         if self.me.role is Role.LEADER:
             return False
         leaders = [record for record in (await self.all()).values() if record.owner.role is Role.LEADER]
-        return any([await self.assess(record) is OwnerStatus.ALIVE for record in leaders])
+        return any([await self.peers.assess(record) is OwnerStatus.ALIVE for record in leaders])
 
     async def find(self, orchestrator: str, run: str | None = None) -> OrchestratorLease | None:
         """Return the record of an orchestrator of this run or another."""
@@ -239,44 +292,7 @@ class RunMembership:
     async def read_liveness(self, orchestrator: str, run: str | None = None) -> OwnerStatus:
         """Return the status of an orchestrator by its name; ENDED if it has no record."""
         record = await self.find(orchestrator, run)
-        return OwnerStatus.ENDED if record is None else await self.assess(record, run)
-
-    async def assess(self, record: OrchestratorLease, run: str | None = None) -> OwnerStatus:
-        """Return the status of an orchestrator by its record."""
-        owner = record.owner
-        if owner.id == self.me.id:
-            return OwnerStatus.ALIVE if record.ended is None else OwnerStatus.ENDED
-        is_here = (owner.host, owner.boot) == (self.me.host, self.me.boot)
-        run = run or self.run
-        # No process survives a reboot. Its lock shows whether a host of the same name is this machine.
-        is_dead = record.ended is None and owner.host == self.me.host and await self._is_proven_dead(run, owner)
-        now, watched = self._clock.now(), self._seconds_unchanged(run, record)
-        return judge_owner_status(record, now, watched, self.timing, is_here=is_here, is_dead=is_dead)
-
-    async def _is_proven_dead(self, run: str, owner: OrchestratorIdentity) -> bool:
-        # Cached, because the status of an owner is read once for each task that it has claimed.
-        now, checked = self._clock.monotonic(), self._alive.get(owner.id)
-        if checked is not None and now - checked < _LIVENESS_CACHE_SECONDS:
-            return False
-        if await self._is_dead(run, owner):
-            return True
-        self._alive[owner.id] = now
-        return False
-
-    def expire_liveness(self, orchestrators: Iterable[str]) -> None:
-        """Drop the cached liveness of these orchestrators."""
-        for orchestrator in orchestrators:
-            self._alive.pop(orchestrator, None)
-
-    def _seconds_unchanged(self, run: str, record: OrchestratorLease) -> float:
-        """Return the seconds for which we have watched the last heartbeat without a long gap."""
-        now, seen = self._clock.monotonic(), self._seen.get((run, record.owner.id))
-        # After a suspension of this process or machine, start again: the peer may have been suspended as well.
-        max_gap = max(self.timing.stale_after, 2 * self.timing.sweep_interval)
-        is_new = seen is None or seen.heartbeat != record.heartbeat or now - seen.checked > max_gap
-        since = now if seen is None or is_new else seen.since
-        self._seen[run, record.owner.id] = _Heartbeat(record.heartbeat, since, now)
-        return now - since
+        return OwnerStatus.ENDED if record is None else await self.peers.assess(record, run)
 
     async def find_gone(self) -> dict[str, tuple[Document, OrchestratorLease, OwnerStatus]]:
         """Return the orchestrators that are gone but not yet fenced, by their names."""
@@ -284,17 +300,15 @@ class RunMembership:
         gone: dict[str, tuple[Document, OrchestratorLease, OwnerStatus]] = {}
         for document in await self._store.list(_KIND, f"{self.run}/"):
             record = _read(document)
-            if record is not None and (status := await self.assess(record)) in {OwnerStatus.STALE, OwnerStatus.DEAD}:
+            if record is not None and (status := await self.peers.assess(record)) in {
+                OwnerStatus.STALE,
+                OwnerStatus.DEAD,
+            }:
                 gone[record.owner.id] = (document, record, status)
         return gone
 
-    def describe_loss(self, record: OrchestratorLease, status: OwnerStatus) -> str:
-        """Return the reason why an orchestrator counts as gone."""
-        silence = self._clock.now() - record.heartbeat
-        return "process exited" if status is OwnerStatus.DEAD else f"no heartbeat for {silence:.0f} s"
-
     def fence_write(self, document: Document, record: OrchestratorLease, status: OwnerStatus) -> Write:
         """Return the write that fences an orchestrator that is gone."""
-        reason = f"{self.me.id} took over: {self.describe_loss(record, status)}"
+        reason = f"{self.me.id} took over: {describe_loss(record, status, self._clock.now())}"
         changes = {"ended": self._clock.now(), "reason": reason, "epoch": record.epoch + 1}
         return Write(document.key, document.version, record.model_copy(update=changes).model_dump(mode="json"))

@@ -151,6 +151,11 @@ def judge_owner_status(
     return OwnerStatus.ALIVE
 
 
+def describe_loss(lease: OrchestratorLease, status: OwnerStatus, now: float) -> str:
+    """Return the reason why an orchestrator counts as gone at `now` (wall-clock seconds)."""
+    return "process exited" if status is OwnerStatus.DEAD else f"no heartbeat for {now - lease.heartbeat:.0f} s"
+
+
 def can_claim(
     claim: Claim | None,
     me: OrchestratorIdentity,

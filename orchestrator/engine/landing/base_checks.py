@@ -366,7 +366,7 @@ async def _is_working(ledger: Ledger, holder: LockHolder | None) -> bool:
         for record in (await orchestrators.all()).values()
         if holder is not None and record.owner.pid == holder.pid
     ]
-    return any([await orchestrators.assess(record) is OwnerStatus.ALIVE for record in records])
+    return any([await orchestrators.peers.assess(record) is OwnerStatus.ALIVE for record in records])
 
 
 def describe_check_fix(run: RunDocument, specs: Sequence[TaskSpec], *, is_built: bool = False) -> str:

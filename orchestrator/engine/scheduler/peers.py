@@ -110,7 +110,7 @@ class PeerSync:
             with suppress(OSError, StoreUnavailable):  # no file descriptor left: retry later
                 alive = await locks.list_alive(self._ledger.run.id)
                 if exited := known - alive:
-                    orchestrators.expire_liveness(exited)
+                    orchestrators.peers.expire_liveness(exited)
                     self._sweep_due.set()
                 known = alive
             await self._clock.wait(anyio.Event(), self._clock.monotonic() + LIVENESS_INTERVAL)

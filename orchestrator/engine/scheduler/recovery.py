@@ -174,7 +174,7 @@ async def has_active_peers(ledger: Ledger) -> bool:
     """Return True if another orchestrator is active in the run."""
     orchestrators = ledger.orchestrators
     peers = [peer for peer in (await orchestrators.all()).values() if peer.owner.id != orchestrators.me.id]
-    return any([await orchestrators.assess(peer) in {OwnerStatus.ALIVE, OwnerStatus.STALE} for peer in peers])
+    return any([await orchestrators.peers.assess(peer) in {OwnerStatus.ALIVE, OwnerStatus.STALE} for peer in peers])
 
 
 async def _requeue_task(ledger: Ledger, task: str, landed: str | None) -> None:

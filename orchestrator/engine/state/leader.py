@@ -27,7 +27,7 @@ async def find_other_leader(store: Store, orchestrators: RunMembership) -> Orche
     if leader in {None, orchestrators.me.id}:
         return None
     holder = await orchestrators.find(leader)
-    if holder is None or await orchestrators.assess(holder) is not OwnerStatus.ALIVE:
+    if holder is None or await orchestrators.peers.assess(holder) is not OwnerStatus.ALIVE:
         return None
     return holder.owner
 
