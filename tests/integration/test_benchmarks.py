@@ -89,7 +89,10 @@ def test_contexts_are_measured() -> None:
 @pytest.mark.slow
 def test_locks_are_measured() -> None:
     """Compared with each alternative, and together with ownership."""
-    check(locks.measure(quick=True), ["beside filelock", "beside portalocker", "beside raw flock", "own a path"])
+    check(
+        locks.measure(quick=True),
+        ["compared with filelock", "compared with portalocker", "compared with raw flock", "own a path"],
+    )
 
 
 @pytest.mark.parametrize(
