@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import RefusedError
-from orchestrator.repo.git.command import Git, read_ref
+from orchestrator.repo.git.command import Git
+from orchestrator.repo.git.reading import read_ref
 from orchestrator.repo.source.user_checkouts import LocalRepository, find_checkout
 from tests.conftest import Repository
 

@@ -26,11 +26,10 @@ from orchestrator.sessions.sandbox.run_sandbox import RunSandbox, SandboxScope
 from orchestrator.sessions.setup.environment import attempt_variables, build_base_environment
 from orchestrator.sessions.setup.hooks import (
     HooksResult,
-    after_commands,
-    before_commands,
     hook_outcome,
     run_all,
     run_until_failure,
+    session_commands,
     setup_commands,
     teardown_commands,
 )
@@ -198,10 +197,9 @@ async def test_attempt_hooks_have_its_variables_and_log(checkout: HookCheckout) 
     """Their logs are streams of the attempt, in the order of execution."""
     worktree = Worktree(Hub(checkout.top / "hub"), "run1", "task", 2)
     shell = replace(checkout.shell, environment={**checkout.shell.environment, **attempt_variables(worktree)})
-    for commands in (before_commands, after_commands):
-        assert (
-            await run_all(shell, commands(["echo $COUNCIL_TASK.$COUNCIL_ATTEMPT"], 60.0, checkout.logs, worktree)) == []
-        )
+    for stage in ("before", "after"):
+        lines = ["echo $COUNCIL_TASK.$COUNCIL_ATTEMPT"]
+        assert await run_all(shell, session_commands(stage, lines, 60.0, checkout.logs, worktree)) == []
     assert checkout.output("task.2.before1") == checkout.output("task.2.after1") == "task.2\n"
     names = [path.name.removeprefix("task.2.") for path in checkout.logs.iterdir()]
     assert list_attempt_streams([*names, "check10", "check9", "stderr", "stdout", "stdout1", "check", "x"]) == [

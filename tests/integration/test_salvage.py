@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
-from git import Reference
 
 from orchestrator.errors import RefusedError
 from orchestrator.repo.git.command import Git
@@ -119,19 +117,24 @@ async def test_reading_ignores_git_variables_of_the_environment(
     assert not (tmp_path / "started").exists()
 
 
-async def test_listing_skips_a_ref_deleted_meanwhile(
-    session: SessionWorktree, work: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (ref,) = [one.ref for one in await salvage.list_unmerged_work(session.git)]
-    listed = Reference.iter_items
+@pytest.mark.usefixtures("work")
+async def test_listing_skips_a_ref_deleted_meanwhile(session: SessionWorktree) -> None:
+    (kept,) = await salvage.list_unmerged_work(session.git)
+    file, has_ended = Path(str(session.git.git_dir)) / kept.ref, threading.Event()
 
-    def delete_after_listing(*arguments: Any) -> Iterator[Any]:
-        for found in [*listed(*arguments)]:
-            (Path(str(session.git.git_dir)) / ref).unlink(missing_ok=True)
-            yield found
+    def delete_and_create() -> None:
+        while not has_ended.is_set():
+            file.unlink()
+            file.write_text(f"{kept.commit}\n")
 
-    monkeypatch.setattr(Reference, "iter_items", delete_after_listing)
-    assert await salvage.list_unmerged_work(session.git) == []
+    other = threading.Thread(target=delete_and_create)
+    other.start()
+    try:
+        found = [await salvage.list_unmerged_work(session.git) for _ in range(30)]
+    finally:
+        has_ended.set()
+        other.join()
+    assert all(one in ([], [kept]) for one in found)
 
 
 async def test_live_session_is_read_without_a_trace(session: SessionWorktree) -> None:

@@ -76,8 +76,8 @@ class RepositoryGuard:
 
     async def _landings(self, before: RepositorySnapshot, after: RepositorySnapshot) -> dict[str, str]:
         """Return the refs that a landing of any run moved, with their commits."""
-        earlier = before.refs.content
-        moved = {ref: commit for ref, commit in after.refs.content.items() if earlier.get(ref) != commit}
+        earlier = before.content("refs")
+        moved = {ref: commit for ref, commit in after.content("refs").items() if earlier.get(ref) != commit}
         return {
             ref: commit
             for ref, commit in moved.items()

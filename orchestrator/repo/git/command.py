@@ -1,4 +1,4 @@
-"""Run git: the only module that starts git commands, and reads refs through GitPython where no process is needed.
+"""Run git: the only module that starts git commands.
 
 Two environments, both built from scratch:
 
@@ -16,7 +16,6 @@ import re
 import shutil
 import signal
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -384,33 +383,3 @@ _OBJECT_ID: Final = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
 def is_object_id(text: str) -> bool:
     """Whether this is a full object id, SHA-1 or SHA-256."""
     return _OBJECT_ID.fullmatch(text) is not None
-
-
-async def read_ref(repository: Path, ref: str) -> str | None:
-    """Return the object id of a ref in the user's repository without running git; None if it does not exist.
-
-    `repository` is a git directory or the top of a checkout. Raises GitError if it can't be read.
-    """
-    return await anyio.to_thread.run_sync(_read_ref, repository, ref)
-
-
-def _read_ref(repository: Path, ref: str) -> str | None:
-    own = repository / ".git"
-    with suppress(OSError):  # packed, in another format, or missing: GitPython finds out
-        value = ((own if own.exists() else repository) / ref).read_text(errors="replace").rstrip("\n")
-        if is_object_id(value):
-            return value
-    return _read_any_ref(repository, ref)
-
-
-def _read_any_ref(repository: Path, ref: str) -> str | None:
-    # Importing GitPython takes as long as all our other imports together.
-    import git  # noqa: PLC0415
-
-    try:
-        with git.Repo(repository) as opened:
-            return git.SymbolicReference.dereference_recursive(opened, ref)
-    except ValueError:  # GitPython raises it for a missing ref
-        return None
-    except (git.exc.GitError, OSError) as error:
-        raise GitError(["rev-parse", ref], 128, f"{repository}: {error}") from error

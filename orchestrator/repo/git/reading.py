@@ -1,4 +1,4 @@
-"""Read refs, commits and diffs of our own repositories with GitPython."""
+"""Read refs, commits and diffs, with GitPython where no process is needed."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio.to_thread
 
 from orchestrator.errors import GitError
-from orchestrator.repo.git.command import CONFIG_FLAGS, Git, sealed_environment
+from orchestrator.repo.git.command import CONFIG_FLAGS, Git, is_object_id, sealed_environment
 
 if TYPE_CHECKING:
     import git
@@ -64,17 +64,9 @@ def _open_and_read(repository: Git, read: Callable[[git.Repo], T]) -> T:
 
 async def list_refs(repository: Git, *prefixes: str) -> dict[str, str]:
     """Return the object ids of the refs below prefixes such as `refs/heads/`, by full name."""
-
-    def read(opened: git.Repo) -> dict[str, str]:
-        from git import Reference  # noqa: PLC0415  as above
-
-        found = {}
-        for ref in chain.from_iterable(Reference.iter_items(opened, prefix) for prefix in prefixes):
-            with suppress(ValueError):  # another process has deleted it meanwhile
-                found[str(ref.path)] = Reference.dereference_recursive(opened, ref.path)
-        return found
-
-    return await _read(repository, read)
+    listed = await repository.line("for-each-ref", "--format=%(objectname) %(refname)", *prefixes)
+    pairs = (line.split(" ", 1) for line in listed.splitlines())
+    return {name: commit for commit, name in pairs}
 
 
 async def read_commits(repository: Git, commits: Collection[str]) -> dict[str, CommitSummary]:
@@ -98,3 +90,33 @@ async def diff_trees(repository: Git, base: str, commit: str, options: Sequence[
         return bytes(opened.git.diff_tree("-r", *options, base, commit, **exact))
 
     return await _read(repository, read)
+
+
+async def read_ref(repository: Path, ref: str) -> str | None:
+    """Return the object id of a ref in the user's repository without running git; None if it does not exist.
+
+    `repository` is a git directory or the top of a checkout. Raises GitError if it can't be read.
+    """
+    return await anyio.to_thread.run_sync(_read_ref, repository, ref)
+
+
+def _read_ref(repository: Path, ref: str) -> str | None:
+    own = repository / ".git"
+    with suppress(OSError):  # packed, in another format, or missing: GitPython finds out
+        value = ((own if own.exists() else repository) / ref).read_text(errors="replace").rstrip("\n")
+        if is_object_id(value):
+            return value
+    return _read_any_ref(repository, ref)
+
+
+def _read_any_ref(repository: Path, ref: str) -> str | None:
+    # Importing GitPython takes as long as all our other imports together.
+    import git  # noqa: PLC0415
+
+    try:
+        with git.Repo(repository) as opened:
+            return git.SymbolicReference.dereference_recursive(opened, ref)
+    except ValueError:  # GitPython raises it for a missing ref
+        return None
+    except (git.exc.GitError, OSError) as error:
+        raise GitError(["rev-parse", ref], 128, f"{repository}: {error}") from error

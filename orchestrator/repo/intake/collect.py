@@ -21,6 +21,7 @@ import anyio.to_thread
 from orchestrator.domain.wording import join_names
 from orchestrator.errors import GitError, is_resource_exhaustion
 from orchestrator.repo.git.command import GITLINK_MODE, FileChange, Git, is_object_id, printable_name
+from orchestrator.repo.git.reading import list_refs
 from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.intake.quarantine import Quarantine
 from orchestrator.repo.intake.session_commits import SessionCommits
@@ -202,7 +203,9 @@ async def _salvage(history: SessionCommits, refs: SessionRefs, tip: str) -> tupl
         safe = history.admit.redactor.text(name)
         ref = _free_ref(salvage_ref_name(worktree.run, worktree.task, worktree.attempt, safe), created)
         if before is None:
-            before = await _read_existing_salvage(history)
+            # The refs that an earlier, interrupted call has created.
+            folder = f"refs/salvage/{worktree.run}/{worktree.task}.{worktree.attempt}/"
+            before = await list_refs(history.git, folder)
         if before.get(ref) != commit:
             if why := await history.import_commits(commit, history.base, tip):
                 notes.append(f"{printable_name(name)!r} is not salvaged: {why}")
@@ -210,17 +213,6 @@ async def _salvage(history: SessionCommits, refs: SessionRefs, tip: str) -> tupl
             await history.git("update-ref", ref, commit)
         created[commit] = ref
     return tuple(created.values()), tuple(notes)
-
-
-async def _read_existing_salvage(history: SessionCommits) -> dict[str, str]:
-    """Return the refs that an earlier, interrupted call has created."""
-    worktree = history.worktree
-    listed = await history.git.line(
-        "for-each-ref",
-        "--format=%(refname) %(objectname)",
-        f"refs/salvage/{worktree.run}/{worktree.task}.{worktree.attempt}/",
-    )
-    return dict(line.split(" ") for line in listed.splitlines())
 
 
 def _candidates(refs: SessionRefs, branch: str) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from orchestrator.system.process_table import process_ids, process_stat
 
 #: Nanoseconds within which a file system may give two writes the same time; younger files are read again.
 _TIMESTAMP_GRANULARITY = 2_000_000_000
+_INDEX = "index of "  # before the git directory of its checkout
 _FILES = ("config", "info/attributes", "info/exclude")
 
 _Signature = tuple[tuple[str, int, int, int, int, int], ...]
@@ -37,14 +38,18 @@ class _Part:
 
 @dataclass(frozen=True, slots=True)
 class RepositorySnapshot:
-    """The repository's state at a point in time; made by `take_snapshot`, compared by `describe_changes`."""
+    """The repository's state at a point in time; made by `take_snapshot`, compared by `describe_changes`.
 
-    refs: _Part
-    files: _Part
-    heads: _Part
-    """By the git directory of each checkout, relative to the shared one: `ref: …` or a commit."""
-    indexes: Mapping[str, _Part]
-    """By the same: a digest of the staged entries, without the data that `git status` refreshes."""
+    The parts are `refs`, `files`, `heads` (by the git directory of each checkout, relative to the shared one: `ref: …`
+    or a commit) and, after `_INDEX`, the same for a digest of the staged entries, without the data that `git status`
+    refreshes.
+    """
+
+    parts: Mapping[str, _Part]
+
+    def content(self, name: str) -> _Content:
+        """Return the content of a part."""
+        return self.parts[name].content
 
 
 async def take_snapshot(
@@ -56,36 +61,27 @@ async def take_snapshot(
     """
     folder = repository.git_dir
     signatures = await anyio.to_thread.run_sync(_signatures, folder)
+    before = {} if previous is None else previous.parts
 
-    async def part(
-        before: _Part | None, signature: _Signature | None, read: Callable[[], Awaitable[_Content]]
-    ) -> _Part:
-        if before is not None and signature is not None and signature == before.signature:
-            return before
-        return _Part(signature, await read())
+    async def part(name: str) -> _Part:
+        known, signature = before.get(name), signatures[name]
+        if known is not None and signature is not None and signature == known.signature:
+            return known
+        return _Part(signature, await _read_part(name, folder, git))
 
-    async def read_refs() -> _Content:
-        return await _read_refs(folder, git)
+    return RepositorySnapshot({name: await part(name) for name in signatures})
 
-    async def read_files() -> _Content:
-        return await anyio.to_thread.run_sync(_read_files, folder)
 
-    async def heads() -> _Content:
-        return await anyio.to_thread.run_sync(read_heads, folder)
-
-    indexes = {}
-    for name, signature in signatures.indexes.items():
-
-        async def read_index(checkout: str = name) -> _Content:
-            return await _read_index(folder, checkout, git)
-
-        indexes[name] = await part(previous.indexes.get(name) if previous else None, signature, read_index)
-    return RepositorySnapshot(
-        await part(previous.refs if previous else None, signatures.refs, read_refs),
-        await part(previous.files if previous else None, signatures.files, read_files),
-        await part(previous.heads if previous else None, signatures.heads, heads),
-        indexes,
-    )
+async def _read_part(name: str, folder: Path, git: Git) -> _Content:
+    match name:
+        case "refs":
+            return await _read_refs(folder, git)
+        case "files":
+            return await anyio.to_thread.run_sync(_read_files, folder)
+        case "heads":
+            return await anyio.to_thread.run_sync(read_heads, folder)
+        case _:
+            return await _read_index(folder, name.removeprefix(_INDEX), git)
 
 
 def describe_changes(before: RepositorySnapshot, after: RepositorySnapshot, *, ours: Mapping[str, str]) -> list[str]:
@@ -96,19 +92,20 @@ def describe_changes(before: RepositorySnapshot, after: RepositorySnapshot, *, o
     """
     changes = [
         _moved(ref, old, new)
-        for ref, old, new in _differences(before.refs.content, after.refs.content)
+        for ref, old, new in _differences(before.content("refs"), after.content("refs"))
         if new is None or ours.get(ref) != new
     ]
     changes += [
         _moved(f"{_inside(name)}/HEAD", old, new)
-        for name, old, new in _differences(before.heads.content, after.heads.content)
+        for name, old, new in _differences(before.content("heads"), after.content("heads"))
     ]
-    for file, old, new in _differences(before.files.content, after.files.content):
+    for file, old, new in _differences(before.content("files"), after.content("files")):
         change = "created" if old is None else "deleted" if new is None else "changed"
         changes.append(f".git/{printable_name(file)} was {change}")
-    for name in before.indexes.keys() & after.indexes.keys():
-        moved = after.heads.content.get(name, "").removeprefix("ref: ") in ours
-        if not moved and before.indexes[name].content != after.indexes[name].content:
+    for part in before.parts.keys() & after.parts.keys():
+        name = part.removeprefix(_INDEX)
+        moved = after.content("heads").get(name, "").removeprefix("ref: ") in ours
+        if name != part and not moved and before.content(part) != after.content(part):
             changes.append(f"{_inside(name)}/index has different staged entries")
     return sorted(changes)
 
@@ -121,15 +118,7 @@ async def is_user_git_running(repository: LocalRepository) -> bool:
     return await anyio.to_thread.run_sync(_is_user_git_running, repository)
 
 
-@dataclass(frozen=True, slots=True)
-class _Signatures:
-    refs: _Signature | None
-    files: _Signature | None
-    heads: _Signature | None
-    indexes: Mapping[str, _Signature | None]
-
-
-def _signatures(folder: Path) -> _Signatures:
+def _signatures(folder: Path) -> dict[str, _Signature | None]:
     now = time.time_ns()
 
     def settled(paths: Iterator[Path]) -> _Signature | None:
@@ -137,12 +126,12 @@ def _signatures(folder: Path) -> _Signatures:
         return None if any(entry[4] > now - _TIMESTAMP_GRANULARITY for entry in signature) else signature
 
     checkouts = list_checkout_git_dirs(folder)
-    return _Signatures(
-        settled(_ref_files(folder)),
-        settled(path for path, _ in _watched_files(folder)),
-        settled(folder / name / "HEAD" for name in checkouts),
-        {name: settled(iter([folder / name / "index"])) for name in checkouts},
-    )
+    return {
+        "refs": settled(_ref_files(folder)),
+        "files": settled(path for path, _ in _watched_files(folder)),
+        "heads": settled(folder / name / "HEAD" for name in checkouts),
+        **{f"{_INDEX}{name}": settled(iter([folder / name / "index"])) for name in checkouts},
+    }
 
 
 def _stat(path: Path) -> tuple[str, int, int, int, int, int]:

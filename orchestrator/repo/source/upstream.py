@@ -11,7 +11,8 @@ from pathlib import Path
 
 import anyio
 
-from orchestrator.repo.git.command import Git, printable_name, read_ref, was_killed
+from orchestrator.repo.git.command import Git, printable_name, was_killed
+from orchestrator.repo.git.reading import read_ref
 from orchestrator.repo.source.user_checkouts import LocalRepository, find_checkout, find_repository, lock_marker
 from orchestrator.repo.source.user_programs import (
     MARK_VARIABLE,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import assert_never
+from typing import Literal, assert_never
 
 from orchestrator.domain.runs.outcome import Failed, Interrupted, Outcome, ResourcesExhausted
 from orchestrator.domain.settings.failures import FailureClass
@@ -53,17 +53,10 @@ def teardown_commands(lines: Sequence[str], timeout: float, logs: Path, slot: in
     ]
 
 
-def before_commands(lines: Sequence[str], timeout: float, logs: Path, worktree: Worktree) -> list[ShellCommand]:
-    """Return the commands that run before an attempt's session."""
-    return _around(lines, timeout, logs, worktree, "before")
-
-
-def after_commands(lines: Sequence[str], timeout: float, logs: Path, worktree: Worktree) -> list[ShellCommand]:
-    """Return the commands that run after an attempt's session, before its work is collected."""
-    return _around(lines, timeout, logs, worktree, "after")
-
-
-def _around(lines: Sequence[str], timeout: float, logs: Path, worktree: Worktree, stage: str) -> list[ShellCommand]:
+def session_commands(
+    stage: Literal["before", "after"], lines: Sequence[str], timeout: float, logs: Path, worktree: Worktree
+) -> list[ShellCommand]:
+    """Return the commands that run before an attempt's session, or after it and before its work is collected."""
     return [
         ShellCommand(line, log_path(logs, worktree.task, worktree.attempt, f"{stage}{number}"), timeout, _HOOKS_TIMEOUT)
         for number, line in enumerate(lines, start=1)

@@ -170,7 +170,7 @@ class WorktreeSetup:
     async def run_before(self, worktree: Worktree, prepared: PreparedWorktree) -> Outcome | None:
         """Run the `before_run` commands; return an outcome if the session can't start, else None."""
         config = self.config
-        commands = hooks.before_commands(config.before_run, config.hooks_timeout, self.logs, worktree)
+        commands = hooks.session_commands("before", config.before_run, config.hooks_timeout, self.logs, worktree)
         if not commands:
             return None
         return hooks.hook_outcome((await hooks.run_until_failure(self._shell_in(worktree, prepared), commands)).last)
@@ -178,7 +178,7 @@ class WorktreeSetup:
     async def run_after(self, worktree: Worktree, prepared: PreparedWorktree) -> Sequence[str]:
         """Run the `after_run` commands; return descriptions of the failures."""
         config = self.config
-        commands = hooks.after_commands(config.after_run, config.hooks_timeout, self.logs, worktree)
+        commands = hooks.session_commands("after", config.after_run, config.hooks_timeout, self.logs, worktree)
         failed = await hooks.run_all(self._shell_in(worktree, prepared), commands) if commands else []
         return _describe_failures(failed, "after the session")
 
