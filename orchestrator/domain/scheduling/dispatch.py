@@ -295,7 +295,9 @@ class DispatchBoard:
         elif status is TaskStatus.AWAITING_APPROVAL:
             self.rest(task, keeps_paths=keeps_paths)
         elif status is not TaskStatus.PENDING:
-            if state is not _BUILT:
+            if state is _RUNNING:
+                self.built(task)
+            elif state is not _BUILT:
                 self._leave(task, _BUILT)
                 self._queue.keep_paths(task, self.entries[task].owns)
         else:

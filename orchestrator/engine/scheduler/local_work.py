@@ -81,11 +81,6 @@ class LocalWork:
             for subtask in self._ledger.task(task).subtasks
         )
 
-    def _wait_for_subtasks(self, task: str) -> None:
-        """Let a task wait for its subtasks, if any."""
-        self.add_planned_tasks()
-        self.board.set_subtasks(task, self._ledger.tasks.subtasks(task))
-
     def wake(self) -> None:
         """Wake the scheduler."""
         self._woken.set()
@@ -149,11 +144,9 @@ class LocalWork:
 
     def show(self, task: str, retry_in: float = 0.0) -> None:
         """Update a task on the board; a retry starts after `retry_in` seconds."""
-        self._wait_for_subtasks(task)
+        self.add_planned_tasks()
+        self.board.set_subtasks(task, self._ledger.tasks.subtasks(task))
         status, until = self._ledger.task(task).status, self._clock.monotonic() + retry_in
-        if status is TaskStatus.QUEUED and self.board.is_running(task):
-            self.board.built(task)
-            return
         adapters, keeps = self._phase_adapters(task)
         self.board.sync_task(task, status, until, adapters, keeps_paths=keeps)
 

@@ -20,14 +20,13 @@ from orchestrator.engine.phases.completion import PhaseHandlers
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.scheduler.active_attempts import ActiveAttempt, AttemptEnd
 from orchestrator.engine.scheduler.attempt_results import AttemptRecorder
-from orchestrator.engine.scheduler.attempts import AttemptRunner
+from orchestrator.engine.scheduler.attempts import AttemptPreparer, AttemptRunner
 from orchestrator.engine.scheduler.budgets import Budgets
 from orchestrator.engine.scheduler.capacity import Capacity
 from orchestrator.engine.scheduler.landing_loop import LandingLoop
 from orchestrator.engine.scheduler.local_work import LocalWork
 from orchestrator.engine.scheduler.monitor import Monitor
 from orchestrator.engine.scheduler.peers import PeerSync
-from orchestrator.engine.scheduler.preparation import AttemptPreparer
 from orchestrator.engine.scheduler.requests import cancel_task
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.transitions import TaskUpdate

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import anyio
@@ -112,22 +113,15 @@ class SessionLocks:
         planned = await self._registry.plan(session, patterns, orchestrator=orchestrator, claim=claim, is_lock=True)
         # Try without waiting only if the paths look free: a rejection and a wait each write a record.
         conflict = planned if isinstance(planned, OwnershipConflict) else None
+        acquire = partial(
+            self._registry.acquire, session, patterns, orchestrator=orchestrator, claim=claim, is_lock=True
+        )
         if conflict is None:
-            conflict = await self._registry.acquire(
-                session, patterns, orchestrator=orchestrator, claim=claim, is_lock=True
-            )
+            conflict = await acquire()
         left = until - self._clock.monotonic()
         if conflict is not None and left > 0:
             async with self._contexts.waiting(session, f"{conflict.wanted} (held by {conflict.holder.task})"):
-                conflict = await self._registry.acquire(
-                    session,
-                    patterns,
-                    orchestrator=orchestrator,
-                    claim=claim,
-                    is_lock=True,
-                    wait=left,
-                    also=self._files.list_waits,
-                )
+                conflict = await acquire(wait=left, also=self._files.list_waits)
         if conflict is not None:
             what = f"{conflict.describe()} since {format_local_time(conflict.since)}"
             raise RefusedError(what, "work on something else, or ask again with a longer wait")
