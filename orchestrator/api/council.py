@@ -89,9 +89,9 @@ class Council:
         Raises ConfigError with all problems of the file; RefusedError if there is nothing to open, or for a store that
         was not made on this machine unless `adopt_state` has accepted it.
         """
-        async with open_project(source, plugins, state, clock or SystemClock(), environ) as opened:
-            context = opened.context
-            yield cls(context, opened.config, await context.store.position(), opened.notices)
+        opening = open_project(source, plugins, state, clock or SystemClock(), environ)
+        async with opening as (context, config, notices):
+            yield cls(context, config, await context.store.position(), notices)
 
     @cached_property
     def runs(self) -> topics.Runs:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,16 +35,6 @@ if TYPE_CHECKING:
     from orchestrator.plugins import Plugins
 
 
-@dataclass(frozen=True, slots=True)
-class OpenedProject:
-    """An open project, with the run of its file if it was opened with one."""
-
-    context: ProjectContext
-    config: RunConfig | None
-    notices: Sequence[str]
-    """Messages for the user about how the state was opened."""
-
-
 @asynccontextmanager
 async def open_project(
     source: str | Path | Config | RunConfig | None,
@@ -53,8 +42,11 @@ async def open_project(
     state: str | None,
     clock: Clock,
     environ: Mapping[str, str],
-) -> AsyncIterator[OpenedProject]:
-    """Open a project and its store for the body of the `async with`; see `Council.open`."""
+) -> AsyncIterator[tuple[ProjectContext, RunConfig | None, Sequence[str]]]:
+    """Open a project and its store for the body of the `async with`; see `Council.open`.
+
+    Yields the project, the run of its file if it is opened with one, and messages about how its state was opened.
+    """
     source = "." if source is None else source
     config, is_known = None, True
     chosen = to_store_url(state or environ.get("COUNCIL_STATE", "")) or None
@@ -74,7 +66,7 @@ async def open_project(
     async with _open_store(url, lazy_plugins, clock) as store:
         notices = await _import_legacy_state(store, project, clock, environ) if state is None else ()
         context = ProjectContext(project, store, url, clock, environ, lazy_plugins, follows_file=chosen is None)
-        yield OpenedProject(context, config, notices)
+        yield context, config, notices
 
 
 def _find_source_project(folder: Path, chosen: str | None) -> tuple[Project, bool]:

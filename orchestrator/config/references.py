@@ -45,7 +45,7 @@ def check_size(root: Node, problems: Problems) -> bool:
     return False
 
 
-def check_required_sections(root: Node, problems: Problems) -> None:
+def _check_required_sections(root: Node, problems: Problems) -> None:
     """Report missing adapters, or missing tasks without a tracker."""
     if root.get("adapters") is None:
         problems.add(root.at, "the key 'adapters' is missing", "add `adapters:` here")
@@ -58,7 +58,7 @@ def check_required_sections(root: Node, problems: Problems) -> None:
         problems.add(tasks.at, "tasks is an empty list", "give at least 1")
 
 
-def check_empty_keys(root: Node, problems: Problems) -> None:
+def _check_empty_keys(root: Node, problems: Problems) -> None:
     """Report optional keys without a value."""
     for node in (root, root.get("defaults"), root.get("defaults", "backoff")):
         reject_empty_keys(node, problems)
@@ -75,7 +75,7 @@ def check_empty_keys(root: Node, problems: Problems) -> None:
         reject_empty_keys(task.get("backoff"), problems)
 
 
-def check_folder(root: Node, folder: Path, problems: Problems) -> None:
+def _check_folder(root: Node, folder: Path, problems: Problems) -> None:
     """Report a repository path that is not a folder."""
     repo = root.get("repo")
     if repo is None or not isinstance(repo.value, str):
@@ -94,7 +94,7 @@ def check_folder(root: Node, folder: Path, problems: Problems) -> None:
         )
 
 
-def check_state(root: Node, problems: Problems) -> None:
+def _check_state(root: Node, problems: Problems) -> None:
     """Report a store that is given twice, and an invalid folder."""
     folder, state = root.get("state_dir"), root.get("state")
     if folder is None:
@@ -105,7 +105,7 @@ def check_state(root: Node, problems: Problems) -> None:
         problems.add(folder.at, "a path can't contain a NUL character", "write a path relative to this file")
 
 
-def check_coordination(root: Node, problems: Problems) -> None:
+def _check_coordination(root: Node, problems: Problems) -> None:
     """Report conflicting durations of `coordination`, including defaults."""
     node = root.get("coordination")
     if node is None or not isinstance(node.value, dict):
@@ -119,7 +119,7 @@ def check_coordination(root: Node, problems: Problems) -> None:
         problems.add(at.at, *explain_duration_conflict(conflict, config))
 
 
-def check_network(root: Node, problems: Problems) -> None:
+def _check_network(root: Node, problems: Problems) -> None:
     """Report network limits without a sandbox."""
     network, sandbox = root.get("network"), root.get("sandbox")
     if network is None or sandbox is None:
@@ -131,7 +131,7 @@ def check_network(root: Node, problems: Problems) -> None:
         problems.add(network.at, what, "write `sandbox: auto`, or `network: on`")
 
 
-def check_copied_files(root: Node, problems: Problems) -> None:
+def _check_copied_files(root: Node, problems: Problems) -> None:
     """Report duplicate files to copy or link, and such files for a remote repository."""
     repo = root.get("repo")
     is_remote = repo is not None and isinstance(repo.value, str) and is_url(repo.value)
@@ -234,7 +234,7 @@ def _note_cycle(cycle: list[str], edges: Mapping[str, Mapping[str, Position]], p
     problems.add(at, f"dependency cycle: {' -> '.join(named)}", "remove one of these needs")
 
 
-def check_commands(root: Node, problems: Problems) -> None:
+def _check_commands(root: Node, problems: Problems) -> None:
     """Report secret keys in the commands of worktrees, which are recorded."""
     steps = iter_items(root.get("worktrees", "setup"))
     commands = [step.get("run") or step for step in steps]
@@ -245,7 +245,7 @@ def check_commands(root: Node, problems: Problems) -> None:
             reject_secret(command, command.value, "command", "`env` of `worktrees`", problems)
 
 
-def check_mcp_servers(root: Node, problems: Problems) -> None:
+def _check_mcp_servers(root: Node, problems: Problems) -> None:
     """Report servers without exactly one of command and URL, and secret keys in recorded values."""
     servers = root.get("mcp_servers")
     if servers is not None and MCP_SERVER_NAME in servers.keys:
@@ -293,3 +293,21 @@ def read_prompts(root: Node, folder: Path, problems: Problems) -> dict[int, str]
             except InvalidValue as error:
                 problems.add(file.at, error.what, error.remedy)
     return prompts
+
+
+def check_references(root: Node, folder: Path, problems: Problems) -> None:
+    """Report mistakes of all kinds but in prompts; relative paths start from `folder`."""
+    _check_folder(root, folder, problems)
+    for check in (
+        _check_required_sections,
+        _check_empty_keys,
+        check_ids,
+        check_needs,
+        _check_state,
+        _check_coordination,
+        _check_network,
+        _check_copied_files,
+        _check_commands,
+        _check_mcp_servers,
+    ):
+        check(root, problems)

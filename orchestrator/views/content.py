@@ -51,9 +51,9 @@ def version_path(key: Key, version: int) -> str:
     return f"tasks/{_path(key.id)}/history/v{version}.json"
 
 
-def context_path(key: Key) -> str:
+def context_path(run: str, task: str) -> str:
     """Return the file of a task's session."""
-    return f"context/{_path(key.id)}.json"
+    return f"context/{_path(f'{run}/{task}')}.json"
 
 
 def _path(name: str) -> str:
@@ -114,21 +114,12 @@ def _event(event: Event) -> JsonObject:
 class ActiveTask:
     """A task between its start and its landing, with the hub of its run and the patterns of the paths that it owns."""
 
-    key: Key
+    run: str
+    task: str
     status: TaskStatus
     attempt: Attempt
     hub: Path | None
     owns: Sequence[str]
-
-    @property
-    def run(self) -> str:
-        """The id of its run."""
-        return self.key.id.partition("/")[0]
-
-    @property
-    def task(self) -> str:
-        """The id of the task."""
-        return self.key.id.partition("/")[2]
 
     @property
     def has_session(self) -> bool:
@@ -146,14 +137,15 @@ def active_tasks(documents: Mapping[Key, Document]) -> list[ActiveTask]:
             task = TaskDocument.model_validate_json(document.encoded)
         except ValidationError:
             continue
-        run = documents.get(Key("run", document.key.id.partition("/")[0]))
+        name, _, own = document.key.id.partition("/")
+        run = documents.get(Key("run", name))
         facts: JsonObject = {} if run is None else run.value
         if task.status in CLAIMED_STATUSES and task.attempts and facts.get("ended") is None:
             spec = documents.get(Key("spec", document.key.id))
             hub, owns = facts.get("hub"), [] if spec is None else spec.value.get("owns", [])
             hub = Path(hub) if isinstance(hub, str) else None
-            active.append(ActiveTask(document.key, task.status, task.attempt, hub, owns))
-    return sorted(active, key=lambda one: (one.attempt.started, one.key))
+            active.append(ActiveTask(name, own, task.status, task.attempt, hub, owns))
+    return sorted(active, key=lambda one: (one.attempt.started, one.run, one.task))
 
 
 def ownership_view(active: Iterable[ActiveTask]) -> bytes:

@@ -177,7 +177,7 @@ class ViewFolder:
             if one.has_session:
                 hub = one.hub
                 slot = None if hub is None else Worktree(Hub(hub), one.run, one.task, one.attempt.number).slot
-                self.write(context_path(one.key), context_view(one, None if slot is None else str(slot.tree)))
+                self.write(context_path(one.run, one.task), context_view(one, None if slot is None else str(slot.tree)))
 
     def install(self, path: Path) -> None:
         """Replace the folder at `path` by this one."""

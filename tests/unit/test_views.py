@@ -38,7 +38,7 @@ def test_ids_have_distinct_files() -> None:
 def test_usual_ids_are_file_names() -> None:
     """Ids of runs and of most tasks."""
     assert document_path(Key("task", "20260102-030405-ab12/api")) == "tasks/20260102-030405-ab12/api/state.json"
-    assert context_path(Key("task", "20260102-030405-ab12/v1.2_x")) == "context/20260102-030405-ab12/v1.2_x.json"
+    assert context_path("20260102-030405-ab12", "v1.2_x") == "context/20260102-030405-ab12/v1.2_x.json"
 
 
 def _records(first: int, last: int) -> list[CommitRecord]:

@@ -13,8 +13,9 @@ import anyio.to_thread
 
 from orchestrator.api.context import ProjectContext
 from orchestrator.api.execution.file_comparison import apply_config_file
-from orchestrator.api.execution.leadership import RunEntry, hold_run_lock, run_active_error, run_settings
+from orchestrator.api.execution.leadership import RunEntry, hold_run_lock, run_active_error
 from orchestrator.api.run_reader import RunReader
+from orchestrator.config.coordination import resolve_coordination
 from orchestrator.domain.documents.stored import CheckpointOrigin
 from orchestrator.domain.runs.model import RequestAction, RunDocument, RunRequest
 from orchestrator.domain.runs.statuses import FINAL_STATUSES
@@ -99,7 +100,7 @@ class RunController:
         """Wait until the leader of a run has performed a request; perform it here if there is none."""
         context, waiting = self._context, _RequestWait()
         hub = await RunReader(context).index.hub(run)
-        entry = RunEntry(context, run, hub, run_settings(context, run))
+        entry = RunEntry(context, run, hub, resolve_coordination(run.coordination, context.environ))
         while not await is_handled(context.store, run.id, request):
             try:
                 await self._apply_pending(entry)

@@ -14,13 +14,12 @@ from orchestrator.api.execution.leadership import (
     RunEntry,
     hold_run_lock,
     run_active_error,
-    run_settings,
     sharing_disabled_error,
 )
 from orchestrator.api.execution.services import background_services, survive_store_outages
 from orchestrator.api.run_index import RunIndex
 from orchestrator.api.run_reader import RunReader
-from orchestrator.config.coordination import CoordinationOverrides
+from orchestrator.config.coordination import CoordinationOverrides, resolve_coordination
 from orchestrator.domain.events.runs import RunFileChanged, RunInterrupted, RunWorkerLeft
 from orchestrator.domain.runs.model import HaltCause, RunDocument
 from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, with_subtasks
@@ -66,7 +65,7 @@ class RunExecutor:
         document = await read_run(self._context.store, run)
         if document.imported is not None:
             raise await write_unfinished_tasks(self._context.store, document, self._context.project.legacy)
-        settings = run_settings(self._context, document, coordination)
+        settings = resolve_coordination(document.coordination, self._context.environ, coordination)
         hub = await RunIndex(self._context).hub(document)
         try:
             async with hold_run_lock(hub, run) as lock, background_services(self._context, document):
@@ -104,7 +103,7 @@ class RunExecutor:
         """Join a run as an additional worker; see `Runs.work`."""
         context = self._context
         document = await read_run(context.store, run)
-        settings = run_settings(context, document, coordination)
+        settings = resolve_coordination(document.coordination, context.environ, coordination)
         if not settings.enabled:
             raise sharing_disabled_error(run, context.environ, coordination)
         hub = await RunIndex(context).hub(document)

@@ -13,7 +13,6 @@ from orchestrator.config.coordination import (
     ENVIRONMENT_VARIABLES,
     CoordinationOverrides,
     read_environment,
-    resolve_coordination,
 )
 from orchestrator.config.model import make_adapters, restore_adapters
 from orchestrator.domain.events.runs import PluginSkipped
@@ -122,13 +121,6 @@ async def hold_run_lock(hub: Hub, run: str) -> AsyncIterator[HeldLock]:
                 raise
             held = await stack.enter_async_context(lock.hold(LOCK_HANDOVER_TIMEOUT, awaited="a git command"))
         yield held
-
-
-def run_settings(
-    context: ProjectContext, run: RunDocument, coordination: CoordinationOverrides | None = None
-) -> CoordinationSettings:
-    """Return the coordination settings of a run for this process."""
-    return resolve_coordination(run.coordination, context.environ, coordination)
 
 
 @asynccontextmanager

@@ -58,7 +58,8 @@ class AdapterState:
 async def read_adapter_state(context: CommandContext) -> AdapterState:
     """Return what the newest run of this folder has learned; nothing where there is no run."""
     try:
-        async with open_council(context.log) as council:
+        async with open_council(context) as opened:
+            council = opened.council
             report = await council.runs.status()
             failed = await council.reports.last_failures(report.run)
             remedies = {one.name: enable_adapter_command(one.name, report) for one in report.adapters}

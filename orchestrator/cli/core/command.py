@@ -94,8 +94,20 @@ def explicit_store_url() -> str:
     return store_option_url() or to_store_url(os.environ.get("COUNCIL_STATE", ""))
 
 
+#: Landed tasks of which it is told how much they changed: each costs git some milliseconds in a large repository.
+_MAX_COUNTED = 300
 #: New objects after which Python looks for cycles among them.
 _GC_THRESHOLD = 100_000
+
+
+verbose_option = click.option(
+    "-v",
+    "--verbose",
+    is_flag=True,
+    expose_value=False,
+    callback=remember_option(_VERBOSE),
+    help="Print all tasks at the end, not only those that need attention.",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +125,28 @@ class CouncilContext(CommandContext):
 
     council: Council
 
+    async def show_result(self, report: RunReport, code: int | None = None) -> int:
+        """Print the state of a run, and return the exit code: `code`, by default that of the run.
+
+        The text is brief if the command has `verbose_option` and that is not given. Otherwise it includes how much
+        landed, as far as that is known.
+        """
+        output, council = self.output, self.council
+        whole = bool(click.get_current_context().meta.get(_VERBOSE, True))
+        changes: Mapping[str, Changes] = {}
+        commits = {task.id: task.landed for task in report.tasks if task.landed is not None}
+        if whole and commits and not output.as_json:
+            with suppress(CouncilError, OSError):
+                changes = await council.reports.landed_changes(report.run, dict(islice(commits.items(), _MAX_COUNTED)))
+        is_newest = output.as_json or await council.runs.newest() == report.run
+        output.result(report, code, changes=changes, is_newest=is_newest, whole=whole)
+        top = council.project.top.resolve()
+        if not output.as_json and not explicit_store_url() and not Path.cwd().is_relative_to(top):
+            output.text(
+                printable(f"Run these commands in the folder of the run: cd {shlex.quote(str(top))}\n", keep="\n")
+            )
+        return report.exit_code if code is None else code
+
     def answer_with_damage(self, to_json: Callable[[], JsonObject], lines: Iterable[str]) -> None:
         """Print an answer, and the unreadable places in the state log, as found while it was read."""
         self.output.answer(lambda: {**to_json(), "damage": list(self.council.damage)}, lines)
@@ -126,8 +160,8 @@ class CouncilContext(CommandContext):
 
 @asynccontextmanager
 async def open_council(
-    log: ErrorLog, source: Path | RunConfig | None = None, plugins: Plugins | None = None
-) -> AsyncIterator[Council]:
+    context: CommandContext, source: Path | RunConfig | None = None, plugins: Plugins | None = None
+) -> AsyncIterator[CouncilContext]:
     """Open the council of a run or a folder, of the current folder if none is given, with the store of `--state`.
 
     Without a run a store that is chosen must be there: to look at one whose name was mistyped makes none.
@@ -135,46 +169,10 @@ async def open_council(
     if source is None and (url := explicit_store_url()):
         await anyio.to_thread.run_sync(require_store, url)
     async with Council.open(source, plugins=plugins, state=store_option_url()) as council:
-        log.path = council.project.log_file
+        context.log.path = council.project.log_file
         for notice in council.notices:
             Output(as_json=False).notice(printable(notice))
-        yield council
-
-
-#: Landed tasks of which it is told how much they changed: each costs git some milliseconds in a large repository.
-_MAX_COUNTED = 300
-
-
-verbose_option = click.option(
-    "-v",
-    "--verbose",
-    is_flag=True,
-    expose_value=False,
-    callback=remember_option(_VERBOSE),
-    help="Print all tasks at the end, not only those that need attention.",
-)
-
-
-async def show_result(context: CommandContext, council: Council, report: RunReport, code: int | None = None) -> int:
-    """Print the state of a run, and return the exit code: `code`, by default that of the run.
-
-    The text is brief if the command has `verbose_option` and that is not given. Otherwise it includes how much landed,
-    as far as that is known.
-    """
-    whole = bool(click.get_current_context().meta.get(_VERBOSE, True))
-    changes: Mapping[str, Changes] = {}
-    commits = {task.id: task.landed for task in report.tasks if task.landed is not None}
-    if whole and commits and not context.output.as_json:
-        with suppress(CouncilError, OSError):
-            changes = await council.reports.landed_changes(report.run, dict(islice(commits.items(), _MAX_COUNTED)))
-    is_newest = context.output.as_json or await council.runs.newest() == report.run
-    context.output.result(report, code, changes=changes, is_newest=is_newest, whole=whole)
-    top = council.project.top.resolve()
-    if not context.output.as_json and not explicit_store_url() and not Path.cwd().is_relative_to(top):
-        context.output.text(
-            printable(f"Run these commands in the folder of the run: cd {shlex.quote(str(top))}\n", keep="\n")
-        )
-    return report.exit_code if code is None else code
+        yield CouncilContext(context.output, context.log, context.interrupt, council)
 
 
 def async_command(
@@ -204,8 +202,7 @@ def council_command(
 
     def decorate(body: Callable[Concatenate[CouncilContext, P], Awaitable[int | None]]) -> Callable[P, None]:
         async def with_council(context: CommandContext, /, *args: P.args, **kwargs: P.kwargs) -> int | None:
-            async with open_council(context.log) as council:
-                opened = CouncilContext(context.output, context.log, context.interrupt, council)
+            async with open_council(context) as opened:
                 return await body(opened, *args, **kwargs)
 
         update_wrapper(with_council, body)

@@ -14,7 +14,6 @@ import anyio.to_thread
 import click
 
 from orchestrator.api import execution
-from orchestrator.api.council import Council
 from orchestrator.cli.commands.runs.run_options import coordination_options, parse_budget
 from orchestrator.cli.core.command import (
     CommandContext,
@@ -23,7 +22,6 @@ from orchestrator.cli.core.command import (
     council_command,
     open_council,
     run_argument,
-    show_result,
     store_option,
     store_option_url,
     verbose_option,
@@ -164,15 +162,16 @@ async def run_file(  # noqa: PLR0917  as many as there are options
             config, plugins, allow_deferred=allow_deferred, coordination=coordination
         )
         return _show_plan(plan, context.output, mermaid=mermaid)
-    async with open_council(context.log, config, plugins) as council:
+    async with open_council(context, config, plugins) as opened:
+        council = opened.council
         if detach and council.store_url == MEMORY:
             raise RefusedError("a store in memory ends with this process", "omit --detach, or use another store")
         run = await council.runs.create(
             allow_deferred=allow_deferred, allow_failing_base=allow_failing_base, coordination=coordination
         )
         if detach:
-            return await _detach(council, run, context)
-        return await _execute(council, run, context, 0, lambda: council.runs.resume(run, coordination=coordination))
+            return await _detach(opened, run)
+        return await _execute(opened, run, 0, lambda: council.runs.resume(run, coordination=coordination))
 
 
 def _show_plan(plan: DryRun, output: Output, *, mermaid: bool) -> int:
@@ -235,7 +234,7 @@ async def resume(
             *([] if capacity is None else ["-j", str(capacity)]),
             *(["--allow-failing-base"] if allow_failing_base else []),
         ]
-        return await _detach(council, name, context, options)
+        return await _detach(context, name, options)
     after = await council.history.position()
     resumed = partial(
         council.runs.resume,
@@ -245,7 +244,7 @@ async def resume(
         allow_failing_base=allow_failing_base,
         coordination=coordination,
     )
-    return await _execute(council, name, context, after, resumed)
+    return await _execute(context, name, after, resumed)
 
 
 @click.command()
@@ -274,7 +273,7 @@ async def merge(context: CouncilContext, run: str | None) -> int:
         return _show_nothing(context.output, report, f"run {name} has nothing to merge")
     after = await council.history.position()
     if waiting:
-        code = await _execute(council, name, context, after, lambda: council.runs.land(name))
+        code = await _execute(context, name, after, lambda: council.runs.land(name))
         if not own_branch(await council.runs.status(name)):
             return code
         after = await council.history.position()
@@ -282,7 +281,7 @@ async def merge(context: CouncilContext, run: str | None) -> int:
         made = await council.runs.create_merge(name)
     except NothingToMerge as nothing:
         return _show_nothing(context.output, report, str(nothing))
-    return await _execute(council, made, context, after, lambda: council.runs.resume(made))
+    return await _execute(context, made, after, lambda: council.runs.resume(made))
 
 
 def _show_nothing(output: Output, report: RunReport, line: str) -> int:
@@ -324,7 +323,7 @@ async def work(
 
     async def join(name: str) -> int:
         work = partial(council.runs.work, name, capacity=capacity, coordination=coordination)
-        return await _execute(council, name, context, await council.history.position(), work)
+        return await _execute(context, name, await council.history.position(), work)
 
     if run is not None:
         return await join(await council.runs.find(run))
@@ -339,8 +338,9 @@ async def work(
     return code or 0
 
 
-async def _detach(council: Council, run: str, context: CommandContext, options: Sequence[str] = ()) -> int:
+async def _detach(context: CouncilContext, run: str, options: Sequence[str] = ()) -> int:
     """Execute a run in another process, which outlives this one and the terminal."""
+    council = context.council
     if await council.runs.is_live(run):
         raise RefusedError(
             f"run {run} is already running", f"`council watch {run}` shows it, `council work {run}` joins it"
@@ -364,10 +364,9 @@ async def _detach(council: Council, run: str, context: CommandContext, options: 
     return 0
 
 
-async def _execute(
-    council: Council, run: str, context: CommandContext, after: int, execute: Callable[[], Awaitable[RunReport]]
-) -> int:
+async def _execute(context: CouncilContext, run: str, after: int, execute: Callable[[], Awaitable[RunReport]]) -> int:
     """Execute a run, show its events, and print the result; the first signal stops it cleanly."""
+    council = context.council
     context.interrupt.stop = council.stop
     with suppress(RefusedError):  # which executing it says better
         if not await council.runs.is_live(run):
@@ -375,7 +374,7 @@ async def _execute(
     async with show_progress(council, run, context.output, after) as progress:
         report = await execute()
         await progress.reach(await council.history.position())
-    return await show_result(context, council, report)
+    return await context.show_result(report)
 
 
 def _remove_background_error(log: Path) -> None:

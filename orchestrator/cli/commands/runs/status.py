@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from orchestrator.cli.core.command import CouncilContext, council_command, run_argument, show_result
+from orchestrator.cli.core.command import CouncilContext, council_command, run_argument
 from orchestrator.cli.render.next_steps import Step, halt_steps, run_step
 from orchestrator.cli.render.overview import metrics_line
 from orchestrator.cli.render.text import wrapped
@@ -31,7 +31,7 @@ async def status(context: CouncilContext, run: str | None) -> int:
       council status
       council status 20260102-030405-ab12 --json
     """
-    return await show_result(context, context.council, await context.council.runs.status(run))
+    return await context.show_result(await context.council.runs.status(run))
 
 
 @click.command()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import click
 
-from orchestrator.cli.core.command import CouncilContext, council_command, run_option, show_result, verbose_option
+from orchestrator.cli.core.command import CouncilContext, council_command, run_option, verbose_option
 from orchestrator.cli.core.completion import (
     complete_approvable_tasks,
     complete_retryable_tasks,
@@ -36,7 +36,7 @@ async def _show_cancelled(context: CouncilContext, report: RunReport, tasks: Seq
     who = "the run" if report.status is RunStatus.RUNNING else "`council resume`"
     for task in landing:
         context.output.notice(printable(f"{task} was not cancelled: it is landing, and {who} completes that first"))
-    return await show_result(context, context.council, report, int(bool(landing)))
+    return await context.show_result(report, int(bool(landing)))
 
 
 @click.command()
@@ -67,7 +67,7 @@ async def cancel(context: CouncilContext, tasks: tuple[str, ...], yes: bool, run
     if not left and not tasks:
         context.output.notice(f"nothing to cancel: all tasks of run {report.run} have ended")
     if ended.keys() >= set(tasks or left):
-        return await show_result(context, council, report, code=0)
+        return await context.show_result(report, code=0)
     named = join_names(left, _MOST_NAMED)
     question = f"Cancel {pluralize(len(left), 'unfinished task')} of run {report.run} ({named})?"
     if not tasks and not await confirm_action(context.output, question, yes=yes):
@@ -141,7 +141,7 @@ async def retry(
     report = await council.tasks.retry(*tasks, run=run, from_phase=phase, reload=changes if reloads else None)
     for name in tasks if reloads else ():
         context.output.notice(printable(_describe_reload(name, changes)))
-    return await show_result(context, council, report, code=0)
+    return await context.show_result(report, code=0)
 
 
 def _describe_reload(task: str, changes: FileChanges) -> str:
@@ -170,7 +170,7 @@ async def approve(context: CouncilContext, tasks: tuple[str, ...], note: str | N
       council approve models --note "as discussed"
     """
     report = await context.council.tasks.approve(*tasks, note=note, run=run)
-    return await show_result(context, context.council, report, code=0)
+    return await context.show_result(report, code=0)
 
 
 @click.command()
@@ -190,7 +190,7 @@ async def reject(context: CouncilContext, tasks: tuple[str, ...], note: str | No
       council reject models --note "keep the old names"
     """
     report = await context.council.tasks.reject(*tasks, note=note, run=run)
-    return await show_result(context, context.council, report, code=0)
+    return await context.show_result(report, code=0)
 
 
 @click.command()

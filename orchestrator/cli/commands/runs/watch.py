@@ -5,7 +5,7 @@ from __future__ import annotations
 import anyio
 import click
 
-from orchestrator.cli.core.command import CouncilContext, council_command, run_argument, show_result, verbose_option
+from orchestrator.cli.core.command import CouncilContext, council_command, run_argument, verbose_option
 from orchestrator.cli.live.display import show_progress
 from orchestrator.cli.render.result import running_task_lines
 
@@ -37,4 +37,4 @@ async def watch(context: CouncilContext, run: str | None) -> int:
             while await council.runs.is_live(name):  # noqa: ASYNC110  another process, which may also be killed
                 await anyio.sleep(_LIVENESS_INTERVAL)
             await progress.reach(await council.history.position())
-    return await show_result(context, council, await council.runs.status(name))
+    return await context.show_result(await council.runs.status(name))

@@ -66,8 +66,8 @@ async def _perform_outside_session(
         arguments = resolve_arguments(asked, words)
     except SessionRequestError as error:
         raise RefusedError(error.what, error.remedy) from None
-    async with open_council(context.log) as council:
-        result = await _result(council, asked, arguments, run)
+    async with open_council(context) as opened:
+        result = await _result(opened.council, asked, arguments, run)
     if context.output.as_json:
         context.output.json({**result, "exit": 0})
     else:

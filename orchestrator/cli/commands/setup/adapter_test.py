@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -124,25 +124,12 @@ class _AdapterTestResult:
             yield from (f"          | {line[:_LONGEST_LINE]}" for line in self.output.splitlines()[-8:])
 
     def to_json(self) -> JsonObject:
-        contract = {"error": self.contract} if isinstance(self.contract, str) else {"results": _plain(self.contract)}
-        live: JsonObject | None = None
-        if isinstance(self.live, TaskReport):
-            live = {name: getattr(self.live, name) for name in TaskReport.__slots__}
-        elif self.live is not None:
-            live = {"error": self.live}
-        return {
-            "name": self.name,
-            "use": self.use,
-            "contract": contract,
-            **self.status.to_json(),
-            "live": live,
-            "output": self.output,
-            "exit": self.code,
-        }
-
-
-def _plain(results: Sequence[ContractResult]) -> list[JsonObject]:
-    return [{name: getattr(one, name) for name in ContractResult.__slots__} for one in results]
+        live = {"error": self.live} if isinstance(self.live, str) else self.live and asdict(self.live)
+        results = (
+            {"error": self.contract} if isinstance(self.contract, str) else {"results": [*map(asdict, self.contract)]}
+        )
+        facts = {"name": self.name, "use": self.use, "contract": results, **self.status.to_json()}
+        return {**facts, "live": live, "output": self.output, "exit": self.code}
 
 
 def _live_lines(live: TaskReport | str | None) -> Iterator[str]:

@@ -17,7 +17,6 @@ from orchestrator.cli.core.command import (
     async_command,
     council_command,
     run_option,
-    show_result,
     store_option,
 )
 from orchestrator.cli.core.confirm import trust_option
@@ -181,4 +180,4 @@ async def enable(context: CouncilContext, names: tuple[str, ...], run: str | Non
       council adapters enable --run 20260102-030405-ab12
     """
     report = await context.council.runs.enable_adapters(*names, run=run)
-    return await show_result(context, context.council, report, code=0)
+    return await context.show_result(report, code=0)

@@ -13,7 +13,6 @@ import click
 from orchestrator.api.topics.cleanup import Cleaner, RemovalResult
 from orchestrator.cli.core.command import CommandContext, async_command, open_council, store_option
 from orchestrator.cli.core.confirm import ask_yes_no, can_prompt, yes_option
-from orchestrator.cli.core.error_boundary import ErrorLog
 from orchestrator.cli.core.options import parse_duration_option
 from orchestrator.cli.render.output import Output
 from orchestrator.cli.render.text import printable
@@ -80,7 +79,7 @@ async def clean(
     if interrupted and runs is None:
         raise click.UsageError("--interrupted requires --runs.")
     output = context.output
-    async with _cleaner(context.log) as cleaner:
+    async with _cleaner(context) as cleaner:
         found = await cleaner.find(logs=logs, runs=runs, include_interrupted=interrupted)
         wanted = {
             LeftoverStatus.LEFT_OVER,
@@ -103,7 +102,7 @@ async def clean(
 
 
 @asynccontextmanager
-async def _cleaner(log: ErrorLog) -> AsyncIterator[Cleaner]:
+async def _cleaner(context: CommandContext) -> AsyncIterator[Cleaner]:
     """Open the project of the current folder; without one, leftovers of this machine can still be cleaned."""
     try:
         project = find_project(Path.cwd())
@@ -112,8 +111,8 @@ async def _cleaner(log: ErrorLog) -> AsyncIterator[Cleaner]:
     if project is None:
         yield Cleaner(council_home(os.environ), os.environ, SystemClock())
         return
-    async with open_council(log, project.top) as council:
-        yield council.cleaner
+    async with open_council(context, project.top) as opened:
+        yield opened.council.cleaner
 
 
 def _is_preserved(one: Leftover) -> bool:

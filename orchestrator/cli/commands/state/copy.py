@@ -124,8 +124,8 @@ async def _import(context: CommandContext, file: Path | IO[bytes]) -> CopyResult
     except RefusedError as error:
         remedy = "cd to the top of the repository, and name its store: `--state .council/state`"
         raise RefusedError(error.what, remedy) from None
-    async with open_council(context.log) as council:
-        return await council.state.import_from(file)
+    async with open_council(context) as opened:
+        return await opened.council.state.import_from(file)
 
 
 async def _exclude(paths: Sequence[Path]) -> None:
