@@ -73,3 +73,28 @@ true
         assert "refs/heads/side was deleted" in changes
         assert ".git/config was changed" in changes
         assert changed[0]["sessions"] == ["reaches"]
+
+
+#: Commands after which a folder of the session can't be opened; each session has also written a file.
+DENIALS = {
+    "top": "chmod 0 .",
+    "listed": "chmod 0444 .",
+    "tracked": "echo changed > src/app.py; chmod 0444 src",
+    "git": 'chmod 0 "$(git rev-parse --git-dir)"',
+    "handoff": 'chmod 0 "$(dirname "$COUNCIL_PROMPT_FILE")/handoff"',
+    "temporary": 'chmod 0 "$(dirname "$COUNCIL_PROMPT_FILE")/tmp"',
+}
+
+
+@pytest.mark.parametrize("sandbox", [pytest.param("auto", marks=needs_sandbox), "off"])
+async def test_agent_that_denies_access_to_its_folders_lands(repository: Repository, sandbox: str) -> None:
+    """Its work lands completely, and no other task is affected."""
+    tasks = [{"id": name, "prompt": f"echo x > {name}; {denial}"} for name, denial in DENIALS.items()]
+    tasks.append({"id": "other", "prompt": "echo x > other"})
+    config = repository.configure(tasks, adapters={"sh": SHELL_ADAPTER}, sandbox=sandbox, capacity=3)
+    ended = repository.council("run", str(config), "--json")
+    assert ended.states == dict.fromkeys([*DENIALS, "other"], "landed"), ended
+    for name in (*DENIALS, "other"):
+        assert repository.git("show", f"main:{name}") == "x"
+    assert repository.git("show", "main:src/app.py") == "changed"
+    await repository.assert_invariants()

@@ -238,6 +238,9 @@ class Git:
                 raise RefusedError("git is not on PATH", _INSTALL) from None
             raise GitError(["git", *args], 128, f"folder {folder} does not exist") from None
         except PermissionError as error:
+            folder = cwd or self.git_dir
+            if folder is not None and error.filename == folder:  # subprocess names the folder or the program
+                raise GitError(["git", *args], 128, f"folder {folder} can't be opened") from None
             remedy = "install your system's git, and put it first on PATH"
             raise RefusedError(f"can't start git in its sandbox: {error}", remedy) from None
         if is_triggered("git.ended"):

@@ -28,7 +28,7 @@ from orchestrator.repo.intake.session_commits import SessionCommits
 from orchestrator.repo.intake.session_refs import SessionRefs, read_session_refs
 from orchestrator.repo.intake.staging import StagingArea, remove_blocking_files, stage_files
 from orchestrator.repo.worktrees.change_detection import TreeDiff
-from orchestrator.repo.worktrees.file_trees import is_folder
+from orchestrator.repo.worktrees.file_trees import is_folder, restore_access
 from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.system.failpoints import failpoint
 
@@ -74,12 +74,12 @@ async def collect_work(
 async def _collect_all(
     git: Git, worktree: Worktree, base: str, message: str, admit: IntakeRules, diff: TreeDiff | None
 ) -> CollectedWork:
-    refs = await anyio.to_thread.run_sync(read_session_refs, worktree.git_dir)
+    unread, refs = await anyio.to_thread.run_sync(_open, worktree, diff)
     history = SessionCommits(git, worktree, base, admit)
     if any(target != base for _, target in _candidates(refs, worktree.branch)):
         await history.open()
     tip, dropped = await _own_commits(history, refs)
-    files = await _collect_files(history, tip, refs.head, message, diff)
+    files = await _collect_files(history, tip, refs.head, message, diff, unread)
     salvaged, notes = await _salvage(history, refs, files.commit or base)
     return CollectedWork(
         files.commit,
@@ -89,6 +89,12 @@ async def _collect_all(
         salvaged=salvaged,
         notes=(*dropped, *notes),
     )
+
+
+def _open(worktree: Worktree, diff: TreeDiff | None) -> tuple[list[str], SessionRefs]:
+    """Make a session's folders accessible; return those that can't be opened, and its refs. Blocks."""
+    unread = [*restore_access(worktree.tree, diff), *restore_access(worktree.git_dir)]
+    return unread, read_session_refs(worktree.git_dir)
 
 
 async def _own_commits(history: SessionCommits, refs: SessionRefs) -> tuple[str, tuple[str, ...]]:
@@ -103,10 +109,15 @@ async def _own_commits(history: SessionCommits, refs: SessionRefs) -> tuple[str,
 
 
 async def _collect_files(
-    history: SessionCommits, tip: str, head: str | None, message: str, diff: TreeDiff | None
+    history: SessionCommits,
+    tip: str,
+    head: str | None,
+    message: str,
+    diff: TreeDiff | None,
+    unread: Sequence[str],
 ) -> CollectedWork:
     git, worktree, base = history.git, history.worktree, history.base
-    staged = await _stage(history, diff)
+    staged = await _stage(history, diff, unread)
     refused, left_out = staged.refused, staged.left_out
     if tip == base and not staged.changes:
         return CollectedWork(None, refused, complete=refused is None, left_out=left_out)
@@ -139,12 +150,13 @@ class _Staged:
     changes: Sequence[FileChange] = ()
 
 
-async def _stage(history: SessionCommits, diff: TreeDiff | None) -> _Staged:
-    """Stage all files of the checkout that can and may be staged."""
+async def _stage(history: SessionCommits, diff: TreeDiff | None, unread: Sequence[str]) -> _Staged:
+    """Stage all files of the checkout that can and may be staged; the folders `unread` can't be opened."""
     worktree = history.worktree
-    unread = await anyio.to_thread.run_sync(_clear_blocking_files, worktree, diff)
-    if unread is None:
+    blocked = await anyio.to_thread.run_sync(_clear_blocking_files, worktree, diff)
+    if blocked is None:
         return _Staged("its worktree was removed or replaced")
+    unread = [*unread, *blocked]
     quarantine = Quarantine(worktree.import_folder / "files", worktree.hub.objects)
     slot, git = worktree.slot, history.git
     if slot is not None and slot.is_sparse:

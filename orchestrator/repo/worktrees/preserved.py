@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
@@ -19,7 +18,7 @@ import anyio.to_thread
 from orchestrator.domain.wording import join_names
 from orchestrator.errors import GitError
 from orchestrator.repo.git.command import Git, printable_name
-from orchestrator.repo.worktrees.file_trees import is_folder
+from orchestrator.repo.worktrees.file_trees import is_folder, walk_folders
 from orchestrator.repo.worktrees.worktrees import Worktree, copy_sparse_checkout
 
 _SUFFIX: Final = ".disabled-by-council"
@@ -78,45 +77,8 @@ def disable_repositories(tree: Path) -> list[str]:
     name. Follows no link. Folders that their owner can't read are opened.
     """
     changed: list[str] = []
-    try:
-        at = os.open(tree, _DIRECTORY)
-    except (FileNotFoundError, NotADirectoryError):
-        return changed
-    except OSError:
-        if not is_folder(tree):  # a link
-            return changed
-        tree.chmod(0o700)
-        at = os.open(tree, _DIRECTORY)
-    try:
-        # Walks with one descriptor, and back by `..`: paths may exceed the system's limit.
-        names: list[str] = []
-        ahead = [_disable_folder(at, names, changed)]
-        while ahead:
-            if ahead[-1]:
-                name = ahead[-1].pop()
-                at = _replace_descriptor(at, _open(name, at))
-                names.append(name)
-                ahead.append(_disable_folder(at, names, changed))
-            else:
-                ahead.pop()
-                if ahead:
-                    names.pop()
-                    at = _replace_descriptor(at, os.open("..", _DIRECTORY, dir_fd=at))
-    finally:
-        os.close(at)
+    walk_folders(tree, lambda folder, names: _disable_folder(folder, names, changed))
     return changed
-
-
-def _replace_descriptor(old: int, new: int) -> int:
-    os.close(old)
-    return new
-
-
-def _open(name: str, parent: int) -> int:
-    mode = os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode
-    if mode & stat.S_IRWXU != stat.S_IRWXU:
-        os.chmod(name, stat.S_IMODE(mode) | stat.S_IRWXU, dir_fd=parent)
-    return os.open(name, _DIRECTORY, dir_fd=parent)
 
 
 def _disable_folder(folder: int, above: list[str], changed: list[str]) -> list[str]:
