@@ -184,7 +184,6 @@ async def open_run_context(
         hub,
         git,
         source,
-        site.repository,
         branch=run.target,
         start=run.start,
         ref=refs("target"),

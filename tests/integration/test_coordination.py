@@ -21,7 +21,7 @@ async def target(team: SessionTeam) -> Target:
     site = await find_run_repository(str(team.yard.top), is_url=False, environ=team.environ)
     ref = internal_ref_name("run1", "target")
     source = site.source(team.yard.git)
-    return Target(team.yard.hub, team.yard.git, source, site.repository, branch="main", start=team.base, ref=ref)
+    return Target(team.yard.hub, team.yard.git, source, branch="main", start=team.base, ref=ref)
 
 
 async def test_create_session_worktree(repository: Repository, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import pytest
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.landing.target_branch import Landed, PreparedMerge, StaleTarget, Target
 from orchestrator.repo.source.run_repository import find_run_repository
-from orchestrator.repo.source.upstream import UpstreamRepository
 from orchestrator.repo.worktrees.hub import create_hub, internal_ref_name, locate_hub
 from orchestrator.system.clock import SystemClock
 from tests.command_server import StartedCommand
@@ -189,7 +188,7 @@ async def test_landing_of_a_late_zombie_is_adopted(repository: Repository) -> No
     hub = locate_hub(site.identity, Path(repository.environ["COUNCIL_HOME"]))
     await create_hub(hub, site.object_format, repository.environ)
     git = Git(hub.trusted, environ=repository.environ)
-    source = UpstreamRepository.of(site.location, is_local=True, git=git)
+    source = site.source(git)
     start = await source.fetch("main", internal_ref_name("r", "start"))
     listing = await git.line("ls-tree", start)
 
@@ -199,9 +198,7 @@ async def test_landing_of_a_late_zombie_is_adopted(repository: Repository) -> No
         return await git.line("commit-tree", tree, "-p", start, input_=b"work")
 
     def owner() -> Target:
-        return Target(
-            hub, git, source, site.repository, branch="main", start=start, ref=internal_ref_name("r", "target")
-        )
+        return Target(hub, git, source, branch="main", start=start, ref=internal_ref_name("r", "target"))
 
     zombie, successor = owner(), owner()
     async with hold_permit(source, "main") as permit:

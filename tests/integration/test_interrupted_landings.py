@@ -83,7 +83,7 @@ class Landing:
             await git("update-index", "--add", "--cacheinfo", f"100644,{blob},{name}", env=env)
         tree = await git.line("write-tree", env=env)
         work = await git.line("commit-tree", tree, "-p", start, input_=b"work\n")
-        target = Target(hub, git, source, site.repository, branch="main", start=start, ref="refs/council/target")
+        target = Target(hub, git, source, branch="main", start=start, ref="refs/council/target")
         async with hold_permit(source, "main") as permit:
             merge = await target.prepare(permit, "run/one", work, start)
         assert isinstance(merge, PreparedMerge), merge

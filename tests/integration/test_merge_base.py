@@ -28,7 +28,7 @@ async def test_partly_merged_work_merges_as_by_git(
     git = Git(hub.trusted, environ=repository.environ)
     source = site.source(git)
     start = await source.fetch("main", internal_ref_name("r", "start"))
-    target = Target(hub, git, source, site.repository, branch="main", start=start, ref=internal_ref_name("r", "target"))
+    target = Target(hub, git, source, branch="main", start=start, ref=internal_ref_name("r", "target"))
 
     async def built_on(parent: str, name: str) -> str:
         blob = await git.line("hash-object", "-w", "--stdin", input_=name.encode())

@@ -46,7 +46,7 @@ async def land(
     await source.fetch("main", "refs/council/base")
     (hub.objects / "info" / "alternates").write_text(f"{site.repository.git_dir}/objects\n")  # type: ignore[union-attr]
     new = await git.line("commit-tree", tree, "-p", start, input_=b"work\n")
-    target = Target(hub, git, source, site.repository, branch="main", start=start, ref="refs/council/target")
+    target = Target(hub, git, source, branch="main", start=start, ref="refs/council/target")
     await target.refresh()
     merge = PreparedMerge(start, new)
     before()

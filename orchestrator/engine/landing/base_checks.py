@@ -36,6 +36,7 @@ from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.reload import can_reload
 from orchestrator.errors import GitError, LockHeld
+from orchestrator.repo.landing.merge_commits import renew_retry_base
 from orchestrator.repo.worktrees.pool import SlotPool
 from orchestrator.sessions.setup.checks import CheckResult, ChecksNotRun, ChecksPassed
 from orchestrator.sessions.setup.shell import CommandFailed, UnrunnableProgram, describe_unrunnable
@@ -170,7 +171,7 @@ class BaseChecks:
                 return CheckedBase(base, run.base)
             if await git.is_ancestor(base, target):
                 return CheckedBase(target, run.target)
-            merged = await self.context.target.renew_retry_base(base, target, self.context.refs("checked-base"))
+            merged = await renew_retry_base(git, base, target, self.context.refs("checked-base"))
         except GitError:  # reported when the first session starts
             return None
         # If the two conflict, only work that starts from the base can be checked.

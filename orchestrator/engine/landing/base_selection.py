@@ -19,6 +19,7 @@ from orchestrator.engine.phases.start import ConflictingWork, NextPhase
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import GitError
+from orchestrator.repo.landing.merge_commits import renew_retry_base
 
 #: Outcomes of attempts that did not fit onto the target of that time.
 _STALE: Final = frozenset({FailureClass.CONFLICT, FailureClass.CHECKS_FAILED})
@@ -49,9 +50,8 @@ class BaseSelector:
         branches = (each.branch for each in reversed(document.attempts) if not each.restart_reason)
         conflicting = ConflictingWork(next(filter(None, branches), None), next_phase.start, None)
         with suppress(GitError):  # its parents are not here, or the target was rewritten
-            merged = await self._context.target.renew_retry_base(
-                next_phase.start, tip, self._context.refs(f"renew_retry_base/{task}")
-            )
+            ref = self._context.refs(f"renew_retry_base/{task}")
+            merged = await renew_retry_base(self._context.git, next_phase.start, tip, ref)
             if isinstance(merged, str):
                 return replace(next_phase, base=tip, start=merged)
             conflicting = replace(conflicting, base=next_phase.base, paths=merged)

@@ -23,6 +23,7 @@ from orchestrator.errors import GitError, TargetMissing
 from orchestrator.locking.merge_permit import MergePermit
 from orchestrator.protocols import JsonObject
 from orchestrator.repo.git.command import Git
+from orchestrator.repo.landing.merge_commits import create_retry_base
 from orchestrator.repo.landing.target_branch import (
     DeferredLanding,
     Landed,
@@ -182,7 +183,8 @@ class LandingOutcomes:
             FailureClass.CHECKS_FAILED, reason, self._ledger.work_branch(task), facts, str(failed.log)
         )
         if spec.on_checks_failed == "retry" and self._is_retried(task, spec, FailureClass.CHECKS_FAILED):
-            start = await self._target.create_retry_base(merge, internal_ref_name(self._ledger.run.id, f"again/{task}"))
+            ref = internal_ref_name(self._ledger.run.id, f"again/{task}")
+            start = await create_retry_base(self._git, merge.new, ref)
             feedback = _render_check_failure(failed, secrets.token_hex(8))
             await self._bounce_with_merge(task, spec, rejection, start, feedback)
         else:

@@ -6,35 +6,22 @@ several consecutive ones. `settle` finishes or undoes an interrupted move. Each 
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import anyio.to_thread
 
 from orchestrator.errors import GitError, LockHeld, RefusedError, TargetMissing
 from orchestrator.locking.merge_permit import MergePermit
 from orchestrator.locking.ownership import ownership_scope
-from orchestrator.repo.git.command import FileChange, Git, printable_name, split_nul
+from orchestrator.repo.git.command import Git, printable_name
 from orchestrator.repo.git.embedded_repositories import find_embedded_repository
+from orchestrator.repo.landing.merge_commits import commit_conflict, commit_merge
+from orchestrator.repo.landing.target_checkouts import TargetCheckouts
 from orchestrator.repo.source.upstream import UpstreamRepository
-from orchestrator.repo.source.user_checkouts import (
-    LocalRepository,
-    describe_interrupted_landing,
-    describe_unfinished_operation,
-    find_blocking_locks,
-    find_checkout,
-    find_locked_checkouts,
-    find_switched_checkouts,
-    list_uncommitted_changes,
-    read_head_stats,
-    recover_push,
-    remove_incoming_objects,
-    update_switched_checkout,
-)
-from orchestrator.repo.source.user_programs import find_path_controlling_git, find_unsafe_filter, read_git_config
+from orchestrator.repo.source.user_checkouts import read_head_stats, remove_incoming_objects
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.system.failpoints import failpoint
 from orchestrator.system.file_lock import FileLock
@@ -119,7 +106,6 @@ class Target:
         hub: Hub,
         git: Git,
         source: UpstreamRepository,
-        repository: LocalRepository | None,
         *,
         branch: str,
         start: str,
@@ -127,14 +113,15 @@ class Target:
         must_exist: bool = False,
         title: str | None = None,
     ) -> None:
-        """Create the target `branch` of `source` (`repository` is None if that is a URL).
+        """Create the target `branch` of `source`, whose repository is known unless it is a URL.
 
         `start` is the commit after which landings are looked up, and the target's first commit if it does not exist;
         `ref` is where the trusted repository keeps the fetched target. With `must_exist` the target existed before the
         run, and is not created. `title` is the first line of merge commits, `Land <task>` if None.
         """
         self.branch = branch
-        self._hub, self._git, self._source, self._repository = hub, git, source, repository
+        self._hub, self._git, self._source = hub, git, source
+        self._checkouts = None if source.repository is None else TargetCheckouts(source.repository, branch, git)
         self._scope = ownership_scope(source.location, branch)
         self._start, self._ref, self._title = start, ref, title
         self.known: str | None = None
@@ -146,8 +133,6 @@ class Target:
         self._trees: dict[str, str] = {}
         """The trees of merges made here."""
         self._contained: set[str] = set()
-        self._unsettled: tuple[PreparedMerge, float] | None = None
-        """A refused or killed push, with its start time, whose leftovers could not be removed yet."""
 
     async def tip(self) -> str:
         """Return the commit from which work on the target starts."""
@@ -220,7 +205,7 @@ class Target:
                 raise
             return DeferredLanding(_REWRITTEN.format(branch=self.branch, start=self._start))
         if paths:
-            return await self._conflict(label, ours, onto, commit, paths)
+            return MergeConflict(paths, await commit_conflict(self._git, (self.branch, ours), (label, commit), onto))
         if tree == (self._trees.get(onto) or await self._git.line("rev-parse", f"{onto}^{{tree}}")):
             return NothingToLand(onto)
         if (folder := await find_embedded_repository(self._git, onto, tree)) is not None:
@@ -228,7 +213,7 @@ class Target:
                 f"git would treat {printable_name(folder)} as a separate repository: review and merge it manually"
             )
         title = self._title or f"Land {label.rpartition('/')[2]}"
-        new = await self._commit(tree, onto, commit, f"{title}\n\n{TASK_TRAILER}: {label}\n")
+        new = await commit_merge(self._git, tree, onto, commit, f"{title}\n\n{TASK_TRAILER}: {label}\n")
         self._trees = {merge: known for merge, known in self._trees.items() if merge == onto} | {new: tree}
         failpoint("landing.merged")
         merge = PreparedMerge(old, new)
@@ -236,44 +221,6 @@ class Target:
         # changed after an interrupted landing were not changed before it.
         obstacle = await self.find_obstacle(merge)
         return merge if obstacle is None else DeferredLanding(obstacle)
-
-    async def create_retry_base(self, merge: PreparedMerge, ref: str) -> str:
-        """Return a commit with the merged tree, kept by `ref`, from which an agent can fix the merge.
-
-        Its first parent is the commit merged onto; unlike the merge itself it does not mark any task as landed.
-        """
-        parents = await self._git.line("rev-parse", f"{merge.new}^1", f"{merge.new}^2")
-        tree = await self._git.line("rev-parse", f"{merge.new}^{{tree}}")
-        first, second = parents.split()
-        return await self._restart(tree, first, second, ref)
-
-    async def renew_retry_base(self, work: str, onto: str, ref: str) -> str | tuple[str, ...]:
-        """Recreate a retry base on a newer commit of the target, kept by `ref`, or return the conflicting paths."""
-        if await self._git.line("rev-parse", f"{work}^1") == onto:
-            return work
-        tree, paths = await self._git.merge_tree(onto, work)
-        return paths or await self._restart(tree, onto, work, ref)
-
-    async def _restart(self, tree: str, first: str, second: str, ref: str) -> str:
-        commit = await self._commit(tree, first, second, "Merge for another attempt\n")
-        await self._git("update-ref", ref, commit)
-        return commit
-
-    async def _conflict(self, label: str, ours: str, onto: str, commit: str, paths: tuple[str, ...]) -> MergeConflict:
-        # Merge again by names: git writes its arguments into the conflict markers. This repository has no remotes or
-        # tags of its own; a name that git finds elsewhere first is written as its full ref.
-        sides = (self.branch, f"refs/remotes/{self.branch}", ours), (label, f"refs/tags/{label}", commit)
-        for _, ref, value in sides:
-            await self._git("update-ref", ref, value)
-        mine, theirs = [
-            name if await self._git.line("rev-parse", "--verify", f"{name}^{{commit}}") == value else ref
-            for name, ref, value in sides
-        ]
-        tree, _ = await self._git.merge_tree(mine, theirs)
-        for _, ref, _ in sides:
-            await self._git("update-ref", "-d", ref)
-        message = f"{label.rpartition('/')[2]}: conflict with markers\n"
-        return MergeConflict(paths, await self._commit(tree, onto, commit, message))
 
     async def _merge_base_hint(self, base: str, onto: str, commit: str) -> str:
         """Return a commit with the tree of `onto` from which the merge base with `commit` is found at once.
@@ -295,9 +242,6 @@ class Target:
             return onto
         return await self._git.line("commit-tree", f"{onto}^{{tree}}", "-p", base, input_=b"merge base\n")
 
-    async def _commit(self, tree: str, first: str, second: str, message: str) -> str:
-        return await self._git.line("commit-tree", tree, "-p", first, "-p", second, input_=message.encode())
-
     async def move(
         self, permit: MergePermit, merges: Sequence[PreparedMerge]
     ) -> Landed | StaleTarget | DeferredLanding:
@@ -314,18 +258,18 @@ class Target:
             return DeferredLanding(str(_describe_busy_target(held)))
 
     async def _move(self, merges: Sequence[PreparedMerge], fd: int) -> Landed | StaleTarget | DeferredLanding:
-        whole = combine_merges(merges)
+        whole, checkouts = combine_merges(merges), self._checkouts
+        move = whole.old, whole.new
         began, heads = time.time(), dict[Path, tuple[int, int]]()
-        if self._repository is not None:
-            heads = await anyio.to_thread.run_sync(read_head_stats, self._repository)
+        if checkouts is not None:
+            heads = await anyio.to_thread.run_sync(read_head_stats, checkouts.repository)
         with warn_if_slow(lambda: OWN_PUSH_DESCRIPTION, _SLOW_PUSH):
             pushed = await self._source.push(whole.new, self.branch, whole.old, (fd,))
         failpoint("landing.pushed")
-        tip = whole.new if pushed.moved and self._repository is None else await self._source.tip(self.branch)
-        if tip != whole.new and self._repository is not None:
+        tip = whole.new if pushed.moved and checkouts is None else await self._source.tip(self.branch)
+        if tip != whole.new and checkouts is not None:
             # The checkout was clean just before: changes in it are leftovers of a refused or killed push.
-            is_killed = pushed.was_killed
-            await self._settle_checkouts(self._repository, whole, began, may_finish=False, was_killed=is_killed)
+            await checkouts.settle(move, began, may_finish=False, was_killed=pushed.was_killed)
             tip = await self._source.tip(self.branch)
         if tip == whole.old:
             if (reason := await self.find_obstacle(whole)) is None and pushed.was_killed:
@@ -335,15 +279,8 @@ class Target:
             await self.refresh()
             # Another process may already have moved the target further.
             return StaleTarget() if self.find_landing([whole.new]) is None else Landed(whole.new)
-        if self._repository is not None:
-            if await anyio.to_thread.run_sync(
-                find_locked_checkouts, self._repository, self.branch
-            ):  # a hook was killed
-                await self._settle_checkouts(self._repository, whole, began, may_finish=True)
-            if whole.old is not None and not pushed.updated_checkout:
-                await update_switched_checkout(
-                    self._repository, self.branch, (whole.old, whole.new), heads, self._users_git()
-                )
+        if checkouts is not None:
+            await checkouts.complete(move, began, heads, updated_checkout=pushed.updated_checkout)
         self.known = whole.new
         new = {merge.new for merge in merges}
         self._contained |= new
@@ -352,71 +289,22 @@ class Target:
 
     async def find_obstacle(self, merge: PreparedMerge) -> str | None:
         """Return what blocks landing in the user's checkout of the target, with a remedy; None if nothing does."""
-        if (reason := await self._find_unfinished_work()) is not None:
-            return reason
-        checkout = await self._checkout()
-        if checkout is None:
+        checkouts = self._checkouts
+        if checkouts is None:
             return None
-        assert self._repository is not None, "a checkout implies a local repository"  # noqa: S101
-        obstacle = await anyio.to_thread.run_sync(describe_interrupted_landing, self._repository, self.branch)
-        if obstacle is not None:
-            return obstacle  # another run's
-        # Filters first: looking for changes runs them, too.
-        git = self._users_git()
-        configuration = await read_git_config(git, checkout)
-        if (unsafe := await find_unsafe_filter(self._repository, checkout, configuration)) is not None:
-            return ": ".join(unsafe)
-        if changed := await list_uncommitted_changes(checkout, git):
-            return f"the target's checkout has uncommitted changes ({', '.join(changed[:3])}): commit or stash them"
-        changes = await self._git.changes(merge.old or self._start, merge.new)
-        paths = [change.path for change in changes]
-        if (path := await find_path_controlling_git(self._repository, git, checkout, configuration, paths)) is not None:
-            return f"it changes {printable_name(path)}, which decides what your git runs: review and merge it manually"
-        if in_way := await self._find_files_in_way(checkout, changes):
-            return f"untracked files would be overwritten ({', '.join(in_way[:3])}): move or commit them"
-        return await self._locked(checkout)
-
-    async def _find_unfinished_work(self) -> str | None:
-        """Return what blocks landing until a push of ours is settled, or an operation of the user is finished."""
-        if self._unsettled is not None and (reason := await self._settle_again(*self._unsettled)) is not None:
-            return reason
-        if self._repository is None:
-            return None
-        return await anyio.to_thread.run_sync(describe_unfinished_operation, self._repository, self.branch)
-
-    async def _settle_again(self, merge: PreparedMerge, since: float) -> str | None:
-        """Remove leftovers of a push, for example after a full disk; return why that is impossible now."""
-        assert self._repository is not None, "only local pushes are unsettled"  # noqa: S101
-        try:
-            async with self._landing_lock.hold(_PUSH_TIMEOUT, awaited=_PUSH):
-                await self._settle_checkouts(self._repository, merge, since, may_finish=False)
-        except LockHeld as held:
-            return str(_describe_busy_target(held))
-        return None
-
-    async def _find_files_in_way(self, checkout: Path, changes: Sequence[FileChange]) -> list[str]:
-        """Return the checkout's untracked files, also ignored ones, that git would delete or overwrite."""
-        added = [change.path for change in changes if not int(change.old_mode, 8)]
-        removed = {change.path for change in changes if not int(change.new_mode, 8)}
-        files, folders = await anyio.to_thread.run_sync(_find_existing, checkout, added, removed)
-        if folders:
-            literal = [f":(literal){name}" for name in folders]
-            listed = await self._users_git()("ls-files", "--others", "-z", "--", *literal, cwd=checkout)
-            files += map(printable_name, split_nul(listed.stdout))
-        return files
-
-    async def _locked(self, checkout: Path) -> str | None:
-        assert self._repository is not None, "a checkout implies a local repository"  # noqa: S101
-        locks = await find_blocking_locks(self._repository, checkout, self.branch, self._users_git())
-        if not locks:
-            return None
-        named = ", ".join(map(str, locks))
-        return f"another git command of yours has locked the target: if none is running, remove {named}"
+        if checkouts.unsettled is not None:  # leftovers of a push, for example after a full disk
+            move, since = checkouts.unsettled
+            try:
+                async with self._landing_lock.hold(_PUSH_TIMEOUT, awaited=_PUSH):
+                    await checkouts.settle(move, since, may_finish=False)
+            except LockHeld as held:
+                return str(_describe_busy_target(held))
+        return await checkouts.find_obstacle(merge.old or self._start, merge.new)
 
     async def clean_up(self, since: float) -> None:
         """Remove leftovers in the user's repository of pushes killed after `since` (wall-clock seconds)."""
-        if self._repository is not None:
-            await anyio.to_thread.run_sync(remove_incoming_objects, self._repository.git_dir, since)
+        if self._checkouts is not None:
+            await anyio.to_thread.run_sync(remove_incoming_objects, self._checkouts.repository.git_dir, since)
 
     async def settle(
         self, permit: MergePermit, merge: PreparedMerge, intended: Sequence[str], since: float
@@ -427,8 +315,8 @@ class Target:
         until it ends, its result is unknown.
         """
         self._check(permit)
-        if self._repository is not None:
-            self._unsettled = merge, since
+        if self._checkouts is not None:
+            self._checkouts.unsettled = (merge.old, merge.new), since
         try:
             async with self._landing_lock.hold(_PUSH_TIMEOUT, awaited=_PUSH):
                 return await self._settle(merge, intended, since)
@@ -439,48 +327,14 @@ class Target:
         self, merge: PreparedMerge, intended: Sequence[str], since: float
     ) -> Landed | DeferredLanding | StaleTarget:
         foreign: list[str] = []
-        if self._repository is not None:
-            foreign = await self._settle_checkouts(self._repository, merge, since, may_finish=True)
+        if self._checkouts is not None:
+            foreign = await self._checkouts.settle((merge.old, merge.new), since, may_finish=True)
         await self.refresh(again=True)
         if (landed := self.find_landing(intended)) is not None:
             return Landed(landed)
         if foreign:
             return DeferredLanding(f"files of an interrupted landing were changed since: {', '.join(foreign[:3])}")
         return StaleTarget()
-
-    async def _settle_checkouts(
-        self,
-        repository: LocalRepository,
-        merge: PreparedMerge,
-        since: float,
-        *,
-        may_finish: bool,
-        was_killed: bool = True,
-    ) -> list[str]:
-        """Settle the target's checkout, and other checkouts with possible leftovers of a push."""
-        self._unsettled = merge, since
-        others = await anyio.to_thread.run_sync(find_locked_checkouts, repository, self.branch)
-        others += await anyio.to_thread.run_sync(find_switched_checkouts, repository, self.branch, since)
-        foreign: list[str] = []
-        for checkout in dict.fromkeys([await self._checkout(), *others]):
-            move, git = (merge.old, merge.new), self._users_git()
-            try:
-                foreign += await recover_push(
-                    repository, checkout, self.branch, move, since, git, may_finish=may_finish, was_killed=was_killed
-                )
-            except OSError as error:  # as on a full disk
-                message = f"can't undo an interrupted landing in {checkout}: {error}"
-                raise RefusedError(message, "fix the cause: the next landing tries again") from None
-        self._unsettled = None
-        return foreign
-
-    async def _checkout(self) -> Path | None:
-        if self._repository is None:
-            return None
-        return await find_checkout(self._repository, self.branch, self._users_git())
-
-    def _users_git(self) -> Git:
-        return Git(None, as_user=True, keep_fds=self._git.keep_fds, environ=self._git.environ)
 
     @property
     def _landing_lock(self) -> FileLock:
@@ -493,21 +347,3 @@ class Target:
 
 def _describe_busy_target(held: LockHeld) -> RefusedError:
     return RefusedError(f"{held.holder} is moving the target", "wait for it, or end it if it hangs")
-
-
-def _find_existing(top: Path, added: Iterable[str], removed: Collection[str]) -> tuple[list[str], list[str]]:
-    """Return existing files at or above added paths, and existing folders at these paths. Blocks."""
-    files: dict[str, None] = {}
-    folders: list[str] = []
-    parents = {str(parent) for name in added for parent in PurePosixPath(name).parents} - {".", *removed}
-    for name in added:
-        path = top / name
-        if path.is_dir() and not path.is_symlink():
-            folders.append(name)
-        elif os.path.lexists(path):
-            files[printable_name(name)] = None
-    for name in sorted(parents):
-        path = top / name
-        if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
-            files[printable_name(name)] = None
-    return list(files), folders

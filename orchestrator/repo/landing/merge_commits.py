@@ -1,0 +1,56 @@
+"""Create commits with two parents in the trusted repository: merges, conflicts, and bases of further attempts."""
+
+from __future__ import annotations
+
+from orchestrator.repo.git.command import Git
+
+
+async def commit_merge(git: Git, tree: str, first: str, second: str, message: str) -> str:
+    """Return a commit with a tree and two parents."""
+    return await git.line("commit-tree", tree, "-p", first, "-p", second, input_=message.encode())
+
+
+async def create_retry_base(git: Git, merge: str, ref: str) -> str:
+    """Return a commit with the tree of a merge, kept by `ref`, from which an agent can fix the merge.
+
+    Its first parent is the commit merged onto; unlike the merge itself it does not mark any task as landed.
+    """
+    parents = await git.line("rev-parse", f"{merge}^1", f"{merge}^2")
+    tree = await git.line("rev-parse", f"{merge}^{{tree}}")
+    first, second = parents.split()
+    return await _keep_retry_base(git, tree, first, second, ref)
+
+
+async def renew_retry_base(git: Git, work: str, onto: str, ref: str) -> str | tuple[str, ...]:
+    """Recreate a retry base on a newer commit of the target, kept by `ref`, or return the conflicting paths."""
+    if await git.line("rev-parse", f"{work}^1") == onto:
+        return work
+    tree, paths = await git.merge_tree(onto, work)
+    return paths or await _keep_retry_base(git, tree, onto, work, ref)
+
+
+async def _keep_retry_base(git: Git, tree: str, first: str, second: str, ref: str) -> str:
+    commit = await commit_merge(git, tree, first, second, "Merge for another attempt\n")
+    await git("update-ref", ref, commit)
+    return commit
+
+
+async def commit_conflict(git: Git, target: tuple[str, str], work: tuple[str, str], onto: str) -> str:
+    """Return a commit with the conflicting merge of two named commits, whose files have markers with both names.
+
+    Its parents are `onto`, which has the tree of the target's commit, and the work.
+    """
+    # Git writes its arguments into the conflict markers. This repository has no remotes or tags of its own; a name that
+    # git finds elsewhere first is written as its full ref.
+    (branch, ours), (label, commit) = target, work
+    sides = (branch, f"refs/remotes/{branch}", ours), (label, f"refs/tags/{label}", commit)
+    for _, ref, value in sides:
+        await git("update-ref", ref, value)
+    mine, theirs = [
+        name if await git.line("rev-parse", "--verify", f"{name}^{{commit}}") == value else ref
+        for name, ref, value in sides
+    ]
+    tree, _ = await git.merge_tree(mine, theirs)
+    for _, ref, _ in sides:
+        await git("update-ref", "-d", ref)
+    return await commit_merge(git, tree, onto, commit, f"{label.rpartition('/')[2]}: conflict with markers\n")

@@ -1,0 +1,135 @@
+"""The user's checkouts of a target in a local repository: what blocks a landing there, and leftovers of pushes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import anyio.to_thread
+
+from orchestrator.errors import RefusedError
+from orchestrator.repo.git.command import FileChange, Git, printable_name, split_nul
+from orchestrator.repo.source.user_checkouts import (
+    LocalRepository,
+    describe_interrupted_landing,
+    describe_unfinished_operation,
+    find_blocking_locks,
+    find_checkout,
+    find_locked_checkouts,
+    find_switched_checkouts,
+    list_uncommitted_changes,
+    recover_push,
+    update_switched_checkout,
+)
+from orchestrator.repo.source.user_programs import find_path_controlling_git, find_unsafe_filter, read_git_config
+
+
+@dataclass(slots=True)
+class TargetCheckouts:
+    """The checkouts of a branch of `repository`; `trusted` is git in the trusted repository."""
+
+    repository: LocalRepository
+    branch: str
+    trusted: Git
+    users: Git = field(init=False)
+    """Git on the user's side."""
+    unsettled: tuple[tuple[str | None, str], float] | None = field(default=None, init=False)
+    """A refused or killed push, by its commits (old, new) and its start, whose leftovers were not removed yet."""
+
+    def __post_init__(self) -> None:
+        self.users = Git(None, as_user=True, keep_fds=self.trusted.keep_fds, environ=self.trusted.environ)
+
+    async def find_obstacle(self, old: str, new: str) -> str | None:
+        """Return what blocks moving the branch from `old` to `new`, with a remedy; None if nothing does."""
+        reason = await anyio.to_thread.run_sync(describe_unfinished_operation, self.repository, self.branch)
+        if reason is not None:
+            return reason
+        if (checkout := await find_checkout(self.repository, self.branch, self.users)) is None:
+            return None
+        return await self._find_obstacle_in(checkout, old, new)
+
+    async def _find_obstacle_in(self, checkout: Path, old: str, new: str) -> str | None:
+        obstacle = await anyio.to_thread.run_sync(describe_interrupted_landing, self.repository, self.branch)
+        if obstacle is not None:
+            return obstacle  # another run's
+        # Filters first: looking for changes runs them, too.
+        configuration = await read_git_config(self.users, checkout)
+        if (unsafe := await find_unsafe_filter(self.repository, checkout, configuration)) is not None:
+            return ": ".join(unsafe)
+        if changed := await list_uncommitted_changes(checkout, self.users):
+            return f"the target's checkout has uncommitted changes ({', '.join(changed[:3])}): commit or stash them"
+        changes = await self.trusted.changes(old, new)
+        paths = [change.path for change in changes]
+        path = await find_path_controlling_git(self.repository, self.users, checkout, configuration, paths)
+        if path is not None:
+            return f"it changes {printable_name(path)}, which decides what your git runs: review and merge it manually"
+        if in_way := await self._find_files_in_way(checkout, changes):
+            return f"untracked files would be overwritten ({', '.join(in_way[:3])}): move or commit them"
+        if not (locks := await find_blocking_locks(self.repository, checkout, self.branch, self.users)):
+            return None
+        named = ", ".join(map(str, locks))
+        return f"another git command of yours has locked the target: if none is running, remove {named}"
+
+    async def _find_files_in_way(self, checkout: Path, changes: Sequence[FileChange]) -> list[str]:
+        """Return the checkout's untracked files, also ignored ones, that git would delete or overwrite."""
+        added = [change.path for change in changes if not int(change.old_mode, 8)]
+        removed = {change.path for change in changes if not int(change.new_mode, 8)}
+        files, folders = await anyio.to_thread.run_sync(_find_existing, checkout, added, removed)
+        if folders:
+            literal = [f":(literal){name}" for name in folders]
+            listed = await self.users("ls-files", "--others", "-z", "--", *literal, cwd=checkout)
+            files += map(printable_name, split_nul(listed.stdout))
+        return files
+
+    async def settle(
+        self, move: tuple[str | None, str], since: float, *, may_finish: bool, was_killed: bool = True
+    ) -> list[str]:
+        """Settle the checkout of the branch, and other checkouts with possible leftovers of a push, by `recover_push`.
+
+        Returns the paths that were changed since.
+        """
+        self.unsettled = move, since
+        others = await anyio.to_thread.run_sync(find_locked_checkouts, self.repository, self.branch)
+        others += await anyio.to_thread.run_sync(find_switched_checkouts, self.repository, self.branch, since)
+        foreign: list[str] = []
+        for checkout in dict.fromkeys([await find_checkout(self.repository, self.branch, self.users), *others]):
+            try:
+                foreign += await recover_push(
+                    self.repository, checkout, self.branch, move, since, self.users, may_finish=may_finish,
+                    was_killed=was_killed,
+                )  # fmt: skip
+            except OSError as error:  # as on a full disk
+                message = f"can't undo an interrupted landing in {checkout}: {error}"
+                raise RefusedError(message, "fix the cause: the next landing tries again") from None
+        self.unsettled = None
+        return foreign
+
+    async def complete(
+        self, move: tuple[str | None, str], since: float, heads: dict[Path, tuple[int, int]], *, updated_checkout: bool
+    ) -> None:
+        """Complete a push that has moved the branch; `heads` are the `read_head_stats` from before it."""
+        if await anyio.to_thread.run_sync(find_locked_checkouts, self.repository, self.branch):  # a hook was killed
+            await self.settle(move, since, may_finish=True)
+        old, new = move
+        if old is not None and not updated_checkout:
+            await update_switched_checkout(self.repository, self.branch, (old, new), heads, self.users)
+
+
+def _find_existing(top: Path, added: Iterable[str], removed: Collection[str]) -> tuple[list[str], list[str]]:
+    """Return existing files at or above added paths, and existing folders at these paths. Blocks."""
+    files: dict[str, None] = {}
+    folders: list[str] = []
+    parents = {str(parent) for name in added for parent in PurePosixPath(name).parents} - {".", *removed}
+    for name in added:
+        path = top / name
+        if path.is_dir() and not path.is_symlink():
+            folders.append(name)
+        elif os.path.lexists(path):
+            files[printable_name(name)] = None
+    for name in sorted(parents):
+        path = top / name
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
+            files[printable_name(name)] = None
+    return list(files), folders
