@@ -152,10 +152,10 @@ def find_project(start: Path) -> Project:
         if project.has_legacy():
             return project
     if not_in_repository_error(start) is not None:
-        what = f"council has not run in {start}, which is not in a git repository"
+        what = f"there is no run in {start}, which is not in a git repository"
         raise RefusedError(what, "cd to the repository of a run")
     remedy = "start a run with `council run`, or cd to the repository of a run"
-    raise RefusedError(f"council has not run in {start}", remedy)
+    raise RefusedError(f"there is no run in {start}", remedy)
 
 
 def not_in_repository_error(folder: Path) -> RefusedError | None:

@@ -44,7 +44,7 @@ class RunIndex:
             what = f"no run can be read, the state log is damaged: {'; '.join(self.context.damage)}"
             raise RefusedError(what, "start a new run; landed commits stay on their targets")
         if not runs:
-            raise RefusedError("there is no run in this project", "start one with `council run FILE`")
+            raise RefusedError("there is no run in this project", "start one with `council run`")
         if len(runs) == 1:  # reading a run of thousands of tasks takes long
             return runs[0].key.id
         return max([one for one in runs if one.value.get("merges") is None] or runs, key=start_key).key.id

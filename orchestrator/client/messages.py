@@ -90,11 +90,15 @@ def _listed(result: Mapping[str, Any]) -> Iterator[str]:
         yield "no shared values"
     for value in result["shared"]:
         writer = value["writer"] or "a person"
-        yield f"{value['key']}: version {value['version']}, {value['size']} bytes, by {writer}"
+        yield f"{value['key']}: version {value['version']}, {_size(value)}, by {writer}"
 
 
 def _submit_handoff(result: Mapping[str, Any]) -> Iterator[str]:
-    yield f"handoff accepted: {result['size']} bytes"
+    yield f"handoff accepted: {_size(result)}"
+
+
+def _size(value: Mapping[str, Any]) -> str:
+    return "1 byte" if value["size"] == 1 else f"{value['size']} bytes"
 
 
 _LINES = {

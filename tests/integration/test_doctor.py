@@ -392,6 +392,17 @@ def test_invalid_file_does_not_prevent_the_list_of_types(repository: Repository)
     assert "has mistakes" in repository.council("adapters").stdout
 
 
+@pytest.mark.parametrize("content", ["version: 1\n", None])
+def test_unusable_file_is_the_only_problem(repository: Repository, fakes: FakePrograms, content: str | None) -> None:
+    """It may have adapters of its own: those of CLIs that nobody may use are not judged."""
+    file = repository.top / "own.yaml"
+    if content is not None:
+        file.write_text(content)
+    found = doctor(repository, str(file))
+    assert found["file"][0][0] == "problem"
+    assert [name for name in found if "adapter" in name] == []
+
+
 def test_output_of_programs_is_escaped(repository: Repository, fakes: FakePrograms) -> None:
     """Neither escape sequences nor several lines."""
     fakes.add("alpha", "printf 'one\\n\\033]0;owned\\007two\\033[2J\\n' >&2; exit 1")

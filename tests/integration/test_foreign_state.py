@@ -176,7 +176,7 @@ def test_state_above_a_repository_is_not_its_own(repository: Repository) -> None
     inner.top.mkdir()
     assert inner.council("status").code == 0
     inner.git("init", "--quiet")
-    assert "council has not run in" in inner.council("status").stderr
+    assert "there is no run in" in inner.council("status").stderr
 
 
 def test_store_gets_one_identity(tmp_path: Path, environ: dict[str, Any]) -> None:

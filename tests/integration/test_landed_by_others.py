@@ -124,10 +124,12 @@ async def test_conflict_merged_by_a_person_counts_as_landed(repository: Reposito
         repository.git("checkout", "--quiet", "main")
         repository.git("merge", "--quiet", "--no-ff", "--no-edit", f"{task}-conflict")
     repository.remember()
-    resumed = repository.council("resume", "--json")
+    resumed = repository.council("resume")
+    states = repository.council("status", "--json").states
+    assert ("has finished: `council retry TASK` first" in resumed.stderr) is not is_merged, resumed
     if not is_merged:
-        assert (resumed.code, resumed.states[task]) == (1, "conflict"), resumed
+        assert (resumed.code, states[task]) == (1, "conflict"), resumed
         return
-    assert (resumed.code, set(resumed.states.values())) == (0, {"landed"}), resumed
+    assert (resumed.code, set(states.values())) == (0, {"landed"}), resumed
     assert (repository.top / "README.md").read_text() == "both"
     await repository.assert_invariants()

@@ -130,7 +130,7 @@ async def test_file_of_version_2_becomes_runs(repository: Repository) -> None:
     assert first.code == 0, first
     assert re.fullmatch(r"Imported 1 run with 5 tasks from \S+, which are unchanged: .*\n", first.stderr)
     landed = f"2 of 5 landed on develop (imported from {LEGACY_FILE})"
-    assert first.stdout.split() == f"{RUN} incomplete {landed}, 2 cancelled, 1 failed, 15.0 min on average".split()
+    assert first.stdout.split() == f"{RUN} incomplete {landed}, 2 cancelled, 1 failed, 15:00 on average".split()
     assert repository.council("runs").stderr == ""
     assert originals(repository) == before
     assert repository.git("status", "--porcelain", "--", ".council") == ""
@@ -160,7 +160,7 @@ async def test_imported_run_is_shown(repository: Repository) -> None:
     assert login["metrics"]["time_minutes"] == 20
     assert [one["event"] for one in shown["events"]] == ["run.imported"]
     text = repository.council("state", "show", RUN).stdout
-    for part in ("max_parallel", "feature/login", "pull request 12", "plan completed, build in_progress", "20.0 min"):
+    for part in ("max_parallel", "feature/login", "pull request 12", "plan completed, build in_progress", "20:00"):
         assert part in text
     fields = {name.removeprefix(RUN): one["fields"] for name, one in (await kept(repository, "imported")).items()}
     assert fields.pop("") == {name: value for name, value in SESSION.items() if name != "tasks"}

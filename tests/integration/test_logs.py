@@ -27,6 +27,7 @@ for line in prompt.get("then", ()):
 pathlib.Path("made.txt").write_text("x")
 sys.exit(prompt.get("exit", 0))
 """
+PRINTS = "import sys; print('out'); print('err', file=sys.stderr); open('a.txt', 'w')"
 CALLS = (
     {"type": "item.started", "item": {"id": "i0", "type": "command_execution", "command": "make test"}},
     {"type": "item.completed", "item": {"id": "i0", "type": "command_execution", "command": "make test",
@@ -135,3 +136,13 @@ def test_newest_attempt_of_a_phase_is_shown(repository: Repository) -> None:
     assert "building" in repository.council("logs", "t").stdout
     refused = repository.council("logs", "t", "--phase", "review")
     assert (refused.code, "plan, build" in refused.stderr) == (2, True)
+
+
+def test_readable_log_is_on_standard_output(repository: Repository) -> None:
+    """A pager shows all of it; `--raw` keeps the streams apart."""
+    adapter = {"use": "command", "argv": [sys.executable, "-c", PRINTS]}
+    repository.council("run", str(repository.configure([{"id": "t", "prompt": "x"}], adapters={"py": adapter})))
+    shown = repository.council("logs", "t")
+    assert ({"out", "err"}.issubset(shown.stdout.splitlines()), shown.stderr) == (True, "")
+    raw = repository.council("logs", "t", "--raw")
+    assert (raw.stdout, raw.stderr) == ("out\n", "err\n")

@@ -14,6 +14,8 @@ from tests.unit.test_help import ALL
 NEWER = "20260203-101112-cd34"
 #: Commands that print a run, or something of its task `models`.
 OF_A_RUN = ["status", "usage", "check", "state show", "watch"]
+#: Commands that change a run as a whole.
+CHANGES_A_RUN = ["resume", "merge", "checkpoint create"]
 OF_A_TASK = ["show models", "logs models", "salvage list", "checkpoint list", "share list", "state at now"]
 
 
@@ -36,6 +38,12 @@ def test_every_command_about_a_run_accepts_the_option() -> None:
         context = click.Context(command, parent=click.Context(main))
         assert option.shell_complete(context, "") == [], path
         assert option._custom_shell_complete is not None, path
+
+
+@pytest.mark.parametrize("words", [*OF_A_RUN, *CHANGES_A_RUN])
+def test_command_about_a_whole_run_has_it_as_argument(words: str) -> None:
+    [argument] = [one for one in ALL[*words.split()].params if one.name == "run"]
+    assert isinstance(argument, click.Argument)
 
 
 @pytest.mark.extended_but_first

@@ -65,6 +65,7 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, int, int, str]] = {
     "anchor": (HEAD + TASKS + "repo: &x .\n", 4, 7, "anchors are not supported: remove &x"),
     "tag": (HEAD + TASKS + "repo: !!str .\n", 4, 7, "tags are not supported"),
     "bare tag": (HEAD + TASKS + "repo: ! .\n", 4, 7, "tags are not supported"),
+    "tag of an object": (HEAD + TASKS + "repo: !!python/object:os.system .\n", 4, 7, "'!!python/object:os.system'"),
     "tagged mapping": (HEAD + "tasks: [!!map {id: a, prompt: p}]\n", 3, 9, "tags are not supported"),
     "merge key": (HEAD + TASKS + "<<: {}\n", 4, 1, "merge keys are not supported"),
     "duplicate key": (HEAD + TASKS + "'version': 1\n", 4, 1, "there already, on line 1"),

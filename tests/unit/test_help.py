@@ -40,6 +40,14 @@ def test_help_ends_with_valid_examples(path: tuple[str, ...]) -> None:
         _parse(words)
 
 
+@pytest.mark.parametrize("path", [(), *(path for path, one in ALL.items() if isinstance(one, click.Group))], ids=str)
+def test_list_of_commands_truncates_no_sentence(path: tuple[str, ...]) -> None:
+    """The first sentence of each help fits, so that click does not cut it."""
+    ended = CliRunner().invoke(main, [*path, "--help"], prog_name="council")
+    _, _, commands = ended.output.partition("\nOptions:\n")
+    assert "..." not in commands.replace(" TASK...", "")
+
+
 def _parse(words: list[str]) -> None:
     """Parse the words of a command with click, without running it."""
     command: click.Command = main

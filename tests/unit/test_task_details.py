@@ -118,7 +118,9 @@ def test_text_for_people_is_complete() -> None:
     shown = text(details_of(document, FOUR, *handoffs))
     for part in (
         "task t of run run: running",
-        "Add login. It has tests. (from tickets)",
+        "  prompt    Add login.",
+        "  It has tests.",
+        "(from tickets)",
         "requirements (120 of 3,400 bytes; omitted: risks)",
         "scout (session 1)",
         "as discussed",
@@ -226,3 +228,16 @@ def test_imported_task_has_its_original_fields() -> None:
     ]
     assert one.sessions == []
     assert "plan: complete" in text(one)
+
+
+def test_prompt_keeps_its_lines() -> None:
+    shown = text(details_of(TaskDocument(), TaskDefinition("Add login.\n\n  It has tests.\n", None, (), None, ())))
+    assert "  prompt    Add login.\n\n              It has tests.\n" in shown
+    long = TaskDefinition("\n".join(map(str, range(30))), None, (), None, ())
+    assert "… (20 more lines; --json prints all)" in text(details_of(TaskDocument(), long))
+
+
+def test_session_without_changes_is_no_failure() -> None:
+    tried = attempt(1, None, "no_change")
+    shown = text(details_of(TaskDocument(status=TaskStatus.NO_CHANGE, attempts=(tried,)), TaskDefinition("x")))
+    assert "  build: no change, 1 session" in shown

@@ -36,7 +36,7 @@ async def compare_with_config_file(
     """Compare a run with its file, if that exists, without the tasks that have succeeded."""
     path = anyio.Path(run.config)
     if run.imported is not None or not await path.is_file():
-        return FileChanges(run.config, unreadable="there is no such file")
+        return FileChanges(run.config, unreadable=f"{run.config} does not exist")
     plugins = await context.plugins.load()
     kinds = plugins.adapters, plugins.extensions()
     inline = await _inline_tasks(context.store, run)

@@ -12,7 +12,7 @@ from orchestrator.cli.render.text import (
     align_columns,
     described,
     format_count,
-    format_minutes,
+    format_elapsed,
     one_line,
     short_name,
     wrapped,
@@ -82,7 +82,7 @@ def _task(task: TaskOverview, report: RunReport) -> list[str]:
     one = task.report
     attempts = f"{one.attempts} {'attempt' if one.attempts == 1 else 'attempts'}"
     phases = ", ".join(f"{phase.name} {phase.status}" for phase in task.phases)
-    took = "" if task.minutes is None else format_minutes(task.minutes)
+    took = "" if task.minutes is None else format_elapsed(task.minutes * 60)
     kept = "" if task.branch is None else f"saved as {salvage_name(task.branch)}"
     where = f"landed as {one.landed[:10]}" if one.landed else kept
     if task.pull_request is not None:
@@ -96,7 +96,7 @@ def metrics_line(report: RunReport, metrics: Metrics) -> str:
     """Return the metrics of a run on one line; omit those that are zero or unknown."""
     parts = [landed_summary(report), *state_counts(report)]
     if metrics.average_time_minutes is not None:
-        parts.append(f"{format_minutes(metrics.average_time_minutes)} on average")
+        parts.append(f"{format_elapsed(metrics.average_time_minutes * 60)} on average")
     if tokens := metrics.input_tokens + metrics.output_tokens:
         parts.append(f"{format_count(tokens)} tokens")
     if metrics.cost is not None:

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 
-from orchestrator.cli.render.text import align_columns, format_age, format_count, format_elapsed, one_line, printable
+from orchestrator.cli.render.text import (
+    align_columns,
+    format_age,
+    format_count,
+    format_elapsed,
+    one_line,
+    printable,
+    truncate_end,
+)
 from orchestrator.domain.events.tasks import salvage_name
 from orchestrator.domain.runs.phases import GivenValues, PhaseStatus
-from orchestrator.domain.runs.statuses import LANDING_STATUSES
+from orchestrator.domain.runs.statuses import LANDING_STATUSES, TaskStatus
 from orchestrator.domain.runs.usage import Usage
 from orchestrator.domain.wording import join_names
 from orchestrator.engine.reports.task_details import (
@@ -53,9 +62,8 @@ def story_lines(story: TaskDetails, now: float, state: str) -> Iterator[str]:
 
 
 def _head(story: TaskDetails, now: float) -> Iterator[list[str]]:
-    source = "" if story.tracker is None else f" (from {story.tracker})"
+    yield from _prompt(story)
     told = {
-        "prompt": "" if story.prompt is None else f"{one_line(' '.join(story.prompt.split()), _LONGEST)}{source}",
         "plan of": "" if story.plan is None else story.plan.removeprefix(f"{story.run}/"),
         "workflow": story.workflow or "",
         "expanded to": ", ".join(story.subtasks),
@@ -71,11 +79,23 @@ def _head(story: TaskDetails, now: float) -> Iterator[list[str]]:
     yield from ([name, value] for name, value in told.items() if value)
 
 
+def _prompt(story: TaskDetails) -> Iterator[list[str]]:
+    source = [] if story.tracker is None else [f"(from {story.tracker})"]
+    lines = [*map(str.rstrip, (story.prompt or "").strip().splitlines()), *source]
+    more = len(lines) - _MAX_NAMED
+    shown = lines if more <= 0 else [*lines[:_MAX_NAMED], f"… ({more} more lines; --json prints all)"]
+    for name, line in zip_longest(["prompt"], shown, fillvalue=""):
+        if shown:
+            yield [name, truncate_end(line, _LONGEST)]
+
+
 def _visit(visit: PhaseVisitDetails, story: TaskDetails) -> Iterator[str]:
     again = f" (visit {visit.visit})" if visit.visit > 1 else ""
     ended = {one.number for one in story.sessions if one.ended is not None}
     is_pending = visit.status == PhaseStatus.IN_PROGRESS and visit.attempts and ended.issuperset(visit.attempts)
     did = ["pending" if is_pending else _VISIT_LABELS.get(visit.status, visit.status)]
+    if story.status == TaskStatus.NO_CHANGE and visit is story.phases[-1]:
+        did = [TaskStatus.NO_CHANGE.record.label]
     if visit.verdict is not None:
         did.append(f"verdict: {visit.verdict}")
     if visit.usage.sessions:

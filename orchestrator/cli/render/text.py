@@ -146,8 +146,3 @@ def format_count(number: int) -> str:
         if number >= size:
             return f"{number / size:.1f}{unit}"
     return str(number)
-
-
-def format_minutes(minutes: float) -> str:
-    """Return a time in minutes, or in seconds if it is short."""
-    return f"{minutes:.1f} min" if minutes >= 0.1 else f"{minutes * 60:.1f} s"

@@ -27,6 +27,8 @@ MAX_DEPTH: Final = 64
 _NOT_PRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 # Escapes in double quotes can still produce characters that are invalid in program arguments and JSON.
 _NOT_TEXT = re.compile("[\0\ud800-\udfff]")
+#: Written as `!!` in a file.
+_STANDARD_TAG: Final = "tag:yaml.org,2002:"
 _LINE_BREAK = re.compile("\r\n|[\r\n\x85\u2028\u2029]")
 _START: Final = Position(1, 1)
 
@@ -207,7 +209,8 @@ class _Builder:
         if event.anchor is not None:
             self._problems.add(at, "anchors are not supported", f"remove &{event.anchor}")
         if event.tag is not None:
-            self._problems.add(at, "tags are not supported", f"remove {quote_text(event.tag)}, quote what must be text")
+            tag = quote_text(event.tag.replace(_STANDARD_TAG, "!!", 1))
+            self._problems.add(at, "tags are not supported", f"remove {tag}, quote what must be text")
         return event.tag is not None
 
     def _place(self, node: Node, *, plain: bool = False) -> None:

@@ -110,6 +110,8 @@ async def run_doctor(subject: DoctorInput, environ: Mapping[str, str]) -> list[F
 async def _check_adapters(subject: DoctorInput, environ: Mapping[str, str]) -> list[Finding]:
     """Check the adapters of the file, else all that need no options."""
     run = subject.run
+    if isinstance(subject.config, ConfigError):  # it may have adapters of its own
+        return []
     if run is None:
         made, _ = await anyio.to_thread.run_sync(make_default_adapters, subject.types)
     else:
@@ -153,7 +155,7 @@ async def _check_programs(
     sandbox = DEFAULT_SANDBOX if run is None else run.sandbox
     probe = await SandboxProbe.open(sandbox, inspection.site, project, [folder] if folder else [], environ)
     try:
-        if probe is None:
+        if probe is None or isinstance(subject.config, ConfigError):
             return []
         if run is None:
             made, _ = await anyio.to_thread.run_sync(make_default_adapters, subject.types)

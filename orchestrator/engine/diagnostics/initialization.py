@@ -56,7 +56,7 @@ async def find_init_repository(folder: Path, environ: Mapping[str, str]) -> Init
     base = await find_base_branch(repository, Git(None, as_user=True, environ=environ))
     if base is None:
         what = f"{repository.top} has no commit yet"
-        raise RefusedError(what, "commit something first: sessions start from a commit")
+        raise RefusedError(what, "create the first commit, from which sessions start")
     return InitRepository(site, repository.top, repository.git_dir, base)
 
 

@@ -138,7 +138,7 @@ async def check_branches(source: UpstreamRepository, base: str, target: str) -> 
     except GitError as error:
         raise to_unusable_error(error, f"{source.location} can't be read", "check `repo`") from None
     if not heads:
-        raise RefusedError(f"{source.location} has no commit yet", "commit something first: sessions start from it")
+        raise RefusedError(f"{source.location} has no commit yet", "create the first commit, from which sessions start")
     if base not in heads:
         near = find_similar(base, heads, 3, 0.5)
         others = [head for head in sorted(heads) if not head.startswith("council/")]

@@ -125,7 +125,7 @@ def build_reload(
     if TASKS_KEY in document.given:
         raise RefusedError(f"the tasks of run {document.id} are not from a file", "start a new run to change them")
     if config is None:
-        raise RefusedError(f"cannot read {changes.file}: {changes.unreadable}", "fix the file, or omit --reload")
+        raise RefusedError(f"cannot reload the file: {changes.unreadable}", "fix the file, or omit --reload")
     file_tasks = {task.id: task for task in config.tasks}
     problems = list(_find_problems(document, specs, changes, config, is_live=is_live))
     raise_combined_refusal(problems, "revert these in the file, or omit --reload")

@@ -49,8 +49,8 @@ async def logs(
     """Show the log of a task's session.
 
     Prints a line for each tool call with its main argument and outcome, messages, warnings and errors, the output of
-    checks, and finally the time and cost. Lines that are not JSON are printed unchanged. Standard error is printed to
-    standard error.
+    checks, and finally the time and cost. Lines that are not JSON are printed unchanged. All of it goes to standard
+    output; with --raw, each stream of the session to the same stream.
 
     \b
     Examples:
@@ -76,7 +76,7 @@ async def _print(output: Output, entries: AsyncGenerator[LogEntry | AttemptMarke
                 output.json(_json(one))
                 continue
             for line in shown.lines(one):
-                output.text(f"{line}\n", err=isinstance(one, LogEntry) and one.stream == "stderr")
+                output.text(f"{line}\n")
 
 
 async def _print_raw(output: Output, parts: AsyncGenerator[LogChunk]) -> None:

@@ -221,8 +221,7 @@ async def resume(
     name = await council.runs.find(run)
     interrupted = await council.runs.interrupted()
     report = None if name in interrupted else await council.runs.status(name)
-    if report is not None and needs_retry(report) and report.merges is None:
-        context.output.notice(f"run {name} has finished: `council retry TASK` first, then `council resume {name}`")
+    is_finished = report is not None and report.merges is None
     others = [] if run else [one for one in interrupted if one != name]
     if others and (report is None or report.status is not RunStatus.RUNNING):  # else it is refused below
         context.output.notice(_other_interrupted_runs(name, others))
@@ -244,7 +243,11 @@ async def resume(
         allow_failing_base=allow_failing_base,
         coordination=coordination,
     )
-    return await _execute(context, name, after, resumed)
+    code = await _execute(context, name, after, resumed)
+    # Only now is work recorded as landed that a person has merged.
+    if is_finished and needs_retry(await council.runs.status(name)):
+        context.output.notice(f"run {name} has finished: `council retry TASK` first, then `council resume {name}`")
+    return code
 
 
 @click.command()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from orchestrator.cli.core.command import CouncilContext, council_command, run_argument
-from orchestrator.cli.render.text import align_columns, format_minutes, short_name
+from orchestrator.cli.render.text import align_columns, format_elapsed, short_name
 from orchestrator.domain.runs.budget import Spending, compute_budget_usage
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def _rows(found: RunUsage) -> Iterator[list[str]]:
 def _cells(one: Usage) -> list[str]:
     told = one.input_tokens or one.output_tokens
     tokens = [f"{one.input_tokens:,}", f"{one.output_tokens:,}"] if told else ["unknown"] * 2
-    return [str(one.sessions), format_minutes(one.seconds / 60), *tokens, _cost(one)]
+    return [str(one.sessions), format_elapsed(one.seconds), *tokens, _cost(one)]
 
 
 def _cost(one: Usage) -> str:

@@ -146,7 +146,7 @@ def _lines(found: _Discovery) -> Iterator[str]:
         yield f"adapter   {name}: {'; '.join(map(describe, status.programs)) or 'no program'}"
         yield from (f"          → {one.remedy}" for one in status.programs if one.remedy)
     if not found.adapters:
-        yield "adapter   none was found: replace my-cli in the file by your program"
+        yield "adapter   my-cli, a placeholder: replace it in the file by your program"
     if found.environment is not None:
         yield f"setup     {found.environment.setup}"
     found_by = "none: no test command was found" if tests is None else f"{tests.command} (from {tests.declared_in})"

@@ -40,7 +40,7 @@ def workflow() -> None:
 @_file_option
 @async_command()
 async def show(context: CommandContext, name: str | None, file: Path | None) -> None:
-    """Print the workflow NAME, or all workflows, in the format of the file.
+    """Print the workflow NAME, or all, as in the file.
 
     Omits the default prompts of phases; `council workflow copy` also writes these.
 
@@ -65,7 +65,7 @@ async def show(context: CommandContext, name: str | None, file: Path | None) -> 
 @click.option("--force", is_flag=True, help="Replace existing files.")
 @async_command()
 async def copy(context: CommandContext, name: str, folder: Path, file: Path | None, force: bool) -> None:
-    """Write the workflow NAME and its prompt templates into FOLDER, for you to edit.
+    """Copy the workflow NAME and its templates into FOLDER.
 
     Copy the contents of NAME.yaml into your council.yaml. Its paths are relative to the current folder: run the command
     in the folder of council.yaml.

@@ -9,7 +9,7 @@ from functools import partial
 import click
 
 from orchestrator.api.council import Council
-from orchestrator.cli.core.command import CouncilContext, council_command, run_option
+from orchestrator.cli.core.command import CouncilContext, council_command, run_argument, run_option
 from orchestrator.cli.core.completion import complete_checkpoints
 from orchestrator.cli.core.group import SuggestingGroup
 from orchestrator.engine.scheduler.restore import RestoreResult
@@ -39,15 +39,18 @@ def checkpoint() -> None:
 
 @checkpoint.command()
 @click.option("--reason", metavar="TEXT", default="manual", help="The reason for the checkpoint.")
-@run_option
+@run_argument
 @_all_option
 @council_command()
 async def create(context: CouncilContext, reason: str, run: str | None, whole: bool) -> None:
-    """Create a checkpoint of the current state of a run; default: the newest.
+    """Create a checkpoint of a run's current state.
+
+    RUN defaults to the newest run.
 
     \b
     Examples:
       council checkpoint create
+      council checkpoint create 20260102-030405-ab12
       council checkpoint create --all --reason "before the upgrade"
     """
     _check_scope(run, whole=whole)

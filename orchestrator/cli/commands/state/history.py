@@ -71,7 +71,7 @@ async def at(context: CouncilContext, moment: str, keys: tuple[str, ...], run: s
 @_of_run
 @council_command(brief=True)
 async def diff(context: CouncilContext, before: str, after: str, run: str | None) -> None:
-    """Show the differences between two points in time, field by field.
+    """Show the changed fields between two points in time.
 
     B defaults to now.
 
@@ -163,7 +163,7 @@ async def _commits(
 @run_argument
 @council_command(brief=True)
 async def show(context: CouncilContext, run: str | None) -> None:
-    """Show a summary of a run: options, tasks, sessions, events and metrics.
+    """Show a summary of a run, with its newest events.
 
     RUN defaults to the newest run.
 

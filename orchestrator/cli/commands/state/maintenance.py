@@ -83,9 +83,9 @@ async def adopt(context: CommandContext) -> None:
 )
 @council_command()
 async def compact(context: CouncilContext, older_than: float | None, max_size: int | None) -> None:
-    """Prune old history: keep only the last 10 versions of each document.
+    """Prune old versions of documents.
 
-    An active run prunes by itself, according to `state` in its file. The current state is never pruned.
+    Keeps the last 10 versions of each document. An active run prunes by itself, according to `state` in its file. The current state is never pruned.
 
     \b
     Examples:
