@@ -85,7 +85,8 @@ async def adopt(context: CommandContext) -> None:
 async def compact(context: CouncilContext, older_than: float | None, max_size: int | None) -> None:
     """Prune old versions of documents.
 
-    Keeps the last 10 versions of each document. An active run prunes by itself, according to `state` in its file. The current state is never pruned.
+    Keeps the last 10 versions of each document. The current state is never pruned. An active run prunes by itself,
+    according to `state` in its file.
 
     \b
     Examples:
