@@ -384,6 +384,19 @@ def test_mistakes_do_not_hide_each_other(tmp_path: Path) -> None:
     ]
 
 
+def test_invalid_key_hides_no_other_mistake_of_its_phase(tmp_path: Path) -> None:
+    """Nor does its default conflict with other keys."""
+    plan = {"plan": {"access": "red", "produces": "nokind", "when": "(((", "prompt": "{{ nope"}}
+    build = {"build": {"until": "make", "max_rounds": 3, "produces": "other"}}
+    review = {"review": {"produces": "review", "max_rounds": 0, "on_reject": "zzz"}}
+    with pytest.raises(ConfigError) as raised:
+        read(tmp_path, plan, build, review)
+    reported = [str(problem) for problem in raised.value.problems]
+    words = ("access", "'nokind'", "condition", "template", "until", "'other'", "max_rounds is the number 0", "'zzz'")
+    assert all(any(word in one for one in reported) for word in words), reported
+    assert len(reported) == len(words), reported
+
+
 def test_positions_in_a_file_have_lines(tmp_path: Path) -> None:
     """With line and column."""
     text = "version: 1\nadapters: {x: {use: command, argv: [x]}}\nworkflows:\n  w:\n    - build:\n        when: '('\n"

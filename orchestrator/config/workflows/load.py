@@ -110,8 +110,19 @@ def iter_phase_nodes(workflow: Node) -> Iterator[PhaseNode]:
         elif isinstance(item.value, dict) and len(item.value) == 1:
             name, node = next(iter(item.children.items()))
             if isinstance(name, str) and isinstance(node.value, dict):
-                settings = validate(PhaseSettings, node, Problems(""))  # schema validation reports it
-                yield PhaseNode(name, item.keys[name], node, settings)
+                yield PhaseNode(name, item.keys[name], node, _valid_settings(node))
+
+
+def _valid_settings(node: Node) -> PhaseSettings | None:
+    """Return the settings of a phase without its invalid keys, which schema validation reports; None: no valid ones."""
+    settings = validate(PhaseSettings, node, Problems(""))
+    if settings is not None or not isinstance(node.value, dict):
+        return settings
+    alone = {key: node._replace(value={key: node.value[key]}, children={key: node.children[key]}) for key in node.value}
+    valid = {key for key, one in alone.items() if validate(PhaseSettings, one, Problems("")) is not None}
+    rest = {key: node.value[key] for key in node.value if key in valid}
+    children = {key: one for key, one in node.children.items() if key in valid}
+    return validate(PhaseSettings, node._replace(value=rest, children=children), Problems(""))
 
 
 def check_contexts(root: Node, problems: Problems) -> None:

@@ -15,7 +15,7 @@ PLAN: Final = "plan"
 
 
 class PhaseNode(NamedTuple):
-    """A phase as written: its name and position, its node, and its settings if they are valid."""
+    """A phase as written: its name and position, its node, and its settings, without those that are invalid."""
 
     name: str
     name_at: Position
@@ -44,8 +44,9 @@ def check_keys(phase: PhaseNode, names: KnownNames, problems: Problems) -> None:
     """Report conflicting keys of a phase, and unknown names."""
     if phase.settings is None:
         return
+    has_all = len(phase.settings.model_fields_set) == len(phase.node.value)  # else a conflict may be with the default
     for is_conflict, key, what, remedy in _key_conflicts(phase.settings):
-        if is_conflict:
+        if is_conflict and has_all:
             problems.add(phase.key_at(key), what, remedy)
     _check_kind(phase, phase.settings, names.kinds, problems)
     transform = phase.settings.transform
