@@ -63,6 +63,24 @@ def test_adapter_capacity_limits_its_sessions() -> None:
     assert started(board) == ["b"]
 
 
+def test_status_of_built_work_frees_the_slot_and_keeps_the_paths() -> None:
+    """The session has ended, and its work is queued to land."""
+    board = DispatchBoard(
+        {
+            "a": DispatchEntry(adapter="x", owns=("src/",)),
+            "b": DispatchEntry(adapter="x", owns=("src/a",)),
+            "c": DispatchEntry(adapter="x"),
+        },
+        {"x": 1},
+    )
+    assert started(board) == ["a"]
+    board.sync_task("a", TaskStatus.QUEUED, 0.0)
+    assert (started(board), board.running()) == (["c"], 1)
+    board.sync_task("c", TaskStatus.DONE, 0.0)
+    board.sync_task("a", TaskStatus.LANDED, 0.0)
+    assert started(board) == ["b"]
+
+
 def test_adapter_after_a_cooldown_starts() -> None:
     """Others start meanwhile; the longer of two cooldowns counts."""
     board = DispatchBoard({"a": DispatchEntry(adapter="x"), "b": DispatchEntry(adapter="y")})

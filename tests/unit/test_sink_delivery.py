@@ -9,7 +9,7 @@ from pathlib import Path
 
 import anyio
 import pytest
-from tenacity import wait_fixed
+from tenacity import RetryCallState, wait_fixed
 
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.engine import sinks
@@ -191,6 +191,28 @@ async def test_failing_sink_is_retried_and_reported_once_each_way() -> None:
         ("sink.failing", {"run": "r", "sink": "ear", "reason": "ValueError: no way 1: [redacted]"}),
         ("sink.recovered", {"run": "r", "sink": "ear"}),
     ]
+
+
+async def test_delay_of_a_sink_grows_until_an_event_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each failure in a row has a longer delay; a delivered event starts it again."""
+    failures = list[int]()
+
+    def wait(state: RetryCallState) -> float:
+        failures.append(state.attempt_number)
+        return 0.01
+
+    def on_send(call: int) -> None:
+        if call in {1, 2, 4, 5}:
+            raise OSError("unreachable")
+
+    monkeypatch.setattr(sinks, "RETRY_WAIT", wait)
+    bench, ear = Bench(), Listener(on_send)
+    await bench.record()
+    async with bench.feeding(outlet(ear)):
+        await until(lambda: len(ear.numbers) == 1)
+        await bench.record()
+        await until(lambda: len(ear.numbers) == 2)
+    assert failures == [1, 2, 1, 2]
 
 
 async def test_two_failing_sinks_do_not_keep_each_other_busy() -> None:
