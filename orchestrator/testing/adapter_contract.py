@@ -283,7 +283,7 @@ class AdapterContract(OptionsContract):
             parsed = [event for line in end.stdout.splitlines() for event in adapter.parse(line)]
             verdict = adapter.verdict(replace(end, events=parsed))
             assert verdict is not None, end
-            assert get_failure_policy(verdict.failure, RETRIED_BY_DEFAULT) is FailurePolicy.PARK, verdict
+            assert get_failure_policy(verdict.failure, RETRIED_BY_DEFAULT) is FailurePolicy.COOLDOWN, verdict
             assert verdict.until is not None, f"the verdict lacks the reported end of the limit: {end}"
             assert abs(compute_cooldown_end(end.time, verdict.until, 1) - until) < 1, verdict
 

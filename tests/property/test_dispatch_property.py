@@ -66,7 +66,7 @@ class Run:
                 continue
             if best is not None and len(self.running) < self.capacity:
                 assert counts[best] >= self.capacities.get(best, self.capacity), "its adapter has capacity"
-            ends = [self.parked[one] for one in self.better(task, best) if one not in self.board.closed]
+            ends = [self.parked[one] for one in self.better(task, best) if one not in self.board.disabled]
             due = self.board.next_time()
             assert not ends or (due is not None and due <= min(ends)), "no wake-up at the end of its adapter's cooldown"
 
@@ -88,7 +88,7 @@ class Run:
         assert not [other for other in live if has_any_overlap(entry.owns, self.tasks[other].owns)]
 
     def is_open(self, adapter: str) -> bool:
-        return adapter not in self.board.closed and self.parked.get(adapter, 0.0) <= self.now
+        return adapter not in self.board.disabled and self.parked.get(adapter, 0.0) <= self.now
 
     def _check_blocked(self) -> None:
         dead = self.over | set(self.board.blocked)
@@ -138,9 +138,9 @@ class Run:
         match what:
             case "park":
                 self.parked[adapter] = max(self.parked.get(adapter, 0.0), self.now + delay)
-                self.board.park(adapter, self.now + delay)
+                self.board.start_cooldown(adapter, self.now + delay)
             case "close":
-                self.board.close(adapter, "its login failed")
+                self.board.disable(adapter, "its login failed")
             case "cancel" if task not in self.landed | self.over:
                 self.end(task, "end", delay)
             case "revive" if task in self.over:
@@ -179,7 +179,7 @@ def test_dispatch_respects_limits_and_ends_every_task(
             break
     left = set(tasks) - run.landed - run.over - set(run.board.blocked)
     assert not run.startable()
-    closed = {task for task in left if set(tasks[task].adapters) <= run.board.closed.keys()}
+    closed = {task for task in left if set(tasks[task].adapters) <= run.board.disabled.keys()}
     assert all(task in closed or set(tasks[task].needs) & left for task in left)
 
 
@@ -242,7 +242,7 @@ def test_dispatch_starves_no_task(
         dict[str, int](),
         {f"s{n}" for n in range(total) if n * step < levels * AGING_SECONDS},
     )
-    board.close("gate", "they land when the test says so")
+    board.disable("gate", "they land when the test says so")
     for index in range(total):
         board.landed(f"gate{index}")
         for task in [task for task, end in sessions.items() if end <= index]:

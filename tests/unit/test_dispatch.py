@@ -84,8 +84,8 @@ def test_status_of_built_work_frees_the_slot_and_keeps_the_paths() -> None:
 def test_adapter_after_a_cooldown_starts() -> None:
     """Others start meanwhile; the longer of two cooldowns counts."""
     board = DispatchBoard({"a": DispatchEntry(adapter="x"), "b": DispatchEntry(adapter="y")})
-    board.park("x", 60.0)
-    board.park("x", 30.0)
+    board.start_cooldown("x", 60.0)
+    board.start_cooldown("x", 30.0)
     assert started(board, now=1.0) == ["b"]
     assert (board.has_work(), board.next_time()) == (True, 60.0)
     assert started(board, now=59.9) == []
@@ -96,13 +96,13 @@ def test_adapter_after_a_cooldown_starts() -> None:
 def test_cooldown_is_awaited_only_for_ready_tasks() -> None:
     """Neither an adapter without tasks nor a disabled one sets a wake-up time."""
     board = DispatchBoard({"a": DispatchEntry(adapter="x"), "b": DispatchEntry(adapter="y")})
-    board.park("z", 60.0)
+    board.start_cooldown("z", 60.0)
     assert started(board) == ["a", "b"]
-    board.park("x", 50.0)
+    board.start_cooldown("x", 50.0)
     assert board.next_time() is None
     board.wait("a", 20.0)
     assert board.next_time() == 50.0
-    board.close("x", "its login failed")
+    board.disable("x", "its login failed")
     assert (board.next_time(), board.has_work()) == (None, False)
 
 
@@ -111,9 +111,9 @@ def test_tasks_of_a_disabled_adapter_are_not_work() -> None:
     board = DispatchBoard(
         {"a": DispatchEntry(adapter="x"), "b": DispatchEntry(("a",), adapter="y"), "c": DispatchEntry(adapter="y")}
     )
-    board.close("x", "its login failed")
+    board.disable("x", "its login failed")
     assert started(board) == ["c"]
-    assert (board.has_work(), dict(board.closed), board.blocked) == (False, {"x": "its login failed"}, {})
+    assert (board.has_work(), dict(board.disabled), board.blocked) == (False, {"x": "its login failed"}, {})
 
 
 @pytest.mark.parametrize("end", ["landed", "ended", "wait"])
@@ -172,9 +172,9 @@ def test_held_task_that_can_not_start_reserves_nothing(what: str, later: list[st
     assert started(board) == ["live"]
     match what:
         case "park":
-            board.park("held", 50.0)
+            board.start_cooldown("held", 50.0)
         case "close":
-            board.close("held", "its login failed")
+            board.disable("held", "its login failed")
         case _:
             board.ended("held")
     assert started(board, now=1.0) == ["behind"]
@@ -276,7 +276,7 @@ def test_start_of_a_cancelled_or_revived_task_is_void() -> None:
 def test_fallback_adapter_is_used_only_during_a_cooldown() -> None:
     """Tasks that found no capacity there return after the cooldown and use all the capacity there is then."""
     board = DispatchBoard({f"t{one}": DispatchEntry((), "a", 0, (), ("b",)) for one in range(5)}, {"a": 3, "b": 1})
-    board.park("a", 10.0)
+    board.start_cooldown("a", 10.0)
     assert [(task, board.adapter_of(task)) for task in started(board)] == [("t0", "b")]
     assert board.adapter_of("t1") == "b"
     assert board.next_time() == 10.0
@@ -287,7 +287,7 @@ def test_fallback_adapter_is_used_only_during_a_cooldown() -> None:
     assert board.adapter_of("t0") == "b"
     board.built("t0")
     assert started(board, now=11.0) == []
-    board.park("a", 20.0)
+    board.start_cooldown("a", 20.0)
     assert [(task, board.adapter_of(task)) for task in started(board, now=11.0)] == [("t4", "b")]
 
 
@@ -296,9 +296,9 @@ def test_reservation_lasts_while_an_adapter_is_available(is_open: bool, first: l
     """Without a fallback its paths are free meanwhile."""
     board = DispatchBoard(owners(live="a") | {"held": DispatchEntry((), "x", 0, ("*",), ("y",))} | owners(behind="b"))
     assert started(board) == ["live"]
-    board.park("x", 50.0)
+    board.start_cooldown("x", 50.0)
     if not is_open:
-        board.park("y", 60.0)
+        board.start_cooldown("y", 60.0)
     assert started(board, now=1.0) == first
     for task in ("live", *first):
         board.landed(task)
@@ -315,10 +315,10 @@ def test_common_blocker_is_reported() -> None:
         "c": DispatchEntry(("b",), "open"),
     }
     board = DispatchBoard(tasks)
-    board.park("x", 50.0)
+    board.start_cooldown("x", 50.0)
     assert board.awaited() == {}
-    board.park("y", 30.0)
-    board.close("z", "its login failed")
+    board.start_cooldown("y", 30.0)
+    board.disable("z", "its login failed")
     assert board.awaited() == {"x": 50.0, "y": 30.0}
     assert started(board) == []
     assert board.awaited() == {"x": 50.0, "y": 30.0}

@@ -219,9 +219,9 @@ def test_cooldown_lasts_at_least_until_the_reported_end(until: float | None, coo
 def test_every_failure_class_has_a_policy(failure: FailureClass) -> None:
     """A usage limit parks the adapter, a missing login or program disables it, other classes follow the task."""
     fixed = {
-        FailureClass.RATE_LIMITED: FailurePolicy.PARK,
-        FailureClass.AUTH: FailurePolicy.CLOSE,
-        FailureClass.MISSING: FailurePolicy.CLOSE,
+        FailureClass.RATE_LIMITED: FailurePolicy.COOLDOWN,
+        FailureClass.AUTH: FailurePolicy.DISABLE,
+        FailureClass.MISSING: FailurePolicy.DISABLE,
     }
     for retried in (frozenset(FailureClass), frozenset[FailureClass](), RETRIED_BY_DEFAULT):
         expected = fixed.get(failure, FailurePolicy.RETRY if failure in retried else FailurePolicy.FAIL)

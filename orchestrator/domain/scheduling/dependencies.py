@@ -57,9 +57,9 @@ class DependencyGraph:
         self.blocked.pop(task, None)
         self._block_dependents(task)
 
-    def block_if_a_need_is_dead(self, task: str) -> bool:
+    def block_if_a_need_will_not_land(self, task: str) -> bool:
         """Block a task and its dependents if one of its needs will not land; return whether it was blocked."""
-        need = self._dead_need(task)
+        need = self._need_that_will_not_land(task)
         if need is not None:
             self.blocked[task] = need
             self._block_dependents(task)
@@ -73,7 +73,7 @@ class DependencyGraph:
         while stack:
             current = stack.pop()
             if current in self.blocked:
-                need = self._dead_need(current)
+                need = self._need_that_will_not_land(current)
                 if need is not None:
                     self.blocked[current] = need
                     continue
@@ -82,7 +82,7 @@ class DependencyGraph:
                 stack.extend(self._dependents.get(current, ()))
         return revived
 
-    def _dead_need(self, task: str) -> str | None:
+    def _need_that_will_not_land(self, task: str) -> str | None:
         return next((need for need in self._needs[task] if need in self._ended or need in self.blocked), None)
 
     def _block_dependents(self, task: str) -> None:

@@ -153,7 +153,7 @@ class DispatchBoard:
         }
         self._fresh: list[str] = []
         self._waiting = _WaitingTasks()
-        self.closed: dict[str, str] = {}
+        self.disabled: dict[str, str] = {}
         """Disabled adapters, each with the reason."""
         for task in entries:
             self._offer(task)
@@ -190,7 +190,7 @@ class DispatchBoard:
         for task, entry in entries.items():
             self._graph.set_needs(task, entry.needs)
         for task in entries:
-            if task not in self.blocked and not self._graph.block_if_a_need_is_dead(task):
+            if task not in self.blocked and not self._graph.block_if_a_need_will_not_land(task):
                 self._offer(task)
 
     def _positions(self, new: Container[str], file_order: Iterable[str]) -> dict[str, float]:
@@ -242,7 +242,7 @@ class DispatchBoard:
         """
         if self._waits_for_parts(task):
             self.rest(task, keeps_paths=False, adapters=adapters)
-            self._graph.block_if_a_need_is_dead(task)
+            self._graph.block_if_a_need_will_not_land(task)
             return
         self._leave(task, _AWAITING_APPROVAL)
         self._replace(task, adapters, keeps_paths=keeps_paths)
@@ -315,30 +315,30 @@ class DispatchBoard:
         """Return the adapter that a task runs with, or would run with now."""
         return self._adapters.adapter_of(task, self._placements[task].lane.adapter_group)
 
-    def park(self, adapter: str, until: float) -> None:
+    def start_cooldown(self, adapter: str, until: float) -> None:
         """Put an adapter in cooldown until a time; tasks use their fallback adapters meanwhile."""
-        self._adapters.park(adapter, until)
-        self._queue.release_parked()
+        self._adapters.start_cooldown(adapter, until)
+        self._queue.release_unavailable()
 
-    def close(self, adapter: str, reason: str) -> None:
+    def disable(self, adapter: str, reason: str) -> None:
         """Disable an adapter; its running sessions continue, and tasks use their fallback adapters."""
-        self.closed[adapter] = reason
-        self._adapters.close(adapter)
-        self._queue.release_parked()
+        self.disabled[adapter] = reason
+        self._adapters.disable(adapter)
+        self._queue.release_unavailable()
 
-    def open(self, adapter: str) -> None:
+    def enable(self, adapter: str) -> None:
         """Enable an adapter that was in cooldown or disabled."""
-        self.closed.pop(adapter, None)
-        self._adapters.open(adapter)
+        self.disabled.pop(adapter, None)
+        self._adapters.enable(adapter)
 
     def next_time(self) -> float | None:
         """Return the earliest end of a wait or cooldown that could let a task start; None if there is none."""
         times: list[float] = []
         for group in self._adapters.groups():
             if (first := self._waiting.first(group)) is not None:
-                times.append(max(first, group.parked))
-            if self._queue.has_startable_task(group) or (group.parked and self._has_fresh(group)):
-                times.append(group.next_opening)
+                times.append(max(first, group.available_at))
+            if self._queue.has_startable_task(group) or (group.available_at and self._has_fresh(group)):
+                times.append(group.next_change)
         return min((time for time in times if time < math.inf), default=None)
 
     def has_work(self) -> bool:
@@ -346,7 +346,7 @@ class DispatchBoard:
 
         A task that is held by a task queued to land does not count.
         """
-        if any(group.parked < math.inf for group in self._groups_with_work()):
+        if any(group.available_at < math.inf for group in self._groups_with_work()):
             return True
         return any(self._state[task] is _RUNNING for task in self._queue.holders())
 
@@ -357,9 +357,9 @@ class DispatchBoard:
         """
         awaited: dict[str, float] = {}
         for group in self._groups_with_work():
-            if not group.parked:
+            if not group.available_at:
                 return {}
-            awaited |= {adapter.name: adapter.parked for adapter in group.adapters if not adapter.closed}
+            awaited |= {adapter.name: adapter.available_at for adapter in group.adapters if not adapter.disabled}
         return awaited
 
     def _groups_with_work(self) -> Iterator[AdapterGroup]:
@@ -396,7 +396,7 @@ class DispatchBoard:
 
     def _advance(self, now: float) -> None:
         """Add tasks that became ready, and end expired waits and cooldowns."""
-        self._adapters.unpark(now)
+        self._adapters.end_cooldowns(now)
         if self._fresh:
             self._add([task for task in self._fresh if self._state[task] is _FRESH], now)
             self._fresh.clear()

@@ -46,14 +46,14 @@ _Entry = tuple[float, float, str, ReadyLane]
 class _Adapter:
     """The session limit and availability of one adapter."""
 
-    __slots__ = ("capacity", "closed", "name", "parked", "running")
+    __slots__ = ("available_at", "capacity", "disabled", "name", "running")
 
     def __init__(self, name: str, capacity: float) -> None:
         self.name = name
         self.capacity = capacity
         self.running = 0
-        self.parked = 0.0  # the end of its cooldown; 0.0: none
-        self.closed = False
+        self.available_at = 0.0  # the end of its cooldown; 0.0: none
+        self.disabled = False
 
 
 class AdapterGroup:
@@ -73,12 +73,12 @@ class AdapterGroup:
 
     def choose(self) -> None:
         """Choose the first available adapter, else the first one to become available."""
-        self.current = min(self.adapters, key=lambda adapter: adapter.parked)  # the first of equals
+        self.current = min(self.adapters, key=lambda adapter: adapter.available_at)  # the first of equals
 
     @property
-    def parked(self) -> float:
+    def available_at(self) -> float:
         """When the first adapter becomes available: 0.0 if one is, infinity if all are disabled."""
-        return self.current.parked
+        return self.current.available_at
 
     @property
     def is_full(self) -> bool:
@@ -86,12 +86,12 @@ class AdapterGroup:
         return self.current.running >= self.current.capacity
 
     @property
-    def next_opening(self) -> float:
+    def next_change(self) -> float:
         """When the end of a cooldown makes a better adapter available, or any; infinity: never."""
-        if self.current.parked:
-            return self.current.parked
+        if self.current.available_at:
+            return self.current.available_at
         better = self.adapters[: self.adapters.index(self.current)]
-        return min((adapter.parked for adapter in better), default=math.inf)
+        return min((adapter.available_at for adapter in better), default=math.inf)
 
 
 class AdapterPool:
@@ -138,30 +138,30 @@ class AdapterPool:
         """Return the adapter that a task of this group runs with, or would run with now."""
         return (self._sessions.get(task) or group.current).name
 
-    def park(self, name: str, until: float) -> None:
+    def start_cooldown(self, name: str, until: float) -> None:
         """Put an adapter in cooldown until a time."""
         adapter = self._adapter(name)
-        adapter.parked = max(adapter.parked, until)
+        adapter.available_at = max(adapter.available_at, until)
         self._choose()
 
-    def unpark(self, now: float) -> None:
+    def end_cooldowns(self, now: float) -> None:
         """End expired cooldowns."""
-        expired = [adapter for adapter in self._adapters.values() if 0.0 < adapter.parked <= now]
+        expired = [adapter for adapter in self._adapters.values() if 0.0 < adapter.available_at <= now]
         for adapter in expired:
-            adapter.parked = 0.0
+            adapter.available_at = 0.0
         if expired:
             self._choose()
 
-    def close(self, name: str) -> None:
+    def disable(self, name: str) -> None:
         """Disable an adapter."""
         adapter = self._adapter(name)
-        adapter.closed, adapter.parked = True, math.inf
+        adapter.disabled, adapter.available_at = True, math.inf
         self._choose()
 
-    def open(self, name: str) -> None:
+    def enable(self, name: str) -> None:
         """Enable an adapter that was in cooldown or disabled."""
         adapter = self._adapter(name)
-        adapter.closed, adapter.parked = False, 0.0
+        adapter.disabled, adapter.available_at = False, 0.0
         self._choose()
 
     def _choose(self) -> None:
@@ -228,12 +228,12 @@ class ReadyQueue:
         if self._owners and self._owners.pop(task, None) is not None:
             self._release_followers(task)
 
-    def release_parked(self) -> None:
+    def release_unavailable(self) -> None:
         """Release lanes and the reservation of tasks that no adapter can start now."""
         for lane in self._lanes.values():
-            if lane.held_by is not None and lane.adapter_group.parked:
+            if lane.held_by is not None and lane.adapter_group.available_at:
                 self._unblock(lane)
-        if self._reserved is not None and self._reserved.adapter_group.parked:
+        if self._reserved is not None and self._reserved.adapter_group.available_at:
             self._give_up_reservation()
 
     def has_startable_task(self, group: AdapterGroup) -> bool:
@@ -293,7 +293,7 @@ class ReadyQueue:
         return [
             source
             for group in self._adapters.groups()
-            if not group.is_full and group.current.parked <= now
+            if not group.is_full and group.current.available_at <= now
             for source in group.sources
         ]
 

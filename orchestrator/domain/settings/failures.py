@@ -34,8 +34,8 @@ class FailurePolicy(StrEnum):
     """The action after a failure."""
 
     RETRY = "retry"  #: another attempt after a backoff, if attempts are left
-    PARK = "park"  #: the adapter is in cooldown; the attempt does not count
-    CLOSE = "close"  #: the adapter is disabled until a person enables it; the attempt does not count
+    COOLDOWN = "cooldown"  #: the adapter is in cooldown; the attempt does not count
+    DISABLE = "disable"  #: the adapter is disabled until a person enables it; the attempt does not count
     FAIL = "fail"  #: the task fails
 
 
@@ -51,9 +51,9 @@ RETRIED_BY_DEFAULT = frozenset(
 )
 
 _FIXED: Mapping[FailureClass, FailurePolicy] = {
-    FailureClass.RATE_LIMITED: FailurePolicy.PARK,
-    FailureClass.AUTH: FailurePolicy.CLOSE,
-    FailureClass.MISSING: FailurePolicy.CLOSE,
+    FailureClass.RATE_LIMITED: FailurePolicy.COOLDOWN,
+    FailureClass.AUTH: FailurePolicy.DISABLE,
+    FailureClass.MISSING: FailurePolicy.DISABLE,
 }
 
 #: The classes that `retry_on` may name: those without a fixed policy or a setting of their own.

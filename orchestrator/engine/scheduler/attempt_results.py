@@ -167,10 +167,10 @@ class AttemptRecorder:
         if failure is FailureClass.NO_CHANGE and active.next_phase.phase.kind is not None:
             reason += ": set `access: read` for a phase that should change nothing"
         policy = get_failure_policy(failure, active.spec.retry_on)
-        if policy in {FailurePolicy.PARK, FailurePolicy.CLOSE}:
+        if policy in {FailurePolicy.COOLDOWN, FailurePolicy.DISABLE}:
             postponed = TaskPostponed(outcome=failure, reason=reason)
             await self._end(active, finished, TaskUpdate(Trigger.HOLD, postponed))
-            if policy is FailurePolicy.PARK:
+            if policy is FailurePolicy.COOLDOWN:
                 return AttemptEnd(
                     adapter=await self.ledger.adapters.start_cooldown(active.adapter, outcome.until, reason)
                 )

@@ -98,16 +98,16 @@ class LocalWork:
 
     def cool_down(self, adapter: str, until: float) -> None:
         """Start nothing with an adapter before `until` (wall-clock seconds)."""
-        self.board.park(adapter, self._clock.monotonic() + until - self._clock.now())
+        self.board.start_cooldown(adapter, self._clock.monotonic() + until - self._clock.now())
 
     def update_adapter(self, adapter: str, document: AdapterDocument) -> None:
         """Apply the recorded state of an adapter."""
         if document.disabled_reason is not None:
-            self.board.close(adapter, document.disabled_reason)
+            self.board.disable(adapter, document.disabled_reason)
         elif document.cooldown_until is not None:
             self.cool_down(adapter, document.cooldown_until)
         elif adapter not in self._unavailable_adapters:
-            self.board.open(adapter)
+            self.board.enable(adapter)
 
     async def restore_adapters(self, documents: Mapping[str, AdapterDocument]) -> None:
         """Restore the adapter cooldowns of an earlier leader.

@@ -161,7 +161,7 @@ class Scheduler:
         This process then does not record the end of the run.
         """
         unavailable = {
-            name for name, reason in self._unavailable_adapters.items() if self._board.closed.get(name) == reason
+            name for name, reason in self._unavailable_adapters.items() if self._board.disabled.get(name) == reason
         }
         return any(unavailable.intersection(adapters) for adapters in self._board.left(self._ledger.statuses()))
 
