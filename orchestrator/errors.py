@@ -370,6 +370,10 @@ _SHORTAGES: Final[Mapping[int, tuple[str, str]]] = {
     errno.ENOMEM: ("Cannot allocate memory", "free some memory"),
     errno.EAGAIN: ("Resource temporarily unavailable", "raise the limit of processes (`ulimit -u`)"),
 }
+#: Faults of the hardware, in the same form: unlike a shortage they may last, so that waiting for their end is no use.
+_FAULTS: Final[Mapping[int, tuple[str, str]]] = {
+    errno.EIO: ("Input/output error", "check the disk and its file system"),
+}
 #: The fixes, by errno and by message.
 RESOURCE_REMEDIES: Final = {number: fix for number, (_, fix) in _SHORTAGES.items()}
 RESOURCE_MESSAGES: Final = dict(_SHORTAGES.values())
@@ -381,9 +385,13 @@ DISK_FULL_ERRNOS: Final = (errno.ENOSPC, errno.EDQUOT)
 
 def find_exhausted_resource(error: OSError | GitError) -> int | None:
     """Return the errno of the exhausted resource that caused an error, or None."""
+    return _find_errno(error, _SHORTAGES)
+
+
+def _find_errno(error: OSError | GitError, among: Mapping[int, tuple[str, str]]) -> int | None:
     if isinstance(error, GitError):  # git prints the system's messages, in the C locale
-        return next((number for number, (text, _) in _SHORTAGES.items() if text in error.stderr), None)
-    return error.errno if error.errno in RESOURCE_REMEDIES else None
+        return next((number for number, (text, _) in among.items() if text in error.stderr), None)
+    return error.errno if error.errno in among else None
 
 
 def is_resource_exhaustion(error: OSError | GitError) -> bool:
@@ -392,13 +400,14 @@ def is_resource_exhaustion(error: OSError | GitError) -> bool:
 
 
 def describe_shortage(error: BaseException) -> tuple[str, str] | None:
-    """Return the temporary shortage that caused an error and the fix, or None if it has another cause."""
+    """Return the shortage or fault of the machine that caused an error and the fix; None if it has another cause."""
     if isinstance(error, _UNAVAILABLE) and not isinstance(error, StateLost):
         return error.what, error.remedy
-    if not isinstance(error, OSError | GitError) or (number := find_exhausted_resource(error)) is None:
+    known = {**_SHORTAGES, **_FAULTS}
+    if not isinstance(error, OSError | GitError) or (number := _find_errno(error, known)) is None:
         return None
     subject = error.filename if isinstance(error, OSError) else " ".join(error.argv[:2])
-    return ": ".join(filter(None, (subject and str(subject), _SHORTAGES[number][0].lower()))), RESOURCE_REMEDIES[number]
+    return ": ".join(filter(None, (subject and str(subject), known[number][0].lower()))), known[number][1]
 
 
 def to_unusable_error(error: OSError | GitError, what: str, remedy: str) -> OSError | GitError | RefusedError:

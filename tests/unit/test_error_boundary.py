@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator.cli.core.error_boundary import ErrorLog, error_boundary
 from orchestrator.cli.render.output import Output
-from orchestrator.errors import ClaimLost, LeaseLost, is_resource_exhaustion
+from orchestrator.errors import ClaimLost, GitError, LeaseLost, is_resource_exhaustion
 from orchestrator.system.file_lock import FileLock
 
 
@@ -44,6 +44,25 @@ def test_read_only_file_system_is_unavailable(capsys: pytest.CaptureFixture[str]
         raise error
     assert end.value.code == 1
     reported = "council: /place: read-only file system: mount it writable; no recorded work is lost\n"
+    assert capsys.readouterr().err == reported
+
+
+@pytest.mark.parametrize(
+    ("error", "subject"),
+    [
+        (OSError(errno.EIO, os.strerror(errno.EIO), "/slots/1"), "/slots/1"),
+        (GitError(["git", "fetch", "x"], 128, "unable to write loose object file: Input/output error"), "git fetch"),
+    ],
+)
+def test_input_output_error_is_reported_but_not_waited_for(
+    capsys: pytest.CaptureFixture[str], error: OSError | GitError, subject: str
+) -> None:
+    """A fault of the disk is no internal error, and may last: nothing waits for its end."""
+    assert not is_resource_exhaustion(error)
+    with pytest.raises(SystemExit) as end, error_boundary(Output(as_json=False), ErrorLog()):
+        raise error
+    assert end.value.code == 1
+    reported = f"council: {subject}: input/output error: check the disk and its file system; no recorded work is lost\n"
     assert capsys.readouterr().err == reported
 
 
