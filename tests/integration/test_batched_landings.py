@@ -12,6 +12,7 @@ from typing import Any
 import anyio
 import pytest
 
+from orchestrator.engine.landing.merge_queue import MAX_MERGE_ROUNDS
 from orchestrator.project import Project
 from orchestrator.repo.source.run_repository import find_run_repository
 from orchestrator.repo.worktrees.hub import locate_hub
@@ -100,6 +101,34 @@ async def test_rejected_task_blocks_no_other(repository: Repository) -> None:
     assert landed(repository) == ["Land t2", "Land t0"]
     assert "hook declined" in ended.result["tasks"][1]["reason"]
     await repository.assert_invariants()
+
+
+@pytest.mark.extended
+async def test_target_moved_by_each_push_is_reported(repository: Repository, tmp_path: Path) -> None:
+    """A hook commits to the target before each push: the task waits for a stated reason, and lands when that stops."""
+    count, hook = tmp_path / "count", repository.top / ".git/hooks/pre-receive"
+    commit = f'env -u GIT_DIR -u GIT_QUARANTINE_PATH git -C "{repository.top}" commit --quiet --allow-empty -m theirs'
+    hook.write_text(f'#!/bin/sh\necho x >> "{count}"\n[ $(wc -l < "{count}") -gt {MAX_MERGE_ROUNDS} ] || {commit}\n')
+    hook.chmod(0o755)
+    queue(repository, files(1))
+    ended = repository.council("resume", "--json")
+    deferred = [line["reason"] for line in ended.lines if line.get("event") == "task.deferred"]
+    assert deferred == ["something else moved the target during each of 10 attempts, perhaps a hook of the repository"]
+    assert ended.states == {"t0": "landed"}, ended
+    assert landed(repository).count("theirs") == MAX_MERGE_ROUNDS
+
+
+@pytest.mark.extended
+async def test_push_reverted_by_a_hook_is_reported(repository: Repository) -> None:
+    """The task's reason is complete although git reports success."""
+    hook = repository.top / ".git/hooks/post-receive"
+    hook.write_text(f'#!/bin/sh\nunset GIT_DIR\ncd "{repository.top}" && git reset --quiet --hard HEAD~1\n')
+    hook.chmod(0o755)
+    queue(repository, files(1))
+    ended = repository.council("resume", "--json")
+    assert ended.states == {"t0": "queued"}, ended
+    moved_back = "could not move the target: it was moved back at once, perhaps by a hook of the repository"
+    assert ended.result["tasks"][0]["reason"] == moved_back
 
 
 @pytest.mark.extended

@@ -44,6 +44,12 @@ from orchestrator.system.failpoints import failpoint
 #: How often a landing is merged again because others move the target, before it goes back to the queue.
 MAX_MERGE_ROUNDS = 10
 
+#: Seconds between such rounds: each pause is twice the previous one, up to the maximum.
+_FIRST_PAUSE, _MAX_PAUSE = 0.02, 1.0
+
+_TARGET_BUSY = (
+    f"something else moved the target during each of {MAX_MERGE_ROUNDS} attempts, perhaps a hook of the repository"
+)
 _PERMIT_LOST = "this process was suspended until its merge permit expired: it requests a new one"
 
 #: Errors of the target or of one task's work; either keeps its position.
@@ -197,7 +203,7 @@ class MergeQueue:
     async def _land_together(self, permit: MergePermit, tasks: Sequence[str]) -> list[str]:
         """Land tasks with one move of the target; return the tasks to queue again."""
         later: list[str] = []
-        for _ in range(MAX_MERGE_ROUNDS):
+        for number in range(MAX_MERGE_ROUNDS):
             merges, postponed = await self._prepare(permit, tasks)
             later = postponed + later
             tasks = [task for task, merge in merges.items() if await self._may_move(task, merge)]
@@ -215,8 +221,17 @@ class MergeQueue:
                 case DeferredLanding():
                     break
                 case StaleTarget():
-                    pass
+                    await self._pause(_FIRST_PAUSE * 2**number)
+        else:
+            for task in tasks:
+                await self.outcomes.defer(task, _TARGET_BUSY)
         return later
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait, unless the queue is stopped."""
+        self._permit_wait = anyio.CancelScope()
+        with self._permit_wait:
+            await anyio.sleep(0 if self._stopping else min(seconds, _MAX_PAUSE))
 
     async def _prepare(self, permit: MergePermit, tasks: Sequence[str]) -> tuple[dict[str, PreparedMerge], list[str]]:
         """Merge tasks, each onto the previous one.

@@ -274,7 +274,8 @@ class Target:
         if tip == whole.old:
             if (reason := await self.find_obstacle(whole)) is None and pushed.was_killed:
                 return StaleTarget()
-            return DeferredLanding(reason or f"could not move the target: {pushed.reason}")
+            why = pushed.reason or "it was moved back at once, perhaps by a hook of the repository"
+            return DeferredLanding(reason or f"could not move the target: {why}")
         if tip != whole.new:
             await self.refresh()
             # Another process may already have moved the target further.
