@@ -428,6 +428,19 @@ async def test_worktree_with_a_secret_is_preserved_and_can_be_dropped(repository
 
 
 @pytest.mark.extended
+def test_unsafe_worktree_of_a_finished_run_is_named_without_resume(repository: Repository) -> None:
+    """Its repositories could not be disabled: nothing saves it any more, and the listing warns of git."""
+    tasks = [{"id": "env", "prompt": "do it\nwrite src/.env API_TOKEN=s3cr3t-value-77", "attempts": 1}]
+    repository.council("run", str(repository.configure(tasks)))
+    (preserved_mark,) = Path(repository.environ["COUNCIL_HOME"]).glob("*/sessions/*/env.1/preserved")
+    preserved_mark.unlink()
+    (kept,) = repository.council("salvage", "list", "--json").result["preserved"]
+    unsafe = "a worktree that could not be collected completely: do not run git there, it may run the agent's programs"
+    assert kept["subject"] == unsafe
+    assert (Path(kept["worktree"]) / "src/.env").exists()
+
+
+@pytest.mark.extended
 async def test_request_of_a_killed_command_is_performed(repository: Repository) -> None:
     """The request was recorded before the command was killed; the run's next owner performs it."""
     tasks = [{"id": "a", "prompt": "attempt 1 hang\nwrite a.txt x"}, {"id": "b", "prompt": "write b.txt x"}]

@@ -8,6 +8,7 @@ import pytest
 
 from orchestrator.cli.render.events import event_text, is_shown
 from orchestrator.domain.events import EVENT_TYPES, TypedEvent
+from orchestrator.domain.events.runs import RepositoryChanged
 from orchestrator.protocols import Event
 from orchestrator.system.instants import format_local_time
 
@@ -101,3 +102,9 @@ def test_event_of_unknown_type_or_shape_is_named() -> None:
     """A log may contain events of another version or a plugin."""
     assert event_text(Event("some.plugin", {"task": "t"})) == "t: some.plugin"
     assert event_text(Event("run.paused", {"run": "r"})) == "run.paused"
+
+
+def test_repository_change_without_sessions_has_a_complete_sentence() -> None:
+    """It may happen while no session runs."""
+    text = event_text(Event.of(RepositoryChanged(run="r", changes=["HEAD was changed"], sessions=[])))
+    assert text == "your repository was changed by something other than council: HEAD was changed"

@@ -157,10 +157,13 @@ class TaskChanges(Topic):
         document = await read_task(self._context.store, one.run, one.task)
         # Before that the user's own git would run programs that the agent has configured in there.
         is_safe = await anyio.to_thread.run_sync(is_preserved, one)
+        has_ended = (await read_run(self._context.store, one.run)).ended is not None
         subject = "a worktree that could not be collected completely"
-        if not is_safe:
+        if not is_safe and has_ended:
+            subject += ": do not run git there, it may run the agent's programs"
+        elif not is_safe:
             subject = f"a worktree of an interrupted session: `council resume {one.run}` saves it"
-        folder = str(one.tree) if is_safe else None
+        folder = str(one.tree) if is_safe or has_ended else None
         return PreservedWork(_name(one), one.run, one.task, document.status, subject, None, None, folder)
 
     async def _preserved_worktree(self, run: str, name: str) -> Worktree | None:

@@ -459,6 +459,7 @@ class RepositoryChanged(RunEvent):
 
     type = "repository.changed"
     sentence = "your repository was changed by something other than council while {sessions} ran: {changes}"
+    sentence_without = ("sessions", "your repository was changed by something other than council: {changes}")
 
     changes: Sequence[str]
     """A sentence each."""
