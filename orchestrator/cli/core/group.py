@@ -49,5 +49,6 @@ class LazyGroup(SuggestingGroup):
         try:
             command: click.Command = getattr(import_module(f"orchestrator.cli.commands.{module}"), name)
         finally:
+            gc.freeze()  # otherwise the first collection looks at all of them
             gc.enable()
         return command
