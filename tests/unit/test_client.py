@@ -136,6 +136,7 @@ async def test_each_result_is_printed_as_text() -> None:
     assert reported["share_get"] == reported["share_wait"] == '[\n  1,\n  "é"\n]\n'
     assert reported["share_list"] == "k: version 1, 2 bytes, by a person\n"
     assert reported["submit_handoff"] == "handoff accepted: 2 bytes\n"
+    assert format_result("submit_handoff", {"size": 1}) == "handoff accepted: 1 byte\n"
     assert all(reported.values())
 
 
