@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.errors import GitError
+from orchestrator.repo.git.reading import read_ref
 from orchestrator.system.process_table import process_stat
 from tests.conftest import CommandResult, Repository
 from tests.waiting import wait_for
@@ -362,3 +364,22 @@ async def test_missing_own_repositories_are_named(repository: Repository) -> Non
     (hub / "sessions").mkdir(parents=True)
     ended = repository.council("resume", "--json")
     assert (ended.code, "are gone from" in ended.result["error"]) == (2, True)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("setting", ["transfer.hideRefs", "receive.hideRefs", "uploadpack.hideRefs"])
+def test_branches_hidden_by_the_configuration_are_used(repository: Repository, setting: str) -> None:
+    """The user hides them from others; a run is their own."""
+    repository.git("config", setting, "refs/heads")
+    ended = repository.council("run", str(repository.configure(ONE)), "--json")
+    assert ended.states == {"one": "landed"}, ended
+
+
+@pytest.mark.extended
+async def test_vanished_repository_is_named(repository: Repository) -> None:
+    """The library's own message is the path alone."""
+    shutil.rmtree(repository.top / ".git")
+    with pytest.raises(GitError, match="is not a git repository any more"):
+        await read_ref(repository.top, "refs/heads/main")
+    with pytest.raises(GitError, match="is not a git repository any more"):
+        await read_ref(repository.top / "gone", "refs/heads/main")

@@ -118,5 +118,7 @@ def _read_any_ref(repository: Path, ref: str) -> str | None:
             return git.SymbolicReference.dereference_recursive(opened, ref)
     except ValueError:  # GitPython raises it for a missing ref
         return None
+    except (git.exc.InvalidGitRepositoryError, git.exc.NoSuchPathError):  # their message is the path alone
+        raise GitError(["rev-parse", ref], 128, f"{repository} is not a git repository any more") from None
     except (git.exc.GitError, OSError) as error:
         raise GitError(["rev-parse", ref], 128, f"{repository}: {error}") from error

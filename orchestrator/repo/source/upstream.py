@@ -23,13 +23,13 @@ from orchestrator.repo.source.user_programs import (
 )
 
 # For the receiving side of a push to a path: a checked-out branch moves together with its files if they are clean,
-# and the push starts no maintenance in the user's repository.
+# and the push starts no maintenance in the user's repository. Branches that its configuration hides are shown.
 _RECEIVE = (
     "{environ} git -c receive.denyCurrentBranch=updateInstead -c receive.autogc=false -c gc.auto=0"
-    " -c core.fsmonitor=false -c {hooks} receive-pack"
+    " -c core.fsmonitor=false -c receive.hideRefs='!refs/heads' -c {hooks} receive-pack"
 )
 # On one machine bandwidth does not matter: computing new deltas would cost more than it saves.
-_UPLOAD = "git -c pack.window=0 upload-pack"
+_UPLOAD = "git -c pack.window=0 -c uploadpack.hideRefs='!refs/heads' upload-pack"
 
 #: Messages of the other side in addition to the porcelain output: hooks, and system errors.
 _REMOTE_MESSAGE = re.compile(r"remote: (?!\s*$)")
@@ -64,6 +64,10 @@ class UpstreamRepository:
         """Return the upstream repository, accessed with the user's own git environment."""
         return cls(location, is_local, replace(git, as_user=True), repository)
 
+    @property
+    def _upload(self) -> list[str]:
+        return [f"--upload-pack={_UPLOAD}"] if self.is_local else []
+
     async def tip(self, branch: str) -> str | None:
         """Return the commit id of a branch; None if it does not exist."""
         if self.is_local:
@@ -73,16 +77,15 @@ class UpstreamRepository:
 
     async def heads(self) -> dict[str, str]:
         """Return all branches with their commit ids."""
-        done = await self.git("ls-remote", "--refs", "--heads", self.location)
+        done = await self.git("ls-remote", "--refs", "--heads", *self._upload, self.location)
         lines = [line.split("\t") for line in done.stdout.decode(errors="surrogateescape").split("\n")[:-1]]
         return {ref.removeprefix("refs/heads/"): commit for commit, ref in lines}
 
     async def fetch(self, branch: str, ref: str) -> str:
         """Fetch a branch into the hub, point `ref` of the trusted repository at it, and return its commit id."""
         refspec = f"+refs/heads/{branch}:{ref}"
-        upload = [f"--upload-pack={_UPLOAD}"] if self.is_local else []
         await self.git("fetch", "--quiet", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance",
-                       "--recurse-submodules=no", *upload, self.location, refspec)  # fmt: skip
+                       "--recurse-submodules=no", *self._upload, self.location, refspec)  # fmt: skip
         return await self.git.line("rev-parse", "--verify", f"{ref}^{{commit}}")
 
     async def push(self, new: str, branch: str, old: str | None, keep_fds: Sequence[int]) -> PushResult:
