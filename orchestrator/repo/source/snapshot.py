@@ -17,8 +17,14 @@ from pathlib import Path
 import anyio.to_thread
 
 from orchestrator.repo.git.command import Git, printable_name
-from orchestrator.repo.source.user_checkouts import LocalRepository, list_checkout_git_dirs, read_heads
-from orchestrator.system.process_table import process_ids, process_stat
+from orchestrator.repo.source.user_checkouts import (
+    LocalRepository,
+    list_checkout_git_dirs,
+    list_checkouts,
+    list_git_processes,
+    read_heads,
+)
+from orchestrator.system.process_table import process_stat
 
 #: Nanoseconds within which a file system may give two writes the same time; younger files are read again.
 _TIMESTAMP_GRANULARITY = 2_000_000_000
@@ -219,31 +225,7 @@ def _short(value: str | None) -> str:
 
 
 def _is_user_git_running(repository: LocalRepository) -> bool:
-    folders = [repository.git_dir, *([repository.top] if repository.top else []), *_linked_tops(repository.git_dir)]
-    working = [pid for pid in process_ids() if _is_git_in(pid, folders)]
-    return any(not _is_ours(pid) for pid in working)
-
-
-def _linked_tops(folder: Path) -> list[Path]:
-    tops = []
-    for name in list_checkout_git_dirs(folder)[1:]:
-        try:
-            tops.append(Path((folder / name / "gitdir").read_text().rstrip("\n")).parent)
-        except OSError:
-            continue
-    return tops
-
-
-def _is_git_in(pid: int, folders: list[Path]) -> bool:
-    try:
-        # Reads every process of the machine before and after each session: pathlib would be slower.
-        with open(f"/proc/{pid}/comm", "rb", 0) as file:  # noqa: PTH123
-            if file.read(3) != b"git":
-                return False
-        where = Path("/proc", str(pid), "cwd").readlink()
-    except OSError:  # it has exited, or belongs to another user
-        return False
-    return any(where.is_relative_to(folder) for folder in folders)
+    return not all(map(_is_ours, list_git_processes([repository.git_dir, *list_checkouts(repository)])))
 
 
 def _is_ours(pid: int) -> bool:

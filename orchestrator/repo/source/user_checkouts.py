@@ -34,6 +34,7 @@ from orchestrator.repo.git.command import (
     printable_name,
     split_nul,
 )
+from orchestrator.system.process_table import process_ids
 
 #: Git's folders for the objects of a push until it is accepted.
 _INCOMING: Final = "tmp_objdir-incoming-*"
@@ -279,7 +280,7 @@ async def update_switched_checkout(
     switch may have written the branch's files as of its own start. A checkout that was not switched is the user's.
     """
     tops = await anyio.to_thread.run_sync(list_checkouts, repository)
-    await anyio.to_thread.run_sync(_wait_until_unused, lambda: any(map(_is_git_running_in, tops)), _SWITCH_TIMEOUT)
+    await anyio.to_thread.run_sync(_wait_until_unused, lambda: bool(list_git_processes(tops)), _SWITCH_TIMEOUT)
     now = await anyio.to_thread.run_sync(read_head_stats, repository)
     if now == before or (checkout := await find_checkout(repository, branch, git)) is None:
         return
@@ -352,7 +353,7 @@ async def _catch_up(undone: _InterruptedUpdate, tip: str | None) -> list[str]:
 
 async def _read_settled_tip(checkout: Path, git: Git) -> str | None:
     """Return a checkout's commit once no git command runs in it, or after a timeout."""
-    await anyio.to_thread.run_sync(_wait_until_unused, lambda: _is_git_running_in(checkout))
+    await anyio.to_thread.run_sync(_wait_until_unused, lambda: bool(list_git_processes([checkout])))
     return await _tip(checkout, git)
 
 
@@ -560,7 +561,7 @@ def _find_stale(locks: Sequence[Path], folders: Sequence[Path], since: float) ->
     def is_used() -> bool:
         # Coarse file system time stamps may lag behind the clock that `since` was read from.
         stale[:] = [lock for lock in locks if _modified(lock) >= since - 2]
-        return bool(stale) and (any(_is_git_running_in(folder) for folder in folders) or _is_open(stale))
+        return bool(stale) and (bool(list_git_processes(folders)) or _is_open(stale))
 
     # Only the checked files: the user's next command may have created another lock since.
     return stale if _wait_until_unused(is_used) else []
@@ -575,7 +576,7 @@ def remove_incoming_objects(git_dir: Path, since: float) -> None:
 
     def is_used() -> bool:
         incoming[:] = [path for path in (git_dir / "objects").glob(_INCOMING) if _modified(path) >= since - 2]
-        return bool(incoming) and _is_git_running_in(git_dir)
+        return bool(incoming) and bool(list_git_processes([git_dir]))
 
     for folder in incoming if _wait_until_unused(is_used) else []:
         shutil.rmtree(folder, ignore_errors=True)
@@ -605,15 +606,21 @@ def _is_open(files: Sequence[Path]) -> bool:
     return False
 
 
-def _is_git_running_in(folder: Path) -> bool:
-    """Whether a git command runs in a folder; False without /proc (macOS), where none can be seen."""
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if (process / "cwd").readlink().is_relative_to(folder) and (process / "comm").read_text().startswith("git"):
-                return True
-        except OSError:  # it has exited, or belongs to another user
-            continue
-    return False
+def list_git_processes(folders: Sequence[Path]) -> list[int]:
+    """Return the git commands that run in any of these folders; none without /proc (macOS). Blocks."""
+    return [pid for pid in process_ids() if _is_git_in(pid, folders)]
+
+
+def _is_git_in(pid: int, folders: Sequence[Path]) -> bool:
+    try:
+        # Reads every process of the machine before and after each session: pathlib would be slower.
+        with open(f"/proc/{pid}/comm", "rb", 0) as file:  # noqa: PTH123
+            if file.read(3) != b"git":
+                return False
+        where = Path("/proc", str(pid), "cwd").readlink()
+    except OSError:  # it has exited, or belongs to another user
+        return False
+    return any(where.is_relative_to(folder) for folder in folders)
 
 
 def _wait_until_unused(is_used: Callable[[], bool], limit: float = _GIT_EXIT_TIMEOUT) -> bool:
