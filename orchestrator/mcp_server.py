@@ -104,7 +104,7 @@ def input_schema(command: SessionCommand) -> JsonObject:
     return {
         "type": "object",
         "properties": {argument.name: _schema(argument) for argument in command.arguments},
-        "required": [argument.name for argument in command.arguments if argument.is_needed],
+        "required": [argument.name for argument in command.arguments if argument.is_word],
         "additionalProperties": False,
     }
 

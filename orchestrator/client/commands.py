@@ -34,9 +34,9 @@ MAX_SHARED_BYTES = 1 << 18
 
 
 class Argument:
-    """One argument of a command: positional on the command line if `is_word`, else an option."""
+    """One argument of a command: required, and positional on the command line, if `is_word`; else an option."""
 
-    __slots__ = ("choices", "help", "is_needed", "is_word", "kind", "metavar", "name", "option")
+    __slots__ = ("choices", "help", "is_word", "kind", "metavar", "name", "option")
 
     def __init__(
         self,
@@ -45,13 +45,12 @@ class Argument:
         help: str,  # noqa: A002  as click names it
         *,
         is_word: bool = False,
-        is_needed: bool = False,
         choices: Sequence[str] = (),
         option: str = "",
         metavar: str = "",
     ) -> None:
         self.name, self.kind, self.help = name, kind, help
-        self.is_word, self.is_needed, self.choices = is_word, is_needed, tuple(choices)
+        self.is_word, self.choices = is_word, tuple(choices)
         self.option = option or "--" + name.replace("_", "-")
         self.metavar = metavar or name.upper()
 
@@ -81,7 +80,7 @@ class SessionCommand:
 
 
 _PATHS_HELP = "Files, or folders with everything in them, relative to the current folder."
-_KEY = Argument("key", TEXT, "The name of the value, such as `api/port`.", is_word=True, is_needed=True)
+_KEY = Argument("key", TEXT, "The name of the value, such as `api/port`.", is_word=True)
 
 #: The session commands by name. Each is a command of `council` and a tool of its MCP server.
 SESSION_COMMANDS = {
@@ -91,7 +90,7 @@ SESSION_COMMANDS = {
             "lock",
             "Lock files for this session, all of them or none.",
             "If another session owns a file, shows the owner and since when.",
-            Argument("paths", PATHS, _PATHS_HELP, is_word=True, is_needed=True, metavar="PATH"),
+            Argument("paths", PATHS, _PATHS_HELP, is_word=True, metavar="PATH"),
             Argument(
                 "wait",
                 SECONDS,
@@ -104,7 +103,7 @@ SESSION_COMMANDS = {
             "unlock",
             "Release files that this session locked.",
             "The end of a session releases all of its locks.",
-            Argument("paths", PATHS, _PATHS_HELP, is_word=True, is_needed=True, metavar="PATH"),
+            Argument("paths", PATHS, _PATHS_HELP, is_word=True, metavar="PATH"),
             examples=("council unlock src/models.py",),
         ),
         SessionCommand(
@@ -131,7 +130,7 @@ SESSION_COMMANDS = {
             "note",
             "Leave a note for later sessions.",
             "Sessions find notes by task, topic or path.",
-            Argument("text", TEXT, "The text of the note.", is_word=True, is_needed=True),
+            Argument("text", TEXT, "The text of the note.", is_word=True),
             Argument("topic", TEXT, "The topic, one word."),
             Argument("paths", PATHS, "A file or pattern that the note is about.", option="--path", metavar="PATH"),
             examples=("council note 'The tests need the database of port 5433.' --topic tests",),
@@ -149,7 +148,7 @@ SESSION_COMMANDS = {
             "ask",
             "Show the state of another task: its plan, its changes so far, its recent output.",
             "The session of the task is not interrupted.",
-            Argument("task", TEXT, "The id of the task.", is_word=True, is_needed=True),
+            Argument("task", TEXT, "The id of the task.", is_word=True),
             examples=("council ask models", "council ask models --json"),
         ),
         SessionCommand(
@@ -162,7 +161,6 @@ SESSION_COMMANDS = {
                 VALUE,
                 "The value: JSON of at most 256 KiB, or text.",
                 is_word=True,
-                is_needed=True,
             ),
             Argument("if_version", VERSION, "Only if the key has this version; 0: only if it has no value."),
             examples=("council share put api/port 8080", "council share put api/routes '[\"/login\"]' --if-version 3"),
@@ -203,7 +201,6 @@ SESSION_COMMANDS = {
                 OBJECT,
                 "The handoff, a JSON object of at most 1 MiB.",
                 is_word=True,
-                is_needed=True,
                 metavar="FILE",
             ),
             examples=("council submit-handoff plan.json", "council submit-handoff - --json"),
@@ -219,5 +216,5 @@ CHECK_EDIT = SessionCommand(
     "check_edit",
     "Check whether this session may edit a file.",
     "",
-    Argument("path", PATH, "The file.", is_word=True, is_needed=True),
+    Argument("path", PATH, "The file.", is_word=True),
 )

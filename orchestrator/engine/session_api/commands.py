@@ -79,7 +79,7 @@ def _arguments_model(command: str) -> type[BaseModel]:
 
 def _field(argument: Argument) -> tuple[Any, Any]:
     kind = Literal[argument.choices] if argument.choices else _TYPES[argument.kind]
-    if not argument.is_needed:
+    if not argument.is_word:
         return kind | None, None
     return (Annotated[kind, Field(min_length=1)], ...) if argument.kind == PATHS else (kind, ...)
 

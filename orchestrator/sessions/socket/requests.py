@@ -66,7 +66,7 @@ def _arguments(command: SessionCommand, given: JsonObject, tree: Path) -> JsonOb
     for argument in command.arguments:
         if argument.name in arguments:
             arguments[argument.name] = _checked(argument, arguments[argument.name], tree)
-        elif argument.is_needed:
+        elif argument.is_word:
             raise RefusedError(f"{command.name} needs the argument {argument.name}", argument.help)
     return arguments
 
