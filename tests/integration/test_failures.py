@@ -274,7 +274,7 @@ async def test_program_in_a_hidden_folder_is_distinguished_from_a_missing_one(re
     tasks = [{"id": "t", "prompt": "x"}]
     refused = repository.council("run", str(repository.configure(tasks, adapters={"sh": shell})), "--json")
     assert refused.code == 2, refused
-    assert "add it to `readable`" in refused.result["error"]
+    assert f"add {repository.top} to `readable`" in refused.result["remedy"]
     shell["readable"] = [str(tool)]
     ended = repository.council("run", str(repository.configure(tasks, adapters={"sh": shell})), "--json")
     assert ended.states == {"t": "landed"}, ended

@@ -597,12 +597,10 @@ def _unlink(locks: Sequence[Path]) -> None:
 def _is_open(files: Sequence[Path]) -> bool:
     """Whether any process has one of these files open; programs other than git lock the index, too."""
     names = {str(file) for file in files}
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            if str(link.readlink()) in names:
+    for pid in process_ids():
+        with suppress(OSError):  # it has exited, or belongs to another user
+            if any(str(link.readlink()) in names for link in Path(f"/proc/{pid}/fd").iterdir()):
                 return True
-        except OSError:  # it has exited, or belongs to another user
-            continue
     return False
 
 
