@@ -168,4 +168,4 @@ class AttemptEvent(TaskEvent):
     """`built`, `completed`, `interrupted`, `cancelled`, or the class of the failure."""
     reason: str | None = None
     branch: str | None = None
-    """The branch with the work; null: there is none."""
+    """The branch with the work; null if there is no work."""

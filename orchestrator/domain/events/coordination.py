@@ -8,7 +8,7 @@ from orchestrator.domain.events.base import RunEvent, Shown, TaskEvent, TypedEve
 
 
 class ClaimAcquired(TaskEvent):
-    """A task was claimed without an attempt, such as a queued one."""
+    """A task was claimed without an attempt, for example a queued task."""
 
     type = "claim.acquired"
     sentence = "claimed by {owner}"
@@ -19,7 +19,7 @@ class ClaimAcquired(TaskEvent):
 
 
 class ClaimReleased(TaskEvent):
-    """A claim was released outside other changes."""
+    """A claim was released without another change to its task."""
 
     type = "claim.released"
     sentence = "its claim was released"
@@ -38,7 +38,7 @@ class ClaimsTakenOver(RunEvent):
     sentence_without = ("count", "lost worker {orchestrator} ({reason})")
 
     orchestrator: str
-    """The name of that process."""
+    """The name of the process that exited."""
     reason: str
     count: int
     tasks: Sequence[str]
@@ -50,7 +50,7 @@ class ClaimsTakenOver(RunEvent):
 
 
 class OwnershipTaken(TaskEvent):
-    """A session owns more paths."""
+    """A session took ownership of paths."""
 
     type = "ownership.taken"
     sentence = "owns {patterns}"
@@ -60,7 +60,7 @@ class OwnershipTaken(TaskEvent):
 
 
 class OwnershipRefused(TaskEvent):
-    """A request for paths was refused: another session owns one of them."""
+    """A request for paths was refused, because another session owns one of them."""
 
     type = "ownership.refused"
     sentence = "cannot own {patterns}: {holder} owns {held}"
@@ -68,9 +68,9 @@ class OwnershipRefused(TaskEvent):
 
     patterns: Sequence[str]
     holder: str
-    """The session."""
+    """The session that owns the path."""
     held: str
-    """Its pattern that overlaps."""
+    """The overlapping pattern of that session."""
 
 
 class OwnershipWaiting(TaskEvent):
@@ -94,14 +94,14 @@ class OwnershipReleased(TaskEvent):
 
 
 class LockBroken(TypedEvent):
-    """A person removed a lock; without `run`."""
+    """A user broke a lock; without `run`."""
 
     type = "lock.broken"
     sentence = "lock {lock} was removed: {reason}"
     shown = Shown.NEVER
 
     lock: str
-    """Its name."""
+    """The name of the lock."""
     layer: str
     """`file`, `ownership` or `merge`."""
     what: Sequence[str]
@@ -111,13 +111,13 @@ class LockBroken(TypedEvent):
 
 
 class SharedPut(RunEvent):
-    """A value is shared with the sessions of the run, new or as a replacement."""
+    """A new or replaced value was shared with the sessions of the run."""
 
     type = "shared.put"
     sentence = "shared as {key}"
 
     task: str | None
-    """null: a person or a process put it."""
+    """null if no session put the value."""
     attempt: int | None
     key: str
 
@@ -130,13 +130,13 @@ class NoteAdded(TaskEvent):
     shown = Shown.ALWAYS
 
     note: str
-    """Its id."""
+    """The id of the note."""
     topic: str | None
     paths: Sequence[str]
 
 
 class NoteDeleted(TypedEvent):
-    """A person deleted a note; without `run`."""
+    """A user deleted a note; without `run`."""
 
     type = "note.deleted"
     sentence = "note {note} was deleted"
@@ -146,7 +146,7 @@ class NoteDeleted(TypedEvent):
 
 
 class SlotSetupStarted(RunEvent):
-    """Steps of `setup` run in a new worktree, or because their inputs changed."""
+    """Steps of `setup` started in a new worktree, or because their inputs changed."""
 
     type = "slot.setup_started"
     sentence = "{slot}: running setup: {commands}"
@@ -157,7 +157,7 @@ class SlotSetupStarted(RunEvent):
 
 
 class SlotSetupFinished(RunEvent):
-    """These steps succeeded."""
+    """The steps of `setup` succeeded."""
 
     type = "slot.setup_finished"
     sentence = "{slot}: setup took {seconds:g} s"
@@ -177,7 +177,7 @@ class SlotTeardownFailed(RunEvent):
 
 
 class SlotPortsChanged(RunEvent):
-    """Another process uses ports of a slot, which got new ones."""
+    """A slot got new ports, because another process uses some of the old ones."""
 
     type = "slot.ports_changed"
     sentence = "{slot}: got new ports, because another process uses {lost}"

@@ -16,18 +16,18 @@ _MAX_NAMED_TASKS = 8
 
 
 class RunCreated(RunEvent):
-    """The run and its tasks are recorded."""
+    """The run and its tasks were recorded."""
 
     type = "run.created"
     sentence = "run {run} lands on {target}"
 
     tasks: int
-    """Their number."""
+    """The number of tasks."""
     target: str
 
 
 class RunLeaderElected(RunEvent):
-    """A process became its leader."""
+    """A process became the leader of the run."""
 
     type = "run.leader_elected"
     sentence = "process {pid} leads the run"
@@ -36,7 +36,7 @@ class RunLeaderElected(RunEvent):
     epoch: int
     pid: int
     sandbox: str = ""
-    """The kind of its sandbox; absent if the process had joined before."""
+    """The kind of sandbox of the process; absent if the process had joined before."""
 
 
 class RunJoined(RunEvent):
@@ -46,14 +46,14 @@ class RunJoined(RunEvent):
     sentence = "process {pid} on {host} joined"
 
     orchestrator: str
-    """Its name in the run."""
+    """The name of the process in the run."""
     host: str
     pid: int
     sandbox: str = ""
 
 
 class RunWorkerLeft(RunEvent):
-    """A process left the run, which others continue: it was stopped, or checks or setup cannot work there."""
+    """A process left the run, and others continue: it was stopped, or cannot run checks or setup."""
 
     type = "run.worker_left"
     sentence = "process {pid} left the run: {headline}"
@@ -68,7 +68,7 @@ class RunWorkerLeft(RunEvent):
 
 
 class RunCapacityLimited(RunEvent):
-    """Fewer sessions fit than `capacity`."""
+    """The machine has resources for fewer sessions than `capacity`."""
 
     type = "run.capacity_limited"
     sentence = "at most {sessions} sessions at once: {reason}"
@@ -78,14 +78,14 @@ class RunCapacityLimited(RunEvent):
 
 
 class RunWaiting(RunEvent):
-    """The run can only wait, for adapters that cool down or for people; repeated only after a change."""
+    """The run can do nothing but wait for paused adapters or approvals; repeated only after a change."""
 
     type = "run.waiting"
     sentence = "waiting for {awaited}, until {until} at least"
     sentence_without = ("until", "waiting for {awaited}")
 
     until: Instant | None
-    """When the first adapter is available again; null: none is awaited."""
+    """When the first adapter is available again; null if the run waits for no adapter."""
     adapters: Sequence[str]
     approvals: Sequence[str]
     """The tasks that wait for approval."""
@@ -99,7 +99,7 @@ class RunWaiting(RunEvent):
 
 
 class RunPaused(RunEvent):
-    """The machine lacks a resource; nothing starts for a while."""
+    """The machine lacks a resource, so no session starts for a while."""
 
     type = "run.paused"
     sentence = "no session starts for {retry_in:g} s: {reason}"
@@ -110,16 +110,16 @@ class RunPaused(RunEvent):
 
 
 class RunInterrupted(RunEvent):
-    """It was stopped before its end."""
+    """The run was stopped before its end."""
 
     type = "run.interrupted"
     sentence = "interrupted; to continue: `council resume {run}`"
 
 
 class RunHalted(RunEvent):
-    """It stopped itself before its end.
+    """The run halted before its end.
 
-    Its budget is used up, a check fails or cannot run on the base, or a program of checks or setup is missing.
+    The budget is used up, a check fails or cannot run on the base, or a program of checks or setup is missing.
     """
 
     type = "run.halted"
@@ -136,7 +136,7 @@ class RunHalted(RunEvent):
 
 
 class RunFinished(RunEvent):
-    """Nothing is left to do."""
+    """The run finished: no task is left."""
 
     type = "run.finished"
     sentence = "finished: {status}"
@@ -147,7 +147,7 @@ class RunFinished(RunEvent):
 
 
 class RunRemoved(RunEvent):
-    """Its record was deleted, as by `council clean --runs`."""
+    """The record of the run was deleted, for example by `council clean --runs`."""
 
     type = "run.removed"
     sentence = "its record was deleted; checkpoint {checkpoint} can restore it"
@@ -156,7 +156,7 @@ class RunRemoved(RunEvent):
 
 
 class RunTakenOver(RunEvent):
-    """A process became its owner temporarily, to restore a checkpoint."""
+    """A process temporarily took over the run to restore a checkpoint."""
 
     type = "run.taken_over"
     sentence = "taken over by process {pid} to restore a checkpoint"
@@ -166,19 +166,19 @@ class RunTakenOver(RunEvent):
 
 
 class RunImported(RunEvent):
-    """A session of an older layout is recorded as a run ([state.md](state.md#state-of-older-layouts))."""
+    """A session of an older layout was recorded as a run ([state.md](state.md#state-of-older-layouts))."""
 
     type = "run.imported"
     sentence = "imported from {source}"
 
     tasks: int
-    """Their number."""
+    """The number of tasks."""
     source: str
     """The file."""
 
 
 class RunFileChanged(RunEvent):
-    """On resume, the file differs from the run's record, which still applies."""
+    """On resume, the file differs from the settings that the run recorded, which still apply."""
 
     type = "run.file_changed"
     sentence = "{changes}"
@@ -207,7 +207,7 @@ def describe_file_changes(
 
 
 class RunBudgetChanged(RunEvent):
-    """Its budget got new limits."""
+    """The budget of the run got new limits."""
 
     type = "run.budget_changed"
     sentence = "the run has a new budget"
@@ -217,7 +217,7 @@ class RunBudgetChanged(RunEvent):
 
 
 class RunTargetUnreachable(RunEvent):
-    """At the end, the target could not be read."""
+    """The target could not be read at the end of the run."""
 
     type = "run.target_unreachable"
     sentence = "cannot read the target: {reason}"
@@ -228,7 +228,7 @@ class RunTargetUnreachable(RunEvent):
 class RunHooksSkipped(RunEvent):
     """Hooks of your repository are inside one of its checkouts (`.husky`, `.githooks`, a link in `.git/hooks`).
 
-    Landings do not run them, because agents can write them. Reported once by each process of the run.
+    Landings do not run them, because agents can write to them. Each process of the run reports them once.
     """
 
     type = "run.hooks_skipped"
@@ -239,7 +239,7 @@ class RunHooksSkipped(RunEvent):
 
 
 class BaseChecking(RunEvent):
-    """Before the next session, the checks run on the commit that landings build on."""
+    """The checks started on the commit that landings build on, before the next session."""
 
     type = "base.checking"
     sentence = "running checks on {branch} ({commit:.10}) before the next session: {checks}"
@@ -262,7 +262,7 @@ class BasePassed(RunEvent):
 
 
 class BaseFailureAllowed(RunEvent):
-    """`--allow-failing-base` was given: from now on checks may fail on the base."""
+    """From now on, checks may fail on the base, because `--allow-failing-base` was given."""
 
     type = "base.failure_allowed"
     sentence = "from now on, checks may fail on the base"
@@ -272,28 +272,28 @@ class _BudgetEvent(RunEvent):
     scope: str
     """`session`, `task` or `run`."""
     of: str
-    """Its owner, in words."""
+    """The owner of the budget, in words."""
     limit: str
     """`tokens`, `cost` or `time`."""
     reason: str
 
 
 class BudgetLow(_BudgetEvent):
-    """80 % of a budget are used up."""
+    """80 % of a budget is used up."""
 
     type = "budget.low"
     sentence = "budget of {of} is low: {reason}"
 
 
 class BudgetExhausted(_BudgetEvent):
-    """A session has ended and used up the budget of its task or run."""
+    """A session ended and has used up the budget of its task or run."""
 
     type = "budget.exhausted"
     sentence = "budget of {of} is exhausted: {reason}"
 
 
 class BudgetUntracked(RunEvent):
-    """A session printed more than is kept from its beginning (16 MiB): the rest is counted at its end, if at all."""
+    """A session printed more than the 16 MiB that are tracked; the rest is counted at its end, if at all."""
 
     type = "budget.untracked"
     sentence = "{of} printed too much to track its usage; the rest is counted when it ends"
@@ -302,7 +302,7 @@ class BudgetUntracked(RunEvent):
 
 
 class BudgetPriceUnknown(RunEvent):
-    """There is a limit on money, and the cost of a session is unknown."""
+    """The cost of a session is unknown, although there is a limit on cost."""
 
     type = "budget.price_unknown"
     sentence = "the cost of {adapter} is unknown and not counted; add {model} to `prices`"
@@ -310,7 +310,7 @@ class BudgetPriceUnknown(RunEvent):
 
     adapter: str
     model: str | None
-    """null: unknown too."""
+    """null if the model is unknown too."""
 
 
 class AdapterEvent(RunEvent):
@@ -322,7 +322,7 @@ class AdapterEvent(RunEvent):
 
 
 class AdapterCooldown(AdapterEvent):
-    """No session of an adapter starts before a time; repeated only if that gets later."""
+    """An adapter is paused until a point in time; repeated only if the pause is extended."""
 
     type = "adapter.cooling_down"
     sentence = "adapter {adapter} is paused until {until}: {reason}"
@@ -332,7 +332,7 @@ class AdapterCooldown(AdapterEvent):
 
 
 class AdapterDisabled(AdapterEvent):
-    """Nothing of it starts until it is enabled (`council adapters enable`) or the run is resumed."""
+    """An adapter is disabled until `council adapters enable` or until the run is resumed."""
 
     type = "adapter.disabled"
     sentence = "adapter {adapter} is disabled: {reason}; fix that, then `council adapters enable {adapter} --run {run}`"
@@ -341,7 +341,7 @@ class AdapterDisabled(AdapterEvent):
 
 
 class AdapterEnabled(AdapterEvent):
-    """It is available again."""
+    """The adapter is available again."""
 
     type = "adapter.enabled"
     sentence = "adapter {adapter} is enabled"
@@ -358,7 +358,7 @@ class PluginSkipped(RunEvent):
 
 
 class SinkFailing(RunEvent):
-    """Delivery to a sink failed; retried with growing delays."""
+    """Delivery to a sink failed; it is retried with increasing delays."""
 
     type = "sink.failing"
     sentence = "sink {sink} failed and will be retried: {reason}"
@@ -377,7 +377,7 @@ class SinkRecovered(RunEvent):
 
 
 class SinkSkipped(RunEvent):
-    """The log no longer has events that the sink has not received: delivery continues after them."""
+    """The log no longer contains some events that the sink has not received; delivery continues after them."""
 
     type = "sink.skipped"
     sentence = "sink {sink} missed the events of positions {after} to {until}, which the log no longer has"
@@ -385,24 +385,24 @@ class SinkSkipped(RunEvent):
 
     sink: str
     after: int
-    """The position of the last event that it received."""
+    """The position of the last event that the sink received."""
     until: int
-    """The last position that it missed."""
+    """The last position that the sink missed."""
 
 
 class SinkUndelivered(RunEvent):
-    """At the run's end it has not received all events; `council resume` delivers the rest."""
+    """The sink has not received all events at the end of the run; `council resume` delivers the rest."""
 
     type = "sink.undelivered"
     sentence = "sink {sink} has not received {left} events; to deliver them: `council resume {run}`"
 
     sink: str
     left: int
-    """The number of events."""
+    """The number of missing events."""
 
 
 class TrackerFailing(RunEvent):
-    """Delivery to a tracker failed; retried with growing delays."""
+    """Delivery to a tracker failed; it is retried with increasing delays."""
 
     type = "tracker.failing"
     sentence = "tracker {tracker} failed and will be retried: {reason}"
@@ -421,7 +421,7 @@ class TrackerRecovered(RunEvent):
 
 
 class TrackerSkipped(RunEvent):
-    """The log no longer has events that the tracker has not received: delivery continues after them."""
+    """The log no longer contains some events that the tracker has not received; delivery continues after them."""
 
     type = "tracker.skipped"
     sentence = "tracker {tracker} missed the events of positions {after} to {until}, which the log no longer has"
@@ -429,20 +429,20 @@ class TrackerSkipped(RunEvent):
 
     tracker: str
     after: int
-    """The position of the last event that it received."""
+    """The position of the last event that the tracker received."""
     until: int
-    """The last position that it missed."""
+    """The last position that the tracker missed."""
 
 
 class TrackerUndelivered(RunEvent):
-    """At the run's end it has not received all events; `council resume` delivers the rest."""
+    """The tracker has not received all events at the end of the run; `council resume` delivers the rest."""
 
     type = "tracker.undelivered"
     sentence = "tracker {tracker} has not received {left} events; to deliver them: `council resume {run}`"
 
     tracker: str
     left: int
-    """The number of events."""
+    """The number of missing events."""
 
 
 class ViewsFailing(RunEvent):
@@ -455,16 +455,16 @@ class ViewsFailing(RunEvent):
 
 
 class RepositoryChanged(RunEvent):
-    """Your repository changed, and not by a landing."""
+    """Your repository was changed by something other than a landing."""
 
     type = "repository.changed"
     sentence = "your repository was changed by something other than council while {sessions} ran: {changes}"
     sentence_without = ("sessions", "your repository was changed by something other than council: {changes}")
 
     changes: Sequence[str]
-    """A sentence each."""
+    """One sentence per change."""
     sessions: Sequence[str]
-    """Those that ran meanwhile."""
+    """The sessions that were active at the time."""
 
 
 class RepositoryUnreadable(RunEvent):
@@ -490,7 +490,7 @@ class RequestSubmitted(RunEvent):
 
 
 class RequestCompleted(RunEvent):
-    """The action was performed."""
+    """A requested action was performed."""
 
     type = "request.completed"
     sentence = "request {request} was performed"

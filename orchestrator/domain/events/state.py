@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class CheckpointCreated(TypedEvent):
-    """The run, or without `run` all runs, can be restored to this position."""
+    """A checkpoint of the run was created, or without `run` of all runs."""
 
     type = "checkpoint.created"
     sentence = "created checkpoint {checkpoint}: {reason}"
@@ -24,7 +24,7 @@ class CheckpointCreated(TypedEvent):
 
 
 class CheckpointRestored(RunEvent):
-    """A checkpoint was restored; its tasks change without events of their own."""
+    """A checkpoint was restored; the changes to its tasks have no events of their own."""
 
     type = "checkpoint.restored"
     sentence = "checkpoint {checkpoint} was restored"
@@ -89,7 +89,7 @@ class StateRepaired(TypedEvent):
     lost: int
     """The newest version that existed."""
     is_known: bool
-    """false: it is deleted."""
+    """false if the document was deleted."""
 
 
 class StateLogRepaired(TypedEvent):
@@ -112,7 +112,7 @@ class StateProbed(TypedEvent):
 
 
 class StateConflictKept(TypedEvent):
-    """Updates of a document wait for a person; without `run`."""
+    """Conflicting updates of a document wait for a decision; without `run`."""
 
     type = "state.conflict_kept"
     sentence = "conflicting updates of {key} need a decision (conflict {conflict})"
@@ -124,7 +124,7 @@ class StateConflictKept(TypedEvent):
 
 
 class StateConflictResolved(TypedEvent):
-    """Updates of a document were combined; without `run`."""
+    """Conflicting updates of a document were combined; without `run`."""
 
     type = "state.conflict_resolved"
     sentence = "combined conflicting updates of {key} by {strategy}"
@@ -136,7 +136,7 @@ class StateConflictResolved(TypedEvent):
 
 
 class StateConflictSettled(TypedEvent):
-    """A person chose one of the updates; without `run`."""
+    """A user settled a conflict; without `run`."""
 
     type = "state.conflict_settled"
     sentence = "conflict {conflict} of {key} was settled"
@@ -145,7 +145,7 @@ class StateConflictSettled(TypedEvent):
     key: str
     conflict: str
     writer: str | None
-    """null: a value of their own."""
+    """null if the user provided another value."""
 
 
 class LegacyImported(TypedEvent):
@@ -155,15 +155,15 @@ class LegacyImported(TypedEvent):
     sentence = "imported {tasks} tasks from {sources}"
 
     sources: Sequence[str]
-    """File and folder."""
+    """The file and the folder."""
     runs: Sequence[str]
-    """Their ids."""
+    """The ids of the imported runs."""
     tasks: int
-    """Their number."""
+    """The number of tasks."""
 
 
 class LegacyFileSkipped(TypedEvent):
-    """A file of them could not be imported unchanged; without `run`."""
+    """A file of an older layout could not be imported unchanged; without `run`."""
 
     type = "legacy.file_skipped"
     sentence = "not imported unchanged: {path}: {reason}"
@@ -171,7 +171,7 @@ class LegacyFileSkipped(TypedEvent):
     path: str
     reason: str
     copy: str | None
-    """null: there is none."""
+    """null if there is no copy."""
 
 
 class OutageBegan(TypedEvent):
@@ -186,7 +186,7 @@ class OutageBegan(TypedEvent):
     """`pause` or `continue`."""
     reason: str
     began: Instant
-    """When, as this event may be recorded later."""
+    """When the outage began, because the event may be recorded later."""
 
 
 class OutageEnded(TypedEvent):
@@ -200,7 +200,7 @@ class OutageEnded(TypedEvent):
     mode: str
     """`pause` or `continue`."""
     seconds: float | None
-    """null: of a process that exited."""
+    """null if the process exited during the outage."""
     replayed: int = 0
     """With `continue`: the number of commits that were replayed."""
     refused: int = 0
@@ -218,7 +218,7 @@ class OutageCommitRejected(TypedEvent):
     keys: Sequence[str]
     """The documents."""
     events: Sequence[str]
-    """The types of its events."""
+    """The types of the events in the commit."""
     reason: str
 
 

@@ -9,23 +9,23 @@ from orchestrator.domain.events.base import AttemptEvent, Shown, TaskEvent
 
 
 class TaskStarted(TaskEvent):
-    """An attempt is recorded, its session follows."""
+    """An attempt was recorded; its session starts next."""
 
     type = "task.started"
     sentence = "started (session {attempt}, {adapter}): {reason}"
     sentence_without = ("reason", "started (session {attempt}, {adapter})")
 
     base: str
-    """The commit that it starts from."""
+    """The commit that the session starts from."""
     adapter: str
     phase: str = ""
-    """Its phase, if the task has a workflow."""
+    """The phase, if the task has a workflow."""
     reason: str = ""
-    """Why it starts from scratch although there is work to fix."""
+    """Why the attempt starts from scratch although there is work to fix."""
 
 
 class TaskRetrying(AttemptEvent):
-    """An attempt failed, another follows."""
+    """An attempt failed, and another follows."""
 
     type = "task.retrying"
     sentence = "failed, will be retried: {reason}"
@@ -33,13 +33,13 @@ class TaskRetrying(AttemptEvent):
     retry_in: float = 0.0
     """Seconds."""
     log: str = ""
-    """The log of the checks, if these failed."""
+    """The log of the checks, if they failed."""
     paths: Sequence[str] = ()
     """The conflicting or out-of-scope paths."""
 
 
 class TaskPostponed(AttemptEvent):
-    """Its adapter, or the machine, is unavailable; the attempt does not count."""
+    """The adapter of the task or the machine is unavailable; the attempt does not count."""
 
     type = "task.postponed"
     sentence = "postponed: {reason}"
@@ -53,13 +53,13 @@ class TaskInterrupted(AttemptEvent):
 
 
 class TaskFailed(AttemptEvent):
-    """No further attempt follows, or its landed commit was removed from the target's history."""
+    """The task failed: no further attempt follows, or its landed commit was removed from the target's history."""
 
     type = "task.failed"
     sentence = "failed: {reason}"
 
     log: str = ""
-    """The log of the checks, if these failed."""
+    """The log of the checks, if they failed."""
     paths: Sequence[str] = ()
     """The out-of-scope paths."""
 
@@ -72,21 +72,21 @@ class TaskNoChange(AttemptEvent):
 
 
 class TaskQueued(AttemptEvent):
-    """The work is a commit and waits to land."""
+    """The work of the task was committed and waits to land."""
 
     type = "task.queued"
     sentence = "queued to land"
 
 
 class TaskAdvanced(AttemptEvent):
-    """A phase of its workflow is complete, another follows."""
+    """A phase of the task's workflow is complete, and another follows."""
 
     type = "task.advanced"
     sentence = "next phase: {next}"
     shown = Shown.NEVER
 
     next: str
-    """That phase."""
+    """The next phase."""
 
 
 class TaskExpanded(AttemptEvent):
@@ -98,11 +98,11 @@ class TaskExpanded(AttemptEvent):
     phase: str
     count: int
     tasks: Sequence[str]
-    """Their names."""
+    """The names of the new tasks."""
 
 
 class TaskPhaseRepeated(AttemptEvent):
-    """Its phase, or an earlier one, is repeated.
+    """The current phase, or an earlier one, is repeated.
 
     The handoff was invalid, `until` failed, or a review rejected the work.
     """
@@ -111,9 +111,9 @@ class TaskPhaseRepeated(AttemptEvent):
     sentence = "phase is repeated: {reason}"
 
     next: str = ""
-    """Of a review: the phase that fixes the work."""
+    """After a review, the phase that fixes the work."""
     verdict: str = ""
-    """Of a review."""
+    """The verdict of the review."""
 
 
 class TaskAwaitingApproval(AttemptEvent):
@@ -125,7 +125,7 @@ class TaskAwaitingApproval(AttemptEvent):
 
 
 class TaskApproved(TaskEvent):
-    """A person approved the result of its phase."""
+    """A user approved the result of the task's phase."""
 
     type = "task.approved"
     sentence = "phase {phase} approved: {note}"
@@ -133,11 +133,11 @@ class TaskApproved(TaskEvent):
 
     phase: str
     note: str | None
-    """null: none."""
+    """null if there is no note."""
 
 
 class TaskRejected(TaskEvent):
-    """A person rejected the result of its phase, which is repeated."""
+    """A user rejected the result of the task's phase, which is repeated."""
 
     type = "task.rejected"
     sentence = "phase {phase} rejected, will be repeated: {note}"
@@ -145,19 +145,19 @@ class TaskRejected(TaskEvent):
 
     phase: str
     note: str | None
-    """null: none."""
+    """null if there is no note."""
     reason: str
 
 
 class TaskDone(AttemptEvent):
-    """Its last phase is complete, and there is nothing to land."""
+    """The last phase of the task is complete, and there is nothing to land."""
 
     type = "task.done"
     sentence = "done"
 
 
 class TaskChecking(TaskEvent):
-    """It is merged, the checks run."""
+    """The work of the task is merged, and the checks run."""
 
     type = "task.checking"
     sentence = "merged, running checks"
@@ -185,16 +185,16 @@ class TaskDeferred(TaskEvent):
 
 
 class TaskLanding(TaskEvent):
-    """The target is about to move, perhaps together with other tasks."""
+    """The target is about to move, possibly with the work of other tasks."""
 
     type = "task.landing"
     sentence = "landing"
     shown = Shown.NEVER
 
     old: str | None
-    """The parent of the task's own merge; null: the target does not exist."""
+    """The parent of the task's own merge; null if the target does not exist."""
     new: str
-    """That merge."""
+    """The task's own merge."""
 
 
 class TaskLandingAborted(TaskEvent):
@@ -206,7 +206,7 @@ class TaskLandingAborted(TaskEvent):
 
 
 class TaskConflict(AttemptEvent):
-    """The work does not merge."""
+    """The work of the task does not merge."""
 
     type = "task.conflict"
     sentence = "{reason}"
@@ -216,7 +216,7 @@ class TaskConflict(AttemptEvent):
 
 
 class TaskLanded(TaskEvent):
-    """The work is on the target."""
+    """The work of the task is on the target."""
 
     type = "task.landed"
     sentence = "landed as {landed:.10}"
@@ -224,18 +224,18 @@ class TaskLanded(TaskEvent):
     landed: str
     """The commit."""
     reason: str | None = None
-    """How it landed, if not by the run."""
+    """How the work landed, if not by the run."""
 
 
 class TaskCancelled(AttemptEvent):
-    """A person cancelled it."""
+    """A user cancelled the task."""
 
     type = "task.cancelled"
     sentence = "cancelled"
 
 
 class TaskIgnored(TaskEvent):
-    """A person excluded it from further attempts, which cancelled it."""
+    """A user cancelled the task and excluded it from further attempts."""
 
     type = "task.ignored"
     sentence = "ignored: {reason}"
@@ -244,14 +244,14 @@ class TaskIgnored(TaskEvent):
 
 
 class TaskRetryRequested(TaskEvent):
-    """A person requested a retry."""
+    """A user requested a retry."""
 
     type = "task.retry_requested"
     sentence = "will be retried"
 
 
 class TaskReloaded(TaskEvent):
-    """`council retry --reload` adopted the file's settings."""
+    """`council retry --reload` adopted the task's settings from the file."""
 
     type = "task.reloaded"
     sentence = "reloaded {keys} from the file"
@@ -260,7 +260,7 @@ class TaskReloaded(TaskEvent):
 
 
 class TaskSalvaged(TaskEvent):
-    """Work that was on no branch is now on one."""
+    """Leftover work that was on no branch was saved to a branch."""
 
     type = "task.salvaged"
     sentence = "leftover work was saved as {work}"
@@ -277,8 +277,8 @@ class TaskSalvaged(TaskEvent):
 class TaskWorktreePreserved(TaskEvent):
     """A worktree could not be removed, or has work that could not be collected.
 
-    Git is safe to run in it: at its top is an internal repository at the commit where the session began, and everything
-    else that git would interpret as a repository is disabled, by a rename that `reason` names.
+    It is safe to run git in the worktree: at its top is an internal repository at the start commit of the session, and
+    everything else that git would interpret as a repository is disabled by a rename that `reason` describes.
     """
 
     type = "task.worktree_preserved"
@@ -290,7 +290,7 @@ class TaskWorktreePreserved(TaskEvent):
 
 
 class TaskChangesDiscarded(TaskEvent):
-    """Changes of a read-only phase were discarded."""
+    """Changes made by a read-only phase were discarded."""
 
     type = "task.changes_discarded"
     sentence = "discarded changes of a read-only phase: {paths}"
@@ -300,7 +300,7 @@ class TaskChangesDiscarded(TaskEvent):
 
 
 class TaskOwnershipExtended(TaskEvent):
-    """It took ownership of its out-of-scope changes."""
+    """The task took ownership of its out-of-scope changes."""
 
     type = "task.ownership_extended"
     sentence = "took ownership of its out-of-scope changes: {paths}"
@@ -310,7 +310,7 @@ class TaskOwnershipExtended(TaskEvent):
 
 
 class TaskOutOfScopeAllowed(TaskEvent):
-    """It has out-of-scope changes, and may land anyway."""
+    """The task has out-of-scope changes, and may land anyway."""
 
     type = "task.out_of_scope_allowed"
     sentence = "has out-of-scope changes, which are allowed: {paths}"
@@ -320,16 +320,16 @@ class TaskOutOfScopeAllowed(TaskEvent):
 
 
 class TaskClaimLost(TaskEvent):
-    """Another process took the task over; the session's work is on `branch`."""
+    """Another process took over the task; the session's work is on `branch`."""
 
     type = "task.claim_lost"
     sentence = "taken over by {by}; the work of its session was saved as {work}"
     sentence_without = ("branch", "taken over by {by}; its session had no work to save")
 
     by: str
-    """The name of that process."""
+    """The name of the other process."""
     branch: str | None
-    """null: there is no work."""
+    """null if there is no work."""
 
     @property
     def work(self) -> str:
@@ -338,7 +338,7 @@ class TaskClaimLost(TaskEvent):
 
 
 class TaskSessionApiFailed(TaskEvent):
-    """A request of its session was not answered, because of an internal error."""
+    """A request of the task's session failed because of an internal error."""
 
     type = "task.session_api_failed"
     sentence = "a request of its session failed: {reason}"
@@ -347,30 +347,31 @@ class TaskSessionApiFailed(TaskEvent):
 
 
 class TaskHostDenied(TaskEvent):
-    """Its session requested a host from its proxy that [`network.allow`](configuration.md#network) does not cover.
+    """The proxy refused a host that [`network.allow`](configuration.md#network) does not cover.
 
-    Or the host's name has a non-public address. Reported when the session has ended, once for each host, at most 100.
+    A host is also refused if its name has a non-public address. Each refused host is reported once, at most 100 of
+    them, after the session has ended.
     """
 
     type = "task.host_denied"
     sentence = "its session was denied {host}, which `network.allow` does not cover"
 
     host: str
-    """With its port, as in `example.com:443`."""
+    """The host with its port, as in `example.com:443`."""
 
 
 class TaskToolsDenied(TaskEvent):
-    """Its CLI denied tools to its model, because of its permission mode, a rule, or its own sandbox."""
+    """The CLI denied tools to its model, because of its permission mode, a rule, or its own sandbox."""
 
     type = "task.tools_denied"
     sentence = "{reason}"
 
     count: int
-    """The number of calls."""
+    """The number of denied calls."""
     tools: Sequence[str]
     """The first 20, as in `Bash(git diff)`."""
     reason: str
-    """A summary, with the setting that allows them."""
+    """Summary, with the setting that allows the tools."""
 
 
 class TaskAfterRunFailed(TaskEvent):
@@ -387,17 +388,17 @@ class PhaseEvent(TaskEvent):
 
     phase: str
     visit: int
-    """The number of the visit of this phase, from 1."""
+    """The number of this visit of the phase, starting at 1."""
     handoff: str = ""
-    """The id of its handoff, if any."""
+    """The id of the phase's handoff, if any."""
     verdict: str = ""
     """For a review: `approve` or `reject`."""
     reason: str = ""
-    """Why it failed, was rejected or skipped."""
+    """Why the phase failed, was rejected or was skipped."""
 
 
 class PhaseEntered(PhaseEvent):
-    """A phase of its workflow began, for the first time or again."""
+    """A phase of the task's workflow started, for the first time or again."""
 
     type = "phase.entered"
     sentence = "phase {phase} started"
@@ -418,7 +419,7 @@ class PhaseCompleted(PhaseEvent):
 
 
 class PhaseRejected(PhaseEvent):
-    """A person rejected the result of the phase."""
+    """A user rejected the result of the phase."""
 
     type = "phase.rejected"
     sentence = "phase {phase} rejected: {reason}"
@@ -454,12 +455,12 @@ class HandoffDelivered(TaskEvent):
     shown = Shown.NEVER
 
     handoff: str
-    """Its id."""
+    """The id of the handoff."""
     kind: str
     protocol: str
     phase: str
     to: str | None
-    """The phase that receives it; null: no phase follows."""
+    """The phase that receives the handoff; null if no phase follows."""
     digest: str
     by: str
     """`file`, `tool` or `answer`."""
@@ -473,7 +474,7 @@ class HandoffReceived(TaskEvent):
     shown = Shown.NEVER
 
     handoff: str
-    """Its id."""
+    """The id of the handoff."""
     phase: str
     digest: str
 
@@ -486,7 +487,7 @@ class HandoffInvalid(TaskEvent):
 
     phase: str
     violations: Sequence[Mapping[str, Any]]
-    """`rule`, `place`, `what`, `remedy` each."""
+    """Each with `rule`, `place`, `what` and `remedy`."""
 
 
 def salvage_name(branch: str) -> str:
