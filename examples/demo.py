@@ -2,7 +2,7 @@
 
     python examples/demo.py
 
-Everything happens in a temporary folder, which is removed; this repository is only read.
+The demo runs in a temporary folder, which is removed afterwards, and does not change this repository.
 """
 
 # ruff: noqa: S607 - git and council are run by name
@@ -35,7 +35,7 @@ STATES = {
     "index": "landed",
     "hangs": "failed",
 }
-# The first of these lands, the other one conflicts.
+# One of these lands, and the other one conflicts.
 MOTTOS = {"motto": "One merge at a time.\n", "other-motto": "Nothing is lost.\n"}
 
 

@@ -1,9 +1,9 @@
-"""Describe a run with typed objects instead of a file: here one task for each module without a test.
+"""Describe a run with typed objects instead of a file: here, one task for each module.
 
     python examples/typed_run.py        (in a git repository with a branch `main`)
 
-Numbers are seconds and bytes; text such as "30m" and "50MB" is allowed as in a file. Errors name the place,
-as in `tasks[0].needs[0]`.
+Numbers are seconds or bytes; text such as "30m" and "50MB" is allowed as in a file. Error messages include the
+location, such as `tasks[0].needs[0]`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def describe(modules: list[str]) -> Config:
 
 
 async def main(modules: list[str]) -> int:
-    """Run in the repository of the current folder."""
+    """Run the tasks in the repository of the current folder."""
     async with Council.open(describe(modules)) as council:
         report = await council.runs.run()
     print(f"{report.status}: {sum(task.landed is not None for task in report.tasks)} landed on {report.target}")

@@ -1,7 +1,7 @@
 """A sink that posts events to a URL, as JSON.
 
-A body is `{"events": [{"position", "time", "event", "run", …}, …]}`. A receiver may get an event twice;
-`run` and `position` identify it.
+The body of a request is `{"events": [{"position", "time", "event", "run", …}, …]}`. A receiver may get an event twice;
+it can detect duplicates by `run` and `position`.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class WebhookOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     url: Annotated[str, AfterValidator(_check_url)]
-    """The URL to post to; `$NAME` is the value of a variable, for a secret URL."""
+    """The URL to post to; for a secret URL, `$NAME` reads it from a variable."""
     token: str | None = None
-    """The name of a variable; its value is sent as `Authorization: Bearer …`, so the file has no secret."""
+    """The name of a variable whose value is sent as `Authorization: Bearer …`, so that the file contains no secret."""
     timeout: Annotated[int, Field(ge=1, le=25)] = 10
-    """The timeout for each step of an answer, in seconds."""
+    """The timeout of each network operation, in seconds."""
 
 
 class _NoRedirects(HTTPRedirectHandler):
@@ -59,7 +59,7 @@ class _NoRedirects(HTTPRedirectHandler):
 
 
 class Webhook:
-    """Post each batch; an answer other than 2xx raises, and the batch is retried with growing delays."""
+    """A sink that posts each batch of events; any response other than 2xx raises, and the batch is retried."""
 
     Options: ClassVar[type[BaseModel]] = WebhookOptions
 

@@ -47,12 +47,12 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *said: object) -> None:
-        """Say nothing."""
+        """Print no request log."""
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    """A server that is at work while a test runs."""
+    """Run the server for the duration of a test."""
     with Server() as made:
         thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -62,7 +62,7 @@ def server() -> Iterator[Server]:
 
 
 class TestWebhook(SinkContract):
-    """What every sink promises; the first three requests fail, in three ways."""
+    """The sink contract, with a server whose first three responses are failures."""
 
     sink_type = Webhook
 
@@ -73,16 +73,16 @@ class TestWebhook(SinkContract):
         server.failures = [503, 500, 302]
 
     def given(self, folder: Path) -> dict[str, object]:
-        """Name the server."""
+        """Return the options with the server's URL."""
         return {"url": self.server.url}
 
     def arrived(self, folder: Path) -> Sequence[int]:
-        """Return what the server took."""
+        """Return the positions of the events that the server accepted."""
         return [int(str(event["position"])) for event in self.server.events]
 
 
-async def test_an_event_is_posted_whole_and_with_the_token(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything that the log has of it, and what the server knows us by."""
+async def test_send_posts_the_whole_event_with_the_token(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The body has all fields of the event, and the header has the token."""
     monkeypatch.setenv("HOOK_TOKEN", "not-a-real-one")
     monkeypatch.setenv("HOOK_URL", server.url)
     (event, *_) = events = sample_events()
@@ -98,8 +98,8 @@ async def test_an_event_is_posted_whole_and_with_the_token(server: Server, monke
             await sink.send(events)
 
 
-async def test_an_answer_that_is_no_success_raises(server: Server) -> None:
-    """Also one that leads elsewhere."""
+async def test_send_with_a_failed_response_raises(server: Server) -> None:
+    """A redirect is a failure too."""
     server.failures = [302, 404]
     for _ in range(2):
         async with Webhook(WebhookOptions(url=server.url)) as sink:
@@ -109,7 +109,7 @@ async def test_an_answer_that_is_no_success_raises(server: Server) -> None:
 
 
 @pytest.mark.parametrize("url", ["ftp://example.org", "example.org", "https://me:secret@example.org/"])
-def test_other_urls_are_refused(url: str) -> None:
-    """What is no web address, and what holds a password, is a mistake in the file."""
+def test_options_with_an_invalid_url_are_rejected(url: str) -> None:
+    """Only http(s) URLs without a password are valid."""
     with pytest.raises(ValidationError):
         WebhookOptions(url=url)
