@@ -2,7 +2,7 @@
 
     python docs/diagrams.py [--check]
 
-With `--check` the exit code is 1 where the file differs from what the code says.
+With `--check` the page is not written, and the exit code is 1 if it does not match the code.
 """
 
 # ruff: noqa: INP001  a script
@@ -29,13 +29,13 @@ LAYERS = {
     "input and contracts": ("config", "plugins", "project", "hookspecs", "protocols"),
     "foundation": ("system", "domain", "sandbox", "client", "errors", "lazy"),
 }
-#: Imports between two layers from which on the diagram shows them.
+#: Minimum number of imports between two layers for an arrow in the diagram.
 OFTEN = 15
-#: Transitions that a task without faults, phases and requests makes.
+#: Triggers of a task without faults, phases and user requests.
 MAIN = {Trigger.START, Trigger.BUILD, Trigger.CHECK, Trigger.INTEND, Trigger.LAND}
-#: Triggers that apply in this many statuses are left out; they would hide the rest.
+#: Triggers that apply in at least this many statuses are left out, because they would clutter the diagram.
 MANY = 4
-#: Triggers that are left out: those above, and others of people that aren't part of the path of a task.
+#: Omitted triggers: those above, and user requests that aren't part of the normal path of a task.
 EVERYWHERE = {
     Trigger.IGNORE,
     *(trigger for trigger in Trigger if sum(trigger is one for _, one in TRANSITIONS) >= MANY),
@@ -43,7 +43,7 @@ EVERYWHERE = {
 
 
 def imports() -> Counter[tuple[str, str]]:
-    """Count the imports between the packages of `orchestrator`, late ones included."""
+    """Count the imports between the packages of `orchestrator`, including imports inside functions."""
     found = Counter[tuple[str, str]]()
     for file in (TOP / "orchestrator").rglob("*.py"):
         importer = file.relative_to(TOP / "orchestrator").parts[0].removesuffix(".py")
@@ -55,7 +55,7 @@ def imports() -> Counter[tuple[str, str]]:
 
 
 def packages() -> Iterator[str]:
-    """Yield a flowchart of the layers, with an arrow where one imports another often."""
+    """Yield a flowchart of the layers, with an arrow for at least OFTEN imports."""
     layer_of = {package: number for number, names in enumerate(LAYERS.values(), 1) for package in names}
     counts = Counter[tuple[int, int]]()
     for (importer, imported), count in imports().items():
@@ -92,7 +92,7 @@ def render(page: str) -> str:
 
 
 def main() -> None:
-    """Write the page, or compare it."""
+    """Write the page, or check it."""
     page = PAGE.read_text()
     if "--check" in sys.argv:
         sys.exit(render(page) != page)

@@ -54,7 +54,7 @@ class TestFunctions(ReplacedFunctionsContract):
 def test_documented_events_and_fields_match_the_code() -> None:
     """Each event and field in a table exists in the code or in docs/output.md."""
     known = {*RunStatus, *TaskStatus, *Level, *CheckpointOrigin}
-    words = {word for row in rows("Words") for word in re.findall(r"`([^`]+)`", row[1])}
+    words = {word for row in rows("Statuses") for word in re.findall(r"`([^`]+)`", row[1])}
     assert words <= known
     assert {*RunStatus, *TaskStatus} <= words
     reported = {
