@@ -78,13 +78,15 @@ def test_record_fields_and_bounds_match_the_code() -> None:
     text = " ".join(PAGE.split())
     assert (STALE_CONTEXT_SECONDS, MAX_MESSAGE_CHARS) == (1800, 500)
     for bound in (f"up to {MAX_TEXT_BYTES // 1024} KiB", f"most {MAX_NOTES} notes are kept",
-                  f"most {MAX_BLOCK_CHARS:,} char",
-                  f"up to {MAX_PATHS_CHARS:,} characters", f"and {MAX_TASK_NOTES} of each task",
+                  f"limited to {MAX_BLOCK_CHARS:,} char",
+                  f"up to {MAX_PATHS_CHARS:,} characters", f"at most {MAX_TASK_NOTES} per task",
                   f"{MAX_OWNED_PATTERNS:,} paths, with {MAX_OWNED_CHARS:,} characters"):  # fmt: skip
         assert bound in text
-    assert f"at most {MAX_SHARED_BYTES >> 10} KiB; a run has up to {MAX_KEYS} values, of {MAX_BYTES >> 20} MiB" in text
+    assert (
+        f"at most {MAX_SHARED_BYTES >> 10} KiB. A run has up to {MAX_KEYS} values, with {MAX_BYTES >> 20} MiB" in text
+    )
     assert f"up to {MAX_KEY_LENGTH} characters" in text
     assert f"times out after {DEFAULT_WAIT:g} s (`--timeout`, at most {MAX_WAIT_SECONDS:g} s)" in text
-    assert f"at most {MAX_HANDOFF_BYTES >> 20} MiB of JSON in UTF-8, nested at most {MAX_DEPTH} deep" in text
+    assert f"at most {MAX_HANDOFF_BYTES >> 20} MiB of JSON in UTF-8, nested at most {MAX_DEPTH} levels" in text
     assert f"has at most {MAX_REQUEST_BYTES / (1 << 20):g} MiB" in text
-    assert f"{details.MAX_DIFF_LENGTH:,} characters, the log to the last {details.MAX_LOG_LENGTH:,}" in text
+    assert f"{details.MAX_DIFF_LENGTH:,} characters, and the log to the last {details.MAX_LOG_LENGTH:,}" in text
