@@ -67,7 +67,7 @@ async def test_run_waits_for_approval_and_continues(repository: Repository) -> N
     shown = repository.council("status").stdout
     assert "waiting for approval" in shown
     assert "next: council show t\n    then: council approve t\n    or: council reject t --note TEXT\n" in shown
-    assert "Waiting for your approval: t." in shown
+    assert "Waiting for approval: t." in shown
     assert "plan: waiting for approval" in repository.council("show", "t").stdout
     assert child.poll() is None
     approved = repository.council("approve", "t", "--note", "as discussed", "--json")

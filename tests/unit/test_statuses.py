@@ -20,7 +20,14 @@ from orchestrator.domain.runs.statuses import (
     TaskStatus,
 )
 
-PROPERTIES: dict[str, Any] = {"label": "x", "activity": "x", "style": "", "release": ReleaseReason.FAILED}
+PROPERTIES: dict[str, Any] = {
+    "label": "x",
+    "activity": "x",
+    "style": "",
+    "release": ReleaseReason.FAILED,
+    "waits_for_user": False,
+    "plain_phase": PhaseStatus.FAILED,
+}
 
 
 @pytest.mark.parametrize(
@@ -32,12 +39,22 @@ PROPERTIES: dict[str, Any] = {"label": "x", "activity": "x", "style": "", "relea
         ({"is_final": True, "release": None}, "status 'x' is final and keeps the claim: give it a `release`"),
         ({"is_active": True}, "status 'x' is active without a claim: set `release=None`"),
         ({"is_landing": True}, "status 'x' is active without a claim: set `release=None`"),
+        ({"waits_for_user": True, "release": None}, "status 'x' waits for a user and is final or keeps the claim"),
+        ({"waits_for_user": True, "is_final": True}, "status 'x' waits for a user and is final or keeps the claim"),
+        ({"waits_for_user": True}, "status 'x' waits for a user: name the commands to continue in `next_steps`"),
     ],
 )
 def test_status_record_with_contradiction_raises_value_error(changes: dict[str, Any], error: str) -> None:
     """The message names the status and the mistake."""
     with pytest.raises(ValueError, match=error):
         StatusRecord(**PROPERTIES | changes)
+
+
+@pytest.mark.parametrize("name", PROPERTIES)
+def test_status_record_without_required_property_raises_type_error(name: str) -> None:
+    """None of them has a default that a new status could get by accident."""
+    with pytest.raises(TypeError, match=name):
+        StatusRecord(**{key: value for key, value in PROPERTIES.items() if key != name})
 
 
 def test_status_release_reason_of_claimed_task_raises_value_error() -> None:
@@ -95,3 +112,62 @@ assert compute_metrics({"a": TaskDocument(status=TaskStatus.CONFLICT)}, {}, Acti
 def test_unsuccessful_status_without_retry_blocks_dependents_and_counts_as_failed() -> None:
     """Its own process, in which no module has seen that the status can be retried."""
     subprocess.run([sys.executable, "-c", _WITHOUT_RETRY], check=True)
+
+
+_WITH_PAUSED = """
+import pathlib
+from orchestrator.domain.runs import statuses
+
+source = pathlib.Path(statuses.__file__).read_text()
+paused = '    PAUSED = "paused", StatusRecord(label="paused", activity="paused", style="",'
+paused += ' release=ReleaseReason.ABANDONED, waits_for_user=True, plain_phase=PhaseStatus.IN_PROGRESS,'
+paused += ' next_steps=(("next", "council show {}"), ("then", "council approve {}")))'
+source = source.replace("    RUNNING = ", paused + "\\n    RUNNING = ", 1)
+rows = "    (_S.RUNNING, _T.ASK): _S.PAUSED, (_S.PENDING, _T.ASK): _S.AWAITING_APPROVAL, ROW\\n"
+source = source.replace("    (_S.RUNNING, _T.ASK): _S.AWAITING_APPROVAL,\\n", rows, 1)
+"""
+
+_SCHEDULED = """
+exec(compile(source.replace("ROW", "(_S.PAUSED, _T.APPROVE): _S.PENDING,"), "statuses", "exec"), vars(statuses))
+from orchestrator.cli.live.model import _SESSION_ENDED, _USER_ACTIVITIES
+from orchestrator.domain.runs.model import TaskDocument
+from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry
+from orchestrator.engine.reports.task_details import _plain_visit
+from orchestrator.domain.runs.model import Attempt
+
+PAUSED = statuses.TaskStatus.PAUSED
+entries = {"a": DispatchEntry(owns=("x",)), "b": DispatchEntry(owns=("x",))}
+board = DispatchBoard.of(entries, {"a": PAUSED})
+assert board.choose_tasks(9, 0.0) == ["b"], "it owns its paths or starts"
+board = DispatchBoard(entries)
+board.sync_task("a", PAUSED, 0.0)
+assert board.choose_tasks(9, 0.0) == ["b"], "it owns its paths or starts after a change by another process"
+assert "paused" in _USER_ACTIVITIES and PAUSED in _SESSION_ENDED
+attempt = Attempt(number=1, adapter="x", started=1.0, base="0" * 40)
+assert _plain_visit(TaskDocument(status=PAUSED, attempts=(attempt,)), [attempt], 2.0).status == "in_progress"
+"""
+
+_WITHOUT_EXIT = """
+try:
+    exec(compile(source.replace("ROW", ""), "statuses", "exec"), vars(statuses))
+except ValueError as error:
+    assert "only cancel leads from the status paused" in str(error), error
+else:
+    raise AssertionError("a status that a task can leave only by `cancel` is accepted")
+"""
+
+_WITHOUT_RECORD = """
+source = source.replace(paused, '    PAUSED = "paused"').replace("ROW", "")
+try:
+    exec(compile(source, "statuses", "exec"), vars(statuses))
+except TypeError as error:
+    assert "status 'paused' has no record" in str(error), error
+else:
+    raise AssertionError("a status without a record is accepted")
+"""
+
+
+@pytest.mark.parametrize("script", [_SCHEDULED, _WITHOUT_EXIT, _WITHOUT_RECORD])
+def test_new_status_is_scheduled_by_its_record_or_rejected(script: str) -> None:
+    """Its own process adds the status to the module's source, before other modules import it."""
+    subprocess.run([sys.executable, "-c", _WITH_PAUSED + script], check=True)

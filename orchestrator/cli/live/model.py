@@ -30,8 +30,10 @@ from orchestrator.domain.runs.statuses import (
     ACTIVE_STATUSES,
     FINAL_STATUSES,
     LANDING_STATUSES,
+    STARTABLE_STATUSES,
     SUCCESS_STATUSES,
     UNSUCCESSFUL_STATUSES,
+    USER_STATUSES,
     TaskStatus,
 )
 from orchestrator.domain.scheduling.active_time import compute_active_time
@@ -45,7 +47,9 @@ from orchestrator.sessions.output.transcript import EMPTY_TRANSCRIPT, Transcript
 
 _BUILT = LANDING_STATUSES | {TaskStatus.LANDED}
 #: States in which the lines of a row are those of what the last session left.
-_SESSION_ENDED = (FINAL_STATUSES - {TaskStatus.LANDED}) | {TaskStatus.QUEUED, TaskStatus.AWAITING_APPROVAL}
+_SESSION_ENDED = (FINAL_STATUSES - {TaskStatus.LANDED}) | {TaskStatus.QUEUED} | USER_STATUSES
+#: The groups of tasks that wait for a person.
+_USER_ACTIVITIES = tuple(sorted(status.record.activity for status in USER_STATUSES))
 _NOT_LANDED = tuple(status.record.activity for status in TaskStatus if status in UNSUCCESSFUL_STATUSES)
 #: The shortest time left that is told, in seconds: what is nearly over is over before it is read.
 _MIN_TIME_LEFT = 1.0
@@ -289,8 +293,9 @@ class LiveRun:
     def _chosen(self, room: int) -> list[str]:
         working = chain.from_iterable(self._groups[name] for name in ("landing", "checks", "build"))
         blocked = self._board.blocked
-        asked = TaskStatus.AWAITING_APPROVAL.record.activity
-        pending = chain.from_iterable(self._groups[name] for name in (asked, "queued", RETRY_LABEL, "waiting"))
+        pending = chain.from_iterable(
+            self._groups[name] for name in (*_USER_ACTIVITIES, "queued", RETRY_LABEL, "waiting")
+        )
         waiting = chain((task for task in pending if task not in blocked), blocked)
         return choose_rows(working, waiting, reversed(self._over), room)
 
@@ -308,7 +313,7 @@ class LiveRun:
     def _row(self, task: str, now: float, active: ActiveTime) -> TaskRow:
         document = self._tasks[task]
         begun, elapsed = len(document.attempts), ""
-        if begun and document.status not in {TaskStatus.PENDING, TaskStatus.AWAITING_APPROVAL}:
+        if begun and document.status not in STARTABLE_STATUSES | USER_STATUSES:
             end = self._changed[task] if document.status in FINAL_STATUSES else now
             elapsed = format_elapsed(active.between(document.attempt.started, end))
         return TaskRow(
@@ -338,9 +343,9 @@ class LiveRun:
             return f"{document.landed[:10]} on {self.run.target}"
         if document.status is TaskStatus.RUNNING:
             return self._said.get(task, EMPTY_TRANSCRIPT).last_message or ""
-        if document.status is TaskStatus.AWAITING_APPROVAL:
-            said = document.attempt.last_message or ""
-            return f"`council approve {task}`, or `council reject {task} --note TEXT`: {said}"
+        if document.status in USER_STATUSES:
+            said = (document.attempt.last_message or "") if document.attempts else ""
+            return f"{_user_commands(task, document.status)}: {said}"
         if document.attempts:
             return document.reason or document.attempt.last_message or ""
         missing = [need for need in self._entries[task].needs if self._tasks[need].status not in SUCCESS_STATUSES]
@@ -367,7 +372,7 @@ class LiveRun:
             elapsed=self._active(now).between(self.run.started, now),
             left=self._left(now),
             done=count["done"],
-            asked=count[TaskStatus.AWAITING_APPROVAL.record.activity],
+            asked=sum(count[name] for name in _USER_ACTIVITIES),
             ended={name: count[name] for name in _NOT_LANDED if count.get(name)},
         )
 
@@ -375,7 +380,7 @@ class LiveRun:
         """Return the seconds that are left; None where nobody can know."""
         build, learned = self._pace.build(), self._adapters.values()
         is_held = any(one.disabled_reason is not None or (one.cooldown_until or 0.0) > now for one in learned)
-        if build is None or self.is_over or is_held or self._groups[TaskStatus.AWAITING_APPROVAL.record.activity]:
+        if build is None or self.is_over or is_held or any(self._groups[name] for name in _USER_ACTIVITIES):
             return None
         pending = [self._chains[task] for name in ("waiting", RETRY_LABEL) for task in self._groups[name]
                    if task not in self._board.blocked]  # fmt: skip
@@ -390,6 +395,12 @@ class LiveRun:
         )
         left = estimate_time_left(ahead)
         return left if left >= _MIN_TIME_LEFT else None
+
+
+def _user_commands(task: str, status: TaskStatus) -> str:
+    """Return the commands that continue a task that waits for a person."""
+    commands = [command.format(task) for _, command in status.record.next_steps if "council show" not in command]
+    return ", or ".join(f"`{command}`" for command in commands)
 
 
 def _last_change(task: TaskDocument) -> float:

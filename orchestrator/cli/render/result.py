@@ -20,7 +20,7 @@ from orchestrator.cli.render.text import (
     wrapped,
 )
 from orchestrator.domain.runs.model import HaltCause
-from orchestrator.domain.runs.statuses import ACTIVE_STATUSES, SUCCESS_STATUSES, TaskStatus
+from orchestrator.domain.runs.statuses import ACTIVE_STATUSES, SUCCESS_STATUSES, USER_STATUSES, TaskStatus
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.engine.reports.report import (
     AdapterReport,
@@ -160,9 +160,9 @@ def next_step_hints(report: RunReport) -> Iterator[str]:
         yield adapter_line(adapter, enable_adapter_command(adapter.name, report))
     if report.imported is not None:
         yield f"It is an imported record and can't be resumed: `council state show {report.run}` shows all of it."
-    asked = [task.id for task in report.tasks if task.status == TaskStatus.AWAITING_APPROVAL]
-    if asked:
-        yield f"Waiting for your approval: {printable(', '.join(asked))}."
+    for status in sorted(USER_STATUSES):
+        if waiting := [task.id for task in report.tasks if task.status == status]:
+            yield f"{status.record.label.capitalize()}: {printable(', '.join(waiting))}."
     yield from background_error_lines(report)
     if report.halted is not None:
         yield "Halted: " + printable(report.halted, keep="\n")

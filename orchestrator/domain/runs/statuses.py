@@ -13,6 +13,7 @@ from typing import Final, Self
 
 from orchestrator.domain.events import tasks as events
 from orchestrator.domain.events.base import TaskEvent
+from orchestrator.domain.runs.phases import PhaseStatus
 
 
 class ReleaseReason(StrEnum):
@@ -35,6 +36,10 @@ class StatusRecord:
     """The color in tables."""
     release: ReleaseReason | None
     """How the claim on the task is released; None: an orchestrator holds the claim. Only an attempt leads to these."""
+    waits_for_user: bool
+    """Only a person continues it, and the run waits for that."""
+    plain_phase: PhaseStatus
+    """The status of the single phase of a task without a workflow that has this status."""
     next_steps: tuple[tuple[str, str], ...] = ()
     """The commands that a person may use next: `next`, `then` or `or`, and the command with the task as `{}`."""
     is_final: bool = False
@@ -56,6 +61,12 @@ class StatusRecord:
             raise ValueError(f"status {self.label!r} is retryable: set `is_final=True`, and leave out `is_successful`")
         if self.is_final == (self.release is None) and self.is_final:
             raise ValueError(f"status {self.label!r} is final and keeps the claim: give it a `release`")
+        if self.waits_for_user and (self.is_final or self.release is None):
+            raise ValueError(
+                f"status {self.label!r} waits for a user and is final or keeps the claim: give it a `release`"
+            )
+        if self.waits_for_user and not self.next_steps:
+            raise ValueError(f"status {self.label!r} waits for a user: name the commands to continue in `next_steps`")
         if (self.is_active or self.is_landing) and self.release is not None:
             raise ValueError(f"status {self.label!r} is active without a claim: set `release=None`")
 
@@ -69,8 +80,10 @@ class TaskStatus(StrEnum):
 
     record: StatusRecord
 
-    def __new__(cls, value: str, record: StatusRecord) -> Self:
-        """Make a member from its value and its record."""
+    def __new__(cls, value: str, record: StatusRecord | None = None) -> Self:
+        """Make a member from its value and its record; raises TypeError without one."""
+        if record is None:
+            raise TypeError(f"status {value!r} has no record: add a `StatusRecord`")
         member = str.__new__(cls, value)
         member._value_, member.record = value, record
         return member
@@ -84,23 +97,66 @@ class TaskStatus(StrEnum):
 
     PENDING = (
         "pending",
-        StatusRecord(label="pending", activity="waiting", style="", release=ReleaseReason.ABANDONED),
+        StatusRecord(
+            label="pending",
+            activity="waiting",
+            style="",
+            release=ReleaseReason.ABANDONED,
+            waits_for_user=False,
+            plain_phase=PhaseStatus.IN_PROGRESS,
+        ),
     )
-    RUNNING = "running", StatusRecord(label="running", activity="build", style="cyan", release=None, is_active=True)
+    RUNNING = (
+        "running",
+        StatusRecord(
+            label="running",
+            activity="build",
+            style="cyan",
+            release=None,
+            waits_for_user=False,
+            plain_phase=PhaseStatus.IN_PROGRESS,
+            is_active=True,
+        ),
+    )
     #: Built, in the merge queue.
-    QUEUED = "queued", StatusRecord(label="queued", activity="queued", style="blue", release=None, is_landing=True)
+    QUEUED = (
+        "queued",
+        StatusRecord(
+            label="queued",
+            activity="queued",
+            style="blue",
+            release=None,
+            waits_for_user=False,
+            plain_phase=PhaseStatus.COMPLETED,
+            is_landing=True,
+        ),
+    )
     #: Merged, checks run on the merged tree.
     CHECKING = (
         "checking",
         StatusRecord(
-            label="checking", activity="checks", style="yellow", release=None, is_active=True, is_landing=True
+            label="checking",
+            activity="checks",
+            style="yellow",
+            release=None,
+            waits_for_user=False,
+            plain_phase=PhaseStatus.COMPLETED,
+            is_active=True,
+            is_landing=True,
         ),
     )
     #: The intent to move the target is recorded.
     LANDING = (
         "landing",
         StatusRecord(
-            label="landing", activity="landing", style="bold green", release=None, is_active=True, is_landing=True
+            label="landing",
+            activity="landing",
+            style="bold green",
+            release=None,
+            waits_for_user=False,
+            plain_phase=PhaseStatus.COMPLETED,
+            is_active=True,
+            is_landing=True,
         ),
     )
     LANDED = (
@@ -110,6 +166,8 @@ class TaskStatus(StrEnum):
             activity="landed",
             style="green",
             release=ReleaseReason.COMPLETE,
+            waits_for_user=False,
+            plain_phase=PhaseStatus.COMPLETED,
             is_final=True,
             is_successful=True,
         ),
@@ -122,6 +180,8 @@ class TaskStatus(StrEnum):
             activity="approval",
             style="bold yellow",
             release=ReleaseReason.ABANDONED,
+            waits_for_user=True,
+            plain_phase=PhaseStatus.AWAITING_APPROVAL,
             next_steps=(
                 ("next", "council show {}"),
                 ("then", "council approve {}"),
@@ -137,6 +197,8 @@ class TaskStatus(StrEnum):
             activity="done",
             style="green",
             release=ReleaseReason.COMPLETE,
+            waits_for_user=False,
+            plain_phase=PhaseStatus.COMPLETED,
             next_steps=(("next", "council show {}"),),
             is_final=True,
             is_successful=True,
@@ -149,6 +211,8 @@ class TaskStatus(StrEnum):
             activity="no change",
             style="red",
             release=ReleaseReason.COMPLETE,
+            waits_for_user=False,
+            plain_phase=PhaseStatus.FAILED,
             next_steps=_LOGS_AND_RETRY,
             is_final=True,
             is_retryable=True,
@@ -161,6 +225,8 @@ class TaskStatus(StrEnum):
             activity="conflict",
             style="red",
             release=ReleaseReason.FAILED,
+            waits_for_user=False,
+            plain_phase=PhaseStatus.COMPLETED,
             next_steps=(_RETRY,),
             is_final=True,
             is_retryable=True,
@@ -173,6 +239,8 @@ class TaskStatus(StrEnum):
             activity="failed",
             style="red",
             release=ReleaseReason.FAILED,
+            waits_for_user=False,
+            plain_phase=PhaseStatus.FAILED,
             next_steps=_LOGS_AND_RETRY,
             is_final=True,
             is_retryable=True,
@@ -185,6 +253,8 @@ class TaskStatus(StrEnum):
             activity="cancelled",
             style="red",
             release=ReleaseReason.ABANDONED,
+            waits_for_user=False,
+            plain_phase=PhaseStatus.CANCELLED,
             next_steps=(_RETRY,),
             is_final=True,
             is_retryable=True,
@@ -200,6 +270,10 @@ RETRYABLE_STATUSES: Final = frozenset(status for status in TaskStatus if status.
 LANDING_STATUSES: Final = frozenset(status for status in TaskStatus if status.record.is_landing)
 ACTIVE_STATUSES: Final = frozenset(status for status in TaskStatus if status.record.is_active)
 CLAIMED_STATUSES: Final = frozenset(status for status in TaskStatus if status.record.release is None)
+#: Only a person continues the task, and the run waits for that.
+USER_STATUSES: Final = frozenset(status for status in TaskStatus if status.record.waits_for_user)
+#: An attempt may start, or may have to wait for other tasks.
+STARTABLE_STATUSES: Final = frozenset(TaskStatus) - FINAL_STATUSES - CLAIMED_STATUSES - USER_STATUSES
 
 
 class Trigger(StrEnum):
@@ -293,14 +367,14 @@ TRANSITIONS: Final[dict[tuple[TaskStatus, Trigger], TaskStatus]] = {
 
 
 def _check_reachable() -> None:
-    """Raise ValueError for a status that no transition leads to, or that a task cannot leave, and unused triggers."""
+    """Raise ValueError for a status that no transition leads to, or that only ends, and for unused triggers."""
     entered = set(TRANSITIONS.values())
-    left = {status for status, trigger in TRANSITIONS if trigger is not Trigger.DISTRUST}
+    left = {status for status, trigger in TRANSITIONS if trigger not in {Trigger.DISTRUST, Trigger.CANCEL}}
     for status in TaskStatus:
         if status is not TaskStatus.PENDING and status not in entered:
             raise ValueError(f"no transition leads to the status {status}: add one to TRANSITIONS")
         if status not in left and not status.record.is_final:
-            raise ValueError(f"no transition leads from the status {status}: add one to TRANSITIONS")
+            raise ValueError(f"only {Trigger.CANCEL} leads from the status {status}: add a transition to TRANSITIONS")
     for trigger in set(Trigger) - {trigger for _, trigger in TRANSITIONS}:
         raise ValueError(f"no transition has the trigger {trigger}: add one to TRANSITIONS")
 

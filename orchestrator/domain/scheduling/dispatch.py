@@ -18,7 +18,15 @@ from enum import Enum, auto
 from typing import NamedTuple
 
 from orchestrator.domain.runs.model import TaskDocument
-from orchestrator.domain.runs.statuses import FINAL_STATUSES, SUCCESS_STATUSES, UNSUCCESSFUL_STATUSES, TaskStatus
+from orchestrator.domain.runs.statuses import (
+    CLAIMED_STATUSES,
+    FINAL_STATUSES,
+    LANDING_STATUSES,
+    SUCCESS_STATUSES,
+    UNSUCCESSFUL_STATUSES,
+    USER_STATUSES,
+    TaskStatus,
+)
 from orchestrator.domain.scheduling.dependencies import DependencyGraph
 from orchestrator.domain.scheduling.ready import AdapterGroup, AdapterPool, ReadyLane, ReadyQueue
 
@@ -77,7 +85,7 @@ class _State(Enum):
     PENDING = auto()
     FRESH = auto()  # ready since the last decision
     READY = auto()
-    AWAITING_APPROVAL = auto()
+    DELAYED = auto()  # may start again at a time
     RUNNING = auto()
     BUILT = auto()
     LANDED = auto()
@@ -85,7 +93,7 @@ class _State(Enum):
 
 
 # Module-level names: each access to an enum member would cost a dictionary lookup.
-_PENDING, _FRESH, _READY, _AWAITING_APPROVAL, _RUNNING, _BUILT, _LANDED, _OVER = _State
+_PENDING, _FRESH, _READY, _DELAYED, _RUNNING, _BUILT, _LANDED, _OVER = _State
 
 
 class _Placement(NamedTuple):
@@ -170,10 +178,10 @@ class DispatchBoard:
         for task, status in statuses.items():
             if status in SUCCESS_STATUSES:
                 board.landed(task)
-            elif status is TaskStatus.AWAITING_APPROVAL:
+            elif status in USER_STATUSES:
                 board.rest(task, keeps_paths=False)
-            elif status not in FINAL_STATUSES and status is not TaskStatus.PENDING:
-                board._resume(task, running=status is TaskStatus.RUNNING)
+            elif status in CLAIMED_STATUSES:
+                board._resume(task, running=status not in LANDING_STATUSES)
         for task, status in statuses.items():
             if status in UNSUCCESSFUL_STATUSES:
                 board.ended(task)
@@ -244,7 +252,7 @@ class DispatchBoard:
             self.rest(task, keeps_paths=False, adapters=adapters)
             self._graph.block_if_a_need_will_not_land(task)
             return
-        self._leave(task, _AWAITING_APPROVAL)
+        self._leave(task, _DELAYED)
         self._replace(task, adapters, keeps_paths=keeps_paths)
         self._waiting.add(task, until, self._placements[task])
 
@@ -292,9 +300,9 @@ class DispatchBoard:
         elif status in FINAL_STATUSES:
             if state is not _OVER:
                 self.ended(task)
-        elif status is TaskStatus.AWAITING_APPROVAL:
+        elif status in USER_STATUSES:
             self.rest(task, keeps_paths=keeps_paths)
-        elif status is not TaskStatus.PENDING:
+        elif status in CLAIMED_STATUSES:
             if state is _RUNNING:
                 self.built(task)
             elif state is not _BUILT:
@@ -428,7 +436,7 @@ class DispatchBoard:
             self._free_slot(task)
         elif before is _READY:
             self._queue.discard(task)
-        elif before is _AWAITING_APPROVAL:
+        elif before is _DELAYED:
             self._waiting.discard(task)
         self._state[task] = state
 

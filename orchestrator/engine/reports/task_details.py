@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import ConfigDict, Field, TypeAdapter
 
 from orchestrator.domain.runs.model import Attempt, TaskDocument
-from orchestrator.domain.runs.phases import PhaseRecord, PhaseStatus
-from orchestrator.domain.runs.statuses import TaskStatus
+from orchestrator.domain.runs.phases import OPEN_STATUSES, PhaseRecord, PhaseStatus
+from orchestrator.domain.runs.statuses import FINAL_STATUSES, LANDING_STATUSES
 from orchestrator.domain.runs.usage import Usage, measure_seconds, sum_usage
 from orchestrator.domain.workflow.handoffs import Handoff, is_intact
 from orchestrator.domain.workflow.routing import DEFAULT_PHASES
@@ -20,15 +20,6 @@ from orchestrator.sessions.output.log_files import log_file_name
 
 #: The fields with defaults are always in the JSON.
 _WITH_DEFAULTS = ConfigDict(json_schema_serialization_defaults_required=True)
-
-#: The status of the single phase of a task without a workflow, by the status of the task.
-_PLAIN_STATUS: Mapping[TaskStatus, PhaseStatus] = {
-    TaskStatus.PENDING: PhaseStatus.IN_PROGRESS,
-    TaskStatus.RUNNING: PhaseStatus.IN_PROGRESS,
-    TaskStatus.FAILED: PhaseStatus.FAILED,
-    TaskStatus.NO_CHANGE: PhaseStatus.FAILED,
-    TaskStatus.CANCELLED: PhaseStatus.CANCELLED,
-}
 
 
 class PhaseVisitDetails(PhaseRecord):
@@ -229,8 +220,8 @@ def _record(phase: str, **changes: Any) -> PhaseRecord:
 
 def _plain_visit(task: TaskDocument, attempts: Sequence[Attempt], now: float) -> PhaseVisitDetails:
     """Return the single phase of a task without a workflow; only its attempts are recorded."""
-    status = _PLAIN_STATUS.get(task.status, PhaseStatus.COMPLETED)
-    is_open = status is PhaseStatus.IN_PROGRESS
+    status = task.status.record.plain_phase
+    is_open = status in OPEN_STATUSES
     built = [attempt for attempt in attempts if attempt.outcome == "built"]
     record = _record(
         DEFAULT_PHASES[0].name,
@@ -264,11 +255,7 @@ def _visit(
 
 def _remaining_phases(task: TaskDocument, definition: TaskDefinition) -> list[str]:
     """Return the phases after the current one."""
-    if task.imported is not None or task.status not in {
-        TaskStatus.PENDING,
-        TaskStatus.RUNNING,
-        TaskStatus.AWAITING_APPROVAL,
-    }:
+    if task.imported is not None or task.status in FINAL_STATUSES | LANDING_STATUSES:
         return []
     names = list(definition.phases)
     if definition.workflow is None:

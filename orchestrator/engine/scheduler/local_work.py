@@ -11,7 +11,14 @@ import anyio
 
 from orchestrator.domain.events.runs import AdapterEnabled
 from orchestrator.domain.runs.model import AdapterDocument
-from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, LANDING_STATUSES, SUCCESS_STATUSES, TaskStatus
+from orchestrator.domain.runs.statuses import (
+    CLAIMED_STATUSES,
+    LANDING_STATUSES,
+    STARTABLE_STATUSES,
+    SUCCESS_STATUSES,
+    USER_STATUSES,
+    TaskStatus,
+)
 from orchestrator.domain.scheduling.dispatch import DispatchBoard
 from orchestrator.domain.workflow.routing import current_adapters, has_built_work
 from orchestrator.engine.landing.merge_queue import MergeQueue
@@ -48,7 +55,7 @@ class LocalWork:
         """The attempts that run in this process, by task."""
         self._woken = anyio.Event()
         for task in ledger.run.tasks:
-            if ledger.task(task).status in {TaskStatus.PENDING, TaskStatus.AWAITING_APPROVAL}:
+            if ledger.task(task).status in STARTABLE_STATUSES | USER_STATUSES:
                 self._place(task)
 
     def _place(self, task: str) -> None:
@@ -123,14 +130,10 @@ class LocalWork:
             elif document.cooldown_until is not None:
                 self.cool_down(adapter, document.cooldown_until)
 
-    def awaiting_approval(self) -> dict[str, int]:
-        """Map each task that waits for approval to the number of its phase visits."""
+    def awaiting_user(self) -> dict[str, int]:
+        """Map each task that waits for a person to the number of its phase visits."""
         statuses = self._ledger.statuses().items()
-        return {
-            task: len(self._ledger.task(task).phases)
-            for task, status in statuses
-            if status is TaskStatus.AWAITING_APPROVAL
-        }
+        return {task: len(self._ledger.task(task).phases) for task, status in statuses if status in USER_STATUSES}
 
     def is_waiting_for_peers(self) -> bool:
         """Return True if tasks of other orchestrators may still create work.

@@ -187,7 +187,7 @@ class Scheduler:
         """Record once that the run only waits for adapters that cool down, or for people."""
         if self._is_active() or self._landings.is_pending or self._is_start_blocked or self._local.tasks_elsewhere():
             return
-        awaited, approvals = self._board.awaited(), self._local.awaiting_approval()
+        awaited, approvals = self._board.awaited(), self._local.awaiting_user()
         if (
             (not awaited and self._board.has_work())
             or not (awaited or approvals)
@@ -223,7 +223,7 @@ class Scheduler:
         if self._landings.is_pending:
             return False
         # Last, because it searches all tasks.
-        is_open = self._board.has_work() or self._local.is_waiting_for_peers() or self._local.awaiting_approval()
+        is_open = self._board.has_work() or self._local.is_waiting_for_peers() or self._local.awaiting_user()
         return self._is_start_blocked or not is_open
 
     async def _pause(self) -> None:

@@ -107,12 +107,11 @@ def _explain_merge_retry(run: RunDocument, status: TaskStatus) -> RefusedError:
 
 def _explain_not_retryable(task: str, status: TaskStatus, run: RunDocument, *, is_live: bool) -> RefusedError:
     """Return why a task that is not blocked cannot be retried, and what to do instead."""
-    match status:
-        case TaskStatus.LANDED:
-            return RefusedError(f"task {task!r} has landed", "revert its commit and start a new run to do it again")
-        case TaskStatus.AWAITING_APPROVAL:
-            remedy = f"`council approve {task}`, or `council reject {task}` to repeat its phase"
-            return RefusedError(f"task {task!r} waits for approval", remedy)
+    if status is TaskStatus.LANDED:
+        return RefusedError(f"task {task!r} has landed", "revert its commit and start a new run to do it again")
+    if status.record.waits_for_user:
+        remedy = ", ".join(f"{word} `{command.format(task)}`" for word, command in status.record.next_steps)
+        return RefusedError(f"task {task!r} is {status.record.label}", remedy)
     if status in FINAL_STATUSES:
         return RefusedError(f"task {task!r} is {status.record.label}", "start a new run to do it again")
     remedy = "cancel it first, or wait"
