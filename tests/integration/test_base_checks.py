@@ -351,7 +351,7 @@ def test_check_of_a_hidden_program_needs_a_new_run(repository: Repository) -> No
     config = configure(repository, "write a.txt a", checks=[f"{tool} --version"])
     ended = repository.council("run", str(config), "--json")
     headline, *_, remedy, correction = ended.result["halted"].splitlines()
-    assert headline.endswith(f"program '{tool}' was not found ({tool.parent} is hidden from sessions)")
+    assert headline.endswith(f"({tool.parent} is hidden from sessions)")
     assert "PATH" not in ended.result["halted"]
     assert remedy == f"start a new run with {tool.parent} in `readable`"
     assert correction.endswith(f"`council retry t1 --reload --run {ended.result['run']}`")
