@@ -27,12 +27,17 @@ def _registry() -> Iterator[None]:
 
 def define(name: str, **attributes: object) -> type[TypedEvent]:
     """Define an event class with the attributes of its body."""
-    return type(name, (RunEvent,), attributes)
+    return type(name, (RunEvent,), {"__doc__": "It has happened.", **attributes})
 
 
 @pytest.mark.parametrize(
     ("attributes", "error"),
     [
+        ({"sentence": "x"}, "X: give it a `type`, or declare it a base of events by `is_base=True`"),
+        ({"type": "x.happened", "sentence": "x", "__doc__": None}, "X: give it a docstring"),
+        ({"type": "task.happened", "sentence": "x"}, "X: derive it from TaskEvent"),
+        ({"type": "phase.happened", "sentence": "x"}, "X: derive it from PhaseEvent"),
+        ({"type": "adapter.happened", "sentence": "x"}, "X: derive it from AdapterEvent"),
         ({"type": "x.happened"}, "X: give it a `sentence`"),
         ({"type": "x.happened", "sentence": ""}, "X: give it a `sentence`"),
         ({"type": "run.created", "sentence": "x"}, "X: RunCreated has the type 'run.created', too"),

@@ -14,6 +14,8 @@ from typing import Any, ClassVar, Final, Self, dataclass_transform
 
 #: All events by type.
 EVENT_TYPES: Final[dict[str, type[TypedEvent]]] = {}
+#: The base of all events whose type has a prefix.
+_BASES_BY_PREFIX: Final[dict[str, type[TypedEvent]]] = {}
 
 
 class Shown(Enum):
@@ -44,15 +46,20 @@ class TypedEvent:
     field_types: ClassVar[Mapping[str, str]] = {}
     """The annotations of its fields by name, in the order of the data."""
 
-    def __init_subclass__(cls) -> None:
-        """Register an event; a class without `type` of its own is a base of events."""
+    def __init_subclass__(cls, *, is_base: bool = False, prefix: str | None = None) -> None:
+        """Register an event, or with `is_base` a base of events: all types with its `prefix` must derive from it.
+
+        Raises TypeError for an incomplete event.
+        """
         annotations: Mapping[str, str] = cls.__dict__.get("__annotations__", {})  # noqa: RUF063  that needs `inspect`
         own = {name: kind for name, kind in annotations.items() if "ClassVar" not in kind}
         cls.field_types = {**cls.field_types, **own}
         if reserved := own.keys() & _RESERVED_NAMES:
             raise TypeError(f"{cls.__name__}: rename its field {min(reserved)!r}, the name has another meaning")
-        if "type" in cls.__dict__:
+        if not is_base:
             _register(cls)
+        elif prefix is not None:
+            _BASES_BY_PREFIX[prefix] = cls
 
     def __init__(self, **fields: Any) -> None:
         known = self.field_types
@@ -119,6 +126,13 @@ def template_names(template: str) -> Iterator[str]:
 
 
 def _register(cls: type[TypedEvent]) -> None:
+    if "type" not in cls.__dict__:
+        raise TypeError(f"{cls.__name__}: give it a `type`, or declare it a base of events by `is_base=True`")
+    if not cls.__doc__:
+        raise TypeError(f"{cls.__name__}: give it a docstring, docs/events.md shows it")
+    base = _BASES_BY_PREFIX.get(cls.type.partition(".")[0], TypedEvent)
+    if not issubclass(cls, base):
+        raise TypeError(f"{cls.__name__}: derive it from {base.__name__}, as all events of a type like {cls.type!r}")
     if not cls.__dict__.get("sentence"):
         raise TypeError(f"{cls.__name__}: give it a `sentence`")
     if cls.type in EVENT_TYPES:
@@ -140,7 +154,7 @@ def _to_json(value: Any) -> Any:
     return value
 
 
-class RunEvent(TypedEvent):
+class RunEvent(TypedEvent, is_base=True, prefix="run"):
     """Base of the events of a run."""
 
     context: ClassVar[tuple[str, ...]] = ("run",)
@@ -149,7 +163,7 @@ class RunEvent(TypedEvent):
     """Its id; the run's ledger fills it in."""
 
 
-class TaskEvent(RunEvent):
+class TaskEvent(RunEvent, is_base=True, prefix="task"):
     """Base of the events of a task."""
 
     context = ("run", "task")
@@ -161,7 +175,7 @@ class TaskEvent(RunEvent):
     """The number of its session, from its first attempt on."""
 
 
-class AttemptEvent(TaskEvent):
+class AttemptEvent(TaskEvent, is_base=True):
     """Base of the events that may record the end of an attempt."""
 
     outcome: str = ""

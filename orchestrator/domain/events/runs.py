@@ -268,7 +268,7 @@ class BaseFailureAllowed(RunEvent):
     sentence = "from now on, checks may fail on the base"
 
 
-class _BudgetEvent(RunEvent):
+class _BudgetEvent(RunEvent, is_base=True):
     scope: str
     """`session`, `task` or `run`."""
     of: str
@@ -313,7 +313,7 @@ class BudgetPriceUnknown(RunEvent):
     """null if the model is unknown too."""
 
 
-class AdapterEvent(RunEvent):
+class AdapterEvent(RunEvent, is_base=True, prefix="adapter"):
     """Base of the events of an adapter, which the ledger fills in."""
 
     context = ("run", "adapter")

@@ -383,7 +383,7 @@ class TaskAfterRunFailed(TaskEvent):
     reason: str
 
 
-class PhaseEvent(TaskEvent):
+class PhaseEvent(TaskEvent, is_base=True, prefix="phase"):
     """Base of the events of a visit of a phase."""
 
     phase: str
