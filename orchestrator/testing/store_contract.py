@@ -1,4 +1,4 @@
-"""The contract of every store, as tests: subclass `StoreContract` and override `open_store`.
+"""The contract of every store, as tests: subclass `StoreContract` and override `open_store` and `open_store_at`.
 
 Needs pytest with pytest-asyncio in its auto mode (or mark your subclass `pytest.mark.asyncio`).
 """
@@ -11,7 +11,8 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import anyio
 import pytest
@@ -103,9 +104,49 @@ def make_commit(key: Key, expected: int, value: JsonObject | None) -> Commit:
 class StoreContract(ABC):
     """Tests of the contract that `orchestrator.protocols.Store` describes."""
 
+    is_persistent: ClassVar[bool] = True
+    """Whether a store that is opened again has its content: override `open_store_at`."""
+    is_local: ClassVar[bool] = False
+    """Whether its data is in files on this machine, which `local_paths` must return."""
+
     @abstractmethod
     def open_store(self) -> AbstractAsyncContextManager[Store]:
         """Return a context manager that opens a new, empty store for one test."""
+
+    def open_store_at(self, place: Path) -> AbstractAsyncContextManager[Store]:
+        """Return a context manager that opens the store of a place: first empty, later with its content.
+
+        A place is an empty folder of one test; a store on a server can use its path as a name.
+        """
+        name = type(self).__name__
+        raise NotImplementedError(f"{name}, {place}: override `open_store_at`, or set `is_persistent = False`")
+
+    async def test_reopened_store_has_what_was_committed(self, tmp_path: Path) -> None:
+        """Documents, versions, history, events and the position survive that the store is closed."""
+        if not self.is_persistent:
+            pytest.skip("the store declares that its content is lost when it is closed")
+        async with self.open_store_at(tmp_path) as store:
+            await store.commit(Commit([Write(TASK, 0, {"n": 1})], [Event("one", {"n": 1})]))
+            await store.commit(Commit([Write(TASK, 1, {"n": 2}), Write(OTHER_TASK, 0, {"n": 1})], durable=False))
+            expected, document = await read_dump(store), await store.get(TASK)
+        async with self.open_store_at(tmp_path) as store:
+            assert document is not None
+            assert await store.get(TASK) == document
+            assert await read_dump(store) == expected
+            assert list(store.damage) == []
+            assert bool(store.local_paths()) == self.is_local, "`local_paths` contradicts `is_local` of the suite"
+            assert await store.commit(make_commit(TASK, document.version, {"n": 3})) == expected[0] + 1
+
+    async def test_reopened_store_has_what_was_loaded(self, tmp_path: Path) -> None:
+        """A loaded store has the same dump after it was closed."""
+        if not self.is_persistent:
+            pytest.skip("the store declares that its content is lost when it is closed")
+        async with self.open_store_at(tmp_path) as store:
+            await store.load(make_dump(COMPACTED_LOG, 8, 6))
+            expected = await read_dump(store)
+        async with self.open_store_at(tmp_path) as store:
+            assert await read_dump(store) == expected
+            assert (await store.verify()).is_valid
 
     async def test_local_paths_of_a_used_store_are_absolute_and_exist(self) -> None:
         """The sandbox can only hide declared, existing paths from sessions."""

@@ -4,7 +4,7 @@ Each registered scheme has a class here, named by its `scheme` (`tests/unit/test
 """
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -22,6 +22,7 @@ class TestMemoryStore(StoreContract):
     """Run the contract in memory."""
 
     scheme = "memory"
+    is_persistent = False
 
     @asynccontextmanager
     async def open_store(self) -> AsyncIterator[Store]:
@@ -33,15 +34,19 @@ class TestFileStore(StoreContract):
     """Run the contract on disk."""
 
     scheme = "file"
+    is_local = True
     segment_bytes = 16 << 20
 
     @asynccontextmanager
     async def open_store(self) -> AsyncIterator[Store]:
         """Open a store in its own directory."""
         with TemporaryDirectory() as directory:
-            place = Path(directory) / "state"
-            async with FileStore.open(place, SystemClock(), segment_bytes=self.segment_bytes) as store:
+            async with self.open_store_at(Path(directory)) as store:
                 yield store
+
+    def open_store_at(self, place: Path) -> AbstractAsyncContextManager[Store]:
+        """Open the store of a directory."""
+        return FileStore.open(place / "state", SystemClock(), segment_bytes=self.segment_bytes)
 
 
 class TestFileStoreOfTinySegments(TestFileStore):
@@ -57,18 +62,25 @@ async def _tell(event: TypedEvent) -> None:
 class TestPausing(StoreContract):
     """Run the contract with a store that waits during outages."""
 
+    is_local = True
     mode: Literal["pause", "continue"] = "pause"
 
     @asynccontextmanager
     async def open_store(self) -> AsyncIterator[Store]:
         """Wrap an empty store."""
         with TemporaryDirectory() as directory:
-            folder, clock = Path(directory), SystemClock()
-            async with (
-                FileStore.open(folder / "state", clock) as store,
-                survive_outages(store, self.mode, clock, folder / "outage", _tell) as survivor,
-            ):
+            async with self.open_store_at(Path(directory)) as survivor:
                 yield survivor
+
+    @asynccontextmanager
+    async def open_store_at(self, place: Path) -> AsyncIterator[Store]:
+        """Wrap the store of a directory."""
+        clock = SystemClock()
+        async with (
+            FileStore.open(place / "state", clock) as store,
+            survive_outages(store, self.mode, clock, place / "outage", _tell) as survivor,
+        ):
+            yield survivor
 
 
 class TestContinuing(TestPausing):
