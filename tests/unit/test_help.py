@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import pkgutil
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import fields
 
 import click
 import pytest
 from click.testing import CliRunner
 
-from orchestrator.cli.main import main
+from orchestrator.cli import commands
+from orchestrator.cli.commands.runs.run_options import CoordinationOverrides
+from orchestrator.cli.main import COMMANDS_BY_SECTION, main
 
 
 def _leaves(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
@@ -38,6 +42,32 @@ def test_help_ends_with_valid_examples(path: tuple[str, ...]) -> None:
         assert first == "council"
         assert tuple(words[: len(path)]) == path
         _parse(words)
+
+
+@pytest.mark.parametrize("path", [path for path, one in ALL.items() if one.callback is not None], ids=" ".join)
+def test_callback_takes_exactly_the_declared_parameters(path: tuple[str, ...]) -> None:
+    """A forgotten option, or one that the function does not take, would fail only when the command runs."""
+    command = ALL[path]
+    assert command.callback is not None
+    taken = inspect.signature(command.callback).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+        return  # a session command, which passes all of them on
+    shared = {one.name for one in fields(CoordinationOverrides)} if "coordination" in taken else set()
+    declared = {parameter.name for parameter in command.params if parameter.expose_value}
+    assert declared - shared == taken.keys() - {"context", "coordination"}, (
+        f"`council {' '.join(path)}`: its options and arguments must be the parameters of its function"
+    )
+
+
+def test_every_module_of_commands_is_in_the_table() -> None:
+    """Modules of options, and of subcommands that another module adds to its group, have no commands of their own."""
+    prefix = f"{commands.__name__}."
+    walked = pkgutil.walk_packages(commands.__path__, prefix)
+    found = {one.name.removeprefix(prefix) for one in walked if not one.ispkg}
+    defining = {one.callback.__module__.removeprefix(prefix) for one in ALL.values() if one.callback is not None}
+    listed = {place.partition(":")[0] for entries in COMMANDS_BY_SECTION.values() for place, _ in entries.values()}
+    missing = found - listed - defining - {"runs.run_options"}
+    assert not missing, f"add the commands of {sorted(missing)} to COMMANDS_BY_SECTION in orchestrator/cli/main.py"
 
 
 @pytest.mark.parametrize("path", [(), *(path for path, one in ALL.items() if isinstance(one, click.Group))], ids=str)
