@@ -14,8 +14,8 @@ import pytest
 from click.testing import CliRunner
 
 from orchestrator.cli import commands
-from orchestrator.cli.commands.runs.run_options import CoordinationOverrides
 from orchestrator.cli.main import COMMANDS_BY_SECTION, main
+from orchestrator.config.coordination import CoordinationOverrides
 
 
 def _leaves(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
