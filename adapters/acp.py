@@ -1,4 +1,4 @@
-"""Adapter for agents of the Agent Client Protocol (https://agentclientprotocol.com), through a bridge of ours.
+"""Adapter for agents that use the Agent Client Protocol (https://agentclientprotocol.com), by a bridge.
 
 adapters:
   gemini:
@@ -37,12 +37,12 @@ from orchestrator.protocols import (
 
 hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 
-# Known agents: run as one process, without updates, with few retries, because retries are the scheduler's.
+# Known agents: run as a single process, without updates, and with few retries, because the scheduler retries.
 _PRESET: Final = {
     "CLAUDE_CODE_MAX_RETRIES": "3",
     "DISABLE_AUTOUPDATER": "1",
     "GEMINI_CLI_NO_RELAUNCH": "true",
-    "GEMINI_CLI_TRUST_WORKSPACE": "true",  # otherwise it ignores the project's instructions, as in all new worktrees
+    "GEMINI_CLI_TRUST_WORKSPACE": "true",  # otherwise it ignores the instructions in new worktrees
     "QWEN_CODE_NO_RELAUNCH": "true",
 }
 _INSTALL: Final = "`pip install 'cli-council[acp]'` into the environment of `council`"
@@ -54,9 +54,9 @@ class AcpOptions(AdapterOptions):
     argv: CommandLine
     """The agent and its arguments, such as `[gemini, --acp]`; it communicates on standard input and output."""
     model: OptionValue | None = None
-    """One of the models that the agent offers; by default the agent's choice."""
+    """One of the models that the agent offers; by default, the agent chooses."""
     resumes: bool = False
-    """Whether the agent can load earlier conversations, so that a retry continues the one with the failed work."""
+    """Whether the agent can load earlier conversations, so that a retry continues the failed one."""
 
     @model_validator(mode="after")
     def _check_resumes(self) -> Self:
@@ -74,11 +74,11 @@ class AcpAdapter:
         self._options = options
 
     def capabilities(self) -> frozenset[Capability]:
-        """Return its capabilities; whether the agent loads conversations is known only when it runs."""
+        """Return the capabilities. Whether the agent can load conversations is known only when it runs."""
         return frozenset({Capability.MCP, Capability.RESUME} if self._options.resumes else {Capability.MCP})
 
     def programs(self) -> Sequence[Program]:
-        """Return the bridge, with its check for the SDK, and the agent."""
+        """Return the bridge, which checks for the SDK, and the agent."""
         bridge = bridge_command("acp", "--ready")
         return (
             Program(sys.executable, ready=bridge[1:], log_in=_INSTALL),
@@ -86,7 +86,7 @@ class AcpAdapter:
         )
 
     def command(self, request: SessionRequest) -> SessionCommand:
-        """Return the bridge's command line, with the agent's after `--`."""
+        """Return the bridge's command line, followed by `--` and the agent's."""
         places = ("--prompt-file", str(request.prompt_file), "--worktree", str(request.worktree))
         is_opencode = PurePath(self._options.argv[0]).name == "opencode"
         files = limit_plugin("stderr") if is_opencode else {}
@@ -105,11 +105,11 @@ class AcpAdapter:
         )
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
-        """Return the events of a line of the bridge."""
+        """Return the events in a line printed by the bridge."""
         return parse_bridge_line(line)
 
     def verdict(self, end: SessionEnd) -> Failed | None:
-        """Return the failure of the bridge's result; a usage limit with its end, if the agent reports it."""
+        """Return the failure in the bridge's result, with the reset time of a usage limit if reported."""
         return with_reset_time(parse_limit(end.stderr) or concluded_failure(end), end.time)
 
 

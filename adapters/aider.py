@@ -1,7 +1,7 @@
 """Aider, which prints plain text (PyPI `aider-chat`, https://aider.chat/docs/config/options.html).
 
-It always exits with 0, so only its messages report failures. Because it retries by itself, an error counts only if no
-answer follows.
+Aider always exits with 0, so failures appear only in its messages. Because it retries by itself, an error counts only
+if no answer follows.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ _ERRORS: Final[Mapping[str, FailureClass]] = {
     "Timeout": FailureClass.TRANSIENT,
     "APIConnection": FailureClass.TRANSIENT,
 }
-#: An error that interrupts an answer is in the middle of a line, and names the provider.
+#: An error that interrupts an answer is in the middle of a line and contains the provider's name.
 _ERROR: Final = re.compile(
     r"^litellm\.(?P<first>\w+?)(?:Error)?: "
     r"|litellm\.(?P<within>\w+?)(?:Error)?: (?:(?:litellm\.)?\w+: )?\w+Exception - "
@@ -106,20 +106,20 @@ class AiderAdapter:
         self._options = options
 
     def capabilities(self) -> frozenset[Capability]:
-        """Return its capabilities."""
+        """Return Aider's capabilities."""
         return frozenset({Capability.INSTRUCTIONS, Capability.READ_ONLY})
 
     def programs(self) -> Sequence[Program]:
-        """Return aider."""
+        """Return the program `aider`."""
         install = "`uv tool install aider-chat` or `pipx install aider-chat`"
         return (self._options.program(install, ">=0.86,<0.87", _KEYS, _LOG_IN),)
 
     def command(self, request: SessionRequest) -> SessionCommand:
-        """Return the command line; its tags cache in the worktree is not part of the work."""
+        """Return the command line. The tags cache in the worktree is not part of the work."""
         options = self._options
         files = {} if request.instructions is None else {INSTRUCTIONS_FILE: request.instructions}
-        # It wraps lines at the terminal's width, 80 without a terminal; and with --yes-always it opens a page of its
-        # manual after many errors.
+        # Aider wraps lines at the terminal's width (80 without a terminal), and with --yes-always it opens a page of
+        # its manual after many errors.
         preset = {"COLUMNS": "1000", "BROWSER": "true", **own_home_variables(options, request)}
         env, passed = options.variables(("HOME", *_KEYS, *_PLACES), **preset)
         return SessionCommand(
@@ -142,7 +142,7 @@ class AiderAdapter:
         )
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
-        """Return the events of a line; reported tokens mean that an answer succeeded, even after errors."""
+        """Return the events in a line. Reported tokens mean that an answer succeeded, even after errors."""
         text = line.strip()
         spent = _spent(text)
         if spent is not None:
@@ -156,7 +156,7 @@ class AiderAdapter:
         return (AgentMessage(line),) if text else ()
 
     def verdict(self, end: SessionEnd) -> Failed | None:
-        """Return the failure of the last error, unless an answer followed."""
+        """Return the failure for the last error unless an answer followed."""
         return with_reset_time(concluded_failure(end), end.time)
 
 

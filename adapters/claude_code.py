@@ -1,7 +1,7 @@
 """Claude Code, which prints JSON lines (npm `@anthropic-ai/claude-code`, https://code.claude.com/docs/en/headless).
 
-After an API error its `result` has `subtype: success` and `is_error: true`. A usage limit is announced before by a
-`rate_limit_event` with the time of its end.
+After an API error, its `result` has `subtype: success` and `is_error: true`. A usage limit is preceded by a
+`rate_limit_event` with its reset time.
 """
 
 from __future__ import annotations
@@ -66,16 +66,16 @@ _MODE: Final = (
     "set `permission_mode: bypassPermissions` for its adapter (intended for sandboxed sessions), or allow the tool "
     "with `args: ['--allowedTools=TOOL']`"
 )
-_RULES: Final = "a rule or a hook in its settings denies it: change that to allow it"
+_RULES: Final = "a rule or hook in its settings denies it: change the settings to allow it"
 _LOG_IN: Final = "run `claude auth login`, set ANTHROPIC_API_KEY or CLAUDE_CODE_OAUTH_TOKEN, or add credit"
 _PRESET: Final = {
     "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
     "CLAUDE_CODE_MAX_RETRIES": "3",
     "DISABLE_AUTOUPDATER": "1",
-    "MCP_CONNECTION_NONBLOCKING": "0",  # else the first turn has no MCP tools
+    "MCP_CONNECTION_NONBLOCKING": "0",  # otherwise the first turn has no MCP tools
 }
 
-#: Messages of results and plain text without a status; the first match counts.
+#: Messages in results and plain text without a status. The first match counts.
 _WORDS: Final[Mapping[FailureClass, re.Pattern[str]]] = {
     FailureClass.RATE_LIMITED: re.compile(r"usage limit reached|hit your .*limit|out of (?:extra )?usage|\b429\b"),
     FailureClass.LIMIT: re.compile(r"prompt is too long", re.IGNORECASE),
@@ -96,17 +96,17 @@ _SUBTYPES: Final[Mapping[str, tuple[FailureClass, str]]] = {
     "error_during_execution": (FailureClass.CRASHED, "it was interrupted, or failed with an internal error"),
 }
 _PATH_KEYS: Final = ("file_path", "notebook_path", "path")
-#: Files of the user that a task's own home links to.
+#: User files that a task's own home links to.
 _LOGIN: Final = ".credentials.json"
 _LINKS: Final = {
     name: f"~/.claude/{name}"
     for name in (_LOGIN, "settings.json", "CLAUDE.md", "agents", "commands", "plugins", "skills")
 }
 _SERVERS: Final = "council-mcp.json"
-#: Settings on top of those of the user and the project; the hooks of all of them run.
+#: Settings in addition to those of the user and the project. The hooks of all of them run.
 _SETTINGS: Final = "council-settings.json"
-#: Unless permissions are bypassed, it asks for permission to use an MCP tool, and nobody could answer; our tools change
-#: no file. One word, because the option would also take the words after it.
+#: Unless permissions are bypassed, Claude Code asks for permission to use MCP tools, and nobody could answer. Our tools
+# change no files. One word, because the option would also consume the words after it.
 _ALLOWED: Final = f"--allowedTools=mcp__{MCP_SERVER_NAME}"
 _EDITORS: Final = "Edit|Write|MultiEdit|NotebookEdit"
 _HOOK_TIMEOUT: Final = 10  # seconds
@@ -120,13 +120,13 @@ class ClaudeCodeOptions(CliOptions):
 
     bin: ProgramName = "claude"
     permission_mode: Literal["acceptEdits", "bypassPermissions"] = "acceptEdits"
-    """What it may do without asking: change files, or anything (intended for sandboxed sessions)."""
+    """What Claude Code may do without asking: change files, or anything (intended for sandboxed sessions)."""
     max_turns: TurnLimit | None = None
-    """The turn limit of a session, as in `--max-turns`."""
+    """The turn limit of a session (`--max-turns`)."""
     max_cost: UsDollars | None = None
-    """The cost limit of a session in US dollars, as in `--max-budget-usd`."""
+    """The cost limit of a session in US dollars (`--max-budget-usd`)."""
     home: Literal["own", "shared"] = "own"
-    """Where it keeps settings and conversations (`CLAUDE_CONFIG_DIR`): in a folder per task, or in yours."""
+    """Where to keep settings and conversations (`CLAUDE_CONFIG_DIR`): in a folder per task, or in yours."""
 
 
 class ClaudeCodeAdapter:
@@ -138,12 +138,15 @@ class ClaudeCodeAdapter:
         self._options = options
 
     def capabilities(self) -> frozenset[Capability]:
-        """Return all but READ_ONLY, a mode without tests; RESUME needs a home to keep conversations in."""
+        """Return all capabilities except READ_ONLY, which excludes running tests.
+
+        RESUME needs a home that keeps conversations.
+        """
         can = frozenset(Capability) - {Capability.READ_ONLY}
         return can if self._options.has_own_home else can - {Capability.RESUME}
 
     def programs(self) -> Sequence[Program]:
-        """Return Claude Code, with its command for the login status."""
+        """Return Claude Code with its login status command."""
         return (
             self._options.program(
                 "`npm install -g @anthropic-ai/claude-code`", ">=2.1,<3", _KEYS, _LOG_IN, ready=("auth", "status")
@@ -151,7 +154,7 @@ class ClaudeCodeAdapter:
         )
 
     def command(self, request: SessionRequest) -> SessionCommand:
-        """Return the command line; as root it bypasses permissions only with `IS_SANDBOX`."""
+        """Return the command line. As root, Claude Code bypasses permissions only with `IS_SANDBOX`."""
         options = self._options
         mode = options.permission_mode
         preset = {**_PRESET, "IS_SANDBOX": "1"} if mode == "bypassPermissions" else _PRESET
@@ -175,11 +178,11 @@ class ClaudeCodeAdapter:
             env=env,
             pass_env=passed,
             home=_home(request, is_own=options.has_own_home),
-            interrupt=True,  # after SIGTERM it leaves its tools' processes behind and prints no result
+            interrupt=True,  # on SIGTERM it leaves its tools' processes behind and prints no result
         )
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
-        """Return the events of a JSON line; plain text is a message."""
+        """Return the events in a JSON line; plain text is a message."""
         value = parse_object(line)
         if value is None:
             return parse_plain_line(line)
@@ -199,11 +202,11 @@ class ClaudeCodeAdapter:
 
     @property
     def _remedy(self) -> str:
-        """How to allow a denied tool."""
+        """The remedy for a denied tool."""
         return _MODE if self._options.permission_mode == "acceptEdits" else _RULES
 
     def verdict(self, end: SessionEnd) -> Failed | None:
-        """Return the failure of the result, else of the plain output; for a usage limit with its end if known."""
+        """Return the failure in the result or else in the plain output, with a limit's reset time if known."""
         failed = concluded_failure(end) or _failure_in_words(end) or detect_interruption(end)
         if failed is None or failed.failure is not FailureClass.RATE_LIMITED or failed.until is not None:
             return failed
@@ -230,9 +233,9 @@ def _servers(request: SessionRequest) -> JsonObject:
     return {
         one.name: {"type": "http", "url": one.url}
         if one.url is not None
-        # A server gets variables of the session by their names.
+        # Servers receive session variables by name.
         else {"command": one.argv[0], "args": [*one.argv[1:]], "env": {name: f"${{{name}:-}}" for name in one.env}}
-        # Otherwise the model only sees tool names, and has to search for a tool before it can submit a handoff.
+        # Otherwise the model sees only tool names and has to search for a tool before it can submit a handoff.
         | ({"alwaysLoad": True} if one.name == MCP_SERVER_NAME else {})
         for one in request.mcp_servers
     }
@@ -257,7 +260,7 @@ def _of_system(value: JsonObject, remedy: str) -> Iterator[SessionEvent]:
 
 
 def _denied(denials: Any, remedy: str) -> Iterator[ToolDenied]:
-    """Yield the denied tools of a result, each with its main argument."""
+    """Yield the denied tools in a result, each with its main argument."""
     for one in denials if isinstance(denials, list) else ():
         match one:
             case {"tool_name": str(name), "tool_input": dict(option_arguments)}:
@@ -282,14 +285,14 @@ def _of_message(message: Any) -> Iterator[SessionEvent]:
 
 
 def _result_of(block: JsonObject) -> str:
-    """Return a tool's result as one line: a text, or the texts of a list of blocks."""
+    """Return a tool's result as one line, from a text or from the texts in a list of blocks."""
     content = block.get("content")
     parts = content if isinstance(content, list) else [{"text": content}]
     return one_line(" ".join(as_text(part.get("text")) for part in parts if isinstance(part, dict)))
 
 
 def _of_usage(message: Any) -> Iterator[SessionEvent]:
-    """Yield the usage of one model call so far, which each part of the answer reports."""
+    """Yield the usage so far of a model call, which each part of the answer reports."""
     match message:
         case {"id": str(call), "usage": dict(usage)} if call:
             yield _spent(usage, call=call, model=as_text(message.get("model")) or None)
@@ -304,7 +307,7 @@ def _spent(usage: Mapping[str, Any], **more: Any) -> UsageReport:
 
 
 def _cost_by_model(usage: Any) -> float | None:
-    """Return the total cost of all models; None if a model has no cost."""
+    """Return the total cost of all models, or None if a model has no cost."""
     models = [*usage.values()] if isinstance(usage, dict) else []
     costs = [as_cost(one.get("costUSD")) if isinstance(one, dict) else None for one in models]
     known = [one for one in costs if one is not None]
@@ -317,7 +320,10 @@ def _tokens_by_model(usage: Any) -> int:
 
 
 def _of_limit(info: Any) -> Iterator[SessionEvent]:
-    """Yield the limit of a rejected request; paid usage may still continue it, then the later result counts."""
+    """Yield the limit of a rejected request.
+
+    Paid usage may still continue the request; then the later result counts.
+    """
     if isinstance(info, dict) and info.get("status") == "rejected":
         reason = f"the account reached its limit ({as_text(info.get('rateLimitType')) or 'usage'})"
         yield FinalResult("", Failed(FailureClass.RATE_LIMITED, reason, as_cost(info.get("resetsAt"))))
@@ -326,7 +332,7 @@ def _of_limit(info: Any) -> Iterator[SessionEvent]:
 def _of_result(value: JsonObject) -> Iterator[SessionEvent]:
     usage = value.get("usage")
     if isinstance(usage, dict):
-        # Since about 2.1.300 the total includes earlier sessions of the conversation; later versions add the new part.
+        # Since about 2.1.300, the total includes earlier sessions of the conversation; later versions add the new part.
         own = _cost_by_model(value.get("model_usage_since_last_result"))
         if own is None:
             total, priced = as_cost(value.get("total_cost_usd")), _tokens_by_model(value.get("modelUsage"))
@@ -346,7 +352,7 @@ def _failure_of(value: JsonObject, text: str) -> Failed | None:
         return None
     by_words = match_failure_class(text, _WORDS)
     failure = failure_class_for_status(as_count(value.get("api_error_status"))) or by_words or FailureClass.CRASHED
-    # Missing credit is only named in the text: its status is that of an invalid request.
+    # Missing credit is reported only in the text: the status is that of an invalid request.
     if failure is FailureClass.INVALID and by_words is not None:
         failure = by_words
     return make_failure(failure, reason or "it ended with an error", _LOG_IN)

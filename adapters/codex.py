@@ -1,7 +1,7 @@
 """Codex, which prints JSON lines (npm `@openai/codex`, https://developers.openai.com/codex/noninteractive).
 
-It reports failures as text only, in `error` and then `turn.failed`, with the HTTP status if there was one. If its own
-sandbox prevents it from writing, it still exits with 0, without changes. Without a network it retries forever.
+Codex reports failures only as text, in `error` and then `turn.failed`, with the HTTP status if any. If its own sandbox
+prevents it from writing, it still exits with 0, without changes. Without a network, it retries forever.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from orchestrator.protocols import (
 
 hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 
-#: Keys of its own provider; the key of another provider is in the variable named by its `env_key`.
+#: Keys of the default provider. The key of another provider is in the variable set by its `env_key`.
 _KEYS: Final = ("CODEX_API_KEY", "CODEX_ACCESS_TOKEN")
 _USUAL_KEY: Final = "OPENAI_API_KEY"
 _PLACES: Final = ("CODEX_CA_CERTIFICATE", "OPENAI_ORGANIZATION", "OPENAI_PROJECT")
 _FOLDER: Final = "CODEX_HOME"
-#: Files of the user that a task's own home links to.
+#: User files that a task's own home links to.
 _LOGIN: Final = "auth.json"
 _LINKS: Final = {
     name: f"~/.codex/{name}" for name in (_LOGIN, "config.toml", "AGENTS.md", "prompts", "rules", "skills")
@@ -60,9 +60,9 @@ _MAKE_WRITABLE: Final = (
     "it needs to write to its own folder: keep `home: own`, or add that folder to `writable` (`[~/.codex]`)"
 )
 _SANDBOXES: Final[Mapping[str, tuple[str, ...]]] = {
-    # It does not ask for permission either, because nobody could answer.
+    # Codex must not ask for permission either, because nobody could answer.
     "none": ("--dangerously-bypass-approvals-and-sandbox",),
-    # As configuration, because `exec resume` does not accept the option.
+    # Passed as configuration, because `exec resume` does not accept the option.
     "workspace-write": ("-c", 'sandbox_mode="workspace-write"'),
     "read-only": ("-c", 'sandbox_mode="read-only"'),
 }
@@ -70,12 +70,12 @@ _SETTINGS: Final = (
     *("-c", "analytics.enabled=false"),
     *("-c", "feedback.enabled=false"),
     *("-c", "check_for_update_on_startup=false"),
-    # A file with all variables, including keys, which would remain after a kill.
+    # Disables a file with all variables, including keys, that would remain after a kill.
     *("-c", "features.shell_snapshot=false"),
 )
 
 _STATUS: Final = re.compile(r"(?:unexpected status |last status: |\(status |^\{.*\"status\": ?)(\d{3})\b", re.DOTALL)
-#: Messages without a status (codex-rs/protocol/src/error.rs); the first match counts.
+#: Messages without a status (codex-rs/protocol/src/error.rs). The first match counts.
 _WORDS: Final[Mapping[FailureClass, re.Pattern[str]]] = {
     FailureClass.AUTH: re.compile(
         r"quota exceeded|out of credits|spend cap|to use codex with your chatgpt plan|missing environment variable"
@@ -99,12 +99,12 @@ _WORDS: Final[Mapping[FailureClass, re.Pattern[str]]] = {
     ),
 }
 _UNWRITABLE: Final = re.compile(r"initialize in-process app-server|CODEX_HOME points to")
-#: Writes that its own sandbox prevented appear only in its log.
+#: Writes prevented by its own sandbox appear only in its log.
 _KEPT_FROM_WRITING: Final = re.compile(r"patch rejected: .+|Failed to write file .+")
 _WITHOUT_SANDBOX: Final = "its own sandbox prevents writes: set `sandbox: none` and rely on the sandbox of the run"
 _NO_SANDBOX: Final = "set `sandbox: none` for its adapter and rely on the sandbox of the run"
-_RULES: Final = "a rule in its configuration denies it: change that to allow it"
-#: Output of a command that its own sandbox restricted; nothing else reports that.
+_RULES: Final = "a rule in its configuration denies it: change the rule to allow it"
+#: Output of a command restricted by its own sandbox, which nothing else reports.
 _KEPT: Final = re.compile(r"Read-only file system|Operation not permitted|Permission denied")
 _RECONNECTING: Final = re.compile(r"Reconnecting\.\.\. ")
 _PROVIDER: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
@@ -126,11 +126,11 @@ class CodexOptions(CliOptions):
 
     bin: ProgramName = "codex"
     provider: _ProviderName | None = None
-    """One of `model_providers` in its configuration, with its own key; by default the configured one."""
+    """One of `model_providers` in its configuration, with its own key; by default, the configured one."""
     sandbox: Literal["none", "workspace-write", "read-only"] = "none"
-    """Its own sandbox: none (intended for sandboxed sessions), or a mode, in which it can't write in our sandbox."""
+    """Codex's own sandbox: none (intended for sandboxed sessions), or a mode that can't write in our sandbox."""
     home: Literal["own", "shared"] = "own"
-    """Where it keeps settings and conversations (`CODEX_HOME`): in a folder per task, or in yours."""
+    """Where to keep settings and conversations (`CODEX_HOME`): in a folder per task, or in yours."""
 
 
 class CodexAdapter:
@@ -142,12 +142,12 @@ class CodexAdapter:
         self._options = options
 
     def capabilities(self) -> frozenset[Capability]:
-        """Return its capabilities; it has no cost limit, and conversations are kept in a task's own home only."""
+        """Return the capabilities. There is no cost limit, and only a task's own home keeps conversations."""
         can = {Capability.INSTRUCTIONS, Capability.MCP}
         return frozenset(can | {Capability.RESUME} if self._options.has_own_home else can)
 
     def programs(self) -> Sequence[Program]:
-        """Return Codex, with its command for the login status unless it uses another provider."""
+        """Return Codex, with its login status command unless it uses another provider."""
         is_own = self._options.provider in {None, "openai"}
         return (
             self._options.program(
@@ -157,7 +157,7 @@ class CodexAdapter:
         )
 
     def command(self, request: SessionRequest) -> SessionCommand:
-        """Return the command line; only the retries of a named provider can be limited."""
+        """Return the command line. Retries can be limited only for a named provider."""
         options = self._options
         provider = () if options.provider is None else _provider_settings(options.provider)
         sandbox = _SANDBOXES[options.sandbox]
@@ -179,7 +179,7 @@ class CodexAdapter:
         )
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
-        """Return the events of a JSON line; plain text is a message."""
+        """Return the events in a JSON line; plain text is a message."""
         value = parse_object(line)
         if value is None:
             return parse_plain_line(line)
@@ -201,12 +201,12 @@ class CodexAdapter:
                 return ()
 
     def verdict(self, end: SessionEnd) -> Failed | None:
-        """Return the failure of its result, else of its plain output; for a usage limit with its end if known."""
+        """Return the failure in the result or else in the plain output, with a limit's reset time if known."""
         return with_reset_time(concluded_failure(end) or _failure_in_words(end), end.time)
 
 
 def _provider_settings(provider: str) -> tuple[str, ...]:
-    """Choose a provider, with one retry: further retries are the scheduler's."""
+    """Choose a provider with one retry. The scheduler does further retries."""
     chosen = ("-c", f"model_provider={provider}")
     if provider in _BUILT_IN:
         return chosen
@@ -215,19 +215,19 @@ def _provider_settings(provider: str) -> tuple[str, ...]:
 
 
 def _request_settings(request: SessionRequest) -> Iterator[str]:
-    """Yield the configuration of a request; strings of JSON are valid TOML."""
+    """Yield the configuration for a request. JSON strings are valid TOML."""
     settings: dict[str, Any] = {}
     if request.instructions is not None:
         settings["developer_instructions"] = request.instructions
     for one in request.mcp_servers:
-        # A dot would start another table, and it does not support quoted keys.
+        # A dot would start another table, and Codex does not support quoted keys.
         table = f"mcp_servers.{one.name.replace('.', '_')}"
         if one.url is not None:
             settings[f"{table}.url"] = one.url
         else:
             settings |= {f"{table}.command": one.argv[0], f"{table}.args": [*one.argv[1:]]}
             settings[f"{table}.env_vars"] = [*one.env]
-        if one.name == MCP_SERVER_NAME:  # in its own sandbox it would ask for permission, and be denied
+        if one.name == MCP_SERVER_NAME:  # in its own sandbox it would ask for permission and be denied
             settings[f"{table}.default_tools_approval_mode"] = "approve"
     for key, value in settings.items():
         yield from ("-c", f"{key}={json.dumps(value, ensure_ascii=False)}")
@@ -261,7 +261,7 @@ def _of_item(kind: str, item: Mapping[str, Any], *, is_over: bool) -> Iterator[S
 
 
 def _denied(kind: str, item: Mapping[str, Any], is_boxed: bool) -> Iterator[ToolDenied]:
-    """Yield a command or change that was declined, or failed because of its own sandbox."""
+    """Yield a denial for a command or change that was declined, or failed because of Codex's sandbox."""
     output = as_text(item.get("aggregated_output"))
     is_kept = is_boxed and item.get("status") == "failed" and _KEPT.search(output) is not None
     if kind in {"command_execution", "file_change"} and (is_kept or item.get("status") == "declined"):
@@ -271,7 +271,7 @@ def _denied(kind: str, item: Mapping[str, Any], is_boxed: bool) -> Iterator[Tool
 
 
 def _failure_of_tool(item: Mapping[str, Any]) -> str | None:
-    """Return why a tool failed, with the last line of its output; None if it did not fail."""
+    """Return why a tool failed, with the last line of its output, or None."""
     code, error = item.get("exit_code"), item.get("error")
     printed = as_text(item.get("aggregated_output")).strip().rpartition("\n")[2]
     if as_text(item.get("status")) not in {"failed", "declined"} and code in {0, None} and error is None:
@@ -281,7 +281,7 @@ def _failure_of_tool(item: Mapping[str, Any]) -> str | None:
 
 
 def _of_usage(usage: Any, model: str | None) -> Iterator[SessionEvent]:
-    """Yield the tokens of the whole conversation, including earlier sessions of a resumed one."""
+    """Yield the tokens of the whole conversation, including earlier sessions if resumed."""
     if isinstance(usage, dict):
         # Input includes cached tokens, output includes reasoning tokens.
         sent, received = as_count(usage.get("input_tokens")), as_count(usage.get("output_tokens"))
@@ -295,7 +295,7 @@ def _failure(message: str) -> FinalResult:
 
 
 def _unwrapped(message: str) -> str:
-    """Return the message in an API's JSON answer; any other text unchanged."""
+    """Return the message in an API's JSON response, or any other text unchanged."""
     answer = parse_object(message) or {}
     error = answer.get("error")
     return (as_text(error.get("message")) if isinstance(error, dict) else "") or message
@@ -305,14 +305,14 @@ def _class_of(message: str) -> FailureClass | None:
     by_words = match_failure_class(message, _WORDS)
     found = _STATUS.search(message)
     by_status = None if found is None else failure_class_for_status(int(found[1]))
-    # Missing credit is only named in the text: its status is that of too many requests.
+    # Missing credit is reported only in the text: the status is that of too many requests.
     if by_words is FailureClass.AUTH and by_status is not FailureClass.OVERLOADED:
         return by_words
     return by_status or by_words
 
 
 def _failure_in_words(end: SessionEnd) -> Failed | None:
-    """Return the failure behind its last retry; if no conversation started, the one on standard error."""
+    """Return the failure behind the last retry or, if no conversation started, the one on standard error."""
     match end.events[-1:]:
         case [CliWarning(text)] if _RECONNECTING.match(text):
             return _failure(text).failed

@@ -9,7 +9,7 @@ adapters:
       auth: not logged in|invalid api key
       rate_limited: 'try again in (?P<seconds>[0-9]+) s'
 
-`read` (`adapters.output_rules`) has rules for its output; further keys are named after the program's capabilities.
+`read` (`adapters.output_rules`) has rules for its output; other keys are named after the program's capabilities.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ _PLACEHOLDERS: Final = (*_REQUESTED, "model")
 _FOR_RESUME: Final = ("session",)
 _FOR_INSTRUCTIONS: Final = ("instructions", "instructions_file")
 _FOR_MCP: Final = ("mcp_file",)
-#: Position in argv of arguments that only some sessions have.
+#: The position in argv of arguments that only some sessions have.
 _OPTIONS: Final = "{options}"
 
 _SERVERS: Final = "council-mcp.json"
-#: Failure classes that a program's messages can have; the others follow from facts.
+#: Failure classes that messages can have. The others are derived from facts.
 _SaidClass = Literal["transient", "overloaded", "rate_limited", "auth", "invalid", "refused", "limit", "crashed"]
 _LONGEST_REASON: Final = 300
-# Linux accepts at most 128 KiB for one argument (MAX_ARG_STRLEN, execve(2)); the rest is for the text around it.
+# Linux accepts at most 128 KiB per argument (MAX_ARG_STRLEN, execve(2)); the rest is for the text around it.
 _LARGEST_IN_ARGV: Final = 100 * 1024
-#: Values that may be long, and other ways to pass them on.
+#: Values that may be long, and other ways to pass them.
 _LONG: Final[Mapping[str, str]] = {
     "prompt": "use {prompt_file} in argv, or `prompt: stdin`",
     "instructions": "use {instructions_file} instead of {instructions}",
@@ -116,15 +116,15 @@ class CommandOptions(AdapterOptions):
     argv: _Argv
     """The program and its arguments, with placeholders such as {prompt_file}."""
     failures: dict[_SaidClass, RegexPattern] = Field(default_factory=dict)
-    """Regular expressions for the program's last messages, by failure class."""
+    """Regular expressions for the program's last messages, keyed by failure class."""
     prompt: Literal["stdin"] | None = None
-    """`stdin` passes the prompt on standard input; by default only as in argv."""
+    """`stdin` passes the prompt on standard input; by default, it is passed only in argv."""
     model: Annotated[str, AfterValidator(check_argument)] | None = None
-    """The value of {model}, and the name of its price."""
+    """The value of {model}, also used to look up its price."""
     output: Literal["text", "jsonl"] = "text"
     """The format of its standard output: lines of text, or lines of JSON."""
     read: Annotated[tuple[OutputRule, ...], Field(strict=False)] = ()
-    """Rules for its output, one for each kind of line."""
+    """Rules for its output, one per kind of line."""
     resume: _Resume | None = None
     """Arguments, with {session}, that resume an earlier conversation."""
     read_only: _Arguments | None = None
@@ -150,8 +150,8 @@ class CommandOptions(AdapterOptions):
             raise ValueError("`resume` needs the id of a conversation: add a rule with `session` to `read`")
         if self.resume is not None and "home" not in self.model_fields_set:
             raise ValueError(
-                "`resume` needs a folder that keeps conversations: write `home: own`, or `home: shared` and add your "
-                "folder with its conversations to `writable`"
+                "`resume` needs a folder that keeps conversations: set `home: own`, or set `home: shared` "
+                "and add your folder with its conversations to `writable`"
             )
         return self
 
@@ -167,7 +167,7 @@ def _check_rules(options: CommandOptions) -> None:
 
 
 class CommandAdapter:
-    """Runs the program that the options name."""
+    """Runs the program in the options."""
 
     Options: ClassVar[type[BaseModel]] = CommandOptions
 
@@ -178,7 +178,8 @@ class CommandAdapter:
     def command(self, request: SessionRequest) -> SessionCommand:
         """Return argv with its placeholders filled; placeholders in a prompt are not expanded.
 
-        Raises RefusedError if the prompt or the instructions can't be an argument: too long, or with a NUL character.
+        Raises RefusedError if the prompt or the instructions can't be an argument, because they are too long or contain
+        a NUL character.
         """
         options = self._options
         values = {name: str(getattr(request, name)) for name in _REQUESTED} | {
@@ -204,9 +205,10 @@ class CommandAdapter:
         )
 
     def verdict(self, end: SessionEnd) -> Failed | None:
-        """Return the failure by the rules of `read`, else by the first of `failures` that matches, last lines first.
+        """Return the failure by the rules of `read`, or the first match of `failures`, last lines first.
 
-        A group named `seconds`, or `until` (an ISO 8601 time, or seconds since the epoch), is the end of a limit.
+        A group named `seconds`, or `until` (an ISO 8601 time, or seconds since the epoch), is the reset time of a
+        limit.
         """
         failed = concluded_failure(end)
         if failed is None or failed.failure is FailureClass.CRASHED:
@@ -231,16 +233,16 @@ class CommandAdapter:
         return frozenset(one for one, arguments in given.items() if arguments is not None)
 
     def programs(self) -> Sequence[Program]:
-        """Return the program if it is looked up on PATH: neither a path nor a placeholder."""
+        """Return the program if it is looked up on PATH, so neither a path nor a placeholder."""
         program = self._options.argv[0]
         return () if "/" in program or placeholder_names([program]) else (Program(program),)
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
-        """Return the events of a line by the rules of `read`; an unmatched line is a message, unless it is JSON."""
+        """Return the events in a line by the rules of `read`; unmatched lines that are not JSON are messages."""
         return self._reader.read(line)
 
     def _failure_in_words(self, end: SessionEnd) -> Failed | None:
-        """Search the plain output; lines of JSON also quote conversations, only the rules find errors in them."""
+        """Search the plain output. JSON lines may quote conversations, so only rules find errors in them."""
         is_json = self._options.output == "jsonl"
         said = [line for line in end.stdout.splitlines() if not (is_json and line.startswith("{"))]
         lines = [*said, *end.stderr.splitlines()][::-1]
@@ -277,7 +279,7 @@ def _arguments(options: CommandOptions, request: SessionRequest) -> Iterator[str
 
 
 def _files(options: CommandOptions, request: SessionRequest) -> Iterator[tuple[str, str]]:
-    """Yield the files that arguments name."""
+    """Yield the files that arguments refer to."""
     if request.instructions is not None and "instructions_file" in placeholder_names(options.instructions or ()):
         yield INSTRUCTIONS_FILE, request.instructions
     if request.mcp_servers and options.mcp is not None:
@@ -285,9 +287,9 @@ def _files(options: CommandOptions, request: SessionRequest) -> Iterator[tuple[s
 
 
 def _server(one: McpServer) -> JsonObject:
-    """Return a server in the format of most programs; it inherits the program's variables.
+    """Return a server in the format of most programs. The server inherits the program's variables.
 
-    Some programs expect `httpUrl`: they use `url` for an older protocol.
+    Some programs expect `httpUrl`, because they use `url` for an older protocol.
     """
     if one.url is not None:
         return {"type": "http", "url": one.url, "httpUrl": one.url}
@@ -298,15 +300,13 @@ def _check_size(name: str, text: str, times: int) -> None:
     size = len(text.encode()) * times
     what = "the prompt" if name == "prompt" else "`instructions`"
     if size > _LARGEST_IN_ARGV:
-        raise RefusedError(
-            f"{what} takes {size} bytes of argv, the system's limit is near {_LARGEST_IN_ARGV}", _LONG[name]
-        )
+        raise RefusedError(f"{what} takes {size} bytes of argv (system limit: about {_LARGEST_IN_ARGV})", _LONG[name])
     if "\0" in text and times:
-        raise RefusedError(f"{what} contains a NUL character, which an argument can't", "remove it")
+        raise RefusedError(f"{what} contains a NUL character, which arguments can't contain", "remove it")
 
 
 def _instant(match: re.Match[str], now: float) -> float | None:
-    """Return the time in a match, in wall-clock seconds; None if it has no valid one."""
+    """Return the time in a match (wall-clock seconds), or None if it has no valid time."""
     groups = match.groupdict()
     try:
         if groups.get("seconds"):

@@ -1,4 +1,4 @@
-"""Classify failures by HTTP status or by messages of a model's API, and shorten their reasons."""
+"""Classify failures by the HTTP status or message of a model's API, and shorten their reasons."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from orchestrator.domain.runs.outcome import Failed
 from orchestrator.domain.settings.failures import FailureClass
 
 MAX_REASON_CHARS: Final = 300
-"""Characters of a program's message that are shown."""
+"""Maximum characters of a program's message to show."""
 
 
 def failure_class_for_status(status: int) -> FailureClass | None:
-    """Return the failure class of an HTTP status; None if it is not a failure."""
+    """Return the failure class of an HTTP status, or None if it is not a failure."""
     name = failure_name_for_status(status)
     return None if name is None else FailureClass(name)
 
 
 def match_failure_class(text: str, words: Mapping[FailureClass, re.Pattern[str]]) -> FailureClass | None:
-    """Return the first class whose pattern matches a text; None if none does."""
+    """Return the first class whose pattern matches a text, or None."""
     return next((failure for failure, pattern in words.items() if pattern.search(text)), None)
 
 
 def make_failure(failure: FailureClass, reason: str, log_in: str, until: float | None = None) -> Failed:
-    """Return a failure; one of the login with `log_in`, the way to log in."""
+    """Return a failure. For a login failure, the reason includes `log_in`, how to log in."""
     return Failed(failure, f"{reason.rstrip('.')}: {log_in}" if failure is FailureClass.AUTH else reason, until)
 
 
 def one_line(text: str) -> str:
-    """Return the shown part of a text, on one line."""
+    """Return the part of a text to show, on one line."""
     return " ".join(text.split())[:MAX_REASON_CHARS]

@@ -1,7 +1,7 @@
 """Gemini CLI, which prints JSON lines (npm `@google/gemini-cli`, https://geminicli.com/docs/cli/headless/).
 
 Its result reports failures as an error name and a text, with the HTTP status only if the text quotes the service's
-answer. Failures before the first turn, such as a missing login, are reported on standard error only.
+response. Failures before the first turn, such as a missing login, are reported only on standard error.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _PLACES: Final = (
     *("GOOGLE_CLOUD_LOCATION", "GOOGLE_APPLICATION_CREDENTIALS", "GEMINI_MODEL"),
 )
 _FOLDER: Final = "GEMINI_CLI_HOME"
-#: Files of the user that a task's own home links to.
+#: User files that a task's own home links to.
 _LOGIN: Final = ".gemini/oauth_creds.json"
 _LINKS: Final = {
     name: f"~/{name}"
@@ -65,13 +65,13 @@ _LOG_IN: Final = (
     "run `gemini` once and log in, or set GEMINI_API_KEY; with GOOGLE_GEMINI_BASE_URL also `auth: gemini-api-key`"
 )
 _PRESET: Final = {
-    "GEMINI_CLI_NO_RELAUNCH": "true",  # otherwise it runs as its own child, which receives no signal
-    "GEMINI_CLI_TRUST_WORKSPACE": "true",  # otherwise it rejects folders not marked as trusted, as all worktrees
+    "GEMINI_CLI_NO_RELAUNCH": "true",  # otherwise it runs itself as a child process, which receives no signals
+    "GEMINI_CLI_TRUST_WORKSPACE": "true",  # otherwise it rejects folders not marked as trusted, such as all worktrees
     "GEMINI_TELEMETRY_ENABLED": "false",
     "NO_BROWSER": "true",  # otherwise it waits for a login in a browser
 }
 
-#: Error names of results; others are classified by status or text.
+#: Error names in results. Others are classified by status or text.
 _NAMES: Final[Mapping[str, FailureClass]] = {
     "TerminalQuotaError": FailureClass.RATE_LIMITED,
     "RetryableQuotaError": FailureClass.RATE_LIMITED,
@@ -91,7 +91,8 @@ _NAMES: Final[Mapping[str, FailureClass]] = {
     "FatalCancellationError": FailureClass.CRASHED,
     "FatalToolExecutionError": FailureClass.CRASHED,
 }
-#: Messages that say more than the status: an invalid key and a too long prompt have that of an invalid request.
+#: Messages more specific than the status: an invalid key and a prompt that is too long have the status of an invalid
+# request.
 _PLAIN: Final[Mapping[FailureClass, re.Pattern[str]]] = {
     FailureClass.AUTH: re.compile(
         r"API[ _]KEY[ _](?:not valid|not found|INVALID|expired)|must specify the (?:GEMINI_API_KEY|GOOGLE_)"
@@ -105,7 +106,7 @@ _PLAIN: Final[Mapping[FailureClass, re.Pattern[str]]] = {
         re.IGNORECASE,
     ),
 }
-#: By what a text says where there is no status; the first that matches counts.
+#: Messages without a status. The first match counts.
 _WORDS: Final[Mapping[FailureClass, re.Pattern[str]]] = {
     FailureClass.RATE_LIMITED: re.compile(
         r"RESOURCE_EXHAUSTED|resource has been exhausted|exhausted your|\bquota\b|to increase your limits",
@@ -135,11 +136,11 @@ _NO_RESULT: Final = "it ended without a result, as if stopped"
 #: Error types of denied tools, and their messages if the type is generic.
 _DENIALS: Final = frozenset({"path_not_in_workspace", "permission_denied", "policy_violation", "tool_not_registered"})
 _KEPT_OFF: Final = re.compile(r"Path not in workspace|Access denied")
-#: Output of a shell command that it runs in no mode; it is reported as a success.
+#: Output of a shell command that Gemini CLI never runs but reports as a success.
 _BLOCKED: Final = "Blocked: command substitution detected in shell command."
 _CALLED: Final = re.compile(r"([A-Za-z]+(?:_(?!_)[A-Za-z]+)*)")
 _YOLO: Final = "set `approval_mode: yolo` for its adapter (intended for sandboxed sessions)"
-_POLICY: Final = "a policy in its settings denies it: change that to allow it"
+_POLICY: Final = "a policy in its settings denies it: change the policy to allow it"
 _PATH_KEYS: Final = ("file_path", "absolute_path")
 _DETAIL_KEYS: Final = ("command", "pattern", "query", "dir_path", "path", "prompt", "name", "description")
 
@@ -149,13 +150,13 @@ class GeminiOptions(CliOptions):
 
     bin: ProgramName = "gemini"
     approval_mode: Literal["auto_edit", "yolo"] = "auto_edit"
-    """What it may do without asking: change files, or anything (intended for sandboxed sessions)."""
+    """What Gemini CLI may do without asking: change files, or anything (intended for sandboxed sessions)."""
     auth: Literal["gemini-api-key", "oauth-personal", "vertex-ai"] | None = None
-    """The login method, as in its setting `security.auth.selectedType`; by default its own settings decide."""
+    """The login method, as in the setting `security.auth.selectedType`; by default, your settings decide."""
     max_turns: TurnLimit | None = None
     """The turn limit of a session."""
     home: Literal["own", "shared"] = "own"
-    """Where it keeps settings and conversations (`GEMINI_CLI_HOME`): in a folder per task, or in yours."""
+    """Where to keep settings and conversations (`GEMINI_CLI_HOME`): in a folder per task, or in yours."""
 
     @model_validator(mode="after")
     def _check_settings(self) -> Self:
@@ -175,16 +176,16 @@ class GeminiAdapter:
         self._options = options
 
     def capabilities(self) -> frozenset[Capability]:
-        """Return its capabilities; only a task's own home has our settings and keeps conversations."""
+        """Return the capabilities. Only a task's own home has our settings and keeps conversations."""
         in_own = {Capability.MCP, Capability.PRE_EDIT, Capability.RESUME}
         return frozenset(in_own if self._options.has_own_home else ())
 
     def programs(self) -> Sequence[Program]:
-        """Return Gemini CLI, which has no command for the login status."""
+        """Return Gemini CLI, which has no login status command."""
         return (self._options.program("`npm install -g @google/gemini-cli`", ">=0.61,<1", _KEYS, _LOG_IN),)
 
     def command(self, request: SessionRequest) -> SessionCommand:
-        """Return the command line; what has no option is set by settings on top of the user's."""
+        """Return the command line. Values without an option are set by settings in addition to the user's."""
         options = self._options
         mode = options.approval_mode
         own = {_FOLDER: str(request.home)} if options.has_own_home else {}
@@ -207,7 +208,7 @@ class GeminiAdapter:
         )
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
-        """Return the events of a JSON line; plain text is a message."""
+        """Return the events in a JSON line; plain text is a message."""
         value = parse_object(line)
         if value is None:
             return parse_plain_line(line)
@@ -228,15 +229,15 @@ class GeminiAdapter:
                 return ()
 
     def verdict(self, end: SessionEnd) -> Failed | None:
-        """Return the failure of its result if that has a class, else the one on standard error."""
+        """Return the failure in the result if it has a class, or else the one on standard error."""
         failed = concluded_failure(end)
         if failed is not None and failed.failure is FailureClass.CRASHED:
             failed = _earlier_failure(end) or _failure_reported(end.stderr) or failed
         if failed is None and not _has_result(end):
-            # After it started, lines are about errors that it handled, or about its tools.
+            # After the start, lines are about tools or errors that were handled.
             failed = _failure_reported(end.stderr) or (None if _has_begun(end) else _failure_in_lines(end.stderr))
             if failed is None and end.events:
-                # After a signal it exits with 0, although it is not done.
+                # After a signal it exits with 0 although it has not finished.
                 failed = Failed(FailureClass.CRASHED, _NO_RESULT, unfinished=True)
         if failed is None or failed.failure is not FailureClass.RATE_LIMITED:
             return failed
@@ -244,7 +245,10 @@ class GeminiAdapter:
 
 
 def _settings(options: GeminiOptions, request: SessionRequest) -> JsonObject:
-    """Return settings without updates and statistics, and fewer than its ten attempts: retries are the scheduler's."""
+    """Return settings without updates and statistics, and with fewer than ten attempts.
+
+    The scheduler does further retries.
+    """
     settings: JsonObject = {
         "general": {"enableAutoUpdate": False, "maxAttempts": 3},
         "privacy": {"usageStatisticsEnabled": False},
@@ -307,7 +311,10 @@ def _of_error(value: JsonObject) -> Iterator[SessionEvent]:
 
 
 def _of_result(value: JsonObject, model: str | None) -> Iterator[SessionEvent]:
-    """Yield the usage and the failure of a result; success does not override an earlier error, it stops after one."""
+    """Yield the usage and failure in a result.
+
+    Success does not override an earlier error, because Gemini CLI stops after an error.
+    """
     stats, error = value.get("stats"), value.get("error")
     stats = stats if isinstance(stats, dict) else {}
     sent, received = as_count(stats.get("input_tokens")), as_count(stats.get("output_tokens"))
@@ -341,13 +348,13 @@ def _failure(name: str, text: str) -> Failed:
 
 
 def _earlier_failure(end: SessionEnd) -> Failed | None:
-    """Return the last specific failure before the result, which does not say what was wrong with an answer."""
+    """Return the last specific failure before the result, which lacks details about invalid answers."""
     failures = [one.failed for one in end.events if isinstance(one, FinalResult) and one.failed is not None]
     return next((one for one in reversed(failures) if one.failure is not FailureClass.CRASHED), None)
 
 
 def _failure_reported(stderr: str) -> Failed | None:
-    """Return the failure of its error report, which has many lines, with the status near the end."""
+    """Return the failure in the error report, which has many lines with the status near the end."""
     _, reported, report = stderr.rpartition(_REPORT)
     if not reported:
         return None
@@ -387,7 +394,7 @@ def _has_result(end: SessionEnd) -> bool:
 
 
 def _end_of_limit(end: SessionEnd) -> float | None:
-    """Return the end of the limit, from its result or standard error."""
+    """Return the reset time of the limit, from the result or standard error."""
     results = [line for line in end.stdout.splitlines() if '"result"' in line]
     return next(filter(None, (limit_reset_time(text, end.time) for text in (*results[-1:], end.stderr))), None)
 

@@ -1,4 +1,4 @@
-"""Parse lines of JSON: those of any program, and those that our bridges print."""
+"""Parse lines of JSON from any program and from our bridges."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ from orchestrator.protocols import (
     UsageReport,
 )
 
-#: No plausible count or amount: JSON's numbers are unbounded, and neither floats nor stores can represent all of them.
+#: An upper bound for plausible counts and amounts. JSON numbers are unbounded, and neither floats nor stores can
+# represent all of them.
 _TOO_MANY: Final = 1 << 53
 _BRIDGES: Final = Path(bridges.__file__).absolute().parent
 
 
 def parse_object(line: str) -> JsonObject | None:
-    """Return the JSON object of a line; None if the line is anything else."""
+    """Return the JSON object in a line, or None if the line is anything else."""
     if not line.startswith("{"):
         return None
     try:
@@ -44,26 +45,27 @@ def parse_object(line: str) -> JsonObject | None:
 
 
 def parse_plain_line(line: str) -> Sequence[SessionEvent]:
-    """Return the events of a line that is not an object: its text as a message, unless it is a part of an object."""
+    """Return the text of a line that is not an object as a message, unless it is part of an object."""
     return (AgentMessage(line),) if line.strip() and not line.startswith("{") else ()
 
 
 def bridge_command(name: str, *arguments: str) -> tuple[str, ...]:
     """Return the command line of one of our bridges, run by the current interpreter.
 
-    `-P` excludes the bridge's own folder from imports: its modules have the names of the packages they use.
+    `-P` excludes the bridge's own folder from imports, because its modules have the names of the packages that they
+    use.
     """
     return (sys.executable, "-P", str(_BRIDGES / f"{name}.py"), *arguments)
 
 
 def bridge_readable_paths() -> tuple[Path, ...]:
-    """Return the folders that a bridge must be able to read, for any kind of installation."""
+    """Return the folders that a bridge must be able to read in any kind of installation."""
     places = (Path(sys.prefix), Path(sys.base_prefix), _BRIDGES.parent)
     return tuple(dict.fromkeys(place.absolute() for place in places))
 
 
 def parse_bridge_line(line: str) -> Sequence[SessionEvent]:
-    """Return the event of a line printed by a bridge; empty if it does not conform to the bridges' table."""
+    """Return the event in a line printed by a bridge; empty if it does not conform to the bridges' table."""
     value = parse_object(line)
     fields = LINE_FIELDS.get(value["type"]) if value is not None and isinstance(value.get("type"), str) else None
     if value is None or fields is None or not all(isinstance(value.get(key), kind) for key, kind in fields.items()):
@@ -109,32 +111,32 @@ def _bridge_failure(value: JsonObject) -> Failed | None:
 def tool_event(
     name: str, given: Mapping[str, Any], path_keys: Sequence[str], detail_keys: Sequence[str], call: Any = None
 ) -> ToolCall:
-    """Return a tool call; `path_keys` of its arguments name files, `detail_keys` other details to show."""
+    """Return a tool call. `path_keys` are arguments with files, `detail_keys` are other arguments to show."""
     paths = tuple(given[key] for key in path_keys if isinstance(given.get(key), str))
     details = [given[key] for key in detail_keys if isinstance(given.get(key), str)]
     return ToolCall(name, one_line((paths or details or ("",))[0]), paths, as_text(call) or None)
 
 
 def concluded_failure(end: SessionEnd) -> Failed | None:
-    """Return the failure of the program's last result; None if it has no result, or succeeded."""
+    """Return the failure in the program's last result, or None if it has no result or succeeded."""
     last = next((event for event in reversed(end.events) if isinstance(event, FinalResult)), None)
     return None if last is None else last.failed
 
 
 def detect_interruption(end: SessionEnd) -> Failed | None:
-    """Return the failure of a program that exited with 0 without a result, although it always prints one.
+    """Return the failure of a program that exited with 0 but without the result that it always prints.
 
-    None if it printed a result, or no conversation started.
+    Returns None if it printed a result, or no conversation started.
     """
     began = any(isinstance(event, ConversationStarted) for event in end.events)
     if end.exit != 0 or not began or any(isinstance(event, FinalResult) for event in end.events):
         return None
-    reason = "it ended before it was done, as if interrupted"
+    reason = "it exited before it was done, as if interrupted"
     return Failed(FailureClass.CRASHED, reason, unfinished=True)
 
 
 def as_text(value: Any) -> str:
-    """Return a JSON value that should be text; empty if it is not."""
+    """Return a JSON value that should be text; an empty string if it is not."""
     return value if isinstance(value, str) else ""
 
 
@@ -145,6 +147,6 @@ def as_count(value: Any) -> int:
 
 
 def as_cost(value: Any) -> float | None:
-    """Return a JSON value that should be an amount of money; None if it is not."""
+    """Return a JSON value that should be an amount of money, or None if it is not."""
     is_amount = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _TOO_MANY
     return float(value) if is_amount else None

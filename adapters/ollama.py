@@ -1,6 +1,6 @@
-"""Adapter for models served by Ollama (https://docs.ollama.com/api), which have no tools, through a bridge of ours.
+"""Adapter for Ollama models (https://docs.ollama.com/api), which have no tools, by a bridge.
 
-The bridge sends the task with a list of the files and as many contents as fit, and applies the model's answer.
+The bridge sends the task with a list of files and as many file contents as fit, and applies the model's answer.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ def _check_host(host: str) -> str:
 
 
 class OllamaOptions(AdapterOptions):
-    """What stands under an adapter that says `use: ollama`."""
+    """Options of an adapter with `use: ollama`."""
 
     model: OptionValue
     """The model, as named by `ollama list`."""
     host: Annotated[str, AfterValidator(_check_host)] = "http://127.0.0.1:11434"
     """The server's address."""
     context: Annotated[int, Field(ge=2048, le=1_048_576)] = 32_768
-    """The model's context in tokens (`num_ctx`); half of it is for the prompt and the files in it."""
+    """The model's context in tokens (`num_ctx`), of which half is for the prompt, including files."""
 
 
 class OllamaAdapter:
@@ -67,17 +67,17 @@ class OllamaAdapter:
         self._options = options
 
     def capabilities(self) -> frozenset[Capability]:
-        """Return its capabilities."""
+        """Return the capabilities."""
         return frozenset({Capability.INSTRUCTIONS, Capability.READ_ONLY})
 
     def programs(self) -> Sequence[Program]:
-        """Return the bridge, with its check for the client, the server and the model."""
+        """Return the bridge, which checks for the client, the server and the model."""
         ready = bridge_command("ollama", *self._server(), "--ready")
         remedy = (
             f"`pip install 'cli-council[ollama]'` into the environment of `council`, start `ollama serve` at "
             f"{self._options.host}, and `ollama pull {self._options.model}`"
         )
-        # No keys: a key says nothing about the server.
+        # No keys, because a key does not show that the server is reachable.
         return (Program(sys.executable, ready=ready[1:], log_in=remedy),)
 
     def command(self, request: SessionRequest) -> SessionCommand:
@@ -95,11 +95,11 @@ class OllamaAdapter:
         )
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
-        """Return the events of a line of the bridge."""
+        """Return the events in a line printed by the bridge."""
         return parse_bridge_line(line)
 
     def verdict(self, end: SessionEnd) -> Failed | None:
-        """Return the failure of the bridge's result."""
+        """Return the failure in the bridge's result."""
         return with_reset_time(concluded_failure(end), end.time)
 
     def _server(self) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """opencode, which prints JSON lines (npm `opencode-ai`, https://opencode.ai/docs/cli).
 
-It prints no result: the session succeeded if its last step finished with `stop`. It retries five times. The reasons for
-that, and the cause of an `UnknownError`, are only in its log, which therefore goes to standard error.
+opencode prints no result: the session succeeded if its last step finished with `stop`. It retries five times. The
+reasons for retries, and the cause of an `UnknownError`, are only in its log, which is therefore sent to standard error.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ _KEYS: Final = (
     *("OPENCODE_API_KEY", "OPENROUTER_API_KEY"),
 )
 _PLACES: Final = ("OPENCODE_CONFIG", "OPENCODE_CONFIG_DIR")
-#: Its folders, by name in a task's own home, including the configuration folder: it only starts if it can write there.
+#: Its folders, keyed by name in a task's own home. They include the configuration folder, because opencode starts only
+# if it can write there.
 _FOLDERS: Final = {
     "XDG_CACHE_HOME": "cache",
     "XDG_CONFIG_HOME": "config",
@@ -66,7 +67,7 @@ _FOLDERS: Final = {
     "XDG_STATE_HOME": "state",
 }
 _LOGIN: Final = "share/opencode/auth.json"
-#: Files of the user that a task's own home links to, for itself and for git.
+#: User files that a task's own home links to, for opencode and git.
 _LINKS: Final = {
     _LOGIN: "~/.local/share/opencode/auth.json",
     "config/git": "~/.config/git",
@@ -83,16 +84,16 @@ _LOG_IN: Final = "run `opencode auth login`, set its provider's key (such as ANT
 _PRESET: Final = {
     "OPENCODE_DISABLE_AUTOUPDATE": "1",
     "OPENCODE_DISABLE_LSP_DOWNLOAD": "1",
-    "OPENCODE_DISABLE_MODELS_FETCH": "1",  # it has a built-in list
+    "OPENCODE_DISABLE_MODELS_FETCH": "1",  # there is a built-in list
     "OPENCODE_DISABLE_SHARE": "1",
 }
 _CONFIG: Final[Mapping[str, JsonValue]] = {"autoupdate": False, "share": "disabled"}
-#: Files that it adds to a project's configuration folder, and excludes from git.
+#: Files that opencode adds to a project's configuration folder and excludes from git.
 _LEAVINGS: Final = tuple(
     f"/.opencode/{name}" for name in (".gitignore", "bun.lock", "node_modules/", "package-lock.json", "package.json")
 )
 
-#: Messages about missing credit: their status is that of an invalid request, or of a temporary limit.
+#: Messages about missing credit, whose status is that of an invalid request or a temporary limit.
 _WITHOUT_CREDIT: Final = re.compile(
     r"credit balance is too low|insufficient_quota|api[ _]key[ _](?:not valid|invalid)", re.IGNORECASE
 )
@@ -107,7 +108,7 @@ _REASONS: Final[Mapping[str, tuple[FailureClass, str]]] = {
     "length": (FailureClass.LIMIT, "its answer was truncated at the model's limit: make the task smaller"),
     "content-filter": (FailureClass.REFUSED, "the provider's filter blocked its answer"),
 }
-#: Messages of its log for events without a class; the first match counts.
+#: Log messages for events without a class. The first match counts.
 _WORDS: Final[Mapping[FailureClass, re.Pattern[str]]] = {
     FailureClass.AUTH: re.compile(r"api key is missing|invalid (?:x-)?api[- ]key|incorrect api key", re.IGNORECASE),
     FailureClass.RATE_LIMITED: re.compile(r"rate[ _-]?limit|too many requests|usage limit", re.IGNORECASE),
@@ -155,7 +156,7 @@ def _check_config(config: dict[str, JsonValue]) -> dict[str, JsonValue]:
 
 
 def _texts(name: str, value: JsonValue) -> Iterator[tuple[str, str]]:
-    """Yield each text in a configuration with the name of its key."""
+    """Yield each text in a configuration with its key."""
     if isinstance(value, str):
         yield name, "" if value.startswith("{env:") else value
     elif isinstance(value, dict):
@@ -188,7 +189,7 @@ export const Council = async ({ directory }) => ({
 """
 
 
-#: A plugin that ends opencode before it waits longer than this for a usage limit, which it does silently.
+#: A plugin that ends opencode when it would silently wait longer than this for a usage limit.
 _LIMIT_FILE: Final = "council-limit.js"
 _LIMIT: Final = """\
 import { writeSync } from "node:fs"
@@ -209,13 +210,13 @@ class OpencodeOptions(CliOptions):
 
     bin: ProgramName = "opencode"
     model: _Model | None = None
-    """The model as `provider/model`; by default the one in its own configuration."""
+    """The model as `provider/model`; by default, the one in its configuration."""
     agent: OptionValue | None = None
-    """The agent, as in `--agent`; by default the one in its own configuration."""
+    """The agent, as in `--agent`; by default, the one in its configuration."""
     config: _Config = Field(default_factory=dict)
-    """Configuration that overrides its own files, written as in an `opencode.json`."""
+    """Configuration that overrides its files, in the format of `opencode.json`."""
     home: Literal["own", "shared"] = "own"
-    """Where it keeps logins and conversations (`XDG_DATA_HOME` and others): in a folder per task, or in yours."""
+    """Where to keep logins and conversations (`XDG_DATA_HOME` and others): in a folder per task, or in yours."""
 
 
 class OpencodeAdapter:
@@ -227,7 +228,7 @@ class OpencodeAdapter:
         self._options = options
 
     def capabilities(self) -> frozenset[Capability]:
-        """Return its capabilities; conversations are kept in a task's own home only."""
+        """Return the capabilities. Only a task's own home keeps conversations."""
         can = {Capability.INSTRUCTIONS, Capability.MCP, Capability.PRE_EDIT}
         return frozenset(can | {Capability.RESUME} if self._options.has_own_home else can)
 
@@ -236,7 +237,7 @@ class OpencodeAdapter:
         return (self._options.program("`npm install -g opencode-ai`", ">=1.18,<2", _KEYS, _LOG_IN),)
 
     def command(self, request: SessionRequest) -> SessionCommand:
-        """Return the command line; it may do anything without asking, unless its configuration denies it."""
+        """Return the command line. opencode may do anything without asking unless its configuration denies it."""
         options = self._options
         config = json.dumps(_config(options, request), ensure_ascii=False, sort_keys=True)
         own = {name: str(request.home / part) for name, part in _FOLDERS.items()} if options.has_own_home else {}
@@ -264,7 +265,7 @@ class OpencodeAdapter:
         )
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
-        """Return the events of a JSON line; plain text is a message."""
+        """Return the events in a JSON line; plain text is a message."""
         value = parse_object(line)
         if value is None:
             return parse_plain_line(line)
@@ -289,7 +290,7 @@ class OpencodeAdapter:
                 return ()
 
     def verdict(self, end: SessionEnd) -> Failed | None:
-        """Return the failure of its events; if that has no class, the one in its log."""
+        """Return the failure in the events or, if that has no class, the one in the log."""
         failed = concluded_failure(end)
         concluded = any(isinstance(event, FinalResult) for event in end.events)
         if concluded and (failed is None or failed.failure is not FailureClass.CRASHED):
@@ -298,20 +299,20 @@ class OpencodeAdapter:
 
 
 def limit_plugin(stream: Literal["stdout", "stderr"]) -> Mapping[str, str]:
-    """Return the file of a plugin that ends opencode at a usage limit instead of waiting silently, perhaps for hours.
+    """Return the source of a plugin that ends opencode at a usage limit instead of waiting silently.
 
-    It first prints a line to a stream, which `parse_limit` reads.
+    The wait could take hours. The plugin first prints a line to a stream, for `parse_limit`.
     """
     return {_LIMIT_FILE: _LIMIT.replace("STREAM", "1" if stream == "stdout" else "2")}
 
 
 def limit_config(home: Path) -> str:
-    """Return a configuration with that plugin in a session's home."""
+    """Return a configuration that loads the plugin from a session's home."""
     return json.dumps({"plugin": [(home / _LIMIT_FILE).as_uri()]})
 
 
 def parse_limit(text: str) -> Failed | None:
-    """Return the limit printed by the plugin, or None."""
+    """Return the limit that the plugin printed, or None."""
     values = (parse_object(line) for line in text.splitlines()[::-1] if "council.limited" in line)
     return next((_limited(value) for value in values if value and value.get("type") == "council.limited"), None)
 
@@ -365,7 +366,7 @@ def _of_tool(part: JsonObject) -> Iterator[SessionEvent]:
 
 
 def _failure_of_tool(state: JsonObject) -> str | None:
-    """Return why a tool failed; opencode does not count an exit code as a failure, we do."""
+    """Return why a tool failed. Unlike opencode, we count an exit code as a failure."""
     metadata = state.get("metadata")
     code = as_count(metadata.get("exit")) if isinstance(metadata, dict) else 0
     if state.get("status") == "error":
@@ -387,7 +388,7 @@ def _of_step(part: JsonObject, model: str | None) -> Iterator[SessionEvent]:
         cache = cache if isinstance(cache, dict) else {}
         sent = as_count(tokens.get("input")) + as_count(cache.get("read")) + as_count(cache.get("write"))
         received = as_count(tokens.get("output")) + as_count(tokens.get("reasoning"))
-        # A cost of 0 may also mean that it does not know the price.
+        # A cost of 0 may also mean that opencode does not know the price.
         cost = as_cost(part.get("cost")) or None
         yield UsageReport(sent, received, cost, cached_tokens=as_count(cache.get("read")), model=model)
     reason = as_text(part.get("reason"))
@@ -419,12 +420,12 @@ def _failure_of(name: str, data: JsonObject, event: JsonObject) -> Failed:
             failure = FailureClass.AUTH
     failure = failure or match_failure_class(said, _WORDS) or FailureClass.CRASHED
     until = _instant(data.get("responseHeaders"), event) if failure is FailureClass.RATE_LIMITED else None
-    reason = said[:MAX_REASON_CHARS] or f"it ended with an error, {name[:60] or 'unnamed'}"
+    reason = said[:MAX_REASON_CHARS] or f"it ended with an error: {name[:60] or 'unnamed'}"
     return make_failure(failure, reason, _LOG_IN, until)
 
 
 def _instant(headers: Any, event: JsonObject) -> float | None:
-    """Return when a limit ends, from the Retry-After header of the answer (RFC 9110), or None."""
+    """Return a limit's reset time from the response's Retry-After header (RFC 9110), or None."""
     value = as_text(headers.get("retry-after")) if isinstance(headers, dict) else ""
     if value.isascii() and value.isdigit() and len(value) < 10:
         then = as_count(event.get("timestamp"))
@@ -441,7 +442,7 @@ def _seconds(date: datetime) -> float:
 
 
 def _failure_in_words(log: str) -> Failed | None:
-    """Return the failure of the last known error message in the log."""
+    """Return the failure for the last known error message in the log."""
     for line in log.splitlines()[::-1]:
         text = line[:_LONGEST_LINE]
         if _UNWRITABLE.search(text):

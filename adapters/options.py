@@ -1,4 +1,4 @@
-"""The common options of adapters: validation of arguments and environment variables."""
+"""The common options of adapters, with validation of arguments and environment variables."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from orchestrator.domain.security.secrets import has_secret_key, secret_values
 from orchestrator.protocols import Program, SessionRequest
 
 _ENV_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# Variables that bind git to one repository (`git rev-parse --local-env-vars`), and similar ones: the program would use
-# another repository than its worktree's.
+# Variables that bind git to a repository (`git rev-parse --local-env-vars`) and similar ones, with which the program
+# would use a different repository than its worktree's.
 _RELOCATING: Final = frozenset(
     {
         "GIT_ALTERNATE_OBJECT_DIRECTORIES",
@@ -36,11 +36,11 @@ _RELOCATING: Final = frozenset(
         "GIT_WORK_TREE",
     }
 )
-_BY_NAME: Final = "pass the variable on by its name alone (`env: [NAME]`)"
+_BY_NAME: Final = "pass the variable by name only (`env: [NAME]`)"
 
 
 def check_argument(argument: str) -> str:
-    """Return a valid argument of a program; ValueError if it can't be one or is surely a mistake."""
+    """Return a valid program argument. Raises ValueError if it is invalid or certainly a mistake."""
     if not argument or "\0" in argument:
         raise ValueError("an argument of the program is empty or contains a NUL character: give it text or remove it")
     return argument
@@ -71,7 +71,7 @@ def _check_env_name(name: str) -> str:
     if name.startswith("COUNCIL_"):
         raise ValueError(f"{name[:60]} is set by the run for each session: choose a name without COUNCIL_")
     if name in _RELOCATING:
-        raise ValueError(f"{name} would point git at another repository than the session's: remove it")
+        raise ValueError(f"{name} would point git at a different repository than the session's: remove it")
     return name
 
 
@@ -107,12 +107,12 @@ _EnvValues = Annotated[
     dict[_EnvName, Annotated[str, AfterValidator(_check_env_value)]], AfterValidator(_check_not_secret)
 ]
 
-#: Name of the instructions file in the home of the request, for programs that read them from a file.
+#: The name of the instructions file in the request's home, for programs that read instructions from a file.
 INSTRUCTIONS_FILE: Final = "council-instructions.md"
 
-#: A word of the program's command line that is not an option.
+#: A command-line argument that is not an option.
 OptionValue = Annotated[str, AfterValidator(_check_value)]
-#: The largest number of model turns.
+#: The maximum number of model turns.
 TurnLimit = Annotated[int, Field(ge=1, le=10_000)]
 UsDollars = Annotated[float, Field(gt=0, le=1_000_000, strict=False)]
 #: A program: a name to look up on PATH, or an absolute path.
@@ -131,7 +131,7 @@ def option_arguments(option: str, value: str | float | None) -> tuple[str, ...]:
 
 
 def own_home_variables(options: AdapterOptions, request: SessionRequest) -> dict[str, str]:
-    """Return HOME for programs without a setting for their folder, so that they keep their files in the task's home."""
+    """Return HOME for programs without a setting for their folder, so that they use the task's home."""
     return {"HOME": str(request.home)} if options.has_own_home else {}
 
 
@@ -153,9 +153,9 @@ class AdapterOptions(BaseModel):
             custom_error_message="write a list of names to pass on, or a mapping of names to values",
         ),
     ] = ()
-    """Environment variables: names to pass on and `NAME=value` to set, or a mapping of those to set."""
+    """Environment variables: a list of names to pass on and `NAME=value` to set, or a mapping to set."""
     home: Literal["own", "shared"] = "shared"
-    """Where it keeps settings, logins and conversations: in a folder per task (`own`), or in yours (`shared`)."""
+    """Where to keep settings, logins and conversations: in a folder per task (`own`), or in yours (`shared`)."""
 
     @property
     def has_own_home(self) -> bool:
@@ -165,7 +165,7 @@ class AdapterOptions(BaseModel):
     def variables(self, passed: Sequence[str] = (), **preset: str) -> tuple[Mapping[str, str], tuple[str, ...]]:
         """Return a session's variables, as in `SessionCommand.env` and `SessionCommand.pass_env`.
 
-        `passed` and `preset` are the adapter's own; the file overrides them.
+        `passed` and `preset` are the adapter's defaults, which the YAML file overrides.
         """
         listed = () if isinstance(self.env, dict) else self.env
         given = self.env if isinstance(self.env, dict) else dict(one.split("=", 1) for one in listed if "=" in one)
@@ -175,17 +175,17 @@ class AdapterOptions(BaseModel):
 
 
 class CliOptions(AdapterOptions):
-    """The common options of adapters for one CLI; each has a `bin` with the name of its program."""
+    """The common options of adapters for a specific CLI. Each has a `bin` with the name of its program."""
 
     bin: ProgramName
     """The program."""
     model: OptionValue | None = None
-    """The model, as in `--model`; by default the one in its own configuration."""
+    """The model, as in `--model`; by default, the one in its configuration."""
     args: Arguments = ()
     """Additional arguments, such as `[--verbose]`."""
 
     def program(self, install: str, supported: str, keys: Sequence[str], log_in: str, **more: Any) -> Program:
-        """Return the CLI's program; `install` is a command that installs it, `supported` the tested versions."""
+        """Return the CLI's program; `install` is its install command, `supported` the tested versions."""
         remedy = f"install it ({install}), or correct `bin`"
         return Program(
             self.bin,

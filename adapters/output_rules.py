@@ -26,7 +26,7 @@ from orchestrator.domain.runs.outcome import Failed
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.protocols import AgentMessage, ConversationStarted, FinalResult, SessionEvent, UsageReport
 
-#: Characters of a line that patterns search: patterns are the user's, lines the agent's.
+#: Maximum characters of a line to search, because patterns are the user's and lines the agent's.
 MAX_LINE_CHARS: Final = 4096
 
 _SPENT: Final = ("input_tokens", "output_tokens", "cached_tokens", "cost")
@@ -39,20 +39,20 @@ def _check_pattern(pattern: str) -> str:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{pattern[:60]!r} is not a regular expression, {error}: correct it") from None
+        raise ValueError(f"{pattern[:60]!r} is not a regular expression ({error}): correct it") from None
     return pattern
 
 
 def _check_groups(pattern: str) -> str:
     for name in re.compile(pattern).groupindex:
         if name not in _FACTS:
-            raise ValueError(f"the group {name!r} is not a known fact: name it one of {', '.join(_FACTS)}")
+            raise ValueError(f"the group {name!r} is not a known fact: use one of {', '.join(_FACTS)}")
     return pattern
 
 
 def _check_wanted(value: Any) -> Any:
     if not isinstance(value, str | int | float):
-        raise ValueError("expected a text, a number, true or false: write one, or a longer path")  # noqa: TRY004  told by pydantic
+        raise ValueError("expected a text, a number, true or false: write one, or a longer path")  # noqa: TRY004  pydantic
     return value
 
 
@@ -73,29 +73,29 @@ class OutputRule(BaseModel):
     match: Annotated[RegexPattern, AfterValidator(_check_groups)] | None = None
     """A regular expression that the line matches; its named groups are facts (`(?P<session>\\S+)`)."""
     when: dict[JsonPath, _Wanted] = Field(default_factory=dict)
-    """Values that the line of JSON has, by path."""
+    """Values that the JSON line must have, keyed by path."""
     text: JsonPath | None = None
-    """Path of the agent's message."""
+    """The path of the agent's message."""
     session: JsonPath | None = None
-    """Path of the program's conversation id."""
+    """The path of the program's conversation id."""
     input_tokens: JsonPath | None = None
-    """Path of the number of input tokens, including cached ones."""
+    """The path of the number of input tokens, including cached ones."""
     output_tokens: JsonPath | None = None
-    """Path of the number of output tokens."""
+    """The path of the number of output tokens."""
     cached_tokens: JsonPath | None = None
-    """Path of the number of input tokens read from a cache."""
+    """The path of the number of input tokens read from a cache."""
     cost: JsonPath | None = None
-    """Path of the cost in US dollars."""
+    """The path of the cost in US dollars."""
     usage: Literal["line", "session", "conversation"] = "line"
     """The scope of tokens and cost: this line, the session so far, or the conversation including earlier sessions."""
     model: JsonPath | None = None
-    """Path of the model's name."""
+    """The path of the model's name."""
     error: JsonPath | None = None
-    """Path of an error message."""
+    """The path of an error message."""
     status: JsonPath | None = None
-    """Path of an error's HTTP status, which determines the failure class."""
+    """The path of an error's HTTP status, which determines the failure class."""
     done: bool = False
-    """Whether the line means success: if a rule has this, a session without such a line has failed."""
+    """Whether the line means success. If a rule sets this, a session without such a line has failed."""
 
     @model_validator(mode="before")
     @classmethod
@@ -129,11 +129,11 @@ class OutputRule(BaseModel):
 
     @property
     def needs_json(self) -> bool:
-        """Whether it only applies to lines of JSON."""
+        """Whether the rule applies only to lines of JSON."""
         return bool(self.match is None or self.when or any(getattr(self, name) is not None for name in _FACTS))
 
     def describe(self) -> str:
-        """Return a description of its lines."""
+        """Return a description of the rule's lines."""
         wanted = [f"{path}: {json.dumps(value, ensure_ascii=False)}" for path, value in self.when.items()]
         return f"a line with {' and '.join([*([self.match] if self.match else []), *wanted])}"
 
@@ -143,9 +143,9 @@ _Facts = Mapping[str, Sequence[Any]]
 
 @dataclass(frozen=True, slots=True)
 class OutputReader:
-    """Read lines by rules; all rules that match a line apply.
+    """Reads lines by rules. All rules that match a line apply.
 
-    `model` is the name of the model if no line has it; `class_in` returns the failure class of a text.
+    `model` is the model's name if no line contains it; `class_in` returns the failure class of a text.
     """
 
     rules: Sequence[OutputRule]
@@ -154,7 +154,7 @@ class OutputReader:
     class_in: Callable[[str], FailureClass | None]
 
     def read(self, line: str) -> Sequence[SessionEvent]:
-        """Return the events of a line; a line without a rule is a message, unless it is JSON."""
+        """Return the events in a line; unmatched lines that are not JSON are messages."""
         value = parse_object(line) if self.is_json else None
         found = [(rule, facts) for rule in self.rules if (facts := _facts(rule, line, value)) is not None]
         if value is None and not any(rule.match is not None for rule, _ in found):
@@ -163,7 +163,7 @@ class OutputReader:
 
     @property
     def awaited(self) -> str | None:
-        """The lines that a session must print to succeed, as text; None if there are none."""
+        """A description of the lines that a session must print to succeed, or None."""
         return " or ".join(rule.describe() for rule in self.rules if rule.done) or None
 
     def _events(self, found: Sequence[tuple[OutputRule, _Facts]]) -> Iterator[SessionEvent]:
@@ -205,13 +205,13 @@ class OutputReader:
         by_status = failure_class_for_status(status)
         if not message and by_status is None:
             return None
-        # The file's patterns have precedence over a status, which is often that of any invalid request.
+        # The file's patterns take precedence over a status, which is often that of any invalid request.
         failure = self.class_in(message) or by_status or FailureClass.CRASHED
         return Failed(failure, one_line(message) or f"it ended with the status {status}")
 
 
 def _facts(rule: OutputRule, line: str, value: Any) -> _Facts | None:
-    """Return the facts that a rule reads from a line; None if the rule does not apply."""
+    """Return the facts that a rule reads from a line, or None if the rule does not apply."""
     match = None if rule.match is None else re.search(rule.match, line[:MAX_LINE_CHARS], re.IGNORECASE)
     if rule.match is not None and match is None:
         return None
@@ -244,6 +244,6 @@ def _cost(value: Any) -> float | None:
 
 
 def _amount(text: str) -> float | None:
-    """Parse a number printed for people: `1,234`, `4.2k`, `$0.07`; None if it is not one."""
+    """Parse a number printed for users, such as `1,234`, `4.2k` or `$0.07`; return None if invalid."""
     found = _AMOUNT.fullmatch(text.strip())
     return None if found is None else float(found[1].replace(",", "")) * _TIMES[found[2].lower()]

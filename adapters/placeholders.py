@@ -1,4 +1,4 @@
-"""Arguments with placeholders such as {prompt_file}; doubled braces are literal."""
+"""Expand placeholders such as {prompt_file} in arguments; doubled braces are literal."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Final
 
 from adapters.options import check_argument
 
-# One pass: doubled braces come first, so that their content is not expanded.
+# One pass, with doubled braces first so that their content is not expanded.
 _PLACEHOLDER: Final = re.compile(r"\{\{([a-z_]+)\}\}|\{([a-z_]+)\}")
 
 
 def placeholder_names(arguments: Iterable[str]) -> list[str]:
-    """Return the names of the placeholders in arguments, once per occurrence."""
+    """Return the names of the placeholders in arguments, one per occurrence."""
     return [match[2] for argument in arguments for match in _PLACEHOLDER.finditer(argument) if match[2] is not None]
 
 
 def check_placeholders(argument: str, known: Sequence[str]) -> str:
-    """Return an argument with known placeholders only; ValueError if it is invalid or has others."""
+    """Return an argument with known placeholders. Raises ValueError if it is invalid or has others."""
     for word in placeholder_names([argument]):
         if word not in known:
             listed = ", ".join(f"{{{name}}}" for name in known)
@@ -29,7 +29,7 @@ def check_placeholders(argument: str, known: Sequence[str]) -> str:
 
 
 def fill_placeholders(arguments: Iterable[str], values: Mapping[str, str]) -> tuple[str, ...]:
-    """Return arguments with their placeholders filled; the inserted values are not expanded again."""
+    """Return arguments with their placeholders filled. Inserted values are not expanded again."""
 
     def fill(match: re.Match[str]) -> str:
         return values[match[2]] if match[2] is not None else f"{{{match[1]}}}"

@@ -1,4 +1,4 @@
-"""Find out from a program's message when the usage limit of an account ends."""
+"""Extract the reset time of an account's usage limit from a program's message."""
 
 from __future__ import annotations
 
@@ -40,18 +40,19 @@ _CLOCK: Final = re.compile(
     re.IGNORECASE,
 )
 _MONTHS: Final = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-#: A time without a date that was this long ago means tomorrow: it has no seconds, and may have been read late.
+#: A time without a date that is this many seconds in the past means tomorrow. Such times have no seconds, and may be
+# read late.
 _PAST: Final = timedelta(hours=1)
 
 
 def limit_reset_time(text: str, now: float) -> float | None:
-    """Return the last end of a limit in a text, in wall-clock seconds; None if there is none."""
+    """Return the last reset time of a limit in a text (wall-clock seconds), or None."""
     found = sorted(_named(text, now))
     return found[-1][1] if found else None
 
 
 def with_reset_time(failed: Failed | None, now: float) -> Failed | None:
-    """Return a failure; for a limit with an unknown end, with the end that its reason names."""
+    """Return a failure, adding the reset time in its reason if it is a limit without a known one."""
     if failed is None or failed.failure is not FailureClass.RATE_LIMITED or failed.until is not None:
         return failed
     return replace(failed, until=limit_reset_time(failed.reason, now))

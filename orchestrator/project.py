@@ -1,4 +1,4 @@
-"""Paths of a project's `.council/` folder, and of the home with council's own repositories."""
+"""Paths in a project's `.council/` folder, and the home folder of council's own repositories."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ LEGACY_RECORD = Key("import", "worktrees")
 
 
 def is_import_complete(record: Document) -> bool:
-    """Return True if the import is complete; also for a damaged record, because nothing may be imported twice."""
+    """Return True if the import is complete, or its record damaged: nothing may be imported twice."""
     return record.damaged or bool(record.value.get("is_complete", True))
 
 
 @dataclass(frozen=True, slots=True)
 class Project:
-    """The parent of a `.council/` folder: the top of the user's checkout, or the YAML file's folder for a URL."""
+    """The parent of a `.council/` folder: the top of the user's checkout or, for a URL, the YAML file's folder."""
 
     top: Path
 
     @property
     def folder(self) -> Path:
-        """The `.council/` folder, readable by the owner alone and ignored by git."""
+        """The `.council/` folder, readable only by the owner and ignored by git."""
         return self.top / COUNCIL_FOLDER
 
     @property
@@ -44,11 +44,11 @@ class Project:
 
     @property
     def store_file(self) -> Path:
-        """The file with the URL of the newest run's store, if its YAML file names one."""
+        """The file with the URL of the newest run's store, if its YAML file sets one."""
         return self.folder / "store"
 
     def store(self) -> str:
-        """Return the URL of the newest run's store. Blocks. RefusedError if the store file is invalid."""
+        """Return the URL of the newest run's store. Blocks. Raises RefusedError if the store file is invalid."""
         if not os.path.lexists(self.store_file):
             return folder_url(self.state_folder)
         lines = [""]
@@ -58,11 +58,11 @@ class Project:
         try:
             return check_store_url(lines[0] if len(lines) == 1 else "")
         except ValueError:
-            remedy = f"write the URL of one into it, or remove it to use {self.state_folder}"
-            raise RefusedError(f"{self.store_file} names no store", remedy) from None
+            remedy = f"write a store's URL to it, or remove it to use {self.state_folder}"
+            raise RefusedError(f"{self.store_file} does not contain a store's URL", remedy) from None
 
     def set_store_url(self, url: str | None) -> None:
-        """Set the default store of commands; None is the project's own store. Blocks."""
+        """Set the default store of commands; None means the project's own store. Blocks."""
         if url is None or url == MEMORY:  # a memory store is lost with its process
             self.store_file.unlink(missing_ok=True)
             return
@@ -70,21 +70,21 @@ class Project:
 
     @property
     def log_file(self) -> Path:
-        """The log with the details of internal errors."""
+        """The log with details of internal errors."""
         return self.folder / "council.log"
 
     @property
     def logs_folder(self) -> Path:
-        """The folder of all sessions' output."""
+        """The folder with the output of all sessions."""
         return self.folder / "logs"
 
     @property
     def legacy(self) -> Path:
-        """The folder of copied files of older layouts that could not be imported."""
+        """The folder with copies of files from older layouts that could not be imported."""
         return self.folder / "legacy"
 
     def logs(self, run: str) -> Path:
-        """Return the folder of the output of a run's sessions."""
+        """Return the folder with the output of a run's sessions."""
         return self.logs_folder / run
 
     def background_log(self, run: str) -> Path:
@@ -93,12 +93,12 @@ class Project:
 
     @property
     def file_locks(self) -> Path:
-        """The folder of lock files for files that sessions lock."""
+        """The folder with the lock files of file locks."""
         return self.folder / "locks" / "files"
 
     @property
     def views(self) -> Path:
-        """The folder of readable copies of the state."""
+        """The folder with human-readable copies of the state."""
         return self.folder / "views"
 
     @property
@@ -107,7 +107,7 @@ class Project:
         return self.folder / "views.lock"
 
     def has_legacy(self) -> bool:
-        """Return True if there is state of an older layout. Blocks."""
+        """Return True if there is state in an older layout. Blocks."""
         return any((self.top / name).exists() for name in (LEGACY_FILE, LEGACY_TREE))
 
     def check(self) -> None:
@@ -126,7 +126,7 @@ class Project:
                 raise RefusedError(f"{folder} is a symbolic link", "remove it, so that council can create its own")
 
     def create(self) -> None:
-        """Create the folder, accessible by the owner alone."""
+        """Create the folder, accessible only by the owner."""
         self.check()
         for folder in (self.folder, self.logs_folder):
             folder.mkdir(mode=0o700, exist_ok=True)
@@ -134,10 +134,10 @@ class Project:
 
 
 def find_project(start: Path) -> Project:
-    """Return the project that contains a folder; RefusedError if no run was ever started there.
+    """Return the project that contains a folder.
 
-    Without a `.council/` folder, it is the folder with the state of an older layout. The search ends at the top of the
-    repository.
+    Without a `.council/` folder, that is the folder with state in an older layout. The search ends at the top of the
+    repository. Raises RefusedError if no run was ever started there.
     """
     start = start.absolute()
     folders: list[Project] = []
@@ -159,15 +159,15 @@ def find_project(start: Path) -> Project:
 
 
 def not_in_repository_error(folder: Path) -> RefusedError | None:
-    """Return the error for a folder outside of any repository; None if it is in one. Blocks."""
-    if any((one / ".git").exists() or (one / "objects").is_dir() for one in (folder, *folder.parents)):  # or a bare one
+    """Return the error for a folder outside any repository, or None. Blocks."""
+    if any((one / ".git").exists() or (one / "objects").is_dir() for one in (folder, *folder.parents)):  # or bare
         return None
-    remedy = "cd to your repository, or create one: `git init`, then commit something"
+    remedy = "cd to your repository, or create one with `git init` and commit something"
     return RefusedError(f"{folder} is not in a git repository", remedy)
 
 
 def council_home(environ: Mapping[str, str]) -> Path:
-    """Return the folder of council's own repositories: `COUNCIL_HOME`, or `council` in the user's state folder."""
+    """Return the folder for council's repositories: `COUNCIL_HOME`, or `council` in the user's state folder."""
     if environ.get("COUNCIL_HOME"):
         return Path(environ["COUNCIL_HOME"]).resolve()
     if environ.get("XDG_STATE_HOME"):
@@ -178,7 +178,7 @@ def council_home(environ: Mapping[str, str]) -> Path:
 
 
 def exclude_from_git(git_dir: Path) -> None:
-    """Add `.council/` to `info/exclude` of a repository, unless it is listed."""
+    """Add `.council/` to a repository's `info/exclude` unless already listed."""
     exclude = git_dir / "info" / "exclude"
     before = exclude.read_bytes() if exclude.exists() else b""
     line = f"/{COUNCIL_FOLDER}/".encode()
@@ -191,6 +191,6 @@ def exclude_from_git(git_dir: Path) -> None:
 
 
 def find_stale_exclude_files(git_dir: Path) -> dict[Path, float]:
-    """Return temporary files of `exclude_from_git` with their times (wall-clock seconds). Blocks."""
+    """Return temporary files of `exclude_from_git` with their mtimes (wall-clock seconds). Blocks."""
     found = (git_dir / "info").glob("exclude.*.new")
     return {path: path.lstat().st_mtime for path in found if path.name.split(".")[1].isdecimal()}

@@ -1,14 +1,14 @@
-"""The contracts of plugins, complete enough to implement one from this file alone.
+"""The contracts of plugins, complete enough to implement a plugin from this file alone.
 
 A plugin registers types under names (`orchestrator.hookspecs`). A YAML file selects a type with `use: NAME` and sets
 its options, which a pydantic model of the type validates.
 
 adapter   describes how to run a CLI, as data; it never starts a process.     AdapterType, Adapter
-sink      takes the events of a run, to notify another system.                SinkType, Sink
-tracker   provides tasks of an external list, and takes the run's events.     TrackerType, Tracker
-store     stores all state; its only operation that changes it is `commit`.   StoreType, Store
+sink      receives the events of a run, to notify another system.             SinkType, Sink
+tracker   provides tasks from an external list, and receives a run's events.  TrackerType, Tracker
+store     stores all state, which only `commit` changes.                      StoreType, Store
 
-`orchestrator.testing` has a test suite for each contract, which every implementation must pass.
+`orchestrator.testing` has a test suite for each contract that every implementation must pass.
 """
 
 from __future__ import annotations
@@ -88,19 +88,19 @@ JsonObject = dict[str, Any]
 VERSIONS_KEPT: Final = 10
 
 
-#: The size of a document, in bytes, from which a warning is due: each version takes as much space in the log.
+#: The document size in bytes that causes a warning, because each version takes this much space in the log.
 LARGE_DOCUMENT_BYTES: Final = 1_000_000
 
 
 def _absolute(path: Path, info: ValidationInfo) -> Path:
     if not path.name or "\0" in str(path):
-        raise ValueError("this path names no file: write one, relative to this file or absolute")
+        raise ValueError("this is not a file path: write an absolute path, or one relative to this file")
     folder: Path = (info.context or {}).get("folder", Path())
     return (folder / path.expanduser()).absolute()
 
 
-#: A path in a plugin's options. The plugin gets an absolute path: relative ones start from the YAML file's folder, `~`
-#: is the home.
+#: A path in a plugin's options. The plugin receives an absolute path: relative paths start at the YAML file's folder,
+# and `~` is the home.
 PathOption = Annotated[Path, Field(strict=False), AfterValidator(_absolute)]
 
 
@@ -115,10 +115,10 @@ class Key(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A document as read: `encoded` is its value as JSON in UTF-8; `version` counts from 1.
+    """A document as read. `encoded` is its value as UTF-8 JSON; `version` counts from 1.
 
-    `damaged` is true if a later version existed but its bytes on disk are unreadable: `value` is then that of an older
-    version, and readers must not treat it as current.
+    `damaged` is true if a later version exists but is unreadable on disk: `value` is then an older value, and readers
+    must not treat it as current.
     """
 
     key: Key
@@ -128,15 +128,15 @@ class Document(NamedTuple):
     """The position of the commit that wrote this version."""
     damaged: bool = False
     time: float = 0.0
-    """When it was written: wall-clock seconds of the store's clock."""
+    """When this version was written (wall-clock seconds of the store's clock)."""
     by: str = ""
-    """The process that wrote it, as `user@host:pid`."""
+    """The process that wrote this version, as `user@host:pid`."""
     expires: float | None = None
-    """When it expires (wall-clock seconds): from then on it counts as missing; None: never."""
+    """When the document expires and then counts as missing (wall-clock seconds, or None for never)."""
 
     @property
     def value(self) -> JsonObject:
-        """The value; each access decodes a new copy, which the reader owns."""
+        """The value. Each access decodes a new copy, owned by the reader."""
         value: JsonObject = json.loads(self.encoded)
         return value
 
@@ -156,9 +156,9 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """The change of one document. `expected` is the version that was read (0: none); the value None deletes.
+    """A change to one document. `expected` is the version that was read (0 if none); the value None deletes.
 
-    With `ttl`, the document expires after so many seconds, unless it is written again before.
+    With `ttl`, the document expires after that many seconds unless it is written again.
     """
 
     key: Key
@@ -184,17 +184,17 @@ class Event:
 
     @classmethod
     def of(cls, event: TypedEvent) -> Event:
-        """Return the record of an event of ours (`orchestrator.domain.events`)."""
+        """Return the record of one of our events (`orchestrator.domain.events`)."""
         event.check_context()
         return cls(event.type, event.data())
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """One atomic change: all writes and events apply if all versions and guards match, else none does.
+    """An atomic change: if all versions and guards match, all writes and events apply, otherwise none.
 
-    A commit that is not `durable` survives the death of every process, but perhaps not a power failure. It is for
-    documents that are soon written again, such as heartbeats.
+    A commit that is not `durable` survives the death of all processes, but possibly not a power failure. Use this for
+    documents that are soon rewritten, such as heartbeats.
     """
 
     writes: Sequence[Write] = ()
@@ -205,10 +205,10 @@ class Commit:
 
 @dataclass(frozen=True, slots=True)
 class CommitRecord:
-    """A commit as read from the log: its position (from 1, without gaps), wall-clock time in seconds, and content.
+    """A commit as read from the log: position (from 1, without gaps), time (wall-clock seconds), contents.
 
-    `unreadable` names the documents whose new values were lost to damage; they are missing in `documents`.
-    A deleted document has the value None.
+    `unreadable` lists the documents whose new values were lost to damage; they are missing from `documents`. A deleted
+    document has the value None.
     """
 
     position: int
@@ -224,8 +224,8 @@ class CommitRecord:
 class DocumentVersion:
     """One version in the history of a document.
 
-    `value` is None if this version is the document's deletion, or `damaged`. `events` are those of the commit that
-    wrote it, and show the kind of change.
+    `value` is None if this version is `damaged` or the document's deletion. `events` are those of the commit that wrote
+    it, and show the kind of change.
     """
 
     version: int
@@ -239,17 +239,17 @@ class DocumentVersion:
 
 @dataclass(frozen=True, slots=True)
 class StateSnapshot:
-    """All documents as of a commit, without those that had expired by then."""
+    """All documents as of a commit, except those that had expired by then."""
 
     position: int
     time: float
-    """The time of that commit, in wall-clock seconds; 0 at position 0."""
+    """The commit's time in wall-clock seconds; 0 at position 0."""
     documents: Mapping[Key, Document]
 
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """A damaged part of the log: its location, the affected documents (None: unknown), and the handling."""
+    """A damaged part of the log: its location, the affected documents (None if unknown), and the handling."""
 
     path: Path
     offset: int
@@ -257,14 +257,14 @@ class Damage:
     what: str
 
     def describe(self) -> str:
-        """Return a description in one line."""
+        """Return a one-line description."""
         affected = ", ".join(map(str, self.keys)) or "nothing lost" if self.keys is not None else "unknown documents"
         return f"{self.path}, byte {self.offset}: {self.what} ({affected})"
 
 
 @dataclass(frozen=True, slots=True)
 class CompactionResult:
-    """The outcome of a compaction: the size of the log in bytes before and after it.
+    """The outcome of a compaction: the size of the log in bytes before and after.
 
     `first` is the position of the oldest state that the log can still reproduce.
     """
@@ -284,13 +284,13 @@ class VerificationReport:
     damaged: Sequence[Key] = ()
     """Documents whose newest version can't be read."""
     mismatched: Sequence[Key] = ()
-    """Documents that the store returns with another value than the log has: a bug, or faulty memory."""
+    """Documents whose value in the store differs from the log, because of a bug or faulty memory."""
     unreadable: Mapping[Key, str] = field(default_factory=dict)
-    """Documents of council's own with the wrong shape for their kind, and the reason; a store leaves this empty."""
+    """Council documents with the wrong shape for their kind, and the reason. Stores leave this empty."""
 
     @property
     def is_valid(self) -> bool:
-        """Whether no error was found."""
+        """Whether there are no errors."""
         return not (self.damage or self.damaged or self.mismatched or self.unreadable)
 
 
@@ -307,31 +307,31 @@ class StoreStatistics:
     log_bytes: int
     """The size of the log on disk."""
     expired: Sequence[Key] = ()
-    """Documents that have expired and that were not deleted or written since."""
+    """Documents that have expired and have not been deleted or rewritten since."""
     large: Sequence[tuple[Key, int]] = ()
-    """Documents of more than LARGE_DOCUMENT_BYTES with their sizes, the largest first."""
+    """Documents larger than LARGE_DOCUMENT_BYTES with their sizes, largest first."""
 
 
 class DumpedDocument(NamedTuple):
-    """The new version of a document in a dumped commit."""
+    """A document's new version in a dumped commit."""
 
     key: Key
     version: int
     encoded: bytes | None
-    """The value as JSON in UTF-8, on one line; None: deleted. Loading and dumping preserve the bytes."""
+    """The value as UTF-8 JSON on one line, or None if deleted. Loading and dumping preserve the bytes."""
     expires: float | None = None
-    """When it expires (wall-clock seconds); None: never."""
+    """When the document expires (wall-clock seconds, or None for never)."""
     previous: int = 0
-    """The position of the version before, which links the document's history; 0: none, or unknown."""
+    """The position of the previous version, which links the document's history; 0 if none or unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class DumpedCommit:
-    """A commit as it is copied between stores; all views of it can be derived from this."""
+    """A commit as copied between stores. All views of the commit can be derived from this."""
 
     position: int
     time: float
-    """Wall-clock seconds of the clock of the original store."""
+    """Wall-clock seconds of the original store's clock."""
     by: str
     """The process that committed, as `user@host:pid`."""
     documents: Sequence[DumpedDocument] = ()
@@ -340,52 +340,52 @@ class DumpedCommit:
 
 @dataclass(frozen=True, slots=True)
 class Dump:
-    """A whole log as of a position: all that another store needs to become an identical copy."""
+    """A whole log as of a position: everything that another store needs to become an identical copy."""
 
     position: int
-    """The position of the newest commit; 0: there is none."""
+    """The position of the newest commit; 0 if there is none."""
     first: int
-    """The position of the oldest state that can be reproduced: earlier commits are here only as `compact` left them."""
+    """The position of the oldest state that can be reproduced. Earlier commits are included as `compact` left them."""
     commits: AsyncGenerator[DumpedCommit]
-    """The commits in the order of their positions; can be iterated once, while the dump is open."""
+    """The commits ordered by position. Can be iterated once, while the dump is open."""
 
 
 class Store(Protocol):
     """The storage of all state. Every implementation must pass `orchestrator.testing.store_contract`."""
 
     def local_paths(self) -> Sequence[Path]:
-        """Return the files and folders on this machine that contain the data; empty if it is elsewhere or in memory.
+        """Return the files and folders on this machine that contain the data; empty if remote or in memory.
 
-        They are absolute and exist. They are hidden from sessions; and a store without any counts as remote, which may
-        be unreachable for a while.
+        The paths are absolute and exist. They are hidden from sessions. A store without local paths is treated as
+        remote and possibly unreachable at times.
         """
 
     async def commit(self, commit: Commit) -> int:
         """Apply `commit` atomically and durably, and return its position in the log.
 
-        Raises VersionConflict, LeaseLost or InvalidDocument, or StoreUnavailable if it can't be made durable; nothing
-        is changed then. The version numbers of a deleted document continue, so that the expected version of a stale
-        reader can't match by accident; its `expected` is 0 again. The same applies to an expired document, and the
-        guards of an expired lease fail. If the caller is cancelled, the commit still completes before this returns.
+        Raises VersionConflict, LeaseLost or InvalidDocument, or StoreUnavailable if the commit can't be made durable;
+        then nothing is changed. A deleted document's `expected` is 0 again, but its version numbers continue, so that
+        the expected version of a stale reader can't match by accident. The same applies to an expired document; guards
+        of an expired lease fail. If the caller is cancelled, the commit still completes before this returns.
         """
 
     async def get(self, key: Key) -> Document | None:
-        """Return the newest version of a document, of any process, or None."""
+        """Return the newest version of a document, by any process, or None."""
 
     async def list(self, kind: str, prefix: str = "") -> Sequence[Document]:
         """Return the documents of a kind whose id begins with `prefix`, sorted by id."""
 
     async def position(self) -> int:
-        """Return the position of the newest commit, 0 for an empty store."""
+        """Return the position of the newest commit; 0 for an empty store."""
 
     def watch(self, after: int = 0) -> AsyncGenerator[CommitRecord]:
-        """Yield every record after position `after`, then each new one of any process.
+        """Yield every record after position `after`, then each new record of any process.
 
         Raises HistoryCompacted if the log does not go back that far.
         """
 
     async def history(self, key: Key, limit: int = VERSIONS_KEPT) -> Sequence[DocumentVersion]:
-        """Return the newest versions of a document, deletions included, the newest first: at most `limit`.
+        """Return at most `limit` versions of a document, including deletions, newest first.
 
         The last `VERSIONS_KEPT` versions are always available, older ones as long as the log goes back to them.
         """
@@ -393,45 +393,45 @@ class Store(Protocol):
     async def at(self, position: int) -> StateSnapshot:
         """Return the state right after the commit at a position.
 
-        Raises HistoryCompacted if the log does not go back that far, RefusedError for a position in the future.
+        Raises HistoryCompacted if the log does not go back that far, and RefusedError for a future position.
         """
 
     async def compact(self, older_than: float, largest: int) -> CompactionResult:
-        """Prune old commits: keep only the last `VERSIONS_KEPT` versions of each document from them.
+        """Prune old commits, keeping only the last `VERSIONS_KEPT` versions of each document.
 
-        Old commits are those from before `older_than` (wall-clock seconds), and as many more as it takes to reduce the
-        log to `largest` bytes; the newest may stay complete. Documents do not change. Safe while other processes read
+        Old commits are those before `older_than` (wall-clock seconds), and as many more as needed to reduce the log to
+        `largest` bytes; the newest commits may stay complete. Documents do not change. Safe while other processes read
         and commit; a watcher that has not yet read the pruned commits gets HistoryCompacted.
         """
 
     async def statistics(self) -> StoreStatistics:
-        """Return the size of the store, and its expired and large documents."""
+        """Return the store's size, and its expired and large documents."""
 
     async def verify(self) -> VerificationReport:
-        """Read the whole log again, and compare it with the documents that the store returns."""
+        """Reread the whole log, and compare it with the documents that the store returns."""
 
     async def repair(self) -> VerificationReport:
-        """Restore the readable state, and return the report of `verify` after that.
+        """Restore the readable state, and return the resulting report of `verify`.
 
         The newest readable value of each damaged document becomes its next version, with the same remaining time until
-        it expires; a document without a readable value is deleted. That is one commit, with an event `state.repaired`
-        for each document, which has its key and the version that was `lost`. Deleted documents stay deleted, and
-        versions never decrease. Without damage nothing happens.
+        expiry; a document without a readable value is deleted. This is one commit with an event `state.repaired` for
+        each document, which contains its key and the `lost` version. Deleted documents stay deleted, and versions never
+        decrease. Without damage, this does nothing.
         """
 
     def dump(self) -> AbstractAsyncContextManager[Dump]:
-        """Dump the whole log as of now, for the body of an `async with`; other processes read and commit meanwhile.
+        """Dump the whole current log for an `async with` block; other processes may read and commit meanwhile.
 
-        It needs the memory of a few commits, however long the log is. RefusedError if `verify` finds an error, or if
-        damage is found while the commits are read: a copy is never older than it should be.
+        Uses the memory of a few commits, regardless of the log's length. Raises RefusedError if `verify` finds an
+        error, or if damage is found while the commits are read, so that a copy is never outdated.
         """
 
     async def load(self, dump: Dump) -> None:
         """Become an identical copy of the dumped store, with the same positions, times and versions.
 
-        Atomic: after an error of `dump.commits`, or if the process is killed, the store is empty and can be loaded
-        again. RefusedError if the store is not empty, because of an earlier commit or load, or if the commits don't
-        match the dump's positions.
+        This is atomic: after an error from `dump.commits`, or if the process is killed, the store is empty and can be
+        loaded again. Raises RefusedError if the store is not empty, because of an earlier commit or load, or if the
+        commits don't match the dump's positions.
         """
 
     @property
@@ -440,53 +440,57 @@ class Store(Protocol):
 
 
 class StoreType(Protocol):
-    """The type that a plugin registers under a URL scheme: opens stores with that scheme."""
+    """The type that a plugin registers under a URL scheme, which opens stores with that scheme."""
 
     def __call__(self, url: str, clock: Clock, /) -> AbstractAsyncContextManager[Store]:
-        """Open the store at `url` for the body of an `async with`; `clock` is the source of its timestamps."""
+        """Open the store at `url` for an `async with` block; `clock` is the source of its timestamps."""
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A program that an adapter runs, and how to check its installation. Commands are arguments only."""
+    """A program that an adapter runs, and how to check its installation.
+
+    Commands are given as arguments without the program.
+    """
 
     name: str
-    """Its name on PATH, or an absolute path."""
+    """The program's name on PATH, or an absolute path."""
     install: str = "install it, or correct the adapter"
-    """The remedy if it is missing."""
+    """The remedy if the program is missing."""
     version: Sequence[str] = ()
-    """Arguments that make it print its version; empty: it has no such option."""
+    """The arguments that print the version; empty if there is no such option."""
     supported: str = ""
-    """The supported versions, as in `>=2.0,<3` (PEP 440, version specifiers); other versions cause a warning."""
+    """The supported versions, such as `>=2.0,<3` (PEP 440 version specifiers). Other versions cause a warning."""
     ready: Sequence[str] = ()
-    """Arguments of a quick command that exits with 0 if it can be used: logged in, server reachable; empty: unknown.
+    """The arguments of a quick command that exits with 0 if the program is ready.
 
-    If it fails, the last line of its output may be the reason.
+    Ready means logged in, server reachable and so on. Empty if unknown. If the command fails, the last line of its
+    output may be shown as the reason.
     """
     keys: Sequence[str] = ()
-    """Environment variables with an API key; if one is set, it replaces a login, and `ready` is not run."""
+    """Environment variables with an API key. If one is set, it replaces a login, and `ready` is not run."""
     log_in: str = ""
-    """The remedy if it is not ready."""
+    """The remedy if the program is not ready."""
 
 
 class Capability(StrEnum):
-    """A part of a request that an adapter supports; requests never use unsupported parts."""
+    """A part of a request that an adapter supports. Requests never use unsupported parts."""
 
-    RESUME = "resume"  #: it continues an earlier conversation (`SessionRequest.resume`)
-    #: It answers without changing files (`SessionRequest.read_only`). Not for a CLI whose shell is disabled by that: a
-    #: reviewer runs tests, and its changes are discarded anyway.
+    RESUME = "resume"  #: resumes an earlier conversation (`SessionRequest.resume`)
+    #: Answers without changing files (`SessionRequest.read_only`). Not for a CLI that disables its shell in this mode:
+    # reviewers run tests, and their changes are discarded anyway.
     READ_ONLY = "read_only"
-    INSTRUCTIONS = "instructions"  #: it takes them separately from the prompt; else they are prepended to it
-    MCP = "mcp"  #: it uses servers of the Model Context Protocol (`SessionRequest.mcp_servers`)
-    COST_LIMIT = "cost_limit"  #: it stops when it reaches a cost limit (`SessionRequest.max_cost`)
-    PRE_EDIT = "pre_edit"  #: it runs a command before each edit, which may deny it (`SessionRequest.pre_edit`)
+    INSTRUCTIONS = "instructions"  #: takes them separately from the prompt; otherwise they are prepended to it
+    MCP = "mcp"  #: uses servers of the Model Context Protocol (`SessionRequest.mcp_servers`)
+    COST_LIMIT = "cost_limit"  #: stops at a cost limit (`SessionRequest.max_cost`)
+    PRE_EDIT = "pre_edit"  #: runs a command before each edit that may deny the edit (`SessionRequest.pre_edit`)
 
 
 @dataclass(frozen=True, slots=True)
 class McpServer:
-    """A server of the Model Context Protocol: either a command that uses standard input and output, or a URL.
+    """A Model Context Protocol server: either a command that uses standard input and output, or a URL.
 
-    `env` names environment variables to pass to the command; the program gets them, too, to pass them on.
+    `env` lists environment variables to pass to the command; the program also receives them, in order to pass them on.
     """
 
     name: str
@@ -497,11 +501,11 @@ class McpServer:
 
 @dataclass(frozen=True, slots=True)
 class SessionRequest:
-    """The session that an adapter shall run: ids, the prompt both as text and as a 0600 file, and the worktree.
+    """A session that an adapter should run: ids, the prompt as text and as a 0600 file, and the worktree.
 
-    `home` is a private folder for the sessions of this task with this adapter, one after the other; it exists if the
-    command uses it (`SessionCommand.home`). `resume` is the program's own id of the conversation to continue, which it
-    had in this worktree and this home. The fields from `resume` on are set only for adapters with the `Capability`.
+    `home` is a private folder for this task's successive sessions with this adapter; it exists if the command uses it
+    (`SessionCommand.home`). `resume` is the program's id of the conversation to resume, which took place in this
+    worktree and home. The fields from `resume` on are set only for adapters with the corresponding `Capability`.
     """
 
     run: str
@@ -519,18 +523,21 @@ class SessionRequest:
     max_cost: float | None = None
     """US dollars."""
     pre_edit: Sequence[str] = ()
-    """A command to run before each edit of a file. It reads a JSON object from standard input with `hook_event_name`,
-    `cwd` and `tool_input`, which names the file (`file_path`, `path` and the like, or an `apply_patch`). It prints
-    nothing if the edit is allowed; else a JSON object with the decision and the reason, in the format of Claude Code's
-    hook `PreToolUse`, or, if the event is `BeforeTool`, in that of Gemini CLI. It always exits with 0."""
+    """A command to run before each file edit.
+
+    It reads a JSON object from standard input with `hook_event_name`, `cwd` and `tool_input`, which contains the file
+    path (`file_path`, `path` or similar, or an `apply_patch`). It prints nothing if the edit is allowed; otherwise a
+    JSON object with the decision and the reason, in the format of Claude Code's `PreToolUse` hook or, if the event is
+    `BeforeTool`, of Gemini CLI. It always exits with 0.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class SettingsOverlay:
     """The user's JSON settings in the file `of` (absolute or from `~`; may be missing), overridden by `over`.
 
-    Objects in both are merged key by key; of other values that in `over` wins. `added` is merged in the same way, but
-    its lists are appended to existing ones.
+    Objects are merged key by key; for other values, `over` takes precedence. `added` is merged in the same way, but its
+    lists are appended to existing lists.
     """
 
     of: str
@@ -540,11 +547,11 @@ class SettingsOverlay:
 
 @dataclass(frozen=True, slots=True)
 class SessionHome:
-    """The content of a session's home (`SessionRequest.home`), which the session may change.
+    """The contents of a session's home (`SessionRequest.home`), which the session may change.
 
-    `files` maps names in the home to texts, and `settings` to JSON; both are written again for each session. `links`
-    maps names in the home to existing files and folders of the user, absolute or from `~`. They can be read, and those
-    in `renewed` can be written, such as a login that is refreshed in use.
+    `files` maps names in the home to text, and `settings` to JSON; both are rewritten for each session. `links` maps
+    names in the home to existing files and folders of the user, absolute or from `~`. The session can read these, and
+    can write those in `renewed`, such as a login that is refreshed in use.
     """
 
     files: Mapping[str, str] = field(default_factory=dict)
@@ -557,13 +564,13 @@ class SessionHome:
 class SessionCommand:
     """A program to run in the worktree.
 
-    `stdin` is a file to read from (None: /dev/null). `env` is set as given, `pass_env` names variables that are passed
-    on if set; besides a small base set the program gets no other variables. `readable` are files and folders (absolute)
-    that it must be able to read even if the sandbox hides their location. `scratch_patterns` (gitignore(5)) match the
-    program's own files in the worktree, such as a cache: new files that match are not part of its work. `home` is the
-    content of its home (None: it uses none). With `interrupt`, it gets SIGINT before it is terminated, to clean up its
-    child processes and finish its output. Only the process that `argv` starts is interrupted; a wrapper has to forward
-    the signal.
+    `stdin` is a file to read from (None means /dev/null). `env` is set as given, and `pass_env` lists variables that
+    are passed on if set; apart from a small base set, the program gets no other variables. `readable` lists files and
+    folders (absolute) that must be readable even if the sandbox hides their location. `scratch_patterns` (gitignore(5))
+    match the program's own files in the worktree, such as a cache: new files that match are not part of its work.
+    `home` is the contents of its home, or None if it has none. With `interrupt`, the program gets SIGINT before it is
+    terminated, to clean up its child processes and finish its output. Only the process that `argv` starts is
+    interrupted; a wrapper has to forward the signal.
     """
 
     argv: Sequence[str]
@@ -578,9 +585,9 @@ class SessionCommand:
 
 @dataclass(frozen=True, slots=True)
 class AgentMessage:
-    """Text of the agent, for people to read.
+    """Text from the agent, for users to read.
 
-    `part`: the text is streamed, and continues the part before it without a separator.
+    `part`: the text is streamed and continues the previous part without a separator.
     """
 
     text: str
@@ -589,9 +596,9 @@ class AgentMessage:
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A tool call of the agent: `detail` is one line for people, `paths` are the files in the agent's own spelling.
+    """A tool call by the agent: `detail` is one line for users, `paths` are files as the agent spelled them.
 
-    `call` is the program's own id of this call, which `ToolResult` refers to; None if it has no ids.
+    `call` is the program's id of this call, which `ToolResult` refers to; None if it has no ids.
     """
 
     name: str
@@ -602,7 +609,7 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class ToolResult:
-    """The end of a tool call: `failed` is None if it succeeded, else the reason in one line (may be empty)."""
+    """The end of a tool call: `failed` is None on success, otherwise a one-line reason (may be empty)."""
 
     call: str
     failed: str | None = None
@@ -610,11 +617,11 @@ class ToolResult:
 
 @dataclass(frozen=True, slots=True)
 class UsageReport:
-    """Usage since the last `UsageReport`, or with `is_cumulative` since the program started.
+    """Usage since the last `UsageReport` or, with `is_cumulative`, since the program started.
 
-    Tokens, and US dollars (None: unknown). `cached_tokens` of the input tokens were read from a cache. Repeated reports
-    of one model `call`, with growing numbers, count once. With `includes_resumed` the numbers include the usage of
-    earlier sessions of the same conversation.
+    Usage is in tokens and US dollars (None if unknown). `cached_tokens` of the input tokens were read from a cache.
+    Repeated reports of the same model `call`, with increasing numbers, count once. With `includes_resumed` the numbers
+    include the usage of earlier sessions of the same conversation.
     """
 
     input_tokens: int = 0
@@ -623,34 +630,37 @@ class UsageReport:
     is_cumulative: bool = False
     cached_tokens: int = 0
     model: str | None = None
-    """The name of the model, to look up its price if the cost is unknown."""
+    """The model's name, used to look up its price if the cost is unknown."""
     call: str | None = None
     includes_resumed: bool = False
     priced_tokens: int = 0
-    """The number of tokens that `cost` covers, for a CLI of which only some versions include the cost of earlier
-    sessions of the conversation: it is included if their tokens are. 0: the cost covers what `includes_resumed` says.
+    """The number of tokens that `cost` covers.
+
+    For a CLI of which only some versions include the cost of the conversation's earlier sessions: their cost is
+    included if their tokens are. With 0, the cost covers the same sessions as the tokens (`includes_resumed`).
     """
 
 
 @dataclass(frozen=True, slots=True)
 class ConversationStarted:
-    """The CLI's own id of the conversation, to resume it."""
+    """The CLI's id of the conversation, for resuming it."""
 
     session: str
 
 
 @dataclass(frozen=True, slots=True)
 class CliWarning:
-    """A message of the CLI that matters to the user but is no failure."""
+    """A message from the CLI that matters to the user but is not a failure."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class ToolDenied:
-    """The CLI denied its model a tool, or its own sandbox made the tool fail.
+    """The CLI denied its model a tool, or the CLI's own sandbox made the tool fail.
 
-    `detail` is one line for people; `remedy` is how to allow the tool. Several reports of one `call` are one denial.
+    `detail` is one line for users; `remedy` is how to allow the tool. Several reports of the same `call` are one
+    denial.
     """
 
     tool: str
@@ -660,15 +670,15 @@ class ToolDenied:
 
     @property
     def text(self) -> str:
-        """The tool and its arguments, as in `Bash(git diff)`."""
+        """The tool and its arguments, such as `Bash(git diff)`."""
         return f"{self.tool}({self.detail})" if self.detail else self.tool
 
 
 @dataclass(frozen=True, slots=True)
 class FinalResult:
-    """The CLI's own result: its text, and the failure (None: it reports success).
+    """The CLI's final result: its text, and the failure (None if it reports success).
 
-    The last one counts: a program that fails, tries again and succeeds reports two.
+    The last result counts: a program that fails, retries and succeeds reports two.
     """
 
     text: str = ""
@@ -682,10 +692,10 @@ SessionEvent = (
 
 @dataclass(frozen=True, slots=True)
 class SessionEnd:
-    """The end of a program: its exit code or signal, the time (wall-clock seconds), and the tail of its output.
+    """The end of a program: exit code or signal, time (wall-clock seconds), and the tail of its output.
 
-    The texts are at most the last 64 KiB of each stream; bytes that are not UTF-8 are replaced. `events` are the last
-    thousand that the adapter's `parse` returned for standard output.
+    The texts are at most the last 64 KiB of each stream, with invalid UTF-8 replaced. `events` are the last thousand
+    events that the adapter's `parse` returned for standard output.
     """
 
     exit: int | None
@@ -697,42 +707,41 @@ class SessionEnd:
 
 
 class Adapter(Protocol):
-    """Describes how to run a CLI; made from the options of one entry under `adapters:` in the YAML file.
+    """Describes how to run a CLI; created from the options of an entry under `adapters:` in the YAML file.
 
-    It is stateless: one instance serves many concurrent sessions, and equal arguments give equal results.
+    Adapters are stateless: one instance serves many concurrent sessions, and equal arguments return equal results.
     """
 
     def capabilities(self) -> frozenset[Capability]:
-        """Return the parts of a request that it supports in addition to the prompt."""
+        """Return the parts of a request that the adapter supports in addition to the prompt."""
 
     def programs(self) -> Sequence[Program]:
         """Return the programs that must be installed before a run starts."""
 
     def command(self, request: SessionRequest) -> SessionCommand:
-        """Return the command for a request; never starts a process itself.
+        """Return the command for a request. Must not start a process.
 
-        Also called once for each task while a file is loaded, with paths that don't exist: a RefusedError is then
-        reported as a problem at the task's line.
+        Also called once per task while a file is loaded, with paths that don't exist; a RefusedError is then reported
+        as a problem at the task's line.
         """
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
-        """Return the events in a line of the program's standard output; empty if it has none.
+        """Return the events in a line of the program's standard output, if any. Must not raise errors.
 
         The line has no line break and at most 1 MiB (longer lines are skipped). It may have any content, such as
-        truncated JSON: never raises.
+        truncated JSON.
         """
 
     def verdict(self, end: SessionEnd) -> Failed | None:
         """Return why a session failed according to its output, or None if the output has no reason.
 
-        Used only if the program exited with an error; or successfully but without changes; or successfully, with or
-        without changes, but with `failed` in its last `FinalResult` or with a verdict of `unfinished`, because the
-        output that every complete session ends with is missing. A verdict can fail a session, never pass it. If the
-        last `FinalResult` failed, the verdict is never None.
+        Used only if the program exited with an error, or successfully but without changes, with `failed` in its last
+        `FinalResult`, or with the verdict `unfinished`, because the output that ends every complete session is missing.
+        A verdict can fail a session but never pass it. If the last `FinalResult` failed, the verdict must not be None.
 
         The failure's class (`orchestrator.domain.settings.failures`) decides the consequence: RATE_LIMITED starts a
-        cooldown of the adapter (`until`: wall-clock seconds, if known) and AUTH disables it, both without counting the
-        attempt; the `reason` of AUTH says how to log in.
+        cooldown of the adapter (`until`: wall-clock seconds, if known) and AUTH disables the adapter, both without
+        counting the attempt; the `reason` of AUTH must explain how to log in.
         """
 
 
@@ -740,14 +749,14 @@ Made_co = TypeVar("Made_co", covariant=True)
 
 
 class PluginType(Protocol[Made_co]):
-    """The type that a plugin registers under a name: validates options, and makes an object with them."""
+    """The type that a plugin registers under a name: validates options, and creates an object from them."""
 
     @property
-    def Options(self) -> type[BaseModel]:  # noqa: N802  a class, in the body of the type or next to it
-        """The model of the entry's own keys; strict, with unknown keys forbidden."""
+    def Options(self) -> type[BaseModel]:  # noqa: N802  a class, in the body of the type or outside
+        """The model of the entry's own keys: strict, with unknown keys forbidden."""
 
     def __call__(self, options: Any, /) -> Made_co:
-        """Make the object from a validated instance of `Options`."""
+        """Create the object from a validated instance of `Options`."""
 
 
 AdapterType = PluginType[Adapter]
@@ -755,7 +764,7 @@ AdapterType = PluginType[Adapter]
 
 @dataclass(frozen=True, slots=True)
 class RecordedEvent:
-    """An event of the log, with the position and time (wall-clock seconds) of its commit."""
+    """An event in the log, with the position and time (wall-clock seconds) of its commit."""
 
     position: int
     time: float
@@ -763,24 +772,24 @@ class RecordedEvent:
 
 
 class Sink(Protocol):
-    """Takes the events of a run, to notify another system."""
+    """Receives the events of a run, to notify another system."""
 
     async def send(self, events: Sequence[RecordedEvent]) -> None:
-        """Take the next events, at least one, in order.
+        """Deliver the next events, at least one, in order.
 
-        If this raises, or takes longer than 30 seconds (it is cancelled then), a new sink is opened and gets the same
-        events, after growing pauses. Delivery is at least once; events may be repeated after a restart. The run does
-        not wait for it, but it is awaited on the run's own event loop, which it must not block.
+        If this raises an error or takes longer than 30 seconds (then it is cancelled), a new sink is opened and
+        receives the same events, after increasing pauses. Delivery is at least once; events may be repeated after a
+        restart. The run does not wait for the delivery, but this runs on the run's event loop, which it must not block.
         """
 
 
-#: Opens a sink from the first event until the run's end.
+#: Opens a sink, which stays open from the first event until the run's end.
 SinkType = PluginType[AbstractAsyncContextManager[Sink]]
 
 
 @dataclass(frozen=True, slots=True)
 class TrackedTask:
-    """A task of a tracker: a stable id that is valid in a YAML file, the prompt, and the ids of required tasks."""
+    """A task in a tracker: a stable id that is valid in a YAML file, the prompt, and the ids of required tasks."""
 
     id: str
     prompt: str
@@ -788,7 +797,7 @@ class TrackedTask:
 
 
 class Tracker(Sink, Protocol):
-    """An external list of tasks: a run takes its tasks from it, and sends it the events about them."""
+    """An external task list, from which a run reads tasks and to which it sends events about them."""
 
     async def tasks(self) -> Sequence[TrackedTask]:
         """Return the open tasks."""

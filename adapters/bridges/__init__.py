@@ -1,4 +1,4 @@
-"""Programs that make other interfaces available as CLIs that print lines; each runs as a separate process.
+"""Programs that wrap other interfaces as line-printing CLIs. Each runs as a separate process.
 
-They stand alone: nothing of `orchestrator` is imported, and what they need beyond the standard library is an extra.
+They are independent: they import nothing from `orchestrator`, and dependencies beyond the standard library are extras.
 """

@@ -1,9 +1,9 @@
-"""Run an agent of the Agent Client Protocol for one prompt, and print its events as lines of JSON.
+"""Run an Agent Client Protocol agent for one prompt, and print its events as lines of JSON.
 
     python3 -P acp.py --prompt-file FILE --worktree FOLDER [OPTION]... -- AGENT [ARGUMENT]...
     python3 -P acp.py --ready
 
-Permission requests are granted unless they name a path outside of the worktree; only files in the worktree are read or
+Permission requests are granted unless they contain a path outside the worktree; only files in the worktree are read or
 written for the agent. `--ready` checks that the SDK is installed.
 
 --model M             a model that the agent offers
@@ -44,11 +44,11 @@ except ImportError:
 
 _AUTH_REQUIRED: Final = -32000  # agentclientprotocol.com/protocol/v1/schema, ErrorCode
 _LONGEST_MESSAGE: Final = 50 << 20  # bytes of one message
-_PATIENCE: Final = 5.0  # seconds for an agent to exit after closing its output, or to replay a conversation
-_QUIET: Final = 0.3  # seconds without updates, after which a replay is complete
+_PATIENCE: Final = 5.0  # seconds for an agent to exit after it closes its output, or to replay a conversation
+_QUIET: Final = 0.3  # seconds without updates after which a replay is considered complete
 #: Keys of paths in a tool's raw input.
 _PATH_KEYS: Final = ("file_path", "filePath", "path", "abs_path", "absolute_path", "notebook_path")
-#: Unambiguous messages, for any code of the error: Gemini CLI uses 500 for all connection errors.
+#: Messages that are unambiguous for any error code: Gemini CLI uses 500 for all connection errors.
 _CERTAIN_PATTERNS: Final[Mapping[str, re.Pattern[str]]] = {
     "transient": re.compile(
         r"fetch failed|\bterminated$|ECONN(?:REFUSED|RESET)|ENOTFOUND|ETIMEDOUT|EAI_AGAIN|socket hang up"
@@ -86,7 +86,7 @@ class _OneLineFormatter(logging.Formatter):
 
 
 class _Client:
-    """The client side of the protocol: handles the agent's updates and requests (`acp.interfaces.Client`)."""
+    """The client side of the protocol, which handles the agent's updates and requests (`acp.interfaces.Client`)."""
 
     def __init__(self, worktree: ConfinedWorktree) -> None:
         self._worktree = worktree
@@ -103,11 +103,11 @@ class _Client:
 
     @property
     def cost(self) -> float | None:
-        """US dollars, without the cost of a conversation before it was loaded; None if unknown."""
+        """US dollars, excluding the cost of the conversation before it was loaded, or None if unknown."""
         return None if self._cost is None else max(self._cost - self._cost_before, 0.0)
 
     async def settle(self) -> None:
-        """Wait until a loaded conversation is replayed; Gemini CLI reports it as loaded before the replay ends."""
+        """Wait until a loaded conversation is replayed. Gemini CLI reports it as loaded before that."""
         with anyio.move_on_after(_PATIENCE):
             rest = _QUIET
             while rest > 0:
@@ -115,7 +115,7 @@ class _Client:
                 rest = self._told_before + _QUIET - anyio.current_time()
 
     def listen(self) -> None:
-        """Print and count updates from now on: they belong to the prompt."""
+        """Print and count updates from now on, because they belong to the prompt."""
         self._is_asked = True
 
     async def session_update(self, session_id: str, update: Any, **_: Any) -> None:  # noqa: ARG002  (the protocol's)
@@ -149,7 +149,7 @@ class _Client:
         options: Sequence[schema.PermissionOption],
         **_: Any,
     ) -> schema.RequestPermissionResponse:
-        """Allow a request once, unless it names a path outside of the worktree."""
+        """Allow a request once unless it contains a path outside the worktree."""
         why = self._why_not(tool_call)
         wanted = ("allow_once", "allow_always") if why is None else ("reject_once", "reject_always")
         if why is not None:
@@ -178,7 +178,7 @@ class _Client:
         limit: int | None = None,
         **_: Any,
     ) -> schema.ReadTextFileResponse:
-        """Return a file of the worktree, or `limit` lines of it from `line` (from 1)."""
+        """Return a file in the worktree, or `limit` of its lines starting at `line` (from 1)."""
         place = self._locate(path)
         try:
             text = await anyio.to_thread.run_sync(partial(place.read_text, encoding="utf-8", errors="replace"))
@@ -199,7 +199,7 @@ class _Client:
         content: str,
         **_: Any,
     ) -> schema.WriteTextFileResponse:
-        """Write a file of the worktree, with its parent folders."""
+        """Write a file in the worktree, creating parent folders."""
         place = self._locate(path)
         try:
             await anyio.to_thread.run_sync(_write, place, content)
@@ -219,7 +219,7 @@ class _Client:
         told = self._named.setdefault(call.tool_call_id, set())
         paths = [path for path in dict.fromkeys(_paths_of(call)) if path not in told]
         told.update(paths)
-        # An update has changed fields only.
+        # Updates contain only changed fields.
         kind = self._kinds[call.tool_call_id] = call.kind or self._kinds.get(call.tool_call_id, "other")
         before = self._commands.get(call.tool_call_id, "")
         command = self._commands[call.tool_call_id] = _command_of(call) or before
@@ -238,14 +238,14 @@ def _command_of(call: schema.ToolCallStart | schema.ToolCallProgress) -> str:
 
 
 def _detail(title: str, command: str, paths: Sequence[str]) -> str:
-    """Return a tool call on one line: the agent's title with its main argument, unless the title contains it."""
+    """Return a tool call as one line: the agent's title and, unless contained in it, the main argument."""
     argument = command or next(iter(paths), "")
     named = argument in title or (not command and Path(argument).name in title)
     return " ".join(f"{title} {'' if named else argument}".split())
 
 
 def _failure_of_tool(call: schema.ToolCallStart | schema.ToolCallProgress) -> str | None:
-    """Return why a tool call failed, on one line; None if it did not."""
+    """Return why a tool call failed, as one line, or None."""
     if call.status != "failed":
         return None
     texts = [
@@ -274,8 +274,8 @@ def _paths_of(call: schema.ToolCallUpdate | schema.ToolCallStart | schema.ToolCa
 async def _run_conversation(
     agent: Any, client: _Client, top: Path, prompt: str, asked: ConversationRequest
 ) -> BridgeExit:
-    """Run one conversation and return its end, or raise the error that interrupted it."""
-    # No reading: Gemini CLI does not understand our answer that a file is missing, and then can't create it.
+    """Run a conversation and return its end, or raise the error that interrupted it."""
+    # No read capability: Gemini CLI does not understand our response for missing files, and then can't create them.
     ability = schema.FileSystemCapabilities(read_text_file=False, write_text_file=True)
     known = await agent.initialize(
         protocol_version=acp.PROTOCOL_VERSION,
@@ -336,7 +336,7 @@ async def _load(agent: Any, session: str, top: Path, servers: Sequence[Any]) -> 
 
 
 def _usage_in_metadata(answer: schema.PromptResponse) -> schema.Usage | None:
-    """Return the tokens in Gemini CLI's protocol extension; None if there are none."""
+    """Return the tokens in Gemini CLI's protocol extension, or None."""
     try:
         count = (answer.field_meta or {})["quota"]["token_count"]
         sent, received = count["input_tokens"], count["output_tokens"]
@@ -368,7 +368,7 @@ def _error_text(error: acp.RequestError) -> str:
 
 
 def _message_in(text: str) -> str:
-    """Return the message in an API's JSON error; any other text unchanged."""
+    """Return the message in an API's JSON error, or any other text unchanged."""
     try:
         message = json.loads(text)["error"]["message"]
     except (ValueError, LookupError, TypeError):
@@ -377,7 +377,7 @@ def _message_in(text: str) -> str:
 
 
 def _failure(code: int, message: str) -> str:
-    """Return the failure class of an error; its code may be the HTTP status of the model's API."""
+    """Return the failure class of an error, whose code may be the HTTP status of the model's API."""
     found = _STATUS.search(message)
     status = int(found[1]) if found is not None else code if code < 600 else 0
     by_status = failure_name_for_status(status)
@@ -390,10 +390,10 @@ def _named(patterns: Mapping[str, re.Pattern[str]], message: str) -> str | None:
 
 async def _run(argv: Sequence[str], worktree: ConfinedWorktree, prompt: str, asked: ConversationRequest) -> BridgeExit:
     client = _Client(worktree)
-    # It inherits our standard error: an unread pipe would block it.
+    # It inherits our standard error, because an unread pipe would block it.
     streams = {"stderr": None, "limit": _LONGEST_MESSAGE}
     async with AsyncExitStack() as stack:
-        # It implements a part of the protocol: no terminals and no forms.
+        # The client implements part of the protocol: no terminals and no forms.
         side = cast("acp.Client", client)
         spawned = acp.spawn_agent_process(side, *argv, env=os.environ, cwd=worktree.top, transport_kwargs=streams)
         try:
@@ -414,11 +414,11 @@ async def _run(argv: Sequence[str], worktree: ConfinedWorktree, prompt: str, ask
             return BridgeExit(f"the agent ended before its answer was complete ({code})", "crashed")
         except ValueError as error:  # pydantic's
             return BridgeExit(f"the agent's answer violates the protocol: {str(error)[:300]}", "crashed")
-    raise AssertionError("no exception is swallowed")
+    raise AssertionError("no exception is suppressed")
 
 
 def main() -> int:
-    """Run one conversation; return 0 if it succeeded, else 1."""
+    """Run one conversation; return 0 on success, otherwise 1."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--prompt-file", type=Path)
     parser.add_argument("--worktree", type=Path)
@@ -437,7 +437,7 @@ def main() -> int:
     asked = ConversationRequest(options.model, options.resume, options.mcp_server)
     try:
         return anyio.run(_run, options.argv, ConfinedWorktree(options.worktree), prompt, asked).tell()
-    except KeyboardInterrupt:  # the agent has ended already
+    except KeyboardInterrupt:  # the agent has already exited
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)
         raise

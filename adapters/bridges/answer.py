@@ -55,19 +55,22 @@ _ODD_MODE: Final = re.compile(r"^(?:new file mode|new mode|index \S+) (?:120000|
 
 
 class UnusableAnswerError(Exception):
-    """The answer can't be applied: it is truncated, contradicts itself, or does not match the files."""
+    """The answer can't be applied: it is truncated, contradictory, or does not match the files."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProposedChanges:
-    """Complete files by path, and one patch with all diffs."""
+    """Complete files, keyed by path, and one patch with all diffs."""
 
     files: dict[str, str]
     patch: str
 
 
 def parse_answer(text: str) -> ProposedChanges:
-    """Return the changes in an answer; other blocks are prose. UnusableAnswerError if it is truncated."""
+    """Return the changes in an answer; other blocks are prose.
+
+    Raises UnusableAnswerError if the answer is truncated.
+    """
     files: dict[str, str] = {}
     diffs: list[str] = []
     for info, content in _blocks(text):
@@ -100,10 +103,10 @@ def _blocks(text: str) -> Iterator[tuple[str, str]]:
 
 
 def apply_answer(answer: ProposedChanges, worktree: ConfinedWorktree) -> Sequence[str]:
-    """Change the worktree as an answer says; return the paths that it names.
+    """Apply an answer to the worktree; return the changed paths.
 
-    Raises OutsideError if it names what is not in the worktree or makes a symlink, UnfitError if it does not fit;
-    nothing is changed then.
+    On an error, nothing is changed. Raises OutsideWorktreeError for a path outside the worktree, and
+    UnusableAnswerError if the answer can't be applied.
     """
     places = {name: worktree.relative(name) for name in answer.files}
     strip = "-p1" if re.search(r"^(?:---|\+\+\+) [ab]/", answer.patch, re.MULTILINE) else "-p0"
@@ -146,7 +149,10 @@ def _git_apply(patch: str, *options: str, worktree: ConfinedWorktree) -> str:
 
 
 def _write_all(contents: dict[Path, str]) -> dict[Path, bytes | None]:
-    """Write files; return their previous contents, None for new ones. On UnusableAnswerError all are restored."""
+    """Write files; return their previous contents (None for new files).
+
+    Before raising UnusableAnswerError, restores all files.
+    """
     before: dict[Path, bytes | None] = {}
     try:
         for path, content in contents.items():

@@ -1,4 +1,4 @@
-"""Describe a worktree to a model without tools: the names of its files, and as many contents as fit."""
+"""Describe a worktree to a model without tools: file names, and as many file contents as fit."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Final
 
 from adapters.bridges.worktree import ConfinedWorktree, OutsideWorktreeError
 
-_LARGEST: Final = 64 << 10  # bytes of a file that is shown
-_LISTED: Final = 4  # a quarter of the budget is for the names
+_LARGEST: Final = 64 << 10  # maximum bytes of a file to show
+_LISTED: Final = 4  # a quarter of the budget is for file names
 _WORD: Final = re.compile(r"[\w.+-]+")
 
 
 def describe_worktree(worktree: ConfinedWorktree, prompt: str, budget: int) -> str:
-    """Return the names of the worktree's files, and the contents of those most likely relevant to the prompt.
+    """Return the worktree's file names, and the contents of the files most relevant to the prompt.
 
-    At most `budget` bytes in total. Only text files are included, symlinks are not followed.
+    The result has at most `budget` bytes. Only contents of text files are included; symlinks are not followed.
     """
     names = _names(worktree)
     listing = "\n".join(_within(names, budget // _LISTED))
@@ -35,7 +35,7 @@ def describe_worktree(worktree: ConfinedWorktree, prompt: str, budget: int) -> s
 
 
 def code_block(info: str, content: str) -> str:
-    """Return a Markdown code block whose fence is longer than any in the text."""
+    """Return a Markdown code block with a fence longer than any in the text."""
     longest = max((len(run) for run in re.findall(r"`+", content)), default=0)
     fence = "`" * max(3, longest + 1)
     end = "" if not content or content.endswith("\n") else "\n"
@@ -76,7 +76,7 @@ def _rank(name: str, prompt: str, words: set[str]) -> tuple[int, int, str]:
 
 
 def _block(worktree: ConfinedWorktree, name: str, left: int) -> str | None:
-    """Return a file as a block; None if it does not fit or is not text."""
+    """Return a file as a block, or None if it does not fit or is not text."""
     try:
         path = worktree.relative(name)
         if not path.is_file() or path.stat().st_size > min(left, _LARGEST):

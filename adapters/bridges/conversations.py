@@ -19,9 +19,9 @@ _Started = schema.NewSessionResponse | schema.LoadSessionResponse
 
 @dataclass(frozen=True, slots=True)
 class ConversationRequest:
-    """The settings of a conversation; `resume` is the agent's id of an earlier one.
+    """The settings of a conversation; `resume` is the agent's id of an earlier conversation.
 
-    Each of `servers` has a `name` and either a `url` or the `argv` of a command with the names of its variables, `env`.
+    Each server has a `name`, and either a `url` or a command `argv` with the names of its variables `env`.
     """
 
     model: str | None = None
@@ -32,14 +32,14 @@ class ConversationRequest:
 def check_can_resume(known: schema.InitializeResponse) -> None:
     """Raise BridgeExit if an agent can't resume conversations.
 
-    The prompt of a resumed conversation is incomplete without its history. The next session starts a new one.
+    The prompt for a resumed conversation is incomplete without its history. The next session starts a new conversation.
     """
     if known.agent_capabilities is None or not known.agent_capabilities.load_session:
         raise BridgeExit("the agent can't resume conversations: remove `resumes`", "transient")
 
 
 def mcp_servers_for(known: schema.InitializeResponse, asked: Iterable[Mapping[str, Any]]) -> _Servers:
-    """Return the servers that an agent supports, in the protocol's form, with variables of our environment."""
+    """Return the servers that an agent supports, in protocol format, with variables from our environment."""
     ability = known.agent_capabilities
     takes_urls = ability is not None and ability.mcp_capabilities is not None and bool(ability.mcp_capabilities.http)
     servers: _Servers = []
@@ -62,7 +62,7 @@ def _command(one: Mapping[str, Any]) -> schema.McpServerStdio:
 
 
 async def choose_model(agent: Any, session: str, started: _Started, model: str) -> None:
-    """Choose a model; BridgeExit if the agent does not offer it."""
+    """Choose a model. Raises BridgeExit if the agent does not offer it."""
     choice = _option(started, "model")
     offered = [] if choice is None else list(_values(choice.options))
     if choice is None or model not in offered:

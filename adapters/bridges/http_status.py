@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-#: Statuses that are not just an invalid request (RFC 9110; proxies use 499 after a client disconnected).
+#: Statuses other than invalid requests (RFC 9110; proxies use 499 after a client disconnects).
 _STATUSES: Final[Mapping[int, str]] = {
     401: "auth",
     402: "auth",
@@ -18,7 +18,7 @@ _STATUSES: Final[Mapping[int, str]] = {
 
 
 def failure_name_for_status(status: int) -> str | None:
-    """Return the name of the failure class of an HTTP status; None if it is not a failure."""
+    """Return the name of an HTTP status's failure class, or None if it is not a failure."""
     if status >= 500:
         return "overloaded"
     return _STATUSES.get(status, "invalid") if status >= 400 else None

@@ -1,4 +1,4 @@
-"""The output of bridges: one JSON object per line, with a `type` and the fields of a table."""
+"""The output of bridges: one JSON object per line, with a `type` and the fields in a table."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from collections.abc import Mapping
 from types import UnionType
 from typing import Any, Final
 
-#: The fields of each type of line with their types. `adapters.json_output` parses them by the same table.
+#: The fields of each line type with their types. `adapters.json_output` parses lines with the same table.
 LINE_FIELDS: Final[Mapping[str, Mapping[str, type | UnionType]]] = {
-    "said": {"text": str},  # the agent's message, complete lines
+    "said": {"text": str},  # the agent's message, in complete lines
     "tool": {"name": str, "detail": str, "paths": list, "call": str | None},
-    "tool_ended": {"call": str, "failed": str | None},  # the reason of a failure on one line, None: success
+    "tool_ended": {"call": str, "failed": str | None},  # the reason for a failure on one line, or None on success
     "spent": {"input_tokens": int, "output_tokens": int, "cost": float | int | None},  # in total, US dollars
-    "session": {"id": str},  # the agent's own id of the conversation
+    "session": {"id": str},  # the agent's id of the conversation
     "warned": {"text": str},
     "denied": {"tool": str, "detail": str, "call": str},
-    "concluded": {"text": str, "failure": str | None, "reason": str},  # the failure class, None: success
-    "alive": {},  # keeps an idle timeout from ending a session that is silent
+    "concluded": {"text": str, "failure": str | None, "reason": str},  # the failure class, or None on success
+    "alive": {},  # prevents an idle timeout in a silent session
 }
 
 _ALIVE_EVERY: Final = 10.0  # seconds
-#: Characters of a field, and entries of a list: longer ones are truncated, to keep lines readable.
+#: Maximum characters in a field, and entries in a list. Longer ones are truncated to keep lines readable.
 MAX_FIELD_CHARS: Final = 50_000
 _MOST: Final = 100
 
 
 def write_line(type_: str, **fields: Any) -> None:
-    """Print a line; KeyError or TypeError if it does not conform to the table."""
+    """Print a line. Raises KeyError or TypeError if it does not conform to the table."""
     if fields.keys() != LINE_FIELDS[type_].keys():
         raise TypeError(f"a line of type {type_!r} has the fields {', '.join(LINE_FIELDS[type_])}")
     sys.stdout.write(json.dumps({"type": type_, **{name: _cut(value) for name, value in fields.items()}}) + "\n")
@@ -43,7 +43,7 @@ def _cut(value: Any) -> Any:
 
 
 class MessageBuffer:
-    """A streamed message: complete lines are printed immediately, the rest at the end."""
+    """A streamed message, printed line by line as lines are completed."""
 
     def __init__(self) -> None:
         self._rest = ""
@@ -67,7 +67,7 @@ class MessageBuffer:
         return text
 
     def write_keepalive(self) -> None:
-        """Print a sign of life from time to time, against the idle timeout."""
+        """Print a keepalive periodically to prevent an idle timeout."""
         if time.monotonic() - self._shown >= _ALIVE_EVERY:
             self._shown = time.monotonic()
             write_line("alive")
@@ -81,9 +81,9 @@ class MessageBuffer:
 
 
 class BridgeExit(Exception):
-    """Ends a bridge with a message and a failure class (None: success).
+    """Ends a bridge with a message and a failure class (None on success).
 
-    The classes are those of `orchestrator.domain.settings.failures`, by name.
+    Classes are the names of those in `orchestrator.domain.settings.failures`.
     """
 
     def __init__(self, text: str, failure: str | None = None) -> None:
@@ -91,7 +91,7 @@ class BridgeExit(Exception):
         self.failure = failure
 
     def tell(self, *, plain: bool = False) -> int:
-        """Print the message, `plain` for people; return the matching exit code."""
+        """Print the message, as plain text if `plain`; return the matching exit code."""
         text = str(self)
         if plain:
             sys.stdout.write(f"{text}\n")

@@ -1,16 +1,16 @@
-"""Let a model served by Ollama do one task in a worktree, and print events as lines of JSON.
+"""Run one task in a worktree with an Ollama model, and print events as lines of JSON.
 
     python3 -P ollama.py --host URL --model M --prompt-file FILE --worktree FOLDER --context TOKENS [OPTION]...
     python3 -P ollama.py --host URL --model M --ready
 
-The model has no tools: it gets the files in the prompt, and its answer is applied completely or not at all.
+The model has no tools: the prompt contains the files, and its answer is applied completely or not at all.
 `--ready` checks the client, the server and the model.
 
 --instructions-file FILE    instructions before the files and the task
 --read-only                 the model answers in prose, nothing is applied
 
-A server that stays unreachable for some seconds must be started by a person: the adapter is disabled (`auth`), so that
-its tasks wait and lose no attempts. An interrupted answer is retried (`transient`).
+If the server stays unreachable for some seconds, a user must start it: the adapter is disabled (`auth`), so that its
+tasks wait without losing attempts. An interrupted answer is retried (`transient`).
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ except ImportError:
     _MISSING = BridgeExit("the client of Ollama is missing: pip install 'cli-council[ollama]'", "invalid")
     sys.exit(_MISSING.tell(plain="--ready" in sys.argv))
 
-_PATIENCE: Final = 5.0  # seconds for a server that is just being started
+_PATIENCE: Final = 5.0  # seconds to wait for a server that is starting
 _CONNECTING: Final = 10.0  # seconds
-_BYTES_A_TOKEN: Final = 3  # of source code, on the safe side
+_BYTES_A_TOKEN: Final = 3  # of source code, a conservative estimate
 
 
 def _client(host: str) -> ollama.Client:
@@ -64,13 +64,13 @@ def _rejected(error: ollama.ResponseError, model: str) -> BridgeExit:
         return BridgeExit(f"the server does not have the model {model!r} ({message}): `ollama pull {model}`", "invalid")
     if "the context length" in message:
         return BridgeExit(f"the server reports: {message}: lower `context`, to send less", "limit")
-    failure = failure_name_for_status(status) or "transient"  # no status: in the middle of its answer
+    failure = failure_name_for_status(status) or "transient"  # no status: the error was in the middle of an answer
     remedy = ": set OLLAMA_API_KEY, or log in with `ollama signin`" if failure == "auth" else ""
     return BridgeExit(f"the server reports: {message}{f' ({status})' if status > 0 else ''}{remedy}", failure)
 
 
 def _answer(host: str, model: str, messages: Sequence[Mapping[str, str]], context: int) -> str:
-    """Print and return the model's answer; BridgeExit if it is incomplete."""
+    """Print and return the model's answer. Raises BridgeExit if it is incomplete."""
     words = MessageBuffer()
     client = _client(host)
     began = time.monotonic()
@@ -112,13 +112,13 @@ def _perform(options: argparse.Namespace) -> BridgeExit:
     instructions = READ_ONLY_INSTRUCTIONS if options.read_only else EDIT_INSTRUCTIONS
     more = "" if options.instructions_file is None else options.instructions_file.read_text(encoding="utf-8")
     try:
-        # Half of the context is for the request, half for the answer; a server truncates silently.
+        # Half of the context is for the request, half for the answer. Servers truncate silently.
         budget = options.context * _BYTES_A_TOKEN // 2 - len(prompt.encode()) - len(more.encode())
         if budget < 0:
             return BridgeExit("the prompt takes more than half of the model's context: raise `context`", "limit")
         shown = describe_worktree(worktree, prompt, budget)
         messages = (
-            # In one message: a model's template may have room for no more.
+            # In one message, because a model's template may allow only one.
             {"role": "system", "content": f"{instructions}\n{more}" if more else instructions},
             {"role": "user", "content": f"{shown}\nThe task:\n\n{prompt}"},
         )
@@ -150,7 +150,7 @@ def _ready(host: str, model: str) -> BridgeExit:
 
 
 def main() -> int:
-    """Perform one task; return 0 if the answer was applied, else 1."""
+    """Perform one task; return 0 if the answer was applied, otherwise 1."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--host", required=True)
     parser.add_argument("--model", required=True)

@@ -1,4 +1,4 @@
-"""The only folder in which a bridge reads and writes for an agent."""
+"""Resolve paths in the worktree, the only folder that a bridge reads and writes for an agent."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from pathlib import Path
 
 
 class OutsideWorktreeError(Exception):
-    """A path from an agent is outside of the worktree, or in git's own files."""
+    """A path from an agent is outside the worktree or belongs to git."""
 
 
 class ConfinedWorktree:
-    """A worktree, by its top folder; symlinks are resolved before a path is checked."""
+    """A worktree, given its top folder. Symlinks are resolved before a path is checked."""
 
     def __init__(self, top: Path) -> None:
         self.top = Path(os.path.realpath(top))
 
     def locate(self, name: str) -> Path:
-        """Return the absolute path of `name` (absolute, or relative to the top), without symlinks.
+        """Return the absolute path of `name` (absolute, or relative to the top), with symlinks resolved.
 
-        Raises OutsideError if that is not inside of the worktree, is the worktree itself, or belongs to git.
+        Raises OutsideWorktreeError if the path is outside the worktree, is the worktree itself, or belongs to git.
         """
         path = self.place(name)
         if path == self.top:
@@ -27,7 +27,7 @@ class ConfinedWorktree:
         return path
 
     def place(self, name: str) -> Path:
-        """Return the same for a working folder, which may be the worktree itself."""
+        """Return the absolute path of a working folder, which may be the worktree itself."""
         if not name or "\0" in name:
             raise OutsideWorktreeError(f"{name!r} is not a path")
         path = Path(os.path.realpath(self.top / name))
@@ -38,9 +38,9 @@ class ConfinedWorktree:
         return path
 
     def relative(self, name: str) -> Path:
-        """Return the same for a `name` that must be relative, as in an answer without absolute paths.
+        """Return the absolute path of a `name` that must be relative, as in an answer.
 
-        No part of it may be `..`, and no folder on the way a symlink: what is written must be what was named.
+        The path must not contain `..` or symlinked folders, so that the file written is the file named.
         """
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise OutsideWorktreeError(f"{name!r} is outside of the worktree")

@@ -1,7 +1,7 @@
 """Claims on the tasks of a run: leases in the store, each held by one orchestrator.
 
-The version of a claim's document is its epoch: it rises with each change of owner and is never reused. Claims are
-written when they are taken, released or taken over; one heartbeat per orchestrator covers all of its claims
+The version of a claim's document is its epoch: it increases with each change of owner and is never reused. Claims are
+written when taken, released or taken over; one heartbeat per orchestrator covers all its claims
 (`locking.orchestrators`).
 """
 
@@ -31,7 +31,7 @@ from orchestrator.system.failpoints import failpoint
 
 _KIND = "claim"
 
-#: Returns additional writes of a takeover, given the guards of the claims and the name of the new owner.
+#: Returns additional writes for a takeover, given the guards of the claims and the new owner's name.
 TakeoverWrites = Callable[[Sequence[Guard], str], Awaitable[Sequence[Write]]]
 
 _log = logging.getLogger("orchestrator.claims")
@@ -43,28 +43,28 @@ def claim_key(run: str, task: str) -> Key:
 
 
 async def read_claims(store: Store, run: str) -> dict[str, Claim]:
-    """Return the claims on a run's tasks, including released ones, by task."""
+    """Return the claims on a run's tasks, including released ones, keyed by task."""
     documents = filter_readable(await store.list(_KIND, f"{run}/"))
     return {document.key.id.partition("/")[2]: Claim.model_validate_json(document.encoded) for document in documents}
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedClaim:
-    """A claim to be taken: the write for the commit, and the guard for later writes.
+    """A planned claim: the write for the commit, and the guard for later writes.
 
-    The commit itself must be guarded by the orchestrator's own record, so that a fenced orchestrator takes no claim.
+    The commit itself must be guarded by the orchestrator's record, so that a fenced orchestrator can't take claims.
     """
 
     write: Write
     guard: Guard
     claim: Claim
     is_takeover: bool = False
-    """Whether another owner had it, who is gone or overridden."""
+    """Whether another owner, now gone or overridden, had the claim."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClaimHolder:
-    """A claim that can't be taken, and the status of its owner (None: unknown)."""
+    """A claim that can't be taken, and its owner's status (None if unknown)."""
 
     claim: Claim
     owner_status: OwnerStatus | None
@@ -78,9 +78,9 @@ class Claims:
         self._held: dict[str, Guard] = {}
         self._claims: dict[str, Claim] = {}
         self._owners: dict[str, tuple[int, str | None]] = {}
-        """By task: the version of a claim and its owner in that version (None: released)."""
+        """The version of each claim and its owner in that version (None if released), keyed by task."""
         self._unrecorded: dict[str, int] = {}
-        """Claims that named us as owner at the last sweep but are not in `_held`, with their versions."""
+        """Claims that had us as owner at the last sweep but are not in `_held`, with their versions."""
 
     def __contains__(self, task: str) -> bool:
         """Return whether this orchestrator holds the claim on a task."""
@@ -91,15 +91,15 @@ class Claims:
         return iter(list(self._held))
 
     def guard(self, task: str) -> Guard | None:
-        """Return the guard that rejects commits once the claim has another owner; None if it is not ours."""
+        """Return the guard that rejects commits once the claim has another owner, or None if it is not ours."""
         return self._held.get(task)
 
     async def read(self, task: str) -> Claim | None:
-        """Return the claim on a task, of any owner; None if it is missing or damaged."""
+        """Return the claim on a task, whoever owns it, or None if missing or damaged."""
         return _read(await self._store.get(claim_key(self._others.run, task)))
 
     async def verdict(self, task: str, *, ignored: str | None = None) -> ClaimVerdict:
-        """Return whether to try a task now."""
+        """Return whether a task may be claimed now."""
         try:
             _, claim, holder = await self._look(task)
         except CouncilError as error:
@@ -108,13 +108,13 @@ class Claims:
         return should_try(claim, holder, self._others.timing, ignored=ignored)
 
     async def _look(self, task: str) -> tuple[int, Claim | None, OwnerStatus | None]:
-        """Return the version of a claim, the claim, and the status of its owner."""
+        """Return the version of a claim, the claim itself, and its owner's status."""
         document = await self._store.get(claim_key(self._others.run, task))
         version, claim = 0 if document is None else document.version, _read(document)
         if claim is None or claim.released is not None:
             return version, claim, None
         if claim.owner.id == self._others.me.id and task not in self._held:
-            # An unconfirmed commit of ours took it: nothing has been done under it.
+            # Our unconfirmed commit took it; nothing has been done under it.
             return version, claim.model_copy(update={"released": ReleaseReason.ABANDONED}), None
         return version, claim, await self._others.read_liveness(claim.owner.id)
 
@@ -123,10 +123,9 @@ class Claims:
     ) -> PlannedClaim | ClaimHolder:
         """Return a plan to claim a task, or its current holder. Call `mark_claimed` after the commit.
 
-        From an owner that is gone this takes only the one task, and does not fence the owner as `sweep` does. With
-        `override` a leader takes the claim from an orchestrator that is not a leader; if a person asked for it
-        (`is_asked`), any orchestrator takes it from any owner. `retries` replaces the count that follows from the
-        claim.
+        If the owner is gone, this takes only this task and does not fence the owner as `sweep` does. With `override`, a
+        leader takes the claim from a non-leader or, if a user asked for it (`is_asked`), any orchestrator takes it from
+        any owner. `retries` replaces the retry count in the claim.
         """
         key = claim_key(self._others.run, task)
         version, before, holder = await self._look(task)
@@ -152,9 +151,9 @@ class Claims:
         _log.info("claim taken: run %s, task %s, epoch %d", self._others.run, task, planned.guard.epoch)
 
     async def claim(self, task: str, *, override: bool = False, is_asked: bool = False) -> Guard | ClaimHolder:
-        """Claim a task in its own commit; later writes about the task must carry the returned guard.
+        """Claim a task in a separate commit; later writes about the task must carry the returned guard.
 
-        Read the state of the task only afterwards: it may have changed since it was last read.
+        Read the state of the task only afterwards, because it may have changed since the last read.
         """
         while True:
             planned = await self.plan(task, override=override, is_asked=is_asked)
@@ -176,9 +175,9 @@ class Claims:
     def release_write(
         self, task: str, how: ReleaseReason, reason: str | None, *, counts: bool = False, reset_retries: bool = False
     ) -> Write:
-        """Return the write that releases a claim of ours. Call `mark_released` after the commit.
+        """Return the write that releases our claim. Call `mark_released` after the commit.
 
-        `counts` adds a failed try to the count of retries, `reset_retries` sets it to zero.
+        `counts` adds a failed attempt to the retry count, `reset_retries` sets the count to zero.
         """
         claim, guard = self._claims[task], self._held[task]
         changes = {
@@ -190,7 +189,7 @@ class Claims:
         return Write(guard.key, guard.epoch, claim.model_copy(update=changes).model_dump(mode="json"))
 
     def mark_released(self, task: str) -> None:
-        """Record that a claim is no longer ours."""
+        """Record that we no longer hold a claim."""
         self._held.pop(task, None)
         self._claims.pop(task, None)
 
@@ -201,7 +200,10 @@ class Claims:
         self.mark_released(task)
 
     async def release(self, task: str, how: ReleaseReason, reason: str | None = None, *, counts: bool = False) -> None:
-        """Release a claim in its own commit. Raises LeaseLost if it has another owner; other errors keep it."""
+        """Release a claim in a separate commit. Raises LeaseLost if it has another owner.
+
+        On other errors the claim is kept.
+        """
         guard = self._held.get(task)
         if guard is None:
             claim = await self.read(task)
@@ -220,14 +222,14 @@ class Claims:
         self.mark_released(task)
 
     async def _was_released(self, task: str, guard: Guard) -> bool:
-        """Return whether an unconfirmed commit of ours has released the claim."""
+        """Return whether our unconfirmed commit has released the claim."""
         claim = await self.read(task)
         if claim is None or claim.released is None or claim.epoch != guard.epoch + 1:
             return False
         return claim.owner.id == self._others.me.id
 
     async def reset_retries(self, task: str) -> list[Write]:
-        """Return the writes that reset the retries of a task without an owner."""
+        """Return the writes that reset the retry count of a task without an owner."""
         document = await self._store.get(claim_key(self._others.run, task))
         if document is None or document.damaged or not document.value["retries"]:
             return []
@@ -235,11 +237,11 @@ class Claims:
         return [Write(document.key, document.version, value)]
 
     async def sweep(self, *, counts: bool = True, also: TakeoverWrites | None = None) -> Mapping[str, str]:
-        """Take over all claims of orchestrators that are gone; return their previous owners by task.
+        """Take over all claims of orchestrators that are gone; return the previous owners, keyed by task.
 
-        `also` returns additional writes for the guards and our name. `counts` counts each claim as a retry of its
-        task, as it is unless a person resumed the run. Claims that have named us as owner since the last sweep without
-        our knowledge are taken over from ourselves.
+        `also` returns additional writes, given the guards and our name. `counts` counts each claim as a retry of its
+        task, which is right unless a user resumed the run. Claims that have had us as owner since the last sweep
+        without our knowledge are taken over from ourselves.
         """
         gone = await self._others.find_gone()
         left: dict[str, dict[str, Document]] = {name: {} for name in gone}
@@ -258,7 +260,7 @@ class Claims:
         self._unrecorded = {task: document.version for task, document in ours.items()}
         if strays:
             name = self._others.me.id
-            reason = "its claims were not recorded here"
+            reason = "its claims were not recorded by this process"
             taken |= dict.fromkeys(await self._take_over(name, reason, strays, (), also, counts=False), name)
         return taken
 
@@ -270,7 +272,7 @@ class Claims:
                 continue
             task = document.key.id.partition("/")[2]
             version, owner = self._owners.get(task, (0, None))
-            if version != document.version:  # of thousands of claims, few change between two sweeps
+            if version != document.version:  # of thousands of claims, few change between sweeps
                 claim = document.value
                 owner = claim["owner"]["id"] if claim["released"] is None else None
                 self._owners[task] = document.version, owner
@@ -300,7 +302,7 @@ class Claims:
             writes += await also([planned.guard for planned in plans.values()], self._others.me.id)
         try:
             await self._store.commit(Commit(writes, [Event.of(event)], [self._others.guard]))
-        except VersionConflict:  # the owner is alive after all, or another orchestrator was faster
+        except VersionConflict:  # the owner is alive, or another orchestrator was faster
             return []
         except CouncilError as error:
             _log.warning("claim takeover failed: run %s, %d of %s: %s", self._others.run, len(tasks), name, error)
@@ -322,5 +324,5 @@ class Claims:
 
 
 def _read(document: Document | None) -> Claim | None:
-    """Return a claim; None if it is missing or damaged."""
+    """Return a claim, or None if missing or damaged."""
     return None if document is None or document.damaged else Claim.model_validate_json(document.encoded)

@@ -1,13 +1,13 @@
-"""File locks of sessions, between the processes of one machine.
+"""File locks of sessions, shared between the processes of one machine.
 
-For correctness: the kernel releases them when the process that took them dies, whatever its CLIs do. Each file has a
-permanent lock file (`locking.lock_names`), signed by its exclusive holder, and a gate, a second lock. A request passes
-the gate before it takes the lock, and waits inside the gate. So later requests can't overtake, and sharers can't starve
-an exclusive request. Within a process, requests are served in order.
+These locks are for correctness: the kernel releases them when the process that took them dies, whatever its CLIs do.
+Each file has a permanent lock file (`locking.lock_names`), signed by its exclusive holder, and a second lock, the gate.
+A request takes the gate first and keeps it while it waits for the lock. So later requests can't overtake, and sharers
+can't starve an exclusive request. Within a process, requests are served in order.
 
-Several locks are taken in the order of their names, or not at all, so concurrent calls can't deadlock. Locks that
-sessions already hold can: a waiter checks at once and then regularly whether it is part of a cycle of waiting sessions
-(`domain.scheduling.deadlocks`), and the last session of the cycle to wait gives up.
+Multiple locks are taken in name order, all or none, so concurrent calls can't deadlock. Locks that sessions already
+hold can deadlock: a waiter checks immediately and then regularly whether it is part of a cycle of waiting sessions
+(`domain.scheduling.deadlocks`), and the session in the cycle that began to wait last gives up.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from orchestrator.system.resources import read_resources
 #: Seconds to wait for a file.
 FILE_LOCK_TIMEOUT: Final = 5.0
 
-#: Seconds between two deadlock checks: two sessions that begin to wait at once may not see each other at first.
+#: Seconds between deadlock checks: sessions that begin to wait simultaneously may not see each other at first.
 _DEADLOCK_INTERVAL: Final = 0.25
 
 _LOCK, _GATE = ".lock", ".gate"
-#: Files whose lock names are cached.
+#: The number of files whose lock names are cached.
 _MAX_CACHED: Final = 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class FileLockRecord:
-    """A lock of a session on a file, held or waited for."""
+    """A session's held or requested lock on a file."""
 
     id: str
     path: str
@@ -68,7 +68,7 @@ class _HeldFileLock:
     record: FileLockRecord
     lock: HeldLock
     marker: LockMarker | None
-    """For shared locks: the lock file has room for one signature only."""
+    """For shared locks, because the lock file has room for only one signature."""
 
     def release(self) -> None:
         if self.marker is None:
@@ -78,7 +78,7 @@ class _HeldFileLock:
             self.marker.drop()
 
 
-#: File descriptors reserved for everything else: each lock takes one.
+#: File descriptors reserved for other purposes. Each lock takes one.
 _RESERVE: Final = 512
 
 
@@ -89,11 +89,11 @@ def _check_descriptors(count: int) -> None:
         left = facts.descriptor_limit - facts.descriptors_open
         if left < count + min(_RESERVE, facts.descriptor_limit // 2):
             what = f"can't take {count} more locks: only {left} of {facts.descriptor_limit} file descriptors are free"
-            raise RefusedError(what, "unlock files, lock their folder instead, or raise `ulimit -n`")
+            raise RefusedError(what, "unlock files, lock a folder instead, or raise `ulimit -n`")
 
 
 class FileLocks:
-    """The file locks that a process takes for its sessions; all processes of a project use the same `folder`."""
+    """The file locks that a process takes for its sessions. All processes of a project use the same `folder`."""
 
     def __init__(self, folder: Path, clock: Clock) -> None:
         self._folder, self._clock = folder, clock
@@ -111,12 +111,13 @@ class FileLocks:
         top: Path | None = None,
         also: Callable[[], Awaitable[Mapping[str, LockWait]]] | None = None,
     ) -> Sequence[FileLockRecord]:
-        """Lock files for a session, all or none; return the records. `timeout` is in seconds, 0 does not wait.
+        """Lock files for a session, all or none; return the records. `timeout` is in seconds (0: don't wait).
 
-        `top` is the worktree of the paths; without it no symlinks are followed. Raises FileLocked, which names the
-        holder; RefusedError for a path outside the repository, and for one that the session has already locked or is
-        waiting for; and LockUnavailable at once if sessions wait for each other in a cycle and this one began to wait
-        last. `also` returns waits of sessions for resources other than files. A cancelled call has locked nothing.
+        `top` is the worktree of the paths; without it, symlinks are not followed. `also` returns sessions' waits for
+        resources other than files. A cancelled call locks nothing. Raises FileLocked, which names the holder;
+        RefusedError for a path that is outside the repository, or that the session has already locked or is waiting
+        for; and, immediately, LockUnavailable if sessions wait for each other in a cycle and this one began to wait
+        last.
         """
         await anyio.to_thread.run_sync(_check_descriptors, len(paths))
         wanted = self._wanted(session, paths, top)
@@ -140,7 +141,7 @@ class FileLocks:
             self._requested -= {(session, path) for path in wanted}
 
     async def release(self, session: SessionName, paths: Sequence[str], *, top: Path | None = None) -> int:
-        """Release locks of a session; return the number of paths that were locked."""
+        """Release some locks of a session; return the number of paths that were locked."""
         held = self._held.get(session, {})
         return self._release(session, {self._canonical(path, top) for path in paths} & held.keys())
 
@@ -172,8 +173,8 @@ class FileLocks:
         return wanted
 
     def _try_acquire(self, session: SessionName, path: str, *, shared: bool) -> _HeldFileLock | None:
-        """Take a lock that has no holders and no waiters; return None otherwise."""
-        # On the event loop: an uncontended lock is faster than a thread hop.
+        """Take a lock that has no holders or waiters; otherwise return None."""
+        # On the event loop: taking an uncontended lock is faster than a thread hop.
         gate, lock = self._locks_of(path)
         held_gate = gate.try_acquire()
         if held_gate is None:
@@ -185,7 +186,7 @@ class FileLocks:
         return None if held is None else self._signed(held, session, path, shared=shared)
 
     async def list_waits(self) -> dict[str, LockWait]:
-        """Return the sessions of all processes that wait for files, with their blockers."""
+        """Return the sessions of all processes that are waiting for files, with their blockers."""
         return find_waits(await anyio.to_thread.run_sync(list_file_locks, self._folder))
 
     async def _wait_until(
@@ -197,7 +198,7 @@ class FileLocks:
         shared: bool,
         also: Callable[[], Awaitable[Mapping[str, LockWait]]] | None,
     ) -> _HeldFileLock | None:
-        """Wait for a lock and return it; None at the deadline. Raises LockUnavailable on a deadlock."""
+        """Wait for a lock and return it, or None at the deadline. Raises LockUnavailable on a deadlock."""
         held: _HeldFileLock | None = None
         cycle: str | None = None
         failure: CouncilError | OSError | None = None
@@ -301,7 +302,7 @@ def find_waits(records: Sequence[FileLockRecord]) -> dict[str, LockWait]:
 def list_file_locks(folder: Path, name: str = "*") -> list[FileLockRecord]:
     """Return the held and requested file locks of a folder, oldest first; `name` selects one by its `lock_name`.
 
-    Any process can call this. A concurrent attempt to take a lock may briefly find it held.
+    Any process may call this. A concurrent attempt to take a lock may briefly find it held.
     """
     records = [
         _record(marker.signature, "held" if marker.kind == "shares" else "waiting") for marker in list_markers(folder)
@@ -311,7 +312,7 @@ def list_file_locks(folder: Path, name: str = "*") -> list[FileLockRecord]:
         if signature is None:  # no exclusive holder
             continue
         if (free := FileLock(path).try_acquire(shared=True)) is not None:
-            free.release()  # the process of the holder has died
+            free.release()  # the holder's process has died
         else:
             records.append(_record(signature))
     return sorted(records, key=lambda record: (record.since, record.path, record.owner))

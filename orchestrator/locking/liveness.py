@@ -1,4 +1,4 @@
-"""Liveness locks: each orchestrator holds a file lock while it is alive, so peers can prove its death."""
+"""Liveness locks: each orchestrator holds a file lock while alive, so that peers can prove its death."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from orchestrator.system.file_lock import FileLock, is_held
 
 @dataclass(frozen=True, slots=True)
 class LivenessLocks:
-    """The locks of a hub's orchestrators, each held by the process and the git commands that it started."""
+    """The locks of a hub's orchestrators, each held by the process and its git commands."""
 
     folder: Path
 
@@ -25,7 +25,7 @@ class LivenessLocks:
     async def is_dead(self, run: str, owner: OrchestratorIdentity) -> bool:
         """Return whether an orchestrator and all of its git commands are proven dead."""
         lock = self.of(run, owner.id)
-        # Without a lock file the orchestrator is on another machine, which may have the same name.
+        # Without a lock file, the orchestrator is on another machine, which may have the same name.
         return await anyio.Path(lock.path).exists() and not await lock.is_held()
 
     async def held(self, run: str) -> list[FileLock]:

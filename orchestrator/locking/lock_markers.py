@@ -1,7 +1,7 @@
-"""Markers: small files that name the sharers and waiters of a lock.
+"""Markers: small files that identify the sharers and waiters of a lock.
 
-A marker is informational: no decision depends on it. Its creator holds a lock on it, so a stale marker is one that is
-not locked.
+Markers are informational: no decision depends on them. The creator holds a lock on its marker, so an unlocked marker is
+stale.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from orchestrator.system.file_lock import FileLock, LockHolder
 
 MarkerKind = Literal["shares", "waits"]
 
-#: Seconds after which a marker that is not complete is stale; creating one takes far less.
+#: Seconds after which an incomplete marker is stale. Creating one takes far less.
 _MAX_CREATION_SECONDS: Final = 60.0
 
 
@@ -28,10 +28,10 @@ class LiveMarker(NamedTuple):
 
 
 class LockMarker:
-    """A marker that exists until it is dropped."""
+    """A marker that exists until dropped."""
 
     def __init__(self, folder: Path, kind: MarkerKind, signature: LockHolder) -> None:
-        """Create a marker. Raises OSError."""
+        """Create a marker. Raises OSError if that fails."""
         self._path = folder / f"{signature.id}.{kind}"
         made = folder / f"{signature.id}.new"
         lock = FileLock(made).try_acquire()
@@ -41,7 +41,7 @@ class LockMarker:
             stack.callback(lock.release)
             stack.callback(made.unlink, missing_ok=True)
             lock.write_holder(signature)
-            made.rename(self._path)  # it becomes visible only when it is locked
+            made.rename(self._path)  # it becomes visible only once locked
             stack.pop_all()
 
     def drop(self) -> None:
@@ -52,7 +52,7 @@ class LockMarker:
 
 @contextmanager
 def hold_marker(folder: Path, kind: MarkerKind, signature: LockHolder) -> Iterator[None]:
-    """Keep a marker during the block."""
+    """Keep a marker for the duration of the block."""
     marker = LockMarker(folder, kind, signature)
     try:
         yield
@@ -66,7 +66,7 @@ def list_markers(folder: Path) -> Iterator[LiveMarker]:
     for kind in kinds:
         for path in sorted(folder.glob(f"*.{kind}")):
             signature = LockHolder.read(path)
-            # Shared, so that two concurrent scans don't mistake each other for the creator.
+            # Shared, so that concurrent scans don't mistake each other for the creator.
             if (stale := FileLock(path).try_acquire(shared=True)) is not None:
                 path.unlink(missing_ok=True)
                 stale.release()
@@ -77,7 +77,7 @@ def list_markers(folder: Path) -> Iterator[LiveMarker]:
 
 
 def _remove_old(path: Path) -> None:
-    """Remove an incomplete marker of a killed process; a marker that is being created is younger."""
+    """Remove an incomplete marker of a killed process, recognized by its age."""
     with suppress(FileNotFoundError):
         if time.time() - path.stat().st_mtime > _MAX_CREATION_SECONDS:
             path.unlink()

@@ -1,8 +1,8 @@
-"""Names of file locks: one name per file, independent of the spelling of its path.
+"""Derive lock names: one name per file, however its path is spelled.
 
-The canonical path is relative to the top of the repository, without `..` and symlinks. Case is folded if the file
-system folds it. Composed and decomposed characters are always equal: many file systems can't store two names that
-differ only in this, and locking too much does less harm than locking too little.
+The canonical path is relative to the top of the repository, without `..` and symlinks. Case is ignored if the file
+system ignores it. Composed and decomposed characters are always equal: many file systems can't store names that differ
+only in this, and locking too much does less harm than locking too little.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Final
 
 from orchestrator.errors import RefusedError
 
-#: Characters of the readable part: the whole name must fit into the 255 bytes of a file name.
+#: Characters of the readable part: the whole name must fit into a file name of 255 bytes.
 _READABLE: Final = 80
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9._-]")
 
@@ -25,12 +25,12 @@ _UNSAFE: Final = re.compile(r"[^A-Za-z0-9._-]")
 def canonical_path(path: str, top: Path | None = None, *, folds_case: bool = False) -> str:
     """Return the canonical path of a file, relative to the top of the repository.
 
-    `path` is relative to `top`, or absolute within it. Without `top` no symlinks are followed, and `..` removes a
+    `path` is relative to `top`, or absolute within it. Without `top`, symlinks are not followed, and `..` removes a
     segment. The file need not exist. `folds_case` ignores the case of letters. Raises RefusedError for a path outside
     the repository.
     """
     if not path or "\0" in path:
-        raise RefusedError(f"invalid path: {path!r}", "name a file of the repository")
+        raise RefusedError(f"invalid path: {path!r}", "use a path in the repository")
     if top is None:
         normal = os.path.normpath(path)
         if normal in {".", ".."} or normal.startswith(("/", "../")):
@@ -44,7 +44,7 @@ def canonical_path(path: str, top: Path | None = None, *, folds_case: bool = Fal
 
 
 def lock_name(path: str) -> str:
-    """Return the unique lock name of a canonical path, as a file name without extension."""
+    """Return the unique lock name of a canonical path: a file name without an extension."""
     digest = hashlib.sha256(os.fsencode(path)).hexdigest()
     readable = _UNSAFE.sub("_", path)[-_READABLE:].lstrip(".")
     return f"{readable or '_'}.{digest}"
@@ -67,4 +67,4 @@ def _folded(path: str, *, folds_case: bool) -> str:
 
 
 def _outside(path: str) -> RefusedError:
-    return RefusedError(f"{path!r} is outside the repository", "name a file of the repository")
+    return RefusedError(f"{path!r} is outside the repository", "use a path in the repository")

@@ -1,8 +1,8 @@
-"""Overview of all locks in three layers: files, path ownership, and merge permits.
+"""List and break locks in three layers: files, path ownership, and merge permits.
 
 Any process of the project can list and break locks. A broken lock is removed from the store, and its holder releases
-the rest when it reads of it (`release_broken_locks`). Kernel locks can't be taken from a live process, and a dead one
-has none.
+the rest when it reads the change (`release_broken_locks`). Kernel locks can't be taken from a live process, and a dead
+process has none.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _MERGE: Final = "merge/"
 class LockLayer(StrEnum):
     """The kind of a lock."""
 
-    FILE = "file"  #: a session edits a file: between the processes of one machine
-    OWNERSHIP = "ownership"  #: the paths that a session may change: in the store
+    FILE = "file"  #: a session edits a file; shared between the processes of one machine
+    OWNERSHIP = "ownership"  #: the paths that a session may change; in the store
     MERGE = "merge"  #: the permit to land on a target
 
 
@@ -44,11 +44,11 @@ class LockParty:
     """A holder or waiter of a lock."""
 
     owner: str
-    """The session, as `<run>/<task>.<attempt>`; for a merge permit the process."""
+    """The session, as `<run>/<task>.<attempt>`; for a merge permit, the process."""
     since: float | None
-    """Wall-clock seconds; None: unknown."""
+    """Wall-clock seconds, or None if unknown."""
     age: float | None
-    """Seconds since then."""
+    """The age in seconds."""
     wants: tuple[str, ...] = ()
     """The patterns that a waiter for ownership requested."""
 
@@ -75,19 +75,19 @@ class LockStatus:
 
 @dataclass(frozen=True, slots=True)
 class LockOverview:
-    """Lists and breaks the locks of a project, in its store and its folder of file locks."""
+    """Lists and breaks a project's locks, in its store and its folder of file locks."""
 
     store: Store
     clock: Clock
     files: Path
 
     async def locks(self) -> list[LockStatus]:
-        """Return all locks with holders or waiters: files, ownership, merge permits, each by age."""
+        """Return all locks with holders or waiters: files, ownership, merge permits, each sorted by age."""
         records = await anyio.to_thread.run_sync(list_file_locks, self.files)
         return [*self._files(records), *await self._ownership(), *await self._merges()]
 
     async def break_lock(self, name: str, reason: str) -> LockStatus:
-        """Break a lock by its name and record the reason; return its status before.
+        """Break a lock by its name and record the reason; return its previous status.
 
         Raises RefusedError if the lock is not held.
         """
@@ -112,7 +112,7 @@ class LockOverview:
             case LockLayer.OWNERSHIP:
                 holder = lock.holders[0].owner
                 documents = await self.store.list(OWNERSHIP_KIND)
-                # Keep the record without patterns: a missing record would count as its earlier patterns at landing.
+                # Keep the record without patterns: if it were missing, its earlier patterns would count at landing.
                 return [
                     Write(one.key, one.version, PathOwnership.from_json(one.value).without_patterns().to_json())
                     for one in documents
@@ -138,7 +138,7 @@ class LockOverview:
     async def _ownership(self) -> list[LockStatus]:
         live: list[PathOwnership] = []
         for document in filter_readable(await self.store.list(OWNERSHIP_KIND)):
-            if "/" in document.key.id:  # without a slash it is the version guard of a scope
+            if "/" in document.key.id:  # a name without a slash is the version guard of a scope
                 holding = PathOwnership.from_json(document.value)
                 claim = await self.store.get(claim_key(holding.session))
                 if is_current(holding, None if claim is None else claim.value):
@@ -177,11 +177,11 @@ class LockOverview:
 
 @dataclass(frozen=True, slots=True)
 class BrokenLock:
-    """Broken locks of sessions: single files, or all that they own."""
+    """Broken locks of sessions: individual files, or everything they own."""
 
     sessions: tuple[str, ...]
     paths: tuple[str, ...] = field(default=())
-    """Files; empty: all locked files."""
+    """The files; empty means all locked files."""
 
 
 def read_broken_locks(record: CommitRecord) -> list[BrokenLock]:
@@ -195,7 +195,7 @@ def read_broken_locks(record: CommitRecord) -> list[BrokenLock]:
 
 
 async def release_broken_locks(record: CommitRecord, files: FileLocks, sessions: Sequence[SessionName]) -> int:
-    """Release file locks of this process's sessions that a commit records as broken; return their number."""
+    """Release file locks of this process's sessions that a commit records as broken; return the number released."""
     released = 0
     for broken in read_broken_locks(record):
         for session in sessions:

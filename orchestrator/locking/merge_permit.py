@@ -1,7 +1,7 @@
-"""Merge permit: the right to land on one branch of one repository, held by one orchestrator at a time.
+"""Merge permit: the right to land on a branch, held by one orchestrator at a time.
 
-It is a lease in the store, so it works across machines, and is granted in the order of requests. It provides order:
-landing intents need its epoch. The lease of the push (`--force-with-lease`) proves that no other landing interferes.
+It is a lease in the store, so it works across machines, and is granted in request order. It provides ordering: landing
+intents need its epoch. The push itself uses `--force-with-lease`, which ensures that no other landing interferes.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from orchestrator.protocols import Commit, Document, Guard, Key, Store, Write
 from orchestrator.state.documents.validation import filter_readable, find_document_error
 from orchestrator.system.clock import Clock
 
-#: Seconds between two checks of the lease while waiting: initial and maximum.
+#: Seconds between checks of the lease while waiting: initial and maximum.
 _PAUSES = (0.05, 0.5)
 
 
 @dataclass(frozen=True, slots=True)
 class MergePermit:
-    """The right to land on a branch while its guard is valid; created only by `MergePermitQueue.hold`."""
+    """The right to land on a branch while its guard is valid. Created only by `MergePermitQueue.hold`."""
 
     scope: str
     guard: Guard
@@ -38,7 +38,7 @@ def merge_lease_key(scope: str) -> Key:
 
 
 async def read_merge_leases(store: Store) -> dict[str, tuple[Document, MergeLease]]:
-    """Return all merge leases with their documents, by scope."""
+    """Return all merge leases with their documents, keyed by scope."""
     documents = filter_readable(await store.list("lease", "merge/"))
     return {
         document.key.id.partition("/")[2]: (document, MergeLease.model_validate(document.value))
@@ -57,7 +57,10 @@ class MergePermitQueue:
 
     @asynccontextmanager
     async def hold(self) -> AsyncIterator[MergePermit]:
-        """Wait for the permit and hold it for the block. Raises LeaseLost if this orchestrator is declared gone."""
+        """Wait for the permit and hold it for the block.
+
+        Raises LeaseLost if this orchestrator is declared gone.
+        """
         async with self._others.process_lock(f"merge/{self.scope}"):
             try:
                 yield MergePermit(self.scope, await self._acquire())
@@ -85,7 +88,7 @@ class MergePermitQueue:
                 await self._clock.wait(anyio.Event(), now + min(max(first, (now - begin) / 10), last))
 
     async def _leave(self) -> None:
-        """Release the permit of this orchestrator and its position in the queue."""
+        """Release this orchestrator's permit and its position in the queue."""
         me = self._others.me.id
         try:
             while True:
@@ -98,7 +101,7 @@ class MergePermitQueue:
                 if not changes or await self._write(document, lease.model_copy(update=changes), is_guarded=False):
                     return
         except StoreUnavailable:
-            self._others.defer(self._leave_later)  # otherwise the others would wait until this process ends
+            self._others.defer(self._leave_later)  # otherwise others would wait until this process exits
 
     async def _leave_later(self) -> None:
         lock = self._others.process_lock(f"merge/{self.scope}")

@@ -1,8 +1,9 @@
-"""Named locks for programs: shared for readers, exclusive for a writer, with an owner, an expiry and a timeout.
+"""Named read/write locks for programs, with an owner, an expiry and a timeout.
 
-A lock is a document of the store, so it is valid for all processes and machines that use the store. A holder is valid
+A lock is a document in the store, so it is valid for all processes and machines that use the store. A holder is valid
 until it releases the lock, the lock expires, or its process is known to have died on this machine. Waiters are served
-in order. Like all locks with an expiry, these are advisory: a holder whose lock has expired is not kept from writing.
+in order. Like all locks with an expiry, these are advisory: a holder whose lock has expired is not prevented from
+writing.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ from orchestrator.state.log.codec import MAX_TTL
 from orchestrator.system.clock import Clock
 from orchestrator.system.process_table import boot_id, start_ticks
 
-#: Default seconds until a lock expires, and to wait for it.
+#: Default seconds until a lock expires, and default seconds to wait for it.
 DEFAULT_EXPIRY: Final = 30.0
 DEFAULT_TIMEOUT: Final = 5.0
-#: Seconds, at most, between two checks of an awaited lock, because its holder may have died.
+#: Maximum seconds between checks of an awaited lock, whose holder may have died.
 _MAX_CHECK_INTERVAL: Final = 0.5
 _TRIES: Final = 50
 
 
 def is_process_dead(lock: LockInfo) -> bool:
-    """Return whether the process of the owner is known to have ended; only known on this machine."""
+    """Return whether the owner's process is known to have exited, which is only known on this machine."""
     if lock.host != socket.gethostname():
         return False
     return lock.boot != boot_id() or (lock.started is not None and start_ticks(lock.pid) != lock.started)
@@ -55,7 +56,7 @@ class _LockState:
 
     @classmethod
     def of(cls, document: Document | None, now: float) -> _LockState:
-        """Return the valid holders and waiters of a lock's document."""
+        """Return the valid holders and waiters in a lock's document."""
         if document is None:
             return cls()
         if (flaw := find_document_error(document)) is not None:
@@ -92,10 +93,10 @@ class NamedLocks:
     ) -> LockInfo:
         """Acquire a lock; pass the returned value to `release`.
 
-        Mode `read` is shared, mode `write` exclusive. `owner` defaults to this process. The lock expires after `expiry`
-        seconds; the call waits up to `timeout` seconds (0: does not wait). Raises LockUnavailable with the holder on
-        timeout, and at once with the cycle if owners wait for each other. Raises RefusedError if the owner already has
-        the lock, for an unknown mode, and for times over 1e9 seconds. A cancelled call has acquired nothing.
+        Mode `read` is shared, mode `write` is exclusive. `owner` defaults to this process. The lock expires after
+        `expiry` seconds. Waits up to `timeout` seconds (0: does not wait). A cancelled call acquires nothing. Raises
+        LockUnavailable with the holder on timeout, or immediately with the cycle if owners wait for each other. Raises
+        RefusedError if the owner already has the lock, for an unknown mode, and for times over 1e9 seconds.
         """
         _check(name, mode, owner, expiry, timeout)
         key = Key(LOCK_KIND, name)
@@ -156,7 +157,7 @@ class NamedLocks:
         return freed
 
     async def _try(self, wanted: LockInfo, expiry: float, *, waits: bool) -> _LockState:
-        """Acquire a lock if it is free, else enter the queue; return the state afterwards."""
+        """Acquire a lock if it is free, otherwise enter the queue; return the resulting state."""
         key, now = Key(LOCK_KIND, wanted.name), self._clock.now()
         state = _LockState.of(await self._store.get(key), now)
         if any(holder.owner == wanted.owner for holder in state.holders):
@@ -215,4 +216,6 @@ def _timed_out(name: str, blockers: Sequence[LockInfo], timeout: float) -> LockU
         return LockUnavailable(name, f"not free within {timeout:g} s", "retry")
     first = blockers[0]
     holder = f"{first.owner} (process {first.pid} on {first.host}, mode {first.mode})"
-    return LockUnavailable(name, f"held by {holder}, not free within {timeout:g} s", "wait longer, or release it there")
+    return LockUnavailable(
+        name, f"held by {holder}, not free within {timeout:g} s", "wait longer, or release it in the holder"
+    )

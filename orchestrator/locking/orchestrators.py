@@ -1,4 +1,4 @@
-"""Membership of orchestrators in a run: each has a record with heartbeats in the store.
+"""Membership of orchestrators in a run, with a record and heartbeats for each in the store.
 
 Heartbeats are commits that need not be durable. An orchestrator without a heartbeat for too long, or whose process is
 proven dead, is declared gone by the first peer that notices. Its record then gets a new epoch, which fences all of its
@@ -40,7 +40,7 @@ from orchestrator.system.process_table import boot_id, start_ticks
 
 _KIND = "orchestrator"
 
-#: Seconds for which a process that was found alive is not checked again.
+#: Seconds for which a process found alive is not checked again.
 _LIVENESS_CACHE_SECONDS = 1.0
 
 _log = logging.getLogger("orchestrator.claims")
@@ -54,7 +54,7 @@ def orchestrator_key(run: str, orchestrator: str) -> Key:
 
 
 def create_owner(role: Role, *, shares: bool = True) -> OrchestratorIdentity:
-    """Return the identity of this process under a new name; `shares` allows peers in the same run."""
+    """Return an identity for this process with a new name; `shares` allows peers in the same run."""
     host, pid = socket.gethostname(), os.getpid()
     return OrchestratorIdentity(
         id=f"{host}-{pid}-{secrets.token_hex(3)}",
@@ -68,13 +68,13 @@ def create_owner(role: Role, *, shares: bool = True) -> OrchestratorIdentity:
 
 
 async def read_orchestrators(store: Store, run: str) -> dict[str, OrchestratorLease]:
-    """Return the records of all orchestrators that ever joined a run, by their names."""
+    """Return the records of all orchestrators that ever joined a run, keyed by name."""
     records = [_read(document) for document in await store.list(_KIND, f"{run}/")]
     return {record.owner.id: record for record in records if record is not None}
 
 
 def _read(document: Document | None) -> OrchestratorLease | None:
-    """Return a record; None if it is missing or damaged."""
+    """Return a record, or None if missing or damaged."""
     if document is None or document.damaged:
         return None
     try:
@@ -84,7 +84,7 @@ def _read(document: Document | None) -> OrchestratorLease | None:
 
 
 class _Heartbeat(NamedTuple):
-    """The last seen heartbeat, since when it is unchanged, and when it was last checked (monotonic seconds)."""
+    """The last seen heartbeat, when it was first seen, and when it was last checked (monotonic seconds)."""
 
     heartbeat: float
     since: float
@@ -92,7 +92,7 @@ class _Heartbeat(NamedTuple):
 
 
 class PeerObserver:
-    """Judges whether the orchestrators of a run are alive, by their heartbeats and their processes."""
+    """Decides whether a run's orchestrators are alive, by their heartbeats and processes."""
 
     def __init__(
         self,
@@ -104,24 +104,24 @@ class PeerObserver:
     ) -> None:
         self._clock, self._run, self._me, self._timing, self._is_dead = clock, run, me, timing, is_dead
         self._seen: dict[tuple[str, str], _Heartbeat] = {}
-        """By run and name."""
+        """Heartbeats, keyed by run and name."""
         self._alive: dict[str, float] = {}
-        """When a process was last checked and not proven dead (monotonic seconds), by orchestrator."""
+        """When a process was last checked and not proven dead (monotonic seconds), keyed by orchestrator."""
 
     async def assess(self, record: OrchestratorLease, run: str | None = None) -> OwnerStatus:
-        """Return the status of an orchestrator by its record."""
+        """Return an orchestrator's status, given its record."""
         owner = record.owner
         if owner.id == self._me.id:
             return OwnerStatus.ALIVE if record.ended is None else OwnerStatus.ENDED
         is_here = (owner.host, owner.boot) == (self._me.host, self._me.boot)
         run = run or self._run
-        # No process survives a reboot. Its lock shows whether a host of the same name is this machine.
+        # No process survives a reboot. The lock shows whether a host with the same name is this machine.
         is_dead = record.ended is None and owner.host == self._me.host and await self._is_proven_dead(run, owner)
         now, watched = self._clock.now(), self._seconds_unchanged(run, record)
         return judge_owner_status(record, now, watched, self._timing, is_here=is_here, is_dead=is_dead)
 
     async def _is_proven_dead(self, run: str, owner: OrchestratorIdentity) -> bool:
-        # Cached, because the status of an owner is read once for each task that it has claimed.
+        # Cached, because an owner's status is read once for each task that it has claimed.
         now, checked = self._clock.monotonic(), self._alive.get(owner.id)
         if checked is not None and now - checked < _LIVENESS_CACHE_SECONDS:
             return False
@@ -136,9 +136,9 @@ class PeerObserver:
             self._alive.pop(orchestrator, None)
 
     def _seconds_unchanged(self, run: str, record: OrchestratorLease) -> float:
-        """Return the seconds for which we have watched the last heartbeat without a long gap."""
+        """Return the seconds for which we have observed the last heartbeat without a long gap."""
         now, seen = self._clock.monotonic(), self._seen.get((run, record.owner.id))
-        # After a suspension of this process or machine, start again: the peer may have been suspended as well.
+        # After a suspension of this process or machine, start again: the peer may also have been suspended.
         max_gap = max(self._timing.stale_after, 2 * self._timing.sweep_interval)
         is_new = seen is None or seen.heartbeat != record.heartbeat or now - seen.checked > max_gap
         since = now if seen is None or is_new else seen.since
@@ -158,7 +158,7 @@ class RunMembership:
         timing: CoordinationSettings,
         is_dead: Callable[[str, OrchestratorIdentity], Awaitable[bool]],
     ) -> None:
-        """Use a run; `is_dead` returns whether the process of a run's orchestrator is proven dead."""
+        """Use a run; `is_dead` returns whether an orchestrator's process is proven dead."""
         self.run, self.me, self.timing = run, me, timing
         self.counters = ClaimCounters()
         self.guard = Guard(orchestrator_key(run, me.id), 1)
@@ -178,15 +178,15 @@ class RunMembership:
             self._record = self._record.model_copy(update={"owner": self.me})
 
     def count(self, **more: int) -> None:
-        """Add to the counters of claims; they are recorded with the next heartbeat."""
+        """Add to the claim counters, which are recorded with the next heartbeat."""
         self.counters = self.counters.plus(**more)
 
     def process_lock(self, name: str) -> anyio.Lock:
-        """Return the lock by which the tasks of this process serialize an action of the orchestrator."""
+        """Return the lock with which this process's tasks serialize an action of the orchestrator."""
         return self._process_locks.setdefault(name, anyio.Lock())
 
     def defer(self, action: Callable[[], Awaitable[None]]) -> None:
-        """Run an action with the next heartbeat, because the store is unreachable now."""
+        """Run an action with the next heartbeat, because the store is currently unreachable."""
         self._deferred.append(action)
 
     def join_write(self) -> Write:
@@ -204,7 +204,7 @@ class RunMembership:
         """Join the run."""
         try:
             await self._store.commit(Commit([self.join_write()]))
-        except VersionConflict:  # the name is unique, so an earlier commit of ours succeeded without confirmation
+        except VersionConflict:  # the name is unique, so our earlier commit succeeded without confirmation
             self._version = await self._own_version()
         else:
             self.mark_joined()
@@ -223,7 +223,7 @@ class RunMembership:
             await self._deferred.pop(0)()
 
     async def leave(self, reason: str | None = None) -> None:
-        """Record that this orchestrator has ended. It must hold no claims. Does nothing if it is fenced."""
+        """Record that this orchestrator has ended. It must hold no claims. Does nothing if fenced."""
         try:
             await self._write(ended=self._clock.now(), reason=reason, epoch=2)
         except OrchestratorFenced:
@@ -245,7 +245,7 @@ class RunMembership:
                     return
 
     async def _own_version(self) -> int:
-        """Return the version of our record, which an unconfirmed commit of ours may have written."""
+        """Return the version of our record, which our unconfirmed commit may have written."""
         document = await self._store.get(self.guard.key)
         record = _read(document)
         if document is None or record is None or record.epoch != self.guard.epoch:
@@ -253,7 +253,7 @@ class RunMembership:
         return document.version
 
     async def find_fencing_error(self) -> OrchestratorFenced | None:
-        """Return the error that explains why this orchestrator is fenced; None if it is not."""
+        """Return the error that explains why this orchestrator is fenced, or None if it is not."""
         record = _read(await self._store.get(self.guard.key))
         return None if record is not None and record.epoch == self.guard.epoch else self._error(record)
 
@@ -262,13 +262,13 @@ class RunMembership:
         return OrchestratorFenced(self.run, self.me.id, reason)
 
     async def all(self) -> dict[str, OrchestratorLease]:
-        """Return the records of all orchestrators that ever joined the run, by their names."""
+        """Return the records of all orchestrators that ever joined the run, keyed by name."""
         return await read_orchestrators(self._store, self.run)
 
     async def find_exclusive_peer(self) -> OrchestratorLease | None:
         """Return a live peer that excludes this orchestrator, because one of the two does not share the run.
 
-        Each checks after joining, so if two join at once, at least one sees the other.
+        Each checks after joining, so if two join simultaneously, at least one sees the other.
         """
         for record in (await self.all()).values():
             is_me = record.owner.id == self.me.id
@@ -279,7 +279,7 @@ class RunMembership:
         return None
 
     async def is_outranked(self) -> bool:
-        """Return whether a live peer takes precedence as leader of the run, by its role."""
+        """Return whether a live peer takes precedence as leader of the run by its role."""
         if self.me.role is Role.LEADER:
             return False
         leaders = [record for record in (await self.all()).values() if record.owner.role is Role.LEADER]
@@ -290,12 +290,12 @@ class RunMembership:
         return _read(await self._store.get(orchestrator_key(run or self.run, orchestrator)))
 
     async def read_liveness(self, orchestrator: str, run: str | None = None) -> OwnerStatus:
-        """Return the status of an orchestrator by its name; ENDED if it has no record."""
+        """Return an orchestrator's status by name; ENDED if it has no record."""
         record = await self.find(orchestrator, run)
         return OwnerStatus.ENDED if record is None else await self.peers.assess(record, run)
 
     async def find_gone(self) -> dict[str, tuple[Document, OrchestratorLease, OwnerStatus]]:
-        """Return the orchestrators that are gone but not yet fenced, by their names."""
+        """Return the orchestrators that are gone but not yet fenced, keyed by name."""
         self.count(sweeps=1)
         gone: dict[str, tuple[Document, OrchestratorLease, OwnerStatus]] = {}
         for document in await self._store.list(_KIND, f"{self.run}/"):

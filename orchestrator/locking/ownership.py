@@ -1,9 +1,9 @@
-"""Ownership registry: which session may change which paths, based only on the store's contract.
+"""Ownership registry: which session may change which paths. Uses only the store's contract.
 
-It provides order, not safety: it keeps sessions from changing the same paths; landing checks changes again
-(`on_out_of_scope`). The ownership of a session is a document. Each acquisition also writes the scope's version guard:
-of two concurrent acquisitions one sees the other. A release does not need the guard. Ownership under a released
-or lost claim becomes invalid once its session has ended, and is removed by the next acquisition.
+It provides ordering, not safety: it keeps sessions from changing the same paths; landing checks changes again
+(`on_out_of_scope`). A session's ownership is a document. Each acquisition also writes the scope's version guard, so
+that of two concurrent acquisitions one sees the other. Releases don't need the guard. Ownership under a released or
+lost claim becomes invalid once its session has ended, and is removed by the next acquisition.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from orchestrator.system.clock import Clock
 OWNERSHIP_KIND: Final = "ownership"
 CLAIM_KIND: Final = "claim"
 
-#: Returns whether a process of a session is alive, as far as this machine can see.
+#: Returns whether a session's process is alive, as far as this machine can determine.
 LivenessCheck = Callable[[SessionName], Awaitable[bool]]
 
-#: Attempts of an acquisition that conflicts with others: each conflict means that another one succeeded.
+#: Maximum attempts of a conflicting acquisition: each conflict means that another one succeeded.
 _TRIES: Final = 50
 
 
@@ -61,18 +61,18 @@ def claim_key(session: SessionName) -> Key:
 
 
 class _RegistryState(NamedTuple):
-    """The documents of the registry with their versions, stale ones included."""
+    """The registry's documents with their versions, including stale ones."""
 
     scope_version: int
-    """The version of the scope's guard, read first: a commit fails if anything was acquired since."""
+    """The version of the scope's guard, read first so that a commit fails if anything was acquired since."""
     holdings: dict[SessionName, tuple[int, PathOwnership]]
 
 
 class OwnershipView:
-    """The path ownership of one scope, to read."""
+    """Read access to the path ownership of one scope."""
 
     def __init__(self, store: Store, clock: Clock, scope: str, lives: LivenessCheck | None = None) -> None:
-        """Use `lives` to check whether a session without its claim is still alive: until then it owns its paths."""
+        """Read a scope. `lives` checks whether a session that lost its claim is alive and so still owns its paths."""
         self._store, self._clock, self.scope, self._lives = store, clock, scope, lives
         self._scope_key = Key(OWNERSHIP_KIND, scope)
         self._known: dict[Key, tuple[int, PathOwnership]] = {}
@@ -93,7 +93,7 @@ class OwnershipView:
         return sorted(live, key=lambda holding: (holding.since, holding.session))
 
     async def list_waits(self) -> dict[str, LockWait]:
-        """Return the sessions of the scope that wait for paths, with their blockers."""
+        """Return the sessions of the scope that are waiting for paths, with their blockers."""
         live = await self._live()
         return {
             str(waiter.session): LockWait(
@@ -111,7 +111,7 @@ class OwnershipView:
         }
 
     async def owner(self, session: SessionName, path_pattern: str) -> OwnershipConflict | None:
-        """Return another owner of paths that a pattern matches; None if there is none."""
+        """Return another owner of paths that a pattern matches, or None."""
         return find_ownership_conflict(session, [path_pattern], await self._live())
 
     async def _last(self, session: SessionName) -> PathOwnership | None:
@@ -140,7 +140,7 @@ class OwnershipView:
         return _RegistryState(scope_guard.version if scope_guard else 0, holdings)
 
     async def _is_valid(self, holding: PathOwnership) -> bool:
-        # If the claim does not match now, it did not match at the read or has ended since: epochs are never reused.
+        # If the claim does not match now, it did not match when read, or has ended since: epochs are never reused.
         if is_current(holding, _value(await self._store.get(claim_key(holding.session)))):
             return True
         return self._lives is not None and await self._lives(holding.session)
@@ -151,16 +151,16 @@ class OwnershipView:
 
 
 class OwnershipRegistry(OwnershipView):
-    """The path ownership of one scope, to read and change."""
+    """Read and write access to the path ownership of one scope."""
 
     async def plan(
         self, session: SessionName, patterns: Sequence[str], *, orchestrator: str, claim: Guard, is_lock: bool = False
     ) -> Sequence[Write] | OwnershipConflict:
         """Return the writes that make a session own patterns, or the conflicting owner.
 
-        With `is_lock` the session itself requested them; `locked_by_others` reports such patterns to landings. `claim`
-        has the epoch of the claim, which the same commit may write. The commit fails with a VersionConflict if anything
-        in the scope was acquired in between: then plan again. Raises RefusedError for an invalid pattern.
+        `is_lock` means that the session itself requested the patterns; `locked_by_others` reports these to landings.
+        `claim` has the epoch of the claim, which the same commit may write. The commit fails with a VersionConflict if
+        anything in the scope was acquired in between; then plan again. Raises RefusedError for an invalid pattern.
         """
         wanted = check_patterns(patterns)
         if not wanted:
@@ -200,10 +200,10 @@ class OwnershipRegistry(OwnershipView):
     ) -> OwnershipConflict | None:
         """Make a session own more patterns, all or none; return the conflict, or None on success.
 
-        Waits up to `wait` seconds for the owners; the wait is recorded for all to see. Raises LeaseLost if the claim is
-        no longer the session's, RefusedError for an invalid pattern or too many, and LockUnavailable at once if
-        sessions wait for each other in a cycle and this one began to wait last. `also` returns waits of sessions for
-        resources other than paths of this scope. A cancelled wait acquires nothing.
+        Waits up to `wait` seconds for the owners; the wait is recorded in the store. `also` returns sessions' waits for
+        resources other than paths of this scope. A cancelled wait acquires nothing. Raises LeaseLost if the session no
+        longer has the claim, RefusedError for an invalid pattern or too many patterns, and, immediately,
+        LockUnavailable if sessions wait for each other in a cycle and this one began to wait last.
         """
         own = await self._own(session)
         check_ownership_limit(() if own is None else own[1].patterns, patterns)
@@ -233,10 +233,10 @@ class OwnershipRegistry(OwnershipView):
         return conflict
 
     async def plan_transfer(self, claims: Sequence[Guard], orchestrator: str) -> Sequence[Write]:
-        """Return the writes that keep the ownership of sessions whose claims are taken over.
+        """Return the writes that preserve the ownership of sessions whose claims are taken over.
 
-        A session may outlive its orchestrator: until it is proven dead, no other session may get its paths. `claims`
-        have the new epochs.
+        A session may outlive its orchestrator: until it is proven dead, no other session may acquire its paths.
+        `claims` have the new epochs.
         """
         epochs = {claim.key: claim.epoch for claim in claims}
         holdings = (await self._read()).holdings.values()
@@ -250,18 +250,18 @@ class OwnershipRegistry(OwnershipView):
         ]
 
     async def inherit(self, session: SessionName, *, orchestrator: str, claim: Guard) -> None:
-        """Restore the ownership of an interrupted session under the claim of the orchestrator that resumes its task.
+        """Restore an interrupted session's ownership under the claim of the orchestrator that resumes it.
 
         Restores nothing if another session has acquired any of the patterns.
         """
-        last = await self._last(session)  # from the history, because a sweep may have removed the document
+        last = await self._last(session)  # read from the history, because a sweep may have removed the document
         if last is not None and last.epoch != claim.epoch and last.patterns:
             conflict = await self._acquire(session, last.patterns, orchestrator, claim)
             if conflict is None and last.locked:
                 await self._acquire(session, last.locked, orchestrator, claim, is_lock=True)
 
     async def release_patterns(self, session: SessionName, patterns: Sequence[str], claim: Guard) -> Sequence[str]:
-        """Release patterns of a session, spelled as acquired; return those that it owned."""
+        """Release some patterns of a session, spelled as acquired; return those that it owned."""
 
         async def attempt() -> Sequence[str]:
             own = await self._own(session)
@@ -278,7 +278,7 @@ class OwnershipRegistry(OwnershipView):
         return await retry_on_conflict(attempt, _TRIES)
 
     async def release(self, session: SessionName) -> Sequence[Write]:
-        """Return the writes that end all ownership and waiting of a session."""
+        """Return the writes that end all ownership and waits of a session."""
         document = await self._store.get(self.key(session))
         return [] if document is None else [Write(document.key, document.version, None)]
 
@@ -291,7 +291,7 @@ class OwnershipRegistry(OwnershipView):
     async def extend(self, session: SessionName, patterns: Sequence[str]) -> OwnershipConflict | None:
         """Make a finished session own more patterns; return the conflict if another session owns any.
 
-        Without a claim on its task nothing is recorded.
+        Without a claim on its task, nothing is recorded.
         """
         claim = _value(await self._store.get(key := claim_key(session)))
         if claim is None or claim.get("released") is not None:
@@ -346,7 +346,7 @@ class OwnershipRegistry(OwnershipView):
         return PathOwnership(session, (), self._clock.now(), orchestrator, claim.epoch)
 
     async def _commit(self, writes: Sequence[Write], event: Event, claim: Guard) -> None:
-        # Not durable: ownership matters only while sessions live, and a power failure ends them as well.
+        # Not durable: ownership matters only while sessions are alive, and a power failure ends them, too.
         await self._store.commit(Commit(writes, [event], [claim], durable=False))
 
 

@@ -1,5 +1,5 @@
-"""Everything that touches git: `git.command.Git` is the only way to run it.
+"""All git access. `git.command.Git` is the only module that runs git.
 
-`source` is the user's repository, `worktrees` the checkouts of sessions, `intake` brings commits of agents in,
-`landing` moves the target. Each may import those before it.
+`source` is the user's repository, `worktrees` the session checkouts, `intake` imports agents' commits, `landing` moves
+the target branch. Each package may import only the ones listed before it.
 """

@@ -1,4 +1,4 @@
-"""Location and features of the installed bubblewrap. See bwrap(1)."""
+"""Find the installed bubblewrap (bwrap(1)) and its features."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Final
 
 from tenacity import retry, retry_if_exception_type, stop_after_attempt
 
-#: Attempts to probe a program that is killed by a signal.
+#: Attempts to run a probe that is killed by a signal.
 ATTEMPTS: Final = 3
 _TIMEOUT: Final = 20.0  # seconds; a probe takes milliseconds
 
 
 def find_bwrap(environ: Mapping[str, str] | None = None) -> str | None:
-    """Return the absolute path of bubblewrap on PATH; None if it is not installed."""
+    """Return the absolute path of bubblewrap on PATH, or None if not installed."""
     found = shutil.which("bwrap", path=None if environ is None else environ.get("PATH"))
     return None if found is None else str(Path(found).absolute())
 
@@ -34,9 +34,9 @@ def _run_version(program: str) -> subprocess.CompletedProcess[bytes]:
 
 @cache
 def can_disable_userns(program: str) -> bool:
-    """Return whether it supports `--disable-userns` (from version 0.8), which prevents user namespaces. Blocks.
+    """Return whether it supports `--disable-userns` (version 0.8), which prevents user namespaces. Blocks.
 
-    Raises OSError if each probe is killed.
+    Raises OSError if every probe is killed.
     """
     try:
         done = _run_version(program)

@@ -1,12 +1,12 @@
-"""Run a short program with minimal rights, such as git on a tree that an agent has written.
+"""Run a short program with minimal rights, such as git on a tree written by an agent.
 
 The program can read and execute itself and the system libraries, and access the given paths. It has no home, network,
-capabilities or other programs, so filters, hooks and monitors of a hostile configuration can't start.
+capabilities or other programs, so filters, hooks and monitors in a hostile configuration can't start.
 
-Landlock is preferred because it costs a fraction of a millisecond: the thread that starts the program is restricted,
-and the program inherits this (landlock(7): a domain belongs to a thread, as do capabilities and seccomp filters). If
-the kernel lacks Landlock, bubblewrap mounts the same view. If neither works, sessions are not sandboxed either
-(`sandbox: off`), and the program runs with the rights of the user.
+Landlock is preferred because it takes a fraction of a millisecond: the thread that starts the program is restricted,
+and the program inherits the restrictions (landlock(7): a domain belongs to a thread, as do capabilities and seccomp
+filters). If the kernel lacks Landlock, bubblewrap mounts the same view. If neither works, sessions are not sandboxed
+either (`sandbox: off`), and the program runs with the rights of the user.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Mechanism(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Confinement:
-    """The access of a program: absolute paths, each including everything beneath.
+    """The access of a program: absolute paths, each with everything beneath.
 
     `program` is the executable; `libraries` are additional executable files or folders next to the system libraries.
     Missing paths are ignored.
@@ -64,7 +64,8 @@ class Confinement:
     def start(self, argv: Sequence[str], start: Callable[[Sequence[str]], T], mechanism: Mechanism | None = None) -> T:
         """Call `start` with a command line so that its child process is confined; return its result. Blocks.
 
-        Raises OSError if the process can't be restricted. `mechanism` is for tests; by default the best one is used.
+        `mechanism` is for tests; by default the best mechanism is used. Raises OSError if the process can't be
+        restricted.
         """
         match mechanism or best_mechanism():
             case Mechanism.LANDLOCK:
@@ -133,7 +134,7 @@ def _in_thread(call: Callable[[], T]) -> T:
     def run() -> None:
         try:
             returned.append(call())
-        except BaseException as error:  # noqa: BLE001  it is raised where the call was asked for
+        except BaseException as error:  # noqa: BLE001  it is raised in the calling thread
             raised.append(error)
 
     thread = threading.Thread(target=run, name="confined start")
@@ -146,7 +147,7 @@ def _in_thread(call: Callable[[], T]) -> T:
 
 @cache
 def best_mechanism() -> Mechanism:
-    """Return the best mechanism that works on this machine; probed once. Blocks."""
+    """Return the best mechanism that works on this machine, which is probed once. Blocks."""
     if sys.platform != "linux":
         return Mechanism.NONE
     if landlock.abi_version() >= landlock.MIN_ABI:

@@ -1,6 +1,6 @@
-"""Locations of credentials in a user's home, hidden from sessions and checks unless the config exposes them.
+"""Find credentials in a user's home, to be hidden from sessions and checks unless the config exposes them.
 
-The logins of the CLIs themselves are not included: adapters name these (`SessionCommand.home`).
+The logins of the CLIs themselves are not included: adapters specify these (`SessionCommand.home`).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _CREDENTIALS: Final = (
     *(".node_repl_history", ".mysql_history", ".sqlite_history", ".lesshst", ".viminfo"),
 )
 _CONFIG: Final = ".config/"
-#: Variables that name such files and folders; some contain several, separated by colons.
+#: Variables with the paths of such files and folders; some contain several, separated by colons.
 _PATH_VARIABLES: Final = (
     *("GNUPGHOME", "KUBECONFIG", "AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE", "DOCKER_CONFIG", "NETRC"),
     *("GOOGLE_APPLICATION_CREDENTIALS", "AZURE_CONFIG_DIR", "CLOUDSDK_CONFIG", "GH_CONFIG_DIR", "GLAB_CONFIG_DIR"),

@@ -1,6 +1,6 @@
-"""Landlock: a process restricts the file access of itself and its children. See landlock(7).
+"""Restrict the file access of a process and its children with Landlock (landlock(7)).
 
-The supervisor imports this in every session: use little, and only of the standard library. The system calls have no
+The supervisor imports this in every session: keep imports few and within the standard library. The system calls have no
 wrappers in the C library; their numbers are the same on all architectures except alpha.
 """
 
@@ -14,10 +14,10 @@ import sys
 from functools import cache
 
 READ, WRITE = "read", "write"
-#: The same without the right to execute.
+#: The same rights except to execute.
 READ_DATA, WRITE_DATA = "read-data", "write-data"
-MIN_ABI = 3  # Linux 6.2; before it truncation is not controlled
-MIN_ABI_FOR_PORTS = 4  # Linux 6.7; before it connections are not controlled
+MIN_ABI = 3  # Linux 6.2; earlier versions do not control truncation
+MIN_ABI_FOR_PORTS = 4  # Linux 6.7; earlier versions do not control connections
 
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _VERSION, _PATH_BENEATH, _NET_PORT = 1, 1, 2
@@ -36,7 +36,7 @@ _READING = _EXECUTE | _READ_FILE | _READ_DIR
 
 @cache
 def abi_version() -> int:
-    """Return the Landlock ABI version of this kernel; 0 if it has none."""
+    """Return this kernel's Landlock ABI version, or 0 if it has none."""
     if sys.platform != "linux":
         return 0
     return max(0, int(libc().syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _VERSION)))
@@ -49,12 +49,12 @@ def libc() -> ctypes.CDLL:
 
 
 def restrict_thread(rules: list[tuple[str, str]], port: int | None = None) -> None:
-    """Restrict this thread and its children to `rules`: pairs of an absolute path and the kind of access.
+    """Restrict this thread and its children to `rules`, pairs of an absolute path and its access.
 
     A rule applies to everything beneath its path; missing paths are ignored. Write access includes read access, but
-    device nodes can't be created anywhere. Capabilities are dropped, also for root. From ABI 6 on, processes outside
+    device nodes can't be created anywhere. Capabilities are dropped, even for root. From ABI 6 on, processes outside
     can't be signalled or reached by abstract unix sockets. With a `port`, TCP sockets can't be bound, and can connect
-    only to that port, of any host. Raises OSError, also if the kernel does not support it.
+    only to that port (on any host). Raises OSError if the restriction fails or the kernel does not support it.
     """
     version = abi_version()
     handled = _ALL[min(max(version, MIN_ABI), 5)]

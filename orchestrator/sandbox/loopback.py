@@ -1,10 +1,10 @@
-"""Open a port on a sandbox's private loopback, pass its socket to the session's proxy, and execute the program.
+"""Open a port on a sandbox's private loopback, pass its socket to the proxy, and execute the program.
 
 This runs in a bubblewrap with a private network, whose loopback is not reachable from outside. A socket created there
-accepts connections wherever it is passed: the proxy outside serves it. So none of our code runs in the sandbox next to
-the program, and the proxy is the only way out.
+can be passed out and served by the proxy outside. So none of our code runs in the sandbox alongside the program, and
+the proxy is the only way out.
 
-Each session waits for this: use little, and only of the standard library.
+Each session waits for this: keep imports few and within the standard library.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ _BACKLOG = 128
 
 
 def main() -> None:
-    """Run with the arguments: path of the proxy's socket, port, descriptor, variables to unset, command.
+    """Open the port and execute the command given by the arguments.
 
-    If the command can't be started, writes an errno and a message to the descriptor.
+    The arguments are: path of the proxy's socket, port, descriptor, variables to unset, command. If the command can't
+    be started, writes an errno and a message to the descriptor.
     """
     socket_path, port, error_fd, unset = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     command = sys.argv[5:]
@@ -31,7 +32,7 @@ def main() -> None:
         send_listener(socket_path, port)
         for name in filter(None, unset.split(",")):
             os.environ.pop(name, None)
-        # Python ignores these signals, and a program would inherit that.
+        # Python ignores these signals, which the program would inherit.
         for number in (signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(number, signal.SIG_DFL)
         step = command[0]
@@ -51,7 +52,7 @@ def send_listener(socket_path: str, port: int) -> None:
             socket.create_server(("127.0.0.1", port), backlog=_BACKLOG) as listening,
             socket.socket(socket.AF_UNIX) as proxy,
         ):
-            proxy.connect(f"/proc/self/fd/{descriptor}/{name}")  # short enough for a socket address
+            proxy.connect(f"/proc/self/fd/{descriptor}/{name}")  # short enough for a unix socket address
             socket.send_fds(proxy, [b"+"], [listening.fileno()])
     finally:
         os.close(descriptor)

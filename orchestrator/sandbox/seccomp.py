@@ -1,10 +1,10 @@
-"""seccomp: filter of the system calls of a sandboxed program. See seccomp(2).
+"""Filter the system calls of a sandboxed program with seccomp (seccomp(2)).
 
-The filter covers what Landlock and bubblewrap do not: kernel interfaces that a coding CLI does not need and that many
-sandbox escapes used (io_uring, userfaultfd, bpf, new user namespaces), the kernel keyring, memory of other processes,
-input to a terminal, and optionally sockets.
+The filter complements Landlock and bubblewrap. It covers kernel interfaces that a coding CLI does not need and that
+many sandbox escapes used (io_uring, userfaultfd, bpf, new user namespaces), the kernel keyring, memory of other
+processes, input to a terminal, and optionally sockets.
 
-The supervisor imports this in every session: use little, and only of the standard library. A denied call fails with
+The supervisor imports this in every session: keep imports few and within the standard library. A denied call fails with
 EPERM; a call for which programs have a fallback fails with ENOSYS. Call numbers are from the kernel's tables for x86_64
 and aarch64 (include/uapi/asm-generic/unistd.h); from 424 on they are equal. Programs of other architectures, including
 32-bit ones, can't make any call.
@@ -87,7 +87,7 @@ _DENIED = {
     "setdomainname": (171, 162),
     "vhangup": (153, 58),
 }
-#: Denied without namespaces, which would cover them: System V and POSIX IPC.
+#: Denied unless namespaces cover them: System V and POSIX IPC.
 _SHARED_IPC = {
     "shmget": (29, 194),
     "shmat": (30, 196),
@@ -103,7 +103,7 @@ _SHARED_IPC = {
     "mq_open": (240, 180),
     "mq_unlink": (241, 181),
 }
-#: Denied as well: calls that change another process, and the index of the argument that names it (0: the caller).
+#: Also denied: calls that change another process, with the index of the argument for its id (0 means the caller).
 #: A limit on processor time ends a process like a signal.
 _PROCESS_TARGETING = {
     "prlimit64": ((302, 261), 0),
@@ -116,7 +116,7 @@ _PROCESS_TARGETING = {
     "migrate_pages": ((256, 238), 0),
     "move_pages": ((279, 239), 0),
 }
-#: Denied without read-only mounts, which would cover them: file attributes. The error is that of a file system without.
+#: Denied unless read-only mounts cover them: file attributes. The error is that of a file system without attributes.
 _ATTRIBUTES = {
     "setxattr": (188, 5),
     "lsetxattr": (189, 6),
@@ -132,7 +132,7 @@ _ATTRIBUTES = {
 _SETTING_FLAGS = (0x40086602, 0x40046602, 0x401C5820, 0x40806685, 0x800C6613)
 _LISTEN, _SETSOCKOPT = (50, 201), (54, 208)
 _COVERED = (_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK, _AF_PACKET)
-#: Calls that send, and the index of the argument with their flags.
+#: Calls that send, with the index of the flags argument.
 _SENDING = (((44, 206), 3), ((46, 211), 2), ((307, 269), 3))
 _SOCKET, _CLONE, _CLONE3, _UNSHARE, _IOCTL = (41, 198), (56, 220), (435, 435), (272, 97), (16, 29)
 
@@ -143,7 +143,7 @@ def is_supported() -> bool:
 
 
 def build_filter(*, sockets: str = ALL, namespaced: bool = True, nesting: bool = False) -> bytes:
-    """Return a filter for this machine: an array of `struct sock_filter`, the format of bubblewrap's `--seccomp`.
+    """Return a filter for this machine, in the format of bubblewrap's `--seccomp` (`struct sock_filter`s).
 
     `sockets` is one of the constants; socket pairs are always allowed. NAMESPACED excludes families that no network
     namespace covers, such as those between a virtual machine and its host. STREAM makes Landlock's rule for the ports
@@ -151,11 +151,11 @@ def build_filter(*, sockets: str = ALL, namespaced: bool = True, nesting: bool =
     forbids listening on unix sockets, since a filter can't distinguish them from TCP sockets by descriptor.
 
     A program that is not `namespaced` would share System V and POSIX queues, semaphores and memory with the machine,
-    and could change attributes of read-only files and limits, priorities and processors of other processes: it is
-    denied all of that. With `nesting` it may create namespaces. Raises OSError if the machine is not supported.
+    and could change attributes of read-only files, and limits, priorities and CPU affinity of other processes: all of
+    this is denied. With `nesting`, it may create namespaces. Raises OSError if the machine is not supported.
     """
     if not is_supported():
-        raise OSError(errno.ENOSYS, f"no system call filter for {os.uname().machine}")
+        raise OSError(errno.ENOSYS, f"system call filters are not supported on {os.uname().machine}")
     machine = os.uname().machine
     column = list(_ARCHITECTURES).index(machine)
     made = [
@@ -185,7 +185,7 @@ def build_filter(*, sockets: str = ALL, namespaced: bool = True, nesting: bool =
 
 
 def _instead_of_namespaces(column: int) -> list[bytes]:
-    """Deny calls on other processes, shared IPC, and file attributes."""
+    """Deny access to other processes, shared IPC, and file attributes."""
     made = []
     for numbers in _SHARED_IPC.values():
         made += _when(_EQUAL, numbers[column], _fail(errno.EPERM))
@@ -197,7 +197,7 @@ def _instead_of_namespaces(column: int) -> list[bytes]:
 
 
 def install_filter(program: bytes) -> None:
-    """Install a filter permanently for this thread and its children. Raises OSError."""
+    """Install a filter permanently for this thread and its children. Raises OSError if that fails."""
     buffer = ctypes.create_string_buffer(program, len(program))
     # struct sock_fprog: a length and, aligned, a pointer
     described = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(buffer)))
@@ -217,7 +217,7 @@ def _fail(number: int) -> bytes:
 
 
 def _when(test: int, value: int, then: bytes) -> list[bytes]:
-    """Run the operations of `then` if the test of the loaded value is true."""
+    """Return operations that run `then` if the test of the loaded value is true."""
     return [_operation(test, value, 0, len(then) // 8), then]
 
 
@@ -226,13 +226,13 @@ def _unless(test: int, value: int, then: bytes) -> list[bytes]:
 
 
 def _unless_any(values: tuple[int, ...], then: bytes) -> list[bytes]:
-    """Run the operations of `then` if the loaded value is none of `values`."""
+    """Return operations that run `then` if the loaded value is not in `values`."""
     left, size = len(values), len(then) // 8
     return [*(_operation(_EQUAL, value, left - nth - 1 + size) for nth, value in enumerate(values)), then]
 
 
 def _when_argument(number: int, argument: int, test: int, values: tuple[int, ...], error: int) -> list[bytes]:
-    """Fail a call if the test is true for the low word of an argument and one of `values`."""
+    """Deny a call if the test is true for the low word of an argument and any of `values`."""
     tests = (part for value in values for part in _when(test, value, _fail(error)))
     # Load the call number again for the following operations.
     then = b"".join([_operation(_LOAD, _ARGUMENTS_AT + 8 * argument), *tests, _operation(_LOAD, _NUMBER_AT)])
@@ -240,7 +240,7 @@ def _when_argument(number: int, argument: int, test: int, values: tuple[int, ...
 
 
 def _only_streams(column: int) -> list[bytes]:
-    """Fail calls that create sockets other than unix and TCP, and TCP operations that Landlock does not check."""
+    """Deny the creation of sockets other than unix and TCP, and TCP operations that Landlock does not check."""
     error = _fail(errno.EACCES)
     tcp = b"".join(
         [
@@ -256,12 +256,12 @@ def _only_streams(column: int) -> list[bytes]:
     made = [*_when(_EQUAL, _SOCKET[column], b"".join(then)), *_when(_EQUAL, _LISTEN[column], error)]
     for numbers, argument in _SENDING:
         made += _when_argument(numbers[column], argument, _ANY_BIT, (_MSG_FASTOPEN,), errno.EOPNOTSUPP)
-    # Kernel modules can turn TCP into another protocol (ULP). The error is that of a kernel without such modules.
+    # Kernel modules can turn TCP into another protocol (ULP). The error is that of a kernel without these modules.
     return made + _when_argument(_SETSOCKOPT[column], 2, _EQUAL, (_TCP_ULP,), errno.ENOPROTOOPT)
 
 
 def _only_argument(number: int, argument: int, values: tuple[int, ...], error: int) -> list[bytes]:
-    """Fail a call unless the low word of an argument is one of `values`."""
+    """Deny a call unless the low word of an argument is in `values`."""
     test = _unless_any(values, _fail(error))
     then = b"".join([_operation(_LOAD, _ARGUMENTS_AT + 8 * argument), *test, _operation(_LOAD, _NUMBER_AT)])
     return _when(_EQUAL, number, then)

@@ -1,5 +1,5 @@
-"""Run one CLI in a worktree: `session.Session` is the entry point.
+"""Run a CLI in a worktree. Entry point: `session.Session`.
 
-`supervision` starts the program and ends all its processes, `sandbox` confines it, `setup` prepares the worktree,
+`supervision` starts the program and stops all its processes, `sandbox` confines it, `setup` prepares the worktree,
 `output` reads what it prints, `socket` receives its requests.
 """

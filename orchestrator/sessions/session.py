@@ -1,4 +1,4 @@
-"""One session: runs a CLI in a worktree, collects its work, and returns the result."""
+"""Run one session: a CLI in a worktree, whose work is then collected."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ _CACHES = (
     *("__pycache__/", ".pytest_cache/", ".mypy_cache/", ".ruff_cache/", ".hypothesis/", ".tox/", ".nox/"),
     *(".coverage", ".nyc_output/", ".eslintcache", ".gradle/"),
 )
-#: Seconds, at most, between two attempts to collect work while the machine lacks a resource, such as disk space.
+#: Maximum seconds between attempts to collect work while the machine lacks a resource such as disk space.
 _MAX_RETRY_WAIT = 10.0
 
 
@@ -83,7 +83,7 @@ class SessionResult:
     collected: bool = True
     salvaged: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    """Parts of the worktree that were not collected, with the reason."""
+    """The parts of the worktree that were not collected, with reasons."""
     faults: tuple[str, ...] = ()
     """Errors of the `after_run` commands."""
     session_api_faults: tuple[str, ...] = ()
@@ -94,14 +94,14 @@ class SessionResult:
     folder: Path | None = None
     """The folder in which the program ran."""
     answer: str = ""
-    """The program's whole final answer."""
+    """The program's complete final answer."""
     discarded: tuple[str, ...] = ()
     """The paths that a session without write permission changed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A conversation that a CLI can resume: the CLI's id of it, and the only folder in which the id is valid."""
+    """A conversation that a CLI can resume: its id, and the only folder in which the id is valid."""
 
     id: str
     folder: Path
@@ -111,10 +111,9 @@ class Conversation:
 class Assignment:
     """The work of one session: `base` is the commit that its changes are compared with.
 
-    `start` is the first commit of the worktree if it is not the base; `context` follows the prompt. With an
-    `earlier_conversation` the session resumes it if possible and gets only the `follow_up` as its prompt. Unless it
-    `writes`, its changes are discarded. `task_prompt` is the prompt of the task, `phase` the name of the workflow's
-    phase.
+    `start` is the first commit of the worktree if it is not the base; `context` follows the prompt. If possible, the
+    session resumes an `earlier_conversation` with only the `follow_up` as its prompt. Unless `writes` is set, its
+    changes are discarded. `task_prompt` is the prompt of the task, `phase` the name of the workflow's phase.
     """
 
     worktree: Worktree
@@ -157,7 +156,7 @@ class SessionResources:
     clock: Clock
     worktree_setup: WorktreeSetup
     session_service: SessionApi | None = None
-    """Answers the requests of sessions; None: sessions get no session socket."""
+    """Answers session requests; None means that sessions have no session socket."""
     has_server: bool = True
     """Whether sessions get the MCP server of the session API if their CLI supports it."""
 
@@ -174,7 +173,7 @@ class Session:
     pool: SlotPool
     assignment: Assignment
     may_start: Callable[[], Awaitable[None]] | None = None
-    """Raises LeaseLost if another orchestrator owns the task."""
+    """Raise LeaseLost if another orchestrator owns the task."""
     _checkout: HeldSlot | None = field(default=None, init=False)
     _tree_diff: TreeDiff | None = field(default=None, init=False)
     _prepared: PreparedWorktree | None = field(default=None, init=False)
@@ -187,7 +186,7 @@ class Session:
     def stop(self, failure: Failed | None = None) -> None:
         """Stop the CLI and its processes; `run` then collects the work.
 
-        The outcome is `failure` if given, else Interrupted.
+        The outcome is `failure` if given, otherwise Interrupted.
         """
         self._stopped_for = self._stopped_for or failure
         self._running.cancel()
@@ -209,7 +208,7 @@ class Session:
             return SessionResult(_setup_outcome(error))
         except SessionError as error:
             await anyio.to_thread.run_sync(kill_by_environment, worktree.marker)
-            # Unsupervised processes may still write to the worktree, so it can only be preserved.
+            # Unsupervised processes may still be writing to the worktree, so it can only be preserved.
             return SessionResult(Failed(FailureClass.TRANSIENT, str(error)), collected=False)
         if self._checkout is None:
             return SessionResult(self._stopped_for or Interrupted("stopped before it started"))
@@ -257,7 +256,7 @@ class Session:
         )
 
     async def release(self, *, saved: bool) -> None:
-        """Release the worktree slot; unless its content is `saved`, the slot stays with the session's folder."""
+        """Release the worktree slot, or leave it to the session's folder unless its contents are `saved`."""
         checkout, self._checkout = self._checkout, None
         if checkout is None:
             return
@@ -428,7 +427,7 @@ class Session:
     async def _read_output(
         self, exit_: ProcessExit, stdout: str, stderr: str
     ) -> tuple[Transcript, Failed | None, bool, str]:
-        """Return the transcript, the adapter's verdict, whether the program may have reported failure, the answer."""
+        """Return the transcript, the verdict, whether the program may have reported failure, and the answer."""
         adapter = self.assignment.adapter
         try:
             with plugin_code():
@@ -454,7 +453,7 @@ def _setup_outcome(error: GitError | OSError | RefusedError | LeaseLost) -> Outc
 async def salvage_session(git: Git, worktree: Worktree, base: str, prompt: str, admit: IntakeRules) -> CollectedWork:
     """Collect the work of an interrupted session.
 
-    The caller must have waited until no process of the session is alive, and have proof that no git command of ours is.
+    No process of the session and none of our git commands on its worktree may be alive.
     """
     if not worktrees.unlock_index(worktree):
         return CollectedWork(None)  # the checkout is incomplete, so no CLI has run in it
@@ -470,7 +469,7 @@ def format_commit_message(worktree: Worktree, prompt: str) -> str:
 
 
 def _is_missing(program: str, environ: Mapping[str, str]) -> bool:
-    """Return whether a program is missing on this machine; False for one in the worktree. Blocks."""
+    """Return whether a program is missing on this machine; False for programs in the worktree. Blocks."""
     if os.sep in program and not Path(program).is_absolute():
         return False
     return shutil.which(program, path=environ.get("PATH")) is None

@@ -1,1 +1,1 @@
-"""The machine: processes, file locks, limits, clock, failpoints. `process` is the only way to start a process."""
+"""The machine: processes, file locks, limits, clock, failpoints. Only `process` starts processes."""

@@ -13,9 +13,9 @@ import anyio
 async def run_in_background(
     *tasks: Callable[[], Coroutine[Any, Any, None]], grace: float = 0, grace_after_error: float | None = None
 ) -> AsyncIterator[None]:
-    """Run tasks concurrently with the block, and cancel them `grace` seconds after it.
+    """Run tasks concurrently with the block, and cancel them `grace` seconds after its end.
 
-    After an error of the block it is `grace_after_error` seconds, if given. The error is raised as it is, not in an
+    After an error in the block, `grace_after_error` applies if given. The error is raised unchanged, not in an
     exception group.
     """
     raised: Exception | None = None

@@ -1,4 +1,4 @@
-"""Clocks with one protocol, so that a test can simulate hours in milliseconds."""
+"""Clocks with a common protocol, so that tests can simulate hours in milliseconds."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import anyio
 
 
 class Clock(Protocol):
-    """A source of time and of waiting; tests use `testing.clock.ManualClock`."""
+    """A source of time that can be waited on. Tests use `testing.clock.ManualClock`."""
 
     def now(self) -> float:
-        """Return the wall-clock time in seconds since the epoch, for records; it may jump."""
+        """Return the wall-clock time in seconds since the epoch, for records. It may jump."""
 
     def monotonic(self) -> float:
-        """Return seconds that never go backwards, for durations and deadlines within a process."""
+        """Return monotonic seconds, for durations and deadlines within a process."""
 
     async def wait(self, event: anyio.Event, until: float | None) -> None:
-        """Wait until `event` is set or `monotonic()` reaches `until` (seconds; None: never)."""
+        """Wait until `event` is set or `monotonic()` reaches `until` (seconds, or None for never)."""
 
 
 class SystemClock:
-    """The clocks of the machine."""
+    """The machine's clocks."""
 
     def now(self) -> float:
         """Return the seconds since the epoch."""
         return time.time()
 
     def monotonic(self) -> float:
-        """Return the time of the event loop."""
+        """Return the event loop's time."""
         return anyio.current_time()
 
     async def wait(self, event: anyio.Event, until: float | None) -> None:

@@ -1,8 +1,9 @@
-"""Kill the commands of a process that ends before them. A separate program, so that it survives the process.
+"""Kill the commands of a process that exits before them. A separate program that survives the process.
 
 Its standard input is a pipe from the process, with lines `+PID` for a command started as a session leader and `-PID`
-for one that has ended. End of file means that the process has ended: remaining commands get `EXIT_TIMEOUT` seconds to
-finish, stopped ones `STOPPED_TIMEOUT`; then they are killed with all descendants. It imports only the standard library.
+for one that has exited. End of file means that the process has exited: remaining commands get `EXIT_TIMEOUT` seconds to
+finish, or `STOPPED_TIMEOUT` if stopped; then they are killed with all descendants. This imports only the standard
+library.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ POLL_SECONDS = 0.02
 
 
 def read_process_tree(leader: int) -> dict[int, ProcessStat]:
-    """Return the live processes of a leader's session, with all descendants."""
+    """Return the live processes of a leader's session and all descendants."""
     stats = ((pid, process_stat(pid)) for pid in process_ids())
     everyone = {pid: stat for pid, stat in stats if stat is not None and not stat.has_ended}
     family = {pid for pid, stat in everyone.items() if stat.session == leader}
@@ -34,13 +35,13 @@ def read_process_tree(leader: int) -> dict[int, ProcessStat]:
 
 
 def kill_tree(leader: int) -> None:
-    """Kill the processes of a session with all descendants, including stopped ones."""
+    """Kill the processes of a session and all descendants, including stopped ones."""
     killed: set[int] = set()
     while new := read_process_tree(leader).keys() - killed:
         for pid in new:
             try:  # noqa: SIM105  (contextlib is a slow import)
                 os.kill(pid, signal.SIGKILL)
-            except OSError:  # it has just ended, or belongs to another user
+            except OSError:  # it has just exited, or belongs to another user
                 pass
         killed |= new
 

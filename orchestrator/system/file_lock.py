@@ -1,12 +1,12 @@
-"""File locks for the tasks and processes of one machine: `flock` with a queue of tasks in front.
+"""File locks for the tasks and processes of one machine: `flock` with a queue of tasks.
 
 These locks are for correctness, not advisory. A `flock` belongs to an open file, not to a process: opening and closing
 the file elsewhere in the process does not release it, two opens exclude each other even within a process, and a child
-that keeps the descriptor keeps the lock if its owner is killed. A live owner releases it with an unlock, which also
-takes it from such children: the work is done, and a leftover (a daemon of a user's hook) must not keep it. Lock files
-are permanent: unlinking one while a process waits would allow two holders.
+that keeps the descriptor keeps the lock if its owner is killed. A live owner unlocks the file, which also releases it
+in such children: the work is done, and a leftover process (such as a daemon started by a user's hook) must not keep the
+lock. Lock files are permanent: unlinking one while a process waits would allow two holders.
 
-A lock is exclusive or shared. An exclusive holder signs the file (`LockHolder`), for messages and for people.
+A lock is exclusive or shared. An exclusive holder signs the file (`LockHolder`), for messages and users.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from orchestrator.errors import LockHeld, StoreUnavailable
 from orchestrator.system.process_table import start_ticks
 from orchestrator.system.slow_waits import NOTICE_AFTER, warn_if_slow
 
-#: A signature is padded to a multiple of this size, so that it covers an earlier one.
+#: Signatures are padded to a multiple of this size, so that a new one overwrites an older one.
 _HOLDER_BLOCK_BYTES: Final = 512
 
 FileLockMode = Literal["exclusive", "shared"]
@@ -43,13 +43,13 @@ FileLockMode = Literal["exclusive", "shared"]
 
 @dataclass(frozen=True, slots=True)
 class LockHolder:
-    """The signature of a holder in a lock file."""
+    """The signature of a lock's holder in the lock file."""
 
     id: str
     """Unique for each acquisition."""
     pid: int
     started: int | None
-    """The start of the process in kernel ticks since boot; None if not available."""
+    """The start of the process in kernel ticks since boot, or None if unavailable."""
     since: float
     """Wall-clock seconds."""
     mode: FileLockMode = "exclusive"
@@ -66,7 +66,7 @@ class LockHolder:
 
     @classmethod
     def read(cls, path: Path) -> LockHolder | None:
-        """Return the signature in a file; None if it has none or an invalid one."""
+        """Return the signature in a file, or None if missing or invalid."""
         try:
             raw = path.read_bytes()
             record: dict[str, Any] = json.loads(raw.partition(b"\n")[0])
@@ -85,13 +85,13 @@ class LockHolder:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the process that signed is alive, as far as known."""
+        """Return whether the process that signed is alive, as far as known."""
         return _is_alive(self.pid, self.started)
 
 
 @dataclass(frozen=True, slots=True)
 class HeldLock:
-    """A held lock; a child that inherits `fd` keeps it until it ends if this process is killed."""
+    """A held lock. If this process is killed, children that inherited `fd` keep the lock until they exit."""
 
     path: Path
     fd: int
@@ -99,7 +99,7 @@ class HeldLock:
     def write_holder(self, signature: LockHolder | None) -> None:
         """Write or clear the signature of an exclusive lock.
 
-        Errors are ignored, because it only serves messages: a full disk must not prevent locking.
+        Errors are ignored, because signatures are only for messages: a full disk must not prevent locking.
         """
         with suppress(OSError):
             os.pwrite(self.fd, b"\n" if signature is None else signature.encoded(), 0)
@@ -112,14 +112,14 @@ class HeldLock:
 class FileLock:
     """The lock on `path`, whose folder must exist; the file is created if missing.
 
-    The tasks of one event loop get it in the order of their requests, if they use the same spelling of the path.
+    Tasks of the same event loop acquire it in request order if they spell the path the same way.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
 
     async def is_held(self) -> bool:
-        """Return whether the lock is held. Raises like `hold`.
+        """Return whether the lock is held. Raises the errors of `hold`.
 
         Concurrent checks don't affect each other; a concurrent attempt to take the lock may find it held.
         """
@@ -131,9 +131,9 @@ class FileLock:
         return LockHeld(self.path, holder, pid=pid, owner_lives=lives)
 
     def try_acquire(self, *, shared: bool = False) -> HeldLock | None:
-        """Take the lock if it is free, ahead of waiters of this event loop; return None otherwise.
+        """Take the lock if it is free, ahead of waiters in this event loop; otherwise return None.
 
-        Does not sign the file. Blocks only for the opening of a local file. Raises like `hold`.
+        Does not sign the file. Blocks only to open a local file. Raises the errors of `hold`.
         """
         fd, locked = _open_and_try(self.path, shared=shared)
         if not locked:
@@ -144,7 +144,7 @@ class FileLock:
     async def acquire(self, *, shared: bool = False) -> HeldLock:
         """Wait until the lock is free and take it; any task may release it.
 
-        Does not sign the file. Raises like `hold`. A cancelled wait leaves nothing locked.
+        Does not sign the file. A cancelled wait leaves nothing locked. Raises the errors of `hold`.
         """
         queue = _queue_of(self.path)
         await queue.enter()
@@ -162,11 +162,11 @@ class FileLock:
         *,
         awaited: str | None = None,
     ) -> AsyncIterator[HeldLock]:
-        """Hold the lock exclusively for the block; `timeout` is in seconds, 0 does not wait.
+        """Hold the lock exclusively for the block; `timeout` is in seconds (0: don't wait).
 
-        `awaited` names the activity of the holder for a notice on standard error during a long wait. Raises LockHeld,
-        which names the holder; StoreUnavailable if the file system has no locks; and OSError if the file can't be
-        opened. A cancelled wait leaves nothing locked.
+        `awaited` describes the holder's activity, for a notice on standard error during a long wait. A cancelled wait
+        leaves nothing locked. Raises LockHeld, which names the holder; StoreUnavailable if the file system does not
+        support locks; and OSError if the file can't be opened.
         """
         queue = _queue_of(self.path)
         notice = (
@@ -184,13 +184,13 @@ class FileLock:
                 raise await self.held_error()
             releases.callback(_unlock, fd)
             held = HeldLock(self.path, fd)
-            with suppress(OSError):  # without a free file descriptor it stays unsigned
+            with suppress(OSError):  # without a free file descriptor the file stays unsigned
                 held.write_holder(LockHolder.now(time.time()))
             yield held
 
 
 class _Queue:
-    """The tasks of an event loop that request one lock; one at a time accesses the file."""
+    """The tasks of an event loop that request a lock; only one at a time accesses the file."""
 
     def __init__(self, path: Path) -> None:
         self.mutex = anyio.Semaphore(1, max_value=1)
@@ -205,7 +205,7 @@ class _Queue:
             await self.mutex.acquire()
 
     async def lock(self, *, shared: bool = False, only_try: bool = False) -> int | None:
-        """Return a descriptor that holds the lock; None if it is not free with `only_try`."""
+        """Return a descriptor that holds the lock; with `only_try`, None if the lock is not free."""
         while True:
             if self._waiter is None:
                 with anyio.CancelScope(shield=True):
@@ -241,17 +241,17 @@ class _Queue:
         return waiter.fd
 
     def abandon(self, waiter: _Waiter) -> None:
-        """Release a lock that no task requests any more."""
+        """Release a lock that no task is requesting anymore."""
         os.close(waiter.fd)
         self._waiter = None
 
 
 class _Waiter:
-    """A thread that is blocked in `flock`, which can't be interrupted.
+    """A thread blocked in `flock`, which can't be interrupted.
 
-    A cancelled task leaves it running. The next task of the queue adopts it, so there is never a second one; if there
-    is none, the lock is released as soon as it is acquired. It is a daemon thread, so that the process can exit while
-    another holds the lock.
+    A cancelled task leaves it running. The next task in the queue adopts it, so there is never a second thread; if
+    there is no task, the lock is released as soon as it is acquired. It is a daemon thread, so that the process can
+    exit while another process holds the lock.
     """
 
     def __init__(self, queue: _Queue, path: Path, fd: int, *, shared: bool) -> None:
@@ -308,14 +308,14 @@ def _open_and_try(path: Path, *, shared: bool = False) -> tuple[int, bool]:
 
 def is_held(path: Path) -> bool:
     """Return whether the lock on a file is held, like `FileLock.is_held`. Blocks."""
-    # Shared, so that two concurrent checks don't mistake each other for a holder.
+    # Shared, so that concurrent checks don't mistake each other for a holder.
     fd, is_free = _open_and_try(path, shared=True)
     _unlock(fd)
     return not is_free
 
 
 class _Locker:
-    """`flock` by an explicit locker of portalocker: the module's default is global and may be changed to lockf."""
+    """`flock` by an explicit portalocker locker, because the module's default is global and could be lockf."""
 
     def __init__(self) -> None:
         # Imported late: portalocker takes up to half a second to import if redis is installed.
@@ -337,7 +337,10 @@ def _locker() -> _Locker:
 
 
 def lock_descriptor(fd: int, *, block: bool = True, shared: bool = False) -> bool:
-    """Lock an open file; return False if it is locked elsewhere and this must not block. Raises OSError."""
+    """Lock an open file; return False if it is locked elsewhere and this must not block.
+
+    Raises OSError if locking fails.
+    """
     flock = _locker()
     try:
         flock.locker.lock(fd, flock.flags[block, shared])
@@ -349,7 +352,7 @@ def lock_descriptor(fd: int, *, block: bool = True, shared: bool = False) -> boo
 
 
 def unlock_descriptor(fd: int) -> None:
-    """Release the lock on an open file. Raises OSError."""
+    """Release the lock on an open file. Raises OSError if that fails."""
     _locker().locker.unlock(fd)
 
 
@@ -368,7 +371,7 @@ def _unlock(fd: int) -> None:
 
 
 def _describe_holder(path: Path) -> tuple[str, int | None, bool]:
-    """Return a description of the holder of a lock file, its pid, and whether its process is alive as far as known."""
+    """Return a description of a lock file's holder, its pid, and whether it is alive as far as known."""
     holder = LockHolder.read(path)
     if holder is None:
         return "an unknown process", None, True

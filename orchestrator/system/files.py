@@ -20,10 +20,10 @@ def atomic_write(
     replace: bool = True,
     is_locked: bool = False,
 ) -> None:
-    """Write a file so that readers and crashes see the old content or the new one, never a part.
+    """Write a file so that readers and crashes see the old or the new content, never a part.
 
-    With `durable` it survives a power failure. Without `replace`, FileExistsError if the file exists. With `is_locked`
-    the caller holds a lock for the file: the temporary file then has a fixed name, and is reused after a kill.
+    `durable`: the file survives a power failure. `is_locked`: the caller holds a lock for the file, so the temporary
+    file has a fixed name and is reused after a kill. Without `replace`, raises FileExistsError if the file exists.
     """
     staged = StagedFile(path, mode=mode, is_locked=is_locked)
     try:
@@ -34,7 +34,7 @@ def atomic_write(
 
 
 class StagedFile:
-    """A temporary file next to its final path: `<name>.<digits>.new`. Call `discard` at the end in any case."""
+    """A temporary file next to its final path: `<name>.<digits>.new`. Always call `discard` when done."""
 
     def __init__(self, path: Path, *, mode: int = 0o600, is_locked: bool = False) -> None:
         """Create the temporary file."""
@@ -49,7 +49,7 @@ class StagedFile:
     def publish(
         self, *, durable: bool = False, replace: bool = True, held: AbstractContextManager[None] | None = None
     ) -> None:
-        """Give the file its final path; see `atomic_write`. `held` is entered for the replacement."""
+        """Move the file to its final path; see `atomic_write`. `held` is entered for the replacement."""
         with self.file as file:
             file.flush()
             if durable:
@@ -61,7 +61,7 @@ class StagedFile:
             sync_folder(self._path.parent)
 
     def _link(self) -> bool:
-        """Give the file its final path, unlike a rename only if that is free; return False if links don't exist."""
+        """Move the file to its final path only if that is free; return False if hard links are unsupported."""
         try:
             self._path.hardlink_to(self.path)
         except FileExistsError:
@@ -73,18 +73,18 @@ class StagedFile:
         return True
 
     def discard(self) -> None:
-        """Remove the temporary file, unless it was published."""
-        with suppress(OSError):  # on a full disk the remaining data can't be written
+        """Remove the temporary file unless it was published."""
+        with suppress(OSError):  # on a full disk, the remaining data can't be written
             self.file.close()
         self.path.unlink(missing_ok=True)
 
 
 def make_folder(directory: Path) -> None:
-    """Create a private folder and its parents if missing, and make their names durable."""
+    """Create a private folder and its missing parents, and make their names durable."""
     missing = [one for one in (directory, *directory.parents) if not one.exists()]
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     for one in missing:
-        with suppress(PermissionError):  # a folder that can be written to but not read
+        with suppress(PermissionError):  # a folder that is writable but not readable
             sync_folder(one.parent)
 
 
@@ -95,7 +95,7 @@ def sync_folder(directory: Path) -> None:
 
 
 def make_durable(path: Path) -> None:
-    """Make a file durable. After an OSError the state of data that was not durable before is unknown."""
+    """Make a file durable. After an OSError, it is unknown which new data is durable."""
     with opened(path, os.O_WRONLY) as fd:
         sync_file(fd)
 
@@ -103,13 +103,13 @@ def make_durable(path: Path) -> None:
 def sync_file(fd: int) -> None:
     """Make the content of an open file durable."""
     if sys.platform == "darwin":
-        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # fsync there stops at the drive's own cache
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # fsync on macOS stops at the drive's cache
     else:
         os.fdatasync(fd)
 
 
 def open_private(path: str, flags: int) -> int:
-    """Open a file that only its owner can read if it is created: an `opener` for `open`."""
+    """Open a file, private to its owner if created. Use as an `opener` for `open`."""
     return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 

@@ -1,4 +1,4 @@
-"""Formatting of points in time."""
+"""Format points in time."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from datetime import UTC, datetime
 
 
 def format_local_time(instant: float) -> str:
-    """Return a point in time (seconds since the epoch) in the local time zone."""
+    """Format a point in time (seconds since the epoch) in the local time zone."""
     return f"{datetime.fromtimestamp(instant, UTC).astimezone():%Y-%m-%d %H:%M:%S}"

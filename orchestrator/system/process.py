@@ -1,4 +1,4 @@
-"""The only module of this package that starts processes; each becomes a session leader.
+"""Start processes, each as a session leader. No other module of this package starts any.
 
 The exception is `orchestrator.sessions.supervision.supervisor`, a separate program, which starts the CLI.
 """
@@ -31,19 +31,19 @@ from orchestrator.system import command_reaper
 from orchestrator.system.failpoints import is_triggered
 from orchestrator.system.process_table import process_stat
 
-_POLL_SECONDS = 0.02  # between two checks whether a program has ended: other processes may keep its streams open
-#: Seconds after which an idle command is killed, and one with a stopped process (SIGSTOP).
+_POLL_SECONDS = 0.02  # between checks whether a program has exited: other processes may keep its streams open
+#: Seconds after which an idle command, and a command with a stopped process (SIGSTOP), is killed.
 IDLE_TIMEOUT, STOPPED_TIMEOUT = 300.0, 10.0
-#: Seconds between two checks whether an internal program is stopped.
+#: Seconds between checks whether an internal program is stopped.
 RESUME_SECONDS = 2.0
-_IDLE_POLL_SECONDS = 2.0  # between two checks for activity
-_FIRST_TIMEOUT = 5.0  # seconds until a fork server reads what does not fit into its socket
+_IDLE_POLL_SECONDS = 2.0  # between checks for activity
+_FIRST_TIMEOUT = 5.0  # seconds for a fork server to read data that exceeds its socket buffer
 _PIPE = 1 << 20  # bytes; the default maximum capacity of a pipe, see pipe(7)
 
 
 @dataclass(frozen=True, slots=True)
 class CompletedCommand:
-    """The result of a command: `returncode` is negative if a signal killed it."""
+    """The result of a command. `returncode` is negative if a signal killed it."""
 
     returncode: int
     stdout: bytes
@@ -63,12 +63,12 @@ async def run(
 ) -> CompletedCommand:
     """Run a short command, such as git, with exactly `env` and with `input` or empty standard input.
 
-    `keep_fds` stay open in the command: a lock whose descriptor it keeps is released only when the command has ended as
-    well. Such a command survives this process by at most `command_reaper.EXIT_TIMEOUT`. Cancelling the caller does not
-    interrupt the command. After `timeout` seconds it is killed with all descendants, and TimeoutError is raised; also
-    after `IDLE_TIMEOUT` without processor time, or `STOPPED_TIMEOUT` with a stopped process (Linux). Raises OSError if
-    the program can't be started. `memory` limits the bytes of the command and of each child (RLIMIT_DATA, setrlimit(2);
-    Linux only). With a `confinement` it runs in its own sandbox.
+    `keep_fds` stay open in the command: a lock with such a descriptor is not released before the command exits. The
+    command survives this process by at most `command_reaper.EXIT_TIMEOUT`. Cancelling the caller does not interrupt the
+    command. `memory` limits the bytes of the command and of each child (RLIMIT_DATA, setrlimit(2); Linux only). With a
+    `confinement`, the command runs in a separate sandbox. Raises OSError if the program can't be started. After
+    `timeout` seconds, `IDLE_TIMEOUT` without processor time, or `STOPPED_TIMEOUT` with a stopped process (Linux), the
+    command is killed with all descendants and TimeoutError is raised.
 
     The output is read until all processes have closed it, so a command that may leave a daemon needs a timeout.
     """
@@ -98,7 +98,7 @@ def _run(
         )
 
     if keep_fds:
-        _notify_reaper(b"-0\n")  # starts the reaper before the command; no command has this id
+        _notify_reaper(b"-0\n")  # starts the reaper before the command; no process has this id
     with (
         nullcontext() if stdin is None else _file_of(stdin) as given,
         start(argv) if confinement is None else confinement.start(argv, start) as child,
@@ -110,7 +110,7 @@ def _run(
             try:
                 stdout, stderr = _communicate(child, timeout)
             except TimeoutError as reason:
-                # The leader is not reaped yet, so its session id can't have been reused.
+                # The leader is not reaped yet, so its session id has not been reused.
                 command_reaper.kill_tree(child.pid)
                 os.killpg(child.pid, signal.SIGKILL)
                 raise TimeoutError(f"`{' '.join(argv)}` was killed: {reason}") from None
@@ -118,7 +118,7 @@ def _run(
 
 
 def _file_of(data: bytes) -> IO[bytes]:
-    """Return an in-memory file with this data: a pipe would need a writer while the command runs."""
+    """Return an in-memory file with this data. A pipe would need a writer while the command runs."""
     file = os.fdopen(os.memfd_create("stdin"), "w+b") if hasattr(os, "memfd_create") else TemporaryFile()  # noqa: SIM115  (returned)
     file.write(data)
     file.seek(0)
@@ -126,7 +126,7 @@ def _file_of(data: bytes) -> IO[bytes]:
 
 
 def _communicate(child: subprocess.Popen[bytes], timeout: float | None) -> tuple[bytes, bytes]:
-    """Wait for a command and return its output. Raises TimeoutError with the reason."""
+    """Wait for a command and return its output. Raises TimeoutError, with the reason, on a timeout."""
     now = since = time.monotonic()
     deadline = math.inf if timeout is None else now + timeout
     before = -1
@@ -147,12 +147,12 @@ def _communicate(child: subprocess.Popen[bytes], timeout: float | None) -> tuple
 
 
 _programs: set[int] = set()
-"""The running internal programs of this process, by process id: a stopped one is resumed."""
+"""The running internal programs of this process, keyed by process id, to be resumed if stopped."""
 
 
 @contextmanager
 def resumed_if_stopped(pid: int) -> Iterator[None]:
-    """Have `resume_stopped_programs` resume an internal program of this process during the block."""
+    """Let `resume_stopped_programs` resume an internal program of this process during the block."""
     _programs.add(pid)
     try:
         yield
@@ -163,7 +163,7 @@ def resumed_if_stopped(pid: int) -> Iterator[None]:
 async def resume_stopped_programs() -> NoReturn:
     """Resume stopped internal programs (SIGSTOP) every `RESUME_SECONDS`, until cancelled (Linux).
 
-    A stopped supervisor enforces no time limit, a stopped fork server starts no session.
+    A stopped supervisor enforces no timeouts, and a stopped fork server starts no sessions.
     """
     while True:
         await anyio.sleep(RESUME_SECONDS)
@@ -179,14 +179,14 @@ def _resume_if_stopped(pid: int) -> None:
 
 
 _reaper: tuple[int, IO[bytes]] | None = None
-"""The process that started the reaper (this one may be a fork), and the reaper's standard input."""
+"""The process that started the reaper (this process may be a fork), and the reaper's standard input."""
 _leaders: set[int] = set()
-"""The running commands, for a reaper that replaces a killed one."""
+"""The running commands, in case the reaper is killed and replaced."""
 _starting = threading.Lock()
 
 
 def _notify_reaper(line: bytes) -> None:
-    with _starting, suppress(OSError):  # the reaper is optional: without file descriptors for it, continue
+    with _starting, suppress(OSError):  # the reaper is optional: continue if there are no file descriptors for it
         if _reaper is None or _reaper[0] != os.getpid():
             _leaders.clear()
             _start_reaper()
@@ -212,14 +212,14 @@ def _start_reaper() -> None:
         devnull = subprocess.DEVNULL
         reaper = subprocess.Popen(argv, env=env, cwd="/", stdin=theirs, stdout=devnull, stderr=devnull,
                                start_new_session=True)  # fmt: skip
-        reaper.returncode = 0  # never waited for: it ends right after this process
+        reaper.returncode = 0  # never waited for: it exits right after this process
     _reaper = os.getpid(), pipe
     pipe.writelines(b"+%d\n" % leader for leader in _leaders)
 
 
 @contextmanager
 def _reaped_on_exit(leader: int) -> Iterator[None]:
-    """Kill a command with all descendants if this process ends during the block."""
+    """Kill a command with all descendants if this process exits during the block."""
     _notify_reaper(b"+%d\n" % leader)
     try:
         yield
@@ -229,7 +229,7 @@ def _reaped_on_exit(leader: int) -> Iterator[None]:
 
 def _limit_memory(pid: int, memory: int | None) -> None:
     if memory is not None and sys.platform == "linux":
-        # Set from outside: code between fork and exec may hang in a threaded program.
+        # Set by the parent: code between fork and exec may hang in a threaded program.
         with suppress(ProcessLookupError):
             resource.prlimit(pid, resource.RLIMIT_DATA, (memory, memory))
 
@@ -244,9 +244,9 @@ async def run_untrusted(
 ) -> CompletedCommand:
     """Run an untrusted program, such as a CLI to read its version.
 
-    Its standard input is empty. When it has ended or has printed more than `most` bytes, the rest of its process group
-    is killed; after `timeout` seconds as well, and TimeoutError is raised. Raises OSError if the program can't be
-    started. Cancelling the caller does not interrupt it.
+    Its standard input is empty. Once it exits or prints more than `most` bytes, the rest of its process group is
+    killed. Cancelling the caller does not interrupt it. After `timeout` seconds, its process group is killed and
+    TimeoutError is raised. Raises OSError if the program can't be started.
     """
     return await anyio.to_thread.run_sync(partial(_run_stranger, argv, env, cwd, timeout, most))
 
@@ -276,14 +276,14 @@ def _run_stranger(
 
 
 def _read_some(child: subprocess.Popen[bytes], deadline: float, most: int) -> tuple[bytes, bytes]:
-    """Read until the child has ended, has printed more than `most` bytes, or the deadline has passed."""
+    """Read until the child has exited or printed more than `most` bytes, or the deadline has passed."""
     streams = [pipe.fileno() for pipe in (child.stdout, child.stderr) if pipe is not None]
     read = dict.fromkeys(streams, b"")
     with selectors.DefaultSelector() as selector:
         for stream in streams:
             selector.register(stream, selectors.EVENT_READ)
         while time.monotonic() < deadline and sum(map(len, read.values())) <= most:
-            # Check before reading the pipes, so that they contain all output if the child has ended.
+            # Check before reading the pipes, so that they contain all output if the child has exited.
             has_ended = _has_ended(child)
             for key, _ in selector.select(0 if has_ended else _POLL_SECONDS):
                 data = os.read(key.fd, _PIPE)
@@ -304,9 +304,9 @@ def _has_ended(child: subprocess.Popen[bytes]) -> bool:
 
 
 def internal_program(module: str, function: str) -> tuple[list[str], dict[str, str]]:
-    """Return the command line and environment that run a function of this package as a separate program.
+    """Return the command line and environment that run one of our functions as a separate program.
 
-    It can import the standard library and this package, but no other installed packages.
+    The program can import the standard library and this package, but no other installed packages.
     """
     # Imported instead of run as a script, because Python caches only the byte code of imports: saves 6 ms per start.
     code = f"import sys; sys.path.append(sys.argv.pop(1)); from {module} import {function}; {function}()"
@@ -318,27 +318,27 @@ def internal_program(module: str, function: str) -> tuple[list[str], dict[str, s
         code,
         os.fspath(Path(__file__).parents[2]),
     ]
-    # A Python built as a shared library may need this to start.
+    # A Python that is built as a shared library may need this to start.
     return argv, {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
 
 
 def internal_program_folders() -> tuple[Path, ...]:
-    """Return the folders that a program of `internal_program` must be able to read. Blocks."""
+    """Return the folders that an `internal_program` must be able to read. Blocks."""
     folders = (Path(sys.prefix), Path(sys.base_prefix), Path(__file__).parents[1])
     return tuple(dict.fromkeys(map(without_dotdot, folders)))
 
 
 def without_dotdot(path: Path) -> Path:
-    """Return an absolute path without `..`, which could pass through a folder hidden by a sandbox. Blocks."""
+    """Return an absolute path without `..`, which could lead through a folder that a sandbox hides. Blocks."""
     path = path.absolute()
     return path.parent.resolve() / path.name if ".." in path.parts else path
 
 
 async def spawn(argv: Sequence[str], *, env: Mapping[str, str], cwd: Path) -> subprocess.Popen[bytes]:
-    """Start an interactive program and return it at once.
+    """Start an interactive program and return immediately.
 
-    Its stdin is an unbuffered pipe, its stdout and stderr share another. A started program is returned even if the
-    caller is cancelled. The caller owns it: close both pipes and wait for it.
+    Its stdin is an unbuffered pipe; its stdout and stderr share another. A started program is returned even if the
+    caller is cancelled. The caller owns it and must close both pipes and wait for it.
     """
     return await anyio.to_thread.run_sync(partial(_spawn, argv, env, cwd))
 
@@ -359,9 +359,9 @@ def _spawn(argv: Sequence[str], env: Mapping[str, str], cwd: Path) -> subprocess
 def start_detached(
     arguments: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path
 ) -> subprocess.Popen[bytes]:
-    """Start another instance of this program as a session leader, appending its standard error to a file. Blocks.
+    """Start another instance of this program that survives this process and its terminal. Blocks.
 
-    It survives this process and its terminal.
+    It becomes a session leader, and its standard error is appended to a file.
     """
     with log.open("ab") as errors:
         return subprocess.Popen(
@@ -376,14 +376,17 @@ def start_detached(
 
 
 class ForkServer:
-    """A program that forks a process for each request, which is faster than starting one.
+    """A program that forks a process for each request, which is faster than starting a program.
 
-    Its standard input is a socket. Each request is a byte with two pipe ends, one to read and one to write, for the
-    forked process.
+    Its standard input is a socket. Each request is a byte with two pipe ends, one for reading and one for writing, for
+    the forked process.
     """
 
     def __init__(self, argv: Sequence[str], env: Mapping[str, str], cwd: Path, first: bytes) -> None:
-        """Start the server, and send it the bytes `first` before all requests. Blocks. Raises OSError."""
+        """Start the server, and send it the bytes `first` before all requests. Blocks.
+
+        Raises OSError if it can't be started.
+        """
         self._requests, theirs = socket.socketpair()
         self._requests.settimeout(_FIRST_TIMEOUT)
         with theirs:
@@ -405,9 +408,9 @@ class ForkServer:
         self._requests.setblocking(False)  # a full queue fails, so that the caller starts the process itself
 
     def fork(self) -> tuple[IO[bytes], IO[bytes]]:
-        """Fork a process; return the pipes that it reads and writes, unbuffered. Blocks briefly.
+        """Fork a process; return its unbuffered input and output pipes. Blocks briefly.
 
-        Raises OSError if no file descriptor is free, or the server is gone or too busy.
+        Raises OSError if no file descriptor is free, or the server has exited or is too busy.
         """
         with ExitStack() as ours, ExitStack() as theirs:
             reads, written = os.pipe()
@@ -422,7 +425,7 @@ class ForkServer:
 
     @property
     def pid(self) -> int:
-        """The process id of the server."""
+        """The server's process id."""
         return self._server.pid
 
     def close(self) -> None:
@@ -440,8 +443,8 @@ class ForkServer:
 def kill_by_environment(marker: bytes) -> int:
     """Kill all processes with `marker` in their environment; return their number. Blocks.
 
-    Used for leftovers of a session whose supervisor was killed. A process that cleared its environment is not found;
-    without /proc (macOS) none is.
+    Used for leftovers of a session whose supervisor was killed. Processes that cleared their environment are not found;
+    without /proc (macOS), none are found.
     """
     killed: set[int] = set()
     while True:
@@ -457,5 +460,5 @@ def kill_by_environment(marker: bytes) -> int:
 def _is_marked(process: Path, marker: bytes) -> bool:
     try:
         return marker in (process / "environ").read_bytes()
-    except OSError:  # the process has ended, or belongs to another user
+    except OSError:  # the process has exited, or belongs to another user
         return False

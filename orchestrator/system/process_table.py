@@ -1,30 +1,33 @@
-"""Process information from /proc (proc_pid_stat(5)). Internal programs use this: standard library only."""
+"""Read process information from /proc (proc_pid_stat(5)).
+
+Imports only the standard library, because internal programs use this."""
 
 from __future__ import annotations
 
 import os
 from functools import cache
 
-#: The boot id on systems without one: all of their boots count as one.
+#: The boot id on systems without one, where all boots count as the same.
 UNKNOWN_BOOT = "0" * 32
 
 
 class ProcessStat:
-    """A snapshot of a process: its state letter, parent, session, processor time and start.
+    """A snapshot of a process: state letter, parent, session, processor time and start time.
 
-    Both times are in kernel ticks, the start since boot; the id and the start together identify a process.
+    Both times are in kernel ticks, the start time since boot. The process id and start time together identify a
+    process.
     """
 
     __slots__ = ("cpu_ticks", "parent", "session", "started", "state")
 
     def __init__(self, fields: list[bytes]) -> None:
-        """Parse the fields from the state on."""
+        """Parse the fields, beginning with the state."""
         self.state, self.parent, self.session = fields[0].decode(), int(fields[1]), int(fields[3])
         self.cpu_ticks, self.started = int(fields[11]) + int(fields[12]), int(fields[19])
 
     @property
     def has_ended(self) -> bool:
-        """Whether the process has ended and only waits to be reaped."""
+        """Whether the process has exited and is waiting to be reaped."""
         return self.state in "ZX"
 
     @property
@@ -34,17 +37,17 @@ class ProcessStat:
 
 
 def process_stat(pid: int) -> ProcessStat | None:
-    """Return a process's snapshot; None if it does not exist, is not visible, or without /proc. Blocks."""
+    """Return a process's snapshot, or None if it is missing, not visible, or there is no /proc. Blocks."""
     try:
         with open(f"/proc/{pid}/stat", "rb", 0) as file:  # noqa: PTH123  (pathlib is a slow import)
-            # After the name, which may contain spaces and parentheses.
+            # Skip the name, which may contain spaces and parentheses.
             return ProcessStat(file.read(1024).rpartition(b")")[2].split())
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return None
 
 
 def start_ticks(pid: int) -> int | None:
-    """Return the start of a process; None if it has ended, or without /proc. Blocks."""
+    """Return the start time of a process, or None if it has exited or there is no /proc. Blocks."""
     stat = process_stat(pid)
     return None if stat is None or stat.has_ended else stat.started
 
@@ -58,7 +61,7 @@ def process_ids() -> list[int]:
 
 
 def find_lock_owner(inode: int) -> int | None:
-    """Return a process that locked the file with an inode (proc_locks(5)); None if unknown. Blocks."""
+    """Return a process that locked the file with an inode (proc_locks(5)), or None if unknown. Blocks."""
     try:
         with open("/proc/locks", encoding="ascii") as file:  # noqa: PTH123  (pathlib is a slow import)
             locks = [line.split() for line in file]
@@ -70,9 +73,9 @@ def find_lock_owner(inode: int) -> int | None:
 
 @cache
 def boot_id() -> str:
-    """Return the id of the current boot: data in memory is lost at the next one.
+    """Return the id of the current boot. Data in memory is lost at the next boot.
 
-    On Linux it has 32 hexadecimal digits; elsewhere it is `UNKNOWN_BOOT`.
+    The id is 32 hexadecimal digits on Linux, and `UNKNOWN_BOOT` elsewhere.
     """
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:  # noqa: PTH123  (pathlib is a slow import)

@@ -1,4 +1,4 @@
-"""Available resources of this process and machine: file descriptors, memory, disk space and processes."""
+"""Measure the available file descriptors, memory, disk space and processes."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from pathlib import Path
 
 from orchestrator.domain.scheduling.admission import AvailableResources
 
-#: Programs that close all possible descriptors take minutes under limits of a billion, which containers set.
+#: Programs that close all possible descriptors take minutes with limits of a billion, as set by containers.
 _MAX_DESCRIPTORS = 1 << 16
-#: A disk with fewer free bytes counts as full.
+#: A disk with fewer free bytes is considered full.
 _MIN_FREE_BYTES = 1 << 20
 
 
 def raise_descriptor_limit() -> int:
-    """Raise the soft limit of open files to the hard limit, within a maximum; return the new limit.
+    """Raise the soft limit on open files to the hard limit or a maximum; return the new limit.
 
     Child processes inherit it. See getrlimit(2).
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MAX_DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        # macOS rejects more than kern.maxfilesperproc, whatever the hard limit.
+        # macOS rejects more than kern.maxfilesperproc, regardless of the hard limit.
         for value in (wanted, 10240):
             with suppress(ValueError, OSError):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, value), hard))
@@ -42,7 +42,7 @@ def read_resources() -> AvailableResources:
 def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Return the bytes available without swapping, on the machine and in our cgroups (v2).
 
-    None if the system does not report it (macOS). See proc_meminfo(5) and
+    Returns None if the system does not report this (macOS). See proc_meminfo(5) and
     https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files.
     """
     limits = [_available_on_machine(proc), *(_available_in_cgroup(folder) for folder in _own_cgroups(proc, cgroups))]
@@ -60,10 +60,10 @@ def is_disk_full(*folders: Path | None) -> bool:
 
 
 def remaining_processes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Return the number of processes and threads that can be started, by the limits of the user and cgroups (v2).
+    """Return how many processes and threads the limits of the user and cgroups (v2) allow to start.
 
-    None if there is no limit, or the system does not report it. See RLIMIT_NPROC in getrlimit(2), which does not apply
-    to root, and https://docs.kernel.org/admin-guide/cgroup-v2.html#pid.
+    Returns None if there is no limit, or the system does not report it. See RLIMIT_NPROC in getrlimit(2), which does
+    not apply to root, and https://docs.kernel.org/admin-guide/cgroup-v2.html#pid.
     """
     limits = [_tasks_left(folder) for folder in _own_cgroups(proc, cgroups)]
     soft = resource.getrlimit(resource.RLIMIT_NPROC)[0]
@@ -90,7 +90,7 @@ def _available_on_machine(proc: Path) -> int | None:
 
 
 def _own_cgroups(proc: Path, cgroups: Path) -> list[Path]:
-    """Return our cgroup and its ancestors; the limits of all of them apply."""
+    """Return our cgroup and its ancestors, whose limits all apply."""
     try:
         lines = (proc / "self" / "cgroup").read_text().splitlines()
     except OSError:
@@ -108,7 +108,7 @@ def _available_in_cgroup(folder: Path) -> int | None:
         used = int((folder / "memory.current").read_text())
     except (OSError, ValueError):  # no such file, or `max`
         return None
-    # The kernel reclaims inactive page cache before the limit takes effect, but counts it as used until then.
+    # The kernel reclaims inactive page cache before enforcing the limit, but counts it as used until then.
     return max(0, limit - used + _table(folder / "memory.stat").get("inactive_file", 0))
 
 

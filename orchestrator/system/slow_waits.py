@@ -1,4 +1,4 @@
-"""Warnings about waits that take longer than usual."""
+"""Warn about waits that take longer than usual."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Final
 #: Seconds after which a wait for another process is reported.
 NOTICE_AFTER: Final = 3.0
 
-#: By default its warnings are printed on standard error.
+#: By default, its warnings are printed to standard error.
 logger: Final = logging.getLogger("orchestrator.waiting")
 
 

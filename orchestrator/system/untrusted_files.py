@@ -1,4 +1,4 @@
-"""Access to files in folders that an agent may write to, without following symlinks.
+"""Access files in agent-writable folders without following symlinks.
 
 Each component of a path is opened relative to its parent folder with O_NOFOLLOW. If an agent exchanges a component
 meanwhile (`renameat2` with RENAME_EXCHANGE), the result is an error, never a path outside the folder. Opening the whole
@@ -7,7 +7,7 @@ path would check only the last component, and a check before the open would be a
 This provides on every system what `openat2` provides on Linux with RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS and
 RESOLVE_NO_MAGICLINKS: a path without `..` and without links can't leave its top folder.
 
-Only the standard library is imported. All functions block; those of paths raise OSError (ELOOP or ENOTDIR for a link).
+Imports only the standard library. All functions block; those with paths raise OSError (ELOOP or ENOTDIR for a link).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Final
 
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# O_NONBLOCK: a FIFO would wait for a writer, a device for its driver.
+# O_NONBLOCK: otherwise a FIFO would wait for a writer, and a device for its driver.
 _FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -31,7 +31,7 @@ _NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXE
 def open_folder(top: Path, path: str = "", *, make: bool = False) -> Iterator[int]:
     """Open a folder beneath `top`, which must not be a link; the folders above `top` are trusted.
 
-    With `make`, missing folders beneath `top` are created, and other files in their place are removed.
+    With `make`, missing folders beneath `top` are created, replacing any other files there.
     """
     descriptor = os.open(top, _FOLDER)
     try:
@@ -45,7 +45,7 @@ def open_folder(top: Path, path: str = "", *, make: bool = False) -> Iterator[in
 
 
 def open_file(top: Path, path: str) -> int:
-    """Open a regular file beneath `top` for reading; EINVAL for other types of files except links."""
+    """Open a regular file beneath `top` for reading. Raises EINVAL for other types except links."""
     folder, name = _split(path)
     with open_folder(top, folder) as within:
         descriptor = os.open(name, _FILE, dir_fd=within)
@@ -58,7 +58,7 @@ def open_file(top: Path, path: str) -> int:
 def read_file(top: Path, path: str, max_bytes: int, *, sole: bool = False) -> bytes:
     """Return the content of a regular file beneath `top`.
 
-    EFBIG if it has more than `max_bytes`. With `sole`, EMLINK if the file has another hard link.
+    Raises EFBIG if it has more than `max_bytes` and, with `sole`, EMLINK if the file has another hard link.
     """
     with os.fdopen(open_file(top, path), "rb", buffering=0) as file:
         if sole and os.fstat(file.fileno()).st_nlink > 1:
@@ -72,9 +72,9 @@ def read_file(top: Path, path: str, max_bytes: int, *, sole: bool = False) -> by
 
 
 def write_file(top: Path, path: str, data: bytes, mode: int = 0o600) -> None:
-    """Write a file atomically, replacing an existing file or link; missing folders are created.
+    """Write a file atomically, replacing a file or link and creating missing folders.
 
-    EISDIR if the path is a folder.
+    Raises EISDIR if the path is a folder.
     """
     folder, name = _split(path)
     temporary = f".{secrets.token_hex(8)}.new"
@@ -90,7 +90,7 @@ def write_file(top: Path, path: str, data: bytes, mode: int = 0o600) -> None:
 
 
 def make_link(top: Path, path: str, target: Path) -> None:
-    """Create a symlink to `target`, replacing an existing file or link; missing folders are created."""
+    """Create a symlink to `target`, replacing a file or link and creating missing folders."""
     folder, name = _split(path)
     with open_folder(top, folder, make=True) as within:
         with suppress(FileNotFoundError):
@@ -99,7 +99,7 @@ def make_link(top: Path, path: str, target: Path) -> None:
 
 
 def file_type(top: Path, path: str) -> int | None:
-    """Return the `stat.S_IFMT` type of a path beneath `top`, without following links; None if it does not exist."""
+    """Return the `stat.S_IFMT` type of a path beneath `top`, not following links, or None if missing."""
     folder, name = _split(path)
     with suppress(OSError), open_folder(top, folder) as within:
         return stat.S_IFMT(os.stat(name, dir_fd=within, follow_symlinks=False).st_mode)
@@ -107,7 +107,7 @@ def file_type(top: Path, path: str) -> int | None:
 
 
 def remove_file(top: Path, path: str) -> None:
-    """Remove a file or link beneath `top`, if it exists."""
+    """Remove a file or link beneath `top` if it exists."""
     folder, name = _split(path)
     with suppress(FileNotFoundError), open_folder(top, folder) as within:
         os.unlink(name, dir_fd=within)

@@ -1,1 +1,1 @@
-"""Contract suites for plugins, a fake CLI, a manual clock and the invariants of a run."""
+"""Contract suites for plugins, recordings of programs, and a manual clock."""

@@ -1,4 +1,4 @@
-"""The contract of every adapter, as tests: subclass `AdapterContract` and name the adapter.
+"""The contract of every adapter, as tests: subclass `AdapterContract` and set the adapter type.
 
 class TestMyAdapter(AdapterContract):
     adapter_type = MyAdapter
@@ -92,31 +92,31 @@ class RecordingMeaning:
 
 
 class AdapterContract(OptionsContract):
-    """The suite; `adapter_type` is the class that the plugin registers, `options` a valid mapping as in the YAML file.
+    """The suite: `adapter_type` is the class that the plugin registers, `options` a valid mapping as in YAML.
 
-    A validator of `Options` reports an error and its fix by `ValueError("what: remedy")`.
+    A validator of `Options` reports a problem and its fix with `ValueError("problem: remedy")`.
     """
 
     adapter_type: ClassVar[AdapterType]
     own_keys: ClassVar[frozenset[str]] = frozenset({"use", "capacity", "writable", "readable", "keep_ignored"})
     lines: ClassVar[Sequence[tuple[str, Sequence[SessionEvent]]]] = ()
-    """Recorded lines of the program, and the events that each gives."""
+    """Recorded lines of the program, and the events expected from each."""
     ends: ClassVar[Sequence[tuple[SessionEnd, FailureClass | None]]] = ()
-    """Recorded ends, and the expected failure class of each; the events are parsed from its output."""
+    """Recorded ends, and the expected failure class of each. Events are parsed from the output."""
 
     limits: ClassVar[Sequence[tuple[SessionEnd, float]]] = ()
-    """Ends at an account limit, and the end of that limit as the program reported it (wall-clock seconds)."""
+    """Ends at an account limit, and the time when the program reported that it resets (wall-clock seconds)."""
     transcripts: ClassVar[Path | None] = None
     """A folder of recordings of the program (`orchestrator.testing.recordings`)."""
     recorded: ClassVar[Mapping[str, RecordingMeaning]] = {}
-    """The expected result of each recording, by its name."""
+    """The expected result of each recording, keyed by name."""
 
     def options_type(self) -> type[BaseModel]:
         """Return the adapter's `Options`."""
         return self.adapter_type.Options
 
     def requests(self, folder: Path) -> list[SessionRequest]:
-        """Return requests for a prompt and for each capability; none of their paths exists."""
+        """Return requests for a prompt and for each capability. Their paths don't exist."""
         plain = self.plain_requests(folder)
         asked = [_ASKED[one] for one in sorted(self.adapter_type(self.validated()).capabilities())]
         return [*plain, *(replace(plain[0], **one) for one in asked)]
@@ -142,13 +142,13 @@ class AdapterContract(OptionsContract):
         return [adapter.command(request) for request in self.requests(folder)]
 
     def test_restored_options_give_the_same_commands(self, tmp_path: Path) -> None:
-        """Options that were stored as JSON and restored give equal commands."""
+        """Options stored as JSON and restored result in equal commands."""
         stored = json.loads(json.dumps(self.validated().model_dump(mode="json"), allow_nan=False))
         adapter = self.adapter_type(self.adapter_type.Options.model_validate(stored))
         assert [adapter.command(request) for request in self.requests(tmp_path)] == self.commands(tmp_path)
 
     def test_each_capability_changes_the_command(self, tmp_path: Path) -> None:
-        """Each capability changes the command, and an unsupported one does not."""
+        """Each supported capability changes the command; unsupported ones do not."""
         adapter = self.adapter_type(self.validated())
         can = adapter.capabilities()
         assert can <= frozenset(Capability)
@@ -174,7 +174,7 @@ class AdapterContract(OptionsContract):
             assert [one.of for one in home.settings.values() if not one.of.startswith(("/", "~/"))] == []
 
     def test_repeated_request_gives_the_same_command(self, tmp_path: Path) -> None:
-        """The same request gives the same command, regardless of earlier requests."""
+        """The same request results in the same command, regardless of earlier requests."""
         adapter = self.adapter_type(self.validated())
         requests = self.requests(tmp_path)
         first = [adapter.command(request) for request in requests]
@@ -187,7 +187,7 @@ class AdapterContract(OptionsContract):
         assert list(tmp_path.iterdir()) == [], "command() must not write files"
 
     def test_argv_is_a_list_of_valid_arguments(self, tmp_path: Path) -> None:
-        """`argv` is a non-empty list of texts without NUL, and its program is not empty."""
+        """`argv` is a non-empty list of strings without NUL, and its program is not empty."""
         for command in self.commands(tmp_path):
             assert not isinstance(command.argv, str), "argv must be a list, not a string for a shell"
             assert command.argv, "argv is empty"
@@ -201,11 +201,11 @@ class AdapterContract(OptionsContract):
             assert [path for path in command.readable if not path.is_absolute()] == []
 
     def test_interrupt_is_a_boolean(self, tmp_path: Path) -> None:
-        """`interrupt` is True or False, not another value."""
+        """`interrupt` is a bool."""
         assert {type(command.interrupt) for command in self.commands(tmp_path)} == {bool}
 
     def test_scratch_patterns_are_valid_patterns(self, tmp_path: Path) -> None:
-        """Each pattern is one line and neither empty, nor a negation, nor a comment."""
+        """Each pattern is a single line that is not empty, a negation or a comment."""
         for command in self.commands(tmp_path):
             assert not isinstance(command.scratch_patterns, str), "scratch_patterns must be a list of patterns"
             odd = [
@@ -214,7 +214,7 @@ class AdapterContract(OptionsContract):
             assert odd == []
 
     def test_environment_names_and_values_are_valid(self, tmp_path: Path) -> None:
-        """Variables have portable names outside COUNCIL_*, and values without NUL."""
+        """Variables have portable names without the prefix COUNCIL_, and values without NUL."""
         for command in self.commands(tmp_path):
             assert not isinstance(command.pass_env, str), "pass_env must be a list of names"
             for name in (*command.env, *command.pass_env):
@@ -227,7 +227,7 @@ class AdapterContract(OptionsContract):
     def test_verdict_on_any_output_is_a_failure_class_or_none(
         self, said: str, code: int | None, number: int | None
     ) -> None:
-        """The same end always gives the same verdict: None, or a failure class with a reason."""
+        """The same end always results in the same verdict: None, or a failure class with a reason."""
         adapter = self.adapter_type(self.validated())
         end = SessionEnd(exit=code, signal=number, time=1_000_000.0, stdout=said, stderr=said)
         verdict = adapter.verdict(end)
@@ -238,7 +238,7 @@ class AdapterContract(OptionsContract):
             assert verdict.until is None or math.isfinite(verdict.until)
 
     def test_programs_are_described_completely(self) -> None:
-        """Programs are names or absolute paths with an install command; versions are a valid range."""
+        """Programs are names or absolute paths with an install command; the version range is valid."""
         for program in self.adapter_type(self.validated()).programs():
             assert isinstance(program, Program), "programs() must return a list of Program"
             assert program.name, "the program has no name"
@@ -251,7 +251,7 @@ class AdapterContract(OptionsContract):
 
     @pytest.mark.parametrize("line", [*_ODD_LINES, "x" * MAX_LINE_BYTES])
     def test_any_line_is_parsed_without_errors(self, line: str) -> None:
-        """The same line always gives the same events, and no line raises an error."""
+        """The same line always results in the same events, and no line raises an error."""
         adapter = self.adapter_type(self.validated())
         events: list[object] = list(adapter.parse(line))
         assert list(adapter.parse(line)) == events
@@ -260,35 +260,37 @@ class AdapterContract(OptionsContract):
         assert all(math.isfinite(cost) for cost in costs), costs
 
     def test_recorded_lines_give_the_expected_events(self) -> None:
-        """Each line of `lines` gives its events."""
+        """Each line in `lines` results in its events."""
         adapter = self.adapter_type(self.validated())
         assert [(line, list(adapter.parse(line))) for line, _ in self.lines] == [
             (line, list(events)) for line, events in self.lines
         ]
 
     def test_recorded_ends_give_the_expected_failure_class(self) -> None:
-        """Each end of `ends` gives its failure class, or None."""
+        """Each end in `ends` results in its failure class, or None."""
         adapter = self.adapter_type(self.validated())
         for end, failure in self.ends:
             parsed = [event for line in end.stdout.splitlines() for event in adapter.parse(line)]
             verdict = adapter.verdict(replace(end, events=parsed))
             assert (verdict.failure if verdict else None) == failure, end
             admitted = has_reported_failure(parsed)
-            assert verdict is not None or not admitted, f"the program reported a failure, the verdict is None: {end}"
+            assert verdict is not None or not admitted, (
+                f"the program reported a failure, but the verdict is None: {end}"
+            )
 
     def test_account_limit_parks_the_adapter_until_its_end(self) -> None:
-        """Each end of `limits` parks the adapter until the time that the program reported."""
+        """Each end in `limits` starts a cooldown of the adapter until the time that the program reported."""
         adapter = self.adapter_type(self.validated())
         for end, until in self.limits:
             parsed = [event for line in end.stdout.splitlines() for event in adapter.parse(line)]
             verdict = adapter.verdict(replace(end, events=parsed))
             assert verdict is not None, end
             assert get_failure_policy(verdict.failure, RETRIED_BY_DEFAULT) is FailurePolicy.COOLDOWN, verdict
-            assert verdict.until is not None, f"the verdict lacks the reported end of the limit: {end}"
+            assert verdict.until is not None, f"the verdict lacks the reported reset time of the limit: {end}"
             assert abs(compute_cooldown_end(end.time, verdict.until, 1) - until) < 1, verdict
 
     def test_recordings_give_the_expected_result(self) -> None:
-        """Each recording of the folder has an entry in `recorded` and gives its result."""
+        """Each recording in the folder has an entry in `recorded` with the same result."""
         found = read_recordings(self.transcripts) if self.transcripts else {}
         assert sorted(found) == sorted(self.recorded)
         adapter = self.adapter_type(self.validated())
@@ -297,7 +299,7 @@ class AdapterContract(OptionsContract):
 
 
 def interpret_end(adapter: Adapter, end: SessionEnd, asked: RecordingMeaning) -> RecordingMeaning:
-    """Return the result of an end, limited to the fields that are set in `asked`."""
+    """Return the result of an end, reduced to the fields that are set in `asked`."""
     parsed = [event for line in end.stdout.splitlines() for event in adapter.parse(line)]
     verdict = adapter.verdict(replace(end, events=parsed))
     transcript = reduce(Transcript.after, parsed, EMPTY_TRANSCRIPT)

@@ -1,4 +1,4 @@
-"""A clock that a test drives."""
+"""A manual clock for tests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import anyio
 
 
 class ManualClock:
-    """A clock that moves only by `advance`; wall-clock and monotonic time move together."""
+    """A clock that only `advance` moves. Wall-clock and monotonic time move together."""
 
     def __init__(self, now: float = 1_000_000_000.0) -> None:
         """Start at `now` (wall-clock seconds); the monotonic time starts at 0."""
@@ -33,12 +33,12 @@ class ManualClock:
         await event.wait()
 
     def advance(self, seconds: float) -> None:
-        """Move the time forward and wake the waiters whose time has come."""
+        """Advance the time and wake the waiters whose deadline has passed."""
         self._passed += seconds
         self._ring()
 
     async def wait_until_awaited(self, until: float) -> None:
-        """Wait until there is a waiter for this monotonic time, so that `advance` can wake it."""
+        """Wait until there is a waiter for this monotonic time, which `advance` can then wake."""
         while until not in (one for one, _ in self._waiting):
             more = self._more_wait = anyio.Event()
             await more.wait()

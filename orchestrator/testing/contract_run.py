@@ -1,7 +1,7 @@
-"""Run the contract of adapters with a configured adapter: `python -m orchestrator.testing.contract_run`.
+"""Run the adapter contract for a configured adapter: `python -m orchestrator.testing.contract_run`.
 
-It reads a JSON object from standard input, `{"use", "options", "places"}`: the type of the adapter, its options as in
-the file, and the folders of local plugins. It prints one JSON object, `{"results": [{"test", "rule", "passed",
+It reads a JSON object from standard input, `{"use", "options", "places"}`: the adapter type, its options as in the YAML
+file, and the folders of local plugins. It prints one JSON object, `{"results": [{"test", "rule", "passed",
 "output"}]}`, or `{"error"}` if the contract can't be run.
 """
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _SPEC = "COUNCIL_TESTED_ADAPTER"
 _MODULE = "from orchestrator.testing.contract_run import contract_suite\n\nTestAdapter = contract_suite()\n"
-_LONGEST = 2_000  # characters of a failed test's output
+_LONGEST = 2_000  # characters of a failed test's output to keep
 INSTALL_COMMAND = "pip install 'cli-council[testing]'"
 
 
@@ -39,7 +39,7 @@ class ContractResult:
 
 
 def contract_suite() -> type[AdapterContract]:
-    """Return the suite for the adapter that the environment of this process names."""
+    """Return the suite for the adapter selected by this process's environment."""
     from orchestrator.plugins import load_plugins  # noqa: PLC0415  (the command imports only constants)
     from orchestrator.testing.adapter_contract import AdapterContract  # noqa: PLC0415
 

@@ -1,4 +1,4 @@
-"""The contract of every plugin's options, which the contracts of adapters, sinks and trackers include."""
+"""The contract of every plugin's options, included in the contracts of adapters, sinks and trackers."""
 
 # ruff: noqa: S101  this module is a test suite
 
@@ -15,23 +15,23 @@ from pydantic import BaseModel, ValidationError
 
 
 class OptionsContract(ABC):
-    """The suite for `Options`, which are validated once, stored as JSON, and restored on `resume`."""
+    """The suite for `Options`, which are validated once, stored as JSON and restored on `resume`."""
 
     own_keys: ClassVar[frozenset[str]]
     """The reserved keys of the section's entries, which options can't use."""
     options: ClassVar[Mapping[str, Any]] = {}
-    """A valid mapping of options as in the YAML file."""
+    """A valid mapping of options, as in the YAML file."""
 
     @abstractmethod
     def options_type(self) -> type[BaseModel]:
         """Return the `Options` of the tested plugin."""
 
     def given(self, folder: Path) -> Mapping[str, Any]:  # noqa: ARG002  for overrides that need files
-        """Return a valid mapping of options as in the YAML file, by default `options`; may write in `folder`."""
+        """Return a valid mapping of options as in YAML, by default `options`. May write to `folder`."""
         return self.options
 
     def validated(self, folder: Path = Path()) -> Any:
-        """Return the validated options, as the plugin gets them."""
+        """Return the validated options, as passed to the plugin."""
         return self.options_type().model_validate(dict(self.given(folder)))
 
     def test_options_restored_from_json_are_equal(self, tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ class OptionsContract(ABC):
         assert self.options_type().model_validate(stored) == options
 
     def test_unknown_option_is_refused(self, tmp_path: Path) -> None:
-        """An unknown option is an error, it is not ignored."""
+        """An unknown option is an error and not ignored."""
         with pytest.raises(ValidationError):
             self.options_type().model_validate({**self.given(tmp_path), "no_such_option": 1})
 

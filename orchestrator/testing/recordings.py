@@ -1,4 +1,4 @@
-"""Recordings of programs (their output and exit), with which adapters are tested."""
+"""Recordings of programs (output and exit) for testing adapters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from orchestrator.protocols import SessionEnd
 
 RECORDING_TIME = 1_790_000_000.0
-"""The end of every recording in wall-clock seconds; recorded times are relative to it."""
+"""The end of every recording in wall-clock seconds, to which recorded times are relative."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,17 +23,17 @@ class Recording:
     stderr: list[str]
 
     def end(self) -> SessionEnd:
-        """Return the end as an adapter gets it, without parsed events."""
+        """Return the end as passed to an adapter, without parsed events."""
         return SessionEnd(self.exit, self.signal, RECORDING_TIME, _text(self.stdout), _text(self.stderr))
 
     def write(self, path: Path) -> None:
-        """Write it as a JSON file."""
+        """Write the recording to a JSON file."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
 
 
 def read_recordings(folder: Path) -> dict[str, Recording]:
-    """Return the recordings of a folder by name: the file name without `.json`."""
+    """Return the recordings in a folder, keyed by file name without `.json`."""
     return {path.stem: Recording(**json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))}
 
 

@@ -30,7 +30,7 @@ from orchestrator.testing.options_contract import OptionsContract
 
 #: Seconds after which an operation fails.
 TIMEOUT = 30.0
-#: The maximum number of tries of a delivery: the receiver may be unavailable at first.
+#: Maximum attempts per delivery: the receiver may be unavailable at first.
 MAX_TRIES = 5
 
 _RUN = "20260101-120000-abcd"
@@ -55,7 +55,7 @@ def sample_events(first: int = 1, run: str = _RUN) -> list[RecordedEvent]:
 
 
 class SinkContract(OptionsContract):
-    """The suite; `sink_type` is the class that the plugin registers."""
+    """The suite: `sink_type` is the class that the plugin registers."""
 
     sink_type: ClassVar[SinkType]
     own_keys: ClassVar[frozenset[str]] = frozenset({"use", "events"})
@@ -68,11 +68,11 @@ class SinkContract(OptionsContract):
     def arrived(self, folder: Path) -> Sequence[int]:
         """Return the positions of all events that have arrived at the destination, in that order.
 
-        `folder` is the one that `given` got.
+        `folder` is the folder passed to `given`.
         """
 
     async def deliver(self, options: BaseModel, *batches: Sequence[RecordedEvent], tries: int = MAX_TRIES) -> None:
-        """Deliver as a run does: after an error, retry with a newly opened sink."""
+        """Deliver like a run: after an error, retry with a newly opened sink."""
         waiting = deque(batches)
         try:
             await self._deliver(options, waiting)
@@ -89,11 +89,11 @@ class SinkContract(OptionsContract):
                     waiting.popleft()
 
     async def test_sink_without_events_opens_and_closes(self, tmp_path: Path) -> None:
-        """A run may have no events for it."""
+        """A run may have no events for the sink."""
         await self.deliver(self.validated(tmp_path))
 
     async def test_events_of_any_kind_arrive_in_order(self, tmp_path: Path) -> None:
-        """Events have any text and are sent one by one and together."""
+        """Events may contain any text, and are sent individually and together."""
         events = sample_events()
         await self.deliver(self.validated(tmp_path), *([event] for event in events[:3]), events[3:])
         assert _first_times(self.arrived(tmp_path)) == [one.position for one in events]
@@ -127,5 +127,5 @@ class SinkContract(OptionsContract):
 
 
 def _first_times(positions: Sequence[int]) -> list[int]:
-    """Return the positions without repetitions, in the order of their first occurrence."""
+    """Return the distinct positions in order of first occurrence."""
     return list(dict.fromkeys(positions))

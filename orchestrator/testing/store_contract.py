@@ -38,7 +38,7 @@ TASK = Key("task", "a")
 OTHER_TASK = Key("task", "b")
 LEASE = Key("lease", "a")
 TIMEOUT = 10.0
-"""Seconds after which a test that still waits fails."""
+"""Seconds after which a waiting test fails."""
 
 
 def _nested(depth: int) -> JsonObject:
@@ -79,7 +79,7 @@ COMPACTED_LOG: Sequence[DumpedCommit] = (
 def make_dump(
     commits: Sequence[DumpedCommit], position: int, first: int = 0, *, error: Exception | None = None
 ) -> Dump:
-    """Return a dump of these commits, which no store wrote; an `error` is raised after them."""
+    """Return a handmade dump of these commits; if given, `error` is raised after them."""
 
     async def generate() -> AsyncGenerator[DumpedCommit]:
         for commit in commits:
@@ -97,12 +97,12 @@ async def read_dump(store: Store) -> tuple[int, int, list[DumpedCommit]]:
 
 
 def make_commit(key: Key, expected: int, value: JsonObject | None) -> Commit:
-    """Return a commit of one write."""
+    """Return a commit with one write."""
     return Commit([Write(key, expected, value)])
 
 
 class StoreContract(ABC):
-    """Tests of the contract that `orchestrator.protocols.Store` describes."""
+    """The suite for the contract of `orchestrator.protocols.Store`."""
 
     is_persistent: ClassVar[bool] = True
     """Whether a store that is opened again has its content: override `open_store_at`."""
@@ -189,7 +189,7 @@ class StoreContract(ABC):
 
     @pytest.mark.parametrize("expected", [0, 1, 3, -1])
     async def test_write_expecting_another_version_conflicts(self, expected: int) -> None:
-        """The write changes nothing, and the error names the version that was found and its author."""
+        """The write changes nothing, and the error contains the current version and its author."""
         async with self.open_store() as store:
             await store.commit(make_commit(TASK, 0, {"n": 1}))
             await store.commit(make_commit(TASK, 1, {"n": 2}))
@@ -250,7 +250,7 @@ class StoreContract(ABC):
 
     @pytest.mark.parametrize("lease", [{"epoch": 5}, {"epoch": 3}, {}, None])
     async def test_guard_with_another_epoch_refuses_the_commit(self, lease: JsonObject | None) -> None:
-        """The same applies to a lease without an epoch and to a missing lease; nothing changes."""
+        """A lease without an epoch and a missing lease are refused, too; nothing changes."""
         async with self.open_store() as store:
             if lease is not None:
                 await store.commit(make_commit(LEASE, 0, lease))
@@ -293,7 +293,7 @@ class StoreContract(ABC):
             assert [record.position for record in await _watch(store, 3, 2)] == [4, 5]
 
     async def test_watch_at_the_end_of_the_log_yields_later_commits(self) -> None:
-        """A watcher that has reached the end gets each new commit."""
+        """A watcher that has reached the end receives each new commit."""
         async with self.open_store() as store:
             await store.commit(make_commit(TASK, 0, {"n": 0}))
             seen: list[int] = []
@@ -344,7 +344,7 @@ class StoreContract(ABC):
                 assert [one.value for one in versions] == [{"n": one.version - 1} for one in versions]
 
     async def test_state_at_an_earlier_position_is_reconstructed(self) -> None:
-        """Each commit, also a deletion, leads to the next state; position 0 is empty."""
+        """Each commit, including a deletion, leads to the next state; position 0 is empty."""
         async with self.open_store() as store:
             await store.commit(Commit([Write(TASK, 0, {"n": 1}), Write(OTHER_TASK, 0, {"n": 2})]))
             await store.commit(make_commit(TASK, 1, None))
@@ -371,7 +371,7 @@ class StoreContract(ABC):
                 await store.at(2)
 
     async def test_compaction_keeps_the_current_state(self) -> None:
-        """Documents and their last versions stay the same, and the rest of the log stays readable."""
+        """Documents and their last versions are unchanged, and the rest of the log stays readable."""
         async with self.open_store() as store:
             await store.commit(Commit([Write(OTHER_TASK, 0, {"n": 0}), Write(LEASE, 0, {})]))
             await store.commit(make_commit(LEASE, 1, None))
@@ -435,7 +435,7 @@ class StoreContract(ABC):
             assert (found.version, found.position) == (5, 7)
 
     async def test_loaded_compacted_dump_keeps_its_remaining_history(self) -> None:
-        """Its gaps stay; it can be dumped again and accepts commits."""
+        """The copy keeps the gaps, can be dumped again and accepts commits."""
         async with self.open_store() as store:
             await store.load(make_dump(COMPACTED_LOG, 8, 6))
             assert await read_dump(store) == (8, 6, list(COMPACTED_LOG))
@@ -463,7 +463,7 @@ class StoreContract(ABC):
             assert await store.position() == 9
 
     async def test_a_copy_may_end_where_its_past_begins(self) -> None:
-        """Behind what was thinned out nothing need have been committed."""
+        """There need not be any commit after the compacted ones."""
         async with self.open_store() as store:
             await store.load(make_dump(COMPACTED_LOG[:3], 6, 6))
             assert await read_dump(store) == (6, 6, list(COMPACTED_LOG[:3]))
@@ -473,7 +473,7 @@ class StoreContract(ABC):
             assert (await store.verify()).is_valid
 
     async def test_a_dump_is_of_one_moment(self) -> None:
-        """What is committed while it is open is not in it, and need not wait."""
+        """Commits made while the dump is open are not part of it and need not wait."""
         async with self.open_store() as store:
             await store.commit(make_commit(TASK, 0, {"n": 1}))
             with anyio.fail_after(TIMEOUT):
@@ -484,7 +484,7 @@ class StoreContract(ABC):
             assert [commit.position for commit in (await read_dump(store))[2]] == [1, 2]
 
     async def test_an_empty_store_can_be_copied(self) -> None:
-        """Which leaves an empty one."""
+        """The copy is also empty."""
         async with self.open_store() as store, self.open_store() as copy:
             async with store.dump() as dump:
                 await copy.load(dump)
@@ -492,7 +492,7 @@ class StoreContract(ABC):
             assert await copy.commit(make_commit(TASK, 0, {})) == 1
 
     async def test_only_an_empty_store_is_loaded(self) -> None:
-        """What was committed is never replaced."""
+        """Committed data is never replaced."""
         async with self.open_store() as store:
             await store.commit(make_commit(TASK, 0, {"n": 1}))
             with pytest.raises(RefusedError):
@@ -548,7 +548,7 @@ class StoreContract(ABC):
             assert (await read_dump(store))[0] == 8
 
     async def test_one_of_two_concurrent_loads_is_refused(self) -> None:
-        """The other one is complete."""
+        """The other load is complete."""
         async with self.open_store() as store:
             refused = list[RefusedError]()
 
@@ -566,7 +566,7 @@ class StoreContract(ABC):
             assert await read_dump(store) == (8, 6, list(COMPACTED_LOG))
 
     async def test_watch_of_an_empty_store_yields_loaded_commits(self) -> None:
-        """If the first commits were compacted, the watcher gets `HistoryCompacted`."""
+        """If the first commits were compacted, the watcher receives `HistoryCompacted`."""
         async with self.open_store() as store:
             seen = list[CommitRecord]()
 
@@ -597,11 +597,11 @@ class StoreContract(ABC):
                     await gone.wait()
 
     async def test_expired_document_is_treated_as_deleted(self) -> None:
-        """It is not read, listed or accepted as a guard; a new write expects version 0."""
+        """An expired document is not read, listed or accepted as a guard; a new write expects version 0."""
         async with self.open_store() as store:
             await store.commit(Commit([Write(TASK, 0, {"n": 1}, ttl=1e-6), Write(LEASE, 0, {"epoch": 1}, ttl=1e-6)]))
             with anyio.fail_after(TIMEOUT):
-                while await store.get(TASK) is not None:  # noqa: ASYNC110  the store has its own time
+                while await store.get(TASK) is not None:  # noqa: ASYNC110  the store has its own clock
                     await anyio.sleep(0.001)
             assert list(await store.list("task")) == []
             with pytest.raises(LeaseLost):
@@ -613,7 +613,7 @@ class StoreContract(ABC):
             await _assert_only(store, {TASK: (2, {"n": 2})}, position=2)
 
     async def test_write_with_another_ttl_replaces_the_expiry(self) -> None:
-        """Each write sets the expiry again; a write without a `ttl` removes it."""
+        """Each write resets the expiry; a write without a `ttl` removes it."""
         async with self.open_store() as store:
             await store.commit(Commit([Write(TASK, 0, {"n": 1}, ttl=3600)]))
             first = await store.get(TASK)
@@ -646,7 +646,7 @@ class StoreContract(ABC):
             assert [record.documents[TASK] for record in await _watch(store, 0, 2)] == [(1, {"n": 1}), (2, {"n": 2})]
 
     async def test_statistics_count_documents_and_bytes(self) -> None:
-        """They include the sizes of documents, the large ones, and the size of the log."""
+        """The statistics include document sizes, large documents, and the size of the log."""
         async with self.open_store() as store:
             empty = await store.statistics()
             assert (empty.position, empty.documents, empty.bytes, empty.expired, empty.large) == (0, 0, 0, [], [])
@@ -676,7 +676,7 @@ class StoreContract(ABC):
             assert list(await store.list("phase")) == []
 
     async def test_changed_value_does_not_change_the_store(self) -> None:
-        """This applies to values that were written, read or listed."""
+        """This applies to values written, read or listed."""
         async with self.open_store() as store:
             value: JsonObject = {"list": [1]}
             await store.commit(make_commit(TASK, 0, value))
@@ -688,7 +688,7 @@ class StoreContract(ABC):
             await _assert_only(store, {TASK: (1, {"list": [1]})}, position=1)
 
     async def test_plain_json_is_returned_unchanged(self) -> None:
-        """Values and names have text of every plane, control characters, big integers and floats."""
+        """Values and names include text from every Unicode plane, control characters, big integers and floats."""
         value = {
             "text": 'a\n\r\t\0\u2028"\\ ü 漢 \U0001f600',
             "\n]]}\x7f": [],

@@ -28,9 +28,9 @@ from orchestrator.testing.sink_contract import TIMEOUT, sample_events
 
 
 class TrackerContract(OptionsContract):
-    """The suite; `tracker_type` is the class that the plugin registers.
+    """The suite: `tracker_type` is the class that the plugin registers.
 
-    The options of `given` name a list with at least two open tasks.
+    The options returned by `given` select a list with at least two open tasks.
     """
 
     tracker_type: ClassVar[TrackerType]
@@ -53,16 +53,16 @@ class TrackerContract(OptionsContract):
                 await tracker.send(events)
 
     async def test_open_tasks_are_valid_tasks_of_a_file(self, tmp_path: Path) -> None:
-        """Ids are valid names, unique regardless of case; prompts are not empty; `needs` name tasks of the list."""
+        """Ids are valid and unique regardless of case; prompts are not empty; `needs` refer to tasks in the list."""
         tasks = await self.open_tasks(self.validated(tmp_path))
-        assert len(tasks) >= 2, "given() must name a list with at least two open tasks"
+        assert len(tasks) >= 2, "given() must select a list with at least two open tasks"
         ids = [check_name(task.id) for task in tasks]
         assert len({name.casefold() for name in ids}) == len(ids), ids
         assert [task.id for task in tasks if not task.prompt.strip()] == []
         assert {need for task in tasks for need in task.needs} <= set(ids)
 
     async def test_unchanged_list_returns_the_same_tasks(self, tmp_path: Path) -> None:
-        """A second read of an unchanged list gives equal tasks."""
+        """A second read of an unchanged list returns equal tasks."""
         options = self.validated(tmp_path)
         assert await self.open_tasks(options) == await self.open_tasks(options)
 
@@ -77,14 +77,14 @@ class TrackerContract(OptionsContract):
 
     @pytest.mark.parametrize("kind", ["started", "retrying", "failed", "cancelled", "no_change", "conflict"])
     async def test_task_that_has_not_landed_stays_open(self, tmp_path: Path, kind: str) -> None:
-        """Another run may do the task."""
+        """Another run may execute the task."""
         options = self.validated(tmp_path)
         tasks = await self.open_tasks(options)
         await self.send_events(options, _event(f"task.{kind}", tasks[0].id))
         assert [task.id for task in await self.open_tasks(options)] == [task.id for task in tasks]
 
     async def test_events_of_other_tasks_are_accepted(self, tmp_path: Path) -> None:
-        """A tracker gets every event of the run, also of tasks that are not in its list."""
+        """A tracker receives every event of the run, including those of tasks not in its list."""
         options = self.validated(tmp_path)
         tasks = await self.open_tasks(options)
         others = [one for one in sample_events() if one.event.data.get("task") not in {task.id for task in tasks}]

@@ -288,7 +288,7 @@ async def test_restore_behind_the_compacted_log_is_rejected() -> None:
     await seed(store, a=task())
     made = await create_checkpoint(store, RUN, "x")
     for ask in (read_contents, plan_restore):
-        with pytest.raises(RefusedError, match="choose a later one"):
+        with pytest.raises(RefusedError, match="choose a later checkpoint"):
             await ask(store, made.id)
 
 

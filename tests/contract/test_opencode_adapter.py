@@ -106,7 +106,7 @@ class TestOpencode(AdapterContract):
             opencode_api_error(429, responseHeaders={"retry-after": "soon"}),
             (ConversationStarted("ses_1"), FinalResult("", Failed(FailureClass.RATE_LIMITED, "No."))),
         ),
-        ('{"type":"error"}', (FinalResult("", Failed(FailureClass.CRASHED, "it ended with an error, unnamed")),)),
+        ('{"type":"error"}', (FinalResult("", Failed(FailureClass.CRASHED, "it ended with an error: unnamed")),)),
         ("plain words", (AgentMessage("plain words"),)),
     )  # fmt: skip
     ends: ClassVar = (

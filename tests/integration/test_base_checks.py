@@ -291,7 +291,7 @@ async def test_failed_setup_on_the_base_suggests_a_new_run(repository: Repositor
     config = configure(repository, "write a.txt a", checks=["true"], worktrees={"setup": ["exit 3"]})
     halted = repository.council("run", str(config), "--json").result["halted"]
     assert "setup `exit 3` fails" in halted
-    assert "correct `worktrees.setup` in the file, then start a new run" in halted
+    assert "correct `worktrees.setup` in the configuration file, then start a new run" in halted
     assert "--reload" not in halted
     assert "--allow-failing-base" not in halted
     await repository.assert_invariants()
@@ -351,7 +351,7 @@ def test_check_of_a_hidden_program_needs_a_new_run(repository: Repository) -> No
     config = configure(repository, "write a.txt a", checks=[f"{tool} --version"])
     ended = repository.council("run", str(config), "--json")
     headline, *_, remedy, correction = ended.result["halted"].splitlines()
-    assert headline.endswith(f"({tool.parent} is hidden from sessions)")
+    assert headline.endswith(f"(hidden from sessions: {tool.parent})")
     assert "PATH" not in ended.result["halted"]
     assert remedy == f"start a new run with {tool.parent} in `readable`"
     assert correction.endswith(f"`council retry t1 --reload --run {ended.result['run']}`")

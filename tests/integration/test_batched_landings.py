@@ -127,7 +127,7 @@ async def test_push_reverted_by_a_hook_is_reported(repository: Repository) -> No
     queue(repository, files(1))
     ended = repository.council("resume", "--json")
     assert ended.states == {"t0": "queued"}, ended
-    moved_back = "could not move the target: it was moved back at once, perhaps by a hook of the repository"
+    moved_back = "can't move the target: it was moved back immediately, possibly by a repository hook"
     assert ended.result["tasks"][0]["reason"] == moved_back
 
 

@@ -362,7 +362,7 @@ async def test_secret_file_name_without_content_is_left_out(session: SessionWork
     assert collected.left_out == (VALUE,)
     assert len(collected.salvaged) == 1
     assert VALUE not in collected.salvaged[0]
-    assert any("'other' is not salvaged" in note for note in collected.notes)
+    assert any("'other' was not salvaged" in note for note in collected.notes)
     listed = await session.git("ls-tree", "-r", "-t", "--name-only", collected.commit or "")
     assert b"own.txt" in listed.stdout
     assert VALUE.encode() not in listed.stdout
@@ -397,7 +397,7 @@ async def test_refs_above_the_limit_are_reported(session: SessionWorktree) -> No
     collected = await session.collect()
     assert collected.salvaged == ()
     assert not collected.complete
-    assert collected.notes == ("it has too many refs: only some were read",)
+    assert collected.notes == ("too many refs: only some were read",)
 
 
 async def test_files_deeper_than_path_max_are_not_lost(session: SessionWorktree) -> None:
@@ -494,5 +494,5 @@ async def test_commit_with_a_reserved_name_is_left_out(session: SessionWorktree,
     tree = await session.tree(left.commit)
     assert name not in tree
     assert "good.txt" in tree
-    assert "its own commits are not kept as history" in left.notes[0]
+    assert "its own commits were not kept as history" in left.notes[0]
     assert not await session.has(b"forged")

@@ -287,7 +287,7 @@ async def test_unknown_conflict_can_not_be_resolved(store: Store) -> None:
     """The error lists the open conflicts, or the number of candidates; nothing is written."""
     with pytest.raises(RefusedError) as caught:
         await resolve_conflict(store, "nope", 1)
-    assert str(caught.value) == "there is no pending conflict 'nope': there are none"
+    assert str(caught.value) == "no pending conflict 'nope': there are none"
     conflict = await leave_to_person(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
     with pytest.raises(RefusedError, match=f"pending conflicts: {conflict.id}$"):
         await resolve_conflict(store, "nope", 1)

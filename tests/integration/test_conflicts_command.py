@@ -110,7 +110,7 @@ async def test_own_value_resolves_a_conflict(project: Repository) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["nothing", "--take", "1"], f"there is no pending conflict 'nothing': pending conflicts: {NAME}"),
+        (["nothing", "--take", "1"], f"no pending conflict 'nothing': pending conflicts: {NAME}"),
         ([NAME, "--take", "3"], f"conflict '{NAME}' has no candidate 3: choose one of 1 to 2"),
         ([NAME], "use either --take or --value"),
         ([NAME, "--take", "1", "--value", "-"], "use either --take or --value"),
@@ -147,7 +147,7 @@ async def test_ambiguous_document_needs_the_id(project: Repository) -> None:
     async with Council.open(project.top, environ=project.environ) as council:
         first, second = await council.state.conflicts()
         with pytest.raises(
-            RefusedError, match=f"{API} has 2 pending conflicts: name one by its id: {first.id}, {second.id}"
+            RefusedError, match=f"{API} has 2 pending conflicts: choose one by its id: {first.id}, {second.id}"
         ):
             await council.state.resolve_conflict("task/api", 1)
         again = await pending(project)
@@ -160,7 +160,10 @@ async def test_update_can_not_make_a_run_unreadable(project: Repository) -> None
     """An invalid field of a document, or the removal of a task that the run needs."""
     async with Council.open(project.top, environ=project.environ) as council:
         position = await council.history.position()
-        for value, expected in (({"status": "odd"}, "can't become this: status: "), (None, f"is part of run {RUN}")):
+        for value, expected in (
+            ({"status": "odd"}, "can't have this value: status: "),
+            (None, f"is part of run {RUN}"),
+        ):
             with pytest.raises(RefusedError, match=expected):
                 await council.state.apply_updates([DocumentUpdate(API, 1.0, "me", value)])
         assert await council.history.position() == position

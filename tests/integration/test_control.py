@@ -142,8 +142,10 @@ def test_interrupted_process_in_a_hook_is_reported(repository: Repository, tmp_p
     child.communicate(timeout=60)
     free.touch()
     assert child.returncode == 130
-    (found,) = [line for line in lines if line.startswith("waiting for a push to the target of this process, which a")]
-    assert found.endswith("hook of the repository may delay: press Ctrl-C again to exit now\n")
+    (found,) = [
+        line for line in lines if line.startswith("waiting for a push to the target of this process (a repository hook")
+    ]
+    assert found.endswith("hook may be delaying it): press Ctrl-C again to exit now\n")
     assert repository.council("resume", "--json").states == {"a": "landed"}
 
 
@@ -186,7 +188,7 @@ def test_dropped_work_is_not_listed(repository: Repository) -> None:
     assert repository.council("checkpoint", "list", "--json").result["checkpoints"] == []
     refused = repository.council("salvage", "apply", "a/1")
     assert refused.code == 2
-    assert "no preserved work is named 'a/1': this run has no preserved work" in refused.stderr
+    assert "preserved work 'a/1' not found: this run has no preserved work" in refused.stderr
 
 
 async def test_cancel_of_all_tasks_ends_a_live_run(repository: Repository) -> None:
@@ -279,7 +281,7 @@ async def test_cancel_and_retry_work_on_an_inactive_run(repository: Repository) 
         (("cancel", "don"), "done"),
         (("logs", "nonsense"), "no task 'nonsense'"),
         (("logs", "done", "--session", "7"), "no session 7"),
-        (("salvage", "show", "done/7"), "no preserved work is named"),
+        (("salvage", "show", "done/7"), "preserved work 'done/7' not found"),
         (("salvage", "apply", "failed/7"), "failed/1"),
     ],
 )

@@ -433,7 +433,7 @@ def test_programs_of_checks_are_looked_up_in_the_sandbox(repository: Repository)
     (hidden / "my-tool").chmod(0o755)
     repository.environ["PATH"] += f"{os.pathsep}{hidden}"
     [(status, words, remedy)] = programs(repository, ["my-tool"])
-    assert (status, f"({hidden} is hidden from sessions)" in words) == ("problem", True)
+    assert (status, f"(hidden from sessions: {hidden})" in words) == ("problem", True)
     assert remedy == f"add {hidden} to `readable`, or install it elsewhere"
     assert programs(repository, ["my-tool"], sandbox="off")[0][0] == "ok"
     environment = hidden / ".venv/bin"
@@ -480,7 +480,7 @@ def test_programs_of_adapters_are_looked_up_in_the_sandbox(repository: Repositor
         return doctor(repository, str(file))["adapter my"]
 
     [(level, words, remedy)] = found()
-    assert (level, words.endswith(f"({hidden} is hidden from sessions)")) == ("problem", True), words
+    assert (level, words.endswith(f"(hidden from sessions: {hidden})")) == ("problem", True), words
     assert remedy == f"add {hidden} to `readable` of the adapter 'my', or install it elsewhere"
     assert [level for level, _, _ in found(readable=[str(hidden)])] == ["ok"]
 
@@ -521,7 +521,7 @@ def test_run_with_a_hidden_program_is_rejected(repository: Repository) -> None:
     assert (ran.code, ran.result["status"], planned.result) == (2, "refused", ran.result)
     [(level, what, remedy)] = doctor(repository, str(file))["adapter my"]
     assert (level, what, remedy) == ("problem", ran.result["error"], ran.result["remedy"])
-    assert f"({hidden} is hidden from sessions" in what
+    assert f"(hidden from sessions: {hidden}" in what
     assert f"add {hidden} to `readable` of the adapter 'my', or" in str(remedy)
     file = repository.configure([{"id": "a", "prompt": "x"}], adapters={"my": {**adapter, "readable": [str(hidden)]}})
     assert repository.council("run", str(file), "--json").states == {"a": "landed"}

@@ -379,7 +379,7 @@ def test_branches_hidden_by_the_configuration_are_used(repository: Repository, s
 async def test_vanished_repository_is_named(repository: Repository) -> None:
     """The library's own message is the path alone."""
     shutil.rmtree(repository.top / ".git")
-    with pytest.raises(GitError, match="is not a git repository any more"):
+    with pytest.raises(GitError, match="is no longer a git repository"):
         await read_ref(repository.top, "refs/heads/main")
-    with pytest.raises(GitError, match="is not a git repository any more"):
+    with pytest.raises(GitError, match="is no longer a git repository"):
         await read_ref(repository.top / "gone", "refs/heads/main")

@@ -190,5 +190,5 @@ def test_store_gets_one_identity(tmp_path: Path, environ: dict[str, Any]) -> Non
     with pytest.raises(RefusedError, match=NOT_OURS):
         check_trusted(folder_url(folder), tmp_path / "another-home")
     (folder / IDENTITY_FILE).write_text("../../evil\n")
-    with pytest.raises(RefusedError, match="names no log"):
+    with pytest.raises(RefusedError, match="does not contain a log identity"):
         check_trusted(folder_url(folder), home)

@@ -683,7 +683,7 @@ async def test_slow_push_is_reported(
         await reported(2)
         free.touch()
     pushing, waiting = caplog.messages
-    assert pushing == "waiting for a push to the target of this process, which a hook of the repository may delay"
+    assert pushing == "waiting for a push to the target of this process (a repository hook may be delaying it)"
     assert waiting.startswith(f"waiting for a push to the target of process {os.getpid()} (alive, since ")
     landing.check({}, {})
 

@@ -266,7 +266,7 @@ async def test_damaged_parts_of_a_folder_are_recovered(repository: Repository) -
         for one in await events(repository, "legacy.file_skipped")
     }
     assert reported.keys() == {"tasks/task-b/state.json", "sessions/tree-1.json", "sessions/other.json"}
-    assert "version 9 of its history" in reported["tasks/task-b/state.json"]
+    assert "version 9 from its history" in reported["tasks/task-b/state.json"]
 
 
 async def test_sessions_next_to_unknown_files_are_imported(repository: Repository) -> None:
@@ -358,8 +358,8 @@ async def test_import_is_limited_to_the_first_entries(repository: Repository, mo
     assert (await runs(repository)).keys() == {"a", "c"}
     reasons = [one["reason"] for one in await events(repository, "legacy.file_skipped")]
     assert len(reasons) == 33
-    assert {"of 4 sessions only the first 3 are taken", "of its 40 entries only the first 30 are read"} < set(reasons)
-    assert {"its 601 bytes are more than 600", "session b has too many tasks, 2"} < set(reasons)
+    assert {"only the first 3 of 4 sessions were imported", "only the first 30 of 40 entries were read"} < set(reasons)
+    assert {"it has 601 bytes (limit: 600)", "session b has too many tasks, 2"} < set(reasons)
     assert reported[-1] == "13 more files were not imported completely: see `council state log`."
 
 

@@ -244,8 +244,8 @@ async def test_missing_source_has_a_remedy(workspace: Workspace) -> None:
     """The user may have deleted it meanwhile."""
     (workspace.provisions.checkout / ".env").unlink()
     reported = str(await workspace.find_refusal())
-    assert reported.startswith("`worktrees.copy`: there is no '.env' in ")
-    assert "make it there, or remove it" in reported
+    assert reported.startswith("`worktrees.copy`: '.env' does not exist in ")
+    assert "create it, or remove it from the configuration" in reported
     assert not (workspace.tree / ".env").exists()
 
 
@@ -274,7 +274,7 @@ async def test_link_in_the_path_of_the_source_is_rejected(workspace: Workspace, 
 async def test_tracked_files_are_not_overwritten(workspace: Workspace, path: str) -> None:
     """Otherwise each session would seem to have changed them."""
     workspace.provisions = Provisions(workspace.provisions.checkout, (path,))
-    assert "is in the commit already: remove it from `worktrees.copy`" in str(await workspace.find_refusal())
+    assert "is already in the commit: remove it from `worktrees.copy`" in str(await workspace.find_refusal())
 
 
 async def test_tracked_link_in_the_path_stays(workspace: Workspace, repository: Repository) -> None:
@@ -285,7 +285,7 @@ async def test_tracked_link_in_the_path_stays(workspace: Workspace, repository: 
         "main", internal_ref_name("run1", "base")
     )
     workspace.base, workspace.provisions = base, Provisions(repository.top, ("conf/local.yaml",))
-    assert "'conf' is no folder in the commit" in str(await workspace.find_refusal())
+    assert "'conf' is not a folder in the commit" in str(await workspace.find_refusal())
 
 
 async def test_pipe_is_not_waited_for(workspace: Workspace) -> None:

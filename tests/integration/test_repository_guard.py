@@ -61,7 +61,7 @@ def refresh(repository: Repository) -> None:
     [
         (does("branch", "other"), "refs/heads/other was created at "),
         (does("tag", "v1"), "refs/tags/v1 was created at "),
-        (does("branch", "-D", "side"), "refs/heads/side was deleted, it was at "),
+        (does("branch", "-D", "side"), "refs/heads/side was deleted (was at "),
         (does("update-ref", "refs/heads/side", "HEAD^"), "refs/heads/side moved from "),
         (does("pack-refs", "--all"), None),
         (does("config", "user.name", "Someone"), ".git/config was changed"),

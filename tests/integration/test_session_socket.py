@@ -214,7 +214,7 @@ async def test_socket_of_another_session_is_unusable(site: Site, kind: SandboxKi
     if kind is SandboxKind.BUBBLEWRAP:
         assert found["said"] == ""
     else:
-        assert "not of this session" in json.loads(found["said"])["error"]
+        assert "not from this session" in json.loads(found["said"])["error"]
     assert site.session_service.asked == []
 
 
@@ -246,10 +246,10 @@ async def test_stolen_token_is_unusable_for_another_session(site: Site, kind: Sa
             if kind is SandboxKind.BUBBLEWRAP:
                 assert found["said"] == ""
             else:
-                assert "not of this session" in json.loads(found["said"])["error"]
+                assert "not from this session" in json.loads(found["said"])["error"]
             # Nor for a process of the user that no session started.
             done = await anyio.to_thread.run_sync(lambda: subprocess.run(argv, capture_output=True, check=True))
-            assert "not of this session" in json.loads(json.loads(done.stdout)["said"])["error"]
+            assert "not from this session" in json.loads(json.loads(done.stdout)["said"])["error"]
     assert site.session_service.asked == []
 
 
@@ -316,8 +316,8 @@ async def test_token_of_an_ended_attempt_is_rejected(site: Site, kind: SandboxKi
             code, reported = await site.run(kind, again, session_socket, argv)
             assert code == 0, reported
             said[one.name] = json.loads(reported)["said"]
-    assert "not of this session" in said[again.name]
-    assert said[other.name] == "" if kind is SandboxKind.BUBBLEWRAP else "not of this session" in said[other.name]
+    assert "not from this session" in said[again.name]
+    assert said[other.name] == "" if kind is SandboxKind.BUBBLEWRAP else "not from this session" in said[other.name]
     assert said[over.name] == ""
     assert site.session_service.asked == []
 

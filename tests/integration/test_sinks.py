@@ -175,7 +175,7 @@ def test_mistakes_in_sinks_and_trackers_have_their_positions(repository: Reposit
             "'g h' can't be a name",
             _NAME_REMEDY,
         ),
-        13: ("this path names no file", "write one, relative to this file or absolute"),
+        13: ("this is not a file path", "write an absolute path, or one relative to this file"),
         14: ("events is empty", "give it a value or leave it out"),
         16: ("the key 'file' is missing", "add `file:` here"),
         17: ("the key 'events' is not known", "the keys here are file"),

@@ -94,7 +94,7 @@ async def test_values_are_printed_for_keys(project: Repository) -> None:
 @pytest.mark.parametrize(
     ("words", "error", "remedy"),
     [
-        ("at 12", "there is no 12 yet", "name an earlier one"),
+        ("at 12", "position 12 does not exist yet (newest: ", "use an earlier position"),
         ("at soon", "'soon' is not a point in time", "an age such as 2h"),
         ("at 5 task/modles", "no document 'task/modles' at position 5", "task/models"),
         ("at 5 request/*", "no document 'request/*' at position 5", "council state at now"),

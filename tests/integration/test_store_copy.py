@@ -408,8 +408,8 @@ async def test_file_that_is_no_export_is_rejected(exported: Path, clock: ManualC
     newer = json.dumps({**header, "version": 2, "more": True}).encode() + b"\n"
     assert "version 2" in await refused(packed([newer, *lines[1:]]), store)
     assert "newer" in await refused(packed([newer, *lines[1:]]), store)
-    assert "not an export of the state" in await refused(b"# a text\n", store)
-    assert "not an export of the state" in await refused(packed([b"{}\n"]), store)
+    assert "not a state export" in await refused(b"# a text\n", store)
+    assert "not a state export" in await refused(packed([b"{}\n"]), store)
     assert "not a JSON object" in await refused(packed([b"text\n"]), store)
     assert "checksum" in await refused(packed([*lines[:5], *lines[6:]]), store)
     fewer = json.dumps({**footer, "commits": 1}).encode() + b"\n"
@@ -441,7 +441,7 @@ async def test_file_that_is_no_export_is_rejected(exported: Path, clock: ManualC
         ({"documents": [{"version": (1 << 64) - 1}]}, "documents.0.version"),
         ({"documents": [{"previous": 1 << 64}]}, "documents.0.previous"),
         ({"documents": [{"previous": 1}]}, "names commit 1 as the previous one"),
-        ({"documents": [{}, {}]}, "one commit writes it twice"),
+        ({"documents": [{}, {}]}, "the commit writes it twice"),
     ],
 )
 async def test_unusable_content_is_rejected(

@@ -94,7 +94,7 @@ async def test_impossible_copy_is_rejected(project: Repository, tmp_path: Path) 
         (["export", "file"], "exists already", "--force"),
         (["export", "nowhere/file"], "can't be created", "in an existing folder"),
         (["export", "out", "--state", "none"], "there is no state in /", "the folder of a store"),
-        (["import", "text", "--state", str(tmp_path / "copy")], "not an export of the state", "export the state again"),
+        (["import", "text", "--state", str(tmp_path / "copy")], "not a state export", "export the state again"),
     ):
         refused = project.council("state", *words, "--json")
         assert (refused.code, refused.result["status"]) == (2, "refused"), (words, refused)

@@ -150,7 +150,7 @@ async def test_hooks_outside_of_the_checkouts_run(repository: Repository, tmp_pa
     (folder / "update").write_text("#!/bin/sh\necho 'index.lock: Permission denied' >&2\nexit 1\n")
     refused = await land(repository, tmp_path, {"b.txt": "b"})
     assert isinstance(refused, DeferredLanding)
-    for part in ("hook declined", "index.lock: Permission denied", ": grant yourself access"):
+    for part in ("hook declined", "index.lock: Permission denied", ": grant your user access"):
         assert part in refused.reason
 
 

@@ -92,11 +92,15 @@ def _through_a_link(repository: Repository) -> None:
 @pytest.mark.parametrize(
     ("prepare", "worktrees", "fragment"),
     [
-        (_nothing, COPY, "`worktrees.copy`: there is no 'secret' in "),
-        (_nothing, LINK, "`worktrees.link`: there is no 'deep/data' in "),
-        (lambda it: it.commit({"secret": "x"}), COPY, "'secret' is in 'main' already: remove it from `worktrees.copy`"),
-        (lambda it: it.commit({"deep/data/x": "x"}), LINK, "'deep/data' is in 'main' already: remove it from `worktr"),
-        (_committed_file_in_the_way, LINK, "'deep' is no folder in 'main': remove 'deep/data' from `worktrees.link`"),
+        (_nothing, COPY, "`worktrees.copy`: 'secret' does not exist in "),
+        (_nothing, LINK, "`worktrees.link`: 'deep/data' does not exist in "),
+        (lambda it: it.commit({"secret": "x"}), COPY, "'secret' is already in 'main': remove it from `worktrees.copy`"),
+        (lambda it: it.commit({"deep/data/x": "x"}), LINK, "'deep/data' is already in 'main': remove it from `worktr"),
+        (
+            _committed_file_in_the_way,
+            LINK,
+            "'deep' is not a folder in 'main': remove 'deep/data' from `worktrees.link`",
+        ),
         (_dangling, COPY, "'secret' is neither a file nor a folder: remove it"),
         (lambda it: os.mkfifo(it.top / "secret"), COPY, "'secret' is neither a file nor a folder"),
         (_through_a_link, LINK, "'deep/data' goes through the link 'deep': name 'deep' itself"),
@@ -134,7 +138,12 @@ async def test_unreadable_sources_are_rejected(repository: Repository) -> None:
 async def test_all_mistakes_are_reported_at_once(repository: Repository) -> None:
     worktrees = WorktreeSettings(sparse=("lib",), copy=("README.md", "secret"), link=("data",))
     found = await find_rejection(repository, worktrees) or ""
-    for fragment in ("folder 'lib' not found", "'README.md' is in 'main' already", "no 'secret'", "no 'data'"):
+    for fragment in (
+        "folder 'lib' not found",
+        "'README.md' is already in 'main'",
+        "'secret' does not exist",
+        "'data' does not exist",
+    ):
         assert found.count(fragment) == 1
     assert found.endswith("fix these under `worktrees:`")
 

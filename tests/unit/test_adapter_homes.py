@@ -90,7 +90,7 @@ async def test_deep_trees_are_handled(tmp_path: Path) -> None:
 async def test_settings_that_are_not_a_file_are_rejected(tmp_path: Path, user: Path) -> None:
     (user / ".tool/settings").unlink()
     os.mkfifo(user / ".tool/settings")
-    with pytest.raises(RefusedError, match="is not a settings file"):
+    with pytest.raises(RefusedError, match="is not a regular file"):
         await set_up(
             tmp_path / "home", SessionHome(settings={"x": SettingsOverlay("~/.tool/settings", {})}), {"HOME": str(user)}
         )

@@ -284,7 +284,7 @@ def test_long_instructions_need_a_file() -> None:
         ({"read_only": ["{options}"]}, "{options} is not a placeholder"),
         ({"resume": ["--continue"]}, "{session} is missing in these arguments: add it"),
         ({"resume": ["{session}"], "home": "own"}, "add a rule with `session` to `read`"),
-        ({"resume": ["{session}"], "read": ALL["read"]}, "write `home: own`, or `home: shared` and add"),
+        ({"resume": ["{session}"], "read": ALL["read"]}, "set `home: own`, or set `home: shared` and add"),
         ({"instructions": ["--system"]}, "{instructions} or {instructions_file} is missing in"),
         ({"mcp": ["--mcp", "x.json"]}, "{mcp_file} is missing in these arguments"),
         ({"mcp": "--mcp {mcp_file}"}, "tuple"),

@@ -155,7 +155,7 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, int, int, str]] = {
     "env key": (adapter("    argv: [x]\n    env: {COUNCIL_X: y}\n"), 6, 11, "COUNCIL_X is set by the run"),
     "env value": (adapter("    argv: [x]\n    env: {A: 1}\n"), 6, 14, "A is the number 1: write text"),
     "env form": (adapter("    argv: [x]\n    env: A\n"), 6, 10, "env is the text 'A': write a list of names"),
-    "git env": (adapter("    argv: [x]\n    env: [GIT_DIR]\n"), 6, 11, "another repository than the session's"),
+    "git env": (adapter("    argv: [x]\n    env: [GIT_DIR]\n"), 6, 11, "a different repository than the session's"),
     "unknown in a rule": (reading("session: id, sesion: id"), 7, 26, "did you mean 'session'?"),
     "empty in a rule": (reading("session: id, text: null"), 7, 12, "text is empty: give it a value or leave it out"),
     "rule of nothing": (reading("when: {type: end}"), 7, 12, "reads nothing: add a fact such as `text`"),

@@ -28,7 +28,7 @@ BYPASS = "permission_mode: bypassPermissions"
         (ClaudeCodeAdapter(ClaudeCodeOptions()), "claude-code/refused", ("Write(/work/.git/hooks/x)",), BYPASS),
         (ClaudeCodeAdapter(ClaudeCodeOptions()), "claude-code/denied", ("Bash(python3 -c 'print(1)')",), BYPASS),
         (ClaudeCodeAdapter(ClaudeCodeOptions(permission_mode="bypassPermissions")), "claude-code/refused",
-         ("Write(/work/.git/hooks/x)",), "a rule or a hook"),
+         ("Write(/work/.git/hooks/x)",), "a rule or hook"),
         (CodexAdapter(CodexOptions(sandbox="read-only")), "codex/denied",
          ("shell(/bin/bash -lc 'touch made.txt')",), "sandbox: none"),
         (GeminiAdapter(GeminiOptions(approval_mode="yolo")), "gemini/refused",

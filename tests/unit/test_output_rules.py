@@ -295,7 +295,7 @@ def test_any_output_can_be_read(line: dict[str, Any], rule: dict[str, str]) -> N
         ({"read": [{"text": "text"}]}, "write `output: jsonl`"),
         ({"read": [{"match": "x", "session": "id"}]}, "write `output: jsonl`"),
         ({"read": [{"match": "("}]}, "not a regular expression"),
-        ({"read": [{"match": "(?P<tokens>x)"}]}, "the group 'tokens' is not a known fact: name it one of text, "),
+        ({"read": [{"match": "(?P<tokens>x)"}]}, "the group 'tokens' is not a known fact: use one of text, "),
         ({"read": [{"match": "x"}]}, "the rule reads nothing: add a fact"),
         ({"read": [{"done": True}]}, "add `when` or `match`"),
         ({"read": [{}]}, "the rule reads nothing"),

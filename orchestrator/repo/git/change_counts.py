@@ -1,4 +1,4 @@
-"""Count the changes of commits: files and lines. Imports little, because `council status` uses it."""
+"""Count the files and lines changed by commits. Imports little, because `council status` uses it."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from dataclasses import dataclass
 from orchestrator.repo.git.command import Git, is_object_id
 from orchestrator.repo.git.reading import diff_trees
 
-# Runs no configured program, and makes the output independent of settings.
+# Run no configured program, and make the output independent of settings.
 PLAIN = ("--no-ext-diff", "--no-textconv", "--find-renames", "--submodule=short")
 COUNTS = (*PLAIN, "--numstat")
 
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """The size of a change: files, and added and removed lines; binary files have no lines."""
+    """The size of a change: files, lines added and lines removed. Binary files count as zero lines."""
 
     files: int = 0
     added: int = 0
     removed: int = 0
 
     def __add__(self, other: Changes) -> Changes:
-        """Return the sum."""
+        """Return the sum of two counts."""
         return Changes(self.files + other.files, self.added + other.added, self.removed + other.removed)
 
     def __sub__(self, other: Changes) -> Changes:
-        """Return this without the changes counted before."""
+        """Return this count minus an earlier one."""
         return Changes(self.files - other.files, self.added - other.added, self.removed - other.removed)
 
 
@@ -36,9 +36,9 @@ async def count(git: Git, base: str, commit: str) -> Changes:
 
 
 async def count_many(git: Git, commits: Mapping[str, str | None]) -> dict[str, Changes]:
-    """Count the changes of many commits with one git command.
+    """Count the changes in several commits with one git command.
 
-    Each is compared with the commit that it is mapped to; None means its first parent.
+    Each commit is compared with the commit it is mapped to, or with its first parent if that is None.
     """
     if not commits:
         return {}
@@ -56,7 +56,7 @@ async def count_many(git: Git, commits: Mapping[str, str | None]) -> dict[str, C
 
 
 def parse_numstat(lines: Iterable[bytes]) -> Changes:
-    """Count the changes in lines of `git diff --numstat`."""
+    """Sum up the lines of `git diff --numstat`."""
     rows = [line.split(b"\t", 2) for line in lines if line]
     counts = [(int(added), int(removed)) for added, removed, _ in rows if added != b"-"]
     return Changes(len(rows), sum(added for added, _ in counts), sum(removed for _, removed in counts))

@@ -2,10 +2,10 @@
 
 Two environments, both built from scratch:
 
-- `sealed`: for our own repositories and for agents' trees. No system, global or user configuration, no hooks,
+- `sealed`: for our own repositories and agents' trees. No system, global or user configuration, no hooks,
   no fsmonitor, no signing, no pager, a fixed identity, plain English messages.
-- `user`: for the user's repository or remote. Their configuration, credentials and proxies apply (that side is theirs),
-  but no variable that would point git at another repository is passed on.
+- `user`: for the user's repository or remote. The user's configuration, credentials and proxies apply,
+  but variables that would point git at another repository are removed.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from orchestrator.system.failpoints import failpoint, is_triggered
 from orchestrator.system.process import CompletedCommand, run
 from orchestrator.system.resources import is_disk_full
 
-MINIMUM_VERSION: Final = (2, 38)  # the first with `merge-tree --write-tree`
+MINIMUM_VERSION: Final = (2, 38)  # the first version with `merge-tree --write-tree`
 _INSTALL: Final = f"install git {'.'.join(map(str, MINIMUM_VERSION))} or newer"
-RECOMMENDED_VERSION: Final = (2, 39)  # the oldest that the tests run with
+RECOMMENDED_VERSION: Final = (2, 39)  # the oldest version that the tests run with
 IDENTITY: Final = ("CLI Council", "council@localhost")
 GITLINK_MODE: Final = "160000"  # a link to a commit of another repository
 LINK_MODE: Final = "120000"  # a symbolic link
@@ -53,16 +53,16 @@ _HARMLESS_CONFIG: Final = (
 )
 #: Memory limit in bytes for git on an agent's files: a small file may expand to terabytes.
 _MAX_MEMORY: Final = 2 << 30
-#: The number of attempts for a killed command, and the seconds between two attempts.
+#: The number of attempts for a killed command, and the seconds between attempts.
 _MAX_ATTEMPTS: Final = 5
 _MIN_PAUSE: Final = 0.05
 _MAX_PAUSE: Final = 1.0
 #: Seconds to wait for other commands that may own a lock.
 _STALE_LOCK_TIMEOUT: Final = 1.0
 _KILLS: Final = frozenset({signal.SIGINT, signal.SIGKILL, signal.SIGTERM, signal.SIGPIPE})
-# Messages of git about child processes, a local server of its own, and locks (in the C locale).
+# Git's messages (C locale) about child processes, its own local server, and locks.
 _DIED: Final = re.compile(r"died of signal (\d+)")
-# Messages of the shell with which git starts such a server.
+# Messages of the shell that git uses to start that server.
 _SHELL_REPORT: Final = re.compile(r"^(?:\S+: line \d+: +\d+ )?(?:Killed|Terminated)\b", re.MULTILINE)
 _FATAL: Final = re.compile(r"^(?:remote: )?fatal: (.+)", re.MULTILINE)
 _LOST_OTHER_END: Final = re.compile(r"the remote end hung up unexpectedly|early EOF|invalid index-pack output")
@@ -102,12 +102,12 @@ _PASSED_USER_VARIABLES: Final = re.compile(
 
 
 def sealed_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment for git on our own repositories and on agents' trees."""
+    """Return the environment for git in our own repositories and agents' trees."""
     return {"PATH": environ.get("PATH", os.defpath), **_SEALED_ENV}
 
 
 def user_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment for git on the user's side: theirs, without variables that relocate a repository."""
+    """Return the user's environment for git, without variables that relocate a repository."""
     kept = {
         name: value
         for name, value in environ.items()
@@ -118,7 +118,7 @@ def user_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class FileChange:
-    """A file that differs between two commits; a missing file has mode 000000."""
+    """A file that differs between two commits. Mode 000000 means that the file is missing."""
 
     path: str
     old_mode: str
@@ -129,7 +129,7 @@ class FileChange:
 
 @dataclass(frozen=True, slots=True)
 class ConfinedPaths:
-    """Files and folders, with all contents, that a confined git command may read, and those that it may write."""
+    """The files and folders (recursively) that a confined git command may read or write."""
 
     readable: tuple[Path, ...]
     writable: tuple[Path, ...]
@@ -137,7 +137,7 @@ class ConfinedPaths:
 
 @dataclass(frozen=True, slots=True)
 class Git:
-    """Runs git in one repository; each command holds the locks `keep_fds` until it exits.
+    """Runs git in one repository. Each command inherits the lock descriptors `keep_fds` until it exits.
 
     Without a `git_dir`, git finds the repository from the `cwd` of each call.
     """
@@ -149,13 +149,13 @@ class Git:
     flags: tuple[str, ...] = ()
     """Global git options for each command."""
     scope: ConfinedPaths | None = None
-    """The paths that its sandbox allows; None: no sandbox."""
+    """The paths accessible in the sandbox; None means no sandbox."""
 
     def confined(self, *, readable: Iterable[Path] = (), writable: Iterable[Path] = ()) -> Git:
-        """Return a Git whose commands run in a sandbox: no network, no home, no other program, only these paths.
+        """Return a Git whose commands run in a sandbox that contains only these paths.
 
-        Every command that reads files an agent can write runs in one, so that no git feature that acts on these files
-        can do harm.
+        There is no network, no home folder and no other program. Every command that reads agent-writable files runs in
+        such a sandbox, so that no git feature that acts on these files can do harm.
         """
         return replace(self, scope=ConfinedPaths(tuple(readable), tuple(writable)))
 
@@ -169,11 +169,11 @@ class Git:
         keep_fds: Sequence[int] = (),
         limit: float | None = None,
     ) -> CompletedCommand:
-        """Run `git ARGS` to completion, also when cancelled; GitError if the exit code is not in `ok`.
+        """Run `git ARGS` to completion, even when cancelled.
 
-        Commands that are killed from outside, or fail on a killed command's lock in our repository, are retried a few
-        times; the last kill raises GitKilled. With `limit`, for agents' files, a command has this many seconds and
-        2 GiB of memory.
+        Raises GitError if the exit code is not in `ok`. A command that is killed externally, or fails on a lock that a
+        killed command left in our repository, is retried a few times; if the last attempt is killed, raises GitKilled.
+        `limit` (seconds) is for agents' files: it also limits memory to 2 GiB.
         """
         attempts = AsyncRetrying(
             retry=retry_if_exception(self._is_retryable),
@@ -190,7 +190,7 @@ class Git:
         raise AssertionError("the last attempt returns or raises")
 
     def _is_retryable(self, error: BaseException) -> bool:
-        """Whether a command may succeed if it is run again."""
+        """Return whether a failed command may succeed on retry."""
         if isinstance(error, GitKilled):
             return True
         match = _LOCKED.search(error.stderr) if isinstance(error, GitError) and self.git_dir is not None else None
@@ -240,7 +240,7 @@ class Git:
         except PermissionError as error:
             folder = cwd or self.git_dir
             if folder is not None and error.filename == folder:  # subprocess names the folder or the program
-                raise GitError(["git", *args], 128, f"folder {folder} can't be opened") from None
+                raise GitError(["git", *args], 128, f"can't open folder {folder}") from None
             remedy = "install your system's git, and put it first on PATH"
             raise RefusedError(f"can't start git in its sandbox: {error}", remedy) from None
         if is_triggered("git.ended"):
@@ -266,52 +266,55 @@ class Git:
         return (await self(*args, env=env, input_=input_)).stdout.decode().rstrip("\n")
 
     async def changes(self, old: str, new: str, cwd: Path | None = None) -> list[FileChange]:
-        """Return the differences of two commits, file by file; a rename is a removal and an addition."""
+        """Return the files that differ between two commits; a rename is a removal and an addition."""
         return parse_raw_diff((await self("diff-tree", "-r", "--raw", "-z", "--no-renames", old, new, cwd=cwd)).stdout)
 
     async def merge_tree(
         self, ours: str, theirs: str, env: Mapping[str, str] | None = None
     ) -> tuple[str, tuple[str, ...]]:
-        """Return the tree of a merge, and the conflicting paths; their files have markers with both names."""
+        """Return the tree of a merge and the conflicting paths, whose conflict markers show both names."""
         arguments = ("merge-tree", "--write-tree", "-z", "--name-only", "--no-messages", ours, theirs)
         merged = await self(*arguments, ok=(0, 1), env=env)
         tree, *paths = merged.stdout.decode(errors="surrogateescape").split("\0")
         return tree, tuple(dict.fromkeys(printable_name(path) for path in paths if path))
 
     async def entries(self, commit: str, paths: Collection[str], cwd: Path | None = None) -> dict[str, str]:
-        """Return a commit's entries at those of the paths that exist: mode, kind and id, separated by spaces."""
+        """Return `<mode> <kind> <id>` of a commit's entry at each path that exists."""
         if not paths:
             return {}
-        # Names are not patterns (gitglossary(7), pathspec); missing ones are not listed.
+        # Paths are literal, not patterns (gitglossary(7), pathspec); missing paths are not listed.
         literal = {"GIT_LITERAL_PATHSPECS": "1"}
         listed = await self("ls-tree", "-z", commit, "--", *sorted(paths), env=literal, cwd=cwd)
         rows = (row.partition("\t") for row in split_nul(listed.stdout))
         return {path: meta for meta, _, path in rows}
 
     async def ignored(self, paths: Iterable[str], cwd: Path, env: Mapping[str, str] | None = None) -> set[str]:
-        """Return the paths that git ignores, by the files in `cwd`."""
+        """Return the paths that git ignores according to the files in `cwd`."""
         done = await self("check-ignore", "-z", "--stdin", env=env or {}, cwd=cwd, input_=join_nul(paths), ok=(0, 1))
         return set(split_nul(done.stdout))
 
     async def is_ancestor(
         self, earlier: str, commit: str, *, cwd: Path | None = None, may_be_missing: bool = False
     ) -> bool:
-        """Whether `earlier` is `commit` or an ancestor; with `may_be_missing` False if either does not exist."""
+        """Return whether `earlier` is `commit` or one of its ancestors.
+
+        With `may_be_missing`, returns False if either does not exist.
+        """
         ok = (0, 1, 128) if may_be_missing else (0, 1)
         done = await self("merge-base", "--is-ancestor", earlier, commit, cwd=cwd, ok=ok)
         return done.returncode == 0
 
     async def has_branch(self, name: str) -> bool:
-        """Whether the repository has this branch."""
+        """Return whether the repository has this branch."""
         done = await self("show-ref", "--verify", "--quiet", f"refs/heads/{name}", ok=(0, 1))
         return done.returncode == 0
 
 
 def was_killed(returncode: int, message: str) -> bool:
-    """Whether a command, or a child of it, was killed from outside; a crashing command would crash again."""
+    """Return whether a command or its child was killed externally. A crashed command would crash again."""
     if -returncode in _KILLS or returncode - 128 in _KILLS:
         return True
-    # A server that exits by itself prints the reason in a line of its own.
+    # A server that exits by itself prints the reason on a separate line.
     if _SILENT_SERVER.fullmatch(" ".join(message.split())):
         return True
     if (fatal := _FATAL.findall(message)) and all(_LOST_OTHER_END.match(line) for line in fatal):
@@ -320,12 +323,12 @@ def was_killed(returncode: int, message: str) -> bool:
 
 
 def split_nul(output: bytes) -> list[str]:
-    """Split the output of a `-z` command; bytes that are not UTF-8 are decoded as by os.fsdecode."""
+    """Split the output of a `-z` command; invalid UTF-8 is decoded as by os.fsdecode."""
     return output.decode(errors="surrogateescape").split("\0")[:-1]
 
 
 def join_nul(entries: Iterable[str]) -> bytes:
-    """Return the input of a `-z` command: the reverse of `split_nul`."""
+    """Return the input for a `-z` command: the inverse of `split_nul`."""
     return "".join(f"{entry}\0" for entry in entries).encode(errors="surrogateescape")
 
 
@@ -337,7 +340,7 @@ def parse_raw_diff(output: bytes) -> list[FileChange]:
     ]
 
 
-#: For each PATH git's program, and the folders with the rest of its installation.
+#: The git executable and the folders with the rest of its installation, keyed by PATH.
 _INSTALLATIONS: Final[dict[str, tuple[Path, tuple[Path, ...]]]] = {}
 
 
@@ -346,13 +349,13 @@ async def _find_installation(environ: Mapping[str, str], path: str) -> tuple[Pat
     if program is None:
         raise RefusedError("git is not on PATH", _INSTALL)
     done = await Git(None, environ=environ)("--exec-path")
-    # Its libraries may be in a separate folder, for example of a package manager.
+    # Its libraries may be in a separate folder, for example when installed by a package manager.
     libraries = (await anyio.Path(program).resolve()).parent.parent / "lib"
     return Path(program), (Path(os.fsdecode(done.stdout).rstrip("\n")), Path(libraries))
 
 
 async def read_version(environ: Mapping[str, str]) -> str | None:
-    """Return git's version, as in 2.39.5; None if git is not on PATH."""
+    """Return git's version, such as `2.39.5`; None if git is not on PATH."""
     try:
         done = await Git(None, environ=environ)("--version", ok=range(128))
     except RefusedError:
@@ -361,13 +364,13 @@ async def read_version(environ: Mapping[str, str]) -> str | None:
 
 
 def is_at_least(version: str, wanted: tuple[int, int]) -> bool:
-    """Whether a version, as `read_version` returns it, is at least `wanted` (major, minor)."""
+    """Return whether a version from `read_version` is at least `wanted` (major, minor)."""
     match = re.search(r"(\d+)\.(\d+)", version)
     return match is not None and (int(match[1]), int(match[2])) >= wanted
 
 
 async def check_version(environ: Mapping[str, str]) -> None:
-    """Refuse a git that is missing or too old, with the remedy."""
+    """Raise an error with a remedy if git is missing or too old."""
     version = await read_version(environ)
     if version is None:
         raise RefusedError("git is not on PATH", _INSTALL)
@@ -376,7 +379,7 @@ async def check_version(environ: Mapping[str, str]) -> None:
 
 
 def printable_name(name: str) -> str:
-    """Return a file name as text that can be stored and printed; bytes that are not UTF-8 become escapes."""
+    """Return a file name as storable, printable text; bytes that are not UTF-8 are escaped."""
     return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
@@ -384,5 +387,5 @@ _OBJECT_ID: Final = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
 
 
 def is_object_id(text: str) -> bool:
-    """Whether this is a full object id, SHA-1 or SHA-256."""
+    """Return whether the text is a full object id, SHA-1 or SHA-256."""
     return _OBJECT_ID.fullmatch(text) is not None

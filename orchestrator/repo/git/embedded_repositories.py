@@ -1,4 +1,4 @@
-"""Find folders of a tree that git would treat as a repository: its commands would obey their configuration."""
+"""Find folders in a tree that git would treat as repositories and whose configuration it would obey."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Final
 
 from orchestrator.repo.git.command import Git, split_nul
 
-#: The entries of such a folder (`is_git_directory` in git's setup.c); some file systems ignore case.
+#: The entries that make a folder a repository (`is_git_directory` in git's setup.c). Some file systems ignore case.
 _PARTS: Final = ("**/HEAD", "**/commondir", "**/config", "**/objects", "**/objects/**", "**/refs", "**/refs/**")
 
 
 async def find_embedded_repository(git: Git, base: str, tree: str) -> str | None:
-    """Return a folder that is a repository in `tree` and was changed since `base`; None if there is none.
+    """Return a folder of `tree` that git treats as a repository and that changed since `base`, or None.
 
-    The top does not count: git finds the repository that it is the checkout of.
+    The top folder does not count: there, git finds the repository of the checkout first.
     """
     patterns = [f":(top,glob,icase){part}" for part in _PARTS]
     command = ("diff-tree", "-r", "-t", "-z", "--name-only", "--no-renames", "--diff-filter=d")

@@ -1,8 +1,8 @@
-"""Update the file metadata in git's index for a copied checkout: see gitformat-index(5).
+"""Update the file metadata in git's index for a copied checkout (gitformat-index(5)).
 
-Git considers a file unchanged only if its times, inode, owner and size match the index; in a copied checkout it would
-read every file, which takes longer than copying. It also reads each file that is not at least a clock second older than
-the index (racy git), and so every file of a fresh checkout.
+Git considers a file unchanged only if its times, inode, owner and size match the index. In a copied checkout it would
+therefore read every file, which takes longer than copying. It also reads each file that is not at least one clock
+second older than the index (racy git), so it would read every file of a fresh checkout.
 
 Imports only the standard library, because `orchestrator.repo.worktrees.scan_worker` runs it.
 """
@@ -25,13 +25,13 @@ _EXTENDED, _NAME = 0x4000, 0x0FFF
 _SKIP_WORKTREE = 0x4000
 _GITLINK = 0o160000
 _SHA1 = 20
-#: Nanoseconds by which files are dated back before their index.
+#: Nanoseconds by which file times are set before the time of the index.
 _AGE: Final = 10 * 10**9
 _32_BITS = 0xFFFFFFFF
 
 
 def count_entries(index: Path) -> int:
-    """Return the number of files in an index; 0 if it is not an index. Blocks."""
+    """Return the number of files in an index; 0 if the file is not an index. Blocks."""
     with index.open("rb") as file:
         header = file.read(_HEADER.size)
     if len(header) < _HEADER.size:
@@ -41,9 +41,10 @@ def count_entries(index: Path) -> int:
 
 
 def refresh_index_stats(index: Path, tree: Path) -> bool:
-    """Update an index for the files in `tree`, which have the recorded content, and set their times back. Blocks.
+    """Update an index for the files in `tree`, and backdate these files. Blocks.
 
-    Returns False, with the index unchanged, if git was configured to write another format, or a file is missing.
+    The files must have the content that the index records. Returns False and leaves the index unchanged if it has
+    another format or a file is missing.
     """
     data = bytearray(index.read_bytes())
     try:
@@ -64,7 +65,7 @@ def refresh_index_stats(index: Path, tree: Path) -> bool:
 
 
 def _refresh_entry(data: bytearray, offset: int, folder: bytes, timestamp: int) -> int:
-    """Update the entry at an offset and its file's times; return the offset of the next entry."""
+    """Update the entry at an offset and the times of its file; return the offset of the next entry."""
     *_, mode = _ENTRY.unpack_from(data, offset)[:7]
     (flags,) = struct.unpack_from(">H", data, offset + _ENTRY.size - 2)
     begin, more = offset + _ENTRY.size, 0

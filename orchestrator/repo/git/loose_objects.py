@@ -1,4 +1,4 @@
-"""Read loose objects from a folder of objects without git (gitformat-loose(5))."""
+"""Read loose objects from an object folder without running git (gitformat-loose(5))."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MAX_HEADER = 64  # bytes: a kind and a size
 
 
 class LooseObject(NamedTuple):
-    """An object: its kind (`blob`, `tree`, `commit`, `tag`), its size in bytes, and the content that was read."""
+    """An object: kind (`blob`, `tree`, `commit`, `tag`), size in bytes, and the content read."""
 
     kind: str
     size: int
@@ -22,9 +22,10 @@ class LooseObject(NamedTuple):
 
 
 def read_loose_object(objects: Path, name: str, most: int | None = None) -> LooseObject | None:
-    """Return an object from a folder that only our own git writes, with at most `most` bytes of content. Blocks.
+    """Return an object with at most `most` bytes of its content, or None. Blocks.
 
-    Returns None if it is not a loose object there, or damaged: then git reports the damage.
+    Only our own git may write to the folder. Returns None if the object is not loose, or is damaged; git then reports
+    the damage.
     """
     try:
         with (objects / name[:2] / name[2:]).open("rb") as file:
@@ -37,7 +38,7 @@ def read_loose_object(objects: Path, name: str, most: int | None = None) -> Loos
 
 
 def has_valid_hash(file: Path, name: str) -> bool:
-    """Whether a regular file contains the object of that name, by its hash (gitformat-loose(5)). Blocks."""
+    """Return whether a regular file contains the object with that id, by hashing it. Blocks."""
     digest = hashlib.new("sha1" if len(name) == 40 else "sha256", usedforsecurity=False)
     decompressor = zlib.decompressobj()
     with suppress(OSError, zlib.error):

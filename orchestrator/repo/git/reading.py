@@ -1,4 +1,4 @@
-"""Read refs, commits and diffs, with GitPython where no process is needed."""
+"""Read refs, commits and diffs; GitPython avoids a process where possible."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class CommitSummary:
-    """A commit's subject line, and its committer's time in seconds since 1970."""
+    """A commit's subject line and committer time (seconds since 1970)."""
 
     subject: str
     committed: int
@@ -30,12 +30,12 @@ class CommitSummary:
 
 @cache
 def _sealed_repo() -> tuple[type[git.Repo], type[Exception]]:
-    """Return the class of repositories, and that of their errors."""
-    # Late: importing GitPython takes as long as all our other imports together.
+    """Return GitPython's repository class and its base error class."""
+    # Imported late: importing GitPython takes as long as all other imports together.
     import git  # noqa: PLC0415
 
     class SealedGit(git.Git):
-        """GitPython's processes without the caller's environment: it could relocate the repository or run programs."""
+        """Runs GitPython's processes without our environment, which could relocate the repository or run programs."""
 
         def execute(self, command: Sequence[str], *args: Any, **kwargs: Any) -> Any:
             variables = (f"{name}={value}" for name, value in sealed_environment(self.environment()).items())
@@ -48,7 +48,7 @@ def _sealed_repo() -> tuple[type[git.Repo], type[Exception]]:
 
 
 async def _read(repository: Git, read: Callable[[git.Repo], T]) -> T:
-    """Run `read` on a repository of ours, in a thread; GitError if it can't be read."""
+    """Run `read` on one of our repositories in a thread. Raises GitError if it can't be read."""
     return await anyio.to_thread.run_sync(partial(_open_and_read, repository, read))
 
 
@@ -63,14 +63,14 @@ def _open_and_read(repository: Git, read: Callable[[git.Repo], T]) -> T:
 
 
 async def list_refs(repository: Git, *prefixes: str) -> dict[str, str]:
-    """Return the object ids of the refs below prefixes such as `refs/heads/`, by full name."""
+    """Return object ids keyed by full ref name, for refs below prefixes such as `refs/heads/`."""
     listed = await repository.line("for-each-ref", "--format=%(objectname) %(refname)", *prefixes)
     pairs = (line.split(" ", 1) for line in listed.splitlines())
     return {name: commit for commit, name in pairs}
 
 
 async def read_commits(repository: Git, commits: Collection[str]) -> dict[str, CommitSummary]:
-    """Return the summaries of commits, by id."""
+    """Return commit summaries, keyed by id."""
 
     def read(opened: git.Repo) -> dict[str, CommitSummary]:
         found = {commit: opened.commit(commit) for commit in commits}
@@ -83,7 +83,7 @@ async def read_commits(repository: Git, commits: Collection[str]) -> dict[str, C
 
 
 async def diff_trees(repository: Git, base: str, commit: str, options: Sequence[str]) -> bytes:
-    """Return the output of `git diff-tree -r` with options of ours."""
+    """Return the output of `git diff-tree -r` with our options."""
 
     def read(opened: git.Repo) -> bytes:
         exact = {"stdout_as_string": False, "strip_newline_in_stdout": False}
@@ -93,7 +93,7 @@ async def diff_trees(repository: Git, base: str, commit: str, options: Sequence[
 
 
 async def read_ref(repository: Path, ref: str) -> str | None:
-    """Return the object id of a ref in the user's repository without running git; None if it does not exist.
+    """Return the object id of a ref in the user's repository without running git, or None.
 
     `repository` is a git directory or the top of a checkout. Raises GitError if it can't be read.
     """
@@ -102,7 +102,7 @@ async def read_ref(repository: Path, ref: str) -> str | None:
 
 def _read_ref(repository: Path, ref: str) -> str | None:
     own = repository / ".git"
-    with suppress(OSError):  # packed, in another format, or missing: GitPython finds out
+    with suppress(OSError):  # packed, in another format, or missing: ask GitPython
         value = ((own if own.exists() else repository) / ref).read_text(errors="replace").rstrip("\n")
         if is_object_id(value):
             return value
@@ -116,9 +116,9 @@ def _read_any_ref(repository: Path, ref: str) -> str | None:
     try:
         with git.Repo(repository) as opened:
             return git.SymbolicReference.dereference_recursive(opened, ref)
-    except ValueError:  # GitPython raises it for a missing ref
+    except ValueError:  # GitPython raises this for a missing ref
         return None
-    except (git.exc.InvalidGitRepositoryError, git.exc.NoSuchPathError):  # their message is the path alone
-        raise GitError(["rev-parse", ref], 128, f"{repository} is not a git repository any more") from None
+    except (git.exc.InvalidGitRepositoryError, git.exc.NoSuchPathError):  # the message is only the path
+        raise GitError(["rev-parse", ref], 128, f"{repository} is no longer a git repository") from None
     except (git.exc.GitError, OSError) as error:
         raise GitError(["rev-parse", ref], 128, f"{repository}: {error}") from error

@@ -1,7 +1,7 @@
-"""Remove lock files and half-written objects that killed git commands left in our own repositories.
+"""Remove lock files and partial objects that killed git commands left in our repositories.
 
-The owner of such a file existed before the file. So when all git commands that were running when the file was found
-have exited, and it is still the same file, it has no owner; commands started later need not be waited for.
+The owner of such a file started before the file was created. So once all git commands that were running when the file
+was found have exited, an unchanged file has no owner. There is no need to wait for commands started later.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ _PROCESSES: Final = Path("/proc")
 _POLL_INTERVAL: Final = 0.02  # seconds
 
 
-# Git's names of objects, packs and folders while it writes them (odb_mkstemp in its environment.c).
+# Git's names for objects, packs and folders that it is writing (odb_mkstemp in its environment.c).
 _OBJECTS: Final = ("tmp_*", "pack/tmp_*", "pack/.tmp-*", "[0-9a-f][0-9a-f]/tmp_obj_*")
 
 
 @dataclass(frozen=True, slots=True)
 class GitTempFile:
-    """A file or folder that git removes at exit; every possible owner has `variable` in its environment."""
+    """A file or folder that git removes on exit. Every possible owner has `variable` in its environment."""
 
     path: Path
     variable: bytes
 
 
 def list_locks(git_dir: Path) -> list[GitTempFile]:
-    """Return the lock files in a repository, whether their owners live or not. Blocks."""
+    """Return the lock files in a repository, with or without a living owner. Blocks."""
     return [GitTempFile(path, _variable("GIT_DIR", git_dir)) for path in git_dir.rglob("*.lock") if path.is_file()]
 
 
 def list_partial_objects(git_dir: Path) -> list[GitTempFile]:
-    """Return the incomplete objects in a repository, whether their writers live or not. Blocks."""
+    """Return the partial objects in a repository, with or without a living writer. Blocks."""
     paths = [path for pattern in _OBJECTS for path in (git_dir / "objects").glob(pattern)]
     return [GitTempFile(path, _variable("GIT_DIR", git_dir)) for path in paths]
 
@@ -48,7 +48,7 @@ def list_index_locks(index: Path) -> list[GitTempFile]:
 
 
 def remove_unowned(files: Iterable[GitTempFile], limit: float) -> None:
-    """Remove the files that no living command can own; wait up to `limit` seconds for possible owners. Blocks."""
+    """Remove files that no running command owns, waiting up to `limit` seconds for possible owners. Blocks."""
     pending = {file: inode for file in files if (inode := _inode(file.path)) is not None}
     if not _PROCESSES.is_dir():  # macOS: owners are unknown
         return
@@ -74,7 +74,7 @@ def _remove(path: Path) -> None:
 
 
 def is_git_running(git_dir: Path) -> bool:
-    """Whether a process has our repository as its GIT_DIR; True without /proc, where it is unknown. Blocks."""
+    """Return whether a process has our repository as GIT_DIR; True if unknown (no /proc). Blocks."""
     return not _PROCESSES.is_dir() or bool(_processes_with(_variable("GIT_DIR", git_dir)))
 
 

@@ -1,1 +1,1 @@
-"""Bring the work of a session into the hub: staged, inspected, quarantined. `collect` is the entry point."""
+"""Stage, inspect and quarantine a session's work, and import it into the hub. Entry point: `collect`."""

@@ -1,10 +1,9 @@
 """Collect an agent's work from its worktree as one commit in the trusted repository.
 
-The files in the checkout count. We stage them in our repository and with our index, so that no filter or hook of the
-agent's runs. The agent's commits on its own branch are kept as history if they descend from its base; they enter as
-objects that were read, hashed and checked again. Commits on no branch of ours (other branches, tags, stashes, a
-detached HEAD) are kept under refs/salvage. No secret and no huge file enters by any of these ways
-(`repo.intake.inspection`).
+The files in the checkout are the result. We stage them in our repository with our index, so that none of the agent's
+filters or hooks run. The agent's commits on its branch are kept as history if they descend from its base; each object
+is read, hashed and checked again before import. Commits on other branches, tags, stashes and a detached HEAD are
+preserved under refs/salvage. None of these paths admits secrets or huge files (`repo.intake.inspection`).
 """
 
 from __future__ import annotations
@@ -39,10 +38,10 @@ _MAX_SALVAGED = 50
 class CollectedWork:
     """The work collected from a worktree.
 
-    `commit`: the difference from the base, None if there is none. `refused`: why it can't be landed, or None.
-    `complete`: whether the trusted repository has everything that may count; otherwise the worktree is the only copy of
-    the rest. `left_out`: the paths of secrets and huge files, which the commit does not have: a retry won't help.
-    `salvaged`: the refs created for commits on no branch. `notes`: what else was not collected, and why.
+    `commit`: the commit with the changes, or None without changes. `refused`: why it can't be landed, or None.
+    `complete`: whether the trusted repository has all admissible work; if not, the worktree is the only copy of the
+    rest. `left_out`: the paths of secrets and huge files excluded from the commit; a retry won't help. `salvaged`: the
+    refs created for commits on no branch. `notes`: what else was not collected, and why.
     """
 
     commit: str | None
@@ -56,17 +55,15 @@ class CollectedWork:
 async def collect_work(
     git: Git, worktree: Worktree, base: str, message: str, *, admit: IntakeRules, diff: TreeDiff | None = None
 ) -> CollectedWork:
-    """Commit the worktree's changes since `base` to the attempt's branch; `git` runs in the trusted repository.
+    """Commit the worktree's changes since `base` to the attempt's branch.
 
-    With `diff`, the changes since the slot was assigned, fewer files are read.
-
-    Safe to repeat: a second call finds the same content and makes the same commit content again. The caller knows that
-    no process of the session is running.
+    No session process may be running. `git` runs in the trusted repository. `diff`, the changes since the slot was
+    assigned, limits the files that are read. Safe to repeat: a second call commits the same content again.
     """
     try:
         return await _collect_all(git, worktree, base, message, admit, diff)
     finally:
-        # The folder also has rejected objects.
+        # The folder also contains rejected objects.
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(partial(shutil.rmtree, worktree.import_folder, ignore_errors=True))
 
@@ -92,20 +89,20 @@ async def _collect_all(
 
 
 def _open(worktree: Worktree, diff: TreeDiff | None) -> tuple[list[str], SessionRefs]:
-    """Make a session's folders accessible; return those that can't be opened, and its refs. Blocks."""
+    """Make a session's folders accessible; return those that can't be opened, and the refs. Blocks."""
     unread = [*restore_access(worktree.tree, diff), *restore_access(worktree.git_dir)]
     return unread, read_session_refs(worktree.git_dir)
 
 
 async def _own_commits(history: SessionCommits, refs: SessionRefs) -> tuple[str, tuple[str, ...]]:
-    """Return the tip of the agent's own commits if they can be kept as history, else the base and the reason."""
+    """Return the tip of the agent's commits if they can be kept as history, else the base and a reason."""
     tip = refs.refs.get(f"refs/heads/{history.worktree.branch}", history.base)
     if tip == history.base:
         return history.base, ()
     why = await history.import_commits(tip, history.base, descends=True)
     if why is None:
         return tip, ()
-    return history.base, (f"its own commits are not kept as history: {why}",)
+    return history.base, (f"its own commits were not kept as history: {why}",)
 
 
 async def _collect_files(
@@ -122,11 +119,11 @@ async def _collect_files(
     if tip == base and not staged.changes:
         return CollectedWork(None, refused, complete=refused is None, left_out=left_out)
     tree = await git.line("write-tree", env={"GIT_INDEX_FILE": str(worktree.index)})
-    base_tree = tip_tree = None  # unless it has commits, only changed files get here
+    base_tree = tip_tree = None  # without commits, only changed files are collected
     if tip != base:
         tip_tree, base_tree = (await git.line("rev-parse", f"{tip}^{{tree}}", f"{base}^{{tree}}")).split()
         if tree == base_tree and head != f"ref: refs/heads/{worktree.branch}":
-            # It switched back to the base or elsewhere: its branch is its work.
+            # The agent switched to the base or elsewhere: its work is on its branch.
             tree = tip_tree
     own = tip
     if tree != tip_tree:
@@ -143,7 +140,7 @@ async def _collect_files(
 
 @dataclass(frozen=True, slots=True)
 class _Staged:
-    """Why some files are not staged, the rejected paths, and the changes of the index from the base."""
+    """The reasons for unstaged files, the rejected paths, and the index's changes from the base."""
 
     refused: str | None
     left_out: tuple[str, ...] = ()
@@ -151,7 +148,7 @@ class _Staged:
 
 
 async def _stage(history: SessionCommits, diff: TreeDiff | None, unread: Sequence[str]) -> _Staged:
-    """Stage all files of the checkout that can and may be staged; the folders `unread` can't be opened."""
+    """Stage all admissible files of the checkout; the folders `unread` can't be opened."""
     worktree = history.worktree
     blocked = await anyio.to_thread.run_sync(_clear_blocking_files, worktree, diff)
     if blocked is None:
@@ -172,12 +169,15 @@ async def _stage(history: SessionCommits, diff: TreeDiff | None, unread: Sequenc
         reasons.append(f"left out of its commit: {join_names(named, 10, '; ')}")
     problem = staged.problem or (f"{printable_name(unread[0])[-100:]!r} can't be opened" if unread else None)
     if problem is not None:
-        reasons.append(f"some of its files can't be staged ({problem}): find them in {worktree.tree}")
+        reasons.append(f"some files could not be staged ({problem}); they are in {worktree.tree}")
     return _Staged("; ".join(reasons) or None, tuple(sorted(map(printable_name, staged.refused))), staged.changes)
 
 
 def _clear_blocking_files(worktree: Worktree, diff: TreeDiff | None) -> list[str] | None:
-    """Remove files that git would block on; return the folders that can't be opened, None without a checkout."""
+    """Remove files that git would block on; return the folders that can't be opened.
+
+    Returns None without a checkout.
+    """
     if not is_folder(worktree.tree):
         return None
     if is_folder(worktree.git_dir):
@@ -193,11 +193,11 @@ def _describe_nested_repository(changes: Iterable[FileChange]) -> str | None:
 
 
 async def _salvage(history: SessionCommits, refs: SessionRefs, tip: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Keep commits that neither base nor `tip` has; return the refs created, and notes on what was not kept."""
+    """Preserve commits that are in neither base nor `tip`; return the refs created and notes on failures."""
     worktree = history.worktree
     before: dict[str, str] | None = None
     created: dict[str, str] = {}
-    notes = [] if refs.complete else ["it has too many refs: only some were read"]
+    notes = [] if refs.complete else ["too many refs: only some were read"]
     for name, target in _candidates(refs, worktree.branch):
         if target in {history.base, tip}:
             continue
@@ -205,22 +205,22 @@ async def _salvage(history: SessionCommits, refs: SessionRefs, tip: str) -> tupl
             commit = await history.resolve_commit(target)
             if commit is None or commit in created or not await history.is_unreachable_from(commit, history.base, tip):
                 continue
-        except GitError as error:  # it refers to missing objects: nothing can be saved
+        except GitError as error:  # it refers to missing objects: nothing can be preserved
             if is_resource_exhaustion(error):
                 raise
             continue
         if len(created) == _MAX_SALVAGED:
-            notes.append(f"only {_MAX_SALVAGED} refs were salvaged")
+            notes.append(f"too many refs: only {_MAX_SALVAGED} were salvaged")
             break
         safe = history.admit.redactor.text(name)
         ref = _free_ref(salvage_ref_name(worktree.run, worktree.task, worktree.attempt, safe), created)
         if before is None:
-            # The refs that an earlier, interrupted call has created.
+            # The refs created by an earlier, interrupted call.
             folder = f"refs/salvage/{worktree.run}/{worktree.task}.{worktree.attempt}/"
             before = await list_refs(history.git, folder)
         if before.get(ref) != commit:
             if why := await history.import_commits(commit, history.base, tip):
-                notes.append(f"{printable_name(name)!r} is not salvaged: {why}")
+                notes.append(f"{printable_name(name)!r} was not salvaged: {why}")
                 continue
             await history.git("update-ref", ref, commit)
         created[commit] = ref
@@ -236,7 +236,7 @@ def _candidates(refs: SessionRefs, branch: str) -> Iterator[tuple[str, str]]:
 
 
 def salvage_ref_name(run: str, task: str, attempt: int, name: str) -> str:
-    """Return the ref that keeps commits an attempt had on no branch; characters invalid in refs become `-`."""
+    """Return the ref for an attempt's commits on no branch; characters invalid in refs become `-`."""
     safe = re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")[:64] or "ref"
     return f"refs/salvage/{run}/{task}.{attempt}/{safe}"
 

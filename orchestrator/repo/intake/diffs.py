@@ -1,4 +1,4 @@
-"""Show the changes of work: between two commits, and in a running session."""
+"""Show changes between two commits or in a running session."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from orchestrator.repo.intake.session_refs import read_session_refs
 from orchestrator.repo.intake.staging import StagingArea, StagingResult, find_blocking_files, stage_files
 from orchestrator.repo.worktrees.worktrees import Worktree
 
-#: In a prompt, a larger diff is shown as counts only.
+#: In a prompt, a larger diff is reduced to counts.
 _MAX_FILES = 200
 _MAX_LINES = 3_000
-#: Counting of a session's commits stops here.
+#: The maximum number of a session's commits to count.
 MAX_COMMITS = 10_000
 #: Seconds for git to count them.
 _COUNT_TIMEOUT = 30.0
@@ -37,7 +37,7 @@ async def diff_commits(git: Git, base: str, commit: str, *, stat: bool = False) 
 
 
 async def diff_commits_bounded(git: Git, base: str, commit: str) -> str:
-    """Return a readable diff of two commits: counts by file, then the lines unless there are too many."""
+    """Return a readable diff of two commits: counts per file, then the lines unless there are too many."""
     changes = await count(git, base, commit)
     text = (await diff_commits(git, base, commit, stat=True)).decode(errors="replace")
     if changes.files > _MAX_FILES or changes.added + changes.removed > _MAX_LINES:
@@ -46,22 +46,22 @@ async def diff_commits_bounded(git: Git, base: str, commit: str) -> str:
 
 
 async def diff_session(git: Git, worktree: Worktree, base: str, *, admit: IntakeRules, stat: bool = False) -> bytes:
-    """Return the diff between a session's base and its current files, while the session may be running.
+    """Return the diff between a session's base and its current files.
 
-    Changes neither index, and keeps no object. Secrets and huge files are left out and named in lines that begin with
-    `#`, before the diff. Raises RefusedError if there is no readable checkout.
+    The session may be running. Leaves both indexes unchanged and keeps no objects. Secrets and huge files are omitted
+    and listed before the diff in lines that begin with `#`. Raises RefusedError if there is no readable checkout.
     """
     async with _staged(git, worktree, base, admit) as (staging, staged):
         options = _options(stat=stat)
         done = await staging.confine(git)("diff-index", "--cached", *options, base, env=staging.env)
     lines = [f"# left out: {printable_name(path)!r}: {why}\n" for path, why in sorted(staged.refused.items())]
     if staged.problem is not None:
-        lines.append(f"# some of its files can't be read: {staged.problem}\n")
+        lines.append(f"# some files can't be read: {staged.problem}\n")
     return "".join(lines).encode(errors="replace") + done.stdout
 
 
 async def count_session_changes(git: Git, worktree: Worktree, base: str, *, admit: IntakeRules) -> Changes:
-    """Count a session's changes so far; like `diff_session`, without secrets and huge files."""
+    """Count a session's changes so far, excluding secrets and huge files like `diff_session`."""
     async with _staged(git, worktree, base, admit) as (staging, _):
         done = await staging.confine(git)("diff-index", "--cached", *COUNTS, base, env=staging.env)
     return parse_numstat(done.stdout.splitlines())
@@ -80,7 +80,7 @@ async def count_session_commits(git: Git, worktree: Worktree, base: str) -> int:
         command = ("rev-list", "--count", f"--max-count={MAX_COMMITS}", tip, f"^{base}")
         confined = git.confined(readable=(worktree.hub.objects, worktree.git_dir, folder))
         return int((await confined(*command, env=env, limit=_COUNT_TIMEOUT)).stdout)
-    except GitError:  # the session may be writing them
+    except GitError:  # the session may be writing to them
         return 0
     finally:
         with anyio.CancelScope(shield=True):
@@ -91,7 +91,7 @@ async def count_session_commits(git: Git, worktree: Worktree, base: str) -> int:
 async def _staged(
     git: Git, worktree: Worktree, base: str, admit: IntakeRules
 ) -> AsyncIterator[tuple[StagingArea, StagingResult]]:
-    """Stage a session's files in a copy of our index, for the time of the body."""
+    """Stage a session's files in a copy of our index for the duration of the `with` block."""
     folder = await anyio.to_thread.run_sync(_prepare, worktree)
     try:
         staging = StagingArea(worktree.tree, folder / "index", Quarantine(folder / "objects", worktree.hub.objects))
@@ -106,13 +106,13 @@ def _options(*, stat: bool) -> list[str]:
 
 
 def _prepare(worktree: Worktree) -> Path:
-    """Copy our index of the checkout, which tells git which files it need not read again."""
+    """Copy our index of the checkout, so that git rereads only changed files."""
     name = f"{worktree.task}.{worktree.attempt}"
-    remedy = "try again while the session is running or after it has ended"
+    remedy = "try again while the session is running, or after it has ended"
     if not worktree.index.exists() or not worktree.tree.is_dir() or worktree.tree.is_symlink():
         raise RefusedError(f"attempt {name} has no checkout", remedy)
     if pipe := next(find_blocking_files(worktree.tree), None):
-        raise RefusedError(f"git can't read {printable_name(str(pipe))!r}, it is not a regular file", remedy)
+        raise RefusedError(f"git can't read {printable_name(str(pipe))!r}: not a regular file", remedy)
     folder = _live_folder(worktree)
     try:
         shutil.copyfile(worktree.index, folder / "index")

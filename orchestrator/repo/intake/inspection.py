@@ -1,4 +1,4 @@
-"""Decide which files of an agent may enter: no secrets and no huge files, judged by name, size and content."""
+"""Decide which agent files are admitted, by name, size and content: no secrets, no huge files."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from orchestrator.repo.git.blobs import batch_by_size, cat_blobs, parse_blobs
 from orchestrator.repo.git.command import GITLINK_MODE, LINK_MODE, FileChange, Git, printable_name, split_nul
 from orchestrator.repo.git.loose_objects import LooseObject, read_loose_object
 
-MAX_FILE_BYTES = 50 << 20  # the large hosts accept this without a warning
-#: Total bytes and files of a session's changes, which git can stage within its time limit.
+MAX_FILE_BYTES = 50 << 20  # the large git hosts accept this size without a warning
+#: Maximum total bytes and files of a session's changes, chosen so that git can stage them within its time limit.
 MAX_TOTAL_BYTES, MAX_FILES = 1 << 30, 200_000
-_WITHOUT_CONTENT = frozenset({GITLINK_MODE, "040000"})  # repositories and folders: they have a name only
+_WITHOUT_CONTENT = frozenset({GITLINK_MODE, "040000"})  # repositories and folders are judged by name only
 _SUBMODULES, _SEPARATORS = ".gitmodules", re.compile(r"[\\/]")
 # Characters with a special meaning in a .gitignore; see gitignore(5).
 _SPECIAL, _ESCAPED = re.compile(r"[\\*?\[ ]"), r"\\\g<0>"
-_BATCH_BYTES = 32 << 20  # bytes of content to read at a time
+_BATCH_BYTES = 32 << 20  # bytes of content per read
 
 
 @dataclass(frozen=True, slots=True)
 class IntakeRules:
-    """The rules: the largest file in bytes, and the secrets that no file may contain.
+    """Admission rules: the maximum file size in bytes, and the secrets that no file may contain.
 
-    `scratch_patterns` are .gitignore patterns of files that are not work unless the base has them. `withheld` are the
-    paths that we provide in worktrees: nothing at or below them is work, and no commit may contain it.
+    `scratch_patterns` are .gitignore patterns of files that are not collected unless the base has them. `withheld` are
+    the paths that we provide in worktrees: nothing at or below them is collected or may be in a commit.
     """
 
     redactor: Redactor
@@ -44,11 +44,11 @@ class IntakeRules:
 
     @classmethod
     def of(cls, environ: Mapping[str, str]) -> IntakeRules:
-        """Return the rules that exclude the secrets of this environment."""
+        """Return the rules that exclude the secrets in this environment."""
         return cls(Redactor(secret_values(environ)))
 
     def check_file(self, path: str, size: int) -> str | None:
-        """Return why a file of this name and size (bytes) may not enter, None if it may."""
+        """Return why a file of this name and size (bytes) is not admitted; None if it is."""
         if why := self.check_name(path):
             return why
         if is_secret_file(path):
@@ -56,41 +56,42 @@ class IntakeRules:
         if below := next((withheld for withheld in self.withheld if withheld.startswith(f"{path}/")), None):
             return f"it replaces a folder above {printable_name(below)!r}, which council provides"
         if size > self.max_file:
-            return f"it has {size} bytes, more than the limit of {self.max_file}"
+            return f"it has {size} bytes (limit: {self.max_file})"
         return None
 
     def check_total(self, files: int, size: int) -> str | None:
-        """Return why this number of changed files and bytes may not enter, None if it may."""
+        """Return why this number of changed files and bytes is not admitted; None if it is."""
         if files <= self.max_files and size <= self.max_total:
             return None
-        return f"too much to stage: {files} files of {size} bytes, the limit is {self.max_files} of {self.max_total}"
+        limits = f"limits: {self.max_files} files, {self.max_total} bytes"
+        return f"too much to stage: {files} files, {size} bytes in total ({limits})"
 
     def check_name(self, path: str) -> str | None:
-        """Return why no file or folder of this name may enter, None if it may."""
+        """Return why a file or folder of this name is not admitted; None if it is."""
         if self.find_withheld(path) is not None:
-            return "it was put into the worktree from your checkout (`worktrees.copy` and `link`)"
+            return "council provides it from your checkout (`worktrees.copy` or `worktrees.link`)"
         if (name := find_reserved_name(path)) is not None:
             return f"{name} is reserved: programs would act on its contents"
         return "its name contains a secret" if self.redactor.find_secrets(os.fsencode(path)) else None
 
     def find_withheld(self, path: str) -> str | None:
-        """Return the withheld path at or above a path, None if there is none."""
+        """Return the withheld path at or above a path, or None."""
         return next((top for top in self.withheld if path == top or path.startswith(f"{top}/")), None)
 
     @property
     def ignored(self) -> list[str]:
-        """The .gitignore patterns of files that are not work."""
+        """The .gitignore patterns of files that are not collected."""
         return [*self.scratch_patterns, *(f"/{_SPECIAL.sub(_ESCAPED, path)}" for path in self.withheld)]
 
 
 async def find_rejected_paths(
     git: Git, changes: Iterable[FileChange], admit: IntakeRules, env: Mapping[str, str], loose: Sequence[Path] = ()
 ) -> dict[str, str]:
-    """Return the changed paths that may not enter, each with the reason.
+    """Return the changed paths that are not admitted, each with a reason.
 
-    `old_id` of a change is the base's object at the path: a secret that is there already is not new. Git runs with
-    `env`, which gives the location of the objects; objects in the folders `loose` are read without git. At most about
-    32 MiB or one file are in memory at a time.
+    Secrets that the base's object (`old_id` of the change) already contains are allowed. Git runs with `env`, which
+    locates the objects; objects in the folders `loose` are read without git. At most about 32 MiB, or one file, are in
+    memory at a time.
     """
     present = [change for change in changes if change.new_id != change.old_id and int(change.new_mode, 8)]
     by_name = {change.path: why for change in present if (why := admit.check_name(change.path))}
@@ -113,9 +114,9 @@ async def find_rejected_paths(
 
 
 async def _check_submodules(git: Git, file: FileChange, env: Mapping[str, str]) -> str | None:
-    """Return why `git fsck` would reject a description of submodules, and so would a server; None if it would not."""
+    """Return why `git fsck`, and hence a server, would reject a .gitmodules file; None if valid."""
     if file.new_mode == LINK_MODE:
-        return "it is a symbolic link: git rejects that"
+        return "it is a symbolic link, which git rejects"
     listed = await git("config", "--null", "--list", "--blob", file.new_id, env=env, ok=(0, 1, 128))
     for entry in split_nul(listed.stdout):
         key, _, value = entry.partition("\n")
@@ -125,20 +126,20 @@ async def _check_submodules(git: Git, file: FileChange, env: Mapping[str, str]) 
         is_command = field == "update" and value.startswith("!")
         is_outside = not name or ".." in _SEPARATORS.split(name)
         if section == "submodule" and rest.count(".") and (is_option or is_command or is_outside or "\n" in value):
-            return f"git rejects its `{key}`: it could run a command or write outside of the repository"
+            return f"git rejects its `{key}`, which could run a command or write outside the repository"
     return None
 
 
 @dataclass(frozen=True, slots=True)
 class _Objects:
-    """Reads objects: loose ones from the folders `loose`, others by git with `env`."""
+    """Reads objects: loose ones from the folders `loose`, others with git and `env`."""
 
     git: Git
     env: Mapping[str, str]
     loose: Sequence[Path]
 
     async def sizes(self, ids: Collection[str]) -> dict[str, int]:
-        """Return the size of each object in bytes; GitError if one is missing."""
+        """Return the size of each object in bytes. Raises GitError if one is missing."""
         sizes = await anyio.to_thread.run_sync(self._sizes_of_files, ids)
         listed = "".join(f"{name}\n" for name in ids if name not in sizes).encode()
         if not listed:
@@ -147,11 +148,11 @@ class _Objects:
         pairs = [line.split() for line in done.stdout.decode().splitlines()]
         missing = [name for name, size in pairs if not size.isdigit()]
         if missing:
-            raise GitError(["cat-file"], 0, f"{missing[0]} is missing")
+            raise GitError(["cat-file"], 0, f"object {missing[0]} is missing")
         return sizes | {name: int(size) for name, size in pairs}
 
     async def find(self, ids: Iterable[str], redactor: Redactor) -> dict[str, set[bytes]]:
-        """Return the secrets in each object that has some."""
+        """Return the secrets found, keyed by object."""
         secrets, packed = await anyio.to_thread.run_sync(self._find_in_files, ids, redactor)
         if not packed:
             return secrets
@@ -159,7 +160,7 @@ class _Objects:
         return secrets | await anyio.to_thread.run_sync(_find_in_output, output, redactor)
 
     async def known(self, base_id: str, redactor: Redactor) -> set[bytes]:
-        """Return the secrets in an object; none for the null id (all zeros)."""
+        """Return the secrets in an object; empty for the null id (all zeros)."""
         if not base_id.strip("0"):
             return set()
         return (await self.find([base_id], redactor)).get(base_id, set())

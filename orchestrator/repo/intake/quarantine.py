@@ -1,4 +1,4 @@
-"""Quarantine an agent's objects in a folder next to the hub's objects, without alternates, until they are admitted."""
+"""Quarantine an agent's objects in a separate folder without alternates until they are admitted."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from orchestrator.repo.git.loose_objects import has_valid_hash
 
 @dataclass(frozen=True, slots=True)
 class Quarantine:
-    """A folder of objects; `hub` is the folder of objects that they enter on admission."""
+    """A quarantine folder for objects; `hub` is the object folder they move to on admission."""
 
     objects: Path
     hub: Path
 
     def empty(self) -> None:
-        """Create the folder, or remove an earlier attempt's objects from it. Blocks."""
+        """Create the folder, or remove the objects of an earlier attempt. Blocks."""
         shutil.rmtree(self.objects, ignore_errors=True)
         (self.objects / "pack").mkdir(mode=0o700, parents=True)
 
     @property
     def folders(self) -> tuple[Path, Path]:
-        """The folders that may contain an object written here: it is in the hub if it was known before."""
+        """The folders that may contain an object written here; known objects are already in the hub."""
         return self.objects, self.hub
 
     @property
     def read_env(self) -> dict[str, str]:
-        """The environment that lets git read these objects, too."""
+        """The environment that lets git also read these objects."""
         return {"GIT_ALTERNATE_OBJECT_DIRECTORIES": str(self.objects)}
 
     @property
     def write_env(self) -> dict[str, str]:
-        """The environment that makes git write new objects here, and read those of the hub."""
+        """The environment that makes git write new objects here and read those of the hub."""
         return {"GIT_OBJECT_DIRECTORY": str(self.objects), "GIT_ALTERNATE_OBJECT_DIRECTORIES": str(self.hub)}
 
     def admit_objects(self, refused: Collection[str] = ()) -> None:
         """Move the loose objects into the hub, except the refused ones. Safe to repeat. Blocks.
 
-        Each is hashed first: its writer read an agent's files, so its name proves nothing. Raises OSError for an object
-        whose content does not match its name.
+        Each object is hashed first: its writer processed an agent's files, so its name proves nothing. Raises OSError
+        if an object's content does not match its name.
         """
         for folder in self.objects.glob("[0-9a-f][0-9a-f]"):
             target = self.hub / folder.name

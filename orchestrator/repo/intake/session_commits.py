@@ -1,4 +1,4 @@
-"""Import an agent's commits into the hub: read, hashed and inspected again, all of them or none."""
+"""Import an agent's commits into the hub, all or none, after reading, hashing and inspecting them again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NULL_ID = "0" * 40
 
 @dataclass(frozen=True, slots=True)
 class SessionCommits:
-    """Reads the commits of one session; `base` is the commit it started at."""
+    """Reads the commits of one session; `base` is the commit that the session started from."""
 
     git: Git
     worktree: Worktree
@@ -30,14 +30,14 @@ class SessionCommits:
     admit: IntakeRules
 
     async def resolve_commit(self, name: str) -> str | None:
-        """Return the commit that an object of the session is or points to; None if there is none."""
+        """Return the commit that a session's object is or points to, or None."""
         done = await self._run_on_session_objects(
             "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}", ok=(0, 1, 128)
         )
         return done or None
 
     async def is_unreachable_from(self, commit: str, *known: str) -> bool:
-        """Whether none of the `known` commits reaches a session's commit; GitError if it can't be read."""
+        """Return whether a commit is unreachable from the `known` ones. Raises GitError if it can't be read."""
         return bool(
             await self._run_on_session_objects(
                 "rev-list", "--max-count=1", commit, *(f"^{ancestor}" for ancestor in known)
@@ -47,7 +47,7 @@ class SessionCommits:
     async def import_commits(self, tip: str, *known: str, descends: bool = False) -> str | None:
         """Import the commits of `tip` beyond the `known` ones; return why that failed, or None.
 
-        With `descends`, imports only descendants of the base.
+        With `descends`, the commits must descend from the base.
         """
         quarantine = Quarantine(self.worktree.import_folder / "history", self.worktree.hub.objects)
         await anyio.to_thread.run_sync(quarantine.empty)
@@ -62,14 +62,14 @@ class SessionCommits:
         except GitError as error:
             if is_resource_exhaustion(error):
                 raise
-            return f"they can't be read or do not descend from its base ({error.stderr or 'exit 1'})"
+            return f"they are unreadable or do not descend from its base ({error.stderr or 'exit 1'})"
         if rejected:
             return "; ".join(f"{printable_name(path)!r}: {why}" for path, why in sorted(rejected.items())[:5])
         await anyio.to_thread.run_sync(quarantine.admit_packs)
         return None
 
     def _confined_git(self, quarantine: Quarantine) -> Git:
-        """Return git for the quarantine, without access to the session's own objects."""
+        """Return git for the quarantine, without access to the session's objects."""
         return self.git.confined(readable=(self.worktree.hub.objects,), writable=(quarantine.objects,))
 
     @property
@@ -81,7 +81,7 @@ class SessionCommits:
         return self.worktree.import_folder / "theirs"
 
     async def open(self) -> None:
-        """Link the session's objects; must be called before any other method."""
+        """Link the session's objects. Must be called before any other method."""
 
         def link() -> None:
             link_session_objects(self.worktree.git_dir, self._view)
@@ -100,13 +100,13 @@ class SessionCommits:
         return (await git(*args, env=env, ok=ok, limit=_LIMIT, input_=input_)).stdout.decode().rstrip("\n")
 
     async def _find_size_violation(self, tip: str, known: tuple[str, ...]) -> str | None:
-        """Check numbers and sizes, before anything is copied."""
+        """Check counts and sizes before copying anything."""
         excluded = [f"^{commit}" for commit in known]
         counted = await self._run_on_session_objects(
             "rev-list", "--count", f"--max-count={_MAX_COMMITS + 1}", tip, *excluded
         )
         if int(counted) > _MAX_COMMITS:
-            return f"there are more than {_MAX_COMMITS} of them"
+            return f"there are more than {_MAX_COMMITS} commits"
         options = ("--objects", "--no-object-names", "--filter-print-omitted")
         limit = f"--filter=blob:limit={self.admit.max_file + 1}"
         listed = await self._run_on_session_objects("rev-list", *options, limit, tip, *excluded)
@@ -120,7 +120,7 @@ class SessionCommits:
             "pack-objects", "--quiet", "--revs", str(self._packed / "pack"), input_=revisions.encode()
         )
         pack = quarantine.objects / "pack" / f"pack-{name}.pack"
-        # Copied: the packing process can't write the copy. Its output is not trusted either.
+        # Copied, because the packing process can't write to the copy. Its output is not trusted either.
         if not is_object_id(name):
             raise GitError(["pack-objects"], 0, "it printed no pack name")
         await anyio.to_thread.run_sync(shutil.copyfile, self._packed / pack.name, pack)
@@ -132,7 +132,7 @@ class SessionCommits:
     async def _inspect(self, quarantine: Quarantine, tip: str, known: tuple[str, ...]) -> dict[str, str]:
         env, git = quarantine.read_env, self._confined_git(quarantine)
         commits = (await git("rev-list", tip, *(f"^{commit}" for commit in known), env=env)).stdout
-        # With folders (-t): the name of an empty folder occurs in no file's path.
+        # Include folders (-t): the name of an empty folder occurs in no file's path.
         raw = await git("diff-tree", "--stdin", "--raw", "-r", "-t", "-z", "-m", "--root", "--no-renames",
                              "--no-commit-id", env=env, input_=commits, limit=_LIMIT)  # fmt: skip
         before = await self._base_files()
@@ -140,7 +140,7 @@ class SessionCommits:
             FileChange(file.path, file.old_mode, file.new_mode, before.get(file.path, _NULL_ID), file.new_id)
             for file in parse_raw_diff(raw.stdout)
         }
-        # Commit messages and authors enter, too.
+        # Commit messages and authors are imported, too.
         messages = [
             FileChange(f"commit {name}", "000000", "100644", _NULL_ID, name) for name in commits.decode().split()
         ]
@@ -153,9 +153,9 @@ class SessionCommits:
 
 
 def link_session_objects(git_dir: Path, view: Path) -> None:
-    """Create a folder through which git sees a session's objects and nothing else of it.
+    """Create a folder that gives git access to a session's objects and to nothing else.
 
-    No alternates, which could name any folder of the machine, and no pipes, on which git would block. Blocks.
+    Alternates, which could name any folder of the machine, and pipes, on which git would block, are excluded. Blocks.
     """
     shutil.rmtree(view, ignore_errors=True)
     view.mkdir(mode=0o700, parents=True)

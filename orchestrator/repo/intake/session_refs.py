@@ -1,7 +1,7 @@
-"""Read the refs of a session's git directory, in which the agent may have put anything.
+"""Read the refs of a session's git directory, whose contents are untrusted.
 
-Never through git, and only with `orchestrator.system.untrusted_files`: reading a pipe would block, and a link could
-lead to files outside the session.
+Git is never used here, only `orchestrator.system.untrusted_files`: reading a pipe would block, and a link could lead to
+files outside the session.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MAX_REFS = 2000
 
 @dataclass(frozen=True, slots=True)
 class SessionRefs:
-    """The content of HEAD (None if unreadable), and the object id of each ref; older stashes are `stash@{N}`.
+    """The content of HEAD (None if unreadable), and the object id of each ref. Older stashes are named `stash@{N}`.
 
     `complete`: whether all refs were read.
     """

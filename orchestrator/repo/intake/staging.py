@@ -1,7 +1,7 @@
-"""Stage the files of a checkout in an index of ours, except secrets and huge files.
+"""Stage the files of a checkout in our index, except secrets and huge files.
 
-Git runs in the trusted repository, so that no filter, hook or configuration of the agent's applies. It also runs in a
-sandbox that can read the checkout and write our index and the quarantine, so that nothing in the checkout (a nested
+Git runs in the trusted repository, so that the agent's filters, hooks and configuration don't apply. It is also
+sandboxed: it can read the checkout and write our index and the quarantine, but nothing in the checkout (a nested
 repository, for example) can make it run or change anything else.
 """
 
@@ -22,19 +22,19 @@ from orchestrator.repo.intake.inspection import IntakeRules, find_rejected_paths
 from orchestrator.repo.intake.quarantine import Quarantine
 from orchestrator.repo.worktrees.change_detection import TreeDiff
 
-#: Seconds for git to read an agent's tree: it blocks forever on a pipe.
+#: Time limit in seconds for git to read an agent's tree: it would block forever on a pipe.
 STAGING_TIMEOUT = 120.0
 
-#: Up to this number, paths are staged by name.
+#: Up to this many paths are staged by name.
 _MAX_PATHS_ON_STDIN_PATHS = 100
 
 #: Options to pass paths on standard input.
 _PATHS_ON_STDIN = ("--pathspec-from-file=-", "--pathspec-file-nul")
 
-#: Keeps git from reading the status of all files in the index when it is given paths.
+#: Keeps git from checking all files in the index when it is given paths.
 _NO_PRELOAD = ("-c", "core.preloadIndex=false")
 
-# Git opens files of these names in any folder, whatever their type.
+# Git opens files with these names in any folder, whatever their type.
 _READ_BY_GIT = frozenset({".gitignore", ".gitattributes", ".gitmodules"})
 
 
@@ -46,10 +46,10 @@ class StagingArea:
     index: Path
     quarantine: Quarantine
     known_diff: TreeDiff | None = None
-    """The changes since the checkout that the index was made from, if known."""
+    """The changes since the index was created, if known."""
 
     def confine(self, git: Git) -> Git:
-        """Return git in the sandbox for reading the checkout and its staged files."""
+        """Return sandboxed git that reads the checkout and its staged files."""
         readable = (self.tree, self._ignored, self.quarantine.hub)
         return git.confined(readable=readable, writable=(self.index.parent, self.quarantine.objects))
 
@@ -60,7 +60,7 @@ class StagingArea:
 
     @property
     def ignore_option(self) -> tuple[str, str]:
-        """The option that makes git ignore the patterns given to `prepare`."""
+        """The option that makes git ignore the patterns passed to `prepare`."""
         return "-c", f"core.excludesFile={self._ignored}"
 
     @property
@@ -70,7 +70,7 @@ class StagingArea:
     def prepare(self, patterns: Iterable[str]) -> None:
         """Empty the quarantine, and write the patterns of untracked files not to stage. Blocks.
 
-        Only the caller uses the index: a lock on it was left by a killed command.
+        Only the caller may use the index: an existing lock is a killed command's leftover.
         """
         self.quarantine.empty()
         self.index.with_name(f"{self.index.name}.lock").unlink(missing_ok=True)
@@ -79,20 +79,20 @@ class StagingArea:
 
 @dataclass(frozen=True, slots=True)
 class StagingResult:
-    """`refused`: the paths left as the base has them, each with the reason. `problem`: any other error."""
+    """`refused`: the paths left as in the base, each with a reason. `problem`: any other error."""
 
     refused: Mapping[str, str]
     problem: str | None
     refused_objects: frozenset[str]
     changes: Sequence[FileChange]
-    """The changes of the index from the base."""
+    """The changes from the base to the index."""
 
 
 async def stage_files(git: Git, staging: StagingArea, base: str, admit: IntakeRules) -> StagingResult:
-    """Stage all admissible changes from `base`; new objects stay in quarantine.
+    """Stage all admissible changes since `base`; new objects stay in quarantine.
 
-    Files rejected by name or size are not even read. Safe to repeat; the index is rebuilt from `base`, and keeps its
-    file times.
+    Files rejected by name or size are not read. Safe to repeat: the index is rebuilt from `base` and keeps its file
+    times.
     """
     git = staging.confine(git)
     await anyio.to_thread.run_sync(staging.prepare, admit.ignored)
@@ -102,20 +102,20 @@ async def stage_files(git: Git, staging: StagingArea, base: str, admit: IntakeRu
         if staged is not None:
             return staged
         await anyio.to_thread.run_sync(staging.prepare, admit.ignored)
-    # Usually the index still matches: rebuilding it takes many times as long as finding that out.
+    # Usually the index still matches `base`, and checking that is many times faster than rebuilding it.
     if (await git("diff-index", "--cached", "--quiet", base, env=staging.env, ok=(0, 1, 128))).returncode:
         await git("read-tree", "--reset", base, env=staging.env)
     staged = await _stage(git, staging, base, admit, None)
-    assert staged is not None, "without `among` a result is certain"  # noqa: S101
+    assert staged is not None, "without `among` there is always a result"  # noqa: S101
     return staged
 
 
 async def _stage(
     git: Git, staging: StagingArea, base: str, admit: IntakeRules, among: TreeDiff | None
 ) -> StagingResult | None:
-    """Stage into an index that matches the base; None if it turns out not to match.
+    """Stage into an index that matches the base; return None if it does not match.
 
-    That is checked only where git ignores all files that are not `among` a diff.
+    A mismatch is detected only if git looks only at files `among` a diff.
     """
     try:
         withheld_at = {path: admit.find_withheld(path) for path in await _differing(git, staging, among, admit)}
@@ -146,10 +146,10 @@ async def _stage(
 
 
 async def _differing(git: Git, staging: StagingArea, among: TreeDiff | None, admit: IntakeRules) -> list[str]:
-    """Return the paths of files that differ from the index or are missing, and are not ignored.
+    """Return files that differ from the index or are missing, and are not ignored.
 
-    Git looks only at files `among` a diff; None means all. Git is not asked at all if every path may go to `git add`,
-    which itself finds the changed and the ignored ones.
+    Git looks only at files `among` a diff; None means all files. Git is not run if every path may be passed to `git
+    add`, which itself detects changed and ignored files.
     """
     if among is not None:
         paths = [*among.changed, *among.removed, *among.added]
@@ -162,10 +162,10 @@ async def _differing(git: Git, staging: StagingArea, among: TreeDiff | None, adm
         done = await git(*argv, env=staging.env, cwd=staging.tree, ok=(0, 1), input_=input_, limit=STAGING_TIMEOUT)
         return done.stdout
 
-    if among is not None and among.changed:  # not removed ones: these may be behind a link by now, which git rejects
+    if among is not None and among.changed:  # not removed files: they may now be behind a link, which git rejects
         try:
             await ask("add", "--refresh", *_PATHS_ON_STDIN, input_=join_nul(map(_literal, among.changed)))
-        except GitError:  # one of them is not tracked
+        except GitError:  # one of the paths is not tracked
             among = None
     if among is None:
         await ask("update-index", "-q", "--refresh")
@@ -184,13 +184,13 @@ def _literal(path: str) -> str:
 
 
 def _may_all_be_read(tree: Path, added: Iterable[str], paths: Iterable[str], admit: IntakeRules) -> bool:
-    """Whether no path is rejected unread, and no added path is a folder."""
+    """Return whether no path is rejected by name or size, and no added path is a folder."""
     folders = (path for path in added if (tree / path).is_dir() and not (tree / path).is_symlink())
     return not any(folders) and not _judge_unread(tree, paths, admit)[0]
 
 
 def _judge_unread(tree: Path, paths: Iterable[str], admit: IntakeRules) -> tuple[dict[str, str], str | None]:
-    """Return the files rejected by name or size, with reasons, and why the others are too much, or None."""
+    """Return files rejected by name or size, with reasons, and why the rest exceeds the limits, or None."""
     refused, files, total = dict[str, str](), 0, 0
     for path in paths:
         with suppress(OSError):  # removed meanwhile, or unreachable: git reports it
@@ -205,11 +205,11 @@ def _judge_unread(tree: Path, paths: Iterable[str], admit: IntakeRules) -> tuple
 async def _add(
     git: Git, staging: StagingArea, paths: Sequence[str], without: Collection[str], admit: IntakeRules
 ) -> str | None:
-    """Add the changed files `paths` except some; return why some could not be added, or None."""
+    """Add the changed files `paths` with exceptions; return why some could not be added, or None."""
     excluded = [f":(top,exclude,literal){path}" for path in without]
     if len(paths) <= _MAX_PATHS_ON_STDIN_PATHS:
-        # By name git need not scan the checkout again. It rejects names behind a link, which are the files of a
-        # folder that became a link.
+        # Given names, git need not scan the checkout again. It rejects names behind a link: these are files of a folder
+        # that was replaced by a link.
         with suppress(GitError):
             await _add_matching(git, staging, [*map(_literal, paths), *excluded], admit, _NO_PRELOAD)
             return None
@@ -225,7 +225,7 @@ async def _add(
 async def _add_matching(
     git: Git, staging: StagingArea, patterns: Sequence[str], admit: IntakeRules, options: Sequence[str] = ()
 ) -> None:
-    # Above this size git would write packs, from which no single object can be excluded.
+    # Above this size git would write packs, from which single objects can't be excluded.
     limit = f"core.bigFileThreshold={admit.max_file + 1}"
     command = [*options, "-c", limit, "add", "--sparse", "--all", "--ignore-errors", *_PATHS_ON_STDIN]
     pathspecs = join_nul(patterns)
@@ -237,11 +237,9 @@ async def _add_matching(
 def remove_blocking_files(tree: Path, diff: TreeDiff | None = None) -> list[str]:
     """Remove the pipes, sockets and devices that git would open and block on. Blocks.
 
-    Returns the folders that can't be opened: git skips them with a warning. With `diff`, the changes in a checkout,
-    only these are examined.
-
-    Git opens every file named `.gitignore` and the like, and the contents of a `.git` folder, or of any folder that a
-    file named `.git` points to. So all pipes are removed, which can't be committed anyway.
+    Returns the folders that can't be opened; git skips them with a warning. With `diff` (the changes in a checkout),
+    only changed paths are examined. Git opens every file with a name such as `.gitignore`, and the contents of a `.git`
+    folder or of any folder that a `.git` file points to. So all pipes are removed; they can't be committed anyway.
     """
     unread: list[str] = []
     starts = [""] if diff is None else [*diff.changed, *diff.added, *diff.replaced]
@@ -251,7 +249,7 @@ def remove_blocking_files(tree: Path, diff: TreeDiff | None = None) -> list[str]
 
 
 def find_blocking_files(tree: Path, unread: list[str] | None = None, *, anywhere: bool = False) -> Iterator[Path]:
-    """Find files in a checkout that git would block on; unreadable folders are added to `unread`. Blocks."""
+    """Find files in a checkout that git would block on; add unreadable folders to `unread`. Blocks."""
     waiting = [(str(tree), False)]
     if not tree.is_dir() or tree.is_symlink():
         waiting.clear()
@@ -263,7 +261,7 @@ def find_blocking_files(tree: Path, unread: list[str] | None = None, *, anywhere
         try:
             with os.scandir(folder) as scan:
                 entries = list(scan)
-        except OSError:  # unreadable, or deeper than the longest path: git can't read it either
+        except OSError:  # unreadable, or longer than the path limit: git can't read it either
             if unread is not None:
                 unread.append(folder)
             continue
@@ -275,7 +273,7 @@ def find_blocking_files(tree: Path, unread: list[str] | None = None, *, anywhere
 
 
 def _blocks(entry: os.DirEntry[str], *, in_git: bool) -> bool:
-    # The folder's entry types save a stat of each file.
+    # The entry types save a stat call per file.
     if entry.is_file(follow_symlinks=False):
         return False
     follow = in_git or entry.name == ".gitmodules"
@@ -283,7 +281,7 @@ def _blocks(entry: os.DirEntry[str], *, in_git: bool) -> bool:
 
 
 def _would_block(path: Path, *, follow: bool = False) -> bool:
-    """Whether reading a file may wait for a writer."""
+    """Return whether reading a file may block until there is a writer."""
     try:
         mode = path.stat(follow_symlinks=follow).st_mode
     except OSError:  # a dangling link

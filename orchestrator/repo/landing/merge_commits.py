@@ -1,4 +1,4 @@
-"""Create commits with two parents in the trusted repository: merges, conflicts, and bases of further attempts."""
+"""Create two-parent commits in the trusted repository: merges, conflicts, and bases for retries."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ async def commit_merge(git: Git, tree: str, first: str, second: str, message: st
 
 
 async def create_retry_base(git: Git, merge: str, ref: str) -> str:
-    """Return a commit with the tree of a merge, kept by `ref`, from which an agent can fix the merge.
+    """Return a commit with the tree of a merge, kept by `ref`, for an agent that fixes the merge.
 
-    Its first parent is the commit merged onto; unlike the merge itself it does not mark any task as landed.
+    Its first parent is the commit merged onto. Unlike the merge itself, it does not mark any task as landed.
     """
     parents = await git.line("rev-parse", f"{merge}^1", f"{merge}^2")
     tree = await git.line("rev-parse", f"{merge}^{{tree}}")
@@ -22,7 +22,7 @@ async def create_retry_base(git: Git, merge: str, ref: str) -> str:
 
 
 async def renew_retry_base(git: Git, work: str, onto: str, ref: str) -> str | tuple[str, ...]:
-    """Recreate a retry base on a newer commit of the target, kept by `ref`, or return the conflicting paths."""
+    """Rebuild a retry base on a newer target commit, kept by `ref`, or return the conflicting paths."""
     if await git.line("rev-parse", f"{work}^1") == onto:
         return work
     tree, paths = await git.merge_tree(onto, work)
@@ -36,12 +36,12 @@ async def _keep_retry_base(git: Git, tree: str, first: str, second: str, ref: st
 
 
 async def commit_conflict(git: Git, target: tuple[str, str], work: tuple[str, str], onto: str) -> str:
-    """Return a commit with the conflicting merge of two named commits, whose files have markers with both names.
+    """Return a commit with the conflicting merge of two named commits.
 
-    Its parents are `onto`, which has the tree of the target's commit, and the work.
+    Conflict markers show both names. The parents are `onto`, which has the tree of the target's commit, and the work.
     """
-    # Git writes its arguments into the conflict markers. This repository has no remotes or tags of its own; a name that
-    # git finds elsewhere first is written as its full ref.
+    # Git writes its arguments into the conflict markers. This repository has no remotes or tags; a name that git would
+    # resolve differently is passed as a full ref.
     (branch, ours), (label, commit) = target, work
     sides = (branch, f"refs/remotes/{branch}", ours), (label, f"refs/tags/{label}", commit)
     for _, ref, value in sides:

@@ -1,4 +1,4 @@
-"""Find preserved work in the trusted repository, and apply it to a checkout, put it on a branch, or drop it."""
+"""Find preserved work in the trusted repository, and apply it, create a branch from it, or drop it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from orchestrator.repo.source.user_checkouts import find_repository
 from orchestrator.repo.source.user_programs import find_path_controlling_git, find_unsafe_filter, read_git_config
 
 _WORK, _SALVAGE = "refs/heads/council/", "refs/salvage/"
-_REMEDY = "add `--branch BRANCH` to create a branch instead, and merge that"
+_REMEDY = "add `--branch BRANCH` to create a branch instead, then merge it"
 
 
 @dataclass(frozen=True, slots=True)
 class UnmergedWork:
-    """A ref that preserves work of a task.
+    """A ref that preserves a task's work.
 
-    `part` is the attempt's number or `conflict` for a branch, `<attempt>/<name>` for other salvaged commits.
+    `part` is the attempt number or `conflict` for a branch, `<attempt>/<name>` for other salvaged commits.
     """
 
     ref: str
@@ -38,9 +38,9 @@ class UnmergedWork:
 
     @property
     def name(self) -> str:
-        """The user's name for it: `<task>/<part>`, as in `build/1`, `build/conflict`, `build/1/stash`.
+        """The name shown to users: `<task>/<part>`, such as `build/1`, `build/conflict`, `build/1/stash`.
 
-        Unambiguous within a run: no part has a slash, and only salvaged commits have three parts.
+        Unique within a run: no component contains a slash, and only salvaged commits have three components.
         """
         return f"{self.task}/{self.part}"
 
@@ -66,7 +66,10 @@ def _parse_ref(ref: str, commit: str) -> UnmergedWork | None:
 
 
 def find_unmerged_work(preserved: Sequence[UnmergedWork], name: str) -> UnmergedWork:
-    """Return the work named `<task>/<part>` or `<run>/<task>/<part>`; RefusedError with similar names."""
+    """Return the work named `<task>/<part>` or `<run>/<task>/<part>`.
+
+    Raises RefusedError, with similar names, if there is none.
+    """
     matches = [work for work in preserved if work.name == name]
     matches = matches or [work for work in preserved if f"{work.run}/{work.name}" == name]
     if len(matches) == 1:
@@ -77,15 +80,15 @@ def find_unmerged_work(preserved: Sequence[UnmergedWork], name: str) -> Unmerged
     names = sorted({work.name for work in preserved})
     near = [known for known in names if known.startswith(f"{name}/")] or find_similar(name, names, 3)
     remedy = f"choose one of {', '.join(near or names[:10])}" if names else "this run has no preserved work"
-    raise RefusedError(f"no preserved work is named {name!r}", remedy)
+    raise RefusedError(f"preserved work {name!r} not found", remedy)
 
 
 async def apply_to_checkout(git: Git, users: Git, checkout: Path, base: str, commit: str) -> tuple[str, ...]:
     """Apply the change from `base` to `commit` to the user's files, uncommitted; return the changed paths.
 
-    All of it or nothing: the change is merged with the checkout's commit first, and the result is applied only if it
-    fits the files as they are; otherwise RefusedError. The index does not change. `git` runs in the trusted repository,
-    `users` with the user's configuration.
+    All or nothing: the change is first merged with the checkout's commit. Raises RefusedError if the result does not
+    apply to the current files. The index does not change. `git` runs in the trusted repository, `users` with the user's
+    configuration.
     """
     if any(GITLINK_MODE in {change.old_mode, change.new_mode} for change in await git.changes(base, commit)):
         raise RefusedError("the change includes a nested repository, which can't be applied to files", _REMEDY)
@@ -106,7 +109,7 @@ async def apply_to_checkout(git: Git, users: Git, checkout: Path, base: str, com
 
 
 async def _refuse_user_programs(git: Git, users: Git, checkout: Path, base: str, commit: str) -> None:
-    """Raise RefusedError if the change would make the user's git run an agent's program, as for a landing."""
+    """Raise RefusedError if the change would make the user's git run an agent's program."""
     repository, configuration = await find_repository(checkout, users), await read_git_config(users, checkout)
     remedy = "review it with `council salvage show`, then run `council salvage apply --branch` and merge it manually"
     if (unsafe := await find_unsafe_filter(repository, checkout, configuration)) is not None:
@@ -132,7 +135,10 @@ async def _alternate_objects_env(git: Git, users: Git, checkout: Path) -> dict[s
 async def _make_patch(
     git: Git, users: Git, checkout: Path, move: tuple[str, str], env: dict[str, str]
 ) -> tuple[bytes, tuple[str, ...]]:
-    """Return the change as a patch for the checkout's commit, and its paths; RefusedError on a conflict."""
+    """Return the change as a patch for the checkout's commit, and its paths.
+
+    Raises RefusedError on a conflict.
+    """
     base, commit = move
     printed = await users("rev-parse", "--verify", "--quiet", "HEAD^{commit}", cwd=checkout, ok=(0, 1, 128))
     head = printed.stdout.decode().strip()
@@ -142,7 +148,7 @@ async def _make_patch(
     async def commit_tree(of: str, *parents: str) -> str:
         return await git.line("commit-tree", f"{of}^{{tree}}", *parents, env=env, input_=b"side\n")
 
-    # The change is the difference of its two commits, independent of their histories.
+    # The change is the difference between its two commits, independent of their histories.
     start = await commit_tree(base)
     ours, theirs = await commit_tree(head, "-p", start), await commit_tree(commit, "-p", start)
     tree, conflicts = await git.merge_tree(ours, theirs, env=env)
@@ -155,7 +161,10 @@ async def _make_patch(
 
 
 async def create_branch(source: UpstreamRepository, commit: str, branch: str) -> None:
-    """Create a branch in the user's repository at a commit of ours; RefusedError if it exists or is invalid."""
+    """Create a branch in the user's repository at one of our commits.
+
+    Raises RefusedError if the branch exists or its name is invalid.
+    """
     remedy = "choose another name"
     checked = await source.git("check-ref-format", f"refs/heads/{branch}", ok=(0, 1))
     if checked.returncode or branch.startswith("-") or branch == "HEAD":
@@ -168,9 +177,11 @@ async def create_branch(source: UpstreamRepository, commit: str, branch: str) ->
 
 
 async def delete_refs(git: Git, preserved: Iterable[UnmergedWork]) -> None:
-    """Delete these refs, all or none; RefusedError if one of them changed since it was listed."""
+    """Delete these refs, all or none. Raises RefusedError if one has changed since it was listed."""
     lines = "".join(f"delete {work.ref}\0{work.commit}\0" for work in preserved)
     try:
         await git("update-ref", "-z", "--stdin", input_=lines.encode())
     except GitError as error:
-        raise to_unusable_error(error, "the work changed meanwhile", "list it and choose again") from None
+        raise to_unusable_error(
+            error, "the work changed meanwhile", "list it again and choose from the new list"
+        ) from None

@@ -1,7 +1,7 @@
-"""Land finished work: move the target branch merge by merge, atomically.
+"""Land finished work: advance the target branch atomically, merge by merge.
 
-`prepare` merges without a checkout, the caller records the intent, and `move` is one push with a lease, of one merge or
-several consecutive ones. `settle` finishes or undoes an interrupted move. Each of them requires a `MergePermit`.
+`prepare` merges without a checkout, the caller records the intent, and `move` pushes one or several consecutive merges
+in one push with a lease. `settle` finishes or undoes an interrupted move. Each requires a `MergePermit`.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ from orchestrator.system.failpoints import failpoint
 from orchestrator.system.file_lock import FileLock
 from orchestrator.system.slow_waits import warn_if_slow
 
-#: Shows people the task of a landing. Recorded merges decide what has landed: anyone can write a trailer.
+#: Shows users the task of a landing. Only recorded merges count as landed: anyone can write a trailer.
 TASK_TRAILER = "Council-Task"
 
-#: Seconds to wait for a running move of the target: a push, perhaps of a process that has exited.
+#: Seconds to wait for a running push to the target, whose process may have exited.
 _PUSH_TIMEOUT = 30.0
 #: The holder of the landing lock, for messages.
 _PUSH = "a push to the target"
-#: A push of ours, for messages.
-OWN_PUSH_DESCRIPTION = f"{_PUSH} of this process, which a hook of the repository may delay"
-#: Seconds after which a running push of ours is reported as slow.
+#: Our own push, for messages.
+OWN_PUSH_DESCRIPTION = f"{_PUSH} of this process (a repository hook may be delaying it)"
+#: Seconds after which our running push is reported as slow.
 _SLOW_PUSH = 10.0
 
-#: Git's message for commits without a common ancestor, and the reason and remedy that a task gets.
+#: Git's message for commits without a common ancestor, and the reason and remedy shown for the task.
 _UNRELATED = "unrelated histories"
 _REWRITTEN = (
-    "the history of {branch!r} was rewritten and has no commit in common with this work: restore it "
-    "(the run started at {start:.12}), or take the work with `council salvage apply` and cancel the task"
+    "the history of {branch!r} was rewritten and has no commit in common with this work: restore it (the run started "
+    "at {start:.12}), or run `council salvage apply` and cancel the task"
 )
 
-#: Up to this number of landings git finds a merge base faster than we can provide it.
+#: Up to this many landings, git finds a merge base faster than we can construct one.
 _MAX_WALKED_LANDINGS = 200
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedMerge:
-    """A merge commit ready to move the target from `old` (None: it does not exist) to `new`."""
+    """A merge commit, ready to move the target from `old` (None if there is no target) to `new`."""
 
     old: str | None
     new: str
@@ -60,21 +60,21 @@ class PreparedMerge:
 
 @dataclass(frozen=True, slots=True)
 class Landed:
-    """The work is on the target, as this commit of its first-parent line."""
+    """The work is on the target, as this commit of its first-parent history."""
 
     commit: str
 
 
 @dataclass(frozen=True, slots=True)
 class NothingToLand:
-    """The target, at this commit, already has the same change."""
+    """The target already contains the change at this commit."""
 
     commit: str
 
 
 @dataclass(frozen=True, slots=True)
 class MergeConflict:
-    """The work conflicts; `commit` has both sides as parents and the files with conflict markers as its tree."""
+    """The work conflicts. `commit` has both sides as parents, and files with conflict markers."""
 
     paths: tuple[str, ...]
     commit: str
@@ -93,7 +93,7 @@ class DeferredLanding:
 
 
 def combine_merges(merges: Iterable[PreparedMerge]) -> PreparedMerge:
-    """Return one move over consecutive merges."""
+    """Return a single move that spans consecutive merges."""
     first, *others = merges
     return PreparedMerge(first.old, [first, *others][-1].new)
 
@@ -115,9 +115,9 @@ class Target:
     ) -> None:
         """Create the target `branch` of `source`, whose repository is known unless it is a URL.
 
-        `start` is the commit after which landings are looked up, and the target's first commit if it does not exist;
-        `ref` is where the trusted repository keeps the fetched target. With `must_exist` the target existed before the
-        run, and is not created. `title` is the first line of merge commits, `Land <task>` if None.
+        Landings are looked up after the commit `start`, which is also the first commit of a new target. `ref` stores
+        the fetched target in the trusted repository. `must_exist`: the target existed before the run and is not
+        created. `title` is the first line of merge commits (default: `Land <task>`).
         """
         self.branch = branch
         self._hub, self._git, self._source = hub, git, source
@@ -125,24 +125,24 @@ class Target:
         self._scope = ownership_scope(source.location, branch)
         self._start, self._ref, self._title = start, ref, title
         self.known: str | None = None
-        """The target's commit when last read or moved; None if the target does not exist."""
+        """The target's commit when last read or moved; None if there is no target."""
         self.must_exist = must_exist
-        """Whether the target has existed: then TargetMissing is raised if it does not exist now."""
+        """Whether the target has existed. If it has, its absence raises TargetMissing."""
         self._line: set[str] = set()
-        """The commits of the target's first-parent line since the start."""
+        """The commits of the target's first-parent history since the start."""
         self._trees: dict[str, str] = {}
         """The trees of merges made here."""
         self._contained: set[str] = set()
 
     async def tip(self) -> str:
-        """Return the commit from which work on the target starts."""
+        """Return the commit that new work starts from."""
         tip = await self._read_tip()
         if tip is None:
             return self._start
         return tip if tip == self.known else await self._source.fetch(self.branch, f"{self._ref}-tip")
 
     async def refresh(self, *, again: bool = False) -> str:
-        """Read the target and its landings, everything from scratch if `again`; return the commit to merge onto."""
+        """Read the target and its landings, from scratch if `again`; return the commit to merge onto."""
         tip = await self._read_tip()
         if tip is None:
             self.known, self._line, self._contained = None, set(), {self._start}
@@ -155,7 +155,7 @@ class Target:
         return tip
 
     async def _read_tip(self) -> str | None:
-        """Return the target's commit, None if it never existed; raise TargetMissing if it was deleted."""
+        """Return the target's commit, or None if it never existed. Raises TargetMissing if it was deleted."""
         tip = await self._source.tip(self.branch)
         self.must_exist = self.must_exist or self.known is not None or tip is not None
         if tip is None and self.must_exist:
@@ -170,11 +170,11 @@ class Target:
         self._contained.add(tip)
 
     def find_landing(self, intended: Iterable[str]) -> str | None:
-        """Return the first of these merges that is on the target, as of the last refresh; None if none is."""
+        """Return the first of these merges that is on the target as of the last refresh, or None."""
         return next((merge for merge in intended if merge in self._line), None)
 
     async def contains(self, commit: str) -> bool:
-        """Whether a commit is part of the target, as of the last refresh."""
+        """Return whether the target contains a commit as of the last refresh."""
         if self.known is None:
             return False
         return commit in self._line or await self._git.is_ancestor(commit, self.known, may_be_missing=True)
@@ -188,10 +188,10 @@ class Target:
         after: PreparedMerge | None = None,
         intended: Sequence[str] = (),
     ) -> PreparedMerge | Landed | NothingToLand | MergeConflict | DeferredLanding:
-        """Merge `commit`, which was built on `base`, onto the current target; move nothing.
+        """Merge `commit`, which was built on `base`, onto the current target without moving the target.
 
-        `intended` are earlier merges of the same work: returns Landed if the target has one. With `after`, merges onto
-        that one: the result is valid only if `after` lands, too.
+        `intended` are earlier merges of the same work: returns Landed if the target has one of them. With `after`,
+        merges onto `after` instead; the result is valid only if `after` also lands.
         """
         self._check(permit)
         onto, old = (await self.refresh(), self.known) if after is None else (after.new, after.new)
@@ -217,19 +217,19 @@ class Target:
         self._trees = {merge: known for merge, known in self._trees.items() if merge == onto} | {new: tree}
         failpoint("landing.merged")
         merge = PreparedMerge(old, new)
-        # Checked before the intent is recorded: a push that must fail never starts, so files that recovery finds
-        # changed after an interrupted landing were not changed before it.
+        # Check before recording the intent, so that no push starts that is bound to fail: then any changed files that
+        # recovery finds after an interrupted landing did not change before it.
         obstacle = await self.find_obstacle(merge)
         return merge if obstacle is None else DeferredLanding(obstacle)
 
     async def _merge_base_hint(self, base: str, onto: str, commit: str) -> str:
-        """Return a commit with the tree of `onto` from which the merge base with `commit` is found at once.
+        """Return a commit with the tree of `onto` for which git finds the merge base with `commit` at once.
 
-        Git would walk everything landed since, so a run's merges would cost the square of its length; for few landings
-        that is faster than this search. If `base` is part of the target, and nothing built on it is, `base` is the
-        merge base: a commit right above it says so. (`merge-tree --merge-base` does the same, but requires git 2.40.)
-        If some of that work is on the target, through a pull of the agent's or a merge of the user's, only git can find
-        the merge base.
+        Otherwise git walks all landings since, so the cost of a run's merges is quadratic in their number; with few
+        landings that is still faster. If `base` is part of the target and nothing built on it is, `base` is the merge
+        base, and a commit directly on top of `base` makes git find it. (`merge-tree --merge-base` does the same, but
+        requires git 2.40.) If the target has some of that work, because the agent pulled or the user merged, only git
+        can find the merge base.
         """
         if len(self._line) <= _MAX_WALKED_LANDINGS:
             return onto
@@ -245,10 +245,10 @@ class Target:
     async def move(
         self, permit: MergePermit, merges: Sequence[PreparedMerge]
     ) -> Landed | StaleTarget | DeferredLanding:
-        """Move the target over merges, each prepared `after` the previous one, all or none of them.
+        """Advance the target over merges, each prepared `after` the previous one, all or none.
 
-        It is one push, which succeeds only if nobody else moved the target. The push holds the landing's file lock, so
-        that the next process to land knows that no push is running, even if we are killed.
+        This is a single push, which succeeds only if nobody else has moved the target. The push holds the landing file
+        lock, so that even if this process is killed, the next process to land knows whether a push is running.
         """
         self._check(permit)
         try:
@@ -268,14 +268,14 @@ class Target:
         failpoint("landing.pushed")
         tip = whole.new if pushed.moved and checkouts is None else await self._source.tip(self.branch)
         if tip != whole.new and checkouts is not None:
-            # The checkout was clean just before: changes in it are leftovers of a refused or killed push.
+            # The checkout was clean just before, so changes in it are leftovers of a refused or killed push.
             await checkouts.settle(move, began, may_finish=False, was_killed=pushed.was_killed)
             tip = await self._source.tip(self.branch)
         if tip == whole.old:
             if (reason := await self.find_obstacle(whole)) is None and pushed.was_killed:
                 return StaleTarget()
-            why = pushed.reason or "it was moved back at once, perhaps by a hook of the repository"
-            return DeferredLanding(reason or f"could not move the target: {why}")
+            why = pushed.reason or "it was moved back immediately, possibly by a repository hook"
+            return DeferredLanding(reason or f"can't move the target: {why}")
         if tip != whole.new:
             await self.refresh()
             # Another process may already have moved the target further.
@@ -289,7 +289,7 @@ class Target:
         return Landed(whole.new)
 
     async def find_obstacle(self, merge: PreparedMerge) -> str | None:
-        """Return what blocks landing in the user's checkout of the target, with a remedy; None if nothing does."""
+        """Return what blocks landing in the user's checkout of the target, with a remedy, or None."""
         checkouts = self._checkouts
         if checkouts is None:
             return None
@@ -312,8 +312,8 @@ class Target:
     ) -> Landed | DeferredLanding | StaleTarget:
         """Finish or undo an interrupted move; StaleTarget means that it did not happen and may be retried.
 
-        It happened if the target has one of the `intended` merges. Raises RefusedError while the push is still running:
-        until it ends, its result is unknown.
+        The move happened if the target has one of the `intended` merges. Raises RefusedError while the push is running,
+        because its result is still unknown.
         """
         self._check(permit)
         if self._checkouts is not None:
@@ -334,7 +334,7 @@ class Target:
         if (landed := self.find_landing(intended)) is not None:
             return Landed(landed)
         if foreign:
-            return DeferredLanding(f"files of an interrupted landing were changed since: {', '.join(foreign[:3])}")
+            return DeferredLanding(f"files changed since an interrupted landing: {', '.join(foreign[:3])}")
         return StaleTarget()
 
     @property
@@ -347,4 +347,4 @@ class Target:
 
 
 def _describe_busy_target(held: LockHeld) -> RefusedError:
-    return RefusedError(f"{held.holder} is moving the target", "wait for it, or end it if it hangs")
+    return RefusedError(f"{held.holder} is moving the target", "wait for it, or kill it if it hangs")

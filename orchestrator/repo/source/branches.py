@@ -20,9 +20,9 @@ async def list_branches(repository: LocalRepository, git: Git) -> dict[str, str]
 
 
 async def has_unmerged_commits(folder: Path, branch: str, base: str, git: Git) -> bool:
-    """Whether a branch exists in the repository at a folder and has commits that another one does not have.
+    """Return whether a branch exists and has commits that another branch lacks.
 
-    GitError where the other one does not exist.
+    Raises GitError if the other branch does not exist.
     """
     listed = await git(
         "for-each-ref", "--format=%(refname)", f"--no-merged=refs/heads/{base}", f"refs/heads/{branch}", cwd=folder
@@ -31,9 +31,9 @@ async def has_unmerged_commits(folder: Path, branch: str, base: str, git: Git) -
 
 
 async def find_base_branch(repository: LocalRepository, git: Git) -> str | None:
-    """Return the default base branch; None if there is no branch.
+    """Return the default base branch, or None if there are no branches.
 
-    It is the checked-out branch, else the default branch of `origin`, else one with a common name.
+    That is the checked-out branch, else the default branch of `origin`, else a branch with a common name.
     """
     remote = await git("symbolic-ref", "--quiet", "refs/remotes/origin/HEAD", cwd=repository.folder, ok=(0, 1, 128))
     default = remote.stdout.decode(errors="surrogateescape").rstrip("\n").removeprefix("refs/remotes/origin/")
@@ -43,6 +43,6 @@ async def find_base_branch(repository: LocalRepository, git: Git) -> str | None:
 
 
 def choose_base_branch(branches: Collection[str], current: str | None, default: str | None) -> str | None:
-    """Return the first existing one of the current, the default and the common branches, else any branch."""
+    """Return the first branch that exists: current, default, a common name, or any."""
     wanted = (current, default, *_COMMON_NAMES, *sorted(branches))
     return next((name for name in wanted if name in branches), None)

@@ -16,7 +16,7 @@ from orchestrator.errors import RefusedError
 from orchestrator.repo.git.command import Git, printable_name
 from orchestrator.repo.source.user_checkouts import LocalRepository
 
-#: Bytes that Linux and macOS allow for a name, and for a path below a session's folder (NAME_MAX, PATH_MAX).
+#: Maximum bytes in a file name, and in a path below a session's folder (NAME_MAX, PATH_MAX on Linux and macOS).
 _MAX_NAME_BYTES, _MAX_PATH_BYTES = 255, 3500
 
 #: Spellings of `.git` that git does not check out; see core.protectNTFS in git-config(1).
@@ -28,7 +28,7 @@ _PARTIAL = r"^(extensions\.partialclone|remote\..*\.promisor)$"
 async def check_supported(git: Git, commit: str) -> None:
     """Raise RefusedError for a commit that sessions could not check out faithfully.
 
-    That is a commit with submodules, git LFS, or names that can't be checked out in the hub. `git` runs in the trusted
+    Such a commit has submodules, git LFS, or names that can't be checked out in the hub. `git` runs in the trusted
     repository, which has the commit and is on the same file system as the sessions.
     """
     listed = (await git("ls-tree", "-r", "-z", "--full-tree", commit)).stdout
@@ -41,7 +41,10 @@ async def check_supported(git: Git, commit: str) -> None:
 
 
 def check_file_names(paths: Sequence[bytes], *, folds_case: bool) -> None:
-    """Refuse paths that can't be checked out; `folds_case` adds the rules of file systems that ignore case."""
+    """Raise RefusedError for paths that can't be checked out.
+
+    `folds_case` adds the rules of case-insensitive file systems.
+    """
     invalid = [path for path in paths if len(path) > _MAX_PATH_BYTES or any(map(_is_impossible, path.split(b"/")))]
     if invalid:
         raise RefusedError(
@@ -53,7 +56,7 @@ def check_file_names(paths: Sequence[bytes], *, folds_case: bool) -> None:
 
 
 def is_case_insensitive(folder: Path) -> bool:
-    """Whether a folder's file system ignores the case of names. Writes nothing."""
+    """Return whether a folder's file system ignores the case of names. Writes nothing."""
     for path in (folder, *folder.parents):
         other = path.with_name(path.name.swapcase()) if path.name else path
         if other != path:
@@ -62,7 +65,7 @@ def is_case_insensitive(folder: Path) -> bool:
 
 
 async def check_complete_clone(repository: LocalRepository, git: Git) -> None:
-    """Refuse a clone of the user's that lacks objects; call before anything is fetched from it."""
+    """Raise RefusedError for a clone that lacks objects. Call before fetching from it."""
     folder = repository.folder
     shallow = await git("rev-parse", "--is-shallow-repository", cwd=folder)
     if shallow.stdout.strip() == b"true":
@@ -112,7 +115,7 @@ def _check_folded(paths: Sequence[bytes]) -> None:
                 f"{_listed([path])} is not UTF-8, which the file system of COUNCIL_HOME requires",
                 "set COUNCIL_HOME to a folder on another file system",
             ) from None
-        # A file and a folder of another path may collide, too.
+        # A file and a folder on another path may also collide.
         for name, spelling in _with_parents(folded, path):
             if known.setdefault(name, spelling) != spelling:
                 message = (

@@ -1,4 +1,4 @@
-"""Find the repository that a run works on, as named by a config or a run's record."""
+"""Find the repository that a run works on from a config or a run record."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from orchestrator.repo.source.user_checkouts import LocalRepository, find_reposi
 
 @dataclass(frozen=True, slots=True)
 class RunRepository:
-    """A run's repository: the location to fetch from and push to, and the repository if it is local."""
+    """A run's repository: where to fetch and push, and the repository itself if local."""
 
     location: str
     repository: LocalRepository | None
@@ -22,11 +22,11 @@ class RunRepository:
 
     @property
     def identity(self) -> str:
-        """The repository's identity, independent of checkout or spelling of the path."""
+        """The repository's identity, independent of the checkout and of how the path is spelled."""
         return self.location if self.repository is None else str(self.repository.git_dir)
 
     def source(self, git: Git) -> UpstreamRepository:
-        """Return the repository for fetching and pushing, with git in the trusted repository."""
+        """Return the repository as an upstream to fetch from and push to."""
         return UpstreamRepository.of(
             self.location, is_local=self.repository is not None, git=git, repository=self.repository
         )

@@ -1,8 +1,7 @@
-"""Detect changes to the parts of the user's repository that sessions must not touch.
+"""Detect changes to parts of the user's repository that sessions must not touch.
 
-These are refs, configuration, hooks, HEADs and staged entries. Most snapshots find no change, so a part whose files
-have the same inodes, times and sizes as in an earlier snapshot is reused; only the other parts are read. Nothing is
-written.
+These are refs, configuration, hooks, HEADs and staged entries. Most snapshots find no change, so parts whose files have
+the same inodes, times and sizes as in an earlier snapshot are reused, and only the others are read. Nothing is written.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ from orchestrator.repo.source.user_checkouts import (
 )
 from orchestrator.system.process_table import process_stat
 
-#: Nanoseconds within which a file system may give two writes the same time; younger files are read again.
+#: Nanoseconds within which a file system may give two writes the same time. Newer files are read again.
 _TIMESTAMP_GRANULARITY = 2_000_000_000
-_INDEX = "index of "  # before the git directory of its checkout
+_INDEX = "index of "  # followed by the git directory of its checkout
 _FILES = ("config", "info/attributes", "info/exclude")
 
 _Signature = tuple[tuple[str, int, int, int, int, int], ...]
@@ -38,32 +37,32 @@ _Content = Mapping[str, str]
 @dataclass(frozen=True, slots=True)
 class _Part:
     signature: _Signature | None
-    """The metadata of its files; None if they are too young for it to be conclusive."""
+    """The metadata of its files; None if they are too new for the metadata to be conclusive."""
     content: _Content
 
 
 @dataclass(frozen=True, slots=True)
 class RepositorySnapshot:
-    """The repository's state at a point in time; made by `take_snapshot`, compared by `describe_changes`.
+    """The repository's state at a point in time, for `take_snapshot` and `describe_changes`.
 
-    The parts are `refs`, `files`, `heads` (by the git directory of each checkout, relative to the shared one: `ref: …`
-    or a commit) and, after `_INDEX`, the same for a digest of the staged entries, without the data that `git status`
-    refreshes.
+    The parts are `refs`, `files`, `heads` and one `_INDEX` part per checkout. `heads` has each HEAD (`ref: …` or a
+    commit), keyed by git directory relative to the shared one. An `_INDEX` part has a digest of the staged entries
+    without the data that `git status` refreshes.
     """
 
     parts: Mapping[str, _Part]
 
     def content(self, name: str) -> _Content:
-        """Return the content of a part."""
+        """Return the contents of a part."""
         return self.parts[name].content
 
 
 async def take_snapshot(
     repository: LocalRepository, git: Git, previous: RepositorySnapshot | None = None
 ) -> RepositorySnapshot:
-    """Take a snapshot of a repository, reading only parts that differ from an earlier one.
+    """Take a snapshot of a repository, reading only parts that differ from an earlier snapshot.
 
-    `git` runs on the user's side (`as_user=True`). Raises GitError if the repository can't be read.
+    `git` runs with the user's configuration (`as_user=True`). Raises GitError if the repository can't be read.
     """
     folder = repository.git_dir
     signatures = await anyio.to_thread.run_sync(_signatures, folder)
@@ -91,10 +90,10 @@ async def _read_part(name: str, folder: Path, git: Git) -> _Content:
 
 
 def describe_changes(before: RepositorySnapshot, after: RepositorySnapshot, *, ours: Mapping[str, str]) -> list[str]:
-    """Return the changes between two snapshots, a sentence each.
+    """Return the changes between two snapshots, one sentence each.
 
-    `ours` are the refs that landings moved meanwhile, with their newest commits. They are not reported if they are
-    there, and neither are the staged entries of checkouts of these refs, which move with them.
+    `ours` are the refs that landings have moved meanwhile, with their newest commits. A ref at that commit is not
+    reported, nor are the staged entries of its checkouts, which move with the ref.
     """
     changes = [
         _moved(ref, old, new)
@@ -117,9 +116,9 @@ def describe_changes(before: RepositorySnapshot, after: RepositorySnapshot, *, o
 
 
 async def is_user_git_running(repository: LocalRepository) -> bool:
-    """Whether a git command that neither we nor a session started runs in the repository now.
+    """Return whether the repository has a running git command that neither we nor a session started.
 
-    Then changes may be the user's. Without /proc (macOS) no command can be seen.
+    If so, changes may be the user's. Without /proc (macOS), commands can't be detected.
     """
     return await anyio.to_thread.run_sync(_is_user_git_running, repository)
 
@@ -156,7 +155,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _ref_files(folder: Path) -> Iterator[Path]:
-    """Yield all files that store refs: loose ones with their folders, packed ones, tables."""
+    """Yield all files that store refs: loose refs and their folders, packed refs, reftables."""
     yield folder / "packed-refs"
     for root in ("refs", "reftable"):
         for path, folders, names in os.walk(folder / root):
@@ -195,7 +194,7 @@ def _digest(path: Path) -> str | None:
 
 
 async def _read_index(folder: Path, checkout: str, git: Git) -> _Content:
-    # Tags (-v) show entries whose changes git is configured to ignore.
+    # Include tags (-v), which show entries whose changes git is configured to ignore.
     env = {"GIT_DIR": str(folder / checkout)}
     listed = await git("ls-files", "--stage", "-v", "-z", "--full-name", cwd=folder, env=env, ok=(0, 128))
     return {"": "" if listed.returncode else hashlib.sha256(listed.stdout).hexdigest()}
@@ -215,7 +214,7 @@ def _moved(name: str, old: str | None, new: str | None) -> str:
     if old is None:
         return f"{printable_name(name)} was created at {_short(new)}"
     if new is None:
-        return f"{printable_name(name)} was deleted, it was at {_short(old)}"
+        return f"{printable_name(name)} was deleted (was at {_short(old)})"
     return f"{printable_name(name)} moved from {_short(old)} to {_short(new)}"
 
 
@@ -229,7 +228,7 @@ def _is_user_git_running(repository: LocalRepository) -> bool:
 
 
 def _is_ours(pid: int) -> bool:
-    """Whether we are an ancestor of a process; one that has just exited changes nothing any more."""
+    """Return whether we are an ancestor of a process; False if the process has exited."""
     own = os.getpid()
     while pid > 1:
         if pid == own:

@@ -1,4 +1,4 @@
-"""Access the user's repository or remote: read its branches, fetch from it, push to it."""
+"""Access the user's repository or remote: read branches, fetch, push."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from orchestrator.repo.source.user_programs import (
     write_landing_hooks,
 )
 
-# For the receiving side of a push to a path: a checked-out branch moves together with its files if they are clean,
-# and the push starts no maintenance in the user's repository. Branches that its configuration hides are shown.
+# For the receiving side of a push to a path: a checked-out branch moves together with its files if they are clean, the
+# push starts no maintenance in the user's repository, and branches hidden by its configuration are visible.
 _RECEIVE = (
     "{environ} git -c receive.denyCurrentBranch=updateInstead -c receive.autogc=false -c gc.auto=0"
     " -c core.fsmonitor=false -c receive.hideRefs='!refs/heads' -c {hooks} receive-pack"
 )
-# On one machine bandwidth does not matter: computing new deltas would cost more than it saves.
+# Bandwidth does not matter locally: computing new deltas would cost more than it saves.
 _UPLOAD = "git -c pack.window=0 -c uploadpack.hideRefs='!refs/heads' upload-pack"
 
-#: Messages of the other side in addition to the porcelain output: hooks, and system errors.
+#: Messages of the remote side in addition to the porcelain output: hook output and system errors.
 _REMOTE_MESSAGE = re.compile(r"remote: (?!\s*$)")
 _MAX_REASON_CHARS = 300  # characters
 
 
 @dataclass(frozen=True, slots=True)
 class PushResult:
-    """The outcome of a push: whether the ref moved; if not, the remote's message, and whether it was killed."""
+    """The outcome of a push: whether the ref moved; if not, the remote's message and whether the push was killed."""
 
     moved: bool
     updated_checkout: bool = False
@@ -49,7 +49,10 @@ class PushResult:
 
 @dataclass(frozen=True, slots=True)
 class UpstreamRepository:
-    """The source and target of work: `location` is an absolute path or a URL; git runs in the trusted repository."""
+    """The repository that work comes from and lands in.
+
+    `location` is an absolute path or a URL; git runs in the trusted repository.
+    """
 
     location: str
     is_local: bool
@@ -82,7 +85,7 @@ class UpstreamRepository:
         return {ref.removeprefix("refs/heads/"): commit for commit, ref in lines}
 
     async def fetch(self, branch: str, ref: str) -> str:
-        """Fetch a branch into the hub, point `ref` of the trusted repository at it, and return its commit id."""
+        """Fetch a branch into the hub, store it as `ref` in the trusted repository, and return its commit id."""
         refspec = f"+refs/heads/{branch}:{ref}"
         await self.git("fetch", "--quiet", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance",
                        "--recurse-submodules=no", *self._upload, self.location, refspec)  # fmt: skip
@@ -91,8 +94,8 @@ class UpstreamRepository:
     async def push(self, new: str, branch: str, old: str | None, keep_fds: Sequence[int]) -> PushResult:
         """Move a branch from `old` (None: it must not exist) to `new`, or not at all.
 
-        Runs the user's hooks, except those inside a checkout: the push itself may have written them. The command, and
-        everything that it starts on the other side of a path, holds `keep_fds` until it exits.
+        Runs the user's hooks, except those inside a checkout, which the push itself may have written. The push,
+        including its receiving side for a path, holds `keep_fds` until it exits.
         """
         ref = f"refs/heads/{branch}"
         receive = [f"--receive-pack={await self._receive(branch, old)}"] if self.is_local else []
@@ -112,7 +115,7 @@ class UpstreamRepository:
             line.removeprefix("remote: ").strip() for line in stderr.splitlines() if _REMOTE_MESSAGE.match(line)
         )
         reason = summary if not lines or not messages else f"{summary}: {printable_name(messages)[:_MAX_REASON_CHARS]}"
-        remedy = ": grant yourself access" if "Permission denied" in messages else ""
+        remedy = ": grant your user access" if "Permission denied" in messages else ""
         return PushResult(moved=False, reason=reason + remedy, was_killed=was_killed(done.returncode, stderr))
 
     async def _receive(self, branch: str, old: str | None) -> str:
@@ -131,6 +134,6 @@ class UpstreamRepository:
         return _RECEIVE.format(environ=environ, hooks=hooks)
 
     def _hooks(self, branch: str) -> Path:
-        """Return the hooks folder for pushes to a branch; only one landing uses it at a time."""
+        """Return the hooks folder for pushes to a branch, which only one landing uses at a time."""
         assert self.git.git_dir is not None, "it runs in the trusted repository"  # noqa: S101
         return self.git.git_dir / "hooks" / hashlib.sha256(branch.encode()).hexdigest()[:16]

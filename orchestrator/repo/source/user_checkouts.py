@@ -1,8 +1,8 @@
 """Find the user's checkouts of a branch, check that they are clean, and repair interrupted updates.
 
-A push into a checked-out branch writes files, then the index, then the ref. A kill in between leaves the earlier ones
-ahead of the later ones, and the user may commit at any of these points. `recover_push` brings all three to one commit,
-and touches nothing of the user's: no path that the push does not change, no content but its own.
+A push into a checked-out branch writes files, then the index, then the ref. A kill in between leaves them inconsistent,
+and the user may commit at any of these points. `recover_push` brings all three to one commit without touching the
+user's changes: it changes only paths of the push, and only content that the push wrote.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ from orchestrator.repo.git.command import (
 )
 from orchestrator.system.process_table import process_ids
 
-#: Git's folders for the objects of a push until it is accepted.
+#: Name patterns of git's folders for the objects of a push that is not accepted yet.
 _INCOMING: Final = "tmp_objdir-incoming-*"
-#: Maximum seconds to wait for the user's git commands to exit, and seconds between two checks.
+#: Maximum seconds to wait for the user's git commands to exit, and seconds between checks.
 _GIT_EXIT_TIMEOUT: Final = 2.0
 _POLL_INTERVAL: Final = 0.02
-#: The same for a possible switch to the target; a command that shows its output in a pager takes longer.
+#: The same for a possible switch to the target. Commands with a pager take longer.
 _SWITCH_TIMEOUT: Final = 0.2
-#: The time (seconds) in a reflog line.
+#: The timestamp (seconds) in a reflog line.
 _TIME_OF_MOVE: Final = re.compile(rb"> (\d+) [+-]\d{4}\t")
-#: Longer than the content of a lock of ours.
+#: Longer than the content of our locks.
 _MARK_BYTES: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
 class LocalRepository:
-    """A repository on this machine: its shared git directory, and the top of its checkout (None: bare)."""
+    """A local repository: its shared git directory, and the top of its checkout (None if bare)."""
 
     git_dir: Path
     top: Path | None
@@ -59,16 +59,16 @@ class LocalRepository:
 
     @property
     def folder(self) -> Path:
-        """The folder to run commands in, which `safe.directory` names if another user owns the repository."""
+        """The folder to run commands in; `safe.directory` must list it if another user owns the repository."""
         return self.top or self.git_dir
 
 
 async def find_repository(path: Path, git: Git) -> LocalRepository:
-    """Find the repository at or above a path; RefusedError if there is none that git accepts."""
+    """Find the repository at or above a path. Raises RefusedError if git accepts none."""
     remedy = "set `repo` to the path or URL of a git repository that git accepts"
 
     async def ask(*facts: str) -> list[str]:
-        """Return a line for each fact; the last may be a folder's name, with any characters."""
+        """Return the facts, one per line; the last may be a folder name with any characters."""
         done = await git("rev-parse", *facts, cwd=path)
         printed = done.stdout.decode(errors="surrogateescape").rstrip("\n").split("\n", len(facts) - 1)
         if len(printed) < len(facts):
@@ -86,16 +86,16 @@ async def find_repository(path: Path, git: Git) -> LocalRepository:
 
 
 async def read_current_branch(folder: Path, git: Git) -> str | None:
-    """Return the branch that is checked out in a folder; None if there is none."""
+    """Return the branch that is checked out in a folder, or None."""
     ref = await git("symbolic-ref", "--quiet", "--short", "HEAD", cwd=folder, ok=(0, 1, 128))
     return ref.stdout.decode(errors="surrogateescape").rstrip("\n") or None
 
 
 async def find_checkout(repository: LocalRepository, branch: str, git: Git) -> Path | None:
-    """Return the user's main or linked worktree in which a branch is checked out, None if there is none.
+    """Return the user's main or linked worktree that has a branch checked out, or None.
 
-    Raises RefusedError if no push can update it: if the branch is checked out twice (`git worktree add --force`), of
-    which git would update one, or the checkout has its git directory elsewhere.
+    Raises RefusedError if a push can't update the checkout: the branch is checked out twice (`git worktree add
+    --force`) and git would update only one, or the git directory is outside the checkout.
     """
     if not await anyio.to_thread.run_sync(_may_be_checked_out, repository.git_dir, branch):
         return None
@@ -109,9 +109,9 @@ async def find_checkout(repository: LocalRepository, branch: str, git: Git) -> P
         if not await anyio.Path(checkout).is_dir():
             what = f"{branch!r} is checked out in {checkout}, which does not exist"
             raise RefusedError(what, "run `git worktree prune` in the repository")
-        if not await anyio.Path(checkout, ".git").exists():  # git lists the git directory as the checkout
-            what = f"{branch!r} is checked out, and a push can't update the checkout of {checkout}"
-            why = "the git directory of a submodule, or of `--separate-git-dir`, is outside of its checkout"
+        if not await anyio.Path(checkout, ".git").exists():  # git lists the git directory instead of the checkout
+            what = f"{branch!r} is checked out, but a push can't update the checkout of {checkout}"
+            why = "its git directory is outside the checkout, because of a submodule or `--separate-git-dir`"
             raise RefusedError(f"{what}: {why}", "set `target` to a branch that is not checked out")
     for another in checkouts[1:]:
         if await anyio.Path(another).is_dir():
@@ -129,7 +129,7 @@ def list_checkout_git_dirs(folder: Path) -> list[str]:
 
 
 def list_checkouts(repository: LocalRepository) -> list[Path]:
-    """Return the tops of a repository's checkouts on this machine, links resolved. Blocks."""
+    """Return the resolved top folders of a repository's checkouts on this machine. Blocks."""
     folder = repository.git_dir
     tops = [] if repository.top is None else [repository.top]
     tops += [folder.parent] if folder.name == ".git" else []
@@ -141,7 +141,7 @@ def list_checkouts(repository: LocalRepository) -> list[Path]:
 
 
 def read_heads(folder: Path) -> dict[str, str]:
-    """Return the content of each checkout's HEAD, by git directory as in `list_checkout_git_dirs`. Blocks."""
+    """Return each checkout's HEAD content, keyed by git directory as in `list_checkout_git_dirs`. Blocks."""
     heads = {}
     for name in list_checkout_git_dirs(folder):
         try:
@@ -152,7 +152,7 @@ def read_heads(folder: Path) -> dict[str, str]:
 
 
 def _may_be_checked_out(folder: Path, branch: str) -> bool:
-    """Whether a branch may be checked out; False if no HEAD can resolve to it, so git need not be asked."""
+    """Return whether a branch may be checked out, without running git; False if no HEAD can resolve to it."""
     return any(_may_resolve_to(folder, name, head, branch) for name, head in read_heads(folder).items())
 
 
@@ -162,7 +162,7 @@ def _may_resolve_to(folder: Path, name: str, head: str, branch: str) -> bool:
     if is_object_id(head):
         return False
     ref = head.removeprefix("ref: ")
-    # Anything but a branch may indicate another ref format, and a branch may be a symbolic ref.
+    # Anything but a branch may indicate another ref format; a branch may be a symbolic ref.
     if ref in {f"refs/heads/{branch}", "refs/heads/.invalid"} or not head.startswith("ref: refs/heads/"):
         return True
     try:
@@ -180,34 +180,35 @@ async def list_uncommitted_changes(checkout: Path, git: Git) -> list[str]:
 
 
 async def find_blocking_locks(repository: LocalRepository, checkout: Path, branch: str, git: Git) -> list[Path]:
-    """Return the lock files that keep a checked-out branch from being moved."""
+    """Return the lock files that prevent moving a checked-out branch."""
     locks, _ = await _locks(repository, checkout, branch, git)
     return await anyio.to_thread.run_sync(lambda: [lock for lock in locks if lock.exists()])
 
 
 def lock_marker(branch: str) -> str:
-    """Return the content of the lock that a push of ours to a branch takes on a checkout's index.
+    """Return the content of the index lock of our push to a branch.
 
-    Only one such push runs at a time: a process that may land on the branch, and runs no push, may remove another's
-    locks.
+    Only one such push runs at a time: a process that holds the permission to land and runs no push may remove locks
+    left by another process.
     """
     return f"council-{hashlib.sha256(branch.encode()).hexdigest()[:16]}"
 
 
 def find_locked_checkouts(repository: LocalRepository, branch: str) -> list[Path]:
-    """Return the checkouts whose index a push of ours to a branch has left locked. Blocks."""
+    """Return the checkouts whose index our push to a branch left locked. Blocks."""
     return [top for top in list_checkouts(repository) if _is_marked(_git_dir_of(top) / "index.lock", branch)]
 
 
 def describe_interrupted_landing(repository: LocalRepository, branch: str) -> str | None:
-    """Return the remedy if a push of ours to a branch has left a checkout locked; None otherwise. Blocks."""
+    """Return the remedy if our push to a branch left a checkout locked, or None. Blocks."""
     locked = find_locked_checkouts(repository, branch)
     if not locked:
         return None
     return f"an interrupted landing left {locked[0]} locked: repair it with `council resume` of its run"
 
 
-#: By the file in which git keeps the branch: operations of the user during which HEAD is on no branch, and their end.
+#: Operations during which HEAD is on no branch, with the command to finish them, keyed by the file that stores the
+# branch.
 _OPERATIONS = {
     "rebase-merge/head-name": ("rebase", "`git rebase --continue` or `--abort`"),
     "rebase-apply/head-name": ("rebase", "`git rebase --continue` or `--abort`"),
@@ -216,9 +217,10 @@ _OPERATIONS = {
 
 
 def describe_unfinished_operation(repository: LocalRepository, branch: str) -> str | None:
-    """Return the remedy if the user is rebasing or bisecting a branch in a checkout; None otherwise. Blocks.
+    """Return the remedy if the user is rebasing or bisecting a branch in a checkout, or None. Blocks.
 
-    Meanwhile HEAD is on no branch, but git refuses pushes to this one, and would discard what lands at the end.
+    During that operation HEAD is on no branch, but git refuses pushes to this branch, and finishing the operation would
+    discard landed work.
     """
     for top in list_checkouts(repository):
         for state, (operation, remedy) in _OPERATIONS.items():
@@ -232,7 +234,7 @@ def describe_unfinished_operation(repository: LocalRepository, branch: str) -> s
 def find_switched_checkouts(repository: LocalRepository, branch: str, since: float) -> list[Path]:
     """Return the checkouts that were switched away from a branch after `since` (wall-clock seconds). Blocks.
 
-    If the user has removed the lock, their git carries along changes that a push had staged.
+    If the user has removed the lock, a switch carries along changes that a push had staged.
     """
     markers = (f"\tcheckout: moving from {branch} to ".encode(), f"\tBranch: renamed refs/heads/{branch} to ".encode())
     switched = []
@@ -261,7 +263,10 @@ def _is_marked(lock: Path, branch: str) -> bool:
 
 
 def read_head_stats(repository: LocalRepository) -> dict[Path, tuple[int, int]]:
-    """Return inode and time of each HEAD, which change with every switch, by git directory. Blocks."""
+    """Return the inode and mtime of each HEAD, keyed by git directory. Blocks.
+
+    Both change on every branch switch.
+    """
     stats = {}
     for name in list_checkout_git_dirs(repository.git_dir):
         with suppress(OSError):
@@ -274,10 +279,10 @@ def read_head_stats(repository: LocalRepository) -> dict[Path, tuple[int, int]]:
 async def update_switched_checkout(
     repository: LocalRepository, branch: str, move: tuple[str, str], before: Mapping[Path, tuple[int, int]], git: Git
 ) -> None:
-    """Update a checkout that was switched to a branch while that branch moved (old, new).
+    """Update a checkout that was switched to a branch while the branch moved (old, new).
 
-    `before` are the `read_head_stats` from before the move. The caller knows that the push has updated no checkout: the
-    switch may have written the branch's files as of its own start. A checkout that was not switched is the user's.
+    `before` are the `read_head_stats` taken before the move. The push must not have updated a checkout. The switch may
+    have written the branch's files as of when the switch started. Checkouts that were not switched are left alone.
     """
     tops = await anyio.to_thread.run_sync(list_checkouts, repository)
     await anyio.to_thread.run_sync(_wait_until_unused, lambda: bool(list_git_processes(tops)), _SWITCH_TIMEOUT)
@@ -301,17 +306,18 @@ async def recover_push(
     may_finish: bool,
     was_killed: bool = True,
 ) -> list[str]:
-    """Bring ref, index and files to one commit after a push that was to `move` the branch (old, new) ended early.
+    """Bring ref, index and files to one commit after an interrupted push that was to `move` the branch.
 
-    The caller knows that the checkout was clean right before the push, and has proof that no process of it is running;
-    `since` (wall-clock seconds) is when it began. With `may_finish`, a move that lacks only the ref is finished by a
-    compare-and-swap; a push that may have been refused is undone instead. A push is also undone if the user has
-    committed meanwhile, or switched to another branch: its changes are then set to the checkout's current commit.
+    `move` is (old, new), and `since` (wall-clock seconds) is when the push began. The checkout must have been clean
+    right before the push, and no process of the push may be running. With `may_finish`, a move that lacks only the ref
+    is finished by a compare-and-swap; otherwise, as the push may have been refused, it is undone. A push is also undone
+    if the user has committed meanwhile or switched to another branch: its paths are then reset to the checkout's
+    current commit.
 
-    Only paths that the move changes are touched. Of those, only index entries and files with the content of the move
-    are touched: whole files, or one partial file and empty ones if the push was evidently writing. Evidence is a lock
-    on the index, other such files, or that the push itself has just ended. Returns the paths that neither commit
-    explains, which are left unchanged. Unless the push `was_killed`, locks other than its own are the user's.
+    Only paths that the move changes are touched, and of those only index entries and files with the content of the
+    move: whole files, or one partial file and empty files if there is evidence that the push was writing. Evidence is a
+    lock on the index, other such files, or that the push has just ended. Returns the paths that match neither commit,
+    which are left unchanged. Unless the push `was_killed`, all locks but its own are the user's.
     """
     stale = await _stale_locks(repository, checkout, branch, since if was_killed else None, git)
     old, new = move
@@ -321,7 +327,7 @@ async def recover_push(
         tip = await _tip(checkout, git)
         if tip is None or not await git.is_ancestor(new, tip, cwd=checkout):
             empty = await _empty_tree(checkout, git) if old is None else ""
-            # If the user has deleted the branch, the files stay at its old commit.
+            # If the user has deleted the branch, leave the files at its old commit.
             update = _InterruptedUpdate(checkout, branch, git, old or empty, tip or old or empty, new)
             may_finish = may_finish and tip == old and await read_current_branch(checkout, git) == branch
             if may_finish and await update.is_staged():
@@ -331,16 +337,16 @@ async def recover_push(
             else:
                 foreign = await update.undo(stale, has_just_ended=has_just_ended)
                 foreign += await _catch_up(update, tip)
-    # Last: while the index is locked, the next recovery knows that this one was interrupted.
+    # Unlock last: while the index is locked, the next recovery can tell that this one was interrupted.
     await anyio.to_thread.run_sync(_unlink, stale)
     await anyio.to_thread.run_sync(remove_incoming_objects, repository.git_dir, since)
     return foreign
 
 
 async def _catch_up(undone: _InterruptedUpdate, tip: str | None) -> list[str]:
-    """Apply the user's commits made meanwhile to the undone paths; return the paths that are theirs.
+    """Apply the user's commits made meanwhile to the undone paths; return the paths they changed.
 
-    `git commit` reads the index first, and moves the branch later: so their commit may have everything that the update
+    `git commit` reads the index before it moves the branch, so the user's commit may contain everything that the update
     had staged.
     """
     foreign: list[str] = []
@@ -352,13 +358,13 @@ async def _catch_up(undone: _InterruptedUpdate, tip: str | None) -> list[str]:
 
 
 async def _read_settled_tip(checkout: Path, git: Git) -> str | None:
-    """Return a checkout's commit once no git command runs in it, or after a timeout."""
+    """Return a checkout's commit once no git command is running in it, or after a timeout."""
     await anyio.to_thread.run_sync(_wait_until_unused, lambda: bool(list_git_processes([checkout])))
     return await _tip(checkout, git)
 
 
 async def _has_all_objects(checkout: Path, old: str | None, new: str, git: Git) -> bool:
-    """Whether a commit exists with all its new objects: a killed push may have received only some."""
+    """Return whether a commit and all its new objects exist: a killed push may have received only some."""
     before = () if old is None else (f"^{old}",)
     walk = await git("rev-list", "--objects", "--quiet", new, *before, cwd=checkout, ok=(0, 1, 128))
     return walk.returncode == 0
@@ -375,7 +381,7 @@ async def _empty_tree(checkout: Path, git: Git) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _InterruptedUpdate:
-    """An update of a checkout of a branch from `old` to `new` that ended early, where HEAD is at `tip`."""
+    """An interrupted update of a branch's checkout from `old` to `new`, with HEAD at `tip`."""
 
     checkout: Path
     branch: str
@@ -385,17 +391,17 @@ class _InterruptedUpdate:
     new: str
 
     async def is_staged(self) -> bool:
-        """Whether the index has all changes of the update."""
+        """Return whether the index contains all changes of the update."""
         unlike_new = await self._staged_unlike(self.new)
         return not any(change.path in unlike_new for change in await self._changes(self.old))
 
     async def undo(self, stale: Sequence[Path], *, has_just_ended: bool) -> list[str]:
-        """Restore index entries and files of the update to `tip`; return the paths that were changed since.
+        """Restore the update's index entries and files to `tip`; return the paths changed since.
 
-        `stale` are the locks that the update left; with `has_just_ended` nobody else had time to change files. The
-        index stays locked until everything is undone, also on failure, so that the user neither commits part of the
-        update nor carries it to another branch. The index is written first: the next recovery then finds the leftovers
-        of an interrupted push, too, and does not finish an update with files that are already undone.
+        `stale` are the update's leftover locks. With `has_just_ended`, nobody else had time to change files. The index
+        stays locked until everything is undone, even on failure, so that the user can't commit part of the update or
+        carry it to another branch. The index is written first, so that after an interruption the next recovery still
+        detects an interrupted push, and does not finish an update whose files are already undone.
         """
         ours = {change.path for change in await self._changes(self.old)}
         changes = {change.path: change for change in await self._changes(self.tip) if change.path in ours}
@@ -409,7 +415,8 @@ class _InterruptedUpdate:
             is_theirs = path in unlike_new and path in unlike_tip
             kind = await _classify_file(self.git, self.checkout, path, before.get(path), after.get(path))
             by_kind["foreign" if is_theirs else kind].append(path)
-        # Git writes files one by one: a kill leaves at most one partial file. On a full disk the next are empty.
+        # Git writes files one by one, so a kill leaves at most one partial file. On a full disk the following files are
+        # empty.
         is_locked = any(lock.name == "index.lock" for lock in stale)
         was_writing = bool(staged or by_kind["new"]) or is_locked or has_just_ended
         incomplete = by_kind["partial"] + by_kind["restored"] + by_kind["empty"]
@@ -450,7 +457,10 @@ class _InterruptedUpdate:
 
 
 def _lock_index(git_dir: Path, branch: str, stale: Sequence[Path]) -> None:
-    """Lock an index with our mark, unless it is already; RefusedError if the user's git has locked it."""
+    """Lock an index with our mark, unless already locked by it.
+
+    Raises RefusedError if the user's git has locked the index.
+    """
     lock = git_dir / "index.lock"
     if _is_marked(lock, branch):
         return
@@ -463,7 +473,7 @@ def _lock_index(git_dir: Path, branch: str, stale: Sequence[Path]) -> None:
 
 
 def _copy_index(git_dir: Path, branch: str) -> Path:
-    """Return a copy of an index locked with our mark, which will replace it."""
+    """Copy an index locked with our mark; return the path of the copy, which will replace it."""
     copy, lock = _copies(git_dir, branch)
     _unlink([lock])
     shutil.copy2(git_dir / "index", copy)
@@ -479,10 +489,10 @@ def _delete_added(checkout: Path, paths: Sequence[str]) -> None:
 
 
 async def _classify_file(git: Git, checkout: Path, path: str, before: str | None, after: str | None) -> str:
-    """Return whether a file is `old` or `new`, as an interrupted push left it, or `foreign`.
+    """Return the state in which an interrupted push left a file: `old`, `new` or `foreign`.
 
-    A file that a push or an undo was writing is `partial` (part of the new one), `restored` (part of the old one) or
-    `empty`.
+    A file that a push or an undo was writing is `partial` (part of the new content), `restored` (part of the old
+    content) or `empty`.
     """
     content = await anyio.to_thread.run_sync(_read, checkout / path)
     if content is None:
@@ -518,7 +528,7 @@ async def _identity(git: Git, checkout: Path, path: str, content: bytes) -> str:
 async def _stale_locks(
     repository: LocalRepository, checkout: Path | None, branch: str, since: float | None, git: Git
 ) -> list[Path]:
-    """Return the lock files that a killed push left in the user's repository, without those of live commands."""
+    """Return the lock files that a killed push left in the user's repository, except those of running commands."""
     locks, folders = await _locks(repository, checkout, branch, git)
     ours = await anyio.to_thread.run_sync(_marked_files, folders[0], branch)
     others = [lock for lock in locks if lock not in ours]
@@ -528,14 +538,14 @@ async def _stale_locks(
 
 
 def _marked_files(git_dir: Path, branch: str) -> list[Path]:
-    """Return the index files that a push of ours has left: the lock, and the new index with its own lock."""
+    """Return the index files left by our push: the lock, and the new index with its own lock."""
     return [path for path in _copies(git_dir, branch) if path.exists()] + [
         lock for lock in [git_dir / "index.lock"] if _is_marked(lock, branch)
     ]
 
 
 def _copies(git_dir: Path, branch: str) -> tuple[Path, Path]:
-    """Return the replacement of an index locked with our mark, and its own lock."""
+    """Return the replacement for an index locked with our mark, and the replacement's lock."""
     copy = git_dir / f"index.{lock_marker(branch)}"
     return copy, copy.with_name(f"{copy.name}.lock")
 
@@ -543,13 +553,13 @@ def _copies(git_dir: Path, branch: str) -> tuple[Path, Path]:
 async def _locks(
     repository: LocalRepository, checkout: Path | None, branch: str, git: Git
 ) -> tuple[list[Path], list[Path]]:
-    """Return the lock files that a push creates, and the folders that its commands run in."""
+    """Return the lock files that a push creates, and the working folders of its commands."""
     folders = [repository.git_dir]
     if checkout is not None:
         own = await git("rev-parse", "--absolute-git-dir", cwd=checkout)
         folders = [Path(own.stdout.decode(errors="surrogateescape").rstrip("\n")), repository.git_dir, checkout]
     locks = [folders[0] / "index.lock", folders[0] / "HEAD.lock"]
-    if folders[0] != repository.git_dir:  # the HEAD of a bare repository may point to the branch, too
+    if folders[0] != repository.git_dir:  # the HEAD of a bare repository may also point to the branch
         locks.append(repository.git_dir / "HEAD.lock")
     locks.append(repository.git_dir / "refs" / "heads" / f"{branch}.lock")
     return locks, folders
@@ -559,18 +569,19 @@ def _find_stale(locks: Sequence[Path], folders: Sequence[Path], since: float) ->
     stale: list[Path] = []
 
     def is_used() -> bool:
-        # Coarse file system time stamps may lag behind the clock that `since` was read from.
+        # Coarse file system timestamps may lag behind the clock that `since` was read from.
         stale[:] = [lock for lock in locks if _modified(lock) >= since - 2]
         return bool(stale) and (bool(list_git_processes(folders)) or _is_open(stale))
 
-    # Only the checked files: the user's next command may have created another lock since.
+    # Only the checked files: the user may have started a command with another lock since.
     return stale if _wait_until_unused(is_used) else []
 
 
 def remove_incoming_objects(git_dir: Path, since: float) -> None:
-    """Remove objects that a killed push had received, to which no ref ever pointed; git would prune them, too. Blocks.
+    """Remove objects received by a killed push, which no ref ever pointed to. Blocks.
 
-    Each `git receive-pack` runs in the git directory: if none does, folders created after `since` have no owner.
+    Git would prune them, too. Each `git receive-pack` runs in the git directory: if none is running, folders created
+    after `since` have no owner.
     """
     incoming: list[Path] = []
 
@@ -595,7 +606,7 @@ def _unlink(locks: Sequence[Path]) -> None:
 
 
 def _is_open(files: Sequence[Path]) -> bool:
-    """Whether any process has one of these files open; programs other than git lock the index, too."""
+    """Return whether any process has one of these files open. Programs other than git also lock the index."""
     names = {str(file) for file in files}
     for pid in process_ids():
         with suppress(OSError):  # it has exited, or belongs to another user
@@ -605,13 +616,13 @@ def _is_open(files: Sequence[Path]) -> bool:
 
 
 def list_git_processes(folders: Sequence[Path]) -> list[int]:
-    """Return the git commands that run in any of these folders; none without /proc (macOS). Blocks."""
+    """Return the git commands running in any of these folders; none without /proc (macOS). Blocks."""
     return [pid for pid in process_ids() if _is_git_in(pid, folders)]
 
 
 def _is_git_in(pid: int, folders: Sequence[Path]) -> bool:
     try:
-        # Reads every process of the machine before and after each session: pathlib would be slower.
+        # Runs for every process before and after each session: pathlib would be slower.
         with open(f"/proc/{pid}/comm", "rb", 0) as file:  # noqa: PTH123
             if file.read(3) != b"git":
                 return False
@@ -622,7 +633,7 @@ def _is_git_in(pid: int, folders: Sequence[Path]) -> bool:
 
 
 def _wait_until_unused(is_used: Callable[[], bool], limit: float = _GIT_EXIT_TIMEOUT) -> bool:
-    """Wait until the user's git commands have exited; False after `limit` seconds. Blocks."""
+    """Wait until the user's git commands have exited; return False after `limit` seconds. Blocks."""
     deadline = time.monotonic() + limit
     while is_used():
         if time.monotonic() >= deadline:
@@ -632,13 +643,13 @@ def _wait_until_unused(is_used: Callable[[], bool], limit: float = _GIT_EXIT_TIM
 
 
 async def refuse_tracked_project_folder(project: Project, environ: Mapping[str, str]) -> None:
-    """Refuse a `.council` that came with the repository: we would obey its files as our own."""
+    """Raise RefusedError if git tracks `.council`: we would trust its files as our own."""
     git = Git(None, as_user=True, environ=environ)
     name = project.folder.name
-    # On some file systems a different case is the same folder.
+    # On some file systems, names that differ only in case are the same folder.
     listed = await git("ls-files", "-z", "--", f":(icase){name}", cwd=project.top, ok=(0, 128))
     if tracked := split_nul(listed.stdout):
         raise RefusedError(
             f"git tracks files in {name}: {join_names(list(map(printable_name, tracked)), 3)}",
-            f"untrack them with `git rm -r --cached {name}` and commit; no file is deleted",
+            f"untrack them with `git rm -r --cached {name}` and commit (no file is deleted)",
         )

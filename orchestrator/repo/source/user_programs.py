@@ -1,7 +1,7 @@
 """Find programs in the user's checkouts that git would run on a landing: hooks and filter drivers.
 
-A landing writes the files of a checkout, so it must not run any of them: a hook or filter written by an agent would run
-as the user, without a sandbox, before anybody has reviewed it. Hooks outside the checkouts do run.
+A landing writes files into a checkout and must not run any of them: a hook or filter written by an agent would run as
+the user, unsandboxed and unreviewed. Hooks outside the checkouts do run.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from orchestrator.system.files import atomic_write
 
 #: The hook that updates a checkout for a push (githooks(5)).
 UPDATE_HOOK: Final = "push-to-checkout"
-#: The hook's variable with the target's commit before the push; empty if the target did not exist.
+#: The hook's environment variable with the target's commit before the push; empty if there was no target.
 OLD_COMMIT_VARIABLE: Final = "COUNCIL_OLD_COMMIT"
-#: The file that the hook creates in its own folder after it has updated a checkout.
+#: The file that the hook creates in its folder after updating a checkout.
 UPDATED_FILE: Final = "updated"
-#: The hook's variables with the ref to move, and with the content of our lock on an index.
+#: The hook's environment variables with the ref to move and the content of our index locks.
 TARGET_VARIABLE: Final = "COUNCIL_TARGET"
 MARK_VARIABLE: Final = "COUNCIL_MARK"
-# Like git's built-in update, with two differences. `read-tree` gets both commits, and so keeps index entries and files
-# that are equal in both: git's own update resets everything to the new commit, which reverts what the user has
-# committed since the push began. And the index stays locked until the ref is moved (`_RELEASE`): otherwise staged
-# changes that are on no branch yet would be part of the user's next commit, or be carried along by a branch switch.
+# Like git's built-in update, with two differences. First, `read-tree` gets both commits and therefore keeps index
+# entries and files that are equal in both; git's own update resets everything to the new commit, which reverts the
+# user's commits since the push began. Second, the index stays locked until the ref is moved (`_RELEASE`); otherwise
+# staged changes that are on no branch yet would become part of the user's next commit or be carried along by a branch
+# switch.
 _UPDATE: Final = f"""#!/bin/sh
 refuse() {{
     echo "$1" >&2
@@ -60,7 +61,7 @@ git diff-files --quiet --ignore-submodules -- && git diff-index --quiet --cached
     refuse "the checkout has changes"
 git read-tree -u -m "$old" "$1" && mv "$new" "$GIT_DIR/index" && : >"${{0%/*}}/{UPDATED_FILE}"
 """
-#: The hook that runs after the ref has moved; before it calls the user's own hook it unlocks the indexes.
+#: The hook that runs after the ref has moved. It unlocks the indexes, then calls the user's hook.
 _RELEASE_HOOK: Final = "post-receive"
 _RELEASE: Final = f"""#!/bin/sh
 for lock in "$GIT_DIR"/index.lock "$GIT_DIR"/worktrees/*/index.lock; do
@@ -78,41 +79,41 @@ _RUN_BY_PUSH: Final = (
 _TOP: Final = re.compile(r"show-toplevel|\$\{?(?:PWD|GIT_WORK_TREE)\b")
 _MAX_LINKS: Final = 40
 _FILTER: Final = re.compile(r"filter\..*\.(clean|smudge|process)", re.DOTALL)
-#: Settings that name a program that the user's git runs by itself. Landings skip hooks in a checkout, and report them.
+#: Settings that name a program which the user's git runs by itself. Landings skip hooks in a checkout and report them.
 _PROGRAM: Final = re.compile(
     r"core\.(fsmonitor|sshcommand|askpass|pager|editor|gitproxy)|sequence\.editor|gpg\.(.*\.)?program|credential\.(.*\.)?helper"
     r"|diff\.external|diff\..*\.(textconv|command)|merge\..*\.driver|interactive\.difffilter|pager\..*|alias\..*",
     re.DOTALL,
 )
 _SEPARATORS: Final = ";|&"
-#: Syntax that runs commands inside an argument or after a newline: then all words are examined.
+#: Syntax that runs commands inside an argument or after a newline. If present, all words are examined.
 _SUBSHELL: Final = re.compile(r"[`\n\r]|[$<>]\s*\(|\$'")
-#: Programs that never execute a file named in their arguments.
+#: Programs that never execute files named in their arguments.
 _INERT: Final = frozenset({"cat", "cut", "expand", "fold", "grep", "head", "rev", "tail", "tr", "unexpand"})
-#: Words before a sed script, and a script that only replaces text: it runs no command and writes no file.
+#: The words before a sed script, and a script that only replaces text (runs no command, writes no file).
 _BEFORE_SCRIPTS: Final = frozenset({"sed", "-e", "-n", "-E", "-r", "-u", "-z", "--posix"})
 _SED_SCRIPT: Final = re.compile(r"[sy]([/|,:#@!])(?:(?!\1)[^\\\n]|\\.)*\1(?:(?!\1)[^\\\n]|\\.)*\1[gIip0-9]*")
 _INCLUDE: Final = re.compile(r"include\.path|includeif\..*\.path", re.DOTALL)
 #: Why a landing skips hooks, for messages.
 SKIPPED_HOOKS_REASON: Final = (
-    "they are in a checkout, where agents' work lands: move them out of the repository to run them"
+    "they are in a checkout, where agents' work lands; to run them, move them out of the repository"
 )
 
 
 async def find_hooks_in_checkouts(repository: LocalRepository, git: Git, checkout: Path | None = None) -> list[Path]:
-    """Return the hooks inside the repository's checkouts that a landing would run, whether they exist yet or not.
+    """Return the hooks, existing or not, inside the checkouts that a landing would run.
 
-    For a hooks folder inside a checkout it is only the folder. `git` runs on the user's side.
+    For a hooks folder inside a checkout, returns only the folder. `git` runs with the user's configuration.
     """
     inside, _ = await _classify_hooks(repository, git, checkout)
     return inside
 
 
 async def write_landing_hooks(repository: LocalRepository, git: Git, folder: Path, checkout: Path | None) -> None:
-    """Fill the hooks folder of a push with calls of the user's hooks outside the checkouts.
+    """Fill the hooks folder of a push with calls to the user's hooks outside the checkouts.
 
-    If the user has no hook that updates a checkout, ours is used, also without a checkout: the user may switch to the
-    branch while the push is running.
+    If the user has no hook that updates a checkout, ours is used, even without a checkout, because the user may switch
+    to the branch during the push.
     """
     _, outside = await _classify_hooks(repository, git, checkout)
     calls = {UPDATE_HOOK: _UPDATE, _RELEASE_HOOK: _RELEASE} | {hook.name: _call(hook) for hook in outside}
@@ -120,9 +121,10 @@ async def write_landing_hooks(repository: LocalRepository, git: Git, folder: Pat
 
 
 def _call(hook: Path) -> str:
-    """Return a script that runs a hook of the user's; a hook that may leave a daemon behind does not inherit our locks.
+    """Return a script that runs a user's hook.
 
-    The hook that updates a checkout inherits them: it may outlive every process that could wait for it.
+    Hooks that may start a daemon don't inherit our locks. The hook that updates a checkout does, because it may outlive
+    every process that could wait for it.
     """
     command = [] if hook.name == UPDATE_HOOK else [sys.executable, "-I", "-S", "-c", _CLOSE]
     before = _RELEASE if hook.name == _RELEASE_HOOK else "#!/bin/sh\n"
@@ -132,7 +134,7 @@ def _call(hook: Path) -> str:
 async def _classify_hooks(
     repository: LocalRepository, git: Git, checkout: Path | None
 ) -> tuple[list[Path], list[Path]]:
-    """Return the hooks inside the repository's checkouts, and those outside."""
+    """Return the hooks inside the repository's checkouts, and the hooks outside."""
     folders = dict.fromkeys((repository.folder, *([checkout] if checkout is not None else [])))
     configured = [value for folder in folders for value in [await _hooks_path(git, folder)] if value is not None]
     return await anyio.to_thread.run_sync(_sort_hooks, repository, configured, len(configured) == len(folders))
@@ -142,7 +144,7 @@ async def _hooks_path(git: Git, folder: Path) -> str | None:
     """Return the user's `core.hooksPath` with `~` expanded; None if it is not set."""
     command = ("config", "--null", "--show-scope", "--type=path", "--get-all", "core.hooksPath")
     fields = split_nul((await git(*command, cwd=folder, ok=(0, 1))).stdout)
-    # The last value counts; values of the scope `command` are ours.
+    # The last value applies; values with scope `command` are ours.
     values = [value for scope, value in zip(fields[::2], fields[1::2], strict=False) if scope != "command"]
     return values[-1] if values else None
 
@@ -168,13 +170,13 @@ def _sort_hooks(
                 inside[hook] = None
             elif os.access(hook, os.X_OK):
                 outside.setdefault(name, hook)
-    # A relative path names a folder in each checkout: missing ones need not be reported.
+    # A relative path names a folder in each checkout; missing folders need not be reported.
     existing = [path for path in inside if os.path.lexists(path)]
     return existing or list(inside), list(outside.values())
 
 
 def passes_through_checkout(path: Path, tops: Sequence[Path], git_dir: Path) -> bool:
-    """Whether resolving a path, with all its links, visits a file or folder inside a checkout. Blocks."""
+    """Return whether resolving a path and its links visits anything inside a checkout. Blocks."""
     return any(
         any(at != top and at.is_relative_to(top) for top in tops) and not at.is_relative_to(git_dir)
         for at in _path_components(path)
@@ -182,7 +184,7 @@ def passes_through_checkout(path: Path, tops: Sequence[Path], git_dir: Path) -> 
 
 
 def _path_components(path: Path) -> Iterator[Path]:
-    """Yield each file and folder that the system visits while resolving a path, also missing ones."""
+    """Yield each file and folder that path resolution visits, including missing ones."""
     ahead, at, links = list(reversed(path.absolute().parts[1:])), Path("/"), 0
     while ahead and links <= _MAX_LINKS:
         part = ahead.pop()
@@ -209,7 +211,7 @@ def _write_hooks(folder: Path, scripts: Mapping[str, str]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class GitSetting:
-    """An entry of the user's git configuration: its file (None: no file), key and value."""
+    """An entry of the user's git configuration: file (or None), key and value."""
 
     file: Path | None
     key: str
@@ -217,7 +219,7 @@ class GitSetting:
 
 
 async def read_git_config(git: Git, checkout: Path) -> list[GitSetting]:
-    """Return the user's configuration as git reads it in a checkout, with included files."""
+    """Return the user's configuration as git reads it in a checkout, including included files."""
     done = await git("config", "--null", "--show-origin", "--list", cwd=checkout, ok=(0, 1))
     fields = split_nul(done.stdout)
     settings = []
@@ -231,10 +233,10 @@ async def read_git_config(git: Git, checkout: Path) -> list[GitSetting]:
 async def find_unsafe_filter(
     repository: LocalRepository, checkout: Path, configuration: Sequence[GitSetting]
 ) -> tuple[str, str] | None:
-    """Return the problem and the remedy if a configured filter runs a file of a checkout; None otherwise.
+    """Return the problem and the remedy if a configured filter runs a file in a checkout, or None.
 
-    A landing would run the landed version of that file, to write files. Indirect calls can't be detected, for example a
-    wrapper on PATH that runs a file of the current folder.
+    To write files, a landing would run the landed version of that file. Indirect calls, such as a wrapper on PATH that
+    runs a file in the current folder, can't be detected.
     """
     commands = [(setting.key, setting.value) for setting in configuration if _FILTER.fullmatch(setting.key)]
     unsafe = await anyio.to_thread.run_sync(_find_first_inside, repository, checkout, commands) if commands else None
@@ -243,7 +245,7 @@ async def find_unsafe_filter(
     key, command = unsafe
     program = f"`{printable_name(command)}` ({printable_name(key)})"
     return (
-        f"git would run {program} on landings, a program that agents can change",
+        f"landings would make git run {program}, which agents can change",
         "move it out of the repository, or land on a branch that is not checked out",
     )
 
@@ -251,10 +253,10 @@ async def find_unsafe_filter(
 async def find_path_controlling_git(
     repository: LocalRepository, git: Git, checkout: Path, configuration: Sequence[GitSetting], changed: Sequence[str]
 ) -> str | None:
-    """Return the first changed path that decides what the user's git runs; None if none does.
+    """Return the first changed path that decides what the user's git runs, or None.
 
-    That is a file that git reads its configuration from, or would read if it existed or an include condition were true,
-    a file that a setting names as a program, or a link on the way to one. A change to it chooses what the user's next
+    Such a path is a configuration file that git reads, or would read if it existed or an include condition were true; a
+    file that a setting names as a program; or a link on the way to one. A change to it can choose what the user's next
     git command runs.
     """
     files = await _configuration_files(repository, git, configuration)
@@ -307,7 +309,7 @@ def _find_controlling_path(
 
 
 def _standard_files(git: Git, repository: LocalRepository) -> Iterator[Path]:
-    """Yield the standard configuration files of git, existing or not (git-config(1), FILES)."""
+    """Yield git's standard configuration files, existing or not (git-config(1), FILES)."""
     environ = git.environ
     yield from (repository.git_dir / name for name in ("config", "config.worktree"))
     yield from repository.git_dir.glob("worktrees/*/config.worktree")
@@ -331,7 +333,7 @@ def _find_first_inside(
 
 
 def _paths_in(command: str, checkout: Path) -> Iterator[Path]:
-    """Yield the paths that a shell command names, relative to the checkout: words with a slash or an extension."""
+    """Yield paths in a shell command, relative to the checkout: words with a slash or an extension."""
     for number, word in enumerate(_words_in(command.removeprefix("!"))):
         name = word.partition("=")[2] if word.startswith("-") else word
         if "/" in name or (number and re.search(r"\w\.\w+$", name)):
@@ -339,7 +341,7 @@ def _paths_in(command: str, checkout: Path) -> Iterator[Path]:
 
 
 def _words_in(command: str) -> Iterator[str]:
-    """Yield the words of a shell command, except arguments that certainly name no program or script."""
+    """Yield the words of a shell command except arguments that can't name a program or script."""
     lexer = shlex.shlex(command, posix=True, punctuation_chars=_SEPARATORS)
     lexer.whitespace_split, lexer.commenters = True, ""
     is_plain, program, before = _SUBSHELL.search(command) is None, "", ""

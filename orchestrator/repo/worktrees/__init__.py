@@ -1,1 +1,1 @@
-"""Worktrees of sessions and checks: hubs, slots, the pool that hands slots out. `pool` is the entry point."""
+"""Worktrees of sessions and checks: hubs, slots, and the pool that assigns slots. Entry point: `pool`."""

@@ -1,14 +1,14 @@
 """Detect which files of a checkout may have changed since a snapshot, from file system metadata.
 
-Git compares times by the second, and must read files that are as young as its index. Here a file counts as unchanged
-while its path leads to the same inode and its ctime (inode(7), in nanoseconds) is older than the snapshot; no program
-can set the ctime. Writes through a shared mapping are detected where the file system stamps them
-(`detects_mmap_writes`); elsewhere by `repo.worktrees.write_watch`.
+Git compares times in seconds, and must read files that are as new as its index. Here, a file counts as unchanged while
+its path leads to the same inode and its ctime (inode(7), in nanoseconds) is older than the snapshot; programs can't set
+the ctime. Writes through a shared mapping are detected if the file system updates the ctime (`detects_mmap_writes`),
+otherwise by `repo.worktrees.write_watch`.
 
 Imports only the standard library, because `orchestrator.repo.worktrees.scan_worker` runs it.
 
-For collecting work the result is a hint to read less: if anything is odd, git reads everything. For cleaning a checkout
-it is authoritative, and a checkout with an unknown result is discarded.
+When collecting work, the result only limits what is read: if anything is unusual, git reads everything. When cleaning a
+checkout, the result is authoritative, and a checkout with an unknown result is discarded.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-#: Nanoseconds: two ticks of the slowest kernel clock, which file times come from.
+#: Nanoseconds: two ticks of the slowest kernel clock, the source of file times.
 _TIMESTAMP_RESOLUTION: Final = 20_000_000
-#: Nanoseconds by which two clock_offset differ that are not read at the same timestamp.
+#: Nanoseconds by which two `clock_offset` values may differ because the clocks are not read at the same instant.
 _JITTER: Final = 50_000_000
 _MAX_CLOCK_SKEW: Final = 2_000_000_000  # nanoseconds
-#: A clock that can't be set; it includes the machine's sleep where the system provides that.
+#: A clock that can't be set. It includes time in which the machine sleeps, if the system supports that.
 _STEADY: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 @dataclass(frozen=True, slots=True)
 class TreeDiff:
-    """Changed paths, in git's form; folders end with a slash where files and folders are distinguished."""
+    """Changed paths in git's format; folders end with a slash where they are distinguished from files."""
 
     changed: list[str] = field(default_factory=list)
     """Files that may have changed."""
@@ -45,14 +45,14 @@ class TreeDiff:
     added: list[str] = field(default_factory=list)
     """New files and folders, without the contents of new folders."""
     touched_folders: list[str] = field(default_factory=list)
-    """Folders of which more than the contents may have changed."""
+    """Folders that may have changed other than in their contents."""
     replaced: list[str] = field(default_factory=list)
-    """Folders that were replaced by other folders; the files in the old ones are removed."""
+    """Folders that were replaced by other folders; the files in the old folders count as removed."""
     ambiguous: list[str] = field(default_factory=list)
-    """Added paths and removed empty folders whose meaning only git can decide."""
+    """Added paths and removed empty folders that only git can interpret."""
 
     def is_small(self, most: int) -> bool:
-        """Whether git need only look at these paths, and there are at most `most` of them."""
+        """Return whether git need only look at these paths, and there are at most `most`."""
         count = len(self.changed) + len(self.removed) + len(self.added)
         return not self.ambiguous and not self.replaced and count <= most
 
@@ -82,25 +82,25 @@ class FolderSnapshot(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TreeSnapshot:
-    """The state of the checkout `tree` at a point in time, stored where no session can write."""
+    """The state of the checkout `tree` at a point in time, stored where sessions can't write."""
 
     tree: Path
     folders: Mapping[str, FolderSnapshot]
-    """By path, with a trailing slash; the top is ""."""
+    """The folders, keyed by path with a trailing slash; the top is ""."""
     preserved_paths: frozenset[str]
-    """Files and folders that are never compared."""
+    """Files and folders excluded from comparison."""
     timestamp: int
     """The file system's clock, in nanoseconds."""
     clock_offset: int
 
     @classmethod
     def unknown(cls, tree: Path) -> TreeSnapshot:
-        """Return a snapshot of a checkout in unknown state: comparing it never yields a result."""
+        """Return a snapshot for a checkout in an unknown state. Comparing it never yields a result."""
         return cls(tree, {"": FolderSnapshot(0, {}, frozenset())}, frozenset(), 0, 0)
 
     @classmethod
     def capture(cls, tree: Path, preserved_paths: Iterable[str] = ()) -> TreeSnapshot | None:
-        """Scan a checkout that nobody writes to; None if the file system's times are unreliable. Blocks."""
+        """Scan a checkout that nobody writes to; return None if file times are unreliable. Blocks."""
         preserved, folders = frozenset(preserved_paths), dict[str, FolderSnapshot]()
         with suppress(OSError):
             waiting = [""]
@@ -116,13 +116,13 @@ class TreeSnapshot:
         return sum(len(folder.files) for folder in self.folders.values())
 
     def has(self, path: str) -> bool:
-        """Whether this file existed."""
+        """Return whether this file existed."""
         folder, _, name = path.rpartition("/")
         known = self.folders.get(f"{folder}/" if folder else "")
         return known is not None and name in known.files
 
     def is_empty(self, path: str) -> bool:
-        """Whether this folder (with a trailing slash) existed and was empty."""
+        """Return whether this folder (with a trailing slash) existed and was empty."""
         known = self.folders.get(path)
         return known is not None and known.is_empty
 
@@ -142,15 +142,15 @@ class TreeSnapshot:
                         waiting.extend(f"{path}{name}/" for name in self.folders[path].folders)
                 finally:
                     os.close(descriptor)
-            # After the clock was set back, a change may have an earlier time.
+            # If the clock was set back, a change may have an earlier time.
             if abs(_clock_offset() - self.clock_offset) < _JITTER:
                 return diff
         return None
 
     def refreshed(self, paths: Iterable[str], preserved_paths: Iterable[str] | None = None) -> TreeSnapshot | None:
-        """Return a snapshot of the current state, if only `paths` and folders above them have changed. Blocks.
+        """Return a snapshot of the current state if only `paths` and their parents changed. Blocks.
 
-        The paths may be added, changed or removed files, or folders; the contents of a new folder must be named, too.
+        The paths may be added, changed or removed files, or folders; the contents of a new folder must also be listed.
         """
         if not self.timestamp:
             return None
@@ -166,7 +166,7 @@ class TreeSnapshot:
         return None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the form that `of_json` reads."""
+        """Return a JSON value for `of_json`."""
         return {
             "folders": {path: [each.inode, each.files, sorted(each.folders)] for path, each in self.folders.items()},
             "kept": sorted(self.preserved_paths),
@@ -184,9 +184,9 @@ class TreeSnapshot:
         return cls(tree, folders, frozenset(stored["kept"]), int(stored["moment"]), int(stored["clocks"]))
 
     def _open_folder(self, path: str, diff: TreeDiff) -> int | None:
-        """Return a descriptor of a folder; if it is none any more, add its files as removed and return None."""
+        """Return a descriptor of a folder; if it is no longer a folder, add its files as removed and return None."""
         try:
-            # A link would be followed at a trailing slash.
+            # With a trailing slash, a link would be followed.
             flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
             return os.open(f"{self.tree}/{path.rstrip('/')}", flags)
         except FileNotFoundError:
@@ -197,7 +197,7 @@ class TreeSnapshot:
         return None
 
     def _compare_folder(self, path: str, descriptor: int, diff: TreeDiff) -> bool:
-        """Compare the entries of a folder except its folders; return whether it is the same folder as before."""
+        """Compare a folder's entries other than folders; return whether it is still the same folder."""
         known, oldest, status = self.folders[path], self.timestamp - _TIMESTAMP_RESOLUTION, os.fstat(descriptor)
         if status.st_ino != known.inode:
             diff.replaced.append(path)
@@ -228,7 +228,7 @@ class TreeSnapshot:
             if name in known.files or name in known.folders or full in self.preserved_paths or full == ".git":
                 continue
             diff.added.append(full)
-            # Empty folders of a checkout are submodules, and git treats both cases specially.
+            # Empty folders in a checkout are submodules; git treats both cases specially.
             if name.lower() == ".git" or (path and known.is_empty):
                 diff.ambiguous.append(full)
 
@@ -244,10 +244,9 @@ class TreeSnapshot:
 
 
 def detects_mmap_writes(folder: Path) -> bool:
-    """Whether the file system of a folder updates the ctime on writes through a shared mapping. Blocks.
+    """Return whether the file system of a folder updates the ctime on writes through a shared mapping. Blocks.
 
-    A tmpfs does not (no `page_mkwrite` in the kernel's mm/shmem.c): there a file's times don't show that it was
-    changed.
+    A tmpfs does not (no `page_mkwrite` in the kernel's mm/shmem.c), so there a file's times don't reveal such a change.
     """
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(bytes(mmap.PAGESIZE))
@@ -255,7 +254,7 @@ def detects_mmap_writes(folder: Path) -> bool:
         begin, before = time.monotonic_ns(), os.fstat(file.fileno()).st_ctime_ns
         time.sleep(max(0, _TIMESTAMP_RESOLUTION - (time.monotonic_ns() - begin)) / 1e9)
         with mmap.mmap(file.fileno(), mmap.PAGESIZE) as mapped:
-            # Read first: after a read fault some kernels leave the page writable, and miss the write.
+            # Read first: some kernels leave the page writable after a read fault, and then miss the write.
             mapped[0] += 1
             return os.fstat(file.fileno()).st_ctime_ns > before
 
@@ -263,11 +262,11 @@ def detects_mmap_writes(folder: Path) -> bool:
 def _finish_snapshot(
     tree: Path, folders: Mapping[str, FolderSnapshot], preserved_paths: frozenset[str]
 ) -> TreeSnapshot | None:
-    """Return the snapshot of a checkout that was just written; None if its times are unreliable."""
+    """Return the snapshot of a freshly written checkout; None if its times are unreliable."""
     clock_offset = _clock_offset()
-    # Earlier writes must be clearly older than the timestamp.
+    # Earlier writes must be measurably older than the timestamp.
     time.sleep(1.5 * _TIMESTAMP_RESOLUTION / 1e9)
-    # Reveals file systems that report mtime as ctime.
+    # Detects file systems that report mtime as ctime.
     os.utime(tree, ns=(0, 0))
     timestamp = tree.stat().st_ctime_ns
     if abs(time.time_ns() - timestamp) >= _MAX_CLOCK_SKEW:
@@ -291,7 +290,7 @@ def _scan_folder(tree: Path, path: str, preserved_paths: frozenset[str]) -> Fold
 
 
 def _with_parents(paths: Iterable[str]) -> set[str]:
-    """Return every path as a folder, and all folders above the paths."""
+    """Return all paths as folders, and all their parent folders."""
     folders = {""}
     for path in paths:
         folder = f"{path.rstrip('/')}/"
@@ -302,5 +301,5 @@ def _with_parents(paths: Iterable[str]) -> set[str]:
 
 
 def _clock_offset() -> int:
-    """Return by how much the settable clock is ahead of the steady one (nanoseconds)."""
+    """Return how far the settable clock is ahead of the steady one, in nanoseconds."""
     return time.time_ns() - time.clock_gettime_ns(_STEADY)

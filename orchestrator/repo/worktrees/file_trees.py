@@ -1,4 +1,4 @@
-"""Copy, open, delete and measure folders that agents have filled."""
+"""Copy, delete, measure and make accessible folders with contents written by agents."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a path is a folder, and not a link to one. Blocks."""
+    """Return whether a path is a folder and not a link to one. Blocks."""
     return path.is_dir() and not path.is_symlink()
 
 
 async def copy_tree(
     source: str, target: Path, environ: Mapping[str, str], keep_fds: Sequence[int] = (), *, times: bool = False
 ) -> None:
-    """Copy a file, or a folder with all contents and links as links; GitError with the output of `cp` if that fails.
+    """Copy a file, or a folder recursively without following links.
 
-    With `times`, modes, owners and times are preserved, too. The locks `keep_fds` stay held until the copy ends, also
-    if we are killed.
+    With `times`, also preserves modes, owners and times. The locks `keep_fds` are held until the copy ends, even if we
+    are killed. Raises GitError with the output of `cp` if that fails.
     """
     argv = ["cp", "-RPp" if times else "-RP", "--", source, str(target)]
     _check(argv, await run(argv, env=_env(environ), keep_fds=keep_fds))
 
 
 async def remove_all(paths: Sequence[Path], environ: Mapping[str, str], keep_fds: Sequence[int] = ()) -> None:
-    """Delete files, and folders with all contents; GitError with the output of `rm` if that fails.
+    """Delete files, and folders recursively.
 
-    The locks `keep_fds` stay held until the deletion ends, also if we are killed.
+    The locks `keep_fds` are held until the deletion ends, even if we are killed. Raises GitError with the output of
+    `rm` if that fails.
     """
     # `rm` rather than shutil: an agent's folders may be nested deeper than Python recurses, or unreadable.
     named = list(map(str, paths))
@@ -48,11 +49,11 @@ async def remove_all(paths: Sequence[Path], environ: Mapping[str, str], keep_fds
 
 
 def walk_folders(top: Path, visit: Callable[[int, list[str]], Iterable[str]], unread: list[str] | None = None) -> None:
-    """Call `visit` for the folder `top` and for each folder that it returns the name of. Blocks.
+    """Call `visit` for the folder `top` and for each subfolder that a call names. Blocks.
 
-    `visit` gets a descriptor of the folder and the names of the folders from `top` to it. Follows no link. Folders that
-    their owner can't access are made accessible first; one that still can't be opened is added to `unread`, or is an
-    OSError without `unread`. The caller knows that no process of the session is running.
+    `visit` gets a descriptor of the folder and the folder names from `top` down, and returns the names of subfolders to
+    visit. Links are not followed. Folders that their owner can't access are made accessible first. A folder that still
+    can't be opened is added to `unread`; without `unread`, raises OSError. No process of the session may be running.
     """
     names: list[str] = []
     try:
@@ -65,7 +66,7 @@ def walk_folders(top: Path, visit: Callable[[int, list[str]], Iterable[str]], un
             raise
         return
     try:
-        # Walks with one descriptor, and back by `..`: paths may exceed the system's limit.
+        # Walk with one descriptor, and return by `..`: paths may exceed the system's limit.
         ahead = [list(visit(at, names))]
         while ahead:
             if ahead[-1]:
@@ -91,10 +92,10 @@ def walk_folders(top: Path, visit: Callable[[int, list[str]], Iterable[str]], un
 
 
 def restore_access(tree: Path, diff: TreeDiff | None = None) -> list[str]:
-    """Let the owner read all files and folders of a checkout; return the folders that still can't be opened. Blocks.
+    """Make all files and folders of a checkout readable for their owner. Blocks.
 
-    Git silently skips a folder that it can't read. With `diff`, the changes in a checkout, only these are examined. The
-    caller knows that no process of the session is running.
+    Returns the folders that still can't be opened; git silently skips these. With `diff` (the changes in a checkout),
+    only changed paths are examined. No process of the session may be running.
     """
 
     def visit(folder: int, _: list[str]) -> list[str]:
@@ -117,8 +118,11 @@ def restore_access(tree: Path, diff: TreeDiff | None = None) -> list[str]:
 
 
 def _grant(path: str | Path, folder: int | None = None) -> None:
-    """Give a file's owner the right to read it, a folder's owner all rights; all users, if the owner is another one."""
-    with suppress(FileNotFoundError, NotADirectoryError, PermissionError):  # opening it reports what remains
+    """Give the owner read permission on a file, or all permissions on a folder.
+
+    If the owner is another user, gives the permissions to all users.
+    """
+    with suppress(FileNotFoundError, NotADirectoryError, PermissionError):  # opening it reports remaining problems
         status = os.stat(path, dir_fd=folder, follow_symlinks=False)
         if stat.S_ISDIR(status.st_mode):
             wanted = stat.S_IRWXU if status.st_uid == os.geteuid() else 0o755
@@ -136,18 +140,18 @@ def _replace_descriptor(old: int, new: int) -> int:
 
 
 def disk_usage(path: Path) -> int:
-    """Return the bytes on disk of a file or of all readable contents of a folder. Blocks.
+    """Return the disk usage in bytes of a file or of a folder's readable contents. Blocks.
 
-    A file with several names counts once; links are not followed.
+    A file with several hard links counts once; symbolic links are not followed.
     """
     waiting, seen, total = [str(path)], set[tuple[int, int]](), 0
     while waiting:
         current = waiting.pop()
-        with suppress(OSError):  # unreadable, deeper than the longest path, or removed meanwhile
+        with suppress(OSError):  # unreadable, longer than the path limit, or removed meanwhile
             status = os.lstat(current)
             if (status.st_dev, status.st_ino) not in seen:
                 seen.add((status.st_dev, status.st_ino))
-                total += status.st_blocks * 512  # stat(2): the unit does not depend on the block size
+                total += status.st_blocks * 512  # always 512-byte units (stat(2))
             if stat.S_ISDIR(status.st_mode):
                 with os.scandir(current) as entries:
                     waiting.extend(entry.path for entry in entries)

@@ -1,7 +1,7 @@
-"""Our own repositories, outside the user's tree: one hub for each repository that runs work on.
+"""Our own repositories, outside the user's tree: one hub per user repository.
 
     <home>/<name>-<digest>/
-      hub.git/       objects, which sessions borrow (read-only for them)
+      hub.git/       objects, which sessions borrow read-only
       trusted.git/   our configuration, refs and index files; its objects are the hub's
       session.git/   the template of each session's git directory
       sessions/      one folder for each attempt
@@ -11,10 +11,10 @@
       locks/         permanent lock files
       origin.json    the repository and the stores that the hub is for (`repo.worktrees.origin`)
 
-No git command of ours uses a configuration, hook or attribute that an agent could have written: we never run git in a
-session's git directory, and no path that an agent is given names the trusted repository. Git that reads files or
-objects of an agent runs in a sandbox (`Git.confined`), so that nothing there can make it do anything else. Agents'
-commits enter as verified objects (`repo.intake.collect`).
+None of our git commands uses configuration, hooks or attributes that an agent could have written: we never run git in a
+session's git directory, and agents are given no path to the trusted repository. Git commands that read an agent's files
+or objects run in a sandbox (`Git.confined`), so that these can't make git do anything else. Agents' commits are
+imported as verified objects (`repo.intake.collect`).
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from orchestrator.repo.worktrees import origin
 from orchestrator.repo.worktrees.file_trees import remove_all
 from orchestrator.system.file_lock import FileLock
 
-#: Git's messages about a damaged repository, and about a ref of ours with a missing or invalid object.
+#: Git's messages about a damaged repository, and about one of our refs with a missing or invalid object.
 _DAMAGE = re.compile(r"corrupt|is empty|unable to unpack|not a git repository")
 _DAMAGED_REF = "fatal: bad object refs/council/"
-#: The namespace in the trusted repository for what each run has fetched.
+#: The ref namespace in the trusted repository for fetched commits of each run.
 INTERNAL_REFS = "refs/council"
 
 
 @dataclass(frozen=True, slots=True)
 class Hub:
-    """The paths of one repository's hub."""
+    """The paths of a repository's hub."""
 
     root: Path
 
@@ -55,7 +55,7 @@ class Hub:
 
     @property
     def trusted(self) -> Path:
-        """The repository that our git commands run in."""
+        """The repository in which our git commands run."""
         return self.root / "trusted.git"
 
     @property
@@ -65,12 +65,12 @@ class Hub:
 
     @property
     def sessions(self) -> Path:
-        """One folder for each run, with one folder for each attempt."""
+        """The session folders, one per run and attempt."""
         return self.root / "sessions"
 
     @property
     def indexes(self) -> Path:
-        """One folder for each attempt, with our index of its checkout; no session sees it."""
+        """The folders with our index of each attempt's checkout, hidden from sessions."""
         return self.root / "indexes"
 
     @property
@@ -85,7 +85,7 @@ class Hub:
 
     @property
     def staging_root(self) -> Path:
-        """The hub's path while it is created or removed, so that a hub is complete or absent."""
+        """The hub's temporary path during creation and removal, so that a hub is complete or absent."""
         return self.root.with_name(f"{self.root.name}.new")
 
     @property
@@ -94,11 +94,11 @@ class Hub:
         return FileLock(self.root.with_name(f"{self.root.name}.lock"))
 
     def lock(self, name: str) -> FileLock:
-        """Return the permanent lock with that name."""
+        """Return the permanent lock file with that name."""
         return FileLock(self.root / "locks" / name)
 
     def landing_lock(self, source: str, target: str) -> FileLock:
-        """Return the lock that serializes landings on one branch of one repository."""
+        """Return the lock that serializes landings on a branch."""
         digest = hashlib.sha256(f"{source}\0{target}".encode()).hexdigest()[:16]
         return self.lock(f"landing-{digest}")
 
@@ -108,22 +108,22 @@ class Hub:
 
     @property
     def liveness_locks(self) -> LivenessLocks:
-        """The liveness locks of this machine's orchestrators that use the hub."""
+        """The liveness locks of the orchestrators on this machine that use the hub."""
         return LivenessLocks(self.root / "locks")
 
 
 def is_inside_hub(hub: Hub, path: Path) -> bool:
-    """Whether no link leads out of a hub on the way to `path`. Blocks."""
+    """Return whether the way to `path` contains no link that leads out of the hub. Blocks."""
     return path.parent.resolve().is_relative_to(hub.root.resolve())
 
 
 def reports_hub_damage(hub: Hub, stderr: str) -> bool:
-    """Whether git's messages say that a hub itself is damaged, rather than the repository that was accessed."""
+    """Return whether git's messages mean that the hub is damaged, not the user's repository."""
     return _DAMAGED_REF in stderr or (str(hub.root) in stderr and _DAMAGE.search(stderr) is not None)
 
 
 def locate_hub(source: str, home: Path) -> Hub:
-    """Return the hub of a repository, given its path or URL; it need not exist yet."""
+    """Return the hub for a repository path or URL. The hub need not exist yet."""
     last = source.rstrip("/").removesuffix("/.git").removesuffix(".git").rsplit("/", 1)[-1]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", last)[:40] or "repo"
     return Hub(home / f"{name}-{hashlib.sha256(source.encode(errors='surrogateescape')).hexdigest()[:12]}")
@@ -132,13 +132,13 @@ def locate_hub(source: str, home: Path) -> Hub:
 async def create_hub(
     hub: Hub, object_format: str, environ: Mapping[str, str], user: origin.HubUser | None = None
 ) -> None:
-    """Create the hub unless it exists, atomically: a crash leaves no hub or a complete one.
+    """Create the hub atomically unless it exists: a crash leaves a complete hub or none.
 
-    Records `user`, so that an unused hub can be recognized later.
+    Records `user`, so that an unused hub can be detected later.
     """
     remedy = "set COUNCIL_HOME to another folder"
     if any(char in str(hub.root) for char in '\n":'):  # git can't quote these in its alternates files
-        raise RefusedError(f"{str(hub.root)!r} can't hold git repositories", remedy)
+        raise RefusedError(f"{str(hub.root)!r} can't contain git repositories", remedy)
     parent = hub.root.parent
     try:
         await anyio.to_thread.run_sync(lambda: parent.mkdir(mode=0o700, parents=True, exist_ok=True))
@@ -167,7 +167,7 @@ def _configure(building: Path, hub: Hub) -> None:
         (building / name).mkdir(mode=0o700)
     shutil.rmtree(building / "trusted.git" / "objects")
     (building / "trusted.git" / "objects").symlink_to(Path("..", "hub.git", "objects"))
-    # A commit that the log calls queued must survive a power failure.
+    # A commit recorded as queued must survive a power failure.
     _add_settings(building / "trusted.git", "core", fsync="committed,reference", fsyncMethod="batch")
     _add_settings(building / "session.git", "core", bare="false")
     _add_settings(building / "session.git", "user", name=IDENTITY[0], email=IDENTITY[1])
@@ -183,10 +183,10 @@ def _add_settings(git_dir: Path, section: str, **settings: str) -> None:
 
 
 def internal_ref_name(run: str, name: str) -> str:
-    """Return the ref of the trusted repository for something a run has fetched."""
+    """Return the trusted repository's ref for a commit that a run has fetched."""
     return f"{INTERNAL_REFS}/{run}/{name}"
 
 
 def work_branch_name(run: str, task: str, part: int | str) -> str:
-    """Return the branch with a task's work; `part` is the attempt's number, or `conflict`."""
+    """Return the branch with a task's work; `part` is the attempt number or `conflict`."""
     return f"council/{run}/{task}/{part}"

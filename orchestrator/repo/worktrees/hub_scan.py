@@ -1,7 +1,7 @@
 """Find leftovers of killed commands in and next to hubs: temporary files, lock files, incomplete hubs.
 
-None of them is the only copy of anything. They are unused if no git command runs for the repository and, for files of
-our other commands, if they are old enough.
+None of them is the only copy of any data. They are unused if no git command is running for the repository and, for
+files of our other commands, if they are old enough.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from orchestrator.repo.worktrees.hub import Hub, is_inside_hub
 from orchestrator.repo.worktrees.worktrees import list_lock_files
 
 _HUB = re.compile(r".+-[0-9a-f]{12}")
-_LIVE_DIFF = re.compile(r".+\.live-[a-z0-9_]{8}")  # as `repo.intake.diffs` has tempfile name it
+_LIVE_DIFF = re.compile(r".+\.live-[a-z0-9_]{8}")  # the prefix that `repo.intake.diffs` passes to tempfile
 #: The entries of a hub.
 _PARTS = frozenset(
     {
@@ -41,24 +41,24 @@ def list_hubs(home: Path) -> list[Hub]:
 
 
 def list_incomplete_hubs(home: Path) -> list[Hub]:
-    """Return the hubs whose creation or removal was interrupted or is running. Blocks."""
+    """Return the hubs whose creation or removal is running or was interrupted. Blocks."""
     paths = sorted(home.iterdir()) if home.is_dir() else []
     hubs = [Hub(path.with_name(path.name.removesuffix(".new"))) for path in paths if path.name.endswith(".new")]
     return [hub for hub in hubs if _HUB.fullmatch(hub.root.name) and _has_only_hub_parts(hub.staging_root)]
 
 
 def _has_only_hub_parts(folder: Path) -> bool:
-    """Whether a folder contains only parts of a hub."""
+    """Return whether a folder contains only parts of a hub."""
     return folder.is_dir() and not folder.is_symlink() and {path.name for path in folder.iterdir()} <= _PARTS
 
 
 def list_trash(hub: Hub) -> list[Path]:
-    """Return the folders in a hub's trash, which a process may be deleting. Blocks."""
+    """Return the folders in a hub's trash, which a process may already be deleting. Blocks."""
     return [path for path in sorted(hub.trash.glob("*")) if is_inside_hub(hub, path)]
 
 
 def list_stale_files(hub: Hub, now: float) -> list[Path]:
-    """Return a hub's temporary files and locks without a living owner; `now` is the wall clock. Blocks."""
+    """Return a hub's temporary files and locks without a living owner; `now` is wall-clock time. Blocks."""
     git_files = {
         file.path
         for file in (*list_lock_files(hub), *list_partial_objects(hub.trusted))
@@ -70,7 +70,7 @@ def list_stale_files(hub: Hub, now: float) -> list[Path]:
 
 
 def _temporaries(hub: Hub) -> Iterator[Path]:
-    yield from hub.trusted.glob("objects.*")  # scratch objects of an interrupted `council salvage apply`
+    yield from hub.trusted.glob("objects.*")  # temporary objects of an interrupted `council salvage apply`
     yield from hub.root.glob("*.json.new")
     sessions = {f"{path.parent.name}-{path.name}" for path in hub.sessions.glob("*/*")}
     for path in hub.indexes.glob("*"):
@@ -79,7 +79,7 @@ def _temporaries(hub: Hub) -> Iterator[Path]:
 
 
 def _owners(name: str) -> set[str]:
-    """Return all session names that an entry of the hub's `indexes` folder may belong to."""
+    """Return the session names that an entry of the hub's `indexes` folder may belong to."""
     parts = name.split(".")
     return {".".join(parts[: end + 1]) for end in range(len(parts))}
 

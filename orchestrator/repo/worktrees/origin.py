@@ -1,7 +1,7 @@
 """Record which repository and stores a hub is for.
 
 The record is in the hub itself, because the state that names a hub is in the user's repository and is deleted with it.
-From the record one can tell when nothing needs the hub any more.
+The record shows when a hub is no longer needed.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ _PASSWORD = re.compile(r"//[^/@]*@")
 
 @dataclass(frozen=True, slots=True)
 class MountedPath:
-    """A path of the user's, and the mount point that it was below."""
+    """A user's path, and the mount point that contained it."""
 
     path: Path
     mount: Path
 
     @classmethod
     def of(cls, path: Path) -> MountedPath:
-        """Return the mounted path of an existing path."""
+        """Return the mounted path for an existing path."""
         path = path.resolve()
         return cls(path, next(folder for folder in (path, *path.parents) if os.path.ismount(folder)))
 
     def is_gone(self) -> bool:
-        """Whether the path was removed; False if unknown, for example because a disk is not mounted."""
+        """Return whether the path was removed; False if unknown, for example because its disk is not mounted."""
         try:
             self.path.lstat()
         except (FileNotFoundError, NotADirectoryError):
@@ -47,35 +47,39 @@ class MountedPath:
 
 @dataclass(frozen=True, slots=True)
 class StoreLocation:
-    """The location of a store: its identifying URL, and its paths on this machine (`Store.local_paths`)."""
+    """The location of a store: its URL as identity, and its paths on this machine (`Store.local_paths`)."""
 
     url: str
     paths: tuple[MountedPath, ...]
 
     @classmethod
     def of(cls, url: str, paths: Sequence[Path]) -> StoreLocation:
-        """Return the location of an existing store, independent of the spelling of its paths. Blocks.
+        """Return the location of an existing store, however its paths are spelled. Blocks.
 
-        Of a store without local paths the URL identifies it, without a password.
+        A store without local paths is identified by its URL without the password.
         """
         mounted = tuple(map(MountedPath.of, paths))
         return cls(folder_url(mounted[0].path) if mounted else _PASSWORD.sub("//", url), mounted)
 
     def is_gone(self) -> bool:
-        """Whether the store was removed; False if unknown."""
+        """Return whether the store was removed; False if unknown."""
         return bool(self.paths) and all(path.is_gone() for path in self.paths)
 
 
 @dataclass(frozen=True, slots=True)
 class HubOrigin:
-    """The repository's `name` (git directory or URL), its path `source` (None for a URL), and all `stores`."""
+    """The repository and stores that a hub is for.
+
+    `name` is the repository's git directory or URL, `source` its path (None for a URL), `stores` all stores that know
+    its runs.
+    """
 
     name: str
     source: MountedPath | None
     stores: tuple[StoreLocation, ...]
 
     def is_gone(self) -> bool:
-        """Whether the repository and all stores that know its runs are gone from this machine."""
+        """Return whether the repository and all stores that know its runs were removed from this machine."""
         return (self.source is None or self.source.is_gone()) and all(store.is_gone() for store in self.stores)
 
 
@@ -92,7 +96,7 @@ class HubUser:
 
 
 def record_user(root: Path, user: HubUser) -> None:
-    """Add a user to a hub's origin; the caller holds the hub's lock. Blocks."""
+    """Add a user to a hub's origin. The caller must hold the hub's lock. Blocks."""
     before = read_origin(root)
     known = () if before is None else before.stores
     new = () if user.store is None else (user.store,)
@@ -107,7 +111,7 @@ def record_user(root: Path, user: HubUser) -> None:
 
 
 def read_origin(root: Path) -> HubOrigin | None:
-    """Return a hub's origin; None if it is unknown. Blocks."""
+    """Return a hub's origin, or None if unknown. Blocks."""
     try:
         stored = json.loads((root / _FILE).read_bytes())
         source = None if stored["source"] is None else _mounted_path(stored["source"])

@@ -1,12 +1,12 @@
 """Assign worktree slots to sessions and checks: create, set up, verify, clean and discard them.
 
-Creation and cleaning run in the background. The pool creates one slot at a time. Where an idle slot has the same files
-it copies that slot, which takes a third of the time that git needs to unpack them; while more copies are wanted, the
-source is not assigned. Other processes may have pools of the same hub: a pool holds the lock of each of its slots, and
-leaves them clean.
+Creation and cleaning run in the background. The pool creates one slot at a time. If an idle slot has the same files,
+the pool copies that slot, which takes a third of the time of unpacking with git; while more copies are needed, the
+source is not assigned. Other processes may have pools for the same hub: a pool holds the lock of each of its slots and
+leaves the slots clean.
 
-Checks have worktree slots of their own, in which no session ever runs: the pool `checks` of a session pool. No file
-that a check wrote stays there: a slot with changed setup files is discarded, not cleaned.
+Checks have separate worktree slots, in which no session ever runs: the pool `checks` of a session pool. Files that a
+check wrote never stay there: a slot with changed setup files is discarded, not cleaned.
 """
 
 from __future__ import annotations
@@ -46,57 +46,57 @@ from orchestrator.repo.worktrees.write_watch import WriteWatch
 from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
 
-#: Seconds between two checks of the slots that other processes hold.
+#: Seconds between checks of slots held by other processes.
 _POLL_INTERVAL = 0.5
 _UNTOUCHED = TreeDiff(touched_folders=["/"])
 
 
 @dataclass(frozen=True, slots=True)
 class PoolLimits:
-    """Maximum number of slots of a hub and their bytes on disk; slots preserved for a session are not counted."""
+    """The maximum number of slots per hub and their bytes on disk, not counting slots preserved for a session."""
 
     slots: int = 16
     bytes: int | None = None
 
 
 class SetupError(Exception):
-    """No slot can be set up as configured; the message gives the reason and a remedy."""
+    """No slot can be set up as configured. The message has the reason and a remedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class SlotOptions:
-    """How slots are checked out, set up and torn down; `set_up` and `tear_down` get a slot that nobody else uses."""
+    """How slots are checked out, set up and torn down. `set_up` and `tear_down` get a slot that nobody else uses."""
 
     sparse: tuple[str, ...] = ()
     """The folders to check out; all if empty."""
     keep: KeepRules = field(default_factory=KeepRules)
-    """The ignored files that stay for the next session."""
+    """The ignored files to preserve for the next session."""
     set_up: Callable[[HeldSlot, str], Awaitable[tuple[str, ...]]] | None = None
-    """Run the setup steps that the record of a slot lacks for a commit; return the setup keys to record."""
+    """Run the setup steps that are missing from a slot's record; return the setup keys to record."""
     tear_down: Callable[[WorktreeSlot], Awaitable[None]] | None = None
-    """Called before a slot is removed."""
+    """Tear down a slot before it is removed."""
     keys: Callable[[str], Awaitable[tuple[str, ...]]] | None = None
-    """Return the setup keys of a commit, as a slot's record has them after setup."""
+    """Return the setup keys of a commit, as recorded for a slot after setup."""
     is_check: bool = False
-    """Whether the slots are for checks, and no session ever runs there."""
+    """Whether the slots are for checks and never used by sessions."""
 
 
 @dataclass(slots=True)
 class HeldSlot:
-    """A slot whose lock this process holds, with its contents at the time of assignment."""
+    """A slot whose lock this process holds, with its contents at assignment."""
 
     slot: WorktreeSlot
     contents: SlotContents
     fd: int
-    """The slot's lock; every process that writes to the slot holds it until it exits."""
+    """The slot's lock, held by every process that writes to the slot until that process exits."""
     scanner: FileScanner
     detects_all: bool
-    """Whether the file system reports every change; otherwise a watch reports the rest."""
+    """Whether file times reveal every change; if not, a watch reports the rest."""
     _lock_stack: AsyncExitStack
     _watch: WriteWatch | None = None
 
     def watch(self) -> None:
-        """Start to watch the files. Without a free watch, all changes are unknown. Blocks."""
+        """Start watching the files. If no watch is free, the changes are unknown. Blocks."""
         with suppress(OSError):
             self._watch = WriteWatch(self.slot.tree, self.contents.snapshot.folders)
 
@@ -107,7 +107,7 @@ class HeldSlot:
             watch.close()
 
     async def compare(self) -> TreeDiff | None:
-        """Return the changes since assignment, None if unknown. No process may write to the slot any more."""
+        """Return the changes since assignment, or None if unknown. No process may be writing to the slot."""
         snapshot = self.contents.snapshot
         diff = await _compare(self.scanner, snapshot)
         if diff is None or self.detects_all:
@@ -140,31 +140,31 @@ class SlotPool:
         self._git, self._hub, self._clock, self._limits, self._options = git, hub, clock, limits, options
         self._group, self._scanner = group, scanner
         self._held_slots: dict[int, HeldSlot] = {}
-        """Every slot whose lock we hold, by number."""
+        """Every slot whose lock we hold, keyed by number."""
         self._idle: set[int] = set()
         """Slots that are clean and unassigned."""
         self._cleaning: set[int] = set()
-        """Released slots that will be idle once they are clean."""
+        """Released slots that become idle once they are clean."""
         self._unverified: set[int] = set()
-        """Idle slots from another process that were not yet compared with their snapshot."""
+        """Idle slots from another process, not yet compared with their snapshot."""
         self._waiting = self._wanted = 0
         self._in_preparation = 0
         """The number of slots being set up or cleaned, which will be idle soon."""
         self._newest = ""
         self._is_making = self._is_copying = False
         self._detects_all_changes = True
-        """Whether the file system reports every change."""
+        """Whether file times reveal every change."""
         self._setup_scopes: set[anyio.CancelScope] = set()
-        """Scopes of setups that no session waits for; cancelled when the pool closes."""
+        """Cancel scopes of setups that no session waits for, cancelled when the pool closes."""
         self._failures: list[Exception] = []
         self._change = anyio.Event()
         self._selection_lock, self._trash_lock = anyio.Lock(), anyio.Lock()
         self._check_lock = anyio.Lock()
-        """Held while a check waits for a slot: only one at a time decides how the next slot is set up."""
+        """Held while a check waits for a slot, so that only one check at a time decides how the next slot is set up."""
         self._setup: tuple[str, ...] | None = None
-        """The setup keys that a check's slot must have; None for sessions, which accept any slot."""
+        """The setup keys required of a check's slot; None for sessions, which accept any slot."""
         self._pools: tuple[SlotPool, ...] = (self,)
-        """This pool and those that share its limits."""
+        """This pool and the pools that share its limits."""
         self.checks: SlotPool = self
         """The pool of slots for checks."""
 
@@ -181,10 +181,10 @@ class SlotPool:
         warm: int,
         warm_checks: int = 0,
     ) -> AsyncIterator[SlotPool]:
-        """Open a hub's slots for the body, and leave them clean for later runs.
+        """Open a hub's slots for the `with` block, and leave them clean for later runs.
 
-        `warm` is the number of slots to keep ready for sessions, `warm_checks` the same for checks; they are created
-        once a commit is known. Slots of unknown state, left by a killed process, are removed. `git` runs in the trusted
+        `warm` and `warm_checks` are the numbers of slots to keep ready for sessions and checks; they are created once a
+        commit is known. Slots left in an unknown state by a killed process are removed. `git` runs in the trusted
         repository.
         """
         await anyio.to_thread.run_sync(lambda: hub.slots.mkdir(mode=0o700, exist_ok=True))
@@ -211,26 +211,26 @@ class SlotPool:
                         setup.cancel()
 
     async def discard_abandoned(self) -> None:
-        """Remove slots of unknown state that a killed process left."""
+        """Remove slots that a killed process left in an unknown state."""
         for slot in await anyio.to_thread.run_sync(list_slots, self._hub):
             if slot.number not in self._held_slots:
                 await self._try_adopt(slot)
         self._group.start_soon(self._empty_trash)
 
     def warm(self, commit: str) -> None:
-        """Start to create the slots to keep ready, at this commit. Returns at once."""
+        """Start creating the slots to keep ready at this commit. Returns immediately."""
         self._newest = commit
         self._make_more()
 
     def prewarm_checks(self, base: str) -> None:
-        """Create the check slots to keep ready, at this commit, once the next session has its slot."""
+        """Create the check slots to keep ready at this commit once the next session has its slot."""
         if not self.checks._waiting:
             self.checks._newest = base
 
     async def acquire(self, commit: str, session: Path, adapter: str = "", tree: Path | None = None) -> HeldSlot:
         """Assign a slot at a commit to the session with that folder; wait until one is available.
 
-        Prefers the slot with that `tree`, also if it is still being cleaned. Raises GitError, OSError or RefusedError
+        Prefers the slot with that `tree`, even while it is being cleaned. Raises GitError, OSError or RefusedError
         if no slot can be created, SetupError if none can be set up.
         """
         while True:
@@ -248,16 +248,16 @@ class SlotPool:
             await self.discard(held)  # retry with another slot, or a new one
 
     async def acquire_for_check(self, commit: str, base: str, session: Path) -> HeldSlot:
-        """Assign a slot for checking a commit; `base` is the commit it builds on, which is part of the target.
+        """Assign a slot for checking a commit that builds on `base`, a commit of the target.
 
         No session ever ran in the slot. It has the commit's files and the setup files. Setup ran on the files of the
-        commit, or of a commit that `base` contains: unlanded code makes no files for the check of another commit.
-        Raises the errors of `acquire`.
+        commit or of a commit that `base` contains, so that unlanded code never creates files for the check of another
+        commit. Raises the errors of `acquire`.
         """
         async with self._check_lock:
             keys = self._options.keys
             self._setup = () if keys is None else await keys(commit)
-            # Steps may read files that they don't name as inputs: prefer landed ones.
+            # Steps may read files that are not listed as inputs: prefer slots with landed files.
             start = base if keys is not None and self._setup and await keys(base) == self._setup else commit
             await self._discard_stale()
             while True:
@@ -267,7 +267,7 @@ class SlotPool:
                 except SetupError:
                     if start == commit:
                         raise
-                    start = commit  # the commit may repair a setup that is broken on the target
+                    start = commit  # the commit may fix a setup that is broken on the target
                     continue
                 is_usable = False
                 try:
@@ -281,16 +281,16 @@ class SlotPool:
                     raise
                 await self.discard(held)
                 if is_usable:
-                    start = commit  # setup files are in the way of the commit's own files
+                    start = commit  # setup files obstruct the commit's files
 
     async def _is_usable(self, record: SlotRecord, commit: str, base: str) -> bool:
-        """Whether a slot's setup files may be used to check a commit."""
+        """Return whether a slot's setup files may be used to check a commit."""
         if not record.setup or record.setup_at == commit:
             return True
         return await self._git.is_ancestor(record.setup_at, base)
 
     async def _discard_stale(self) -> None:
-        """Discard idle slots with another setup, except the last used one, which may be wanted again."""
+        """Discard idle slots with another setup, except the last used one, which may be needed again."""
         async with self._selection_lock:
             idle = [self._held_slots[number] for number in self._idle if not self._is_set_up(number)]
             idle.sort(key=lambda held: held.contents.record.used)
@@ -300,7 +300,7 @@ class SlotPool:
             await self.discard(held)
 
     def _is_set_up(self, number: int) -> bool:
-        """Whether an idle slot has the wanted setup."""
+        """Return whether an idle slot has the required setup."""
         return self._setup is None or self._held_slots[number].contents.record.setup == self._setup
 
     def _usable_idle(self) -> list[HeldSlot]:
@@ -308,15 +308,15 @@ class SlotPool:
         return [self._held_slots[number] for number in self._idle if self._is_set_up(number)]
 
     def release(self, held: HeldSlot, diff: TreeDiff | None) -> None:
-        """Take a slot back after its session's folder is removed; clean it in the background.
+        """Reclaim a slot after its session's folder is removed; clean it in the background.
 
-        `diff` None discards it.
+        If `diff` is None, discards the slot.
         """
         self._cleaning.add(held.slot.number)
         self._group.start_soon(self._clean, held, diff)
 
     async def discard(self, held: HeldSlot) -> None:
-        """Take a slot back and remove it."""
+        """Reclaim a slot and remove it."""
         try:
             await self._remove_slot(held.slot)
         finally:
@@ -324,7 +324,7 @@ class SlotPool:
         self._group.start_soon(self._empty_trash)
 
     async def detach(self, held: HeldSlot) -> None:
-        """Leave a slot to its session, whose folder stays."""
+        """Leave a slot to its session, whose folder is preserved."""
         number = held.slot.number
         self._held_slots.pop(number, None)
         self._idle.discard(number)
@@ -343,7 +343,7 @@ class SlotPool:
         self._group.start_soon(self._empty_trash)
 
     async def _try_adopt(self, slot: WorktreeSlot) -> None:
-        """Adopt a clean slot of another process if one more is needed; remove an abandoned one."""
+        """Adopt a clean slot of another process if one more is needed, or remove an abandoned one."""
         async with AsyncExitStack() as stack:
             try:
                 lock = await stack.enter_async_context(slot.lock.hold(0))
@@ -364,13 +364,13 @@ class SlotPool:
                 self._unverified.add(slot.number)
 
     def _hold(self, slot: WorktreeSlot, record: SlotRecord, fd: int, lock_stack: AsyncExitStack) -> HeldSlot:
-        """Register a slot whose lock we hold; nothing is known of its files yet."""
+        """Register a slot whose lock we hold and whose files are still unknown."""
         contents, detects_all = SlotContents(record, TreeSnapshot.unknown(slot.tree)), self._detects_all_changes
         held = self._held_slots[slot.number] = HeldSlot(slot, contents, fd, self._scanner, detects_all, lock_stack)
         return held
 
     async def _close(self) -> None:
-        """Record the clean slots, remove the abandoned ones, and release all locks."""
+        """Record the clean slots, remove abandoned ones, and release all locks."""
         with anyio.CancelScope(shield=True):
             is_removed = False
             for number, held in self._held_slots.items():
@@ -386,7 +386,7 @@ class SlotPool:
                 await self._empty_trash()
 
     async def _is_abandoned(self, slot: WorktreeSlot) -> bool:
-        """Whether a slot's session folder is gone: another process may have removed it."""
+        """Return whether a slot's session folder was removed, possibly by another process."""
         assessment = await anyio.to_thread.run_sync(assess_slot, slot)
         return assessment is not None and assessment[0] is LeftoverStatus.LEFT_OVER
 
@@ -407,17 +407,17 @@ class SlotPool:
         finally:
             self._waiting -= 1
             if not self._waiting:
-                self._failures.clear()  # nobody waits for these slots any more
+                self._failures.clear()  # nobody is waiting for these slots anymore
             self._notify_changed()
 
     async def _take_idle(self, commit: str, tree: Path | None) -> HeldSlot | None:
-        """Return the idle slot with that tree, or the one nearest to the commit; None if none can be assigned."""
+        """Return the idle slot with that tree or nearest to the commit, or None if none can be assigned."""
         async with self._selection_lock:
             if tree is not None and any(self._held_slots[number].slot.tree == tree for number in self._cleaning):
                 return None
             idle = self._usable_idle()
             sources = self._idle_copies_of(commit)
-            # The source of a copy will be idle again.
+            # The source of a copy will become idle again.
             is_short = self._is_making and not self._is_copying and self._waiting > len(idle)
             idle.sort(key=lambda held: (held.slot.tree != tree, _distance(held.contents.record, commit)))
             for held in idle:
@@ -427,7 +427,7 @@ class SlotPool:
             return None
 
     async def _verify_idle(self, held: HeldSlot) -> bool:
-        """Whether an idle slot still matches its snapshot; otherwise discard it."""
+        """Return whether an idle slot still matches its snapshot; if not, discard it."""
         number, slot = held.slot.number, held.slot
         if number not in self._unverified:
             return True
@@ -441,7 +441,7 @@ class SlotPool:
         return False
 
     async def _prepare(self, held: HeldSlot, commit: str, session: Path, adapter: str) -> bool:
-        """Assign a slot to a session and move it to a commit; False if this slot can't be moved there."""
+        """Assign a slot to a session and move it to a commit; return False if that is not possible."""
         slot, git = held.slot, self._slot_git(held)
         await anyio.to_thread.run_sync(assign_slot, slot, session, held.contents.record)
         contents = await reset.remove_kept_of_others(slot, held.contents, adapter)
@@ -458,7 +458,7 @@ class SlotPool:
         return True
 
     async def _set_up(self, held: HeldSlot, commit: str) -> None:
-        """Run setup in a slot, and record the files that it made."""
+        """Run setup in a slot, and record the files that it created."""
         if self._options.set_up is None:
             return
         slot, before, git = held.slot, held.contents.record, self._slot_git(held)
@@ -468,7 +468,7 @@ class SlotPool:
         await reset.restore_files(git, slot)
         files, top, unignored = await reset.list_untracked(git, slot)
         wanted = [path for path in top if self._options.keep.adapter_of(path) is not None]
-        # Setup files are for sessions of every adapter.
+        # Setup files are for sessions of all adapters.
         kept = dict.fromkeys(await reset.list_ignored(git, slot, wanted), "")
         snapshot = await anyio.to_thread.run_sync(TreeSnapshot.capture, slot.tree, kept) or TreeSnapshot.unknown(
             slot.tree
@@ -496,7 +496,10 @@ class SlotPool:
             self._is_making = False
 
     async def _claim_new_slot(self) -> HeldSlot | None:
-        """Reserve a new slot if one more is wanted. The hub's lock keeps other processes from counting meanwhile."""
+        """Reserve a new slot if one more is needed.
+
+        Holds the hub's lock, so that no other process counts slots meanwhile.
+        """
         async with self._hub.lock("slots").hold():
             return await self._new_slot(self._newest) if await self._is_more_wanted() else None
 
@@ -507,7 +510,7 @@ class SlotPool:
         return is_short and self._newest != "" and await self._has_room()
 
     async def _has_room(self) -> bool:
-        """Whether one more slot may be created, if necessary in place of an idle one.
+        """Return whether one more slot may be created, replacing an idle one if necessary.
 
         Raises RefusedError if not even one fits.
         """
@@ -522,9 +525,9 @@ class SlotPool:
         while self._waiting and not self._fits_in(counted) and (spare := await self._discard_spare()) is not None:
             counted.pop(spare, None)
         if not counted and not self._fits_in(counted):
-            message = f"no worktree fits into {self._limits.bytes} bytes"
+            message = f"a worktree needs more than {self._limits.bytes} bytes"
             raise RefusedError(message, "raise `worktrees.max_size`, or free space with `council clean --preserved`")
-        # A session may hold its slot while it waits for a check: without a slot for that check it would wait forever.
+        # A session may hold its slot while it waits for a check. Without a slot for that check it would wait forever.
         is_first_check = self._options.is_check and self._waiting > 0 and not self._held_slots
         return is_first_check or self._fits_in(counted)
 
@@ -543,17 +546,17 @@ class SlotPool:
         return None
 
     async def _make_room(self, slot: WorktreeSlot) -> bool:
-        """Remove an idle slot of another process; return whether it stopped counting."""
+        """Remove an idle slot of another process; return whether it no longer counts."""
         with suppress(LockHeld):
             async with slot.lock.hold(0):
-                # By now it may be preserved for a session.
+                # It may have been preserved for a session meanwhile.
                 if await anyio.to_thread.run_sync(assess_slot, slot) is not None:
                     await self._remove_slot(slot)
             return True
         return False
 
     async def _measure_counted(self) -> dict[WorktreeSlot, int]:
-        """Return the bytes on disk of each slot, except those preserved for a session of an inactive run."""
+        """Return each slot's bytes on disk, except slots preserved for a session of an inactive run."""
         counted: dict[WorktreeSlot, int] = {}
         for slot in await anyio.to_thread.run_sync(list_slots, self._hub):
             ours = [pool._held_slots[slot.number] for pool in self._pools if slot.number in pool._held_slots]
@@ -566,15 +569,15 @@ class SlotPool:
         return counted
 
     def _fits_in(self, counted: Mapping[WorktreeSlot, int]) -> bool:
-        """Whether one more slot fits, assumed to be as large as the largest."""
+        """Return whether one more slot fits, assuming the size of the largest one."""
         sizes = counted.values()
         fits = self._limits.bytes is None or sum(sizes) + max(sizes, default=0) <= self._limits.bytes
         return fits and len(counted) < self._limits.slots
 
     async def _fill_slot(self, held: HeldSlot) -> bool:
-        """Fill a new slot, by a copy if possible; return whether it is a copy, which is not indexed yet.
+        """Fill a new slot, by copying if possible; return whether it is a copy, which is not indexed yet.
 
-        A checkout is indexed here: until then it can't be copied.
+        A checkout is indexed here, because it can't be copied before.
         """
         commit = held.contents.record.commit
         async with self._selection_lock:
@@ -616,7 +619,7 @@ class SlotPool:
         return [held for held in idle if _is_unmodified(held.contents.record, commit)]
 
     async def _new_slot(self, commit: str) -> HeldSlot:
-        """Reserve the first unused slot number; without a snapshot of its files the slot can be used once."""
+        """Reserve the first unused slot number. Without a snapshot of its files a slot can be used only once."""
         for number in count(1):
             slot = WorktreeSlot(self._hub, number)
             if number in self._held_slots or await anyio.Path(slot.root).exists():
@@ -628,10 +631,10 @@ class SlotPool:
                         await anyio.Path(slot.root).mkdir(mode=0o700)
                         record = SlotRecord(commit, sparse=self._options.sparse, is_check=self._options.is_check)
                         return self._hold(slot, record, lock.fd, stack.pop_all())
-        raise AssertionError("numbers do not end")
+        raise AssertionError("the loop over numbers returns")
 
     async def _finish(self, held: HeldSlot, is_copy: bool) -> None:
-        """Set a new slot up and mark it idle; discard it if that fails or the pool closes."""
+        """Set up a new slot and mark it idle; discard it if that fails or the pool closes."""
         is_ready, commit = False, held.contents.record.commit
         with anyio.CancelScope() as setup:
             self._setup_scopes.add(setup)
@@ -671,7 +674,7 @@ class SlotPool:
         await self._empty_trash()
 
     async def _mark_idle(self, held: HeldSlot) -> None:
-        """Mark a clean slot idle, or discard it if its caches push all slots over the size limit."""
+        """Mark a clean slot idle, or discard it if its caches push the total over the size limit."""
         size = await self._size_of(held)
         record = replace(held.contents.record, bytes=size, used=self._clock.now())
         held.contents = replace(held.contents, record=record)
@@ -686,7 +689,7 @@ class SlotPool:
         self._notify_changed()
 
     async def _size_of(self, held: HeldSlot) -> int:
-        """Return the bytes that a slot takes on disk; 0 without a size limit."""
+        """Return a slot's bytes on disk; 0 without a size limit."""
         if self._limits.bytes is None:
             return 0
         return await anyio.to_thread.run_sync(disk_usage, held.slot.root)
@@ -698,7 +701,7 @@ class SlotPool:
 
     async def _empty_trash(self) -> None:
         async with self._trash_lock:
-            with suppress(GitError):  # `council clean` finds what is left
+            with suppress(GitError):  # `council clean` removes the rest
                 await empty_trash(self._hub, self._git.environ, self._git.keep_fds)
 
     def _slot_git(self, held: HeldSlot) -> Git:
@@ -727,10 +730,10 @@ def _slots_by_last_use(hub: Hub) -> list[WorktreeSlot]:
 
 
 def _is_unmodified(record: SlotRecord, commit: str) -> bool:
-    """Whether a slot has the files of a commit and no others."""
+    """Return whether a slot has exactly the files of a commit."""
     return record.commit == commit and not record.extras and not record.kept
 
 
 def _distance(record: SlotRecord, commit: str) -> tuple[bool, float]:
-    """Return the sort key of slots for a commit: those already there first, then by last use."""
+    """Return the sort key of slots for a commit: slots at the commit first, then by last use."""
     return record.commit != commit, -record.used

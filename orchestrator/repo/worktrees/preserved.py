@@ -1,7 +1,7 @@
-"""Make a preserved worktree safe for a person: their git must not run any program that an agent configured.
+"""Make a preserved worktree safe for users: git must not run any program that an agent configured.
 
 The session's git directory is replaced by a clean one, so that `git status` and `git diff` show the changes since the
-session began. Every other repository in the worktree is disabled, without deleting any of its files. No process of the
+session began. All other repositories in the worktree are disabled without deleting their files. No process of the
 session may be running.
 """
 
@@ -23,16 +23,16 @@ from orchestrator.repo.worktrees.worktrees import Worktree, copy_sparse_checkout
 
 _SUFFIX: Final = ".disabled-by-council"
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-#: A file in the session's folder: the agent's git configuration is disabled.
+#: A marker file in the session's folder: the agent's git configuration is disabled.
 _MARK: Final = "preserved"
 _MAX_NAMED: Final = 3
 
 
 async def preserve(git: Git, worktree: Worktree, base: str) -> str | None:
-    """Make a worktree safe for git; return a note for the user, None if there was nothing to disable.
+    """Make a worktree safe for git; return a note for the user, or None if nothing was disabled.
 
-    `git` runs in the trusted repository; `base` is the commit that the worktree started at. Safe to repeat. Raises
-    OSError if something in it can't be changed.
+    `git` runs in the trusted repository; `base` is the worktree's first commit. Safe to repeat. Raises OSError if
+    something can't be changed.
     """
     tree = worktree.tree
     await anyio.to_thread.run_sync(_remove_pointer, worktree)
@@ -44,27 +44,30 @@ async def preserve(git: Git, worktree: Worktree, base: str) -> str | None:
 
 
 async def try_to_preserve(git: Git, worktree: Worktree, base: str) -> tuple[str, ...]:
-    """Like `preserve`, but return the notes for the message that names the worktree, also on failure."""
+    """Preserve a worktree; return notes for the message that names it, even on failure."""
     try:
         note = await preserve(git, worktree, base)
     except (GitError, OSError) as error:
-        return (f"do not run git there, it may run the agent's programs: disabling its repositories failed ({error})",)
+        note = (
+            f"do not run git in this worktree: its repositories could not be disabled ({error}), "
+            "so git may execute the agent's programs"
+        )
     return () if note is None else (note,)
 
 
 def is_preserved(worktree: Worktree) -> bool:
-    """Whether `preserve` has made a worktree safe. Blocks."""
+    """Return whether `preserve` has completed for a worktree. Blocks."""
     return (worktree.root / _MARK).is_file()
 
 
 def _remove_pointer(worktree: Worktree) -> None:
-    """Remove the file that names the session's git directory, unless the agent has replaced it."""
+    """Remove the `.git` file of the session, unless the agent has replaced it."""
     pointer = worktree.tree / ".git"
     try:
         at = os.open(pointer, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(at, "rb") as file:
             is_ours = file.read(4096) == os.fsencode(f"gitdir: {worktree.git_dir}\n")
-    except OSError:  # there is none, or it is something else
+    except OSError:  # missing, or not a file
         return
     if is_ours:
         pointer.unlink()
@@ -73,8 +76,8 @@ def _remove_pointer(worktree: Worktree) -> None:
 def disable_repositories(tree: Path) -> list[str]:
     """Keep git from finding a repository at or below a folder; return the renamed paths. Blocks.
 
-    Renames files and links called `.git`, and `HEAD` of each folder that git would take for a repository, whatever its
-    name. Follows no link. Folders that their owner can't read are opened.
+    Renames files and links named `.git`, and `HEAD` in each folder that git would treat as a repository, whatever its
+    name. Links are not followed. Unreadable folders are made readable.
     """
     changed: list[str] = []
     walk_folders(tree, lambda folder, names: _disable_folder(folder, names, changed))
@@ -82,7 +85,7 @@ def disable_repositories(tree: Path) -> list[str]:
 
 
 def _disable_folder(folder: int, above: list[str], changed: list[str]) -> list[str]:
-    """Rename the entries that make a folder a repository or point to one; return its folders."""
+    """Rename the entries that make a folder a repository or point to one; return its subfolders."""
     with os.scandir(folder) as scan:
         entries = {entry.name: entry.is_dir(follow_symlinks=False) for entry in scan}
     for name in [*_find_repository_entries(entries)]:
@@ -94,7 +97,7 @@ def _disable_folder(folder: int, above: list[str], changed: list[str]) -> list[s
 
 
 def _find_repository_entries(entries: dict[str, bool]) -> Iterator[str]:
-    # Ignores case, as some file systems do.
+    # Ignore case, as some file systems do.
     folded = {name.casefold() for name in entries}
     is_repository = "commondir" in folded or {"objects", "refs"} <= folded
     for name, is_dir in entries.items():
@@ -128,7 +131,7 @@ async def _add_repository(git: Git, worktree: Worktree, base: str) -> None:
 
 
 def _publish(made: Path, tree: Path) -> None:
-    """Move the repository to the top of the worktree; a remaining `.git` is a folder, and already disabled."""
+    """Move the repository to the top of the worktree; a remaining `.git` is a disabled folder."""
     at = os.open(tree, _DIRECTORY)
     try:
         with os.scandir(at) as entries:
@@ -146,4 +149,4 @@ def _describe_renames(changed: list[str]) -> str | None:
     if not own:
         return None
     named = join_names([printable_name(path)[-100:] for path in own], _MAX_NAMED)
-    return f"git repositories inside it were disabled by renaming them to {named}"
+    return f"git repositories inside the worktree were disabled by renaming them to {named}"

@@ -1,7 +1,7 @@
-"""Provide worktrees with untracked files of the user's checkout that programs need.
+"""Provide worktrees with untracked files that programs need from the user's checkout.
 
-Copies are made again for each session, so that no session sees another's changes. Links lead to the user's own files,
-which the sandbox lets sessions read. Nobody writes to the worktree meanwhile, but earlier processes may have put
+Files are copied again for each session, so that no session sees another's changes. Links point to the user's own files,
+which the sandbox lets sessions read. Nobody writes to the worktree meanwhile, but earlier processes may have created
 anything at a target path: it is removed, never followed.
 """
 
@@ -32,7 +32,7 @@ _ENV_FILES: Final = (".env", ".envrc")
 class ProvisionFailure:
     """A path that can't be provided in a worktree, with a remedy.
 
-    `exhausted` means a lack of memory, disk, processes or descriptors, which may pass.
+    `exhausted` means a possibly temporary lack of memory, disk, processes or descriptors.
     """
 
     what: str
@@ -61,10 +61,10 @@ class Provisions:
         return self.copied + self.linked
 
     async def faults(self, commit: str, git: Git, named: str = "the commit") -> list[ProvisionFailure]:
-        """Return why paths can't be provided in a checkout of `commit`, which messages call `named`.
+        """Return why paths can't be provided in a checkout of `commit`, called `named` in messages.
 
-        Each path must exist in the user's checkout, and not in the commit. Its last part may be a link to any location.
-        Folders before it must not be links, because landed commits could change them.
+        Each path must exist in the user's checkout and not in the commit. Its last component may be a link to any
+        location. Parent folders must not be links, because landed commits could change them.
         """
         if not self.paths:
             return []
@@ -73,8 +73,8 @@ class Provisions:
     async def install_into(self, tree: Path, commit: str, git: Git) -> PathAccess | ProvisionFailure:
         """Copy and link everything into `tree`, a checkout of `commit`; return the paths to make readable.
 
-        Programs in the checkout must be able to read these. `git` runs in the trusted repository. Existing files are
-        replaced. Modes are preserved, and so are links inside copied folders.
+        Programs in the checkout must be able to read these paths. `git` runs in the trusted repository. Existing files
+        are replaced. Modes, and links inside copied folders, are preserved.
         """
         if faults := await self.faults(commit, git):
             return faults[0]
@@ -89,15 +89,15 @@ class Provisions:
                     await anyio.to_thread.run_sync(target.symlink_to, original)
                     readable.append(Path(original))
             except (OSError, GitError) as error:
-                what, remedy = f"can't put {path!r} into a worktree: {error}", f"check {self.checkout / path}"
+                what, remedy = f"can't provide {path!r} in a worktree: {error}", f"check {self.checkout / path}"
                 return ProvisionFailure(what, remedy, is_resource_exhaustion(error))
         return PathAccess(readable=tuple(readable))
 
     async def secrets(self) -> frozenset[str]:
-        """Return the secret values in these files, to redact wherever text is stored.
+        """Return the secret values in these files, to be redacted from all stored text.
 
-        Reads NAME=value lines with a secret's name in each configured file and, in configured folders, in files with
-        the name of a secrets file. Unreadable files are skipped.
+        Reads NAME=value lines whose name looks secret, in each configured file and, in configured folders, in files
+        named like a secrets file. Unreadable files are skipped.
         """
         return await anyio.to_thread.run_sync(self._read_secrets)
 
@@ -105,7 +105,7 @@ class Provisions:
         return f"`worktrees.{'copy' if path in self.copied else 'link'}`"
 
     async def _committed(self, commit: str, git: Git, named: str) -> list[ProvisionFailure]:
-        """Return faults of paths that the commit has already, or has a file above."""
+        """Return the problems with paths that the commit already contains or has a file above."""
         asked = {*self.paths, *(folder for path in self.paths for folder in _folders(path))}
         kinds = {path: meta.split(" ")[1] for path, meta in (await git.entries(commit, asked)).items()}
         return [fault for path in self.paths for fault in self._check_committed(path, kinds, named)]
@@ -113,10 +113,10 @@ class Provisions:
     def _check_committed(self, path: str, kinds: Mapping[str, str], named: str) -> Iterator[ProvisionFailure]:
         key = self._key(path)
         if path in kinds:
-            yield ProvisionFailure(f"{path!r} is in {named} already", f"remove it from {key}: sessions see it anyway")
+            yield ProvisionFailure(f"{path!r} is already in {named}", f"remove it from {key}: sessions see it anyway")
         for folder in _folders(path):
             if kinds.get(folder, "tree") != "tree":
-                yield ProvisionFailure(f"{folder!r} is no folder in {named}", f"remove {path!r} from {key}")
+                yield ProvisionFailure(f"{folder!r} is not a folder in {named}", f"remove {path!r} from {key}")
 
     def _check_all(self) -> list[ProvisionFailure]:
         hidden = [Path(os.path.realpath(path)) for path in self.hidden]
@@ -137,25 +137,25 @@ def _folders(path: str) -> list[str]:
 
 
 def _check_path(top: Path, path: str, hidden: Sequence[Path]) -> tuple[str, str] | None:
-    """Return the problem with a path of the checkout, and a remedy; None if there is no problem. Blocks."""
+    """Return the problem with a path in the checkout and a remedy, or None. Blocks."""
     link = next((folder for folder in _folders(path) if (top / folder).is_symlink()), None)
     if link is not None:
-        return f"{path!r} goes through the link {link!r}", f"name {link!r} itself, or make it a folder"
+        return f"{path!r} goes through the link {link!r}", f"name {link!r} itself, or replace it with a folder"
     target = top / path
     if not os.path.lexists(target):
-        return f"there is no {path!r} in {top}", "make it there, or remove it"
+        return f"{path!r} does not exist in {top}", "create it, or remove it from the configuration"
     real = Path(os.path.realpath(target))
     if not real.is_file() and not real.is_dir():
         return f"{path!r} is neither a file nor a folder", "remove it"
     if any(real.is_relative_to(path) or path.is_relative_to(real) for path in hidden):
-        return f"{path!r} contains files hidden from sessions: {real}", "name only the files that sessions need"
+        return f"{path!r} contains files hidden from sessions: {real}", "list only the files that sessions need"
     if not os.access(real, os.R_OK):
-        return f"{path!r} can't be read", "let yourself read it, or remove it"
+        return f"{path!r} can't be read", "make it readable, or remove it from the configuration"
     return None
 
 
 async def _clear(tree: Path, path: str, git: Git) -> Path:
-    """Return a path's target in a worktree, free to create: nothing exists there, and all parents are folders."""
+    """Return a path's target in a worktree, after making sure that nothing exists there and all parents are folders."""
     if await anyio.to_thread.run_sync(_make_parents, tree, path):
         await remove_all([tree / path], git.environ, git.keep_fds)
     return tree / path
@@ -170,7 +170,7 @@ def _make_parents(tree: Path, path: str) -> bool:
 
 
 def _is_folder(target: Path) -> bool:
-    """Whether a folder is there; anything else, including a link to a folder, is removed."""
+    """Return whether a path is a folder; anything else there, including a link to a folder, is removed."""
     if target.is_dir() and not target.is_symlink():
         return True
     target.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
 """Bring a slot's checkout to a commit: check out, copy, move from another commit, or clean after a session.
 
 Cleaning relies on the detected changes (`repo.worktrees.change_detection`): it removes added files, rewrites files that
-may have changed, and touches nothing else. If changes can't be determined, or something is in the way, the slot must be
-removed.
+may have changed, and touches nothing else. If the changes can't be determined, or something is in the way, the slot
+must be removed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SPARSE = ("-c", "core.sparseCheckout=true", "-c", "core.sparseCheckoutCone=true
 
 @dataclass(frozen=True, slots=True)
 class SlotContents:
-    """The contents of a clean slot, and the file snapshot that detects changes to it."""
+    """The contents of a clean slot, and the file snapshot for detecting changes to it."""
 
     record: SlotRecord
     snapshot: TreeSnapshot
@@ -40,7 +40,7 @@ class SlotContents:
 
 @dataclass(frozen=True, slots=True)
 class KeepRules:
-    """Ignored files and folders to preserve: names, or paths from the top, each with the adapter that they are for.
+    """Ignored files and folders to preserve: names or paths from the top, each with its adapter.
 
     An empty adapter name means all adapters.
     """
@@ -48,34 +48,37 @@ class KeepRules:
     patterns: tuple[tuple[str, str], ...] = ()
 
     def adapter_of(self, path: str) -> str | None:
-        """Return the adapter for which a path is preserved ("" for all); None if it is not preserved."""
+        """Return the adapter for which a path is preserved ("" for all), or None if not preserved."""
         name = path.rpartition("/")[2]
         return next((adapter for pattern, adapter in self.patterns if pattern in {path, name}), None)
 
 
 def slot_git(git: Git, slot: WorktreeSlot, sparse: Sequence[str] = ()) -> Git:
-    """Return git for a slot's checkout, in a sandbox, on top of the trusted repository."""
+    """Return sandboxed git for a slot's checkout, based on the trusted repository."""
     own = replace(git, git_dir=slot.git_dir, flags=(*git.flags, *(_SPARSE if sparse else ())))
     return own.confined(readable=(slot.hub.trusted, slot.hub.objects), writable=(slot.tree, slot.git_dir))
 
 
 async def check_out_slot(git: Git, slot: WorktreeSlot, commit: str, sparse: Sequence[str]) -> None:
-    """Write a commit's files into a new slot; `git` comes from `slot_git`. `index_slot` must follow."""
+    """Write a commit's files into a new slot; `git` comes from `slot_git`. Call `index_slot` afterwards."""
     await anyio.to_thread.run_sync(_lay_out, slot, sparse, None)
     failpoint("slot.partly_made")
     await git("read-tree", "--reset", "-u", commit, env=slot.env, cwd=slot.tree)
 
 
 async def copy_slot(git: Git, source: WorktreeSlot, slot: WorktreeSlot, sparse: Sequence[str]) -> None:
-    """Like `check_out_slot`, but copy a clean slot at the same commit, which nobody may use meanwhile."""
+    """Fill a new slot by copying a clean slot at the same commit that nobody else is using.
+
+    Call `index_slot` afterwards, as after `check_out_slot`.
+    """
     await anyio.to_thread.run_sync(_lay_out, slot, sparse, source.index)
     failpoint("slot.partly_made")
     await copy_tree(f"{source.tree}/.", slot.tree, git.environ, git.keep_fds)
 
 
 async def index_slot(git: Git, slot: WorktreeSlot, scanner: FileScanner) -> TreeSnapshot | None:
-    """Refresh the index of a new slot; return the snapshot of its files, None if file times are unreliable."""
-    # Otherwise each session's first `git status` would read all files.
+    """Refresh the index of a new slot; return the snapshot of its files, or None if file times are unreliable."""
+    # Otherwise the first `git status` of each session would read all files.
     files = await anyio.to_thread.run_sync(count_entries, slot.index)
     if not await scanner.run(partial(refresh_index_stats, slot.index, slot.tree), files):
         await git("update-index", "-q", "--refresh", env=slot.env, cwd=slot.tree)
@@ -83,7 +86,7 @@ async def index_slot(git: Git, slot: WorktreeSlot, scanner: FileScanner) -> Tree
 
 
 async def move_slot(git: Git, slot: WorktreeSlot, contents: SlotContents, commit: str) -> SlotContents | None:
-    """Move a clean slot from its commit to another one; None if too little is known about its files."""
+    """Move a clean slot to another commit; return None if too little is known about its files."""
     record, snapshot = contents.record, contents.snapshot
     if record.commit == commit:
         return contents
@@ -96,7 +99,7 @@ async def move_slot(git: Git, slot: WorktreeSlot, contents: SlotContents, commit
     failpoint("slot.moved")
     names = {path.rpartition("/")[2] for path in paths}
     if ".gitattributes" in names:
-        # Git does not rewrite files with the same content in both commits, but new attributes may apply to them.
+        # Git does not rewrite files with the same content in both commits, although new attributes may apply to them.
         same = _files_under_attributes(snapshot, paths) - {*paths, *record.extras}
         await anyio.to_thread.run_sync(_remove, slot, (), same)
         await _write(git, slot, same)
@@ -113,8 +116,9 @@ async def clean_slot(
 ) -> SlotContents | None:
     """Restore a slot to its state at assignment, except for files to preserve.
 
-    `diff` is the change since then, and nobody else writes to the slot. Returns None if the state can't be restored: a
-    setup file was changed, or too little is known. Raises GitError or OSError if something is in the way.
+    `diff` has the changes since then, and nobody else may write to the slot. Returns None if the state can't be
+    restored because a setup file was changed or too little is known. Raises GitError or OSError if something is in the
+    way.
     """
     record, snapshot = contents.record, contents.snapshot
     written = [*diff.changed, *diff.removed]
@@ -126,11 +130,11 @@ async def clean_slot(
     await _write(git, slot, written)
     if empty := [path for path in (*diff.ambiguous, *diff.replaced) if snapshot.is_empty(path)]:
         await anyio.to_thread.run_sync(_make_folders, slot.tree, empty)
-    # Check files preserved earlier, too: they may no longer be ignored.
+    # Also check files preserved earlier: they may no longer be ignored.
     owners = {**record.kept, **{path: keep.adapter_of(path) or "" for path in wanted}}
     kept = await list_ignored(git, slot, list(owners))
     if record.setup and not record.kept.keys() <= kept:
-        return None  # setup may have made it
+        return None  # setup may have created it
     if unwanted := owners.keys() - kept:
         await anyio.to_thread.run_sync(_remove, slot, (), unwanted)
     preserved = {path: owner for path, owner in owners.items() if path in kept}
@@ -153,14 +157,14 @@ async def remove_kept_of_others(slot: WorktreeSlot, contents: SlotContents, adap
 
 
 async def list_ignored(git: Git, slot: WorktreeSlot, paths: Sequence[str]) -> set[str]:
-    """Return the paths that git ignores, by the files of the commit."""
+    """Return the paths that git ignores according to the commit's files."""
     if not paths:
         return set()
     return await git.ignored(paths, slot.tree, slot.env)
 
 
 async def list_untracked(git: Git, slot: WorktreeSlot) -> tuple[list[str], list[str], list[str]]:
-    """Return a slot's untracked files, their topmost folders or files, and those that are not ignored."""
+    """Return a slot's untracked files, their topmost paths, and the files that are not ignored."""
     listings = []
     for option in ((), ("--directory",), ("--exclude-standard",)):
         done = await git("ls-files", "--others", *option, "-z", env=slot.env, cwd=slot.tree)
@@ -170,12 +174,12 @@ async def list_untracked(git: Git, slot: WorktreeSlot) -> tuple[list[str], list[
 
 
 async def restore_files(git: Git, slot: WorktreeSlot) -> None:
-    """Rewrite the commit's files that setup has changed."""
+    """Rewrite committed files that setup has changed."""
     await git("checkout-index", "--force", "--all", "--index", env=slot.env, cwd=slot.tree)
 
 
 async def _write(git: Git, slot: WorktreeSlot, paths: Collection[str]) -> None:
-    """Write files from the index, .gitattributes files first: they decide how other files are written."""
+    """Write files from the index, .gitattributes first because they affect how other files are written."""
     rules = [path for path in paths if path.rpartition("/")[2] == ".gitattributes"]
     rest = [path for path in paths if path.rpartition("/")[2] != ".gitattributes"]
     for part in (rules, rest):
@@ -186,7 +190,7 @@ async def _write(git: Git, slot: WorktreeSlot, paths: Collection[str]) -> None:
 
 
 def _overlap(paths: Iterable[str], others: Collection[str]) -> bool:
-    """Whether a path equals, contains or is inside one of the other paths."""
+    """Return whether a path equals, contains or is inside one of the other paths."""
     if not others:
         return False
     paths = set(paths)
@@ -217,7 +221,7 @@ def _lay_out(slot: WorktreeSlot, sparse: Sequence[str], index: Path | None) -> N
     slot.root.mkdir(mode=0o700, exist_ok=True)
     for folder in (slot.tree, slot.git_dir, slot.git_dir / "info", slot.scratch):
         folder.mkdir()
-    # gitrepository-layout(5): all but HEAD, the index and a few files of `info` is read from `commondir`.
+    # gitrepository-layout(5): everything but HEAD, the index and a few files in `info` is read from `commondir`.
     (slot.git_dir / "commondir").write_text(f"{slot.hub.trusted}\n")
     (slot.git_dir / "HEAD").write_text("ref: refs/heads/none\n")
     if sparse:
@@ -227,7 +231,7 @@ def _lay_out(slot: WorktreeSlot, sparse: Sequence[str], index: Path | None) -> N
 
 
 def format_sparse_patterns(folders: Iterable[str]) -> str:
-    """Return the cone-mode patterns of git-sparse-checkout(1) for these folders with all their contents."""
+    """Return the cone-mode patterns (git-sparse-checkout(1)) for these folders and all their contents."""
     parents, whole = set[str](), {_escaped(folder.strip("/")) for folder in folders}
     for folder in whole:
         parts = folder.split("/")
@@ -246,7 +250,7 @@ def _escaped(folder: str) -> str:
 
 def _remove(slot: WorktreeSlot, touched: Iterable[str], paths: Iterable[str]) -> None:
     tree = slot.tree
-    mode = stat.S_IMODE(slot.git_dir.stat().st_mode)  # created like the checkout, and out of sessions' reach
+    mode = stat.S_IMODE(slot.git_dir.stat().st_mode)  # created like the checkout, but inaccessible to sessions
     for path in sorted(touched):
         _restore_folder_mode(tree / path.strip("/"), mode)
     for path in (".git", *paths):
@@ -255,7 +259,7 @@ def _remove(slot: WorktreeSlot, touched: Iterable[str], paths: Iterable[str]) ->
 
 def _restore_folder_mode(folder: Path, mode: int) -> None:
     folder.chmod(mode)
-    # Default ACLs, which new files inherit, are extended attributes, too (acl(5)).
+    # Default ACLs, which new files inherit, are also extended attributes (acl(5)).
     for name in os.listxattr(folder, follow_symlinks=False) if hasattr(os, "listxattr") else ():
         if not name.startswith("security."):
             os.removexattr(folder, name, follow_symlinks=False)

@@ -1,6 +1,6 @@
 """Scan all files of a large checkout in a separate process.
 
-In our process, each of thousands of files would make all threads and the event loop compete for the interpreter.
+In our process, scanning thousands of files would make the event loop and all threads compete for the interpreter lock.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import anyio.to_thread
 
 from orchestrator.system import process
 
-#: From this number of files on, a separate process is worth its overhead.
+#: The number of files from which a separate process is worth its overhead.
 _MIN_FILES: Final = 1_000
-#: The process's working folder, outside all worktrees.
+#: The working folder of the process, outside all worktrees.
 _FOLDER: Final = Path("/")
-#: Seconds for one scan, after which the process is abandoned; and for the process to exit.
+#: Time limits in seconds: for one scan, after which the process is abandoned, and for the process to exit.
 _LIMIT: Final = 120.0
 _EXIT_TIMEOUT: Final = 5.0
 
@@ -39,7 +39,7 @@ class FileScanner:
     @classmethod
     @asynccontextmanager
     async def open(cls) -> AsyncIterator[FileScanner]:
-        """Provide a scanner for the body; its process starts on first use and ends with the body."""
+        """Provide a scanner for the `with` block. Its process starts on first use and ends with the block."""
         scanner = cls()
         try:
             yield scanner
@@ -48,16 +48,16 @@ class FileScanner:
                 await scanner._end()
 
     async def run(self, function: Callable[[], T], files: int) -> T:
-        """Return the result of a function that looks at `files` files.
+        """Return the result of a function that scans `files` files.
 
-        The function may be called twice: if the process fails, it is run again in a thread. It must be picklable, and
+        The function may be called twice: if the process fails, it runs again in a thread. It must be picklable, and
         need only the standard library and this package.
         """
         if files >= _MIN_FILES:
             async with self._lock:
                 try:
                     return cast("T", await self._ask(function))
-                except Exception:  # noqa: BLE001  what is no answer may fail in any way
+                except Exception:  # noqa: BLE001  an invalid answer may fail in any way
                     await self._end()
         return await anyio.to_thread.run_sync(function)
 
@@ -87,12 +87,12 @@ class _Process:
         return self._child.pid
 
     def ask(self, function: Callable[[], object]) -> Any:
-        """Return the answer to a function; raises some error if the process has exited. Blocks."""
+        """Return the result of a function; raises some error if the process has exited. Blocks."""
         input_ = cast("io.RawIOBase", self._child.stdin)
         request = memoryview(pickle.dumps(function))
         while request:
             request = request[input_.write(request) or 0 :]
-        return pickle.load(self._output)  # noqa: S301  of our own process
+        return pickle.load(self._output)  # noqa: S301  from our own process
 
     def end(self) -> None:
         """End the process by closing its input, or kill it. Blocks."""
@@ -102,6 +102,6 @@ class _Process:
             self._child.wait(_EXIT_TIMEOUT)
         except subprocess.TimeoutExpired:
             self._child.kill()
-        # Only now: closing blocks while a thread still reads.
+        # Only now, because closing blocks while a thread is reading.
         with suppress(OSError), self._child:
             pass

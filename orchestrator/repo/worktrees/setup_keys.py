@@ -1,4 +1,4 @@
-"""Compute keys of a checkout's setup steps; a setup result is reusable where the keys are equal."""
+"""Compute keys of a checkout's setup steps. Setup results are reusable between checkouts with equal keys."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Final
 from orchestrator.domain.settings.run_settings import SetupStep
 from orchestrator.repo.git.command import Git
 
-#: Part of each key; increase it when the hashed data or the steps' environment changes its meaning.
+#: Part of each key. Increase it when the meaning of the hashed data or the steps' environment changes.
 _VERSION: Final = 1
 
 
@@ -26,10 +26,10 @@ async def read_setup_keys(
 def compute_setup_keys(
     steps: Sequence[SetupStep], entries: Mapping[str, str], *, sparse: Sequence[str], env: Sequence[str]
 ) -> tuple[str, ...]:
-    """Return a key (hex) for each step, which includes the keys of the steps before it.
+    """Return a key (hex) for each step, which depends on the keys of the steps before it.
 
-    `entries` is git's entry (mode, kind and id) of each existing input, `sparse` the folders that are checked out,
-    `env` the names of the variables that steps get. A step's time limit is not part of its key.
+    `entries` has git's entry (mode, kind and id) for each existing input, `sparse` the folders that are checked out,
+    `env` the names of the variables passed to steps. A step's timeout is not part of its key.
     """
     keys: list[str] = []
     previous = _digest([_VERSION, sorted(sparse), sorted(env)])

@@ -4,13 +4,13 @@
       tree/         the checkout
       git/          our git directory with its index; the rest is the trusted repository's
       record.json   the slot's contents; exists only while the slot is clean and unassigned
-      stamps.json   the snapshot of its files that belongs to the record
-      user          the session that has or had the slot
+      stamps.json   the file snapshot that belongs to the record
+      user          the slot's current or last session
       made.json     setup files that git does not ignore
       tmp/          temporary files of the setup commands
 
-A slot without a record is assigned, or of unknown state. It is assigned while its lock is held, or while the session
-that `user` names exists: then the slot may be the only copy of that session's work. Otherwise it is removed.
+A slot without a record is assigned or in an unknown state. It is assigned while its lock is held, or while the session
+named in `user` exists; then the slot may be the only copy of that session's work. Otherwise it is removed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from orchestrator.system.files import atomic_write
 
 @dataclass(frozen=True, slots=True, order=True)
 class WorktreeSlot:
-    """The paths of one slot."""
+    """The paths of a slot."""
 
     hub: Hub = field(compare=False)
     number: int
@@ -53,7 +53,7 @@ class WorktreeSlot:
 
     @property
     def git_dir(self) -> Path:
-        """Our git directory of the checkout; no session sees it."""
+        """Our git directory for the checkout, hidden from sessions."""
         return self.root / "git"
 
     @property
@@ -73,12 +73,12 @@ class WorktreeSlot:
 
     @property
     def lock(self) -> FileLock:
-        """Held by the process that assigns or cleans the slot."""
+        """The lock held by the process that assigns or cleans the slot."""
         return self.hub.lock(f"slot-{self.number}")
 
     @property
     def env(self) -> dict[str, str]:
-        """The environment that points a git command in `git_dir` at the checkout."""
+        """The environment for git commands on the checkout."""
         return {"GIT_WORK_TREE": str(self.tree)}
 
 
@@ -92,19 +92,19 @@ class SlotRecord:
     setup: tuple[str, ...] = ()
     """The keys of the setup steps that ran (`repo.worktrees.setup_keys`)."""
     setup_at: str = ""
-    """The commit whose files were there when setup ran; empty without setup."""
+    """The commit that was checked out when setup ran; empty without setup."""
     is_check: bool = False
-    """Whether the slot is for checks, and no session ever ran there."""
+    """Whether the slot is for checks and was never used by a session."""
     extras: tuple[str, ...] = ()
     """The setup files, which are in no commit."""
     unignored: tuple[str, ...] = ()
     """The setup files that git does not ignore."""
     kept: Mapping[str, str] = field(default_factory=dict)
-    """Preserved ignored files and folders, each with the adapter that they are for; empty means all adapters."""
+    """Preserved ignored files and folders, each with its adapter; empty means all adapters."""
     bytes: int = 0
     """The bytes on disk when last measured."""
     used: float = 0.0
-    """When the slot was last cleaned (wall-clock seconds)."""
+    """The time when the slot was last cleaned (wall-clock seconds)."""
 
     @classmethod
     def of_json(cls, stored: Mapping[str, Any]) -> SlotRecord:
@@ -119,7 +119,7 @@ def list_slots(hub: Hub) -> list[WorktreeSlot]:
 
 
 def read_record(slot: WorktreeSlot) -> SlotRecord | None:
-    """Return a clean slot's record; None if the slot is not clean or its state is unknown. Blocks."""
+    """Return a clean slot's record, or None if the slot is not clean or its state is unknown. Blocks."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         return SlotRecord.of_json(json.loads((slot.root / "record.json").read_bytes()))
     return None
@@ -133,13 +133,16 @@ def read_snapshot(slot: WorktreeSlot) -> TreeSnapshot | None:
 
 
 def write_record(slot: WorktreeSlot, record: SlotRecord, snapshot: TreeSnapshot) -> None:
-    """Mark a clean slot as available; the caller holds its lock. Blocks."""
+    """Mark a clean slot as available. The caller must hold its lock. Blocks."""
     _write_json(slot.root / "stamps.json", snapshot.to_json())
     _write_json(slot.root / "record.json", asdict(record))
 
 
 def assign_slot(slot: WorktreeSlot, session: Path, record: SlotRecord) -> None:
-    """Assign a slot to a session; the caller holds its lock, and may continue only if this returns. Blocks."""
+    """Assign a slot to a session. Blocks.
+
+    The caller must hold the slot's lock, and may use the slot only if this returns.
+    """
     atomic_write(slot.root / "user", os.fsencode(session), is_locked=True)
     (slot.root / "record.json").unlink(missing_ok=True)
     _write_json(slot.root / "made.json", {"unignored": record.unignored})
@@ -153,7 +156,7 @@ def read_setup_files(slot: WorktreeSlot) -> tuple[str, ...]:
 
 
 def read_slot_session(slot: WorktreeSlot) -> Path | None:
-    """Return the folder of the session that a slot belongs to, if it exists and names this slot. Blocks."""
+    """Return the folder of the session that a slot belongs to, if it exists and refers to this slot. Blocks."""
     with suppress(OSError):
         session = Path(os.fsdecode((slot.root / "user").read_bytes()))
         if session.is_relative_to(slot.hub.sessions) and read_session_slot(slot.hub, session) == slot:
@@ -162,7 +165,7 @@ def read_slot_session(slot: WorktreeSlot) -> Path | None:
 
 
 def read_session_slot(hub: Hub, session: Path) -> WorktreeSlot | None:
-    """Return the slot that a session's folder names. Blocks briefly."""
+    """Return the slot that a session's folder refers to. Blocks briefly."""
     with suppress(OSError):
         target = (session / "slot").readlink()
         if target.parent == hub.slots and target.name.isdecimal():
@@ -171,14 +174,14 @@ def read_session_slot(hub: Hub, session: Path) -> WorktreeSlot | None:
 
 
 def assess_slot(slot: WorktreeSlot) -> tuple[LeftoverStatus, str] | None:
-    """Judge an unlocked slot, or one that the caller has locked, as `judge_slot` does. Blocks."""
+    """Return the verdict of `judge_slot` on a slot that is unlocked or locked by the caller. Blocks."""
     return judge_slot(is_clean=read_record(slot) is not None, has_session=read_slot_session(slot) is not None)
 
 
 def move_to_trash(hub: Hub, folder: Path) -> list[Path]:
-    """Move a folder to the trash, which takes an instant whatever its size; return its new path. Blocks.
+    """Move a folder to the trash, which is fast for any size; return its new path. Blocks.
 
-    A missing folder is no error.
+    A missing folder is not an error.
     """
     hub.trash.mkdir(mode=0o700, exist_ok=True)
     target = hub.trash / f"{folder.name}-{token_hex(8)}"
@@ -189,14 +192,17 @@ def move_to_trash(hub: Hub, folder: Path) -> list[Path]:
 
 
 async def empty_trash(hub: Hub, environ: Mapping[str, str], keep_fds: Sequence[int] = ()) -> None:
-    """Delete the trash; GitError if some of it can't be deleted. Safe to run concurrently."""
+    """Delete the trash. Safe to run concurrently.
+
+    Raises GitError if part of it can't be deleted.
+    """
     entries = await anyio.to_thread.run_sync(_within, hub, hub.trash)
     if entries:
         await remove_all(entries, environ, keep_fds)
 
 
 def _within(hub: Hub, folder: Path) -> list[Path]:
-    """Return the entries of a hub's folder; none if a link leads out of the hub."""
+    """Return the entries of a folder in the hub; empty if a link leads out of the hub."""
     is_ours = folder.is_dir() and is_inside_hub(hub, folder / "any")
     return list(folder.iterdir()) if is_ours else []
 

@@ -1,10 +1,10 @@
-"""The worktree of an attempt: a slot's checkout for a time, and a git directory of its own.
+"""The worktree of an attempt: an assigned slot's checkout and a separate git directory.
 
-Not `git worktree add`: linked worktrees share configuration, hooks, refs and stash, so one agent's change would reach
-all other agents and us. Adding them is safe neither concurrently nor when killed (an empty `commondir` breaks the whole
-repository). Here sessions share only the hub's objects, which they borrow. Creating a worktree races with nothing, and
-a partly created one is a folder to delete. The checkout belongs to a worktree slot (`repo.worktrees.slots`), which the
-link `place` in the session's folder names.
+`git worktree add` is not used: linked worktrees share configuration, hooks, refs and stash, so one agent's change would
+affect all other agents and us. Adding them is neither safe concurrently nor when killed (an empty `commondir` breaks
+the whole repository). Here, sessions share only the hub's objects, which they borrow. Creating a worktree races with
+nothing, and a partly created one can simply be deleted. The checkout belongs to a worktree slot
+(`repo.worktrees.slots`), which the link `place` in the session's folder points to.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from orchestrator.repo.worktrees.slots import WorktreeSlot, move_to_trash, read_
 from orchestrator.system import untrusted_files
 from orchestrator.system.failpoints import failpoint
 
-# Listing leftovers must be quick, and needs no pool.
+# Listing leftovers must be fast and needs no pool.
 if TYPE_CHECKING:
     from orchestrator.repo.worktrees.pool import HeldSlot
 
-#: Seconds to wait for other git commands that may own a lock; a longer command keeps its lock.
+#: Seconds to wait for other git commands that may own a lock. A command that runs longer keeps its lock.
 _OWNER_TIMEOUT = 1.0
-#: Suffix of a check's folder, optionally followed by `-` and a process; no attempt's folder ends like this.
+#: Suffix of a check's folder, optionally followed by `-` and a process. No attempt's folder has it.
 _CHECK = ".check"
 _NAME = re.compile(r"(?P<task>.+)\.(?P<attempt>[0-9]+)(?P<check>\.check(-(?P<checker>[0-9a-f]+))?)?")
 
 
 @dataclass(frozen=True, slots=True)
 class Worktree:
-    """The paths of one attempt or, with `is_check`, of the checks of its work."""
+    """The paths of an attempt or, with `is_check`, of the checks of its work."""
 
     hub: Hub
     run: str
@@ -56,9 +56,9 @@ class Worktree:
     attempt: int
     is_check: bool = False
     checker: str = ""
-    """The checking process, where several may check the same attempt; only for checks."""
+    """The checking process, if several may check the same attempt; only for checks."""
     held_slot: WorktreeSlot | None = field(default=None, compare=False)
-    """The assigned slot, where it is known that the attempt still has it."""
+    """The assigned slot, if known to be still assigned."""
 
     @property
     def name(self) -> str:
@@ -73,7 +73,7 @@ class Worktree:
 
     @property
     def slot(self) -> WorktreeSlot | None:
-        """The attempt's slot; None before and after it has one, and if another session has it. May read the disk."""
+        """The attempt's slot; None if it has none or the slot belongs to another session. May read the disk."""
         if self.held_slot is not None:
             return self.held_slot
         slot = read_session_slot(self.hub, self.root)
@@ -87,7 +87,7 @@ class Worktree:
 
     @property
     def git_dir(self) -> Path:
-        """The session's own git directory. The agent writes it: never run git in it."""
+        """The session's own git directory. It is written by the agent: never run git in it."""
         return self.root / "git"
 
     @property
@@ -97,12 +97,12 @@ class Worktree:
 
     @property
     def prompt_file(self) -> Path:
-        """The prompt, readable by the owner alone."""
+        """The prompt, readable only by the owner."""
         return self.root / "prompt.md"
 
     @property
     def handoff_file(self) -> Path:
-        """The file for the session's handoff, in a folder that the session writes: never follow a link there."""
+        """The session's handoff file, in a folder that the session can write: never follow links there."""
         return self.root / "handoff" / "handoff.json"
 
     @property
@@ -122,17 +122,17 @@ class Worktree:
 
     @property
     def index(self) -> Path:
-        """Our own index of the checkout; the agent can't see it."""
+        """Our own index of the checkout, hidden from the agent."""
         return self.index_folder / "index"
 
     @property
     def index_folder(self) -> Path:
-        """The folder of our index; a git command on the checkout may write all of it."""
+        """The folder of our index, writable for git commands on the checkout."""
         return self.hub.indexes / f"{self.run}-{self.name}"
 
     @property
     def import_folder(self) -> Path:
-        """The folder in which the agent's own commits are verified before import."""
+        """The folder in which the agent's commits are verified before import."""
         return self.index_folder / "import"
 
     @property
@@ -142,7 +142,7 @@ class Worktree:
 
     @property
     def env(self) -> dict[str, str]:
-        """The environment that points our git commands in the trusted repository at this checkout."""
+        """The environment for our git commands on this checkout."""
         return {"GIT_WORK_TREE": str(self.tree), "GIT_INDEX_FILE": str(self.index)}
 
 
@@ -172,7 +172,7 @@ def _lay_out(worktree: Worktree, held: HeldSlot, prompt: str) -> None:
     with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
         file.write(prompt)
     shutil.copyfile(slot.index, worktree.git_dir / "index")
-    # Staged under the name of git's own lock, which is removed with any abandoned index. The index marks completion.
+    # Written under the name of git's lock, which is removed with any abandoned index. The index marks completion.
     worktree.index_folder.mkdir(mode=0o700, exist_ok=True)
     staged = worktree.index.with_name("index.lock")
     shutil.copyfile(slot.index, staged)
@@ -180,10 +180,10 @@ def _lay_out(worktree: Worktree, held: HeldSlot, prompt: str) -> None:
 
 
 def make_root(root: Path) -> None:
-    """Create a session's folder. The last session to end removes the parent folder, at any time."""
+    """Create a session's folder. The last session to end may remove the parent folder at any time."""
     is_made = False
     while not is_made:
-        with suppress(FileExistsError):  # also if it existed and was just removed
+        with suppress(FileExistsError):  # even if it existed and was just removed
             root.parent.mkdir(mode=0o700, parents=True)
         with suppress(FileNotFoundError):
             root.mkdir(mode=0o700)
@@ -200,13 +200,13 @@ def copy_sparse_checkout(slot: WorktreeSlot, git_dir: Path) -> None:
 
 
 async def remove_session_folder(worktree: Worktree) -> None:
-    """Move a session's folder to the trash after its work is saved; the caller keeps the slot."""
+    """Move a session's folder to the trash after its work is saved. The caller keeps the slot."""
     await anyio.to_thread.run_sync(_trash_session, worktree)
     failpoint("worktree.removed")
 
 
 def _trash_session(worktree: Worktree) -> list[Path]:
-    # The session's folder goes last: while it exists, recovery knows that there is something to remove.
+    # Remove the session's folder last: while it exists, recovery knows that there is something to remove.
     _remove_index(worktree)
     trashed = move_to_trash(worktree.hub, worktree.root)
     remove_if_empty(worktree.root.parent)
@@ -214,7 +214,10 @@ def _trash_session(worktree: Worktree) -> list[Path]:
 
 
 async def remove_worktree(worktree: Worktree) -> list[Path]:
-    """Remove a session with its slot, in any state; return the paths in the trash. The caller has saved its work."""
+    """Remove a session and its slot in any state; return the paths in the trash.
+
+    The caller must have saved its work.
+    """
     trashed = await anyio.to_thread.run_sync(_remove, worktree)
     failpoint("worktree.removed")
     return trashed
@@ -222,13 +225,13 @@ async def remove_worktree(worktree: Worktree) -> list[Path]:
 
 def _remove(worktree: Worktree) -> list[Path]:
     slot = worktree.slot
-    # In this order: once the session's folder is gone, the slot may be assigned to another session.
+    # In this order: once the session's folder is removed, the slot may be assigned to another session.
     trashed = _trash_session(worktree)
     return [*trashed, *(move_to_trash(worktree.hub, slot.root) if slot is not None else [])]
 
 
 def unlock_index(worktree: Worktree) -> bool:
-    """Remove the index lock of a killed git command; the caller has proof that no command of ours runs.
+    """Remove the index lock of a killed git command. None of our commands may be running.
 
     Returns whether the checkout was ever complete: git writes the index after the files.
     """
@@ -263,7 +266,7 @@ def list_worktrees(hub: Hub, run_id: str, tasks: Collection[str] | None) -> list
 
 
 def _names_in(folder: Path) -> list[str]:
-    """Return the names in a folder; none if another process just removed it after its last session."""
+    """Return the names in a folder; empty if another process has just removed the folder."""
     with suppress(FileNotFoundError):
         return [path.name for path in folder.iterdir()]
     return []
@@ -278,11 +281,11 @@ def _parse_name(hub: Hub, run_id: str, name: str, tasks: Collection[str] | None)
 
 
 async def remove_stale_files(hub: Hub, run_id: str, *, is_alone: bool) -> None:
-    """Remove the locks and half-written objects that killed git commands left.
+    """Remove the locks and partial objects that killed git commands left.
 
-    Looks in the trusted repository and our indexes. With `is_alone` the caller holds the run's lock, which each of the
-    run's commands holds until it exits, and nobody else works in the run: then no lock of the run has an owner. Other
-    files are removed if no living command can own them.
+    Looks in the trusted repository and our indexes. With `is_alone`, the caller holds the run's lock, which each of the
+    run's commands also holds until it exits, and no other process has joined the run; so no lock of the run has an
+    owner. Other files are removed if no running command can own them.
     """
     await anyio.to_thread.run_sync(partial(_remove_stale_files, hub, run_id, is_alone=is_alone))
 
@@ -296,6 +299,6 @@ def _remove_stale_files(hub: Hub, run_id: str, *, is_alone: bool) -> None:
 
 
 def list_lock_files(hub: Hub) -> list[GitTempFile]:
-    """Return the lock files of git commands in our repository, whether their owners live or not. Blocks."""
+    """Return git's lock files in our repository, with or without a living owner. Blocks."""
     indexes = [path.with_suffix("") for path in hub.indexes.glob("*/index.lock")]
     return [*list_locks(hub.trusted), *(lock for index in indexes for lock in list_index_locks(index))]

@@ -1,9 +1,9 @@
 """Detect which files of a checkout are opened for writing (inotify(7), Linux only).
 
-Needed where the file system does not report writes through a shared mapping
-(`repo.worktrees.change_detection.detects_mmap_writes`): such a mapping needs a descriptor that was opened for writing,
-and its last close is an event in the folder of the file. A file written under another name has a newer ctime, because
-that name had to be linked.
+Needed if file times don't reveal writes through a shared mapping
+(`repo.worktrees.change_detection.detects_mmap_writes`): such a mapping needs a descriptor opened for writing, whose
+last close is an event in the file's folder. A file written under another name has a newer ctime, because that name had
+to be linked.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _READ_BYTES: Final = 1 << 16
 
 
 class WriteWatch:
-    """A watch of folders, which must exist; call `close` at the end."""
+    """An inotify watch on existing folders; call `close` when done."""
 
     def __init__(self, tree: Path, folders: Iterable[str]) -> None:
-        """Watch folders of a checkout, named as in a `TreeSnapshot`, without those below. Blocks.
+        """Watch folders of a checkout, named as in a `TreeSnapshot`, but not their subfolders. Blocks.
 
         Raises OSError if the system has no inotify, or no watch is free.
         """
@@ -46,7 +46,7 @@ class WriteWatch:
             raise
 
     def read_written(self) -> set[str] | None:
-        """Return the paths written so far, from the top of the checkout; None if events were lost. Blocks briefly."""
+        """Return the paths written so far, relative to the checkout, or None if events were lost. Blocks briefly."""
         while True:
             try:
                 data = os.read(self._fd, _READ_BYTES)

@@ -21,7 +21,8 @@ from orchestrator.protocols import (
 )
 from orchestrator.sessions.output.transcript import EMPTY_TRANSCRIPT, MAX_LINE_BYTES, MAX_MESSAGE_CHARS
 
-#: Leading JSON lines without a meaning to hold back. If there are more, the adapter does not know the format.
+#: The maximum number of leading uninterpreted JSON lines to hold back. If there are more, the adapter does not know the
+# format.
 _MAX_UNKNOWN: Final = 20
 
 
@@ -70,7 +71,7 @@ class OutputEntryBuilder:
     def __init__(self) -> None:
         self.transcript = EMPTY_TRANSCRIPT
         self._unknown: list[str] | None = []
-        """The leading JSON lines while none had a meaning; None after the first that did."""
+        """The leading uninterpreted JSON lines; None once a line was interpreted."""
         self._part = ""
         self._spoken = ""
         """The agent's last messages, without line breaks."""
@@ -91,7 +92,7 @@ class OutputEntryBuilder:
         if len(line) > MAX_LINE_BYTES:
             return [*self.flush(), OutputEntry(OutputEntryKind.LINE, f"[line of {len(line)} characters omitted]")]
         events: list[SessionEvent] = []
-        with suppress(Exception):  # an error in a plugin must not break a viewer
+        with suppress(Exception):  # a plugin error must not break a viewer
             events += adapter.parse(line)
         if not line.startswith("{") or events == [AgentMessage(line)]:
             for event in events:

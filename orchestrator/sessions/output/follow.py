@@ -1,4 +1,4 @@
-"""Follower of a running program's output file."""
+"""Follow the output file of a running program."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class OutputFollower:
                 data = stream.read(min(size - begin, _CHUNK))
         except OSError:  # the file does not exist yet
             return None
-        if begin > self.at:  # perhaps in the middle of a line
+        if begin > self.at:  # possibly in the middle of a line
             cut = data.find(b"\n") + 1
             begin, data = begin + cut, data[cut:]
         end = data.rfind(b"\n")
@@ -41,6 +41,6 @@ class OutputFollower:
         self.at = begin + end + 1
         events: list[SessionEvent] = []
         for line in data[:end].split(b"\n"):
-            with suppress(Exception):  # an error in a plugin must not break a viewer
+            with suppress(Exception):  # a plugin error must not break a viewer
                 events += parse_lines(self._adapter, [line])
         return events

@@ -28,7 +28,10 @@ def log_path(logs: Path, task: str, attempt: int, stream: str) -> Path:
 
 
 def last_activity(logs: Path, task: str, attempt: int, started: float, now: float) -> float:
-    """Return the last known activity of an interrupted attempt; later time is not charged to it. Blocks."""
+    """Return the time of an interrupted attempt's last known activity. Blocks.
+
+    Later time is not charged to the attempt.
+    """
     latest = started
     for stream in ("stdout", "stderr"):
         with suppress(OSError):
@@ -59,7 +62,7 @@ def _stream_order(match: re.Match[str]) -> tuple[int, int]:
 
 
 async def read_tail(file: Path, size: int = TAIL_BYTES) -> str:
-    """Return whole lines from the last `size` bytes of a file; empty if the file does not exist."""
+    """Return the whole lines in the last `size` bytes of a file; empty if it does not exist."""
     return await anyio.to_thread.run_sync(_read_tail, file, size)
 
 

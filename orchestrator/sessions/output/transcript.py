@@ -27,14 +27,14 @@ MAX_EVENTS = 1_000
 MAX_ANSWER_CHARS = 1 << 20
 #: Characters of the last message that are recorded.
 MAX_MESSAGE_CHARS = 2_000
-#: Ids are passed back as arguments, so they must not look like options and must be valid arguments.
+#: Ids are passed back as arguments, so they must be valid and must not look like options.
 _ID = re.compile(r"[A-Za-z0-9_][!-~]{0,199}")
 _MAX_AMOUNT = 1 << 53
 
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
-    """Summary of a session's output so far: tokens, cost in US dollars (None: unknown), the CLI's session id."""
+    """Summary of a session's output so far: tokens, cost in US dollars (or None), the CLI's session id."""
 
     last_message: str | None = None
     """The last message, or the final result."""
@@ -141,7 +141,7 @@ def has_reported_failure(events: Sequence[SessionEvent]) -> bool:
 def extract_answer(events: Sequence[SessionEvent]) -> str:
     """Return the messages since the last tool call, or the program's final result if it is longer.
 
-    Programs differ in whether the result repeats the messages, and whether these come as lines or in parts.
+    Programs differ in whether the result repeats the messages and whether messages arrive as lines or in parts.
     """
     messages: list[str] = []
     result = ""

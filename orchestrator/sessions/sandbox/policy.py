@@ -6,7 +6,7 @@ Both kinds add a system call filter (`orchestrator.sandbox.seccomp`) that reduce
 table in docs/security.md, which is tested, lists what each kind prevents.
 
 A Landlock right applies to everything beneath a folder. So a folder that contains a hidden path gets no right itself;
-only its other entries, as of the start, do: it can't be listed, and nothing can be created in it.
+only its other entries that exist at the start do. The folder can't be listed, and nothing can be created in it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MAX_PROBE_OUTPUT = 1 << 16  # bytes
 #: Folders of the machine that bubblewrap replaces with private ones.
 REPLACED_FOLDERS = ("/tmp", "/var/tmp", "/run")  # noqa: S108  (not to write there)
 _RESOLVER = Path("/etc/resolv.conf")
-#: Without /dev/pts and /dev/shm: their entries belong to other processes, and a right to one is a right to all.
+#: Excludes /dev/pts and /dev/shm: their entries belong to other processes, and a right to one is a right to all.
 _NODES = ("null", "zero", "full", "random", "urandom")
 
 _REMEDY = (
@@ -49,7 +49,7 @@ _OFF = "set `sandbox: off`, which only protects against accidents"
 
 
 class SandboxKind(StrEnum):
-    """The sandbox mechanism; OFF: no sandbox."""
+    """The sandbox mechanism. OFF means no sandbox."""
 
     BUBBLEWRAP = "bubblewrap"
     LANDLOCK = "landlock"
@@ -69,7 +69,7 @@ class ProxyEndpoint:
 
 @dataclass(frozen=True, slots=True)
 class SandboxPolicy:
-    """The access of a session: absolute paths, symlinks resolved; the most specific path applies.
+    """The access of a session: absolute, resolved paths, of which the most specific one applies.
 
     `writable` paths can be read and written, `readable` ones only read, even inside a hidden path; `hidden` ones do not
     exist for the session. If a path is in several lists, the first list applies. Missing paths are ignored. `scratch`
@@ -96,10 +96,10 @@ class _Access(IntEnum):
 async def choose_sandbox(
     wanted: str, *, network: bool, environ: Mapping[str, str], hosts: Sequence[str] = ()
 ) -> SandboxKind:
-    """Return the kind that `wanted` names, or for `auto` the strongest kind that passes a trial here.
+    """Return the requested kind or, for `auto`, the strongest kind that passes a trial on this machine.
 
     `environ` provides the PATH for bubblewrap. Raises RefusedError if the kind does not work, or can't block the
-    network or all hosts except `hosts` as required: there is no fallback to a weaker kind.
+    network (or all hosts except `hosts`) as required. There is no fallback to a weaker kind.
     """
     if wanted == SandboxKind.OFF:
         if not network:
@@ -119,15 +119,17 @@ async def choose_sandbox(
     if wanted == SandboxKind.BUBBLEWRAP:
         raise RefusedError(f"`sandbox: bubblewrap` does not work: {problem}", f"{_REMEDY}; or {_OFF}")
     if why := _landlock_problem(network, hosts):
-        raise RefusedError(f"no sandbox works here: bubblewrap: {problem}; landlock: {why}", f"{_REMEDY}; or {_OFF}")
+        raise RefusedError(
+            f"no sandbox works on this machine: bubblewrap: {problem}; landlock: {why}", f"{_REMEDY}; or {_OFF}"
+        )
     return SandboxKind.LANDLOCK
 
 
 def sandbox_command(kind: SandboxKind, command: SupervisedCommand, policy: SandboxPolicy) -> SupervisedCommand:
     """Return the command that runs `command` in a sandbox. Blocks: creates the scratch folder and lists folders.
 
-    With Landlock, files created later next to a hidden path are not accessible, so call it just before the start.
-    Raises OSError.
+    With Landlock, files created later next to a hidden path are inaccessible, so call this just before the start.
+    Raises OSError if the folders can't be created or listed.
     """
     if kind is SandboxKind.OFF:
         return command
@@ -219,8 +221,8 @@ async def _bubblewrap_problem(network: bool, environ: Mapping[str, str]) -> str 
     retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
 )
 async def _probe(argv: Sequence[str], environ: Mapping[str, str]) -> process.CompletedCommand:
-    """Run a probe, again if it is killed: a kill is no reason to choose a weaker sandbox."""
-    # A bubblewrap that is killed while it starts leaves a process behind that waits for it.
+    """Run a probe; repeat it if killed, because a kill is no reason to choose a weaker sandbox."""
+    # A bubblewrap that is killed during startup leaves a process behind that waits for it.
     return await process.run_untrusted(argv, env=environ, cwd=Path("/"), timeout=_PROBE_TIMEOUT, most=_MAX_PROBE_OUTPUT)
 
 
@@ -230,7 +232,7 @@ def _options(policy: SandboxPolicy, bwrap: str) -> list[str]:
 
 
 def _mounts(policy: SandboxPolicy) -> list[str]:
-    """Return the mount options of bubblewrap, from the root downwards, so that more specific paths win."""
+    """Return bubblewrap's mount options, from the root down so that more specific paths take precedence."""
     readable = (
         policy.readable if policy.proxy_endpoint is None else (*policy.readable, *process.internal_program_folders())
     )
@@ -267,7 +269,7 @@ _SYSTEM = (
 
 
 def _run_folder_access() -> dict[Path, _Access]:
-    """Hide /run with the sockets of the machine's services, except the name resolver."""
+    """Hide /run, which has the sockets of system services, except for the name resolver."""
     run = Path("/run")
     if not _exists(run):
         return {}

@@ -1,8 +1,8 @@
 """HTTP proxy that connects a session only to the hosts in `network.allow`.
 
 It accepts `CONNECT host:port` and requests with an absolute `http:` URL. It refuses requests without the session's
-token, hosts that no entry names, and names that resolve to an address that is not public. A name is resolved once, by
-the proxy, which then connects to the address that it has checked.
+token, hosts without an entry, and names that resolve to a non-public address. The proxy resolves each name once and
+connects to the address that it has checked.
 
 Connections, lookups, the size of a request's head and all waiting times are limited.
 """
@@ -38,7 +38,7 @@ from orchestrator.domain.security.hosts import (
 from orchestrator.sessions.socket.connections import accept_connection
 
 PROXY_USER: Final = "council"
-#: Bytes of a request's first line and its headers.
+#: Maximum bytes of a request line and its headers.
 MAX_HEAD_BYTES: Final = 16 << 10
 
 _MAX_LOOKUPS: Final = 4  # concurrent; each takes a thread
@@ -72,9 +72,9 @@ class ProxyTimeouts:
     """The timeouts of the proxy, in seconds."""
 
     head: float = 10.0
-    """For the head of a request, from its first byte to its last."""
+    """For receiving the whole head of a request."""
     connect: float = 30.0
-    """For the lookup of a name, and for each connection attempt."""
+    """For each name lookup and each connection attempt."""
     idle: float = 900.0
     """For the next byte in either direction. A model may take minutes to answer."""
 
@@ -108,19 +108,19 @@ class _Request:
 
 
 async def resolve_host(host: str) -> Sequence[Address]:
-    """Return the addresses of a name, from the resolver of the machine. Raises OSError."""
+    """Return the addresses of a name from the system resolver. Raises OSError if the lookup fails."""
     infos = await anyio.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     return tuple(dict.fromkeys(ip_address(address[0]) for _, _, _, _, address in infos))
 
 
 @dataclass(slots=True)
 class Proxy:
-    """The proxy of one session: `hosts` are entries of `network.allow`, `token` is the session's password for it."""
+    """The proxy of one session: `hosts` are entries of `network.allow`, `token` is the session's proxy password."""
 
     hosts: Sequence[str]
     resolve: Resolver = resolve_host
     max_connections: int = 64
-    """Concurrent connections; further ones wait."""
+    """The number of concurrent connections; further ones wait."""
     timeouts: ProxyTimeouts = field(default_factory=ProxyTimeouts)
     token: str = field(default_factory=lambda: token_hex(16))
     denied: dict[str, None] = field(default_factory=dict)
@@ -140,7 +140,7 @@ class Proxy:
     def variables(self, port: int, direct: Sequence[str]) -> Mapping[str, str]:
         """Return the environment variables that point programs to the proxy at a port of their loopback.
 
-        `direct` lists hosts to reach without the proxy, unless an entry names them.
+        `direct` lists hosts to reach without the proxy unless they have an entry.
         """
         url = f"http://{PROXY_USER}:{self.token}@127.0.0.1:{port}"
         names = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
@@ -156,7 +156,7 @@ class Proxy:
         slots = anyio.Semaphore(self.max_connections)
         async with listener, anyio.create_task_group() as group:
             while True:
-                await slots.acquire()  # further connections wait in the kernel's queue
+                await slots.acquire()  # more connections wait in the kernel's queue
                 group.start_soon(self._handle, await accept_connection(listener), slots)
 
     async def _handle(self, stream: anyio.abc.SocketStream, slots: anyio.Semaphore) -> None:
@@ -175,7 +175,7 @@ class Proxy:
         with anyio.move_on_after(self.timeouts.head):
             await stream.send(refused.response)
             await stream.send_eof()
-            # Closing a socket with unread data resets the connection, and the client may lose the answer.
+            # Closing a socket with unread data resets the connection, and the client may lose the response.
             for _ in range(_MAX_DRAINED):
                 await stream.receive(_CHUNK)
 
@@ -206,7 +206,7 @@ class Proxy:
         return head
 
     async def _connect(self, request: _Request) -> anyio.abc.SocketStream:
-        """Connect to the host of a request if the session may reach it."""
+        """Connect to a request's host if the session may reach it."""
         host, port = request.host, request.port
         shown = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         if not is_allowed(self._entries, host, port):
@@ -215,7 +215,7 @@ class Proxy:
         addresses = addresses_to_try(self._entries, host, port, await self._look_up(host, shown))
         if not addresses:
             self._note(shown)
-            what = f"{shown} has an address that is not public: add the address itself to `network.allow`"
+            what = f"{shown} has a non-public address: add the address itself to `network.allow`"
             raise _RefusedRequest(HTTPStatus.FORBIDDEN, what)
         reason = ""
         for address in addresses[:_MAX_ADDRESSES]:
@@ -317,7 +317,7 @@ def _authority(text: str) -> tuple[str, int | None]:
 
 
 def _build_forwarded_head(first: str, authority: str, headers: Sequence[tuple[str, str]]) -> tuple[bytes, int]:
-    """Return the head of a plain request as forwarded to its host, and the length of its body in bytes.
+    """Return the head of a plain request as forwarded to its host, and its body length in bytes.
 
     Only one request per connection is allowed: a second one could name another host.
     """

@@ -26,7 +26,7 @@ from orchestrator.sessions.supervision.supervisor_client import SupervisedComman
 
 @dataclass(frozen=True, slots=True)
 class SandboxScope:
-    """The files of a program: absolute paths to write and to read; `scratch` is its private folder."""
+    """The files that a program can access: absolute paths to write and read; `scratch` is its private folder."""
 
     writable: tuple[Path, ...]
     readable: tuple[Path, ...]
@@ -41,7 +41,7 @@ class SandboxScope:
 
 @dataclass(frozen=True, slots=True)
 class SandboxedCommand:
-    """A command in its sandbox; `denied` grows with the hosts that the proxy denies, as `host:port`."""
+    """A sandboxed command; the proxy adds each denied host to `denied`, as `host:port`."""
 
     command: SupervisedCommand
     denied: Collection[str] = ()
@@ -49,7 +49,7 @@ class SandboxedCommand:
 
 @dataclass(frozen=True, slots=True)
 class RunSandbox:
-    """The sandbox of a run: no session can see the `hidden` paths; the config has the other settings."""
+    """The sandbox of a run. No session can see the `hidden` paths; other settings are in the config."""
 
     kind: SandboxKind
     hidden: tuple[Path, ...]
@@ -61,7 +61,8 @@ class RunSandbox:
     ) -> AsyncIterator[SandboxedCommand]:
         """Yield the command with a sandbox that allows access to `scope` and `reach`.
 
-        Run the command within the block: its network access ends with the block. Raises OSError.
+        Run the command within the block, because its network access ends with the block. Raises OSError if the sandbox
+        can't be set up.
         """
         command = replace(command, limits=self.config.limits.by_resource)
         if not self.config.hosts:
@@ -88,9 +89,9 @@ class RunSandbox:
         return await anyio.to_thread.run_sync(partial(sandbox_command, self.kind, command, policy))
 
     def explain_missing_program(self, program: str, environ: Mapping[str, str], reach: PathAccess) -> str:
-        """Return a hint for a program that exists but is hidden from sessions; else an empty string."""
+        """Return a hint if a program exists but is hidden from sessions; otherwise an empty string."""
         hidden = self.find_hidden_folders(program, environ, reach)
-        return f" ({', '.join(hidden)} is hidden from sessions: add it to `readable`)" if hidden else ""
+        return f" (hidden from sessions: {', '.join(hidden)}; add them to `readable`)" if hidden else ""
 
     def find_hidden_folders(self, program: str, environ: Mapping[str, str], reach: PathAccess) -> list[str]:
         """Return the folders of a program on PATH that are hidden from sessions."""

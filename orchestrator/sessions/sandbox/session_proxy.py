@@ -1,7 +1,7 @@
-"""Run the proxy of a session, reachable only from the session.
+"""Run a session's proxy, reachable only from that session.
 
-With bubblewrap the session has a private loopback: the program that starts the session there
-(`orchestrator.sandbox.loopback`) passes us a socket that listens on it. With Landlock the session shares the network of
+With bubblewrap, the session has a private loopback, and the program that starts the session
+(`orchestrator.sandbox.loopback`) passes us a socket that listens there. With Landlock the session shares the network of
 the machine, but can connect only to the port of the proxy.
 """
 
@@ -37,7 +37,7 @@ _EXCEPTIONS: Final = ("NO_PROXY", "no_proxy")
 
 @dataclass(frozen=True, slots=True)
 class ProxiedCommand:
-    """A command that uses a proxy; `denied` has the hosts denied so far, as `host:port`."""
+    """A command that uses a proxy; `denied` lists the hosts denied so far, as `host:port`."""
 
     command: SupervisedCommand
     proxy_endpoint: ProxyEndpoint
@@ -48,7 +48,7 @@ class ProxiedCommand:
 async def run_proxy(
     kind: SandboxKind, hosts: Sequence[str], scratch: Path, command: SupervisedCommand
 ) -> AsyncIterator[ProxiedCommand]:
-    """Run a proxy to `hosts` for a command during the block. Raises OSError.
+    """Run a proxy to `hosts` for a command during the block. Raises OSError if it can't listen.
 
     `scratch` is the session's folder for temporary files. The command gets the token in its environment; it is redacted
     in the output.
@@ -85,7 +85,7 @@ async def _serve(proxy: Proxy, listening: socket.socket) -> None:
 
 
 async def _serve_inside(proxy: Proxy, receiver: anyio.abc.SocketListener, lock: Path) -> None:
-    """Serve on the socket that the first process of the session with this `lock` passes on."""
+    """Serve on the socket passed by the first process of the session with this `lock`."""
     async with receiver:
         listening = await _receive_listener(receiver, lock)
     await _serve(proxy, listening)

@@ -1,4 +1,4 @@
-"""Home folders of CLIs: one per task and adapter, for state that a CLI keeps between sessions.
+"""Home folders of CLIs, one per task and adapter, for state that a CLI keeps between sessions.
 
 Sessions may write anything there, including links, so we access it only through `orchestrator.system.untrusted_files`.
 """
@@ -19,20 +19,20 @@ from orchestrator.protocols import JsonObject, SessionHome, SettingsOverlay
 from orchestrator.repo.worktrees.file_trees import remove_all
 from orchestrator.system import untrusted_files
 
-#: Of a settings file and of a login.
+#: Maximum size of a settings file or a login.
 _MAX_BYTES = 1 << 20
 _SHARE = "set `home: shared` to use it unchanged"
 
 
 def home_path(logs: Path, task: str, adapter: str) -> Path:
-    """Return the home of a task's sessions with an adapter, in the logs folder of their run."""
+    """Return the home for a task's sessions with an adapter, in the run's logs folder."""
     return logs / "homes" / task / adapter
 
 
 async def set_up(folder: Path, home: SessionHome, environ: Mapping[str, str]) -> PathAccess:
     """Write the files, links and settings of a home; return the access that a session needs.
 
-    Raises OSError, GitError, and RefusedError if settings to overlay are not JSON.
+    Raises OSError or GitError if the home can't be written, and RefusedError if settings to overlay are not JSON.
     """
     obstructing = await anyio.to_thread.run_sync(_create, folder, [*home.files, *home.settings])
     if obstructing:
@@ -47,7 +47,7 @@ async def write_back_logins(folder: Path, home: SessionHome, environ: Mapping[st
 
 
 async def remove_homes(logs: Path, tasks: Sequence[str], environ: Mapping[str, str]) -> None:
-    """Remove all homes of some tasks; on failure the rest stays in the logs of the run."""
+    """Remove all homes of the given tasks; on failure the rest stays in the run's logs."""
     homes = await anyio.to_thread.run_sync(_homes_of, logs, tasks)
     with suppress(OSError, GitError):
         if homes:
@@ -62,7 +62,7 @@ def _homes_of(logs: Path, tasks: Sequence[str]) -> list[Path]:
 def _create(folder: Path, names: Iterable[str]) -> list[Path]:
     """Create a home; return the folders in it that obstruct files and links.
 
-    They are not removed here: an agent may have made trees of any depth.
+    They are not removed here, because an agent may have created trees of any depth.
     """
     for path in (folder.parents[1], folder.parent, folder):
         if path.is_symlink():
@@ -82,7 +82,7 @@ def _write_content(folder: Path, home: SessionHome, environ: Mapping[str, str]) 
         target = _expanded(leads_to, environ)
         if target is None or not target.exists():
             continue
-        # Preserve a file that the program has put there, such as a newer login.
+        # Preserve a file that the program has created, such as a newer login.
         if untrusted_files.file_type(folder, name) in {None, stat.S_IFLNK}:
             untrusted_files.make_link(folder, name, target)
             (writable if name in home.renewed else readable).append(target)
@@ -107,7 +107,7 @@ def _overlay_settings(settings: SettingsOverlay, environ: Mapping[str, str]) -> 
     base: object = {}
     if file is not None and file.exists():
         if not file.is_file() or file.stat().st_size > _MAX_BYTES:
-            raise RefusedError(f"{file} is not a settings file of at most 1 MiB", f"fix it, or {_SHARE}")
+            raise RefusedError(f"{file} is not a regular file of at most 1 MiB", f"fix it, or {_SHARE}")
         try:
             base = json.loads(file.read_text(encoding="utf-8"))
         except (ValueError, RecursionError):

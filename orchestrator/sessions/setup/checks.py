@@ -1,4 +1,4 @@
-"""Checks of a merged tree: user commands on code of agents, so sandboxed like agents.
+"""Check a merged tree: user commands on agents' code, so sandboxed like agents.
 
 Only their exit status and output leave the sandbox.
 """
@@ -70,9 +70,9 @@ class CheckRunner:
         self._running.cancel()
 
     async def run(self, commit: str, base: str) -> CheckResult:
-        """Check out `commit` and run the commands in order until one fails; clean up afterwards.
+        """Check out `commit`, run the commands in order until one fails, and clean up.
 
-        `base` is the commit below it, which is on the target.
+        `base` is its parent commit on the target.
         """
         checkout = None
         try:

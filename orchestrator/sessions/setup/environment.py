@@ -1,4 +1,4 @@
-"""Environment of sessions and checks, built from an allow list of variables."""
+"""Build the environment of sessions and checks from an allow list of variables."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from orchestrator.protocols import SessionCommand
 from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.sessions.setup.handoff_file import HANDOFF_VARIABLE
 
-#: The variables that every program gets; the config names all others.
+#: The variables passed to every program; all others are named in the config.
 BASE_VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR")
 
 
 def build_base_environment(
     names: Iterable[str], environ: Mapping[str, str], tree: Path, variables: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return the base variables and those in `names`, as far as they are set, with the variables that we set.
+    """Return the base variables and those in `names` that are set, plus the variables that we set.
 
     `tree` is the program's checkout; `variables` identify the program and its worktree slot.
     """
@@ -43,9 +43,9 @@ def attempt_variables(worktree: Worktree) -> dict[str, str]:
 def build_session_environment(
     command: SessionCommand, environ: Mapping[str, str], worktree: Worktree, variables: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return the whole environment of a session; the adapter can't override the variables that we set.
+    """Return the complete environment of a session.
 
-    `variables` are those of its worktree slot.
+    The adapter can't override the variables that we set. `variables` are those of the worktree slot.
     """
     own = {**variables, **attempt_variables(worktree), HANDOFF_VARIABLE: str(worktree.handoff_file)}
     base = build_base_environment(command.pass_env, environ, worktree.tree, own)

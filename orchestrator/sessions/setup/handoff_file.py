@@ -1,4 +1,4 @@
-"""Reader of `$COUNCIL_HANDOFF`, the file in which a session leaves its handoff.
+"""Read `$COUNCIL_HANDOFF`, the file in which a session writes its handoff.
 
 The file is untrusted: links are not followed, only a regular file is read, and its size is limited.
 """
@@ -31,7 +31,7 @@ class HandoffData:
 
 @dataclass(frozen=True, slots=True)
 class MalformedHandoff:
-    """A handoff that is not a JSON object: the reason, and what the agent must do."""
+    """A handoff that is not a JSON object: the reason, and what the agent should do."""
 
     why: str
     remedy: str = "write a regular file"
@@ -41,7 +41,7 @@ _NO_FILE = MalformedHandoff(f"${HANDOFF_VARIABLE} is a link or not a regular fil
 
 
 async def read_handoff(worktree: Worktree) -> HandoffData | MalformedHandoff | None:
-    """Return the handoff of a finished session; None if it wrote none."""
+    """Return the handoff of a finished session, or None if it wrote none."""
     return await anyio.to_thread.run_sync(_read, worktree)
 
 

@@ -1,4 +1,4 @@
-"""User commands around sessions: setup, `before_run`, `after_run` and teardown."""
+"""Run user commands around sessions: setup, `before_run`, `after_run` and teardown."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _HOOKS_TIMEOUT = "worktrees.hooks_timeout"
 
 @dataclass(frozen=True, slots=True)
 class HooksResult:
-    """The result of a sequence of commands: `done` counts the successful ones before `last`, which failed.
+    """The result of a sequence of commands: `done` commands succeeded before `last` failed.
 
     `last` is CommandSucceeded if all of them succeeded.
     """
@@ -56,7 +56,7 @@ def teardown_commands(lines: Sequence[str], timeout: float, logs: Path, slot: in
 def session_commands(
     stage: Literal["before", "after"], lines: Sequence[str], timeout: float, logs: Path, worktree: Worktree
 ) -> list[ShellCommand]:
-    """Return the commands that run before an attempt's session, or after it and before its work is collected."""
+    """Return the commands that run before an attempt's session, or between it and collecting its work."""
     return [
         ShellCommand(line, log_path(logs, worktree.task, worktree.attempt, f"{stage}{number}"), timeout, _HOOKS_TIMEOUT)
         for number, line in enumerate(lines, start=1)
@@ -64,7 +64,7 @@ def session_commands(
 
 
 async def run_until_failure(shell: Shell, commands: Sequence[ShellCommand]) -> HooksResult:
-    """Run commands in order until one does not succeed."""
+    """Run commands in order until one fails."""
     for done, command in enumerate(commands):
         result = await shell.run(command)
         if not isinstance(result, CommandSucceeded):
@@ -73,13 +73,13 @@ async def run_until_failure(shell: Shell, commands: Sequence[ShellCommand]) -> H
 
 
 async def run_all(shell: Shell, commands: Sequence[ShellCommand]) -> list[CommandFailed | CommandNotRun]:
-    """Run all commands in order, whatever the results; return the failures."""
+    """Run all commands in order, regardless of failures; return the failures."""
     results = [await shell.run(command) for command in commands]
     return [result for result in results if isinstance(result, CommandFailed | CommandNotRun)]
 
 
 def hook_outcome(result: ShellResult) -> Outcome | None:
-    """Return the outcome of an attempt whose hook had this result; None if the attempt can continue."""
+    """Return the outcome of an attempt whose hook had this result, or None if it can continue."""
     match result:
         case CommandSucceeded():
             return None

@@ -1,4 +1,4 @@
-"""User shell commands in worktrees of agents, so sandboxed and supervised like agents.
+"""Run user shell commands in agents' worktrees, sandboxed and supervised like agents.
 
 Only their result and output leave the sandbox.
 """
@@ -35,7 +35,7 @@ from orchestrator.system.resources import is_disk_full
 #: Characters of a command in messages.
 _MAX_COMMAND_CHARS = 80
 _GIT_TIMEOUT = 10.0  # seconds
-#: Lines and characters of the output tail in messages: installers print the cause above their last lines.
+#: Lines and characters of the output tail in messages. Installers print the cause above their last lines.
 _TAIL_LINES, _TAIL_CHARS = 15, 2000
 _NOTE_PREFIXES = ("[notice]", "note:", "hint:")
 _MAX_DENIED_HOSTS = 5  # in messages
@@ -43,7 +43,7 @@ _MAX_DENIED_HOSTS = 5  # in messages
 
 @dataclass(frozen=True, slots=True)
 class ShellCommand:
-    """A command for `sh`: `log` receives its output, `timeout` (seconds) comes from the config key `setting`."""
+    """A command for `sh`. `log` receives its output; `timeout` (seconds) comes from the config key `setting`."""
 
     text: str
     log: Path
@@ -58,23 +58,23 @@ class CommandSucceeded:
 
 @dataclass(frozen=True, slots=True)
 class UnrunnableProgram:
-    """A program that was not found or can't be executed: why, where on PATH it was searched for, and what to do."""
+    """A program that was not found or can't be executed: the reason, the PATH searched, and the remedy."""
 
     program: str
     why: str
     search_location: str
     remedy: str
     is_absent: bool = False
-    """Whether it is a file missing in the worktree."""
+    """Whether the program is a file missing from the worktree."""
     needs_new_run: bool = False
-    """Whether only the settings of a new run can provide it."""
+    """Whether only a new run's settings can provide the program."""
 
 
 @dataclass(frozen=True, slots=True)
 class CommandFailed:
     """The command failed: how it ended, as text, and the tail of its output.
 
-    `unrunnable` is set for exit codes 126 and 127: the program that can't be run, and where it was searched for.
+    `unrunnable`, set for exit codes 126 and 127, is the program that can't be run.
     """
 
     command: str
@@ -84,7 +84,7 @@ class CommandFailed:
     unrunnable: UnrunnableProgram | None = None
 
     def describe(self, where: str = "") -> str:
-        """Return a description: the start of the command, how and `where` it ended, and its output tail."""
+        """Return a description: the start of the command, how and `where` it ended, and the output tail."""
         return f"`{self.short}` {self.how_it_ended}{where and f' {where}'}\n{self.output_tail}".strip()
 
     @property
@@ -95,7 +95,7 @@ class CommandFailed:
 
     @property
     def output_tail(self) -> str:
-        """Return the end of the output, without the notes that installers print below the cause."""
+        """Return the end of the output without the notes that installers print below the cause."""
         lines = self.output.strip().splitlines()
         while len(lines) > 1 and (not lines[-1].strip() or lines[-1].lstrip().startswith(_NOTE_PREFIXES)):
             lines.pop()
@@ -103,7 +103,7 @@ class CommandFailed:
 
 
 def describe_unrunnable(failed: Sequence[CommandFailed], correction: str, run: str, merge: str = "") -> str:
-    """Return why commands with missing programs can't be run, and what to do to resume `run`.
+    """Return why commands with missing programs can't be run, and how to resume `run`.
 
     `correction` says how to fix the commands; `merge` says what a commit needs to take effect.
     """
@@ -126,7 +126,7 @@ def describe_unrunnable(failed: Sequence[CommandFailed], correction: str, run: s
 
 @dataclass(frozen=True, slots=True)
 class CommandStopped:
-    """The command was stopped from outside before it finished."""
+    """The command was stopped externally before it finished."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +147,8 @@ ShellResult = CommandSucceeded | CommandFailed | CommandStopped | CommandNotRun
 class Shell:
     """Runs commands in the folder `cwd`, in a sandbox for `scope`, with exactly `environment`.
 
-    HOME is the scratch folder of the scope. `lock` is held while any process of a command is alive. `reach` is access
-    in addition to that of all sessions.
+    HOME is the scope's scratch folder. `lock` is held while any process of a command is alive. `reach` is access in
+    addition to that of all sessions.
     """
 
     sandbox: RunSandbox
@@ -161,11 +161,11 @@ class Shell:
 
     @property
     def marker(self) -> bytes:
-        """The variable by which processes of a command are found, unless they clear their environment."""
+        """The environment variable that identifies a command's processes unless they clear it."""
         return b"HOME=" + os.fsencode(self.scope.scratch)
 
     async def run(self, command: ShellCommand) -> ShellResult:
-        """Run a command; none of its processes is alive afterwards. Cancellation stops it and is propagated."""
+        """Run a command; afterwards none of its processes is alive. Cancellation stops it and is propagated."""
         try:
             await anyio.Path(command.log.parent).mkdir(mode=0o700, exist_ok=True)
             async with self.sandbox.apply(self.scope, self._supervised(command), self.reach) as sandboxed:
@@ -233,7 +233,7 @@ class Shell:
         if not program.startswith("/"):
             why, where = f"{why} on PATH", f"PATH, as the sandbox shows it: {self.environment.get('PATH', os.defpath)}"
         if hidden:
-            why, remedy = f"{why} ({hidden} is hidden from sessions)", f"start a new run with {hidden} in `readable`"
+            why, remedy = f"{why} (hidden from sessions: {hidden})", f"start a new run with {hidden} in `readable`"
             return UnrunnableProgram(program, why, where, remedy, needs_new_run=True)
         remedy = f"make {program} executable" if is_there else f"install {program} where sessions see it"
         return UnrunnableProgram(program, why, where, remedy)

@@ -1,4 +1,4 @@
-"""Setup of worktree slots and their sessions: setup steps, user files, ports and hooks."""
+"""Set up worktree slots and their sessions: setup steps, user files, ports and hooks."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ from orchestrator.system import untrusted_files
 _REAP_LIMIT = 30.0
 
 
-#: How to fix an error in the setup itself.
-SETUP_REMEDY: Final = "correct `worktrees.setup` in the file, then start a new run"
+#: The remedy for an error in the setup itself.
+SETUP_REMEDY: Final = "correct `worktrees.setup` in the configuration file, then start a new run"
 
 
 class SetupFailed(SetupError):
@@ -59,7 +59,7 @@ class SetupFailed(SetupError):
         self.result = result
 
     def outcome(self, run: str, *, at_base: bool) -> Outcome:
-        """Return the outcome of an attempt of `run`; `at_base` means that its worktree has no work of the task yet."""
+        """Return the outcome of an attempt in `run`; `at_base` means that its worktree has no task work yet."""
         if isinstance(self.result, CommandFailed):
             if at_base and self.result.unrunnable is not None:
                 return Misconfigured(describe_unrunnable([self.result], SETUP_REMEDY, run))
@@ -92,9 +92,9 @@ class WorktreeSetup:
     logs: Path
     environ: Mapping[str, str]
     _failed: dict[tuple[str, str], SetupFailed] = field(default_factory=dict, init=False)
-    """Failed steps by key and commit: they would fail in the next slot, too.
+    """Failed steps, keyed by step key and commit: they would also fail in the next slot.
 
-    The commit is empty except for checks, so that work that has not landed can't fail the checks of another commit.
+    The commit is empty except for checks, so that unlanded work can't fail the checks of another commit.
     """
 
     async def keys(self, commit: str) -> tuple[str, ...]:
@@ -103,7 +103,10 @@ class WorktreeSetup:
         return await read_setup_keys(self.git, commit, config.setup, sparse=config.sparse, env=config.env)
 
     async def set_up(self, checkout: HeldSlot, commit: str) -> tuple[str, ...]:
-        """Run the setup steps that a slot has not run yet; return the keys of all steps. Raises SetupFailed."""
+        """Run the setup steps that a slot still needs; return the keys of all steps.
+
+        Raises SetupFailed if a step fails.
+        """
         steps, done = self.config.setup, checkout.contents.record.setup
         if not steps:
             return ()
@@ -142,7 +145,7 @@ class WorktreeSetup:
         return replace(result, how_it_ended=f"{result.how_it_ended} (`network: off` may be the cause)")
 
     async def tear_down(self, slot: WorktreeSlot) -> None:
-        """Run the teardown of a slot before it is deleted, including slots left by killed processes."""
+        """Run the teardown of a slot before it is deleted, even if a killed process left it."""
         shell = self._shell_of(slot, {})
         with suppress(LockHeld):
             await stop_supervised(_lock_of(slot), shell.marker, _REAP_LIMIT)
@@ -155,7 +158,7 @@ class WorktreeSetup:
                 await self.record_event(SlotTeardownFailed(slot=str(slot.root), reason=reason))
 
     async def prepare(self, checkout: HeldSlot) -> PreparedWorktree | Failed | ResourcesExhausted:
-        """Provide a session's slot with its ports and user files; return an outcome on failure."""
+        """Provide a session's slot with ports and user files; return an outcome on failure."""
         commit, slot = checkout.contents.record.commit, checkout.slot
         try:
             variables = await self.lease(slot.root)
@@ -168,7 +171,7 @@ class WorktreeSetup:
         return PreparedWorktree(installed, variables)
 
     async def run_before(self, worktree: Worktree, prepared: PreparedWorktree) -> Outcome | None:
-        """Run the `before_run` commands; return an outcome if the session can't start, else None."""
+        """Run the `before_run` commands; return an outcome if the session can't start, otherwise None."""
         config = self.config
         commands = hooks.session_commands("before", config.before_run, config.hooks_timeout, self.logs, worktree)
         if not commands:

@@ -1,1 +1,1 @@
-"""The socket by which a session calls its orchestrator."""
+"""The socket through which a session calls its orchestrator."""

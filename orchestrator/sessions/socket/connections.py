@@ -1,4 +1,4 @@
-"""Accept connections."""
+"""Accept connections on a session socket."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ async def accept_connection(listener: anyio.abc.SocketListener) -> anyio.abc.Soc
     while True:
         try:
             return await listener.accept()
-        except (OSError, anyio.BrokenResourceError):  # anyio raises the second for EMFILE
+        except (OSError, anyio.BrokenResourceError):  # anyio raises OSError for EMFILE
             await anyio.sleep(_RETRY_INTERVAL)

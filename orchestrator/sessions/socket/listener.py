@@ -1,13 +1,13 @@
-"""The session socket, over which an active session sends requests to its orchestrator.
+"""Serve the session socket, over which an active session sends requests to its orchestrator.
 
     <session folder>/socket/
       socket          one request per connection: a line of JSON in, a line back
       session.json    the worktree and the token that every request needs
       bin/council     the `council` command, bound to the session
 
-In a sandbox no other session sees this folder. Landlock can't hide the socket itself, so processes of other sessions
-are rejected whatever their token (`sessions.socket.peers`). A session can only harm itself: each has its own connection
-limit, and a new connection replaces the oldest that has not sent a whole line.
+In a sandbox, other sessions can't see this folder. Landlock can't hide the socket itself, so processes of other
+sessions are rejected regardless of their token (`sessions.socket.peers`). A session can only harm itself: each has its
+own connection limit, and a new connection replaces the oldest one that has not sent a whole line.
 """
 
 from __future__ import annotations
@@ -45,23 +45,23 @@ from orchestrator.system.process import internal_program, internal_program_folde
 
 _PROGRAM = Path("bin", "council")
 _MAX_CONNECTIONS = 32  # per session
-_MAX_FOREIGN_CONNECTIONS = 4  # from outside the session; they only get a rejection
+_MAX_FOREIGN_CONNECTIONS = 4  # connections from outside the session, which are only rejected
 _BACKLOG = 128
 _REQUEST_TIMEOUT = 5.0  # seconds to receive a request, and to send its answer
 _FOREIGN_TIMEOUT = 1.0
 _MAX_FAULTS = 10
 _MAX_INLINE_BYTES = 1 << 14  # larger requests are parsed in a thread
 _FAULT = "internal error of the orchestrator"
-_FAULT_REMEDY = "continue without it: changes are checked when they land"
+_FAULT_REMEDY = "continue without the session API: changes are checked when they land"
 
 
 class SessionApi(Protocol):
-    """Answers the requests of sessions."""
+    """Answers session requests."""
 
     async def answer(self, session: SessionName, command: str, arguments: JsonObject) -> JsonObject:
         """Return the result of a command of `orchestrator.client.commands`.
 
-        RefusedError is reported to the client. Cancelled when the client disconnects.
+        A RefusedError is reported to the client. The call is cancelled when the client disconnects.
         """
 
 
@@ -69,7 +69,7 @@ class SessionApi(Protocol):
 class SessionSocket:
     """A session's access to the session API.
 
-    `reach` is the access that its sandbox must allow. `faults` collects internal errors as they occur.
+    `reach` is the access that the sandbox must allow. `faults` collects internal errors as they occur.
     """
 
     folder: Path
@@ -101,7 +101,7 @@ class SessionSocket:
 
 @asynccontextmanager
 async def open_session_socket(worktree: Worktree, session_service: SessionApi) -> AsyncIterator[SessionSocket]:
-    """Serve the requests of a worktree's session during the block. Raises OSError."""
+    """Serve the requests of a worktree's session during the block. Raises OSError if the socket can't be created."""
     folder, token = worktree.socket_folder, token_hex(16)
     await anyio.to_thread.run_sync(_create_folder, folder, token, worktree.tree)
     session_socket = SessionSocket(folder, PathAccess(readable=(without_dotdot(folder), *internal_program_folders())))
@@ -154,7 +154,7 @@ class _RequestHandler:
     foreign: set[anyio.abc.SocketStream] = field(default_factory=set)
 
     async def answer(self, line: bytes) -> JsonObject:
-        """Return the answer to a request; raises only cancellation."""
+        """Return the answer to a request. Raises nothing but cancellation."""
         try:
             read = partial(read_request, line, self.token, self.tree)
             request = read() if len(line) <= _MAX_INLINE_BYTES else await anyio.to_thread.run_sync(read)
@@ -166,7 +166,7 @@ class _RequestHandler:
             return _refusal(refused.what, refused.remedy)
         except CouncilError as error:
             return _refusal(str(error), _FAULT_REMEDY)
-        except Exception as error:  # noqa: BLE001  a fault of the desk's must not end the session
+        except Exception as error:  # noqa: BLE001  an internal error must not end the session
             if len(self.faults) < _MAX_FAULTS:
                 self.faults.append(f"{type(error).__name__}: {error}")
             return _refusal(_FAULT, _FAULT_REMEDY)
@@ -202,7 +202,7 @@ async def _refuse_connection(stream: anyio.abc.SocketStream, handler: _RequestHa
     try:
         with anyio.move_on_after(_FOREIGN_TIMEOUT):
             await _read_line(stream)
-            what = "the request is not of this session: the session did not start this process"
+            what = "the request is not from this session: the session did not start this process"
             await stream.send(_encoded(_refusal(what, OWN_COMMAND_REMEDY)))
     finally:
         handler.foreign.discard(stream)
@@ -232,7 +232,7 @@ async def _handle_request(stream: anyio.abc.SocketStream, handler: _RequestHandl
 
 
 async def _receive_request(stream: anyio.abc.SocketStream, handler: _RequestHandler) -> bytes | None:
-    """Return a connection's line; None on timeout, or if a newer connection replaces it."""
+    """Return a connection's line, or None on timeout or if a newer connection replaces it."""
     if len(handler.pending_reads) >= _MAX_CONNECTIONS:
         oldest = next(iter(handler.pending_reads))
         handler.pending_reads.pop(oldest).cancel()
@@ -259,7 +259,10 @@ def _encoded(answer: JsonObject) -> bytes:
 
 
 async def _read_line(stream: anyio.abc.SocketStream) -> bytes:
-    """Return the bytes before the first line break, or more than the limit. Raises EndOfStream."""
+    """Return the bytes before the first line break, or more bytes than the limit.
+
+    Raises EndOfStream if the client disconnects first.
+    """
     got = bytearray()
     while len(got) <= MAX_REQUEST_BYTES:
         got += await stream.receive()

@@ -2,7 +2,7 @@
 
 A token can be stolen; the kernel's peer credentials can't be forged (SO_PEERCRED in unix(7)). A process belongs to a
 session if it has our user id and descends from the supervisor that holds the session's lock. The supervisor is a child
-subreaper, so daemons stay its descendants. So do processes in bubblewrap, whose init is a descendant.
+subreaper, so daemons remain its descendants, as do processes in bubblewrap, whose init is a descendant.
 
 Without /proc (macOS) ancestry is not available: there the user id and the token decide.
 """
@@ -32,7 +32,7 @@ _MAX_WALKS: Final = 10  # until two consecutive walks return the same ancestors
 def belongs_to_session(connected: socket.socket, lock: Path) -> bool:
     """Return whether the client belongs to the session whose supervisor holds `lock`. Blocks briefly.
 
-    Call it when the connection is accepted. A process that has ended by then belongs to no session.
+    Call it when the connection is accepted. A process that has exited by then belongs to no session.
     """
     with suppress(OSError, ValueError):
         if sys.platform != "linux":
@@ -43,7 +43,7 @@ def belongs_to_session(connected: socket.socket, lock: Path) -> bool:
         supervisor = _holder(lock)
         if user != os.getuid() or not pid or supervisor is None or not _descends(pid, supervisor):
             return False
-        # If the process is alive and the lock is held, neither process id was reused meanwhile.
+        # If the process is alive and the lock is still held, neither process id was reused.
         return _is_alive(connected, pid) and _holder(lock) == supervisor
     return False
 
@@ -54,7 +54,7 @@ def _user_on_macos(connected: socket.socket) -> int:
 
 
 def _holder(lock: Path) -> int | None:
-    """Return the id of the process that holds a session's lock, from its signature; None if it is free."""
+    """Return the id of the process that holds a session's lock, from its signature, or None."""
     descriptor = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         is_free = lock_descriptor(descriptor, block=False, shared=True)
@@ -64,7 +64,7 @@ def _holder(lock: Path) -> int | None:
 def _descends(pid: int, ancestor: int) -> bool:
     """Return whether a process is a descendant of another.
 
-    A parent may end during a walk and its id be reused, so two consecutive walks must agree.
+    A parent may exit during a walk and its id may be reused, so two consecutive walks must agree.
     """
     previous: list[tuple[int, int]] | None = None
     for _ in range(_MAX_WALKS):
@@ -76,7 +76,7 @@ def _descends(pid: int, ancestor: int) -> bool:
 
 
 def _ancestors(pid: int, last: int) -> list[tuple[int, int]] | None:
-    """Return a process and its ancestors up to `last`, each with its start; None if one ended meanwhile."""
+    """Return a process and its ancestors up to `last` with their start times; None if one has exited."""
     ancestors: list[tuple[int, int]] = []
     while pid and len(ancestors) < _MAX_DEPTH:
         stat = process_stat(pid)

@@ -1,4 +1,4 @@
-"""Validation of session requests, which are untrusted: an agent wrote them."""
+"""Validate session requests, which are untrusted because agents write them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SEE_HELP = "`council --help` lists the commands of sessions"
 
 
 class SocketRequest(NamedTuple):
-    """A command of `orchestrator.client.commands` with the arguments that were given.
+    """A command of `orchestrator.client.commands` with its arguments.
 
     Paths are relative to the worktree.
     """
@@ -44,10 +44,10 @@ def read_request(line: bytes, token: str, tree: Path) -> SocketRequest:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict) or not isinstance(value.get("arguments"), dict):
-        raise RefusedError("the request is not a line of JSON with a command and its arguments", _SEE_HELP)
+        raise RefusedError("the request is not one line of JSON with a command and its arguments", _SEE_HELP)
     request_token = value.get("token")
     if not isinstance(request_token, str) or not compare_digest(request_token.encode(errors="replace"), token.encode()):
-        raise RefusedError("the request is not of this session", OWN_COMMAND_REMEDY)
+        raise RefusedError("the request is not from this session", OWN_COMMAND_REMEDY)
     command = _KNOWN.get(name) if isinstance(name := value.get("command"), str) else None
     if command is None:
         raise RefusedError("unknown command", _SEE_HELP)
@@ -55,7 +55,7 @@ def read_request(line: bytes, token: str, tree: Path) -> SocketRequest:
 
 
 def _arguments(command: SessionCommand, given: JsonObject, tree: Path) -> JsonObject:
-    """Return the checked arguments of a command; null means absent, except for arguments that take any value."""
+    """Return a command's checked arguments. Null means absent unless an argument takes any value."""
     known = {argument.name: argument for argument in command.arguments}
     values = {argument.name for argument in command.arguments if argument.kind == commands.VALUE}
     arguments: JsonObject = {key: value for key, value in given.items() if value is not None or key in values}
@@ -132,7 +132,7 @@ def _object(argument: Argument, value: Any) -> JsonObject:
 
 def _path(argument: Argument, value: Any, tree: Path) -> str:
     text = _text(argument, value, MAX_PATH_CHARS)
-    inside = os.path.relpath(os.path.join(tree, text), tree)  # noqa: PTH118  no look at the disk
+    inside = os.path.relpath(os.path.join(tree, text), tree)  # noqa: PTH118  must not access the disk
     if inside in {os.curdir, os.pardir} or inside.startswith(f"{os.pardir}{os.sep}"):
         raise _invalid_argument(argument, "paths of files or folders in the worktree")
     return inside

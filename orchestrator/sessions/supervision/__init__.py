@@ -1,1 +1,1 @@
-"""Start a program and make sure that nothing it started outlives it."""
+"""Start a program and ensure that no process it starts outlives it."""

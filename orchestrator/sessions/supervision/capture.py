@@ -1,6 +1,6 @@
-"""Capture of a CLI's output from a pipe to a file, with a size limit and redacted secrets.
+"""Capture a CLI's output from a pipe in a file, with a size limit and redacted secrets.
 
-The supervisor imports this in every session: use little, and only of the standard library.
+The supervisor imports this in every session: keep imports few and within the standard library.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ TAIL_BYTES = 1 << 20
 
 
 class OutputCapture:
-    """One output stream: the first `cap` bytes are written at once; of the rest the tail is kept.
+    """One output stream: the first `cap` bytes are written immediately; of the rest, the tail is kept.
 
     With `redact`, a pattern as for StreamRedactor, secrets are replaced, whole lines are written, and nothing that may
     be part of a secret is kept next to the omitted bytes.
@@ -49,8 +49,8 @@ class OutputCapture:
         return len(data)
 
     def finish(self) -> None:
-        """Drain the pipe, which no descendant writes to any more, and append the tail to the file."""
-        # An unrelated process that received the pipe may write forever.
+        """Drain the pipe, which no descendant writes to anymore, and append the tail to the file."""
+        # An unrelated process that inherited the pipe may write forever.
         drained = 0
         while drained < TAIL_BYTES and (size := self.pump()):
             drained += size
@@ -69,7 +69,7 @@ class OutputCapture:
         del self._tail[:surplus]
 
     def _write(self, data: bytes) -> None:
-        # A full disk must not end the supervision: the CLI continues, its output is counted but lost.
+        # A full disk must not end the supervision: the CLI continues, and its output is counted but lost.
         view = memoryview(data)
         while view and self.error is None:
             try:

@@ -1,6 +1,6 @@
-"""Process tree of a CLI: reap, interrupt, terminate and kill the CLI and all of its descendants.
+"""Reap, interrupt, terminate and kill a CLI and all of its descendants.
 
-The supervisor imports this in every session: use little, and only of the standard library.
+The supervisor imports this in every session: keep imports few and within the standard library.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class ProcessTree:
     """The CLI and all of its descendants.
 
     If `wrapped`, `cli` is a bubblewrap, its child is the init of a PID namespace, and the child of that is the CLI.
-    Neither wrapper process may get SIGTERM: the end of either kills all processes inside at once.
+    Neither wrapper process may get SIGTERM: if either exits, all processes inside are killed at once.
     """
 
     def __init__(self, cli: int, wake: int, wrapped: bool) -> None:
@@ -34,7 +34,7 @@ class ProcessTree:
         self._held: int | None = None
 
     def reap(self) -> bool:
-        """Reap ended children; return whether any process is left."""
+        """Reap exited children; return whether any process is left."""
         ended, is_alone = reap_children()
         self.status = ended.get(self.cli, self.status)
         return not is_alone
@@ -64,16 +64,16 @@ class ProcessTree:
         family = {self.cli: 0}
         for _ in "init", "CLI":  # twice, in case the init is listed after the CLI; 0 is no signal
             signal_new_children(0, family, set(), frozenset())
-        # Orphans of the CLI are children of the init as well, but started later.
+        # Orphans of the CLI are also children of the init, but started later.
         children = (pid for pid, parent in family.items() if family.get(parent) == self.cli)
         return min(children, key=_pid_inside, default=None)
 
     def terminate(self) -> bool:
-        """Send SIGTERM to all; return False if no process got it because the CLI has not started in its wrapper."""
+        """Send SIGTERM to all; return False if the CLI has not started in its wrapper and no process got it."""
         if not HAS_PROC:
             send_signal(-self.cli, signal.SIGTERM)
             return True
-        # A running wrapper would end with the CLI, and with it the grace period of the CLI's children.
+        # A running wrapper would exit with the CLI, which would end the grace period of the CLI's children.
         if self._wrapped:
             send_signal(self.cli, signal.SIGSTOP)
         family = {os.getpid(): 0}
@@ -96,7 +96,7 @@ class ProcessTree:
     def kill(self) -> int:
         """Kill until no process is left; return the number of killed processes except the CLI."""
         killed: set[int] = set()
-        pause = 0.02  # seconds; the end of a child wakes this earlier
+        pause = 0.02  # seconds; the exit of a child wakes this earlier
         while self.reap():
             if HAS_PROC:
                 killed |= kill_descendants(self._wrappers_parents())
@@ -114,13 +114,13 @@ class ProcessTree:
 
 
 class ForkedSupervisors:
-    """The supervisors that a process has forked, and the orphans of killed ones."""
+    """The supervisors that a process has forked, and the orphans of killed supervisors."""
 
     def __init__(self) -> None:
         self.alive: set[int] = set()
 
     def clean_up(self) -> bool:
-        """Reap ended supervisors and kill the orphans inherited as subreaper; return whether any is left."""
+        """Reap exited supervisors and kill the orphans inherited as subreaper; return whether any is left."""
         ended, is_alone = reap_children()
         self.alive -= ended.keys()
         family = dict.fromkeys(self.alive, os.getpid())
@@ -131,7 +131,7 @@ class ForkedSupervisors:
 
 
 def reap_children() -> tuple[dict[int, int], bool]:
-    """Reap ended children; return their wait statuses by pid, and whether no child is left."""
+    """Reap exited children; return their wait statuses by pid, and whether no child is left."""
     ended: dict[int, int] = {}
     while True:
         try:
@@ -174,9 +174,9 @@ def signal_new_children(number: int, family: dict[int, int], seen: set[int], spa
 
 
 def stop_children(family: dict[int, int]) -> set[int]:
-    """Stop our children that are not yet in `family` until there is no new one; return those that are alive.
+    """Stop our children that are not yet in `family` until no new one appears; return the living ones.
 
-    A process that forks and exits at once, repeatedly, is our child for a moment each time. Reading the list of our
+    A process that repeatedly forks and exits is our child only for a moment each time. Reading the list of our
     children (proc_pid_task_children(5), if the kernel has it) is fast enough to hit one of these moments.
     """
     stopped: set[int] = set()
@@ -199,7 +199,7 @@ def _children() -> set[int]:
 def kill_descendants(spared: frozenset[int]) -> set[int]:
     """Stop all descendants so that none can fork, then kill them; return those that were alive.
 
-    Children of `spared` are killed as well, but not returned.
+    Children of `spared` are also killed, but not returned.
     """
     seen: set[int] = set()
     family = {os.getpid(): 0}

@@ -1,6 +1,6 @@
-"""Redaction of secrets in a byte stream before it is written.
+"""Redact secrets in a byte stream before it is written.
 
-The supervisor imports this in every session: use little, and only of the standard library.
+The supervisor imports this in every session: keep imports few and within the standard library.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _WORD = re.compile(rb"[A-Za-z0-9+/=_.~%-]*")
 class StreamRedactor:
     """Replaces private keys and matches of `pattern`, the ASCII source of a bytes expression.
 
-    Feed it bytes in any chunks: it holds back an incomplete line, at most MAX_HELD_BYTES of it, so that secrets are
-    found across chunks. A longer match is replaced as well, with the rest of its word. A private key is omitted from
-    its first to its last line, at most MAX_KEY_BYTES. Raises `re.error` for an invalid pattern.
+    Accepts bytes in chunks of any size, and holds back an incomplete line of at most MAX_HELD_BYTES so that secrets are
+    found across chunks. A longer match is also replaced, with the rest of its word. A private key is omitted from its
+    first to its last line, at most MAX_KEY_BYTES. Raises `re.error` for an invalid pattern.
     """
 
     def __init__(self, pattern: str) -> None:
@@ -34,7 +34,7 @@ class StreamRedactor:
         self._in_word = False
 
     def feed(self, data: bytes) -> bytes:
-        """Add bytes; return the bytes that can be written now."""
+        """Add bytes; return the bytes that can now be written."""
         # Most chunks of a few bytes are not worth a search.
         if b"\n" not in data and len(self._bytes) - self._next + len(data) <= MAX_HELD_BYTES and not self._key_left:
             self._bytes += data

@@ -1,4 +1,4 @@
-"""Supervisor: a separate program that runs one CLI and makes sure that no process of it survives.
+"""Supervisor: a separate program that runs one CLI and ensures that none of its processes survive.
 
 It is started with `python -I -S` as a session leader, with a control pipe as standard input and a status pipe as
 standard output. Or it is forked from a process started that way with a socket as standard input (`serve`), because
@@ -83,7 +83,7 @@ EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSP
 
 
 class SpawnError(Exception):
-    """The CLI could not be started; the text has the reason, `number` is the errno, if any."""
+    """The CLI could not be started. The text is the reason; `number` is the errno, if any."""
 
     def __init__(self, why: str, number: int | None = None) -> None:
         super().__init__(why)
@@ -157,7 +157,7 @@ class Control:
 
 
 class WrapperReport:
-    """The report of a bubblewrap around the CLI: whether the CLI itself ever ran.
+    """The report of a bubblewrap around the CLI, which shows whether the CLI itself ever ran.
 
     Of its status documents (`--json-status-fd` in bwrap(1)), the one with `exit-code` is written only if the program
     was executed.
@@ -170,14 +170,14 @@ class WrapperReport:
             os.set_blocking(pipe, False)
 
     def has_run(self) -> bool:
-        """Return whether the CLI, or its starter program, ran. Call once, after the wrapper has ended."""
+        """Return whether the CLI or its starter program ran. Call once, after the wrapper has exited."""
         try:
             return b'"exit-code"' in os.read(self._read_end, CHUNK_BYTES)
         except BlockingIOError:
             return False
 
     def read_error(self) -> SpawnError | None:
-        """Return the error of the CLI's starter program, if any. Call once, after the wrapper has ended."""
+        """Return the error of the CLI's starter program, if any. Call once, after the wrapper has exited."""
         try:
             return parse_spawn_error(os.read(self._error_read_end, CHUNK_BYTES))
         except BlockingIOError:
@@ -193,7 +193,7 @@ def parse_spawn_error(data: bytes) -> SpawnError | None:
 def read_wrapper_error(stderr: str, code: int) -> SpawnError | None:
     """Return the error that kept a wrapper from starting the CLI, from its standard error.
 
-    None if a signal ended the program in the wrapper, according to its exit code.
+    Returns None if, according to the exit code, a signal ended the program in the wrapper.
     """
     with open(stderr, "rb") as file:  # noqa: PTH123  (pathlib is a slow import)
         lines = file.read(CHUNK_BYTES).decode(errors="replace").splitlines()
@@ -306,7 +306,7 @@ def install_descriptors(inherited: list[int], error_fd: int) -> int:
 
 
 def open_signal_wakeup() -> int:
-    """Make SIGCHLD and SIGTERM wake a `poll`; return the file descriptor to poll."""
+    """Make SIGCHLD and SIGTERM wake up a `poll`; return the file descriptor to poll."""
     wake, woken = os.pipe()
     os.set_blocking(wake, False)
     os.set_blocking(woken, False)
@@ -336,11 +336,11 @@ class SupervisionLoop:
             self._poll.register(fd, select.POLLIN)
 
     def run(self) -> str:
-        """Return the reason of the end; descendants may still be alive."""
+        """Return the reason why the CLI ended; descendants may still be alive."""
         while True:
             if not self._family.reap():
                 return self._ended_by or "exit"
-            # During a stop, the early end of a wrapper does not shorten the grace period of other processes.
+            # During a stop, a wrapper that exits early does not shorten the grace period of other processes.
             if self._family.status is not None and self._ended_by is None:
                 return "exit"
             if self._cleanup_deadline is not None and (
@@ -472,7 +472,7 @@ def main() -> None:
 def serve() -> None:
     """Fork a supervisor for each request on the standard input socket, until it closes.
 
-    The first line is the pattern of secrets that most sessions have: compiled here, it need not be in each of them. A
+    The first line is the pattern of secrets that most sessions share, compiled here once for all of them. A
     request is one byte with the descriptors of the control and status pipes. Orphans of killed supervisors are
     inherited and killed, so this returns after the last of them.
     """
@@ -522,7 +522,7 @@ def serve() -> None:
 
 
 def supervise_forked(control: int, status: int) -> NoReturn:
-    """Run as supervisor with these two pipes; errors go to the status pipe."""
+    """Run as a supervisor with these two pipes; errors go to the status pipe."""
     try:
         os.setsid()
         for target, fd in ((CONTROL, control), (STATUS, status)):

@@ -1,4 +1,4 @@
-"""Client of the supervisor: start it, send it a command, wait for its report.
+"""Start a supervisor, send it a command, and wait for its report.
 
 There is no thread per session, and nothing here waits for the pipes of the CLI. The status pipe of the supervisor is
 the only source; it closes when the supervisor exits, which is when no process of the session is alive.
@@ -29,14 +29,14 @@ _MODULE = "orchestrator.sessions.supervision.supervisor"
 _LOCKED, _FORKED = b'{"event": "locked"}', b'{"event": "forked", '
 _FOLDER = Path("/")  # the supervisor's working folder, so that it keeps no worktree busy
 _SERVER: ContextVar[process.ForkServer | None] = ContextVar("_SERVER", default=None)
-#: Seconds for a supervisor to end its session by itself; it takes far less.
+#: Seconds for a supervisor to end its session by itself; normally it takes far less.
 _REAP_PAUSE = 0.5
-_KILL_TIMEOUT = 5.0  # seconds from SIGKILL to the last process's end; measured in milliseconds
+_KILL_TIMEOUT = 5.0  # seconds from SIGKILL to the exit of the last process, which normally takes milliseconds
 
 
 @dataclass(frozen=True, slots=True)
 class SupervisedCommand:
-    """A CLI to run: `env` is its whole environment, `stdin` a file to read (None: empty).
+    """A CLI to run: `env` is its whole environment, `stdin` a file to read (None means empty).
 
     The first `cap` bytes and the last MiB of each output are kept. After `timeout` seconds, or when the awaiting task
     is cancelled, all processes get SIGTERM, and SIGKILL after `grace` seconds. With `interrupt`, the CLI alone gets
@@ -126,7 +126,7 @@ async def run_supervised(
                 on_spawned()
             return await supervisor.report()
         except anyio.get_cancelled_exc_class():
-            # A partial command never runs: closing the pipe is enough.
+            # A partial command is never run, so closing the pipe is enough.
             if is_sent:
                 with anyio.move_on_after(command.grace + _KILL_TIMEOUT, shield=True):
                     await supervisor.send(b"stop\n")
@@ -138,7 +138,7 @@ async def run_supervised(
 async def wait_until_released(lock: Path, timeout: float) -> None:  # noqa: ASYNC109  (LockHeld names the holder)
     """Wait until no process of the session with this lock is alive; raise LockHeld after `timeout` seconds.
 
-    Only waits; does not stop the session. A missing lock file means that there is no process.
+    Only waits; does not stop the session. A missing lock file means that no process is alive.
     """
     if not await anyio.Path(lock).exists():
         return
@@ -148,14 +148,14 @@ async def wait_until_released(lock: Path, timeout: float) -> None:  # noqa: ASYN
 
 
 async def is_session_alive(lock: Path) -> bool:
-    """Return whether a process of the session with this lock is alive, or another process is checking the lock."""
+    """Return whether a process of the session is alive, or another process is checking the lock."""
     with suppress(FileNotFoundError):
         return await anyio.Path(lock).exists() and await FileLock(lock).is_held()
     return False
 
 
 async def stop_supervised(lock: Path, marker: bytes, timeout: float) -> None:  # noqa: ASYNC109  (as `wait_until_released`)
-    """Stop a session that its orchestrator has lost; return when no process is alive.
+    """Stop a session whose orchestrator lost it; return when no process is alive.
 
     A supervisor ends the session by itself unless it or its orchestrator is frozen. Then it is resumed and stopped, and
     all processes with `marker` in their environment are killed. Raises LockHeld after `timeout` seconds.
@@ -186,7 +186,8 @@ def _stop_supervisor(lock: Path) -> None:
 async def open_fork_server(redact: str = "") -> AsyncIterator[None]:
     """Fork the supervisors of the block, and of tasks started in it, from one prepared process.
 
-    It is prepared for commands with the same `redact`. If it can't be started or is gone, supervisors start normally.
+    It is prepared for commands with the same `redact`. If it can't be started or has exited, supervisors start
+    normally.
     """
     server: process.ForkServer | None = None
     with suppress(OSError):
@@ -244,7 +245,7 @@ class _Supervisor:
     def __init__(
         self, control: IO[bytes] | None, status: IO[bytes] | None, child: subprocess.Popen[bytes] | None
     ) -> None:
-        """Take over the pipes; `child` is None if the fork server is the parent."""
+        """Take ownership of the pipes; `child` is None if the fork server is the parent."""
         self._child = child
         self._control, self._status = _pipe(control), _pipe(status)
         self._lines, self._unread = list[bytes](), b""
@@ -273,7 +274,7 @@ class _Supervisor:
         while await self._read():
             pass
 
-    async def has_ended(self, timeout: float) -> bool:  # noqa: ASYNC109  (to be asked again)
+    async def has_ended(self, timeout: float) -> bool:  # noqa: ASYNC109  (the caller may repeat the call)
         """Return whether the supervisor exits within `timeout` seconds."""
         with anyio.move_on_after(timeout) as scope:
             await self.wait_for_exit()
@@ -307,7 +308,7 @@ class _Supervisor:
         return SupervisedExit(**event)
 
     async def close(self) -> None:
-        """Close the control pipe, which kills all processes at once, and reap the supervisor."""
+        """Close the control pipe, which kills all processes immediately, and reap the supervisor."""
         self._control.close()
         with self._status, self._watched:
             with anyio.move_on_after(_KILL_TIMEOUT, shield=True):

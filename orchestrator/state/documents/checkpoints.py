@@ -1,8 +1,8 @@
 """Checkpoints: named positions of the log. Create, list and prune them, and plan their restore.
 
-A checkpoint is a small document of kind `checkpoint`; the state itself is in the log, as long as that goes back that
-far. A restore is a normal commit that writes old values again: no history is rewritten, and version numbers continue.
-It restores the documents of a run by kind:
+A checkpoint is a small document of kind `checkpoint`; the state itself stays in the log until it is pruned. A restore
+is a normal commit that writes old values again: history is not rewritten, and version numbers continue. By kind, a
+restore changes the documents of a run as follows:
 
 run, spec   The old value; also for `imported` and `handoff`. If a task keeps its current state, so do its spec and
             handoffs. A run has no end while any of its tasks is interrupted (`council resume` finishes them), and
@@ -10,19 +10,19 @@ run, spec   The old value; also for `imported` and `handoff`. If a task keeps it
 task        As in `domain.runs.rollback`: landed tasks stay landed, and attempts stay on record.
 shared      The old value: repeated sessions share newer values again. Version numbers continue.
 note        Deleted notes of the run are restored; newer notes stay, because they are still true.
-lease       Never: epochs only increase, so that a process that lost the run stays fenced.
-request     Never: open requests of people remain open.
+lease       Never: epochs only increase, so that a process that lost the run remains fenced.
+request     Never: open user requests remain open.
 cursor      Never: events that were sent to sinks and trackers can't be recalled.
 adapter     Never: usage limits and expired logins exist outside of the state.
-checkpoint  Never: later checkpoints allow to undo the restore.
+checkpoint  Never: later checkpoints make it possible to undo the restore.
 ports       Never: they belong to worktree slots of this machine, not to a run.
-named_lock  Never: the holders of that time do not hold the locks now.
-import      Never: the state of older layouts stays imported.
+named_lock  Never: the holders at that time no longer hold the locks.
+import      Never: the state of older layouts remains imported.
 claim, orchestrator, ownership, context  Never: they belong to processes and sessions that are active now.
 
-A run that started after a checkpoint of the whole store stays, and a run that was removed since is restored. Documents
-of other programs' kinds are part of checkpoints of the whole store: they get their old values, newer ones are deleted,
-and those with an expiry do not change. If a record is damaged or invalid, then or now, its task is not changed.
+Restoring the whole store keeps runs that started after the checkpoint, and restores runs removed since. Checkpoints of
+the whole store include documents of other programs' kinds: these get their old values, newer ones are deleted, and
+those with an expiry do not change. A task whose record was or is damaged or invalid is not changed.
 """
 
 from __future__ import annotations
@@ -57,36 +57,36 @@ WHOLE_STORE: Final = "all"
 
 #: The kinds that a restore changes.
 _RESTORED_KINDS: Final = ("run", "spec", "task", "imported", "handoff", "shared")
-#: Notes of sessions, which are only restored, never deleted. Their ids begin with their scope, not with their run.
+#: Session notes, which are only restored, never deleted. Their ids begin with their scope, not their run.
 _NOTE: Final = "note"
 #: The kinds that are read.
 _COVERED_KINDS: Final = (*_RESTORED_KINDS, _NOTE)
-#: How often all documents are read while other processes commit, before the slower read from the log.
+#: How many times all documents are read while other processes commit, before falling back to the slower log.
 _MAX_READS: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A named position of the log, of one run (None: of the whole store), with a summary of the state there."""
+    """A named log position of a run (or None for the whole store), with a summary of its state."""
 
     id: str
     """`<run>/<number>`, or `all/<number>`; numbers increase."""
     run: str | None
     position: int
-    """The position of the last commit that is part of it."""
+    """The position of the last commit that it includes."""
     time: float
-    """When it was created, in wall-clock seconds."""
+    """The creation time in wall-clock seconds."""
     reason: str
     maker: CheckpointOrigin
     status: str | None
-    """`running`, `interrupted`, `landed` or `incomplete`; None for the whole store, or if the run is damaged."""
+    """`running`, `interrupted`, `landed` or `incomplete`; None for the whole store or a damaged run."""
     phase: Mapping[str, int]
     """The number of tasks by status; `damaged` counts unreadable ones."""
     sessions: Sequence[CheckpointSession]
 
     @property
     def number(self) -> int:
-        """Its number among the checkpoints of the same run."""
+        """The checkpoint's number within its run."""
         return int(self.id.rpartition("/")[2])
 
 
@@ -96,15 +96,15 @@ class RestorePlan:
 
     checkpoint: Checkpoint
     writes: Sequence[Write]
-    """Old values over the current versions; None deletes."""
+    """Writes of old values over current versions; None deletes."""
     left: Mapping[Key, str]
-    """Documents that have changed since but stay as they are, with the reason."""
+    """Documents that changed since but are kept, with the reason."""
     runs: Mapping[str, RunDocument]
-    """The affected runs, as they would be after the restore."""
+    """The affected runs as of after the restore."""
 
     @property
     def written(self) -> list[Key]:
-        """The documents that would get an old value."""
+        """The documents that would be restored to an old value."""
         return [write.key for write in self.writes if write.value is not None]
 
     @property
@@ -122,10 +122,10 @@ async def create_checkpoint(
     is_live: bool = True,
     guards: Sequence[Guard] = (),
 ) -> Checkpoint:
-    """Make a checkpoint of a run, or of the whole store, as it is now.
+    """Create a checkpoint of the current state of a run or of the whole store.
 
-    `is_live` is True if a process is active in the run. RefusedError if there is no such run, LeaseLost if one of the
-    `guards` fails.
+    `is_live`: whether a process is active in the run. Raises RefusedError if there is no such run, LeaseLost if one of
+    the `guards` fails.
     """
     clean_reason = reason.encode(errors="replace").decode()  # command line arguments may be any bytes
     while True:
@@ -133,7 +133,7 @@ async def create_checkpoint(
         if run is not None and Key("run", run) not in documents:
             raise RefusedError(f"there is no run {run!r}", "`council runs` lists them")
         key = await _free_key(store, run or WHOLE_STORE)
-        # In threads, here and below: decoding thousands of tasks takes long.
+        # Decoded in threads, here and below, because thousands of tasks take long.
         summary = await anyio.to_thread.run_sync(_summarize, documents.values(), run, is_live)
         facts = {"position": position, "reason": clean_reason, "maker": maker, **summary}
         created = CheckpointCreated(checkpoint=key.id, reason=clean_reason)
@@ -145,13 +145,13 @@ async def create_checkpoint(
 
 
 async def list_checkpoints(store: Store, run: str | None = None) -> list[Checkpoint]:
-    """Return the checkpoints of a run (`WHOLE_STORE`: of the whole store), or all of them; the oldest first."""
+    """Return all checkpoints, or those of a run (or `WHOLE_STORE`), oldest first."""
     found = await store.list(CHECKPOINT_KIND, f"{run}/" if run else "")
     return [_checkpoint(one) for one in sorted(filter_readable(found), key=lambda one: one.position)]
 
 
 async def read_checkpoint(store: Store, checkpoint: str) -> Checkpoint:
-    """Return a checkpoint by its id; RefusedError if there is none, or it is unreadable."""
+    """Return a checkpoint by its id. Raises RefusedError if it is missing or unreadable."""
     found = await store.get(Key(CHECKPOINT_KIND, checkpoint))
     if found is not None and (flaw := find_document_error(found)) is not None:
         raise UnreadableDocument(str(found.key), flaw)
@@ -164,24 +164,24 @@ async def read_checkpoint(store: Store, checkpoint: str) -> Checkpoint:
 async def read_contents(store: Store, checkpoint: str) -> Mapping[Key, Document]:
     """Return the documents of a checkpoint's run, or of the whole store, at its position.
 
-    RefusedError if the log does not go back that far.
+    Raises RefusedError if the log does not go back that far.
     """
     return await _read_at_checkpoint(store, await read_checkpoint(store, checkpoint))
 
 
 async def plan_restore(store: Store, checkpoint: str) -> RestorePlan:
-    """Return the changes that restoring a checkpoint would make now. Raises like `read_contents`."""
+    """Return the changes that restoring a checkpoint would make now. Raises the errors of `read_contents`."""
     found = await read_checkpoint(store, checkpoint)
     then, now = await _read_at_checkpoint(store, found), await _read_current(store, found.run)
     return await anyio.to_thread.run_sync(_plan, found, then, now)
 
 
 async def prune_checkpoints(store: Store, run: str, keep: int, guards: Sequence[Guard] = ()) -> list[str]:
-    """Delete the periodic checkpoints of a run, except the newest `keep`; return their ids."""
+    """Delete a run's periodic checkpoints except the newest `keep`; return the deleted ids."""
     by_clock = [one.id for one in await list_checkpoints(store, run) if one.maker is CheckpointOrigin.CLOCK]
     old = by_clock[: max(len(by_clock) - keep, 0)]
     found = [one for name in old if (one := await store.get(Key(CHECKPOINT_KIND, name))) is not None]
-    with suppress(VersionConflict):  # another process prunes as well
+    with suppress(VersionConflict):  # another process is pruning, too
         if found:
             await store.commit(Commit([Write(one.key, one.version, None) for one in found], (), guards))
     return old
@@ -224,10 +224,10 @@ async def _now(store: Store, run: str | None) -> tuple[int, Mapping[Key, Documen
 
 
 async def _read_current(store: Store, run: str | None) -> Mapping[Key, Document]:
-    """Return all restorable documents as they are now."""
+    """Return all restorable documents in their current state."""
     if run is not None:
         return (await _now(store, run))[1]
-    return (await store.at(await store.position())).documents  # only a snapshot has the kinds of other programs
+    return (await store.at(await store.position())).documents  # only a snapshot includes the kinds of other programs
 
 
 async def _listed(store: Store, kind: str, run: str | None) -> Iterable[Document]:
@@ -243,10 +243,9 @@ async def _read_at_checkpoint(store: Store, checkpoint: Checkpoint) -> Mapping[K
     try:
         found = await store.at(checkpoint.position)
     except HistoryCompacted as gone:
-        what = (
-            f"checkpoint {checkpoint.id} is of position {checkpoint.position}, the state log goes back to {gone.first}"
-        )
-        raise RefusedError(what, "choose a later one") from None
+        what = f"checkpoint {checkpoint.id} is at position {checkpoint.position}"
+        what += f", but the state log goes back only to {gone.first}"
+        raise RefusedError(what, "choose a later checkpoint") from None
     return {key: one for key, one in found.documents.items() if _is_of(one, checkpoint.run)}
 
 
@@ -289,7 +288,7 @@ def _summarize(documents: Iterable[Document], run: str | None, is_live: bool) ->
 
 
 def _mark_unreadable(found: Document) -> Document:
-    """Return a document, marked as damaged if it is unreadable."""
+    """Return a document, marked as damaged if unreadable."""
     return found if find_document_error(found) is None else found._replace(damaged=True)
 
 
@@ -330,7 +329,7 @@ def _plan(checkpoint: Checkpoint, then: Mapping[Key, Document], now: Mapping[Key
 
 
 _DAMAGED_THEN: Final = "its old record is damaged"
-_BEGUN: Final = "the work of its sessions stays on record"
+_BEGUN: Final = "the work of its sessions remains on record"
 _DAMAGED_NOW: Final = "its current record is damaged, so its newer work is unknown"
 
 
@@ -343,9 +342,9 @@ def _by_run(keys: Iterable[Key]) -> Mapping[str, list[Key]]:
 
 
 def _plan_write(then: Document | None, now: Document | None) -> Write | str | None:
-    """Return the write of a run's document, or why it stays, or None if it has not changed."""
+    """Return the write for a run's document, why it is kept, or None if it has not changed."""
     if then is None:
-        assert now is not None, "a key is of either"  # noqa: S101  (for the type checker)
+        assert now is not None, "a key has one of these kinds"  # noqa: S101  (for the type checker)
         return _plan_delete(now)
     if now is not None and (now.version, now.damaged) == (then.version, then.damaged):
         return None
@@ -359,7 +358,7 @@ def _plan_write(then: Document | None, now: Document | None) -> Write | str | No
 
 
 def _plan_foreign_write(then: Document | None, now: Document | None) -> Write | str | None:
-    """Return the write of another program's document, or why it stays, or None if it has not changed."""
+    """Return the write for another program's document, why it is kept, or None if it has not changed."""
     if any(one is not None and one.expires is not None for one in (then, now)):
         return None  # the old value has expired
     if then is None:
@@ -388,7 +387,7 @@ def _is_preserved(judged: Write | str | None) -> bool:
 
 
 def _plan_delete(now: Document) -> Write | str:
-    """Return the write for a newer document: deletes it, but cancels a task that had sessions."""
+    """Return the write for a newer document, which deletes it or cancels a task that had sessions."""
     if now.key.kind == "task" and not now.damaged:
         task = TaskDocument.model_validate_json(now.encoded)
         if task.status in {TaskStatus.LANDED, TaskStatus.LANDING}:
@@ -402,14 +401,14 @@ def _plan_delete(now: Document) -> Write | str:
 
 
 def _run(then: Document, now: Iterable[Document], staying: Sequence[Key]) -> RunDocument:
-    """Return the old run, without an end if any of its tasks is active or interrupted now.
+    """Return the old run, not marked as ended if any of its tasks is active or interrupted now.
 
-    Tasks in `staying` are newer, and remain in the run.
+    Tasks in `staying` are newer and remain in the run.
     """
     document = RunDocument.model_validate_json(then.encoded)
     tasks = dict.fromkeys((*document.tasks, *(one.id.partition("/")[2] for one in staying)))
     document = document.model_copy(update={"tasks": tuple(tasks)})
-    # The status of an unreadable task may be any value.
+    # The status of an unreadable task may have any value.
     at_work = any(one.key.kind == "task" and one.value.get("status") in tuple(ACTIVE_STATUSES) for one in now)
     return document.model_copy(update={"ended": None}) if at_work else document
 

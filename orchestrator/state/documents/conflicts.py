@@ -1,6 +1,7 @@
-"""Resolve competing updates of a document in the commit that writes them, or record a conflict for a person.
+"""Resolve competing updates to a document in the commit that writes them, or record a conflict.
 
-A recorded conflict is a document of the kind `conflict`; the document that it is about does not change.
+A recorded conflict waits for a user's decision. It is a document of kind `conflict`; the document that it concerns does
+not change.
 """
 
 from __future__ import annotations
@@ -35,31 +36,31 @@ _OF_CANDIDATE: Final = ("time", "writer", "value", "base")
 
 @dataclass(frozen=True, slots=True)
 class Conflict:
-    """Updates of a document from which a person has to choose; the candidates are in order of time."""
+    """Updates to a document from which a user has to choose; the candidates are ordered by time."""
 
     id: str
     key: Key
     version: int
-    """The version of the document when the conflict was found; 0: there was none."""
+    """The version of the document when the conflict was found; 0 if there was none."""
     candidates: Sequence[DocumentUpdate[Key]]
 
 
 class ConflictResolution(NamedTuple):
-    """A resolved conflict, and the document that it was about: None if it was deleted."""
+    """A resolved conflict, and its document, or None if that was deleted."""
 
     conflict: Conflict
     document: Document | None
 
 
 class UpdateResult(NamedTuple):
-    """The outcome of a batch of updates, by the keys of the documents."""
+    """The outcome of a batch of updates, grouped by document key."""
 
     written: Sequence[Key]
-    """Documents with a new value, that of the only update or of the resolved ones."""
+    """Documents with a new value, from the only update or from resolved ones."""
     resolved: Sequence[Key]
     """Written documents that had competing updates."""
     waiting: Sequence[Conflict]
-    """Conflicts that a person has to resolve (`resolve_conflict`); their documents did not change."""
+    """Conflicts that a user has to resolve (`resolve_conflict`); their documents did not change."""
 
 
 async def apply_updates(
@@ -71,30 +72,30 @@ async def apply_updates(
     check: ChangeCheck | None = None,
     attempts: int = MAX_ATTEMPTS,
 ) -> UpdateResult:
-    """Apply updates of any documents in one commit, and return the outcome for each document.
+    """Apply updates to any documents in one commit, and return the outcome for each document.
 
-    Several updates of a document are resolved by the strategy, with an event `state.conflict_resolved` (key, strategy,
-    writers). With `manual` the document is not written; its candidates are recorded, with an event
-    `state.conflict_kept` (key, conflict, writers). If an update has a `base` and the document was changed since, the
-    current value competes, too, with the time and writer of its commit; an update without a base replaces any value. If
-    another process commits first, everything is repeated, as by `update_document`. Raises RefusedError for an unknown
-    strategy, errors of `check` for the new values, and errors of `Store.commit`, with nothing changed: also if all
-    candidates together are too large for one document.
+    Several updates to a document are resolved by the strategy, with an event `state.conflict_resolved` (key, strategy,
+    writers). With `manual`, the document is not written; its candidates are recorded, with an event
+    `state.conflict_kept` (key, conflict, writers). If an update has a `base` and the document has changed since, the
+    current value also competes, with the time and writer of its commit; an update without a base replaces any value. If
+    another process commits first, everything is retried as in `update_document`. Raises RefusedError for an unknown
+    strategy, the errors of `check` for new values, and the errors of `Store.commit`, for example if the candidates
+    together are too large for one document. On an error nothing is changed.
     """
     chosen = parse_strategy(strategy)
     return await retry_on_conflict(partial(_apply, store, group_by_key(updates), chosen, guards, check), attempts)
 
 
 async def list_pending(store: Store) -> list[Conflict]:
-    """Return the pending conflicts, the oldest first, without unreadable ones."""
+    """Return the readable pending conflicts, oldest first."""
     documents = filter_readable(await store.list(CONFLICT_KIND))
     return [_read(one) for one in sorted(documents, key=lambda one: (one.position, one.key))]
 
 
 async def find_conflict(store: Store, name: str, run: str | None = None) -> Conflict:
-    """Return the conflict with an id, or about a document: `kind/id`, or `kind/rest` for one of the run.
+    """Return the conflict with an id, or of a document `kind/id` (`kind/rest` for a document of the run).
 
-    RefusedError if none or several match.
+    Raises RefusedError unless exactly one matches.
     """
     found = await list_pending(store)
     kind, _, rest = name.partition("/")
@@ -105,10 +106,10 @@ async def find_conflict(store: Store, name: str, run: str | None = None) -> Conf
     ):
         if len(meant) > 1:
             several = ", ".join(one.id for one in meant)
-            raise RefusedError(f"{meant[0].key} has {len(meant)} pending conflicts", f"name one by its id: {several}")
+            raise RefusedError(f"{meant[0].key} has {len(meant)} pending conflicts", f"choose one by its id: {several}")
         if meant:
             return meant[0]
-    # A damaged conflict is not listed, and has an error of its own.
+    # A damaged conflict is not listed, and has a specific error.
     if await store.get(Key(CONFLICT_KIND, name)) is not None:
         raise _damaged(name)
     raise _unknown(name, found)
@@ -124,12 +125,12 @@ async def resolve_conflict(
     check: ChangeCheck | None = None,
     attempts: int = MAX_ATTEMPTS,
 ) -> Document | None:
-    """Write the chosen value and delete the conflict, in one commit; return the document, None if it was deleted.
+    """Write the chosen value and delete the conflict in one commit; return the document, or None if deleted.
 
-    `conflict` is its id, `choice` the number of a candidate (from 1, in order of time) or another value. The event is
-    `state.conflict_settled` (key, conflict, and the writer of the candidate, null for a value). Raises RefusedError for
-    an unknown id or number, errors of `check`, and RefusedError if the document was changed since the conflict was
-    found, unless `force`.
+    `conflict` is the conflict's id, `choice` the number of a candidate (from 1, ordered by time) or another value.
+    Records an event `state.conflict_settled` (key, conflict, and the candidate's writer, or null for a value). Raises
+    RefusedError for an unknown id or number or, without `force`, if the document has changed since the conflict was
+    found, and the errors of `check`.
     """
     return await retry_on_conflict(partial(_resolve, store, conflict, choice, force, guards, check), attempts)
 
@@ -185,19 +186,19 @@ async def _step(store: Store, key: Key, updates: Sequence[DocumentUpdate[Key]], 
 async def _unseen(
     store: Store, key: Key, found: Document | None, updates: Sequence[DocumentUpdate[Key]]
 ) -> list[DocumentUpdate[Key]]:
-    """Return the current value as an update, if one of the updates was made without knowing it."""
+    """Return the current value as an update if one of the updates was based on an older value."""
     bases = [update.base for update in updates if update.base is not None]
     if all(base == (found.version if found else 0) for base in bases):
         return []
     if found is None:
         gone = await _deletion(store, key)
         return [DocumentUpdate(key, gone.time, gone.by, None)] if gone else []
-    # The readable value of a damaged document is outdated, and no valid candidate.
+    # The readable value of a damaged document is outdated, so it is not a valid candidate.
     return [] if found.damaged else [DocumentUpdate(key, found.time, found.by, found.value)]
 
 
 async def _deletion(store: Store, key: Key) -> DocumentVersion | None:
-    """Return the version that deleted a missing document; None if it expired, or that is unknown."""
+    """Return the version that deleted a missing document, or None if it expired or this is unknown."""
     newest = next(iter(await store.history(key, limit=1)), None)
     return newest if newest and newest.value is None and not newest.damaged else None
 
@@ -207,7 +208,7 @@ def _replace(key: Key, version: int, value: JsonObject | None) -> list[Write]:
 
 
 def _record(conflict: Conflict) -> Write:
-    # Version 0 makes the id unique: if it is taken, the commit fails, and the next attempt uses another.
+    # Version 0 makes the id unique: if it is taken, the commit fails, and the next attempt uses another id.
     candidates = [{name: getattr(one, name) for name in _OF_CANDIDATE} for one in conflict.candidates]
     value = {"key": list(conflict.key), "version": conflict.version, "candidates": candidates}
     return Write(Key(CONFLICT_KIND, conflict.id), 0, value)
@@ -260,7 +261,7 @@ def _unknown(name: str, waiting: Sequence[Conflict]) -> RefusedError:
     names = [one.id for one in waiting]
     more = ", …" if len(names) > _MOST_NAMED else ""
     remedy = f"pending conflicts: {', '.join(names[:_MOST_NAMED])}{more}" if names else "there are none"
-    return RefusedError(f"there is no pending conflict {name!r}", remedy)
+    return RefusedError(f"no pending conflict {name!r}", remedy)
 
 
 async def _changed(store: Store, conflict: Conflict, found: Document | None) -> RefusedError:
@@ -270,7 +271,7 @@ async def _changed(store: Store, conflict: Conflict, found: Document | None) -> 
     elif deletion:
         what = f"{key} was deleted by {format_author(deletion.by, deletion.time)}"
     else:
-        what = f"{key} is gone"
+        what = f"{key} no longer exists"
     return RefusedError(
         f"{what}, after conflict {conflict.id!r} was found", "inspect it first, then use --force to overwrite it"
     )

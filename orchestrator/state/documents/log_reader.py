@@ -1,4 +1,4 @@
-"""Read finite ranges of a store's log, follow it, wait for changes, and find the position of a time."""
+"""Read ranges of a store's log, follow it, wait for changes, and find positions by time."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: How many commits `read_backwards` reads at once: at first (most searches end soon), and at most.
+#: How many commits `read_backwards` reads at a time: initially (most searches end soon), and at most.
 _FIRST_PART: Final = 256
 _LARGEST_PART: Final = 4096
-#: Seconds to wait for a record of a damaged log, of which the newest commits may be unreadable.
+#: Seconds to wait for a record of a damaged log, whose newest commits may be unreadable.
 _PATIENCE: Final = 2.0
 
 
 async def read_range(store: Store, after: int, until: int) -> AsyncGenerator[CommitRecord]:
-    """Yield the records after position `after` up to `until`, or up to the newest if that is lower.
+    """Yield the records after position `after` up to `until` or the newest, whichever is lower.
 
-    Unreadable records are missing. Raises HistoryCompacted if the log does not go back that far.
+    Unreadable records are skipped. Raises HistoryCompacted if the log does not go back that far.
     """
     until = min(until, await store.position())  # a future commit may never come
     if after >= until:
@@ -46,16 +46,16 @@ async def read_range(store: Store, after: int, until: int) -> AsyncGenerator[Com
 
 
 async def _next(store: Store, records: AsyncGenerator[CommitRecord]) -> CommitRecord | None:
-    """Return the next existing record; None if it can't be read."""
+    """Return the next existing record, or None if it can't be read."""
     with anyio.move_on_after(_PATIENCE if store.damage else math.inf):
         return await anext(records, None)
     return None
 
 
 async def follow_log(store: Store, after: int) -> AsyncGenerator[CommitRecord]:
-    """Yield the records after position `after`, live, without those that are pruned before they are read.
+    """Yield the records after position `after` as they are committed, skipping pruned ones.
 
-    A reader that was stopped for long, or is too slow, therefore continues. Never ends on its own.
+    So a reader that is slow or was stopped for long can continue. Never ends on its own.
     """
     while True:
         try:
@@ -70,7 +70,7 @@ async def follow_log(store: Store, after: int) -> AsyncGenerator[CommitRecord]:
 async def wait_for_commit(
     store: Store, clock: Clock, after: int, matches: Callable[[CommitRecord], bool], until: float
 ) -> None:
-    """Wait for a matching commit after position `after`, at most until `until` on the monotonic clock."""
+    """Wait for a matching commit after position `after`, at most until `until` (monotonic clock)."""
     found = anyio.Event()
 
     async def watch() -> None:
@@ -85,10 +85,10 @@ async def wait_for_commit(
 
 
 async def read_backwards(store: Store, until: int, after: int = 0) -> AsyncGenerator[list[CommitRecord]]:
-    """Yield the records after `after` up to `until` in parts, the newest part first, each in the log's order.
+    """Yield the records after `after` up to `until` in parts, newest part first, each in log order.
 
-    A search among the newest records does not read the others. Raises HistoryCompacted after the last part if the log
-    does not go back to `after`.
+    So a search among the newest records need not read older ones. Raises HistoryCompacted after the last part if the
+    log does not go back to `after`.
     """
     size, gone = _FIRST_PART, None
     while after < until:
@@ -112,17 +112,17 @@ def is_run_document(key: Key, run: str) -> bool:
 
 
 def find_newest_until(times: Iterable[tuple[int, float]], instant: float) -> int | None:
-    """Return the highest position whose time is not later than an instant; None if all are later.
+    """Return the highest position whose time is not later than an instant, or None.
 
-    Clocks may be set back, so that times are not monotonic: the newest matching commit counts.
+    Clocks may be set back, so times are not monotonic: the newest matching commit counts.
     """
     return max((position for position, time in times if time <= instant), default=None)
 
 
 async def find_position(store: Store, instant: float) -> int:
-    """Return the position of the newest commit up to an instant (wall-clock seconds); 0 if all are later.
+    """Return the position of the newest commit up to an instant (wall-clock seconds), or 0.
 
-    RefusedError if the log does not go back that far.
+    Raises RefusedError if the log does not go back that far.
     """
     try:
         async with aclosing(read_backwards(store, await store.position())) as parts:
@@ -132,13 +132,13 @@ async def find_position(store: Store, instant: float) -> int:
                     return found
     except HistoryCompacted as gone:
         raise RefusedError(
-            "the state log does not go back to that time", f"name a later time, or a position from {gone.first} on"
+            "the state log does not go back to that time", f"use a later time, or a position from {gone.first} on"
         ) from None
     return 0
 
 
 def validate_many(model: TypeAdapter[list[T]], encoded: Sequence[bytes]) -> list[T]:
-    """Parse many documents in one fast call, without those that another program has overwritten."""
+    """Parse many documents in one fast call, skipping those overwritten by another program."""
     try:
         return model.validate_json(b"[" + b",".join(encoded) + b"]")
     except ValidationError as error:
@@ -158,10 +158,10 @@ class DocumentChange(NamedTuple):
 
 
 async def subscribe(store: Store, pattern: str, after: int | None = None) -> AsyncGenerator[DocumentChange]:
-    """Yield each new version of the documents whose name (`kind/id`) matches a pattern of fnmatch(3).
+    """Yield each new version of the documents whose name (`kind/id`) matches an fnmatch(3) pattern.
 
-    `*` matches any characters, including `/`. It starts after the position `after`: 0 is the beginning of the log, None
-    is now. An expired document is reported when it is deleted from the store.
+    `*` matches any characters, including `/`. Starts after the position `after`: 0 is the beginning of the log, None is
+    now. An expired document is reported when it is deleted from the store.
     """
     begin = await store.position() if after is None else after
     async with aclosing(store.watch(begin)) as records:

@@ -1,4 +1,4 @@
-"""Change documents: read, change, commit, and retry after a conflict. Delete expired ones, and prune the log."""
+"""Update documents with retries after conflicts, delete expired documents, and prune the log."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from orchestrator.system.clock import Clock
 
 #: The maximum number of attempts of an update.
 MAX_ATTEMPTS: Final = 5
-#: Seconds: the longest pause after the first attempt, which doubles with each further one, and its upper limit.
+#: Seconds: the maximum pause after the first attempt, which doubles with each attempt, and its upper limit.
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
 
-#: The number of expired documents that an event names.
+#: The maximum number of expired documents listed in an event.
 _MOST_NAMED: Final = 100
 
-#: Raises RefusedError for a forbidden new value of a document; None deletes.
+#: Raises RefusedError if a document's new value is forbidden; None means deletion.
 ChangeCheck = Callable[[Key, Document | None, JsonObject | None], None]
 
 T = TypeVar("T")
@@ -41,12 +41,12 @@ async def update_document(
     attempts: int = MAX_ATTEMPTS,
     check: ChangeCheck | None = None,
 ) -> Document | None:
-    """Replace a document's value by the result of `change`; return the new document, None if it was deleted.
+    """Replace a document's value by the result of `change`; return the new document, or None if deleted.
 
-    `change` gets a copy of the value (None: no document), and returns None to delete it. If another process commits
-    first, it is called again with the newer value, after a random pause that grows exponentially. VersionConflict after
-    `attempts`, or at once if the version is not `expected_version` (0: no document). `ttl`, `events` and `guards` are
-    those of the commit. An error of `check` is raised with nothing written.
+    `change` gets a copy of the value (None if there is no document), and returns None to delete it. If another process
+    commits first, `change` is called again with the newer value after a random pause that grows exponentially. `ttl`,
+    `events` and `guards` are those of the commit. Raises VersionConflict after `attempts`, or immediately if the
+    version is not `expected_version` (0 means no document). If `check` raises an error, nothing is written.
     """
     attempts = 1 if expected_version is not None else attempts
     return await retry_on_conflict(
@@ -55,9 +55,9 @@ async def update_document(
 
 
 async def retry_on_conflict(attempt: Callable[[], Awaitable[T]], attempts: int = MAX_ATTEMPTS) -> T:
-    """Return the result of `attempt`, which reads and commits; repeat it after a VersionConflict.
+    """Return the result of `attempt`, which reads and commits; retry it after a VersionConflict.
 
-    Before each new attempt is a random pause that grows exponentially; the VersionConflict of the last one is raised.
+    Retries follow a random pause that grows exponentially. The VersionConflict of the last attempt is raised.
     """
     async for trial in AsyncRetrying(
         retry=retry_if_exception_type(VersionConflict),
@@ -97,14 +97,14 @@ async def _try(
 async def delete_expired(store: Store, run: str | None = None) -> Sequence[Key]:
     """Delete expired documents, and return their keys.
 
-    Readers already treat them as missing; this records the deletion, as an event of `run` if one is given.
+    Readers already treat them as missing; this records the deletion, as an event of `run` if given.
     """
     expired = (await store.statistics()).expired
     if not expired:
         return ()
     deleted = StateExpiredDeleted(count=len(expired), documents=[str(key) for key in expired[:_MOST_NAMED]])
     event = _of_run(deleted, run)
-    with suppress(VersionConflict):  # one of them was written again: the next call deletes the rest
+    with suppress(VersionConflict):  # one of them was rewritten: the next call deletes the rest
         await store.commit(Commit([Write(key, 0, None) for key in expired], [event]))
         return expired
     return ()
@@ -113,9 +113,9 @@ async def delete_expired(store: Store, run: str | None = None) -> Sequence[Key]:
 async def compact_log(
     store: Store, clock: Clock, age: float | None, size: int, run: str | None = None
 ) -> CompactionResult:
-    """Prune commits older than `age` seconds (None: none by age), or beyond `size` bytes of log.
+    """Prune commits older than `age` seconds (None: no age limit), or beyond `size` bytes of log.
 
-    Records an event if any was pruned, as an event of `run` if one is given.
+    Records an event, of `run` if given, when commits were pruned.
     """
     first = (await store.statistics()).first
     result = await store.compact(-math.inf if age is None else clock.now() - age, size)

@@ -1,6 +1,6 @@
-"""Validate council's own documents by kind: find unreadable ones, and check manual changes.
+"""Validate council's documents by kind: find unreadable ones, and check manual changes.
 
-Documents of other kinds belong to other programs, and have any shape.
+Documents of other kinds belong to other programs and may have any shape.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from orchestrator.state.log.codec import encode_object
 #: The kind of the documents of named locks.
 LOCK_KIND: Final = "named_lock"
 
-#: The fields of a run that people may change; the others are fixed at its creation.
+#: The fields of a run that users may change; the others are fixed at creation.
 EDITABLE_RUN_FIELDS: Final = frozenset({"capacity", "ended", "halted", "extra"})
-#: The fields of a task that people may change; only the run writes the others.
+#: The fields of a task that users may change; the others are written only by the run.
 EDITABLE_TASK_FIELDS: Final = frozenset({"status", "reason", "feedback", "ignored", "pull_request", "extra"})
-#: The statuses that people may set; the others need work that only a run can record.
+#: The statuses that users may set; the others need work that only a run can record.
 MANUAL_STATUSES: Final = tuple(one for one in TaskStatus if one is TaskStatus.PENDING or one in UNSUCCESSFUL_STATUSES)
-#: How many versions of a document are searched for a readable one.
+#: How many versions of a document to search for a readable one.
 _DEEP: Final = 1000
 
-_NOT_EDITABLE: Final = "use the command or function that writes it; use another kind for your own documents"
+_NOT_EDITABLE: Final = "use the command or function that writes it; for your own documents use another kind"
 
 
 _HOLDING = cache(lambda: TypeAdapter(PathOwnership))
@@ -69,12 +69,12 @@ def _lease(key: Key, encoded: bytes) -> object:
 
 
 def _ownership(key: Key, encoded: bytes) -> object:
-    # An id without `/` is the turnstile of a scope.
+    # An id without `/` is the version guard of a scope.
     return _HOLDING().validate_python(PathOwnership.from_json(json.loads(encoded))) if "/" in key.id else None
 
 
 def checkpoint_number(key: Key) -> int | None:
-    """Return the number at the end of a checkpoint's name; None if it has none."""
+    """Return the number at the end of a checkpoint's name, or None."""
     owner, _, number = key.id.rpartition("/")
     return int(number) if owner and re.fullmatch(r"[1-9][0-9]{0,14}", number) else None
 
@@ -86,7 +86,7 @@ def _checkpoint(key: Key, encoded: bytes) -> object:
 
 
 def _any(_key: Key, _encoded: bytes) -> None:
-    """Accept every object: the originals of imported documents have any fields."""
+    """Accept any object: the originals of imported documents may have any fields."""
 
 
 def _model(model: type[BaseModel]) -> Callable[[Key, bytes], object]:
@@ -120,18 +120,18 @@ DOCUMENT_KINDS: Final = frozenset(_KINDS)
 
 
 class DocumentError(NamedTuple):
-    """An unreadable document of council's own, and the reason."""
+    """An unreadable document of council, and the reason."""
 
     key: Key
     reason: str
 
     def error(self) -> UnreadableDocument:
-        """Return the error that names it."""
+        """Return an error that names the document."""
         return UnreadableDocument(str(self.key), self.reason)
 
 
 def find_document_error(found: Document) -> str | None:
-    """Return why a document of council's own is invalid; None if valid, of another kind, or damaged in the log."""
+    """Return why a council document is invalid; None if valid, of another kind, or damaged in the log."""
     return None if found.damaged else _flaw(found.key, found.encoded)
 
 
@@ -156,28 +156,29 @@ def is_readable(found: Document) -> bool:
 
 
 def filter_readable(found: Sequence[Document]) -> Iterator[Document]:
-    """Yield the readable documents."""
+    """Yield only the readable documents."""
     return filter(is_readable, found)
 
 
 async def find_unreadable(store: Store, run: str | None = None) -> list[DocumentError]:
-    """Return the unreadable documents of council's own, of one run or all, sorted by key."""
+    """Return council's unreadable documents, of one run or all, sorted by key."""
     listed = [one for kind in sorted(DOCUMENT_KINDS) for one in await store.list(kind)]
     own = [one for one in listed if run is None or is_run_document(one.key, run)]
     return [DocumentError(one.key, flaw) for one in own if (flaw := find_document_error(one)) is not None]
 
 
 async def verify_store(store: Store) -> VerificationReport:
-    """Verify a store's log, and the shape of all of council's own documents."""
+    """Verify a store's log and the shape of all council documents."""
     report = await store.verify()
     unreadable = {one.key: one.reason for one in await find_unreadable(store)}
     return replace(report, unreadable=unreadable)
 
 
 async def repair_documents(store: Store, keys: Sequence[Key]) -> None:
-    """Restore the newest readable value of documents; delete those without one.
+    """Restore documents to their newest readable value; delete those without one.
 
-    Unreadable values remain earlier versions (`council state history`). Each repair is an event `state.repaired`.
+    Unreadable values remain in the history (`council state history`). Each repair is recorded as an event
+    `state.repaired`.
     """
     for key in keys:
         found = await store.get(key)
@@ -186,7 +187,7 @@ async def repair_documents(store: Store, keys: Sequence[Key]) -> None:
         known = (one.value for one in await store.history(key, _DEEP) if not one.damaged)
         value = next((one for one in known if one is not None and _flaw(key, encode_object(key, one)) is None), None)
         if value is not None and key.kind in {"lease", "claim", "orchestrator"}:
-            value = {**value, "epoch": found.version + 1}  # higher than all earlier epochs: no process has it
+            value = {**value, "epoch": found.version + 1}  # higher than all earlier epochs, so no process has it
         event = Event.of(StateRepaired(key=str(key), lost=found.version, is_known=value is not None))
         ttl = None if found.expires is None else max(found.expires - found.time, 1.0)
         try:
@@ -196,10 +197,11 @@ async def repair_documents(store: Store, keys: Sequence[Key]) -> None:
 
 
 def check_manual_change(key: Key, found: Document | None, value: JsonObject | None) -> None:
-    """Raise RefusedError for a manual change of council's own documents that is not allowed; None deletes.
+    """Raise RefusedError if a manual change to a council document is not allowed; None means deletion.
 
-    InvalidDocument for a value that no store accepts. Documents of other kinds can have any value. Of council's own,
-    only runs and tasks can be changed, in the editable fields; all others are written by commands and functions alone.
+    Raises InvalidDocument for a value that no store accepts. Documents of other kinds may have any value. Of council's
+    documents, only runs and tasks can be changed, and only in their editable fields; all others are written only by
+    commands and functions.
     """
     if key.kind not in DOCUMENT_KINDS:
         return
@@ -209,7 +211,7 @@ def check_manual_change(key: Key, found: Document | None, value: JsonObject | No
         return
     fields = {"run": EDITABLE_RUN_FIELDS, "task": EDITABLE_TASK_FIELDS}.get(key.kind)
     if fields is None:
-        raise RefusedError(f"{key} is written by council alone", _NOT_EDITABLE)
+        raise RefusedError(f"{key} is written only by council", _NOT_EDITABLE)
     if value is None or encoded is None:
         raise RefusedError(
             f"{key} is part of run {key.id.partition('/')[0]}", "`council clean --runs` removes whole runs"
@@ -222,13 +224,13 @@ def check_manual_change(key: Key, found: Document | None, value: JsonObject | No
         raise UnreadableDocument(str(key), flaw)
     _check_known(key, value)
     if (flaw := _flaw(key, encoded)) is not None:
-        begin = f"start from the output of `council state at now {key}`"
-        raise RefusedError(f"{key} can't become this: {flaw}", begin)
+        begin = f"edit the output of `council state at now {key}`"
+        raise RefusedError(f"{key} can't have this value: {flaw}", begin)
     _check_fields(key, found.value, value, fields)
 
 
 def _check_known(key: Key, value: JsonObject) -> None:
-    """Refuse fields that a document of its kind does not have."""
+    """Raise RefusedError for fields that a document of this kind does not have."""
     known = (RunDocument if key.kind == "run" else TaskDocument).model_fields
     unknown = sorted(value.keys() - known.keys())
     if unknown:
@@ -241,10 +243,10 @@ def _check_fields(key: Key, before: JsonObject, value: JsonObject, fields: froze
         name, _defaults(key)[name])]  # fmt: skip
     fixed = sorted(set(changed) - fields)
     if fixed:
-        what = f"{fixed[0]!r} of {key} is written by the run alone"
+        what = f"{fixed[0]!r} of {key} is written only by the run"
         raise RefusedError(what, f"{', '.join(sorted(fields))} can be changed manually, and `extra` takes any value")
     if key.kind == "task" and "status" in changed and value["status"] not in MANUAL_STATUSES:
-        what = f"{key} can't be set to {value['status']} manually: only the run records that, with the work"
+        what = f"{key} can't be set to {value['status']} manually: only the run records that together with the work"
         raise RefusedError(what, f"set one of {', '.join(MANUAL_STATUSES)}; or add a note under `extra`")
 
 

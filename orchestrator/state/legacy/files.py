@@ -30,10 +30,10 @@ from orchestrator.project import LEGACY_FILE, LEGACY_TREE, Project
 from orchestrator.system import untrusted_files
 
 MAX_FILE: Final = 64 << 20
-#: The maximum number of files of a tree, and of their bytes together.
+#: The maximum number of files in a tree, and their maximum total bytes.
 MAX_FILES: Final = 20_000
 MAX_TREE: Final = 256 << 20
-#: The maximum number of sessions, and of their tasks together.
+#: The maximum number of sessions, and of their tasks in total.
 MAX_SESSIONS: Final = 10_000
 MAX_TASKS: Final = 50_000
 #: The maximum number of reported errors per file.
@@ -47,16 +47,16 @@ class LegacySource:
 
     path: str
     version: str | None
-    """The version in the file of all sessions."""
+    """The session's version in the file of all sessions."""
     files: int
     bytes: int
     sha256: str
-    """The digest of the file; of a folder, that of the names and digests of its files."""
+    """The digest of the file or, for a folder, of the names and digests of its files."""
 
 
 @dataclass(frozen=True, slots=True)
 class LegacyProblem:
-    """A file that could not be imported completely, the reason, and the path of a copy (None: there is none)."""
+    """A file that could not be imported completely, with the reason and the path of a copy, if any."""
 
     path: str
     reason: str
@@ -65,17 +65,17 @@ class LegacyProblem:
 
 @dataclass(slots=True)
 class LegacyFiles:
-    """The sessions that were read, and the problems."""
+    """The sessions read, and the problems found."""
 
     sessions: list[LegacySession] = field(default_factory=list)
     written: dict[str, float] = field(default_factory=dict)
-    """The modification times of files, by name."""
+    """The modification times of files, keyed by name."""
     sources: list[LegacySource] = field(default_factory=list)
     problems: list[LegacyProblem] = field(default_factory=list)
 
 
 def read_legacy_files(project: Project) -> LegacyFiles:
-    """Read both layouts; of different values the newer one counts. Blocks."""
+    """Read both layouts; if values differ, the newer one counts. Blocks."""
     found = LegacyFiles()
     reader = _Reader(project, found)
     older = _read_file(reader)
@@ -84,7 +84,7 @@ def read_legacy_files(project: Project) -> LegacyFiles:
     if len(found.sessions) > MAX_SESSIONS:
         beyond = found.sessions[MAX_SESSIONS]
         reader.problem(
-            beyond.source, f"of {len(found.sessions)} sessions only the first {MAX_SESSIONS} are taken", None
+            beyond.source, f"only the first {MAX_SESSIONS} of {len(found.sessions)} sessions were imported", None
         )
         del found.sessions[MAX_SESSIONS:]
     tasks, kept = 0, []
@@ -147,7 +147,7 @@ def _read_tree(reader: _Reader) -> list[LegacySession]:
 
 
 def _task_state(reader: _Reader, folder: str) -> dict[str, Any] | None:
-    """Return a task's newest readable state: its own, else the newest in its history."""
+    """Return a task's newest readable state: its own, otherwise the newest in its history."""
     path = f"{folder}/state.json"
     data = reader.read(path)
     if data is None:
@@ -162,14 +162,14 @@ def _task_state(reader: _Reader, folder: str) -> dict[str, Any] | None:
         with suppress(ValueError):
             if (older := reader.read(name)) is not None:
                 state = _object(older)
-                reader.problem(path, f"{why}; replaced by version {number} of its history", data)
+                reader.problem(path, f"{why}; replaced with version {number} from its history", data)
                 return state
     reader.problem(path, why, data)
     return None
 
 
 def _from_checkpoints(reader: _Reader, lost: Sequence[str], states: dict[str, Any]) -> list[LegacySession]:
-    """Return the unreadable sessions as of their newest checkpoints."""
+    """Return unreadable sessions as of their newest checkpoints."""
     newest: dict[str, tuple[float, str, dict[str, Any]]] = {}
     for path in reader.names(f"{LEGACY_TREE}/checkpoints", ".json") if lost else ():
         with suppress(ValueError):
@@ -208,17 +208,17 @@ def _join_errors(errors: Sequence[str]) -> str:
 
 
 class _Reader:
-    """Reads untrusted files of a project: within limits, and without following links out of the project."""
+    """Reads a project's untrusted files within limits, without following links out of the project."""
 
     def __init__(self, project: Project, found: LegacyFiles) -> None:
         self._project, self.found = project, found
         self._top = project.top.resolve()
         self.digests: dict[str, str] = {}
-        """The digests of the files of the tree, by name."""
+        """The digests of the files in the tree, keyed by name."""
         self.total = 0
 
     def read(self, name: str) -> bytes | None:
-        """Return the content of a file; None if it does not exist, or with a recorded problem if it can't be read."""
+        """Return the content of a file, or None if it is missing or unreadable, which records a problem."""
         try:
             data, changed = self._load(name)
         except FileNotFoundError:
@@ -236,20 +236,20 @@ class _Reader:
         with os.fdopen(untrusted_files.open_file(self._top, self._real(name)), "rb") as file:
             facts = os.fstat(file.fileno())
             if facts.st_size > MAX_FILE:
-                raise UnknownLayout(f"its {facts.st_size} bytes are more than {MAX_FILE}")
+                raise UnknownLayout(f"it has {facts.st_size} bytes (limit: {MAX_FILE})")
             if self.total + facts.st_size > MAX_TREE:
-                raise UnknownLayout(f"it and the files before it have more than {MAX_TREE} bytes together")
+                raise UnknownLayout(f"the files up to this one exceed {MAX_TREE} bytes in total")
             return file.read(facts.st_size), facts.st_mtime
 
     def _real(self, name: str) -> str:
-        """Return the current target of a path, relative to the top; files are opened through `untrusted_files` only."""
+        """Return a path's current target, relative to the top. Files are opened only by `untrusted_files`."""
         real = (self._project.top / name).resolve(strict=True)
         if not real.is_relative_to(self._top):
             raise UnknownLayout("a link leads out of the project")
         return str(real.relative_to(self._top))
 
     def names(self, folder: str, ending: str) -> list[str]:
-        """Return the sorted paths of a folder's entries with an ending, relative to the project."""
+        """Return the sorted paths of a folder's entries with a suffix, relative to the project."""
         try:
             with untrusted_files.open_folder(self._top, self._real(folder)) as descriptor:
                 found = sorted(name for name in os.listdir(descriptor) if name.endswith(ending))  # noqa: PTH208  (takes a descriptor)
@@ -259,11 +259,11 @@ class _Reader:
             self.problem(folder, _why(error), None)
             return []
         if len(found) > MAX_FILES:
-            self.problem(folder, f"of its {len(found)} entries only the first {MAX_FILES} are read", None)
+            self.problem(folder, f"only the first {MAX_FILES} of {len(found)} entries were read", None)
         return [f"{folder}/{name}" for name in found[:MAX_FILES]]
 
     def problem(self, name: str, reason: str, data: bytes | None) -> None:
-        """Record a problem of a file, and keep a copy of its content."""
+        """Record a problem with a file, and keep a copy of its content."""
         self.found.problems.append(LegacyProblem(_text(name), reason, None if data is None else self._copy(name, data)))
 
     def _copy(self, name: str, data: bytes) -> str | None:
@@ -283,5 +283,5 @@ def _why(error: Exception) -> str:
 
 
 def _text(name: str) -> str:
-    """Return a file's name as text; it may have any bytes."""
+    """Return a file name, which may contain any bytes, as text."""
     return os.fsencode(name).decode(errors="replace")

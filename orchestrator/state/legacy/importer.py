@@ -1,7 +1,7 @@
-"""Import the state of older layouts once: read the files without changing them, and convert sessions to runs.
+"""Import the state of older layouts once: read the files unchanged, and convert sessions to runs.
 
-`import/worktrees` records the import, with digests and counts. If it is incomplete, as after a kill, the next import
-continues: it writes the missing documents. A run becomes visible with its last document.
+`import/worktrees` records the import, with digests and counts. If it is incomplete, for example after a kill, the next
+import writes the missing documents. A run becomes visible with its last document.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from orchestrator.system.failpoints import failpoint
 IMPORTED_KIND: Final = "imported"
 
 _WRITES: Final = 1000  # of one commit
-_BYTES: Final = 8 << 20  # the same, roughly
-#: The maximum number of recorded problems, and of reported ones.
+_BYTES: Final = 8 << 20  # of one commit, approximately
+#: The maximum number of recorded problems, and of reported problems.
 _MOST_RECORDED: Final = 1000
 _MOST_REPORTED: Final = 20
 
@@ -60,9 +60,9 @@ class ImportResult:
 
 
 async def import_legacy_state(store: Store, project: Project, now: float) -> list[str]:
-    """Import the state of older layouts at `now` (wall-clock seconds), and return messages. Raises nothing.
+    """Import the state of older layouts at `now` (wall-clock seconds), and return messages.
 
-    An error is one of the messages; the next command then tries again.
+    Raises nothing: an error is returned as a message, and the next command tries again.
     """
     try:
         found = await anyio.to_thread.run_sync(read_legacy_files, project)
@@ -72,7 +72,7 @@ async def import_legacy_state(store: Store, project: Project, now: float) -> lis
         with suppress(CouncilError):
             await _record_pending_import(store)
         why = str(error) if isinstance(error, CouncilError | OSError) else f"{type(error).__name__}: {error}"
-        return [f"Nothing was imported from {LEGACY_FILE} and {LEGACY_TREE}: {why}. The next command tries again."]
+        return [f"Nothing was imported from {LEGACY_FILE} and {LEGACY_TREE}: {why}. The next command will try again."]
     return [] if done is None else list(done.notices())
 
 
@@ -132,7 +132,7 @@ async def _needed(store: Store, key: Key, value: dict[str, Any]) -> Write | None
 
 
 def _parts(runs: Iterable[ConvertedSession]) -> Iterator[list[tuple[Key, dict[str, Any]]]]:
-    """Yield all documents in parts of the size of a commit, each run after its other documents."""
+    """Yield all documents in commit-sized parts, each run after its other documents."""
     part: list[tuple[Key, dict[str, Any]]] = []
     size = 0
     for one in runs:

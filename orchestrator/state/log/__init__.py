@@ -1,1 +1,1 @@
-"""The commit log on disk: codec, segments, snapshot, compaction, recovery."""
+"""The on-disk commit log: codec, segments, snapshot, compaction, recovery."""

@@ -1,12 +1,13 @@
-r"""The codec of the commit log: one line per commit, in which damage can be located.
+r"""The codec of the commit log: one line per commit, designed so that damage can be located.
 
     <crc of the rest of the head> <header length> <payload length> <header> <payload crc> <payload>\n
 
-Numbers are eight hexadecimal digits. The header has the position, time and writer, the position up to which the log
-was durable then, and for each document its kind, id, version, encoded length, the position of its previous version and
-an optional expiry. The payload is `[[value, …], [[event type, data], …]]`. Each has its own checksum: if the payload is
-damaged, the header still tells which documents lost which version. Lengths are covered by the header's checksum, so
-that a reader can skip a damaged payload. A value is extracted from the payload by its length, without parsing.
+Numbers are eight hexadecimal digits. The header has the position, time and writer, the position up to which the log was
+durable at that time, and for each document its kind, id, version, encoded length, the position of its previous version
+and an optional expiry. The payload is `[[value, …], [[event type, data], …]]`. Each part has its own checksum: if the
+payload is damaged, the header still shows which documents lost which version. Lengths are covered by the header's
+checksum, so that a reader can skip a damaged payload. A value is extracted from the payload by its length, without
+parsing.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ MAX_DOCUMENT_BYTES: Final = 4 << 20
 MAX_COMMIT_BYTES: Final = 64 << 20
 MAX_TTL: Final = 1e9  # seconds, about thirty years
 MAX_DEPTH: Final = 254
-"""The maximum nesting of values: the limit of orjson, and far below the recursion limit of other readers."""
+"""The maximum nesting depth of values: the limit of orjson, and far below the recursion limits of other readers."""
 MAX_CONTAINERS: Final = 100_000
-"""The maximum number of lists and objects per level: a value that contains itself twice would grow without bound."""
+"""The maximum number of lists and objects per level: a value that contains itself twice would grow forever."""
 
-#: Only the types of JSON: no dates, no data classes.
+#: Only JSON types: no dates, no data classes.
 _PLAIN: Final = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_SUBCLASS
 
 _HEAD = re.compile(rb"([0-9a-f]{8}) ([0-9a-f]{8}) ([0-9a-f]{8}) ")
@@ -53,18 +54,18 @@ _CHECKSUM_BYTES: Final = 10  # of the payload, with a space on each side
 
 
 class LineChange(NamedTuple):
-    """A document in a header: its new version, and its value's length in bytes (0: deleted)."""
+    """A document in a header: its new version, and the length of its value in bytes (0 if deleted)."""
 
     key: Key
     version: int
     length: int
     previous: int = 0
-    """The position of the previous version; 0: there is none, or it is unknown."""
+    """The position of the previous version; 0 if there is none or it is unknown."""
     expires: float | None = None
 
 
 class EncodedWrite(NamedTuple):
-    """A `Write` with the length of its value instead of the value."""
+    """A `Write` with the length of its value in place of the value."""
 
     key: Key
     expected: int
@@ -74,7 +75,7 @@ class EncodedWrite(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class EncodedCommit:
-    """A commit that has passed the strict codec."""
+    """A commit validated by the strict codec."""
 
     writes: Sequence[EncodedWrite]
     guards: Sequence[Guard]
@@ -95,7 +96,7 @@ class LogLine(NamedTuple):
 
     @property
     def is_damaged(self) -> bool:
-        """Whether only the header is known."""
+        """Whether only the header is readable."""
         return not self.payload
 
 
@@ -109,14 +110,14 @@ class DecodedLine(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class UnreadableBytes:
-    """Bytes up to offset `end` that are not a line; their original content is unknown."""
+    """Bytes up to offset `end` that are not a valid line; their original content is unknown."""
 
     end: int
 
 
 @dataclass(frozen=True, slots=True)
 class IncompleteLine:
-    """The beginning of a line whose rest does not exist, or not yet."""
+    """The beginning of a line whose rest does not exist (yet)."""
 
     end: int
 
@@ -125,7 +126,7 @@ ScanResult = DecodedLine | UnreadableBytes | IncompleteLine
 
 
 def encode_commit(commit: Commit) -> EncodedCommit:
-    """Return `commit` as bytes, ready for any position. Raises InvalidDocument."""
+    """Return `commit` as bytes, ready for any position. Raises InvalidDocument if a value can't be stored."""
     writes, values = [], []
     for write in commit.writes:
         encoded = b"" if write.value is None else encode_object(write.key, write.value)
@@ -143,12 +144,12 @@ def encode_commit(commit: Commit) -> EncodedCommit:
 def _payload(values: Sequence[bytes], events: Sequence[Event]) -> bytes:
     payload = b"[[%b],[%b]]" % (b",".join(values), b",".join(map(_encode_event, events)))
     if len(payload) > MAX_COMMIT_BYTES:
-        raise InvalidDocument("the commit", f"its {len(payload)} bytes are more than {MAX_COMMIT_BYTES}")
+        raise InvalidDocument("the commit", f"it has {len(payload)} bytes (limit: {MAX_COMMIT_BYTES})")
     return payload
 
 
 def encode_line(line: LogLine) -> bytes:
-    """Return the bytes of an undamaged line, newline included."""
+    """Return the bytes of an undamaged line, including the newline."""
     header = orjson.dumps(
         {
             "position": line.position,
@@ -168,10 +169,10 @@ def _columns(change: LineChange) -> tuple[Any, ...]:
 
 
 def scan(data: bytes, offset: int) -> ScanResult:
-    """Return the item in `data` at `offset`, which must be inside it; never raises on damage.
+    """Return the item in `data` at `offset`, which must be inside. Never raises an error on damage.
 
-    Encoded lines have no newline except their last byte: bytes that begin like a line but extend beyond `data` are
-    incomplete if no newline follows, and damaged if one does.
+    Encoded lines contain no newline except as their last byte. So bytes that begin like a line but extend beyond `data`
+    are incomplete if no newline follows, and damaged if one does.
     """
     head = _HEAD.match(data, offset)
     header = None if head is None else _valid_header(data, head)
@@ -187,13 +188,13 @@ def scan(data: bytes, offset: int) -> ScanResult:
         return IncompleteLine(len(data))
     if data[header_end:payload_start] == b" %08x " % zlib.crc32(payload):
         return DecodedLine(end + len(terminator), _line(header, payload), terminator)
-    # The length is trusted only if a newline follows there; otherwise bytes were lost, not changed.
+    # The length is trusted only if a newline is at that offset; otherwise bytes were lost, not changed.
     next_line = end + 1 if terminator == b"\n" else _resync(data, header_end)
     return DecodedLine(next_line, _line(header, b""), b"\n")
 
 
 def find_never_durable(data: bytes, offset: int, position: int) -> int | None:
-    """Return the offset in `data` of unreadable bytes that were never known to be durable; None if there are none.
+    """Return the offset in `data` of unreadable bytes that were never known to be durable, or None.
 
     `offset` is after the commit at `position`. After a power failure, bytes that were not durable yet may be missing
     although later ones exist; a later line that was written when they were durable shows that they are damaged instead.
@@ -221,21 +222,24 @@ def iter_values(line: LogLine) -> Iterator[tuple[LineChange, bytes | None]]:
 
 
 def prune_line(line: LogLine, keys: Collection[Key]) -> LogLine:
-    """Return an undamaged line with the changes of some documents only, and with its events."""
+    """Return an undamaged line reduced to the changes to some documents, with its events."""
     kept = [(change, value) for change, value in iter_values(line) if change.key in keys]
     payload = b"[[%b],%b]" % (b",".join(value for _, value in kept if value is not None), _events(line))
     return line._replace(changes=tuple(change for change, _ in kept), payload=payload)
 
 
 def without_damaged_payload(line: LogLine) -> LogLine:
-    """Return a damaged line as an undamaged one with only its deletions, which are certain; other lines unchanged."""
+    """Return a damaged line as an undamaged one with only its deletions; other lines unchanged.
+
+    Deletions are certain even if the payload is damaged.
+    """
     if not line.is_damaged:
         return line
     return line._replace(changes=tuple(one for one in line.changes if one.length == 0), payload=_payload((), ()))
 
 
 def to_dumped(line: LogLine) -> DumpedCommit:
-    """Return an undamaged line as a commit for another store."""
+    """Convert an undamaged line to a commit for another store."""
     documents = tuple(
         DumpedDocument(change.key, change.version, value, change.expires, change.previous)
         for change, value in iter_values(line)
@@ -245,7 +249,7 @@ def to_dumped(line: LogLine) -> DumpedCommit:
 
 
 def from_dumped(commit: DumpedCommit) -> LogLine:
-    """Return the line of a commit of another store. Raises InvalidDocument for invalid names and events."""
+    """Convert a commit of another store to a line. Raises InvalidDocument for invalid names and events."""
     _check_keys([one.key for one in commit.documents])
     changes = tuple(
         LineChange(one.key, one.version, len(one.encoded or b""), one.previous, one.expires) for one in commit.documents
@@ -255,13 +259,13 @@ def from_dumped(commit: DumpedCommit) -> LogLine:
 
 
 def _events(line: LogLine) -> bytes:
-    """Return the events of an undamaged line, encoded."""
+    """Return the encoded events of an undamaged line."""
     lengths = [change.length for change in line.changes if change.length]
     return line.payload[len("[[") + sum(lengths) + max(len(lengths) - 1, 0) + len("],") : -len("]")]
 
 
 def to_record(line: LogLine) -> CommitRecord:
-    """Return the record of a line for followers of the log."""
+    """Return a line's record for followers of the log."""
     if line.is_damaged:
         deleted = {change.key: (change.version, None) for change in line.changes if change.length == 0}
         lost = [change.key for change in line.changes if change.length]
@@ -273,7 +277,7 @@ def to_record(line: LogLine) -> CommitRecord:
 
 
 def to_version(line: LogLine, key: Key) -> DocumentVersion:
-    """Return the version of a document that a line wrote; it must have written one."""
+    """Return the version of a document that a line wrote. The line must have written one."""
     record = to_record(line)
     change = next(change for change in line.changes if change.key == key)
     value = record.documents.get(key, (0, None))[1]
@@ -319,13 +323,13 @@ def _check_keys(keys: Sequence[Key]) -> None:
             if type(part) is not str or not part.isascii():  # most are ASCII, and are valid without encoding them
                 _encode_text(key, part)
         if key in seen:
-            raise InvalidDocument(str(key), "one commit writes it twice")
+            raise InvalidDocument(str(key), "the commit writes it twice")
         seen.add(key)
 
 
 def _encode_text(subject: Key | str, text: str) -> bytes:
     if not isinstance(text, str):
-        raise InvalidDocument(_named(subject), f"its name is {type(text).__name__}, not text")
+        raise InvalidDocument(_named(subject), f"its name is a {type(text).__name__}, not text")
     try:
         return orjson.dumps(text)
     except TypeError:
@@ -333,7 +337,7 @@ def _encode_text(subject: Key | str, text: str) -> bytes:
 
 
 def _named(subject: Key | str) -> str:
-    """Return the name of a document, or of an event by its type, for an error."""
+    """Return the name of a document or event for an error message."""
     if isinstance(subject, str):
         return f"event {subject!r}"
     try:
@@ -343,36 +347,36 @@ def _named(subject: Key | str) -> str:
 
 
 def encode_object(subject: Key | str, value: Any) -> bytes:
-    """Return a JSON object on one line. Raises InvalidDocument, which names the document or event."""
+    """Return a JSON object on one line. Raises InvalidDocument, with the name of the document or event."""
     if not isinstance(value, dict):
-        raise InvalidDocument(_named(subject), f"it is {type(value).__name__}, not an object")
+        raise InvalidDocument(_named(subject), f"it is a {type(value).__name__}, not an object")
     encoded = _encode_fast(value)
     if encoded is None:
         _check_shape(_named(subject), value)
         encoded = _encode(_named(subject), value)
     if len(encoded) > MAX_DOCUMENT_BYTES:
-        raise InvalidDocument(_named(subject), f"its {len(encoded)} bytes are more than {MAX_DOCUMENT_BYTES}")
+        raise InvalidDocument(_named(subject), f"it has {len(encoded)} bytes (limit: {MAX_DOCUMENT_BYTES})")
     return encoded
 
 
 def _encode_fast(value: dict[str, Any]) -> bytes | None:
-    """Return the value as bytes; None if the strict encoder must check it."""
+    """Return the value as bytes, or None if the strict encoder must check it."""
     try:
         encoded = orjson.dumps(value, option=_PLAIN)
-    except TypeError:  # JSONEncodeError is one: also for integers of more than 64 bits
+    except TypeError:  # JSONEncodeError is a TypeError, raised even for integers of more than 64 bits
         return None
-    # It writes NaN and infinity as null.
+    # orjson writes NaN and infinity as null.
     return encoded if b"null" not in encoded or orjson.loads(encoded) == value else None
 
 
 def _check_shape(subject: str, value: dict[str, Any]) -> None:
-    """Reject values that the encoder would change or fail on: keys that are not text, deep nesting, cycles."""
+    """Reject values that the encoder would alter or fail on: non-text keys, deep nesting, cycles."""
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):
         children: list[Any] = []
         for node in level:
             if isinstance(node, dict) and not all(isinstance(name, str) for name in node):
-                raise InvalidDocument(subject, "a field's name is not text")
+                raise InvalidDocument(subject, "a field name is not text")
             inner = node.values() if isinstance(node, dict) else node
             children += [child for child in inner if isinstance(child, (dict, list, tuple))]
         if not children:
@@ -399,6 +403,6 @@ def get_writer_name() -> str:
     """Return `user@host:pid` of this process."""
     try:
         user = getpass.getuser()
-    except (KeyError, OSError):  # a user id without a name
+    except (KeyError, OSError):  # the user id has no name
         user = str(os.getuid())
     return f"{user}@{socket.gethostname()}:{os.getpid()}"

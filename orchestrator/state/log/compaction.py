@@ -1,7 +1,7 @@
-"""Compact the log: pack closed segments, and prune old ones to the last versions of each document.
+"""Compact the log: pack closed segments, and prune old ones to each document's last versions.
 
-Compaction never changes the newest documents or their last versions. Each step replaces files by a file that was made
-durable before; after a crash the old files, the new one, or both exist, which `segments` distinguishes.
+Compaction never changes the newest documents or their last versions. Each step replaces files with a file that is
+already durable. After a crash the old files, the new file, or both exist, which `segments` distinguishes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from orchestrator.system.files import StagedFile, sync_folder
 def pack_closed_segments(directory: Path) -> None:
     """Pack each closed segment that is not packed yet. Blocks.
 
-    Only one process at a time. A segment is not replaced unless unpacking reproduces its bytes.
+    Only one process at a time may call this. A segment is replaced only if unpacking reproduces its bytes.
     """
     for segment in list_segments(directory)[:-1]:
         if segment.is_packed:
@@ -49,12 +49,12 @@ def pack_closed_segments(directory: Path) -> None:
 def prune_segments(
     directory: Path, last: Segment, held: AbstractContextManager[None], damaged: Path | None = None
 ) -> None:
-    """Prune the segments up to `last`, a closed one, to the last versions of each document. Blocks.
+    """Prune the segments up to `last`, a closed one, to each document's last versions. Blocks.
 
-    Only one process at a time. The store's lock is `held` during the replacement, because a reader that moves from one
-    segment to the next would miss those in between. Call `remove_replaced_segments` afterwards. ValueError if a line is
-    unreadable, to preserve it. With a folder for `damaged` segments, unreadable lines are skipped, and the original
-    segments are copied there.
+    Only one process at a time may call this. The store's lock is `held` during the replacement, because a reader that
+    moves from one segment to the next would miss those in between. Call `remove_replaced_segments` afterwards. Raises
+    ValueError if a line is unreadable, to preserve it. With a folder for `damaged` segments, unreadable lines are
+    skipped instead, and the original segments are copied to that folder.
     """
     segments = list_segments(directory)
     old = segments[: segments.index(last) + 1]
@@ -70,9 +70,9 @@ def prune_segments(
 
 
 def find_prunable_segment(directory: Path, older_than: float, largest: int) -> Segment | None:
-    """Return the last segment to prune: all its commits are older than that, or the log is too large. Blocks.
+    """Return the last segment to prune, by the age of its commits or the log's size. Blocks.
 
-    None if there is none, because all older segments are pruned already. The newest segment is never pruned.
+    Returns None if all such segments are already pruned. The newest segment is never pruned.
     """
     segments, size, last = list_segments(directory), log_size(directory), None
     for segment, following in pairwise(segments):
@@ -87,19 +87,19 @@ def find_prunable_segment(directory: Path, older_than: float, largest: int) -> S
 def log_size(directory: Path) -> int:
     """Return the size of all files of the log in bytes. Blocks."""
     while True:
-        with suppress(FileNotFoundError):  # another process replaces segments: list them again
+        with suppress(FileNotFoundError):  # another process is replacing segments: list them again
             return sum(one.path(directory).stat().st_size for one in list_segments(directory))
 
 
 def _retained_lines(directory: Path, old: Sequence[Segment], *, is_strict: bool) -> Iterator[LogLine]:
-    """Yield the lines of some segments that pruning keeps, in order."""
+    """Yield the lines that pruning keeps, in order."""
     wanted: dict[Key, deque[int]] = defaultdict(lambda: deque(maxlen=VERSIONS_KEPT))
     deleted = set[Key]()
     for line in _lines(directory, old, is_strict=is_strict):
         for change in line.changes:
             wanted[change.key].append(line.position)
             (deleted.discard if change.length else deleted.add)(change.key)
-    for key in deleted:  # only its last version number is needed, to continue from
+    for key in deleted:  # only its last version number is needed, so that versions continue from it
         wanted[key] = deque([wanted[key][-1]])
     for line in _lines(directory, old, is_strict=is_strict):
         keys = {change.key for change in line.changes if line.position in wanted[change.key]}
@@ -108,7 +108,7 @@ def _retained_lines(directory: Path, old: Sequence[Segment], *, is_strict: bool)
 
 
 def build_repaired_table(directory: Path) -> DocumentTable:
-    """Return the table of the log without its damaged lines. Blocks."""
+    """Return the log's table without damaged lines. Blocks."""
     table = DocumentTable()
     for line in _lines(directory, list_segments(directory), is_strict=False):
         table.apply(line)
@@ -116,7 +116,7 @@ def build_repaired_table(directory: Path) -> DocumentTable:
 
 
 def _lines(directory: Path, old: Sequence[Segment], *, is_strict: bool) -> Iterator[LogLine]:
-    """Yield the lines of some segments in order; one with a damaged payload has its deletions only."""
+    """Yield the lines of segments in order; lines with a damaged payload have only their deletions."""
     position = old[0].first - 1 if old else 0
     for segment in old:
         with closing(open_segment(directory, segment)) as source:
@@ -136,7 +136,7 @@ def _lines(directory: Path, old: Sequence[Segment], *, is_strict: bool) -> Itera
 
 
 def _put(path: Path, data: bytes, held: AbstractContextManager[None] | None = None) -> None:
-    """Write a file atomically and durably; `held` is entered for the replacement."""
+    """Write a file atomically and durably, entering `held` for the replacement."""
     staged = StagedFile(path)
     try:
         staged.file.write(data)
@@ -146,11 +146,11 @@ def _put(path: Path, data: bytes, held: AbstractContextManager[None] | None = No
 
 
 def remove_replaced_segments(directory: Path) -> None:
-    """Remove replaced segments and unfinished files. Blocks; the caller holds the store's lock."""
+    """Remove replaced segments and unfinished files. The caller must hold the store's lock. Blocks."""
     log = {one.path(directory).name for one in list_segments(directory)}
     names = os.listdir(directory)  # noqa: PTH208  (only names are needed)
     replaced = [name for name in names if name.endswith((".jsonl", ".jsonl.zst")) and name not in log]
     if replaced:
-        sync_folder(directory)  # the process that added the newer ones may have died before its sync
+        sync_folder(directory)  # the process that added the newer segments may have died before its sync
     for name in (*replaced, *(name for name in names if name.endswith(".new"))):
         (directory / name).unlink(missing_ok=True)

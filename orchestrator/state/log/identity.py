@@ -1,10 +1,10 @@
-"""Find the log of a folder, and check that it is trusted on this machine: a repository may bring a malicious one.
+"""Find a folder's log, and check that it is trusted: a repository may contain a malicious one.
 
     <folder>/identity          the log's identity: 32 random hexadecimal digits
     <folder>/<identity>/       the log itself (`state.log.segments`)
-    <home>/known_stores        a line for each log that was created on this machine, or adopted by the user
+    <home>/known_stores        a line per log that was created on this machine or adopted by the user
 
-The home is outside of all repositories. A file from a checkout or an archive can't become part of a log, because its
+The home is outside all repositories. A file from a checkout or an archive can't become part of a log, because its
 author does not know the identity. All functions block.
 """
 
@@ -26,12 +26,13 @@ from orchestrator.system.files import atomic_write, make_folder, open_private, s
 IDENTITY_FILE: Final = "identity"
 _IDENTITY: Final = re.compile(rb"([0-9a-f]{32})\n?")
 _KNOWN: Final = "known_stores"
-#: The maximum lines of that file (every second is empty) for sandboxes: each hidden folder slows a session's start.
+#: The maximum lines of that file (every other one is empty) used for sandboxes: each hidden folder slows down a
+# session's start.
 _MOST_HIDDEN: Final = 200
 
 
 def find_log(folder: Path) -> Path | None:
-    """Return the log's folder inside a store's folder; None if there is none. RefusedError if damaged."""
+    """Return the log's folder in a store's folder, or None. Raises RefusedError if damaged."""
     path = folder / IDENTITY_FILE
     try:
         found = _IDENTITY.fullmatch(path.read_bytes()[:64])
@@ -40,22 +41,22 @@ def find_log(folder: Path) -> Path | None:
             return None
         raise RefusedError(f"{path} can't be read: {error.strerror}", "make it a readable file") from None
     if found is None:
-        remedy = f"write the name of the log's folder, next to it, into it: `ls {folder}`"
-        raise RefusedError(f"{path} names no log", remedy)
+        remedy = f"write the name of the log's folder (see `ls {folder}`) to it"
+        raise RefusedError(f"{path} does not contain a log identity", remedy)
     return folder / found[1].decode()
 
 
 def require_log(folder: Path) -> Path:
-    """Return the log's folder as `find_log`; RefusedError if there is none."""
+    """Return the log's folder like `find_log`. Raises RefusedError if there is none."""
     if (log := find_log(folder)) is None:
-        raise RefusedError(f"there is no state in {folder}", "name the folder of a store, such as .council/state")
+        raise RefusedError(f"there is no state in {folder}", "use the folder of a store, such as .council/state")
     return log
 
 
 def ensure_log(folder: Path, home: Path | None = None) -> Path:
-    """Return the log's folder as `find_log`; create a new store's identity and record it in the home.
+    """Return the log's folder like `find_log`; for a new store, create an identity and record it in the home.
 
-    RefusedError if the log of an existing identity is missing.
+    Raises RefusedError if the log of an existing identity is missing.
     """
     if (log := find_log(folder) or _recover_identity(folder, home)) is None:
         name = token_hex(16)
@@ -75,7 +76,7 @@ def ensure_log(folder: Path, home: Path | None = None) -> Path:
 
 
 def _recover_identity(folder: Path, home: Path | None) -> Path | None:
-    """Return the log of a folder without identity file, if the home knows it; write the file again."""
+    """Return the log of a folder without an identity file if the home lists it; restore the file."""
     known = set() if home is None else _known(home)
     try:
         found = [path for path in folder.iterdir() if path.name.encode() in known and path.is_dir()]
@@ -88,7 +89,7 @@ def _recover_identity(folder: Path, home: Path | None) -> Path | None:
 
 
 def _write_identity(folder: Path, name: str) -> None:
-    """Set the identity of a folder, unless another process has set one."""
+    """Set a folder's identity unless another process has set one."""
     with suppress(FileExistsError):
         atomic_write(folder / IDENTITY_FILE, f"{name}\n", durable=True, replace=False)
 
@@ -96,8 +97,8 @@ def _write_identity(folder: Path, name: str) -> None:
 def check_trusted(url: str, home: Path, *, is_named: bool = True) -> None:
     """Raise RefusedError for a store that was neither created on this machine nor adopted by the user.
 
-    A folder without a store gets an identity. For a store that is named only by a file instead of the user or a run,
-    the URL has to be known.
+    A folder without a store gets an identity. If only a file refers to the store, not the user or a run, its URL must
+    be known.
     """
     folder = require_local_folder(url)
     if folder is None and is_named:
@@ -114,39 +115,39 @@ def check_trusted(url: str, home: Path, *, is_named: bool = True) -> None:
 
 
 def find_trust_error(folder: Path, home: Path) -> RefusedError | None:
-    """Return why the log in a folder is not trusted; None if it is. Changes nothing."""
+    """Return why the log in a folder is not trusted, or None if it is. Changes nothing."""
     try:
         log = find_log(folder)
         is_known = log is None or log.name.encode() in _known(home)
     except RefusedError as error:
         return error
-    except OSError:  # an unreadable home is reported elsewhere
+    except OSError:  # an unreadable home is reported by other code
         return None
     return None if is_known else _unknown(f"the state in {folder}", home)
 
 
 def _unknown(what: str, home: Path) -> RefusedError:
     return RefusedError(
-        f"{what} is not known in {home}: it was created on another machine, or with another COUNCIL_HOME, and"
-        " the commands of its runs would be executed",
-        "`council state adopt` if you trust its origin; else move it away",
+        f"{what} is not listed in {home}: it was created on another machine or with another COUNCIL_HOME, "
+        "and the commands of its runs would be executed",
+        "run `council state adopt` if you trust its origin; otherwise move it away",
     )
 
 
 def adopt_store(url: str, home: Path) -> None:
-    """Record that the user trusts a store that was made elsewhere. RefusedError if there is none."""
+    """Record that the user trusts a store created elsewhere. Raises RefusedError if there is none."""
     if (folder := require_local_folder(url)) is not None:
         _record(home, require_log(folder).name, str(folder))
     record_store_use(url, home)
 
 
 def record_store_use(url: str, home: Path) -> None:
-    """Record that a run uses the store at a URL, so that a file may name it from then on."""
+    """Record that a run uses the store at a URL, so that files may refer to it."""
     _record(home, _url_name(url), "")
 
 
 def known_store_folders(home: Path) -> list[Path]:
-    """Return the folders of the stores that were created or adopted on this machine last. Blocks."""
+    """Return the folders of the stores most recently created or adopted on this machine. Blocks."""
     try:
         lines = (home / _KNOWN).read_text(errors="replace").splitlines()[-_MOST_HIDDEN:]
     except OSError:
@@ -172,12 +173,12 @@ def _known(home: Path) -> set[bytes]:
 
 
 def _record(home: Path, name: str, folder: str) -> None:
-    """Add a line; its folder is for people and sandboxes."""
+    """Add a line; its folder is for users and sandboxes."""
     if name.encode() in _known(home):
         return
     make_folder(home)
     with open(home / _KNOWN, "ab", opener=open_private) as file:
-        # The leading newline ends a line that a crash left unfinished.
+        # The leading newline terminates a line that a crash left unfinished.
         file.write(f"\n{name} {json.dumps(folder)}\n".encode())
         file.flush()
         os.fsync(file.fileno())

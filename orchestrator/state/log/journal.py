@@ -1,6 +1,6 @@
-"""The commit log as opened by a process: its known state, and appending to it. Everything here blocks.
+"""The commit log as opened by a process: read new commits, and append to it. Everything here blocks.
 
-Any thread may call; calls that advance the known end of the log wait for each other.
+Thread-safe; calls that advance the known end of the log wait for each other.
 """
 
 from __future__ import annotations
@@ -67,16 +67,16 @@ from orchestrator.system.process_table import boot_id
 _REMEDIES: Final = {
     **RESOURCE_REMEDIES,
     errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
-    errno.EROFS: "mount the file system writable",
-    errno.EACCES: "give this user access to it",
-    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG), "name a folder that exists or can be created"),
+    errno.EROFS: "mount the file system read-write",
+    errno.EACCES: "give the current user access to it",
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG), "use a folder that exists or can be created"),
     errno.ESTALE: "repeat the command",
 }
 
 
 @dataclass(slots=True)
 class PendingCommit:
-    """A commit in the queue for the next group, and later its outcome."""
+    """A commit queued for the next group, and later its outcome."""
 
     commit: EncodedCommit
     position: int = 0
@@ -93,9 +93,9 @@ class InlineResult(Enum):
 
     DONE = auto()
     BUSY = auto()
-    """Another process is committing, which takes about as long as a call in a thread."""
+    """Another process is committing, which takes about as long as a thread hop."""
     TOO_MUCH = auto()
-    """It needs a sync, or has much to read or write."""
+    """The commit needs a sync, or has much to read or write."""
 
 
 class Journal:
@@ -108,15 +108,15 @@ class Journal:
         self._segment_bytes = segment_bytes
         self._opened = ExitStack()
         self.log: OpenLog
-        """What is known of the log; set by `open`."""
+        """The known state of the log, set by `open`."""
         self._broken: OSError | None = None
         self._rolls = False  # whether the next commit begins a new segment
-        # Held by the thread that moves the cursor. The event loop never waits for it, and not even a cancelled task
-        # that is abandoned can let two threads in.
+        # Held by the thread that moves the cursor. The event loop never waits for it. Even if a cancelled task abandons
+        # its thread, no second thread can enter.
         self._io = threading.Lock()
 
     def try_refresh_inline(self) -> bool:
-        """Read few new commits of other processes, without a thread; return whether the table is current."""
+        """Read a few new commits of other processes without a thread; return whether the table is current."""
         mark = self.log.lock.read()
         if mark == self.log.end:
             return True
@@ -143,11 +143,11 @@ class Journal:
     def check_empty(self) -> None:
         """Raise RefusedError unless the log is empty."""
         end = self.end()
-        if end.segment:  # an empty segment is left by a commit that could not be made durable
+        if end.segment:  # a commit that could not be made durable leaves an empty segment
             raise not_empty_error(str(self._directory), end.position)
 
     def put(self, staging: Staging) -> None:
-        """Commit a staged load; the log must be empty."""
+        """Commit a staged load. The log must be empty."""
         with self._io, self.log.lock.held():
             self.log.recover()
             if self.log.cursor.segment:
@@ -156,17 +156,17 @@ class Journal:
             self.log.recover()
 
     def verify(self) -> VerificationReport:
-        """Replay the whole log, and compare the result with the table."""
+        """Replay the whole log and compare the result with the table."""
         replay = LogReplay()
         with closing(LogCursor(self._directory)) as cursor:
-            replay_until(replay, cursor, self.log.lock.read())  # most of it while others may commit
+            replay_until(replay, cursor, self.log.lock.read())  # mostly while others may commit
             with self._io:
                 self.log.follow(self.log.lock.read())
                 mark = self.log.end
                 replay_until(replay, cursor, mark)
                 replay.finish(mark.position if mark else 0, cursor.path, cursor.offset)
                 damaged, differs = replay.table.compare(self.log.replay.table)
-        if replay.damage:  # documents that are known but no longer in the log are lost by the damage
+        if replay.damage:  # documents that are known but no longer in the log were lost through the damage
             damaged, differs = sorted({*damaged, *differs}), []
         return VerificationReport(
             replay.table.position, log_size(self._directory), tuple(replay.damage), damaged, differs
@@ -175,7 +175,7 @@ class Journal:
     def documents_to_repair(self) -> list[Key]:
         """Return the documents whose known state differs from the log without its damaged lines.
 
-        They include deleted documents, which could reappear, or whose versions could be reused.
+        They include deleted documents, which could reappear or whose versions could be reused.
         """
         with self._io, self.log.lock.held():
             self.log.recover()
@@ -183,7 +183,7 @@ class Journal:
             return [*damaged, *differs]
 
     def replace_damaged(self, damage: Sequence[Damage]) -> None:
-        """Replace closed segments that have any of these damages by their readable lines."""
+        """Replace closed segments that have any of this damage with their readable lines."""
         paths = {one.path.name for one in damage}
         closed = list_segments(self._directory)[:-1]
         hit = [one for one in closed if paths & {one.path(self._directory).name for one in (one, one.packed())}]
@@ -194,12 +194,12 @@ class Journal:
             self.log.replay.damage.clear()
 
     def compact(self, older_than: float, largest: int) -> CompactionResult:
-        """See `Store.compact`; only one process at a time."""
+        """See `Store.compact`. Only one process at a time may call this."""
         before = log_size(self._directory)
         with self.log.lock.held():
             remove_replaced_segments(self._directory)
         pack_closed_segments(self._directory)
-        with suppress(ValueError):  # it is damage, which is reported, and may be repaired
+        with suppress(ValueError):  # this is damage, which is reported and can be repaired
             while (last := find_prunable_segment(self._directory, older_than, largest)) is not None:
                 prune_segments(self._directory, last, self.log.lock.held())
                 with self.log.lock.held():
@@ -219,7 +219,7 @@ class Journal:
                 self.log.save_snapshot(is_outdated=True)
 
     def open(self) -> None:
-        """Read the log. Raises RefusedError on a network file system, OSError."""
+        """Read the log. Raises RefusedError on a network file system, and OSError if it can't be read."""
         refuse_network_mount(self._directory)
         make_folder(self._directory)
         self.log = self._opened.enter_context(closing(OpenLog(self._directory)))
@@ -243,7 +243,7 @@ class Journal:
             self.log.follow(self.log.lock.read())
 
     def commit(self, pending: deque[PendingCommit]) -> None:
-        """Commit all pending commits and set their outcome; more may be added to the queue meanwhile."""
+        """Commit all pending commits and set their outcomes; more may be queued meanwhile."""
         with self._io:
             if pending:
                 with self._fail_group_on_error(_take_all(pending)) as group, self.log.lock.held():
@@ -251,7 +251,7 @@ class Journal:
                     self._append(group)
 
     def try_commit_inline(self, pending: deque[PendingCommit]) -> InlineResult:
-        """Commit like `commit`, if a thread hop would take longer."""
+        """Commit like `commit` if that is faster than a thread hop."""
         size = sum(len(one.commit.payload) for one in pending)
         if size > AT_ONCE_BYTES or any(one.commit.durable for one in pending) or not self._io.acquire(blocking=False):
             return InlineResult.TOO_MUCH
@@ -273,7 +273,7 @@ class Journal:
 
     @contextmanager
     def _fail_group_on_error(self, group: list[PendingCommit]) -> Iterator[list[PendingCommit]]:
-        """Set the outcome of a group's commits after a system error."""
+        """Set the outcomes of a group's commits after a system error."""
         try:
             yield group
         except OSError as error:
@@ -299,7 +299,10 @@ class Journal:
             one.position = line.position
 
     def _write(self, known: HighWaterMark, data: bytes, position: int, *, durable: bool) -> None:
-        """Append after the `known` end, up to `position`, and publish it; after an OSError nothing is published."""
+        """Append after the `known` end, up to `position`, and publish the result.
+
+        After an OSError nothing is published.
+        """
         if self._broken:
             raise self._broken
         cursor = self.log.cursor
@@ -321,8 +324,8 @@ class Journal:
     def _roll(self, known: HighWaterMark) -> HighWaterMark:
         """Begin a new segment; return the new end."""
         self._rolls = False
-        self._save()  # so that after a kill the next process replays one segment at most
-        if known.durable < known.position and not self.log.cursor.is_closed:  # no later sync is of this file
+        self._save()  # so that after a kill the next process replays at most one segment
+        if known.durable < known.position and not self.log.cursor.is_closed:  # later syncs do not include this file
             make_durable(self.log.cursor.path)
         first = known.position + 1
         create_segment(self._directory, first)
@@ -333,20 +336,20 @@ class Journal:
     def _roll_back(self, known: HighWaterMark) -> None:
         """Remove a partial write, and mark the end as uncertain for the next process that commits."""
         if self.log.cursor.segment:
-            with suppress(OSError):  # the next process tries it again
+            with suppress(OSError):  # the next process tries again
                 truncate(self.log.cursor.path, self.log.cursor.offset)
         try:
             self.log.lock.publish(known._replace(is_uncertain=True))
         except OSError as error:
-            # The other processes don't know. The next opener checks the disk; this one must not append any more.
+            # Other processes don't know. The next opener checks the disk; this process must not append anymore.
             self._broken = error
 
 
 def to_store_error(directory: Path, error: OSError) -> StoreUnavailable:
-    """Return the store error for a system error."""
+    """Convert a system error to a store error."""
     if isinstance(error, LogLostError):
         return StateLost(directory, str(error.strerror))
-    remedy = _REMEDIES.get(error.errno or 0, "check the disk and the system's log")
+    remedy = _REMEDIES.get(error.errno or 0, "check the disk and the system log")
     kind = StoreFull if error.errno in DISK_FULL_ERRNOS else StoreUnavailable
     return kind(directory, error.strerror or str(error), remedy)
 

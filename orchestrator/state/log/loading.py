@@ -1,8 +1,8 @@
 """Load a copied log: check its commits, and install them atomically as a log on disk.
 
-The segments are written to the folder `loading`. Its renaming to `loaded` commits the load: every process that opens
-the store, or commits, first moves the segments to their final location. A kill before that leaves an empty store, and a
-folder that the next load removes. All methods of `Staging` block.
+The segments are written to the folder `loading`. Renaming it to `loaded` commits the load: every process that opens the
+store, or commits, first moves the segments to their final location. A kill before the rename leaves an empty store and
+a folder that the next load removes. All methods of `Staging` block.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def damaged_log_error(position: int) -> RefusedError:
 
 
 async def read_dump_lines(dump: Dump) -> AsyncGenerator[LogLine]:
-    """Yield the commits of a dump as lines of the log; RefusedError if its positions are inconsistent."""
+    """Yield the commits of a dump as log lines. Raises RefusedError if its positions are inconsistent."""
     position = 0
     async with aclosing(dump.commits) as commits:
         async for commit in commits:
@@ -50,7 +50,7 @@ async def read_dump_lines(dump: Dump) -> AsyncGenerator[LogLine]:
             yield from_dumped(commit)
             position = commit.position
     if max(position, dump.first) != dump.position:
-        raise _broken(f"it ends at commit {position}, not {dump.position}")
+        raise _broken(f"it ends at commit {position} instead of {dump.position}")
 
 
 def _broken(what: str) -> RefusedError:
@@ -58,20 +58,20 @@ def _broken(what: str) -> RefusedError:
 
 
 def not_empty_error(location: str, position: int) -> RefusedError:
-    """Return the error for a target store that is not empty."""
+    """Return the error for a non-empty target store."""
     what = (
         f"{location} is not empty: it is at position {position}"
         if position
         else f"{location} is being loaded by another process"
     )
-    return RefusedError(what, "name an empty store, such as a new folder")
+    return RefusedError(what, "use an empty store, such as a new folder")
 
 
 class Staging:
-    """Staged segments of a load. Only one process at a time may stage in a store's folder."""
+    """The staged segments of a load. Only one process at a time may stage in a store's folder."""
 
     def __init__(self, directory: Path, first: int, segment_bytes: int) -> None:
-        """Stage a log that is pruned up to position `first`, in segments of `segment_bytes`."""
+        """Stage a log that was pruned up to position `first`, in segments of `segment_bytes`."""
         self._directory, self._folder = directory, directory / _LOADING
         self._first, self._segment_bytes = first, segment_bytes
         self._path = self._folder
@@ -82,7 +82,7 @@ class Staging:
         self._has_live = False
 
     def begin(self) -> None:
-        """Create an empty staging folder; remove that of an earlier load."""
+        """Create an empty staging folder, removing that of an earlier load."""
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(mode=0o700)
         if self._first:
@@ -119,14 +119,14 @@ class Staging:
         failpoint("state.load_finished")
 
     def put(self) -> None:
-        """Commit the load; the caller holds the store's lock, and the store is empty."""
+        """Commit the load. The caller must hold the lock of the store, which must be empty."""
         self._folder.rename(self._directory / _LOADED)
         sync_folder(self._directory)
         failpoint("state.loaded")
         install_loaded(self._directory)
 
     def discard(self) -> None:
-        """Remove the staged segments, unless the load is committed."""
+        """Remove the staged segments unless the load is committed."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -151,7 +151,7 @@ class Staging:
 
 
 def install_loaded(directory: Path) -> None:
-    """Complete a committed load, if there is one; the caller holds the store's lock."""
+    """Complete a committed load, if any. The caller must hold the store's lock."""
     loaded = directory / _LOADED
     if not loaded.is_dir():
         return

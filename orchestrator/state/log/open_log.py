@@ -1,4 +1,4 @@
-"""The log as known to a process: its documents, its end, and the recovery of the leftovers of dead processes."""
+"""The log as known to a process: its documents and end, and recovery from killed processes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _ENDS_KEPT: Final = 64
 
 
 class OpenLog:
-    """An open log. Blocks; only one thread at a time may read on, recover or append."""
+    """An open log. Blocks; only one thread at a time may read, recover or append."""
 
     def __init__(self, directory: Path) -> None:
         """Open the log in a directory; call `recover` to read it."""
@@ -53,7 +53,7 @@ class OpenLog:
 
     @property
     def table(self) -> DocumentTable:
-        """The newest documents of the known part of the log."""
+        """The newest documents in the known part of the log."""
         return self.replay.table
 
     def close(self) -> None:
@@ -62,7 +62,7 @@ class OpenLog:
         self.lock.close()
 
     def open_cursor(self, after: int) -> LogCursor:
-        """Return a cursor at position `after`, or at the nearest known place before it."""
+        """Return a cursor at position `after` or at the nearest known place before it."""
         cursor = LogCursor(self._directory, after)
         end = max((one for one in list(self._ends) if one.position <= after), default=None)
         if end is not None and end.segment:
@@ -78,11 +78,11 @@ class OpenLog:
                 found = cursor.read(mark) if mark else ()
                 lines = (one.item.line for one in found if isinstance(one.item, DecodedLine))
                 state = rebuild_state(position, lines, first)
-                if pruned_through(self._directory) == first:  # otherwise some may have been skipped
+                if pruned_through(self._directory) == first:  # otherwise some lines may have been skipped
                     return state
 
     def load_snapshot(self) -> None:
-        """Start from the snapshot, if there is a valid one."""
+        """Start from the snapshot if it is valid."""
         found = snapshot.read_snapshot(self._directory)
         if found is not None:
             self.replay = LogReplay(found.table)
@@ -90,9 +90,9 @@ class OpenLog:
             self._saved = _size(found.sums)
 
     def save_snapshot(self, *, is_outdated: bool = False) -> None:
-        """Write a snapshot for the next opener, if it avoids enough reading; never of a damaged log.
+        """Write a snapshot if it saves the next opener enough reading; never for a damaged log.
 
-        With `is_outdated` the existing one is not valid any more.
+        With `is_outdated`, the existing snapshot is no longer valid.
         """
         sums = self.cursor.sums
         saved = 0 if is_outdated else self._saved
@@ -105,8 +105,8 @@ class OpenLog:
                 snapshot.write_snapshot(self._directory, snapshot.Snapshot(self.replay.table, sums))
 
     def follow(self, mark: HighWaterMark | None) -> None:
-        """Read the commits of other processes up to a mark; the caller serializes calls."""
-        # With the lock held, no process prunes the log while we move from one segment to the next.
+        """Read the commits of other processes up to a mark. The caller must serialize calls."""
+        # While the lock is held, no process prunes the log while we move from one segment to the next.
         if mark is None or mark.segment != self.cursor.segment:
             with self.lock.held():
                 self.recover()
@@ -116,7 +116,7 @@ class OpenLog:
             self.note_end(mark)
 
     def recover(self) -> None:
-        """Read the whole log, including leftovers of a dead appender; the caller holds the lock."""
+        """Read the whole log, including a dead appender's leftovers. The caller must hold the lock."""
         if self.cursor.segment == 0:
             install_loaded(self._directory)
         mark = self.lock.read()
@@ -149,7 +149,7 @@ class OpenLog:
         self._adopt(mark)
 
     def is_complete(self, mark: HighWaterMark) -> bool:
-        """Whether the log ends exactly at the mark, in the segment of the cursor."""
+        """Return whether the log ends exactly at the mark, in the segment of the cursor."""
         found, cursor = self._listing.read(), self.cursor
         is_newest = bool(found) and cursor.segment == mark.segment == found[-1].first
         return is_newest and _is_settled(mark) and cursor.offset <= mark.end == cursor.size()
@@ -173,7 +173,7 @@ class OpenLog:
         return end
 
     def _adopt(self, mark: HighWaterMark | None) -> None:
-        """Publish the end of the log, including commits that a dead appender wrote but did not acknowledge."""
+        """Publish the end of the log, including commits that a dead appender did not acknowledge."""
         cursor, position = self.cursor, self.replay.table.position
         end = HighWaterMark(cursor.segment, cursor.offset, position, cursor.offset, position, boot_id())
         if mark is not None and mark._replace(durable_end=end.durable_end, durable=end.durable) == end:
@@ -183,14 +183,14 @@ class OpenLog:
             is_same = mark is not None and mark.segment == cursor.segment
             start = mark.durable_end if mark and is_same else 0
             if not is_same:
-                sync_folder(self._directory)  # its creator may have been killed before
+                sync_folder(self._directory)  # its creator may have been killed before syncing
             if start < cursor.offset and not cursor.is_closed:
                 rewrite(cursor.path, start, cursor.sums[cursor.segment])
         self.lock.publish(end)
         self.note_end(end)
 
     def note_end(self, mark: HighWaterMark) -> None:
-        """Record that the table has the log up to a mark."""
+        """Record that the table contains the log up to a mark."""
         self.end = mark
         self._ends.append(mark)
 
@@ -204,12 +204,12 @@ def _size(sums: Mapping[int, Checksum]) -> int:
 
 
 def _is_settled(mark: HighWaterMark | None) -> TypeGuard[HighWaterMark]:
-    """Whether the mark covers everything that was written since the boot of the machine."""
+    """Return whether the mark covers everything written since the machine booted."""
     return mark is not None and mark.boot == boot_id() and not mark.is_uncertain
 
 
 def _known_position(mark: HighWaterMark | None) -> int:
-    """Return the minimum position of the log's end: after a reboot, that of the durable part."""
+    """Return the minimum position of the log's end; after a reboot, the end of the durable part."""
     if mark is None:
         return 0
     return mark.position if mark.boot == boot_id() else mark.durable

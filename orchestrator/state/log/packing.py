@@ -1,8 +1,9 @@
-"""Compress closed segments as Zstandard frames (RFC 8878), which `zstdcat` reads.
+"""Compress closed segments as Zstandard frames (RFC 8878), readable with `zstdcat`.
 
-The file starts with a skippable frame that has the checksum of the content and the CRC-32 of the rest, to verify a
-segment without unpacking it. The content is packed in parts of whole lines, each after a skippable frame with its
-lengths, its CRC-32 and its first position: damage affects one part only, and reading one commit unpacks one part.
+The file starts with a skippable frame that has the checksum of the content and the CRC-32 of the rest, so that a
+segment can be verified without unpacking. The content is packed in parts of whole lines, each preceded by a skippable
+frame with its lengths, CRC-32 and first position. So damage affects only one part, and reading a commit unpacks only
+one part.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _NEAR_BYTES: Final = 256 << 10  # bytes to read around a searched line
 
 
 class Checksum(NamedTuple):
-    """The size and CRC-32 of some bytes."""
+    """The size and CRC-32 of a byte string."""
 
     size: int
     crc: int
@@ -52,7 +53,7 @@ class Packer:
         self._content, self._packed_crc = Checksum(0, 0), 0
 
     def add(self, lines: bytes) -> bytes:
-        """Return the packed form of more whole lines, which continues the data returned before."""
+        """Return more whole lines in packed form, continuing the data returned before."""
         parts = []
         for part in _split(lines):
             item = scan(part, 0)
@@ -66,7 +67,7 @@ class Packer:
         return packed
 
     def head(self) -> bytes:
-        """Return the head for all data returned so far; its length is constant."""
+        """Return the head for all data returned so far. Its length is constant."""
         return _WHOLE.pack(_MAGIC, _WHOLE.size - 8, *self._content, self._packed_crc)
 
 
@@ -83,7 +84,7 @@ def unpack(packed: bytes) -> bytes:
 
 
 def read_content_checksum(packed: bytes) -> Checksum | None:
-    """Return the checksum of the unpacked content; None if the packed bytes are damaged."""
+    """Return the checksum of the unpacked content, or None if the packed bytes are damaged."""
     if len(packed) < _WHOLE.size:
         return None
     magic, length, size, crc, packed_crc = _WHOLE.unpack_from(packed)
@@ -120,10 +121,10 @@ def _unpack(part: _Part) -> bytes:
 
 
 class SegmentReader:
-    """The content of a segment, packed or not."""
+    """The content of a packed or unpacked segment."""
 
     def __init__(self, path: Path) -> None:
-        """Open the segment; OSError if it does not exist."""
+        """Open the segment. Raises OSError if it does not exist."""
         self._file = path.open("rb", buffering=0)
         self.is_damaged = False
         """Whether damaged parts are missing from the content."""
@@ -150,20 +151,20 @@ class SegmentReader:
         return content[begin : begin + size]
 
     def around(self, position: int) -> bytes:
-        """Return some lines, which include that of a commit if it exists."""
+        """Return a range of lines that includes the line of a commit, if it exists."""
         if self._parts is not None:
             parts = [part for part in self._parts if part.first <= position]
             return self._content(parts[-1]) if parts else b""
         low, high = 0, self.size()
         while high - low > _NEAR_BYTES:
             found = self._line_behind((low + high) // 2, high)
-            if found is None:  # the line before may extend to the end
+            if found is None:  # the previous line may extend to the end
                 break
             low, high = (found[0], high) if found[1] <= position else (low, found[0])
         return self.read(high - low, low)
 
     def _line_behind(self, offset: int, end: int) -> tuple[int, int] | None:
-        """Return the offset and position of the first valid line between two offsets; None if there is none."""
+        """Return the offset and position of the first valid line between two offsets, or None."""
         size = _NEAR_BYTES // 4
         while True:
             data = self.read(min(size, end - offset), offset)
@@ -182,7 +183,7 @@ class SegmentReader:
         self._file.close()
 
     def _content(self, part: _Part) -> bytes:
-        """Return a part's content; caches the last one for sequential reads."""
+        """Return a part's content, caching the last part for sequential reads."""
         if self._unpacked is None or self._unpacked[0] is not part:
             self._unpacked = part, _unpack(part)
         return self._unpacked[1]

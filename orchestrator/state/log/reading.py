@@ -1,4 +1,4 @@
-"""Read the log: replay it into a table, with reports of damage, or return its records."""
+"""Read the log: replay it into a table, reporting damage, or return its records."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from orchestrator.state.log.segments import HighWaterMark, LogCursor, PrunedEnd,
 from orchestrator.state.log.table import DocumentTable
 
 PART_BYTES: Final = 1 << 20
-"""The bytes to read or write per call in a thread."""
+"""Bytes to read or write per call in a thread."""
 
 
 class LogReplay:
-    """Applies lines to a table in the log's order, and decides the effect of each damage.
+    """Applies lines to a table in log order, and decides the effect of damage.
 
-    Bytes that are no valid line have no meaning by themselves: only the positions around them show whether commits are
-    missing. They are kept as suspects until the next valid line, or until the known end.
+    Bytes that are not a valid line have no meaning by themselves: only the positions around them show whether commits
+    are missing. They are kept as suspects until the next valid line or the known end.
     """
 
     def __init__(self, table: DocumentTable | None = None) -> None:
-        """Start with the table of an already replayed part of the log, or with an empty one."""
+        """Start with the table of an already replayed part of the log, or with an empty table."""
         self.table = DocumentTable() if table is None else table
         self.damage: list[Damage] = []
         self._suspects: list[ScannedItem] = []
 
     def take(self, found: ScannedItem) -> None:
-        """Take the next scanned item of the log."""
+        """Process the next scanned item of the log."""
         if isinstance(found.item, PrunedEnd):
             self._end_pruned(found.path, found.item.last)
             return
         if isinstance(found.item, DecodedLine) and found.is_copy:
-            what = f"commit {found.item.line.position} is there twice: its copy is skipped"
+            what = f"commit {found.item.line.position} occurs twice: the copy was skipped"
             self.report(found.path, found.offset, (), what)
             return
         if not isinstance(found.item, DecodedLine) or found.item.line.position <= self.table.position:
@@ -47,9 +47,9 @@ class LogReplay:
             self._settle(line.position - 1 - self.table.position, found.path, found.offset)
         if line.is_damaged:
             keys = tuple(change.key for change in line.changes if change.length)
-            self.report(found.path, found.offset, keys, f"commit {line.position} is damaged: older values kept")
+            self.report(found.path, found.offset, keys, f"commit {line.position} is damaged: older values were kept")
         elif found.item.terminator not in {b"\n", b""}:
-            self.report(found.path, found.offset, (), f"commit {line.position} lacks its line's end: nothing lost")
+            self.report(found.path, found.offset, (), f"commit {line.position} has no line end: nothing was lost")
         self.table.apply(line)
 
     def _end_pruned(self, path: Path, last: int) -> None:
@@ -61,7 +61,7 @@ class LogReplay:
         self.table.position = last
 
     def finish(self, position: int, path: Path, offset: int) -> None:
-        """Check the end of the log, whose newest commit is known to be at `position` or later."""
+        """Check the end of the log, whose newest commit is at `position` or later."""
         missing = position - self.table.position
         self._settle(max(missing, 1) if self._suspects else missing, path, offset)
 
@@ -80,7 +80,7 @@ class LogReplay:
             self.report(path, offset, None, what)
             self.table.lose(missing)
         elif self._suspects:
-            self.report(path, offset, (), "bytes that are no commit: skipped, no commit is missing")
+            self.report(path, offset, (), "skipped bytes that are not a commit; no commit is missing")
         self._suspects.clear()
 
 
@@ -91,7 +91,7 @@ def replay_until(replay: LogReplay, cursor: LogCursor, mark: HighWaterMark | Non
 
 
 def read_dumped_commits(cursor: LogCursor, end: HighWaterMark) -> list[DumpedCommit]:
-    """Return the next commits up to the end; RefusedError if one of them is unreadable."""
+    """Return the next commits up to the end. Raises RefusedError if one of them is unreadable."""
     commits, size = list[DumpedCommit](), 0
     for found in cursor.read(end):
         if isinstance(found.item, PrunedEnd):
@@ -106,7 +106,7 @@ def read_dumped_commits(cursor: LogCursor, end: HighWaterMark) -> list[DumpedCom
 
 
 def check_retained(directory: Path, after: int) -> None:
-    """Raise HistoryCompacted if commits after position `after` are pruned."""
+    """Raise HistoryCompacted if commits after position `after` were pruned."""
     first = pruned_through(directory)
     if after < first:
         raise HistoryCompacted(after, first)
@@ -115,7 +115,7 @@ def check_retained(directory: Path, after: int) -> None:
 def read_records(
     directory: Path, cursor: LogCursor, until: HighWaterMark, after: int
 ) -> tuple[list[CommitRecord], bool]:
-    """Return the next records after position `after`, and True if `until` is reached."""
+    """Return the next records after position `after`, and whether `until` is reached."""
     records, start = [], (cursor.segment, cursor.offset)
     try:
         for found in cursor.read(until):

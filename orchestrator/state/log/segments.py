@@ -1,10 +1,10 @@
 """The files of the commit log: segments, and a lock file with the high-water mark.
 
-Segments are named by their first position; a segment with the rest of pruned ones is named by its last position, too.
-Closed segments may be packed (`orchestrator.state.log.packing`). Only the holder of the flock appends. Readers take no
-lock: they read up to the mark, which advances after the data is safe, so that they never see data that a failing disk
-loses. The mark itself is never made durable: after a reboot it may be outdated, and may include commits that were not
-durable. All functions block, and run in worker threads.
+Segments are named by their first position; a segment with the rest of pruned ones also by its last position. Closed
+segments may be packed (`orchestrator.state.log.packing`). Only the holder of the flock appends. Readers take no lock:
+they read up to the mark, which advances only after the data is safe, so they never see data that a failing disk loses.
+The mark itself is never made durable: after a reboot it may be outdated, and may include commits that were not durable.
+All functions block, and run in worker threads.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from orchestrator.system.process_table import UNKNOWN_BOOT, find_lock_owner, pro
 from orchestrator.system.slow_waits import NOTICE_AFTER, logger
 
 AT_ONCE_BYTES: Final = 16 << 10
-"""The bytes to read or write on the event loop at most: some ten recent commits, or commits without sync."""
+"""The maximum bytes to read or write on the event loop: about ten recent commits, or commits without a sync."""
 _READ_BYTES: Final = 1 << 20
 _MARK_BYTES: Final = 148
 _LOCK: Final = "lock"
@@ -44,22 +44,22 @@ class HighWaterMark(NamedTuple):
     end: int
     position: int
     durable_end: int = 0
-    """The offset up to which that segment is known to be durable; all earlier segments are."""
+    """The offset up to which that segment is known to be durable; all earlier segments are durable."""
     durable: int = 0
     """The position up to which the log is durable."""
     boot: str = UNKNOWN_BOOT
-    """The boot of the machine in which it was written."""
+    """The id of the machine boot in which it was written."""
     is_uncertain: bool = False
-    """Whether a write failed: data after `end` was rejected, data that is not durable may never reach the disk."""
+    """Whether a write failed: data after `end` was rejected, and non-durable data may never reach the disk."""
 
     def encode(self) -> bytes:
-        """Return text of fixed length with a checksum: a reader may read a partly written mark."""
+        """Return fixed-length text with a checksum, because a reader may read a partly written mark."""
         text = b"%020d %020d %020d %020d %020d %b %d" % (*self[:5], self.boot.encode(), self.is_uncertain)
         return b"%b %08x" % (text, zlib.crc32(text))
 
     @classmethod
     def decode(cls, data: bytes) -> HighWaterMark | None:
-        """Return the mark, or None if `data` is not one."""
+        """Return the mark, or None if `data` is not a mark."""
         fields = data.split(b" ")
         if len(data) != _MARK_BYTES or len(fields) != 8 or fields[7] != b"%08x" % zlib.crc32(data[:-9]):
             return None
@@ -68,23 +68,23 @@ class HighWaterMark(NamedTuple):
 
 
 class LogLostError(OSError):
-    """The log no longer has the data that was read from it."""
+    """The log no longer contains data that was read from it."""
 
     def __init__(self, why: str) -> None:
         super().__init__(errno.EIO, why)
 
 
 class Segment(NamedTuple):
-    """A file of the log, with the commits from `first` on."""
+    """A file of the log with the commits from `first` on."""
 
     first: int
     last: int = 0
-    """If set, the segment has the rest of pruned commits up to that position; else all commits."""
+    """If set, the segment has what pruning kept of the commits up to that position; otherwise all commits."""
     is_packed: bool = False
 
     @property
     def is_pruned(self) -> bool:
-        """Whether it is pruned."""
+        """Whether the segment is pruned."""
         return self.last > 0
 
     def packed(self) -> Segment:
@@ -92,7 +92,7 @@ class Segment(NamedTuple):
         return self._replace(is_packed=True)
 
     def path(self, directory: Path) -> Path:
-        """Return its path."""
+        """Return the segment's path."""
         last = f"-{self.last:020d}" if self.last else ""
         return directory / f"{self.first:020d}{last}.jsonl{'.zst' if self.is_packed else ''}"
 
@@ -118,7 +118,7 @@ class ScannedItem(NamedTuple):
 
 
 class LogLock:
-    """The permanent lock file, kept open; it contains the mark."""
+    """The permanent lock file, kept open, which contains the mark."""
 
     def __init__(self, directory: Path) -> None:
         self._path = str(directory / _LOCK)
@@ -127,7 +127,7 @@ class LogLock:
         self._read: tuple[bytes, HighWaterMark | None] = b"", None
 
     def read(self) -> HighWaterMark | None:
-        """Return the mark, None if it is missing or torn; cheap enough for the event loop."""
+        """Return the mark, or None if missing or torn. Cheap enough for the event loop."""
         data = os.pread(self._file.fileno(), _MARK_BYTES, 0)
         known, mark = self._read
         if data != known:
@@ -144,22 +144,28 @@ class LogLock:
     def check_not_replaced(self) -> None:
         """Raise OSError (ESTALE) if the lock file was moved or replaced since it was opened.
 
-        If a folder was moved, or replaced by a copy, other processes lock another file there.
+        After a folder is moved or replaced by a copy, other processes lock a different file there.
         """
         with suppress(FileNotFoundError, NotADirectoryError):
             if _identity(os.stat(self._path)) == self._identity:  # noqa: PTH116  (called for each commit: pathlib takes twice as long)
                 return
-        raise OSError(errno.ESTALE, "it was moved or replaced while it was in use")
+        raise OSError(errno.ESTALE, "it was moved or replaced while in use")
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Exclude all other appenders, also in this process. Blocks; raises like `check_not_replaced`."""
+        """Exclude all other appenders, including those in this process. Blocks.
+
+        Raises the errors of `check_not_replaced`.
+        """
         with self._taken(block=True):
             yield
 
     @contextmanager
     def try_held(self) -> Iterator[bool]:
-        """Take the lock like `held` if it is free; yield whether it was. Raises like `check_not_replaced`."""
+        """Take the lock like `held` if it is free; yield whether it was free.
+
+        Raises the errors of `check_not_replaced`.
+        """
         with self._taken(block=False) as is_taken:
             yield is_taken
 
@@ -194,7 +200,7 @@ class LogLock:
         logger.warning("waiting for the lock of the state log, held by %s, %s", what, remedy)
 
     def close(self) -> None:
-        """Close the file; every later use raises ValueError."""
+        """Close the file. Later use raises ValueError."""
         self._file.close()
 
 
@@ -205,17 +211,17 @@ def _identity(found: os.stat_result) -> tuple[int, int]:
 def list_segments(directory: Path) -> list[Segment]:
     """Return the segments that make up the log, in order.
 
-    Replaced files that a crash left are ignored: older ones than the newest pruned segment, and the unpacked form of a
-    packed one.
+    Files that were replaced but left by a crash are ignored: those older than the newest pruned segment, and the
+    unpacked form of a packed segment.
     """
     return _segments_of(os.listdir(directory))  # noqa: PTH208  (creates far fewer objects)
 
 
 class SegmentListing:
-    """A cache of a folder's segments, which are listed often and change rarely."""
+    """A cache of a folder's segments, which are listed often but change rarely."""
 
     def __init__(self, directory: Path) -> None:
-        """Cache the segments of a folder, which is read on demand."""
+        """Cache the segments of a folder, reading it on demand."""
         self._directory = str(directory)
         self._changed = 0
         self._segments: list[Segment] = []
@@ -226,7 +232,7 @@ class SegmentListing:
         if changed != self._changed:
             now = time.time_ns()
             self._segments = _segments_of(os.listdir(self._directory))  # noqa: PTH208  (creates far fewer objects)
-            # Another change so soon afterwards may have the same time.
+            # Another change shortly afterwards may have the same time.
             self._changed = changed if now - changed > _TICK else 0
         return self._segments
 
@@ -242,12 +248,15 @@ def _segments_of(names: list[str]) -> list[Segment]:
 
 
 def pruned_through(directory: Path) -> int:
-    """Return the position up to which commits are pruned; 0 if none are."""
+    """Return the position up to which commits are pruned, or 0."""
     return next((one.last for one in list_segments(directory)), 0)
 
 
 def open_segment(directory: Path, segment: Segment) -> SegmentReader:
-    """Open a segment, in its packed form if it was packed meanwhile; FileNotFoundError if it is missing."""
+    """Open a segment, or its packed form if packed meanwhile.
+
+    Raises FileNotFoundError if it is missing.
+    """
     try:
         return SegmentReader(segment.path(directory))
     except FileNotFoundError:
@@ -264,15 +273,15 @@ def segment_size(directory: Path, segment: Segment) -> int:
 
 
 class LogCursor:
-    """A cursor in the log, to read from its position on."""
+    """A cursor in the log, for reading from its position on."""
 
     def __init__(self, directory: Path, after: int = 0) -> None:
         """Start at the beginning of the segment with the position after `after`."""
         self.segment, self.offset = 0, 0
         self.sums: dict[int, Checksum] = {}
-        """The checksum of the content before the cursor, by segment, if read from its beginning."""
+        """The checksums of the content before the cursor, keyed by segment, if read from the beginning."""
         self.path = directory
-        """The segment's file; the directory if there is no segment."""
+        """The segment's file, or the directory if there is no segment."""
         self._directory = directory
         self._file = Segment(0)
         self._source: SegmentReader | None = None
@@ -281,7 +290,7 @@ class LogCursor:
 
     @property
     def is_closed(self) -> bool:
-        """Whether the segment can't grow any more."""
+        """Whether the segment can no longer grow."""
         return self._file.is_packed
 
     @property
@@ -290,15 +299,18 @@ class LogCursor:
         return self.segment > 0 and self.sums[self.segment].size == self.offset
 
     def is_near(self, mark: HighWaterMark) -> bool:
-        """Whether a mark is so close that the data up to it can be read on the event loop."""
+        """Return whether a mark is so close that the data up to it can be read on the event loop."""
         return mark.segment == self.segment and mark.end - self.offset <= AT_ONCE_BYTES
 
     def size(self) -> int:
-        """Return the current size of the segment's file in bytes; -1 if it is packed and can't grow any more."""
+        """Return the current size of the segment's file in bytes; -1 if packed, so that it can no longer grow."""
         return -1 if self.is_closed else self.path.stat().st_size
 
     def read(self, until: HighWaterMark) -> Iterator[ScannedItem]:
-        """Yield the items up to `until`, moving after each; the cursor stays before an incomplete line at the end."""
+        """Yield the items up to `until`, moving after each one.
+
+        The cursor stays before an incomplete line at the end.
+        """
         while True:
             yield from self._rest(until)
             if self.segment >= until.segment or not self._next_segment():
@@ -309,13 +321,13 @@ class LogCursor:
         self._move(Segment(first))
 
     def jump(self, end: HighWaterMark) -> None:
-        """Move to a former end of the log, unless the cursor starts in a later segment."""
+        """Move to a former end of the log unless the cursor starts in a later segment."""
         if end.segment >= self._start:
             self._move(Segment(end.segment))
             self.offset = end.end
 
     def skip(self, data: bytes) -> None:
-        """Move after data that this process has appended here."""
+        """Move past data that this process has appended here."""
         self.offset += len(data)
         self._before = 0
         self._add(data)
@@ -368,7 +380,7 @@ class LogCursor:
             yield ScannedItem(path, self.offset, PrunedEnd(self._file.last), is_pruned)
 
     def _is_copy(self, source: SegmentReader, offset: int, item: ScanResult, size: int) -> bool:
-        """Whether an item equals the bytes right before it."""
+        """Return whether an item equals the bytes right before it."""
         if not isinstance(item, DecodedLine):
             return False
         before, self._before = self._before, item.line.position
@@ -390,7 +402,10 @@ class LogCursor:
 
 
 def _items(data: bytes, *, is_whole: bool) -> Iterator[tuple[int, ScanResult]]:
-    """Yield the items in `data` with their offsets; unless it is whole, without those that more bytes might change."""
+    """Yield the items in `data` with their offsets.
+
+    Unless `data` is whole, omits items that more bytes might change.
+    """
     start = 0
     while start < len(data):
         item = scan(data, start)
@@ -402,7 +417,7 @@ def _items(data: bytes, *, is_whole: bool) -> Iterator[tuple[int, ScanResult]]:
 
 
 def find_line(directory: Path, position: int) -> LogLine | None:
-    """Return the line of a commit; None if it is missing or unreadable."""
+    """Return the line of a commit, or None if missing or unreadable."""
     found = [one for one in list_segments(directory) if one.first <= position]
     if not found:
         return None
@@ -411,7 +426,7 @@ def find_line(directory: Path, position: int) -> LogLine | None:
 
 
 def _find_line(data: bytes, position: int) -> LogLine | None:
-    """Find a line by binary search; lines are in the order of their positions."""
+    """Find a line by binary search; lines are ordered by position."""
     low, high = 0, len(data)
     while low < high:
         start = data.rfind(b"\n", low, (low + high) // 2) + 1 or low
@@ -430,14 +445,14 @@ def _find_line(data: bytes, position: int) -> LogLine | None:
 
 
 def create_segment(directory: Path, first: int) -> None:
-    """Create an empty segment, and make its name durable. After an OSError it may exist anyway."""
+    """Create an empty segment, and make its name durable. After an OSError it may exist."""
     path = Segment(first).path(directory)
     os.close(open_private(str(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL))
     sync_folder(directory)
 
 
 def append(path: Path, offset: int, data: bytes, *, durable: bool = True) -> int:
-    """Write `data` at `offset`, and return its end. After an OSError it may be written in part."""
+    """Write `data` at `offset`, and return the end offset. After an OSError it may be partly written."""
     with opened(path, os.O_WRONLY) as fd:
         _write_at(fd, data, offset)
         if durable:
@@ -459,10 +474,10 @@ def truncate(path: Path, offset: int) -> None:
 
 
 def rewrite(path: Path, start: int, known: Checksum) -> None:
-    """Write the content of a file from `start` on again, and make it durable, because a failed sync is reported once.
+    """Rewrite the content of a file from `start` on after a failed sync, and make it durable.
 
-    After a failed sync the next one succeeds although the data may never reach the disk. Raises OSError if this fails,
-    too, or if the file's content is not the `known` one.
+    The system reports a failed sync only once: the next sync succeeds although the data may never reach the disk.
+    Raises OSError if this also fails, or if the file's content differs from `known`.
     """
     with opened(path, os.O_RDWR) as fd:
         data = os.pread(fd, known.size, 0)

@@ -1,10 +1,10 @@
-"""A file with the newest documents, so that opening does not replay a long log. The log stays authoritative.
+"""A snapshot file of the newest documents, which avoids replaying a long log on opening.
 
     <crc of the rest> <length of the index> <index> <values>
 
-It is written when a store is closed, read when one is opened, and used only if all bytes of its part of the log still
-have the checksum from the time of the replay: damage is detected as without a snapshot. A torn, outdated or missing
-snapshot only costs time, so it is not made durable.
+The log stays authoritative. A snapshot is written when a store is closed, read when one is opened, and used only if all
+bytes of its part of the log still have the checksum from the replay, so damage is detected as without a snapshot. A
+torn, outdated or missing snapshot only costs time, so it is not made durable.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from orchestrator.system.failpoints import failpoint
 from orchestrator.system.files import StagedFile
 
 SNAPSHOT_FILE: Final = "snapshot"
-#: The number of new bytes of the log from which a new snapshot is written.
+#: The number of new log bytes from which a new snapshot is written.
 MIN_NEW_BYTES: Final = 1 << 20
 
-# Allocating memory for more bytes, or more documents, at once takes longer than their checksum.
+# Allocating memory for more bytes or documents at once takes longer than computing their checksum.
 _READ_BYTES: Final = 1 << 16
 _AT_ONCE: Final = 64
-#: Errors of reading a damaged snapshot, whose checksum is only known at the end.
+#: Errors from reading a damaged snapshot, whose checksum is only known at the end.
 _DAMAGED: Final = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError)
 _HEAD_BYTES: Final = 18  # two numbers of eight hexadecimal digits, each with a space
 
 
 class Snapshot(NamedTuple):
-    """The state after a part of the log; `sums` has its segments by first position, in order."""
+    """The state after a part of the log; `sums` has its segments in order, keyed by first position."""
 
     table: DocumentTable
     sums: Mapping[int, Checksum]
@@ -96,7 +96,7 @@ def read_snapshot(directory: Path) -> Snapshot | None:
 
 
 def _values(file: BinaryIO, lengths: Sequence[int], crc: int) -> tuple[list[bytes | None], int]:
-    """Read the values of a kind; return them, and the checksum after them."""
+    """Read the values of a kind; return them and the updated checksum."""
     values: list[bytes | None] = []
     for start in range(0, len(lengths), _AT_ONCE):
         ends = list(accumulate(lengths[start : start + _AT_ONCE], initial=0))

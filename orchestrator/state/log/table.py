@@ -1,6 +1,6 @@
-"""The newest version of each document in the log, by kind and id.
+"""The newest version of each document in the log, keyed by kind and id.
 
-Values stay encoded until they are read: opening a store needs no parsing, and each reader decodes a copy of its own.
+Values stay encoded until they are read: opening a store needs no parsing, and each reader decodes its own copy.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from orchestrator.state.log.codec import EncodedCommit, EncodedWrite, LineChange
 
 
 class TableEntry(NamedTuple):
-    """A document's newest version. `value` is encoded; None if it was deleted, or lost before it was ever read.
+    """A document's newest version. `value` is encoded, or None if deleted, or lost before it was read.
 
     `damaged`: this version's value is unknown, and `value` is an older one.
     """
@@ -39,7 +39,7 @@ class TableEntry(NamedTuple):
     expires: float | None = None
 
     def exists(self, now: float) -> bool:
-        """Return True if the document exists, even with an unknown value; a deleted one only keeps its version."""
+        """Return True if the document exists, even with an unknown value. A deleted one keeps only its version."""
         return (self.value is not None or self.damaged) and (self.expires is None or now < self.expires)
 
 
@@ -51,15 +51,15 @@ class DocumentTable:
         self.position = position
         self._kinds: dict[str, dict[str, TableEntry]] = dict(kinds or {})
         self._sorted_ids: dict[str, list[str]] = {}
-        # Held for one whole line, so that no reader sees half of a commit.
+        # Held for a whole line, so that no reader sees a partial commit.
         self._lock = threading.Lock()
 
     def entry(self, key: Key) -> TableEntry | None:
-        """Return the entry of a key, also of a deleted document."""
+        """Return the entry of a key, even for a deleted document."""
         return self._kinds.get(key.kind, {}).get(key.id)
 
     def compare(self, other: DocumentTable) -> tuple[list[Key], list[Key]]:
-        """Return the documents that are damaged in either table, and the other ones that differ."""
+        """Return the documents that are damaged in either table, and the others that differ."""
         pairs = {
             Key(kind, name): (self.entry(Key(kind, name)), other.entry(Key(kind, name)))
             for table in (self, other)
@@ -71,7 +71,7 @@ class DocumentTable:
         return sorted(damaged), sorted(set(differs) - set(damaged))
 
     def kinds(self) -> Mapping[str, Mapping[str, TableEntry]]:
-        """Return all entries by kind and id, also of deleted documents; only for the applying thread."""
+        """Return all entries by kind and id, including deleted documents. Only for the applying thread."""
         return self._kinds
 
     def get(self, key: Key, now: float) -> Document | None:
@@ -87,7 +87,7 @@ class DocumentTable:
         return {key: _document(key, entry) for key, entry in found if entry.exists(now)}
 
     def documents(self, kind: str, now: float, prefix: str = "") -> Sequence[Document]:
-        """Return the documents of a kind whose id begins with `prefix`, by id."""
+        """Return the documents of a kind whose id begins with `prefix`, ordered by id."""
         with self._lock:
             entries = self._kinds.get(kind, {})
             found = [(name, entries[name]) for name in self._ids(kind, prefix)]
@@ -106,7 +106,7 @@ class DocumentTable:
         return StoreStatistics(position, first, len(there), sum(size for _, size in there), log_bytes, expired, large)
 
     def apply(self, line: LogLine) -> None:
-        """Apply a line, which must be at the next position."""
+        """Apply a line, which must have the next position."""
         if line.is_damaged:
             new = [(change, self._damaged(change, line)) for change in line.changes]
         else:
@@ -124,9 +124,9 @@ class DocumentTable:
             self.position = stage.position
 
     def lose(self, commits: int) -> None:
-        """Skip commits that are lost: each of them may have changed any document.
+        """Skip lost commits, each of which may have changed any document.
 
-        Versions advance by the maximum that those commits can have added, so that no version is ever used twice.
+        Versions advance by the maximum that those commits can have added, so that no version is ever reused.
         """
         with self._lock:
             for entries in self._kinds.values():
@@ -156,12 +156,12 @@ class DocumentTable:
         if ids is None:
             ids = self._sorted_ids[kind] = sorted(self._kinds.get(kind, ()))
         first = bisect_left(ids, prefix)
-        # Sorted by characters, so that ids with the prefix are adjacent.
+        # Sorted by code points, so that ids with the same prefix are adjacent.
         return ids[first : bisect_right(ids, prefix, first, key=lambda name: name[: len(prefix)])]
 
 
 class _Documents(Sequence[Document]):
-    """Documents of a kind that are made when they are looked at."""
+    """Documents of a kind, created on access."""
 
     def __init__(self, kind: str, entries: list[tuple[str, TableEntry]]) -> None:
         self._kind, self._entries = kind, entries
@@ -195,17 +195,17 @@ class _Documents(Sequence[Document]):
 
 
 class CommitStage:
-    """Commits that hold against a table and against each other, in order, but are not yet applied to it."""
+    """Commits that are valid for a table and each other, in order, but not yet applied to it."""
 
     def __init__(self, table: DocumentTable, by: str, durable: int = 0) -> None:
-        """Stage commits of the process `by` to a log that is known to be durable up to a position."""
+        """Stage commits of the process `by` for a log that is durable up to a position."""
         self.lines: list[LogLine] = []
         self.position = table.position
         self.changed: dict[Key, TableEntry] = {}
         self._table, self._by, self._durable = table, by, durable
 
     def add(self, commit: EncodedCommit, time: float) -> LogLine:
-        """Give `commit` the next position. Raises VersionConflict or LeaseLost, and then it is not staged."""
+        """Stage `commit` at the next position. Raises VersionConflict or LeaseLost if it is not valid."""
         for guard in commit.guards:
             self._check_guard(guard, time)
         changes = tuple(self._change(write, time) for write in commit.writes)
@@ -231,7 +231,7 @@ class CommitStage:
 
     def _check_guard(self, guard: Guard, now: float) -> None:
         entry = self._entry(guard.key)
-        # An older value proves nothing: the lost version may have a new holder.
+        # An older value proves nothing: the lost version may have had a new holder.
         known = entry is not None and entry.exists(now) and not entry.damaged
         epoch = json.loads(entry.value).get("epoch") if known and entry and entry.value else None
         if epoch != guard.epoch:
@@ -250,9 +250,9 @@ def _document(key: Key, entry: TableEntry) -> Document:
 def read_versions(
     entry: TableEntry | None, key: Key, limit: int, line_at: Callable[[int], LogLine | None]
 ) -> list[DocumentVersion]:
-    """Return the newest versions of a document, the newest first; `line_at` returns the line of a commit, or None.
+    """Return the newest versions of a document, newest first; `line_at` returns a commit's line, or None.
 
-    Each line has the position of the version before.
+    Each line has the position of the previous version.
     """
     versions: list[DocumentVersion] = []
     position = entry.position if entry else 0
@@ -267,7 +267,7 @@ def read_versions(
 
 
 def rebuild_state(position: int, lines: Iterable[LogLine], first: int = 0) -> StateSnapshot:
-    """Return the state right after a commit, from the lines up to it; of those up to `first` some may be missing."""
+    """Return the state after a commit, from the lines up to it; some of those up to `first` may be missing."""
     table = DocumentTable()
     time = 0.0
     for line in lines:
@@ -277,5 +277,7 @@ def rebuild_state(position: int, lines: Iterable[LogLine], first: int = 0) -> St
         time = line.time
     table.position = max(table.position, min(first, position))
     if table.position < position:
-        raise RefusedError(f"the newest commit is {table.position}, there is no {position} yet", "name an earlier one")
+        raise RefusedError(
+            f"position {position} does not exist yet (newest: {table.position})", "use an earlier position"
+        )
     return StateSnapshot(table.position, time, table.all_documents(time))

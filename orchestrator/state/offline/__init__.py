@@ -1,1 +1,1 @@
-"""Continue while a store is unreachable: `fork.survive_outages` is the entry point."""
+"""Continue while a store is unreachable. Entry point: `fork.survive_outages`."""

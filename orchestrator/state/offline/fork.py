@@ -1,8 +1,8 @@
 """Continue on this machine while a store can't be reached, and replay the commits afterwards.
 
-A fork is a local store that takes commits for an unreachable one. It starts with the documents that this process has
-seen, at their versions. Each commit also records its guards and expected versions, so that it can be repeated on the
-real store, which decides. `survive_outages` is the entry point.
+A fork is a local store that accepts commits in place of an unreachable store. It starts with the documents that this
+process has seen, at their versions. Each commit also records its guards and expected versions, so that it can be
+replayed on the real store, which decides. Entry point: `survive_outages`.
 """
 
 from __future__ import annotations
@@ -62,17 +62,17 @@ from orchestrator.system.file_lock import FileLock
 
 T = TypeVar("T")
 
-#: Takes one event at a time, in order, from a task of its own.
+#: Receives events one at a time, in order, in a separate task.
 EventSink = Callable[[TypedEvent], Awaitable[None]]
 
-#: Seconds to send the remaining events after the body has ended.
+#: Seconds to send the remaining events after the `with` block.
 _FLUSH_TIMEOUT: Final = 5.0
-#: The kind of the fork's own documents: for each commit, the facts that the log does not record.
+#: The kind of the fork's own documents: for each commit, facts that the log does not record.
 FORK_KIND: Final = "outage"
 _PROGRESS: Final = Key(FORK_KIND, "replayed")
-#: The TTL in seconds of a document that has expired by the time of its replay.
+#: The TTL in seconds for a document that has expired before its replay.
 _EXPIRED_TTL: Final = 0.001
-#: Attempts before the store counts as unreachable: a short hiccup is no outage.
+#: Attempts before the store counts as unreachable, because a brief failure is not an outage.
 _ATTEMPTS: Final = 3
 #: The longest pause between two of these attempts, in seconds.
 _LONGEST_PAUSE: Final = 0.5
@@ -84,13 +84,13 @@ _NEVER: Final = TableEntry(0, None, 0)
 
 
 class Mirror:
-    """The newest versions of the documents that were read, written, or changed since.
+    """The newest known versions of documents that this process has read or written.
 
-    Of a document that was never seen, neither the value nor the existence is known.
+    Neither the value nor the existence of other documents is known.
     """
 
     def __init__(self, position: int) -> None:
-        """Start empty; all commits after `position` will be followed."""
+        """Start empty, to follow all commits after `position`."""
         self.position = position
         """The position of the newest known commit."""
         self.followed = position
@@ -100,14 +100,14 @@ class Mirror:
         self._listed: dict[str, set[str]] = {}
 
     def record_read(self, key: Key, document: Document | None) -> None:
-        """Record the document that was read at a key, None if there is none."""
-        if document is None:  # a known document has expired, or was deleted, which is followed
+        """Record the document read at a key, or None if missing."""
+        if document is None:  # a known document has expired, or was deleted, which the log will show
             self._seen.setdefault(key, _NEVER)
         elif not document.damaged:
             self._put(key, TableEntry(*document[1:]))
 
     def record_list(self, kind: str, prefix: str, documents: Sequence[Document]) -> None:
-        """Record the documents of a list, and that there are no other ones."""
+        """Record listed documents, and that there are no others."""
         for document in documents:
             self.record_read(document.key, document)
         self._listed.setdefault(kind, set()).add(prefix)
@@ -125,7 +125,7 @@ class Mirror:
         """Record a commit of any process, as read from the log."""
         for key, (version, value) in record.documents.items():
             before = self._seen.get(key, _NEVER)
-            # Records have no expiry: the time to live of the previous version is assumed.
+            # Records have no expiry, so the TTL of the previous version is assumed.
             expires = None if before.expires is None else record.time + before.expires - before.time
             encoded = None if value is None else encode_object(key, value)
             self._put(key, TableEntry(version, encoded, record.position, False, record.time, record.by, expires))
@@ -140,7 +140,7 @@ class Mirror:
         self.position = max(self.position, seen.position)
 
     def newest(self, key: Key) -> tuple[int, JsonObject | None]:
-        """Return the newest known version of a document and its value, None if it was deleted."""
+        """Return the newest known version of a document and its value, or None if deleted."""
         seen = self._seen.get(key, _NEVER)
         return seen.version, None if seen.value is None else json.loads(seen.value)
 
@@ -153,7 +153,7 @@ class Mirror:
         return any(prefix.startswith(listed) for listed in self._listed.get(kind, ()))
 
     def dump(self) -> Dump:
-        """Return all documents as a log of their newest versions alone."""
+        """Return all documents as a log of only their newest versions."""
         return Dump(self.position, self.position, self._dump_commits())
 
     async def _dump_commits(self) -> AsyncGenerator[DumpedCommit]:
@@ -167,15 +167,15 @@ class Mirror:
 
 @dataclass(frozen=True, slots=True)
 class RejectedCommit:
-    """A commit that the store refused, with its documents as the fork has them."""
+    """A commit that the store refused, with its documents as in the fork."""
 
     documents: Sequence[tuple[Key, int, JsonObject | None]]
-    """Key, version and value, None where it was deleted."""
+    """Keys, versions and values; None for deleted documents."""
     events: Sequence[Event]
     reason: str
 
     def event(self) -> OutageCommitRejected:
-        """Return the event that reports it."""
+        """Return the event that reports the refused commit."""
         keys = [str(key) for key, _, _ in self.documents]
         types = [event.type for event in self.events]
         return OutageCommitRejected(keys=keys, events=types, reason=self.reason)
@@ -186,14 +186,14 @@ class ReplayResult:
     """The outcome of a replay."""
 
     accepted: list[tuple[Commit, int]] = field(default_factory=list)
-    """The commits as the store took them, with their positions there."""
+    """The commits as accepted by the store, with their positions there."""
     refused: list[RejectedCommit] = field(default_factory=list)
     shifts: dict[Key, int] = field(default_factory=dict)
-    """By how much a document's versions are higher in the store than in the fork."""
+    """How much higher a document's versions are in the store than in the fork."""
 
 
 class Fork:
-    """A local store that takes commits for an unreachable one, starting with its known documents."""
+    """A local store that accepts commits for an unreachable one, starting with its known documents."""
 
     def __init__(self, store: FileStore, clock: Clock) -> None:
         self.store, self._clock = store, clock
@@ -202,7 +202,7 @@ class Fork:
     @classmethod
     @asynccontextmanager
     async def open(cls, folder: Path, clock: Clock) -> AsyncIterator[Fork]:
-        """Open the fork in a folder, which is created if missing."""
+        """Open the fork in a folder, creating it if missing."""
         async with FileStore.open(folder, clock) as store:
             yield cls(store, clock)
 
@@ -221,22 +221,22 @@ class Fork:
         while True:
             self._count += 1
             key = Key(FORK_KIND, f"commit/{self._count:012d}")
-            if await self.store.get(key) is None:  # else an earlier process of this fork made it
+            if await self.store.get(key) is None:  # otherwise an earlier process of this fork created it
                 break
         return await self.store.commit(
             Commit([*commit.writes, Write(key, 0, note)], commit.events, commit.guards, durable=commit.durable)
         )
 
     async def adopt(self, commit: Commit) -> None:
-        """Take over a commit that reached the unreachable store after all."""
-        with suppress(VersionConflict):  # a later change in the fork is replayed, and refused
+        """Adopt a commit that did reach the unreachable store."""
+        with suppress(VersionConflict):  # a later change in the fork is replayed and then refused
             await self.store.commit(Commit(commit.writes, durable=False))
 
     async def replay(self, target: Store, result: ReplayResult) -> None:
-        """Make the fork's commits in `target`, in order, and add their outcome to `result`.
+        """Replay the fork's commits in `target`, in order, and add their outcomes to `result`.
 
-        `target` may refuse a commit; all that build on it are refused as well. StoreUnavailable if it can't be reached
-        (again); a later call continues after the last replayed commit.
+        If `target` refuses a commit, all commits that build on it are refused as well. Raises StoreUnavailable if
+        `target` can't be reached; a later call continues after the last replayed commit.
         """
         progress = await self._progress()
         async with aclosing(read_range(self.store, progress.position, await self.store.position())) as records:
@@ -264,7 +264,7 @@ class Fork:
         commit = _translate(record, note, progress.shifts, self._clock.now())
         written = {write.key for write in commit.writes}
         lost = sorted((written | {guard.key for guard in commit.guards}) & progress.lost)
-        reason = f"it builds on a refused change of {', '.join(map(str, lost))}" if lost else ""
+        reason = f"it builds on a refused change to {', '.join(map(str, lost))}" if lost else ""
         position = 0
         if not lost:
             try:
@@ -277,7 +277,7 @@ class Fork:
             result.refused.append(RejectedCommit(documents, record.events, reason))
             return
         for write in commit.writes:
-            # The fork may not have known that the target once had such a document.
+            # The fork may not have known that the target once had this document.
             if write.expected == 0 and (document := await target.get(write.key)) is not None:
                 progress.shifts[write.key] = document.version - record.documents[write.key][0]
         result.accepted.append((commit, position))
@@ -287,7 +287,7 @@ class Fork:
 class _Progress:
     position: int
     lost: set[Key] = field(default_factory=set)
-    """Documents whose changes in the fork the target refused."""
+    """Documents whose changes in the fork were refused by the target."""
     shifts: dict[Key, int] = field(default_factory=dict)
     version: int = 0
 
@@ -312,7 +312,7 @@ def _translate(record: CommitRecord, note: JsonObject, shifts: dict[Key, int], n
 
 
 class ForkingStore(StoreWrapper):
-    """A wrapper that uses the inner store, or a fork of it on this machine while it can't be reached.
+    """A store that uses an inner store, or a local fork of it while it can't be reached.
 
     `watch`, `history` and `at` wait for the inner store: positions and their records never change.
     """
@@ -333,18 +333,18 @@ class ForkingStore(StoreWrapper):
         self._held_lock, self._open_fork = AsyncExitStack(), AsyncExitStack()
         self._fork: Fork | None = None
         self._fork_lock = anyio.Lock()
-        """Held while a fork begins or ends, and by each user of it."""
+        """Held while a fork begins or ends, and by each caller that uses it."""
         self._went_offline, self._went_online = anyio.Event(), anyio.Event()
         self._replayed = ReplayResult()
         self._lost_epochs: dict[Key, set[int]] = {}
         """Epochs of leases that were acquired on a fork and belong to another process."""
         self._lost_versions: dict[Key, set[int]] = {}
-        """Versions of documents that the inner store refused and that were not read since."""
+        """Versions of documents that the inner store refused and that have not been read since."""
         self._shifts: dict[Key, tuple[int, int]] = {}
-        """By how much the inner store's versions exceed the fork's, and the highest version of the fork."""
+        """How much the inner store's versions exceed the fork's, and the highest version in the fork."""
 
     async def commit(self, commit: Commit) -> int:
-        """See `Store.commit`; the position is that in the fork while there is one."""
+        """See `Store.commit`; while there is a fork, returns the position in the fork."""
         commit, was_tried = self._to_inner_versions(commit), False
         while True:
             if self._fork is None:
@@ -366,7 +366,7 @@ class ForkingStore(StoreWrapper):
                     try:
                         return await self._fork.commit(commit)
                     except (VersionConflict, LeaseLost):
-                        # An attempt may have succeeded without an answer, and have been read from the log since.
+                        # An attempt may have succeeded without a response, and may since have been read from the log.
                         found = await find_commit(self._fork.store, commit) if was_tried else None
                         if found is None:
                             raise
@@ -377,7 +377,7 @@ class ForkingStore(StoreWrapper):
         for write in commit.writes:
             # A lease that is acquired again has the written epoch, even if a fork had the same one.
             self._lost_epochs.get(write.key, set()).discard((write.value or {}).get("epoch"))
-        if self._fork is not None:  # another call failed to reach the store while this one did reach it
+        if self._fork is not None:  # another call failed to reach the store while this one reached it
             async with self._fork_lock:
                 if self._fork is not None:
                     await self._fork.adopt(commit)
@@ -385,7 +385,7 @@ class ForkingStore(StoreWrapper):
     def _to_inner_versions(self, commit: Commit) -> Commit:
         """Return a commit with the inner store's versions.
 
-        LeaseLost or VersionConflict if it builds on a change that the inner store refused.
+        Raises LeaseLost or VersionConflict if it builds on a change that the inner store refused.
         """
         for guard in commit.guards:
             if guard.epoch in self._lost_epochs.get(guard.key, ()):
@@ -396,14 +396,14 @@ class ForkingStore(StoreWrapper):
             if write.expected in self._lost_versions.get(write.key, ()):
                 version, value = self._mirror.newest(write.key)
                 raise VersionConflict(str(write.key), write.expected, 0 if value is None else version)
-            # A version of the fork is lower than all that were read from the inner store since.
+            # A version from the fork is lower than all versions read from the inner store since.
             shift, highest = self._shifts.get(write.key, (0, 0))
             is_of_fork = 0 < write.expected <= highest
             writes.append(Write(write.key, write.expected + shift, write.value, write.ttl) if is_of_fork else write)
         return Commit(writes, commit.events, commit.guards, durable=commit.durable)
 
     async def get(self, key: Key) -> Document | None:
-        """See `Store.get`; RefusedError in a fork for a document that this process has never read."""
+        """See `Store.get`; in a fork, raises RefusedError for a document that this process never read."""
 
         async def get_offline(fork: Fork) -> Document | None:
             await self._check_known(fork, key)
@@ -418,11 +418,13 @@ class ForkingStore(StoreWrapper):
         return await self._read_either(get_online, get_offline)
 
     async def list(self, kind: str, prefix: str = "") -> Sequence[Document]:
-        """See `Store.list`; RefusedError in a fork for a prefix that this process has never listed."""
+        """See `Store.list`; in a fork, raises RefusedError for a prefix that this process never listed."""
 
         async def list_offline(fork: Fork) -> Sequence[Document]:
             if not self._mirror.knows_all(kind, prefix):
-                raise RefusedError(f"{kind}/{prefix}* was never listed here, and {_UNREACHABLE}", _WAIT_REMEDY)
+                raise RefusedError(
+                    f"{kind}/{prefix}* was never listed by this process, and {_UNREACHABLE}", _WAIT_REMEDY
+                )
             return await fork.store.list(kind, prefix)
 
         async def list_online() -> Sequence[Document]:
@@ -435,7 +437,7 @@ class ForkingStore(StoreWrapper):
         return await self._read_either(list_online, list_offline)
 
     async def position(self) -> int:
-        """See `Store.position`; in a fork it is the last known position of the inner store."""
+        """See `Store.position`; in a fork, the last known position of the inner store."""
 
         async def get_last_position(_: Fork) -> int:
             return self._mirror.position
@@ -455,7 +457,7 @@ class ForkingStore(StoreWrapper):
 
     async def _check_known(self, fork: Fork, key: Key) -> None:
         if not self._mirror.knows(key) and not await fork.store.history(key, 1):
-            raise RefusedError(f"{key} was never read here, and {_UNREACHABLE}", _WAIT_REMEDY)
+            raise RefusedError(f"{key} was never read by this process, and {_UNREACHABLE}", _WAIT_REMEDY)
 
     async def _read(self, read: Callable[[], Awaitable[T]]) -> T:
         while True:
@@ -474,7 +476,7 @@ class ForkingStore(StoreWrapper):
             await self._went_online.wait()
 
     async def _try(self, call: Callable[[], Awaitable[T]], retry: Callable[[], Awaitable[T]] | None = None) -> T:
-        """Return the result of `call`, or of `retry` in the attempts after the first."""
+        """Return the result of `call` or, in attempts after the first, of `retry`."""
         retrying = AsyncRetrying(
             retry=retry_if_exception(lambda error: is_outage(error) and self._fork is None),
             wait=wait_random_exponential(multiplier=self._intervals.first, max=_LONGEST_PAUSE),
@@ -489,7 +491,7 @@ class ForkingStore(StoreWrapper):
         raise AssertionError("an attempt returns or raises")
 
     async def _start_fork(self, error: StoreUnavailable) -> None:
-        """Start a fork unless there is one; raise the error if a fork can't help or can't be made."""
+        """Start a fork unless there is one. Raises the error if a fork can't help or can't be created."""
         if not is_outage(error):
             raise error
         async with self._fork_lock:
@@ -553,7 +555,7 @@ class ForkingStore(StoreWrapper):
             await self._clock.wait(anyio.Event(), self._clock.monotonic() + self._intervals.first)
 
     async def close(self) -> None:
-        """Close the fork, if there is one; the next process that opens the store replays it."""
+        """Close the fork, if any. The next process that opens the store replays it."""
         if self._fork is not None:
             self._on_event(OutagePreserved(folder=str(self._folder)))
         await self._close()
@@ -569,7 +571,7 @@ def _lock(folder: Path) -> FileLock:
 
 
 def remove_fork(folder: Path) -> None:
-    """Remove a replayed fork and its lock, which the caller holds. Blocks."""
+    """Remove a replayed fork and its lock, which the caller must hold. Blocks."""
     rmtree(folder, ignore_errors=True)
     _lock(folder).path.unlink(missing_ok=True)
 
@@ -578,7 +580,7 @@ def remove_fork(folder: Path) -> None:
 async def continue_offline(
     store: Store, outage: Outage, intervals: RetryIntervals, clock: Clock, folder: Path, on_event: EventHandler
 ) -> AsyncIterator[Store]:
-    """Wrap a store in a ForkingStore for the body of the `async with`; forks are made below `folder`.
+    """Wrap a store in a ForkingStore for the `async with` block; forks are created below `folder`.
 
     Forks of killed processes are replayed first.
     """
@@ -594,7 +596,7 @@ async def continue_offline(
 
 
 async def _replay_leftovers(store: Store, clock: Clock, folder: Path) -> Sequence[TypedEvent]:
-    """Replay the forks whose process is gone; return the events to send."""
+    """Replay the forks of processes that have exited; return the events to send."""
     events = list[TypedEvent]()
     for lock in await to_thread.run_sync(lambda: sorted(folder.glob("*.lock"))):
         fork_folder = lock.with_suffix("")
@@ -623,23 +625,22 @@ async def survive_outages(
     is_temporary: Callable[[BaseException], bool] = is_outage,
     gives_up: Callable[[], bool] = lambda: False,
 ) -> AsyncIterator[Store]:
-    """Wrap an open store for the body of the `async with`, so that a run survives outages of it.
+    """Wrap an open store for the `async with` block, so that a run survives the store's outages.
 
     With `pause`, commits and reads wait until the store can be reached. With `continue`, they use a fork below
-    `folder`, which starts with the documents that this process has seen. When the store is back, the fork's commits
-    are replayed in order, and conflicting changes of other processes win. Forks of killed processes are replayed
-    first. `is_temporary` selects the errors that `pause` waits for, until `gives_up` returns True: then they are
+    `folder`, which starts with the documents that this process has seen. When the store is reachable again, the fork's
+    commits are replayed in order; conflicting changes of other processes take precedence. Forks of killed processes are
+    replayed first. `is_temporary` selects the errors that `pause` waits for. Once `gives_up` returns True, they are
     raised.
 
-    `send_event` takes an event when an outage begins (`OutageBegan`), when it ends
-    (`OutageEnded`), and for
-    each commit that was refused then (`OutageCommitRejected`). It may commit to the
-    store that this yields, which waits like any other commit; an error that it raises ends the body.
+    `send_event` receives an event when an outage begins (`OutageBegan`), when it ends (`OutageEnded`), and for each
+    commit that is then refused (`OutageCommitRejected`). It may commit to the yielded store, which waits like any other
+    commit; an error that it raises ends the block.
     """
     send_stream, receive_stream = anyio.create_memory_object_stream[TypedEvent](math.inf)
 
     def on_event(event: TypedEvent) -> None:
-        with suppress(anyio.ClosedResourceError):  # an outage while the last events are sent
+        with suppress(anyio.ClosedResourceError):  # an outage while the last events are being sent
             send_stream.send_nowait(event)
 
     sender = partial(_send_events, receive_stream, send_event)
@@ -649,7 +650,7 @@ async def survive_outages(
             outage = Outage(clock, intervals, on_event, mode)
             offline_store = continue_offline(store, outage, intervals, clock, folder, on_event)
             store = await stack.enter_async_context(offline_store)
-        # The fork can't be written either where its own disk is full: then `continue` waits, too.
+        # If the local disk is full, the fork can't be written either, so `continue` also waits.
         yield PausingStore(store, Outage(clock, intervals, on_event, "pause", is_temporary, gives_up))
 
 

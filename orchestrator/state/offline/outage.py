@@ -1,6 +1,6 @@
-"""Outages of a store: detect them, wait for their end, and repeat commits without doing them twice.
+"""Detect a store's outages, wait for their end, and retry commits without duplicating them.
 
-The wrapped stores fulfil the `Store` contract. Without an outage they cost one extra call. Maintenance (`compact`,
+The wrapped stores fulfil the `Store` contract and cost one extra call while there is no outage. Maintenance (`compact`,
 `verify`, `repair`, `statistics`, `dump`, `load`) never waits, because no task depends on it.
 """
 
@@ -38,7 +38,7 @@ EventHandler = Callable[[TypedEvent], None]
 
 @dataclass(frozen=True, slots=True)
 class RetryIntervals:
-    """Seconds between two attempts to reach a store: random, up to `first`, then twice that, … up to `longest`."""
+    """Random pauses in seconds between attempts to reach a store: up to `first`, then doubling up to `longest`."""
 
     first: float = 0.1
     longest: float = 10.0
@@ -48,7 +48,7 @@ DEFAULT_INTERVALS: Final = RetryIntervals()
 
 
 def is_outage(error: BaseException) -> bool:
-    """Return True if the store is unavailable but may recover; lost state never does."""
+    """Return True if the store is unavailable but may recover; lost state never recovers."""
     return isinstance(error, StoreUnavailable) and not isinstance(error, StateLost)
 
 
@@ -58,7 +58,10 @@ def is_full(error: BaseException) -> bool:
 
 
 async def commit_idempotently(store: Store, commit: Commit) -> int:
-    """Commit, or return the position of the same earlier commit whose acknowledgement was lost; see `Store.commit`."""
+    """Commit, or return the position of the same commit if only its acknowledgement was lost.
+
+    See `Store.commit`.
+    """
     try:
         return await store.commit(commit)
     except (VersionConflict, LeaseLost):
@@ -71,14 +74,14 @@ async def commit_idempotently(store: Store, commit: Commit) -> int:
 async def find_commit(store: Store, commit: Commit) -> int | None:
     """Return the position at which a commit was already made, or None.
 
-    It was made if a single commit wrote every one of its documents with the next version and the same value.
+    It was made if a single commit wrote all of its documents with the next version and the same value.
     """
     positions = set[int]()
     for write in commit.writes:
         newest = next(iter(await store.history(write.key, 1)), None)
         if newest is None or newest.damaged or newest.value != write.value:
             return None
-        # A document that was deleted or never existed is expected at 0, whatever its version.
+        # A document that was deleted or never existed is expected at 0, regardless of its version.
         if write.expected and newest.version != write.expected + 1:
             return None
         positions.add(newest.position)
@@ -86,7 +89,7 @@ async def find_commit(store: Store, commit: Commit) -> int | None:
 
 
 class Outage:
-    """The time during which a store can't be reached, shared by all calls that wait for its end."""
+    """A period in which a store can't be reached, shared by all calls that wait for its end."""
 
     def __init__(
         self,
@@ -115,7 +118,7 @@ class Outage:
             self._on_event(OutageBegan(mode=self._mode, reason=error.what, began=self._clock.now()))
 
     def end(self, **facts: int) -> None:
-        """Mark the store as reachable; send an event if an outage was active."""
+        """Mark the store as reachable; send an event if there was an outage."""
         if self._since is not None:
             seconds = self._clock.monotonic() - self._since
             self._since = None
@@ -123,9 +126,9 @@ class Outage:
             self._on_event(OutageEnded(mode=self._mode, seconds=seconds).replace(**facts))
 
     async def retry_until_reached(self, call: Callable[[], Awaitable[T]], *, update_status: bool = True) -> T:
-        """Repeat `call` until it reaches the store, and return its result.
+        """Retry `call` until it reaches the store, and return its result.
 
-        With `update_status`, failures begin the outage and success ends it.
+        With `update_status`, failure begins the outage and success ends it.
         """
         retrying = AsyncRetrying(
             retry=retry_if_exception(self.is_temporary),
@@ -162,7 +165,7 @@ class StoreWrapper:
         self.dump, self.load = inner.dump, inner.load
 
     async def _read(self, read: Callable[[], Awaitable[T]]) -> T:
-        """Return the result of a read of the inner store; a subclass handles outages here."""
+        """Return the result of reading the inner store. Subclasses handle outages here."""
         return await read()
 
     async def _wait_for_recovery(self, error: StoreUnavailable) -> None:
@@ -182,7 +185,7 @@ class StoreWrapper:
         return await self._read(self._inner.position)
 
     async def watch(self, after: int = 0) -> AsyncGenerator[CommitRecord]:
-        """See `Store.watch`; it continues after the last record once the inner store is back."""
+        """See `Store.watch`; continues after the last record once the inner store is reachable again."""
         while True:
             try:
                 async with aclosing(self._inner.watch(after)) as records:
@@ -207,17 +210,17 @@ class StoreWrapper:
 
 
 class PausingStore(StoreWrapper):
-    """A store that waits while the inner store can't be reached; no commit is lost, and commits keep their order."""
+    """A store that waits while the inner store can't be reached. Commits are not lost and keep their order."""
 
     def __init__(self, inner: Store, outage: Outage) -> None:
         super().__init__(inner)
         self._outage = outage
         self._commit_lock = anyio.Lock()
-        """Held by the commit that is retried; other commits queue for it in the order of their arrival."""
+        """Held by the commit that is being retried; other commits queue in order of arrival."""
         self._waiting = 0
 
     async def commit(self, commit: Commit) -> int:
-        """See `Store.commit`; a caller that is cancelled while this waits has committed nothing."""
+        """See `Store.commit`; if cancelled while waiting, nothing is committed."""
         if not self._outage.is_active and not self._waiting:
             try:
                 return await self._inner.commit(commit)
@@ -231,14 +234,14 @@ class PausingStore(StoreWrapper):
             self._waiting -= 1
 
     def _begin_outage(self, error: StoreUnavailable) -> None:
-        """Begin an outage; raise the error if waiting can't help."""
+        """Begin an outage. Raises the error if waiting can't help."""
         if not self._outage.is_temporary(error):
             raise error
         self._outage.begin(error)
 
     async def _read(self, read: Callable[[], Awaitable[T]]) -> T:
         try:
-            return await read()  # even during an outage, which may affect commits only: a full disk can be read
+            return await read()  # even during an outage, which may only affect commits: a full disk can be read
         except StoreUnavailable as error:
             self._begin_outage(error)
         return await self._outage.retry_until_reached(read)

@@ -1,1 +1,1 @@
-"""The stores that ship with the package."""
+"""The stores included in the package."""

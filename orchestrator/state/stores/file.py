@@ -1,7 +1,7 @@
-"""The file store: all state of one machine in one directory, for any number of processes.
+"""The file store: the state of one machine in a directory, for any number of processes.
 
-One thread checks and appends all waiting commits of this process under a flock: one write and one `fdatasync` for the
-whole group. Small commits that need no sync are appended without that thread. Reads are answered from memory after
+One thread checks and appends all waiting commits of this process under a flock, with one write and one `fdatasync` for
+the whole group. Small commits that need no sync are appended without that thread. Reads are answered from memory after
 reading the high-water mark (one system call).
 """
 
@@ -69,11 +69,11 @@ SEGMENT_BYTES: Final = 16 << 20
 _POLL_FASTEST: Final = 0.01  # seconds
 _POLL_SLOWEST: Final = 0.25
 _PAUSES: Final = (0, 0.005, 0.005, 0.01, 0.01)
-"""Seconds between inline attempts to commit while other processes commit, before a thread waits for them."""
+"""Seconds between inline commit attempts while other processes commit, before a thread waits for them."""
 
 
 class FileStore:
-    """A `Store` in a local directory; made by `open`. It has a method for each of the protocol."""
+    """A `Store` in a local directory, created by `open`."""
 
     def __init__(self, directory: Path, clock: Clock, segment_bytes: int, folder: Path) -> None:
         self._directory, self._clock, self._segment_bytes, self._folder = directory, clock, segment_bytes, folder
@@ -83,8 +83,8 @@ class FileStore:
         self._group: anyio.Event | None = None
         """Set when the current group is committed."""
         self._news: anyio.Event | None = None
-        """Set after a commit of this process; None if nothing waits for it."""
-        # A limiter of its own: slow work may occupy all threads of the default one.
+        """Set after a commit of this process; None if there are no waiters."""
+        # A separate limiter, because slow work may occupy all threads of the default one.
         self._threads = anyio.CapacityLimiter(8)
 
     @classmethod
@@ -92,10 +92,10 @@ class FileStore:
     async def open(
         cls, directory: Path, clock: Clock, *, segment_bytes: int = SEGMENT_BYTES, folder: Path | None = None
     ) -> AsyncIterator[FileStore]:
-        """Open the store in `directory`, which is created if missing; damage never prevents that.
+        """Open the store in `directory`, creating it if missing. Damage never prevents opening.
 
         A segment is closed at `segment_bytes`. `folder` is the enclosing folder that belongs to the store. Raises
-        RefusedError on a network file system, StoreUnavailable if the directory can't be read and written.
+        RefusedError on a network file system, and StoreUnavailable if the directory can't be read and written.
         """
         store = cls(directory, clock, segment_bytes, folder or directory)
         try:
@@ -126,9 +126,9 @@ class FileStore:
         return pending.position
 
     async def _commit_at_once(self) -> None:
-        """Append the pending commits without a thread, if that is possible without waiting."""
+        """Append the pending commits without a thread if that needs no waiting."""
         for pause in _PAUSES:
-            await anyio.sleep(pause)  # first, let other tasks add their commits to this one
+            await anyio.sleep(pause)  # first let other tasks add their commits to the group
             if not self._pending or self._group is not None:
                 return
             done = self._journal.try_commit_inline(self._pending)
@@ -163,7 +163,7 @@ class FileStore:
         return self._journal.log.table.position
 
     async def watch(self, after: int = 0) -> AsyncGenerator[CommitRecord]:
-        """See `Store.watch`; a commit of another process is seen within a quarter of a second."""
+        """See `Store.watch`; another process's commit is seen within a quarter of a second."""
         await self._in_thread(partial(check_retained, self._directory, after))
         cursor = await self._in_thread(partial(self._journal.log.open_cursor, after))
         seen, pause = HighWaterMark(0, 0, 0), _POLL_FASTEST
@@ -231,7 +231,7 @@ class FileStore:
     async def repair(self) -> VerificationReport:
         """See `Store.repair`: replaces damaged segments by their readable lines, and moves the originals to `damaged/`.
 
-        After that the log does not go back beyond them.
+        Afterwards the log does not go back beyond them.
         """
         report = await self.verify()
         if report.damage or report.damaged:
@@ -243,13 +243,13 @@ class FileStore:
         return await self.verify()
 
     def _repair_commit(self, keys: Sequence[Key], damage: int) -> Commit:
-        """Return the commit that makes the known values of documents current, or deletes documents without one."""
+        """Return a commit that makes documents' known values current, or deletes documents without one."""
         now, writes, events = self._clock.now(), list[Write](), list[StateRepaired]()
         for key in keys:
             entry = self._journal.log.table.entry(key)
             if entry is None:
                 continue
-            if not entry.exists(now):  # nothing was lost: only its version number continues
+            if not entry.exists(now):  # nothing was lost; only its version number continues
                 writes.append(Write(key, 0, None))
                 continue
             known = None if entry.value is None else json.loads(entry.value)
@@ -275,11 +275,11 @@ class FileStore:
                 yield commit
 
     async def load(self, dump: Dump) -> None:
-        """See `Store.load`; after a kill, the next process that opens the store completes the load or discards it."""
+        """See `Store.load`; after a kill, the next process that opens the store completes or discards the load."""
         await self._in_thread(self._journal.check_empty)
         if dump.position == 0:
             async with aclosing(read_dump_lines(dump)) as lines:
-                async for _ in lines:  # there is none, or this raises RefusedError
+                async for _ in lines:  # there is no log yet; otherwise this raises RefusedError
                     pass
             return
         async with self._exclusive():
@@ -317,7 +317,7 @@ class FileStore:
 
     @asynccontextmanager
     async def _exclusive(self, limit: float | None = None) -> AsyncIterator[None]:
-        """Keep other processes from compacting; LockHeld after `limit` seconds."""
+        """Keep other processes from compacting. Raises LockHeld after `limit` seconds."""
         async with AsyncExitStack() as stack:
             with self._translate_errors():
                 await stack.enter_async_context(self._compacting.hold(limit))
@@ -343,12 +343,12 @@ class FileStore:
 
 
 def open_without_plugins(url: str, clock: Clock) -> AbstractAsyncContextManager[Store] | None:
-    """Open the store at a URL if no plugin is needed for it, which saves loading them; else return None."""
+    """Open the store at a URL if it needs no plugin, which avoids loading plugins; otherwise return None."""
     return None if store_folder(url) is None else open_file_store(url, clock)
 
 
 def open_file_store(url: str, clock: Clock, /) -> AbstractAsyncContextManager[Store]:
-    """Open the store in the folder of a `file:` URL; RefusedError if that is not on this machine."""
+    """Open the store in the folder of a `file:` URL. Raises RefusedError if it is not on this machine."""
     folder = require_local_folder(url)
     assert folder is not None, "it is registered for this scheme"  # noqa: S101  (for the type checker)
     return _opened(folder, clock)
@@ -365,6 +365,6 @@ async def _opened(folder: Path, clock: Clock) -> AsyncIterator[Store]:
 
 
 def require_store(url: str) -> None:
-    """Raise RefusedError for the URL of a folder without a store, instead of creating one. Blocks."""
+    """Raise RefusedError for a URL whose folder has no store, instead of creating one. Blocks."""
     if (folder := require_local_folder(url)) is not None:
         require_log(folder)

@@ -1,4 +1,4 @@
-"""The memory store: the rules of the file store without durability, for tests and simulation."""
+"""The memory store: the semantics of the file store without durability, for tests and simulations."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from orchestrator.system.clock import Clock
 
 
 class MemoryStore:
-    """A `Store` in the memory of one process."""
+    """A `Store` in the memory of a single process."""
 
     damage: Sequence[Damage] = ()
 

@@ -1,4 +1,4 @@
-"""Built-in stores, registered like those of a plugin."""
+"""Register the built-in stores as a plugin does."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 
 @asynccontextmanager
 async def open_memory_store(url: str, clock: Clock, /) -> AsyncIterator[Store]:
-    """Open an empty store, whose content is lost at the end of the `async with`."""
+    """Open an empty store, whose contents are lost at the end of the `async with` block."""
     if url != MEMORY:
         raise RefusedError(f"{url!r} names no store", "use `memory:` without a path")
     yield MemoryStore(clock)

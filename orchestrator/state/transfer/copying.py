@@ -1,4 +1,4 @@
-"""Copy a whole store into another one, or to and from a file, and compare both before reporting success."""
+"""Copy whole stores to stores and files, and verify each copy before reporting success."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class CopyResult:
     documents: int
     """The number of documents in the copied store."""
     bytes: int
-    """The size of all commits as JSON lines."""
+    """The size in bytes of all commits as JSON lines."""
     was_there: bool = False
     """Whether the target already had the same content, so that nothing was copied."""
     packed: int | None = None
-    """The size of the file in bytes; None if there is none."""
+    """The size of the file in bytes, or None if there is no file."""
     unreadable: Mapping[Key, str] = field(default_factory=dict)
-    """Unreadable documents of council's own, copied unchanged, with the reason. `verify --repair` fixes them."""
+    """Unreadable council documents, copied unchanged, with the reason. `verify --repair` fixes them."""
 
     @property
     def ratio(self) -> float | None:
@@ -41,8 +41,8 @@ class CopyResult:
 async def copy_store(source: Store, target: Store) -> CopyResult:
     """Copy a whole store into an empty one, and compare them.
 
-    Raises like `Store.dump` and `Store.load`, and StoreUnavailable if they differ. If the target already has the same
-    content, as after a copy that was interrupted at its very end, nothing is copied.
+    If the target already has the same content, for example after a copy was interrupted at its very end, nothing is
+    copied. Raises the errors of `Store.dump` and `Store.load`, and StoreUnavailable if the stores differ.
     """
     async with source.dump() as dump:
         digest, was_there = await _load(target, dump)
@@ -50,16 +50,16 @@ async def copy_store(source: Store, target: Store) -> CopyResult:
 
 
 async def export_to_stream(store: Store, stream: IO[bytes], time: float) -> CopyResult:
-    """Write a whole store to a stream in the format of `export_file`; `time` is the current wall-clock time."""
+    """Write a whole store to a stream in `export_file` format; `time` is the current wall-clock time."""
     async with store.dump() as dump:
         digest, packed = await write_export(stream, dump, time)
     return replace(await _result(store, dump, digest), packed=packed)
 
 
 async def import_from_stream(name: str, opens: Callable[[], IO[bytes]], target: Store) -> CopyResult:
-    """Load an export into an empty store, and compare them; `name` is the file's name in errors.
+    """Load an export into an empty store, and compare them; `name` is the file name for errors.
 
-    RefusedError, with an empty target, if any byte of the file was changed. Otherwise like `copy_store`.
+    Raises RefusedError and leaves the target empty if any byte of the file was changed. Otherwise like `copy_store`.
     """
     async with open_export(name, opens) as (reader, dump):
         try:
@@ -70,7 +70,7 @@ async def import_from_stream(name: str, opens: Callable[[], IO[bytes]], target: 
 
 
 async def _load(target: Store, dump: Dump) -> tuple[CommitDigest, bool]:
-    """Load a dump, or only read it if the target may have it already; return its digest, and True if so."""
+    """Load a dump, or only read it if the target may already have it; return its digest and which happened."""
     digest, position = CommitDigest(), await target.position()
     if position not in {0, dump.position}:
         raise not_empty_error("the target", position)
@@ -84,7 +84,7 @@ async def _load(target: Store, dump: Dump) -> tuple[CommitDigest, bool]:
 
 
 async def _compare(target: Store, dump: Dump, digest: CommitDigest, *, was_there: bool) -> CopyResult:
-    """Return the result if the target, read again, has exactly the copied content."""
+    """Reread the target, and return the result if it has exactly the copied content."""
     copied = CommitDigest()
     async with target.dump() as found, aclosing(found.commits) as commits:
         async for commit in commits:

@@ -1,4 +1,4 @@
-"""A whole log in one file: JSON lines, compressed as one Zstandard frame (RFC 8878), which `zstdcat` reads.
+"""A whole log in one file: JSON lines in one Zstandard frame (RFC 8878), readable with `zstdcat`.
 
     {"format": "council-state", "version": 1, "position": …, "first": …, "time": …, "by": …}
     {"position": …, "time": …, "by": …, "documents": [{"kind", "id", "version", "value", "expires", "previous"}, …],
@@ -38,9 +38,9 @@ REMEDY: Final = "export the state again, or use another copy of the file"
 
 _LEVEL: Final = 9
 _BATCH_BYTES: Final = 1 << 20
-_READ_BYTES: Final = 256  # compressed: in the worst case 8 MB of lines
+_READ_BYTES: Final = 256  # compressed bytes: in the worst case 8 MB of lines
 _LONGEST_LINE: Final = 2 * MAX_COMMIT_BYTES
-#: The highest position and version: all JSON readers distinguish numbers up to it, and higher ones remain possible.
+#: The maximum position and version. All JSON readers distinguish integers up to this one.
 _HIGHEST: Final = 1 << 53
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -98,7 +98,7 @@ class _Footer(_Strict):
 
 
 def commit_line(commit: DumpedCommit) -> bytes:
-    """Return a commit as a line; equal commits have equal lines."""
+    """Return a commit as a line. Equal commits have equal lines."""
     documents = b",".join(map(_document, commit.documents))
     events = b",".join(
         b'{"type":%b,"data":%b}' % (orjson.dumps(event.type), encode_object(event.type, event.data))
@@ -115,7 +115,7 @@ def _document(one: DumpedDocument) -> bytes:
 
 
 class CommitDigest:
-    """The number, size and checksum of commits, to compare two stores."""
+    """The number, size and checksum of commits, for comparing stores."""
 
     def __init__(self) -> None:
         self.commits = self.bytes = 0
@@ -136,7 +136,7 @@ class CommitDigest:
                 yield commit
 
     def result(self) -> tuple[int, bytes]:
-        """Return the number of commits and their checksum, which are equal if all commits are."""
+        """Return the number of commits and their checksum, which are equal if all commits are equal."""
         return self.commits, self._sum.digest()
 
 
@@ -164,7 +164,10 @@ class _Writer:
 
 
 async def write_export(stream: IO[bytes], dump: Dump, time: float) -> tuple[CommitDigest, int]:
-    """Write a dump to a stream at `time` (wall-clock seconds); return the commits' digest and the compressed size."""
+    """Write a dump to a stream; return the commits' digest and the compressed size.
+
+    `time` is the current wall-clock time in seconds.
+    """
     header = _Header(position=dump.position, first=dump.first, time=time, by=get_writer_name())
     writer, digest = await to_thread.run_sync(_Writer, stream), CommitDigest()
     batch, size = [header.model_dump_json().encode() + b"\n"], 0
@@ -181,7 +184,10 @@ async def write_export(stream: IO[bytes], dump: Dump, time: float) -> tuple[Comm
 
 
 class ExportReader:
-    """Reads an export from a stream, line by line. Blocks; raises RefusedError for an incomplete or invalid file."""
+    """Reads an export from a stream, line by line. Blocks.
+
+    Raises RefusedError for an incomplete or invalid file.
+    """
 
     def __init__(self, name: str, stream: IO[bytes]) -> None:
         """Read the header; `name` is the file's name in errors."""
@@ -192,11 +198,11 @@ class ExportReader:
         self._commits = 0
         self._has_ended = False
         self.bytes = 0
-        """The number of compressed bytes that were read."""
+        """The number of compressed bytes read."""
         self.header = self._read_header()
 
     def commits(self) -> list[DumpedCommit]:
-        """Return the next commits; none after the last, when all have been verified."""
+        """Return the next commits; empty after the last one, once all have been verified."""
         commits, size = list[DumpedCommit](), 0
         while not self._has_ended and size < _BATCH_BYTES:
             line = next(self._lines, b"")
@@ -223,14 +229,14 @@ class ExportReader:
         line = next(self._lines, b"")
         value = self._parse(line)
         if value.get("format") != FORMAT:
-            self._refuse("it is not an export of the state", "name a file that `council state export` wrote")
+            self._refuse("it is not a state export", "use a file written by `council state export`")
         if value.get("version") != VERSION:
-            what = f"it has version {value.get('version')} of the format, this council reads version {VERSION}"
-            self._refuse(what, "use the version of council that wrote it, or a newer one")
+            what = f"its format version is {value.get('version')}; this council reads version {VERSION}"
+            self._refuse(what, "use the council version that wrote it, or a newer one")
         self._sum.update(line)
         header = self._model(_Header, value)
         if header.first > header.position:
-            self._refuse(f"its first position, {header.first}, is after its newest, {header.position}")
+            self._refuse(f"its first position ({header.first}) is after its newest ({header.position})")
         return header
 
     def _read_lines(self) -> Iterator[bytes]:
@@ -252,7 +258,7 @@ class ExportReader:
             try:
                 data = self._unpacker.decompress(packed)
             except self._error as error:
-                self._refuse(f"it is damaged, or not an export of the state ({error})")
+                self._refuse(f"it is damaged or not a state export ({error})")
             if data:
                 yield data
             if self._unpacker.unused_data:
@@ -298,7 +304,7 @@ class ExportReader:
 
 @asynccontextmanager
 async def open_export(name: str, opens: Callable[[], IO[bytes]]) -> AsyncIterator[tuple[ExportReader, Dump]]:
-    """Open an export as a dump; errors are raised before the last commits are yielded."""
+    """Open an export as a dump. Errors are raised before the last commits are yielded."""
     with await to_thread.run_sync(opens) as stream:
         reader = await to_thread.run_sync(ExportReader, name, stream)
         yield reader, Dump(reader.header.position, reader.header.first, _commits(reader))
