@@ -112,5 +112,5 @@ class SandboxProbe:
         environment = build_base_environment(env, self.environ, Path("/"), {})
         hidden = self.sandbox.find_hidden_folders(program, environment, reach)
         if hidden:
-            return f" ({', '.join(hidden)} is hidden from sessions)", hidden
+            return f" (hidden from sessions: {', '.join(hidden)})", hidden
         return "" if "/" in program else f": PATH is {environment['PATH']}", []
