@@ -406,7 +406,7 @@ async def test_file_that_is_no_export_is_rejected(exported: Path, clock: ManualC
     lines, store = unpacked(exported), MemoryStore(clock)
     header, footer = json.loads(lines[0]), json.loads(lines[-1])
     newer = json.dumps({**header, "version": 2, "more": True}).encode() + b"\n"
-    assert "version 2" in await refused(packed([newer, *lines[1:]]), store)
+    assert "version is 2" in await refused(packed([newer, *lines[1:]]), store)
     assert "newer" in await refused(packed([newer, *lines[1:]]), store)
     assert "not a state export" in await refused(b"# a text\n", store)
     assert "not a state export" in await refused(packed([b"{}\n"]), store)
