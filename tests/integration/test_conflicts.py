@@ -327,7 +327,7 @@ async def test_deleted_document_is_not_recreated(store: Store, clock: ManualCloc
     clock.advance(6)
     with pytest.raises(RefusedError, match=r"task/r/a was deleted by .*, 2001-09-09 01:46:40 UTC"):
         await resolve_conflict(store, first.id, 1)
-    with pytest.raises(RefusedError, match="task/r/b is gone, after"):
+    with pytest.raises(RefusedError, match="task/r/b no longer exists, after"):
         await resolve_conflict(store, second.id, 1)
     for conflict in (first, second):
         await resolve_conflict(store, conflict.id, 1, force=True)
