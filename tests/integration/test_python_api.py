@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from orchestrator import (
     Task,
     TaskSettings,
 )
+from orchestrator.api import topics
 from tests.conftest import FAKE_CLI, Repository
 from tests.sandboxes import default_sandbox
 
@@ -59,6 +61,16 @@ def test_every_public_method_is_documented() -> None:
     names = [name for name in vars(Council) if not name.startswith("_")]
     assert [name for name in names if f"`{name}" not in PAGE and f"council.{name}" not in PAGE.lower()] == []
     assert [name for name in names if not inspect.getdoc(getattr(Council, name))] == []
+
+
+@pytest.mark.parametrize("topic", [name for name, one in vars(Council).items() if isinstance(one, cached_property)])
+def test_every_method_of_a_topic_is_documented(topic: str) -> None:
+    """Each is in a table of docs/python.md and has a docstring."""
+    kind = getattr(topics, vars(Council)[topic].func.__annotations__["return"].removeprefix("topics."))
+    for name in (one for one in vars(kind) if not one.startswith("_")):
+        where = f"docs/python.md, the table with `council.{topic}` in its heading: add `{name}`"
+        assert re.search(rf"`({topic}\.)?{name}[`(]", PAGE), where
+        assert inspect.getdoc(getattr(kind, name)), f"{kind.__name__}.{name} has no docstring"
 
 
 @pytest.mark.extended_but_first
