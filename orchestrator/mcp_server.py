@@ -1,7 +1,7 @@
-"""MCP server that offers the session commands as tools (https://modelcontextprotocol.io).
+"""The MCP server that provides the session commands as tools (https://modelcontextprotocol.io).
 
-Requests go through the session socket, so the server has the same permissions as the session. Import
-this module only to serve: the official SDK is slow to import and an optional dependency.
+Requests go through the session socket, so the server has the same permissions as the session. Import this module only
+to serve: the official SDK is slow to import and an optional dependency.
 """
 
 from __future__ import annotations

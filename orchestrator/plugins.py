@@ -1,4 +1,4 @@
-"""Load plugins through the entry-point group `cli_council`, including the built-in ones.
+"""Loading of plugins through the entry-point group `cli_council`, including the built-in ones.
 
 A plugin that can't be used is skipped and reported; everything else works without it.
 """
@@ -31,7 +31,7 @@ from orchestrator.hookspecs import ENTRY_POINT_GROUP
 from orchestrator.protocols import AdapterType, SinkType, Store, StoreType, TrackerType
 from orchestrator.system.clock import Clock
 
-if TYPE_CHECKING:  # most programs do without its imports
+if TYPE_CHECKING:  # slow to import, and seldom needed
     from orchestrator.domain.workflow.verification import Constraint
 
 #: The distribution whose plugins are always enabled.
@@ -41,7 +41,7 @@ PLUGINS_VARIABLE = "COUNCIL_PLUGINS"
 
 
 class _Kind(NamedTuple):
-    """What plugins register of a kind: the expected object in words, its check by name, its required attributes."""
+    """The rules for registered objects of a kind: a description, a check, and the required attributes."""
 
     expected: str = "a type"
     is_valid: Callable[[str, Any], bool] = lambda _, registered: callable(registered)
@@ -54,7 +54,7 @@ def _is_handoff_kind(name: str, registered: Any) -> bool:
     return isinstance(registered, type) and issubclass(registered, BaseModel)
 
 
-#: The kinds, named in the plural as in the hooks. A type for another version of the contract lacks some attributes.
+#: The kinds, in the plural as in the hooks. A type for another version of the contract lacks some attributes.
 _KINDS: Mapping[str, _Kind] = {
     "adapters": _Kind(attributes=("Options", "programs", "command", "parse", "verdict")),
     "stores": _Kind(),
@@ -96,7 +96,7 @@ class SkippedPlugin:
 
 @dataclass(frozen=True, slots=True)
 class Plugins:
-    """All that installed plugins registered, by kind and name."""
+    """Everything that installed plugins have registered, by kind and name."""
 
     adapters: dict[str, AdapterType] = field(default_factory=dict)
     stores: dict[str, StoreType] = field(default_factory=dict)
@@ -114,11 +114,11 @@ class Plugins:
     """The plugin that registered each kind (`adapters`, …) and name."""
 
     def kinds(self) -> Mapping[str, dict[str, Any]]:
-        """Return the registries by kind, named in the plural as in the hooks."""
+        """Return the registries by kind, in the plural as in the hooks."""
         return {kind: getattr(self, kind) for kind in _KINDS}
 
     def checked_kinds(self) -> dict[str, HandoffKind]:
-        """Return the kinds of handoffs by name, each with the validators of plugins."""
+        """Return the kinds of handoffs by name, including the validators of plugins."""
         return {name: with_validators(kind, self.validators) for name, kind in self.handoff_kinds.items()}
 
     def extensions(self) -> Extensions:
@@ -138,7 +138,7 @@ class Plugins:
         return opened
 
     def open_store(self, url: str, clock: Clock) -> AbstractAsyncContextManager[Store]:
-        """Open the store at a URL, for the body of an `async with`; RefusedError for an unknown scheme."""
+        """Open the store at a URL, for the body of an `async with`. Raises RefusedError if the scheme is unknown."""
         scheme = scheme_of(url)
         if scheme not in self.stores:
             known = ", ".join(f"{name}:" for name in sorted(self.stores))
@@ -146,21 +146,21 @@ class Plugins:
         return self.stores[scheme](url, clock)
 
     def explain(self, name: str) -> str | None:
-        """Return the skipped plugins that may have registered a missing name; None if none was skipped."""
+        """Return a phrase with the skipped plugins that may provide a missing name; None if none was skipped."""
         disabled = {one.name: str(SkippedPlugin(one, f"{PLUGINS_VARIABLE} does not name it")) for one in self.disabled}
         certain = [str(one) for one in self.left_out if name in {one.plugin.name, *one.names}]
         certain += [disabled[name]] if name in disabled else []
         # Plugins that failed before registering, or were not imported, may provide any name.
         possible = [*(str(one) for one in self.left_out if not one.names), *disabled.values()]
         skipped = certain or possible
-        return f"left out was {'; and '.join(skipped)}" if skipped else None
+        return f"skipped: {'; and '.join(skipped)}" if skipped else None
 
 
 def load_plugins(environ: Mapping[str, str] = os.environ, untrusted_paths: Sequence[Path] = ()) -> Plugins:
     """Load the installed and enabled plugins. Blocks.
 
     Skips plugins in the repositories of `untrusted_paths` and of the current folder: agents write files there, which
-    must not run with the user's rights.
+    must not run with the user's permissions.
     """
     plugins = Plugins()
     untrusted = [folder for path in (*untrusted_paths, Path()) for folder in _enclosing_repositories(path.absolute())]
@@ -215,13 +215,13 @@ def _check_location(entry: EntryPoint, plugin: PluginInfo, untrusted: Sequence[P
     """Raise PluginError for a plugin in an untrusted folder, before it is imported."""
     locations = [] if entry.dist is None else [Path(str(entry.dist.locate_file("")))]
     try:
-        # Only of the top-level package: finding a submodule would import it.
+        # Only the top-level package: finding a submodule would import its package.
         spec = find_spec(entry.module.partition(".")[0])
     except (ImportError, ValueError, AttributeError):  # AttributeError: the entry point names no module
         spec = None  # loading it reports the error
     if spec is not None:
         origins = [Path(origin) for origin in (spec.origin, *(spec.submodule_search_locations or ())) if origin]
-        # A developer of this package has it in the repository, and already runs it from there.
+        # Developers of this package have it in the repository, and already run it from there.
         locations += [
             origin for origin in origins if not (_is_builtin(plugin) and origin.resolve().is_relative_to(_PACKAGE_ROOT))
         ]
@@ -229,7 +229,7 @@ def _check_location(entry: EntryPoint, plugin: PluginInfo, untrusted: Sequence[P
     for location in map(Path.resolve, locations):
         is_installed = any(location.is_relative_to(folder) for folder in installed)
         if not is_installed and any(location.is_relative_to(folder.resolve()) for folder in untrusted):
-            raise PluginError(plugin.name, f"it is inside the repository of the run, {location}: install it elsewhere")
+            raise PluginError(plugin.name, f"it is inside the run's repository, at {location}: install it elsewhere")
 
 
 def _call_hooks(entry: EntryPoint, plugin: PluginInfo, registered: Mapping[str, dict[str, Any]]) -> None:
@@ -259,7 +259,7 @@ def _register(plugin: PluginInfo, kind: str, registry: dict[str, Any]) -> Callab
         if kind == "handoff_kinds" and not isinstance(registered, HandoffKind):
             registered = kind_from_model(name, registered)
         registry[name] = registered
-        # The type that a factory function makes can only be checked when it is used.
+        # The type that a factory function creates can be checked only when it is used.
         names = wanted if isinstance(registered, type) else [one for one in wanted if one == "Options"]
         missing = [one for one in names if not hasattr(registered, one)]
         if missing:
@@ -273,13 +273,14 @@ def _register(plugin: PluginInfo, kind: str, registry: dict[str, Any]) -> Callab
 
 
 def _add_registered(plugins: Plugins, plugin: PluginInfo, registered: Mapping[str, dict[str, Any]]) -> None:
-    """Add everything that a plugin registers, or nothing; PluginError for a name that is taken."""
+    """Add everything that a plugin registers, or nothing. Raises PluginError if a name is taken."""
     for kind, registry in registered.items():
         for name in registry:
             owner = plugins.providers.get((kind, name))
             if owner is not None:
                 what = (
-                    f"the name {name!r} among the {kind} belongs to the plugin {owner.name!r} of {owner.distribution}"
+                    f"the name {name!r} in {kind} is already registered by the plugin {owner.name!r} of"
+                    f" {owner.distribution}"
                 )
                 raise PluginError(plugin.name, what)
     for kind, registry in registered.items():

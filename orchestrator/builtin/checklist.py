@@ -1,4 +1,4 @@
-"""Tracker for a Markdown checklist: open items are tasks, and are ticked once they have landed.
+"""The tracker for a Markdown checklist: open items are tasks, and are ticked once they have landed.
 
     - [ ] Add a User model. {#models}
     - [ ] Fix the typo in the README
@@ -45,7 +45,10 @@ _SUCCESSFUL: Final = frozenset({TaskLanded.type, TaskDone.type})
 
 @dataclass(frozen=True, slots=True)
 class ChecklistItem:
-    """An item: its line (from 1), the byte offset of its mark, whether it is ticked, its id and full text."""
+    """An item of a checklist.
+
+    `line` counts from 1, `offset` is the byte offset of the mark, `done` is whether the item is ticked.
+    """
 
     line: int
     offset: int
@@ -94,7 +97,7 @@ class ChecklistOptions(BaseModel):
 
 
 class ChecklistTracker:
-    """Provides the open items of a file as tasks."""
+    """A tracker whose tasks are the open items of a file."""
 
     Options: ClassVar[type[BaseModel]] = ChecklistOptions
 

@@ -1,4 +1,4 @@
-"""Sink that appends each event to a file as a line of JSON: `position`, `time`, `event` and the event's fields.
+"""The sink that appends each event to a file as a line of JSON: `position`, `time`, `event` and the event's fields.
 
 sinks:
   log:
@@ -43,7 +43,7 @@ class JsonLinesOptions(BaseModel):
 
 
 class JsonLinesSink:
-    """Appends each event to a file durably and exactly once: events that are already in the file are skipped.
+    """A sink that appends each event to a file durably and exactly once: events already in the file are skipped.
 
     Several runs may share a file: each reads the new lines of the others under a lock first.
     """
@@ -51,12 +51,12 @@ class JsonLinesSink:
     Options: ClassVar[type[BaseModel]] = JsonLinesOptions
 
     def __init__(self, options: JsonLinesOptions, /) -> None:
-        """The folder of the file must exist when the first event is written."""
+        """Set up the sink; the folder of the file must exist when the first event is written."""
         self._path = options.file
         self._seen = 0
-        """The number of bytes that were read."""
+        """The number of bytes that have been read."""
         self._last: dict[str, tuple[int, int]] = {}
-        """By run: the newest position in the file, and the number of its events there."""
+        """The newest position in the file, and the number of its events there, by run."""
 
     async def __aenter__(self) -> Self:
         """Open nothing: each batch opens the file by its path, so that it can be rotated."""
@@ -84,7 +84,7 @@ class JsonLinesSink:
                 raise
 
     def _lock(self, file: BufferedRandom) -> None:
-        """Lock the file; TimeoutError after LOCK_TIMEOUT, because a waiting thread can't be cancelled."""
+        """Lock the file. Raises TimeoutError after LOCK_TIMEOUT, because a waiting thread can't be cancelled."""
         attempts = Retrying(
             retry=retry_if_result(lambda is_taken: not is_taken),
             wait=wait_fixed(_LOCK_PAUSE),
@@ -108,7 +108,7 @@ class JsonLinesSink:
                 return
             else:
                 file.write(b"\n")
-                line += b"\n"  # noqa: PLW2901  as it is now
+                line += b"\n"  # noqa: PLW2901  the line as it is in the file now
             self._seen += len(line)
 
     def _count(self, line: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Session commands: the one table behind the command line, the MCP tools, their help and request validation."""
+"""The session commands, as the single table behind the command line, the MCP tools, help and request validation."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ PATHS = "paths"
 SECONDS = "seconds"
 #: A document's version.
 VERSION = "version"
-#: Any JSON value. On a command line, text that is not JSON is taken as a string, and `-` reads standard input.
+#: Any JSON value. On a command line, text that is not JSON is a string, and `-` reads standard input.
 VALUE = "value"
 #: A JSON object. On a command line, the name of a file that contains it; standard input by default.
 OBJECT = "object"
 STANDARD_INPUT = "-"
 
-#: The name of our own MCP server among those of a session.
+#: The name of council's own MCP server among those of a session.
 MCP_SERVER_NAME = "council"
 
 MAX_REQUEST_BYTES = (1 << 20) + (1 << 17)
@@ -58,7 +58,7 @@ class Argument:
 class SessionCommand:
     """A command: its protocol name, the words that invoke it, its arguments and its help.
 
-    The name of a command of a `group` begins with that; these commands are also available outside sessions.
+    The names of the commands of a `group` begin with its name; they are also available outside sessions.
     """
 
     __slots__ = ("arguments", "examples", "help", "is_for_all", "more", "name", "typed")
@@ -89,7 +89,7 @@ SESSION_COMMANDS = {
         SessionCommand(
             "lock",
             "Lock files for this session, all of them or none.",
-            "If another session owns a file, shows the owner and since when.",
+            "If another session owns a file, shows the owner and the time.",
             Argument("paths", PATHS, _PATHS_HELP, is_word=True, metavar="PATH"),
             Argument(
                 "wait",
@@ -114,7 +114,7 @@ SESSION_COMMANDS = {
             Argument("file", PATH, "The file that the session is editing."),
             Argument("message", TEXT, "A sentence for the other sessions."),
             Argument("progress", TEXT, "The progress, such as `50%`."),
-            Argument("blocked_on", TEXT, "What blocks the session, such as a task or a file."),
+            Argument("blocked_on", TEXT, "The obstacle that blocks the session, such as a task or a file."),
             examples=(
                 "council report --status working --file src/models.py --progress 50%",
                 "council report --status blocked --blocked-on models --message 'waits for the User model'",
@@ -122,8 +122,8 @@ SESSION_COMMANDS = {
         ),
         SessionCommand(
             "peers",
-            "List the active sessions and what each is doing.",
-            "The list includes this session, marked.",
+            "List the active sessions and their current activity.",
+            "The list includes and marks this session.",
             examples=("council peers", "council peers --json"),
         ),
         SessionCommand(
@@ -133,7 +133,7 @@ SESSION_COMMANDS = {
             Argument("text", TEXT, "The text of the note.", is_word=True),
             Argument("topic", TEXT, "The topic, one word."),
             Argument("paths", PATHS, "A file or pattern that the note is about.", option="--path", metavar="PATH"),
-            examples=("council note 'The tests need the database of port 5433.' --topic tests",),
+            examples=("council note 'The tests need the database on port 5433.' --topic tests",),
         ),
         SessionCommand(
             "notes",
@@ -169,7 +169,7 @@ SESSION_COMMANDS = {
         SessionCommand(
             "share_get",
             "Show a shared value.",
-            "With --json also its version and its writer.",
+            "--json also prints its version and its writer.",
             _KEY,
             examples=("council share get api/port", "council share get schema --json"),
             group="share",
@@ -195,7 +195,7 @@ SESSION_COMMANDS = {
         SessionCommand(
             "submit_handoff",
             "Submit the handoff of this session's phase.",
-            "An invalid handoff is rejected with its errors, so that it can be fixed. Of several, the last counts.",
+            "An invalid handoff is rejected with its errors, so that it can be fixed. Only the last valid one counts.",
             Argument(
                 "data",
                 OBJECT,

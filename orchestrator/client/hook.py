@@ -1,4 +1,4 @@
-"""Pre-edit hook that CLIs run before an edit: denies the edit if another session owns the file.
+"""The hook that CLIs run before an edit: denies the edit if another session owns the file.
 
 The hook reads a JSON object with `hook_event_name` and `tool_input` from standard input. It prints a denial or nothing,
 in the format of Claude Code (https://code.claude.com/docs/en/hooks), which other CLIs adopted, or that of Gemini CLI
@@ -40,9 +40,9 @@ def run(stdin: BinaryIO, stdout: TextIO) -> int:
 
 
 def _denial_reason(call: dict[str, Any]) -> str | None:
-    """Return why the edit is denied; None if it is allowed.
+    """Return the reason why the edit is denied; None if it is allowed.
 
-    Raises SessionRequestError, and any error that malformed input causes.
+    Raises SessionRequestError, and any error caused by malformed input.
     """
     cwd = call.get("cwd") or os.getcwd()  # noqa: PTH109  pathlib takes 10 ms
     paths = dict.fromkeys(_paths(call["tool_input"]))

@@ -1,4 +1,4 @@
-"""Entry point of the session commands, from the command line to the exit code.
+"""The entry point of the session commands, from the command line to the exit code.
 
 Exit codes: 0 success; 1 rejected, for example because another session owns the file; 2 bad input or no active session.
 """
@@ -26,16 +26,16 @@ EXIT_BAD_INPUT = 2
 def run(words: Sequence[str]) -> int | None:
     """Run the session command in the words after `council`; return its exit code, or None for other commands."""
     if words[:2] == ["hook", "pre-edit"] and len(words) == 2:
-        from orchestrator.client import hook  # noqa: PLC0415  only where it is wanted
+        from orchestrator.client import hook  # noqa: PLC0415  only when needed
 
         return hook.run(sys.stdin.buffer, sys.stdout)
     typed = parse_words(words)
-    # Outside a session, the full command line handles the commands that are for all.
+    # Outside a session, the full command line handles commands that are available everywhere.
     return None if typed is None or (typed.command.is_for_all and not is_in_session()) else run_session_command(typed)
 
 
 def is_in_session() -> bool:
-    """Return whether this process is part of an active session."""
+    """Return True if this process is part of an active session."""
     try:
         find_session(os.environ, os.getcwd())  # noqa: PTH109  pathlib takes 10 ms
     except (SessionRequestError, FileNotFoundError):
@@ -69,7 +69,7 @@ def ask_current_session(typed: ParsedCommand) -> Mapping[str, Any]:
         raise SessionRequestError("the current folder no longer exists", "cd to an existing folder") from None
     session = find_session(os.environ, cwd)
     if any(argument.kind in {VALUE, OBJECT} for argument in typed.command.arguments):
-        from orchestrator.client.values import resolve_arguments  # noqa: PLC0415  only where it is wanted
+        from orchestrator.client.values import resolve_arguments  # noqa: PLC0415  only when needed
 
         typed = ParsedCommand(typed.command, resolve_arguments(typed.command, typed.arguments), as_json=typed.as_json)
     return ask_session(session, typed, cwd)

@@ -1,4 +1,4 @@
-"""Plain-text output of the session commands."""
+"""The text output of the session commands."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 def strip_control_characters(text: str) -> str:
-    """Remove terminal control characters: parts of the text were written by other sessions."""
+    """Return text without control characters, because parts of it were written by other sessions."""
     return "".join(char for char in text if char.isprintable() or char in "\n\t")
 
 
 def join_lines(text: str) -> str:
-    """Join the lines of a text, so that foreign text can't imitate a line of our output."""
+    """Return a text as one line, so that text of other sessions can't imitate a line of council's output."""
     return " ".join(text.split())
 
 
@@ -89,7 +89,7 @@ def _listed(result: Mapping[str, Any]) -> Iterator[str]:
     if not result["shared"]:
         yield "no shared values"
     for value in result["shared"]:
-        writer = value["writer"] or "a person"
+        writer = value["writer"] or "a user"
         yield f"{value['key']}: version {value['version']}, {_size(value)}, by {writer}"
 
 

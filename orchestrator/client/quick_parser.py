@@ -1,4 +1,4 @@
-"""Fast parser of the session commands; leaves help and errors to the full command line."""
+"""The fast parser of the session commands; leaves help and errors to the full command line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ParsedCommand:
 
 
 def is_session_command(words: Sequence[str]) -> bool:
-    """Return whether the words after `council` name a session command or the hook; the rest may be invalid."""
+    """Return True if the words after `council` begin with a session command or the hook; the rest may be invalid."""
     return words[:1] == ["hook"] or tuple(words[:1]) in COMMANDS_BY_WORDS or tuple(words[:2]) in COMMANDS_BY_WORDS
 
 
@@ -69,7 +69,7 @@ def parse_words(words: Sequence[str]) -> ParsedCommand | None:
 
 
 def _assign_positionals(command: SessionCommand, positionals: list[str], arguments: dict[str, Any]) -> bool:
-    """Assign positional words to their arguments; return whether their number is right."""
+    """Assign positional words to their arguments; return True if their number is right."""
     expected = [argument for argument in command.arguments if argument.is_word]
     if expected and expected[0].kind == PATHS:
         arguments[expected[0].name] = positionals

@@ -1,7 +1,7 @@
-"""Connection of a program to its session's socket: one line of JSON per request, one line back.
+"""The connection of a program to its session's socket: one line of JSON per request and per answer.
 
-The session is found by `COUNCIL_SESSION`. Some CLIs hide variables from their tools; then it is found by the `.git`
-file of the worktree, because the session socket is next to the git directory.
+The session is found through `COUNCIL_SESSION`. Some CLIs hide variables from their tools; then it is found through the
+`.git` file of the worktree, because the session socket is next to the git directory.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 
 # `socket` takes longer to import than everything else here.
 from _socket import AF_UNIX, SOCK_STREAM
-from _socket import socket as Socket  # noqa: N812  a class, whatever it is called
+from _socket import socket as Socket  # noqa: N812  a class despite its name
 from time import monotonic, sleep
 
 from orchestrator.client.commands import MAX_REQUEST_BYTES
@@ -41,7 +41,7 @@ _GONE_REMEDY = "continue without it: changes are checked when they land"
 
 
 class SessionRequestError(Exception):
-    """A request failed: what happened and what to do.
+    """A failed request: `what` happened, and the `remedy`.
 
     `is_refused` means that the orchestrator rejected the request; otherwise it could not be reached.
     """
@@ -60,7 +60,7 @@ class SessionConnection:
         self.folder, self.token, self.tree = folder, token, tree
 
     def relative_path(self, path: str, cwd: str) -> str | None:
-        """Return a path in `cwd` relative to the worktree, links resolved; None if it is outside."""
+        """Return a path in `cwd` relative to the worktree, with links resolved; None if it is outside."""
         top = os.path.realpath(self.tree)
         relative = os.path.relpath(os.path.realpath(os.path.join(cwd, path)), top)  # noqa: PTH118  pathlib takes 10 ms
         return None if relative == os.pardir or relative.startswith(os.pardir + os.sep) else relative
@@ -126,7 +126,7 @@ def _connect(connected: Socket, address: str, deadline: float) -> None:
     while True:
         try:
             return connected.connect(address)
-        except BlockingIOError:  # the backlog is full; a socket with a timeout does not wait for room
+        except BlockingIOError:  # the backlog is full; a socket with a timeout does not wait for space
             if monotonic() > deadline:
                 raise
             sleep(_CONNECT_INTERVAL)
@@ -157,7 +157,7 @@ def _parse_result(line: bytes) -> dict[str, Any]:
 
 
 class ShortSocketPath:
-    """Provide a path to a folder that, with the socket's name, fits a socket address; valid in the block."""
+    """A path to a folder that, with the socket's name, fits a socket address; valid during the block."""
 
     def __init__(self, folder: str, name: str = SOCKET_NAME) -> None:
         self._name = name

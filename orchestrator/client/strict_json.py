@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Any
 
-#: Nesting levels of lists and objects.
+#: The maximum nesting of lists and objects.
 MAX_DEPTH = 64
 #: Characters that no store or file accepts: surrogates, and the terminator of C strings.
 _INVALID_CHARACTERS = frozenset(["\0", *map(chr, range(0xD800, 0xE000))])

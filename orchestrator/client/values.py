@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-#: Text with one of these prefixes is meant as JSON, not as a plain string.
+#: Text with one of these prefixes is treated as JSON, not as a plain string.
 _JSON_PREFIXES = ("{", "[", '"')
 
 

@@ -1,1 +1,1 @@
-"""Export the state as files for people: `export.export_views`. May import `repo`, `state` and below."""
+"""Readable files of the state: `export.export_views` writes them. May import `repo`, `state` and below."""

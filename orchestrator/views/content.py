@@ -28,7 +28,6 @@ _SHOWN: Final = 40  # characters of an encoded name
 _DIGITS: Final = 16
 #: The maximum depth of folders for an id; the rest is one name, which limits the length of paths.
 _DEEPEST: Final = 4
-#: The statuses in which a task owns its paths: a built task keeps them until it has landed.
 
 
 def document_path(key: Key) -> str:
@@ -123,7 +122,7 @@ class ActiveTask:
 
     @property
     def has_session(self) -> bool:
-        """Whether its session is running."""
+        """Whether the session of the task is running."""
         return self.status == TaskStatus.RUNNING and self.attempt.ended is None
 
 

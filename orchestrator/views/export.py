@@ -1,4 +1,4 @@
-"""Export the whole state as readable files, which are never read back."""
+"""Export of the whole state as readable files, which are never read back."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _ABOUT: Final = (
 _PART: Final = 256
 #: Seconds to wait for another process that exports the state.
 _LOCK_TIMEOUT: Final = 30.0
-#: Seconds to write versions of tasks that are older than the log: each is looked up individually.
+#: The maximum seconds for writing versions of tasks that are older than the log: each is looked up individually.
 _HISTORY_LIMIT: Final = 15.0
 
 
@@ -63,10 +63,10 @@ class ViewPosition:
 
 
 async def export_views(store: Store, project: Project, now: float) -> ViewPosition:
-    """Replace the views of a project by new ones, as of `now` (wall-clock seconds); return their position.
+    """Replace the views of a project with new ones, as of `now` (wall-clock seconds); return their position.
 
-    Raises LockHeld if another process exports them and does not finish in time, RefusedError if something else has the
-    name of their folder, OSError if they can't be written.
+    Raises LockHeld if another process exports them and does not finish in time, RefusedError if something other than a
+    folder has the name of their folder, OSError if they can't be written.
     """
     async with FileLock(project.views_lock).hold(_LOCK_TIMEOUT):
         await anyio.to_thread.run_sync(_remove_leftovers, project.views)
@@ -106,7 +106,7 @@ async def _write_views(store: Store, folder: ViewFolder, now: float) -> ViewPosi
 
 
 async def _read_log(store: Store, until: int) -> AsyncGenerator[list[CommitRecord]]:
-    """Yield the readable records up to a position, in parts; pruned ones are missing."""
+    """Yield the readable commits up to a position, in parts; pruned ones are omitted."""
     after: int | None = 0
     while after is not None:
         part = list[CommitRecord]()
@@ -125,7 +125,7 @@ async def _read_log(store: Store, until: int) -> AsyncGenerator[list[CommitRecor
 
 
 async def _read_documents(store: Store, until: int, kinds: set[str]) -> Mapping[Key, Document]:
-    """Return the documents at a position; in a damaged log, where that may be unknown, the current ones."""
+    """Return the documents at a position; the current ones if the log is damaged, which may hide older ones."""
     with suppress(HistoryCompacted):
         if not store.damage:
             return (await store.at(until)).documents
@@ -180,7 +180,7 @@ class ViewFolder:
                 self.write(context_path(one.run, one.task), context_view(one, None if slot is None else str(slot.tree)))
 
     def install(self, path: Path) -> None:
-        """Replace the folder at `path` by this one."""
+        """Replace the folder at `path` with this one."""
         old = path.with_name(f"{path.name}.{token_hex(4)}.new")
         with suppress(FileNotFoundError):
             path.rename(old)

@@ -29,7 +29,7 @@ _BROKEN = {
         ADAPTER
         + REGISTERS.format(kind="sinks", name="stolen", type="Echo")
         + REGISTERS.format(kind="adapters", name="command", type="Echo"),
-        "the name 'command' among the adapters belongs to the plugin 'command' of cli-council",
+        "the name 'command' in adapters is already registered by the plugin 'command' of cli-council",
     ),
     "twice": (ADAPTER + REGISTERS.format(kind="adapters", name="a", type="Echo") + '    register("a", Echo)', "twice"),
     "outdated": (
@@ -48,7 +48,7 @@ _BROKEN = {
         REGISTER
         + "from pydantic import BaseModel\n"
         + REGISTERS.format(kind="handoff_kinds", name="plan", type="BaseModel"),
-        "the name 'plan' among the handoff_kinds belongs to the plugin 'handoffs' of cli-council",
+        "the name 'plan' in handoff_kinds is already registered by the plugin 'handoffs' of cli-council",
     ),
     "lax": (
         REGISTER + REGISTERS.format(kind="validators", name="v", type="dict"),
@@ -204,7 +204,7 @@ def test_first_of_two_plugins_with_one_name_is_used(repository: Repository, site
     install(site, "ant", _ECHO)
     found = _plugins(repository)
     assert "ant" in found["loaded"]
-    assert "the name 'echo' among the adapters belongs to the plugin 'ant' of ant" in found["left_out"]["zebra"]
+    assert "the name 'echo' in adapters is already registered by the plugin 'ant' of ant" in found["left_out"]["zebra"]
 
 
 @pytest.mark.extended_but_first
@@ -261,7 +261,7 @@ def test_nothing_in_the_repository_is_imported(repository: Repository, site: Pat
             (top / "evil").mkdir()
             (top / "evil/part.py").write_text(evil)
     found = _plugins(repository, top)
-    assert "it is inside the repository of the run" in found["left_out"]["evil"]
+    assert "it is inside the run's repository" in found["left_out"]["evil"]
     assert not trace.exists()
     ended = repository.council("run", str(repository.configure([{"id": "one", "prompt": "write one.txt 1"}])), "--json")
     assert ended.states == {"one": "landed"}, ended
@@ -296,7 +296,7 @@ def test_repository_can_not_impersonate_us(repository: Repository, site: Path, w
         (repository.top / "adapters/__init__.py").write_text(evil)
     repository.environ["PYTHONPATH"] = str(repository.top)
     found = _plugins(repository, repository.top)
-    assert "it is inside the repository of the run" in found["left_out"]["command"]
+    assert "it is inside the run's repository" in found["left_out"]["command"]
     assert found["adapters"] == []
     assert not trace.exists()
 
@@ -327,7 +327,7 @@ def test_adapter_of_a_skipped_plugin_is_explained_at_its_line(
     assert ended.code == 2
     (problem,) = ended.result["errors"]
     assert (problem["line"], problem["what"]) == (5, "there is no adapter type 'echo'")
-    assert f"left out was the plugin {entry!r} of council-echo 1.0: " in problem["remedy"]
+    assert f"skipped: the plugin {entry!r} of council-echo 1.0: " in problem["remedy"]
     assert expected in problem["remedy"]
 
 
@@ -339,7 +339,7 @@ async def test_resume_without_a_plugin_is_explained(repository: Repository, site
     module.write_text("import no_such_module")
     ended = repository.council("resume", "--json")
     assert ended.code == 2
-    assert ended.result["error"].startswith("adapter 'e' uses 'echo', which is not installed: left out was the plugin")
+    assert ended.result["error"].startswith("adapter 'e' uses 'echo', which is not installed: skipped: the plugin")
     module.write_text(_ECHO)
     assert repository.council("resume", "--json").states == {"one": "landed"}
     await repository.assert_invariants()

@@ -134,7 +134,7 @@ async def test_each_result_is_printed_as_text() -> None:
     assert "models, session 1: working\n1 commits, 2 files, +3 -4\n\nplan:\na plan\n" in reported["ask"]
     assert reported["share_put"] == "shared k: version 1\n"
     assert reported["share_get"] == reported["share_wait"] == '[\n  1,\n  "é"\n]\n'
-    assert reported["share_list"] == "k: version 1, 2 bytes, by a person\n"
+    assert reported["share_list"] == "k: version 1, 2 bytes, by a user\n"
     assert reported["submit_handoff"] == "handoff accepted: 2 bytes\n"
     assert format_result("submit_handoff", {"size": 1}) == "handoff accepted: 1 byte\n"
     assert all(reported.values())
