@@ -1,4 +1,4 @@
-"""What the topics of a council share: the project and its store, the plugins, and the signal to stop."""
+"""The context that the topics of a council share: the project and its store, the plugins, and the stop signal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class LazyPlugins:
     """Plugins that are loaded on first use, by default the installed ones."""
 
     def __init__(self, loaded: Plugins | None, environ: Mapping[str, str], untrusted: Sequence[Path]) -> None:
-        """`untrusted` are the folders whose plugins are left out."""
+        """Use `loaded` if given; `untrusted` are the folders whose plugins are skipped."""
         self._loaded, self._environ, self._untrusted = loaded, environ, untrusted
 
     def get(self) -> Plugins:
@@ -39,7 +39,7 @@ class LazyPlugins:
 
 @dataclass(frozen=True, slots=True)
 class ProjectContext:
-    """An open project; `environ` replaces the process's environment."""
+    """An open project; `environ` is used instead of the process's environment."""
 
     project: Project
     store: Store
@@ -49,7 +49,7 @@ class ProjectContext:
     environ: Mapping[str, str]
     plugins: LazyPlugins
     follows_file: bool = False
-    """Whether the store is that of the run's file, or the project's own; False if the user has chosen another."""
+    """Whether the store comes from the run's file or the project; False if the user has chosen another store."""
     unreadable: list[str] = field(default_factory=list)
     """Errors of the runs that the last listing of all runs had to skip."""
 
@@ -59,7 +59,7 @@ class ProjectContext:
         return (*(one.describe() for one in self.store.damage), *self.unreadable)
 
     async def check_writable(self) -> None:
-        """Raise RefusedError if the store is only read from another folder than its project's."""
+        """Raise RefusedError if the store may only be read, because it was opened from outside its project."""
         await anyio.to_thread.run_sync(self._check_folder)
 
     def _check_folder(self) -> None:
@@ -68,7 +68,7 @@ class ProjectContext:
 
 
 class StopSignal:
-    """Stops the active runs of a council; runs that start later stop at once."""
+    """A signal that stops the active runs of a council, and runs that start later."""
 
     def __init__(self) -> None:
         self._callbacks: set[Callable[[], None]] = set()

@@ -1,4 +1,4 @@
-"""The public entry point: opens a project's state and plugins, and offers all operations on its runs by topic."""
+"""The public entry point: a project with its state, its plugins, and all operations on its runs by topic."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Council:
         opened_at: int,
         notices: Sequence[str] = (),
     ) -> None:
-        """`opened_at` is the position of the log at which the council was opened."""
+        """Set up a council; `opened_at` is the log position at which it was opened."""
         self.project, self.config, self.notices = context.project, config, notices
         self._context, self._opened_at = context, opened_at
         self._stop = StopSignal()
@@ -74,20 +74,20 @@ class Council:
     ) -> AsyncIterator[Self]:
         """Open a project's state for the body of the `async with`.
 
-        `source` is a YAML file or a `Config` for `runs.run` (relative paths of a `Config` start from the current
-        folder); or a folder, for the runs that were started in its repository; None is the current folder.
+        `source` is a YAML file or a `Config` for `runs.run` (paths in a `Config` are relative to the current folder),
+        or a folder, for the runs that were started in its repository. None is the current folder.
 
         `state` is the URL of the store (`file:///a/folder`, `memory:`, or a scheme that a plugin registers), or its
         folder. The default is, in this order: `COUNCIL_STATE` of `environ`, the store in the YAML file, the store of
         the newest run, and `.council/state` of the project. A store from `state` or `COUNCIL_STATE` can be read from
-        any folder. `plugins` replaces the installed plugins, and `environ` the process's environment, of which
-        sessions get the allowed variables.
+        any folder. `plugins` replaces the installed plugins, and `environ` the process's environment; sessions get only
+        the allowed variables of it.
 
-        If the state is empty and `.worktrees` has the state of an older layout, it is imported, and `notices` reports
-        that; but not into a store from `state`.
+        If the state is empty and `.worktrees` has the state of an older layout, that state is imported and `notices`
+        reports it, but not into a store from `state`.
 
-        Raises ConfigError with all problems of the file; RefusedError if there is nothing to open, or for a store that
-        was not made on this machine unless `adopt_state` has accepted it.
+        Raises ConfigError, with all problems of the file; RefusedError if there is nothing to open, or if the store was
+        created on another machine and `adopt_state` has not accepted it.
         """
         opening = open_project(source, plugins, state, clock or SystemClock(), environ)
         async with opening as (context, config, notices):
@@ -95,62 +95,62 @@ class Council:
 
     @cached_property
     def runs(self) -> topics.Runs:
-        """Start, continue, find and follow runs."""
+        """Starting, resuming, finding and following runs."""
         return topics.Runs(self._context, self._stop, self.config, self._opened_at)
 
     @cached_property
     def tasks(self) -> topics.Tasks:
-        """Cancel, retry, approve and describe single tasks."""
+        """Cancelling, retrying, approving and describing single tasks."""
         return topics.Tasks(self._context)
 
     @cached_property
     def logs(self) -> topics.TaskLogs:
-        """Read the output of tasks."""
+        """The output of tasks."""
         return topics.TaskLogs(self._context)
 
     @cached_property
     def changes(self) -> topics.TaskChanges:
-        """Show what tasks have changed, and apply or drop work that has not landed."""
+        """The changes of tasks, and unmerged work."""
         return topics.TaskChanges(self._context)
 
     @cached_property
     def reports(self) -> topics.RunReports:
-        """Compute the overview, metrics and usage of runs."""
+        """The overview, metrics and usage of runs."""
         return topics.RunReports(self._context)
 
     @cached_property
     def sessions(self) -> topics.Sessions:
-        """Observe the sessions of runs, and use the values that they share."""
+        """The sessions of runs, and the values that they share."""
         return topics.Sessions(self._context)
 
     @cached_property
     def notes(self) -> topics.Notes:
-        """Read and delete the notes of sessions."""
+        """The notes of sessions."""
         return topics.Notes(self._context)
 
     @cached_property
     def locks(self) -> topics.Locks:
-        """Inspect and revoke locks, and use named locks."""
+        """The locks of sessions, tasks and merges, and named locks."""
         return topics.Locks(self._context)
 
     @cached_property
     def checkpoints(self) -> topics.Checkpoints:
-        """Create, list and restore checkpoints."""
+        """The checkpoints of runs."""
         return topics.Checkpoints(self._context)
 
     @cached_property
     def history(self) -> topics.StateHistory:
-        """Read the recorded state at earlier positions, and its commits."""
+        """The recorded state at earlier positions, and its commits."""
         return topics.StateHistory(self._context)
 
     @cached_property
     def state(self) -> topics.State:
-        """Read and change documents, and maintain the store."""
+        """The documents, and the maintenance of the store."""
         return topics.State(self._context)
 
     @cached_property
     def cleaner(self) -> topics.Cleaner:
-        """Find and remove leftovers of the project's runs and of this machine."""
+        """The removal of leftovers of the project's runs and of this machine."""
         context = self._context
         home, environ = council_home(context.environ), context.environ
         return topics.Cleaner(home, environ, context.clock, context.project, context.store, context.url)

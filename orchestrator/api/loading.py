@@ -1,4 +1,4 @@
-"""Load and validate the run that a council is opened with, and find its project."""
+"""Loading and validation of the run that a council is opened with, and of its project."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def load_run(
 
 
 def find_source_paths(source: str | Path | Config | RunConfig) -> list[Path]:
-    """Return the file, if any, and the local repository of a run: plugins in there are untrusted. Blocks."""
+    """Return the file, if any, and the local repository of a run: plugins inside these are untrusted. Blocks."""
     match source:
         case RunConfig():
             return [source.path, *([] if source.is_url else [Path(source.repo)])]

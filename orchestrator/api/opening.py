@@ -1,4 +1,4 @@
-"""Find and open what a council is opened with: a file or a folder, its project, its plugins and its store."""
+"""Opening of a council: from a file or a folder to its project, its plugins and its store."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def open_project(
 ) -> AsyncIterator[tuple[ProjectContext, RunConfig | None, Sequence[str]]]:
     """Open a project and its store for the body of the `async with`; see `Council.open`.
 
-    Yields the project, the run of its file if it is opened with one, and messages about how its state was opened.
+    Yields the project, the run of the source if it is not a folder, and messages about how the state was opened.
     """
     source = "." if source is None else source
     config, is_known = None, True
@@ -57,7 +57,7 @@ async def open_project(
 
         plugins, config, project = await load_run(source, plugins, environ)
     await refuse_tracked_project_folder(project, environ)
-    if is_known:  # from another folder a store is only read
+    if is_known:  # outside its project, a store is only read
         await anyio.to_thread.run_sync(project.create)
     url = await anyio.to_thread.run_sync(_resolve_store_url, project, config) if chosen is None else chosen
     is_named = chosen is not None or config is not None or url == folder_url(project.state_folder)
@@ -70,9 +70,9 @@ async def open_project(
 
 
 def _find_source_project(folder: Path, chosen: str | None) -> tuple[Project, bool]:
-    """Return the project that contains a folder, and True; or the folder itself, and False. Blocks.
+    """Return the project that contains a folder, and True; or the folder itself as a project, and False. Blocks.
 
-    The latter needs a `chosen` store: RefusedError if there is neither a project nor a chosen store.
+    The latter requires a `chosen` store. Raises RefusedError if there is neither a project nor a chosen store.
     """
     try:
         return find_project(folder), True
@@ -83,7 +83,7 @@ def _find_source_project(folder: Path, chosen: str | None) -> tuple[Project, boo
 
 
 def _resolve_store_url(project: Project, config: RunConfig | None) -> str:
-    """Return the URL of the store in a file; without a file, that of the newest run. Blocks."""
+    """Return the URL of the store in the file; without a file, that of the newest run. Blocks."""
     if config is None:
         return project.store()
     return config.state.url or folder_url(project.state_folder)
@@ -92,13 +92,13 @@ def _resolve_store_url(project: Project, config: RunConfig | None) -> str:
 async def _import_legacy_state(
     store: Store, project: Project, clock: Clock, environ: Mapping[str, str]
 ) -> Sequence[str]:
-    """Import the state of an older layout into an empty store, or complete an import; return notices."""
+    """Import the state of an older layout into an empty store, or complete such an import; return notices."""
     record = await store.get(LEGACY_RECORD)
     if await store.position() if record is None else is_import_complete(record):
         return ()
     if not await anyio.to_thread.run_sync(project.has_legacy):
         return ()
-    from orchestrator.state.legacy.importer import import_legacy_state  # noqa: PLC0415  slow, and once per project
+    from orchestrator.state.legacy.importer import import_legacy_state  # noqa: PLC0415  slow, and needed once per project
 
     with suppress(CouncilError, OSError):  # a folder without a repository needs no exclusion
         repository = await find_repository(project.top, Git(None, as_user=True, environ=environ))

@@ -1,4 +1,4 @@
-"""Find the runs of a project, and the processes that are active in them."""
+"""The lookup of a project's runs by name, and of the processes that are active in them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MOST_NAMED: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class RunIndex:
-    """The runs of a project by name, and whether a process is active in them."""
+    """The runs of a project by name, and the processes that are active in them."""
 
     context: ProjectContext
 
@@ -52,7 +52,7 @@ class RunIndex:
     async def find(self, name: str | None) -> str:
         """Return the id of the run with a name: an id, a unique prefix of one, or `latest`; None is the newest run.
 
-        RefusedError, with the closest ids, if no run or several match.
+        Raises RefusedError, with the closest ids, if no run or several runs match.
         """
         if name is None:
             return await self.newest()
@@ -70,7 +70,7 @@ class RunIndex:
         raise RefusedError(f"there is no run {name!r}", suggest_similar(name, known) or "`council runs` lists them")
 
     async def hub(self, run: RunDocument) -> Hub:
-        """Return the repositories of a run; RefusedError if they are missing, or the run was imported."""
+        """Return the repositories of a run. Raises RefusedError if they are missing, or the run was imported."""
         run.check_not_imported()
         hub = Hub(Path(run.hub))
         # An attempt that was still active may have created its own folder again, but nothing else.
@@ -79,7 +79,7 @@ class RunIndex:
         return hub
 
     async def is_live(self, run: str | RunDocument) -> bool:
-        """Return True if a process is active in a run; RefusedError if its repositories are missing."""
+        """Return True if a process is active in a run. Raises RefusedError if its repositories are missing."""
         document = await read_run(self.context.store, run) if isinstance(run, str) else run
         if document.imported is not None:
             return False
@@ -91,7 +91,7 @@ class RunIndex:
     async def active_processes(self, run: RunDocument) -> list[OrchestratorLease]:
         """Return the processes that are active in a run, by the time when they joined.
 
-        RefusedError if its repositories are missing.
+        Raises RefusedError if its repositories are missing.
         """
         alive = await (await self.hub(run)).liveness_locks.list_alive(run.id)
         joined = (await read_orchestrators(self.context.store, run.id)).values()

@@ -1,4 +1,4 @@
-"""Read the record of a run and report its status, without importing the code that executes runs."""
+"""The record and the report of a run, read without importing the code that executes runs."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ _TAIL, _OF_COUNCIL = 8192, "council: "
 
 @dataclass(frozen=True, slots=True)
 class RunReader:
-    """Reads runs of a project."""
+    """The records and reports of a project's runs."""
 
     context: ProjectContext
 
     @property
     def index(self) -> RunIndex:
-        """Finds the runs."""
+        """The index of runs."""
         return RunIndex(self.context)
 
     async def record(self, run: str, *, whole: bool = True) -> RunRecord:
-        """Return the record of a run; unless `whole`, with the specs of tasks that wait or never started only."""
+        """Return the record of a run; unless `whole`, only with the specs of tasks that wait or never started."""
         return await read_whole(self.context.store, run, partial(self._read_record, run, whole=whole))
 
     async def _read_record(self, run: str, *, whole: bool) -> RunRecord:
@@ -67,9 +67,9 @@ class RunReader:
         return RunRecord(document, tasks, entries, adapters, damaged, list(others.values()))
 
     async def without_dropped(self, record: RunRecord, *also: str) -> RunRecord:
-        """Return a record without the branches of finished tasks that were dropped since.
+        """Return a record without the branches of finished tasks that have been dropped.
 
-        Landed tasks keep the branches of their attempts on record, unless they are in `also`.
+        Landed tasks keep the recorded branches of their attempts, unless they are in `also`.
         """
         keeping = {
             task: one
@@ -92,7 +92,7 @@ class RunReader:
         return replace(record, tasks={**record.tasks, **keeping})
 
     def describe(self, record: RunRecord, *, is_live: bool, has_ended: bool | None = None) -> RunReport:
-        """Return the report of a run; `is_live`: a process is active on it; `has_ended` by default as recorded."""
+        """Return the report of a run; `is_live` if a process is active in it; `has_ended` is by default as recorded."""
         has_ended = record.run.ended is not None if has_ended is None else has_ended
         return build_report(
             record,
@@ -124,7 +124,7 @@ class RunReader:
     async def with_merge_state(self, report: RunReport, run: RunDocument) -> RunReport:
         """Return the report of an ended run with the merge state of its own branch, if it landed on one.
 
-        The repository decides, if it is on this machine: users merge and delete such branches, too.
+        The state of the repository counts if it is on this machine, because users also merge and delete such branches.
         """
         if not report.awaits_merge:
             return report
@@ -133,7 +133,7 @@ class RunReader:
         return replace(report, merged_by=merged_by, awaits_merge=awaits_merge)
 
     async def _is_unmerged(self, run: RunDocument) -> bool:
-        """Return True if the own branch of a run is not merged into its base, or that can't be read."""
+        """Return True if the own branch of a run is not merged into its base, or if this is unknown."""
         git = Git(None, as_user=True, environ=self.context.environ)
         try:
             return await has_unmerged_commits(Path(run.repo), run.target, run.base, git)

@@ -1,4 +1,4 @@
-"""Copy, adopt, export and import whole stores, named by a URL, a folder or a file."""
+"""Copying, adoption, export and import of whole stores, named by a URL, a folder or a file."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def open_store(
 ) -> AsyncIterator[Store]:
     """Open the store at a URL or in a folder, for the body of the `async with`.
 
-    With `must_exist`, RefusedError for a folder without a store; by default one is created.
+    By default, creates a store in a folder without one; with `must_exist`, raises RefusedError.
     """
     url = to_store_url(str(location))
     if must_exist:
@@ -64,12 +64,12 @@ async def open_target(
 ) -> AsyncIterator[Store]:
     """Open the store at a URL or in a folder as the target of a copy, for the body of the `async with`.
 
-    If the body fails and nothing was committed, the folders created for the store are removed. RefusedError for the
-    memory store, and for a folder that can't become a separate store; `source` is the location of the original.
+    `source` is the location of the original. If the body fails and nothing was committed, the folders created for the
+    store are removed. Raises RefusedError for the memory store, and for a folder that can't become a separate store.
     """
     url = to_store_url(str(location))
     if url == MEMORY:
-        raise RefusedError("a copy in memory: is lost at once", "name a folder, or the URL of another store")
+        raise RefusedError("a copy in a memory store would be lost at once", "name a folder, or another store's URL")
     folder, within = (
         require_local_folder(url),
         require_local_folder(to_store_url(str(source))) if source is not None else None,
@@ -98,8 +98,8 @@ async def copy_state(
 ) -> CopyResult:
     """Copy a whole store into an empty one, each named by its URL or folder; runs may be active meanwhile.
 
-    The copy has the same positions, times, versions and events. RefusedError, with nothing changed, if the original is
-    damaged, if the target has other content, or if it can't become a separate store.
+    The copy has the same positions, times, versions and events. Raises RefusedError, with nothing changed, if the
+    original is damaged, or if the target has other content or can't become a separate store.
     """
     if plugins is None:
         plugins = await to_thread.run_sync(load_plugins, environ)
@@ -114,9 +114,9 @@ async def copy_state(
 
 
 async def adopt_state(location: str | Path, *, environ: Mapping[str, str] = os.environ) -> str:
-    """Trust a store that was made on another machine, by its URL or folder; return its URL.
+    """Trust a store that was created on another machine, by its URL or folder; return its URL.
 
-    From then on `resume` executes the commands of its runs. RefusedError if there is no such store.
+    From then on, `resume` executes the commands of its runs. Raises RefusedError if there is no such store.
     """
     url = to_store_url(str(location))
     if url == MEMORY or not await to_thread.run_sync(_is_installed, url, environ):
@@ -176,7 +176,7 @@ def _check_export_path(path: Path, force: bool) -> None:
     if not path.is_file():  # never replace a device or a pipe
         raise RefusedError(f"{path} is not a regular file", "name one, or write to it with `- > FILE`")
     if not force:
-        raise RefusedError(f"{path} exists already", "name another file, or replace it with --force")
+        raise RefusedError(f"{path} already exists", "name another file, or replace it with --force")
 
 
 async def import_store(file: str | Path | IO[bytes], store: Store) -> CopyResult:
@@ -196,8 +196,8 @@ class _TargetFolder:
     def __init__(self, folder: Path, source: Path | None) -> None:
         """Check a folder, which need not exist; `source` is the folder of the original, if it has one.
 
-        RefusedError if it is inside the source, can't be a folder, or has files other than those of a store: they would
-        be mixed up with the store's files.
+        Raises RefusedError if the folder is inside the source, can't be created, or contains files of anything but a
+        store, which would mix with the store's files.
         """
         self._folder = folder
         try:
@@ -214,9 +214,9 @@ class _TargetFolder:
         if not nearest.is_dir():
             raise RefusedError(f"{nearest} is not a folder", self._REMEDY)
         if source is not None and folder != source and folder.resolve().is_relative_to(source.resolve()):
-            raise RefusedError(f"{folder} is inside of the store to copy", "name a folder outside of it")
+            raise RefusedError(f"{folder} is inside the store to copy", "name a folder outside it")
         if not self._is_store and folder.is_dir() and any(folder.iterdir()):
-            raise RefusedError(f"{folder} has other files, and no store", "name a folder that is new or empty")
+            raise RefusedError(f"{folder} contains files but no store", "name a new or empty folder")
 
     def undo(self) -> None:
         """Remove all created files and folders, unless something was committed."""
@@ -228,6 +228,6 @@ class _TargetFolder:
                 return
             (self._folder / IDENTITY_FILE).unlink()
             shutil.rmtree(log, ignore_errors=True)
-        with suppress(OSError):  # it is not empty: another program added files
+        with suppress(OSError):  # not empty: another program has added files
             for folder in self._created:
                 folder.rmdir()

@@ -75,7 +75,7 @@ class CouncilGroup(LazyGroup):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run a command with usable standard streams, and without programs from relative folders of PATH."""
         path = os.environ.get("PATH")
-        if path is not None:  # a relative entry would be a folder of the repository, where the work of agents lands
+        if path is not None:  # a relative entry would be a folder of the repository, where agents can write
             os.environ["PATH"] = os.pathsep.join(one for one in path.split(os.pathsep) if one.startswith("/"))
         with usable_streams():
             return super().main(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Standard streams that may be closed, full, broken, or have a limited encoding."""
+"""Standard streams that may be closed, full or broken, or have a limited encoding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TextIO
 
 import click
 
-#: What is raised for a pipe that nobody reads any more and for a terminal that has hung up.
+#: The errors of a pipe without a reader and of a terminal that has hung up.
 _READER_GONE_ERRORS = frozenset({errno.EPIPE, errno.EIO})
 
 
@@ -32,12 +32,12 @@ def usable_streams() -> Iterator[None]:
 
 
 def _open_missing() -> None:
-    """Open what is closed on nothing: the next file that is opened, the state's perhaps, would pass for a stream."""
+    """Connect closed streams to /dev/null: otherwise the next opened file would get a stream's descriptor."""
     for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest that is free, see open(2)
+            os.open(os.devnull, os.O_RDWR)  # uses the lowest free descriptor, see open(2)
             setattr(sys, name, os.fdopen(descriptor, mode, closefd=False))
 
 
@@ -47,11 +47,10 @@ def redirect_to_null(stream: TextIO) -> None:
 
 
 def is_reader_gone(error: OSError) -> bool:
-    """Whether the reader of a stream has exited."""
+    """Return True if an error means that the reader of a stream has exited."""
     return error.errno in _READER_GONE_ERRORS
 
 
 def write_error_message(error: OSError) -> str:
-    """Report that the output is incomplete."""
-
+    """Return the message for incomplete output."""
     return f"standard output can't be written: {error.strerror}"

@@ -317,7 +317,7 @@ async def test_impossible_restore_is_rejected(repository: Repository) -> None:
         ("restore", "nonsense/1"): "council checkpoint list",
         ("create", "--run", "nonsense"): "there is no run 'nonsense'",
         ("list", "--run", "nonsense"): "there is no run 'nonsense'",
-        ("create", "--run", "x", "--all"): "exclude each other",
+        ("create", "--run", "x", "--all"): "cannot be combined",
     }
     for command, fragment in refusals.items():
         refused = repository.council("checkpoint", *command)

@@ -440,7 +440,7 @@ async def test_leftover_needed_since_listing_stays(repository: Repository) -> No
             assert "is locked by process" in str(removal.error)
         assert repository.council("retry", "keeps").code == 0
         [removal] = await cleaner.remove(listed)
-        assert removal.error == "it is in use again, or was changed"
+        assert removal.error == "it is in use again, or has changed"
         assert trees(repository) == ["keeps.1"]
 
 
@@ -453,7 +453,7 @@ async def test_hub_used_since_listing_stays(repository: Repository) -> None:
     listed = await cleaner.find()
     assert [one.name for one in listed] == [str(hub_of(repository).root)]
     aside.rename(repository.top)
-    assert [one.error for one in await cleaner.remove(listed)] == ["it is in use again, or was changed"]
+    assert [one.error for one in await cleaner.remove(listed)] == ["it is in use again, or has changed"]
     assert hub_of(repository).root.exists()
 
 

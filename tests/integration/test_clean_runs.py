@@ -168,7 +168,7 @@ async def test_run_changed_since_listing_stays(repository: Repository) -> None:
         found = [one for one in await cleaner.find(runs=7 * DAY, include_interrupted=True) if one.kind == "run"]
         await council.tasks.retry("f")
         [removal] = await cleaner.remove(found)
-        assert removal.error == "it is in use again, or was changed"
+        assert removal.error == "it is in use again, or has changed"
         assert await council.runs.ids() == [run]
 
 
@@ -214,5 +214,5 @@ async def test_record_without_a_checkpoint_is_kept(repository: Repository, monke
     ended = subprocess.run(
         ["sh", "-c", limited], cwd=repository.top, env=environ, capture_output=True, text=True, check=False
     )
-    assert "no checkpoint could be made of it: free some disk space" in ended.stdout + ended.stderr
+    assert "its checkpoint could not be created: free some disk space" in ended.stdout + ended.stderr
     assert log.read_bytes() == before

@@ -12,7 +12,7 @@ from tests.conftest import Repository
 def test_exclusive_options_are_a_usage_error(repository: Repository) -> None:
     refused = repository.council("schema", "--result", "--story")
     assert refused.code == 2
-    assert "--result, --story and --events exclude each other." in refused.stderr
+    assert "--result, --story and --events cannot be combined." in refused.stderr
     assert "internal error" not in refused.stderr
 
 

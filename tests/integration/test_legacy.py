@@ -428,7 +428,7 @@ async def test_imported_run_accepts_no_work(repository: Repository) -> None:
     assert status.code == 1
     assert "council resume" not in status.stdout
     assert "council retry" not in status.stdout
-    assert "It is an imported record" in status.stdout
+    assert "This is an imported record" in status.stdout
     none = "no active, interrupted, halted or waiting runs\n"
     for words, notice in (
         (["where"], ""),

@@ -221,7 +221,7 @@ async def test_merge_lands_a_runs_own_branch_on_its_base(repository: Repository)
     assert (merged.code, merged.states, merged.result["target"]) == (0, {"merge": "landed"}, "main"), merged
     assert {path.name for path in repository.top.glob("*.txt")} == {"a.txt", "d.txt", "own.txt"}
     again = repository.council("merge", name)
-    assert (again.code, "'main' has all of" in again.stdout, again.stdout.count("\n")) == (0, True, 1), again
+    assert (again.code, "'main' already contains" in again.stdout, again.stdout.count("\n")) == (0, True, 1), again
     merge = merged.result["run"]
     assert repository.council("status", name, "--json").result["merged_by"] == merge
     listed = " ".join(repository.council("runs").stdout.split())
@@ -296,7 +296,7 @@ async def test_merge_that_fails_its_checks_moves_nothing(repository: Repository)
             "forbidden",
             [
                 "next: council logs merge --run {merge}",
-                "then: fix main or council/{run}, and commit that",
+                "then: fix main or council/{run}, and commit the fix",
                 "then: council merge {run}",
             ],
         ),
@@ -428,7 +428,7 @@ async def test_branch_merged_or_deleted_by_the_user_is_not_awaited(repository: R
     if how == "lost":
         assert (merged.code, f"`git branch {branch} {tip}`" in merged.stderr) == (2, True), merged
     else:
-        assert (merged.code, "'main' has all of" in merged.stdout) == (0, True), merged
+        assert (merged.code, "'main' already contains" in merged.stdout) == (0, True), merged
     assert len(repository.council("runs", "--json").result["runs"]) == 1
 
 

@@ -543,7 +543,7 @@ async def test_place_taken_meanwhile_is_not_overwritten(
         return await export_to_stream(store, stream, time)
 
     monkeypatch.setattr("orchestrator.api.transfer.export_to_stream", export_and_lose)
-    with pytest.raises(RefusedError, match="exists already"):
+    with pytest.raises(RefusedError, match="already exists"):
         await export_store(source, location)
     assert location.read_text() == "first"
     assert files(tmp_path) == {"source", "file"}

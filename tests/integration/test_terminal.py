@@ -62,7 +62,7 @@ async def test_run_on_a_terminal_is_a_table(repository: Repository, start: Start
     assert re.search(r"^\S+ run \S+ lands on main$", terminal.text, re.MULTILINE)
     assert not terminal.cursor_is_shown
     terminal.resize(60, 12)
-    wait_for(lambda: terminal.row("task") == "task    phase    time  lines  says")
+    wait_for(lambda: terminal.row("task") == "task    phase    time  lines  details")
     assert terminal.row("talker").endswith("Reading the model")
     terminal.resize(110, 30)
     wait_for(lambda: "adapter" in terminal.row("task"))

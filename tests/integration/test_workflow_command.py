@@ -68,7 +68,7 @@ async def test_unknown_workflow_is_rejected(repository: Repository) -> None:
     refused = repository.council("workflow", "copy", "adv", "flows")
     assert (refused.code, refused.stderr) == (
         2,
-        "council: there is no workflow 'adv': did you mean 'adw'?; add --file for those of a file\n",
+        "council: there is no workflow 'adv': did you mean 'adw'?; --file adds the workflows of a file\n",
     )
     assert not (repository.top / "flows").exists()
     (repository.top / "file").write_text("")

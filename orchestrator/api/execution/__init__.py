@@ -1,7 +1,7 @@
-"""Create and execute runs in this process, and perform requests on them.
+"""Creation and execution of runs in this process, and requests on runs.
 
-`RunExecutor` runs tasks, `RunController` performs requests of a person, `perform_dry_run` checks a run without starting
-it. Each is imported on first use, because commands that only show a run need none, and those that start one not all.
+`RunExecutor` runs tasks, `RunController` performs requests of a user, `perform_dry_run` checks a run without starting
+it. Each is imported on first use: commands that only show a run need none of them, and no command needs all.
 """
 
 from __future__ import annotations

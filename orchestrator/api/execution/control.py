@@ -1,4 +1,4 @@
-"""Perform requests of a person on a run: cancel or retry tasks, enable adapters, restore a checkpoint."""
+"""Requests of a user on a run: cancel or retry tasks, enable adapters, restore a checkpoint."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _STOP_TIMEOUT = 15.0
 
 @dataclass(frozen=True, slots=True)
 class RunController:
-    """Performs requests on the runs of a project, or has the leader of the run perform them."""
+    """Requests on the runs of a project, performed here or by the leader of the run."""
 
     _context: ProjectContext
 
@@ -66,10 +66,10 @@ class RunController:
         reload: FileChanges | None = None,
         adapters: Sequence[str] = (),
     ) -> None:
-        """Submit a request to the run's leader, or apply it here if there is none; `resume` continues from there.
+        """Submit a request to the run's leader, or apply it here if there is none, for the next `resume`.
 
-        Without `tasks` it applies to all unfinished ones; without `adapters`, to all that can't be used now. With
-        `reload`, the settings of the file are applied to the tasks first.
+        Without `tasks` it applies to all unfinished ones; without `adapters`, to all unavailable ones. With `reload`,
+        the settings of the file are applied to the tasks first.
         """
         context, reader = self._context, RunReader(self._context)
         record = await reader.record(run)
@@ -113,7 +113,7 @@ class RunController:
                 await waiting.pause(None if holder is None else holder.pid, socket.gethostname())
 
     async def _apply_pending(self, entry: RunEntry) -> None:
-        """Lead a run for a moment, which applies its pending requests."""
+        """Lead a run briefly, which applies its pending requests."""
         reader, run = RunReader(self._context), entry.run
         async with hold_run_lock(entry.hub, run.id) as lock, entry.lead(lock) as (ledger, run_context):
             now = await reader.record(run.id)
@@ -130,7 +130,7 @@ class RunController:
             check_phase(task, phase or "", [one.name for one in phases], record.tasks[task])
 
     async def _wait_until_ended(self, run: str, tasks: Sequence[str]) -> None:
-        """Wait until cancelled tasks have ended, at most as long as a session may take to stop."""
+        """Wait until cancelled tasks have ended, but no longer than `_STOP_TIMEOUT`."""
         store = self._context.store
         with anyio.move_on_after(_STOP_TIMEOUT):
             for task in tasks:
@@ -141,7 +141,7 @@ class RunController:
         """Restore a checkpoint; see `Checkpoints.restore`."""
         context, guards = self._context, dict[str, Guard]()
         async with AsyncExitStack() as stack:
-            # Until this process leads a run, the run may continue, and others may change that needed no restore.
+            # Until this process leads them, runs may continue, and other runs may change so that they need a restore.
             while True:
                 plan = await plan_restore(context.store, checkpoint)
                 new = [run for run in plan.runs.values() if run.id not in guards]
@@ -155,7 +155,7 @@ class RunController:
 
 
 async def _block_run(stack: AsyncExitStack, run: RunDocument, *, force: bool) -> None:
-    """Keep processes from becoming active in a run; with `force`, one may already be active."""
+    """Prevent processes from becoming active in a run; with `force`, one may already be active."""
     hub = Hub(Path(run.hub))
     if not await anyio.to_thread.run_sync(hub.trusted.is_dir):  # no process can be active without it
         return
@@ -175,7 +175,7 @@ class _RequestWait:
         self._began, self._is_noticed = anyio.current_time(), False
 
     async def pause(self, pid: int | None, host: str) -> None:
-        """Sleep until the next check; RequestTimeout after the limit, and a notice after some seconds."""
+        """Sleep until the next check; log a notice after some seconds. Raises RequestTimeout after the limit."""
         waited = anyio.current_time() - self._began
         if waited >= _REQUEST_TIMEOUT:
             raise RequestTimeout(_describe_process(pid, host), _REQUEST_TIMEOUT)

@@ -1,4 +1,4 @@
-"""Check and record new runs."""
+"""Checking and recording of new runs."""
 
 from __future__ import annotations
 
@@ -83,7 +83,8 @@ async def create_run(
 async def add_open_tracked_tasks(config: RunConfig, plugins: Plugins) -> RunConfig:
     """Return the config with the open tasks of its trackers in addition to its own.
 
-    Raises ConfigError if their tasks are invalid, RefusedError if a tracker does not answer or there is no task at all.
+    Raises ConfigError if tracked tasks are invalid, RefusedError if a tracker does not answer or there is no task at
+    all.
     """
     if not config.trackers:
         return config
@@ -122,7 +123,7 @@ async def create_merge_run(context: ProjectContext, run: str) -> str:
     )
     if await git.is_ancestor(commit, start):
         await delete_run_refs(hub, name, environ)
-        raise NothingToMerge(f"{base!r} has all of {document.target!r} already", "there is nothing to merge")
+        raise NothingToMerge(f"{base!r} already contains {document.target!r}", "there is nothing to merge")
     specs = [*(await read_specs(context.store, run, document.tasks)).values()]
     merge, spec, task = build_merge_run(
         document, specs, name, commit=commit, branch=branch, start=start, now=context.clock.now(),
@@ -134,7 +135,7 @@ async def create_merge_run(context: ProjectContext, run: str) -> str:
 
 
 async def _explain_missing_branch(git: Git, record: RunRecord, start: str) -> RefusedError:
-    """Return why a run's own branch that does not exist can't be merged into its base, which is at `start`."""
+    """Return the error for a run's own branch that does not exist; its base is at the commit `start`."""
     run = record.run
     what = f"the branch {run.target!r} does not exist"
     commits = [task.landed for task in record.tasks.values() if task.landed is not None]
@@ -144,9 +145,9 @@ async def _explain_missing_branch(git: Git, record: RunRecord, start: str) -> Re
         tree, conflicts = await git.merge_tree(start, tip)
         is_merged = not conflicts and tree == await git.line("rev-parse", f"{start}^{{tree}}")
     if is_merged:
-        return NothingToMerge(f"{what}, and {run.base!r} has all of it already", "there is nothing to merge")
+        return NothingToMerge(f"{what}, and {run.base!r} already contains its work", "there is nothing to merge")
     remedy = f"`git branch {run.target} {tip}` restores it, then `council merge {run.id}`"
-    return RefusedError(f"{what}, and {run.base!r} does not have all of it", remedy)
+    return RefusedError(f"{what}, and {run.base!r} does not contain all of its work", remedy)
 
 
 def _use_store(context: ProjectContext, url: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Check a run completely without starting or recording it."""
+"""The complete check of a run without starting or recording it."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ async def perform_dry_run(
     clock: Clock | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> DryRun:
-    """Run the checks of `Runs.create` and `council doctor`, and return what the run would do.
+    """Run the checks of `Runs.create` and `council doctor`, and return the plan of the run.
 
-    Nothing is recorded, and only the programs of adapters are started, to ask for their versions. Only council's own
-    repositories change: the commits are fetched into them, as for a run.
+    Nothing is recorded. The only programs that are started are those of adapters, to get their versions. Only council's
+    own repositories change: the commits are fetched into them, as for a run.
     """
     config = apply_max_retries(config, resolve_coordination(config.coordination, environ, coordination))
     config = await add_open_tracked_tasks(config, plugins)

@@ -1,4 +1,4 @@
-"""Execute runs in this process: assembles the parts of a run."""
+"""The execution of runs in this process, assembled from the parts of a run."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _NONE: Mapping[str, str] = {}
 
 @dataclass(frozen=True, slots=True)
 class RunExecutor:
-    """Executes runs of a project in this process."""
+    """The execution of a project's runs in this process."""
 
     _context: ProjectContext
     _stop: StopSignal
@@ -126,7 +126,7 @@ class RunExecutor:
 
     @asynccontextmanager
     async def _entry(self, run: RunDocument, hub: Hub, settings: CoordinationSettings) -> AsyncIterator[RunEntry]:
-        """Yield the way into a run, with a store that survives outages during the body."""
+        """Yield the entry into a run, with a store that survives outages during the body."""
         async with survive_store_outages(
             self._context, run.id, settings, gives_up=lambda: self._stop.is_set
         ) as context:
@@ -134,7 +134,7 @@ class RunExecutor:
 
     async def _run_services_as_leader(self, run: RunDocument, ledger: Ledger, ended: anyio.Event) -> None:
         await ledger.writer.became_leader.wait()
-        async with background_services(self._context, run):  # they need the event of the run's end
+        async with background_services(self._context, run):  # sinks need the event of the run's end
             await ended.wait()
 
     async def _note_file_changes(self, ledger: Ledger) -> None:
@@ -155,7 +155,7 @@ class RunExecutor:
         disabled: Mapping[str, str] = _NONE,
         only_lands: bool = False,
     ) -> RunReport:
-        """Execute tasks of a run until none is left for this process, with all adapters that are not `disabled`."""
+        """Execute tasks of a run until none is left for this process, without the `disabled` adapters."""
         context, run = reader.context, before.run.id
         entries = await _entries(context, before, ledger)
         wanted = capacity or before.run.capacity

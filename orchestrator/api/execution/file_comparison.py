@@ -1,4 +1,4 @@
-"""Compare a run with its file, and apply changes of the file to tasks."""
+"""Comparison of a run with its file, and application of the file's changes to tasks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from orchestrator.protocols import Commit, Store
 
 
 async def has_same_config_file(run: RunDocument) -> bool:
-    """Return True if the file of a run is the one that it was created from, which no comparison is needed for."""
+    """Return True if the file of a run has not changed since its creation, so that no comparison is needed."""
     digest = await anyio.to_thread.run_sync(read_digest, Path(run.config))
     return digest is not None and digest == run.config_digest
 
@@ -33,7 +33,7 @@ async def has_same_config_file(run: RunDocument) -> bool:
 async def compare_with_config_file(
     context: ProjectContext, run: RunDocument, statuses: Mapping[str, TaskStatus]
 ) -> FileChanges:
-    """Compare a run with its file, if that exists, without the tasks that have succeeded."""
+    """Compare a run with its file, if the file exists, without the tasks that have succeeded."""
     path = anyio.Path(run.config)
     if run.imported is not None or not await path.is_file():
         return FileChanges(run.config, unreadable=f"{run.config} does not exist")
@@ -52,7 +52,7 @@ async def compare_with_config_file(
         return FileChanges(run.config, unreadable=str(error))
     settings = resolve_coordination(config.coordination, context.environ, None)
     recorded = run.coordination.max_retries
-    if recorded != settings.max_retries:  # it was set on the command line
+    if recorded != settings.max_retries:  # the limit was set on the command line
         settings = settings.model_copy(update={"max_retries": recorded})
     left = [task for task, status in statuses.items() if status not in SUCCESS_STATUSES]
     specs = await read_specs(context.store, run.id, left)

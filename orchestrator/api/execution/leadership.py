@@ -1,4 +1,4 @@
-"""Become the leader of a run, or join it as an additional worker."""
+"""Entry into a run, as its leader or as an additional worker."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LOCK_HANDOVER_TIMEOUT = 60.0
 
 @dataclass(frozen=True, slots=True)
 class RunEntry:
-    """How this process enters a run: in which project, with which settings."""
+    """The entry of this process into a run: the project, the run, and the coordination settings."""
 
     context: ProjectContext
     run: RunDocument
@@ -45,7 +45,7 @@ class RunEntry:
     async def lead(self, lock: HeldLock) -> AsyncIterator[tuple[Ledger, RunContext]]:
         """Lead the run during the body: recover the tasks of an earlier leader, and apply pending requests.
 
-        `lock` is that of `hold_run_lock`.
+        `lock` is the lock from `hold_run_lock`.
         """
         role = Role.WORKER if self.settings.role == "worker" else Role.LEADER
         me = create_owner(role, shares=self.settings.enabled)
@@ -160,10 +160,10 @@ def sharing_disabled_error(run: str, environ: Mapping[str, str], options: Coordi
 
 
 def run_active_error(run: str, held: LockHeld, *, or_else: str = "") -> RefusedError:
-    """Return the error for a run that a process is active in, or has left processes of."""
+    """Return the error for a run with an active process, or with leftover processes of an ended one."""
     stop = "stop it with SIGTERM" if held.pid is None else f"stop it with `kill {held.pid}`"
-    wait = f"wait for its end, which `council watch {run}` shows"
+    wait = f"wait until it ends (`council watch {run}` shows it)"
     remedy = ", or ".join(filter(None, (wait, stop, or_else)))
     if not held.owner_lives:
-        remedy = f"end the processes that it left: `fuser {held.path}` lists them"
+        remedy = f"end its leftover processes: `fuser {held.path}` lists them"
     return RefusedError(f"run {run} is active in {held.holder}", remedy)

@@ -46,7 +46,7 @@ async def background_services(context: ProjectContext, run: RunDocument) -> Asyn
 
 
 async def _update_views(context: ProjectContext, run: str) -> None:
-    """Export the state again if it was exported before; a failure is an event."""
+    """Update the views if they exist; record a failure as an event."""
     store, project = context.store, context.project
     if not await anyio.to_thread.run_sync(os.path.lexists, project.views):
         return
@@ -74,9 +74,9 @@ def _subscribers(plugins: Plugins, run: RunDocument) -> list[EventSubscriber]:
 async def survive_store_outages(
     context: ProjectContext, run: str, settings: CoordinationSettings, *, gives_up: Callable[[], bool]
 ) -> AsyncIterator[ProjectContext]:
-    """Yield the context with a store that waits, or continues offline, while the store can't be reached.
+    """Yield the context with a store that waits, or continues offline, while the actual store is unreachable.
 
-    A store on this machine only waits while its disk is full.
+    A store on this machine waits only while its disk is full.
     """
     if context.url == MEMORY:
         yield context
@@ -85,7 +85,9 @@ async def survive_store_outages(
     is_local = bool(context.store.local_paths())
 
     async def record_event(event: TypedEvent) -> None:
-        _log.warning(event.sentence.format(**event.data()))  # at once: it is recorded when the store is back
+        _log.warning(
+            event.sentence.format(**event.data())
+        )  # at once: the event is recorded only when the store is reachable again
         await survived.commit(Commit([], [Event.of(event.within(run=run))]))
 
     folder = context.project.folder / "outage"

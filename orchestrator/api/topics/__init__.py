@@ -1,6 +1,6 @@
 """The topics of a council, each a class with the operations on one subject.
 
-`orchestrator.api.council.Council` makes them. Each is imported on first use: showing a run needs few of them.
+`orchestrator.api.council.Council` creates them. Each is imported on first use: showing a run needs few of them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Observe the sessions of a run from any process: their transcripts, and the size of their changes.
+"""The live activity of a run's sessions, seen from any process: transcripts, and the size of changes.
 
-All data comes from files, without a request to the run's leader.
+All data comes from files; the run's leader is not involved.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ObservedSession(NamedTuple):
 
 
 class ActivityObserver(Protocol):
-    """Selects what to observe, and takes the observations."""
+    """A selector of the sessions and commits to observe, and receiver of the observations."""
 
     def working(self) -> Sequence[ObservedSession]:
         """Return the attempts with a running session."""
@@ -53,13 +53,13 @@ class ActivityObserver(Protocol):
         """Return up to `most` commits of landed tasks, by task, whose changes were not counted yet."""
 
     def on_transcript(self, session: ObservedSession, transcript: Transcript) -> None:
-        """Take the transcript of a session; after much output between two reads, of its last 64 KiB."""
+        """Receive the transcript of a session; after much output between two reads, only of its last 64 KiB."""
 
     def on_changes(self, session: ObservedSession, changes: Changes) -> None:
-        """Take the size of a session's changes, so far or in total."""
+        """Receive the size of a session's changes, so far or in total."""
 
     def count(self, task: str, changes: Changes) -> None:
-        """Take the size of the changes that a task landed."""
+        """Receive the size of the changes that a task landed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ class RunActivity:
     async def _count(self, commits: Mapping[str, str], observer: ActivityObserver) -> None:
         try:
             counted = await self.reports.landed_changes(self.record.run.id, commits)
-        except (CouncilError, OSError):  # missing in council's repository: they can't be counted any more
+        except (CouncilError, OSError):  # missing in council's repository: they can no longer be counted
             counted = {}
         for task in commits:
             observer.count(task, counted.get(task, Changes()))
@@ -127,7 +127,7 @@ class RunActivity:
 
 
 class _TranscriptReader:
-    """Reads the transcript of a session incrementally."""
+    """An incremental reader of a session's transcript."""
 
     def __init__(self, adapter: Adapter, file: Path) -> None:
         self.transcript = EMPTY_TRANSCRIPT

@@ -1,4 +1,4 @@
-"""Show what tasks have changed, and apply or drop work that has not landed."""
+"""The topic `changes`: changes of tasks, and unmerged work."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class PreservedWork:
     committed: int | None
     """Seconds since the epoch."""
     worktree: str | None
-    """The folder of a worktree, once it has no git configuration of an agent; a worktree has no commit."""
+    """The folder of a worktree, once it has no git configuration by an agent; a worktree has no commit."""
 
 
 class TaskChanges(Topic):
@@ -64,7 +64,10 @@ class TaskChanges(Topic):
         return await diffs.diff_commits(git, *await _diff_range(git, run_document, task, document), stat=stat)
 
     async def size(self, task: str, run: str | None = None) -> Changes:
-        """Return the size of a task's changes; of a running session so far. RefusedError if there are none."""
+        """Return the size of a task's changes, including those of a running session.
+
+        Raises RefusedError if the task has none.
+        """
         name = await self._find(run)
         run_document, document = await read_named_task(self._context.store, name, task)
         git = trusted_git(run_document, self._context.environ)
@@ -98,7 +101,7 @@ class TaskChanges(Topic):
     async def apply(self, name: str, run: str | None = None, *, branch: str | None = None) -> Sequence[str]:
         """Apply preserved work to the user's checkout as uncommitted changes, or as a new branch.
 
-        Applies all of it or nothing. Returns the changed paths, or the branch.
+        Applies all of the work or none. Returns the changed paths, or the branch.
         """
         run = await self._find(run)
         git, document = await self._git(run), await read_run(self._context.store, run)
@@ -117,7 +120,7 @@ class TaskChanges(Topic):
         return await salvage.apply_to_checkout(git, users, site.repository.top, base, found.commit)
 
     async def drop(self, names: Sequence[str], run: str | None = None) -> None:
-        """Delete preserved work; RefusedError, with nothing deleted, if the run still needs any of it."""
+        """Delete preserved work. Raises RefusedError, with nothing deleted, if the run still needs any of it."""
         run = await self._find(run)
         git = await self._git(run)
         refs, folders = [], []
@@ -155,7 +158,7 @@ class TaskChanges(Topic):
 
     async def _describe_worktree(self, one: Worktree) -> PreservedWork:
         document = await read_task(self._context.store, one.run, one.task)
-        # Before that the user's own git would run programs that the agent has configured in there.
+        # Until then, the user's own git would run programs that the agent has configured in the worktree.
         is_safe = await anyio.to_thread.run_sync(is_preserved, one)
         has_ended = (await read_run(self._context.store, one.run)).ended is not None
         subject = "a worktree that could not be collected completely"
@@ -170,7 +173,7 @@ class TaskChanges(Topic):
         return next((one for one in await self._leftover_worktrees(run) if _name(one) == name), None)
 
     async def _has_worktree(self, run: str, task: str, attempt: Attempt) -> bool:
-        """Return True if the session of an attempt runs, or was interrupted and left its worktree."""
+        """Return True if the session of an attempt is running, or was interrupted and left its worktree."""
         if await self._index.is_live(run):
             return True
         left = await self._leftover_worktrees(run)
@@ -191,7 +194,7 @@ class TaskChanges(Topic):
 
 
 def trusted_git(run: RunDocument, environ: Mapping[str, str]) -> Git:
-    """Return git in the trusted repository of a run. RefusedError if the run was imported."""
+    """Return git in the trusted repository of a run. Raises RefusedError if the run was imported."""
     run.check_not_imported()
     return Git(Hub(Path(run.hub)).trusted, environ=environ)
 

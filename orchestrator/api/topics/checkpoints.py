@@ -1,4 +1,4 @@
-"""Create, list and restore checkpoints."""
+"""The topic `checkpoints`: creation, listing and restoration."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class Checkpoints(Topic):
         return await checkpoints.create_checkpoint(store, run, reason, is_live=await index.has_live_process(run))
 
     async def list(self, run: str | None = None) -> Sequence[Checkpoint]:
-        """Return the checkpoints of a run (`all`: those of all runs together) or every one, the oldest first."""
+        """Return the checkpoints of a run (`all`: those of all runs together), or all of them, the oldest first."""
         return await checkpoints.list_checkpoints(self._context.store, run)
 
     async def plan_restore(self, checkpoint: str) -> RestorePlan:
-        """Return the changes that `restore` would make now; RefusedError if the log does not go back that far."""
+        """Return the changes that `restore` would make now. Raises RefusedError if the position was pruned."""
         return await checkpoints.plan_restore(self._context.store, checkpoint)
 
     async def restore(self, checkpoint: str, *, force: bool = False) -> RestoreResult:
         """Restore a checkpoint by its id, after a new checkpoint of the current state; `resume` continues from it.
 
-        Landed commits stay on their targets. RefusedError if a process is active in a run that this would change; with
-        `force` the run is taken over instead, and that process ends at its next step.
+        Landed commits stay on their targets. Raises RefusedError if a process is active in a run that this would
+        change; with `force`, the run is taken over instead, and that process ends at its next step.
         """
         await self._context.check_writable()
         controller = execution.RunController(self._context)

@@ -1,4 +1,4 @@
-"""Remove leftovers of runs from this machine.
+"""The removal of leftovers of runs from this machine.
 
 Each one is checked again before its removal, under the lock of its possible users. Leftovers with work that may exist
 nowhere else are removed only on request; preserved branches are handled by `council salvage`.
@@ -39,7 +39,7 @@ class RemovalResult:
 
 
 class Cleaner:
-    """Finds and removes leftovers in `home` and of the runs of a project, if there is one."""
+    """The removal of leftovers in `home` and, with a project, of its runs."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Cleaner:
         store: Store | None = None,
         url: str | None = None,
     ) -> None:
-        """`home` is the folder of all hubs; a project needs its store and the store's URL."""
+        """Set up a cleaner; `home` is the folder of all hubs. A project requires its store and the store's URL."""
         self._environ, self._store = environ, store
         self._checkpoints: dict[str, str] = {}
         self._survey = OrphanFinder(home, environ, clock, project, store, url)
@@ -60,8 +60,8 @@ class Cleaner:
     ) -> list[Leftover]:
         """Return all leftovers, including those that must stay, with their sizes.
 
-        With `logs`, also the output of runs that ended more than so many seconds ago; with `runs`, also the records of
-        such runs, and with `include_interrupted` of interrupted runs without a commit in that time.
+        `logs` adds the output of runs that ended more than this many seconds ago. `runs` likewise adds the records of
+        such runs, and with `include_interrupted` those of interrupted runs without a commit in that time.
         """
         found = await self._survey.find_all()
         if logs is not None:
@@ -71,9 +71,9 @@ class Cleaner:
         return [await anyio.to_thread.run_sync(_with_size, one, self._survey.project) for one in found]
 
     async def remove(self, found: Sequence[Leftover]) -> list[RemovalResult]:
-        """Remove leftovers from `find`, removable or preserved, except those that are needed again since.
+        """Remove leftovers returned by `find`, removable or preserved, except those that are needed again by now.
 
-        A checkpoint of each affected run is made first. It can restore a removed record, but not the run's output.
+        A checkpoint of each affected run is created first. It can restore a removed record, but not the run's output.
         """
         self._checkpoints |= await self._make_checkpoints({one.run for one in found if one.run is not None})
         return [RemovalResult(one, await self._problem(replace(one, bytes=0))) for one in found]
@@ -107,7 +107,7 @@ class Cleaner:
             return str(error)
         except OSError as error:
             return error.strerror or str(error)
-        return None if is_done else "it is in use again, or was changed"
+        return None if is_done else "it is in use again, or has changed"
 
     async def _remove_worktree(self, one: Leftover) -> bool:
         async with self._hold_run(one) as (git, run):
@@ -137,7 +137,7 @@ class Cleaner:
 
     async def _delete(self, hub: Hub, thrown: Sequence[Path], keep_fds: Sequence[int]) -> None:
         await remove_all(thrown, self._environ, keep_fds)
-        with suppress(GitError):  # other content of the trash does not matter here
+        with suppress(GitError):  # other content of the trash is irrelevant here
             await empty_trash(hub, self._environ, keep_fds)
 
     async def _remove_refs(self, one: Leftover) -> bool:
@@ -166,9 +166,9 @@ class Cleaner:
                 return False
             if checkpoint is None:
                 raise StoreUnavailable(
-                    f"run {run}", "no checkpoint could be made of it", "free some disk space, and clean again"
+                    f"run {run}", "its checkpoint could not be created", "free some disk space, and clean again"
                 )
-            # An unfinished run was included on request; an ended one is recorded as such.
+            # An interrupted run is included only on request; an ended one is recorded as ended.
             if not is_unchanged(one, await self._survey.old_run(known, include_interrupted=True)):
                 return False
             # Logs first: while the run is recorded, a later clean finds them again.
@@ -178,18 +178,18 @@ class Cleaner:
 
     @asynccontextmanager
     async def _hold_run(self, one: Leftover) -> AsyncIterator[tuple[Git, str]]:
-        """Keep processes from becoming active in a run; LockHeld if one is active.
+        """Prevent processes from becoming active in a run. Raises LockHeld if one is active.
 
         Yields git in the trusted repository, whose commands inherit the lock, and the run's id.
         """
-        assert one.run is not None, "it is of a run"  # noqa: S101
+        assert one.run is not None, "the leftover belongs to a run"  # noqa: S101
         async with AsyncExitStack() as stack:
             fds: tuple[int, ...] = ()
             if await hub_exists(_hub(one)):  # without a hub no process can be active
                 fds = ((await stack.enter_async_context(_hub(one).run_lock(one.run).hold(0))).fd,)
                 if living := await _hub(one).liveness_locks.held(
                     one.run
-                ):  # workers besides the leader, or after its end
+                ):  # additional workers, or workers after the leader has ended
                     raise await living[0].held_error()
             yield Git(_hub(one).trusted, keep_fds=fds, environ=self._environ), one.run
 
@@ -228,7 +228,7 @@ class Cleaner:
 
 
 def _hub(one: Leftover) -> Hub:
-    assert one.hub is not None, "it is in a hub"  # noqa: S101
+    assert one.hub is not None, "the leftover is in a hub"  # noqa: S101
     return Hub(Path(one.hub))
 
 

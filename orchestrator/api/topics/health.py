@@ -1,4 +1,4 @@
-"""Check the health of a project's state: integrity, growth, interrupted runs and silent sessions."""
+"""The health of a project's state: integrity, growth, interrupted runs and silent sessions."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ _RECENT_COMMITS: Final = 1000
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """Checks the store of a project."""
+    """The health check of a project's state."""
 
     context: ProjectContext
 
     @property
     def reader(self) -> RunReader:
-        """Reads the runs."""
+        """The reader of runs."""
         return RunReader(self.context)
 
     async def examine(self) -> list[Finding]:
-        """Return all findings; makes one durable commit, to measure the latency."""
+        """Return all findings; makes one durable commit to measure the latency."""
         store = self.context.store
         runs = [run for name in await self.reader.index.ids() if (run := await self._run(name)) is not None]
         open_runs = {run.id: await self.reader.index.has_live_process(run.id) for run in runs if run.ended is None}
@@ -67,7 +67,10 @@ class Health:
         return None
 
     async def _is_left(self, run: RunDocument, open_runs: Mapping[str, bool]) -> bool:
-        """Return True if a run has unfinished tasks and no active process; `open_runs` has this of runs not ended."""
+        """Return True if a run has unfinished tasks and no active process.
+
+        `open_runs` maps each run that has not ended to whether it has an active process.
+        """
         if run.ended is None:
             return not open_runs[run.id]
         with suppress(RefusedError, UnreadableDocument):
@@ -112,7 +115,7 @@ async def read_retention(context: ProjectContext) -> Retention:
 
 
 def _last_written(files: Sequence[Path]) -> float:
-    """Return the time of the last write to any of some files, 0 if none exists. Blocks."""
+    """Return the time of the last write to any of the files, 0 if none exists. Blocks."""
     times = [0.0]
     for file in files:
         with suppress(FileNotFoundError):
@@ -121,7 +124,7 @@ def _last_written(files: Sequence[Path]) -> float:
 
 
 async def _growth(store: Store, statistics: StoreStatistics, now: float) -> LogGrowth:
-    """Return the growth of the log by its newest commits, and the age of its oldest record."""
+    """Return the growth of the log, estimated from its newest commits, and the age of its oldest commit."""
     begin = max(statistics.position - _RECENT_COMMITS, statistics.first)
     oldest, early = await _first_record_after(store, statistics.first), await _first_record_after(store, begin)
     seconds = 0.0 if early is None else max(now - early.time, 0.0)
@@ -129,7 +132,7 @@ async def _growth(store: Store, statistics: StoreStatistics, now: float) -> LogG
 
 
 async def _first_record_after(store: Store, position: int) -> CommitRecord | None:
-    """Return the first commit after a position, None if there is none or it was pruned."""
+    """Return the first commit after a position; None if there is none or it was pruned."""
     with suppress(HistoryCompacted):
         async with aclosing(read_range(store, position, position + 1)) as records:
             return await anext(records, None)

@@ -1,4 +1,4 @@
-"""Read the recorded state of a project, now and at earlier positions."""
+"""The topic `history`: the recorded state of a project, now and at earlier positions."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class StateHistory(Topic):
         return await self._context.store.position()
 
     async def position_at(self, instant: float) -> int:
-        """Return the position of the newest commit up to a time; 0 if all commits are later.
+        """Return the position of the newest commit up to a time (wall-clock seconds); 0 if all commits are later.
 
-        RefusedError if the log does not go back that far.
+        Raises RefusedError if the log does not go back that far.
         """
         return await find_position(self._context.store, instant)
 
     async def position_of(self, checkpoint: str) -> int | None:
-        """Return the position of a checkpoint; None if there is none with this id."""
+        """Return the position of a checkpoint; None if there is no checkpoint with this id."""
         found = await self._context.store.get(Key(CHECKPOINT_KIND, checkpoint))
         return None if found is None else int(found.value["position"])
 
@@ -53,7 +53,7 @@ class StateHistory(Topic):
         """Return the documents right after the commit at a position: all, those of a run, or those in `names`.
 
         A name is `kind/id`, `kind/rest` for `kind/<run>/rest` (by default of the newest run), or either with `*` for
-        any characters. RefusedError for a name without a match, and if the log does not go back that far.
+        any characters. Raises RefusedError if a name has no match, or if the log does not go back that far.
         """
         with _refuse_compacted():
             state = await self._context.store.at(position)
@@ -65,7 +65,7 @@ class StateHistory(Topic):
         return StateSnapshot(state.position, state.time, documents)
 
     async def key(self, name: str) -> Key:
-        """Return the key of a name as in `at`, also of a deleted document. RefusedError if there is none."""
+        """Return the key for a name as in `at`, even of a deleted document. Raises RefusedError if there is none."""
         kind, _, rest = name.partition("/")
         exact, newest = Key(kind, rest), await self._newest()
         for key in (exact, *([Key(kind, f"{newest}/{rest}")] if newest else [])):
@@ -76,13 +76,13 @@ class StateHistory(Topic):
         raise _unknown(name, state.documents, newest, "in the state")
 
     async def versions(self, key: Key, limit: int = VERSIONS_KEPT) -> Sequence[DocumentVersion]:
-        """Return the newest versions of a document in the log, the newest first: at most `limit`."""
+        """Return at most `limit` versions of a document in the log, the newest first."""
         return await self._context.store.history(key, limit)
 
     async def commits(self, *, run: str | None = None, after: int = 0, until: int) -> AsyncGenerator[CommitRecord]:
         """Yield the commits after position `after` up to `until`, of a run or all; 0 starts at the oldest one.
 
-        RefusedError if the log does not go back to `after`.
+        Raises RefusedError if the log does not go back to `after`.
         """
         try:
             async with aclosing(read_range(self._context.store, after, until)) as records:
@@ -100,16 +100,16 @@ class StateHistory(Topic):
                 yield record
 
     def follow(self, after: int) -> AsyncGenerator[CommitRecord]:
-        """Yield the commits after a log position, of all runs, live; never ends on its own.
+        """Yield the commits of all runs after a log position, live; never ends on its own.
 
-        Pruned commits are missing.
+        Pruned commits are omitted.
         """
         return follow_log(self._context.store, after)
 
     async def newest_commits(
         self, limit: int, *, run: str | None = None, after: int = 0, until: int
     ) -> Sequence[CommitRecord]:
-        """Return the newest commits after `after` up to `until`, at most `limit`, in the log's order."""
+        """Return at most `limit` commits after `after` up to `until`: the newest ones, in the order of the log."""
         found: deque[CommitRecord] = deque()
         with suppress(HistoryCompacted):
             async with aclosing(read_backwards(self._context.store, until, after)) as parts:
@@ -142,7 +142,7 @@ def _unknown(name: str, keys: Collection[Key], run: str | None, where: str) -> R
     """Return the error for a name that matches no document."""
     short = {str(key).replace(f"/{run}/", "/", 1): str(key) for key in keys} if run else {}
     names = [*short, *(full for full in map(str, keys) if full not in short)]
-    folded = name.casefold()  # the name in other case, or without its kind, is a match
+    folded = name.casefold()  # the name in a different case, or without its kind, is a match
     near = [one for one in names if folded in {one.casefold(), one.casefold().partition("/")[2]}]
     near = near or find_similar(name, names, 3)
     remedy = f"did you mean {' or '.join(near)}?" if near else "`council state at now` lists the documents"
@@ -153,7 +153,7 @@ def _unknown(name: str, keys: Collection[Key], run: str | None, where: str) -> R
 
 @contextmanager
 def _refuse_compacted() -> Iterator[None]:
-    """Turn HistoryCompacted into a RefusedError with the oldest position."""
+    """Convert HistoryCompacted into a RefusedError that names the oldest position."""
     try:
         yield
     except HistoryCompacted as gone:

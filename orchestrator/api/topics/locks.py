@@ -1,4 +1,4 @@
-"""Inspect and revoke locks, and use named locks."""
+"""The topic `locks`: listing and revocation of locks, and named locks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Locks(Topic):
     async def revoke(self, name: str, reason: str) -> LockStatus:
         """Revoke a lock by its name in `list` and record the reason; return its previous status.
 
-        RefusedError if the lock is free, or if only the process that holds it can release it.
+        Raises RefusedError if the lock is free, or if only the process that holds it can release it.
         """
         return await self._overview().break_lock(name, reason)
 

@@ -1,4 +1,4 @@
-"""Read the output of a task's sessions."""
+"""The topic `logs`: the output of a task's sessions."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _CHUNK = 1 << 16
 
 
 class LogSelection(TypedDict, total=False):
-    """Which output of a task to read: by default that of its newest attempt so far."""
+    """The selected output of a task: by default that of its newest attempt so far."""
 
     attempt: int | None
     """The number of an attempt."""
@@ -69,9 +69,9 @@ class LogEntry(OutputEntry):
 
 @dataclass(frozen=True, slots=True)
 class AttemptMarker:
-    """The begin (`began`) or end of an attempt's log: the attempt has `ended`, is `running`, or was `interrupted`.
+    """The start (`began`) or end of an attempt's log: the attempt has `ended`, is `running`, or was `interrupted`.
 
-    It was interrupted if it has no recorded end and no process is active on its run.
+    It was interrupted if it has no recorded end and no process is active in its run.
     """
 
     event: Literal["began", "ended", "running", "interrupted"]
@@ -86,7 +86,7 @@ class TaskLogs(Topic):
     async def chunks(
         self, task: str, run: str | None = None, **selection: Unpack[LogSelection]
     ) -> AsyncGenerator[LogChunk]:
-        """Yield the output of an attempt of a task, with its checks. RefusedError if there is no such attempt."""
+        """Yield the output of an attempt of a task, with its checks. Raises RefusedError if the attempt is unknown."""
         async with aclosing(self._poll(await self._find(run), task, **selection)) as reads:
             async for _, found in reads:
                 for part in chain.from_iterable(found.values()):
@@ -97,8 +97,8 @@ class TaskLogs(Topic):
     ) -> AsyncGenerator[LogEntry | AttemptMarker]:
         """Yield the output of `chunks` as parsed by the adapters.
 
-        Each attempt has a begin marker, entries and an end marker. The task of a merge run has no session: only the
-        output of its checks follows.
+        Each attempt has a start marker, entries and an end marker. The task of a merge run has no session: only the
+        output of its checks is yielded.
         """
         name = await self._find(run)
         is_merge = (await read_run(self._context.store, name)).merges is not None
@@ -155,7 +155,7 @@ class TaskLogs(Topic):
     async def _poll(
         self, run: str, task: str, *, attempt: int | None = None, phase: str | None = None, follow: bool = False
     ) -> AsyncGenerator[tuple[TaskDocument, dict[int, list[LogChunk]]]]:
-        """Yield the new output of each attempt since the last read, with the task's record from before that."""
+        """Yield the new output of each attempt since the last read, with the task's record from before the read."""
         store, index = self._context.store, self._index
         run_document, document = await read_named_task(store, run, task)
         if phase is not None:
@@ -163,7 +163,7 @@ class TaskLogs(Topic):
         number = find_attempt(run_document, task, document, attempt).number if document.attempts or not follow else 1
         tails = _LogTails(self._context.project.logs(run), task)
         while True:
-            # Read the record first: output from before that time is then complete.
+            # Read the record first, so that the output up to that time is complete.
             document = await read_task(store, run, task)
             continues = follow and document.status not in FINAL_STATUSES and await index.is_live(run)
             numbers = range(number, len(document.attempts) + 1) if attempt is None else [number]
@@ -190,7 +190,10 @@ async def find_run_adapters(context: ProjectContext, run: RunDocument) -> Mappin
 
 
 async def read_named_task(store: Store, run: str, task: str) -> tuple[RunDocument, TaskDocument]:
-    """Return the records of a run and of its task. RefusedError if there is no such task, or the run was imported."""
+    """Return the records of a run and of its task.
+
+    Raises RefusedError if there is no such task, or if the run was imported.
+    """
     document = await read_run(store, run)
     document.check_not_imported()
     await check_task(store, document, task)
@@ -198,7 +201,7 @@ async def read_named_task(store: Store, run: str, task: str) -> tuple[RunDocumen
 
 
 def find_attempt(run: RunDocument, task: str, document: TaskDocument, number: int | None) -> Attempt:
-    """Return an attempt by its number, by default the newest. RefusedError if there is none."""
+    """Return an attempt by its number, by default the newest. Raises RefusedError if there is none."""
     if not document.attempts:
         raise no_attempt_error(run, task, document)
     if number is not None and not 0 < number <= len(document.attempts):
@@ -207,7 +210,7 @@ def find_attempt(run: RunDocument, task: str, document: TaskDocument, number: in
 
 
 def find_phase_attempt(run: RunDocument, task: str, document: TaskDocument, phase: str) -> Attempt:
-    """Return the newest attempt of a phase. RefusedError if there is none."""
+    """Return the newest attempt of a phase. Raises RefusedError if there is none."""
     if not document.attempts:
         raise no_attempt_error(run, task, document)
     found = [one for one in document.attempts if (one.phase or DEFAULT_PHASES[0].name) == phase]
@@ -218,7 +221,7 @@ def find_phase_attempt(run: RunDocument, task: str, document: TaskDocument, phas
 
 
 def no_attempt_error(run: RunDocument, task: str, document: TaskDocument) -> RefusedError:
-    """Return the error for a task without sessions: why it has none, and the next command."""
+    """Return the error for a task without sessions, with the reason and the next command."""
     if document.status in FINAL_STATUSES:
         reason = f" ({document.reason})" if document.reason else ""
         what = f"task {task!r} never started: it was {document.status.replace('_', ' ')}{reason}"
@@ -237,7 +240,7 @@ def no_running_session_error(task: str) -> RefusedError:
 
 
 class _SessionLog:
-    """Reads the output of one attempt in parts; paths in its worktree become relative."""
+    """An incremental reader of the output of one attempt; paths in its worktree become relative."""
 
     def __init__(self, adapter: Adapter, attempt: Attempt, folder: str, redactor: Redactor) -> None:
         self._adapter, self._attempt, self._folder, self._redactor = adapter, attempt, folder, redactor
@@ -260,7 +263,7 @@ class _SessionLog:
     def end(self, document: TaskDocument, *, is_interrupted: bool = False) -> Iterator[LogEntry | AttemptMarker]:
         """Yield buffered entries: there is no more output.
 
-        `is_interrupted`: an attempt without a recorded end does not run any more.
+        `is_interrupted`: an attempt without a recorded end is no longer running.
         """
         for stream, rest in self._rest.items():
             yield from self._read(stream, [rest] if rest else [])
@@ -290,13 +293,13 @@ class _SessionLog:
             yield LogEntry(one.kind, text, one.tool, outcome, self._attempt.number)
 
     def _shown(self, text: str) -> str:
-        """Return text that was decoded from JSON without secrets and without the worktree's path."""
+        """Return decoded text without secrets and without the path of the worktree."""
         return self._redactor.text(text).replace(self._folder, "")
 
 
 @dataclass(slots=True)
 class _LogTails:
-    """Reads the log files of a task's attempts incrementally."""
+    """An incremental reader of the log files of a task's attempts."""
 
     logs: Path
     task: str

@@ -1,4 +1,4 @@
-"""Read and delete the notes that sessions leave for later sessions."""
+"""The topic `notes`: the notes that sessions leave for later sessions."""
 
 from __future__ import annotations
 
@@ -27,14 +27,11 @@ class Notes(Topic):
         topic: str | None = None,
         paths: Sequence[str] = (),
     ) -> Sequence[Note]:
-        """Return notes, the oldest first.
-
-        Filtered by task, topic and paths (overlapping patterns), if given.
-        """
+        """Return notes, the oldest first, filtered by task, topic and paths (overlapping patterns) if given."""
         return await (await self._store(run)).find(task=task, topic=topic, paths=paths)
 
     async def drop(self, note: str, run: str | None = None) -> None:
-        """Delete a note by its id. RefusedError if there is none."""
+        """Delete a note by its id. Raises RefusedError if there is none."""
         await (await self._store(run)).drop(note)
 
     async def _store(self, run: str | None) -> NoteStore:

@@ -1,4 +1,4 @@
-"""Compute reports on a run: overview, metrics, usage, failures, sizes of changes."""
+"""The topic `reports`: overview, metrics, usage, failures, and sizes of changes of a run."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class RunReports(Topic):
     async def landed_changes(self, run: str, commits: Mapping[str, str]) -> dict[str, Changes]:
         """Return the size of each task's changes; `commits` maps tasks to the commits by which they landed.
 
-        A landing may also bring commits of the user from the base onto the target: they do not count.
+        A landing may also move the user's commits from the base to the target: they do not count.
         """
         document = await read_run(self._context.store, run)
         document.check_not_imported()
@@ -86,7 +86,7 @@ class RunReports(Topic):
         return {task: counted[commit] for task, (commit, _) in works.items()}
 
     async def _landed_work(self, run: str, task: str, landed: str) -> tuple[str, str | None]:
-        """Return the commit that a task built and its base, or the commit by which it landed and None."""
+        """Return the commit that a task built and its base; or, if unknown, the landed commit and None."""
         with suppress(RefusedError):
             document = await read_task(self._context.store, run, task)
             if document.landed == landed and document.commit is not None:
@@ -109,7 +109,7 @@ class RunReports(Topic):
 async def find_landing_times(
     store: Store, run: RunDocument, tasks: Mapping[str, TaskDocument], documents: Mapping[str, Document]
 ) -> dict[str, float]:
-    """Return when tasks landed, by task, even if the run's record was removed and restored since."""
+    """Return the landing times of tasks, by task, even if the run's record was removed and restored since."""
     found = landing_times(tasks, documents)
     for task, time in found.items():
         if run.imported is None and run.ended is not None and time > run.ended:
@@ -120,7 +120,7 @@ async def find_landing_times(
 
 
 def mark_interrupted(tasks: Mapping[str, TaskDocument], logs: Path, now: float) -> dict[str, TaskDocument]:
-    """Return the tasks of an inactive run, with sessions without an end marked as interrupted. Blocks."""
+    """Return the tasks of an inactive run; sessions without a recorded end are marked as interrupted. Blocks."""
 
     def end(task: str, one: Attempt) -> Attempt:
         if one.ended is not None:

@@ -1,4 +1,4 @@
-"""Start, continue, find and follow runs."""
+"""The topic `runs`: starting, resuming, finding and following runs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 #: The events that end a run's event stream, until the run is resumed.
 _LAST_EVENTS = frozenset({RunFinished.type, RunInterrupted.type, RunImported.type, RunRemoved.type})
-#: The events that may follow those while no process is active in the run.
+#: The events that may follow a last event while no process is active in the run.
 _LATER_EVENTS = frozenset({CheckpointCreated.type, CheckpointRestored.type, RunTakenOver.type})
 #: The statuses of unfinished runs.
 _ACTIVE = frozenset({RunStatus.RUNNING, RunStatus.INTERRUPTED, RunStatus.HALTED})
@@ -58,9 +58,9 @@ class Runs(RunIndex):
     ) -> RunReport:
         """Run all tasks of the file that the council was opened with, and return the report.
 
-        With `allow_deferred` the run starts even if the target's checkout has uncommitted changes of the user; tasks
-        that can't land because of them land on `resume`. Settings in `coordination` override the file and the
-        environment. Raises RefusedError, with nothing started, if a check fails.
+        With `allow_deferred`, the run starts even if the target's checkout has uncommitted changes; tasks that can't
+        land because of them land on `resume`. Settings in `coordination` override the file and the environment. Raises
+        RefusedError, with nothing started, if a check fails.
         """
         run = await self.create(allow_deferred=allow_deferred, coordination=coordination)
         return await self.resume(run, coordination=coordination)
@@ -74,7 +74,7 @@ class Runs(RunIndex):
     ) -> str:
         """Check that the file can run, record a run without starting it, and return its id.
 
-        With `allow_failing_base` sessions start even if checks fail on the base. Raises RefusedError if a check of
+        With `allow_failing_base`, sessions start even if checks fail on the base. Raises RefusedError if a check of
         `engine.diagnostics.preflight.run_preflight` fails.
         """
         if self._config is None:
@@ -91,9 +91,9 @@ class Runs(RunIndex):
     async def create_merge(self, run: str | None = None) -> str:
         """Record a run that merges the target branch of another run into that run's base.
 
-        It has one task, which is already built: all that landed on the branch. `resume` lands it, with the checks of
-        all tasks of the other run. Return its id, or that of an earlier merge that is still queued to land.
-        NothingToMerge if the base has all commits.
+        Its only task is already built and consists of everything that landed on the branch. `resume` lands it, with the
+        checks of all tasks of the other run. Returns its id, or that of an earlier merge that is still queued to land.
+        Raises NothingToMerge if the base has all commits.
         """
         await self.context.check_writable()
         return await execution.create_merge_run(self.context, await self.find(run))
@@ -107,11 +107,12 @@ class Runs(RunIndex):
         allow_failing_base: bool = False,
         coordination: CoordinationOverrides | None = None,
     ) -> RunReport:
-        """Run a new or interrupted run to its end, and return the report.
+        """Execute a new or interrupted run to its end, and return the report.
 
         Limits in `budget` replace those of the run. For this call, settings in `coordination` override those of the run
-        and the environment, and `capacity` overrides the run's number of concurrent sessions. With `allow_failing_base`
-        sessions start from now on even if checks fail on the base. RefusedError while another process leads the run.
+        and the environment, and `capacity` overrides the run's number of concurrent sessions. With
+        `allow_failing_base`, sessions start from now on even if checks fail on the base. Raises RefusedError if another
+        process leads the run.
         """
         executor = await self._executor()
         name = await self.find(run)
@@ -127,15 +128,15 @@ class Runs(RunIndex):
         """Join a run as an additional worker until no task is left; return the report.
 
         Claims free tasks whose adapter works on this machine, at most `capacity` at once (None: the run's capacity).
-        If the run has no leader any more, this process becomes the leader.
+        If the run no longer has a leader, this process becomes the leader.
         """
         return await (await self._executor()).work(run, capacity, coordination)
 
     async def enable_adapters(self, *adapters: str, run: str | None = None) -> RunReport:
         """Enable adapters that are disabled or in cooldown, by default all of them; return the report.
 
-        All processes of an active run use them at once; otherwise the next `resume` does. RefusedError for an adapter
-        that is in use, or that the run does not have.
+        All processes of an active run use them at once; otherwise the next `resume` does. Raises RefusedError if an
+        adapter is already enabled, or if the run does not have it.
         """
         await self.context.check_writable()
         controller = execution.RunController(self.context)
@@ -150,19 +151,19 @@ class Runs(RunIndex):
     async def list(self, *, active: bool = False) -> Sequence[RunReport]:
         """Return the reports of all runs of the project, or only of active ones, the oldest first.
 
-        Active runs are running or interrupted, or have ended with waiting tasks, such as after a retry. Unreadable runs
-        are skipped: `Council.damage` names the document.
+        Active runs are running, interrupted or halted, or have ended with waiting tasks, for example after a retry.
+        Unreadable runs are skipped: `Council.damage` names the document.
         """
         reports = await RunReader(self.context).all()
         return [report for report in reports if not active or report.status in _ACTIVE or report.has_unfinished_tasks]
 
     async def live(self, *, follow: bool = False) -> AsyncGenerator[str]:
-        """Yield the ids of runs with an active process, the oldest first; with `follow` also those that start later."""
+        """Yield the ids of runs with an active process, the oldest first; with `follow`, also of runs started later."""
         store = self.context.store
         position = await store.position()
         known = set()
         for run in await self.ids():
-            with suppress(UnreadableDocument):  # commands that name it report that
+            with suppress(UnreadableDocument):  # commands that name the run report this
                 if (await read_run(store, run)).ended is not None:
                     continue
             if await self.has_live_process(run):
@@ -179,8 +180,8 @@ class Runs(RunIndex):
     async def events(self, run: str | None = None, *, after: int | None = None) -> AsyncGenerator[RecordedEvent]:
         """Yield the events of a run, live, until it is finished or interrupted.
 
-        Without `run` it is the first run with an event since the council was opened. Events start at the run's
-        beginning, or after the log position `after`; pruned ones are missing.
+        By default, `run` is the first run with an event since the council was opened. Events start at the run's
+        beginning, or after the log position `after`; pruned ones are omitted.
         """
         if after is None:
             after = 0 if run is not None else self._opened_at
@@ -192,7 +193,7 @@ class Runs(RunIndex):
                     if run is not None and event.data.get("run") == run:
                         yield RecordedEvent(record.position, record.time, event)
                         has_ended = event.type in _LAST_EVENTS or (has_ended and event.type in _LATER_EVENTS)
-                # A resumed run has more events after that.
+                # A resumed run continues with more events.
                 if has_ended and record.position >= await self.context.store.position():
                     return
 

@@ -1,4 +1,4 @@
-"""Observe the sessions of a run, and use the values that they share."""
+"""The topic `sessions`: the sessions of a run, and the values that they share."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Sessions(Topic):
     """The sessions of a run. Available as `council.sessions`. `run` is a name that `council.runs.find` accepts."""
 
     async def list(self, run: str | None = None) -> Sequence[SessionContext]:
-        """Return the contexts of a run's sessions, in all processes; each covers the last half hour."""
+        """Return the contexts of a run's sessions in all processes; each covers the last half hour."""
         return await read_contexts(self._context.store, await self._find(run))
 
     async def file_conflicts(self, run: str | None = None) -> Mapping[str, Sequence[SessionContext]]:
@@ -39,7 +39,7 @@ class Sessions(Topic):
         return find_file_conflicts(await self.list(run))
 
     async def summarize_task(self, task: str, run: str | None = None) -> TaskSummary:
-        """Return a summary of a task's sessions. RefusedError if the run has no such task."""
+        """Return a summary of a task's sessions. Raises RefusedError if the run has no such task."""
         run = await self._find(run)
         await check_task(self._context.store, await read_run(self._context.store, run), task)
         return summarize_task(task, await self.list(run))
@@ -49,7 +49,7 @@ class Sessions(Topic):
         return await clean_contexts(self._context.store, self._context.clock.now(), after)
 
     async def details(self, task: str, run: str | None = None) -> SessionDetails:
-        """Return what the running session of a task has done so far. RefusedError if none is running."""
+        """Return the progress of a task's running session. Raises RefusedError if none is running."""
         context, name = self._context, await self._find(run)
         run_document, document = await read_named_task(context.store, name, task)
         if document.status is not TaskStatus.RUNNING or not await RunIndex(context).is_live(name):
@@ -60,7 +60,7 @@ class Sessions(Topic):
         return await read_session_details(trusted_git(run_document, context.environ), workspace, redactor)
 
     async def activity(self, run: str | None = None) -> RunActivity:
-        """Return a snapshot of a run, which can be followed by the live activity of its sessions."""
+        """Return a snapshot of a run, from which the live activity of its sessions can be followed."""
         context, name = self._context, await self._find(run)
         position, record = await context.store.position(), await RunReader(context).record(name)
         specs = await context.store.list("spec", f"{name}/")
@@ -70,7 +70,7 @@ class Sessions(Topic):
         return RunActivity(record, position, attempts, RunReports(context), TaskChanges(context), adapters, logs)
 
     async def shared_values(self, run: str | None = None) -> SharedValues:
-        """Return the key-value store that the sessions of a run share. RefusedError if there is no such run."""
+        """Return the key-value store that the sessions of a run share. Raises RefusedError if there is no such run."""
         document = await read_run(self._context.store, await self._find(run))
         return SharedValues(self._context.store, self._context.clock, self._redactor(), document.id)
 

@@ -1,4 +1,4 @@
-"""Read and change documents, and maintain the store."""
+"""The topic `state`: the documents, and the maintenance of the store."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class State(Topic):
     """The documents of a project and their store. Available as `council.state`.
 
     Documents of a run can't be changed while a process is active in it, and documents that only council writes can't be
-    changed at all (`state.documents.validation`): RefusedError.
+    changed at all (`state.documents.validation`): methods that write raise RefusedError.
     """
 
     async def get(self, key: Key) -> Document | None:
@@ -44,14 +44,15 @@ class State(Topic):
         expected_version: int | None = None,
         ttl: float | None = None,
     ) -> Document | None:
-        """Replace a document's value by the result of `change`; return the new document, None if it was deleted.
+        """Replace a document's value with the result of `change`; return the new document, None if it was deleted.
 
         `change` gets a copy of the value (None: no document), and returns None to delete it. If another process commits
-        first, it is called again with the newer value, at most five times in all, after pauses that grow exponentially.
-        VersionConflict, with the other writer and its time, after the last attempt, or at once if the version is not
-        `expected_version` (0: no document). The document expires after `ttl` seconds.
+        first, `change` is called again with the newer value, at most five times in total, with exponential backoff. The
+        document expires after `ttl` seconds.
 
-        RefusedError also for a value that would make a document of council's own unreadable.
+        Raises VersionConflict, with the other writer and its time, after the last attempt, or at once if the version is
+        not `expected_version` (0: no document). Raises RefusedError also if the value would make a document of
+        council's own unreadable.
         """
         await self._check_idle(key)
         return await update_document(
@@ -61,8 +62,8 @@ class State(Topic):
     def subscribe(self, pattern: str, after: int | None = None) -> AsyncGenerator[DocumentChange]:
         """Yield each new version, by any process, of the documents whose name (`kind/id`) matches a pattern.
 
-        In a pattern `*` matches any characters, including `/`. It starts after the position `after`: 0 is the beginning
-        of the log, None is the time of the first iteration. The stream never ends on its own.
+        In a pattern, `*` matches any characters, including `/`. The stream starts after the position `after`: 0 is the
+        beginning of the log, None is the time of the first iteration. It never ends on its own.
         """
         return subscribe(self._context.store, pattern, after)
 
@@ -71,15 +72,15 @@ class State(Topic):
     ) -> UpdateResult:
         """Apply updates of documents; resolve competing ones by a strategy.
 
-        Strategies are `last_write_wins`, `first_write_wins`, `merge`, and `manual`, which records the conflict for
-        `resolve_conflict`. RefusedError also for values that would make a run unreadable.
+        The strategies are `last_write_wins`, `first_write_wins`, `merge`, and `manual`, which records the conflict for
+        `resolve_conflict`. Raises RefusedError also if a value would make a run unreadable.
         """
         for key in dict.fromkeys(update.key for update in updates):
             await self._check_idle(key)
         return await conflicts.apply_updates(self._context.store, updates, strategy, check=check_manual_change)
 
     async def conflicts(self) -> Sequence[Conflict]:
-        """Return the update conflicts that a person has to resolve, the oldest first."""
+        """Return the update conflicts that a user has to resolve, the oldest first."""
         return await conflicts.list_pending(self._context.store)
 
     async def resolve_conflict(
@@ -87,7 +88,7 @@ class State(Topic):
     ) -> ConflictResolution:
         """Resolve a conflict, named by its id or its document, with a candidate's number (from 1) or with a value.
 
-        RefusedError also if the document was changed since (unless `force`), and for a value that would make the run
+        Raises RefusedError also if the document has changed since (unless `force`), or if the value would make the run
         unreadable.
         """
         store, newest = self._context.store, None
@@ -104,7 +105,7 @@ class State(Topic):
         run = next((run for run in await index.ids() if is_run_document(key, run)), None)
         if run is not None and await index.has_live_process(run):
             what = f"{key} belongs to run {run}, which is active"
-            raise RefusedError(what, "stop it with SIGINT, or wait for its end")
+            raise RefusedError(what, "stop it with SIGINT, or wait until it ends")
 
     async def verify(self) -> VerificationReport:
         """Verify the whole log and all documents."""
@@ -121,10 +122,10 @@ class State(Topic):
         return await verify_run(context.store, name, plugins.checked_kinds(), rules, context.clock, context.environ)
 
     async def repair(self) -> VerificationReport:
-        """Restore the readable state, and return the report of `verify` after that (see `Store.repair`).
+        """Restore the readable state (see `Store.repair`), and return the report of a `verify` afterwards.
 
-        A document with the wrong shape for its kind gets its newest readable value, but not while a process is active
-        in its run.
+        A document that does not match the schema of its kind is reset to its newest readable value, unless a process is
+        active in its run.
         """
         store, index = self._context.store, self._index
         await store.repair()
@@ -137,15 +138,15 @@ class State(Topic):
     async def check_health(self) -> Sequence[Finding]:
         """Check integrity, size, latency, interrupted runs, silent sessions and open conflicts.
 
-        Makes one durable commit, to measure the latency.
+        Makes one durable commit to measure the latency.
         """
         return await Health(self._context).examine()
 
     async def compact(self, age: float | None = None, size: int | None = None) -> CompactionResult:
-        """Delete expired documents, and prune the log by the newest run's retention, or by the arguments.
+        """Delete expired documents, and prune the log according to the newest run's retention, or to the arguments.
 
-        Of commits older than `age` seconds, or beyond `size` bytes of log, only the last versions of each document
-        remain.
+        Of commits that are older than `age` seconds or exceed `size` bytes of log, only the last versions of each
+        document remain.
         """
         retention = await read_retention(self._context)
         age, size = retention.retention if age is None else age, retention.max_size if size is None else size
@@ -155,22 +156,23 @@ class State(Topic):
     async def export_to(self, file: str | Path | IO[bytes], *, force: bool = False) -> CopyResult:
         """Write the whole state to one file, for `import_from`.
 
-        RefusedError if the state is damaged, and if the file exists, unless `force`. A stream is written directly.
+        A stream is written directly. Raises RefusedError if the state is damaged, or if the file exists, unless
+        `force`.
         """
         return await export_store(self._context.store, file, force=force, clock=self._context.clock)
 
     async def import_from(self, file: str | Path | IO[bytes]) -> CopyResult:
-        """Load a file of `export_to` into an empty store, with all positions and versions.
+        """Load a file written by `export_to` into an empty store, with all positions and versions.
 
-        RefusedError, with nothing changed, if the store is not empty or the file is incomplete.
+        Raises RefusedError, with nothing changed, if the store is not empty or the file is incomplete.
         """
         return await import_store(file, self._context.store)
 
     async def export_views(self) -> ViewPosition:
         """Write readable copies of the state to `Council.project.views`, replacing earlier ones; return their position.
 
-        From then on each run updates them when it ends. LockHeld if another process writes them and does not finish in
-        time.
+        From then on, each run updates them when it ends. Raises LockHeld if another process writes them and does not
+        finish in time.
         """
         await self._context.check_writable()
         return await export_views(self._context.store, self._context.project, self._context.clock.now())

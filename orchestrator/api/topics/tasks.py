@@ -1,4 +1,4 @@
-"""Cancel, retry, approve and describe single tasks of a run."""
+"""The topic `tasks`: cancelling, retrying, approving and describing single tasks of a run."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from orchestrator.errors import RefusedError
 class Tasks(Topic):
     """The tasks of a run. Available as `council.tasks`.
 
-    The active process of the run performs requests, if there is one. Requests return the report of the run. `run` is a
-    name that `council.runs.find` accepts.
+    If a process is active in the run, it performs the requests. Requests return the report of the run. `run` is a name
+    that `council.runs.find` accepts.
     """
 
     async def cancel(self, *tasks: str, run: str | None = None) -> RunReport:
@@ -62,16 +62,16 @@ class Tasks(Topic):
         Tasks with a workflow continue at their last phase, or at `from_phase`; results of earlier phases are kept. The
         active process of the run starts them at once; otherwise the next `resume` does.
 
-        With `reload`, from `file_changes`, the prompts, limits and adapters of the file are applied to the tasks first;
-        RefusedError with the reason for each key that can't change.
+        With `reload`, from `file_changes`, the prompts, limits and adapters of the file are applied to the tasks first.
+        Raises RefusedError, with the reason for each key that can't change.
         """
         return await self._request(run, RequestAction.RETRY, tasks, phase=from_phase, reload=reload)
 
     async def approve(self, *tasks: str, note: str | None = None, run: str | None = None) -> RunReport:
         """Approve the phase result of each task, so that the task continues.
 
-        RefusedError if a task is not waiting for approval. The active process of the run continues the tasks at once;
-        otherwise the next `resume` does.
+        The active process of the run continues the tasks at once; otherwise the next `resume` does. Raises RefusedError
+        if a task is not waiting for approval.
         """
         return await self._answer(RequestAction.APPROVE, tasks, note, run)
 
@@ -106,7 +106,7 @@ class Tasks(Topic):
         return await self._reader.status(name)
 
     async def details(self, task: str, run: str | None = None) -> TaskDetails:
-        """Return a task in full: phases, sessions, handoffs, landing. RefusedError if there is no such task."""
+        """Return a task in full: phases, sessions, handoffs, landing. Raises RefusedError if there is no such task."""
         name = await self._find(run)
         details = await self._details(name, task)
         if details.status != TaskStatus.RUNNING:
@@ -152,7 +152,7 @@ class Tasks(Topic):
 
 
 def _without_missing_logs(details: TaskDetails) -> TaskDetails:
-    """Return details that name only logs that exist: a session that ended in setup has none. Blocks."""
+    """Return details without the paths of missing logs: a session that ended in setup has no log. Blocks."""
     sessions = [
         one if one.log is None or Path(one.log).exists() else one.model_copy(update={"log": None})
         for one in details.sessions

@@ -1,4 +1,4 @@
-"""The common part of the topics."""
+"""The base class of the topics."""
 
 from __future__ import annotations
 

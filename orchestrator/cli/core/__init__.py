@@ -1,1 +1,1 @@
-"""Shared by all commands: options, run names, errors, signals, confirmation, trust."""
+"""Shared parts of all commands: options, run names, errors, signals, confirmation, trust."""

@@ -1,4 +1,4 @@
-"""What the newest run has learned about its adapters, for commands that work without one, too."""
+"""The state of adapters as recorded by the newest run, for commands that do not need a run."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from orchestrator.engine.reports.report import AdapterFailure, AdapterReport
 from orchestrator.errors import CouncilError, RefusedError
 from orchestrator.system.instants import format_local_time
 
-#: Failures that the next session of the adapter would have, too.
+#: Failures that would also affect the next session of the adapter.
 _LASTING_FAILURES = frozenset({FailureClass.AUTH, FailureClass.INVALID, FailureClass.MISSING})
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterState:
-    """The adapters that can't be used now, and of each the session that failed last; by name."""
+    """The unavailable adapters and the last failed session of each adapter, by adapter name."""
 
     unusable: Mapping[str, AdapterReport] = field(default_factory=dict)
     failed: Mapping[str, AdapterFailure] = field(default_factory=dict)
     remedies: Mapping[str, str] = field(default_factory=dict)
-    """By which command each of the first is used again."""
+    """The command that enables each unavailable adapter."""
 
     def lines(self, name: str) -> list[str]:
-        """Return what is to be told of an adapter."""
-        told = []
+        """Return the availability and the last failure of an adapter as lines."""
+        lines = []
         if (one := self.unusable.get(name)) is not None:
-            told.append(_availability(one))
+            lines.append(_availability(one))
         if (last := self.failed.get(name)) is not None:
-            told.append(
+            lines.append(
                 f"last failure {format_local_time(last.time)}, {last.task}: {last.failure}: {one_line(last.reason)}"
             )
-        return told
+        return lines
 
     def findings(self) -> list[Finding]:
-        """Return the same as findings: what can't be used is a warning, since a new run tries it."""
+        """Return the state as findings; an unavailable adapter is a warning, because a new run tries it again."""
         found = []
         for name in sorted({*self.unusable, *self.failed}):
-            told = "; ".join(self.lines(name))
+            state = "; ".join(self.lines(name))
             again = f"fix it, then `{self.remedies[name]}`" if name in self.unusable else None
             level = Level.WARNING if name in self.unusable else Level.OK
             if level is Level.OK and self.failed[name].failure in _LASTING_FAILURES:
@@ -51,12 +51,12 @@ class AdapterState:
                     Level.WARNING,
                     f"fix it: `council logs {shlex.quote(self.failed[name].task)}` shows details",
                 )
-            found.append(Finding(f"adapter {name}", level, f"in the newest run: {told}", again))
+            found.append(Finding(f"adapter {name}", level, f"in the newest run: {state}", again))
         return found
 
 
 async def read_adapter_state(context: CommandContext) -> AdapterState:
-    """Return what the newest run of this folder has learned; nothing where there is no run."""
+    """Return the adapter state of the newest run of this project; empty if there is no run."""
     try:
         async with open_council(context) as opened:
             council = opened.council

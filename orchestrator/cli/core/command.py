@@ -1,4 +1,4 @@
-"""Shared parts of commands: options, the context, and the execution of a command."""
+"""Shared parts of commands: options, the context, and execution."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ CommandT = TypeVar("CommandT", bound=Callable[..., Any] | click.Command)
 _RUN, _STORE, _VERBOSE = (f"orchestrator.{name}" for name in ("run", "store", "verbose"))
 
 
-_HELP_OF_RUN = "The run: its id, the beginning of its id, or latest; default: the newest."
+_HELP_OF_RUN = "The run: its id, a unique prefix of it, or latest; default: the newest."
 
 
 def run_option(command: CommandT, words: str = _HELP_OF_RUN) -> CommandT:
-    """Add the option `--run` to a command, which gets it as `run`."""
+    """Add the option `--run` to a command, passed as `run`."""
     return click.option("--run", "run", metavar="RUN", help=words, shell_complete=complete_runs)(command)
 
 
@@ -59,7 +59,7 @@ def _resolve_run(context: click.Context, _: click.Parameter, named: str | None) 
 
 
 def run_argument(command: CommandT) -> CommandT:
-    """Give a command about a run as a whole the argument that names it, as `run`, and the option that others have."""
+    """Add an argument RUN to a command about a whole run, passed as `run`, and the equivalent option `--run`."""
     argument = click.argument("run", required=False, callback=_resolve_run, shell_complete=complete_runs)
     option = click.option(
         "--run",
@@ -79,7 +79,7 @@ store_option = click.option(
     metavar="URL",
     expose_value=False,
     callback=remember_option(_STORE),
-    help="The store of the state; default: that of COUNCIL_STATE, of the file, or of the project.",
+    help="The store of the state; default: COUNCIL_STATE, the store in the file, or that of the project.",
 )
 
 
@@ -94,9 +94,9 @@ def explicit_store_url() -> str:
     return store_option_url() or to_store_url(os.environ.get("COUNCIL_STATE", ""))
 
 
-#: Landed tasks of which it is told how much they changed: each costs git some milliseconds in a large repository.
+#: The maximum number of landed tasks with line counts: git needs some milliseconds for each in a large repository.
 _MAX_COUNTED = 300
-#: New objects after which Python looks for cycles among them.
+#: The number of new objects after which Python collects garbage.
 _GC_THRESHOLD = 100_000
 
 
@@ -121,15 +121,15 @@ class CommandContext:
 
 @dataclass(frozen=True, slots=True)
 class CouncilContext(CommandContext):
-    """The context of a command about the project of the current folder."""
+    """The context of a command that needs a project: by default the one of the current folder."""
 
     council: Council
 
     async def show_result(self, report: RunReport, code: int | None = None) -> int:
         """Print the state of a run, and return the exit code: `code`, by default that of the run.
 
-        The text is brief if the command has `verbose_option` and that is not given. Otherwise it includes how much
-        landed, as far as that is known.
+        The text is brief if the command has `verbose_option` and it was not given. Otherwise it includes the size of
+        landed changes, if known.
         """
         output, council = self.output, self.council
         whole = bool(click.get_current_context().meta.get(_VERBOSE, True))
@@ -148,23 +148,23 @@ class CouncilContext(CommandContext):
         return report.exit_code if code is None else code
 
     def answer_with_damage(self, to_json: Callable[[], JsonObject], lines: Iterable[str]) -> None:
-        """Print an answer, and the unreadable places in the state log, as found while it was read."""
+        """Print an answer, and the damage to the state log that was found while reading."""
         self.output.answer(lambda: {**to_json(), "damage": list(self.council.damage)}, lines)
         self.print_damage()
 
     def print_damage(self) -> None:
-        """Print the unreadable places in the state log, for people."""
-        for place in self.council.damage:
-            self.output.notice(printable(f"The state log is damaged: {place}"))
+        """Print the damage to the state log, only as text."""
+        for damage in self.council.damage:
+            self.output.notice(printable(f"The state log is damaged: {damage}"))
 
 
 @asynccontextmanager
 async def open_council(
     context: CommandContext, source: Path | RunConfig | None = None, plugins: Plugins | None = None
 ) -> AsyncIterator[CouncilContext]:
-    """Open the council of a run or a folder, of the current folder if none is given, with the store of `--state`.
+    """Open the council of a run or a folder (default: the current folder), with the store of `--state`.
 
-    Without a run a store that is chosen must be there: to look at one whose name was mistyped makes none.
+    Without `source`, an explicit store must exist, so that a mistyped name does not create one.
     """
     if source is None and (url := explicit_store_url()):
         await anyio.to_thread.run_sync(require_store, url)
@@ -178,10 +178,10 @@ async def open_council(
 def async_command(
     *, brief: bool = False, prints_json: bool = True
 ) -> Callable[[Callable[Concatenate[CommandContext, P], Awaitable[int | None]]], Callable[P, None]]:
-    """Make a coroutine function the callback of a click command; it returns the exit code, None for 0.
+    """Turn a coroutine function into the callback of a click command; it returns the exit code, or None for 0.
 
-    It gets a context before its arguments. The command has the option `--json` if it `prints_json`; a `brief` one ends
-    before its leftovers could fill the memory. A group does nothing here if it has a subcommand to run.
+    Its first argument is the context. `prints_json` adds the option `--json`. A `brief` command skips garbage
+    collection and cleanup of memory, because it ends soon. A group does nothing here if a subcommand follows.
     """
 
     def decorate(body: Callable[Concatenate[CommandContext, P], Awaitable[int | None]]) -> Callable[P, None]:
@@ -198,7 +198,7 @@ def async_command(
 def council_command(
     *, brief: bool = False, prints_json: bool = True
 ) -> Callable[[Callable[Concatenate[CouncilContext, P], Awaitable[int | None]]], Callable[P, None]]:
-    """Do the same as `async_command` for a command about the project of the current folder, with `--state`."""
+    """Do the same as `async_command` for a command that needs a project, and add the option `--state`."""
 
     def decorate(body: Callable[Concatenate[CouncilContext, P], Awaitable[int | None]]) -> Callable[P, None]:
         async def with_council(context: CommandContext, /, *args: P.args, **kwargs: P.kwargs) -> int | None:
@@ -212,15 +212,15 @@ def council_command(
 
 
 def run_command(command: Callable[[CommandContext], Awaitable[int | None]], *, brief: bool = False) -> None:
-    """Run a command and exit with its code; see `async_command`. Its errors become a message and a code."""
+    """Run a command and exit with its code; errors become a message and a code. See `async_command`."""
     output, log = Output(wants_json()), ErrorLog()
 
     async def guarded() -> int:
         context = CommandContext(output, log, InterruptHandler(output))
         return await context.interrupt.guard(command(context))
 
-    # What is imported stays, and a large run's documents do, too: looking for cycles among them takes half of the time
-    # of commands that only show something.
+    # Imported modules and the documents of a large run stay in memory: searching them for cycles takes half of the time
+    # of commands that only read.
     gc.freeze()
     gc.set_threshold(0 if brief else _GC_THRESHOLD)
     with error_boundary(output, log):
@@ -231,7 +231,7 @@ def run_command(command: Callable[[CommandContext], Awaitable[int | None]], *, b
         is_short = describe_shortage(output.write_error) is not None
         code = code or (EXIT_UNAVAILABLE if is_short else EXIT_INTERNAL_ERROR)
     if brief:
-        os._exit(code)  # all is printed and flushed; to free thousands of documents one by one serves nobody
+        os._exit(code)  # the output is flushed; freeing thousands of documents one by one has no use
     sys.exit(code)
 
 

@@ -12,12 +12,12 @@ from orchestrator.domain.runs.statuses import FINAL_STATUSES, RETRYABLE_STATUSES
 
 Completer = Callable[[click.Context, click.Parameter, str], list[str]]
 
-#: Seconds after which nobody waits for names any more.
+#: Seconds after which completion gives up.
 _TIMEOUT = 3.0
 
 
 def _completer(names: Callable[[Council, str | None], Awaitable[Iterable[str]]]) -> Completer:
-    """Return what click asks for the names that begin with a word; `names` gets the value of --run."""
+    """Return the click callback that completes a word; `names` gets the value of --run."""
 
     def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
         async def ask() -> list[str]:
@@ -27,11 +27,11 @@ def _completer(names: Callable[[Council, str | None], Awaitable[Iterable[str]]])
 
         try:
             found = anyio.run(ask)
-        except Exception:  # noqa: BLE001  a shell that completes has no place for a message
+        except Exception:  # noqa: BLE001  a shell that completes can't show a message
             return []
         given = ctx.params.get(param.name or "")
-        there = given if isinstance(given, tuple) else ()
-        return [name for name in found if name.startswith(incomplete) and name not in there]
+        present = given if isinstance(given, tuple) else ()
+        return [name for name in found if name.startswith(incomplete) and name not in present]
 
     return complete
 

@@ -1,4 +1,4 @@
-"""Confirmation of commands that can't be undone."""
+"""Confirmation of irreversible actions, and of the permissions that a file requests."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from orchestrator.engine.diagnostics.trust import (
 )
 from orchestrator.errors import RefusedError
 
-#: The answers that agree.
+#: The answers that mean yes.
 _YES = frozenset({"y", "yes"})
 
-yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask for confirmation.")
 
 
 def can_prompt(output: Output) -> bool:
-    """Whether there is a terminal for a question."""
+    """Return True if there is a terminal to ask a question on."""
     return not output.as_json and sys.stdin.isatty() and sys.stderr.isatty()
 
 
@@ -39,13 +39,13 @@ async def ask_yes_no(output: Output, question: str) -> bool:
     """Ask a question once, and return whether the answer is yes."""
     output.text(printable(f"{question} [y/N] "), err=True)
     sys.stderr.flush()
-    # A terminal hands over whole lines; waited for this way, a signal ends it.
+    # A terminal provides complete lines, and unlike `readline` a signal interrupts this wait.
     await anyio.wait_readable(sys.stdin)
     return sys.stdin.readline().strip().lower() in _YES
 
 
 async def confirm_action(output: Output, question: str, *, yes: bool) -> bool:
-    """Return whether an action is confirmed, by `yes` or by an answer. RefusedError without a terminal."""
+    """Return True if an action is confirmed, by `yes` or by an answer. Raises RefusedError without a terminal."""
     if yes:
         return True
     if not can_prompt(output):
@@ -60,15 +60,15 @@ trust_option = click.option(
     is_flag=True,
     expose_value=False,
     callback=remember_option(_TRUST),
-    help="Confirm the file's requests beyond the sandbox, and remember that.",
+    help="Grant the permissions that the file requests beyond the sandbox, and remember this.",
 )
 
 
 async def require_trust(config: RunConfig, *, is_named: bool) -> None:
-    """Have the user confirm what a run's file asks for beyond the default; RefusedError where nobody does.
+    """Have the user confirm the permissions that a run's file requests beyond the default.
 
-    A run that comes from no file needs no confirmation, and neither does a file in no checkout that is named on the
-    command line: the user has chosen it.
+    A run without a file needs no confirmation. Neither does a file outside any checkout that is named on the command
+    line: the user has chosen it. Raises RefusedError if the user does not confirm, or if there is no terminal.
     """
     file = config.path
     if trusts_all(os.environ) or not await anyio.Path(file).is_file():

@@ -1,7 +1,7 @@
-"""The one place where errors become messages and exit codes, so that code and JSON always agree.
+"""The only place where errors become messages and exit codes, so that the code and the JSON always agree.
 
-0 all landed · 1 some did not, the machine lacks something now, or another process took over · 2 bad input ·
-130 interrupted · 3 internal error, with the log's path
+0 all landed · 1 some did not, the machine lacks a resource, or another process took over · 2 bad input ·
+130 interrupted · 3 internal error, with the path of the log
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class ErrorLog:
         self.path: Path | None = None
 
     def write(self, error: BaseException) -> Path | None:
-        """Append the error with its traceback; return the file, a temporary one if the project's is not writable.
+        """Append the error with its traceback, and return the file; None if no file can be written.
 
-        None where no file can be written.
+        If the project's log is not writable, the file is a temporary one.
         """
         raised = (type(error), error, error.__traceback__)
         record = logging.LogRecord("council", logging.ERROR, "", 0, "%s", (error,), raised)
@@ -75,10 +75,10 @@ def _append(path: Path, text: str) -> Path:
 
 @contextmanager
 def error_boundary(output: Output, log: ErrorLog) -> Iterator[None]:
-    """Convert the errors of the body into a message and an exit code, except those of click, which does that itself."""
+    """Convert errors of the body into a message and an exit code, except click's own, which click reports."""
     try:
         yield
-    except BaseException as raised:  # noqa: BLE001  the one boundary: nothing may leave as a traceback
+    except BaseException as raised:  # noqa: BLE001  the error boundary: no traceback may reach the user
         error = _root_cause(raised)
         if isinstance(error, click.exceptions.Exit | click.ClickException):
             raise error from None
@@ -103,7 +103,7 @@ def _describe(error: BaseException, write_log: Callable[[], Path | None]) -> tup
         what, remedy = lack
         result = {"status": "unavailable", "error": what, "remedy": remedy}
         return EXIT_UNAVAILABLE, result, f"council: {what}: {remedy}; no recorded work is lost"
-    if isinstance(error, LeaseLost):  # a process that was paused for long: not an internal error
+    if isinstance(error, LeaseLost):  # this process was paused for long: not an internal error
         return EXIT_TAKEN_OVER, {"status": "taken over", "error": str(error)}, f"council: {error}"
     path = write_log()
     what = str(error) if isinstance(error, CouncilError) else f"internal error: {type(error).__name__}: {error}"
@@ -116,13 +116,13 @@ def _describe(error: BaseException, write_log: Callable[[], Path | None]) -> tup
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    """Return the error of a group to report: what may have caused the rest, else the first of ours.
+    """Return the error of a group to report: the probable cause of the others, else the first CouncilError.
 
-    That is a shortage of the machine, or that another process took over.
+    Probable causes are a lack of resources of the machine, and a takeover by another process.
     """
     if not isinstance(error, BaseExceptionGroup):
         return error
     leaves = [_root_cause(one) for one in error.exceptions]
     short = (one for one in leaves if describe_shortage(one) is not None)
-    ours = (one for kind in (LeaseLost, CouncilError) for one in leaves if isinstance(one, kind))
-    return next(short, next(ours, leaves[0]))
+    known = (one for kind in (LeaseLost, CouncilError) for one in leaves if isinstance(one, kind))
+    return next(short, next(known, leaves[0]))

@@ -18,7 +18,7 @@ class SuggestingGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find a command; for an unknown name fail with the closest one."""
+        """Find a command; fail with the closest name if it is unknown."""
         name = args[0]
         if self.get_command(ctx, name) is None and not name.startswith("-"):
             near = lazy.difflib.get_close_matches(name, self.list_commands(ctx), n=1)
@@ -41,14 +41,14 @@ class LazyGroup(SuggestingGroup):
         return list(self._locations)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002  the same
-        """Import a command; None if there is none of this name."""
+        """Import and return a command; None if the name is unknown."""
         if cmd_name not in self._locations:
             return None
         module, _, name = self._locations[cmd_name].partition(":")
-        gc.disable()  # a collection of garbage takes a tenth of the import's time and finds none
+        gc.disable()  # garbage collection would take a tenth of the import's time and find nothing
         try:
             command: click.Command = getattr(import_module(f"orchestrator.cli.commands.{module}"), name)
         finally:
-            gc.freeze()  # otherwise the first collection looks at all of them
+            gc.freeze()  # otherwise the first collection examines all imported objects
             gc.enable()
         return command

@@ -16,7 +16,7 @@ _LONGEST: Final = 10 * 365 * 86400.0  # seconds
 
 
 def remember_option(key: str) -> Callable[[click.Context, click.Parameter, Any], None]:
-    """Return the callback of an option that stores its value in `meta`, which a group shares with its subcommands."""
+    """Return an option callback that stores the value in `meta`, which a group shares with its subcommands."""
 
     def callback(context: click.Context, _: click.Parameter, value: Any) -> None:
         context.meta[key] = value or context.meta.get(key)
@@ -35,12 +35,12 @@ json_option = click.option(
 
 
 def wants_json() -> bool:
-    """Return whether the command has the option `--json`."""
+    """Return True if `--json` was given."""
     return bool(click.get_current_context().meta.get(_JSON))
 
 
 def parsed_by(parse: Callable[[str], T]) -> Callable[[click.Context, click.Parameter, str | None], T | None]:
-    """Return the callback of an option that parses its text, and reports a ValueError; None if the option is absent."""
+    """Return an option callback that parses the text and reports a ValueError; None if the option is absent."""
 
     def callback(_context: click.Context, _option: click.Parameter, text: str | None) -> T | None:
         try:

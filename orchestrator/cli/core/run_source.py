@@ -29,18 +29,16 @@ from orchestrator.repo.git.command import Git
 from orchestrator.repo.source.user_checkouts import find_repository, read_current_branch
 
 CONFIG_FILE_NAME = "council.yaml"
-#: How the names of files end that a run can be of, also of those that are not there.
+#: The suffixes that make an argument a file name, even if the file does not exist.
 _CONFIG_SUFFIXES = (".yaml", ".yml")
-#: Words of what says what to do.
+#: The minimum number of words of a prompt; a single word may be a mistyped file name.
 _MIN_PROMPT_WORDS = 2
 
 
 async def load_run_config(file: Path | None, tasks: InlineTasks | None = None) -> tuple[Plugins, RunConfig]:
-    """Return the run of a file (`council.yaml` unless named), with these tasks instead of its own where there are any.
+    """Return the installed plugins and the run of a file (default: `council.yaml`); `tasks` replace the file's own.
 
-    Beside it the plugins that it was read with.
-
-    Raises ConfigError for mistakes, RefusedError if a file is needed and there is none.
+    Raises ConfigError if the file has mistakes, RefusedError if a file is required and there is none.
     """
     git = Git(None, as_user=True, environ=os.environ)
     top = await find_checkout_root(Path.cwd(), git) if file is None else None
@@ -69,9 +67,9 @@ async def load_run_config(file: Path | None, tasks: InlineTasks | None = None) -
 
 
 def is_prompt(text: str) -> bool:
-    """Whether an argument says what to do, and names no file.
+    """Return True if an argument is a prompt, False if it is the name of a file.
 
-    UsageError for a single word that is neither, which may as well be a file's name with a mistake in it.
+    Raises UsageError for a single word without such a file, which may be a mistyped file name.
     """
     if not text.strip():
         return True  # the caller rejects it
@@ -85,7 +83,7 @@ def is_prompt(text: str) -> bool:
 
 
 def _only_installed_adapter(folder: Path, plugins: Plugins) -> str | None:
-    """Return the one adapter that takes no options and has its programs on PATH; None for none or several."""
+    """Return the only adapter type that needs no options and whose programs are on PATH; None for none or several."""
     types = {name: kind for name, kind in plugins.adapters.items() if has_only_optional_options(kind, folder)}
     made, _ = make_default_adapters(types)
     path = os.environ.get("PATH")
@@ -96,7 +94,7 @@ def _only_installed_adapter(folder: Path, plugins: Plugins) -> str | None:
 
 
 async def find_checkout_root(folder: Path, git: Git) -> Path | None:
-    """Return the top of the checkout that a folder is in, if it is in one."""
+    """Return the top of the checkout that contains a folder; None if there is none."""
     try:
         return (await find_repository(folder, git)).top
     except RefusedError:
@@ -104,31 +102,31 @@ async def find_checkout_root(folder: Path, git: Git) -> Path | None:
 
 
 def find_config_file(folders: Iterable[Path]) -> Path | None:
-    """Return the `council.yaml` of the first of the folders that has one."""
+    """Return the `council.yaml` of the first folder that has one; None if no folder has."""
     return next((path for path in (folder / CONFIG_FILE_NAME for folder in folders) if path.exists()), None)
 
 
-#: A prompt for a file without tasks.
+#: A prompt with which a file without tasks can be checked.
 _PROMPT = "Describe this repository."
 
 
 @dataclass(frozen=True, slots=True)
 class CommandEnvironment:
-    """The environment; `config` is that of the file, or its mistakes."""
+    """The surroundings of a command; `config` is the run of the file, its mistakes, or None without a file."""
 
     folder: Path
     top: Path | None
-    """The top of the checkout that the folder is in."""
+    """The top of the checkout that contains the folder."""
     plugins: Plugins
     file: Path | None
     config: RunConfig | ConfigError | None
 
 
 async def discover_environment(file: Path | None = None) -> CommandEnvironment:
-    """Return what there is around `file`, or else the `council.yaml` of the current folder or of its repository's top.
+    """Return the environment of `file`, by default of the `council.yaml` in the current folder or the repository's top.
 
-    What the file asks for beyond the default is confirmed first. A file that is named and can't be read is a
-    ConfigError in the scene; without a file there is no config.
+    The permissions that the file requests beyond the default are confirmed first. If the file can't be read, `config`
+    is the ConfigError.
     """
     folder = Path.cwd() if file is None else (Path.cwd() / file).parent
     top = await _top_of(folder)
@@ -145,7 +143,7 @@ def _load(file: Path, plugins: Plugins) -> RunConfig | ConfigError:
     node = read_file(file, Problems(file))
     try:
         if node is not None and not {"tasks", "trackers"} & node.value.keys():
-            # It is for `council run "PROMPT"`: any prompt and, without a default, any of its adapters will do.
+            # The file is for `council run "PROMPT"`: check it with any prompt and, without a default, any adapter.
             named = node.value.get("adapters")
             is_open = node.get("defaults", "adapter") is None and isinstance(named, dict)
             tasks = InlineTasks([_PROMPT], next(iter(named), None) if is_open and named else None)

@@ -17,17 +17,17 @@ _TERMINATING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class InterruptHandler:
-    """The reaction to the first signal: cancels the command, unless it has a cleaner way to end."""
+    """The handler of signals: the first one calls `stop` if the command has set it, or else cancels the command."""
 
     def __init__(self, output: Output) -> None:
         self._output = output
         self.is_stopping = False
-        """Whether the first signal has come."""
+        """Whether a signal was received."""
         self.stop: Callable[[], None] | None = None
-        """Called instead, where it is set; the command then ends by itself."""
+        """Called instead of the cancellation, if set; the command then ends by itself."""
 
     async def guard(self, command: Awaitable[int | None]) -> int:
-        """Await the command and return its exit code (None is 0), or that of an interruption."""
+        """Await the command and return its exit code (None counts as 0), or the code of an interruption."""
         async with anyio.create_task_group() as group:
             await group.start(self._listen, group.cancel_scope)
             code = await command or 0
@@ -37,13 +37,14 @@ class InterruptHandler:
         return EXIT_INTERRUPTED
 
     async def _listen(self, scope: anyio.CancelScope, *, task_status: TaskStatus[None]) -> None:
-        # What was ignored when we were started (by nohup, say) stays ignored.
-        heeded = [one for one in _TERMINATING_SIGNALS if signal.getsignal(one) is not signal.SIG_IGN]
-        with anyio.open_signal_receiver(*heeded) as signals:
+        # Signals that were ignored when this process started, as by nohup, stay ignored.
+        handled = [one for one in _TERMINATING_SIGNALS if signal.getsignal(one) is not signal.SIG_IGN]
+        with anyio.open_signal_receiver(*handled) as signals:
             task_status.started()
             async for _ in signals:
                 if self.is_stopping:
-                    # The supervisors see us go and kill what they run; all that is recorded is there for `resume`.
+                    # The supervisors notice that this process has exited, and kill their sessions; the recorded state
+                    # is sufficient for `resume`.
                     self._output.failure(
                         {"status": "interrupted", "exit": EXIT_INTERRUPTED},
                         "council: stopped at once; `council resume` continues the run",

@@ -1,1 +1,1 @@
-"""Show an active run: `display.show_progress` is the entry point."""
+"""Live progress of an active run: `display.show_progress` is the entry point."""

@@ -1,4 +1,4 @@
-"""Show a run while it is active: as lines of events, or as a table on a terminal."""
+"""The progress of an active run, as event lines or as a live table on a terminal."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from orchestrator.protocols import CommitRecord
 
 @asynccontextmanager
 async def show_progress(council: Council, run: str, output: Output, after: int) -> AsyncIterator[DisplayProgress]:
-    """Show the events of a run after a position of the log, for the body of the `async with`."""
+    """Show a run's events after a log position until the body of the `async with` ends."""
     progress = DisplayProgress()
     async with anyio.create_task_group() as group:
         if output.can_draw_tables:
-            from orchestrator.cli.live.table import LiveTable  # noqa: PLC0415  rich takes its time
+            from orchestrator.cli.live.table import LiveTable  # noqa: PLC0415  rich is slow to import
 
             group.start_soon(LiveTable(council, run, output).show, partial(progress.follow, council, after))
         else:
@@ -35,18 +35,18 @@ async def show_progress(council: Council, run: str, output: Output, after: int) 
 
 
 class DisplayProgress:
-    """The position of the log up to which a run has been shown."""
+    """The log position up to which events have been shown."""
 
     def __init__(self) -> None:
         self._shown, self._moved = 0, anyio.Event()
 
     async def reach(self, position: int) -> None:
-        """Wait until all events up to a position of the log are shown."""
+        """Wait until all events up to a log position are shown."""
         while self._shown < position:
             await self._moved.wait()
 
     async def follow(self, council: Council, after: int, take: Callable[[CommitRecord], None]) -> None:
-        """Hand over each record behind a position, as it comes."""
+        """Pass each commit after a log position to `take`, live; never returns."""
         self._advance(after)
         async for record in council.history.follow(after):
             take(record)

@@ -1,6 +1,6 @@
-"""The model of a run that is shown: kept up to date by what is recorded, one record at a time, and drawn elsewhere.
+"""The model behind the live table of a run, updated with each commit. Draws nothing.
 
-A look at it costs as much as the table that fits on the screen, however many tasks there are.
+The cost of a frame depends on the size of the screen, not on the number of tasks.
 """
 
 from __future__ import annotations
@@ -46,37 +46,37 @@ from orchestrator.repo.git.change_counts import Changes
 from orchestrator.sessions.output.transcript import EMPTY_TRANSCRIPT, Transcript
 
 _BUILT = LANDING_STATUSES | {TaskStatus.LANDED}
-#: States in which the lines of a row are those of what the last session left.
+#: Statuses after a session, in which a row shows the line counts of the work that the session left.
 _SESSION_ENDED = (FINAL_STATUSES - {TaskStatus.LANDED}) | {TaskStatus.QUEUED} | USER_STATUSES
-#: The groups of tasks that wait for a person.
+#: The groups of tasks that wait for a user.
 _USER_ACTIVITIES = tuple(sorted(status.record.activity for status in USER_STATUSES))
 _NOT_LANDED = tuple(status.record.activity for status in TaskStatus if status in UNSUCCESSFUL_STATUSES)
-#: The shortest time left that is told, in seconds: what is nearly over is over before it is read.
+#: The shortest remaining time that is shown, in seconds: a shorter one is outdated before a user reads it.
 _MIN_TIME_LEFT = 1.0
 
 
 class _SpendingTotals:
-    """Tokens and US dollars of all attempts that have ended."""
+    """Tokens and cost (US dollars) of all attempts."""
 
     def __init__(self) -> None:
-        self.tokens, self._cost, self._told = 0, 0.0, 0
+        self.tokens, self._cost, self._priced = 0, 0.0, 0
 
     def add(self, task: TaskDocument, times: int) -> None:
-        """Count a task's attempts, or with -1 no longer."""
+        """Add the attempts of a task `times` times; -1 removes them."""
         for attempt in task.attempts:
             self.tokens += times * (attempt.input_tokens + attempt.output_tokens)
             if attempt.cost is not None:
                 self._cost += times * attempt.cost
-                self._told += times
+                self._priced += times
 
     @property
     def cost(self) -> float | None:
-        """US dollars; None where nobody told."""
-        return self._cost if self._told else None
+        """US dollars; None if no attempt has a known cost."""
+        return self._cost if self._priced else None
 
 
 class _TaskTimings:
-    """How long tasks took: their sessions, and what follows, of which there is one at a time."""
+    """The durations of tasks: of their sessions, and of checks and landing, which run one at a time."""
 
     def __init__(self) -> None:
         self._built: dict[str, float] = {}
@@ -86,7 +86,7 @@ class _TaskTimings:
         self._landed = 0
 
     def change(self, task: str, after: TaskDocument, time: float) -> None:
-        """A task is where it is since `time`."""
+        """Record that a task has had its current status since `time`."""
         if after.status is TaskStatus.QUEUED:
             self._queued.setdefault(task, time)
         elif after.status not in LANDING_STATUSES and (queued := self._queued.pop(task, None)) is not None:
@@ -95,26 +95,26 @@ class _TaskTimings:
             self._last = time
 
     def built(self, task: str, document: TaskDocument) -> None:
-        """Count the sessions of a task that has been built."""
+        """Record the session time of a task, if it has been built."""
         if document.status in _BUILT:
             seconds = sum(one.ended - one.started for one in document.attempts if one.ended is not None)
             self._in_all += seconds - self._built.get(task, 0.0)
             self._built[task] = seconds
 
     def build(self) -> float | None:
-        """Return the seconds that the sessions of a task take on average; None where there was none yet."""
+        """Return the average session time of a task, in seconds; None if no task has been built yet."""
         return self._in_all / len(self._built) if self._built else None
 
     def land(self) -> float:
-        """Return the seconds that checks and landing of a task take on average, as far as it was seen."""
+        """Return the average time of a task's checks and landing that was observed, in seconds; 0 if none was."""
         return self._landing / self._landed if self._landed else 0.0
 
 
 class LiveRun:
-    """A run as it is shown: what is recorded of it, and what its sessions say and have changed so far."""
+    """The displayed state of a run: its record, and the transcripts and changes of its sessions so far."""
 
     def __init__(self, record: RunRecord, attempts: Mapping[str, int]) -> None:
-        """Take a run as it stands; `attempts` says how many each task has."""
+        """Start from the current record of a run; `attempts` is the number of attempts that each task may have."""
         self.run, self._entries, self._attempts = record.run, dict(record.entries), dict(attempts)
         self._adapters: dict[str, AdapterDocument] = dict(record.adapters)
         self._board = DispatchBoard.of(record.entries, {task: one.status for task, one in record.tasks.items()})
@@ -135,12 +135,12 @@ class LiveRun:
         self._unseen: dict[str, None] = {}
         self._in_all = Changes()
         self.is_over = False
-        """Whether the process that was at work in the run has come to its end."""
+        """Whether the run has ended, is interrupted or is halted."""
         for task, document in sorted(record.tasks.items(), key=lambda item: _last_change(item[1])):
             self._set(task, document, _last_change(document))
 
     def apply(self, record: CommitRecord) -> None:
-        """Take what was recorded."""
+        """Apply a commit."""
         prefix = f"{self.run.id}/"
         if (grown := record.documents.get(run_key(self.run.id))) is not None and grown[1] is not None:
             self._grow(RunDocument.model_validate(grown[1]), record)
@@ -159,7 +159,7 @@ class LiveRun:
                 self._happened(event)
 
     def _grow(self, run: RunDocument, record: CommitRecord) -> None:
-        """Take the tasks that a plan has become; what records them has all of them."""
+        """Add the tasks of an expanded plan; the commit that records the expansion has the specs of all of them."""
         self.run = run
         new = [task for task in run.tasks if task not in self._order]
         specs = [record.documents.get(spec_key(run.id, task)) for task in new]
@@ -175,7 +175,7 @@ class LiveRun:
         self._arrange()
 
     def _arrange(self) -> None:
-        """Look anew at what waits for what."""
+        """Recompute the dependencies between tasks."""
         self._entries = with_subtasks(self._entries, self._tasks)
         self._board = DispatchBoard.of(self._entries, {name: one.status for name, one in self._tasks.items()})
         self._chains = longest_chains(self._entries)
@@ -186,7 +186,7 @@ class LiveRun:
                 self._capacity, self.is_over = self.run.capacity, False
             case RunCapacityLimited.type if not self._groups[
                 TaskStatus.RUNNING.record.activity
-            ]:  # else it is for a moment only
+            ]:  # otherwise the limit is momentary
                 self._capacity = event.data["sessions"]
             case RunFinished.type | RunInterrupted.type | RunHalted.type:
                 self.is_over = True
@@ -196,7 +196,7 @@ class LiveRun:
         if before is not after.status:
             self._pace.change(task, after, time)
             if before in FINAL_STATUSES and after.status in SUCCESS_STATUSES:
-                self._board.revive(task)  # what it blocked waits for others alone
+                self._board.revive(task)  # tasks that it blocked now wait only for their other needs
             if after.status in SUCCESS_STATUSES:
                 self._board.landed(task)
             elif after.status in FINAL_STATUSES:
@@ -206,7 +206,7 @@ class LiveRun:
         self._set(task, after, time)
         if (
             before in SUCCESS_STATUSES and after.status not in SUCCESS_STATUSES
-        ):  # what it let start may be blocked after all
+        ):  # tasks that could start after it may be blocked again
             self._board = DispatchBoard.of(self._entries, {name: one.status for name, one in self._tasks.items()})
         if after.subtasks != parts:
             self._arrange()
@@ -228,7 +228,7 @@ class LiveRun:
             if after.status is TaskStatus.QUEUED or after.attempt.branch is not None:
                 self._unseen[task] = None
             else:
-                self._replace(task, Changes())  # nothing is kept of it
+                self._replace(task, Changes())  # no work of the session is preserved
         elif after.status in {TaskStatus.PENDING, TaskStatus.LANDED}:
             self._unseen.pop(task, None)
         if after.status in FINAL_STATUSES:
@@ -280,7 +280,7 @@ class LiveRun:
         self._changes[task] = changes
 
     def frame(self, now: float, room: int) -> TableFrame:
-        """Return what to show at `now` (wall-clock seconds) in `room` lines beside the totals."""
+        """Return the frame at `now` (wall-clock seconds), with at most `room` lines in addition to the totals."""
         has_more = len(self._tasks) > room
         chosen = self._chosen(max(room - has_more, 0))
         active = self._active(now)
@@ -330,12 +330,12 @@ class LiveRun:
         )
 
     def _attempt(self, task: str, document: TaskDocument) -> str:
-        """Return how many attempts count towards the limit, and the limit."""
+        """Return the number of attempts that count towards the limit, and the limit."""
         begun = document.counted_attempts
         return f"{begun}/{max(self._attempts[task], begun)}" if begun else ""
 
     def _words(self, task: str, document: TaskDocument) -> str:
-        """Return what a row says at its end: the last words, where a task landed, or why it did not."""
+        """Return the text at the end of a row: the last message, the landed commit, or the reason of a failure."""
         need = self._board.blocked.get(task)
         if document.status is TaskStatus.PENDING and need is not None:
             return f"needs {need!r}, which did not land"
@@ -377,7 +377,7 @@ class LiveRun:
         )
 
     def _left(self, now: float) -> float | None:
-        """Return the seconds that are left; None where nobody can know."""
+        """Return the estimated remaining seconds; None if there is no basis for an estimate."""
         build, learned = self._pace.build(), self._adapters.values()
         is_held = any(one.disabled_reason is not None or (one.cooldown_until or 0.0) > now for one in learned)
         if build is None or self.is_over or is_held or any(self._groups[name] for name in _USER_ACTIVITIES):
@@ -404,5 +404,5 @@ def _user_commands(task: str, status: TaskStatus) -> str:
 
 
 def _last_change(task: TaskDocument) -> float:
-    """Return when a task last changed, as far as its attempts tell (wall-clock seconds); 0 if it has none."""
+    """Return when a task last changed according to its attempts (wall-clock seconds); 0 if it has none."""
     return (task.attempt.ended or task.attempt.started) if task.attempts else 0.0

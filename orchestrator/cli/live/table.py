@@ -1,4 +1,4 @@
-"""The live table of an active run on a terminal, built from state that any process can read."""
+"""The live table of an active run on a terminal. Built only from the recorded state, so any process can show it."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from orchestrator.domain.runs.model import AdapterDocument
 from orchestrator.engine.reports.report import AdapterReport
 from orchestrator.protocols import CommitRecord
 
-#: Seconds between two looks whether anything has changed that is shown.
+#: Seconds between two redraws; an unchanged table is not drawn again.
 _REFRESH_INTERVAL = 0.25
-#: Lines that are not for rows: the header, the totals, and one where the cursor can stand.
+#: Lines that are not available for rows: the header, the totals, and one for the cursor.
 _RESERVED_LINES = 3
 
 
 class LiveTable:
-    """Shows a run as a table at the end of the terminal, and important events above it."""
+    """A table of a run at the bottom of the terminal, with important events above it."""
 
     def __init__(self, council: Council, run: str, output: Output) -> None:
         self._council, self._run, self._output = council, run, output
         self._above: deque[str] = deque()
 
     async def show(self, follow: Callable[[Callable[[CommitRecord], None]], Awaitable[None]]) -> None:
-        """Show the run until cancelled, then remove the table; `follow` passes on its commits."""
+        """Show the run until cancelled, then remove the table; `follow` supplies its commits."""
         activity = await self._council.sessions.activity(self._run)
         view = LiveRun(activity.record, activity.attempts)
         self._above.extend(_unavailable_adapters(activity.record.adapters, self._run))
@@ -67,7 +67,7 @@ class LiveTable:
     async def _draw(self, view: LiveRun, screen: _Screen) -> None:
         while True:
             frame = view.frame(time.time(), max(screen.height - _RESERVED_LINES, 0))
-            # In a thread: whoever holds the terminal's output (Ctrl-S) must not hold the run.
+            # In a thread: a user who pauses the terminal's output (Ctrl-S) must not block the run.
             await anyio.to_thread.run_sync(screen.draw, frame, self._taken())
             await anyio.sleep(_REFRESH_INTERVAL)
 
@@ -78,7 +78,7 @@ class LiveTable:
 
 
 def _unavailable_adapters(learned: Mapping[str, AdapterDocument], run: str) -> Iterator[str]:
-    """Say which adapters could not be used already before."""
+    """Yield a line for each adapter that was unavailable from the start."""
     for name, one in learned.items():
         if one.disabled_reason is not None or (one.cooldown_until or 0.0) > time.time():
             yield adapter_line(
@@ -87,7 +87,7 @@ def _unavailable_adapters(learned: Mapping[str, AdapterDocument], run: str) -> I
 
 
 class _Screen:
-    """The terminal of standard output. Used by one thread at a time."""
+    """The terminal that standard output is connected to. Not thread-safe."""
 
     def __init__(self) -> None:
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -100,11 +100,11 @@ class _Screen:
 
     @property
     def height(self) -> int:
-        """Return how many lines there are now."""
+        """The current number of lines."""
         return self._console.height
 
     def draw(self, frame: TableFrame, above: Sequence[str]) -> None:
-        """Print lines above the table, and the table if it is not what stands there. Blocks."""
+        """Print lines above the table, and redraw the table if it has changed. Blocks."""
         width, height = self._console.size
         drawn = (frame, width, height)
         if self._has_hung_up or (drawn == self._drawn and not above):
@@ -122,7 +122,7 @@ class _Screen:
             self._drawn, self._lengths = drawn, [Segment.get_line_length(line) for line in lines]
 
     def leave(self, above: Sequence[str]) -> None:
-        """Take the table away, and print what is left to be told. Blocks."""
+        """Remove the table, and print the remaining lines. Blocks."""
         if self._has_hung_up:
             return
         try:
@@ -138,7 +138,7 @@ class _Screen:
             self._console.print(Text("\n".join(lines)), soft_wrap=True)
 
     def _clear_wrapped_rows(self, width: int) -> None:
-        """Clear the rows into which terminals wrap what was drawn when they were wider, as most do."""
+        """Clear the extra rows of a table that was drawn wider: most terminals wrap its lines when they shrink."""
         rows, drawn = count_wrapped_rows(self._lengths, width), len(self._lengths)
         if rows == drawn:
             return

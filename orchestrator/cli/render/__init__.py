@@ -1,1 +1,1 @@
-"""Render results as text. Pure, except `output`, which prints."""
+"""Rendering of results as text. Pure, except `output`, which prints."""

@@ -42,12 +42,12 @@ MAX_LINES = 10
 _NO_ATTENTION = frozenset({*SUCCESS_STATUSES, TaskStatus.PENDING})
 #: Statuses that are listed after all others, in this order.
 _LATE = (TaskStatus.NO_CHANGE, TaskStatus.CANCELLED, "blocked")
-#: Ends of clauses, where prose is cut.
+#: The ends of clauses, where text is cut.
 _CLAUSE_ENDS = re.compile(r"[:;,.](?= )")
 
 
 def brief_lines(report: RunReport, *, is_newest: bool = True) -> list[str]:
-    """Return the totals of a run, the tasks that need attention with their next commands, and that of the run.
+    """Return the totals of a run, the tasks that need attention with their next commands, and the run's own.
 
     Commands name the run unless it is the newest.
     """
@@ -99,7 +99,7 @@ def _task(task: TaskReport, report: RunReport, *, is_newest: bool) -> Iterator[s
 
 
 def _shortened(text: str) -> str:
-    """Return text cut to the width of a line, but with all commands in backticks."""
+    """Return text cut to the width of a line; commands in backticks are always kept."""
     if cell_len(text) <= COLUMNS:
         return text
     lost = [one for one in re.finditer(r"`[^`]*`", text) if cell_len(text[: one.end()]) >= COLUMNS]
@@ -116,7 +116,7 @@ def _shortened(text: str) -> str:
 
 
 def _next(report: RunReport) -> Iterator[str]:
-    """Yield what needs attention in the run as a whole, most urgent first."""
+    """Yield the problems and hints of the run as a whole, most urgent first."""
     if report.damage:
         yield f"The state log is damaged in {len(report.damage)} places. Next: council state verify"
     for adapter in report.adapters:
@@ -129,9 +129,9 @@ def _next(report: RunReport) -> Iterator[str]:
 
 
 def _halt(halted: HaltReason, room: int, more: str) -> list[str]:
-    """Return a halt in at most `room` lines: the output is shortened first; never the log.
+    """Return a halt in at most `room` lines. The output is shortened first; the path of the log is always kept.
 
-    A remedy that has no room as a whole is replaced by `more`.
+    A remedy that does not fit completely is replaced by `more`.
     """
     head = list(wrapped(printable(f"Halted: {halted.headline}")))
     log = [] if halted.log is None else [printable(f"log: {halted.log}")]
@@ -146,5 +146,5 @@ def _halt(halted: HaltReason, room: int, more: str) -> list[str]:
 
 
 def _end(line: str) -> list[str]:
-    """Return the end of the last line of some output; nothing if not even its last word fits, such as a PATH."""
+    """Return the end of the last line of output; nothing if not even its last word fits, such as a PATH."""
     return [] if not line or cell_len(line.rsplit(maxsplit=1)[-1]) > COLUMNS else [truncate_start(line, COLUMNS)]

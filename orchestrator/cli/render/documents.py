@@ -1,4 +1,4 @@
-"""Documents, their differences and versions, as text and as JSON. Pure."""
+"""Documents, their differences and their versions, as text and as JSON. Pure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from orchestrator.system.instants import format_local_time
 
 
 def state_json(found: StateSnapshot) -> JsonObject:
-    """Return the documents of a moment as programs get them."""
+    """Return the documents of a snapshot as JSON."""
     return {**_position_json(found), "documents": [one.to_json() for one in _sorted(found)]}
 
 
@@ -46,7 +46,7 @@ def _describe_position(found: StateSnapshot) -> str:
 
 
 def state_lines(found: StateSnapshot, *, with_values: bool) -> Iterator[str]:
-    """Yield the documents of a moment, a line for each, perhaps with its value behind it."""
+    """Yield a line for each document of a snapshot; `with_values` adds the lines of its value."""
     documents = _sorted(found)
     yield f"{_describe_position(found)}: {len(documents)} {'document' if len(documents) == 1 else 'documents'}"
     rows = align_columns([_row(one) for one in documents], "  ")
@@ -85,14 +85,14 @@ class DocumentDifference(NamedTuple):
 
 
 def document_differences(old: StateSnapshot, new: StateSnapshot) -> list[DocumentDifference]:
-    """Return the documents that are not at the same version at two moments, by key."""
+    """Return the documents whose versions differ between two snapshots, sorted by key."""
     keys = sorted({*old.documents, *new.documents})
     found = [DocumentDifference(key, old.documents.get(key), new.documents.get(key)) for key in keys]
     return [one for one in found if one.old is None or one.new is None or one.old.version != one.new.version]
 
 
 def differences_json(old: StateSnapshot, new: StateSnapshot) -> JsonObject:
-    """Return what differs between two moments as programs get it."""
+    """Return the differences between two snapshots as JSON."""
     documents = [_difference_json(one) for one in document_differences(old, new)]
     return {"from": _position_json(old), "to": _position_json(new), "documents": documents}
 
@@ -108,7 +108,7 @@ def _difference_json(one: DocumentDifference) -> JsonObject:
 
 
 def difference_lines(old: StateSnapshot, new: StateSnapshot) -> Iterator[str]:
-    """Yield what differs between two moments: a line for each document and, of those that changed, for each field."""
+    """Yield the differences between two snapshots: a line for each document, and for each field of a changed one."""
     yield f"from {_describe_position(old)}"
     yield f"to   {_describe_position(new)}"
     found = document_differences(old, new)
@@ -124,12 +124,12 @@ def difference_lines(old: StateSnapshot, new: StateSnapshot) -> Iterator[str]:
         yield "no differences"
 
 
-#: A version with the one before it; None where there is none, or it is not kept.
+#: A version and the previous one; None if there is no previous version or it was pruned.
 VersionPair = tuple[DocumentVersion, DocumentVersion | None]
 
 
 def history_json(key: Key, steps: Sequence[VersionPair]) -> JsonObject:
-    """Return the versions of a document as programs get them."""
+    """Return the versions of a document as JSON."""
     return {"key": str(key), "versions": [_version_json(*step) for step in steps]}
 
 
@@ -149,7 +149,7 @@ def _version_json(one: DocumentVersion, before: DocumentVersion | None) -> JsonO
 
 
 def history_lines(key: Key, steps: Sequence[VersionPair]) -> Iterator[str]:
-    """Yield the versions of a document, a line for each and one for each field that it changed."""
+    """Yield a line for each version of a document, followed by a line for each changed field."""
     yield printable(str(key))
     rows = [
         [
@@ -179,21 +179,21 @@ def _version_changes(one: DocumentVersion, before: DocumentVersion | None) -> Se
 
 
 def field_changes(old: JsonObject | None, new: JsonObject | None) -> JsonObject:
-    """Return lists of what was `added`, `modified` and `removed`, each with its path; None stands for no document."""
+    """Return the fields that were `added`, `modified` and `removed`, with their paths; None means no document."""
     return delta_to_json(compute_delta(old or {}, new or {}))
 
 
 def field_lines(old: JsonObject | None, new: JsonObject | None) -> list[str]:
-    """Return a line for each field that differs, `path: old → new`, as text that a terminal only shows."""
+    """Return a printable line for each field that differs: `path: old → new`."""
     return [printable(line) for line in format_delta(compute_delta(old or {}, new or {}))]
 
 
-#: Documents of a commit that a line names: with its run all of its tasks are recorded.
+#: The maximum number of documents named in the line of a commit: the first commit of a run has all of its tasks.
 _MOST_NAMED: Final = 4
 
 
 class CommitFormatter:
-    """Formats commits as lines; columns grow as needed."""
+    """A formatter of commits as lines; columns grow as needed."""
 
     def __init__(self) -> None:
         self._position, self._by = 6, 0
@@ -213,28 +213,28 @@ class CommitFormatter:
 
 
 def describe_event(event: Event) -> str:
-    """Return an event with what it is about, as in `task.landed models`."""
+    """Return the type of an event and its subject, as in `task.landed models`."""
     about = next((event.data[name] for name in ("task", "adapter", "sink", "tracker") if name in event.data), None)
     return printable(event.type if about is None else f"{event.type} {about}")
 
 
 def _documents(record: CommitRecord) -> list[str]:
-    told = [
+    parts = [
         f"{key} deleted" if value is None else f"{key} version {version}"
         for key, (version, value) in record.documents.items()
     ]
-    told += [f"{key} unreadable" for key in record.unreadable]
-    rest = len(told) - _MOST_NAMED
-    return told if rest <= 1 else [*told[:_MOST_NAMED], f"and {rest} more"]
+    parts += [f"{key} unreadable" for key in record.unreadable]
+    rest = len(parts) - _MOST_NAMED
+    return parts if rest <= 1 else [*parts[:_MOST_NAMED], f"and {rest} more"]
 
 
 def events_json(events: Sequence[Event]) -> list[JsonObject]:
-    """Return events as programs get them with what they belong to."""
+    """Return events as JSON, for the JSON of a commit or a version."""
     return [{"event": one.type, **one.data} for one in events]
 
 
 def commit_json(record: CommitRecord) -> JsonObject:
-    """Return a commit as programs get it, without the values of documents."""
+    """Return a commit as JSON, without the values of documents."""
     documents = [
         {"key": str(key), "version": version, "deleted": value is None}
         for key, (version, value) in record.documents.items()
@@ -251,14 +251,14 @@ def commit_json(record: CommitRecord) -> JsonObject:
 
 @dataclass(frozen=True, slots=True)
 class RepairedDocument:
-    """A document that a repair has repaired: its version since; None as nothing of it could be read, and it is gone."""
+    """A repaired document and its new version; None if no value was readable and the document was deleted."""
 
     key: str
     version: int | None
 
 
 def repaired_documents(records: Iterable[CommitRecord]) -> list[RepairedDocument]:
-    """Return what the repairs among some commits have settled."""
+    """Return the documents that were repaired in some commits."""
     found = []
     for record in records:
         versions = {str(key): version for key, (version, _) in record.documents.items()}
@@ -268,7 +268,7 @@ def repaired_documents(records: Iterable[CommitRecord]) -> list[RepairedDocument
 
 
 def verification_json(found: VerificationReport, repaired: Sequence[RepairedDocument]) -> JsonObject:
-    """Return it as one object, with what was settled before."""
+    """Return a verification report and the repaired documents as one JSON object."""
     return {
         "is_valid": found.is_valid,
         "position": found.position,
@@ -282,21 +282,21 @@ def verification_json(found: VerificationReport, repaired: Sequence[RepairedDocu
 
 
 def verification_lines(found: VerificationReport, repaired: Sequence[RepairedDocument]) -> Iterator[str]:
-    """Yield it line by line, as text that a terminal only shows; before it, what was settled."""
+    """Yield a verification report as printable lines, after a line for each repaired document."""
     for document in repaired:
         version = document.version
         outcome = (
-            "deleted, no value is known"
+            "deleted, because no value is known"
             if version is None
             else f"restored to its last known value, now version {version}"
         )
         yield printable(f"repaired: {document.key}: {outcome}")
-    verdict = "sound" if found.is_valid else "damaged"
+    verdict = "intact" if found.is_valid else "damaged"
     yield f"{found.position:,} commits, {format_size_short(found.bytes)}: {verdict}"
     for one in found.damage:
         yield printable(f"  {one.describe()}")
     for key in found.damaged:
-        yield printable(f"  {key}: its newest version is unreadable")
+        yield printable(f"  {key}: the newest version is unreadable")
     for key, flaw in found.unreadable.items():
         yield printable(f"  {key}: can't be read: {flaw}")
     for key in found.mismatched:

@@ -1,4 +1,4 @@
-"""Render recorded events as sentences for people."""
+"""Recorded events as sentences."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from orchestrator.system.instants import format_local_time
 
 
 def is_shown(event: Event, *, above_table: bool = False) -> bool:
-    """Return True if the progress of a run shows an event, as a line or (`above_table`) above the live table."""
+    """Return True if an event is shown while a run is active: as a line, or with `above_table` above the table."""
     kind = EVENT_TYPES.get(event.type)
     return kind is not None and kind.shown in ({Shown.ALWAYS} if above_table else {Shown.ALWAYS, Shown.LINES})
 
@@ -24,7 +24,7 @@ def event_line(time: float, event: Event) -> str:
 
 
 def event_text(event: Event) -> str:
-    """Return an event as a sentence; its type if it is not one of ours, or lacks a field."""
+    """Return an event as a sentence; its type if it is unknown or lacks a field."""
     kind = EVENT_TYPES.get(event.type)
     known = None if kind is None else kind.from_data(event.data)
     task = f"{event.data['task']}: " if event.data.get("task") else ""
@@ -37,7 +37,7 @@ def _sentence(event: TypedEvent) -> str:
 
 
 def _present(event: TypedEvent, name: str) -> Any:
-    """Return a field as people read it: a time as local time, a list in words, text on one line."""
+    """Return a field for a sentence: a time as local time, a list separated by commas, text on one line."""
     value = getattr(event, name)
     if event.field_types.get(name, "").startswith("Instant"):
         return format_local_time(value)

@@ -23,7 +23,7 @@ def show_findings(findings: Sequence[Finding], code: int, output: Output) -> Non
 
 
 def finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
-    """Yield each finding as a line, with its remedy on the next one; nothing is cut, as commands may be anywhere."""
+    """Yield a line for each finding and one for its remedy, never cut: commands may be anywhere in them."""
     width = max((len(finding.name) for finding in findings), default=0)
     for finding in findings:
         yield printable(
@@ -34,5 +34,5 @@ def finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
 
 
 def findings_exit_code(findings: Iterable[Finding]) -> int:
-    """Return the exit code: 1 if there is a problem, warnings aside."""
+    """Return the exit code: 1 if there is a problem; warnings do not count."""
     return int(any(finding.level is Level.PROBLEM for finding in findings))

@@ -1,6 +1,6 @@
-"""The next commands for a task and for a run, as the final report, `status`, `runs` and `show` print them. Pure.
+"""The next commands for a task and for a run, as printed by the final report, `status`, `runs` and `show`. Pure.
 
-Commands for a task mean the newest run, unless `is_newest` is false: then they name it. Commands for a run name it.
+Commands for a task omit the run if it is the newest (`is_newest`). Commands for a run always name it.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ _WITHOUT_STEPS = frozenset(status for status, steps in _NEXT_STEPS.items() if no
 
 
 class Step(NamedTuple):
-    """One command and how it relates to the one before: `next`, `then` or `or`."""
+    """A command and its relation to the previous one: `next`, `then` or `or`."""
 
     label: str
     command: str
 
     def __str__(self) -> str:
-        """Return a line."""
+        """Return the step as a line."""
         return f"{self.label}: {self.command}"
 
 
 def task_steps(  # noqa: PLR0911  one case for each cause
     task: TaskReport, report: RunReport, *, is_newest: bool = True, is_shown: bool = False
 ) -> Sequence[Step]:
-    """Return the next command for a task and its follow-ups; none if the task needs none.
+    """Return the next command for a task, its follow-ups and alternatives; empty if the task needs none.
 
-    A task that waits for the run as a whole (`run_step`) has no command. With `is_shown`, for `council show`, a blocked
-    task has the command for the task that blocks it.
+    A task that waits for the run as a whole (`run_step`) has no command of its own. With `is_shown`, for
+    `council show`, a blocked task gets the command for the task that blocks it.
     """
     if report.imported is not None or task.status in _WITHOUT_STEPS:
         return ()
@@ -93,7 +93,7 @@ def _merge_steps(task: TaskReport, report: RunReport) -> Sequence[Step]:
             ]
         case TaskStatus.FAILED:
             return [Step("next", f"council logs {shlex.quote(task.id)} --run {report.run}"),
-                    Step("then", f"fix {base} or council/{report.merges}, and commit that"),
+                    Step("then", f"fix {base} or council/{report.merges}, and commit the fix"),
                     Step("then", again)]  # fmt: skip
         case _:
             return [Step("next", again)]
@@ -120,7 +120,7 @@ def run_step(report: RunReport) -> str:
 
 
 def halt_steps(report: RunReport) -> Sequence[Step]:
-    """Return the remedy of a halted run, with its commands. After a used-up budget, `run_step` has the command."""
+    """Return the remedy of a halted run, with its commands. After an exhausted budget, `run_step` has the command."""
     if report.halted is None or report.halted_by is HaltCause.BUDGET:
         return ()
     remedy = HaltReason.parse(report.halted).remedy
@@ -138,22 +138,22 @@ _TO_TRY = frozenset({TaskStatus.PENDING, TaskStatus.RUNNING})
 
 
 def kept_as(task: TaskReport) -> str | None:
-    """Return the name of a task's work for `council salvage`: its branch without council/ and the run."""
+    """Return the name of a task's work for `council salvage`: its branch without `council/` and the run."""
     return None if task.branch is None else salvage_name(task.branch)
 
 
 def own_branch(report: RunReport) -> bool:
-    """Whether the run landed work on its own branch."""
+    """Return True if the run landed work on its own branch."""
     return report.target == f"council/{report.run}" and any(task.landed is not None for task in report.tasks)
 
 
 def waits_for_merge(report: RunReport) -> bool:
-    """Whether `council merge` is the next step: the run has ended and its own branch is not merged."""
+    """Return True if `council merge` is the next step: the run has ended and its own branch is not merged."""
     return report.awaits_merge and report.status is not RunStatus.RUNNING
 
 
 def needs_retry(report: RunReport) -> bool:
-    """Whether a run has ended without success and can only resume after a `council retry`."""
+    """Return True if a run has ended without success and can resume only after a `council retry`."""
 
     is_over = report.imported is None and not report.has_unfinished_tasks
     return report.status is RunStatus.INCOMPLETE and is_over

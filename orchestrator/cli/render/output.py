@@ -1,4 +1,4 @@
-"""Output of commands: JSON lines for programs, text for people."""
+"""The output of commands: JSON lines for programs, or text."""
 
 from __future__ import annotations
 
@@ -26,34 +26,34 @@ if TYPE_CHECKING:
     from orchestrator.repo.git.change_counts import Changes
 
 
-#: Why a terminal gets lines all the same, beside one that says it is dumb. https://no-color.org is about colour alone.
+#: The variable that disables tables on a terminal. NO_COLOR (https://no-color.org) is only about colour.
 _NO_TABLES_VARIABLE = "CI"
 _SHOW_CURSOR = "\x1b[?25h"
 
 
 @dataclass(slots=True)
 class Output:
-    """Prints to stdout, as one JSON object per line or as text."""
+    """The printer of a command's output, as one JSON object per line or as text."""
 
     as_json: bool
     print_above_table: Callable[[str], None] | None = field(default=None, init=False)
-    """While a table stands on the terminal: prints a line above it."""
+    """Prints a line above the live table; None while there is no table."""
     write_error: OSError | None = field(default=None, init=False)
-    """Why not all is there that was to be printed, though somebody wants it."""
+    """The error that made the output incomplete; None if there was none, or if the reader has exited."""
     is_reader_gone: bool = field(default=False, init=False)
-    """Whether nobody reads any more what is printed."""
+    """Whether the reader of standard output has exited."""
 
     @property
     def can_draw_tables(self) -> bool:
-        """Whether there is somebody at a terminal to draw tables for."""
+        """Whether standard output is a terminal that can show tables."""
         if self.as_json or os.environ.get(_NO_TABLES_VARIABLE):
             return False
         return os.environ.get("TERM", "dumb") not in {"", "dumb", "unknown"} and sys.stdout.isatty()
 
     def _say(self, text: str | bytes, *, err: bool = False, newline: bool = True) -> None:
-        """Print a line, unless whoever read has gone or there is no room: the run goes on without them.
+        """Print text; record an error instead of raising it, so that the run continues if the reader has exited.
 
-        This is where all that is printed passes, so that no URL of a store or a repository shows a password.
+        All output passes through here, which removes the passwords in URLs of stores and repositories.
         """
         stream = sys.stderr if err else sys.stdout
         text = redact_urls(text) if isinstance(text, str) else text
@@ -82,10 +82,10 @@ class Output:
         is_newest: bool = True,
         whole: bool = True,
     ) -> None:
-        """Print how a run stands, as the last thing; `code` is the exit code where that is not the run's own.
+        """Print the final result of a run; `code` replaces the run's own exit code.
 
-        `changes` says how much each task that landed has changed; people are told. Unless it is `whole`, people
-        get the totals and what needs attention.
+        The text includes the `changes` of each landed task. Unless `whole`, it has only the totals and the tasks that
+        need attention. JSON is always complete.
         """
         if self.as_json:
             self._line(report.to_json() | ({} if code is None else {"exit": code}))
@@ -98,7 +98,7 @@ class Output:
         for line in wrapped(result.run_summary(report)):
             self._say(line)
         if self.can_draw_tables:
-            from orchestrator.cli.render.rich_tables import render_result_table  # noqa: PLC0415  rich takes its time
+            from orchestrator.cli.render.rich_tables import render_result_table  # noqa: PLC0415  rich is slow to import
 
             self._say(render_result_table(rows), newline=False)
         else:
@@ -109,7 +109,7 @@ class Output:
 
     def failure(self, result: JsonObject, message: str) -> None:
         """Print the error of a command."""
-        if self.print_above_table is not None:  # it ends at once, and leaves the table where it is
+        if self.print_above_table is not None:  # the process ends at once, and the table stays on the screen
             self._say(f"\n{_SHOW_CURSOR}", newline=False)
         if self.as_json:
             self._line(result)
@@ -117,15 +117,15 @@ class Output:
             self._say(printable(message, keep="\n"), err=True)
 
     def text(self, text: str, *, err: bool = False) -> None:
-        """Print what a program wrote, as it is; to a terminal without what that would obey."""
+        """Print program output unchanged; on a terminal, replace control characters."""
         stream = sys.stderr if err else sys.stdout
         self._say(printable(text, keep="\n\t") if stream.isatty() else text, err=err, newline=False)
 
     def difference(self, difference: bytes, *, color: bool) -> None:
-        """Print a difference that has no colours of its own.
+        """Print an uncoloured diff.
 
-        With `color`, or to a terminal, whatever a terminal would obey or not show is spelled out, and the colours are
-        ours. Otherwise its bytes are printed as they are, for a patch to apply.
+        With `color`, or on a terminal, control and invisible characters are escaped; `color` adds colours. Otherwise
+        the bytes are printed unchanged, so that the output can be applied as a patch.
         """
         if not color and not sys.stdout.isatty():
             self.bytes(difference)
@@ -134,15 +134,15 @@ class Output:
         self._say("\n".join(_colored(line) if color else escape_unprintable(line) for line in lines), newline=False)
 
     def bytes(self, data: bytes) -> None:
-        """Print bytes as they are."""
+        """Print bytes unchanged."""
         self._say(data, newline=False)
 
     def json(self, value: JsonObject) -> None:
-        """Print one object, as a line."""
+        """Print one JSON object as a line."""
         self._line(value)
 
     def answer(self, to_json: Callable[[], JsonObject], lines: Iterable[str]) -> None:
-        """Print one object, or for people lines of text without control characters."""
+        """Print one JSON object, or lines of text without control characters."""
         if self.as_json:
             self._line(to_json())
             return
@@ -150,7 +150,7 @@ class Output:
             self._say(printable(line, keep="\t"))
 
     def notice(self, text: str) -> None:
-        """Print a message for people that is not an event."""
+        """Print a message that is not an event, only as text."""
         if self.print_above_table is not None:
             self.print_above_table(text)
         elif not self.as_json:
@@ -160,7 +160,7 @@ class Output:
         self._say(json.dumps(value, ensure_ascii=True, separators=(",", ":")))
 
 
-#: How lines of a difference begin, and how they are shown (ECMA-48, SGR): as git does.
+#: The prefixes of diff lines with their colours (ECMA-48 SGR), the same as git's.
 _COLORS = (
     *((start, "1") for start in ("diff ", "index ", "--- ", "+++ ", "new file ", "deleted file ", "old mode ")),
     *((start, "1") for start in ("new mode ", "similarity ", "rename ")),

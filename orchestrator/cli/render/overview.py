@@ -1,4 +1,4 @@
-"""Summary of a run for people. Pure."""
+"""The summary of a run as text. Pure."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def overview_lines(overview: RunOverview) -> Iterator[str]:
-    """Yield the run, its options, tasks, live sessions, newest events and metrics."""
+    """Yield a run's state, options, tasks, active sessions, newest events and metrics."""
     yield run_summary(overview.report)
     yield from align_columns(_options(overview.record.run), "  ")
     yield "tasks"
@@ -63,7 +63,7 @@ def _options(run: RunDocument) -> list[list[str]]:
         ended = "" if run.ended is None else format_local_time(run.ended)
         was = {"started": format_local_time(run.started), "ended": ended, "status": run.imported.status or ""}
         return [[name, one_line(value)] for name, value in (*was.items(), *own.items()) if value]
-    told = {
+    fields = {
         "started": format_local_time(run.started),
         "ended": "" if run.ended is None else format_local_time(run.ended),
         "file": run.config,
@@ -75,7 +75,7 @@ def _options(run: RunDocument) -> list[list[str]]:
         "sinks": ", ".join(run.sinks),
         "trackers": ", ".join(run.trackers),
     }
-    return [[name, value] for name, value in told.items() if value]
+    return [[name, value] for name, value in fields.items() if value]
 
 
 def _task(task: TaskOverview, report: RunReport) -> list[str]:

@@ -1,4 +1,4 @@
-"""The plan of a dry run for people: waves of tasks and a dependency tree. Pure."""
+"""The plan of a dry run as text: waves of tasks and a dependency tree. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from orchestrator.domain.wording import join_names
 if TYPE_CHECKING:
     from orchestrator.engine.reports.dry_run import DryRun, PlannedTask, PlannedWave
 
-#: Limits of shown items; the rest is counted.
+#: The maximum numbers of shown items; the rest is counted.
 MAX_WAVES, MAX_TASKS_PER_WAVE, _MOST_LINES, _DEEPEST = 40, 20, 80, 12
 _LONGEST = 60
 

@@ -1,4 +1,4 @@
-"""The result of a run for people: where tasks landed, why others did not, and the next commands. Pure."""
+"""The result of a run as text: where tasks landed, why others did not, and the next commands. Pure."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ResultRow(NamedTuple):
 
 
 def format_state(status: str, report: RunReport) -> str:
-    """Return the label of a task's status; of an active one in an inactive run `interrupted`."""
+    """Return the label of a task's status; `interrupted` for an active task of an inactive run."""
     if status in ACTIVE_STATUSES and report.status in {RunStatus.INTERRUPTED, RunStatus.HALTED}:
         return "interrupted"
     return _LABELS.get(status, status)
@@ -75,13 +75,13 @@ def result_rows(
 
 
 def format_reason(task: TaskReport) -> str:
-    """Return the reason of a task on one line; longer for a failed setup, with the path of the log and the cause."""
+    """Return the reason of a task on one line; that of a failed setup is longer, to include the log and the cause."""
     reason = task.reason or ""
     return one_line(reason, _SETUP_REASON) if task.failure == FailureClass.SETUP_FAILED else one_line(reason)
 
 
 def format_session_status(session: SessionReport, now: float | None = None) -> str:
-    """Return the activity of a session: its status unless it is working, its file, its message, and their age."""
+    """Return the activity of a session: its status unless `working`, its file, its message, and their age."""
     parts = [] if session.status == "working" else [session.status]
     if session.blocked_on is not None:
         parts.append(f"for {session.blocked_on}" if session.status == "waiting" else f"on {session.blocked_on}")
@@ -115,9 +115,9 @@ def run_summary(report: RunReport) -> str:
 
 
 def landed_summary(report: RunReport) -> str:
-    """Return how many tasks succeeded, the branch where they landed, and the source of an imported record.
+    """Return the number of successful tasks, the branch where they landed, and the source of an imported record.
 
-    A task that is done has nothing to land. A run's own branch exists from its first landing.
+    A `done` task had nothing to land. A run's own branch exists only after its first landing.
     """
     states = Counter(task.status for task in report.tasks)
     done = f"{states[TaskStatus.DONE]} done, " if states[TaskStatus.DONE] else ""
@@ -128,7 +128,7 @@ def landed_summary(report: RunReport) -> str:
 
 
 def state_counts(report: RunReport) -> list[str]:
-    """Return how many tasks have each status other than success, most frequent first."""
+    """Return the number of tasks in each unsuccessful state, most frequent first."""
     states = Counter(format_state(task.status, report) for task in report.tasks if task.status not in SUCCESS_STATUSES)
     return [f"{count} {state}" for state, count in states.most_common()]
 
@@ -154,27 +154,27 @@ def running_task_lines(report: RunReport) -> Iterator[str]:
 
 
 def next_step_hints(report: RunReport) -> Iterator[str]:
-    """Yield hints for the whole run: active processes, waiting approvals, problems, and the next command."""
+    """Yield hints for the whole run: active processes, pending approvals, problems, and the next command."""
     yield from _active_processes(report)
     for adapter in report.adapters:
         yield adapter_line(adapter, enable_adapter_command(adapter.name, report))
     if report.imported is not None:
-        yield f"It is an imported record and can't be resumed: `council state show {report.run}` shows all of it."
+        yield f"This is an imported record and can't be resumed: `council state show {report.run}` shows all of it."
     for status in sorted(USER_STATUSES):
         if waiting := [task.id for task in report.tasks if task.status == status]:
             yield f"{status.record.label.capitalize()}: {printable(', '.join(waiting))}."
     yield from background_error_lines(report)
     if report.halted is not None:
         yield "Halted: " + printable(report.halted, keep="\n")
-    for place in report.damage:
-        yield f"The state log is damaged: {place}"
+    for damage in report.damage:
+        yield f"The state log is damaged: {damage}"
     if any(task.branch is not None for task in report.tasks):
         yield "Saved work: `council salvage list`, `show`, `apply`."
     yield from next_line(report)
 
 
 def next_line(report: RunReport) -> Iterator[str]:
-    """Yield the next command for a run, if it has one; a halt other than by a budget has its own remedy."""
+    """Yield the next command for a run, if there is one; a halt other than by a budget has its own remedy."""
     if report.merged_by is not None:
         yield f"Merged by run {report.merged_by}."
     if report.halted is not None and report.halted_by is not HaltCause.BUDGET:
@@ -199,7 +199,7 @@ def _active_processes(report: RunReport) -> Iterator[str]:
 
 
 def _at(report: RunReport, process: OrchestratorReport) -> str:
-    """Return the tasks whose sessions a process runs, in brackets; empty without any."""
+    """Return the tasks whose sessions a process runs, in parentheses; empty if there are none."""
     tasks = [one.task for one in report.sessions if one.orchestrator == process.id]
     return f" ({printable(', '.join(tasks))})" if tasks else ""
 
@@ -220,5 +220,5 @@ def adapter_line(adapter: AdapterReport, command: str) -> str:
     """Return why an adapter is unavailable, and the command that enables it."""
     if adapter.disabled_reason is not None:
         reason = printable(one_line(adapter.disabled_reason))
-        return f"Adapter {adapter.name} is disabled; after a fix, `{command}` enables it. The reason: {reason}"
+        return f"Adapter {adapter.name} is disabled; after a fix, `{command}` enables it. Reason: {reason}"
     return f"Adapter {adapter.name} is paused until {format_local_time(adapter.cooldown_until or 0.0)}."

@@ -1,4 +1,4 @@
-"""Draw tables with rich. All text is printable (`text.printable`), and none of it is markup."""
+"""Tables drawn with rich. All text is printable (`text.printable`) and is not parsed as markup."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _STYLES: Mapping[str, str] = {
     RETRY_LABEL: "magenta",
     **{text: one.record.style for one in TaskStatus for text in (one.record.label, one.record.activity)},
 }
-#: Columns that are left out of a terminal with fewer characters in a line.
+#: The minimum width of the terminal for optional columns.
 _MIN_WIDTHS: Mapping[str, int] = {"adapter": 90, "attempt": 72, "lines": 60, "time": 46}
-#: The most characters that some columns take, and no column more than its part of the line but the last.
+#: The maximum widths of some columns, and N where every column but the last gets at most 1/N of the line.
 _MAX_COLUMN_WIDTHS: Mapping[str, int] = {"task": 32, "adapter": 16}
 _MAX_COLUMN_SHARE = 3
 _GAP = 2
-#: States of which there may be thousands, all alike, and how many of each have a row in a result that is drawn.
+#: Statuses that thousands of tasks may have without a difference, and the maximum rows of each in a result.
 _COLLAPSED_STATES = frozenset({"blocked", *(one.record.label for one in (TaskStatus.PENDING, *SUCCESS_STATUSES))})
 MAX_ROWS_PER_STATE = 200
 
 
 def frame_lines(frame: TableFrame, width: int) -> list[list[Segment]]:
-    """Return what a run looks like at an instant as lines of at most `width` characters, without blanks at their ends.
+    """Return a frame as lines of at most `width` cells, without trailing spaces.
 
-    Not a table of rich's own: with fifty rows that would take longer than all the rest of a redraw.
+    Does not use rich's tables: for fifty rows they would take longer than the rest of a redraw.
     """
     columns = {name: cells for name, cells in _columns(frame.rows).items() if width >= _MIN_WIDTHS.get(name, 0)}
     *sized, last = columns
@@ -52,7 +52,7 @@ _Cell = tuple[str, str]
 
 
 def _columns(rows: Sequence[TaskRow]) -> dict[str, list[_Cell]]:
-    """Return the cells of each column, as text and style."""
+    """Return the cells of each column by its heading, as text and style."""
     return {
         "task": [(row.task, "none") for row in rows],
         "phase": [(row.stage or row.phase, _STYLES.get(row.phase) or "dim") for row in rows],
@@ -60,7 +60,7 @@ def _columns(rows: Sequence[TaskRow]) -> dict[str, list[_Cell]]:
         "attempt": [(row.attempt, "dim") for row in rows],
         "time": [(row.elapsed, "none") for row in rows],
         "lines": [(format_line_counts(row.changes) if row.changes.files else "", "none") for row in rows],
-        "says": [(row.words, "none" if row.phase == "build" else "dim") for row in rows],
+        "details": [(row.words, "none" if row.phase == "build" else "dim") for row in rows],
     }
 
 
@@ -81,12 +81,12 @@ def _line(cells: Sequence[_Cell], widths: Mapping[str, int]) -> list[Segment]:
 
 
 def count_wrapped_rows(lengths: Sequence[int], width: int) -> int:
-    """Return how many rows of a terminal lines take that were drawn when it was wider; lengths in its cells."""
+    """Return how many terminal rows some drawn lines take after the width has changed; lengths in cells."""
     return sum(max(math.ceil(length / width), 1) for length in lengths)
 
 
 def render_result_table(rows: Sequence[ResultRow]) -> str:
-    """Return what a run came to as a table for the terminal at standard output; of many tasks that are alike, some."""
+    """Return the result of a run as text for a terminal; statuses with very many tasks are cut after some rows."""
     console = Console(highlight=False, markup=False, emoji=False)
     counts = Counter[str]()
     kept = []

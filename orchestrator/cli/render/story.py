@@ -1,4 +1,4 @@
-"""Details of a task for people. Pure."""
+"""The details of a task as text. Pure."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from orchestrator.engine.reports.task_details import (
 )
 from orchestrator.system.instants import format_local_time
 
-#: The shown characters of a digest or commit.
+#: The number of characters shown of a digest or commit.
 _SHORT_DIGEST = 10
 #: The maximum characters of a handoff and of a prompt.
 _LONGEST = 200
@@ -63,7 +63,7 @@ def story_lines(story: TaskDetails, now: float, state: str) -> Iterator[str]:
 
 def _head(story: TaskDetails, now: float) -> Iterator[list[str]]:
     yield from _prompt(story)
-    told = {
+    fields = {
         "plan of": "" if story.plan is None else story.plan.removeprefix(f"{story.run}/"),
         "workflow": story.workflow or "",
         "expanded to": ", ".join(story.subtasks),
@@ -76,7 +76,7 @@ def _head(story: TaskDetails, now: float) -> Iterator[list[str]]:
         else f"{one_line(story.latest_activity.text)} ({format_age(story.latest_activity.time, now)})",
         "damage": "; ".join(story.damage),
     }
-    yield from ([name, value] for name, value in told.items() if value)
+    yield from ([name, value] for name, value in fields.items() if value)
 
 
 def _prompt(story: TaskDetails) -> Iterator[list[str]]:
@@ -106,7 +106,7 @@ def _visit(visit: PhaseVisitDetails, story: TaskDetails) -> Iterator[str]:
 
 def _details(visit: PhaseVisitDetails, story: TaskDetails) -> Iterator[list[str]]:
     times = [format_local_time(one) for one in (visit.started, visit.ended) if one is not None]
-    told = {
+    fields = {
         "time": " to ".join(times) if visit.usage.sessions else "",
         "sessions": ", ".join(map(str, visit.attempts)),
         "inputs": "" if visit.given is None else _given(visit.given),
@@ -119,17 +119,17 @@ def _details(visit: PhaseVisitDetails, story: TaskDetails) -> Iterator[list[str]
         "reason": one_line(visit.reason or ""),
         "discarded": _format_paths(visit.discarded),
     }
-    yield from ([name, value] for name, value in told.items() if value)
+    yield from ([name, value] for name, value in fields.items() if value)
     for one in visit.findings[:_MAX_NAMED]:
         place = ":".join(str(part) for part in (one.get("path"), one.get("line")) if part)
-        said = filter(None, [place, f"({one.get('severity')})", str(one.get("message") or "")])
-        yield ["finding", one_line(" ".join(said))]
+        parts = filter(None, [place, f"({one.get('severity')})", str(one.get("message") or "")])
+        yield ["finding", one_line(" ".join(parts))]
     if len(visit.findings) > _MAX_NAMED:
         yield ["finding", f"and {len(visit.findings) - _MAX_NAMED} more"]
 
 
 def _given(given: GivenValues) -> str:
-    """Return the inputs of a phase, their share of all values, and the omitted values."""
+    """Return the inputs of a phase, their size out of that of all values, and the omitted values."""
     if not given.keys and not given.left_out:
         return "none"
     names = ", ".join(given.keys) or "none"
@@ -138,7 +138,7 @@ def _given(given: GivenValues) -> str:
 
 
 def _named(handoff: str, story: TaskDetails) -> str:
-    """Return the kind and source of a handoff by its id."""
+    """Return the kind and source of the handoff with an id."""
     found = next((one for one in story.handoffs if one.id == handoff), None)
     if found is None:
         return handoff
@@ -156,7 +156,7 @@ def _session(one: AttemptDetails) -> Iterator[str]:
     if one.resumed:
         parts.append("continued an earlier conversation")
     yield printable(f"  {one.number} {one.phase}: {', '.join(parts)}")
-    told = {
+    fields = {
         "restart": one_line(one.restart_reason),
         "reason": one_line(one.reason or ""),
         "message": one_line(one.last_message or "", _LONGEST),
@@ -166,7 +166,7 @@ def _session(one: AttemptDetails) -> Iterator[str]:
         "discarded": _format_paths(one.discarded),
         "denied": one_line(str(one.denied_tools)),
     }
-    yield from align_columns([[name, value] for name, value in told.items() if value], "    ")
+    yield from align_columns([[name, value] for name, value in fields.items() if value], "    ")
 
 
 def _handoff(one: HandoffDetails) -> Iterator[str]:
@@ -211,8 +211,8 @@ def _figures(one: Usage) -> str:
 
 
 def _used(tokens_in: int, tokens_out: int, cost: float | None) -> list[str]:
-    told = [f"{format_count(tokens_in + tokens_out)} tokens"] if tokens_in or tokens_out else []
-    return told if cost is None else [*told, f"${cost:.4f}"]
+    parts = [f"{format_count(tokens_in + tokens_out)} tokens"] if tokens_in or tokens_out else []
+    return parts if cost is None else [*parts, f"${cost:.4f}"]
 
 
 def _format_paths(paths: Sequence[str]) -> str:

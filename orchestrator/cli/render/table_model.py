@@ -15,11 +15,11 @@ from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.repo.git.change_counts import Changes
 
 RETRY_LABEL = "retry"
-"""What waits for another attempt."""
+"""The label of tasks that wait for another attempt."""
 
 
 def activity_label(task: TaskDocument, *, is_blocked: bool = False) -> str:
-    """Return what a task is doing, in a word."""
+    """Return the current activity of a task, in one word."""
     if task.status is TaskStatus.PENDING and is_blocked:
         return "blocked"
     if task.status is TaskStatus.PENDING and task.attempts and not _is_between_phases(task):
@@ -28,13 +28,13 @@ def activity_label(task: TaskDocument, *, is_blocked: bool = False) -> str:
 
 
 def _is_between_phases(task: TaskDocument) -> bool:
-    """Whether a task waits for its next phase, and not because anything has failed."""
+    """Return True if a task waits for its next phase, not for a retry after a failure."""
     return bool(task.phases) and task.attempt.outcome in {"built", "completed"}
 
 
 @dataclass(frozen=True, slots=True)
 class TaskRow:
-    """One task, as text that a terminal only shows."""
+    """One task as printable text."""
 
     task: str
     phase: str
@@ -44,21 +44,21 @@ class TaskRow:
     changes: Changes
     words: str
     stage: str = ""
-    """The phase of its workflow that a session is at."""
+    """The current phase of the task's workflow; empty if the task has none."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunTotals:
-    """How many tasks are where, and what all of them took; times in seconds."""
+    """The number of tasks by state, and the resources used by all of them; times in seconds, cost in US dollars."""
 
     landed: int
     running: int
-    """At work: in a session, in checks, landing."""
+    """Tasks in a session, in checks or landing."""
     queued: int
     waiting: int
     blocked: int
     failed: int
-    """Over without having landed or being done, for whatever reason."""
+    """Tasks that ended without success, for any reason."""
     sessions: int
     capacity: int
     changes: Changes
@@ -67,16 +67,16 @@ class RunTotals:
     elapsed: float
     left: float | None
     done: int = 0
-    """Over, with nothing that could land."""
+    """Successful tasks that had nothing to land."""
     asked: int = 0
-    """A person is to approve what they came to."""
+    """Tasks that wait for a user's approval."""
     ended: Mapping[str, int] = field(default_factory=dict)
-    """How many of `failed` are in each state."""
+    """The number of tasks in `failed` by state."""
 
 
 @dataclass(frozen=True, slots=True)
 class TableFrame:
-    """What a terminal shows at an instant; `more` counts the tasks that have no row."""
+    """The content of the terminal at a point in time; `more` is a line that counts the tasks without a row."""
 
     rows: Sequence[TaskRow]
     more: str
@@ -85,10 +85,10 @@ class TableFrame:
 
 @dataclass(frozen=True, slots=True)
 class RemainingWork:
-    """What is left to do: `build` and `land` are the seconds that a task's sessions and its landing took on average.
+    """The remaining work: `build` and `land` are the average seconds of a task's sessions and of its landing.
 
-    `working` has for each session at work how many tasks the longest chain of needs has that begins with it, and
-    how long it has been; `chain` is the longest that begins with a task that waits.
+    `working` has, for each running session, the length of the longest dependency chain that starts with its task, and
+    the elapsed seconds. `chain` is the length of the longest chain that starts with a waiting task.
     """
 
     build: float
@@ -101,20 +101,20 @@ class RemainingWork:
 
 
 def estimate_time_left(ahead: RemainingWork) -> float:
-    """Return the seconds that what is left will take, going by what was: no less than any of three bounds.
+    """Return the estimated seconds for the remaining work, from past averages: the largest of three lower bounds.
 
-    All sessions side by side, as many as fit; the longest chain, one after another; all landings, one at a time.
+    The bounds are all sessions at full capacity, the longest dependency chain, and all landings one at a time.
     """
     each = ahead.build + ahead.land
     rests = [max(ahead.build - elapsed, 0.0) for _, elapsed in ahead.working]
-    side_by_side = (ahead.waiting * ahead.build + sum(rests)) / max(ahead.capacity, 1)
+    concurrent = (ahead.waiting * ahead.build + sum(rests)) / max(ahead.capacity, 1)
     chains = [(length - 1) * each + rest for (length, _), rest in zip(ahead.working, rests, strict=True)]
     landings = (ahead.waiting + len(ahead.working) + ahead.landing) * ahead.land
-    return max(side_by_side, landings, ahead.chain * each, *chains, 0.0)
+    return max(concurrent, landings, ahead.chain * each, *chains, 0.0)
 
 
 def longest_chains(entries: Mapping[str, DispatchEntry]) -> dict[str, int]:
-    """Return for each task how many tasks the longest chain of needs has that begins with it."""
+    """Return, for each task, the length of the longest dependency chain that starts with it."""
     lengths = dict.fromkeys(entries, 1)
     waiting = Counter(need for entry in entries.values() for need in set(entry.needs))
     ends = [task for task in entries if not waiting[task]]
@@ -142,7 +142,7 @@ def choose_rows(working: Iterable[str], waiting: Iterable[str], finished: Iterab
 
 
 def format_estimate(seconds: float) -> str:
-    """Return a length of time in words, as in `about 40 s`, `about 4 min` or `about 2 h 10 min`: rounded up."""
+    """Return a duration in words, rounded up, as in `about 40 s`, `about 4 min` or `about 2 h 10 min`."""
     if seconds <= 55:
         return f"about {max(math.ceil(seconds / 5) * 5, 5)} s"
     minutes = math.ceil(seconds / 60)
@@ -153,7 +153,7 @@ def format_estimate(seconds: float) -> str:
 
 
 def totals_line(totals: RunTotals) -> str:
-    """Return the totals as one line; what is zero and need not be told is left out."""
+    """Return the totals as one line; omit most counts that are zero."""
     counts = {
         "landed": totals.landed,
         "done": totals.done,
@@ -168,7 +168,7 @@ def totals_line(totals: RunTotals) -> str:
     parts.append(format_elapsed(totals.elapsed))
     if totals.left is not None:
         parts.append(f"{format_estimate(totals.left)} left")
-    # The capacity is that of one process, and others may be at work beside it.
+    # The capacity is that of one process; the sessions of additional workers may exceed it.
     most = f" of {totals.capacity}" if totals.sessions <= totals.capacity else ""
     parts.append(f"{totals.sessions}{most} sessions")
     if totals.changes.files:

@@ -1,4 +1,4 @@
-"""Format single values as printable text."""
+"""Single values as printable text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.cells import cell_len, set_cell_size
 if TYPE_CHECKING:
     from orchestrator.repo.git.change_counts import Changes
 
-#: Characters that are printable to Unicode and show nothing: fillers, blanks, joiners and variation selectors.
+#: Characters that Unicode defines as printable but that are invisible: fillers, blanks, joiners, variation selectors.
 _INVISIBLE = re.compile(
     "[\\u034f\\u115f\\u1160\\u17b4\\u17b5\\u180b-\\u180d\\u180f\\u2800\\u3164\\ufe00-\\ufe0d\\uffa0\\U000e0100-\\U000e01ef]"
 )
@@ -24,26 +24,29 @@ def pluralize(count: int, noun: str) -> str:
 
 
 def one_line(text: str, limit: int = 300) -> str:
-    """Return the first and the last of what may be many lines: what happened, and what was said last of all."""
+    """Return the first and the last line of a text as one line of at most `limit` characters."""
     lines = [" ".join(line.split()) for line in text.splitlines() if any(map(str.isalnum, line))] or [""]
     words = lines[0] if len(lines) == 1 else f"{lines[0]}: {lines[-1]}"
     if len(words) <= limit:
         return words
     head, tail = words[: limit // 2], words[-limit // 2 :]
-    return f"{head.rpartition(' ')[0] or head} … {tail.partition(' ')[2] or tail}"  # no half words
+    return f"{head.rpartition(' ')[0] or head} … {tail.partition(' ')[2] or tail}"  # cut between words
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Take out what a terminal would obey: text from agents and repositories is shown, never interpreted."""
+    """Return text in which control and invisible characters are replaced, except those in `keep`.
+
+    Agents and repositories may write any text: a terminal must not interpret it.
+    """
     if text.isprintable() and (text.isascii() or not _INVISIBLE.search(text)):
         return text
     return "".join(char if _is_visible(char) or char in keep else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def escape_unprintable(line: str) -> str:
-    """Spell out what a terminal would obey, reorder by or not show: `^[` for an escape, `<U+202E>` for an override.
+    """Return a line with its control, bidirectional and invisible characters escaped, as in `^[` or `<U+202E>`.
 
-    A tab stays.
+    Tabs are kept.
     """
     if line.isprintable() and (line.isascii() or not _INVISIBLE.search(line)):
         return line
@@ -59,7 +62,7 @@ def _escape_character(char: str) -> str:
 
 
 def format_line_counts(changes: Changes) -> str:
-    """Return how many lines were changed, as in `+12 -3`."""
+    """Return the number of added and removed lines, as in `+12 -3`."""
     return f"+{changes.added} -{changes.removed}"
 
 
@@ -85,9 +88,9 @@ def _width(text: str) -> int:
 
 
 def wrapped(text: str, *, head: str = "", indent: str = "") -> Iterator[str]:
-    """Break text into lines between words, the first behind `head`, the others indented.
+    """Yield text wrapped between words; the first line follows `head`, the others are indented.
 
-    No path and no command in backticks is divided.
+    Never breaks a path, or a command in backticks.
     """
     words = _WORDS.findall(text) if "`" in text else text.split()
     whole = head + " ".join(words)
@@ -129,19 +132,19 @@ def truncate_start(text: str, width: int) -> str:
 
 
 def format_elapsed(seconds: float) -> str:
-    """Return a length of time as on a clock, as in 0:42, 12:03 or 1:02:03."""
+    """Return a duration in seconds as on a clock, as in 0:42, 12:03 or 1:02:03."""
     whole = max(int(seconds), 0)
     hours, minutes = whole // 3600, whole // 60 % 60
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
 
 
 def format_age(time: float, now: float) -> str:
-    """Return how long ago something was, as in `0:42 ago`."""
+    """Return the age of a point in time, as in `0:42 ago`."""
     return f"{format_elapsed(now - time)} ago"
 
 
 def format_count(number: int) -> str:
-    """Return a number as people read it, as in 950, 12.3k or 4.5M."""
+    """Return a number in short form, as in 950, 12.3k or 4.5M."""
     for size, unit in ((1_000_000, "M"), (1_000, "k")):
         if number >= size:
             return f"{number / size:.1f}{unit}"

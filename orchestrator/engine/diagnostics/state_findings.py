@@ -98,7 +98,7 @@ def judge_integrity(found: VerificationReport) -> Iterator[Finding]:
         places = "; ".join(filter(None, [*(place.describe() for place in found.damage[:_MOST_NAMED]), older]))
         yield Finding("integrity", Level.PROBLEM, places, _REPAIR)
     else:
-        yield Finding("integrity", Level.OK, f"{found.position:,} commits, {format_size_short(found.bytes)}: sound")
+        yield Finding("integrity", Level.OK, f"{found.position:,} commits, {format_size_short(found.bytes)}: intact")
     for key, flaw in list(found.unreadable.items())[:_MOST_NAMED]:
         remedy = "`council state verify --repair` restores its last readable version"
         yield Finding(f"document {key}", Level.PROBLEM, f"it can't be read: {flaw}", remedy)

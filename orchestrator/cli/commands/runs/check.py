@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 async def check(context: CouncilContext, run: str | None) -> int:
     """Verify a run's workflow records.
 
-    Checks phases, sessions, handoffs and the files that they name. Each violation is reported with its place and the
+    Checks phases, sessions, handoffs and the files that they name. Each violation is reported with its location and a
     fix. The exit code is 1 if a rule is violated. RUN defaults to the newest run; it may be active.
 
     \b
@@ -45,7 +45,7 @@ def _lines(found: RunVerification) -> Iterator[str]:
         yield f"run {found.run}: no task has a workflow"
         return
     tasks, handoffs = len(found.tasks), sum(task.handoffs for task in found.tasks)
-    looked = f"{pluralize(tasks, 'task')} with a workflow, {pluralize(handoffs, 'handoff')}"
+    checked = f"{pluralize(tasks, 'task')} with a workflow, {pluralize(handoffs, 'handoff')}"
     broken = len(found.violations)
     verdict = f"{pluralize(broken, 'violation')}" if broken else "no violations"
-    yield f"run {found.run}: {looked}: {verdict}"
+    yield f"run {found.run}: {checked}: {verdict}"

@@ -31,10 +31,10 @@ _WIDEST, _NARROWEST = 100, 40
     "attempt",
     metavar="N",
     type=click.IntRange(min=1),
-    help="The number of a session; default: the newest.",
+    help="Show the session with this number; default: the newest.",
 )
-@click.option("--phase", metavar="PHASE", help="The newest session of this phase.")
-@click.option("--raw", is_flag=True, help="Print the original lines.")
+@click.option("--phase", metavar="PHASE", help="Show the newest session of this phase.")
+@click.option("--raw", is_flag=True, help="Print the original output.")
 @run_option
 @council_command()
 async def logs(
@@ -49,8 +49,8 @@ async def logs(
     """Show the log of a task's session.
 
     Prints a line for each tool call with its main argument and outcome, messages, warnings and errors, the output of
-    checks, and finally the time and cost. Lines that are not JSON are printed unchanged. All of it goes to standard
-    output; with --raw, each stream of the session to the same stream.
+    checks, and finally the time and cost. Lines that are not JSON are printed unchanged. Everything goes to standard
+    output, except that --raw prints the session's standard error to standard error.
 
     \b
     Examples:
@@ -60,7 +60,7 @@ async def logs(
       council logs models --phase review
     """
     if attempt is not None and phase is not None:
-        raise click.UsageError("--session and --phase both select a session: use one of them.")
+        raise click.UsageError("--session and --phase cannot be combined: both select a session.")
     logs, selection = context.council.logs, LogSelection(attempt=attempt, phase=phase, follow=follow)
     if raw:
         await _print_raw(context.output, logs.chunks(task, run, **selection))
@@ -102,7 +102,7 @@ def _json(one: LogEntry | AttemptMarker) -> JsonObject:
 
 
 class _LogFormatter:
-    """Formats the entries of a log as lines for people."""
+    """A formatter of log entries as lines of text."""
 
     def __init__(self) -> None:
         self._stream = ""
@@ -119,7 +119,7 @@ class _LogFormatter:
         self._stream = one.stream
         match one.kind:
             case OutputEntryKind.LINE:
-                yield one.text  # control characters are removed where it is printed
+                yield one.text  # control characters are replaced when it is printed
             case OutputEntryKind.TEXT:
                 for line in printable(one.text, keep="\n\t").split("\n"):
                     yield from self._wrapped(line)
@@ -135,7 +135,7 @@ class _LogFormatter:
         return parts or [""]
 
     def _tool(self, one: LogEntry) -> str:
-        """Return a tool call as one line, its argument shortened to the width."""
+        """Return a tool call as one line, with its argument shortened to the width."""
         bare = LogEntry(one.kind, "", one.tool, one.outcome)
         room = max(self._width - len(bare.line) - 1, _NARROWEST)
         text = one.text if len(one.text) <= room else f"{one.text[: room - 1]}…"
@@ -149,13 +149,13 @@ def _attempt_line(one: AttemptMarker) -> str:
         return f"session {attempt.number}{phase}, {attempt.adapter}, started {format_local_time(attempt.started)}"
     if attempt.ended is None:
         parts, used = [str(one.event)], one.used
-        told = (used.input_tokens, used.output_tokens, used.cost)
+        spent = (used.input_tokens, used.output_tokens, used.cost)
     else:
         outcome = (attempt.outcome or "no outcome").replace("_", " ")
         reason = f": {one_line(attempt.reason)}" if attempt.reason else ""
         parts = [f"ended after {format_elapsed(attempt.ended - attempt.started)}: {outcome}{reason}"]
-        told = (attempt.input_tokens, attempt.output_tokens, attempt.cost)
-    sent, received, cost = told
+        spent = (attempt.input_tokens, attempt.output_tokens, attempt.cost)
+    sent, received, cost = spent
     if sent or received:
         parts.append(f"{format_count(sent)} tokens in, {format_count(received)} out")
     if cost is not None:

@@ -49,12 +49,12 @@ if TYPE_CHECKING:
     from orchestrator.engine.reports.dry_run import DryRun
 
 allow_failing_base_option = click.option(
-    "--allow-failing-base", is_flag=True, help="Start sessions although checks fail on the base."
+    "--allow-failing-base", is_flag=True, help="Start sessions even if checks fail on the base."
 )
 
 #: Seconds between two checks whether a background process has started.
 _POLL_INTERVAL = 0.05
-#: The maximum number of other interrupted runs that `resume` names.
+#: The maximum number of other interrupted runs that `resume` lists.
 _MOST_NAMED = 3
 
 capacity_option = click.option(
@@ -62,14 +62,14 @@ capacity_option = click.option(
     "--capacity",
     metavar="N",
     type=click.IntRange(1, MAX_CAPACITY),
-    help="The maximum number of concurrent sessions; default: that of the file or the run.",
+    help="The maximum number of concurrent sessions; default: as in the file or the run.",
 )
 
 
 detach_option = click.option("--detach", is_flag=True, help="Continue in the background.")
 
 
-#: Rejects an invalid branch name here: in a run's config it would be reported as a mistake of the file.
+#: Rejects an invalid branch name here: later it would be reported as a mistake in the file.
 _parse_branch = parsed_by(check_branch)
 
 
@@ -80,19 +80,22 @@ _parse_branch = parsed_by(check_branch)
     "prompts",
     metavar="PROMPT",
     multiple=True,
-    help="Run this prompt instead of the file's tasks; repeatable.",
+    help="Run this prompt instead of the tasks of the file; repeatable.",
 )
 @click.option(
-    "--only", metavar="TASK", multiple=True, help="Run only this task of the file, and those it needs; repeatable."
+    "--only",
+    metavar="TASK",
+    multiple=True,
+    help="Run only this task of the file and the tasks that it needs; repeatable.",
 )
 @capacity_option
-@click.option("--adapter", metavar="ADAPTER", help="The adapter of prompts: from the file, or an installed type.")
-@click.option("--base", metavar="BRANCH", callback=_parse_branch, help="The branch where prompts start.")
-@click.option("--target", metavar="BRANCH", callback=_parse_branch, help="The branch where prompts land.")
-@click.option("--check", "checks", metavar="COMMAND", multiple=True, help="A check of prompts; repeatable.")
 @click.option(
-    "--allow-deferred", is_flag=True, help="Start although the checkout of the target has changes; land on resume."
+    "--adapter", metavar="ADAPTER", help="Adapter for the prompts: a name from the file, or an installed type."
 )
+@click.option("--base", metavar="BRANCH", callback=_parse_branch, help="Branch from which the prompts start.")
+@click.option("--target", metavar="BRANCH", callback=_parse_branch, help="Branch on which the prompts land.")
+@click.option("--check", "checks", metavar="COMMAND", multiple=True, help="Check for the prompts; repeatable.")
+@click.option("--allow-deferred", is_flag=True, help="Start even if the target's checkout has changes; land on resume.")
 @allow_failing_base_option
 @click.option("--dry-run", is_flag=True, help="Check everything and show the plan; start nothing.")
 @click.option("--mermaid", is_flag=True, help="With --dry-run, print a Mermaid flowchart.")
@@ -102,7 +105,7 @@ _parse_branch = parsed_by(check_branch)
 @verbose_option
 @store_option
 @async_command()
-async def run_file(  # noqa: PLR0917  as many as there are options
+async def run_file(  # noqa: PLR0917  one for each option
     context: CommandContext,
     source: str | None,
     prompts: tuple[str, ...],
@@ -146,11 +149,11 @@ async def run_file(  # noqa: PLR0917  as many as there are options
             "--adapter, --base, --target and --check apply to prompts; for a file, set them in the file."
         )
     if detach and dry_run:
-        raise click.UsageError("--dry-run and --detach exclude each other.")
+        raise click.UsageError("--dry-run and --detach cannot be combined.")
     if only and prompts:
-        raise click.UsageError("--only selects tasks of a file, and a prompt replaces them: use one of them.")
+        raise click.UsageError("--only and prompts cannot be combined: a prompt replaces the tasks of the file.")
     if mermaid and (context.output.as_json or not dry_run):
-        raise click.UsageError("--mermaid requires --dry-run and excludes --json.")
+        raise click.UsageError("--mermaid requires --dry-run and cannot be combined with --json.")
     tasks = InlineTasks(prompts, adapter, base, target, checks) if prompts else None
     plugins, config = await load_run_config(file, tasks)
     config = select_tasks(config, only) if only else config
@@ -165,7 +168,7 @@ async def run_file(  # noqa: PLR0917  as many as there are options
     async with open_council(context, config, plugins) as opened:
         council = opened.council
         if detach and council.store_url == MEMORY:
-            raise RefusedError("a store in memory ends with this process", "omit --detach, or use another store")
+            raise RefusedError("a memory store ends with this process", "omit --detach, or use another store")
         run = await council.runs.create(
             allow_deferred=allow_deferred, allow_failing_base=allow_failing_base, coordination=coordination
         )
@@ -215,7 +218,7 @@ async def resume(
     """
     if detach and coordination.given():
         raise click.UsageError(
-            "--detach excludes the options of coordination: set their environment variables instead."
+            "--detach cannot be combined with coordination options: set their environment variables instead."
         )
     council = context.council
     name = await council.runs.find(run)
@@ -223,7 +226,7 @@ async def resume(
     report = None if name in interrupted else await council.runs.status(name)
     is_finished = report is not None and report.merges is None
     others = [] if run else [one for one in interrupted if one != name]
-    if others and (report is None or report.status is not RunStatus.RUNNING):  # else it is refused below
+    if others and (report is None or report.status is not RunStatus.RUNNING):  # a running one is refused below
         context.output.notice(_other_interrupted_runs(name, others))
     if detach:
         limits = {} if budget is None else budget.model_dump(exclude_none=True)
@@ -244,7 +247,7 @@ async def resume(
         coordination=coordination,
     )
     code = await _execute(context, name, after, resumed)
-    # Only now is work recorded as landed that a person has merged.
+    # Work that the user has merged is recorded as landed only by this execution.
     if is_finished and needs_retry(await council.runs.status(name)):
         context.output.notice(f"run {name} has finished: `council retry TASK` first, then `council resume {name}`")
     return code
@@ -258,7 +261,7 @@ async def merge(context: CouncilContext, run: str | None) -> int:
     """Land queued work, and merge the run's own branch into its base.
 
     Work is queued while the target cannot move, for example because its checkout has changes. If the run landed on
-    council/RUN, that branch is merged into the base with the checks of all tasks, as a run of its own with one task. No
+    council/RUN, that branch is merged into the base with the checks of all tasks, as a separate run with one task. No
     session is started. A merge that could not land is continued. The exit code is 0 if there is nothing to merge.
 
     \b
@@ -270,7 +273,7 @@ async def merge(context: CouncilContext, run: str | None) -> int:
     name = await council.runs.find(run)
     report = await council.runs.status(name)
     if report.status is RunStatus.RUNNING:
-        raise RefusedError(f"run {name} is running and lands its work itself", "wait for its end")
+        raise RefusedError(f"run {name} is running and lands its work itself", "wait until it ends")
     waiting = any(task.status in LANDING_STATUSES for task in report.tasks)
     if not waiting and not own_branch(report):
         return _show_nothing(context.output, report, f"run {name} has nothing to merge")
@@ -294,7 +297,7 @@ def _show_nothing(output: Output, report: RunReport, line: str) -> int:
 
 
 def _other_interrupted_runs(run: str, others: Sequence[str]) -> str:
-    """Return a line that names the older interrupted runs, which `resume` without a name does not resume."""
+    """Return a line that lists older interrupted runs, which `resume` without a name does not resume."""
     named = join_names(others[::-1], _MOST_NAMED)
     return f"the newest run is {run}; also interrupted or halted: {named}; `council resume RUN` resumes one"
 
@@ -321,7 +324,7 @@ async def work(
       council work --follow
     """
     if run is not None and follow:
-        raise click.UsageError("--follow joins all runs, and RUN names one: use one of them.")
+        raise click.UsageError("--follow and RUN cannot be combined: --follow joins all runs.")
     council = context.council
 
     async def join(name: str) -> int:
@@ -354,7 +357,7 @@ async def _detach(context: CouncilContext, run: str, options: Sequence[str] = ()
     await anyio.to_thread.run_sync(partial(log.parent.mkdir, mode=0o700, parents=True, exist_ok=True))
     start = partial(start_detached, arguments, env=os.environ, cwd=council.project.top, log=log)
     child = await anyio.to_thread.run_sync(start)
-    while child.poll() is None and not await council.runs.is_live(run):  # noqa: ASYNC110  another process
+    while child.poll() is None and not await council.runs.is_live(run):  # noqa: ASYNC110  in another process
         await anyio.sleep(_POLL_INTERVAL)
     context.output.answer(
         lambda: {"run": run, "pid": child.pid, "log": str(log), "exit": 0},
@@ -371,7 +374,7 @@ async def _execute(context: CouncilContext, run: str, after: int, execute: Calla
     """Execute a run, show its events, and print the result; the first signal stops it cleanly."""
     council = context.council
     context.interrupt.stop = council.stop
-    with suppress(RefusedError):  # which executing it says better
+    with suppress(RefusedError):  # `execute` reports it better
         if not await council.runs.is_live(run):
             await anyio.to_thread.run_sync(_remove_background_error, council.project.background_log(run))
     async with show_progress(council, run, context.output, after) as progress:

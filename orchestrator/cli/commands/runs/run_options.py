@@ -16,7 +16,7 @@ from orchestrator.domain.settings.run_settings import MAX_RETRIES, Budget
 
 
 def parse_budget(value: str) -> Budget:
-    """Return the limits in a value like `tokens=5M,cost=20,time=8h`; ValueError for any other."""
+    """Return the limits in a value like `tokens=5M,cost=20,time=8h`. Raises ValueError if it is invalid."""
     limits: dict[str, float] = {}
     for part in value.split(","):
         key, _, amount = part.partition("=")
@@ -58,13 +58,13 @@ _OPTIONS = (
         "stale_after",
         metavar="DURATION",
         callback=parse_duration_option,
-        help="The time without renewal after which a claim is invalid.",
+        help="The time without renewal after which a claim expires.",
     ),
     click.option("--max-retries", type=click.IntRange(0, MAX_RETRIES), help="The maximum number of retries of a task."),
     click.option(
         "--when-unreachable",
         type=click.Choice(["pause", "continue"]),
-        help="The behavior while the store is unreachable.",
+        help="What to do while the store is unreachable.",
     ),
 )
 _NO_COORDINATION = click.option(
@@ -78,9 +78,9 @@ _NO_COORDINATION = click.option(
 
 
 def coordination_options(command: Callable[..., None], *, joins: bool = False) -> Callable[..., None]:
-    """Give a command these options; it gets them as `coordination`, a CoordinationOverrides.
+    """Add these options to a command, passed as `coordination`, a CoordinationOverrides.
 
-    One that only `joins` others can't choose to be alone.
+    A command that `joins` runs has no `--no-coordination`.
     """
 
     @wraps(command)

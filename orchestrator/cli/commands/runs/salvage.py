@@ -55,7 +55,7 @@ async def list_kept(context: CouncilContext, run: str | None) -> None:
 
 
 def _lines(found: Sequence[PreservedWork]) -> Iterator[str]:
-    """Yield each run, and below it a row for each piece of work."""
+    """Yield a line for each run, followed by a row for each piece of unmerged work."""
     for run, group in groupby(found, key=lambda one: one.run):
         yield f"run {run}"
         rows = [
@@ -71,18 +71,18 @@ def _lines(found: Sequence[PreservedWork]) -> Iterator[str]:
 
 
 def _applied(name: str, changed: Sequence[str], branch: str | None) -> str:
-    told = "no changes"
+    outcome = "no changes"
     if branch is not None:
-        told = f"created branch {branch}"
+        outcome = f"created branch {branch}"
         if name.endswith("/conflict"):
-            told += ": switch to it, resolve the conflicts, commit, and merge it into the target"
+            outcome += ": switch to it, resolve the conflicts, commit, and merge it into the target"
     elif changed:
-        told = f"changed {', '.join(changed)}, not committed"
-    return told
+        outcome = f"changed {', '.join(changed)}, not committed"
+    return outcome
 
 
 def _local(instant: int) -> str:
-    """Return a commit's time as text. Commits may contain any number as their time."""
+    """Return the time of a commit as text; `?` for an invalid one, because commits may contain any number."""
     try:
         return f"{datetime.fromtimestamp(instant, UTC).astimezone():%Y-%m-%d %H:%M}"
     except (ValueError, OverflowError, OSError):

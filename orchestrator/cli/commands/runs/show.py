@@ -44,7 +44,7 @@ async def show(context: CouncilContext, task: str, run: str | None) -> None:
 
 
 async def _state_and_steps(council: Council, story: TaskDetails) -> tuple[str, Sequence[str]]:
-    """Return the label of a task's state, and the lines with the next commands for it, or for its run."""
+    """Return the label of a task's state, and lines with the next commands for the task or for its run."""
     try:
         report = await council.runs.status(story.run)
     except RefusedError:  # its repositories are gone

@@ -25,7 +25,7 @@ from orchestrator.engine.reports.report import RunReport, RunStatus
 from orchestrator.engine.state.reload import FileChanges
 
 _color = click.option("--color/--no-color", default=None, help="Use colours; default: on a terminal only.")
-#: Unfinished tasks that are named where all are to be cancelled.
+#: The maximum number of tasks listed in the question before all are cancelled.
 _MOST_NAMED = 5
 stat_option = click.option("--stat", is_flag=True, help="Show only file names and line counts.")
 
@@ -49,8 +49,8 @@ async def cancel(context: CouncilContext, tasks: tuple[str, ...], yes: bool, run
     """Cancel tasks; without TASK, all unfinished ones.
 
     Stops their sessions and preserves their work on branches. The exit code is 0 if every task has ended, including
-    tasks that had ended before, which are reported. A task that is landing is not cancelled: the exit code is 1. An
-    unknown task is an error with exit code 2. Without TASK it asks for confirmation.
+    tasks that had already ended, which are reported. A task that is landing is not cancelled, and the exit code is 1.
+    An unknown task is an error with exit code 2. Without TASK, asks for confirmation.
 
     \b
     Examples:
@@ -62,8 +62,8 @@ async def cancel(context: CouncilContext, tasks: tuple[str, ...], yes: bool, run
     left = [task.id for task in report.tasks if task.status not in FINAL_STATUSES]
     ended = {task.id: task.status for task in report.tasks if task.id in tasks and task.status in FINAL_STATUSES}
     for name, state in ended.items():
-        words = f"task {name!r} has already ended (state: {state.replace('_', ' ')})"
-        context.output.notice(printable(f"nothing to cancel: {words}"))
+        message = f"task {name!r} has already ended (state: {state.replace('_', ' ')})"
+        context.output.notice(printable(f"nothing to cancel: {message}"))
     if not left and not tasks:
         context.output.notice(f"nothing to cancel: all tasks of run {report.run} have ended")
     if ended.keys() >= set(tasks or left):
@@ -94,7 +94,7 @@ def task() -> None:
 async def ignore_tasks(context: CouncilContext, tasks: tuple[str, ...], reason: str, run: str | None) -> int:
     """Cancel tasks, and prevent further attempts.
 
-    Cancels them in whichever process they are active. They stay cancelled until `council retry`.
+    Also cancels tasks that are active in another process. They stay cancelled until `council retry`.
 
     \b
     Examples:
@@ -145,7 +145,7 @@ async def retry(
 
 
 def _describe_reload(task: str, changes: FileChanges) -> str:
-    """Return which settings of the file a task has adopted."""
+    """Return a line with the settings that a task has adopted from the file."""
     keys = changes.tasks.get(task, ())
     return (
         f"{task}: reloaded {', '.join(keys)} from {changes.file}" if keys else f"{task}: {changes.file} has no changes"
@@ -202,7 +202,7 @@ async def reject(context: CouncilContext, tasks: tuple[str, ...], note: str | No
 async def diff(context: CouncilContext, task: str, stat: bool, color: bool | None, run: str | None) -> None:
     """Show a task's changes, including those of a running session.
 
-    After a run was killed, shows the changes in the worktree of the interrupted session.
+    If the run was killed, shows the changes in the worktree of the interrupted session.
 
     \b
     Examples:
@@ -214,5 +214,5 @@ async def diff(context: CouncilContext, task: str, stat: bool, color: bool | Non
 
 
 def should_use_color(color: bool | None) -> bool:
-    """Return whether to colour a diff."""
+    """Return True if a diff should be coloured."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") if color is None else color

@@ -48,18 +48,18 @@ def _rows(found: RunUsage) -> Iterator[list[str]]:
 
 
 def _cells(one: Usage) -> list[str]:
-    told = one.input_tokens or one.output_tokens
-    tokens = [f"{one.input_tokens:,}", f"{one.output_tokens:,}"] if told else ["unknown"] * 2
+    is_known = one.input_tokens or one.output_tokens
+    tokens = [f"{one.input_tokens:,}", f"{one.output_tokens:,}"] if is_known else ["unknown"] * 2
     return [str(one.sessions), format_elapsed(one.seconds), *tokens, _cost(one)]
 
 
 def _cost(one: Usage) -> str:
     if one.cost is None:
         return "unknown"
-    parts = [] if one.priced == one.sessions else [f"of {one.priced} of {one.sessions} sessions"]
-    parts += ["by price"] if one.estimated else []
-    told = f" ({', '.join(parts)})" if parts else ""
-    return f"${one.cost:.4f}{told}"
+    parts = [] if one.priced == one.sessions else [f"{one.priced} of {one.sessions} sessions"]
+    parts += ["estimated"] if one.estimated else []
+    details = f" ({', '.join(parts)})" if parts else ""
+    return f"${one.cost:.4f}{details}"
 
 
 def _notes(found: RunUsage) -> Iterator[str]:

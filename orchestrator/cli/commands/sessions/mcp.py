@@ -1,6 +1,6 @@
-"""`council mcp`.
+"""The command that serves the session commands as MCP tools.
 
-Does not use `cli.core.command`, whose imports are slow: CLIs do not wait long for a server.
+Does not use `cli.core.command`, which is slow to import: CLIs do not wait long for a server.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The session commands for click: their help, and the arguments that the fast parser rejects.
+"""The session commands as click commands, for their help and for arguments that the fast parser rejects.
 
-Generated from the table that the fast parser also reads.
+Generated from `client.commands`, the table that the fast parser also uses.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _Seconds(click.FloatRange):
     """Seconds within bounds; rejects `nan`."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the number; report an invalid one like one that is out of bounds."""
+        """Return the number of seconds; fail with a usage error if it is invalid or out of bounds."""
         seconds = super().convert(value, param, ctx)
         if isnan(seconds):
             self.fail(f"{value!r} is not a number of seconds.", param, ctx)

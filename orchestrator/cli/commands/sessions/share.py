@@ -1,4 +1,4 @@
-"""`council share`: values that the sessions of a run share, in a session or manually."""
+"""The command for values that the sessions of a run share, usable inside and outside sessions."""
 
 from __future__ import annotations
 

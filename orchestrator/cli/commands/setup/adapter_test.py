@@ -67,7 +67,7 @@ async def test(
     """Test an adapter of council.yaml, or an installed type.
 
     First runs the adapter contract against the configured adapter. Then runs a small task in a scratch repository, in
-    the same sandbox as a run: this uses your login, and costs what such a session costs.
+    the same sandbox as a run: this uses your login, and costs as much as any such session.
 
     \b
     Examples:
@@ -86,7 +86,7 @@ async def test(
 
 @dataclass(frozen=True, slots=True)
 class _AdapterTestResult:
-    """The results; `contract` is an error if it could not run, `live` if no session started."""
+    """The results: `contract` is an error if the contract could not run, `live` is an error if no session started."""
 
     name: str
     use: str
@@ -167,7 +167,7 @@ async def _find(scene: CommandEnvironment, name: str) -> AdapterConfig:
 
 def contract_command() -> list[str]:
     """Return the command line that runs the adapter contract in its own process."""
-    # Without `-P` Python would import modules of the current folder, which is the user's repository, in place of ours.
+    # Without `-P`, Python would prefer modules of the current folder, which is the user's repository.
     return [sys.executable, "-P", "-m", "orchestrator.testing.contract_run"]
 
 
@@ -188,10 +188,10 @@ async def _check_contract(scene: CommandEnvironment, adapter: AdapterConfig) -> 
     except TimeoutError:
         return f"did not end within {_CONTRACT_TIMEOUT:g} s"
     try:
-        told: dict[str, Any] = json.loads(done.stdout)
+        result: dict[str, Any] = json.loads(done.stdout)
     except ValueError:
         return done.stderr.decode(errors="replace").strip()[-500:] or f"ended with exit code {done.returncode}"
-    return str(told["error"]) if "error" in told else [ContractResult(**one) for one in told["results"]]
+    return str(result["error"]) if "error" in result else [ContractResult(**one) for one in result["results"]]
 
 
 async def _run_scratch_task(
@@ -209,7 +209,7 @@ async def _run_scratch_task(
         await _make_repository(repo)
         config = _config(scene, name, adapter, repo, prompt, timeout)
         if isinstance(scene.config, RunConfig) and name in scene.config.adapters:
-            await anyio.Path(config.path).touch()  # remedies name the user's file, if that has the adapter
+            await anyio.Path(config.path).touch()  # remedies name the user's file if it has the adapter
         try:
             async with Council.open(config, plugins=scene.plugins, environ=environ) as council:
                 report = await council.runs.run()
@@ -235,7 +235,7 @@ async def _make_repository(repo: Path) -> None:
 def _config(
     scene: CommandEnvironment, name: str, adapter: AdapterConfig, repo: Path, prompt: str, timeout: float
 ) -> RunConfig:
-    """Return a run of one task with an adapter as it is configured, in the file's sandbox."""
+    """Return a run of one task with an adapter, in the file's sandbox."""
     value = {
         "version": 1,
         "repo": str(repo),
@@ -258,6 +258,6 @@ def _config(
 
 
 async def _session_output(log: Path) -> str:
-    """Return the end of both streams of a session; `log` is that of its standard error."""
+    """Return the end of both streams of a session; `log` is the log of its standard error."""
     streams = [await read_tail(log.with_suffix(f".{name}"), _SHOWN) for name in ("stdout", "stderr")]
     return "\n".join(stream.strip() for stream in streams if stream.strip())

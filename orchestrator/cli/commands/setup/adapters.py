@@ -170,9 +170,9 @@ def _programs(status: AdapterStatus) -> Iterator[str]:
 async def enable(context: CouncilContext, names: tuple[str, ...], run: str | None) -> int:
     """Enable adapters that a run has disabled or paused.
 
-    For example after you logged in or bought credit. Without ADAPTER, enables all of them. An active run starts their
-    tasks at once; otherwise run `council resume`. A key in an environment variable of an active process can't be
-    changed: stop that process and resume the run.
+    Run it, for example, after you have logged in or bought credit. Without ADAPTER, enables all of them. An active run
+    starts their tasks at once; otherwise run `council resume`. A key in an environment variable of an active process
+    can't be changed: stop that process and resume the run.
 
     \b
     Examples:

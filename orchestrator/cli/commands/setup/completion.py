@@ -16,7 +16,7 @@ _SHELLS = ("bash", "zsh", "fish")
 async def completion(context: CommandContext, shell: str) -> None:
     """Print a completion script for SHELL.
 
-    It completes commands, options, and the names of runs, tasks and unmerged work.
+    The script completes commands, options, and the names of runs, tasks and unmerged work.
 
     \b
     Examples:
@@ -26,5 +26,5 @@ async def completion(context: CommandContext, shell: str) -> None:
     """
     root = click.get_current_context().find_root().command
     found = get_completion_class(shell)
-    assert found is not None  # noqa: S101  click brings all three
+    assert found is not None  # noqa: S101  click supports all three
     context.output.text(found(root, {}, "council", "_COUNCIL_COMPLETE").source())

@@ -1,4 +1,4 @@
-"""The command that writes a first file."""
+"""The command that writes a first `council.yaml`."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ async def init(context: CommandContext, file: Path | None, adapter: str | None, 
     text = starter_text(_starter(found, schema))
     await anyio.to_thread.run_sync(lambda: write_file(path, text, plugins.adapters, force=force))
     config = await anyio.to_thread.run_sync(load_config, path, plugins.adapters)
-    # It was written here, for the user.
+    # The file was generated for the user, who need not confirm its permissions.
     await confirm_requests(path, list_permission_requests(config, ground.top), os.environ)
     context.output.answer(lambda: _json(found, schema), _lines(found))
 
@@ -85,7 +85,7 @@ class _Discovery:
 
     @property
     def missing_text(self) -> str | None:
-        """The programs of these that the sandbox hides, in words."""
+        """A phrase with the programs of the tests that the sandbox hides; None if it hides none."""
         missing = () if self.tests is None else self.tests.missing
         return f"the sandbox lacks {', '.join(missing)}" if missing else None
 
@@ -116,9 +116,9 @@ def _starter(found: _Discovery, schema: Path | None) -> Starter:
 
 
 def _words(status: AdapterStatus) -> str:
-    told = [f"{one.name} {one.version or ''}".strip() + (f": {one.remedy}" if one.remedy else "")
-            for one in status.programs]  # fmt: skip
-    return ", ".join(told)
+    parts = [f"{one.name} {one.version or ''}".strip() + (f": {one.remedy}" if one.remedy else "")
+             for one in status.programs]  # fmt: skip
+    return ", ".join(parts)
 
 
 def _json(found: _Discovery, schema: Path | None) -> JsonObject:
@@ -146,7 +146,7 @@ def _lines(found: _Discovery) -> Iterator[str]:
         yield f"adapter   {name}: {'; '.join(map(describe, status.programs)) or 'no program'}"
         yield from (f"          → {one.remedy}" for one in status.programs if one.remedy)
     if not found.adapters:
-        yield "adapter   my-cli, a placeholder: replace it in the file by your program"
+        yield "adapter   my-cli, a placeholder: replace it in the file with your program"
     if found.environment is not None:
         yield f"setup     {found.environment.setup}"
     found_by = "none: no test command was found" if tests is None else f"{tests.command} (from {tests.declared_in})"

@@ -32,7 +32,7 @@ async def schema(context: CommandContext, result: bool, story: bool, events: boo
       council schema --result
     """
     if result + story + events > 1:
-        raise click.UsageError("--result, --story and --events exclude each other.")
+        raise click.UsageError("--result, --story and --events cannot be combined.")
     if events:
         made = event_schema()
     elif story:

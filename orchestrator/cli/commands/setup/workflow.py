@@ -25,8 +25,8 @@ _file_option = click.option(
 def workflow() -> None:
     """Show workflows, or copy one to edit it.
 
-    A workflow is a list of phases. Each phase is a session of its own and passes its result to the next. A task names
-    its workflow by `workflow:`.
+    A workflow is a list of phases. Each phase runs in its own session and passes its result to the next one. A task
+    names its workflow with `workflow:`.
 
     \b
     Examples:
@@ -42,7 +42,7 @@ def workflow() -> None:
 async def show(context: CommandContext, name: str | None, file: Path | None) -> None:
     """Print the workflow NAME, or all, as in the file.
 
-    Omits the default prompts of phases; `council workflow copy` also writes these.
+    Omits the default prompts of phases, which `council workflow copy` includes.
 
     \b
     Examples:
@@ -51,9 +51,9 @@ async def show(context: CommandContext, name: str | None, file: Path | None) -> 
     """
     found = await _find(name, file)
     if context.output.as_json:
-        told = {one: [{"name": each.name, **phase_settings(each, phases)} for each in phases]
-                for one, phases in found.items()}  # fmt: skip
-        context.output.json({"workflows": told, "exit": 0})
+        listed = {one: [{"name": each.name, **phase_settings(each, phases)} for each in phases]
+                  for one, phases in found.items()}  # fmt: skip
+        context.output.json({"workflows": listed, "exit": 0})
     else:
         context.output.text(workflows_to_yaml(found))
 
@@ -82,7 +82,7 @@ async def copy(context: CommandContext, name: str, folder: Path, file: Path | No
 
 
 async def _find(name: str | None, file: Path | None) -> dict[str, Phases]:
-    """Return one workflow or all by name; RefusedError for an unknown name."""
+    """Return the phases of one workflow, or of all, by name. Raises RefusedError if the name is unknown."""
     found = dict(await anyio.to_thread.run_sync(builtin_phases))
     if file is not None:
         _, config = await load_run_config(file)
@@ -92,7 +92,7 @@ async def _find(name: str | None, file: Path | None) -> dict[str, Phases]:
     if name not in found:
         remedy = suggest(name, found, "the workflows")
         if file is None:
-            remedy += "; add --file for those of a file"
+            remedy += "; --file adds the workflows of a file"
         raise RefusedError(f"there is no workflow {name!r}", remedy)
     return {name: found[name]}
 

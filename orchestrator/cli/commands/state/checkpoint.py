@@ -18,7 +18,7 @@ from orchestrator.protocols import JsonObject
 from orchestrator.state.documents.checkpoints import WHOLE_STORE, Checkpoint, RestorePlan
 from orchestrator.system.instants import format_local_time
 
-_all_option = click.option("--all", "whole", is_flag=True, help="A checkpoint of all runs together.")
+_all_option = click.option("--all", "whole", is_flag=True, help="Create a checkpoint of all runs together.")
 _id_argument = click.argument("checkpoint_id", metavar="CHECKPOINT", shell_complete=complete_checkpoints)
 
 
@@ -27,7 +27,7 @@ def checkpoint() -> None:
     """Save and restore checkpoints of a run.
 
     An active run creates a checkpoint every five minutes and keeps the newest twelve. `cancel`, `clean` and `restore`
-    create one before they start. A checkpoint can be restored while the state log has its position.
+    create one before they start. A checkpoint can be restored until its position is pruned from the state log.
 
     \b
     Examples:
@@ -59,7 +59,7 @@ async def create(context: CouncilContext, reason: str, run: str | None, whole: b
 
 
 @checkpoint.command("list")
-@partial(run_option, words="Only those of this run.")
+@partial(run_option, words="List only checkpoints of this run.")
 @click.option("--all", "whole", is_flag=True, help="List only checkpoints of all runs together.")
 @council_command(brief=True)
 async def list_checkpoints(context: CouncilContext, run: str | None, whole: bool) -> None:
@@ -104,7 +104,7 @@ async def show(context: CouncilContext, checkpoint_id: str, run: str | None) -> 
 
 @checkpoint.command()
 @_id_argument
-@click.option("--force", is_flag=True, help="Take over a run that is active in a process.")
+@click.option("--force", is_flag=True, help="Take over the run if a process is active in it.")
 @run_option
 @council_command()
 async def restore(context: CouncilContext, checkpoint_id: str, force: bool, run: str | None) -> None:
@@ -131,14 +131,14 @@ def _restored(done: RestoreResult) -> Iterator[str]:
         before = f"the previous state is checkpoint {done.before}" if done.before else "there was no previous state"
         yield f"restored {done.checkpoint}; {before}"
         if not done.runs:
-            yield "the run had ended then: there is nothing to resume"
+            yield "the run had already ended: there is nothing to resume"
     for run in done.runs:
         yield f"`council resume {run}` continues it"
 
 
 def _check_scope(run: str | None, *, whole: bool) -> None:
     if run is not None and whole:
-        raise click.UsageError("--run and --all exclude each other.")
+        raise click.UsageError("--run and --all cannot be combined.")
 
 
 async def _full_id(council: Council, name: str, run: str | None) -> str:
@@ -150,7 +150,7 @@ async def _full_id(council: Council, name: str, run: str | None) -> str:
     except RefusedError:
         if not named:
             raise
-        return name  # its run's record was removed, perhaps
+        return name  # the record of its run may have been removed
 
 
 def _facts(one: Checkpoint) -> JsonObject:
@@ -176,7 +176,7 @@ def _phase(one: Checkpoint) -> str:
 def _lines(found: RestorePlan) -> Iterator[str]:
     one = found.checkpoint
     yield f"{one.id}  {format_local_time(one.time)}  position {one.position}  {one.status or '-'}"
-    yield f"made by {one.maker}: {one.reason}"
+    yield f"created by {one.maker}: {one.reason}"
     yield f"tasks: {_phase(one)}"
     for session in one.sessions:
         yield f"active: {session.run}/{session.task}, session {session.attempt}, {session.status}"

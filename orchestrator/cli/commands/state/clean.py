@@ -61,12 +61,12 @@ async def clean(
 ) -> int:
     """Remove leftovers of runs that nothing needs.
 
-    Removes worktrees of ended tasks, temporary files of killed commands, and internal repositories whose user's
-    repository no longer exists. Keeps everything that an active run uses or that `council resume` needs, and unmerged
-    work on branches: `council salvage list` lists it and `council salvage drop` deletes it.
+    Removes worktrees of ended tasks, temporary files of killed commands, and internal repositories of deleted user
+    repositories. Keeps everything that an active run uses or that `council resume` needs, and unmerged work on
+    branches: `council salvage list` lists it and `council salvage drop` deletes it.
 
     --runs removes the records and logs of old runs. A run with unmerged work is removed only with --preserved, an
-    active run never. A checkpoint is created first, which can restore the records.
+    active run never. A checkpoint is created first, from which the records can be restored.
 
     \b
     Examples:
@@ -103,7 +103,7 @@ async def clean(
 
 @asynccontextmanager
 async def _cleaner(context: CommandContext) -> AsyncIterator[Cleaner]:
-    """Open the project of the current folder; without one, leftovers of this machine can still be cleaned."""
+    """Open the project of the current folder; without a project, only leftovers of this machine can be cleaned."""
     try:
         project = find_project(Path.cwd())
     except RefusedError:

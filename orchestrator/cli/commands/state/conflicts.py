@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 async def conflicts(context: CouncilContext) -> None:
     """List unresolved conflicts of updates, oldest first.
 
-    Shows the id of each, the document, and the candidates: time, writer, and changes to the current document. `council
-    state settle` chooses one of them.
+    Shows the id of each conflict, the document, and the candidates: time, writer, and changes to the current document.
+    `council state settle` chooses one of them.
 
     \b
     Examples:
@@ -53,7 +53,8 @@ async def conflicts(context: CouncilContext) -> None:
 async def settle(context: CouncilContext, name: str, take: int | None, file: str | None, force: bool) -> None:
     """Resolve a conflict with a candidate or with your own value.
 
-    CONFLICT is an id from `council state conflicts`, or the name of the document, which may omit the newest run.
+    CONFLICT is an id from `council state conflicts`, or the name of the document, from which the newest run may be
+    omitted.
 
     \b
     Examples:

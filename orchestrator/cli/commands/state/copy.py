@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from orchestrator.protocols import JsonObject
     from orchestrator.state.transfer.copying import CopyResult
 
-#: The documents that can't be read which are named.
+#: The maximum number of unreadable documents that are listed.
 _MOST_NAMED: Final = 5
-#: What stands for standard input or output.
+#: The file name that means standard input or output.
 _STREAM: Final = Path("-")
 _file = click.argument("file", metavar="FILE", type=click.Path(path_type=Path, allow_dash=True))
 
@@ -59,7 +59,7 @@ async def copy(context: CommandContext, source: str, target: str) -> None:
       council state copy file:///home/ada/shop/.council/state file:///backup/state --json
     """
     copied = await copy_state(source, target)
-    _print_result(context.output, copied, "already exists" if copied.was_there else "copied")
+    _print_result(context.output, copied, "already copied:" if copied.was_there else "copied")
 
 
 @click.command()
@@ -69,8 +69,8 @@ async def copy(context: CommandContext, source: str, target: str) -> None:
 async def export(context: CouncilContext, file: Path, force: bool) -> None:
     """Write the complete state to a file.
 
-    The file has compressed JSON lines, which `zstdcat FILE` prints. With -, writes to standard output, and messages to
-    standard error. A run may be active.
+    The file contains compressed JSON lines, which `zstdcat FILE` prints. With -, writes to standard output, and prints
+    messages to standard error. A run may be active.
 
     \b
     Examples:
@@ -80,7 +80,7 @@ async def export(context: CouncilContext, file: Path, force: bool) -> None:
     is_stream, state = file == _STREAM, context.council.state
     if is_stream and sys.stdout.isatty():
         raise RefusedError(
-            "an export is binary, and standard output is a terminal",
+            "an export is binary, but standard output is a terminal",
             "name a file, or redirect the output, as in `- > FILE`",
         )
     try:
@@ -98,8 +98,8 @@ async def export(context: CouncilContext, file: Path, force: bool) -> None:
 async def import_(context: CommandContext, file: Path) -> None:
     """Import an exported file into an empty store.
 
-    Positions, times and versions are those of the original. Nothing of an incomplete file is imported. - is standard
-    input.
+    Positions, times and versions are the same as in the original. An incomplete file is not imported at all. - is
+    standard input.
 
     \b
     Examples:
@@ -110,7 +110,7 @@ async def import_(context: CommandContext, file: Path) -> None:
     if file == _STREAM and sys.stdin.isatty():
         raise RefusedError("standard input is a terminal", "name a file, or redirect the input, as in `- < FILE`")
     copied = await _import(context, sys.stdin.buffer if file == _STREAM else file)
-    _print_result(context.output, copied, "already exists" if copied.was_there else "imported")
+    _print_result(context.output, copied, "already imported:" if copied.was_there else "imported")
 
 
 async def _import(context: CommandContext, file: Path | IO[bytes]) -> CopyResult:
@@ -133,12 +133,12 @@ async def _exclude(paths: Sequence[Path]) -> None:
     folder = next(iter(paths), None)
     if folder is None or folder != Project(folder.parent.parent).state_folder:
         return
-    with suppress(CouncilError, OSError):  # what is no repository needs no exclusion
+    with suppress(CouncilError, OSError):  # a folder without a repository needs no exclusion
         repository = await find_repository(folder.parent.parent, Git(None, as_user=True, environ=os.environ))
         await to_thread.run_sync(exclude_from_git, repository.git_dir)
 
 
-def _print_result(output: Output, copied: CopyResult, what: str, *, err: bool = False) -> None:
+def _print_result(output: Output, copied: CopyResult, verb: str, *, err: bool = False) -> None:
     if output.as_json:
         line = json.dumps(_copied_json(copied))
     else:
@@ -146,7 +146,7 @@ def _print_result(output: Output, copied: CopyResult, what: str, *, err: bool = 
         if copied.packed is not None and copied.ratio is not None:
             packed = f", in a file of {format_size_short(copied.packed)} (1/{copied.ratio:.0f})"
         documents = f"{copied.documents:,} {'document' if copied.documents == 1 else 'documents'}"
-        line = f"{copied.commits:,} commits, {documents}, {format_size_short(copied.bytes)}{packed}: {what}"
+        line = f"{verb} {copied.commits:,} commits, {documents}, {format_size_short(copied.bytes)}{packed}"
     output.text(f"{line}\n", err=err)
     for warning in () if output.as_json else _warnings(copied):
         output.text(f"{warning}\n", err=True)

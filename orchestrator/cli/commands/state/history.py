@@ -1,4 +1,4 @@
-"""Commands that read the state log: documents at any position, differences, versions, commits, verification."""
+"""Commands that read the state log: documents at any position, differences, versions and commits; verification."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _of_run = partial(run_option, words="Only documents of this run.")
 
 
 async def _find_run(council: Council, run: str | None) -> str | None:
-    """Return the id of a run, even if its record was removed; None for None. RefusedError for an unknown run."""
+    """Return the id of a run, even if its record was removed; None for None. Raises RefusedError if it is unknown."""
     return run if run is None or await council.history.versions(Key("run", run), 1) else await council.runs.find(run)
 
 
@@ -50,8 +50,8 @@ async def _find_run(council: Council, run: str | None) -> str | None:
 async def at(context: CouncilContext, moment: str, keys: tuple[str, ...], run: str | None) -> None:
     """Show the documents at a point in time.
 
-    Without KEY lists them; with KEY prints their values. A key is kind/id. It may omit the newest run, and * matches
-    any characters.
+    Without KEY, lists them; with KEY, prints their values. A key is kind/id. The newest run may be omitted from it, and
+    * matches any characters.
 
     \b
     Examples:
@@ -94,7 +94,8 @@ async def diff(context: CouncilContext, before: str, after: str, run: str | None
 async def history(context: CouncilContext, key: str, limit: int) -> None:
     """Show the versions of a document, newest first.
 
-    Shows the writer and time of each, its events, and the changed fields. KEY is kind/id, and may omit the newest run.
+    Shows the writer and time of each version, its events, and the changed fields. KEY is kind/id; the newest run may be
+    omitted from it.
 
     \b
     Examples:
@@ -102,7 +103,7 @@ async def history(context: CouncilContext, key: str, limit: int) -> None:
       council state history run/20260102-030405-ab12 --limit 3 --json
     """
     found = await context.council.history.key(key)
-    # One more, which the oldest of them is compared with.
+    # One more, to compare the oldest of them with.
     versions = await context.council.history.versions(found, limit + 1)
     before: list[DocumentVersion | None] = [*versions[1:], None]
     pairs = list(zip(versions, before, strict=True))[:limit]
@@ -110,7 +111,7 @@ async def history(context: CouncilContext, key: str, limit: int) -> None:
 
 
 @click.command()
-@click.option("-f", "--follow", is_flag=True, help="Continue with new commits, until Ctrl-C.")
+@click.option("-f", "--follow", is_flag=True, help="Continue with new commits until Ctrl-C.")
 @click.option(
     "--after", metavar="POSITION", type=click.IntRange(min=0), default=0, help="Only commits after this position."
 )
@@ -183,7 +184,7 @@ async def verify(context: CouncilContext, repair: bool) -> int:
     """Verify the integrity of the complete state.
 
     The exit code is 1 if it is damaged. --repair restores the newest known value of each damaged document, and moves
-    damaged parts aside.
+    damaged parts of the log aside.
 
     \b
     Examples:
@@ -211,7 +212,7 @@ _REMEDY: Final = (
 
 
 async def _resolve_position(past: StateHistory, text: str) -> int:
-    """Return the position of a point in time; RefusedError for other text."""
+    """Return the position of a point in time. Raises RefusedError for other text."""
     if text == "now":
         return await past.position()
     if _POSITION.fullmatch(text):
@@ -228,9 +229,9 @@ async def _resolve_position(past: StateHistory, text: str) -> int:
 
 
 def parse_instant(text: str, now: float) -> float | None:
-    """Return the instant (wall-clock seconds) of a time in ISO 8601 or so long before `now`; None for other text.
+    """Return the instant (wall-clock seconds) of an ISO 8601 time or of an age before `now`; None for other text.
 
-    A time that names no zone is one of the local zone.
+    A time without a zone is local time.
     """
     try:
         return now - parse_duration(text.removesuffix("ago").rstrip(), longest=_LONGEST_AGE)

@@ -18,7 +18,7 @@ from orchestrator.locking.lock_overview import LockParty, LockStatus
 async def locks(context: CouncilContext) -> None:
     """List locks with their holders, times and waiters.
 
-    There are three layers: files that sessions edit, paths that they own, and permits to land on a target.
+    There are three layers of locks: files that sessions edit, paths that they own, and permits to land on a target.
 
     \b
     Examples:
@@ -41,8 +41,8 @@ async def break_(context: CouncilContext, name: str, reason: str) -> None:
 
     NAME is a name from `council locks`. To release everything that a session has locked, break its ownership: this
     releases all of its paths and the locked files in them. Breaking the lock of a single file leaves the file owned by
-    the session. Locks of a dead process are free and need no break. The holder of a broken merge permit can't land with
-    it any more.
+    the session. The locks of a dead process are free and need not be broken. The holder of a broken merge permit can no
+    longer land with it.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""Commands of `council state` that check and prune the store."""
+"""Commands of `council state` that check, prune, accept and export the store."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ async def adopt(context: CommandContext) -> None:
 async def compact(context: CouncilContext, older_than: float | None, max_size: int | None) -> None:
     """Prune old versions of documents.
 
-    Keeps the last 10 versions of each document. The current state is never pruned. An active run prunes by itself,
-    according to `state` in its file.
+    Keeps the last 10 versions of each document. The current state is never pruned. An active run prunes automatically,
+    as configured by `state` in its file.
 
     \b
     Examples:
@@ -95,10 +95,10 @@ async def compact(context: CouncilContext, older_than: float | None, max_size: i
       council state compact --max-size 100MB --json
     """
     done = await context.council.state.compact(older_than, max_size)
-    goes = f", goes back to position {done.first}" if done.first else ""
+    first = f"; history starts at position {done.first}" if done.first else ""
     context.output.answer(
         lambda: {"before": done.before, "after": done.after, "first": done.first},
-        [f"the log takes {format_size_short(done.after)}, took {format_size_short(done.before)}{goes}"],
+        [f"log size: {format_size_short(done.after)} (was {format_size_short(done.before)}){first}"],
     )
 
 
@@ -107,8 +107,8 @@ async def compact(context: CouncilContext, older_than: float | None, max_size: i
 async def views(context: CouncilContext) -> None:
     """Write readable copies of the state, for `cat` and `jq`.
 
-    They are in .council/views. From then on each run updates them when it ends. They are never read back: changing or
-    deleting them has no effect.
+    The copies are in .council/views. From then on, each run updates them when it ends. They are never read back:
+    changing or deleting them has no effect.
 
     \b
     Examples:
