@@ -365,7 +365,7 @@ async def test_unseen_documents_are_unknown(scene: Scene) -> None:
             store.commit(writing(A, 1)),
             store.commit(Commit(guards=[Guard(A, 1)])),
         ):
-            with pytest.raises(RefusedError, match=r"never (read|listed) here"):
+            with pytest.raises(RefusedError, match=r"never (read|listed) by this process"):
                 await refused
         await store.commit(writing(B, 0))
         assert await store.get(B) is not None

@@ -166,7 +166,7 @@ async def test_more_files_than_git_can_stage_are_rejected_first(checkout: Checko
         (checkout.tree / f"new-{number}").write_text("x" * 300)
     staged = await checkout.stage(replace(ADMIT, **limit))  # type: ignore[arg-type]
     assert staged.problem is not None
-    assert "too much to stage: 21 files of 6300 bytes" in staged.problem
+    assert "too much to stage: 21 files, 6300 bytes in total" in staged.problem
     assert not staged.changes
     assert await checkout.index() == before
     assert not checkout.staging.index.with_name("index.lock").exists()
