@@ -88,7 +88,7 @@ async def test_broken_contract_is_named(claude: Repository, tmp_path: Path) -> N
     claude.environ["PYTHONPATH"] = str(tmp_path / "site")
     ended = claude.council("adapters", "test", "echo", "--no-live")
     assert ended.code == 1, ended
-    assert "test_repeated_request_gives_the_same_command: The same request gives the same command" in ended.stdout
+    assert "test_repeated_request_gives_the_same_command: The same request results in the same com" in ended.stdout
 
 
 def test_hidden_program_of_the_file_gets_the_remedy_of_doctor(claude: Repository) -> None:
