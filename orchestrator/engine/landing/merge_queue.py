@@ -19,7 +19,9 @@ from orchestrator.domain.events.tasks import (
     TaskLanding,
 )
 from orchestrator.domain.runs.model import LandingIntent
+from orchestrator.domain.runs.retry import retry_delay
 from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, TaskStatus, Trigger
+from orchestrator.domain.settings.run_settings import Backoff
 from orchestrator.engine.landing.base_checks import BaseChecks
 from orchestrator.engine.landing.merge_checks import MergeChecks
 from orchestrator.engine.landing.outcomes import LandingOutcomes, add_intended_merge
@@ -44,8 +46,8 @@ from orchestrator.system.failpoints import failpoint
 #: How often a landing is merged again because others move the target, before it goes back to the queue.
 MAX_MERGE_ROUNDS = 10
 
-#: Seconds between such rounds: each pause is twice the previous one, up to the maximum.
-_FIRST_PAUSE, _MAX_PAUSE = 0.02, 1.0
+#: The pauses between such rounds.
+_ROUND_BACKOFF = Backoff(initial=0.02, factor=2.0, max=1.0, jitter=False)
 
 _TARGET_BUSY = (
     f"something else moved the target during each of {MAX_MERGE_ROUNDS} attempts, perhaps a hook of the repository"
@@ -203,7 +205,7 @@ class MergeQueue:
     async def _land_together(self, permit: MergePermit, tasks: Sequence[str]) -> list[str]:
         """Land tasks with one move of the target; return the tasks to queue again."""
         later: list[str] = []
-        for number in range(MAX_MERGE_ROUNDS):
+        for number in range(1, MAX_MERGE_ROUNDS + 1):
             merges, postponed = await self._prepare(permit, tasks)
             later = postponed + later
             tasks = [task for task, merge in merges.items() if await self._may_move(task, merge)]
@@ -221,7 +223,7 @@ class MergeQueue:
                 case DeferredLanding():
                     break
                 case StaleTarget():
-                    await self._pause(_FIRST_PAUSE * 2**number)
+                    await self._pause(retry_delay(_ROUND_BACKOFF, number))
         else:
             for task in tasks:
                 await self.outcomes.defer(task, _TARGET_BUSY)
@@ -231,7 +233,7 @@ class MergeQueue:
         """Wait, unless the queue is stopped."""
         self._permit_wait = anyio.CancelScope()
         with self._permit_wait:
-            await anyio.sleep(0 if self._stopping else min(seconds, _MAX_PAUSE))
+            await anyio.sleep(0 if self._stopping else seconds)
 
     async def _prepare(self, permit: MergePermit, tasks: Sequence[str]) -> tuple[dict[str, PreparedMerge], list[str]]:
         """Merge tasks, each onto the previous one.
