@@ -236,8 +236,12 @@ async def test_exhausted_machine_is_distinguished_from_a_missing_program(agent: 
     async def run() -> None:
         ended.append(await run_supervised(command))
 
-    # The supervisor waits for the lock, and can be caught before it opens anything else.
-    with command.lock.open("w") as file:
+    # The supervisor waits for the lock, and can be caught before it opens anything else. The lock is taken by another
+    # name: a child that has not executed the supervisor yet has this file open too.
+    other_name = tmp_path / "lock-by-another-name"
+    command.lock.touch()
+    other_name.hardlink_to(command.lock)
+    with other_name.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         async with anyio.create_task_group() as group:
             group.start_soon(run)
