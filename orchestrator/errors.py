@@ -1,32 +1,32 @@
-"""All errors of this package. Each takes facts and builds its own message, which ends with the remedy.
+"""All errors of this package. Each is created from facts and builds its own message, which ends with the remedy.
 
     CouncilError
-      ConfigError            the YAML file is invalid; has all of its problems     exit 2
+      ConfigError            the config file is invalid; has all of its problems   exit 2
       RefusedError           the request can't be served in the current state      exit 2
-        NothingToMerge       a run has no work that is not merged
+        NothingToMerge       a run has no unmerged work
         RunActive            another process leads the run
         FileLocked           another session has locked the file
         LockUnavailable      a lock was not free in time, or waiting would deadlock
-        UnreadableDocument   a document of council's own has the wrong shape
+        UnreadableDocument   one of council's own documents has an invalid structure
       PluginError            a plugin broke its contract: it is reported and skipped
       StateError
-        InvalidDocument      a value that the store can't store
-        InvalidTransition    the lifecycle tables have no such transition
+        InvalidDocument      a value can't be stored
+        InvalidTransition    the tables of statuses have no such transition
         VersionConflict      another process wrote the document first
-        HistoryCompacted     the log no longer has the requested position
+        HistoryCompacted     the log no longer contains the requested position
         LeaseLost            the guard's epoch is not the current one
           ClaimLost          another orchestrator has the claim on the task
-          OrchestratorFenced another orchestrator took over all tasks of this one
+          OrchestratorFenced another orchestrator has taken over all tasks of this one
         HandoffCorrupted     a phase's input differs from the submitted handoff
-      StoreUnavailable       the store can't be read or written now                exit 1
+      StoreUnavailable       the store can't be read or written at present         exit 1
         StoreFull            its disk is full
         StateLost            acknowledged commits are missing from the store       exit 3
       LockHeld               a file lock was not free in time
       RequestTimeout         a run's process did not perform a request in time     exit 1
       GitError               a git command failed unexpectedly
-        GitKilled            it was killed from outside in every attempt           exit 1
+        GitKilled            git was killed externally in every attempt            exit 1
         TargetMissing        the target branch was deleted or renamed
-      SessionError           a supervisor ended without its report
+      SessionError           a supervisor ended without a report
 
 Expected outcomes (a failed task, a merge conflict) are values, not errors.
 """
@@ -45,20 +45,19 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
-#: Characters of a plugin's error in a message.
+#: The maximum length of a plugin's error in a message, in characters.
 _LONGEST_FAULT: Final = 500
 
 
 class CouncilError(Exception):
-    """The base of all errors that this package raises on purpose."""
+    """The base class of all errors that this package raises on purpose."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One problem in a file: its location (lines and columns count from 1), the mistake and the remedy.
+    """One problem in a file: its location (lines and columns count from 1), the error and the remedy.
 
-    For a configuration that comes from no file, line and column are 0, and `path` is the location, as in
-    `tasks[0].prompt`.
+    For a configuration without a file, line and column are 0, and `path` is the location, such as `tasks[0].prompt`.
     """
 
     file: str
@@ -74,7 +73,7 @@ class Problem:
 
 
 class ConfigError(CouncilError):
-    """The configuration is invalid; `problems` has every problem, in the file's order."""
+    """The configuration is invalid; `problems` lists all problems, in file order."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
@@ -90,7 +89,7 @@ class RefusedError(CouncilError):
 
 
 class InvalidValue(CouncilError, ValueError):
-    """A value breaks the rules of its setting; validators of plugins may raise a plain ValueError instead."""
+    """A value is invalid for its setting; validators of plugins may raise a plain ValueError instead."""
 
     def __init__(self, what: str, remedy: str) -> None:
         self.what, self.remedy = what, remedy
@@ -98,7 +97,7 @@ class InvalidValue(CouncilError, ValueError):
 
     @classmethod
     def of(cls, error: ValueError) -> InvalidValue:
-        """Return an error with its two parts; the text of a plain ValueError is split at its first colon."""
+        """Return an error as InvalidValue; the text of a plain ValueError is split at its first colon."""
         if isinstance(error, cls):
             return error
         what, _, remedy = str(error).partition(": ")
@@ -106,7 +105,7 @@ class InvalidValue(CouncilError, ValueError):
 
 
 class NothingToMerge(RefusedError):
-    """A run has no work that is not merged."""
+    """A run has no unmerged work."""
 
 
 class RunActive(RefusedError):
@@ -120,7 +119,7 @@ class RunActive(RefusedError):
 
 
 class FileLocked(RefusedError):
-    """Another session has locked the file, and did not release it in time."""
+    """Another session has locked the file and did not release it in time."""
 
     def __init__(self, path: str, holder: str, since: float | None) -> None:
         """`holder` describes the owner of the lock; `since` is when it was acquired (wall-clock seconds), if known."""
@@ -138,7 +137,7 @@ class LockUnavailable(RefusedError):
 
 
 class UnreadableDocument(RefusedError):
-    """A document of council's own has the wrong shape for its kind."""
+    """One of council's own documents has an invalid structure for its kind."""
 
     def __init__(self, key: str, reason: str) -> None:
         self.key, self.reason = key, reason
@@ -147,14 +146,14 @@ class UnreadableDocument(RefusedError):
 
 
 def describe_validation_error(error: ValidationError) -> str:
-    """Return the first error of a model's validation, in one line."""
+    """Return the first validation error of a model, on one line."""
     first = error.errors(include_url=False, include_input=False)[0]
     location = ".".join(map(str, first["loc"]))
     return ": ".join(filter(None, (location, f"{first['msg'][:1].lower()}{first['msg'][1:]}")))
 
 
 def raise_combined_refusal(refusals: Sequence[tuple[str, str]], remedy: str) -> None:
-    """Raise RefusedError if there are refusals, each a fact and its remedy; `remedy` is for several at once."""
+    """Raise RefusedError if there are refusals (problem and remedy); `remedy` is used if there are several."""
     if len(refusals) == 1:
         raise RefusedError(*refusals[0])
     if refusals:
@@ -170,7 +169,7 @@ class PluginError(CouncilError):
 
 
 class PluginFailed(CouncilError):
-    """Code of a plugin raised an exception, the cause of this one."""
+    """Plugin code raised an exception, which is the cause of this one."""
 
     def __init__(self, error: BaseException) -> None:
         while isinstance(error, BaseExceptionGroup):
@@ -181,7 +180,7 @@ class PluginFailed(CouncilError):
 
 @contextmanager
 def plugin_code(*expected: type[Exception]) -> Iterator[None]:
-    """Run code of a plugin within the body; raise PluginFailed instead of any exception that is not `expected`."""
+    """Run plugin code within the body; raise PluginFailed for any exception that is not `expected`."""
     try:
         yield
     except expected:
@@ -191,67 +190,70 @@ def plugin_code(*expected: type[Exception]) -> Iterator[None]:
 
 
 class StateError(CouncilError):
-    """The store refused a change."""
+    """The store rejected a change."""
 
 
 class InvalidDocument(StateError):
-    """A value that is not plain JSON (NaN, lone surrogates, too deep) or is too large."""
+    """A value is not plain JSON (NaN, lone surrogates, nested too deeply) or too large."""
 
     def __init__(self, subject: str, why: str) -> None:
-        super().__init__(f"{subject} can't be stored: {why}: store plain JSON objects within the size limit")
+        super().__init__(f"can't store {subject}: {why}: store plain JSON objects within the size limit")
 
 
 def format_author(by: str, time: float) -> str:
-    """Return a process and a time (wall-clock seconds) in the form of error messages."""
+    """Return a process and a time (wall-clock seconds) as text for error messages."""
     return f"{by}, {datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 class InvalidTransition(StateError):
-    """The lifecycle has no such transition."""
+    """The tables of statuses have no such transition."""
 
     def __init__(self, subject: str, state: str, trigger: str) -> None:
         self.state, self.trigger = state, trigger
-        super().__init__(f"{subject} is {state!r}, which has no transition {trigger!r}: reload it and decide again")
+        super().__init__(f"{subject} is {state!r}, which does not allow {trigger!r}: reload it and try again")
 
 
 class VersionConflict(StateError):
-    """The document is not at the version that the writer had read."""
+    """The document is no longer at the version that the writer had read."""
 
     def __init__(self, subject: str, expected: int, found: int, *, by: str = "", time: float = 0.0) -> None:
         """`by` wrote the version `found` at `time` (wall-clock seconds)."""
         self.expected, self.found, self.by, self.time = expected, found, by, time
         written = f" (written by {format_author(by, time)})" if by else ""
-        super().__init__(f"{subject} is at version {found}{written}, not {expected}: read it and try again")
+        super().__init__(f"{subject} is at version {found}{written}, expected {expected}: read it again and retry")
 
 
 class HistoryCompacted(StateError):
     """The requested position is older than the log."""
 
     def __init__(self, position: int, first: int) -> None:
-        """`first` is the position of the oldest state that the log can reproduce."""
+        """`first` is the position of the oldest state that can be reconstructed from the log."""
         self.position, self.first = position, first
         super().__init__(
-            f"the state log does not go back to position {position}, only to {first}: name a later position; "
-            "`state: {retention: …}` sets how long the log is kept"
+            f"the state log starts at position {first}, after position {position}: use a later position; "
+            "`state: {retention: …}` sets how long history is retained"
         )
 
 
 class LeaseLost(StateError):
-    """Another process holds the lease now; further writes of this process are refused."""
+    """Another process now holds the lease; further writes of this process are rejected."""
 
-    def __init__(self, subject: str, held: int, current: int | None) -> None:
+    def __init__(
+        self, subject: str, held: int, current: int | None, by: str = "another process", work: str = "its tasks"
+    ) -> None:
+        """`by` now holds the lease, and continues `work`."""
         self.subject, self.held, self.current = subject, held, current
-        remedy = "it continues the tasks of this one, and `council work` joins the run again"
-        super().__init__(f"{subject} is at epoch {current}, not {held}: another process took over: {remedy}")
+        what = f"{by} took over {subject} (epoch {current}, expected {held}) and continues {work}"
+        super().__init__(f"{what}; to rejoin: `council work`")
 
 
 class ClaimLost(LeaseLost):
-    """Another orchestrator has the claim on a task now; work of this one on it is discarded."""
+    """Another orchestrator now has the claim on a task; this orchestrator's work on it is discarded."""
 
     def __init__(self, task: str, held: int, current: int, by: str) -> None:
-        """`by` is the name of the orchestrator with the claim."""
+        """`by` is the name of the new owner."""
         self.task, self.by = task, by
-        super().__init__(f"the claim on task {task!r}, which {by} took over,", held, current)
+        super().__init__(f"the claim on task {task!r}", held, current, by, "the task")
 
 
 class HandoffCorrupted(StateError):
@@ -259,22 +261,22 @@ class HandoffCorrupted(StateError):
 
     def __init__(self, handoff: str, why: str) -> None:
         self.handoff, self.why = handoff, why
-        remedy = "`council check` lists all errors; `council retry TASK --from PHASE` produces the handoff again"
+        remedy = "list all errors with `council check`, then repeat the phase with `council retry TASK --from PHASE`"
         super().__init__(f"handoff {handoff}: {why}: {remedy}")
 
 
 class OrchestratorFenced(LeaseLost):
-    """Another orchestrator considered this process dead, and took over all of its tasks."""
+    """Another orchestrator considered this process dead and took over all of its tasks."""
 
     def __init__(self, run: str, orchestrator: str, why: str) -> None:
-        what = f"this process ({orchestrator}) was removed from run {run}: {why}"
-        remedy = "other processes continue its tasks, and `council work` joins the run again"
+        what = f"this process ({orchestrator}) was removed from run {run} ({why})"
+        remedy = "other processes continue its tasks; to rejoin: `council work`"
         super().__init__(f"orchestrator {orchestrator}", 1, None)
         self.args = (f"{what}: {remedy}",)
 
 
 class StoreUnavailable(CouncilError):
-    """The store can't be read or written now; no acknowledged commit is lost."""
+    """The store can't be read or written at present; no acknowledged commit is lost."""
 
     def __init__(self, location: Path | str, why: str, remedy: str) -> None:
         self.what, self.remedy = f"{location}: {why}", remedy
@@ -282,14 +284,14 @@ class StoreUnavailable(CouncilError):
 
 
 class StoreFull(StoreUnavailable):
-    """The store's disk is full; commits work again once there is space."""
+    """The disk of the store is full; commits succeed again once there is free space."""
 
 
 class StateLost(StoreUnavailable):
-    """A commit that was acknowledged, or read by this process, is missing from the store."""
+    """A commit that was acknowledged to or read by this process is missing from the store."""
 
     def __init__(self, location: Path | str, why: str) -> None:
-        remedy = "`council state verify --repair` restores the readable state, then `council resume` continues from it"
+        remedy = "restore the readable state with `council state verify --repair`, then `council resume`"
         super().__init__(location, why, remedy)
 
 
@@ -303,7 +305,7 @@ class LockHeld(CouncilError):
 
 
 class ResourceShortage(CouncilError):
-    """This machine lacks a resource now, so nothing was started."""
+    """This machine currently lacks a resource, so nothing was started."""
 
     def __init__(self, what: str, remedy: str) -> None:
         self.what, self.remedy = what, remedy
@@ -311,7 +313,7 @@ class ResourceShortage(CouncilError):
 
 
 class RequestTimeout(CouncilError):
-    """A request is recorded, but the process that should perform it has not done so in time."""
+    """A request is recorded, but the responsible process has not performed it in time."""
 
     def __init__(self, holder: str, timeout: float) -> None:
         self.what = f"no answer within {timeout:g} s from {holder}"
@@ -320,11 +322,13 @@ class RequestTimeout(CouncilError):
 
 
 #: The remedy of a request without an answer.
-REQUEST_RECORDED: Final = "the request is recorded: that process or `council resume` performs it when it continues"
+REQUEST_RECORDED: Final = (
+    "the request is recorded, and will be performed when that process continues, or by `council resume`"
+)
 
 
 class GitError(CouncilError):
-    """A git command failed unexpectedly; carries its argv, exit code and messages."""
+    """A git command failed unexpectedly; has its argv, exit code and messages."""
 
     def __init__(self, argv: Sequence[str], returncode: int, stderr: str) -> None:
         self.argv, self.returncode, self.stderr = tuple(argv), returncode, " ".join(stderr.split())
@@ -332,17 +336,17 @@ class GitError(CouncilError):
 
 
 class GitKilled(GitError):
-    """A git command, or its remote counterpart, was killed from outside in every attempt."""
+    """A git command, or its remote counterpart, was killed externally in every attempt."""
 
     def __init__(self, argv: Sequence[str], returncode: int, stderr: str) -> None:
         super().__init__(argv, returncode, stderr)
         self.what = f"`{' '.join(argv)}` was killed ({self.stderr or f'exit code {returncode}'})"
-        self.remedy = "fix the cause, such as too little memory, then run the command again, or `council resume`"
+        self.remedy = "fix the cause, such as lack of memory, then repeat the command, or run `council resume`"
         self.args = (f"{self.what}: {self.remedy}",)
 
 
 class TargetMissing(GitError):
-    """The target branch was deleted or renamed: nothing lands until it exists again."""
+    """The target branch was deleted or renamed; nothing can land until it exists again."""
 
     def __init__(self, branch: str, commit: str | None) -> None:
         """`commit` is the last known commit of the branch."""
@@ -354,13 +358,13 @@ class TargetMissing(GitError):
 
 
 class SessionError(CouncilError):
-    """A session's supervisor ended without reporting the session's outcome."""
+    """A supervisor ended without reporting the outcome of its session."""
 
     def __init__(self, why: str) -> None:
         super().__init__(f"{why}: its worktree is preserved, and `council resume` continues")
 
 
-#: By errno, the temporary shortages of a machine: the system's message in the C locale, and the fix.
+#: Temporary resource shortages by errno: the system's message in the C locale, and the fix.
 _SHORTAGES: Final[Mapping[int, tuple[str, str]]] = {
     errno.ENOSPC: ("No space left on device", "free some space"),
     errno.EDQUOT: ("Disk quota exceeded", "raise the disk quota or free some space"),
@@ -370,7 +374,7 @@ _SHORTAGES: Final[Mapping[int, tuple[str, str]]] = {
     errno.ENOMEM: ("Cannot allocate memory", "free some memory"),
     errno.EAGAIN: ("Resource temporarily unavailable", "raise the limit of processes (`ulimit -u`)"),
 }
-#: Faults of the hardware, in the same form: unlike a shortage they may last, so that waiting for their end is no use.
+#: Hardware faults, in the same format: unlike shortages they may be permanent, so waiting does not help.
 _FAULTS: Final[Mapping[int, tuple[str, str]]] = {
     errno.EIO: ("Input/output error", "check the disk and its file system"),
 }
@@ -395,12 +399,12 @@ def _find_errno(error: OSError | GitError, among: Mapping[int, tuple[str, str]])
 
 
 def is_resource_exhaustion(error: OSError | GitError) -> bool:
-    """Return True if an error is due to a temporary shortage of this machine."""
+    """Return True if an error is due to a temporary resource shortage on this machine."""
     return find_exhausted_resource(error) is not None
 
 
 def describe_shortage(error: BaseException) -> tuple[str, str] | None:
-    """Return the shortage or fault of the machine that caused an error and the fix; None if it has another cause."""
+    """Return the resource shortage or hardware fault that caused an error, with the fix; None for other causes."""
     if isinstance(error, _UNAVAILABLE) and not isinstance(error, StateLost):
         return error.what, error.remedy
     known = {**_SHORTAGES, **_FAULTS}
@@ -411,14 +415,14 @@ def describe_shortage(error: BaseException) -> tuple[str, str] | None:
 
 
 def to_unusable_error(error: OSError | GitError, what: str, remedy: str) -> OSError | GitError | RefusedError:
-    """Return a refusal that says `what` ("PATH can't be written"), or the error itself if it is a shortage."""
+    """Return a refusal with the message `what` ("PATH is not writable"), or the error itself for a shortage."""
     why = error.stderr if isinstance(error, GitError) else error.strerror or str(error)
     return RefusedError(f"{what}: {why}", remedy) if describe_shortage(error) is None else error
 
 
 def to_permission_refusal(error: OSError) -> RefusedError | None:
-    """Return the refusal of a denied access; None for other errors, which may be internal."""
+    """Return a refusal for a denied access; None for other errors, which may be internal."""
     if error.errno not in {errno.EACCES, errno.EPERM}:
         return None
     subject = "" if error.filename is None else f"{error.filename}: "
-    return RefusedError(f"{subject}{(error.strerror or str(error)).lower()}", "give yourself access to it")
+    return RefusedError(f"{subject}{(error.strerror or str(error)).lower()}", "grant yourself access to it")

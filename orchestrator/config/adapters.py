@@ -25,7 +25,7 @@ _NOWHERE: Final = Path("/nowhere")
 def read_adapters(
     root: Node, folder: Path, adapter_types: Mapping[str, AdapterType], explain: ExplainMissing, problems: Problems
 ) -> dict[str, AdapterConfig]:
-    """Return the valid adapters, and report mistakes of all other ones."""
+    """Return the valid adapters, and report errors in the others."""
     read = read_entries(root, "adapter", adapter_types, AdapterSettings, folder, explain, problems)
     return {
         name: AdapterConfig(**dict(settings) | read_path_access(node, folder, problems), options=options)
@@ -43,13 +43,13 @@ def read_path_access(node: Node, folder: Path, problems: Problems) -> dict[str, 
             path = os.path.realpath(folder / Path(item.value).expanduser())
             if not Path(path).exists():
                 what = f"{quote_text(item.value)} does not exist"
-                problems.add(item.at, what, "create it first, or remove it from here")
+                problems.add(item.at, what, "create it first, or remove it here")
             access[key] += (path,)
     return access
 
 
 def add_named_types(root: Node, folder: Path, adapter_types: Mapping[str, AdapterType]) -> Node:
-    """Add an entry for each adapter that is used without one, if its type needs no options."""
+    """Add an entry for each adapter that is used without an entry, if its type needs no options."""
     section = root.get("adapters")
     if section is not None and not isinstance(section.value, dict):  # reported by schema validation
         return root
@@ -81,7 +81,7 @@ def has_only_optional_options(adapter_type: AdapterType, folder: Path) -> bool:
 
 
 def find_only_adapter(written: Node, root: Node) -> str | None:
-    """Return the only adapter of a file, by its entries or else by its uses; None if there are several.
+    """Return the only adapter in a file, by its entries or else by its uses; None if there are several.
 
     `root` is the file `written` plus the entries from `add_named_types`.
     """
@@ -98,7 +98,7 @@ def assign_adapters(
     """Return the adapter of each task by index, and report unknown adapters.
 
     It is the task's own adapter, else the default, else the only one, else the adapter of the phase that writes, if all
-    phases of its workflow name theirs.
+    phases of the workflow specify an adapter.
     """
     adapters = root.get("adapters")
     if adapters is None or not isinstance(adapters.value, dict) or not adapters.value:
@@ -117,12 +117,12 @@ def assign_adapters(
             assigned[index] = name
         elif choice is None:
             remedy = "add `adapter:` here or under `defaults:`"
-            problems.add(task.at, "the task names no adapter, and there are several", remedy)
+            problems.add(task.at, "the task has no adapter, and there are several", remedy)
     return assigned
 
 
 def _of_phases(task: Node, root: Node, workflows: Mapping[str, Sequence[Phase]]) -> str | None:
-    """Return the adapter of the phase that writes, if all phases of the workflow name theirs."""
+    """Return the adapter of the phase that writes, if all phases of the workflow specify an adapter."""
     phases = workflows.get(workflow_of(task, root) or "", ())
     if not phases or any(phase.adapter is None for phase in phases):
         return None
@@ -141,7 +141,7 @@ def _named(root: Node) -> Iterator[Node]:
 
 
 def make_trial_request(task: str, prompt: str, home: Path = _NOWHERE / "home") -> SessionRequest:
-    """Return a request to check the command of an adapter; its paths don't exist, except possibly the home."""
+    """Return a request for checking an adapter's command; except for `home`, its paths don't exist."""
     return SessionRequest(
         run="run",
         task=task,
@@ -174,9 +174,9 @@ def possible_adapters(
     """Return all adapters that may run a task or its phases, by task index."""
     found: dict[int, list[str]] = {}
     for index, task in iter_task_nodes(root):
-        told = task.get("fallback") or root.get("defaults", "fallback")
+        fallback = task.get("fallback") or root.get("defaults", "fallback")
         phases = workflows.get(workflow_of(task, root) or "", ())
-        names = [assigned.get(index), *(one.value for one in iter_items(told))]
+        names = [assigned.get(index), *(one.value for one in iter_items(fallback))]
         names += [name for phase in phases for name in (phase.adapter, *phase.fallback)]
         found[index] = [name for name in dict.fromkeys(names) if isinstance(name, str)]
     return found
@@ -212,8 +212,8 @@ def _try_command(name: str, adapter: Adapter, request: SessionRequest) -> None:
         with plugin_code(RefusedError):
             argv = adapter.command(request).argv
     except PluginFailed as failed:
-        what = f"the adapter {quote_text(name)} can't make its command, {failed}"
+        what = f"the adapter {quote_text(name)} failed to build its command: {failed}"
         raise RefusedError(what, "update its plugin, or use another adapter") from failed
     if not argv or not all(isinstance(part, str) for part in argv):
-        what = f"the adapter {quote_text(name)} makes a command that is not of text: {argv!r}"
+        what = f"the adapter {quote_text(name)} built a command with values other than strings: {argv!r}"
         raise RefusedError(what, "update its plugin, or use another adapter")

@@ -29,8 +29,8 @@ COMMAND_OPTIONS: Final[Mapping[str, str]] = {
     "max_retries": "--max-retries",
 }
 
-#: (short, long, times): `short` must fit `times` into `long`. Two heartbeats may be lost before a claim expires, and an
-#: owner on this machine that may be alive does not lose its claim earlier than one on another machine.
+#: (short, long, times): `long` must be at least `times` times `short`. Two heartbeats may be lost before a claim
+#: expires, and a possibly live owner on this machine does not lose its claim earlier than an owner on another machine.
 _DURATION_RULES: Final = (("heartbeat_interval", "stale_after", 3), ("stale_after", "owner_stale_after", 1))
 _BOOLEANS: Final = {"true": True, "1": True, "false": False, "0": False}
 _WHOLE: Final = re.compile("[0-9]{1,15}")
@@ -39,7 +39,7 @@ _MILLISECONDS: Final = 1000
 
 @dataclass(frozen=True, slots=True)
 class CoordinationOverrides:
-    """Overrides of the `coordination` settings of a run; None: not overridden. Durations are in seconds."""
+    """Overrides for the `coordination` settings of a run; None: not overridden. Durations are in seconds."""
 
     enabled: bool | None = None
     heartbeat_interval: float | None = None
@@ -55,7 +55,7 @@ class CoordinationOverrides:
 
 
 class DurationConflict(NamedTuple):
-    """A duration that does not fit `times` into another one, by their keys."""
+    """Two keys of durations: `long` is less than `times` times `short`."""
 
     short: str
     long: str
@@ -70,14 +70,14 @@ def find_duration_conflicts(config: CoordinationSettings) -> Iterator[DurationCo
 
 
 def explain_duration_conflict(conflict: DurationConflict, config: CoordinationSettings) -> tuple[str, str]:
-    """Return the problem and its remedy, in terms of the config file."""
+    """Return the problem and its remedy, with the keys of the config file."""
     return _explain(conflict, config, {})
 
 
 def read_environment(environ: Mapping[str, str]) -> CoordinationOverrides:
     """Return the overrides from the environment; empty variables are ignored.
 
-    Raises RefusedError that names each invalid variable and its remedy.
+    Raises RefusedError that lists each invalid variable with its remedy.
     """
     values: dict[str, Any] = {}
     invalid: list[tuple[str, str]] = []
@@ -88,7 +88,7 @@ def read_environment(environ: Mapping[str, str]) -> CoordinationOverrides:
         try:
             values[key] = _read(key, text)
         except ValueError as error:
-            invalid.append((f"{name} can't be {quote_text(text)}", str(error)))
+            invalid.append((f"invalid value {quote_text(text)} of {name}", str(error)))
     raise_combined_refusal(invalid, "correct these variables, or unset them")
     return CoordinationOverrides(**values)
 
@@ -96,16 +96,16 @@ def read_environment(environ: Mapping[str, str]) -> CoordinationOverrides:
 def _read(key: str, text: str) -> float | bool:
     if key == "enabled":
         if text.lower() not in _BOOLEANS:
-            raise ValueError("write true or false")
+            raise ValueError("use true or false")
         return _BOOLEANS[text.lower()]
     number = int(text) if _WHOLE.fullmatch(text) else -1
     if key == "max_retries":
         if not 0 <= number <= MAX_RETRIES:
-            raise ValueError(f"write a whole number from 0 to {MAX_RETRIES}, such as 3")
+            raise ValueError(f"use a whole number from 0 to {MAX_RETRIES}, such as 3")
         return number
     if not 0 < number <= MAX_DURATION * _MILLISECONDS:
         default = _milliseconds(getattr(CoordinationSettings(), key))
-        raise ValueError(f"write milliseconds as a whole number above 0, such as {default}")
+        raise ValueError(f"use a positive whole number of milliseconds, such as {default}")
     return number / _MILLISECONDS
 
 
@@ -114,7 +114,7 @@ def resolve_coordination(
 ) -> CoordinationSettings:
     """Return the `config` of a run, overridden by the environment and then by a command's `options`.
 
-    Raises RefusedError that names each invalid variable, or the conflicting settings.
+    Raises RefusedError that lists all invalid variables, or the conflicting settings.
     """
     from_environment, from_options = read_environment(environ).given(), {} if options is None else options.given()
     names = {
@@ -129,7 +129,7 @@ def resolve_coordination(
 
 
 def apply_max_retries(config: RunConfig, coordination: CoordinationSettings) -> RunConfig:
-    """Return a run with `max_retries` + 1 attempts for each task without `attempts` of its own.
+    """Return a run with `max_retries` + 1 attempts for each task without its own `attempts`.
 
     If `max_retries` is not set, the run is returned unchanged.
     """
@@ -145,18 +145,18 @@ def apply_max_retries(config: RunConfig, coordination: CoordinationSettings) -> 
 
 
 def _explain(conflict: DurationConflict, config: CoordinationSettings, names: Mapping[str, str]) -> tuple[str, str]:
-    """Return the problem and its remedy; `names` has the variable or option of each key not set in the config file."""
+    """Return the problem and its remedy; `names` has the variable or option that overrides each key, if any."""
     short, long = getattr(config, conflict.short), getattr(config, conflict.long)
     limit = {1: "", 3: "a third of "}[conflict.times]
     subject, other = (_named(key, config, names) for key in (conflict.short, conflict.long))
     what = f"{subject} is more than {limit}{other}"
-    # A user who set one of the two in a source can set the other one there too.
+    # The remedy for each setting refers to the source of that setting, which the user can change.
     sources = (
         names.get(conflict.short, names.get(conflict.long, "")),
         names.get(conflict.long, names.get(conflict.short, "")),
     )
     at_most = math.floor(long * _MILLISECONDS / conflict.times) / _MILLISECONDS
-    remedy = f"write at most {_written(conflict.short, at_most, sources[0])}"
+    remedy = f"use at most {_written(conflict.short, at_most, sources[0])}"
     return what, f"{remedy}, or at least {_written(conflict.long, short * conflict.times, sources[1])}"
 
 

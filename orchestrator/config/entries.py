@@ -25,7 +25,7 @@ from orchestrator.domain.workflow.mediation import TRANSFORMATIONS
 from orchestrator.protocols import PluginType, SinkType, TrackerType
 
 ExplainMissing = Callable[[str], str | None]
-"""Returns why a type of this name may be missing; None if unknown."""
+"""Returns the reason why a type of this name may be missing; None if unknown."""
 
 
 def _unexplained(_name: str) -> str | None:
@@ -34,7 +34,7 @@ def _unexplained(_name: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Extensions:
-    """Config extensions from plugins, except adapters, and reasons for missing types."""
+    """Config extensions from plugins except adapters, with reasons for missing types."""
 
     sinks: Mapping[str, SinkType] = field(default_factory=dict)
     trackers: Mapping[str, TrackerType] = field(default_factory=dict)
@@ -66,9 +66,9 @@ def read_entries(
     explain: ExplainMissing,
     problems: Problems,
 ) -> Iterator[PluginEntry[SettingsT]]:
-    """Yield the valid entries of the section `<kind>s`, and report mistakes in the options of all entries.
+    """Yield the valid entries of the section `<kind>s`, and report errors in the options of all entries.
 
-    `common` has the keys of all entries of the section; schema validation reports mistakes in them.
+    `common` has the keys of all entries of the section, whose errors schema validation reports.
     """
     own = common.model_fields.keys()
     for name, node in _nodes(root, f"{kind}s"):
@@ -88,13 +88,13 @@ def read_entries(
 
 
 def read_sinks(root: Node, folder: Path, extensions: Extensions, problems: Problems) -> dict[str, SinkConfig]:
-    """Return the valid sinks, and report mistakes of all other ones."""
+    """Return the valid sinks, and report errors in the others."""
     read = read_entries(root, "sink", extensions.sinks, SinkSettings, folder, extensions.explain, problems)
     return {name: SinkConfig(**dict(settings), options=options) for name, _, settings, options in read}
 
 
 def read_trackers(root: Node, folder: Path, extensions: Extensions, problems: Problems) -> dict[str, TrackerConfig]:
-    """Return the valid trackers, and report mistakes of all other ones."""
+    """Return the valid trackers, and report errors in the others."""
     read = read_entries(root, "tracker", extensions.trackers, TrackerSettings, folder, extensions.explain, problems)
     return {name: TrackerConfig(**dict(settings), options=options) for name, _, settings, options in read}
 

@@ -1,4 +1,4 @@
-"""Configure a run from the command line: from prompts with or without a file, or by options that change a config."""
+"""Configure a run from the command line: by prompts with or without a file, or by options that change a config."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from orchestrator.domain.wording import join_names, suggest, suggest_similar
 from orchestrator.errors import PluginFailed, RefusedError, plugin_code
 from orchestrator.protocols import AdapterType, JsonObject
 
-#: The number of task names in a remedy.
+#: The maximum number of task names in a remedy.
 _MOST_NAMED = 5
 #: The file name in problems if there is no file.
 INLINE_NAME = "<run>"
@@ -81,7 +81,7 @@ def check_adapter_choice(
     Valid adapters are those in the file, and installed types without required options.
     """
     named = file.value.get("adapters", {})
-    if not isinstance(named, dict):  # reported as a mistake of the file
+    if not isinstance(named, dict):  # reported as an error in the file
         return
     ready = [use for use, kind in sorted(adapter_types.items()) if has_only_optional_options(kind, folder)]
     possible = [*named, *(use for use in ready if use not in named)]
@@ -90,21 +90,21 @@ def check_adapter_choice(
         if default is None and not named and possible and not any(_is_installed(adapter_types[one]) for one in ready):
             raise no_program_error(possible)
         if default is None and len(named) != 1:
-            what = "the file has several adapters and no default" if named else "there is no file that names an adapter"
+            what = "the file has several adapters and no default" if named else "no file specifies an adapter"
             raise RefusedError(what, _choices(possible))
         return
     if wanted in possible:
         return
     what = f"there is no adapter {wanted!r}"
     if wanted in adapter_types:
-        what = f"{wanted!r} takes options, which only a file can give"
+        what = f"{wanted!r} needs options, which only a file can provide"
     raise RefusedError(what, suggest(wanted, possible, "possible ones") if possible else _choices([]))
 
 
 def no_program_error(adapters: Iterable[str]) -> RefusedError:
     """Return the error if no program of any adapter is on PATH, and there is no config file."""
-    remedy = "install one, or write a council.yaml with an adapter of `use: command`, which runs any program"
-    return RefusedError(f"no CLI is on PATH that an adapter runs ({', '.join(adapters)})", remedy)
+    remedy = "install one, or create a council.yaml with an adapter of `use: command`, which runs any program"
+    return RefusedError(f"no supported CLI is on PATH (adapters: {', '.join(adapters)})", remedy)
 
 
 def _is_installed(adapter_type: AdapterType) -> bool:
@@ -114,13 +114,15 @@ def _is_installed(adapter_type: AdapterType) -> bool:
             programs = adapter_type(adapter_type.Options.model_validate({})).programs()
             return all(shutil.which(one.name) is not None for one in programs)
     except PluginFailed:
-        return True  # its mistakes are reported where it is used
+        return True  # its errors are reported where it is used
 
 
 def _choices(possible: Sequence[str]) -> str:
     if not possible:
-        return "write a council.yaml with `adapters:` (`council init`), since no installed type works without options"
-    return f"name one by --adapter: {', '.join(possible)}"
+        return (
+            "create a council.yaml with `adapters:` (`council init`), because no installed type works without options"
+        )
+    return f"choose one with --adapter: {', '.join(possible)}"
 
 
 def _without(node: Node, key: str) -> Node:
@@ -136,14 +138,14 @@ def _overlay(below: Node, above: Node) -> Node:
 
 
 def select_tasks(config: RunConfig, names: Sequence[str]) -> RunConfig:
-    """Return a run of these tasks and their direct and indirect needs, in file order.
+    """Return a run of these tasks with their direct and indirect needs, in file order.
 
-    It has no trackers. Raises RefusedError for an unknown task.
+    The run has no trackers. Raises RefusedError for an unknown task.
     """
     tasks = {task.id: task for task in config.tasks}
     for name in names:
         if name not in tasks:
-            remedy = suggest_similar(name, tasks) or f"name one of: {join_names(tasks, _MOST_NAMED)}"
+            remedy = suggest_similar(name, tasks) or f"use one of: {join_names(tasks, _MOST_NAMED)}"
             raise RefusedError(f"the file has no task {name!r}", remedy)
     wanted = list(dict.fromkeys(names))
     for name in wanted:
@@ -153,7 +155,7 @@ def select_tasks(config: RunConfig, names: Sequence[str]) -> RunConfig:
 
 
 def with_capacity(config: RunConfig, capacity: int) -> RunConfig:
-    """Return a run with another capacity, and the default number of worktree slots adjusted to it."""
+    """Return a run with another capacity, and a default number of worktree slots adjusted to it."""
     worktrees = config.worktrees
     if worktrees.max == default_slot_count(config.capacity):
         worktrees = worktrees.model_copy(update={"max": default_slot_count(capacity)})

@@ -21,8 +21,8 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def _docstrings(model: type[BaseModel]) -> Iterator[tuple[str, str]]:
-    """Yield the fields of a model that have a docstring, and of the settings that it inherits from."""
-    # Pydantic would extract them when a class is created, which takes longer than any other part of most commands.
+    """Yield the documented fields of a model with their docstrings, including inherited ones."""
+    # Pydantic would extract docstrings when creating classes, which takes longer than any other part of most commands.
     for cls in reversed([each for each in model.__mro__ if issubclass(each, Settings)]):
         body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
         for field, text in pairwise(body.body if isinstance(body, ast.ClassDef) else ()):
@@ -50,7 +50,7 @@ class _Generator(GenerateJsonSchema):
             return made
         if isinstance(default, tuple | frozenset):
             default = sorted(default) if isinstance(default, frozenset) else [*default]
-        elif type(default) in {int, float}:  # which may be written with a unit
+        elif type(default) in {int, float}:  # may have a unit in the file
             default = SchemaSerializer(schema["schema"]).to_python(default, mode="json", context=TO_FILE)
         return {**made, "default": default}
 
@@ -82,7 +82,7 @@ def file_schema(adapter_types: Mapping[str, AdapterType]) -> JsonObject:
 
 
 def _options(use: str, options: type[BaseModel], common: Mapping[str, Any]) -> Iterator[tuple[str, JsonObject]]:
-    """Yield the definition of a type's options plus the common adapter keys, and the definitions that it refers to."""
+    """Yield the definition of a type's options with the common adapter keys, and all definitions it refers to."""
     schema = _schema_of(options, f"use.{use}.")
     yield from ((f"use.{use}.{name}", definition) for name, definition in schema.pop("$defs", {}).items())
     schema["properties"] = {**dict.fromkeys(common, True), **schema.get("properties", {})}

@@ -1,4 +1,4 @@
-"""Load a config file into a resolved run, or report every mistake in it."""
+"""Load a config file into a resolved run, or report all errors in it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def load_config(
 ) -> RunConfig:
     """Return the run that a file describes, with its prompt files read. Blocks.
 
-    `extensions` has the types of sinks and trackers. Raises ConfigError with all mistakes, in file order.
+    `extensions` has the types of sinks and trackers. Raises ConfigError with all errors, in file order.
     """
     problems = Problems(path)
     text = _read_text(path, problems)
@@ -53,7 +53,7 @@ def load_config(
 
 
 def read_digest(path: Path) -> str | None:
-    """Return the digest of a file as in `RunConfig.digest`; None if it can't be read. Blocks."""
+    """Return the digest of a file as in `RunConfig.digest`; None if it is unreadable. Blocks."""
     text = _read_text(path, Problems(path))
     return None if text is None else _digest(text)
 
@@ -71,7 +71,7 @@ def load_value(
 ) -> RunConfig:
     """Return the run that a mapping with the structure of a file describes; paths are relative to `folder`.
 
-    Raises ConfigError with all mistakes, located by `name` instead of a file and by a path such as `tasks[0].prompt`.
+    Raises ConfigError with all errors, located by `name` instead of a file, and by paths such as `tasks[0].prompt`.
     """
     problems = Problems(name)
     return build_run_config(
@@ -86,7 +86,7 @@ def build_run_config(
     extensions: Extensions,
     problems: Problems,
 ) -> RunConfig:
-    """Return the run that `read` returns for `path`; raise ConfigError if `problems` has any entry afterwards."""
+    """Return the run that `read` returns for `path`; raise ConfigError if it reports any problems."""
     try:
         root = read()
         config = _read_run(root, path, adapter_types, extensions, problems) if root is not None else None
@@ -98,7 +98,7 @@ def build_run_config(
 
 
 def read_file(path: Path, problems: Problems) -> Node | None:
-    """Return the top mapping of a file; None if it can't be parsed. Mistakes are added to `problems`."""
+    """Return the top mapping of a file; None if it can't be parsed. Errors are added to `problems`."""
     text = _read_text(path, problems)
     return read_document(text, problems) if text is not None else None
 
@@ -108,15 +108,13 @@ def _read_text(path: Path, problems: Problems) -> str | None:
         with open_regular_file(path) as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
-        problems.add(_START, "file not found", "name an existing file, or write one with `council init`")
+        problems.add(_START, "file not found", "use an existing file, or create one with `council init`")
         return None
     except OSError as error:
-        problems.add(
-            _START, f"the file can't be read, {(error.strerror or str(error)).lower()}", "name a readable file"
-        )
+        problems.add(_START, f"can't read the file: {(error.strerror or str(error)).lower()}", "use a readable file")
         return None
     if len(data) > MAX_FILE_BYTES:
-        problems.add(_START, "the file is larger than 8 MiB", "move prompts into files of their own (prompt_file)")
+        problems.add(_START, "the file is larger than 8 MiB", "move prompts into separate files (prompt_file)")
         return None
     try:
         return data.decode("utf-8-sig")
@@ -186,7 +184,7 @@ def _resolve(task: Task, file: Config, prompt: str, adapter: str) -> TaskSpec:
     given |= {"prompt": prompt, "adapter": adapter, "workflow": workflow, "fallback": _fallback(task, defaults)}
     given["context"] = {} if workflow is None else {**file.context, **task.context}
     given.pop("prompt_file", None)
-    # Its parts are valid: validating them again would take most of the time of a large file.
+    # The parts are already valid: validating them again would take most of the time for a large file.
     return TaskSpec.model_construct(**given)
 
 
@@ -195,7 +193,7 @@ def _given(settings: Settings) -> dict[str, Any]:
 
 
 def _fallback(task: Task, defaults: TaskSettings) -> tuple[str, ...]:
-    """Return the fallback adapters of a task; its own adapter is removed from the default list."""
+    """Return the fallback adapters of a task; its main adapter is removed from the default list."""
     if "fallback" in task.model_fields_set:
         return task.fallback
     return tuple(name for name in defaults.fallback if task.adapter is None or name != task.adapter)
@@ -208,7 +206,7 @@ def _worktrees(file: Config) -> WorktreeSettings:
 
 
 def default_slot_count(capacity: int) -> int:
-    """Return the default number of worktree slots: at least one more than sessions, for checks."""
+    """Return the default number of worktree slots: one per session, and more for checks."""
     return min(max(WorktreeSettings().max, capacity + 1), MAX_WORKTREES)
 
 

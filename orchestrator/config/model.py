@@ -26,11 +26,11 @@ class RunConfig(ResolvedSettings):
     """The resolved config of one run."""
 
     path: Annotated[Path, Field(strict=False)]
-    """The absolute path of the config file; without a file, the run's name in the folder that paths are relative to."""
+    """The absolute path of the config file; without a file, the run's name in the base folder of relative paths."""
     texts: Annotated[tuple[Annotated[Path, Field(strict=False)], ...], Field(strict=False)] = ()
     """The prompt and schema files; absolute, with symlinks resolved."""
     digest: str | None = None
-    """The SHA-256 of the config file; None without a file, and if it names prompt or schema files."""
+    """The SHA-256 of the config file; None without a file, or if it refers to prompt or schema files."""
     state: StateSettings = Field(default_factory=StateSettings)
     """The state store."""
     tasks: Annotated[tuple[TaskSpec, ...], Field(strict=False)]
@@ -58,7 +58,7 @@ class RunConfig(ResolvedSettings):
     def adapters_of(self, task: TaskSpec) -> tuple[str, ...]:
         """Return the names of all adapters that may run a phase of a task, or of tasks that its plan creates."""
         workflows = [task.workflow]
-        for name in workflows:  # grows: includes the workflows of tasks that plans create
+        for name in workflows:  # the list grows by the workflows of tasks that plans create
             expansions = [phase.expand for phase in self.phases_of(name) if phase.expand is not None]
             workflows += dict.fromkeys(each.workflow for each in expansions if each.workflow not in workflows)
         phases = [phase for name in workflows for phase in self.phases_of(name)]
@@ -82,8 +82,8 @@ def restore_options(
 ) -> tuple[PluginType[T], BaseModel]:
     """Return the type and options of a stored adapter, sink or tracker, without its config file.
 
-    `subject` names the entry in messages. Raises RefusedError if its plugin is no longer installed, with the reason
-    `why` if known, or if the type no longer accepts these options.
+    `subject` is the name of the entry in messages. Raises RefusedError if its plugin is no longer installed, with the
+    reason `why` if known, or if the type no longer accepts these options.
     """
     use = stored.use
     if use not in types:
@@ -94,7 +94,7 @@ def restore_options(
     try:
         return types[use], types[use].Options.model_validate(stored.options)
     except ValidationError as error:
-        what = f"{subject} was configured for another version of {use!r} ({error.error_count()} options differ)"
+        what = f"{subject} was configured for another version of {use!r} ({error.error_count()} invalid options)"
         raise RefusedError(what, "install that version again, or start a new run") from error
 
 
@@ -117,7 +117,7 @@ def make_adapters(configs: Mapping[str, AdapterConfig], adapter_types: Mapping[s
 
 
 def used_adapters(config: RunConfig, adapter_types: Mapping[str, AdapterType]) -> dict[str, Adapter]:
-    """Return the adapters that the tasks of a config use, created from stored configs as on resume."""
+    """Return the adapters that the tasks of a config use, created from stored configs as in a resume."""
     used = {name for task in config.tasks for name in config.adapters_of(task)}
     stored = {name: entry.to_stored() for name, entry in config.adapters.items() if name in used}
     return make_adapters(restore_adapters(stored, adapter_types), adapter_types)

@@ -1,4 +1,4 @@
-"""List the permissions that a config requests beyond the defaults, for confirmation by a person."""
+"""List the permissions that a config requests beyond the defaults, for confirmation by a user."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def list_permission_requests(config: RunConfig, inside: Path) -> tuple[str, ...]
     """Return the requested permissions, one line each, in the order of the config keys.
 
     `inside` is the top of the checkout with the config file. Tasks, inline prompts, commands of checks and worktrees,
-    limits, branches and programs without a path request nothing, because they run in the sandbox.
+    limits, branches and programs without a path need no permission, because they are limited by the sandbox.
     """
     return tuple(dict.fromkeys(_requests(config, inside)))
 
 
 def _requests(config: RunConfig, inside: Path) -> Iterator[str]:
     if config.is_url:
-        yield f"repo: {config.repo} (fetch from it and push to it with your login)"
+        yield f"repo: {config.repo} (fetch and push with your credentials)"
     elif not Path(config.repo).is_relative_to(inside.resolve()):
-        yield f"repo: {config.repo} (outside of {inside})"
+        yield f"repo: {config.repo} (outside {inside})"
     for path in config.texts:
         if not path.is_relative_to(inside.resolve()):
             yield f"prompt_file or schema: {path} (its content is passed to sessions)"
@@ -77,14 +77,14 @@ def _adapter(at: str, adapter: AdapterConfig) -> Iterator[str]:
         written = options.get(key)
         program = written[0] if isinstance(written, list) and written else written
         if isinstance(program, str) and "/" in program:
-            yield f"{at}{key}: {program} (run to ask for its version, without a sandbox)"
+            yield f"{at}{key}: {program} (run without a sandbox, to get its version)"
     match options.get("env"):
         case list(names):
-            # A program needs its home to find its settings; the sandbox decides which files there it can read.
+            # A program needs its home to find its settings; the sandbox limits which files there are readable.
             yield from _variables(f"{at}env", [str(name) for name in names if name != "HOME"])
         case dict(values):
             for name, value in values.items():
-                yield f"{at}env: {name}={value} (set for its program, also without a sandbox)"
+                yield f"{at}env: {name}={value} (set for its program, even without a sandbox)"
 
 
 def _access(at: str, access: PathAccess) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Check references between parts of a config file, and to files and folders outside.
 
-Each check works on raw nodes, so that one mistake does not hide another: values of the wrong type are skipped here,
-because schema validation reports them.
+Each check works on raw nodes, so that one error does not hide another. Values of invalid types are skipped, because
+schema validation reports them.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def iter_task_nodes(root: Node) -> Iterator[tuple[int, Node]]:
 
 
 def check_size(root: Node, problems: Problems) -> bool:
-    """Report too many tasks; return False then, to skip all other checks."""
+    """Return whether the number of tasks is allowed; otherwise report it, and skip all other checks."""
     tasks = root.get("tasks")
     if tasks is None or len(tasks.children) <= MAX_TASKS:
         return True
-    problems.add(tasks.at, f"there are {len(tasks.children)} tasks", f"split them into runs of at most {MAX_TASKS}")
+    problems.add(tasks.at, f"too many tasks: {len(tasks.children)}", f"split them into runs of at most {MAX_TASKS}")
     return False
 
 
@@ -55,7 +55,7 @@ def _check_required_sections(root: Node, problems: Problems) -> None:
     if tasks is None:
         problems.add(root.at, "the key 'tasks' is missing", "add `tasks:` here")
     elif tasks.value == []:
-        problems.add(tasks.at, "tasks is an empty list", "give at least 1")
+        problems.add(tasks.at, "tasks is an empty list", "add at least 1")
 
 
 def _check_empty_keys(root: Node, problems: Problems) -> None:
@@ -90,19 +90,19 @@ def _check_folder(root: Node, folder: Path, problems: Problems) -> None:
         is_folder = False
     if not is_folder:
         problems.add(
-            repo.at, f"there is no folder {quote_text(repo.value)}", "write a path relative to this file, or a URL"
+            repo.at, f"there is no folder {quote_text(repo.value)}", "use a path relative to this file, or a URL"
         )
 
 
 def _check_state(root: Node, problems: Problems) -> None:
-    """Report a store that is given twice, and an invalid folder."""
+    """Report duplicate settings of the store, and an invalid folder."""
     folder, state = root.get("state_dir"), root.get("state")
     if folder is None:
         return
     if state is not None and (isinstance(state.value, str) or state.get("url") is not None):
-        problems.add(folder.at, "`state` already names the store", "remove one of them")
+        problems.add(folder.at, "`state` already sets the store", "remove one of the two")
     if isinstance(folder.value, str) and "\0" in folder.value:
-        problems.add(folder.at, "a path can't contain a NUL character", "write a path relative to this file")
+        problems.add(folder.at, "a path can't contain a NUL character", "use a path relative to this file")
 
 
 def _check_coordination(root: Node, problems: Problems) -> None:
@@ -127,12 +127,12 @@ def _check_network(root: Node, problems: Problems) -> None:
     is_limited = network.value == "off" or isinstance(network.value, dict)
     if is_limited and sandbox.value == "off":
         written = "off" if network.value == "off" else "{allow: …}"
-        what = f"`network: {written}` needs a sandbox, and there is none with `sandbox: off`"
-        problems.add(network.at, what, "write `sandbox: auto`, or `network: on`")
+        what = f"`network: {written}` needs a sandbox, but `sandbox: off` disables it"
+        problems.add(network.at, what, "use `sandbox: auto`, or `network: on`")
 
 
 def _check_copied_files(root: Node, problems: Problems) -> None:
-    """Report duplicate files to copy or link, and such files for a remote repository."""
+    """Report duplicate files to copy or link, and any such files for a remote repository."""
     repo = root.get("repo")
     is_remote = repo is not None and isinstance(repo.value, str) and is_url(repo.value)
     found: dict[str, Position] = {}
@@ -143,18 +143,20 @@ def _check_copied_files(root: Node, problems: Problems) -> None:
             except ValueError:
                 continue
             if is_remote:
-                what = f"`{key}` takes files from your checkout, and a repository by URL has none"
+                what = f"`{key}` needs a checkout, and a repository by URL has none"
                 problems.add(
-                    item.at, what, "create them with a command under `setup:`, or set `repo` to the path of a clone"
+                    item.at,
+                    what,
+                    "create the files with a command under `setup:`, or set `repo` to the path of a clone",
                 )
             elif path is not None and found.setdefault(path, item.at) != item.at:
-                problems.add(item.at, f"{quote_text(path)} is there already, {found[path]}", "name it once")
+                problems.add(item.at, f"{quote_text(path)} is already listed {found[path]}", "list it once")
     for path, at in found.items():
         above = next((str(one) for one in PurePosixPath(path).parents if str(one) in found), None)
         if above is not None:
             problems.add(
                 at,
-                f"{quote_text(path)} is in {quote_text(above)}, which is there already, {found[above]}",
+                f"{quote_text(path)} is in {quote_text(above)}, which is already listed {found[above]}",
                 "remove one of the two",
             )
 
@@ -175,14 +177,14 @@ def check_ids(root: Node, problems: Problems) -> None:
         name, at = first.setdefault(found.value.casefold(), (found.value, found.at))
         if at == found.at:
             continue
-        what = f"the task {quote_text(name)} is there already, {at}"
+        what = f"the task {quote_text(name)} is already defined {at}"
         if name != found.value:
             what = f"{quote_text(found.value)} differs only in case from the task {quote_text(name)} {at}"
         problems.add(found.at, what, "give each task a unique id")
 
 
 def check_needs(root: Node, problems: Problems) -> None:
-    """Report needs that are unknown, the task itself, duplicate, or part of a cycle."""
+    """Report needs that are unknown, duplicate, the task itself, or part of a cycle."""
     edges: dict[str, dict[str, Position]] = {}
     nameless = not _all_are_mappings(root)
     for _, task in iter_task_nodes(root):
@@ -190,7 +192,7 @@ def check_needs(root: Node, problems: Problems) -> None:
             edges[task.value["id"]] = {}
         else:
             nameless = True
-    # A need may refer to a task whose id can't be read.
+    # A need may refer to a task with an invalid id.
     known = edges if not nameless else None
     for _, task in iter_task_nodes(root):
         _check_needs_of(task, edges, known, problems)
@@ -205,7 +207,7 @@ def _check_needs_of(
     named: set[str] = set()
     for need in _needs(task):
         if need.value in named:
-            problems.add(need.at, f"{quote_text(need.value)} is named twice", "name it once")
+            problems.add(need.at, f"{quote_text(need.value)} is listed twice", "list it once")
         elif need.value == name:
             problems.add(need.at, f"the task {quote_text(need.value)} needs itself", "remove it from its needs")
         elif need.value in edges:
@@ -235,7 +237,7 @@ def _note_cycle(cycle: list[str], edges: Mapping[str, Mapping[str, Position]], p
 
 
 def _check_commands(root: Node, problems: Problems) -> None:
-    """Report secret keys in the commands of worktrees, which are recorded."""
+    """Report secret keys in worktree commands, which are recorded."""
     steps = iter_items(root.get("worktrees", "setup"))
     commands = [step.get("run") or step for step in steps]
     for key in ("before_run", "after_run", "teardown"):
@@ -254,7 +256,9 @@ def _check_mcp_servers(root: Node, problems: Problems) -> None:
     for server in servers.children.values() if servers is not None else ():
         command, url = server.get("command"), server.get("url")
         if isinstance(server.value, dict) and (command is None) == (url is None):
-            what = "the server has neither command nor url" if command is None else "there are both command and url"
+            what = (
+                "the server has neither command nor url" if command is None else "the server has both command and url"
+            )
             problems.add(server.at, what, "add `command:` or `url:`" if command is None else "keep one of the two")
         for item in (*iter_items(command), *([] if url is None else [url])):
             if isinstance(item.value, str):
@@ -262,10 +266,10 @@ def _check_mcp_servers(root: Node, problems: Problems) -> None:
 
 
 def reject_secret(node: Node, text: str, what: str, env: str, problems: Problems) -> None:
-    """Report an apparent secret in a recorded text; `env` is the key for variable names instead."""
+    """Report an apparent secret in a recorded text; `env` is the key for variable names to use instead."""
     if has_secret_key(text):
-        remedy = f"remove it, and pass a variable by its name under {env}"
-        problems.add(node.at, f"the {what} contains an apparent secret key, and {what}s are recorded", remedy)
+        remedy = f"remove the key, and pass a variable by name under {env}"
+        problems.add(node.at, f"the {what} seems to contain a secret key, and {what}s are recorded", remedy)
 
 
 def _refuse_key_in_prompt(node: Node, prompt: str, problems: Problems) -> None:
@@ -273,13 +277,13 @@ def _refuse_key_in_prompt(node: Node, prompt: str, problems: Problems) -> None:
 
 
 def read_prompts(root: Node, folder: Path, problems: Problems) -> dict[int, str]:
-    """Return the prompt of each task by index, read from its file if it names one."""
+    """Return the prompt of each task by index, read from its file if specified."""
     prompts: dict[int, str] = {}
     read = functools.cache(read_prompt)
     for index, task in iter_task_nodes(root):
         prompt, file = task.get("prompt"), task.get("prompt_file")
         if prompt is not None and file is not None:
-            problems.add(task.keys["prompt_file"], "there are both prompt and prompt_file", "keep one of the two")
+            problems.add(task.keys["prompt_file"], "the task has both prompt and prompt_file", "keep one of the two")
         elif prompt is not None:
             if isinstance(prompt.value, str):
                 prompts[index] = prompt.value
@@ -296,7 +300,7 @@ def read_prompts(root: Node, folder: Path, problems: Problems) -> dict[int, str]
 
 
 def check_references(root: Node, folder: Path, problems: Problems) -> None:
-    """Report mistakes of all kinds but in prompts; relative paths start from `folder`."""
+    """Report all errors except those in prompts; relative paths start from `folder`."""
     _check_folder(root, folder, problems)
     for check in (
         _check_required_sections,

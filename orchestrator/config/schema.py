@@ -1,6 +1,6 @@
-"""Pydantic models of the config file as users write it, before cross-references are checked.
+"""Pydantic models of the config file as written, before cross-references are checked.
 
-Settings that runs record are in `orchestrator.domain.settings`; here are the parts that only a file has.
+Settings that runs record are in `orchestrator.domain.settings`; this module has the parts that occur only in files.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAX_PHASES = 50
 
 def _check_version(version: int) -> int:
     if version != 1:
-        raise InvalidValue(f"unsupported version {version}", "write 1")
+        raise InvalidValue(f"unsupported version {version}", "use 1")
     return version
 
 
@@ -45,12 +45,12 @@ def _phase(value: Any) -> Any:
             name, settings = next(iter(value.items()))
             if settings is not None:
                 return value
-            raise InvalidValue(f"the phase {quote_text(str(name))} is empty", f"write `- {name}`, or its keys")
+            raise InvalidValue(f"the phase {quote_text(str(name))} is empty", f"use `- {name}`, or add its keys")
         case dict() if value and next(iter(value.values())) is None:
             what = f"the keys of the phase {quote_text(str(next(iter(value))))} are at the level of its name"
             raise InvalidValue(what, "indent them further")
     what = f"a phase can't be {describe_value(value)}"
-    raise InvalidValue(what, "write `- NAME: {…}`, one name with the keys of the phase")
+    raise InvalidValue(what, "use `- NAME: {…}`, one name with the keys of the phase")
 
 
 _PHASE = BeforeValidator(
@@ -69,38 +69,38 @@ class Task(TaskSettings):
     id: Name
     """The task's name within the run."""
     prompt: Prompt | None = None
-    """The prompt for the CLI; or use `prompt_file`."""
+    """The prompt for the CLI; alternatively use `prompt_file`."""
     prompt_file: NotEmpty | None = None
     """A file with the prompt, relative to this one."""
     needs: Annotated[Strings, Field(json_schema_extra={"uniqueItems": True})] = ()
     """The tasks that must land before this one starts."""
     owns: Annotated[tuple[PathPattern, ...], Field(strict=False)] = ()
-    """Patterns of the paths that it may change; tasks with overlapping patterns never run at the same time."""
+    """Patterns of the paths that it may change; tasks with overlapping patterns never run concurrently."""
     context: Context = Field(default_factory=dict)
-    """Values for the phases of its workflow, in addition to the file's."""
+    """Values for the phases of its workflow, in addition to the file's `context`."""
 
 
 class AdapterSettings(run_settings.AdapterSettings):
-    """An adapter; keys not listed here are options of its kind."""
+    """An adapter; other keys are options of its type."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Any]
 
     @classmethod
     def of(cls, use: str, options: BaseModel, **settings: Any) -> Self:
-        """Return the settings of an adapter of kind `use`, given an instance of its `Options`."""
+        """Return the settings of an adapter of type `use`, given an instance of its `Options`."""
         return cls.model_validate({"use": use, **options.model_dump(exclude_unset=True), **settings})
 
 
 class SinkSettings(run_settings.SinkSettings):
-    """A sink that receives events; keys not listed here are options of its kind."""
+    """A sink that receives events; other keys are options of its type."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Any]
 
 
 class TrackerSettings(run_settings.TrackerSettings):
-    """An external task list; keys not listed here are options of its kind."""
+    """An external task list; other keys are options of its type."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Any]
@@ -139,7 +139,7 @@ class Config(SandboxSettings, RunSettings, _Versioned):
     adapters: Annotated[
         dict[Name, AdapterSettings], Field(min_length=1, json_schema_extra={"additionalProperties": False})
     ] = Field(default_factory=dict)
-    """Adapters by name; kinds that need no options can be used without an entry."""
+    """Adapters by name; types that need no options can be used without an entry."""
     state: Annotated[StateSettings, _STORE] = Field(default_factory=StateSettings)
     """The state store. Default: .council/state of the repository."""
     state_dir: NotEmpty | None = None

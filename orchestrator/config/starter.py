@@ -1,4 +1,4 @@
-"""Generate a starter config file from detected repository and program facts."""
+"""Generate a starter config file from facts about the repository and installed programs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _OLD_WORDS: Final = frozenset({"y", "n", "yes", "no", "on", "off"})
 
 @dataclass(frozen=True, slots=True)
 class StarterAdapter:
-    """A ready adapter: the name of its type, and a description of its programs."""
+    """A usable adapter: the name of its type, and a description of its programs."""
 
     use: str
     found: str
@@ -27,7 +27,7 @@ class StarterAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Starter:
-    """The contents of a starter file; `repo` is relative to it. Without adapters it gets a placeholder program."""
+    """The contents of a starter file; `repo` is relative to the file. Without adapters, it has a placeholder."""
 
     repo: str
     base: str
@@ -35,13 +35,13 @@ class Starter:
     check: str | None
     """The shell command that runs the repository's tests."""
     before: str | None
-    """A command that may be needed before it."""
+    """A command that may have to run before `check`."""
     setup: str | None
     """The shell command that sets up a fresh checkout."""
     inputs: Sequence[str]
     """The files that `setup` depends on."""
     missing: str | None
-    """Missing requirements of both on this machine."""
+    """The missing requirements of `check` and `setup` on this machine."""
     schema: str | None
     """The path of the JSON Schema, relative to the file."""
 
@@ -68,7 +68,7 @@ def _lines(starter: Starter) -> Iterator[str]:
     yield ""
     yield "defaults:"
     if len(starter.adapters) > 1:
-        yield _commented(f"  adapter: {scalar(starter.adapters[0].use)}", "tasks can name another one")
+        yield _commented(f"  adapter: {scalar(starter.adapters[0].use)}", "tasks can use another one")
     yield _commented("  timeout: 30m", "wall clock, per session")
     yield _commented("  attempts: 3", "attempts per task")
     yield from _checks(starter)
@@ -104,7 +104,7 @@ def _checks(starter: Starter) -> Iterator[str]:
         return
     comment = "# " if starter.missing is not None else ""
     if starter.missing is not None:
-        yield f"  # The tests can't be run here: {_one_line(starter.missing)}"
+        yield f"  # The tests can't run here: {_one_line(starter.missing)}"
     yield _commented(f"  {comment}checks:", "must succeed on the merged tree")
     yield f"  {comment}  - {scalar(starter.check)}"
     if starter.before is not None:
@@ -144,7 +144,7 @@ def _one_line(text: str) -> str:
 
 
 def scalar(text: str) -> str:
-    """Return text as a YAML scalar on one line: plain if it reads back unchanged, else double-quoted."""
+    """Return text as a YAML scalar on one line: plain if it can be read back unchanged, else double-quoted."""
     looks_plain = text and set(text) <= _PLAIN and text[0] not in _STARTS and text.lower() not in _OLD_WORDS
     if looks_plain and resolve_plain(text) == text:
         return text

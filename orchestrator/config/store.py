@@ -19,10 +19,10 @@ _SCHEME = re.compile(STORE_PATTERN)
 
 
 def check_store_url(url: str) -> str:
-    """Validate the URL of a store; raise ValueError. Installed plugins determine the known schemes."""
+    """Return the URL of a store if valid, else raise ValueError; known schemes depend on installed plugins."""
     if not _SCHEME.match(url):
         raise InvalidValue(
-            f"{quote_text(url)} is not a store URL", "write file:///a/folder or memory:, or set `state_dir` to a folder"
+            f"{quote_text(url)} is not a store URL", "use file:///a/folder or memory:, or set `state_dir` to a folder"
         )
     if scheme_of(url) == "file":
         store_folder(url)
@@ -52,12 +52,12 @@ def store_folder(url: str) -> Path | None:
         parts = urlsplit("file://?")
     path = unquote(parts.path)
     if parts.netloc not in {"", "localhost"} or not path.startswith("/") or "\0" in path:
-        raise InvalidValue(f"{quote_text(url)} is not a folder on this machine", "write file:///an/absolute/path")
+        raise InvalidValue(f"{quote_text(url)} is not a folder on this machine", "use file:///an/absolute/path")
     return Path(path)
 
 
 def require_local_folder(url: str) -> Path | None:
-    """Return the folder of a `file:` URL as `store_folder` does, but raise RefusedError."""
+    """Return the folder of a `file:` URL like `store_folder`, but raise RefusedError if it is not local."""
     try:
         return store_folder(url)
     except InvalidValue as error:

@@ -20,7 +20,7 @@ def add_tracked_tasks(
 ) -> RunConfig:
     """Return the run with the tasks of its trackers (by tracker) after its own tasks.
 
-    They are equivalent to tasks in the file with the same id, prompt and needs. Raises ConfigError with all mistakes,
+    They are equivalent to tasks in the file with the same id, prompt and needs. Raises ConfigError with all errors,
     located by paths such as `trackers.todo[0].prompt`.
     """
     problems = Problems(config.path)

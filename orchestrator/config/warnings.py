@@ -22,13 +22,13 @@ _CACHES: Final = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class RepositoryPaths:
-    """Paths of the repository on this machine; None if there is none."""
+    """The paths of the repository on this machine; None if not present."""
 
     top: Path | None = None
     """The top of its checkout."""
     git_dir: Path | None = None
     target_checkout: Path | None = None
-    """The folder in which the target is checked out."""
+    """The folder where the target is checked out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +48,15 @@ def find_warnings(config: RunConfig, around: RepositoryPaths, adapters: Mapping[
     specs = [*config.tasks, *([] if config.template is None else [config.template])]
     is_checked = any(spec.checks for spec in specs)
     if config.target == config.base and around.target_checkout is not None:
-        what = f"the target {config.target!r} is also the base, and checked out in {around.target_checkout}"
-        remedy = "each landing changes the files there, and waits where they have changes; set another `target`"
-        warnings.append(ConfigWarning(what, f"{remedy} unless that is meant"))
+        what = f"the target {config.target!r} is the base, and is checked out in {around.target_checkout}"
+        remedy = "each landing updates the files there, and is deferred if they are changed; set another `target`"
+        warnings.append(ConfigWarning(what, f"{remedy} unless this is intended"))
     for path in _open_repository(config, around):
-        what = f"`writable` lets sessions write {path}, and with it the repository itself"
-        warnings.append(ConfigWarning(what, "name only the folders in it that they need, if any"))
+        what = f"`writable` lets sessions write to {path}, which contains the repository itself"
+        warnings.append(ConfigWarning(what, "list only the folders in it that sessions need, if any"))
     for path in _package_caches(config) if is_checked else ():
-        what = f"`writable` lets sessions write {path}, from which setup and checks may take programs"
-        warnings.append(ConfigWarning(what, "name it under `writable` of the adapters whose sessions need it"))
+        what = f"`writable` lets sessions write to {path}, from which setup and checks may run programs"
+        warnings.append(ConfigWarning(what, "list it under `writable` of the adapters whose sessions need it"))
     if config.worktrees.max < config.capacity:
         limit = config.worktrees.max
         what = f"`worktrees.max` is {limit} and `capacity` {config.capacity}: at most {limit} sessions can run at once"
@@ -66,11 +66,11 @@ def find_warnings(config: RunConfig, around: RepositoryPaths, adapters: Mapping[
     most = config.coordination.max_retries + 1
     if above := [spec for spec in specs if spec.attempts > most and "attempts" in spec.model_fields_set]:
         name, attempts = above[0].id, above[0].attempts
-        what = f"task {name!r} has {attempts} `attempts`, `coordination.max_retries` ends it after {most}"
+        what = f"task {name!r} has {attempts} `attempts`, but `coordination.max_retries` limits them to {most}"
         warnings.append(ConfigWarning(what, f"set `max_retries: {attempts - 1}` under `coordination:`"))
     if not is_checked:
-        what = "no task has checks: nothing proves the work"
-        warnings.append(ConfigWarning(what, "add the command of your tests as `checks:` under `defaults:`"))
+        what = "no task has checks: work lands unverified"
+        warnings.append(ConfigWarning(what, "add your test command as `checks:` under `defaults:`"))
     warnings += _repeated_fallbacks(config)
     used = dict.fromkeys(name for spec in specs for name in config.adapters_of(spec))
     unable = [repr(name) for name in used if Capability.MCP not in adapters[name].capabilities()]
@@ -82,7 +82,7 @@ def find_warnings(config: RunConfig, around: RepositoryPaths, adapters: Mapping[
 
 
 def _repeated_fallbacks(config: RunConfig) -> Iterator[ConfigWarning]:
-    """Yield a warning for each list of adapters that names an adapter twice."""
+    """Yield a warning for each list of adapters with a duplicate."""
     specs = [(repr(spec.id), spec.adapters) for spec in config.tasks]
     specs += [] if config.template is None else [("tasks of trackers", config.template.adapters)]
     specs += [
@@ -97,7 +97,7 @@ def _repeated_fallbacks(config: RunConfig) -> Iterator[ConfigWarning]:
             tasks.setdefault(adapters, []).append(task)
     for (first, *rest), whose in tasks.items():
         again = dict.fromkeys(repr(name) for index, name in enumerate(rest) if name in {first, *rest[:index]})
-        what = f"`fallback` of {join_names(whose)} names {join_names([*again])} again, which has no effect"
+        what = f"`fallback` of {join_names(whose)} repeats {join_names([*again])}, which has no effect"
         yield ConfigWarning(what, f"list adapters other than `adapter: {first}`, each once")
 
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from orchestrator import lazy
 
-# Each unknown name is compared with all: with more, a systematic mistake in a large file would take minutes.
+# Each unknown name is compared with all names: with more, a systematic mistake in a large file would take minutes.
 _MOST_CANDIDATES: Final = 200
 _MOST_FOLDED: Final = 5_000
 _LONGEST_SHOWN: Final = 60
@@ -21,13 +21,13 @@ def quote_text(value: str) -> str:
 
 
 def join_names(names: Collection[str], most: int = 5, separator: str = ", ") -> str:
-    """Return the first names, and the number of the rest."""
+    """Return the first names, and the number of remaining names."""
     rest = len(names) - most
     return separator.join(islice(names, most)) + (f" and {rest} more" if rest > 0 else "")
 
 
 def find_similar(unknown: str, names: Collection[str], most: int = 1, cutoff: float = 0.6) -> list[str]:
-    """Return the names that an unknown one may stand for: the same one in other case, else the most similar ones."""
+    """Return the likely meanings of an unknown name: the same name in other case, or else the most similar ones."""
     same = [name for name in names if name.casefold() == unknown.casefold()] if len(names) <= _MOST_FOLDED else []
     if same or len(names) > _MOST_CANDIDATES:
         return same[:most]
@@ -35,13 +35,13 @@ def find_similar(unknown: str, names: Collection[str], most: int = 1, cutoff: fl
 
 
 def suggest_similar(unknown: str, names: Collection[str], most: int = 1) -> str | None:
-    """Return the remedy that asks whether a similar name was meant; None if there is none."""
+    """Return a "did you mean" remedy with similar names; None if there are none."""
     similar = find_similar(unknown, names, most)
     return f"did you mean {' or '.join(map(repr, similar))}?" if similar else None
 
 
 def suggest(unknown: str, known: Collection[str], plural: str) -> str:
-    """Return the remedy for an unknown name: a similar one, or a list of the known ones, which are called `plural`."""
+    """Return the remedy for an unknown name: similar names, or else a list of known names, called `plural`."""
     if not known:
         return f"there are no {plural}"
     return suggest_similar(unknown, known) or f"{plural} are {join_names(known, _MOST_LISTED)}"

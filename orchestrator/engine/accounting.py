@@ -13,14 +13,14 @@ from orchestrator.sessions.output.transcript import Transcript
 
 @dataclass(frozen=True, slots=True)
 class Accounting:
-    """Computes usage and cost; `prices` maps model names to prices."""
+    """Computes the usage and cost of sessions; `prices` maps model names to prices."""
 
     prices: Mapping[str, Price]
 
     def net_usage(self, transcript: Transcript, attempts: Sequence[Attempt]) -> Transcript:
-        """Return a transcript without usage of earlier sessions in its conversation.
+        """Return a transcript without the usage of earlier sessions in the same conversation.
 
-        `attempts` are those of the task; the session's own attempt may be among them, because its usage is not recorded
+        `attempts` are the attempts of the task. They may include the session's own attempt, whose usage is not recorded
         yet. The cost is estimated if the CLI did not report it.
         """
         earlier = [
@@ -65,7 +65,7 @@ class Accounting:
 def _includes_earlier_cost(transcript: Transcript, earlier: Sequence[Attempt]) -> bool:
     """Return True if the reported cost covers earlier sessions.
 
-    The number of tokens that it covers decides.
+    This is derived from the number of tokens that it covers.
     """
     earlier_tokens = sum(attempt.input_tokens + attempt.output_tokens for attempt in earlier)
     return 0 < earlier_tokens <= transcript.priced_tokens - transcript.input_tokens - transcript.output_tokens

@@ -62,7 +62,7 @@ from orchestrator.system.clock import Clock
 class RunContext:
     """The resources of an open run.
 
-    `repository` is the user's, None if it is reached by a URL.
+    `repository` is the user's repository, or None for a URL.
     """
 
     hub: Hub
@@ -76,7 +76,7 @@ class RunContext:
     worktrees: WorktreeSettings
     accounting: Accounting
     refs: Callable[[str], str]
-    """Returns the full ref for a name; each orchestrator has its own refs: concurrent fetches into one would fail."""
+    """Returns the full ref for a name; refs are separate per orchestrator, because concurrent fetches into one fail."""
     registry: OwnershipRegistry
     """Path ownership on the target."""
     mcp_servers: tuple[McpServer, ...] = ()
@@ -86,7 +86,7 @@ class RunContext:
     def pool(self, *, sessions: int) -> AbstractAsyncContextManager[SlotPool]:
         """Open the worktree slots of the run.
 
-        There is one warm slot per session, and one for checks. With no sessions, this only discards and deletes
+        There is one warm slot per session, and one for checks. With zero sessions, this only discards and deletes
         leftovers of a killed owner.
         """
         setup, config = self.tools.worktree_setup, self.worktrees
@@ -135,7 +135,7 @@ class RunContext:
 def hidden_folders(site: RunRepository, project: Project, stores: Sequence[Path], hub: Hub) -> tuple[Path, ...]:
     """Return the folders hidden from sessions. Blocks.
 
-    They are the user's repository, all stores (`stores` are the paths of the run's own) and our repositories.
+    They are the user's repository, all stores (`stores` are the paths of this run's store) and council's repositories.
     """
     hidden = {
         project.folder,
@@ -145,7 +145,7 @@ def hidden_folders(site: RunRepository, project: Project, stores: Sequence[Path]
     }
     if site.repository is not None:
         git_dir = site.repository.git_dir
-        # The main checkout of a linked worktree belongs to the user, too.
+        # The main checkout of a linked worktree belongs to the user as well.
         hidden |= {git_dir, git_dir.parent if git_dir.name == ".git" else git_dir, site.repository.top or git_dir}
     elif site.location.startswith("file://"):
         hidden.add(Path(site.location.removeprefix("file://")))
@@ -167,10 +167,10 @@ async def open_run_context(
 ) -> RunContext:
     """Open the resources of a run.
 
-    Each git command inherits `lock_fds` and so holds the lock until it exits. `worker` is the name of this orchestrator
-    unless it leads the run.
+    Each git command inherits `lock_fds`, and so holds the lock until it exits. `worker` is the name of this
+    orchestrator, unless it leads the run.
 
-    RefusedError if the repository is gone, or if this machine lacks the configured sandbox.
+    Raises RefusedError if the repository is missing, or if this machine lacks the configured sandbox.
     """
     site = await find_run_repository(run.repo, is_url=run.is_url, environ=environ)
     git = Git(hub.trusted, keep_fds=tuple(lock_fds), environ=environ)
@@ -226,7 +226,10 @@ async def open_sandbox(
     hub: Hub,
     environ: Mapping[str, str],
 ) -> RunSandbox:
-    """Return the configured sandbox; RefusedError if this machine lacks it. `stores` are local paths of the store."""
+    """Return the configured sandbox; raise RefusedError if this machine lacks it.
+
+    `stores` are the local paths of the store.
+    """
     kind = await choose_sandbox(config.sandbox, network=config.has_network, hosts=config.hosts, environ=environ)
     hidden = await anyio.to_thread.run_sync(hidden_folders, site, project, stores, hub)
     credentials = await anyio.to_thread.run_sync(find_credentials, environ)
@@ -274,7 +277,7 @@ def with_session_service(
 ) -> RunContext:
     """Return a run context that serves the session API.
 
-    `lock_timeout` is the default in seconds for which a session waits for a lock.
+    `lock_timeout` is how long a session waits for a lock by default, in seconds.
     """
     scope, redactor, me = context.registry.scope, context.tools.redactor, ledger.orchestrators.me.id
     claims = ledger.claims

@@ -1,8 +1,8 @@
 """Deliver the events of a run to its sinks and trackers.
 
-This neither delays nor fails the run. One forwarder per subscriber follows the store from a cursor that is recorded
-after delivery, so that each event arrives at least once, across restarts too. Events about the forwarders themselves
-are delivered to nobody: two failing subscribers could keep each other busy.
+Delivery neither delays nor fails the run. One forwarder per subscriber follows the store from a cursor that is recorded
+after delivery, so that each event arrives at least once, even across restarts. Events about the forwarders themselves
+are not delivered, because two failing subscribers could keep each other busy.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from orchestrator.system.background import run_in_background
 from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
 
-#: Most events per batch (events of one commit stay together).
+#: The maximum number of events per batch (events of one commit stay together).
 MAX_BATCH_EVENTS = 100
-#: Delay before a retry; the second one is the longest at the end of the run, when time is short.
+#: The maximum delay before a retry in seconds, and that at the end of the run, when time is limited.
 RETRY_WAIT: wait_base = wait_exponential(max=60.0)
 FINAL_RETRY_DELAY = 0.5
 
@@ -91,7 +91,7 @@ async def forward_events(
     """Deliver events to the subscribers during the body and shortly afterwards.
 
     Undelivered events are reported as `sink.undelivered`, and delivered by the next call. If the body raises, delivery
-    stops at once.
+    stops immediately.
     """
     forwarders = [EventForwarder(store, clock, redactor, run, subscriber, timeouts) for subscriber in subscribers]
     deliveries = [forwarder.deliver_until_end for forwarder in forwarders]
@@ -124,7 +124,7 @@ class EventForwarder:
         self._recorded_at = -inf
         self._delivered = 0
         self._done = 0
-        """The position up to which nothing is left to deliver."""
+        """The position up to which all events are delivered."""
         self._goal: int | None = None
         self._is_finished = self._is_failing = False
         self._call_scope = anyio.CancelScope()
@@ -170,7 +170,7 @@ class EventForwarder:
         self._delivered = self._recorded = self._done
 
     async def _try(self) -> bool:
-        """Deliver, and report a failure; return whether an event was delivered."""
+        """Deliver events, and report a failure; return whether an event was delivered."""
         before = self._delivered
         if (reason := await self._deliver()) is not None and not self._is_failing:
             self._is_failing = True
@@ -178,7 +178,7 @@ class EventForwarder:
         return self._delivered > before
 
     async def _deliver(self) -> str | None:
-        """Deliver to a sink that is opened for the first event; return why delivery ended early."""
+        """Deliver to a sink, opened at the first event; return the reason if delivery ended early, else None."""
         try:
             with anyio.CancelScope() as self._call_scope, plugin_code(_StoreFailed, HistoryCompacted):
                 await self._deliver_all()
@@ -265,7 +265,7 @@ class EventForwarder:
         while self._delivered > self._recorded:
             try:
                 await self._store.commit(Commit([Write(self._key, self._version, {"position": self._delivered})]))
-            except VersionConflict:  # an earlier or competing leader has delivered some events, too
+            except VersionConflict:  # an earlier or competing leader has also delivered some events
                 cursor = await self._store.get(self._key)
                 if cursor is None:  # the record of the run was deleted
                     raise
@@ -303,7 +303,7 @@ class EventForwarder:
 
 
 def _restart_after_progress(state: RetryCallState) -> None:
-    """Begin with the first delay again after a try that delivered events."""
+    """Reset the delay after a try that delivered events."""
     if state.outcome is not None and state.outcome.result():
         state.attempt_number = 1
 
@@ -311,7 +311,7 @@ def _restart_after_progress(state: RetryCallState) -> None:
 async def _send(sink: Sink, batch: Sequence[RecordedEvent]) -> None:
     """Send events in a separate task.
 
-    A cancellation inside the sink then does not cancel the run.
+    So a cancellation inside the sink does not cancel the run.
     """
     raised: BaseException | None = RuntimeError("the sink cancelled its own task")
 

@@ -1,4 +1,4 @@
-"""Fetch the tasks of a run's trackers, once, before the run is recorded."""
+"""Fetch the tasks of a run's trackers once, before the run is recorded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import anyio
 from orchestrator.errors import PluginFailed, RefusedError, plugin_code
 from orchestrator.protocols import TrackedTask, Tracker
 
-#: Seconds that a tracker may take.
+#: The timeout of a tracker, in seconds.
 FETCH_TIMEOUT = 60.0
 
 OpenTracker = Callable[[], AbstractAsyncContextManager[Tracker]]
@@ -19,12 +19,12 @@ OpenTracker = Callable[[], AbstractAsyncContextManager[Tracker]]
 async def fetch_tracked_tasks(
     trackers: Mapping[str, OpenTracker], limit: float = FETCH_TIMEOUT
 ) -> dict[str, Sequence[TrackedTask]]:
-    """Return the open tasks by tracker; RefusedError if a tracker cannot list them."""
+    """Return the open tasks by tracker; raise RefusedError if a tracker can't list them."""
     return {name: await _fetch(name, tracker, limit) for name, tracker in trackers.items()}
 
 
 async def _fetch(name: str, open_tracker: OpenTracker, limit: float) -> Sequence[TrackedTask]:
-    remedy = "fix that, or remove the tracker from the file"
+    remedy = "fix the tracker, or remove it from the file"
     try:
         with plugin_code(RefusedError, TimeoutError), anyio.fail_after(limit):
             async with open_tracker() as tracker:
@@ -34,4 +34,4 @@ async def _fetch(name: str, open_tracker: OpenTracker, limit: float) -> Sequence
     except TimeoutError as error:
         raise RefusedError(f"tracker {name!r} did not list its tasks within {limit:g} s", remedy) from error
     except PluginFailed as failed:
-        raise RefusedError(f"tracker {name!r} cannot list its tasks, {failed}", remedy) from failed
+        raise RefusedError(f"tracker {name!r} can't list its tasks: {failed}", remedy) from failed

@@ -1,4 +1,4 @@
-"""Verify that the sources of a run's worktrees exist.
+"""Check that the sources of a run's worktrees exist.
 
 They are in the base commit or in the user's checkout.
 """
@@ -34,19 +34,19 @@ class BaseCommit:
 async def check_worktree_sources(
     worktrees: WorktreeSettings, base: BaseCommit, repository: LocalRepository | None, hidden: Sequence[Path]
 ) -> None:
-    """Reject worktrees that cannot be created as configured.
+    """Raise RefusedError if worktrees can't be created as configured.
 
-    RefusedError lists all problems. Sparse folders and the inputs of setup must exist in the base. Copied or linked
-    paths must exist in the checkout of `repository` and not in the base. The last component of such a path may be a
-    link: then its destination counts, wherever it is, unless that is `hidden`, belongs to Council, or is used by git
-    itself. Parent folders must not be links.
+    The error lists all problems. Sparse folders and the inputs of setup must exist in the base. Copied or linked paths
+    must exist in the checkout of `repository`, but not in the base. The last component of such a path may be a link to
+    any destination, unless that is `hidden`, belongs to council, or is used by git itself. Parent folders must not be
+    links.
     """
     problems = list(_find_missing(worktrees, base.branch, await _object_types(base, _required_paths(worktrees))))
     if worktrees.copied or worktrees.linked:
         if repository is None or repository.top is None:
             remedy = "remove them, or set `repo` to a checkout"
             raise RefusedError(
-                "`worktrees.copy` and `worktrees.link` need a checkout, but the repository has none", remedy
+                "`worktrees.copy` and `worktrees.link` need a checkout, and the repository has none", remedy
             )
         provisions = make_provisions(worktrees, repository.top, (*hidden, repository.git_dir))
         provision_faults = await provisions.faults(base.commit, base.git, repr(base.branch))
@@ -57,7 +57,7 @@ async def check_worktree_sources(
 def make_provisions(worktrees: WorktreeSettings, top: Path, hidden: Iterable[Path]) -> Provisions:
     """Return the files for each worktree from the user's checkout at `top`.
 
-    Council's own folder is hidden, too.
+    Council's own folder is hidden as well.
     """
     return Provisions(top, worktrees.copied, worktrees.linked, (*hidden, Project(top).folder))
 
@@ -73,7 +73,7 @@ async def _object_types(base: BaseCommit, paths: set[str]) -> dict[str, str]:
         return {}
     lines = "".join(f"{base.commit}:{path}\n" for path in requested).encode(errors="surrogateescape")
     answers = (await base.git("cat-file", "--batch-check=%(objecttype)", input_=lines)).stdout.splitlines()
-    # For a missing path, git repeats the request and appends a word.
+    # For a missing path, git prints the request with a word appended.
     types = zip(requested, (line.decode(errors="replace") for line in answers), strict=True)
     return {path: kind for path, kind in types if kind in {"blob", "tree"}}
 

@@ -83,7 +83,7 @@ async def test_concurrent_notes_are_all_kept(memory: NoteStore) -> None:
 @pytest.mark.parametrize(
     ("text", "topic", "paths", "why"),
     [
-        ("  \n", None, [], "has no text"),
+        ("  \n", None, [], "the note is empty"),
         ("ä" * 2049, None, [], "4098 bytes .limit: 4096."),
         ("x", "t" * 101, [], "101 characters"),
         ("x", " ", [], "0 characters"),

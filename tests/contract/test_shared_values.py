@@ -287,7 +287,7 @@ async def test_version_continues_after_a_removal(sharing: SharedValues, store: S
 
 async def test_foreign_document_is_not_a_value(sharing: SharedValues, store: Store) -> None:
     await store.commit(Commit([Write(Key(KIND, "r/k"), 0, {"odd": 1})]))
-    with pytest.raises(RefusedError, match="is unreadable: put it again"):
+    with pytest.raises(RefusedError, match="is unreadable: put the value again"):
         await sharing.get("k")
     assert [(one.key, one.writer) for one in await sharing.list()] == [("k", None)]
     assert (await sharing.put("k", 1)).version == 2

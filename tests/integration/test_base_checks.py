@@ -70,7 +70,7 @@ async def test_check_failing_on_the_base_ends_the_run_before_any_session(reposit
     assert (retried.code, "(state: pending)" in retried.stderr) == (2, True)
     status = repository.council("status", "--json")
     run = status.result["run"]
-    assert f"no process is active in the run: `council resume {run}` continues it" in retried.stderr, retried
+    assert f"no process is active in the run: continue it with `council resume {run}`" in retried.stderr, retried
     assert f"`council retry t1 --reload --run {run}`" in retried.stderr, retried
     assert status.states == {"t1": "pending", "t2": "pending"}
     assert (status.result["status"], status.result["halted_by"]) == ("halted", "base")

@@ -123,7 +123,7 @@ async def test_worktree_of_an_ended_task_is_removed_once(repository: Repository)
     assert one["bytes"] > 5000
     assert (one["run"], one["task"], one["removed"]) == (run, "done", False)
     printed = repository.council("clean")
-    assert "its task is finished, and its work is saved" in printed.stdout
+    assert "task finished, and its work is saved" in printed.stdout
     assert "add --yes" in printed.stdout
     assert "removed" not in repository.council("clean", "--dry-run", "--yes").stdout
     assert trees(repository) == ["done.1"]
@@ -205,7 +205,7 @@ async def test_preserved_work_is_removed_only_on_request(repository: Repository)
     assert (cleaned.code, found(cleaned), cleaned.result["freed"]) == (0, [("preserved", "keeps.1")], 0)
     assert trees(repository) == ["keeps.1"]
     printed = repository.council("clean", "--yes").stdout
-    assert "kept: it has files that are in no commit" in printed
+    assert "kept: contains files that are in no commit" in printed
     assert "--preserved removes it" in printed
     assert repository.council("clean", "--preserved", "--dry-run", "--yes").code == 0
     assert trees(repository) == ["keeps.1"]
@@ -257,7 +257,7 @@ async def test_hub_of_a_deleted_repository_is_removed(repository: Repository) ->
     shutil.rmtree(repository.top)
     listed = run_outside(repository, "clean", "--json")
     assert found(listed) == [("left_over", root.name)]
-    assert listed.result["found"][0]["reason"] == f"{repository.top / '.git'} is gone, and it has no unmerged work"
+    assert listed.result["found"][0]["reason"] == f"{repository.top / '.git'} no longer exists; no unmerged work"
     assert run_outside(repository, "clean", "--yes").code == 0
     assert not root.exists()
     assert run_outside(repository, "clean", "--json").result["found"] == []
@@ -269,7 +269,7 @@ async def test_hub_of_a_deleted_repository_with_work_stays(repository: Repositor
     shutil.rmtree(repository.top)
     listed = run_outside(repository, "clean", "--yes", "--json")
     assert [one["status"] for one in listed.result["found"]] == ["preserved"]
-    assert listed.result["found"][0]["reason"].endswith("it has unmerged work (refs: 1, worktrees: 1)")
+    assert listed.result["found"][0]["reason"].endswith("; unmerged work (refs: 1, worktrees: 1)")
     assert hub_of(repository).root.exists()
     assert run_outside(repository, "clean", "--yes", "--preserved").code == 0
     assert not list(home_of(repository).glob("*/"))

@@ -67,7 +67,7 @@ def test_report_is_readable_text(repository: Repository, fakes: FakePrograms) ->
     ended = repository.council("doctor")
     assert ended.code == 0
     assert "warning  file" in ended.stdout
-    assert "→ write one with `council init`" in ended.stdout
+    assert "→ create one with `council init`" in ended.stdout
     assert ended.stdout.splitlines()[-1].startswith("no problems, ")
 
 
@@ -135,7 +135,7 @@ def test_repository_without_a_commit_is_reported(repository: Repository, tmp_pat
     empty = replace(repository, top=tmp_path / "empty")
     empty.top.mkdir()
     empty.git("init", "--quiet")
-    assert "has no commit yet" in doctor(empty)["base"][0][1]
+    assert "has no commits yet" in doctor(empty)["base"][0][1]
 
 
 @pytest.mark.extended_but_first
@@ -266,7 +266,7 @@ def test_low_limit_of_open_files_is_reported(repository: Repository) -> None:
     )
     found = findings(CommandResult(done.returncode, done.stdout, done.stderr))
     assert level(found, "open files") == "warning"
-    assert found["open files"][0][2] == "raise it with `ulimit -n`"
+    assert found["open files"][0][2] == "raise the limit with `ulimit -n`"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no sandbox")
@@ -288,7 +288,7 @@ def test_sandboxes_are_checked(repository: Repository, fakes: FakePrograms) -> N
 def test_installed_adapters_are_checked_without_a_file(repository: Repository, fakes: FakePrograms) -> None:
     """All that need no options; a missing one is no problem if another one exists."""
     (status, words, remedy) = doctor(repository)["adapters"][0]
-    assert (status, "no CLI is on PATH that an adapter runs" in words) == ("problem", True)
+    assert (status, "no supported CLI is on PATH" in words) == ("problem", True)
     assert "use: command" in str(remedy)
     fakes.add("alpha", "echo alpha 3.0")
     found = doctor(repository)
@@ -408,7 +408,7 @@ def test_output_of_programs_is_escaped(repository: Repository, fakes: FakeProgra
     fakes.add("alpha", "printf 'one\\n\\033]0;owned\\007two\\033[2J\\n' >&2; exit 1")
     text = repository.council("doctor").stdout + repository.council("adapters").stdout
     assert "\x1b" not in text
-    assert "it ended with exit code 1: two" in text
+    assert "failed with exit code 1: two" in text
     assert os.linesep.join(("two", "")) in text
 
 
@@ -423,10 +423,10 @@ def test_programs_of_checks_are_looked_up_in_the_sandbox(repository: Repository)
     assert programs(repository, ["true && test -e . | cat", "! grep -q x README.md"])[0][0] == "ok"
     [(status, words, _)] = programs(repository, ["true && no-such-tool --all"])
     assert status == "problem"
-    assert "'no-such-tool' was not found" in words
+    assert "'no-such-tool' not found" in words
     assert repository.environ["PATH"].split(os.pathsep)[0] in words
     [(_, words, _)] = programs(repository, [], worktrees={"setup": ["CI=1 no-such-installer"]})
-    assert words.startswith("setup `CI=1 no-such-installer`: program 'no-such-installer' was not found")
+    assert words.startswith("setup `CI=1 no-such-installer`: program 'no-such-installer' not found")
     hidden = repository.top / "tools"
     hidden.mkdir()
     (hidden / "my-tool").write_text("#!/bin/sh\n")
@@ -497,11 +497,11 @@ def test_ignored_files_are_not_to_be_committed(repository: Repository) -> None:
         [(status, _, remedy)] = found["programs"]
         assert (status, str(remedy).partition(":")[0]) == (
             "problem",
-            "name it under `worktrees.copy`, or create it by `worktrees.setup`",
+            "list it under `worktrees.copy`, or create it in `worktrees.setup`",
         )
         [(_, words, remedy)] = found["files"]
         assert words == "build/fix.py: ignored by git, and not in main, where sessions start"
-        assert remedy == "name them under `worktrees.copy`, or create them by `worktrees.setup`"
+        assert remedy == "list them under `worktrees.copy`, or create them in `worktrees.setup`"
     given = {"copy": ["build/tool"]}
     assert programs(repository, ["build/tool"], worktrees=given)[0][0] == "ok"
 
@@ -540,7 +540,7 @@ def test_prompt_with_a_hidden_program_runs_after_the_remedy(repository: Reposito
     assert (ran.code, ran.result["status"]) == (2, "refused"), ran
     [(level, what, remedy)] = doctor(repository)["adapter alpha-code"]
     assert (level, what, remedy) == ("warning", ran.result["error"], ran.result["remedy"])
-    assert f"write a council.yaml with `council init` and add {hidden} to `readable` of the adapter" in str(remedy)
+    assert f"create a council.yaml with `council init`, and add {hidden} to `readable` of the adapter" in str(remedy)
     assert repository.council("init").code == 0
     file = repository.top / "council.yaml"
     entry = "use: alpha-code"
@@ -566,7 +566,7 @@ def test_virtual_environment_in_the_checkout_is_reported(repository: Repository)
     assert ".venv/bin/python is not in main" in words
     assert "worktrees.setup" in str(remedy)
     assert "files" not in found
-    assert remedy == "create it by `worktrees.setup`: worktrees contain only committed files"
+    assert remedy == "create it in `worktrees.setup`: worktrees contain only committed files"
     setup = {"setup": ["python3 -m venv .venv"]}
     assert programs(repository, [".venv/bin/python -m pytest"], worktrees=setup)[0][0] == "ok"
     [(_, words, remedy)] = programs(repository, ["my-tests -q"])

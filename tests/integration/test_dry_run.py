@@ -297,8 +297,8 @@ async def test_dry_run_without_a_file_lists_the_possible_adapters(repository: Re
     """Neither a file nor an adapter that works without options."""
     for options, fragment in (
         ([], "there is no council.yaml in"),
-        (["--task", "write a.txt a"], "no CLI is on PATH that an adapter runs"),
-        (["--task", "write a.txt a", "--adapter", "command"], "'command' takes options"),
+        (["--task", "write a.txt a"], "no supported CLI is on PATH"),
+        (["--task", "write a.txt a", "--adapter", "command"], "'command' needs options"),
     ):
         ended = repository.council("run", *options, "--json")
         assert (ended.code, ended.result["status"]) == (2, "refused")

@@ -207,6 +207,6 @@ async def test_too_much_requested_memory_is_rejected(repository: Repository) -> 
     config = repository.configure([{"id": "one", "prompt": "write a.txt a"}], session_memory="100TiB")
     refused = repository.council("run", str(config), "--json")
     assert (refused.code, refused.result["status"]) == (2, "refused"), refused
-    assert "MiB of memory are free" in refused.result["error"]
+    assert "MiB of memory available" in refused.result["error"]
     assert refused.result["remedy"]
     assert not repository.spawns.exists()

@@ -230,7 +230,7 @@ def _shallow(repository: Repository) -> None:
 @pytest.mark.parametrize(
     ("prepare", "repo", "fragment", "remedy"),
     [
-        (_empty, "empty", "no commit yet", "create the first commit"),
+        (_empty, "empty", "no commits yet", "create a first commit"),
         (_submodule, "project", "submodules", "libs/sub"),
         (lambda repository: repository.commit({".gitattributes": "*.bin filter=lfs\n"}), "project", "git LFS", "base"),
         (_shallow, "shallow", "shallow clone", "--unshallow"),

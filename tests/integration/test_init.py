@@ -99,13 +99,13 @@ def test_existing_file_is_kept(repository: Repository, fakes: FakePrograms) -> N
     """Without --force nothing is replaced, whatever it is; with it a file is, a folder is not."""
     path = repository.top / "council.yaml"
     path.write_text("mine\n")
-    assert "--force replaces it" in refusal(repository)
+    assert "replace it with --force" in refusal(repository)
     assert path.read_text() == "mine\n"
     init(repository, "--force")
     assert load(path).tasks
     path.unlink()
     path.symlink_to("/nowhere")
-    assert "is there already" in refusal(repository)
+    assert "already exists" in refusal(repository)
     path.unlink()
     path.mkdir()
     assert "is a folder" in refusal(repository, "--force")
@@ -160,7 +160,7 @@ def test_base_without_a_branch_is_chosen(repository: Repository, fakes: FakeProg
 
 def test_unusable_repository_is_rejected(repository: Repository, fakes: FakePrograms, tmp_path: Path) -> None:
     """Outside of a repository, without a commit, in a bare one: each has its error, and nothing is written."""
-    for name, words in (("plain", "is not in a git repository"), ("empty", "has no commit yet"), ("bare", "bare")):
+    for name, words in (("plain", "is not in a git repository"), ("empty", "has no commits yet"), ("bare", "bare")):
         top = tmp_path / name
         top.mkdir()
         if name != "plain":
@@ -178,7 +178,7 @@ def test_chosen_adapter_is_used(repository: Repository, fakes: FakePrograms) -> 
     init(repository, "--adapter", "command", "--force")
     assert load(repository.top / "council.yaml").adapters["my-cli"].use == "command"
     assert "needs endpoint" in refusal(repository, "--adapter", "needy", "--force")
-    assert "write one of: alpha-code" in refusal(repository, "--adapter", "alpha-cod", "--force")
+    assert "use one of: alpha-code" in refusal(repository, "--adapter", "alpha-cod", "--force")
 
 
 def test_editors_get_a_schema(repository: Repository, fakes: FakePrograms) -> None:
@@ -209,9 +209,9 @@ def test_file_created_meanwhile_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "council.yaml"
     path.write_text("theirs\n")
     text = "version: 1\nadapters: {a: {use: command, argv: [x]}}\ntasks: [{id: t, prompt: p}]\n"
-    with pytest.raises(RefusedError, match="is there already"):
+    with pytest.raises(RefusedError, match="already exists"):
         write_file(path, text, load_plugins().adapters, force=False)
-    with pytest.raises(RefusedError, match="would not load"):
+    with pytest.raises(RefusedError, match="would be invalid there"):
         write_file(path, "version: 2\n", load_plugins().adapters, force=True)
     assert {one.name: one.read_text() for one in tmp_path.iterdir()} == {"council.yaml": "theirs\n"}
     write_file(path, text, load_plugins().adapters, force=True)

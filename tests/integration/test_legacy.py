@@ -419,7 +419,7 @@ async def test_imported_run_accepts_no_work(repository: Repository) -> None:
             lambda: anext(logs.chunks("login", RUN)), lambda: changes.size("login", RUN),
         ]  # fmt: skip
         for ask in asked:
-            with pytest.raises(RefusedError, match=f"run {RUN} was imported from {LEGACY_FILE} and has only a record"):
+            with pytest.raises(RefusedError, match=f"run {RUN} was imported from {LEGACY_FILE} and can't be continued"):
                 await ask()
         assert await council.history.position() == position
     refused = repository.council("resume")
@@ -455,7 +455,7 @@ async def test_unfinished_imported_tasks_can_be_resumed(repository: Repository) 
     path = repository.top / f".council/legacy/{RUN}.yaml"
     refused = repository.council("resume")
     assert refused.code == 2
-    assert f"{path} has its 2 unfinished tasks: name an adapter there, write the missing prompts of later" in (
+    assert f"{path} has its 2 unfinished tasks: add an adapter there, add the missing prompts of later" in (
         refused.stderr
     )
     text = path.read_text()

@@ -76,8 +76,11 @@ async def test_error_of_an_adapter_fails_its_task_only(repository: Repository) -
 @pytest.mark.parametrize(
     ("command", "reported"),
     [
-        ("SessionCommand(argv=['sh', request.prompt_file])", "makes a command that is not of text: ['sh', PosixPath("),
-        ("1 / 0", "can't make its command, ZeroDivisionError: division by zero"),
+        (
+            "SessionCommand(argv=['sh', request.prompt_file])",
+            "built a command with values other than strings: ['sh', PosixPath(",
+        ),
+        ("1 / 0", "failed to build its command: ZeroDivisionError: division by zero"),
     ],
 )
 def test_adapter_without_a_command_is_a_mistake_in_the_file(

@@ -217,10 +217,10 @@ def _unrelated(repository: Repository) -> None:
 @pytest.mark.parametrize(
     ("prepare", "settings", "fragment"),
     [
-        (_unborn, {}, "no commit yet"),
+        (_unborn, {}, "no commits yet"),
         (lambda repository: None, {"base": "develop", "target": "main"}, "no branch 'develop'"),
-        (_unrelated, {"target": "other"}, "no history in common"),
-        (lambda repository: None, {"target": "main/sub"}, "beside the branch 'main'"),
+        (_unrelated, {"target": "other"}, "no common history"),
+        (lambda repository: None, {"target": "main/sub"}, "conflicts with the name of the branch 'main'"),
         (lambda repository: None, {"repo": "/"}, "not a git repository"),
         (lambda repository: None, {"repo": "file:///nonexistent.git"}, "can't be read"),
         (lambda repository: None, {"adapters": {"x": {"use": "command", "argv": ["no-such-program"]}}}, "not on PATH"),

@@ -97,7 +97,7 @@ async def test_only_installed_adapter_runs_without_a_file(
     _, config = await load_run_config(None, InlineTasks(("Do it.",)))
     assert [task.adapter for task in config.tasks] == ["free"]
     types["free-too"] = _Free
-    with pytest.raises(RefusedError, match="name one by --adapter: free, free-too"):
+    with pytest.raises(RefusedError, match="choose one with --adapter: free, free-too"):
         await load_run_config(None, InlineTasks(("Do it.",)))
 
 

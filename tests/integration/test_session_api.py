@@ -224,7 +224,7 @@ async def test_notes_are_added_and_found(repository: Repository, tmp_path: Path)
         assert (await team.ask(second, "notes", task="web"))["notes"] == []
         assert (await team.ask(second, "notes", topic="Set-Up"))["notes"] == [note]
         assert (await team.ask(second, "notes"))["notes"] == [note]  # whichever session left it
-        assert "has no text" in await team.refused(first, "note", text=" ")
+        assert "the note is empty" in await team.refused(first, "note", text=" ")
 
 
 async def test_slow_requests_are_answered_one_at_a_time(repository: Repository, tmp_path: Path) -> None:
@@ -429,7 +429,7 @@ async def test_endless_sharing_is_rejected(repository: Repository, tmp_path: Pat
         value = "x" * 200_000
         for _ in range(20):
             await team.ask(first, "share_put", key="a", value=value)
-        assert "64 KiB of state a second" in await team.refused(first, "share_put", key="a", value=value)
+        assert "64 KiB of state per second" in await team.refused(first, "share_put", key="a", value=value)
         assert await team.ask(second, "share_put", key="b", value=1)
         clock.advance(10)
         assert await team.ask(first, "share_put", key="a", value=value)
@@ -445,7 +445,7 @@ async def test_many_small_requests_are_rejected(repository: Repository, tmp_path
         team.session_service._quota = quota
         for _ in range(12):
             await team.ask(session, command, **words[command])
-        assert "1 KiB of state a second" in await team.refused(session, command, **words[command])
+        assert "1 KiB of state per second" in await team.refused(session, command, **words[command])
 
 
 def test_session_and_run_have_total_limits() -> None:

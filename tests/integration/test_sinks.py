@@ -167,18 +167,18 @@ def test_mistakes_in_sinks_and_trackers_have_their_positions(repository: Reposit
     assert reported == {
         6: ("there is no sink type 'jsonline'", "did you mean 'jsonlines'?"),
         7: ("the key 'file' is missing", "add `file:` here"),
-        8: ("the key 'colour' is not known", "the keys here are file"),
+        8: ("unknown key 'colour'", "the keys here are file"),
         9: ("the key 'use' is missing", "add `use:` here"),
-        10: ("events is an empty list", "give at least 1"),
-        11: ("events is the text 'task.landed'", "write a list, such as [one, two]"),
+        10: ("events is an empty list", "use at least 1"),
+        11: ("events is the text 'task.landed'", "use a list, such as [one, two]"),
         12: (
             "'g h' can't be a name",
             _NAME_REMEDY,
         ),
         13: ("this is not a file path", "write an absolute path, or one relative to this file"),
-        14: ("events is empty", "give it a value or leave it out"),
+        14: ("events is empty", "set a value, or omit the key"),
         16: ("the key 'file' is missing", "add `file:` here"),
-        17: ("the key 'events' is not known", "the keys here are file"),
+        17: ("unknown key 'events'", "the keys here are file"),
     }
 
 
@@ -241,7 +241,7 @@ async def test_tasks_of_a_tracker_and_the_file_can_need_each_other(repository: R
         (
             "[Task('a', 'x'), Task('a', 'y')]",
             [
-                ("trackers.m[1].id", "the task 'a' is there already, at trackers.m[0].id"),
+                ("trackers.m[1].id", "the task 'a' is already defined at trackers.m[0].id"),
             ],
         ),
         (
@@ -260,7 +260,7 @@ async def test_tasks_of_a_tracker_and_the_file_can_need_each_other(repository: R
         ("[Task(3, 'x')]", [("trackers.m[0].id", "id is the number 3")]),
         (
             "[Task('a', 'use AKIA' + 'Q7RT2YBV4MZX9KLP')]",
-            [("trackers.m[0].prompt", "the prompt contains an apparent secret key, and prompts are recorded")],
+            [("trackers.m[0].prompt", "the prompt seems to contain a secret key, and prompts are recorded")],
         ),
     ],
     ids=["the file's", "its own", "all at once", "a circle", "no text", "no id", "a key"],
@@ -285,7 +285,7 @@ def test_conflicting_trackers_are_both_named(repository: Repository, moody: Path
     trackers = {"m": {"use": "moody", "folder": str(moody)}, "todo": {"use": "checklist", "file": "todo.md"}}
     ended = repository.council("run", str(repository.configure([], trackers=trackers)))
     assert ended.code == 2
-    expected = "trackers.todo[1].id: the task 'same' is there already, at trackers.m[0].id: give each task a unique id"
+    expected = "trackers.todo[1].id: the task 'same' is already defined at trackers.m[0].id: give each task a unique id"
     assert expected in ended.stderr
 
 
@@ -293,9 +293,9 @@ def test_conflicting_trackers_are_both_named(repository: Repository, moody: Path
 @pytest.mark.parametrize(
     ("tasks", "expected"),
     [
-        ("1 / 0", "tracker 'm' cannot list its tasks, ZeroDivisionError: division by zero"),
-        ("[('a', 'x')]", "tracker 'm' cannot list its tasks, AttributeError: 'tuple' object has no attribute 'id'"),
-        ("None", "tracker 'm' cannot list its tasks, TypeError: 'NoneType' object is not iterable"),
+        ("1 / 0", "tracker 'm' can't list its tasks: ZeroDivisionError: division by zero"),
+        ("[('a', 'x')]", "tracker 'm' can't list its tasks: AttributeError: 'tuple' object has no attribute 'id'"),
+        ("None", "tracker 'm' can't list its tasks: TypeError: 'NoneType' object is not iterable"),
     ],
 )
 def test_failing_tracker_is_rejected(repository: Repository, moody: Path, tasks: str, expected: str) -> None:

@@ -125,7 +125,7 @@ def test_clean_keeps_hubs_of_runs_in_another_store(repository: Repository, tmp_p
         ({"state": "state"}, "is not a store URL"),
         ({"state": "file:state"}, "is not a folder on this machine"),
         ({"state": "file://[a"}, "is not a folder on this machine"),
-        ({"state": {"url": "memory:"}, "state_dir": "x"}, "`state` already names the store"),
+        ({"state": {"url": "memory:"}, "state_dir": "x"}, "`state` already sets the store"),
         ({"state": 3}, "a store can't be"),
         ({"state": {"retention": "5000d"}}, "too long"),
         ({"state": {"max_size": "1"}}, "a size can't be"),

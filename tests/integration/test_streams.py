@@ -87,7 +87,7 @@ def test_refused_system_calls_are_no_internal_error() -> None:
     """With its position and a remedy; other exceptions may be internal errors."""
     refused = to_permission_refusal(PermissionError(errno.EACCES, "Permission denied", "/home/.council"))
     assert isinstance(refused, RefusedError)
-    assert str(refused) == "/home/.council: permission denied: give yourself access to it"
+    assert str(refused) == "/home/.council: permission denied: grant yourself access to it"
     assert to_permission_refusal(FileNotFoundError(errno.ENOENT, "No such file or directory", "/x")) is None
     assert to_permission_refusal(OSError("anything")) is None
 

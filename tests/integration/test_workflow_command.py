@@ -50,7 +50,7 @@ async def test_copied_workflow_can_be_changed(repository: Repository) -> None:
     assert sorted(one.name for one in (repository.top / "flows").iterdir()) == sorted(names)
     (repository.top / "flows/scout.md.j2").write_text("Only look.\n")
     again = repository.council("workflow", "copy", "adw", "flows")
-    assert (again.code, "is there already: --force replaces it" in again.stderr) == (2, True)
+    assert (again.code, "already exists: replace it with --force" in again.stderr) == (2, True)
     assert (repository.top / "flows/scout.md.j2").read_text() == "Only look.\n"
     section = yaml.safe_load((repository.top / "flows/adw.yaml").read_text())
     tasks = [{"id": "a", "prompt": "p", "workflow": "adw"}]

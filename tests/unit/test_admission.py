@@ -45,11 +45,13 @@ def test_capacity_is_that_of_the_scarcest_resource(facts: AvailableResources, wa
 def test_limited_capacity_has_a_remedy() -> None:
     found = fit_sessions(AvailableResources(69, 10, None), 4, DEMAND)
     assert found == SessionFit(
-        3, "10 of at most 69 file descriptors are open, enough for 3 of 4 sessions: raise it with `ulimit -n`"
+        3, "10 of 69 file descriptors are open, enough for 3 of 4 sessions: raise the limit with `ulimit -n`"
     )
     short = fit_sessions(AvailableResources(None, 10, 149 * MIB), 4, DEMAND)
     assert isinstance(short, NoSessionFits)
-    assert short.what == "not even one session fits: 149 MiB of memory are free, and a session needs 100 MiB"
+    assert (
+        short.what == "not enough resources for a session: 149 MiB of memory available, and each session needs 100 MiB"
+    )
 
 
 @pytest.mark.parametrize(

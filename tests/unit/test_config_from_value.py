@@ -62,11 +62,11 @@ def test_mistakes_have_their_path(tmp_path: Path) -> None:
     value = {**RUN, "tasks": tasks, "session_memory": float("inf"), "defaults": {"timeout": 30, "checks": ["\0"]}}
     assert mistakes(value, tmp_path) == [
         "<run>: tasks[0].prompt: the prompt is empty: describe the task",
-        "<run>: tasks[1]: the key '3' is not text: write a word",
-        "<run>: tasks[1].id: the task 'a' is there already, at tasks[0].id: give each task a unique id",
-        "<run>: tasks[1].prompt: a set is not a valid value: give text, a number, a list or a dict",
+        "<run>: tasks[1]: the key '3' is not text: use a word",
+        "<run>: tasks[1].id: the task 'a' is already defined at tasks[0].id: give each task a unique id",
+        "<run>: tasks[1].prompt: unsupported value of type set: use text, a number, a list or a dict",
         "<run>: tasks[2].needs[0]: there is no task 'c': the tasks are a, b",
-        "<run>: session_memory: this number is not finite: write a finite number, or quote it if it is text",
+        "<run>: session_memory: this number is not finite: use a finite number, or quote it if it is text",
         "<run>: defaults.timeout: a duration can't be the bare number 30: add its unit, as in 30s or 30m",
         "<run>: defaults.checks[0]: the text contains the character '\\x00': remove it",
     ]
@@ -81,7 +81,7 @@ def test_recursive_value_is_rejected(tmp_path: Path) -> None:
     knot: list[Any] = []
     knot += [knot, knot]
     [reported] = mistakes({**RUN, "tasks": knot}, tmp_path)
-    assert reported.endswith("more than 64 nested collections: nest less deeply")
+    assert reported.endswith("more than 64 nested collections: reduce the nesting")
 
 
 def test_mistakes_of_a_file_and_a_value_are_equal(tmp_path: Path) -> None:

@@ -67,6 +67,5 @@ def test_unknown_strategy_names_the_known_ones() -> None:
     with pytest.raises(RefusedError) as caught:
         resolve_updates([EARLY], "newest")
     assert str(caught.value) == (
-        "there is no strategy 'newest' for conflicts: "
-        "the known ones are last_write_wins, first_write_wins, merge, manual"
+        "unknown conflict strategy 'newest': use one of last_write_wins, first_write_wins, merge, manual"
     )

@@ -108,7 +108,7 @@ def test_every_key_is_accepted(tmp_path: Path) -> None:
          "write at most `stale_after: 10m`")),
         ("{owner_stale_after: 1m}", 35, "`stale_after` (5m) is more than `owner_stale_after` (1m)"),
         ("{heartbeat_interval: 60}", 36, "a duration can't be the bare number 60: add its unit"),
-        ("{max_retries: 100}", 29, "write 99 or less"),
+        ("{max_retries: 100}", 29, "use 99 or less"),
         ("{when_unreachable: wait}", 34, "write 'pause' or 'continue'"),
         ("{heartbeat_intervals: 1s}", 16, "did you mean 'heartbeat_interval'?"),
         ("{stale_after: }", 29, "stale_after is empty"),
@@ -126,12 +126,12 @@ def test_mistake_has_its_position(tmp_path: Path, section: str, column: int, mes
 @pytest.mark.parametrize(
     ("variable", "text", "remedy"),
     [
-        ("SHARED_STATE_ENABLED", "maybe", "write true or false"),
-        ("SHARED_STATE_HEARTBEAT_INTERVAL_MS", "60s", "write milliseconds as a whole number above 0, such as 60000"),
+        ("SHARED_STATE_ENABLED", "maybe", "use true or false"),
+        ("SHARED_STATE_HEARTBEAT_INTERVAL_MS", "60s", "use a positive whole number of milliseconds, such as 60000"),
         ("SHARED_STATE_STALE_THRESHOLD_MS", "0", "such as 300000"),
         ("TASK_CLAIM_OWNER_STALE_TTL_MS", "9" * 12, "such as 600000"),
-        ("SHARED_STATE_MAX_RETRIES", "-1", "write a whole number from 0 to 99, such as 3"),
-        ("SHARED_STATE_MAX_RETRIES", "٣", "write a whole number from 0 to 99, such as 3"),
+        ("SHARED_STATE_MAX_RETRIES", "-1", "use a whole number from 0 to 99, such as 3"),
+        ("SHARED_STATE_MAX_RETRIES", "٣", "use a whole number from 0 to 99, such as 3"),
     ],
 )
 def test_unreadable_variable_is_named(variable: str, text: str, remedy: str) -> None:

@@ -79,7 +79,8 @@ def test_lost_lease_is_not_an_internal_error(
         raise raised
     assert end.value.code == 1
     [line] = capsys.readouterr().err.splitlines()
-    assert "another process took over" in line
+    assert "took over" in line
+    assert "(epoch 2, expected 1)" in line
     assert "Details" not in line
 
 

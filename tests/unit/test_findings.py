@@ -48,8 +48,8 @@ def test_findings_are_printed_in_full() -> None:
 
 def test_system_is_judged() -> None:
     """Linux and macOS are fine."""
-    assert_finding(findings.judge_system(MACHINE), Level.OK, "3.11.2", "Linux")
-    assert_finding(findings.judge_system(replace(MACHINE, system="Windows")), Level.PROBLEM, "WSL")
+    assert_finding(findings.check_system(MACHINE), Level.OK, "3.11.2", "Linux")
+    assert_finding(findings.check_system(replace(MACHINE, system="Windows")), Level.PROBLEM, "WSL")
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_system_is_judged() -> None:
 )
 def test_git_is_judged(version: str | None, level: Level) -> None:
     """Git must be installed, recent enough, and should be a tested version."""
-    assert_finding(findings.judge_git(version), level, version or "not on PATH")
+    assert_finding(findings.check_git(version), level, version or "not on PATH")
 
 
 def test_file_is_judged(tmp_path: Path) -> None:
@@ -74,13 +74,13 @@ def test_file_is_judged(tmp_path: Path) -> None:
     path = tmp_path / "council.yaml"
     path.write_text("version: 1\nadapters: {a: {use: command, argv: [x]}}\ntasks: [{id: t, prompt: p}]\n")
     assert_finding(
-        findings.judge_file(path, load_config(path, load_plugins().adapters)), Level.OK, "tasks: 1", "adapters: a"
+        findings.check_file(path, load_config(path, load_plugins().adapters)), Level.OK, "tasks: 1", "adapters: a"
     )
     path.write_text("version: 2\nadapter: {}\n")
     with pytest.raises(ConfigError) as caught:
         load_config(path, {})
-    assert_finding(findings.judge_file(path, caught.value), Level.PROBLEM, f"{path}:1:1: ", "more", "add `adapters:`")
-    assert_finding(findings.judge_file(None, None), Level.WARNING, "council init")
+    assert_finding(findings.check_file(path, caught.value), Level.PROBLEM, f"{path}:1:1: ", "more", "add `adapters:`")
+    assert_finding(findings.check_file(None, None), Level.WARNING, "council init")
 
 
 @pytest.mark.parametrize(
@@ -91,51 +91,51 @@ def test_file_is_judged(tmp_path: Path) -> None:
         (replace(TOOL, ready=False, remedy="log in"), Level.PROBLEM, Level.WARNING, "log in"),
         (replace(TOOL, ready=None), Level.OK, Level.OK, "tool 1.2, /bin/tool"),
         (replace(TOOL, is_supported=False), Level.WARNING, Level.WARNING, "<2"),
-        (replace(TOOL, version=None, is_supported=None, trouble="it hung"), Level.WARNING, Level.WARNING, "it hung"),
+        (replace(TOOL, version=None, is_supported=None, error="it hung"), Level.WARNING, Level.WARNING, "it hung"),
     ],
 )
 def test_program_is_judged(program: ProgramStatus, used: Level, unused: Level, words: str) -> None:
     """A missing or logged-out program is a problem only for tasks that use it."""
     for is_used, level in ((True, used), (False, unused)):
-        (found,) = findings.judge_adapter("a", AdapterStatus([program]), is_used=is_used)
+        (found,) = findings.check_adapter("a", AdapterStatus([program]), is_used=is_used)
         assert_finding(found, level, words)
         assert found.name == "adapter a"
 
 
 def test_adapter_is_judged() -> None:
     """An adapter without programs is fine, one that fails is not."""
-    assert_finding(findings.judge_adapter("a", AdapterStatus([]), is_used=True)[0], Level.OK)
+    assert_finding(findings.check_adapter("a", AdapterStatus([]), is_used=True)[0], Level.OK)
     assert_finding(
-        findings.judge_adapter("a", AdapterStatus([], "it broke"), is_used=True)[0], Level.PROBLEM, "it broke"
+        findings.check_adapter("a", AdapterStatus([], "it broke"), is_used=True)[0], Level.PROBLEM, "it broke"
     )
 
 
 def test_sandbox_is_judged() -> None:
     """The strongest kind is fine; a weaker one names the obstacle; none is a problem."""
-    assert_finding(findings.judge_sandbox(SandboxKind.BUBBLEWRAP), Level.OK)
-    assert_finding(findings.judge_sandbox(SandboxKind.LANDLOCK), Level.OK)
+    assert_finding(findings.check_sandbox(SandboxKind.BUBBLEWRAP), Level.OK)
+    assert_finding(findings.check_sandbox(SandboxKind.LANDLOCK), Level.OK)
     why = RefusedError("no bwrap", "install bubblewrap")
     assert_finding(
-        findings.judge_sandbox(SandboxKind.LANDLOCK, why), Level.WARNING, "weaker", "no bwrap", "install bubblewrap"
+        findings.check_sandbox(SandboxKind.LANDLOCK, why), Level.WARNING, "weaker", "no bwrap", "install bubblewrap"
     )
-    assert_finding(findings.judge_sandbox(SandboxKind.OFF), Level.WARNING, "sandbox: off")
-    assert_finding(findings.judge_sandbox(why), Level.PROBLEM, "no bwrap", "install bubblewrap")
+    assert_finding(findings.check_sandbox(SandboxKind.OFF), Level.WARNING, "sandbox: off")
+    assert_finding(findings.check_sandbox(why), Level.PROBLEM, "no bwrap", "install bubblewrap")
 
 
 def test_session_capacity_is_judged() -> None:
     """Enough, enough for some, too little for one; unknown limits are not reported."""
     for limit, level in ((1024, Level.OK), (64, Level.WARNING), (32, Level.PROBLEM), (None, Level.OK)):
-        assert_finding(findings.judge_descriptors(AvailableResources(limit, 10, None), 4), level)
+        assert_finding(findings.check_descriptors(AvailableResources(limit, 10, None), 4), level)
     for left, level in ((8 << 30, Level.OK), (700 * MIB, Level.WARNING), (100 * MIB, Level.PROBLEM)):
-        assert_finding(findings.judge_memory(AvailableResources(None, 0, left), 4, DEFAULT_DEMAND), level)
+        assert_finding(findings.check_memory(AvailableResources(None, 0, left), 4, DEFAULT_DEMAND), level)
     assert_finding(
-        findings.judge_memory(AvailableResources(None, 0, 8 << 30), 4, SessionDemand(memory=4 << 30)),
+        findings.check_memory(AvailableResources(None, 0, 8 << 30), 4, SessionDemand(memory=4 << 30)),
         Level.WARNING,
         "4096 MiB",
     )
-    assert_finding(findings.judge_memory(AvailableResources(None, 0, None), 4, DEFAULT_DEMAND), Level.OK)
+    assert_finding(findings.check_memory(AvailableResources(None, 0, None), 4, DEFAULT_DEMAND), Level.OK)
     for many, level in ((None, Level.OK), (10_000, Level.OK), (100, Level.WARNING), (10, Level.PROBLEM)):
-        assert_finding(findings.judge_processes(many, 4), level)
+        assert_finding(findings.check_processes(many, 4), level)
 
 
 @pytest.mark.parametrize(
@@ -147,12 +147,12 @@ def test_session_capacity_is_judged() -> None:
         (replace(PLACE, inodes=5000), Level.WARNING, "5000"),
         (replace(PLACE, inodes=50), Level.PROBLEM, "50"),
         (replace(PLACE, inodes=None, free=None), Level.OK, "/a/place"),
-        (replace(PLACE, trouble="Read-only file system"), Level.PROBLEM, "Read-only"),
+        (replace(PLACE, error="Read-only file system"), Level.PROBLEM, "Read-only"),
     ],
 )
 def test_disk_space_is_judged(place: StorageLocation, level: Level, words: str) -> None:
     """The free space is compared with the need of one session and of all."""
-    assert_finding(findings.judge_space("repositories", place, NEED), level, words)
+    assert_finding(findings.check_space("repositories", place, NEED), level, words)
 
 
 def test_disk_space_grows_with_repository_and_capacity() -> None:
@@ -166,39 +166,39 @@ def test_disk_space_grows_with_repository_and_capacity() -> None:
 
 def test_file_systems_are_judged() -> None:
     """A disk is fine, memory is reported, a network is rejected, unknown types pass."""
-    assert_finding(findings.judge_file_system("state", PLACE), Level.OK, "ext4")
-    assert_finding(findings.judge_file_system("state", replace(PLACE, file_system="tmpfs")), Level.WARNING, "restarts")
+    assert_finding(findings.check_file_system("state", PLACE), Level.OK, "ext4")
+    assert_finding(findings.check_file_system("state", replace(PLACE, file_system="tmpfs")), Level.WARNING, "restarts")
     assert_finding(
-        findings.judge_file_system("state", replace(PLACE, file_system="nfs4")), Level.PROBLEM, "COUNCIL_STATE"
+        findings.check_file_system("state", replace(PLACE, file_system="nfs4")), Level.PROBLEM, "COUNCIL_STATE"
     )
-    assert findings.judge_file_system("state", replace(PLACE, file_system=None)) is None
+    assert findings.check_file_system("state", replace(PLACE, file_system=None)) is None
 
 
 def test_moved_repositories_are_judged() -> None:
-    assert findings.judge_home(Path("/home/state"), Path("/home/project")) is None
-    assert_finding(findings.judge_home(Path("/home/project/x"), Path("/home/project")), Level.PROBLEM, "COUNCIL_HOME")
+    assert findings.check_home(Path("/home/state"), Path("/home/project")) is None
+    assert_finding(findings.check_home(Path("/home/project/x"), Path("/home/project")), Level.PROBLEM, "COUNCIL_HOME")
 
 
 def test_clock_is_judged() -> None:
     """Neither before the installation, nor far in the future, nor away from the disk's clock."""
-    assert_finding(findings.judge_clock(MACHINE, [PLACE]), Level.OK, "2027-01-15 08:00:00")
-    assert_finding(findings.judge_clock(replace(MACHINE, now=0.0), []), Level.WARNING, "1970")
-    assert_finding(findings.judge_clock(replace(MACHINE, now=1e18), []), Level.WARNING, "2100")
-    assert_finding(findings.judge_clock(MACHINE, [replace(PLACE, ahead=-90.0)]), Level.WARNING, "-90 s")
+    assert_finding(findings.check_clock(MACHINE, [PLACE]), Level.OK, "2027-01-15 08:00:00")
+    assert_finding(findings.check_clock(replace(MACHINE, now=0.0), []), Level.WARNING, "1970")
+    assert_finding(findings.check_clock(replace(MACHINE, now=1e18), []), Level.WARNING, "2100")
+    assert_finding(findings.check_clock(MACHINE, [replace(PLACE, ahead=-90.0)]), Level.WARNING, "-90 s")
 
 
 def test_plugins_and_folder_are_judged() -> None:
     """Reports an omitted plugin, and a `.council` that git would track."""
-    assert_finding(findings.judge_plugin("the plugin 'x' of y 1: broken"), Level.WARNING, "broken", "COUNCIL_PLUGINS")
-    assert_finding(findings.judge_project_folder(exists=True, is_ignored=True), Level.OK)
-    assert_finding(findings.judge_project_folder(exists=False, is_ignored=False), Level.OK)
-    assert_finding(findings.judge_project_folder(exists=True, is_ignored=False), Level.WARNING)
+    assert_finding(findings.plugin_finding("the plugin 'x' of y 1: broken"), Level.WARNING, "broken", "COUNCIL_PLUGINS")
+    assert_finding(findings.check_project_folder(exists=True, is_ignored=True), Level.OK)
+    assert_finding(findings.check_project_folder(exists=False, is_ignored=False), Level.OK)
+    assert_finding(findings.check_project_folder(exists=True, is_ignored=False), Level.WARNING)
 
 
 def test_gathering_facts_leaves_no_trace(tmp_path: Path) -> None:
     """A missing folder is judged by its parent and not created."""
     found = inspect_location(tmp_path / "not" / "yet")
-    assert found.trouble is None
+    assert found.error is None
     assert found.free
     assert abs(found.ahead) < 5
     assert list(tmp_path.iterdir()) == []
@@ -207,7 +207,7 @@ def test_gathering_facts_leaves_no_trace(tmp_path: Path) -> None:
 
 def test_unwritable_folder_has_its_reason() -> None:
     """The system's own words."""
-    assert inspect_location(Path("/proc/self/council")).trouble
+    assert inspect_location(Path("/proc/self/council")).error
 
 
 def test_processes_are_counted_by_cgroups(tmp_path: Path) -> None:

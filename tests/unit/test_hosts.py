@@ -68,13 +68,13 @@ def test_entry_does_not_match_a_host(entry: str, host: str, port: int) -> None:
 @pytest.mark.parametrize(
     ("text", "fix"),
     [
-        ("https://api.example.com/", "write the host only"),
-        ("10.0.0.0/8", "write the host only"),
+        ("https://api.example.com/", "use only the host"),
+        ("10.0.0.0/8", "use only the host"),
         ("user@example.com", "it has a user"),
         ("", "it is empty"),
         ("*", "has invalid characters"),
-        ("*.com", "write a domain after"),
-        ("*.10.0.0.1", "write a domain after"),
+        ("*.com", "use a domain after"),
+        ("*.10.0.0.1", "use a domain after"),
         ("api.*.example.com", "has invalid characters"),
         ("exa mple.com", "has invalid characters"),
         ("example.com\r\nx", "has invalid characters"),
@@ -95,7 +95,7 @@ def test_entry_does_not_match_a_host(entry: str, host: str, port: int) -> None:
         ("[example.com]:80", "not an IPv6 address"),
         ("straße.example", "ambiguous letter"),
         ("localhost", "localhost:PORT"),
-        ("*.localhost:80", "write a domain after"),
+        ("*.localhost:80", "use a domain after"),
         ("x.localhost:80", "localhost:PORT"),
     ],
 )

@@ -74,11 +74,11 @@ def test_inline_adapter_is_of_the_file_or_needs_no_options(
 @pytest.mark.parametrize(
     ("text", "adapter", "what", "remedy"),
     [
-        (HEAD + TWO, None, "several adapters and no default", "name one by --adapter: fixer, other, free"),
-        (None, None, "no file that names an adapter", "name one by --adapter: free"),
+        (HEAD + TWO, None, "several adapters and no default", "choose one with --adapter: fixer, other, free"),
+        (None, None, "no file specifies an adapter", "choose one with --adapter: free"),
         (HEAD + ONE, "fixr", "there is no adapter 'fixr'", "did you mean 'fixer'?"),
         (HEAD + ONE, "zzz", "there is no adapter 'zzz'", "possible ones are fixer, free"),
-        (None, "command", "'command' takes options", "possible ones are free"),
+        (None, "command", "'command' needs options", "possible ones are free"),
     ],
 )
 def test_unknown_adapter_lists_the_possible_ones(
@@ -96,7 +96,7 @@ def test_missing_clis_suggest_the_command_adapter(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RefusedError) as refused:
         load(tmp_path, None)
-    assert "no CLI is on PATH" in refused.value.what
+    assert "no supported CLI is on PATH" in refused.value.what
     assert "`use: command`" in refused.value.remedy
 
 

@@ -15,7 +15,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 
 from orchestrator.engine.diagnostics import programs
-from orchestrator.engine.diagnostics.programs import judge_program, make_default_adapters, probe_adapters, read_version
+from orchestrator.engine.diagnostics.programs import check_program, make_default_adapters, probe_adapters, read_version
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import (
     Capability,
@@ -147,11 +147,11 @@ def test_version_is_parsed_quickly_from_anything() -> None:
 
 def test_output_of_a_failed_command_is_no_version() -> None:
     """Numbers in an error message do not count."""
-    status = judge_program(
+    status = check_program(
         Program("tool", version=("-V",)), "/bin/tool", CompletedCommand(2, b"", b"no -V, since 3.1\n\n")
     )
     assert status.version is None
-    assert status.trouble == "it ended with exit code 2: no -V, since 3.1"
+    assert status.error == "failed with exit code 2: no -V, since 3.1"
 
 
 @pytest.mark.parametrize(
@@ -161,18 +161,18 @@ def test_version_is_compared_with_the_supported_ones(supported: str, is_supporte
     """Including pre-releases."""
     answer = CompletedCommand(0, b"tool 2.1rc1", b"")
     assert (
-        judge_program(Program("tool", version=("-V",), supported=supported), "/bin/tool", answer).is_supported
+        check_program(Program("tool", version=("-V",), supported=supported), "/bin/tool", answer).is_supported
         is is_supported
     )
 
 
 def test_invalid_range_is_reported() -> None:
     """A plugin's mistake is reported and has no other effect."""
-    status = judge_program(
+    status = check_program(
         Program("tool", version=("-V",), supported="two"), "/bin/tool", CompletedCommand(0, b"2.0", b"")
     )
     assert (status.version, status.is_supported) == ("2.0", None)
-    assert "'two'" in str(status.trouble)
+    assert "'two'" in str(status.error)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_readiness_is_an_exit_code_or_a_key(
     answer: CompletedCommand | str | None, has_key: bool, ready: bool | None
 ) -> None:
     """A key counts as a login; a crash or a hang is no answer; a negative answer gets the remedy."""
-    status = judge_program(
+    status = check_program(
         Program("tool", ready=("s",), log_in="run `tool login`"), "/t", None, answer, has_key=has_key
     )
     assert status.ready is ready
@@ -249,7 +249,7 @@ async def test_hanging_program_is_killed(
     adapters = {"a": ProgramAdapter(Program("tool", version=("-V",), ready=("s",)))}
     status = (await probe_adapters(adapters, environ))["a"].programs[0]
     assert (status.version, status.ready) == (None, None)
-    assert status.trouble == "`tool -V` did not end within 0.5 s"
+    assert status.error == "`tool -V` did not finish within 0.5 s"
     pid = int((tmp_path / "pid").read_text())
     wait_for(lambda: not psutil.pid_exists(pid))
 
@@ -260,14 +260,14 @@ async def test_endless_output_is_stopped(program: MakeProgram, environ: dict[str
     program("angry", "exec yes >&2")
     adapters = {name: ProgramAdapter(Program(name, version=("-V",))) for name in ("loud", "angry")}
     found = await probe_adapters(adapters, environ)
-    assert {one.programs[0].trouble for one in found.values()} == {"it prints without end"}
+    assert {one.programs[0].error for one in found.values()} == {"its output is endless"}
 
 
 async def test_child_processes_are_killed(program: MakeProgram, environ: dict[str, str], tmp_path: Path) -> None:
     """Neither one that keeps the output open nor one in another process session survives or delays the probe."""
     program("tool", f"sleep 1000 & echo $! > {tmp_path}/a\nsetsid sleep 1000 & echo $! > {tmp_path}/b\necho 1.2")
     found = await probe_adapters({"a": ProgramAdapter(Program("tool", version=("-V",)))}, environ)
-    assert (found["a"].programs[0].version, found["a"].programs[0].trouble) == ("1.2", None)
+    assert (found["a"].programs[0].version, found["a"].programs[0].error) == ("1.2", None)
     for name in ("a", "b"):
         pid = int((tmp_path / name).read_text())
         wait_for(lambda pid=pid: not psutil.pid_exists(pid))  # type: ignore[misc]
@@ -279,7 +279,7 @@ async def test_unstartable_program_is_reported(program: MakeProgram, environ: di
     path.write_bytes(b"\x7fELF not at all")
     status = (await probe_adapters({"a": ProgramAdapter(Program("tool", version=("-V",)))}, environ))["a"].programs[0]
     assert status.path == str(path)
-    assert str(status.trouble).startswith("it can't be started")
+    assert str(status.error).startswith("can't be started")
 
 
 async def test_printed_secrets_are_hidden(program: MakeProgram, environ: dict[str, str]) -> None:
@@ -287,7 +287,7 @@ async def test_printed_secrets_are_hidden(program: MakeProgram, environ: dict[st
     program("tool", 'echo "bad key $TOOL_KEY" >&2; exit 1')
     adapter = ProgramAdapter(Program("tool", version=("-V",)), pass_env=["TOOL_KEY"])
     found = await probe_adapters({"a": adapter}, {**environ, "TOOL_KEY": "hunter2-hunter2-hunter2"})
-    assert found["a"].programs[0].trouble == "it ended with exit code 1: bad key [redacted]"
+    assert found["a"].programs[0].error == "failed with exit code 1: bad key [redacted]"
 
 
 async def test_programs_are_probed_concurrently_and_once(
@@ -313,8 +313,8 @@ async def test_failing_adapter_is_reported(environ: dict[str, str]) -> None:
             raise RefusedError("no model is set", "set one")
 
     found = await probe_adapters({"broken": Broken(), "fine": ProgramAdapter()}, environ)
-    assert found["broken"].trouble == "no model is set: set one"
-    assert found["fine"].trouble is None
+    assert found["broken"].error == "no model is set: set one"
+    assert found["fine"].error is None
 
 
 def test_types_without_required_options_are_created() -> None:
@@ -333,7 +333,7 @@ def test_types_without_required_options_are_created() -> None:
     types: dict[str, Any] = {"fine": ProgramAdapter, "needy": Needy, "broken": Broken}
     made, needs = make_default_adapters(types)
     assert list(made) == ["fine"]
-    assert needs == {"needy": "needs argv, model", "broken": "can't be made: OSError: no home"}
+    assert needs == {"needy": "needs argv, model", "broken": "can't be created: OSError: no home"}
 
 
 async def test_own_python_proves_nothing(environ: dict[str, str]) -> None:

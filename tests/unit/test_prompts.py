@@ -211,7 +211,7 @@ def test_condition_is_evaluated(condition: str, expected: bool) -> None:
 @pytest.mark.parametrize("condition", ["risks", "not risks", "plan.risks > 1", "plan.size / 0", "plan < 3"])
 def test_unsuitable_condition_is_rejected(condition: str) -> None:
     """A missing value does not skip a phase."""
-    with pytest.raises(RefusedError, match=r"phase .review., .*can.t be evaluated: .*: use a value that exists"):
+    with pytest.raises(RefusedError, match=r"phase .review., .*can.t be evaluated: .*: use an existing value"):
         is_condition_met("review", condition, {"plan": PLAN})
 
 

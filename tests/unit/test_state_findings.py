@@ -12,12 +12,12 @@ from orchestrator.engine.diagnostics.state_findings import (
     SLOW_COMMIT,
     LogGrowth,
     SilentSession,
-    judge_documents,
-    judge_integrity,
-    judge_latency,
-    judge_log,
-    judge_silent_sessions,
-    judge_unfinished_runs,
+    check_documents,
+    check_integrity,
+    check_latency,
+    check_log,
+    check_silent_sessions,
+    check_unfinished_runs,
 )
 from orchestrator.protocols import Damage, Key, StoreStatistics, VerificationReport
 
@@ -37,14 +37,14 @@ def figures(first: int = 0, log_bytes: int = 500) -> StoreStatistics:
         (figures(), LogGrowth(0, 0.0, 0.0), None),
         (figures(log_bytes=1001), LogGrowth(100, DAY, DAY), "above its limit"),
         (figures(), LogGrowth(100, 600.0, DAY), "full within an hour"),
-        (figures(first=50), LogGrowth(10, DAY, 2 * DAY), "it goes back 2d, not 30d"),
+        (figures(first=50), LogGrowth(10, DAY, 2 * DAY), "history of 2d instead of 30d"),
         (figures(first=50), LogGrowth(10, DAY, 31 * DAY), None),
         (figures(first=50, log_bytes=100), LogGrowth(10, DAY, 2 * DAY), None),
     ],
 )
 def test_log_is_judged(found: StoreStatistics, growth: LogGrowth, reported: str | None) -> None:
     """Too large, soon too large, or shorter than configured."""
-    one = judge_log(found, growth, KEPT)
+    one = check_log(found, growth, KEPT)
     assert one.level is (Level.OK if reported is None else Level.WARNING)
     assert reported is None or reported in one.message
 
@@ -52,7 +52,7 @@ def test_log_is_judged(found: StoreStatistics, growth: LogGrowth, reported: str 
 def test_log_without_an_age_is_not_too_short() -> None:
     """An unlimited log is judged by its size alone."""
     assert (
-        judge_log(figures(first=50), LogGrowth(10, DAY, DAY), Retention(retention=None, max_size=1000)).level
+        check_log(figures(first=50), LogGrowth(10, DAY, DAY), Retention(retention=None, max_size=1000)).level
         is Level.OK
     )
 
@@ -60,27 +60,27 @@ def test_log_without_an_age_is_not_too_short() -> None:
 def test_largest_documents_are_named() -> None:
     """The five largest, and the number of others."""
     large = [(Key("task", str(number)), 2_000_000 - number) for number in range(7)]
-    reported = [*judge_documents(StoreStatistics(1, 0, 9, 9, 9, (), large))]
+    reported = [*check_documents(StoreStatistics(1, 0, 9, 9, 9, (), large))]
     assert [one.name for one in reported] == [*(f"document task/{number}" for number in range(5)), "documents"]
     assert reported[-1].message == "2 more are larger than 1MB"
-    assert [one.level for one in judge_documents(figures())] == [Level.OK]
+    assert [one.level for one in check_documents(figures())] == [Level.OK]
 
 
 def test_latency_is_judged() -> None:
     """A slow commit is a warning."""
-    assert judge_latency(SLOW_COMMIT).level is Level.OK
-    assert judge_latency(2 * SLOW_COMMIT).level is Level.WARNING
+    assert check_latency(SLOW_COMMIT).level is Level.OK
+    assert check_latency(2 * SLOW_COMMIT).level is Level.WARNING
 
 
 def test_integrity_is_judged() -> None:
     """Damage is a problem, and so is a difference between documents and log."""
-    assert [one.level for one in judge_integrity(VerificationReport(3, 10))] == [Level.OK]
+    assert [one.level for one in check_integrity(VerificationReport(3, 10))] == [Level.OK]
     damage = Damage(Path("1.jsonl"), 7, (Key("task", "a"),), "commit 2 is damaged")
-    (reported,) = judge_integrity(VerificationReport(3, 10, [damage], [Key("task", "a")]))
+    (reported,) = check_integrity(VerificationReport(3, 10, [damage], [Key("task", "a")]))
     assert reported.level is Level.PROBLEM
     assert "1.jsonl, byte 7" in reported.message
-    assert "older than they were: task/a" in reported.message
-    assert [one.name for one in judge_integrity(VerificationReport(3, 10, (), (), [Key("task", "b")]))] == [
+    assert "older versions after damage: task/a" in reported.message
+    assert [one.name for one in check_integrity(VerificationReport(3, 10, (), (), [Key("task", "b")]))] == [
         "integrity",
         "memory",
     ]
@@ -93,7 +93,7 @@ def test_idle_sessions_are_judged() -> None:
         SilentSession("r", "b", 700.0, None),
         SilentSession("r", "c", 1.0, 600.0),
     ]
-    assert [(one.name, one.level) for one in judge_silent_sessions(sessions)] == [
+    assert [(one.name, one.level) for one in check_silent_sessions(sessions)] == [
         ("sessions", Level.OK),
         ("session r/a", Level.WARNING),
     ]
@@ -101,7 +101,7 @@ def test_idle_sessions_are_judged() -> None:
 
 def test_interrupted_runs_are_judged() -> None:
     """With the command to resume the first."""
-    assert judge_unfinished_runs([]).level is Level.OK
-    reported = judge_unfinished_runs(["r1", "r2"])
+    assert check_unfinished_runs([]).level is Level.OK
+    reported = check_unfinished_runs(["r1", "r2"])
     assert reported.message == "unfinished: r1, r2"
     assert reported.remedy == "`council resume r1`"

@@ -34,9 +34,9 @@ PROPERTIES: dict[str, Any] = {
     ("changes", "error"),
     [
         ({"is_successful": True}, "status 'x' is successful and not final"),
-        ({"is_retryable": True}, "status 'x' is retryable: set `is_final=True`, and leave out `is_successful`"),
+        ({"is_retryable": True}, "status 'x' is retryable: set `is_final=True`, and omit `is_successful`"),
         ({"is_retryable": True, "is_final": True, "is_successful": True}, "status 'x' is retryable"),
-        ({"is_final": True, "release": None}, "status 'x' is final and keeps the claim: give it a `release`"),
+        ({"is_final": True, "release": None}, "status 'x' is final and keeps the claim: set `release`"),
         ({"is_active": True}, "status 'x' is active without a claim: set `release=None`"),
         ({"is_landing": True}, "status 'x' is active without a claim: set `release=None`"),
         ({"waits_for_user": True, "release": None}, "status 'x' waits for a user and is final or keeps the claim"),

@@ -45,7 +45,7 @@ def test_target_that_is_the_checked_out_base_is_warned_about(
     settings: dict[str, Any] = {} if target is None else {"target": target}
     found = warnings(tmp_path, around, **settings)
     assert len(found) == many
-    assert all("also the base, and checked out in" in one for one in found)
+    assert all("is the base, and is checked out in" in one for one in found)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_writable_shared_by_sessions_and_checks_is_warned_about(tmp_path: Path, 
     (tmp_path / writable).mkdir(parents=True)
     found = warnings(tmp_path, RepositoryPaths(), writable=[writable])
     assert len(found) == many
-    assert all("from which setup and checks may take programs" in one for one in found)
+    assert all("from which setup and checks may run programs" in one for one in found)
     assert warnings(tmp_path, RepositoryPaths(), {"writable": [writable]}) == []
     assert len(warnings(tmp_path, RepositoryPaths(), writable=[writable], defaults={})) == 1, "there are no checks"
 
@@ -75,7 +75,7 @@ def test_writable_that_contains_the_repository_is_warned_about(
     reach: dict[str, Any] = {"writable": [writable]}
     found = warnings(tmp_path, around, reach) if is_adapters else warnings(tmp_path, around, **reach)
     assert len(found) == many
-    assert all("and with it the repository itself: name only the folders" in one for one in found)
+    assert all("which contains the repository itself: list only the folders" in one for one in found)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_fewer_worktrees_than_sessions_are_warned_about(
 def test_no_task_with_checks_is_warned_about(tmp_path: Path) -> None:
     """One task with checks is enough: others may need none."""
     [found] = warnings(tmp_path, RepositoryPaths(), defaults={})
-    assert found.startswith("no task has checks: nothing proves the work: add ")
+    assert found.startswith("no task has checks: work lands unverified: add ")
     tasks = [{"id": "a", "prompt": "p"}, {"id": "b", "prompt": "p", **CHECKED}]
     assert warnings(tmp_path, RepositoryPaths(), defaults={}, tasks=tasks) == []
 
@@ -113,7 +113,7 @@ def test_fallback_to_the_same_adapter_is_warned_about(tmp_path: Path, fallback: 
     tasks.append({"id": "alone", "prompt": "p", "adapter": "a"})
     found = warnings(tmp_path, RepositoryPaths(), adapters=dict.fromkeys("abc", COMMAND), tasks=tasks)
     assert len(found) == (again is not None)
-    beginning = f"`fallback` of 't0', 't1', 't2', 't3', 't4' and 2 more names {again} again"
+    beginning = f"`fallback` of 't0', 't1', 't2', 't3', 't4' and 2 more repeats {again},"
     assert all(one.startswith(beginning) for one in found)
 
 
@@ -162,4 +162,4 @@ def test_phase_fallback_to_the_same_adapter_is_warned_about(tmp_path: Path) -> N
     (found,) = warnings(
         tmp_path, RepositoryPaths(), workflows=workflows, tasks=[{"id": "a", "prompt": "p", "workflow": "w"}]
     )
-    assert found.startswith("`fallback` of phase 'look' names 'x' again")
+    assert found.startswith("`fallback` of phase 'look' repeats 'x',")

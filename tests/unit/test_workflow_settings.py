@@ -167,16 +167,16 @@ def test_adapter_with_required_options_needs_an_entry(tmp_path: Path) -> None:
 REVIEW = {"review": {"produces": "review"}}
 AT = "workflows.w[0].build"
 MISTAKES: dict[str, tuple[list[Any], str, str]] = {
-    "no phase": ([7], "workflows.w[0]", "a phase can't be the number 7: write `- NAME: {…}`"),
+    "no phase": ([7], "workflows.w[0]", "a phase can't be the number 7: use `- NAME: {…}`"),
     "two phases in one": ([{"a": {}, "b": {}}], "workflows.w[0]", "a phase can't be a mapping"),
     "keys beside the name": (
         [{"a": None, "access": "read"}],
         "workflows.w[0]",
         "at the level of its name: indent them",
     ),
-    "empty phase": ([{"a": None}], "workflows.w[0]", "the phase 'a' is empty: write `- a`"),
+    "empty phase": ([{"a": None}], "workflows.w[0]", "the phase 'a' is empty: use `- a`"),
     "bad name": (["a b"], "workflows.w[0]", "'a b' can't be a name"),
-    "unknown key": ([{"build": {"acess": "read"}}], f"{AT}.acess", "'acess' is not known: did you mean 'access'?"),
+    "unknown key": ([{"build": {"acess": "read"}}], f"{AT}.acess", "unknown key 'acess': did you mean 'access'?"),
     "unknown access": ([{"build": {"access": "look"}}], f"{AT}.access", "write 'read' or 'write'"),
     "unknown kind": ([{"build": {"produces": "pln"}}], f"{AT}.produces", "'pln': did you mean 'plan', or add a schema"),
     "schema of a kind that is there": (
@@ -197,7 +197,7 @@ MISTAKES: dict[str, tuple[list[Any], str, str]] = {
     "no schema": (
         [{"build": {"produces": {"kind": "k", "schema": {"type": "objct"}}}}],
         f"{AT}.produces",
-        "is not the schema of one",
+        "does not describe an object",
     ),
     "wrong schema": (
         [{"build": {"produces": {"kind": "k", "schema": {"required": 1}}}}],
@@ -212,29 +212,33 @@ MISTAKES: dict[str, tuple[list[Any], str, str]] = {
     "no schema file": (
         [{"build": {"produces": {"kind": "k", "schema": "nix.json"}}}],
         f"{AT}.produces",
-        "can't be read",
+        "can't read ",
     ),
     "two prompts": (
         [{"build": {"prompt": "p", "prompt_file": "f"}}],
         f"{AT}.prompt_file",
         "both prompt and prompt_file",
     ),
-    "no prompt file": ([{"build": {"prompt_file": "nix"}}], f"{AT}.prompt_file", "can't be read"),
+    "no prompt file": ([{"build": {"prompt_file": "nix"}}], f"{AT}.prompt_file", "can't read "),
     "template that can't be read": (
         [{"build": {"prompt": "a\n{% if %}"}}],
         f"{AT}.prompt",
-        "can't be read, line 2: ",
+        "invalid template: line 2: ",
     ),
     "unknown name in a template": (
         [{"build": {"prompt": "{{ tsk.prompt }}"}}],
         f"{AT}.prompt",
-        "uses the unknown name 'tsk': did you mean 'task'?",
+        "unknown name 'tsk' in the template: did you mean 'task'?",
     ),
     "template with another": ([{"build": {"prompt": "{% include 'x' %}"}}], f"{AT}.prompt", "includes another"),
-    "secret in a template": ([{"build": {"prompt": TOKEN}}], f"{AT}.prompt", "an apparent secret key"),
-    "secret in a command": ([{"build": {"until": [f"x {TOKEN}"]}}], f"{AT}.until[0]", "an apparent secret key"),
-    "secret in a value": ([{"build": {"context": {"a": [TOKEN]}}}], f"{AT}.context.a[0]", "an apparent secret key"),
-    "condition that can't be read": ([{"build": {"when": "a >"}}], f"{AT}.when", "the condition can't be read"),
+    "secret in a template": ([{"build": {"prompt": TOKEN}}], f"{AT}.prompt", "seems to contain a secret key"),
+    "secret in a command": ([{"build": {"until": [f"x {TOKEN}"]}}], f"{AT}.until[0]", "seems to contain a secret key"),
+    "secret in a value": (
+        [{"build": {"context": {"a": [TOKEN]}}}],
+        f"{AT}.context.a[0]",
+        "seems to contain a secret key",
+    ),
+    "condition that can't be read": ([{"build": {"when": "a >"}}], f"{AT}.when", "invalid condition"),
     "name of a value": ([{"build": {"needs": ["a-b"]}}], f"{AT}.needs[0]", "'a-b' is not a valid value name"),
     "too large a context": ([{"build": {"context": {"a": "x" * 70_000}}}], f"{AT}.context", "use at most 65536"),
     "stand-in without an adapter": (
@@ -245,7 +249,7 @@ MISTAKES: dict[str, tuple[list[Any], str, str]] = {
     "until without work": (
         [{"build": {"access": "read", "until": ["true"]}}],
         f"{AT}.until",
-        "leaves no work for commands to check",
+        "has no work for commands to check",
     ),
     "rejection without a review": (
         ["a", {"b": {"on_reject": "a"}}],
@@ -262,8 +266,12 @@ MISTAKES: dict[str, tuple[list[Any], str, str]] = {
         "workflows.w[0].review.on_reject",
         "no phase before",
     ),
-    "rounds of nothing": ([{"build": {"max_rounds": 2}}], f"{AT}.max_rounds", "nothing sends the work"),
-    "too many rounds": ([{"build": {"until": ["x"], "max_rounds": 21}}], f"{AT}.max_rounds", "write 20 or less"),
+    "rounds of nothing": (
+        [{"build": {"max_rounds": 2}}],
+        f"{AT}.max_rounds",
+        "the work of this phase is never sent back",
+    ),
+    "too many rounds": ([{"build": {"until": ["x"], "max_rounds": 21}}], f"{AT}.max_rounds", "use 20 or less"),
     "expansion of no plan": ([{"build": {"expand": True}}], f"{AT}.expand", "only a plan has tasks"),
     "expansion that is text": ([{"build": {"produces": "plan", "expand": "yes"}}], f"{AT}.expand", "write true, or"),
     "expansion into nothing": (
@@ -274,7 +282,7 @@ MISTAKES: dict[str, tuple[list[Any], str, str]] = {
     "expansion into itself": (
         [{"build": {"produces": "plan", "expand": {"workflow": "w"}}}],
         "workflows.w",
-        "tasks without end: w -> w",
+        "would expand endlessly: w -> w",
     ),
     "handoff of nothing": ([{"build": {"handoff": "shared"}}], f"{AT}.handoff", "produces no handoff"),
     "transformation of what is direct": (
@@ -362,7 +370,7 @@ def test_mistakes_outside_of_phases_have_their_position(tmp_path: Path) -> None:
     assert found[0] == "workflows.none"
     assert "choose another name" in found[1]
     (found,) = mistakes(tmp_path, workflows={"w": []})
-    assert found == ("workflows.w", "w is an empty list: give at least 1")
+    assert found == ("workflows.w", "w is an empty list: use at least 1")
     (found,) = mistakes(tmp_path, "build", context={"a": {"b": TOKEN}})
     assert found[0] == "context.a.b"
 

@@ -51,14 +51,14 @@ class Health:
         sessions = [one for run, is_live in open_runs.items() if is_live for one in await self._readable_sessions(run)]
         statistics, now = await store.statistics(), self.context.clock.now()
         return [
-            *findings.judge_integrity(await verify_store(store)),
-            findings.judge_log(statistics, await _growth(store, statistics, now), await read_retention(self.context)),
-            *findings.judge_documents(statistics),
-            findings.judge_expired(statistics),
+            *findings.check_integrity(await verify_store(store)),
+            findings.check_log(statistics, await _growth(store, statistics, now), await read_retention(self.context)),
+            *findings.check_documents(statistics),
+            findings.check_expired(statistics),
             await self._latency(),
-            findings.judge_unfinished_runs([run.id for run in runs if await self._is_left(run, open_runs)]),
-            *findings.judge_silent_sessions(sessions),
-            findings.judge_conflicts(len(await list_pending(store))),
+            findings.check_unfinished_runs([run.id for run in runs if await self._is_left(run, open_runs)]),
+            *findings.check_silent_sessions(sessions),
+            findings.check_conflicts(len(await list_pending(store))),
         ]
 
     async def _run(self, run: str) -> RunDocument | None:
@@ -84,7 +84,7 @@ class Health:
             await store.commit(Commit([], [Event.of(StateProbed())]))
         except StoreUnavailable as error:
             return Finding("latency", Level.PROBLEM, error.what, error.remedy)
-        return findings.judge_latency(clock.monotonic() - began)
+        return findings.check_latency(clock.monotonic() - began)
 
     async def _readable_sessions(self, run: str) -> list[SilentSession]:
         with suppress(UnreadableDocument):

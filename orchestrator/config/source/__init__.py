@@ -1,1 +1,1 @@
-"""YAML text as values that know their position, and the checks of single values."""
+"""YAML values with their positions, and checks of single values."""

@@ -1,8 +1,8 @@
 """Parse a strict subset of YAML into plain values with positions.
 
 The subset of YAML 1.2: one document, a mapping at the top, unique text keys, and plain scalars of the core schema.
-Aliases, anchors, merge keys and tags are rejected. Values are built from the parser's event stream, because only there
-each alias, tag and key has a position; without recursion.
+Aliases, anchors, merge keys and tags are rejected. Values are built without recursion from the parser's event stream,
+because only events have the positions of all aliases, tags and keys.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from orchestrator.domain.wording import quote_text
 from orchestrator.errors import InvalidValue
 
 MAX_DEPTH: Final = 64
-"""The largest nesting depth of collections."""
+"""The maximum nesting depth of collections."""
 
-# The YAML reader stops at the first of these; they are replaced so that the rest can be read.
+# The YAML reader stops at the first of these characters; they are replaced so that the rest can be read.
 _NOT_PRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 # Escapes in double quotes can still produce characters that are invalid in program arguments and JSON.
 _NOT_TEXT = re.compile("[\0\ud800-\udfff]")
@@ -59,7 +59,7 @@ class Node(NamedTuple):
         return node
 
     def walk(self) -> Iterator[Node]:
-        """Yield this node and everything in it."""
+        """Yield this node and all nodes in it."""
         waiting = [self]
         while waiting:
             node = waiting.pop()
@@ -68,9 +68,9 @@ class Node(NamedTuple):
 
 
 def read_document(text: str, problems: Problems) -> Node | None:
-    """Return the top mapping; None if it can't be parsed. Mistakes are added to `problems`.
+    """Return the top mapping; None if it can't be parsed. Errors are added to `problems`.
 
-    After a syntax error the rest is unknown, so the part before it is not returned either.
+    After a syntax error the rest of the file is unknown, so nothing is returned.
     """
     text = _printable(text, problems)
     builder = _Builder(problems)
@@ -82,8 +82,8 @@ def read_document(text: str, problems: Problems) -> Node | None:
         problems.add(*_syntax_error(error, text))
         return None
     except (ValueError, OverflowError):
-        # Only in the pure Python reader: it passes an escape such as "\Uffffffff" to chr() unchecked.
-        problems.add(builder.last, "an escape after this position is not a character", "write the character itself")
+        # Only in the pure Python reader, which passes escapes such as "\Uffffffff" to chr() unchecked.
+        problems.add(builder.last, "an escape after this position is not a valid character", "use the character itself")
         return None
     return builder.result()
 
@@ -101,7 +101,7 @@ def _printable(text: str, problems: Problems) -> str:
             line, begin = line + 1, line_break.end()
         seen = found.start()
         at = Position(line, seen - begin + 1)
-        problems.add(at, f"the character {found[0]!r} is not allowed", "remove it, or write it as an escape in quotes")
+        problems.add(at, f"the character {found[0]!r} is not allowed", "remove it, or use an escape in quotes")
     return _NOT_PRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
@@ -143,12 +143,12 @@ class _Builder:
         if self._too_deep:
             return None
         if root is None or root.value is None:
-            self._problems.add(_START, "the file is empty", "write a run: version, adapters and tasks")
+            self._problems.add(_START, "the file is empty", "add the keys of a run: version, adapters and tasks")
             return None
         if root.value is UNREADABLE:
             return None
         if not isinstance(root.value, dict):
-            self._problems.add(root.at, "the file is not a mapping", "begin with keys: version, adapters, tasks")
+            self._problems.add(root.at, "the file is not a mapping", "start with the keys version, adapters and tasks")
             return None
         return root
 
@@ -164,7 +164,7 @@ class _Builder:
             case yaml.MappingEndEvent() | yaml.SequenceEndEvent():
                 self._place(self._open.pop().closed())
             case yaml.AliasEvent():
-                self._problems.add(at, "aliases are not supported", f"write the value of *{event.anchor} in full")
+                self._problems.add(at, "aliases are not supported", f"repeat the value of *{event.anchor} in full")
                 self._place(Node(at, UNREADABLE))
             case yaml.DocumentStartEvent():
                 return self._start_document(at)
@@ -179,7 +179,7 @@ class _Builder:
     def _start(self, event: yaml.MappingStartEvent | yaml.SequenceStartEvent, at: Position) -> bool:
         self._refuse_properties(event, at)
         if len(self._open) == MAX_DEPTH:
-            self._problems.add(at, f"more than {MAX_DEPTH} nested collections", "nest less deeply")
+            self._problems.add(at, f"more than {MAX_DEPTH} nested collections", "reduce the nesting")
             self._too_deep = True
             return False
         self._open.append(_Open(at, {} if isinstance(event, yaml.MappingStartEvent) else []))
@@ -210,7 +210,7 @@ class _Builder:
             self._problems.add(at, "anchors are not supported", f"remove &{event.anchor}")
         if event.tag is not None:
             tag = quote_text(event.tag.replace(_STANDARD_TAG, "!!", 1))
-            self._problems.add(at, "tags are not supported", f"remove {tag}, quote what must be text")
+            self._problems.add(at, "tags are not supported", f"remove {tag}, and quote values that must be text")
         return event.tag is not None
 
     def _place(self, node: Node, *, plain: bool = False) -> None:
@@ -234,13 +234,13 @@ class _Builder:
         if key is UNREADABLE:
             return _REFUSED
         if not isinstance(key, str):
-            self._problems.add(node.at, "a key must be text", "write a word, in quotes if it looks like anything else")
+            self._problems.add(node.at, "a key must be text", "use a word, in quotes if it looks like another type")
         elif key == "<<" and plain:
-            self._problems.add(node.at, "merge keys are not supported", "write the keys in full")
+            self._problems.add(node.at, "merge keys are not supported", "repeat the keys in full")
         elif key in keys:
             first = keys[key].line
             self._problems.add(
-                node.at, f"the key {quote_text(key)} is there already, on line {first}", "keep one of the two"
+                node.at, f"the key {quote_text(key)} is already defined on line {first}", "keep one of the two"
             )
         else:
             keys[key] = node.at
@@ -249,11 +249,11 @@ class _Builder:
 
 
 _SYNTAX_REMEDIES: Final = (
-    ("mapping values are not allowed", "indent the keys of a mapping alike, and quote text that contains ': '"),
+    ("mapping values are not allowed", "indent the keys of a mapping equally, and quote text that contains ': '"),
     ("cannot start any token", "quote text that begins with @, ` or %"),
     ("',' or '", "close the bracket, with commas between its items"),
     ("unexpected end of stream", "close the quotes"),
-    ("escape", "write a backslash twice, or use single quotes"),
+    ("escape", "double the backslash, or use single quotes"),
     ("<document start>", "use one file per run"),
 )
 
@@ -264,9 +264,9 @@ def _syntax_error(error: yaml.MarkedYAMLError, text: str) -> tuple[Position, str
     if mark is not None and error.context_mark is not None and mark.index >= len(text.rstrip()):
         mark = error.context_mark
     at = Position(mark.line + 1, mark.column + 1) if mark else _START
-    what = error.problem or "this is not YAML"
+    what = error.problem or "invalid YAML"
     if mark and text[mark.index : mark.index + 1] == "\t":
-        return at, "a tab can't indent", "use spaces"
+        return at, "indentation by a tab", "use spaces"
     found = (remedy for part, remedy in _SYNTAX_REMEDIES if part in what)
-    remedy = next(found, "check the indentation and punctuation here, and quote text that contains any")
+    remedy = next(found, "check the indentation and punctuation here, and quote text with punctuation")
     return at, f"{what} ({error.context})" if error.context else what, remedy

@@ -1,4 +1,4 @@
-"""Open and read files that a user or a repository names."""
+"""Open and read files specified by a user or a repository."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ MAX_PROMPT_BYTES: Final = 1 << 20
 def open_regular_file(path: Path) -> BinaryIO:
     """Open a regular file for reading; raise OSError for any other file. Blocks.
 
-    Opening a named pipe without a writer, or reading some devices, would block forever.
+    Opening a named pipe without a writer, or reading certain devices, would block forever.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     file = os.fdopen(descriptor, "rb") if stat.S_ISREG(os.fstat(descriptor).st_mode) else None
     if file is None:
         os.close(descriptor)
-        raise OSError("it is not a regular file")
+        raise OSError("not a regular file")
     return file
 
 
@@ -33,9 +33,9 @@ def read_prompt(path: Path) -> str:
     try:
         data = _read_regular(path)
     except OSError as error:
-        raise InvalidValue(f"{path} can't be read, {_reason(error)}", "name a readable file") from error
+        raise InvalidValue(f"can't read {path}: {_reason(error)}", "use a readable file") from error
     if len(data) > MAX_PROMPT_BYTES:
-        raise InvalidValue(f"{path} is larger than 1 MiB", "shorten it, or let the prompt name files to read")
+        raise InvalidValue(f"{path} is larger than 1 MiB", "shorten it, or refer to files in the prompt")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

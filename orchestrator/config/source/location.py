@@ -14,9 +14,9 @@ from orchestrator.domain.settings.names import is_url
 
 
 def named_repository(path: Path) -> Path | None:
-    """Return the folder under the key `repo` of a file; None if there is none, or the file can't be read.
+    """Return the folder under the key `repo` of a file; None if missing, or if the file can't be read.
 
-    Blocks. Reads no further than that key.
+    Blocks. Stops reading at that key.
     """
     try:
         with open_regular_file(path) as file:
@@ -33,7 +33,7 @@ def _top_scalars(events: Iterator[yaml.Event]) -> Iterator[tuple[str, str]]:
     for event in events:
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
-            if depth > MAX_DEPTH:  # rejected later; the cost of parsing grows with depth times length
+            if depth > MAX_DEPTH:  # rejected later; the cost of parsing is proportional to depth times length
                 return
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1

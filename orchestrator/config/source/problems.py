@@ -1,4 +1,4 @@
-"""Collect the mistakes of a config file."""
+"""Collect the errors in a config file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 from orchestrator.errors import ConfigError, Problem
 
-# A file of 8 MB can contain millions of mistakes; stop after this many.
+# A file of 8 MB can contain millions of errors; stop after this many.
 _MOST_PROBLEMS: Final = 10_000
 
 
@@ -27,11 +27,11 @@ class Position(NamedTuple):
 
 
 class TooManyProblems(Exception):
-    """The limit of mistakes is reached; the search stops."""
+    """The limit of reported problems is reached, and the search stops."""
 
 
 class Problems:
-    """The problems of one file or value, without duplicates."""
+    """The problems in one file or value, without duplicates."""
 
     def __init__(self, file: Path | str) -> None:
         self._file = str(file)

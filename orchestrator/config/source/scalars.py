@@ -16,7 +16,7 @@ _WORDS: Final = {
 _INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
-# Beyond 64 bits, JSON readers disagree about numbers; and int() rejects thousands of digits.
+# Beyond 64 bits, JSON readers interpret numbers differently, and int() rejects thousands of digits.
 _LARGEST: Final = 2**63 - 1
 _MOST_DIGITS: Final = 24
 _NUMBER_STARTS: Final = frozenset("+-.0123456789")
@@ -41,9 +41,9 @@ def check_number(number: float) -> float:
     """Return a supported number; raise ValueError for any other."""
     if not isinstance(number, int):
         if not math.isfinite(number):
-            raise InvalidValue("this number is not finite", "write a finite number, or quote it if it is text")
+            raise InvalidValue("this number is not finite", "use a finite number, or quote it if it is text")
     elif abs(number) > _LARGEST:
-        raise InvalidValue("this number is too large", "write one of at most 64 bits, or quote it if it is text")
+        raise InvalidValue("this number is too large", "use a number of at most 64 bits, or quote it if it is text")
     return number
 
 

@@ -1,4 +1,4 @@
-"""Validate parts of the file with pydantic models, and report mistakes with positions."""
+"""Validate parts of the file with pydantic models, and report errors with positions."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ Location = tuple[int | str, ...]
 
 # Remedies by pydantic error type (docs.pydantic.dev, "Validation Errors"), formatted with the error context.
 _REMEDIES: Final = {
-    "string_type": "write text, in quotes if it looks like anything else",
-    "int_type": "write a whole number, without quotes",
-    "float_type": "write a number, without quotes",
-    "bool_type": "write true or false",
-    "list_type": "write a list, such as [one, two]",
-    "tuple_type": "write a list, such as [one, two]",
-    "dict_type": "write a mapping of keys and values",
-    "model_type": "write a mapping of keys and values",
-    "literal_error": "write {expected}",
-    "enum": "write {expected}",
-    "greater_than": "write more than {gt}",
-    "greater_than_equal": "write {ge} or more",
-    "less_than": "write less than {lt}",
-    "less_than_equal": "write {le} or less",
-    "too_short": "give at least {min_length}",
-    "too_long": "give at most {max_length}",
-    "string_too_short": "give at least {min_length} characters",
-    "string_too_long": "give at most {max_length} characters",
+    "string_type": "use text, in quotes if it looks like another type",
+    "int_type": "use a whole number, without quotes",
+    "float_type": "use a number, without quotes",
+    "bool_type": "use true or false",
+    "list_type": "use a list, such as [one, two]",
+    "tuple_type": "use a list, such as [one, two]",
+    "dict_type": "use a mapping of keys and values",
+    "model_type": "use a mapping of keys and values",
+    "literal_error": "use {expected}",
+    "enum": "use {expected}",
+    "greater_than": "use more than {gt}",
+    "greater_than_equal": "use {ge} or more",
+    "less_than": "use less than {lt}",
+    "less_than_equal": "use {le} or less",
+    "too_short": "use at least {min_length}",
+    "too_long": "use at most {max_length}",
+    "string_too_short": "use at least {min_length} characters",
+    "string_too_long": "use at most {max_length} characters",
 }
 
 
@@ -45,8 +45,8 @@ def validate(
 ) -> Model | None:
     """Return the mapping `node`, without the keys `without`, as `model`; None if it is invalid.
 
-    Mistakes are added to `problems`. `folder` is the base of relative paths; validators find it in their context, and
-    report mistakes as `InvalidValue`, those of plugins also as `ValueError("problem: remedy")`.
+    Errors are added to `problems`. `folder` is the base of relative paths, which validators find in their context. They
+    raise `InvalidValue`, and those of plugins may raise `ValueError("problem: remedy")`.
     """
     value = {key: item for key, item in node.value.items() if key not in without}
     try:
@@ -71,12 +71,12 @@ def _note(details: ErrorDetails, model: type[BaseModel], root: Node, problems: P
     key = str(location[-1]) if location else ""
     if details["type"] == "extra_forbidden":
         known = suggest(key, _keys(model, location[:-1]), "the keys here")
-        problems.add(found.key_at, f"the key {quote_text(key)} is not known", known)
+        problems.add(found.key_at, f"unknown key {quote_text(key)}", known)
     elif found.node.value is UNREADABLE or _is_false_too_short(details, found.node.value):
         return
     elif details["type"] == "missing":
         problems.add(found.node.at, f"the key {key!r} is missing", f"add `{key}:` here")
-    # pydantic appends this part for a mistake in the key itself.
+    # pydantic appends this part for an error in the key itself.
     elif key == "[key]":
         name = str(location[-2])
         problems.add(found.key_at, *_explain(details, name, f"the key {quote_text(name)}"))
@@ -85,7 +85,7 @@ def _note(details: ErrorDetails, model: type[BaseModel], root: Node, problems: P
 
 
 def _is_false_too_short(details: ErrorDetails, value: Any) -> bool:
-    """Whether a list is reported as too short only because pydantic does not count invalid items."""
+    """Whether a list counts as too short only because pydantic ignores invalid items."""
     return details["type"] == "too_short" and len(value) >= details["ctx"]["min_length"]
 
 
@@ -123,7 +123,7 @@ def _explain(details: ErrorDetails, value: Any, label: str) -> tuple[str, str]:
 
 
 def _empty(label: str) -> tuple[str, str]:
-    return f"{label} is empty", "give it a value or leave it out"
+    return f"{label} is empty", "set a value, or omit the key"
 
 
 def _unquoted_braces(value: Any) -> str | None:

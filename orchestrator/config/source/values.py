@@ -1,4 +1,4 @@
-"""Convert plain Python values to nodes, with the same rules as for a file."""
+"""Convert plain Python values to nodes, under the same rules as for a file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from orchestrator.errors import InvalidValue
 def read_value(value: Mapping[str, Any], problems: Problems) -> Node | None:
     """Return a mapping as the top node of a run; None if it is nested too deeply.
 
-    Mistakes are added to `problems`. Supported are None, bool, int, float, str, paths (as text), and lists, tuples and
+    Errors are added to `problems`. Supported are None, bool, int, float, str, paths (as text), and lists, tuples and
     mappings of these. Positions are paths of keys and indexes, such as `tasks[0].prompt`.
     """
     try:
@@ -48,7 +48,7 @@ class _Reader:
             case Mapping() | list() | tuple():
                 return self._collection(value, at, depth)
         self._problems.add(
-            at, f"a {type(value).__name__} is not a valid value", "give text, a number, a list or a dict"
+            at, f"unsupported value of type {type(value).__name__}", "use text, a number, a list or a dict"
         )
         return Node(at, UNREADABLE)
 
@@ -74,7 +74,7 @@ class _Reader:
 
     def _collection(self, value: Mapping[Any, Any] | Iterable[Any], at: Position, depth: int) -> Node:
         if depth == MAX_DEPTH:
-            self._problems.add(at, f"more than {MAX_DEPTH} nested collections", "nest less deeply")
+            self._problems.add(at, f"more than {MAX_DEPTH} nested collections", "reduce the nesting")
             raise _TooDeep
         if isinstance(value, Mapping):
             return self._mapping(value, at, depth)
@@ -88,7 +88,7 @@ class _Reader:
         keys: dict[str, Position] = {}
         for key, item in value.items():
             if not isinstance(key, str) or find_invalid_character(key) is not None:
-                self._problems.add(at, f"the key {quote_text(str(key))} is not text", "write a word")
+                self._problems.add(at, f"the key {quote_text(str(key))} is not text", "use a word")
                 continue
             name = str.__str__(key)
             path = f"{at.path}.{name}" if at.path else name

@@ -62,7 +62,7 @@ def builtin_phases() -> Mapping[str, Phases]:
 
 
 def read_workflows(root: Node, folder: Path, extensions: Extensions, problems: Problems) -> dict[str, Phases]:
-    """Return the workflows that tasks use, or tasks of their plans will use; report the mistakes of all workflows."""
+    """Return the workflows that tasks, or tasks of their plans, use; report errors in all workflows."""
     section = root.get("workflows")
     own = {} if section is None else {str(name): node for name, node in section.children.items()}
     named = dict.fromkeys(node.value for node in _named(root))
@@ -84,19 +84,19 @@ def read_workflows(root: Node, folder: Path, extensions: Extensions, problems: P
 
 
 def _check_expansions(found: Mapping[str, Phases], written: Mapping[str, Node], problems: Problems) -> None:
-    """Report workflows whose plans expand to tasks of the same workflow: such a run would never end."""
+    """Report workflows whose plans expand to tasks of the same workflow, so that a run would never end."""
     for cycle in find_cycles({name: tuple(_expanded(phases)) for name, phases in found.items()}):
         begin = min(cycle, key=list(found).index)
         start = cycle.index(begin)
         steps = " -> ".join([*cycle[start:], *cycle[:start], begin])
-        what = f"plans of this workflow would expand to tasks without end: {steps}"
-        problems.add(written[begin].at, what, "name another workflow under `expand:`, or none")
+        what = f"plans of this workflow would expand endlessly: {steps}"
+        problems.add(written[begin].at, what, "use another workflow under `expand:`, or none")
 
 
 def workflow_of(task: Node, root: Node) -> str | None:
     """Return the name of a task's workflow, even if it does not exist; None if the task has none.
 
-    For the file itself, it is the default.
+    If `task` is the file itself, return the default workflow.
     """
     named = task.get("workflow") or root.get("defaults", "workflow")
     return named.value if named is not None and isinstance(named.value, str) and named.value != NO_WORKFLOW else None
@@ -114,7 +114,7 @@ def iter_phase_nodes(workflow: Node) -> Iterator[PhaseNode]:
 
 
 def _valid_settings(node: Node) -> PhaseSettings | None:
-    """Return the settings of a phase without its invalid keys, which schema validation reports; None: no valid ones."""
+    """Return the settings of a phase without invalid keys, which schema validation reports; None if invalid."""
     settings = validate(PhaseSettings, node, Problems(""))
     if settings is not None or not isinstance(node.value, dict):
         return settings
@@ -126,12 +126,12 @@ def _valid_settings(node: Node) -> PhaseSettings | None:
 
 
 def check_contexts(root: Node, problems: Problems) -> None:
-    """Report values of tasks without phases, and secret keys in values, which are recorded."""
+    """Report values for tasks without phases, and secret keys in values, which are recorded."""
     for _, task in iter_task_nodes(root):
         context = task.get("context")
         if context is not None and workflow_of(task, root) is None:
             what = "the task has values for the phases of a workflow, but no workflow"
-            problems.add(task.keys["context"], what, "add `workflow:`, or write them in the prompt")
+            problems.add(task.keys["context"], what, "add `workflow:`, or put the values into the prompt")
         _reject_secrets(context, "context", problems)
     _reject_secrets(root.get("context"), "context", problems)
 
@@ -225,18 +225,18 @@ def _json(name: str, text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise InvalidValue(f"{quote_text(name)} is not JSON, {error}", "write a JSON Schema there") from error
+        raise InvalidValue(f"{quote_text(name)} is not JSON: {error}", "use a file with a JSON Schema") from error
 
 
 def _check_schema(schema: Any) -> None:
     """Raise InvalidValue or RefusedError unless this is a JSON Schema of an object within the size limit."""
     if not isinstance(schema, dict) or schema.get("type", "object") != "object":
-        what = "every handoff is an object, and this is not the schema of one"
-        raise InvalidValue(what, "write one as in {type: object, required: [answer]}")
+        what = "the schema does not describe an object, as every handoff is"
+        raise InvalidValue(what, "use a schema such as {type: object, required: [answer]}")
     size = len(json.dumps(schema, ensure_ascii=False, default=str).encode())
     if size > MAX_CONTEXT_BYTES:
         raise InvalidValue(
-            f"the schema takes {size} bytes", f"keep it within {MAX_CONTEXT_BYTES}, because prompts contain all of it"
+            f"the schema has {size} bytes", f"limit it to {MAX_CONTEXT_BYTES}, because prompts contain it"
         )
     check_schema(schema)
 

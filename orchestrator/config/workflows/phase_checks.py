@@ -1,4 +1,4 @@
-"""Check that the keys of a phase are consistent with each other, and with the other phases of its workflow."""
+"""Check that the keys of a phase are consistent with each other and with the other phases of its workflow."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PLAN: Final = "plan"
 
 
 class PhaseNode(NamedTuple):
-    """A phase as written: its name and position, its node, and its settings, without those that are invalid."""
+    """A phase as written: its name and position, its node, and its valid settings."""
 
     name: str
     name_at: Position
@@ -44,7 +44,9 @@ def check_keys(phase: PhaseNode, names: KnownNames, problems: Problems) -> None:
     """Report conflicting keys of a phase, and unknown names."""
     if phase.settings is None:
         return
-    has_all = len(phase.settings.model_fields_set) == len(phase.node.value)  # else a conflict may be with the default
+    has_all = len(phase.settings.model_fields_set) == len(
+        phase.node.value
+    )  # otherwise a conflict may involve a default
     for is_conflict, key, what, remedy in _key_conflicts(phase.settings):
         if is_conflict and has_all:
             problems.add(phase.key_at(key), what, remedy)
@@ -61,11 +63,11 @@ def check_keys(phase: PhaseNode, names: KnownNames, problems: Problems) -> None:
 
 
 def _key_conflicts(settings: PhaseSettings) -> Iterator[tuple[bool, str, str, str]]:
-    """Yield for each rule whether it is broken, the key, the mistake and the remedy."""
+    """Yield for each rule whether it is violated, the key, the problem and the remedy."""
     kind = settings.kind
     is_mediated, can_reject = settings.handoff == "mediated", kind == REVIEW_KIND
     is_repeated = settings.until or settings.approve or can_reject
-    both, one = "there are both {} and {}", "keep one of the two"
+    both, one = "the phase has both {} and {}", "keep one of the two"
     yield (
         settings.prompt is not None and settings.prompt_file is not None,
         "prompt_file", both.format("prompt", "prompt_file"), one,
@@ -77,21 +79,21 @@ def _key_conflicts(settings: PhaseSettings) -> Iterator[tuple[bool, str, str, st
     )  # fmt: skip
     yield (
         bool(settings.until) and not settings.writes,
-        "until", "a phase with `access: read` leaves no work for commands to check",
-        "remove `until`, or write `access: write`",
+        "until", "a phase with `access: read` has no work for commands to check",
+        "remove `until`, or use `access: write`",
     )  # fmt: skip
     yield (
         settings.on_reject is not None and not can_reject,
-        "on_reject", "only a review rejects", f"write `produces: {REVIEW_KIND}`, or remove `on_reject`",
+        "on_reject", "only a review rejects", f"use `produces: {REVIEW_KIND}`, or remove `on_reject`",
     )  # fmt: skip
     yield (
         "max_rounds" in settings.model_fields_set and not is_repeated,
-        "max_rounds", "nothing sends the work of this phase back",
-        f"write `until:` or `produces: {REVIEW_KIND}`, or remove `max_rounds`",
+        "max_rounds", "the work of this phase is never sent back",
+        f"add `until:` or `produces: {REVIEW_KIND}`, or remove `max_rounds`",
     )  # fmt: skip
     yield (
         settings.expand is not None and kind != PLAN,
-        "expand", "only a plan has tasks", f"write `produces: {PLAN}`, or remove `expand`",
+        "expand", "only a plan has tasks", f"use `produces: {PLAN}`, or remove `expand`",
     )  # fmt: skip
     yield (
         settings.handoff != "direct" and kind is None,
@@ -100,7 +102,7 @@ def _key_conflicts(settings: PhaseSettings) -> Iterator[tuple[bool, str, str, st
     for key in ("transform", "mediator"):
         yield (
             getattr(settings, key) is not None and not is_mediated,
-            key, f"`{key}` is only for mediated handoffs", f"write `handoff: mediated`, or remove `{key}`",
+            key, f"`{key}` is only for mediated handoffs", f"use `handoff: mediated`, or remove `{key}`",
         )  # fmt: skip
     yield (
         settings.transform is not None and settings.mediator is not None,
@@ -108,7 +110,7 @@ def _key_conflicts(settings: PhaseSettings) -> Iterator[tuple[bool, str, str, st
     )  # fmt: skip
     yield (
         settings.key is not None and settings.handoff != "shared",
-        "key", "`key` is only for shared handoffs", "write `handoff: shared`, or remove `key`",
+        "key", "`key` is only for shared handoffs", "use `handoff: shared`, or remove `key`",
     )  # fmt: skip
 
 
@@ -175,7 +177,7 @@ def _check_mediator(phase: PhaseNode, settings: PhaseSettings, after: Sequence[P
         problems.add(phase.at("handoff"), what, "remove `handoff`, or add a phase")
     elif settings.mediator is not None and settings.mediator != after[0].name:
         what = f"only the phase after {quote_text(phase.name)} can mediate, not {quote_text(settings.mediator)}"
-        problems.add(phase.at("mediator"), what, f"write {after[0].name}")
+        problems.add(phase.at("mediator"), what, f"use {after[0].name}")
     elif settings.mediator is not None and len(after) == 1:
         what = f"no phase follows {quote_text(settings.mediator)} to receive the result"
         problems.add(phase.at("mediator"), what, "remove `mediator`, or add a phase")

@@ -1,4 +1,4 @@
-"""A Jinja2 sandbox with limits: rendering stops at a number of steps and characters, before it takes time or memory.
+"""A Jinja2 sandbox with limits: rendering is stopped before it takes too much time or memory.
 
 Every call, filter, test, loop iteration, printed value, and operator that can enlarge a value counts. The size of a
 value is counted before it is used. Nothing is evaluated when a template is compiled.
@@ -18,18 +18,18 @@ from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-#: Calls, loop iterations and elements of values; and their input and output characters.
+#: The limits of calls, loop iterations and elements of values, and of their input and output characters.
 MAX_STEPS: Final = 200_000
 MAX_CHARACTERS: Final = 20_000_000
 _LARGEST_WIDTH: Final = 1_000
 _MOST_BITS: Final = 4_096
-#: Methods that can make a large value from a small one; filters do the same within limits.
+#: Methods that can produce a large value from a small one; filters do the same within limits.
 _WIDENING: Final = frozenset(
     {"center", "expandtabs", "format", "format_map", "join", "ljust", "replace", "rjust", "to_bytes", "zfill"}
 )
 _FILTERS_WITH_WIDTH: Final = ("batch", "center", "indent", "slice", "tojson", "wordwrap", "xmlattr")
 _REMOVED_FILTERS: Final = ("pprint", "urlize")
-#: The steps of a call, in proportion to its time.
+#: The steps of a call, proportional to its time.
 _CALL: Final = 50
 #: A format with a width of four or more digits, or a width from an argument.
 _WIDE: Final = re.compile(r"%[^%a-zA-Z]*(?:[0-9]{4}|[*])")
@@ -44,7 +44,7 @@ class _Budget:
         self.steps -= steps
         self.characters -= characters
         if self.steps < 0 or self.characters < 0:
-            raise SecurityError(f"it exceeds {MAX_STEPS} steps or {MAX_CHARACTERS} characters")
+            raise SecurityError(f"rendering exceeds {MAX_STEPS} steps or {MAX_CHARACTERS} characters")
 
 
 _BUDGET: ContextVar[_Budget | None] = ContextVar("_BUDGET", default=None)
@@ -52,7 +52,7 @@ _BUDGET: ContextVar[_Budget | None] = ContextVar("_BUDGET", default=None)
 
 @contextmanager
 def limit_rendering() -> Iterator[None]:
-    """Limit all rendering in the body; raise SecurityError beyond the limit."""
+    """Limit all rendering within the body; raise SecurityError beyond the limit."""
     token = _BUDGET.set(_Budget())
     try:
         yield
@@ -63,12 +63,12 @@ def limit_rendering() -> Iterator[None]:
 def _spend(steps: int, characters: int = 0) -> None:
     budget = _BUDGET.get()
     if budget is None:
-        raise SecurityError("it is rendered without limits")
+        raise SecurityError("rendering without limits")
     budget.spend(steps, characters)
 
 
 def _weigh(*values: Any) -> tuple[int, int]:
-    """Spend the elements and characters of values, repeated parts each time, and return their numbers."""
+    """Count the elements and characters of values, including repetitions, and return their numbers."""
     waiting, steps, characters = list(values), 0, 0
     while waiting:
         value = waiting.pop()
@@ -143,7 +143,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     """Compiles templates that must be rendered within `limit_rendering`."""
 
     error: ClassVar = TemplateError
-    """The error of invalid templates and of rendering."""
+    """The error type of invalid templates and of rendering."""
     limit_rendering = staticmethod(limit_rendering)
     intercepted_binops = frozenset({"*", "**", "+", "%", "//", "-", "/"})
 
@@ -187,7 +187,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call a function of a template, and count it."""
+        """Call a function in a template, and count the call."""
         _spend(_CALL)
         _weigh(*args, *kwargs.values(), *([obj.__self__] if isinstance(getattr(obj, "__self__", None), str) else []))
         return super().call(context, obj, *args, **kwargs)
@@ -196,7 +196,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         """Return None: `is_safe_attribute` rejects `str.format`."""
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """Whether a template may access an attribute; not one that can enlarge a value."""
+        """Whether a template may access an attribute; those that can enlarge a value are rejected."""
         if isinstance(obj, str | bytes | int) and attr in _WIDENING:
             return False
         return super().is_safe_attribute(obj, attr, value)
@@ -222,7 +222,7 @@ def _calling(function: str, *arguments: Any) -> nodes.Expr:
 
 
 def _replace_joins(node: nodes.Node) -> None:
-    """Replace `~` by a function that counts its operands."""
+    """Replace `~` with a function that counts its operands."""
     for name, value in node.iter_fields():
         if isinstance(value, nodes.Node):
             _replace_joins(value)

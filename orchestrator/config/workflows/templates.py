@@ -1,4 +1,4 @@
-"""Compile the prompt templates and conditions of phases when a file is read, so that mistakes have a position.
+"""Compile the prompt templates and conditions of phases when a file is read, so that errors have a position.
 
 Both are Jinja2 in a sandbox: they can't change values or access Python internals, and rendering is limited
 (`config.workflows.template_sandbox`). Output of agents is never compiled.
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from orchestrator.config.workflows.template_sandbox import BoundedEnvironment
 
-#: The variables of a template: see docs/workflows.md, and `engine.phases.prompts`, which sets their values.
+#: The variables of a template, see docs/workflows.md; `engine.phases.prompts` sets their values.
 TEMPLATE_NAMES: Final = (
     "task",
     "phase",
@@ -72,10 +72,10 @@ def compile_template(text: str) -> Template:
         unknown = sorted(names - set(TEMPLATE_NAMES) - set(environment().globals))
         template = environment().from_string(text)
     except (environment().error, RecursionError, MemoryError) as error:
-        raise InvalidValue(f"the template can't be read, {_describe(error)}", _REMEDY) from error
+        raise InvalidValue(f"invalid template: {_describe(error)}", _REMEDY) from error
     if unknown:
         remedy = suggest(unknown[0], TEMPLATE_NAMES, "the names in a template")
-        raise InvalidValue(f"the template uses the unknown name {quote_text(unknown[0])}", remedy)
+        raise InvalidValue(f"unknown name {quote_text(unknown[0])} in the template", remedy)
     if referred:
         raise InvalidValue("the template includes another one", "copy its content here")
     return template
@@ -88,11 +88,11 @@ def compile_condition(text: str) -> TemplateExpression:
         # An undefined variable must be an error even as a truth value.
         return environment().compile_expression(text, undefined_to_none=False)
     except (environment().error, RecursionError, MemoryError) as error:
-        remedy = "write an expression over values, as in `plan.tasks | length > 1`"
-        raise InvalidValue(f"the condition can't be read, {_describe(error)}", remedy) from error
+        remedy = "use an expression over values, such as `plan.tasks | length > 1`"
+        raise InvalidValue(f"invalid condition: {_describe(error)}", remedy) from error
 
 
-_REMEDY: Final = "write it in the syntax of Jinja2, as in {{ data(given.plan) }} or {% if feedback %} … {% endif %}"
+_REMEDY: Final = "use Jinja2 syntax, such as {{ data(given.plan) }} or {% if feedback %} … {% endif %}"
 
 
 def _describe(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Write phases as YAML, and a workflow as files for a user to change."""
+"""Write phases as YAML, and a workflow as files for a user to edit."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def workflows_to_yaml(workflows: Mapping[str, Sequence[Phase]], prompts: Mapping
 
 
 def phase_settings(phase: Phase, phases: Sequence[Phase], prompt_file: str | None = None) -> dict[str, Any]:
-    """Return the keys of a phase of a workflow for a file, without default values."""
+    """Return the keys of a phase for a config file, without default values."""
     keys = phase.model_dump(mode="json", exclude_defaults=True, exclude={"name"}, context=TO_FILE)
     if phase.produces is not None and phase.produces.schema_ is None:
         keys["produces"] = phase.produces.kind
@@ -54,7 +54,7 @@ def phase_settings(phase: Phase, phases: Sequence[Phase], prompt_file: str | Non
 def build_workflow_files(name: str, phases: Sequence[Phase], folder: PurePath) -> dict[PurePath, str]:
     """Return the files for a workflow and its templates, by their paths in `folder`."""
     templates = {phase.name: folder / f"{phase.name}{SUFFIX}" for phase in phases}
-    head = f"# Copy this into the council.yaml that the paths are relative to. Use it with `workflow: {name}`.\n"
+    head = f"# Copy this into the council.yaml to which the paths are relative. Use it with `workflow: {name}`.\n"
     text = head + workflows_to_yaml({name: phases}, {phase: path.as_posix() for phase, path in templates.items()})
     files = {templates[phase.name]: phase.prompt or "{{ task.prompt }}\n" for phase in phases}
     return {folder / f"{name}.yaml": text, **files}
@@ -66,7 +66,7 @@ class _Dumper(yaml.SafeDumper):
         super().increase_indent(flow, False)
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002  as in PyYAML
-        """Write repeated values in full: config files have no aliases."""
+        """Return True, to write repeated values in full: config files have no aliases."""
         return True
 
 

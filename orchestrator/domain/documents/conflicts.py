@@ -24,7 +24,7 @@ class ConflictStrategy(StrEnum):
     LAST_WRITE_WINS = "last_write_wins"
     FIRST_WRITE_WINS = "first_write_wins"
     MERGE = "merge"  #: merge objects by member, concatenate lists, else keep the first value
-    MANUAL = "manual"  #: a person decides
+    MANUAL = "manual"  #: a user decides
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +33,12 @@ class DocumentUpdate(Generic[KeyT]):
 
     key: KeyT
     time: float
-    """Its time in wall-clock seconds."""
+    """The time of the request in wall-clock seconds."""
     writer: str
     value: Value
     """The complete document; None deletes it."""
     base: int | None = None
-    """The version that the writer had read, 0 if the document did not exist; None: it read none."""
+    """The version that the writer had read, 0 if the document did not exist; None: not read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +60,7 @@ def parse_strategy(name: str) -> ConflictStrategy:
     try:
         return ConflictStrategy(name)
     except ValueError:
-        raise RefusedError(
-            f"there is no strategy {name!r} for conflicts", f"the known ones are {', '.join(ConflictStrategy)}"
-        ) from None
+        raise RefusedError(f"unknown conflict strategy {name!r}", f"use one of {', '.join(ConflictStrategy)}") from None
 
 
 def group_by_key(updates: Sequence[DocumentUpdate[KeyT]]) -> dict[KeyT, list[DocumentUpdate[KeyT]]]:
@@ -94,7 +92,7 @@ def resolve_updates(
 
 
 def merge_values(values: Sequence[Value]) -> Value:
-    """Return the merge of all values, in order, with every field of each.
+    """Return the merge of all values, in order, with all of their fields.
 
     Objects are merged by member and lists are concatenated; otherwise, or for different types, the first value is kept.
     A deletion adds nothing: the result is None only if all values are deletions.

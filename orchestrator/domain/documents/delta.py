@@ -19,7 +19,7 @@ from orchestrator.errors import RefusedError
 Path = tuple[str | int, ...]
 """Member names and item indexes that lead to a value; the document itself has the empty path."""
 
-#: The longest value shown, in characters; longer ones are shortened in the middle.
+#: The maximum length of a displayed value in characters; longer values are shortened in the middle.
 MAX_SHOWN_CHARS: Final = 60
 
 _PLAIN_NAME: Final = re.compile(r"[\w-]+")
@@ -52,7 +52,7 @@ _ABSENT: Final = _Absent()
 
 
 def compute_delta(old: dict[str, Any], new: dict[str, Any]) -> Delta:
-    """Return the difference between two plain JSON objects; use `{}` for a missing document.
+    """Return the difference between two plain JSON objects; `{}` stands for a missing document.
 
     The order of members does not matter; `1`, `1.0` and `true` are different.
     """
@@ -118,7 +118,7 @@ def format_path(path: Path) -> str:
 
 def _walk(path: Path, old: Any, new: Any) -> Iterator[tuple[Path, Modified]]:
     before, after = _children(old), _children(new)
-    # The types matter: an empty object and an empty list both have no children.
+    # Types are compared, because an empty object and an empty list both have no children.
     if type(old) is type(new) and before is not None and after is not None:
         for step in {**before, **after}:
             yield from _walk((*path, step), before.get(step, _ABSENT), after.get(step, _ABSENT))
@@ -145,13 +145,13 @@ def _set(document: dict[str, Any], path: Path, old: Any, new: Any) -> None:
     for step in path[:-1]:
         place = _at(place, step)
     step, found = path[-1], _at(place, path[-1])
-    remedy = "apply a delta only to the version that it was made from"
+    remedy = "apply a delta only to the version that it was computed from"
     if found is not old and not _same(found, old):
         actual, expected = (_format_value(value, MAX_SHOWN_CHARS) for value in (found, old))
         raise RefusedError(f"{format_path(path)} is {actual}, not {expected}", remedy)
     if not _has_room(place, step, old, new):
         where = format_path(path)
-        raise RefusedError(f"there is no place for {where}" if old is _ABSENT else f"{where} is not the last", remedy)
+        raise RefusedError(f"can't insert {where}" if old is _ABSENT else f"{where} is not the last item", remedy)
     if new is _ABSENT:
         del place[step]
     elif isinstance(place, list) and old is _ABSENT:

@@ -23,7 +23,7 @@ def compute_digest(value: Any) -> str:
 
 
 def find_json_error(value: Any) -> str | None:
-    """Return why a value is not plain JSON for the store; None if it is."""
+    """Return the reason why a value can't be stored as plain JSON; None if it can."""
     level = [value]
     for _ in range(MAX_DEPTH + 1):  # deeper or recursive values are detected below
         flaw = next(filter(None, map(_find_flaw, level)), None)
@@ -46,12 +46,12 @@ def _find_flaw(value: Any) -> str | None:
         case None | bool() | str() | float() | list():
             return None
         case int():
-            return None if value in _INTEGERS else "it has an integer of more than 64 bits"
+            return None if value in _INTEGERS else "it contains an integer of more than 64 bits"
         case dict():
             strange = next((key for key in value if not isinstance(key, str)), None)
-            return None if strange is None else f"it has a key of type {type(strange).__name__}"
+            return None if strange is None else f"it contains a key of type {type(strange).__name__}"
         case _:
-            return f"it has a value of type {type(value).__name__}"
+            return f"it contains a value of type {type(value).__name__}"
 
 
 def parse_object(text: str) -> dict[str, Any]:

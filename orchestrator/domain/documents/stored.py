@@ -17,7 +17,7 @@ class CheckpointOrigin(StrEnum):
     """The origin of a checkpoint."""
 
     HAND = "hand"
-    CLOCK = "clock"  #: an active run, periodically; only the newest are preserved
+    CLOCK = "clock"  #: an active run, periodically; only the newest are retained
     COUNCIL = "council"  #: a command, before a destructive change
 
 
@@ -47,7 +47,7 @@ class SharedValue(_Stored):
 
 
 class PortsRecord(_Stored):
-    """The worktree slot that uses a port, and all ports of the slot."""
+    """The worktree slot that uses a port, with all ports of the slot."""
 
     place: str
     ports: list[int]
@@ -65,7 +65,7 @@ class ConflictCandidate(BaseModel):
 
 
 class ConflictRecord(_Stored):
-    """Competing updates of the document `key` (kind and id), which had `version` then."""
+    """Competing updates of the document `key` (kind and id), which was at `version`."""
 
     key: tuple[str, str]
     version: int

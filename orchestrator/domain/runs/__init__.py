@@ -1,1 +1,1 @@
-"""Runs and tasks as they are stored, and how their status changes."""
+"""Stored runs and tasks, and their changes of status."""

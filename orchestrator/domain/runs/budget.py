@@ -14,14 +14,14 @@ WARNING_RATIO = 0.8
 
 @dataclass(frozen=True, slots=True)
 class Spending:
-    """Resources used: input and output tokens, US dollars as far as known, and seconds of sessions."""
+    """Used resources: input and output tokens, US dollars as far as known, and session seconds."""
 
     tokens: int = 0
     cost: float = 0.0
     seconds: float = 0.0
 
     def __add__(self, other: Spending) -> Spending:
-        """Return the sum of both."""
+        """Return the sum."""
         return Spending(self.tokens + other.tokens, self.cost + other.cost, self.seconds + other.seconds)
 
 
@@ -40,7 +40,7 @@ class BudgetUsage:
 
     @property
     def is_low(self) -> bool:
-        """Whether to warn about it."""
+        """Whether the limit is almost reached, which causes a warning."""
         return self.used >= WARNING_RATIO * self.limit
 
     def describe(self) -> str:
@@ -49,7 +49,7 @@ class BudgetUsage:
             case "cost":
                 return f"${self.used:.4f} of ${self.limit:.2f}"
             case "time":
-                return f"{_format_seconds(self.used)} of {_format_seconds(self.limit)} of sessions"
+                return f"{_format_seconds(self.used)} of {_format_seconds(self.limit)} of session time"
             case _:
                 return f"{self.used:,.0f} of {self.limit:,.0f} tokens"
 

@@ -1,4 +1,4 @@
-"""Parse and format the reason for a halted run: headline, last output, log file and remedy, as one text."""
+"""Parse and format the reason for a halted run as one text: headline, last output, log file and remedy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _LOG = "log: "
 
 @dataclass(frozen=True, slots=True)
 class HaltReason:
-    """Why a run is halted; `headline` summarizes it."""
+    """The reason why a run is halted; `headline` is its summary."""
 
     headline: str
     output: tuple[str, ...] = ()
@@ -19,7 +19,7 @@ class HaltReason:
 
     @classmethod
     def parse(cls, text: str) -> HaltReason:
-        """Parse the output of `str(reason)`; for any other text, the first line is the headline."""
+        """Parse the output of `str(reason)`; in any other text, the first line is the headline."""
         first, *lines = text.splitlines() or [""]
         at = max((number for number, line in enumerate(lines) if line.startswith(_LOG)), default=None)
         if at is None:

@@ -1,6 +1,6 @@
 """Decide which leftovers may be deleted: worktrees, internal repositories, refs, temporary files, logs.
 
-Recovery at the start of a run and `council clean` both use `classify_worktree`, so that they agree.
+Recovery at the start of a run and `council clean` both use `classify_worktree`, so that they are consistent.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from enum import StrEnum, auto
 from orchestrator.domain.runs.model import TaskDocument
 from orchestrator.domain.runs.statuses import FINAL_STATUSES
 
-#: Seconds after which no live process uses a temporary file; git commands that create one take a minute or two.
+#: Seconds after which a temporary file is no longer in use; git commands that create one take a minute or two.
 STALE_FILE_SECONDS = 3600.0
 
 
 class WorktreeContents(StrEnum):
     """Whether the worktree of an attempt has content that exists nowhere else."""
 
-    NOTHING = auto()  #: it belongs to checks, or its content was collected
-    UNSAVED = auto()  #: its attempt was interrupted before that
-    KEPT = auto()  #: preserved on purpose: it has files that may not or could not be committed
-    UNKNOWN = auto()  #: it matches no recorded attempt
+    NOTHING = auto()  #: none: used by checks, or the content was collected
+    UNSAVED = auto()  #: the attempt was interrupted before its content was collected
+    KEPT = auto()  #: preserved on purpose: some files must not or could not be committed
+    UNKNOWN = auto()  #: no matching attempt is recorded
 
 
 def classify_worktree(document: TaskDocument | None, attempt: int, *, is_check: bool) -> WorktreeContents:
@@ -60,14 +60,14 @@ class LeftoverStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """A leftover of a run; `name` is its path, the common prefix of refs, or the id of a run."""
+    """A leftover of a run; `name` is a path, the common prefix of refs, or the id of a run."""
 
     kind: LeftoverKind
     name: str
     status: LeftoverStatus
     reason: str
     hub: str | None = None
-    """The folder of the internal repositories that it belongs to."""
+    """The folder of the internal repositories to which it belongs."""
     run: str | None = None
     task: str | None = None
     bytes: int = 0
@@ -75,71 +75,74 @@ class Leftover:
 
 
 _REASONS = {
-    WorktreeContents.NOTHING: (LeftoverStatus.LEFT_OVER, "its task is finished, and its work is saved"),
-    WorktreeContents.UNSAVED: (LeftoverStatus.PRESERVED, "it was interrupted, and its work is not saved"),
-    WorktreeContents.KEPT: (LeftoverStatus.PRESERVED, "it has files that are in no commit"),
-    WorktreeContents.UNKNOWN: (LeftoverStatus.PRESERVED, "it matches no recorded attempt"),
+    WorktreeContents.NOTHING: (LeftoverStatus.LEFT_OVER, "task finished, and its work is saved"),
+    WorktreeContents.UNSAVED: (LeftoverStatus.PRESERVED, "interrupted, with unsaved work"),
+    WorktreeContents.KEPT: (LeftoverStatus.PRESERVED, "contains files that are in no commit"),
+    WorktreeContents.UNKNOWN: (LeftoverStatus.PRESERVED, "no matching attempt is recorded"),
 }
 
 
 def judge_worktree(run: str, document: TaskDocument | None, contents: WorktreeContents) -> tuple[LeftoverStatus, str]:
-    """Return whether a worktree of an inactive run may be deleted, and why."""
+    """Return whether a worktree of an inactive run may be deleted, with the reason."""
     if document is None:
         return LeftoverStatus.PRESERVED, "the record of its task is damaged"
     if document.status not in FINAL_STATUSES:
-        return LeftoverStatus.NEEDED, f"`council resume {run}` continues from it"
+        return LeftoverStatus.NEEDED, f"needed by `council resume {run}`"
     return _REASONS[contents]
 
 
 def judge_orphan(contents: WorktreeContents) -> tuple[LeftoverStatus, str]:
-    """Return whether a worktree of a run without state may be deleted, and why."""
+    """Return whether a worktree of a run without state may be deleted, with the reason."""
     status = LeftoverStatus.LEFT_OVER if contents is WorktreeContents.NOTHING else LeftoverStatus.PRESERVED
     return status, "the state of its run no longer exists"
 
 
 def judge_slot(*, is_clean: bool, has_session: bool) -> tuple[LeftoverStatus, str] | None:
-    """Return whether an unlocked worktree slot may be deleted, and why; None if that depends on its session."""
+    """Return whether an unlocked worktree slot may be deleted, with the reason; None if its session decides."""
     if is_clean:
         return LeftoverStatus.READY, "clean, for the next session"
-    return None if has_session else (LeftoverStatus.LEFT_OVER, "its session is gone, and it was not cleaned")
+    return None if has_session else (LeftoverStatus.LEFT_OVER, "not cleaned after its session ended")
 
 
 def judge_hub(gone: str, refs: int | None, worktrees: int) -> tuple[LeftoverStatus, str]:
-    """Return whether internal repositories that are no longer usable may be deleted, and why.
+    """Return whether internal repositories that are no longer usable may be deleted, with the reason.
 
     `gone` names the deleted project; `refs` counts refs with unmerged work, None if unreadable.
     """
     if refs is None:
-        return LeftoverStatus.PRESERVED, f"{gone} is gone; its repositories can't be read"
+        return LeftoverStatus.PRESERVED, f"{gone} no longer exists; its repositories are unreadable"
     if refs or worktrees:
-        return LeftoverStatus.PRESERVED, f"{gone} is gone; it has unmerged work (refs: {refs}, worktrees: {worktrees})"
-    return LeftoverStatus.LEFT_OVER, f"{gone} is gone, and it has no unmerged work"
+        return (
+            LeftoverStatus.PRESERVED,
+            f"{gone} no longer exists; unmerged work (refs: {refs}, worktrees: {worktrees})",
+        )
+    return LeftoverStatus.LEFT_OVER, f"{gone} no longer exists; no unmerged work"
 
 
 def judge_run(
     run: str, ended: str, branches: int | None, worktrees: int, *, is_over: bool, include_interrupted: bool
 ) -> tuple[LeftoverStatus, str]:
-    """Return whether the record of an inactive run may be deleted, and why.
+    """Return whether the record of an inactive run may be deleted, with the reason.
 
     `ended` is the day on which it ended or was interrupted. `branches` counts branches with unmerged work (None:
     unreadable), `worktrees` worktrees that may have some. A run that can be resumed is deleted only with
     `include_interrupted`.
     """
     if not is_over and not include_interrupted:
-        return LeftoverStatus.NEEDED, f"`council resume {run}` continues it"
-    when = f"it {'ended' if is_over else 'was interrupted'} on {ended}"
+        return LeftoverStatus.NEEDED, f"can be continued: `council resume {run}`"
+    when = f"{'ended' if is_over else 'interrupted'} on {ended}"
     if branches is None:
-        return LeftoverStatus.PRESERVED, f"{when}; its branches can't be read"
+        return LeftoverStatus.PRESERVED, f"{when}; its branches are unreadable"
     if branches or worktrees:
         return (
             LeftoverStatus.PRESERVED,
-            f"{when}; it has unmerged work (branches: {branches}, worktrees: {worktrees})",
+            f"{when}; unmerged work (branches: {branches}, worktrees: {worktrees})",
         )
-    return LeftoverStatus.LEFT_OVER, f"{when}; it has no unmerged work"
+    return LeftoverStatus.LEFT_OVER, f"{when}; no unmerged work"
 
 
 def is_unchanged(judged: Leftover, now: Leftover) -> bool:
-    """Whether an earlier decision about a run's record still applies: it has no new work, though some may be gone."""
+    """Whether an earlier decision about a run's record still applies, because the run has no new work."""
     same_end = judged.reason.partition(";")[0] == now.reason.partition(";")[0]
     return same_end and now.status in {judged.status, LeftoverStatus.LEFT_OVER}
 

@@ -20,13 +20,13 @@ from orchestrator.domain.documents.times import LATEST
 from orchestrator.domain.runs.model import ImportedRun, ImportedTask, RunDocument, TaskDocument
 from orchestrator.domain.runs.statuses import TaskStatus
 
-#: The session of tasks that no session names.
+#: The session of tasks that belong to no recorded session.
 NO_SESSION: Final = "tasks-without-session"
-#: The largest size of options, metrics or phases in our documents, in bytes of JSON; larger ones are omitted.
+#: The maximum size of options, metrics or phases in documents, in bytes of JSON; larger ones are omitted.
 MAX_PART: Final = 64 << 10
-#: The largest size of an original, in bytes of JSON.
+#: The maximum size of an original, in bytes of JSON.
 MAX_ORIGINAL: Final = 1 << 20
-#: The largest nesting depth of an original.
+#: The maximum nesting depth of an original.
 MAX_DEPTH: Final = 100
 _MILLISECONDS_FROM: Final = 1e11
 _MAX_TEXT: Final = 2000
@@ -57,7 +57,7 @@ class LegacySession:
 
     name: str
     source: str
-    """The file that it was read from."""
+    """The file from which it was read."""
     fields: Mapping[str, Any]
     tasks: Mapping[str, Mapping[str, Any]]
 
@@ -69,14 +69,14 @@ class LegacySession:
 
 @dataclass(frozen=True, slots=True)
 class ConvertedSession:
-    """A session converted to our documents."""
+    """A session converted to council's documents."""
 
     run: RunDocument
     tasks: Mapping[str, TaskDocument]
     original: Mapping[str, Any]
-    """The session's original fields, or why they are omitted."""
+    """The original fields of the session, or the reason why they are omitted."""
     originals: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """The same of each task."""
+    """The same for each task."""
 
 
 def read_version(state: object) -> str:
@@ -86,7 +86,7 @@ def read_version(state: object) -> str:
 
 
 def parse_sessions(state: object, source: str, faults: list[str]) -> list[LegacySession]:
-    """Return the sessions of a file with all sessions; invalid ones are added to `faults`.
+    """Return the sessions of a file with all sessions; report invalid ones in `faults`.
 
     Raises UnknownLayout if it has no list or mapping of sessions.
     """
@@ -109,7 +109,7 @@ def parse_sessions(state: object, source: str, faults: list[str]) -> list[Legacy
 
 
 def parse_session(value: object, source: str, fallback: str, faults: list[str]) -> LegacySession:
-    """Return a session from its object, by default named `fallback`; raise UnknownLayout if it is not an object."""
+    """Return a session, named `fallback` by default, from its object; raise UnknownLayout for other values."""
     if not isinstance(value, dict):
         raise UnknownLayout("it is not an object")
     name = _name(_get(value, "id"), _get(value, "session_id")) or fallback
@@ -194,8 +194,8 @@ def merge_task_states(
 def convert_session(session: LegacySession, *, top: str, hub: str, written: float, now: float) -> ConvertedSession:
     """Return a session as a finished run.
 
-    `top` is the project's folder, and `hub` a placeholder for its repositories, which never existed. `written` is the
-    modification time of its file: it replaces missing times, and `now` replaces future ones (wall-clock seconds).
+    `top` is the project folder, and `hub` a placeholder for its repositories, which never existed. Missing times are
+    replaced by `written`, the modification time of the file, and future times by `now` (wall-clock seconds).
     """
     names = _safe_names(session.tasks)
     tasks = {names[name]: _task(fields, session.source) for name, fields in session.tasks.items()}
@@ -258,7 +258,7 @@ def _task(fields: Mapping[str, Any], source: str) -> TaskDocument:
 
 
 def _status(word: str | None, source: str) -> tuple[TaskStatus, str]:
-    """Return the final status for a recorded one, and its reason."""
+    """Return the final status for a recorded one, with the reason."""
     known = _normal(word)
     if known in _COMPLETED:
         return TaskStatus.LANDED, f"{source} records it as {word}, without proof"
@@ -286,7 +286,7 @@ def _normal(word: str | None) -> str:
 
 
 def safe_name(name: str) -> str:
-    """Return a name that is valid in keys, refs and paths: unchanged if it is, else a part of it and a digest."""
+    """Return a name that is valid in keys, refs and paths; an invalid name is shortened and gets a digest."""
     if _NAME.fullmatch(name) and ".." not in name and not name.endswith((".", ".lock")) and name != "all":
         return name
     digest = hashlib.sha256(name.encode(errors="replace")).hexdigest()[:8]
@@ -299,7 +299,7 @@ def _safe_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def _get(fields: Mapping[str, Any], name: str) -> Any:
-    """Return a field by its name in snake_case or camelCase; None if there is neither."""
+    """Return a field by its name in snake_case or camelCase, or None."""
     first, *rest = name.split("_")
     value = fields.get(name)
     return fields.get(first + "".join(map(str.capitalize, rest))) if value is None else value
@@ -331,12 +331,12 @@ def _number(value: object) -> int | None:
 
 
 def _time(fields: Mapping[str, Any], *names: str) -> float | None:
-    """Return the first of these fields that is a time; the default time zone is UTC."""
+    """Return the first of these fields that contains a time; the default time zone is UTC."""
     return next((found for name in names if (found := parse_time(_get(fields, name))) is not None), None)
 
 
 def parse_time(value: object) -> float | None:
-    """Return an ISO 8601 text, or a number of seconds or milliseconds, as wall-clock seconds; None if it is no time."""
+    """Return an ISO 8601 text, or a number of seconds or milliseconds, as wall-clock seconds; None if invalid."""
     if isinstance(value, str):
         try:
             parsed = datetime.fromisoformat(value.strip())
@@ -370,7 +370,7 @@ def _original(fields: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _omission(value: object, limit: int) -> str | None:
-    """Return why a value is omitted; None if it is kept."""
+    """Return the reason why a value is omitted; None if it is retained."""
     level: list[object] = [value]
     for _ in range(MAX_DEPTH):
         inner = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]

@@ -12,13 +12,13 @@ from orchestrator.domain.runs.statuses import FINAL_STATUSES, SUCCESS_STATUSES, 
 
 @dataclass(frozen=True, slots=True)
 class ActiveTime:
-    """The spans of wall-clock time in which at least one orchestrator worked on a run: all but its pauses."""
+    """The spans of wall-clock time in which at least one orchestrator was active in a run."""
 
     spans: Sequence[tuple[float, float]] | None = None
     """In order, without overlaps; None if unknown, so that all time counts."""
 
     def between(self, start: float, end: float) -> float:
-        """Return the active seconds from `start` to `end`; 0 if the clock was set back in between."""
+        """Return the active seconds from `start` to `end`; 0 if the clock was set back between them."""
         spans = [(start, end)] if self.spans is None else self.spans
         return sum(max(min(end, last) - max(start, first), 0.0) for first, last in spans)
 
@@ -37,7 +37,7 @@ class Metrics:
     pending: int
     """Not started, or waiting for another attempt or the next phase."""
     average_time_minutes: float | None
-    """Mean active minutes from the first attempt's start to the landing, over landed tasks; None if unknown for all."""
+    """The mean active minutes from the first start to the landing, of landed tasks; None if unknown for all."""
     by_status: Mapping[str, int]
     """Task counts by status, without zeros."""
     input_tokens: int

@@ -22,12 +22,12 @@ INTERRUPTED = "interrupted"
 #: Outcomes that `failures` already counts, or that count towards no limit.
 _NOT_COUNTED = frozenset({*FailureClass, INTERRUPTED})
 
-#: The number of task names in a remedy.
+#: The maximum number of task names in a remedy.
 _MOST_NAMED = 5
 
 
 class _Document(BaseModel):
-    # Building a model takes a millisecond, and no program needs all of them.
+    # Building a model takes about a millisecond, and no process needs all of them.
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
@@ -35,11 +35,11 @@ class Attempt(_Document):
     """One attempt at a task, recorded before it starts. Times are wall-clock seconds."""
 
     number: int
-    """The number of its session, from 1; interrupted attempts are numbered too."""
+    """The number of its session, from 1; interrupted attempts have numbers as well."""
     adapter: str
     base: str
     start: str | None = None
-    """The commit that its worktree started from, if not the base: earlier work, merged with the base."""
+    """The start commit of its worktree, if not the base: earlier work, merged with the base."""
     started: Instant
     ended: Instant | None = None
     outcome: str | None = None
@@ -48,9 +48,9 @@ class Attempt(_Document):
     branch: str | None = None
     """The branch in the trusted repository with its changes, if any."""
     is_kept: bool = False
-    """Whether its worktree is preserved, because it has files that may not or could not be committed."""
+    """Whether its worktree is preserved because some files must not or could not be committed."""
     secrets: tuple[str, ...] = ()
-    """The names of the secret environment variables that its program got."""
+    """The names of the secret environment variables passed to its program."""
     check_log: str | None = None
     """The log of the failed check."""
     session: str | None = None
@@ -74,7 +74,7 @@ class Attempt(_Document):
     phase: str | None = None
     """Its phase of the workflow; None: the task has no workflow."""
     restart_reason: str = ""
-    """Why it started from scratch although there was work to fix."""
+    """The reason why it started from scratch although there was work to fix."""
     discarded: tuple[str, ...] = ()
     """The first paths whose changes were discarded, because it was not allowed to change files."""
     denied_tools: ToolDenials = ToolDenials()
@@ -118,12 +118,12 @@ class TaskDocument(_Document):
     failures: int = 0
     """Failed attempts; attempts interrupted by a stop of the orchestrator do not count."""
     bounces: int = 0
-    """How often its work could not land; not reset by a completed phase."""
+    """The number of times that its work could not land; not reset by a completed phase."""
     commit: str | None = None
     """The commit to land."""
     landing_intent: LandingIntent | None = None
     intended_merges: tuple[str, ...] = ()
-    """Merges recorded before the target was moved to them, newest last; only these can be its landing."""
+    """Merges recorded before the target was moved, newest last; only these can be its landing."""
     landed: str | None = None
     """The commit on the first-parent line of the target that merged the task."""
     branch: str | None = None
@@ -133,21 +133,21 @@ class TaskDocument(_Document):
     start: str | None = None
     """The commit that the next attempt starts from, to continue earlier work."""
     base: str | None = None
-    """The commit that this work is compared with."""
+    """The commit that its work is compared with."""
     feedback: str | None = None
     """Feedback about the last attempt, added to the prompt of the next one."""
     current: int | None = None
     """The number of the current attempt, if a checkpoint was restored after later attempts."""
     refused: FailureClass | None = None
-    """Why it may have no further session, if that is not the failure of its last attempt."""
+    """The failure that rules out another session, if not that of its last attempt."""
     ignored: str | None = None
-    """Why a person excluded it, until a person retries it."""
+    """The reason why a user excluded it, until a user retries it."""
     phase: str | None = None
-    """Its current or next phase; None: none is left, or it has no workflow."""
+    """Its current or next phase; None: no phase remains, or it has no workflow."""
     phases: tuple[PhaseRecord, ...] = ()
     """All visits of its phases, in order."""
     visits_before_retry: int = 0
-    """How many of these visits were before the last retry by a person."""
+    """The number of visits before the last retry by a user."""
     built_by: int | None = None
     """The number of the attempt that built `commit`, if later attempts followed."""
     subtasks: tuple[str, ...] = ()
@@ -157,19 +157,19 @@ class TaskDocument(_Document):
     imported: ImportedTask | None = None
     """For a task of an imported run: its original record."""
     extra: dict[str, Any] = Field(default_factory=dict)
-    """Data of people and other programs, such as `progress`, `message` and `files`; not used by council."""
+    """Data of users and other programs, such as `progress`, `message` and `files`; not used by council."""
 
     @property
     def inconsistency(self) -> str | None:
-        """An inconsistency between fields that no run writes; None if there is none."""
+        """An inconsistency between fields, which no run produces; None if there is none."""
         count = len(self.attempts)
         if [attempt.number for attempt in self.attempts] != list(range(1, count + 1)):
             return "attempts: not numbered from 1"
         for name, number in (("current", self.current), ("built_by", self.built_by)):
             if number is not None and not 1 <= number <= count:
-                return f"{name}: there is no attempt {number}"
+                return f"{name}: attempt {number} does not exist"
         if self.status in CLAIMED_STATUSES and not count:
-            return f"status: it is {self.status} without an attempt"
+            return f"status: {self.status} without an attempt"
         return None
 
     @property
@@ -186,9 +186,9 @@ class TaskDocument(_Document):
 
     @property
     def counted_attempts(self) -> int:
-        """The number of attempts that count towards the limit: failed ones, and one that runs or succeeded.
+        """The number of attempts that count towards the limit: failed ones, and a running or successful one.
 
-        Each phase and each retry by a person reset the count.
+        Reset by each phase and each retry by a user.
         """
         is_tried = self.status is not TaskStatus.PENDING and bool(self.attempts)
         return self.failures + (is_tried and self.building_attempt.outcome not in _NOT_COUNTED)
@@ -204,14 +204,14 @@ class TaskDocument(_Document):
         return sum_known_cost(self.attempts)
 
     def with_attempt(self, number: int | None = None, **changes: Any) -> tuple[Attempt, ...]:
-        """Return the attempts with one of them changed: attempt `number`, or the current one."""
+        """Return the attempts with changes to one of them: attempt `number`, or the current one."""
         attempt = self.attempt if number is None else self.attempts[number - 1]
         changed = attempt.model_copy(update=changes)
         return tuple(changed if each.number == changed.number else each for each in self.attempts)
 
 
 def apply_trigger(subject: str, task: TaskDocument, trigger: Trigger, **changes: Any) -> TaskDocument:
-    """Return the task after `trigger`, with `changes` to other fields; raise InvalidTransition without a row."""
+    """Return the task after `trigger`, with `changes` to other fields; raise InvalidTransition if impossible."""
     status = TRANSITIONS.get((task.status, trigger))
     if status is None:
         raise InvalidTransition(subject, task.status, trigger)
@@ -232,7 +232,7 @@ class ImportedRun(_Document):
 
 
 class HaltCause(StrEnum):
-    """Why a run was halted, other than by a person."""
+    """The cause of a halt that no user requested."""
 
     BUDGET = "budget"
     BASE = "base"  #: a check fails on the base
@@ -248,7 +248,7 @@ class RunDocument(ResolvedSettings):
     config: str
     """The path of its config file."""
     config_digest: str | None = None
-    """The digest of the config file when the run was created; None: unknown, or tasks were reloaded from it since."""
+    """The digest of the config file when the run was created; None: unknown, or tasks were reloaded since."""
     target: str
     """The branch that tasks land on."""
     state: Retention = Field(default_factory=Retention)
@@ -256,7 +256,7 @@ class RunDocument(ResolvedSettings):
     tasks: tuple[str, ...]
     """Task ids in file order."""
     start: str
-    """The commit of the target (or of the base, if there was no target); landings are searched after it."""
+    """The commit of the target (or of the base, without a target); landings are searched after this commit."""
     has_target: bool = False
     """Whether the target existed when the run was created; if so, no landing creates it."""
     hub: str
@@ -264,7 +264,7 @@ class RunDocument(ResolvedSettings):
     started: Instant
     ended: Instant | None = None
     halted: str | None = None
-    """Why it was halted: its budget is used up, or its commands can't run."""
+    """The reason for the halt, such as an exhausted budget or commands that can't run."""
     halted_by: HaltCause | None = None
     """The cause of the halt."""
     allow_failing_base: bool = False
@@ -276,19 +276,19 @@ class RunDocument(ResolvedSettings):
     imported: ImportedRun | None = None
     """For an imported run: its original record. Such a run can't be resumed."""
     extra: dict[str, Any] = Field(default_factory=dict)
-    """Data of people and other programs; not used by council."""
+    """Data of users and other programs; not used by council."""
 
     def check_not_imported(self) -> None:
         """Raise RefusedError for an imported run."""
         if self.imported is not None:
-            what = f"run {self.id} was imported from {self.imported.source} and has only a record"
+            what = f"run {self.id} was imported from {self.imported.source} and can't be continued"
             raise RefusedError(what, f"show it with `council state show {self.id}`, or start a new run")
 
     def check_task(self, task: str) -> None:
         """Raise RefusedError if the run has no task of this name."""
         if task not in self.tasks:
             listed = ", see `council status`" if len(self.tasks) > _MOST_NAMED else ""
-            remedy = f"name one of: {join_names(self.tasks, _MOST_NAMED)}{listed}"
+            remedy = f"use one of: {join_names(self.tasks, _MOST_NAMED)}{listed}"
             raise RefusedError(f"run {self.id} has no task {task!r}", suggest_similar(task, self.tasks, 3) or remedy)
 
 
@@ -300,13 +300,13 @@ class AdapterDocument(_Document):
     cooldowns: int = 0
     """Its consecutive cooldowns; reset by a successful session."""
     disabled_reason: str | None = None
-    """Why it is disabled, until `council adapters enable` or a resume."""
+    """The reason why it is disabled, until `council adapters enable` or a resume."""
     enabled_at: Instant | None = None
-    """When a person enabled it; failures of sessions that started before do not disable it again."""
+    """When a user enabled it; failures of sessions that started earlier do not disable it again."""
 
 
 class RequestAction(StrEnum):
-    """Requests to a run from another process."""
+    """The kinds of requests to a run from another process."""
 
     CANCEL = "cancel"
     IGNORE = "ignore"
@@ -324,8 +324,8 @@ class RunRequest(_Document):
     tasks: tuple[str, ...]
     asked: Instant
     reason: str | None = None
-    """Why tasks are ignored, or the comment of an approval or rejection."""
+    """The reason why tasks are ignored, or the comment on an approval or rejection."""
     phase: str | None = None
-    """The phase to retry the tasks from; None: from their current state."""
+    """The phase from which to retry the tasks; None: their current phase."""
     adapters: tuple[str, ...] = ()
     """The adapters to enable."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from orchestrator.domain.settings.failures import FailureClass
 
-#: The longest part of a line of standard error in a reason, in characters.
+#: The maximum length of a standard error line in a reason, in characters.
 _LONGEST_LINE = 300
-#: Denied tools recorded per session, named in a message, and characters of each.
+#: The maximum number of denied tools per session and per message, and their maximum length in characters.
 _DENIALS, _SHOWN, _LONGEST_DENIAL = 20, 3, 80
 
 
@@ -22,14 +22,14 @@ class Built:
 
 @dataclass(frozen=True, slots=True)
 class ReadOnlySuccess:
-    """The session succeeded, and was not allowed to change files."""
+    """The session succeeded without being allowed to change files."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
     """The attempt failed; `until` is when a rate-limited account may be used again (wall-clock seconds).
 
-    `unfinished` means that the work is incomplete, although the program succeeded.
+    `unfinished` means that the work is incomplete although the program succeeded.
     """
 
     failure: FailureClass
@@ -47,7 +47,7 @@ class Interrupted:
 
 @dataclass(frozen=True, slots=True)
 class ResourcesExhausted:
-    """The machine lacked a resource to start the session; another session would fail too."""
+    """The machine lacked a resource to start the session; other sessions would fail as well."""
 
     reason: str
 
@@ -78,7 +78,7 @@ class ToolDenials:
 
 @dataclass(frozen=True, slots=True)
 class Misconfigured:
-    """A command from the config can't run on this machine for any task: no session was started."""
+    """A configured command can't run on this machine for any task, so no session was started."""
 
     reason: str
 
@@ -88,10 +88,10 @@ Outcome = Built | ReadOnlySuccess | Failed | Interrupted | ResourcesExhausted | 
 
 @dataclass(frozen=True, slots=True)
 class ProcessExit:
-    """How the process ended: `ended_by` is exit, timeout, idle_timeout, stop or orphaned.
+    """The end of a process: `ended_by` is exit, timeout, idle_timeout, stop or orphaned.
 
-    `spawn_error` is the reason if it did not start; `exhausted` means that descriptors, memory or disk space ran out,
-    `missing` that there is no such program.
+    `spawn_error` is the reason if it did not start; `exhausted` means that descriptors, memory or disk space were used
+    up, `missing` that the program does not exist.
     """
 
     ended_by: str
@@ -127,11 +127,11 @@ def judge_outcome(
 ) -> Outcome:
     """Return the outcome of a session.
 
-    `commit` has the changes of the worktree (None: no changes), `refused` is why they are rejected (None: accepted),
-    `verdict` is the failure that the adapter read from the program's output. The verdict applies only if the program
-    failed, changed nothing, itself `admitted` at its end that it failed, or did not print what it always prints at its
-    end (`unfinished`). Exit code 0 does not prove success, and neither does partial work. Without `writes`, the session
-    was not allowed to change files. `errors` is the tail of standard error: its last line is part of the reason for an
+    `commit` has the changes in the worktree (None: no changes), `refused` is the reason why they are rejected (None:
+    accepted), `verdict` is the failure that the adapter found in the program's output. The verdict applies only if the
+    program failed, changed nothing, reported its own failure at the end (`admitted`), or did not print its usual end
+    (`unfinished`). Exit code 0 does not prove success, and neither does partial work. Without `writes`, the session was
+    not allowed to change files. `errors` is the tail of standard error: its last line is part of the reason for an
     unexplained exit code. `denials` are part of the reason if nothing changed.
     """
     if exit_.spawn_error is not None:

@@ -1,6 +1,6 @@
-"""Phase records of a task: a transition without a row in the table is an error.
+"""Phase records of a task, and the table of their transitions; other transitions are errors.
 
-Restarting a phase adds a record, so that the records are the full history: two records of one name are two visits.
+Restarting a phase adds a record, so that the records are the full history: two records with one name are two visits.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class PhaseStatusRecord:
     """The properties of the status of a visit."""
 
     label: str
-    """How people read it."""
+    """The label in output for users."""
     event: type[events.PhaseEvent]
-    """The event that records it."""
+    """The event that records the status."""
     is_open: bool = False
-    """The visit continues with another session or a person's decision."""
+    """The visit continues with another session or a user's decision."""
     is_passed: bool = False
     """The next phase may start."""
 
@@ -36,7 +36,7 @@ class PhaseStatus(StrEnum):
     record: PhaseStatusRecord
 
     def __new__(cls, value: str, record: PhaseStatusRecord) -> Self:
-        """Make a member from its value and its record."""
+        """Create a member from its value and its record."""
         member = str.__new__(cls, value)
         member._value_, member.record = value, record
         return member
@@ -51,12 +51,12 @@ class PhaseStatus(StrEnum):
         PhaseStatusRecord(label="waiting for approval", event=events.PhaseAwaitingApproval, is_open=True),
     )
     COMPLETED = "completed", PhaseStatusRecord(label="completed", event=events.PhaseCompleted, is_passed=True)
-    #: A person rejected its result.
+    #: A user rejected its result.
     REJECTED = "rejected", PhaseStatusRecord(label="rejected", event=events.PhaseRejected)
     FAILED = "failed", PhaseStatusRecord(label="failed", event=events.PhaseFailed)
     #: Its condition was false.
     SKIPPED = "skipped", PhaseStatusRecord(label="skipped", event=events.PhaseSkipped, is_passed=True)
-    #: Its task was cancelled first.
+    #: Its task was cancelled before its end.
     CANCELLED = "cancelled", PhaseStatusRecord(label="cancelled", event=events.PhaseCancelled)
 
 
@@ -93,7 +93,7 @@ PASSED_STATUSES: Final = frozenset(status for status in PhaseStatus if status.re
 
 
 class GivenValues(BaseModel):
-    """The values that a phase got: names, and sizes as JSON in bytes."""
+    """The values passed to a phase: names, and sizes as JSON in bytes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
@@ -116,11 +116,11 @@ class PhaseRecord(BaseModel):
     attempts: tuple[int, ...] = ()
     """The numbers of its attempts."""
     given: GivenValues | None = None
-    """The values that it was given; None: values are not filtered for it."""
+    """The values passed to it; None: values are not filtered for it."""
     received: tuple[str, ...] = ()
     """The ids of the handoffs that it received."""
     commit: str | None = None
-    """The commit with the work of the task at its end, if it writes."""
+    """The commit with the task's work at the end of the visit, if the phase writes."""
     base: str | None = None
     """The commit that `commit` is compared with."""
     handoff: str | None = None
@@ -128,17 +128,17 @@ class PhaseRecord(BaseModel):
     verdict: str | None = None
     """For a review: `approve` or `reject`."""
     repairs: int = 0
-    """How often its session was asked to repair its handoff."""
+    """The number of times that its session was asked to fix its handoff."""
     rounds: int = 0
-    """How often its work was sent back because `until` failed."""
+    """The number of times that its work was sent back because `until` failed."""
     note: str | None = None
-    """The comment of the person who approved or rejected it."""
+    """The comment of the user who approved or rejected it."""
     reason: str | None = None
-    """Why it failed, was rejected or skipped."""
+    """The reason why it failed, was rejected or was skipped."""
 
 
 def advance_phase(subject: str, record: PhaseRecord | None, trigger: PhaseTrigger, **changes: Any) -> PhaseRecord:
-    """Return a visit after `trigger`, with `changes` to its fields; raise InvalidTransition without a row.
+    """Return a visit after `trigger`, with `changes` to its fields; raise InvalidTransition if impossible.
 
     Without a `record`, the new visit consists of `changes`, which must include `phase`.
     """

@@ -13,9 +13,9 @@ from orchestrator.domain.settings.run_settings import Backoff
 
 
 def retry_delay(backoff: Backoff, failures: int) -> float:
-    """Return the seconds to wait after the `failures`-th failure (from 1).
+    """Return the delay in seconds after the `failures`-th failure (from 1).
 
-    With `jitter`, each wait is uniformly distributed between 0 and its full length ("full jitter", Brooker, AWS
+    With `jitter`, each delay is uniformly distributed between 0 and its full length ("full jitter", Brooker, AWS
     Architecture Blog, 2015), so that tasks that failed together are not retried together.
     """
     return _make_wait(backoff)(_state_after(Retrying(), failures))
@@ -26,8 +26,8 @@ def decide_retry(
 ) -> float | None:
     """Return the seconds until the next attempt after the `failures`-th failure; None: no attempt follows.
 
-    `attempts` is the largest number of attempts, `retried` are the classes to retry. The attempts themselves may be in
-    different processes, so that only the decision is made here.
+    `attempts` is the maximum number of attempts, `retried` are the failure classes to retry. The attempts may run in
+    different processes, so only the decision is made here.
     """
     retrying = Retrying(
         retry=retry_if_result(lambda failed: get_failure_policy(failed, retried) is FailurePolicy.RETRY),
@@ -39,7 +39,7 @@ def decide_retry(
     state.set_result(failure)
     try:
         action = retrying.iter(state)
-    except RetryError:  # no attempt is left
+    except RetryError:  # no attempts remain
         return None
     return float(action) if isinstance(action, DoSleep) else None
 
@@ -55,7 +55,7 @@ def _state_after(retrying: Retrying, attempts: int) -> RetryCallState:
     return state
 
 
-#: The cooldown, in seconds, of an adapter that reports no end of its limit, or repeatedly a wrong one.
+#: The cooldown in seconds of an adapter that reports no end of its limit, or repeatedly a wrong one.
 COOLDOWN_BACKOFF = Backoff(initial=30.0, factor=2.0, max=3600.0, jitter=False)
 #: The longest accepted cooldown in seconds; the longest known limits are weekly.
 MAX_COOLDOWN = 8 * 86400.0
@@ -64,8 +64,8 @@ MAX_COOLDOWN = 8 * 86400.0
 def compute_cooldown_end(now: float, until: float | None, cooldowns: int) -> float:
     """Return the end of an adapter's cooldown, its `cooldowns`-th in a row (from 1).
 
-    `until` is the time that the adapter reported, if any. After repeated cooldowns it is never used before the backoff
-    ends, so that wrong times do not cause a loop of rate-limited attempts.
+    `until` is the end that the adapter reported, if any. Repeated cooldowns last at least as long as the backoff, so
+    that wrong times do not cause a loop of rate-limited attempts.
     """
     if until is None or not isfinite(until):
         return now + retry_delay(COOLDOWN_BACKOFF, cooldowns)

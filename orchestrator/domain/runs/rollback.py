@@ -1,4 +1,4 @@
-"""Restore a task to a checkpoint, except for effects that can't be undone."""
+"""Restore a task to a checkpoint, except for irreversible effects."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from orchestrator.domain.runs.statuses import TaskStatus
 
 
 def roll_back_task(then: TaskDocument, now: TaskDocument) -> TaskDocument | str:
-    """Return a task restored to its checkpoint `then`, or the reason why it stays as it is `now`.
+    """Return a task restored to its checkpoint `then`, or the reason to leave it in its state `now`.
 
-    Three things are never rolled back. The target: a task that has landed or may have landed stays as it is, and so
-    does one that the target has lost since. Sessions: attempts that started since stay recorded, so that their numbers,
-    logs and branches are never reused. Interrupted landings: the landing of that time was resolved long ago, so the
-    task is queued to land as if the landing had been undone.
+    Three things are never rolled back. The target: a task that has landed or may have landed remains unchanged, and so
+    does a task whose landing the target has lost since. Sessions: attempts that started since remain recorded, so that
+    their numbers, logs and branches are never reused. Interrupted landings: these were resolved long ago, so the task
+    is queued to land as if the landing had been undone.
     """
     if now.status is TaskStatus.LANDED:
         return "it has landed"
     if now.status is TaskStatus.LANDING:
         return "it may have landed: run `council resume` to find out"
     if then.status is TaskStatus.LANDED:
-        return "the target no longer has it"
+        return "the target no longer contains it"
     attempts = _attempts(then, now)
     status = TaskStatus.QUEUED if then.status is TaskStatus.LANDING else then.status
     changes = {"status": status, "landing_intent": None, "intended_merges": now.intended_merges}
@@ -27,7 +27,7 @@ def roll_back_task(then: TaskDocument, now: TaskDocument) -> TaskDocument | str:
 
 
 def _attempts(then: TaskDocument, now: TaskDocument) -> tuple[Attempt, ...]:
-    """Return attempts that had ended as they were then, and all others as they are now."""
+    """Return attempts that had ended with their state of then, and all others with their current state."""
     known = {attempt.number: attempt for attempt in now.attempts}
     old = (each if each.ended is not None else known.get(each.number, each) for each in then.attempts)
     return (*old, *now.attempts[len(then.attempts) :])

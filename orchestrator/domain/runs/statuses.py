@@ -29,25 +29,25 @@ class StatusRecord:
     """The properties of a status."""
 
     label: str
-    """How people read it."""
+    """The label in output for users."""
     activity: str
-    """What a task is doing, in one word of the live table."""
+    """The activity of a task, in one word for the live table."""
     style: str
     """The color in tables."""
     release: ReleaseReason | None
-    """How the claim on the task is released; None: an orchestrator holds the claim. Only an attempt leads to these."""
+    """The reason to release the claim on the task; None: an orchestrator holds the claim, after an attempt began."""
     waits_for_user: bool
-    """Only a person continues it, and the run waits for that."""
+    """Only a user can continue it, and the run waits for that."""
     plain_phase: PhaseStatus
     """The status of the single phase of a task without a workflow that has this status."""
     next_steps: tuple[tuple[str, str], ...] = ()
-    """The commands that a person may use next: `next`, `then` or `or`, and the command with the task as `{}`."""
+    """The next commands for a user: `next`, `then` or `or`, and the command with the task as `{}`."""
     is_final: bool = False
-    """The task is finished; only a person continues it."""
+    """The task is finished; only a user can continue it."""
     is_successful: bool = False
     """Dependents may start."""
     is_retryable: bool = False
-    """A person may retry it."""
+    """A user may retry it."""
     is_active: bool = False
     """A session, a check or a landing runs."""
     is_landing: bool = False
@@ -58,12 +58,12 @@ class StatusRecord:
         if self.is_successful and not self.is_final:
             raise ValueError(f"status {self.label!r} is successful and not final")
         if self.is_retryable and (self.is_successful or not self.is_final):
-            raise ValueError(f"status {self.label!r} is retryable: set `is_final=True`, and leave out `is_successful`")
+            raise ValueError(f"status {self.label!r} is retryable: set `is_final=True`, and omit `is_successful`")
         if self.is_final == (self.release is None) and self.is_final:
-            raise ValueError(f"status {self.label!r} is final and keeps the claim: give it a `release`")
+            raise ValueError(f"status {self.label!r} is final and keeps the claim: set `release`")
         if self.waits_for_user and (self.is_final or self.release is None):
             raise ValueError(
-                f"status {self.label!r} waits for a user and is final or keeps the claim: give it a `release`"
+                f"status {self.label!r} waits for a user and is final or keeps the claim: set `release`"
             )
         if self.waits_for_user and not self.next_steps:
             raise ValueError(f"status {self.label!r} waits for a user: name the commands to continue in `next_steps`")
@@ -90,7 +90,7 @@ class TaskStatus(StrEnum):
 
     @property
     def release_reason(self) -> ReleaseReason:
-        """How the claim on the task is released; raises ValueError if it is not."""
+        """The reason to release the claim on the task; raises ValueError if the status keeps the claim."""
         if self.record.release is None:
             raise ValueError(f"a task that is {self.record.label} keeps its claim")
         return self.record.release
@@ -277,12 +277,12 @@ STARTABLE_STATUSES: Final = frozenset(TaskStatus) - FINAL_STATUSES - CLAIMED_STA
 
 
 class Trigger(StrEnum):
-    """The causes of a change of a task's status, each with the event that records it."""
+    """The causes of a status change of a task, each with the event that records it."""
 
     event: type[TaskEvent]
 
     def __new__(cls, value: str, event: type[TaskEvent]) -> Self:
-        """Make a member from its value and its event."""
+        """Create a member from its value and its event."""
         member = str.__new__(cls, value)
         member._value_, member.event = value, event
         return member
@@ -298,8 +298,8 @@ class Trigger(StrEnum):
     EXPAND = "expand", events.TaskExpanded  #: its phase is complete, and the tasks of its plan run first
     REPEAT = "repeat", events.TaskPhaseRepeated  #: its phase, or an earlier one, is repeated
     ASK = "ask", events.TaskAwaitingApproval  #: the result of its phase needs approval
-    APPROVE = "approve", events.TaskApproved  #: a person approved the result
-    SEND_BACK = "send_back", events.TaskRejected  #: a person declined the result
+    APPROVE = "approve", events.TaskApproved  #: a user approved the result
+    SEND_BACK = "send_back", events.TaskRejected  #: a user rejected the result
     QUEUE = "queue", events.TaskQueued  #: all phases are complete, its work is queued to land
     FINISH = "finish", events.TaskDone  #: all phases are complete, and there is nothing to land
     CHECK = "check", events.TaskChecking  #: the checks of the merge start
@@ -314,9 +314,9 @@ class Trigger(StrEnum):
     LAND = "land", events.TaskLanded  #: the target was moved
     LOSE = "lose", events.TaskFailed  #: the target was rewritten without it
     DISTRUST = "distrust", events.TaskFailed  #: the record of the task is damaged
-    CANCEL = "cancel", events.TaskCancelled  #: a person cancels it
-    IGNORE = "ignore", events.TaskIgnored  #: a person excludes it from retries
-    REVIVE = "revive", events.TaskRetryRequested  #: a person retries it
+    CANCEL = "cancel", events.TaskCancelled  #: a user cancels it
+    IGNORE = "ignore", events.TaskIgnored  #: a user excludes it from retries
+    REVIVE = "revive", events.TaskRetryRequested  #: a user retries it
 
 
 _S, _T = TaskStatus, Trigger
@@ -385,7 +385,7 @@ _check_reachable()
 def run_state(statuses: Collection[str], *, has_ended: bool, is_halted: bool, is_live: bool) -> str:
     """Return the state of a run, given the statuses of its tasks.
 
-    `is_live` means that a process is active on it. A resumed run is no longer halted.
+    `is_live` means that a process is active in it. A resumed run is no longer halted.
     """
     if has_ended:
         return "landed" if SUCCESS_STATUSES.issuperset(statuses) else "incomplete"

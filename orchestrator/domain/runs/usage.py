@@ -15,7 +15,7 @@ class Usage:
 
     sessions: int
     seconds: float
-    """The sum of wall-clock durations; running sessions count up to now, interrupted ones to their last heartbeat."""
+    """The sum of wall-clock durations; running sessions count until now, interrupted ones until the last heartbeat."""
     input_tokens: int
     output_tokens: int
     cached_tokens: int
@@ -25,12 +25,12 @@ class Usage:
     priced: int
     """The number of sessions with a known cost."""
     estimated: int
-    """The number of these whose cost was computed from the price of the model."""
+    """The number of sessions whose cost was computed from the price of the model."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunUsage:
-    """The usage of a run, in total, by adapter and by task; only those with a session."""
+    """The usage of a run, in total, by adapter and by task; without a session they are omitted."""
 
     run: str
     total: Usage
@@ -39,7 +39,7 @@ class RunUsage:
     budget: Budget
     """The budget of the run."""
     damaged: Sequence[str]
-    """Tasks whose newest record is unreadable, so that their usage may be incomplete."""
+    """Tasks whose newest record is unreadable, with possibly incomplete usage."""
 
 
 def compute_usage(

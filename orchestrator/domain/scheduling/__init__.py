@@ -1,1 +1,1 @@
-"""Which task may start: dispatch, path ownership, claims, deadlocks, admission."""
+"""Decide which tasks may start: dispatch, path ownership, claims, deadlocks, admission."""

@@ -1,4 +1,4 @@
-"""Compute when a run was active from its orchestrator leases."""
+"""Compute the active time of a run from its orchestrator leases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compute how many sessions fit into the free resources of the machine, and the remedy if there are too few."""
+"""Compute how many sessions the free resources of the machine allow, and the remedy if too few."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class SessionFit:
 
 @dataclass(frozen=True, slots=True)
 class NoSessionFits:
-    """Not even one session fits."""
+    """The resources do not suffice for a single session."""
 
     what: str
     remedy: str
@@ -56,23 +56,23 @@ def fit_sessions(
     limits = []
     if facts.descriptor_limit is not None:
         count = (facts.descriptor_limit - facts.descriptors_open - demand.spare_descriptors) // demand.descriptors
-        what = f"{facts.descriptors_open} of at most {facts.descriptor_limit} file descriptors are open"
-        limits.append((count, what, "raise it with `ulimit -n`"))
+        what = f"{facts.descriptors_open} of {facts.descriptor_limit} file descriptors are open"
+        limits.append((count, what, "raise the limit with `ulimit -n`"))
     if facts.memory is not None:
         count = (facts.memory - demand.spare_memory) // demand.memory
-        what = f"{facts.memory // MIB} MiB of memory are free, and a session needs {demand.memory // MIB} MiB"
-        limits.append((count, what, "stop other programs, or set a smaller `session_memory`"))
+        what = f"{facts.memory // MIB} MiB of memory available, and each session needs {demand.memory // MIB} MiB"
+        limits.append((count, what, "stop other programs, or lower `session_memory`"))
     count, what, remedy = min(limits, default=(wanted, "", ""), key=lambda limit: limit[0])
     if count >= wanted:
         return SessionFit(wanted)
     if count < 1:
-        return NoSessionFits(f"not even one session fits: {what}", remedy)
+        return NoSessionFits(f"not enough resources for a session: {what}", remedy)
     return SessionFit(count, f"{what}, enough for {count} of {wanted} sessions: {remedy}")
 
 
 def can_start_session(facts: AvailableResources, running: int, demand: SessionDemand = DEFAULT_DEMAND) -> bool:
     """Whether there is memory for one more session.
 
-    Always true if no session is running, because waiting would not free memory.
+    Always true if no session is running, because then waiting would not free memory.
     """
     return not running or facts.memory is None or facts.memory >= demand.memory + demand.spare_memory

@@ -1,9 +1,9 @@
-"""Claims: which orchestrator may work on a task, and when another one may take it over.
+"""Claims: which orchestrator may work on a task, and when another may take it over.
 
 A claim is a lease on a task of a run. It names its owner and carries an epoch, which increases with each change of
 owner, so that writes of earlier owners are rejected (a fencing token; see Kleppmann, "How to do distributed locking",
 2016). An orchestrator sends one heartbeat for all of its claims, in its own record. The time of a takeover only affects
-efficiency; the epoch guarantees that writes of only one owner count.
+efficiency; the epoch guarantees that only the writes of one owner are accepted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _Document(BaseModel):
 
 
 class OrchestratorIdentity(_Document):
-    """The identity of an orchestrator: a process that works on a run."""
+    """The identity of an orchestrator: a process that is active in a run."""
 
     id: str
     """Its name, unique in the run."""
@@ -80,7 +80,7 @@ class OrchestratorLease(_Document):
     """When other orchestrators may take over, unless it sends another heartbeat."""
     ended: Instant | None = None
     reason: str | None = None
-    """Why it was ended by another orchestrator, if it was."""
+    """The reason if another orchestrator recorded its end."""
     counters: ClaimCounters = Field(default_factory=ClaimCounters)
 
 
@@ -91,10 +91,10 @@ class Claim(_Document):
     epoch: int
     since: Instant
     retries: int = 0
-    """Failed claims of the task before this one, since the last retry by a person."""
+    """Failed claims of the task before this one, since the last retry by a user."""
     released: ReleaseReason | None = None
     reason: str | None = None
-    """Why it was released or taken over."""
+    """The reason why it was released or taken over."""
 
 
 class MergeParticipant(_Document):
@@ -127,7 +127,7 @@ class OwnerStatus(StrEnum):
     DEAD = "dead"  #: its process is known to have ended
 
 
-#: Heartbeat intervals without a heartbeat that must be observed: a machine that slept has not observed anything.
+#: The number of heartbeat intervals without a heartbeat that must be observed: a suspended machine observes nothing.
 MIN_WATCHED_HEARTBEATS = 1.5
 
 
@@ -136,8 +136,8 @@ def judge_owner_status(
 ) -> OwnerStatus:
     """Return the status of an orchestrator at `now` (wall-clock seconds).
 
-    `watched` is how many seconds of its own uninterrupted time the caller has observed without a new heartbeat; if it
-    is long enough, wall clocks do not matter. `is_here` means that the orchestrator is on this machine,
+    `watched` is for how many uninterrupted seconds the caller has observed no new heartbeat; if it is long enough, wall
+    clocks do not matter. `is_here` means that the orchestrator is on this machine,
     `is_dead` that its process is proven to have ended.
     """
     if lease.ended is not None:
@@ -152,7 +152,7 @@ def judge_owner_status(
 
 
 def describe_loss(lease: OrchestratorLease, status: OwnerStatus, now: float) -> str:
-    """Return the reason why an orchestrator counts as gone at `now` (wall-clock seconds)."""
+    """Return the reason why an orchestrator counts as dead at `now` (wall-clock seconds)."""
     return "process exited" if status is OwnerStatus.DEAD else f"no heartbeat for {now - lease.heartbeat:.0f} s"
 
 
@@ -166,8 +166,8 @@ def can_claim(
 ) -> bool:
     """Whether an orchestrator may claim a task; `holder` is the status of the claim's owner, None if unknown.
 
-    First come, first served among equals. With `override`, a leader may take a task from a worker. On request of a
-    person (`is_asked`), any orchestrator may take it from any owner.
+    Among equals, the first claim wins. With `override`, a leader may take a task from a worker. On a user's request
+    (`is_asked`), any orchestrator may take it from any owner.
     """
     if claim is None or claim.released is not None or is_asked:
         return True
@@ -185,7 +185,7 @@ class ClaimVerdict(StrEnum):
     """Whether to try a task now."""
 
     TRY = "try"
-    IGNORED = "ignored"  #: a person excluded it
+    IGNORED = "ignored"  #: a user excluded it
     TRIED_OUT = "tried_out"  #: all retries are used up
     CLAIMED = "claimed"  #: a live orchestrator works on it
 
@@ -193,7 +193,7 @@ class ClaimVerdict(StrEnum):
 def should_try(
     claim: Claim | None, holder: OwnerStatus | None, timing: CoordinationSettings, *, ignored: str | None
 ) -> ClaimVerdict:
-    """Return whether to try a task now; `ignored` is why a person excluded it."""
+    """Return whether to try a task now; `ignored` is the reason why a user excluded it."""
     if ignored is not None:
         return ClaimVerdict.IGNORED
     if claim is not None and claim.released is None and holder in {OwnerStatus.ALIVE, None}:

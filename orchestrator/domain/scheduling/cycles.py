@@ -16,13 +16,13 @@ def find_cycles(needs: Mapping[str, Iterable[str]]) -> list[list[str]]:
     left = {task: [need for need in of if need in needs] for task, of in needs.items()}
     while left:
         sorter = TopologicalSorter(left)
-        with suppress(CycleError):  # tasks that need no cycle can be sorted nevertheless
+        with suppress(CycleError):  # tasks outside of cycles can still be sorted
             sorter.prepare()
         removed = set[str]()
         while ready := sorter.get_ready():
             sorter.done(*ready)
             removed.update(ready)
-        # Each other task needs another one of these, so following the first need leads to a cycle.
+        # Each remaining task needs another one of them, so following first needs leads to a cycle.
         first_needs = {
             task: next(need for need in left[task] if need not in removed) for task in left if task not in removed
         }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class LockWait:
-    """A wait of an owner: its start, the awaited lock, and the owners that block it."""
+    """A waiting owner: the start of the wait, the awaited lock, and the blocking owners."""
 
     since: float
     what: str
@@ -56,7 +56,7 @@ def choose_victim(cycle: tuple[str, ...], waits: Mapping[str, LockWait]) -> str:
 
 
 def find_deadlock(owner: str, waits: Mapping[str, LockWait]) -> str | None:
-    """Return a description of the deadlock because of which an owner gives up; None if it may keep waiting."""
+    """Return a description of the deadlock if the owner must give up; None if it may keep waiting."""
     cycle = find_cycle(owner, waits)
     if not cycle or choose_victim(cycle, waits) != owner:
         return None

@@ -1,4 +1,4 @@
-"""Track which tasks wait for which others, and which can no longer start because a need will not land."""
+"""Track the dependencies of tasks, and which tasks can no longer start because a need will not land."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 
 
 class DependencyGraph:
-    """The needs of tasks, and which of them have landed or ended without landing. No step depends on all tasks."""
+    """The needs of tasks, and whether these have landed or ended. No operation depends on the total of tasks."""
 
     def __init__(self, needs: Mapping[str, Iterable[str]], can_block: Callable[[str], bool]) -> None:
-        """Create a graph of tasks of which none has landed; a task is blocked only while `can_block` it."""
+        """Create a graph without landed tasks; tasks for which `can_block` is false are never blocked."""
         self._can_block = can_block
         self._needs: dict[str, tuple[str, ...]] = {}
         self._missing: dict[str, int] = {}
@@ -51,7 +51,7 @@ class DependencyGraph:
         return dependents
 
     def end(self, task: str) -> None:
-        """Record that a task ended without landing: block direct and indirect dependents, each by its own need."""
+        """Record that a task ended without landing: block direct and indirect dependents, each by its direct need."""
         self._landed.discard(task)
         self._ended.add(task)
         self.blocked.pop(task, None)
@@ -66,7 +66,7 @@ class DependencyGraph:
         return need is not None
 
     def revive(self, task: str) -> list[str]:
-        """Record that an ended task is retried; return the tasks that are no longer blocked, it included."""
+        """Record that an ended task is retried; return all tasks that are no longer blocked, including this one."""
         self._ended.discard(task)
         self.blocked[task] = task
         revived, stack = list[str](), [task]

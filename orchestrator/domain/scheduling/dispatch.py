@@ -30,7 +30,7 @@ from orchestrator.domain.runs.statuses import (
 from orchestrator.domain.scheduling.dependencies import DependencyGraph
 from orchestrator.domain.scheduling.ready import AdapterGroup, AdapterPool, ReadyLane, ReadyQueue
 
-#: Seconds of waiting that equal one level of priority.
+#: The waiting time in seconds that equals one level of priority.
 AGING_SECONDS = 600.0
 
 _NO_LIMITS: Mapping[str, int] = {}
@@ -54,7 +54,7 @@ class DispatchEntry:
     checks: tuple[str, ...] = ()
     """Commands that must succeed on its merge."""
     allow_failing_base: bool = False
-    """Whether it may start even if these fail on the base."""
+    """Whether it may start even if its checks fail on the base."""
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -97,7 +97,7 @@ _PENDING, _FRESH, _READY, _DELAYED, _RUNNING, _BUILT, _LANDED, _OVER = _State
 
 
 class _Placement(NamedTuple):
-    """What determines when a ready task starts."""
+    """The properties that determine when a ready task starts."""
 
     order: float
     priority: int
@@ -105,7 +105,7 @@ class _Placement(NamedTuple):
 
 
 class _WaitingTasks:
-    """Tasks that may start again at a time, by adapter group."""
+    """Tasks that wait until a given time, by adapter group."""
 
     def __init__(self) -> None:
         self._until: dict[str, float] = {}
@@ -121,14 +121,14 @@ class _WaitingTasks:
         del self._until[task]
 
     def first(self, group: AdapterGroup) -> float | None:
-        """Return the earliest time of a task of a group; None if none waits."""
+        """Return the earliest time of a group's tasks; None if there are none."""
         heap = self._heaps.get(group, [])
         while heap and self._until.get(heap[0][2]) != heap[0][0]:
             heapq.heappop(heap)
         return heap[0][0] if heap else None
 
     def take_due(self, now: float) -> Iterator[tuple[str, float]]:
-        """Remove and yield the tasks whose time has come, with that time."""
+        """Remove and yield the tasks that are due, with their times."""
         for group, heap in self._heaps.items() if self._until else ():
             while (first := self.first(group)) is not None and first <= now:
                 until, _, task = heapq.heappop(heap)
@@ -140,12 +140,12 @@ class DispatchBoard:
     """The scheduling state of all tasks of a run, in file order.
 
     Of two ready tasks, the one with the higher priority starts first, unless the other one has waited `AGING_SECONDS`
-    longer for each level between them; ties go to the first in the file. A task waits from the first decision that
-    finds it ready.
+    longer for each level between them; ties are resolved by file order. The wait starts at the first decision that
+    finds the task ready.
     """
 
     def __init__(self, entries: Mapping[str, DispatchEntry], capacities: Mapping[str, int] = _NO_LIMITS) -> None:
-        """Create a board with all tasks pending, and the largest number of concurrent sessions by adapter."""
+        """Create a board with all tasks pending, and the maximum number of concurrent sessions by adapter."""
         self.entries = dict(entries)
         """The entries of all tasks, including those that plans have added."""
         self._state = dict.fromkeys(entries, _PENDING)
@@ -188,7 +188,7 @@ class DispatchBoard:
         return board
 
     def add(self, entries: Mapping[str, DispatchEntry], file_order: Iterable[str]) -> None:
-        """Add pending tasks, which may need each other, at their places among all tasks."""
+        """Add pending tasks, which may need each other, at their positions among all tasks."""
         orders = self._positions(entries, file_order)
         self.entries |= entries
         for task, entry in entries.items():
@@ -217,36 +217,36 @@ class DispatchBoard:
         return positions
 
     def set_subtasks(self, task: str, parts: Sequence[str]) -> None:
-        """Set the tasks that a plan created: the task continues after they have landed.
+        """Set the subtasks from a task's plan: the task continues after they have landed.
 
-        Tasks that are no longer among them are no longer needed. The caller then calls `wait`, `rest` or `revive`.
+        Previous subtasks are no longer needed. Call `wait`, `rest` or `revive` afterwards.
         """
         self.entries[task] = self.entries[task].with_subtasks(parts)
         self._graph.set_needs(task, self.entries[task].needs)
 
     def built(self, task: str) -> None:
-        """Record that a session ended and its work is queued to land: free its slot, but keep its paths."""
+        """Record that a session ended and its work is queued to land: release its capacity, but not its paths."""
         self._free_slot(task)
         self._state[task] = _BUILT
 
     def landed(self, task: str) -> None:
-        """Record that a task has landed, or is done without a landing: tasks that needed only this one may start."""
+        """Record that a task has landed, or is done without a landing, so that its dependents may start."""
         self._leave(task, _LANDED)
         for dependent in self._graph.land(task):
             self._offer(dependent)
 
     def ended(self, task: str) -> None:
-        """Record that a task failed or was cancelled: block direct and indirect dependents, each by its own need."""
+        """Record that a task failed or was cancelled: block direct and indirect dependents, each by its direct need."""
         self._leave(task, _OVER)
         self._graph.end(task)
 
     def wait(
         self, task: str, until: float, adapters: tuple[str, ...] | None = None, *, keeps_paths: bool = False
     ) -> None:
-        """Let a task start again at `until`, with other adapters if given, in order of preference.
+        """Let a task wait until `until`; `adapters` replaces its adapters, in order of preference.
 
-        With `keeps_paths` it owns its paths meanwhile, because it continues its built work. A task that waits for the
-        tasks of its plan continues after they have landed, and leaves its paths to them.
+        With `keeps_paths`, it owns its paths while waiting, because it continues its built work. A task that waits for
+        its subtasks continues after they have landed, and leaves its paths to them.
         """
         if self._waits_for_parts(task):
             self.rest(task, keeps_paths=False, adapters=adapters)
@@ -257,7 +257,7 @@ class DispatchBoard:
         self._waiting.add(task, until, self._placements[task])
 
     def place(self, task: str, adapters: tuple[str, ...], *, keeps_paths: bool = False) -> None:
-        """Change the adapters of a task that has not started here; for the other arguments see `wait`."""
+        """Change the adapters of a task that has not started here; for other arguments see `wait`."""
         state = self._state[task]
         if state is not _PENDING:
             self._leave(task, _PENDING)
@@ -266,12 +266,12 @@ class DispatchBoard:
             self._offer(task)
 
     def rest(self, task: str, *, keeps_paths: bool, adapters: tuple[str, ...] | None = None) -> None:
-        """Pause a task until a person decides; `wait` follows, see there for the arguments."""
+        """Pause a task until a user's decision; continue with `wait`, which also describes the arguments."""
         self._leave(task, _PENDING)
         self._replace(task, adapters, keeps_paths=keeps_paths)
 
     def revive(self, task: str) -> None:
-        """Retry an ended task: it becomes pending, and so do the tasks that only it blocked."""
+        """Retry an ended task: it becomes pending, as do the tasks that only this task blocked."""
         if self._state[task] is _OVER:
             self._state[task] = _PENDING
             for revived in self._graph.revive(task):
@@ -288,7 +288,7 @@ class DispatchBoard:
     ) -> None:
         """Apply the status of a task that another process changed; it may start here again at `until`.
 
-        A task that is active elsewhere takes no slot here, but owns its paths. For the other arguments see `wait`.
+        A task that is active elsewhere uses no capacity here, but owns its paths. For other arguments see `wait`.
         """
         state = self._state[task]
         if state is _OVER and status not in UNSUCCESSFUL_STATUSES:
@@ -320,7 +320,7 @@ class DispatchBoard:
             self.wait(task, until, adapters, keeps_paths=keeps_paths)
 
     def adapter_of(self, task: str) -> str:
-        """Return the adapter that a task runs with, or would run with now."""
+        """Return the adapter that runs a task, or would run it now."""
         return self._adapters.adapter_of(task, self._placements[task].lane.adapter_group)
 
     def start_cooldown(self, adapter: str, until: float) -> None:
@@ -340,7 +340,7 @@ class DispatchBoard:
         self._adapters.enable(adapter)
 
     def next_time(self) -> float | None:
-        """Return the earliest end of a wait or cooldown that could let a task start; None if there is none."""
+        """Return the earliest end of a wait or cooldown after which a task could start, or None."""
         times: list[float] = []
         for group in self._adapters.groups():
             if (first := self._waiting.first(group)) is not None:
@@ -350,7 +350,7 @@ class DispatchBoard:
         return min((time for time in times if time < math.inf), default=None)
 
     def has_work(self) -> bool:
-        """Whether a task may start, now or later, without a landing: it is ready, waits, or is held by a session.
+        """Whether a task may start, now or later, without a landing: it is ready, waiting, or held by a session.
 
         A task that is held by a task queued to land does not count.
         """
@@ -359,9 +359,9 @@ class DispatchBoard:
         return any(self._state[task] is _RUNNING for task in self._queue.holders())
 
     def awaited(self) -> dict[str, float]:
-        """Return the adapters in cooldown that all startable tasks wait for, each with the end of its cooldown.
+        """Return the adapters in cooldown, with their ends, if all startable tasks wait for them.
 
-        Empty if any task waits for something else.
+        Empty if any task waits for another reason.
         """
         awaited: dict[str, float] = {}
         for group in self._groups_with_work():
@@ -385,7 +385,7 @@ class DispatchBoard:
         return self._adapters.running()
 
     def is_running(self, task: str) -> bool:
-        """Whether the last start of a task is still valid: it has neither ended nor been revived since."""
+        """Whether the last start of a task is still current: it has neither ended nor been revived since."""
         return self._state[task] is _RUNNING
 
     def left(self, statuses: Mapping[str, TaskStatus]) -> Iterator[Sequence[str]]:
@@ -451,7 +451,7 @@ class DispatchBoard:
             self._adapters.occupy(task, self._placements[task].lane.adapter_group)
 
     def _replace(self, task: str, adapters: tuple[str, ...] | None, *, keeps_paths: bool) -> None:
-        """Move a task to its lane: a task that keeps its paths need not wait for them."""
+        """Move a task to its lane; a task that keeps its paths does not wait for them."""
         entry, placement = self.entries[task], self._placements[task]
         names = adapters or tuple(adapter.name for adapter in placement.lane.adapter_group.adapters)
         if keeps_paths:

@@ -1,6 +1,6 @@
 """Ownership of paths by sessions, and conflicts between owners.
 
-An ownership record is part of a claim: it is current while the claim on its task has the same epoch and is not
+An ownership record is part of a claim: it is current as long as the claim on its task has the same epoch and is not
 released. All other records are leftovers.
 """
 
@@ -15,7 +15,7 @@ from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.settings.path_patterns import check_pattern, has_overlap, is_match, literal_prefix
 from orchestrator.errors import InvalidValue, RefusedError
 
-#: The largest number of patterns of a session, and of their characters: each change writes all of them.
+#: The maximum number of patterns per session and of their characters: each change writes all of them.
 MAX_OWNED_PATTERNS, MAX_OWNED_CHARS = 2000, 200_000
 
 #: Characters that patterns can't express, a backslash and bytes that are not UTF-8, become `?`.
@@ -25,7 +25,7 @@ _SPECIAL: Final = str.maketrans({**{char: f"[{char}]" for char in "*?["}, **dict
 
 @dataclass(frozen=True, slots=True)
 class OwnershipWait:
-    """Patterns that a session waits to own; `since` is wall-clock seconds."""
+    """Patterns that a session waits for; `since` is wall-clock seconds."""
 
     patterns: tuple[str, ...]
     since: Instant
@@ -51,7 +51,7 @@ class PathOwnership:
 
     @property
     def is_idle(self) -> bool:
-        """Whether it neither owns nor waits for patterns, so that the record can be deleted."""
+        """Whether the session neither owns nor awaits patterns, so that the record can be deleted."""
         return not self.patterns and self.waiting is None
 
     def has_conflict_with(self, session: SessionName, patterns: Sequence[str]) -> bool:
@@ -59,7 +59,7 @@ class PathOwnership:
         return find_ownership_conflict(session, patterns, [self]) is not None
 
     def with_patterns(self, patterns: Sequence[str], now: float, *, is_lock: bool = False) -> PathOwnership:
-        """Return the record with more patterns; patterns that it already has can become locked."""
+        """Return the record with more patterns; existing patterns may become locked."""
         new = dict.fromkeys(pattern for pattern in patterns if pattern not in self.taken)
         taken = {**self.taken, **dict.fromkeys(new, now)}
         since = self.since if self.patterns else now
@@ -78,7 +78,7 @@ class PathOwnership:
         return self.without(self.patterns)
 
     def find_lock(self, paths: Iterable[str]) -> tuple[str, str] | None:
-        """Return the first path that matches one of its locks, or contains one, with the lock; else None."""
+        """Return the first path that matches or contains one of its locks, with the lock; else None."""
         return next(((path, lock) for path in paths for lock in self.locked if _is_about(lock, path)), None)
 
     def with_waiting(self, waiting: OwnershipWait | None) -> PathOwnership:
@@ -173,9 +173,9 @@ def check_ownership_limit(owned: Sequence[str], wanted: Sequence[str]) -> None:
     all_ = {*owned, *wanted}
     count, length = len(all_), sum(map(len, all_))
     if count > MAX_OWNED_PATTERNS or length > MAX_OWNED_CHARS:
-        what = f"one session would own {count} paths with {length} characters"
+        what = f"too many owned paths: {count} with {length} characters in total"
         raise RefusedError(
-            f"{what}, the limit is {MAX_OWNED_PATTERNS} paths with {MAX_OWNED_CHARS}", "name their folders instead"
+            f"{what} (limits per session: {MAX_OWNED_PATTERNS} and {MAX_OWNED_CHARS})", "use their folders instead"
         )
 
 

@@ -12,7 +12,7 @@ from itertools import groupby
 from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry
 from orchestrator.domain.settings.path_patterns import has_any_overlap, literal_prefix
 
-#: The largest number of comparisons per wave: tens of thousands of tasks with similar paths would take minutes.
+#: The maximum number of comparisons per wave: tens of thousands of tasks with similar paths would take minutes.
 _MOST_COMPARISONS = 50_000
 
 
@@ -22,7 +22,7 @@ class Wave:
 
     tasks: Sequence[str]
     follows: Mapping[str, str]
-    """Tasks that wait for an earlier task of the wave with a common path, each with the first such task."""
+    """Tasks that wait for an earlier task of the wave with a common path, each with that task."""
     is_compared: bool = True
     """False if there were too many tasks with paths to compare: `follows` may be incomplete."""
 
@@ -43,7 +43,7 @@ def plan_waves(entries: Mapping[str, DispatchEntry]) -> list[Wave]:
 def count_concurrent_sessions(
     wave: Wave, entries: Mapping[str, DispatchEntry], capacities: Mapping[str, int], most: int
 ) -> int:
-    """Return how many tasks of a wave would start together with at most `most` sessions, as `dispatch` decides."""
+    """Return how many tasks of a wave `dispatch` would start together, with at most `most` sessions."""
     ready = {task: replace(entries[task], needs=()) for task in wave.tasks}
     return len(DispatchBoard(ready, capacities).choose_tasks(most, 0.0))
 

@@ -1,10 +1,10 @@
 """The queue of ready tasks, limited by adapter capacity and by exclusive ownership of paths.
 
-Tasks with the same list of adapters share an adapter group, which uses the first available one of them. So no task has
-to move when an adapter enters or leaves its cooldown: only the current adapter of its group changes.
+Tasks with the same list of adapters share an adapter group, which uses the first available adapter. When an adapter
+enters or leaves its cooldown, no task has to move: only the current adapter of its group changes.
 
-Tasks of one group that own the same paths share a lane: if the first of them can't start because its paths are taken,
-none can, so each decision looks at lanes only. A lane that can't start is held by the owner of its paths, and is
+Tasks of one group that own the same paths share a lane: if the first of them can't start because its paths are in use,
+none can, so each decision considers only lanes. A lane that can't start is held by the owner of its paths, and is
 skipped until that owner releases them. Lanes without paths are never held.
 
 To prevent starvation, the first held task reserves its paths: later tasks that overlap with it wait too. The
@@ -33,7 +33,7 @@ class ReadyLane:
         self.entries: list[_Entry] = []
         """A heap."""
         self.run: list[_Entry] = []
-        """A sorted batch of entries, first one last: popping from it needs no search."""
+        """A sorted batch of entries in reverse order, so that popping is fast."""
         self.held_by: str | ReadyLane | None = None
         """The live task that owns the paths, or the lane that has reserved them."""
 
@@ -72,7 +72,7 @@ class AdapterGroup:
         self.choose()
 
     def choose(self) -> None:
-        """Choose the first available adapter, else the first one to become available."""
+        """Choose the first available adapter, or else the one that becomes available first."""
         self.current = min(self.adapters, key=lambda adapter: adapter.available_at)  # the first of equals
 
     @property
@@ -82,12 +82,12 @@ class AdapterGroup:
 
     @property
     def is_full(self) -> bool:
-        """Whether the current adapter has as many sessions as it may have."""
+        """Whether the current adapter has reached its session limit."""
         return self.current.running >= self.current.capacity
 
     @property
     def next_change(self) -> float:
-        """When the end of a cooldown makes a better adapter available, or any; infinity: never."""
+        """The end of a cooldown that makes a better adapter available, or any; infinity if there is none."""
         if self.current.available_at:
             return self.current.available_at
         better = self.adapters[: self.adapters.index(self.current)]
@@ -98,7 +98,7 @@ class AdapterPool:
     """The adapters: their capacity, running sessions and cooldowns, and whether they are disabled."""
 
     def __init__(self, capacities: Mapping[str, int]) -> None:
-        """Create a pool with the session limits by adapter; a missing adapter has no limit."""
+        """Create a pool with session limits by adapter; other adapters have no limit."""
         self._capacities = capacities
         self._adapters: dict[str, _Adapter] = {}
         self._groups: dict[tuple[str, ...], AdapterGroup] = {}
@@ -135,7 +135,7 @@ class AdapterPool:
         return len(self._sessions)
 
     def adapter_of(self, task: str, group: AdapterGroup) -> str:
-        """Return the adapter that a task of this group runs with, or would run with now."""
+        """Return the adapter that runs a task of this group, or would run it now."""
         return (self._sessions.get(task) or group.current).name
 
     def start_cooldown(self, name: str, until: float) -> None:
@@ -237,7 +237,7 @@ class ReadyQueue:
             self._give_up_reservation()
 
     def has_startable_task(self, group: AdapterGroup) -> bool:
-        """Whether a group has a ready task that is not known to be held."""
+        """Whether a group may have a ready task that is not held."""
         run = group.free.run
         while run:
             if self._lane_of(run[-1]) is not None:
@@ -341,7 +341,7 @@ class ReadyQueue:
                 heappush(lane.adapter_group.fronts, lane.entries[0])
 
     def _reservation(self) -> ReadyLane | None:
-        """Return the lane with the reservation: the first held one at the time."""
+        """Return the lane with the reservation: the first lane that was held."""
         while self._reserved is None and self._held:
             entry = self._held[0]
             known = self._entries.get(entry[2])
@@ -363,7 +363,7 @@ class ReadyQueue:
         return entries[0] if entries else None
 
     def _lane_of(self, entry: _Entry) -> ReadyLane | None:
-        """Return the lane of an entry; None if it is outdated, even if its task was added again."""
+        """Return the lane of an entry; None for an outdated entry, even if its task was added again."""
         return entry[3] if self._entries.get(entry[2]) is entry else None
 
 

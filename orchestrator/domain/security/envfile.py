@@ -14,10 +14,10 @@ _ESCAPED: Final = {"n": "\n", "r": "\r", "t": "\t"}
 
 
 def parse_env_values(text: str) -> Iterator[tuple[str, str]]:
-    """Yield each name with all possible readings of its value, because the rules differ between programs.
+    """Yield each name with all possible interpretations of its value, because programs use different rules.
 
-    Quoted values, which may span lines: with and without escapes resolved. Other values: up to the end of the line, and
-    up to a comment.
+    Quoted values, which may span lines, are yielded with and without resolved escapes; other values up to the end of
+    the line, and up to a comment.
     """
     for match in _QUOTED.finditer(text):
         name, double, single = match.groups()

@@ -1,6 +1,6 @@
 """Parse entries of `network.allow`, and match hosts and addresses.
 
-Parsing is strict: a text that two programs could read as two different hosts is rejected.
+Parsing is strict: text that two programs could interpret as different hosts is rejected.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LONGEST_NAME: Final = 253
 _LONGEST_SHOWN: Final = 60
 _LABEL: Final = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
 _PORT: Final = re.compile(r"[0-9]{1,5}")
-# Other programs read these as numbers: 127.1, 2130706433 and 0x7f.1 are IPv4 addresses to a resolver.
+# Resolvers interpret numbers such as 127.1, 2130706433 and 0x7f.1 as IPv4 addresses.
 _NUMBER: Final = re.compile(r"[0-9]+|0x[0-9a-f]*")
 # IDNA 2003 (Python) and IDNA 2008 (browsers) encode these differently.
 _AMBIGUOUS: Final = frozenset("ßς\u200c\u200d")
@@ -57,21 +57,21 @@ class AllowedHost:
 
 
 def parse_allowed_host(text: str) -> AllowedHost:
-    """Parse an entry; raise ValueError with the mistake and its fix."""
+    """Parse an entry; raise ValueError with the problem and its remedy."""
     shown = repr(text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…")
     if "/" in text:
-        raise InvalidValue(f"{shown} is a URL, a path or a range", "write the host only, such as api.example.com")
+        raise InvalidValue(f"{shown} is a URL, a path or a range", "use only the host, such as api.example.com")
     subdomains = text.startswith("*.")
     try:
         host, port = split_authority(text.removeprefix("*."))
     except ValueError as error:
         raise InvalidValue(
-            f"{shown} can't be a host, {error}", "write api.example.com, *.example.com or host:8443"
+            f"{shown} is not a valid host: {error}", "use the form api.example.com, *.example.com or host:8443"
         ) from None
     if subdomains and (_is_address(host) or "." not in host):
-        raise InvalidValue(f"{shown} matches too much or nothing", "write a domain after `*.`, such as *.example.com")
+        raise InvalidValue(f"{shown} matches too much or nothing", "use a domain after `*.`, such as *.example.com")
     if (host == LOCALHOST or host.endswith(f".{LOCALHOST}")) and (port is None or host != LOCALHOST):
-        raise InvalidValue(f"{shown} has no port for a server on this machine", f"write {LOCALHOST}:PORT")
+        raise InvalidValue(f"{shown} has no port for a server on this machine", f"use {LOCALHOST}:PORT")
     return AllowedHost(host, port, subdomains)
 
 
@@ -133,8 +133,8 @@ def addresses_to_try(
 ) -> tuple[Address, ...]:
     """Return the `resolved` addresses of an allowed host that may be contacted: all of them, or none.
 
-    The owner of a name can let it resolve to any address, such as one of this machine or its local network. So each
-    address that is not public needs an entry of its own; otherwise no address is returned.
+    The owner of a name can let it resolve to any address, even one of this machine or its local network. So each
+    non-public address needs its own entry; otherwise no address is returned.
     """
     if host == LOCALHOST:
         return LOOPBACK

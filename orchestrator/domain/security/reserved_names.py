@@ -13,7 +13,7 @@ _LONG: Final = {"git": ".git", "counci": ".council", "worktr": ".worktrees"}
 
 
 def find_reserved_name(path: str) -> str | None:
-    """Return the reserved name of a path segment, also as read by macOS or Windows; None if there is none.
+    """Return the reserved name of a path segment, even as interpreted by macOS or Windows, or None.
 
     NTFS also treats a backslash as a separator, and ends a name before a colon and before trailing dots and spaces.
     """

@@ -1,7 +1,7 @@
 """Detect and redact secrets: variable names, values, well-known key formats, and file names.
 
-Only text is inspected. Every pattern starts with a literal and repeats only character classes, so that a search is
-linear, and fast if the literal does not occur.
+Only text is inspected. Every pattern starts with a literal and repeats only character classes, so that searching takes
+linear time, and is fast if the literal does not occur.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _RANDOM_SEGMENT: Final = re.compile(r"(?=[^a-z]*[a-z])(?=[^A-Z]*[A-Z])(?=[^0-9]*
 def secret_values(environ: Mapping[str, str]) -> frozenset[str]:
     """Return the values of secret variables, except values whose redaction would damage other text.
 
-    Exceptions are values shorter than `MIN_VALUE_CHARS` characters, numbers, paths and words such as `disabled`.
+    Excluded are values of fewer than `MIN_VALUE_CHARS` characters, numbers, paths and words such as `disabled`.
     """
     stripped = (value.strip() for name, value in environ.items() if is_secret_name(name))
     return frozenset(value for value in stripped if len(value) >= MIN_VALUE_CHARS and not _is_plain(value))
@@ -65,12 +65,12 @@ def secret_values(environ: Mapping[str, str]) -> frozenset[str]:
 def _is_plain(value: str) -> bool:
     if _PLAIN_VALUE.fullmatch(value) is None:
         return False
-    # Base64 contains slashes, so a key may look like a path, but no folder is called wJalrXUtnFEMIK7MDENG.
+    # Base64 contains slashes, so a key may look like a path, but folders have no names like wJalrXUtnFEMIK7MDENG.
     return not any(_RANDOM_SEGMENT.fullmatch(segment) for segment in re.split(r"[/\\]", value))
 
 
 def _starts(literal: str, rest: str, inside: str = "0-9A-Za-z") -> tuple[str, str]:
-    """Return a literal and its pattern, which must not continue a word; JSON string escapes are no word."""
+    """Return a literal and its pattern, which must not continue a word (JSON string escapes are not words)."""
     start = re.escape(literal)
     boundary = rf"(?:(?<![{inside}]{start})|(?<=\\[bfnrt]{start})|(?<=\\u[0-9a-fA-F]{{4}}{start}))"
     return literal, start + boundary + rest
@@ -78,11 +78,13 @@ def _starts(literal: str, rest: str, inside: str = "0-9A-Za-z") -> tuple[str, st
 
 _KEYS: Final = (
     ("sk-ant-", r"sk-ant-[A-Za-z0-9_-]{16,}"),  # Anthropic
-    _starts("sk-", r"(?:(?:proj|svcacct|admin|None|or-v1)-[A-Za-z0-9_-]{20,}|[A-Za-z0-9]{32,})"),  # OpenAI and alike
+    _starts("sk-", r"(?:(?:proj|svcacct|admin|None|or-v1)-[A-Za-z0-9_-]{20,}|[A-Za-z0-9]{32,})"),  # OpenAI and similar
     ("gh", r"gh[pousr]_[A-Za-z0-9]{36,}"),  # GitHub
     ("github_pat_", r"github_pat_[A-Za-z0-9_]{36,}"),
     ("glpat-", r"glpat-[A-Za-z0-9_-]{20,}"),  # GitLab
-    _starts("AKIA", r"(?![0-9A-Z]{9}EXAMPLE)[0-9A-Z]{16}(?![0-9A-Za-z])"),  # AWS; their manual's example is no key
+    _starts(
+        "AKIA", r"(?![0-9A-Z]{9}EXAMPLE)[0-9A-Z]{16}(?![0-9A-Za-z])"
+    ),  # AWS; the example of their manual is not a key
     _starts("ASIA", r"(?![0-9A-Z]{9}EXAMPLE)[0-9A-Z]{16}(?![0-9A-Za-z])"),
     _starts("AIza", r"[0-9A-Za-z_-]{35}(?![0-9A-Za-z_-])"),  # Google
     ("GOCSPX-", r"GOCSPX-[0-9A-Za-z_-]{28}"),
@@ -94,7 +96,7 @@ _KEYS: Final = (
     _starts("hf_", r"[A-Za-z0-9]{34,40}(?![0-9A-Za-z])"),  # Hugging Face
     # JSON Web Tokens (RFC 7519): two objects and a signature, in base64url.
     _starts("eyJ", r"[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,}", inside=r"\w.-"),
-    # A whole key, not just its first line, which programs that read keys contain.
+    # A whole key, not just its first line, which also occurs in programs that read keys.
     (
         "-----BEGIN ",
         (
@@ -114,14 +116,14 @@ _CERTAIN: Final = (
 _LIKELY: Final = (
     *_KEYS,
     ("//", r"""//(?<=://)[^\s/:@"'<>\\]{0,64}:[^\s/@"'<>\\]{1,256}(?=@)"""),
-    # A token instead of a user name, as git hosts accept it.
+    # A token in place of a user name, as accepted by git hosts.
     ("://", r"""://(?:(?<=http://)|(?<=https://))[^\s/:@"'<>\\?#]{8,256}(?=@)"""),
     ("Bearer ", r"Bearer [0-9A-Za-z._~+/=-]{16,}"),
     ("bearer ", r"bearer [0-9A-Za-z._~+/=-]{16,}"),
 )
 
 
-# Lazy: compiling takes longer than most commands that never search for secrets.
+# Lazy, because compiling takes longer than most commands that never search for secrets.
 @cache
 def _in_text(sources: tuple[tuple[str, str], ...]) -> tuple[tuple[str, re.Pattern[str]], ...]:
     return tuple((hint, re.compile(source, re.ASCII)) for hint, source in sources)
@@ -167,10 +169,10 @@ def has_secret_key(text: str) -> bool:
 
 
 class Redactor:
-    """Redacts given values, also in their JSON and URL encodings, and keys in well-known formats."""
+    """Redacts given values, including their JSON and URL encodings, and keys in well-known formats."""
 
     def __init__(self, values: Iterable[str] = ()) -> None:
-        """Redact `values`; the caller omits values that would damage ordinary text (as `secret_values` does)."""
+        """Create a redactor of `values`; omit values that would damage ordinary text (see `secret_values`)."""
         self._plain = sorted({spelling for value in values for spelling in _spellings(value)}, key=_longest_first)
         self._bytes = [value.encode(errors="surrogateescape") for value in self._plain]
 

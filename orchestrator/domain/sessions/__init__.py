@@ -1,1 +1,1 @@
-"""What sessions report to each other."""
+"""Data that sessions share with each other."""

@@ -22,7 +22,7 @@ MAX_MESSAGE_CHARS, MAX_PROGRESS_CHARS = 500, 40
 #: The longest path, in characters.
 MAX_PATH_CHARS: Final = 4096
 
-#: Read-only tools: a session that reads a file does not work on it.
+#: Read-only tools: reading a file does not count as working on it.
 _READ_ONLY: Final = re.compile(r"_?(read|view|open|cat|ls\b|list|glob|grep|rg\b|search|find|fetch|web)", re.IGNORECASE)
 
 
@@ -30,9 +30,9 @@ class SessionStatus(StrEnum):
     """The status that a session reports."""
 
     WORKING = "working"
-    BLOCKED = "blocked"  #: it can't continue until something happens, see `blocked_on`
-    WAITING = "waiting"  #: for files that another session has locked
-    DONE = "done"  #: it reported so, or has ended
+    BLOCKED = "blocked"  #: it can't continue before an event, see `blocked_on`
+    WAITING = "waiting"  #: it waits for files that another session has locked
+    DONE = "done"  #: it has reported its end, or has ended
 
 
 class SessionContext(BaseModel):
@@ -45,7 +45,7 @@ class SessionContext(BaseModel):
     attempt: int
     adapter: str
     orchestrator: str
-    """The id of the process that runs it."""
+    """The id of the orchestrator that runs it."""
     scope: str
     """Its repository and target: only sessions with the same scope can conflict."""
     status: SessionStatus = SessionStatus.WORKING
@@ -58,7 +58,7 @@ class SessionContext(BaseModel):
     seen: str | None = None
     """Its last activity, as observed in the output of its program."""
     blocked_on: str | None = None
-    """What it waits for."""
+    """The reason why it is blocked."""
     files: tuple[str, ...] = ()
     """The files that it has locked."""
     started: Instant
@@ -106,7 +106,7 @@ def filter_active(contexts: Iterable[SessionContext]) -> list[SessionContext]:
 
 
 def find_file_conflicts(contexts: Iterable[SessionContext]) -> dict[str, list[SessionContext]]:
-    """Return the sessions of each file with several of them; two attempts at one task are two sessions."""
+    """Return the sessions of each file that has several; two attempts at one task are two sessions."""
     by_file: dict[str, list[SessionContext]] = {}
     for context in contexts:
         for path in sorted({*context.files, *([context.file] if context.file else [])}):

@@ -13,12 +13,12 @@ from orchestrator.domain.settings.path_patterns import has_any_overlap
 
 #: Limits of a note: UTF-8 bytes of its text, characters of its topic, and number of paths.
 MAX_TEXT_BYTES, MAX_TOPIC_CHARS, MAX_PATHS = 4096, 100, 50
-#: The longest path, and the longest total of paths, in characters: comparing patterns takes time proportional to the
+#: The maximum length of one path and of all paths, in characters: comparing patterns takes time proportional to the
 #: product of their lengths.
 MAX_PATH_CHARS, MAX_PATHS_CHARS = 1000, 2000
-#: The largest number of notes per scope and per task; the oldest are pruned.
+#: The maximum number of notes per scope and per task; the oldest are pruned.
 MAX_NOTES, MAX_TASK_NOTES = 500, 100
-#: The longest block of notes in a prompt, in characters.
+#: The maximum length of the notes in a prompt, in characters.
 MAX_BLOCK_CHARS: Final = 16_000
 
 _HEAD: Final = (
@@ -68,7 +68,7 @@ def filter_relevant(notes: Iterable[Note], task: str, owns: Sequence[str]) -> li
 
 
 def format_notes(notes: Sequence[Note], most: int = MAX_BLOCK_CHARS) -> str | None:
-    """Return the notes (passed oldest first) as a block for a prompt of at most `most` characters; None if empty.
+    """Return notes (passed oldest first) as a block of at most `most` characters for a prompt; None if empty.
 
     Each line of a note is prefixed, so that no text can end the block and pass for a part of the prompt.
     """

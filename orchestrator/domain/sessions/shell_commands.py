@@ -1,4 +1,4 @@
-"""Analyze shell commands: the programs that they name, and the program that a shell did not find."""
+"""Analyze shell commands: the programs that they call, and the program that a shell did not find."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import shlex
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-#: Exit codes of a shell: the program can't be executed, or was not found.
+#: Exit codes of a shell if a program can't be executed, or was not found.
 NOT_EXECUTABLE: Final = 126
 NOT_FOUND: Final = 127
 
 _ASSIGNMENT: Final = re.compile(r"[A-Za-z_]\w*\+?=")
 _PUNCTUATION: Final = "();<>|&"
 _SEPARATING: Final = frozenset(";|&\n")
-#: Shell keywords that a command follows.
+#: Shell keywords that are followed by a command.
 _BEFORE_COMMANDS: Final = frozenset({"!", "if", "then", "elif", "else", "while", "until", "do", "exec", "time"})
 #: Shell keywords that are not programs.
 _GRAMMAR: Final = frozenset({"fi", "done", "esac", "for", "case", "function", "{", "}", "[["})
@@ -23,7 +23,7 @@ _GRAMMAR: Final = frozenset({"fi", "done", "esac", "for", "case", "function", "{
 _BEYOND_WORDS: Final = re.compile(r"[(){}`]|<<")
 #: Characters whose meaning depends on variables or files.
 _EXPANDED: Final = re.compile(r"[$*?\[\]~]")
-#: Programs that create no other program.
+#: Programs that don't create other programs.
 _HARMLESS: Final = frozenset(
     {":", "[", "cd", "echo", "env", "export", "nice", "nohup", "set", "test", "timeout", "true", "ulimit", "unset"}
 )
@@ -49,7 +49,7 @@ def is_not_runnable(exit_code: int | None) -> bool:
 
 
 def find_programs(command: str) -> list[str]:
-    """Return the unique programs that a shell command names, as far as its text shows."""
+    """Return the programs that a shell command calls, without duplicates, as far as its text shows."""
     text = command.replace("\\\n", " ")
     named = list(dict.fromkeys(_programs(text)))
     return named if _BEYOND_WORDS.search(text) is None else named[:1]
@@ -61,7 +61,7 @@ def is_in_worktree(program: str) -> bool:
 
 
 def is_of_environment(path: str) -> bool:
-    """Whether a path is in a virtual environment or similar, judging by its name."""
+    """Whether a path is in a virtual environment or similar, according to its name."""
     return not _ENVIRONMENTS.isdisjoint(path.split("/")[:-1])
 
 
@@ -79,14 +79,14 @@ def find_script(argv: Sequence[str]) -> str | None:
 
 
 def make_chmod_hint(path: str) -> str:
-    """Return the hint how to make a committed file executable."""
+    """Return a hint on making a committed file executable."""
     return f"`chmod +x {shlex.quote(posixpath.normpath(path))}` and commit it"
 
 
 def make_lookup_command(program: str) -> str:
     """Return a shell command that succeeds if a program, by name or absolute path, is found and can be opened.
 
-    Landlock allows looking up files that it does not allow to open.
+    Under Landlock, files that can't be opened can still be found.
     """
     opened = 'case $found in /*) test ! -r "$found" || true <"$found";; esac'
     return f"found=$(command -v {shlex.quote(program)}) && {opened}"
@@ -111,7 +111,7 @@ def _programs(text: str) -> Iterator[str]:
 
 
 def find_missing_program(command: str, output: str) -> str:
-    """Return the program that a shell could not run, from its message, or else the first one of the command."""
+    """Return the program that a shell could not run, from its message, or else the first in the command."""
     matches = [match for pattern in _MESSAGES for match in pattern.finditer(output)]
     if matches:
         return max(matches, key=lambda match: match.start())["name"]

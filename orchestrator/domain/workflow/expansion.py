@@ -16,12 +16,12 @@ from orchestrator.domain.workflow.handoff_models import Plan, PlannedTask, check
 from orchestrator.domain.workflow.violations import HandoffFacts, Violation
 from orchestrator.errors import InvalidValue
 
-#: The longest id of a task, in characters.
+#: The maximum length of a task id, in characters.
 MAX_ID_CHARS: Final = 64
 
 _NOT_IN_NAMES: Final = re.compile(r"[^A-Za-z0-9._-]+")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
-_OUTSIDE: Final = "name paths that the planning task owns"
+_OUTSIDE: Final = "use paths that the planning task owns"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,8 @@ def expand_plan(
 ) -> tuple[ExpandedTask, ...] | Sequence[Violation]:
     """Return the tasks of a plan (normalized by its kind) in order, or all violations.
 
-    Their ids start with `prefix` and must not be `taken`. They own paths within `owns` if it is not empty, and by
-    default all of these.
+    Their ids start with `prefix` and must not be `taken`. If `owns` is not empty, they own paths within it, and by
+    default all of it.
     """
     parsed = Plan.model_validate(dict(plan))
     names = {task.id: make_task_name(prefix, task.id) for task in parsed.tasks}
@@ -65,7 +65,7 @@ def expand_plan(
 def make_task_name(prefix: str, id_: str) -> str:
     """Return the task id for the plan id `id_`: `prefix` and the valid characters of `id_`.
 
-    Long names are truncated, with a few digits of their SHA-256 added to keep them unique.
+    Long names are truncated, and get a few digits of their SHA-256 to remain unique.
     """
     plain = _NOT_IN_NAMES.sub("-", id_)
     while ".." in plain:
@@ -84,7 +84,7 @@ def _owned(task: PlannedTask) -> tuple[str, ...]:
 
 def _check_count(plan: Plan, most: int) -> Iterator[Violation]:
     if len(plan.tasks) > most:
-        what = f"the plan has {len(plan.tasks)} tasks, more than the limit of {most}"
+        what = f"the plan has {len(plan.tasks)} tasks (limit: {most})"
         yield Violation("expansion.most", "tasks", what, f"plan at most {most} tasks")
 
 
@@ -95,8 +95,8 @@ def _check_names(plan: Plan, names: Mapping[str, str], taken: Collection[str]) -
         name, at = names[task.id], f"tasks[{index}]"
         other = known.setdefault(name.casefold(), at)
         if other != at:
-            what = f"its name in the run, {name!r}, is the name of {other}"
-            yield Violation("expansion.names", f"{at}.id", what, "choose an id with other letters or digits")
+            what = f"its task id {name!r} is already used by {other}"
+            yield Violation("expansion.names", f"{at}.id", what, "use an id with other letters or digits")
 
 
 def _check_paths(plan: Plan, owns: Sequence[str]) -> Iterator[Violation]:
@@ -105,18 +105,18 @@ def _check_paths(plan: Plan, owns: Sequence[str]) -> Iterator[Violation]:
             at = f"tasks[{index}].owns[{number}]"
             fault = _fault(pattern)
             if fault is not None:
-                yield Violation("expansion.paths", at, f"{pattern[:200]!r} can't be owned, {fault.what}", fault.remedy)
+                yield Violation("expansion.paths", at, f"{pattern[:200]!r} can't be owned: {fault.what}", fault.remedy)
             elif owns and not is_covered(pattern, owns):
-                what = f"{pattern[:200]!r} is outside the paths of the planning task ({', '.join(owns)})"
+                what = f"{pattern[:200]!r} is outside of the paths that the planning task owns ({', '.join(owns)})"
                 yield Violation("expansion.paths", at, what, _OUTSIDE)
 
 
 def _fault(pattern: str) -> InvalidValue | None:
-    """Return why a text is not a valid path pattern; None if it is valid."""
+    """Return the error in a path pattern; None if it is valid."""
     if _CONTROL.search(pattern):
         return InvalidValue("it contains a control character", "remove it")
     if any(part.casefold() == ".git" for part in pattern.split("/")):
-        return InvalidValue("it is inside git's own folder", "name another path")
+        return InvalidValue("it is inside git's own folder", "use another path")
     try:
         check_pattern(pattern)
     except InvalidValue as error:

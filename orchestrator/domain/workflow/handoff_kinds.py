@@ -1,4 +1,4 @@
-"""Kinds of handoffs, each with a schema, a check, and the values that it exports.
+"""Kinds of handoffs, each with a schema, a check, and exported values.
 
 `handoff_models` has the models of the built-in kinds.
 """
@@ -36,7 +36,7 @@ class CheckResult:
     """None if there are violations."""
     violations: Sequence[Violation] = ()
     ignored: Sequence[str] = ()
-    """Keys that its kind does not define."""
+    """Keys that the kind does not define."""
 
 
 Check = Callable[[dict[str, Any], HandoffFacts], CheckResult]
@@ -62,7 +62,7 @@ class HandoffKind:
     needs: Needs = None
     """The default values for a phase of this kind; None: all."""
     paths: Paths = _no_paths
-    """Returns the paths whose checksums its check needs in `HandoffFacts`."""
+    """Returns the paths whose checksums the check needs in `HandoffFacts`."""
 
     @property
     def schema(self) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def _schema_kind(name: str, encoded: bytes) -> HandoffKind:
 
 
 def with_validators(kind: HandoffKind, validators: Mapping[str, HandoffValidator]) -> HandoffKind:
-    """Return a kind with the additional checks of its validators; `validators` are by name."""
+    """Return a kind with the additional checks of `validators`, which are by name."""
     checks = {name: validator.check for name, validator in validators.items() if validator.kind == kind.name}
     if not checks:
         return kind
@@ -195,15 +195,17 @@ def _export_whole(name: str) -> Exports:
 
 
 def _check_safely(kind: str, data: Any, check: Callable[[dict[str, Any]], CheckResult]) -> CheckResult:
-    """Check a plain JSON object within the size limit; a failure of the check itself is a violation."""
+    """Check a plain JSON object within the size limit; a crash of the check itself is a violation."""
     if not isinstance(data, dict):
-        what = f"it is {type(data).__name__}, not a JSON object"
+        what = f"expected a JSON object, got {type(data).__name__}"
         return CheckResult(None, (Violation(f"{kind}.object", "the handoff", what, "submit a JSON object"),))
     flaw = find_json_error(data)
     if flaw is None and len(encode_canonical(data)) > MAX_HANDOFF_BYTES:
-        flaw = f"it is larger than {MAX_HANDOFF_BYTES} bytes"
+        flaw = f"larger than {MAX_HANDOFF_BYTES} bytes"
     if flaw is not None:
-        return CheckResult(None, (Violation(f"{kind}.json", "the handoff", flaw, "submit a small, plain JSON object"),))
+        return CheckResult(
+            None, (Violation(f"{kind}.json", "the handoff", flaw, "submit a smaller, plain JSON object"),)
+        )
     try:
         with plugin_code():
             return check(data)
@@ -230,7 +232,7 @@ def _check_model(
 
 
 def _is_primary(error: ErrorDetails, errors: Sequence[ErrorDetails]) -> bool:
-    """Whether an error is not just a list that is too short because its invalid items were dropped."""
+    """Whether an error is not just a consequence: a list is too short because invalid items were dropped."""
     place = error["loc"]
     return error["type"] != "too_short" or not any(
         other["loc"][: len(place)] == place and len(other["loc"]) > len(place) for other in errors
@@ -252,32 +254,32 @@ def _violation(kind: str, error: ErrorDetails) -> Violation:
     limits = error.get("ctx", {})
     match error["type"]:
         case "missing":
-            return Violation(f"{kind}.required", place, "it is missing", "add it as the schema says")
+            return Violation(f"{kind}.required", place, "missing", "add it as required by the schema")
         case "too_long" | "string_too_long":
             most = limits.get("max_length")
-            return Violation(f"{kind}.size", place, f"it is longer than {most}", f"keep it to {most} at most")
+            return Violation(f"{kind}.size", place, f"longer than {most}", f"shorten it to at most {most}")
         case "too_short" | "string_too_short":
-            return Violation(f"{kind}.empty", place, "it is empty", "write something")
+            return Violation(f"{kind}.empty", place, "empty", "fill it in")
         case "literal_error":
             expected = str(limits.get("expected"))
-            return Violation(f"{kind}.choice", place, "it is not an allowed value", f"write {expected}")
+            return Violation(f"{kind}.choice", place, "not an allowed value", f"use {expected}")
         case _:
             what = error["msg"].removeprefix("Value error, ")[:300]
-            return Violation(f"{kind}.form", place, what, "write it as the schema says")
+            return Violation(f"{kind}.form", place, what, "follow the schema")
 
 
 def _limit(kind: str, violations: Sequence[Violation]) -> Sequence[Violation]:
     left = len(violations) - MAX_VIOLATIONS
     if left <= 0:
         return tuple(violations)
-    more = Violation(f"{kind}.more", "the handoff", f"{left} more mistakes are not shown", "fix these first")
+    more = Violation(f"{kind}.more", "the handoff", f"{left} more errors are not shown", "fix the others first")
     return (*violations[:MAX_VIOLATIONS], more)
 
 
 def _check_schema_data(name: str, schema: dict[str, Any], data: dict[str, Any]) -> CheckResult:
     # An empty registry: external references are not resolved.
     validator = lazy.jsonschema.Draft202012Validator(schema, registry=lazy.referencing.Registry())
-    remedy = "write it as the schema says"
+    remedy = "follow the schema"
     violations = [
         Violation(f"{name}.schema", _place(error.absolute_path) or "the handoff", error.message[:300], remedy)
         for error, _ in zip(validator.iter_errors(data), range(MAX_VIOLATIONS), strict=False)
@@ -297,7 +299,7 @@ def _place(path: Iterable[Any]) -> str:
 
 
 def _export_keys(*keys: str) -> Exports:
-    """Export these keys, including empty ones, because conditions may use them."""
+    """Return a function that exports these keys, even empty ones, because conditions may use them."""
     return lambda data: {key: data[key] for key in keys if key in data}
 
 
@@ -323,7 +325,7 @@ _BUILT: Final = (
 
 
 def _models() -> Any:
-    """Return the module of the built-in models, which most processes do not use."""
+    """Import and return the module of the built-in models, which most processes do not use."""
     from orchestrator.domain.workflow import handoff_models  # noqa: PLC0415
 
     return handoff_models
@@ -342,7 +344,7 @@ def _builtin_kind(name: str, exports: Exports) -> HandoffKind:
     return _make_kind(name, load, exports, PHASE_NEEDS.get(name), paths if name == "build" else _no_paths)
 
 
-#: The built-in kinds. No two of them export a value of the same name.
+#: The built-in kinds; their exported values have distinct names.
 HANDOFF_KINDS: Final[Mapping[str, HandoffKind]] = {
     name: _builtin_kind(name, exports)
     for name, exports in (

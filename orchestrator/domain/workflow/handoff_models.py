@@ -1,7 +1,7 @@
 """Models and rules of the built-in kinds of handoffs.
 
 Handoffs are written by models, so the models here are lenient: they accept a single item for a list, and common aliases
-of fields. Required fields stay required.
+of fields. Required fields remain required.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _items(value: Any) -> list[Any]:
 
 def _capped(items: list[Any]) -> tuple[Any, ...]:
     if len(items) > MAX_ITEMS:
-        raise ValueError(f"it has {len(items)} items: use at most {MAX_ITEMS}")
+        raise ValueError(f"{len(items)} items: use at most {MAX_ITEMS}")
     for number, item in enumerate(items):
         if isinstance(item, str) and len(item) > MAX_TEXT_CHARS:
             raise ValueError(f"item {number} has {len(item)} characters: use at most {MAX_TEXT_CHARS}")
@@ -59,7 +59,7 @@ def _mapping_or_items(value: Any) -> Any:
 def _mapping_or_text(value: Any) -> Any:
     value = value if isinstance(value, dict) else _text(value)
     if not isinstance(value, str | dict):
-        raise ValueError("it is a list of other values than text: write a text or an object")  # noqa: TRY004  pydantic handles only ValueError
+        raise ValueError("a list with values other than text: use text or an object")  # noqa: TRY004  pydantic handles only ValueError
     _capped(list(value.values()) if isinstance(value, dict) else [value])
     return value
 
@@ -292,7 +292,7 @@ def _severity(value: Any) -> Any:
 
 
 def _line(value: Any) -> Any:
-    """Accept the first line of `12-15`; return None for anything that is not a line number."""
+    """Accept the first line of a range such as `12-15`; return None for anything but a line number."""
     if isinstance(value, list) and value:
         value = value[0]
     if isinstance(value, str):
@@ -343,12 +343,12 @@ def check_plan(plan: Plan, _facts: HandoffFacts) -> Iterable[Violation]:
             yield Violation("plan.ids", f"{at}.id", what, "give each task a unique id")
         for number, name in enumerate(task.dependencies):
             if name not in known:
-                yield _unknown(f"{at}.dependencies[{number}]", name, "name tasks of the plan")
+                yield _unknown(f"{at}.dependencies[{number}]", name, "use ids of tasks in the plan")
     if isinstance(plan.dependencies, dict) and known & plan.dependencies.keys():
         for key, value in plan.dependencies.items():
             for name in [key, *map(str, parse_names(value))]:
                 if name not in known:
-                    remedy = "name only tasks of the plan here, and everything else under `resources`"
+                    remedy = "list only tasks of the plan here, and everything else under `resources`"
                     yield _unknown(f"dependencies.{key[:200]}", name, remedy)
     for cycle in find_cycles(collect_needs(plan))[:1]:
         what = f"dependency cycle: {' → '.join([*cycle, cycle[0]])}"
@@ -374,16 +374,16 @@ def check_build(build: Build, facts: HandoffFacts) -> Iterable[Violation]:
     for place, artifact in enumerate(build.artifacts):
         if not _is_inside(artifact.path):
             what = f"{artifact.path[:200]!r} is not a path in the repository"
-            yield Violation("build.path", f"artifacts[{place}].path", what, "write it relative to the top, with `/`")
+            yield Violation("build.path", f"artifacts[{place}].path", what, "use a path relative to the top, with `/`")
         elif artifact.path in facts.checksums:
             actual = facts.checksums[artifact.path]
             if actual is None:
                 what = f"{artifact.path!r} is not a file in the built tree"
-                remedy = "name existing files that git does not ignore"
+                remedy = "list existing files that git does not ignore"
                 yield Violation("build.artifacts", f"artifacts[{place}].path", what, remedy)
             elif normalize_checksum(actual) != artifact.checksum:
-                what = f"wrong checksum of {artifact.path!r}, whose SHA-256 is {normalize_checksum(actual)}"
-                remedy = "give the checksum of the final file"
+                what = f"wrong checksum of {artifact.path!r} (SHA-256: {normalize_checksum(actual)})"
+                remedy = "use the checksum of the final file"
                 yield Violation("build.checksum", f"artifacts[{place}].checksum", what, remedy)
 
 
@@ -404,5 +404,5 @@ def find_artifact_paths(data: Mapping[str, Any]) -> tuple[str, ...]:
 def check_review(review: Review, _facts: HandoffFacts) -> Iterable[Violation]:
     """Yield a violation for a rejection without findings."""
     if review.verdict == "reject" and not review.findings:
-        what = "it rejects the work without findings"
+        what = "the work is rejected without findings"
         yield Violation("review.findings", "findings", what, "list the problems, with path, line and message")

@@ -15,7 +15,7 @@ from orchestrator.domain.workflow.mediation import Mediation
 from orchestrator.errors import HandoffCorrupted
 
 HandoffProtocol = Literal["direct", "mediated", "shared"]
-#: How a result was submitted: in its file, by a command or tool, or as the last block of the answer.
+#: The means of submission of a result: its file, a command or tool, or the last block of the answer.
 Delivery = Literal["file", "tool", "answer"]
 
 #: The longest summary of a handoff, in characters.
@@ -27,7 +27,7 @@ class _Document(BaseModel):
 
 
 class Receipt(_Document):
-    """A receipt of a complete handoff by a visit of a phase. The time is wall-clock seconds."""
+    """The receipt of a complete handoff by a visit of a phase. The time is wall-clock seconds."""
 
     phase: str
     attempt: int
@@ -60,7 +60,7 @@ class Handoff(_Document):
     summary: str = ""
     """A short description of the session's work."""
     status: str = "completed"
-    """How the phase that produced it ended."""
+    """The final status of the phase that produced it."""
     tokens: int = 0
     """Input and output tokens of the task so far."""
     cost: float | None = None
@@ -112,7 +112,7 @@ def acknowledge(handoff: Handoff, phase: str, attempt: int, now: float) -> Hando
     `attempt` is the first attempt of the visit.
     """
     if not is_intact(handoff):
-        raise HandoffCorrupted(handoff.id, f"phase {phase!r} can't use it: its digest does not match its contents")
+        raise HandoffCorrupted(handoff.id, f"unusable for phase {phase!r}: its digest does not match its contents")
     if any((receipt.phase, receipt.attempt) == (phase, attempt) for receipt in handoff.receipts):
         return handoff
     receipt = Receipt(phase=phase, attempt=attempt, time=now, digest=handoff.digest)
@@ -129,7 +129,7 @@ class JsonBlock:
 
     data: dict[str, Any] | None
     skipped: tuple[str, ...] = ()
-    """Why later blocks were skipped, each with its first line."""
+    """The reasons why later blocks were skipped, with their line numbers."""
 
 
 _OPENING: Final = re.compile(r"[ \t]*(?P<fence>`{3,}|~{3,})[ \t]*(?P<info>[^`]*)\Z")

@@ -1,6 +1,6 @@
 """Mediated handoffs: transform the result of one phase for the next phase.
 
-The transformation is named by the phase, or registered for the two kinds; otherwise a default applies.
+The transformation is specified by the phase, or registered for the two kinds; otherwise a default applies.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def mediate(
 ) -> Mediation | Violation:
     """Return a result transformed for the next phase, or the violation of its transformation.
 
-    `named` is the transformation that the phase names. Without it, `FROM_to_TO` applies if it is registered.
+    `named` is the transformation that the phase specifies. Without it, `FROM_to_TO` applies if registered.
     """
     analysis = analyze(data)
     name = named or (f"{from_kind}_to_{to_kind}" if f"{from_kind}_to_{to_kind}" in transformations else None)
@@ -118,18 +118,22 @@ def _transform(
 ) -> dict[str, Any] | Violation:
     place = f"transformation {name!r}"
     if transformation is None:
-        return Violation("mediation.unknown", place, "it is not registered", "install its plugin, or name another one")
+        return Violation(
+            "mediation.unknown", place, "not registered", "install its plugin, or use another transformation"
+        )
     try:
         with plugin_code():
             # Copies: a transformation must not change recorded values.
             made = transformation(copy.deepcopy(dict(data)), copy.deepcopy(analysis))
     except PluginFailed as failed:
-        return Violation("mediation.failed", place, f"it raised {failed}", "fix the plugin that provides it")
+        return Violation("mediation.failed", place, f"raised {failed}", "fix the plugin that provides it")
     if inspect.iscoroutine(made):
         made.close()
-        return Violation("mediation.result", place, "it is asynchronous", "register a plain function")
+        return Violation(
+            "mediation.result", place, "asynchronous functions are not supported", "register a synchronous function"
+        )
     if not isinstance(made, dict):
-        what = f"it returned {type(made).__name__}, not a JSON object"
+        what = f"expected a JSON object, got {type(made).__name__}"
         return Violation("mediation.result", place, what, "return a dict of plain JSON values")
     flaw = find_json_error(made)
     if flaw is not None:

@@ -1,4 +1,4 @@
-"""Select the values that the session of a phase gets."""
+"""Select the values for the session of a phase."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def get_handoff_kind(phase: Phase, kinds: Mapping[str, HandoffKind]) -> HandoffK
 def get_phase_needs(phase: Phase, kind: HandoffKind | None) -> tuple[str, ...] | None:
     """Return the names of the values that a phase needs; None: all.
 
-    They are declared by the phase, by its kind, or by the default for its name, in this order.
+    They are declared by the phase, its kind, or the default for its name, in this order.
     """
     if phase.needs is not None:
         return phase.needs
@@ -31,7 +31,7 @@ def get_phase_needs(phase: Phase, kind: HandoffKind | None) -> tuple[str, ...] |
 
 
 def select_values(values: Mapping[str, Any], needs: Sequence[str] | None) -> tuple[dict[str, Any], GivenValues]:
-    """Return the needed values (None: all), in the order of `needs`, and a record of what was given and omitted."""
+    """Return the needed values (None: all), in the order of `needs`, and a record of passed and omitted values."""
     wanted = values.keys() if needs is None else dict.fromkeys(needs)
     given = {key: values[key] for key in wanted if key in values}
     omitted = tuple(key for key in values if key not in given)

@@ -21,10 +21,10 @@ from orchestrator.domain.runs.statuses import FINAL_STATUSES, TaskStatus
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.domain.settings.phase_settings import Phase
 
-#: Failures that a follow-up message in the same conversation should fix.
+#: Failures that a follow-up message in the same conversation may fix.
 _REPAIRABLE: Final = frozenset({FailureClass.INVALID_HANDOFF, FailureClass.CHECKS_FAILED})
 
-#: The kind and the verdict that reject work; nothing else sends work back.
+#: The kind and the verdict that reject work; only these send work back.
 REVIEW_KIND: Final = "review"
 REJECT_VERDICT: Final = "reject"
 
@@ -115,7 +115,7 @@ def read_verdict(phase: Phase, data: Mapping[str, Any]) -> str | None:
 
 
 def current_phase(workflow: Workflow, task: TaskDocument) -> Phase | None:
-    """Return the current or next phase of a task; None if none is left."""
+    """Return the current or next phase of a task; None if no phase remains."""
     if has_open_visit(task):
         return workflow.phase(task.phases[-1].phase)
     if task.phase is not None:
@@ -174,7 +174,7 @@ def close_open_visit(task: TaskDocument, now: float) -> TaskDocument:
     if task.status not in FINAL_STATUSES or not has_open_visit(task):
         return task
     trigger = PhaseTrigger.CANCEL if task.status is TaskStatus.CANCELLED else PhaseTrigger.FAIL
-    if (task.phases[-1].status, trigger) not in PHASE_TRANSITIONS:  # it was complete, and waited for approval
+    if (task.phases[-1].status, trigger) not in PHASE_TRANSITIONS:  # complete, but waiting for approval
         trigger = PhaseTrigger.CANCEL
     return task.model_copy(update={"phases": change_last_visit(task, trigger, ended=now, reason=task.reason)})
 
@@ -196,7 +196,7 @@ def phase_events(before: Sequence[PhaseRecord], after: Sequence[PhaseRecord]) ->
 
 @dataclass(frozen=True, slots=True)
 class BuiltWork:
-    """The work of a task so far: the commit, its base for comparison, and the number of the attempt."""
+    """The work of a task so far: the commit, the base for comparison, and the number of the attempt."""
 
     commit: str
     base: str
@@ -213,7 +213,7 @@ def find_earlier_work(workflow: Workflow, task: TaskDocument) -> BuiltWork | Non
 
 
 def find_continued_attempt(workflow: Workflow, task: TaskDocument, phase: Phase) -> int | None:
-    """Return the number of the attempt whose conversation the next attempt continues; None: none."""
+    """Return the number of the attempt whose conversation the next attempt continues, or None."""
     if workflow.is_default:
         fixes_checks = task.start is not None and task.attempts and task.attempt.outcome == FailureClass.CHECKS_FAILED
         return task.attempt.number if fixes_checks else None
@@ -230,7 +230,7 @@ def find_continued_attempt(workflow: Workflow, task: TaskDocument, phase: Phase)
 def restart_task(workflow: Workflow, task: TaskDocument, phase: str | None = None) -> dict[str, Any]:
     """Return the changes to retry a task from a phase; raise KeyError if there is no such phase.
 
-    The default is the current phase, or, if all were complete, the last one that writes. Incomplete earlier phases run
+    The default is the current phase, or the last one that writes if all are complete. Incomplete earlier phases run
     first.
     """
     if workflow.is_default:
@@ -254,21 +254,21 @@ def find_first_incomplete(phases: Sequence[str], phase: str, task: TaskDocument)
 
 
 def restart_work(workflow: Workflow, task: TaskDocument) -> dict[str, Any]:
-    """Return the changes to redo the work of a task, from its first phase that writes."""
+    """Return the changes to repeat the work of a task, from its first phase that writes."""
     return restart_task(workflow, task, workflow.builders(task)[0].name)
 
 
 def count_rejections(task: TaskDocument, phase: str) -> int:
-    """Return how often a phase has rejected a task's work since the last retry by a person."""
+    """Return how many times a phase has rejected a task's work since the last retry by a user."""
     return sum(
         visit.phase == phase and visit.verdict == REJECT_VERDICT for visit in task.phases[task.visits_before_retry :]
     )
 
 
 def compute_next_start(workflow: Workflow, task: TaskDocument, phase: Phase) -> dict[str, Any]:
-    """Return the start of the next session after a completed phase, if it is not the work built so far.
+    """Return the start of the next session after a completed phase, if not the work built so far.
 
-    Work that a review sent back to a read-only phase stays the start for the next phase that writes.
+    Work that a review sent back to a read-only phase remains the start for the next phase that writes.
     """
     if phase.writes or not any(each.writes for each in workflow.after(phase.name)):
         return {"start": None, "base": None}
@@ -276,7 +276,7 @@ def compute_next_start(workflow: Workflow, task: TaskDocument, phase: Phase) -> 
 
 
 def has_built_work(task: TaskDocument) -> bool:
-    """Whether a waiting task continues built work, so that it must keep its paths."""
+    """Whether a waiting task continues built work, and so must keep its paths."""
     return task.start is not None or any(record.commit is not None for record in task.phases)
 
 

@@ -19,11 +19,11 @@ from orchestrator.domain.workflow.phase_context import get_handoff_kind
 from orchestrator.domain.workflow.routing import Workflow, latest_visit, read_verdict
 from orchestrator.domain.workflow.violations import HandoffFacts, Violation, run_check
 
-#: Seconds that a session may run after it reported that it is done.
+#: Seconds that a session may continue to run after it reported to be done.
 IDLE_LIMIT: Final = 300.0
 
-_RETRY_REMEDY: Final = "repeat it with `council retry TASK --from PHASE`"
-_RESTORE_REMEDY: Final = "another program has written it: restore a checkpoint with `council checkpoint restore`"
+_RETRY_REMEDY: Final = "repeat the phase with `council retry TASK --from PHASE`"
+_RESTORE_REMEDY: Final = "written by another program: restore a checkpoint with `council checkpoint restore`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def check_workflow(facts: WorkflowRecord, constraints: Mapping[str, Constraint])
 
 
 def _check_visits(facts: WorkflowRecord) -> Iterator[Violation]:
-    """Visits are of known phases, in sequence, and match the status of the task."""
+    """Check that visits are of known phases, in sequence, and match the status of the task."""
     known = {phase.name for phase in facts.workflow.phases}
     task = facts.document
     for number, record in enumerate(task.phases):
@@ -85,18 +85,18 @@ def _check_visits(facts: WorkflowRecord) -> Iterator[Violation]:
             yield Violation("phases.unknown", place, "the workflow has no such phase", _RESTORE_REMEDY)
         is_last = number == len(task.phases) - 1
         if record.status in OPEN_STATUSES and not is_last:
-            yield Violation("phases.open", place, "it is unfinished, but a later visit was started", _RESTORE_REMEDY)
+            yield Violation("phases.open", place, "unfinished, but a later visit was started", _RESTORE_REMEDY)
         if record.status not in OPEN_STATUSES and record.ended is None:
-            yield Violation("phases.time", place, f"it is {record.status} but has no end time", _RESTORE_REMEDY)
+            yield Violation("phases.time", place, f"{record.status}, but without an end time", _RESTORE_REMEDY)
         if record.started is not None and record.ended is not None and record.ended < record.started:
-            yield Violation("phases.time", place, "it ended before it started", _RESTORE_REMEDY)
+            yield Violation("phases.time", place, "ended before it started", _RESTORE_REMEDY)
     if task.phases:
         last = task.phases[-1]
         place = f"{facts.place}, phase {last.phase!r}"
         if last.status in OPEN_STATUSES and task.status in FINAL_STATUSES:
-            yield Violation("phases.open", place, f"it is unfinished, but the task is {task.status}", _RESTORE_REMEDY)
+            yield Violation("phases.open", place, f"unfinished, but the task is {task.status}", _RESTORE_REMEDY)
         if (last.status is PhaseStatus.AWAITING_APPROVAL) != (task.status is TaskStatus.AWAITING_APPROVAL):
-            what = f"it is {last.status}, but the task is {task.status}"
+            what = f"{last.status}, but the task is {task.status}"
             yield Violation("phases.approval", place, what, "a task waits if and only if its phase awaits approval")
 
 
@@ -105,22 +105,22 @@ _AFTER_LAST_PHASE: Final = LANDING_STATUSES | {TaskStatus.DONE}
 
 
 def _check_end(facts: WorkflowRecord) -> Iterator[Violation]:
-    """A task is finished when its phases are; a task with work is done only when it has landed."""
+    """Check that a finished task has finished phases, and that a task with work has landed."""
     task = facts.document
     if facts.workflow.is_default or task.status not in _AFTER_LAST_PHASE:
         return
     for phase in facts.workflow.phases:
         record = latest_visit(task, phase.name)
         if record is None or record.status not in PASSED_STATUSES:
-            what = f"it is {'not started' if record is None else record.status}, but the task is {task.status}"
+            what = f"{'not started' if record is None else record.status}, but the task is {task.status}"
             yield Violation("phases.end", f"{facts.place}, phase {phase.name!r}", what, _RETRY_REMEDY)
         elif phase.writes and record.status is PhaseStatus.COMPLETED and task.status is TaskStatus.DONE:
-            what = "it writes, but the task is done without a landing"
+            what = "the phase writes, but the task is done without a landing"
             yield Violation("phases.landing", f"{facts.place}, phase {phase.name!r}", what, _RETRY_REMEDY)
 
 
 def _check_attempts(facts: WorkflowRecord) -> Iterator[Violation]:
-    """Each attempt belongs to at most one visit (checkpoints remove visits), of the phase that it names."""
+    """Check that each attempt belongs to at most one visit, of its own phase (checkpoints remove visits)."""
     attempts = {attempt.number: attempt for attempt in facts.document.attempts}
     seen: set[int] = set()
     for place, phase, record in facts.visits:
@@ -138,17 +138,17 @@ def _check_attempts(facts: WorkflowRecord) -> Iterator[Violation]:
 
 
 def _check_outputs(facts: WorkflowRecord) -> Iterator[Violation]:
-    """Completed visits have the required handoff, and it is valid."""
+    """Check that completed visits have a valid handoff if required."""
     for place, phase, record in facts.visits:
         if record.status not in {PhaseStatus.COMPLETED, PhaseStatus.AWAITING_APPROVAL}:
             continue
         if phase.kind is None:
             if record.handoff is not None:
-                yield Violation("outputs.extra", place, "it has a handoff, but should have none", _RESTORE_REMEDY)
+                yield Violation("outputs.extra", place, "unexpected handoff", _RESTORE_REMEDY)
             continue
         handoff = None if record.handoff is None else facts.handoffs.get(record.handoff)
         if handoff is None:
-            what = f"it is {record.status}, but its {phase.kind} handoff is missing"
+            what = f"{record.status}, but its {phase.kind} handoff is missing"
             yield Violation("outputs.missing", place, what, _RETRY_REMEDY)
             continue
         if record.verdict != (verdict := read_verdict(phase, handoff.data)):
@@ -159,7 +159,7 @@ def _check_outputs(facts: WorkflowRecord) -> Iterator[Violation]:
 
 def _check_data(facts: WorkflowRecord, place: str, phase: Phase, handoff: Handoff) -> Iterator[Violation]:
     if handoff.kind != phase.kind:
-        what = f"it should produce {phase.kind!r}, but its handoff is {handoff.kind!r}"
+        what = f"expected a handoff of kind {phase.kind!r}, got {handoff.kind!r}"
         yield Violation("outputs.kind", place, what, _RETRY_REMEDY)
         return
     kind = get_handoff_kind(phase, facts.kinds)
@@ -173,7 +173,7 @@ def _check_data(facts: WorkflowRecord, place: str, phase: Phase, handoff: Handof
 
 
 def _check_handoffs(facts: WorkflowRecord) -> Iterator[Violation]:
-    """Handoffs are intact, and their sources and receipts match on both sides."""
+    """Check that handoffs are intact, and that their sources and receipts match on both sides."""
     sources = {record.handoff: record for _, _, record in facts.visits if record.handoff is not None}
     for name, handoff in facts.handoffs.items():
         place = f"handoff {name}"
@@ -184,11 +184,11 @@ def _check_handoffs(facts: WorkflowRecord) -> Iterator[Violation]:
         record = sources.get(name)
         if record is None:
             if facts.document.current is None:
-                yield Violation("chain.source", place, "no visit has it as its handoff", _RESTORE_REMEDY)
+                yield Violation("chain.source", place, "no visit refers to this handoff", _RESTORE_REMEDY)
         elif handoff.phase != record.phase or handoff.attempt not in record.attempts:
             what = f"its source is attempt {handoff.attempt} at {handoff.phase!r}"
             yield Violation(
-                "chain.source", place, f"{what}, but phase {record.phase!r} has it as its handoff", _RESTORE_REMEDY
+                "chain.source", place, f"{what}, but phase {record.phase!r} refers to this handoff", _RESTORE_REMEDY
             )
         if handoff.to is not None and handoff.to not in {phase.name for phase in facts.workflow.phases}:
             yield Violation(
@@ -201,7 +201,7 @@ def _check_handoffs(facts: WorkflowRecord) -> Iterator[Violation]:
 
 
 def _check_lost_values(facts: WorkflowRecord, number: int, place: str, record: PhaseRecord) -> Iterator[Violation]:
-    """A visit with values from a handoff to it has received that handoff."""
+    """Check that a visit with values from a handoff has received that handoff."""
     last: dict[str, tuple[Phase, Handoff]] = {}
     for _, phase, earlier in facts.visits[:number]:
         handoff = facts.handoffs.get(earlier.handoff or "")
@@ -218,14 +218,14 @@ def _check_lost_values(facts: WorkflowRecord, number: int, place: str, record: P
 def _check_given_values(place: str, record: PhaseRecord, handoff: Handoff, kind: HandoffKind) -> Iterator[Violation]:
     exported = {name for name, value in kind.exports(handoff.data).items() if not is_empty_value(value)}
     if record.given is not None and exported & set(record.given.keys):
-        what = f"it got values of handoff {handoff.id}, but has not received it"
+        what = f"has values of handoff {handoff.id}, but no record of its receipt"
         yield Violation("chain.lost", place, what, _RESTORE_REMEDY)
 
 
 def _check_receipts(facts: WorkflowRecord, place: str, handoff: Handoff) -> Iterator[Violation]:
     for receipt in handoff.receipts:
         if receipt.digest != handoff.digest:
-            what = f"phase {receipt.phase!r} received other contents: {receipt.digest}"
+            what = f"phase {receipt.phase!r} received different contents: {receipt.digest}"
             yield Violation("chain.received", place, what, _RETRY_REMEDY)
         is_known = any(
             record.phase == receipt.phase
@@ -234,7 +234,7 @@ def _check_receipts(facts: WorkflowRecord, place: str, handoff: Handoff) -> Iter
             for record in facts.document.phases
         )
         if not is_known and facts.document.current is None:
-            what = f"attempt {receipt.attempt} at {receipt.phase!r} has a receipt of it, but no record of it"
+            what = f"attempt {receipt.attempt} at {receipt.phase!r} has a receipt, but does not list this handoff"
             yield Violation("chain.received", place, what, _RESTORE_REMEDY)
 
 
@@ -242,20 +242,20 @@ def _check_received(facts: WorkflowRecord, place: str, record: PhaseRecord) -> I
     for name in record.received:
         handoff = facts.handoffs.get(name)
         if handoff is None:
-            yield Violation("chain.missing", place, f"it received handoff {name}, which does not exist", _RETRY_REMEDY)
+            yield Violation("chain.missing", place, f"received handoff {name}, which does not exist", _RETRY_REMEDY)
             continue
         if not any(
             (receipt.phase, receipt.attempt) == (record.phase, *record.attempts[:1]) for receipt in handoff.receipts
         ):
-            what = f"it received handoff {name}, which has no receipt of it"
+            what = f"received handoff {name}, which has no receipt for it"
             yield Violation("chain.received", place, what, _RESTORE_REMEDY)
         if record.attempts and handoff.attempt >= record.attempts[0]:
-            what = f"it received handoff {name}, which was created after its start"
+            what = f"received handoff {name}, which was created after its start"
             yield Violation("chain.order", place, what, _RESTORE_REMEDY)
 
 
 def _check_sessions(facts: WorkflowRecord) -> Iterator[Violation]:
-    """No session is idle while its task waits for it, and each session has an attempt."""
+    """Check that no session is idle while its task waits for it, and that each session has an attempt."""
     attempts = {attempt.number: attempt for attempt in facts.document.attempts}
     for session in facts.sessions:
         if session.task != facts.task or session.run != facts.run:
@@ -268,7 +268,7 @@ def _check_sessions(facts: WorkflowRecord) -> Iterator[Violation]:
                 "sessions.stray", place, "its task has no such attempt", "remove leftovers with `council clean`"
             )
         elif attempt.ended is None and is_done and facts.now - session.updated > IDLE_LIMIT:
-            what = "it is done but has not ended, and its task still waits for it"
+            what = "reported to be done but has not ended, and its task still waits for it"
             yield Violation(
                 "sessions.idle", place, what, f"stop it with `council cancel {facts.task}`, then `council retry`"
             )

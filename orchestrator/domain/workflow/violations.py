@@ -1,4 +1,4 @@
-"""Violations of rules by handoffs and records, as values: the rule, the location, the problem, and the remedy."""
+"""Rule violations in handoffs and records, as values: rule, location, problem and remedy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from orchestrator.errors import PluginFailed, plugin_code
 
-#: The largest number of violations reported by one check.
+#: The maximum number of violations reported by one check.
 MAX_VIOLATIONS: Final = 20
 
 
@@ -44,7 +44,7 @@ class Violation:
 
 
 def run_check(rule: str, subject: str, check: Callable[[], Iterable[Violation]]) -> list[Violation]:
-    """Return the violations that a plugin's check reports; a failure of the check itself is a violation too."""
+    """Return the violations that a plugin's check reports; a failure of the check itself is also a violation."""
     try:
         with plugin_code():
             violations: list[Any] = list(islice(check(), MAX_VIOLATIONS))
@@ -52,6 +52,6 @@ def run_check(rule: str, subject: str, check: Callable[[], Iterable[Violation]])
         return [Violation(rule, subject, f"its check failed: {failed}", "fix the plugin that provides it")]
     invalid = next((item for item in violations if not isinstance(item, Violation)), None)
     if invalid is not None:
-        what = f"its check returned {type(invalid).__name__}, not a Violation"
+        what = f"expected its check to return Violations, got {type(invalid).__name__}"
         return [Violation(rule, subject, what, "fix the plugin that provides it")]
     return violations

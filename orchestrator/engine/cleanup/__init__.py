@@ -1,1 +1,1 @@
-"""Find what runs left behind, and remove records of ended runs."""
+"""Find leftovers of runs, and remove the records of ended runs."""

@@ -31,7 +31,7 @@ class UnfinishedTask(NamedTuple):
 
 
 async def read_unfinished_tasks(store: Store, run: RunDocument) -> list[UnfinishedTask]:
-    """Return the tasks of an imported run that were running or had not started."""
+    """Return the tasks of an imported run that were running or not started."""
     tasks = task_documents(await read_tasks(store, run.id), run.tasks)
     documents = await store.list(IMPORTED_KIND, f"{run.id}/")
     originals = {one.key.id.partition("/")[2]: one.value.get("fields", {}) for one in documents if not one.damaged}
@@ -43,29 +43,29 @@ async def read_unfinished_tasks(store: Store, run: RunDocument) -> list[Unfinish
 
 
 async def write_unfinished_tasks(store: Store, run: RunDocument, folder: Path) -> RefusedError:
-    """Write the unfinished tasks of an imported run to a file in a folder; return a refusal that names the file.
+    """Write the unfinished tasks of an imported run to a file in `folder`; return a refusal that names the file.
 
-    An existing file is not changed: somebody may be editing it.
+    An existing file is left unchanged, because a user may be editing it.
     """
     tasks = await read_unfinished_tasks(store, run)
     source = run.imported.source if run.imported else ""
-    what = f"run {run.id} was imported from {source} and has only a record"
+    what = f"run {run.id} was imported from {source} and can't be continued"
     if not tasks:
         return RefusedError(what, f"no unfinished tasks; to show the record, run `council state show {run.id}`")
     path = folder / f"{run.id}.yaml"
     await anyio.to_thread.run_sync(_write, path, render_task_file(run.id, source, tasks))
     lacking = [one.id for one in tasks if one.prompt is None]
-    prompts = f", write the missing prompts of {join_names(lacking, _MAX_NAMED_TASKS)}" if lacking else ""
+    prompts = f", add the missing prompts of {join_names(lacking, _MAX_NAMED_TASKS)}" if lacking else ""
     left = f"{len(tasks)} unfinished {'task' if len(tasks) == 1 else 'tasks'}"
-    remedy = f"{path} has its {left}: name an adapter there{prompts}, and `council run` it"
+    remedy = f"{path} has its {left}: add an adapter there{prompts}, then `council run` the file"
     return RefusedError(what, f"{remedy}; `council state show {run.id}` shows the record")
 
 
 def render_task_file(run: str, source: str, tasks: Sequence[UnfinishedTask]) -> str:
-    """Return the content of the file; texts are JSON strings, which are valid YAML and need no other quoting."""
+    """Return the content of the file; strings are quoted as JSON, which is also valid YAML."""
     lines = [
-        f"# The unfinished tasks of run {run}, imported from {json.dumps(source)}. Name an adapter",
-        "# (`council init` shows how), write the prompts that are empty, and `council run` this file.",
+        f"# The unfinished tasks of run {run}, imported from {json.dumps(source)}. Add an adapter",
+        "# (see `council init`), fill in the empty prompts, then `council run` this file.",
         "version: 1",
         "repo: ../..",
         "tasks:",

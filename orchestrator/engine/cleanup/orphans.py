@@ -1,6 +1,6 @@
-"""Find leftovers on this machine: of a project's runs, in the hubs, of unknown runs and of killed commands.
+"""Find leftovers on this machine: of runs, hubs, unknown runs and killed commands.
 
-Read-only. A result stays valid while the caller holds the lock that a change of it would need.
+Read-only. A result stays valid while the caller holds the lock that changing it would require.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class OrphanFinder:
         return found
 
     async def worktrees(self, run: RunDocument) -> list[Leftover]:
-        """Judge the worktrees of a run; the caller makes sure that it is inactive."""
+        """Return the worktrees of a run, with their cleanup status; the caller ensures that the run is inactive."""
         assert self._store is not None, "a run is known by its store"  # noqa: S101  the caller found the run there
         documents = {
             task: TaskDocument.model_validate_json(one.encoded) if is_readable(one) else None
@@ -110,7 +110,7 @@ class OrphanFinder:
         return await _without_active_runs(found)
 
     async def old_runs(self, age: float, *, include_interrupted: bool) -> list[Leftover]:
-        """Judge the inactive runs that ended, or were interrupted, more than `age` seconds ago."""
+        """Return inactive runs that ended or were interrupted over `age` seconds ago, with their cleanup status."""
         known = [run for run in (await self.runs()).values() if run is not None]
         ends = {run.id: await self._last(run) for run in known}
         old = [run for run in known if self._clock.now() - ends[run.id] > age]
@@ -119,7 +119,7 @@ class OrphanFinder:
         )
 
     async def old_run(self, run: RunDocument, *, include_interrupted: bool) -> Leftover:
-        """Judge the record of a run of any age; the caller makes sure that it is inactive."""
+        """Return the cleanup status of a run's record, at any age; the caller ensures that the run is inactive."""
         assert self._store is not None, "a run is known by its store"  # noqa: S101  the caller found the run there
         hub, ended = Hub(Path(run.hub)), f"{datetime.fromtimestamp(await self._last(run), UTC):%Y-%m-%d}"
         branches: int | None = 0
@@ -174,7 +174,7 @@ class OrphanFinder:
         return [leftover for leftover in found if leftover is not None]
 
     async def orphaned_hub(self, hub: Hub) -> Leftover | None:
-        """Return a hub whose repositories and stores no longer exist; the caller makes sure that it is inactive."""
+        """Return a hub whose repositories and stores no longer exist; the caller ensures that it is inactive."""
         known = await anyio.to_thread.run_sync(origin.read_origin, hub.root)
         if known is None or not await anyio.to_thread.run_sync(known.is_gone):
             return None
@@ -189,7 +189,7 @@ class OrphanFinder:
         return Leftover(LeftoverKind.HUB, str(hub.root), status, reason, str(hub.root))
 
     async def unknown_runs(self, hub: Hub) -> list[Leftover]:
-        """Return leftovers of runs that no state knows any more; nothing if that can't be proven."""
+        """Return leftovers of runs that are in no state store any more; nothing if that can't be proven."""
         left = await anyio.to_thread.run_sync(_folders, hub.sessions)
         refs = await anyio.to_thread.run_sync(_folders, hub.trusted / INTERNAL_REFS)
         # Read the runs last: a run is recorded before it has a folder.
@@ -212,7 +212,7 @@ class OrphanFinder:
         return found
 
     def _is_only_store(self, known: HubOrigin) -> bool:
-        """Return True if every store that could know a hub's runs is ours and undamaged, or deleted. Blocks."""
+        """Return True if every store that may record a hub's runs is ours and intact, or deleted. Blocks."""
         if self._store is not None and any(one.keys is None or one.keys for one in self._store.damage):
             return False
         paths = () if self._store is None else self._store.local_paths()
@@ -222,7 +222,9 @@ class OrphanFinder:
     async def stale_files(self, hub: Hub) -> list[Leftover]:
         """Return files that killed commands left in a hub."""
         found = await anyio.to_thread.run_sync(list_stale_files, hub, self._clock.now())
-        if not any([await lock.is_held() for lock in await run_locks(hub)]):  # else its process deletes them
+        if not any(
+            [await lock.is_held() for lock in await run_locks(hub)]
+        ):  # otherwise the running process deletes them
             found += await anyio.to_thread.run_sync(list_trash, hub)
         return [_temporary(path, hub) for path in found]
 
@@ -247,7 +249,10 @@ def _readable(found: Document) -> RunDocument | None:
 
 
 async def judge_slot(slot: WorktreeSlot, *, is_ours: bool = False) -> Leftover | None:
-    """Judge a worktree slot; None if it is in use, or locked by another process (`is_ours`: the caller locked it)."""
+    """Return a worktree slot with its cleanup status; None if it is in use, or locked by another process.
+
+    `is_ours`: the caller holds the lock.
+    """
     if not is_ours and await slot.lock.is_held():
         return None
     verdict = await anyio.to_thread.run_sync(assess_slot, slot)
@@ -270,7 +275,7 @@ async def _empty_run_folders(hub: Hub, run: str) -> list[Leftover]:
     folder = hub.sessions / run
     if not await anyio.to_thread.run_sync(lambda: _is_empty(folder) and is_inside_hub(hub, folder)):
         return []
-    return [Leftover(LeftoverKind.WORKTREE, str(folder), LeftoverStatus.LEFT_OVER, "it is empty", str(hub.root), run)]
+    return [Leftover(LeftoverKind.WORKTREE, str(folder), LeftoverStatus.LEFT_OVER, "empty folder", str(hub.root), run)]
 
 
 def _is_empty(folder: Path) -> bool:
@@ -285,8 +290,8 @@ async def hub_exists(hub: Hub) -> bool:
 async def _without_active_runs(found: Sequence[Leftover]) -> list[Leftover]:
     """Return the leftovers of inactive runs.
 
-    Only runs with leftovers are checked: a check takes the run's lock for a moment, and a process that joins the run
-    just then is refused.
+    Only runs with leftovers are checked: the check briefly takes the lock of the run, and a process that joins the run
+    at that moment is refused.
     """
     active = set()
     for hub, run in {(Path(str(leftover.hub)), str(leftover.run)) for leftover in found}:
@@ -300,7 +305,7 @@ async def _is_active(hub: Hub, run: str) -> bool:
 
 
 async def run_locks(hub: Hub) -> list[FileLock]:
-    """Return the locks of all runs that ever used a hub, and of their orchestrators."""
+    """Return the locks of all runs that have used a hub, and of their orchestrators."""
     found = await anyio.to_thread.run_sync(lambda: sorted((hub.root / "locks").glob("run-*")))
     return [FileLock(path) for path in found]
 

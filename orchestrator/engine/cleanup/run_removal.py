@@ -1,9 +1,9 @@
 """Remove the record of an ended run: its documents are deleted in one commit, and a checkpoint can restore them.
 
-Documents that no checkpoint restores stay, a few bytes each: the lease and the claims, whose epochs must keep
-increasing, and the cursors of sinks and trackers. The run's checkpoints stay, too. Its sessions' notes stay for later
-runs, unless its target was a branch of its own. Its orchestrators' records are deleted; their ids are never reused, and
-an orchestrator without a record has ended, so that anyone may take its claims.
+Some small documents are not restored by checkpoints, and remain: the lease and the claims, whose epochs must keep
+increasing, and the cursors of sinks and trackers. The run's checkpoints remain as well. Notes of its sessions remain
+for later runs, unless the target was the run's own branch. Records of its orchestrators are deleted; their ids are
+never reused, and an orchestrator without a record counts as ended, so that its claims can be taken.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _KEPT_KINDS: Final = frozenset({"lease", "claim", "cursor", CHECKPOINT})
 
 
 async def remove_run(store: Store, run: str, checkpoint: str) -> None:
-    """Delete the documents of an inactive run; `checkpoint` has its current state."""
+    """Delete the documents of an inactive run; `checkpoint` contains its current state."""
     await retry_on_conflict(partial(_remove, store, run, checkpoint))
     failpoint("run.removed")
 

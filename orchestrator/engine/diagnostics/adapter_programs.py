@@ -27,9 +27,9 @@ async def check_adapter_programs(
     environ: Mapping[str, str],
     level: Level = Level.PROBLEM,
 ) -> list[Finding]:
-    """Return a finding for each adapter whose program is installed, but hidden from its sessions.
+    """Return a finding for each adapter whose program is installed but hidden from sessions.
 
-    `configs` are the entries of `file`, which may not exist.
+    `configs` are the adapter entries of `file`, which may be missing.
     """
     findings: list[Finding] = []
     if probe.sandbox.kind is SandboxKind.OFF:
@@ -38,17 +38,17 @@ async def check_adapter_programs(
         command = adapter.command(make_trial_request("task", "prompt"))
         program, env = command.argv[0], tuple(command.pass_env)
         is_on_path = shutil.which(program, path=environ.get("PATH", os.defpath)) is not None
-        if is_in_worktree(program) or not is_on_path:  # a missing program is a finding of its own
+        if is_in_worktree(program) or not is_on_path:  # missing programs are reported separately
             continue
         configured = configs[name].access if name in configs else PathAccess()
         reach = configured | PathAccess(readable=tuple(map(Path, command.readable)))
         lookup = make_lookup_command(program)
         if lookup not in await probe.find_succeeding([lookup], env, reach):
             why, hidden = probe.explain_missing_program(program, env, reach)
-            what = f"program {program!r} is installed, but sessions can't see it{why}"
+            what = f"program {program!r} is installed, but hidden from sessions{why}"
             remedy = f"add {', '.join(hidden) or 'its folder'} to `readable` of the adapter {name!r}"
             if file is None or not await anyio.Path(file).is_file():
-                remedy = f"write a council.yaml with `council init` and {remedy} there"
+                remedy = f"create a council.yaml with `council init`, and {remedy} there"
             remedy = printable_name(f"{remedy}, or install it elsewhere")
             findings.append(Finding(f"adapter {name}", level, printable_name(what), remedy))
     return findings

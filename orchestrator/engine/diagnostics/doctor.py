@@ -1,4 +1,4 @@
-"""Check everything that a run needs before there is one. Programs are started to probe them; nothing is kept."""
+"""Check all prerequisites of a run. Programs are started to probe them, and nothing is stored."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _DEFAULT_CAPACITY: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class DoctorInput:
-    """The subject of a check: a folder, a run's file with its config or errors, and the installed plugins."""
+    """The input of a check: a folder, a config file with its config or errors, and the installed plugins."""
 
     folder: Path
     file: Path | None = None
@@ -66,9 +66,9 @@ class DoctorInput:
 
 
 async def run_doctor(subject: DoctorInput, environ: Mapping[str, str]) -> list[Finding]:
-    """Return all findings, in the order in which to fix them."""
+    """Return all findings, in the recommended order of fixing them."""
     machine = await anyio.to_thread.run_sync(inspect_machine)
-    git = findings.judge_git(await read_version(environ))
+    git = findings.check_git(await read_version(environ))
     inspection, found = RepositoryInspection([]), dict[str, list[Finding]]()
 
     async def collect(name: str, check: Awaitable[list[Finding]]) -> None:
@@ -85,13 +85,13 @@ async def run_doctor(subject: DoctorInput, environ: Mapping[str, str]) -> list[F
     hidden = {one.name for one in programs if one.level is not Level.OK}
     adapters = [one for one in found["adapters"] if one.level is not Level.OK or one.name not in hidden]
     has_file = subject.file is not None or inspection.top is not None
-    file = [findings.judge_file(subject.file, subject.config)] if has_file else []
+    file = [findings.check_file(subject.file, subject.config)] if has_file else []
     if subject.run is not None:
         around = await find_surroundings(subject.run, environ)
         own = await anyio.to_thread.run_sync(make_adapters, subject.run.adapters, subject.types)
-        file += map(findings.judge_warning, find_warnings(subject.run, around, own))
+        file += map(findings.warning_finding, find_warnings(subject.run, around, own))
     return [
-        findings.judge_system(machine),
+        findings.check_system(machine),
         git,
         *inspection.findings,
         *file,
@@ -100,17 +100,17 @@ async def run_doctor(subject: DoctorInput, environ: Mapping[str, str]) -> list[F
         *adapters,
         *found["sandbox"],
         *unusable,
-        *_judge_disks(subject.capacity, inspection, locations),
-        *_judge_resources(subject, machine),
-        findings.judge_clock(machine, list(locations.values())),
-        *map(findings.judge_plugin, subject.left_out),
+        *_check_disks(subject.capacity, inspection, locations),
+        *_check_resources(subject, machine),
+        findings.check_clock(machine, list(locations.values())),
+        *map(findings.plugin_finding, subject.left_out),
     ]
 
 
 async def _check_adapters(subject: DoctorInput, environ: Mapping[str, str]) -> list[Finding]:
-    """Check the adapters of the file, else all that need no options."""
+    """Check the adapters of the file, or without a file all adapters that need no options."""
     run = subject.run
-    if isinstance(subject.config, ConfigError):  # it may have adapters of its own
+    if isinstance(subject.config, ConfigError):  # the invalid file may define its own adapters
         return []
     if run is None:
         made, _ = await anyio.to_thread.run_sync(make_default_adapters, subject.types)
@@ -119,7 +119,7 @@ async def _check_adapters(subject: DoctorInput, environ: Mapping[str, str]) -> l
     tasks = () if run is None else (*run.tasks, *filter(None, [run.template]))
     used = set() if run is None else {name for task in tasks for name in run.adapters_of(task)}
     statuses = await probe_adapters(made, environ)
-    found = [one for name in made for one in findings.judge_adapter(name, statuses[name], is_used=name in used)]
+    found = [one for name in made for one in findings.check_adapter(name, statuses[name], is_used=name in used)]
     if subject.config is None and not any(one.is_installed for one in statuses.values()):
         found.insert(0, findings.refusal_finding("adapters", no_program_error(made)))
     return found
@@ -128,7 +128,7 @@ async def _check_adapters(subject: DoctorInput, environ: Mapping[str, str]) -> l
 async def _check_files(
     subject: DoctorInput, inspection: RepositoryInspection, environ: Mapping[str, str]
 ) -> list[Finding]:
-    """Check that sessions see the files that adapters and checks refer to."""
+    """Check that files used by adapters and checks are visible to sessions."""
     run = subject.run
     if run is None or inspection.top is None:
         return []
@@ -174,7 +174,7 @@ async def _check_sandbox(run: RunConfig | None, environ: Mapping[str, str]) -> l
     if kind is SandboxKind.LANDLOCK and config.sandbox == "auto":
         stronger = await _choose_sandbox(config.model_copy(update={"sandbox": SandboxKind.BUBBLEWRAP}), environ)
         weaker_for = stronger if isinstance(stronger, RefusedError) else None
-    return [findings.judge_sandbox(kind, weaker_for)]
+    return [findings.check_sandbox(kind, weaker_for)]
 
 
 async def _choose_sandbox(config: SandboxSettings, environ: Mapping[str, str]) -> SandboxKind | RefusedError:
@@ -185,7 +185,7 @@ async def _choose_sandbox(config: SandboxSettings, environ: Mapping[str, str]) -
 
 
 def _project(subject: DoctorInput, inspection: RepositoryInspection) -> Project | None:
-    """Return the project of the run, as `council run` would choose it."""
+    """Return the project that `council run` would use."""
     if inspection.top is not None:
         return Project(inspection.top)
     return None if subject.file is None else Project(subject.file.absolute().parent)
@@ -194,7 +194,7 @@ def _project(subject: DoctorInput, inspection: RepositoryInspection) -> Project 
 def _inspect_locations(
     subject: DoctorInput, project: Project | None, environ: Mapping[str, str]
 ) -> tuple[dict[str, StorageLocation], list[Finding]]:
-    """Return the folders that a run writes to, and findings for unusable ones."""
+    """Return the folders that a run writes to, and findings about unusable ones."""
     locations: dict[str, StorageLocation] = {}
     unusable: list[Finding] = []
     try:
@@ -218,14 +218,14 @@ def _inspect_locations(
 
 
 def _state_folder(subject: DoctorInput, project: Project | None, environ: Mapping[str, str]) -> Path | None:
-    """Return the folder of the state; None if it is not in a folder, or unknown."""
+    """Return the folder of the state store; None if the store is not a folder, or unknown."""
     url = to_store_url(environ.get("COUNCIL_STATE", "")) or (None if subject.run is None else subject.run.state.url)
     if url:
         return require_local_folder(url)
     return None if project is None else project.state_folder
 
 
-def _judge_disks(
+def _check_disks(
     capacity: int, inspection: RepositoryInspection, locations: Mapping[str, StorageLocation]
 ) -> list[Finding]:
     needs = {
@@ -233,17 +233,17 @@ def _judge_disks(
         "state": findings.state_need(capacity),
         "temporary": findings.TEMPORARY_NEED,
     }
-    space = [findings.judge_space(name, location, needs[name]) for name, location in locations.items()]
-    disks = [findings.judge_file_system(name, location) for name, location in locations.items() if name != "temporary"]
+    space = [findings.check_space(name, location, needs[name]) for name, location in locations.items()]
+    disks = [findings.check_file_system(name, location) for name, location in locations.items() if name != "temporary"]
     home = locations.get("repositories")
-    inside = None if home is None or inspection.top is None else findings.judge_home(home.path, inspection.top)
+    inside = None if home is None or inspection.top is None else findings.check_home(home.path, inspection.top)
     return [*space, *filter(None, (*disks, inside))]
 
 
-def _judge_resources(subject: DoctorInput, machine: Machine) -> list[Finding]:
+def _check_resources(subject: DoctorInput, machine: Machine) -> list[Finding]:
     demand = DEFAULT_DEMAND if subject.run is None else SessionDemand(memory=subject.run.session_memory)
     return [
-        findings.judge_descriptors(machine.room, subject.capacity),
-        findings.judge_memory(machine.room, subject.capacity, demand),
-        findings.judge_processes(machine.processes, subject.capacity),
+        findings.check_descriptors(machine.room, subject.capacity),
+        findings.check_memory(machine.room, subject.capacity, demand),
+        findings.check_processes(machine.processes, subject.capacity),
     ]

@@ -1,4 +1,4 @@
-"""Collect facts about this machine and a repository's size, for `engine.diagnostics.findings` to judge."""
+"""Collect facts about this machine and a repository's size, as input of `engine.diagnostics.findings`."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ class Machine:
     now: float
     """Wall-clock seconds."""
     installed: float | None
-    """The time stamp of this package's files (wall-clock seconds)."""
+    """The modification time of this package's files (wall-clock seconds)."""
 
 
 @dataclass(frozen=True, slots=True)
 class StorageLocation:
-    """A folder that a run writes to; for a missing folder, the facts of its nearest existing parent."""
+    """A folder that a run writes to; for a missing folder, facts about its nearest existing parent."""
 
     path: Path
     free: int | None
-    """Free bytes that are available to us."""
+    """Bytes available to this process."""
     inodes: int | None
-    """Files that can still be created; None if the file system does not count them."""
+    """The number of files that can still be created; None if the file system has no such limit."""
     mount: Path | None
     file_system: str | None
     """The mount point of the file system, and its type; None if unknown."""
-    trouble: str | None = None
+    error: str | None = None
     """Why it is not writable."""
     ahead: float = 0.0
-    """Seconds by which its time stamps are ahead of our clock."""
+    """Seconds by which its timestamps are ahead of the local clock."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class RepositorySize:
 
 
 def inspect_machine() -> Machine:
-    """Inspect this machine. Raises our descriptor limit, as a run does. Blocks for some milliseconds."""
+    """Inspect this machine; raise the descriptor limit of this process, as a run does. Blocks for a few ms."""
     raise_descriptor_limit()
     installed = None
     with suppress(OSError):
@@ -79,7 +79,7 @@ def inspect_machine() -> Machine:
 
 
 def inspect_location(path: Path) -> StorageLocation:
-    """Inspect a folder, by writing and syncing an unnamed file, which leaves no trace. Blocks."""
+    """Inspect a folder by writing and syncing an unnamed temporary file. Blocks."""
     folder = next((one for one in (path, *path.parents) if one.is_dir()), Path("/"))
     mount, file_system = read_mount(path) or (None, None)
     free = inodes = None
@@ -102,7 +102,7 @@ def _probe_clock(folder: Path) -> float:
 
 
 async def measure_repository(git: Git, commit: str) -> RepositorySize:
-    """Measure a complete repository and the checkout of a commit; `git` runs in the repository."""
+    """Return the size of a complete repository and of a commit's checkout; `git` runs in the repository."""
     counted = (await git("count-objects", "-v")).stdout.decode()
     facts = dict(line.split(": ", 1) for line in counted.splitlines() if ": " in line)
     listed = (await git("ls-tree", "-r", "-l", "-z", "--full-tree", commit)).stdout

@@ -1,4 +1,4 @@
-"""Find the content of a repository's first council.yaml, and write it atomically, never over a user's file."""
+"""Determine the content of a first council.yaml, and write it atomically without replacing a user's file."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from orchestrator.repo.source.run_repository import RunRepository, find_run_repo
 from orchestrator.repo.source.user_checkouts import refuse_tracked_project_folder
 from orchestrator.system.files import atomic_write
 
-#: The type that runs any program; the user fills in its options.
+#: The adapter type that runs any program; the user fills in its options.
 COMMAND_ADAPTER = "command"
 
 
 @dataclass(frozen=True, slots=True)
 class InitRepository:
-    """The repository of a new file: the top of its checkout, its git directory, and its base branch."""
+    """The repository of a new file: the top of the checkout, the git directory, and the base branch."""
 
     site: RunRepository
     top: Path
@@ -42,7 +42,7 @@ class InitRepository:
 
 
 async def find_init_repository(folder: Path, environ: Mapping[str, str]) -> InitRepository:
-    """Return the repository around a folder; raise RefusedError if no run could work there."""
+    """Return the repository that contains a folder; raise RefusedError if no run can work there."""
     try:
         site = await find_run_repository(str(folder), is_url=False, environ=environ)
         repository = site.repository
@@ -55,13 +55,13 @@ async def find_init_repository(folder: Path, environ: Mapping[str, str]) -> Init
         raise RefusedError(f"{folder} is in a bare repository, which has no files", "cd to a checkout of it")
     base = await find_base_branch(repository, Git(None, as_user=True, environ=environ))
     if base is None:
-        what = f"{repository.top} has no commit yet"
-        raise RefusedError(what, "create the first commit, from which sessions start")
+        what = f"{repository.top} has no commits yet"
+        raise RefusedError(what, "create a first commit: sessions start from it")
     return InitRepository(site, repository.top, repository.git_dir, base)
 
 
 async def find_usable_tests(ground: InitRepository, environ: Mapping[str, str]) -> RepositoryTests | None:
-    """Return the command for the tests of the base: the best one that works in the sandbox, else the best one."""
+    """Return the best test command of the base, preferably one that works in the sandbox."""
     git = Git(None, as_user=True, environ=environ)
     committed = set(split_nul((await git("ls-tree", "-z", "--name-only", ground.base, cwd=ground.top)).stdout))
     top = await anyio.to_thread.run_sync(read_top_level, ground.top)
@@ -70,7 +70,7 @@ async def find_usable_tests(ground: InitRepository, environ: Mapping[str, str]) 
         return None
     project = Project(ground.top)
     probe = await SandboxProbe.open(DEFAULT_SANDBOX, ground.site, project, [project.state_folder], environ)
-    if probe is None:  # without a sandbox no run can start, as `council doctor` says
+    if probe is None:  # without a sandbox no run can start; `council doctor` reports that
         return best
     needs = {number: required_programs(way) for number, way in enumerate(best.alternatives)}
     questions = list(dict.fromkeys(question for asked in needs.values() for question in asked.values()))
@@ -92,9 +92,9 @@ def required_programs(tests: RepositoryTests) -> dict[str, str]:
 async def find_adapters(
     types: Mapping[str, AdapterType], wanted: str | None, environ: Mapping[str, str]
 ) -> dict[str, AdapterStatus]:
-    """Return the adapter types that are usable without options, the best first; or only the `wanted` one.
+    """Return the adapter types that work without options, best first; or only the `wanted` type.
 
-    Without `wanted`, only types with installed programs. Raise RefusedError if `wanted` is unknown or needs options.
+    Without `wanted`, only types with installed programs. Raises RefusedError if `wanted` is unknown or needs options.
     """
     made, needs = await anyio.to_thread.run_sync(make_default_adapters, types)
     if wanted is not None:
@@ -109,12 +109,12 @@ async def find_adapters(
 
 def _check_wanted(wanted: str, made: Mapping[str, object], needs: Mapping[str, str]) -> None:
     if wanted in needs:
-        remedy = f"leave --adapter out, and write the entry with `use: {wanted}` by hand"
+        remedy = f"omit --adapter, and add the entry with `use: {wanted}` yourself"
         raise RefusedError(f"the adapter type {wanted!r} {needs[wanted]}", remedy)
     if wanted not in made:
         known = sorted({*made, COMMAND_ADAPTER})
         names = ", ".join(find_similar(wanted, known) or known)
-        raise RefusedError(f"there is no adapter type {wanted!r}", f"write one of: {names}")
+        raise RefusedError(f"there is no adapter type {wanted!r}", f"use one of: {names}")
 
 
 def _is_name(name: str) -> bool:
@@ -151,13 +151,13 @@ def _write_schema(project: Project, git_dir: Path, text: str) -> Path:
 
 
 def check_can_write(path: Path, *, force: bool) -> None:
-    """Raise RefusedError for an existing file, unless with `force`, or a missing folder. Blocks."""
+    """Raise RefusedError if the file exists (unless `force`) or its folder is missing. Blocks."""
     if not path.parent.is_dir():
-        raise RefusedError(f"there is no folder {path.parent}", "make it first")
+        raise RefusedError(f"there is no folder {path.parent}", "create it first")
     if path.is_dir():
-        raise RefusedError(f"{path} is a folder", "name a file")
+        raise RefusedError(f"{path} is a folder", "use the path of a file")
     if os.path.lexists(path) and not force:
-        raise RefusedError(f"{path} is there already", "--force replaces it; or name another file")
+        raise RefusedError(f"{path} already exists", "replace it with --force, or use another file")
 
 
 def write_file(path: Path, text: str, types: Mapping[str, AdapterType], *, force: bool) -> None:
@@ -165,14 +165,14 @@ def write_file(path: Path, text: str, types: Mapping[str, AdapterType], *, force
     try:
         staged = _stage(path, text)
     except OSError as error:
-        remedy = "make its folder writable, or name another file"
-        raise to_unusable_error(error, f"{path} can't be written", remedy) from None
+        remedy = "make its folder writable, or use another file"
+        raise to_unusable_error(error, f"{path} is not writable", remedy) from None
     try:
         load_config(staged, types)
         _publish(staged, path, force=force)
     except ConfigError as error:
         problem = error.problems[0]
-        raise RefusedError(f"a file there would not load: {problem.what}", problem.remedy) from None
+        raise RefusedError(f"the file would be invalid there: {problem.what}", problem.remedy) from None
     finally:
         with suppress(FileNotFoundError):
             staged.unlink()
@@ -181,7 +181,7 @@ def write_file(path: Path, text: str, types: Mapping[str, AdapterType], *, force
 def _publish(staged: Path, path: Path, *, force: bool) -> None:
     if not force:
         try:
-            # A rename would replace a file that somebody else has created meanwhile.
+            # A rename would replace a file that another process has created in the meantime.
             path.hardlink_to(staged)
         except OSError:  # the file exists, or the file system has no hard links
             check_can_write(path, force=False)
@@ -191,7 +191,7 @@ def _publish(staged: Path, path: Path, *, force: bool) -> None:
 
 
 def _stage(path: Path, text: str) -> Path:
-    """Write a temporary file in the folder of `path`, to be renamed."""
+    """Write a temporary file in the folder of `path`, to be renamed later."""
     staged = path.with_name(f".council-{randbelow(10**12)}.new")
     with staged.open("w", encoding="utf-8") as file:
         file.write(text)

@@ -1,4 +1,4 @@
-"""Check that a config can run, before anything starts or is recorded; each refusal says what to do."""
+"""Check that a config can run, before anything is started or recorded; each refusal has a remedy."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from orchestrator.repo.worktrees.hub import Hub, create_hub, internal_ref_name, 
 from orchestrator.repo.worktrees.origin import HubUser, StoreLocation
 from orchestrator.sessions.sandbox.policy import SandboxKind, choose_sandbox
 
-#: Characters of all prompts of a run together: they are recorded in one commit.
+#: The total length of all prompts of a run, in characters: one commit records them all.
 MAX_PROMPTS_LENGTH = 12 << 20
 #: The remedy for uncommitted changes before a run.
 _CLEAN_REMEDY = "commit or stash them, set another `target`, or land later with --allow-deferred"
@@ -43,7 +43,7 @@ _CLEAN_REMEDY = "commit or stash them, set another `target`, or land later with 
 class PreflightResult:
     """A run that can start: its target, sandbox, and start commit.
 
-    Its commits are in the hub, kept alive by the run's internal refs.
+    Its commits are in the hub, referenced by the run's internal refs.
     """
 
     target: str
@@ -65,11 +65,11 @@ async def run_preflight(
 ) -> PreflightResult:
     """Check that a config can run with the adapters that its tasks use; nothing is started or recorded.
 
-    `store` is the location of the store that will record the run, None if none will. Raise RefusedError if the run
-    can't start, for example for a missing base, a target with uncommitted changes, or a missing program.
+    `store` is the location of the store that will record the run, or None. Raises RefusedError if the run can't start,
+    for example because of a missing base, a target with uncommitted changes, or a missing program.
     """
     if sum(len(task.prompt) for task in config.tasks) > MAX_PROMPTS_LENGTH:
-        what = f"the prompts together exceed {MAX_PROMPTS_LENGTH >> 20} MiB"
+        what = f"the prompts exceed {MAX_PROMPTS_LENGTH >> 20} MiB in total"
         raise RefusedError(what, "split the tasks into several runs")
     check_programs(adapters, environ)
     sandbox = await choose_sandbox(
@@ -84,7 +84,7 @@ async def run_preflight(
     home = council_home(environ)
     if site.repository is not None:
         if site.repository.top is not None and home.is_relative_to(site.repository.top):
-            raise RefusedError(f"{home} is inside the repository", "set COUNCIL_HOME to a folder outside of it")
+            raise RefusedError(f"{home} is inside the repository", "set COUNCIL_HOME to a folder outside")
         await check_complete_clone(site.repository, Git(None, as_user=True, environ=environ))
     target = config.target or f"council/{run}"
     heads = await check_branches(site.source(Git(None, environ=environ)), config.base, target)
@@ -103,7 +103,7 @@ async def run_preflight(
 
 
 def project_of_config(config: RunConfig, site: RunRepository) -> Project:
-    """Return the project of a config: its repository's checkout, or without one the folder of the file."""
+    """Return the project of a config: the checkout of its repository, or without one the folder of the file."""
     if site.repository is None or site.repository.top is None:
         return Project(config.path.parent)
     return Project(site.repository.top)
@@ -120,7 +120,7 @@ async def fetch_base_and_target(
     for commit in {tip, start}:
         await check_supported(git, commit)
     if (await git("merge-base", tip, start, ok=(0, 1))).returncode:
-        raise RefusedError(f"{base!r} and {target!r} have no history in common", "change `base` or `target`")
+        raise RefusedError(f"{base!r} and {target!r} have no common history", "change `base` or `target`")
     return start
 
 
@@ -132,13 +132,13 @@ async def delete_run_refs(hub: Hub, run: str, environ: Mapping[str, str]) -> Non
 
 
 async def check_branches(source: UpstreamRepository, base: str, target: str) -> dict[str, str]:
-    """Return the branches of the source; raise RefusedError if the base is missing or the target is impossible."""
+    """Return the branches of the source; raise RefusedError for a missing base or an impossible target."""
     try:
         heads = await source.heads()
     except GitError as error:
         raise to_unusable_error(error, f"{source.location} can't be read", "check `repo`") from None
     if not heads:
-        raise RefusedError(f"{source.location} has no commit yet", "create the first commit, from which sessions start")
+        raise RefusedError(f"{source.location} has no commits yet", "create a first commit: sessions start from it")
     if base not in heads:
         near = find_similar(base, heads, 3, 0.5)
         others = [head for head in sorted(heads) if not head.startswith("council/")]
@@ -147,13 +147,13 @@ async def check_branches(source: UpstreamRepository, base: str, target: str) -> 
     for head in heads:
         if head.startswith(f"{target}/") or target.startswith(f"{head}/"):
             raise RefusedError(
-                f"the target {target!r} can't exist beside the branch {head!r}", "set `target` to another name"
+                f"the target {target!r} conflicts with the name of the branch {head!r}", "set `target` to another name"
             )
     return heads
 
 
 async def find_surroundings(config: RunConfig, environ: Mapping[str, str]) -> RepositoryPaths:
-    """Return the repository paths that warnings need; empty if git can't work with the repository."""
+    """Return the repository paths that warnings need; empty if git can't read the repository."""
     try:
         site = await find_run_repository(config.repo, is_url=config.is_url, environ=environ)
         if site.repository is None:
@@ -180,17 +180,17 @@ async def check_checkout(
     if (found := await find_unsafe_filter(repository, checkout, configuration)) is not None:
         raise RefusedError(*found)
     if changed := await list_uncommitted_changes(checkout, git):
-        what = f"{target!r} is checked out in {checkout} with changes that are not committed ({', '.join(changed[:3])})"
+        what = f"{target!r} is checked out in {checkout} with uncommitted changes ({', '.join(changed[:3])})"
         interrupted = await anyio.to_thread.run_sync(describe_interrupted_landing, repository, target)
         raise RefusedError(what, interrupted or remedy)
 
 
 def check_programs(adapters: Mapping[str, Adapter], environ: Mapping[str, str]) -> None:
-    """Raise RefusedError for all adapters whose program is not on PATH."""
+    """Raise RefusedError that lists all adapters whose program is not on PATH."""
     missing = [
         (f"adapter {name!r} runs {program.name!r}, which is not on PATH", program.install)
         for name, adapter in adapters.items()
         for program in adapter.programs()
         if shutil.which(program.name, path=environ.get("PATH")) is None
     ]
-    raise_combined_refusal(missing, "fix these, or give their tasks another adapter")
+    raise_combined_refusal(missing, "fix these, or use another adapter for their tasks")

@@ -28,17 +28,17 @@ _TITLE: Final = "programs"
 
 
 class _Command(NamedTuple):
-    """A command of the file: its kind, its text, and the names of its environment variables."""
+    """A command in the file: its kind, its text, and the names of its environment variables."""
 
     kind: str
     text: str
     env: tuple[str, ...]
     may_fail: bool = False
-    """Whether it may fail on the base, so that a task may add its program to the worktree."""
+    """Whether the command may fail on the base: then a task may add its program to the worktree."""
 
 
 def list_commands(run: RunConfig) -> list[_Command]:
-    """Return the commands that worktrees and checks of a run need, each once."""
+    """Return the setup and check commands of a run, without duplicates."""
     trees = run.worktrees
     found = [_Command("setup", step.run, trees.env) for step in trees.setup]
     found += [_Command("before_run", one, trees.env) for one in trees.before_run]
@@ -52,7 +52,7 @@ def list_commands(run: RunConfig) -> list[_Command]:
 async def check_command_programs(
     run: RunConfig, top: Path | None, probe: SandboxProbe, environ: Mapping[str, str]
 ) -> list[Finding]:
-    """Return the problems of the programs of checks and setup, or one finding that there are none."""
+    """Return the problems with programs of checks and setup, or one finding that there are none."""
     commands = list_commands(run)
     if not commands:
         return []
@@ -67,7 +67,7 @@ async def check_command_programs(
     files = await _committed(run, top, names, environ)
     ignored = set() if top is None else await ignored_in(top, names, environ)
 
-    def judge() -> list[Finding | None]:
+    def check_files() -> list[Finding | None]:
         absent = [
             (one, name)
             for one in commands
@@ -76,11 +76,11 @@ async def check_command_programs(
         ]
         found: list[Finding | None] = [_missing_program(one, name, probe, top) for one, name in absent]
         return found + [
-            _judge_file(run, one, name, files, top, ignored) for one in commands for name in _in_worktree(one)
+            _check_file(run, one, name, files, top, ignored) for one in commands for name in _in_worktree(one)
         ]
 
-    found = [one for one in await anyio.to_thread.run_sync(judge) if one is not None]
-    return found or [Finding(_TITLE, Level.OK, "checks and setup find theirs in the sandbox")]
+    found = [one for one in await anyio.to_thread.run_sync(check_files) if one is not None]
+    return found or [Finding(_TITLE, Level.OK, "programs of checks and setup are available in the sandbox")]
 
 
 def _in_worktree(command: _Command) -> list[str]:
@@ -92,28 +92,28 @@ def _in_worktree(command: _Command) -> list[str]:
 async def _committed(
     run: RunConfig, top: Path | None, names: Iterable[str], environ: Mapping[str, str]
 ) -> Mapping[str, str]:
-    """Return the modes of files in the base, by path, without missing files."""
+    """Return the modes of files in the base, by path; missing files are omitted."""
     if top is None:
         return {}
     git = Git(None, as_user=True, environ=environ)
     try:
         entries = await git.entries(run.base, set(map(os.path.normpath, names)), top)
-    except GitError:  # a problem of the base is a finding of its own
+    except GitError:  # problems with the base are reported separately
         return {}
     return {path: entry.split()[0] for path, entry in entries.items()}
 
 
 def _missing_program(command: _Command, name: str, probe: SandboxProbe, top: Path | None) -> Finding:
     why, hidden = probe.explain_missing_program(name, command.env)
-    what = f"{_describe_command(command)}: program {name!r} was not found as the sandbox shows the machine{why}"
+    what = f"{_describe_command(command)}: program {name!r} not found in the sandbox{why}"
     local = next((one for one in (".venv", "venv", "node_modules/.bin") if _has(top, one, name)), None)
     if local is not None:
         folder = local if local.startswith("node") else f"{local}/bin"
-        remedy = f"create {local.split('/')[0]} by `worktrees.setup`, and write {folder}/{name}: {_ONLY_COMMITTED}"
+        remedy = f"create {local.split('/')[0]} in `worktrees.setup`, and call it as {folder}/{name}: {_ONLY_COMMITTED}"
     elif hidden:
         remedy = f"add {', '.join(hidden)} to `readable`, or install it elsewhere"
     else:
-        remedy = "install it, or create it by `worktrees.setup` and write its path in the worktree"
+        remedy = "install it, or create it in `worktrees.setup` and call it by its path in the worktree"
     return Finding(_TITLE, Level.PROBLEM, printable_name(what), printable_name(remedy))
 
 
@@ -127,7 +127,7 @@ def _has(top: Path | None, folder: str, name: str) -> bool:
     return top is not None and os.path.lexists(top / inner / name)
 
 
-def _judge_file(
+def _check_file(
     run: RunConfig,
     command: _Command,
     name: str,
@@ -145,14 +145,14 @@ def _judge_file(
     is_provided = any(covers(one, path) for one in (*trees.copied, *trees.linked))
     if trees.setup or (is_provided and command.kind != "setup"):
         return None
-    what = f"{_describe_command(command)}: {name} is not in {run.base}, and there is no `setup` that creates it"
+    what = f"{_describe_command(command)}: {name} is not in {run.base}, and no `setup` creates it"
     is_of_tools = is_generated(top or Path(), path)
     is_uncommitted = is_of_tools or path in ignored
     if command.may_fail and (not is_uncommitted or may_create(command.text, name)):
         return Finding(_TITLE, Level.WARNING, printable_name(what), "commit it, unless a task adds it")
-    remedy = f"create it by `worktrees.setup`: {_ONLY_COMMITTED}"
+    remedy = f"create it in `worktrees.setup`: {_ONLY_COMMITTED}"
     if is_uncommitted and not is_of_tools:
-        remedy = f"name it under `worktrees.copy`, or {remedy}"
+        remedy = f"list it under `worktrees.copy`, or {remedy}"
     if not is_uncommitted and top is not None and os.path.lexists(top / path):
         remedy = "commit it"
     return Finding(_TITLE, Level.PROBLEM, printable_name(what), remedy)

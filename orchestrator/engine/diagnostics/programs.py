@@ -1,7 +1,7 @@
 """Probe the programs that adapters need: path, version, readiness.
 
-Programs are untrusted: each gets no input, an empty folder, a home like that of a session if it needs one, and ten
-seconds. At most 64 KiB of its output are read, and processes that it leaves behind are killed.
+Programs are untrusted: each runs without input, in an empty folder, with a session-like home if needed, for at most ten
+seconds. At most 64 KiB of its output are read, and its remaining processes are killed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _MAX_MESSAGE_LENGTH: Final = 200
 _MARK: Final = "COUNCIL_PROBE"
 _HOME_PLACEHOLDER: Final = Path("/council-home-of-a-probe")
 
-# CSI and OSC sequences of ECMA-48, the latter ended by BEL or ST; then all other escapes.
+# CSI and OSC sequences of ECMA-48, the latter terminated by BEL or ST; then all other escapes.
 _ESCAPES: Final = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b.")
 _NUMBERS: Final = r"(\d{1,9}(?:\.\d{1,9}){1,4})([-+.]?[A-Za-z][A-Za-z0-9.+-]{0,40})?"
 #: A separate number, else a number with a prefix, as in `go1.22.1` and `codex/0.46.0`.
@@ -62,8 +62,8 @@ class ProgramStatus:
     """Whether its version is supported."""
     ready: bool | None = None
     """Whether it reports that it is ready: logged in, its server available."""
-    trouble: str | None = None
-    """What went wrong when it was probed."""
+    error: str | None = None
+    """The error of the probe."""
     remedy: str | None = None
     """How to make it ready."""
 
@@ -73,13 +73,13 @@ class AdapterStatus:
     """The programs of an adapter, or the error of the adapter itself."""
 
     programs: Sequence[ProgramStatus]
-    trouble: str | None = None
+    error: str | None = None
 
     @property
     def is_installed(self) -> bool:
-        """Whether it needs programs, and all of them are there.
+        """Whether the adapter needs programs, and all of them are installed.
 
-        A program that is our own Python, which connects to something else, counts as installed if that is ready.
+        If the program is this process's own Python, used as a client of a server, the server must be ready.
         """
         return bool(self.programs) and all(
             program.path is not None and (program.ready is not False or program.path != sys.executable)
@@ -92,7 +92,7 @@ class AdapterStatus:
 
 
 def make_default_adapters(types: Mapping[str, AdapterType]) -> tuple[dict[str, Adapter], dict[str, str]]:
-    """Return an adapter of each type that needs no options, and what the other types need."""
+    """Return an adapter of each type that needs no options, and the requirements of the other types."""
     made: dict[str, Adapter] = {}
     needs: dict[str, str] = {}
     for name, adapter_type in sorted(types.items()):
@@ -101,14 +101,14 @@ def make_default_adapters(types: Mapping[str, AdapterType]) -> tuple[dict[str, A
                 made[name] = adapter_type(adapter_type.Options.model_validate({}))
         except ValidationError as error:
             missing = [".".join(map(str, one["loc"])) for one in error.errors() if one["type"] == "missing"]
-            needs[name] = f"needs {', '.join(missing)}" if missing else "has no valid options of its own"
+            needs[name] = f"needs {', '.join(missing)}" if missing else "has no valid default options"
         except PluginFailed as failed:
-            needs[name] = f"can't be made: {failed}"
+            needs[name] = f"can't be created: {failed}"
     return made, needs
 
 
 async def probe_adapters(adapters: Mapping[K, Adapter], environ: Mapping[str, str]) -> dict[K, AdapterStatus]:
-    """Probe the programs of all adapters concurrently, each program once."""
+    """Return the status of all adapters; their programs are probed concurrently, each once."""
     wanted, broken = await anyio.to_thread.run_sync(_programs_of, adapters, environ)
     mark = f"{_MARK}={secrets.token_hex(8)}"
     questions = {repr(one): one for found in wanted.values() for one in found}
@@ -133,21 +133,21 @@ async def probe_adapters(adapters: Mapping[K, Adapter], environ: Mapping[str, st
 
 
 async def find_unusable_adapters(adapters: Mapping[str, Adapter], environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the adapters that are unusable on this machine, each with the reason."""
+    """Return the adapters that don't work on this machine, each with the reason."""
     found = await probe_adapters(adapters, environ)
     return {name: why for name, status in found.items() if (why := _obstacle(status)) is not None}
 
 
 def _obstacle(status: AdapterStatus) -> str | None:
-    if status.trouble is not None:
-        return status.trouble
+    if status.error is not None:
+        return status.error
     return next((f"{one.name} is not installed here" for one in status.programs if one.path is None), None)
 
 
 class _ProbeRequest(NamedTuple):
-    """A program to probe, its environment variables, sorted, and the content of its home.
+    """A program to probe, its sorted environment variables, and the content of its home.
 
-    `_HOME_PLACEHOLDER` replaces the path of the home in variables.
+    In variables, `_HOME_PLACEHOLDER` stands for the path of the home.
     """
 
     program: Program
@@ -178,11 +178,11 @@ async def _probe(question: _ProbeRequest, more: Mapping[str, str], environ: Mapp
     program, env = question.program, {**dict(question.env), **more}
     path = await anyio.to_thread.run_sync(_find, program.name, env["PATH"])
     if path is None:
-        return judge_program(program, None)
+        return check_program(program, None)
     try:
         folder = Path(await anyio.to_thread.run_sync(partial(tempfile.mkdtemp, prefix="council-probe-")))
     except OSError as error:
-        return judge_program(program, path, f"it can't be asked: no temporary folder can be made, {error.strerror}")
+        return check_program(program, path, f"probe failed: can't create a temporary folder ({error.strerror})")
     home = folder.with_name(f"{folder.name}-home")
     env = {name: value.replace(str(_HOME_PLACEHOLDER), str(home)) for name, value in env.items()}
     has_key = any(env.get(key) for key in program.keys)
@@ -190,16 +190,16 @@ async def _probe(question: _ProbeRequest, more: Mapping[str, str], environ: Mapp
         if question.home is not None:
             await set_up(home, question.home, environ)
         version = await _run_probe([path, *program.version], env, folder) if program.version else None
-        # A program that failed to report its version would only hang again.
+        # A program that failed to report its version would probably hang again.
         is_asked = bool(program.ready) and not has_key and not isinstance(version, str)
         ready = await _run_probe([path, *program.ready], env, folder) if is_asked else None
     except (OSError, RefusedError) as error:
-        return judge_program(program, path, f"it can't be given a home: {error}")
+        return check_program(program, path, f"can't create its home: {error}")
     finally:
         with anyio.CancelScope(shield=True):
             for place in (folder, home):
                 await anyio.to_thread.run_sync(partial(shutil.rmtree, place, ignore_errors=True))
-    return judge_program(program, path, version, ready, has_key=has_key, hide=secret_values(env))
+    return check_program(program, path, version, ready, has_key=has_key, hide=secret_values(env))
 
 
 def _find(name: str, path: str) -> str | None:
@@ -208,18 +208,18 @@ def _find(name: str, path: str) -> str | None:
 
 
 async def _run_probe(argv: Sequence[str], env: Mapping[str, str], folder: Path) -> CompletedCommand | str:
-    """Run a command; return its result, or why it could not be run."""
+    """Run a command; return its result, or the reason why it could not be run."""
     asked = " ".join((Path(argv[0]).name, *argv[1:]))
     own = {**env, "GIT_CEILING_DIRECTORIES": str(folder.parent)}
     try:
         return await run_untrusted(argv, env=own, cwd=folder, timeout=_TIMEOUT, most=_MAX_OUTPUT)
     except TimeoutError:
-        return f"`{asked}` did not end within {_TIMEOUT:g} s"
+        return f"`{asked}` did not finish within {_TIMEOUT:g} s"
     except OSError as error:
-        return f"it can't be started: {error.strerror}"
+        return f"can't be started: {error.strerror}"
 
 
-def judge_program(
+def check_program(
     program: Program,
     path: str | None,
     version: CompletedCommand | str | None = None,
@@ -228,23 +228,23 @@ def judge_program(
     has_key: bool = False,
     hide: Iterable[str] = (),
 ) -> ProgramStatus:
-    """Judge a program by the results of its probes. Pure.
+    """Return the status of a program, from the results of its probes. Pure.
 
-    `path` is its location. `version` and `ready` are the results of its commands, or why they could not be run; None if
-    they were not. `has_key`: one of its `keys` is set. `hide` are secrets that it may have printed.
+    `path` is its location. `version` and `ready` are the results of its commands, or the reasons why they could not be
+    run; None if they were not run. `has_key`: one of its `keys` is set. `hide` are secrets that it may have printed.
     """
     if path is None:
         return ProgramStatus(program.name, None, supported=program.supported, remedy=program.install)
     found = read_version(version) if isinstance(version, CompletedCommand) else None
     is_supported, odd = _is_supported(found, program.supported)
     is_ready = True if has_key else _is_ready(ready)
-    troubles = [
-        _describe_trouble(version) if found is None else None,
+    failures = [
+        _describe_failure(version) if found is None else None,
         odd,
-        _describe_trouble(ready) if is_ready is None else None,
+        _describe_failure(ready) if is_ready is None else None,
     ]
-    told = next(filter(None, troubles), None)
-    log_in = program.log_in or f"log in to {program.name}, or start what it needs"
+    failure = next(filter(None, failures), None)
+    log_in = program.log_in or f"log in to {program.name}, or start its server"
     return ProgramStatus(
         name=program.name,
         path=path,
@@ -252,7 +252,7 @@ def judge_program(
         supported=program.supported,
         is_supported=is_supported,
         ready=is_ready,
-        trouble=None if told is None else Redactor(hide).text(told),
+        error=None if failure is None else Redactor(hide).text(failure),
         remedy=log_in if is_ready is False else None,
     )
 
@@ -293,16 +293,16 @@ def _is_ready(answer: CompletedCommand | str | None) -> bool | None:
     return answer.returncode == 0
 
 
-def _describe_trouble(answer: CompletedCommand | str | None) -> str | None:
+def _describe_failure(answer: CompletedCommand | str | None) -> str | None:
     if not isinstance(answer, CompletedCommand):
         return answer
     if answer.returncode == 0:
         return "version unknown"
     if len(answer.stdout) + len(answer.stderr) >= _MAX_OUTPUT:
-        return "it prints without end"
+        return "its output is endless"
     how = f"exit code {answer.returncode}" if answer.returncode > 0 else f"signal {-answer.returncode}"
     words = _last_line(answer.stderr) or _last_line(answer.stdout)
-    return f"it ended with {how}: {words}" if words else f"it ended with {how}"
+    return f"failed with {how}: {words}" if words else f"failed with {how}"
 
 
 def _last_line(output: bytes) -> str:

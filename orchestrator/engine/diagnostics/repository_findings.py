@@ -1,4 +1,4 @@
-"""Check that a run can work in a repository, with the same checks that a run makes before it starts."""
+"""Check that a run can work in a repository, with the same checks as at the start of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from orchestrator.domain.sessions.shell_commands import is_of_environment
 from orchestrator.domain.settings.run_settings import WorktreeSettings
 from orchestrator.domain.wording import join_names
 from orchestrator.engine.diagnostics.facts import RepositorySize, measure_repository
-from orchestrator.engine.diagnostics.findings import Finding, Level, judge_project_folder, refusal_finding
+from orchestrator.engine.diagnostics.findings import Finding, Level, check_project_folder, refusal_finding
 from orchestrator.engine.diagnostics.preflight import check_branches, check_checkout
 from orchestrator.engine.worktree_sources import BaseCommit, check_worktree_sources
 from orchestrator.errors import GitError, RefusedError
@@ -35,7 +35,7 @@ _MOST_NAMED = 3  # files
 
 @dataclass(frozen=True, slots=True)
 class RepositoryInspection:
-    """The inspection of a repository: findings, the top of its checkout (None: there is none), its size if relevant.
+    """The inspection of a repository: findings, the top of its checkout (None: no checkout), its size if relevant.
 
     `site` is its location; None if unknown.
     """
@@ -47,7 +47,7 @@ class RepositoryInspection:
 
 
 async def inspect_repository(run: RunConfig | None, folder: Path, environ: Mapping[str, str]) -> RepositoryInspection:
-    """Inspect the repository of a run, or without a run that of a folder."""
+    """Inspect the repository of a run, or without a run the repository that contains `folder`."""
     if run is not None and run.is_url:
         site = await find_run_repository(run.repo, is_url=True, environ=environ)
         return RepositoryInspection([await _inspect_remote(run, environ)], site=site)
@@ -68,7 +68,7 @@ async def _inspect_site(
     target = (None if run is None else run.target) or _OWN_TARGET
     source = site.source(Git(None, environ=environ))
     branches = await _finding_of(
-        "base", printable_name(f"work starts from {base}"), check_branches(source, base or "main", target)
+        "base", printable_name(f"tasks start from {base}"), check_branches(source, base or "main", target)
     )
     found, size = [whole, branches], None
     if whole.level is Level.OK and branches.level is Level.OK:
@@ -83,12 +83,12 @@ async def _inspect_site(
             sources = check_worktree_sources(
                 run.worktrees, BaseCommit(run.base, commit, git), repository, [council_home(environ)]
             )
-            found.append(await _finding_of("worktrees", "all files and folders that they need exist", sources))
+            found.append(await _finding_of("worktrees", "all required files and folders exist", sources))
         with suppress(GitError):
             size = await measure_repository(git, commit)
     if run is not None and run.target is not None:
         clean = check_checkout(repository, run.target, environ)
-        found.append(await _finding_of("target", printable_name(f"{run.target} can be landed on"), clean))
+        found.append(await _finding_of("target", printable_name(f"tasks can land on {run.target}"), clean))
     if hooks := await find_hooks_in_checkouts(repository, users):
         named = printable_name(", ".join(str(hook) for hook in hooks[:_MOST_NAMED]))
         what, _, remedy = SKIPPED_HOOKS_REASON.partition(": ")
@@ -108,7 +108,7 @@ async def _inspect_remote(run: RunConfig, environ: Mapping[str, str]) -> Finding
         return Finding("repository", Level.PROBLEM, f"{run.repo} can't be read: {error.stderr}", remedy)
     if done.returncode:
         return Finding(
-            "repository", Level.PROBLEM, f"{run.repo} has no branch {run.base!r}", "set `base` to one that is"
+            "repository", Level.PROBLEM, f"{run.repo} has no branch {run.base!r}", "set `base` to an existing branch"
         )
     return Finding("repository", Level.OK, f"{run.repo} can be read, and has {run.base!r}")
 
@@ -116,9 +116,9 @@ async def _inspect_remote(run: RunConfig, environ: Mapping[str, str]) -> Finding
 async def check_referenced_files(
     run: RunConfig, words: Iterable[str], scripts: Iterable[str], top: Path, environ: Mapping[str, str]
 ) -> list[Finding]:
-    """Warn of files that sessions can't see, because they are not in the base.
+    """Return warnings about files that sessions can't see, because they are not in the base.
 
-    Of `words`, those that are files in the checkout; all `scripts`.
+    Checked are all `scripts`, and those of `words` that are files in the checkout.
     """
     provided = (*run.worktrees.copied, *run.worktrees.linked)
     there, absent = await anyio.to_thread.run_sync(_files_of, words, scripts, top, provided)
@@ -127,11 +127,11 @@ async def check_referenced_files(
     try:
         committed = await git.entries(run.base, {*there, *absent}, top)
     except GitError:
-        return []  # a problem of the base is a finding of its own
+        return []  # problems with the base are reported separately
     missing = [file for file in (*there, *absent) if file not in committed]
     ignored = await ignored_in(top, missing, environ)
-    commit = "commit what adapters and checks need: sessions see nothing else"
-    provide = "name them under `worktrees.copy`, or create them by `worktrees.setup`"
+    commit = "commit the files that adapters and checks need: sessions see only committed files"
+    provide = "list them under `worktrees.copy`, or create them in `worktrees.setup`"
     found = []
     for files, where, remedy in (
         (set(there) - ignored, "in your checkout, but not in", commit),
@@ -149,7 +149,7 @@ async def ignored_in(top: Path, paths: Iterable[str], environ: Mapping[str, str]
     inside = [path for path in map(os.path.normpath, paths) if not path.startswith("..")]
     try:
         return await Git(None, as_user=True, environ=environ).ignored(inside, top)
-    except GitError:  # a problem of the repository is a finding of its own
+    except GitError:  # problems with the repository are reported separately
         return set()
 
 
@@ -165,7 +165,7 @@ def _files_of(
             one for one in inside if not is_generated(top, one) and not any(covers(given, one) for given in provided)
         ]
 
-    # A word may be a whole prompt: unlike Path.is_file, this is False for names that are too long or contain NUL.
+    # A word may be a whole prompt: unlike Path.is_file, this returns False for names that are too long or contain NUL.
     there = [word for word in relative(words) if os.path.isfile(top / word)]  # noqa: PTH113  see above
     return there, [path for path in relative(scripts) if not os.path.lexists(top / path)]
 
@@ -177,7 +177,7 @@ def is_generated(top: Path, path: str) -> bool:
 
 
 def covers(folder: str, path: str) -> bool:
-    """Return True if a path is a folder or inside it."""
+    """Return True if `path` is `folder` or inside it."""
     return path == folder or path.startswith(f"{folder}/")
 
 
@@ -187,7 +187,7 @@ async def _finding_of(name: str, found: str, check: Awaitable[object]) -> Findin
     except RefusedError as error:
         return refusal_finding(name, error)
     except GitError as error:
-        return Finding(name, Level.PROBLEM, str(error), "check that git itself can work with the repository")
+        return Finding(name, Level.PROBLEM, str(error), "check that `git status` works in the repository")
     return Finding(name, Level.OK, found)
 
 
@@ -199,4 +199,4 @@ async def _inspect_project_folder(project: Project, git: Git, environ: Mapping[s
         return refusal_finding(".council", error)
     ignored = await git("check-ignore", "--quiet", f"{project.folder.name}/", cwd=project.top, ok=(0, 1, 128))
     exists = await anyio.to_thread.run_sync(project.folder.exists)
-    return judge_project_folder(exists=exists, is_ignored=not ignored.returncode)
+    return check_project_folder(exists=exists, is_ignored=not ignored.returncode)

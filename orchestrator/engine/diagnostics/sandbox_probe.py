@@ -1,4 +1,4 @@
-"""Run commands inside the sandbox of sessions and checks, to find out which programs are available there."""
+"""Run commands in the sandbox of sessions and checks, to find the programs available there."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from orchestrator.sessions.setup.shell import (
     ShellCommand,
 )
 
-#: Seconds for all commands of one probe.
+#: The timeout of a probe with all of its commands, in seconds.
 _TIMEOUT = 30.0
 _NO_REACH = PathAccess()
 DEFAULT_SANDBOX = SandboxSettings()
@@ -39,7 +39,7 @@ DEFAULT_SANDBOX = SandboxSettings()
 
 @dataclass(frozen=True, slots=True)
 class SandboxProbe:
-    """A sandbox like that of a run's checks, and the environment of its commands."""
+    """A sandbox configured like that of a run's checks, and the environment of its commands."""
 
     sandbox: RunSandbox
     environ: Mapping[str, str]
@@ -53,7 +53,7 @@ class SandboxProbe:
         stores: Sequence[Path],
         environ: Mapping[str, str],
     ) -> SandboxProbe | None:
-        """Return a probe of the configured sandbox; None if this machine has no such sandbox.
+        """Return a probe of the configured sandbox; None if this machine does not support it.
 
         `stores` are the local paths of the store.
         """
@@ -108,7 +108,7 @@ class SandboxProbe:
     def explain_missing_program(
         self, program: str, env: Sequence[str] = (), reach: PathAccess = _NO_REACH
     ) -> tuple[str, list[str]]:
-        """Describe where a program was searched, and return the hidden folders that contain it on the user's PATH."""
+        """Return a description of the searched locations, and the hidden folders on PATH that contain the program."""
         environment = build_base_environment(env, self.environ, Path("/"), {})
         hidden = self.sandbox.find_hidden_folders(program, environment, reach)
         if hidden:

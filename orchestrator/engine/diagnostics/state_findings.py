@@ -1,4 +1,4 @@
-"""Judge the health of a store and of its runs. Pure."""
+"""Check the health of a store and of its runs. Pure."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from orchestrator.domain.wording import join_names
 from orchestrator.engine.diagnostics.findings import Finding, Level
 from orchestrator.protocols import Key, StoreStatistics, VerificationReport
 
-#: Seconds from which a commit is slow: each status change of a task takes three or four commits.
+#: The duration in seconds above which a commit is slow: each status change of a task takes three or four commits.
 SLOW_COMMIT: Final = 0.5
-#: Least seconds until a log may reach its largest size.
+#: The minimum time in seconds until the log may reach its size limit.
 _MIN_LOG_LIFETIME: Final = 3600.0
 _MOST_NAMED: Final = 5
-_REPAIR: Final = "run `council state verify --repair` to keep what is readable"
+_REPAIR: Final = "run `council state verify --repair` to keep the readable part"
 
 
 @dataclass(frozen=True, slots=True)
 class LogGrowth:
-    """The recent growth of the log: commits in some seconds, and the age of the oldest readable state."""
+    """The recent growth of the log: commits during `seconds`, and the age of the oldest readable state."""
 
     commits: int
     seconds: float
@@ -32,7 +32,7 @@ class LogGrowth:
 
 @dataclass(frozen=True, slots=True)
 class SilentSession:
-    """A running session without output for some seconds; `limit` None: unlimited."""
+    """A running session, and the seconds since its last output; `limit` None: unlimited."""
 
     run: str
     task: str
@@ -40,8 +40,8 @@ class SilentSession:
     limit: float | None
 
 
-def judge_documents(found: StoreStatistics) -> Iterator[Finding]:
-    """Judge the sizes of documents, and name the largest."""
+def check_documents(found: StoreStatistics) -> Iterator[Finding]:
+    """Yield findings about the size of documents, with the largest ones."""
     if not found.large:
         yield Finding("documents", Level.OK, f"{found.documents}, {format_size_short(found.bytes)}")
     for key, size in found.large[:_MOST_NAMED]:
@@ -51,16 +51,16 @@ def judge_documents(found: StoreStatistics) -> Iterator[Finding]:
         yield Finding("documents", Level.WARNING, f"{len(found.large) - _MOST_NAMED} more are larger than 1MB")
 
 
-def judge_expired(found: StoreStatistics) -> Finding:
-    """Judge expired documents that are not deleted yet."""
+def check_expired(found: StoreStatistics) -> Finding:
+    """Check for expired documents that are not deleted yet."""
     if not found.expired:
         return Finding("expired", Level.OK, "nothing")
-    remedy = "an active run deletes them within 30 s, `council state compact` at once"
+    remedy = "an active run deletes them within 30 s, `council state compact` immediately"
     return Finding("expired", Level.WARNING, _list_keys(found.expired), remedy)
 
 
-def judge_log(found: StoreStatistics, growth: LogGrowth, retention: Retention) -> Finding:
-    """Judge the size of the log, how fast it grows, and how far it goes back."""
+def check_log(found: StoreStatistics, growth: LogGrowth, retention: Retention) -> Finding:
+    """Check the size, growth and retention of the log."""
     what = (
         f"{format_size_short(found.log_bytes)} of {format_size_short(retention.max_size)}, {found.position:,} commits"
     )
@@ -73,65 +73,69 @@ def judge_log(found: StoreStatistics, growth: LogGrowth, retention: Retention) -
         remedy = f"{more}, or prune old history with `council state compact`"
         return Finding("log", Level.WARNING, f"{what}: above its limit", remedy)
     if per_second * _MIN_LOG_LIFETIME > retention.max_size:
-        return Finding("log", Level.WARNING, f"{what}: full within an hour", f"find out what commits, or {more}")
+        return Finding(
+            "log", Level.WARNING, f"{what}: full within an hour", f"find the cause of the commits, or {more}"
+        )
     wanted = retention.retention
     if found.first and wanted is not None and growth.history_seconds < wanted:
-        short = f"it goes back {format_duration(round(growth.history_seconds))}, not {format_duration(wanted)}"
+        short = f"history of {format_duration(round(growth.history_seconds))} instead of {format_duration(wanted)}"
         if found.log_bytes < retention.max_size / 2:  # imported, repaired or compacted manually
             return Finding("log", Level.OK, f"{what}: {short}, but not because of its size")
         return Finding("log", Level.WARNING, f"{what}: {short}", f"{more}, or lower `retention`")
     return Finding("log", Level.OK, what)
 
 
-def judge_latency(seconds: float) -> Finding:
-    """Judge the duration of a durable commit."""
+def check_latency(seconds: float) -> Finding:
+    """Check the duration of a durable commit."""
     found = f"a durable commit took {seconds * 1000:,.0f} ms"
     if seconds > SLOW_COMMIT:
-        return Finding("latency", Level.WARNING, found, "find out what keeps the disk busy, or move `state_dir`")
+        return Finding(
+            "latency", Level.WARNING, found, "find the processes that keep the disk busy, or move `state_dir`"
+        )
     return Finding("latency", Level.OK, found)
 
 
-def judge_integrity(found: VerificationReport) -> Iterator[Finding]:
-    """Judge the verification of all records."""
+def check_integrity(found: VerificationReport) -> Iterator[Finding]:
+    """Yield findings about the verification of all records."""
     if found.damage or found.damaged:
-        older = f"older than they were: {_list_keys(found.damaged)}" if found.damaged else ""
+        older = f"older versions after damage: {_list_keys(found.damaged)}" if found.damaged else ""
         places = "; ".join(filter(None, [*(place.describe() for place in found.damage[:_MOST_NAMED]), older]))
         yield Finding("integrity", Level.PROBLEM, places, _REPAIR)
     else:
         yield Finding("integrity", Level.OK, f"{found.position:,} commits, {format_size_short(found.bytes)}: intact")
     for key, flaw in list(found.unreadable.items())[:_MOST_NAMED]:
         remedy = "`council state verify --repair` restores its last readable version"
-        yield Finding(f"document {key}", Level.PROBLEM, f"it can't be read: {flaw}", remedy)
+        yield Finding(f"document {key}", Level.PROBLEM, f"unreadable: {flaw}", remedy)
     if len(found.unreadable) > _MOST_NAMED:
-        yield Finding("documents", Level.PROBLEM, f"{len(found.unreadable) - _MOST_NAMED} more can't be read", _REPAIR)
+        yield Finding("documents", Level.PROBLEM, f"{len(found.unreadable) - _MOST_NAMED} more are unreadable", _REPAIR)
     if found.mismatched:
-        remedy = "restart every process that has this state open; the log is authoritative"
+        remedy = "restart all processes that have this state open; the log is authoritative"
         yield Finding("memory", Level.PROBLEM, f"differs from the log: {_list_keys(found.mismatched)}", remedy)
 
 
-def judge_silent_sessions(sessions: Sequence[SilentSession]) -> Iterator[Finding]:
-    """Judge the running sessions by how long they have printed nothing."""
+def check_silent_sessions(sessions: Sequence[SilentSession]) -> Iterator[Finding]:
+    """Yield findings about running sessions without recent output."""
     yield Finding("sessions", Level.OK, f"{len(sessions) or 'none'} running")
     for one in sessions:
         if one.limit is not None and one.seconds > one.limit:
             long, limit = format_duration(round(one.seconds)), format_duration(one.limit)
-            remedy = f"see `council logs {one.task}`; one that changes no file either is stopped soon"
+            remedy = f"see `council logs {one.task}`; a session that changes no files either is stopped at the limit"
             title = f"session {one.run}/{one.task}"
-            yield Finding(title, Level.WARNING, f"nothing printed for {long}, the limit is {limit}", remedy)
+            yield Finding(title, Level.WARNING, f"no output for {long} (limit: {limit})", remedy)
 
 
-def judge_unfinished_runs(runs: Sequence[str]) -> Finding:
-    """Judge the runs with unfinished tasks and no active process."""
+def check_unfinished_runs(runs: Sequence[str]) -> Finding:
+    """Check for runs with unfinished tasks and no active process."""
     if not runs:
-        return Finding("runs", Level.OK, "none is unfinished")
+        return Finding("runs", Level.OK, "no unfinished runs")
     return Finding("runs", Level.WARNING, f"unfinished: {', '.join(runs)}", f"`council resume {runs[0]}`")
 
 
-def judge_conflicts(waiting: int) -> Finding:
-    """Judge the number of conflicts to be settled manually."""
+def check_conflicts(waiting: int) -> Finding:
+    """Check for conflicts that need a manual resolution."""
     if not waiting:
-        return Finding("conflicts", Level.OK, "none waiting")
-    return Finding("conflicts", Level.WARNING, f"{waiting} waiting for you", "`council state conflicts` lists them")
+        return Finding("conflicts", Level.OK, "no open conflicts")
+    return Finding("conflicts", Level.WARNING, f"{waiting} unresolved", "list them with `council state conflicts`")
 
 
 def _list_keys(keys: Sequence[Key]) -> str:

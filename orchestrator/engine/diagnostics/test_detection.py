@@ -21,9 +21,9 @@ _MAX_FILE_SIZE: Final = 1 << 20
 _REQUIREMENTS: Final = re.compile(r"(?:[a-z]+-)?requirements(?:[-_][a-z]+)?\.txt")
 
 TopLevelFiles = Mapping[str, str]
-"""The names at the top of a repository, those of folders ending with a slash, with the contents that were read.
+"""The names at the top of a repository (those of folders end with a slash), with the contents that were read.
 
-Test files of Python are included, also those in a folder of tests.
+Python test files are included, even those in a folder of tests.
 """
 
 _TEST_FOLDERS: Final = ("tests/", "test/")
@@ -44,7 +44,7 @@ class ProjectEnvironment:
     inputs: tuple[str, ...]
     programs: str | None = None
     needs: tuple[str, ...] = ()
-    """Shell commands that succeed on a machine where it can be created."""
+    """Shell commands that succeed if the machine can create the environment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,23 +54,23 @@ class RepositoryTests:
     command: str
     declared_in: str
     before: str | None = None
-    """A command that may have to be run first."""
+    """A command that may need to run first."""
     environment: ProjectEnvironment | None = None
     needs: tuple[str, ...] = ()
-    """Shell commands that succeed on a machine where the tests can be run."""
+    """Shell commands that succeed if the machine can run the tests."""
     fallback: RepositoryTests | None = None
-    """An alternative for machines that do not meet the needs of this one."""
+    """An alternative for machines that don't meet these needs."""
     missing: tuple[str, ...] = ()
-    """Its programs that are not visible in the sandbox of this machine."""
+    """Its programs that are not visible in the sandbox on this machine."""
 
     @property
     def alternatives(self) -> list[RepositoryTests]:
-        """Return this command and its fallbacks, the best first."""
+        """Return this command and its fallbacks, best first."""
         return [self, *([] if self.fallback is None else self.fallback.alternatives)]
 
 
 def detect_tests(top: TopLevelFiles) -> RepositoryTests | None:
-    """Return the test command of a repository; None if its files reveal none.
+    """Return the test command of a repository; None if its files indicate none.
 
     A command that the authors declared takes precedence over the convention of a language.
     """
@@ -125,7 +125,7 @@ def _within(value: Any, *keys: str) -> Any:
 def _package_json(top: TopLevelFiles) -> RepositoryTests | None:
     package = _json(top.get("package.json", ""))
     script = _within(package, "scripts", "test")
-    # What `npm init` writes.
+    # The placeholder of `npm init`.
     if not isinstance(script, str) or not script.strip() or "no test specified" in script:
         return None
     return RepositoryTests(_TEST_COMMANDS[_manager(top, package)], "package.json", environment=_node_environment(top))
@@ -150,7 +150,7 @@ def _node_environment(top: TopLevelFiles) -> ProjectEnvironment | None:
     commands = {
         "npm": "npm ci" if locks else "npm install --no-package-lock",
         "pnpm": "pnpm install --frozen-lockfile" if locks else "pnpm install --no-lockfile",
-        # The lock file of yarn 2 and later has such a key.
+        # The lock files of yarn 2 and later contain this key.
         "yarn": f"yarn install {'--immutable' if '__metadata:' in top.get('yarn.lock', '') else '--frozen-lockfile'}",
         "bun": "bun install --frozen-lockfile" if locks else "bun install --no-save",
     }
@@ -192,7 +192,7 @@ def _deno(top: TopLevelFiles) -> RepositoryTests | None:
 
 def _makefile(top: TopLevelFiles) -> RepositoryTests | None:
     name = next((one for one in ("GNUmakefile", "makefile", "Makefile") if one in top), None)
-    # A rule, and no assignment (`test := …`).
+    # A rule, not an assignment (`test := …`).
     if name is None or not re.search(r"^test[ \t]*::?(?![:=])", top[name], re.MULTILINE):
         return None
     plain = RepositoryTests("make test", name)
@@ -251,14 +251,14 @@ _PYTHON_LOCKS: Final = {
     "pdm.lock": "pdm install --frozen-lockfile",
 }
 _MAKES_VENV: Final = 'python3 -c "import ensurepip, venv"'
-#: A virtual environment sees the packages of the installation that it was created from, and of no other.
+#: A virtual environment sees only the packages of the installation that it was created from.
 _IS_INSTALLATION: Final = 'python3 -c "import sys, {module}; sys.exit(sys.prefix != sys.base_prefix)"'
 
 
 def _python_environments(top: TopLevelFiles, module: str | None = None) -> list[ProjectEnvironment]:
-    """Return the virtual environments that can have a project and a module, the best first.
+    """Return the virtual environments that can contain a project and a module, best first.
 
-    Without a module, none for a project that needs no packages.
+    Without a module, empty for a project that needs no packages.
     """
     for lock, setup in _PYTHON_LOCKS.items():
         if lock in top:
@@ -277,7 +277,7 @@ def _venv(words: list[str], inputs: list[str], options: str = "", *needs: str) -
 
 
 def _pip_words(top: TopLevelFiles) -> tuple[list[str], list[str]]:
-    """Return the arguments of `pip install` for a project, and the files that they come from."""
+    """Return the `pip install` arguments for a project, and the files that they come from."""
     files = [name for name in top if _REQUIREMENTS.fullmatch(name)]
     words = [word for name in files for word in ("-r", name)]
     project = _toml(top.get("pyproject.toml", ""))
@@ -295,7 +295,7 @@ def _pip_words(top: TopLevelFiles) -> tuple[list[str], list[str]]:
 
 
 def _is_declared(top: TopLevelFiles, module: str) -> bool:
-    """Return True if the packages that pip installs for a project include a module by its name."""
+    """Return True if the packages that pip installs for a project include a module of this name."""
     words, files = _pip_words(top)
     texts = [" ".join(words), *(top[name] for name in files if name.endswith(".txt"))]
     project = _toml(top.get("pyproject.toml", ""))
@@ -305,7 +305,7 @@ def _is_declared(top: TopLevelFiles, module: str) -> bool:
 
 
 def _pytest_signs(top: TopLevelFiles, project: Mapping[str, Any]) -> dict[str, bool]:
-    """Return whether pytest is used, by each file that may show it."""
+    """Return whether pytest is used, according to each file that may indicate it."""
     named = [project.get("dependency-groups"), _within(project, "project", "optional-dependencies")]
     named += [_within(project, "project", "dependencies"), _within(project, "tool", "poetry")]
     named += [_within(project, "tool", "uv"), _within(project, "tool", "pdm")]
@@ -366,7 +366,7 @@ _RULES: Final[tuple[Callable[[TopLevelFiles], RepositoryTests | None], ...]] = (
     _unittest,
 )
 
-#: The files whose contents are parsed; of other files only the existence counts.
+#: The files whose contents are parsed; for other files only their existence matters.
 _PARSED_FILES: Final = frozenset(
     {
         *("package.json", "composer.json", "deno.json", "deno.jsonc", "GNUmakefile", "makefile", "Makefile"),

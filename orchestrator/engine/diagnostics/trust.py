@@ -1,8 +1,8 @@
-"""Store the user's confirmations of files in repositories, outside of all repositories, by the file's real path.
+"""Store which config files the user has confirmed, outside of all repositories, by real path.
 
     $XDG_CONFIG_HOME/council/trust.json    {"version": 1, "files": {PATH: [DIGEST, …]}}
 
-A digest is that of one line of `config.permissions`: values of variables are not kept.
+Each digest is of one line of `config.permissions`: values of variables are not stored.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from orchestrator.errors import RefusedError, to_unusable_error
 from orchestrator.system.file_lock import FileLock
 from orchestrator.system.files import atomic_write
 
-#: If 1, every file is trusted: for continuous integration and other unattended use.
+#: If set to 1, every file is trusted, for continuous integration and other unattended use.
 TRUST_VARIABLE = "COUNCIL_TRUST"
 
 
@@ -43,9 +43,9 @@ async def find_unconfirmed(file: Path, requests: Sequence[str], environ: Mapping
 
 
 async def confirm_requests(file: Path, requests: Iterable[str], environ: Mapping[str, str]) -> None:
-    """Record that the user confirmed exactly these requests of a file; other confirmations of it are deleted.
+    """Record that the user confirmed exactly these requests of a file; its other confirmations are deleted.
 
-    RefusedError if that can't be written.
+    Raises RefusedError if the file of confirmations is not writable.
     """
     path, digests = _trust_file(environ), [_digest(one) for one in requests]
     try:
@@ -54,7 +54,7 @@ async def confirm_requests(file: Path, requests: Iterable[str], environ: Mapping
             await anyio.to_thread.run_sync(lambda: _write(path, {**_read(path), os.path.realpath(file): digests}))
     except OSError as error:
         remedy = f"make the folder writable, or set {TRUST_VARIABLE}=1"
-        raise to_unusable_error(error, f"{path} can't be written", remedy) from None
+        raise to_unusable_error(error, f"{path} is not writable", remedy) from None
 
 
 def _trust_file(environ: Mapping[str, str]) -> Path:
@@ -69,7 +69,7 @@ def _digest(request: str) -> str:
 
 
 def _read(path: Path) -> dict[str, list[str]]:
-    """Return the confirmed requests; empty if the file is missing or not valid."""
+    """Return the confirmed requests; empty if the file is missing or invalid."""
     try:
         value = json.loads(path.read_bytes())
         return {str(file): [str(one) for one in digests] for file, digests in value["files"].items()}

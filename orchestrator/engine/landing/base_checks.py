@@ -47,16 +47,16 @@ from orchestrator.system.file_lock import LockHolder
 
 #: Attempt number for the checks of a base; attempts of tasks start at 1.
 _BASE_CHECK_ATTEMPT = 0
-#: Most rounds for a base that keeps moving: it must not keep a run from starting.
+#: The maximum number of rounds if the base keeps moving, so that it can't prevent the start of a run.
 _MAX_ROUNDS = 3
-#: Most tries of checks that could not run to the end; the pauses between them double from one second.
+#: The maximum number of tries of checks that could not complete; pauses between tries double from one second.
 _MAX_TRIES = 4
-#: Seconds between tests whether the process that checks the base is still active.
+#: Seconds between polls for the process that checks the base.
 _POLL_INTERVAL = 1.0
-#: Most tasks that a suggested command names.
+#: The maximum number of task names in a suggested command.
 _MAX_NAMED_TASKS = 5
 
-#: Tasks by `allow_failing_base`, by whether they bring the base along, and by checks.
+#: Tasks by `allow_failing_base`, by whether their landing includes the base, and by checks.
 _CheckGroups = dict[tuple[bool, bool, tuple[str, ...]], list[str]]
 
 
@@ -66,9 +66,9 @@ class CheckedBase:
 
     commit: str
     branch: str
-    """The branch whose newest commit it is; both branches if it merges the base into the target."""
+    """Its branch; both branches if the commit merges the base into the target."""
     merge: str = ""
-    """How a fix of the base reaches the target; empty if landings bring it along."""
+    """How a fix of the base reaches the target; empty if landings include the base."""
 
 
 @dataclass(slots=True)
@@ -82,18 +82,18 @@ class BaseChecks:
     entries: Mapping[str, DispatchEntry]
     _running: anyio.CancelScope = field(default_factory=anyio.CancelScope, init=False)
     _unrunnable: dict[tuple[str, tuple[str, ...]], str | None] = field(default_factory=dict, init=False)
-    """By base and commands, why one of the commands cannot run there."""
+    """The reason why one of the commands can't run on a base, by base and commands."""
 
     def stop(self) -> None:
         """Stop running checks; `failure` then returns None."""
         self._running.cancel()
 
     async def failure(self) -> str | None:
-        """Return why no session should start, or None.
+        """Return the reason to start no session, or None.
 
         The reason is a check of a pending task that fails on the base. Passed checks are recorded, and no process of
-        the run repeats them. One process per machine runs the checks at a time. If the base moves meanwhile, it is
-        checked again.
+        the run repeats them. Only one process per machine runs the checks at a time. If the base moves in the meantime,
+        it is checked again.
         """
         groups = await self._group_pending_tasks()
         if not groups:
@@ -110,7 +110,7 @@ class BaseChecks:
         return None if self._running.cancelled_caught else failure
 
     async def _first_failure(self, groups: _CheckGroups) -> str | None:
-        """Return why a check fails, required checks first; None if none fails."""
+        """Return the reason why a check fails, required checks first; None if all pass."""
         bases: dict[bool, CheckedBase | None] = {}
         for (_, brings_base, _), tasks in sorted(groups.items(), key=lambda group: group[0][0]):
             if brings_base not in bases:
@@ -131,7 +131,7 @@ class BaseChecks:
     async def _group_pending_tasks(self) -> _CheckGroups:
         """Group the pending tasks that share checks.
 
-        The key has `allow_failing_base`, whether they bring the base along, and the checks.
+        Keys consist of `allow_failing_base`, whether the landing includes the base, and the checks.
         """
         groups: _CheckGroups = {}
         known: dict[str, bool] = {}
@@ -144,9 +144,9 @@ class BaseChecks:
         return groups
 
     async def _brings_base(self, task: str, known: dict[str, bool]) -> bool:
-        """Return True if the landing of a pending task brings the base along.
+        """Return True if the landing of a pending task includes the base.
 
-        It does if the task, or a pending task that it needs, starts from the base.
+        This is the case if the task, or a pending task that it needs, starts from the base.
         """
         if task not in known:
             known[task] = not self.base_selector.builds_on_target(task, await self.ledger.definitions.spec(task))
@@ -159,7 +159,7 @@ class BaseChecks:
     async def _base(self, *, brings_base: bool) -> CheckedBase | None:
         """Return the commit that landings build on; None if unknown.
 
-        It is the target, merged with the base if tasks bring the base along.
+        It is the target, merged with the base if landings include the base.
         """
         run, git = self.ledger.run, self.context.git
         try:
@@ -180,7 +180,7 @@ class BaseChecks:
         return CheckedBase(base, run.base)
 
     async def _merge_into_target(self) -> str:
-        """Return how a fix of the base reaches the target if no task brings it along."""
+        """Return how a fix of the base reaches the target if no landing includes the base."""
         run = self.ledger.run
         if run.target == run.base:
             return ""
@@ -191,7 +191,7 @@ class BaseChecks:
         return f" and merge that into {run.target} (`{command}`)"
 
     async def _find_failure(self, tasks: Sequence[str], base: CheckedBase) -> str | None:
-        """Return why the checks that these tasks share fail on a commit."""
+        """Return the reason why the shared checks of these tasks fail on a commit, or None."""
         task, spec, commit = tasks[0], await self.ledger.definitions.spec(tasks[0]), base.commit
         key = await _hash_checks(self.context, spec, commit)
         if self._has_landed(spec, commit) or key in await self.ledger.run_state.proven_bases():
@@ -226,8 +226,8 @@ class BaseChecks:
     ) -> list[CommandFailed]:
         """Return the commands that cannot run on a commit.
 
-        Commands whose program a task may add (`may_be_added`) are left out. Only checks whose program is missing are
-        run: other checks may take long.
+        Commands whose program a task may add (`may_be_added`) are omitted. Only checks with a missing program are run,
+        because other checks may take long.
         """
         failures = []
         for command in commands:
@@ -242,8 +242,8 @@ class BaseChecks:
         return failures
 
     async def _run(self, task: str, spec: TaskSpec, commands: tuple[str, ...], commit: str) -> CheckResult:
-        """Run commands on a commit; retry a few times if they could not run to the end."""
-        # Use a folder of this process's own: leftovers of a killed or suspended process are not in the way.
+        """Run commands on a commit; retry a few times if they could not complete."""
+        # A separate folder per process avoids conflicts with leftovers of a killed or suspended process.
         by = self.ledger.orchestrators.me.id.rpartition("-")[2]
         check_args = (self.pool, self.ledger.run.id, task, _BASE_CHECK_ATTEMPT, spec, commands, by)
 
@@ -265,10 +265,10 @@ class BaseChecks:
     async def explain_unrunnable(
         self, task: str, spec: TaskSpec, commands: tuple[str, ...], failed: CommandFailed, base: str, correction: str
     ) -> str | None:
-        """Return why a check that exited with 126 or 127 can never run.
+        """Return the reason why a check that exited with 126 or 127 can never run.
 
-        None if the task may be the cause: its base has the program. `correction` says how to fix a mistake in the
-        command.
+        None if the task may be the cause, because its base has the program. `correction` is the fix for a mistake in
+        the command.
         """
         missing = failed.unrunnable
         if missing is None:
@@ -281,7 +281,7 @@ class BaseChecks:
         if key not in self._unrunnable:
             async with _hold_base_lock(self.ledger, self.context):
                 result = await self._run(task, spec, commands, base)
-            if isinstance(result, ChecksNotRun):  # it may run another time
+            if isinstance(result, ChecksNotRun):  # may run another time
                 return None
             missing_on_base = result.unrunnable if isinstance(result, CommandFailed) else None
             is_missing_there = missing_on_base is not None and not (
@@ -293,7 +293,7 @@ class BaseChecks:
         return self._unrunnable[key]
 
     def _may_add(self, command: str, missing: UnrunnableProgram) -> bool:
-        """Return True if a task may add the program that a check misses."""
+        """Return True if a task may add the missing program of a check."""
         return missing.is_absent and (not missing.needs_new_run or self._is_made(command, missing.program))
 
     def _is_made(self, command: str, program: str) -> bool:
@@ -327,7 +327,7 @@ async def _hash_checks(context: RunContext, spec: TaskSpec, commit: str) -> str:
 
 
 async def _repeat_unless_run(check: Callable[[], Awaitable[CheckResult]], clock: Clock) -> CheckResult:
-    """Return the result of checks, which are tried again if they could not run to the end."""
+    """Return the result of checks, retrying them if they could not complete."""
 
     async def sleep(seconds: float) -> None:
         await clock.wait(anyio.Event(), clock.monotonic() + seconds)
@@ -343,7 +343,7 @@ async def _repeat_unless_run(check: Callable[[], Awaitable[CheckResult]], clock:
 
 @asynccontextmanager
 async def _hold_base_lock(ledger: Ledger, context: RunContext) -> AsyncIterator[None]:
-    """Run base checks alone on this machine.
+    """Hold the lock under which only one process of this machine runs base checks.
 
     Continue without the lock if its holder is suspended or has left the run.
     """
@@ -360,7 +360,7 @@ async def _hold_base_lock(ledger: Ledger, context: RunContext) -> AsyncIterator[
 
 
 async def _is_working(ledger: Ledger, holder: LockHolder | None) -> bool:
-    """Return True if the signer of a lock is an active orchestrator of this run."""
+    """Return True if the holder of a lock is an active orchestrator of this run."""
     orchestrators = ledger.orchestrators
     records = [
         record
@@ -380,7 +380,7 @@ def describe_check_fix(run: RunDocument, specs: Sequence[TaskSpec], *, is_built:
     names = " ".join(shlex.quote(spec.id) for spec in specs) if len(specs) <= _MAX_NAMED_TASKS else "TASK..."
     cancel = f"`council cancel {names} --run {run.id}`, then " if is_built else ""
     retry = f"{cancel}`council retry {names} --reload --run {run.id}`"
-    return f"correct the check in the file and, before the resume, {retry}"
+    return f"correct the check in the file, then {retry} before you resume"
 
 
 def _describe_failure(

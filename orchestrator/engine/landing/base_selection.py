@@ -21,7 +21,7 @@ from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import GitError
 from orchestrator.repo.landing.merge_commits import renew_retry_base
 
-#: Outcomes of attempts that did not fit onto the target of that time.
+#: Outcomes of attempts that conflicted with the target at that time.
 _STALE: Final = frozenset({FailureClass.CONFLICT, FailureClass.CHECKS_FAILED})
 
 
@@ -37,8 +37,8 @@ class BaseSelector:
         """Return the next phase of a task with the commits that its session starts from.
 
         `tips` caches commits for tasks that start together. Earlier work continues if it merges cleanly onto the
-        current target. If not, work to be fixed starts from scratch, with the earlier work in its prompt, and a later
-        phase takes the work unmerged: its landing reports the conflict.
+        current target. Otherwise, work to be fixed starts from scratch, with the earlier work in the prompt, while a
+        later phase starts from the unmerged work, and its landing reports the conflict.
         """
         document = self._ledger.task(task)
         builds_on_target = self.builds_on_target(task, spec) or next_phase.start is not None
@@ -68,7 +68,7 @@ class BaseSelector:
     async def is_outdated(self, owns: Sequence[str], base: str) -> bool:
         """Return True if owned paths changed on the target since `base`.
 
-        Call while no other task can own them.
+        Call this while no other task can own these paths.
         """
         try:
             tip = await self.newest(builds_on_target=True)
@@ -83,7 +83,7 @@ class BaseSelector:
             async with self._fetch_lock:  # concurrent fetches of the same ref would both fail
                 return await self._fetch_newest(builds_on_target)
         except GitError:
-            # The remote may be unreachable for a moment: use the last known commit.
+            # The remote may be temporarily unreachable: use the last known commit.
             known = self._context.target.known if builds_on_target else self._base
             if known is None:
                 raise

@@ -22,7 +22,7 @@ from orchestrator.system.failpoints import failpoint
 
 
 class MergeChecks:
-    """Checks the merges of one run, and records why one may not land."""
+    """Checks the merges of one run, and records the reasons for rejections."""
 
     def __init__(
         self,
@@ -34,13 +34,13 @@ class MergeChecks:
         base_checks: BaseChecks,
         give_up: Callable[[str], None],
     ) -> None:
-        """Create checks; `give_up` ends the run with the reason why they cannot run."""
+        """Create the checks; `give_up` ends the run with a reason if they can't run."""
         self._ledger, self._context, self._pool = ledger, context, pool
         self._ownership, self._outcomes, self._base_checks = ownership, outcomes, base_checks
         self._give_up = give_up
         self._running: CheckRunner | None = None
         self._passed: set[tuple[str, str]] = set()
-        """Tasks with the trees that passed their checks: a new merge with the same tree is not checked again."""
+        """The trees that passed the checks of each task: a new merge with the same tree is not checked again."""
 
     def stop(self) -> None:
         """Stop running checks."""
@@ -48,12 +48,12 @@ class MergeChecks:
             self._running.stop()
 
     async def pass_merge(self, task: str, merge: PreparedMerge) -> bool:
-        """Return True if a merge passes all its tests and nothing blocks it.
+        """Return True if a merge passes its checks and nothing blocks it.
 
         Otherwise the reason is recorded.
         """
         spec = await self._ledger.definitions.spec(task)
-        if (violation := await self._ownership.judge(task, spec, merge)) is not None:
+        if (violation := await self._ownership.find_violation(task, spec, merge)) is not None:
             await self._outcomes.reject_for_ownership(task, spec, merge, violation)
             return False
         if await self._is_locked(task, merge):
@@ -97,13 +97,13 @@ class MergeChecks:
                 return False
             case _:
                 assert_never(result)
-        # Checks take time: a new obstacle to the push may exist.
+        # The target may have become blocked during the checks.
         if (obstacle := await self._context.target.find_obstacle(merge)) is not None:
             await self._outcomes.requeue(task, obstacle)
         return obstacle is None
 
     async def _run(self, task: str, spec: TaskSpec, merge: PreparedMerge) -> tuple[CheckResult, str | None]:
-        """Return the result of the checks of a merge, and why a failed one can never run."""
+        """Return the result of the checks of a merge, and the reason if a failed check can never run."""
         run, builder = self._ledger.run, self._ledger.task(task).building_attempt
         runner = self._running = self._context.checks(self._pool, run.id, task, builder.number, spec)
         base, unrunnable = merge.old or builder.base, None

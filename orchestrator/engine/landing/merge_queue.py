@@ -1,9 +1,9 @@
 """Land the built tasks of one run through its merge queue.
 
-A landing settles an interrupted one, merges, checks, records the intent and moves the target. A push costs more than
-the rest of a landing. Therefore tasks that are ready together land in one push: their merges follow each other on the
-first-parent line, and each is recorded as its own landing. Only clean merges without checks are batched. Every other
-outcome is judged against the current target, not against merges that have yet to land.
+A landing first resolves interrupted landings, then merges, checks, records the intent and moves the target. A push
+costs more than the rest of a landing. Therefore tasks that are ready together land in one push: their merges follow
+each other on the first-parent line, and each is recorded as a separate landing. Only clean merges without checks are
+batched. All other merges are evaluated against the current target, not against merges that have yet to land.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from orchestrator.repo.worktrees.pool import SlotPool
 from orchestrator.system import slow_waits
 from orchestrator.system.failpoints import failpoint
 
-#: How often a landing is merged again because others move the target, before it goes back to the queue.
+#: The number of merge attempts of a landing if others keep moving the target, before it is queued again.
 MAX_MERGE_ROUNDS = 10
 
-#: The pauses between such rounds.
+#: The pauses between these attempts.
 _ROUND_BACKOFF = Backoff(initial=0.02, factor=2.0, max=1.0, jitter=False)
 
 _TARGET_BUSY = (
@@ -54,10 +54,10 @@ _TARGET_BUSY = (
 )
 _PERMIT_LOST = "this process was suspended until its merge permit expired: it requests a new one"
 
-#: Errors of the target or of one task's work; either keeps its position.
+#: Errors of the target or of one task's work; the task keeps its position.
 _LANDING_ERRORS = (GitError, RefusedError)
 
-#: Most tasks in one push.
+#: The maximum number of tasks in one push.
 MAX_BATCH_SIZE = 16
 
 
@@ -74,7 +74,7 @@ class MergeQueue:
     ) -> None:
         """Create the queue of a run.
 
-        `give_up` ends the run with the reason why its checks cannot run.
+        `give_up` ends the run with a reason if its checks can't run.
         """
         self._ledger, self._clock = ledger, context.tools.clock
         writer, source = ledger.writer, context.source
@@ -86,13 +86,13 @@ class MergeQueue:
         self.outcomes = LandingOutcomes(ledger, context.target, context.git, ownership)
         self._checks = MergeChecks(ledger, context, pool, ownership, self.outcomes, base_checks, give_up)
         self.is_moving = False
-        """Whether the target is being moved; during the move its refs and checkouts may disagree."""
+        """Whether the target is being moved; during the move its refs and checkouts may be inconsistent."""
         self.waiting: deque[str] = deque()
         """Built tasks in landing order."""
         self.deferred: list[str] = []
-        """Built tasks that cannot land now."""
+        """Built tasks that can't land at present."""
         self.cancelled: set[str] = set()
-        """Tasks that a person has cancelled: those that are not landing yet do not land."""
+        """Tasks that a user has cancelled; they don't land unless they are already landing."""
         self.landing: tuple[str, ...] = ()
         """Tasks that `land` is processing."""
         self._permit_wait = anyio.CancelScope()
@@ -122,7 +122,7 @@ class MergeQueue:
                 self._permit_wait.cancel()
 
     def remove(self, task: str) -> None:
-        """Stop landing a task that ends, or that this orchestrator does not own any more."""
+        """Stop landing a task that has ended, or that this orchestrator no longer owns."""
         self.cancel(task)
         if task in self.deferred:
             self.deferred.remove(task)
@@ -130,15 +130,15 @@ class MergeQueue:
     async def land(self) -> list[str]:
         """Land the head of the queue; return the tasks that left the queue.
 
-        A returned task that is still `QUEUED` (or `LANDING`, if it is unknown whether the target moved) is cancelled or
-        cannot land now, for the recorded reason.
+        A returned task that is still `QUEUED` (or `LANDING`, if it is unknown whether the target moved) is cancelled,
+        or can't land now for the recorded reason.
         """
         self._permit_wait = anyio.CancelScope()
         if self._stopping:
             return []
         async with AsyncExitStack() as stack:
             permit = None
-            # The holder may be running checks, for as long as those take.
+            # The holder may be running checks, which can take any time.
             with self._permit_wait:
                 permit = await stack.enter_async_context(self._permits.hold())
             if permit is None or not self.waiting:

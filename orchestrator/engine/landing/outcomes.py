@@ -37,17 +37,17 @@ from orchestrator.repo.worktrees.hub import internal_ref_name, work_branch_name
 from orchestrator.sessions.setup.shell import CommandFailed
 from orchestrator.system.failpoints import failpoint
 
-#: Most merges that a task keeps on record as possible landings.
+#: The maximum number of possible landings recorded per task.
 MAX_INTENDED_MERGES = 32
-#: Most characters of check output in the prompt of the next attempt.
+#: The maximum length of check output in the prompt of the next attempt, in characters.
 MAX_CHECK_OUTPUT = 8192
 
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """Why built work cannot land.
+    """The reason why built work can't land.
 
-    `branch` preserves the work; `facts` are further details of the event.
+    `branch` preserves the work; `facts` are additional fields of the event.
     """
 
     failure: FailureClass
@@ -57,7 +57,7 @@ class Rejection:
     check_log: str | None = None
 
     def event(self, trigger: Trigger) -> TaskEvent:
-        """Return the event of its trigger."""
+        """Return the event for `trigger`."""
         fields = {"outcome": self.failure, "reason": self.reason, "branch": self.branch, **self.facts}
         return trigger.event(**fields)
 
@@ -104,21 +104,21 @@ class LandingOutcomes:
         )
 
     async def defer(self, task: str, reason: str) -> None:
-        """Record why a task cannot land now."""
+        """Record the reason why a task can't land now."""
         document = self._ledger.task(task)
-        if (document.status, document.reason) != (TaskStatus.QUEUED, reason):  # else it is recorded already
+        if (document.status, document.reason) != (TaskStatus.QUEUED, reason):  # otherwise already recorded
             await self._ledger.change(
                 task, Trigger.DEFER, TaskDeferred(reason=reason), landing_intent=None, reason=reason
             )
 
     async def requeue(self, task: str, reason: str) -> None:
-        """Record why a task whose checks ran or were to run is queued again."""
+        """Return a task from its checks to the queue, with the reason."""
         await self._ledger.change(task, Trigger.REQUEUE, TaskRequeued(reason=reason), reason=reason)
 
     async def postpone(self, task: str, reason: str) -> None:
         """Keep the position of a task that cannot land because of an error.
 
-        One with an intent stays `landing` until the target is reachable.
+        A task with a landing intent stays `landing` until the target is reachable.
         """
         match self._ledger.task(task).status:
             case TaskStatus.QUEUED:
@@ -129,9 +129,9 @@ class LandingOutcomes:
                 await self._ledger.writer.note_once(TaskDeferred(task=task, reason=reason), task, reason)
 
     async def settle_interrupted(self, permit: MergePermit, tasks: Sequence[str]) -> list[str]:
-        """Find out whether interrupted moves happened.
+        """Find out whether interrupted moves of the target took place.
 
-        Return the tasks whose move did not.
+        Return the tasks whose move did not take place.
         """
         again = []
         for task in tasks:
@@ -156,14 +156,14 @@ class LandingOutcomes:
     async def verify_landings(self) -> None:
         """Verify that landed commits are still on the target.
 
-        Somebody else may have rewritten it.
+        Another user or program may have rewritten the target.
         """
         exists, change = True, "rewritten"
         try:
             await self._target.refresh()
         except TargetMissing:
             if any(status in CLAIMED_STATUSES for status in self._ledger.statuses().values()):
-                raise  # they can still land if the target is created again
+                raise  # the tasks can still land if the target is created again
             exists, change = False, "deleted"
         for task in self._ledger.run.tasks:
             document = self._ledger.task(task)
@@ -207,7 +207,7 @@ class LandingOutcomes:
     async def conflict(self, task: str, conflict: MergeConflict) -> None:
         """Preserve both sides of a merge conflict.
 
-        End the task unless it is to start from scratch.
+        End the task unless another attempt starts from scratch.
         """
         branch = work_branch_name(self._ledger.run.id, task, "conflict")
         await self._git("update-ref", f"refs/heads/{branch}", conflict.commit)
@@ -245,7 +245,7 @@ class LandingOutcomes:
         )
 
     async def _reject(self, task: str, trigger: Trigger, rejection: Rejection, **changes: Any) -> None:
-        """Record that built work cannot land as it is."""
+        """Record that built work can't land."""
         document, reason, branch = self._ledger.task(task), rejection.reason, rejection.branch
         number = document.building_attempt.number
         facts = {"outcome": rejection.failure, "reason": reason, "check_log": rejection.check_log}
@@ -265,15 +265,15 @@ class LandingOutcomes:
         ]
         if branches:
             lines = "".join(f"delete refs/heads/{branch}\n" for branch in branches)
-            # The landings are recorded; a branch too many does no harm.
+            # The landings are recorded, and a remaining branch does no harm.
             with suppress(GitError):
                 await self._git("update-ref", "--stdin", input_=lines.encode())
 
 
 def add_intended_merge(intended: Sequence[str], merge: str) -> tuple[str, ...]:
-    """Return the merges that may be the landing of a task, with one more.
+    """Return the possible landings of a task, with `merge` added.
 
-    Older merges are known not to have landed; these cover a late move by another process.
+    Older merges are known not to have landed; the newest ones cover a late move by another process.
     """
     return (*intended[1 - MAX_INTENDED_MERGES :], merge)
 

@@ -1,7 +1,7 @@
 """Check the paths that a merge changes before it lands.
 
-The task must own them, and no other session may have locked them. Locks of the task's own session do not count: no
-agent decides what its task may change.
+The task must own the paths, and no other session may have locked them. Locks of the task's own session don't count,
+because agents must not decide which paths their task may change.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from orchestrator.repo.git.revert import revert_paths
 from orchestrator.repo.landing.target_branch import PreparedMerge
 from orchestrator.repo.worktrees.hub import internal_ref_name
 
-#: Most paths in a sentence and in a record: a session may leave any number of files.
+#: The maximum number of paths in a message and in a record: a session may change any number of files.
 _MAX_NAMED_PATHS: Final = 5
 _MAX_RECORDED_PATHS: Final = 200
 
 
 @dataclass(frozen=True, slots=True)
 class OwnershipViolation:
-    """The out-of-scope changes of a merge, and why the task cannot own them."""
+    """The out-of-scope changes of a merge, and the reason why the task can't own them."""
 
     paths: tuple[str, ...]
     owned: tuple[str, ...]
     holder: str = ""
-    """The other owner of one of the paths, or why the task cannot own it, as text."""
+    """A description of another owner of a path, or of the reason why the task can't own it."""
 
     @property
     def recorded(self) -> list[str]:
-        """The paths that an event names; cut where there are very many."""
+        """The paths to record in an event; the list is truncated if it is very long."""
         return _recorded_names(self.paths)
 
     def describe(self) -> str:
-        """Return a description for people."""
+        """Return a human-readable description."""
         named = join_names(list(map(printable_name, self.paths)), _MAX_NAMED_PATHS)
         held = f"; {self.holder}" if self.holder else ""
         return f"changes paths that the task does not own: {named}{held}"
@@ -71,23 +71,23 @@ class OwnershipCheck:
 
     def __init__(self, ledger: Ledger, git: Git, registry: OwnershipRegistry) -> None:
         self._ledger, self._git, self._registry = ledger, git, registry
-        self._judged: set[str] = set()
+        self._checked: set[str] = set()
         self._extended: dict[str, tuple[str, ...]] = {}
-        """The paths that tasks came to own by `on_out_of_scope: extend`."""
+        """The paths that tasks have acquired by `on_out_of_scope: extend`."""
 
-    async def judge(self, task: str, spec: TaskSpec, merge: PreparedMerge) -> OwnershipViolation | None:
-        """Return the ownership violation that keeps a merge from landing.
+    async def find_violation(self, task: str, spec: TaskSpec, merge: PreparedMerge) -> OwnershipViolation | None:
+        """Return the ownership violation that prevents a merge from landing.
 
-        None if it may land. Allowed violations, and paths that the task comes to own by them (`on_out_of_scope`), are
-        recorded.
+        None if the merge may land. Allowed violations, and the paths that the task acquires by them
+        (`on_out_of_scope`), are recorded.
         """
-        if not spec.owns or merge.new in self._judged:
+        if not spec.owns or merge.new in self._checked:
             return None
         changed = await self._changed(merge)
         owned = (*spec.owns, *self._extended.get(task, ()))
         outside = find_out_of_scope(owned, changed)
         planner = self._ledger.tasks.planning_task(task)
-        while planner is not None:  # a plan cannot give its tasks more than its own task owns
+        while planner is not None:  # a plan can't grant its tasks more paths than the planning task owns
             if limits := (await self._ledger.definitions.spec(planner)).owns:
                 outside += [path for path in find_out_of_scope(limits, changed) if path not in outside]
             planner = self._ledger.tasks.planning_task(planner)
@@ -102,13 +102,13 @@ class OwnershipCheck:
                     await self._note_once(TaskOwnershipExtended, task, outside)
                 case "allow":
                     await self._note_once(TaskOutOfScopeAllowed, task, outside)
-        self._judged.add(merge.new)
+        self._checked.add(merge.new)
         return None
 
     async def locked(self, task: str, merge: PreparedMerge) -> str | None:
-        """Return, as text, which other session locked a path that a merge changes.
+        """Return a description of another session's lock on a path that a merge changes.
 
-        None if none did.
+        None if there is no such lock.
         """
         others = await self._registry.locked_by_others(self._session(task))
         if not others:
@@ -125,14 +125,14 @@ class OwnershipCheck:
     async def create_retry_base(self, task: str, merge: PreparedMerge, violation: OwnershipViolation) -> str:
         """Return a commit to retry from.
 
-        It is the merge without its out-of-scope changes; a ref keeps it.
+        It is the merge without its out-of-scope changes, preserved by a ref.
         """
         commit = await revert_paths(self._git, merge.new, frozenset(violation.paths), "Merge for another attempt\n")
         await self._git("update-ref", internal_ref_name(self._ledger.run.id, f"again/{task}"), commit)
         return commit
 
     async def _extend(self, task: str, outside: Sequence[str]) -> str | None:
-        """Let a task own more paths; return why it cannot."""
+        """Add owned paths to a task; return the reason if that is impossible, else None."""
         patterns = tuple(dict.fromkeys(map(escape_path, outside)))
         try:
             conflict = await self._registry.extend(self._session(task), patterns)

@@ -1,6 +1,6 @@
-"""Find work that somebody else landed.
+"""Find work that was landed externally.
 
-A person may have landed it manually, or merged a pull request of its branch.
+A user may have landed it manually, or merged a pull request of its branch.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import ClaimLost, GitError, VersionConflict
 
-#: States in which built work may have been landed by others, manually or squashed.
+#: Statuses in which built work may have been landed externally, even squashed.
 _BUILT = frozenset({TaskStatus.QUEUED, TaskStatus.CONFLICT, TaskStatus.FAILED})
-#: States in which a recorded merge on the target counts as the landing.
+#: Statuses in which a recorded merge on the target counts as the landing.
 _OPEN = _BUILT | {TaskStatus.PENDING, TaskStatus.RUNNING, TaskStatus.CHECKING}
 
 _LANDED_EXTERNALLY = "landed externally"
 
 
 def has_unlanded_work(tasks: Iterable[TaskDocument]) -> bool:
-    """Whether a task has built something that is not recorded as landed, but may be on the target."""
+    """Return True if a task has built work that is not recorded as landed, but may be on the target."""
     return any(one.status in _BUILT and one.commit is not None for one in tasks)
 
 
@@ -35,15 +35,15 @@ class Reconciler:
         self._seen: tuple[str | None, int] | None = None
 
     async def adopt_landings(self, busy: frozenset[str]) -> list[str]:
-        """Record as landed what others put on the target; return those tasks.
+        """Record external landings on the target; return their tasks.
 
-        Covers the tasks of this orchestrator and, if it leads the run, unclaimed tasks; not tasks that are `busy`
+        Covers the tasks of this orchestrator and, if it leads the run, unclaimed tasks, but not `busy` tasks, which are
         landing.
         """
         target = self._context.target
         try:
             await target.refresh()
-            # A task that failed since then may have landed before.
+            # A task that has failed since may have landed before.
             snapshot = (target.known, sum(self._ledger.task(task).status in _BUILT for task in self._ledger.run.tasks))
             if snapshot == self._seen:
                 return []
@@ -81,7 +81,7 @@ class Reconciler:
             return None
         git = self._context.git
         if await self._context.target.contains(built):
-            # Not in one call: with --first-parent, --ancestry-path misses what came in by a second parent.
+            # Not in one call: with --first-parent, --ancestry-path misses commits merged by a second parent.
             after = set((await git.line("rev-list", "--ancestry-path", f"{built}..{tip}")).split("\n"))
             line = (await git.line("rev-list", "--first-parent", f"{built}..{tip}")).split("\n")
             return next((commit for commit in reversed(line) if commit and commit in after), built)

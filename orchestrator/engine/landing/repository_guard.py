@@ -1,8 +1,8 @@
-"""Detect changes of the user's repository that no landing made.
+"""Detect changes to the user's repository that no landing made.
 
-It is compared before and after each session. A sandboxed session cannot make such changes. Without a sandbox, or
-through a hole in it, this detects them. The user may also have made them, so the report names the sessions that ran and
-judges none.
+Snapshots before and after each session are compared. A sandboxed session can't make such changes, so this detects
+sessions without a sandbox, or with a defective one. The user may have made the changes as well, so the report lists the
+sessions that ran, without blaming one.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from orchestrator.repo.source.user_checkouts import LocalRepository
 class RepositoryGuard:
     """Compares the user's repository between sessions.
 
-    Does nothing for a repository reached by a URL.
+    Does nothing for a remote repository.
     """
 
     def __init__(self, ledger: Ledger, context: RunContext, merge_queue: MergeQueue) -> None:
         """Guard the repository of a run.
 
-        `merge_queue` knows when this process is changing it.
+        `merge_queue` reports when this process is changing it.
         """
         self._ledger, self._merge_queue = ledger, merge_queue
         self._repository = context.repository
@@ -39,13 +39,13 @@ class RepositoryGuard:
         self._ran: set[str] = set()
 
     async def begin(self, task: str) -> None:
-        """Compare before a session starts."""
+        """Compare the repository before a session starts."""
         await self.compare()
         self._running.add(task)
         self._ran.add(task)
 
     async def end(self, task: str) -> None:
-        """Compare after a session ends."""
+        """Compare the repository after a session has ended."""
         self._running.discard(task)
         await self.compare()
 
@@ -59,7 +59,7 @@ class RepositoryGuard:
                 return
             try:
                 await self._compare(self._repository)
-            except (GitError, OSError) as error:  # not readable now: the next comparison reports it
+            except (GitError, OSError) as error:  # unreadable now: the next comparison reports the changes
                 reason = error.stderr if isinstance(error, GitError) else str(error)
                 await self._ledger.note(RepositoryUnreadable(reason=reason))
 

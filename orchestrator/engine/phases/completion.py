@@ -1,7 +1,7 @@
-"""Complete a phase after its session succeeded: check its handoff, and choose what follows.
+"""Complete a phase after its session succeeded: check its handoff, and choose the next step.
 
-`domain.workflow.routing` decides which phase follows; this module collects its facts, and the writes that go with the
-change of the task.
+`domain.workflow.routing` decides which phase follows; this module collects its inputs, and the writes that accompany
+the change of the task.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ from orchestrator.sessions.setup.handoff_file import HandoffData, MalformedHando
 from orchestrator.sessions.setup.shell import CommandFailed
 from orchestrator.system.clock import Clock
 
-#: How often a session is asked to fix an invalid handoff.
+#: How many times a session is asked to fix an invalid handoff.
 MAX_HANDOFF_REPAIRS: Final = 1
-#: Findings listed in a reason.
+#: The number of findings in a reason.
 _MAX_NAMED_FINDINGS: Final = 3
 
 
@@ -78,7 +78,7 @@ class EndedSession:
     """The results of a session that succeeded."""
 
     commit: str | None
-    """The commit that it built, if its phase writes."""
+    """The commit that it built, if the phase writes."""
     failed: CommandFailed | None
     """The `until` command that failed."""
     file: HandoffData | MalformedHandoff | None
@@ -111,12 +111,12 @@ class PhaseCompleter:
     def make_handoff_checker(
         self, task: str, spec: TaskSpec, phase: Phase
     ) -> Callable[[JsonObject], Awaitable[Sequence[str]]] | None:
-        """Return a validator for results that a running session submits; None: its phase has no result."""
+        """Return a validator for results that a running session submits; None if its phase has no result."""
         if phase.kind is None:
             return None
 
         async def check(data: JsonObject) -> Sequence[str]:
-            # Without checksums: the files that a result names are final only when the session has ended.
+            # Without checksums: the files in a result are final only when the session has ended.
             kind = self.inputs.kind(phase)
             checked = kind.check(self.ledger.writer.redactor.json(data), HandoffFacts())
             violations = checked.violations
@@ -130,7 +130,7 @@ class PhaseCompleter:
     async def complete(
         self, task: str, spec: TaskSpec, current: NextPhase, session: EndedSession
     ) -> TaskUpdate | Failed:
-        """Return the outcome of a phase whose session succeeded; Failed if the phase failed nevertheless."""
+        """Return the outcome of a phase whose session succeeded; the phase itself may have failed."""
         document, phase = self.ledger.task(task), current.phase
         base = document.attempt.base
         if current.workflow.is_default:
@@ -226,7 +226,7 @@ class PhaseCompleter:
         )
         update = self._advance(workflow, phase, after, following, outcome)
         trigger, event, changes = update.trigger, update.event, update.changes
-        if tasks:  # the task advances, lands or finishes only once they have landed
+        if tasks:  # the task advances, lands or finishes only after these have landed
             position = {name: changes[name] for name in ("phases", "phase")}
             trigger, event = Trigger.EXPAND, expansion_event(phase, tasks).replace(outcome=outcome)
             changes = {**position, **expansion_changes(self.ledger, task, tasks)}
@@ -235,11 +235,11 @@ class PhaseCompleter:
     def _advance(
         self, workflow: Workflow, phase: Phase, after: TaskDocument, following: Phase | None, outcome: str
     ) -> TaskUpdate:
-        """Return the outcome of a completed phase: another follows, the work is queued to land, or the task is done."""
+        """Return the outcome of a completed phase: the next phase, a queued landing, or a finished task."""
         if following is not None:
             changes = {"phases": after.phases, "phase": workflow.after(phase.name)[0].name}
             return TaskUpdate(Trigger.ADVANCE, TaskAdvanced(outcome=outcome, next=following.name), changes)
-        # Record the phases that are left, if any, as skipped: their conditions are not met.
+        # Record the remaining phases, if any, as skipped: their conditions are not met.
         index = workflow.index(phase.name) + 1
         phases, _ = find_next_phase(workflow, after.phases, index, lambda *_: False, self.clock.now())
         work = find_earlier_work(workflow, after)
@@ -251,7 +251,7 @@ class PhaseCompleter:
     async def _find_next_phase(
         self, task: str, spec: TaskSpec, workflow: Workflow, phase: Phase, checked: _CheckedHandoff | None
     ) -> Phase | None:
-        """Return the phase that follows a completed one; None if none is left."""
+        """Return the phase that follows a completed one; None if it was the last."""
         values = await self.inputs.values(task, spec, workflow, phase)
         if checked is not None:
             values = values.with_produced(checked.kind.exports(checked.data), phase.name, checked.data)
@@ -270,7 +270,7 @@ class PhaseCompleter:
         writes: Sequence[Write],
         events: Sequence[TaskEvent],
     ) -> TaskUpdate | Failed:
-        """Return rejected work to its `on_reject` phase, with the review's findings."""
+        """Send rejected work back to its `on_reject` phase, with the findings of the review."""
         document, phase = self.ledger.task(task), current.phase
         findings = checked.data.get("findings") or checked.data.get("summary") or ""
         phases = change_last_visit(document, PhaseTrigger.COMPLETE, **record)
@@ -363,7 +363,7 @@ async def _facts(git: Git, kind: HandoffKind, data: JsonObject, commit: str | No
 def select_delivery(
     file: HandoffData | MalformedHandoff | None, tool: JsonObject | None, answer: str
 ) -> tuple[JsonObject, Delivery] | Violation:
-    """Return a session's result and its means of delivery; or a violation. The file comes first, then the tool."""
+    """Return a session's result and its means of delivery, or a violation; the file has priority over the tool."""
     match file:
         case HandoffData(data):
             return data, "file"
@@ -375,7 +375,7 @@ def select_delivery(
     if block.data is not None:
         return block.data, "answer"
     why = "; ".join(("no result was submitted", *block.skipped))
-    return Violation("handoff.missing", "the result", why, "write it to $COUNCIL_HANDOFF, as one JSON object")
+    return Violation("handoff.missing", "the result", why, "write it to $COUNCIL_HANDOFF as one JSON object")
 
 
 def summarize_findings(findings: Any) -> str:

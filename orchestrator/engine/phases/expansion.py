@@ -23,8 +23,8 @@ async def expand_task(
 ) -> dict[str, TaskSpec] | Sequence[Violation]:
     """Return the tasks that an attempt's plan creates, by id, or the violations that prevent it.
 
-    What the plan leaves open is inherited from the planning task: adapters, limits, checks. Ids of tasks from an
-    earlier plan are not reused, even if a restore deleted them: a checkpoint may bring them back.
+    Settings that a plan can't define are inherited from the planning task: adapters, limits, checks. Ids of tasks from
+    an earlier plan are not reused, even if a restore deleted them, because a checkpoint may restore them.
     """
     expansion = phase.expand or ExpansionSettings()
     known = await ledger.definitions.earlier_specs(task)
@@ -55,7 +55,7 @@ async def expand_task(
 
 
 def expansion_changes(ledger: Ledger, task: str, specs: Mapping[str, TaskSpec]) -> dict[str, Any]:
-    """Return the changes to a task whose plan creates these tasks; none without tasks."""
+    """Return the changes to a task whose plan creates these tasks; empty without tasks."""
     return {"subtasks": (*landed_subtasks(ledger, ledger.task(task)), *specs)} if specs else {}
 
 
@@ -65,7 +65,7 @@ def expansion_event(phase: Phase, specs: Mapping[str, TaskSpec]) -> TaskExpanded
 
 
 def landed_subtasks(ledger: Ledger, document: TaskDocument) -> tuple[str, ...]:
-    """Return the subtasks of a task that succeeded."""
+    """Return the successful subtasks of a task."""
     return tuple(subtask for subtask in document.subtasks if ledger.task(subtask).status in SUCCESS_STATUSES)
 
 

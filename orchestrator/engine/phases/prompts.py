@@ -1,7 +1,7 @@
 """Render the prompt of a phase's session from its template, and evaluate a phase's condition.
 
 Text from agents, trackers and other sessions is wrapped before a template receives it: a template can inspect it and
-branch on it, but every printed part is quoted as data, whichever way it is printed. Pure except for Jinja2.
+branch on it, but every printed part is quoted as data, no matter how it is printed. Pure except for Jinja2.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from orchestrator.domain.workflow.handoffs import Handoff
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import JsonObject
 
-#: Characters of one value, and of a whole prompt.
+#: The length limits of one value and of a whole prompt, in characters.
 MAX_VALUE_LENGTH: Final = 40_000
 MAX_PROMPT_LENGTH: Final = 400_000
 
-#: What a template expression can raise in addition to Jinja2's own errors.
+#: The exceptions of template expressions, in addition to those of Jinja2.
 _TEMPLATE_ERRORS: Final = (ArithmeticError, LookupError, RecursionError, TypeError, ValueError)
 _WORD: Final = re.compile(r"[A-Za-z0-9_ .-]{1,64}")
 
@@ -41,30 +41,30 @@ class PromptFacts:
     mark: str
     phase: str = "build"
     tracker: str | None = None
-    """The tracker that the task's prompt came from, which makes it data; None: the user's file has it."""
+    """The tracker that provided the task's prompt, which is then data; None: the prompt is in the user's file."""
     planner: str | None = None
-    """The task whose plan created this one, which also makes its prompt data; None: no plan did."""
+    """The task whose plan created this one, whose prompt is then data; None: not created by a plan."""
     round: int = 1
-    """The number of the visit of the phase, or of the try within one, from 1."""
+    """The number of the visit of the phase, or of the round within a visit, from 1."""
     writes: bool = True
     given: Mapping[str, Any] = field(default_factory=dict)
-    """The values that the phase is given, by name."""
+    """The values passed to the phase, by name."""
     results: Mapping[str, Any] = field(default_factory=dict)
     """The results of earlier phases, by phase."""
     feedback: str | None = None
-    """What to fix, rendered by the functions here or in the same way: agents' text in it is quoted."""
+    """The problems to fix, rendered by the functions of this module: text from agents is quoted."""
     base: str | None = None
     """The commit that the work is compared with."""
     diff: str | None = None
-    """The changes between that commit and the work; None: there is no work yet, or the template does not use them."""
+    """The changes between that commit and the work; None if there is no work yet, or the template ignores them."""
     owns: Sequence[str] = ()
-    """Patterns of the paths that the task may change; none: all."""
+    """Patterns of the paths that the task may change; empty: all."""
     submit_handoff: str | None = None
-    """How to submit the result, from `render_handoff_instructions`; None: the phase has none."""
+    """How to submit the result, from `render_handoff_instructions`; None: the phase has no result."""
 
     @property
     def source(self) -> str | None:
-        """The source of the prompt, as text for people; None: the user's file."""
+        """A description of the source of the prompt; None: the user's file."""
         return describe_prompt_source(self.tracker, self.planner)
 
 
@@ -74,21 +74,21 @@ class SessionPrompt:
 
     text: str
     suffix: str | None = None
-    """Appended if the session starts a conversation."""
+    """Text to append if the session starts a conversation."""
     follow_up: str | None = None
-    """Replaces `text` if the session continues a conversation; None: there is nothing new."""
+    """The text that replaces `text` if the session continues a conversation; None: nothing new."""
     given: GivenValues = field(default_factory=GivenValues)
     received: Mapping[str, tuple[int, Handoff]] = field(default_factory=dict)
-    """The handoffs that the session is given, by id, with their document versions."""
+    """The handoffs passed to the session, by id, with their document versions."""
 
 
 def render(template: str, facts: PromptFacts) -> SessionPrompt:
     """Render the prompt of a phase's session.
 
-    Feedback and handoff instructions that the template does not print are appended. Raise RefusedError if the template
+    Feedback and handoff instructions that the template does not print are appended. Raises RefusedError if the template
     fails with these facts.
     """
-    # In reading order: what is wrong, then what to submit.
+    # In reading order: the problems, then the handoff instructions.
     required = [part for part in (facts.feedback, facts.submit_handoff) if part is not None]
     quoter = _Quoter(facts.mark)
     try:
@@ -109,8 +109,8 @@ def render(template: str, facts: PromptFacts) -> SessionPrompt:
 def is_condition_met(phase: str, condition: str, values: Mapping[str, Any]) -> bool:
     """Return True if the condition of a phase is met.
 
-    The condition sees each value by its name, and all of them as `values`. `phase` is for errors. Raise RefusedError if
-    the condition fails with these values.
+    The condition sees each value by its name, and all of them as `values`. `phase` is for errors. Raises RefusedError
+    if the condition fails with these values.
     """
     try:
         wrapped = _Quoter("data").value({**values})
@@ -118,7 +118,7 @@ def is_condition_met(phase: str, condition: str, values: Mapping[str, Any]) -> b
             return bool(compile_condition(condition)({name: wrapped[name] for name in values}, values=wrapped))
     except (environment().error, *_TEMPLATE_ERRORS) as error:
         what = f"the condition of phase {phase!r}, `{condition}`, can't be evaluated: {_error_text(error)}"
-        raise RefusedError(what, "use a value that exists, or write `NAME is defined and …`") from error
+        raise RefusedError(what, "use an existing value, or `NAME is defined and …`") from error
 
 
 def render_handoff_instructions(kind: str, schema: JsonObject, *, writes: bool = True, has_tools: bool = True) -> str:
@@ -168,9 +168,9 @@ def render_command_failure(command: str, ended: str, output: str, mark: str) -> 
 
 
 def render_restart(paths: Sequence[str], diff: str | None, feedback: str | None, mark: str) -> str:
-    """Render feedback for a session that starts from scratch, because the earlier work conflicts with the target.
+    """Render feedback for a session that starts from scratch because the earlier work conflicts with the target.
 
-    `paths` conflict; `diff` and `feedback` are of the earlier work.
+    `paths` are in conflict; `diff` and `feedback` belong to the earlier work.
     """
     conflicts = f"conflicting paths: {', '.join(paths) or 'unknown'}"
     quoted = _text(conflicts if diff is None else f"{conflicts}\n\n{diff}")
@@ -183,9 +183,9 @@ def render_restart(paths: Sequence[str], diff: str | None, feedback: str | None,
 
 
 def render_rejection(note: str | None) -> str:
-    """Render feedback for a phase whose result a person rejected."""
+    """Render feedback for a phase whose result a user rejected."""
     comment = "" if note is None else f" Their comment:\n{note.strip()}"
-    return f"---\nA person reviewed your result and did not approve it. Do it again, better.{comment}\n"
+    return f"---\nA user reviewed your result and did not approve it. Do it again, better.{comment}\n"
 
 
 def _template_variables(facts: PromptFacts, quoter: _Quoter) -> dict[str, Any]:
@@ -210,7 +210,7 @@ def _template_variables(facts: PromptFacts, quoter: _Quoter) -> dict[str, Any]:
 
 
 def describe_prompt_source(tracker: str | None, planner: str | None) -> str | None:
-    """Describe the source of a task's prompt: a tracker or the task whose plan has it; None: neither."""
+    """Return the source of a task's prompt as text: a tracker or the planning task; None: neither."""
     if planner is not None:
         return f"planned by a session of task {planner!r}"
     return None if tracker is None else f"taken from the tracker {tracker!r}"
@@ -254,7 +254,7 @@ class _Quoter:
 
 
 class _QuotedValue:
-    """Text, list or mapping from another source: its items are wrapped, too, and its text is printed quoted."""
+    """A text, list or mapping from another source: its items are wrapped as well, and its text is printed quoted."""
 
     __slots__ = ("_quoter", "_value")
 

@@ -42,25 +42,25 @@ from orchestrator.engine.state.tasks import handoff_write
 from orchestrator.engine.state.transitions import TaskUpdate
 from orchestrator.system.clock import Clock
 
-#: Most conflicting paths in the reason of a restart.
+#: The maximum number of conflicting paths in the reason of a restart.
 _MAX_NAMED_PATHS: Final = 10
-#: For a phase without a template.
+#: The template of a phase without its own.
 _DEFAULT_TEMPLATE: Final = "{{ task.prompt }}"
 
 
 @dataclass(frozen=True, slots=True)
 class ConflictingWork:
-    """Work that a session was to fix, but that conflicts with the target."""
+    """Work that a session was meant to fix, but that conflicts with the target."""
 
     branch: str | None
     commit: str
     base: str | None
-    """The commit that it is compared with; None if that is not known to be here."""
+    """The commit that the work is compared with; None if it may be missing here."""
     paths: tuple[str, ...] = ()
     """The conflicting paths, if known."""
 
     def describe(self) -> str:
-        """Return why the session starts from scratch."""
+        """Return the reason why the session starts from scratch."""
         work = "the earlier work" if self.branch is None else f"the earlier work ({salvage_name(self.branch)})"
         paths = f" in {join_names(self.paths, _MAX_NAMED_PATHS)}" if self.paths else ""
         return f"{work} conflicts with the target{paths}: starting from scratch"
@@ -74,14 +74,14 @@ class NextPhase:
     phase: Phase
     phases: tuple[PhaseRecord, ...] = ()
     start: str | None = None
-    """The commit that it starts from, if other than the base."""
+    """The commit that it starts from, if not the base."""
     base: str | None = None
-    """The commit that its work is compared with, if it starts from another."""
+    """The commit that its work is compared with, if not the start."""
     earlier: int | None = None
     """The attempt whose conversation it continues."""
     prompt: SessionPrompt | None = None
     conflicting: ConflictingWork | None = None
-    """The work that it was to fix; it starts from scratch instead."""
+    """The earlier work, if it conflicts and the session starts from scratch instead of fixing it."""
     is_newest: bool = True
     """Whether it starts from the newest state of its base."""
 
@@ -99,7 +99,7 @@ class PhaseStarter:
     async def next_phase(self, task: str, spec: TaskSpec) -> NextPhase | TaskUpdate:
         """Return the phase that the next session of a task runs; phases with an unmet condition are skipped.
 
-        If no phase is left, return the update that queues its work to land, or marks it done.
+        If no phase remains, return the update that queues its work to land, or marks the task done.
         """
         workflow, document = self.ledger.definitions.workflow(spec.workflow), self.ledger.task(task)
         if workflow.is_default:
@@ -126,7 +126,7 @@ class PhaseStarter:
     ) -> SessionPrompt:
         """Return the prompt and inputs of a phase's session.
 
-        `diff` shows the work that it starts with, or that conflicts with the target.
+        `diff` shows the work that the session starts from, or that conflicts with the target.
         """
         document = self.ledger.task(task)
         feedback = document.feedback
@@ -204,5 +204,5 @@ def render_plain_prompt(spec: TaskSpec) -> str:
 
 
 def planning_task(spec: TaskSpec) -> str | None:
-    """Return the task whose plan created a task; None if no plan did."""
+    """Return the task whose plan created a task, or None."""
     return None if spec.plan is None else spec.plan.split("/")[1]

@@ -56,7 +56,7 @@ class PhaseValues:
         }
 
     def with_produced(self, added: Mapping[str, Any], phase: str, result: Mapping[str, Any]) -> PhaseValues:
-        """Return the values including those that the phase itself added, for later phases."""
+        """Return the values together with those that the phase itself added, for later phases."""
         return replace(self, known={**self.known, **added}, results={**self.results, phase: result})
 
 
@@ -77,7 +77,7 @@ class PhaseInputs:
         return await collect_phase_values(workflow, phase, spec.context, done, handoffs, self.kind, self.shared_values)
 
     def kind(self, phase: Phase) -> HandoffKind:
-        """Return the kind of a phase's handoff; raise RefusedError if no plugin provides it any more."""
+        """Return the kind of a phase's handoff; raise RefusedError if its plugin is no longer installed."""
         name = phase.kind or phase.name
         if phase.handoff_schema is not None:
             return kind_from_schema(name, phase.handoff_schema)
@@ -96,12 +96,12 @@ async def collect_phase_values(
     kind_of: Callable[[Phase], HandoffKind],
     shared_values: SharedValues,
 ) -> PhaseValues:
-    """Return the values of a phase; `done` are its completed earlier visits, `handoffs` all of the task by id."""
+    """Return the values of a phase, given the completed visits before it and all handoffs of the task by id."""
     produced: dict[str, Mapping[str, Any]] = {}
     known = dict(inherited)
     results: dict[str, Any] = {}
     by_phase: dict[str, tuple[int, Handoff]] = {}
-    # Shared data must not change after a person has approved it.
+    # Shared data must not change after a user has approved it.
     last = max((index for index, name in enumerate(done) if workflow.phase(name).approve), default=-1)
     approved = list(done)[: last + 1]
     for name, record in done.items():

@@ -29,8 +29,8 @@ from orchestrator.repo.git.command import Git
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.system.clock import Clock
 
-_REPAIR = "run `council state verify --repair` to keep what is readable"
-_FOREIGN_WRITER = "not written by `council`: run `council checkpoint restore` to go back to an earlier state"
+_REPAIR = "run `council state verify --repair` to keep the readable part"
+_FOREIGN_WRITER = "not written by `council`: restore an earlier state with `council checkpoint restore`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class TaskVerification:
     handoffs: int = 0
     violations: Sequence[Violation] = ()
     unseen: Sequence[str] = ()
-    """Files that could not be checked, and why."""
+    """Files that could not be checked, with reasons."""
 
     def to_json(self) -> JsonObject:
         """Return the object for `--json`."""
@@ -82,7 +82,7 @@ class _RunVerifier:
     kinds: Mapping[str, HandoffKind]
     constraints: Mapping[str, Constraint]
     git: Git | None
-    """None: the run's repositories were removed."""
+    """Runs in the trusted repository; None if the run's repositories were removed."""
     sessions: Sequence[SessionContext]
     now: float
 
@@ -136,9 +136,9 @@ class _RunVerifier:
                 return document, {name: handoff for name, (_, handoff) in handoffs.items()}
 
     async def _checksums(self, facts: WorkflowRecord) -> tuple[dict[str, dict[str, str | None]], list[str]]:
-        """Return the checksums of the files that handoffs name, by handoff, and what could not be checked.
+        """Return the checksums of the files in handoffs, by handoff, and the reasons for unchecked files.
 
-        Checksums are taken at the commits that the visits ended with.
+        Checksums are computed at the final commits of the visits.
         """
         checksums: dict[str, dict[str, str | None]] = {}
         unseen: list[str] = []
@@ -173,8 +173,8 @@ async def verify_run(
     clock: Clock,
     environ: Mapping[str, str],
 ) -> RunVerification:
-    """Verify each task of a run that has a workflow. Raise RefusedError if there is no such run."""
-    # Sessions first: everything that they refer to is recorded before the rest is read.
+    """Verify each task of a run that has a workflow. Raises RefusedError if there is no such run."""
+    # Sessions first: everything they refer to is recorded before the other documents are read.
     sessions, now = await read_contexts(store, run), clock.now()
     document = await read_run(store, run)
     if not document.workflows:

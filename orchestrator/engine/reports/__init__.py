@@ -1,1 +1,1 @@
-"""Results of runs and tasks, as the shell prints them and Python returns them. Pure."""
+"""Results of runs and tasks, as printed by commands and returned by the Python API. Pure."""

@@ -25,7 +25,7 @@ class PlannedTask:
     follows: str | None
     """A task of the same wave that owns a common path and would start first."""
     adapter: str
-    """The adapter that would start it: that of its first phase, if the phase names one."""
+    """The adapter that would start it: the one of its first phase, if specified."""
     phases: Sequence[str]
     """The phases of its workflow, in order; empty without a workflow."""
     program: str
@@ -61,7 +61,7 @@ class DryRun:
     sessions: int
     """The largest number of concurrent sessions."""
     limited_by: str | None
-    """Why the machine allows fewer than the file's `capacity`, if it does."""
+    """The reason if the machine allows fewer sessions than the file's `capacity`."""
     waves: Sequence[PlannedWave]
     findings: Sequence[Finding] = ()
     """The problems and warnings of `council doctor`."""
@@ -72,7 +72,7 @@ class DryRun:
 
 
 def starting_adapters(config: RunConfig) -> dict[str, tuple[str, ...]]:
-    """Return the adapters that would start each task, the preferred one first, assuming that no phase is skipped."""
+    """Return the adapters that would start each task, in order of preference, if no phase is skipped."""
     document = TaskDocument()
     return {
         task.id: current_adapters(

@@ -31,14 +31,14 @@ class PhaseOverview:
 
 @dataclass(frozen=True, slots=True)
 class TaskOverview:
-    """The status of one task, the location of its work, and its usage."""
+    """The status of one task, with the location of its work and its usage."""
 
     report: TaskReport
     worktree: str | None
     """The worktree of its newest attempt, if it exists."""
     phases: Sequence[PhaseOverview]
     minutes: float | None
-    """From its first start to its landing."""
+    """Minutes from its first start to its landing."""
     branch: str | None = None
     """The branch with its work; for imported tasks, the former branch."""
     pull_request: int | None = None
@@ -117,7 +117,7 @@ class RunOverview:
 def landing_times(tasks: Mapping[str, TaskDocument], documents: Mapping[str, Document]) -> dict[str, float]:
     """Return the times when tasks landed (wall-clock seconds); imported tasks have the imported completion time.
 
-    A landed task's document never changes again, so that its time is the time of the landing.
+    The document of a landed task never changes again, so its time is the time of the landing.
     """
     times = {
         name: documents[name].time if task.imported is None else task.imported.completed

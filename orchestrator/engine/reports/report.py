@@ -1,4 +1,4 @@
-"""Describe the state of a run as one object, for `--json` and for Python. Pure."""
+"""Report the state of a run as one object, for `--json` and the Python API. Pure."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from orchestrator.system.instants import format_local_time
 class RunStatus(StrEnum):
     """The status of a run; it determines the exit code."""
 
-    LANDED = "landed"  #: every task is on the target, or done without changes
-    INCOMPLETE = "incomplete"  #: ended, but some tasks neither landed nor are done
-    INTERRUPTED = "interrupted"  #: stopped or killed before its end; `council resume` continues it
+    LANDED = "landed"  #: all tasks have landed, or are done without changes
+    INCOMPLETE = "incomplete"  #: ended, but some tasks have neither landed nor are done
+    INTERRUPTED = "interrupted"  #: stopped or killed before its end; continued by `council resume`
     HALTED = "halted"  #: stopped by its budget or by failing checks; `halted` has the reason
     RUNNING = "running"
 
@@ -49,16 +49,16 @@ _INTERRUPTED = "session interrupted: to retry, run `council resume {run}`"
 _DAMAGED = "its record in the state log is damaged, so an earlier state is shown: run `council state verify`"
 
 
-@dataclass(slots=True)  # not frozen, which would take three times as long, and there are thousands
+@dataclass(slots=True)  # not frozen: creating thousands of frozen objects would take three times as long
 class TaskReport:
     """The state of one task."""
 
     id: str
     """The task's id within the run."""
     status: str
-    """Its status; `blocked` means that a task that it needs will not land."""
+    """Its status; `blocked` means that one of its needs will not land."""
     attempts: int
-    """The number of attempts that count towards its limit; each phase, and each manual retry, starts at zero."""
+    """The number of attempts that count towards its limit; reset by each phase and each manual retry."""
     landed: str | None
     """The commit on the target that contains its change."""
     branch: str | None
@@ -66,24 +66,24 @@ class TaskReport:
     failure: str | None
     """The failure class of its last attempt."""
     reason: str | None
-    """Why it has not landed, or what is special about it."""
+    """The reason why it has not landed, or a note about its status."""
     paths: Sequence[str]
-    """The paths in conflict."""
+    """The conflicting paths."""
     log: str | None
-    """The file with the output of the failed check, else with the last attempt's standard error."""
+    """The file with the output of the failed check, or else the standard error of the last attempt."""
     adapter: str
     last_message: str | None
     """The last message of the CLI, or its result."""
     input_tokens: int
     output_tokens: int
     cost: float | None
-    """US dollars of all attempts whose cost their CLIs reported."""
+    """The cost of all attempts in US dollars, as far as reported by their CLIs."""
     phase: str | None = None
-    """The current or next phase of its workflow; null: none is left, or it has no workflow."""
+    """The current or next phase of its workflow; null: no phase remains, or it has no workflow."""
     denied_tools: str | None = None
-    """The tools denied to its newest session that had any denied, and how to allow them; null: none."""
+    """The denied tools of its newest session with any denials, and how to allow them; null: none."""
     blocked_by: str | None = None
-    """The failed task that it needs, directly or not; null: an adapter, or nothing, blocks it."""
+    """The failed task that it needs, directly or indirectly; null: blocked by an adapter, or not blocked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class AdapterReport:
     cooldown_until: float | None
     """The end of its cooldown (seconds since the epoch)."""
     disabled_reason: str | None
-    """Why it is disabled until a person enables it."""
+    """The reason why it is disabled; only a user can enable it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ class AdapterFailure:
     failure: str
     """The failure class."""
     reason: str
-    """What happened, and what to do."""
+    """The error and its remedy."""
     time: float
     """Seconds since the epoch."""
     task: str
@@ -130,9 +130,9 @@ class SessionReport:
     progress: str | None
     """The progress that it reported."""
     message: str | None
-    """The activity that it reported, else the activity observed in its output."""
+    """The activity that it reported, or else the one observed in its output."""
     blocked_on: str | None
-    """What it waits for."""
+    """The reported reason why it is blocked."""
     files: Sequence[str]
     """The files that it has locked."""
     updated: float
@@ -141,7 +141,7 @@ class SessionReport:
 
 @dataclass(frozen=True, slots=True)
 class OrchestratorReport:
-    """A process that runs tasks of a run, or did."""
+    """A process that runs or has run tasks of a run."""
 
     id: str
     """Its id in the run."""
@@ -158,18 +158,18 @@ class OrchestratorReport:
     ended: float | None
     """The time when it ended, or was declared dead (seconds since the epoch)."""
     reason: str | None
-    """Why it ended, unless it ended normally."""
+    """The reason for an abnormal end."""
 
     @classmethod
     def from_lease(cls, lease: OrchestratorLease) -> OrchestratorReport:
-        """Describe an orchestrator by its lease."""
+        """Return the report of an orchestrator, given its lease."""
         owner = lease.owner
         return cls(owner.id, owner.host, owner.pid, owner.role, lease.since, lease.heartbeat, lease.ended, lease.reason)
 
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """The state of a run: the last object that commands with `--json` print."""
+    """The state of a run: the last object printed by commands with `--json`."""
 
     run: str
     """The run's id."""
@@ -184,29 +184,29 @@ class RunReport:
     adapters: Sequence[AdapterReport]
     """The unavailable adapters."""
     damage: Sequence[str]
-    """Unreadable parts of the state log; affected tasks say so."""
+    """Unreadable parts of the state log; affected tasks have a `reason`."""
     imported: str | None = None
-    """The file that the run's record was imported from, by its name in the project; such a run can't be resumed."""
+    """The file that the run was imported from, relative to the project; such a run can't be resumed."""
     halted: str | None = None
-    """Why it was stopped before its end, and what to do."""
+    """The reason why it was stopped before its end, with the remedy."""
     halted_by: HaltCause | None = None
-    """What stopped it: its `budget`, a check that fails on the `base`, or `commands` that can't be run."""
+    """The cause of the stop: the `budget`, a failing check on the `base`, or `commands` that can't run."""
     file: str | None = None
-    """The file that its tasks are from, which `council retry TASK --reload` reads; null: they are from none."""
+    """The file that defines its tasks, as read by `council retry TASK --reload`; null: no file."""
     merges: str | None = None
-    """The run whose branch it merges into the base, for `council merge`."""
+    """The run whose branch this run merges into the base, for `council merge`."""
     merged_by: str | None = None
     """The run that merged its branch into its base, by `council merge`."""
     awaits_merge: bool = False
-    """Whether its own branch exists and has commits that its base does not have: `council merge` merges them."""
+    """Whether its branch has commits that are missing on its base, so that `council merge` can merge them."""
     background: str | None = None
-    """Why its background process ended, if that failed."""
+    """The error of its background process, if it failed."""
     sessions: Sequence[SessionReport] = ()
     """The running sessions, while a process is active in the run."""
     orchestrators: Sequence[OrchestratorReport] = ()
-    """All processes that ever joined it, by the time when they joined."""
+    """All processes that ever joined the run, in order of joining."""
     claims: ClaimCounters = field(default_factory=ClaimCounters)
-    """The outcomes of all their claims, as of each one's last heartbeat."""
+    """The counters of all their claims, as of their last heartbeats."""
 
     @property
     def exit_code(self) -> int:
@@ -222,7 +222,7 @@ class RunReport:
 
     @property
     def has_stuck_tasks(self) -> bool:
-        """Whether a stopped adapter alone blocks any of its tasks: a resume tries that again."""
+        """Whether any of its tasks is blocked only by a disabled adapter, which a resume enables again."""
         return any(task.status == "blocked" and task.blocked_by is None for task in self.tasks)
 
     def to_json(self) -> JsonObject:
@@ -247,7 +247,7 @@ class RunRecord:
     """All orchestrators that ever joined it."""
 
     def adapters_of(self, task: str) -> tuple[str, ...]:
-        """Return the adapters for the current phase of a task, the preferred one first."""
+        """Return the adapters for the current phase of a task, in order of preference."""
         entry = self.entries[task]
         if entry.workflow is None:
             return entry.adapters
@@ -305,9 +305,9 @@ def build_report(
     now: float,
     damage: Sequence[str] = (),
 ) -> RunReport:
-    """Describe a run at `now` (wall-clock seconds), whose logs and branches are in `logs` and `repository`.
+    """Return the report of a run at `now` (wall-clock seconds); `logs` and `repository` have its logs and branches.
 
-    `is_live`: a process is active in it.
+    `is_live`: a process is active in the run.
     """
     state = run_state(
         {document.status for document in record.tasks.values()},
@@ -326,7 +326,7 @@ def build_report(
     stuck = {} if status is RunStatus.RUNNING else _tasks_without_adapter(record, disabled)
     waiting = _tasks_in_cooldown(record, adapters)
     reports, roots = [], dict[str, str]()
-    for task, blocker in blocked.items():  # what a task needs comes before it
+    for task, blocker in blocked.items():  # needs come before their dependents
         roots[task] = roots.get(blocker, blocker)
     for task in record.run.tasks:
         need = blocked.get(task)
@@ -336,7 +336,7 @@ def build_report(
         report = replace(report, blocked_by=roots[task]) if task in roots else report
         if status in {RunStatus.INTERRUPTED, RunStatus.HALTED} and report.status == TaskStatus.RUNNING:
             reason = _INTERRUPTED.format(run=record.run.id)
-            # The resume that records the interruption stops counting the attempt, too.
+            # A resume records the interruption, and then no longer counts the attempt either.
             report = replace(report, reason=reason, attempts=report.attempts - 1)
         reports.append(replace(report, reason=_DAMAGED) if task in record.damaged else report)
     run, source = record.run, record.run.imported.source if record.run.imported else None
@@ -390,7 +390,7 @@ def _tasks_without_adapter(record: RunRecord, disabled: Mapping[str, str]) -> di
 
 
 def _describe_disabled(disabled: Mapping[str, str], run: str) -> str:
-    """Say that all adapters of a task are disabled, and why."""
+    """Return a message that all adapters of a task are disabled, with the reasons."""
     if len(disabled) == 1:
         [(name, why)] = disabled.items()
         return f"adapter {name!r} is disabled: {why}: fix it, then run `council resume {run}`"
@@ -399,7 +399,7 @@ def _describe_disabled(disabled: Mapping[str, str], run: str) -> str:
 
 
 def _tasks_in_cooldown(record: RunRecord, unavailable: Sequence[AdapterReport]) -> dict[str, str]:
-    """Return the tasks that could start but for the cooldown of their adapters, each with a reason."""
+    """Return the tasks that only wait for the cooldown of their adapters, each with a reason."""
     if all(adapter.cooldown_until is None for adapter in unavailable):
         return {}
     by_name, reasons = {adapter.name: adapter for adapter in unavailable}, dict[tuple[str, ...], str]()
@@ -418,7 +418,7 @@ def _tasks_in_cooldown(record: RunRecord, unavailable: Sequence[AdapterReport]) 
 
 
 def _describe_cooldown(adapters: Sequence[AdapterReport]) -> str:
-    """Name the adapters that a task waits for, the soonest first, and the disabled ones; empty if all are disabled."""
+    """Return a message with the adapters that a task waits for, in order of time; empty if all are disabled."""
     ends = sorted(
         (one.cooldown_until, one.name) for one in adapters if one.disabled_reason is None and one.cooldown_until
     )
@@ -468,7 +468,7 @@ def _newest_denials(attempts: Sequence[Attempt]) -> str | None:
 
 
 def current_phase(task: TaskDocument) -> str | None:
-    """Return the current or next phase of a task; None: none is left, or it has no workflow."""
+    """Return the current or next phase of a task; None: no phase remains, or it has no workflow."""
     last = task.phases[-1] if task.phases else None
     return last.phase if last is not None and last.status in OPEN_STATUSES else task.phase
 

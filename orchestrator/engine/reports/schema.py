@@ -1,4 +1,4 @@
-"""Return the JSON Schemas (draft 2020-12) of `--json` output: a run's result, a task's details, and events."""
+"""JSON Schemas (draft 2020-12) of `--json` output: a run's result, a task's details, and events."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _build_schema(model: type) -> JsonObject:
 
 
 def _field_docstrings(model: type) -> dict[str, str]:
-    """Return the docstrings of the fields of a class, inherited ones included."""
+    """Return the docstrings of the fields of a class, including inherited ones."""
     texts: dict[str, str] = {}
     for base in reversed(model.__mro__):
         if base.__module__.startswith("orchestrator."):

@@ -18,17 +18,17 @@ from orchestrator.engine.reports.report import TaskReport, imported_phase_status
 from orchestrator.protocols import JsonObject
 from orchestrator.sessions.output.log_files import log_file_name
 
-#: The fields with defaults are always in the JSON.
+#: Fields with defaults are always present in the JSON.
 _WITH_DEFAULTS = ConfigDict(json_schema_serialization_defaults_required=True)
 
 
 class PhaseVisitDetails(PhaseRecord):
-    """One visit of a phase; each restart of the phase from its beginning is a new visit."""
+    """One visit of a phase; restarting a phase from scratch is a new visit."""
 
     model_config = _WITH_DEFAULTS
 
     status: str  # type: ignore[assignment]  # an imported phase has a status of its own
-    """`in_progress`, `awaiting_approval`, `completed`, `rejected` (by a person), `failed`, `skipped` or `cancelled`."""
+    """`in_progress`, `awaiting_approval`, `completed`, `rejected` (by a user), `failed`, `skipped` or `cancelled`."""
     visit: int
     """The number of the visit of this phase, from 1."""
     adapters: tuple[str, ...]
@@ -48,9 +48,9 @@ class AttemptDetails(Attempt):
     phase: str
     """The phase that it ran."""
     seconds: float
-    """Its duration, so far if it is running."""
+    """Its duration until now or its end."""
     log: str | None
-    """The file with its standard output; `.stderr` is in the same folder. Null: setup ended the session."""
+    """The file with its standard output; `.stderr` is in the same folder. Null: the session ended during setup."""
     secrets: tuple[str, ...] = Field(default=(), exclude=True)
 
 
@@ -65,7 +65,7 @@ class HandoffDetails(Handoff):
 
 @dataclass(frozen=True, slots=True)
 class LandingDetails:
-    """The landing of a task's work on the target, or what prevents it."""
+    """The landing of a task's work on the target, or its obstacle."""
 
     target: str
     landed: str | None
@@ -79,7 +79,7 @@ class LandingDetails:
     branch: str | None
     """The branch with its unmerged work."""
     paths: Sequence[str]
-    """The paths in conflict."""
+    """The conflicting paths."""
     pull_request: int | None
     """The number of its pull request."""
 
@@ -101,11 +101,11 @@ class TaskDetails:
     run: str
     task: str
     status: str
-    """Its status; `blocked` means that a task that it needs will not land."""
+    """Its status; `blocked` means that one of its needs will not land."""
     reason: str | None
-    """Why it has not landed, or what is special about it."""
+    """The reason why it has not landed, or a note about its status."""
     prompt: str | None
-    """Its prompt; null if not known, as for an imported task."""
+    """Its prompt; null if unknown, as for an imported task."""
     tracker: str | None
     """The tracker that it came from."""
     plan: str | None
@@ -113,16 +113,16 @@ class TaskDetails:
     subtasks: Sequence[str]
     """The tasks that its plan created."""
     adapter: str | None
-    """Null for a merge, which runs no session."""
+    """Its adapter; null for a merge, which runs no session."""
     attempts: int
     """The number of attempts, without interrupted ones."""
     needs: Sequence[str]
     workflow: str | None
     """The name of its workflow."""
     phases: Sequence[PhaseVisitDetails]
-    """The phases that it has visited, visit by visit."""
+    """All visits of its phases, in order."""
     remaining_phases: Sequence[str]
-    """The phases that are left, if none is rejected or skipped."""
+    """The remaining phases, if none is rejected or skipped."""
     sessions: Sequence[AttemptDetails]
     handoffs: Sequence[HandoffDetails]
     landing: LandingDetails
@@ -130,7 +130,7 @@ class TaskDetails:
     damage: Sequence[str]
     """Unreadable parts of the state log."""
     latest_activity: LatestActivity | None = None
-    """The latest activity of its session; null unless one is running and its output is on this machine."""
+    """The latest activity of its session; null unless a session is running and its output is on this machine."""
 
     def to_json(self) -> JsonObject:
         """Return the object for `--json`."""
@@ -164,9 +164,9 @@ def build_task_details(
     is_merge: bool = False,
     damage: Sequence[str] = (),
 ) -> TaskDetails:
-    """Describe a task from its documents; `logs` is the folder with the logs of its run.
+    """Return the details of a task from its documents; `logs` is the folder with the logs of its run.
 
-    At `now` (wall-clock seconds) sessions without an end are running. The first attempt of a merge has no session.
+    Sessions without an end are running at `now` (wall-clock seconds). The first attempt of a merge has no session.
     """
     attempts = document.attempts[1:] if is_merge else document.attempts
     ordered = sorted(handoffs.values(), key=lambda handoff: handoff.attempt)

@@ -1,1 +1,1 @@
-"""The loop of a run: decide, start attempts, follow other processes, recover after a crash."""
+"""The scheduler of a run: start attempts, land work, follow other processes, recover after a crash."""

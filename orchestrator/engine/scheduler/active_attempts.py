@@ -1,4 +1,4 @@
-"""The running attempts of this process, and the effects of their ends."""
+"""The running attempts of this process, and their results."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from orchestrator.sessions.setup.checks import CheckRunner
 
 
 class AttemptEnd(NamedTuple):
-    """The effects of an ended attempt on later ones; the ledger has the status of its task."""
+    """The effects of an ended attempt on later attempts; the ledger has the status of its task."""
 
     retry_in: float = 0.0
     """Seconds until the task may start again, if it is pending."""
     adapter: AdapterDocument | None = None
-    """The state of its adapter, if the attempt changed it or found it changed."""
+    """The state of its adapter, if it changed during the attempt."""
     shortage: str | None = None
-    """The resource that the machine is short of: nothing should start for a while."""
+    """The exhausted resource of the machine, if any: no session should start for a while."""
     unrunnable: str | None = None
-    """Why no attempt can work: a check or setup command cannot run here."""
+    """The reason why all attempts would fail, if a check or setup command can't run here."""
 
 
 @dataclass(slots=True)
 class ActiveAttempt:
-    """A running attempt; `cancelled` is set once a person cancels the task."""
+    """A running attempt; `cancelled` is set when a user cancels the task."""
 
     task: str
     spec: TaskSpec
@@ -46,7 +46,7 @@ class ActiveAttempt:
     """The handoff that its session submitted while it ran."""
     cancelled: bool = field(default=False, init=False)
     is_budget_exhausted: bool = field(default=False, init=False)
-    """Whether the budget of the task is exhausted, so that no attempt follows."""
+    """Whether the budget of the task is exhausted, which rules out another attempt."""
 
     @property
     def name(self) -> SessionName:
@@ -66,6 +66,6 @@ class ActiveAttempt:
             self.checks.stop()
 
     def cancel(self) -> None:
-        """Stop the attempt; no other attempt follows."""
+        """Stop the attempt without another one."""
         self.cancelled = True
         self.stop()

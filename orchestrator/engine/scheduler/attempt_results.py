@@ -1,4 +1,4 @@
-"""Record the ends of attempts: complete their phases, retry, or end their tasks."""
+"""Record the results of attempts: complete their phases, retry, or end their tasks."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ from orchestrator.sessions.setup.handoff_file import read_handoff
 from orchestrator.sessions.setup.shell import CommandFailed
 from orchestrator.system.failpoints import failpoint
 
-#: Number of discarded paths that are recorded.
+#: The maximum number of discarded paths to record.
 _MAX_DISCARDED_PATHS = 100
-#: Number of paths that an event names.
+#: The maximum number of paths in an event.
 MAX_EVENT_PATHS = 200
 
 
@@ -66,7 +66,7 @@ class AttemptRecorder:
     phase_handlers: PhaseHandlers
 
     async def record(self, active: ActiveAttempt, finished: SessionResult) -> AttemptEnd:
-        """Record the end of an attempt; ClaimLost if another orchestrator has taken over its task."""
+        """Record the end of an attempt; raise ClaimLost if another orchestrator has taken over its task."""
         await self.ledger.require_claim(active.task)
         if active.cancelled:
             return await self._record_cancelled(active, finished)
@@ -123,7 +123,7 @@ class AttemptRecorder:
         return AttemptEnd()
 
     async def _complete_phase(self, active: ActiveAttempt, ended: EndedSession) -> TaskUpdate | Failed:
-        """Return the update that completes the phase of a session, or why the phase failed."""
+        """Return the update that completes the phase of a session, or the failure of the phase."""
         try:
             return await self.phase_handlers.completer.complete(active.task, active.spec, active.next_phase, ended)
         except (RefusedError, HandoffCorrupted) as error:  # an invalid condition or earlier handoff
@@ -132,7 +132,7 @@ class AttemptRecorder:
     async def _run_phase_checks(
         self, active: ActiveAttempt, commit: str
     ) -> CommandFailed | ChecksNotRun | Misconfigured | None:
-        """Return why the work fails the `until` checks of its phase; None if it passes."""
+        """Return the failure of the `until` checks of a phase; None if they pass."""
         base, worktree = active.session.assignment.base, active.session.assignment.worktree
         active.checks = self.context.checks(
             self.pool,
@@ -230,5 +230,5 @@ def end_events(active: ActiveAttempt, finished: SessionResult) -> Iterator[TaskE
     if finished.discarded:
         yield TaskChangesDiscarded(task=task, attempt=number, paths=finished.discarded[:MAX_EVENT_PATHS])
     if not finished.collected:
-        reason = "; ".join(("it has changes that are on no branch", *finished.notes))
+        reason = "; ".join(("it has changes that are not on any branch", *finished.notes))
         yield TaskWorktreePreserved(task=task, worktree=str(active.session.assignment.worktree.tree), reason=reason)

@@ -102,7 +102,8 @@ class AttemptRunner:
     async def perform(self, active: ActiveAttempt) -> AttemptEnd | None:
         """Record the attempt, run it, record its end, and clean up.
 
-        Return None if another orchestrator owns the task or its paths; the ledger then has its current state.
+        Return None if another orchestrator owns the task or its paths; the ledger then has the current state of the
+        task.
         """
         if not await self._begin(active):
             return None
@@ -146,7 +147,7 @@ class AttemptRunner:
             restart_reason="" if conflicting is None else conflicting.describe(),
         )
         earlier = self.ledger.task(active.task).attempts
-        if len(earlier) + 1 != attempt.number:  # another orchestrator has made an attempt since this one was prepared
+        if len(earlier) + 1 != attempt.number:  # another orchestrator has started an attempt since then
             return False
         update = self.phase_handlers.starter.build_start_update(
             active.task, active.next_phase, attempt, (*earlier, attempt)
@@ -188,20 +189,20 @@ class AttemptRunner:
     async def _notes(self, task: str, spec: TaskSpec) -> str | None:
         """Return the notes of earlier sessions for the next one.
 
-        They are of this task or about paths that it owns.
+        They are notes of the same task, or about paths that it owns.
         """
         if self.context.session_service is None:
             return None
         return format_notes(await self.context.session_service.notes.find_relevant(task, spec.owns))
 
     async def _paths(self, active: ActiveAttempt, claim: Guard) -> Sequence[Write] | None:
-        """Return the writes that claim the paths of a task under `claim`; None if it can't start from its base."""
+        """Return the writes that claim the paths of a task under `claim`; None if its base is outdated."""
         owns = active.spec.owns
         if not owns:
             return []
         orchestrator = self.ledger.orchestrators.me.id
         planned = await self.context.registry.plan(active.name, owns, orchestrator=orchestrator, claim=claim)
-        # The previous owner may have landed since the start point was read; from now on no other task can.
+        # The previous owner may have landed since the start point was read; from now on no other task can land there.
         base = active.session.assignment.base
         if isinstance(planned, OwnershipConflict) or (
             active.next_phase.is_newest and await self.base_selector.is_outdated(owns, base)
@@ -212,7 +213,7 @@ class AttemptRunner:
     def _apply_budget(self, active: ActiveAttempt, finished: SessionResult) -> SessionResult:
         """Return the result of a session.
 
-        Attribute a limit that it stopped at to the matching budget.
+        If a limit stopped it, attribute that limit to the matching budget.
         """
         if not isinstance(finished.outcome, Failed) or finished.outcome.failure is not FailureClass.LIMIT:
             return finished
@@ -231,16 +232,16 @@ class AttemptPreparer:
     attempts: AttemptRunner
 
     async def prepare(self, task: str, tips: dict[bool, str]) -> ActiveAttempt | TaskUpdate | None:
-        """Return the next attempt of a task; None if the task may no longer start.
+        """Return the next attempt of a task; None if the task can no longer start.
 
-        A task that needs no further session has an update instead, which queues its work to land or marks it done.
-        `tips` caches commits for tasks that start together.
+        For a task that needs no further session, return an update instead, which queues its work to land or marks it
+        done. `tips` caches commits for tasks that start together.
         """
         spec = await self.attempts.ledger.definitions.spec(task)
         if self.attempts.budgets.is_halted():
             return None
-        if (merged := self.attempts.ledger.run.merges) is not None:  # its work is built already
-            reason = f"a merge run starts no session: `council merge {merged}` merges again"
+        if (merged := self.attempts.ledger.run.merges) is not None:  # its work is already built
+            reason = f"merge runs start no sessions: `council merge {merged}` merges again"
             await self._refuse(task, Failed(FailureClass.INVALID, reason))
             return None
         if self.local.has_open_subtasks(task):  # subtasks that another process created
@@ -265,18 +266,18 @@ class AttemptPreparer:
             return None
 
     async def _check_retry_limit(self, task: str) -> Failed | None:
-        """Return why a task has no retries left, counting its own attempts and takeovers."""
+        """Return the failure if a task has no retries left, including takeovers, else None."""
         claims, timing = self.attempts.ledger.claims, self.attempts.ledger.orchestrators.timing
         if claims is None:
             return None
         claim = await claims.read(task)
         if claim is None or should_try(claim, None, timing, ignored=None) is not ClaimVerdict.TRIED_OUT:
             return None
-        reason = f"tried {claim.retries + 1} times, some of them by orchestrators that exited before its end"
-        return Failed(FailureClass.CRASHED, f"{reason}: find out why they exited, then `council retry {task}`")
+        reason = f"tried {claim.retries + 1} times, including by orchestrators that exited early"
+        return Failed(FailureClass.CRASHED, f"{reason}: find out why these exited, then `council retry {task}`")
 
     async def _refuse(self, task: str, failure: Failed) -> None:
-        """Fail a task that may have no further session."""
+        """Fail a task that must not have another session."""
         ledger, failed = self.attempts.ledger, TaskFailed(outcome=failure.failure, reason=failure.reason)
         try:
             await ledger.change(task, Trigger.FAIL, failed, reason=failure.reason, refused=failure.failure)
@@ -291,7 +292,7 @@ class AttemptPreparer:
 def _conversation(document: TaskDocument, number: int | None, adapter: str) -> Conversation | None:
     """Return the conversation of an attempt to resume.
 
-    None unless it used the same adapter.
+    None if the attempt used another adapter.
     """
     if number is None:
         return None

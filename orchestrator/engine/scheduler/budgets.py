@@ -1,6 +1,6 @@
 """Enforce the budgets of a run, its tasks and their sessions.
 
-Usage is compared with them during and after each session.
+Usage is compared with the budgets during and after each session.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from orchestrator.system.clock import Clock
 POLL_INTERVAL = 1.0
 
 _NOTHING = Spending()
-#: Remedies by scope; a run keeps its file as recorded.
+#: Remedies by scope; a run uses its file as recorded at the start.
 _REMEDIES = {
     "session": "raise its `session_budget` in the file, then `council retry TASK --reload`, or split the task",
     "task": "raise its `budget` in the file, then `council retry TASK --reload`, or split the task",
-    "run": "`council resume --budget` continues with a higher limit",
+    "run": "continue with a higher limit: `council resume --budget`",
 }
 
 
@@ -99,11 +99,11 @@ class Budgets:
             for task in ledger.run.tasks:
                 self._ended_usage += sum_spending(ledger.task(task).attempts)
         self._meters: dict[str, _UsageMeter] = {}
-        # Totals of all active sessions, so that checking the run needs no loop over them.
+        # The total of all active sessions, so that run checks need no loop over them.
         self._tokens, self._cost, self._started = 0, 0.0, 0.0
 
     def cost_left(self, task: str, spec: TaskSpec) -> float | None:
-        """Return the dollars that a task's next session may cost; None if unlimited."""
+        """Return the maximum cost of a task's next session in US dollars; None if unlimited."""
         return compute_remaining_cost((limit.budget, limit.spent) for limit in self._limits(task, spec, ""))
 
     def is_halted(self) -> bool:
@@ -111,7 +111,7 @@ class Budgets:
         return self._check_limit(self._run_limit()) is not None
 
     def find_obstacle(self, task: str, spec: TaskSpec) -> Failed | None:
-        """Return why a task may have no further session."""
+        """Return the failure if a budget prevents another session of the task, else None."""
         reason = _describe_if_exhausted(self._task_limit(task, spec))
         return None if reason is None else Failed(FailureClass.BUDGET, reason)
 
@@ -134,7 +134,7 @@ class Budgets:
     ) -> AsyncIterator[None]:
         """Watch a session during the body.
 
-        Call `stop` once its own, its task's or the run's budget is exhausted.
+        Call `stop` when its own budget, or that of its task or the run, is exhausted.
         """
         if not any(budget.limits for budget in (spec.session_budget, spec.budget, self._run)):
             yield
@@ -152,7 +152,7 @@ class Budgets:
             self._tokens, self._cost = self._tokens - meter.tokens, self._cost - meter.cost
 
     def find_reached(self, task: str, spec: TaskSpec, transcript: Transcript) -> BudgetReached | None:
-        """Return the budget that the final usage of a session has exhausted.
+        """Return the budget that is exhausted by the final usage of a session, or None.
 
         The session has ended, but its usage is not counted yet.
         """
@@ -163,7 +163,7 @@ class Budgets:
         return next(filter(None, map(self._check_limit, limits)), None)
 
     async def count(self, task: str, spec: TaskSpec, attempt: Attempt) -> None:
-        """Add the usage of an ended attempt, and report budgets that are low or exhausted."""
+        """Add the usage of an ended attempt, and report low or exhausted budgets."""
         self._ended_usage += sum_spending([attempt])
         limits = (self._task_limit(task, spec), self._run_limit())
         for limit in limits:
@@ -199,7 +199,7 @@ class Budgets:
         yield self._run_limit()
 
     def _task_limit(self, task: str, spec: TaskSpec, more: Spending = _NOTHING) -> _Limit:
-        """Return the limit of a task; `more` is usage beyond the record.
+        """Return the limit of a task; `more` is usage that is not recorded yet.
 
         A task and all subtasks of its plan, with their active sessions, share one budget.
         """
@@ -229,9 +229,9 @@ class Budgets:
         return Spending(meter.tokens, meter.cost, max(self._clock.now() - meter.started, 0.0))
 
     def _check_limit(self, limit: _Limit) -> BudgetReached | None:
-        """Return the outcome of an exhausted limit.
+        """Return the outcome if a limit is exhausted, else None.
 
-        The run is halted if the limit is the run's.
+        Halt the run if the limit belongs to the run.
         """
         reason = _describe_if_exhausted(limit)
         if reason is None:
@@ -252,7 +252,7 @@ class Budgets:
 
 
 def _describe_if_exhausted(limit: _Limit) -> str | None:
-    """Return a message if a budget is exhausted."""
+    """Return a message if a budget is exhausted, else None."""
     share = next((share for share in compute_budget_usage(limit.budget, limit.spent) if share.is_exhausted), None)
     if share is None:
         return None

@@ -21,14 +21,14 @@ from orchestrator.system.resources import raise_descriptor_limit, read_resources
 
 #: Seconds before memory is checked again after a shortage.
 MEMORY_RETRY_DELAY = 5.0
-#: How long no session starts after one failed for lack of a resource.
+#: The pause of session starts after a session failed for lack of a resource, in seconds.
 SHORTAGE_BACKOFF = Backoff(initial=1.0, factor=2.0, max=30.0, jitter=False)
 
 
 async def measure_capacity(wanted: int, demand: SessionDemand) -> SessionFit:
     """Raise the descriptor limit and return how many sessions fit.
 
-    RefusedError if none fits.
+    Raises RefusedError if none fits.
     """
     await anyio.to_thread.run_sync(raise_descriptor_limit)
     fit = fit_sessions(await anyio.to_thread.run_sync(read_resources), wanted, demand)
@@ -41,7 +41,7 @@ class Capacity:
     """The capacity for sessions, measured at the start and monitored afterwards."""
 
     def __init__(self, sessions: int, demand: SessionDemand, ledger: Ledger, clock: Clock) -> None:
-        """Create with the number of sessions that fit, as found by `measure`."""
+        """Create the capacity with the number of sessions that fit; see `measure`."""
         self.sessions = sessions
         self._demand, self._ledger, self._clock = demand, ledger, clock
         self._is_short = False
@@ -55,7 +55,7 @@ class Capacity:
     async def measure(cls, wanted: int, ledger: Ledger, clock: Clock) -> Capacity:
         """Measure the capacity of this machine and record a limit.
 
-        RefusedError if no session fits.
+        Raises RefusedError if no session fits.
         """
         demand = SessionDemand(memory=ledger.run.session_memory)
         fit = await measure_capacity(wanted, demand)
@@ -70,7 +70,7 @@ class Capacity:
         if wanted <= 0:
             return 0
         facts = await anyio.to_thread.run_sync(read_resources)
-        # A new session has not allocated its share yet: start one at a time if memory is tight.
+        # A new session has not yet allocated its memory: start one at a time if memory is low.
         startable = wanted if facts.memory is None else min(wanted, max(facts.memory // self._demand.memory, 1))
         startable = startable if can_start_session(facts, running, self._demand) else 0
         if startable == 0:
@@ -83,10 +83,10 @@ class Capacity:
         return startable
 
     async def apply_shortage(self, reason: str | None) -> None:
-        """Pause starts if a session ended for lack of a resource, for longer each time in a row; None: it did not."""
+        """Pause starts, increasingly long, if a session failed for lack of a resource; `reason` None: it did not."""
         if reason is None:
             self._shortages = 0
-        elif self.paused_until <= self._clock.monotonic():  # else another session reported the same shortage
+        elif self.paused_until <= self._clock.monotonic():  # otherwise another session reported the same shortage
             self._shortages += 1
             pause = retry_delay(SHORTAGE_BACKOFF, self._shortages)
             self.paused_until = self._clock.monotonic() + pause

@@ -1,4 +1,4 @@
-"""Decide when the merge queue lands, and apply what became of its tasks to the work of this process."""
+"""Decide when the merge queue lands, and apply the outcomes to the work of this process."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from orchestrator.sessions.setup import adapter_homes
 LANDING_BATCH_WINDOW = 0.25
 #: Seconds before a deferred landing is retried while sessions are active.
 DEFERRED_RETRY_DELAY = 30.0
-#: Number of retries, and the seconds before each, when nothing else is left to do: the user may be in the middle of a
-#: commit.
+#: The retries, and the seconds before each, when there is no other work: the user may be in the middle of a commit.
 MAX_FINAL_LANDINGS, FINAL_LANDING_DELAY = 3, 1.0
 
 
@@ -30,14 +29,14 @@ class LandingLoop:
         self._ledger, self._context, self._local, self._capacity = ledger, context, local, capacity
         self._queue, self._clock = local.merge_queue, context.tools.clock
         self.is_landing = False
-        """Whether the queue lands now."""
+        """Whether a landing is in progress."""
         self._deferred_until = 0.0
         self._final_tries_left = MAX_FINAL_LANDINGS
         self._batch_until = 0.0
 
     @property
     def is_full(self) -> bool:
-        """Whether more built work would only become stale."""
+        """Whether the queue is full, so that more built work would become outdated."""
         return len(self._queue.waiting) >= self._capacity.sessions
 
     @property
@@ -51,7 +50,7 @@ class LandingLoop:
         return [self._deferred_until if self._queue.deferred else None, self._batch_until if waits else None]
 
     def tick(self, group: TaskGroup, now: float) -> None:
-        """Queue deferred tasks again when it is time, and start a landing that is due.
+        """Queue deferred tasks again after their delay, and start a landing that is due.
 
         The queue waits briefly for sessions that are about to finish.
         """
@@ -66,7 +65,7 @@ class LandingLoop:
             group.start_soon(self._land, group)
 
     def session_ended(self) -> None:
-        """Retry deferred tasks soon if no session is left to hide the wait for the user behind."""
+        """Retry deferred tasks soon if no session is running."""
         if not self._local.active_attempts:
             self._deferred_until = min(self._deferred_until, self._clock.monotonic() + FINAL_LANDING_DELAY)
 
@@ -93,5 +92,5 @@ class LandingLoop:
         self._queue.deferred.append(task)
 
     async def remove_homes(self, tasks: Sequence[str]) -> None:
-        """Delete the adapter homes of tasks that landed or are done: nothing resumes them."""
+        """Delete the adapter homes of tasks that landed or are done, whose conversations are never resumed."""
         await adapter_homes.remove_homes(self._context.tools.logs, tasks, self._context.tools.environ)

@@ -1,4 +1,4 @@
-"""Handle the requests of people to a run in which this process works, as the leader of the run."""
+"""Handle user requests to an active run, as the leader of the run."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from orchestrator.engine.scheduler.requests import RequestHandler, cancel_task
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.system.clock import Clock
 
-#: Seconds to wait for a stopped session or a landing to end, and between polls of that.
+#: Seconds to wait for the end of a stopped session or a landing, and between polls.
 _STOP_TIMEOUT: Final = 60.0
 _POLL_INTERVAL: Final = 0.05
 
 
 class LiveRequestHandler(RequestHandler):
-    """Applies requests one by one, to the ledger and to the work of this process."""
+    """Applies requests one at a time, to the ledger and to the work of this process."""
 
     def __init__(self, ledger: Ledger, local: LocalWork, clock: Clock, is_ending: Callable[[], bool]) -> None:
-        """Do not wait for landings elsewhere once `is_ending()`."""
+        """Create the handler; it does not wait for landings of other processes once `is_ending()`."""
         super().__init__(ledger)
         self._local, self._clock, self._is_ending = local, clock, is_ending
         self._queue: deque[RunRequest] = deque()
@@ -32,16 +32,16 @@ class LiveRequestHandler(RequestHandler):
 
     @property
     def is_busy(self) -> bool:
-        """Return True while a request is handled that may create work."""
+        """Return True while handling a request that may create work."""
         return bool(self._queue)
 
     def enqueue(self, request: RunRequest) -> None:
-        """Handle a request after those that came before."""
+        """Handle a request after all earlier ones."""
         self._queue.append(request)
         self._added.set()
 
     async def run(self) -> None:
-        """Handle requests until cancelled, while changes of other orchestrators are still followed."""
+        """Handle requests until cancelled, concurrently with changes by other orchestrators."""
         while True:
             await self._added.wait()
             self._added = anyio.Event()
@@ -79,7 +79,7 @@ class LiveRequestHandler(RequestHandler):
     async def _wait_until_ended(self, tasks: Sequence[str]) -> None:
         """Wait until sessions that are being stopped have ended.
 
-        Until then their attempts change the tasks.
+        Until then, their attempts can still change the tasks.
         """
         with anyio.move_on_after(_STOP_TIMEOUT):
             for task in tasks:
@@ -97,9 +97,9 @@ class LiveRequestHandler(RequestHandler):
             await anyio.sleep(_POLL_INTERVAL)
 
     async def _try_to_cancel(self, task: str) -> bool:
-        """Return True if a task has ended or ends as soon as it can.
+        """Return True if a task has ended, or will end as soon as possible.
 
-        False while it lands elsewhere.
+        Return False while another process is landing it.
         """
         local, status = self._local, self._ledger.task(task).status
         is_elsewhere, is_landing = self._ledger.is_claimed_elsewhere(task), status is TaskStatus.LANDING
@@ -119,14 +119,14 @@ class LiveRequestHandler(RequestHandler):
     async def _end(self, task: str) -> bool:
         """Cancel a task that this process is not running.
 
-        Return False if its landing has just started elsewhere.
+        Return False if another process has just started to land it.
         """
         local = self._local
         local.drop(task)
         if await cancel_task(self._ledger, task):
             return True
         if not self._ledger.is_claimed_elsewhere(task) and self._ledger.task(task).status is TaskStatus.LANDING:
-            local.take_over(task)  # the previous owner began it just before it lost the claim
+            local.take_over(task)  # the previous owner started it just before it lost the claim
             return True
         local.merge_queue.cancelled.discard(task)
         local.sync_task(task)

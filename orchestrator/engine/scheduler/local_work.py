@@ -27,7 +27,7 @@ from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.run_state import AdapterUpdate
 from orchestrator.system.clock import Clock
 
-#: Head start in seconds of the orchestrator that released a task to claim it again.
+#: The head start in seconds of the orchestrator that released a task, to claim it again.
 _PEER_RETRY_DELAY = 0.5
 
 
@@ -45,9 +45,9 @@ class LocalWork:
         clock: Clock,
         unavailable_adapters: Collection[str],
     ) -> None:
-        """Create from a board that reflects the documents.
+        """Create the work from a board that reflects the documents.
 
-        `unavailable_adapters` are those that this process cannot run, whatever their recorded state.
+        `unavailable_adapters` are the adapters that this process can't run, regardless of their recorded state.
         """
         self._unavailable_adapters = unavailable_adapters
         self._ledger, self.board, self.merge_queue, self._clock = ledger, board, merge_queue, clock
@@ -59,7 +59,7 @@ class LocalWork:
                 self._place(task)
 
     def _place(self, task: str) -> None:
-        """Queue a task for the adapters of its phase, if that has its own."""
+        """Queue a task for the adapters of its phase, if the phase defines any."""
         adapters, keeps = self._phase_adapters(task)
         if adapters is not None:
             self.board.place(task, adapters, keeps_paths=keeps)
@@ -82,7 +82,7 @@ class LocalWork:
         return [task for task in self._ledger.run.tasks if self._ledger.is_claimed_elsewhere(task)]
 
     def has_open_subtasks(self, task: str) -> bool:
-        """Return True if a recorded subtask has neither landed nor is done."""
+        """Return True if any recorded subtask has neither landed nor is done."""
         return any(
             subtask not in self._ledger.tasks or self._ledger.task(subtask).status not in SUCCESS_STATUSES
             for subtask in self._ledger.task(task).subtasks
@@ -98,13 +98,13 @@ class LocalWork:
         self._woken = anyio.Event()
 
     def stop_sessions(self) -> None:
-        """Stop all sessions; their work is kept."""
+        """Stop all sessions, preserving their work."""
         for work in self.active_attempts.values():
             work.stop()
         self.wake()
 
     def cool_down(self, adapter: str, until: float) -> None:
-        """Start nothing with an adapter before `until` (wall-clock seconds)."""
+        """Start no session with an adapter before `until` (wall-clock seconds)."""
         self.board.start_cooldown(adapter, self._clock.monotonic() + until - self._clock.now())
 
     def update_adapter(self, adapter: str, document: AdapterDocument) -> None:
@@ -119,7 +119,7 @@ class LocalWork:
     async def restore_adapters(self, documents: Mapping[str, AdapterDocument]) -> None:
         """Restore the adapter cooldowns of an earlier leader.
 
-        Enable the adapters that it disabled.
+        Adapters that it disabled are enabled.
         """
         enabled = AdapterUpdate(AdapterDocument(), AdapterEnabled())
         for adapter, document in documents.items():
@@ -138,7 +138,7 @@ class LocalWork:
     def is_waiting_for_peers(self) -> bool:
         """Return True if tasks of other orchestrators may still create work.
 
-        False if theirs and ours all wait for the target.
+        Return False if all their tasks and our tasks wait for the target.
         """
         statuses = self._ledger.statuses()
         elsewhere = self.tasks_elsewhere()
@@ -154,9 +154,9 @@ class LocalWork:
         self.board.sync_task(task, status, until, adapters, keeps_paths=keeps)
 
     def resume(self, task: str) -> None:
-        """Continue a task that a person has retried, approved or rejected.
+        """Continue a task that a user has retried, approved or rejected.
 
-        One whose session is still ending continues by itself.
+        If its session is still ending, the task continues by itself.
         """
         if task not in self.active_attempts:
             self.show(task)
@@ -173,7 +173,7 @@ class LocalWork:
         return current_adapters(workflow, document, entry.adapter, entry.fallback), has_built_work(document)
 
     def sync_task(self, task: str, retry_in: float | None = None) -> None:
-        """Apply the state of a task that another orchestrator or a person has changed."""
+        """Apply the state of a task that another orchestrator or a user has changed."""
         if task in self.active_attempts:
             self.active_attempts[task].stop()  # the board is updated when the attempt ends
             return
@@ -184,7 +184,7 @@ class LocalWork:
     def take_over(self, task: str) -> None:
         """Continue a task of another orchestrator from its current state.
 
-        If its session already runs here, because the scheduler was faster, the task continues after that.
+        If the scheduler has already started its session here, the task continues after that session.
         """
         if task in self.active_attempts:
             return
@@ -193,6 +193,6 @@ class LocalWork:
             self.merge_queue.waiting.append(task)
 
     def drop(self, task: str) -> None:
-        """Stop tracking a task that has ended, or will."""
+        """Stop tracking a task that has ended or will end."""
         self.merge_queue.remove(task)
         self.board.ended(task)

@@ -1,4 +1,4 @@
-"""Run loop of one orchestrator: choose tasks from the board, start them, apply outcomes."""
+"""The run loop of one orchestrator: choose tasks from the board, start them, apply outcomes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Scheduler:
         phase_handlers: PhaseHandlers,
         unavailable_adapters: Mapping[str, str],
     ) -> None:
-        """Create a scheduler for a run whose interrupted attempts are back in the queue.
+        """Create a scheduler for a run whose interrupted attempts are queued again.
 
         `board` reflects the documents of the run. `unavailable_adapters` maps each adapter that only this process
         cannot use to the reason.
@@ -76,7 +76,7 @@ class Scheduler:
         """The cooling adapters and waiting approvals of the last `run.waiting` event."""
 
     def stop(self) -> None:
-        """Start nothing more and stop sessions and checks.
+        """Stop sessions and checks, and start no more of them.
 
         A move of the target still completes.
         """
@@ -86,9 +86,9 @@ class Scheduler:
         self._local.stop_sessions()
 
     def _halt(self, by: HaltCause, reason: str) -> None:
-        """Start nothing more and stop sessions.
+        """Stop sessions, and start no more of them.
 
-        Built work still lands, because that costs no budget.
+        Built work still lands, because landing uses no budget.
         """
         self.halted = self.halted or (by, reason)
         self._base_checks.stop()
@@ -97,13 +97,13 @@ class Scheduler:
     def _give_up(self, reason: str) -> None:
         """Stop all work.
 
-        A check or setup command cannot run here, so no task can be built or landed.
+        Called if a check or setup command can't run here, so that no task can be built or landed.
         """
         self.halted = self.halted or (HaltCause.COMMANDS, reason)
         self.stop()
 
     async def run(self, adapters: Mapping[str, AdapterDocument], *, only_lands: bool = False) -> bool:
-        """Work until nothing is left to do; return False if stopped earlier.
+        """Run until no work remains; return False if stopped earlier.
 
         `adapters` are the states of an earlier leader. With `only_lands`, no session starts.
         """
@@ -145,7 +145,7 @@ class Scheduler:
             return False
         self.halted = None
         await self._repository_guard.compare()
-        # The leader, and any other orchestrator, may have exited since the last sweep.
+        # Other orchestrators, including the leader, may have exited since the last sweep.
         if not self._ledger.writer.became_leader.is_set() and not await self._ledger.writer.try_to_lead():
             return True
         await self._peers.clean_up_abandoned()
@@ -156,9 +156,9 @@ class Scheduler:
         return True
 
     def _is_unavailable_work_left(self) -> bool:
-        """Return True if another process could run tasks that this one cannot.
+        """Return True if another process could run tasks that this one can't.
 
-        This process then does not record the end of the run.
+        Then this process does not record the end of the run.
         """
         unavailable = {
             name for name, reason in self._unavailable_adapters.items() if self._board.disabled.get(name) == reason
@@ -176,7 +176,7 @@ class Scheduler:
             prepared = await self._preparer.prepare(task, tips)
             if isinstance(prepared, TaskUpdate):
                 await self._finish(task, prepared)
-            if self._is_start_blocked:  # it changed while the start point was read
+            if self._is_start_blocked:  # changed while the start point was read
                 return
             if isinstance(prepared, ActiveAttempt):
                 self._local.active_attempts[task] = prepared
@@ -184,7 +184,7 @@ class Scheduler:
         await self._note_waiting()
 
     async def _note_waiting(self) -> None:
-        """Record once that the run only waits for adapters that cool down, or for people."""
+        """Record once that the run only waits for adapter cooldowns or approvals."""
         if self._is_active() or self._landings.is_pending or self._is_start_blocked or self._local.tasks_elsewhere():
             return
         awaited, approvals = self._board.awaited(), self._local.awaiting_user()
@@ -202,7 +202,7 @@ class Scheduler:
     async def _free(self, now: float) -> int:
         """Return how many sessions may start now.
 
-        Zero while the queue to land is full: more built work would only become stale.
+        Zero while the merge queue is full, because more built work would become outdated.
         """
         if self._landings.is_full or self._is_start_blocked or now < self._capacity.paused_until:
             return 0
@@ -222,7 +222,7 @@ class Scheduler:
             return True
         if self._landings.is_pending:
             return False
-        # Last, because it searches all tasks.
+        # Checked last, because it searches all tasks.
         is_open = self._board.has_work() or self._local.is_waiting_for_peers() or self._local.awaiting_user()
         return self._is_start_blocked or not is_open
 
@@ -242,7 +242,7 @@ class Scheduler:
         await self._repository_guard.end(attempt.task)
         if attempt.task in self._merge_queue.cancelled:  # perhaps after the end of the attempt was recorded
             await cancel_task(self._ledger, attempt.task)
-        # The board is updated last: from then on the task may start its next session.
+        # The board is updated last, because then the task may start its next session.
         del self._local.active_attempts[attempt.task]
         self._landings.session_ended()
         if end is not None and end.adapter is not None:
@@ -258,9 +258,9 @@ class Scheduler:
         self._local.wake()  # dependent tasks may start
 
     async def _apply_end(self, task: str, end: AttemptEnd | None) -> None:
-        """Apply the end of an attempt, and the state that its task has now: a request may have changed it since.
+        """Apply the end of an attempt and the current state of its task, which a request may have changed since.
 
-        Without an end, another orchestrator owns the task.
+        `end` is None if another orchestrator owns the task.
         """
         if end is None:
             (self._local.sync_task if self._ledger.is_claimed_elsewhere(task) else self._local.take_over)(task)
@@ -276,6 +276,6 @@ class Scheduler:
             self._give_up(end.unrunnable)
 
     async def _run_monitor_as_leader(self) -> None:
-        """Watch the state store once this orchestrator leads the run."""
+        """Monitor the state store once this orchestrator leads the run."""
         await self._ledger.writer.became_leader.wait()
         await Monitor(self._ledger).watch()

@@ -10,7 +10,7 @@ import anyio
 
 from orchestrator.domain.events.state import StateWarning
 from orchestrator.engine.diagnostics.findings import Finding, Level
-from orchestrator.engine.diagnostics.state_findings import judge_documents, judge_integrity, judge_latency
+from orchestrator.engine.diagnostics.state_findings import check_documents, check_integrity, check_latency
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import StoreUnavailable
 from orchestrator.state.documents.update import compact_log, delete_expired
@@ -23,7 +23,7 @@ HEALTH_INTERVAL: Final = 60.0
 VERIFY_INTERVAL: Final = 60.0
 #: Seconds between checkpoints of the run.
 CHECKPOINT_INTERVAL: Final = 300.0
-#: A job pauses for this many times its duration, up to a maximum in seconds.
+#: A job pauses for this multiple of its duration, up to a maximum in seconds.
 _PAUSE_FACTOR, _MAX_PAUSE = 50.0, 600.0
 
 
@@ -34,7 +34,7 @@ class Monitor:
     """
 
     def __init__(self, ledger: Ledger) -> None:
-        """Monitor the store of a run."""
+        """Create a monitor of a run's store."""
         self._ledger, self._store, self._clock = ledger, ledger.writer.store, ledger.writer.clock
         self._retention = ledger.run.state
 
@@ -65,11 +65,11 @@ class Monitor:
         )
 
     async def _check_health(self) -> None:
-        latency = judge_latency(self._ledger.writer.slowest_commit())
-        await self._report([*judge_documents(await self._store.statistics()), latency])
+        latency = check_latency(self._ledger.writer.slowest_commit())
+        await self._report([*check_documents(await self._store.statistics()), latency])
 
     async def _verify(self) -> None:
-        await self._report(judge_integrity(await self._store.verify()))
+        await self._report(check_integrity(await self._store.verify()))
 
     async def _report(self, findings: Iterable[Finding]) -> None:
         """Record each problem; record it again only if it was resolved in between."""

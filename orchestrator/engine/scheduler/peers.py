@@ -1,6 +1,6 @@
 """Coordinate with the other orchestrators of a run.
 
-Follow their changes, and take over tasks of dead ones.
+Follow their changes, and take over the tasks of dead orchestrators.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class PeerSync:
         halt: Callable[[HaltCause, str], None],
         is_ending: Callable[[], bool],
     ) -> None:
-        """Call `halt` with the reason if the run is halted.
+        """Create the synchronization; call `halt` with the reason if the run is halted.
 
-        Take over nothing once `is_ending()`.
+        Takes over no tasks once `is_ending()`.
         """
         self._ledger, self._context, self._pool, self._local = ledger, context, pool, local
         self._budgets, self._clock = budgets, context.tools.clock
@@ -55,11 +55,11 @@ class PeerSync:
         self.requests = LiveRequestHandler(ledger, local, self._clock, is_ending)
         self._is_sweeping = False
         self._sweep_due = anyio.Event()
-        """Set to run the next sweep now."""
+        """Set to start the next sweep immediately."""
 
     @property
     def is_busy(self) -> bool:
-        """Return True while a sweep or request is processed that may create work."""
+        """Return True while processing a sweep or request that may create work."""
         return self._is_sweeping or self.requests.is_busy
 
     async def follow(self) -> None:
@@ -98,9 +98,9 @@ class PeerSync:
                 await orchestrators.renew()
 
     async def detect_dead_peers(self) -> None:
-        """Sweep as soon as an orchestrator of this machine exits.
+        """Start a sweep as soon as an orchestrator of this machine exits.
 
-        The kernel releases its lock at once.
+        The kernel releases its lock immediately.
         """
         orchestrators, locks = self._ledger.orchestrators, self._context.hub.liveness_locks
         known = frozenset[str]()
@@ -118,7 +118,7 @@ class PeerSync:
     async def sweep(self) -> None:
         """Take over tasks of dead orchestrators and adopt external landings.
 
-        Lead the run if nobody does.
+        Become the leader if the run has none.
         """
         while True:
             await self._clock.wait(
@@ -147,14 +147,14 @@ class PeerSync:
 
     async def _prune_ownership(self) -> None:
         """Delete path ownership under claims that have ended."""
-        with suppress(VersionConflict):  # each new path owner prunes, too
+        with suppress(VersionConflict):  # each new path owner prunes as well
             if writes := await self._context.registry.sweep():
                 await self._ledger.writer.commit(Commit(writes, durable=False))
 
     async def clean_up_abandoned(self) -> None:
         """Remove unused leftovers of dead orchestrators.
 
-        Session folders go first, then worktree slots.
+        Session folders are removed before worktree slots.
         """
         await remove_abandoned(self._ledger, self._context)
         await self._pool.discard_abandoned()

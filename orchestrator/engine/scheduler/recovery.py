@@ -1,7 +1,7 @@
 """Recover from a killed orchestrator.
 
 End its sessions, salvage their work, and requeue their tasks. Runs under the lock of the run. Every git command of the
-killed owner holds that lock until it exits, so no git lock file of theirs belongs to a live process.
+killed owner holds that lock until it exits, so its git lock files do not belong to a live process.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from orchestrator.sessions.socket.listener import remove_session_socket
 from orchestrator.sessions.supervision.supervisor_client import stop_supervised
 from orchestrator.system.failpoints import failpoint
 
-#: Seconds for a session to end once its orchestrator is gone; far above the usual time.
+#: The maximum time for a session to end after its orchestrator has exited, in seconds; far above the usual time.
 REAP_TIMEOUT = 30.0
 
 _ORCHESTRATOR_ENDED = "the orchestrator exited before the session ended"
@@ -63,8 +63,8 @@ _UNCHECKED = "the orchestrator exited before the checks ended"
 async def recover(ledger: Ledger, context: RunContext) -> None:
     """Requeue interrupted tasks, salvage their work, and adopt landed merges.
 
-    Interrupted landings are not decided here: their tasks stay `landing`, and the merge queue settles them first. May
-    be killed at any point and run again.
+    Interrupted landings are not resolved here: their tasks stay `landing`, and the merge queue resolves them first.
+    Safe to be killed at any point and repeated.
     """
     alone = not await has_active_peers(ledger)
     await worktrees.remove_stale_files(context.hub, ledger.run.id, is_alone=alone)
@@ -78,26 +78,26 @@ async def recover(ledger: Ledger, context: RunContext) -> None:
         if reports_hub_damage(context.hub, error.stderr):
             what = f"the internal repository {context.hub.root} is damaged: {error.stderr}"
             raise RefusedError(what, "move it away and start a new run; landed commits stay on their targets") from None
-        raise to_unusable_error(error, "cannot read the target", "retry once it is reachable") from None
+        raise to_unusable_error(error, "can't read the target", "retry when it is reachable") from None
     taken = await _take_over(ledger, context, counts=False)
     tasks = ledger.run.tasks if alone else taken
     await _recover_sessions(ledger, context, tasks, at_start=True)
     for task in ledger.tasks.damaged:
         if ledger.task(task).status not in FINAL_STATUSES:
-            reason = "its record in the state log is damaged, so its work is unknown: run it again in a new run"
+            reason = "its record in the state log is damaged, and its work is unknown: repeat the task in a new run"
             await ledger.change(task, Trigger.DISTRUST, TaskFailed(reason=reason), reason=reason)
 
 
 async def take_over_tasks(ledger: Ledger, context: RunContext) -> list[str]:
     """Take over tasks of dead orchestrators, and return them.
 
-    It works as `recover` does at the start. Each takeover counts as a retry of its task. May be killed at any point:
+    Works like `recover` at the start. Each takeover counts as a retry of the task. Safe to be killed at any point:
     claimed tasks are then taken over again.
     """
     taken = await _take_over(ledger, context, counts=True)
     if taken:
         await worktrees.remove_stale_files(context.hub, ledger.run.id, is_alone=False)
-        with suppress(GitError):  # it is refreshed again when they land
+        with suppress(GitError):  # the target is fetched again when they land
             await context.target.refresh()
         await _recover_sessions(ledger, context, taken, at_start=False)
     return taken
@@ -106,13 +106,13 @@ async def take_over_tasks(ledger: Ledger, context: RunContext) -> list[str]:
 async def _recover_sessions(ledger: Ledger, context: RunContext, tasks: Sequence[str], *, at_start: bool) -> None:
     """End the remaining sessions of tasks, salvage their work, and requeue each task.
 
-    The caller has refreshed the target. Except `at_start`, dead orchestrators may be suspended processes, and only
-    sessions of claimed tasks are ours to end.
+    The caller has fetched the target. Except `at_start`, seemingly dead orchestrators may be suspended processes, and
+    only sessions of claimed tasks may be ended.
     """
     for task in tasks:
         await _inherit_session(ledger, context, task)
     for worktree in worktrees.list_worktrees(context.hub, ledger.run.id, tasks):
-        # Base checks may belong to another live process: `remove_abandoned` removes leftovers.
+        # Base checks may belong to another live process; `remove_abandoned` removes their leftovers.
         if not at_start and (worktree.checker or ledger.task(worktree.task).status not in CLAIMED_STATUSES):
             continue
         await _reap(ledger, context, worktree)
@@ -137,9 +137,9 @@ async def _inherit_session(ledger: Ledger, context: RunContext, task: str) -> No
 
 
 async def remove_abandoned(ledger: Ledger, context: RunContext) -> None:
-    """Remove session folders of ended attempts that a dead process left.
+    """Remove session folders of ended attempts that a dead process left behind.
 
-    A free lock of the slot proves that it is dead: a process holds it until the folder of its session is gone.
+    A free slot lock proves that its process is dead: a process holds the lock until it has removed the session folder.
     """
     for worktree in await anyio.to_thread.run_sync(
         worktrees.list_worktrees, context.hub, ledger.run.id, ledger.run.tasks
@@ -178,7 +178,7 @@ async def has_active_peers(ledger: Ledger) -> bool:
 
 
 async def _requeue_task(ledger: Ledger, task: str, landed: str | None) -> None:
-    """Return a task to a state that it can continue from.
+    """Return a task to a status from which it can continue.
 
     `landed` is its merge on the target, if any.
     """
@@ -213,8 +213,8 @@ async def _reap(ledger: Ledger, context: RunContext, worktree: Worktree) -> None
 async def _recreate_lost_record(ledger: Ledger, context: RunContext, worktree: Worktree) -> bool:
     """Recreate the lost record of the attempt that a worktree belongs to.
 
-    Its number is used up. The worktree is preserved: its secrets and its start commit are unknown. An unused worktree
-    is removed. Return False if the task cannot be retried from its state.
+    The number counts as used. The worktree is preserved, because its secrets and its start commit are unknown; an
+    unused worktree is removed. Return False if the task can't be retried from its status.
     """
     task, number = worktree.task, worktree.attempt
     if ledger.task(task).status is TaskStatus.RUNNING and ledger.task(task).attempt.ended is None:
@@ -250,7 +250,7 @@ async def _recreate_lost_record(ledger: Ledger, context: RunContext, worktree: W
 async def end_orphaned_session(worktree: Worktree) -> None:
     """End the remaining processes of a session.
 
-    Its orchestrator is dead or has lost the task. LockHeld if a process cannot be ended.
+    Its orchestrator is dead or has lost the task. Raises LockHeld if a process can't be killed.
     """
     await stop_supervised(worktree.lock, worktree.marker, REAP_TIMEOUT)
     await anyio.to_thread.run_sync(remove_session_socket, worktree)
@@ -259,7 +259,7 @@ async def end_orphaned_session(worktree: Worktree) -> None:
 async def _salvage_attempt(ledger: Ledger, context: RunContext, worktree: Worktree) -> bool:
     """Save the work of an interrupted attempt and requeue its task.
 
-    Return False if the worktree must stay.
+    Return False if the worktree must be preserved.
     """
     document = ledger.task(worktree.task)
     attempt = next(candidate for candidate in document.attempts if candidate.number == worktree.attempt)
@@ -277,7 +277,7 @@ async def _salvage_attempt(ledger: Ledger, context: RunContext, worktree: Worktr
 async def _save(ledger: Ledger, context: RunContext, worktree: Worktree, attempt: Attempt) -> bool:
     """Commit the leftovers of an interrupted session to a branch.
 
-    Return False if the worktree must stay.
+    Return False if the worktree must be preserved.
     """
     spec = await ledger.definitions.spec(worktree.task)
     if attempt.phase is not None and not ledger.definitions.workflow(spec.workflow).phase(attempt.phase).writes:
@@ -287,7 +287,7 @@ async def _save(ledger: Ledger, context: RunContext, worktree: Worktree, attempt
         return True
     missing = [name for name in attempt.secrets if not context.tools.environ.get(name)]
     if missing:
-        # A secret cannot be kept out of a commit without its value.
+        # Without its value, a secret can't be detected in a commit.
         collected = CollectedWork(
             None, f"it may contain the value of {', '.join(missing)}, which is not set here", complete=False
         )
@@ -297,7 +297,7 @@ async def _save(ledger: Ledger, context: RunContext, worktree: Worktree, attempt
         await ledger.note(TaskSalvaged(task=worktree.task, branch=branch))
     if not collected.complete:
         notes = await try_to_preserve(context.git, worktree, attempt.base)
-        reason = "; ".join((collected.refused or "it has changes that are on no branch", *collected.notes, *notes))
+        reason = "; ".join((collected.refused or "it has changes that are not on any branch", *collected.notes, *notes))
         await ledger.note(TaskWorktreePreserved(task=worktree.task, worktree=str(worktree.tree), reason=reason))
     return collected.complete
 

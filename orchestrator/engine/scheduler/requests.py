@@ -46,11 +46,11 @@ from orchestrator.protocols import Commit, Event, Store, Write
 from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
 
-#: Most characters of a note on an approval or rejection.
+#: The maximum length of a note on an approval or rejection, in characters.
 MAX_NOTE_LENGTH: Final = 10_000
-#: States that a reload keeps: an attempt or a landing reads the new specification later.
+#: Statuses that a reload does not change: an attempt or a landing reads the new specification later.
 _RELOADED: Final = frozenset({TaskStatus.PENDING, TaskStatus.QUEUED})
-#: Raised if another orchestrator has just started or ended a task.
+#: The errors if another orchestrator has just started or ended a task.
 _OVERTAKEN: Final = (ClaimLost, VersionConflict)
 
 
@@ -62,10 +62,10 @@ def check_request(
     even_waiting: bool = False,
     is_live: bool,
 ) -> None:
-    """Reject a request that the state of its tasks does not allow.
+    """Raise RefusedError for a request that the state of its tasks does not allow.
 
-    A retry accepts blocked tasks together with the failed tasks that they need. With `even_waiting` it also accepts
-    tasks that wait to start or to land, for a reload that leaves them in their state. `is_live` is True if a process is
+    A retry accepts blocked tasks together with the failed tasks that they need. With `even_waiting`, it also accepts
+    tasks that wait to start or to land, for a reload without a change of status. `is_live` means that a process is
     active in the run.
     """
     if action is RequestAction.RETRY and record.run.merges is not None:
@@ -95,18 +95,18 @@ def check_request(
 
 
 def _explain_merge_retry(run: RunDocument, status: TaskStatus) -> RefusedError:
-    """Return why the task of a merge run can't be retried, and how to merge again."""
+    """Return the error that the task of a merge run can't be retried, with the way to merge again."""
     if status is TaskStatus.LANDED:
         return RefusedError(f"run {run.merges} is merged into {run.target!r}", "there is nothing to retry")
     remedy = f"`council merge {run.merges}` merges again"
     if status is TaskStatus.CONFLICT:
         branch = f"council/{run.merges}"
         remedy = f"`git switch {branch} && git merge {run.target}`, resolve the conflicts, commit; then {remedy}"
-    return RefusedError(f"run {run.id} is a merge of run {run.merges}, which starts no session", remedy)
+    return RefusedError(f"run {run.id} is a merge of run {run.merges} and starts no sessions", remedy)
 
 
 def _explain_not_retryable(task: str, status: TaskStatus, run: RunDocument, *, is_live: bool) -> RefusedError:
-    """Return why a task that is not blocked cannot be retried, and what to do instead."""
+    """Return the error that an unblocked task can't be retried, with its remedy."""
     if status is TaskStatus.LANDED:
         return RefusedError(f"task {task!r} has landed", "revert its commit and start a new run to do it again")
     if status.record.waits_for_user:
@@ -116,7 +116,7 @@ def _explain_not_retryable(task: str, status: TaskStatus, run: RunDocument, *, i
         return RefusedError(f"task {task!r} is {status.record.label}", "start a new run to do it again")
     remedy = "cancel it first, or wait"
     if not is_live:
-        remedy = f"no process is active in the run: `council resume {run.id}` continues it"
+        remedy = f"no process is active in the run: continue it with `council resume {run.id}`"
         if TASKS_KEY not in run.given and status in _RELOADED:
             reload = f"`council retry {shlex.quote(task)} --reload --run {run.id}`"
             remedy += f" (to apply changes of the file first: {reload})"
@@ -127,7 +127,7 @@ def _explain_not_retryable(task: str, status: TaskStatus, run: RunDocument, *, i
 def check_adapters_to_enable(record: RunRecord, adapters: Sequence[str], now: float) -> Sequence[str]:
     """Return the adapters to enable.
 
-    These are the named ones, or all that are disabled or cooling down. RefusedError for an adapter that the run does
+    These are the named ones, or all that are disabled or cooling down. Raises RefusedError for an adapter that the run does
     not have, and if there is nothing to enable.
     """
     unavailable = {
@@ -152,27 +152,27 @@ def check_adapters_to_enable(record: RunRecord, adapters: Sequence[str], now: fl
 
 
 def check_reason(reason: str) -> None:
-    """Reject an empty reason and one that contains a secret."""
+    """Raise RefusedError for an empty reason, or one that contains a secret."""
     if not reason.strip():
-        raise RefusedError("the reason is empty", "give the reason to ignore the task")
+        raise RefusedError("the reason is empty", "enter the reason to ignore the task")
     if has_secret_key(reason):
-        raise RefusedError("the reason contains what looks like a secret key, and would be recorded", "remove it")
+        raise RefusedError("the reason would be recorded, but it seems to contain a secret key", "remove the key")
 
 
 def check_note(note: str | None) -> None:
-    """Reject a note that is empty, too long, or contains a secret."""
+    """Raise RefusedError for a note that is empty, too long, or contains a secret."""
     if note is None:
         return
     if not note.strip():
-        raise RefusedError("the note is empty", "write a note, or omit `--note`")
+        raise RefusedError("the note is empty", "enter a note, or omit `--note`")
     if len(note) > MAX_NOTE_LENGTH:
-        raise RefusedError(f"the note has {len(note)} characters", f"shorten it to {MAX_NOTE_LENGTH}")
+        raise RefusedError(f"the note has {len(note)} characters", f"shorten it to at most {MAX_NOTE_LENGTH}")
     if has_secret_key(note):
-        raise RefusedError("the note contains what looks like a secret key, and would be recorded", "remove it")
+        raise RefusedError("the note would be recorded, but it seems to contain a secret key", "remove the key")
 
 
 def check_phase(task: str, phase: str, known: Sequence[str], document: TaskDocument) -> None:
-    """Reject a phase that is unknown or follows an incomplete phase."""
+    """Raise RefusedError for a phase that is unknown or follows an incomplete phase."""
     if phase not in known:
         remedy = f"name one of: {', '.join(known)}" if known else "it has no workflow: omit `--from`"
         raise RefusedError(f"task {task!r} has no phase {phase!r}", remedy)
@@ -215,7 +215,7 @@ async def is_handled(store: Store, run: str, request: RunRequest) -> bool:
 
 
 class RequestHandler:
-    """Applies requests to a run in which this process has no work; others may have."""
+    """Applies requests to a run in which this process is not active; other processes may be."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
@@ -259,7 +259,7 @@ class RequestHandler:
             self._show_task(task)
 
     async def _record_ignored(self, request: RunRequest) -> None:
-        """Record on cancelled tasks why they are ignored.
+        """Record the reason why cancelled tasks are ignored.
 
         Tasks that landed in the meantime stay landed.
         """
@@ -272,16 +272,16 @@ class RequestHandler:
         await cancel_task(self._ledger, task)
 
     def _show_task(self, task: str) -> None:
-        """Let this process see a task that continues."""
+        """Update this process after a task was changed to continue."""
 
     def _show_adapter(self, adapter: str, document: AdapterDocument) -> None:
-        """Let this process see the new state of an adapter."""
+        """Update this process with the new state of an adapter."""
 
 
 async def cancel_task(ledger: Ledger, task: str) -> bool:
     """Cancel a task that waits or that another orchestrator owns.
 
-    Its work stays on its branch. Return False if it has ended, or is being landed: its owner completes that.
+    Its work remains on its branch. Return False if it has ended, or is landing: its owner completes the landing.
     """
     while await _is_ours_to_cancel(ledger, task):
         document = ledger.task(task)
@@ -322,7 +322,7 @@ async def subtasks_to_cancel(ledger: Ledger, task: str, phase: str | None) -> tu
 
 
 async def retry_task(ledger: Ledger, task: str, phase: str | None = None) -> bool:
-    """Retry an ended task from a phase, with all its attempts available again.
+    """Retry an ended task from a phase, with the full number of attempts.
 
     Return False if it has not ended.
     """
@@ -386,7 +386,7 @@ async def _expand_approved_plan(
 
 
 async def reject_phase(ledger: Ledger, task: str, note: str | None) -> bool:
-    """Repeat a phase whose result a person rejected.
+    """Repeat a phase whose result a user rejected.
 
     Return False if the task does not wait for approval.
     """
@@ -394,7 +394,7 @@ async def reject_phase(ledger: Ledger, task: str, note: str | None) -> bool:
     if document.status is not TaskStatus.AWAITING_APPROVAL:
         return False
     visit = document.phases[-1]
-    reason = "rejected by a person" if note is None else f"rejected by a person: {note}"
+    reason = "rejected by a user" if note is None else f"rejected by a user: {note}"
     changes = {
         "phases": change_last_visit(document, PhaseTrigger.REJECT, note=note, reason=reason),
         "phase": visit.phase,

@@ -28,11 +28,11 @@ _QUEUED_STATUSES = frozenset({TaskStatus.QUEUED, TaskStatus.CHECKING})
 
 @dataclass(frozen=True, slots=True)
 class RestoreResult:
-    """The result of a restore; documents are given by name."""
+    """The result of a restore; documents are listed by name."""
 
     checkpoint: str
     before: str | None
-    """The checkpoint of the state before; None if nothing had to change, or nothing existed."""
+    """The checkpoint of the previous state; None if nothing changed or nothing existed."""
     runs: Sequence[str]
     """The runs that `council resume` can continue."""
     written: Sequence[str]
@@ -46,7 +46,7 @@ async def restore_checkpoint(
 ) -> RestoreResult:
     """Apply a restore plan in one commit; the caller owns its runs under `guards`.
 
-    RefusedError, with nothing changed, if work to be queued again is gone from our repositories.
+    Raises RefusedError, without any change, if work to be queued again is missing from council's repositories.
     """
     before = None
     if plan.writes:
@@ -95,4 +95,4 @@ async def _restore_branches(run: str, hub: Hub, writes: Sequence[Write], environ
         await Git(hub.trusted, environ=environ)("update-ref", "--stdin", input_="".join(lines).encode())
     except GitError as error:
         remedy = "restore another checkpoint, or start a new run"
-        raise to_unusable_error(error, f"the unmerged work of run {run} is gone", remedy) from None
+        raise to_unusable_error(error, f"the unmerged work of run {run} no longer exists", remedy) from None

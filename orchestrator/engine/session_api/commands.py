@@ -36,9 +36,9 @@ from orchestrator.errors import RefusedError
 from orchestrator.protocols import JsonObject
 from orchestrator.repo.git.command import Git
 
-#: Paths in one request.
+#: The maximum number of paths in one request.
 MAX_PATHS: Final = 200
-#: Notes in one response, the newest.
+#: The maximum number of notes in one response.
 MAX_NOTES_RETURNED: Final = 50
 
 _Path = Annotated[str, Field(min_length=1, max_length=MAX_PATH_CHARS)]
@@ -114,7 +114,7 @@ class SessionCommands:
         update: SessionStatusUpdate = {}
         if status is not None:
             update["status"] = SessionStatus(status)
-            update["blocked_on"] = None  # belongs to the previous status
+            update["blocked_on"] = None  # belonged to the previous status
         if file is not None:
             [update["file"]] = await active.paths([file], self._contexts.redactor)
         if message is not None:
@@ -127,7 +127,7 @@ class SessionCommands:
         return {}
 
     async def peers(self, active: ActiveSession) -> JsonObject:
-        """List the active sessions and what each is doing."""
+        """List the active sessions with their activity."""
         contexts = await self._contexts.all()
         names = {context.session for context in filter_active(contexts)} | {active.name}
         return {"peers": [_peer_json(context, active.name) for context in contexts if context.session in names]}
@@ -142,7 +142,7 @@ class SessionCommands:
     async def notes(
         self, active: ActiveSession, task: str | None = None, topic: str | None = None, paths: Sequence[str] = ()
     ) -> JsonObject:
-        """Return the newest notes that match."""
+        """Return the newest matching notes."""
         async with active.query_lock:
             notes = await self._note_store.find(task=task, topic=topic, paths=paths)
         newest = [note.to_json() for note in notes[-MAX_NOTES_RETURNED:]]
@@ -198,9 +198,9 @@ class SessionCommands:
     async def submit_handoff(self, active: ActiveSession, data: JsonObject) -> JsonObject:
         """Submit the handoff of a session's phase."""
         if active.validate_handoff is None:
-            raise RefusedError("this session has no result to submit", "just make the changes of its task")
+            raise RefusedError("this session has no result to submit", "only change files as the task requires")
         if (size := len(orjson.dumps(data))) > MAX_HANDOFF_BYTES:
-            remedy = "submit what the next phase needs, and refer to files for the rest"
+            remedy = "submit only values that the next phase needs, and refer to files for the rest"
             raise RefusedError(f"the handoff has {size} bytes (limit: {MAX_HANDOFF_BYTES})", remedy)
         errors = await active.validate_handoff(data)
         if errors:

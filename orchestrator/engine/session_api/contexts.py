@@ -1,8 +1,8 @@
 """Record the status of a project's sessions in the store, where every process can read it.
 
-No decision depends on these records, so their commits are not durable. They expire after half an hour, so a killed
-process leaves none behind. If its task is claimed, a record is written under the claim, so that a session whose task
-was taken over can no longer write.
+No decision depends on these records, so their commits are not durable. They expire after half an hour, including those
+of killed processes. If the task is claimed, a record is written under the claim, so that a session whose task was taken
+over can no longer write.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from orchestrator.system.clock import Clock
 KIND: Final = "context"
 
 _CONTEXTS = cache(lambda: TypeAdapter(list[SessionContext]))
-#: The largest number of characters of fields that contain a program's text.
+#: The maximum length of fields with text from programs, in characters.
 _TEXT_LIMITS: Final = {
     "file": MAX_PATH_CHARS,
     "progress": MAX_PROGRESS_CHARS,
@@ -100,7 +100,7 @@ class SessionContexts:
         orchestrator: str = "",
         claim: Callable[[SessionName], Guard | None] = lambda _: None,
     ) -> None:
-        """Write as the process `orchestrator`, each record under the guard that `claim` returns for it."""
+        """Create contexts of the process `orchestrator`; `claim` returns the guard for each record."""
         self.store, self.clock, self._scope, self.redactor = store, clock, scope, redactor
         self.orchestrator, self.claim = orchestrator, claim
         self._own: dict[SessionName, _OwnRecord] = {}
@@ -120,7 +120,7 @@ class SessionContexts:
         return await self._note(session, {})
 
     async def update(self, session: SessionName, **changes: Unpack[SessionStatusUpdate]) -> SessionContext:
-        """Record a session's report and heartbeat. Raise RefusedError if this process does not run it."""
+        """Record a session's report and heartbeat. Raises RefusedError if this process does not run it."""
         return await self._write(session, changes)
 
     async def record_activity(self, session: SessionName, activity: str, file: str | None) -> SessionContext:
@@ -145,7 +145,7 @@ class SessionContexts:
                     await self._note(session, {"status": before.status, "blocked_on": before.blocked_on})
 
     async def end(self, session: SessionName) -> None:
-        """Record that a session has ended and holds no files; its last report stays readable for half an hour.
+        """Record that a session has ended and holds no files; its last report remains readable for half an hour.
 
         Safe to repeat, and for a session of another process that was killed.
         """
@@ -176,7 +176,7 @@ class SessionContexts:
     def _owned(self, session: SessionName) -> _OwnRecord:
         own = self._own.get(session)
         if own is None:
-            raise RefusedError(f"session {session} is not running here", "call this from within a running session")
+            raise RefusedError(f"session {session} is not running here", "call this command within a running session")
         return own
 
     async def _note(self, session: SessionName, changes: dict[str, Any]) -> SessionContext:
@@ -191,7 +191,7 @@ class SessionContexts:
         # Concurrent writes of one process would conflict with each other.
         async with own.write_lock:
             own.context = own.context.model_copy(update={**values, "updated": self.clock.now()})
-            await retry_on_conflict(partial(self._commit, own))  # apart from this process, only a cleanup writes it
+            await retry_on_conflict(partial(self._commit, own))  # only this process and cleanups write it
             return own.context
 
     async def _commit(self, own: _OwnRecord) -> None:
@@ -210,7 +210,7 @@ class SessionContexts:
 
 
 class _OwnRecord:
-    """The record of a session as last written, and the claim that the session began under."""
+    """The last written record of a session, and the claim under which the session started."""
 
     def __init__(self, context: SessionContext, claim: Guard | None) -> None:
         self.context, self.claim = context, claim

@@ -1,4 +1,4 @@
-"""Describe the progress of a running session, from files that it is still writing."""
+"""Read the progress of a running session from files that it is still writing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from orchestrator.sessions.output.follow import OutputFollower
 from orchestrator.sessions.output.log_files import log_path, read_tail
 from orchestrator.sessions.output.transcript import MAX_EVENTS
 
-#: Characters of a diff, of the end of a log, and of a plan that are returned.
+#: The maximum length of a returned diff, log and plan, in characters.
 MAX_DIFF_LENGTH, MAX_LOG_LENGTH, MAX_PLAN_LENGTH = 64_000, 8_000, 4_000
 
 #: A line in a list of steps: numbered, or with a checkbox or a check mark.
@@ -37,7 +37,7 @@ _MIN_PLAN_STEPS: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class SessionWorkspace:
-    """The worktree of a session, and what is needed to read its work."""
+    """The worktree of a session, and the data for reading its work."""
 
     worktree: Worktree
     base: str
@@ -46,12 +46,12 @@ class SessionWorkspace:
     logs: Path
     """The folder with the logs of its run."""
     admit: IntakeRules
-    """Which of its files may be shown."""
+    """The rules that decide which of its files may be shown."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChangeStats:
-    """The size of a session's work: its commits, and the changes of its files since it started."""
+    """The size of a session's work: its commits, and the changed lines since its start."""
 
     commits: int
     files: int
@@ -69,9 +69,9 @@ class SessionDetails:
     plan: str | None
     """Its last message that is a list of steps; None if there is none."""
     diff: str
-    """At most `MAX_DIFF_LENGTH` characters; if truncated, the last line says so. Secrets and huge files are omitted."""
+    """At most `MAX_DIFF_LENGTH` characters, with a note if truncated. Secrets and huge files are omitted."""
     log: str
-    """The end of its log as text for people, at most `MAX_LOG_LENGTH` characters."""
+    """The end of its log as readable text, at most `MAX_LOG_LENGTH` characters."""
     stats: ChangeStats
     handoffs: tuple[str, ...] = ()
     """Its handoffs to later phases; always empty for now."""
@@ -95,7 +95,7 @@ async def find_workspace(
 ) -> SessionWorkspace:
     """Return the workspace of an attempt that any process of this machine runs; `logs` has a folder for each run.
 
-    Raise RefusedError if there is no such attempt.
+    Raises RefusedError if there is no such attempt.
     """
     attempts = (await read_task(store, session.run, session.task)).attempts
     attempt = next((attempt for attempt in attempts if attempt.number == session.attempt), None)
@@ -106,9 +106,9 @@ async def find_workspace(
 
 
 async def read_session_details(git: Git, workspace: SessionWorkspace, redactor: Redactor) -> SessionDetails:
-    """Describe the progress of a session; `git` runs in the trusted repository.
+    """Return the progress of a session; `git` runs in the trusted repository.
 
-    Read-only. Raise RefusedError if the session has no worktree, or no longer has one.
+    Read-only. Raises RefusedError if the session has no worktree yet, or no longer has one.
     """
     worktree, base, admit = workspace.worktree, workspace.base, workspace.admit
     changes = await count_session_changes(git, worktree, base, admit=admit)
@@ -140,7 +140,7 @@ def find_plan(events: Iterable[SessionEvent]) -> str | None:
 
 
 def format_events(events: Iterable[SessionEvent]) -> str:
-    """Format a session's events as text for people."""
+    """Format a session's events as readable text."""
     entries = OutputEntryBuilder()
     return "".join(f"{one.line}\n" for one in (*entries.add(events), *entries.end()))
 

@@ -1,7 +1,7 @@
 """Lock files for sessions: assign paths to a session, and lock its files on this machine.
 
-Locking takes two steps: the registry, valid on all machines, assigns the paths to the session; then their files are
-locked on this machine. They are released in the opposite order.
+Locking takes two steps: the registry, which is shared by all machines, assigns the paths to the session; then their
+files are locked on this machine. They are released in reverse order.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from orchestrator.system.instants import format_local_time
 
 _ALLOWED: Final[JsonObject] = {"allowed": True, "owner": None, "since": None, "reason": None}
 
-#: Returns the errors of a submitted result, one sentence each; empty if it is accepted.
+#: Returns the errors in a submitted result, one sentence each; empty if it is accepted.
 HandoffValidator = Callable[[JsonObject], Awaitable[Sequence[str]]]
 
 
@@ -44,19 +44,19 @@ class ActiveSession:
     name: SessionName
     workspace: SessionWorkspace
     claim: Guard | None
-    """The claim on its task when it began, never renewed: after a takeover its writes are rejected."""
+    """The claim on its task at its start, which is never renewed: after a takeover its writes are rejected."""
     taken: Counter[str] = field(default_factory=Counter)
-    """The number of locks per pattern, without patterns that the session owned before."""
+    """The number of locks per pattern, except for patterns that the session owned before."""
     locked: set[str] = field(default_factory=set)
     named: set[str] = field(default_factory=set)
-    """All patterns that it ever asked to lock: each later lock or report writes them again."""
+    """All patterns that it ever requested: each later lock or report writes them again."""
     query_lock: anyio.Lock = field(default_factory=anyio.Lock)
     """Serializes expensive queries, so that one session's requests do not block those of other sessions."""
     validate_handoff: HandoffValidator | None = None
     handoff: JsonObject | None = None
 
     async def paths(self, paths: Sequence[str], redactor: Redactor) -> list[str]:
-        """Return the canonical form of each path, without duplicates; raise RefusedError for paths outside."""
+        """Return the canonical paths without duplicates; raise RefusedError for paths outside of the repository."""
         worktree = self.workspace.worktree
 
         def canonicalize() -> list[str]:
@@ -65,7 +65,7 @@ class ActiveSession:
 
         canonical = await anyio.to_thread.run_sync(canonicalize)
         if any(redactor.text(path) != path for path in canonical):
-            raise RefusedError("a file name contains a secret", "rename the file: it can't land under this name")
+            raise RefusedError("a file name contains a secret", "rename the file, because it can't land with this name")
         return canonical
 
 
@@ -79,7 +79,7 @@ class SessionLocks:
         registry: OwnershipRegistry,
         timeout: float = FILE_LOCK_TIMEOUT,
     ) -> None:
-        """Wait `timeout` seconds for a lock if the request does not say how long."""
+        """Create locks with a default `timeout` in seconds for requests without one."""
         self._contexts, self._files, self._registry = contexts, files, registry
         self._clock, self._timeout = contexts.clock, min(timeout, MAX_WAIT_SECONDS)
 
@@ -111,7 +111,7 @@ class SessionLocks:
             return
         orchestrator = self._contexts.orchestrator
         planned = await self._registry.plan(session, patterns, orchestrator=orchestrator, claim=claim, is_lock=True)
-        # Try without waiting only if the paths look free: a rejection and a wait each write a record.
+        # Try without waiting only if the paths seem free, because a rejection and a wait each write a record.
         conflict = planned if isinstance(planned, OwnershipConflict) else None
         acquire = partial(
             self._registry.acquire, session, patterns, orchestrator=orchestrator, claim=claim, is_lock=True
@@ -124,7 +124,7 @@ class SessionLocks:
                 conflict = await acquire(wait=left, also=self._files.list_waits)
         if conflict is not None:
             what = f"{conflict.describe()} since {format_local_time(conflict.since)}"
-            raise RefusedError(what, "work on something else, or ask again with a longer wait")
+            raise RefusedError(what, "work on something else, or request it with a longer wait")
 
     async def _lock_files(self, session: SessionName, paths: Sequence[str], until: float) -> None:
         try:
@@ -173,7 +173,7 @@ class SessionLocks:
         return _ALLOWED
 
     async def release_all(self, session: SessionName, claim: Guard | None, *, keep_ownership: bool) -> None:
-        """Release everything that a session holds; with `keep_ownership` its task keeps its paths."""
+        """Release all locks of a session; with `keep_ownership`, its task keeps its paths."""
         await self._files.release_all(session)
         with suppress(StoreUnavailable):  # writes that must succeed report the outage
             await (self._registry.stop_waiting(session) if keep_ownership else self._disown(session, claim))
@@ -186,7 +186,7 @@ class SessionLocks:
                 return
 
     async def follow_breaks(self, sessions: Callable[[], Sequence[SessionName]]) -> None:
-        """Release the file locks of sessions that a person breaks, until cancelled."""
+        """Release the file locks of sessions that a user breaks, until cancelled."""
         store = self._contexts.store
         while True:
             with suppress(HistoryCompacted):  # after a long pause: start again from the current position

@@ -1,4 +1,4 @@
-"""Store the notes of sessions, by the repository and target that they are about."""
+"""Store the notes of sessions, by repository and target."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ class NoteStore:
         paths: Sequence[str] = (),
         claim: Guard | None = None,
     ) -> Note:
-        """Add a note; above the limits, delete the oldest: of the task, else of all.
+        """Add a note; above the limits, delete the oldest note of the task, or of all.
 
-        Raise RefusedError if it is too large or empty, LeaseLost if the `claim` is not the session's.
+        Raises RefusedError if the note is too large or empty, LeaseLost if the session has lost its `claim`.
         """
         text, topic = self._clean(text).strip(), None if topic is None else " ".join(self._clean(topic).split())
         _check(text, topic, paths)
@@ -63,7 +63,7 @@ class NoteStore:
         async def attempt() -> Note:
             notes = await self._documents()
             now = self._clock.now()
-            # Sorts by microseconds; the suffix keeps names of simultaneous notes apart.
+            # Sorted by microseconds; the suffix distinguishes simultaneous notes.
             name = f"{int(now * 1_000_000):016d}-{secrets.token_hex(3)}"
             note = Note(id=name, **session._asdict(), topic=topic, paths=patterns, text=text, time=now)
             # A task above its limit replaces its own notes first.
@@ -84,14 +84,14 @@ class NoteStore:
     async def find(self, *, task: str | None = None, topic: str | None = None, paths: Sequence[str] = ()) -> list[Note]:
         """Return the notes that match a task, a topic and paths (overlapping patterns), the oldest first.
 
-        Criteria that are not given match all notes. Raise RefusedError for invalid patterns, and for more paths than a
+        Criteria that are not given match all notes. Raises RefusedError for invalid patterns, and for more paths than a
         note can have.
         """
         _check_paths(paths)
         patterns, matches = check_patterns(paths), list[Note]()
         for note in filter_notes(await self.all(), task=task, topic=topic):
-            # One thread hop per note: unusual patterns are slow to compare, and must neither block the event loop nor
-            # delay cancellation.
+            # A separate thread call per note: unusual patterns are slow to compare, and must neither block the event
+            # loop nor delay cancellation.
             matches += (
                 await anyio.to_thread.run_sync(partial(filter_notes, [note], paths=patterns)) if patterns else [note]
             )
@@ -128,9 +128,9 @@ class NoteStore:
 def _check(text: str, topic: str | None, paths: Sequence[str]) -> None:
     size = len(text.encode())
     if not text:
-        raise RefusedError("the note has no text", "write what a later session should know")
+        raise RefusedError("the note is empty", "enter facts that help a later session")
     if size > MAX_TEXT_BYTES:
-        remedy = "write what a later session needs, and refer to files for the rest"
+        remedy = "include only facts that a later session needs, and refer to files for the rest"
         raise RefusedError(f"the note has {size} bytes (limit: {MAX_TEXT_BYTES})", remedy)
     if topic is not None and not 0 < len(topic) <= MAX_TOPIC_CHARS:
         raise RefusedError(f"the topic has {len(topic)} characters", f"use 1 to {MAX_TOPIC_CHARS} characters")

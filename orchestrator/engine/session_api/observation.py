@@ -1,4 +1,4 @@
-"""Observe a session's activity in its program's output, for sessions that do not report it."""
+"""Derive the activity of a session from its program's output, for sessions that don't report it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from orchestrator.system.clock import Clock
 
 #: Seconds between two reads of a session's output.
 POLL_INTERVAL: Final = 1.0
-#: The least seconds between two records of its activity: each is a line of the log.
+#: The minimum time between two records of its activity in seconds: each is a line in the log.
 RECORD_INTERVAL: Final = 5.0
 
 
 def worktree_roots(worktree: Worktree) -> tuple[str, ...]:
-    """Return the paths by which a worktree's root is known. Blocks."""
+    """Return all paths of a worktree's root. Blocks."""
     return tuple(dict.fromkeys((str(worktree.tree), os.path.realpath(worktree.tree))))
 
 
@@ -43,7 +43,7 @@ class ObservedActivity:
     def update(self, follower: OutputFollower) -> None:
         """Process the output since the last update. Blocks."""
         events = follower.read()
-        # Resolved each time: the worktree has its slot only once the session has started.
+        # Resolved each time, because the worktree has no slot before the session has started.
         roots = worktree_roots(self.worktree) if events else ()
         for event in events or ():
             self._process(event, roots)

@@ -1,4 +1,4 @@
-"""Limit how much state sessions write: a rate and a total per session, and a total per run."""
+"""Limit the amount of state that sessions write: a rate and a total per session, and a total per run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.errors import RefusedError
 from orchestrator.system.clock import Clock
 
-#: Bytes charged for every request in addition to its size: the header of a log line, and the cost of a commit.
+#: Bytes charged for each request in addition to its size, for the header of a log line and the cost of a commit.
 OVERHEAD: Final = 4096
-#: Bytes that a session can write at once, and bytes a second that it regains.
+#: The burst size of a session in bytes, and its sustained rate in bytes per second.
 BURST, RATE = 4 << 20, 64 << 10
-#: Bytes that a session can write in total, and all sessions of a run in one process.
+#: The total size in bytes that a session may write, and all sessions of a run in one process.
 MAX_SESSION_BYTES, MAX_RUN_BYTES = 32 << 20, 256 << 20
 
 _REMEDY: Final = "write large results to files in the repository, and share their paths"
@@ -53,14 +53,14 @@ class WriteQuota:
             raise RefusedError(what, _REMEDY)
         if size > account.available:
             seconds = max(1, round((size - account.available) / limits["rate"]))
-            what = f"this session exceeds its rate limit of {limits['rate'] >> 10} KiB of state a second"
+            what = f"this session exceeds its rate limit of {limits['rate'] >> 10} KiB of state per second"
             raise RefusedError(what, f"retry in {seconds} s, and write less at once")
         account.available -= size
         account.total += size
         self._runs[session.run] = self._runs.get(session.run, 0) + size
 
     def close(self, session: SessionName) -> None:
-        """Forget a session that has ended; its bytes still count for its run."""
+        """Forget an ended session; its bytes still count towards the total of its run."""
         self._sessions.pop(session, None)
 
 

@@ -1,6 +1,6 @@
 """Serve the session API: answer the requests of running sessions for locks, reports, peers, notes and shared values.
 
-`leave` releases everything that a session holds.
+`leave` releases all locks of a session.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class SessionService:
         git: Git,
         elsewhere: Callable[[SessionName], Awaitable[SessionWorkspace]],
     ) -> None:
-        """Serve sessions whose records are in `contexts`.
+        """Create a service of sessions whose records are in `contexts`.
 
         A session without a claim on its task can read, but not lock. `elsewhere` finds the workspaces of other
         processes' sessions; `git` runs in the trusted repository.
@@ -77,7 +77,7 @@ class SessionService:
         keep_ownership: bool = False,
         validate_handoff: HandoffValidator | None = None,
     ) -> AsyncIterator[None]:
-        """Serve a session and record its observed activity within the body, then release everything that it holds.
+        """Serve a session and record its observed activity within the body, then release all its locks.
 
         `adapter` is the adapter's name. For `keep_ownership` see `leave`, for `validate_handoff` see `enter`.
         """
@@ -100,7 +100,7 @@ class SessionService:
         *,
         validate_handoff: HandoffValidator | None = None,
     ) -> None:
-        """Start to serve a session; without `validate_handoff` it has no result to submit."""
+        """Start to serve a session; without `validate_handoff`, the session has no result to submit."""
         claim = self._contexts.claim(session)
         self._active[session] = ActiveSession(session, workspace, claim, validate_handoff=validate_handoff)
         await self._contexts.begin(session, adapter)
@@ -108,16 +108,16 @@ class SessionService:
     def submitted_handoff(self, session: SessionName) -> JsonObject | None:
         """Return the last accepted result of a session, without secrets; None if there is none.
 
-        Call it before the session leaves.
+        Call this before `leave`.
         """
         active = self._active.get(session)
         return None if active is None else active.handoff
 
     async def leave(self, session: SessionName, *, keep_ownership: bool = False) -> None:
-        """Release everything that a session holds, however it ended.
+        """Release all locks of a session, regardless of how it ended.
 
-        Safe to repeat, and for a session of a dead process. With `keep_ownership` it keeps its paths, which belong to
-        its task until that has landed.
+        Safe to repeat, and to call for a session of a dead process. With `keep_ownership`, its paths remain with its
+        task until the task has landed.
         """
         active = self._active.pop(session, None)
         self._quota.close(session)
@@ -126,26 +126,24 @@ class SessionService:
         await self._contexts.end(session)
 
     async def follow_lock_breaks(self) -> None:
-        """Release the file locks that a person breaks, until cancelled."""
+        """Release the file locks that a user breaks, until cancelled."""
         await self._locks.follow_breaks(lambda: tuple(self._active))
 
     async def answer(self, session: SessionName, command: str, arguments: JsonObject) -> JsonObject:
-        """Handle the request of a session and return the result; raise RefusedError if it can't be done.
+        """Handle the request of a session and return the result; raise RefusedError if that is impossible.
 
-        Agents' text becomes records here, so secrets in it are redacted here.
+        Text from agents is recorded here, so this is where its secrets are redacted.
         """
         handler = self._handlers.get(command)
         if handler is None:
             raise RefusedError(f"unknown command {command!r}", f"use one of {', '.join(self._handlers)}")
         active = self._active.get(session)
         if active is None:
-            raise RefusedError(
-                f"session {session} has ended", "stop here: its task continues in a later session, if any"
-            )
+            raise RefusedError(f"session {session} has ended", "stop working: a later session may continue its task")
         if command in _WRITE_COMMANDS:
             written = len(json.dumps(arguments, ensure_ascii=False)) + sum(map(len, active.named))
             self._quota.charge(session, written)
-        # A redacted path is no path: `ActiveSession.paths` rejects paths with secrets instead.
+        # Redaction would break paths: `ActiveSession.paths` rejects paths with secrets instead.
         paths = {name: arguments[name] for name in ("paths", "path", "file") if name in arguments}
         redacted = await anyio.to_thread.run_sync(self._contexts.redactor.json, arguments)
         if command != "note":
@@ -154,4 +152,4 @@ class SessionService:
             return await handler(active, **parse_arguments(command, redacted))
         except LeaseLost:
             what = f"task {session.task} was taken over by another process"
-            raise RefusedError(what, "stop here: further work of this session can't land") from None
+            raise RefusedError(what, "stop working: further work of this session can't land") from None

@@ -1,7 +1,7 @@
-"""Store values that the sessions of a run share by key: one session puts a value, others get it or wait for it.
+"""Store values that the sessions of a run share by key: one session puts a value, others get or await it.
 
-A value is a document, and its version is the document's, which only increases, even if the value was deleted in
-between. Sizes are limited, and secrets are redacted.
+Each value is a document. Its version is the version of the document, which only increases, even if the value is deleted
+in between. Sizes are limited, and secrets are redacted.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from orchestrator.system.clock import Clock
 
 KIND: Final = "shared"
 
-#: Characters of a key; keys of a run. Simultaneous writes can exceed the number of keys.
+#: The maximum length of a key, and number of keys per run, which simultaneous writes can exceed.
 MAX_KEY_LENGTH: Final = 200
 MAX_KEYS: Final = 1000
-#: Stored bytes of all values of a run: one commit must be able to write them all.
+#: The maximum stored size of all values of a run in bytes: they must fit into one commit.
 MAX_BYTES: Final = 32 << 20
-#: Seconds to wait for a value by default.
+#: The default time to wait for a value, in seconds.
 DEFAULT_WAIT: Final = 30.0
 
 
@@ -50,7 +50,7 @@ class _Stored(BaseModel):
 class SharedValue(NamedTuple):
     """A value with its version, the session that wrote it, and the time of the write (wall-clock seconds).
 
-    Without a writer, it was not written by a session.
+    The writer is None if no session wrote it.
     """
 
     key: str
@@ -65,7 +65,7 @@ class SharedValue(NamedTuple):
 
 
 class SharedEntry(NamedTuple):
-    """An entry of a list: like `SharedValue`, but with the size in bytes instead of the value."""
+    """A list entry: like `SharedValue`, but with the size in bytes instead of the value."""
 
     key: str
     version: int
@@ -95,8 +95,8 @@ class SharedValues:
     ) -> SharedValue:
         """Set the value of a key, and return it as stored.
 
-        With `if_version`, only if the key still has that version (0: no value). Raise RefusedError, without a change,
-        if the value is not allowed or the version differs, LeaseLost if the `claim` is not the writer's.
+        With `if_version`, only if the key still has that version (0: no value). Raises RefusedError, without a change,
+        if the value is not allowed or the version differs, LeaseLost if the writer has lost its `claim`.
         """
         name, redacted = self._document_key(key), await anyio.to_thread.run_sync(self._check_value, value)
 
@@ -117,10 +117,10 @@ class SharedValues:
         try:
             return await retry_on_conflict(attempt)
         except InvalidDocument as error:
-            raise RefusedError(f"can't store the value for {key}: {error}", "share plain JSON") from None
+            raise RefusedError(f"can't store the value for {key}: {error}", "share a plain JSON value") from None
 
     async def get(self, key: str) -> SharedValue | None:
-        """Return the current value of a key; None if it has none. Raise RefusedError for an invalid key."""
+        """Return the current value of a key; None if it has none. Raises RefusedError for an invalid key."""
         document = await self._store.get(self._document_key(key))
         return None if document is None else _read(key, document)
 
@@ -131,9 +131,9 @@ class SharedValues:
         after: int | None = None,
         timeout: float = DEFAULT_WAIT,  # noqa: ASYNC109  a timeout of our clock that returns None
     ) -> SharedValue | None:
-        """Wait until a key has a value with a version later than `after`, or any value, and return it.
+        """Wait until a key has a value with a version later than `after` (None: any value), and return it.
 
-        Return None after `timeout` seconds. Raise RefusedError for an invalid key.
+        Return None after `timeout` seconds. Raises RefusedError for an invalid key.
         """
         name, least = self._document_key(key), after or 0
         until = self._clock.monotonic() + timeout
@@ -179,7 +179,7 @@ class SharedValues:
             raise RefusedError(f"{what} ({limits})", "reuse a key, or share less text")
 
     async def _version_at(self, name: Key, position: int) -> int:
-        """Return the version that a commit created: versions continue after those of a deleted document."""
+        """Return the version that a commit created; versions continue after a deleted document."""
         versions = [one.version for one in await self._store.history(name) if one.position == position]
         return versions[0] if versions else 1
 
@@ -196,16 +196,16 @@ class SharedValues:
         return Key(KIND, f"{self._run}/{key}")
 
     def _check_value(self, value: Any) -> Any:
-        """Return a value as it is stored. Blocks."""
+        """Return the stored form of a value. Blocks."""
         try:
             plain = orjson.loads(orjson.dumps(value))
             strict_json.check_value(value)  # orjson silently writes NaN and the like as null
             redacted = self._redactor.json(plain)
             size = len(orjson.dumps(redacted))
         except (ValueError, TypeError) as error:
-            raise RefusedError(f"can't share the value: {error}", "share plain JSON") from None
+            raise RefusedError(f"can't share the value: {error}", "share a plain JSON value") from None
         if size > MAX_SHARED_BYTES:
-            remedy = "share what other sessions need, and put the rest into a file in the repository"
+            remedy = "share only data that other sessions need, and put the rest into a file in the repository"
             raise RefusedError(f"the value has {size} bytes (limit: {MAX_SHARED_BYTES})", remedy)
         return redacted
 
@@ -213,15 +213,15 @@ class SharedValues:
 def require_value(key: str, value: SharedValue | None) -> SharedValue:
     """Return the value of a key; raise RefusedError if there is none."""
     if value is None:
-        remedy = "`council share list` lists all values, `council share wait` waits for one"
-        raise RefusedError(f"no shared value {key}", remedy)
+        remedy = "list all values with `council share list`, or wait for this one with `council share wait`"
+        raise RefusedError(f"there is no shared value {key}", remedy)
     return value
 
 
 def require_new_value(key: str, value: SharedValue | None, timeout: float) -> SharedValue:
-    """Return the value that was waited for; raise RefusedError after a timeout (seconds)."""
+    """Return the awaited value; raise RefusedError after a timeout (seconds)."""
     if value is None:
-        remedy = "continue with something else and ask again, or wait longer with --timeout"
+        remedy = "continue with other work and try again, or wait longer with --timeout"
         raise RefusedError(f"no new shared value {key} within {timeout:g} s", remedy)
     return value
 
@@ -239,7 +239,7 @@ def _read(key: str, document: Document) -> SharedValue:
         except ValueError:  # not written by `SharedValues`
             stored = None
     if stored is None:
-        raise RefusedError(f"the shared value {key} is unreadable", "put it again")
+        raise RefusedError(f"the shared value {key} is unreadable", "put the value again")
     return SharedValue(key, document.version, stored.value, stored.writer, stored.time)
 
 
@@ -252,4 +252,4 @@ def _entry(key: str, document: Document) -> SharedEntry:
 def _version_conflict(key: str, expected: int, actual: int) -> RefusedError:
     state = f"is at version {actual}" if actual else "has no value"
     what = f"{key} {state}, not at version {expected}" if expected else f"{key} {state}, but was expected to be new"
-    return RefusedError(what, "get the current value, and put one based on it")
+    return RefusedError(what, "get the current value, and put a new one based on it")

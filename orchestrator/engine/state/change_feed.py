@@ -1,4 +1,4 @@
-"""Follow the changes of a run by other orchestrators and by people."""
+"""Follow the changes to a run by other orchestrators and by users."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from orchestrator.protocols import CommitRecord, JsonObject, Key
 
 
 class ExternalChange(NamedTuple):
-    """A change or request by another orchestrator or a person."""
+    """A change or request by another orchestrator or a user."""
 
     task: str | None = None
-    """The task that moved; its new state is in the ledger."""
+    """The task whose status changed; its new state is in the ledger."""
     before: TaskDocument | None = None
     """The state of the task before the change."""
     retry_in: float | None = None
-    """Seconds until the task may be retried, if it waits for that."""
+    """Seconds until the task may be retried, if it waits for a retry."""
     adapter: str | None = None
     """The adapter whose document changed."""
     request: RunRequest | None = None
     halted: tuple[HaltCause, str] | None = None
     """The cause and the reason of an early stop of the run."""
     has_new_tasks: bool = False
-    """Whether plans were expanded to tasks; these are in the ledger."""
+    """Whether plans were expanded to tasks, which are in the ledger."""
 
 
 async def follow_changes(ledger: Ledger) -> AsyncGenerator[ExternalChange]:
-    """Yield pending requests, then changes and requests of others.
+    """Yield pending requests, then changes and requests of others as they are committed.
 
     The latter are yielded as they are committed.
     """

@@ -1,6 +1,6 @@
 """Leader election by the lease of a run.
 
-The holder of the lease leads the run, under the epoch of the lease.
+The holder of the lease leads the run under the epoch of the lease.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ async def find_other_leader(store: Store, orchestrators: RunMembership) -> Orche
 async def prepare_lease(store: Store, clock: Clock, run: str, owner: OrchestratorIdentity) -> tuple[Write, Guard]:
     """Return the write that takes the lease of a run, and the guard of its epoch.
 
-    The write fails if the lease changes after this call: so call this before looking for a live leader.
+    The write fails if the lease changes after this call, so call this before looking for a live leader.
     """
     key = _lease_key(run)
     lease = await store.get(key)
@@ -46,9 +46,9 @@ async def prepare_lease(store: Store, clock: Clock, run: str, owner: Orchestrato
 
 
 async def take_leadership(store: Store, clock: Clock, run: str, owner: OrchestratorIdentity) -> Guard:
-    """Take the lease of a run under the next epoch without working in it.
+    """Take the lease of a run under the next epoch, without working in the run.
 
-    Fence all its orchestrators.
+    Later writes by orchestrators of the run are rejected.
     """
     while True:
         write, guard = await prepare_lease(store, clock, run, owner)

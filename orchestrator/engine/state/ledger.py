@@ -1,4 +1,4 @@
-"""Run state as seen by one orchestrator.
+"""The state of a run as seen by one orchestrator.
 
 Every change is one commit fenced by its lease epoch.
 """
@@ -29,21 +29,22 @@ from orchestrator.system.failpoints import failpoint
 if TYPE_CHECKING:
     from orchestrator.domain.security.secrets import Redactor
 
-#: Given the guard of the claim on a task, plans more writes of the commit that starts it; None if it can't start now.
+#: Given the guard of the claim on a task, returns more writes for the commit that starts it; None if it can't start
+#: now.
 StartPlan = Callable[[Guard], Awaitable["Sequence[Write] | None"]]
 
 
 class Ledger:
-    """State of a run as seen by one of its orchestrators; changes of its tasks.
+    """The state of a run as seen by one of its orchestrators; applies changes to its tasks.
 
     Each orchestrator holds a claim on every task that it works on, from the start of the task until the task ends or
-    waits for a retry. `writer` commits, `run_state`, `adapters`, `tasks` and `definitions` have the documents.
+    waits for a retry. `writer` commits; `run_state`, `adapters`, `tasks` and `definitions` hold the documents.
     """
 
     def __init__(self, writer: RunWriter, loaded: LoadedRun, *, is_shared: bool = True) -> None:
-        """Create a ledger from documents that were read.
+        """Create a ledger from loaded documents.
 
-        Unless `is_shared`, there are no claims: only the leader can work in the run.
+        Unless `is_shared`, there are no claims, and only the leader can work in the run.
         """
         self.writer, self.orchestrators = writer, writer.orchestrators
         self.claims = Claims(writer.store, writer.clock, writer.orchestrators) if is_shared else None
@@ -66,7 +67,7 @@ class Ledger:
     ) -> Ledger:
         """Become the leader of a run under the next epoch, and load the run.
 
-        The event names the kind of the `sandbox`. RunActive if another live orchestrator leads the run.
+        The event contains the kind of the `sandbox`. Raises RunActive if another live orchestrator leads the run.
         """
         writer = RunWriter(store, clock, redactor, orchestrators)
         while True:
@@ -79,7 +80,9 @@ class Ledger:
             try:
                 await writer.lead(sandbox, reopened)
             except VersionConflict:
-                if await orchestrators.find(orchestrators.me.id) is not None:  # else another orchestrator was first
+                if (
+                    await orchestrators.find(orchestrators.me.id) is not None
+                ):  # otherwise another orchestrator was first
                     raise
             else:
                 # Again: a checkpoint may have been restored before the lease.
@@ -89,7 +92,7 @@ class Ledger:
     async def join(
         cls, store: Store, clock: Clock, redactor: Redactor, orchestrators: RunMembership, sandbox: str
     ) -> Ledger:
-        """Join a run as a worker, and load it; the event names the kind of the `sandbox`."""
+        """Join a run as a worker, and load it; the event contains the kind of the `sandbox`."""
         writer, me = RunWriter(store, clock, redactor, orchestrators), orchestrators.me
         loaded = await load_run(store, writer.run)
         joined = RunJoined(run=writer.run, orchestrator=me.id, host=me.host, pid=me.pid, sandbox=sandbox)
@@ -115,7 +118,7 @@ class Ledger:
         return {task: self.tasks[task].status for task in self.run.tasks}
 
     async def note(self, event: RunEvent) -> None:
-        """Record an event that changes no document."""
+        """Record an event without changing a document."""
         await self.writer.note(event)
 
     async def change(self, task: str, trigger: Trigger, event: TaskEvent, **changes: Any) -> None:
@@ -125,7 +128,7 @@ class Ledger:
     async def change_all(self, updates: Mapping[str, TaskUpdate], permits: Sequence[Guard] = ()) -> None:
         """Change tasks in one commit, as `change` does.
 
-        `permits` are additional guards. ClaimLost if another orchestrator has taken over one of the tasks.
+        `permits` are additional guards. Raises ClaimLost if another orchestrator has taken over one of the tasks.
         """
         writes, events, guards, changed = list[Write](), list[Event](), list(permits), dict[str, TaskDocument]()
         for task, update in updates.items():
@@ -152,7 +155,7 @@ class Ledger:
     async def _commit_with_new_tasks(self, updates: Mapping[str, TaskUpdate], commit: Commit) -> None:
         """Commit changes together with the subtasks that they create, if any.
 
-        Others may change the run document concurrently.
+        Other processes may change the run document concurrently.
         """
         specs = {task: spec for update in updates.values() for task, spec in update.tasks.items()}
         if not specs:
@@ -176,14 +179,14 @@ class Ledger:
             break
         failpoint("plan.subtasks")
         for task, spec in specs.items():
-            if task not in self.tasks:  # else it was already seen in the log
+            if task not in self.tasks:  # otherwise already read from the log
                 self.tasks.add(task, 1, TaskDocument(), parse_entry(spec.model_dump(mode="json")))
         self.run_state.adopt(after)
 
     async def start(self, task: str, update: TaskUpdate, also: StartPlan | None = None) -> bool:
         """Claim a task and record its next attempt in one commit.
 
-        Return False if another orchestrator owns the task or has moved it, or if `also` returns None.
+        Return False if another orchestrator owns or has changed the task, or if `also` returns None.
         """
         if self.claims is None:
             await self.change_all({task: update})
@@ -201,7 +204,7 @@ class Ledger:
             if (extra_writes := [] if also is None else await also(plan.guard)) is None:
                 return False
             if self.tasks.version(task) != version or self.tasks[task].status is not TaskStatus.PENDING:
-                return False  # the update was made from an older document
+                return False  # the update is based on an older document
             after, step = self._build_transition(task, update)
             try:
                 await self.writer.commit(Commit([*step.writes, *extra_writes, plan.write], step.events))
@@ -216,10 +219,10 @@ class Ledger:
             return True
 
     async def claim(self, task: str, *, is_asked: bool = False) -> bool:
-        """Claim an unclaimed task in its current state; return True if it is ours.
+        """Claim an unclaimed task in its current state; return True if this orchestrator has the claim.
 
-        Such a task may be queued to land. On request of a person (`is_asked`), take the claim from any owner, except
-        for a task that is being landed.
+        Such a task may be queued to land. On a user's request (`is_asked`), take the claim from any owner, except for a
+        task that is landing.
         """
         if self.claims is None:
             return True
@@ -228,7 +231,7 @@ class Ledger:
                 await self.tasks.refresh(task)
                 status = self.tasks[task].status
                 if status not in CLAIMED_STATUSES or (is_asked and status is TaskStatus.LANDING):
-                    return False  # there is nothing to claim, now or later
+                    return False  # nothing to claim, now or later
                 if isinstance(await self.claims.claim(task, is_asked=is_asked), ClaimHolder):
                     return False
             await self.tasks.refresh(task, released=False)
@@ -241,7 +244,7 @@ class Ledger:
     async def release(self, task: str) -> None:
         """Release our claim if the task is no longer claimable.
 
-        A checkpoint restore may cause that.
+        This can happen after a checkpoint was restored.
         """
         document = self.tasks[task]
         if self.claims is not None and task in self.claims and document.status not in CLAIMED_STATUSES:
@@ -252,9 +255,9 @@ class Ledger:
         return self.claims is not None and self.tasks[task].status in CLAIMED_STATUSES and task not in self.claims
 
     async def require_claim(self, task: str) -> None:
-        """Require this orchestrator's claim on a task.
+        """Check that this orchestrator still has the claim on a task.
 
-        ClaimLost if another has taken it over.
+        Raises ClaimLost if another orchestrator has taken it over.
         """
         if self.claims is not None and task not in self.claims:
             await self.tasks.refresh(task)
@@ -263,7 +266,7 @@ class Ledger:
     async def confirm_claims(self, *tasks: str) -> None:
         """Verify in the store that the claims on tasks are still ours, or were never taken.
 
-        ClaimLost with the new owner if one of the tasks was taken over.
+        Raises ClaimLost with the new owner if one of the tasks was taken over.
         """
         if self.claims is None:
             return

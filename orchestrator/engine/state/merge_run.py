@@ -14,7 +14,7 @@ from orchestrator.domain.runs.statuses import TaskStatus
 if TYPE_CHECKING:
     from orchestrator.domain.settings.run_settings import TaskSpec
 
-#: Task name of a merge run.
+#: The name of the task of a merge run.
 MERGE_TASK: Final = "merge"
 
 
@@ -31,9 +31,9 @@ def build_merge_run(
 ) -> tuple[RunDocument, TaskSpec, TaskDocument]:
     """Return the run `name`, which lands a run's target on its base, with the documents of its task.
 
-    `commit` is the commit to land, kept by `branch`; `start` is the commit of the base, and `common` the merge base.
-    The checks of the run's tasks (`specs`) also check the merge. The task has one attempt: no session follows if the
-    merge fails.
+    `commit` is the commit to land, preserved by `branch`; `start` is the commit of the base, and `common` the merge
+    base. The checks of the run's tasks (`specs`) are applied to the merge. The task has one attempt, so that no session
+    follows a failed merge.
     """
     run_changes = {
         "id": name,

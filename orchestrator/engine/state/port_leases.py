@@ -1,12 +1,12 @@
 """Lease a name and a block of ports to each worktree slot.
 
-No two slots on a machine share them. The `lease.json` of a slot has its lease. The files of all slots in a home, of any
-project, list the taken ports; a free block is chosen under the lock of the home. The store also has a document per
-port, which separates runs that share the store from different homes.
+Names and ports are unique among the slots of a machine. The `lease.json` of a slot contains its lease. Together, these
+files of all slots in a home, for all projects, list the ports in use; a free block is chosen under the lock of the
+home. The store also has a document per port, which separates runs from different homes that share the store.
 
-`lease.json` is written before the documents. So a document is only valid while the slot that it names has the same
-lease: any other document was left by a killed process or belonged to a deleted slot, and a process that needs the port
-takes it. Missing documents of a `lease.json` are written at the next lease.
+`lease.json` is written before the documents. So a document is valid only while its slot has the same lease: other
+documents were left behind by a killed process or belonged to a deleted slot, and are replaced by a process that needs
+the port. Missing documents of a `lease.json` are written at the next lease.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from orchestrator.system.clock import Clock
 from orchestrator.system.file_lock import FileLock
 from orchestrator.system.files import atomic_write
 
-#: Range of blocks: below the ephemeral ports of outgoing connections (ip(7), RFC 6335).
+#: The range of blocks, below the ephemeral ports of outgoing connections (ip(7), RFC 6335).
 DEFAULT_PORTS: Final = range(20000, 30000)
 
 _KIND = "ports"
@@ -52,9 +52,9 @@ _IN_USE: Final = frozenset({errno.EADDRINUSE, errno.EACCES})
 class PortLease:
     """The name and ports of a slot on this machine.
 
-    They belong to the slot while it exists. `name` is valid for a host, a database or a Compose project: lower-case
-    letters, digits and `-`, at most 40 characters, starting with a letter. `ports` are consecutive. `lost` are the
-    ports of the previous block that another program uses now, which is why the block was replaced; empty otherwise.
+    They belong to the slot as long as it exists. `name` is a valid name for a host, a database or a Compose project:
+    lower-case letters, digits and `-`, at most 40 characters, starting with a letter. `ports` are consecutive. If the
+    previous block was replaced because another program uses some of its ports, `lost` are these ports.
     """
 
     name: str
@@ -80,8 +80,8 @@ class PortLeases:
     async def lease(self, slot: Path) -> PortLease:
         """Return the lease of a slot.
 
-        Replace its block if it has none or cannot use it now. Call this each time the slot is acquired. RefusedError if
-        no block is free.
+        The slot gets a new block if it has none, or if its ports are in use. Call this each time the slot is acquired.
+        Raises RefusedError if no block is free.
         """
         if self._count == 0:
             await self.release(slot)
@@ -100,7 +100,7 @@ class PortLeases:
     async def release(self, slot: Path) -> None:
         """Release the lease of a slot, if any.
 
-        The caller may delete its folder before or after.
+        The caller may delete its folder before or after this call.
         """
         await anyio.to_thread.run_sync(lambda: (slot / _FILE).unlink(missing_ok=True))
         documents = await _documents(self._store)
@@ -111,7 +111,7 @@ class PortLeases:
     def _settle(self, slot: Path, documents: Mapping[int, Document]) -> PortLease:
         """Write `lease.json` and return the lease of a slot. Blocks."""
         taken = _taken_by_others(slot, documents)
-        # A slot recreated under its number after a kill keeps its ports.
+        # A slot that is recreated with its number after a kill keeps its ports.
         previous = _read(slot) or tuple(
             sorted(port for port, document in documents.items() if _holder(document) == slot)
         )
@@ -133,7 +133,7 @@ class PortLeases:
     async def _record(self, slot: Path, lease: PortLease, documents: Mapping[int, Document], *, rewrite: bool) -> None:
         """Make the documents match `lease.json`.
 
-        `rewrite` refreshes all, as others may be about to delete them.
+        `rewrite` writes all of them again, because other processes may be about to delete them.
         """
         host = socket.gethostname()
         value = {**_content(slot, lease), "host": host, "since": self._clock.now()}
@@ -155,10 +155,10 @@ class PortLeases:
 
 
 async def find_stale_port_leases(store: Store) -> list[Document]:
-    """Return this host's leases in a store whose slots are gone or have other ports.
+    """Return this host's leases in a store whose slots no longer exist or have other ports.
 
-    The slot of a stale lease may only be unreachable, for example on an unmounted disk. Its lease is recorded again at
-    the next use, unless its ports are taken.
+    The slot of a stale lease may just be unreachable, for example on an unmounted disk. Its lease is recorded again at
+    the next use, unless its ports are in use by then.
     """
     documents = await _documents(store)
     return await anyio.to_thread.run_sync(
@@ -188,7 +188,7 @@ async def _documents(store: Store) -> dict[int, Document]:
 
 
 def _holder(document: Document) -> Path | None:
-    """Return the slot that a lease names; None if unknown."""
+    """Return the slot of a lease; None if unknown."""
     return None if document.damaged else Path(document.value["slot"])
 
 
@@ -219,7 +219,7 @@ def _entries(folder: Path) -> list[Path]:
 def _read(slot: Path) -> tuple[int, ...]:
     """Return the ports of a slot.
 
-    Empty if its `lease.json` is missing, unreadable or another slot's.
+    Empty if its `lease.json` is missing or unreadable, or belongs to another slot.
     """
     with suppress(FileNotFoundError, NotADirectoryError, PermissionError, ValueError, KeyError, TypeError):
         content = json.loads((slot / _FILE).read_bytes())
@@ -244,7 +244,7 @@ def _name(slot: Path) -> str:
 
 
 def _first_position(slot: Path) -> int:
-    # The same for all slots of a hub: their blocks are adjacent, so blocks of two homes seldom collide.
+    # Equal for all slots of a hub: their blocks are adjacent, so blocks of two homes rarely collide.
     return int(_digest(slot.parent)[:8], 16)
 
 
@@ -253,10 +253,11 @@ def _digest(path: Path) -> str:
 
 
 def ports_in_use(ports: Iterable[int]) -> tuple[int, ...]:
-    """Return the ports on which a server cannot listen now. Blocks.
+    """Return the ports on which a server can't listen now. Blocks.
 
-    All addresses of this machine are tried. A port with only TIME_WAIT connections counts as free, if its server set
-    SO_REUSEADDR as this probe does (socket(7)). OSError if the probe fails, for example for lack of descriptors.
+    All addresses of this machine are tried. A port with only TIME_WAIT connections counts as free if its server set
+    SO_REUSEADDR, as this probe does (socket(7)). Raises OSError if the probe fails, for example for lack of
+    descriptors.
     """
     return tuple(port for port in ports if not all(_can_bind(*address, port) for address in _ADDRESSES))
 
@@ -264,7 +265,7 @@ def ports_in_use(ports: Iterable[int]) -> tuple[int, ...]:
 def find_free_block(ports: range, count: int, begin: int, taken: Collection[int]) -> range | None:
     """Return `count` consecutive ports that are neither `taken` nor in use.
 
-    None if there are none. Blocks. The search starts at position `begin` (any number) and wraps around.
+    Return None if there is no such block. Blocks. The search starts at position `begin` (any number) and wraps around.
     """
     unusable = set(taken)
     positions = len(ports) - count + 1
@@ -282,7 +283,7 @@ def find_free_block(ports: range, count: int, begin: int, taken: Collection[int]
 def _can_bind(family: socket.AddressFamily, address: str, port: int) -> bool:
     try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
-            # Also keeps concurrent probes from mistaking each other for a server.
+            # Also prevents concurrent probes from mistaking each other for a server.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)

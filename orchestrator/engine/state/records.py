@@ -84,7 +84,7 @@ async def record_new_run(
 ) -> None:
     """Record a new run with all tasks in one commit.
 
-    `begun` has the documents of tasks that start with work.
+    `begun` has the documents of tasks that start with existing work.
     """
     writes = [Write(run_key(run.id), 0, run.model_dump(mode="json")), *new_task_writes(run, specs, begun)]
     begin = {"position": await store.position()}
@@ -98,7 +98,7 @@ async def record_new_run(
 async def read_run(store: Store, run: str) -> RunDocument:
     """Return a run document.
 
-    RefusedError if it is missing, damaged or of an incompatible version.
+    Raises RefusedError if it is missing, damaged or of an incompatible version.
     """
     stored = await store.get(run_key(run))
     if stored is None:
@@ -109,8 +109,8 @@ async def read_run(store: Store, run: str) -> RunDocument:
 async def read_whole(store: Store, run: str, read: Callable[[], Awaitable[T]]) -> T:
     """Return the result of `read`, whose queries all see the same tasks of a run.
 
-    Plans add tasks and restores remove them, in one commit with the run document: reads again if that has changed
-    meanwhile, also after an error.
+    Plans add tasks and restores remove them, in one commit with the run document. So if that document changes in the
+    meantime, `read` is repeated, even after an error.
     """
     while True:
         before = await store.get(run_key(run))
@@ -134,7 +134,7 @@ async def read_run_with_tasks(store: Store, run: str) -> tuple[RunDocument, dict
 
 
 async def check_task(store: Store, run: RunDocument, task: str) -> None:
-    """Reject a task that a run does not have.
+    """Raise RefusedError if a run has no such task.
 
     For `merge`, suggest the newest merge run.
     """
@@ -146,7 +146,7 @@ async def check_task(store: Store, run: RunDocument, task: str) -> None:
         ]
         if merges:
             newest = max(merges, key=lambda document: (document.value["started"], document.key.id)).key.id
-            remedy = f"`council merge` creates a separate run: add --run {newest}"
+            remedy = f"it belongs to a separate run of `council merge`: add --run {newest}"
             raise RefusedError(f"run {run.id} has no task {task!r}", remedy)
     run.check_task(task)
 
@@ -160,7 +160,7 @@ async def read_task(store: Store, run: str, task: str) -> TaskDocument:
 
 
 async def read_spec(store: Store, run: str, task: str) -> TaskSpec:
-    """Return the specification of a task; RefusedError if it is missing or damaged."""
+    """Return the specification of a task; raise RefusedError if it is missing or damaged."""
     stored = await store.get(spec_key(run, task))
     return _parse_spec(store, {} if stored is None else {task: stored}, task)
 
@@ -172,7 +172,7 @@ async def read_specs(store: Store, run: str, tasks: Iterable[str]) -> dict[str, 
 
 
 def _parse_spec(store: Store, documents: Mapping[str, Document], task: str) -> TaskSpec:
-    # Imported late: building its models takes as long as all other reads of a status command.
+    # Imported late: creating its models takes as long as all other reads of a status command.
     from orchestrator.domain.settings.run_settings import TaskSpec  # noqa: PLC0415
 
     return _parsed(TaskSpec, _require_undamaged(store, _require_present(documents, task)))
@@ -202,7 +202,7 @@ def task_documents(stored: Mapping[str, Document], tasks: Sequence[str]) -> dict
 async def read_entries(store: Store, run: RunDocument, blank: Collection[str] = ()) -> dict[str, DispatchEntry]:
     """Return the dispatch entries of tasks in file order.
 
-    Empty entries for the tasks in `blank`. The task documents have the subtasks of plans, see `dispatch.with_subtasks`.
+    Tasks in `blank` have empty entries. Subtasks of plans are in the task documents, see `dispatch.with_subtasks`.
     """
     specs = await _list_by_name(store, "spec", run.id)
     for document in specs.values():
@@ -268,7 +268,7 @@ def _damaged_error(store: Store, document: Document) -> RefusedError:
     return RefusedError(
         f"the record of {document.key} is damaged in the state log ({locations})",
         "recover the readable part with `council state verify --repair`, then `council resume`; or start a new run: "
-        "landed work stays landed, and the branches of this run are kept",
+        "landed work stays landed, and the branches of this run are preserved",
     )
 
 

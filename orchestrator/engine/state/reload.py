@@ -1,4 +1,4 @@
-"""Compare a run's file with its record, and apply the file to tasks. Pure."""
+"""Compare a run's file with its record, and apply changes in the file to tasks. Pure."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from orchestrator.engine.state.records import run_key, spec_key
 from orchestrator.errors import RefusedError, raise_combined_refusal
 from orchestrator.protocols import Document, Event, JsonObject, Write
 
-#: Task keys that are fixed once a run has started, and why.
+#: Task keys that can't change after the start of a run, with reasons.
 FIXED_KEYS: Final[Mapping[str, str]] = {
     "needs": "the order of a run's tasks is set when it starts",
     "owns": "the paths that a run's tasks own are set when it starts",
     "workflow": "the phases of a run's tasks are set when it starts",
 }
-#: Keys that a running process has read at its start.
+#: Keys that an active process has read at its start.
 _READ_AT_START: Final = frozenset({"adapter", "fallback", "priority"})
 #: Fields of the run document that come from the file.
 _RUN_FIELDS: Final = (
@@ -35,7 +35,7 @@ _RUN_FIELDS: Final = (
     "prices",
     "workflows",
 )
-#: The key of tasks given on the command line instead of the file.
+#: The key of tasks from the command line instead of the file.
 TASKS_KEY: Final = "tasks"
 _ADAPTERS_PREFIX: Final = "adapters."
 
@@ -52,7 +52,7 @@ class FileChanges:
     has_tasks: bool = True
     """Whether the tasks of the run come from the file."""
     unreadable: str | None = None
-    """Why the file cannot be compared; None if it can."""
+    """The reason why the file can't be compared, if any."""
     config: RunConfig | None = None
     """The configuration in the file."""
 
@@ -66,7 +66,7 @@ class FileChanges:
 
 
 def compare_with_file(run: RunDocument, specs: Mapping[str, TaskSpec], config: RunConfig) -> FileChanges:
-    """Return how a file differs from the record of its run.
+    """Return the differences between a file and the record of its run.
 
     `specs` are the tasks to compare.
     """
@@ -88,7 +88,7 @@ def compare_with_file(run: RunDocument, specs: Mapping[str, TaskSpec], config: R
         if name not in run.given
         for key in _changed_file_keys(name, getattr(run, name), getattr(now, name))
     ]
-    if TASKS_KEY in run.given:  # the file only has the defaults of such tasks
+    if TASKS_KEY in run.given:  # the file has only the defaults of such tasks
         changed = dict.fromkeys(key for each in tasks.values() for key in each)
         keys += [key if key.startswith(_ADAPTERS_PREFIX) else f"defaults.{key}" for key in changed]
         return FileChanges(str(config.path), {}, keys, has_tasks=False, config=config)
@@ -117,15 +117,15 @@ def _changed(then: TaskSpec, now: TaskSpec, adapters: Collection[str]) -> Sequen
 def build_reload(
     run: Document, specs: Mapping[str, tuple[int, TaskSpec]], changes: FileChanges, *, is_live: bool
 ) -> tuple[list[Write], list[Event]]:
-    """Return the writes and events that apply the file to tasks.
+    """Return the writes and events that apply a file to tasks.
 
-    `specs` come with their versions. RefusedError with a reason for each change that is not possible.
+    `specs` include their versions. Raises RefusedError with a reason for each impossible change.
     """
     document, config = RunDocument.model_validate(run.value), changes.config
     if TASKS_KEY in document.given:
         raise RefusedError(f"the tasks of run {document.id} are not from a file", "start a new run to change them")
     if config is None:
-        raise RefusedError(f"cannot reload the file: {changes.unreadable}", "fix the file, or omit --reload")
+        raise RefusedError(f"can't reload the file: {changes.unreadable}", "fix the file, or omit --reload")
     file_tasks = {task.id: task for task in config.tasks}
     problems = list(_find_problems(document, specs, changes, config, is_live=is_live))
     raise_combined_refusal(problems, "revert these in the file, or omit --reload")
@@ -175,8 +175,8 @@ def _find_problems(
             if key in FIXED_KEYS:
                 yield f"`{key}` of task {name!r} can't change: {FIXED_KEYS[key]}", "start a new run"
             elif is_live and (key in _READ_AT_START or key.startswith(_ADAPTERS_PREFIX)):
-                message = f"`{key}` of task {name!r} can't change while the run is running"
-                yield message, "wait for its end or stop it with SIGINT, then retry"
+                message = f"`{key}` of task {name!r} can't change while the run is active"
+                yield message, "wait for its end, or stop it with SIGINT, then retry"
             elif key.startswith(_ADAPTERS_PREFIX) and (
                 problem := _other_type(run, config, key.removeprefix(_ADAPTERS_PREFIX))
             ):
@@ -188,5 +188,5 @@ def _other_type(run: RunDocument, config: RunConfig, adapter: str) -> str | None
     return (
         None
         if then == now
-        else f"adapter {adapter!r} changed from {then!r} to {now!r}: conversations cannot move between adapters"
+        else f"adapter {adapter!r} changed from {then!r} to {now!r}: adapters can't share conversations"
     )

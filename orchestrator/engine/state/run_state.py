@@ -1,4 +1,4 @@
-"""The document of a run and the states of its adapters, as one orchestrator reads and changes them."""
+"""The document of a run and the states of its adapters, as seen by one orchestrator."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from orchestrator.errors import RefusedError, VersionConflict
 from orchestrator.protocols import Commit, Write
 from orchestrator.system.failpoints import failpoint
 
-#: Seconds by which a cooldown must move to be recorded again: programs report whole seconds.
+#: The minimum change of a cooldown's end to record it again, in seconds: programs report whole seconds.
 _MIN_EXTENSION = 1.0
-#: Number of passed bases to keep on record.
+#: The maximum number of passed bases to record.
 MAX_PROVEN_BASES = 32
 
 
@@ -57,7 +57,7 @@ class RunState:
     def adopt(self, document: RunDocument) -> None:
         """Adopt a stored document, except for tasks that are not loaded yet.
 
-        No task is dropped.
+        No task is removed.
         """
         tasks = tuple(task for task in document.tasks if task in self.loaded)
         self.document = document.model_copy(update={"tasks": max(tasks, self.document.tasks, key=len)})
@@ -76,12 +76,12 @@ class RunState:
         self.adopt(amended)
 
     async def finish(self, status: str) -> None:
-        """Record that the run has nothing left to do; it may still be resumed."""
+        """Record that the run has no work left; it may still be resumed."""
         await self.update(RunFinished(status=status), ended=self._writer.clock.now())
         failpoint("run.finished")
 
     async def halt(self, by: HaltCause, reason: str) -> None:
-        """Record the cause and the reason of an early stop; the run may be resumed."""
+        """Record the cause and the reason of an early stop; the run can be resumed."""
         await self.update(RunHalted(by=by, reason=reason), halted=reason, halted_by=by)
 
     async def proven_bases(self) -> tuple[str, ...]:
@@ -115,17 +115,17 @@ class AdapterStates:
         return (await self._read(adapter))[1]
 
     async def update(
-        self, adapter: str, judge: Callable[[AdapterDocument], AdapterUpdate | None]
+        self, adapter: str, decide: Callable[[AdapterDocument], AdapterUpdate | None]
     ) -> tuple[AdapterDocument, bool]:
-        """Record the update that `judge` derives from an adapter's state.
+        """Record the update that `decide` derives from an adapter's state.
 
-        Return the state and whether it changed. `judge` is called again if another orchestrator updates the adapter
+        Return the state and whether it changed. `decide` is called again if another orchestrator updates the adapter
         concurrently.
         """
         writer, key = self._writer, adapter_key(self._writer.run, adapter)
         while True:
             version, known = await self._read(adapter)
-            if (update := judge(known)) is None:
+            if (update := decide(known)) is None:
                 return known, False
             value = writer.sanitize(update.document.model_dump(mode="json"))
             event = writer.event(update.event.within(adapter=adapter))
@@ -142,10 +142,10 @@ class AdapterStates:
         return known
 
     async def start_cooldown(self, adapter: str, until: float | None, reason: str) -> AdapterDocument:
-        """Record that an adapter cools down, until the reported time if there is one; return its state."""
+        """Record the cooldown of an adapter, until the reported time if known; return its state."""
         now = self._writer.clock.now()
 
-        def judge(known: AdapterDocument) -> AdapterUpdate | None:
+        def decide(known: AdapterDocument) -> AdapterUpdate | None:
             # Concurrent sessions that reach the same limit count as one cooldown.
             known_end = known.cooldown_until if _is_cooling_down(known, now) else None
             cooldowns = known.cooldowns + (known_end is None)
@@ -155,7 +155,7 @@ class AdapterStates:
             cooling = AdapterDocument(cooldown_until=end, cooldowns=cooldowns)
             return AdapterUpdate(cooling, AdapterCooldown(until=end, reason=reason))
 
-        known, is_new = await self.update(adapter, judge)
+        known, is_new = await self.update(adapter, decide)
         if is_new:
             failpoint("adapter.cooling_down")
         return known
@@ -164,13 +164,13 @@ class AdapterStates:
         """Disable an adapter, unless it was enabled after its session `started`; return its state."""
         disabled = AdapterUpdate(AdapterDocument(disabled_reason=reason), AdapterDisabled(reason=reason))
 
-        def judge(known: AdapterDocument) -> AdapterUpdate | None:
+        def decide(known: AdapterDocument) -> AdapterUpdate | None:
             return disabled if known.disabled_reason is None and started >= (known.enabled_at or 0.0) else None
 
-        return (await self.update(adapter, judge))[0]
+        return (await self.update(adapter, decide))[0]
 
     async def clear_cooldown(self, adapter: str) -> None:
-        """Forget the cooldowns of an adapter: a session that started after them succeeded."""
+        """Forget the cooldowns of an adapter, because a later session succeeded."""
         enabled, now = AdapterUpdate(AdapterDocument(), AdapterEnabled()), self._writer.clock.now()
         await self.update(
             adapter, lambda known: enabled if known.cooldowns and not _is_cooling_down(known, now) else None

@@ -1,4 +1,4 @@
-"""The tasks of a run, as one orchestrator knows them: their documents, specifications, workflows and handoffs."""
+"""The tasks of a run, as seen by one orchestrator: documents, specifications, workflows and handoffs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class LoadedRun(NamedTuple):
 
 
 async def load_run(store: Store, run: str, known: LoadedRun | None = None) -> LoadedRun:
-    """Read and validate a run and its tasks; tasks that are `known` already are not parsed again."""
+    """Read and validate a run and its tasks; `known` tasks are not parsed again."""
     document, stored = await read_run_with_tasks(store, run)
     if known is not None and _versions(document, stored) == _versions(known.run, known.stored):
         return LoadedRun(document, stored, known.tasks)
@@ -52,12 +52,12 @@ def _versions(run: RunDocument, stored: Mapping[str, Document]) -> list[tuple[st
 
 
 class TaskTable:
-    """The documents of a run's tasks, with those that other orchestrators have changed since."""
+    """The documents of a run's tasks, including changes by other orchestrators."""
 
     def __init__(self, store: Store, run: RunState, loaded: LoadedRun, claims: Claims | None) -> None:
         self.damaged = frozenset(task for task, document in loaded.stored.items() if document.damaged)
         self.added: dict[str, DispatchEntry] = {}
-        """Dispatch entries of the subtasks that plans were expanded to since."""
+        """Dispatch entries of subtasks created from plans since loading."""
         self._store, self._run, self._claims = store, run, claims
         self._documents = dict(loaded.tasks)
         self._versions = {task: loaded.stored[task].version for task in loaded.run.tasks}
@@ -66,7 +66,7 @@ class TaskTable:
         self._in_flight: dict[str, anyio.Event] = {}
         """Tasks that this orchestrator is changing, each with an event that is set afterwards."""
         self._unreported: dict[str, TaskDocument] = {}
-        """Earlier states of tasks that others have moved, which the change feed has yet to report."""
+        """Earlier states of tasks that others have changed, which the change feed has yet to report."""
 
     def __getitem__(self, task: str) -> TaskDocument:
         return self._documents[task]
@@ -74,7 +74,7 @@ class TaskTable:
     def __contains__(self, task: object) -> bool:
         """Return True if a task is known.
 
-        Subtasks from other processes are known once they are read.
+        Subtasks of other processes are known only after they are read.
         """
         return task in self._versions
 
@@ -87,21 +87,21 @@ class TaskTable:
         return self._documents
 
     def have_moved(self, start: str) -> bool:
-        """Return True if a commit of the run has landed on the target, which was at `start`: then that has existed."""
+        """Return True if the run has moved the target from `start`, so that the target has existed."""
         return any(document.landed not in {None, start} for document in self._documents.values())
 
     def subtasks(self, task: str) -> tuple[str, ...]:
-        """Return the known subtasks that the plan of a task was expanded to."""
+        """Return the known subtasks from the plan of a task."""
         return tuple(part for part in self._documents[task].subtasks if part in self._versions)
 
     def planning_task(self, task: str) -> str | None:
-        """Return the task whose plan a subtask belongs to; None if it belongs to none."""
+        """Return the task whose plan created a subtask; None for other tasks."""
         return self._planners.get(task)
 
     def plan_members(self, task: str) -> list[str]:
-        """Return a task with all tasks of the same plan, nested plans included.
+        """Return a task with all tasks of the same plan, including nested plans.
 
-        It is the task alone if it belongs to no plan.
+        A task without a plan is returned alone.
         """
         while task in self._planners:
             task = self._planners[task]
@@ -147,7 +147,7 @@ class TaskTable:
     async def refresh(self, task: str, *, released: bool = True) -> bool:
         """Reload a task; return True if it changed.
 
-        Unless `released`, keep the claim on it even if the task no longer needs one.
+        Unless `released`, keep its claim even if the task no longer needs one.
         """
         stored = await self._store.get(task_key(self._run.document.id, task))
         if stored is None or stored.version <= self._versions[task]:
@@ -170,11 +170,11 @@ class TaskTable:
         self.apply(task, self._versions[task] + 1, after)
 
     def take_unreported(self, task: str) -> TaskDocument | None:
-        """Return the earlier state of a task whose move is not reported yet, and count it as reported."""
+        """Return the earlier state of a task whose change is not reported yet, and mark it as reported."""
         return self._unreported.pop(task, None)
 
     def is_news(self, task: str, version: int) -> bool:
-        """Return True if a stored version of a task is unknown, or its move is not reported yet."""
+        """Return True if a stored version of a task is unknown, or its change is not reported yet."""
         known = self._versions.get(task, version)
         return version > known or (version == known and task in self._unreported)
 
@@ -202,7 +202,7 @@ class TaskDefinitions:
     """The specifications, workflows and handoffs of a run's tasks."""
 
     def __init__(self, store: Store, run: RunState, max_attempts: int) -> None:
-        """Limit the attempts of each task to `max_attempts`."""
+        """Create definitions that limit the attempts of each task to `max_attempts`."""
         self._store, self._run, self._max_attempts = store, run, max_attempts
         self._workflows: dict[str, Workflow] = {}
 
@@ -229,13 +229,13 @@ class TaskDefinitions:
     async def earlier_specs(self, task: str) -> dict[str, JsonObject]:
         """Return all recorded specifications of a task's subtasks, by name.
 
-        They are found by prefix, so specifications of earlier plans are included.
+        Those of earlier plans are included.
         """
         documents = await self._store.list("spec", f"{self._run.document.id}/{task}")
         return {document.key.id.partition("/")[2]: document.value for document in documents if not document.damaged}
 
     async def have_any_existed(self, names: Iterable[str]) -> bool:
-        """Return True if any name was ever used for a task, deleted tasks included."""
+        """Return True if any name was ever used for a task, including deleted tasks."""
         for name in names:
             if await self._store.history(Key("spec", f"{self._run.document.id}/{name}"), 1):
                 return True

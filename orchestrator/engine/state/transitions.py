@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from orchestrator.domain.security.secrets import Redactor
     from orchestrator.domain.settings.run_settings import TaskSpec
 
-#: Fields of documents and events with foreign text.
+#: Fields of documents and events with text from other programs.
 _FOREIGN_TEXT_FIELDS = frozenset(
     {"reason", "feedback", "paths", "discarded", "disabled_reason", "changes", "worktree", "last_message", "note"}
 )
 
 
 class TaskUpdate(NamedTuple):
-    """A lifecycle step of one task: its trigger with its event, document changes, and what else the commit writes."""
+    """A lifecycle step of one task: trigger, event, document changes, and additional writes of the commit."""
 
     trigger: Trigger
     event: TaskEvent
@@ -32,7 +32,7 @@ class TaskUpdate(NamedTuple):
     events: Sequence[TaskEvent] = ()
     """Further events."""
     tasks: Mapping[str, TaskSpec] = {}
-    """The subtasks that its plan was expanded to, inserted after this task."""
+    """The subtasks from its plan, inserted after this task."""
 
 
 def build_transition(
@@ -45,7 +45,7 @@ def build_transition(
 ) -> tuple[TaskDocument, Commit]:
     """Return the document of a task after a lifecycle step, and the commit that records the step.
 
-    `key` and `version` are those of the task's document.
+    `key` and `version` identify the task's document.
     """
     trigger = update.trigger
     if type(update.event) is not trigger.event:
@@ -56,7 +56,7 @@ def build_transition(
     attempt = {"attempt": after.attempt.number} if after.attempts else {}
     task_event = update.event.within(**attempt)
     phases = phase_events(before.phases, after.phases)
-    # In causal order: a handoff ends its phase, and that moves the task.
+    # In causal order: a handoff ends its phase, which changes the task.
     ordered = (
         [task_event, *phases, *update.events] if trigger is Trigger.START else [*update.events, *phases, task_event]
     )
@@ -66,15 +66,15 @@ def build_transition(
 
 
 def record_event(event: RunEvent, run: str, redactor: Redactor) -> Event:
-    """Return the record of an event of a run, without secrets."""
+    """Return the record of a run's event, without secrets."""
     recorded = Event.of(event.within(run=run))
     return Event(recorded.type, sanitize(recorded.data, redactor))
 
 
 def sanitize(value: JsonObject, redactor: Redactor) -> JsonObject:
-    """Remove secrets from program output.
+    """Return a value without secrets in program output.
 
-    Names and ids of our own stay, whatever they look like.
+    Council's own names and ids are kept, even if they look like secrets.
     """
     return {key: _item(key, item, redactor) for key, item in value.items()}
 

@@ -24,18 +24,18 @@ from orchestrator.system.failpoints import failpoint
 if TYPE_CHECKING:
     from orchestrator.domain.security.secrets import Redactor
 
-#: Number of periodic checkpoints to keep.
+#: The number of periodic checkpoints to keep.
 MAX_CLOCK_CHECKPOINTS = 12
 
 
 class RunWriter:
-    """Writes to a run as one of its orchestrators; its commits fail once another has taken over.
+    """Writes to a run as one of its orchestrators; commits fail after a takeover by another orchestrator.
 
-    One orchestrator leads: it holds the lease of the run and does the work that must happen once.
+    The leader holds the lease of the run, and does all work that must be done only once.
     """
 
     def __init__(self, store: Store, clock: Clock, redactor: Redactor, orchestrators: RunMembership) -> None:
-        """Write without the secrets that `redactor` removes."""
+        """Create a writer; `redactor` removes secrets from its writes."""
         self.store, self.clock, self.redactor, self.orchestrators = store, clock, redactor, orchestrators
         self.run = orchestrators.run
         """The id of the run."""
@@ -46,9 +46,9 @@ class RunWriter:
         self._slowest = 0.0
 
     async def lead(self, sandbox: str, writes: Sequence[Write] = ()) -> None:
-        """Join the run as its leader under the next epoch, together with other writes.
+        """Join the run as its leader under the next epoch, in one commit with other writes.
 
-        RunActive if another live orchestrator leads the run, VersionConflict if another was first.
+        Raises RunActive if another live orchestrator leads the run, VersionConflict if another was first.
         """
         lease = await prepare_lease(self.store, self.clock, self.run, self.orchestrators.me)
         if (holder := await find_other_leader(self.store, self.orchestrators)) is not None:
@@ -59,7 +59,7 @@ class RunWriter:
     async def try_to_lead(self) -> bool:
         """Become the leader if no live orchestrator leads and the run has not ended.
 
-        Return True if that happened. A worker leaves this to a live process that was started as a leader.
+        Return True if successful. A worker does nothing while a live process exists that was started as a leader.
         """
         if self.became_leader.is_set():
             return False
@@ -84,7 +84,7 @@ class RunWriter:
         failpoint("run.leader_elected")
 
     async def commit(self, commit: Commit) -> None:
-        """Commit under our epochs; OrchestratorFenced once another orchestrator has taken over."""
+        """Commit under the current epochs; raise OrchestratorFenced after a takeover by another orchestrator."""
         began = self.clock.monotonic()
         try:
             await self.store.commit(replace(commit, guards=[*self._guards, *commit.guards]))
@@ -109,17 +109,17 @@ class RunWriter:
         return sanitize(value, self.redactor)
 
     async def note(self, event: RunEvent) -> None:
-        """Record an event that changes no document."""
+        """Record an event without changing a document."""
         await self.commit(Commit([], [self.event(event)]))
 
     async def note_once(self, event: RunEvent, *key: str) -> None:
-        """Record an event unless one of its type with the same key is recorded already."""
+        """Record an event unless one of the same type and key is already recorded."""
         if (event.type, *key) not in self._noted:
             self._noted.add((event.type, *key))
             await self.note(event)
 
     def forget(self, event: type[RunEvent], *key: str) -> None:
-        """Let `note_once` record an event with a key again."""
+        """Allow `note_once` to record an event with a key again."""
         self._noted.discard((event.type, *key))
 
     async def checkpoint(self) -> None:

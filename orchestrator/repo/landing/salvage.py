@@ -143,7 +143,7 @@ async def _make_patch(
     printed = await users("rev-parse", "--verify", "--quiet", "HEAD^{commit}", cwd=checkout, ok=(0, 1, 128))
     head = printed.stdout.decode().strip()
     if not head:
-        raise RefusedError(f"{checkout} has no commit yet", _REMEDY)
+        raise RefusedError(f"{checkout} has no commits yet", _REMEDY)
 
     async def commit_tree(of: str, *parents: str) -> str:
         return await git.line("commit-tree", f"{of}^{{tree}}", *parents, env=env, input_=b"side\n")

@@ -117,8 +117,8 @@ class _AdapterTestResult:
                 yield from (f"            {line}" for line in one.output.splitlines()[-5:])
         for program in self.status.programs:
             yield f"program   {one_line(describe(program))}"
-        if self.status.trouble is not None:
-            yield f"program   {one_line(self.status.trouble)}"
+        if self.status.error is not None:
+            yield f"program   {one_line(self.status.error)}"
         if self.is_live:
             yield from _live_lines(self.live)
             yield from (f"          | {line[:_LONGEST_LINE]}" for line in self.output.splitlines()[-8:])

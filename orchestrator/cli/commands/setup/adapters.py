@@ -153,8 +153,8 @@ def _needs(one: _AdapterEntry) -> str:
 
 
 def _programs(status: AdapterStatus) -> Iterator[str]:
-    if status.trouble is not None:
-        yield f"  {one_line(status.trouble)}"
+    if status.error is not None:
+        yield f"  {one_line(status.error)}"
     for program in status.programs:
         yield f"  {one_line(describe(program))}"
         if program.is_supported is False:
