@@ -759,7 +759,7 @@ def test_reload_adopts_the_checks_of_a_queued_task(repository: Repository) -> No
         ({"owns": ["src/**"]}, "`owns` of task 't' can't change"),
         ({"needs": ["other"]}, "`needs` of task 't' can't change"),
         ({"id": "renamed"}, "no longer has a task 't'"),
-        ({"nonsense": 1}, "cannot reload the file: "),
+        ({"nonsense": 1}, "can't reload the file: "),
     ],
     ids=str,
 )
