@@ -382,7 +382,7 @@ class ClaimsContract(ABC):
         await cluster.store.commit(Commit([theirs.write, Write(TASK, 0, {"by": "b"})], guards=[b.others.guard]))
         b.claims.mark_claimed("t", theirs)
         assert b.claims.guard("t") == theirs.guard
-        with pytest.raises(Exception, match=r"is at version 1 .*, not 0"):
+        with pytest.raises(Exception, match=r"is at version 1 .*, expected 0"):
             await cluster.store.commit(Commit([mine.write, Write(TASK, 1, {"by": "a"})], guards=[a.others.guard]))
         done = b.claims.release_write("t", ReleaseReason.COMPLETE, None)
         await cluster.store.commit(Commit([done, Write(TASK, 1, {"by": "b"})], guards=[theirs.guard]))

@@ -104,5 +104,5 @@ def test_mistakes_of_a_file_and_a_value_are_equal(tmp_path: Path) -> None:
 
 def _facts(error: ConfigError) -> list[tuple[str, str]]:
     # Only the position of a duplicate task is reported differently.
-    return [(one.what.partition(", on line")[0].partition(", at ")[0].split(" on line ")[0].split(" at tasks")[0],
+    return [(one.what.partition(", on line")[0].partition(", at ")[0].split(" on line ")[0].split(" at tasks")[0].split(" at worktrees")[0],
              one.remedy) for one in error.problems]  # fmt: skip

@@ -100,16 +100,16 @@ def test_every_key_is_accepted(tmp_path: Path) -> None:
     ("section", "column", "message"),
     [
         ("{heartbeat_interval: 2m}", 36, ("`heartbeat_interval` (2m) is more than a third of `stale_after` (5m): "
-         "write at most")),
+         "use at most")),
         ("{heartbeat_interval: 2m}", 36, "`heartbeat_interval: 1m40s`, or at least `stale_after: 6m`"),
         ("{stale_after: 30s}", 29, ("`heartbeat_interval` (1m) is more than a third of `stale_after` (30s): "
-         "write at most `heartbeat_interval: 10s`")),
+         "use at most `heartbeat_interval: 10s`")),
         ("{stale_after: 15m}", 29, ("`stale_after` (15m) is more than `owner_stale_after` (10m): "
-         "write at most `stale_after: 10m`")),
+         "use at most `stale_after: 10m`")),
         ("{owner_stale_after: 1m}", 35, "`stale_after` (5m) is more than `owner_stale_after` (1m)"),
         ("{heartbeat_interval: 60}", 36, "a duration can't be the bare number 60: add its unit"),
         ("{max_retries: 100}", 29, "use 99 or less"),
-        ("{when_unreachable: wait}", 34, "write 'pause' or 'continue'"),
+        ("{when_unreachable: wait}", 34, "use 'pause' or 'continue'"),
         ("{heartbeat_intervals: 1s}", 16, "did you mean 'heartbeat_interval'?"),
         ("{stale_after: }", 29, "stale_after is empty"),
     ],
@@ -136,7 +136,7 @@ def test_mistake_has_its_position(tmp_path: Path, section: str, column: int, mes
 )
 def test_unreadable_variable_is_named(variable: str, text: str, remedy: str) -> None:
     """The message says what to write."""
-    assert refused({variable: text}).startswith(f"{variable} can't be {text!r}: ")
+    assert refused({variable: text}).startswith(f"invalid value {text!r} of {variable}: ")
     assert remedy in refused({variable: text})
 
 
@@ -150,10 +150,10 @@ def test_all_mistakes_of_the_environment_are_reported_at_once() -> None:
 def test_contradiction_is_reported_for_its_source() -> None:
     reported = refused({"SHARED_STATE_STALE_THRESHOLD_MS": "30000"})
     assert "`heartbeat_interval` (1m) is more than a third of SHARED_STATE_STALE_THRESHOLD_MS (30000)" in reported
-    assert "write at most SHARED_STATE_HEARTBEAT_INTERVAL_MS=10000" in reported
+    assert "use at most SHARED_STATE_HEARTBEAT_INTERVAL_MS=10000" in reported
     assert "or at least SHARED_STATE_STALE_THRESHOLD_MS=180000" in reported
     reported = refused({}, CoordinationOverrides(stale_after=10.0))
-    assert "more than a third of --stale (10s): write at most --heartbeat 3s333ms, or at least --stale 3m" in reported
+    assert "more than a third of --stale (10s): use at most --heartbeat 3s333ms, or at least --stale 3m" in reported
     reported = refused({}, CoordinationOverrides(stale_after=700.0))
     assert "or at least TASK_CLAIM_OWNER_STALE_TTL_MS=700000" in reported, "no option sets this value"
 

@@ -109,8 +109,8 @@ def test_exported_delta_is_plain_json() -> None:
         ({"a": 1, "l": [{}], "n": None}, "n is null, not absent"),
         ({"l": [{}]}, "a is absent, not 1"),
         ({"a": 1, "l": [{}, {}]}, "l[1] is {}, not absent"),
-        ({"a": 1, "l": []}, "there is no place for l[1]"),
-        ({"a": 1, "l": {}}, "there is no place for l[1]"),
+        ({"a": 1, "l": []}, "can't insert l[1]"),
+        ({"a": 1, "l": {}}, "can't insert l[1]"),
     ],
 )
 def test_delta_of_another_version_is_rejected(document: dict[str, Any], what: str) -> None:
@@ -126,7 +126,7 @@ def test_rest_of_a_longer_list_is_kept() -> None:
     delta = compute_delta({"l": [{}, {}]}, {"l": [{}]})
     with pytest.raises(RefusedError) as caught:
         apply_delta({"l": [{}, {}, {"n": 1}]}, delta)
-    assert caught.value.what == "l[1] is not the last"
+    assert caught.value.what == "l[1] is not the last item"
 
 
 def test_field_of_a_non_object_is_rejected() -> None:
@@ -136,4 +136,4 @@ def test_field_of_a_non_object_is_rejected() -> None:
     for value in others:
         with pytest.raises(RefusedError) as caught:
             apply_delta({"x": value}, delta)
-        assert caught.value.what == "there is no place for x.y"
+        assert caught.value.what == "can't insert x.y"

@@ -30,7 +30,7 @@ def test_landed_or_possibly_landed_work_stays(status: TaskStatus) -> None:
     assert roll_back_task(then, landed) == "it has landed"
     assert "may have landed" in str(roll_back_task(then, landing))
     if status is not TaskStatus.LANDING:
-        assert roll_back_task(landed, then) == "the target no longer has it"
+        assert roll_back_task(landed, then) == "the target no longer contains it"
 
 
 @pytest.mark.parametrize("status", [TaskStatus.RUNNING, TaskStatus.PENDING])

@@ -153,7 +153,7 @@ def test_default_fallback_may_contain_the_chosen_adapter(
     tasks, adapters = [{"id": "t", "prompt": "p", **task}], dict.fromkeys("abc", COMMAND)
     found = warnings(tmp_path, RepositoryPaths(), adapters=adapters, defaults=CHECKED | defaults, tasks=tasks)
     assert len(found) == many
-    assert all("again, which has no effect" in one for one in found)
+    assert all(", which has no effect" in one for one in found)
 
 
 def test_phase_fallback_to_the_same_adapter_is_warned_about(tmp_path: Path) -> None:

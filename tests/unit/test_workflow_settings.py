@@ -177,7 +177,7 @@ MISTAKES: dict[str, tuple[list[Any], str, str]] = {
     "empty phase": ([{"a": None}], "workflows.w[0]", "the phase 'a' is empty: use `- a`"),
     "bad name": (["a b"], "workflows.w[0]", "'a b' can't be a name"),
     "unknown key": ([{"build": {"acess": "read"}}], f"{AT}.acess", "unknown key 'acess': did you mean 'access'?"),
-    "unknown access": ([{"build": {"access": "look"}}], f"{AT}.access", "write 'read' or 'write'"),
+    "unknown access": ([{"build": {"access": "look"}}], f"{AT}.access", "use 'read' or 'write'"),
     "unknown kind": ([{"build": {"produces": "pln"}}], f"{AT}.produces", "'pln': did you mean 'plan', or add a schema"),
     "schema of a kind that is there": (
         [{"build": {"produces": {"kind": "plan", "schema": {}}}}],
@@ -307,7 +307,7 @@ MISTAKES: dict[str, tuple[list[Any], str, str]] = {
     "mediator that is not next": (
         [{"build": {"produces": "plan", "handoff": "mediated", "mediator": "c"}}, "b", "c"],
         f"{AT}.mediator",
-        "write b",
+        "use b",
     ),
     "mediator for nobody": (
         [{"build": {"produces": "plan", "handoff": "mediated", "mediator": "b"}}, "b"],
