@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,7 @@ def test_mistakes_of_a_file_and_a_value_are_equal(tmp_path: Path) -> None:
 
 
 def _facts(error: ConfigError) -> list[tuple[str, str]]:
-    # Only the position of a duplicate task is reported differently.
-    return [(one.what.partition(", on line")[0].partition(", at ")[0].split(" on line ")[0].split(" at tasks")[0].split(" at worktrees")[0],
-             one.remedy) for one in error.problems]  # fmt: skip
+    # Only the positions of duplicates are reported differently.
+    return [
+        (re.split(", on line| on line | at tasks| at worktrees", one.what)[0], one.remedy) for one in error.problems
+    ]
