@@ -75,7 +75,7 @@ async def test_locks_of_a_session_are_limited(repository: Repository, tmp_path: 
         for number in range(0, MAX_OWNED_PATTERNS, 200):
             paths = [f"{number + one}" for one in range(200)]
             await team.ask(first, "lock", paths=paths)
-        assert f"the limit is {MAX_OWNED_PATTERNS} paths with {MAX_OWNED_CHARS}" in await team.refused(
+        assert f"limits per session: {MAX_OWNED_PATTERNS} and {MAX_OWNED_CHARS}" in await team.refused(
             first, "lock", paths=["more"]
         )
         assert len(team.files.held(first)) == MAX_OWNED_PATTERNS
@@ -262,7 +262,7 @@ async def test_session_of_a_taken_over_task_is_told_to_end(repository: Repositor
             ("note", {"text": "x"}),
         ):
             reported = await team.refused(session, command, **arguments)
-            assert reported.startswith("task auth was taken over by another process: stop here"), command
+            assert reported.startswith("task auth was taken over by another process: stop working"), command
         assert team.files.held() == []
         assert await team.memory.all() == []
         await team.session_service.leave(session)
@@ -285,7 +285,7 @@ async def test_session_of_a_taken_over_task_is_rejected_later_too(repository: Re
                 ("note", {"text": "x"}),
             ):
                 reported = await team.refused(session, command, **arguments)
-                assert reported.startswith("task auth was taken over by another process: stop here"), (command, now)
+                assert reported.startswith("task auth was taken over by another process: stop working"), (command, now)
             team.claims[session] = Guard(claim_key(session), 2)
         assert await team.memory.all() == []
         assert (await team.context(session)).message is None

@@ -380,7 +380,7 @@ def describe_check_fix(run: RunDocument, specs: Sequence[TaskSpec], *, is_built:
     names = " ".join(shlex.quote(spec.id) for spec in specs) if len(specs) <= _MAX_NAMED_TASKS else "TASK..."
     cancel = f"`council cancel {names} --run {run.id}`, then " if is_built else ""
     retry = f"{cancel}`council retry {names} --reload --run {run.id}`"
-    return f"correct the check in the file, then {retry} before you resume"
+    return f"correct the check in the file and, before you resume, run {retry}"
 
 
 def _describe_failure(

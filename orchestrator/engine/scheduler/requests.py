@@ -127,8 +127,8 @@ def _explain_not_retryable(task: str, status: TaskStatus, run: RunDocument, *, i
 def check_adapters_to_enable(record: RunRecord, adapters: Sequence[str], now: float) -> Sequence[str]:
     """Return the adapters to enable.
 
-    These are the named ones, or all that are disabled or cooling down. Raises RefusedError for an adapter that the run does
-    not have, and if there is nothing to enable.
+    These are the named ones, or all that are disabled or cooling down. Raises RefusedError for unknown adapters, and if
+    there is nothing to enable.
     """
     unavailable = {
         name
