@@ -62,9 +62,7 @@ class StatusRecord:
         if self.is_final == (self.release is None) and self.is_final:
             raise ValueError(f"status {self.label!r} is final and keeps the claim: set `release`")
         if self.waits_for_user and (self.is_final or self.release is None):
-            raise ValueError(
-                f"status {self.label!r} waits for a user and is final or keeps the claim: set `release`"
-            )
+            raise ValueError(f"status {self.label!r} waits for a user and is final or keeps the claim: set `release`")
         if self.waits_for_user and not self.next_steps:
             raise ValueError(f"status {self.label!r} waits for a user: name the commands to continue in `next_steps`")
         if (self.is_active or self.is_landing) and self.release is not None:
