@@ -120,7 +120,7 @@ async def test_resumable_run_stays_without_an_option(repository: Repository) -> 
         assert await statuses(council, include_interrupted=True) == {interrupted: "left_over", retried: "preserved"}
         found = await council.cleaner.find(runs=7 * DAY, include_interrupted=True)
         [run] = [one for one in found if (one.kind, one.run) == ("run", interrupted)]
-        assert run.reason.startswith("it was interrupted on ")
+        assert run.reason.startswith("interrupted on ")
     async with later(repository, 6) as council:
         assert await statuses(council, include_interrupted=True) == {}
 
@@ -189,7 +189,7 @@ async def test_command_lists_first(repository: Repository) -> None:
     run = run_once(repository, LANDS)
     assert run not in repository.council("clean", "--runs", "--yes").stdout
     shown = repository.council("clean", "--runs", "1ms")
-    assert f"run        {run}: it ended on " in shown.stdout
+    assert f"run        {run}: ended on " in shown.stdout
     assert "add --yes to remove them" in shown.stdout
     assert repository.council("runs").stdout.startswith(run)
     done: CommandResult = repository.council("clean", "--runs", "1ms", "--yes", "--json")

@@ -40,7 +40,7 @@ def test_invalid_environment_prevents_a_run(repository: Repository) -> None:
     for words in (["run", str(file)], ["run", str(file), "--dry-run"], ["resume"]):
         ended = repository.council(*words)
         assert ended.code == 2, words
-        assert "SHARED_STATE_MAX_RETRIES can't be 'many'" in ended.stderr
+        assert "invalid value 'many' of SHARED_STATE_MAX_RETRIES" in ended.stderr
 
 
 @pytest.mark.extended_but_first

@@ -220,7 +220,7 @@ def test_health_names_a_silent_session(repository: Repository) -> None:
             return [one["message"] for one in ended.result["findings"] if one["name"].startswith("session ")]
 
         try:
-            assert "nothing printed for" in wait_for(reported)[0]
+            assert "no output for" in wait_for(reported)[0]
         finally:
             child.terminate()
             child.communicate()

@@ -182,7 +182,7 @@ async def test_extend_rejects_too_many_paths(repository: Repository) -> None:
     task = {"id": "t", "prompt": "x", "owns": ["src/**"], "on_out_of_scope": "extend", "attempts": 1}
     ended = repository.council("run", str(repository.configure([task], adapters={"many": adapter})), "--json")
     assert ended.states == {"t": "failed"}, ended
-    assert f"the limit is {MAX_OWNED_PATTERNS} paths with {MAX_OWNED_CHARS}" in ended.result["tasks"][0]["reason"]
+    assert f"(limits per session: {MAX_OWNED_PATTERNS} and {MAX_OWNED_CHARS})" in ended.result["tasks"][0]["reason"]
     (failed,) = events(ended, "task.failed")
     assert 0 < len(failed["paths"]) < MAX_OWNED_PATTERNS
     await repository.assert_invariants()

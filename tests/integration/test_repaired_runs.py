@@ -58,6 +58,7 @@ def test_run_with_a_truncated_log_reports_the_loss(repository: Repository) -> No
     assert repository.council("cancel", "a").code != 0
     child.send_signal(signal.SIGINT)
     _, stderr = child.communicate(timeout=60)
-    assert "the log is shorter than the part that was read before: `council state verify --repair`" in stderr
+    assert "the log is shorter than the part that was read before: restore" in stderr
+    assert "`council state verify --repair`" in stderr
     assert "Some recorded state is lost." in stderr
     assert "Nothing that was recorded is lost" not in stderr
