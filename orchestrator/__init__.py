@@ -42,9 +42,9 @@ if TYPE_CHECKING:
         RunReport,
         RunStatus,
         SessionReport,
-        TaskReport,
     )
     from orchestrator.engine.reports.task_details import TaskDetails
+    from orchestrator.engine.reports.task_report import TaskReport
     from orchestrator.engine.scheduler.restore import RestoreResult
     from orchestrator.engine.session_api.details import SessionDetails
     from orchestrator.errors import (
@@ -152,10 +152,10 @@ _MODULES = {
         "RunReport",
         "RunStatus",
         "SessionReport",
-        "TaskReport",
     ),
     "engine.scheduler.restore": ("RestoreResult",),
     "engine.reports.task_details": ("TaskDetails",),
+    "engine.reports.task_report": ("TaskReport",),
     "errors": (
         "ConfigError",
         "CouncilError",

@@ -2,5 +2,6 @@
 
 `state` reads and changes the documents of a run, `phases` turns a session into the next step of its task, `landing`
 is the merge queue, `session_api` answers sessions, `diagnostics` checks a machine and a repository before a run,
-`reports` builds results, `cleanup` finds leftovers. `run_context` holds the resources of a run.
+`reports` builds results, `views` exports the state, `cleanup` finds leftovers. `run_context` holds the resources of a
+run.
 """

@@ -540,7 +540,7 @@ async def test_durations_exclude_pauses(repository: Repository) -> None:
     assert pause > 0.1
     expected = times["task.landed"] - started - pause
     assert run["metrics"]["average_time_minutes"] * 60 == pytest.approx(expected, abs=0.02)
-    assert task["metrics"]["time_minutes"] * 60 == pytest.approx(expected, abs=0.02)
+    assert task["time_minutes"] * 60 == pytest.approx(expected, abs=0.02)
 
 
 def steps(shown: str) -> list[str]:

@@ -157,10 +157,10 @@ async def test_imported_run_is_shown(repository: Repository) -> None:
         ("plan", "completed"),
         ("build", "in_progress"),
     ]
-    assert login["metrics"]["time_minutes"] == 20
+    assert login["time_minutes"] == 20
     assert [one["event"] for one in shown["events"]] == ["run.imported"]
     text = repository.council("state", "show", RUN).stdout
-    for part in ("max_parallel", "feature/login", "pull request 12", "plan completed, build in_progress", "20:00"):
+    for part in ("max_parallel", "feature/login", "pull request 12", "plan completed, build in progress", "20:00"):
         assert part in text
     fields = {name.removeprefix(RUN): one["fields"] for name, one in (await kept(repository, "imported")).items()}
     assert fields.pop("") == {name: value for name, value in SESSION.items() if name != "tasks"}

@@ -69,7 +69,7 @@ async def test_task_with_phases_is_shown_in_full(repository: Repository) -> None
     assert visits["plan", 1]["received"] == [scout["id"]]
     assert all(Path(one["log"]).is_file() for one in story["sessions"])
     result = next(one for one in ran.result["tasks"] if one["id"] == "t")
-    assert (story["landing"]["landed"], story["landing"]["attempt"]) == (result["landed"], 6)
+    assert (story["landed"], story["landing"]["attempt"]) == (result["landed"], 6)
     assert story["landing"]["time"] >= story["sessions"][-1]["ended"]
     read = repository.council("show", "t").stdout
     for part in ("build (visit 2): completed", "b.txt:1 (major) say more", "discarded", "bytes", "landed as "):

@@ -278,9 +278,9 @@ async def test_run_is_summarized(project: Repository) -> None:
     )
     assert (reported["options"]["capacity"], reported["options"]["base"]) == (2, "main")
     models, api = reported["tasks"]
-    assert (models["status"], models["metrics"]["time_minutes"], models["worktree"]) == ("landed", 1.5, None)
+    assert (models["status"], models["time_minutes"], models["worktree"]) == ("landed", 1.5, None)
     assert [(phase["name"], phase["status"], len(phase["attempts"])) for phase in api["phases"]] == [
-        ("build", "interrupted", 2)
+        ("build", "in_progress", 2)
     ]
     assert [one["event"] for one in reported["events"]][::5] == ["run.created", "task.queued", "run.interrupted"]
     assert reported["metrics"] == {

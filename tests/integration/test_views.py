@@ -14,6 +14,8 @@ from pathlib import Path
 import anyio
 import pytest
 
+from orchestrator.engine.views.content import document_path, document_view, version_path, version_view
+from orchestrator.engine.views.export import export_views
 from orchestrator.errors import RefusedError
 from orchestrator.project import Project
 from orchestrator.protocols import VERSIONS_KEPT, Commit, Event, JsonObject, Key, Store, Write
@@ -23,8 +25,6 @@ from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.system.clock import SystemClock
 from orchestrator.testing.clock import ManualClock
-from orchestrator.views.content import document_path, document_view, version_path, version_view
-from orchestrator.views.export import export_views
 from tests.conftest import Repository
 from tests.recorded_run import RUN, RUN_STARTED, record_run, recorded_project, run_document
 from tests.waiting import wait_for
@@ -144,7 +144,7 @@ async def test_running_session_is_shown(repository: Repository) -> None:
         assert context["branch"] == f"council/{context['run']}/slow/1"
         [owner] = json.loads((top / "ownership.json").read_text())["owners"]
         assert (owner["run"], owner["task"], owner["owns"]) == (context["run"], "slow", ["src/", "a.txt"])
-        assert owner["since"] == context["since"]
+        assert owner["started"] == context["started"]
         state = json.loads((top / "tasks" / context["run"] / "slow/state.json").read_text())
         assert state["value"]["status"] == "running"
     finally:

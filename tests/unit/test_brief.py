@@ -16,7 +16,8 @@ from orchestrator.cli.render.text import COLUMNS
 from orchestrator.domain.runs.halts import HaltReason
 from orchestrator.domain.runs.model import HaltCause
 from orchestrator.domain.runs.statuses import TaskStatus
-from orchestrator.engine.reports.report import AdapterReport, RunStatus, TaskReport
+from orchestrator.engine.reports.report import AdapterReport, RunStatus
+from orchestrator.engine.reports.task_report import TaskReport
 from tests.unit.test_result import COMMIT, run, task
 
 _TEXTS = st.none() | st.text(max_size=200) | st.just("漢字" * 60)

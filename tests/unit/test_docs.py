@@ -33,7 +33,8 @@ from orchestrator.domain.settings.run_settings import (
     TaskSettings,
     WorktreeSettings,
 )
-from orchestrator.engine.reports.report import RunReport, RunStatus, TaskReport
+from orchestrator.engine.reports.report import RunReport, RunStatus
+from orchestrator.engine.reports.task_report import TaskReport
 from orchestrator.plugins import load_plugins
 from orchestrator.protocols import SessionRequest
 from orchestrator.sessions.setup.environment import BASE_VARIABLES

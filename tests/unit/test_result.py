@@ -25,8 +25,8 @@ from orchestrator.engine.reports.report import (
     RunReport,
     RunStatus,
     SessionReport,
-    TaskReport,
 )
+from orchestrator.engine.reports.task_report import TaskReport
 from orchestrator.repo.git.change_counts import Changes
 
 COMMIT = "0123456789" * 4

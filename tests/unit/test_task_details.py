@@ -13,9 +13,9 @@ from orchestrator.domain.runs.phases import GivenValues, PhaseRecord, PhaseStatu
 from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.domain.workflow.handoffs import Handoff, Receipt, make_handoff
 from orchestrator.domain.workflow.mediation import Mediation
-from orchestrator.engine.reports.report import TaskReport
 from orchestrator.engine.reports.schema import task_details_schema
 from orchestrator.engine.reports.task_details import TaskDefinition, TaskDetails, build_task_details
+from orchestrator.engine.reports.task_report import report_task
 
 COMMIT, BASE = "0123456789" * 4, "f" * 40
 FINDINGS = [{"path": "a.py", "line": 3, "severity": "major", "message": "say \x1b[31mmore"}, {"message": "and less"}]
@@ -36,11 +36,7 @@ def handoff(number: int, phase: str, kind: str, data: dict[str, Any], **facts: A
 
 
 def details_of(document: TaskDocument, asked: TaskDefinition = FOUR, *handoffs: Handoff, **facts: Any) -> TaskDetails:
-    report = TaskReport(
-        id="t", status=document.status.value, attempts=len(document.attempts), landed=document.landed,
-        branch=document.branch, failure=None, reason=document.reason, paths=document.paths, log=None, adapter="fake",
-        last_message=None, input_tokens=0, output_tokens=0, cost=None,
-    )  # fmt: skip
+    report = report_task("t", document, "fake", "/logs")
     more: dict[str, Any] = {"target": "main", "landed_at": None, "logs": "/logs", "now": 1_000.0, **facts}
     return build_task_details("run", report, document, asked, {one.id: one for one in handoffs}, **more)
 

@@ -6,9 +6,9 @@ import json
 from itertools import product
 from typing import Any
 
+from orchestrator.engine.views.content import context_path, document_path, version_path
+from orchestrator.engine.views.export import ViewFolder
 from orchestrator.protocols import CommitRecord, Event, Key
-from orchestrator.views.content import context_path, document_path, version_path
-from orchestrator.views.export import ViewFolder
 
 TASK = Key("task", "run/a")
 LONG = "a" * 300

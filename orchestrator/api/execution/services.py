@@ -20,12 +20,12 @@ from orchestrator.domain.runs.model import RunDocument
 from orchestrator.domain.security.secrets import Redactor, secret_values
 from orchestrator.domain.settings.run_settings import CoordinationSettings
 from orchestrator.engine.sinks import EventSubscriber, forward_events
+from orchestrator.engine.views.export import export_views
 from orchestrator.errors import CouncilError
 from orchestrator.plugins import Plugins
 from orchestrator.protocols import Commit, Event
 from orchestrator.state.offline.fork import survive_outages
 from orchestrator.state.offline.outage import is_full, is_outage
-from orchestrator.views.export import export_views
 
 #: Seconds to update the views at the end of a run.
 _VIEWS_TIMEOUT = 10.0

@@ -14,6 +14,7 @@ from orchestrator.api.transfer import export_store, import_store
 from orchestrator.domain.documents.conflicts import DocumentUpdate
 from orchestrator.engine.diagnostics.findings import Finding
 from orchestrator.engine.phases.verification import RunVerification, verify_run
+from orchestrator.engine.views.export import ViewPosition, export_views
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import CompactionResult, Document, JsonObject, Key, VerificationReport
 from orchestrator.state.documents import conflicts
@@ -22,7 +23,6 @@ from orchestrator.state.documents.log_reader import DocumentChange, is_run_docum
 from orchestrator.state.documents.update import compact_log, delete_expired, update_document
 from orchestrator.state.documents.validation import check_manual_change, repair_documents, verify_store
 from orchestrator.state.transfer.copying import CopyResult
-from orchestrator.views.export import ViewPosition, export_views
 
 
 class State(Topic):

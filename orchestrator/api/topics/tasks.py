@@ -135,7 +135,6 @@ class Tasks(Topic):
             landed_at=landed_at.get(task),
             logs=str(logs),
             now=now,
-            is_merge=record.run.merges is not None,
             damage=context.damage,
         )
         return await anyio.to_thread.run_sync(_without_missing_logs, details)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from itertools import chain, islice
 
 from orchestrator.api.topics.activity import ObservedSession
+from orchestrator.cli.render.next_steps import status_steps
 from orchestrator.cli.render.table_model import (
     RETRY_LABEL,
     RemainingWork,
@@ -40,6 +41,7 @@ from orchestrator.domain.scheduling.active_time import compute_active_time
 from orchestrator.domain.scheduling.claims import OrchestratorLease
 from orchestrator.domain.scheduling.dispatch import DispatchBoard, with_subtasks
 from orchestrator.engine.reports.report import RunRecord
+from orchestrator.engine.reports.task_report import TaskReport, describe_failed_need, report_task
 from orchestrator.engine.state.records import parse_entry, run_key, spec_key
 from orchestrator.protocols import CommitRecord, Event, JsonObject
 from orchestrator.repo.git.change_counts import Changes
@@ -311,44 +313,42 @@ class LiveRun:
         return activity_label(self._tasks[task], is_blocked=task in self._board.blocked)
 
     def _row(self, task: str, now: float, active: ActiveTime) -> TaskRow:
-        document = self._tasks[task]
-        begun, elapsed = len(document.attempts), ""
-        if begun and document.status not in STARTABLE_STATUSES | USER_STATUSES:
+        document, need = self._tasks[task], self._board.blocked.get(task)
+        report = report_task(
+            task,
+            document,
+            self._entries[task].adapter if self.run.merges is None else None,
+            "",
+            obstacle=None if need is None else describe_failed_need(need),
+        )
+        elapsed = ""
+        if document.attempts and document.status not in STARTABLE_STATUSES | USER_STATUSES:
             end = self._changed[task] if document.status in FINAL_STATUSES else now
             elapsed = format_elapsed(active.between(document.attempt.started, end))
         return TaskRow(
             task=printable(task),
             phase=self._phase(task),
-            adapter=printable(document.attempt.adapter if begun else self._entries[task].adapter),
-            attempt=self._attempt(task, document),
+            adapter=printable(report.adapter or ""),
+            attempt=f"{report.attempts}/{max(self._attempts[task], report.attempts)}" if report.attempts else "",
             elapsed=elapsed,
             changes=self._changes.get(task, Changes()),
-            words=printable(one_line(self._words(task, document))),
-            stage=printable(document.phases[-1].phase)
-            if document.status is TaskStatus.RUNNING and document.phases
-            else "",
+            words=printable(one_line(self._words(report))),
+            stage=printable(report.phase or "") if document.status is TaskStatus.RUNNING else "",
         )
 
-    def _attempt(self, task: str, document: TaskDocument) -> str:
-        """Return the number of attempts that count towards the limit, and the limit."""
-        begun = document.counted_attempts
-        return f"{begun}/{max(self._attempts[task], begun)}" if begun else ""
-
-    def _words(self, task: str, document: TaskDocument) -> str:
+    def _words(self, report: TaskReport) -> str:
         """Return the text at the end of a row: the last message, the landed commit, or the reason of a failure."""
-        need = self._board.blocked.get(task)
-        if document.status is TaskStatus.PENDING and need is not None:
-            return f"needs {need!r}, which did not land"
-        if document.landed is not None:
-            return f"{document.landed[:10]} on {self.run.target}"
-        if document.status is TaskStatus.RUNNING:
-            return self._said.get(task, EMPTY_TRANSCRIPT).last_message or ""
-        if document.status in USER_STATUSES:
-            said = (document.attempt.last_message or "") if document.attempts else ""
-            return f"{_user_commands(task, document.status)}: {said}"
-        if document.attempts:
-            return document.reason or document.attempt.last_message or ""
-        missing = [need for need in self._entries[task].needs if self._tasks[need].status not in SUCCESS_STATUSES]
+        if report.landed is not None:
+            return f"{report.landed[:10]} on {self.run.target}"
+        if report.status == TaskStatus.RUNNING:
+            return self._said.get(report.id, EMPTY_TRANSCRIPT).last_message or ""
+        if report.status in USER_STATUSES:
+            commands = ", or ".join(f"`{step.command}`" for step in status_steps(report, is_shown=True))
+            return f"{commands}: {report.last_message or ''}"
+        if words := report.reason or report.last_message:
+            return words
+        needs = self._entries[report.id].needs
+        missing = [need for need in needs if self._tasks[need].status not in SUCCESS_STATUSES]
         return f"needs {', '.join(missing)}" if missing else ""
 
     def totals(self, now: float) -> RunTotals:
@@ -395,12 +395,6 @@ class LiveRun:
         )
         left = estimate_time_left(ahead)
         return left if left >= _MIN_TIME_LEFT else None
-
-
-def _user_commands(task: str, status: TaskStatus) -> str:
-    """Return the commands that continue a task that waits for a person."""
-    commands = [command.format(task) for _, command in status.record.next_steps if "council show" not in command]
-    return ", or ".join(f"`{command}`" for command in commands)
 
 
 def _last_change(task: TaskDocument) -> float:

@@ -34,7 +34,8 @@ from orchestrator.domain.runs.halts import HaltReason
 from orchestrator.domain.runs.model import HaltCause
 from orchestrator.domain.runs.statuses import SUCCESS_STATUSES, TaskStatus
 from orchestrator.domain.settings.failures import FailureClass
-from orchestrator.engine.reports.report import RunReport, TaskReport
+from orchestrator.engine.reports.report import RunReport
+from orchestrator.engine.reports.task_report import TaskReport
 
 MAX_LINES = 10
 """The maximum number of lines."""

@@ -14,7 +14,8 @@ from orchestrator.domain.runs.halts import HaltReason
 from orchestrator.domain.runs.model import HaltCause
 from orchestrator.domain.runs.statuses import LANDING_STATUSES, UNSUCCESSFUL_STATUSES, TaskStatus
 from orchestrator.domain.settings.failures import FailureClass
-from orchestrator.engine.reports.report import RunReport, RunStatus, TaskReport
+from orchestrator.engine.reports.report import RunReport, RunStatus
+from orchestrator.engine.reports.task_report import TaskReport
 
 _NEXT_STEPS: Mapping[str, Sequence[tuple[str, str]]] = {status: status.record.next_steps for status in TaskStatus}
 #: Statuses in which a task never has a next command.
@@ -72,11 +73,16 @@ def task_steps(  # noqa: PLR0911  one case for each cause
             ]
         case TaskStatus.RUNNING if report.status is RunStatus.RUNNING:
             return [Step("next", f"council logs {name} -f{run}")]
-    commands = [(label, command.format(name)) for label, command in _NEXT_STEPS.get(task.status, ())]
-    if is_shown and commands[:1] == [("next", f"council show {name}")]:
-        commands = [("next", command) for _, command in commands[1:2]] + commands[2:]
-    commands += apply if task.status in UNSUCCESSFUL_STATUSES else []
+    commands = [*status_steps(task, is_shown=is_shown), *(apply if task.status in UNSUCCESSFUL_STATUSES else ())]
     return [Step(label, f"{command}{run}") for label, command in commands]
+
+
+def status_steps(task: TaskReport, *, is_shown: bool = False) -> Sequence[Step]:
+    """Return the commands for the status of a task, without its run; with `is_shown`, without `council show`."""
+    steps = [Step(label, command.format(shlex.quote(task.id))) for label, command in _NEXT_STEPS.get(task.status, ())]
+    if is_shown and steps and steps[0].command.startswith("council show "):
+        return [step._replace(label="next") for step in steps[1:2]] + steps[2:]
+    return steps
 
 
 def _merge_steps(task: TaskReport, report: RunReport) -> Sequence[Step]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from orchestrator.cli.render.events import event_text
-from orchestrator.cli.render.result import format_state, landed_summary, run_summary, state_counts
+from orchestrator.cli.render.result import format_state, format_visit, landed_summary, run_summary, state_counts
 from orchestrator.cli.render.text import (
     align_columns,
     described,
@@ -23,8 +23,9 @@ from orchestrator.system.instants import format_local_time
 if TYPE_CHECKING:
     from orchestrator.domain.runs.metrics import Metrics
     from orchestrator.domain.runs.model import RunDocument
-    from orchestrator.engine.reports.overview import RunOverview, TaskOverview
+    from orchestrator.engine.reports.overview import RunOverview
     from orchestrator.engine.reports.report import RunReport
+    from orchestrator.engine.reports.task_report import TaskReport
 
 
 def overview_lines(overview: RunOverview) -> Iterator[str]:
@@ -32,7 +33,7 @@ def overview_lines(overview: RunOverview) -> Iterator[str]:
     yield run_summary(overview.report)
     yield from align_columns(_options(overview.record.run), "  ")
     yield "tasks"
-    yield from described([_task(task, overview.report) for task in overview.tasks], "  ")
+    yield from described([_task(task, overview) for task in overview.report.tasks], "  ")
     if overview.sessions:
         yield "active sessions"
         yield from align_columns(
@@ -78,18 +79,19 @@ def _options(run: RunDocument) -> list[list[str]]:
     return [[name, value] for name, value in fields.items() if value]
 
 
-def _task(task: TaskOverview, report: RunReport) -> list[str]:
-    one = task.report
-    attempts = f"{one.attempts} {'attempt' if one.attempts == 1 else 'attempts'}"
-    phases = ", ".join(f"{phase.name} {phase.status}" for phase in task.phases)
-    took = "" if task.minutes is None else format_elapsed(task.minutes * 60)
+def _task(task: TaskReport, overview: RunOverview) -> list[str]:
+    attempts = f"{task.attempts} {'attempt' if task.attempts == 1 else 'attempts'}"
+    statuses = overview.phase_statuses(task.id)
+    phases = ", ".join(f"{phase} {format_visit(status)}" for phase, status in statuses.items())
+    minutes = overview.minutes.get(task.id)
+    took = "" if minutes is None else format_elapsed(minutes * 60)
     kept = "" if task.branch is None else f"saved as {salvage_name(task.branch)}"
-    where = f"landed as {one.landed[:10]}" if one.landed else kept
+    where = [f"landed as {task.landed[:10]}" if task.landed else kept]
     if task.pull_request is not None:
-        where = "; ".join(filter(None, [where, f"pull request {task.pull_request}"]))
-    why = "" if one.landed or one.reason is None else one_line(one.reason)
-    rest = "; ".join(filter(None, [where, task.worktree, why]))
-    return [short_name(one.id), format_state(one.status, report), attempts, phases, took, rest]
+        where.append(f"pull request {task.pull_request}")
+    why = "" if task.landed or task.reason is None else one_line(task.reason)
+    rest = "; ".join(filter(None, [*where, overview.worktrees.get(task.id), why]))
+    return [short_name(task.id), format_state(task.status, overview.report), attempts, phases, took, rest]
 
 
 def metrics_line(report: RunReport, metrics: Metrics) -> str:

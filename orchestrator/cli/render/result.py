@@ -20,6 +20,7 @@ from orchestrator.cli.render.text import (
     wrapped,
 )
 from orchestrator.domain.runs.model import HaltCause
+from orchestrator.domain.runs.phases import PhaseStatus
 from orchestrator.domain.runs.statuses import ACTIVE_STATUSES, SUCCESS_STATUSES, USER_STATUSES, TaskStatus
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.engine.reports.report import (
@@ -28,14 +29,15 @@ from orchestrator.engine.reports.report import (
     RunReport,
     RunStatus,
     SessionReport,
-    TaskReport,
 )
+from orchestrator.engine.reports.task_report import TaskReport
 from orchestrator.repo.git.change_counts import Changes
 from orchestrator.system.instants import format_local_time
 
 #: The maximum characters of the reason of a failed setup.
 _SETUP_REASON = 600
 _LABELS: Mapping[str, str] = {status: status.record.label for status in TaskStatus}
+_VISIT_LABELS: Mapping[str, str] = {status: status.record.label for status in PhaseStatus}
 
 
 class ResultRow(NamedTuple):
@@ -52,6 +54,11 @@ def format_state(status: str, report: RunReport) -> str:
     if status in ACTIVE_STATUSES and report.status in {RunStatus.INTERRUPTED, RunStatus.HALTED}:
         return "interrupted"
     return _LABELS.get(status, status)
+
+
+def format_visit(status: str) -> str:
+    """Return the label of the status of a visit; that of an imported phase is unchanged."""
+    return _VISIT_LABELS.get(status, status)
 
 
 def result_rows(
@@ -168,7 +175,7 @@ def next_step_hints(report: RunReport) -> Iterator[str]:
         yield "Halted: " + printable(report.halted, keep="\n")
     for damage in report.damage:
         yield f"The state log is damaged: {damage}"
-    if any(task.branch is not None for task in report.tasks):
+    if report.imported is None and any(task.branch is not None for task in report.tasks):
         yield "Saved work: `council salvage list`, `show`, `apply`."
     yield from next_line(report)
 

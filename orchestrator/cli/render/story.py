@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
+from orchestrator.cli.render.result import format_visit
 from orchestrator.cli.render.text import (
     align_columns,
     format_age,
@@ -34,12 +35,11 @@ _SHORT_DIGEST = 10
 _LONGEST = 200
 #: The maximum number of listed paths and findings.
 _MAX_NAMED = 10
-_VISIT_LABELS: Mapping[str, str] = {status: status.record.label for status in PhaseStatus}
 
 
 def story_lines(story: TaskDetails, now: float, state: str) -> Iterator[str]:
     """Yield the lines of a task: summary with its `state`, phases, sessions, handoffs, landing and usage."""
-    yield printable(f"task {story.task} of run {story.run}: {state}")
+    yield printable(f"task {story.id} of run {story.run}: {state}")
     yield from align_columns(list(_head(story, now)), "  ")
     if story.phases or story.remaining_phases:
         yield "phases"
@@ -93,7 +93,7 @@ def _visit(visit: PhaseVisitDetails, story: TaskDetails) -> Iterator[str]:
     again = f" (visit {visit.visit})" if visit.visit > 1 else ""
     ended = {one.number for one in story.sessions if one.ended is not None}
     is_pending = visit.status == PhaseStatus.IN_PROGRESS and visit.attempts and ended.issuperset(visit.attempts)
-    did = ["pending" if is_pending else _VISIT_LABELS.get(visit.status, visit.status)]
+    did = ["pending" if is_pending else format_visit(visit.status)]
     if story.status == TaskStatus.NO_CHANGE and visit is story.phases[-1]:
         did = [TaskStatus.NO_CHANGE.record.label]
     if visit.verdict is not None:
@@ -191,18 +191,17 @@ def _short(value: object) -> str:
 
 def _landing(story: TaskDetails) -> str:
     one = story.landing
-    request = "" if one.pull_request is None else f", pull request {one.pull_request}"
-    if one.landed is not None:
+    request = "" if story.pull_request is None else f", pull request {story.pull_request}"
+    kept = None if story.branch is None else f"saved as {salvage_name(story.branch)}"
+    if story.landed is not None:
         when = "" if one.time is None else f", {format_local_time(one.time)}"
-        return f"landed as {one.landed[:_SHORT_DIGEST]} on {one.target}{when}{request}"
-    if one.paths:
-        kept = "" if one.branch is None else f"; saved as {salvage_name(one.branch)}"
-        return f"conflicts with {one.target} in {_format_paths(one.paths)}{kept}{request}"
+        return f"landed as {story.landed[:_SHORT_DIGEST]} on {one.target}{when}{request}"
+    if story.paths:
+        conflict = f"conflicts with {one.target} in {_format_paths(story.paths)}"
+        return f"{'; '.join(filter(None, [conflict, kept]))}{request}"
     if one.waiting is not None and story.status in LANDING_STATUSES:
         return f"{one.waiting[:_SHORT_DIGEST]}, built by session {one.attempt}, queued to land on {one.target}{request}"
-    if one.branch is not None:
-        return f"not landed; its work is saved as {salvage_name(one.branch)}{request}"
-    return f"not landed{request}"
+    return f"not landed; its work is {kept}{request}" if kept else f"not landed{request}"
 
 
 def _figures(one: Usage) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, Self
+from typing import Final, Literal, Self
 
 from orchestrator.domain.events import tasks as events
 from orchestrator.domain.events.base import TaskEvent
@@ -24,6 +24,11 @@ class ReleaseReason(StrEnum):
     FAILED = "failed"  #: the task is finished without landing
 
 
+Style = Literal["", "cyan", "blue", "yellow", "bold yellow", "green", "bold green", "red"]
+StepLabel = Literal["next", "then", "or"]
+NextSteps = tuple[tuple[StepLabel, str], ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatusRecord:
     """The properties of a status."""
@@ -32,7 +37,7 @@ class StatusRecord:
     """The label in output for users."""
     activity: str
     """The activity of a task, in one word for the live table."""
-    style: str
+    style: Style
     """The color in tables."""
     release: ReleaseReason | None
     """The reason to release the claim on the task; None: an orchestrator holds the claim, after an attempt began."""
@@ -40,8 +45,8 @@ class StatusRecord:
     """Only a user can continue it, and the run waits for that."""
     plain_phase: PhaseStatus
     """The status of the single phase of a task without a workflow that has this status."""
-    next_steps: tuple[tuple[str, str], ...] = ()
-    """The next commands for a user: `next`, `then` or `or`, and the command with the task as `{}`."""
+    next_steps: NextSteps
+    """The next commands for a user, each with the task as `{}`."""
     is_final: bool = False
     """The task is finished; only a user can continue it."""
     is_successful: bool = False
@@ -55,22 +60,37 @@ class StatusRecord:
 
     def __post_init__(self) -> None:
         """Raise ValueError if the properties contradict each other."""
-        if self.is_successful and not self.is_final:
-            raise ValueError(f"status {self.label!r} is successful and not final")
-        if self.is_retryable and (self.is_successful or not self.is_final):
-            raise ValueError(f"status {self.label!r} is retryable: set `is_final=True`, and omit `is_successful`")
-        if self.is_final == (self.release is None) and self.is_final:
-            raise ValueError(f"status {self.label!r} is final and keeps the claim: set `release`")
-        if self.waits_for_user and (self.is_final or self.release is None):
-            raise ValueError(f"status {self.label!r} waits for a user and is final or keeps the claim: set `release`")
-        if self.waits_for_user and not self.next_steps:
-            raise ValueError(f"status {self.label!r} waits for a user: name the commands to continue in `next_steps`")
-        if (self.is_active or self.is_landing) and self.release is not None:
-            raise ValueError(f"status {self.label!r} is active without a claim: set `release=None`")
+        keeps, is_busy = self.release is None, self.is_active or self.is_landing
+        commands = [command for _, command in self.next_steps]
+        has_retry, labels = "council retry {}" in commands, [label for label, _ in self.next_steps]
+        contradictions = {
+            "is successful and not final": self.is_successful and not self.is_final,
+            "is retryable: set `is_final=True`, and omit `is_successful`": self.is_retryable
+            and (self.is_successful or not self.is_final),
+            "is final and keeps the claim: set `release`": self.is_final and keeps,
+            "waits for a user and is final or keeps the claim: set `release`": self.waits_for_user
+            and (self.is_final or keeps),
+            "waits for a user: name the commands to continue in `next_steps`": self.waits_for_user and not commands,
+            "is active without a claim: set `release=None`": is_busy and not keeps,
+            "keeps the claim: set `is_active` or `is_landing`": keeps and not is_busy,
+            "is successful: set `release=ReleaseReason.COMPLETE`": self.is_successful
+            and self.release is not ReleaseReason.COMPLETE,
+            "is not final: set `release=ReleaseReason.ABANDONED`": not (self.is_final or keeps)
+            and self.release is not ReleaseReason.ABANDONED,
+            "must name `council retry {}` in `next_steps` exactly if `is_retryable` is set": has_retry
+            != self.is_retryable,
+            "has `next_steps` that do not begin with `next`": labels[:1] not in ([], ["next"]) or "next" in labels[1:],
+            "has `next_steps` that are not commands with `{}`": any(
+                not command.startswith("council ") or command.count("{}") != 1 for command in commands
+            ),
+        }
+        for contradiction, applies in contradictions.items():
+            if applies:
+                raise ValueError(f"status {self.label!r} {contradiction}")
 
 
-_RETRY = ("next", "council retry {}")
-_LOGS_AND_RETRY = (("next", "council logs {}"), ("then", "council retry {}"))
+_RETRY: Final[tuple[StepLabel, str]] = ("next", "council retry {}")
+_LOGS_AND_RETRY: Final[NextSteps] = (("next", "council logs {}"), ("then", "council retry {}"))
 
 
 class TaskStatus(StrEnum):
@@ -102,6 +122,7 @@ class TaskStatus(StrEnum):
             release=ReleaseReason.ABANDONED,
             waits_for_user=False,
             plain_phase=PhaseStatus.IN_PROGRESS,
+            next_steps=(),
         ),
     )
     RUNNING = (
@@ -113,6 +134,7 @@ class TaskStatus(StrEnum):
             release=None,
             waits_for_user=False,
             plain_phase=PhaseStatus.IN_PROGRESS,
+            next_steps=(),
             is_active=True,
         ),
     )
@@ -126,6 +148,7 @@ class TaskStatus(StrEnum):
             release=None,
             waits_for_user=False,
             plain_phase=PhaseStatus.COMPLETED,
+            next_steps=(),
             is_landing=True,
         ),
     )
@@ -139,6 +162,7 @@ class TaskStatus(StrEnum):
             release=None,
             waits_for_user=False,
             plain_phase=PhaseStatus.COMPLETED,
+            next_steps=(),
             is_active=True,
             is_landing=True,
         ),
@@ -153,6 +177,7 @@ class TaskStatus(StrEnum):
             release=None,
             waits_for_user=False,
             plain_phase=PhaseStatus.COMPLETED,
+            next_steps=(),
             is_active=True,
             is_landing=True,
         ),
@@ -166,6 +191,7 @@ class TaskStatus(StrEnum):
             release=ReleaseReason.COMPLETE,
             waits_for_user=False,
             plain_phase=PhaseStatus.COMPLETED,
+            next_steps=(),
             is_final=True,
             is_successful=True,
         ),

@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from graphlib import CycleError, TopologicalSorter
 
 
 def find_cycles(needs: Mapping[str, Iterable[str]]) -> list[list[str]]:
-    """Return disjoint cycles, at least one per strongly connected component.
+    """Return disjoint cycles, at least one per strongly connected component, in linear time.
 
     Each task needs the next one, and the last needs the first. Names without an entry are ignored.
     """
     cycles: list[list[str]] = []
-    left = {task: [need for need in of if need in needs] for task, of in needs.items()}
-    while left:
-        sorter = TopologicalSorter(left)
-        with suppress(CycleError):  # tasks outside of cycles can still be sorted
-            sorter.prepare()
-        removed = set[str]()
-        while ready := sorter.get_ready():
-            sorter.done(*ready)
-            removed.update(ready)
-        # Each remaining task needs another one of them, so following first needs leads to a cycle.
-        first_needs = {
-            task: next(need for need in left[task] if need not in removed) for task in left if task not in removed
-        }
-        while first_needs:
-            task, path = next(iter(first_needs)), list[str]()
-            while task in first_needs:
-                path.append(task)
-                task = first_needs.pop(task)
-            if task in path:
-                cycles.append(path[path.index(task) :])
-                removed.update(cycles[-1])
-        left = {task: [need for need in of if need not in removed] for task, of in left.items() if task not in removed}
+    unvisited = {task: iter(of) for task, of in needs.items()}
+    for start in needs:
+        path = {start: unvisited.pop(start)} if start in unvisited else {}
+        while path:
+            _, remaining = next(reversed(path.items()))
+            for need in remaining:
+                if need in unvisited:
+                    path[need] = unvisited.pop(need)
+                    break
+                if need in path:  # the tasks of a cycle are dropped, so that cycles are disjoint
+                    cycle = [path.popitem()[0]]
+                    while cycle[-1] != need:
+                        cycle.append(path.popitem()[0])
+                    cycles.append(cycle[::-1])
+                    break
+            else:
+                path.popitem()
     return cycles

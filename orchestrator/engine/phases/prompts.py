@@ -174,7 +174,7 @@ def render_restart(paths: Sequence[str], diff: str | None, feedback: str | None,
     """
     conflicts = f"conflicting paths: {', '.join(paths) or 'unknown'}"
     quoted = _text(conflicts if diff is None else f"{conflicts}\n\n{diff}")
-    about = "" if feedback is None else f"The rest is feedback on the earlier work:\n{feedback}"
+    about = f"The rest is feedback on the earlier work:\n{feedback}" if feedback else ""
     return (
         "---\nAn earlier session worked on this task, but its work conflicts with other work that has landed since.\n"
         "The files here have that other work, and nothing of the earlier work. Do the task again on them. The\n"

@@ -131,7 +131,7 @@ class PhaseStarter:
         document = self.ledger.task(task)
         feedback = document.feedback
         if following.conflicting is not None:
-            feedback = render_restart(following.conflicting.paths, diff, feedback or "", secrets.token_hex(8))
+            feedback = render_restart(following.conflicting.paths, diff, feedback, secrets.token_hex(8))
             diff = None
         if following.workflow.is_default:
             return SessionPrompt(render_plain_prompt(spec), suffix=feedback, follow_up=feedback)

@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
-from orchestrator.domain.runs.model import AdapterDocument, Attempt, HaltCause, ImportedTask, RunDocument, TaskDocument
-from orchestrator.domain.runs.phases import OPEN_STATUSES
+from orchestrator.domain.runs.model import AdapterDocument, HaltCause, RunDocument, TaskDocument
 from orchestrator.domain.runs.statuses import (
     FINAL_STATUSES,
     SUCCESS_STATUSES,
@@ -19,9 +18,8 @@ from orchestrator.domain.runs.statuses import (
 from orchestrator.domain.scheduling.claims import ClaimCounters, OrchestratorLease, sum_counters
 from orchestrator.domain.scheduling.dependencies import DependencyGraph
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
-from orchestrator.domain.settings.failures import FailureClass
+from orchestrator.engine.reports.task_report import FAILURE_CLASSES, TaskReport, describe_failed_need, report_task
 from orchestrator.protocols import JsonObject
-from orchestrator.sessions.output.log_files import log_file_name
 from orchestrator.system.instants import format_local_time
 
 
@@ -44,46 +42,8 @@ EXIT_CODES: Mapping[RunStatus, int] = {
 }
 
 
-_FAILURES = frozenset(FailureClass)
 _INTERRUPTED = "session interrupted: to retry, run `council resume {run}`"
 _DAMAGED = "its record in the state log is damaged, so an earlier state is shown: run `council state verify`"
-
-
-@dataclass(slots=True)  # not frozen: creating thousands of frozen objects would take three times as long
-class TaskReport:
-    """The state of one task."""
-
-    id: str
-    """The task's id within the run."""
-    status: str
-    """Its status; `blocked` means that one of its needs will not land."""
-    attempts: int
-    """The number of attempts that count towards its limit; reset by each phase and each manual retry."""
-    landed: str | None
-    """The commit on the target that contains its change."""
-    branch: str | None
-    """The branch with its unmerged work."""
-    failure: str | None
-    """The failure class of its last attempt."""
-    reason: str | None
-    """The reason why it has not landed, or a note about its status."""
-    paths: Sequence[str]
-    """The conflicting paths."""
-    log: str | None
-    """The file with the output of the failed check, or else the standard error of the last attempt."""
-    adapter: str
-    last_message: str | None
-    """The last message of the CLI, or its result."""
-    input_tokens: int
-    output_tokens: int
-    cost: float | None
-    """The cost of all attempts in US dollars, as far as reported by their CLIs."""
-    phase: str | None = None
-    """The current or next phase of its workflow; null: no phase remains, or it has no workflow."""
-    denied_tools: str | None = None
-    """The denied tools of its newest session with any denials, and how to allow them; null: none."""
-    blocked_by: str | None = None
-    """The failed task that it needs, directly or indirectly; null: blocked by an adapter, or not blocked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +188,7 @@ class RunReport:
     def to_json(self) -> JsonObject:
         """Return the result object."""
         # `asdict` copies recursively, which is slow for thousands of tasks.
-        tasks = [{name: getattr(task, name) for name in TaskReport.__slots__} for task in self.tasks]
+        tasks = [task.to_json() for task in self.tasks]
         claims = self.claims.model_dump()
         return {**asdict(replace(self, tasks=())), "tasks": tasks, "claims": claims, "exit": self.exit_code}
 
@@ -328,17 +288,21 @@ def build_report(
     reports, roots = [], dict[str, str]()
     for task, blocker in blocked.items():  # needs come before their dependents
         roots[task] = roots.get(blocker, blocker)
+    is_interrupted = status in {RunStatus.INTERRUPTED, RunStatus.HALTED}
     for task in record.run.tasks:
         need = blocked.get(task)
-        why = stuck.get(task) if need is None else f"needs {need!r}, which did not land"
-        report = _describe_task(task, record.tasks[task], record.entries[task].adapter, why, str(logs))
-        report = replace(report, reason=waiting[task]) if task in waiting else report
-        report = replace(report, blocked_by=roots[task]) if task in roots else report
-        if status in {RunStatus.INTERRUPTED, RunStatus.HALTED} and report.status == TaskStatus.RUNNING:
-            reason = _INTERRUPTED.format(run=record.run.id)
-            # A resume records the interruption, and then no longer counts the attempt either.
-            report = replace(report, reason=reason, attempts=report.attempts - 1)
-        reports.append(replace(report, reason=_DAMAGED) if task in record.damaged else report)
+        reports.append(
+            report_task(
+                task,
+                record.tasks[task],
+                None if record.run.merges is not None else record.entries[task].adapter,
+                str(logs),
+                obstacle=stuck.get(task) if need is None else describe_failed_need(need),
+                blocked_by=roots.get(task),
+                interrupted=_INTERRUPTED.format(run=record.run.id) if is_interrupted else None,
+                remark=_DAMAGED if task in record.damaged else waiting.get(task),
+            )
+        )
     run, source = record.run, record.run.imported.source if record.run.imported else None
     halted = run.halted if status is RunStatus.HALTED else None
     leases = sorted(record.orchestrators, key=lambda lease: (lease.since, lease.owner.id))
@@ -367,7 +331,7 @@ def last_failures(record: RunRecord) -> dict[str, AdapterFailure]:
     failures: dict[str, AdapterFailure] = {}
     for task, document in record.tasks.items():
         for attempt in document.attempts:
-            if attempt.outcome is None or attempt.outcome not in _FAILURES or attempt.ended is None:
+            if attempt.outcome is None or attempt.outcome not in FAILURE_CLASSES or attempt.ended is None:
                 continue
             previous = failures.get(attempt.adapter)
             if previous is None or previous.time <= attempt.ended:
@@ -427,55 +391,3 @@ def _describe_cooldown(adapters: Sequence[AdapterReport]) -> str:
     )
     each = ", or for ".join(f"{name!r} until {format_local_time(until)}" for until, name in ends)
     return f"waits for adapter {each}{disabled}" if ends else ""
-
-
-def _describe_task(task: str, document: TaskDocument, adapter: str, why_blocked: str | None, logs: str) -> TaskReport:
-    status, reason = str(document.status), document.reason
-    if why_blocked is not None and document.status is TaskStatus.PENDING:
-        status, reason = "blocked", why_blocked
-    if document.status is TaskStatus.RUNNING:
-        reason = None  # belongs to an earlier attempt
-    phase = current_phase(document)
-    if document.status is TaskStatus.AWAITING_APPROVAL:
-        reason = f"phase {phase!r} waits for approval"
-    attempts = document.attempts
-    newest = document.attempt if attempts else None
-    outcome = document.refused or (None if newest is None else newest.outcome)
-    return TaskReport(
-        id=task,
-        status=status,
-        attempts=document.counted_attempts,
-        landed=document.landed,
-        branch=document.branch,
-        failure=outcome if outcome in _FAILURES and document.landed is None else None,
-        reason=reason,
-        paths=document.paths,
-        log=None if newest is None else newest.check_log or f"{logs}/{log_file_name(task, newest.number, 'stderr')}",
-        adapter=adapter if newest is None else newest.adapter,
-        last_message=None if newest is None else newest.last_message,
-        # Lists, because generators would dominate the time.
-        input_tokens=sum([one.input_tokens for one in attempts]),
-        output_tokens=sum([one.output_tokens for one in attempts]),
-        cost=document.cost,
-        phase=phase,
-        denied_tools=_newest_denials(attempts),
-    )
-
-
-def _newest_denials(attempts: Sequence[Attempt]) -> str | None:
-    denials = [one.denied_tools for one in attempts if one.denied_tools.count]
-    return str(denials[-1]) if denials else None
-
-
-def current_phase(task: TaskDocument) -> str | None:
-    """Return the current or next phase of a task; None: no phase remains, or it has no workflow."""
-    last = task.phases[-1] if task.phases else None
-    return last.phase if last is not None and last.status in OPEN_STATUSES else task.phase
-
-
-def imported_phase_statuses(imported: ImportedTask) -> dict[str, str]:
-    """Return the phases of an imported task, each with its imported status, or `unknown`."""
-    values = {
-        phase: value.get("status") if isinstance(value, dict) else value for phase, value in imported.phases.items()
-    }
-    return {phase: status if isinstance(status, str) else "unknown" for phase, status in values.items()}

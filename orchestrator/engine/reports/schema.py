@@ -13,8 +13,9 @@ from orchestrator.domain.documents.times import Instant
 from orchestrator.domain.events import EVENT_TYPES, TypedEvent
 from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.engine.reports import report, task_details
-from orchestrator.engine.reports.report import EXIT_CODES, RunReport, TaskReport
+from orchestrator.engine.reports.report import EXIT_CODES, RunReport
 from orchestrator.engine.reports.task_details import TaskDetails
+from orchestrator.engine.reports.task_report import TaskReport
 from orchestrator.protocols import JsonObject
 
 _DRAFT = "https://json-schema.org/draft/2020-12/schema"

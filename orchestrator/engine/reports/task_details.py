@@ -14,7 +14,7 @@ from orchestrator.domain.runs.statuses import FINAL_STATUSES, LANDING_STATUSES
 from orchestrator.domain.runs.usage import Usage, measure_seconds, sum_usage
 from orchestrator.domain.workflow.handoffs import Handoff, is_intact
 from orchestrator.domain.workflow.routing import DEFAULT_PHASES
-from orchestrator.engine.reports.report import TaskReport, imported_phase_statuses
+from orchestrator.engine.reports.task_report import TaskReport
 from orchestrator.protocols import JsonObject
 from orchestrator.sessions.output.log_files import log_file_name
 
@@ -65,23 +65,15 @@ class HandoffDetails(Handoff):
 
 @dataclass(frozen=True, slots=True)
 class LandingDetails:
-    """The landing of a task's work on the target, or its obstacle."""
+    """The landing of a task's work on the target."""
 
     target: str
-    landed: str | None
-    """The commit that landed it."""
     time: float | None
     """The time when it landed (seconds since the epoch)."""
     waiting: str | None
     """The commit that is queued to land."""
     attempt: int | None
     """The attempt that built it."""
-    branch: str | None
-    """The branch with its unmerged work."""
-    paths: Sequence[str]
-    """The conflicting paths."""
-    pull_request: int | None
-    """The number of its pull request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +86,11 @@ class LatestActivity:
     """The time of its last output (seconds since the epoch)."""
 
 
-@dataclass(frozen=True, slots=True)
-class TaskDetails:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskDetails(TaskReport):
     """A task in full, as shown by `council show`."""
 
     run: str
-    task: str
-    status: str
-    """Its status; `blocked` means that one of its needs will not land."""
-    reason: str | None
-    """The reason why it has not landed, or a note about its status."""
     prompt: str | None
     """Its prompt; null if unknown, as for an imported task."""
     tracker: str | None
@@ -112,10 +99,6 @@ class TaskDetails:
     """The id of the handoff with the plan that created it."""
     subtasks: Sequence[str]
     """The tasks that its plan created."""
-    adapter: str | None
-    """Its adapter; null for a merge, which runs no session."""
-    attempts: int
-    """The number of attempts, without interrupted ones."""
     needs: Sequence[str]
     workflow: str | None
     """The name of its workflow."""
@@ -161,26 +144,21 @@ def build_task_details(
     landed_at: float | None,
     logs: str,
     now: float,
-    is_merge: bool = False,
     damage: Sequence[str] = (),
 ) -> TaskDetails:
     """Return the details of a task from its documents; `logs` is the folder with the logs of its run.
 
-    Sessions without an end are running at `now` (wall-clock seconds). The first attempt of a merge has no session.
+    Sessions without an end are running at `now` (wall-clock seconds).
     """
-    attempts = document.attempts[1:] if is_merge else document.attempts
+    attempts = () if report.adapter is None else document.attempts
     ordered = sorted(handoffs.values(), key=lambda handoff: handoff.attempt)
     return TaskDetails(
+        **report.to_json(),
         run=run,
-        task=report.id,
-        status=report.status,
-        reason=report.reason,
         prompt=definition.prompt,
         tracker=definition.tracker,
         plan=definition.plan,
         subtasks=document.subtasks,
-        adapter=report.adapter if attempts or not is_merge else None,
-        attempts=report.attempts,
         needs=definition.needs,
         workflow=definition.workflow,
         phases=_visits(document, attempts, definition, handoffs, now),
@@ -193,6 +171,27 @@ def build_task_details(
     )
 
 
+def phase_of(attempt: Attempt) -> str:
+    """Return the phase that an attempt ran; without a workflow, that of the default workflow."""
+    return attempt.phase or DEFAULT_PHASES[0].name
+
+
+def phase_statuses(task: TaskDocument) -> dict[str, str]:
+    """Return the phases that a task has entered, each with the status of its last visit.
+
+    Those of an imported task have their original status, or `unknown`.
+    """
+    if task.imported is not None:
+        original = {
+            phase: value.get("status") if isinstance(value, dict) else value
+            for phase, value in task.imported.phases.items()
+        }
+        return {phase: status if isinstance(status, str) else "unknown" for phase, status in original.items()}
+    if task.phases:
+        return {visit.phase: str(visit.status) for visit in task.phases}
+    return {phase_of(task.attempt): str(task.status.record.plain_phase)} if task.attempts else {}
+
+
 def _visits(
     task: TaskDocument,
     attempts: Sequence[Attempt],
@@ -201,8 +200,7 @@ def _visits(
     now: float,
 ) -> list[PhaseVisitDetails]:
     if task.imported is not None:
-        statuses = imported_phase_statuses(task.imported)
-        return [_visit(_record(phase), status, 1, (), None, now) for phase, status in statuses.items()]
+        return [_visit(_record(phase), status, 1, (), None, now) for phase, status in phase_statuses(task).items()]
     if definition.workflow is None:
         return [_plain_visit(task, attempts, now)] if attempts else []
     counts: dict[str, int] = {}
@@ -274,7 +272,7 @@ def _remaining_phases(task: TaskDocument, definition: TaskDefinition) -> list[st
 
 def _attempt(task: str, attempt: Attempt, logs: str, now: float) -> AttemptDetails:
     added = {
-        "phase": attempt.phase or DEFAULT_PHASES[0].name,
+        "phase": phase_of(attempt),
         "seconds": measure_seconds(attempt, now),
         "log": f"{logs}/{log_file_name(task, attempt.number, 'stdout')}",
     }
@@ -285,11 +283,7 @@ def _landing(task: TaskDocument, target: str, landed_at: float | None) -> Landin
     builder = task.building_attempt if task.commit is not None and task.attempts else None
     return LandingDetails(
         target=target,
-        landed=task.landed,
         time=landed_at,
         waiting=task.commit if task.landed is None else None,
         attempt=None if builder is None else builder.number,
-        branch=task.branch,
-        paths=task.paths,
-        pull_request=task.pull_request,
     )

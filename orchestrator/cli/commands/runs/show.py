@@ -49,7 +49,7 @@ async def _state_and_steps(council: Council, story: TaskDetails) -> tuple[str, S
         report = await council.runs.status(story.run)
     except RefusedError:  # its repositories are gone
         return story.status.replace("_", " "), ()
-    shown = next(one for one in report.tasks if one.id == story.task)
+    shown = next(one for one in report.tasks if one.id == story.id)
     steps = task_steps(shown, report, is_newest=await council.runs.newest() == story.run, is_shown=True)
     if not steps and shown.status != TaskStatus.LANDED:
         steps = halt_steps(report) or [Step("next", own)] if (own := run_step(report)) else ()

@@ -28,7 +28,7 @@ from orchestrator.domain.settings.quantities import format_duration
 from orchestrator.domain.settings.run_settings import AdapterConfig
 from orchestrator.engine.diagnostics.findings import describe
 from orchestrator.engine.diagnostics.programs import AdapterStatus, make_default_adapters, probe_adapters
-from orchestrator.engine.reports.report import TaskReport
+from orchestrator.engine.reports.task_report import TaskReport
 from orchestrator.errors import ConfigError, RefusedError
 from orchestrator.protocols import JsonObject
 from orchestrator.repo.git.command import IDENTITY, Git
@@ -124,7 +124,7 @@ class _AdapterTestResult:
             yield from (f"          | {line[:_LONGEST_LINE]}" for line in self.output.splitlines()[-8:])
 
     def to_json(self) -> JsonObject:
-        live = {"error": self.live} if isinstance(self.live, str) else self.live and asdict(self.live)
+        live = {"error": self.live} if isinstance(self.live, str) else self.live and self.live.to_json()
         results = (
             {"error": self.contract} if isinstance(self.contract, str) else {"results": [*map(asdict, self.contract)]}
         )

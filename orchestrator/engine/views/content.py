@@ -16,10 +16,9 @@ from typing import Any, Final
 import orjson
 from pydantic import ValidationError
 
-from orchestrator.domain.runs.model import Attempt, TaskDocument
-from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, TaskStatus
+from orchestrator.domain.runs.model import TaskDocument
+from orchestrator.domain.runs.statuses import CLAIMED_STATUSES
 from orchestrator.protocols import CommitRecord, Document, DocumentVersion, Event, JsonObject, Key
-from orchestrator.repo.worktrees.hub import work_branch_name
 
 #: Ids that are used unchanged: valid on case-insensitive file systems, and different from council's own file names.
 _PLAIN: Final = re.compile(r"(?!.*\.json$)[a-z0-9][a-z0-9._-]{0,79}")
@@ -111,19 +110,15 @@ def _event(event: Event) -> JsonObject:
 
 @dataclass(frozen=True, slots=True)
 class ActiveTask:
-    """A task between its start and its landing, with the hub of its run and the patterns of the paths that it owns."""
+    """A task between its start and its landing."""
 
     run: str
     task: str
-    status: TaskStatus
-    attempt: Attempt
+    document: TaskDocument
     hub: Path | None
+    """The hub of its run, if known."""
     owns: Sequence[str]
-
-    @property
-    def has_session(self) -> bool:
-        """Whether the session of the task is running."""
-        return self.status == TaskStatus.RUNNING and self.attempt.ended is None
+    """The patterns of the paths that it owns; empty: all."""
 
 
 def active_tasks(documents: Mapping[Key, Document]) -> list[ActiveTask]:
@@ -142,9 +137,8 @@ def active_tasks(documents: Mapping[Key, Document]) -> list[ActiveTask]:
         if task.status in CLAIMED_STATUSES and task.attempts and facts.get("ended") is None:
             spec = documents.get(Key("spec", document.key.id))
             hub, owns = facts.get("hub"), [] if spec is None else spec.value.get("owns", [])
-            hub = Path(hub) if isinstance(hub, str) else None
-            active.append(ActiveTask(name, own, task.status, task.attempt, hub, owns))
-    return sorted(active, key=lambda one: (one.attempt.started, one.run, one.task))
+            active.append(ActiveTask(name, own, task, Path(hub) if isinstance(hub, str) else None, owns))
+    return sorted(active, key=lambda one: (one.document.attempt.started, one.run, one.task))
 
 
 def ownership_view(active: Iterable[ActiveTask]) -> bytes:
@@ -153,31 +147,11 @@ def ownership_view(active: Iterable[ActiveTask]) -> bytes:
         {
             "run": one.run,
             "task": one.task,
-            "status": one.status,
-            "attempt": one.attempt.number,
-            "since": one.attempt.started,
+            "status": one.document.status,
+            "attempt": one.document.attempt.number,
+            "started": one.document.attempt.started,
             "owns": one.owns,
         }
         for one in active
     ]
     return encode_pretty_json({"owners": owners})
-
-
-def context_view(one: ActiveTask, worktree: str | None) -> bytes:
-    """Return the content of a session's file."""
-    attempt = one.attempt
-    return encode_pretty_json(
-        {
-            "run": one.run,
-            "task": one.task,
-            "attempt": attempt.number,
-            "adapter": attempt.adapter,
-            "since": attempt.started,
-            "branch": work_branch_name(one.run, one.task, attempt.number),
-            "worktree": worktree,
-            "last_message": attempt.last_message,
-            "input_tokens": attempt.input_tokens,
-            "output_tokens": attempt.output_tokens,
-            "cost": attempt.cost,
-        }
-    )

@@ -16,6 +16,18 @@ from typing import Final
 import anyio
 import anyio.to_thread
 
+from orchestrator.engine.reports.task_report import report_session
+from orchestrator.engine.views.content import (
+    active_tasks,
+    context_path,
+    document_path,
+    document_view,
+    encode_pretty_json,
+    event_line,
+    ownership_view,
+    version_path,
+    version_view,
+)
 from orchestrator.errors import HistoryCompacted, RefusedError
 from orchestrator.project import Project
 from orchestrator.protocols import VERSIONS_KEPT, CommitRecord, Document, DocumentVersion, Key, Store
@@ -25,18 +37,6 @@ from orchestrator.state.documents.log_reader import read_range
 from orchestrator.state.documents.validation import DOCUMENT_KINDS
 from orchestrator.system.failpoints import failpoint
 from orchestrator.system.file_lock import FileLock
-from orchestrator.views.content import (
-    active_tasks,
-    context_path,
-    context_view,
-    document_path,
-    document_view,
-    encode_pretty_json,
-    event_line,
-    ownership_view,
-    version_path,
-    version_view,
-)
 
 #: The size of `events.jsonl` in bytes at which its older half is removed.
 EVENTS_BYTES: Final = 16 << 20
@@ -174,10 +174,11 @@ class ViewFolder:
         active = active_tasks(documents)
         self.write("ownership.json", ownership_view(active))
         for one in active:
-            if one.has_session:
-                hub = one.hub
-                slot = None if hub is None else Worktree(Hub(hub), one.run, one.task, one.attempt.number).slot
-                self.write(context_path(one.run, one.task), context_view(one, None if slot is None else str(slot.tree)))
+            number = one.document.attempt.number
+            slot = None if one.hub is None else Worktree(Hub(one.hub), one.run, one.task, number).slot
+            tree = None if slot is None else str(slot.tree)
+            if (session := report_session(one.run, one.task, one.document, tree)) is not None:
+                self.write(context_path(one.run, one.task), encode_pretty_json(asdict(session)))
 
     def install(self, path: Path) -> None:
         """Replace the folder at `path` with this one."""
