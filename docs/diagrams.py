@@ -23,7 +23,7 @@ PAGE = TOP / "docs" / "architecture.md"
 LAYERS = {
     "interfaces": ("cli", "mcp_server"),
     "API": ("api",),
-    "engine": ("engine", "builtin", "views"),
+    "engine": ("engine", "builtin"),
     "work": ("sessions", "repo", "locking"),
     "state": ("state",),
     "input and contracts": ("config", "plugins", "project", "hookspecs", "protocols"),
