@@ -249,17 +249,25 @@ class StateSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """A damaged part of the log: its location, the affected documents (None if unknown), and the handling."""
+    """A damaged part of the log: its location, the affected documents (None if unknown), and the handling.
+
+    `offset` is in bytes, or None if the store has no offsets.
+    """
 
     path: Path
-    offset: int
+    offset: int | None
     keys: Sequence[Key] | None
     what: str
 
     def describe(self) -> str:
         """Return a one-line description."""
         affected = ", ".join(map(str, self.keys)) or "nothing lost" if self.keys is not None else "unknown documents"
-        return f"{self.path}, byte {self.offset}: {self.what} ({affected})"
+        return f"{self.location}: {self.what} ({affected})"
+
+    @property
+    def location(self) -> str:
+        """The file or key, with the offset if known."""
+        return str(self.path) if self.offset is None else f"{self.path}, byte {self.offset}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ def test_run_with_a_lost_attempt_continues_after_a_repair(
     refused = repository.council("resume", "--json")
     assert (refused.code, refused.result["status"]) == (2, "refused"), refused
     assert refused.result["remedy"].startswith("recover the readable part with `council state verify --repair`")
-    assert refused.result["error"].count(".jsonl at byte") == 1
+    assert refused.result["error"].count(".jsonl, byte") == 1
     assert repository.council("state", "verify", "--repair").code == 0
     resumed = repository.council("resume", "--json")
     assert (resumed.code, resumed.states) == (0, {"two": "landed"}), resumed

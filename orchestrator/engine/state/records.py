@@ -264,7 +264,7 @@ def _require_undamaged(store: Store, document: Document) -> Document:
 
 
 def _damaged_error(store: Store, document: Document) -> RefusedError:
-    locations = ", ".join(dict.fromkeys(f"{damage.path} at byte {damage.offset}" for damage in store.damage))
+    locations = ", ".join(dict.fromkeys(damage.location for damage in store.damage))
     return RefusedError(
         f"the record of {document.key} is damaged in the state log ({locations})",
         "recover the readable part with `council state verify --repair`, then `council resume`; or start a new run: "
