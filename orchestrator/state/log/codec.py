@@ -150,7 +150,14 @@ def _payload(values: Sequence[bytes], events: Sequence[Event]) -> bytes:
 
 def encode_line(line: LogLine) -> bytes:
     """Return the bytes of an undamaged line, including the newline."""
-    header = orjson.dumps(
+    header = encode_header(line)
+    head = b"%08x %08x %b" % (len(header), len(line.payload), header)
+    return b"%08x %b %08x %b\n" % (zlib.crc32(head), head, zlib.crc32(line.payload), line.payload)
+
+
+def encode_header(line: LogLine) -> bytes:
+    """Return a line without its payload, as JSON."""
+    return orjson.dumps(
         {
             "position": line.position,
             "time": line.time,
@@ -159,8 +166,6 @@ def encode_line(line: LogLine) -> bytes:
             "changes": [_columns(change) for change in line.changes],
         }
     )
-    head = b"%08x %08x %b" % (len(header), len(line.payload), header)
-    return b"%08x %b %08x %b\n" % (zlib.crc32(head), head, zlib.crc32(line.payload), line.payload)
 
 
 def _columns(change: LineChange) -> tuple[Any, ...]:
@@ -187,10 +192,10 @@ def scan(data: bytes, offset: int) -> ScanResult:
     if len(data) < end and data.find(b"\n", header_end) < 0:
         return IncompleteLine(len(data))
     if data[header_end:payload_start] == b" %08x " % zlib.crc32(payload):
-        return DecodedLine(end + len(terminator), _line(header, payload), terminator)
+        return DecodedLine(end + len(terminator), decode_header(header, payload), terminator)
     # The length is trusted only if a newline is at that offset; otherwise bytes were lost, not changed.
     next_line = end + 1 if terminator == b"\n" else _resync(data, header_end)
-    return DecodedLine(next_line, _line(header, b""), b"\n")
+    return DecodedLine(next_line, decode_header(header, b""), b"\n")
 
 
 def find_never_durable(data: bytes, offset: int, position: int) -> int | None:
@@ -292,7 +297,8 @@ def _valid_header(data: bytes, head: re.Match[bytes]) -> bytes | None:
     return checked[_HEAD_BYTES - _CHECKED_FROM :] if zlib.crc32(checked) == int(crc, 16) else None
 
 
-def _line(header: bytes, payload: bytes) -> LogLine:
+def decode_header(header: bytes, payload: bytes) -> LogLine:
+    """Return the line of an intact header; the payload is empty if it is damaged."""
     found = orjson.loads(header)
     position = found["position"]
     changes = tuple([LineChange(Key(kind, name), *rest) for kind, name, *rest in found["changes"]])
