@@ -19,6 +19,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from secrets import token_hex
 from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple, Protocol, TypeVar
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationInfo
@@ -201,6 +202,8 @@ class Commit:
     events: Sequence[Event] = ()
     guards: Sequence[Guard] = ()
     durable: bool = True
+    id: str = field(default_factory=lambda: token_hex(16), kw_only=True, compare=False, repr=False)
+    """Unique: a store on a server applies a commit once, even if it is sent again because a reply was lost."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -217,6 +217,7 @@ class Fork:
             "writes": [[*write.key, write.expected, write.ttl] for write in commit.writes],
             "guards": [[*guard.key, guard.epoch] for guard in commit.guards],
             "durable": commit.durable,
+            "id": commit.id,
         }
         while True:
             self._count += 1
@@ -308,7 +309,7 @@ def _translate(record: CommitRecord, note: JsonObject, shifts: dict[Key, int], n
         target_version = expected + shifts.get(key, 0) if expected else 0
         writes.append(Write(key, target_version, record.documents[key][1], remaining))
     guards = [Guard(Key(kind, name), epoch) for kind, name, epoch in note["guards"]]
-    return Commit(writes, record.events, guards, durable=note["durable"])
+    return Commit(writes, record.events, guards, note["durable"], id=note["id"])
 
 
 class ForkingStore(StoreWrapper):
@@ -400,7 +401,7 @@ class ForkingStore(StoreWrapper):
             shift, highest = self._shifts.get(write.key, (0, 0))
             is_of_fork = 0 < write.expected <= highest
             writes.append(Write(write.key, write.expected + shift, write.value, write.ttl) if is_of_fork else write)
-        return Commit(writes, commit.events, commit.guards, durable=commit.durable)
+        return replace(commit, writes=writes)
 
     async def get(self, key: Key) -> Document | None:
         """See `Store.get`; in a fork, raises RefusedError for a document that this process never read."""
