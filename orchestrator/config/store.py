@@ -24,9 +24,18 @@ def check_store_url(url: str) -> str:
         raise InvalidValue(
             f"{quote_text(url)} is not a store URL", "use file:///a/folder or memory:, or set `state_dir` to a folder"
         )
+    if has_password(url):
+        raise InvalidValue("the URL of the store has a password", "remove it, and set it in the environment instead")
     if scheme_of(url) == "file":
         store_folder(url)
     return url
+
+
+def has_password(url: str) -> bool:
+    """Return True if a store URL has a password, which state and logs would show."""
+    _, _, rest = url.partition("://")
+    user, at, _ = rest.partition("/")[0].rpartition("@")
+    return bool(at) and ":" in user and scheme_of(url) != "file"
 
 
 def to_store_url(text: str) -> str:

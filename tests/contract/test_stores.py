@@ -8,14 +8,20 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
+from urllib.parse import urlsplit
+
+import pytest
 
 from orchestrator.domain.events.base import TypedEvent
 from orchestrator.protocols import Store
 from orchestrator.state.offline.fork import survive_outages
 from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore
+from orchestrator.state.stores.redis.store import RedisStore
 from orchestrator.system.clock import SystemClock
 from orchestrator.testing.store_contract import StoreContract
+from tests.cutting_proxy import CuttingProxy, create_certificate, server_tls
+from tests.redis_server import empty_store_url, store_url_at
 
 
 class TestMemoryStore(StoreContract):
@@ -53,6 +59,38 @@ class TestFileStoreOfTinySegments(TestFileStore):
     """Run the contract on disk with a new segment for almost every commit."""
 
     segment_bytes = 100
+
+
+class TestRedisStore(StoreContract):
+    """Run the contract on a server."""
+
+    scheme = "redis"
+
+    def open_store(self) -> AbstractAsyncContextManager[Store]:
+        """Open a store of its own on the shared server."""
+        return RedisStore.open(empty_store_url())
+
+    def open_store_at(self, place: Path) -> AbstractAsyncContextManager[Store]:
+        """Open the store of a place."""
+        return RedisStore.open(store_url_at(place))
+
+
+@pytest.mark.extended
+class TestRedisStoreOverTls(StoreContract):
+    """Run the contract on a server behind TLS."""
+
+    scheme = "rediss"
+    is_persistent = False
+
+    @asynccontextmanager
+    async def open_store(self) -> AsyncIterator[Store]:
+        """Open a store of its own through a proxy with TLS."""
+        server = urlsplit(empty_store_url(ssl_ca_certs=str(create_certificate().with_name("authority.pem"))))
+        async with (
+            CuttingProxy(server.port or 6379).serve(server_tls()) as proxy,
+            RedisStore.open(f"rediss://127.0.0.1:{proxy.port}/0?{server.query}") as store,
+        ):
+            yield store
 
 
 async def _tell(event: TypedEvent) -> None:

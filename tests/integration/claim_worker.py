@@ -20,8 +20,8 @@ from orchestrator.locking.claims import ClaimHolder, Claims
 from orchestrator.locking.liveness import LivenessLocks
 from orchestrator.locking.orchestrators import RunMembership, create_owner
 from orchestrator.protocols import Commit, Guard, Key, Store, Write
-from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
+from tests.stores import open_store
 
 RUN = "run"
 QUEUE = Key("queue", RUN)
@@ -136,13 +136,13 @@ class Worker:
 
 async def seed(state: str, count: str) -> None:
     """Create the queue."""
-    async with FileStore.open(Path(state), SystemClock()) as store:
+    async with open_store(state) as store:
         await store.commit(Commit([Write(QUEUE, 0, {"tasks": [f"t{number:04}" for number in range(int(count))]})]))
 
 
 async def main(state: str, locks: str, patience: str, number: int, fate: str) -> None:
     """Run one worker."""
-    async with FileStore.open(Path(state), SystemClock()) as store:
+    async with open_store(state) as store:
         await Worker(store, LivenessLocks(Path(locks)), float(patience), number, fate).work()
 
 

@@ -1,4 +1,4 @@
-"""Workers for the tests of the file store across processes: `python file_store_worker.py JOB ARGS…`."""
+"""Workers for the tests of a store across processes: `python file_store_worker.py JOB ARGS…`."""
 
 import hashlib
 import itertools
@@ -14,6 +14,7 @@ from orchestrator.protocols import Commit, Event, Key, Write
 from orchestrator.state.log import snapshot
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
+from tests.stores import open_store
 
 SHARED = Key("counter", "shared")
 SEGMENT_BYTES = 5_000  # so small that the log has many segments
@@ -24,9 +25,9 @@ def say(text: str) -> None:
     os.write(1, f"{text}\n".encode())
 
 
-async def write(folder: str, name: str, count: str) -> None:
+async def write(state: str, name: str, count: str) -> None:
     """Commit `count` times to an own and to a shared document, and print each success."""
-    async with FileStore.open(Path(folder), SystemClock(), segment_bytes=SEGMENT_BYTES) as store:
+    async with open_store(state, segment_bytes=SEGMENT_BYTES) as store:
         own = Key("own", name)
         done = 0
         while done < int(count):
@@ -44,10 +45,10 @@ async def write(folder: str, name: str, count: str) -> None:
             say(f"{name} {position}")
 
 
-async def read(folder: str, until: str) -> None:
+async def read(state: str, until: str) -> None:
     """Follow the log up to position `until`; print each position and the content's digest."""
     digest, positions = hashlib.sha256(), []
-    async with FileStore.open(Path(folder), SystemClock(), segment_bytes=SEGMENT_BYTES) as store:
+    async with open_store(state, segment_bytes=SEGMENT_BYTES) as store:
         async for record in store.watch():
             positions.append(record.position)
             digest.update(repr((record.position, sorted(record.documents.items()), record.events)).encode())
@@ -92,13 +93,13 @@ def churn_by_many(folder: str) -> None:
         say(f"started {line.strip()} {child}")
 
 
-def read_by_many(folder: str, until: str, processes: str) -> None:
+def read_by_many(state: str, until: str, processes: str) -> None:
     """Run `read` in many processes, forked after the imports, which take most of the time."""
     children = []
     for _ in range(int(processes)):
         child = os.fork()
         if child == 0:
-            anyio.run(read, folder, until)
+            anyio.run(read, state, until)
             os._exit(0)
         children.append(child)
     sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))

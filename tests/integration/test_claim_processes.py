@@ -17,21 +17,20 @@ import pytest
 from orchestrator.locking.claims import claim_key
 from orchestrator.protocols import CommitRecord, JsonObject, Key, Store
 from orchestrator.state.documents.log_reader import read_range
-from orchestrator.state.stores.file import FileStore
-from orchestrator.system.clock import SystemClock
 from tests.claim_history import ClaimHistory
 from tests.integration import claim_worker
 from tests.integration.claim_worker import RUN, work_key
+from tests.stores import open_store
 
 WORKER = Path(claim_worker.__file__)
 PATIENCE = 90.0
 
 
 @contextmanager
-def started(state: Path, locks: Path, patience: float, *fates: str) -> Iterator[subprocess.Popen[str]]:
+def started(state: str, locks: Path, patience: float, *fates: str) -> Iterator[subprocess.Popen[str]]:
     """Start one process per fate, and end all of them afterwards."""
     locks.mkdir()
-    argv = [sys.executable, str(WORKER), str(state), str(locks), str(patience), *fates]
+    argv = [sys.executable, str(WORKER), state, str(locks), str(patience), *fates]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         try:
             yield process
@@ -93,11 +92,15 @@ async def test_every_task_of_a_shared_queue_is_done_once(
     tmp_path: Path, fates: list[str], tasks: int, patience: float
 ) -> None:
     """Killed processes are taken over at once, stopped ones in time; late writes of these are rejected."""
-    state = tmp_path / "state"
-    await claim_worker.seed(str(state), str(tasks))
+    await run_queue(str(tmp_path / "state"), tmp_path / "locks", fates, tasks, patience)
+
+
+async def run_queue(state: str, locks: Path, fates: list[str], tasks: int, patience: float) -> None:
+    """Run a queue of tasks by processes with these fates, and check the outcome."""
+    await claim_worker.seed(state, str(tasks))
     said = list[list[str]]()
-    async with FileStore.open(state, SystemClock()) as store:
-        with started(state, tmp_path / "locks", patience, *fates) as process:
+    async with open_store(state) as store:
+        with started(state, locks, patience, *fates) as process:
             assert process.stdout is not None
             lines = anyio.wrap_file(process.stdout)
             async for line in lines:

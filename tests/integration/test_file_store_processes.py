@@ -17,6 +17,7 @@ import pytest
 from orchestrator.protocols import Commit, Key, Write
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
+from tests.stores import open_store
 
 WORKER = Path(__file__).with_name("file_store_worker.py")
 SHARED = Key("counter", "shared")
@@ -56,9 +57,9 @@ def finish(process: Worker) -> list[str]:
     return output.splitlines()
 
 
-async def check_log(folder: Path, acknowledged: dict[int, str]) -> dict[int, str]:
+async def check_log(state: Path | str, acknowledged: dict[int, str]) -> dict[int, str]:
     """Check that the log has each acknowledged commit once, by its author, without gaps."""
-    async with FileStore.open(folder, SystemClock()) as store:
+    async with open_store(str(state)) as store:
         assert not any(one.keys is None or one.keys for one in store.damage)
         end = await store.position()
         authors: dict[int, str] = {}

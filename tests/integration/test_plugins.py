@@ -415,7 +415,7 @@ def test_shipped_stores_are_selected_by_url(repository: Repository, tmp_path: Pa
 @pytest.mark.parametrize(
     ("url", "expected"),
     [
-        ("redis://host/1", "there is no store for 'redis://host/1'"),
+        ("etcd://host/1", "there is no store for 'etcd://host/1'"),
         ("file://host/folder", "is not a folder on this machine"),
         ("memory:x", "names no store"),
         ("", None),

@@ -358,7 +358,9 @@ class StoreMachine(RuleBasedStateMachine):
         assert found.position == len(self.log)
 
 
-def run(examples: int, steps: int, phases: Sequence[Phase] = tuple(Phase)) -> None:
+def run(
+    examples: int, steps: int, phases: Sequence[Phase] = tuple(Phase), machine: type[StoreMachine] = StoreMachine
+) -> None:
     """Run that many histories of that many steps."""
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
     bounds = settings(
@@ -368,7 +370,7 @@ def run(examples: int, steps: int, phases: Sequence[Phase] = tuple(Phase)) -> No
         suppress_health_check=checks,
         print_blob=True,
     )
-    run_state_machine_as_test(StoreMachine, settings=bounds)
+    run_state_machine_as_test(machine, settings=bounds)
 
 
 def test_store_behaves_like_a_dict_with_history() -> None:

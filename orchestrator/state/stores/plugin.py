@@ -26,8 +26,23 @@ async def open_memory_store(url: str, clock: Clock, /) -> AsyncIterator[Store]:
     yield MemoryStore(clock)
 
 
+@asynccontextmanager
+async def open_redis_store(url: str, clock: Clock, /) -> AsyncIterator[Store]:  # noqa: ARG001  (the signature of the protocol)
+    """Open the store on a Redis or Valkey server, which has its own clock."""
+    try:
+        from orchestrator.state.stores.redis.store import RedisStore  # noqa: PLC0415  (an extra)
+    except ModuleNotFoundError as error:
+        if error.name != "redis":
+            raise
+        raise RefusedError("the redis client is not installed", "`pip install 'cli-council[redis]'`") from None
+    async with RedisStore.open(url) as store:
+        yield store
+
+
 @hookimpl
 def council_register_stores(register: RegisterStore) -> None:
-    """Register the schemes `file` and `memory`."""
+    """Register the schemes of the built-in stores."""
     register("file", open_file_store)
     register("memory", open_memory_store)
+    register("redis", open_redis_store)
+    register("rediss", open_redis_store)

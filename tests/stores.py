@@ -1,0 +1,23 @@
+"""Open a store for a test: at a URL, or in a folder without an identity."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from orchestrator.protocols import Store
+from orchestrator.state.stores.file import SEGMENT_BYTES, FileStore
+from orchestrator.state.stores.redis.store import RedisStore
+from orchestrator.system.clock import SystemClock
+
+
+@asynccontextmanager
+async def open_store(state: str, *, segment_bytes: int = SEGMENT_BYTES) -> AsyncIterator[Store]:
+    """Open the store at a `redis:` URL, or that in a folder."""
+    if state.startswith("redis:"):
+        async with RedisStore.open(state) as store:
+            yield store
+    else:
+        async with FileStore.open(Path(state), SystemClock(), segment_bytes=segment_bytes) as store:
+            yield store
