@@ -55,7 +55,7 @@ class CouncilError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One problem in a file: its location (lines and columns count from 1), the error and the remedy.
+    """A problem in a file: location (lines, columns from 1), error and remedy.
 
     For a configuration without a file, line and column are 0, and `path` is the location, such as `tasks[0].prompt`.
     """
@@ -89,7 +89,7 @@ class RefusedError(CouncilError):
 
 
 class InvalidValue(CouncilError, ValueError):
-    """A value is invalid for its setting; validators of plugins may raise a plain ValueError instead."""
+    """A value is invalid for its setting; plugin validators may raise ValueError."""
 
     def __init__(self, what: str, remedy: str) -> None:
         self.what, self.remedy = what, remedy
@@ -97,7 +97,7 @@ class InvalidValue(CouncilError, ValueError):
 
     @classmethod
     def of(cls, error: ValueError) -> InvalidValue:
-        """Return an error as InvalidValue; the text of a plain ValueError is split at its first colon."""
+        """Return an error as InvalidValue; other errors are split at the first colon."""
         if isinstance(error, cls):
             return error
         what, _, remedy = str(error).partition(": ")
@@ -122,7 +122,10 @@ class FileLocked(RefusedError):
     """Another session has locked the file and did not release it in time."""
 
     def __init__(self, path: str, holder: str, since: float | None) -> None:
-        """`holder` describes the owner of the lock; `since` is when it was acquired (wall-clock seconds), if known."""
+        """Describe the owner of the lock by `holder`.
+
+        `since` is when the lock was acquired (wall-clock seconds), if known.
+        """
         self.path, self.holder, self.since = path, holder, since
         when = "" if since is None else f" (since {datetime.fromtimestamp(since, UTC):%Y-%m-%d %H:%M:%S} UTC)"
         super().__init__(f"{path} is locked by {holder}{when}", "wait for it, or work on other files")
@@ -153,7 +156,10 @@ def describe_validation_error(error: ValidationError) -> str:
 
 
 def raise_combined_refusal(refusals: Sequence[tuple[str, str]], remedy: str) -> None:
-    """Raise RefusedError if there are refusals (problem and remedy); `remedy` is used if there are several."""
+    """Raise RefusedError for any refusals (problem and remedy).
+
+    `remedy` is used if there are several.
+    """
     if len(refusals) == 1:
         raise RefusedError(*refusals[0])
     if refusals:
@@ -180,7 +186,7 @@ class PluginFailed(CouncilError):
 
 @contextmanager
 def plugin_code(*expected: type[Exception]) -> Iterator[None]:
-    """Run plugin code within the body; raise PluginFailed for any exception that is not `expected`."""
+    """Raise PluginFailed for exceptions of plugin code that are not `expected`."""
     try:
         yield
     except expected:
@@ -194,7 +200,7 @@ class StateError(CouncilError):
 
 
 class InvalidDocument(StateError):
-    """A value is not plain JSON (NaN, lone surrogates, nested too deeply) or too large."""
+    """A value is not plain JSON, such as NaN or deeply nested, or is too large."""
 
     def __init__(self, subject: str, why: str) -> None:
         super().__init__(f"can't store {subject}: {why}: store plain JSON objects within the size limit")
@@ -227,7 +233,7 @@ class HistoryCompacted(StateError):
     """The requested position is older than the log."""
 
     def __init__(self, position: int, first: int) -> None:
-        """`first` is the position of the oldest state that can be reconstructed from the log."""
+        """Name `first`, the oldest position that the log can reconstruct."""
         self.position, self.first = position, first
         super().__init__(
             f"the state log starts at position {first}, after position {position}: use a later position; "
@@ -236,7 +242,7 @@ class HistoryCompacted(StateError):
 
 
 class LeaseLost(StateError):
-    """Another process now holds the lease; further writes of this process are rejected."""
+    """Another process holds the lease; further writes of this process are rejected."""
 
     def __init__(
         self, subject: str, held: int, current: int | None, by: str = "another process", work: str = "its tasks"
@@ -248,7 +254,7 @@ class LeaseLost(StateError):
 
 
 class ClaimLost(LeaseLost):
-    """Another orchestrator now has the claim on a task; this orchestrator's work on it is discarded."""
+    """Another orchestrator has a task's claim; work on it here is discarded."""
 
     def __init__(self, task: str, held: int, current: int, by: str) -> None:
         """`by` is the name of the new owner."""
@@ -266,7 +272,7 @@ class HandoffCorrupted(StateError):
 
 
 class OrchestratorFenced(LeaseLost):
-    """Another orchestrator considered this process dead and took over all of its tasks."""
+    """Another orchestrator considered this one dead and took over all its tasks."""
 
     def __init__(self, run: str, orchestrator: str, why: str) -> None:
         what = f"this process ({orchestrator}) was removed from run {run} ({why})"
@@ -288,7 +294,7 @@ class StoreFull(StoreUnavailable):
 
 
 class StateLost(StoreUnavailable):
-    """A commit that was acknowledged to or read by this process is missing from the store."""
+    """A commit that this process has read or written is missing from the store."""
 
     def __init__(self, location: Path | str, why: str) -> None:
         remedy = "restore the readable state with `council state verify --repair`, then `council resume`"
@@ -336,7 +342,7 @@ class GitError(CouncilError):
 
 
 class GitKilled(GitError):
-    """A git command, or its remote counterpart, was killed externally in every attempt."""
+    """A git command, local or remote, was killed externally in every attempt."""
 
     def __init__(self, argv: Sequence[str], returncode: int, stderr: str) -> None:
         super().__init__(argv, returncode, stderr)
@@ -346,7 +352,7 @@ class GitKilled(GitError):
 
 
 class TargetMissing(GitError):
-    """The target branch was deleted or renamed; nothing can land until it exists again."""
+    """The target was deleted or renamed; nothing can land until it exists again."""
 
     def __init__(self, branch: str, commit: str | None) -> None:
         """`commit` is the last known commit of the branch."""
@@ -404,7 +410,10 @@ def is_resource_exhaustion(error: OSError | GitError) -> bool:
 
 
 def describe_shortage(error: BaseException) -> tuple[str, str] | None:
-    """Return the resource shortage or hardware fault that caused an error, with the fix; None for other causes."""
+    """Return the resource shortage or hardware fault behind an error, with the fix.
+
+    None for other causes.
+    """
     if isinstance(error, _UNAVAILABLE) and not isinstance(error, StateLost):
         return error.what, error.remedy
     known = {**_SHORTAGES, **_FAULTS}
@@ -415,13 +424,16 @@ def describe_shortage(error: BaseException) -> tuple[str, str] | None:
 
 
 def to_unusable_error(error: OSError | GitError, what: str, remedy: str) -> OSError | GitError | RefusedError:
-    """Return a refusal with the message `what` ("PATH is not writable"), or the error itself for a shortage."""
+    """Return a refusal with the message `what`, or the error itself for a shortage.
+
+    For example, `what` is "PATH is not writable".
+    """
     why = error.stderr if isinstance(error, GitError) else error.strerror or str(error)
     return RefusedError(f"{what}: {why}", remedy) if describe_shortage(error) is None else error
 
 
 def to_permission_refusal(error: OSError) -> RefusedError | None:
-    """Return a refusal for a denied access; None for other errors, which may be internal."""
+    """Return a refusal for a denied access; None for others, perhaps internal errors."""
     if error.errno not in {errno.EACCES, errno.EPERM}:
         return None
     subject = "" if error.filename is None else f"{error.filename}: "

@@ -1,4 +1,4 @@
-"""The hooks that a plugin may implement; plugins are found through the entry-point group `cli_council`.
+"""The hooks of plugins, which are found by the entry-point group `cli_council`.
 
 A hook only registers: it reads no file, starts no process and makes no connection.
 """
@@ -52,7 +52,7 @@ class RegisterConstraint(Protocol):
 
     # Not an alias of `Register`: its value's module is imported only for type checks.
     def __call__(self, name: str, value: Constraint, /) -> None:
-        """Run it on the complete record of each task; the name identifies it in violations."""
+        """Register a check of each task's complete record, named in its violations."""
 
 
 @hookspec
@@ -87,7 +87,7 @@ def council_register_transformations(register: RegisterTransformation) -> None:
 
 @hookspec
 def council_register_validators(register: RegisterValidator) -> None:
-    """Call `register(name, HandoffValidator(kind, function))` for each validator of this plugin."""
+    """Call `register(name, HandoffValidator(kind, function))` for each validator."""
 
 
 @hookspec

@@ -1,4 +1,4 @@
-"""Loading of plugins through the entry-point group `cli_council`, including the built-in ones.
+"""Load plugins, including built-in ones, from the entry points `cli_council`.
 
 A plugin that can't be used is skipped and reported; everything else works without it.
 """
@@ -41,7 +41,7 @@ PLUGINS_VARIABLE = "COUNCIL_PLUGINS"
 
 
 class _Kind(NamedTuple):
-    """The rules for registered objects of a kind: a description, a check, and the required attributes."""
+    """Rules for registered objects of a kind: description, check, required attributes."""
 
     expected: str = "a type"
     is_valid: Callable[[str, Any], bool] = lambda _, registered: callable(registered)
@@ -130,7 +130,7 @@ class Plugins:
     def open(
         self, kind: str, name: str, stored: AdapterConfig | SinkConfig | TrackerConfig
     ) -> AbstractAsyncContextManager[Any]:
-        """Open a `sink` or `tracker` from its stored configuration, for the body of an `async with`."""
+        """Open a stored `sink` or `tracker` for the body of an `async with`."""
         open_stream, options = restore_options(
             f"{kind} {name!r}", stored, self.kinds()[f"{kind}s"], self.explain(stored.use)
         )
@@ -138,7 +138,7 @@ class Plugins:
         return opened
 
     def open_store(self, url: str, clock: Clock) -> AbstractAsyncContextManager[Store]:
-        """Open the store at a URL, for the body of an `async with`. Raises RefusedError if the scheme is unknown."""
+        """Open a store within the body; raise RefusedError for an unknown scheme."""
         scheme = scheme_of(url)
         if scheme not in self.stores:
             known = ", ".join(f"{name}:" for name in sorted(self.stores))
@@ -146,7 +146,7 @@ class Plugins:
         return self.stores[scheme](url, clock)
 
     def explain(self, name: str) -> str | None:
-        """Return a phrase with the skipped plugins that may provide a missing name; None if none was skipped."""
+        """Return a phrase with skipped plugins that may provide a missing name, or None."""
         disabled = {one.name: str(SkippedPlugin(one, f"{PLUGINS_VARIABLE} does not name it")) for one in self.disabled}
         certain = [str(one) for one in self.left_out if name in {one.plugin.name, *one.names}]
         certain += [disabled[name]] if name in disabled else []
@@ -187,7 +187,7 @@ def _enclosing_repositories(path: Path) -> list[Path]:
 
 
 def _installed() -> list[tuple[EntryPoint, PluginInfo]]:
-    """Return the installed plugins, built-in ones first, so that no other plugin can take their names."""
+    """Return installed plugins, built-in ones first: others can't take their names."""
     entries = entry_points(group=ENTRY_POINT_GROUP)
     # Once per distribution: each access parses its metadata.
     distributions = {one: _read_name_and_version(one) for one in {entry.dist for entry in entries}}
@@ -273,7 +273,7 @@ def _register(plugin: PluginInfo, kind: str, registry: dict[str, Any]) -> Callab
 
 
 def _add_registered(plugins: Plugins, plugin: PluginInfo, registered: Mapping[str, dict[str, Any]]) -> None:
-    """Add everything that a plugin registers, or nothing. Raises PluginError if a name is taken."""
+    """Add all that a plugin registers; if a name is taken, nothing, with PluginError."""
     for kind, registry in registered.items():
         for name in registry:
             owner = plugins.providers.get((kind, name))

@@ -1,4 +1,4 @@
-"""The contracts of plugins, complete enough to implement a plugin from this file alone.
+"""The contracts of plugins, complete enough to implement a plugin from this file.
 
 A plugin registers types under names (`orchestrator.hookspecs`). A YAML file selects a type with `use: NAME` and sets
 its options, which a pydantic model of the type validates.
@@ -116,7 +116,7 @@ class Key(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A document as read. `encoded` is its value as UTF-8 JSON; `version` counts from 1.
+    """A document as read: `encoded` is UTF-8 JSON, `version` counts from 1.
 
     `damaged` is true if a later version exists but is unreadable on disk: `value` is then an older value, and readers
     must not treat it as current.
@@ -157,9 +157,10 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """A change to one document. `expected` is the version that was read (0 if none); the value None deletes.
+    """A change to one document.
 
-    With `ttl`, the document expires after that many seconds unless it is written again.
+    `expected` is the version that was read (0 if none); the value None deletes. With `ttl`, the document expires after
+    that many seconds unless it is written again.
     """
 
     key: Key
@@ -170,7 +171,7 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """A condition of a commit: the field `epoch` of the lease document at `key` still has this value."""
+    """A condition of a commit: the lease document at `key` still has this `epoch`."""
 
     key: Key
     epoch: int
@@ -192,7 +193,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """An atomic change: if all versions and guards match, all writes and events apply, otherwise none.
+    """An atomic change: all writes and events, if all versions and guards match.
 
     A commit that is not `durable` survives the death of all processes, but possibly not a power failure. Use this for
     documents that are soon rewritten, such as heartbeats.
@@ -208,10 +209,10 @@ class Commit:
 
 @dataclass(frozen=True, slots=True)
 class CommitRecord:
-    """A commit as read from the log: position (from 1, without gaps), time (wall-clock seconds), contents.
+    """A commit from the log: position (from 1, gapless), time, and contents.
 
-    `unreadable` lists the documents whose new values were lost to damage; they are missing from `documents`. A deleted
-    document has the value None.
+    Times are wall-clock seconds. `unreadable` lists the documents whose new values were lost to damage; they are
+    missing from `documents`. A deleted document has the value None.
     """
 
     position: int
@@ -287,7 +288,7 @@ class CompactionResult:
 
 @dataclass(frozen=True, slots=True)
 class VerificationReport:
-    """The outcome of a verification: the verified position, the size in bytes, and all errors."""
+    """The result of a verification: position, size in bytes, and all errors."""
 
     position: int
     bytes: int
@@ -338,7 +339,7 @@ class DumpedDocument(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DumpedCommit:
-    """A commit as copied between stores. All views of the commit can be derived from this."""
+    """A commit as copied between stores, from which all its views can be derived."""
 
     position: int
     time: float
@@ -351,7 +352,7 @@ class DumpedCommit:
 
 @dataclass(frozen=True, slots=True)
 class Dump:
-    """A whole log as of a position: everything that another store needs to become an identical copy."""
+    """A whole log as of a position, sufficient for an identical copy."""
 
     position: int
     """The position of the newest commit; 0 if there is none."""
@@ -362,10 +363,10 @@ class Dump:
 
 
 class Store(Protocol):
-    """The storage of all state. Every implementation must pass `orchestrator.testing.store_contract`."""
+    """The storage of all state; must pass `orchestrator.testing.store_contract`."""
 
     def local_paths(self) -> Sequence[Path]:
-        """Return the files and folders on this machine that contain the data; empty if remote or in memory.
+        """Return local paths with the data; empty if remote or in memory.
 
         The paths are absolute and exist. They are hidden from sessions. A store without local paths is treated as
         remote and possibly unreachable at times.
@@ -396,7 +397,7 @@ class Store(Protocol):
         """
 
     async def history(self, key: Key, limit: int = VERSIONS_KEPT) -> Sequence[DocumentVersion]:
-        """Return at most `limit` versions of a document, including deletions, newest first.
+        """Return up to `limit` versions of a document, newest first, with deletions.
 
         The last `VERSIONS_KEPT` versions are always available, older ones as long as the log goes back to them.
         """
@@ -408,7 +409,7 @@ class Store(Protocol):
         """
 
     async def compact(self, older_than: float, largest: int) -> CompactionResult:
-        """Prune old commits, keeping only the last `VERSIONS_KEPT` versions of each document.
+        """Prune old commits, but not the last `VERSIONS_KEPT` versions of each document.
 
         Old commits are those before `older_than` (wall-clock seconds), and as many more as needed to reduce the log to
         `largest` bytes; the newest commits may stay complete. Documents do not change. Safe while other processes read
@@ -431,14 +432,14 @@ class Store(Protocol):
         """
 
     def dump(self) -> AbstractAsyncContextManager[Dump]:
-        """Dump the whole current log for an `async with` block; other processes may read and commit meanwhile.
+        """Dump the whole log for an `async with` block, concurrently with other processes.
 
         Uses the memory of a few commits, regardless of the log's length. Raises RefusedError if `verify` finds an
         error, or if damage is found while the commits are read, so that a copy is never outdated.
         """
 
     async def load(self, dump: Dump) -> None:
-        """Become an identical copy of the dumped store, with the same positions, times and versions.
+        """Become an identical copy of a dump, with its positions, times and versions.
 
         This is atomic: after an error from `dump.commits`, or if the process is killed, the store is empty and can be
         loaded again. Raises RefusedError if the store is not empty, because of an earlier commit or load, or if the
@@ -451,10 +452,10 @@ class Store(Protocol):
 
 
 class StoreType(Protocol):
-    """The type that a plugin registers under a URL scheme, which opens stores with that scheme."""
+    """The type that a plugin registers for the stores of a URL scheme."""
 
     def __call__(self, url: str, clock: Clock, /) -> AbstractAsyncContextManager[Store]:
-        """Open the store at `url` for an `async with` block; `clock` is the source of its timestamps."""
+        """Open the store at `url` for an `async with` block; `clock` provides its times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -485,7 +486,7 @@ class Program:
 
 
 class Capability(StrEnum):
-    """A part of a request that an adapter supports. Requests never use unsupported parts."""
+    """A part of a request that an adapter supports; others are never requested."""
 
     RESUME = "resume"  #: resumes an earlier conversation (`SessionRequest.resume`)
     #: Answers without changing files (`SessionRequest.read_only`). Not for a CLI that disables its shell in this mode:
@@ -499,7 +500,7 @@ class Capability(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class McpServer:
-    """A Model Context Protocol server: either a command that uses standard input and output, or a URL.
+    """A Model Context Protocol server: a command with standard I/O, or a URL.
 
     `env` lists environment variables to pass to the command; the program also receives them, in order to pass them on.
     """
@@ -512,11 +513,12 @@ class McpServer:
 
 @dataclass(frozen=True, slots=True)
 class SessionRequest:
-    """A session that an adapter should run: ids, the prompt as text and as a 0600 file, and the worktree.
+    """The ids, prompt and worktree of a session for an adapter to run.
 
-    `home` is a private folder for this task's successive sessions with this adapter; it exists if the command uses it
-    (`SessionCommand.home`). `resume` is the program's id of the conversation to resume, which took place in this
-    worktree and home. The fields from `resume` on are set only for adapters with the corresponding `Capability`.
+    The prompt is both text and a file with mode 0600. `home` is a private folder for this task's successive sessions
+    with this adapter; it exists if the command uses it (`SessionCommand.home`). `resume` is the program's id of the
+    conversation to resume, which took place in this worktree and home. The fields from `resume` on are set only for
+    adapters with the corresponding `Capability`.
     """
 
     run: str
@@ -545,10 +547,10 @@ class SessionRequest:
 
 @dataclass(frozen=True, slots=True)
 class SettingsOverlay:
-    """The user's JSON settings in the file `of` (absolute or from `~`; may be missing), overridden by `over`.
+    """The user's JSON settings in the file `of`, overridden by `over`.
 
-    Objects are merged key by key; for other values, `over` takes precedence. `added` is merged in the same way, but its
-    lists are appended to existing lists.
+    The path is absolute or from `~`; the file may be missing. Objects are merged key by key; for other values, `over`
+    takes precedence. `added` is merged in the same way, but its lists are appended to existing lists.
     """
 
     of: str
@@ -558,7 +560,7 @@ class SettingsOverlay:
 
 @dataclass(frozen=True, slots=True)
 class SessionHome:
-    """The contents of a session's home (`SessionRequest.home`), which the session may change.
+    """The contents of a session's home, which the session may change.
 
     `files` maps names in the home to text, and `settings` to JSON; both are rewritten for each session. `links` maps
     names in the home to existing files and folders of the user, absolute or from `~`. The session can read these, and
@@ -607,9 +609,10 @@ class AgentMessage:
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A tool call by the agent: `detail` is one line for users, `paths` are files as the agent spelled them.
+    """A tool call by the agent.
 
-    `call` is the program's id of this call, which `ToolResult` refers to; None if it has no ids.
+    `detail` is one line for users, `paths` are files as the agent spelled them. `call` is the program's id of this
+    call, which `ToolResult` refers to; None if it has no ids.
     """
 
     name: str
@@ -620,7 +623,10 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class ToolResult:
-    """The end of a tool call: `failed` is None on success, otherwise a one-line reason (may be empty)."""
+    """The end of a tool call.
+
+    `failed` is None on success, otherwise a one-line reason (may be empty).
+    """
 
     call: str
     failed: str | None = None
@@ -628,7 +634,7 @@ class ToolResult:
 
 @dataclass(frozen=True, slots=True)
 class UsageReport:
-    """Usage since the last `UsageReport` or, with `is_cumulative`, since the program started.
+    """Usage since the last report or, with `is_cumulative`, since the program started.
 
     Usage is in tokens and US dollars (None if unknown). `cached_tokens` of the input tokens were read from a cache.
     Repeated reports of the same model `call`, with increasing numbers, count once. With `includes_resumed` the numbers
@@ -703,10 +709,10 @@ SessionEvent = (
 
 @dataclass(frozen=True, slots=True)
 class SessionEnd:
-    """The end of a program: exit code or signal, time (wall-clock seconds), and the tail of its output.
+    """The end of a program: exit code or signal, time, and the tail of its output.
 
-    The texts are at most the last 64 KiB of each stream, with invalid UTF-8 replaced. `events` are the last thousand
-    events that the adapter's `parse` returned for standard output.
+    The time is in wall-clock seconds. The texts are at most the last 64 KiB of each stream, with invalid UTF-8
+    replaced. `events` are the last thousand events that the adapter's `parse` returned for standard output.
     """
 
     exit: int | None
@@ -718,13 +724,13 @@ class SessionEnd:
 
 
 class Adapter(Protocol):
-    """Describes how to run a CLI; created from the options of an entry under `adapters:` in the YAML file.
+    """Describes how to run a CLI, by the options of an entry under `adapters:`.
 
     Adapters are stateless: one instance serves many concurrent sessions, and equal arguments return equal results.
     """
 
     def capabilities(self) -> frozenset[Capability]:
-        """Return the parts of a request that the adapter supports in addition to the prompt."""
+        """Return the supported parts of a request, in addition to the prompt."""
 
     def programs(self) -> Sequence[Program]:
         """Return the programs that must be installed before a run starts."""
@@ -737,14 +743,14 @@ class Adapter(Protocol):
         """
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
-        """Return the events in a line of the program's standard output, if any. Must not raise errors.
+        """Return the events in a line of standard output, if any. Must not raise errors.
 
         The line has no line break and at most 1 MiB (longer lines are skipped). It may have any content, such as
         truncated JSON.
         """
 
     def verdict(self, end: SessionEnd) -> Failed | None:
-        """Return why a session failed according to its output, or None if the output has no reason.
+        """Return why a session failed by its output, or None if it has no reason.
 
         Used only if the program exited with an error, or successfully but without changes, with `failed` in its last
         `FinalResult`, or with the verdict `unfinished`, because the output that ends every complete session is missing.
@@ -760,7 +766,7 @@ Made_co = TypeVar("Made_co", covariant=True)
 
 
 class PluginType(Protocol[Made_co]):
-    """The type that a plugin registers under a name: validates options, and creates an object from them."""
+    """The registered type of a plugin: validates options, and creates objects."""
 
     @property
     def Options(self) -> type[BaseModel]:  # noqa: N802  a class, in the body of the type or outside
@@ -775,7 +781,7 @@ AdapterType = PluginType[Adapter]
 
 @dataclass(frozen=True, slots=True)
 class RecordedEvent:
-    """An event in the log, with the position and time (wall-clock seconds) of its commit."""
+    """An event in the log, with its commit's position and time (wall-clock seconds)."""
 
     position: int
     time: float
@@ -800,7 +806,10 @@ SinkType = PluginType[AbstractAsyncContextManager[Sink]]
 
 @dataclass(frozen=True, slots=True)
 class TrackedTask:
-    """A task in a tracker: a stable id that is valid in a YAML file, the prompt, and the ids of required tasks."""
+    """A tracker's task: its id, its prompt, and the ids of required tasks.
+
+    The id is stable, and valid in a YAML file.
+    """
 
     id: str
     prompt: str
@@ -808,7 +817,7 @@ class TrackedTask:
 
 
 class Tracker(Sink, Protocol):
-    """An external task list, from which a run reads tasks and to which it sends events about them."""
+    """An external task list, which provides tasks and receives events about them."""
 
     async def tasks(self) -> Sequence[TrackedTask]:
         """Return the open tasks."""

@@ -1,4 +1,5 @@
-"""Read a YAML file into a validated `RunConfig`: `load` is the entry point, `schema` defines the keys.
+"""Read a YAML file into a validated `RunConfig`.
 
-`model` is the result, with all defaults resolved. May import `protocols`, `domain` and `errors`.
+`load` is the entry point, `schema` defines the keys, `model` is the result, with all defaults resolved. May import
+`protocols`, `domain` and `errors`.
 """

@@ -1,4 +1,4 @@
-"""Read the adapters of a config file, assign them to tasks, and check their commands without running them."""
+"""Read adapters, assign them to tasks, and check their commands (not executed)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read_adapters(
 
 
 def read_path_access(node: Node, folder: Path, problems: Problems) -> dict[str, tuple[str, ...]]:
-    """Return the absolute paths under `writable` and `readable`, and report missing ones."""
+    """Return absolute paths from `writable` and `readable`; report missing ones."""
     access: dict[str, tuple[str, ...]] = {"writable": (), "readable": ()}
     for key in access:
         for item in iter_items(node.get(key)):
@@ -49,7 +49,7 @@ def read_path_access(node: Node, folder: Path, problems: Problems) -> dict[str, 
 
 
 def add_named_types(root: Node, folder: Path, adapter_types: Mapping[str, AdapterType]) -> Node:
-    """Add an entry for each adapter that is used without an entry, if its type needs no options."""
+    """Add an entry for each used adapter without one, if its type needs no options."""
     section = root.get("adapters")
     if section is not None and not isinstance(section.value, dict):  # reported by schema validation
         return root
@@ -81,7 +81,7 @@ def has_only_optional_options(adapter_type: AdapterType, folder: Path) -> bool:
 
 
 def find_only_adapter(written: Node, root: Node) -> str | None:
-    """Return the only adapter in a file, by its entries or else by its uses; None if there are several.
+    """Return the only adapter in a file, by entries or else uses; None if several.
 
     `root` is the file `written` plus the entries from `add_named_types`.
     """
@@ -122,7 +122,7 @@ def assign_adapters(
 
 
 def _of_phases(task: Node, root: Node, workflows: Mapping[str, Sequence[Phase]]) -> str | None:
-    """Return the adapter of the phase that writes, if all phases of the workflow specify an adapter."""
+    """Return the adapter of the phase that writes, if all phases name their adapter."""
     phases = workflows.get(workflow_of(task, root) or "", ())
     if not phases or any(phase.adapter is None for phase in phases):
         return None
@@ -141,7 +141,7 @@ def _named(root: Node) -> Iterator[Node]:
 
 
 def make_trial_request(task: str, prompt: str, home: Path = _NOWHERE / "home") -> SessionRequest:
-    """Return a request for checking an adapter's command; except for `home`, its paths don't exist."""
+    """Return a request for checking a command; except for `home`, no path exists."""
     return SessionRequest(
         run="run",
         task=task,
@@ -190,7 +190,7 @@ def try_commands(
     adapter_types: Mapping[str, AdapterType],
     problems: Problems,
 ) -> None:
-    """Build the command of each task's adapters without starting it, and report errors."""
+    """Build the command of each task's adapters without starting it; report errors."""
     made = {name: adapter_types[adapter.use](adapter.options) for name, adapter in adapters.items()}
     for index, task in iter_task_nodes(root):
         if index not in prompts:

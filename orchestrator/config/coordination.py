@@ -1,4 +1,4 @@
-"""Resolve coordination settings: options override the environment, which overrides the config file."""
+"""Resolve coordination settings: options, then the environment, then the file."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ _MILLISECONDS: Final = 1000
 
 @dataclass(frozen=True, slots=True)
 class CoordinationOverrides:
-    """Overrides for the `coordination` settings of a run; None: not overridden. Durations are in seconds."""
+    """Overrides for the `coordination` settings of a run, in seconds where durations.
+
+    None: not overridden.
+    """
 
     enabled: bool | None = None
     heartbeat_interval: float | None = None
@@ -112,7 +115,7 @@ def _read(key: str, text: str) -> float | bool:
 def resolve_coordination(
     config: CoordinationSettings, environ: Mapping[str, str], options: CoordinationOverrides | None = None
 ) -> CoordinationSettings:
-    """Return the `config` of a run, overridden by the environment and then by a command's `options`.
+    """Return a run's settings: `config`, the environment, then a command's `options`.
 
     Raises RefusedError that lists all invalid variables, or the conflicting settings.
     """
@@ -129,7 +132,7 @@ def resolve_coordination(
 
 
 def apply_max_retries(config: RunConfig, coordination: CoordinationSettings) -> RunConfig:
-    """Return a run with `max_retries` + 1 attempts for each task without its own `attempts`.
+    """Return a run with `max_retries` + 1 attempts for tasks without their own number.
 
     If `max_retries` is not set, the run is returned unchanged.
     """
@@ -145,7 +148,10 @@ def apply_max_retries(config: RunConfig, coordination: CoordinationSettings) -> 
 
 
 def _explain(conflict: DurationConflict, config: CoordinationSettings, names: Mapping[str, str]) -> tuple[str, str]:
-    """Return the problem and its remedy; `names` has the variable or option that overrides each key, if any."""
+    """Return the problem and its remedy, in the words of its source.
+
+    `names` has the variable or option that overrides each key, if any.
+    """
     short, long = getattr(config, conflict.short), getattr(config, conflict.long)
     limit = {1: "", 3: "a third of "}[conflict.times]
     subject, other = (_named(key, config, names) for key in (conflict.short, conflict.long))
@@ -168,7 +174,10 @@ def _named(key: str, config: CoordinationSettings, names: Mapping[str, str]) -> 
 
 
 def _written(key: str, seconds: float, like: str) -> str:
-    """Return the text that sets a key in the same source as `like`: a variable, an option, or the config file."""
+    """Return the text that sets a key, in the same source as `like`.
+
+    The source is a variable, an option or the config file.
+    """
     if like.startswith("--") and key in COMMAND_OPTIONS:
         return f"{COMMAND_OPTIONS[key]} {format_duration(seconds)}"
     if like:

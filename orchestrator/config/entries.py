@@ -1,4 +1,4 @@
-"""Read config entries with a plugin type under `use` and options: adapters, sinks, trackers."""
+"""Read entries with a plugin type under `use`: adapters, sinks, trackers."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def read_entries(
     explain: ExplainMissing,
     problems: Problems,
 ) -> Iterator[PluginEntry[SettingsT]]:
-    """Yield the valid entries of the section `<kind>s`, and report errors in the options of all entries.
+    """Yield valid entries of the section `<kind>s`; report errors in their options.
 
     `common` has the keys of all entries of the section, whose errors schema validation reports.
     """

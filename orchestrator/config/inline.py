@@ -1,4 +1,4 @@
-"""Configure a run from the command line: by prompts with or without a file, or by options that change a config."""
+"""Configure a run from the command line: by prompts, or by changes to a config."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ INLINE_NAME = "<run>"
 
 @dataclass(frozen=True, slots=True)
 class InlineTasks:
-    """Prompts and options of inline tasks; None: use the value of the file, or the default."""
+    """Prompts and options of inline tasks.
+
+    None: use the value of the file, or the default.
+    """
 
     prompts: Sequence[str]
     adapter: str | None = None
@@ -42,9 +45,10 @@ def load_inline(
     adapter_types: Mapping[str, AdapterType],
     extensions: Extensions = NO_EXTENSIONS,
 ) -> RunConfig:
-    """Return a run of these tasks, named task-1 and so on, with the settings of `file` or in the repository `folder`.
+    """Return a run of these tasks, named task-1 and so on.
 
-    Raises ConfigError as `load_config` and `load_value` do, and RefusedError if the adapter is ambiguous.
+    The settings are those of `file`, or defaults in the repository `folder`. Raises ConfigError as `load_config` and
+    `load_value` do, and RefusedError if the adapter is ambiguous.
     """
     path = folder.absolute() / INLINE_NAME if file is None else file.absolute()
     problems = Problems(INLINE_NAME if file is None else file)
@@ -76,7 +80,7 @@ def _settings(tasks: InlineTasks) -> JsonObject:
 def check_adapter_choice(
     wanted: str | None, file: Node, folder: Path, adapter_types: Mapping[str, AdapterType]
 ) -> None:
-    """Raise RefusedError if the adapter is unknown, or none is given and the choice is ambiguous.
+    """Raise RefusedError if the adapter is unknown or the choice is ambiguous.
 
     Valid adapters are those in the file, and installed types without required options.
     """
@@ -102,7 +106,7 @@ def check_adapter_choice(
 
 
 def no_program_error(adapters: Iterable[str]) -> RefusedError:
-    """Return the error if no program of any adapter is on PATH, and there is no config file."""
+    """Return the error that no adapter's program is on PATH and no file exists."""
     remedy = "install one, or create a council.yaml with an adapter of `use: command`, which runs any program"
     return RefusedError(f"no supported CLI is on PATH (adapters: {', '.join(adapters)})", remedy)
 
@@ -155,7 +159,7 @@ def select_tasks(config: RunConfig, names: Sequence[str]) -> RunConfig:
 
 
 def with_capacity(config: RunConfig, capacity: int) -> RunConfig:
-    """Return a run with another capacity, and a default number of worktree slots adjusted to it."""
+    """Return a run with another capacity and its default number of worktree slots."""
     worktrees = config.worktrees
     if worktrees.max == default_slot_count(config.capacity):
         worktrees = worktrees.model_copy(update={"max": default_slot_count(capacity)})

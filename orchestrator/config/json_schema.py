@@ -21,7 +21,7 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def _docstrings(model: type[BaseModel]) -> Iterator[tuple[str, str]]:
-    """Yield the documented fields of a model with their docstrings, including inherited ones."""
+    """Yield a model's documented fields with docstrings, including inherited ones."""
     # Pydantic would extract docstrings when creating classes, which takes longer than any other part of most commands.
     for cls in reversed([each for each in model.__mro__ if issubclass(each, Settings)]):
         body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
@@ -82,7 +82,7 @@ def file_schema(adapter_types: Mapping[str, AdapterType]) -> JsonObject:
 
 
 def _options(use: str, options: type[BaseModel], common: Mapping[str, Any]) -> Iterator[tuple[str, JsonObject]]:
-    """Yield the definition of a type's options with the common adapter keys, and all definitions it refers to."""
+    """Yield the definitions for a type's options and the common adapter keys."""
     schema = _schema_of(options, f"use.{use}.")
     yield from ((f"use.{use}.{name}", definition) for name, definition in schema.pop("$defs", {}).items())
     schema["properties"] = {**dict.fromkeys(common, True), **schema.get("properties", {})}

@@ -53,7 +53,7 @@ def load_config(
 
 
 def read_digest(path: Path) -> str | None:
-    """Return the digest of a file as in `RunConfig.digest`; None if it is unreadable. Blocks."""
+    """Return a file's `RunConfig.digest`; None if the file is unreadable. Blocks."""
     text = _read_text(path, Problems(path))
     return None if text is None else _digest(text)
 
@@ -69,9 +69,10 @@ def load_value(
     name: str = "<run>",
     extensions: Extensions = NO_EXTENSIONS,
 ) -> RunConfig:
-    """Return the run that a mapping with the structure of a file describes; paths are relative to `folder`.
+    """Return the run of a mapping with a file's structure, in `folder`.
 
-    Raises ConfigError with all errors, located by `name` instead of a file, and by paths such as `tasks[0].prompt`.
+    Paths are relative to `folder`. Raises ConfigError with all errors, located by `name` instead of a file, and by
+    paths such as `tasks[0].prompt`.
     """
     problems = Problems(name)
     return build_run_config(
@@ -86,7 +87,7 @@ def build_run_config(
     extensions: Extensions,
     problems: Problems,
 ) -> RunConfig:
-    """Return the run that `read` returns for `path`; raise ConfigError if it reports any problems."""
+    """Return the run that `read` returns for `path`; raise ConfigError for problems."""
     try:
         root = read()
         config = _read_run(root, path, adapter_types, extensions, problems) if root is not None else None
@@ -98,7 +99,7 @@ def build_run_config(
 
 
 def read_file(path: Path, problems: Problems) -> Node | None:
-    """Return the top mapping of a file; None if it can't be parsed. Errors are added to `problems`."""
+    """Return a file's top mapping; None, with errors in `problems`, if invalid."""
     text = _read_text(path, problems)
     return read_document(text, problems) if text is not None else None
 
@@ -193,7 +194,7 @@ def _given(settings: Settings) -> dict[str, Any]:
 
 
 def _fallback(task: Task, defaults: TaskSettings) -> tuple[str, ...]:
-    """Return the fallback adapters of a task; its main adapter is removed from the default list."""
+    """Return a task's fallback adapters, without its main adapter if from the default."""
     if "fallback" in task.model_fields_set:
         return task.fallback
     return tuple(name for name in defaults.fallback if task.adapter is None or name != task.adapter)
@@ -206,7 +207,7 @@ def _worktrees(file: Config) -> WorktreeSettings:
 
 
 def default_slot_count(capacity: int) -> int:
-    """Return the default number of worktree slots: one per session, and more for checks."""
+    """Return the default number of worktree slots, with extra ones for checks."""
     return min(max(WorktreeSettings().max, capacity + 1), MAX_WORKTREES)
 
 

@@ -1,4 +1,4 @@
-"""The resolved config of a run, and its adapters, sinks and trackers restored from a run document."""
+"""The resolved config of a run, and adapters, sinks and trackers restored from it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class RunConfig(ResolvedSettings):
         return Retention.model_construct(**{name: getattr(self.state, name) for name in Retention.model_fields})
 
     def adapters_of(self, task: TaskSpec) -> tuple[str, ...]:
-        """Return the names of all adapters that may run a phase of a task, or of tasks that its plan creates."""
+        """Return all adapters for phases of a task, and of tasks from its plan."""
         workflows = [task.workflow]
         for name in workflows:  # the list grows by the workflows of tasks that plans create
             expansions = [phase.expand for phase in self.phases_of(name) if phase.expand is not None]
@@ -80,7 +80,7 @@ def restore_options(
     types: Mapping[str, PluginType[T]],
     why: str | None = None,
 ) -> tuple[PluginType[T], BaseModel]:
-    """Return the type and options of a stored adapter, sink or tracker, without its config file.
+    """Return the type and options of a stored adapter, sink or tracker.
 
     `subject` is the name of the entry in messages. Raises RefusedError if its plugin is no longer installed, with the
     reason `why` if known, or if the type no longer accepts these options.
@@ -103,7 +103,7 @@ def restore_adapters(
     adapter_types: Mapping[str, AdapterType],
     explain: Callable[[str], str | None] = lambda _: None,
 ) -> dict[str, AdapterConfig]:
-    """Return the adapters of a run document with their options restored; see `restore_options` for errors."""
+    """Return a run document's adapters; see `restore_options` for errors."""
     restored = {}
     for name, entry in stored.items():
         _, options = restore_options(f"adapter {name!r}", entry, adapter_types, explain(entry.use))
@@ -117,7 +117,7 @@ def make_adapters(configs: Mapping[str, AdapterConfig], adapter_types: Mapping[s
 
 
 def used_adapters(config: RunConfig, adapter_types: Mapping[str, AdapterType]) -> dict[str, Adapter]:
-    """Return the adapters that the tasks of a config use, created from stored configs as in a resume."""
+    """Return the adapters that a config's tasks use, as a resume would create them."""
     used = {name for task in config.tasks for name in config.adapters_of(task)}
     stored = {name: entry.to_stored() for name, entry in config.adapters.items() if name in used}
     return make_adapters(restore_adapters(stored, adapter_types), adapter_types)

@@ -1,4 +1,4 @@
-"""List the permissions that a config requests beyond the defaults, for confirmation by a user."""
+"""List the permissions that a config requests, for confirmation by a user."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from orchestrator.domain.settings.run_settings import (
 
 
 def list_permission_requests(config: RunConfig, inside: Path) -> tuple[str, ...]:
-    """Return the requested permissions, one line each, in the order of the config keys.
+    """Return the requested permissions, one line each, in the order of the keys.
 
     `inside` is the top of the checkout with the config file. Tasks, inline prompts, commands of checks and worktrees,
     limits, branches and programs without a path need no permission, because they are limited by the sandbox.

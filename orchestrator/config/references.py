@@ -1,4 +1,4 @@
-"""Check references between parts of a config file, and to files and folders outside.
+"""Check references between parts of a file, and to files and folders outside.
 
 Each check works on raw nodes, so that one error does not hide another. Values of invalid types are skipped, because
 schema validation reports them.
@@ -37,7 +37,7 @@ def iter_task_nodes(root: Node) -> Iterator[tuple[int, Node]]:
 
 
 def check_size(root: Node, problems: Problems) -> bool:
-    """Return whether the number of tasks is allowed; otherwise report it, and skip all other checks."""
+    """Return whether the task count is allowed; otherwise report only this problem."""
     tasks = root.get("tasks")
     if tasks is None or len(tasks.children) <= MAX_TASKS:
         return True
@@ -132,7 +132,7 @@ def _check_network(root: Node, problems: Problems) -> None:
 
 
 def _check_copied_files(root: Node, problems: Problems) -> None:
-    """Report duplicate files to copy or link, and any such files for a remote repository."""
+    """Report duplicate files to copy or link, and any for a remote repository."""
     repo = root.get("repo")
     is_remote = repo is not None and isinstance(repo.value, str) and is_url(repo.value)
     found: dict[str, Position] = {}
@@ -248,7 +248,7 @@ def _check_commands(root: Node, problems: Problems) -> None:
 
 
 def _check_mcp_servers(root: Node, problems: Problems) -> None:
-    """Report servers without exactly one of command and URL, and secret keys in recorded values."""
+    """Report servers without exactly one of command and URL, and recorded secrets."""
     servers = root.get("mcp_servers")
     if servers is not None and MCP_SERVER_NAME in servers.keys:
         what = f"{MCP_SERVER_NAME!r} is reserved for the built-in server"
@@ -266,7 +266,7 @@ def _check_mcp_servers(root: Node, problems: Problems) -> None:
 
 
 def reject_secret(node: Node, text: str, what: str, env: str, problems: Problems) -> None:
-    """Report an apparent secret in a recorded text; `env` is the key for variable names to use instead."""
+    """Report an apparent secret in recorded text; `env` is the key to use instead."""
     if has_secret_key(text):
         remedy = f"remove the key, and pass a variable by name under {env}"
         problems.add(node.at, f"the {what} seems to contain a secret key, and {what}s are recorded", remedy)

@@ -1,4 +1,4 @@
-"""Pydantic models of the config file as written, before cross-references are checked.
+"""Pydantic models of the config file as written, before references are checked.
 
 Settings that runs record are in `orchestrator.domain.settings`; this module has the parts that occur only in files.
 """
@@ -88,7 +88,7 @@ class AdapterSettings(run_settings.AdapterSettings):
 
     @classmethod
     def of(cls, use: str, options: BaseModel, **settings: Any) -> Self:
-        """Return the settings of an adapter of type `use`, given an instance of its `Options`."""
+        """Return an adapter's settings for the type `use` and its `Options`."""
         return cls.model_validate({"use": use, **options.model_dump(exclude_unset=True), **settings})
 
 

@@ -1,4 +1,4 @@
-"""Generate a starter config file from facts about the repository and installed programs."""
+"""Generate a starter config file from facts about the repository and programs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ class StarterAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Starter:
-    """The contents of a starter file; `repo` is relative to the file. Without adapters, it has a placeholder."""
+    """The contents of a starter file; `repo` is relative to it.
+
+    Without adapters, it has a placeholder.
+    """
 
     repo: str
     base: str
@@ -144,7 +147,7 @@ def _one_line(text: str) -> str:
 
 
 def scalar(text: str) -> str:
-    """Return text as a YAML scalar on one line: plain if it can be read back unchanged, else double-quoted."""
+    """Return text as a YAML scalar on one line, plain if unambiguous, else quoted."""
     looks_plain = text and set(text) <= _PLAIN and text[0] not in _STARTS and text.lower() not in _OLD_WORDS
     if looks_plain and resolve_plain(text) == text:
         return text

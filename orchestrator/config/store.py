@@ -19,7 +19,7 @@ _SCHEME = re.compile(STORE_PATTERN)
 
 
 def check_store_url(url: str) -> str:
-    """Return the URL of a store if valid, else raise ValueError; known schemes depend on installed plugins."""
+    """Return a store's URL; raise ValueError if invalid. Plugins may add schemes."""
     if not _SCHEME.match(url):
         raise InvalidValue(
             f"{quote_text(url)} is not a store URL", "use file:///a/folder or memory:, or set `state_dir` to a folder"
@@ -66,7 +66,7 @@ def store_folder(url: str) -> Path | None:
 
 
 def require_local_folder(url: str) -> Path | None:
-    """Return the folder of a `file:` URL like `store_folder`, but raise RefusedError if it is not local."""
+    """Return the folder of a `file:` URL; raise RefusedError if it is not local."""
     try:
         return store_folder(url)
     except InvalidValue as error:

@@ -43,7 +43,7 @@ class ConfigWarning:
 
 
 def find_warnings(config: RunConfig, around: RepositoryPaths, adapters: Mapping[str, Adapter]) -> list[ConfigWarning]:
-    """Return the warnings about a valid config; `adapters` are all of its adapters, by name."""
+    """Return warnings about a valid config; `adapters` has its adapters by name."""
     warnings = []
     specs = [*config.tasks, *([] if config.template is None else [config.template])]
     is_checked = any(spec.checks for spec in specs)
@@ -102,12 +102,12 @@ def _repeated_fallbacks(config: RunConfig) -> Iterator[ConfigWarning]:
 
 
 def _package_caches(config: RunConfig) -> list[Path]:
-    """Return the package caches that all sessions, setup commands and checks may write."""
+    """Return package caches that all sessions, setup commands and checks may write."""
     return [path for path in config.sandbox.access.writable if path.name in _CACHES or path.parent.name == ".cache"]
 
 
 def _open_repository(config: RunConfig, around: RepositoryPaths) -> list[Path]:
-    """Return the writable paths that contain the repository's checkout or git directory."""
+    """Return writable paths that contain the repository's checkout or git directory."""
     reaches = [config.sandbox.access, *(adapter.access for adapter in config.adapters.values())]
     inside = [path for path in (around.top, around.git_dir) if path is not None]
     writable = dict.fromkeys(path for reach in reaches for path in reach.writable)

@@ -27,7 +27,7 @@ def join_names(names: Collection[str], most: int = 5, separator: str = ", ") -> 
 
 
 def find_similar(unknown: str, names: Collection[str], most: int = 1, cutoff: float = 0.6) -> list[str]:
-    """Return the likely meanings of an unknown name: the same name in other case, or else the most similar ones."""
+    """Return likely meanings of an unknown name: another case, or similar names."""
     same = [name for name in names if name.casefold() == unknown.casefold()] if len(names) <= _MOST_FOLDED else []
     if same or len(names) > _MOST_CANDIDATES:
         return same[:most]
@@ -41,7 +41,10 @@ def suggest_similar(unknown: str, names: Collection[str], most: int = 1) -> str 
 
 
 def suggest(unknown: str, known: Collection[str], plural: str) -> str:
-    """Return the remedy for an unknown name: similar names, or else a list of known names, called `plural`."""
+    """Return the remedy for an unknown name: similar names, or a list of known ones.
+
+    The list is called `plural`.
+    """
     if not known:
         return f"there are no {plural}"
     return suggest_similar(unknown, known) or f"{plural} are {join_names(known, _MOST_LISTED)}"

@@ -1,4 +1,4 @@
-"""Execute a run: `scheduler.loop.Scheduler` is the entry point, called by `api.execution`.
+"""Execute a run; the entry point is `scheduler.loop.Scheduler`.
 
 `state` reads and changes the documents of a run, `phases` turns a session into the next step of its task, `landing`
 is the merge queue, `session_api` answers sessions, `diagnostics` checks a machine and a repository before a run,

@@ -18,7 +18,7 @@ class Accounting:
     prices: Mapping[str, Price]
 
     def net_usage(self, transcript: Transcript, attempts: Sequence[Attempt]) -> Transcript:
-        """Return a transcript without the usage of earlier sessions in the same conversation.
+        """Return a transcript without the usage of earlier sessions of its conversation.
 
         `attempts` are the attempts of the task. They may include the session's own attempt, whose usage is not recorded
         yet. The cost is estimated if the CLI did not report it.

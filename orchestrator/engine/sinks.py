@@ -178,7 +178,10 @@ class EventForwarder:
         return self._delivered > before
 
     async def _deliver(self) -> str | None:
-        """Deliver to a sink, opened at the first event; return the reason if delivery ended early, else None."""
+        """Deliver to a sink; return the reason if delivery ended early, else None.
+
+        The sink is opened at the first event.
+        """
         try:
             with anyio.CancelScope() as self._call_scope, plugin_code(_StoreFailed, HistoryCompacted):
                 await self._deliver_all()

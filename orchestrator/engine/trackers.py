@@ -19,7 +19,7 @@ OpenTracker = Callable[[], AbstractAsyncContextManager[Tracker]]
 async def fetch_tracked_tasks(
     trackers: Mapping[str, OpenTracker], limit: float = FETCH_TIMEOUT
 ) -> dict[str, Sequence[TrackedTask]]:
-    """Return the open tasks by tracker; raise RefusedError if a tracker can't list them."""
+    """Return open tasks by tracker; raise RefusedError if a tracker can't list them."""
     return {name: await _fetch(name, tracker, limit) for name, tracker in trackers.items()}
 
 

@@ -68,7 +68,7 @@ class Node(NamedTuple):
 
 
 def read_document(text: str, problems: Problems) -> Node | None:
-    """Return the top mapping; None if it can't be parsed. Errors are added to `problems`.
+    """Return the top mapping; None, with errors in `problems`, if it can't be parsed.
 
     After a syntax error the rest of the file is unknown, so nothing is returned.
     """
@@ -89,7 +89,7 @@ def read_document(text: str, problems: Problems) -> Node | None:
 
 
 def find_invalid_character(text: str) -> str | None:
-    """Return the first character that is invalid in program arguments or JSON; None if there is none."""
+    """Return the first character invalid in arguments or JSON, or None."""
     found = _NOT_TEXT.search(text)
     return None if found is None else found[0]
 

@@ -14,7 +14,7 @@ from orchestrator.domain.settings.names import is_url
 
 
 def named_repository(path: Path) -> Path | None:
-    """Return the folder under the key `repo` of a file; None if missing, or if the file can't be read.
+    """Return the folder under a file's key `repo`; None if missing or unreadable.
 
     Blocks. Stops reading at that key.
     """

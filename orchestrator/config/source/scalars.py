@@ -1,4 +1,7 @@
-"""Resolve plain scalars by the core schema of YAML 1.2 (yaml.org/spec/1.2.2, section 10.3.2)."""
+"""Resolve plain scalars by the core schema of YAML 1.2.
+
+See yaml.org/spec/1.2.2, section 10.3.2.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ _NUMBER_STARTS: Final = frozenset("+-.0123456789")
 
 
 def resolve_plain(text: str) -> bool | int | float | str | None:
-    """Return the value of an unquoted scalar; raise ValueError for an unsupported number."""
+    """Return an unquoted scalar's value; raise ValueError for an unsupported number."""
     if text in _WORDS:
         return _WORDS[text]
     if text[0] not in _NUMBER_STARTS:

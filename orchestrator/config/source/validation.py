@@ -1,4 +1,4 @@
-"""Validate parts of the file with pydantic models, and report errors with positions."""
+"""Validate parts of a file by pydantic models, and report errors with positions."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _REMEDIES: Final = {
 def validate(
     model: type[Model], node: Node, problems: Problems, *, without: Collection[str] = (), folder: Path | None = None
 ) -> Model | None:
-    """Return the mapping `node`, without the keys `without`, as `model`; None if it is invalid.
+    """Return `node`, except for the keys `without`, as `model`; None if invalid.
 
     Errors are added to `problems`. `folder` is the base of relative paths, which validators find in their context. They
     raise `InvalidValue`, and those of plugins may raise `ValueError("problem: remedy")`.
@@ -59,7 +59,7 @@ def validate(
 
 
 def reject_empty_keys(node: Node | None, problems: Problems) -> None:
-    """Report each key of a mapping without a value, which a model would treat as missing."""
+    """Report keys without a value, which a model would treat as missing."""
     for key, child in node.children.items() if node is not None else ():
         if child.value is None:
             problems.add(child.at, *_empty(f"{key}"))

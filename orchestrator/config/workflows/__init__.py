@@ -1,1 +1,1 @@
-"""Workflows in a config file: phases, templates and conditions, compiled when the file is read."""
+"""Workflows in a config file: phases, templates and conditions."""

@@ -1,4 +1,4 @@
-"""Read the workflows of a file, validate them, and resolve them to complete phases."""
+"""Read and validate the workflows of a file, and resolve them to complete phases."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def builtin_phases() -> Mapping[str, Phases]:
 
 
 def read_workflows(root: Node, folder: Path, extensions: Extensions, problems: Problems) -> dict[str, Phases]:
-    """Return the workflows that tasks, or tasks of their plans, use; report errors in all workflows."""
+    """Return workflows that tasks, or their plans' tasks, use; report all errors."""
     section = root.get("workflows")
     own = {} if section is None else {str(name): node for name, node in section.children.items()}
     named = dict.fromkeys(node.value for node in _named(root))
@@ -84,7 +84,7 @@ def read_workflows(root: Node, folder: Path, extensions: Extensions, problems: P
 
 
 def _check_expansions(found: Mapping[str, Phases], written: Mapping[str, Node], problems: Problems) -> None:
-    """Report workflows whose plans expand to tasks of the same workflow, so that a run would never end."""
+    """Report workflows with plans for the same workflow, which would never end."""
     for cycle in find_cycles({name: tuple(_expanded(phases)) for name, phases in found.items()}):
         begin = min(cycle, key=list(found).index)
         start = cycle.index(begin)
@@ -94,7 +94,7 @@ def _check_expansions(found: Mapping[str, Phases], written: Mapping[str, Node], 
 
 
 def workflow_of(task: Node, root: Node) -> str | None:
-    """Return the name of a task's workflow, even if it does not exist; None if the task has none.
+    """Return a task's workflow name, even if it does not exist; None if it has none.
 
     If `task` is the file itself, return the default workflow.
     """
@@ -114,7 +114,10 @@ def iter_phase_nodes(workflow: Node) -> Iterator[PhaseNode]:
 
 
 def _valid_settings(node: Node) -> PhaseSettings | None:
-    """Return the settings of a phase without invalid keys, which schema validation reports; None if invalid."""
+    """Return a phase's settings without invalid keys; None if invalid.
+
+    Schema validation reports the invalid keys.
+    """
     settings = validate(PhaseSettings, node, Problems(""))
     if settings is not None or not isinstance(node.value, dict):
         return settings
@@ -126,7 +129,7 @@ def _valid_settings(node: Node) -> PhaseSettings | None:
 
 
 def check_contexts(root: Node, problems: Problems) -> None:
-    """Report values for tasks without phases, and secret keys in values, which are recorded."""
+    """Report values for tasks without phases, and keys of secrets that are recorded."""
     for _, task in iter_task_nodes(root):
         context = task.get("context")
         if context is not None and workflow_of(task, root) is None:
@@ -207,7 +210,10 @@ def _template(phase: PhaseNode, settings: PhaseSettings, folder: Path, problems:
 def _schema(
     phase: PhaseNode, written: str | Mapping[str, Any] | None, folder: Path, problems: Problems
 ) -> dict[str, Any] | None:
-    """Return the JSON Schema of a phase's handoff; None if there is none, or it is invalid, which is reported."""
+    """Return a phase's handoff schema; None if it has none or an invalid one.
+
+    An invalid schema is reported.
+    """
     if written is None:
         return None
     if not isinstance(written, str):
@@ -229,7 +235,7 @@ def _json(name: str, text: str) -> Any:
 
 
 def _check_schema(schema: Any) -> None:
-    """Raise InvalidValue or RefusedError unless this is a JSON Schema of an object within the size limit."""
+    """Raise InvalidValue or RefusedError for a bad or too large object schema."""
     if not isinstance(schema, dict) or schema.get("type", "object") != "object":
         what = "the schema does not describe an object, as every handoff is"
         raise InvalidValue(what, "use a schema such as {type: object, required: [answer]}")
@@ -242,7 +248,7 @@ def _check_schema(schema: Any) -> None:
 
 
 def _report_error(read: Callable[[], T], phase: PhaseNode, key: str, problems: Problems) -> T | None:
-    """Return the result of `read`; report an error at a key of the phase, and return None."""
+    """Return the result of `read`, or None after reporting its error at a phase's key."""
     try:
         return read()
     except (RefusedError, InvalidValue) as error:

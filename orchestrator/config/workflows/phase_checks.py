@@ -1,4 +1,4 @@
-"""Check that the keys of a phase are consistent with each other and with the other phases of its workflow."""
+"""Check that a phase's keys fit each other and the other phases of its workflow."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class PhaseNode(NamedTuple):
     settings: PhaseSettings | None
 
     def at(self, key: str) -> Position:
-        """Return the position of a key's value, or of the phase's name if it has no such key."""
+        """Return the position of a key's value, or the phase's name if it is absent."""
         found = self.node.get(key)
         return self.name_at if found is None else found.at
 
@@ -128,7 +128,7 @@ def _check_kind(phase: PhaseNode, settings: PhaseSettings, kinds: Collection[str
 
 
 def check_order(phases: Sequence[PhaseNode], problems: Problems) -> None:
-    """Report duplicate names of phases, and references to phases that are not before or after as required."""
+    """Report duplicate phase names, and references in the wrong direction."""
     first: dict[str, Position] = {}
     for place, one in enumerate(phases):
         before = [each.name for each in phases[:place]]
@@ -184,7 +184,7 @@ def _check_mediator(phase: PhaseNode, settings: PhaseSettings, after: Sequence[P
 
 
 def find_continued_phase(settings: PhaseSettings, before: Sequence[str]) -> str | None:
-    """Return the phase whose conversation a phase continues: the named one, or the previous one."""
+    """Return the phase that a phase continues: the named or the previous one."""
     if settings.session is None:
         return None
     return settings.session.continue_ or (before[-1] if before else None)

@@ -1,4 +1,4 @@
-"""A Jinja2 sandbox with limits: rendering is stopped before it takes too much time or memory.
+"""A Jinja2 sandbox that stops rendering before it takes too much time or memory.
 
 Every call, filter, test, loop iteration, printed value, and operator that can enlarge a value counts. The size of a
 value is counted before it is used. Nothing is evaluated when a template is compiled.
@@ -68,7 +68,7 @@ def _spend(steps: int, characters: int = 0) -> None:
 
 
 def _weigh(*values: Any) -> tuple[int, int]:
-    """Count the elements and characters of values, including repetitions, and return their numbers."""
+    """Count the elements and characters of values, including repetitions."""
     waiting, steps, characters = list(values), 0, 0
     while waiting:
         value = waiting.pop()
@@ -148,7 +148,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**", "+", "%", "//", "-", "/"})
 
     def find_references(self, text: str) -> tuple[set[str], list[str | None]]:
-        """Return the undeclared variables of a template, and the templates that it refers to."""
+        """Return a template's undeclared variables, and the templates that it names."""
         tree = self.parse(text)
         return meta.find_undeclared_variables(tree), list(meta.find_referenced_templates(tree))
 
@@ -196,7 +196,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         """Return None: `is_safe_attribute` rejects `str.format`."""
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """Whether a template may access an attribute; those that can enlarge a value are rejected."""
+        """Return whether a template may access an attribute, which can't enlarge a value."""
         if isinstance(obj, str | bytes | int) and attr in _WIDENING:
             return False
         return super().is_safe_attribute(obj, attr, value)

@@ -1,7 +1,7 @@
-"""Compile the prompt templates and conditions of phases when a file is read, so that errors have a position.
+"""Compile phases' templates and conditions when a file is read.
 
-Both are Jinja2 in a sandbox: they can't change values or access Python internals, and rendering is limited
-(`config.workflows.template_sandbox`). Output of agents is never compiled.
+Errors thus have a position. Both are Jinja2 in a sandbox: they can't change values or access Python internals, and
+rendering is limited (`config.workflows.template_sandbox`). Output of agents is never compiled.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ def read_builtin_file(name: str) -> str:
 
 
 def template_for(phase: str, kind: str | None) -> str:
-    """Return the default template of a phase: the one for its kind, for its name, or for any phase."""
+    """Return a phase's default template: for its kind, its name, or any phase."""
     return next((name for name in (kind, phase) if name in BUILTIN_TEMPLATES), DEFAULT_TEMPLATE)
 
 
 @functools.cache
 def environment() -> BoundedEnvironment:
-    """Return the environment for templates and conditions, in which an undefined variable is an error."""
+    """Return the Jinja2 environment, in which an undefined variable is an error."""
     from orchestrator.config.workflows.template_sandbox import BoundedEnvironment  # noqa: PLC0415  only workflows need Jinja2
 
     return BoundedEnvironment()

@@ -16,7 +16,7 @@ _WIDTH: Final = 110
 
 
 def workflows_to_yaml(workflows: Mapping[str, Sequence[Phase]], prompts: Mapping[str, str] | None = None) -> str:
-    """Return the section `workflows:` of a file for these workflows, without default values.
+    """Return the section `workflows:` for these workflows, without default values.
 
     `prompts` has the path of the template by phase name, for phases with a template file.
     """

@@ -52,9 +52,9 @@ _ABSENT: Final = _Absent()
 
 
 def compute_delta(old: dict[str, Any], new: dict[str, Any]) -> Delta:
-    """Return the difference between two plain JSON objects; `{}` stands for a missing document.
+    """Return the difference between two plain JSON objects.
 
-    The order of members does not matter; `1`, `1.0` and `true` are different.
+    `{}` represents a missing document. The order of members does not matter; `1`, `1.0` and `true` are different.
     """
     changes = dict(_walk((), old, new))
     return Delta(
@@ -80,7 +80,7 @@ def apply_delta(old: dict[str, Any], delta: Delta) -> dict[str, Any]:
 
 
 def revert_delta(new: dict[str, Any], delta: Delta) -> dict[str, Any]:
-    """Return the old version of a document; `new` is not changed. Raises RefusedError as `apply_delta` does."""
+    """Return a document's old version; raise RefusedError as `apply_delta` does."""
     inverted = {path: Modified(after, before) for path, (before, after) in delta.modified.items()}
     return apply_delta(new, Delta(delta.removed, inverted, delta.added))
 
@@ -102,7 +102,10 @@ def format_delta(delta: Delta, longest: int = MAX_SHOWN_CHARS) -> list[str]:
 
 
 def delta_to_json(delta: Delta) -> dict[str, Any]:
-    """Return the delta as a plain JSON object of lists: `added`, `modified`, `removed`; paths are lists."""
+    """Return the delta as a JSON object with the lists `added`, `modified`, `removed`.
+
+    Paths are lists.
+    """
     return {
         "added": [{"path": list(path), "new": value} for path, value in delta.added.items()],
         "modified": [{"path": list(path), "old": old, "new": new} for path, (old, new) in delta.modified.items()],
@@ -111,7 +114,7 @@ def delta_to_json(delta: Delta) -> dict[str, Any]:
 
 
 def format_path(path: Path) -> str:
-    """Return a path as text, such as `attempts[0].reason`; names with special characters are quoted."""
+    """Return a path as text, such as `attempts[0].reason`, with odd names quoted."""
     words = [f"[{step}]" if isinstance(step, int) else f".{_format_name(step)}" for step in path]
     return "".join(words).removeprefix(".")
 

@@ -18,7 +18,7 @@ def encode_canonical(value: Any) -> bytes:
 
 
 def compute_digest(value: Any) -> str:
-    """Return the digest of plain JSON, `sha256:` and 64 digits; raise ValueError for other values."""
+    """Return `sha256:` and 64 digits for plain JSON; raise ValueError otherwise."""
     return f"sha256:{hashlib.sha256(encode_canonical(value)).hexdigest()}"
 
 
@@ -55,7 +55,7 @@ def _find_flaw(value: Any) -> str | None:
 
 
 def parse_object(text: str) -> dict[str, Any]:
-    """Parse a JSON object; raise ValueError with the reason if it is invalid or not plain JSON."""
+    """Parse a plain JSON object; raise ValueError with the reason if it is invalid."""
     value = parse(text.encode(errors="surrogatepass"))
     if not isinstance(value, dict):
         raise ValueError("it is not an object")  # noqa: TRY004  the text is invalid, not an argument

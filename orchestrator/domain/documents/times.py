@@ -1,4 +1,4 @@
-"""Wall-clock times of documents: seconds since the epoch, limited to values that are valid dates in every time zone."""
+"""Limits of wall-clock times in documents, so that they are dates in every zone."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class TypedEvent:
     """The annotations of its fields by name, in the order of the data."""
 
     def __init_subclass__(cls, *, is_base: bool = False, prefix: str | None = None) -> None:
-        """Register an event, or with `is_base` a base of events: all types with its `prefix` must derive from it.
+        """Register an event, or with `is_base` the base of all types with its `prefix`.
 
         Raises TypeError for an incomplete event.
         """
@@ -85,7 +85,7 @@ class TypedEvent:
         return type(self)(**{**self.__dict__, **fields})
 
     def within(self, **context: Any) -> Self:
-        """Return the event with the fields of `context` that it has and that were not given."""
+        """Return the event, with its missing fields filled in from `context`."""
         return type(self)(
             **{**{name: one for name, one in context.items() if name in self.field_types}, **self.__dict__}
         )

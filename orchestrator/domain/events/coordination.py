@@ -1,4 +1,4 @@
-"""Events between processes and sessions: claims, ownership of paths, locks, notes, shared values and worktree slots."""
+"""Events of claims, ownership, locks, notes, shared values and worktree slots."""
 
 from __future__ import annotations
 

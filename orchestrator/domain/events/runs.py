@@ -1,4 +1,4 @@
-"""Events of runs: their course, budgets, adapters, and the systems that follow them."""
+"""Events of runs, budgets and adapters, and of the systems that follow a run."""
 
 from __future__ import annotations
 
@@ -53,7 +53,10 @@ class RunJoined(RunEvent):
 
 
 class RunWorkerLeft(RunEvent):
-    """A process left the run, and others continue: it was stopped, or cannot run checks or setup."""
+    """A process left the run, and others continue.
+
+    It was stopped, or cannot run checks or setup.
+    """
 
     type = "run.worker_left"
     sentence = "process {pid} left the run: {headline}"
@@ -78,7 +81,7 @@ class RunCapacityLimited(RunEvent):
 
 
 class RunWaiting(RunEvent):
-    """The run can do nothing but wait for paused adapters or approvals; repeated only after a change."""
+    """The run can only wait for paused adapters or approvals; repeated after changes."""
 
     type = "run.waiting"
     sentence = "waiting for {awaited}, until {until} at least"
@@ -166,7 +169,7 @@ class RunTakenOver(RunEvent):
 
 
 class RunImported(RunEvent):
-    """A session of an older layout was recorded as a run ([state.md](state.md#state-of-older-layouts))."""
+    """A session of an [older layout](state.md#state-of-older-layouts) became a run."""
 
     type = "run.imported"
     sentence = "imported from {source}"
@@ -178,7 +181,7 @@ class RunImported(RunEvent):
 
 
 class RunFileChanged(RunEvent):
-    """On resume, the file differs from the settings that the run recorded, which still apply."""
+    """On resume, the file differs from the recorded settings, which still apply."""
 
     type = "run.file_changed"
     sentence = "{changes}"
@@ -198,7 +201,10 @@ class RunFileChanged(RunEvent):
 def describe_file_changes(
     file: str, tasks: Mapping[str, Sequence[str]], keys: Sequence[str], run: str | None = None
 ) -> str:
-    """Return the settings that a run's file has and the run has not, and how to adopt them; None: the newest run."""
+    """Return the settings that only a run's file has, and how to adopt them.
+
+    For None, describe the newest run.
+    """
     each = [*(f"{name} ({', '.join(changed)})" for name, changed in tasks.items()), *keys]
     option = "" if run is None else f" --run {run}"
     names = " ".join(tasks) if len(tasks) <= _MAX_NAMED_TASKS else "TASK..."
@@ -226,9 +232,10 @@ class RunTargetUnreachable(RunEvent):
 
 
 class RunHooksSkipped(RunEvent):
-    """Hooks of your repository are inside one of its checkouts (`.husky`, `.githooks`, a link in `.git/hooks`).
+    """Hooks of your repository were skipped, because agents can write to them.
 
-    Landings do not run them, because agents can write to them. Each process of the run reports them once.
+    They are in one of its checkouts (`.husky`, `.githooks`, a link in `.git/hooks`). Each process of the run reports
+    them once.
     """
 
     type = "run.hooks_skipped"
@@ -239,7 +246,10 @@ class RunHooksSkipped(RunEvent):
 
 
 class BaseChecking(RunEvent):
-    """The checks started on the commit that landings build on, before the next session."""
+    """The checks started on the commit that landings build on.
+
+    They run before the next session starts.
+    """
 
     type = "base.checking"
     sentence = "running checks on {branch} ({commit:.10}) before the next session: {checks}"
@@ -262,7 +272,7 @@ class BasePassed(RunEvent):
 
 
 class BaseFailureAllowed(RunEvent):
-    """From now on, checks may fail on the base, because `--allow-failing-base` was given."""
+    """Checks may fail on the base from now on, because of `--allow-failing-base`."""
 
     type = "base.failure_allowed"
     sentence = "from now on, checks may fail on the base"
@@ -293,7 +303,10 @@ class BudgetExhausted(_BudgetEvent):
 
 
 class BudgetUntracked(RunEvent):
-    """A session printed more than the 16 MiB that are tracked; the rest is counted at its end, if at all."""
+    """A session printed more than the 16 MiB that are tracked.
+
+    The rest is counted at its end, if at all.
+    """
 
     type = "budget.untracked"
     sentence = "{of} printed too much to track its usage; the rest is counted when it ends"
@@ -322,7 +335,7 @@ class AdapterEvent(RunEvent, is_base=True, prefix="adapter"):
 
 
 class AdapterCooldown(AdapterEvent):
-    """An adapter is paused until a point in time; repeated only if the pause is extended."""
+    """An adapter is paused until a point in time; repeated if the pause is extended."""
 
     type = "adapter.cooling_down"
     sentence = "adapter {adapter} is paused until {until}: {reason}"
@@ -332,7 +345,7 @@ class AdapterCooldown(AdapterEvent):
 
 
 class AdapterDisabled(AdapterEvent):
-    """An adapter is disabled until `council adapters enable` or until the run is resumed."""
+    """An adapter is disabled until `council adapters enable` or the next resume."""
 
     type = "adapter.disabled"
     sentence = "adapter {adapter} is disabled: {reason}; fix that, then `council adapters enable {adapter} --run {run}`"
@@ -377,7 +390,10 @@ class SinkRecovered(RunEvent):
 
 
 class SinkSkipped(RunEvent):
-    """The log no longer contains some events that the sink has not received; delivery continues after them."""
+    """The log no longer contains some events that the sink has not received.
+
+    Delivery continues after them.
+    """
 
     type = "sink.skipped"
     sentence = "sink {sink} missed the events of positions {after} to {until}, which the log no longer has"
@@ -391,7 +407,10 @@ class SinkSkipped(RunEvent):
 
 
 class SinkUndelivered(RunEvent):
-    """The sink has not received all events at the end of the run; `council resume` delivers the rest."""
+    """The sink has not received all events at the end of the run.
+
+    `council resume` delivers the rest.
+    """
 
     type = "sink.undelivered"
     sentence = "sink {sink} has not received {left} events; to deliver them: `council resume {run}`"
@@ -421,7 +440,10 @@ class TrackerRecovered(RunEvent):
 
 
 class TrackerSkipped(RunEvent):
-    """The log no longer contains some events that the tracker has not received; delivery continues after them."""
+    """The log no longer contains some events that the tracker has not received.
+
+    Delivery continues after them.
+    """
 
     type = "tracker.skipped"
     sentence = "tracker {tracker} missed the events of positions {after} to {until}, which the log no longer has"
@@ -435,7 +457,10 @@ class TrackerSkipped(RunEvent):
 
 
 class TrackerUndelivered(RunEvent):
-    """The tracker has not received all events at the end of the run; `council resume` delivers the rest."""
+    """The tracker has not received all events at the end of the run.
+
+    `council resume` delivers the rest.
+    """
 
     type = "tracker.undelivered"
     sentence = "tracker {tracker} has not received {left} events; to deliver them: `council resume {run}`"
@@ -446,7 +471,7 @@ class TrackerUndelivered(RunEvent):
 
 
 class ViewsFailing(RunEvent):
-    """The [views](state.md#views) of the state cannot be written at the end of the run."""
+    """The [views](state.md#views) cannot be written at the end of the run."""
 
     type = "views.failing"
     sentence = "cannot write the readable copies of the state: {reason}"

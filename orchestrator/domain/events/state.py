@@ -1,4 +1,4 @@
-"""Events of the state: checkpoints, maintenance, repair, outages of the store, import of older layouts."""
+"""Events of checkpoints, maintenance, repair, store outages and imports."""
 
 from __future__ import annotations
 
@@ -79,7 +79,10 @@ class StateWarning(RunEvent):
 
 
 class StateRepaired(TypedEvent):
-    """`council state verify --repair` restored the known value of a document; without `run`."""
+    """`council state verify --repair` restored a document's last known value.
+
+    Has no `run`.
+    """
 
     type = "state.repaired"
     sentence = "repaired {key}: version {lost} was lost"

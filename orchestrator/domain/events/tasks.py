@@ -39,7 +39,7 @@ class TaskRetrying(AttemptEvent):
 
 
 class TaskPostponed(AttemptEvent):
-    """The adapter of the task or the machine is unavailable; the attempt does not count."""
+    """The task's adapter or the machine is unavailable; the attempt does not count."""
 
     type = "task.postponed"
     sentence = "postponed: {reason}"
@@ -53,7 +53,10 @@ class TaskInterrupted(AttemptEvent):
 
 
 class TaskFailed(AttemptEvent):
-    """The task failed: no further attempt follows, or its landed commit was removed from the target's history."""
+    """The task failed, and no further attempt follows.
+
+    Or its landed commit was removed from the target's history.
+    """
 
     type = "task.failed"
     sentence = "failed: {reason}"
@@ -347,10 +350,10 @@ class TaskSessionApiFailed(TaskEvent):
 
 
 class TaskHostDenied(TaskEvent):
-    """The proxy refused a host that [`network.allow`](configuration.md#network) does not cover.
+    """The proxy denied a host.
 
-    A host is also refused if its name has a non-public address. Each refused host is reported once, at most 100 of
-    them, after the session has ended.
+    [`network.allow`](configuration.md#network) does not cover it, or its name has a non-public address. Each host is
+    reported once, at most 100 of them, after the session has ended.
     """
 
     type = "task.host_denied"
@@ -361,7 +364,10 @@ class TaskHostDenied(TaskEvent):
 
 
 class TaskToolsDenied(TaskEvent):
-    """The CLI denied tools to its model, because of its permission mode, a rule, or its own sandbox."""
+    """The CLI denied tools to its model.
+
+    The cause is its permission mode, a rule, or its own sandbox.
+    """
 
     type = "task.tools_denied"
     sentence = "{reason}"

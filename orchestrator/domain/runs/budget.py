@@ -14,7 +14,7 @@ WARNING_RATIO = 0.8
 
 @dataclass(frozen=True, slots=True)
 class Spending:
-    """Used resources: input and output tokens, US dollars as far as known, and session seconds."""
+    """Input and output tokens, known cost in US dollars, and session seconds."""
 
     tokens: int = 0
     cost: float = 0.0
@@ -74,6 +74,6 @@ def sum_spending(attempts: Iterable[Attempt]) -> Spending:
 
 
 def compute_remaining_cost(budgets: Iterable[tuple[Budget, Spending]]) -> float | None:
-    """Return the US dollars left in the tightest budget; None if no budget limits the cost."""
+    """Return the US dollars left in the tightest budget; None if unlimited."""
     remaining = [budget.cost - spent.cost for budget, spent in budgets if budget.cost is not None]
     return max(min(remaining), 0.0) if remaining else None

@@ -1,4 +1,7 @@
-"""Parse and format the reason for a halted run as one text: headline, last output, log file and remedy."""
+"""Parse and format the reason for a halted run as text.
+
+The text has a headline, the last output, a log file and a remedy.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ class HaltReason:
 
     @classmethod
     def parse(cls, text: str) -> HaltReason:
-        """Parse the output of `str(reason)`; in any other text, the first line is the headline."""
+        """Parse the output of `str(reason)`; another text's first line is the headline."""
         first, *lines = text.splitlines() or [""]
         at = max((number for number, line in enumerate(lines) if line.startswith(_LOG)), default=None)
         if at is None:

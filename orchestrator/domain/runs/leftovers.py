@@ -1,4 +1,4 @@
-"""Decide which leftovers may be deleted: worktrees, internal repositories, refs, temporary files, logs.
+"""Decide whether leftovers may be deleted: worktrees, hubs, refs, files, logs.
 
 Recovery at the start of a run and `council clean` both use `classify_worktree`, so that they are consistent.
 """
@@ -60,7 +60,7 @@ class LeftoverStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """A leftover of a run; `name` is a path, the common prefix of refs, or the id of a run."""
+    """A leftover of a run; `name` is a path, a prefix of refs, or the id of a run."""
 
     kind: LeftoverKind
     name: str
@@ -83,7 +83,7 @@ _REASONS = {
 
 
 def judge_worktree(run: str, document: TaskDocument | None, contents: WorktreeContents) -> tuple[LeftoverStatus, str]:
-    """Return whether a worktree of an inactive run may be deleted, with the reason."""
+    """Return the cleanup status of an inactive run's worktree, with the reason."""
     if document is None:
         return LeftoverStatus.PRESERVED, "the record of its task is damaged"
     if document.status not in FINAL_STATUSES:
@@ -92,20 +92,23 @@ def judge_worktree(run: str, document: TaskDocument | None, contents: WorktreeCo
 
 
 def judge_orphan(contents: WorktreeContents) -> tuple[LeftoverStatus, str]:
-    """Return whether a worktree of a run without state may be deleted, with the reason."""
+    """Return the cleanup status of a worktree of a run without state, with the reason."""
     status = LeftoverStatus.LEFT_OVER if contents is WorktreeContents.NOTHING else LeftoverStatus.PRESERVED
     return status, "the state of its run no longer exists"
 
 
 def judge_slot(*, is_clean: bool, has_session: bool) -> tuple[LeftoverStatus, str] | None:
-    """Return whether an unlocked worktree slot may be deleted, with the reason; None if its session decides."""
+    """Return the cleanup status of an unlocked worktree slot, with the reason.
+
+    None if its session decides.
+    """
     if is_clean:
         return LeftoverStatus.READY, "clean, for the next session"
     return None if has_session else (LeftoverStatus.LEFT_OVER, "not cleaned after its session ended")
 
 
 def judge_hub(gone: str, refs: int | None, worktrees: int) -> tuple[LeftoverStatus, str]:
-    """Return whether internal repositories that are no longer usable may be deleted, with the reason.
+    """Return the cleanup status of an unusable hub, with the reason.
 
     `gone` names the deleted project; `refs` counts refs with unmerged work, None if unreadable.
     """
@@ -122,7 +125,7 @@ def judge_hub(gone: str, refs: int | None, worktrees: int) -> tuple[LeftoverStat
 def judge_run(
     run: str, ended: str, branches: int | None, worktrees: int, *, is_over: bool, include_interrupted: bool
 ) -> tuple[LeftoverStatus, str]:
-    """Return whether the record of an inactive run may be deleted, with the reason.
+    """Return the cleanup status of an inactive run's record, with the reason.
 
     `ended` is the day on which it ended or was interrupted. `branches` counts branches with unmerged work (None:
     unreadable), `worktrees` worktrees that may have some. A run that can be resumed is deleted only with
@@ -142,11 +145,14 @@ def judge_run(
 
 
 def is_unchanged(judged: Leftover, now: Leftover) -> bool:
-    """Whether an earlier decision about a run's record still applies, because the run has no new work."""
+    """Return True if a run has no new work since a decision about its record."""
     same_end = judged.reason.partition(";")[0] == now.reason.partition(";")[0]
     return same_end and now.status in {judged.status, LeftoverStatus.LEFT_OVER}
 
 
 def is_stale_file(modified: float, now: float) -> bool:
-    """Whether a temporary file that was modified at `modified` (wall-clock seconds) is no longer in use."""
+    """Return True if a temporary file is so old that no process uses it any more.
+
+    Times are wall-clock seconds.
+    """
     return now - modified > STALE_FILE_SECONDS

@@ -53,7 +53,7 @@ class UnknownLayout(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class LegacySession:
-    """A session as read from files: its fields without its tasks, and the fields of each task by name."""
+    """A session as read from files: its own fields, and those of each task by name."""
 
     name: str
     source: str
@@ -86,7 +86,7 @@ def read_version(state: object) -> str:
 
 
 def parse_sessions(state: object, source: str, faults: list[str]) -> list[LegacySession]:
-    """Return the sessions of a file with all sessions; report invalid ones in `faults`.
+    """Return the sessions of a file; report invalid ones in `faults`.
 
     Raises UnknownLayout if it has no list or mapping of sessions.
     """
@@ -109,7 +109,7 @@ def parse_sessions(state: object, source: str, faults: list[str]) -> list[Legacy
 
 
 def parse_session(value: object, source: str, fallback: str, faults: list[str]) -> LegacySession:
-    """Return a session, named `fallback` by default, from its object; raise UnknownLayout for other values."""
+    """Return a session, named `fallback` by default; raise UnknownLayout if invalid."""
     if not isinstance(value, dict):
         raise UnknownLayout("it is not an object")
     name = _name(_get(value, "id"), _get(value, "session_id")) or fallback
@@ -151,7 +151,10 @@ def task_name(state: Mapping[str, Any], fallback: str) -> str:
 
 
 def merge_layouts(older: Iterable[LegacySession], newer: Iterable[LegacySession]) -> list[LegacySession]:
-    """Return all sessions; a session in both layouts is merged, other sessions with equal names get distinct names."""
+    """Return all sessions, merging those in both layouts.
+
+    Other sessions with equal names get distinct names.
+    """
     known: dict[str, LegacySession] = {}
     for group in (older, newer):
         seen: set[str] = set()
@@ -169,7 +172,10 @@ def merge_layouts(older: Iterable[LegacySession], newer: Iterable[LegacySession]
 def merge_task_states(
     sessions: Sequence[LegacySession], states: Mapping[str, Mapping[str, Any]], source: str
 ) -> list[LegacySession]:
-    """Return sessions with the states of their tasks; tasks without a session become a session from `source`."""
+    """Return sessions with the states of their tasks.
+
+    Tasks without a session become a session from `source`.
+    """
     found = [
         LegacySession(
             one.name, one.source, one.fields, {task: {**was, **states.get(task, {})} for task, was in one.tasks.items()}
@@ -286,7 +292,10 @@ def _normal(word: str | None) -> str:
 
 
 def safe_name(name: str) -> str:
-    """Return a name that is valid in keys, refs and paths; an invalid name is shortened and gets a digest."""
+    """Return a name that is valid in keys, refs and paths.
+
+    An invalid name is shortened and gets a digest.
+    """
     if _NAME.fullmatch(name) and ".." not in name and not name.endswith((".", ".lock")) and name != "all":
         return name
     digest = hashlib.sha256(name.encode(errors="replace")).hexdigest()[:8]
@@ -321,7 +330,7 @@ def _text(value: object, limit: int) -> str | None:
 
 
 def _number(value: object) -> int | None:
-    """Return the number of a pull request, given as a number, `#12`, a URL or an object."""
+    """Return a pull request's number from a number, `#12`, a URL or an object."""
     if isinstance(value, dict):
         return _number(value.get("number"))
     if isinstance(value, str) and (found := re.search(r"(?:^#?|/)(\d{1,15})/?$", value.strip())):
@@ -331,12 +340,15 @@ def _number(value: object) -> int | None:
 
 
 def _time(fields: Mapping[str, Any], *names: str) -> float | None:
-    """Return the first of these fields that contains a time; the default time zone is UTC."""
+    """Return the first of these fields with a time, in UTC by default."""
     return next((found for name in names if (found := parse_time(_get(fields, name))) is not None), None)
 
 
 def parse_time(value: object) -> float | None:
-    """Return an ISO 8601 text, or a number of seconds or milliseconds, as wall-clock seconds; None if invalid."""
+    """Return wall-clock seconds from an ISO 8601 text or a number; None if invalid.
+
+    A large number counts milliseconds.
+    """
     if isinstance(value, str):
         try:
             parsed = datetime.fromisoformat(value.strip())

@@ -12,20 +12,20 @@ from orchestrator.domain.runs.statuses import FINAL_STATUSES, SUCCESS_STATUSES, 
 
 @dataclass(frozen=True, slots=True)
 class ActiveTime:
-    """The spans of wall-clock time in which at least one orchestrator was active in a run."""
+    """The wall-clock times at which at least one orchestrator was active in a run."""
 
     spans: Sequence[tuple[float, float]] | None = None
     """In order, without overlaps; None if unknown, so that all time counts."""
 
     def between(self, start: float, end: float) -> float:
-        """Return the active seconds from `start` to `end`; 0 if the clock was set back between them."""
+        """Return the active seconds from `start` to `end`; 0 if the clock was set back."""
         spans = [(start, end)] if self.spans is None else self.spans
         return sum(max(min(end, last) - max(start, first), 0.0) for first, last in spans)
 
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """Metrics of a run. Each task counts once: as completed, in progress, failed or pending."""
+    """Metrics of a run; each task is completed, in progress, failed or pending."""
 
     total_tasks: int
     completed: int
@@ -47,14 +47,17 @@ class Metrics:
 
 
 def compute_minutes_to_land(task: TaskDocument, landed_at: float | None, active: ActiveTime) -> float | None:
-    """Return the active minutes from a task's first start to its landing; None if either is unknown."""
+    """Return active minutes from a task's first start to landing; None if unknown."""
     if task.status is not TaskStatus.LANDED or landed_at is None or task.started is None:
         return None
     return active.between(task.started, landed_at) / 60
 
 
 def compute_metrics(tasks: Mapping[str, TaskDocument], landed_at: Mapping[str, float], active: ActiveTime) -> Metrics:
-    """Return the metrics of a run; `landed_at` has the landing times (wall-clock seconds) by task."""
+    """Return the metrics of a run; `landed_at` has landing times by task.
+
+    They are wall-clock seconds.
+    """
     counts = Counter(task.status for task in tasks.values())
     minutes = [compute_minutes_to_land(task, landed_at.get(name), active) for name, task in tasks.items()]
     known = [value for value in minutes if value is not None]

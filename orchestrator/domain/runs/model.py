@@ -88,7 +88,10 @@ def sum_known_cost(attempts: Iterable[Attempt]) -> float | None:
 
 
 class LandingIntent(_Document):
-    """A landing in progress: the target moves from `old` (None: it does not exist) to `new`."""
+    """A landing in progress: the target moves from `old` to `new`.
+
+    `old` is None if the target does not exist.
+    """
 
     old: str | None
     new: str
@@ -186,9 +189,9 @@ class TaskDocument(_Document):
 
     @property
     def counted_attempts(self) -> int:
-        """The number of attempts that count towards the limit: failed ones, and a running or successful one.
+        """The number of attempts that count towards the limit.
 
-        Reset by each phase and each retry by a user.
+        These are failed attempts, and a running or successful one. Reset by each phase and each retry by a user.
         """
         is_tried = self.status is not TaskStatus.PENDING and bool(self.attempts)
         return self.failures + (is_tried and self.building_attempt.outcome not in _NOT_COUNTED)
@@ -204,14 +207,17 @@ class TaskDocument(_Document):
         return sum_known_cost(self.attempts)
 
     def with_attempt(self, number: int | None = None, **changes: Any) -> tuple[Attempt, ...]:
-        """Return the attempts with changes to one of them: attempt `number`, or the current one."""
+        """Return the attempts, with changes to attempt `number` or the current one."""
         attempt = self.attempt if number is None else self.attempts[number - 1]
         changed = attempt.model_copy(update=changes)
         return tuple(changed if each.number == changed.number else each for each in self.attempts)
 
 
 def apply_trigger(subject: str, task: TaskDocument, trigger: Trigger, **changes: Any) -> TaskDocument:
-    """Return the task after `trigger`, with `changes` to other fields; raise InvalidTransition if impossible."""
+    """Return the task after `trigger`; raise InvalidTransition if impossible.
+
+    `changes` are changes to other fields.
+    """
     status = TRANSITIONS.get((task.status, trigger))
     if status is None:
         raise InvalidTransition(subject, task.status, trigger)

@@ -1,4 +1,4 @@
-"""Determine the outcome of a session from its exit, its limits, its output, and its worktree."""
+"""Determine the outcome of a session from its exit, limits, output and worktree."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ class ReadOnlySuccess:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The attempt failed; `until` is when a rate-limited account may be used again (wall-clock seconds).
+    """The attempt failed.
 
-    `unfinished` means that the work is incomplete although the program succeeded.
+    `until` is when a rate-limited account may be used again (wall-clock seconds). `unfinished` means that the work is
+    incomplete although the program succeeded.
     """
 
     failure: FailureClass
@@ -47,14 +48,14 @@ class Interrupted:
 
 @dataclass(frozen=True, slots=True)
 class ResourcesExhausted:
-    """The machine lacked a resource to start the session; other sessions would fail as well."""
+    """The machine lacked a resource to start the session; others would fail as well."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class ToolDenials:
-    """Denied tool calls of a session: their number, the first ones as text, and how to allow them."""
+    """Denied tool calls: their number, the first ones as text, and how to allow them."""
 
     count: int = 0
     tools: tuple[str, ...] = ()
@@ -78,7 +79,7 @@ class ToolDenials:
 
 @dataclass(frozen=True, slots=True)
 class Misconfigured:
-    """A configured command can't run on this machine for any task, so no session was started."""
+    """A configured command can't run on this machine, so no session was started."""
 
     reason: str
 
@@ -88,7 +89,7 @@ Outcome = Built | ReadOnlySuccess | Failed | Interrupted | ResourcesExhausted | 
 
 @dataclass(frozen=True, slots=True)
 class ProcessExit:
-    """The end of a process: `ended_by` is exit, timeout, idle_timeout, stop or orphaned.
+    """The end of a process: exit, timeout, idle_timeout, stop or orphaned.
 
     `spawn_error` is the reason if it did not start; `exhausted` means that descriptors, memory or disk space were used
     up, `missing` that the program does not exist.
@@ -104,7 +105,7 @@ class ProcessExit:
 
 @dataclass(frozen=True, slots=True)
 class SessionLimits:
-    """The time limits of a session, in seconds: in total, and without activity (None: no limit)."""
+    """A session's time limits in seconds, in total and when idle (None: no limit)."""
 
     timeout: float
     idle_timeout: float | None = None

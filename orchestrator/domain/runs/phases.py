@@ -1,6 +1,7 @@
-"""Phase records of a task, and the table of their transitions; other transitions are errors.
+"""Phase records of a task, and the table of their transitions.
 
-Restarting a phase adds a record, so that the records are the full history: two records with one name are two visits.
+Other transitions are errors. Restarting a phase adds a record, so that the records are the full history: two records
+with one name are two visits.
 """
 
 from __future__ import annotations
@@ -138,9 +139,10 @@ class PhaseRecord(BaseModel):
 
 
 def advance_phase(subject: str, record: PhaseRecord | None, trigger: PhaseTrigger, **changes: Any) -> PhaseRecord:
-    """Return a visit after `trigger`, with `changes` to its fields; raise InvalidTransition if impossible.
+    """Return a visit after `trigger`; raise InvalidTransition if impossible.
 
-    Without a `record`, the new visit consists of `changes`, which must include `phase`.
+    `changes` are changes to its fields. Without a `record`, the new visit consists of `changes`, which must include
+    `phase`.
     """
     before = None if record is None else record.status
     status = PHASE_TRANSITIONS.get((before, trigger))

@@ -24,7 +24,7 @@ def retry_delay(backoff: Backoff, failures: int) -> float:
 def decide_retry(
     failure: FailureClass, failures: int, attempts: int, retried: Collection[FailureClass], backoff: Backoff
 ) -> float | None:
-    """Return the seconds until the next attempt after the `failures`-th failure; None: no attempt follows.
+    """Return the seconds from the `failures`-th failure to the next attempt, or None.
 
     `attempts` is the maximum number of attempts, `retried` are the failure classes to retry. The attempts may run in
     different processes, so only the decision is made here.

@@ -7,7 +7,7 @@ from orchestrator.domain.runs.statuses import TaskStatus
 
 
 def roll_back_task(then: TaskDocument, now: TaskDocument) -> TaskDocument | str:
-    """Return a task restored to its checkpoint `then`, or the reason to leave it in its state `now`.
+    """Return a task restored to its checkpoint `then`, or why it must stay as `now`.
 
     Three things are never rolled back. The target: a task that has landed or may have landed remains unchanged, and so
     does a task whose landing the target has lost since. Sessions: attempts that started since remain recorded, so that
@@ -27,14 +27,14 @@ def roll_back_task(then: TaskDocument, now: TaskDocument) -> TaskDocument | str:
 
 
 def _attempts(then: TaskDocument, now: TaskDocument) -> tuple[Attempt, ...]:
-    """Return attempts that had ended with their state of then, and all others with their current state."""
+    """Return attempts as of `then` if they had ended, else as of `now`."""
     known = {attempt.number: attempt for attempt in now.attempts}
     old = (each if each.ended is not None else known.get(each.number, each) for each in then.attempts)
     return (*old, *now.attempts[len(then.attempts) :])
 
 
 def _current(then: TaskDocument, attempts: tuple[Attempt, ...]) -> int | None:
-    """Return the number of the current attempt; None for the newest, or if a new attempt follows anyway."""
+    """Return the current attempt's number; None for the newest or a new attempt."""
     if not then.attempts or then.status in {TaskStatus.PENDING, TaskStatus.RUNNING}:
         return None
     number = then.attempt.number

@@ -94,7 +94,7 @@ _LOGS_AND_RETRY: Final[NextSteps] = (("next", "council logs {}"), ("then", "coun
 
 
 class TaskStatus(StrEnum):
-    """The stored status of a task, each with its record. Blocked and claimed are derived, never stored."""
+    """The stored status of a task, with its record; blocked and claimed are derived."""
 
     record: StatusRecord
 
@@ -108,7 +108,7 @@ class TaskStatus(StrEnum):
 
     @property
     def release_reason(self) -> ReleaseReason:
-        """The reason to release the claim on the task; raises ValueError if the status keeps the claim."""
+        """The reason to release a task's claim; raises ValueError if the claim is kept."""
         if self.record.release is None:
             raise ValueError(f"a task that is {self.record.label} keeps its claim")
         return self.record.release
@@ -391,7 +391,7 @@ TRANSITIONS: Final[dict[tuple[TaskStatus, Trigger], TaskStatus]] = {
 
 
 def _check_reachable() -> None:
-    """Raise ValueError for a status that no transition leads to, or that only ends, and for unused triggers."""
+    """Raise ValueError for unreachable or invalid statuses, and for unused triggers."""
     entered = set(TRANSITIONS.values())
     left = {status for status, trigger in TRANSITIONS if trigger not in {Trigger.DISTRUST, Trigger.CANCEL}}
     for status in TaskStatus:

@@ -30,7 +30,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class RunUsage:
-    """The usage of a run, in total, by adapter and by task; without a session they are omitted."""
+    """Usage of a run, in total, by adapter and by task, unless it has no sessions."""
 
     run: str
     total: Usage
@@ -45,7 +45,10 @@ class RunUsage:
 def compute_usage(
     run: RunDocument, tasks: Mapping[str, TaskDocument], now: float, damaged: Sequence[str] = ()
 ) -> RunUsage:
-    """Return the usage of a run up to `now` (wall-clock seconds); `damaged` are tasks with unreadable records."""
+    """Return a run's usage up to `now`; `damaged` tasks have unreadable records.
+
+    `now` is in wall-clock seconds.
+    """
     by_adapter = dict[str, list[Attempt]]()
     for task in tasks.values():
         for attempt in task.attempts:
@@ -61,7 +64,10 @@ def compute_usage(
 
 
 def measure_seconds(attempt: Attempt, now: float) -> float:
-    """Return the duration of a session, up to `now` if it is running; not negative if the clock was set back."""
+    """Return a session's duration, up to `now` if it is running.
+
+    Not negative if the clock was set back.
+    """
     return max((now if attempt.ended is None else attempt.ended) - attempt.started, 0.0)
 
 

@@ -1,1 +1,1 @@
-"""Decide which tasks may start: dispatch, path ownership, claims, deadlocks, admission."""
+"""Decide which tasks may start: dispatch, ownership, claims, deadlocks, admission."""

@@ -41,7 +41,7 @@ def compute_run_active_time(
     landed_at: Mapping[str, float],
     now: float,
 ) -> ActiveTime:
-    """Return the active time of a run up to `now`, given its attempts and the landing times by task."""
+    """Return a run's active time up to `now`, given attempts and landing times."""
     attempts = [attempt for task in tasks for attempt in task.attempts]
     ends = [attempt.ended for attempt in attempts if attempt.ended is not None]
     recorded_at = [*(attempt.started for attempt in attempts), *ends, *landed_at.values()]

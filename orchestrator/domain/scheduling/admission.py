@@ -1,4 +1,4 @@
-"""Compute how many sessions the free resources of the machine allow, and the remedy if too few."""
+"""Compute how many sessions the machine can run, and the remedy if too few."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class AvailableResources:
 
 @dataclass(frozen=True, slots=True)
 class SessionDemand:
-    """The expected demand of a session, and the reserve for the rest of the program and the machine."""
+    """A session's expected demand, and the reserve for council and the machine."""
 
     descriptors: int = 8
     """Two pipes to its supervisor, and its share of git commands in threads; the measured peak is 6."""
@@ -32,7 +32,10 @@ class SessionDemand:
 
 @dataclass(frozen=True, slots=True)
 class SessionFit:
-    """The number of sessions that fit; `limited_by` is the limit below the wanted number, and its remedy."""
+    """The number of sessions that fit.
+
+    `limited_by` is the limit below the wanted number, and its remedy.
+    """
 
     sessions: int
     limited_by: str | None = None
@@ -52,7 +55,7 @@ DEFAULT_DEMAND = SessionDemand()
 def fit_sessions(
     facts: AvailableResources, wanted: int, demand: SessionDemand = DEFAULT_DEMAND
 ) -> SessionFit | NoSessionFits:
-    """Return how many of the wanted sessions fit, given the resources in use before the first one."""
+    """Return how many sessions fit, given the resources in use before the first one."""
     limits = []
     if facts.descriptor_limit is not None:
         count = (facts.descriptor_limit - facts.descriptors_open - demand.spare_descriptors) // demand.descriptors

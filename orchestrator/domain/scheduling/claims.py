@@ -1,4 +1,4 @@
-"""Claims: which orchestrator may work on a task, and when another may take it over.
+"""Claims: which orchestrator may work on a task, and when another takes over.
 
 A claim is a lease on a task of a run. It names its owner and carries an epoch, which increases with each change of
 owner, so that writes of earlier owners are rejected (a fencing token; see Kleppmann, "How to do distributed locking",
@@ -69,7 +69,7 @@ def sum_counters(counters: Iterable[ClaimCounters]) -> ClaimCounters:
 
 
 class OrchestratorLease(_Document):
-    """The lease of an orchestrator, on which all of its claims depend. Times are wall-clock seconds."""
+    """An orchestrator's lease, on which its claims depend (wall-clock seconds)."""
 
     owner: OrchestratorIdentity
     epoch: int
@@ -98,7 +98,10 @@ class Claim(_Document):
 
 
 class MergeParticipant(_Document):
-    """An orchestrator that holds the merge lease or waits for it, since `since` (wall-clock seconds)."""
+    """An orchestrator that holds the merge lease or waits for it.
+
+    `since` is in wall-clock seconds.
+    """
 
     id: str
     host: str
@@ -152,7 +155,7 @@ def judge_owner_status(
 
 
 def describe_loss(lease: OrchestratorLease, status: OwnerStatus, now: float) -> str:
-    """Return the reason why an orchestrator counts as dead at `now` (wall-clock seconds)."""
+    """Return why an orchestrator counts as dead at `now` (wall-clock seconds)."""
     return "process exited" if status is OwnerStatus.DEAD else f"no heartbeat for {now - lease.heartbeat:.0f} s"
 
 
@@ -164,10 +167,10 @@ def can_claim(
     override: bool = False,
     is_asked: bool = False,
 ) -> bool:
-    """Whether an orchestrator may claim a task; `holder` is the status of the claim's owner, None if unknown.
+    """Return whether an orchestrator may claim a task.
 
-    Among equals, the first claim wins. With `override`, a leader may take a task from a worker. On a user's request
-    (`is_asked`), any orchestrator may take it from any owner.
+    `holder` is the status of the claim's owner, None if unknown. Among equals, the first claim wins. With `override`, a
+    leader may take a task from a worker. On a user's request (`is_asked`), any orchestrator may take it from any owner.
     """
     if claim is None or claim.released is not None or is_asked:
         return True
@@ -177,7 +180,7 @@ def can_claim(
 
 
 def count_earlier_tries(claim: Claim | None) -> int:
-    """Return the failed claims of a task before the next one; a takeover counts as a failed claim."""
+    """Return a task's failed claims before the next one, including takeovers."""
     return 0 if claim is None else claim.retries + int(claim.released is None)
 
 
@@ -193,7 +196,7 @@ class ClaimVerdict(StrEnum):
 def should_try(
     claim: Claim | None, holder: OwnerStatus | None, timing: CoordinationSettings, *, ignored: str | None
 ) -> ClaimVerdict:
-    """Return whether to try a task now; `ignored` is the reason why a user excluded it."""
+    """Return whether to try a task now; `ignored` is a user's reason to exclude it."""
     if ignored is not None:
         return ClaimVerdict.IGNORED
     if claim is not None and claim.released is None and holder in {OwnerStatus.ALIVE, None}:

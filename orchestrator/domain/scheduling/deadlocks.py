@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class LockWait:
-    """A waiting owner: the start of the wait, the awaited lock, and the blocking owners."""
+    """An owner's wait: its start, the awaited lock, and the blocking owners."""
 
     since: float
     what: str
@@ -17,7 +17,7 @@ class LockWait:
 
 
 def merge_waits(*layers: Mapping[str, LockWait]) -> dict[str, LockWait]:
-    """Merge the waits of several lock layers; an owner that waits in several gets the newest start."""
+    """Merge the waits of lock layers; the newest start applies to each owner."""
     merged: dict[str, LockWait] = {}
     for layer in layers:
         for owner, wait in layer.items():
@@ -56,7 +56,7 @@ def choose_victim(cycle: tuple[str, ...], waits: Mapping[str, LockWait]) -> str:
 
 
 def find_deadlock(owner: str, waits: Mapping[str, LockWait]) -> str | None:
-    """Return a description of the deadlock if the owner must give up; None if it may keep waiting."""
+    """Describe the deadlock if the owner must give up; None if it may keep waiting."""
     cycle = find_cycle(owner, waits)
     if not cycle or choose_victim(cycle, waits) != owner:
         return None

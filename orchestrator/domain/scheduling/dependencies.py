@@ -1,4 +1,4 @@
-"""Track the dependencies of tasks, and which tasks can no longer start because a need will not land."""
+"""Track task dependencies, and tasks that are blocked because a need won't land."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterable, Mapping
 
 
 class DependencyGraph:
-    """The needs of tasks, and whether these have landed or ended. No operation depends on the total of tasks."""
+    """The needs of tasks, and whether these have landed or ended.
+
+    No operation depends on the total number of tasks.
+    """
 
     def __init__(self, needs: Mapping[str, Iterable[str]], can_block: Callable[[str], bool]) -> None:
-        """Create a graph without landed tasks; tasks for which `can_block` is false are never blocked."""
+        """Create a graph without landed tasks; only tasks with `can_block` can be blocked."""
         self._can_block = can_block
         self._needs: dict[str, tuple[str, ...]] = {}
         self._missing: dict[str, int] = {}
@@ -51,14 +54,14 @@ class DependencyGraph:
         return dependents
 
     def end(self, task: str) -> None:
-        """Record that a task ended without landing: block direct and indirect dependents, each by its direct need."""
+        """End a task without landing: block all its dependents, by their direct needs."""
         self._landed.discard(task)
         self._ended.add(task)
         self.blocked.pop(task, None)
         self._block_dependents(task)
 
     def block_if_a_need_will_not_land(self, task: str) -> bool:
-        """Block a task and its dependents if one of its needs will not land; return whether it was blocked."""
+        """Block a task and its dependents if a need will not land; return whether it did."""
         need = self._need_that_will_not_land(task)
         if need is not None:
             self.blocked[task] = need
@@ -66,7 +69,7 @@ class DependencyGraph:
         return need is not None
 
     def revive(self, task: str) -> list[str]:
-        """Record that an ended task is retried; return all tasks that are no longer blocked, including this one."""
+        """Retry an ended task; return all unblocked tasks, including this one."""
         self._ended.discard(task)
         self.blocked[task] = task
         revived, stack = list[str](), [task]

@@ -1,4 +1,4 @@
-"""Choose the next tasks to start, with dependency counters and heaps of ready and waiting tasks.
+"""Choose the next tasks to start, by dependencies and heaps of ready tasks.
 
 There is no clock and no I/O: the scheduler passes the time, starts the tasks that `choose_tasks` returns, and reports
 results by `built`, `landed`, `ended`, `wait` and `revive`. Times are monotonic seconds of the scheduler.
@@ -38,7 +38,7 @@ _NO_LIMITS: Mapping[str, int] = {}
 
 @dataclass(frozen=True, slots=True)
 class DispatchEntry:
-    """The scheduling data of a task; `owns` are patterns of `orchestrator.domain.settings.path_patterns`."""
+    """The scheduling data of a task; `owns` are patterns of `settings.path_patterns`."""
 
     needs: tuple[str, ...] = ()
     adapter: str = ""
@@ -72,7 +72,7 @@ class DispatchEntry:
 def with_subtasks(
     entries: Mapping[str, DispatchEntry], documents: Mapping[str, TaskDocument]
 ) -> dict[str, DispatchEntry]:
-    """Return the entries with the tasks that their plans created, if known, as additional needs."""
+    """Return the entries with the known tasks of their plans as additional needs."""
     return {
         task: entry.with_subtasks([subtask for subtask in subtasks if subtask in entries])
         if (subtasks := documents[task].subtasks) or entry.parts
@@ -145,7 +145,7 @@ class DispatchBoard:
     """
 
     def __init__(self, entries: Mapping[str, DispatchEntry], capacities: Mapping[str, int] = _NO_LIMITS) -> None:
-        """Create a board with all tasks pending, and the maximum number of concurrent sessions by adapter."""
+        """Create a board of pending tasks; `capacities` limits sessions by adapter."""
         self.entries = dict(entries)
         """The entries of all tasks, including those that plans have added."""
         self._state = dict.fromkeys(entries, _PENDING)
@@ -173,7 +173,7 @@ class DispatchBoard:
         statuses: Mapping[str, TaskStatus],
         capacities: Mapping[str, int] = _NO_LIMITS,
     ) -> DispatchBoard:
-        """Return the board of a run in progress. A built task owns its paths until it has landed."""
+        """Return the board of a run in progress; built tasks own paths until they land."""
         board = cls(entries, capacities)
         for task, status in statuses.items():
             if status in SUCCESS_STATUSES:
@@ -188,7 +188,7 @@ class DispatchBoard:
         return board
 
     def add(self, entries: Mapping[str, DispatchEntry], file_order: Iterable[str]) -> None:
-        """Add pending tasks, which may need each other, at their positions among all tasks."""
+        """Add pending tasks at their positions; they may need each other."""
         orders = self._positions(entries, file_order)
         self.entries |= entries
         for task, entry in entries.items():
@@ -202,7 +202,7 @@ class DispatchBoard:
                 self._offer(task)
 
     def _positions(self, new: Container[str], file_order: Iterable[str]) -> dict[str, float]:
-        """Return fractional positions of new tasks: neighbours share the gap between existing ones."""
+        """Return fractional positions of new tasks within the gaps of existing ones."""
         positions: dict[str, float] = {}
         group: list[str] = []
         before = -1.0
@@ -225,25 +225,28 @@ class DispatchBoard:
         self._graph.set_needs(task, self.entries[task].needs)
 
     def built(self, task: str) -> None:
-        """Record that a session ended and its work is queued to land: release its capacity, but not its paths."""
+        """Queue a task to land: release its capacity, but not its paths."""
         self._free_slot(task)
         self._state[task] = _BUILT
 
     def landed(self, task: str) -> None:
-        """Record that a task has landed, or is done without a landing, so that its dependents may start."""
+        """Record that a task landed, or is done without landing: dependents may start."""
         self._leave(task, _LANDED)
         for dependent in self._graph.land(task):
             self._offer(dependent)
 
     def ended(self, task: str) -> None:
-        """Record that a task failed or was cancelled: block direct and indirect dependents, each by its direct need."""
+        """Record that a task failed or was cancelled: block its dependents.
+
+        Each is blocked by its direct need.
+        """
         self._leave(task, _OVER)
         self._graph.end(task)
 
     def wait(
         self, task: str, until: float, adapters: tuple[str, ...] | None = None, *, keeps_paths: bool = False
     ) -> None:
-        """Let a task wait until `until`; `adapters` replaces its adapters, in order of preference.
+        """Let a task wait until `until`; `adapters` replaces its adapters by preference.
 
         With `keeps_paths`, it owns its paths while waiting, because it continues its built work. A task that waits for
         its subtasks continues after they have landed, and leaves its paths to them.
@@ -257,7 +260,7 @@ class DispatchBoard:
         self._waiting.add(task, until, self._placements[task])
 
     def place(self, task: str, adapters: tuple[str, ...], *, keeps_paths: bool = False) -> None:
-        """Change the adapters of a task that has not started here; for other arguments see `wait`."""
+        """Change the adapters of a task that has not started here; see `wait`."""
         state = self._state[task]
         if state is not _PENDING:
             self._leave(task, _PENDING)
@@ -266,12 +269,12 @@ class DispatchBoard:
             self._offer(task)
 
     def rest(self, task: str, *, keeps_paths: bool, adapters: tuple[str, ...] | None = None) -> None:
-        """Pause a task until a user's decision; continue with `wait`, which also describes the arguments."""
+        """Pause a task for a user's decision. See `wait`, which continues it."""
         self._leave(task, _PENDING)
         self._replace(task, adapters, keeps_paths=keeps_paths)
 
     def revive(self, task: str) -> None:
-        """Retry an ended task: it becomes pending, as do the tasks that only this task blocked."""
+        """Retry an ended task: it and the tasks that only it blocked become pending."""
         if self._state[task] is _OVER:
             self._state[task] = _PENDING
             for revived in self._graph.revive(task):
@@ -286,7 +289,7 @@ class DispatchBoard:
         *,
         keeps_paths: bool = False,
     ) -> None:
-        """Apply the status of a task that another process changed; it may start here again at `until`.
+        """Apply a status from another process; the task may start here at `until`.
 
         A task that is active elsewhere uses no capacity here, but owns its paths. For other arguments see `wait`.
         """
@@ -324,12 +327,12 @@ class DispatchBoard:
         return self._adapters.adapter_of(task, self._placements[task].lane.adapter_group)
 
     def start_cooldown(self, adapter: str, until: float) -> None:
-        """Put an adapter in cooldown until a time; tasks use their fallback adapters meanwhile."""
+        """Put an adapter in cooldown until a time; tasks use their fallback meanwhile."""
         self._adapters.start_cooldown(adapter, until)
         self._queue.release_unavailable()
 
     def disable(self, adapter: str, reason: str) -> None:
-        """Disable an adapter; its running sessions continue, and tasks use their fallback adapters."""
+        """Disable an adapter for new sessions; tasks use their fallback adapters."""
         self.disabled[adapter] = reason
         self._adapters.disable(adapter)
         self._queue.release_unavailable()
@@ -340,7 +343,7 @@ class DispatchBoard:
         self._adapters.enable(adapter)
 
     def next_time(self) -> float | None:
-        """Return the earliest end of a wait or cooldown after which a task could start, or None."""
+        """Return when the next wait or cooldown ends that delays a task, or None."""
         times: list[float] = []
         for group in self._adapters.groups():
             if (first := self._waiting.first(group)) is not None:
@@ -350,16 +353,16 @@ class DispatchBoard:
         return min((time for time in times if time < math.inf), default=None)
 
     def has_work(self) -> bool:
-        """Whether a task may start, now or later, without a landing: it is ready, waiting, or held by a session.
+        """Return whether a task may start, now or later, without a landing.
 
-        A task that is held by a task queued to land does not count.
+        It is ready, waiting, or held by a session. A task that is held by a task queued to land does not count.
         """
         if any(group.available_at < math.inf for group in self._groups_with_work()):
             return True
         return any(self._state[task] is _RUNNING for task in self._queue.holders())
 
     def awaited(self) -> dict[str, float]:
-        """Return the adapters in cooldown, with their ends, if all startable tasks wait for them.
+        """Return the adapters in cooldown, with their ends, if all tasks wait for them.
 
         Empty if any task waits for another reason.
         """
@@ -385,11 +388,11 @@ class DispatchBoard:
         return self._adapters.running()
 
     def is_running(self, task: str) -> bool:
-        """Whether the last start of a task is still current: it has neither ended nor been revived since."""
+        """Return whether the last start of a task neither ended nor was revived since."""
         return self._state[task] is _RUNNING
 
     def left(self, statuses: Mapping[str, TaskStatus]) -> Iterator[Sequence[str]]:
-        """Yield the adapters of each task that is neither finished nor permanently blocked."""
+        """Yield the adapters of each task that is not finished or permanently blocked."""
         for task, status in statuses.items():
             if status not in FINAL_STATUSES and task not in self.blocked:
                 yield self.entries[task].adapters

@@ -51,7 +51,7 @@ class PathOwnership:
 
     @property
     def is_idle(self) -> bool:
-        """Whether the session neither owns nor awaits patterns, so that the record can be deleted."""
+        """Whether the session has and awaits no patterns: the record can be deleted."""
         return not self.patterns and self.waiting is None
 
     def has_conflict_with(self, session: SessionName, patterns: Sequence[str]) -> bool:
@@ -78,7 +78,7 @@ class PathOwnership:
         return self.without(self.patterns)
 
     def find_lock(self, paths: Iterable[str]) -> tuple[str, str] | None:
-        """Return the first path that matches or contains one of its locks, with the lock; else None."""
+        """Return the first path that matches or contains a lock, with the lock, or None."""
         return next(((path, lock) for path in paths for lock in self.locked if _is_about(lock, path)), None)
 
     def with_waiting(self, waiting: OwnershipWait | None) -> PathOwnership:
@@ -146,7 +146,7 @@ def is_current(holding: PathOwnership, claim: Mapping[str, Any] | None) -> bool:
 def find_ownership_conflict(
     session: SessionName, patterns: Sequence[str], holdings: Iterable[PathOwnership]
 ) -> OwnershipConflict | None:
-    """Return the conflict with the oldest owner of overlapping patterns; None if there is none.
+    """Return the conflict with the oldest owner of overlapping patterns, or None.
 
     Records of the session's own task do not conflict. `holdings` are the current records.
     """
@@ -180,7 +180,7 @@ def check_ownership_limit(owned: Sequence[str], wanted: Sequence[str]) -> None:
 
 
 def check_patterns(patterns: Sequence[str]) -> list[str]:
-    """Return patterns without duplicates; raise RefusedError for the first invalid one."""
+    """Return distinct patterns; raise RefusedError for the first invalid one."""
     for pattern in patterns:
         try:
             check_pattern(pattern)

@@ -1,4 +1,4 @@
-"""Plan the order of tasks: waves of tasks, and tasks of one wave that must wait for each other."""
+"""Plan the order of tasks as waves, and find tasks of a wave that must wait."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Wave:
 
 
 def plan_waves(entries: Mapping[str, DispatchEntry]) -> list[Wave]:
-    """Return the waves of tasks without dependency cycles; each task is in the earliest possible wave.
+    """Return waves of tasks without cycles; each task is in the earliest possible.
 
     O(n log n) in tasks and needs, except for tasks that own paths, see `Wave.is_compared`.
     """
@@ -43,7 +43,7 @@ def plan_waves(entries: Mapping[str, DispatchEntry]) -> list[Wave]:
 def count_concurrent_sessions(
     wave: Wave, entries: Mapping[str, DispatchEntry], capacities: Mapping[str, int], most: int
 ) -> int:
-    """Return how many tasks of a wave `dispatch` would start together, with at most `most` sessions."""
+    """Return how many tasks of a wave start together, with at most `most` sessions."""
     ready = {task: replace(entries[task], needs=()) for task in wave.tasks}
     return len(DispatchBoard(ready, capacities).choose_tasks(most, 0.0))
 
@@ -94,7 +94,7 @@ class _Owners:
                 self._below[shorter].append(owner)
 
     def first_that_overlaps(self, owns: tuple[str, ...]) -> str | None:
-        """Return the first task with a common path; None if there is none, or the comparison limit is reached."""
+        """Return the first task with a common path; None if not found within the limit."""
         for _, other, task in self._near(owns):
             if self.comparisons >= _MOST_COMPARISONS:
                 return None

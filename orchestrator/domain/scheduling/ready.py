@@ -1,4 +1,4 @@
-"""The queue of ready tasks, limited by adapter capacity and by exclusive ownership of paths.
+"""The queue of ready tasks, limited by adapter capacity and path ownership.
 
 Tasks with the same list of adapters share an adapter group, which uses the first available adapter. When an adapter
 enters or leaves its cooldown, no task has to move: only the current adapter of its group changes.
@@ -57,7 +57,7 @@ class _Adapter:
 
 
 class AdapterGroup:
-    """A list of adapters in order of preference, and its ready tasks that are not held."""
+    """A list of adapters by preference, and its ready tasks that are not held."""
 
     __slots__ = ("adapters", "current", "free", "fronts", "sources")
 
@@ -72,12 +72,15 @@ class AdapterGroup:
         self.choose()
 
     def choose(self) -> None:
-        """Choose the first available adapter, or else the one that becomes available first."""
+        """Choose the first available adapter, or the one that becomes available first."""
         self.current = min(self.adapters, key=lambda adapter: adapter.available_at)  # the first of equals
 
     @property
     def available_at(self) -> float:
-        """When the first adapter becomes available: 0.0 if one is, infinity if all are disabled."""
+        """When the first adapter becomes available; infinity if all are disabled.
+
+        0.0 if an adapter is available.
+        """
         return self.current.available_at
 
     @property
@@ -87,7 +90,10 @@ class AdapterGroup:
 
     @property
     def next_change(self) -> float:
-        """The end of a cooldown that makes a better adapter available, or any; infinity if there is none."""
+        """The end of a cooldown that makes a better adapter, or any adapter, available.
+
+        Infinity if there is none.
+        """
         if self.current.available_at:
             return self.current.available_at
         better = self.adapters[: self.adapters.index(self.current)]
@@ -95,7 +101,7 @@ class AdapterGroup:
 
 
 class AdapterPool:
-    """The adapters: their capacity, running sessions and cooldowns, and whether they are disabled."""
+    """The capacity, running sessions, cooldowns and disabled state of adapters."""
 
     def __init__(self, capacities: Mapping[str, int]) -> None:
         """Create a pool with session limits by adapter; other adapters have no limit."""
@@ -258,7 +264,7 @@ class ReadyQueue:
                 yield task
 
     def take(self, most: int, now: float) -> list[str]:
-        """Remove and return the first tasks that may start now, in order; they become live."""
+        """Remove and return the tasks that may start now, in order; they become live."""
         known, sources = self._entries, self._open(now)
         taken: list[str] = []
         while len(taken) < most:
@@ -363,7 +369,10 @@ class ReadyQueue:
         return entries[0] if entries else None
 
     def _lane_of(self, entry: _Entry) -> ReadyLane | None:
-        """Return the lane of an entry; None for an outdated entry, even if its task was added again."""
+        """Return the lane of an entry; None if the entry is outdated.
+
+        An entry is outdated even if its task was added again.
+        """
         return entry[3] if self._entries.get(entry[2]) is entry else None
 
 

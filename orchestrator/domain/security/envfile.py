@@ -14,7 +14,7 @@ _ESCAPED: Final = {"n": "\n", "r": "\r", "t": "\t"}
 
 
 def parse_env_values(text: str) -> Iterator[tuple[str, str]]:
-    """Yield each name with all possible interpretations of its value, because programs use different rules.
+    """Yield names with all possible values, because programs use different rules.
 
     Quoted values, which may span lines, are yielded with and without resolved escapes; other values up to the end of
     the line, and up to a comment.

@@ -35,7 +35,7 @@ _NAT64: Final = IPv6Network("64:ff9b::/96")  # RFC 6052; the last 32 bits are an
 
 @dataclass(frozen=True, slots=True)
 class AllowedHost:
-    """An entry of `network.allow`: a host in canonical form, as `canonical_host` returns it.
+    """An entry of `network.allow`: a host as `canonical_host` returns it.
 
     Without a `port` it matches `DEFAULT_PORTS`. With `subdomains` it matches all subdomains, but not the host itself.
     """
@@ -76,9 +76,9 @@ def parse_allowed_host(text: str) -> AllowedHost:
 
 
 def split_authority(text: str) -> tuple[str, int | None]:
-    """Return the canonical host and the port of `host`, `host:port`, `[address]` or `[address]:port`.
+    """Return the canonical host and the port of a host, with or without a port.
 
-    Raises ValueError with a short reason.
+    Formats: `host`, `host:port`, `[address]` and `[address]:port`. Raises ValueError with a short reason.
     """
     if "@" in text:
         raise ValueError("it has a user name")
@@ -93,9 +93,9 @@ def split_authority(text: str) -> tuple[str, int | None]:
 
 
 def canonical_host(text: str) -> str:
-    """Return the canonical form of a host: a lower-case ASCII name (IDNA) without trailing dot, or an address.
+    """Return a host's canonical form: lower-case ASCII (IDNA), or an address.
 
-    Raises ValueError with a short reason.
+    A trailing dot is removed. Raises ValueError with a short reason.
     """
     if text.startswith("[") and text.endswith("]"):
         if "%" in text:
@@ -131,7 +131,7 @@ def is_allowed(entries: Iterable[AllowedHost], host: str, port: int) -> bool:
 def addresses_to_try(
     entries: Sequence[AllowedHost], host: str, port: int, resolved: Sequence[Address]
 ) -> tuple[Address, ...]:
-    """Return the `resolved` addresses of an allowed host that may be contacted: all of them, or none.
+    """Return the `resolved` addresses of an allowed host if safe, else none.
 
     The owner of a name can let it resolve to any address, even one of this machine or its local network. So each
     non-public address needs its own entry; otherwise no address is returned.
@@ -143,7 +143,7 @@ def addresses_to_try(
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address, and any IPv4 address embedded in it, is on the public internet."""
+    """Return whether an address, and any embedded IPv4 address, is public."""
     if isinstance(address, IPv4Address):
         return address.is_global and not address.is_multicast
     if address in _NAT64:

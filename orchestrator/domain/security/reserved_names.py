@@ -1,4 +1,7 @@
-"""Names that commits of agents may not contain: council's folders, and aliases of `.git` on other systems."""
+"""Names that agents may not commit: council's folders, and aliases of `.git`.
+
+Other systems may interpret an alias as `.git`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ _LONG: Final = {"git": ".git", "counci": ".council", "worktr": ".worktrees"}
 
 
 def find_reserved_name(path: str) -> str | None:
-    """Return the reserved name of a path segment, even as interpreted by macOS or Windows, or None.
+    """Return a segment's reserved name, also on macOS and Windows, or None.
 
     NTFS also treats a backslash as a separator, and ends a name before a colon and before trailing dots and spaces.
     """

@@ -1,4 +1,4 @@
-"""Detect and redact secrets: variable names, values, well-known key formats, and file names.
+"""Detect and redact secrets: variable names, values, key formats, file names.
 
 Only text is inspected. Every pattern starts with a literal and repeats only character classes, so that searching takes
 linear time, and is fast if the literal does not occur.
@@ -31,7 +31,10 @@ _WORD: Final = re.compile(r"[A-Z]+(?![a-z])|[A-Z][a-z]+|[a-z]+|[0-9]+")
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a variable name denotes a secret, such as `GITHUB_TOKEN`, but not `SSH_AUTH_SOCK`."""
+    """Return whether a variable name, such as `GITHUB_TOKEN`, denotes a secret.
+
+    `SSH_AUTH_SOCK` does not.
+    """
     words = [word.upper() for word in _WORD.findall(name)]
     while words and words[-1].isdigit():  # API_KEY_2
         words.pop()
@@ -54,7 +57,7 @@ _RANDOM_SEGMENT: Final = re.compile(r"(?=[^a-z]*[a-z])(?=[^A-Z]*[A-Z])(?=[^0-9]*
 
 
 def secret_values(environ: Mapping[str, str]) -> frozenset[str]:
-    """Return the values of secret variables, except values whose redaction would damage other text.
+    """Return the values of secret variables that are safe to redact.
 
     Excluded are values of fewer than `MIN_VALUE_CHARS` characters, numbers, paths and words such as `disabled`.
     """
@@ -70,7 +73,10 @@ def _is_plain(value: str) -> bool:
 
 
 def _starts(literal: str, rest: str, inside: str = "0-9A-Za-z") -> tuple[str, str]:
-    """Return a literal and its pattern, which must not continue a word (JSON string escapes are not words)."""
+    """Return a literal and its pattern, which must not continue a word.
+
+    JSON string escapes are not words.
+    """
     start = re.escape(literal)
     boundary = rf"(?:(?<![{inside}]{start})|(?<=\\[bfnrt]{start})|(?<=\\u[0-9a-fA-F]{{4}}{start}))"
     return literal, start + boundary + rest
@@ -161,24 +167,28 @@ def _without_password(match: re.Match[str]) -> str:
 
 
 def has_secret_key(text: str) -> bool:
-    """Whether the text contains a key in a well-known format, such as a private key or a GitHub token.
+    """Return whether the text contains a key in a well-known format.
 
-    Passwords in URLs and bearer tokens count only if they look generated, because examples contain many others.
+    Examples: a private key or a GitHub token. Passwords in URLs and bearer tokens count only if they look generated,
+    because documentation contains many others.
     """
     return any(hint in text and pattern.search(text) for hint, pattern in _in_text(_CERTAIN))
 
 
 class Redactor:
-    """Redacts given values, including their JSON and URL encodings, and keys in well-known formats."""
+    """Redacts values in plain, JSON and URL encoding, and keys in known formats."""
 
     def __init__(self, values: Iterable[str] = ()) -> None:
-        """Create a redactor of `values`; omit values that would damage ordinary text (see `secret_values`)."""
+        """Create a redactor of `values` that don't occur in ordinary text.
+
+        See `secret_values`.
+        """
         self._plain = sorted({spelling for value in values for spelling in _spellings(value)}, key=_longest_first)
         self._bytes = [value.encode(errors="surrogateescape") for value in self._plain]
 
     @property
     def bytes_pattern(self) -> str:
-        """The ASCII source of a bytes regular expression that matches everything that `text` redacts."""
+        """The ASCII source of a bytes regex that matches everything that `text` redacts."""
         values = ["".join(f"\\x{byte:02x}" for byte in value) for value in self._bytes]
         return "|".join((*values, *(source for _, source in _LIKELY)))
 
@@ -193,7 +203,10 @@ class Redactor:
         return text
 
     def json(self, value: Any) -> Any:
-        """Redact all strings of plain JSON, including keys; return the same object if nothing changed."""
+        """Redact all strings of plain JSON, including keys.
+
+        Returns the same object if nothing changed.
+        """
         if isinstance(value, str):
             return self.text(value)
         if isinstance(value, list):
@@ -224,7 +237,7 @@ class Redactor:
 
 
 def _spellings(value: str) -> set[str]:
-    """Return the possible encodings of a value: plain, JSON, URL, and the long lines of a multi-line value."""
+    """Return the encodings of a value: plain, JSON, URL, and each of its long lines."""
     lines = [line.strip() for line in value.splitlines()]
     long_lines = [line for line in lines if len(line) >= 2 * MIN_VALUE_CHARS and not line.startswith("-----")]
     parts = [value, *(long_lines if len(lines) > 1 else ())]
@@ -252,7 +265,7 @@ _SECRET_PATHS: Final = (".aws/credentials", ".docker/config.json", ".kube/config
 
 
 def is_secret_file(path: str) -> bool:
-    """Whether a file name denotes a secret file in any folder, such as `.env` or `id_ed25519`."""
+    """Return whether a file name, such as `.env` or `id_ed25519`, denotes secrets."""
     lower = path.lower()
     name = lower.rpartition("/")[2]
     if name.startswith(".env.") and name.endswith(_EXAMPLES):

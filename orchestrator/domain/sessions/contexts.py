@@ -106,7 +106,7 @@ def filter_active(contexts: Iterable[SessionContext]) -> list[SessionContext]:
 
 
 def find_file_conflicts(contexts: Iterable[SessionContext]) -> dict[str, list[SessionContext]]:
-    """Return the sessions of each file that has several; two attempts at one task are two sessions."""
+    """Return the sessions of each file that has several, counted by attempt."""
     by_file: dict[str, list[SessionContext]] = {}
     for context in contexts:
         for path in sorted({*context.files, *([context.file] if context.file else [])}):
@@ -131,7 +131,7 @@ def filter_stale(
 
 
 def normalize_path(path: str, tops: Iterable[str]) -> str | None:
-    """Return a normalized path relative to the top of the repository; None if it is outside.
+    """Return a path relative to the top of the repository; None if outside.
 
     Relative paths start at the top; `tops` are the possible absolute paths of the top.
     """
@@ -145,7 +145,7 @@ def normalize_path(path: str, tops: Iterable[str]) -> str | None:
 
 
 def find_edited_file(tool: str, paths: Sequence[str], tops: Iterable[str]) -> str | None:
-    """Return the file that a tool call edits; None if the tool is read-only, or names no file."""
+    """Return the file that a tool call edits; None if it edits no known file."""
     if _READ_ONLY.match(tool):
         return None
     edited = [inside for path in paths if (inside := normalize_path(path, tops)) is not None]

@@ -52,7 +52,7 @@ class Note(BaseModel):
 def filter_notes(
     notes: Iterable[Note], *, task: str | None = None, topic: str | None = None, paths: Sequence[str] = ()
 ) -> list[Note]:
-    """Return the notes that match all given criteria: task, topic (ignoring case), and paths."""
+    """Return notes that match all given criteria: task, topic (any case), paths."""
     return [
         note
         for note in notes
@@ -63,14 +63,15 @@ def filter_notes(
 
 
 def filter_relevant(notes: Iterable[Note], task: str, owns: Sequence[str]) -> list[Note]:
-    """Return the notes for a session: those from earlier sessions of its task, or about its owned paths."""
+    """Return notes from a session's task or about its owned paths."""
     return [note for note in notes if note.task == task or has_any_overlap(note.paths, owns)]
 
 
 def format_notes(notes: Sequence[Note], most: int = MAX_BLOCK_CHARS) -> str | None:
-    """Return notes (passed oldest first) as a block of at most `most` characters for a prompt; None if empty.
+    """Return notes, oldest first, as a prompt block of at most `most` characters.
 
-    Each line of a note is prefixed, so that no text can end the block and pass for a part of the prompt.
+    Empty if there are none. Each line of a note is prefixed, so that no text can end the block and pass for a part of
+    the prompt.
     """
     blocks: list[str] = []
     room = most - sum(len(line) + 1 for line in _HEAD) - _FOOT_ROOM

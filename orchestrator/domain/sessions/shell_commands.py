@@ -1,4 +1,4 @@
-"""Analyze shell commands: the programs that they call, and the program that a shell did not find."""
+"""Find the programs that shell commands call, and missing ones in messages."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def is_not_runnable(exit_code: int | None) -> bool:
 
 
 def find_programs(command: str) -> list[str]:
-    """Return the programs that a shell command calls, without duplicates, as far as its text shows."""
+    """Return the distinct programs that a shell command visibly calls."""
     text = command.replace("\\\n", " ")
     named = list(dict.fromkeys(_programs(text)))
     return named if _BEYOND_WORDS.search(text) is None else named[:1]
@@ -71,7 +71,7 @@ def may_create(command: str, program: str) -> bool:
 
 
 def find_script(argv: Sequence[str]) -> str | None:
-    """Return the file of the worktree that a command runs: its program, or an interpreter's first argument."""
+    """Return the worktree file that a command runs, itself or by an interpreter."""
     program, *arguments = argv
     is_interpreter = _INTERPRETER.fullmatch(posixpath.basename(program)) is not None
     name = arguments[0] if is_interpreter and arguments else program
@@ -84,9 +84,9 @@ def make_chmod_hint(path: str) -> str:
 
 
 def make_lookup_command(program: str) -> str:
-    """Return a shell command that succeeds if a program, by name or absolute path, is found and can be opened.
+    """Return a shell command that succeeds if a program can be found and opened.
 
-    Under Landlock, files that can't be opened can still be found.
+    The program is a name or an absolute path. Under Landlock, files that can't be opened can still be found.
     """
     opened = 'case $found in /*) test ! -r "$found" || true <"$found";; esac'
     return f"found=$(command -v {shlex.quote(program)}) && {opened}"
@@ -111,7 +111,7 @@ def _programs(text: str) -> Iterator[str]:
 
 
 def find_missing_program(command: str, output: str) -> str:
-    """Return the program that a shell could not run, from its message, or else the first in the command."""
+    """Return the program that a shell reports as missing, else the first called one."""
     matches = [match for pattern in _MESSAGES for match in pattern.finditer(output)]
     if matches:
         return max(matches, key=lambda match: match.start())["name"]

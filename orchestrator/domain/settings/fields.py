@@ -1,4 +1,4 @@
-"""Types of single settings: in a config file, in Python values, and in stored documents.
+"""Types of single settings: in config files, Python values, and documents.
 
 In a file, durations and sizes are texts with units; in Python and in documents they are seconds and bytes.
 """
@@ -103,7 +103,7 @@ def _write_size(size: int, info: SerializationInfo) -> Any:
 
 
 def _text(pattern: str) -> WithJsonSchema:
-    """Return the JSON Schema of a string that a validator here checks: a search pattern, for editors."""
+    """Return the JSON Schema of a string validated here: a pattern, for editors."""
     return WithJsonSchema({"type": "string", "pattern": pattern})
 
 

@@ -1,4 +1,4 @@
-"""Validate ids, branch names, paths and repositories. Each check returns its text or raises ValueError."""
+"""Validate ids, branches, paths and repositories; raise ValueError if invalid."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SCHEMES: Final = ("https", "http", "ssh", "git", "file")
 
 
 def check_name(text: str) -> str:
-    """Validate the id of a task or adapter, which becomes part of git refs and folder names."""
+    """Validate a task or adapter id, which is used in git refs and folder names."""
     if not _NAME.fullmatch(text) or ".." in text or text.endswith((".", ".lock")):
         raise InvalidValue(f"{quote_text(text)} can't be a name", _NAME_REMEDY)
     return text
@@ -77,7 +77,7 @@ def check_path(text: str) -> str:
 
 
 def check_kept_path(text: str) -> str:
-    """Validate a file name at any depth, or a path as in `check_path`, both without wildcards."""
+    """Validate a file name at any depth, or a path, both without wildcards."""
     wildcard = _WILDCARD.search(text)
     if wildcard:
         raise InvalidValue(
@@ -87,7 +87,7 @@ def check_kept_path(text: str) -> str:
 
 
 def check_repo(text: str) -> str:
-    """Validate a repository: a path, a URL with a scheme built into git, or `host:path`."""
+    """Validate a repository: a path, a URL with git's own scheme, or `host:path`."""
     if not text.strip() or _CONTROL.search(text):
         raise InvalidValue(f"{quote_text(text)} can't be a repository", "write a path or a URL")
     # git would read the first as an option, and run a remote helper for the second.
@@ -102,5 +102,8 @@ def check_repo(text: str) -> str:
 
 
 def is_url(repo: str) -> bool:
-    """Whether a repository is a URL or `host:path`, as git decides it: by a colon before the first slash."""
+    """Return whether a repository is remote by git's rules: a URL or `host:path`.
+
+    In `host:path` the colon is before the first slash.
+    """
     return ":" in repo.partition("/")[0]

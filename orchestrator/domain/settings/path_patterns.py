@@ -50,7 +50,7 @@ def check_pattern(text: str) -> str:
 
 
 def split_path(path: str) -> list[str]:
-    """Return the segments of a path in a repository; raise InvalidValue if it is invalid.
+    """Return the segments of a repository path; raise InvalidValue if invalid.
 
     A trailing slash marks a folder, and adds no segment.
     """
@@ -105,7 +105,10 @@ def is_covered(pattern: str, owned: Sequence[str]) -> bool:
 
 
 def literal_prefix(pattern: str) -> str:
-    """Return the literal prefix of all matches; patterns overlap only if one prefix starts with the other."""
+    """Return the literal prefix of all matches.
+
+    Patterns overlap only if one prefix starts with the other.
+    """
     return _compile(pattern).prefix
 
 
@@ -138,7 +141,7 @@ def _parse_segment(text: str) -> str | _Wild | None:
 
 
 def _parse_set(text: str, start: int) -> tuple[_Characters, int]:
-    """Return the set that opens at `start`, and its end. A leading `]` is one of its characters."""
+    """Return the set that opens at `start`, which may contain `]` first, and its end."""
     first = start + 1 + (text[start + 1 : start + 2] in {"!", "^"})
     end = text.find("]", first + 1)
     if end < 0:
@@ -184,7 +187,7 @@ def _characters_meet(a: _Characters, b: _Characters) -> bool:
 
 
 def _meet(left: Sequence[object], right: Sequence[object], meet: Callable[[Any, Any], bool]) -> bool:
-    """Whether two sequences, in which None stands for any number of elements, can stand for the same."""
+    """Return whether two sequences can match the same; None matches any number."""
     rows = len(right)
     below = [all(one is None for one in right[at:]) for at in range(rows + 1)]
     for a in reversed(left):

@@ -1,4 +1,4 @@
-"""The settings of workflow phases, as in the config file and, resolved, in the run document."""
+"""Settings of phases, in the config file and, resolved, in the run document."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class PhaseSettings(Settings):
 
 
 class Phase(PhaseSettings):
-    """A resolved phase: with its template as text, its schema as a mapping, and the name of the phase it continues."""
+    """A resolved phase: template text, schema mapping, name of the continued phase."""
 
     name: str
     """Its name, unique in the workflow."""
@@ -151,7 +151,10 @@ class Phase(PhaseSettings):
 
     @property
     def continues(self) -> str | None:
-        """The earlier phase whose conversation it continues, if its adapter supports it; None: none."""
+        """The earlier phase whose conversation it continues, if the adapter supports it.
+
+        None: none.
+        """
         return None if self.session is None else self.session.continue_
 
     @property

@@ -1,4 +1,4 @@
-"""Parse and format durations and sizes, such as `500ms`, `1h30m`, `2d`, `500KB` and `2GiB`."""
+"""Parse and format durations and sizes, such as `1h30m`, `500KB` and `2GiB`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _REMEDY: Final = "write whole numbers with units, as in 500ms, 2s, 30m, 1h30m or
 
 
 def parse_duration(value: Any, *, longest: float = MAX_DURATION) -> float:
-    """Return the seconds of a duration; raise ValueError if it is not positive or exceeds `longest`."""
+    """Return seconds; raise ValueError if not positive or longer than `longest`."""
     if type(value) is int and value > 0:
         remedy = f"add its unit, as in {value}s or {value}m"
         raise InvalidValue(f"a duration can't be the bare number {value}", remedy)
@@ -58,7 +58,7 @@ def format_duration(seconds: float | None) -> str:
 
 
 def parse_optional_duration(value: Any, *, longest: float = MAX_DURATION) -> float | None:
-    """Return the seconds of a duration, or None for `off`; raise InvalidValue otherwise."""
+    """Return seconds, or None for `off`; raise InvalidValue if invalid."""
     if value == "off":
         return None
     try:
@@ -68,7 +68,7 @@ def parse_optional_duration(value: Any, *, longest: float = MAX_DURATION) -> flo
 
 
 def check_seconds(seconds: float, *, longest: float = MAX_DURATION) -> float:
-    """Validate seconds passed from Python; raise ValueError if not positive or above `longest`."""
+    """Validate seconds from Python; raise ValueError if not in (0, `longest`]."""
     if not 0 < seconds <= longest:
         days = f"{longest / 86400:.0f} days"
         raise InvalidValue(f"a duration can't be {seconds} s", f"give more than 0 and at most {longest:.0f} s, {days}")
@@ -76,7 +76,7 @@ def check_seconds(seconds: float, *, longest: float = MAX_DURATION) -> float:
 
 
 def parse_count(value: Any) -> int:
-    """Parse a count (`k` is a thousand, `M` a million); raise ValueError if it is not positive."""
+    """Parse a count, such as `2k` or `1M`; raise ValueError if not positive."""
     if type(value) is int and 0 < value <= MAX_COUNT:
         return value
     match = _COUNT.fullmatch(value) if isinstance(value, str) else None
@@ -111,7 +111,7 @@ def format_size(size: int) -> str:
 
 
 def parse_size(value: Any) -> int:
-    """Parse a size in bytes (KB is a power of 1000, KiB of 1024); raise ValueError if it is invalid."""
+    """Parse bytes (1KB is 1000, 1KiB is 1024); raise ValueError if invalid."""
     match = _SIZE.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         raise InvalidValue(

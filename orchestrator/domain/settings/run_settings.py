@@ -1,6 +1,6 @@
-"""The settings of a run and its tasks: the models of the config file, of a resolved config, and of run documents.
+"""Settings of runs and tasks: in config files, resolved configs, and documents.
 
-A field has the same name and default in all three. The docstrings of fields describe the config file, too.
+A field has the same name and default in all three. The docstrings of fields also describe the config file.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ MAX_HOSTS = 1_000
 
 
 class Backoff(Settings):
-    """The wait before a failed task is retried: exponential, missing keys come from the defaults."""
+    """The exponential wait before a retry; missing keys come from the defaults."""
 
     initial: Duration = 2.0
     """The wait before the second attempt."""
@@ -115,7 +115,7 @@ def known_prices() -> dict[str, Price]:
 
 
 def find_price(model: str | None, prices: Mapping[str, Price]) -> Price | None:
-    """Return the price of a model by its full name, or by the longest known prefix of it.
+    """Return a model's price by its full name, or by its longest known prefix.
 
     For example, `anthropic/claude-opus-4-8-20260101` matches `claude-opus-4` if there is no longer prefix.
     """
@@ -130,7 +130,10 @@ def find_price(model: str | None, prices: Mapping[str, Price]) -> Price | None:
 
 
 class NetworkSettings(Settings):
-    """The hosts that sessions and checks may reach by HTTP and HTTPS, through a proxy; all other hosts are blocked."""
+    """The hosts that sessions and checks may reach by HTTP and HTTPS via a proxy.
+
+    All other hosts are blocked.
+    """
 
     allow: Annotated[tuple[AllowedHost, ...], Field(strict=False, min_length=1, max_length=MAX_HOSTS)]
     """Hosts such as api.example.com (ports 80 and 443), *.example.com (its subdomains), or localhost:8080."""
@@ -150,7 +153,7 @@ class LimitSettings(Settings):
 
     @property
     def by_resource(self) -> dict[str, int]:
-        """Return the limits that are set, by their names in setrlimit(2); core dumps are always disabled."""
+        """Return the set limits by their names in setrlimit(2); core dumps are off."""
         limits = {"DATA": self.memory, "FSIZE": self.file_size, "NOFILE": self.open_files, "NPROC": self.processes}
         return {"CORE": 0, **{name: limit for name, limit in limits.items() if limit is not None}}
 
@@ -361,7 +364,7 @@ class TaskSettings(Settings):
 
 
 class TaskSpec(TaskSettings):
-    """A resolved task: with the defaults of its file, and its prompt even if the config names a file."""
+    """A resolved task, with its file's defaults and its prompt as text."""
 
     id: Name
     """The task's name within the run."""
@@ -387,12 +390,15 @@ class TaskSpec(TaskSettings):
 
     @property
     def builds_on_target(self) -> bool:
-        """Whether it starts from the target: it needs landed tasks, or follows tasks that may change its paths."""
+        """Whether it starts from the target, because it builds on landed tasks.
+
+        It needs them, or follows tasks that may change its paths.
+        """
         return bool(self.needs or self.owns)
 
 
 class AdapterSettings(Settings):
-    """An adapter, without the options of its type. In a resolved config all paths are absolute."""
+    """An adapter without its type's options; resolved paths are absolute."""
 
     use: str
     """The kind of adapter: `command`, or one from an installed plugin."""
@@ -407,7 +413,7 @@ class AdapterSettings(Settings):
 
     @property
     def access(self) -> PathAccess:
-        """The paths that its sessions may access in addition to those of `SandboxSettings`."""
+        """The paths that its sessions may access in addition to the sandbox settings."""
         return PathAccess(tuple(map(Path, self.writable)), tuple(map(Path, self.readable)))
 
 
@@ -449,7 +455,7 @@ class TrackerConfig(TrackerSettings, _WithOptions):
 
 
 class RunSettings(Settings):
-    """The settings of a run that its config file, its resolved config and its document share."""
+    """The settings that a config file, its resolved config and the document share."""
 
     repo: Repository = "."
     """The repository: a path, relative to this file, or a URL."""

@@ -63,7 +63,7 @@ def expand_plan(
 
 
 def make_task_name(prefix: str, id_: str) -> str:
-    """Return the task id for the plan id `id_`: `prefix` and the valid characters of `id_`.
+    """Return the task id for a plan id: `prefix` and the valid characters of `id_`.
 
     Long names are truncated, and get a few digits of their SHA-256 to remain unique.
     """

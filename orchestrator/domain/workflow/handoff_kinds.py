@@ -101,7 +101,7 @@ def kind_from_model(
     needs: Needs = None,
     paths: Paths = _no_paths,
 ) -> HandoffKind:
-    """Return a kind from a pydantic model; `rule` yields further violations of an instance.
+    """Return a pydantic model's kind; `rule` yields additional violations.
 
     Without `exports`, it exports one value under the name of the kind.
     """
@@ -127,7 +127,7 @@ class _UntitledSchema(GenerateJsonSchema):
 
 
 def kind_from_schema(name: str, schema: Mapping[str, Any]) -> HandoffKind:
-    """Return a kind from a JSON Schema (draft 2020-12); raise RefusedError if the schema is invalid.
+    """Return a kind from a JSON Schema (draft 2020-12); raise RefusedError if invalid.
 
     The schema may refer only to itself: nothing is fetched.
     """
@@ -166,7 +166,7 @@ def with_validators(kind: HandoffKind, validators: Mapping[str, HandoffValidator
 
 
 def check_schema(schema: Mapping[str, Any]) -> None:
-    """Raise RefusedError for an invalid JSON Schema (draft 2020-12), or one with external references."""
+    """Raise RefusedError for an invalid JSON Schema, or one with external references."""
     try:
         lazy.jsonschema.Draft202012Validator.check_schema(schema)
     except lazy.jsonschema.SchemaError as error:
@@ -195,7 +195,7 @@ def _export_whole(name: str) -> Exports:
 
 
 def _check_safely(kind: str, data: Any, check: Callable[[dict[str, Any]], CheckResult]) -> CheckResult:
-    """Check a plain JSON object within the size limit; a crash of the check itself is a violation."""
+    """Check a plain JSON object within the size limit; a crash is a violation."""
     if not isinstance(data, dict):
         what = f"expected a JSON object, got {type(data).__name__}"
         return CheckResult(None, (Violation(f"{kind}.object", "the handoff", what, "submit a JSON object"),))
@@ -232,7 +232,10 @@ def _check_model(
 
 
 def _is_primary(error: ErrorDetails, errors: Sequence[ErrorDetails]) -> bool:
-    """Whether an error is not just a consequence: a list is too short because invalid items were dropped."""
+    """Return whether an error is not merely a consequence of another one.
+
+    For example, a list is too short because invalid items were dropped.
+    """
     place = error["loc"]
     return error["type"] != "too_short" or not any(
         other["loc"][: len(place)] == place and len(other["loc"]) > len(place) for other in errors
@@ -299,7 +302,7 @@ def _place(path: Iterable[Any]) -> str:
 
 
 def _export_keys(*keys: str) -> Exports:
-    """Return a function that exports these keys, even empty ones, because conditions may use them."""
+    """Return a function that exports these keys, even if empty, for conditions."""
     return lambda data: {key: data[key] for key in keys if key in data}
 
 
@@ -325,7 +328,7 @@ _BUILT: Final = (
 
 
 def _models() -> Any:
-    """Import and return the module of the built-in models, which most processes do not use."""
+    """Import and return the built-in models, which most processes do not use."""
     from orchestrator.domain.workflow import handoff_models  # noqa: PLC0415
 
     return handoff_models

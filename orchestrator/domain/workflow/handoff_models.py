@@ -142,7 +142,7 @@ class PlannedTask(_Model):
 
 
 def _tasks(value: Any) -> Any:
-    """Accept `{id: prompt}` and `{id: {…}}` as a list of tasks, and a text as a task with this prompt."""
+    """Accept `{id: prompt}` and `{id: {…}}` as a list of tasks, and text as a task."""
     if isinstance(value, dict):
         return [{"id": key, **(one if isinstance(one, dict) else {"prompt": one})} for key, one in value.items()]
     if isinstance(value, list):
@@ -196,7 +196,7 @@ class Artifact(_Model):
 
 
 def _artifacts(value: Any) -> Any:
-    """Accept `{path: checksum}` as a list of artifacts, and a single artifact as a list."""
+    """Accept `{path: checksum}`, or a single artifact, as a list of artifacts."""
     if isinstance(value, dict):
         if {"path", "file"} & value.keys():
             return [value]
@@ -292,7 +292,7 @@ def _severity(value: Any) -> Any:
 
 
 def _line(value: Any) -> Any:
-    """Accept the first line of a range such as `12-15`; return None for anything but a line number."""
+    """Accept the first line of a range such as `12-15`; return None if invalid."""
     if isinstance(value, list) and value:
         value = value[0]
     if isinstance(value, str):
@@ -360,7 +360,7 @@ def _unknown(place: str, name: str, remedy: str) -> Violation:
 
 
 def collect_needs(plan: Plan) -> dict[str, tuple[str, ...]]:
-    """Return the dependencies of each task, from the tasks and from the `dependencies` of the plan."""
+    """Return each task's dependencies, from its entry and the plan's `dependencies`."""
     needs = {task.id: dict.fromkeys(task.dependencies) for task in plan.tasks}
     if isinstance(plan.dependencies, dict):
         for key, value in plan.dependencies.items():

@@ -27,7 +27,7 @@ class _Document(BaseModel):
 
 
 class Receipt(_Document):
-    """The receipt of a complete handoff by a visit of a phase. The time is wall-clock seconds."""
+    """The receipt of a complete handoff by a phase visit, in wall-clock seconds."""
 
     phase: str
     attempt: int
@@ -84,7 +84,7 @@ def handoff_id(run: str, task: str, attempt: int) -> str:
 def make_handoff(
     run: str, task: str, attempt: int, data: dict[str, Any], *, mediation: Mediation | None = None, **fields: Any
 ) -> Handoff:
-    """Return the handoff of an attempt, with its id and digest; `fields` are its other fields."""
+    """Return an attempt's handoff with id and digest; `fields` are its other fields."""
     digest = compute_digest(_contents(data, mediation))
     name = handoff_id(run, task, attempt)
     fields["summary"] = str(fields.get("summary") or "")[:MAX_SUMMARY_CHARS]
@@ -107,9 +107,10 @@ def is_intact(handoff: Handoff) -> bool:
 
 
 def acknowledge(handoff: Handoff, phase: str, attempt: int, now: float) -> Handoff:
-    """Return a handoff with a receipt of a visit, added once; raise HandoffCorrupted if its digest does not match.
+    """Return a handoff with a visit's receipt; raise HandoffCorrupted if changed.
 
-    `attempt` is the first attempt of the visit.
+    A receipt is added once. The handoff is corrupted if its digest does not match. `attempt` is the first attempt of
+    the visit.
     """
     if not is_intact(handoff):
         raise HandoffCorrupted(handoff.id, f"unusable for phase {phase!r}: its digest does not match its contents")
@@ -155,7 +156,7 @@ def find_last_json_block(text: str) -> JsonBlock:
 
 
 def _blocks(text: str) -> Iterator[tuple[int, str, str]]:
-    """Yield the fenced blocks: the line of the opening fence (from 1), the info string, and the content."""
+    """Yield fenced blocks: the opening line (from 1), the info string, the content."""
     fence, info, begin, block = "", "", 0, list[str]()
     for number, line in enumerate(text.split("\n"), start=1):
         stripped = line.rstrip("\r")

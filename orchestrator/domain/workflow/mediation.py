@@ -36,7 +36,7 @@ class Mediation(BaseModel):
 
 
 def analyze(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an analysis of a result: sizes, missing values, risks, opportunities and approach."""
+    """Analyze a result: sizes, missing values, risks, opportunities and approach."""
     analysis: dict[str, Any] = {
         "amounts": {key: len(value) for key, value in data.items() if isinstance(value, list | dict) and value},
         "missing": [key for key, value in data.items() if is_empty_value(value)],
@@ -84,7 +84,7 @@ _INSTRUCTIONS: Final[Mapping[str, str]] = {
 
 
 def get_instructions(to_kind: str | None, processed: Mapping[str, Any]) -> str:
-    """Return the instructions for a phase of a kind, with the names of its input values."""
+    """Return the instructions for a kind of phase, with its input values' names."""
     instructions = _INSTRUCTIONS.get(to_kind or "", "Continue from the input.")
     return f"{instructions} Input: {', '.join(processed)}." if processed else instructions
 
@@ -96,7 +96,7 @@ def mediate(
     transformations: Mapping[str, Transformation] = TRANSFORMATIONS,
     named: str | None = None,
 ) -> Mediation | Violation:
-    """Return a result transformed for the next phase, or the violation of its transformation.
+    """Return a result transformed for the next phase, or its violation.
 
     `named` is the transformation that the phase specifies. Without it, `FROM_to_TO` applies if registered.
     """

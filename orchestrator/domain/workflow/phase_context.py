@@ -12,7 +12,7 @@ from orchestrator.domain.workflow.handoff_kinds import PHASE_NEEDS, HandoffKind,
 
 
 def get_handoff_kind(phase: Phase, kinds: Mapping[str, HandoffKind]) -> HandoffKind | None:
-    """Return the kind of a phase's handoff; None if it has none, or the kind is unknown."""
+    """Return a phase's handoff kind; None if it has none or an unknown one."""
     if phase.kind is None:
         return None
     return kinds.get(phase.kind) if phase.handoff_schema is None else kind_from_schema(phase.kind, phase.handoff_schema)
@@ -31,7 +31,7 @@ def get_phase_needs(phase: Phase, kind: HandoffKind | None) -> tuple[str, ...] |
 
 
 def select_values(values: Mapping[str, Any], needs: Sequence[str] | None) -> tuple[dict[str, Any], GivenValues]:
-    """Return the needed values (None: all), in the order of `needs`, and a record of passed and omitted values."""
+    """Return the needed values (None: all), and a record of passed and omitted ones."""
     wanted = values.keys() if needs is None else dict.fromkeys(needs)
     given = {key: values[key] for key in wanted if key in values}
     omitted = tuple(key for key in values if key not in given)

@@ -41,7 +41,7 @@ class Workflow:
 
     @property
     def is_default(self) -> bool:
-        """Whether it is the single phase of a task without a workflow; its visits are not recorded."""
+        """Whether it is the only phase of a task without workflow; visits aren't recorded."""
         return self.phases is DEFAULT_PHASES or tuple(self.phases) == DEFAULT_PHASES
 
     def phase(self, name: str) -> Phase:
@@ -92,9 +92,9 @@ def latest_visit(task: TaskDocument, phase: str) -> PhaseRecord | None:
 def find_next_phase(
     workflow: Workflow, phases: Sequence[PhaseRecord], start: int, holds: Callable[[str, str], bool], now: float
 ) -> tuple[tuple[PhaseRecord, ...], Phase | None]:
-    """Return the visits with skipped phases added, and the next phase from index `start` whose condition is true.
+    """Return visits, including skipped phases, and the next phase that may start.
 
-    `holds` evaluates the condition of a phase, given its name and the expression.
+    The search begins at index `start`. `holds` evaluates the condition of a phase, given its name and the expression.
     """
     visits = tuple(phases)
     for phase in workflow.phases[start:]:
@@ -124,7 +124,7 @@ def current_phase(workflow: Workflow, task: TaskDocument) -> Phase | None:
 
 
 def completed_visits(workflow: Workflow, task: TaskDocument) -> Mapping[str, PhaseRecord]:
-    """Return the last completed visit of each phase before the current one, in workflow order.
+    """Return the last completed visit of each earlier phase, in workflow order.
 
     Completed phases that will be repeated do not count, nor do the phases after them.
     """
@@ -140,7 +140,7 @@ def completed_visits(workflow: Workflow, task: TaskDocument) -> Mapping[str, Pha
 def enter_phase(
     workflow: Workflow, task: TaskDocument, phase: Phase, attempt: int, now: float, **given: Any
 ) -> dict[str, Any]:
-    """Return the changes to a task whose attempt starts a phase: a new visit, or a continued one."""
+    """Return the changes to a task whose attempt starts or continues a visit."""
     if workflow.is_default:
         return {}
     last = task.phases[-1] if has_open_visit(task) else None
@@ -162,7 +162,10 @@ def skip_phase(phases: Sequence[PhaseRecord], phase: Phase, reason: str, now: fl
 
 
 def change_last_visit(task: TaskDocument, trigger: PhaseTrigger | None, **changes: Any) -> tuple[PhaseRecord, ...]:
-    """Return the visits with the last one changed by `trigger` (None: same status) and `changes`."""
+    """Return the visits with the last one changed by `trigger` and `changes`.
+
+    If `trigger` is None, its status stays the same.
+    """
     last = task.phases[-1]
     if trigger is None:
         return (*task.phases[:-1], last.model_copy(update=changes))
@@ -196,7 +199,7 @@ def phase_events(before: Sequence[PhaseRecord], after: Sequence[PhaseRecord]) ->
 
 @dataclass(frozen=True, slots=True)
 class BuiltWork:
-    """The work of a task so far: the commit, the base for comparison, and the number of the attempt."""
+    """A task's work so far: the commit, the base for comparison, the attempt number."""
 
     commit: str
     base: str
@@ -213,7 +216,7 @@ def find_earlier_work(workflow: Workflow, task: TaskDocument) -> BuiltWork | Non
 
 
 def find_continued_attempt(workflow: Workflow, task: TaskDocument, phase: Phase) -> int | None:
-    """Return the number of the attempt whose conversation the next attempt continues, or None."""
+    """Return the attempt number whose conversation the next one continues, or None."""
     if workflow.is_default:
         fixes_checks = task.start is not None and task.attempts and task.attempt.outcome == FailureClass.CHECKS_FAILED
         return task.attempt.number if fixes_checks else None
@@ -228,7 +231,7 @@ def find_continued_attempt(workflow: Workflow, task: TaskDocument, phase: Phase)
 
 
 def restart_task(workflow: Workflow, task: TaskDocument, phase: str | None = None) -> dict[str, Any]:
-    """Return the changes to retry a task from a phase; raise KeyError if there is no such phase.
+    """Return the changes to retry a task from a phase; raise KeyError if unknown.
 
     The default is the current phase, or the last one that writes if all are complete. Incomplete earlier phases run
     first.
@@ -248,25 +251,28 @@ def restart_task(workflow: Workflow, task: TaskDocument, phase: str | None = Non
 
 
 def find_first_incomplete(phases: Sequence[str], phase: str, task: TaskDocument) -> str | None:
-    """Return the first incomplete phase before `phase`; None if all are completed or skipped."""
+    """Return the first phase before `phase` that is neither completed nor skipped.
+
+    None if there is none.
+    """
     records = ((name, latest_visit(task, name)) for name in phases[: phases.index(phase)])
     return next((name for name, record in records if record is None or record.status not in PASSED_STATUSES), None)
 
 
 def restart_work(workflow: Workflow, task: TaskDocument) -> dict[str, Any]:
-    """Return the changes to repeat the work of a task, from its first phase that writes."""
+    """Return the changes to repeat a task's work from its first writing phase."""
     return restart_task(workflow, task, workflow.builders(task)[0].name)
 
 
 def count_rejections(task: TaskDocument, phase: str) -> int:
-    """Return how many times a phase has rejected a task's work since the last retry by a user."""
+    """Return how often a phase rejected a task's work since a user's last retry."""
     return sum(
         visit.phase == phase and visit.verdict == REJECT_VERDICT for visit in task.phases[task.visits_before_retry :]
     )
 
 
 def compute_next_start(workflow: Workflow, task: TaskDocument, phase: Phase) -> dict[str, Any]:
-    """Return the start of the next session after a completed phase, if not the work built so far.
+    """Return the next session's start after a phase, if not the work built so far.
 
     Work that a review sent back to a read-only phase remains the start for the next phase that writes.
     """
@@ -281,7 +287,10 @@ def has_built_work(task: TaskDocument) -> bool:
 
 
 def current_adapters(workflow: Workflow, task: TaskDocument, adapter: str, fallback: Sequence[str]) -> tuple[str, ...]:
-    """Return the adapters of the current phase, in order of preference; `adapter` and `fallback` are the task's."""
+    """Return the adapters of the current phase, in order of preference.
+
+    `adapter` and `fallback` are the task's.
+    """
     phase = current_phase(workflow, task)
     if phase is None or phase.adapter is None:
         return (adapter, *fallback)

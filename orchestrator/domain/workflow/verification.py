@@ -68,7 +68,7 @@ Constraint = Callable[[WorkflowRecord], Iterable[Violation]]
 
 
 def check_workflow(facts: WorkflowRecord, constraints: Mapping[str, Constraint]) -> list[Violation]:
-    """Return the violations of the built-in rules and of the `constraints` of plugins, by name."""
+    """Return violations of the built-in rules and of plugin `constraints`, by name."""
     violations = [violation for rule in _RULES for violation in rule(facts)]
     for name, constraint in constraints.items():
         violations += run_check(f"constraint.{name}", f"constraint {name!r}", partial(constraint, facts))
@@ -76,7 +76,7 @@ def check_workflow(facts: WorkflowRecord, constraints: Mapping[str, Constraint])
 
 
 def _check_visits(facts: WorkflowRecord) -> Iterator[Violation]:
-    """Check that visits are of known phases, in sequence, and match the status of the task."""
+    """Check that visits have known phases, in sequence, and match the task's status."""
     known = {phase.name for phase in facts.workflow.phases}
     task = facts.document
     for number, record in enumerate(task.phases):
@@ -105,7 +105,7 @@ _AFTER_LAST_PHASE: Final = LANDING_STATUSES | {TaskStatus.DONE}
 
 
 def _check_end(facts: WorkflowRecord) -> Iterator[Violation]:
-    """Check that a finished task has finished phases, and that a task with work has landed."""
+    """Check that a finished task has finished phases and has landed its work."""
     task = facts.document
     if facts.workflow.is_default or task.status not in _AFTER_LAST_PHASE:
         return
@@ -120,7 +120,10 @@ def _check_end(facts: WorkflowRecord) -> Iterator[Violation]:
 
 
 def _check_attempts(facts: WorkflowRecord) -> Iterator[Violation]:
-    """Check that each attempt belongs to at most one visit, of its own phase (checkpoints remove visits)."""
+    """Check that each attempt is in at most one visit, of its own phase.
+
+    Checkpoints remove visits.
+    """
     attempts = {attempt.number: attempt for attempt in facts.document.attempts}
     seen: set[int] = set()
     for place, phase, record in facts.visits:
@@ -173,7 +176,7 @@ def _check_data(facts: WorkflowRecord, place: str, phase: Phase, handoff: Handof
 
 
 def _check_handoffs(facts: WorkflowRecord) -> Iterator[Violation]:
-    """Check that handoffs are intact, and that their sources and receipts match on both sides."""
+    """Check that handoffs are intact, and match their sources and receipts."""
     sources = {record.handoff: record for _, _, record in facts.visits if record.handoff is not None}
     for name, handoff in facts.handoffs.items():
         place = f"handoff {name}"
@@ -255,7 +258,7 @@ def _check_received(facts: WorkflowRecord, place: str, record: PhaseRecord) -> I
 
 
 def _check_sessions(facts: WorkflowRecord) -> Iterator[Violation]:
-    """Check that no session is idle while its task waits for it, and that each session has an attempt."""
+    """Check that awaited sessions are not idle, and that each has an attempt."""
     attempts = {attempt.number: attempt for attempt in facts.document.attempts}
     for session in facts.sessions:
         if session.task != facts.task or session.run != facts.run:

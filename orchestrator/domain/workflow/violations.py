@@ -1,4 +1,4 @@
-"""Rule violations in handoffs and records, as values: rule, location, problem and remedy."""
+"""Rule violations in handoffs and records: rule, location, problem and remedy."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Violation:
 
 
 def run_check(rule: str, subject: str, check: Callable[[], Iterable[Violation]]) -> list[Violation]:
-    """Return the violations that a plugin's check reports; a failure of the check itself is also a violation."""
+    """Return the violations that a plugin's check reports, or one if it fails."""
     try:
         with plugin_code():
             violations: list[Any] = list(islice(check(), MAX_VIOLATIONS))

@@ -23,7 +23,7 @@ _MAX_NAMED_TASKS: Final = 5
 
 
 class UnfinishedTask(NamedTuple):
-    """An unfinished task: its id, its prompt if known, and the branch with earlier work."""
+    """The id of an unfinished task, its prompt if known, and the branch with its work."""
 
     id: str
     prompt: str | None
@@ -43,7 +43,7 @@ async def read_unfinished_tasks(store: Store, run: RunDocument) -> list[Unfinish
 
 
 async def write_unfinished_tasks(store: Store, run: RunDocument, folder: Path) -> RefusedError:
-    """Write the unfinished tasks of an imported run to a file in `folder`; return a refusal that names the file.
+    """Write an imported run's unfinished tasks; return a refusal that names the file.
 
     An existing file is left unchanged, because a user may be editing it.
     """
@@ -62,7 +62,7 @@ async def write_unfinished_tasks(store: Store, run: RunDocument, folder: Path) -
 
 
 def render_task_file(run: str, source: str, tasks: Sequence[UnfinishedTask]) -> str:
-    """Return the content of the file; strings are quoted as JSON, which is also valid YAML."""
+    """Return the content of the file, with strings as JSON, which is valid YAML."""
     lines = [
         f"# The unfinished tasks of run {run}, imported from {json.dumps(source)}. Add an adapter",
         "# (see `council init`), fill in the empty prompts, then `council run` this file.",

@@ -47,7 +47,10 @@ _KILLED = "left by a killed command"
 
 
 class OrphanFinder:
-    """Finds leftovers in `home`, the folder of all hubs, and in a project with its store at `url`, if there is one."""
+    """Finds leftovers in `home`, the folder of all hubs, and in a project.
+
+    `url` is the location of the project's store, if there is one.
+    """
 
     def __init__(
         self,
@@ -81,7 +84,7 @@ class OrphanFinder:
         return found
 
     async def worktrees(self, run: RunDocument) -> list[Leftover]:
-        """Return the worktrees of a run, with their cleanup status; the caller ensures that the run is inactive."""
+        """Return the worktrees of an inactive run, with their cleanup status."""
         assert self._store is not None, "a run is known by its store"  # noqa: S101  the caller found the run there
         documents = {
             task: TaskDocument.model_validate_json(one.encoded) if is_readable(one) else None
@@ -110,7 +113,10 @@ class OrphanFinder:
         return await _without_active_runs(found)
 
     async def old_runs(self, age: float, *, include_interrupted: bool) -> list[Leftover]:
-        """Return inactive runs that ended or were interrupted over `age` seconds ago, with their cleanup status."""
+        """Return inactive runs older than `age` seconds, with their cleanup status.
+
+        A run's age counts from its end or interruption.
+        """
         known = [run for run in (await self.runs()).values() if run is not None]
         ends = {run.id: await self._last(run) for run in known}
         old = [run for run in known if self._clock.now() - ends[run.id] > age]
@@ -119,7 +125,7 @@ class OrphanFinder:
         )
 
     async def old_run(self, run: RunDocument, *, include_interrupted: bool) -> Leftover:
-        """Return the cleanup status of a run's record, at any age; the caller ensures that the run is inactive."""
+        """Return the cleanup status of an inactive run's record, at any age."""
         assert self._store is not None, "a run is known by its store"  # noqa: S101  the caller found the run there
         hub, ended = Hub(Path(run.hub)), f"{datetime.fromtimestamp(await self._last(run), UTC):%Y-%m-%d}"
         branches: int | None = 0
@@ -136,7 +142,10 @@ class OrphanFinder:
         return Leftover(LeftoverKind.RUN, run.id, status, reason, run.hub, run.id)
 
     async def _is_over(self, run: RunDocument) -> bool:
-        """Return True if no task of a run can continue; raise RefusedError if its records are damaged."""
+        """Return True if no task of a run can continue.
+
+        Raises RefusedError if the run's records are damaged.
+        """
         assert self._store is not None, "a run is known by its store"  # noqa: S101  the caller found the run there
         documents = await read_tasks(self._store, run.id)
         if any(task not in documents or documents[task].damaged for task in run.tasks):
@@ -146,7 +155,7 @@ class OrphanFinder:
         return RunRecord(run, tasks, entries, {}).is_over
 
     async def _last(self, run: RunDocument) -> float:
-        """Return the time when a run ended, else the time of its newest document (wall-clock seconds)."""
+        """Return when a run ended or was last changed (wall-clock seconds)."""
         assert self._store is not None, "a run is known by its store"  # noqa: S101  the caller found the run there
         if run.ended is not None:
             return run.ended
@@ -174,7 +183,7 @@ class OrphanFinder:
         return [leftover for leftover in found if leftover is not None]
 
     async def orphaned_hub(self, hub: Hub) -> Leftover | None:
-        """Return a hub whose repositories and stores no longer exist; the caller ensures that it is inactive."""
+        """Return an inactive hub whose repositories and stores no longer exist."""
         known = await anyio.to_thread.run_sync(origin.read_origin, hub.root)
         if known is None or not await anyio.to_thread.run_sync(known.is_gone):
             return None
@@ -189,7 +198,7 @@ class OrphanFinder:
         return Leftover(LeftoverKind.HUB, str(hub.root), status, reason, str(hub.root))
 
     async def unknown_runs(self, hub: Hub) -> list[Leftover]:
-        """Return leftovers of runs that are in no state store any more; nothing if that can't be proven."""
+        """Return leftovers of runs that are certainly in no state store."""
         left = await anyio.to_thread.run_sync(_folders, hub.sessions)
         refs = await anyio.to_thread.run_sync(_folders, hub.trusted / INTERNAL_REFS)
         # Read the runs last: a run is recorded before it has a folder.
@@ -212,7 +221,10 @@ class OrphanFinder:
         return found
 
     def _is_only_store(self, known: HubOrigin) -> bool:
-        """Return True if every store that may record a hub's runs is ours and intact, or deleted. Blocks."""
+        """Return True if every other store that may record a hub's runs was deleted.
+
+        Also requires that ours is intact. Blocks.
+        """
         if self._store is not None and any(one.keys is None or one.keys for one in self._store.damage):
             return False
         paths = () if self._store is None else self._store.local_paths()
@@ -249,7 +261,7 @@ def _readable(found: Document) -> RunDocument | None:
 
 
 async def judge_slot(slot: WorktreeSlot, *, is_ours: bool = False) -> Leftover | None:
-    """Return a worktree slot with its cleanup status; None if it is in use, or locked by another process.
+    """Return a worktree slot with its cleanup status; None if it is in use or locked.
 
     `is_ours`: the caller holds the lock.
     """
@@ -311,6 +323,6 @@ async def run_locks(hub: Hub) -> list[FileLock]:
 
 
 def _folders(parent: Path) -> dict[str, float]:
-    """Return the folders in a folder by name, with their modification times (wall-clock seconds)."""
+    """Return subfolders by name, with modification times (wall-clock seconds)."""
     found = sorted(parent.iterdir()) if parent.is_dir() else []
     return {path.name: path.stat().st_mtime for path in found if path.is_dir()}

@@ -1,4 +1,4 @@
-"""Remove the record of an ended run: its documents are deleted in one commit, and a checkpoint can restore them.
+"""Remove the record of an ended run in one commit, which a checkpoint can restore.
 
 Some small documents are not restored by checkpoints, and remain: the lease and the claims, whose epochs must keep
 increasing, and the cursors of sinks and trackers. The run's checkpoints remain as well. Notes of its sessions remain
@@ -25,7 +25,7 @@ _KEPT_KINDS: Final = frozenset({"lease", "claim", "cursor", CHECKPOINT})
 
 
 async def remove_run(store: Store, run: str, checkpoint: str) -> None:
-    """Delete the documents of an inactive run; `checkpoint` contains its current state."""
+    """Delete the documents of an inactive run, whose state is saved in `checkpoint`."""
     await retry_on_conflict(partial(_remove, store, run, checkpoint))
     failpoint("run.removed")
 

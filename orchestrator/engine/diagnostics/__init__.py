@@ -1,1 +1,1 @@
-"""Checks before a run: programs, sandbox, repository, machine. `doctor` and `preflight` are the entry points."""
+"""Check programs, sandbox, repository and machine: `doctor` and `preflight`."""

@@ -27,7 +27,7 @@ async def check_adapter_programs(
     environ: Mapping[str, str],
     level: Level = Level.PROBLEM,
 ) -> list[Finding]:
-    """Return a finding for each adapter whose program is installed but hidden from sessions.
+    """Return a finding for each installed adapter program that sessions can't see.
 
     `configs` are the adapter entries of `file`, which may be missing.
     """

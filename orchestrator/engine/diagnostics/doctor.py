@@ -1,4 +1,4 @@
-"""Check all prerequisites of a run. Programs are started to probe them, and nothing is stored."""
+"""Check all prerequisites of a run, and store nothing; programs are probed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _DEFAULT_CAPACITY: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class DoctorInput:
-    """The input of a check: a folder, a config file with its config or errors, and the installed plugins."""
+    """A folder, a config file with its config or errors, and the installed plugins."""
 
     folder: Path
     file: Path | None = None
@@ -108,7 +108,7 @@ async def run_doctor(subject: DoctorInput, environ: Mapping[str, str]) -> list[F
 
 
 async def _check_adapters(subject: DoctorInput, environ: Mapping[str, str]) -> list[Finding]:
-    """Check the adapters of the file, or without a file all adapters that need no options."""
+    """Check the file's adapters; without a file, all that need no options."""
     run = subject.run
     if isinstance(subject.config, ConfigError):  # the invalid file may define its own adapters
         return []
@@ -146,7 +146,7 @@ async def _check_files(
 async def _check_programs(
     subject: DoctorInput, inspection: RepositoryInspection, environ: Mapping[str, str]
 ) -> list[Finding]:
-    """Check that the programs of checks, setup and adapters are visible in the sandbox."""
+    """Check that programs of checks, setup and adapters are visible in the sandbox."""
     run = subject.run
     if inspection.site is None:
         return []
@@ -218,7 +218,7 @@ def _inspect_locations(
 
 
 def _state_folder(subject: DoctorInput, project: Project | None, environ: Mapping[str, str]) -> Path | None:
-    """Return the folder of the state store; None if the store is not a folder, or unknown."""
+    """Return the folder of the state store; None if it is unknown or not a folder."""
     url = to_store_url(environ.get("COUNCIL_STATE", "")) or (None if subject.run is None else subject.run.state.url)
     if url:
         return require_local_folder(url)

@@ -1,4 +1,4 @@
-"""Collect facts about this machine and a repository's size, as input of `engine.diagnostics.findings`."""
+"""Collect facts about this machine and the size of a repository."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class StorageLocation:
-    """A folder that a run writes to; for a missing folder, facts about its nearest existing parent."""
+    """A folder that a run writes to.
+
+    If the folder is missing, the facts describe its nearest existing parent.
+    """
 
     path: Path
     free: int | None
@@ -63,7 +66,7 @@ class RepositorySize:
 
 
 def inspect_machine() -> Machine:
-    """Inspect this machine; raise the descriptor limit of this process, as a run does. Blocks for a few ms."""
+    """Inspect this machine; raise the descriptor limit as a run does. Blocks briefly."""
     raise_descriptor_limit()
     installed = None
     with suppress(OSError):
@@ -102,7 +105,7 @@ def _probe_clock(folder: Path) -> float:
 
 
 async def measure_repository(git: Git, commit: str) -> RepositorySize:
-    """Return the size of a complete repository and of a commit's checkout; `git` runs in the repository."""
+    """Return the size of a complete repository and of a commit's checkout."""
     counted = (await git("count-objects", "-v")).stdout.decode()
     facts = dict(line.split(": ", 1) for line in counted.splitlines() if ": " in line)
     listed = (await git("ls-tree", "-r", "-l", "-z", "--full-tree", commit)).stdout

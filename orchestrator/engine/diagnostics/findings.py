@@ -1,4 +1,4 @@
-"""Rate facts about a machine and a repository: OK, a warning, or a problem for a run. Pure."""
+"""Rate facts about a machine and a repository: OK, warning or problem. Pure."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class SpaceNeed:
-    """The space that a location needs: bytes for one session (`least`) and for a run (`all`), and files."""
+    """Bytes for one session (`least`) and for a run (`all`), and files."""
 
     least: int
     all: int
@@ -108,7 +108,7 @@ def warning_finding(warning: ConfigWarning) -> Finding:
 
 
 def check_adapter(name: str, status: AdapterStatus, *, is_used: bool) -> list[Finding]:
-    """Check the programs of an adapter; if no task uses it, problems are only warnings."""
+    """Check the programs of an adapter; if it is unused, problems are warnings."""
     bad = Level.PROBLEM if is_used else Level.WARNING
     title = f"adapter {name}"
     if status.error is not None:
@@ -142,7 +142,10 @@ def describe(program: ProgramStatus) -> str:
 
 
 def check_sandbox(kind: SandboxKind | RefusedError, weaker_for: RefusedError | None = None) -> Finding:
-    """Check the available sandbox; `weaker_for` is the reason why Landlock replaces bubblewrap."""
+    """Check the available sandbox.
+
+    `weaker_for` is the reason why Landlock replaces bubblewrap.
+    """
     if isinstance(kind, RefusedError):
         return refusal_finding("sandbox", kind)
     if kind is SandboxKind.OFF:
@@ -201,14 +204,17 @@ def check_processes(left: int | None, capacity: int) -> Finding:
 
 
 def hub_need(size: RepositorySize | None, capacity: int) -> SpaceNeed:
-    """Return the space that a hub needs: all objects, and two checkouts per session, one of them for checks."""
+    """Return the space for a hub: all objects, and two checkouts per session.
+
+    The second checkout is for checks.
+    """
     size = size or RepositorySize(0, 0, 0)
     per_session, base = 2 * size.checkout, size.objects + _SPARE
     return SpaceNeed(base + per_session, base + per_session * capacity, 2 * size.files * capacity + _SPARE_FILES)
 
 
 def state_need(capacity: int) -> SpaceNeed:
-    """Return the space that the state store and the output of sessions need, with several outputs per session."""
+    """Return the space for the state store and several outputs per session."""
     return SpaceNeed(_SPARE, _SPARE + 4 * _OUTPUT * capacity, _SPARE_FILES)
 
 
@@ -269,7 +275,7 @@ def check_file_system(name: str, place: StorageLocation) -> Finding | None:
 
 
 def check_clock(machine: Machine, places: Sequence[StorageLocation]) -> Finding:
-    """Compare the wall clock with the installation time of this package and the clocks of file systems."""
+    """Compare the clock with the installation time and the clocks of file systems."""
     remedy = "set the clock, or enable NTP: pauses and certificates depend on it"
     shown = datetime.fromtimestamp(min(max(machine.now, 0.0), _LATEST_CREDIBLE), UTC)
     found = f"{shown:%Y-%m-%d %H:%M:%S} UTC"

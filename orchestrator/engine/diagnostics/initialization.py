@@ -1,4 +1,4 @@
-"""Determine the content of a first council.yaml, and write it atomically without replacing a user's file."""
+"""Generate council.yaml, and write it atomically without replacing a user's file."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COMMAND_ADAPTER = "command"
 
 @dataclass(frozen=True, slots=True)
 class InitRepository:
-    """The repository of a new file: the top of the checkout, the git directory, and the base branch."""
+    """The top of the checkout, the git directory, and the base branch."""
 
     site: RunRepository
     top: Path
@@ -42,7 +42,7 @@ class InitRepository:
 
 
 async def find_init_repository(folder: Path, environ: Mapping[str, str]) -> InitRepository:
-    """Return the repository that contains a folder; raise RefusedError if no run can work there."""
+    """Return the repository of a folder; raise RefusedError if no run can work there."""
     try:
         site = await find_run_repository(str(folder), is_url=False, environ=environ)
         repository = site.repository
@@ -61,7 +61,7 @@ async def find_init_repository(folder: Path, environ: Mapping[str, str]) -> Init
 
 
 async def find_usable_tests(ground: InitRepository, environ: Mapping[str, str]) -> RepositoryTests | None:
-    """Return the best test command of the base, preferably one that works in the sandbox."""
+    """Return the base's best test command, preferably one that works in the sandbox."""
     git = Git(None, as_user=True, environ=environ)
     committed = set(split_nul((await git("ls-tree", "-z", "--name-only", ground.base, cwd=ground.top)).stdout))
     top = await anyio.to_thread.run_sync(read_top_level, ground.top)
@@ -81,7 +81,7 @@ async def find_usable_tests(ground: InitRepository, environ: Mapping[str, str]) 
 
 
 def required_programs(tests: RepositoryTests) -> dict[str, str]:
-    """Return the requirements of a test command, each with a shell command that succeeds if it is met."""
+    """Return the requirements of a test command, each with a shell command as a test."""
     environment = tests.environment
     commands = [tests.command, *([] if environment is None else [environment.setup])]
     names = [name for command in commands for name in find_programs(command) if "/" not in name]
@@ -92,9 +92,10 @@ def required_programs(tests: RepositoryTests) -> dict[str, str]:
 async def find_adapters(
     types: Mapping[str, AdapterType], wanted: str | None, environ: Mapping[str, str]
 ) -> dict[str, AdapterStatus]:
-    """Return the adapter types that work without options, best first; or only the `wanted` type.
+    """Return the adapter types that work without options, best first.
 
-    Without `wanted`, only types with installed programs. Raises RefusedError if `wanted` is unknown or needs options.
+    If `wanted` is given, only this type, else types with installed programs. Raises RefusedError if `wanted` is unknown
+    or needs options.
     """
     made, needs = await anyio.to_thread.run_sync(make_default_adapters, types)
     if wanted is not None:
@@ -132,7 +133,7 @@ def _rank(status: AdapterStatus) -> int:
 
 
 async def write_schema(ground: InitRepository, text: str, environ: Mapping[str, str]) -> Path | None:
-    """Write a JSON Schema of the file for editors, ignored by git; return None if that fails."""
+    """Write a git-ignored JSON Schema for editors; return None if that fails."""
     project = Project(ground.top)
     try:
         await refuse_tracked_project_folder(project, environ)
@@ -151,7 +152,10 @@ def _write_schema(project: Project, git_dir: Path, text: str) -> Path:
 
 
 def check_can_write(path: Path, *, force: bool) -> None:
-    """Raise RefusedError if the file exists (unless `force`) or its folder is missing. Blocks."""
+    """Raise RefusedError if the file exists (unless `force`) or its folder is missing.
+
+    Blocks.
+    """
     if not path.parent.is_dir():
         raise RefusedError(f"there is no folder {path.parent}", "create it first")
     if path.is_dir():
@@ -161,7 +165,10 @@ def check_can_write(path: Path, *, force: bool) -> None:
 
 
 def write_file(path: Path, text: str, types: Mapping[str, AdapterType], *, force: bool) -> None:
-    """Write a file atomically if `load_config` accepts it; raise RefusedError otherwise. Blocks."""
+    """Write a file atomically; raise RefusedError if `load_config` rejects it.
+
+    Blocks.
+    """
     try:
         staged = _stage(path, text)
     except OSError as error:

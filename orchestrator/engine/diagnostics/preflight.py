@@ -1,4 +1,4 @@
-"""Check that a config can run, before anything is started or recorded; each refusal has a remedy."""
+"""Check that a config can run, before anything is started or recorded."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ async def run_preflight(
     store: StoreLocation | None,
     allow_deferred: bool,
 ) -> PreflightResult:
-    """Check that a config can run with the adapters that its tasks use; nothing is started or recorded.
+    """Check that a config can run with the adapters that its tasks use.
 
     `store` is the location of the store that will record the run, or None. Raises RefusedError if the run can't start,
     for example because of a missing base, a target with uncommitted changes, or a missing program.
@@ -103,7 +103,7 @@ async def run_preflight(
 
 
 def project_of_config(config: RunConfig, site: RunRepository) -> Project:
-    """Return the project of a config: the checkout of its repository, or without one the folder of the file."""
+    """Return the checkout of a config's repository, else the folder of the file."""
     if site.repository is None or site.repository.top is None:
         return Project(config.path.parent)
     return Project(site.repository.top)
@@ -112,7 +112,7 @@ def project_of_config(config: RunConfig, site: RunRepository) -> Project:
 async def fetch_base_and_target(
     site: RunRepository, hub: Hub, run: str, branches: tuple[str, str], environ: Mapping[str, str]
 ) -> str:
-    """Fetch the commits of base and target into the hub and check them; return the target's commit."""
+    """Fetch and check base and target in the hub; return the target's commit."""
     git = Git(hub.trusted, environ=environ)
     source, (base, target) = site.source(git), branches
     tip = await source.fetch(base, internal_ref_name(run, "base"))
@@ -132,7 +132,7 @@ async def delete_run_refs(hub: Hub, run: str, environ: Mapping[str, str]) -> Non
 
 
 async def check_branches(source: UpstreamRepository, base: str, target: str) -> dict[str, str]:
-    """Return the branches of the source; raise RefusedError for a missing base or an impossible target."""
+    """Return the source's branches; raise RefusedError if base or target is unusable."""
     try:
         heads = await source.heads()
     except GitError as error:
@@ -153,7 +153,7 @@ async def check_branches(source: UpstreamRepository, base: str, target: str) -> 
 
 
 async def find_surroundings(config: RunConfig, environ: Mapping[str, str]) -> RepositoryPaths:
-    """Return the repository paths that warnings need; empty if git can't read the repository."""
+    """Return repository paths for warnings; empty if git can't read the repository."""
     try:
         site = await find_run_repository(config.repo, is_url=config.is_url, environ=environ)
         if site.repository is None:
@@ -168,7 +168,7 @@ async def find_surroundings(config: RunConfig, environ: Mapping[str, str]) -> Re
 async def check_checkout(
     repository: LocalRepository | None, target: str, environ: Mapping[str, str], *, remedy: str = _CLEAN_REMEDY
 ) -> None:
-    """Raise RefusedError if the target is checked out with uncommitted changes, which would block each landing."""
+    """Raise RefusedError if uncommitted changes in a checkout would block landings."""
     if repository is None:
         return
     git = Git(None, as_user=True, environ=environ)

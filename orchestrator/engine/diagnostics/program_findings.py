@@ -28,7 +28,7 @@ _TITLE: Final = "programs"
 
 
 class _Command(NamedTuple):
-    """A command in the file: its kind, its text, and the names of its environment variables."""
+    """The kind and text of a command in the file, and its environment variable names."""
 
     kind: str
     text: str
@@ -52,7 +52,7 @@ def list_commands(run: RunConfig) -> list[_Command]:
 async def check_command_programs(
     run: RunConfig, top: Path | None, probe: SandboxProbe, environ: Mapping[str, str]
 ) -> list[Finding]:
-    """Return the problems with programs of checks and setup, or one finding that there are none."""
+    """Return problems with programs of checks and setup, or one positive finding."""
     commands = list_commands(run)
     if not commands:
         return []

@@ -92,7 +92,7 @@ class AdapterStatus:
 
 
 def make_default_adapters(types: Mapping[str, AdapterType]) -> tuple[dict[str, Adapter], dict[str, str]]:
-    """Return an adapter of each type that needs no options, and the requirements of the other types."""
+    """Return adapters without options, and the requirements of the other types."""
     made: dict[str, Adapter] = {}
     needs: dict[str, str] = {}
     for name, adapter_type in sorted(types.items()):
@@ -108,7 +108,7 @@ def make_default_adapters(types: Mapping[str, AdapterType]) -> tuple[dict[str, A
 
 
 async def probe_adapters(adapters: Mapping[K, Adapter], environ: Mapping[str, str]) -> dict[K, AdapterStatus]:
-    """Return the status of all adapters; their programs are probed concurrently, each once."""
+    """Return the status of all adapters; each program is probed once, concurrently."""
     wanted, broken = await anyio.to_thread.run_sync(_programs_of, adapters, environ)
     mark = f"{_MARK}={secrets.token_hex(8)}"
     questions = {repr(one): one for found in wanted.values() for one in found}
@@ -145,7 +145,7 @@ def _obstacle(status: AdapterStatus) -> str | None:
 
 
 class _ProbeRequest(NamedTuple):
-    """A program to probe, its sorted environment variables, and the content of its home.
+    """A program to probe, its sorted environment, and the content of its home.
 
     In variables, `_HOME_PLACEHOLDER` stands for the path of the home.
     """
@@ -158,7 +158,7 @@ class _ProbeRequest(NamedTuple):
 def _programs_of(
     adapters: Mapping[K, Adapter], environ: Mapping[str, str]
 ) -> tuple[dict[K, list[_ProbeRequest]], dict[K, str]]:
-    """Return each adapter's programs with their environment, and the errors of broken adapters."""
+    """Return each adapter's programs and environment, and errors of broken adapters."""
     found: dict[K, list[_ProbeRequest]] = {}
     broken: dict[K, str] = {}
     for name, adapter in adapters.items():
@@ -258,7 +258,7 @@ def check_program(
 
 
 def read_version(answer: CompletedCommand) -> Version | None:
-    """Return the first dotted number that looks like a version in standard output, else in standard error."""
+    """Return the first version number in standard output, else in standard error."""
     if answer.returncode > 0:
         return None
     for output in (answer.stdout, answer.stderr):

@@ -1,4 +1,4 @@
-"""Check that a run can work in a repository, with the same checks as at the start of a run."""
+"""Check that a run can work in a repository, as at the start of a run."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ _MOST_NAMED = 3  # files
 
 @dataclass(frozen=True, slots=True)
 class RepositoryInspection:
-    """The inspection of a repository: findings, the top of its checkout (None: no checkout), its size if relevant.
+    """Findings, the top of the checkout (None: no checkout), and the repository size.
 
-    `site` is its location; None if unknown.
+    `site` is its location; None if unknown. The size is None if irrelevant.
     """
 
     findings: list[Finding]
@@ -47,7 +47,7 @@ class RepositoryInspection:
 
 
 async def inspect_repository(run: RunConfig | None, folder: Path, environ: Mapping[str, str]) -> RepositoryInspection:
-    """Inspect the repository of a run, or without a run the repository that contains `folder`."""
+    """Inspect the repository of a run, or the repository that contains `folder`."""
     if run is not None and run.is_url:
         site = await find_run_repository(run.repo, is_url=True, environ=environ)
         return RepositoryInspection([await _inspect_remote(run, environ)], site=site)
@@ -116,7 +116,7 @@ async def _inspect_remote(run: RunConfig, environ: Mapping[str, str]) -> Finding
 async def check_referenced_files(
     run: RunConfig, words: Iterable[str], scripts: Iterable[str], top: Path, environ: Mapping[str, str]
 ) -> list[Finding]:
-    """Return warnings about files that sessions can't see, because they are not in the base.
+    """Return warnings about files that sessions can't see, as the base lacks them.
 
     Checked are all `scripts`, and those of `words` that are files in the checkout.
     """
@@ -171,7 +171,10 @@ def _files_of(
 
 
 def is_generated(top: Path, path: str) -> bool:
-    """Return True if a file belongs to a generated environment, which is never committed. Blocks."""
+    """Return True if a file is in a generated environment, which is never committed.
+
+    Blocks.
+    """
     folders = [top / parent for parent in Path(path).parents][:-1]
     return is_of_environment(path) or any((folder / "pyvenv.cfg").exists() for folder in folders)
 

@@ -1,4 +1,4 @@
-"""Run commands in the sandbox of sessions and checks, to find the programs available there."""
+"""Find the programs available in the sandbox of sessions and checks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ DEFAULT_SANDBOX = SandboxSettings()
 
 @dataclass(frozen=True, slots=True)
 class SandboxProbe:
-    """A sandbox configured like that of a run's checks, and the environment of its commands."""
+    """The sandbox of a run's checks, and the environment of its commands."""
 
     sandbox: RunSandbox
     environ: Mapping[str, str]
@@ -53,7 +53,7 @@ class SandboxProbe:
         stores: Sequence[Path],
         environ: Mapping[str, str],
     ) -> SandboxProbe | None:
-        """Return a probe of the configured sandbox; None if this machine does not support it.
+        """Return a probe of the sandbox; None if this machine does not support it.
 
         `stores` are the local paths of the store.
         """
@@ -108,7 +108,7 @@ class SandboxProbe:
     def explain_missing_program(
         self, program: str, env: Sequence[str] = (), reach: PathAccess = _NO_REACH
     ) -> tuple[str, list[str]]:
-        """Return a description of the searched locations, and the hidden folders on PATH that contain the program."""
+        """Return the searched locations, and hidden folders on PATH with the program."""
         environment = build_base_environment(env, self.environ, Path("/"), {})
         hidden = self.sandbox.find_hidden_folders(program, environment, reach)
         if hidden:

@@ -22,7 +22,7 @@ _REPAIR: Final = "run `council state verify --repair` to keep the readable part"
 
 @dataclass(frozen=True, slots=True)
 class LogGrowth:
-    """The recent growth of the log: commits during `seconds`, and the age of the oldest readable state."""
+    """Commits to the log during `seconds`, and the age of the oldest readable state."""
 
     commits: int
     seconds: float
@@ -32,7 +32,10 @@ class LogGrowth:
 
 @dataclass(frozen=True, slots=True)
 class SilentSession:
-    """A running session, and the seconds since its last output; `limit` None: unlimited."""
+    """A running session, and the seconds since its last output.
+
+    If `limit` is None, it is unlimited.
+    """
 
     run: str
     task: str

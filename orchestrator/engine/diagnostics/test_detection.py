@@ -1,4 +1,4 @@
-"""Detect the command for a repository's tests and its requirements from the files at its top.
+"""Detect a repository's test command and its requirements from top-level files.
 
 Pure except for `read_top_level`.
 """
@@ -35,7 +35,7 @@ _MAX_TEST_FILES: Final = 50
 
 @dataclass(frozen=True, slots=True)
 class ProjectEnvironment:
-    """The environment of a fresh checkout: the shell command that creates it, and its input files.
+    """The shell command that creates a checkout's environment, and its input files.
 
     `programs` is a folder of programs that it creates.
     """
@@ -49,7 +49,7 @@ class ProjectEnvironment:
 
 @dataclass(frozen=True, slots=True)
 class RepositoryTests:
-    """A shell command that runs the tests, the file that declares it, and the environment that it needs."""
+    """The test command, the file that declares it, and the environment that it needs."""
 
     command: str
     declared_in: str
@@ -78,7 +78,10 @@ def detect_tests(top: TopLevelFiles) -> RepositoryTests | None:
 
 
 def read_top_level(folder: Path) -> dict[str, str]:
-    """Return the names at the top of a repository, with the contents of the files that are parsed. Blocks."""
+    """Return top-level names of a repository, with the contents of files to parse.
+
+    Blocks.
+    """
     top: dict[str, str] = {}
     for entry in sorted(folder.iterdir()):
         with suppress(OSError):
@@ -221,7 +224,7 @@ def _python(top: TopLevelFiles) -> RepositoryTests | None:
 
 
 def _unittest(top: TopLevelFiles) -> RepositoryTests | None:
-    """Return the command that discovers tests of `unittest`, at the top or in a folder."""
+    """Return the command that discovers `unittest` tests at the top or in a folder."""
     for folder in ("", *_TEST_FOLDERS):
         tests = {name: text for name, text in top.items() if re.fullmatch(rf"{folder}test[^/]*\.py", name)}
         declared_in = next((name for name, text in tests.items() if _IMPORTS_UNITTEST.search(text)), None)
@@ -256,7 +259,7 @@ _IS_INSTALLATION: Final = 'python3 -c "import sys, {module}; sys.exit(sys.prefix
 
 
 def _python_environments(top: TopLevelFiles, module: str | None = None) -> list[ProjectEnvironment]:
-    """Return the virtual environments that can contain a project and a module, best first.
+    """Return virtual environments for a project and a module, best first.
 
     Without a module, empty for a project that needs no packages.
     """
@@ -277,7 +280,7 @@ def _venv(words: list[str], inputs: list[str], options: str = "", *needs: str) -
 
 
 def _pip_words(top: TopLevelFiles) -> tuple[list[str], list[str]]:
-    """Return the `pip install` arguments for a project, and the files that they come from."""
+    """Return a project's `pip install` arguments, and the files that they come from."""
     files = [name for name in top if _REQUIREMENTS.fullmatch(name)]
     words = [word for name in files for word in ("-r", name)]
     project = _toml(top.get("pyproject.toml", ""))
@@ -295,7 +298,7 @@ def _pip_words(top: TopLevelFiles) -> tuple[list[str], list[str]]:
 
 
 def _is_declared(top: TopLevelFiles, module: str) -> bool:
-    """Return True if the packages that pip installs for a project include a module of this name."""
+    """Return True if a project's declared packages include a module of this name."""
     words, files = _pip_words(top)
     texts = [" ".join(words), *(top[name] for name in files if name.endswith(".txt"))]
     project = _toml(top.get("pyproject.toml", ""))
@@ -333,7 +336,7 @@ def _ruby(top: TopLevelFiles) -> RepositoryTests | None:
 def _file_rule(
     names: tuple[str, ...], command: str, before: str | None = None, wrapper: str | None = None
 ) -> Callable[[TopLevelFiles], RepositoryTests | None]:
-    """Return the rule of a language whose test command follows from the first of some files.
+    """Return a language's rule: the first existing file determines the test command.
 
     `wrapper` is a file that replaces the program of the command.
     """

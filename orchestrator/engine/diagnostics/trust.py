@@ -1,4 +1,4 @@
-"""Store which config files the user has confirmed, outside of all repositories, by real path.
+"""Store which config files the user has confirmed, by real path.
 
     $XDG_CONFIG_HOME/council/trust.json    {"version": 1, "files": {PATH: [DIGEST, …]}}
 
@@ -29,7 +29,10 @@ def trusts_all(environ: Mapping[str, str]) -> bool:
 
 
 def enclosing_checkout(file: Path) -> Path | None:
-    """Return the top of the innermost checkout that contains a file; None if there is none. Blocks."""
+    """Return the top of the innermost checkout that contains a file, or None.
+
+    Blocks.
+    """
     folder = Path(os.path.realpath(file)).parent
     return next((one for one in (folder, *folder.parents) if os.path.lexists(one / ".git")), None)
 
@@ -43,7 +46,7 @@ async def find_unconfirmed(file: Path, requests: Sequence[str], environ: Mapping
 
 
 async def confirm_requests(file: Path, requests: Iterable[str], environ: Mapping[str, str]) -> None:
-    """Record that the user confirmed exactly these requests of a file; its other confirmations are deleted.
+    """Record exactly these requests of a file as confirmed, replacing earlier ones.
 
     Raises RefusedError if the file of confirmations is not writable.
     """

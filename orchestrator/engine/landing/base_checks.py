@@ -191,7 +191,7 @@ class BaseChecks:
         return f" and merge that into {run.target} (`{command}`)"
 
     async def _find_failure(self, tasks: Sequence[str], base: CheckedBase) -> str | None:
-        """Return the reason why the shared checks of these tasks fail on a commit, or None."""
+        """Return why the shared checks of these tasks fail on a commit, or None."""
         task, spec, commit = tasks[0], await self.ledger.definitions.spec(tasks[0]), base.commit
         key = await _hash_checks(self.context, spec, commit)
         if self._has_landed(spec, commit) or key in await self.ledger.run_state.proven_bases():

@@ -1,4 +1,4 @@
-"""Decide whether a merge may land: by the paths that it changes, the locks of other sessions, and its checks."""
+"""Decide if a merge may land, by its paths, the locks of sessions, and its checks."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class MergeChecks:
         return obstacle is None
 
     async def _run(self, task: str, spec: TaskSpec, merge: PreparedMerge) -> tuple[CheckResult, str | None]:
-        """Return the result of the checks of a merge, and the reason if a failed check can never run."""
+        """Return a merge's check results, and the reason if a failed check can never run."""
         run, builder = self._ledger.run, self._ledger.task(task).building_attempt
         runner = self._running = self._context.checks(self._pool, run.id, task, builder.number, spec)
         base, unrunnable = merge.old or builder.base, None

@@ -1,4 +1,4 @@
-"""Record the outcomes of landings: landed, deferred, rejected, or given to another attempt."""
+"""Record the outcomes of landings: landed, deferred, rejected, or retried."""
 
 from __future__ import annotations
 

@@ -23,7 +23,10 @@ _LANDED_EXTERNALLY = "landed externally"
 
 
 def has_unlanded_work(tasks: Iterable[TaskDocument]) -> bool:
-    """Return True if a task has built work that is not recorded as landed, but may be on the target."""
+    """Return True if a task's built work is not recorded as landed.
+
+    The work may be on the target.
+    """
     return any(one.status in _BUILT and one.commit is not None for one in tasks)
 
 

@@ -1,1 +1,1 @@
-"""Start and complete the phases of a task: prompts, handoffs, plans that become tasks."""
+"""Start and complete phases: prompts, handoffs, and plans that become tasks."""

@@ -1,4 +1,4 @@
-"""Complete a phase after its session succeeded: check its handoff, and choose the next step.
+"""Complete a phase after its session: check its handoff, and choose the next step.
 
 `domain.workflow.routing` decides which phase follows; this module collects its inputs, and the writes that accompany
 the change of the task.
@@ -111,7 +111,7 @@ class PhaseCompleter:
     def make_handoff_checker(
         self, task: str, spec: TaskSpec, phase: Phase
     ) -> Callable[[JsonObject], Awaitable[Sequence[str]]] | None:
-        """Return a validator for results that a running session submits; None if its phase has no result."""
+        """Return a validator of a running session's result; None if its phase has none."""
         if phase.kind is None:
             return None
 
@@ -130,7 +130,7 @@ class PhaseCompleter:
     async def complete(
         self, task: str, spec: TaskSpec, current: NextPhase, session: EndedSession
     ) -> TaskUpdate | Failed:
-        """Return the outcome of a phase whose session succeeded; the phase itself may have failed."""
+        """Return the outcome of a phase whose session succeeded, which may be a failure."""
         document, phase = self.ledger.task(task), current.phase
         base = document.attempt.base
         if current.workflow.is_default:
@@ -235,7 +235,7 @@ class PhaseCompleter:
     def _advance(
         self, workflow: Workflow, phase: Phase, after: TaskDocument, following: Phase | None, outcome: str
     ) -> TaskUpdate:
-        """Return the outcome of a completed phase: the next phase, a queued landing, or a finished task."""
+        """Return a completed phase's outcome: next phase, queued landing or finished task."""
         if following is not None:
             changes = {"phases": after.phases, "phase": workflow.after(phase.name)[0].name}
             return TaskUpdate(Trigger.ADVANCE, TaskAdvanced(outcome=outcome, next=following.name), changes)
@@ -270,7 +270,7 @@ class PhaseCompleter:
         writes: Sequence[Write],
         events: Sequence[TaskEvent],
     ) -> TaskUpdate | Failed:
-        """Send rejected work back to its `on_reject` phase, with the findings of the review."""
+        """Send rejected work back to its `on_reject` phase, with the review's findings."""
         document, phase = self.ledger.task(task), current.phase
         findings = checked.data.get("findings") or checked.data.get("summary") or ""
         phases = change_last_visit(document, PhaseTrigger.COMPLETE, **record)
@@ -363,7 +363,10 @@ async def _facts(git: Git, kind: HandoffKind, data: JsonObject, commit: str | No
 def select_delivery(
     file: HandoffData | MalformedHandoff | None, tool: JsonObject | None, answer: str
 ) -> tuple[JsonObject, Delivery] | Violation:
-    """Return a session's result and its means of delivery, or a violation; the file has priority over the tool."""
+    """Return a session's result and its means of delivery, or a violation.
+
+    The file takes precedence over the tool.
+    """
     match file:
         case HandoffData(data):
             return data, "file"

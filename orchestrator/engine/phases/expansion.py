@@ -21,7 +21,7 @@ from orchestrator.engine.state.ledger import Ledger
 async def expand_task(
     ledger: Ledger, task: str, spec: TaskSpec, phase: Phase, plan: Mapping[str, Any], attempt: int
 ) -> dict[str, TaskSpec] | Sequence[Violation]:
-    """Return the tasks that an attempt's plan creates, by id, or the violations that prevent it.
+    """Return the tasks that a plan creates, by id, or the violations that prevent it.
 
     Settings that a plan can't define are inherited from the planning task: adapters, limits, checks. Ids of tasks from
     an earlier plan are not reused, even if a restore deleted them, because a checkpoint may restore them.
@@ -55,7 +55,7 @@ async def expand_task(
 
 
 def expansion_changes(ledger: Ledger, task: str, specs: Mapping[str, TaskSpec]) -> dict[str, Any]:
-    """Return the changes to a task whose plan creates these tasks; empty without tasks."""
+    """Return the changes to a planning task; empty if its plan creates no tasks."""
     return {"subtasks": (*landed_subtasks(ledger, ledger.task(task)), *specs)} if specs else {}
 
 
@@ -72,7 +72,7 @@ def landed_subtasks(ledger: Ledger, document: TaskDocument) -> tuple[str, ...]:
 def superseded_subtasks(
     ledger: Ledger, workflow: Workflow, document: TaskDocument, phase: str | None
 ) -> tuple[str, ...]:
-    """Return the subtasks to drop when a task restarts from a phase, because a new plan replaces them.
+    """Return the subtasks to drop when a task restarts from a phase.
 
     These are all subtasks that have not landed, if the phase that planned them runs again.
     """

@@ -1,4 +1,4 @@
-"""Render the prompt of a phase's session from its template, and evaluate a phase's condition.
+"""Render the prompt of a phase's session, and evaluate the condition of a phase.
 
 Text from agents, trackers and other sessions is wrapped before a template receives it: a template can inspect it and
 branch on it, but every printed part is quoted as data, no matter how it is printed. Pure except for Jinja2.
@@ -122,7 +122,7 @@ def is_condition_met(phase: str, condition: str, values: Mapping[str, Any]) -> b
 
 
 def render_handoff_instructions(kind: str, schema: JsonObject, *, writes: bool = True, has_tools: bool = True) -> str:
-    """Render the instructions for submitting a result: a JSON object that fits `schema`.
+    """Render the instructions to submit a result: a JSON object that fits `schema`.
 
     `$COUNCIL_HANDOFF` is listed last if the program may not write files. `has_tools`: the session has the command
     `council submit-handoff` and the tool `submit_handoff`.
@@ -141,7 +141,7 @@ def render_handoff_instructions(kind: str, schema: JsonObject, *, writes: bool =
 
 
 def render_findings(phase: str, findings: Any, mark: str) -> str:
-    """Render feedback for a phase whose work a review rejected; `findings` are JSON or text."""
+    """Render feedback on rejected work; `findings` are JSON or text."""
     return (
         f"---\nThe phase {phase!r} rejected the work on this task in its current state. Fix what it found, and keep\n"
         "what the task asks for. Its findings are quoted between the two marks. Check each against the files:\n"
@@ -159,7 +159,7 @@ def render_handoff_errors(errors: Sequence[str], mark: str) -> str:
 
 
 def render_command_failure(command: str, ended: str, output: str, mark: str) -> str:
-    """Render feedback for a phase whose `until` command failed; `output` is the end of its output."""
+    """Render feedback on a failed `until` command; `output` is the end of its output."""
     return (
         f"---\nThe work of this phase is complete only when `{command}` succeeds, and it {ended}. Fix the cause, and\n"
         "keep what the task asks for. The end of its output is quoted between the two marks;\n"
@@ -168,7 +168,7 @@ def render_command_failure(command: str, ended: str, output: str, mark: str) -> 
 
 
 def render_restart(paths: Sequence[str], diff: str | None, feedback: str | None, mark: str) -> str:
-    """Render feedback for a session that starts from scratch because the earlier work conflicts with the target.
+    """Render feedback for a restart after a conflict with the target.
 
     `paths` are in conflict; `diff` and `feedback` belong to the earlier work.
     """
@@ -210,14 +210,14 @@ def _template_variables(facts: PromptFacts, quoter: _Quoter) -> dict[str, Any]:
 
 
 def describe_prompt_source(tracker: str | None, planner: str | None) -> str | None:
-    """Return the source of a task's prompt as text: a tracker or the planning task; None: neither."""
+    """Return the source of a prompt, a tracker or a planning task, as text, or None."""
     if planner is not None:
         return f"planned by a session of task {planner!r}"
     return None if tracker is None else f"taken from the tracker {tracker!r}"
 
 
 def render_task_prompt(prompt: str, source: str | None, mark: str) -> str:
-    """Return the prompt of a task, quoted if it comes from a `source` other than the user's file."""
+    """Return a task's prompt, quoted if its `source` is not the user's file."""
     if source is None:
         return prompt.strip()
     return (
@@ -247,14 +247,17 @@ class _Quoter:
         return _QuotedValue(value, self) if isinstance(value, str | dict | list | tuple) else value
 
     def quote(self, value: Any, label: Any = "data") -> str:
-        """Return a value quoted between marks with a label; an unsuitable label becomes `data`."""
+        """Return a value quoted between marks; an unsuitable label becomes `data`."""
         self.has_quoted = True
         word = str(_unwrap(label))
         return quote_block(_text(_unwrap(value)), self._mark, word if _WORD.fullmatch(word) else "data")
 
 
 class _QuotedValue:
-    """A text, list or mapping from another source: its items are wrapped as well, and its text is printed quoted."""
+    """A text, list or mapping from another source, which is always printed quoted.
+
+    Its items are wrapped as well.
+    """
 
     __slots__ = ("_quoter", "_value")
 

@@ -1,4 +1,4 @@
-"""Choose the phase that a task's next session runs, build its prompt, and record its start."""
+"""Choose a task's next phase, build its prompt, and record its start."""
 
 from __future__ import annotations
 
@@ -68,7 +68,10 @@ class ConflictingWork:
 
 @dataclass(frozen=True, slots=True)
 class NextPhase:
-    """The phase that the next session of a task runs; `phases` are its visits so far, including skipped ones."""
+    """The phase of a task's next session.
+
+    `phases` are the task's visits so far, including skipped ones.
+    """
 
     workflow: Workflow
     phase: Phase
@@ -97,7 +100,7 @@ class PhaseStarter:
     """Whether sessions have the handoff command and tool."""
 
     async def next_phase(self, task: str, spec: TaskSpec) -> NextPhase | TaskUpdate:
-        """Return the phase that the next session of a task runs; phases with an unmet condition are skipped.
+        """Return the phase of a task's next session, skipping unmet conditions.
 
         If no phase remains, return the update that queues its work to land, or marks the task done.
         """
@@ -198,7 +201,7 @@ class PhaseStarter:
 
 
 def render_plain_prompt(spec: TaskSpec) -> str:
-    """Render the prompt of a task without a workflow; text from a tracker or a plan is quoted."""
+    """Render the prompt of a task without workflow; text from others is quoted."""
     source = describe_prompt_source(spec.tracker, planning_task(spec))
     return spec.prompt if source is None else f"{render_task_prompt(spec.prompt, source, secrets.token_hex(8))}\n"
 

@@ -1,4 +1,4 @@
-"""Collect the values that a phase can receive: the task's context, and the results of earlier phases."""
+"""Collect a phase's values: the task's context, and results of earlier phases."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class PhaseValues:
     """The result of each earlier phase, as later phases see it."""
 
     def wanted(self, phase: Phase, needs: Sequence[str] | None) -> Sequence[str] | None:
-        """Return the names of the values that a phase receives: its needs, and all data mediated for it."""
+        """Return the names of a phase's values: its needs, and data mediated for it."""
         if needs is None:
             return None
         mediated = [
@@ -48,7 +48,7 @@ class PhaseValues:
         return tuple(dict.fromkeys((*needs, *mediated)))
 
     def received(self, given: Mapping[str, Any]) -> dict[str, tuple[int, Handoff]]:
-        """Return the handoffs that given values come from, by id, with their document versions."""
+        """Return the source handoffs of given values, by id, with document versions."""
         return {
             versioned[1].id: versioned
             for phase, versioned in self.handoffs.items()
@@ -56,7 +56,7 @@ class PhaseValues:
         }
 
     def with_produced(self, added: Mapping[str, Any], phase: str, result: Mapping[str, Any]) -> PhaseValues:
-        """Return the values together with those that the phase itself added, for later phases."""
+        """Return the values, plus those that the phase itself added for later phases."""
         return replace(self, known={**self.known, **added}, results={**self.results, phase: result})
 
 
@@ -77,7 +77,7 @@ class PhaseInputs:
         return await collect_phase_values(workflow, phase, spec.context, done, handoffs, self.kind, self.shared_values)
 
     def kind(self, phase: Phase) -> HandoffKind:
-        """Return the kind of a phase's handoff; raise RefusedError if its plugin is no longer installed."""
+        """Return a phase's handoff kind; raise RefusedError if its plugin is missing."""
         name = phase.kind or phase.name
         if phase.handoff_schema is not None:
             return kind_from_schema(name, phase.handoff_schema)
@@ -96,7 +96,7 @@ async def collect_phase_values(
     kind_of: Callable[[Phase], HandoffKind],
     shared_values: SharedValues,
 ) -> PhaseValues:
-    """Return the values of a phase, given the completed visits before it and all handoffs of the task by id."""
+    """Return a phase's values from earlier visits and the task's handoffs by id."""
     produced: dict[str, Mapping[str, Any]] = {}
     known = dict(inherited)
     results: dict[str, Any] = {}
@@ -134,7 +134,7 @@ async def collect_phase_values(
 
 
 async def _latest_shared_data(handoff: Handoff, kind: HandoffKind, shared_values: SharedValues) -> dict[str, Any]:
-    """Return the current data of a shared handoff if it is valid for its kind, else the original data."""
+    """Return the data of a shared handoff if valid for its kind, else the original."""
     if handoff.key is not None:
         current = await shared_values.get(handoff.key)
         if current is not None and current.version != handoff.version and isinstance(current.value, dict):

@@ -1,4 +1,4 @@
-"""Verify a run's workflow records: collect the facts that `domain.workflow.verification` checks.
+"""Verify a run's workflow records by the rules of `domain.workflow.verification`.
 
 Read-only, and safe while the run is active: the documents of a task are read as of one point in time.
 """
@@ -121,7 +121,10 @@ class _RunVerifier:
         return TaskVerification(task, name, len(document.phases), len(handoffs), violations, unseen)
 
     async def _read_records(self, task: str) -> tuple[TaskDocument, dict[str, Handoff]]:
-        """Read a task and its handoffs consistently: each handoff is written with a new version of its task."""
+        """Read a task and its handoffs consistently.
+
+        Each handoff is written with a new version of its task.
+        """
         key = task_key(self.run.id, task)
         while True:
             before = await self.store.get(key)
@@ -136,7 +139,7 @@ class _RunVerifier:
                 return document, {name: handoff for name, (_, handoff) in handoffs.items()}
 
     async def _checksums(self, facts: WorkflowRecord) -> tuple[dict[str, dict[str, str | None]], list[str]]:
-        """Return the checksums of the files in handoffs, by handoff, and the reasons for unchecked files.
+        """Return file checksums by handoff, and the reasons for unchecked files.
 
         Checksums are computed at the final commits of the visits.
         """
@@ -173,7 +176,7 @@ async def verify_run(
     clock: Clock,
     environ: Mapping[str, str],
 ) -> RunVerification:
-    """Verify each task of a run that has a workflow. Raises RefusedError if there is no such run."""
+    """Verify each task with a workflow; raise RefusedError if the run does not exist."""
     # Sessions first: everything they refer to is recorded before the other documents are read.
     sessions, now = await read_contexts(store, run), clock.now()
     document = await read_run(store, run)

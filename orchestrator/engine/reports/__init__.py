@@ -1,1 +1,1 @@
-"""Results of runs and tasks, as printed by commands and returned by the Python API. Pure."""
+"""Results of runs and tasks, as the commands and the Python API return them. Pure."""

@@ -72,7 +72,7 @@ class DryRun:
 
 
 def starting_adapters(config: RunConfig) -> dict[str, tuple[str, ...]]:
-    """Return the adapters that would start each task, in order of preference, if no phase is skipped."""
+    """Return each task's first adapters by preference, if no phase is skipped."""
     document = TaskDocument()
     return {
         task.id: current_adapters(

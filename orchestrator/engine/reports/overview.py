@@ -1,4 +1,4 @@
-"""Summarize a run: its options, tasks with attempts, live sessions, newest events, metrics. Pure."""
+"""Summarize a run: tasks, attempts, live sessions, newest events, metrics. Pure."""
 
 from __future__ import annotations
 
@@ -75,9 +75,10 @@ class RunOverview:
 
 
 def landing_times(tasks: Mapping[str, TaskDocument], documents: Mapping[str, Document]) -> dict[str, float]:
-    """Return the times when tasks landed (wall-clock seconds); imported tasks have the imported completion time.
+    """Return the landing times of tasks (wall-clock seconds).
 
-    The document of a landed task never changes again, so its time is the time of the landing.
+    The document of a landed task never changes again, so its time is the time of the landing. Imported tasks have the
+    imported completion time.
     """
     times = {
         name: documents[name].time if task.imported is None else task.imported.completed

@@ -182,7 +182,7 @@ class RunReport:
 
     @property
     def has_stuck_tasks(self) -> bool:
-        """Whether any of its tasks is blocked only by a disabled adapter, which a resume enables again."""
+        """Whether a task is blocked only by a disabled adapter, which a resume enables."""
         return any(task.status == "blocked" and task.blocked_by is None for task in self.tasks)
 
     def to_json(self) -> JsonObject:
@@ -195,7 +195,7 @@ class RunReport:
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """The documents of a run; its tasks and their dispatch entries are in the order of the file."""
+    """The documents of a run; tasks and dispatch entries are in the order of the file."""
 
     run: RunDocument
     tasks: Mapping[str, TaskDocument]
@@ -223,7 +223,7 @@ class RunRecord:
         )
 
     def dependents_of(self, needs: Iterable[str]) -> dict[str, str]:
-        """Return the pending direct and indirect dependents of some tasks, each with its direct need."""
+        """Return all pending dependents of some tasks, each with its direct need."""
         needed = {task: entry.needs for task, entry in self.entries.items()}
         graph = DependencyGraph(needed, lambda task: self.tasks[task].status is TaskStatus.PENDING)
         for need in needs:
@@ -265,9 +265,9 @@ def build_report(
     now: float,
     damage: Sequence[str] = (),
 ) -> RunReport:
-    """Return the report of a run at `now` (wall-clock seconds); `logs` and `repository` have its logs and branches.
+    """Return the report of a run at `now` (wall-clock seconds).
 
-    `is_live`: a process is active in the run.
+    `logs` and `repository` have its logs and branches. `is_live`: a process is active in the run.
     """
     state = run_state(
         {document.status for document in record.tasks.values()},
@@ -340,7 +340,7 @@ def last_failures(record: RunRecord) -> dict[str, AdapterFailure]:
 
 
 def _tasks_without_adapter(record: RunRecord, disabled: Mapping[str, str]) -> dict[str, str]:
-    """Return the tasks whose adapters are all disabled, their dependents, and the reason for each."""
+    """Return tasks whose adapters are all disabled, and dependents, with reasons."""
     stuck = {
         task: _describe_disabled({name: disabled[name] for name in record.adapters_of(task)}, record.run.id)
         for task in record.entries
@@ -363,7 +363,7 @@ def _describe_disabled(disabled: Mapping[str, str], run: str) -> str:
 
 
 def _tasks_in_cooldown(record: RunRecord, unavailable: Sequence[AdapterReport]) -> dict[str, str]:
-    """Return the tasks that only wait for the cooldown of their adapters, each with a reason."""
+    """Return tasks that only wait for the cooldown of adapters, with reasons."""
     if all(adapter.cooldown_until is None for adapter in unavailable):
         return {}
     by_name, reasons = {adapter.name: adapter for adapter in unavailable}, dict[tuple[str, ...], str]()
@@ -382,7 +382,10 @@ def _tasks_in_cooldown(record: RunRecord, unavailable: Sequence[AdapterReport]) 
 
 
 def _describe_cooldown(adapters: Sequence[AdapterReport]) -> str:
-    """Return a message with the adapters that a task waits for, in order of time; empty if all are disabled."""
+    """Return a message with the adapters that a task waits for, by time.
+
+    Empty if all are disabled.
+    """
     ends = sorted(
         (one.cooldown_until, one.name) for one in adapters if one.disabled_reason is None and one.cooldown_until
     )

@@ -1,4 +1,4 @@
-"""JSON Schemas (draft 2020-12) of `--json` output: a run's result, a task's details, and events."""
+"""JSON Schemas (draft 2020-12) of `--json` output: results, task details, events."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def task_details_schema() -> JsonObject:
 
 
 def event_schema() -> JsonObject:
-    """Return the schema of an event as `--json` prints it; later versions may add events and fields."""
+    """Return the schema of printed events; later versions may add events and fields."""
     return {"$schema": _DRAFT, "anyOf": [_schema_of(event) for event in EVENT_TYPES.values()]}
 
 

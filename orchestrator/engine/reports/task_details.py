@@ -1,4 +1,4 @@
-"""Describe one task in full: its prompt, phases, sessions, handoffs and landing. Pure."""
+"""Describe a task in full: prompt, phases, sessions, handoffs and landing. Pure."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def build_task_details(
     now: float,
     damage: Sequence[str] = (),
 ) -> TaskDetails:
-    """Return the details of a task from its documents; `logs` is the folder with the logs of its run.
+    """Return a task's details; `logs` is the folder with the logs of its run.
 
     Sessions without an end are running at `now` (wall-clock seconds).
     """
@@ -217,7 +217,7 @@ def _record(phase: str, **changes: Any) -> PhaseRecord:
 
 
 def _plain_visit(task: TaskDocument, attempts: Sequence[Attempt], now: float) -> PhaseVisitDetails:
-    """Return the single phase of a task without a workflow; only its attempts are recorded."""
+    """Return the single phase of a task without workflow, which records only attempts."""
     status = task.status.record.plain_phase
     is_open = status in OPEN_STATUSES
     built = [attempt for attempt in attempts if attempt.outcome == "built"]

@@ -1,1 +1,1 @@
-"""The scheduler of a run: start attempts, land work, follow other processes, recover after a crash."""
+"""Start attempts, land work, follow other processes, and recover after a crash."""

@@ -19,7 +19,7 @@ from orchestrator.sessions.setup.checks import CheckRunner
 
 
 class AttemptEnd(NamedTuple):
-    """The effects of an ended attempt on later attempts; the ledger has the status of its task."""
+    """The effects of an ended attempt on later ones, apart from the task's status."""
 
     retry_in: float = 0.0
     """Seconds until the task may start again, if it is pending."""

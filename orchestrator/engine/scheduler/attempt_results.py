@@ -1,4 +1,4 @@
-"""Record the results of attempts: complete their phases, retry, or end their tasks."""
+"""Record attempt results: complete phases, retry tasks, or end them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class AttemptRecorder:
     phase_handlers: PhaseHandlers
 
     async def record(self, active: ActiveAttempt, finished: SessionResult) -> AttemptEnd:
-        """Record the end of an attempt; raise ClaimLost if another orchestrator has taken over its task."""
+        """Record an attempt's end; raise ClaimLost if another orchestrator has the task."""
         await self.ledger.require_claim(active.task)
         if active.cancelled:
             return await self._record_cancelled(active, finished)
@@ -123,7 +123,7 @@ class AttemptRecorder:
         return AttemptEnd()
 
     async def _complete_phase(self, active: ActiveAttempt, ended: EndedSession) -> TaskUpdate | Failed:
-        """Return the update that completes the phase of a session, or the failure of the phase."""
+        """Return the update that completes or fails the phase of a session."""
         try:
             return await self.phase_handlers.completer.complete(active.task, active.spec, active.next_phase, ended)
         except (RefusedError, HandoffCorrupted) as error:  # an invalid condition or earlier handoff

@@ -91,7 +91,10 @@ class AttemptRunner:
         return ActiveAttempt(task, spec, adapter, session, replace(next_phase, prompt=prompt))
 
     async def _diff(self, next_phase: NextPhase) -> str | None:
-        """Return the diff that a phase starts with, if its template may show it, or that conflicts with the target."""
+        """Return the diff that a phase starts with, or that conflicts with the target.
+
+        None if the phase's template can't show it.
+        """
         base, commit = next_phase.base, next_phase.start if next_phase.phase.shows_diff else None
         if next_phase.conflicting is not None:
             base, commit = next_phase.conflicting.base, next_phase.conflicting.commit
@@ -196,7 +199,7 @@ class AttemptRunner:
         return format_notes(await self.context.session_service.notes.find_relevant(task, spec.owns))
 
     async def _paths(self, active: ActiveAttempt, claim: Guard) -> Sequence[Write] | None:
-        """Return the writes that claim the paths of a task under `claim`; None if its base is outdated."""
+        """Return writes that claim a task's paths; None if its base is outdated."""
         owns = active.spec.owns
         if not owns:
             return []
@@ -266,7 +269,7 @@ class AttemptPreparer:
             return None
 
     async def _check_retry_limit(self, task: str) -> Failed | None:
-        """Return the failure if a task has no retries left, including takeovers, else None."""
+        """Return the failure if a task has no retries left, else None; takeovers count."""
         claims, timing = self.attempts.ledger.claims, self.attempts.ledger.orchestrators.timing
         if claims is None:
             return None

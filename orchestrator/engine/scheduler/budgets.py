@@ -103,7 +103,7 @@ class Budgets:
         self._tokens, self._cost, self._started = 0, 0.0, 0.0
 
     def cost_left(self, task: str, spec: TaskSpec) -> float | None:
-        """Return the maximum cost of a task's next session in US dollars; None if unlimited."""
+        """Return the cost limit of a task's next session in US dollars; None: unlimited."""
         return compute_remaining_cost((limit.budget, limit.spent) for limit in self._limits(task, spec, ""))
 
     def is_halted(self) -> bool:

@@ -83,7 +83,10 @@ class Capacity:
         return startable
 
     async def apply_shortage(self, reason: str | None) -> None:
-        """Pause starts, increasingly long, if a session failed for lack of a resource; `reason` None: it did not."""
+        """Pause starts, each time longer, if a session lacked a resource.
+
+        `reason` is None if it did not.
+        """
         if reason is None:
             self._shortages = 0
         elif self.paused_until <= self._clock.monotonic():  # otherwise another session reported the same shortage

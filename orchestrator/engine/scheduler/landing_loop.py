@@ -1,4 +1,4 @@
-"""Decide when the merge queue lands, and apply the outcomes to the work of this process."""
+"""Decide when the merge queue lands, and apply the outcomes in this process."""
 
 from __future__ import annotations
 
@@ -92,5 +92,5 @@ class LandingLoop:
         self._queue.deferred.append(task)
 
     async def remove_homes(self, tasks: Sequence[str]) -> None:
-        """Delete the adapter homes of tasks that landed or are done, whose conversations are never resumed."""
+        """Delete adapter homes of landed or done tasks, which are never resumed."""
         await adapter_homes.remove_homes(self._context.tools.logs, tasks, self._context.tools.environ)

@@ -24,7 +24,7 @@ class LiveRequestHandler(RequestHandler):
     """Applies requests one at a time, to the ledger and to the work of this process."""
 
     def __init__(self, ledger: Ledger, local: LocalWork, clock: Clock, is_ending: Callable[[], bool]) -> None:
-        """Create the handler; it does not wait for landings of other processes once `is_ending()`."""
+        """Create the handler; after `is_ending()`, it ignores landings of other processes."""
         super().__init__(ledger)
         self._local, self._clock, self._is_ending = local, clock, is_ending
         self._queue: deque[RunRequest] = deque()
@@ -41,7 +41,7 @@ class LiveRequestHandler(RequestHandler):
         self._added.set()
 
     async def run(self) -> None:
-        """Handle requests until cancelled, concurrently with changes by other orchestrators."""
+        """Handle requests until cancelled, while other orchestrators may change tasks."""
         while True:
             await self._added.wait()
             self._added = anyio.Event()

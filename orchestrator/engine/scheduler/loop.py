@@ -1,4 +1,4 @@
-"""The run loop of one orchestrator: choose tasks from the board, start them, apply outcomes."""
+"""The run loop of one orchestrator: choose tasks, start them, apply outcomes."""
 
 from __future__ import annotations
 
@@ -258,9 +258,9 @@ class Scheduler:
         self._local.wake()  # dependent tasks may start
 
     async def _apply_end(self, task: str, end: AttemptEnd | None) -> None:
-        """Apply the end of an attempt and the current state of its task, which a request may have changed since.
+        """Apply an attempt's end and the current state of its task.
 
-        `end` is None if another orchestrator owns the task.
+        A request may have changed the task since. `end` is None if another orchestrator owns the task.
         """
         if end is None:
             (self._local.sync_task if self._ledger.is_claimed_elsewhere(task) else self._local.take_over)(task)

@@ -95,7 +95,7 @@ def check_request(
 
 
 def _explain_merge_retry(run: RunDocument, status: TaskStatus) -> RefusedError:
-    """Return the error that the task of a merge run can't be retried, with the way to merge again."""
+    """Return the error that a merge task can't be retried, and how to merge again."""
     if status is TaskStatus.LANDED:
         return RefusedError(f"run {run.merges} is merged into {run.target!r}", "there is nothing to retry")
     remedy = f"`council merge {run.merges}` merges again"
@@ -215,7 +215,7 @@ async def is_handled(store: Store, run: str, request: RunRequest) -> bool:
 
 
 class RequestHandler:
-    """Applies requests to a run in which this process is not active; other processes may be."""
+    """Applies requests to a run in which only other processes may be active."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger

@@ -1,4 +1,4 @@
-"""Handle the requests of running sessions for reports, peers, notes, shared values and handoffs."""
+"""Handle session requests for reports, peers, notes, shared values and handoffs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _TYPES: Final[Mapping[str, Any]] = {
 
 
 def parse_arguments(command: str, arguments: JsonObject) -> dict[str, Any]:
-    """Return the given arguments of a command by name; raise RefusedError if they are invalid."""
+    """Return a command's arguments by name; raise RefusedError if they are invalid."""
     model = _arguments_model(command)
     try:
         parsed = model.model_validate(arguments)

@@ -1,4 +1,4 @@
-"""Record the status of a project's sessions in the store, where every process can read it.
+"""Record the status of a project's sessions in the store, for all processes.
 
 No decision depends on these records, so their commits are not durable. They expire after half an hour, including those
 of killed processes. If the task is claimed, a record is written under the claim, so that a session whose task was taken
@@ -62,7 +62,7 @@ def context_key(session: SessionName) -> Key:
 
 
 async def read_contexts(store: Store, run: str | None = None) -> list[SessionContext]:
-    """Return the session records of a run, or of all runs, including sessions that ended in the last half hour."""
+    """Return session records of one or all runs, up to half an hour after their end."""
     documents = [one.encoded for one in await store.list(KIND, f"{run}/" if run else "") if not one.damaged]
     return validate_many(_CONTEXTS(), documents)
 
@@ -73,7 +73,7 @@ async def read_active_contexts(store: Store, run: str) -> list[SessionContext]:
 
 
 async def clean_contexts(store: Store, now: float, after: float = STALE_CONTEXT_SECONDS) -> list[str]:
-    """Delete records without an update for `after` seconds, and expired ones; return the names of their sessions."""
+    """Delete records without an update for `after` seconds; return session names."""
     old = {context_key(context.session): 0 for context in filter_stale(await read_contexts(store), now, after)}
     for key in old:
         document = await store.get(key)
@@ -100,7 +100,7 @@ class SessionContexts:
         orchestrator: str = "",
         claim: Callable[[SessionName], Guard | None] = lambda _: None,
     ) -> None:
-        """Create contexts of the process `orchestrator`; `claim` returns the guard for each record."""
+        """Create contexts of a process; `claim` returns the guard for each record."""
         self.store, self.clock, self._scope, self.redactor = store, clock, scope, redactor
         self.orchestrator, self.claim = orchestrator, claim
         self._own: dict[SessionName, _OwnRecord] = {}
@@ -120,7 +120,7 @@ class SessionContexts:
         return await self._note(session, {})
 
     async def update(self, session: SessionName, **changes: Unpack[SessionStatusUpdate]) -> SessionContext:
-        """Record a session's report and heartbeat. Raises RefusedError if this process does not run it."""
+        """Record a session's report and heartbeat; raise RefusedError if it is not ours."""
         return await self._write(session, changes)
 
     async def record_activity(self, session: SessionName, activity: str, file: str | None) -> SessionContext:
@@ -133,7 +133,10 @@ class SessionContexts:
 
     @asynccontextmanager
     async def waiting(self, session: SessionName, what: str) -> AsyncIterator[None]:
-        """Record a session as waiting within the body, then restore its status unless it has reported another."""
+        """Record a session as waiting within the body.
+
+        Afterwards restore its status, unless it has reported another.
+        """
         before = self._owned(session).context
         await self._note(session, {"status": SessionStatus.WAITING, "blocked_on": what})
         try:
@@ -145,9 +148,10 @@ class SessionContexts:
                     await self._note(session, {"status": before.status, "blocked_on": before.blocked_on})
 
     async def end(self, session: SessionName) -> None:
-        """Record that a session has ended and holds no files; its last report remains readable for half an hour.
+        """Record that a session has ended and holds no files.
 
-        Safe to repeat, and for a session of another process that was killed.
+        Its last report remains readable for half an hour. Safe to repeat, and for a session of another process that was
+        killed.
         """
         if session not in self._own:
             document = await self.store.get(context_key(session))
@@ -170,7 +174,7 @@ class SessionContexts:
         return None if document is None or document.damaged else SessionContext.model_validate_json(document.encoded)
 
     async def all(self, run: str | None = None) -> list[SessionContext]:
-        """Return the records of this scope's sessions, of all processes, in all runs or in one."""
+        """Return records of this scope's sessions, of all processes, in one or all runs."""
         return [context for context in await read_contexts(self.store, run) if context.scope == self._scope]
 
     def _owned(self, session: SessionName) -> _OwnRecord:
@@ -210,7 +214,7 @@ class SessionContexts:
 
 
 class _OwnRecord:
-    """The last written record of a session, and the claim under which the session started."""
+    """The last written record of a session, and the claim under which it started."""
 
     def __init__(self, context: SessionContext, claim: Guard | None) -> None:
         self.context, self.claim = context, claim

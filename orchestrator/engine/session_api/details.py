@@ -51,7 +51,7 @@ class SessionWorkspace:
 
 @dataclass(frozen=True, slots=True)
 class ChangeStats:
-    """The size of a session's work: its commits, and the changed lines since its start."""
+    """The number of commits, and of lines changed since the start of a session."""
 
     commits: int
     files: int
@@ -82,7 +82,7 @@ class SessionDetails:
 
 
 async def find_session_files(store: Store, session: SessionName, redactor: Redactor) -> tuple[Worktree, IntakeRules]:
-    """Return the worktree of an attempt, from the record of its run, and the rules for showing its files."""
+    """Return the recorded worktree of an attempt, and the rules for showing its files."""
     run, spec = await read_run(store, session.run), await read_spec(store, session.run, session.task)
 
     config = run.worktrees
@@ -93,7 +93,7 @@ async def find_session_files(store: Store, session: SessionName, redactor: Redac
 async def find_workspace(
     store: Store, adapters: Mapping[str, Adapter], logs: Path, redactor: Redactor, session: SessionName
 ) -> SessionWorkspace:
-    """Return the workspace of an attempt that any process of this machine runs; `logs` has a folder for each run.
+    """Return an attempt's workspace on this machine; `logs` has a folder per run.
 
     Raises RefusedError if there is no such attempt.
     """
@@ -146,7 +146,7 @@ def format_events(events: Iterable[SessionEvent]) -> str:
 
 
 async def _read_plan_and_log(workspace: SessionWorkspace) -> tuple[str | None, str]:
-    """Return a session's plan and the end of its log; raw output if its adapter finds no events in it."""
+    """Return a session's plan and the end of its log, raw if the adapter parses none."""
     worktree = workspace.worktree
     stdout, stderr = (log_path(workspace.logs, worktree.task, worktree.attempt, name) for name in ("stdout", "stderr"))
     follower = OutputFollower(workspace.adapter, stdout)

@@ -1,4 +1,4 @@
-"""Lock files for sessions: assign paths to a session, and lock its files on this machine.
+"""Lock files for sessions, in the shared registry and then on this machine.
 
 Locking takes two steps: the registry, which is shared by all machines, assigns the paths to the session; then their
 files are locked on this machine. They are released in reverse order.
@@ -56,7 +56,7 @@ class ActiveSession:
     handoff: JsonObject | None = None
 
     async def paths(self, paths: Sequence[str], redactor: Redactor) -> list[str]:
-        """Return the canonical paths without duplicates; raise RefusedError for paths outside of the repository."""
+        """Return canonical paths without duplicates; raise RefusedError for outside paths."""
         worktree = self.workspace.worktree
 
         def canonicalize() -> list[str]:
@@ -70,7 +70,7 @@ class ActiveSession:
 
 
 class SessionLocks:
-    """The file locks of one process's sessions, which all have the same repository and target."""
+    """The file locks of one process's sessions, for one repository and target."""
 
     def __init__(
         self,

@@ -82,10 +82,10 @@ class NoteStore:
         return validate_many(_NOTES(), readable)
 
     async def find(self, *, task: str | None = None, topic: str | None = None, paths: Sequence[str] = ()) -> list[Note]:
-        """Return the notes that match a task, a topic and paths (overlapping patterns), the oldest first.
+        """Return notes that match a task, a topic and paths, oldest first.
 
-        Criteria that are not given match all notes. Raises RefusedError for invalid patterns, and for more paths than a
-        note can have.
+        Paths match by overlapping patterns; criteria that are not given match all notes. Raises RefusedError for
+        invalid patterns, and for more paths than a note can have.
         """
         _check_paths(paths)
         patterns, matches = check_patterns(paths), list[Note]()

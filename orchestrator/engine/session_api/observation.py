@@ -1,4 +1,4 @@
-"""Derive the activity of a session from its program's output, for sessions that don't report it."""
+"""Derive a session's activity from its output, for sessions that don't report it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Limit the amount of state that sessions write: a rate and a total per session, and a total per run."""
+"""Limit the state that sessions write, by rate and total, per session and run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class WriteQuota:
     _runs: dict[str, int] = field(default_factory=dict)
 
     def charge(self, session: SessionName, size: int) -> None:
-        """Count a request that writes `size` bytes; raise RefusedError, without counting it, if it exceeds a limit."""
+        """Count a request of `size` bytes; raise RefusedError, uncounted, above a limit."""
         limits, now, size = self.limits, self.clock.monotonic(), size + OVERHEAD
         account = self._sessions.setdefault(session, _Account(limits["burst"], now))
         account.available = min(limits["burst"], account.available + limits["rate"] * (now - account.updated))

@@ -1,4 +1,4 @@
-"""Serve the session API: answer the requests of running sessions for locks, reports, peers, notes and shared values.
+"""Answer session requests for locks, reports, peers, notes and shared values.
 
 `leave` releases all locks of a session.
 """
@@ -31,7 +31,7 @@ _WRITE_COMMANDS: Final = frozenset({"lock", "unlock", "report", "note", "share_p
 
 
 class SessionService:
-    """Serves the sessions of one process, which all have the same repository and target."""
+    """Serves the sessions of one process, for one repository and target."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class SessionService:
         keep_ownership: bool = False,
         validate_handoff: HandoffValidator | None = None,
     ) -> AsyncIterator[None]:
-        """Serve a session and record its observed activity within the body, then release all its locks.
+        """Serve a session and record its activity within the body, then release its locks.
 
         `adapter` is the adapter's name. For `keep_ownership` see `leave`, for `validate_handoff` see `enter`.
         """
@@ -100,13 +100,13 @@ class SessionService:
         *,
         validate_handoff: HandoffValidator | None = None,
     ) -> None:
-        """Start to serve a session; without `validate_handoff`, the session has no result to submit."""
+        """Start to serve a session; without `validate_handoff`, it submits no result."""
         claim = self._contexts.claim(session)
         self._active[session] = ActiveSession(session, workspace, claim, validate_handoff=validate_handoff)
         await self._contexts.begin(session, adapter)
 
     def submitted_handoff(self, session: SessionName) -> JsonObject | None:
-        """Return the last accepted result of a session, without secrets; None if there is none.
+        """Return a session's last accepted result, without secrets; None if there is none.
 
         Call this before `leave`.
         """
@@ -130,7 +130,7 @@ class SessionService:
         await self._locks.follow_breaks(lambda: tuple(self._active))
 
     async def answer(self, session: SessionName, command: str, arguments: JsonObject) -> JsonObject:
-        """Handle the request of a session and return the result; raise RefusedError if that is impossible.
+        """Return the result of a session's request; raise RefusedError if impossible.
 
         Text from agents is recorded here, so this is where its secrets are redacted.
         """

@@ -1,4 +1,4 @@
-"""Store values that the sessions of a run share by key: one session puts a value, others get or await it.
+"""Share values between the sessions of a run by key: put, get, and wait.
 
 Each value is a document. Its version is the version of the document, which only increases, even if the value is deleted
 in between. Sizes are limited, and secrets are redacted.
@@ -48,7 +48,7 @@ class _Stored(BaseModel):
 
 
 class SharedValue(NamedTuple):
-    """A value with its version, the session that wrote it, and the time of the write (wall-clock seconds).
+    """A value, its version, its writing session, and its time (wall-clock seconds).
 
     The writer is None if no session wrote it.
     """
@@ -65,7 +65,7 @@ class SharedValue(NamedTuple):
 
 
 class SharedEntry(NamedTuple):
-    """A list entry: like `SharedValue`, but with the size in bytes instead of the value."""
+    """A list entry: like `SharedValue`, with the size in bytes instead of the value."""
 
     key: str
     version: int
@@ -120,7 +120,7 @@ class SharedValues:
             raise RefusedError(f"can't store the value for {key}: {error}", "share a plain JSON value") from None
 
     async def get(self, key: str) -> SharedValue | None:
-        """Return the current value of a key; None if it has none. Raises RefusedError for an invalid key."""
+        """Return the value of a key, or None; raise RefusedError for an invalid key."""
         document = await self._store.get(self._document_key(key))
         return None if document is None else _read(key, document)
 
@@ -131,7 +131,7 @@ class SharedValues:
         after: int | None = None,
         timeout: float = DEFAULT_WAIT,  # noqa: ASYNC109  a timeout of our clock that returns None
     ) -> SharedValue | None:
-        """Wait until a key has a value with a version later than `after` (None: any value), and return it.
+        """Wait for a value of a key with a version later than `after` (None: any value).
 
         Return None after `timeout` seconds. Raises RefusedError for an invalid key.
         """
@@ -169,7 +169,7 @@ class SharedValues:
             group.cancel_scope.cancel()
 
     async def _check_capacity(self, name: Key, size: int) -> None:
-        """Raise RefusedError if a document of `size` bytes would exceed the limits of the run."""
+        """Raise RefusedError if a document of `size` bytes would exceed the run's limits."""
         sizes = {one.key: len(one.encoded) for one in await self._store.list(KIND, f"{self._run}/")}
         sizes[name] = size
         if len(sizes) > MAX_KEYS or sum(sizes.values()) > MAX_BYTES:
@@ -179,7 +179,10 @@ class SharedValues:
             raise RefusedError(f"{what} ({limits})", "reuse a key, or share less text")
 
     async def _version_at(self, name: Key, position: int) -> int:
-        """Return the version that a commit created; versions continue after a deleted document."""
+        """Return the version that a commit created.
+
+        Versions continue after a deleted document.
+        """
         versions = [one.version for one in await self._store.history(name) if one.position == position]
         return versions[0] if versions else 1
 

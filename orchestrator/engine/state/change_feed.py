@@ -32,10 +32,7 @@ class ExternalChange(NamedTuple):
 
 
 async def follow_changes(ledger: Ledger) -> AsyncGenerator[ExternalChange]:
-    """Yield pending requests, then changes and requests of others as they are committed.
-
-    The latter are yielded as they are committed.
-    """
+    """Yield pending requests, then changes and requests of others when committed."""
     store, tasks = ledger.writer.store, ledger.tasks
     while True:
         position = await store.position()

@@ -35,7 +35,7 @@ StartPlan = Callable[[Guard], Awaitable["Sequence[Write] | None"]]
 
 
 class Ledger:
-    """The state of a run as seen by one of its orchestrators; applies changes to its tasks.
+    """The state of a run as seen by one orchestrator; applies changes to its tasks.
 
     Each orchestrator holds a claim on every task that it works on, from the start of the task until the task ends or
     waits for a retry. `writer` commits; `run_state`, `adapters`, `tasks` and `definitions` hold the documents.
@@ -92,7 +92,7 @@ class Ledger:
     async def join(
         cls, store: Store, clock: Clock, redactor: Redactor, orchestrators: RunMembership, sandbox: str
     ) -> Ledger:
-        """Join a run as a worker, and load it; the event contains the kind of the `sandbox`."""
+        """Join a run as a worker, and load it; the event has the kind of the `sandbox`."""
         writer, me = RunWriter(store, clock, redactor, orchestrators), orchestrators.me
         loaded = await load_run(store, writer.run)
         joined = RunJoined(run=writer.run, orchestrator=me.id, host=me.host, pid=me.pid, sandbox=sandbox)
@@ -219,7 +219,7 @@ class Ledger:
             return True
 
     async def claim(self, task: str, *, is_asked: bool = False) -> bool:
-        """Claim an unclaimed task in its current state; return True if this orchestrator has the claim.
+        """Claim an unclaimed task in its current state; return whether the claim is ours.
 
         Such a task may be queued to land. On a user's request (`is_asked`), take the claim from any owner, except for a
         task that is landing.
@@ -264,7 +264,7 @@ class Ledger:
             await self.confirm_claims(task)
 
     async def confirm_claims(self, *tasks: str) -> None:
-        """Verify in the store that the claims on tasks are still ours, or were never taken.
+        """Verify in the store that the claims on tasks are ours, or were never taken.
 
         Raises ClaimLost with the new owner if one of the tasks was taken over.
         """

@@ -29,7 +29,7 @@ def build_merge_run(
     common: str,
     now: float,
 ) -> tuple[RunDocument, TaskSpec, TaskDocument]:
-    """Return the run `name`, which lands a run's target on its base, with the documents of its task.
+    """Return a run that lands another run's target on its base, with its task.
 
     `commit` is the commit to land, preserved by `branch`; `start` is the commit of the base, and `common` the merge
     base. The checks of the run's tasks (`specs`) are applied to the merge. The task has one attempt, so that no session

@@ -155,7 +155,7 @@ class PortLeases:
 
 
 async def find_stale_port_leases(store: Store) -> list[Document]:
-    """Return this host's leases in a store whose slots no longer exist or have other ports.
+    """Return this host's port leases without a slot, or whose slot has other ports.
 
     The slot of a stale lease may just be unreachable, for example on an unmounted disk. Its lease is recorded again at
     the next use, unless its ports are in use by then.

@@ -125,7 +125,7 @@ async def read_whole(store: Store, run: str, read: Callable[[], Awaitable[T]]) -
 
 
 async def read_run_with_tasks(store: Store, run: str) -> tuple[RunDocument, dict[str, Document]]:
-    """Return a run document and the stored documents of its tasks, by task id, as of one commit."""
+    """Return a run and its stored tasks by id, as of one commit."""
 
     async def read() -> tuple[RunDocument, dict[str, Document]]:
         return await read_run(store, run), await read_tasks(store, run)
@@ -160,7 +160,7 @@ async def read_task(store: Store, run: str, task: str) -> TaskDocument:
 
 
 async def read_spec(store: Store, run: str, task: str) -> TaskSpec:
-    """Return the specification of a task; raise RefusedError if it is missing or damaged."""
+    """Return a task's specification; raise RefusedError if it is missing or damaged."""
     stored = await store.get(spec_key(run, task))
     return _parse_spec(store, {} if stored is None else {task: stored}, task)
 

@@ -1,4 +1,4 @@
-"""Compare a run's file with its record, and apply changes in the file to tasks. Pure."""
+"""Compare a run's file with its record, and apply the changes to tasks. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The document of a run and the states of its adapters, as seen by one orchestrator."""
+"""The run document and the adapter states, as seen by one orchestrator."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class AdapterStates:
         return known
 
     async def start_cooldown(self, adapter: str, until: float | None, reason: str) -> AdapterDocument:
-        """Record the cooldown of an adapter, until the reported time if known; return its state."""
+        """Record an adapter's cooldown, to the reported time if known; return its state."""
         now = self._writer.clock.now()
 
         def decide(known: AdapterDocument) -> AdapterUpdate | None:
@@ -161,7 +161,7 @@ class AdapterStates:
         return known
 
     async def disable(self, adapter: str, reason: str, started: float) -> AdapterDocument:
-        """Disable an adapter, unless it was enabled after its session `started`; return its state."""
+        """Disable an adapter unless it was enabled after `started`; return its state."""
         disabled = AdapterUpdate(AdapterDocument(disabled_reason=reason), AdapterDisabled(reason=reason))
 
         def decide(known: AdapterDocument) -> AdapterUpdate | None:

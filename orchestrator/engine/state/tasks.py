@@ -1,4 +1,4 @@
-"""The tasks of a run, as seen by one orchestrator: documents, specifications, workflows and handoffs."""
+"""A run's tasks as seen by one orchestrator: documents, workflows and handoffs."""
 
 from __future__ import annotations
 
@@ -87,7 +87,10 @@ class TaskTable:
         return self._documents
 
     def have_moved(self, start: str) -> bool:
-        """Return True if the run has moved the target from `start`, so that the target has existed."""
+        """Return True if the run has moved the target from `start`.
+
+        The target has then existed.
+        """
         return any(document.landed not in {None, start} for document in self._documents.values())
 
     def subtasks(self, task: str) -> tuple[str, ...]:
@@ -170,11 +173,11 @@ class TaskTable:
         self.apply(task, self._versions[task] + 1, after)
 
     def take_unreported(self, task: str) -> TaskDocument | None:
-        """Return the earlier state of a task whose change is not reported yet, and mark it as reported."""
+        """Return a task's state before an unreported change, and mark it as reported."""
         return self._unreported.pop(task, None)
 
     def is_news(self, task: str, version: int) -> bool:
-        """Return True if a stored version of a task is unknown, or its change is not reported yet."""
+        """Return True if a stored task version is unknown, or its change unreported."""
         known = self._versions.get(task, version)
         return version > known or (version == known and task in self._unreported)
 

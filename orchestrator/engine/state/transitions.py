@@ -23,7 +23,7 @@ _FOREIGN_TEXT_FIELDS = frozenset(
 
 
 class TaskUpdate(NamedTuple):
-    """A lifecycle step of one task: trigger, event, document changes, and additional writes of the commit."""
+    """A lifecycle step: trigger, event, document changes, additional writes."""
 
     trigger: Trigger
     event: TaskEvent
@@ -43,7 +43,7 @@ def build_transition(
     now: float,
     redactor: Redactor,
 ) -> tuple[TaskDocument, Commit]:
-    """Return the document of a task after a lifecycle step, and the commit that records the step.
+    """Return a task's document after a step, and the commit that records the step.
 
     `key` and `version` identify the task's document.
     """

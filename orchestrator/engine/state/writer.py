@@ -1,4 +1,4 @@
-"""Commits of one orchestrator to its run, fenced by its lease epoch and without secrets."""
+"""Commits of one orchestrator to its run, fenced by epochs and without secrets."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MAX_CLOCK_CHECKPOINTS = 12
 
 
 class RunWriter:
-    """Writes to a run as one of its orchestrators; commits fail after a takeover by another orchestrator.
+    """Writes to a run as one orchestrator; commits fail after a takeover.
 
     The leader holds the lease of the run, and does all work that must be done only once.
     """
@@ -46,7 +46,7 @@ class RunWriter:
         self._slowest = 0.0
 
     async def lead(self, sandbox: str, writes: Sequence[Write] = ()) -> None:
-        """Join the run as its leader under the next epoch, in one commit with other writes.
+        """Join the run as its leader in the next epoch, in one commit with other writes.
 
         Raises RunActive if another live orchestrator leads the run, VersionConflict if another was first.
         """
@@ -84,7 +84,7 @@ class RunWriter:
         failpoint("run.leader_elected")
 
     async def commit(self, commit: Commit) -> None:
-        """Commit under the current epochs; raise OrchestratorFenced after a takeover by another orchestrator."""
+        """Commit in the current epochs; raise OrchestratorFenced after a takeover."""
         began = self.clock.monotonic()
         try:
             await self.store.commit(replace(commit, guards=[*self._guards, *commit.guards]))
