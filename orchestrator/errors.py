@@ -1,4 +1,4 @@
-"""All errors of this package. Each is created from facts and builds its own message, which ends with the remedy.
+"""All errors of this package. Each builds its message, which ends with the remedy, from its arguments.
 
     CouncilError
       ConfigError            the config file is invalid; has all of its problems   exit 2

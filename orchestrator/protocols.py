@@ -750,7 +750,7 @@ class Adapter(Protocol):
         """
 
     def verdict(self, end: SessionEnd) -> Failed | None:
-        """Return why a session failed by its output, or None if it has no reason.
+        """Return the failure of a session according to its output, or None.
 
         Used only if the program exited with an error, or successfully but without changes, with `failed` in its last
         `FinalResult`, or with the verdict `unfinished`, because the output that ends every complete session is missing.

@@ -75,7 +75,7 @@ def add_named_types(root: Node, folder: Path, adapter_types: Mapping[str, Adapte
 
 
 def has_only_optional_options(adapter_type: AdapterType, folder: Path) -> bool:
-    """Whether an adapter type can be used without options."""
+    """Return whether an adapter type can be used without options."""
     nothing = Node(Position(1, 1), {})
     return validate(adapter_type.Options, nothing, Problems(""), folder=folder) is not None
 

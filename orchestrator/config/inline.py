@@ -112,7 +112,7 @@ def no_program_error(adapters: Iterable[str]) -> RefusedError:
 
 
 def _is_installed(adapter_type: AdapterType) -> bool:
-    """Whether all programs of an adapter without options are on PATH. Blocks."""
+    """Return whether all programs of an adapter without options are on PATH. Blocks."""
     try:
         with plugin_code():
             programs = adapter_type(adapter_type.Options.model_validate({})).programs()

@@ -78,18 +78,17 @@ def restore_options(
     subject: str,
     stored: AdapterConfig | SinkConfig | TrackerConfig,
     types: Mapping[str, PluginType[T]],
-    why: str | None = None,
+    reason: str | None = None,
 ) -> tuple[PluginType[T], BaseModel]:
     """Return the type and options of a stored adapter, sink or tracker.
 
     `subject` is the name of the entry in messages. Raises RefusedError if its plugin is no longer installed, with the
-    reason `why` if known, or if the type no longer accepts these options.
+    `reason` if known, or if the type no longer accepts these options.
     """
     use = stored.use
     if use not in types:
-        reason = f": {why}" if why is not None else ""
         raise RefusedError(
-            f"{subject} uses {use!r}, which is not installed{reason}", "install the plugin that provides it"
+            f"{subject} uses {use!r}, which is not installed{'' if reason is None else f': {reason}'}", "install the plugin that provides it"
         )
     try:
         return types[use], types[use].Options.model_validate(stored.options)

@@ -20,7 +20,7 @@ from orchestrator.domain.settings.run_settings import (
 def list_permission_requests(config: RunConfig, inside: Path) -> tuple[str, ...]:
     """Return the requested permissions, one line each, in the order of the keys.
 
-    `inside` is the top of the checkout with the config file. Tasks, inline prompts, commands of checks and worktrees,
+    `inside` is the root of the checkout with the config file. Tasks, inline prompts, commands of checks and worktrees,
     limits, branches and programs without a path need no permission, because they are limited by the sandbox.
     """
     return tuple(dict.fromkeys(_requests(config, inside)))

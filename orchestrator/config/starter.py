@@ -128,11 +128,11 @@ _TASKS: Final = (
     "tasks:",
     "  - id: first                   # letters, digits, '.', '_' and '-'",
     "    prompt: |                   # or use `prompt_file: FILE`",
-    "      Find one small mistake in this repository, such as a typo or an outdated comment.",
+    "      Find one small error in this repository, such as a typo or an outdated comment.",
     "      Fix it, and change nothing else.",
     "  # - id: next                  # starts after `first` has landed",
     "  #   needs: [first]",
-    "  #   owns: [docs/**]           # tasks that own common paths run one at a time",
+    "  #   owns: [docs/**]           # tasks with overlapping paths run one at a time",
     "  #   prompt: …",
 )
 

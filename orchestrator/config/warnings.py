@@ -25,7 +25,7 @@ class RepositoryPaths:
     """The paths of the repository on this machine; None if not present."""
 
     top: Path | None = None
-    """The top of its checkout."""
+    """The root of its checkout."""
     git_dir: Path | None = None
     target_checkout: Path | None = None
     """The folder where the target is checked out."""
@@ -59,14 +59,14 @@ def find_warnings(config: RunConfig, around: RepositoryPaths, adapters: Mapping[
         warnings.append(ConfigWarning(what, "list it under `writable` of the adapters whose sessions need it"))
     if config.worktrees.max < config.capacity:
         limit = config.worktrees.max
-        what = f"`worktrees.max` is {limit} and `capacity` {config.capacity}: at most {limit} sessions can run at once"
+        what = f"`worktrees.max` is {limit} and `capacity` {config.capacity}: at limit {limit} sessions can run at once"
         warnings.append(
             ConfigWarning(what, f"set `max: {config.capacity}` under `worktrees:`, or a smaller `capacity`")
         )
-    most = config.coordination.max_retries + 1
-    if above := [spec for spec in specs if spec.attempts > most and "attempts" in spec.model_fields_set]:
+    limit = config.coordination.max_retries + 1
+    if above := [spec for spec in specs if spec.attempts > limit and "attempts" in spec.model_fields_set]:
         name, attempts = above[0].id, above[0].attempts
-        what = f"task {name!r} has {attempts} `attempts`, but `coordination.max_retries` limits them to {most}"
+        what = f"task {name!r} has {attempts} `attempts`, but `coordination.max_retries` limits them to {limit}"
         warnings.append(ConfigWarning(what, f"set `max_retries: {attempts - 1}` under `coordination:`"))
     if not is_checked:
         what = "no task has checks: work lands unverified"

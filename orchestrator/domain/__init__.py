@@ -1,4 +1,4 @@
-"""Decisions without effects: no I/O, no clock, no randomness of its own.
+"""Decisions without effects: no I/O, no clock, no randomness.
 
 `runs` has the documents of runs and tasks and the table of task states, `scheduling` decides which task starts next,
 `workflow` which phase follows; `sessions` has the data that sessions share, `documents` compares and merges JSON

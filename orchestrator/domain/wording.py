@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from orchestrator import lazy
 
-# Each unknown name is compared with all names: with more, a systematic mistake in a large file would take minutes.
+# Each unknown name is compared with all names: with more, a systematic error in a large file would take minutes.
 _MOST_CANDIDATES: Final = 200
 _MOST_FOLDED: Final = 5_000
 _LONGEST_SHOWN: Final = 60
@@ -20,23 +20,23 @@ def quote_text(value: str) -> str:
     return repr(value if len(value) <= _LONGEST_SHOWN else value[:_LONGEST_SHOWN] + "…")
 
 
-def join_names(names: Collection[str], most: int = 5, separator: str = ", ") -> str:
+def join_names(names: Collection[str], limit: int = 5, separator: str = ", ") -> str:
     """Return the first names, and the number of remaining names."""
-    rest = len(names) - most
-    return separator.join(islice(names, most)) + (f" and {rest} more" if rest > 0 else "")
+    rest = len(names) - limit
+    return separator.join(islice(names, limit)) + (f" and {rest} more" if rest > 0 else "")
 
 
-def find_similar(unknown: str, names: Collection[str], most: int = 1, cutoff: float = 0.6) -> list[str]:
+def find_similar(unknown: str, names: Collection[str], limit: int = 1, cutoff: float = 0.6) -> list[str]:
     """Return likely meanings of an unknown name: another case, or similar names."""
     same = [name for name in names if name.casefold() == unknown.casefold()] if len(names) <= _MOST_FOLDED else []
     if same or len(names) > _MOST_CANDIDATES:
-        return same[:most]
-    return lazy.difflib.get_close_matches(unknown, names, n=most, cutoff=cutoff)
+        return same[:limit]
+    return lazy.difflib.get_close_matches(unknown, names, n=limit, cutoff=cutoff)
 
 
-def suggest_similar(unknown: str, names: Collection[str], most: int = 1) -> str | None:
+def suggest_similar(unknown: str, names: Collection[str], limit: int = 1) -> str | None:
     """Return a "did you mean" remedy with similar names; None if there are none."""
-    similar = find_similar(unknown, names, most)
+    similar = find_similar(unknown, names, limit)
     return f"did you mean {' or '.join(map(repr, similar))}?" if similar else None
 
 

@@ -268,7 +268,7 @@ class EventForwarder:
         while self._delivered > self._recorded:
             try:
                 await self._store.commit(Commit([Write(self._key, self._version, {"position": self._delivered})]))
-            except VersionConflict:  # an earlier or competing leader has also delivered some events
+            except VersionConflict:  # an earlier or concurrent leader has also delivered some events
                 cursor = await self._store.get(self._key)
                 if cursor is None:  # the record of the run was deleted
                     raise
@@ -306,7 +306,7 @@ class EventForwarder:
 
 
 def _restart_after_progress(state: RetryCallState) -> None:
-    """Reset the delay after a try that delivered events."""
+    """Reset the delay after an attempt that delivered events."""
     if state.outcome is not None and state.outcome.result():
         state.attempt_number = 1
 

@@ -18,7 +18,7 @@ from orchestrator.domain.scheduling.claims import (
     ClaimVerdict,
     OwnerStatus,
     can_claim,
-    count_earlier_tries,
+    count_earlier_attempts,
     describe_loss,
     should_try,
 )
@@ -134,7 +134,7 @@ class Claims:
             self._others.count(conflicts=1)
             _log.info("claim refused: run %s, task %s is %s's", self._others.run, task, before.owner.id)
             return ClaimHolder(before, holder)
-        count = count_earlier_tries(before) if retries is None else retries
+        count = count_earlier_attempts(before) if retries is None else retries
         claim = Claim(owner=self._others.me, epoch=version + 1, since=self._clock.now(), retries=count)
         is_takeover = before is not None and before.released is None
         return PlannedClaim(

@@ -91,7 +91,7 @@ def assert_handed_over(stage: Stage, *, by: str) -> None:
 
 
 def _is_of_build(request: RecordedRequest) -> bool:
-    return request.dialect is not None and "Do the whole task in the files here" in _prompt(request)
+    return request.dialect is not None and "Complete the whole task above in this worktree" in _prompt(request)
 
 
 def _prompt(request: RecordedRequest) -> str:

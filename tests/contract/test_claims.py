@@ -356,7 +356,7 @@ class ClaimsContract(ABC):
                 if number == 0:
                     assert await a.claims.sweep() == {"t": "a"}
                     await a.claims.release("t", ReleaseReason.ABANDONED)
-        assert await a.claims.verdict("t") is ClaimVerdict.TRIED_OUT
+        assert await a.claims.verdict("t") is ClaimVerdict.RETRIES_EXHAUSTED
         assert await a.claims.verdict("t", ignored="not now") is ClaimVerdict.IGNORED
         afresh = await a.claims.reset_retries("t")
         await cluster.store.commit(Commit(afresh))

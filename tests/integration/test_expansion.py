@@ -126,7 +126,7 @@ async def test_invalid_plan_is_repaired_once_by_the_session(repository: Reposito
     assert run.states == {"all": "done", "all-x": "landed", "all-w": "landed", "all-y": "landed"}, run
     [invalid] = [one for one in run.lines if one.get("event") == "handoff.invalid"]
     assert {(one["rule"], one["place"]) for one in invalid["violations"]} == {
-        ("expansion.most", "tasks"),
+        ("expansion.limit", "tasks"),
         ("expansion.names", "tasks[1].id"),
         ("expansion.paths", "tasks[0].owns[1]"),
         ("expansion.paths", "tasks[1].owns[0]"),

@@ -38,7 +38,7 @@ def test_expanded_plan_is_a_valid_run(drawn: list[dict[str, object]], owns: tupl
     """Names, needs, paths and count are valid in a file; else every mistake has a position and a fix."""
     assume(all(str(one["id"]).strip() for one in drawn))
     plan = {"tasks": drawn, "dependencies": [], "timeline": [], "resources": []}
-    found = expand_plan(plan, "p-", most=5, owns=owns, taken=taken)
+    found = expand_plan(plan, "p-", limit=5, owns=owns, taken=taken)
     assert found
     parts = [one for one in found if isinstance(one, ExpandedTask)]
     if not parts:

@@ -14,7 +14,7 @@ from orchestrator.domain.scheduling.claims import (
     OwnerStatus,
     Role,
     can_claim,
-    count_earlier_tries,
+    count_earlier_attempts,
     judge_owner_status,
     should_try,
 )
@@ -126,10 +126,10 @@ def test_request_of_a_person_reaches_any_owner(me: Role, other: Role) -> None:
         (claim(), OwnerStatus.STALE, ClaimVerdict.TRY),
         (claim(), OwnerStatus.ENDED, ClaimVerdict.TRY),
         (claim(retries=2), OwnerStatus.DEAD, ClaimVerdict.TRY),
-        (claim(retries=3), OwnerStatus.DEAD, ClaimVerdict.TRIED_OUT),  # a takeover counts as an attempt
+        (claim(retries=3), OwnerStatus.DEAD, ClaimVerdict.RETRIES_EXHAUSTED),  # a takeover counts as an attempt
         (claim(ReleaseReason.ABANDONED, retries=3), None, ClaimVerdict.TRY),
-        (claim(ReleaseReason.ABANDONED, retries=4), None, ClaimVerdict.TRIED_OUT),
-        (claim(ReleaseReason.FAILED, retries=4), None, ClaimVerdict.TRIED_OUT),
+        (claim(ReleaseReason.ABANDONED, retries=4), None, ClaimVerdict.RETRIES_EXHAUSTED),
+        (claim(ReleaseReason.FAILED, retries=4), None, ClaimVerdict.RETRIES_EXHAUSTED),
     ],
 )
 def test_task_is_tried_unless_claimed_or_exhausted(
@@ -146,7 +146,7 @@ def test_fifth_takeover_is_not_tried() -> None:
         found, tries = None, 0
         while should_try(found, OwnerStatus.STALE, TIMING, ignored=None) is ClaimVerdict.TRY:
             tries += 1
-            made = claim(retries=count_earlier_tries(found))
+            made = claim(retries=count_earlier_attempts(found))
             found = made if is_taken_over else claim(ReleaseReason.ABANDONED, retries=made.retries + 1)
         assert tries == 4
 

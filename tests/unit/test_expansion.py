@@ -26,14 +26,14 @@ def task(id_: str, **more: Any) -> dict[str, Any]:
 
 def parts(given: dict[str, Any], **options: Any) -> list[ExpandedTask]:
     """Return the expansion of a plan."""
-    found = expand_plan(given, "p-", **{"most": 9, "owns": (), "taken": (), **options})
+    found = expand_plan(given, "p-", **{"limit": 9, "owns": (), "taken": (), **options})
     assert all(isinstance(one, ExpandedTask) for one in found), found
     return [one for one in found if isinstance(one, ExpandedTask)]
 
 
 def rules(given: dict[str, Any], **options: Any) -> list[tuple[str, str]]:
     """Return the rules and positions that prevent an expansion."""
-    found = expand_plan(given, "p-", **{"most": 9, "owns": (), "taken": (), **options})
+    found = expand_plan(given, "p-", **{"limit": 9, "owns": (), "taken": (), **options})
     return [(one.rule, one.place) for one in found if isinstance(one, Violation)]
 
 
@@ -57,7 +57,7 @@ def test_paths_are_those_of_the_plan_or_the_task() -> None:
 @pytest.mark.parametrize(
     ("given", "options", "expected"),
     [
-        (plan(task("a"), task("b")), {"most": 1}, [("expansion.most", "tasks")]),
+        (plan(task("a"), task("b")), {"limit": 1}, [("expansion.limit", "tasks")]),
         (plan(task("a"), task("a")), {}, [("plan.ids", "tasks[1].id")]),
         (plan(task("a b"), task("a-b")), {}, [("expansion.names", "tasks[1].id")]),
         (plan(task("a")), {"taken": {"P-A"}}, [("expansion.names", "tasks[0].id")]),

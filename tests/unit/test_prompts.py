@@ -135,13 +135,13 @@ def test_handoff_instructions_name_the_available_ways() -> None:
     """The file, the tool and the answer, in this order, with the schema."""
     reported = render("", facts(submit_handoff=render_handoff_instructions("answer", SCHEMA))).text
     assert json.loads(re.findall(r"```json\n(.*?)\n```", reported, re.DOTALL)[0]) == SCHEMA
-    places = [reported.index(word) for word in ("COUNCIL_HANDOFF", "submit_handoff", "end your answer")]
+    places = [reported.index(word) for word in ("COUNCIL_HANDOFF", "submit_handoff", "end your final message")]
     assert places == sorted(places)
     few = render(
         "", facts(submit_handoff=render_handoff_instructions("answer", SCHEMA, writes=False, has_tools=False))
     ).text
     assert "submit_handoff" not in few
-    assert few.index("end your answer") < few.index("COUNCIL_HANDOFF")
+    assert few.index("end your final message") < few.index("COUNCIL_HANDOFF")
 
 
 def test_resumed_conversation_gets_new_facts_only() -> None:

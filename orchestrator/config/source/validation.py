@@ -85,7 +85,7 @@ def _note(details: ErrorDetails, model: type[BaseModel], root: Node, problems: P
 
 
 def _is_false_too_short(details: ErrorDetails, value: Any) -> bool:
-    """Whether a list counts as too short only because pydantic ignores invalid items."""
+    """Return whether a list is too short only because pydantic ignores invalid items."""
     return details["type"] == "too_short" and len(value) >= details["ctx"]["min_length"]
 
 

@@ -1,1 +1,1 @@
-"""JSON values: canonical form, differences, competing updates, times."""
+"""JSON values: canonical form, differences, conflicting updates, times."""

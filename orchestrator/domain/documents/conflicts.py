@@ -1,4 +1,4 @@
-"""Detect competing updates of a document, and resolve them by a strategy.
+"""Detect conflicting updates of a document, and resolve them by a strategy.
 
 Updates are never modified; results may share parts with their values.
 """
@@ -19,7 +19,7 @@ Value = dict[str, Any] | None
 
 
 class ConflictStrategy(StrEnum):
-    """How to resolve competing updates."""
+    """How to resolve conflicting updates."""
 
     LAST_WRITE_WINS = "last_write_wins"
     FIRST_WRITE_WINS = "first_write_wins"
@@ -73,7 +73,7 @@ def group_by_key(updates: Sequence[DocumentUpdate[KeyT]]) -> dict[KeyT, list[Doc
 
 def find_competing(updates: Sequence[DocumentUpdate[KeyT]]) -> dict[KeyT, list[DocumentUpdate[KeyT]]]:
     """Return the updates of each key with more than one, sorted by time."""
-    return {key: competing for key, competing in group_by_key(updates).items() if len(competing) > 1}
+    return {key: conflicting for key, conflicting in group_by_key(updates).items() if len(conflicting) > 1}
 
 
 def resolve_updates(

@@ -144,35 +144,35 @@ def _same(old: Any, new: Any) -> bool:
 
 def _set(document: dict[str, Any], path: Path, old: Any, new: Any) -> None:
     """Replace the value at a path with a copy of `new`; both values may be absent."""
-    place: Any = document
+    container: Any = document
     for step in path[:-1]:
-        place = _at(place, step)
-    step, found = path[-1], _at(place, path[-1])
+        container = _at(container, step)
+    step, found = path[-1], _at(container, path[-1])
     remedy = "apply a delta only to the version that it was computed from"
     if found is not old and not _same(found, old):
         actual, expected = (_format_value(value, MAX_SHOWN_CHARS) for value in (found, old))
         raise RefusedError(f"{format_path(path)} is {actual}, not {expected}", remedy)
-    if not _has_room(place, step, old, new):
+    if not _is_applicable(container, step, old, new):
         where = format_path(path)
         raise RefusedError(f"can't insert {where}" if old is _ABSENT else f"{where} is not the last item", remedy)
     if new is _ABSENT:
-        del place[step]
-    elif isinstance(place, list) and old is _ABSENT:
-        place.append(deepcopy(new))
+        del container[step]
+    elif isinstance(container, list) and old is _ABSENT:
+        container.append(deepcopy(new))
     else:
-        place[step] = deepcopy(new)
+        container[step] = deepcopy(new)
 
 
-def _has_room(place: Any, step: str | int, old: Any, new: Any) -> bool:
-    if isinstance(place, list) and _ABSENT in (old, new):  # lists grow and shrink at their end
-        return step == len(place) - (new is _ABSENT)
-    return isinstance(place, dict) == isinstance(step, str)
+def _is_applicable(container: Any, step: str | int, old: Any, new: Any) -> bool:
+    if isinstance(container, list) and _ABSENT in (old, new):  # lists grow and shrink at their end
+        return step == len(container) - (new is _ABSENT)
+    return isinstance(container, dict) == isinstance(step, str)
 
 
-def _at(place: Any, step: str | int) -> Any:
-    if isinstance(place, list) and isinstance(step, int):
-        return place[step] if step < len(place) else _ABSENT
-    return place.get(step, _ABSENT) if isinstance(place, dict) else _ABSENT
+def _at(container: Any, step: str | int) -> Any:
+    if isinstance(container, list) and isinstance(step, int):
+        return container[step] if step < len(container) else _ABSENT
+    return container.get(step, _ABSENT) if isinstance(container, dict) else _ABSENT
 
 
 def _format_value(value: Any, longest: int) -> str:

@@ -23,7 +23,7 @@ def compute_digest(value: Any) -> str:
 
 
 def find_json_error(value: Any) -> str | None:
-    """Return the reason why a value can't be stored as plain JSON; None if it can."""
+    """Return the reason that a value can't be stored as plain JSON; None if it can."""
     level = [value]
     for _ in range(MAX_DEPTH + 1):  # deeper or recursive values are detected below
         flaw = next(filter(None, map(_find_flaw, level)), None)
@@ -67,5 +67,5 @@ def parse_object(text: str) -> dict[str, Any]:
 
 
 def is_empty_value(value: Any) -> bool:
-    """Whether a JSON value is empty: null, or an empty text, list or object."""
+    """Return whether a JSON value is empty: null, or an empty string, list or object."""
     return value is None or value in ("", [], (), {})

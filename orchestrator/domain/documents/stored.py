@@ -1,4 +1,4 @@
-"""Models of stored documents that have no behaviour of their own."""
+"""Models of stored documents without behaviour."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class ConflictCandidate(BaseModel):
 
 
 class ConflictRecord(_Stored):
-    """Competing updates of the document `key` (kind and id), which was at `version`."""
+    """Conflicting updates of the document `key` (kind and id), which was at `version`."""
 
     key: tuple[str, str]
     version: int

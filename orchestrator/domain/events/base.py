@@ -103,7 +103,7 @@ class TypedEvent:
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Self | None:
-        """Return the event that was recorded with some data; None if they lack a field."""
+        """Return the event that was recorded with this data; None if it lacks a field."""
         try:
             return cls(**{name: data[name] for name in cls.field_types if name in data})
         except TypeError:

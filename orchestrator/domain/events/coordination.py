@@ -45,7 +45,7 @@ class ClaimsTakenOver(RunEvent):
 
     @property
     def number(self) -> str:
-        """The number of tasks, in words."""
+        """The number of tasks with the noun."""
         return f"{self.count} task{'' if self.count == 1 else 's'}"
 
 

@@ -95,7 +95,7 @@ class RunWaiting(RunEvent):
 
     @property
     def awaited(self) -> str:
-        """What it waits for, in words."""
+        """A description of what it waits for."""
         adapters = f"{', '.join(self.adapters)} (cooling down)" if self.adapters else ""
         approvals = f"your approval of {', '.join(self.approvals)}" if self.approvals else ""
         return ", and for ".join(filter(None, (adapters, approvals)))
@@ -113,14 +113,14 @@ class RunPaused(RunEvent):
 
 
 class RunInterrupted(RunEvent):
-    """The run was stopped before its end."""
+    """The run was stopped before it finished."""
 
     type = "run.interrupted"
     sentence = "interrupted; to continue: `council resume {run}`"
 
 
 class RunHalted(RunEvent):
-    """The run halted before its end.
+    """The run halted before it finished.
 
     The budget is used up, a check fails or cannot run on the base, or a program of checks or setup is missing.
     """
@@ -169,7 +169,7 @@ class RunTakenOver(RunEvent):
 
 
 class RunImported(RunEvent):
-    """A session of an [older layout](state.md#state-of-older-layouts) became a run."""
+    """A session of an [earlier state format](state.md#state-of-older-layouts) became a run."""
 
     type = "run.imported"
     sentence = "imported from {source}"
@@ -194,7 +194,7 @@ class RunFileChanged(RunEvent):
 
     @property
     def changes(self) -> str:
-        """The differences in words, with the command that adopts them."""
+        """A description of the differences, with the command that adopts them."""
         return describe_file_changes(self.file, self.tasks, self.keys, self.run or None)
 
 
@@ -246,7 +246,7 @@ class RunHooksSkipped(RunEvent):
 
 
 class BaseChecking(RunEvent):
-    """The checks started on the commit that landings build on.
+    """The checks started on the commit that the next merge is based on.
 
     They run before the next session starts.
     """
@@ -305,7 +305,7 @@ class BudgetExhausted(_BudgetEvent):
 class BudgetUntracked(RunEvent):
     """A session printed more than the 16 MiB that are tracked.
 
-    The rest is counted at its end, if at all.
+    The rest is counted after the session ends, if at all.
     """
 
     type = "budget.untracked"

@@ -24,7 +24,7 @@ class CheckpointCreated(TypedEvent):
 
 
 class CheckpointRestored(RunEvent):
-    """A checkpoint was restored; the changes to its tasks have no events of their own."""
+    """A checkpoint was restored; the changes to its tasks have no separate events."""
 
     type = "checkpoint.restored"
     sentence = "checkpoint {checkpoint} was restored"
@@ -99,11 +99,11 @@ class StateLogRepaired(TypedEvent):
     """Damage in the log was accepted; without `run`."""
 
     type = "state.log_repaired"
-    sentence = "repaired {damage} damaged places of the state log"
+    sentence = "repaired {damage} damaged parts of the state log"
     shown = Shown.NEVER
 
     damage: int
-    """The number of places."""
+    """The number of damaged parts."""
 
 
 class StateProbed(TypedEvent):
@@ -152,7 +152,7 @@ class StateConflictSettled(TypedEvent):
 
 
 class LegacyImported(TypedEvent):
-    """All state of older layouts was imported; without `run`."""
+    """All state in earlier formats was imported; without `run`."""
 
     type = "legacy.imported"
     sentence = "imported {tasks} tasks from {sources}"
@@ -166,7 +166,7 @@ class LegacyImported(TypedEvent):
 
 
 class LegacyFileSkipped(TypedEvent):
-    """A file of an older layout could not be imported unchanged; without `run`."""
+    """A file in an earlier format could not be imported as it is; without `run`."""
 
     type = "legacy.file_skipped"
     sentence = "not imported unchanged: {path}: {reason}"

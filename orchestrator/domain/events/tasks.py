@@ -21,7 +21,7 @@ class TaskStarted(TaskEvent):
     phase: str = ""
     """The phase, if the task has a workflow."""
     reason: str = ""
-    """Why the attempt starts from scratch although there is work to fix."""
+    """The reason for a start from scratch, although there is work to fix."""
 
 
 class TaskRetrying(AttemptEvent):
@@ -179,7 +179,7 @@ class TaskRequeued(TaskEvent):
 
 
 class TaskDeferred(TaskEvent):
-    """The target cannot move now."""
+    """The target cannot be updated now."""
 
     type = "task.deferred"
     sentence = "cannot land now: {reason}"
@@ -188,7 +188,7 @@ class TaskDeferred(TaskEvent):
 
 
 class TaskLanding(TaskEvent):
-    """The target is about to move, possibly with the work of other tasks."""
+    """The target is about to be updated, possibly with the work of other tasks."""
 
     type = "task.landing"
     sentence = "landing"
@@ -201,7 +201,7 @@ class TaskLanding(TaskEvent):
 
 
 class TaskLandingAborted(TaskEvent):
-    """The target did not move; the work is merged again."""
+    """The target was not updated; the work is merged again."""
 
     type = "task.landing_aborted"
     sentence = "landing aborted, will be merged again"
@@ -209,7 +209,7 @@ class TaskLandingAborted(TaskEvent):
 
 
 class TaskConflict(AttemptEvent):
-    """The work of the task does not merge."""
+    """The work of the task has merge conflicts."""
 
     type = "task.conflict"
     sentence = "{reason}"
@@ -263,7 +263,7 @@ class TaskReloaded(TaskEvent):
 
 
 class TaskSalvaged(TaskEvent):
-    """Leftover work that was on no branch was saved to a branch."""
+    """Leftover work that was not on any branch was saved to a branch."""
 
     type = "task.salvaged"
     sentence = "leftover work was saved as {work}"
@@ -280,7 +280,7 @@ class TaskSalvaged(TaskEvent):
 class TaskWorktreePreserved(TaskEvent):
     """A worktree could not be removed, or has work that could not be collected.
 
-    It is safe to run git in the worktree: at its top is an internal repository at the start commit of the session, and
+    It is safe to run git in the worktree: at its root is an internal repository at the start commit of the session, and
     everything else that git would interpret as a repository is disabled by a rename that `reason` describes.
     """
 
@@ -360,7 +360,7 @@ class TaskHostDenied(TaskEvent):
     sentence = "its session was denied {host}, which `network.allow` does not cover"
 
     host: str
-    """The host with its port, as in `example.com:443`."""
+    """The host with its port, such as `example.com:443`."""
 
 
 class TaskToolsDenied(TaskEvent):
@@ -375,7 +375,7 @@ class TaskToolsDenied(TaskEvent):
     count: int
     """The number of denied calls."""
     tools: Sequence[str]
-    """The first 20, as in `Bash(git diff)`."""
+    """The first 20, such as `Bash(git diff)`."""
     reason: str
     """Summary, with the setting that allows the tools."""
 
@@ -400,7 +400,7 @@ class PhaseEvent(TaskEvent, is_base=True, prefix="phase"):
     verdict: str = ""
     """For a review: `approve` or `reject`."""
     reason: str = ""
-    """Why the phase failed, was rejected or was skipped."""
+    """The reason for the failure, rejection or omission of the phase."""
 
 
 class PhaseEntered(PhaseEvent):

@@ -12,7 +12,7 @@ _LOG = "log: "
 
 @dataclass(frozen=True, slots=True)
 class HaltReason:
-    """The reason why a run is halted; `headline` is its summary."""
+    """The reason for a halted run; `headline` is its summary."""
 
     headline: str
     output: tuple[str, ...] = ()
@@ -22,7 +22,7 @@ class HaltReason:
 
     @classmethod
     def parse(cls, text: str) -> HaltReason:
-        """Parse the output of `str(reason)`; another text's first line is the headline."""
+        """Parse the output of `str(reason)`; the first line of other text is the headline."""
         first, *lines = text.splitlines() or [""]
         at = max((number for number, line in enumerate(lines) if line.startswith(_LOG)), default=None)
         if at is None:

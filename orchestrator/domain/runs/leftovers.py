@@ -77,7 +77,7 @@ class Leftover:
 _REASONS = {
     WorktreeContents.NOTHING: (LeftoverStatus.LEFT_OVER, "task finished, and its work is saved"),
     WorktreeContents.UNSAVED: (LeftoverStatus.PRESERVED, "interrupted, with unsaved work"),
-    WorktreeContents.KEPT: (LeftoverStatus.PRESERVED, "contains files that are in no commit"),
+    WorktreeContents.KEPT: (LeftoverStatus.PRESERVED, "contains files that are not in any commit"),
     WorktreeContents.UNKNOWN: (LeftoverStatus.PRESERVED, "no matching attempt is recorded"),
 }
 

@@ -20,7 +20,7 @@ from orchestrator.domain.documents.times import LATEST
 from orchestrator.domain.runs.model import ImportedRun, ImportedTask, RunDocument, TaskDocument
 from orchestrator.domain.runs.statuses import TaskStatus
 
-#: The session of tasks that belong to no recorded session.
+#: The session of tasks that do not belong to any recorded session.
 NO_SESSION: Final = "tasks-without-session"
 #: The maximum size of options, metrics or phases in documents, in bytes of JSON; larger ones are omitted.
 MAX_PART: Final = 64 << 10
@@ -37,14 +37,14 @@ _COMPLETED: Final = frozenset(
 )
 _FAILED: Final = frozenset({"failed", "failure", "error", "errored"})
 _CANCELLED: Final = frozenset({"cancelled", "canceled", "aborted", "stopped", "skipped"})
-_BEGUN: Final = frozenset({"in_progress", "running", "active", "started"})
+_STARTED: Final = frozenset({"in_progress", "running", "active", "started"})
 _WAITING: Final = frozenset(
     {"pending", "waiting", "queued", "blocked", "initialized", "created", "not_started", "todo"}
 )
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_ODD: Final = re.compile(r"[^A-Za-z0-9._-]+")
-_KEPT_LENGTH: Final = 40
+_INVALID_CHARACTERS: Final = re.compile(r"[^A-Za-z0-9._-]+")
+_MAX_NAME_PREFIX: Final = 40
 
 
 class UnknownLayout(ValueError):
@@ -63,7 +63,7 @@ class LegacySession:
 
     def merge(self, older: LegacySession) -> LegacySession:
         """Return this session plus the fields that only an older record of it has."""
-        tasks = {**older.tasks, **{name: {**older.tasks.get(name, {}), **one} for name, one in self.tasks.items()}}
+        tasks = {**older.tasks, **{name: {**older.tasks.get(name, {}), **fields} for name, fields in self.tasks.items()}}
         return LegacySession(self.name, self.source, {**older.fields, **self.fields}, tasks)
 
 
@@ -74,7 +74,7 @@ class ConvertedSession:
     run: RunDocument
     tasks: Mapping[str, TaskDocument]
     original: Mapping[str, Any]
-    """The original fields of the session, or the reason why they are omitted."""
+    """The original fields of the session, or the reason for their omission."""
     originals: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """The same for each task."""
 
@@ -101,11 +101,11 @@ def parse_sessions(state: object, source: str, faults: list[str]) -> list[Legacy
     if isinstance(sessions, dict):
         named = list(sessions.items())
     elif isinstance(sessions, list):
-        named = [(f"session-{number}", one) for number, one in enumerate(sessions, 1)]
+        named = [(f"session-{number}", session) for number, session in enumerate(sessions, 1)]
     else:
         raise UnknownLayout("its sessions are neither a list nor an object")
-    faults += [f"{name} is not an object" for name, one in named if not isinstance(one, dict)]
-    return [parse_session(one, source, name, faults) for name, one in named if isinstance(one, dict)]
+    faults += [f"{name} is not an object" for name, session in named if not isinstance(session, dict)]
+    return [parse_session(session, source, name, faults) for name, session in named if isinstance(session, dict)]
 
 
 def parse_session(value: object, source: str, fallback: str, faults: list[str]) -> LegacySession:
@@ -115,27 +115,27 @@ def parse_session(value: object, source: str, fallback: str, faults: list[str]) 
     name = _name(_get(value, "id"), _get(value, "session_id")) or fallback
     tasks = dict(_tasks(name, _get(value, "tasks"), faults))
     listed = _get(value, "task_ids")
-    for task in listed if isinstance(listed, list) else ():
-        if (known := _name(task)) is not None:
-            tasks.setdefault(known, {})
-    return LegacySession(name, source, {key: one for key, one in value.items() if key != "tasks"}, tasks)
+    for entry in listed if isinstance(listed, list) else ():
+        if (task := _name(entry)) is not None:
+            tasks.setdefault(task, {})
+    return LegacySession(name, source, {key: field for key, field in value.items() if key != "tasks"}, tasks)
 
 
-def _tasks(of: str, given: object, faults: list[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if isinstance(given, dict):
-        for name, one in given.items():
-            if (fields := parse_task_fields({"status": one} if isinstance(one, str) else one)) is None:
-                faults.append(f"task {name} of {of} is not an object")
+def _tasks(session: str, tasks: object, faults: list[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if isinstance(tasks, dict):
+        for name, task in tasks.items():
+            if (fields := parse_task_fields({"status": task} if isinstance(task, str) else task)) is None:
+                faults.append(f"task {name} of {session} is not an object")
             else:
                 yield name, fields
-    elif isinstance(given, list):
-        for number, one in enumerate(given, 1):
-            if (fields := parse_task_fields({"id": one} if isinstance(one, str | int) else one)) is None:
-                faults.append(f"task {number} of {of} is not an object")
+    elif isinstance(tasks, list):
+        for number, task in enumerate(tasks, 1):
+            if (fields := parse_task_fields({"id": task} if isinstance(task, str | int) else task)) is None:
+                faults.append(f"task {number} of {session} is not an object")
             else:
                 yield _name(*(_get(fields, key) for key in ("id", "task_id", "name"))) or f"task-{number}", fields
-    elif given is not None:
-        faults.append(f"the tasks of {of} are neither a list nor an object")
+    elif tasks is not None:
+        faults.append(f"the tasks of {session} are neither a list nor an object")
 
 
 def parse_task_fields(value: object) -> Mapping[str, Any] | None:
@@ -158,13 +158,13 @@ def merge_layouts(older: Iterable[LegacySession], newer: Iterable[LegacySession]
     known: dict[str, LegacySession] = {}
     for group in (older, newer):
         seen: set[str] = set()
-        for one in group:
-            name, number = one.name, 1
+        for session in group:
+            name, number = session.name, 1
             while name in seen:
                 number += 1
-                name = f"{one.name}-{number}"
+                name = f"{session.name}-{number}"
             seen.add(name)
-            named = LegacySession(name, one.source, one.fields, one.tasks)
+            named = LegacySession(name, session.source, session.fields, session.tasks)
             known[name] = named.merge(known[name]) if name in known else named
     return list(known.values())
 
@@ -176,25 +176,28 @@ def merge_task_states(
 
     Tasks without a session become a session from `source`.
     """
-    found = [
+    merged = [
         LegacySession(
-            one.name, one.source, one.fields, {task: {**was, **states.get(task, {})} for task, was in one.tasks.items()}
+            session.name,
+            session.source,
+            session.fields,
+            {task: {**fields, **states.get(task, {})} for task, fields in session.tasks.items()},
         )
-        for one in sessions
+        for session in sessions
     ]
-    named = {task for one in sessions for task in one.tasks}
+    named = {task for session in sessions for task in session.tasks}
     owned: dict[str, dict[str, Mapping[str, Any]]] = {}
     for task, state in states.items():
         if task not in named:
             owned.setdefault(_name(_get(state, "session_id")) or NO_SESSION, {})[task] = state
-    by_name = {one.name: place for place, one in enumerate(found)}
+    indexes = {session.name: index for index, session in enumerate(merged)}
     for name, tasks in owned.items():
-        if name in by_name:
-            one = found[by_name[name]]
-            found[by_name[name]] = LegacySession(one.name, one.source, one.fields, {**one.tasks, **tasks})
+        if name in indexes:
+            session = merged[indexes[name]]
+            merged[indexes[name]] = LegacySession(name, session.source, session.fields, {**session.tasks, **tasks})
         else:
-            found.append(LegacySession(name, source, {}, tasks))
-    return found
+            merged.append(LegacySession(name, source, {}, tasks))
+    return merged
 
 
 def convert_session(session: LegacySession, *, top: str, hub: str, written: float, now: float) -> ConvertedSession:
@@ -205,16 +208,16 @@ def convert_session(session: LegacySession, *, top: str, hub: str, written: floa
     """
     names = _safe_names(session.tasks)
     tasks = {names[name]: _task(fields, session.source) for name, fields in session.tasks.items()}
-    was = [task.imported for task in tasks.values() if task.imported is not None]
-    times = [time for task in was for time in (task.started, task.completed) if time is not None]
-    touched = [
+    imported = [task.imported for task in tasks.values() if task.imported is not None]
+    times = [time for task in imported for time in (task.started, task.completed) if time is not None]
+    updates = [
         time for name in ("completed_at", "ended_at", "updated_at") if (time := _time(session.fields, name)) is not None
     ]
     started = _time(session.fields, "started_at", "created_at")
     if started is None:
-        started = min([*times, *touched], default=written)
+        started = min([*times, *updates], default=written)
     started = min(started, now)
-    ended = min(max([*touched, *times], default=written), now)
+    ended = min(max([*updates, *times], default=written), now)
     options, metrics = (_part(_get(session.fields, name)) for name in ("options", "metrics"))
     branch = next((text for name in ("target", "target_branch", "base_branch", "base")
                    if (text := _text(options.get(name), 200)) is not None), "")  # fmt: skip
@@ -240,19 +243,19 @@ def convert_session(session: LegacySession, *, top: str, hub: str, written: floa
 
 
 def _task(fields: Mapping[str, Any], source: str) -> TaskDocument:
-    word = _text(_get(fields, "status"), 200)
-    status, reason = _status(word, source)
-    said = next((text for name in ("error", "failure_reason", "reason")
-                 if (text := _text(_get(fields, name), _MAX_TEXT)) is not None), None)  # fmt: skip
+    recorded = _text(_get(fields, "status"), 200)
+    status, reason = _status(recorded, source)
+    error = next((text for name in ("error", "failure_reason", "reason")
+                  if (text := _text(_get(fields, name), _MAX_TEXT)) is not None), None)  # fmt: skip
     number = next(
         (found for name in ("pr_number", "pull_request", "pr") if (found := _number(_get(fields, name)))), None
     )
     return TaskDocument(
         status=status,
-        reason=said if said is not None and status is not TaskStatus.LANDED else reason,
+        reason=error if error is not None and status is not TaskStatus.LANDED else reason,
         pull_request=number,
         imported=ImportedTask(
-            status=word,
+            status=recorded,
             started=_time(fields, "started_at"),
             completed=_time(fields, "completed_at", "ended_at"),
             branch=_text(_get(fields, "branch"), _MAX_TEXT),
@@ -263,32 +266,32 @@ def _task(fields: Mapping[str, Any], source: str) -> TaskDocument:
     )
 
 
-def _status(word: str | None, source: str) -> tuple[TaskStatus, str]:
+def _status(recorded: str | None, source: str) -> tuple[TaskStatus, str]:
     """Return the final status for a recorded one, with the reason."""
-    known = _normal(word)
-    if known in _COMPLETED:
-        return TaskStatus.LANDED, f"{source} records it as {word}, without proof"
-    if known in _FAILED:
-        return TaskStatus.FAILED, f"{source} records {word!r}"
-    if known in _CANCELLED:
-        return TaskStatus.CANCELLED, f"{source} records it as {word}"
-    if known == "conflict":
-        return TaskStatus.CONFLICT, f"{source} records {word!r}"
-    if known in _BEGUN:
-        return TaskStatus.CANCELLED, f"it was {word} when its session was abandoned"
-    if known in _WAITING or word is None:
+    status = _normalize_status(recorded)
+    if status in _COMPLETED:
+        return TaskStatus.LANDED, f"{source} records it as {recorded}, without proof"
+    if status in _FAILED:
+        return TaskStatus.FAILED, f"{source} records {recorded!r}"
+    if status in _CANCELLED:
+        return TaskStatus.CANCELLED, f"{source} records it as {recorded}"
+    if status == "conflict":
+        return TaskStatus.CONFLICT, f"{source} records {recorded!r}"
+    if status in _STARTED:
+        return TaskStatus.CANCELLED, f"it was {recorded} when its session was abandoned"
+    if status in _WAITING or recorded is None:
         return TaskStatus.CANCELLED, "it had not started when its session was abandoned"
-    return TaskStatus.CANCELLED, f"{source} records the unknown status {word!r}"
+    return TaskStatus.CANCELLED, f"{source} records the unknown status {recorded!r}"
 
 
 def is_unfinished(task: ImportedTask) -> bool:
-    """Whether a task was unfinished when its session was abandoned."""
-    word = _normal(task.status)
-    return word in _BEGUN or word in _WAITING or not word
+    """Return whether a task was unfinished when its session was abandoned."""
+    status = _normalize_status(task.status)
+    return status in _STARTED or status in _WAITING or not status
 
 
-def _normal(word: str | None) -> str:
-    return "" if word is None else re.sub(r"[\s-]+", "_", word.strip().casefold())
+def _normalize_status(status: str | None) -> str:
+    return "" if status is None else re.sub(r"[\s-]+", "_", status.strip().casefold())
 
 
 def safe_name(name: str) -> str:
@@ -299,7 +302,7 @@ def safe_name(name: str) -> str:
     if _NAME.fullmatch(name) and ".." not in name and not name.endswith((".", ".lock")) and name != "all":
         return name
     digest = hashlib.sha256(name.encode(errors="replace")).hexdigest()[:8]
-    kept = re.sub(r"\.\.+", ".", _ODD.sub("-", name)).strip(".-_")[:_KEPT_LENGTH].strip(".-_")
+    kept = re.sub(r"\.\.+", ".", _INVALID_CHARACTERS.sub("-", name)).strip(".-_")[:_MAX_NAME_PREFIX].strip(".-_")
     return f"{kept}-{digest}" if kept else f"unnamed-{digest}"
 
 
@@ -377,12 +380,12 @@ def _part(value: object) -> dict[str, Any]:
 
 
 def _original(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    why = _omission(fields, MAX_ORIGINAL)
-    return {"fields": dict(fields)} if why is None else {"omitted": why}
+    omission = _omission(fields, MAX_ORIGINAL)
+    return {"fields": dict(fields)} if omission is None else {"omitted": omission}
 
 
 def _omission(value: object, limit: int) -> str | None:
-    """Return the reason why a value is omitted; None if it is retained."""
+    """Return the reason to omit a value; None if it is retained."""
     level: list[object] = [value]
     for _ in range(MAX_DEPTH):
         inner = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]

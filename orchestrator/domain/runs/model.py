@@ -74,7 +74,7 @@ class Attempt(_Document):
     phase: str | None = None
     """Its phase of the workflow; None: the task has no workflow."""
     restart_reason: str = ""
-    """The reason why it started from scratch although there was work to fix."""
+    """The reason for a start from scratch, although there was work to fix."""
     discarded: tuple[str, ...] = ()
     """The first paths whose changes were discarded, because it was not allowed to change files."""
     denied_tools: ToolDenials = ToolDenials()
@@ -99,7 +99,7 @@ class LandingIntent(_Document):
 
 
 class ImportedTask(_Document):
-    """Facts about a task imported from an older layout. Times are wall-clock seconds."""
+    """The record of a task from an earlier state format, in wall-clock seconds."""
 
     status: str | None = None
     """The original name of its status."""
@@ -144,7 +144,7 @@ class TaskDocument(_Document):
     refused: FailureClass | None = None
     """The failure that rules out another session, if not that of its last attempt."""
     ignored: str | None = None
-    """The reason why a user excluded it, until a user retries it."""
+    """A user's reason to exclude it, until a user retries it."""
     phase: str | None = None
     """Its current or next phase; None: no phase remains, or it has no workflow."""
     phases: tuple[PhaseRecord, ...] = ()
@@ -225,7 +225,7 @@ def apply_trigger(subject: str, task: TaskDocument, trigger: Trigger, **changes:
 
 
 class ImportedRun(_Document):
-    """Facts about a run imported from a session record of an older layout."""
+    """The record of a run from a session in an earlier state format."""
 
     source: str
     """The path of the source file, relative to the project folder."""
@@ -306,7 +306,7 @@ class AdapterDocument(_Document):
     cooldowns: int = 0
     """Its consecutive cooldowns; reset by a successful session."""
     disabled_reason: str | None = None
-    """The reason why it is disabled, until `council adapters enable` or a resume."""
+    """The reason for disabling it, until `council adapters enable` or a resume."""
     enabled_at: Instant | None = None
     """When a user enabled it; failures of sessions that started earlier do not disable it again."""
 
@@ -330,7 +330,7 @@ class RunRequest(_Document):
     tasks: tuple[str, ...]
     asked: Instant
     reason: str | None = None
-    """The reason why tasks are ignored, or the comment on an approval or rejection."""
+    """The reason to ignore tasks, or the comment on an approval or rejection."""
     phase: str | None = None
     """The phase from which to retry the tasks; None: their current phase."""
     adapters: tuple[str, ...] = ()

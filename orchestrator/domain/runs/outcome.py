@@ -128,7 +128,7 @@ def judge_outcome(
 ) -> Outcome:
     """Return the outcome of a session.
 
-    `commit` has the changes in the worktree (None: no changes), `refused` is the reason why they are rejected (None:
+    `commit` has the changes in the worktree (None: no changes), `refused` is the reason to reject them (None:
     accepted), `verdict` is the failure that the adapter found in the program's output. The verdict applies only if the
     program failed, changed nothing, reported its own failure at the end (`admitted`), or did not print its usual end
     (`unfinished`). Exit code 0 does not prove success, and neither does partial work. Without `writes`, the session was
@@ -153,8 +153,8 @@ def _ended_well(commit: str | None, refused: str | None, verdict: Failed | None,
     if refused is not None:
         return Failed(FailureClass.REFUSED, refused)
     if commit is None:
-        why = f": {denials}" if denials.count else ""
-        return verdict or Failed(FailureClass.NO_CHANGE, f"the program succeeded but changed nothing{why}")
+        denied = f": {denials}" if denials.count else ""
+        return verdict or Failed(FailureClass.NO_CHANGE, f"the program succeeded but changed nothing{denied}")
     return Built(commit)
 
 

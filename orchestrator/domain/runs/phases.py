@@ -57,7 +57,7 @@ class PhaseStatus(StrEnum):
     FAILED = "failed", PhaseStatusRecord(label="failed", event=events.PhaseFailed)
     #: Its condition was false.
     SKIPPED = "skipped", PhaseStatusRecord(label="skipped", event=events.PhaseSkipped, is_passed=True)
-    #: Its task was cancelled before its end.
+    #: Its task was cancelled before it finished.
     CANCELLED = "cancelled", PhaseStatusRecord(label="cancelled", event=events.PhaseCancelled)
 
 
@@ -135,7 +135,7 @@ class PhaseRecord(BaseModel):
     note: str | None = None
     """The comment of the user who approved or rejected it."""
     reason: str | None = None
-    """The reason why it failed, was rejected or was skipped."""
+    """The reason for its failure, rejection or omission."""
 
 
 def advance_phase(subject: str, record: PhaseRecord | None, trigger: PhaseTrigger, **changes: Any) -> PhaseRecord:

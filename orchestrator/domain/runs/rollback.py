@@ -7,7 +7,7 @@ from orchestrator.domain.runs.statuses import TaskStatus
 
 
 def roll_back_task(then: TaskDocument, now: TaskDocument) -> TaskDocument | str:
-    """Return a task restored to its checkpoint `then`, or why it must stay as `now`.
+    """Return a task restored from `then`, or the reason to keep its state `now`.
 
     Three things are never rolled back. The target: a task that has landed or may have landed remains unchanged, and so
     does a task whose landing the target has lost since. Sessions: attempts that started since remain recorded, so that

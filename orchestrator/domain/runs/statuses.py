@@ -17,7 +17,7 @@ from orchestrator.domain.runs.phases import PhaseStatus
 
 
 class ReleaseReason(StrEnum):
-    """Why the claim on a task was released."""
+    """The reason to release the claim on a task."""
 
     COMPLETE = "complete"  #: the task has landed, or had nothing to do
     ABANDONED = "abandoned"  #: any orchestrator may claim the task for another attempt
@@ -167,7 +167,7 @@ class TaskStatus(StrEnum):
             is_landing=True,
         ),
     )
-    #: The intent to move the target is recorded.
+    #: The intent to update the target is recorded.
     LANDING = (
         "landing",
         StatusRecord(
@@ -330,8 +330,8 @@ class Trigger(StrEnum):
     REQUEUE = "requeue", events.TaskRequeued  #: the checks were interrupted
     BOUNCE = "bounce", events.TaskRetrying  #: it can't land, another attempt may follow
     REJECT = "reject", events.TaskFailed  #: it can't land, and no further attempt follows
-    INTEND = "intend", events.TaskLanding  #: the intent to move the target is recorded
-    UNDO = "undo", events.TaskLandingAborted  #: the target was not moved
+    INTEND = "intend", events.TaskLanding  #: the intent to update the target is recorded
+    UNDO = "undo", events.TaskLandingAborted  #: the target was not updated
     DEFER = "defer", events.TaskDeferred  #: the target can't be moved at the moment
     CONFLICT = "conflict", events.TaskConflict  #: the merge has conflicts
     ADOPT = "adopt", events.TaskLanded  #: the target already has it

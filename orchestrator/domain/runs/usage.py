@@ -11,7 +11,7 @@ from orchestrator.domain.settings.run_settings import Budget
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """The total usage of some sessions."""
+    """The total usage of several sessions."""
 
     sessions: int
     seconds: float
@@ -72,7 +72,7 @@ def measure_seconds(attempt: Attempt, now: float) -> float:
 
 
 def sum_usage(attempts: Iterable[Attempt], now: float) -> Usage:
-    """Return the total usage of the sessions of some attempts up to `now`."""
+    """Return the total usage of attempts' sessions up to `now`."""
     attempts = list(attempts)
     return Usage(
         sessions=len(attempts),

@@ -55,7 +55,7 @@ DEFAULT_DEMAND = SessionDemand()
 def fit_sessions(
     facts: AvailableResources, wanted: int, demand: SessionDemand = DEFAULT_DEMAND
 ) -> SessionFit | NoSessionFits:
-    """Return how many sessions fit, given the resources in use before the first one."""
+    """Return the number of sessions that fit, given the resources already in use."""
     limits = []
     if facts.descriptor_limit is not None:
         count = (facts.descriptor_limit - facts.descriptors_open - demand.spare_descriptors) // demand.descriptors
@@ -74,7 +74,7 @@ def fit_sessions(
 
 
 def can_start_session(facts: AvailableResources, running: int, demand: SessionDemand = DEFAULT_DEMAND) -> bool:
-    """Whether there is memory for one more session.
+    """Return whether there is memory for one more session.
 
     Always true if no session is running, because then waiting would not free memory.
     """

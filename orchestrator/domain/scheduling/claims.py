@@ -94,7 +94,7 @@ class Claim(_Document):
     """Failed claims of the task before this one, since the last retry by a user."""
     released: ReleaseReason | None = None
     reason: str | None = None
-    """The reason why it was released or taken over."""
+    """The reason for its release or takeover."""
 
 
 class MergeParticipant(_Document):
@@ -155,7 +155,7 @@ def judge_owner_status(
 
 
 def describe_loss(lease: OrchestratorLease, status: OwnerStatus, now: float) -> str:
-    """Return why an orchestrator counts as dead at `now` (wall-clock seconds)."""
+    """Return the reason to consider an orchestrator dead at `now` (wall-clock seconds)."""
     return "process exited" if status is OwnerStatus.DEAD else f"no heartbeat for {now - lease.heartbeat:.0f} s"
 
 
@@ -179,7 +179,7 @@ def can_claim(
     return override and me.role is Role.LEADER and claim.owner.role is not Role.LEADER
 
 
-def count_earlier_tries(claim: Claim | None) -> int:
+def count_earlier_attempts(claim: Claim | None) -> int:
     """Return a task's failed claims before the next one, including takeovers."""
     return 0 if claim is None else claim.retries + int(claim.released is None)
 
@@ -189,7 +189,7 @@ class ClaimVerdict(StrEnum):
 
     TRY = "try"
     IGNORED = "ignored"  #: a user excluded it
-    TRIED_OUT = "tried_out"  #: all retries are used up
+    RETRIES_EXHAUSTED = "retries_exhausted"  #: all retries are used up
     CLAIMED = "claimed"  #: a live orchestrator works on it
 
 
@@ -201,4 +201,4 @@ def should_try(
         return ClaimVerdict.IGNORED
     if claim is not None and claim.released is None and holder in {OwnerStatus.ALIVE, None}:
         return ClaimVerdict.CLAIMED
-    return ClaimVerdict.TRIED_OUT if count_earlier_tries(claim) > timing.max_retries else ClaimVerdict.TRY
+    return ClaimVerdict.RETRIES_EXHAUSTED if count_earlier_attempts(claim) > timing.max_retries else ClaimVerdict.TRY

@@ -37,11 +37,11 @@ class DependencyGraph:
         self._missing[task] = len([need for need in after if need not in self._landed]) if self._landed else len(after)
 
     def is_ready(self, task: str) -> bool:
-        """Whether all needs of a task have landed, and it is not blocked."""
+        """Return whether all needs of a task have landed, and it is not blocked."""
         return not self._missing[task] and task not in self.blocked
 
     def has_landed(self, task: str) -> bool:
-        """Whether a task has landed."""
+        """Return whether a task has landed."""
         return task in self._landed
 
     def land(self, task: str) -> Iterable[str]:

@@ -327,7 +327,7 @@ class DispatchBoard:
         return self._adapters.adapter_of(task, self._placements[task].lane.adapter_group)
 
     def start_cooldown(self, adapter: str, until: float) -> None:
-        """Put an adapter in cooldown until a time; tasks use their fallback meanwhile."""
+        """Put an adapter in cooldown until a time, during which tasks use their fallback."""
         self._adapters.start_cooldown(adapter, until)
         self._queue.release_unavailable()
 
@@ -397,10 +397,10 @@ class DispatchBoard:
             if status not in FINAL_STATUSES and task not in self.blocked:
                 yield self.entries[task].adapters
 
-    def choose_tasks(self, most: int, now: float) -> list[str]:
+    def choose_tasks(self, limit: int, now: float) -> list[str]:
         """Return the tasks to start, in order, at most `most`; they count as running."""
         self._advance(now)
-        taken, states = self._queue.take(most, now), self._state
+        taken, states = self._queue.take(limit, now), self._state
         for task in taken:
             states[task] = _RUNNING
         return taken

@@ -55,7 +55,7 @@ class PathOwnership:
         return not self.patterns and self.waiting is None
 
     def has_conflict_with(self, session: SessionName, patterns: Sequence[str]) -> bool:
-        """Whether these patterns of another session overlap with its own."""
+        """Return whether these patterns of another session overlap with its own."""
         return find_ownership_conflict(session, patterns, [self]) is not None
 
     def with_patterns(self, patterns: Sequence[str], now: float, *, is_lock: bool = False) -> PathOwnership:
@@ -139,7 +139,7 @@ def _is_about(pattern: str, path: str) -> bool:
 
 
 def is_current(holding: PathOwnership, claim: Mapping[str, Any] | None) -> bool:
-    """Whether an ownership record is current, given the claim document of its task."""
+    """Return whether an ownership record is current by the claim of its task."""
     return claim is not None and claim.get("epoch") == holding.epoch and claim.get("released") is None
 
 

@@ -22,7 +22,7 @@ class Wave:
 
     tasks: Sequence[str]
     follows: Mapping[str, str]
-    """Tasks that wait for an earlier task of the wave with a common path, each with that task."""
+    """Tasks that wait for an earlier task of the wave with overlapping paths, each with that task."""
     is_compared: bool = True
     """False if there were too many tasks with paths to compare: `follows` may be incomplete."""
 
@@ -41,11 +41,11 @@ def plan_waves(entries: Mapping[str, DispatchEntry]) -> list[Wave]:
 
 
 def count_concurrent_sessions(
-    wave: Wave, entries: Mapping[str, DispatchEntry], capacities: Mapping[str, int], most: int
+    wave: Wave, entries: Mapping[str, DispatchEntry], capacities: Mapping[str, int], limit: int
 ) -> int:
-    """Return how many tasks of a wave start together, with at most `most` sessions."""
+    """Return the number of tasks of a wave that start together, up to `limit`."""
     ready = {task: replace(entries[task], needs=()) for task in wave.tasks}
-    return len(DispatchBoard(ready, capacities).choose_tasks(most, 0.0))
+    return len(DispatchBoard(ready, capacities).choose_tasks(limit, 0.0))
 
 
 def _levels(entries: Mapping[str, DispatchEntry]) -> Iterator[list[str]]:
@@ -94,7 +94,7 @@ class _Owners:
                 self._below[shorter].append(owner)
 
     def first_that_overlaps(self, owns: tuple[str, ...]) -> str | None:
-        """Return the first task with a common path; None if not found within the limit."""
+        """Return the first task with overlapping paths; None if not found within the limit."""
         for _, other, task in self._near(owns):
             if self.comparisons >= _MOST_COMPARISONS:
                 return None

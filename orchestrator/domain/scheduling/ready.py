@@ -243,7 +243,7 @@ class ReadyQueue:
             self._give_up_reservation()
 
     def has_startable_task(self, group: AdapterGroup) -> bool:
-        """Whether a group may have a ready task that is not held."""
+        """Return whether a group may have a ready task that is not held."""
         run = group.free.run
         while run:
             if self._lane_of(run[-1]) is not None:
@@ -263,11 +263,11 @@ class ReadyQueue:
             if any(lane.held_by == task for lane in self._followers.get(task, ())):
                 yield task
 
-    def take(self, most: int, now: float) -> list[str]:
+    def take(self, limit: int, now: float) -> list[str]:
         """Remove and return the tasks that may start now, in order; they become live."""
         known, sources = self._entries, self._open(now)
         taken: list[str] = []
-        while len(taken) < most:
+        while len(taken) < limit:
             best, source, front = None, None, 0
             for entries, end in sources:
                 if entries:

@@ -45,7 +45,7 @@ class AllowedHost:
     subdomains: bool = False
 
     def allows(self, host: str, port: int) -> bool:
-        """Whether the entry matches a canonical host and a port."""
+        """Return whether the entry matches a canonical host and a port."""
         if port != self.port if self.port is not None else port not in DEFAULT_PORTS:
             return False
         return host.endswith(f".{self.host}") if self.subdomains else host == self.host
@@ -124,7 +124,7 @@ def canonical_host(text: str) -> str:
 
 
 def is_allowed(entries: Iterable[AllowedHost], host: str, port: int) -> bool:
-    """Whether any entry matches a canonical host and a port."""
+    """Return whether any entry matches a canonical host and a port."""
     return any(entry.allows(host, port) for entry in entries)
 
 

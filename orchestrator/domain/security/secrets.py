@@ -193,7 +193,7 @@ class Redactor:
         return "|".join((*values, *(source for _, source in _LIKELY)))
 
     def text(self, text: str) -> str:
-        """Replace each secret in a text with `[redacted]`."""
+        """Replace each secret in the text with `[redacted]`."""
         for value in self._plain:
             if value in text:
                 text = text.replace(value, REDACTED)

@@ -50,7 +50,7 @@ class SessionContext(BaseModel):
     """Its repository and target: only sessions with the same scope can conflict."""
     status: SessionStatus = SessionStatus.WORKING
     file: str | None = None
-    """The file that it works on, relative to the top of the repository."""
+    """The file that it works on, relative to the root of the repository."""
     progress: str | None = None
     """Its self-reported progress, such as `50%` or `3 of 7`."""
     message: str | None = None
@@ -58,7 +58,7 @@ class SessionContext(BaseModel):
     seen: str | None = None
     """Its last activity, as observed in the output of its program."""
     blocked_on: str | None = None
-    """The reason why it is blocked."""
+    """The reason that it is blocked."""
     files: tuple[str, ...] = ()
     """The files that it has locked."""
     started: Instant
@@ -75,7 +75,7 @@ class SessionContext(BaseModel):
         return self.message or self.seen
 
     def is_on(self, path: str) -> bool:
-        """Whether it works on a file, or has it locked."""
+        """Return whether it works on a file, or has it locked."""
         return path in self.files or (path == self.file and self.status is not SessionStatus.DONE)
 
     def to_json(self) -> dict[str, Any]:
@@ -131,9 +131,9 @@ def filter_stale(
 
 
 def normalize_path(path: str, tops: Iterable[str]) -> str | None:
-    """Return a path relative to the top of the repository; None if outside.
+    """Return a path relative to the root of the repository; None if outside.
 
-    Relative paths start at the top; `tops` are the possible absolute paths of the top.
+    Relative paths start at the root; `tops` are its possible absolute paths.
     """
     if path.startswith("/"):
         inside = [path[len(top) + 1 :] for top in tops if path.startswith(f"{top}/")]

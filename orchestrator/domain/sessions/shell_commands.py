@@ -44,7 +44,7 @@ _MESSAGES: Final = (
 
 
 def is_not_runnable(exit_code: int | None) -> bool:
-    """Whether an exit code means that a program was not found or can't be executed."""
+    """Return whether an exit code means that a program is missing or not executable."""
     return exit_code in {NOT_EXECUTABLE, NOT_FOUND}
 
 
@@ -56,17 +56,17 @@ def find_programs(command: str) -> list[str]:
 
 
 def is_in_worktree(program: str) -> bool:
-    """Whether a program is a path in the worktree, which a task may add or change."""
+    """Return whether a program is a path in the worktree, so that tasks may change it."""
     return "/" in program and not program.startswith("/")
 
 
 def is_of_environment(path: str) -> bool:
-    """Whether a path is in a virtual environment or similar, according to its name."""
+    """Return whether a path is named like one in a virtual environment or similar."""
     return not _ENVIRONMENTS.isdisjoint(path.split("/")[:-1])
 
 
 def may_create(command: str, program: str) -> bool:
-    """Whether a command may create a program before it runs it."""
+    """Return whether a command may create a program before it runs it."""
     return not _HARMLESS.issuperset(find_programs(command.partition(program)[0]))
 
 

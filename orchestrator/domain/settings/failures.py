@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class FailureClass(StrEnum):
-    """Why an attempt did not land."""
+    """The reason for an attempt that did not land."""
 
     TRANSIENT = "transient"  #: a temporary failure outside the program
     OVERLOADED = "overloaded"  #: the service behind the program is overloaded

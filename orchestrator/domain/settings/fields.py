@@ -1,6 +1,6 @@
 """Types of single settings: in config files, Python values, and documents.
 
-In a file, durations and sizes are texts with units; in Python and in documents they are seconds and bytes.
+In a file, durations and sizes are strings with units; in Python and in documents they are seconds and bytes.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def _check_host(text: str) -> str:
 
 
 def is_value_name(name: str) -> bool:
-    """Whether a text can name a value in the context of a phase."""
+    """Return whether a string can name a value in the context of a phase."""
     return re.fullmatch(_VALUE_NAME, name) is not None
 
 
@@ -179,7 +179,7 @@ class Settings(BaseModel):
 
 
 def short_form(key: str, what: str, expected: str, forms: Any) -> BeforeValidator:
-    """Return a validator that reads a text as a mapping with this text under `key`.
+    """Return a validator that reads a string as a mapping with this string under `key`.
 
     `what` and `expected` describe the setting and its `forms` (types for the JSON Schema) in errors.
     """

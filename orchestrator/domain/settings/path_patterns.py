@@ -58,7 +58,7 @@ def split_path(path: str) -> list[str]:
         (not path, "the path is empty", "name a file or a folder"),
         ("\0" in path, "it contains a NUL character", "remove it"),
         ("\\" in path, "it contains a backslash", "separate segments with `/`"),
-        (path.startswith("/"), "the path is absolute", "write it relative to the top of the repository"),
+        (path.startswith("/"), "the path is absolute", "write it relative to the root of the repository"),
     ):
         if is_invalid:
             raise InvalidValue(what, remedy)
@@ -70,13 +70,13 @@ def split_path(path: str) -> list[str]:
 
 
 def is_match(pattern: str, path: str) -> bool:
-    """Whether a path, as printed by git, matches a pattern."""
+    """Return whether a path, as printed by git, matches a pattern."""
     compiled = _compile(pattern)
     return path.startswith(compiled.prefix) and _meet(compiled.segments, path.split("/"), _segments_meet)
 
 
 def has_overlap(left: str, right: str) -> bool:
-    """Whether any path can match both patterns."""
+    """Return whether any path can match both patterns."""
     a, b = _compile(left), _compile(right)
     if not (a.prefix.startswith(b.prefix) or b.prefix.startswith(a.prefix)):
         return False
@@ -84,7 +84,7 @@ def has_overlap(left: str, right: str) -> bool:
 
 
 def has_any_overlap(left: Sequence[str], right: Sequence[str]) -> bool:
-    """Whether any pattern of one list overlaps with any of the other."""
+    """Return whether any pattern of one list overlaps with any of the other."""
     return any(has_overlap(a, b) for a in left for b in right)
 
 
@@ -94,7 +94,7 @@ def find_out_of_scope(owned: Sequence[str], paths: Iterable[str]) -> list[str]:
 
 
 def is_covered(pattern: str, owned: Sequence[str]) -> bool:
-    """Whether a single owned pattern matches every path that a pattern matches.
+    """Return whether a single owned pattern matches every path that a pattern matches.
 
     A path without wildcards counts as a file. Coverage by several owned patterns together is not detected.
     """
@@ -212,7 +212,7 @@ def _characters_cover(outer: _Characters, inner: _Characters) -> bool:
 
 
 def _covers(outer: Sequence[object], inner: Sequence[object], covers: Callable[[Any, Any], bool]) -> bool:
-    """Whether one sequence covers another; False if that can't be shown part by part."""
+    """Return whether one sequence covers another; False if unproven part by part."""
     columns = len(inner)
     below = [False] * columns + [True]
     for a in reversed(outer):

@@ -263,7 +263,7 @@ class WorktreeSettings(Settings):
     linked: RepositoryPaths = Field((), alias="link")
     """Untracked files and folders of your checkout that each worktree links to, read-only."""
     keep_ignored: KeptPaths = ()
-    """Ignored files and folders to preserve for the next session (not for checks): names, or paths from the top."""
+    """Ignored files and folders to preserve for the next session (not for checks): names, or paths from the root."""
     ports: Annotated[int, Field(ge=0, le=100)] = 0
     """The number of free ports per worktree, passed as COUNCIL_PORT_0 and so on."""
 

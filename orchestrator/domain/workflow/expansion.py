@@ -36,7 +36,7 @@ class ExpandedTask:
 
 
 def expand_plan(
-    plan: Mapping[str, Any], prefix: str, *, most: int, owns: Sequence[str], taken: Collection[str]
+    plan: Mapping[str, Any], prefix: str, *, limit: int, owns: Sequence[str], taken: Collection[str]
 ) -> tuple[ExpandedTask, ...] | Sequence[Violation]:
     """Return the tasks of a plan (normalized by its kind) in order, or all violations.
 
@@ -47,7 +47,7 @@ def expand_plan(
     names = {task.id: make_task_name(prefix, task.id) for task in parsed.tasks}
     violations = [
         *check_plan(parsed, HandoffFacts()),
-        *_check_count(parsed, most),
+        *_check_count(parsed, limit),
         *_check_names(parsed, names, taken),
         *_check_paths(parsed, owns),
     ]
@@ -82,10 +82,10 @@ def _owned(task: PlannedTask) -> tuple[str, ...]:
     return tuple(dict.fromkeys(path.strip().removeprefix("./") for path in task.owns))
 
 
-def _check_count(plan: Plan, most: int) -> Iterator[Violation]:
-    if len(plan.tasks) > most:
-        what = f"the plan has {len(plan.tasks)} tasks (limit: {most})"
-        yield Violation("expansion.most", "tasks", what, f"plan at most {most} tasks")
+def _check_count(plan: Plan, limit: int) -> Iterator[Violation]:
+    if len(plan.tasks) > limit:
+        what = f"the plan has {len(plan.tasks)} tasks (limit: {limit})"
+        yield Violation("expansion.limit", "tasks", what, f"plan at most {limit} tasks")
 
 
 def _check_names(plan: Plan, names: Mapping[str, str], taken: Collection[str]) -> Iterator[Violation]:

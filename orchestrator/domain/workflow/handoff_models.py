@@ -33,7 +33,7 @@ def _text(value: Any) -> Any:
 
 
 def _items(value: Any) -> list[Any]:
-    """Accept a single item as a list, and None or an empty text as an empty list."""
+    """Accept a single item as a list, and None or an empty string as an empty list."""
     if value is None or value == "":
         return []
     items = value if isinstance(value, list | tuple) else [value]
@@ -106,13 +106,13 @@ class Scout(_Model):
         validation_alias=_also("scout_findings", "findings", "observations", "results"),
         description="Relevant facts: files, functions, conventions of the code.",
     )
-    requirements: Items = Field(default=(), description="What must be true when the task is done.")
-    constraints: Items = Field(default=(), description="What must not change, or limits the solution.")
+    requirements: Items = Field(default=(), description="Conditions that the finished task must meet.")
+    constraints: Items = Field(default=(), description="Limits of the solution, and things that must not change.")
     priorities: Items = Field(
-        default=(), validation_alias=_also("priorities", "priority_order"), description="What to do first."
+        default=(), validation_alias=_also("priorities", "priority_order"), description="The work to do first."
     )
-    risks: Items = Field(default=(), description="What may go wrong.")
-    opportunities: Items = Field(default=(), description="What makes the task easier.")
+    risks: Items = Field(default=(), description="Possible problems.")
+    opportunities: Items = Field(default=(), description="Ways to simplify the task.")
     approach: Text = Field(
         default="",
         validation_alias=_also("approach", "recommended_approach"),
@@ -127,7 +127,7 @@ class PlannedTask(_Model):
     id: Name = Field(validation_alias=_also("id", "task_id", "name"), description="Short and unique.")
     prompt: Annotated[Text, Field(min_length=1)] = Field(
         validation_alias=_also("prompt", "description", "details", "title", "task", "what"),
-        description="What to do, complete for a reader who sees nothing else.",
+        description="Complete instructions for a reader who sees nothing else.",
     )
     dependencies: Names = Field(
         default=(),
@@ -157,7 +157,7 @@ class Plan(_Model):
         validation_alias=_also("tasks", "steps"), min_length=1, max_length=MAX_PLANNED_TASKS
     )
     dependencies: ItemsOrMapping = Field(
-        description="What the plan depends on; as a mapping, the ids of the tasks that must be done before each task."
+        description="Dependencies of the plan; as a mapping, the ids of the tasks that must be done before each task."
     )
     timeline: ItemsOrMapping = Field(
         validation_alias=_also("timeline", "schedule", "phases"), description="The order and timing of the work."
@@ -182,7 +182,7 @@ class Artifact(_Model):
     """A file that was built."""
 
     path: Annotated[str, BeforeValidator(_path), Field(min_length=1, max_length=4096)] = Field(
-        validation_alias=_also("path", "file", "name"), description="From the top of the repository, with `/`."
+        validation_alias=_also("path", "file", "name"), description="Relative to the root of the repository, with `/`."
     )
     checksum: Annotated[
         str,
@@ -205,7 +205,7 @@ def _artifacts(value: Any) -> Any:
 
 
 class Build(_Model):
-    """The result of a build phase: files, and facts about them."""
+    """The result of a build phase: files and their metadata."""
 
     artifacts: Annotated[tuple[Artifact, ...], BeforeValidator(_artifacts)] = Field(
         validation_alias=_also("artifacts", "files"),
@@ -215,7 +215,7 @@ class Build(_Model):
     implementation: ItemsOrMapping = Field(
         default=(),
         validation_alias=_also("implementation", "changes", "implemented"),
-        description="What was done, and where.",
+        description="The changes made, with file locations.",
     )
     test_cases: Items = Field(default=(), validation_alias=_also("test_cases", "tests"))
     coverage_requirements: ItemsOrMapping = Field(
@@ -245,7 +245,7 @@ class Test(_Model):
 
     passed: Success = Field(validation_alias=_also("passed", "success", "status", "verdict", "result"))
     failures: Items = Field(default=(), validation_alias=_also("failures", "failed", "errors"))
-    test_cases: Items = Field(default=(), validation_alias=_also("test_cases", "tests"), description="What was tested.")
+    test_cases: Items = Field(default=(), validation_alias=_also("test_cases", "tests"), description="The tested cases.")
     coverage: TextOrMapping = Field(default="", validation_alias=_also("coverage", "coverage_report"))
     summary: Text = Field(default="", description="A few sentences.")
 
@@ -256,7 +256,7 @@ class Deploy(_Model):
     deployed: Success = Field(validation_alias=_also("deployed", "success", "status", "result"))
     environment: TextOrMapping = Field(default="", validation_alias=_also("environment", "env", "target"))
     configuration: TextOrMapping = Field(default="", validation_alias=_also("configuration", "config"))
-    artifacts: Items = Field(default=(), description="What was deployed: paths, or objects that have one.")
+    artifacts: Items = Field(default=(), description="The deployed artifacts: paths, or objects with a path.")
     summary: Text = Field(default="", description="A few sentences.")
 
 
@@ -305,7 +305,7 @@ class Finding(_Model):
     """One finding of a review."""
 
     path: Annotated[str | None, Field(max_length=4096)] = Field(
-        default=None, validation_alias=_also("path", "file", "filename"), description="From the top of the repository."
+        default=None, validation_alias=_also("path", "file", "filename"), description="Relative to the root of the repository."
     )
     line: Annotated[int | None, BeforeValidator(_line)] = Field(default=None, description="Counted from 1.")
     severity: Annotated[Literal["critical", "major", "minor", "info"], BeforeValidator(_severity)] = "major"
@@ -316,7 +316,7 @@ class Finding(_Model):
 
 
 def _findings(value: Any) -> list[Any]:
-    """Accept a text as a finding without a path."""
+    """Accept text as a finding without a path."""
     return [{"message": one} if isinstance(one, str) else one for one in _items(value)]
 
 
@@ -374,7 +374,7 @@ def check_build(build: Build, facts: HandoffFacts) -> Iterable[Violation]:
     for place, artifact in enumerate(build.artifacts):
         if not _is_inside(artifact.path):
             what = f"{artifact.path[:200]!r} is not a path in the repository"
-            yield Violation("build.path", f"artifacts[{place}].path", what, "use a path relative to the top, with `/`")
+            yield Violation("build.path", f"artifacts[{place}].path", what, "use a path relative to the root of the repository, with `/`")
         elif artifact.path in facts.checksums:
             actual = facts.checksums[artifact.path]
             if actual is None:

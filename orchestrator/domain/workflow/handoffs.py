@@ -15,7 +15,7 @@ from orchestrator.domain.workflow.mediation import Mediation
 from orchestrator.errors import HandoffCorrupted
 
 HandoffProtocol = Literal["direct", "mediated", "shared"]
-#: The means of submission of a result: its file, a command or tool, or the last block of the answer.
+#: The means of submission of a result: its file, a command or tool, or the last block of the response.
 Delivery = Literal["file", "tool", "answer"]
 
 #: The longest summary of a handoff, in characters.
@@ -99,7 +99,7 @@ def get_payload(handoff: Handoff) -> dict[str, Any]:
 
 
 def is_intact(handoff: Handoff) -> bool:
-    """Whether the digest matches the contents."""
+    """Return whether the digest matches the contents."""
     try:
         return compute_digest(_contents(handoff.data, handoff.mediation)) == handoff.digest
     except ValueError:
@@ -126,18 +126,18 @@ def _contents(data: dict[str, Any], mediation: Mediation | None) -> dict[str, An
 
 @dataclass(frozen=True, slots=True)
 class JsonBlock:
-    """The last fenced JSON object in an answer, if any."""
+    """The last fenced JSON object in a response, if any."""
 
     data: dict[str, Any] | None
     skipped: tuple[str, ...] = ()
-    """The reasons why later blocks were skipped, with their line numbers."""
+    """The reasons for skipping later blocks, with their line numbers."""
 
 
 _OPENING: Final = re.compile(r"[ \t]*(?P<fence>`{3,}|~{3,})[ \t]*(?P<info>[^`]*)\Z")
 
 
 def find_last_json_block(text: str) -> JsonBlock:
-    """Return the last fenced block of an answer that is a JSON object.
+    """Return the last fenced block of a response that is a JSON object.
 
     Only blocks with the info string `json` or none count. An invalid `json` block ends the search: an earlier block is
     not the intended handoff.
@@ -169,5 +169,5 @@ def _blocks(text: str) -> Iterator[tuple[int, str, str]]:
                 block.append(stripped)
         elif opening := _OPENING.match(stripped):
             fence, info, begin, block = opening["fence"], opening["info"].strip().lower(), number, []
-    if fence:  # an unclosed block ends with the answer
+    if fence:  # an unclosed block ends with the response
         yield begin, info, "\n".join(block)

@@ -105,7 +105,7 @@ def find_next_phase(
 
 
 def has_open_visit(task: TaskDocument) -> bool:
-    """Whether the last visit is unfinished."""
+    """Return whether the last visit is unfinished."""
     return bool(task.phases) and task.phases[-1].status in OPEN_STATUSES
 
 
@@ -265,7 +265,7 @@ def restart_work(workflow: Workflow, task: TaskDocument) -> dict[str, Any]:
 
 
 def count_rejections(task: TaskDocument, phase: str) -> int:
-    """Return how often a phase rejected a task's work since a user's last retry."""
+    """Return the number of rejections by a phase since a user's last retry."""
     return sum(
         visit.phase == phase and visit.verdict == REJECT_VERDICT for visit in task.phases[task.visits_before_retry :]
     )
@@ -282,7 +282,7 @@ def compute_next_start(workflow: Workflow, task: TaskDocument, phase: Phase) -> 
 
 
 def has_built_work(task: TaskDocument) -> bool:
-    """Whether a waiting task continues built work, and so must keep its paths."""
+    """Return whether a waiting task continues built work, and so must keep its paths."""
     return task.start is not None or any(record.commit is not None for record in task.phases)
 
 

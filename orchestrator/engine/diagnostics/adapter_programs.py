@@ -44,8 +44,8 @@ async def check_adapter_programs(
         reach = configured | PathAccess(readable=tuple(map(Path, command.readable)))
         lookup = make_lookup_command(program)
         if lookup not in await probe.find_succeeding([lookup], env, reach):
-            why, hidden = probe.explain_missing_program(program, env, reach)
-            what = f"program {program!r} is installed, but hidden from sessions{why}"
+            searched, hidden = probe.explain_missing_program(program, env, reach)
+            what = f"program {program!r} is installed, but hidden from sessions{searched}"
             remedy = f"add {', '.join(hidden) or 'its folder'} to `readable` of the adapter {name!r}"
             if file is None or not await anyio.Path(file).is_file():
                 remedy = f"create a council.yaml with `council init`, and {remedy} there"

@@ -243,7 +243,7 @@ def _check_disks(
 def _check_resources(subject: DoctorInput, machine: Machine) -> list[Finding]:
     demand = DEFAULT_DEMAND if subject.run is None else SessionDemand(memory=subject.run.session_memory)
     return [
-        findings.check_descriptors(machine.room, subject.capacity),
-        findings.check_memory(machine.room, subject.capacity, demand),
+        findings.check_descriptors(machine.resources, subject.capacity),
+        findings.check_memory(machine.resources, subject.capacity, demand),
         findings.check_processes(machine.processes, subject.capacity),
     ]

@@ -26,7 +26,7 @@ class Machine:
     """The version of Python."""
     system: str
     """The name of the system, such as Linux or Darwin."""
-    room: AvailableResources
+    resources: AvailableResources
     processes: int | None
     """The number of processes that can still be started; None: unlimited or unknown."""
     now: float
@@ -51,7 +51,7 @@ class StorageLocation:
     file_system: str | None
     """The mount point of the file system, and its type; None if unknown."""
     error: str | None = None
-    """Why it is not writable."""
+    """The reason that it is not writable."""
     ahead: float = 0.0
     """Seconds by which its timestamps are ahead of the local clock."""
 
@@ -74,7 +74,7 @@ def inspect_machine() -> Machine:
     return Machine(
         python=platform.python_version(),
         system=platform.system(),
-        room=read_resources(),
+        resources=read_resources(),
         processes=remaining_processes(),
         now=time.time(),
         installed=installed,

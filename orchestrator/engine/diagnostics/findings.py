@@ -159,29 +159,29 @@ def check_sandbox(kind: SandboxKind | RefusedError, weaker_for: RefusedError | N
     return Finding("sandbox", Level.OK, f"{kind} works")
 
 
-def check_descriptors(room: AvailableResources, capacity: int) -> Finding:
+def check_descriptors(resources: AvailableResources, capacity: int) -> Finding:
     """Check the limit of open files."""
-    limit = "no limit" if room.descriptor_limit is None else f"at most {room.descriptor_limit}"
+    limit = "no limit" if resources.descriptor_limit is None else f"at most {resources.descriptor_limit}"
     return _check_resource(
         "open files",
         limit,
-        AvailableResources(room.descriptor_limit, room.descriptors_open, None),
+        AvailableResources(resources.descriptor_limit, resources.descriptors_open, None),
         capacity,
         SessionDemand(),
     )
 
 
-def check_memory(room: AvailableResources, capacity: int, demand: SessionDemand) -> Finding:
+def check_memory(resources: AvailableResources, capacity: int, demand: SessionDemand) -> Finding:
     """Check the available memory."""
-    if room.memory is None:
+    if resources.memory is None:
         return Finding("memory", Level.OK, "available memory is unknown on this system")
     return _check_resource(
-        "memory", f"{_size(room.memory)} available", AvailableResources(None, 0, room.memory), capacity, demand
+        "memory", f"{_size(resources.memory)} available", AvailableResources(None, 0, resources.memory), capacity, demand
     )
 
 
-def _check_resource(name: str, found: str, room: AvailableResources, capacity: int, demand: SessionDemand) -> Finding:
-    fitting = fit_sessions(room, capacity, demand)
+def _check_resource(name: str, found: str, resources: AvailableResources, capacity: int, demand: SessionDemand) -> Finding:
+    fitting = fit_sessions(resources, capacity, demand)
     if not isinstance(fitting, SessionFit):
         return Finding(name, Level.PROBLEM, fitting.what, fitting.remedy)
     if fitting.limited_by is not None:

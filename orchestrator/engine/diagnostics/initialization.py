@@ -33,7 +33,7 @@ COMMAND_ADAPTER = "command"
 
 @dataclass(frozen=True, slots=True)
 class InitRepository:
-    """The top of the checkout, the git directory, and the base branch."""
+    """The root of the checkout, the git directory, and the base branch."""
 
     site: RunRepository
     top: Path

@@ -104,8 +104,8 @@ async def _committed(
 
 
 def _missing_program(command: _Command, name: str, probe: SandboxProbe, top: Path | None) -> Finding:
-    why, hidden = probe.explain_missing_program(name, command.env)
-    what = f"{_describe_command(command)}: program {name!r} not found in the sandbox{why}"
+    searched, hidden = probe.explain_missing_program(name, command.env)
+    what = f"{_describe_command(command)}: program {name!r} not found in the sandbox{searched}"
     local = next((one for one in (".venv", "venv", "node_modules/.bin") if _has(top, one, name)), None)
     if local is not None:
         folder = local if local.startswith("node") else f"{local}/bin"

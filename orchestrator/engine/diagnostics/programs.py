@@ -135,7 +135,7 @@ async def probe_adapters(adapters: Mapping[K, Adapter], environ: Mapping[str, st
 async def find_unusable_adapters(adapters: Mapping[str, Adapter], environ: Mapping[str, str]) -> dict[str, str]:
     """Return the adapters that don't work on this machine, each with the reason."""
     found = await probe_adapters(adapters, environ)
-    return {name: why for name, status in found.items() if (why := _obstacle(status)) is not None}
+    return {name: reason for name, status in found.items() if (reason := _obstacle(status)) is not None}
 
 
 def _obstacle(status: AdapterStatus) -> str | None:
@@ -208,7 +208,7 @@ def _find(name: str, path: str) -> str | None:
 
 
 async def _run_probe(argv: Sequence[str], env: Mapping[str, str], folder: Path) -> CompletedCommand | str:
-    """Run a command; return its result, or the reason why it could not be run."""
+    """Run a command; return its result, or the reason for a failure to run it."""
     asked = " ".join((Path(argv[0]).name, *argv[1:]))
     own = {**env, "GIT_CEILING_DIRECTORIES": str(folder.parent)}
     try:

@@ -35,7 +35,7 @@ _MOST_NAMED = 3  # files
 
 @dataclass(frozen=True, slots=True)
 class RepositoryInspection:
-    """Findings, the top of the checkout (None: no checkout), and the repository size.
+    """Findings, the root of the checkout (None: no checkout), and the repository size.
 
     `site` is its location; None if unknown. The size is None if irrelevant.
     """

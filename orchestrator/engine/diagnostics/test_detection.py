@@ -21,7 +21,7 @@ _MAX_FILE_SIZE: Final = 1 << 20
 _REQUIREMENTS: Final = re.compile(r"(?:[a-z]+-)?requirements(?:[-_][a-z]+)?\.txt")
 
 TopLevelFiles = Mapping[str, str]
-"""The names at the top of a repository (those of folders end with a slash), with the contents that were read.
+"""The names in the root of a repository (those of folders end with a slash), with the contents that were read.
 
 Python test files are included, even those in a folder of tests.
 """
@@ -224,7 +224,7 @@ def _python(top: TopLevelFiles) -> RepositoryTests | None:
 
 
 def _unittest(top: TopLevelFiles) -> RepositoryTests | None:
-    """Return the command that discovers `unittest` tests at the top or in a folder."""
+    """Return the command that discovers `unittest` tests in the root or a folder."""
     for folder in ("", *_TEST_FOLDERS):
         tests = {name: text for name, text in top.items() if re.fullmatch(rf"{folder}test[^/]*\.py", name)}
         declared_in = next((name for name, text in tests.items() if _IMPORTS_UNITTEST.search(text)), None)

@@ -29,7 +29,7 @@ def trusts_all(environ: Mapping[str, str]) -> bool:
 
 
 def enclosing_checkout(file: Path) -> Path | None:
-    """Return the top of the innermost checkout that contains a file, or None.
+    """Return the root of the innermost checkout that contains a file, or None.
 
     Blocks.
     """

@@ -1,1 +1,1 @@
-"""The merge queue: merge, check, record the intent, move the target."""
+"""The merge queue: merge, check, record the intent, update the target."""

@@ -49,7 +49,7 @@ from orchestrator.system.file_lock import LockHolder
 _BASE_CHECK_ATTEMPT = 0
 #: The maximum number of rounds if the base keeps moving, so that it can't prevent the start of a run.
 _MAX_ROUNDS = 3
-#: The maximum number of tries of checks that could not complete; pauses between tries double from one second.
+#: The maximum number of attempts at checks that could not complete; pauses between them double from one second.
 _MAX_TRIES = 4
 #: Seconds between polls for the process that checks the base.
 _POLL_INTERVAL = 1.0
@@ -82,7 +82,7 @@ class BaseChecks:
     entries: Mapping[str, DispatchEntry]
     _running: anyio.CancelScope = field(default_factory=anyio.CancelScope, init=False)
     _unrunnable: dict[tuple[str, tuple[str, ...]], str | None] = field(default_factory=dict, init=False)
-    """The reason why one of the commands can't run on a base, by base and commands."""
+    """The reason that one of the commands can't run on a base, by base and commands."""
 
     def stop(self) -> None:
         """Stop running checks; `failure` then returns None."""
@@ -110,7 +110,7 @@ class BaseChecks:
         return None if self._running.cancelled_caught else failure
 
     async def _first_failure(self, groups: _CheckGroups) -> str | None:
-        """Return the reason why a check fails, required checks first; None if all pass."""
+        """Return the reason for a failed check, required checks first; None if all pass."""
         bases: dict[bool, CheckedBase | None] = {}
         for (_, brings_base, _), tasks in sorted(groups.items(), key=lambda group: group[0][0]):
             if brings_base not in bases:
@@ -180,7 +180,7 @@ class BaseChecks:
         return CheckedBase(base, run.base)
 
     async def _merge_into_target(self) -> str:
-        """Return how a fix of the base reaches the target if no landing includes the base."""
+        """Return the steps by which a fix of the base reaches the target."""
         run = self.ledger.run
         if run.target == run.base:
             return ""
@@ -191,7 +191,7 @@ class BaseChecks:
         return f" and merge that into {run.target} (`{command}`)"
 
     async def _find_failure(self, tasks: Sequence[str], base: CheckedBase) -> str | None:
-        """Return why the shared checks of these tasks fail on a commit, or None."""
+        """Return the reason for failed shared checks of these tasks on a commit, or None."""
         task, spec, commit = tasks[0], await self.ledger.definitions.spec(tasks[0]), base.commit
         key = await _hash_checks(self.context, spec, commit)
         if self._has_landed(spec, commit) or key in await self.ledger.run_state.proven_bases():
@@ -265,9 +265,9 @@ class BaseChecks:
     async def explain_unrunnable(
         self, task: str, spec: TaskSpec, commands: tuple[str, ...], failed: CommandFailed, base: str, correction: str
     ) -> str | None:
-        """Return the reason why a check that exited with 126 or 127 can never run.
+        """Return the reason that a check which exited with 126 or 127 can never run.
 
-        None if the task may be the cause, because its base has the program. `correction` is the fix for a mistake in
+        None if the task may be the cause, because its base has the program. `correction` is the fix for an error in
         the command.
         """
         missing = failed.unrunnable
@@ -371,7 +371,7 @@ async def _is_working(ledger: Ledger, holder: LockHolder | None) -> bool:
 
 
 def describe_check_fix(run: RunDocument, specs: Sequence[TaskSpec], *, is_built: bool = False) -> str:
-    """Return how to fix a mistake in a shared check.
+    """Return the fix for an error in a shared check.
 
     `is_built` tasks are queued to land.
     """

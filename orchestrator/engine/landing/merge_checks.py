@@ -70,12 +70,12 @@ class MergeChecks:
 
         The merge lands once that session ends or unlocks the path.
         """
-        why = await self._ownership.locked(task, merge)
-        if why is not None and self._ledger.task(task).status is TaskStatus.CHECKING:
-            await self._outcomes.requeue(task, why)
-        elif why is not None:
-            await self._outcomes.defer(task, why)
-        return why is not None
+        reason = await self._ownership.locked(task, merge)
+        if reason is not None and self._ledger.task(task).status is TaskStatus.CHECKING:
+            await self._outcomes.requeue(task, reason)
+        elif reason is not None:
+            await self._outcomes.defer(task, reason)
+        return reason is not None
 
     async def _check(self, task: str, spec: TaskSpec, merge: PreparedMerge, tree: str) -> bool:
         await self._ledger.change(task, Trigger.CHECK, TaskChecking(merge=merge.new))

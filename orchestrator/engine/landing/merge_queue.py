@@ -1,6 +1,6 @@
 """Land the built tasks of one run through its merge queue.
 
-A landing first resolves interrupted landings, then merges, checks, records the intent and moves the target. A push
+A landing first resolves interrupted landings, then merges, checks, records the intent and updates the target. A push
 costs more than the rest of a landing. Therefore tasks that are ready together land in one push: their merges follow
 each other on the first-parent line, and each is recorded as a separate landing. Only clean merges without checks are
 batched. All other merges are evaluated against the current target, not against merges that have yet to land.
@@ -43,14 +43,14 @@ from orchestrator.repo.worktrees.pool import SlotPool
 from orchestrator.system import slow_waits
 from orchestrator.system.failpoints import failpoint
 
-#: The number of merge attempts of a landing if others keep moving the target, before it is queued again.
+#: The number of merge attempts of a landing if others keep updating the target, before it is queued again.
 MAX_MERGE_ROUNDS = 10
 
 #: The pauses between these attempts.
 _ROUND_BACKOFF = Backoff(initial=0.02, factor=2.0, max=1.0, jitter=False)
 
 _TARGET_BUSY = (
-    f"something else moved the target during each of {MAX_MERGE_ROUNDS} attempts, perhaps a hook of the repository"
+    f"something else updated the target during each of {MAX_MERGE_ROUNDS} attempts, perhaps a hook of the repository"
 )
 _PERMIT_LOST = "this process was suspended until its merge permit expired: it requests a new one"
 
@@ -274,7 +274,7 @@ class MergeQueue:
     async def _move(
         self, permit: MergePermit, merges: Mapping[str, PreparedMerge]
     ) -> Landed | StaleTarget | DeferredLanding:
-        """Record the intent, move the target, and record the result."""
+        """Record the intent, update the target, and record the result."""
         whole = combine_merges(merges.values())
         intent = LandingIntent(old=whole.old, new=whole.new, recorded=self._clock.now())
         updates = {

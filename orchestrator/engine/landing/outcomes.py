@@ -45,7 +45,7 @@ MAX_CHECK_OUTPUT = 8192
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """The reason why built work can't land.
+    """The reason that built work can't land.
 
     `branch` preserves the work; `facts` are additional fields of the event.
     """
@@ -84,7 +84,7 @@ class LandingOutcomes:
     async def record_without_merge(
         self, task: str, result: Landed | NothingToLand | MergeConflict | DeferredLanding
     ) -> None:
-        """Record the outcome of a task that has no merge of its own."""
+        """Record the outcome of a task that has no separate merge."""
         match result:
             case Landed(commit):
                 await self.record_landed(Trigger.ADOPT, {task: commit})
@@ -98,13 +98,13 @@ class LandingOutcomes:
                 assert_never(result)
 
     async def abort(self, tasks: Iterable[str]) -> None:
-        """Record that the target did not move: the tasks are queued again."""
+        """Record that the target was not updated: the tasks are queued again."""
         await self._ledger.change_all(
             {task: TaskUpdate(Trigger.UNDO, TaskLandingAborted(), {"landing_intent": None}) for task in tasks}
         )
 
     async def defer(self, task: str, reason: str) -> None:
-        """Record the reason why a task can't land now."""
+        """Record the reason that a task can't land now."""
         document = self._ledger.task(task)
         if (document.status, document.reason) != (TaskStatus.QUEUED, reason):  # otherwise already recorded
             await self._ledger.change(
@@ -129,9 +129,9 @@ class LandingOutcomes:
                 await self._ledger.writer.note_once(TaskDeferred(task=task, reason=reason), task, reason)
 
     async def settle_interrupted(self, permit: MergePermit, tasks: Sequence[str]) -> list[str]:
-        """Find out whether interrupted moves of the target took place.
+        """Resolve interrupted updates of the target.
 
-        Return the tasks whose move did not take place.
+        Return the tasks whose update did not happen.
         """
         again = []
         for task in tasks:

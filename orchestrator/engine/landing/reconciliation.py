@@ -31,7 +31,7 @@ def has_unlanded_work(tasks: Iterable[TaskDocument]) -> bool:
 
 
 class Reconciler:
-    """Compares the tasks of a run with its target each time the target moves."""
+    """Compares the tasks of a run with its target each time the target changes."""
 
     def __init__(self, ledger: Ledger, context: RunContext) -> None:
         self._ledger, self._context = ledger, context

@@ -370,15 +370,15 @@ def select_delivery(
     match file:
         case HandoffData(data):
             return data, "file"
-        case MalformedHandoff(why, remedy):
-            return Violation("handoff.file", "the result", why, remedy)
+        case MalformedHandoff(reason, remedy):
+            return Violation("handoff.file", "the result", reason, remedy)
     if tool is not None:
         return tool, "tool"
     block = find_last_json_block(answer)
     if block.data is not None:
         return block.data, "answer"
-    why = "; ".join(("no result was submitted", *block.skipped))
-    return Violation("handoff.missing", "the result", why, "write it to $COUNCIL_HANDOFF as one JSON object")
+    what = "; ".join(("no result was submitted", *block.skipped))
+    return Violation("handoff.missing", "the result", what, "write it to $COUNCIL_HANDOFF as one JSON object")
 
 
 def summarize_findings(findings: Any) -> str:

@@ -29,7 +29,7 @@ async def expand_task(
     expansion = phase.expand or ExpansionSettings()
     known = await ledger.definitions.earlier_specs(task)
     own = f"{ledger.run.id}/{task}/"
-    expand = partial(expand_plan, plan, most=expansion.max, owns=spec.owns, taken={*ledger.run.tasks, *known})
+    expand = partial(expand_plan, plan, limit=expansion.max, owns=spec.owns, taken={*ledger.run.tasks, *known})
     has_earlier = any(str(value.get("plan") or "").startswith(own) for value in known.values())
     planned = () if has_earlier else expand(f"{task}-")
     if has_earlier or await ledger.definitions.have_any_existed(

@@ -60,7 +60,7 @@ class ConflictingWork:
     """The conflicting paths, if known."""
 
     def describe(self) -> str:
-        """Return the reason why the session starts from scratch."""
+        """Return the reason for a session's start from scratch."""
         work = "the earlier work" if self.branch is None else f"the earlier work ({salvage_name(self.branch)})"
         paths = f" in {join_names(self.paths, _MAX_NAMED_PATHS)}" if self.paths else ""
         return f"{work} conflicts with the target{paths}: starting from scratch"

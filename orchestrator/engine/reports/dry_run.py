@@ -23,7 +23,7 @@ class PlannedTask:
     id: str
     needs: Sequence[str]
     follows: str | None
-    """A task of the same wave that owns a common path and would start first."""
+    """A task of the same wave with overlapping paths that would start first."""
     adapter: str
     """The adapter that would start it: the one of its first phase, if specified."""
     phases: Sequence[str]

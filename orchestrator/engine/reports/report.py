@@ -28,7 +28,7 @@ class RunStatus(StrEnum):
 
     LANDED = "landed"  #: all tasks have landed, or are done without changes
     INCOMPLETE = "incomplete"  #: ended, but some tasks have neither landed nor are done
-    INTERRUPTED = "interrupted"  #: stopped or killed before its end; continued by `council resume`
+    INTERRUPTED = "interrupted"  #: stopped or killed before it finished; continued by `council resume`
     HALTED = "halted"  #: stopped by its budget or by failing checks; `halted` has the reason
     RUNNING = "running"
 
@@ -55,7 +55,7 @@ class AdapterReport:
     cooldown_until: float | None
     """The end of its cooldown (seconds since the epoch)."""
     disabled_reason: str | None
-    """The reason why it is disabled; only a user can enable it."""
+    """The reason for disabling it; only a user can enable it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class SessionReport:
     message: str | None
     """The activity that it reported, or else the one observed in its output."""
     blocked_on: str | None
-    """The reported reason why it is blocked."""
+    """The reported reason that it is blocked."""
     files: Sequence[str]
     """The files that it has locked."""
     updated: float
@@ -148,7 +148,7 @@ class RunReport:
     imported: str | None = None
     """The file that the run was imported from, relative to the project; such a run can't be resumed."""
     halted: str | None = None
-    """The reason why it was stopped before its end, with the remedy."""
+    """The reason for the halt, with the remedy."""
     halted_by: HaltCause | None = None
     """The cause of the stop: the `budget`, a failing check on the `base`, or `commands` that can't run."""
     file: str | None = None
@@ -223,7 +223,7 @@ class RunRecord:
         )
 
     def dependents_of(self, needs: Iterable[str]) -> dict[str, str]:
-        """Return all pending dependents of some tasks, each with its direct need."""
+        """Return all pending dependents of the given tasks, each with its direct need."""
         needed = {task: entry.needs for task, entry in self.entries.items()}
         graph = DependencyGraph(needed, lambda task: self.tasks[task].status is TaskStatus.PENDING)
         for need in needs:
@@ -356,9 +356,9 @@ def _tasks_without_adapter(record: RunRecord, disabled: Mapping[str, str]) -> di
 def _describe_disabled(disabled: Mapping[str, str], run: str) -> str:
     """Return a message that all adapters of a task are disabled, with the reasons."""
     if len(disabled) == 1:
-        [(name, why)] = disabled.items()
-        return f"adapter {name!r} is disabled: {why}: fix it, then run `council resume {run}`"
-    each = "; ".join(f"{name!r}: {why}" for name, why in disabled.items())
+        [(name, reason)] = disabled.items()
+        return f"adapter {name!r} is disabled: {reason}: fix it, then run `council resume {run}`"
+    each = "; ".join(f"{name!r}: {reason}" for name, reason in disabled.items())
     return f"all its adapters are disabled ({each}): fix one of them, then run `council resume {run}`"
 
 

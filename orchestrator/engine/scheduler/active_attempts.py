@@ -28,7 +28,7 @@ class AttemptEnd(NamedTuple):
     shortage: str | None = None
     """The exhausted resource of the machine, if any: no session should start for a while."""
     unrunnable: str | None = None
-    """The reason why all attempts would fail, if a check or setup command can't run here."""
+    """The reason that all attempts would fail, if a check or setup command can't run here."""
 
 
 @dataclass(slots=True)

@@ -274,7 +274,7 @@ class AttemptPreparer:
         if claims is None:
             return None
         claim = await claims.read(task)
-        if claim is None or should_try(claim, None, timing, ignored=None) is not ClaimVerdict.TRIED_OUT:
+        if claim is None or should_try(claim, None, timing, ignored=None) is not ClaimVerdict.RETRIES_EXHAUSTED:
             return None
         reason = f"tried {claim.retries + 1} times, including by orchestrators that exited early"
         return Failed(FailureClass.CRASHED, f"{reason}: find out why these exited, then `council retry {task}`")

@@ -64,7 +64,7 @@ class Capacity:
         return cls(fit.sessions, demand, ledger, clock)
 
     async def free(self, running: int) -> int:
-        """Return how many more sessions may start now."""
+        """Return the number of additional sessions that may start now."""
         self.recheck_at = None
         wanted = self.sessions - running
         if wanted <= 0:

@@ -200,7 +200,7 @@ class Scheduler:
         await self._ledger.note(RunWaiting(until=until, adapters=adapters, approvals=list(approvals)))
 
     async def _free(self, now: float) -> int:
-        """Return how many sessions may start now.
+        """Return the number of sessions that may start now.
 
         Zero while the merge queue is full, because more built work would become outdated.
         """

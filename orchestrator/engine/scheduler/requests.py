@@ -259,7 +259,7 @@ class RequestHandler:
             self._show_task(task)
 
     async def _record_ignored(self, request: RunRequest) -> None:
-        """Record the reason why cancelled tasks are ignored.
+        """Record the reason to ignore cancelled tasks.
 
         Tasks that landed in the meantime stay landed.
         """

@@ -62,7 +62,7 @@ def context_key(session: SessionName) -> Key:
 
 
 async def read_contexts(store: Store, run: str | None = None) -> list[SessionContext]:
-    """Return session records of one or all runs, up to half an hour after their end."""
+    """Return session records of one or all runs, up to half an hour after they end."""
     documents = [one.encoded for one in await store.list(KIND, f"{run}/" if run else "") if not one.damaged]
     return validate_many(_CONTEXTS(), documents)
 

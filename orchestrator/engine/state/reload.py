@@ -52,7 +52,7 @@ class FileChanges:
     has_tasks: bool = True
     """Whether the tasks of the run come from the file."""
     unreadable: str | None = None
-    """The reason why the file can't be compared, if any."""
+    """The reason that the file can't be compared, if any."""
     config: RunConfig | None = None
     """The configuration in the file."""
 

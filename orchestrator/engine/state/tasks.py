@@ -87,7 +87,7 @@ class TaskTable:
         return self._documents
 
     def have_moved(self, start: str) -> bool:
-        """Return True if the run has moved the target from `start`.
+        """Return True if the run has updated the target since `start`.
 
         The target has then existed.
         """
