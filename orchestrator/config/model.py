@@ -88,7 +88,8 @@ def restore_options(
     use = stored.use
     if use not in types:
         raise RefusedError(
-            f"{subject} uses {use!r}, which is not installed{'' if reason is None else f': {reason}'}", "install the plugin that provides it"
+            f"{subject} uses {use!r}, which is not installed{'' if reason is None else f': {reason}'}",
+            "install the plugin that provides it",
         )
     try:
         return types[use], types[use].Options.model_validate(stored.options)

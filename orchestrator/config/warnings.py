@@ -59,7 +59,7 @@ def find_warnings(config: RunConfig, around: RepositoryPaths, adapters: Mapping[
         warnings.append(ConfigWarning(what, "list it under `writable` of the adapters whose sessions need it"))
     if config.worktrees.max < config.capacity:
         limit = config.worktrees.max
-        what = f"`worktrees.max` is {limit} and `capacity` {config.capacity}: at limit {limit} sessions can run at once"
+        what = f"`worktrees.max` is {limit} and `capacity` {config.capacity}: at most {limit} sessions can run at once"
         warnings.append(
             ConfigWarning(what, f"set `max: {config.capacity}` under `worktrees:`, or a smaller `capacity`")
         )

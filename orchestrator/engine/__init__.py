@@ -1,7 +1,6 @@
 """Execute a run; the entry point is `scheduler.loop.Scheduler`.
 
-`state` reads and changes the documents of a run, `phases` turns a session into the next step of its task, `landing`
-is the merge queue, `session_api` serves requests of sessions, `diagnostics` checks a machine and a repository before a run,
-`reports` builds results, `views` exports the state, `cleanup` finds leftovers. `run_context` holds the resources of a
-run.
+`state` reads and changes the documents of a run, `phases` selects the next step after a session, `landing` is the merge
+queue, `session_api` serves requests of sessions, `diagnostics` checks a machine and a repository before a run,
+`reports` builds results, `views` exports the state, `cleanup` finds leftovers. `run_context` has the resources of a run.
 """

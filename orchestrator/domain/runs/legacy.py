@@ -63,7 +63,10 @@ class LegacySession:
 
     def merge(self, older: LegacySession) -> LegacySession:
         """Return this session plus the fields that only an older record of it has."""
-        tasks = {**older.tasks, **{name: {**older.tasks.get(name, {}), **fields} for name, fields in self.tasks.items()}}
+        tasks = {
+            **older.tasks,
+            **{name: {**older.tasks.get(name, {}), **fields} for name, fields in self.tasks.items()},
+        }
         return LegacySession(self.name, self.source, {**older.fields, **self.fields}, tasks)
 
 

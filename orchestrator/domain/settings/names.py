@@ -81,7 +81,8 @@ def check_kept_path(text: str) -> str:
     wildcard = _WILDCARD.search(text)
     if wildcard:
         raise InvalidValue(
-            f"{quote_text(text)} has the wildcard {wildcard[0]!r}", "write a name, or a path from the root of the repository"
+            f"{quote_text(text)} has the wildcard {wildcard[0]!r}",
+            "write a name, or a path from the root of the repository",
         )
     return check_path(text)
 

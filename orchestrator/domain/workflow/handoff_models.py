@@ -245,7 +245,9 @@ class Test(_Model):
 
     passed: Success = Field(validation_alias=_also("passed", "success", "status", "verdict", "result"))
     failures: Items = Field(default=(), validation_alias=_also("failures", "failed", "errors"))
-    test_cases: Items = Field(default=(), validation_alias=_also("test_cases", "tests"), description="The tested cases.")
+    test_cases: Items = Field(
+        default=(), validation_alias=_also("test_cases", "tests"), description="The tested cases."
+    )
     coverage: TextOrMapping = Field(default="", validation_alias=_also("coverage", "coverage_report"))
     summary: Text = Field(default="", description="A few sentences.")
 
@@ -305,7 +307,9 @@ class Finding(_Model):
     """One finding of a review."""
 
     path: Annotated[str | None, Field(max_length=4096)] = Field(
-        default=None, validation_alias=_also("path", "file", "filename"), description="Relative to the root of the repository."
+        default=None,
+        validation_alias=_also("path", "file", "filename"),
+        description="Relative to the root of the repository.",
     )
     line: Annotated[int | None, BeforeValidator(_line)] = Field(default=None, description="Counted from 1.")
     severity: Annotated[Literal["critical", "major", "minor", "info"], BeforeValidator(_severity)] = "major"
@@ -374,7 +378,12 @@ def check_build(build: Build, facts: HandoffFacts) -> Iterable[Violation]:
     for place, artifact in enumerate(build.artifacts):
         if not _is_inside(artifact.path):
             what = f"{artifact.path[:200]!r} is not a path in the repository"
-            yield Violation("build.path", f"artifacts[{place}].path", what, "use a path relative to the root of the repository, with `/`")
+            yield Violation(
+                "build.path",
+                f"artifacts[{place}].path",
+                what,
+                "use a path relative to the root of the repository, with `/`",
+            )
         elif artifact.path in facts.checksums:
             actual = facts.checksums[artifact.path]
             if actual is None:

@@ -176,11 +176,17 @@ def check_memory(resources: AvailableResources, capacity: int, demand: SessionDe
     if resources.memory is None:
         return Finding("memory", Level.OK, "available memory is unknown on this system")
     return _check_resource(
-        "memory", f"{_size(resources.memory)} available", AvailableResources(None, 0, resources.memory), capacity, demand
+        "memory",
+        f"{_size(resources.memory)} available",
+        AvailableResources(None, 0, resources.memory),
+        capacity,
+        demand,
     )
 
 
-def _check_resource(name: str, found: str, resources: AvailableResources, capacity: int, demand: SessionDemand) -> Finding:
+def _check_resource(
+    name: str, found: str, resources: AvailableResources, capacity: int, demand: SessionDemand
+) -> Finding:
     fitting = fit_sessions(resources, capacity, demand)
     if not isinstance(fitting, SessionFit):
         return Finding(name, Level.PROBLEM, fitting.what, fitting.remedy)

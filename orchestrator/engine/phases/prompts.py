@@ -153,16 +153,16 @@ def render_handoff_errors(errors: Sequence[str], mark: str) -> str:
     """Render feedback for a session whose handoff is not valid."""
     listed = format_value("\n".join(f"- {error}" for error in errors), MAX_VALUE_LENGTH)
     return (
-        "---\nThe result that you submitted is invalid. Submit the complete, corrected result, and change nothing else.\n"
-        f"The errors are quoted between two markers:\n{quote_block(listed, mark, 'errors')}\n"
+        "---\nThe result that you submitted is invalid. Submit the complete, corrected result, and change nothing\n"
+        f"else. The errors are quoted between two markers:\n{quote_block(listed, mark, 'errors')}\n"
     )
 
 
 def render_command_failure(command: str, ended: str, output: str, mark: str) -> str:
     """Render feedback on a failed `until` command; `output` is the end of its output."""
     return (
-        f"---\nThis phase is complete only when `{command}` succeeds, but it {ended}. Fix the cause without breaking what\n"
-        "the task asks for. The end of the output is quoted between two markers;\n"
+        f"---\nThis phase is complete only when `{command}` succeeds, but it {ended}. Fix the cause without\n"
+        "breaking what the task asks for. The end of the output is quoted between two markers;\n"
         f"{DATA_NOTICE}.\n{quote_block(format_value(output.strip(), MAX_VALUE_LENGTH), mark, 'output')}\n"
     )
 
