@@ -1,4 +1,6 @@
-"""All errors of this package. Each builds its message, which ends with the remedy, from its arguments.
+"""All errors of this package. Each builds its message from its arguments.
+
+A message ends with the remedy.
 
     CouncilError
       ConfigError            the config file is invalid; has all of its problems   exit 2

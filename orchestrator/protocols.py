@@ -253,9 +253,9 @@ class StateSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """A damaged part of the log: its location, the affected documents (None if unknown), and the handling.
+    """A damaged part of the log: location, affected documents, and handling.
 
-    `offset` is in bytes, or None if the store has no offsets.
+    Documents are None if unknown. `offset` is in bytes, or None if the store has no offsets.
     """
 
     path: Path

@@ -169,7 +169,7 @@ class RunTakenOver(RunEvent):
 
 
 class RunImported(RunEvent):
-    """A session of an [earlier state format](state.md#state-of-older-layouts) became a run."""
+    """A session of an [earlier format](state.md#state-of-older-layouts) became a run."""
 
     type = "run.imported"
     sentence = "imported from {source}"

@@ -155,7 +155,7 @@ def judge_owner_status(
 
 
 def describe_loss(lease: OrchestratorLease, status: OwnerStatus, now: float) -> str:
-    """Return the reason to consider an orchestrator dead at `now` (wall-clock seconds)."""
+    """Return the reason to consider an orchestrator dead at `now`, in seconds."""
     return "process exited" if status is OwnerStatus.DEAD else f"no heartbeat for {now - lease.heartbeat:.0f} s"
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 
 
 def find_cycles(needs: Mapping[str, Iterable[str]]) -> list[list[str]]:
-    """Return disjoint cycles, at least one per strongly connected component, in linear time.
+    """Return disjoint cycles, at least one per strongly connected component.
 
-    Each task needs the next one, and the last needs the first. Names without an entry are ignored.
+    Each task needs the next one, and the last needs the first. Names without an entry are ignored. Takes linear time.
     """
     cycles: list[list[str]] = []
     unvisited = {task: iter(of) for task, of in needs.items()}

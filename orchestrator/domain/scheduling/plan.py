@@ -94,7 +94,7 @@ class _Owners:
                 self._below[shorter].append(owner)
 
     def first_that_overlaps(self, owns: tuple[str, ...]) -> str | None:
-        """Return the first task with overlapping paths; None if not found within the limit."""
+        """Return the first task with overlapping paths; None if none within the limit."""
         for _, other, task in self._near(owns):
             if self.comparisons >= _MOST_COMPARISONS:
                 return None

@@ -179,7 +179,7 @@ class Settings(BaseModel):
 
 
 def short_form(key: str, what: str, expected: str, forms: Any) -> BeforeValidator:
-    """Return a validator that reads a string as a mapping with this string under `key`.
+    """Return a validator that reads a string as a mapping with it under `key`.
 
     `what` and `expected` describe the setting and its `forms` (types for the JSON Schema) in errors.
     """

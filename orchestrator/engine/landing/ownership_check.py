@@ -32,7 +32,7 @@ _MAX_RECORDED_PATHS: Final = 200
 
 @dataclass(frozen=True, slots=True)
 class OwnershipViolation:
-    """The out-of-scope changes of a merge, and the reason that the task can't own them."""
+    """Out-of-scope changes of a merge, and the reason that the task can't own them."""
 
     paths: tuple[str, ...]
     owned: tuple[str, ...]

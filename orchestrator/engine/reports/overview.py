@@ -53,7 +53,7 @@ class RunOverview:
         }
 
     def phase_statuses(self, task: str) -> dict[str, str]:
-        """Return the phases that a task has entered, each with the status of its last visit."""
+        """Return the phases that a task has entered, with the status of the last visit."""
         return phase_statuses(self.record.tasks[task])
 
     def _task_json(self, task: TaskReport) -> JsonObject:

@@ -172,12 +172,12 @@ def build_task_details(
 
 
 def phase_of(attempt: Attempt) -> str:
-    """Return the phase that an attempt ran; without a workflow, that of the default workflow."""
+    """Return the phase of an attempt; without a workflow, that of the default one."""
     return attempt.phase or DEFAULT_PHASES[0].name
 
 
 def phase_statuses(task: TaskDocument) -> dict[str, str]:
-    """Return the phases that a task has entered, each with the status of its last visit.
+    """Return the phases that a task has entered, with the status of the last visit.
 
     Those of an imported task have their original status, or `unknown`.
     """

@@ -1,4 +1,4 @@
-"""The projection of a task's record that all commands format: `status`, `show`, the live table, `--json`. Pure."""
+"""The projection of a task's record that all commands format. Pure."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ def report_task(
     interrupted: str | None = None,
     remark: str | None = None,
 ) -> TaskReport:
-    """Return the report of a task, whose `adapter` would run its first attempt; None: it runs no session.
+    """Return the report of a task; `adapter` would run its first attempt.
 
-    `logs` is the folder with the logs of its run. `obstacle` is the reason why it can't start, and `blocked_by` the
-    failed task that it needs, if any. `interrupted` is the reason of a running attempt that no process runs. A `remark`
-    replaces the recorded reason.
+    `adapter` is None if the task runs no session. `logs` is the folder with the logs of its run. `obstacle` is the
+    reason that it can't start, and `blocked_by` the failed task that it needs, if any. `interrupted` is the reason of a
+    running attempt that no process runs. A `remark` replaces the recorded reason.
     """
     status, counted, reason = str(document.status), document.counted_attempts, document.reason
     last = document.phases[-1] if document.phases else None
@@ -138,7 +138,7 @@ class RunningSession:
 
 
 def report_session(run: str, task: str, document: TaskDocument, worktree: str | None) -> RunningSession | None:
-    """Return the running session of a task, if any; whether a process still runs it is unknown here."""
+    """Return the running session of a task, if any, whether or not a process runs it."""
     if document.status is not TaskStatus.RUNNING or document.attempt.ended is not None:
         return None
     attempt = document.attempt

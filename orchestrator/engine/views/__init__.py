@@ -1,1 +1,4 @@
-"""Readable files of the state: `export.export_views` writes them. May import `repo`, `state` and below."""
+"""Readable files of the state, written by `export.export_views`.
+
+May import `repo`, `state` and below.
+"""

@@ -122,7 +122,7 @@ class ActiveTask:
 
 
 def active_tasks(documents: Mapping[Key, Document]) -> list[ActiveTask]:
-    """Return the active tasks of unfinished runs, sorted by start; unreadable ones are skipped."""
+    """Return readable active tasks of unfinished runs, sorted by start."""
     active = []
     for document in documents.values():
         if document.key.kind != "task" or document.damaged:
@@ -142,7 +142,7 @@ def active_tasks(documents: Mapping[Key, Document]) -> list[ActiveTask]:
 
 
 def ownership_view(active: Iterable[ActiveTask]) -> bytes:
-    """Return the content of `ownership.json`; a task without patterns may change any path."""
+    """Return `ownership.json`, in which a task without patterns may change any path."""
     owners = [
         {
             "run": one.run,

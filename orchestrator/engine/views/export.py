@@ -55,7 +55,7 @@ _HISTORY_LIMIT: Final = 15.0
 
 @dataclass(frozen=True, slots=True)
 class ViewPosition:
-    """The last commit that the views include: its position (0: none), wall-clock time and writer."""
+    """The last commit in the views: position (0: none), wall-clock time and writer."""
 
     position: int = 0
     time: float = 0.0
@@ -63,10 +63,10 @@ class ViewPosition:
 
 
 async def export_views(store: Store, project: Project, now: float) -> ViewPosition:
-    """Replace the views of a project with new ones, as of `now` (wall-clock seconds); return their position.
+    """Replace a project's views as of `now`; return their position.
 
-    Raises LockHeld if another process exports them and does not finish in time, RefusedError if something other than a
-    folder has the name of their folder, OSError if they can't be written.
+    `now` is in wall-clock seconds. Raises LockHeld if another process exports them and does not finish in time,
+    RefusedError if something other than a folder has the name of their folder, OSError if they can't be written.
     """
     async with FileLock(project.views_lock).hold(_LOCK_TIMEOUT):
         await anyio.to_thread.run_sync(_remove_leftovers, project.views)
@@ -125,7 +125,10 @@ async def _read_log(store: Store, until: int) -> AsyncGenerator[list[CommitRecor
 
 
 async def _read_documents(store: Store, until: int, kinds: set[str]) -> Mapping[Key, Document]:
-    """Return the documents at a position; the current ones if the log is damaged, which may hide older ones."""
+    """Return the documents at a position, or the current ones if the log is damaged.
+
+    Damage may hide older documents.
+    """
     with suppress(HistoryCompacted):
         if not store.damage:
             return (await store.at(until)).documents
@@ -133,7 +136,10 @@ async def _read_documents(store: Store, until: int, kinds: set[str]) -> Mapping[
 
 
 def _versions(records: Sequence[CommitRecord], newest: Mapping[Key, int]) -> list[tuple[Key, DocumentVersion]]:
-    """Return the last versions of tasks that some records wrote; `newest` is the current version of each task."""
+    """Return the last versions of tasks by some records' writers.
+
+    `newest` is the current version of each task.
+    """
     return [
         (key, DocumentVersion(version, record.position, record.time, record.by, value, record.events))
         for record in records
