@@ -1,14 +1,18 @@
-"""The tracker for a Markdown checklist: open items are tasks, and are ticked once they have landed.
+"""The tracker for a Markdown checklist: open items are tasks.
+
+Items are ticked once their tasks have landed:
 
     - [ ] Add a User model. {#models}
     - [ ] Fix the typo in the README
           More words for the same task, indented.
     - [x] A ticked item is not a task.
 
-trackers:
-  todo:
-    use: checklist
-    file: ../todo.md
+Configuration:
+
+    trackers:
+      todo:
+        use: checklist
+        file: ../todo.md
 """
 
 from __future__ import annotations
@@ -78,7 +82,7 @@ def read_items(data: bytes) -> list[ChecklistItem]:
 
 
 def _continuation_lines(lines: Sequence[bytes], begin: int, indent: int) -> Iterator[bytes]:
-    """Yield the lines from `begin` on that belong to an item: indented below it, and not items themselves."""
+    """Yield an item's further lines, from `begin` on: indented, not items themselves."""
     for index in range(begin, len(lines)):
         line = lines[index]
         deeper = len(line) - len(line.lstrip(b" \t")) > indent
@@ -131,7 +135,7 @@ class ChecklistTracker:
             await anyio.to_thread.run_sync(self._tick, done, abandon_on_cancel=True)
 
     async def _check_untracked(self) -> None:
-        """Refuse a file that git tracks: its ticks would be uncommitted changes, which keep tasks from landing."""
+        """Refuse a file that git tracks: uncommitted ticks would keep tasks from landing."""
         path = await anyio.to_thread.run_sync(self._path.resolve)
         if not await anyio.to_thread.run_sync(path.parent.is_dir):
             return

@@ -1,4 +1,4 @@
-"""Built-in kinds of handoffs and transformations, registered like those of a plugin."""
+"""Built-in handoff kinds and transformations, registered as a plugin's are."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""The sink that appends each event to a file as a line of JSON: `position`, `time`, `event` and the event's fields.
+"""The sink that appends each event to a file as a line of JSON.
 
-sinks:
-  log:
-    use: jsonlines
-    file: council.jsonl
+A line has `position`, `time`, `event` and the event's fields. Configuration:
+
+    sinks:
+      log:
+        use: jsonlines
+        file: council.jsonl
 """
 
 from __future__ import annotations
@@ -43,15 +45,16 @@ class JsonLinesOptions(BaseModel):
 
 
 class JsonLinesSink:
-    """A sink that appends each event to a file durably and exactly once: events already in the file are skipped.
+    """A sink that appends each event to a file durably and exactly once.
 
-    Several runs may share a file: each reads the new lines of the others under a lock first.
+    Events already in the file are skipped. Several runs may share a file: each reads the new lines of the others under
+    a lock first.
     """
 
     Options: ClassVar[type[BaseModel]] = JsonLinesOptions
 
     def __init__(self, options: JsonLinesOptions, /) -> None:
-        """Set up the sink; the folder of the file must exist when the first event is written."""
+        """Set up the sink. The folder of the file may be created later."""
         self._path = options.file
         self._seen = 0
         """The number of bytes that have been read."""
@@ -84,7 +87,7 @@ class JsonLinesSink:
                 raise
 
     def _lock(self, file: BufferedRandom) -> None:
-        """Lock the file. Raises TimeoutError after LOCK_TIMEOUT, because a waiting thread can't be cancelled."""
+        """Lock the file. Raises TimeoutError, because a waiting thread can't be cancelled."""
         attempts = Retrying(
             retry=retry_if_result(lambda is_taken: not is_taken),
             wait=wait_fixed(_LOCK_PAUSE),
@@ -96,7 +99,7 @@ class JsonLinesSink:
             raise TimeoutError(f"another process keeps {self._path} locked") from None
 
     def _read_news(self, file: BufferedRandom) -> None:
-        """Read the lines added since the last call, and remove an incomplete line of an interrupted write."""
+        """Read the lines added since the last call, and remove an incomplete last line."""
         if os.fstat(file.fileno()).st_size < self._seen:  # the file was truncated
             self._seen, self._last = 0, {}
         file.seek(self._seen)

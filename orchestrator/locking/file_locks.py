@@ -83,7 +83,7 @@ _RESERVE: Final = 512
 
 
 def _check_descriptors(count: int) -> None:
-    """Raise RefusedError if `count` locks would leave this process too few file descriptors. Blocks."""
+    """Raise RefusedError if `count` locks need too many file descriptors. Blocks."""
     facts = read_resources()
     if count and facts.descriptor_limit is not None:
         left = facts.descriptor_limit - facts.descriptors_open
@@ -93,7 +93,7 @@ def _check_descriptors(count: int) -> None:
 
 
 class FileLocks:
-    """The file locks that a process takes for its sessions. All processes of a project use the same `folder`."""
+    """The file locks of this process's sessions, in the project's folder."""
 
     def __init__(self, folder: Path, clock: Clock) -> None:
         self._folder, self._clock = folder, clock
@@ -111,13 +111,13 @@ class FileLocks:
         top: Path | None = None,
         also: Callable[[], Awaitable[Mapping[str, LockWait]]] | None = None,
     ) -> Sequence[FileLockRecord]:
-        """Lock files for a session, all or none; return the records. `timeout` is in seconds (0: don't wait).
+        """Lock files for a session, all or none; return the records.
 
-        `top` is the worktree of the paths; without it, symlinks are not followed. `also` returns sessions' waits for
-        resources other than files. A cancelled call locks nothing. Raises FileLocked, which names the holder;
-        RefusedError for a path that is outside the repository, or that the session has already locked or is waiting
-        for; and, immediately, LockUnavailable if sessions wait for each other in a cycle and this one began to wait
-        last.
+        `timeout` is in seconds (0: don't wait). `top` is the worktree of the paths; without it, symlinks are not
+        followed. `also` returns sessions' waits for resources other than files. A cancelled call locks nothing. Raises
+        FileLocked, which names the holder; RefusedError for a path that is outside the repository, or that the session
+        has already locked or is waiting for; and, immediately, LockUnavailable if sessions wait for each other in a
+        cycle and this one began to wait last.
         """
         await anyio.to_thread.run_sync(_check_descriptors, len(paths))
         wanted = self._wanted(session, paths, top)
@@ -186,7 +186,7 @@ class FileLocks:
         return None if held is None else self._signed(held, session, path, shared=shared)
 
     async def list_waits(self) -> dict[str, LockWait]:
-        """Return the sessions of all processes that are waiting for files, with their blockers."""
+        """Return the sessions of all processes that wait for files, with their blockers."""
         return find_waits(await anyio.to_thread.run_sync(list_file_locks, self._folder))
 
     async def _wait_until(
@@ -198,7 +198,7 @@ class FileLocks:
         shared: bool,
         also: Callable[[], Awaitable[Mapping[str, LockWait]]] | None,
     ) -> _HeldFileLock | None:
-        """Wait for a lock and return it, or None at the deadline. Raises LockUnavailable on a deadlock."""
+        """Wait for a lock; return None at the deadline. Raises LockUnavailable on a cycle."""
         held: _HeldFileLock | None = None
         cycle: str | None = None
         failure: CouncilError | OSError | None = None
@@ -284,7 +284,7 @@ class FileLocks:
 
 
 def find_waits(records: Sequence[FileLockRecord]) -> dict[str, LockWait]:
-    """Return the waiting owners with their blockers: holders and earlier waiters, unless both share the lock."""
+    """Return the waiters, each with the holders and earlier waiters that block it."""
     waits: dict[str, LockWait] = {}
     for record in records:
         if record.state == "waiting":
@@ -300,9 +300,10 @@ def find_waits(records: Sequence[FileLockRecord]) -> dict[str, LockWait]:
 
 
 def list_file_locks(folder: Path, name: str = "*") -> list[FileLockRecord]:
-    """Return the held and requested file locks of a folder, oldest first; `name` selects one by its `lock_name`.
+    """Return the held and requested file locks of a folder, oldest first.
 
-    Any process may call this. A concurrent attempt to take a lock may briefly find it held.
+    `name` selects one by its `lock_name`. Any process may call this. A concurrent attempt to take a lock may briefly
+    find it held.
     """
     records = [
         _record(marker.signature, "held" if marker.kind == "shares" else "waiting") for marker in list_markers(folder)

@@ -1,4 +1,4 @@
-"""Liveness locks: each orchestrator holds a file lock while alive, so that peers can prove its death."""
+"""Locks that orchestrators hold while alive, so that peers can prove their death."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from orchestrator.system.file_lock import FileLock, is_held
 
 @dataclass(frozen=True, slots=True)
 class LivenessLocks:
-    """The locks of a hub's orchestrators, each held by the process and its git commands."""
+    """The locks of a hub's orchestrators, held by the process and its git commands."""
 
     folder: Path
 
@@ -33,7 +33,7 @@ class LivenessLocks:
         return [FileLock(path) for path in await anyio.to_thread.run_sync(self._held, run)]
 
     async def list_alive(self, run: str) -> frozenset[str]:
-        """Return the ids of a run's orchestrators on this machine that are alive, or have a running git command."""
+        """Return a run's orchestrators on this machine that are alive or running git."""
         paths = await anyio.to_thread.run_sync(self._held, run)
         return frozenset(path.name.removeprefix(f"run-{run}.") for path in paths)
 

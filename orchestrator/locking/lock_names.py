@@ -44,14 +44,14 @@ def canonical_path(path: str, top: Path | None = None, *, folds_case: bool = Fal
 
 
 def lock_name(path: str) -> str:
-    """Return the unique lock name of a canonical path: a file name without an extension."""
+    """Return the lock name of a canonical path: a file name without an extension."""
     digest = hashlib.sha256(os.fsencode(path)).hexdigest()
     readable = _UNSAFE.sub("_", path)[-_READABLE:].lstrip(".")
     return f"{readable or '_'}.{digest}"
 
 
 def folds_case(folder: Path) -> bool:
-    """Return whether the file system of a folder ignores case, by creating a probe file."""
+    """Return whether a folder's file system ignores case, by creating a probe file."""
     probe = folder / f".probe-{secrets.token_hex(4)}"
     probe.touch(0o600)
     try:

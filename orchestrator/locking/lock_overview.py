@@ -82,7 +82,7 @@ class LockOverview:
     files: Path
 
     async def locks(self) -> list[LockStatus]:
-        """Return all locks with holders or waiters: files, ownership, merge permits, each sorted by age."""
+        """Return the locks that have holders or waiters, sorted by kind and age."""
         records = await anyio.to_thread.run_sync(list_file_locks, self.files)
         return [*self._files(records), *await self._ownership(), *await self._merges()]
 
@@ -195,7 +195,7 @@ def read_broken_locks(record: CommitRecord) -> list[BrokenLock]:
 
 
 async def release_broken_locks(record: CommitRecord, files: FileLocks, sessions: Sequence[SessionName]) -> int:
-    """Release file locks of this process's sessions that a commit records as broken; return the number released."""
+    """Release our sessions' file locks that a commit broke; return their number."""
     released = 0
     for broken in read_broken_locks(record):
         for session in sessions:

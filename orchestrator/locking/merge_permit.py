@@ -26,7 +26,7 @@ _PAUSES = (0.05, 0.5)
 
 @dataclass(frozen=True, slots=True)
 class MergePermit:
-    """The right to land on a branch while its guard is valid. Created only by `MergePermitQueue.hold`."""
+    """The right to land while its guard is valid, created by `MergePermitQueue.hold`."""
 
     scope: str
     guard: Guard

@@ -37,7 +37,7 @@ _TRIES: Final = 50
 
 
 def is_process_dead(lock: LockInfo) -> bool:
-    """Return whether the owner's process is known to have exited, which is only known on this machine."""
+    """Return whether the owner is a process of this machine that has exited."""
     if lock.host != socket.gethostname():
         return False
     return lock.boot != boot_id() or (lock.started is not None and start_ticks(lock.pid) != lock.started)
@@ -144,7 +144,7 @@ class NamedLocks:
         )
 
     async def cleanup_expired(self) -> list[str]:
-        """Remove expired locks and those of dead owners; return the names of the freed locks."""
+        """Remove expired locks and those of dead owners; return the names of the locks."""
         freed = []
         for document in filter_readable(await self._store.list(LOCK_KIND)):
             state = _LockState.of(document, self._clock.now())
@@ -157,7 +157,7 @@ class NamedLocks:
         return freed
 
     async def _try(self, wanted: LockInfo, expiry: float, *, waits: bool) -> _LockState:
-        """Acquire a lock if it is free, otherwise enter the queue; return the resulting state."""
+        """Acquire a lock if it is free, else enter the queue; return the new state."""
         key, now = Key(LOCK_KIND, wanted.name), self._clock.now()
         state = _LockState.of(await self._store.get(key), now)
         if any(holder.owner == wanted.owner for holder in state.holders):
@@ -200,7 +200,7 @@ class NamedLocks:
 
 
 def _check(name: object, mode: object, owner: object, expiry: float, timeout: float) -> None:
-    """Reject arguments that could not be read back, including wrong types from untyped callers."""
+    """Reject arguments that could not be read back, including those of a wrong type."""
     if not isinstance(name, str) or not (owner is None or isinstance(owner, str)):
         raise RefusedError(f"invalid lock name or owner: {name!r}, {owner!r}", "use strings for both")
     if mode not in get_args(LockMode):

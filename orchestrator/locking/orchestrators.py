@@ -1,4 +1,4 @@
-"""Membership of orchestrators in a run, with a record and heartbeats for each in the store.
+"""Membership of orchestrators in a run: their records and heartbeats.
 
 Heartbeats are commits that need not be durable. An orchestrator without a heartbeat for too long, or whose process is
 proven dead, is declared gone by the first peer that notices. Its record then gets a new epoch, which fences all of its
@@ -54,7 +54,7 @@ def orchestrator_key(run: str, orchestrator: str) -> Key:
 
 
 def create_owner(role: Role, *, shares: bool = True) -> OrchestratorIdentity:
-    """Return an identity for this process with a new name; `shares` allows peers in the same run."""
+    """Return a new identity for this process; `shares` allows peers in its runs."""
     host, pid = socket.gethostname(), os.getpid()
     return OrchestratorIdentity(
         id=f"{host}-{pid}-{secrets.token_hex(3)}",
@@ -84,7 +84,7 @@ def _read(document: Document | None) -> OrchestratorLease | None:
 
 
 class _Heartbeat(NamedTuple):
-    """The last seen heartbeat, when it was first seen, and when it was last checked (monotonic seconds)."""
+    """The last heartbeat; when it was first seen and last checked (monotonic seconds)."""
 
     heartbeat: float
     since: float
@@ -92,7 +92,7 @@ class _Heartbeat(NamedTuple):
 
 
 class PeerObserver:
-    """Decides whether a run's orchestrators are alive, by their heartbeats and processes."""
+    """Decides by heartbeats and processes whether a run's orchestrators are alive."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class PeerObserver:
             self._alive.pop(orchestrator, None)
 
     def _seconds_unchanged(self, run: str, record: OrchestratorLease) -> float:
-        """Return the seconds for which we have observed the last heartbeat without a long gap."""
+        """Return for how many seconds a heartbeat was observed without a long gap."""
         now, seen = self._clock.monotonic(), self._seen.get((run, record.owner.id))
         # After a suspension of this process or machine, start again: the peer may also have been suspended.
         max_gap = max(self._timing.stale_after, 2 * self._timing.sweep_interval)
@@ -182,15 +182,15 @@ class RunMembership:
         self.counters = self.counters.plus(**more)
 
     def process_lock(self, name: str) -> anyio.Lock:
-        """Return the lock with which this process's tasks serialize an action of the orchestrator."""
+        """Return the lock that serializes an action between the tasks of this process."""
         return self._process_locks.setdefault(name, anyio.Lock())
 
     def defer(self, action: Callable[[], Awaitable[None]]) -> None:
-        """Run an action with the next heartbeat, because the store is currently unreachable."""
+        """Run an action with the next heartbeat, when the store may be reachable again."""
         self._deferred.append(action)
 
     def join_write(self) -> Write:
-        """Return the write that adds this process to the run. Call `mark_joined` after the commit."""
+        """Return the write that adds this process; call `mark_joined` after the commit."""
         now = self._clock.now()
         expires = now + self.timing.stale_after
         self._record = OrchestratorLease(owner=self.me, epoch=1, since=now, heartbeat=now, expires=expires)
@@ -210,7 +210,7 @@ class RunMembership:
             self.mark_joined()
 
     async def renew(self) -> None:
-        """Write a heartbeat for this orchestrator and its claims. Raises OrchestratorFenced after a takeover."""
+        """Write one heartbeat for all claims. Raises OrchestratorFenced after a takeover."""
         now = self._clock.now()
         self.count(renewals=1)
         try:
@@ -223,7 +223,7 @@ class RunMembership:
             await self._deferred.pop(0)()
 
     async def leave(self, reason: str | None = None) -> None:
-        """Record that this orchestrator has ended. It must hold no claims. Does nothing if fenced."""
+        """Record the end of this orchestrator, which holds no claims; no-op if fenced."""
         try:
             await self._write(ended=self._clock.now(), reason=reason, epoch=2)
         except OrchestratorFenced:
@@ -253,7 +253,7 @@ class RunMembership:
         return document.version
 
     async def find_fencing_error(self) -> OrchestratorFenced | None:
-        """Return the error that explains why this orchestrator is fenced, or None if it is not."""
+        """Return the reason why this orchestrator is fenced, or None if it is not."""
         record = _read(await self._store.get(self.guard.key))
         return None if record is not None and record.epoch == self.guard.epoch else self._error(record)
 
@@ -266,9 +266,10 @@ class RunMembership:
         return await read_orchestrators(self._store, self.run)
 
     async def find_exclusive_peer(self) -> OrchestratorLease | None:
-        """Return a live peer that excludes this orchestrator, because one of the two does not share the run.
+        """Return a live peer with which this orchestrator can't share the run, or None.
 
-        Each checks after joining, so if two join simultaneously, at least one sees the other.
+        One of the two does not share its runs. Each checks after joining, so if two join simultaneously, at least one
+        sees the other.
         """
         for record in (await self.all()).values():
             is_me = record.owner.id == self.me.id

@@ -1,9 +1,10 @@
-"""Ownership registry: which session may change which paths. Uses only the store's contract.
+"""Ownership registry: which session may change which paths.
 
-It provides ordering, not safety: it keeps sessions from changing the same paths; landing checks changes again
-(`on_out_of_scope`). A session's ownership is a document. Each acquisition also writes the scope's version guard, so
-that of two concurrent acquisitions one sees the other. Releases don't need the guard. Ownership under a released or
-lost claim becomes invalid once its session has ended, and is removed by the next acquisition.
+It uses only the store's contract. It provides ordering, not safety: it keeps sessions from changing the same paths;
+landing checks changes again (`on_out_of_scope`). A session's ownership is a document. Each acquisition also writes the
+scope's version guard, so that of two concurrent acquisitions one sees the other. Releases don't need the guard.
+Ownership under a released or lost claim becomes invalid once its session has ended, and is removed by the next
+acquisition.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ _TRIES: Final = 50
 
 
 def ownership_scope(repository: str, target: str) -> str:
-    """Return the name of an ownership scope: the paths of a target branch of a repository."""
+    """Return the name of the scope for the paths of a repository's target branch."""
     return hashlib.sha256(f"{repository}\0{target}".encode(errors="surrogateescape")).hexdigest()[:16]
 
 
@@ -72,7 +73,10 @@ class OwnershipView:
     """Read access to the path ownership of one scope."""
 
     def __init__(self, store: Store, clock: Clock, scope: str, lives: LivenessCheck | None = None) -> None:
-        """Read a scope. `lives` checks whether a session that lost its claim is alive and so still owns its paths."""
+        """Read a scope.
+
+        `lives` checks whether a session without a claim is alive and so still owns its paths.
+        """
         self._store, self._clock, self.scope, self._lives = store, clock, scope, lives
         self._scope_key = Key(OWNERSHIP_KIND, scope)
         self._known: dict[Key, tuple[int, PathOwnership]] = {}
@@ -93,7 +97,7 @@ class OwnershipView:
         return sorted(live, key=lambda holding: (holding.since, holding.session))
 
     async def list_waits(self) -> dict[str, LockWait]:
-        """Return the sessions of the scope that are waiting for paths, with their blockers."""
+        """Return the sessions that wait for paths, with their blockers."""
         live = await self._live()
         return {
             str(waiter.session): LockWait(
@@ -198,7 +202,7 @@ class OwnershipRegistry(OwnershipView):
         wait: float = 0.0,
         also: Callable[[], Awaitable[Mapping[str, LockWait]]] | None = None,
     ) -> OwnershipConflict | None:
-        """Make a session own more patterns, all or none; return the conflict, or None on success.
+        """Make a session own more patterns, all or none; return the conflict, if any.
 
         Waits up to `wait` seconds for the owners; the wait is recorded in the store. `also` returns sessions' waits for
         resources other than paths of this scope. A cancelled wait acquires nothing. Raises LeaseLost if the session no
@@ -233,7 +237,7 @@ class OwnershipRegistry(OwnershipView):
         return conflict
 
     async def plan_transfer(self, claims: Sequence[Guard], orchestrator: str) -> Sequence[Write]:
-        """Return the writes that preserve the ownership of sessions whose claims are taken over.
+        """Return the writes that preserve the ownership under claims being taken over.
 
         A session may outlive its orchestrator: until it is proven dead, no other session may acquire its paths.
         `claims` have the new epochs.
@@ -250,7 +254,7 @@ class OwnershipRegistry(OwnershipView):
         ]
 
     async def inherit(self, session: SessionName, *, orchestrator: str, claim: Guard) -> None:
-        """Restore an interrupted session's ownership under the claim of the orchestrator that resumes it.
+        """Restore an interrupted session's ownership under the claim that resumes it.
 
         Restores nothing if another session has acquired any of the patterns.
         """
@@ -261,7 +265,7 @@ class OwnershipRegistry(OwnershipView):
                 await self._acquire(session, last.locked, orchestrator, claim, is_lock=True)
 
     async def release_patterns(self, session: SessionName, patterns: Sequence[str], claim: Guard) -> Sequence[str]:
-        """Release some patterns of a session, spelled as acquired; return those that it owned."""
+        """Release patterns, spelled as acquired; return those that the session owned."""
 
         async def attempt() -> Sequence[str]:
             own = await self._own(session)
@@ -289,7 +293,7 @@ class OwnershipRegistry(OwnershipView):
         return [Write(self.key(holding.session), state.holdings[holding.session][0], None) for holding in stale]
 
     async def extend(self, session: SessionName, patterns: Sequence[str]) -> OwnershipConflict | None:
-        """Make a finished session own more patterns; return the conflict if another session owns any.
+        """Make a finished session own more patterns; return the conflict, if any.
 
         Without a claim on its task, nothing is recorded.
         """

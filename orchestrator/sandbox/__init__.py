@@ -1,1 +1,1 @@
-"""Kernel mechanisms that restrict a process: Landlock and seccomp. Standard library only."""
+"""Kernel mechanisms that restrict a process; standard library only."""

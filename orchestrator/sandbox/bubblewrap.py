@@ -34,9 +34,9 @@ def _run_version(program: str) -> subprocess.CompletedProcess[bytes]:
 
 @cache
 def can_disable_userns(program: str) -> bool:
-    """Return whether it supports `--disable-userns` (version 0.8), which prevents user namespaces. Blocks.
+    """Return whether bubblewrap supports `--disable-userns` (version 0.8). Blocks.
 
-    Raises OSError if every probe is killed.
+    The option prevents user namespaces. Raises OSError if every probe is killed.
     """
     try:
         done = _run_version(program)

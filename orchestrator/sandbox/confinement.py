@@ -1,4 +1,4 @@
-"""Run a short program with minimal rights, such as git on a tree written by an agent.
+"""Run a short program, such as git on an agent's files, with minimal rights.
 
 The program can read and execute itself and the system libraries, and access the given paths. It has no home, network,
 capabilities or other programs, so filters, hooks and monitors in a hostile configuration can't start.
@@ -62,10 +62,10 @@ class Confinement:
     writable: tuple[Path, ...] = ()
 
     def start(self, argv: Sequence[str], start: Callable[[Sequence[str]], T], mechanism: Mechanism | None = None) -> T:
-        """Call `start` with a command line so that its child process is confined; return its result. Blocks.
+        """Call `start` so that its child process is confined; return its result. Blocks.
 
-        `mechanism` is for tests; by default the best mechanism is used. Raises OSError if the process can't be
-        restricted.
+        `start` gets the command line to execute. `mechanism` is for tests; by default the best mechanism is used.
+        Raises OSError if the process can't be restricted.
         """
         match mechanism or best_mechanism():
             case Mechanism.LANDLOCK:
@@ -147,7 +147,7 @@ def _in_thread(call: Callable[[], T]) -> T:
 
 @cache
 def best_mechanism() -> Mechanism:
-    """Return the best mechanism that works on this machine, which is probed once. Blocks."""
+    """Return the best mechanism that works on this machine. Blocks on the first call."""
     if sys.platform != "linux":
         return Mechanism.NONE
     if landlock.abi_version() >= landlock.MIN_ABI:

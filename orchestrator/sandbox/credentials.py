@@ -1,6 +1,7 @@
-"""Find credentials in a user's home, to be hidden from sessions and checks unless the config exposes them.
+"""Find credentials in a user's home.
 
-The logins of the CLIs themselves are not included: adapters specify these (`SessionCommand.home`).
+They are hidden from sessions and checks unless the config exposes them. The logins of the CLIs themselves are not
+included: adapters specify these (`SessionCommand.home`).
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ _PATH_VARIABLES: Final = (
 
 
 def find_credentials(environ: Mapping[str, str]) -> tuple[Path, ...]:
-    """Return the existing files and folders with credentials, in the home and in paths from variables. Blocks.
+    """Return the existing files and folders with credentials. Blocks.
 
-    Files created later are not included.
+    These are in the home, and at paths from variables. Files created later are not included.
     """
     names = [part for name in _PATH_VARIABLES for part in environ.get(name, "").split(":")]
     if home := environ.get("HOME"):

@@ -1,4 +1,4 @@
-"""Restrict the file access of a process and its children with Landlock (landlock(7)).
+"""Restrict the file access of a process with Landlock (landlock(7)).
 
 The supervisor imports this in every session: keep imports few and within the standard library. The system calls have no
 wrappers in the C library; their numbers are the same on all architectures except alpha.
@@ -49,12 +49,13 @@ def libc() -> ctypes.CDLL:
 
 
 def restrict_thread(rules: list[tuple[str, str]], port: int | None = None) -> None:
-    """Restrict this thread and its children to `rules`, pairs of an absolute path and its access.
+    """Restrict this thread and its children to `rules`.
 
-    A rule applies to everything beneath its path; missing paths are ignored. Write access includes read access, but
-    device nodes can't be created anywhere. Capabilities are dropped, even for root. From ABI 6 on, processes outside
-    can't be signalled or reached by abstract unix sockets. With a `port`, TCP sockets can't be bound, and can connect
-    only to that port (on any host). Raises OSError if the restriction fails or the kernel does not support it.
+    Each rule is an absolute path and its access. It applies to everything beneath the path; missing paths are ignored.
+    Write access includes read access, but device nodes can't be created anywhere. Capabilities are dropped, even for
+    root. From ABI 6 on, processes outside can't be signalled or reached by abstract unix sockets. With a `port`, TCP
+    sockets can't be bound, and can connect only to that port (on any host). Raises OSError if the restriction fails or
+    the kernel does not support it.
     """
     version = abi_version()
     handled = _ALL[min(max(version, MIN_ABI), 5)]

@@ -1,7 +1,7 @@
-"""Open a port on a sandbox's private loopback, pass its socket to the proxy, and execute the program.
+"""Open a port on a private loopback, pass its socket out, execute the program.
 
 This runs in a bubblewrap with a private network, whose loopback is not reachable from outside. A socket created there
-can be passed out and served by the proxy outside. So none of our code runs in the sandbox alongside the program, and
+can be passed to the proxy outside, which serves it. So none of our code runs in the sandbox alongside the program, and
 the proxy is the only way out.
 
 Each session waits for this: keep imports few and within the standard library.

@@ -143,12 +143,13 @@ def is_supported() -> bool:
 
 
 def build_filter(*, sockets: str = ALL, namespaced: bool = True, nesting: bool = False) -> bytes:
-    """Return a filter for this machine, in the format of bubblewrap's `--seccomp` (`struct sock_filter`s).
+    """Return a filter for this machine, in the format of bubblewrap's `--seccomp`.
 
-    `sockets` is one of the constants; socket pairs are always allowed. NAMESPACED excludes families that no network
-    namespace covers, such as those between a virtual machine and its host. STREAM makes Landlock's rule for the ports
-    of `connect` cover the whole network: only TCP, no incoming connections, and no connections by sending. It also
-    forbids listening on unix sockets, since a filter can't distinguish them from TCP sockets by descriptor.
+    The format is an array of `struct sock_filter`. `sockets` is one of the constants; socket pairs are always allowed.
+    NAMESPACED excludes families that no network namespace covers, such as those between a virtual machine and its host.
+    STREAM makes Landlock's rule for the ports of `connect` cover the whole network: only TCP, no incoming connections,
+    and no connections by sending. It also forbids listening on unix sockets, since a filter can't distinguish them from
+    TCP sockets by descriptor.
 
     A program that is not `namespaced` would share System V and POSIX queues, semaphores and memory with the machine,
     and could change attributes of read-only files, and limits, priorities and CPU affinity of other processes: all of
@@ -197,7 +198,7 @@ def _instead_of_namespaces(column: int) -> list[bytes]:
 
 
 def install_filter(program: bytes) -> None:
-    """Install a filter permanently for this thread and its children. Raises OSError if that fails."""
+    """Install a permanent filter for this thread and its children. Raises OSError."""
     buffer = ctypes.create_string_buffer(program, len(program))
     # struct sock_fprog: a length and, aligned, a pointer
     described = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(buffer)))
@@ -232,7 +233,7 @@ def _unless_any(values: tuple[int, ...], then: bytes) -> list[bytes]:
 
 
 def _when_argument(number: int, argument: int, test: int, values: tuple[int, ...], error: int) -> list[bytes]:
-    """Deny a call if the test is true for the low word of an argument and any of `values`."""
+    """Deny a call if the low word of an argument passes the test for any of `values`."""
     tests = (part for value in values for part in _when(test, value, _fail(error)))
     # Load the call number again for the following operations.
     then = b"".join([_operation(_LOAD, _ARGUMENTS_AT + 8 * argument), *tests, _operation(_LOAD, _NUMBER_AT)])
@@ -240,7 +241,7 @@ def _when_argument(number: int, argument: int, test: int, values: tuple[int, ...
 
 
 def _only_streams(column: int) -> list[bytes]:
-    """Deny the creation of sockets other than unix and TCP, and TCP operations that Landlock does not check."""
+    """Deny sockets other than unix and TCP, and operations that bypass Landlock."""
     error = _fail(errno.EACCES)
     tcp = b"".join(
         [

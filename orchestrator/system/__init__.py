@@ -1,1 +1,1 @@
-"""The machine: processes, file locks, limits, clock, failpoints. Only `process` starts processes."""
+"""Processes, file locks, limits and clock. Only `process` starts processes."""

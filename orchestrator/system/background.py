@@ -13,10 +13,10 @@ import anyio
 async def run_in_background(
     *tasks: Callable[[], Coroutine[Any, Any, None]], grace: float = 0, grace_after_error: float | None = None
 ) -> AsyncIterator[None]:
-    """Run tasks concurrently with the block, and cancel them `grace` seconds after its end.
+    """Run tasks concurrently with the block.
 
-    After an error in the block, `grace_after_error` applies if given. The error is raised unchanged, not in an
-    exception group.
+    They are cancelled `grace` seconds after its end. After an error in the block, `grace_after_error` applies if given.
+    The error is raised unchanged, not in an exception group.
     """
     raised: Exception | None = None
     async with anyio.create_task_group() as group:

@@ -19,7 +19,7 @@ class Clock(Protocol):
         """Return monotonic seconds, for durations and deadlines within a process."""
 
     async def wait(self, event: anyio.Event, until: float | None) -> None:
-        """Wait until `event` is set or `monotonic()` reaches `until` (seconds, or None for never)."""
+        """Wait until `event` is set or `monotonic()` reaches `until` (None: never)."""
 
 
 class SystemClock:

@@ -1,9 +1,9 @@
-"""Kill the commands of a process that exits before them. A separate program that survives the process.
+"""Kill the commands of a process that exits before them.
 
-Its standard input is a pipe from the process, with lines `+PID` for a command started as a session leader and `-PID`
-for one that has exited. End of file means that the process has exited: remaining commands get `EXIT_TIMEOUT` seconds to
-finish, or `STOPPED_TIMEOUT` if stopped; then they are killed with all descendants. This imports only the standard
-library.
+This is a separate program that survives the process. Its standard input is a pipe from the process, with lines `+PID`
+for a command started as a session leader and `-PID` for one that has exited. End of file means that the process has
+exited: remaining commands get `EXIT_TIMEOUT` seconds to finish, or `STOPPED_TIMEOUT` if stopped; then they are killed
+with all descendants. This imports only the standard library.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def kill_tree(leader: int) -> None:
 
 
 def main() -> None:
-    """Track commands until the pipe closes, then wait for the remaining ones and kill them on timeout."""
+    """Track commands until the pipe closes; then wait for the rest, or kill them."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     left: set[int] = set()

@@ -1,9 +1,9 @@
-"""Failpoints: named points after each persisted or external step, where crash tests kill the process.
+"""Failpoints: named points at which crash tests kill the process.
 
-Disabled unless `COUNCIL_FAILPOINTS` is set when the process starts; even then, an unarmed failpoint costs only a
-dictionary lookup. The syntax is `name=kill` or `name=kill@N` (the N-th time it is reached), separated by commas. `kill`
-sends SIGKILL to this process: no `finally`, no flush, as when memory runs out. At `git.started` and `git.ended` it
-kills the git command instead. `stop` sends SIGSTOP; the process continues on SIGCONT.
+Each persisted or external step has one. They are disabled unless `COUNCIL_FAILPOINTS` is set when the process starts; even then,
+an unarmed failpoint costs only a dictionary lookup. The syntax is `name=kill` or `name=kill@N` (the N-th time it is
+reached), separated by commas. `kill` sends SIGKILL to this process: no `finally`, no flush, as when memory runs out. At
+`git.started` and `git.ended` it kills the git command instead. `stop` sends SIGSTOP; the process continues on SIGCONT.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ _armed: Final = dict[str, tuple[int, signal.Signals]]()
 
 
 def arm(spec: str) -> None:
-    """Arm exactly the failpoints in `spec`. Raises ValueError for invalid syntax or unknown names."""
+    """Arm exactly the failpoints in `spec`. Raises ValueError if it is invalid."""
     armed = _parse(spec)
     _armed.clear()
     _armed.update(armed)

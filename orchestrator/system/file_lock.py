@@ -1,4 +1,4 @@
-"""File locks for the tasks and processes of one machine: `flock` with a queue of tasks.
+"""File locks for the tasks and processes of a machine: `flock` with a task queue.
 
 These locks are for correctness, not advisory. A `flock` belongs to an open file, not to a process: opening and closing
 the file elsewhere in the process does not release it, two opens exclude each other even within a process, and a child
@@ -91,7 +91,10 @@ class LockHolder:
 
 @dataclass(frozen=True, slots=True)
 class HeldLock:
-    """A held lock. If this process is killed, children that inherited `fd` keep the lock until they exit."""
+    """A held lock.
+
+    If this process is killed, children that inherited `fd` keep the lock until they exit.
+    """
 
     path: Path
     fd: int
@@ -131,7 +134,7 @@ class FileLock:
         return LockHeld(self.path, holder, pid=pid, owner_lives=lives)
 
     def try_acquire(self, *, shared: bool = False) -> HeldLock | None:
-        """Take the lock if it is free, ahead of waiters in this event loop; otherwise return None.
+        """Take the lock if it is free, ahead of waiting tasks; otherwise return None.
 
         Does not sign the file. Blocks only to open a local file. Raises the errors of `hold`.
         """
@@ -162,11 +165,11 @@ class FileLock:
         *,
         awaited: str | None = None,
     ) -> AsyncIterator[HeldLock]:
-        """Hold the lock exclusively for the block; `timeout` is in seconds (0: don't wait).
+        """Hold the lock exclusively for the block.
 
-        `awaited` describes the holder's activity, for a notice on standard error during a long wait. A cancelled wait
-        leaves nothing locked. Raises LockHeld, which names the holder; StoreUnavailable if the file system does not
-        support locks; and OSError if the file can't be opened.
+        `timeout` is in seconds (0: don't wait). `awaited` describes the holder's activity, for a notice on standard
+        error during a long wait. A cancelled wait leaves nothing locked. Raises LockHeld, which names the holder;
+        StoreUnavailable if the file system does not support locks; and OSError if the file can't be opened.
         """
         queue = _queue_of(self.path)
         notice = (
@@ -190,7 +193,7 @@ class FileLock:
 
 
 class _Queue:
-    """The tasks of an event loop that request a lock; only one at a time accesses the file."""
+    """The tasks that request a lock; only one at a time accesses the file."""
 
     def __init__(self, path: Path) -> None:
         self.mutex = anyio.Semaphore(1, max_value=1)
@@ -205,7 +208,7 @@ class _Queue:
             await self.mutex.acquire()
 
     async def lock(self, *, shared: bool = False, only_try: bool = False) -> int | None:
-        """Return a descriptor that holds the lock; with `only_try`, None if the lock is not free."""
+        """Return a descriptor that holds the lock (None if not free, with `only_try`)."""
         while True:
             if self._waiter is None:
                 with anyio.CancelScope(shield=True):
@@ -315,7 +318,7 @@ def is_held(path: Path) -> bool:
 
 
 class _Locker:
-    """`flock` by an explicit portalocker locker, because the module's default is global and could be lockf."""
+    """`flock` by an explicit portalocker locker: the default is global, maybe lockf."""
 
     def __init__(self) -> None:
         # Imported late: portalocker takes up to half a second to import if redis is installed.
@@ -337,7 +340,7 @@ def _locker() -> _Locker:
 
 
 def lock_descriptor(fd: int, *, block: bool = True, shared: bool = False) -> bool:
-    """Lock an open file; return False if it is locked elsewhere and this must not block.
+    """Lock an open file; return False if it is locked and `block` is false.
 
     Raises OSError if locking fails.
     """
@@ -371,7 +374,7 @@ def _unlock(fd: int) -> None:
 
 
 def _describe_holder(path: Path) -> tuple[str, int | None, bool]:
-    """Return a description of a lock file's holder, its pid, and whether it is alive as far as known."""
+    """Return a description of a lock's holder, its pid, and whether it is alive."""
     holder = LockHolder.read(path)
     if holder is None:
         return "an unknown process", None, True

@@ -1,4 +1,4 @@
-"""Write files atomically, and make files and folders durable. Everything here blocks."""
+"""Write files atomically and durably. Everything here blocks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def atomic_write(
     replace: bool = True,
     is_locked: bool = False,
 ) -> None:
-    """Write a file so that readers and crashes see the old or the new content, never a part.
+    """Write a file so that readers and crashes see the old or the new content.
 
     `durable`: the file survives a power failure. `is_locked`: the caller holds a lock for the file, so the temporary
     file has a fixed name and is reused after a kill. Without `replace`, raises FileExistsError if the file exists.
@@ -34,7 +34,7 @@ def atomic_write(
 
 
 class StagedFile:
-    """A temporary file next to its final path: `<name>.<digits>.new`. Always call `discard` when done."""
+    """A temporary file, `<name>.<digits>.new`. Always call `discard` when done."""
 
     def __init__(self, path: Path, *, mode: int = 0o600, is_locked: bool = False) -> None:
         """Create the temporary file."""
@@ -49,7 +49,7 @@ class StagedFile:
     def publish(
         self, *, durable: bool = False, replace: bool = True, held: AbstractContextManager[None] | None = None
     ) -> None:
-        """Move the file to its final path; see `atomic_write`. `held` is entered for the replacement."""
+        """Move the file to its final path, entering `held`; see `atomic_write`."""
         with self.file as file:
             file.flush()
             if durable:
@@ -61,7 +61,7 @@ class StagedFile:
             sync_folder(self._path.parent)
 
     def _link(self) -> bool:
-        """Move the file to its final path only if that is free; return False if hard links are unsupported."""
+        """Move the file to a free final path; return False if hard links don't work."""
         try:
             self._path.hardlink_to(self.path)
         except FileExistsError:

@@ -1,6 +1,7 @@
-"""Start processes, each as a session leader. No other module of this package starts any.
+"""Start processes, each as a session leader.
 
-The exception is `orchestrator.sessions.supervision.supervisor`, a separate program, which starts the CLI.
+No other module of this package starts any, except `orchestrator.sessions.supervision.supervisor`, a separate program,
+which starts the CLI.
 """
 
 from __future__ import annotations
@@ -61,14 +62,15 @@ async def run(
     memory: int | None = None,
     confinement: Confinement | None = None,
 ) -> CompletedCommand:
-    """Run a short command, such as git, with exactly `env` and with `input` or empty standard input.
+    """Run a short command, such as git, with exactly `env`.
 
-    `keep_fds` stay open in the command: a lock with such a descriptor is not released before the command exits. The
-    command survives this process by at most `command_reaper.EXIT_TIMEOUT`. Cancelling the caller does not interrupt the
-    command. `memory` limits the bytes of the command and of each child (RLIMIT_DATA, setrlimit(2); Linux only). With a
-    `confinement`, the command runs in a separate sandbox. Raises OSError if the program can't be started. After
-    `timeout` seconds, `IDLE_TIMEOUT` without processor time, or `STOPPED_TIMEOUT` with a stopped process (Linux), the
-    command is killed with all descendants and TimeoutError is raised.
+    Standard input is `input` or empty. `keep_fds` stay open in the command: a lock with such a descriptor is not
+    released before the command exits. The command survives this process by at most `command_reaper.EXIT_TIMEOUT`.
+    Cancelling the caller does not interrupt the command. `memory` limits the bytes of the command and of each child
+    (RLIMIT_DATA, setrlimit(2); Linux only). With a `confinement`, the command runs in a separate sandbox. Raises
+    OSError if the program can't be started. After `timeout` seconds, `IDLE_TIMEOUT` without processor time, or
+    `STOPPED_TIMEOUT` with a stopped process (Linux), the command is killed with all descendants and TimeoutError is
+    raised.
 
     The output is read until all processes have closed it, so a command that may leave a daemon needs a timeout.
     """
@@ -118,7 +120,7 @@ def _run(
 
 
 def _file_of(data: bytes) -> IO[bytes]:
-    """Return an in-memory file with this data. A pipe would need a writer while the command runs."""
+    """Return an in-memory file: a pipe would need a writer while the command runs."""
     file = os.fdopen(os.memfd_create("stdin"), "w+b") if hasattr(os, "memfd_create") else TemporaryFile()  # noqa: SIM115  (returned)
     file.write(data)
     file.seek(0)
@@ -126,7 +128,7 @@ def _file_of(data: bytes) -> IO[bytes]:
 
 
 def _communicate(child: subprocess.Popen[bytes], timeout: float | None) -> tuple[bytes, bytes]:
-    """Wait for a command and return its output. Raises TimeoutError, with the reason, on a timeout."""
+    """Wait for a command and return its output. Raises TimeoutError with the reason."""
     now = since = time.monotonic()
     deadline = math.inf if timeout is None else now + timeout
     before = -1
@@ -152,7 +154,7 @@ _programs: set[int] = set()
 
 @contextmanager
 def resumed_if_stopped(pid: int) -> Iterator[None]:
-    """Let `resume_stopped_programs` resume an internal program of this process during the block."""
+    """Let `resume_stopped_programs` resume an internal program during the block."""
     _programs.add(pid)
     try:
         yield
@@ -161,7 +163,7 @@ def resumed_if_stopped(pid: int) -> Iterator[None]:
 
 
 async def resume_stopped_programs() -> NoReturn:
-    """Resume stopped internal programs (SIGSTOP) every `RESUME_SECONDS`, until cancelled (Linux).
+    """Resume stopped internal programs (SIGSTOP) until cancelled (Linux).
 
     A stopped supervisor enforces no timeouts, and a stopped fork server starts no sessions.
     """
@@ -276,7 +278,7 @@ def _run_stranger(
 
 
 def _read_some(child: subprocess.Popen[bytes], deadline: float, most: int) -> tuple[bytes, bytes]:
-    """Read until the child has exited or printed more than `most` bytes, or the deadline has passed."""
+    """Read until the child exits, prints over `most` bytes, or the deadline passes."""
     streams = [pipe.fileno() for pipe in (child.stdout, child.stderr) if pipe is not None]
     read = dict.fromkeys(streams, b"")
     with selectors.DefaultSelector() as selector:
@@ -304,7 +306,7 @@ def _has_ended(child: subprocess.Popen[bytes]) -> bool:
 
 
 def internal_program(module: str, function: str) -> tuple[list[str], dict[str, str]]:
-    """Return the command line and environment that run one of our functions as a separate program.
+    """Return the command line and environment that run our function as a program.
 
     The program can import the standard library and this package, but no other installed packages.
     """
@@ -329,7 +331,10 @@ def internal_program_folders() -> tuple[Path, ...]:
 
 
 def without_dotdot(path: Path) -> Path:
-    """Return an absolute path without `..`, which could lead through a folder that a sandbox hides. Blocks."""
+    """Return an absolute path without `..`, which may lead through hidden folders.
+
+    Blocks.
+    """
     path = path.absolute()
     return path.parent.resolve() / path.name if ".." in path.parts else path
 
@@ -359,9 +364,9 @@ def _spawn(argv: Sequence[str], env: Mapping[str, str], cwd: Path) -> subprocess
 def start_detached(
     arguments: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path
 ) -> subprocess.Popen[bytes]:
-    """Start another instance of this program that survives this process and its terminal. Blocks.
+    """Start another instance of this program that survives this one. Blocks.
 
-    It becomes a session leader, and its standard error is appended to a file.
+    It also survives the terminal. It becomes a session leader, and its standard error is appended to a file.
     """
     with log.open("ab") as errors:
         return subprocess.Popen(
@@ -376,7 +381,7 @@ def start_detached(
 
 
 class ForkServer:
-    """A program that forks a process for each request, which is faster than starting a program.
+    """A program that forks a process per request: faster than starting a program.
 
     Its standard input is a socket. Each request is a byte with two pipe ends, one for reading and one for writing, for
     the forked process.
@@ -441,10 +446,10 @@ class ForkServer:
 
 
 def kill_by_environment(marker: bytes) -> int:
-    """Kill all processes with `marker` in their environment; return their number. Blocks.
+    """Kill all processes with `marker` in their environment; return their number.
 
-    Used for leftovers of a session whose supervisor was killed. Processes that cleared their environment are not found;
-    without /proc (macOS), none are found.
+    Blocks. Used for leftovers of a session whose supervisor was killed. Processes that cleared their environment are
+    not found; without /proc (macOS), none are found.
     """
     killed: set[int] = set()
     while True:

@@ -12,7 +12,7 @@ UNKNOWN_BOOT = "0" * 32
 
 
 class ProcessStat:
-    """A snapshot of a process: state letter, parent, session, processor time and start time.
+    """A snapshot of a process.
 
     Both times are in kernel ticks, the start time since boot. The process id and start time together identify a
     process.
@@ -37,7 +37,7 @@ class ProcessStat:
 
 
 def process_stat(pid: int) -> ProcessStat | None:
-    """Return a process's snapshot, or None if it is missing, not visible, or there is no /proc. Blocks."""
+    """Return a process's snapshot, or None if it is missing or not visible. Blocks."""
     try:
         with open(f"/proc/{pid}/stat", "rb", 0) as file:  # noqa: PTH123  (pathlib is a slow import)
             # Skip the name, which may contain spaces and parentheses.
@@ -47,7 +47,7 @@ def process_stat(pid: int) -> ProcessStat | None:
 
 
 def start_ticks(pid: int) -> int | None:
-    """Return the start time of a process, or None if it has exited or there is no /proc. Blocks."""
+    """Return the start time of a process, or None if it has exited. Blocks."""
     stat = process_stat(pid)
     return None if stat is None or stat.has_ended else stat.started
 
@@ -61,7 +61,7 @@ def process_ids() -> list[int]:
 
 
 def find_lock_owner(inode: int) -> int | None:
-    """Return a process that locked the file with an inode (proc_locks(5)), or None if unknown. Blocks."""
+    """Return a process that locked the file (proc_locks(5)), or None. Blocks."""
     try:
         with open("/proc/locks", encoding="ascii") as file:  # noqa: PTH123  (pathlib is a slow import)
             locks = [line.split() for line in file]

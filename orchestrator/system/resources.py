@@ -16,9 +16,9 @@ _MIN_FREE_BYTES = 1 << 20
 
 
 def raise_descriptor_limit() -> int:
-    """Raise the soft limit on open files to the hard limit or a maximum; return the new limit.
+    """Raise the soft limit on open files; return the new limit.
 
-    Child processes inherit it. See getrlimit(2).
+    The new limit is the hard limit, or a maximum. Child processes inherit it. See getrlimit(2).
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MAX_DESCRIPTORS)
@@ -40,9 +40,9 @@ def read_resources() -> AvailableResources:
 
 
 def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Return the bytes available without swapping, on the machine and in our cgroups (v2).
+    """Return the bytes available without swapping, or None if not reported (macOS).
 
-    Returns None if the system does not report this (macOS). See proc_meminfo(5) and
+    The limits of our cgroups (v2) apply. See proc_meminfo(5) and
     https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files.
     """
     limits = [_available_on_machine(proc), *(_available_in_cgroup(folder) for folder in _own_cgroups(proc, cgroups))]
@@ -50,7 +50,7 @@ def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
 
 
 def is_disk_full(*folders: Path | None) -> bool:
-    """Return whether the file system of any of these folders is full. See statvfs(3). Blocks."""
+    """Return whether the file system of any of these folders is full. Blocks."""
     for folder in folders:
         with suppress(OSError):  # the folder does not exist
             disk = None if folder is None else os.statvfs(folder)
@@ -60,7 +60,7 @@ def is_disk_full(*folders: Path | None) -> bool:
 
 
 def remaining_processes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Return how many processes and threads the limits of the user and cgroups (v2) allow to start.
+    """Return how many processes and threads the user and cgroups (v2) may start.
 
     Returns None if there is no limit, or the system does not report it. See RLIMIT_NPROC in getrlimit(2), which does
     not apply to root, and https://docs.kernel.org/admin-guide/cgroup-v2.html#pid.

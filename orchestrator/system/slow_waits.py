@@ -17,7 +17,7 @@ logger: Final = logging.getLogger("orchestrator.waiting")
 
 @contextmanager
 def warn_if_slow(describe: Callable[[], str], after: float) -> Iterator[None]:
-    """Log a warning if the block takes longer than `after` seconds; `describe` then returns the awaited activity."""
+    """Log the activity that `describe` returns if the block exceeds `after` seconds."""
     timer = asyncio.get_running_loop().call_later(after, lambda: logger.warning("waiting for %s", describe()))
     try:
         yield

@@ -29,9 +29,10 @@ _NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXE
 
 @contextmanager
 def open_folder(top: Path, path: str = "", *, make: bool = False) -> Iterator[int]:
-    """Open a folder beneath `top`, which must not be a link; the folders above `top` are trusted.
+    """Open a folder beneath `top`, which must not be a link.
 
-    With `make`, missing folders beneath `top` are created, replacing any other files there.
+    The folders above `top` are trusted. With `make`, missing folders beneath `top` are created, replacing any other
+    files there.
     """
     descriptor = os.open(top, _FOLDER)
     try:
@@ -45,7 +46,7 @@ def open_folder(top: Path, path: str = "", *, make: bool = False) -> Iterator[in
 
 
 def open_file(top: Path, path: str) -> int:
-    """Open a regular file beneath `top` for reading. Raises EINVAL for other types except links."""
+    """Open a regular file beneath `top`. Raises EINVAL for other types except links."""
     folder, name = _split(path)
     with open_folder(top, folder) as within:
         descriptor = os.open(name, _FILE, dir_fd=within)
@@ -90,7 +91,7 @@ def write_file(top: Path, path: str, data: bytes, mode: int = 0o600) -> None:
 
 
 def make_link(top: Path, path: str, target: Path) -> None:
-    """Create a symlink to `target`, replacing a file or link and creating missing folders."""
+    """Create a symlink to `target`, replacing a file and creating missing folders."""
     folder, name = _split(path)
     with open_folder(top, folder, make=True) as within:
         with suppress(FileNotFoundError):
@@ -99,7 +100,7 @@ def make_link(top: Path, path: str, target: Path) -> None:
 
 
 def file_type(top: Path, path: str) -> int | None:
-    """Return the `stat.S_IFMT` type of a path beneath `top`, not following links, or None if missing."""
+    """Return the `stat.S_IFMT` type of a path, not following links, or None."""
     folder, name = _split(path)
     with suppress(OSError), open_folder(top, folder) as within:
         return stat.S_IFMT(os.stat(name, dir_fd=within, follow_symlinks=False).st_mode)
