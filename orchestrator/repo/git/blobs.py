@@ -8,7 +8,7 @@ from orchestrator.repo.git.command import Git
 
 
 def batch_by_size(sizes: Iterable[tuple[str, int]], limit: int) -> Iterator[list[str]]:
-    """Yield object ids in batches of at most `limit` bytes; a larger object gets its own batch."""
+    """Yield object ids in batches of at most `limit` bytes, or a single larger object."""
     batch: list[str] = []
     total = 0
     for blob, size in sizes:
@@ -22,12 +22,12 @@ def batch_by_size(sizes: Iterable[tuple[str, int]], limit: int) -> Iterator[list
 
 
 async def cat_blobs(git: Git, ids: Iterable[str], env: Mapping[str, str] | None = None) -> bytes:
-    """Return the output of `git cat-file --batch` for these objects, to pass to `parse_blobs`."""
+    """Return the output of `git cat-file --batch`, to pass to `parse_blobs`."""
     return (await git("cat-file", "--batch", env=env, input_="".join(f"{blob}\n" for blob in ids).encode())).stdout
 
 
 def parse_blobs(output: bytes) -> Iterator[tuple[str, memoryview]]:
-    """Yield the id and content of each object. Each content is preceded by a line with its size."""
+    """Yield the id and content of each object; a line with its size precedes each."""
     view, at = memoryview(output), 0
     while at < len(output):
         end = output.index(b"\n", at)

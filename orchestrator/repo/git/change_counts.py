@@ -1,4 +1,4 @@
-"""Count the files and lines changed by commits. Imports little, because `council status` uses it."""
+"""Count changed files and lines; imports little, for `council status`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COUNTS = (*PLAIN, "--numstat")
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """The size of a change: files, lines added and lines removed. Binary files count as zero lines."""
+    """A number of files, added lines and removed lines (none for binary files)."""
 
     files: int = 0
     added: int = 0

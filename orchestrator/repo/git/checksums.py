@@ -15,7 +15,7 @@ _BATCH_BYTES = 64 << 20
 
 
 async def compute_checksums(git: Git, commit: str, paths: Sequence[str]) -> dict[str, str | None]:
-    """Return the SHA-256 (hex) of files in a commit, keyed by path; None for missing files."""
+    """Return the SHA-256 (hex) of files in a commit, by path; None if missing."""
     blobs = await _blobs(git, commit, paths)
     sums: dict[str, str] = {}
     for batch in batch_by_size(dict.fromkeys(blobs.values()), _BATCH_BYTES):

@@ -107,7 +107,7 @@ def sealed_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def user_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the user's environment for git, without variables that relocate a repository."""
+    """Return the user's git environment without variables that locate a repository."""
     kept = {
         name: value
         for name, value in environ.items()
@@ -118,7 +118,7 @@ def user_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class FileChange:
-    """A file that differs between two commits. Mode 000000 means that the file is missing."""
+    """A file that differs between two commits; mode 000000 means missing."""
 
     path: str
     old_mode: str
@@ -129,7 +129,7 @@ class FileChange:
 
 @dataclass(frozen=True, slots=True)
 class ConfinedPaths:
-    """The files and folders (recursively) that a confined git command may read or write."""
+    """The files and folders (recursively) that a confined command may read or write."""
 
     readable: tuple[Path, ...]
     writable: tuple[Path, ...]
@@ -137,9 +137,9 @@ class ConfinedPaths:
 
 @dataclass(frozen=True, slots=True)
 class Git:
-    """Runs git in one repository. Each command inherits the lock descriptors `keep_fds` until it exits.
+    """Runs git in one repository; commands inherit the lock descriptors `keep_fds`.
 
-    Without a `git_dir`, git finds the repository from the `cwd` of each call.
+    Each command keeps them until it exits. Without a `git_dir`, git finds the repository from the `cwd` of each call.
     """
 
     git_dir: Path | None
@@ -266,13 +266,13 @@ class Git:
         return (await self(*args, env=env, input_=input_)).stdout.decode().rstrip("\n")
 
     async def changes(self, old: str, new: str, cwd: Path | None = None) -> list[FileChange]:
-        """Return the files that differ between two commits; a rename is a removal and an addition."""
+        """Return the changed files; a rename is a removal and an addition."""
         return parse_raw_diff((await self("diff-tree", "-r", "--raw", "-z", "--no-renames", old, new, cwd=cwd)).stdout)
 
     async def merge_tree(
         self, ours: str, theirs: str, env: Mapping[str, str] | None = None
     ) -> tuple[str, tuple[str, ...]]:
-        """Return the tree of a merge and the conflicting paths, whose conflict markers show both names."""
+        """Return the tree of a merge, with both names at conflicts, and the conflicts."""
         arguments = ("merge-tree", "--write-tree", "-z", "--name-only", "--no-messages", ours, theirs)
         merged = await self(*arguments, ok=(0, 1), env=env)
         tree, *paths = merged.stdout.decode(errors="surrogateescape").split("\0")
@@ -311,7 +311,7 @@ class Git:
 
 
 def was_killed(returncode: int, message: str) -> bool:
-    """Return whether a command or its child was killed externally. A crashed command would crash again."""
+    """Return whether another process killed a command or its child."""
     if -returncode in _KILLS or returncode - 128 in _KILLS:
         return True
     # A server that exits by itself prints the reason on a separate line.
@@ -364,7 +364,7 @@ async def read_version(environ: Mapping[str, str]) -> str | None:
 
 
 def is_at_least(version: str, wanted: tuple[int, int]) -> bool:
-    """Return whether a version from `read_version` is at least `wanted` (major, minor)."""
+    """Return whether a version from `read_version` is at least `wanted`."""
     match = re.search(r"(\d+)\.(\d+)", version)
     return match is not None and (int(match[1]), int(match[2])) >= wanted
 
@@ -379,7 +379,7 @@ async def check_version(environ: Mapping[str, str]) -> None:
 
 
 def printable_name(name: str) -> str:
-    """Return a file name as storable, printable text; bytes that are not UTF-8 are escaped."""
+    """Return a file name as printable text; bytes that are not UTF-8 are escaped."""
     return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 

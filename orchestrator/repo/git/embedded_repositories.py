@@ -1,4 +1,4 @@
-"""Find folders in a tree that git would treat as repositories and whose configuration it would obey."""
+"""Find folders in a tree that git would treat as repositories and obey."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PARTS: Final = ("**/HEAD", "**/commondir", "**/config", "**/objects", "**/objec
 
 
 async def find_embedded_repository(git: Git, base: str, tree: str) -> str | None:
-    """Return a folder of `tree` that git treats as a repository and that changed since `base`, or None.
+    """Return a repository folder of `tree` that changed since `base`, or None.
 
     The top folder does not count: there, git finds the repository of the checkout first.
     """

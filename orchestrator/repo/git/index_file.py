@@ -1,4 +1,4 @@
-"""Update the file metadata in git's index for a copied checkout (gitformat-index(5)).
+"""Update the file metadata in a copied checkout's index (gitformat-index(5)).
 
 Git considers a file unchanged only if its times, inode, owner and size match the index. In a copied checkout it would
 therefore read every file, which takes longer than copying. It also reads each file that is not at least one clock
@@ -65,7 +65,7 @@ def refresh_index_stats(index: Path, tree: Path) -> bool:
 
 
 def _refresh_entry(data: bytearray, offset: int, folder: bytes, timestamp: int) -> int:
-    """Update the entry at an offset and the times of its file; return the offset of the next entry."""
+    """Update an index entry and its file's times; return the next entry's offset."""
     *_, mode = _ENTRY.unpack_from(data, offset)[:7]
     (flags,) = struct.unpack_from(">H", data, offset + _ENTRY.size - 2)
     begin, more = offset + _ENTRY.size, 0

@@ -1,4 +1,4 @@
-"""Read loose objects from an object folder without running git (gitformat-loose(5))."""
+"""Read loose objects from an object folder without git (gitformat-loose(5))."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MAX_HEADER = 64  # bytes: a kind and a size
 
 
 class LooseObject(NamedTuple):
-    """An object: kind (`blob`, `tree`, `commit`, `tag`), size in bytes, and the content read."""
+    """The kind (`blob`, `tree`, `commit`, `tag`), size in bytes, and the content read."""
 
     kind: str
     size: int
@@ -38,7 +38,7 @@ def read_loose_object(objects: Path, name: str, most: int | None = None) -> Loos
 
 
 def has_valid_hash(file: Path, name: str) -> bool:
-    """Return whether a regular file contains the object with that id, by hashing it. Blocks."""
+    """Return whether a file contains the object with that id, by hashing it. Blocks."""
     digest = hashlib.new("sha1" if len(name) == 40 else "sha256", usedforsecurity=False)
     decompressor = zlib.decompressobj()
     with suppress(OSError, zlib.error):

@@ -35,7 +35,7 @@ def _sealed_repo() -> tuple[type[git.Repo], type[Exception]]:
     import git  # noqa: PLC0415
 
     class SealedGit(git.Git):
-        """Runs GitPython's processes without our environment, which could relocate the repository or run programs."""
+        """Runs git without our environment, which could relocate it or run programs."""
 
         def execute(self, command: Sequence[str], *args: Any, **kwargs: Any) -> Any:
             variables = (f"{name}={value}" for name, value in sealed_environment(self.environment()).items())
@@ -48,7 +48,7 @@ def _sealed_repo() -> tuple[type[git.Repo], type[Exception]]:
 
 
 async def _read(repository: Git, read: Callable[[git.Repo], T]) -> T:
-    """Run `read` on one of our repositories in a thread. Raises GitError if it can't be read."""
+    """Run `read` on our repository in a thread. Raises GitError if it is unreadable."""
     return await anyio.to_thread.run_sync(partial(_open_and_read, repository, read))
 
 
@@ -63,7 +63,7 @@ def _open_and_read(repository: Git, read: Callable[[git.Repo], T]) -> T:
 
 
 async def list_refs(repository: Git, *prefixes: str) -> dict[str, str]:
-    """Return object ids keyed by full ref name, for refs below prefixes such as `refs/heads/`."""
+    """Return object ids, keyed by full ref name, for refs below the prefixes."""
     listed = await repository.line("for-each-ref", "--format=%(objectname) %(refname)", *prefixes)
     pairs = (line.split(" ", 1) for line in listed.splitlines())
     return {name: commit for commit, name in pairs}
@@ -93,9 +93,9 @@ async def diff_trees(repository: Git, base: str, commit: str, options: Sequence[
 
 
 async def read_ref(repository: Path, ref: str) -> str | None:
-    """Return the object id of a ref in the user's repository without running git, or None.
+    """Return the object id of a ref in the user's repository, or None, without git.
 
-    `repository` is a git directory or the top of a checkout. Raises GitError if it can't be read.
+    `repository` is a git directory or the root of a checkout. Raises GitError if it can't be read.
     """
     return await anyio.to_thread.run_sync(_read_ref, repository, ref)
 

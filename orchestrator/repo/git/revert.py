@@ -10,7 +10,7 @@ from orchestrator.repo.git.command import Git
 
 
 async def revert_paths(git: Git, commit: str, paths: Collection[str], message: str) -> str:
-    """Return a commit like `commit`, with the same parents, without its changes at `paths`."""
+    """Return a commit like `commit`, but without its changes at `paths`."""
     first, *other_parents = (await git.line("rev-parse", f"{commit}^@")).split()
     changes = [change for change in await git.changes(first, commit) if change.path in paths]
     # Removals first: a file may replace a folder.

@@ -1,4 +1,4 @@
-"""Remove lock files and partial objects that killed git commands left in our repositories.
+"""Remove lock files and partial objects of killed git commands.
 
 The owner of such a file started before the file was created. So once all git commands that were running when the file
 was found have exited, an unchanged file has no owner. There is no need to wait for commands started later.
@@ -24,7 +24,7 @@ _OBJECTS: Final = ("tmp_*", "pack/tmp_*", "pack/.tmp-*", "[0-9a-f][0-9a-f]/tmp_o
 
 @dataclass(frozen=True, slots=True)
 class GitTempFile:
-    """A file or folder that git removes on exit. Every possible owner has `variable` in its environment."""
+    """A file that git removes on exit; its owners have `variable` in the environment."""
 
     path: Path
     variable: bytes
@@ -36,7 +36,7 @@ def list_locks(git_dir: Path) -> list[GitTempFile]:
 
 
 def list_partial_objects(git_dir: Path) -> list[GitTempFile]:
-    """Return the partial objects in a repository, with or without a living writer. Blocks."""
+    """Return the partial objects in a repository, with or without a writer. Blocks."""
     paths = [path for pattern in _OBJECTS for path in (git_dir / "objects").glob(pattern)]
     return [GitTempFile(path, _variable("GIT_DIR", git_dir)) for path in paths]
 
@@ -48,7 +48,7 @@ def list_index_locks(index: Path) -> list[GitTempFile]:
 
 
 def remove_unowned(files: Iterable[GitTempFile], limit: float) -> None:
-    """Remove files that no running command owns, waiting up to `limit` seconds for possible owners. Blocks."""
+    """Remove files without an owner, after waiting up to `limit` seconds. Blocks."""
     pending = {file: inode for file in files if (inode := _inode(file.path)) is not None}
     if not _PROCESSES.is_dir():  # macOS: owners are unknown
         return
@@ -74,7 +74,7 @@ def _remove(path: Path) -> None:
 
 
 def is_git_running(git_dir: Path) -> bool:
-    """Return whether a process has our repository as GIT_DIR; True if unknown (no /proc). Blocks."""
+    """Return whether a process uses our repository; True without /proc. Blocks."""
     return not _PROCESSES.is_dir() or bool(_processes_with(_variable("GIT_DIR", git_dir)))
 
 

@@ -1,1 +1,1 @@
-"""Stage, inspect and quarantine a session's work, and import it into the hub. Entry point: `collect`."""
+"""Stage, inspect, quarantine and import a session's work; see `collect`."""

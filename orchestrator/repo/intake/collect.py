@@ -1,4 +1,4 @@
-"""Collect an agent's work from its worktree as one commit in the trusted repository.
+"""Collect an agent's work from its worktree as one commit.
 
 The files in the checkout are the result. We stage them in our repository with our index, so that none of the agent's
 filters or hooks run. The agent's commits on its branch are kept as history if they descend from its base; each object
@@ -89,13 +89,13 @@ async def _collect_all(
 
 
 def _open(worktree: Worktree, diff: TreeDiff | None) -> tuple[list[str], SessionRefs]:
-    """Make a session's folders accessible; return those that can't be opened, and the refs. Blocks."""
+    """Make a session's folders accessible; return the exceptions and the refs. Blocks."""
     unread = [*restore_access(worktree.tree, diff), *restore_access(worktree.git_dir)]
     return unread, read_session_refs(worktree.git_dir)
 
 
 async def _own_commits(history: SessionCommits, refs: SessionRefs) -> tuple[str, tuple[str, ...]]:
-    """Return the tip of the agent's commits if they can be kept as history, else the base and a reason."""
+    """Return the agent's last commit to keep as history, else the base and a reason."""
     tip = refs.refs.get(f"refs/heads/{history.worktree.branch}", history.base)
     if tip == history.base:
         return history.base, ()
@@ -140,7 +140,7 @@ async def _collect_files(
 
 @dataclass(frozen=True, slots=True)
 class _Staged:
-    """The reasons for unstaged files, the rejected paths, and the index's changes from the base."""
+    """The reasons for unstaged files, the rejected paths, and the staged changes."""
 
     refused: str | None
     left_out: tuple[str, ...] = ()
@@ -148,7 +148,7 @@ class _Staged:
 
 
 async def _stage(history: SessionCommits, diff: TreeDiff | None, unread: Sequence[str]) -> _Staged:
-    """Stage all admissible files of the checkout; the folders `unread` can't be opened."""
+    """Stage all allowed files of the checkout; the folders `unread` can't be opened."""
     worktree = history.worktree
     blocked = await anyio.to_thread.run_sync(_clear_blocking_files, worktree, diff)
     if blocked is None:
@@ -193,7 +193,7 @@ def _describe_nested_repository(changes: Iterable[FileChange]) -> str | None:
 
 
 async def _salvage(history: SessionCommits, refs: SessionRefs, tip: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Preserve commits that are in neither base nor `tip`; return the refs created and notes on failures."""
+    """Preserve commits that are in neither base nor `tip`; return refs and failures."""
     worktree = history.worktree
     before: dict[str, str] | None = None
     created: dict[str, str] = {}
@@ -236,7 +236,7 @@ def _candidates(refs: SessionRefs, branch: str) -> Iterator[tuple[str, str]]:
 
 
 def salvage_ref_name(run: str, task: str, attempt: int, name: str) -> str:
-    """Return the ref for an attempt's commits on no branch; characters invalid in refs become `-`."""
+    """Return the ref for an attempt's commits that are not on a branch."""
     safe = re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")[:64] or "ref"
     return f"refs/salvage/{run}/{task}.{attempt}/{safe}"
 

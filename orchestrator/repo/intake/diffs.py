@@ -32,12 +32,12 @@ _COUNT_TIMEOUT = 30.0
 
 
 async def diff_commits(git: Git, base: str, commit: str, *, stat: bool = False) -> bytes:
-    """Return the diff of two commits as git prints it: quoted file names, unchanged contents."""
+    """Return the diff of two commits as git prints it, with quoted file names."""
     return await diff_trees(git, base, commit, _options(stat=stat))
 
 
 async def diff_commits_bounded(git: Git, base: str, commit: str) -> str:
-    """Return a readable diff of two commits: counts per file, then the lines unless there are too many."""
+    """Return the counts per file of a diff, then its lines unless there are too many."""
     changes = await count(git, base, commit)
     text = (await diff_commits(git, base, commit, stat=True)).decode(errors="replace")
     if changes.files > _MAX_FILES or changes.added + changes.removed > _MAX_LINES:
@@ -61,14 +61,14 @@ async def diff_session(git: Git, worktree: Worktree, base: str, *, admit: Intake
 
 
 async def count_session_changes(git: Git, worktree: Worktree, base: str, *, admit: IntakeRules) -> Changes:
-    """Count a session's changes so far, excluding secrets and huge files like `diff_session`."""
+    """Count a session's changes so far, without secrets and huge files."""
     async with _staged(git, worktree, base, admit) as (staging, _):
         done = await staging.confine(git)("diff-index", "--cached", *COUNTS, base, env=staging.env)
     return parse_numstat(done.stdout.splitlines())
 
 
 async def count_session_commits(git: Git, worktree: Worktree, base: str) -> int:
-    """Return the number of commits on a session's branch so far; 0 if they can't be read."""
+    """Return the number of commits on a session's branch; 0 if unreadable."""
     refs = await anyio.to_thread.run_sync(read_session_refs, worktree.git_dir)
     tip = refs.refs.get(f"refs/heads/{worktree.branch}", base)
     if tip == base:
@@ -91,7 +91,7 @@ async def count_session_commits(git: Git, worktree: Worktree, base: str) -> int:
 async def _staged(
     git: Git, worktree: Worktree, base: str, admit: IntakeRules
 ) -> AsyncIterator[tuple[StagingArea, StagingResult]]:
-    """Stage a session's files in a copy of our index for the duration of the `with` block."""
+    """Stage a session's files in a copy of our index for the `with` block."""
     folder = await anyio.to_thread.run_sync(_prepare, worktree)
     try:
         staging = StagingArea(worktree.tree, folder / "index", Quarantine(folder / "objects", worktree.hub.objects))

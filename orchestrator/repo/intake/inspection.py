@@ -1,4 +1,4 @@
-"""Decide which agent files are admitted, by name, size and content: no secrets, no huge files."""
+"""Decide which agent files are admitted: no secrets, no huge files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _BATCH_BYTES = 32 << 20  # bytes of content per read
 
 @dataclass(frozen=True, slots=True)
 class IntakeRules:
-    """Admission rules: the maximum file size in bytes, and the secrets that no file may contain.
+    """The maximum file size (bytes), and the secrets that no file may contain.
 
     `scratch_patterns` are .gitignore patterns of files that are not collected unless the base has them. `withheld` are
     the paths that we provide in worktrees: nothing at or below them is collected or may be in a commit.
@@ -48,7 +48,7 @@ class IntakeRules:
         return cls(Redactor(secret_values(environ)))
 
     def check_file(self, path: str, size: int) -> str | None:
-        """Return why a file of this name and size (bytes) is not admitted; None if it is."""
+        """Return why a file of this name and size (bytes) is not allowed, or None."""
         if why := self.check_name(path):
             return why
         if is_secret_file(path):
@@ -60,14 +60,14 @@ class IntakeRules:
         return None
 
     def check_total(self, files: int, size: int) -> str | None:
-        """Return why this number of changed files and bytes is not admitted; None if it is."""
+        """Return the reason why too many files or bytes have changed, or None."""
         if files <= self.max_files and size <= self.max_total:
             return None
         limits = f"limits: {self.max_files} files, {self.max_total} bytes"
         return f"too much to stage: {files} files, {size} bytes in total ({limits})"
 
     def check_name(self, path: str) -> str | None:
-        """Return why a file or folder of this name is not admitted; None if it is."""
+        """Return why a file or folder of this name is not allowed, or None."""
         if self.find_withheld(path) is not None:
             return "council provides it from your checkout (`worktrees.copy` or `worktrees.link`)"
         if (name := find_reserved_name(path)) is not None:
@@ -114,7 +114,7 @@ async def find_rejected_paths(
 
 
 async def _check_submodules(git: Git, file: FileChange, env: Mapping[str, str]) -> str | None:
-    """Return why `git fsck`, and hence a server, would reject a .gitmodules file; None if valid."""
+    """Return why `git fsck` and servers would reject a .gitmodules file, or None."""
     if file.new_mode == LINK_MODE:
         return "it is a symbolic link, which git rejects"
     listed = await git("config", "--null", "--list", "--blob", file.new_id, env=env, ok=(0, 1, 128))

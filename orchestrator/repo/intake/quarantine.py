@@ -1,4 +1,4 @@
-"""Quarantine an agent's objects in a separate folder without alternates until they are admitted."""
+"""Quarantine an agent's objects, without alternates, until they are accepted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from orchestrator.repo.git.loose_objects import has_valid_hash
 
 @dataclass(frozen=True, slots=True)
 class Quarantine:
-    """A quarantine folder for objects; `hub` is the object folder they move to on admission."""
+    """A folder for new objects, which move to the object folder `hub` once accepted."""
 
     objects: Path
     hub: Path
@@ -24,7 +24,7 @@ class Quarantine:
 
     @property
     def folders(self) -> tuple[Path, Path]:
-        """The folders that may contain an object written here; known objects are already in the hub."""
+        """The folders that may contain an object written here: this one and the hub."""
         return self.objects, self.hub
 
     @property
@@ -38,10 +38,10 @@ class Quarantine:
         return {"GIT_OBJECT_DIRECTORY": str(self.objects), "GIT_ALTERNATE_OBJECT_DIRECTORIES": str(self.hub)}
 
     def admit_objects(self, refused: Collection[str] = ()) -> None:
-        """Move the loose objects into the hub, except the refused ones. Safe to repeat. Blocks.
+        """Move the loose objects into the hub, except the refused ones. Blocks.
 
-        Each object is hashed first: its writer processed an agent's files, so its name proves nothing. Raises OSError
-        if an object's content does not match its name.
+        Safe to repeat. Each object is hashed first: its writer processed an agent's files, so its name proves nothing.
+        Raises OSError if an object's content does not match its name.
         """
         for folder in self.objects.glob("[0-9a-f][0-9a-f]"):
             target = self.hub / folder.name
@@ -55,7 +55,7 @@ class Quarantine:
                 file.rename(target / file.name)
 
     def admit_packs(self) -> None:
-        """Move packs indexed here by `git index-pack` into the hub. Safe to repeat. Blocks."""
+        """Move packs indexed by `git index-pack` into the hub. Safe to repeat. Blocks."""
         packs = self.hub / "pack"
         packs.mkdir(exist_ok=True)
         # git looks for the .idx: the pack must be there first.

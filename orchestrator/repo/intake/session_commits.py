@@ -1,4 +1,4 @@
-"""Import an agent's commits into the hub, all or none, after reading, hashing and inspecting them again."""
+"""Import an agent's commits into the hub, all or none, after inspecting them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NULL_ID = "0" * 40
 
 @dataclass(frozen=True, slots=True)
 class SessionCommits:
-    """Reads the commits of one session; `base` is the commit that the session started from."""
+    """Reads the commits that a session created from `base`."""
 
     git: Git
     worktree: Worktree
@@ -37,7 +37,7 @@ class SessionCommits:
         return done or None
 
     async def is_unreachable_from(self, commit: str, *known: str) -> bool:
-        """Return whether a commit is unreachable from the `known` ones. Raises GitError if it can't be read."""
+        """Return whether a commit is unreachable from the `known` ones. Raises GitError."""
         return bool(
             await self._run_on_session_objects(
                 "rev-list", "--max-count=1", commit, *(f"^{ancestor}" for ancestor in known)
@@ -45,7 +45,7 @@ class SessionCommits:
         )
 
     async def import_commits(self, tip: str, *known: str, descends: bool = False) -> str | None:
-        """Import the commits of `tip` beyond the `known` ones; return why that failed, or None.
+        """Import the commits of `tip` beyond `known`; return why that failed, or None.
 
         With `descends`, the commits must descend from the base.
         """
@@ -153,9 +153,9 @@ class SessionCommits:
 
 
 def link_session_objects(git_dir: Path, view: Path) -> None:
-    """Create a folder that gives git access to a session's objects and to nothing else.
+    """Create a folder that gives git access to a session's objects only. Blocks.
 
-    Alternates, which could name any folder of the machine, and pipes, on which git would block, are excluded. Blocks.
+    Alternates, which could name any folder of the machine, and pipes, on which git would block, are excluded.
     """
     shutil.rmtree(view, ignore_errors=True)
     view.mkdir(mode=0o700, parents=True)

@@ -21,9 +21,9 @@ _MAX_REFS = 2000
 
 @dataclass(frozen=True, slots=True)
 class SessionRefs:
-    """The content of HEAD (None if unreadable), and the object id of each ref. Older stashes are named `stash@{N}`.
+    """The content of HEAD (None if unreadable), and the object id of each ref.
 
-    `complete`: whether all refs were read.
+    `complete`: whether all refs were read. Older stashes are named `stash@{N}`.
     """
 
     head: str | None

@@ -68,7 +68,7 @@ class StagingArea:
         return self.quarantine.objects.with_name("ignored")
 
     def prepare(self, patterns: Iterable[str]) -> None:
-        """Empty the quarantine, and write the patterns of untracked files not to stage. Blocks.
+        """Empty the quarantine, and write the patterns of files not to stage. Blocks.
 
         Only the caller may use the index: an existing lock is a killed command's leftover.
         """
@@ -79,7 +79,7 @@ class StagingArea:
 
 @dataclass(frozen=True, slots=True)
 class StagingResult:
-    """`refused`: the paths left as in the base, each with a reason. `problem`: any other error."""
+    """The paths left as in the base, with reasons (`refused`), and any other problem."""
 
     refused: Mapping[str, str]
     problem: str | None
@@ -184,13 +184,13 @@ def _literal(path: str) -> str:
 
 
 def _may_all_be_read(tree: Path, added: Iterable[str], paths: Iterable[str], admit: IntakeRules) -> bool:
-    """Return whether no path is rejected by name or size, and no added path is a folder."""
+    """Return whether no path is rejected, and no added path is a folder."""
     folders = (path for path in added if (tree / path).is_dir() and not (tree / path).is_symlink())
     return not any(folders) and not _judge_unread(tree, paths, admit)[0]
 
 
 def _judge_unread(tree: Path, paths: Iterable[str], admit: IntakeRules) -> tuple[dict[str, str], str | None]:
-    """Return files rejected by name or size, with reasons, and why the rest exceeds the limits, or None."""
+    """Return files rejected by name or size, and the limit that the rest exceeds."""
     refused, files, total = dict[str, str](), 0, 0
     for path in paths:
         with suppress(OSError):  # removed meanwhile, or unreachable: git reports it
@@ -205,7 +205,7 @@ def _judge_unread(tree: Path, paths: Iterable[str], admit: IntakeRules) -> tuple
 async def _add(
     git: Git, staging: StagingArea, paths: Sequence[str], without: Collection[str], admit: IntakeRules
 ) -> str | None:
-    """Add the changed files `paths` with exceptions; return why some could not be added, or None."""
+    """Add the changed files `paths`; return why some could not be added, or None."""
     excluded = [f":(top,exclude,literal){path}" for path in without]
     if len(paths) <= _MAX_PATHS_ON_STDIN_PATHS:
         # Given names, git need not scan the checkout again. It rejects names behind a link: these are files of a folder
@@ -249,7 +249,7 @@ def remove_blocking_files(tree: Path, diff: TreeDiff | None = None) -> list[str]
 
 
 def find_blocking_files(tree: Path, unread: list[str] | None = None, *, anywhere: bool = False) -> Iterator[Path]:
-    """Find files in a checkout that git would block on; add unreadable folders to `unread`. Blocks."""
+    """Find files that git would block on; add unreadable folders to `unread`. Blocks."""
     waiting = [(str(tree), False)]
     if not tree.is_dir() or tree.is_symlink():
         waiting.clear()

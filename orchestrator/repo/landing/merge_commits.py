@@ -1,4 +1,4 @@
-"""Create two-parent commits in the trusted repository: merges, conflicts, and bases for retries."""
+"""Create commits with two parents: merges, conflicts, and bases for retries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ async def commit_merge(git: Git, tree: str, first: str, second: str, message: st
 
 
 async def create_retry_base(git: Git, merge: str, ref: str) -> str:
-    """Return a commit with the tree of a merge, kept by `ref`, for an agent that fixes the merge.
+    """Return a commit with the tree of a merge that an agent will fix, kept by `ref`.
 
     Its first parent is the commit merged onto. Unlike the merge itself, it does not mark any task as landed.
     """
@@ -22,7 +22,10 @@ async def create_retry_base(git: Git, merge: str, ref: str) -> str:
 
 
 async def renew_retry_base(git: Git, work: str, onto: str, ref: str) -> str | tuple[str, ...]:
-    """Rebuild a retry base on a newer target commit, kept by `ref`, or return the conflicting paths."""
+    """Rebuild a retry base on a newer target commit, or return the conflicting paths.
+
+    The base is kept by `ref`.
+    """
     if await git.line("rev-parse", f"{work}^1") == onto:
         return work
     tree, paths = await git.merge_tree(onto, work)

@@ -1,4 +1,4 @@
-"""Find preserved work in the trusted repository, and apply it, create a branch from it, or drop it."""
+"""Find preserved work, and apply it, create a branch from it, or drop it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class UnmergedWork:
 
     @property
     def name(self) -> str:
-        """The name shown to users: `<task>/<part>`, such as `build/1`, `build/conflict`, `build/1/stash`.
+        """The name shown to users, such as `build/1`, `build/conflict`, `build/1/stash`.
 
         Unique within a run: no component contains a slash, and only salvaged commits have three components.
         """
@@ -84,11 +84,11 @@ def find_unmerged_work(preserved: Sequence[UnmergedWork], name: str) -> Unmerged
 
 
 async def apply_to_checkout(git: Git, users: Git, checkout: Path, base: str, commit: str) -> tuple[str, ...]:
-    """Apply the change from `base` to `commit` to the user's files, uncommitted; return the changed paths.
+    """Apply a change to the user's files, uncommitted; return the changed paths.
 
-    All or nothing: the change is first merged with the checkout's commit. Raises RefusedError if the result does not
-    apply to the current files. The index does not change. `git` runs in the trusted repository, `users` with the user's
-    configuration.
+    All or nothing: the change from `base` to `commit` is first merged with the checkout's commit. Raises RefusedError
+    if the result does not apply to the current files. The index does not change. `git` runs in the trusted repository,
+    `users` with the user's configuration.
     """
     if any(GITLINK_MODE in {change.old_mode, change.new_mode} for change in await git.changes(base, commit)):
         raise RefusedError("the change includes a nested repository, which can't be applied to files", _REMEDY)
@@ -109,7 +109,7 @@ async def apply_to_checkout(git: Git, users: Git, checkout: Path, base: str, com
 
 
 async def _refuse_user_programs(git: Git, users: Git, checkout: Path, base: str, commit: str) -> None:
-    """Raise RefusedError if the change would make the user's git run an agent's program."""
+    """Raise RefusedError if a change would make the user's git run an agent's program."""
     repository, configuration = await find_repository(checkout, users), await read_git_config(users, checkout)
     remedy = "review it with `council salvage show`, then run `council salvage apply --branch` and merge it manually"
     if (unsafe := await find_unsafe_filter(repository, checkout, configuration)) is not None:
@@ -177,7 +177,7 @@ async def create_branch(source: UpstreamRepository, commit: str, branch: str) ->
 
 
 async def delete_refs(git: Git, preserved: Iterable[UnmergedWork]) -> None:
-    """Delete these refs, all or none. Raises RefusedError if one has changed since it was listed."""
+    """Delete these refs, all or none. Raises RefusedError if one has changed."""
     lines = "".join(f"delete {work.ref}\0{work.commit}\0" for work in preserved)
     try:
         await git("update-ref", "-z", "--stdin", input_=lines.encode())

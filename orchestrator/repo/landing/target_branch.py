@@ -52,7 +52,7 @@ _MAX_WALKED_LANDINGS = 200
 
 @dataclass(frozen=True, slots=True)
 class PreparedMerge:
-    """A merge commit, ready to move the target from `old` (None if there is no target) to `new`."""
+    """A merge commit, ready to move the target from `old` (None: no target) to `new`."""
 
     old: str | None
     new: str
@@ -74,7 +74,7 @@ class NothingToLand:
 
 @dataclass(frozen=True, slots=True)
 class MergeConflict:
-    """The work conflicts. `commit` has both sides as parents, and files with conflict markers."""
+    """The work conflicts; `commit` has both parents, and conflict markers."""
 
     paths: tuple[str, ...]
     commit: str
@@ -113,7 +113,7 @@ class Target:
         must_exist: bool = False,
         title: str | None = None,
     ) -> None:
-        """Create the target `branch` of `source`, whose repository is known unless it is a URL.
+        """Create the target `branch` of `source`.
 
         Landings are looked up after the commit `start`, which is also the first commit of a new target. `ref` stores
         the fetched target in the trusted repository. `must_exist`: the target existed before the run and is not
@@ -142,7 +142,7 @@ class Target:
         return tip if tip == self.known else await self._source.fetch(self.branch, f"{self._ref}-tip")
 
     async def refresh(self, *, again: bool = False) -> str:
-        """Read the target and its landings, from scratch if `again`; return the commit to merge onto."""
+        """Read the target, from scratch if `again`; return the commit to merge onto."""
         tip = await self._read_tip()
         if tip is None:
             self.known, self._line, self._contained = None, set(), {self._start}
@@ -155,7 +155,7 @@ class Target:
         return tip
 
     async def _read_tip(self) -> str | None:
-        """Return the target's commit, or None if it never existed. Raises TargetMissing if it was deleted."""
+        """Return the target's commit, or None if new. Raises TargetMissing if deleted."""
         tip = await self._source.tip(self.branch)
         self.must_exist = self.must_exist or self.known is not None or tip is not None
         if tip is None and self.must_exist:
@@ -170,7 +170,7 @@ class Target:
         self._contained.add(tip)
 
     def find_landing(self, intended: Iterable[str]) -> str | None:
-        """Return the first of these merges that is on the target as of the last refresh, or None."""
+        """Return the first of these merges on the target (last refresh), or None."""
         return next((merge for merge in intended if merge in self._line), None)
 
     async def contains(self, commit: str) -> bool:
@@ -188,7 +188,7 @@ class Target:
         after: PreparedMerge | None = None,
         intended: Sequence[str] = (),
     ) -> PreparedMerge | Landed | NothingToLand | MergeConflict | DeferredLanding:
-        """Merge `commit`, which was built on `base`, onto the current target without moving the target.
+        """Merge `commit`, built on `base`, onto the target without updating the target.
 
         `intended` are earlier merges of the same work: returns Landed if the target has one of them. With `after`,
         merges onto `after` instead; the result is valid only if `after` also lands.
@@ -223,7 +223,7 @@ class Target:
         return merge if obstacle is None else DeferredLanding(obstacle)
 
     async def _merge_base_hint(self, base: str, onto: str, commit: str) -> str:
-        """Return a commit with the tree of `onto` for which git finds the merge base with `commit` at once.
+        """Return a commit with the tree of `onto` that gives git the merge base at once.
 
         Otherwise git walks all landings since, so the cost of a run's merges is quadratic in their number; with few
         landings that is still faster. If `base` is part of the target and nothing built on it is, `base` is the merge
@@ -245,10 +245,11 @@ class Target:
     async def move(
         self, permit: MergePermit, merges: Sequence[PreparedMerge]
     ) -> Landed | StaleTarget | DeferredLanding:
-        """Advance the target over merges, each prepared `after` the previous one, all or none.
+        """Advance the target over consecutive merges, all or none.
 
-        This is a single push, which succeeds only if nobody else has moved the target. The push holds the landing file
-        lock, so that even if this process is killed, the next process to land knows whether a push is running.
+        Each merge was prepared `after` the previous one. This is a single push, which succeeds only if nobody else has
+        moved the target. The push holds the landing file lock, so that even if this process is killed, the next process
+        to land knows whether a push is running.
         """
         self._check(permit)
         try:
@@ -289,7 +290,7 @@ class Target:
         return Landed(whole.new)
 
     async def find_obstacle(self, merge: PreparedMerge) -> str | None:
-        """Return what blocks landing in the user's checkout of the target, with a remedy, or None."""
+        """Return what blocks landing in the user's checkout, with a remedy, or None."""
         checkouts = self._checkouts
         if checkouts is None:
             return None
@@ -303,14 +304,14 @@ class Target:
         return await checkouts.find_obstacle(merge.old or self._start, merge.new)
 
     async def clean_up(self, since: float) -> None:
-        """Remove leftovers in the user's repository of pushes killed after `since` (wall-clock seconds)."""
+        """Remove leftovers of pushes killed after `since` in the user's repository."""
         if self._checkouts is not None:
             await anyio.to_thread.run_sync(remove_incoming_objects, self._checkouts.repository.git_dir, since)
 
     async def settle(
         self, permit: MergePermit, merge: PreparedMerge, intended: Sequence[str], since: float
     ) -> Landed | DeferredLanding | StaleTarget:
-        """Finish or undo an interrupted move; StaleTarget means that it did not happen and may be retried.
+        """Finish or undo an interrupted move; StaleTarget means that it may be retried.
 
         The move happened if the target has one of the `intended` merges. Raises RefusedError while the push is running,
         because its result is still unknown.

@@ -1,4 +1,4 @@
-"""Find what blocks a landing in the user's checkouts of a local target, and remove leftovers of pushes."""
+"""Find what blocks a landing in the user's checkouts, and repair them afterwards."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from orchestrator.repo.source.user_programs import find_path_controlling_git, fi
 
 @dataclass(slots=True)
 class TargetCheckouts:
-    """The checkouts of a branch in `repository`; `trusted` runs git in the trusted repository."""
+    """The checkouts of a branch; `trusted` runs git in the trusted repository."""
 
     repository: LocalRepository
     branch: str
@@ -42,7 +42,7 @@ class TargetCheckouts:
         self.users = Git(None, as_user=True, keep_fds=self.trusted.keep_fds, environ=self.trusted.environ)
 
     async def find_obstacle(self, old: str, new: str) -> str | None:
-        """Return what blocks moving the branch from `old` to `new`, with a remedy, or None."""
+        """Return what blocks moving the branch, with a remedy, or None."""
         reason = await anyio.to_thread.run_sync(describe_unfinished_operation, self.repository, self.branch)
         if reason is not None:
             return reason
@@ -73,7 +73,7 @@ class TargetCheckouts:
         return f"another git command of yours has locked the target: if none is running, remove {named}"
 
     async def _find_files_in_way(self, checkout: Path, changes: Sequence[FileChange]) -> list[str]:
-        """Return untracked files, including ignored ones, that git would delete or overwrite."""
+        """Return untracked or ignored files that git would delete or overwrite."""
         added = [change.path for change in changes if not int(change.old_mode, 8)]
         removed = {change.path for change in changes if not int(change.new_mode, 8)}
         files, folders = await anyio.to_thread.run_sync(_find_existing, checkout, added, removed)
@@ -86,7 +86,7 @@ class TargetCheckouts:
     async def settle(
         self, move: tuple[str | None, str], since: float, *, may_finish: bool, was_killed: bool = True
     ) -> list[str]:
-        """Run `recover_push` in the branch's checkout and in others that may have leftovers of a push.
+        """Run `recover_push` in each checkout that may have leftovers of a push.
 
         Returns the paths that have changed since.
         """
@@ -109,7 +109,7 @@ class TargetCheckouts:
     async def complete(
         self, move: tuple[str | None, str], since: float, heads: dict[Path, tuple[int, int]], *, updated_checkout: bool
     ) -> None:
-        """Complete a push that has moved the branch; `heads` are the `read_head_stats` taken before it."""
+        """Complete a push that has moved the branch; `heads` precede the push."""
         if await anyio.to_thread.run_sync(find_locked_checkouts, self.repository, self.branch):  # a hook was killed
             await self.settle(move, since, may_finish=True)
         old, new = move
@@ -118,7 +118,7 @@ class TargetCheckouts:
 
 
 def _find_existing(top: Path, added: Iterable[str], removed: Collection[str]) -> tuple[list[str], list[str]]:
-    """Return files that exist at or above added paths, and folders that exist at these paths. Blocks."""
+    """Return files at or above added paths, and folders at these paths. Blocks."""
     files: dict[str, None] = {}
     folders: list[str] = []
     parents = {str(parent) for name in added for parent in PurePosixPath(name).parents} - {".", *removed}

@@ -1,1 +1,1 @@
-"""The user's repository: branches, checkouts, hooks, and detection of external changes."""
+"""The user's repository: branches, checkouts, hooks, and external changes."""

@@ -22,7 +22,7 @@ class RunRepository:
 
     @property
     def identity(self) -> str:
-        """The repository's identity, independent of the checkout and of how the path is spelled."""
+        """The repository's identity, the same for all checkouts and spellings of the path."""
         return self.location if self.repository is None else str(self.repository.git_dir)
 
     def source(self, git: Git) -> UpstreamRepository:

@@ -43,7 +43,7 @@ class _Part:
 
 @dataclass(frozen=True, slots=True)
 class RepositorySnapshot:
-    """The repository's state at a point in time, for `take_snapshot` and `describe_changes`.
+    """The repository's state, for `take_snapshot` and `describe_changes`.
 
     The parts are `refs`, `files`, `heads` and one `_INDEX` part per checkout. `heads` has each HEAD (`ref: …` or a
     commit), keyed by git directory relative to the shared one. An `_INDEX` part has a digest of the staged entries
@@ -60,7 +60,7 @@ class RepositorySnapshot:
 async def take_snapshot(
     repository: LocalRepository, git: Git, previous: RepositorySnapshot | None = None
 ) -> RepositorySnapshot:
-    """Take a snapshot of a repository, reading only parts that differ from an earlier snapshot.
+    """Take a snapshot; read only parts that differ from an earlier snapshot.
 
     `git` runs with the user's configuration (`as_user=True`). Raises GitError if the repository can't be read.
     """
@@ -116,9 +116,10 @@ def describe_changes(before: RepositorySnapshot, after: RepositorySnapshot, *, o
 
 
 async def is_user_git_running(repository: LocalRepository) -> bool:
-    """Return whether the repository has a running git command that neither we nor a session started.
+    """Return whether a git command that is not ours is running in the repository.
 
-    If so, changes may be the user's. Without /proc (macOS), commands can't be detected.
+    If so, changes may be the user's. Commands of sessions do not count. Without /proc (macOS), commands can't be
+    detected.
     """
     return await anyio.to_thread.run_sync(_is_user_git_running, repository)
 
@@ -155,7 +156,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _ref_files(folder: Path) -> Iterator[Path]:
-    """Yield all files that store refs: loose refs and their folders, packed refs, reftables."""
+    """Yield all files that store refs: loose refs, folders, packed refs, reftables."""
     yield folder / "packed-refs"
     for root in ("refs", "reftable"):
         for path, folders, names in os.walk(folder / root):
@@ -183,7 +184,7 @@ def _read_files(folder: Path) -> _Content:
 
 
 def _digest(path: Path) -> str | None:
-    """Return a digest of a file's content and whether it is executable; None if there is no file."""
+    """Return a digest of a file's content and executable bit, or None if missing."""
     try:
         if path.is_symlink():
             return f"-> {path.readlink()}"

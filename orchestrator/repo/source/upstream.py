@@ -38,7 +38,7 @@ _MAX_REASON_CHARS = 300  # characters
 
 @dataclass(frozen=True, slots=True)
 class PushResult:
-    """The outcome of a push: whether the ref moved; if not, the remote's message and whether the push was killed."""
+    """Whether a push moved the ref; else the message and whether it was killed."""
 
     moved: bool
     updated_checkout: bool = False
@@ -85,7 +85,7 @@ class UpstreamRepository:
         return {ref.removeprefix("refs/heads/"): commit for commit, ref in lines}
 
     async def fetch(self, branch: str, ref: str) -> str:
-        """Fetch a branch into the hub, store it as `ref` in the trusted repository, and return its commit id."""
+        """Fetch a branch, store it as `ref` in the trusted repository; return the commit."""
         refspec = f"+refs/heads/{branch}:{ref}"
         await self.git("fetch", "--quiet", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance",
                        "--recurse-submodules=no", *self._upload, self.location, refspec)  # fmt: skip
@@ -134,6 +134,6 @@ class UpstreamRepository:
         return _RECEIVE.format(environ=environ, hooks=hooks)
 
     def _hooks(self, branch: str) -> Path:
-        """Return the hooks folder for pushes to a branch, which only one landing uses at a time."""
+        """Return the hooks folder for pushes to a branch; one landing at a time uses it."""
         assert self.git.git_dir is not None, "it runs in the trusted repository"  # noqa: S101
         return self.git.git_dir / "hooks" / hashlib.sha256(branch.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Find the user's checkouts of a branch, check that they are clean, and repair interrupted updates.
+"""Find the user's checkouts of a branch, and repair interrupted updates.
 
 A push into a checked-out branch writes files, then the index, then the ref. A kill in between leaves them inconsistent,
 and the user may commit at any of these points. `recover_push` brings all three to one commit without touching the
@@ -51,7 +51,7 @@ _MARK_BYTES: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class LocalRepository:
-    """A local repository: its shared git directory, and the top of its checkout (None if bare)."""
+    """A local repository: shared git directory and root of its checkout, if not bare."""
 
     git_dir: Path
     top: Path | None
@@ -59,7 +59,7 @@ class LocalRepository:
 
     @property
     def folder(self) -> Path:
-        """The folder to run commands in; `safe.directory` must list it if another user owns the repository."""
+        """The folder to run commands in, which `safe.directory` may have to list."""
         return self.top or self.git_dir
 
 
@@ -68,7 +68,7 @@ async def find_repository(path: Path, git: Git) -> LocalRepository:
     remedy = "set `repo` to the path or URL of a git repository that git accepts"
 
     async def ask(*facts: str) -> list[str]:
-        """Return the facts, one per line; the last may be a folder name with any characters."""
+        """Return the output lines of `git rev-parse`; the last may contain newlines."""
         done = await git("rev-parse", *facts, cwd=path)
         printed = done.stdout.decode(errors="surrogateescape").rstrip("\n").split("\n", len(facts) - 1)
         if len(printed) < len(facts):
@@ -92,10 +92,11 @@ async def read_current_branch(folder: Path, git: Git) -> str | None:
 
 
 async def find_checkout(repository: LocalRepository, branch: str, git: Git) -> Path | None:
-    """Return the user's main or linked worktree that has a branch checked out, or None.
+    """Return the user's worktree that has a branch checked out, or None.
 
-    Raises RefusedError if a push can't update the checkout: the branch is checked out twice (`git worktree add
-    --force`) and git would update only one, or the git directory is outside the checkout.
+    It may be the main or a linked worktree. Raises RefusedError if a push can't update the checkout: the branch is
+    checked out twice (`git worktree add --force`) and git would update only one, or the git directory is outside the
+    checkout.
     """
     if not await anyio.to_thread.run_sync(_may_be_checked_out, repository.git_dir, branch):
         return None
@@ -129,7 +130,7 @@ def list_checkout_git_dirs(folder: Path) -> list[str]:
 
 
 def list_checkouts(repository: LocalRepository) -> list[Path]:
-    """Return the resolved top folders of a repository's checkouts on this machine. Blocks."""
+    """Return the resolved top folders of a repository's local checkouts. Blocks."""
     folder = repository.git_dir
     tops = [] if repository.top is None else [repository.top]
     tops += [folder.parent] if folder.name == ".git" else []
@@ -141,7 +142,7 @@ def list_checkouts(repository: LocalRepository) -> list[Path]:
 
 
 def read_heads(folder: Path) -> dict[str, str]:
-    """Return each checkout's HEAD content, keyed by git directory as in `list_checkout_git_dirs`. Blocks."""
+    """Return each HEAD's content, keyed as in `list_checkout_git_dirs`. Blocks."""
     heads = {}
     for name in list_checkout_git_dirs(folder):
         try:
@@ -152,7 +153,7 @@ def read_heads(folder: Path) -> dict[str, str]:
 
 
 def _may_be_checked_out(folder: Path, branch: str) -> bool:
-    """Return whether a branch may be checked out, without running git; False if no HEAD can resolve to it."""
+    """Return whether a HEAD may resolve to a branch, without running git."""
     return any(_may_resolve_to(folder, name, head, branch) for name, head in read_heads(folder).items())
 
 
@@ -172,7 +173,7 @@ def _may_resolve_to(folder: Path, name: str, head: str, branch: str) -> bool:
 
 
 async def list_uncommitted_changes(checkout: Path, git: Git) -> list[str]:
-    """Return the tracked paths that differ from the checkout's commit, staged or not. Read-only."""
+    """Return the tracked paths with changes, staged or not. Read-only."""
     listed = await git(
         "status", "--porcelain", "-z", "--untracked-files=no", "--ignore-submodules=all", "--no-renames", cwd=checkout
     )
@@ -200,7 +201,7 @@ def find_locked_checkouts(repository: LocalRepository, branch: str) -> list[Path
 
 
 def describe_interrupted_landing(repository: LocalRepository, branch: str) -> str | None:
-    """Return the remedy if our push to a branch left a checkout locked, or None. Blocks."""
+    """Return the remedy if our push left a checkout locked, or None. Blocks."""
     locked = find_locked_checkouts(repository, branch)
     if not locked:
         return None
@@ -217,10 +218,10 @@ _OPERATIONS = {
 
 
 def describe_unfinished_operation(repository: LocalRepository, branch: str) -> str | None:
-    """Return the remedy if the user is rebasing or bisecting a branch in a checkout, or None. Blocks.
+    """Return the remedy if the user is rebasing or bisecting a branch, or None.
 
-    During that operation HEAD is on no branch, but git refuses pushes to this branch, and finishing the operation would
-    discard landed work.
+    Blocks. Meanwhile HEAD is not on the branch, but git refuses pushes to it, and finishing the operation would discard
+    landed work.
     """
     for top in list_checkouts(repository):
         for state, (operation, remedy) in _OPERATIONS.items():
@@ -232,9 +233,10 @@ def describe_unfinished_operation(repository: LocalRepository, branch: str) -> s
 
 
 def find_switched_checkouts(repository: LocalRepository, branch: str, since: float) -> list[Path]:
-    """Return the checkouts that were switched away from a branch after `since` (wall-clock seconds). Blocks.
+    """Return the checkouts that were switched away from a branch after `since`.
 
-    If the user has removed the lock, a switch carries along changes that a push had staged.
+    `since` is in wall-clock seconds. Blocks. If the user has removed the lock, a switch carries along changes that a
+    push had staged.
     """
     markers = (f"\tcheckout: moving from {branch} to ".encode(), f"\tBranch: renamed refs/heads/{branch} to ".encode())
     switched = []
@@ -279,10 +281,11 @@ def read_head_stats(repository: LocalRepository) -> dict[Path, tuple[int, int]]:
 async def update_switched_checkout(
     repository: LocalRepository, branch: str, move: tuple[str, str], before: Mapping[Path, tuple[int, int]], git: Git
 ) -> None:
-    """Update a checkout that was switched to a branch while the branch moved (old, new).
+    """Update a checkout that was switched to a branch while the branch moved.
 
-    `before` are the `read_head_stats` taken before the move. The push must not have updated a checkout. The switch may
-    have written the branch's files as of when the switch started. Checkouts that were not switched are left alone.
+    `move` is (old, new), and `before` are the `read_head_stats` taken before it. The push must not have updated a
+    checkout. The switch may have written the branch's files as of when the switch started. Checkouts that were not
+    switched are left alone.
     """
     tops = await anyio.to_thread.run_sync(list_checkouts, repository)
     await anyio.to_thread.run_sync(_wait_until_unused, lambda: bool(list_git_processes(tops)), _SWITCH_TIMEOUT)
@@ -306,13 +309,13 @@ async def recover_push(
     may_finish: bool,
     was_killed: bool = True,
 ) -> list[str]:
-    """Bring ref, index and files to one commit after an interrupted push that was to `move` the branch.
+    """Bring ref, index and files to one commit after an interrupted push.
 
-    `move` is (old, new), and `since` (wall-clock seconds) is when the push began. The checkout must have been clean
-    right before the push, and no process of the push may be running. With `may_finish`, a move that lacks only the ref
-    is finished by a compare-and-swap; otherwise, as the push may have been refused, it is undone. A push is also undone
-    if the user has committed meanwhile or switched to another branch: its paths are then reset to the checkout's
-    current commit.
+    `move` is the (old, new) of the branch, and `since` (wall-clock seconds) is when the push began. The checkout must
+    have been clean right before the push, and no process of the push may be running. With `may_finish`, a move that
+    lacks only the ref is finished by a compare-and-swap; otherwise, as the push may have been refused, it is undone. A
+    push is also undone if the user has since committed or switched to another branch: its paths are then reset to the
+    checkout's current commit.
 
     Only paths that the move changes are touched, and of those only index entries and files with the content of the
     move: whole files, or one partial file and empty files if there is evidence that the push was writing. Evidence is a
@@ -344,7 +347,7 @@ async def recover_push(
 
 
 async def _catch_up(undone: _InterruptedUpdate, tip: str | None) -> list[str]:
-    """Apply the user's commits made meanwhile to the undone paths; return the paths they changed.
+    """Apply the user's concurrent commits to the undone paths; return changed paths.
 
     `git commit` reads the index before it moves the branch, so the user's commit may contain everything that the update
     had staged.
@@ -358,13 +361,13 @@ async def _catch_up(undone: _InterruptedUpdate, tip: str | None) -> list[str]:
 
 
 async def _read_settled_tip(checkout: Path, git: Git) -> str | None:
-    """Return a checkout's commit once no git command is running in it, or after a timeout."""
+    """Return a checkout's commit once no git command runs in it, or on timeout."""
     await anyio.to_thread.run_sync(_wait_until_unused, lambda: bool(list_git_processes([checkout])))
     return await _tip(checkout, git)
 
 
 async def _has_all_objects(checkout: Path, old: str | None, new: str, git: Git) -> bool:
-    """Return whether a commit and all its new objects exist: a killed push may have received only some."""
+    """Return whether all new objects of a commit exist, which a kill may prevent."""
     before = () if old is None else (f"^{old}",)
     walk = await git("rev-list", "--objects", "--quiet", new, *before, cwd=checkout, ok=(0, 1, 128))
     return walk.returncode == 0
@@ -381,7 +384,7 @@ async def _empty_tree(checkout: Path, git: Git) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _InterruptedUpdate:
-    """An interrupted update of a branch's checkout from `old` to `new`, with HEAD at `tip`."""
+    """An interrupted update of a checkout from `old` to `new`, with HEAD at `tip`."""
 
     checkout: Path
     branch: str
@@ -396,11 +399,11 @@ class _InterruptedUpdate:
         return not any(change.path in unlike_new for change in await self._changes(self.old))
 
     async def undo(self, stale: Sequence[Path], *, has_just_ended: bool) -> list[str]:
-        """Restore the update's index entries and files to `tip`; return the paths changed since.
+        """Restore index entries and files to `tip`; return the paths changed since.
 
-        `stale` are the update's leftover locks. With `has_just_ended`, nobody else had time to change files. The index
-        stays locked until everything is undone, even on failure, so that the user can't commit part of the update or
-        carry it to another branch. The index is written first, so that after an interruption the next recovery still
+        `stale` are the update's leftover locks. With `has_just_ended`, no other process had time to change files. The
+        index stays locked until everything is undone, even on failure, so that the user can't commit part of the update
+        or carry it to another branch. The index is written first, so that after an interruption the next recovery still
         detects an interrupted push, and does not finish an update whose files are already undone.
         """
         ours = {change.path for change in await self._changes(self.old)}
@@ -473,7 +476,7 @@ def _lock_index(git_dir: Path, branch: str, stale: Sequence[Path]) -> None:
 
 
 def _copy_index(git_dir: Path, branch: str) -> Path:
-    """Copy an index locked with our mark; return the path of the copy, which will replace it."""
+    """Copy an index locked with our mark; return the copy, which will replace it."""
     copy, lock = _copies(git_dir, branch)
     _unlink([lock])
     shutil.copy2(git_dir / "index", copy)
@@ -489,7 +492,7 @@ def _delete_added(checkout: Path, paths: Sequence[str]) -> None:
 
 
 async def _classify_file(git: Git, checkout: Path, path: str, before: str | None, after: str | None) -> str:
-    """Return the state in which an interrupted push left a file: `old`, `new` or `foreign`.
+    """Return how an interrupted push left a file: `old`, `new` or `foreign`.
 
     A file that a push or an undo was writing is `partial` (part of the new content), `restored` (part of the old
     content) or `empty`.
@@ -528,7 +531,7 @@ async def _identity(git: Git, checkout: Path, path: str, content: bytes) -> str:
 async def _stale_locks(
     repository: LocalRepository, checkout: Path | None, branch: str, since: float | None, git: Git
 ) -> list[Path]:
-    """Return the lock files that a killed push left in the user's repository, except those of running commands."""
+    """Return the lock files of a killed push, except those of running commands."""
     locks, folders = await _locks(repository, checkout, branch, git)
     ours = await anyio.to_thread.run_sync(_marked_files, folders[0], branch)
     others = [lock for lock in locks if lock not in ours]
@@ -538,14 +541,14 @@ async def _stale_locks(
 
 
 def _marked_files(git_dir: Path, branch: str) -> list[Path]:
-    """Return the index files left by our push: the lock, and the new index with its own lock."""
+    """Return the index files of our push: the lock, and the new index with its lock."""
     return [path for path in _copies(git_dir, branch) if path.exists()] + [
         lock for lock in [git_dir / "index.lock"] if _is_marked(lock, branch)
     ]
 
 
 def _copies(git_dir: Path, branch: str) -> tuple[Path, Path]:
-    """Return the replacement for an index locked with our mark, and the replacement's lock."""
+    """Return the new index that replaces one locked with our mark, and its lock."""
     copy = git_dir / f"index.{lock_marker(branch)}"
     return copy, copy.with_name(f"{copy.name}.lock")
 
@@ -553,7 +556,7 @@ def _copies(git_dir: Path, branch: str) -> tuple[Path, Path]:
 async def _locks(
     repository: LocalRepository, checkout: Path | None, branch: str, git: Git
 ) -> tuple[list[Path], list[Path]]:
-    """Return the lock files that a push creates, and the working folders of its commands."""
+    """Return the lock files that a push creates, and its working folders."""
     folders = [repository.git_dir]
     if checkout is not None:
         own = await git("rev-parse", "--absolute-git-dir", cwd=checkout)
@@ -606,7 +609,7 @@ def _unlink(locks: Sequence[Path]) -> None:
 
 
 def _is_open(files: Sequence[Path]) -> bool:
-    """Return whether any process has one of these files open. Programs other than git also lock the index."""
+    """Return whether a process has one of these files open, as lock owners do."""
     names = {str(file) for file in files}
     for pid in process_ids():
         with suppress(OSError):  # it has exited, or belongs to another user
@@ -616,7 +619,7 @@ def _is_open(files: Sequence[Path]) -> bool:
 
 
 def list_git_processes(folders: Sequence[Path]) -> list[int]:
-    """Return the git commands running in any of these folders; none without /proc (macOS). Blocks."""
+    """Return the git commands running in these folders; none without /proc. Blocks."""
     return [pid for pid in process_ids() if _is_git_in(pid, folders)]
 
 
@@ -633,7 +636,7 @@ def _is_git_in(pid: int, folders: Sequence[Path]) -> bool:
 
 
 def _wait_until_unused(is_used: Callable[[], bool], limit: float = _GIT_EXIT_TIMEOUT) -> bool:
-    """Wait until the user's git commands have exited; return False after `limit` seconds. Blocks."""
+    """Wait up to `limit` seconds until the user's git commands have exited. Blocks."""
     deadline = time.monotonic() + limit
     while is_used():
         if time.monotonic() >= deadline:
@@ -643,7 +646,7 @@ def _wait_until_unused(is_used: Callable[[], bool], limit: float = _GIT_EXIT_TIM
 
 
 async def refuse_tracked_project_folder(project: Project, environ: Mapping[str, str]) -> None:
-    """Raise RefusedError if git tracks `.council`: we would trust its files as our own."""
+    """Raise RefusedError if git tracks `.council`, whose files we trust."""
     git = Git(None, as_user=True, environ=environ)
     name = project.folder.name
     # On some file systems, names that differ only in case are the same folder.

@@ -1,4 +1,4 @@
-"""Find programs in the user's checkouts that git would run on a landing: hooks and filter drivers.
+"""Find hooks and filter drivers in the user's checkouts that a landing would run.
 
 A landing writes files into a checkout and must not run any of them: a hook or filter written by an agent would run as
 the user, unsandboxed and unreviewed. Hooks outside the checkouts do run.
@@ -101,7 +101,7 @@ SKIPPED_HOOKS_REASON: Final = (
 
 
 async def find_hooks_in_checkouts(repository: LocalRepository, git: Git, checkout: Path | None = None) -> list[Path]:
-    """Return the hooks, existing or not, inside the checkouts that a landing would run.
+    """Return the hooks, existing or not, in checkouts that a landing would run.
 
     For a hooks folder inside a checkout, returns only the folder. `git` runs with the user's configuration.
     """
@@ -110,7 +110,7 @@ async def find_hooks_in_checkouts(repository: LocalRepository, git: Git, checkou
 
 
 async def write_landing_hooks(repository: LocalRepository, git: Git, folder: Path, checkout: Path | None) -> None:
-    """Fill the hooks folder of a push with calls to the user's hooks outside the checkouts.
+    """Fill a push's hooks folder with calls to the user's hooks outside checkouts.
 
     If the user has no hook that updates a checkout, ours is used, even without a checkout, because the user may switch
     to the branch during the push.
@@ -176,7 +176,7 @@ def _sort_hooks(
 
 
 def passes_through_checkout(path: Path, tops: Sequence[Path], git_dir: Path) -> bool:
-    """Return whether resolving a path and its links visits anything inside a checkout. Blocks."""
+    """Return whether resolving a path visits anything inside a checkout. Blocks."""
     return any(
         any(at != top and at.is_relative_to(top) for top in tops) and not at.is_relative_to(git_dir)
         for at in _path_components(path)
@@ -219,7 +219,7 @@ class GitSetting:
 
 
 async def read_git_config(git: Git, checkout: Path) -> list[GitSetting]:
-    """Return the user's configuration as git reads it in a checkout, including included files."""
+    """Return the user's configuration as git reads it, including included files."""
     done = await git("config", "--null", "--show-origin", "--list", cwd=checkout, ok=(0, 1))
     fields = split_nul(done.stdout)
     settings = []
@@ -233,7 +233,7 @@ async def read_git_config(git: Git, checkout: Path) -> list[GitSetting]:
 async def find_unsafe_filter(
     repository: LocalRepository, checkout: Path, configuration: Sequence[GitSetting]
 ) -> tuple[str, str] | None:
-    """Return the problem and the remedy if a configured filter runs a file in a checkout, or None.
+    """Return a filter that runs a file in a checkout as (problem, remedy), or None.
 
     To write files, a landing would run the landed version of that file. Indirect calls, such as a wrapper on PATH that
     runs a file in the current folder, can't be detected.
@@ -309,7 +309,7 @@ def _find_controlling_path(
 
 
 def _standard_files(git: Git, repository: LocalRepository) -> Iterator[Path]:
-    """Yield git's standard configuration files, existing or not (git-config(1), FILES)."""
+    """Yield the standard configuration files, existing or not (git-config(1), FILES)."""
     environ = git.environ
     yield from (repository.git_dir / name for name in ("config", "config.worktree"))
     yield from repository.git_dir.glob("worktrees/*/config.worktree")
@@ -333,7 +333,7 @@ def _find_first_inside(
 
 
 def _paths_in(command: str, checkout: Path) -> Iterator[Path]:
-    """Yield paths in a shell command, relative to the checkout: words with a slash or an extension."""
+    """Yield the words of a shell command that may be paths, below the checkout."""
     for number, word in enumerate(_words_in(command.removeprefix("!"))):
         name = word.partition("=")[2] if word.startswith("-") else word
         if "/" in name or (number and re.search(r"\w\.\w+$", name)):
@@ -341,7 +341,7 @@ def _paths_in(command: str, checkout: Path) -> Iterator[Path]:
 
 
 def _words_in(command: str) -> Iterator[str]:
-    """Yield the words of a shell command except arguments that can't name a program or script."""
+    """Yield the words of a shell command that may name a program or script."""
     lexer = shlex.shlex(command, posix=True, punctuation_chars=_SEPARATORS)
     lexer.whitespace_split, lexer.commenters = True, ""
     is_plain, program, before = _SUBSHELL.search(command) is None, "", ""

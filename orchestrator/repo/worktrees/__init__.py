@@ -1,1 +1,1 @@
-"""Worktrees of sessions and checks: hubs, slots, and the pool that assigns slots. Entry point: `pool`."""
+"""Worktrees of sessions and checks: hubs and slots. Entry point: `pool`."""

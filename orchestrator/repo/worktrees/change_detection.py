@@ -1,4 +1,4 @@
-"""Detect which files of a checkout may have changed since a snapshot, from file system metadata.
+"""Detect from file metadata which files of a checkout may have changed.
 
 Git compares times in seconds, and must read files that are as new as its index. Here, a file counts as unchanged while
 its path leads to the same inode and its ctime (inode(7), in nanoseconds) is older than the snapshot; programs can't set
@@ -36,7 +36,7 @@ _STEADY: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 @dataclass(frozen=True, slots=True)
 class TreeDiff:
-    """Changed paths in git's format; folders end with a slash where they are distinguished from files."""
+    """Changed paths in git's format; folders end with a slash."""
 
     changed: list[str] = field(default_factory=list)
     """Files that may have changed."""
@@ -82,7 +82,7 @@ class FolderSnapshot(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TreeSnapshot:
-    """The state of the checkout `tree` at a point in time, stored where sessions can't write."""
+    """The state of the checkout `tree`, stored where sessions can't write."""
 
     tree: Path
     folders: Mapping[str, FolderSnapshot]
@@ -95,12 +95,12 @@ class TreeSnapshot:
 
     @classmethod
     def unknown(cls, tree: Path) -> TreeSnapshot:
-        """Return a snapshot for a checkout in an unknown state. Comparing it never yields a result."""
+        """Return a snapshot of an unknown state. Comparing it never yields a result."""
         return cls(tree, {"": FolderSnapshot(0, {}, frozenset())}, frozenset(), 0, 0)
 
     @classmethod
     def capture(cls, tree: Path, preserved_paths: Iterable[str] = ()) -> TreeSnapshot | None:
-        """Scan a checkout that nobody writes to; return None if file times are unreliable. Blocks."""
+        """Scan a checkout without writers; return None if times are unreliable. Blocks."""
         preserved, folders = frozenset(preserved_paths), dict[str, FolderSnapshot]()
         with suppress(OSError):
             waiting = [""]
@@ -127,7 +127,7 @@ class TreeSnapshot:
         return known is not None and known.is_empty
 
     def compare(self) -> TreeDiff | None:
-        """Return the possible changes since the snapshot; None if they can't be determined. Blocks."""
+        """Return the possible changes since the snapshot; None if unknown. Blocks."""
         diff, waiting = TreeDiff(touched_folders=["/"]), [""]
         with suppress(OSError):
             if self.tree.lstat().st_ino != self.folders[""].inode:
@@ -148,7 +148,7 @@ class TreeSnapshot:
         return None
 
     def refreshed(self, paths: Iterable[str], preserved_paths: Iterable[str] | None = None) -> TreeSnapshot | None:
-        """Return a snapshot of the current state if only `paths` and their parents changed. Blocks.
+        """Return a newer snapshot if only `paths` and their parents changed. Blocks.
 
         The paths may be added, changed or removed files, or folders; the contents of a new folder must also be listed.
         """
@@ -176,7 +176,7 @@ class TreeSnapshot:
 
     @classmethod
     def of_json(cls, tree: Path, stored: Mapping[str, Any]) -> TreeSnapshot:
-        """Parse a stored snapshot. Raises KeyError, TypeError or ValueError if it is damaged."""
+        """Parse a snapshot. Raises KeyError, TypeError or ValueError if damaged."""
         folders = {
             path: FolderSnapshot(inode, dict(files), frozenset(names))
             for path, (inode, files, names) in stored["folders"].items()
@@ -184,7 +184,7 @@ class TreeSnapshot:
         return cls(tree, folders, frozenset(stored["kept"]), int(stored["moment"]), int(stored["clocks"]))
 
     def _open_folder(self, path: str, diff: TreeDiff) -> int | None:
-        """Return a descriptor of a folder; if it is no longer a folder, add its files as removed and return None."""
+        """Return a folder's descriptor, or None after adding its files as removed."""
         try:
             # With a trailing slash, a link would be followed.
             flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -197,7 +197,7 @@ class TreeSnapshot:
         return None
 
     def _compare_folder(self, path: str, descriptor: int, diff: TreeDiff) -> bool:
-        """Compare a folder's entries other than folders; return whether it is still the same folder."""
+        """Compare a folder's files; return whether it is still the same folder."""
         known, oldest, status = self.folders[path], self.timestamp - _TIMESTAMP_RESOLUTION, os.fstat(descriptor)
         if status.st_ino != known.inode:
             diff.replaced.append(path)
@@ -244,7 +244,7 @@ class TreeSnapshot:
 
 
 def detects_mmap_writes(folder: Path) -> bool:
-    """Return whether the file system of a folder updates the ctime on writes through a shared mapping. Blocks.
+    """Return whether shared mappings update the ctime of a file. Blocks.
 
     A tmpfs does not (no `page_mkwrite` in the kernel's mm/shmem.c), so there a file's times don't reveal such a change.
     """
@@ -262,7 +262,7 @@ def detects_mmap_writes(folder: Path) -> bool:
 def _finish_snapshot(
     tree: Path, folders: Mapping[str, FolderSnapshot], preserved_paths: frozenset[str]
 ) -> TreeSnapshot | None:
-    """Return the snapshot of a freshly written checkout; None if its times are unreliable."""
+    """Return the snapshot of a fresh checkout; None if its times are unreliable."""
     clock_offset = _clock_offset()
     # Earlier writes must be measurably older than the timestamp.
     time.sleep(1.5 * _TIMESTAMP_RESOLUTION / 1e9)

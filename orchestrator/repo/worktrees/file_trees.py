@@ -1,4 +1,4 @@
-"""Copy, delete, measure and make accessible folders with contents written by agents."""
+"""Copy, delete, measure and unlock folders with contents written by agents."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def remove_all(paths: Sequence[Path], environ: Mapping[str, str], keep_fds
 
 
 def walk_folders(top: Path, visit: Callable[[int, list[str]], Iterable[str]], unread: list[str] | None = None) -> None:
-    """Call `visit` for the folder `top` and for each subfolder that a call names. Blocks.
+    """Call `visit` for `top` and for each subfolder that a call names. Blocks.
 
     `visit` gets a descriptor of the folder and the folder names from `top` down, and returns the names of subfolders to
     visit. Links are not followed. Folders that their owner can't access are made accessible first. A folder that still
@@ -140,7 +140,7 @@ def _replace_descriptor(old: int, new: int) -> int:
 
 
 def disk_usage(path: Path) -> int:
-    """Return the disk usage in bytes of a file or of a folder's readable contents. Blocks.
+    """Return the bytes on disk of a file or a folder's readable contents. Blocks.
 
     A file with several hard links counts once; symbolic links are not followed.
     """

@@ -85,7 +85,7 @@ class Hub:
 
     @property
     def staging_root(self) -> Path:
-        """The hub's temporary path during creation and removal, so that a hub is complete or absent."""
+        """The hub's temporary path, so that a hub is complete or absent."""
         return self.root.with_name(f"{self.root.name}.new")
 
     @property
@@ -113,12 +113,12 @@ class Hub:
 
 
 def is_inside_hub(hub: Hub, path: Path) -> bool:
-    """Return whether the way to `path` contains no link that leads out of the hub. Blocks."""
+    """Return whether no link on the way to `path` leads out of the hub. Blocks."""
     return path.parent.resolve().is_relative_to(hub.root.resolve())
 
 
 def reports_hub_damage(hub: Hub, stderr: str) -> bool:
-    """Return whether git's messages mean that the hub is damaged, not the user's repository."""
+    """Return whether git reports that the hub, not the user's repository, is damaged."""
     return _DAMAGED_REF in stderr or (str(hub.root) in stderr and _DAMAGE.search(stderr) is not None)
 
 
@@ -132,7 +132,7 @@ def locate_hub(source: str, home: Path) -> Hub:
 async def create_hub(
     hub: Hub, object_format: str, environ: Mapping[str, str], user: origin.HubUser | None = None
 ) -> None:
-    """Create the hub atomically unless it exists: a crash leaves a complete hub or none.
+    """Create the hub atomically unless it exists.
 
     Records `user`, so that an unused hub can be detected later.
     """
@@ -188,5 +188,5 @@ def internal_ref_name(run: str, name: str) -> str:
 
 
 def work_branch_name(run: str, task: str, part: int | str) -> str:
-    """Return the branch with a task's work; `part` is the attempt number or `conflict`."""
+    """Return the branch of a task's work; `part` is the attempt or `conflict`."""
     return f"council/{run}/{task}/{part}"

@@ -1,4 +1,4 @@
-"""Find leftovers of killed commands in and next to hubs: temporary files, lock files, incomplete hubs.
+"""Find temporary files, lock files and incomplete hubs of killed commands.
 
 None of them is the only copy of any data. They are unused if no git command is running for the repository and, for
 files of our other commands, if they are old enough.
@@ -53,12 +53,12 @@ def _has_only_hub_parts(folder: Path) -> bool:
 
 
 def list_trash(hub: Hub) -> list[Path]:
-    """Return the folders in a hub's trash, which a process may already be deleting. Blocks."""
+    """Return the folders in a hub's trash, even while they are deleted. Blocks."""
     return [path for path in sorted(hub.trash.glob("*")) if is_inside_hub(hub, path)]
 
 
 def list_stale_files(hub: Hub, now: float) -> list[Path]:
-    """Return a hub's temporary files and locks without a living owner; `now` is wall-clock time. Blocks."""
+    """Return a hub's temporary files and locks without an owner at `now`. Blocks."""
     git_files = {
         file.path
         for file in (*list_lock_files(hub), *list_partial_objects(hub.trusted))
@@ -79,7 +79,7 @@ def _temporaries(hub: Hub) -> Iterator[Path]:
 
 
 def _owners(name: str) -> set[str]:
-    """Return the session names that an entry of the hub's `indexes` folder may belong to."""
+    """Return the sessions that an entry of the `indexes` folder may belong to."""
     parts = name.split(".")
     return {".".join(parts[: end + 1]) for end in range(len(parts))}
 

@@ -35,7 +35,7 @@ class MountedPath:
         return cls(path, next(folder for folder in (path, *path.parents) if os.path.ismount(folder)))
 
     def is_gone(self) -> bool:
-        """Return whether the path was removed; False if unknown, for example because its disk is not mounted."""
+        """Return whether the path was removed; False if its disk may be unmounted."""
         try:
             self.path.lstat()
         except (FileNotFoundError, NotADirectoryError):
@@ -47,7 +47,7 @@ class MountedPath:
 
 @dataclass(frozen=True, slots=True)
 class StoreLocation:
-    """The location of a store: its URL as identity, and its paths on this machine (`Store.local_paths`)."""
+    """A store: its URL as identity, and its local paths (`Store.local_paths`)."""
 
     url: str
     paths: tuple[MountedPath, ...]
@@ -79,13 +79,13 @@ class HubOrigin:
     stores: tuple[StoreLocation, ...]
 
     def is_gone(self) -> bool:
-        """Return whether the repository and all stores that know its runs were removed from this machine."""
+        """Return whether the repository and all of its stores were removed."""
         return (self.source is None or self.source.is_gone()) and all(store.is_gone() for store in self.stores)
 
 
 @dataclass(frozen=True, slots=True)
 class HubUser:
-    """A user of a hub: the repository's identity, its git directory if local, and the store.
+    """A repository's identity, its git directory if local, and the store.
 
     `store` is None for a check that starts no run.
     """

@@ -1,4 +1,4 @@
-"""Make a preserved worktree safe for users: git must not run any program that an agent configured.
+"""Make a preserved worktree safe: git must not run programs of an agent.
 
 The session's git directory is replaced by a clean one, so that `git status` and `git diff` show the changes since the
 session began. All other repositories in the worktree are disabled without deleting their files. No process of the
@@ -29,7 +29,7 @@ _MAX_NAMED: Final = 3
 
 
 async def preserve(git: Git, worktree: Worktree, base: str) -> str | None:
-    """Make a worktree safe for git; return a note for the user, or None if nothing was disabled.
+    """Make a worktree safe for git; return a note if anything was disabled.
 
     `git` runs in the trusted repository; `base` is the worktree's first commit. Safe to repeat. Raises OSError if
     something can't be changed.
@@ -44,7 +44,7 @@ async def preserve(git: Git, worktree: Worktree, base: str) -> str | None:
 
 
 async def try_to_preserve(git: Git, worktree: Worktree, base: str) -> tuple[str, ...]:
-    """Preserve a worktree; return notes for the message that names it, even on failure."""
+    """Preserve a worktree; return notes for the user, also on failure."""
     try:
         note = await preserve(git, worktree, base)
     except (GitError, OSError) as error:
@@ -74,7 +74,7 @@ def _remove_pointer(worktree: Worktree) -> None:
 
 
 def disable_repositories(tree: Path) -> list[str]:
-    """Keep git from finding a repository at or below a folder; return the renamed paths. Blocks.
+    """Keep git from finding a repository in a folder; return renamed paths. Blocks.
 
     Renames files and links named `.git`, and `HEAD` in each folder that git would treat as a repository, whatever its
     name. Links are not followed. Unreadable folders are made readable.
@@ -85,7 +85,7 @@ def disable_repositories(tree: Path) -> list[str]:
 
 
 def _disable_folder(folder: int, above: list[str], changed: list[str]) -> list[str]:
-    """Rename the entries that make a folder a repository or point to one; return its subfolders."""
+    """Rename a folder's entries that make it a repository; return its subfolders."""
     with os.scandir(folder) as scan:
         entries = {entry.name: entry.is_dir(follow_symlinks=False) for entry in scan}
     for name in [*_find_repository_entries(entries)]:
@@ -113,7 +113,7 @@ def _free(name: str, taken: Iterable[str]) -> str:
 
 
 async def _add_repository(git: Git, worktree: Worktree, base: str) -> None:
-    """Create a repository at the top: at `base`, with its index, the hub's objects and nothing else."""
+    """Create a repository at `base`, with its index and the hub's objects only."""
     slot = worktree.slot
     made = worktree.root / "preserved.git"
 
@@ -131,7 +131,7 @@ async def _add_repository(git: Git, worktree: Worktree, base: str) -> None:
 
 
 def _publish(made: Path, tree: Path) -> None:
-    """Move the repository to the top of the worktree; a remaining `.git` is a disabled folder."""
+    """Move the repository into the worktree, whose `.git` may be a disabled folder."""
     at = os.open(tree, _DIRECTORY)
     try:
         with os.scandir(at) as entries:

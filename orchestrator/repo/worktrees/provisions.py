@@ -1,4 +1,4 @@
-"""Provide worktrees with untracked files that programs need from the user's checkout.
+"""Provide worktrees with untracked files of the user's checkout.
 
 Files are copied again for each session, so that no session sees another's changes. Links point to the user's own files,
 which the sandbox lets sessions read. Nobody writes to the worktree meanwhile, but earlier processes may have created
@@ -45,7 +45,7 @@ class ProvisionFailure:
 
 @dataclass(frozen=True, slots=True)
 class Provisions:
-    """Paths of the user's `checkout` to copy or link into each worktree, as configured.
+    """Paths of the user's `checkout` to copy or link into each worktree.
 
     Paths that are, contain or are inside one of the `hidden` files and folders are rejected.
     """
@@ -61,20 +61,21 @@ class Provisions:
         return self.copied + self.linked
 
     async def faults(self, commit: str, git: Git, named: str = "the commit") -> list[ProvisionFailure]:
-        """Return why paths can't be provided in a checkout of `commit`, called `named` in messages.
+        """Return why paths can't be provided in a checkout of `commit`.
 
-        Each path must exist in the user's checkout and not in the commit. Its last component may be a link to any
-        location. Parent folders must not be links, because landed commits could change them.
+        Messages call the commit `named`. Each path must exist in the user's checkout and not in the commit. Its last
+        component may be a link to any location. Parent folders must not be links, because landed commits could change
+        them.
         """
         if not self.paths:
             return []
         return [*await self._committed(commit, git, named), *await anyio.to_thread.run_sync(self._check_all)]
 
     async def install_into(self, tree: Path, commit: str, git: Git) -> PathAccess | ProvisionFailure:
-        """Copy and link everything into `tree`, a checkout of `commit`; return the paths to make readable.
+        """Copy and link everything into a checkout; return the paths to make readable.
 
-        Programs in the checkout must be able to read these paths. `git` runs in the trusted repository. Existing files
-        are replaced. Modes, and links inside copied folders, are preserved.
+        Programs in `tree`, a checkout of `commit`, must be able to read these paths. `git` runs in the trusted
+        repository. Existing files are replaced. Modes, and links inside copied folders, are preserved.
         """
         if faults := await self.faults(commit, git):
             return faults[0]
@@ -105,7 +106,7 @@ class Provisions:
         return f"`worktrees.{'copy' if path in self.copied else 'link'}`"
 
     async def _committed(self, commit: str, git: Git, named: str) -> list[ProvisionFailure]:
-        """Return the problems with paths that the commit already contains or has a file above."""
+        """Return the paths that the commit already has, or that are below its files."""
         asked = {*self.paths, *(folder for path in self.paths for folder in _folders(path))}
         kinds = {path: meta.split(" ")[1] for path, meta in (await git.entries(commit, asked)).items()}
         return [fault for path in self.paths for fault in self._check_committed(path, kinds, named)]
@@ -155,7 +156,7 @@ def _check_path(top: Path, path: str, hidden: Sequence[Path]) -> tuple[str, str]
 
 
 async def _clear(tree: Path, path: str, git: Git) -> Path:
-    """Return a path's target in a worktree, after making sure that nothing exists there and all parents are folders."""
+    """Clear a path in a worktree and make its parents real folders; return it."""
     if await anyio.to_thread.run_sync(_make_parents, tree, path):
         await remove_all([tree / path], git.environ, git.keep_fds)
     return tree / path
@@ -170,7 +171,7 @@ def _make_parents(tree: Path, path: str) -> bool:
 
 
 def _is_folder(target: Path) -> bool:
-    """Return whether a path is a folder; anything else there, including a link to a folder, is removed."""
+    """Return whether a path is a folder; remove anything else, including a link."""
     if target.is_dir() and not target.is_symlink():
         return True
     target.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Bring a slot's checkout to a commit: check out, copy, move from another commit, or clean after a session.
+"""Bring a slot to a commit: check out, copy, move, or clean after a session.
 
 Cleaning relies on the detected changes (`repo.worktrees.change_detection`): it removes added files, rewrites files that
 may have changed, and touches nothing else. If the changes can't be determined, or something is in the way, the slot
@@ -40,7 +40,7 @@ class SlotContents:
 
 @dataclass(frozen=True, slots=True)
 class KeepRules:
-    """Ignored files and folders to preserve: names or paths from the top, each with its adapter.
+    """Ignored names or paths to preserve, each with its adapter.
 
     An empty adapter name means all adapters.
     """
@@ -48,7 +48,7 @@ class KeepRules:
     patterns: tuple[tuple[str, str], ...] = ()
 
     def adapter_of(self, path: str) -> str | None:
-        """Return the adapter for which a path is preserved ("" for all), or None if not preserved."""
+        """Return the adapter that a path is preserved for ("" for all), or None."""
         name = path.rpartition("/")[2]
         return next((adapter for pattern, adapter in self.patterns if pattern in {path, name}), None)
 
@@ -60,14 +60,14 @@ def slot_git(git: Git, slot: WorktreeSlot, sparse: Sequence[str] = ()) -> Git:
 
 
 async def check_out_slot(git: Git, slot: WorktreeSlot, commit: str, sparse: Sequence[str]) -> None:
-    """Write a commit's files into a new slot; `git` comes from `slot_git`. Call `index_slot` afterwards."""
+    """Write a commit's files into a new slot. Call `index_slot` afterwards."""
     await anyio.to_thread.run_sync(_lay_out, slot, sparse, None)
     failpoint("slot.partly_made")
     await git("read-tree", "--reset", "-u", commit, env=slot.env, cwd=slot.tree)
 
 
 async def copy_slot(git: Git, source: WorktreeSlot, slot: WorktreeSlot, sparse: Sequence[str]) -> None:
-    """Fill a new slot by copying a clean slot at the same commit that nobody else is using.
+    """Fill a new slot by copying a clean, unused slot at the same commit.
 
     Call `index_slot` afterwards, as after `check_out_slot`.
     """
@@ -77,7 +77,7 @@ async def copy_slot(git: Git, source: WorktreeSlot, slot: WorktreeSlot, sparse: 
 
 
 async def index_slot(git: Git, slot: WorktreeSlot, scanner: FileScanner) -> TreeSnapshot | None:
-    """Refresh the index of a new slot; return the snapshot of its files, or None if file times are unreliable."""
+    """Refresh a new slot's index; return its snapshot, None if unreliable."""
     # Otherwise the first `git status` of each session would read all files.
     files = await anyio.to_thread.run_sync(count_entries, slot.index)
     if not await scanner.run(partial(refresh_index_stats, slot.index, slot.tree), files):
@@ -86,7 +86,7 @@ async def index_slot(git: Git, slot: WorktreeSlot, scanner: FileScanner) -> Tree
 
 
 async def move_slot(git: Git, slot: WorktreeSlot, contents: SlotContents, commit: str) -> SlotContents | None:
-    """Move a clean slot to another commit; return None if too little is known about its files."""
+    """Move a clean slot to another commit; return None if its files are not known."""
     record, snapshot = contents.record, contents.snapshot
     if record.commit == commit:
         return contents
@@ -164,7 +164,7 @@ async def list_ignored(git: Git, slot: WorktreeSlot, paths: Sequence[str]) -> se
 
 
 async def list_untracked(git: Git, slot: WorktreeSlot) -> tuple[list[str], list[str], list[str]]:
-    """Return a slot's untracked files, their topmost paths, and the files that are not ignored."""
+    """Return untracked files, their topmost paths, and the files not ignored."""
     listings = []
     for option in ((), ("--directory",), ("--exclude-standard",)):
         done = await git("ls-files", "--others", *option, "-z", env=slot.env, cwd=slot.tree)
@@ -179,7 +179,7 @@ async def restore_files(git: Git, slot: WorktreeSlot) -> None:
 
 
 async def _write(git: Git, slot: WorktreeSlot, paths: Collection[str]) -> None:
-    """Write files from the index, .gitattributes first because they affect how other files are written."""
+    """Write files from the index, beginning with .gitattributes, which affect others."""
     rules = [path for path in paths if path.rpartition("/")[2] == ".gitattributes"]
     rest = [path for path in paths if path.rpartition("/")[2] != ".gitattributes"]
     for part in (rules, rest):
@@ -231,7 +231,7 @@ def _lay_out(slot: WorktreeSlot, sparse: Sequence[str], index: Path | None) -> N
 
 
 def format_sparse_patterns(folders: Iterable[str]) -> str:
-    """Return the cone-mode patterns (git-sparse-checkout(1)) for these folders and all their contents."""
+    """Return the cone-mode patterns (git-sparse-checkout(1)) for these folders."""
     parents, whole = set[str](), {_escaped(folder.strip("/")) for folder in folders}
     for folder in whole:
         parts = folder.split("/")

@@ -39,7 +39,7 @@ class FileScanner:
     @classmethod
     @asynccontextmanager
     async def open(cls) -> AsyncIterator[FileScanner]:
-        """Provide a scanner for the `with` block. Its process starts on first use and ends with the block."""
+        """Provide a scanner, whose process starts on first use, for the `with` block."""
         scanner = cls()
         try:
             yield scanner
@@ -87,7 +87,10 @@ class _Process:
         return self._child.pid
 
     def ask(self, function: Callable[[], object]) -> Any:
-        """Return the result of a function; raises some error if the process has exited. Blocks."""
+        """Run a function in the process and return its result. Blocks.
+
+        Raises an error if the process has exited.
+        """
         input_ = cast("io.RawIOBase", self._child.stdin)
         request = memoryview(pickle.dumps(function))
         while request:

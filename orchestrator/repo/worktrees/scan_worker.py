@@ -1,4 +1,4 @@
-"""Run functions that scan all files of a checkout, in a separate process (`orchestrator.repo.worktrees.scan_process`).
+"""Run functions that scan a checkout in the process of `FileScanner`.
 
 Reads pickled functions without arguments from stdin, and writes their pickled results to stdout; exits at end of input.
 Only the standard library can be imported, even by those functions.

@@ -1,4 +1,4 @@
-"""Compute keys of a checkout's setup steps. Setup results are reusable between checkouts with equal keys."""
+"""Compute keys of setup steps: results are reusable if the keys are equal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _VERSION: Final = 1
 async def read_setup_keys(
     git: Git, commit: str, steps: Sequence[SetupStep], *, sparse: Sequence[str] = (), env: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """Return the key (hex) of each step at a commit; `git` runs in the trusted repository."""
+    """Return the key (hex) of each step at a commit of the trusted repository."""
     entries = await git.entries(commit, {path for step in steps for path in step.inputs})
     return compute_setup_keys(steps, entries, sparse=sparse, env=env)
 
@@ -26,7 +26,7 @@ async def read_setup_keys(
 def compute_setup_keys(
     steps: Sequence[SetupStep], entries: Mapping[str, str], *, sparse: Sequence[str], env: Sequence[str]
 ) -> tuple[str, ...]:
-    """Return a key (hex) for each step, which depends on the keys of the steps before it.
+    """Return a key (hex) per step, which depends on the keys of earlier steps.
 
     `entries` has git's entry (mode, kind and id) for each existing input, `sparse` the folders that are checked out,
     `env` the names of the variables passed to steps. A step's timeout is not part of its key.
@@ -41,7 +41,7 @@ def compute_setup_keys(
 
 
 def first_step_to_run(done: Sequence[str], wanted: Sequence[str]) -> int:
-    """Return the index of the first step to run, given the keys of the steps that have run."""
+    """Return the index of the first step to run, given the keys of the steps run."""
     return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(done, wanted, strict=False))))
 
 

@@ -1,7 +1,7 @@
-"""Worktree slots: checkouts that sessions and checks reuse. A slot keeps its path and its setup files.
+"""Worktree slots: checkouts, with setup files, that sessions and checks reuse.
 
     <hub>/slots/<number>/
-      tree/         the checkout
+      tree/         the checkout, whose path never changes
       git/          our git directory with its index; the rest is the trusted repository's
       record.json   the slot's contents; exists only while the slot is clean and unassigned
       stamps.json   the file snapshot that belongs to the record
@@ -108,7 +108,7 @@ class SlotRecord:
 
     @classmethod
     def of_json(cls, stored: Mapping[str, Any]) -> SlotRecord:
-        """Parse a stored record. Raises KeyError, TypeError or ValueError if it is damaged."""
+        """Parse a record. Raises KeyError, TypeError or ValueError if damaged."""
         lists = {name: tuple(stored[name]) for name in ("sparse", "setup", "extras", "unignored")}
         return cls(**{**stored, **lists, "kept": dict(stored["kept"])})
 
@@ -119,7 +119,7 @@ def list_slots(hub: Hub) -> list[WorktreeSlot]:
 
 
 def read_record(slot: WorktreeSlot) -> SlotRecord | None:
-    """Return a clean slot's record, or None if the slot is not clean or its state is unknown. Blocks."""
+    """Return a clean slot's record; None if it is not clean or unknown. Blocks."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         return SlotRecord.of_json(json.loads((slot.root / "record.json").read_bytes()))
     return None
@@ -156,7 +156,7 @@ def read_setup_files(slot: WorktreeSlot) -> tuple[str, ...]:
 
 
 def read_slot_session(slot: WorktreeSlot) -> Path | None:
-    """Return the folder of the session that a slot belongs to, if it exists and refers to this slot. Blocks."""
+    """Return the existing session folder that refers to this slot, or None. Blocks."""
     with suppress(OSError):
         session = Path(os.fsdecode((slot.root / "user").read_bytes()))
         if session.is_relative_to(slot.hub.sessions) and read_session_slot(slot.hub, session) == slot:
@@ -174,12 +174,12 @@ def read_session_slot(hub: Hub, session: Path) -> WorktreeSlot | None:
 
 
 def assess_slot(slot: WorktreeSlot) -> tuple[LeftoverStatus, str] | None:
-    """Return the verdict of `judge_slot` on a slot that is unlocked or locked by the caller. Blocks."""
+    """Assess a slot that is unlocked, or locked by the caller. Blocks."""
     return judge_slot(is_clean=read_record(slot) is not None, has_session=read_slot_session(slot) is not None)
 
 
 def move_to_trash(hub: Hub, folder: Path) -> list[Path]:
-    """Move a folder to the trash, which is fast for any size; return its new path. Blocks.
+    """Move a folder to the trash; return its new path. Blocks briefly.
 
     A missing folder is not an error.
     """

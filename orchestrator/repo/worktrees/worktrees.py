@@ -1,4 +1,4 @@
-"""The worktree of an attempt: an assigned slot's checkout and a separate git directory.
+"""The worktree of an attempt: a slot's checkout and a separate git directory.
 
 `git worktree add` is not used: linked worktrees share configuration, hooks, refs and stash, so one agent's change would
 affect all other agents and us. Adding them is neither safe concurrently nor when killed (an empty `commondir` breaks
@@ -73,7 +73,7 @@ class Worktree:
 
     @property
     def slot(self) -> WorktreeSlot | None:
-        """The attempt's slot; None if it has none or the slot belongs to another session. May read the disk."""
+        """The attempt's slot, unless it now belongs to another session. May read the disk."""
         if self.held_slot is not None:
             return self.held_slot
         slot = read_session_slot(self.hub, self.root)
@@ -81,13 +81,13 @@ class Worktree:
 
     @property
     def tree(self) -> Path:
-        """The checkout that the CLI runs in; without a slot, a path that does not exist. May read the disk."""
+        """The checkout, or a missing path without a slot. May read the disk."""
         slot = self.slot
         return self.root / "tree" if slot is None else slot.tree
 
     @property
     def git_dir(self) -> Path:
-        """The session's own git directory. It is written by the agent: never run git in it."""
+        """The session's own git directory: the agent writes it, so never run git in it."""
         return self.root / "git"
 
     @property
@@ -102,12 +102,12 @@ class Worktree:
 
     @property
     def handoff_file(self) -> Path:
-        """The session's handoff file, in a folder that the session can write: never follow links there."""
+        """The session's handoff file, in an agent-writable folder: never follow links."""
         return self.root / "handoff" / "handoff.json"
 
     @property
     def marker(self) -> bytes:
-        """The environment entry of every process of the session, unless a process cleared it."""
+        """The environment entry of all the session's processes, unless they cleared it."""
         return b"COUNCIL_PROMPT_FILE=" + os.fsencode(self.prompt_file)
 
     @property
@@ -147,7 +147,7 @@ class Worktree:
 
 
 async def create_worktree(worktree: Worktree, held: HeldSlot, prompt: str) -> Worktree:
-    """Create a session's folder for its assigned slot; return the worktree with that slot."""
+    """Create a session's folder for its slot; return the worktree with that slot."""
     await anyio.to_thread.run_sync(_lay_out, worktree, held, prompt)
     failpoint("worktree.created")
     return replace(worktree, held_slot=held.slot)
@@ -180,7 +180,7 @@ def _lay_out(worktree: Worktree, held: HeldSlot, prompt: str) -> None:
 
 
 def make_root(root: Path) -> None:
-    """Create a session's folder. The last session to end may remove the parent folder at any time."""
+    """Create a session's folder, whose parent may be removed at any time."""
     is_made = False
     while not is_made:
         with suppress(FileExistsError):  # even if it existed and was just removed
@@ -200,7 +200,7 @@ def copy_sparse_checkout(slot: WorktreeSlot, git_dir: Path) -> None:
 
 
 async def remove_session_folder(worktree: Worktree) -> None:
-    """Move a session's folder to the trash after its work is saved. The caller keeps the slot."""
+    """Move a session's folder to the trash after its work is saved; keep the slot."""
     await anyio.to_thread.run_sync(_trash_session, worktree)
     failpoint("worktree.removed")
 
@@ -231,9 +231,10 @@ def _remove(worktree: Worktree) -> list[Path]:
 
 
 def unlock_index(worktree: Worktree) -> bool:
-    """Remove the index lock of a killed git command. None of our commands may be running.
+    """Remove the index lock of a killed git command; return whether an index exists.
 
-    Returns whether the checkout was ever complete: git writes the index after the files.
+    Git writes the index after the files, so the checkout was complete if it exists. None of our commands may be
+    running.
     """
     worktree.index.with_name("index.lock").unlink(missing_ok=True)
     return worktree.index.exists()
@@ -253,7 +254,7 @@ def remove_if_empty(folder: Path) -> None:
 
 
 def list_worktrees(hub: Hub, run_id: str, tasks: Collection[str] | None) -> list[Worktree]:
-    """Return the existing worktrees of a run's tasks, in any state, sorted by task and attempt.
+    """Return the worktrees of a run's tasks, in any state, by task and attempt.
 
     Other folders are ignored. `tasks` is None for a run without records.
     """
@@ -266,7 +267,7 @@ def list_worktrees(hub: Hub, run_id: str, tasks: Collection[str] | None) -> list
 
 
 def _names_in(folder: Path) -> list[str]:
-    """Return the names in a folder; empty if another process has just removed the folder."""
+    """Return the names in a folder; empty if it has just been removed."""
     with suppress(FileNotFoundError):
         return [path.name for path in folder.iterdir()]
     return []
@@ -299,6 +300,6 @@ def _remove_stale_files(hub: Hub, run_id: str, *, is_alone: bool) -> None:
 
 
 def list_lock_files(hub: Hub) -> list[GitTempFile]:
-    """Return git's lock files in our repository, with or without a living owner. Blocks."""
+    """Return git's lock files in our repository, with or without an owner. Blocks."""
     indexes = [path.with_suffix("") for path in hub.indexes.glob("*/index.lock")]
     return [*list_locks(hub.trusted), *(lock for index in indexes for lock in list_index_locks(index))]

@@ -1,4 +1,4 @@
-"""Detect which files of a checkout are opened for writing (inotify(7), Linux only).
+"""Detect which files of a checkout are opened for writing (inotify(7), Linux).
 
 Needed if file times don't reveal writes through a shared mapping
 (`repo.worktrees.change_detection.detects_mmap_writes`): such a mapping needs a descriptor opened for writing, whose
@@ -27,7 +27,7 @@ class WriteWatch:
     """An inotify watch on existing folders; call `close` when done."""
 
     def __init__(self, tree: Path, folders: Iterable[str]) -> None:
-        """Watch folders of a checkout, named as in a `TreeSnapshot`, but not their subfolders. Blocks.
+        """Watch folders, named as in a `TreeSnapshot`, without their subfolders. Blocks.
 
         Raises OSError if the system has no inotify, or no watch is free.
         """
@@ -46,7 +46,7 @@ class WriteWatch:
             raise
 
     def read_written(self) -> set[str] | None:
-        """Return the paths written so far, relative to the checkout, or None if events were lost. Blocks briefly."""
+        """Return the written paths, or None if events were lost. Blocks briefly."""
         while True:
             try:
                 data = os.read(self._fd, _READ_BYTES)

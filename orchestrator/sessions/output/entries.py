@@ -110,7 +110,7 @@ class OutputEntryBuilder:
             yield from self._add(event)
 
     def flush(self) -> list[OutputEntry]:
-        """Return the entries that are held back, because the output pauses or a later entry must follow them."""
+        """Return the entries that were held back; call when the output pauses."""
         held = [*self._words(), *self._calls.values()]
         self._shown |= self._calls
         self._calls = {}

@@ -14,7 +14,7 @@ _CHUNK = 1 << 22
 
 
 class OutputFollower:
-    """Reads new lines of an output file; with `newest_only`, skips all but the last 64 KiB."""
+    """Reads new lines of a file; with `newest_only`, starts in the last 64 KiB."""
 
     def __init__(self, adapter: Adapter, file: Path, *, newest_only: bool = False) -> None:
         self._adapter, self._file, self._newest_only = adapter, file, newest_only
@@ -22,7 +22,7 @@ class OutputFollower:
         """The position in the file, in bytes."""
 
     def read(self) -> list[SessionEvent] | None:
-        """Return the events of the new whole lines; None if there are no new lines. Blocks."""
+        """Return the events of new whole lines; None without new lines. Blocks."""
         try:
             with self._file.open("rb") as stream:
                 size = stream.seek(0, 2)

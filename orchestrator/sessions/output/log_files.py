@@ -62,7 +62,7 @@ def _stream_order(match: re.Match[str]) -> tuple[int, int]:
 
 
 async def read_tail(file: Path, size: int = TAIL_BYTES) -> str:
-    """Return the whole lines in the last `size` bytes of a file; empty if it does not exist."""
+    """Return the whole lines in the last `size` bytes of a file; empty if missing."""
     return await anyio.to_thread.run_sync(_read_tail, file, size)
 
 

@@ -34,7 +34,7 @@ _MAX_AMOUNT = 1 << 53
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
-    """Summary of a session's output so far: tokens, cost in US dollars (or None), the CLI's session id."""
+    """Summary of a session's output so far; the cost is in US dollars, or None."""
 
     last_message: str | None = None
     """The last message, or the final result."""
@@ -111,7 +111,7 @@ EMPTY_TRANSCRIPT = Transcript()
 
 
 def _with_denied(denied: tuple[ToolDenied, ...], new: ToolDenied) -> tuple[ToolDenied, ...]:
-    """Add a denial; if its call was reported before, merge both, preferring the newer detail."""
+    """Add a denial; if its call was already reported, prefer the newer details."""
     for index, known in enumerate(denied):
         if known.call is not None and known.call == new.call:
             merged = replace(known, detail=new.detail or known.detail, remedy=known.remedy or new.remedy)
@@ -120,7 +120,7 @@ def _with_denied(denied: tuple[ToolDenied, ...], new: ToolDenied) -> tuple[ToolD
 
 
 def _clamp_usage(usage: UsageReport) -> UsageReport:
-    """Limit counts and amounts to valid ranges: parsers are plugins and may report anything."""
+    """Limit counts and amounts to valid ranges, since parsers are plugins."""
     cost = usage.cost
     return replace(
         usage,
@@ -139,7 +139,7 @@ def has_reported_failure(events: Sequence[SessionEvent]) -> bool:
 
 
 def extract_answer(events: Sequence[SessionEvent]) -> str:
-    """Return the messages since the last tool call, or the program's final result if it is longer.
+    """Return the messages since the last tool call, or the final result if longer.
 
     Programs differ in whether the result repeats the messages and whether messages arrive as lines or in parts.
     """
@@ -160,7 +160,10 @@ def extract_answer(events: Sequence[SessionEvent]) -> str:
 
 
 def read_transcript(adapter: Adapter, file: Path) -> tuple[Transcript, list[SessionEvent]]:
-    """Return the transcript of an output file and its last events; empty if the file does not exist. Blocks."""
+    """Return the transcript and last events of an output file. Blocks.
+
+    Both are empty if the file does not exist.
+    """
     transcript, events = Transcript(), deque[SessionEvent](maxlen=MAX_EVENTS)
     try:
         with file.open("rb") as stream:
@@ -180,7 +183,7 @@ def parse_lines(adapter: Adapter, lines: Iterable[bytes]) -> Iterator[SessionEve
 
 
 def _lines(stream: IO[bytes]) -> Iterator[bytes]:
-    """Yield lines with bounded memory: a line over the limit is truncated just above it."""
+    """Yield lines with bounded memory: a longer line is truncated just above the limit."""
     while line := stream.readline(MAX_LINE_BYTES + 1):
         rest = line
         while not rest.endswith(b"\n") and (rest := stream.readline(MAX_LINE_BYTES)):

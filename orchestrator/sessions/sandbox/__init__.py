@@ -1,1 +1,1 @@
-"""Confine sessions and checks: bubblewrap or Landlock, and a proxy for allowed hosts."""
+"""Confine sessions and checks by bubblewrap or Landlock, and a network proxy."""

@@ -1,9 +1,8 @@
-"""Sandbox of a session, built with bubblewrap or Landlock: which paths it can read and write.
+"""Sandbox of a session: the paths it can read and write.
 
-All paths that are not hidden can be read; only the paths declared writable can be written.
-
-Both kinds add a system call filter (`orchestrator.sandbox.seccomp`) that reduces the attack surface of the kernel. A
-table in docs/security.md, which is tested, lists what each kind prevents.
+All paths that are not hidden can be read; only the paths declared writable can be written. The sandbox is built with
+bubblewrap or Landlock; both kinds add a system call filter (`orchestrator.sandbox.seccomp`) that reduces the attack
+surface of the kernel. A table in docs/security.md, which is tested, lists what each kind prevents.
 
 A Landlock right applies to everything beneath a folder. So a folder that contains a hidden path gets no right itself;
 only its other entries that exist at the start do. The folder can't be listed, and nothing can be created in it.
@@ -69,13 +68,13 @@ class ProxyEndpoint:
 
 @dataclass(frozen=True, slots=True)
 class SandboxPolicy:
-    """The access of a session: absolute, resolved paths, of which the most specific one applies.
+    """The access of a session; of its absolute paths, the most specific one applies.
 
-    `writable` paths can be read and written, `readable` ones only read, even inside a hidden path; `hidden` ones do not
-    exist for the session. If a path is in several lists, the first list applies. Missing paths are ignored. `scratch`
-    is a folder of the session, created if needed: its /tmp (bubblewrap) and its TMPDIR. Without `network` the session
-    has only a private loopback (bubblewrap) or no internet socket (Landlock), except for the `proxy_endpoint`. With
-    `nesting` it may create user namespaces, and so nested sandboxes.
+    The paths are resolved. `writable` paths can be read and written, `readable` ones only read, even inside a hidden
+    path; `hidden` ones do not exist for the session. If a path is in several lists, the first list applies. Missing
+    paths are ignored. `scratch` is a folder of the session, created if needed: its /tmp (bubblewrap) and its TMPDIR.
+    Without `network` the session has only a private loopback (bubblewrap) or no internet socket (Landlock), except for
+    the `proxy_endpoint`. With `nesting` it may create user namespaces, and so nested sandboxes.
     """
 
     writable: tuple[Path, ...]
@@ -96,10 +95,11 @@ class _Access(IntEnum):
 async def choose_sandbox(
     wanted: str, *, network: bool, environ: Mapping[str, str], hosts: Sequence[str] = ()
 ) -> SandboxKind:
-    """Return the requested kind or, for `auto`, the strongest kind that passes a trial on this machine.
+    """Return the requested kind or, for `auto`, the strongest kind that works.
 
-    `environ` provides the PATH for bubblewrap. Raises RefusedError if the kind does not work, or can't block the
-    network (or all hosts except `hosts`) as required. There is no fallback to a weaker kind.
+    A kind works if it passes a trial on this machine. `environ` provides the PATH for bubblewrap. Raises RefusedError
+    if the kind does not work, or can't block the network (or all hosts except `hosts`) as required. There is no
+    fallback to a weaker kind.
     """
     if wanted == SandboxKind.OFF:
         if not network:
@@ -126,10 +126,10 @@ async def choose_sandbox(
 
 
 def sandbox_command(kind: SandboxKind, command: SupervisedCommand, policy: SandboxPolicy) -> SupervisedCommand:
-    """Return the command that runs `command` in a sandbox. Blocks: creates the scratch folder and lists folders.
+    """Return the command that runs `command` in a sandbox. Blocks.
 
-    With Landlock, files created later next to a hidden path are inaccessible, so call this just before the start.
-    Raises OSError if the folders can't be created or listed.
+    It creates the scratch folder. With Landlock, files created later next to a hidden path are inaccessible, so call
+    this just before the start. Raises OSError if the folders can't be created or listed.
     """
     if kind is SandboxKind.OFF:
         return command
@@ -164,7 +164,7 @@ def sandbox_command(kind: SandboxKind, command: SupervisedCommand, policy: Sandb
 def _wrap_with_loopback(
     endpoint: ProxyEndpoint, socket_path: Path, argv: Sequence[str], env: Mapping[str, str]
 ) -> tuple[list[str], dict[str, str]]:
-    """Return the command line and environment of the program that opens the endpoint and then executes `argv`."""
+    """Return how to open the endpoint and then execute `argv`: command line and env."""
     program, needed = process.internal_program("orchestrator.sandbox.loopback", "main")
     resolved = socket_path.parent.resolve() / socket_path.name
     unset = ",".join(needed.keys() - env.keys())
@@ -221,7 +221,7 @@ async def _bubblewrap_problem(network: bool, environ: Mapping[str, str]) -> str 
     retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
 )
 async def _probe(argv: Sequence[str], environ: Mapping[str, str]) -> process.CompletedCommand:
-    """Run a probe; repeat it if killed, because a kill is no reason to choose a weaker sandbox."""
+    """Run a probe; repeat it if killed, which is no reason for a weaker sandbox."""
     # A bubblewrap that is killed during startup leaves a process behind that waits for it.
     return await process.run_untrusted(argv, env=environ, cwd=Path("/"), timeout=_PROBE_TIMEOUT, most=_MAX_PROBE_OUTPUT)
 
@@ -232,7 +232,7 @@ def _options(policy: SandboxPolicy, bwrap: str) -> list[str]:
 
 
 def _mounts(policy: SandboxPolicy) -> list[str]:
-    """Return bubblewrap's mount options, from the root down so that more specific paths take precedence."""
+    """Return bubblewrap's mount options, from the root down: later paths override."""
     readable = (
         policy.readable if policy.proxy_endpoint is None else (*policy.readable, *process.internal_program_folders())
     )
@@ -269,7 +269,7 @@ _SYSTEM = (
 
 
 def _run_folder_access() -> dict[Path, _Access]:
-    """Hide /run, which has the sockets of system services, except for the name resolver."""
+    """Hide /run, with the sockets of system services, except for name resolution."""
     run = Path("/run")
     if not _exists(run):
         return {}
@@ -306,7 +306,7 @@ def _landlock_rules(policy: SandboxPolicy) -> Iterator[tuple[str, str]]:
 
 
 def _grant(path: Path, access: _Access, accesses: Mapping[Path, _Access]) -> Iterator[tuple[str, str]]:
-    """Yield the rules for `path`: for the whole tree, or per entry if an entry beneath has fewer rights."""
+    """Yield the rules for `path`, per entry if an entry beneath has fewer rights."""
     beneath = {other: right for other, right in accesses.items() if path in other.parents}
     if any(right < access for right in beneath.values()):
         for entry in sorted(_entries(path, beneath)):
@@ -320,7 +320,7 @@ def _grant(path: Path, access: _Access, accesses: Mapping[Path, _Access]) -> Ite
 
 
 def _entries(folder: Path, beneath: Iterable[Path]) -> set[Path]:
-    """Return the entries of a folder without symlinks, whose targets have rules of their own."""
+    """Return the entries of a folder without symlinks: their targets have rules."""
     try:
         with os.scandir(folder) as scan:
             entries = {Path(entry.path) for entry in scan if not entry.is_symlink()}

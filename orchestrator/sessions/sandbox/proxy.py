@@ -108,14 +108,14 @@ class _Request:
 
 
 async def resolve_host(host: str) -> Sequence[Address]:
-    """Return the addresses of a name from the system resolver. Raises OSError if the lookup fails."""
+    """Return the addresses of a name from the system resolver. Raises OSError."""
     infos = await anyio.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     return tuple(dict.fromkeys(ip_address(address[0]) for _, _, _, _, address in infos))
 
 
 @dataclass(slots=True)
 class Proxy:
-    """The proxy of one session: `hosts` are entries of `network.allow`, `token` is the session's proxy password."""
+    """The proxy of a session to `hosts` (as in `network.allow`), with password `token`."""
 
     hosts: Sequence[str]
     resolve: Resolver = resolve_host
@@ -138,7 +138,7 @@ class Proxy:
         return self.token, b64encode(f"{PROXY_USER}:{self.token}".encode()).decode()
 
     def variables(self, port: int, direct: Sequence[str]) -> Mapping[str, str]:
-        """Return the environment variables that point programs to the proxy at a port of their loopback.
+        """Return the variables that point programs to the proxy at a loopback `port`.
 
         `direct` lists hosts to reach without the proxy unless they have an entry.
         """
@@ -254,7 +254,7 @@ class Proxy:
         scope: anyio.CancelScope,
         limit: int | None = None,
     ) -> None:
-        """Copy at most `limit` bytes. Cancels `scope` on an error, and after the idle timeout."""
+        """Copy at most `limit` bytes; cancel `scope` on an error or the idle timeout."""
         left = limit
         try:
             while left is None or left:
@@ -317,7 +317,7 @@ def _authority(text: str) -> tuple[str, int | None]:
 
 
 def _build_forwarded_head(first: str, authority: str, headers: Sequence[tuple[str, str]]) -> tuple[bytes, int]:
-    """Return the head of a plain request as forwarded to its host, and its body length in bytes.
+    """Return the head of a request as forwarded, and its body length in bytes.
 
     Only one request per connection is allowed: a second one could name another host.
     """

@@ -26,7 +26,7 @@ from orchestrator.sessions.supervision.supervisor_client import SupervisedComman
 
 @dataclass(frozen=True, slots=True)
 class SandboxScope:
-    """The files that a program can access: absolute paths to write and read; `scratch` is its private folder."""
+    """The absolute paths that a program can write and read, and its private folder."""
 
     writable: tuple[Path, ...]
     readable: tuple[Path, ...]
@@ -34,14 +34,14 @@ class SandboxScope:
 
     @classmethod
     def of(cls, worktree: Worktree) -> SandboxScope:
-        """Return the scope of an attempt's programs: its files, git directory, prompt and handoff."""
+        """Return the scope of an attempt: its files, git directory, prompt and handoff."""
         readable = (worktree.prompt_file, worktree.hub.objects)
         return cls((worktree.tree, worktree.git_dir, worktree.handoff_file.parent), readable, worktree.scratch)
 
 
 @dataclass(frozen=True, slots=True)
 class SandboxedCommand:
-    """A sandboxed command; the proxy adds each denied host to `denied`, as `host:port`."""
+    """A sandboxed command, and the hosts denied by its proxy, as `host:port`."""
 
     command: SupervisedCommand
     denied: Collection[str] = ()
@@ -49,7 +49,7 @@ class SandboxedCommand:
 
 @dataclass(frozen=True, slots=True)
 class RunSandbox:
-    """The sandbox of a run. No session can see the `hidden` paths; other settings are in the config."""
+    """The sandbox of a run, with the paths that are `hidden` from all sessions."""
 
     kind: SandboxKind
     hidden: tuple[Path, ...]
@@ -89,7 +89,7 @@ class RunSandbox:
         return await anyio.to_thread.run_sync(partial(sandbox_command, self.kind, command, policy))
 
     def explain_missing_program(self, program: str, environ: Mapping[str, str], reach: PathAccess) -> str:
-        """Return a hint if a program exists but is hidden from sessions; otherwise an empty string."""
+        """Return a hint if a program is only hidden from sessions; otherwise ""."""
         hidden = self.find_hidden_folders(program, environ, reach)
         return f" (hidden from sessions: {', '.join(hidden)}; add them to `readable`)" if hidden else ""
 

@@ -37,7 +37,7 @@ _EXCEPTIONS: Final = ("NO_PROXY", "no_proxy")
 
 @dataclass(frozen=True, slots=True)
 class ProxiedCommand:
-    """A command that uses a proxy; `denied` lists the hosts denied so far, as `host:port`."""
+    """A command that uses a proxy, and the hosts denied so far, as `host:port`."""
 
     command: SupervisedCommand
     proxy_endpoint: ProxyEndpoint
@@ -48,10 +48,10 @@ class ProxiedCommand:
 async def run_proxy(
     kind: SandboxKind, hosts: Sequence[str], scratch: Path, command: SupervisedCommand
 ) -> AsyncIterator[ProxiedCommand]:
-    """Run a proxy to `hosts` for a command during the block. Raises OSError if it can't listen.
+    """Run a proxy to `hosts` for a command during the block.
 
     `scratch` is the session's folder for temporary files. The command gets the token in its environment; it is redacted
-    in the output.
+    in the output. Raises OSError if the proxy can't listen.
     """
     proxy = Proxy(hosts)
     if kind is SandboxKind.LANDLOCK:

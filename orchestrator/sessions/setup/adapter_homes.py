@@ -1,4 +1,4 @@
-"""Home folders of CLIs, one per task and adapter, for state that a CLI keeps between sessions.
+"""Home folders of CLIs, one per task and adapter, for state between sessions.
 
 Sessions may write anything there, including links, so we access it only through `orchestrator.system.untrusted_files`.
 """
@@ -30,7 +30,7 @@ def home_path(logs: Path, task: str, adapter: str) -> Path:
 
 
 async def set_up(folder: Path, home: SessionHome, environ: Mapping[str, str]) -> PathAccess:
-    """Write the files, links and settings of a home; return the access that a session needs.
+    """Write a home's files, links and settings; return the access that it needs.
 
     Raises OSError or GitError if the home can't be written, and RefusedError if settings to overlay are not JSON.
     """
@@ -41,13 +41,16 @@ async def set_up(folder: Path, home: SessionHome, environ: Mapping[str, str]) ->
 
 
 async def write_back_logins(folder: Path, home: SessionHome, environ: Mapping[str, str]) -> None:
-    """Copy logins back to the user if a session renewed them by replacing the link with a file. Best effort."""
+    """Copy logins that a session renewed back to the user. Best effort.
+
+    A CLI renews a login by replacing the link with a file.
+    """
     with suppress(OSError):
         await anyio.to_thread.run_sync(_copy_back, folder, home, environ)
 
 
 async def remove_homes(logs: Path, tasks: Sequence[str], environ: Mapping[str, str]) -> None:
-    """Remove all homes of the given tasks; on failure the rest stays in the run's logs."""
+    """Remove all homes of these tasks; failures stay in the run's logs."""
     homes = await anyio.to_thread.run_sync(_homes_of, logs, tasks)
     with suppress(OSError, GitError):
         if homes:
@@ -118,7 +121,7 @@ def _overlay_settings(settings: SettingsOverlay, environ: Mapping[str, str]) -> 
 
 
 def _merge(base: JsonObject, override: JsonObject, *, append_lists: bool = False) -> JsonObject:
-    """Merge `override` into `base`; with `append_lists`, lists are concatenated instead of replaced."""
+    """Merge `override` into `base`; `append_lists` concatenates lists."""
     merged = dict(base)
     for key, value in override.items():
         match base.get(key), value:

@@ -17,7 +17,7 @@ BASE_VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR")
 def build_base_environment(
     names: Iterable[str], environ: Mapping[str, str], tree: Path, variables: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return the base variables and those in `names` that are set, plus the variables that we set.
+    """Return the base variables, those in `names` that are set, and `variables`.
 
     `tree` is the program's checkout; `variables` identify the program and its worktree slot.
     """

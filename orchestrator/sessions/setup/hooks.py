@@ -1,4 +1,4 @@
-"""Run user commands around sessions: setup, `before_run`, `after_run` and teardown."""
+"""Run user commands around sessions: setup, hooks and teardown."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _HOOKS_TIMEOUT = "worktrees.hooks_timeout"
 
 @dataclass(frozen=True, slots=True)
 class HooksResult:
-    """The result of a sequence of commands: `done` commands succeeded before `last` failed.
+    """The result of commands: `done` succeeded, and `last` failed.
 
-    `last` is CommandSucceeded if all of them succeeded.
+    If all of them succeeded, `last` is CommandSucceeded.
     """
 
     done: int
@@ -37,7 +37,7 @@ class HooksResult:
 
 
 def setup_commands(steps: Sequence[SetupStep], first: int, logs: Path, slot: int) -> list[ShellCommand]:
-    """Return the commands that set up a worktree slot, from the step with index `first`."""
+    """Return the commands that set up a slot, from the step with index `first`."""
     commands = [
         ShellCommand(step.run, slot_log_path(logs, slot, f"setup{number}"), step.timeout, "timeout")
         for number, step in enumerate(steps, start=1)
@@ -56,7 +56,7 @@ def teardown_commands(lines: Sequence[str], timeout: float, logs: Path, slot: in
 def session_commands(
     stage: Literal["before", "after"], lines: Sequence[str], timeout: float, logs: Path, worktree: Worktree
 ) -> list[ShellCommand]:
-    """Return the commands that run before an attempt's session, or between it and collecting its work."""
+    """Return an attempt's hooks: before its session, or before collecting its work."""
     return [
         ShellCommand(line, log_path(logs, worktree.task, worktree.attempt, f"{stage}{number}"), timeout, _HOOKS_TIMEOUT)
         for number, line in enumerate(lines, start=1)
@@ -79,7 +79,7 @@ async def run_all(shell: Shell, commands: Sequence[ShellCommand]) -> list[Comman
 
 
 def hook_outcome(result: ShellResult) -> Outcome | None:
-    """Return the outcome of an attempt whose hook had this result, or None if it can continue."""
+    """Return the outcome of an attempt after a hook, or None if it can continue."""
     match result:
         case CommandSucceeded():
             return None

@@ -1,4 +1,4 @@
-"""Run user shell commands in agents' worktrees, sandboxed and supervised like agents.
+"""Run user commands in agents' worktrees, sandboxed and supervised like agents.
 
 Only their result and output leave the sandbox.
 """
@@ -43,7 +43,7 @@ _MAX_DENIED_HOSTS = 5  # in messages
 
 @dataclass(frozen=True, slots=True)
 class ShellCommand:
-    """A command for `sh`. `log` receives its output; `timeout` (seconds) comes from the config key `setting`."""
+    """A command for `sh`, its log, and its timeout (seconds) from the key `setting`."""
 
     text: str
     log: Path
@@ -58,7 +58,7 @@ class CommandSucceeded:
 
 @dataclass(frozen=True, slots=True)
 class UnrunnableProgram:
-    """A program that was not found or can't be executed: the reason, the PATH searched, and the remedy."""
+    """A program that is missing or not executable: reason, PATH and remedy."""
 
     program: str
     why: str
@@ -84,7 +84,7 @@ class CommandFailed:
     unrunnable: UnrunnableProgram | None = None
 
     def describe(self, where: str = "") -> str:
-        """Return a description: the start of the command, how and `where` it ended, and the output tail."""
+        """Return the start of the command, how and `where` it ended, and the output tail."""
         return f"`{self.short}` {self.how_it_ended}{where and f' {where}'}\n{self.output_tail}".strip()
 
     @property
@@ -95,7 +95,7 @@ class CommandFailed:
 
     @property
     def output_tail(self) -> str:
-        """Return the end of the output without the notes that installers print below the cause."""
+        """Return the end of the output, without notes that installers print below errors."""
         lines = self.output.strip().splitlines()
         while len(lines) > 1 and (not lines[-1].strip() or lines[-1].lstrip().startswith(_NOTE_PREFIXES)):
             lines.pop()
@@ -145,7 +145,7 @@ ShellResult = CommandSucceeded | CommandFailed | CommandStopped | CommandNotRun
 
 @dataclass(frozen=True, slots=True)
 class Shell:
-    """Runs commands in the folder `cwd`, in a sandbox for `scope`, with exactly `environment`.
+    """Runs commands in `cwd`, in a sandbox for `scope`, with exactly `environment`.
 
     HOME is the scope's scratch folder. `lock` is held while any process of a command is alive. `reach` is access in
     addition to that of all sessions.
@@ -165,7 +165,7 @@ class Shell:
         return b"HOME=" + os.fsencode(self.scope.scratch)
 
     async def run(self, command: ShellCommand) -> ShellResult:
-        """Run a command; afterwards none of its processes is alive. Cancellation stops it and is propagated."""
+        """Run a command until none of its processes is alive, also when cancelled."""
         try:
             await anyio.Path(command.log.parent).mkdir(mode=0o700, exist_ok=True)
             async with self.sandbox.apply(self.scope, self._supervised(command), self.reach) as sandboxed:

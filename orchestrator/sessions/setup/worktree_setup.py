@@ -1,4 +1,4 @@
-"""Set up worktree slots and their sessions: setup steps, user files, ports and hooks."""
+"""Set up worktree slots and sessions: setup steps, user files, ports and hooks."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class SetupFailed(SetupError):
         self.result = result
 
     def outcome(self, run: str, *, at_base: bool) -> Outcome:
-        """Return the outcome of an attempt in `run`; `at_base` means that its worktree has no task work yet."""
+        """Return the outcome of an attempt in `run`; `at_base`: without task work yet."""
         if isinstance(self.result, CommandFailed):
             if at_base and self.result.unrunnable is not None:
                 return Misconfigured(describe_unrunnable([self.result], SETUP_REMEDY, run))
@@ -136,7 +136,7 @@ class WorktreeSetup:
         return wanted
 
     def _with_network_hint(self, result: ShellResult) -> ShellResult:
-        """Return a step's result, naming the missing network as a possible cause of a failure."""
+        """Add the missing network to a step's result as a possible cause of a failure."""
         has_network = (
             self.sandbox.config.has_network or self.sandbox.config.hosts or self.sandbox.kind is SandboxKind.OFF
         )
@@ -145,7 +145,7 @@ class WorktreeSetup:
         return replace(result, how_it_ended=f"{result.how_it_ended} (`network: off` may be the cause)")
 
     async def tear_down(self, slot: WorktreeSlot) -> None:
-        """Run the teardown of a slot before it is deleted, even if a killed process left it."""
+        """Tear down a slot before it is deleted, even if a killed process left it."""
         shell = self._shell_of(slot, {})
         with suppress(LockHeld):
             await stop_supervised(_lock_of(slot), shell.marker, _REAP_LIMIT)
@@ -158,7 +158,7 @@ class WorktreeSetup:
                 await self.record_event(SlotTeardownFailed(slot=str(slot.root), reason=reason))
 
     async def prepare(self, checkout: HeldSlot) -> PreparedWorktree | Failed | ResourcesExhausted:
-        """Provide a session's slot with ports and user files; return an outcome on failure."""
+        """Give a session's slot its ports and user files, or return a failure."""
         commit, slot = checkout.contents.record.commit, checkout.slot
         try:
             variables = await self.lease(slot.root)
@@ -171,7 +171,7 @@ class WorktreeSetup:
         return PreparedWorktree(installed, variables)
 
     async def run_before(self, worktree: Worktree, prepared: PreparedWorktree) -> Outcome | None:
-        """Run the `before_run` commands; return an outcome if the session can't start, otherwise None."""
+        """Run the `before_run` commands; return an outcome if one prevents the session."""
         config = self.config
         commands = hooks.session_commands("before", config.before_run, config.hooks_timeout, self.logs, worktree)
         if not commands:
@@ -208,7 +208,7 @@ def _lock_of(slot: WorktreeSlot) -> Path:
 
 @asynccontextmanager
 async def _temporary_git(slot: WorktreeSlot, commit: str) -> AsyncIterator[None]:
-    """Provide a temporary git directory in a slot without a session, so that commands can use git."""
+    """Provide a temporary git directory in a slot, so that commands can use git."""
     await anyio.to_thread.run_sync(_add_git, slot, commit)
     try:
         yield

@@ -11,7 +11,7 @@ _RETRY_INTERVAL: Final = 0.1  # seconds, when no file descriptor is free
 
 
 async def accept_connection(listener: anyio.abc.SocketListener) -> anyio.abc.SocketStream:
-    """Return the next connection; wait while no descriptor is free, and skip disconnected clients."""
+    """Return the next connected client; wait while no descriptor is free."""
     while True:
         try:
             return await listener.accept()

@@ -1,4 +1,4 @@
-"""Serve the session socket, over which an active session sends requests to its orchestrator.
+"""Serve the session socket, over which a session sends requests.
 
     <session folder>/socket/
       socket          one request per connection: a line of JSON in, a line back
@@ -82,7 +82,7 @@ class SessionSocket:
         return str(self.folder / _PROGRAM)
 
     def extend_environment(self, env: Mapping[str, str]) -> dict[str, str]:
-        """Return the environment with the session socket, and with this `council` first on PATH."""
+        """Add the session socket to an environment, and our `council` first on PATH."""
         path = [str((self.folder / _PROGRAM).parent), *([env["PATH"]] if env.get("PATH") else [])]
         return {**env, SESSION_VARIABLE: str(self.folder), "PATH": os.pathsep.join(path)}
 
@@ -101,7 +101,7 @@ class SessionSocket:
 
 @asynccontextmanager
 async def open_session_socket(worktree: Worktree, session_service: SessionApi) -> AsyncIterator[SessionSocket]:
-    """Serve the requests of a worktree's session during the block. Raises OSError if the socket can't be created."""
+    """Serve the requests of a session during the block. Raises OSError."""
     folder, token = worktree.socket_folder, token_hex(16)
     await anyio.to_thread.run_sync(_create_folder, folder, token, worktree.tree)
     session_socket = SessionSocket(folder, PathAccess(readable=(without_dotdot(folder), *internal_program_folders())))
@@ -116,7 +116,7 @@ async def open_session_socket(worktree: Worktree, session_service: SessionApi) -
 
 
 def remove_session_socket(worktree: Worktree) -> None:
-    """Remove the session socket of a finished session, whose folder may be preserved. Blocks."""
+    """Remove the session socket; the session's folder may be preserved. Blocks."""
     shutil.rmtree(worktree.socket_folder, ignore_errors=True)
 
 
@@ -232,7 +232,7 @@ async def _handle_request(stream: anyio.abc.SocketStream, handler: _RequestHandl
 
 
 async def _receive_request(stream: anyio.abc.SocketStream, handler: _RequestHandler) -> bytes | None:
-    """Return a connection's line, or None on timeout or if a newer connection replaces it."""
+    """Return a connection's line; None on timeout or if a newer one replaces it."""
     if len(handler.pending_reads) >= _MAX_CONNECTIONS:
         oldest = next(iter(handler.pending_reads))
         handler.pending_reads.pop(oldest).cancel()

@@ -30,9 +30,10 @@ _MAX_WALKS: Final = 10  # until two consecutive walks return the same ancestors
 
 
 def belongs_to_session(connected: socket.socket, lock: Path) -> bool:
-    """Return whether the client belongs to the session whose supervisor holds `lock`. Blocks briefly.
+    """Return whether a client belongs to the session of a lock. Blocks briefly.
 
-    Call it when the connection is accepted. A process that has exited by then belongs to no session.
+    Call it when the connection is accepted. The supervisor holds `lock`. A process that has exited by then does not
+    belong to any session.
     """
     with suppress(OSError, ValueError):
         if sys.platform != "linux":
@@ -54,7 +55,7 @@ def _user_on_macos(connected: socket.socket) -> int:
 
 
 def _holder(lock: Path) -> int | None:
-    """Return the id of the process that holds a session's lock, from its signature, or None."""
+    """Return the pid of the process that signed a session's lock, or None."""
     descriptor = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         is_free = lock_descriptor(descriptor, block=False, shared=True)
@@ -76,7 +77,7 @@ def _descends(pid: int, ancestor: int) -> bool:
 
 
 def _ancestors(pid: int, last: int) -> list[tuple[int, int]] | None:
-    """Return a process and its ancestors up to `last` with their start times; None if one has exited."""
+    """Return a process and its ancestors up to `last`, with start times, if alive."""
     ancestors: list[tuple[int, int]] = []
     while pid and len(ancestors) < _MAX_DEPTH:
         stat = process_stat(pid)

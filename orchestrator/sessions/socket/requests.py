@@ -38,7 +38,7 @@ class SocketRequest(NamedTuple):
 
 
 def read_request(line: bytes, token: str, tree: Path) -> SocketRequest:
-    """Parse and validate a request line of the session with this token and worktree. Raises RefusedError."""
+    """Parse and validate a request line. Raises RefusedError."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
@@ -55,7 +55,7 @@ def read_request(line: bytes, token: str, tree: Path) -> SocketRequest:
 
 
 def _arguments(command: SessionCommand, given: JsonObject, tree: Path) -> JsonObject:
-    """Return a command's checked arguments. Null means absent unless an argument takes any value."""
+    """Return a command's valid arguments; null means absent, unless null is valid."""
     known = {argument.name: argument for argument in command.arguments}
     values = {argument.name for argument in command.arguments if argument.kind == commands.VALUE}
     arguments: JsonObject = {key: value for key, value in given.items() if value is not None or key in values}

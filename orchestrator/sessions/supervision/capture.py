@@ -1,4 +1,4 @@
-"""Capture a CLI's output from a pipe in a file, with a size limit and redacted secrets.
+"""Capture a CLI's output in a file, with a size limit and redacted secrets.
 
 The supervisor imports this in every session: keep imports few and within the standard library.
 """
@@ -14,10 +14,10 @@ TAIL_BYTES = 1 << 20
 
 
 class OutputCapture:
-    """One output stream: the first `cap` bytes are written immediately; of the rest, the tail is kept.
+    """An output stream: the first `cap` bytes, then the tail.
 
-    With `redact`, a pattern as for StreamRedactor, secrets are replaced, whole lines are written, and nothing that may
-    be part of a secret is kept next to the omitted bytes.
+    The first `cap` bytes are written immediately. With `redact`, a pattern as for StreamRedactor, secrets are replaced,
+    whole lines are written, and nothing that may be part of a secret is kept next to the omitted bytes.
     """
 
     def __init__(self, path: str, cap: int, redact: str | None) -> None:
@@ -33,7 +33,7 @@ class OutputCapture:
         os.set_blocking(self.read_end, False)
 
     def pump(self) -> int | None:
-        """Read a chunk; return its size, 0 at the end of the stream, None if no data is available."""
+        """Read a chunk; return its size, 0 at the end, or None if nothing is available."""
         try:
             data = os.read(self.read_end, CHUNK_BYTES)
         except BlockingIOError:
@@ -49,7 +49,7 @@ class OutputCapture:
         return len(data)
 
     def finish(self) -> None:
-        """Drain the pipe, which no descendant writes to anymore, and append the tail to the file."""
+        """Drain the pipe after all writers have ended, and append the tail to the file."""
         # An unrelated process that inherited the pipe may write forever.
         drained = 0
         while drained < TAIL_BYTES and (size := self.pump()):

@@ -15,7 +15,7 @@ _SCAN_POLL_INTERVAL = 0.02  # seconds, during a scan
 
 
 class FolderScan:
-    """A scan of folders in a separate thread, so that a hanging file system blocks nothing else.
+    """A scan of folders in a thread: a hanging file system blocks nothing else.
 
     When `done`, `signature` is the result; None if the scan failed: an entry vanished, a folder is not readable, there
     are more than MAX_ENTRIES, or `give_up` (monotonic clock) was reached. Changes are detected by the inode's change

@@ -40,7 +40,9 @@ class ProcessTree:
         return not is_alone
 
     def interrupt(self) -> bool:
-        """Send SIGINT to the CLI itself; return False if it has not started in its wrapper. Call `terminate` next.
+        """Send SIGINT to the CLI itself; return False if it has not started yet.
+
+        Call `terminate` next.
 
         Unlike a terminal, this does not signal the process group: the CLI needs its children alive to clean up; a
         program behind a wrapper that forwards signals would get two, which often means to exit at once; and bubblewrap
@@ -59,7 +61,7 @@ class ProcessTree:
         return self.status is None and (not self._wrapped or _is_alive(self._interrupted))
 
     def _inside(self) -> int | None:
-        """Stop the wrapper so that it does not end with the CLI; return the CLI, or None if it has not started."""
+        """Stop the wrapper so that it outlives the CLI; return the CLI, if started."""
         send_signal(self.cli, signal.SIGSTOP)
         family = {self.cli: 0}
         for _ in "init", "CLI":  # twice, in case the init is listed after the CLI; 0 is no signal
@@ -69,7 +71,7 @@ class ProcessTree:
         return min(children, key=_pid_inside, default=None)
 
     def terminate(self) -> bool:
-        """Send SIGTERM to all; return False if the CLI has not started in its wrapper and no process got it."""
+        """Send SIGTERM to all; return False, without sending, if the CLI has not started."""
         if not HAS_PROC:
             send_signal(-self.cli, signal.SIGTERM)
             return True
@@ -87,14 +89,17 @@ class ProcessTree:
         return any(family[pid] not in spared for pid in living)
 
     def release(self) -> bool:
-        """After `terminate`, resume a wrapper once it is empty; return whether it is still stopped."""
+        """Resume a wrapper once it is empty; return whether it is still stopped.
+
+        Call after `terminate`.
+        """
         if self._held is not None and not _is_alive(self._held):
             send_signal(self.cli, signal.SIGCONT)
             self._held = None
         return self._held is not None
 
     def kill(self) -> int:
-        """Kill until no process is left; return the number of killed processes except the CLI."""
+        """Kill until no process is left; return how many were killed besides the CLI."""
         killed: set[int] = set()
         pause = 0.02  # seconds; the exit of a child wakes this earlier
         while self.reap():
@@ -114,13 +119,13 @@ class ProcessTree:
 
 
 class ForkedSupervisors:
-    """The supervisors that a process has forked, and the orphans of killed supervisors."""
+    """The supervisors that a process forked, and the orphans of killed ones."""
 
     def __init__(self) -> None:
         self.alive: set[int] = set()
 
     def clean_up(self) -> bool:
-        """Reap exited supervisors and kill the orphans inherited as subreaper; return whether any is left."""
+        """Reap exited supervisors and kill inherited orphans; return whether any is left."""
         ended, is_alone = reap_children()
         self.alive -= ended.keys()
         family = dict.fromkeys(self.alive, os.getpid())
@@ -131,7 +136,7 @@ class ForkedSupervisors:
 
 
 def reap_children() -> tuple[dict[int, int], bool]:
-    """Reap exited children; return their wait statuses by pid, and whether no child is left."""
+    """Reap exited children; return wait statuses by pid, and whether none is left."""
     ended: dict[int, int] = {}
     while True:
         try:
@@ -144,7 +149,7 @@ def reap_children() -> tuple[dict[int, int], bool]:
 
 
 def send_signal(pid: int, number: int) -> None:
-    """Signal a process, or the group of a negative `pid`; ignore missing processes and those of other users."""
+    """Signal a process, or group if negative, unless it is missing or not ours."""
     try:  # noqa: SIM105  (contextlib is a slow import)
         os.kill(pid, number)
     except (ProcessLookupError, PermissionError):
@@ -152,7 +157,7 @@ def send_signal(pid: int, number: int) -> None:
 
 
 def signal_new_children(number: int, family: dict[int, int], seen: set[int], spared: frozenset[int]) -> set[int]:
-    """Scan /proc once and signal each child of `family` outside `seen` as soon as it is found.
+    """Scan /proc once; signal each child of `family` outside `seen` when found.
 
     Adds all scanned processes to `seen`, so that a second scan costs only new processes, and the children with their
     parents to `family`. Returns the children that are not zombies. Children of `spared` are found but not signalled. A
@@ -174,7 +179,7 @@ def signal_new_children(number: int, family: dict[int, int], seen: set[int], spa
 
 
 def stop_children(family: dict[int, int]) -> set[int]:
-    """Stop our children that are not yet in `family` until no new one appears; return the living ones.
+    """Stop our children outside `family` until no new one appears; return the living.
 
     A process that repeatedly forks and exits is our child only for a moment each time. Reading the list of our
     children (proc_pid_task_children(5), if the kernel has it) is fast enough to hit one of these moments.
@@ -197,9 +202,9 @@ def _children() -> set[int]:
 
 
 def kill_descendants(spared: frozenset[int]) -> set[int]:
-    """Stop all descendants so that none can fork, then kill them; return those that were alive.
+    """Stop all descendants, so that none can fork, then kill them; return the living.
 
-    Children of `spared` are also killed, but not returned.
+    They were alive before. Children of `spared` are also killed, but not returned.
     """
     seen: set[int] = set()
     family = {os.getpid(): 0}

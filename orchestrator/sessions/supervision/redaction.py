@@ -19,11 +19,12 @@ _WORD = re.compile(rb"[A-Za-z0-9+/=_.~%-]*")
 
 
 class StreamRedactor:
-    """Replaces private keys and matches of `pattern`, the ASCII source of a bytes expression.
+    """Replaces private keys and matches of `pattern`.
 
-    Accepts bytes in chunks of any size, and holds back an incomplete line of at most MAX_HELD_BYTES so that secrets are
-    found across chunks. A longer match is also replaced, with the rest of its word. A private key is omitted from its
-    first to its last line, at most MAX_KEY_BYTES. Raises `re.error` for an invalid pattern.
+    `pattern` is the ASCII source of a bytes expression. Accepts bytes in chunks of any size, and holds back an
+    incomplete line of at most MAX_HELD_BYTES so that secrets are found across chunks. A longer match is also replaced,
+    with the rest of its word. A private key is omitted from its first to its last line, at most MAX_KEY_BYTES. Raises
+    `re.error` for an invalid pattern.
     """
 
     def __init__(self, pattern: str) -> None:
@@ -46,7 +47,7 @@ class StreamRedactor:
         return self._search(b"", last=True)
 
     def drop(self) -> int:
-        """Drop the held bytes, because the following bytes are omitted; return their number."""
+        """Drop the held bytes, as later ones are omitted; return their number."""
         dropped = len(self._bytes) - self._next
         self._bytes, self._next, self._key_left, self._in_word = b"", 0, 0, False
         return dropped
@@ -86,12 +87,12 @@ class StreamRedactor:
         return self._next < len(self._bytes)
 
     def _cut(self) -> int:
-        """Return the end of the bytes that can be written: after the last whole line, or within a long one."""
+        """Return the end of the writable bytes: the last whole line, or within a long one."""
         line = self._bytes.rfind(b"\n", self._next) + 1
         return max(self._next, line, len(self._bytes) - MAX_HELD_BYTES)
 
     def _replace(self, output: list[bytes], cut: int, end: int) -> None:
-        """Output the bytes before `cut` with matches replaced; matches may extend to `end`."""
+        """Output the bytes before `cut` with matches, which may extend to `end`, replaced."""
         for match in self._pattern.finditer(self._bytes, self._next, end):
             if match.start() >= cut:
                 break

@@ -1,4 +1,4 @@
-"""Supervisor: a separate program that runs one CLI and ensures that none of its processes survive.
+"""Supervisor: a separate program that runs a CLI and ends all its processes.
 
 It is started with `python -I -S` as a session leader, with a control pipe as standard input and a status pipe as
 standard output. Or it is forked from a process started that way with a socket as standard input (`serve`), because
@@ -83,7 +83,7 @@ EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSP
 
 
 class SpawnError(Exception):
-    """The CLI could not be started. The text is the reason; `number` is the errno, if any."""
+    """The reason why the CLI could not be started; `number` is the errno, if any."""
 
     def __init__(self, why: str, number: int | None = None) -> None:
         super().__init__(why)
@@ -91,7 +91,7 @@ class SpawnError(Exception):
 
 
 class CommandSpec:
-    """The command to run, in absolute paths, seconds and bytes; `env` is the whole environment of the CLI."""
+    """The command to run, in absolute paths, seconds and bytes, with its whole `env`."""
 
     def __init__(self, fields: dict[str, Any]) -> None:
         self.argv: list[str] = fields["argv"]
@@ -145,7 +145,10 @@ class Control:
         return "stop" if b"stop\n" in self._unread else None
 
     def wait_for_start(self, wake: int) -> str | None:
-        """Wait until the CLI may start; return `stop` (also on SIGTERM) or `orphaned` if the session ends first."""
+        """Wait until the CLI may start; return `stop` or `orphaned` if it may not.
+
+        SIGTERM also means `stop`.
+        """
         poll = select.poll()
         for fd in (CONTROL, wake):
             poll.register(fd, select.POLLIN)
@@ -157,7 +160,7 @@ class Control:
 
 
 class WrapperReport:
-    """The report of a bubblewrap around the CLI, which shows whether the CLI itself ever ran.
+    """The report of a bubblewrap around the CLI, which shows whether the CLI ran.
 
     Of its status documents (`--json-status-fd` in bwrap(1)), the one with `exit-code` is written only if the program
     was executed.
@@ -170,14 +173,14 @@ class WrapperReport:
             os.set_blocking(pipe, False)
 
     def has_run(self) -> bool:
-        """Return whether the CLI or its starter program ran. Call once, after the wrapper has exited."""
+        """Return whether the CLI or its starter ran. Call once, after the wrapper exited."""
         try:
             return b'"exit-code"' in os.read(self._read_end, CHUNK_BYTES)
         except BlockingIOError:
             return False
 
     def read_error(self) -> SpawnError | None:
-        """Return the error of the CLI's starter program, if any. Call once, after the wrapper has exited."""
+        """Return the error of the CLI's starter. Call once, after the wrapper exited."""
         try:
             return parse_spawn_error(os.read(self._error_read_end, CHUNK_BYTES))
         except BlockingIOError:
@@ -185,13 +188,13 @@ class WrapperReport:
 
 
 def parse_spawn_error(data: bytes) -> SpawnError | None:
-    """Parse the error that a process wrote before it failed to execute a program: errno and reason."""
+    """Parse the errno and reason that a process wrote when it could not execute."""
     number, _, reason = data.decode(errors="replace").partition(" ")
     return SpawnError(reason, int(number)) if number else None
 
 
 def read_wrapper_error(stderr: str, code: int) -> SpawnError | None:
-    """Return the error that kept a wrapper from starting the CLI, from its standard error.
+    """Return the error that kept a wrapper from starting the CLI, from its stderr.
 
     Returns None if, according to the exit code, a signal ended the program in the wrapper.
     """
@@ -207,7 +210,7 @@ def read_wrapper_error(stderr: str, code: int) -> SpawnError | None:
 
 
 def acquire_lock(path: str) -> int:
-    """Acquire the session's lock; return the descriptor that holds it until it is closed."""
+    """Acquire the session's lock; return the descriptor that holds it."""
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     give_up = time.monotonic() + LOCK_TIMEOUT
     while True:
@@ -226,7 +229,7 @@ def acquire_lock(path: str) -> int:
 
 
 def start_cli(spec: CommandSpec, streams: list[OutputCapture], wrapper: WrapperReport | None) -> int:
-    """Start the CLI and return its pid once its program runs. Raises SpawnError or OSError."""
+    """Start the CLI; return its pid once it runs. Raises SpawnError or OSError."""
     stdin = os.open(spec.stdin or os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     error_read, error_write = os.pipe()
     parent = os.getpid()
@@ -290,7 +293,7 @@ def exec_cli(spec: CommandSpec, inherited: list[int], parent: int, error_fd: int
 
 
 def set_resource_limit(name: str, limit: int) -> None:
-    """Limit a resource for this process and its children; never raise an existing hard limit."""
+    """Limit a resource of this process and its children, up to the hard limit."""
     number = getattr(resource, f"RLIMIT_{name}")
     hard = resource.getrlimit(number)[1]
     limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
@@ -298,7 +301,7 @@ def set_resource_limit(name: str, limit: int) -> None:
 
 
 def install_descriptors(inherited: list[int], error_fd: int) -> int:
-    """Renumber `inherited` from 0; return the new number of `error_fd`, which moves out of the way."""
+    """Renumber `inherited` from 0; return the new number of `error_fd`."""
     above = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, WRAPPER_ERROR + 1) for fd in (*inherited, error_fd)]
     for target, fd in enumerate(above[:-1]):
         os.dup2(fd, target)
@@ -401,7 +404,7 @@ def write_status(event: dict[str, object], fd: int = STATUS) -> None:
 
 
 def supervise(spec: CommandSpec, control: Control, wake: int) -> dict[str, object]:
-    """Run the CLI and return its report. Raises SpawnError or OSError if it could not start."""
+    """Run the CLI; return its report. Raises SpawnError or OSError if it can't start."""
     lock = acquire_lock(spec.lock)
     try:
         return supervise_locked(spec, control, wake)
@@ -470,7 +473,7 @@ def main() -> None:
 
 
 def serve() -> None:
-    """Fork a supervisor for each request on the standard input socket, until it closes.
+    """Fork a supervisor for each request on the stdin socket, until it closes.
 
     The first line is the pattern of secrets that most sessions share, compiled here once for all of them. A
     request is one byte with the descriptors of the control and status pipes. Orphans of killed supervisors are

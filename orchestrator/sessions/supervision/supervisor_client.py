@@ -36,7 +36,7 @@ _KILL_TIMEOUT = 5.0  # seconds from SIGKILL to the exit of the last process, whi
 
 @dataclass(frozen=True, slots=True)
 class SupervisedCommand:
-    """A CLI to run: `env` is its whole environment, `stdin` a file to read (None means empty).
+    """A CLI to run, with its whole `env`; `stdin` is a file to read, or None.
 
     The first `cap` bytes and the last MiB of each output are kept. After `timeout` seconds, or when the awaiting task
     is cancelled, all processes get SIGTERM, and SIGKILL after `grace` seconds. With `interrupt`, the CLI alone gets
@@ -136,9 +136,10 @@ async def run_supervised(
 
 
 async def wait_until_released(lock: Path, timeout: float) -> None:  # noqa: ASYNC109  (LockHeld names the holder)
-    """Wait until no process of the session with this lock is alive; raise LockHeld after `timeout` seconds.
+    """Wait until no process of the session with this lock is alive.
 
-    Only waits; does not stop the session. A missing lock file means that no process is alive.
+    Only waits; does not stop the session. A missing lock file means that no process is alive. Raises LockHeld after
+    `timeout` seconds.
     """
     if not await anyio.Path(lock).exists():
         return
@@ -148,7 +149,7 @@ async def wait_until_released(lock: Path, timeout: float) -> None:  # noqa: ASYN
 
 
 async def is_session_alive(lock: Path) -> bool:
-    """Return whether a process of the session is alive, or another process is checking the lock."""
+    """Return whether the session is alive, or another process is checking its lock."""
     with suppress(FileNotFoundError):
         return await anyio.Path(lock).exists() and await FileLock(lock).is_held()
     return False
@@ -174,7 +175,7 @@ async def stop_supervised(lock: Path, marker: bytes, timeout: float) -> None:  #
 
 
 def _stop_supervisor(lock: Path) -> None:
-    """Make the supervisor that holds a lock stop its session, even if it is frozen. Blocks."""
+    """Make the holder of a lock stop its session, even if it is frozen. Blocks."""
     holder = LockHolder.read(lock)
     if holder is not None and holder.owner == OWNER and holder.started is not None and holder.is_alive:
         with suppress(ProcessLookupError, PermissionError):
@@ -184,7 +185,7 @@ def _stop_supervisor(lock: Path) -> None:
 
 @asynccontextmanager
 async def open_fork_server(redact: str = "") -> AsyncIterator[None]:
-    """Fork the supervisors of the block, and of tasks started in it, from one prepared process.
+    """Fork the supervisors of the block, and of its tasks, from one process.
 
     It is prepared for commands with the same `redact`. If it can't be started or has exited, supervisors start
     normally.
@@ -308,7 +309,7 @@ class _Supervisor:
         return SupervisedExit(**event)
 
     async def close(self) -> None:
-        """Close the control pipe, which kills all processes immediately, and reap the supervisor."""
+        """Close the control pipe, which kills all processes, and reap the supervisor."""
         self._control.close()
         with self._status, self._watched:
             with anyio.move_on_after(_KILL_TIMEOUT, shield=True):
