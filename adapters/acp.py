@@ -1,10 +1,11 @@
-"""Adapter for agents that use the Agent Client Protocol (https://agentclientprotocol.com), by a bridge.
+"""Adapter for agents that use the Agent Client Protocol, run by a bridge.
 
-adapters:
-  gemini:
-    use: acp
-    argv: [gemini, --acp]
-    env: [GEMINI_API_KEY]
+    # https://agentclientprotocol.com
+    adapters:
+      gemini:
+        use: acp
+        argv: [gemini, --acp]
+        env: [GEMINI_API_KEY]
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class AcpAdapter:
         self._options = options
 
     def capabilities(self) -> frozenset[Capability]:
-        """Return the capabilities. Whether the agent can load conversations is known only when it runs."""
+        """Return the capabilities; only a running agent reports whether it can resume."""
         return frozenset({Capability.MCP, Capability.RESUME} if self._options.resumes else {Capability.MCP})
 
     def programs(self) -> Sequence[Program]:
@@ -109,7 +110,7 @@ class AcpAdapter:
         return parse_bridge_line(line)
 
     def verdict(self, end: SessionEnd) -> Failed | None:
-        """Return the failure in the bridge's result, with the reset time of a usage limit if reported."""
+        """Return the failure in the bridge's result, with a limit's reset time if known."""
         return with_reset_time(parse_limit(end.stderr) or concluded_failure(end), end.time)
 
 

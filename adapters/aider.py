@@ -1,7 +1,7 @@
-"""Aider, which prints plain text (PyPI `aider-chat`, https://aider.chat/docs/config/options.html).
+"""Aider, which prints plain text.
 
-Aider always exits with 0, so failures appear only in its messages. Because it retries by itself, an error counts only
-if no answer follows.
+See PyPI `aider-chat` and https://aider.chat/docs/config/options.html. Aider always exits with 0, so failures appear
+only in its messages. Because it retries by itself, an error counts only if no response follows.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class AiderAdapter:
         )
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
-        """Return the events in a line. Reported tokens mean that an answer succeeded, even after errors."""
+        """Return the events in a line; reported tokens mean a successful response."""
         text = line.strip()
         spent = _spent(text)
         if spent is not None:

@@ -1,7 +1,7 @@
-"""Claude Code, which prints JSON lines (npm `@anthropic-ai/claude-code`, https://code.claude.com/docs/en/headless).
+"""Claude Code, which prints JSON lines.
 
-After an API error, its `result` has `subtype: success` and `is_error: true`. A usage limit is preceded by a
-`rate_limit_event` with its reset time.
+See npm `@anthropic-ai/claude-code` and https://code.claude.com/docs/en/headless. After an API error, its `result` has
+`subtype: success` and `is_error: true`. A usage limit is preceded by a `rate_limit_event` with its reset time.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class ClaudeCodeAdapter:
         )
 
     def command(self, request: SessionRequest) -> SessionCommand:
-        """Return the command line. As root, Claude Code bypasses permissions only with `IS_SANDBOX`."""
+        """Return the command line; as root, `IS_SANDBOX` is needed to bypass permissions."""
         options = self._options
         mode = options.permission_mode
         preset = {**_PRESET, "IS_SANDBOX": "1"} if mode == "bypassPermissions" else _PRESET
@@ -206,7 +206,7 @@ class ClaudeCodeAdapter:
         return _MODE if self._options.permission_mode == "acceptEdits" else _RULES
 
     def verdict(self, end: SessionEnd) -> Failed | None:
-        """Return the failure in the result or else in the plain output, with a limit's reset time if known."""
+        """Return the failure in the result or plain output, with a limit's reset time."""
         failed = concluded_failure(end) or _failure_in_words(end) or detect_interruption(end)
         if failed is None or failed.failure is not FailureClass.RATE_LIMITED or failed.until is not None:
             return failed
@@ -285,7 +285,7 @@ def _of_message(message: Any) -> Iterator[SessionEvent]:
 
 
 def _result_of(block: JsonObject) -> str:
-    """Return a tool's result as one line, from a text or from the texts in a list of blocks."""
+    """Return a tool's result, a string or a list of blocks, as one line."""
     content = block.get("content")
     parts = content if isinstance(content, list) else [{"text": content}]
     return one_line(" ".join(as_text(part.get("text")) for part in parts if isinstance(part, dict)))

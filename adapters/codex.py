@@ -1,7 +1,8 @@
-"""Codex, which prints JSON lines (npm `@openai/codex`, https://developers.openai.com/codex/noninteractive).
+"""Codex, which prints JSON lines.
 
-Codex reports failures only as text, in `error` and then `turn.failed`, with the HTTP status if any. If its own sandbox
-prevents it from writing, it still exits with 0, without changes. Without a network, it retries forever.
+See npm `@openai/codex` and https://developers.openai.com/codex/noninteractive. Codex reports failures only as text, in
+`error` and then `turn.failed`, with the HTTP status if any. If its own sandbox prevents it from writing, it still exits
+with 0, without changes. Without a network, it retries forever.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ class CodexAdapter:
         self._options = options
 
     def capabilities(self) -> frozenset[Capability]:
-        """Return the capabilities. There is no cost limit, and only a task's own home keeps conversations."""
+        """Return the capabilities; only a task's own home keeps conversations."""
         can = {Capability.INSTRUCTIONS, Capability.MCP}
         return frozenset(can | {Capability.RESUME} if self._options.has_own_home else can)
 
@@ -201,7 +202,7 @@ class CodexAdapter:
                 return ()
 
     def verdict(self, end: SessionEnd) -> Failed | None:
-        """Return the failure in the result or else in the plain output, with a limit's reset time if known."""
+        """Return the failure in the result or plain output, with a limit's reset time."""
         return with_reset_time(concluded_failure(end) or _failure_in_words(end), end.time)
 
 
@@ -261,7 +262,7 @@ def _of_item(kind: str, item: Mapping[str, Any], *, is_over: bool) -> Iterator[S
 
 
 def _denied(kind: str, item: Mapping[str, Any], is_boxed: bool) -> Iterator[ToolDenied]:
-    """Yield a denial for a command or change that was declined, or failed because of Codex's sandbox."""
+    """Yield a denial for a declined command, or one that Codex's sandbox blocked."""
     output = as_text(item.get("aggregated_output"))
     is_kept = is_boxed and item.get("status") == "failed" and _KEPT.search(output) is not None
     if kind in {"command_execution", "file_change"} and (is_kept or item.get("status") == "declined"):
@@ -281,7 +282,7 @@ def _failure_of_tool(item: Mapping[str, Any]) -> str | None:
 
 
 def _of_usage(usage: Any, model: str | None) -> Iterator[SessionEvent]:
-    """Yield the tokens of the whole conversation, including earlier sessions if resumed."""
+    """Yield the tokens of the whole conversation, with those of earlier sessions."""
     if isinstance(usage, dict):
         # Input includes cached tokens, output includes reasoning tokens.
         sent, received = as_count(usage.get("input_tokens")), as_count(usage.get("output_tokens"))
@@ -312,7 +313,7 @@ def _class_of(message: str) -> FailureClass | None:
 
 
 def _failure_in_words(end: SessionEnd) -> Failed | None:
-    """Return the failure behind the last retry or, if no conversation started, the one on standard error."""
+    """Return the failure of the last retry, else the one on standard error."""
     match end.events[-1:]:
         case [CliWarning(text)] if _RECONNECTING.match(text):
             return _failure(text).failed

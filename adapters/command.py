@@ -176,7 +176,7 @@ class CommandAdapter:
         self._reader = OutputReader(options.read, options.output == "jsonl", options.model, self._class_in)
 
     def command(self, request: SessionRequest) -> SessionCommand:
-        """Return argv with its placeholders filled; placeholders in a prompt are not expanded.
+        """Return argv with filled placeholders; placeholders in prompts are not expanded.
 
         Raises RefusedError if the prompt or the instructions can't be an argument, because they are too long or contain
         a NUL character.
@@ -205,7 +205,7 @@ class CommandAdapter:
         )
 
     def verdict(self, end: SessionEnd) -> Failed | None:
-        """Return the failure by the rules of `read`, or the first match of `failures`, last lines first.
+        """Return the failure by `read`, or the first match of `failures`, last line first.
 
         A group named `seconds`, or `until` (an ISO 8601 time, or seconds since the epoch), is the reset time of a
         limit.
@@ -233,16 +233,16 @@ class CommandAdapter:
         return frozenset(one for one, arguments in given.items() if arguments is not None)
 
     def programs(self) -> Sequence[Program]:
-        """Return the program if it is looked up on PATH, so neither a path nor a placeholder."""
+        """Return the program if it is a plain name, which is looked up on PATH."""
         program = self._options.argv[0]
         return () if "/" in program or placeholder_names([program]) else (Program(program),)
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
-        """Return the events in a line by the rules of `read`; unmatched lines that are not JSON are messages."""
+        """Return the events in a line by `read`; other lines except JSON are messages."""
         return self._reader.read(line)
 
     def _failure_in_words(self, end: SessionEnd) -> Failed | None:
-        """Search the plain output. JSON lines may quote conversations, so only rules find errors in them."""
+        """Search the plain output; JSON lines are left to rules, as they may quote errors."""
         is_json = self._options.output == "jsonl"
         said = [line for line in end.stdout.splitlines() if not (is_json and line.startswith("{"))]
         lines = [*said, *end.stderr.splitlines()][::-1]
@@ -287,7 +287,7 @@ def _files(options: CommandOptions, request: SessionRequest) -> Iterator[tuple[s
 
 
 def _server(one: McpServer) -> JsonObject:
-    """Return a server in the format of most programs. The server inherits the program's variables.
+    """Return a server in the usual format; it inherits the program's variables.
 
     Some programs expect `httpUrl`, because they use `url` for an older protocol.
     """
@@ -306,7 +306,7 @@ def _check_size(name: str, text: str, times: int) -> None:
 
 
 def _instant(match: re.Match[str], now: float) -> float | None:
-    """Return the time in a match (wall-clock seconds), or None if it has no valid time."""
+    """Return the time in a match (wall-clock seconds), or None if it is not valid."""
     groups = match.groupdict()
     try:
         if groups.get("seconds"):

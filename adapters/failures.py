@@ -1,4 +1,4 @@
-"""Classify failures by the HTTP status or message of a model's API, and shorten their reasons."""
+"""Classify failures by HTTP status or message, and shorten their reasons."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def match_failure_class(text: str, words: Mapping[FailureClass, re.Pattern[str]]
 
 
 def make_failure(failure: FailureClass, reason: str, log_in: str, until: float | None = None) -> Failed:
-    """Return a failure. For a login failure, the reason includes `log_in`, how to log in."""
+    """Return a failure; the reason for a login failure includes `log_in`."""
     return Failed(failure, f"{reason.rstrip('.')}: {log_in}" if failure is FailureClass.AUTH else reason, until)
 
 

@@ -1,7 +1,8 @@
-"""Gemini CLI, which prints JSON lines (npm `@google/gemini-cli`, https://geminicli.com/docs/cli/headless/).
+"""Gemini CLI, which prints JSON lines.
 
-Its result reports failures as an error name and a text, with the HTTP status only if the text quotes the service's
-response. Failures before the first turn, such as a missing login, are reported only on standard error.
+See npm `@google/gemini-cli` and https://geminicli.com/docs/cli/headless/. Its result reports failures as an error name
+and a text, with the HTTP status only if the text quotes the service's response. Failures before the first turn, such as
+a missing login, are reported only on standard error.
 """
 
 from __future__ import annotations
@@ -176,7 +177,7 @@ class GeminiAdapter:
         self._options = options
 
     def capabilities(self) -> frozenset[Capability]:
-        """Return the capabilities. Only a task's own home has our settings and keeps conversations."""
+        """Return the capabilities; only a task's own home has settings and conversations."""
         in_own = {Capability.MCP, Capability.PRE_EDIT, Capability.RESUME}
         return frozenset(in_own if self._options.has_own_home else ())
 
@@ -185,7 +186,7 @@ class GeminiAdapter:
         return (self._options.program("`npm install -g @google/gemini-cli`", ">=0.61,<1", _KEYS, _LOG_IN),)
 
     def command(self, request: SessionRequest) -> SessionCommand:
-        """Return the command line. Values without an option are set by settings in addition to the user's."""
+        """Return the command line; values without an option become settings."""
         options = self._options
         mode = options.approval_mode
         own = {_FOLDER: str(request.home)} if options.has_own_home else {}
@@ -229,7 +230,7 @@ class GeminiAdapter:
                 return ()
 
     def verdict(self, end: SessionEnd) -> Failed | None:
-        """Return the failure in the result if it has a class, or else the one on standard error."""
+        """Return the failure in the result if classified, else the one on standard error."""
         failed = concluded_failure(end)
         if failed is not None and failed.failure is FailureClass.CRASHED:
             failed = _earlier_failure(end) or _failure_reported(end.stderr) or failed
@@ -245,7 +246,7 @@ class GeminiAdapter:
 
 
 def _settings(options: GeminiOptions, request: SessionRequest) -> JsonObject:
-    """Return settings without updates and statistics, and with fewer than ten attempts.
+    """Return settings without updates and statistics, and with fewer attempts.
 
     The scheduler does further retries.
     """
@@ -348,13 +349,13 @@ def _failure(name: str, text: str) -> Failed:
 
 
 def _earlier_failure(end: SessionEnd) -> Failed | None:
-    """Return the last specific failure before the result, which lacks details about invalid answers."""
+    """Return the last specific failure before the result, which has less detail."""
     failures = [one.failed for one in end.events if isinstance(one, FinalResult) and one.failed is not None]
     return next((one for one in reversed(failures) if one.failure is not FailureClass.CRASHED), None)
 
 
 def _failure_reported(stderr: str) -> Failed | None:
-    """Return the failure in the error report, which has many lines with the status near the end."""
+    """Return the failure in an error report, which has its status near the end."""
     _, reported, report = stderr.rpartition(_REPORT)
     if not reported:
         return None

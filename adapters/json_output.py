@@ -45,7 +45,7 @@ def parse_object(line: str) -> JsonObject | None:
 
 
 def parse_plain_line(line: str) -> Sequence[SessionEvent]:
-    """Return the text of a line that is not an object as a message, unless it is part of an object."""
+    """Return a line as a message unless it is a JSON object or part of one."""
     return (AgentMessage(line),) if line.strip() and not line.startswith("{") else ()
 
 
@@ -59,13 +59,13 @@ def bridge_command(name: str, *arguments: str) -> tuple[str, ...]:
 
 
 def bridge_readable_paths() -> tuple[Path, ...]:
-    """Return the folders that a bridge must be able to read in any kind of installation."""
+    """Return the folders that a bridge must be able to read, in any installation."""
     places = (Path(sys.prefix), Path(sys.base_prefix), _BRIDGES.parent)
     return tuple(dict.fromkeys(place.absolute() for place in places))
 
 
 def parse_bridge_line(line: str) -> Sequence[SessionEvent]:
-    """Return the event in a line printed by a bridge; empty if it does not conform to the bridges' table."""
+    """Return the event in a bridge's line; empty if it does not conform to the table."""
     value = parse_object(line)
     fields = LINE_FIELDS.get(value["type"]) if value is not None and isinstance(value.get("type"), str) else None
     if value is None or fields is None or not all(isinstance(value.get(key), kind) for key, kind in fields.items()):
@@ -111,20 +111,20 @@ def _bridge_failure(value: JsonObject) -> Failed | None:
 def tool_event(
     name: str, given: Mapping[str, Any], path_keys: Sequence[str], detail_keys: Sequence[str], call: Any = None
 ) -> ToolCall:
-    """Return a tool call. `path_keys` are arguments with files, `detail_keys` are other arguments to show."""
+    """Return a tool call with the file arguments and other arguments to show."""
     paths = tuple(given[key] for key in path_keys if isinstance(given.get(key), str))
     details = [given[key] for key in detail_keys if isinstance(given.get(key), str)]
     return ToolCall(name, one_line((paths or details or ("",))[0]), paths, as_text(call) or None)
 
 
 def concluded_failure(end: SessionEnd) -> Failed | None:
-    """Return the failure in the program's last result, or None if it has no result or succeeded."""
+    """Return the failure in the last result, or None if missing or successful."""
     last = next((event for event in reversed(end.events) if isinstance(event, FinalResult)), None)
     return None if last is None else last.failed
 
 
 def detect_interruption(end: SessionEnd) -> Failed | None:
-    """Return the failure of a program that exited with 0 but without the result that it always prints.
+    """Return a failure if a program exited with 0 but without its final result.
 
     Returns None if it printed a result, or no conversation started.
     """

@@ -1,4 +1,4 @@
-"""Evaluate paths into JSON values: `usage.input_tokens`, `choices.0.text`, `parts.*.text`.
+"""Evaluate paths into JSON values, such as `choices.0.text` and `parts.*.text`.
 
 A path is a list of names separated by dots. In a list a name is an index from 0; `*` matches every element.
 `a.b + a.c` returns the values of both.

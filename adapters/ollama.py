@@ -1,6 +1,7 @@
-"""Adapter for Ollama models (https://docs.ollama.com/api), which have no tools, by a bridge.
+"""Adapter for Ollama models, which have no tools, run by a bridge.
 
-The bridge sends the task with a list of files and as many file contents as fit, and applies the model's answer.
+See https://docs.ollama.com/api. The bridge sends the task with a list of files and as many file contents as fit, and
+applies the model's answer.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""opencode, which prints JSON lines (npm `opencode-ai`, https://opencode.ai/docs/cli).
+"""opencode, which prints JSON lines.
 
-opencode prints no result: the session succeeded if its last step finished with `stop`. It retries five times. The
-reasons for retries, and the cause of an `UnknownError`, are only in its log, which is therefore sent to standard error.
+See npm `opencode-ai` and https://opencode.ai/docs/cli. opencode prints no result: the session succeeded if its last
+step finished with `stop`. It retries five times. The reasons for retries, and the cause of an `UnknownError`, are only
+in its log, which is therefore sent to standard error.
 """
 
 from __future__ import annotations
@@ -237,7 +238,7 @@ class OpencodeAdapter:
         return (self._options.program("`npm install -g opencode-ai`", ">=1.18,<2", _KEYS, _LOG_IN),)
 
     def command(self, request: SessionRequest) -> SessionCommand:
-        """Return the command line. opencode may do anything without asking unless its configuration denies it."""
+        """Return the command line; what the configuration does not deny is allowed."""
         options = self._options
         config = json.dumps(_config(options, request), ensure_ascii=False, sort_keys=True)
         own = {name: str(request.home / part) for name, part in _FOLDERS.items()} if options.has_own_home else {}
@@ -299,9 +300,9 @@ class OpencodeAdapter:
 
 
 def limit_plugin(stream: Literal["stdout", "stderr"]) -> Mapping[str, str]:
-    """Return the source of a plugin that ends opencode at a usage limit instead of waiting silently.
+    """Return the source of a plugin that ends opencode at a usage limit.
 
-    The wait could take hours. The plugin first prints a line to a stream, for `parse_limit`.
+    opencode would wait silently, possibly for hours. The plugin first prints a line to a stream, for `parse_limit`.
     """
     return {_LIMIT_FILE: _LIMIT.replace("STREAM", "1" if stream == "stdout" else "2")}
 
@@ -425,7 +426,7 @@ def _failure_of(name: str, data: JsonObject, event: JsonObject) -> Failed:
 
 
 def _instant(headers: Any, event: JsonObject) -> float | None:
-    """Return a limit's reset time from the response's Retry-After header (RFC 9110), or None."""
+    """Return the reset time in a Retry-After header (RFC 9110), or None."""
     value = as_text(headers.get("retry-after")) if isinstance(headers, dict) else ""
     if value.isascii() and value.isdigit() and len(value) < 10:
         then = as_count(event.get("timestamp"))

@@ -1,4 +1,4 @@
-"""The common options of adapters, with validation of arguments and environment variables."""
+"""The options of adapters, with validation of arguments and variables."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _BY_NAME: Final = "pass the variable by name only (`env: [NAME]`)"
 
 
 def check_argument(argument: str) -> str:
-    """Return a valid program argument. Raises ValueError if it is invalid or certainly a mistake."""
+    """Return a program argument. Raises ValueError if it is certainly a mistake."""
     if not argument or "\0" in argument:
         raise ValueError("an argument of the program is empty or contains a NUL character: give it text or remove it")
     return argument
@@ -131,7 +131,7 @@ def option_arguments(option: str, value: str | float | None) -> tuple[str, ...]:
 
 
 def own_home_variables(options: AdapterOptions, request: SessionRequest) -> dict[str, str]:
-    """Return HOME for programs without a setting for their folder, so that they use the task's home."""
+    """Return HOME as the task's home, for programs without a setting for their folder."""
     return {"HOME": str(request.home)} if options.has_own_home else {}
 
 
@@ -163,7 +163,7 @@ class AdapterOptions(BaseModel):
         return self.home == "own"
 
     def variables(self, passed: Sequence[str] = (), **preset: str) -> tuple[Mapping[str, str], tuple[str, ...]]:
-        """Return a session's variables, as in `SessionCommand.env` and `SessionCommand.pass_env`.
+        """Return a session's variables for `SessionCommand.env` and `pass_env`.
 
         `passed` and `preset` are the adapter's defaults, which the YAML file overrides.
         """
@@ -175,7 +175,7 @@ class AdapterOptions(BaseModel):
 
 
 class CliOptions(AdapterOptions):
-    """The common options of adapters for a specific CLI. Each has a `bin` with the name of its program."""
+    """The options of adapters for a specific CLI; `bin` is the name of its program."""
 
     bin: ProgramName
     """The program."""
@@ -185,7 +185,7 @@ class CliOptions(AdapterOptions):
     """Additional arguments, such as `[--verbose]`."""
 
     def program(self, install: str, supported: str, keys: Sequence[str], log_in: str, **more: Any) -> Program:
-        """Return the CLI's program; `install` is its install command, `supported` the tested versions."""
+        """Return the CLI's program, with its install command and tested versions."""
         remedy = f"install it ({install}), or correct `bin`"
         return Program(
             self.bin,

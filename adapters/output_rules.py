@@ -211,7 +211,7 @@ class OutputReader:
 
 
 def _facts(rule: OutputRule, line: str, value: Any) -> _Facts | None:
-    """Return the facts that a rule reads from a line, or None if the rule does not apply."""
+    """Return the values that a rule reads from a line, or None if it does not apply."""
     match = None if rule.match is None else re.search(rule.match, line[:MAX_LINE_CHARS], re.IGNORECASE)
     if rule.match is not None and match is None:
         return None
@@ -244,6 +244,6 @@ def _cost(value: Any) -> float | None:
 
 
 def _amount(text: str) -> float | None:
-    """Parse a number printed for users, such as `1,234`, `4.2k` or `$0.07`; return None if invalid."""
+    """Parse a number such as `1,234`, `4.2k` or `$0.07`; return None if invalid."""
     found = _AMOUNT.fullmatch(text.strip())
     return None if found is None else float(found[1].replace(",", "")) * _TIMES[found[2].lower()]

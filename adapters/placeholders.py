@@ -1,4 +1,4 @@
-"""Expand placeholders such as {prompt_file} in arguments; doubled braces are literal."""
+"""Expand placeholders such as {prompt_file}; doubled braces are literal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def placeholder_names(arguments: Iterable[str]) -> list[str]:
 
 
 def check_placeholders(argument: str, known: Sequence[str]) -> str:
-    """Return an argument with known placeholders. Raises ValueError if it is invalid or has others."""
+    """Return an argument. Raises ValueError if a placeholder is invalid or unknown."""
     for word in placeholder_names([argument]):
         if word not in known:
             listed = ", ".join(f"{{{name}}}" for name in known)
@@ -29,7 +29,7 @@ def check_placeholders(argument: str, known: Sequence[str]) -> str:
 
 
 def fill_placeholders(arguments: Iterable[str], values: Mapping[str, str]) -> tuple[str, ...]:
-    """Return arguments with their placeholders filled. Inserted values are not expanded again."""
+    """Return arguments with placeholders filled; values are not expanded again."""
 
     def fill(match: re.Match[str]) -> str:
         return values[match[2]] if match[2] is not None else f"{{{match[1]}}}"

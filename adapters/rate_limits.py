@@ -52,7 +52,7 @@ def limit_reset_time(text: str, now: float) -> float | None:
 
 
 def with_reset_time(failed: Failed | None, now: float) -> Failed | None:
-    """Return a failure, adding the reset time in its reason if it is a limit without a known one."""
+    """Return a failure; a limit without a reset time gets the one in its reason."""
     if failed is None or failed.failure is not FailureClass.RATE_LIMITED or failed.until is not None:
         return failed
     return replace(failed, until=limit_reset_time(failed.reason, now))

@@ -1,4 +1,4 @@
-"""Session contexts: one update and a listing of a hundred, compared with atomically renamed JSON files.
+"""Session contexts: an update and a listing, compared with renamed JSON files.
 
 python benchmarks/contexts.py [--quick] [--folder PATH]
 """

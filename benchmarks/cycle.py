@@ -1,4 +1,4 @@
-"""The whole cycle of many tasks by `council run`, compared with the same number of concurrent git commands.
+"""The whole cycle of many tasks by `council run`, compared with git commands.
 
     python benchmarks/cycle.py [--quick] [--repository PATH] [--folder PATH] [--sandbox KIND]
 
@@ -52,7 +52,7 @@ _AGENT: Final = ("sh", "-c", 'read -r name < "$0" && echo done > "$name"')
 def measure(
     *, quick: bool, folder: Path | None = None, repository: Path | None = None, sandbox: str = "auto"
 ) -> list[BenchmarkRow]:
-    """Return the rows of this benchmark. Raises RuntimeError on an unsuitable file system."""
+    """Return the rows. Raises RuntimeError on an unsuitable file system."""
     tasks, rounds = (QUICK_TASKS, 1) if quick else (TASKS, ROUNDS)
     with scratch_folder(folder) as place:
         kind = file_system_kind(place)

@@ -1,4 +1,4 @@
-"""The cost of an uncontended file lock, compared with raw `flock`, portalocker and filelock, and of ownership.
+"""The cost of a free file lock, compared with `flock`, portalocker and filelock.
 
     python benchmarks/locks.py [--quick] [--folder PATH]
 

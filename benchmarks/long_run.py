@@ -1,4 +1,7 @@
-"""A project with the record of a long run, created by the real recording code, for benchmarks of readers."""
+"""A project with the record of a long run, for benchmarks of readers.
+
+It is created by the real recording code.
+"""
 
 from __future__ import annotations
 
@@ -37,10 +40,10 @@ _PROMPT: Final = "Rewrite the module so that it reads its options from one place
 
 
 def make_project(top: Path, tasks: int, home: Path) -> Path:
-    """Create a repository in `top` with the record of a run that is three quarters done; return the log folder.
+    """Create a repository with the record of a long run; return the log folder.
 
-    Of every eight tasks four have landed, one of them at its second attempt, one has failed, one has changed nothing,
-    and two were not started.
+    The run is three quarters done: of every eight tasks four have landed, one of them at its second attempt, one has
+    failed, one has changed nothing, and two were not started.
     """
     subprocess.run(["git", "init", "--quiet", "-b", "main", str(top)], check=True)  # noqa: S607  git of the PATH
     project = Project(top)

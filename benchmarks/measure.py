@@ -1,4 +1,4 @@
-"""Measurements in pairs: subject and baseline alternate, and the result is the median of the ratios."""
+"""Measurements in pairs: subject and baseline alternate; the median ratio counts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkRow:
-    """A row of the table: a value in its unit, that of the baseline in the same run, and its limit."""
+    """A row of the table: a value, that of the baseline in the same run, and a limit."""
 
     what: str
     measured: float
@@ -67,7 +67,7 @@ def format_table(rows: Sequence[BenchmarkRow]) -> str:
 
 
 def measure_pairs(measured: Callable[[], Cost], baseline: Callable[[], Cost], rounds: int) -> list[tuple[Cost, Cost]]:
-    """Return the costs of both, alternating; each runs once before, so that files are in memory."""
+    """Return the costs of both, alternating, after one run each to warm up."""
     measured(), baseline()
     return [(measured(), baseline()) for _ in range(rounds)]
 
@@ -79,7 +79,7 @@ def median(values: Iterator[float] | Sequence[float]) -> float:
 def measure_command(
     argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None, code: int = 0
 ) -> Cost:
-    """Run a program to its end without output; return its cost, including the children it waited for.
+    """Run a program without output; return its cost, with the children it awaited.
 
     Raises RuntimeError for another exit code, which would measure something else.
     """
@@ -92,7 +92,7 @@ def measure_command(
 
 @contextmanager
 def measure_cost() -> Iterator[Callable[[], Cost]]:
-    """Measure the cost of the body, available after its end. Only awaited child processes count."""
+    """Measure the cost of the body; only awaited child processes count."""
     start, before = time.perf_counter(), _cpu()
     yield lambda: Cost(end - start, after - before)
     end, after = time.perf_counter(), _cpu()
@@ -104,7 +104,7 @@ def _cpu() -> float:
 
 
 def user_environment(bytecode: Path | None = None, **changes: str) -> dict[str, str]:
-    """Return the environment of a user: byte code is cached, in a folder if one is given, and output is buffered."""
+    """Return a user's environment, with buffered output and cached byte code."""
     unwanted = {"PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED"}
     kept = {} if bytecode is None else {"PYTHONPYCACHEPREFIX": str(bytecode)}
     return {name: value for name, value in os.environ.items() if name not in unwanted} | kept | changes
@@ -112,7 +112,7 @@ def user_environment(bytecode: Path | None = None, **changes: str) -> dict[str, 
 
 @contextmanager
 def scratch_folder(folder: Path | None) -> Iterator[Path]:
-    """Create a working folder: in `folder`, else in shared memory if available, else in the default place."""
+    """Create a working folder in `folder`, shared memory, or the default location."""
     parent = folder or (_SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else None)
     with TemporaryDirectory(prefix="council-bench-", dir=parent) as made:
         yield Path(made)

@@ -1,4 +1,4 @@
-"""Benchmark data: repositories, their clones, and the check for a suitable file system."""
+"""Repositories for benchmarks, and the check for a suitable file system."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _IDENTITY: Final = ("-c", "user.name=Benchmark", "-c", "user.email=benchmark@loc
 
 
 def file_system_kind(place: Path) -> str:
-    """Return the kind of a folder's file system. Raises RuntimeError for an ext4 without a journal."""
+    """Return a folder's file system. Raises RuntimeError for ext4 without a journal."""
     table = Path("/proc/self/mountinfo")
     if not table.exists():
         return "an unknown file system"

@@ -1,9 +1,9 @@
-"""Time to the first session of `council resume`, and of `council status`: a long run compared with a short one.
+"""The processor time of `council resume` and `council status` after a long run.
 
     python benchmarks/resume.py [--quick]
 
-Processor time of both commands on a killed run of 10,000 tasks, compared with one of 1,000 tasks. The resume is
-killed as soon as its first attempt is recorded, so that each one has to clean up the session of the one before.
+Both commands run on a killed run of 10,000 tasks, compared with one of 1,000 tasks. The resume is killed as soon as its
+first attempt is recorded, so that each one has to clean up the session of the one before.
 """
 
 from __future__ import annotations

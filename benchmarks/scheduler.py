@@ -88,7 +88,7 @@ def _through_board(entries: Mapping[str, DispatchEntry]) -> tuple[float, float]:
 
 
 def run_all_tasks(board: DispatchBoard, tasks: int) -> float:
-    """Pick and land all tasks, `CAPACITY` at a time; return the processor seconds of the decisions."""
+    """Pick and land all tasks; return the processor seconds of the decisions."""
     now, deciding = 0.0, 0.0
     while tasks:
         begin = time.thread_time()
@@ -123,7 +123,7 @@ def _forget_cycles() -> None:
 
 
 def _memory(name: str, tasks: int) -> BenchmarkRow:
-    """Return the peak memory that the board of all tasks adds to a process, from the first pick to the last."""
+    """Return the peak memory that the board of all tasks adds to a process."""
     argv = [sys.executable, __file__, "--memory", name, str(tasks)]
     grown = int(subprocess.run(argv, check=True, capture_output=True).stdout)
     return BenchmarkRow(f"memory, {tasks:,} tasks, {name}", grown / 1e6, "MB", limit=MEMORY_LIMIT)

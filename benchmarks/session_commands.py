@@ -1,4 +1,4 @@
-"""The duration of a session command and of the hook before an edit, from start to end.
+"""The duration of a session command and of the hook before an edit.
 
     python benchmarks/session_commands.py [--quick]
 

@@ -1,4 +1,7 @@
-"""Processes that share one store, for `benchmarks/state.py`: `python -m benchmarks.shared_store JOB FOLDER COUNT`."""
+"""Processes that share one store, for `benchmarks/state.py`.
+
+Usage: `python -m benchmarks.shared_store JOB FOLDER COUNT`.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ def measure_claims(place: Path, *, quick: bool) -> list[BenchmarkRow]:
 
 
 def measure_watching(place: Path, *, quick: bool) -> list[BenchmarkRow]:
-    """Return the cost of waiting for a change, and the delay until another process sees one."""
+    """Return the cost of waiting for a change, and its delay to another process."""
     changes, idle = (3, 0.2) if quick else (40, 5.0)
     argv = [sys.executable, "-m", "benchmarks.shared_store", "watch", str(place), str(changes)]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as watcher:
@@ -74,7 +77,10 @@ def measure_watching(place: Path, *, quick: bool) -> list[BenchmarkRow]:
 
 
 def measure_many_processes(place: Path, *, quick: bool) -> list[BenchmarkRow]:
-    """Return the time of a durable commit of one of eight writers until fifty readers have seen it."""
+    """Return the time until fifty readers have seen a durable commit of a writer.
+
+    Eight writers commit concurrently.
+    """
     each = 5 if quick else 100
     readers = _start("follow", place, READERS, each * CLAIMERS)
     writers = _start("commit", place, CLAIMERS, each)
@@ -166,7 +172,7 @@ async def _watch(place: Path, changes: int) -> None:
 
 
 async def _claim(place: Path, _tasks: int, me: int, begin: Callable[[], None]) -> None:
-    """Claim any task of the highest priority by a commit that removes it from the queue."""
+    """Claim tasks of the highest priority by commits that remove them from the queue."""
     dice, claimed, took = random.Random(me), list[int](), list[float]()  # noqa: S311  no secret
     async with FileStore.open(place, SystemClock()) as store:
         begin()
@@ -228,7 +234,7 @@ def print_json(facts: dict[str, Any]) -> None:
 
 
 def _fork(job: Callable[..., Any], place: Path, number: int, processes: int) -> int:
-    """Run a job in many processes, forked after the imports; they start together once stdin ends."""
+    """Run a job in many processes, which start together once stdin ends."""
     ready, tell = os.pipe()
 
     def begin() -> None:

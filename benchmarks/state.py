@@ -1,9 +1,10 @@
-"""The file store compared with SQLite (WAL): commits, opening a long log, compression, and many processes.
+"""The file store compared with SQLite (WAL).
 
     python benchmarks/state.py [--quick] [--folder PATH]
 
-Documents are 1.8 kB of JSON, like those of tasks; 40 tasks commit at once, as in a run. Durable commits are comparable
-only on a device with a real fsync: one whose fsync takes no time is rejected.
+Measured are commits, opening a long log, compression, and many processes. Documents are 1.8 kB of JSON, like those of
+tasks; 40 tasks commit at once, as in a run. Durable commits are comparable only on a device with a real fsync: one
+whose fsync takes no time is rejected.
 """
 
 from __future__ import annotations

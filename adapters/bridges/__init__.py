@@ -1,4 +1,5 @@
-"""Programs that wrap other interfaces as line-printing CLIs. Each runs as a separate process.
+"""Programs that wrap other interfaces as CLIs that print lines.
 
-They are independent: they import nothing from `orchestrator`, and dependencies beyond the standard library are extras.
+Each runs as a separate process. They are independent: they import nothing from `orchestrator`, and dependencies beyond
+the standard library are extras.
 """

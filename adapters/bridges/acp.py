@@ -1,4 +1,4 @@
-"""Run an Agent Client Protocol agent for one prompt, and print its events as lines of JSON.
+"""Run an Agent Client Protocol agent for a prompt; print events as JSON lines.
 
     python3 -P acp.py --prompt-file FILE --worktree FOLDER [OPTION]... -- AGENT [ARGUMENT]...
     python3 -P acp.py --ready
@@ -86,7 +86,7 @@ class _OneLineFormatter(logging.Formatter):
 
 
 class _Client:
-    """The client side of the protocol, which handles the agent's updates and requests (`acp.interfaces.Client`)."""
+    """The client side of the protocol (`acp.interfaces.Client`)."""
 
     def __init__(self, worktree: ConfinedWorktree) -> None:
         self._worktree = worktree
@@ -103,11 +103,11 @@ class _Client:
 
     @property
     def cost(self) -> float | None:
-        """US dollars, excluding the cost of the conversation before it was loaded, or None if unknown."""
+        """US dollars spent since the conversation was loaded, or None if unknown."""
         return None if self._cost is None else max(self._cost - self._cost_before, 0.0)
 
     async def settle(self) -> None:
-        """Wait until a loaded conversation is replayed. Gemini CLI reports it as loaded before that."""
+        """Wait until a conversation is replayed, which may be after it is loaded."""
         with anyio.move_on_after(_PATIENCE):
             rest = _QUIET
             while rest > 0:
@@ -178,7 +178,7 @@ class _Client:
         limit: int | None = None,
         **_: Any,
     ) -> schema.ReadTextFileResponse:
-        """Return a file in the worktree, or `limit` of its lines starting at `line` (from 1)."""
+        """Return a file in the worktree, or `limit` lines starting at `line` (from 1)."""
         place = self._locate(path)
         try:
             text = await anyio.to_thread.run_sync(partial(place.read_text, encoding="utf-8", errors="replace"))
@@ -238,7 +238,7 @@ def _command_of(call: schema.ToolCallStart | schema.ToolCallProgress) -> str:
 
 
 def _detail(title: str, command: str, paths: Sequence[str]) -> str:
-    """Return a tool call as one line: the agent's title and, unless contained in it, the main argument."""
+    """Return a tool call as one line: title and, if not contained, main argument."""
     argument = command or next(iter(paths), "")
     named = argument in title or (not command and Path(argument).name in title)
     return " ".join(f"{title} {'' if named else argument}".split())
@@ -377,7 +377,7 @@ def _message_in(text: str) -> str:
 
 
 def _failure(code: int, message: str) -> str:
-    """Return the failure class of an error, whose code may be the HTTP status of the model's API."""
+    """Return the failure class of an error code, which may be an HTTP status."""
     found = _STATUS.search(message)
     status = int(found[1]) if found is not None else code if code < 600 else 0
     by_status = failure_name_for_status(status)

@@ -1,4 +1,4 @@
-"""Parse a model's answer into files and diffs, and apply them to a worktree, all or nothing."""
+"""Parse a model's response into files and diffs, and apply them all or none."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _ODD_MODE: Final = re.compile(r"^(?:new file mode|new mode|index \S+) (?:120000|
 
 
 class UnusableAnswerError(Exception):
-    """The answer can't be applied: it is truncated, contradictory, or does not match the files."""
+    """The response is truncated, contradictory, or does not match the files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class ProposedChanges:
 
 
 def parse_answer(text: str) -> ProposedChanges:
-    """Return the changes in an answer; other blocks are prose.
+    """Return the changes in a response; ignore all other code blocks.
 
     Raises UnusableAnswerError if the answer is truncated.
     """
@@ -82,7 +82,7 @@ def parse_answer(text: str) -> ProposedChanges:
 
 
 def _separate_files(diff: str) -> str:
-    """Return a diff with a separator between its files, because git must not trust a model's line counts."""
+    """Separate the files of a diff, since git must not trust a model's line counts."""
     return _HEADER.sub(lambda found: found[1] + ("" if found[1] else "diff -u\n") + found[2], f"{diff.rstrip()}\n")
 
 

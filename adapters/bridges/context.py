@@ -1,4 +1,4 @@
-"""Describe a worktree to a model without tools: file names, and as many file contents as fit."""
+"""Describe a worktree to a model without tools: file names and some contents."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WORD: Final = re.compile(r"[\w.+-]+")
 
 
 def describe_worktree(worktree: ConfinedWorktree, prompt: str, budget: int) -> str:
-    """Return the worktree's file names, and the contents of the files most relevant to the prompt.
+    """Return a worktree's file names, and the contents most relevant to the prompt.
 
     The result has at most `budget` bytes. Only contents of text files are included; symlinks are not followed.
     """

@@ -19,7 +19,7 @@ _Started = schema.NewSessionResponse | schema.LoadSessionResponse
 
 @dataclass(frozen=True, slots=True)
 class ConversationRequest:
-    """The settings of a conversation; `resume` is the agent's id of an earlier conversation.
+    """The settings of a conversation; `resume` is the id of an earlier one.
 
     Each server has a `name`, and either a `url` or a command `argv` with the names of its variables `env`.
     """
@@ -39,7 +39,7 @@ def check_can_resume(known: schema.InitializeResponse) -> None:
 
 
 def mcp_servers_for(known: schema.InitializeResponse, asked: Iterable[Mapping[str, Any]]) -> _Servers:
-    """Return the servers that an agent supports, in protocol format, with variables from our environment."""
+    """Return the servers that an agent supports, with variables from our environment."""
     ability = known.agent_capabilities
     takes_urls = ability is not None and ability.mcp_capabilities is not None and bool(ability.mcp_capabilities.http)
     servers: _Servers = []

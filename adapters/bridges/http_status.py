@@ -18,7 +18,7 @@ _STATUSES: Final[Mapping[int, str]] = {
 
 
 def failure_name_for_status(status: int) -> str | None:
-    """Return the name of an HTTP status's failure class, or None if it is not a failure."""
+    """Return the failure class of an HTTP status, or None if it is not a failure."""
     if status >= 500:
         return "overloaded"
     return _STATUSES.get(status, "invalid") if status >= 400 else None

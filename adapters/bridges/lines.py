@@ -1,4 +1,4 @@
-"""The output of bridges: one JSON object per line, with a `type` and the fields in a table."""
+"""The output of bridges: one JSON object per line, with a `type` and its fields."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run one task in a worktree with an Ollama model, and print events as lines of JSON.
+"""Run a task in a worktree with an Ollama model; print events as JSON lines.
 
     python3 -P ollama.py --host URL --model M --prompt-file FILE --worktree FOLDER --context TOKENS [OPTION]...
     python3 -P ollama.py --host URL --model M --ready

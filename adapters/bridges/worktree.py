@@ -1,4 +1,4 @@
-"""Resolve paths in the worktree, the only folder that a bridge reads and writes for an agent."""
+"""Resolve paths in the worktree, the only folder that a bridge may access."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ class OutsideWorktreeError(Exception):
 
 
 class ConfinedWorktree:
-    """A worktree, given its top folder. Symlinks are resolved before a path is checked."""
+    """A worktree, given its root. Symlinks are resolved before a path is checked."""
 
     def __init__(self, top: Path) -> None:
         self.top = Path(os.path.realpath(top))
 
     def locate(self, name: str) -> Path:
-        """Return the absolute path of `name` (absolute, or relative to the top), with symlinks resolved.
+        """Return the absolute path of `name`, with symlinks resolved.
 
-        Raises OutsideWorktreeError if the path is outside the worktree, is the worktree itself, or belongs to git.
+        `name` is absolute, or relative to the root. Raises OutsideWorktreeError if the path is outside the worktree, is
+        the worktree itself, or belongs to git.
         """
         path = self.place(name)
         if path == self.top:

@@ -1,8 +1,8 @@
-"""The contract of every adapter, as tests: subclass `AdapterContract` and set the adapter type.
+"""The contract of every adapter, as tests: subclass `AdapterContract`.
 
-class TestMyAdapter(AdapterContract):
-    adapter_type = MyAdapter
-    options = {"model": "small"}
+    class TestMyAdapter(AdapterContract):
+        adapter_type = MyAdapter
+        options = {"model": "small"}
 """
 
 # ruff: noqa: S101  this module is a test suite
@@ -92,7 +92,7 @@ class RecordingMeaning:
 
 
 class AdapterContract(OptionsContract):
-    """The suite: `adapter_type` is the class that the plugin registers, `options` a valid mapping as in YAML.
+    """The suite for `adapter_type`, an adapter class, with valid `options` as in YAML.
 
     A validator of `Options` reports a problem and its fix with `ValueError("problem: remedy")`.
     """
@@ -158,7 +158,10 @@ class AdapterContract(OptionsContract):
         assert passed == can
 
     def test_home_entries_have_valid_names_and_targets(self, tmp_path: Path) -> None:
-        """Names are relative paths inside the home; links have absolute targets or targets in the user's home."""
+        """Names are relative paths in the home; links have targets in the user's home.
+
+        Links may also have absolute targets.
+        """
         for command in self.commands(tmp_path):
             home = command.home or SessionHome()
             for name in (*home.files, *home.links, *home.settings):
@@ -214,7 +217,7 @@ class AdapterContract(OptionsContract):
             assert odd == []
 
     def test_environment_names_and_values_are_valid(self, tmp_path: Path) -> None:
-        """Variables have portable names without the prefix COUNCIL_, and values without NUL."""
+        """Variables have portable names without COUNCIL_, and values without NUL."""
         for command in self.commands(tmp_path):
             assert not isinstance(command.pass_env, str), "pass_env must be a list of names"
             for name in (*command.env, *command.pass_env):
@@ -227,7 +230,7 @@ class AdapterContract(OptionsContract):
     def test_verdict_on_any_output_is_a_failure_class_or_none(
         self, said: str, code: int | None, number: int | None
     ) -> None:
-        """The same end always results in the same verdict: None, or a failure class with a reason."""
+        """The same end always has the same verdict: None, or a failure with a reason."""
         adapter = self.adapter_type(self.validated())
         end = SessionEnd(exit=code, signal=number, time=1_000_000.0, stdout=said, stderr=said)
         verdict = adapter.verdict(end)
@@ -238,7 +241,7 @@ class AdapterContract(OptionsContract):
             assert verdict.until is None or math.isfinite(verdict.until)
 
     def test_programs_are_described_completely(self) -> None:
-        """Programs are names or absolute paths with an install command; the version range is valid."""
+        """Programs have a name or absolute path, an install command, and valid versions."""
         for program in self.adapter_type(self.validated()).programs():
             assert isinstance(program, Program), "programs() must return a list of Program"
             assert program.name, "the program has no name"
@@ -279,7 +282,7 @@ class AdapterContract(OptionsContract):
             )
 
     def test_account_limit_parks_the_adapter_until_its_end(self) -> None:
-        """Each end in `limits` starts a cooldown of the adapter until the time that the program reported."""
+        """Each end in `limits` starts a cooldown until the reported time."""
         adapter = self.adapter_type(self.validated())
         for end, until in self.limits:
             parsed = [event for line in end.stdout.splitlines() for event in adapter.parse(line)]

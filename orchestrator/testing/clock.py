@@ -24,7 +24,7 @@ class ManualClock:
         return self._passed
 
     async def wait(self, event: anyio.Event, until: float | None) -> None:
-        """Wait for `event`, which the clock sets when it reaches `until` (monotonic seconds)."""
+        """Wait for `event`, which is set when the clock reaches `until` (seconds)."""
         if until is not None:
             self._waiting.append((until, event))
             if self._more_wait is not None:
@@ -38,7 +38,7 @@ class ManualClock:
         self._ring()
 
     async def wait_until_awaited(self, until: float) -> None:
-        """Wait until there is a waiter for this monotonic time, which `advance` can then wake."""
+        """Wait until a task waits for this monotonic time, so that `advance` can wake it."""
         while until not in (one for one, _ in self._waiting):
             more = self._more_wait = anyio.Event()
             await more.wait()

@@ -1,8 +1,8 @@
-"""Run the adapter contract for a configured adapter: `python -m orchestrator.testing.contract_run`.
+"""Run the adapter contract for a configured adapter.
 
-It reads a JSON object from standard input, `{"use", "options", "places"}`: the adapter type, its options as in the YAML
-file, and the folders of local plugins. It prints one JSON object, `{"results": [{"test", "rule", "passed",
-"output"}]}`, or `{"error"}` if the contract can't be run.
+`python -m orchestrator.testing.contract_run` reads a JSON object from standard input, `{"use", "options", "places"}`:
+the adapter type, its options as in the YAML file, and the folders of local plugins. It prints one JSON object,
+`{"results": [{"test", "rule", "passed", "output"}]}`, or `{"error"}` if the contract can't be run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The contract of every plugin's options, included in the contracts of adapters, sinks and trackers."""
+"""The contract of the options of every adapter, sink and tracker."""
 
 # ruff: noqa: S101  this module is a test suite
 
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 
 class OptionsContract(ABC):
-    """The suite for `Options`, which are validated once, stored as JSON and restored on `resume`."""
+    """The suite for `Options`: validated once, stored as JSON, restored on `resume`."""
 
     own_keys: ClassVar[frozenset[str]]
     """The reserved keys of the section's entries, which options can't use."""

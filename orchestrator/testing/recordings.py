@@ -14,7 +14,7 @@ RECORDING_TIME = 1_790_000_000.0
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """One run of a program: its name and version, its exit code or signal, and its output lines."""
+    """One run of a program: name, version, exit code or signal, and output lines."""
 
     program: str
     exit: int | None

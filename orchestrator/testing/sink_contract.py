@@ -47,7 +47,7 @@ _DATA: Sequence[tuple[str, JsonObject]] = (
 
 
 def sample_events(first: int = 1, run: str = _RUN) -> list[RecordedEvent]:
-    """Return events of many kinds, one of them unknown, at every second position from `first`."""
+    """Return events of many kinds, one unknown, at every second position."""
     return [
         RecordedEvent(first + 2 * index, 1_767_265_200.125 + index, Event(kind, {"run": run, **data}))
         for index, (kind, data) in enumerate(_DATA)

@@ -1,10 +1,10 @@
-"""The contract of every tracker, as tests: subclass `TrackerContract` in a test module.
+"""The contract of every tracker, as tests: subclass `TrackerContract`.
 
-class TestMyTracker(TrackerContract):
-    tracker_type = MyTracker
+    class TestMyTracker(TrackerContract):
+        tracker_type = MyTracker
 
-    def given(self, folder):                # options of a list with at least two open tasks
-        ...
+        def given(self, folder):                # options of a list with at least two open tasks
+            ...
 
 Needs pytest with pytest-asyncio in its auto mode (or mark your subclass `pytest.mark.asyncio`).
 """
@@ -53,7 +53,7 @@ class TrackerContract(OptionsContract):
                 await tracker.send(events)
 
     async def test_open_tasks_are_valid_tasks_of_a_file(self, tmp_path: Path) -> None:
-        """Ids are valid and unique regardless of case; prompts are not empty; `needs` refer to tasks in the list."""
+        """Ids are unique in any case, prompts not empty, `needs` refer to listed tasks."""
         tasks = await self.open_tasks(self.validated(tmp_path))
         assert len(tasks) >= 2, "given() must select a list with at least two open tasks"
         ids = [check_name(task.id) for task in tasks]
@@ -84,7 +84,7 @@ class TrackerContract(OptionsContract):
         assert [task.id for task in await self.open_tasks(options)] == [task.id for task in tasks]
 
     async def test_events_of_other_tasks_are_accepted(self, tmp_path: Path) -> None:
-        """A tracker receives every event of the run, including those of tasks not in its list."""
+        """A tracker receives all events of the run, also those of tasks not in its list."""
         options = self.validated(tmp_path)
         tasks = await self.open_tasks(options)
         others = [one for one in sample_events() if one.event.data.get("task") not in {task.id for task in tasks}]

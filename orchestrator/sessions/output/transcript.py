@@ -183,7 +183,7 @@ def parse_lines(adapter: Adapter, lines: Iterable[bytes]) -> Iterator[SessionEve
 
 
 def _lines(stream: IO[bytes]) -> Iterator[bytes]:
-    """Yield lines with bounded memory: a longer line is truncated just above the limit."""
+    """Yield lines with bounded memory, truncating longer ones just above the limit."""
     while line := stream.readline(MAX_LINE_BYTES + 1):
         rest = line
         while not rest.endswith(b"\n") and (rest := stream.readline(MAX_LINE_BYTES)):

@@ -115,7 +115,10 @@ async def resolve_host(host: str) -> Sequence[Address]:
 
 @dataclass(slots=True)
 class Proxy:
-    """The proxy of a session to `hosts` (as in `network.allow`), with password `token`."""
+    """A session's proxy to `hosts`, in the format of `network.allow`.
+
+    `token` is the session's proxy password.
+    """
 
     hosts: Sequence[str]
     resolve: Resolver = resolve_host

@@ -161,7 +161,7 @@ class Shell:
 
     @property
     def marker(self) -> bytes:
-        """The environment variable that identifies a command's processes unless they clear it."""
+        """The variable that identifies a command's processes unless they clear it."""
         return b"HOME=" + os.fsencode(self.scope.scratch)
 
     async def run(self, command: ShellCommand) -> ShellResult:
