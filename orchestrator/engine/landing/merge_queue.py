@@ -15,9 +15,7 @@ from typing import assert_never
 
 import anyio
 
-from orchestrator.domain.events.tasks import (
-    TaskLanding,
-)
+from orchestrator.domain.events.tasks import TaskLanding
 from orchestrator.domain.runs.model import LandingIntent
 from orchestrator.domain.runs.retry import retry_delay
 from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, TaskStatus, Trigger
@@ -223,7 +221,8 @@ class MergeQueue:
                 case DeferredLanding():
                     break
                 case StaleTarget():
-                    await self._pause(retry_delay(_ROUND_BACKOFF, number))
+                    if number < MAX_MERGE_ROUNDS:
+                        await self._pause(retry_delay(_ROUND_BACKOFF, number))
         else:
             for task in tasks:
                 await self.outcomes.defer(task, _TARGET_BUSY)

@@ -25,9 +25,9 @@ from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.intake.quarantine import Quarantine
 from orchestrator.repo.intake.session_commits import SessionCommits
 from orchestrator.repo.intake.session_refs import SessionRefs, read_session_refs
-from orchestrator.repo.intake.staging import StagingArea, remove_blocking_files, stage_files
+from orchestrator.repo.intake.staging import StagingArea, make_readable, stage_files
 from orchestrator.repo.worktrees.change_detection import TreeDiff
-from orchestrator.repo.worktrees.file_trees import is_folder, restore_access
+from orchestrator.repo.worktrees.file_trees import is_folder
 from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.system.failpoints import failpoint
 
@@ -88,10 +88,14 @@ async def _collect_all(
     )
 
 
-def _open(worktree: Worktree, diff: TreeDiff | None) -> tuple[list[str], SessionRefs]:
-    """Make a session's folders accessible; return the exceptions and the refs. Blocks."""
-    unread = [*restore_access(worktree.tree, diff), *restore_access(worktree.git_dir)]
-    return unread, read_session_refs(worktree.git_dir)
+def _open(worktree: Worktree, diff: TreeDiff | None) -> tuple[list[str] | None, SessionRefs]:
+    """Make a session's folders readable; return the exceptions and the refs. Blocks.
+
+    The exceptions are None without a checkout.
+    """
+    unread = make_readable(worktree.git_dir) if is_folder(worktree.git_dir) else []
+    refs = read_session_refs(worktree.git_dir)
+    return (unread + make_readable(worktree.tree, diff) if is_folder(worktree.tree) else None), refs
 
 
 async def _own_commits(history: SessionCommits, refs: SessionRefs) -> tuple[str, tuple[str, ...]]:
@@ -111,7 +115,7 @@ async def _collect_files(
     head: str | None,
     message: str,
     diff: TreeDiff | None,
-    unread: Sequence[str],
+    unread: Sequence[str] | None,
 ) -> CollectedWork:
     git, worktree, base = history.git, history.worktree, history.base
     staged = await _stage(history, diff, unread)
@@ -147,13 +151,11 @@ class _Staged:
     changes: Sequence[FileChange] = ()
 
 
-async def _stage(history: SessionCommits, diff: TreeDiff | None, unread: Sequence[str]) -> _Staged:
+async def _stage(history: SessionCommits, diff: TreeDiff | None, unread: Sequence[str] | None) -> _Staged:
     """Stage all allowed files of the checkout; the folders `unread` can't be opened."""
     worktree = history.worktree
-    blocked = await anyio.to_thread.run_sync(_clear_blocking_files, worktree, diff)
-    if blocked is None:
+    if unread is None:
         return _Staged("its worktree was removed or replaced")
-    unread = [*unread, *blocked]
     quarantine = Quarantine(worktree.import_folder / "files", worktree.hub.objects)
     slot, git = worktree.slot, history.git
     if slot is not None and slot.is_sparse:
@@ -171,18 +173,6 @@ async def _stage(history: SessionCommits, diff: TreeDiff | None, unread: Sequenc
     if problem is not None:
         reasons.append(f"some files could not be staged ({problem}); they are in {worktree.tree}")
     return _Staged("; ".join(reasons) or None, tuple(sorted(map(printable_name, staged.refused))), staged.changes)
-
-
-def _clear_blocking_files(worktree: Worktree, diff: TreeDiff | None) -> list[str] | None:
-    """Remove files that git would block on; return the folders that can't be opened.
-
-    Returns None without a checkout.
-    """
-    if not is_folder(worktree.tree):
-        return None
-    if is_folder(worktree.git_dir):
-        remove_blocking_files(worktree.git_dir)
-    return remove_blocking_files(worktree.tree, diff)
 
 
 def _describe_nested_repository(changes: Iterable[FileChange]) -> str | None:

@@ -12,6 +12,7 @@ import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import anyio.to_thread
@@ -21,6 +22,7 @@ from orchestrator.repo.git.command import FileChange, Git, join_nul, parse_raw_d
 from orchestrator.repo.intake.inspection import IntakeRules, find_rejected_paths
 from orchestrator.repo.intake.quarantine import Quarantine
 from orchestrator.repo.worktrees.change_detection import TreeDiff
+from orchestrator.repo.worktrees.file_trees import grant_access, walk_folders
 
 #: Time limit in seconds for git to read an agent's tree: it would block forever on a pipe.
 STAGING_TIMEOUT = 120.0
@@ -36,6 +38,9 @@ _NO_PRELOAD = ("-c", "core.preloadIndex=false")
 
 # Git opens files with these names in any folder, whatever their type.
 _READ_BY_GIT = frozenset({".gitignore", ".gitattributes", ".gitmodules"})
+
+#: Git can't open longer paths (bytes, with a final NUL).
+_PATH_MAX = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,56 +239,69 @@ async def _add_matching(
     )
 
 
-def remove_blocking_files(tree: Path, diff: TreeDiff | None = None) -> list[str]:
-    """Remove the pipes, sockets and devices that git would open and block on. Blocks.
+def make_readable(tree: Path, diff: TreeDiff | None = None) -> list[str]:
+    """Make files readable and remove those that git would block on. Blocks.
 
-    Returns the folders that can't be opened; git skips them with a warning. With `diff` (the changes in a checkout),
-    only changed paths are examined. Git opens every file with a name such as `.gitignore`, and the contents of a `.git`
-    folder or of any folder that a `.git` file points to. So all pipes are removed; they can't be committed anyway.
+    Git opens every file with a name such as `.gitignore`, and the contents of a `.git` folder or of any folder that a
+    `.git` file points to. So all pipes, sockets and devices are removed; they can't be committed anyway. With `diff`
+    (the changes in a checkout), only changed paths are examined. Returns the folders that git can't open, which it
+    skips with a warning. No process of the session may be running.
     """
     unread: list[str] = []
-    starts = [""] if diff is None else [*diff.changed, *diff.added, *diff.replaced]
-    for path in [path for start in starts for path in find_blocking_files(tree / start, unread, anywhere=True)]:
-        path.unlink(missing_ok=True)
+    for folder in () if diff is None else sorted(diff.touched_folders):
+        grant_access(tree / folder.strip("/"))
+    for start in [""] if diff is None else sorted((*diff.changed, *diff.added, *diff.replaced)):
+        top = tree / start
+        if _would_block(top, follow=top.name == ".gitmodules"):  # git follows no other links in a checkout
+            top.unlink(missing_ok=True)
+        else:
+            walk_folders(top, partial(_make_entries_readable, top, unread), unread)
     return unread
 
 
-def find_blocking_files(tree: Path, unread: list[str] | None = None, *, anywhere: bool = False) -> Iterator[Path]:
-    """Find files that git would block on; add unreadable folders to `unread`. Blocks."""
+def _make_entries_readable(top: Path, unread: list[str], folder: int, names: list[str]) -> list[str]:
+    """Make the files of a folder readable for git; return its subfolders."""
+    path = "/".join((str(top), *names))
+    if len(os.fsencode(path)) >= _PATH_MAX:
+        unread.append(path)
+        return []
+    in_git = ".git" in names
+    below = []
+    with os.scandir(folder) as scan:
+        entries = list(scan)
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            below.append(entry.name)
+        elif entry.is_file(follow_symlinks=False):
+            grant_access(entry.name, folder)
+        elif _would_block(entry.name, folder, follow=in_git or entry.name == ".gitmodules"):
+            os.unlink(entry.name, dir_fd=folder)
+    return below
+
+
+def find_blocking_files(tree: Path) -> Iterator[Path]:
+    """Find files in a checkout that git would block on. Blocks."""
     waiting = [(str(tree), False)]
-    if not tree.is_dir() or tree.is_symlink():
-        waiting.clear()
-        # Git follows no other links in a checkout.
-        if anywhere and _would_block(tree, follow=tree.name == ".gitmodules"):
-            yield tree
     while waiting:
         folder, in_git = waiting.pop()
         try:
             with os.scandir(folder) as scan:
                 entries = list(scan)
         except OSError:  # unreadable, or longer than the path limit: git can't read it either
-            if unread is not None:
-                unread.append(folder)
             continue
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
                 waiting.append((entry.path, in_git or entry.name == ".git"))
-            elif (anywhere or in_git or entry.name in _READ_BY_GIT) and _blocks(entry, in_git=in_git):
+                continue
+            follow = in_git or entry.name == ".gitmodules"
+            if (follow or entry.name in _READ_BY_GIT) and _would_block(entry.path, follow=follow):
                 yield Path(entry.path)
 
 
-def _blocks(entry: os.DirEntry[str], *, in_git: bool) -> bool:
-    # The entry types save a stat call per file.
-    if entry.is_file(follow_symlinks=False):
-        return False
-    follow = in_git or entry.name == ".gitmodules"
-    return _would_block(Path(entry.path), follow=follow)
-
-
-def _would_block(path: Path, *, follow: bool = False) -> bool:
+def _would_block(path: str | Path, folder: int | None = None, *, follow: bool = False) -> bool:
     """Return whether reading a file may block until there is a writer."""
     try:
-        mode = path.stat(follow_symlinks=follow).st_mode
+        mode = os.stat(path, dir_fd=folder, follow_symlinks=follow).st_mode
     except OSError:  # a dangling link
         return False
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode))

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Final
 
 from orchestrator.errors import GitError
-from orchestrator.repo.worktrees.change_detection import TreeDiff
 from orchestrator.system.process import CompletedCommand, run
 
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -57,7 +56,7 @@ def walk_folders(top: Path, visit: Callable[[int, list[str]], Iterable[str]], un
     """
     names: list[str] = []
     try:
-        _grant(top)
+        grant_access(top)
         at = os.open(top, _DIRECTORY)
     except OSError:
         if unread is not None and is_folder(top):
@@ -72,7 +71,7 @@ def walk_folders(top: Path, visit: Callable[[int, list[str]], Iterable[str]], un
             if ahead[-1]:
                 name = ahead[-1].pop()
                 try:
-                    _grant(name, at)
+                    grant_access(name, at)
                     below = os.open(name, _DIRECTORY, dir_fd=at)
                 except OSError:
                     if unread is None:
@@ -91,33 +90,7 @@ def walk_folders(top: Path, visit: Callable[[int, list[str]], Iterable[str]], un
         os.close(at)
 
 
-def restore_access(tree: Path, diff: TreeDiff | None = None) -> list[str]:
-    """Make all files and folders of a checkout readable for their owner. Blocks.
-
-    Returns the folders that still can't be opened; git silently skips these. With `diff` (the changes in a checkout),
-    only changed paths are examined. No process of the session may be running.
-    """
-
-    def visit(folder: int, _: list[str]) -> list[str]:
-        below = []
-        with os.scandir(folder) as scan:
-            for entry in scan:
-                if entry.is_dir(follow_symlinks=False):
-                    below.append(entry.name)
-                elif entry.is_file(follow_symlinks=False):
-                    _grant(entry.name, folder)
-        return below
-
-    unread: list[str] = []
-    starts = [""] if diff is None else [*diff.added, *diff.replaced]
-    for path in () if diff is None else sorted((*diff.touched_folders, *diff.changed, *diff.added)):
-        _grant(tree / path.strip("/"))
-    for start in starts:
-        walk_folders(tree / start, visit, unread)
-    return unread
-
-
-def _grant(path: str | Path, folder: int | None = None) -> None:
+def grant_access(path: str | Path, folder: int | None = None) -> None:
     """Give the owner read permission on a file, or all permissions on a folder.
 
     If the owner is another user, gives the permissions to all users.
