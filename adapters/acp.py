@@ -1,11 +1,11 @@
 """Adapter for agents that use the Agent Client Protocol, run by a bridge.
 
-    # https://agentclientprotocol.com
-    adapters:
-      gemini:
-        use: acp
-        argv: [gemini, --acp]
-        env: [GEMINI_API_KEY]
+# https://agentclientprotocol.com
+adapters:
+  gemini:
+    use: acp
+    argv: [gemini, --acp]
+    env: [GEMINI_API_KEY]
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ _ERRORS: Final[Mapping[str, FailureClass]] = {
     "Timeout": FailureClass.TRANSIENT,
     "APIConnection": FailureClass.TRANSIENT,
 }
-#: An error that interrupts an answer is in the middle of a line and contains the provider's name.
+#: An error that interrupts a response is in the middle of a line and contains the provider's name.
 _ERROR: Final = re.compile(
     r"^litellm\.(?P<first>\w+?)(?:Error)?: "
     r"|litellm\.(?P<within>\w+?)(?:Error)?: (?:(?:litellm\.)?\w+: )?\w+Exception - "
@@ -156,7 +156,7 @@ class AiderAdapter:
         return (AgentMessage(line),) if text else ()
 
     def verdict(self, end: SessionEnd) -> Failed | None:
-        """Return the failure for the last error unless an answer followed."""
+        """Return the failure for the last error unless a response followed."""
         return with_reset_time(concluded_failure(end), end.time)
 
 

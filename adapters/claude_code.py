@@ -92,7 +92,7 @@ _WORDS: Final[Mapping[FailureClass, re.Pattern[str]]] = {
 _SUBTYPES: Final[Mapping[str, tuple[FailureClass, str]]] = {
     "error_max_turns": (FailureClass.LIMIT, "it reached its turn limit (--max-turns)"),
     "error_max_budget_usd": (FailureClass.LIMIT, "it reached its budget (--max-budget-usd)"),
-    "error_max_structured_output_retries": (FailureClass.LIMIT, "its answer never matched the requested schema"),
+    "error_max_structured_output_retries": (FailureClass.LIMIT, "its response never matched the requested schema"),
     "error_during_execution": (FailureClass.CRASHED, "it was interrupted, or failed with an internal error"),
 }
 _PATH_KEYS: Final = ("file_path", "notebook_path", "path")
@@ -105,8 +105,8 @@ _LINKS: Final = {
 _SERVERS: Final = "council-mcp.json"
 #: Settings in addition to those of the user and the project. The hooks of all of them run.
 _SETTINGS: Final = "council-settings.json"
-#: Unless permissions are bypassed, Claude Code asks for permission to use MCP tools, and nobody could answer. Our tools
-# change no files. One word, because the option would also consume the words after it.
+#: Unless permissions are bypassed, Claude Code asks for permission to use MCP tools, and no user could respond. Our
+# tools change no files. One word, because the option would also consume the words after it.
 _ALLOWED: Final = f"--allowedTools=mcp__{MCP_SERVER_NAME}"
 _EDITORS: Final = "Edit|Write|MultiEdit|NotebookEdit"
 _HOOK_TIMEOUT: Final = 10  # seconds
@@ -207,7 +207,7 @@ class ClaudeCodeAdapter:
 
     def verdict(self, end: SessionEnd) -> Failed | None:
         """Return the failure in the result or plain output, with a limit's reset time."""
-        failed = concluded_failure(end) or _failure_in_words(end) or detect_interruption(end)
+        failed = concluded_failure(end) or _failure_in_text(end) or detect_interruption(end)
         if failed is None or failed.failure is not FailureClass.RATE_LIMITED or failed.until is not None:
             return failed
         ends = [one.failed.until for one in end.events if isinstance(one, FinalResult) and one.failed is not None]
@@ -292,7 +292,7 @@ def _result_of(block: JsonObject) -> str:
 
 
 def _of_usage(message: Any) -> Iterator[SessionEvent]:
-    """Yield the usage so far of a model call, which each part of the answer reports."""
+    """Yield the usage so far of a model call, which each part of the response reports."""
     match message:
         case {"id": str(call), "usage": dict(usage)} if call:
             yield _spent(usage, call=call, model=as_text(message.get("model")) or None)
@@ -358,7 +358,7 @@ def _failure_of(value: JsonObject, text: str) -> Failed | None:
     return make_failure(failure, reason or "it ended with an error", _LOG_IN)
 
 
-def _failure_in_words(end: SessionEnd) -> Failed | None:
+def _failure_in_text(end: SessionEnd) -> Failed | None:
     said = [line for line in end.stdout.splitlines() if not line.startswith("{")]
     for line in [*said, *end.stderr.splitlines()][::-1]:
         if (failure := match_failure_class(line[:4096], _WORDS)) is not None:

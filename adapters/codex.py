@@ -61,7 +61,7 @@ _MAKE_WRITABLE: Final = (
     "it needs to write to its own folder: keep `home: own`, or add that folder to `writable` (`[~/.codex]`)"
 )
 _SANDBOXES: Final[Mapping[str, tuple[str, ...]]] = {
-    # Codex must not ask for permission either, because nobody could answer.
+    # Codex must not ask for permission either, because no user could respond.
     "none": ("--dangerously-bypass-approvals-and-sandbox",),
     # Passed as configuration, because `exec resume` does not accept the option.
     "workspace-write": ("-c", 'sandbox_mode="workspace-write"'),
@@ -203,7 +203,7 @@ class CodexAdapter:
 
     def verdict(self, end: SessionEnd) -> Failed | None:
         """Return the failure in the result or plain output, with a limit's reset time."""
-        return with_reset_time(concluded_failure(end) or _failure_in_words(end), end.time)
+        return with_reset_time(concluded_failure(end) or _failure_in_text(end), end.time)
 
 
 def _provider_settings(provider: str) -> tuple[str, ...]:
@@ -297,8 +297,8 @@ def _failure(message: str) -> FinalResult:
 
 def _unwrapped(message: str) -> str:
     """Return the message in an API's JSON response, or any other text unchanged."""
-    answer = parse_object(message) or {}
-    error = answer.get("error")
+    response = parse_object(message) or {}
+    error = response.get("error")
     return (as_text(error.get("message")) if isinstance(error, dict) else "") or message
 
 
@@ -312,7 +312,7 @@ def _class_of(message: str) -> FailureClass | None:
     return by_status or by_words
 
 
-def _failure_in_words(end: SessionEnd) -> Failed | None:
+def _failure_in_text(end: SessionEnd) -> Failed | None:
     """Return the failure of the last retry, else the one on standard error."""
     match end.events[-1:]:
         case [CliWarning(text)] if _RECONNECTING.match(text):

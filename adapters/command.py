@@ -146,7 +146,7 @@ class CommandOptions(AdapterOptions):
             raise ValueError(
                 "all sessions would get the arguments of `read_write`: move them to `argv`, or add `read_only`"
             )
-        if self.resume is not None and not any("session" in rule.facts_read for rule in self.read):
+        if self.resume is not None and not any("session" in rule.fields_read for rule in self.read):
             raise ValueError("`resume` needs the id of a conversation: add a rule with `session` to `read`")
         if self.resume is not None and "home" not in self.model_fields_set:
             raise ValueError(
@@ -212,7 +212,7 @@ class CommandAdapter:
         """
         failed = concluded_failure(end)
         if failed is None or failed.failure is FailureClass.CRASHED:
-            failed = self._failure_in_words(end) or failed
+            failed = self._failure_in_text(end) or failed
         elif failed.failure is FailureClass.RATE_LIMITED:
             failed = replace(failed, until=self._until(failed.reason, end.time))
         awaited = self._reader.awaited
@@ -241,7 +241,7 @@ class CommandAdapter:
         """Return the events in a line by `read`; other lines except JSON are messages."""
         return self._reader.read(line)
 
-    def _failure_in_words(self, end: SessionEnd) -> Failed | None:
+    def _failure_in_text(self, end: SessionEnd) -> Failed | None:
         """Search the plain output; JSON lines are left to rules, as they may quote errors."""
         is_json = self._options.output == "jsonl"
         said = [line for line in end.stdout.splitlines() if not (is_json and line.startswith("{"))]

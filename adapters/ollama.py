@@ -1,7 +1,7 @@
 """Adapter for Ollama models, which have no tools, run by a bridge.
 
 See https://docs.ollama.com/api. The bridge sends the task with a list of files and as many file contents as fit, and
-applies the model's answer.
+applies the model's response.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class OllamaOptions(AdapterOptions):
 
 
 class OllamaAdapter:
-    """Runs the bridge, which sends requests to the server and applies the answer."""
+    """Runs the bridge, which sends requests to the server and applies the response."""
 
     Options: ClassVar[type[BaseModel]] = OllamaOptions
 

@@ -106,8 +106,8 @@ _ERRORS: Final[Mapping[str, FailureClass]] = {
     "ContentFilterError": FailureClass.REFUSED,
 }
 _REASONS: Final[Mapping[str, tuple[FailureClass, str]]] = {
-    "length": (FailureClass.LIMIT, "its answer was truncated at the model's limit: make the task smaller"),
-    "content-filter": (FailureClass.REFUSED, "the provider's filter blocked its answer"),
+    "length": (FailureClass.LIMIT, "its response was truncated at the model's limit: make the task smaller"),
+    "content-filter": (FailureClass.REFUSED, "the provider's filter blocked its response"),
 }
 #: Log messages for events without a class. The first match counts.
 _WORDS: Final[Mapping[FailureClass, re.Pattern[str]]] = {
@@ -296,7 +296,7 @@ class OpencodeAdapter:
         concluded = any(isinstance(event, FinalResult) for event in end.events)
         if concluded and (failed is None or failed.failure is not FailureClass.CRASHED):
             return with_reset_time(failed, end.time)
-        return with_reset_time(_failure_in_words(end.stderr) or failed or detect_interruption(end), end.time)
+        return with_reset_time(_failure_in_text(end.stderr) or failed or detect_interruption(end), end.time)
 
 
 def limit_plugin(stream: Literal["stdout", "stderr"]) -> Mapping[str, str]:
@@ -442,7 +442,7 @@ def _seconds(date: datetime) -> float:
     return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
 
 
-def _failure_in_words(log: str) -> Failed | None:
+def _failure_in_text(log: str) -> Failed | None:
     """Return the failure for the last known error message in the log."""
     for line in log.splitlines()[::-1]:
         text = line[:_LONGEST_LINE]

@@ -111,18 +111,18 @@ class OutputRule(BaseModel):
     def _check(self) -> Self:
         groups = () if self.match is None else re.compile(self.match).groupindex
         paths = [name for name in _FACTS if getattr(self, name) is not None]
-        if not (self.facts_read or self.done):
+        if not (self.fields_read or self.done):
             raise ValueError("the rule reads nothing: add a fact such as `text` or `input_tokens`, or `done: true`")
         if twice := [name for name in paths if name in groups]:
             raise ValueError(f"`{twice[0]}` is a path and a group of `match`: keep one of them")
         if self.done and self.match is None and not self.when:
             raise ValueError("every line would mean success: add `when` or `match` to this rule")
-        if self.usage != "line" and not self.facts_read.intersection(_SPENT):
+        if self.usage != "line" and not self.fields_read.intersection(_SPENT):
             raise ValueError("`usage` needs tokens or a cost, and the rule reads none: add one, such as `cost`")
         return self
 
     @property
-    def facts_read(self) -> frozenset[str]:
+    def fields_read(self) -> frozenset[str]:
         """The facts that the rule reads."""
         groups = () if self.match is None else re.compile(self.match).groupindex
         return frozenset(name for name in _FACTS if name in groups or getattr(self, name) is not None)

@@ -2,8 +2,8 @@
 
     python benchmarks/locks.py [--quick] [--folder PATH]
 
-Our lock is signed, queued within the process, visible to any process and found by the path of the file in any
-spelling; the baselines lock a file of a known name. With ownership it adds two commits of the file store, one to
+Our lock records its holder, is queued within the process, visible to any process and found by the path of the file in
+any spelling; the baselines lock a file of a known name. With ownership it adds two commits of the file store, one to
 acquire and one to release, and a look at the paths of twenty other owners.
 """
 

@@ -44,7 +44,7 @@ _EDIT: Final = {"hook_event_name": "PreToolUse", "tool_name": "Write", "tool_inp
 
 
 class _FakeSessionService:
-    async def answer(self, _session: SessionName, command: str, _arguments: JsonObject) -> JsonObject:
+    async def handle(self, _session: SessionName, command: str, _arguments: JsonObject) -> JsonObject:
         reported = {"allowed": True, "owner": None, "since": None, "reason": None}
         return reported if command == "check_edit" else {"peers": []}
 

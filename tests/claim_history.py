@@ -25,7 +25,7 @@ class ClaimHistory:
     - The epoch of a claim is its version; it is acquired by active orchestrators and released by its owner.
       Of a released one, only the attempt count may be reset.
     - Writes under a claim are made by its owner under its epoch.
-    - The epoch of a merge permit rises with each change of its holder.
+    - The epoch of a merge lease rises with each change of its holder.
     """
 
     authorship: Authorship = lambda _key, _value: None
@@ -36,7 +36,7 @@ class ClaimHistory:
     """By run and name, as `run/name`."""
     takeovers: int = 0
     """How often a claim went from one orchestrator to another that had not been given it."""
-    _permits: dict[Key, JsonObject] = field(default_factory=dict)
+    _leases: dict[Key, JsonObject] = field(default_factory=dict)
     _versions: dict[Key, int] = field(default_factory=dict)
 
     def add(self, record: CommitRecord) -> None:
@@ -55,7 +55,7 @@ class ClaimHistory:
                     before[key.id] = claim
                 found += self._claim(key.id, version, value, over)
             elif key.kind == "lease" and key.id.startswith("merge/"):
-                found += self._permit(key, value)
+                found += self._lease(key, value)
         for key, (_, value) in record.documents.items():
             if value is not None and (written := self.authorship(key, value)) is not None:
                 found += self._work(key, written, before)
@@ -103,12 +103,12 @@ class ClaimHistory:
             has = "nobody has it" if now is None else f"{now.owner.id} has it at {now.epoch}, released {now.released}"
             yield f"{owner} wrote {key} under epoch {epoch} of the claim on {task}, but {has}"
 
-    def _permit(self, key: Key, value: JsonObject | None) -> Iterator[str]:
+    def _lease(self, key: Key, value: JsonObject | None) -> Iterator[str]:
         if value is None:
             yield f"{key} was deleted"
             return
-        before = self._permits.get(key, {"epoch": 0, "holder": None})
-        self._permits[key] = value
+        before = self._leases.get(key, {"epoch": 0, "holder": None})
+        self._leases[key] = value
         rises, has_changed = value["epoch"] - before["epoch"], before["holder"] != value["holder"]
         if not int(has_changed) <= rises <= 1:
             yield f"{key} went from epoch {before['epoch']} to {value['epoch']}"

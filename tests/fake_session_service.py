@@ -30,7 +30,7 @@ class FakeSessionService:
     left: int = 0
     """How many clients disconnected before their answer."""
 
-    async def answer(self, session: SessionName, command: str, arguments: JsonObject) -> JsonObject:
+    async def handle(self, session: SessionName, command: str, arguments: JsonObject) -> JsonObject:
         """Answer a request in the form of the protocol."""
         self.asked.append((session, command, arguments))
         match command:

@@ -147,7 +147,7 @@ def _log(state: _State) -> list[str]:
                 if key.kind != CONTEXT:  # it expires, which records do not show
                     replayed[key] = value
                 if key.kind == "lease":
-                    # A waiter for the permit is written to its document under the epoch of the holder.
+                    # A waiter for the lease is written to its document under the epoch of the holder.
                     is_same = key.id.startswith("merge/") and value["epoch"] == epochs[key]
                     if value["epoch"] <= epochs[key] and not is_same:
                         broken.append(f"3: {key} went from epoch {epochs[key]} to {value['epoch']}")

@@ -143,7 +143,7 @@ class SessionTeam:
 
     async def ask(self, session: SessionName, command: str, **arguments: Any) -> JsonObject:
         """Send a request of a session to the API."""
-        return await self.session_service.answer(session, command, arguments)
+        return await self.session_service.handle(session, command, arguments)
 
     async def refused(self, session: SessionName, command: str, **arguments: Any) -> str:
         """Send a request that must be rejected; return the message."""

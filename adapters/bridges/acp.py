@@ -40,7 +40,7 @@ try:
     from adapters.bridges.conversations import ConversationRequest, check_can_resume, choose_model, mcp_servers_for
 except ImportError:
     _MISSING = BridgeExit("the SDK of the Agent Client Protocol is missing: pip install 'cli-council[acp]'", "invalid")
-    sys.exit(_MISSING.tell(plain="--ready" in sys.argv))
+    sys.exit(_MISSING.report(plain="--ready" in sys.argv))
 
 _AUTH_REQUIRED: Final = -32000  # agentclientprotocol.com/protocol/v1/schema, ErrorCode
 _LONGEST_MESSAGE: Final = 50 << 20  # bytes of one message
@@ -98,30 +98,30 @@ class _Client:
         self._named: dict[str, set[str]] = {}
         self._kinds: dict[str, str] = {}
         self._commands: dict[str, str] = {}
-        self._is_asked = False
-        self._told_before = 0.0
+        self._is_listening = False
+        self._last_replayed = 0.0
 
     @property
     def cost(self) -> float | None:
         """US dollars spent since the conversation was loaded, or None if unknown."""
         return None if self._cost is None else max(self._cost - self._cost_before, 0.0)
 
-    async def settle(self) -> None:
+    async def wait_for_replay(self) -> None:
         """Wait until a conversation is replayed, which may be after it is loaded."""
         with anyio.move_on_after(_PATIENCE):
             rest = _QUIET
             while rest > 0:
                 await anyio.sleep(rest)
-                rest = self._told_before + _QUIET - anyio.current_time()
+                rest = self._last_replayed + _QUIET - anyio.current_time()
 
     def listen(self) -> None:
         """Print and count updates from now on, because they belong to the prompt."""
-        self._is_asked = True
+        self._is_listening = True
 
     async def session_update(self, session_id: str, update: Any, **_: Any) -> None:  # noqa: ARG002  (the protocol's)
         """Print the agent's messages and tool calls."""
-        if not self._is_asked:
-            self._told_earlier(update)
+        if not self._is_listening:
+            self._note_replayed(update)
             return
         match update:
             case schema.AgentMessageChunk(content=schema.TextContentBlock(text=text)):
@@ -135,8 +135,8 @@ class _Client:
             case _:
                 self.words.write_keepalive()
 
-    def _told_earlier(self, update: Any) -> None:
-        self._told_before = anyio.current_time()
+    def _note_replayed(self, update: Any) -> None:
+        self._last_replayed = anyio.current_time()
         match update:
             case schema.UsageUpdate(cost=schema.Cost(amount=amount, currency=currency)) if currency.upper() == "USD":
                 self._cost_before = amount
@@ -150,7 +150,7 @@ class _Client:
         **_: Any,
     ) -> schema.RequestPermissionResponse:
         """Allow a request once unless it contains a path outside the worktree."""
-        why = self._why_not(tool_call)
+        why = self._denial_reason(tool_call)
         wanted = ("allow_once", "allow_always") if why is None else ("reject_once", "reject_always")
         if why is not None:
             title = " ".join((tool_call.title or tool_call.tool_call_id).split())
@@ -162,10 +162,10 @@ class _Client:
         outcome = schema.AllowedOutcome(outcome="selected", option_id=chosen.option_id)
         return schema.RequestPermissionResponse(outcome=outcome)
 
-    def _why_not(self, call: schema.ToolCallUpdate) -> str | None:
+    def _denial_reason(self, call: schema.ToolCallUpdate) -> str | None:
         try:
             for name in sorted(self._named.get(call.tool_call_id, set()) | set(_paths_of(call))):
-                self._worktree.place(name)
+                self._worktree.resolve(name)
         except OutsideWorktreeError as error:
             return str(error)
         return None
@@ -179,9 +179,9 @@ class _Client:
         **_: Any,
     ) -> schema.ReadTextFileResponse:
         """Return a file in the worktree, or `limit` lines starting at `line` (from 1)."""
-        place = self._locate(path)
+        file = self._locate(path)
         try:
-            text = await anyio.to_thread.run_sync(partial(place.read_text, encoding="utf-8", errors="replace"))
+            text = await anyio.to_thread.run_sync(partial(file.read_text, encoding="utf-8", errors="replace"))
         except FileNotFoundError:
             raise acp.RequestError.resource_not_found(path) from None
         except OSError as error:
@@ -200,9 +200,9 @@ class _Client:
         **_: Any,
     ) -> schema.WriteTextFileResponse:
         """Write a file in the worktree, creating parent folders."""
-        place = self._locate(path)
+        file = self._locate(path)
         try:
-            await anyio.to_thread.run_sync(_write, place, content)
+            await anyio.to_thread.run_sync(_write, file, content)
         except OSError as error:
             raise acp.RequestError.invalid_params({"details": str(error)}) from None
         return schema.WriteTextFileResponse()
@@ -256,9 +256,9 @@ def _failure_of_tool(call: schema.ToolCallStart | schema.ToolCallProgress) -> st
     return " ".join(" ".join(texts).split())[:300]
 
 
-def _write(place: Path, content: str) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text(content, encoding="utf-8")
+def _write(file: Path, content: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(content, encoding="utf-8")
 
 
 def _paths_of(call: schema.ToolCallUpdate | schema.ToolCallStart | schema.ToolCallProgress) -> Iterator[str]:
@@ -288,13 +288,13 @@ async def _run_conversation(
     try:
         session = await _start_conversation(agent, known, client, top, asked)
         client.listen()
-        answer = await agent.prompt(session_id=session, prompt=[acp.text_block(prompt)])
+        response = await agent.prompt(session_id=session, prompt=[acp.text_block(prompt)])
     except acp.RequestError as error:
         raise _concluded(error, known.auth_methods or ()) from error
     said = client.words.flush()
-    _write_spent(answer.usage or _usage_in_metadata(answer), client.cost)
-    if answer.stop_reason in _STOP_REASONS:
-        failure, reason = _STOP_REASONS[answer.stop_reason]
+    _write_spent(response.usage or _usage_in_metadata(response), client.cost)
+    if response.stop_reason in _STOP_REASONS:
+        failure, reason = _STOP_REASONS[response.stop_reason]
         return BridgeExit(reason, failure)
     if client.refused:
         return BridgeExit(f"the agent stopped: {client.refused}", "refused")
@@ -313,7 +313,7 @@ async def _start_conversation(
         check_can_resume(known)
         session = asked.resume
         started = await _load(agent, session, top, mcp_servers_for(known, asked.servers))
-        await client.settle()
+        await client.wait_for_replay()
     write_line("session", id=session)
     if asked.model is not None:
         await choose_model(agent, session, started, asked.model)
@@ -335,10 +335,10 @@ async def _load(agent: Any, session: str, top: Path, servers: Sequence[Any]) -> 
         ) from error
 
 
-def _usage_in_metadata(answer: schema.PromptResponse) -> schema.Usage | None:
+def _usage_in_metadata(response: schema.PromptResponse) -> schema.Usage | None:
     """Return the tokens in Gemini CLI's protocol extension, or None."""
     try:
-        count = (answer.field_meta or {})["quota"]["token_count"]
+        count = (response.field_meta or {})["quota"]["token_count"]
         sent, received = count["input_tokens"], count["output_tokens"]
         return schema.Usage(input_tokens=sent, output_tokens=received, total_tokens=sent + received)
     except (LookupError, TypeError, ValueError):
@@ -411,9 +411,9 @@ async def _run(argv: Sequence[str], worktree: ConfinedWorktree, prompt: str, ask
             with anyio.move_on_after(_PATIENCE):
                 await process.wait()
             code = "it closed its output" if process.returncode is None else f"exit code {process.returncode}"
-            return BridgeExit(f"the agent ended before its answer was complete ({code})", "crashed")
+            return BridgeExit(f"the agent ended before its response was complete ({code})", "crashed")
         except ValueError as error:  # pydantic's
-            return BridgeExit(f"the agent's answer violates the protocol: {str(error)[:300]}", "crashed")
+            return BridgeExit(f"the agent's response violates the protocol: {str(error)[:300]}", "crashed")
     raise AssertionError("no exception is suppressed")
 
 
@@ -429,14 +429,14 @@ def main() -> int:
     parser.add_argument("argv", nargs="*")
     options = parser.parse_args()
     if options.ready:
-        return BridgeExit("ready").tell(plain=True)
+        return BridgeExit("ready").report(plain=True)
     log = logging.StreamHandler()
     log.setFormatter(_OneLineFormatter())
     logging.basicConfig(handlers=[log])
     prompt = options.prompt_file.read_text(encoding="utf-8")
     asked = ConversationRequest(options.model, options.resume, options.mcp_server)
     try:
-        return anyio.run(_run, options.argv, ConfinedWorktree(options.worktree), prompt, asked).tell()
+        return anyio.run(_run, options.argv, ConfinedWorktree(options.worktree), prompt, asked).report()
     except KeyboardInterrupt:  # the agent has already exited
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)

@@ -25,7 +25,7 @@ LINE_FIELDS: Final[Mapping[str, Mapping[str, type | UnionType]]] = {
 _ALIVE_EVERY: Final = 10.0  # seconds
 #: Maximum characters in a field, and entries in a list. Longer ones are truncated to keep lines readable.
 MAX_FIELD_CHARS: Final = 50_000
-_MOST: Final = 100
+_MAX_ENTRIES: Final = 100
 
 
 def write_line(type_: str, **fields: Any) -> None:
@@ -39,7 +39,7 @@ def write_line(type_: str, **fields: Any) -> None:
 def _cut(value: Any) -> Any:
     if isinstance(value, str):
         return value[:MAX_FIELD_CHARS]
-    return [str(one)[:500] for one in value[:_MOST]] if isinstance(value, list) else value
+    return [str(one)[:500] for one in value[:_MAX_ENTRIES]] if isinstance(value, list) else value
 
 
 class MessageBuffer:
@@ -56,13 +56,13 @@ class MessageBuffer:
         lines, newline, rest = (self._rest + piece).rpartition("\n")
         self._rest = rest
         if newline:
-            self._say(lines)
+            self._print(lines)
         self.write_keepalive()
 
     def flush(self) -> str:
         """Print the incomplete last line; return everything since the last flush."""
         rest, self._rest = self._rest, ""
-        self._say(rest)
+        self._print(rest)
         text, self._pieces = "".join(self._pieces), []
         return text
 
@@ -72,7 +72,7 @@ class MessageBuffer:
             self._shown = time.monotonic()
             write_line("alive")
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         for start in range(0, len(text), MAX_FIELD_CHARS):
             part = text[start : start + MAX_FIELD_CHARS]
             if part.strip():
@@ -90,7 +90,7 @@ class BridgeExit(Exception):
         super().__init__(text)
         self.failure = failure
 
-    def tell(self, *, plain: bool = False) -> int:
+    def report(self, *, plain: bool = False) -> int:
         """Print the message, as plain text if `plain`; return the matching exit code."""
         text = str(self)
         if plain:

@@ -22,12 +22,12 @@ class ConfinedWorktree:
         `name` is absolute, or relative to the root. Raises OutsideWorktreeError if the path is outside the worktree, is
         the worktree itself, or belongs to git.
         """
-        path = self.place(name)
+        path = self.resolve(name)
         if path == self.top:
             raise OutsideWorktreeError(f"{name!r} is outside of the worktree")
         return path
 
-    def place(self, name: str) -> Path:
+    def resolve(self, name: str) -> Path:
         """Return the absolute path of a working folder, which may be the worktree itself."""
         if not name or "\0" in name:
             raise OutsideWorktreeError(f"{name!r} is not a path")
@@ -39,7 +39,7 @@ class ConfinedWorktree:
         return path
 
     def relative(self, name: str) -> Path:
-        """Return the absolute path of a `name` that must be relative, as in an answer.
+        """Return the absolute path of a `name` that must be relative, as in a response.
 
         The path must not contain `..` or symlinked folders, so that the file written is the file named.
         """

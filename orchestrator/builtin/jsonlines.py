@@ -76,7 +76,7 @@ class JsonLinesSink:
         descriptor = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "a+b") as file:
             self._lock(file)
-            self._read_news(file)
+            self._read_new_lines(file)
             end = os.fstat(file.fileno()).st_size
             try:
                 file.write(b"".join(self._missing(events)))
@@ -98,7 +98,7 @@ class JsonLinesSink:
         except RetryError:
             raise TimeoutError(f"another process keeps {self._path} locked") from None
 
-    def _read_news(self, file: BufferedRandom) -> None:
+    def _read_new_lines(self, file: BufferedRandom) -> None:
         """Read the lines added since the last call, and remove an incomplete last line."""
         if os.fstat(file.fileno()).st_size < self._seen:  # the file was truncated
             self._seen, self._last = 0, {}

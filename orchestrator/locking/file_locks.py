@@ -1,9 +1,9 @@
 """File locks of sessions, shared between the processes of one machine.
 
 These locks are for correctness: the kernel releases them when the process that took them dies, whatever its CLIs do.
-Each file has a permanent lock file (`locking.lock_names`), signed by its exclusive holder, and a second lock, the gate.
-A request takes the gate first and keeps it while it waits for the lock. So later requests can't overtake, and sharers
-can't starve an exclusive request. Within a process, requests are served in order.
+Each file has a permanent lock file (`locking.lock_names`), which names its exclusive holder, and a second lock, the
+gate. A request takes the gate first and keeps it while it waits for the lock. So later requests can't overtake, and
+sharers can't starve an exclusive request. Within a process, requests are served in order.
 
 Multiple locks are taken in name order, all or none, so concurrent calls can't deadlock. Locks that sessions already
 hold can deadlock: a waiter checks immediately and then regularly whether it is part of a cycle of waiting sessions
@@ -68,7 +68,7 @@ class _HeldFileLock:
     record: FileLockRecord
     lock: HeldLock
     marker: LockMarker | None
-    """For shared locks, because the lock file has room for only one signature."""
+    """For shared locks, because the lock file has room for only one holder."""
 
     def release(self) -> None:
         if self.marker is None:
@@ -183,7 +183,7 @@ class FileLocks:
             held = lock.try_acquire(shared=shared)
         finally:
             held_gate.release()
-        return None if held is None else self._signed(held, session, path, shared=shared)
+        return None if held is None else self._record_holder(held, session, path, shared=shared)
 
     async def list_waits(self) -> dict[str, LockWait]:
         """Return the sessions of all processes that wait for files, with their blockers."""
@@ -235,21 +235,21 @@ class FileLocks:
 
     async def _wait(self, session: SessionName, path: str, *, shared: bool) -> _HeldFileLock:
         gate, lock = self._locks_of(path)
-        with hold_marker(self._folder, "waits", self._signature(session, path, shared=shared)):
+        with hold_marker(self._folder, "waits", self._holder(session, path, shared=shared)):
             held_gate = await gate.acquire()
             try:
                 held = await lock.acquire(shared=shared)
             finally:
                 held_gate.release()
-        return self._signed(held, session, path, shared=shared)
+        return self._record_holder(held, session, path, shared=shared)
 
-    def _signed(self, lock: HeldLock, session: SessionName, path: str, *, shared: bool) -> _HeldFileLock:
-        signature = self._signature(session, path, shared=shared)
+    def _record_holder(self, lock: HeldLock, session: SessionName, path: str, *, shared: bool) -> _HeldFileLock:
+        holder = self._holder(session, path, shared=shared)
         if not shared:
-            lock.write_holder(signature)
-            return _HeldFileLock(_record(signature), lock, None)
+            lock.write_holder(holder)
+            return _HeldFileLock(_record(holder), lock, None)
         try:
-            return _HeldFileLock(_record(signature), lock, LockMarker(self._folder, "shares", signature))
+            return _HeldFileLock(_record(holder), lock, LockMarker(self._folder, "shares", holder))
         except BaseException:
             lock.release()
             raise
@@ -264,7 +264,7 @@ class FileLocks:
             self._known[path] = known
         return known
 
-    def _signature(self, session: SessionName, path: str, *, shared: bool) -> LockHolder:
+    def _holder(self, session: SessionName, path: str, *, shared: bool) -> LockHolder:
         return LockHolder.now(self._clock.now(), "shared" if shared else "exclusive", str(session), path)
 
     def _refusal(self, path: str) -> FileLocked:
@@ -306,20 +306,18 @@ def list_file_locks(folder: Path, name: str = "*") -> list[FileLockRecord]:
     find it held.
     """
     records = [
-        _record(marker.signature, "held" if marker.kind == "shares" else "waiting") for marker in list_markers(folder)
+        _record(marker.holder, "held" if marker.kind == "shares" else "waiting") for marker in list_markers(folder)
     ]
     for path in folder.glob(f"{name}{_LOCK}"):
-        signature = LockHolder.read(path)
-        if signature is None:  # no exclusive holder
+        holder = LockHolder.read(path)
+        if holder is None:  # no exclusive holder
             continue
         if (free := FileLock(path).try_acquire(shared=True)) is not None:
             free.release()  # the holder's process has died
         else:
-            records.append(_record(signature))
+            records.append(_record(holder))
     return sorted(records, key=lambda record: (record.since, record.path, record.owner))
 
 
-def _record(signature: LockHolder, state: Literal["held", "waiting"] = "held") -> FileLockRecord:
-    return FileLockRecord(
-        signature.id, signature.subject, signature.mode, signature.owner, signature.since, signature.pid, state
-    )
+def _record(holder: LockHolder, state: Literal["held", "waiting"] = "held") -> FileLockRecord:
+    return FileLockRecord(holder.id, holder.subject, holder.mode, holder.owner, holder.since, holder.pid, state)

@@ -24,23 +24,23 @@ class LiveMarker(NamedTuple):
     """A marker whose creator is alive."""
 
     kind: MarkerKind
-    signature: LockHolder
+    holder: LockHolder
 
 
 class LockMarker:
     """A marker that exists until dropped."""
 
-    def __init__(self, folder: Path, kind: MarkerKind, signature: LockHolder) -> None:
+    def __init__(self, folder: Path, kind: MarkerKind, holder: LockHolder) -> None:
         """Create a marker. Raises OSError if that fails."""
-        self._path = folder / f"{signature.id}.{kind}"
-        made = folder / f"{signature.id}.new"
+        self._path = folder / f"{holder.id}.{kind}"
+        made = folder / f"{holder.id}.new"
         lock = FileLock(made).try_acquire()
         assert lock is not None, "the name is unique"  # noqa: S101  (for the type checker)
         self._lock = lock
         with ExitStack() as stack:
             stack.callback(lock.release)
             stack.callback(made.unlink, missing_ok=True)
-            lock.write_holder(signature)
+            lock.write_holder(holder)
             made.rename(self._path)  # it becomes visible only once locked
             stack.pop_all()
 
@@ -51,9 +51,9 @@ class LockMarker:
 
 
 @contextmanager
-def hold_marker(folder: Path, kind: MarkerKind, signature: LockHolder) -> Iterator[None]:
+def hold_marker(folder: Path, kind: MarkerKind, holder: LockHolder) -> Iterator[None]:
     """Keep a marker for the duration of the block."""
-    marker = LockMarker(folder, kind, signature)
+    marker = LockMarker(folder, kind, holder)
     try:
         yield
     finally:
@@ -65,13 +65,13 @@ def list_markers(folder: Path) -> Iterator[LiveMarker]:
     kinds: tuple[MarkerKind, MarkerKind] = ("shares", "waits")
     for kind in kinds:
         for path in sorted(folder.glob(f"*.{kind}")):
-            signature = LockHolder.read(path)
+            holder = LockHolder.read(path)
             # Shared, so that concurrent scans don't mistake each other for the creator.
             if (stale := FileLock(path).try_acquire(shared=True)) is not None:
                 path.unlink(missing_ok=True)
                 stale.release()
-            elif signature is not None:
-                yield LiveMarker(kind, signature)
+            elif holder is not None:
+                yield LiveMarker(kind, holder)
     for path in folder.glob("*.new"):
         _remove_old(path)
 

@@ -1,4 +1,4 @@
-"""List and break locks in three layers: files, path ownership, and merge permits.
+"""List and break locks in three layers: files, path ownership, and merge leases.
 
 Any process of the project can list and break locks. A broken lock is removed from the store, and its holder releases
 the rest when it reads the change (`release_broken_locks`). Kernel locks can't be taken from a live process, and a dead
@@ -21,7 +21,7 @@ from orchestrator.domain.scheduling.claims import MergeParticipant
 from orchestrator.domain.scheduling.path_ownership import PathOwnership, is_current
 from orchestrator.errors import RefusedError
 from orchestrator.locking.file_locks import FileLockRecord, FileLocks, list_file_locks
-from orchestrator.locking.merge_permit import merge_lease_key, read_merge_leases
+from orchestrator.locking.merge_lease import merge_lease_key, read_merge_leases
 from orchestrator.locking.ownership import OWNERSHIP_KIND, claim_key
 from orchestrator.protocols import Commit, CommitRecord, Event, Store, Write
 from orchestrator.state.documents.update import retry_on_conflict
@@ -36,7 +36,7 @@ class LockLayer(StrEnum):
 
     FILE = "file"  #: a session edits a file; shared between the processes of one machine
     OWNERSHIP = "ownership"  #: the paths that a session may change; in the store
-    MERGE = "merge"  #: the permit to land on a target
+    MERGE = "merge"  #: the merge lease of a target
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class LockParty:
     """A holder or waiter of a lock."""
 
     owner: str
-    """The session, as `<run>/<task>.<attempt>`; for a merge permit, the process."""
+    """The session, as `<run>/<task>.<attempt>`; for a merge lease, the process."""
     since: float | None
     """Wall-clock seconds, or None if unknown."""
     age: float | None
@@ -66,7 +66,7 @@ class LockStatus:
     holders: tuple[LockParty, ...]
     waiters: tuple[LockParty, ...] = ()
     epoch: int | None = None
-    """The epoch of the claim that the ownership belongs to, or of the merge permit."""
+    """The epoch of the claim that the ownership belongs to, or of the merge lease."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON representation."""

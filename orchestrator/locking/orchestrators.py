@@ -24,7 +24,7 @@ from orchestrator.domain.scheduling.claims import (
     OwnerStatus,
     Role,
     describe_loss,
-    judge_owner_status,
+    determine_owner_status,
 )
 from orchestrator.domain.settings.run_settings import CoordinationSettings
 from orchestrator.errors import (
@@ -118,7 +118,7 @@ class PeerObserver:
         # No process survives a reboot. The lock shows whether a host with the same name is this machine.
         is_dead = record.ended is None and owner.host == self._me.host and await self._is_proven_dead(run, owner)
         now, watched = self._clock.now(), self._seconds_unchanged(run, record)
-        return judge_owner_status(record, now, watched, self._timing, is_here=is_here, is_dead=is_dead)
+        return determine_owner_status(record, now, watched, self._timing, is_here=is_here, is_dead=is_dead)
 
     async def _is_proven_dead(self, run: str, owner: OrchestratorIdentity) -> bool:
         # Cached, because an owner's status is read once for each task that it has claimed.

@@ -73,7 +73,7 @@ class OwnershipView:
     """Read access to the path ownership of one scope."""
 
     def __init__(self, store: Store, clock: Clock, scope: str, lives: LivenessCheck | None = None) -> None:
-        """Read a scope.
+        """Read the path ownership of one target branch, its `scope`.
 
         `lives` checks whether a session without a claim is alive and so still owns its paths.
         """

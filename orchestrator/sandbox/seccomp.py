@@ -167,25 +167,25 @@ def build_filter(*, sockets: str = ALL, namespaced: bool = True, nesting: bool =
     ]
     for numbers in _DENIED.values():
         made += _when(_EQUAL, numbers[column], _fail(errno.EPERM))
-    made += [] if namespaced else _instead_of_namespaces(column)
-    made += _when_argument(_IOCTL[column], 1, _EQUAL, (_TIOCSTI, _TIOCLINUX), errno.EPERM)
+    made += [] if namespaced else _deny_host_access(column)
+    made += _deny_argument(_IOCTL[column], 1, _EQUAL, (_TIOCSTI, _TIOCLINUX), errno.EPERM)
     if not nesting:
         # A filter can't inspect the arguments of clone3: the C library falls back to clone.
         made += _when(_EQUAL, _CLONE3[column], _fail(errno.ENOSYS))
-        made += _when_argument(_CLONE[column], 0, _ANY_BIT, (_NEW_NAMESPACES,), errno.EPERM)
-        made += _when_argument(_UNSHARE[column], 0, _ANY_BIT, (_NEW_NAMESPACES,), errno.EPERM)
+        made += _deny_argument(_CLONE[column], 0, _ANY_BIT, (_NEW_NAMESPACES,), errno.EPERM)
+        made += _deny_argument(_UNSHARE[column], 0, _ANY_BIT, (_NEW_NAMESPACES,), errno.EPERM)
     if sockets == NONE:
         made += _when(_EQUAL, _SOCKET[column], _fail(errno.EACCES))
     elif sockets == UNIX:
-        made += _only_argument(_SOCKET[column], 0, (_AF_UNIX,), errno.EACCES)
+        made += _allow_argument(_SOCKET[column], 0, (_AF_UNIX,), errno.EACCES)
     elif sockets == NAMESPACED:
-        made += _only_argument(_SOCKET[column], 0, _COVERED, errno.EAFNOSUPPORT)
+        made += _allow_argument(_SOCKET[column], 0, _COVERED, errno.EAFNOSUPPORT)
     elif sockets == STREAM:
-        made += _only_streams(column)
+        made += _deny_other_sockets(column)
     return b"".join([*made, _operation(_RETURN, _ALLOW)])
 
 
-def _instead_of_namespaces(column: int) -> list[bytes]:
+def _deny_host_access(column: int) -> list[bytes]:
     """Deny access to other processes, shared IPC, and file attributes."""
     made = []
     for numbers in _SHARED_IPC.values():
@@ -193,8 +193,8 @@ def _instead_of_namespaces(column: int) -> list[bytes]:
     for numbers in _ATTRIBUTES.values():
         made += _when(_EQUAL, numbers[column], _fail(errno.ENOTSUP))
     for numbers, argument in _PROCESS_TARGETING.values():
-        made += _only_argument(numbers[column], argument, (0,), errno.EPERM)
-    return [*made, *_when_argument(_IOCTL[column], 1, _EQUAL, _SETTING_FLAGS, errno.ENOTTY)]
+        made += _allow_argument(numbers[column], argument, (0,), errno.EPERM)
+    return [*made, *_deny_argument(_IOCTL[column], 1, _EQUAL, _SETTING_FLAGS, errno.ENOTTY)]
 
 
 def install_filter(program: bytes) -> None:
@@ -232,7 +232,7 @@ def _unless_any(values: tuple[int, ...], then: bytes) -> list[bytes]:
     return [*(_operation(_EQUAL, value, left - nth - 1 + size) for nth, value in enumerate(values)), then]
 
 
-def _when_argument(number: int, argument: int, test: int, values: tuple[int, ...], error: int) -> list[bytes]:
+def _deny_argument(number: int, argument: int, test: int, values: tuple[int, ...], error: int) -> list[bytes]:
     """Deny a call if the low word of an argument passes the test for any of `values`."""
     tests = (part for value in values for part in _when(test, value, _fail(error)))
     # Load the call number again for the following operations.
@@ -240,7 +240,7 @@ def _when_argument(number: int, argument: int, test: int, values: tuple[int, ...
     return _when(_EQUAL, number, then)
 
 
-def _only_streams(column: int) -> list[bytes]:
+def _deny_other_sockets(column: int) -> list[bytes]:
     """Deny sockets other than unix and TCP, and operations that bypass Landlock."""
     error = _fail(errno.EACCES)
     tcp = b"".join(
@@ -256,12 +256,12 @@ def _only_streams(column: int) -> list[bytes]:
     then = [_operation(_LOAD, _ARGUMENTS_AT), *_unless(_EQUAL, _AF_UNIX, tcp), _operation(_LOAD, _NUMBER_AT)]
     made = [*_when(_EQUAL, _SOCKET[column], b"".join(then)), *_when(_EQUAL, _LISTEN[column], error)]
     for numbers, argument in _SENDING:
-        made += _when_argument(numbers[column], argument, _ANY_BIT, (_MSG_FASTOPEN,), errno.EOPNOTSUPP)
+        made += _deny_argument(numbers[column], argument, _ANY_BIT, (_MSG_FASTOPEN,), errno.EOPNOTSUPP)
     # Kernel modules can turn TCP into another protocol (ULP). The error is that of a kernel without these modules.
-    return made + _when_argument(_SETSOCKOPT[column], 2, _EQUAL, (_TCP_ULP,), errno.ENOPROTOOPT)
+    return made + _deny_argument(_SETSOCKOPT[column], 2, _EQUAL, (_TCP_ULP,), errno.ENOPROTOOPT)
 
 
-def _only_argument(number: int, argument: int, values: tuple[int, ...], error: int) -> list[bytes]:
+def _allow_argument(number: int, argument: int, values: tuple[int, ...], error: int) -> list[bytes]:
     """Deny a call unless the low word of an argument is in `values`."""
     test = _unless_any(values, _fail(error))
     then = b"".join([_operation(_LOAD, _ARGUMENTS_AT + 8 * argument), *test, _operation(_LOAD, _NUMBER_AT)])

@@ -1,9 +1,10 @@
 """Failpoints: named points at which crash tests kill the process.
 
-Each persisted or external step has one. They are disabled unless `COUNCIL_FAILPOINTS` is set when the process starts; even then,
-an unarmed failpoint costs only a dictionary lookup. The syntax is `name=kill` or `name=kill@N` (the N-th time it is
-reached), separated by commas. `kill` sends SIGKILL to this process: no `finally`, no flush, as when memory runs out. At
-`git.started` and `git.ended` it kills the git command instead. `stop` sends SIGSTOP; the process continues on SIGCONT.
+Each persisted or external step has one. They are disabled unless `COUNCIL_FAILPOINTS` is set when the process starts;
+even then, an unarmed failpoint costs only a dictionary lookup. The syntax is `name=kill` or `name=kill@N` (the N-th
+time it is reached), separated by commas. `kill` sends SIGKILL to this process: no `finally`, no flush, as when memory
+runs out. At `git.started` and `git.ended` it kills the git command instead. `stop` sends SIGSTOP; the process continues
+on SIGCONT.
 """
 
 from __future__ import annotations

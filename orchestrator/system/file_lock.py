@@ -6,7 +6,7 @@ that keeps the descriptor keeps the lock if its owner is killed. A live owner un
 in such children: the work is done, and a leftover process (such as a daemon started by a user's hook) must not keep the
 lock. Lock files are permanent: unlinking one while a process waits would allow two holders.
 
-A lock is exclusive or shared. An exclusive holder signs the file (`LockHolder`), for messages and users.
+A lock is exclusive or shared. An exclusive holder is recorded in the file (`LockHolder`), for messages and users.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from orchestrator.errors import LockHeld, StoreUnavailable
 from orchestrator.system.process_table import start_ticks
 from orchestrator.system.slow_waits import NOTICE_AFTER, warn_if_slow
 
-#: Signatures are padded to a multiple of this size, so that a new one overwrites an older one.
+#: Holders are padded to a multiple of this size, so that a new one overwrites an older one.
 _HOLDER_BLOCK_BYTES: Final = 512
 
 FileLockMode = Literal["exclusive", "shared"]
@@ -43,7 +43,7 @@ FileLockMode = Literal["exclusive", "shared"]
 
 @dataclass(frozen=True, slots=True)
 class LockHolder:
-    """The signature of a lock's holder in the lock file."""
+    """The holder of an exclusive lock, as recorded in the lock file for messages."""
 
     id: str
     """Unique for each acquisition."""
@@ -60,13 +60,13 @@ class LockHolder:
 
     @classmethod
     def now(cls, since: float, mode: FileLockMode = "exclusive", owner: str = "", subject: str = "") -> LockHolder:
-        """Return a signature of this process."""
+        """Return this process as a holder."""
         pid = os.getpid()
         return cls(secrets.token_hex(8), pid, _own_start_ticks(pid), since, mode, owner, subject)
 
     @classmethod
     def read(cls, path: Path) -> LockHolder | None:
-        """Return the signature in a file, or None if missing or invalid."""
+        """Return the holder recorded in a file, or None if missing or invalid."""
         try:
             raw = path.read_bytes()
             record: dict[str, Any] = json.loads(raw.partition(b"\n")[0])
@@ -78,14 +78,14 @@ class LockHolder:
             return None
 
     def encoded(self) -> bytes:
-        """Return the signature as a padded line that `read` can parse."""
+        """Return a padded line that `read` can parse."""
         record = {name: getattr(self, name) for name in self.__slots__}
         raw = json.dumps(record).encode() + b"\n"
         return raw.ljust(-(-len(raw) // _HOLDER_BLOCK_BYTES) * _HOLDER_BLOCK_BYTES)
 
     @property
     def is_alive(self) -> bool:
-        """Return whether the process that signed is alive, as far as known."""
+        """Return whether the process is alive, as far as known."""
         return _is_alive(self.pid, self.started)
 
 
@@ -99,13 +99,13 @@ class HeldLock:
     path: Path
     fd: int
 
-    def write_holder(self, signature: LockHolder | None) -> None:
-        """Write or clear the signature of an exclusive lock.
+    def write_holder(self, holder: LockHolder | None) -> None:
+        """Write or clear the holder in the lock file.
 
-        Errors are ignored, because signatures are only for messages: a full disk must not prevent locking.
+        Errors are ignored, because the holder is only for messages: a full disk must not prevent locking.
         """
         with suppress(OSError):
-            os.pwrite(self.fd, b"\n" if signature is None else signature.encoded(), 0)
+            os.pwrite(self.fd, b"\n" if holder is None else holder.encoded(), 0)
 
     def release(self) -> None:
         """Release the lock. Call once."""
@@ -136,9 +136,9 @@ class FileLock:
     def try_acquire(self, *, shared: bool = False) -> HeldLock | None:
         """Take the lock if it is free, ahead of waiting tasks; otherwise return None.
 
-        Does not sign the file. Blocks only to open a local file. Raises the errors of `hold`.
+        Does not record the holder. Blocks only to open a local file. Raises the errors of `hold`.
         """
-        fd, locked = _open_and_try(self.path, shared=shared)
+        fd, locked = _try_open_and_lock(self.path, shared=shared)
         if not locked:
             os.close(fd)
             return None
@@ -147,7 +147,7 @@ class FileLock:
     async def acquire(self, *, shared: bool = False) -> HeldLock:
         """Wait until the lock is free and take it; any task may release it.
 
-        Does not sign the file. A cancelled wait leaves nothing locked. Raises the errors of `hold`.
+        Does not record the holder. A cancelled wait leaves nothing locked. Raises the errors of `hold`.
         """
         queue = _queue_of(self.path)
         await queue.enter()
@@ -155,7 +155,7 @@ class FileLock:
             fd = await queue.lock(shared=shared)
         finally:
             queue.mutex.release()
-        assert fd is not None, "None is returned only with only_try"  # noqa: S101  (for the type checker)
+        assert fd is not None, "None is returned only with nonblocking"  # noqa: S101  (for the type checker)
         return HeldLock(self.path, fd)
 
     @asynccontextmanager
@@ -182,12 +182,12 @@ class FileLock:
             with anyio.move_on_after(timeout), notice:
                 await queue.enter()
                 releases.callback(queue.mutex.release)
-                fd = await queue.lock(only_try=timeout == 0)
+                fd = await queue.lock(nonblocking=timeout == 0)
             if fd is None:
                 raise await self.held_error()
             releases.callback(_unlock, fd)
             held = HeldLock(self.path, fd)
-            with suppress(OSError):  # without a free file descriptor the file stays unsigned
+            with suppress(OSError):  # without a free file descriptor the holder is not recorded
                 held.write_holder(LockHolder.now(time.time()))
             yield held
 
@@ -207,19 +207,19 @@ class _Queue:
         except anyio.WouldBlock:
             await self.mutex.acquire()
 
-    async def lock(self, *, shared: bool = False, only_try: bool = False) -> int | None:
-        """Return a descriptor that holds the lock (None if not free, with `only_try`)."""
+    async def lock(self, *, shared: bool = False, nonblocking: bool = False) -> int | None:
+        """Return a descriptor that holds the lock (None if not free, with `nonblocking`)."""
         while True:
             if self._waiter is None:
                 with anyio.CancelScope(shield=True):
-                    fd, locked = await anyio.to_thread.run_sync(lambda: _open_and_try(self._path, shared=shared))
+                    fd, locked = await anyio.to_thread.run_sync(lambda: _try_open_and_lock(self._path, shared=shared))
                 if locked:
                     return fd
-                if only_try:
+                if nonblocking:
                     os.close(fd)
                     return None
                 self._waiter = _Waiter(self, self._path, fd, shared=shared)
-            elif only_try:
+            elif nonblocking:
                 return None
             waiter = self._waiter
             fd = await self._adopt(waiter)
@@ -231,10 +231,10 @@ class _Queue:
     async def _adopt(self, waiter: _Waiter) -> int:
         waiter.wanted = True
         try:
-            await waiter.settled.wait()
+            await waiter.finished.wait()
         except anyio.get_cancelled_exc_class():
             waiter.wanted = False
-            if waiter.settled.is_set():
+            if waiter.finished.is_set():
                 self.abandon(waiter)
             raise
         self._waiter = None
@@ -260,7 +260,7 @@ class _Waiter:
     def __init__(self, queue: _Queue, path: Path, fd: int, *, shared: bool) -> None:
         self.fd, self.shared = fd, shared
         self.wanted = True
-        self.settled = anyio.Event()
+        self.finished = anyio.Event()
         self.error: StoreUnavailable | None = None
         self._queue, self._path = queue, path
         self._loop = asyncio.get_running_loop()
@@ -273,13 +273,13 @@ class _Waiter:
         except StoreUnavailable as exc:
             error = exc
         try:
-            self._loop.call_soon_threadsafe(self._settle, error)
+            self._loop.call_soon_threadsafe(self._finish, error)
         except RuntimeError:  # the loop is closed, so no task can request the lock
             os.close(self.fd)
 
-    def _settle(self, error: StoreUnavailable | None) -> None:
+    def _finish(self, error: StoreUnavailable | None) -> None:
         self.error = error
-        self.settled.set()
+        self.finished.set()
         if not self.wanted:
             self._queue.abandon(self)
 
@@ -300,7 +300,7 @@ def _open(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 
-def _open_and_try(path: Path, *, shared: bool = False) -> tuple[int, bool]:
+def _try_open_and_lock(path: Path, *, shared: bool = False) -> tuple[int, bool]:
     fd = _open(path)
     try:
         return fd, _flock(path, fd, block=False, shared=shared)
@@ -312,7 +312,7 @@ def _open_and_try(path: Path, *, shared: bool = False) -> tuple[int, bool]:
 def is_held(path: Path) -> bool:
     """Return whether the lock on a file is held, like `FileLock.is_held`. Blocks."""
     # Shared, so that concurrent checks don't mistake each other for a holder.
-    fd, is_free = _open_and_try(path, shared=True)
+    fd, is_free = _try_open_and_lock(path, shared=True)
     _unlock(fd)
     return not is_free
 

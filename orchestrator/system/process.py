@@ -250,10 +250,10 @@ async def run_untrusted(
     killed. Cancelling the caller does not interrupt it. After `timeout` seconds, its process group is killed and
     TimeoutError is raised. Raises OSError if the program can't be started.
     """
-    return await anyio.to_thread.run_sync(partial(_run_stranger, argv, env, cwd, timeout, most))
+    return await anyio.to_thread.run_sync(partial(_run_untrusted, argv, env, cwd, timeout, most))
 
 
-def _run_stranger(
+def _run_untrusted(
     argv: Sequence[str], env: Mapping[str, str], cwd: Path, timeout: float, most: int
 ) -> CompletedCommand:
     deadline = time.monotonic() + timeout

@@ -1,8 +1,8 @@
 """The contract of every adapter, as tests: subclass `AdapterContract`.
 
-    class TestMyAdapter(AdapterContract):
-        adapter_type = MyAdapter
-        options = {"model": "small"}
+class TestMyAdapter(AdapterContract):
+    adapter_type = MyAdapter
+    options = {"model": "small"}
 """
 
 # ruff: noqa: S101  this module is a test suite
@@ -77,7 +77,7 @@ _ODD_LINES = (
 
 
 @dataclass(frozen=True, slots=True)
-class RecordingMeaning:
+class ExpectedResult:
     """The expected result of a recording.
 
     `failure` is its failure class (None: the program reported success). Optional: the id of its conversation, the
@@ -108,7 +108,7 @@ class AdapterContract(OptionsContract):
     """Ends at an account limit, and the time when the program reported that it resets (wall-clock seconds)."""
     transcripts: ClassVar[Path | None] = None
     """A folder of recordings of the program (`orchestrator.testing.recordings`)."""
-    recorded: ClassVar[Mapping[str, RecordingMeaning]] = {}
+    recorded: ClassVar[Mapping[str, ExpectedResult]] = {}
     """The expected result of each recording, keyed by name."""
 
     def options_type(self) -> type[BaseModel]:
@@ -301,12 +301,12 @@ class AdapterContract(OptionsContract):
         assert meant == self.recorded
 
 
-def interpret_end(adapter: Adapter, end: SessionEnd, asked: RecordingMeaning) -> RecordingMeaning:
+def interpret_end(adapter: Adapter, end: SessionEnd, asked: ExpectedResult) -> ExpectedResult:
     """Return the result of an end, reduced to the fields that are set in `asked`."""
     parsed = [event for line in end.stdout.splitlines() for event in adapter.parse(line)]
     verdict = adapter.verdict(replace(end, events=parsed))
     transcript = reduce(Transcript.after, parsed, EMPTY_TRANSCRIPT)
-    return RecordingMeaning(
+    return ExpectedResult(
         verdict.failure if verdict else None,
         None if asked.session is None else transcript.session,
         None if asked.text is None else transcript.last_message,

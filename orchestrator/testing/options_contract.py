@@ -26,13 +26,13 @@ class OptionsContract(ABC):
     def options_type(self) -> type[BaseModel]:
         """Return the `Options` of the tested plugin."""
 
-    def given(self, folder: Path) -> Mapping[str, Any]:  # noqa: ARG002  for overrides that need files
-        """Return a valid mapping of options as in YAML, by default `options`. May write to `folder`."""
+    def make_options(self, folder: Path) -> Mapping[str, Any]:  # noqa: ARG002  for overrides that need files
+        """Return a valid mapping of options as in YAML; may write to `folder`."""
         return self.options
 
     def validated(self, folder: Path = Path()) -> Any:
         """Return the validated options, as passed to the plugin."""
-        return self.options_type().model_validate(dict(self.given(folder)))
+        return self.options_type().model_validate(dict(self.make_options(folder)))
 
     def test_options_restored_from_json_are_equal(self, tmp_path: Path) -> None:
         """Options are stored as JSON and restored."""
@@ -43,7 +43,7 @@ class OptionsContract(ABC):
     def test_unknown_option_is_refused(self, tmp_path: Path) -> None:
         """An unknown option is an error and not ignored."""
         with pytest.raises(ValidationError):
-            self.options_type().model_validate({**self.given(tmp_path), "no_such_option": 1})
+            self.options_type().model_validate({**self.make_options(tmp_path), "no_such_option": 1})
 
     def test_reserved_keys_are_not_options(self) -> None:
         """Options can't use the keys that every entry of the section has."""

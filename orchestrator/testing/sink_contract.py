@@ -1,13 +1,13 @@
 """The contract of every sink, as tests: subclass `SinkContract` in a test module.
 
-class TestMySink(SinkContract):
-    sink_type = MySink
+    class TestMySink(SinkContract):
+        sink_type = MySink
 
-    def given(self, folder):                # options as in the file; use `options = {...}` if they need no folder
-        return {"file": str(folder / "events")}
+        def make_options(self, folder):         # options as in the file; use `options = {...}` if they need no folder
+            return {"file": str(folder / "events")}
 
-    def arrived(self, folder):              # positions of the events that have arrived, in that order
-        return [...]
+        def delivered_positions(self, folder):  # positions of the delivered events, in that order
+            return [...]
 
 Needs pytest with pytest-asyncio in its auto mode (or mark your subclass `pytest.mark.asyncio`).
 """
@@ -65,10 +65,10 @@ class SinkContract(OptionsContract):
         return self.sink_type.Options
 
     @abstractmethod
-    def arrived(self, folder: Path) -> Sequence[int]:
-        """Return the positions of all events that have arrived at the destination, in that order.
+    def delivered_positions(self, folder: Path) -> Sequence[int]:
+        """Return the positions of all delivered events, in the order of delivery.
 
-        `folder` is the folder passed to `given`.
+        `folder` is the folder passed to `make_options`.
         """
 
     async def deliver(self, options: BaseModel, *batches: Sequence[RecordedEvent], tries: int = MAX_TRIES) -> None:
@@ -96,17 +96,17 @@ class SinkContract(OptionsContract):
         """Events may contain any text, and are sent individually and together."""
         events = sample_events()
         await self.deliver(self.validated(tmp_path), *([event] for event in events[:3]), events[3:])
-        assert _first_times(self.arrived(tmp_path)) == [one.position for one in events]
+        assert _first_times(self.delivered_positions(tmp_path)) == [one.position for one in events]
 
     async def test_repeated_events_are_accepted(self, tmp_path: Path) -> None:
         """After a restart, a run sends some events again, and then new ones."""
         options, events = self.validated(tmp_path), sample_events()
         await self.deliver(options, events[:4])
         await self.deliver(options, events[2:6], events[6:])
-        assert _first_times(self.arrived(tmp_path)) == [one.position for one in events]
+        assert _first_times(self.delivered_positions(tmp_path)) == [one.position for one in events]
 
     async def test_cancelled_send_can_be_repeated(self, tmp_path: Path) -> None:
-        """A cancelled sink closes; opened again, it accepts the same events."""
+        """A sink closes when its `send` is cancelled; reopened, it accepts the same events."""
         options, events = self.validated(tmp_path), sample_events()
         with anyio.fail_after(TIMEOUT):
             with anyio.CancelScope() as scope:
@@ -114,7 +114,7 @@ class SinkContract(OptionsContract):
                     scope.cancel()
                     await sink.send(events)
         await self.deliver(options, events)
-        assert sorted(set(self.arrived(tmp_path))) == [one.position for one in events]
+        assert sorted(set(self.delivered_positions(tmp_path))) == [one.position for one in events]
 
     async def test_sink_of_two_concurrent_runs_delivers_both(self, tmp_path: Path) -> None:
         """Two sinks with the same options each deliver their own events."""
@@ -123,7 +123,7 @@ class SinkContract(OptionsContract):
         async with anyio.create_task_group() as group:
             group.start_soon(self.deliver, options, ours[:4], ours[4:])
             group.start_soon(self.deliver, options, theirs[:4], theirs[4:])
-        assert sorted(set(self.arrived(tmp_path))) == sorted(one.position for one in (*ours, *theirs))
+        assert sorted(set(self.delivered_positions(tmp_path))) == sorted(one.position for one in (*ours, *theirs))
 
 
 def _first_times(positions: Sequence[int]) -> list[int]:

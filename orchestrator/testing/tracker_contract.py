@@ -3,7 +3,7 @@
     class TestMyTracker(TrackerContract):
         tracker_type = MyTracker
 
-        def given(self, folder):                # options of a list with at least two open tasks
+        def make_options(self, folder):                # options of a list with at least two open tasks
             ...
 
 Needs pytest with pytest-asyncio in its auto mode (or mark your subclass `pytest.mark.asyncio`).
@@ -30,7 +30,7 @@ from orchestrator.testing.sink_contract import TIMEOUT, sample_events
 class TrackerContract(OptionsContract):
     """The suite: `tracker_type` is the class that the plugin registers.
 
-    The options returned by `given` select a list with at least two open tasks.
+    The options returned by `make_options` select a list with at least two open tasks.
     """
 
     tracker_type: ClassVar[TrackerType]
@@ -55,7 +55,7 @@ class TrackerContract(OptionsContract):
     async def test_open_tasks_are_valid_tasks_of_a_file(self, tmp_path: Path) -> None:
         """Ids are unique in any case, prompts not empty, `needs` refer to listed tasks."""
         tasks = await self.open_tasks(self.validated(tmp_path))
-        assert len(tasks) >= 2, "given() must select a list with at least two open tasks"
+        assert len(tasks) >= 2, "make_options() must select a list with at least two open tasks"
         ids = [check_name(task.id) for task in tasks]
         assert len({name.casefold() for name in ids}) == len(ids), ids
         assert [task.id for task in tasks if not task.prompt.strip()] == []

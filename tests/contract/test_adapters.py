@@ -31,7 +31,7 @@ from orchestrator.protocols import (
     ToolResult,
     UsageReport,
 )
-from orchestrator.testing.adapter_contract import AdapterContract, RecordingMeaning
+from orchestrator.testing.adapter_contract import AdapterContract, ExpectedResult
 from tests.contract.judging import SESSION, TRANSCRIPTS, end, judged
 
 
@@ -145,37 +145,37 @@ class TestClaudeCode(AdapterContract):
     )
     transcripts = TRANSCRIPTS / "claude-code"
     recorded: ClassVar = {
-        "resumed": RecordingMeaning(
+        "resumed": ExpectedResult(
             session="af571613-75db-40bd-83d9-e050c6c1020c",
             text="Both are there.",
             tokens=(2 * 20, 2 * 4),
             paths=frozenset({"/work/b.txt"}),
         ),
-        "resumed-total-cost": RecordingMeaning(text="Both are there.", tokens=(2 * 20, 2 * 4)),
-        "resumed-both-costs": RecordingMeaning(text="Both are there.", tokens=(2 * 20, 2 * 4)),
-        "denied": RecordingMeaning(text="Tried.", tokens=(300, 30)),
-        "read-only": RecordingMeaning(text="It is looked at.", paths=frozenset({"/work/hello.txt"})),
-        "edit": RecordingMeaning(
+        "resumed-total-cost": ExpectedResult(text="Both are there.", tokens=(2 * 20, 2 * 4)),
+        "resumed-both-costs": ExpectedResult(text="Both are there.", tokens=(2 * 20, 2 * 4)),
+        "denied": ExpectedResult(text="Tried.", tokens=(300, 30)),
+        "read-only": ExpectedResult(text="It is looked at.", paths=frozenset({"/work/hello.txt"})),
+        "edit": ExpectedResult(
             session="4bed88d2-6f82-4d37-b63d-09e23746405d",
             text="It is written.",
             tokens=(2 * 120, 2 * 34),
             paths=frozenset({"/work/hello.txt"}),
         ),
-        "tool": RecordingMeaning(text="Both done.", paths=frozenset({"/work/out/b.txt"})),
-        "limited": RecordingMeaning(FailureClass.RATE_LIMITED),
-        "limited-until": RecordingMeaning(FailureClass.RATE_LIMITED),
-        "limited-then-well": RecordingMeaning(text="Done.", paths=frozenset({"/work/hello.txt"})),
-        "no-login": RecordingMeaning(FailureClass.AUTH),
-        "server-error": RecordingMeaning(FailureClass.OVERLOADED),
-        "overloaded": RecordingMeaning(FailureClass.OVERLOADED),
-        "dead-server": RecordingMeaning(FailureClass.TRANSIENT),
-        "broken-stream": RecordingMeaning(FailureClass.TRANSIENT),
-        "invalid": RecordingMeaning(FailureClass.INVALID),
-        "refused": RecordingMeaning(text="It is not written."),
-        "turns": RecordingMeaning(FailureClass.LIMIT, paths=frozenset({"/work/a.txt"})),
-        "interrupted": RecordingMeaning(FailureClass.CRASHED),
-        "interrupted-tool": RecordingMeaning(FailureClass.CRASHED, tokens=(120, 34)),
-        "terminated": RecordingMeaning(),
+        "tool": ExpectedResult(text="Both done.", paths=frozenset({"/work/out/b.txt"})),
+        "limited": ExpectedResult(FailureClass.RATE_LIMITED),
+        "limited-until": ExpectedResult(FailureClass.RATE_LIMITED),
+        "limited-then-well": ExpectedResult(text="Done.", paths=frozenset({"/work/hello.txt"})),
+        "no-login": ExpectedResult(FailureClass.AUTH),
+        "server-error": ExpectedResult(FailureClass.OVERLOADED),
+        "overloaded": ExpectedResult(FailureClass.OVERLOADED),
+        "dead-server": ExpectedResult(FailureClass.TRANSIENT),
+        "broken-stream": ExpectedResult(FailureClass.TRANSIENT),
+        "invalid": ExpectedResult(FailureClass.INVALID),
+        "refused": ExpectedResult(text="It is not written."),
+        "turns": ExpectedResult(FailureClass.LIMIT, paths=frozenset({"/work/a.txt"})),
+        "interrupted": ExpectedResult(FailureClass.CRASHED),
+        "interrupted-tool": ExpectedResult(FailureClass.CRASHED, tokens=(120, 34)),
+        "terminated": ExpectedResult(),
     }
 
 

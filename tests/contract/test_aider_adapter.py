@@ -10,7 +10,7 @@ from adapters.aider import AiderAdapter, AiderOptions
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.protocols import AgentMessage, CliWarning, FinalResult, SessionRequest, ToolCall, UsageReport
-from orchestrator.testing.adapter_contract import AdapterContract, RecordingMeaning
+from orchestrator.testing.adapter_contract import AdapterContract, ExpectedResult
 from orchestrator.testing.recordings import read_recordings
 from tests.contract.judging import TRANSCRIPTS, end
 
@@ -58,24 +58,24 @@ class TestAider(AdapterContract):
     limits: ClassVar = ((end(f"{OPENAI} Please try again in 20s.", 0), 1_790_000_020.0),)
     transcripts = TRANSCRIPTS / "aider"
     recorded: ClassVar = {
-        "edit": RecordingMeaning(tokens=(1900, 20), paths=frozenset({"hello.txt"})),
-        "tool": RecordingMeaning(paths=frozenset({"out/b.txt"})),
-        "limited": RecordingMeaning(FailureClass.RATE_LIMITED, tokens=(0, 0)),
-        "limited-then-well": RecordingMeaning(paths=frozenset({"hello.txt"})),
-        "no-login": RecordingMeaning(FailureClass.AUTH),
-        "no-key": RecordingMeaning(FailureClass.AUTH),
-        "no-model": RecordingMeaning(FailureClass.AUTH),
-        "server-error": RecordingMeaning(FailureClass.OVERLOADED),
-        "overloaded": RecordingMeaning(FailureClass.OVERLOADED),
-        "dead-server": RecordingMeaning(FailureClass.TRANSIENT),
-        "broken-stream": RecordingMeaning(FailureClass.TRANSIENT, paths=frozenset()),
-        "invalid": RecordingMeaning(FailureClass.INVALID),
-        "unknown-model": RecordingMeaning(FailureClass.INVALID),
-        "no-such-model": RecordingMeaning(FailureClass.INVALID),
-        "too-long": RecordingMeaning(FailureClass.LIMIT),
-        "out-of-tokens": RecordingMeaning(FailureClass.LIMIT),
-        "interrupted": RecordingMeaning(FailureClass.CRASHED),
-        "terminated": RecordingMeaning(),
+        "edit": ExpectedResult(tokens=(1900, 20), paths=frozenset({"hello.txt"})),
+        "tool": ExpectedResult(paths=frozenset({"out/b.txt"})),
+        "limited": ExpectedResult(FailureClass.RATE_LIMITED, tokens=(0, 0)),
+        "limited-then-well": ExpectedResult(paths=frozenset({"hello.txt"})),
+        "no-login": ExpectedResult(FailureClass.AUTH),
+        "no-key": ExpectedResult(FailureClass.AUTH),
+        "no-model": ExpectedResult(FailureClass.AUTH),
+        "server-error": ExpectedResult(FailureClass.OVERLOADED),
+        "overloaded": ExpectedResult(FailureClass.OVERLOADED),
+        "dead-server": ExpectedResult(FailureClass.TRANSIENT),
+        "broken-stream": ExpectedResult(FailureClass.TRANSIENT, paths=frozenset()),
+        "invalid": ExpectedResult(FailureClass.INVALID),
+        "unknown-model": ExpectedResult(FailureClass.INVALID),
+        "no-such-model": ExpectedResult(FailureClass.INVALID),
+        "too-long": ExpectedResult(FailureClass.LIMIT),
+        "out-of-tokens": ExpectedResult(FailureClass.LIMIT),
+        "interrupted": ExpectedResult(FailureClass.CRASHED),
+        "terminated": ExpectedResult(),
     }
 
 

@@ -25,7 +25,7 @@ from orchestrator.protocols import (
     ToolResult,
     UsageReport,
 )
-from orchestrator.testing.adapter_contract import AdapterContract, RecordingMeaning
+from orchestrator.testing.adapter_contract import AdapterContract, ExpectedResult
 from orchestrator.testing.recordings import read_recordings
 from tests.contract.judging import TRANSCRIPTS, end
 
@@ -79,20 +79,20 @@ BRIDGE_ENDS: Sequence[tuple[SessionEnd, FailureClass | None]] = (
 
 
 #: The common results of all agents in the standard scenarios.
-_AGENTS: Mapping[str, RecordingMeaning] = {
-    "tool": RecordingMeaning(text="Both done."),
-    "limited": RecordingMeaning(FailureClass.RATE_LIMITED),
-    "limited-then-well": RecordingMeaning(text="Done.", paths=frozenset({"/work/hello.txt"})),
-    "no-login": RecordingMeaning(FailureClass.AUTH),
-    "server-error": RecordingMeaning(FailureClass.OVERLOADED),
-    "overloaded": RecordingMeaning(FailureClass.OVERLOADED),
-    "dead-server": RecordingMeaning(FailureClass.TRANSIENT),
-    "broken-stream": RecordingMeaning(FailureClass.TRANSIENT),
-    "unknown-model": RecordingMeaning(FailureClass.INVALID),
-    "out-of-tokens": RecordingMeaning(tokens=(100, 10)),  # they report the end of the turn and nothing else
-    "interrupted": RecordingMeaning(),
-    "terminated": RecordingMeaning(),
-    "read-only": RecordingMeaning(text="It is looked at."),
+_AGENTS: Mapping[str, ExpectedResult] = {
+    "tool": ExpectedResult(text="Both done."),
+    "limited": ExpectedResult(FailureClass.RATE_LIMITED),
+    "limited-then-well": ExpectedResult(text="Done.", paths=frozenset({"/work/hello.txt"})),
+    "no-login": ExpectedResult(FailureClass.AUTH),
+    "server-error": ExpectedResult(FailureClass.OVERLOADED),
+    "overloaded": ExpectedResult(FailureClass.OVERLOADED),
+    "dead-server": ExpectedResult(FailureClass.TRANSIENT),
+    "broken-stream": ExpectedResult(FailureClass.TRANSIENT),
+    "unknown-model": ExpectedResult(FailureClass.INVALID),
+    "out-of-tokens": ExpectedResult(tokens=(100, 10)),  # they report the end of the turn and nothing else
+    "interrupted": ExpectedResult(),
+    "terminated": ExpectedResult(),
+    "read-only": ExpectedResult(text="It is looked at."),
 }
 
 
@@ -107,24 +107,24 @@ class TestAcp(AdapterContract):
     transcripts = TRANSCRIPTS / "acp-gemini"
     recorded: ClassVar = {
         **_AGENTS,
-        "edit": RecordingMeaning(
+        "edit": ExpectedResult(
             session="5957b2fb-b08e-4bcf-b6d1-3062d25e682e",
             text="It is written.",
             tokens=(2 * 120, 2 * 34),
             paths=frozenset({"/work/hello.txt"}),
         ),
-        "resumed": RecordingMeaning(
+        "resumed": ExpectedResult(
             session="b0b76deb-32df-4659-b447-42897f325ffa",
             text="Both are there.",
             tokens=(2 * 20, 2 * 4),
             paths=frozenset({"/work/b.txt"}),  # replayed messages are not repeated
         ),
-        "invalid": RecordingMeaning(FailureClass.INVALID),
-        "no-key": RecordingMeaning(FailureClass.AUTH),
-        "not-installed": RecordingMeaning(FailureClass.INVALID),
-        "limited-for-long": RecordingMeaning(FailureClass.RATE_LIMITED),
-        "too-long": RecordingMeaning(FailureClass.LIMIT),
-        "outside": RecordingMeaning(text="It is not written.", paths=frozenset()),  # it rejects that by itself
+        "invalid": ExpectedResult(FailureClass.INVALID),
+        "no-key": ExpectedResult(FailureClass.AUTH),
+        "not-installed": ExpectedResult(FailureClass.INVALID),
+        "limited-for-long": ExpectedResult(FailureClass.RATE_LIMITED),
+        "too-long": ExpectedResult(FailureClass.LIMIT),
+        "outside": ExpectedResult(text="It is not written.", paths=frozenset()),  # it rejects that by itself
     }
 
 
@@ -138,24 +138,24 @@ class TestAcpOpencode(AdapterContract):
         (end("", None, 'opencode\n{"type":"council.limited","message":"No.","until":1790003600000}'), 1_790_003_600.0),
     )
     recorded: ClassVar = {
-        "limited-for-long": RecordingMeaning(FailureClass.RATE_LIMITED),
+        "limited-for-long": ExpectedResult(FailureClass.RATE_LIMITED),
         **_AGENTS,
-        "edit": RecordingMeaning(
+        "edit": ExpectedResult(
             session="ses_df60b8be3ffelymAhaWpKaVZd7",
             text="It is written.",
             tokens=(120, 34),  # from its last answer
             paths=frozenset({"/work/hello.txt"}),
         ),
-        "resumed": RecordingMeaning(
+        "resumed": ExpectedResult(
             session="ses_df60a4719ffeonBmdhPR9d3Aob",
             text="Both are there.",
             tokens=(20, 4),
             paths=frozenset({"/work/b.txt"}),  # replayed messages are not repeated
         ),
-        "asking": RecordingMeaning(text="Done.", paths=frozenset({"/work", "/work/hello.txt"})),
-        "outside": RecordingMeaning(FailureClass.REFUSED),
-        "invalid": RecordingMeaning(FailureClass.CRASHED),
-        "too-long": RecordingMeaning(text="Done.Done."),  # it compacts and continues
+        "asking": ExpectedResult(text="Done.", paths=frozenset({"/work", "/work/hello.txt"})),
+        "outside": ExpectedResult(FailureClass.REFUSED),
+        "invalid": ExpectedResult(FailureClass.CRASHED),
+        "too-long": ExpectedResult(text="Done.Done."),  # it compacts and continues
     }
 
 
@@ -167,22 +167,22 @@ class TestAcpClaude(AdapterContract):
     transcripts = TRANSCRIPTS / "acp-claude"
     recorded: ClassVar = {
         **_AGENTS,
-        "edit": RecordingMeaning(
+        "edit": ExpectedResult(
             session="2cde79db-c2f8-4569-93b8-5c3634bf1923",
             text="It is written.",
             tokens=(2 * 120, 2 * 34),
             paths=frozenset({"/work/hello.txt"}),
         ),
-        "resumed": RecordingMeaning(
+        "resumed": ExpectedResult(
             session="18c52824-ec82-431b-ba54-6dff1cd846fd",
             text="Both are there.",
             tokens=(2 * 20, 2 * 4),
             paths=frozenset({"/work/b.txt"}),  # replayed messages are not repeated
         ),
-        "invalid": RecordingMeaning(FailureClass.INVALID),
-        "too-long": RecordingMeaning(FailureClass.LIMIT),
-        "out-of-tokens": RecordingMeaning(FailureClass.LIMIT),
-        "outside": RecordingMeaning(text="It is not written.", paths=frozenset({"/work/../beside.txt"})),
+        "invalid": ExpectedResult(FailureClass.INVALID),
+        "too-long": ExpectedResult(FailureClass.LIMIT),
+        "out-of-tokens": ExpectedResult(FailureClass.LIMIT),
+        "outside": ExpectedResult(text="It is not written.", paths=frozenset({"/work/../beside.txt"})),
     }
 
 
@@ -196,25 +196,25 @@ class TestOllama(AdapterContract):
     limits = LIMITS
     transcripts = TRANSCRIPTS / "ollama"
     recorded: ClassVar = {
-        "edit": RecordingMeaning(text="It is written.", tokens=(120, 34), paths=frozenset({"hello.txt"})),
-        "tool": RecordingMeaning(text="Both done.", paths=frozenset({"out/b.txt"})),
-        "limited": RecordingMeaning(FailureClass.RATE_LIMITED, tokens=(0, 0)),
-        "limited-then-well": RecordingMeaning(FailureClass.RATE_LIMITED),
-        "no-login": RecordingMeaning(FailureClass.AUTH),
-        "server-error": RecordingMeaning(FailureClass.OVERLOADED),
-        "overloaded": RecordingMeaning(FailureClass.OVERLOADED),
-        "dead-server": RecordingMeaning(FailureClass.AUTH),  # a person has to start the server
-        "broken-stream": RecordingMeaning(FailureClass.TRANSIENT, paths=frozenset()),
-        "invalid": RecordingMeaning(FailureClass.INVALID),
-        "unknown-model": RecordingMeaning(FailureClass.INVALID),
-        "too-long": RecordingMeaning(FailureClass.LIMIT),
-        "out-of-tokens": RecordingMeaning(FailureClass.LIMIT, tokens=(100, 10), paths=frozenset()),
-        "cut-off": RecordingMeaning(FailureClass.CRASHED, paths=frozenset()),
-        "unfit": RecordingMeaning(FailureClass.CRASHED, paths=frozenset()),
-        "read-only": RecordingMeaning(tokens=(100, 10), paths=frozenset()),
-        "outside": RecordingMeaning(FailureClass.REFUSED, paths=frozenset()),
-        "interrupted": RecordingMeaning(),
-        "terminated": RecordingMeaning(),
+        "edit": ExpectedResult(text="It is written.", tokens=(120, 34), paths=frozenset({"hello.txt"})),
+        "tool": ExpectedResult(text="Both done.", paths=frozenset({"out/b.txt"})),
+        "limited": ExpectedResult(FailureClass.RATE_LIMITED, tokens=(0, 0)),
+        "limited-then-well": ExpectedResult(FailureClass.RATE_LIMITED),
+        "no-login": ExpectedResult(FailureClass.AUTH),
+        "server-error": ExpectedResult(FailureClass.OVERLOADED),
+        "overloaded": ExpectedResult(FailureClass.OVERLOADED),
+        "dead-server": ExpectedResult(FailureClass.AUTH),  # a person has to start the server
+        "broken-stream": ExpectedResult(FailureClass.TRANSIENT, paths=frozenset()),
+        "invalid": ExpectedResult(FailureClass.INVALID),
+        "unknown-model": ExpectedResult(FailureClass.INVALID),
+        "too-long": ExpectedResult(FailureClass.LIMIT),
+        "out-of-tokens": ExpectedResult(FailureClass.LIMIT, tokens=(100, 10), paths=frozenset()),
+        "cut-off": ExpectedResult(FailureClass.CRASHED, paths=frozenset()),
+        "unfit": ExpectedResult(FailureClass.CRASHED, paths=frozenset()),
+        "read-only": ExpectedResult(tokens=(100, 10), paths=frozenset()),
+        "outside": ExpectedResult(FailureClass.REFUSED, paths=frozenset()),
+        "interrupted": ExpectedResult(),
+        "terminated": ExpectedResult(),
     }
 
 

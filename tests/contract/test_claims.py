@@ -1,4 +1,4 @@
-"""Claims, orchestrators and merge permits behave equally on every store."""
+"""Claims, orchestrators and merge leases behave equally on every store."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from orchestrator.domain.scheduling.claims import (
 from orchestrator.domain.settings.run_settings import CoordinationSettings
 from orchestrator.errors import LeaseLost, OrchestratorFenced, StoreUnavailable
 from orchestrator.locking.claims import ClaimHolder, Claims, PlannedClaim, claim_key, read_claims
-from orchestrator.locking.merge_permit import MergePermitQueue, merge_lease_key
+from orchestrator.locking.merge_lease import MergeLeaseQueue, merge_lease_key
 from orchestrator.locking.orchestrators import RunMembership, orchestrator_key
 from orchestrator.protocols import Commit, Event, Guard, Key, Store, Write
 from orchestrator.state.stores.file import FileStore
@@ -64,7 +64,7 @@ class Process:
     line: Line
     others: RunMembership
     claims: Claims
-    permits: MergePermitQueue
+    leases: MergeLeaseQueue
 
     @property
     def name(self) -> str:
@@ -101,9 +101,9 @@ class Cluster:
         line, clock = Line(self.store), clock or self.clock
         others = RunMembership(line, clock, run, owner, CoordinationSettings(), is_dead)  # type: ignore[arg-type]
         claims = Claims(line, clock, others)  # type: ignore[arg-type]
-        permits = MergePermitQueue(line, clock, others, "/repository", "main")  # type: ignore[arg-type]
+        leases = MergeLeaseQueue(line, clock, others, "/repository", "main")  # type: ignore[arg-type]
         await others.join()
-        return Process(line, others, claims, permits)
+        return Process(line, others, claims, leases)
 
     async def claim(self, task: str) -> Claim:
         """Return the claim on a task."""
@@ -114,8 +114,8 @@ class Cluster:
         await self.store.commit(Commit(events=[Event("work")], guards=[one for one in guards if one is not None]))
 
     async def lease(self, process: Process) -> MergeLease:
-        """Return the document of the merge permit."""
-        found = await self.store.get(merge_lease_key(process.permits.scope))
+        """Return the document of the merge lease."""
+        found = await self.store.get(merge_lease_key(process.leases.scope))
         assert found is not None
         return MergeLease.model_validate(found.value)
 
@@ -481,7 +481,7 @@ class ClaimsContract(ABC):
             ("WARNING", "claim sync failed: run run, a: store: no answer: wait"),
         ]
 
-    async def test_merge_permit_is_granted_in_request_order(self, cluster: Cluster) -> None:
+    async def test_merge_lease_is_granted_in_request_order(self, cluster: Cluster) -> None:
         """Across orchestrators with several tasks each; each turn has its own epoch."""
         clock, turns, most = SystemClock(), list[tuple[str, int]](), 0
         processes = [await cluster.join(name, clock=clock) for name in "abcd"]
@@ -489,14 +489,14 @@ class ClaimsContract(ABC):
 
         async def land(process: Process) -> None:
             nonlocal inside, most
-            async with process.permits.hold() as permit:
+            async with process.leases.hold() as lease:
                 inside += 1
                 most = max(most, inside)
-                await cluster.write(permit.guard, process.others.guard)
-                turns.append((process.name, permit.guard.epoch))
+                await cluster.write(lease.guard, process.others.guard)
+                turns.append((process.name, lease.guard.epoch))
                 inside -= 1
 
-        async with anyio.create_task_group() as group, processes[0].permits.hold():
+        async with anyio.create_task_group() as group, processes[0].leases.hold():
             for number, process in enumerate(processes[1:], 1):
                 group.start_soon(land, process)
                 await run_until(lambda many=number: self._are_waiting(cluster, processes[0], many))  # type: ignore[misc]
@@ -511,34 +511,34 @@ class ClaimsContract(ABC):
     async def _are_waiting(self, cluster: Cluster, process: Process, many: int) -> bool:
         return len((await cluster.lease(process)).waiting) == many
 
-    async def test_merge_permit_alternates_between_landings_of_one_orchestrator(self, cluster: Cluster) -> None:
-        """A permit with its own name is not a leftover while another task of it holds it."""
+    async def test_merge_lease_alternates_between_landings_of_one_orchestrator(self, cluster: Cluster) -> None:
+        """A lease with its own name is not a leftover while another task of it holds it."""
         a, order = await cluster.join("a"), list[str]()
 
         async def second() -> None:
-            async with MergePermitQueue(cluster.store, cluster.clock, a.others, "/repository", "main").hold() as permit:
+            async with MergeLeaseQueue(cluster.store, cluster.clock, a.others, "/repository", "main").hold() as lease:
                 order.append("second")
-                await cluster.write(permit.guard)
+                await cluster.write(lease.guard)
 
-        async with anyio.create_task_group() as group, a.permits.hold() as permit:
+        async with anyio.create_task_group() as group, a.leases.hold() as lease:
             group.start_soon(second)
             await anyio.wait_all_tasks_blocked()
-            await cluster.write(permit.guard)
+            await cluster.write(lease.guard)
             order.append("first")
         assert order == ["first", "second"]
 
     @pytest.mark.parametrize("is_dead", [False, True])
-    async def test_merge_permit_of_a_dead_holder_passes_on(self, cluster: Cluster, is_dead: bool) -> None:
+    async def test_merge_lease_of_a_dead_holder_passes_on(self, cluster: Cluster, is_dead: bool) -> None:
         """Dead waiters are skipped; the former holder can neither land nor release it."""
         a, gone, b = [await cluster.join(name, host="box" if is_dead else "") for name in ("a", "gone", "b")]
         done = anyio.Event()
 
         async def take() -> None:
-            async with b.permits.hold() as permit:
-                await cluster.write(permit.guard)
+            async with b.leases.hold() as lease:
+                await cluster.write(lease.guard)
                 done.set()
 
-        async with a.permits.hold() as permit, anyio.create_task_group() as group:
+        async with a.leases.hold() as lease, anyio.create_task_group() as group:
             async with anyio.create_task_group() as waits:
                 waits.start_soon(self._hold, gone)
                 await run_until(lambda: self._are_waiting(cluster, a, 1))
@@ -559,18 +559,18 @@ class ClaimsContract(ABC):
                     cluster.clock.advance(1.0)
                     await anyio.lowlevel.checkpoint()
             with pytest.raises(LeaseLost):
-                await cluster.write(permit.guard)
-        lease = await cluster.lease(b)
-        assert (lease.holder, lease.waiting) == (None, ())
+                await cluster.write(lease.guard)
+        left = await cluster.lease(b)
+        assert (left.holder, left.waiting) == (None, ())
 
     async def _hold(self, process: Process) -> None:
-        async with process.permits.hold():
+        async with process.leases.hold():
             pass
 
-    async def test_merge_permit_wait_that_is_cancelled_leaves_nothing(self, cluster: Cluster) -> None:
+    async def test_merge_lease_wait_that_is_cancelled_leaves_nothing(self, cluster: Cluster) -> None:
         """A cancelled waiter delays nobody."""
         a, b = await cluster.join("a"), await cluster.join("b")
-        async with a.permits.hold():
+        async with a.leases.hold():
             async with anyio.create_task_group() as group:
                 group.start_soon(self._hold, b)
                 await run_until(lambda: self._are_waiting(cluster, a, 1))
@@ -580,20 +580,20 @@ class ClaimsContract(ABC):
             assert (lease.holder.id, lease.waiting) == ("a", ())
         assert (await cluster.lease(a)).holder is None
 
-    async def test_merge_permit_is_denied_to_an_ended_orchestrator(self, cluster: Cluster) -> None:
+    async def test_merge_lease_is_denied_to_an_ended_orchestrator(self, cluster: Cluster) -> None:
         """The error is immediate, and nothing is left behind."""
         a, b = await cluster.join("a"), await cluster.join("b")
         await a.others.leave()
         with pytest.raises(LeaseLost):
             await self._hold(a)
-        async with b.permits.hold():
+        async with b.leases.hold():
             with pytest.raises(LeaseLost):
                 await self._hold(a)
             assert (await cluster.lease(b)).waiting == ()
 
     @pytest.mark.parametrize("fault", ["fails", "is not acknowledged"])
     @pytest.mark.parametrize("number", [0, 1])
-    async def test_merge_permit_release_that_failed_is_repeated_by_the_heartbeat(
+    async def test_merge_lease_release_that_failed_is_repeated_by_the_heartbeat(
         self, cluster: Cluster, fault: str, number: int
     ) -> None:
         """Otherwise all others would wait as long as the process lives, after a failed release or acquisition."""

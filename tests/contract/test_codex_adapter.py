@@ -25,7 +25,7 @@ from orchestrator.protocols import (
     ToolResult,
     UsageReport,
 )
-from orchestrator.testing.adapter_contract import AdapterContract, RecordingMeaning
+from orchestrator.testing.adapter_contract import AdapterContract, ExpectedResult
 from orchestrator.testing.recordings import read_recordings
 from tests.contract.judging import SESSION, TRANSCRIPTS, end, judged
 
@@ -148,34 +148,34 @@ class TestCodex(AdapterContract):
     limits: ClassVar = ((end(codex_failure(f"{HIT} or try again in 3600s.")), 1_790_003_600.0),)
     transcripts = TRANSCRIPTS / "codex"
     recorded: ClassVar = {
-        "resumed": RecordingMeaning(
+        "resumed": ExpectedResult(
             session="01a203c4-e80d-7503-b13e-fcc6f0fb2765",
             text="Both are there.",
             tokens=(2 * 120 + 2 * 20, 2 * 34 + 2 * 4),
             paths=frozenset({"/work/b.txt"}),
         ),
-        "denied": RecordingMeaning(text="Tried."),
-        "read-only": RecordingMeaning(FailureClass.REFUSED, text="It is looked at.", paths=frozenset()),
-        "edit": RecordingMeaning(
+        "denied": ExpectedResult(text="Tried."),
+        "read-only": ExpectedResult(FailureClass.REFUSED, text="It is looked at.", paths=frozenset()),
+        "edit": ExpectedResult(
             session="01a20367-e977-74a0-a6b2-e9a9a51bad2e",
             text="It is written.",
             tokens=(2 * 120, 2 * 34),
             paths=frozenset({"/work/hello.txt"}),
         ),
-        "tool": RecordingMeaning(text="Both done.", paths=frozenset({"/work/out/b.txt"})),
-        "limited": RecordingMeaning(FailureClass.RATE_LIMITED),
-        "limited-then-well": RecordingMeaning(text="Done.", paths=frozenset({"/work/hello.txt"})),
-        "no-login": RecordingMeaning(FailureClass.AUTH),
-        "no-key": RecordingMeaning(FailureClass.AUTH),
-        "server-error": RecordingMeaning(FailureClass.OVERLOADED),
-        "overloaded": RecordingMeaning(FailureClass.OVERLOADED),
-        "dead-server": RecordingMeaning(FailureClass.TRANSIENT),
-        "broken-stream": RecordingMeaning(FailureClass.TRANSIENT),
-        "invalid": RecordingMeaning(FailureClass.INVALID),
-        "unwritable": RecordingMeaning(FailureClass.INVALID),
-        "refused": RecordingMeaning(FailureClass.REFUSED),
-        "interrupted": RecordingMeaning(),
-        "terminated": RecordingMeaning(),
+        "tool": ExpectedResult(text="Both done.", paths=frozenset({"/work/out/b.txt"})),
+        "limited": ExpectedResult(FailureClass.RATE_LIMITED),
+        "limited-then-well": ExpectedResult(text="Done.", paths=frozenset({"/work/hello.txt"})),
+        "no-login": ExpectedResult(FailureClass.AUTH),
+        "no-key": ExpectedResult(FailureClass.AUTH),
+        "server-error": ExpectedResult(FailureClass.OVERLOADED),
+        "overloaded": ExpectedResult(FailureClass.OVERLOADED),
+        "dead-server": ExpectedResult(FailureClass.TRANSIENT),
+        "broken-stream": ExpectedResult(FailureClass.TRANSIENT),
+        "invalid": ExpectedResult(FailureClass.INVALID),
+        "unwritable": ExpectedResult(FailureClass.INVALID),
+        "refused": ExpectedResult(FailureClass.REFUSED),
+        "interrupted": ExpectedResult(),
+        "terminated": ExpectedResult(),
     }
 
 

@@ -11,7 +11,7 @@ import yaml
 from adapters.command import CommandAdapter
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.protocols import AgentMessage, ConversationStarted, FinalResult, UsageReport
-from orchestrator.testing.adapter_contract import AdapterContract, RecordingMeaning
+from orchestrator.testing.adapter_contract import AdapterContract, ExpectedResult
 from tests.contract.judging import SESSION, TRANSCRIPTS, end
 from tests.transcripts.programs.qwen_code import QWEN_CODE
 
@@ -62,23 +62,23 @@ class TestQwenCode(AdapterContract):
     options: ClassVar = QWEN_CODE.options
     transcripts = TRANSCRIPTS / "qwen-code"
     recorded: ClassVar = {
-        "edit": RecordingMeaning(text="It is written.", tokens=(2 * 120, 2 * 34)),
-        "resumed": RecordingMeaning(
+        "edit": ExpectedResult(text="It is written.", tokens=(2 * 120, 2 * 34)),
+        "resumed": ExpectedResult(
             session="72cde56b-a359-453c-a80e-efb673b668d5",
             text="Both are there.",
             tokens=(2 * 120 + 2 * 20, 2 * 34 + 2 * 4),
         ),
-        "read-only": RecordingMeaning(tokens=(2 * 100, 2 * 10)),
-        "tool": RecordingMeaning(text="Both done."),
-        "limited-then-well": RecordingMeaning(text="Done."),
-        "no-login": RecordingMeaning(FailureClass.AUTH),
-        "no-key": RecordingMeaning(FailureClass.AUTH),
-        "server-error": RecordingMeaning(FailureClass.OVERLOADED),
-        "dead-server": RecordingMeaning(FailureClass.TRANSIENT),
-        "broken-stream": RecordingMeaning(FailureClass.TRANSIENT),
-        "invalid": RecordingMeaning(FailureClass.INVALID),
-        "interrupted": RecordingMeaning(),
-        "terminated": RecordingMeaning(),
+        "read-only": ExpectedResult(tokens=(2 * 100, 2 * 10)),
+        "tool": ExpectedResult(text="Both done."),
+        "limited-then-well": ExpectedResult(text="Done."),
+        "no-login": ExpectedResult(FailureClass.AUTH),
+        "no-key": ExpectedResult(FailureClass.AUTH),
+        "server-error": ExpectedResult(FailureClass.OVERLOADED),
+        "dead-server": ExpectedResult(FailureClass.TRANSIENT),
+        "broken-stream": ExpectedResult(FailureClass.TRANSIENT),
+        "invalid": ExpectedResult(FailureClass.INVALID),
+        "interrupted": ExpectedResult(),
+        "terminated": ExpectedResult(),
     }
 
 
@@ -127,26 +127,26 @@ class TestCodexFromYaml(AdapterContract):
     )
     transcripts = TRANSCRIPTS / "codex"
     recorded: ClassVar = {
-        "edit": RecordingMeaning(
+        "edit": ExpectedResult(
             session="01a20367-e977-74a0-a6b2-e9a9a51bad2e", text="It is written.", tokens=(2 * 120, 2 * 34)
         ),
-        "resumed": RecordingMeaning(text="Both are there.", tokens=(2 * 120 + 2 * 20, 2 * 34 + 2 * 4)),
-        "read-only": RecordingMeaning(FailureClass.REFUSED, text="It is looked at."),
-        "tool": RecordingMeaning(text="Both done."),
-        "denied": RecordingMeaning(text="Tried."),
-        "limited": RecordingMeaning(FailureClass.RATE_LIMITED),
-        "limited-then-well": RecordingMeaning(text="Done."),
-        "no-login": RecordingMeaning(FailureClass.AUTH),
-        "no-key": RecordingMeaning(FailureClass.AUTH),
-        "server-error": RecordingMeaning(FailureClass.OVERLOADED),
-        "overloaded": RecordingMeaning(FailureClass.OVERLOADED),
-        "dead-server": RecordingMeaning(),
-        "broken-stream": RecordingMeaning(FailureClass.TRANSIENT),
-        "invalid": RecordingMeaning(FailureClass.INVALID),
-        "unwritable": RecordingMeaning(FailureClass.INVALID),
-        "refused": RecordingMeaning(FailureClass.REFUSED),
-        "interrupted": RecordingMeaning(),
-        "terminated": RecordingMeaning(),
+        "resumed": ExpectedResult(text="Both are there.", tokens=(2 * 120 + 2 * 20, 2 * 34 + 2 * 4)),
+        "read-only": ExpectedResult(FailureClass.REFUSED, text="It is looked at."),
+        "tool": ExpectedResult(text="Both done."),
+        "denied": ExpectedResult(text="Tried."),
+        "limited": ExpectedResult(FailureClass.RATE_LIMITED),
+        "limited-then-well": ExpectedResult(text="Done."),
+        "no-login": ExpectedResult(FailureClass.AUTH),
+        "no-key": ExpectedResult(FailureClass.AUTH),
+        "server-error": ExpectedResult(FailureClass.OVERLOADED),
+        "overloaded": ExpectedResult(FailureClass.OVERLOADED),
+        "dead-server": ExpectedResult(),
+        "broken-stream": ExpectedResult(FailureClass.TRANSIENT),
+        "invalid": ExpectedResult(FailureClass.INVALID),
+        "unwritable": ExpectedResult(FailureClass.INVALID),
+        "refused": ExpectedResult(FailureClass.REFUSED),
+        "interrupted": ExpectedResult(),
+        "terminated": ExpectedResult(),
     }
 
 
@@ -196,27 +196,27 @@ class TestOpencodeFromYaml(AdapterContract):
     )
     transcripts = TRANSCRIPTS / "opencode"
     recorded: ClassVar = {
-        "edit": RecordingMeaning(
+        "edit": ExpectedResult(
             session="ses_dfc986321ffeZTBadsNvnjbr3u", text="It is written.", tokens=(2 * 120, 2 * 34)
         ),
-        "resumed": RecordingMeaning(text="Both are there.", tokens=(2 * 20, 2 * 4)),
-        "read-only": RecordingMeaning(text="It is looked at."),
-        "tool": RecordingMeaning(text="Both done."),
-        "limited": RecordingMeaning(FailureClass.RATE_LIMITED, tokens=(0, 0)),
-        "limited-for-long": RecordingMeaning(),  # without the plugin of the bundled adapter
-        "limited-until": RecordingMeaning(FailureClass.RATE_LIMITED),
-        "limited-then-well": RecordingMeaning(text="Done."),
-        "no-login": RecordingMeaning(FailureClass.AUTH),
-        "server-error": RecordingMeaning(FailureClass.OVERLOADED),
-        "overloaded": RecordingMeaning(FailureClass.OVERLOADED),
-        "dead-server": RecordingMeaning(FailureClass.TRANSIENT),
-        "broken-stream": RecordingMeaning(FailureClass.TRANSIENT),
-        "invalid": RecordingMeaning(FailureClass.INVALID),
-        "unknown-model": RecordingMeaning(FailureClass.INVALID),
-        "unwritable": RecordingMeaning(FailureClass.INVALID),
-        "refused": RecordingMeaning(text="It is not written."),
-        "interrupted": RecordingMeaning(),
-        "terminated": RecordingMeaning(),
+        "resumed": ExpectedResult(text="Both are there.", tokens=(2 * 20, 2 * 4)),
+        "read-only": ExpectedResult(text="It is looked at."),
+        "tool": ExpectedResult(text="Both done."),
+        "limited": ExpectedResult(FailureClass.RATE_LIMITED, tokens=(0, 0)),
+        "limited-for-long": ExpectedResult(),  # without the plugin of the bundled adapter
+        "limited-until": ExpectedResult(FailureClass.RATE_LIMITED),
+        "limited-then-well": ExpectedResult(text="Done."),
+        "no-login": ExpectedResult(FailureClass.AUTH),
+        "server-error": ExpectedResult(FailureClass.OVERLOADED),
+        "overloaded": ExpectedResult(FailureClass.OVERLOADED),
+        "dead-server": ExpectedResult(FailureClass.TRANSIENT),
+        "broken-stream": ExpectedResult(FailureClass.TRANSIENT),
+        "invalid": ExpectedResult(FailureClass.INVALID),
+        "unknown-model": ExpectedResult(FailureClass.INVALID),
+        "unwritable": ExpectedResult(FailureClass.INVALID),
+        "refused": ExpectedResult(text="It is not written."),
+        "interrupted": ExpectedResult(),
+        "terminated": ExpectedResult(),
     }
 
 

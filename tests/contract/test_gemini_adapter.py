@@ -18,7 +18,7 @@ from orchestrator.protocols import (
     ToolResult,
     UsageReport,
 )
-from orchestrator.testing.adapter_contract import AdapterContract, RecordingMeaning
+from orchestrator.testing.adapter_contract import AdapterContract, ExpectedResult
 from tests.contract.judging import SESSION, TRANSCRIPTS, end, judged
 
 
@@ -133,37 +133,37 @@ class TestGemini(AdapterContract):
     limits: ClassVar = ((end(gemini_result(f"[API Error: {GEMINI_QUOTA}]"), 173), 1_790_012_030.0),)
     transcripts = TRANSCRIPTS / "gemini"
     recorded: ClassVar = {
-        "resumed": RecordingMeaning(
+        "resumed": ExpectedResult(
             session="4e5f5457-0b1e-4832-9f0c-ca8359ded3b8",
             text="Both are there.",
             tokens=(2 * 20, 2 * 4),
             paths=frozenset({"/work/b.txt"}),
         ),
-        "read-only": RecordingMeaning(text="It is looked at.", paths=frozenset({"/work/hello.txt"})),
-        "edit": RecordingMeaning(text="It is written.", tokens=(240, 68), paths=frozenset({"hello.txt"})),
-        "tool": RecordingMeaning(text="Both done.", paths=frozenset({"out/b.txt"})),
+        "read-only": ExpectedResult(text="It is looked at.", paths=frozenset({"/work/hello.txt"})),
+        "edit": ExpectedResult(text="It is written.", tokens=(240, 68), paths=frozenset({"hello.txt"})),
+        "tool": ExpectedResult(text="Both done.", paths=frozenset({"out/b.txt"})),
         # The tool failed; the program continues and reports success.
-        "refused": RecordingMeaning(text="Done.", paths=frozenset({"../beside.txt"})),
-        "denied": RecordingMeaning(text="Tried."),
+        "refused": ExpectedResult(text="Done.", paths=frozenset({"../beside.txt"})),
+        "denied": ExpectedResult(text="Tried."),
         # Tools that need permission are not offered to the model.
-        "no-shell": RecordingMeaning(paths=frozenset({"hello.txt"})),
-        "limited": RecordingMeaning(FailureClass.RATE_LIMITED, paths=frozenset()),
-        "limited-for-long": RecordingMeaning(FailureClass.RATE_LIMITED),
-        "limited-then-well": RecordingMeaning(text="Done.", paths=frozenset({"hello.txt"})),
-        "no-login": RecordingMeaning(FailureClass.AUTH),
-        "no-key": RecordingMeaning(FailureClass.AUTH),
-        "gateway": RecordingMeaning(FailureClass.AUTH),
-        "untrusted": RecordingMeaning(FailureClass.INVALID),
-        "wrong-request": RecordingMeaning(FailureClass.INVALID),
-        "no-such-model": RecordingMeaning(FailureClass.INVALID),
-        "turns": RecordingMeaning(FailureClass.LIMIT, tokens=(100, 10), paths=frozenset({"a.txt"})),
-        "server-error": RecordingMeaning(FailureClass.OVERLOADED),
-        "overloaded": RecordingMeaning(FailureClass.OVERLOADED),
-        "dead-server": RecordingMeaning(FailureClass.TRANSIENT),
-        "broken-stream": RecordingMeaning(FailureClass.TRANSIENT),
+        "no-shell": ExpectedResult(paths=frozenset({"hello.txt"})),
+        "limited": ExpectedResult(FailureClass.RATE_LIMITED, paths=frozenset()),
+        "limited-for-long": ExpectedResult(FailureClass.RATE_LIMITED),
+        "limited-then-well": ExpectedResult(text="Done.", paths=frozenset({"hello.txt"})),
+        "no-login": ExpectedResult(FailureClass.AUTH),
+        "no-key": ExpectedResult(FailureClass.AUTH),
+        "gateway": ExpectedResult(FailureClass.AUTH),
+        "untrusted": ExpectedResult(FailureClass.INVALID),
+        "wrong-request": ExpectedResult(FailureClass.INVALID),
+        "no-such-model": ExpectedResult(FailureClass.INVALID),
+        "turns": ExpectedResult(FailureClass.LIMIT, tokens=(100, 10), paths=frozenset({"a.txt"})),
+        "server-error": ExpectedResult(FailureClass.OVERLOADED),
+        "overloaded": ExpectedResult(FailureClass.OVERLOADED),
+        "dead-server": ExpectedResult(FailureClass.TRANSIENT),
+        "broken-stream": ExpectedResult(FailureClass.TRANSIENT),
         # Both exit with 0 and without a result.
-        "interrupted": RecordingMeaning(FailureClass.CRASHED),
-        "terminated": RecordingMeaning(FailureClass.CRASHED),
+        "interrupted": ExpectedResult(FailureClass.CRASHED),
+        "terminated": ExpectedResult(FailureClass.CRASHED),
     }
 
 

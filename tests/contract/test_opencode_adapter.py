@@ -18,7 +18,7 @@ from orchestrator.protocols import (
     ToolResult,
     UsageReport,
 )
-from orchestrator.testing.adapter_contract import AdapterContract, RecordingMeaning
+from orchestrator.testing.adapter_contract import AdapterContract, ExpectedResult
 from orchestrator.testing.recordings import read_recordings
 from tests.contract.judging import TRANSCRIPTS, end, judged
 
@@ -145,35 +145,35 @@ class TestOpencode(AdapterContract):
     )
     transcripts = TRANSCRIPTS / "opencode"
     recorded: ClassVar = {
-        "resumed": RecordingMeaning(
+        "resumed": ExpectedResult(
             session="ses_dfc3ada87ffe7Zbxaq2o2A54xT",
             text="Both are there.",
             tokens=(2 * 20, 2 * 4),
             paths=frozenset({"/work/b.txt"}),
         ),
-        "read-only": RecordingMeaning(text="It is looked at.", paths=frozenset({"/work/hello.txt"})),
-        "edit": RecordingMeaning(
+        "read-only": ExpectedResult(text="It is looked at.", paths=frozenset({"/work/hello.txt"})),
+        "edit": ExpectedResult(
             session="ses_dfc986321ffeZTBadsNvnjbr3u",
             text="It is written.",
             tokens=(2 * 120, 2 * 34),
             paths=frozenset({"/work/hello.txt"}),
         ),
-        "tool": RecordingMeaning(text="Both done.", paths=frozenset({"/work/out/b.txt"})),
-        "limited": RecordingMeaning(FailureClass.RATE_LIMITED, tokens=(0, 0)),
-        "limited-for-long": RecordingMeaning(FailureClass.RATE_LIMITED),
-        "limited-until": RecordingMeaning(FailureClass.RATE_LIMITED),
-        "limited-then-well": RecordingMeaning(text="Done.", paths=frozenset({"/work/hello.txt"})),
-        "no-login": RecordingMeaning(FailureClass.AUTH),
-        "server-error": RecordingMeaning(FailureClass.OVERLOADED),
-        "overloaded": RecordingMeaning(FailureClass.OVERLOADED),
-        "dead-server": RecordingMeaning(FailureClass.TRANSIENT),
-        "broken-stream": RecordingMeaning(FailureClass.TRANSIENT),
-        "invalid": RecordingMeaning(FailureClass.INVALID),
-        "unknown-model": RecordingMeaning(FailureClass.INVALID),
-        "unwritable": RecordingMeaning(FailureClass.INVALID),
-        "refused": RecordingMeaning(text="It is not written.", paths=frozenset({"/work/hello.txt"})),
-        "interrupted": RecordingMeaning(),
-        "terminated": RecordingMeaning(),
+        "tool": ExpectedResult(text="Both done.", paths=frozenset({"/work/out/b.txt"})),
+        "limited": ExpectedResult(FailureClass.RATE_LIMITED, tokens=(0, 0)),
+        "limited-for-long": ExpectedResult(FailureClass.RATE_LIMITED),
+        "limited-until": ExpectedResult(FailureClass.RATE_LIMITED),
+        "limited-then-well": ExpectedResult(text="Done.", paths=frozenset({"/work/hello.txt"})),
+        "no-login": ExpectedResult(FailureClass.AUTH),
+        "server-error": ExpectedResult(FailureClass.OVERLOADED),
+        "overloaded": ExpectedResult(FailureClass.OVERLOADED),
+        "dead-server": ExpectedResult(FailureClass.TRANSIENT),
+        "broken-stream": ExpectedResult(FailureClass.TRANSIENT),
+        "invalid": ExpectedResult(FailureClass.INVALID),
+        "unknown-model": ExpectedResult(FailureClass.INVALID),
+        "unwritable": ExpectedResult(FailureClass.INVALID),
+        "refused": ExpectedResult(text="It is not written.", paths=frozenset({"/work/hello.txt"})),
+        "interrupted": ExpectedResult(),
+        "terminated": ExpectedResult(),
     }
 
 

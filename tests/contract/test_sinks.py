@@ -22,11 +22,11 @@ class TestJsonLines(SinkContract):
 
     sink_type = JsonLinesSink
 
-    def given(self, folder: Path) -> Mapping[str, Any]:
+    def make_options(self, folder: Path) -> Mapping[str, Any]:
         """Return a file that does not exist."""
         return {"file": str(folder / "events.jsonl")}
 
-    def arrived(self, folder: Path) -> Sequence[int]:
+    def delivered_positions(self, folder: Path) -> Sequence[int]:
         """Return the events in the file."""
         return [line["position"] for line in self.lines(folder)]
 
@@ -82,7 +82,7 @@ class TestJsonLines(SinkContract):
             await sink.send(events[4:6])
             path.unlink()
             await sink.send(events[6:])
-        assert self.arrived(tmp_path) == [one.position for one in events[6:]]
+        assert self.delivered_positions(tmp_path) == [one.position for one in events[6:]]
 
     async def test_foreign_lock_does_not_block_forever(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """It is an error, so that the sink is reported as failing and retried."""
@@ -92,7 +92,7 @@ class TestJsonLines(SinkContract):
             async with JsonLinesSink(self.validated(tmp_path)) as sink:
                 with pytest.raises(TimeoutError, match=r"another process keeps .*events\.jsonl locked"):
                     await sink.send(sample_events())
-        assert self.arrived(tmp_path) == []
+        assert self.delivered_positions(tmp_path) == []
 
     async def test_concurrent_writers_write_complete_lines(self, tmp_path: Path) -> None:
         """Every line is one event, and each event has one line."""

@@ -40,7 +40,7 @@ class TestChecklist(TrackerContract):
 
     tracker_type = ChecklistTracker
 
-    def given(self, folder: Path) -> Mapping[str, Any]:
+    def make_options(self, folder: Path) -> Mapping[str, Any]:
         """Write a checklist."""
         (folder / "todo.md").write_bytes(TEXT.encode())
         return {"file": str(folder / "todo.md")}

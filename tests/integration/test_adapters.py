@@ -213,7 +213,7 @@ ENDS = {
         ("fail 503", "overloaded", "503"),
         ("fail 500", "overloaded", "500"),
         ("fail 400", "invalid", "400"),
-        ("fail drop", "transient", "interrupted its answer"),
+        ("fail drop", "transient", "interrupted its response"),
         ("fail error", "transient", "while running the model"),
         ("fail length", "limit", "raise `context`"),
         ("word " * 12_000, "limit", "raise `context`"),
@@ -409,7 +409,7 @@ async def test_ollama_answer_can_not_leave_the_worktree(bench: Bench, tmp_path: 
     ended = bench.run("ollama", *(f"```file good.txt\nx\n```\n{answer}" for answer in HOSTILE.values()))
     for name, task in zip(HOSTILE, ended.result["tasks"], strict=True):
         assert (task["status"], task["failure"], task["branch"]) == ("failed", "refused", None), (name, task)
-        assert "nothing of the answer was applied" in task["reason"]
+        assert "nothing of the response was applied" in task["reason"]
     assert list(outside.iterdir()) == []
     assert list(tmp_path.rglob("hostile*")) == []
     assert not Path("/tmp/council-hostile.txt").exists()

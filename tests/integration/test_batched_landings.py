@@ -21,7 +21,7 @@ from orchestrator.system.clock import SystemClock
 from orchestrator.system.file_lock import FileLock
 from tests.command_server import StartedCommand
 from tests.conftest import CommandResult, Repository
-from tests.merge_permits import join_merge_queue
+from tests.merge_leases import join_merge_queue
 from tests.waiting import wait_for
 
 

@@ -12,7 +12,7 @@ from orchestrator.repo.landing.target_branch import Landed, PreparedMerge, Targe
 from orchestrator.repo.source.run_repository import find_run_repository
 from orchestrator.repo.worktrees.hub import internal_ref_name
 from tests.conftest import Repository
-from tests.merge_permits import join_merge_queue
+from tests.merge_leases import join_merge_queue
 from tests.team import SessionTeam, open_team
 
 
@@ -118,11 +118,11 @@ async def test_merge_lock_coordination(repository: Repository, tmp_path: Path) -
         branch, order = await target(team), list[str]()
 
         async def take_turn(name: str, commit: str) -> None:
-            async with (await join_merge_queue(team.store, team.clock, str(team.yard.top), "main")).hold() as permit:
+            async with (await join_merge_queue(team.store, team.clock, str(team.yard.top), "main")).hold() as lease:
                 order.append(f"{name} begins")
-                merge = await branch.prepare(permit, f"run1/{name}", commit, team.base)
+                merge = await branch.prepare(lease, f"run1/{name}", commit, team.base)
                 assert isinstance(merge, PreparedMerge)
-                assert isinstance(await branch.move(permit, [merge]), Landed)
+                assert isinstance(await branch.move(lease, [merge]), Landed)
                 order.append(f"{name} ends")
 
         async with anyio.create_task_group() as group:
@@ -193,10 +193,10 @@ async def test_parallel_execution_workflow(repository: Repository, tmp_path: Pat
             await team.ask(session, "unlock", paths=[shared])
             commit = (await team.collect(session)).commit
             assert commit is not None
-            async with (await join_merge_queue(team.store, team.clock, str(team.yard.top), "main")).hold() as permit:
-                merge = await branch.prepare(permit, f"run1/t{number}", commit, team.base)
+            async with (await join_merge_queue(team.store, team.clock, str(team.yard.top), "main")).hold() as lease:
+                merge = await branch.prepare(lease, f"run1/t{number}", commit, team.base)
                 assert isinstance(merge, PreparedMerge)
-                assert isinstance(await branch.move(permit, [merge]), Landed)
+                assert isinstance(await branch.move(lease, [merge]), Landed)
             await team.end(session)
 
         async with anyio.create_task_group() as group:

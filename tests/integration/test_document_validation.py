@@ -254,7 +254,7 @@ BROKEN: Mapping[str, tuple[Key, Callable[[JsonObject], JsonObject]]] = {
     "a conflict that is none": (Key("conflict", "x"), lambda _: {"key": "x"}),
     "an ownership that is none": (Key("ownership", f"aa/{RUN}/api.1"), lambda _: {"run": 1}),
     "a context that is none": (Key("context", f"{RUN}/api.1"), lambda _: {"run": 1}),
-    "a permit to land that is none": (Key("lease", "merge/aa"), lambda _: {"waiting": 3}),
+    "a lease to land that is none": (Key("lease", "merge/aa"), lambda _: {"waiting": 3}),
     "a note that is none": (Key("note", "aa/1"), lambda _: {"text": 3}),
     "ports that are none": (Key("ports", "box/4000"), lambda _: {"slot": 3}),
 }

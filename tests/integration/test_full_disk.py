@@ -19,7 +19,7 @@ from tests.conftest import Repository, hermetic_environ
 from tests.faults import SHELL_ADAPTER
 from tests.integration.test_interrupted_landings import Landing
 from tests.integration.test_shared_runs import states
-from tests.merge_permits import hold_permit
+from tests.merge_leases import hold_merge_lease
 from tests.waiting import wait_for
 
 #: Space for a repository, a run and its sessions.
@@ -134,8 +134,8 @@ async def test_landing_without_room_for_the_index_lock_leaves_no_lock(small_disk
     hook.parent.mkdir(exist_ok=True)
     hook.write_text(f"#!/bin/sh\ncat /dev/zero >{filler(small_disk)}\nexit 0\n")
     hook.chmod(0o755)
-    async with hold_permit(landing.source, "main") as permit:
-        refused = await landing.target.move(permit, [landing.merge])
+    async with hold_merge_lease(landing.source, "main") as lease:
+        refused = await landing.target.move(lease, [landing.merge])
         assert isinstance(refused, DeferredLanding), refused
         assert not landing.lock.exists()
         hook.unlink()

@@ -15,7 +15,7 @@ from orchestrator.repo.worktrees.hub import create_hub, internal_ref_name, locat
 from orchestrator.system.clock import SystemClock
 from tests.command_server import StartedCommand
 from tests.conftest import Repository
-from tests.merge_permits import hold_permit
+from tests.merge_leases import hold_merge_lease
 
 pytestmark = pytest.mark.sandbox
 
@@ -201,17 +201,17 @@ async def test_landing_of_a_late_zombie_is_adopted(repository: Repository) -> No
         return Target(hub, git, source, branch="main", start=start, ref=internal_ref_name("r", "target"))
 
     zombie, successor = owner(), owner()
-    async with hold_permit(source, "main") as permit:
-        old_merge = await zombie.prepare(permit, "r/task", await work_of(1), start)
-    async with hold_permit(source, "main") as permit:
-        new_merge = await successor.prepare(permit, "r/task", await work_of(2), start)
+    async with hold_merge_lease(source, "main") as lease:
+        old_merge = await zombie.prepare(lease, "r/task", await work_of(1), start)
+    async with hold_merge_lease(source, "main") as lease:
+        new_merge = await successor.prepare(lease, "r/task", await work_of(2), start)
         assert isinstance(old_merge, PreparedMerge)
         assert isinstance(new_merge, PreparedMerge)
         # The previous owner's push arrives only now.
         pushed = await source.push(old_merge.new, "main", old_merge.old, ())
         assert pushed.moved
-        assert await successor.move(permit, [new_merge]) == StaleTarget()
-        again = await successor.prepare(permit, "r/task", await work_of(2), start, intended=[old_merge.new])
+        assert await successor.move(lease, [new_merge]) == StaleTarget()
+        again = await successor.prepare(lease, "r/task", await work_of(2), start, intended=[old_merge.new])
     assert again == Landed(old_merge.new)
     assert repository.git("rev-list", "--first-parent", "--count", f"{start}..main") == "1"
 

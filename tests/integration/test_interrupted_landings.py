@@ -28,7 +28,7 @@ from orchestrator.repo.worktrees.hub import create_hub, locate_hub
 from orchestrator.system import file_lock
 from orchestrator.system.process import kill_by_environment
 from tests.conftest import Repository
-from tests.merge_permits import hold_permit
+from tests.merge_leases import hold_merge_lease
 from tests.waiting import wait_for
 
 #: The landing's changes; None deletes.
@@ -84,8 +84,8 @@ class Landing:
         tree = await git.line("write-tree", env=env)
         work = await git.line("commit-tree", tree, "-p", start, input_=b"work\n")
         target = Target(hub, git, source, branch="main", start=start, ref="refs/council/target")
-        async with hold_permit(source, "main") as permit:
-            merge = await target.prepare(permit, "run/one", work, start)
+        async with hold_merge_lease(source, "main") as lease:
+            merge = await target.prepare(lease, "run/one", work, start)
         assert isinstance(merge, PreparedMerge), merge
         return cls(repository, target, source, git, merge)
 
@@ -108,17 +108,17 @@ class Landing:
 
         The clock shows that the intent is `ago` seconds old.
         """
-        async with hold_permit(self.source, "main") as permit:
-            settled: object = await self.target.settle(permit, self.merge, [self.merge.new], time.time() - ago)
+        async with hold_merge_lease(self.source, "main") as lease:
+            settled: object = await self.target.recover(lease, self.merge, [self.merge.new], time.time() - ago)
             intended = [self.merge.new]
             for _ in range(5):
                 if isinstance(settled, Landed | NothingToLand | DeferredLanding):
                     break
                 work = await self.git.line("rev-parse", f"{self.merge.new}^2")
-                settled = await self.target.prepare(permit, "run/one", work, self.old, None, intended)
+                settled = await self.target.prepare(lease, "run/one", work, self.old, None, intended)
                 if isinstance(settled, PreparedMerge):
                     intended.append(settled.new)
-                    settled = await self.target.move(permit, [settled])
+                    settled = await self.target.move(lease, [settled])
         assert isinstance(settled, Landed | NothingToLand), settled
 
     def check(self, theirs: Mapping[str, str | None], uncommitted: Mapping[str, str]) -> None:
@@ -349,8 +349,8 @@ cd {repository.top} && git switch --quiet main && echo user > user.txt && git ad
 git -c user.name=user -c user.email=user commit --quiet --message user
 """)
     hook.chmod(0o755)
-    async with hold_permit(landing.source, "main") as permit:
-        await landing.target.move(permit, [landing.merge])
+    async with hold_merge_lease(landing.source, "main") as lease:
+        await landing.target.move(lease, [landing.merge])
     hook.unlink()
     assert repository.git("log", "-1", "--format=%s") == "user"
     assert repository.git("status", "--porcelain") == ""
@@ -392,8 +392,8 @@ async def test_commit_during_the_undo_of_a_rejected_push_is_not_reverted(
     (programs / "git").chmod(0o755)
     path, identity = environ["PATH"], {f"GIT_{who}_NAME": "user" for who in ("AUTHOR", "COMMITTER")}
     environ |= {**identity, "PATH": f"{programs}:{path}"}
-    async with hold_permit(landing.source, "main") as permit:
-        await landing.target.move(permit, [landing.merge])
+    async with hold_merge_lease(landing.source, "main") as lease:
+        await landing.target.move(lease, [landing.merge])
     assert (tmp_path / "done").exists()
     environ["PATH"] = path
     refuse.unlink()
@@ -417,14 +417,14 @@ async def test_rejected_push_is_undone_before_the_next(repository: Repository, t
     (programs / "git").chmod(0o755)
     environ["PATH"] = f"{programs}:{path}"
     work = await landing.git.line("rev-parse", f"{landing.merge.new}^2")
-    async with hold_permit(landing.source, "main") as permit:
+    async with hold_merge_lease(landing.source, "main") as lease:
         with pytest.raises(GitError, match="128"):
-            await landing.target.move(permit, [landing.merge])
+            await landing.target.move(lease, [landing.merge])
         refuse.unlink()
         environ["PATH"] = path
-        again = await landing.target.prepare(permit, "run/one", work, landing.old, None, [landing.merge.new])
+        again = await landing.target.prepare(lease, "run/one", work, landing.old, None, [landing.merge.new])
         assert isinstance(again, PreparedMerge)
-        assert isinstance(await landing.target.move(permit, [again]), Landed)
+        assert isinstance(await landing.target.move(lease, [again]), Landed)
     landing.check({}, {})
 
 
@@ -463,10 +463,10 @@ async def test_landing_with_a_running_push_stays_interrupted(
     monkeypatch.setattr(landings, "_PUSH_TIMEOUT", 0.1)
     landing = await Landing.prepare(repository, tmp_path)
     await landing.bring_objects()
-    async with hold_permit(landing.source, "main") as permit:
+    async with hold_merge_lease(landing.source, "main") as lease:
         async with landing.target._landing_lock.hold(0):
             with pytest.raises(RefusedError, match="is moving the target"):
-                await landing.target.settle(permit, landing.merge, [landing.merge.new], time.time() - 60)
+                await landing.target.recover(lease, landing.merge, [landing.merge.new], time.time() - 60)
             staged(landing)
         assert await landing.target.find_obstacle(landing.merge) is None
     await landing.finish()
@@ -496,8 +496,8 @@ async def test_change_of_the_user_during_a_checkout_update_is_rejected(
     landing = await Landing.prepare(repository, tmp_path)
     repository.git("branch", "other")
     environ |= {**identity, "GIT_EXEC_PATH": str(programs)}
-    async with hold_permit(landing.source, "main") as permit:
-        await landing.target.move(permit, [landing.merge])
+    async with hold_merge_lease(landing.source, "main") as lease:
+        await landing.target.move(lease, [landing.merge])
     assert (tmp_path / "refused").exists()
     del environ["GIT_EXEC_PATH"]
     await landing.finish()
@@ -524,9 +524,9 @@ async def test_leaving_the_target_during_a_push_takes_nothing_along(
     hook.parent.mkdir(exist_ok=True)
     hook.write_text(MEANWHILE.format(top=repository.top, act=act))
     hook.chmod(0o755)
-    async with hold_permit(landing.source, "main") as permit:
+    async with hold_merge_lease(landing.source, "main") as lease:
         with suppress(TargetMissing):
-            await landing.target.move(permit, [landing.merge])
+            await landing.target.move(lease, [landing.merge])
     hook.unlink()
     assert repository.git("branch", "--show-current") in {"other", "other2"}
     assert repository.git("status", "--porcelain") == ""
@@ -548,8 +548,8 @@ async def test_switching_to_the_target_during_a_push_gets_the_landing(
     hook.parent.mkdir(exist_ok=True)
     hook.write_text(MEANWHILE.format(top=repository.top, act="switch --quiet main"))
     hook.chmod(0o755)
-    async with hold_permit(landing.source, "main") as permit:
-        moved = await landing.target.move(permit, [landing.merge])
+    async with hold_merge_lease(landing.source, "main") as lease:
+        moved = await landing.target.move(lease, [landing.merge])
     assert isinstance(moved, Landed)
     landing.check({}, {})
 
@@ -584,9 +584,9 @@ async def test_removing_the_lock_of_a_killed_push_and_leaving_takes_nothing_alon
     repository.git("add", "kept.txt", "user.txt")
     (repository.top / "kept.txt").write_text("changed\n")
     repository.git(*leave.split())
-    async with hold_permit(landing.source, "main") as permit:
+    async with hold_merge_lease(landing.source, "main") as lease:
         with suppress(TargetMissing):
-            await landing.target.settle(permit, landing.merge, [landing.merge.new], time.time() - 60)
+            await landing.target.recover(lease, landing.merge, [landing.merge.new], time.time() - 60)
     assert repository.git("status", "--porcelain").splitlines() == ["MM kept.txt", "A  user.txt"]
     if "--move" in leave:
         return
@@ -626,8 +626,8 @@ async def test_changes_reverted_by_the_user_after_a_push_stay_reverted(repositor
     hook.write_text(MEANWHILE.format(top=repository.top, act=f"worktree add --quiet --detach {tmp_path}/other"))
     hook.write_text(hook.read_text().replace("exit 0", "echo '# Project' > README.md; rm new.txt"))
     hook.chmod(0o755)
-    async with hold_permit(landing.source, "main") as permit:
-        assert isinstance(await landing.target.move(permit, [landing.merge]), Landed)
+    async with hold_merge_lease(landing.source, "main") as lease:
+        assert isinstance(await landing.target.move(lease, [landing.merge]), Landed)
     assert repository.git("status", "--porcelain").splitlines() == [" M README.md", " D new.txt"]
 
 
@@ -638,8 +638,8 @@ async def test_foreign_lock_that_rejects_a_push_is_kept(repository: Repository, 
     hook.parent.mkdir(exist_ok=True)
     hook.write_text(f"#!/bin/sh\n: > {landing.lock}\n")
     hook.chmod(0o755)
-    async with hold_permit(landing.source, "main") as permit:
-        assert isinstance(await landing.target.move(permit, [landing.merge]), DeferredLanding)
+    async with hold_merge_lease(landing.source, "main") as lease:
+        assert isinstance(await landing.target.move(lease, [landing.merge]), DeferredLanding)
     hook.unlink()
     assert landing.lock.exists()
     landing.lock.unlink()
@@ -676,10 +676,10 @@ async def test_slow_push_is_reported(
             while len(caplog.messages) < count:
                 await anyio.sleep(0.02)
 
-    async with hold_permit(landing.source, "main") as permit, anyio.create_task_group() as group:
-        group.start_soon(landing.target.move, permit, [landing.merge])
+    async with hold_merge_lease(landing.source, "main") as lease, anyio.create_task_group() as group:
+        group.start_soon(landing.target.move, lease, [landing.merge])
         await reported(1)
-        group.start_soon(landing.target.settle, permit, landing.merge, [landing.merge.new], time.time())
+        group.start_soon(landing.target.recover, lease, landing.merge, [landing.merge.new], time.time())
         await reported(2)
         free.touch()
     pushing, waiting = caplog.messages
@@ -718,8 +718,8 @@ async def test_pushes_killed_at_random_moments_are_recovered(repository: Reposit
     try:
         with suppress(GitError):
             if is_move:
-                async with hold_permit(landing.source, "main") as permit:
-                    await landing.target.move(permit, [landing.merge])
+                async with hold_merge_lease(landing.source, "main") as lease:
+                    await landing.target.move(lease, [landing.merge])
             else:
                 await landing.source.push(landing.merge.new, "main", landing.old, ())
     finally:

@@ -24,7 +24,7 @@ from orchestrator.repo.source.run_repository import find_run_repository
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
 from tests.conftest import CommandResult, Repository
-from tests.merge_permits import join_merge_queue
+from tests.merge_leases import join_merge_queue
 
 ADA, BOB = (SessionName("r", task, 1) for task in ("ada", "bob"))
 
@@ -75,7 +75,7 @@ async def test_no_locks_print_nothing(repository: Repository) -> None:
 
 
 async def test_all_three_layers_are_shown_with_waiters(repository: Repository) -> None:
-    """File locks of any process; ownership and the merge permit from the store."""
+    """File locks of any process; ownership and the merge lease from the store."""
     repository.council("run", str(repository.configure([{"id": "t", "prompt": "write a.txt x"}])), "--json")
     site = await find_run_repository(str(repository.top), is_url=False, environ=repository.environ)
     scope = ownership_scope(site.location, "main")
@@ -149,13 +149,13 @@ async def test_broken_file_lock_is_released_by_its_process(repository: Repositor
         assert "released automatically" in str(refused.result)
 
 
-async def test_holder_of_a_broken_merge_permit_is_rejected(repository: Repository) -> None:
-    """The permit's epoch is incremented so that the holder's guard fails; the permit is free then."""
+async def test_holder_of_a_broken_merge_lease_is_rejected(repository: Repository) -> None:
+    """The lease's epoch is incremented so that the holder's guard fails; the lease is free then."""
     async with opened(repository) as store:
         key = Key("lease", "merge/" + "0" * 16)
         holder = {"id": "o1", "host": "box", "pid": 4711, "run": "r", "since": time.time() - 9}
-        permit = MergeLease(epoch=1, holder=MergeParticipant(**holder), repository="shop", target="main")
-        await store.commit(Commit([Write(key, 0, permit.model_dump(mode="json"))]))
+        lease = MergeLease(epoch=1, holder=MergeParticipant(**holder), repository="shop", target="main")
+        await store.commit(Commit([Write(key, 0, lease.model_dump(mode="json"))]))
         (lock,) = listed(repository)
         assert (owners(lock["holders"]), lock["epoch"]) == (["o1 (process 4711 on box)"], 1)
         assert broken(repository, lock["name"]).code == 0

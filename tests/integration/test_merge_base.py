@@ -12,7 +12,7 @@ from orchestrator.repo.landing.target_branch import Landed, PreparedMerge, Targe
 from orchestrator.repo.source.run_repository import find_run_repository
 from orchestrator.repo.worktrees.hub import create_hub, internal_ref_name, locate_hub
 from tests.conftest import Repository
-from tests.merge_permits import hold_permit
+from tests.merge_leases import hold_merge_lease
 
 
 @pytest.mark.extended_but_first
@@ -37,10 +37,10 @@ async def test_partly_merged_work_merges_as_by_git(
         return await git.line("commit-tree", tree, "-p", parent, input_=b"work")
 
     async def land(task: str, commit: str) -> None:
-        async with hold_permit(source, "main") as permit:
-            merge = await target.prepare(permit, f"r/{task}", commit, start)
+        async with hold_merge_lease(source, "main") as lease:
+            merge = await target.prepare(lease, f"r/{task}", commit, start)
             assert isinstance(merge, PreparedMerge)
-            assert isinstance(await target.move(permit, [merge]), Landed)
+            assert isinstance(await target.move(lease, [merge]), Landed)
 
     part = await built_on(start, "part")
     await land("a", await built_on(start, "a"))

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from adapters.bridges.answer import EDIT_INSTRUCTIONS, parse_answer
+from adapters.bridges.response import EDIT_INSTRUCTIONS, parse_response
 from tests.model_server import ModelServer
 from tests.waiting import wait_for
 
@@ -657,7 +657,7 @@ def test_ollama_bridge_can_parse_the_answer(server: ModelServer) -> None:
         {"role": "user", "content": f"{shown}\nThe task:\n\nwrite a/b.txt one\nwrite c.txt two\nsay words"},
     ]
     raw = post(server, "/api/chat", {"model": "m", "messages": messages}).raw
-    assert parse_answer(ollama_read(raw, True).text).files == {"a/b.txt": "one\n", "c.txt": "two\n"}
+    assert parse_response(ollama_read(raw, True).text).files == {"a/b.txt": "one\n", "c.txt": "two\n"}
 
 
 @pytest.mark.parametrize("stream", [True, False])

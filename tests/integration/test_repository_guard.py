@@ -118,9 +118,9 @@ async def test_own_landing_is_recognized(repository: Repository, git: Git) -> No
 async def test_unchanged_files_are_not_read_again(repository: Repository, git: Git) -> None:
     """Parts with old enough times are reused; only a changed one is read."""
     young = seal = await sealed(repository, git)
-    assert young.parts["refs"].signature is None
+    assert young.parts["refs"].fingerprint is None
     with anyio.fail_after(30):
-        while None in {part.signature for part in seal.parts.values()}:
+        while None in {part.fingerprint for part in seal.parts.values()}:
             await anyio.sleep(0.1)
             seal = await sealed(repository, git)
     again = await sealed(repository, git, seal)

@@ -97,7 +97,7 @@ async def test_lock_rejected_by_the_second_layer_is_undone_in_the_first(reposito
         assert await team.owned() == {}
         assert team.files.held() == []
         async with anyio.create_task_group() as group:
-            group.start_soon(team.session_service.answer, session, "lock", {"paths": ["a.py", "b.py"], "wait": 30})
+            group.start_soon(team.session_service.handle, session, "lock", {"paths": ["a.py", "b.py"], "wait": 30})
             while (await team.context(session)).status is not SessionStatus.WAITING:
                 await anyio.sleep(0.01)
             holder = f"run1/stranger.1 (process {other.held()[0].pid})"
@@ -114,7 +114,7 @@ async def test_interrupted_wait_leaves_nothing(repository: Repository, tmp_path:
         await team.ask(first, "lock", paths=["a.py"])
         await team.ask(second, "report", status="blocked", blocked_on="the schema")
         async with anyio.create_task_group() as group:
-            group.start_soon(team.session_service.answer, second, "lock", {"paths": ["a.py", "b.py"], "wait": 60})
+            group.start_soon(team.session_service.handle, second, "lock", {"paths": ["a.py", "b.py"], "wait": 60})
             while not any(one.waiting for one in await team.registry.holdings()):
                 await anyio.sleep(0.01)
             group.cancel_scope.cancel()
@@ -316,7 +316,7 @@ async def test_invalid_request_is_rejected(
     async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
         with pytest.raises(RefusedError, match=why):
-            await team.session_service.answer(session, command, arguments)
+            await team.session_service.handle(session, command, arguments)
         assert team.files.held() == []
 
 

@@ -140,7 +140,7 @@ async def test_process_stopped_past_its_lease_is_rejected_with_the_reason(reposi
 
 
 @pytest.mark.extended
-async def test_process_stopped_past_its_merge_permit_requests_it_again(repository: Repository) -> None:
+async def test_process_stopped_past_its_merge_lease_requests_it_again(repository: Repository) -> None:
     """Another process lands meanwhile; the stopped one still owns its tasks, and finishes them."""
     begun, free, gate = (repository.spawns.parent / name for name in ("begun", "free", "gate"))
     check = f"touch {begun}; while [ ! -e {free} ]; do sleep 0.05; done"

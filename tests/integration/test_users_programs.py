@@ -18,7 +18,7 @@ from orchestrator.repo.source.user_programs import find_hooks_in_checkouts
 from orchestrator.repo.worktrees.hub import create_hub, locate_hub
 from tests.conftest import Repository
 from tests.faults import SHELL_ADAPTER
-from tests.merge_permits import hold_permit
+from tests.merge_leases import hold_merge_lease
 
 HOOKS = ("pre-receive", "update", "post-receive", "post-update", "reference-transaction", "post-index-change",
          "post-checkout", "post-merge", "push-to-checkout")  # fmt: skip
@@ -53,8 +53,8 @@ async def land(
     obstacle = await target.find_obstacle(merge)
     if obstacle is not None:
         return DeferredLanding(obstacle)
-    async with hold_permit(source, "main") as permit:
-        return await target.move(permit, [merge])
+    async with hold_merge_lease(source, "main") as lease:
+        return await target.move(lease, [merge])
 
 
 def _tree(repository: Repository) -> str:

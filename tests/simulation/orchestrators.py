@@ -22,7 +22,7 @@ from orchestrator.domain.scheduling.claims import ClaimVerdict, OrchestratorIden
 from orchestrator.domain.settings.run_settings import CoordinationSettings
 from orchestrator.errors import LeaseLost, StoreUnavailable, VersionConflict
 from orchestrator.locking.claims import ClaimHolder, Claims
-from orchestrator.locking.merge_permit import MergePermitQueue, merge_lease_key
+from orchestrator.locking.merge_lease import MergeLeaseQueue, merge_lease_key
 from orchestrator.locking.orchestrators import RunMembership
 from orchestrator.locking.ownership import ownership_scope
 from orchestrator.protocols import Commit, CommitRecord, Document, Event, Guard, JsonObject, Key, Store, Write
@@ -196,7 +196,7 @@ class SimulatedOrchestrator:
         self.store = cast("Store", process)
         self.others = RunMembership(self.store, process.clock, RUN, process.owner, TIMING, process.is_dead)
         self.claims = Claims(self.store, process.clock, self.others)
-        self.permits = MergePermitQueue(self.store, process.clock, self.others, REPOSITORY, TARGET)
+        self.leases = MergeLeaseQueue(self.store, process.clock, self.others, REPOSITORY, TARGET)
         self._busy: set[str] = set()
 
     async def live(self) -> None:
@@ -297,12 +297,12 @@ class SimulatedOrchestrator:
         if self.process.world.should_fail(self.process.world.weather.give_up):
             await self.claims.release(task, ReleaseReason.ABANDONED, "it failed", counts=True)
             return
-        async with self.permits.hold() as permit:
+        async with self.leases.hold() as lease:
             while not await self._adopts(task, guard):
                 there = await self.process.fetch()
                 if task in there:
                     continue
-                await self._write(task, [guard, permit.guard], {"state": "landing", "permit": permit.guard.epoch})
+                await self._write(task, [guard, lease.guard], {"state": "landing", "lease": lease.guard.epoch})
                 if await self.process.push(len(there), task):
                     await self._land(task, guard)
                     return
@@ -355,7 +355,7 @@ def simulate(
 async def _simulate(seed: int, processes: int, tasks: int, weather: FaultRates, is_fenced: bool) -> SimulationResult:
     world = World(seed, weather, is_fenced)
     _dice.set(Random(f"{world.seed}"))
-    blank = {"state": "pending", "by": None, "epoch": None, "permit": None}
+    blank = {"state": "pending", "by": None, "epoch": None, "lease": None}
     await world.store.commit(Commit([Write(work_key(f"t{number}"), 0, blank) for number in range(tasks)]))
     is_stuck = True
     with anyio.move_on_after(FAULT_PERIOD + SETTLE_TIMEOUT):
@@ -392,15 +392,15 @@ async def _lives(world: World, number: int, processes: int) -> None:
 
 def check_history(records: Sequence[CommitRecord]) -> tuple[list[str], int]:
     """Return the violations in the history of a store, and the number of takeovers."""
-    history, permits, found = ClaimHistory(_authorship), dict[Key, int](), list[str]()
-    permit = merge_lease_key(ownership_scope(REPOSITORY, TARGET))
+    history, leases, found = ClaimHistory(_authorship), dict[Key, int](), list[str]()
+    lease = merge_lease_key(ownership_scope(REPOSITORY, TARGET))
     for record in records:
         history.add(record)
         for key, (_, value) in record.documents.items():
-            if key == permit and value is not None:
-                permits[key] = value["epoch"]
-            if key.kind == "work" and value and value["state"] == "landing" and value["permit"] != permits.get(permit):
-                found.append(f"at {record.position}: {value['by']} intended to land under the permit {value['permit']}")
+            if key == lease and value is not None:
+                leases[key] = value["epoch"]
+            if key.kind == "work" and value and value["state"] == "landing" and value["lease"] != leases.get(lease):
+                found.append(f"at {record.position}: {value['by']} intended to land under the lease {value['lease']}")
     return [*history.violations, *found], history.takeovers
 
 

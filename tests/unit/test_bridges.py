@@ -17,9 +17,15 @@ import psutil
 import pytest
 
 from adapters.acp import AcpAdapter, AcpOptions
-from adapters.bridges.answer import EDIT_INSTRUCTIONS, ProposedChanges, UnusableAnswerError, apply_answer, parse_answer
 from adapters.bridges.context import code_block
 from adapters.bridges.lines import LINE_FIELDS, MAX_FIELD_CHARS, BridgeExit, MessageBuffer, write_line
+from adapters.bridges.response import (
+    EDIT_INSTRUCTIONS,
+    ProposedChanges,
+    UnusableResponseError,
+    apply_response,
+    parse_response,
+)
 from adapters.bridges.worktree import ConfinedWorktree, OutsideWorktreeError
 from adapters.claude_code import ClaudeCodeAdapter, ClaudeCodeOptions
 from adapters.json_output import parse_bridge_line
@@ -139,19 +145,19 @@ def test_path_of_an_answer_is_taken_literally(tmp_path: Path) -> None:
     ],
 )
 def test_files_are_parsed_from_an_answer(text: str, files: dict[str, str]) -> None:
-    assert parse_answer(text) == ProposedChanges(files, "")
+    assert parse_response(text) == ProposedChanges(files, "")
 
 
 def test_shown_files_can_be_answered() -> None:
     """Files that contain fences of any length survive a round trip."""
     for content in ("", "x\n", "```\n````\n", "`````file x\n"):
-        assert parse_answer(code_block("file a", content)).files == {"a": content}
+        assert parse_response(code_block("file a", content)).files == {"a": content}
 
 
 @pytest.mark.parametrize("text", ["```file a\nx", "```diff\nx", "````file a\nx\n```"])
 def test_truncated_answer_is_rejected(text: str) -> None:
-    with pytest.raises(UnusableAnswerError):
-        parse_answer(text)
+    with pytest.raises(UnusableResponseError):
+        parse_response(text)
 
 
 DIFF = "--- a/src/app.py\n+++ b/src/app.py\n@@ -1,2 +1,2 @@\n def main():\n-    return 0\n+    return 1\n"
@@ -169,16 +175,16 @@ DIFF = "--- a/src/app.py\n+++ b/src/app.py\n@@ -1,2 +1,2 @@\n def main():\n-    
 )
 def test_unsuitable_answer_changes_nothing(repository: Repository, answer: ProposedChanges) -> None:
     """Neither the writable file nor the applicable diff is applied."""
-    with pytest.raises(UnusableAnswerError):
-        apply_answer(answer, ConfinedWorktree(repository.top))
+    with pytest.raises(UnusableResponseError):
+        apply_response(answer, ConfinedWorktree(repository.top))
     assert repository.git("status", "--porcelain") == ""
 
 
 @pytest.mark.parametrize("diff", [DIFF, DIFF.replace("a/", "").replace("b/", ""), DIFF.replace("-1,2 +1,2", "-1,9 +1")])
 def test_diffs_of_models_are_applied(repository: Repository, diff: str) -> None:
     """With and without prefixes, and with wrong line counts."""
-    answer = parse_answer(f"```diff\n{diff}```")
-    assert apply_answer(answer, ConfinedWorktree(repository.top)) == ["src/app.py"]
+    answer = parse_response(f"```diff\n{diff}```")
+    assert apply_response(answer, ConfinedWorktree(repository.top)) == ["src/app.py"]
     assert (repository.top / "src/app.py").read_text() == "def main():\n    return 1\n"
 
 
@@ -222,7 +228,7 @@ def test_line_outside_of_the_table_is_an_error(capsys: pytest.CaptureFixture[str
 
 def test_conclusion_matches_the_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     """1 after a failure, otherwise 0."""
-    assert (BridgeExit("x", "auth").tell(), BridgeExit("x").tell()) == (1, 0)
+    assert (BridgeExit("x", "auth").report(), BridgeExit("x").report()) == (1, 0)
     failed, well = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert (failed["failure"], failed["reason"], well["failure"], well["reason"]) == ("auth", "x", None, "")
 

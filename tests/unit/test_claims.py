@@ -15,7 +15,7 @@ from orchestrator.domain.scheduling.claims import (
     Role,
     can_claim,
     count_earlier_attempts,
-    judge_owner_status,
+    determine_owner_status,
     should_try,
 )
 from orchestrator.domain.settings.run_settings import CoordinationSettings
@@ -56,15 +56,15 @@ def test_silent_owner_is_stale_after_being_watched(
 ) -> None:
     """By the clocks of both and a short watch, or by a long watch alone; later for an owner on this machine."""
     one = OrchestratorLease(owner=owner("other"), epoch=1, since=BEAT, heartbeat=BEAT, expires=BEAT + 300)
-    assert judge_owner_status(one, BEAT + silence, watched, TIMING, is_here=is_here, is_dead=False) is expected
+    assert determine_owner_status(one, BEAT + silence, watched, TIMING, is_here=is_here, is_dead=False) is expected
 
 
 def test_short_lease_is_watched_for_its_duration() -> None:
     """The lease decides where heartbeats are rarer than leases are long."""
     one = OrchestratorLease(owner=owner("other"), epoch=1, since=BEAT, heartbeat=BEAT, expires=BEAT + 5)
     timing = CoordinationSettings(heartbeat_interval=60, stale_after=5)
-    assert judge_owner_status(one, BEAT + 6, 5, timing, is_here=False, is_dead=False) is OwnerStatus.STALE
-    assert judge_owner_status(one, BEAT + 6, 4, timing, is_here=False, is_dead=False) is OwnerStatus.ALIVE
+    assert determine_owner_status(one, BEAT + 6, 5, timing, is_here=False, is_dead=False) is OwnerStatus.STALE
+    assert determine_owner_status(one, BEAT + 6, 4, timing, is_here=False, is_dead=False) is OwnerStatus.ALIVE
 
 
 @pytest.mark.parametrize("is_dead", [False, True])
@@ -72,9 +72,9 @@ def test_proven_death_needs_no_time(is_dead: bool) -> None:
     """A reported end or a dead process is proof despite a recent heartbeat."""
     one = OrchestratorLease(owner=owner("other"), epoch=1, since=BEAT, heartbeat=BEAT, expires=BEAT + 300)
     expected = OwnerStatus.DEAD if is_dead else OwnerStatus.ALIVE
-    assert judge_owner_status(one, BEAT, 0, TIMING, is_here=True, is_dead=is_dead) is expected
+    assert determine_owner_status(one, BEAT, 0, TIMING, is_here=True, is_dead=is_dead) is expected
     ended = one.model_copy(update={"ended": BEAT})
-    assert judge_owner_status(ended, BEAT, 0, TIMING, is_here=True, is_dead=is_dead) is OwnerStatus.ENDED
+    assert determine_owner_status(ended, BEAT, 0, TIMING, is_here=True, is_dead=is_dead) is OwnerStatus.ENDED
 
 
 @pytest.mark.parametrize("me", list(Role))

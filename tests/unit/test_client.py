@@ -126,7 +126,7 @@ def test_fast_path_imports_nothing_slow(tmp_path: Path) -> None:
 async def test_each_result_is_printed_as_text() -> None:
     service, me = FakeSessionService(), SessionName("r", "t", 1)
     arguments = {"paths": ["a.py"], "task": "models", "key": "k", "value": [1, "é"], "data": {}}
-    reported = {name: format_result(name, await service.answer(me, name, arguments)) for name in SESSION_COMMANDS}
+    reported = {name: format_result(name, await service.handle(me, name, arguments)) for name in SESSION_COMMANDS}
     assert reported["lock"] == "locked: a.py\n"
     assert reported["unlock"] == "unlocked: a.py\n"
     assert reported["peers"] == "t.1 (fake, this session): working\n"

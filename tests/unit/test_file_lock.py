@@ -232,7 +232,7 @@ async def test_timeout_names_the_holder(path: Path) -> None:
 
 
 async def test_lock_without_a_free_descriptor_is_unsigned(path: Path) -> None:
-    """A lock whose signature cannot be written is still acquired and released."""
+    """A lock whose holder cannot be written is still acquired and released."""
     code = (
         "import os, sys, resource, anyio\nfrom pathlib import Path\n"
         "from orchestrator.system.file_lock import FileLock\n"

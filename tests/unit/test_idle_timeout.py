@@ -92,7 +92,7 @@ def test_failed_walk_proves_nothing(tmp_path: Path, clock: Clock) -> None:
 def walked(*folders: Path) -> tuple[int, int] | None:
     walk = FolderScan([str(folder) for folder in folders], give_up=float("inf"))
     wait_for(lambda: walk.done)
-    return walk.signature
+    return walk.fingerprint
 
 
 def test_each_change_is_detected(tmp_path: Path) -> None:
@@ -126,6 +126,6 @@ def test_oversized_tree_is_a_failed_walk(tmp_path: Path, monkeypatch: pytest.Mon
     assert walked(tmp_path) is not None
     walk = FolderScan([str(tmp_path)], give_up=0)
     wait_for(lambda: walk.done)
-    assert walk.signature is None
+    assert walk.fingerprint is None
     monkeypatch.setattr(idle_timeout, "MAX_ENTRIES", 500)
     assert walked(tmp_path) is None

@@ -8,11 +8,11 @@ from orchestrator.domain.runs.leftovers import (
     STALE_FILE_SECONDS,
     LeftoverStatus,
     WorktreeContents,
+    assess_hub,
+    assess_orphan,
+    assess_worktree,
     classify_worktree,
     is_stale_file,
-    judge_hub,
-    judge_orphan,
-    judge_worktree,
 )
 from orchestrator.domain.runs.model import Attempt, TaskDocument
 from orchestrator.domain.runs.statuses import FINAL_STATUSES, TaskStatus
@@ -52,18 +52,18 @@ def test_worktree_state_is_judged(attempt: int, is_check: bool, held: WorktreeCo
 @pytest.mark.parametrize("status", TaskStatus)
 def test_only_saved_work_of_ended_tasks_is_removed(status: TaskStatus, held: WorktreeContents) -> None:
     """What a resume needs is never removed, and unsaved work only on request."""
-    verdict, _ = judge_worktree("run", document(status), held)
+    verdict, _ = assess_worktree("run", document(status), held)
     assert (verdict is LeftoverStatus.NEEDED) == (status not in FINAL_STATUSES)
     assert (verdict is LeftoverStatus.LEFT_OVER) == (status in FINAL_STATUSES and held is WorktreeContents.NOTHING)
-    assert judge_worktree("run", None, held)[0] is LeftoverStatus.PRESERVED
-    assert (judge_orphan(held)[0] is LeftoverStatus.LEFT_OVER) == (held is WorktreeContents.NOTHING)
+    assert assess_worktree("run", None, held)[0] is LeftoverStatus.PRESERVED
+    assert (assess_orphan(held)[0] is LeftoverStatus.LEFT_OVER) == (held is WorktreeContents.NOTHING)
 
 
 @pytest.mark.parametrize(("refs", "worktrees"), [(1, 0), (0, 1), (None, 0)])
 def test_hub_with_work_is_kept(refs: int | None, worktrees: int) -> None:
     """And if its state is unknown."""
-    assert judge_hub("/r/.git", refs, worktrees)[0] is LeftoverStatus.PRESERVED
-    assert judge_hub("/r/.git", 0, 0)[0] is LeftoverStatus.LEFT_OVER
+    assert assess_hub("/r/.git", refs, worktrees)[0] is LeftoverStatus.PRESERVED
+    assert assess_hub("/r/.git", 0, 0)[0] is LeftoverStatus.LEFT_OVER
 
 
 def test_recent_leftover_is_not_stale() -> None:

@@ -72,11 +72,11 @@ class TestWebhook(SinkContract):
         self.server = server
         server.failures = [503, 500, 302]
 
-    def given(self, folder: Path) -> dict[str, object]:
+    def make_options(self, folder: Path) -> dict[str, object]:
         """Return the options with the server's URL."""
         return {"url": self.server.url}
 
-    def arrived(self, folder: Path) -> Sequence[int]:
+    def delivered_positions(self, folder: Path) -> Sequence[int]:
         """Return the positions of the events that the server accepted."""
         return [int(str(event["position"])) for event in self.server.events]
 

@@ -15,7 +15,7 @@ import anyio.to_thread
 
 from orchestrator.domain.documents.stored import CheckpointOrigin
 from orchestrator.domain.runs.leftovers import Leftover, LeftoverKind, is_unchanged
-from orchestrator.engine.cleanup.orphans import OrphanFinder, hub_exists, judge_slot, run_locks
+from orchestrator.engine.cleanup.orphans import OrphanFinder, hub_exists, inspect_slot, run_locks
 from orchestrator.engine.cleanup.run_removal import remove_run
 from orchestrator.engine.scheduler.recovery import end_orphaned_session
 from orchestrator.errors import GitError, LockHeld, StoreUnavailable
@@ -128,7 +128,7 @@ class Cleaner:
         async with place.lock.hold(0) as lock:
             if not await anyio.Path(place.root).exists():
                 return True
-            if await judge_slot(place, is_ours=True) != one:
+            if await inspect_slot(place, is_ours=True) != one:
                 return False
             thrown = await anyio.to_thread.run_sync(move_to_trash, place.hub, place.root)
             await self._delete(place.hub, thrown, (lock.fd,))

@@ -82,7 +82,7 @@ _REASONS = {
 }
 
 
-def judge_worktree(run: str, document: TaskDocument | None, contents: WorktreeContents) -> tuple[LeftoverStatus, str]:
+def assess_worktree(run: str, document: TaskDocument | None, contents: WorktreeContents) -> tuple[LeftoverStatus, str]:
     """Return the cleanup status of an inactive run's worktree, with the reason."""
     if document is None:
         return LeftoverStatus.PRESERVED, "the record of its task is damaged"
@@ -91,13 +91,13 @@ def judge_worktree(run: str, document: TaskDocument | None, contents: WorktreeCo
     return _REASONS[contents]
 
 
-def judge_orphan(contents: WorktreeContents) -> tuple[LeftoverStatus, str]:
+def assess_orphan(contents: WorktreeContents) -> tuple[LeftoverStatus, str]:
     """Return the cleanup status of a worktree of a run without state, with the reason."""
     status = LeftoverStatus.LEFT_OVER if contents is WorktreeContents.NOTHING else LeftoverStatus.PRESERVED
     return status, "the state of its run no longer exists"
 
 
-def judge_slot(*, is_clean: bool, has_session: bool) -> tuple[LeftoverStatus, str] | None:
+def assess_slot_state(*, is_clean: bool, has_session: bool) -> tuple[LeftoverStatus, str] | None:
     """Return the cleanup status of an unlocked worktree slot, with the reason.
 
     None if its session decides.
@@ -107,7 +107,7 @@ def judge_slot(*, is_clean: bool, has_session: bool) -> tuple[LeftoverStatus, st
     return None if has_session else (LeftoverStatus.LEFT_OVER, "not cleaned after its session ended")
 
 
-def judge_hub(gone: str, refs: int | None, worktrees: int) -> tuple[LeftoverStatus, str]:
+def assess_hub(gone: str, refs: int | None, worktrees: int) -> tuple[LeftoverStatus, str]:
     """Return the cleanup status of an unusable hub, with the reason.
 
     `gone` names the deleted project; `refs` counts refs with unmerged work, None if unreadable.
@@ -122,7 +122,7 @@ def judge_hub(gone: str, refs: int | None, worktrees: int) -> tuple[LeftoverStat
     return LeftoverStatus.LEFT_OVER, f"{gone} no longer exists; no unmerged work"
 
 
-def judge_run(
+def assess_run(
     run: str, ended: str, branches: int | None, worktrees: int, *, is_over: bool, include_interrupted: bool
 ) -> tuple[LeftoverStatus, str]:
     """Return the cleanup status of an inactive run's record, with the reason.

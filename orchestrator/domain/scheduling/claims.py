@@ -134,7 +134,7 @@ class OwnerStatus(StrEnum):
 MIN_WATCHED_HEARTBEATS = 1.5
 
 
-def judge_owner_status(
+def determine_owner_status(
     lease: OrchestratorLease, now: float, watched: float, timing: CoordinationSettings, *, is_here: bool, is_dead: bool
 ) -> OwnerStatus:
     """Return the status of an orchestrator at `now` (wall-clock seconds).

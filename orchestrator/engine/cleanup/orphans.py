@@ -15,12 +15,12 @@ from orchestrator.domain.runs.leftovers import (
     Leftover,
     LeftoverKind,
     LeftoverStatus,
+    assess_hub,
+    assess_orphan,
+    assess_run,
+    assess_worktree,
     classify_worktree,
     is_stale_file,
-    judge_hub,
-    judge_orphan,
-    judge_run,
-    judge_worktree,
 )
 from orchestrator.domain.runs.model import RunDocument, TaskDocument
 from orchestrator.domain.scheduling.dispatch import with_subtasks
@@ -95,7 +95,7 @@ class OrphanFinder:
         for worktree in await anyio.to_thread.run_sync(worktrees.list_worktrees, hub, run.id, run.tasks):
             document = documents.get(worktree.task)
             held = classify_worktree(document, worktree.attempt, is_check=worktree.is_check)
-            found.append(_leftover(worktree, *judge_worktree(run.id, document, held)))
+            found.append(_leftover(worktree, *assess_worktree(run.id, document, held)))
         return found
 
     async def logs(self, age: float) -> list[Leftover]:
@@ -136,7 +136,7 @@ class OrphanFinder:
         except (GitError, RefusedError):
             branches, is_over = None, run.ended is not None
         left = [one for one in await self.worktrees(run) if one.status is not LeftoverStatus.LEFT_OVER]
-        status, reason = judge_run(
+        status, reason = assess_run(
             run.id, ended, branches, len(left), is_over=is_over, include_interrupted=include_interrupted
         )
         return Leftover(LeftoverKind.RUN, run.id, status, reason, run.hub, run.id)
@@ -179,7 +179,7 @@ class OrphanFinder:
 
     async def slots(self, hub: Hub) -> list[Leftover]:
         """Return the unused worktree slots of a hub, except those preserved for a session."""
-        found = [await judge_slot(slot) for slot in await anyio.to_thread.run_sync(list_slots, hub)]
+        found = [await inspect_slot(slot) for slot in await anyio.to_thread.run_sync(list_slots, hub)]
         return [leftover for leftover in found if leftover is not None]
 
     async def orphaned_hub(self, hub: Hub) -> Leftover | None:
@@ -194,7 +194,7 @@ class OrphanFinder:
         except GitError:
             refs = None
         left = await anyio.to_thread.run_sync(lambda: len(list(hub.sessions.glob("*/*"))))
-        status, reason = judge_hub(known.name, refs, left)
+        status, reason = assess_hub(known.name, refs, left)
         return Leftover(LeftoverKind.HUB, str(hub.root), status, reason, str(hub.root))
 
     async def unknown_runs(self, hub: Hub) -> list[Leftover]:
@@ -211,7 +211,7 @@ class OrphanFinder:
             found += await _empty_run_folders(hub, run)
             for worktree in await anyio.to_thread.run_sync(worktrees.list_worktrees, hub, run, None):
                 held = classify_worktree(None, worktree.attempt, is_check=worktree.is_check)
-                found.append(_leftover(worktree, *judge_orphan(held)))
+                found.append(_leftover(worktree, *assess_orphan(held)))
         for run in sorted(refs.keys() - runs.keys()):
             # A run that is being created has refs before it is recorded.
             if is_stale_file(refs[run], self._clock.now()):
@@ -260,7 +260,7 @@ def _readable(found: Document) -> RunDocument | None:
     return RunDocument.model_validate_json(found.encoded) if is_readable(found) else None
 
 
-async def judge_slot(slot: WorktreeSlot, *, is_ours: bool = False) -> Leftover | None:
+async def inspect_slot(slot: WorktreeSlot, *, is_ours: bool = False) -> Leftover | None:
     """Return a worktree slot with its cleanup status; None if it is in use or locked.
 
     `is_ours`: the caller holds the lock.

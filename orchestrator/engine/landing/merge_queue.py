@@ -28,7 +28,7 @@ from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.transitions import TaskUpdate
 from orchestrator.errors import ClaimLost, GitError, LeaseLost, RefusedError
-from orchestrator.locking.merge_permit import MergePermit, MergePermitQueue
+from orchestrator.locking.merge_lease import HeldMergeLease, MergeLeaseQueue
 from orchestrator.repo.landing.target_branch import (
     OWN_PUSH_DESCRIPTION,
     DeferredLanding,
@@ -50,7 +50,7 @@ _ROUND_BACKOFF = Backoff(initial=0.02, factor=2.0, max=1.0, jitter=False)
 _TARGET_BUSY = (
     f"something else updated the target during each of {MAX_MERGE_ROUNDS} attempts, perhaps a hook of the repository"
 )
-_PERMIT_LOST = "this process was suspended until its merge permit expired: it requests a new one"
+_LEASE_LOST = "this process was suspended until its merge lease expired: it requests a new one"
 
 #: Errors of the target or of one task's work; the task keeps its position.
 _LANDING_ERRORS = (GitError, RefusedError)
@@ -76,7 +76,7 @@ class MergeQueue:
         """
         self._ledger, self._clock = ledger, context.tools.clock
         writer, source = ledger.writer, context.source
-        self._permits = MergePermitQueue(
+        self._leases = MergeLeaseQueue(
             writer.store, writer.clock, ledger.orchestrators, source.location, ledger.run.target
         )
         self._target, self._git = context.target, context.git
@@ -93,7 +93,7 @@ class MergeQueue:
         """Tasks that a user has cancelled; they don't land unless they are already landing."""
         self.landing: tuple[str, ...] = ()
         """Tasks that `land` is processing."""
-        self._permit_wait = anyio.CancelScope()
+        self._lease_wait = anyio.CancelScope()
         self._stopping = False
 
     def stop(self) -> None:
@@ -104,7 +104,7 @@ class MergeQueue:
         self._stopping = True
         if self.is_moving:
             slow_waits.logger.warning("waiting for %s: press Ctrl-C again to exit now", OWN_PUSH_DESCRIPTION)
-        self._permit_wait.cancel()
+        self._lease_wait.cancel()
         self._checks.stop()
 
     def cancel(self, task: str) -> None:
@@ -117,7 +117,7 @@ class MergeQueue:
         elif task in self.waiting and self._status(task) is not TaskStatus.LANDING:
             self.waiting.remove(task)
             if not self.waiting:
-                self._permit_wait.cancel()
+                self._lease_wait.cancel()
 
     def remove(self, task: str) -> None:
         """Stop landing a task that has ended, or that this orchestrator no longer owns."""
@@ -131,39 +131,39 @@ class MergeQueue:
         A returned task that is still `QUEUED` (or `LANDING`, if it is unknown whether the target moved) is cancelled,
         or can't land now for the recorded reason.
         """
-        self._permit_wait = anyio.CancelScope()
+        self._lease_wait = anyio.CancelScope()
         if self._stopping:
             return []
         async with AsyncExitStack() as stack:
-            permit = None
+            lease = None
             # The holder may be running checks, which can take any time.
-            with self._permit_wait:
-                permit = await stack.enter_async_context(self._permits.hold())
-            if permit is None or not self.waiting:
+            with self._lease_wait:
+                lease = await stack.enter_async_context(self._leases.hold())
+            if lease is None or not self.waiting:
                 return []
             try:
-                return await self._land_head(permit)
+                return await self._land_head(lease)
             finally:
                 self.landing = ()
 
-    async def _land_head(self, permit: MergePermit) -> list[str]:
+    async def _land_head(self, lease: HeldMergeLease) -> list[str]:
         tasks = await self._take()
-        self._target.must_exist |= self._ledger.tasks.have_moved(self._ledger.run.start)
+        self._target.must_exist |= self._ledger.tasks.has_moved_target(self._ledger.run.start)
         try:
             if self._status(tasks[0]) is TaskStatus.LANDING:
-                remaining = await self.outcomes.settle_interrupted(permit, tasks)
+                remaining = await self.outcomes.recover_interrupted(lease, tasks)
             else:
-                remaining = await self._land_together(permit, tasks)
+                remaining = await self._land_together(lease, tasks)
         except ClaimLost as lost:
             tasks = [task for task in tasks if task != lost.task]
             remaining = [task for task in tasks if self._status(task) in CLAIMED_STATUSES]
         except LeaseLost as lost:
-            if lost.subject != str(permit.guard.key):
+            if lost.subject != str(lease.guard.key):
                 raise
             remaining = [task for task in tasks if self._status(task) in CLAIMED_STATUSES]
             for task in remaining:
                 if self._status(task) is TaskStatus.CHECKING:
-                    await self.outcomes.requeue(task, _PERMIT_LOST)
+                    await self.outcomes.requeue(task, _LEASE_LOST)
         except _LANDING_ERRORS as error:
             remaining = []
             for task in tasks:
@@ -200,41 +200,41 @@ class MergeQueue:
     def _status(self, task: str) -> TaskStatus:
         return self._ledger.task(task).status
 
-    async def _land_together(self, permit: MergePermit, tasks: Sequence[str]) -> list[str]:
+    async def _land_together(self, lease: HeldMergeLease, tasks: Sequence[str]) -> list[str]:
         """Land tasks with one move of the target; return the tasks to queue again."""
         later: list[str] = []
         for number in range(1, MAX_MERGE_ROUNDS + 1):
-            merges, postponed = await self._prepare(permit, tasks)
+            merges, postponed = await self._prepare(lease, tasks)
             later = postponed + later
             tasks = [task for task, merge in merges.items() if await self._may_move(task, merge)]
             if not tasks:
                 break
             if len(tasks) < len(merges):  # later merges include one that will not land
                 continue
-            match await self._move(permit, merges):
+            match await self._move(lease, merges):
                 case Landed():
                     break
                 case DeferredLanding() if len(merges) > 1:  # one of them may be the cause
                     for task in tasks:
-                        await self._land_together(permit, [task])
+                        await self._land_together(lease, [task])
                     break
                 case DeferredLanding():
                     break
                 case StaleTarget():
-                    if number < MAX_MERGE_ROUNDS:
-                        await self._pause(retry_delay(_ROUND_BACKOFF, number))
+                    await self._pause(number)
         else:
             for task in tasks:
                 await self.outcomes.defer(task, _TARGET_BUSY)
         return later
 
-    async def _pause(self, seconds: float) -> None:
-        """Wait, unless the queue is stopped."""
-        self._permit_wait = anyio.CancelScope()
-        with self._permit_wait:
-            await anyio.sleep(0 if self._stopping else seconds)
+    async def _pause(self, number: int) -> None:
+        """Wait between two merge rounds, unless the queue is stopped."""
+        self._lease_wait = anyio.CancelScope()
+        with self._lease_wait:
+            if number < MAX_MERGE_ROUNDS and not self._stopping:
+                await anyio.sleep(retry_delay(_ROUND_BACKOFF, number))
 
-    async def _prepare(self, permit: MergePermit, tasks: Sequence[str]) -> tuple[dict[str, PreparedMerge], list[str]]:
+    async def _prepare(self, lease: HeldMergeLease, tasks: Sequence[str]) -> tuple[dict[str, PreparedMerge], list[str]]:
         """Merge tasks, each onto the previous one.
 
         Return the merges, and the tasks left for another round.
@@ -246,7 +246,7 @@ class MergeQueue:
             commit, base = document.commit or "", document.building_attempt.base
             try:
                 result = await self._target.prepare(
-                    permit, f"{self._ledger.run.id}/{task}", commit, base, last, document.intended_merges
+                    lease, f"{self._ledger.run.id}/{task}", commit, base, last, document.intended_merges
                 )
             except _LANDING_ERRORS as error:
                 if merges:
@@ -271,7 +271,7 @@ class MergeQueue:
         return True
 
     async def _move(
-        self, permit: MergePermit, merges: Mapping[str, PreparedMerge]
+        self, lease: HeldMergeLease, merges: Mapping[str, PreparedMerge]
     ) -> Landed | StaleTarget | DeferredLanding:
         """Record the intent, update the target, and record the result."""
         whole = combine_merges(merges.values())
@@ -287,11 +287,11 @@ class MergeQueue:
             )
             for task, merge in merges.items()
         }
-        await self._ledger.change_all(updates, [permit.guard])
+        await self._ledger.change_all(updates, [lease.guard])
         failpoint("landing.intended")
         self.is_moving = True
         try:
-            moved = await self._target.move(permit, list(merges.values()))
+            moved = await self._target.move(lease, list(merges.values()))
         finally:
             self.is_moving = False
         match moved:

@@ -20,7 +20,7 @@ from orchestrator.engine.landing.ownership_check import OwnershipCheck, Ownershi
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.transitions import TaskUpdate
 from orchestrator.errors import GitError, TargetMissing
-from orchestrator.locking.merge_permit import MergePermit
+from orchestrator.locking.merge_lease import HeldMergeLease
 from orchestrator.protocols import JsonObject
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.landing.merge_commits import create_retry_base
@@ -128,7 +128,7 @@ class LandingOutcomes:
             case TaskStatus.LANDING:
                 await self._ledger.writer.note_once(TaskDeferred(task=task, reason=reason), task, reason)
 
-    async def settle_interrupted(self, permit: MergePermit, tasks: Sequence[str]) -> list[str]:
+    async def recover_interrupted(self, lease: HeldMergeLease, tasks: Sequence[str]) -> list[str]:
         """Resolve interrupted updates of the target.
 
         Return the tasks whose update did not happen.
@@ -139,7 +139,7 @@ class LandingOutcomes:
             intent = document.landing_intent
             assert intent is not None, "a task is landing only by an intent"  # noqa: S101  an invariant of the table
             merge = PreparedMerge(intent.old, intent.new)
-            settled = await self._target.settle(permit, merge, document.intended_merges, intent.recorded)
+            settled = await self._target.recover(lease, merge, document.intended_merges, intent.recorded)
             match settled:
                 case Landed(commit):
                     await self.record_landed(Trigger.LAND, {task: commit})

@@ -69,7 +69,7 @@ async def recover(ledger: Ledger, context: RunContext) -> None:
     alone = not await has_active_peers(ledger)
     await worktrees.remove_stale_files(context.hub, ledger.run.id, is_alone=alone)
     await context.target.clean_up(ledger.run.started)
-    context.target.must_exist |= ledger.tasks.have_moved(ledger.run.start)
+    context.target.must_exist |= ledger.tasks.has_moved_target(ledger.run.start)
     try:
         await context.target.refresh()
     except TargetMissing as error:

@@ -129,7 +129,7 @@ class SessionService:
         """Release the file locks that a user breaks, until cancelled."""
         await self._locks.follow_breaks(lambda: tuple(self._active))
 
-    async def answer(self, session: SessionName, command: str, arguments: JsonObject) -> JsonObject:
+    async def handle(self, session: SessionName, command: str, arguments: JsonObject) -> JsonObject:
         """Return the result of a session's request; raise RefusedError if impossible.
 
         Text from agents is recorded here, so this is where its secrets are redacted.

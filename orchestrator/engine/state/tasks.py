@@ -86,7 +86,7 @@ class TaskTable:
         """Return the current state of every task."""
         return self._documents
 
-    def have_moved(self, start: str) -> bool:
+    def has_moved_target(self, start: str) -> bool:
         """Return True if the run has updated the target since `start`.
 
         The target has then existed.

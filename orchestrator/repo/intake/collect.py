@@ -3,7 +3,7 @@
 The files in the checkout are the result. We stage them in our repository with our index, so that none of the agent's
 filters or hooks run. The agent's commits on its branch are kept as history if they descend from its base; each object
 is read, hashed and checked again before import. Commits on other branches, tags, stashes and a detached HEAD are
-preserved under refs/salvage. None of these paths admits secrets or huge files (`repo.intake.inspection`).
+preserved under refs/salvage. None of these lets secrets or huge files through (`repo.intake.inspection`).
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class SessionCommits:
         )
 
     async def import_commits(self, tip: str, *known: str, descends: bool = False) -> str | None:
-        """Import the commits of `tip` beyond `known`; return why that failed, or None.
+        """Import the commits of `tip` beyond `known`; return the reason for a failure.
 
         With `descends`, the commits must descend from the base.
         """

@@ -94,10 +94,10 @@ class StagingResult:
 
 
 async def stage_files(git: Git, staging: StagingArea, base: str, admit: IntakeRules) -> StagingResult:
-    """Stage all admissible changes since `base`; new objects stay in quarantine.
+    """Stage all allowed changes since `base`; new objects stay in quarantine.
 
-    Files rejected by name or size are not read. Safe to repeat: the index is rebuilt from `base` and keeps its file
-    times.
+    Files rejected by name or size are not read. Safe to repeat: the index is rebuilt from `base` and keeps its cached
+    mtimes.
     """
     git = staging.confine(git)
     await anyio.to_thread.run_sync(staging.prepare, admit.ignored)
@@ -125,7 +125,7 @@ async def _stage(
     try:
         withheld_at = {path: admit.find_withheld(path) for path in await _differing(git, staging, among, admit)}
         differing = [path for path, withheld in withheld_at.items() if withheld is None]
-        refused, problem = await anyio.to_thread.run_sync(_judge_unread, staging.tree, differing, admit)
+        refused, problem = await anyio.to_thread.run_sync(_check_unread, staging.tree, differing, admit)
         # A .gitignore may re-include files that we ignore.
         without = [*refused, *{withheld for withheld in withheld_at.values() if withheld is not None}]
         if differing and problem is None:
@@ -191,10 +191,10 @@ def _literal(path: str) -> str:
 def _may_all_be_read(tree: Path, added: Iterable[str], paths: Iterable[str], admit: IntakeRules) -> bool:
     """Return whether no path is rejected, and no added path is a folder."""
     folders = (path for path in added if (tree / path).is_dir() and not (tree / path).is_symlink())
-    return not any(folders) and not _judge_unread(tree, paths, admit)[0]
+    return not any(folders) and not _check_unread(tree, paths, admit)[0]
 
 
-def _judge_unread(tree: Path, paths: Iterable[str], admit: IntakeRules) -> tuple[dict[str, str], str | None]:
+def _check_unread(tree: Path, paths: Iterable[str], admit: IntakeRules) -> tuple[dict[str, str], str | None]:
     """Return files rejected by name or size, and the limit that the rest exceeds."""
     refused, files, total = dict[str, str](), 0, 0
     for path in paths:

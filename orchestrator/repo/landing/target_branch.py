@@ -1,7 +1,7 @@
 """Land finished work: advance the target branch atomically, merge by merge.
 
 `prepare` merges without a checkout, the caller records the intent, and `move` pushes one or several consecutive merges
-in one push with a lease. `settle` finishes or undoes an interrupted move. Each requires a `MergePermit`.
+in one push with a lease. `recover` finishes or undoes an interrupted move. Each requires a `HeldMergeLease`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import anyio.to_thread
 
 from orchestrator.errors import GitError, LockHeld, RefusedError, TargetMissing
-from orchestrator.locking.merge_permit import MergePermit
+from orchestrator.locking.merge_lease import HeldMergeLease
 from orchestrator.locking.ownership import ownership_scope
 from orchestrator.repo.git.command import Git, printable_name
 from orchestrator.repo.git.embedded_repositories import find_embedded_repository
@@ -181,7 +181,7 @@ class Target:
 
     async def prepare(
         self,
-        permit: MergePermit,
+        lease: HeldMergeLease,
         label: str,
         commit: str,
         base: str,
@@ -193,7 +193,7 @@ class Target:
         `intended` are earlier merges of the same work: returns Landed if the target has one of them. With `after`,
         merges onto `after` instead; the result is valid only if `after` also lands.
         """
-        self._check(permit)
+        self._check(lease)
         onto, old = (await self.refresh(), self.known) if after is None else (after.new, after.new)
         if (landed := self.find_landing(intended)) is not None:
             return Landed(landed)
@@ -243,7 +243,7 @@ class Target:
         return await self._git.line("commit-tree", f"{onto}^{{tree}}", "-p", base, input_=b"merge base\n")
 
     async def move(
-        self, permit: MergePermit, merges: Sequence[PreparedMerge]
+        self, lease: HeldMergeLease, merges: Sequence[PreparedMerge]
     ) -> Landed | StaleTarget | DeferredLanding:
         """Advance the target over consecutive merges, all or none.
 
@@ -251,7 +251,7 @@ class Target:
         moved the target. The push holds the landing file lock, so that even if this process is killed, the next process
         to land knows whether a push is running.
         """
-        self._check(permit)
+        self._check(lease)
         try:
             async with self._landing_lock.hold(_PUSH_TIMEOUT, awaited=_PUSH) as lock:
                 return await self._move(merges, lock.fd)
@@ -270,7 +270,7 @@ class Target:
         tip = whole.new if pushed.moved and checkouts is None else await self._source.tip(self.branch)
         if tip != whole.new and checkouts is not None:
             # The checkout was clean just before, so changes in it are leftovers of a refused or killed push.
-            await checkouts.settle(move, began, may_finish=False, was_killed=pushed.was_killed)
+            await checkouts.recover(move, began, may_finish=False, was_killed=pushed.was_killed)
             tip = await self._source.tip(self.branch)
         if tip == whole.old:
             if (reason := await self.find_obstacle(whole)) is None and pushed.was_killed:
@@ -294,11 +294,11 @@ class Target:
         checkouts = self._checkouts
         if checkouts is None:
             return None
-        if checkouts.unsettled is not None:  # leftovers of a push, for example after a full disk
-            move, since = checkouts.unsettled
+        if checkouts.unrecovered is not None:  # leftovers of a push, for example after a full disk
+            move, since = checkouts.unrecovered
             try:
                 async with self._landing_lock.hold(_PUSH_TIMEOUT, awaited=_PUSH):
-                    await checkouts.settle(move, since, may_finish=False)
+                    await checkouts.recover(move, since, may_finish=False)
             except LockHeld as held:
                 return str(_describe_busy_target(held))
         return await checkouts.find_obstacle(merge.old or self._start, merge.new)
@@ -308,29 +308,29 @@ class Target:
         if self._checkouts is not None:
             await anyio.to_thread.run_sync(remove_incoming_objects, self._checkouts.repository.git_dir, since)
 
-    async def settle(
-        self, permit: MergePermit, merge: PreparedMerge, intended: Sequence[str], since: float
+    async def recover(
+        self, lease: HeldMergeLease, merge: PreparedMerge, intended: Sequence[str], since: float
     ) -> Landed | DeferredLanding | StaleTarget:
         """Finish or undo an interrupted move; StaleTarget means that it may be retried.
 
         The move happened if the target has one of the `intended` merges. Raises RefusedError while the push is running,
         because its result is still unknown.
         """
-        self._check(permit)
+        self._check(lease)
         if self._checkouts is not None:
-            self._checkouts.unsettled = (merge.old, merge.new), since
+            self._checkouts.unrecovered = (merge.old, merge.new), since
         try:
             async with self._landing_lock.hold(_PUSH_TIMEOUT, awaited=_PUSH):
-                return await self._settle(merge, intended, since)
+                return await self._recover(merge, intended, since)
         except LockHeld as held:
             raise _describe_busy_target(held) from None
 
-    async def _settle(
+    async def _recover(
         self, merge: PreparedMerge, intended: Sequence[str], since: float
     ) -> Landed | DeferredLanding | StaleTarget:
         foreign: list[str] = []
         if self._checkouts is not None:
-            foreign = await self._checkouts.settle((merge.old, merge.new), since, may_finish=True)
+            foreign = await self._checkouts.recover((merge.old, merge.new), since, may_finish=True)
         await self.refresh(again=True)
         if (landed := self.find_landing(intended)) is not None:
             return Landed(landed)
@@ -342,9 +342,9 @@ class Target:
     def _landing_lock(self) -> FileLock:
         return self._hub.landing_lock(self._source.location, self.branch)
 
-    def _check(self, permit: MergePermit) -> None:
-        if permit.scope != self._scope:
-            raise ValueError(f"the permit is not for {self.branch!r} of {self._source.location}")
+    def _check(self, lease: HeldMergeLease) -> None:
+        if lease.scope != self._scope:
+            raise ValueError(f"the lease is not for {self.branch!r} of {self._source.location}")
 
 
 def _describe_busy_target(held: LockHeld) -> RefusedError:

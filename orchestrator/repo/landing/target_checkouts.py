@@ -35,7 +35,7 @@ class TargetCheckouts:
     trusted: Git
     users: Git = field(init=False)
     """Git with the user's configuration."""
-    unsettled: tuple[tuple[str | None, str], float] | None = field(default=None, init=False)
+    unrecovered: tuple[tuple[str | None, str], float] | None = field(default=None, init=False)
     """A refused or killed push whose leftovers remain: its commits (old, new) and start time."""
 
     def __post_init__(self) -> None:
@@ -83,14 +83,14 @@ class TargetCheckouts:
             files += map(printable_name, split_nul(listed.stdout))
         return files
 
-    async def settle(
+    async def recover(
         self, move: tuple[str | None, str], since: float, *, may_finish: bool, was_killed: bool = True
     ) -> list[str]:
         """Run `recover_push` in each checkout that may have leftovers of a push.
 
         Returns the paths that have changed since.
         """
-        self.unsettled = move, since
+        self.unrecovered = move, since
         others = await anyio.to_thread.run_sync(find_locked_checkouts, self.repository, self.branch)
         others += await anyio.to_thread.run_sync(find_switched_checkouts, self.repository, self.branch, since)
         foreign: list[str] = []
@@ -103,7 +103,7 @@ class TargetCheckouts:
             except OSError as error:  # as on a full disk
                 message = f"can't undo an interrupted landing in {checkout}: {error}"
                 raise RefusedError(message, "fix the cause: the next landing tries again") from None
-        self.unsettled = None
+        self.unrecovered = None
         return foreign
 
     async def complete(
@@ -111,7 +111,7 @@ class TargetCheckouts:
     ) -> None:
         """Complete a push that has moved the branch; `heads` precede the push."""
         if await anyio.to_thread.run_sync(find_locked_checkouts, self.repository, self.branch):  # a hook was killed
-            await self.settle(move, since, may_finish=True)
+            await self.recover(move, since, may_finish=True)
         old, new = move
         if old is not None and not updated_checkout:
             await update_switched_checkout(self.repository, self.branch, (old, new), heads, self.users)

@@ -30,13 +30,13 @@ _TIMESTAMP_GRANULARITY = 2_000_000_000
 _INDEX = "index of "  # followed by the git directory of its checkout
 _FILES = ("config", "info/attributes", "info/exclude")
 
-_Signature = tuple[tuple[str, int, int, int, int, int], ...]
+_Fingerprint = tuple[tuple[str, int, int, int, int, int], ...]
 _Content = Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    signature: _Signature | None
+    fingerprint: _Fingerprint | None
     """The metadata of its files; None if they are too new for the metadata to be conclusive."""
     content: _Content
 
@@ -65,16 +65,16 @@ async def take_snapshot(
     `git` runs with the user's configuration (`as_user=True`). Raises GitError if the repository can't be read.
     """
     folder = repository.git_dir
-    signatures = await anyio.to_thread.run_sync(_signatures, folder)
+    fingerprints = await anyio.to_thread.run_sync(_fingerprints, folder)
     before = {} if previous is None else previous.parts
 
     async def part(name: str) -> _Part:
-        known, signature = before.get(name), signatures[name]
-        if known is not None and signature is not None and signature == known.signature:
+        known, fingerprint = before.get(name), fingerprints[name]
+        if known is not None and fingerprint is not None and fingerprint == known.fingerprint:
             return known
-        return _Part(signature, await _read_part(name, folder, git))
+        return _Part(fingerprint, await _read_part(name, folder, git))
 
-    return RepositorySnapshot({name: await part(name) for name in signatures})
+    return RepositorySnapshot({name: await part(name) for name in fingerprints})
 
 
 async def _read_part(name: str, folder: Path, git: Git) -> _Content:
@@ -124,19 +124,19 @@ async def is_user_git_running(repository: LocalRepository) -> bool:
     return await anyio.to_thread.run_sync(_is_user_git_running, repository)
 
 
-def _signatures(folder: Path) -> dict[str, _Signature | None]:
+def _fingerprints(folder: Path) -> dict[str, _Fingerprint | None]:
     now = time.time_ns()
 
-    def settled(paths: Iterator[Path]) -> _Signature | None:
-        signature = tuple(_stat(path) for path in paths)
-        return None if any(entry[4] > now - _TIMESTAMP_GRANULARITY for entry in signature) else signature
+    def stable_fingerprint(paths: Iterator[Path]) -> _Fingerprint | None:
+        fingerprint = tuple(_stat(path) for path in paths)
+        return None if any(entry[4] > now - _TIMESTAMP_GRANULARITY for entry in fingerprint) else fingerprint
 
     checkouts = list_checkout_git_dirs(folder)
     return {
-        "refs": settled(_ref_files(folder)),
-        "files": settled(path for path, _ in _watched_files(folder)),
-        "heads": settled(folder / name / "HEAD" for name in checkouts),
-        **{f"{_INDEX}{name}": settled(iter([folder / name / "index"])) for name in checkouts},
+        "refs": stable_fingerprint(_ref_files(folder)),
+        "files": stable_fingerprint(path for path, _ in _watched_files(folder)),
+        "heads": stable_fingerprint(folder / name / "HEAD" for name in checkouts),
+        **{f"{_INDEX}{name}": stable_fingerprint(iter([folder / name / "index"])) for name in checkouts},
     }
 
 

@@ -353,14 +353,14 @@ async def _catch_up(undone: _InterruptedUpdate, tip: str | None) -> list[str]:
     had staged.
     """
     foreign: list[str] = []
-    while (now := await _read_settled_tip(undone.checkout, undone.git)) is not None and now != tip:
+    while (now := await _read_stable_tip(undone.checkout, undone.git)) is not None and now != tip:
         back = replace(undone, old=undone.new, tip=now, new=tip or undone.tip)
         foreign += await back.undo([], has_just_ended=True)
         tip = now
     return foreign
 
 
-async def _read_settled_tip(checkout: Path, git: Git) -> str | None:
+async def _read_stable_tip(checkout: Path, git: Git) -> str | None:
     """Return a checkout's commit once no git command runs in it, or on timeout."""
     await anyio.to_thread.run_sync(_wait_until_unused, lambda: bool(list_git_processes([checkout])))
     return await _tip(checkout, git)

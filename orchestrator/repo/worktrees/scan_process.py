@@ -87,7 +87,7 @@ class _Process:
         return self._child.pid
 
     def ask(self, function: Callable[[], object]) -> Any:
-        """Run a function in the process and return its result. Blocks.
+        """Run `function` in the process and return its result. Blocks.
 
         Raises an error if the process has exited.
         """

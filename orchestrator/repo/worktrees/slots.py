@@ -26,7 +26,7 @@ from typing import Any
 
 import anyio.to_thread
 
-from orchestrator.domain.runs.leftovers import LeftoverStatus, judge_slot
+from orchestrator.domain.runs.leftovers import LeftoverStatus, assess_slot_state
 from orchestrator.repo.worktrees.change_detection import TreeSnapshot
 from orchestrator.repo.worktrees.file_trees import remove_all
 from orchestrator.repo.worktrees.hub import Hub, is_inside_hub
@@ -175,7 +175,7 @@ def read_session_slot(hub: Hub, session: Path) -> WorktreeSlot | None:
 
 def assess_slot(slot: WorktreeSlot) -> tuple[LeftoverStatus, str] | None:
     """Assess a slot that is unlocked, or locked by the caller. Blocks."""
-    return judge_slot(is_clean=read_record(slot) is not None, has_session=read_slot_session(slot) is not None)
+    return assess_slot_state(is_clean=read_record(slot) is not None, has_session=read_slot_session(slot) is not None)
 
 
 def move_to_trash(hub: Hub, folder: Path) -> list[Path]:

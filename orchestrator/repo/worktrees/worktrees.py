@@ -4,7 +4,7 @@
 affect all other agents and us. Adding them is neither safe concurrently nor when killed (an empty `commondir` breaks
 the whole repository). Here, sessions share only the hub's objects, which they borrow. Creating a worktree races with
 nothing, and a partly created one can simply be deleted. The checkout belongs to a worktree slot
-(`repo.worktrees.slots`), which the link `place` in the session's folder points to.
+(`repo.worktrees.slots`), which the link `slot` in the session's folder points to.
 """
 
 from __future__ import annotations

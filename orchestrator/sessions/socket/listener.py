@@ -47,7 +47,7 @@ _PROGRAM = Path("bin", "council")
 _MAX_CONNECTIONS = 32  # per session
 _MAX_FOREIGN_CONNECTIONS = 4  # connections from outside the session, which are only rejected
 _BACKLOG = 128
-_REQUEST_TIMEOUT = 5.0  # seconds to receive a request, and to send its answer
+_REQUEST_TIMEOUT = 5.0  # seconds to receive a request, and to send its response
 _FOREIGN_TIMEOUT = 1.0
 _MAX_FAULTS = 10
 _MAX_INLINE_BYTES = 1 << 14  # larger requests are parsed in a thread
@@ -56,9 +56,9 @@ _FAULT_REMEDY = "continue without the session API: changes are checked when they
 
 
 class SessionApi(Protocol):
-    """Answers session requests."""
+    """Handles session requests."""
 
-    async def answer(self, session: SessionName, command: str, arguments: JsonObject) -> JsonObject:
+    async def handle(self, session: SessionName, command: str, arguments: JsonObject) -> JsonObject:
         """Return the result of a command of `orchestrator.client.commands`.
 
         A RefusedError is reported to the client. The call is cancelled when the client disconnects.
@@ -150,17 +150,17 @@ class _RequestHandler:
     faults: list[str]
     pending_reads: dict[anyio.abc.SocketStream, anyio.CancelScope] = field(default_factory=dict)
     """The session's connections that have not sent a whole line, oldest first."""
-    answering: set[anyio.abc.SocketStream] = field(default_factory=set)
+    active: set[anyio.abc.SocketStream] = field(default_factory=set)
     foreign: set[anyio.abc.SocketStream] = field(default_factory=set)
 
-    async def answer(self, line: bytes) -> JsonObject:
-        """Return the answer to a request. Raises nothing but cancellation."""
+    async def handle(self, line: bytes) -> JsonObject:
+        """Return the response to a request. Raises nothing but cancellation."""
         try:
             read = partial(read_request, line, self.token, self.tree)
             request = read() if len(line) <= _MAX_INLINE_BYTES else await anyio.to_thread.run_sync(read)
             return {
                 "ok": True,
-                "result": await self.session_service.answer(self.session, request.command, request.arguments),
+                "result": await self.session_service.handle(self.session, request.command, request.arguments),
             }
         except RefusedError as refused:
             return _refusal(refused.what, refused.remedy)
@@ -212,23 +212,23 @@ async def _handle_request(stream: anyio.abc.SocketStream, handler: _RequestHandl
     line = await _receive_request(stream, handler)
     if line is None:
         return
-    answer: JsonObject | None = None
-    if len(handler.answering) >= _MAX_CONNECTIONS:
-        answer = _refusal(
+    response: JsonObject | None = None
+    if len(handler.active) >= _MAX_CONNECTIONS:
+        response = _refusal(
             f"{_MAX_CONNECTIONS} requests of this session are active, the maximum", "retry after one has finished"
         )
     else:
-        handler.answering.add(stream)
+        handler.active.add(stream)
         try:
             async with anyio.create_task_group() as group:
                 group.start_soon(_cancel_on_disconnect, stream, group.cancel_scope)
-                answer = await _answer(line, handler)
+                response = await _respond(line, handler)
                 group.cancel_scope.cancel()
         finally:
-            handler.answering.discard(stream)
-    if answer is not None:
+            handler.active.discard(stream)
+    if response is not None:
         with anyio.move_on_after(_REQUEST_TIMEOUT):
-            await stream.send(_encoded(answer))
+            await stream.send(_encoded(response))
 
 
 async def _receive_request(stream: anyio.abc.SocketStream, handler: _RequestHandler) -> bytes | None:
@@ -245,15 +245,15 @@ async def _receive_request(stream: anyio.abc.SocketStream, handler: _RequestHand
     return None
 
 
-async def _answer(line: bytes, handler: _RequestHandler) -> JsonObject:
+async def _respond(line: bytes, handler: _RequestHandler) -> JsonObject:
     if len(line) > MAX_REQUEST_BYTES:
         return _refusal(f"the request is larger than {MAX_REQUEST_BYTES} bytes", "send a smaller request")
-    return await handler.answer(line)
+    return await handler.handle(line)
 
 
-def _encoded(answer: JsonObject) -> bytes:
+def _encoded(response: JsonObject) -> bytes:
     try:
-        return json.dumps(answer, allow_nan=False).encode() + b"\n"
+        return json.dumps(response, allow_nan=False).encode() + b"\n"
     except (TypeError, ValueError):
         return json.dumps(_refusal(_FAULT, _FAULT_REMEDY)).encode() + b"\n"
 
@@ -272,7 +272,7 @@ async def _read_line(stream: anyio.abc.SocketStream) -> bytes:
 
 
 async def _cancel_on_disconnect(stream: anyio.abc.SocketStream, waiting: anyio.CancelScope) -> None:
-    """Cancel the answer when the client disconnects, or sends more than one line."""
+    """Cancel the response when the client disconnects, or sends more than one line."""
     with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream, OSError):
         await stream.receive()
     waiting.cancel()

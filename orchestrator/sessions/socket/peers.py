@@ -55,7 +55,7 @@ def _user_on_macos(connected: socket.socket) -> int:
 
 
 def _holder(lock: Path) -> int | None:
-    """Return the pid of the process that signed a session's lock, or None."""
+    """Return the pid of the holder of a session's lock, or None."""
     descriptor = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         is_free = lock_descriptor(descriptor, block=False, shared=True)

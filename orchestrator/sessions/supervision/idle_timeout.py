@@ -17,22 +17,22 @@ _SCAN_POLL_INTERVAL = 0.02  # seconds, during a scan
 class FolderScan:
     """A scan of folders in a thread: a hanging file system blocks nothing else.
 
-    When `done`, `signature` is the result; None if the scan failed: an entry vanished, a folder is not readable, there
-    are more than MAX_ENTRIES, or `give_up` (monotonic clock) was reached. Changes are detected by the inode's change
-    time, which programs can't set.
+    When `done`, `fingerprint` is the result; None if the scan failed: an entry vanished, a folder is not readable,
+    there are more than MAX_ENTRIES, or `give_up` (monotonic clock) was reached. Changes are detected by the inode's
+    change time, which programs can't set.
     """
 
     def __init__(self, folders: list[str], give_up: float) -> None:
         self.began = time.monotonic()
         self.ended = self.began
         self.done = False
-        self.signature: tuple[int, int] | None = None
+        self.fingerprint: tuple[int, int] | None = None
         self.give_up = give_up
         _thread.start_new_thread(self._run, (folders,))
 
     def _run(self, folders: list[str]) -> None:
         try:
-            self.signature = self._scan(folders)
+            self.fingerprint = self._scan(folders)
         except OSError:
             pass
         finally:
@@ -64,8 +64,8 @@ class IdleWatch:
     """Detects `limit` seconds without output and without a change in `folders`.
 
     Scans the folders after a quarter of the limit without output, then every quarter. The watch expires when two scans
-    have the same signature and the second starts at least `limit` seconds after the end of the first: between 1 and 1.5
-    times the limit after the last activity. A failed scan is no evidence either way.
+    have the same fingerprint and the second starts at least `limit` seconds after the end of the first: between 1 and
+    1.5 times the limit after the last activity. A failed scan is no evidence either way.
     """
 
     def __init__(self, limit: float, folders: list[str]) -> None:
@@ -78,7 +78,7 @@ class IdleWatch:
         """Restart the watch because the CLI has printed output."""
         self._next = time.monotonic() + self._quarter
         self._stale = self._scan is not None
-        self._signature: tuple[int, int] | None = None
+        self._fingerprint: tuple[int, int] | None = None
         self._since = 0.0
 
     def seconds_until_check(self) -> float:
@@ -105,9 +105,9 @@ class IdleWatch:
         return False
 
     def _judge(self, scan: FolderScan) -> bool:
-        if scan.signature is None:
+        if scan.fingerprint is None:
             return False
-        if scan.signature != self._signature:
-            self._signature, self._since = scan.signature, scan.ended
+        if scan.fingerprint != self._fingerprint:
+            self._fingerprint, self._since = scan.fingerprint, scan.ended
             return False
         return scan.began - self._since >= self._limit

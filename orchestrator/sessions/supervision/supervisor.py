@@ -63,7 +63,7 @@ CONTROL, STATUS = 0, 1
 WRAPPER_STATUS = 3  # the wrapper writes its status to this descriptor
 WRAPPER_FILTER = 4  # the wrapper reads the system call filter from this descriptor
 WRAPPER_ERROR = 5  # the program that starts the CLI in a wrapper reports errors to this descriptor
-OWNER = "supervisor"  # the owner in the signature of the session's lock
+OWNER = "supervisor"  # the owner in the lock file of the session
 LOCK_TIMEOUT = 2.0  # seconds; a process that only checks the lock keeps it for less
 WRAPPER_POLL_SECONDS = 0.05  # seconds; between checks whether a wrapper is empty
 INTERRUPT_GRACE_SHARE = 0.5  # of the grace period, for an interrupted CLI to clean up
@@ -223,8 +223,8 @@ def acquire_lock(path: str) -> int:
         else:
             break
     os.ftruncate(file, 0)
-    signature = {"pid": os.getpid(), "started": start_ticks(os.getpid()), "since": time.time(), "owner": OWNER}
-    os.write(file, json.dumps(signature).encode())
+    holder = {"pid": os.getpid(), "started": start_ticks(os.getpid()), "since": time.time(), "owner": OWNER}
+    os.write(file, json.dumps(holder).encode())
     return file
 
 

@@ -11,9 +11,9 @@ from typing import Final
 
 from adapters.bridges.worktree import ConfinedWorktree, OutsideWorktreeError
 
-#: Instructions for the format of a model's answer.
+#: Instructions for the format of a model's response.
 EDIT_INSTRUCTIONS: Final = """\
-You change the files of a git repository. You can't run anything: your answer is applied unchanged.
+You change the files of a git repository. You can't run anything: your response is applied unchanged.
 
 For each file that is new, or changed in many places, write one block with its complete new content:
 
@@ -39,8 +39,8 @@ the block. Change only what the task needs. Apart from the blocks, write no more
 
 #: Instructions for a read-only task.
 READ_ONLY_INSTRUCTIONS: Final = """\
-You review the files of a git repository and change nothing. You can't run anything: your answer is only read, not
-applied. Answer in prose, with paths and line numbers.
+You review the files of a git repository and change nothing. You can't run anything: your response is only read, not
+applied. Respond in prose, with paths and line numbers.
 """
 
 _FENCE: Final = re.compile(r"(?P<fence>`{3,}|~{3,})[ \t]*(?P<info>[^`]*)")
@@ -54,7 +54,7 @@ _HEADER: Final = re.compile(
 _ODD_MODE: Final = re.compile(r"^(?:new file mode|new mode|index \S+) (?:120000|160000)$", re.MULTILINE)
 
 
-class UnusableAnswerError(Exception):
+class UnusableResponseError(Exception):
     """The response is truncated, contradictory, or does not match the files."""
 
 
@@ -66,10 +66,10 @@ class ProposedChanges:
     patch: str
 
 
-def parse_answer(text: str) -> ProposedChanges:
+def parse_response(text: str) -> ProposedChanges:
     """Return the changes in a response; ignore all other code blocks.
 
-    Raises UnusableAnswerError if the answer is truncated.
+    Raises UnusableResponseError if the response is truncated.
     """
     files: dict[str, str] = {}
     diffs: list[str] = []
@@ -99,28 +99,28 @@ def _blocks(text: str) -> Iterator[tuple[str, str]]:
         else:
             lines.append(line)
     if opened is not None and (_FILE.fullmatch(opened["info"].strip()) or opened["info"].strip().lower() in _DIFFS):
-        raise UnusableAnswerError("its last block is not closed")
+        raise UnusableResponseError("its last block is not closed")
 
 
-def apply_answer(answer: ProposedChanges, worktree: ConfinedWorktree) -> Sequence[str]:
-    """Apply an answer to the worktree; return the changed paths.
+def apply_response(response: ProposedChanges, worktree: ConfinedWorktree) -> Sequence[str]:
+    """Apply a response to the worktree; return the changed paths.
 
     On an error, nothing is changed. Raises OutsideWorktreeError for a path outside the worktree, and
-    UnusableAnswerError if the answer can't be applied.
+    UnusableResponseError if the response can't be applied.
     """
-    places = {name: worktree.relative(name) for name in answer.files}
-    strip = "-p1" if re.search(r"^(?:---|\+\+\+) [ab]/", answer.patch, re.MULTILINE) else "-p0"
-    patched = _paths_of(answer.patch, strip, worktree) if answer.patch else []
+    places = {name: worktree.relative(name) for name in response.files}
+    strip = "-p1" if re.search(r"^(?:---|\+\+\+) [ab]/", response.patch, re.MULTILINE) else "-p0"
+    patched = _paths_of(response.patch, strip, worktree) if response.patch else []
     for name in patched:
         if worktree.relative(name) in places.values():
-            raise UnusableAnswerError(f"it has {name!r} both as a file and as a diff")
-    if answer.patch:
-        _git_apply(answer.patch, "--check", strip, worktree=worktree)
-    before = _write_all({path: answer.files[name] for name, path in places.items()})
+            raise UnusableResponseError(f"it has {name!r} both as a file and as a diff")
+    if response.patch:
+        _git_apply(response.patch, "--check", strip, worktree=worktree)
+    before = _write_all({path: response.files[name] for name, path in places.items()})
     try:
-        if answer.patch:
-            _git_apply(answer.patch, strip, worktree=worktree)
-    except UnusableAnswerError:
+        if response.patch:
+            _git_apply(response.patch, strip, worktree=worktree)
+    except UnusableResponseError:
         _restore(before)
         raise
     return [*places, *patched]
@@ -144,14 +144,14 @@ def _git_apply(patch: str, *options: str, worktree: ConfinedWorktree) -> str:
         check=False,
     )
     if done.returncode:
-        raise UnusableAnswerError(" ".join(done.stderr.decode(errors="replace").split())[:300])
+        raise UnusableResponseError(" ".join(done.stderr.decode(errors="replace").split())[:300])
     return done.stdout.decode(errors="replace")
 
 
 def _write_all(contents: dict[Path, str]) -> dict[Path, bytes | None]:
     """Write files; return their previous contents (None for new files).
 
-    Before raising UnusableAnswerError, restores all files.
+    Before raising UnusableResponseError, restores all files.
     """
     before: dict[Path, bytes | None] = {}
     try:
@@ -161,7 +161,7 @@ def _write_all(contents: dict[Path, str]) -> dict[Path, bytes | None]:
             path.write_text(content, encoding="utf-8")
     except OSError as error:
         _restore(before)
-        raise UnusableAnswerError(str(error)) from error
+        raise UnusableResponseError(str(error)) from error
     return before
 
 

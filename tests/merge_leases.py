@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from orchestrator.locking.merge_permit import MergePermit, MergePermitQueue
+from orchestrator.locking.merge_lease import HeldMergeLease, MergeLeaseQueue
 from orchestrator.protocols import Store
 from orchestrator.repo.source.upstream import UpstreamRepository
 from orchestrator.state.stores.memory import MemoryStore
@@ -14,16 +14,16 @@ from orchestrator.testing.clock import ManualClock
 from tests.recorded_run import make_orchestrators
 
 
-async def join_merge_queue(store: Store, clock: Clock, repository: str, branch: str) -> MergePermitQueue:
+async def join_merge_queue(store: Store, clock: Clock, repository: str, branch: str) -> MergeLeaseQueue:
     """Return the merge turns of another orchestrator on a branch."""
     others = make_orchestrators(store, clock, "r", alone=False)
     await others.join()
-    return MergePermitQueue(store, clock, others, repository, branch)
+    return MergeLeaseQueue(store, clock, others, repository, branch)
 
 
 @asynccontextmanager
-async def hold_permit(source: UpstreamRepository, branch: str) -> AsyncIterator[MergePermit]:
-    """Hold the uncontended merge permit of a branch."""
+async def hold_merge_lease(source: UpstreamRepository, branch: str) -> AsyncIterator[HeldMergeLease]:
+    """Hold the uncontended merge lease of a branch."""
     clock = ManualClock()
-    async with (await join_merge_queue(MemoryStore(clock), clock, source.location, branch)).hold() as permit:
-        yield permit
+    async with (await join_merge_queue(MemoryStore(clock), clock, source.location, branch)).hold() as lease:
+        yield lease

@@ -1,4 +1,4 @@
-"""Merge permit: the right to land on a branch, held by one orchestrator at a time.
+"""Merge lease: the right to land on a branch, held by one orchestrator at a time.
 
 It is a lease in the store, so it works across machines, and is granted in request order. It provides ordering: landing
 intents need its epoch. The push itself uses `--force-with-lease`, which ensures that no other landing interferes.
@@ -25,8 +25,8 @@ _PAUSES = (0.05, 0.5)
 
 
 @dataclass(frozen=True, slots=True)
-class MergePermit:
-    """The right to land while its guard is valid, created by `MergePermitQueue.hold`."""
+class HeldMergeLease:
+    """The right to land while its guard is valid, created by `MergeLeaseQueue.hold`."""
 
     scope: str
     guard: Guard
@@ -46,8 +46,8 @@ async def read_merge_leases(store: Store) -> dict[str, tuple[Document, MergeLeas
     }
 
 
-class MergePermitQueue:
-    """The queue for the merge permit of one branch, as used by one orchestrator."""
+class MergeLeaseQueue:
+    """The queue for the merge lease of one branch, as used by one orchestrator."""
 
     def __init__(self, store: Store, clock: Clock, orchestrators: RunMembership, repository: str, target: str) -> None:
         self._store, self._clock, self._others = store, clock, orchestrators
@@ -56,14 +56,14 @@ class MergePermitQueue:
         self._key = merge_lease_key(self.scope)
 
     @asynccontextmanager
-    async def hold(self) -> AsyncIterator[MergePermit]:
-        """Wait for the permit and hold it for the block.
+    async def hold(self) -> AsyncIterator[HeldMergeLease]:
+        """Wait for the lease and hold it for the block.
 
         Raises LeaseLost if this orchestrator is declared gone.
         """
         async with self._others.process_lock(f"merge/{self.scope}"):
             try:
-                yield MergePermit(self.scope, await self._acquire())
+                yield HeldMergeLease(self.scope, await self._acquire())
             finally:
                 with anyio.CancelScope(shield=True):
                     await self._leave()
@@ -88,7 +88,7 @@ class MergePermitQueue:
                 await self._clock.wait(anyio.Event(), now + min(max(first, (now - begin) / 10), last))
 
     async def _leave(self) -> None:
-        """Release this orchestrator's permit and its position in the queue."""
+        """Release this orchestrator's lease and its position in the queue."""
         me = self._others.me.id
         try:
             while True:
@@ -105,7 +105,7 @@ class MergePermitQueue:
 
     async def _leave_later(self) -> None:
         lock = self._others.process_lock(f"merge/{self.scope}")
-        if lock.locked():  # the holder releases the permit itself
+        if lock.locked():  # the holder releases the lease itself
             return
         async with lock:
             await self._leave()
