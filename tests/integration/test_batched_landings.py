@@ -263,7 +263,7 @@ async def test_unmergeable_task_blocks_no_other(repository: Repository) -> None:
     readme.write_text(before)
     resumed = repository.council("resume", "--json")
     assert resumed.states == {"t0": "queued", "t1": "landed", "t2": "landed"}, resumed
-    assert "unrelated histories" in resumed.result["tasks"][0]["reason"]
+    assert "no commit in common" in resumed.result["tasks"][0]["reason"]
 
 
 @pytest.mark.extended
