@@ -41,7 +41,7 @@ async def break_(context: CouncilContext, name: str, reason: str) -> None:
 
     NAME is a name from `council locks`. To release everything that a session has locked, break its ownership: this
     releases all of its paths and the locked files in them. Breaking the lock of a single file leaves the file owned by
-    the session. The locks of a dead process are free and need not be broken. The holder of a broken merge permit can no
+    the session. The locks of a dead process are free and need not be broken. The holder of a broken merge lease can no
     longer land with it.
 
     \b
