@@ -27,7 +27,8 @@ def atomic_write(
     """
     staged = StagedFile(path, mode=mode, is_locked=is_locked)
     try:
-        staged.file.write(data.encode() if isinstance(data, str) else data)
+        with name_in_errors(path):
+            staged.file.write(data.encode() if isinstance(data, str) else data)
         staged.publish(durable=durable, replace=replace)
     finally:
         staged.discard()
@@ -50,7 +51,7 @@ class StagedFile:
         self, *, durable: bool = False, replace: bool = True, held: AbstractContextManager[None] | None = None
     ) -> None:
         """Move the file to its final path, entering `held`; see `atomic_write`."""
-        with self.file as file:
+        with name_in_errors(self._path), self.file as file:
             file.flush()
             if durable:
                 sync_file(file.fileno())
@@ -118,6 +119,18 @@ def opened(path: Path, flags: int) -> Iterator[int]:
     """Open an existing file or folder, and yield the descriptor."""
     fd = os.open(path, flags | os.O_CLOEXEC)
     try:
-        yield fd
+        with name_in_errors(path):
+            yield fd
     finally:
         os.close(fd)
+
+
+@contextmanager
+def name_in_errors(path: Path) -> Iterator[None]:
+    """Add a path to each OSError of the body that has none: the system names no file for a call on a descriptor."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise

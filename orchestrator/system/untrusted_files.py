@@ -7,7 +7,7 @@ path would check only the last component, and a check before the open would be a
 This provides on every system what `openat2` provides on Linux with RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS and
 RESOLVE_NO_MAGICLINKS: a path without `..` and without links can't leave its top folder.
 
-Imports only the standard library. All functions block; those with paths raise OSError (ELOOP or ENOTDIR for a link).
+All functions block; those with paths raise OSError (ELOOP or ENOTDIR for a link).
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
+
+from orchestrator.system.files import name_in_errors
 
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # O_NONBLOCK: otherwise a FIFO would wait for a writer, and a device for its driver.
@@ -61,7 +63,7 @@ def read_file(top: Path, path: str, max_bytes: int, *, sole: bool = False) -> by
 
     Raises EFBIG if it has more than `max_bytes` and, with `sole`, EMLINK if the file has another hard link.
     """
-    with os.fdopen(open_file(top, path), "rb", buffering=0) as file:
+    with os.fdopen(open_file(top, path), "rb", buffering=0) as file, name_in_errors(top / path):
         if sole and os.fstat(file.fileno()).st_nlink > 1:
             raise OSError(errno.EMLINK, os.strerror(errno.EMLINK), path)
         data = bytearray()
@@ -81,7 +83,10 @@ def write_file(top: Path, path: str, data: bytes, mode: int = 0o600) -> None:
     temporary = f".{secrets.token_hex(8)}.new"
     with open_folder(top, folder, make=True) as within:
         try:
-            with os.fdopen(os.open(temporary, _NEW, mode, dir_fd=within), "wb") as file:
+            with (
+                name_in_errors(top / path),
+                os.fdopen(os.open(temporary, _NEW, mode, dir_fd=within), "wb") as file,
+            ):
                 file.write(data)
             os.rename(temporary, name, src_dir_fd=within, dst_dir_fd=within)
         except BaseException:

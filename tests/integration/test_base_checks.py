@@ -340,6 +340,31 @@ async def test_missing_program_of_a_check_is_not_a_failure_of_the_task(
     await repository.assert_invariants()
 
 
+def test_missing_programs_of_all_tasks_are_named(repository: Repository) -> None:
+    """Those of other checks, too, within ten lines of 80 columns; the printed reload names all of these tasks."""
+    checks = {"a": ["no-such-a"], "b": ["true", "no-such-b --all"], "c": ["true"], "d": ["no-such-a", "no-such-d"]}
+    tasks = [{"id": name, "prompt": f"write {name}.txt x", "checks": check} for name, check in checks.items()]
+    ended = repository.council("run", str(repository.configure(tasks)))
+    lines = ended.stdout.rpartition("\nrun ")[2].splitlines()
+    halted = repository.council("status", "--json").result["halted"]
+    assert halted.splitlines()[0] == "3 commands can't be run: `no-such-a`, `no-such-b --all`, `no-such-d`"
+    for program in ("no-such-a", "no-such-b", "no-such-d"):
+        assert f"install {program} where sessions see it" in halted
+    assert "`council retry a b d --reload --run " in halted
+    wide = [line for line in lines if len(line) > 80 and not line.startswith("log: ")]
+    assert (len(lines) <= 10, wide) == (True, []), lines
+    assert halted.splitlines()[0] in " ".join(lines), lines
+
+
+def test_printed_command_with_many_long_names_fits_in_a_line(repository: Repository) -> None:
+    """Its names are then left out."""
+    tasks = [{"id": f"a-long-name-of-a-task-{number}", "prompt": f"write {number}.txt x"} for number in range(4)]
+    ended = repository.council("run", str(repository.configure(tasks, defaults={"checks": ["false"]})))
+    last = ended.stdout.splitlines()[-1]
+    assert last.startswith("`council retry TASK... --reload --run "), ended
+    assert len(last) <= 80
+
+
 @needs_sandbox
 def test_check_of_a_hidden_program_needs_a_new_run(repository: Repository) -> None:
     """A run keeps its `readable`: neither a resume nor a reload is named as a fix for the folder."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import signal
 import subprocess
 from pathlib import Path
@@ -492,17 +493,17 @@ async def test_rejected_request_stays_rejected(repository: Repository) -> None:
 
 
 async def test_blocked_task_names_what_to_retry(repository: Repository) -> None:
-    """`retry` of a blocked task names the failed tasks; with these it is accepted."""
+    """`retry` of a blocked task names the failed tasks and the run; with these it is accepted."""
     tasks: list[dict[str, Any]] = [
         {"id": "broken", "prompt": "exit 1", "attempts": 1},
         {"id": "bad", "prompt": "exit 1", "attempts": 1},
         {"id": "late", "prompt": "write l.txt l", "needs": ["broken"]},
         {"id": "last", "prompt": "write m.txt m", "needs": ["bad", "late"]},
     ]
-    repository.council("run", str(repository.configure(tasks)))
+    run = repository.council("run", str(repository.configure(tasks)), "--json").result["run"]
     for named, missing in (["last"], "broken bad"), (["last", "bad", "late"], "broken"):
         refused = repository.council("retry", *named)
-        assert (refused.code, f"`council retry {missing}`" in refused.stderr) == (2, True), refused
+        assert (refused.code, f"`council retry {missing} --run {run}`" in refused.stderr) == (2, True), refused
     retried = repository.council("retry", "last", "late", "broken", "bad", "--json")
     assert (retried.code, {*retried.states.values()}) == (0, {"pending"}), retried
 
@@ -717,6 +718,50 @@ async def test_reload_adopts_adapters_and_pending_tasks(repository: Repository) 
     assert (repository.top / "later.txt").read_text().strip() == "new"
     assert (repository.top / "shell.txt").exists()
     await repository.assert_invariants()
+
+
+def printed_commands(text: str) -> list[list[str]]:
+    """Return the arguments of the `council` commands in backticks."""
+    return [shlex.split(command) for command in re.findall(r"`council ([^`]*)`", text)]
+
+
+def test_printed_reload_of_a_blocked_task_works(repository: Repository) -> None:
+    """It stays blocked, and uses the new settings once the task that it needs has landed."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "a", "prompt": "exit 1", "attempts": 1},
+        {"id": "b", "prompt": "write b.txt old", "needs": ["a"]},
+        {"id": "c", "prompt": "write c.txt c", "needs": ["a"]},
+    ]
+    repository.council("run", _file(repository, tasks))
+    changed = [tasks[0], {**tasks[1], "prompt": "write b.txt new"}, {**tasks[2], "owns": ["c.txt"]}]
+    _file(repository, changed)
+    assert repository.council("retry", "a").code == 0
+    resumed = repository.council("resume")
+    [event] = [line for line in resumed.stdout.splitlines() if "has changed" in line]
+    [reload] = printed_commands(event)
+    assert reload[:3] == ["retry", "b", "--reload"], event
+    assert event.endswith("; to use changes of `owns`, start a new run")
+    reloaded = repository.council(*reload, "--json")
+    assert (reloaded.code, reloaded.states["b"]) == (0, "blocked"), reloaded
+    _file(repository, [{**tasks[0], "prompt": "write a.txt a"}, *changed[1:]])
+    assert repository.council("retry", "a", "--reload").code == 0
+    assert set(repository.council("resume", "--json").states.values()) == {"landed"}
+    assert (repository.top / "b.txt").read_text() == "new\n"
+
+
+@pytest.mark.extended
+def test_remedy_of_a_refused_retry_names_an_older_run(repository: Repository) -> None:
+    """The printed command works as it is, although a newer run exists."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "a", "prompt": "attempt 1 exit 1\nwrite a.txt a", "attempts": 1},
+        {"id": "b", "prompt": "write b.txt b", "needs": ["a"]},
+    ]
+    older = repository.council("run", _file(repository, tasks), "--json").result["run"]
+    repository.council("run", _file(repository, [{"id": "a", "prompt": "write x.txt x"}]))
+    [retry] = printed_commands(repository.council("retry", "b", "--run", older).stderr)
+    retried = repository.council(*retry, "--json")
+    assert (retried.code, retried.result["run"]) == (0, older), retried
+    assert repository.council("resume", older, "--json").states == {"a": "landed", "b": "landed"}
 
 
 def test_reload_adopts_a_waiting_task_of_a_live_run(repository: Repository) -> None:

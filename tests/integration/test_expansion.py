@@ -85,6 +85,26 @@ async def test_plan_becomes_tasks_that_land_before_dependents(repository: Reposi
     await repository.assert_invariants()
 
 
+@pytest.mark.extended_but_first
+def test_printed_reload_of_a_task_that_waits_for_its_subtasks_works(repository: Repository) -> None:
+    """One of them failed; those of the plan keep their settings, and no reload is suggested for them."""
+    prompt = [f"in plan hand-over {plan(planned('one', 'attempt 1 exit 1', 'write one.txt 1'))}"]
+    own = {"attempts": 1}
+    run = repository.council("run", expanding(repository, prompt, own=own), "--json")
+    assert run.states == {"all": "blocked", "all-one": "failed"}, run
+    assert [task["reloadable"] for task in run.result["tasks"]] == [True, False]
+    expanding(repository, prompt, own={**own, "timeout": "9m"})
+    kept = repository.council("retry", "all-one")
+    assert "--reload" not in kept.stderr, kept
+    refused = repository.council("retry", "all-one")
+    assert (refused.code, "--reload" in refused.stderr) == (2, False), refused
+    assert repository.council("cancel", "all-one").code == 0
+    reloaded = repository.council("retry", "all", "--reload", "--json")
+    assert (reloaded.code, reloaded.states["all"]) == (0, "blocked"), reloaded
+    assert repository.council("retry", "all-one").code == 0
+    assert repository.council("resume", "--json").states == {"all": "done", "all-one": "landed"}
+
+
 async def test_next_phase_starts_from_the_landed_subtasks(repository: Repository) -> None:
     """A build after the plan has all of it, and is reviewed and lands in turn."""
     following = [

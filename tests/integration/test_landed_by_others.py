@@ -126,7 +126,7 @@ async def test_conflict_merged_by_a_person_counts_as_landed(repository: Reposito
     repository.remember()
     resumed = repository.council("resume")
     states = repository.council("status", "--json").states
-    assert ("has finished: `council retry TASK` first" in resumed.stderr) is not is_merged, resumed
+    assert ("The run has ended. Next: council retry TASK" in resumed.stdout) is not is_merged, resumed
     if not is_merged:
         assert (resumed.code, states[task]) == (1, "conflict"), resumed
         return

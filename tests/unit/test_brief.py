@@ -52,6 +52,7 @@ def test_report_is_at_most_ten_lines_of_eighty_columns(
     lines = brief_lines(report, is_newest=newest)
     assert len(lines) <= MAX_LINES == 10
     wide = [line for line in lines if cell_len(line) > COLUMNS == 80 and target not in line]
+    wide = [line for line in wide if not ("/" in line and len(line.split()) == 1)]  # a path
     assert all("next: council" in line.lower() or "`" in line or line in (halted or "") for line in wide), wide
     assert all(line.isprintable() for line in lines), lines
     landed = sum(one.status == "landed" for one in tasks)
@@ -98,12 +99,44 @@ def test_failed_task_precedes_unchanged_and_blocked_tasks() -> None:
     assert shown == ["api", "idle", "last"]
 
 
+def test_reason_is_wrapped_if_lines_are_free() -> None:
+    """Whole up to the tenth line, in the order of the tasks; the last line is cut, and keeps its commands."""
+    reason = f"the check fails: {'one two three ' * 14}: fix it, then `council retry api`"
+    shown = brief_lines(run(task("failed", id="api", reason=reason)))
+    assert " ".join(" ".join(shown[2:-1]).split()) == f"api failed: {reason}"
+    assert (shown[-1], len(shown)) == ("    next: council logs api", 7)
+    two = brief_lines(run(*(task("failed", id=name, reason=reason) for name in ("api", "bad"))))
+    assert two[:7] == [two[0], two[1], *shown[2:]]
+    assert len(two) == MAX_LINES
+    assert "…" in two[8]
+    assert two[8].endswith(" `council retry api`")
+    adapter = AdapterReport("claude", None, "not logged in: " * 9)
+    [*_, first, last] = brief_lines(replace(run(task("landed", landed=COMMIT)), adapters=[adapter]))
+    assert first.startswith("  it. Reason: not logged in: ")
+    assert last.endswith("not logged in:")
+
+
+def test_finished_run_names_the_command_that_retries_a_task() -> None:
+    """As the last of the ten lines, for a resume with nothing to resume."""
+    failed = run(*(task("failed", id=f"t{n}", reason="no") for n in range(9)))
+    shown = brief_lines(failed, is_newest=False, was_finished=True)
+    assert shown[-1] == "The run has ended. Next: council retry TASK --run run"
+    assert shown[-2].endswith("more: council status --run run")
+    assert len(shown) <= MAX_LINES
+    assert brief_lines(failed, was_finished=True)[-1] == "The run has ended. Next: council retry TASK"
+
+
+def many(one: TaskReport) -> list[str]:
+    """Return the lines about the first of several tasks, for whose reasons no lines are free."""
+    others = (task("failed", id=f"more{number}", reason="no") for number in range(9))
+    return brief_lines(replace(run(one, *others), damage=("x",)))[2:4]
+
+
 def test_cut_reason_ends_with_a_clause_before_its_command() -> None:
     """A long reason is cut between clauses, not inside the sentence with the command."""
     reason = "adapter 'mini' is disabled: no such key: fix it, then run `council resume 20260102-030405-ab12`"
-    shown = brief_lines(run(task("blocked", id="bad", reason=reason)))
-    assert "  bad blocked: adapter 'mini' … `council resume 20260102-030405-ab12`" not in shown
-    [line] = [line for line in shown if line.startswith("  bad blocked")]
+    [line, _] = many(task("failed", id="bad", reason=reason))
+    assert line != "  bad failed: adapter 'mini' … `council resume 20260102-030405-ab12`"
     assert line.endswith(" … `council resume 20260102-030405-ab12`"), line
     assert "fix" not in line
 
@@ -142,15 +175,15 @@ def test_commands_are_never_truncated() -> None:
     """Neither the next command, nor one in a reason, nor that of the run."""
     name, remedy = "a-name-that-is-long-" * 3, "`council adapters enable claude --run 20260102-030405-ab12`"
     adapter = AdapterReport("claude", None, "not logged in, " * 20)
+    failed = task("failed", id="api", reason=f"{'much prose ' * 9}: {remedy}")
     report = run(
         task("conflict", id=name, reason="conflicts", branch=f"council/run/{name}/conflict"),
-        task("failed", id="api", reason=f"{'much prose ' * 9}: {remedy}"),
+        failed,
         status=RunStatus.RUNNING,
     )
-    shown = brief_lines(replace(report, adapters=[adapter]), is_newest=False)
+    shown = brief_lines(replace(report, adapters=[adapter] * 3), is_newest=False)
     assert f"    next: council salvage apply {name}/conflict --branch {name}-conflict --run run" in shown
-    [cut] = [line for line in shown if line.startswith("  api failed:")]
-    assert cut.endswith(f"… {remedy}")
+    assert many(failed)[0].endswith(f"… {remedy}")
     assert any(line.endswith("… `council adapters enable claude --run run`") for line in shown), shown
     landed = replace(run(task("landed", landed=COMMIT)), run="r" * 70, target=f"council/{'r' * 70}", awaits_merge=True)
     assert brief_lines(landed, is_newest=False)[-1] == f"Next: council merge {'r' * 70}"

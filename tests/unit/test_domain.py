@@ -407,7 +407,7 @@ def test_report_names_all_awaited_adapters() -> None:
     [
         ("task9", 1, "did you mean 'task0'?"),
         ("nope", 2, "use one of: task0, task1"),
-        ("nope", 7, "use one of: task0, task1, task2, task3, task4 and 2 more, see `council status`"),
+        ("nope", 7, "use one of: task0, task1, task2, task3, task4 and 2 more, see `council status --run r`"),
     ],
 )
 def test_unknown_task_is_rejected(named: str, many: int, remedy: str) -> None:

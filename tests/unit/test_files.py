@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import resource
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import anyio
 import pytest
 
+from orchestrator.system import untrusted_files
 from orchestrator.system.background import run_in_background
-from orchestrator.system.files import StagedFile, atomic_write
+from orchestrator.system.files import StagedFile, atomic_write, opened
 
 
 @pytest.mark.parametrize("durable", [True, False])
@@ -64,6 +67,37 @@ def test_staged_file_when_discarded_keeps_the_old_content(tmp_path: Path) -> Non
     staged.discard()
     assert path.read_text() == "old"
     assert [one.name for one in tmp_path.iterdir()] == ["file"]
+
+
+def append(path: Path, data: bytes) -> None:
+    """Append data through a descriptor."""
+    with opened(path, os.O_WRONLY | os.O_APPEND) as fd:
+        while data:
+            data = data[os.write(fd, data) :]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: atomic_write(path, "x" * 5000),
+        lambda path: append(path, b"x" * 5000),
+        lambda path: untrusted_files.write_file(path.parent, path.name, b"x" * 5000),
+    ],
+    ids=["atomic_write", "opened", "untrusted_files"],
+)
+def test_error_of_a_call_on_a_descriptor_names_the_file(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    """The system names none: a real limit of the size of files makes the write fail."""
+    path = tmp_path / "file"
+    path.touch()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as raised:
+            write(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert raised.value.filename == str(path)
+    assert path.stat().st_size <= 1000
 
 
 async def test_background_task_after_failed_block_is_cancelled_and_error_is_raised_as_it_is() -> None:

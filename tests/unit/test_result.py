@@ -161,6 +161,16 @@ def test_alternative_remedy_of_a_halt_is_labelled_or() -> None:
     assert [*map(str, halt_steps(halted))] == ["next: fix main, then resume", "or: correct the check"]
 
 
+def test_exhausted_budget_of_a_task_outside_of_the_file_needs_a_new_run() -> None:
+    """A reload would be refused."""
+    one = task("failed", failure="budget", branch="council/run/t/1", reloadable=False)
+    report = replace(run(one), file="/council.yaml")
+    expected = "next: raise the budget in /council.yaml; then: council run /council.yaml; or: council salvage apply t/1"
+    assert steps(one, report) == expected
+    reloadable = replace(one, reloadable=True)
+    assert "then: council retry t --reload" in steps(reloadable, report)
+
+
 def test_older_run_is_named() -> None:
     """Commands without an id mean the newest run; unusual ids are quoted."""
     odd = task("failed", id="a b", branch="council/run/a b/1")

@@ -127,7 +127,7 @@ class RunController:
         for task in tasks if phase is not None else ():
             workflow = (await read_spec(self._context.store, record.run.id, task)).workflow
             phases = () if workflow is None else record.run.workflows[workflow]
-            check_phase(task, phase or "", [one.name for one in phases], record.tasks[task])
+            check_phase(record.run.id, task, phase or "", [one.name for one in phases], record.tasks[task])
 
     async def _wait_until_ended(self, run: str, tasks: Sequence[str]) -> None:
         """Wait until cancelled tasks have ended, but no longer than `_STOP_TIMEOUT`."""

@@ -205,7 +205,7 @@ async def _diff_range(git: Git, run: RunDocument, task: str, document: TaskDocum
     if not document.attempts:
         raise no_attempt_error(run, task, document)
     if not kept or (document.commit is None and not await git.has_branch(str(kept[-1].branch))):
-        raise RefusedError(f"task {task!r} has no preserved changes", f"see `council logs {task}`")
+        raise RefusedError(f"task {task!r} has no preserved changes", f"see `council logs {task} --run {run.id}`")
     return kept[-1].base, document.commit or f"refs/heads/{kept[-1].branch}"
 
 

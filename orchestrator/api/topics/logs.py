@@ -234,9 +234,10 @@ def no_attempt_error(run: RunDocument, task: str, document: TaskDocument) -> Ref
     return RefusedError(f"{what}: the run is halted: {halt.headline}", f"{log}{status}")
 
 
-def no_running_session_error(task: str) -> RefusedError:
+def no_running_session_error(run: str, task: str) -> RefusedError:
     """Return the error for a task without a running session."""
-    return RefusedError(f"task {task!r} has no running session", f"`council diff {task}` shows its last changes")
+    remedy = f"`council diff {task} --run {run}` shows its last changes"
+    return RefusedError(f"task {task!r} has no running session", remedy)
 
 
 class _SessionLog:

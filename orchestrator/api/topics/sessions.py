@@ -53,7 +53,7 @@ class Sessions(Topic):
         context, name = self._context, await self._find(run)
         run_document, document = await read_named_task(context.store, name, task)
         if document.status is not TaskStatus.RUNNING or not await RunIndex(context).is_live(name):
-            raise no_running_session_error(task)
+            raise no_running_session_error(name, task)
         session, redactor = SessionName(name, task, document.attempt.number), self._redactor()
         adapters = await find_run_adapters(context, run_document)
         workspace = await find_workspace(context.store, adapters, context.project.logs_folder, redactor, session)

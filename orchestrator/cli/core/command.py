@@ -125,8 +125,10 @@ class CouncilContext(CommandContext):
 
     council: Council
 
-    async def show_result(self, report: RunReport, code: int | None = None) -> int:
+    async def show_result(self, report: RunReport, code: int | None = None, *, was_finished: bool = False) -> int:
         """Print the state of a run, and return the exit code: `code`, by default that of the run.
+
+        `was_finished`: nothing was left to resume.
 
         The text is brief if the command has `verbose_option` and it was not given. Otherwise it includes the size of
         landed changes, if known.
@@ -139,7 +141,7 @@ class CouncilContext(CommandContext):
             with suppress(CouncilError, OSError):
                 changes = await council.reports.landed_changes(report.run, dict(islice(commits.items(), _MAX_COUNTED)))
         is_newest = output.as_json or await council.runs.newest() == report.run
-        output.result(report, code, changes=changes, is_newest=is_newest, whole=whole)
+        output.result(report, code, changes=changes, is_newest=is_newest, whole=whole, was_finished=was_finished)
         top = council.project.top.resolve()
         if not output.as_json and not explicit_store_url() and not Path.cwd().is_relative_to(top):
             output.text(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 
 from rich.cells import cell_len, set_cell_size
 
@@ -17,6 +19,7 @@ from orchestrator.cli.render.result import (
     format_session_status,
     format_state,
     next_line,
+    retry_hint,
     run_summary,
     state_counts,
 )
@@ -24,6 +27,7 @@ from orchestrator.cli.render.text import (
     COLUMNS,
     format_count,
     one_line,
+    pluralize,
     printable,
     short_name,
     truncate_end,
@@ -47,31 +51,78 @@ _LATE = (TaskStatus.NO_CHANGE, TaskStatus.CANCELLED, "blocked")
 _CLAUSE_ENDS = re.compile(r"[:;,.](?= )")
 
 
-def brief_lines(report: RunReport, *, is_newest: bool = True) -> list[str]:
+@dataclass(frozen=True)
+class _Entry:
+    """A text that is cut to its number of lines, followed by lines that are never cut."""
+
+    text: str
+    fixed: Sequence[str] = ()
+    indent: str = ""
+    min_lines: int = 1
+    """The minimum number of lines of a long text."""
+
+    @cached_property
+    def whole(self) -> Sequence[str]:
+        """All lines of the text."""
+        return list(wrapped(self.text, head=self.indent, indent=f"{self.indent}  ")) if self.text else []
+
+    @property
+    def shortest(self) -> int:
+        """The minimum number of lines."""
+        return min(self.min_lines, len(self.whole)) + len(self.fixed)
+
+    @property
+    def longest(self) -> int:
+        """The number of lines of the whole text and the fixed lines."""
+        return len(self.whole) + len(self.fixed)
+
+    def lines(self, count: int) -> list[str]:
+        """Return `count` lines, of which the last of the text has all remaining commands."""
+        room = count - len(self.fixed)
+        if room >= len(self.whole):
+            return [*map(_shortened, self.whole), *self.fixed]
+        *first, last = self.whole[:room]
+        rest = " ".join([last, *(line.strip() for line in self.whole[room:])])
+        return [*map(_shortened, first), _shortened(rest), *self.fixed]
+
+
+def brief_lines(report: RunReport, *, is_newest: bool = True, was_finished: bool = False) -> list[str]:
     """Return the totals of a run, the tasks that need attention with their next commands, and the run's own.
 
-    Commands name the run unless it is the newest.
+    Commands name the run unless it is the newest. `was_finished`: nothing was left to resume. Reasons are cut to one
+    line each; the first ones get the lines that are left.
     """
     run = "" if is_newest else f" --run {report.run}"
     head = [*wrapped(run_summary(report)), *(truncate_end(line, COLUMNS) for line in _totals(report))]
     most = MAX_LINES - len(head)
-    foot = list(_next(report))[:most]
+    foot, halt = [*_next(report)], list[str]()
+    if was_finished:
+        foot = [*foot[: most - 1], _Entry("", [retry_hint(report, is_newest=is_newest)])]
+    foot = foot[:most]
     if report.halted is not None and report.halted_by is not HaltCause.BUDGET:
         foot = foot[: most // 2]
-        foot += _halt(HaltReason.parse(report.halted), most - len(foot), f"How to fix it: council status{run}")
+        halt = _halt(HaltReason.parse(report.halted), most - len(foot), f"How to fix it: council status{run}")
     tasks = sorted(
         (task for task in report.tasks if task.status not in _NO_ATTENTION),
         key=lambda task: _LATE.index(task.status) + 1 if task.status in _LATE else 0,
     )
-    room = MAX_LINES - len(head) - len(foot)
-    lines: list[str] = []
+    room = most - len(foot) - len(halt)
+    shown, more = list[_Entry](), list[str]()
     for left, task in zip(range(len(tasks), 0, -1), tasks, strict=True):
-        more = list(_task(task, report, is_newest=is_newest))
-        if len(lines) + len(more) + (left > 1) > room:
-            lines += [f"  and {left} more: council status{run}"][: room - len(lines)]
+        entry = _task(task, report, is_newest=is_newest)
+        if entry.shortest + (left > 1) > room:
+            more = [f"  and {left} more: council status{run}"][:room]
             break
-        lines += more
-    return [*head, *lines, *foot]
+        shown.append(entry)
+        room -= entry.shortest
+    room -= len(more)
+    lines: list[Sequence[str]] = []
+    for entry in (*shown, *foot):
+        count = min(entry.longest, entry.shortest + room)
+        room -= count - entry.shortest
+        lines.append(entry.lines(count))
+    listed, notes = lines[: len(shown)], lines[len(shown) :]
+    return [*head, *chain(*listed), *more, *chain(*notes), *halt]
 
 
 def _totals(report: RunReport) -> Iterator[str]:
@@ -85,23 +136,20 @@ def _totals(report: RunReport) -> Iterator[str]:
         yield f"  {', '.join(parts)}"
 
 
-def _task(task: TaskReport, report: RunReport, *, is_newest: bool) -> Iterator[str]:
+def _task(task: TaskReport, report: RunReport, *, is_newest: bool) -> _Entry:
     sessions = {one.task: one for one in report.sessions}
     what = format_session_status(sessions[task.id]) if task.id in sessions else format_reason(task)
     text = printable(": ".join(filter(None, [f"{short_name(task.id)} {format_state(task.status, report)}", what])))
-    if task.failure == FailureClass.SETUP_FAILED:  # with the log and the cause
-        yield from islice(wrapped(text, head="  ", indent="    "), MAX_LINES // 2)
-    elif task.status == TaskStatus.QUEUED:  # with the fix
-        yield from islice(map(_shortened, wrapped(text, head="  ", indent="    ")), MAX_LINES // 2)
-    else:
-        yield _shortened(f"  {text}")
     steps = task_steps(task, report, is_newest=is_newest)
-    yield from (printable(f"    {step}") for step in (steps if report.merges is not None else steps[:1]))
+    fixed = [printable(f"    {step}") for step in (steps if report.merges is not None else steps[:1])]
+    # These reasons end with the cause or the fix.
+    is_long = task.failure == FailureClass.SETUP_FAILED or task.status == TaskStatus.QUEUED
+    return _Entry(text, fixed, "  ", MAX_LINES // 2 if is_long else 1)
 
 
 def _shortened(text: str) -> str:
-    """Return text cut to the width of a line; commands in backticks are always kept."""
-    if cell_len(text) <= COLUMNS:
+    """Return text cut to the width of a line; commands in backticks, and a path on its own line, are always kept."""
+    if cell_len(text) <= COLUMNS or ("/" in text and len(text.split()) == 1):
         return text
     lost = [one for one in re.finditer(r"`[^`]*`", text) if cell_len(text[: one.end()]) >= COLUMNS]
     commands = " ".join(one.group() for one in lost)
@@ -116,17 +164,18 @@ def _shortened(text: str) -> str:
     return f"{kept.rstrip()} … {commands}".rstrip()
 
 
-def _next(report: RunReport) -> Iterator[str]:
+def _next(report: RunReport) -> Iterator[_Entry]:
     """Yield the problems and hints of the run as a whole, most urgent first."""
     if report.damage:
-        yield f"The state log is damaged in {len(report.damage)} places. Next: council state verify"
+        damaged = f"The state log is damaged in {pluralize(len(report.damage), 'place')}."
+        yield _Entry("", [f"{damaged} Next: council state verify"])
     for adapter in report.adapters:
         again = enable_adapter_command(adapter.name, report)
-        yield _shortened(printable(adapter_line(adapter, again)))
-    yield from map(_shortened, background_error_lines(report))
+        yield _Entry(printable(adapter_line(adapter, again)))
+    yield from map(_Entry, background_error_lines(report))
     if report.halted is not None and report.halted_by is HaltCause.BUDGET:
-        yield _shortened(f"Halted: {printable(one_line(report.halted))}.")
-    yield from next_line(report)
+        yield _Entry(f"Halted: {printable(one_line(report.halted))}.")
+    yield from (_Entry("", [line]) for line in next_line(report))
 
 
 def _halt(halted: HaltReason, room: int, more: str) -> list[str]:

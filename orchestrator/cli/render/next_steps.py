@@ -65,12 +65,7 @@ def task_steps(  # noqa: PLR0911  one case for each cause
             again = f"correct the setup in {report.file}, then `council run {shlex.quote(report.file)}`"
             return [Step("next", again), Step("or", f"{retry}{run} (if the cause is not in the file)")]
         case TaskStatus.FAILED if task.failure == FailureClass.BUDGET and report.file is not None:
-            raised = f"raise the budget of {task.id} in {report.file}"
-            return [
-                Step("next", raised),
-                Step("then", f"{retry} --reload{run}"),
-                *(Step("or", f"{one}{run}") for _, one in apply),
-            ]
+            return [*_budget_steps(task, report.file, run), *(Step("or", f"{one}{run}") for _, one in apply)]
         case TaskStatus.RUNNING if report.status is RunStatus.RUNNING:
             return [Step("next", f"council logs {name} -f{run}")]
     commands = [*status_steps(task, is_shown=is_shown), *(apply if task.status in UNSUCCESSFUL_STATUSES else ())]
@@ -83,6 +78,14 @@ def status_steps(task: TaskReport, *, is_shown: bool = False) -> Sequence[Step]:
     if is_shown and steps and steps[0].command.startswith("council show "):
         return [step._replace(label="next") for step in steps[1:2]] + steps[2:]
     return steps
+
+
+def _budget_steps(task: TaskReport, file: str, run: str) -> Sequence[Step]:
+    """Return the commands after an exhausted budget; a task from a plan or a tracker keeps it for the whole run."""
+    if not task.reloadable:
+        return [Step("next", f"raise the budget in {file}"), Step("then", f"council run {shlex.quote(file)}")]
+    again = f"council retry {shlex.quote(task.id)} --reload{run}"
+    return [Step("next", f"raise the budget of {task.id} in {file}"), Step("then", again)]
 
 
 def _merge_steps(task: TaskReport, report: RunReport) -> Sequence[Step]:

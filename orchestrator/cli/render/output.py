@@ -81,8 +81,11 @@ class Output:
         changes: Mapping[str, Changes] | None = None,
         is_newest: bool = True,
         whole: bool = True,
+        was_finished: bool = False,
     ) -> None:
         """Print the final result of a run; `code` replaces the run's own exit code.
+
+        `was_finished`: nothing was left to resume.
 
         The text includes the `changes` of each landed task. Unless `whole`, it has only the totals and the tasks that
         need attention. JSON is always complete.
@@ -91,7 +94,7 @@ class Output:
             self._line(report.to_json() | ({} if code is None else {"exit": code}))
             return
         if not whole:
-            for line in brief_lines(report, is_newest=is_newest):
+            for line in brief_lines(report, is_newest=is_newest, was_finished=was_finished):
                 self._say(line)
             return
         rows = list(result.result_rows(report, changes or {}, is_newest=is_newest, now=time.time()))
@@ -106,6 +109,8 @@ class Output:
         for hint in chain.from_iterable(hint.splitlines() for hint in result.next_step_hints(report)):
             for line in wrapped(hint):
                 self._say(line)
+        if was_finished:
+            self._say(result.retry_hint(report, is_newest=is_newest))
 
     def failure(self, result: JsonObject, message: str) -> None:
         """Print the error of a command."""

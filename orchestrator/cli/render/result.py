@@ -22,7 +22,6 @@ from orchestrator.cli.render.text import (
 from orchestrator.domain.runs.model import HaltCause
 from orchestrator.domain.runs.phases import PhaseStatus
 from orchestrator.domain.runs.statuses import ACTIVE_STATUSES, SUCCESS_STATUSES, USER_STATUSES, TaskStatus
-from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.engine.reports.report import (
     AdapterReport,
     OrchestratorReport,
@@ -34,8 +33,8 @@ from orchestrator.engine.reports.task_report import TaskReport
 from orchestrator.repo.git.change_counts import Changes
 from orchestrator.system.instants import format_local_time
 
-#: The maximum characters of the reason of a failed setup.
-_SETUP_REASON = 600
+#: The maximum characters of a reason: with the log and the cause of a failed setup.
+_MAX_REASON = 600
 _LABELS: Mapping[str, str] = {status: status.record.label for status in TaskStatus}
 _VISIT_LABELS: Mapping[str, str] = {status: status.record.label for status in PhaseStatus}
 
@@ -82,9 +81,8 @@ def result_rows(
 
 
 def format_reason(task: TaskReport) -> str:
-    """Return the reason of a task on one line; that of a failed setup is longer, to include the log and the cause."""
-    reason = task.reason or ""
-    return one_line(reason, _SETUP_REASON) if task.failure == FailureClass.SETUP_FAILED else one_line(reason)
+    """Return the reason of a task on one line."""
+    return one_line(task.reason or "", _MAX_REASON)
 
 
 def format_session_status(session: SessionReport, now: float | None = None) -> str:
@@ -178,6 +176,11 @@ def next_step_hints(report: RunReport) -> Iterator[str]:
     if report.imported is None and any(task.branch is not None for task in report.tasks):
         yield "Saved work: `council salvage list`, `show`, `apply`."
     yield from next_line(report)
+
+
+def retry_hint(report: RunReport, *, is_newest: bool) -> str:
+    """Return the next command for an ended run in which nothing can be resumed."""
+    return f"The run has ended. Next: council retry TASK{'' if is_newest else f' --run {report.run}'}"
 
 
 def next_line(report: RunReport) -> Iterator[str]:

@@ -11,6 +11,12 @@ from orchestrator.domain.wording import join_names
 if TYPE_CHECKING:
     from orchestrator.domain.documents.times import Instant
 
+#: Task keys that can't change after the start of a run, with reasons.
+FIXED_KEYS: Mapping[str, str] = {
+    "needs": "the order of a run's tasks is set when it starts",
+    "owns": "the paths that a run's tasks own are set when it starts",
+    "workflow": "the phases of a run's tasks are set when it starts",
+}
 #: The maximum number of tasks in a suggested command.
 _MAX_NAMED_TASKS = 8
 
@@ -207,8 +213,12 @@ def describe_file_changes(
     """
     each = [*(f"{name} ({', '.join(changed)})" for name, changed in tasks.items()), *keys]
     option = "" if run is None else f" --run {run}"
-    names = " ".join(tasks) if len(tasks) <= _MAX_NAMED_TASKS else "TASK..."
-    remedy = f"to adopt them: `council retry {names} --reload{option}`" if tasks else "to use them, start a new run"
+    adoptable = [name for name, changed in tasks.items() if FIXED_KEYS.keys().isdisjoint(changed)]
+    names = " ".join(adoptable) if len(adoptable) <= _MAX_NAMED_TASKS else "TASK..."
+    remedy = f"to adopt them: `council retry {names} --reload{option}`" if adoptable else "to use them, start a new run"
+    if adoptable and len(adoptable) < len(tasks):
+        fixed = dict.fromkeys(f"`{key}`" for changed in tasks.values() for key in changed if key in FIXED_KEYS)
+        remedy += f"; to use changes of {' and '.join(fixed)}, start a new run"
     return f"{file} has changed; the run keeps its recorded settings: {join_names(each)}; {remedy}"
 
 

@@ -293,7 +293,7 @@ class RunDocument(ResolvedSettings):
     def check_task(self, task: str) -> None:
         """Raise RefusedError if the run has no task of this name."""
         if task not in self.tasks:
-            listed = ", see `council status`" if len(self.tasks) > _MOST_NAMED else ""
+            listed = f", see `council status --run {self.id}`" if len(self.tasks) > _MOST_NAMED else ""
             remedy = f"use one of: {join_names(self.tasks, _MOST_NAMED)}{listed}"
             raise RefusedError(f"run {self.id} has no task {task!r}", suggest_similar(task, self.tasks, 3) or remedy)
 

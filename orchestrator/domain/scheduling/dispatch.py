@@ -55,6 +55,15 @@ class DispatchEntry:
     """Commands that must succeed on its merge."""
     allow_failing_base: bool = False
     """Whether it may start even if its checks fail on the base."""
+    plan: str | None = None
+    """The handoff with the plan that created it; None: no plan did."""
+    tracker: str | None = None
+    """The tracker that it comes from."""
+
+    @property
+    def is_from_file(self) -> bool:
+        """Whether neither a plan nor a tracker created it."""
+        return self.plan is None and self.tracker is None
 
     @property
     def adapters(self) -> tuple[str, ...]:

@@ -23,12 +23,16 @@ _REQUIREMENTS: Final = re.compile(r"(?:[a-z]+-)?requirements(?:[-_][a-z]+)?\.txt
 TopLevelFiles = Mapping[str, str]
 """The names in the root of a repository (those of folders end with a slash), with the contents that were read.
 
-Python test files are included, even those in a folder of tests.
+Python test files are included, even those in a folder of tests and in its subfolders.
 """
 
 _TEST_FOLDERS: Final = ("tests/", "test/")
 _PYTHON_TEST: Final = re.compile(r"test[^/]*\.py")
 _IMPORTS_UNITTEST: Final = re.compile(r"^\s*(?:import|from) unittest\b", re.MULTILINE)
+#: An import of pytest, or tests that `unittest` does not run: functions, and classes without a base.
+_IS_FOR_PYTEST: Final = re.compile(
+    r"^\s*(?:import|from) pytest\b|^(?:async )?def test|^class Test\w*(?:\(\))?:", re.MULTILINE
+)
 _MAX_TEST_FILES: Final = 50
 """The largest number of test files that are read in a folder."""
 
@@ -90,9 +94,10 @@ def read_top_level(folder: Path) -> dict[str, str]:
             top[name] = _read(entry) if is_parsed else ""
     for folder_name in _TEST_FOLDERS:
         if folder_name in top:
-            files = sorted((folder / folder_name).glob("test*.py"))[:_MAX_TEST_FILES]
-            with suppress(OSError):
-                top |= {f"{folder_name}{file.name}": _read(file) for file in files}
+            for pattern in ("test*.py", "*/test*.py"):
+                with suppress(OSError):
+                    files = sorted((folder / folder_name).glob(pattern))[:_MAX_TEST_FILES]
+                    top |= {file.relative_to(folder).as_posix(): _read(file) for file in files}
     return top
 
 
@@ -221,6 +226,13 @@ def _python(top: TopLevelFiles) -> RepositoryTests | None:
         python = "python3" if environment is None else f"{_VENV}/python"
         return RepositoryTests(f"{python} manage.py test", "manage.py", environment=environment)
     return None
+
+
+def _python_test_files(top: TopLevelFiles) -> RepositoryTests | None:
+    """Return the command for tests in Python that no other file declares, at the top or in a folder."""
+    tests = {name: text for name, text in top.items() if _PYTHON_TEST.fullmatch(name.rpartition("/")[2])}
+    for_pytest = next((name for name, text in tests.items() if _IS_FOR_PYTEST.search(text)), None)
+    return _unittest(top) if for_pytest is None else _pytest(top, for_pytest)
 
 
 def _unittest(top: TopLevelFiles) -> RepositoryTests | None:
@@ -366,7 +378,7 @@ _RULES: Final[tuple[Callable[[TopLevelFiles], RepositoryTests | None], ...]] = (
     _ruby,
     _deno,
     _file_rule(("Package.swift",), "swift test"),
-    _unittest,
+    _python_test_files,
 )
 
 #: The files whose contents are parsed; for other files only their existence matters.

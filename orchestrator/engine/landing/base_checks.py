@@ -53,8 +53,10 @@ _MAX_ROUNDS = 3
 _MAX_TRIES = 4
 #: Seconds between polls for the process that checks the base.
 _POLL_INTERVAL = 1.0
-#: The maximum number of task names in a suggested command.
-_MAX_NAMED_TASKS = 5
+#: The maximum length of a suggested command with the names of its tasks: it fits in a line of 80 columns.
+_MAX_COMMAND_LENGTH = 78
+#: The maximum numbers of checks with missing programs to report at once, and of groups of tasks to search for them.
+_MAX_UNRUNNABLE, _MAX_SEARCHED_GROUPS = 5, 20
 
 #: Tasks by `allow_failing_base`, by whether their landing includes the base, and by checks.
 _CheckGroups = dict[tuple[bool, bool, tuple[str, ...]], list[str]]
@@ -69,6 +71,15 @@ class CheckedBase:
     """Its branch; both branches if the commit merges the base into the target."""
     merge: str = ""
     """How a fix of the base reaches the target; empty if landings include the base."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Unrunnable:
+    """Checks of tasks that cannot run on a base."""
+
+    failed: Sequence[CommandFailed]
+    tasks: Sequence[str]
+    base: CheckedBase
 
 
 @dataclass(slots=True)
@@ -110,15 +121,44 @@ class BaseChecks:
         return None if self._running.cancelled_caught else failure
 
     async def _first_failure(self, groups: _CheckGroups) -> str | None:
-        """Return the reason for a failed check, required checks first; None if all pass."""
+        """Return the reason for a failed check, required checks first; None if all pass.
+
+        If a check can't be run, those of other tasks that can't be run are included.
+        """
         bases: dict[bool, CheckedBase | None] = {}
+        checked = []
         for (_, brings_base, _), tasks in sorted(groups.items(), key=lambda group: group[0][0]):
             if brings_base not in bases:
                 bases[brings_base] = await self._base(brings_base=brings_base)
-            base = bases[brings_base]
-            if base is not None and (failure := await self._find_failure(tasks, base)) is not None:
+            if (base := bases[brings_base]) is not None:
+                checked.append((tasks, base))
+        for number, (tasks, base) in enumerate(checked):
+            failure = await self._find_failure(tasks, base)
+            if isinstance(failure, _Unrunnable):
+                later = checked[number + 1 : number + 1 + _MAX_SEARCHED_GROUPS]
+                return await self._describe_unrunnable([failure], later)
+            if failure is not None:
                 return failure
         return None
+
+    async def _describe_unrunnable(
+        self, found: list[_Unrunnable], later: Sequence[tuple[Sequence[str], CheckedBase]]
+    ) -> str:
+        """Return the reason why checks can't be run, including those of `later` groups of tasks."""
+        for tasks, base in later:
+            spec = await self.ledger.definitions.spec(tasks[0])
+            known = {failed.command for one in found for failed in one.failed}
+            if len(known) >= _MAX_UNRUNNABLE:
+                break
+            if not await self._is_proven(spec, base.commit):
+                is_allowed = spec.allow_failing_base or self.ledger.run.allow_failing_base
+                failed = await self._unrunnable_on(tasks[0], spec, spec.checks, base.commit, may_be_added=is_allowed)
+                found += [_Unrunnable(failed, tasks, base)] if failed else []
+        by_command = {failed.command: failed for one in found for failed in one.failed}
+        specs = [await self.ledger.definitions.spec(task) for one in found for task in one.tasks]
+        correction = describe_check_fix(self.ledger.run, specs)
+        merge = next((one.base.merge for one in found if one.base.merge), "")
+        return describe_unrunnable([*by_command.values()], correction, self.ledger.run.id, merge)
 
     async def _tips(self, groups: _CheckGroups) -> list[str]:
         """Return the newest commits that landings build on; empty if unknown."""
@@ -190,24 +230,26 @@ class BaseChecks:
             command = f"git branch {target} {base}"
         return f" and merge that into {run.target} (`{command}`)"
 
-    async def _find_failure(self, tasks: Sequence[str], base: CheckedBase) -> str | None:
+    async def _is_proven(self, spec: TaskSpec, commit: str) -> bool:
+        """Return True if the checks of a task have passed on a commit."""
+        key = await _hash_checks(self.context, spec, commit)
+        return self._has_landed(spec, commit) or key in await self.ledger.run_state.proven_bases()
+
+    async def _find_failure(self, tasks: Sequence[str], base: CheckedBase) -> str | _Unrunnable | None:
         """Return the reason for failed shared checks of these tasks on a commit, or None."""
         task, spec, commit = tasks[0], await self.ledger.definitions.spec(tasks[0]), base.commit
-        key = await _hash_checks(self.context, spec, commit)
-        if self._has_landed(spec, commit) or key in await self.ledger.run_state.proven_bases():
+        if await self._is_proven(spec, commit):
             return None
-        correction = describe_check_fix(self.ledger.run, [await self.ledger.definitions.spec(name) for name in tasks])
         if spec.allow_failing_base or self.ledger.run.allow_failing_base:
             unrunnable = await self._unrunnable_on(task, spec, spec.checks, commit, may_be_added=True)
-            return describe_unrunnable(unrunnable, correction, self.ledger.run.id, base.merge) if unrunnable else None
+            return _Unrunnable(unrunnable, tasks, base) if unrunnable else None
         await self.ledger.note(BaseChecking(commit=commit, branch=base.branch, checks=spec.checks))
         result = await self._run(task, spec, spec.checks, commit)
         failpoint("base.checked")
         match result:
             case ChecksPassed():
-                await self.ledger.run_state.record_passed_base(
-                    key, BasePassed(commit=commit, branch=base.branch, checks=spec.checks)
-                )
+                passed = BasePassed(commit=commit, branch=base.branch, checks=spec.checks)
+                await self.ledger.run_state.record_passed_base(await _hash_checks(self.context, spec, commit), passed)
                 return None
             case ChecksNotRun(reason):
                 headline = f"checks could not run on {base.branch} ({commit[:10]}): {reason}"
@@ -215,8 +257,10 @@ class BaseChecks:
             case CommandFailed() if result.unrunnable is not None and result.command in spec.checks:
                 later = spec.checks[spec.checks.index(result.command) + 1 :]
                 unrunnable = [result, *await self._unrunnable_on(task, spec, later, commit, may_be_added=False)]
-                return describe_unrunnable(unrunnable, correction, self.ledger.run.id, base.merge)
+                return _Unrunnable(unrunnable, tasks, base)
             case CommandFailed():
+                specs = [await self.ledger.definitions.spec(name) for name in tasks]
+                correction = describe_check_fix(self.ledger.run, specs)
                 return _describe_failure(result, spec, base, self.ledger.run, correction)
             case _:
                 assert_never(result)
@@ -377,7 +421,9 @@ def describe_check_fix(run: RunDocument, specs: Sequence[TaskSpec], *, is_built:
     """
     if not all(can_reload(run, spec) for spec in specs):
         return "correct the check and start a new run"
-    names = " ".join(shlex.quote(spec.id) for spec in specs) if len(specs) <= _MAX_NAMED_TASKS else "TASK..."
+    names = " ".join(shlex.quote(spec.id) for spec in specs)
+    if len(f"council retry {names} --reload --run {run.id}") > _MAX_COMMAND_LENGTH:
+        names = "TASK..."
     cancel = f"`council cancel {names} --run {run.id}`, then " if is_built else ""
     retry = f"{cancel}`council retry {names} --reload --run {run.id}`"
     return f"correct the check in the file and, before you resume, run {retry}"

@@ -285,6 +285,7 @@ def build_report(
     disabled = {adapter.name: adapter.disabled_reason for adapter in adapters if adapter.disabled_reason is not None}
     stuck = {} if status is RunStatus.RUNNING else _tasks_without_adapter(record, disabled)
     waiting = _tasks_in_cooldown(record, adapters)
+    file = None if record.run.imported is not None or "tasks" in record.run.given else record.run.config
     reports, roots = [], dict[str, str]()
     for task, blocker in blocked.items():  # needs come before their dependents
         roots[task] = roots.get(blocker, blocker)
@@ -300,6 +301,7 @@ def build_report(
                 obstacle=stuck.get(task) if need is None else describe_failed_need(need),
                 blocked_by=roots.get(task),
                 interrupted=_INTERRUPTED.format(run=record.run.id) if is_interrupted else None,
+                is_reloadable=file is not None and record.entries[task].is_from_file,
                 remark=_DAMAGED if task in record.damaged else waiting.get(task),
             )
         )
@@ -318,7 +320,7 @@ def build_report(
         imported=source,
         halted=halted,
         halted_by=None if halted is None else run.halted_by or HaltCause.BUDGET,
-        file=None if run.imported is not None or "tasks" in run.given else run.config,
+        file=file,
         merges=run.merges,
         awaits_merge=run.target == f"council/{run.id}" and any(report.landed is not None for report in reports),
         orchestrators=[OrchestratorReport.from_lease(lease) for lease in leases],

@@ -54,6 +54,8 @@ class TaskReport:
     """The failed task that it needs, directly or indirectly; null: blocked by an adapter, or not blocked."""
     pull_request: int | None = None
     """The number of its pull request."""
+    reloadable: bool = True
+    """Whether `council retry TASK --reload` can adopt its settings from the file."""
 
     def to_json(self) -> JsonObject:
         """Return the object for `--json`."""
@@ -69,13 +71,15 @@ def report_task(
     obstacle: str | None = None,
     blocked_by: str | None = None,
     interrupted: str | None = None,
+    is_reloadable: bool = True,
     remark: str | None = None,
 ) -> TaskReport:
     """Return the report of a task; `adapter` would run its first attempt.
 
     `adapter` is None if the task runs no session. `logs` is the folder with the logs of its run. `obstacle` is the
     reason that it can't start, and `blocked_by` the failed task that it needs, if any. `interrupted` is the reason of a
-    running attempt that no process runs. A `remark` replaces the recorded reason.
+    running attempt that no process runs. `is_reloadable`: its settings come from the file. A `remark` replaces the
+    recorded reason.
     """
     status, counted, reason = str(document.status), document.counted_attempts, document.reason
     last = document.phases[-1] if document.phases else None
@@ -112,6 +116,7 @@ def report_task(
         denied_tools=str(denials[-1]) if denials else None,
         blocked_by=blocked_by,
         pull_request=document.pull_request,
+        reloadable=is_reloadable,
     )
 
 

@@ -277,7 +277,8 @@ class AttemptPreparer:
         if claim is None or should_try(claim, None, timing, ignored=None) is not ClaimVerdict.RETRIES_EXHAUSTED:
             return None
         reason = f"tried {claim.retries + 1} times, including by orchestrators that exited early"
-        return Failed(FailureClass.CRASHED, f"{reason}: find out why these exited, then `council retry {task}`")
+        retry = f"`council retry {task} --run {self.attempts.ledger.run.id}`"
+        return Failed(FailureClass.CRASHED, f"{reason}: find out why these exited, then {retry}")
 
     async def _refuse(self, task: str, failure: Failed) -> None:
         """Fail a task that must not have another session."""

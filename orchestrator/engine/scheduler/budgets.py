@@ -28,6 +28,7 @@ from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.domain.settings.run_settings import Budget, TaskSpec
 from orchestrator.engine.accounting import Accounting
 from orchestrator.engine.state.ledger import Ledger
+from orchestrator.engine.state.reload import can_reload
 from orchestrator.protocols import Adapter
 from orchestrator.sessions.output.follow import OutputFollower
 from orchestrator.sessions.output.log_files import MAX_OUTPUT_BYTES
@@ -38,12 +39,8 @@ from orchestrator.system.clock import Clock
 POLL_INTERVAL = 1.0
 
 _NOTHING = Spending()
-#: Remedies by scope; a run uses its file as recorded at the start.
-_REMEDIES = {
-    "session": "raise its `session_budget` in the file, then `council retry TASK --reload`, or split the task",
-    "task": "raise its `budget` in the file, then `council retry TASK --reload`, or split the task",
-    "run": "continue with a higher limit: `council resume --budget`",
-}
+#: The keys of the budgets of a task in the file, by scope.
+_KEYS = {"session": "session_budget", "task": "budget"}
 
 
 class _Limit(NamedTuple):
@@ -53,11 +50,21 @@ class _Limit(NamedTuple):
     owner: str
     budget: Budget
     spent: Spending
+    is_reloadable: bool = True
+    """Whether a change of the file can apply to the task."""
 
     @property
     def of(self) -> str:
         """Return the owner as text."""
         return f"{self.scope} {self.owner}" if self.owner else f"the {self.scope}"
+
+    @property
+    def remedy(self) -> str:
+        """Return how to raise the budget; a run uses its file as recorded at the start."""
+        if self.scope not in _KEYS:
+            return "continue with a higher limit: `council resume --budget LIMITS`"
+        then = ", then `council retry TASK --reload`" if self.is_reloadable else " and start a new run"
+        return f"raise its `{_KEYS[self.scope]}` in the file{then}, or split the task"
 
 
 class BudgetReached(NamedTuple):
@@ -158,7 +165,7 @@ class Budgets:
         """
         net = self._accounting.net_usage(transcript, self._ledger.task(task).attempts)
         usage = Spending(net.input_tokens + net.output_tokens, net.cost or 0.0)
-        session = _Limit("session", task, spec.session_budget, usage)
+        session = _Limit("session", task, spec.session_budget, usage, can_reload(self._ledger.run, spec))
         limits = (session, self._task_limit(task, spec, usage), self._run_limit(usage))
         return next(filter(None, map(self._check_limit, limits)), None)
 
@@ -194,7 +201,7 @@ class Budgets:
 
     def _limits(self, task: str, spec: TaskSpec, session: str) -> Iterator[_Limit]:
         usage = self._active_usage(task)
-        yield _Limit("session", session, spec.session_budget, usage)
+        yield _Limit("session", session, spec.session_budget, usage, can_reload(self._ledger.run, spec))
         yield self._task_limit(task, spec, usage)
         yield self._run_limit()
 
@@ -208,7 +215,7 @@ class Budgets:
             spent += sum_spending(self._ledger.task(member).attempts)
             if member != task:
                 spent += self._active_usage(member)
-        return _Limit("task", task, spec.budget, spent)
+        return _Limit("task", task, spec.budget, spent, can_reload(self._ledger.run, spec))
 
     def _run_limit(self, more: Spending = _NOTHING) -> _Limit:
         """Return the limit of the run with its active sessions; `more` is further usage."""
@@ -256,4 +263,4 @@ def _describe_if_exhausted(limit: _Limit) -> str | None:
     share = next((share for share in compute_budget_usage(limit.budget, limit.spent) if share.is_exhausted), None)
     if share is None:
         return None
-    return f"the {limit.scope}'s budget is exhausted, {share.describe()}: {_REMEDIES[limit.scope]}"
+    return f"the {limit.scope}'s budget is exhausted, {share.describe()}: {limit.remedy}"

@@ -39,7 +39,7 @@ from orchestrator.engine.reports.report import RunRecord
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.merge_run import MERGE_TASK
 from orchestrator.engine.state.records import read_requests, request_key
-from orchestrator.engine.state.reload import TASKS_KEY
+from orchestrator.engine.state.reload import can_reload
 from orchestrator.engine.state.transitions import TaskUpdate
 from orchestrator.errors import ClaimLost, RefusedError, VersionConflict
 from orchestrator.protocols import Commit, Event, Store, Write
@@ -65,18 +65,18 @@ def check_request(
     """Raise RefusedError for a request that the state of its tasks does not allow.
 
     A retry accepts blocked tasks together with the failed tasks that they need. With `even_waiting`, it also accepts
-    tasks that wait to start or to land, for a reload without a change of status. `is_live` means that a process is
-    active in the run.
+    tasks that wait to start or to land, blocked or not, for a reload without a change of status. `is_live` means that a
+    process is active in the run.
     """
     if action is RequestAction.RETRY and record.run.merges is not None:
         raise _explain_merge_retry(record.run, record.tasks[MERGE_TASK].status)
-    blocked = record.blocked() if action is RequestAction.RETRY else {}
+    blocked = record.blocked() if action is RequestAction.RETRY and not even_waiting else {}
     for task in tasks:
         status = record.tasks[task].status
         if action in {RequestAction.APPROVE, RequestAction.REJECT}:
             if status is not TaskStatus.AWAITING_APPROVAL:
                 message = f"task {task!r} does not wait for approval (state: {status})"
-                raise RefusedError(message, "`council status` lists the tasks that do")
+                raise RefusedError(message, f"`council status --run {record.run.id}` lists the tasks that do")
         elif action is not RequestAction.RETRY:
             if status in FINAL_STATUSES and action is not RequestAction.CANCEL:  # nothing is left to cancel
                 state = status.replace("_", " ")
@@ -87,11 +87,10 @@ def check_request(
                 message = f"task {task!r} waits for {', '.join(map(repr, missing))}, which did not land"
                 gone = [need for need in missing if record.tasks[need].status not in RETRYABLE_STATUSES]
                 remedy = f"start a new run: {', '.join(map(repr, gone))} can't be retried"
-                raise RefusedError(
-                    message, remedy if gone else f"`council retry {' '.join(map(shlex.quote, missing))}`"
-                )
+                retry = f"`council retry {' '.join(map(shlex.quote, missing))} --run {record.run.id}`"
+                raise RefusedError(message, remedy if gone else retry)
         elif status not in RETRYABLE_STATUSES and not (even_waiting and status in _RELOADED):
-            raise _explain_not_retryable(task, status, record.run, is_live=is_live)
+            raise _explain_not_retryable(task, status, record, is_live=is_live)
 
 
 def _explain_merge_retry(run: RunDocument, status: TaskStatus) -> RefusedError:
@@ -105,19 +104,21 @@ def _explain_merge_retry(run: RunDocument, status: TaskStatus) -> RefusedError:
     return RefusedError(f"run {run.id} is a merge of run {run.merges} and starts no sessions", remedy)
 
 
-def _explain_not_retryable(task: str, status: TaskStatus, run: RunDocument, *, is_live: bool) -> RefusedError:
+def _explain_not_retryable(task: str, status: TaskStatus, record: RunRecord, *, is_live: bool) -> RefusedError:
     """Return the error that an unblocked task can't be retried, with its remedy."""
+    run = record.run
     if status is TaskStatus.LANDED:
         return RefusedError(f"task {task!r} has landed", "revert its commit and start a new run to do it again")
     if status.record.waits_for_user:
-        remedy = ", ".join(f"{word} `{command.format(task)}`" for word, command in status.record.next_steps)
+        steps = status.record.next_steps
+        remedy = ", ".join(f"{word} `{command.format(task)} --run {run.id}`" for word, command in steps)
         return RefusedError(f"task {task!r} is {status.record.label}", remedy)
     if status in FINAL_STATUSES:
         return RefusedError(f"task {task!r} is {status.record.label}", "start a new run to do it again")
     remedy = "cancel it first, or wait"
     if not is_live:
         remedy = f"no process is active in the run: continue it with `council resume {run.id}`"
-        if TASKS_KEY not in run.given and status in _RELOADED:
+        if status in _RELOADED and can_reload(run, record.entries[task]):
             reload = f"`council retry {shlex.quote(task)} --reload --run {run.id}`"
             remedy += f" (to apply changes of the file first: {reload})"
     state = "interrupted" if status in ACTIVE_STATUSES and not is_live else status.replace("_", " ")
@@ -171,7 +172,7 @@ def check_note(note: str | None) -> None:
         raise RefusedError("the note would be recorded, but it seems to contain a secret key", "remove the key")
 
 
-def check_phase(task: str, phase: str, known: Sequence[str], document: TaskDocument) -> None:
+def check_phase(run: str, task: str, phase: str, known: Sequence[str], document: TaskDocument) -> None:
     """Raise RefusedError for a phase that is unknown or follows an incomplete phase."""
     if phase not in known:
         remedy = f"name one of: {', '.join(known)}" if known else "it has no workflow: omit `--from`"
@@ -179,7 +180,7 @@ def check_phase(task: str, phase: str, known: Sequence[str], document: TaskDocum
     incomplete = find_first_incomplete(known, phase, document)
     if incomplete is not None:
         message = f"phase {incomplete!r} of task {task!r} precedes {phase!r} and is not complete"
-        raise RefusedError(message, f"`council retry {task} --from {incomplete}`")
+        raise RefusedError(message, f"`council retry {task} --from {incomplete} --run {run}`")
 
 
 async def submit_request(

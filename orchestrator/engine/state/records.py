@@ -155,7 +155,7 @@ async def read_task(store: Store, run: str, task: str) -> TaskDocument:
     """Return the document of a task."""
     stored = await store.get(task_key(run, task))
     if stored is None:
-        raise RefusedError(f"run {run} has no task {task!r}", "`council status` lists the tasks")
+        raise RefusedError(f"run {run} has no task {task!r}", f"`council status --run {run}` lists the tasks")
     return _parsed(TaskDocument, stored)
 
 

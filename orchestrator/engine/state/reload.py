@@ -7,19 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from orchestrator.config.model import RunConfig
+from orchestrator.domain.events.runs import FIXED_KEYS
 from orchestrator.domain.events.tasks import TaskReloaded
 from orchestrator.domain.runs.model import RunDocument
+from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.domain.settings.run_settings import SandboxSettings, TaskSpec
 from orchestrator.engine.state.records import run_key, spec_key
 from orchestrator.errors import RefusedError, raise_combined_refusal
 from orchestrator.protocols import Document, Event, JsonObject, Write
 
-#: Task keys that can't change after the start of a run, with reasons.
-FIXED_KEYS: Final[Mapping[str, str]] = {
-    "needs": "the order of a run's tasks is set when it starts",
-    "owns": "the paths that a run's tasks own are set when it starts",
-    "workflow": "the phases of a run's tasks are set when it starts",
-}
 #: Keys that an active process has read at its start.
 _READ_AT_START: Final = frozenset({"adapter", "fallback", "priority"})
 #: Fields of the run document that come from the file.
@@ -144,12 +140,12 @@ def build_reload(
     return writes, events
 
 
-def can_reload(run: RunDocument, spec: TaskSpec) -> bool:
+def can_reload(run: RunDocument, spec: TaskSpec | DispatchEntry) -> bool:
     """Return True if a task of a run comes from its file."""
     return TASKS_KEY not in run.given and _source(spec) is None
 
 
-def _source(spec: TaskSpec) -> str | None:
+def _source(spec: TaskSpec | DispatchEntry) -> str | None:
     """Return the source of a task that does not come from the file."""
     if spec.plan is not None:
         return "a plan"

@@ -25,6 +25,7 @@ from orchestrator.domain.sessions.shell_commands import (
     make_chmod_hint,
 )
 from orchestrator.domain.settings.run_settings import PathAccess
+from orchestrator.domain.wording import join_names
 from orchestrator.errors import SessionError, is_resource_exhaustion
 from orchestrator.sessions.output.log_files import MAX_OUTPUT_BYTES, STOP_GRACE, read_tail
 from orchestrator.sessions.sandbox.run_sandbox import RunSandbox, SandboxScope
@@ -39,6 +40,7 @@ _GIT_TIMEOUT = 10.0  # seconds
 _TAIL_LINES, _TAIL_CHARS = 15, 2000
 _NOTE_PREFIXES = ("[notice]", "note:", "hint:")
 _MAX_DENIED_HOSTS = 5  # in messages
+_MAX_NAMED_COMMANDS = 5  # in messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,7 @@ def describe_unrunnable(failed: Sequence[CommandFailed], correction: str, run: s
     output = tuple(dict.fromkeys(missing.search_location for _, missing in pairs if missing.search_location))
     if len(pairs) > 1:
         output = (*headlines, *output)
-        names = ", ".join(f"`{command.short}`" for command, _ in pairs)
+        names = join_names([f"`{command.short}`" for command, _ in pairs], _MAX_NAMED_COMMANDS)
         headlines = [f"{len(pairs)} commands can't be run: {names}"]
     merge = merge if any(is_in_worktree(missing.program) and not missing.needs_new_run for _, missing in pairs) else ""
     in_order = sorted((missing for _, missing in pairs), key=lambda missing: missing.needs_new_run)

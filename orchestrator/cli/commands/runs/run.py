@@ -54,8 +54,6 @@ allow_failing_base_option = click.option(
 
 #: Seconds between two checks whether a background process has started.
 _POLL_INTERVAL = 0.05
-#: The maximum number of other interrupted runs that `resume` lists.
-_MOST_NAMED = 3
 
 capacity_option = click.option(
     "-j",
@@ -227,7 +225,7 @@ async def resume(
     is_finished = report is not None and report.merges is None
     others = [] if run else [one for one in interrupted if one != name]
     if others and (report is None or report.status is not RunStatus.RUNNING):  # a running one is refused below
-        context.output.notice(_other_interrupted_runs(name, others))
+        context.output.notice(_other_interrupted_runs(others))
     if detach:
         limits = {} if budget is None else budget.model_dump(exclude_none=True)
         budget_text = ",".join(f"{key}={value}{'s' if key == 'time' else ''}" for key, value in limits.items())
@@ -246,11 +244,7 @@ async def resume(
         allow_failing_base=allow_failing_base,
         coordination=coordination,
     )
-    code = await _execute(context, name, after, resumed)
-    # Work that the user has merged is recorded as landed only by this execution.
-    if is_finished and needs_retry(await council.runs.status(name)):
-        context.output.notice(f"run {name} has finished: `council retry TASK` first, then `council resume {name}`")
-    return code
+    return await _execute(context, name, after, resumed, was_finished=is_finished)
 
 
 @click.command()
@@ -296,10 +290,9 @@ def _show_nothing(output: Output, report: RunReport, line: str) -> int:
     return 0
 
 
-def _other_interrupted_runs(run: str, others: Sequence[str]) -> str:
-    """Return a line that lists older interrupted runs, which `resume` without a name does not resume."""
-    named = join_names(others[::-1], _MOST_NAMED)
-    return f"the newest run is {run}; also interrupted or halted: {named}; `council resume RUN` resumes one"
+def _other_interrupted_runs(others: Sequence[str]) -> str:
+    """Return a line about older interrupted runs, which `resume` without a name does not resume."""
+    return f"also interrupted or halted: {join_names(others[::-1], 1)} (`council runs`)"
 
 
 @click.command()
@@ -370,8 +363,18 @@ async def _detach(context: CouncilContext, run: str, options: Sequence[str] = ()
     return 0
 
 
-async def _execute(context: CouncilContext, run: str, after: int, execute: Callable[[], Awaitable[RunReport]]) -> int:
-    """Execute a run, show its events, and print the result; the first signal stops it cleanly."""
+async def _execute(
+    context: CouncilContext,
+    run: str,
+    after: int,
+    execute: Callable[[], Awaitable[RunReport]],
+    *,
+    was_finished: bool = False,
+) -> int:
+    """Execute a run, show its events, and print the result; the first signal stops it cleanly.
+
+    `was_finished`: its tasks had ended before.
+    """
     council = context.council
     context.interrupt.stop = council.stop
     with suppress(RefusedError):  # `execute` reports it better
@@ -380,7 +383,8 @@ async def _execute(context: CouncilContext, run: str, after: int, execute: Calla
     async with show_progress(council, run, context.output, after) as progress:
         report = await execute()
         await progress.reach(await council.history.position())
-    return await context.show_result(report)
+    # Work that the user has merged is recorded as landed only by this execution.
+    return await context.show_result(report, was_finished=was_finished and needs_retry(report))
 
 
 def _remove_background_error(log: Path) -> None:

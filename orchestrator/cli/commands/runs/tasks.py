@@ -121,8 +121,8 @@ async def retry(
     phases stay. An active run starts the tasks at once; otherwise run `council resume`.
 
     A run keeps the prompts, limits and adapters that it recorded at its start. --reload adopts those of the current
-    file for these tasks; `needs`, `owns` and `workflow` cannot change. Pending and queued tasks adopt them too, and
-    keep their state.
+    file for these tasks; `needs`, `owns` and `workflow` cannot change. Pending, blocked and queued tasks adopt them
+    too, and keep their state.
 
     \b
     Examples:
