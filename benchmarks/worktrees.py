@@ -37,8 +37,10 @@ from benchmarks.repositories import clone, file_system_kind, make_repository, ru
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.source.upstream import UpstreamRepository
 from orchestrator.repo.worktrees import worktrees
+from orchestrator.repo.worktrees.capacity import PoolLimits
+from orchestrator.repo.worktrees.checkouts import HeldSlot, SlotOptions, SlotState
 from orchestrator.repo.worktrees.hub import Hub, create_hub, internal_ref_name, locate_hub
-from orchestrator.repo.worktrees.pool import HeldSlot, PoolLimits, SlotOptions, SlotPool
+from orchestrator.repo.worktrees.pool import SlotPool
 from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.system.clock import SystemClock
 
@@ -136,7 +138,7 @@ async def _ground(top: Path) -> _TestRepository:
 @asynccontextmanager
 async def _pool(ground: _TestRepository) -> AsyncIterator[SlotPool]:
     async with SlotPool.open(ground.git, ground.hub, SystemClock(), PoolLimits(slots=1), SlotOptions(), warm=0) as pool:
-        pool._detects_all_changes = True
+        pool.slots._detects_all = True
         yield pool
 
 
@@ -174,7 +176,8 @@ async def _end(pool: SlotPool, worktree: Worktree, checkout: HeldSlot) -> dict[s
 
 
 async def _until_clean(pool: SlotPool) -> None:
-    while not pool._idle or any(pool._hub.trash.iterdir()):  # noqa: ASYNC110  nobody else needs to be told
+    slots = pool.slots
+    while not slots.in_state(SlotState.IDLE) or any(slots.checkouts.hub.trash.iterdir()):  # noqa: ASYNC110  a benchmark
         await anyio.sleep(0.02)
 
 

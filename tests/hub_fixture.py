@@ -11,8 +11,10 @@ from pathlib import Path
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.source.upstream import UpstreamRepository
 from orchestrator.repo.worktrees import worktrees
+from orchestrator.repo.worktrees.capacity import PoolLimits
+from orchestrator.repo.worktrees.checkouts import HeldSlot, SlotOptions
 from orchestrator.repo.worktrees.hub import Hub, create_hub, internal_ref_name, locate_hub
-from orchestrator.repo.worktrees.pool import HeldSlot, PoolLimits, SlotOptions, SlotPool
+from orchestrator.repo.worktrees.pool import CheckPool, SlotPool
 from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.system.clock import SystemClock
 
@@ -66,7 +68,7 @@ class HubFixture:
         await worktrees.create_worktree(worktree, checkout, "prompt")
         return worktree, checkout
 
-    async def end(self, pool: SlotPool, worktree: Worktree, checkout: HeldSlot) -> None:
+    async def end(self, pool: SlotPool | CheckPool, worktree: Worktree, checkout: HeldSlot) -> None:
         """Release the slot of a session whose work is saved."""
         found = await checkout.compare()
         await worktrees.remove_session_folder(worktree)

@@ -27,7 +27,8 @@ from orchestrator.repo.git.change_counts import Changes, count
 from orchestrator.repo.intake.collect import CollectedWork, collect_work
 from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.worktrees import worktrees
-from orchestrator.repo.worktrees.pool import HeldSlot, SlotPool
+from orchestrator.repo.worktrees.checkouts import HeldSlot
+from orchestrator.repo.worktrees.pool import SlotPool
 from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.sessions.output.log_files import log_path
 from orchestrator.state.stores.file import FileStore

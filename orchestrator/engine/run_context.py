@@ -42,15 +42,17 @@ from orchestrator.repo.source.run_repository import RunRepository, find_run_repo
 from orchestrator.repo.source.upstream import UpstreamRepository
 from orchestrator.repo.source.user_checkouts import LocalRepository
 from orchestrator.repo.source.user_programs import SKIPPED_HOOKS_REASON, find_hooks_in_checkouts
+from orchestrator.repo.worktrees.capacity import PoolLimits
+from orchestrator.repo.worktrees.checkouts import SlotOptions
 from orchestrator.repo.worktrees.hub import Hub, internal_ref_name
-from orchestrator.repo.worktrees.pool import PoolLimits, SlotOptions, SlotPool
+from orchestrator.repo.worktrees.pool import SlotPool
 from orchestrator.repo.worktrees.provisions import Provisions
 from orchestrator.repo.worktrees.reset import KeepRules
 from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.sandbox.credentials import find_credentials
+from orchestrator.sessions.session import SessionResources
 from orchestrator.sessions.sandbox.policy import choose_sandbox
 from orchestrator.sessions.sandbox.run_sandbox import RunSandbox
-from orchestrator.sessions.session import SessionResources
 from orchestrator.sessions.setup.checks import CheckRunner
 from orchestrator.sessions.setup.worktree_setup import WorktreeSetup
 from orchestrator.sessions.supervision.supervisor_client import is_session_alive

@@ -39,7 +39,8 @@ from orchestrator.repo.intake.collect import CollectedWork, collect_work
 from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.worktrees import worktrees
 from orchestrator.repo.worktrees.change_detection import TreeDiff
-from orchestrator.repo.worktrees.pool import HeldSlot, SlotPool
+from orchestrator.repo.worktrees.checkouts import HeldSlot
+from orchestrator.repo.worktrees.pool import SlotPool
 from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.sessions.output.log_files import MAX_OUTPUT_BYTES, STOP_GRACE, log_path, read_tail
 from orchestrator.sessions.output.transcript import (
@@ -264,7 +265,7 @@ class Session:
             await worktrees.remove_session_folder(self.assignment.worktree)
             self.pool.release(checkout, self._tree_diff)
         else:
-            await self.pool.detach(checkout)
+            await self.pool.slots.detach(checkout)
 
     async def _set_up(self) -> Outcome | None:
         """Create and set up the worktree; return an outcome if the program can't start, else None."""

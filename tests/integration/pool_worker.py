@@ -32,7 +32,7 @@ async def _session(hub_fixture: HubFixture, pool: SlotPool, commit: str, name: s
     await anyio.sleep(chance.random() * 0.01)
     assert (tree / "README.md").read_text() == name
     if chance.random() < 0.1:
-        await pool.discard(checkout)
+        await pool.slots.discard(checkout)
     else:
         await hub_fixture.end(pool, worktree, checkout)
 

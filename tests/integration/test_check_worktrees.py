@@ -11,6 +11,7 @@ import anyio
 import pytest
 
 from orchestrator.repo.worktrees import worktrees
+from orchestrator.repo.worktrees.checkouts import SlotState
 from orchestrator.repo.worktrees.pool import SlotPool
 from orchestrator.repo.worktrees.slots import list_slots, read_record
 from tests.conftest import CommandResult, Repository
@@ -242,7 +243,7 @@ class TestPool:
     async def check(yard: HubFixture, pool: SlotPool, commit: str) -> Path:
         """Take a slot for a check and release it; return its tree."""
         worktree = replace(yard.worktree("t"), is_check=True)
-        checkout = await pool.checks.acquire_for_check(commit, commit, worktree.root)
+        checkout = await pool.checks.acquire(commit, commit, worktree.root)
         await worktrees.create_worktree(worktree, checkout, "")
         await yard.end(pool.checks, worktree, checkout)
         return checkout.slot.tree
@@ -303,8 +304,8 @@ class TestPool:
     @staticmethod
     async def kinds(yard: HubFixture, pool: SlotPool) -> list[bool]:
         """Return for each slot whether it is for checks, when all are idle."""
-        while pool._cleaning or pool.checks._cleaning:
+        while any(each.slots.in_state(SlotState.CLEANING) for each in (pool, pool.checks)):
             await anyio.sleep(0)
-        ours = {**pool._held_slots, **pool.checks._held_slots}
+        ours = {**pool.slots.by_number, **pool.checks.slots.by_number}
         assert sorted(ours) == [slot.number for slot in list_slots(yard.hub)]
         return [one.contents.record.is_check for one in ours.values()]

@@ -102,7 +102,7 @@ async def session(repository: Repository, tmp_path: Path, environ: dict[str, str
         _, source = await yard.begin(pool, "earlier", base)
         await yard.end(pool, yard.worktree("earlier"), source)
         worktree, checkout = await yard.begin(pool, "task", base)
-        await pool.detach(checkout)
+        await pool.slots.detach(checkout)
     return SessionWorktree(yard.git, worktree, base, environ, checkout.contents.snapshot)
 
 

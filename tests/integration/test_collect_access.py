@@ -39,7 +39,7 @@ async def session(
     base = await yard.fetch()
     async with yard.open() as pool:
         worktree, checkout = await yard.begin(pool, "task", base)
-        await pool.detach(checkout)
+        await pool.slots.detach(checkout)
     return yard.git, worktree, base, checkout.contents.snapshot
 
 

@@ -65,7 +65,7 @@ async def attempt(repository: Repository, tmp_path: Path, environ: dict[str, str
     base = await yard.fetch()
     async with yard.open() as pool:
         worktree, checkout = await yard.begin(pool, "task", base)
-        await pool.detach(checkout)
+        await pool.slots.detach(checkout)
     return Attempt(yard, worktree, base)
 
 

@@ -20,10 +20,13 @@ import anyio.to_thread
 import pytest
 
 from orchestrator.errors import RefusedError
+from orchestrator.repo.worktrees import checkouts as checkouts_module
 from orchestrator.repo.worktrees import pool as pool_module
 from orchestrator.repo.worktrees import reset, worktrees
+from orchestrator.repo.worktrees.capacity import HubCapacity
 from orchestrator.repo.worktrees.change_detection import TreeSnapshot, detects_mmap_writes
-from orchestrator.repo.worktrees.pool import HeldSlot, SetupError, SlotOptions, SlotPool
+from orchestrator.repo.worktrees.checkouts import HeldSlot, SetupError, SlotOptions, SlotState
+from orchestrator.repo.worktrees.pool import SlotPool
 from orchestrator.repo.worktrees.reset import KeepRules
 from orchestrator.repo.worktrees.slots import WorktreeSlot, list_slots, read_record, read_slot_session
 from tests.conftest import Repository
@@ -78,14 +81,24 @@ async def checked_out_by_git(hub_fixture: HubFixture, branch: str, to: Path) -> 
 async def wait_until_settled(pool: SlotPool) -> None:
     """Wait until the background work is done: all slots are idle or in use."""
     with anyio.fail_after(30):
-        while pool._is_making or pool._in_preparation or len(pool._held_slots) < pool._wanted:
+        while (
+            pool.preparation.is_making
+            or pool.slots.in_state(SlotState.NEW, SlotState.CLEANING)
+            or len(pool.slots.by_number) < pool.slots.wanted
+        ):
             await anyio.sleep(0.01)
+
+
+def warm(pool: SlotPool, commit: str) -> None:
+    """Start creating the slots to keep ready at a commit."""
+    pool.preparation.commit = commit
+    pool.preparation.make_needed()
 
 
 async def idle(pool: SlotPool, count: int) -> None:
     """Wait until this many slots are idle."""
     with anyio.fail_after(30):
-        while len(pool._idle) < count:
+        while len(pool.slots.in_state(SlotState.IDLE)) < count:
             await anyio.sleep(0.01)
 
 
@@ -134,7 +147,7 @@ async def test_pool_that_ends_leaves_no_slot_of_unknown_state(hub_fixture: HubFi
 
     async def be_fenced() -> None:
         async with hub_fixture.open(warm=2) as pool:
-            pool.warm(commit)
+            warm(pool, commit)
             await idle(pool, 2)
             worktree, _ = await hub_fixture.begin(pool, "task", commit)
             await wait_until_settled(pool)
@@ -152,7 +165,7 @@ async def test_warm_pool_creates_slots_ahead(hub_fixture: HubFixture) -> None:
     commit = await hub_fixture.fetch()
     async with hub_fixture.open(warm=3) as pool:
         assert not list_slots(hub_fixture.hub)
-        pool.warm(commit)
+        warm(pool, commit)
         await idle(pool, 3)
         began = [await hub_fixture.begin(pool, f"task{number}", commit) for number in range(3)]
         assert {checkout.slot.number for _, checkout in began} == {1, 2, 3}
@@ -205,16 +218,16 @@ async def test_number_of_slots_is_limited(hub_fixture: HubFixture) -> None:
 async def test_waiting_does_not_spin(hub_fixture: HubFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """If no more may be created, the limit is checked again twice a second."""
     commit, looks = await hub_fixture.fetch(), 0
-    counted = SlotPool._measure_counted
+    counted = HubCapacity._measure_counted
 
-    async def count(pool: SlotPool) -> dict[WorktreeSlot, int]:
+    async def count(capacity: HubCapacity) -> dict[WorktreeSlot, int]:
         nonlocal looks
         looks += 1
-        return await counted(pool)
+        return await counted(capacity)
 
     async with hub_fixture.open(slots=1) as pool:
         one = await hub_fixture.begin(pool, "first", commit)
-        monkeypatch.setattr(SlotPool, "_measure_counted", count)
+        monkeypatch.setattr(HubCapacity, "_measure_counted", count)
         with anyio.move_on_after(1.2) as waited:
             await hub_fixture.begin(pool, "second", commit)
         assert waited.cancelled_caught
@@ -372,7 +385,7 @@ async def test_file_system_without_change_times_is_handled(
                 patch.setattr(TreeSnapshot, "capture", classmethod(lambda cls, *_: None))
             else:
                 patch.setattr(pool_module, "detects_mmap_writes", lambda folder: False)
-                patch.setattr(pool_module, "WriteWatch", fail)
+                patch.setattr(checkouts_module, "WriteWatch", fail)
             async with hub_fixture.open(SlotOptions(set_up=furnish), slots=2) as pool:
                 for number in range(3):
                     with anyio.fail_after(30):
@@ -466,7 +479,7 @@ async def test_next_pool_continues_with_the_slots(hub_fixture: HubFixture) -> No
     """Slots of a closed pool are reused, except for one that was changed since."""
     commit = await hub_fixture.fetch()
     async with hub_fixture.open(warm=3) as pool:
-        pool.warm(commit)
+        warm(pool, commit)
         await idle(pool, 3)
     for slot in list_slots(hub_fixture.hub):
         (slot.root / "mark").touch()
@@ -491,7 +504,7 @@ async def test_damaged_slots_are_not_used(hub_fixture: HubFixture, damage: str) 
     """A partial record or a missing checkout: the slot is deleted."""
     commit = await hub_fixture.fetch()
     async with hub_fixture.open(warm=1) as pool:
-        pool.warm(commit)
+        warm(pool, commit)
         await idle(pool, 1)
     slot = WorktreeSlot(hub_fixture.hub, 1)
     if damage == "tree":
@@ -512,7 +525,7 @@ async def test_preserved_session_keeps_its_slot(hub_fixture: HubFixture) -> None
     async with hub_fixture.open(slots=1) as pool:
         worktree, checkout = await hub_fixture.begin(pool, "kept", commit)
         (worktree.tree / "work.txt").write_text("work\n")
-        await pool.detach(checkout)
+        await pool.slots.detach(checkout)
     async with hub_fixture.open(slots=1, warm=1) as pool:
         await hub_fixture.end(pool, *await hub_fixture.begin(pool, "next", commit))
     assert (worktree.tree / "work.txt").read_text() == "work\n"
@@ -527,7 +540,7 @@ async def test_two_pools_of_one_hub_share_the_limits(hub_fixture: HubFixture) ->
     """Neither touches the slots of the other, idle or in use; unused capacity of one is available to the other."""
     commit = await hub_fixture.fetch()
     async with hub_fixture.open(slots=3, warm=2) as one, hub_fixture.open(slots=3, warm=2) as two:
-        one.warm(commit)
+        warm(one, commit)
         await idle(one, 2)
         first = await hub_fixture.begin(one, "first", commit)
         second = await hub_fixture.begin(two, "second", commit)
@@ -686,11 +699,11 @@ async def test_requested_slot_is_waited_for_while_it_is_cleaned(
             group.start_soon(finish_cleanup_on_wait, pool, may_end)
             again = await pool.acquire(main, hub_fixture.worktree("first", 2).root, tree=mine.slot.tree)
         assert again.slot.tree == mine.slot.tree
-        await pool.discard(again)
+        await pool.slots.discard(again)
 
 
 async def finish_cleanup_on_wait(pool: SlotPool, may_end: anyio.Event) -> None:
     """Let the cleanup end as soon as a taker waits for a slot."""
-    while not pool._waiting:
+    while not pool.slots.waiting:
         await anyio.sleep(0.01)
     may_end.set()

@@ -148,7 +148,7 @@ async def test_git_in_a_preserved_worktree_runs_no_program_of_the_agent(
                 if folder.is_dir():
                     run_git(folder, repository.environ, *command.split())
                     assert not trace.exists(), (folder, command, trace.read_text())
-        await pool.detach(checkout)
+        await pool.slots.detach(checkout)
 
 
 async def test_git_in_a_preserved_worktree_shows_the_changes_of_the_session(
@@ -173,7 +173,7 @@ async def test_git_in_a_preserved_worktree_shows_the_changes_of_the_session(
         assert (worktree.tree / "lib/.git/HEAD.disabled-by-council").read_text().startswith("ref: ")
         assert reported is not None
         assert reported.endswith("by renaming them to lib/.git/HEAD.disabled-by-council")
-        await pool.detach(checkout)
+        await pool.slots.detach(checkout)
 
 
 async def test_disabled_configuration_is_reported(repository: Repository, tmp_path: Path) -> None:

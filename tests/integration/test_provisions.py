@@ -97,7 +97,7 @@ async def workspace(repository: Repository, tmp_path: Path, environ: dict[str, s
     base = await hub_fixture.fetch()
     async with hub_fixture.open() as pool:
         worktree, checkout = await hub_fixture.begin(pool, "task", base)
-        await pool.detach(checkout)
+        await pool.slots.detach(checkout)
     provisions = Provisions(top, COPIED, ("data/models",))
     return Workspace(hub_fixture.git, worktree, base, environ, provisions, checkout.contents.snapshot)
 

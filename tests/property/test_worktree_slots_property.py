@@ -25,7 +25,8 @@ from orchestrator.errors import GitError
 from orchestrator.repo.git.command import Git, sealed_environment
 from orchestrator.repo.worktrees import reset, worktrees
 from orchestrator.repo.worktrees.change_detection import TreeDiff
-from orchestrator.repo.worktrees.pool import HeldSlot, SlotOptions, SlotPool
+from orchestrator.repo.worktrees.checkouts import HeldSlot, SlotOptions
+from orchestrator.repo.worktrees.pool import SlotPool
 from orchestrator.repo.worktrees.reset import KeepRules, SlotContents
 from orchestrator.repo.worktrees.slots import WorktreeSlot
 from tests.edits import rename, swap
@@ -380,7 +381,7 @@ async def _expected(pool: SlotPool, commits: Commits, commit: str) -> dict[str, 
     worktree, checkout = await commits.yard.begin(pool, "expected", commit)
     facts = _facts(checkout.slot.tree, ("cache",) if checkout.contents.record.kept else ())
     await worktrees.remove_session_folder(worktree)
-    await pool.discard(checkout)
+    await pool.slots.discard(checkout)
     return facts
 
 
@@ -408,8 +409,8 @@ async def _clean(pool: SlotPool, checkout: HeldSlot, found: TreeDiff | None) -> 
     if found is None:
         return None
     try:
-        git = pool._slot_git(checkout)
-        return await reset.clean_slot(git, checkout.slot, checkout.contents, found, pool._options.keep)
+        git = pool.slots.checkouts.git(checkout)
+        return await reset.clean_slot(git, checkout.slot, checkout.contents, found, pool.slots.checkouts.options.keep)
     except (GitError, OSError):
         return None
 
@@ -435,7 +436,7 @@ async def _check(commits: Commits, kind: str, steps: Steps, more: Steps) -> bool
             commits.expected[kind] = [await _expected(pool, commits, one) for one in (commits.first, commits.second)]
         first, second = commits.expected[kind]
         worktree, checkout = await commits.yard.begin(pool, "task", commits.first)
-        place, git = checkout.slot, pool._slot_git(checkout)
+        place, git = checkout.slot, pool.slots.checkouts.git(checkout)
         try:
             before = _facts(place.tree, tuple(checkout.contents.record.kept))
             assert before == first
@@ -459,7 +460,7 @@ async def _check(commits: Commits, kind: str, steps: Steps, more: Steps) -> bool
             _assert_found(moved.snapshot.compare(), before, _facts(place.tree, tuple(moved.record.kept)))
         finally:
             shutil.rmtree(worktree.root, ignore_errors=True)
-            await pool.discard(checkout)
+            await pool.slots.discard(checkout)
     return False
 
 

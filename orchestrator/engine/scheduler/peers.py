@@ -157,4 +157,4 @@ class PeerSync:
         Session folders are removed before worktree slots.
         """
         await remove_abandoned(self._ledger, self._context)
-        await self._pool.discard_abandoned()
+        await self._pool.slots.adopt_others()

@@ -37,7 +37,7 @@ from orchestrator.system.failpoints import failpoint
 
 # Listing leftovers must be fast and needs no pool.
 if TYPE_CHECKING:
-    from orchestrator.repo.worktrees.pool import HeldSlot
+    from orchestrator.repo.worktrees.checkouts import HeldSlot
 
 #: Seconds to wait for other git commands that may own a lock. A command that runs longer keeps its lock.
 _OWNER_TIMEOUT = 1.0

@@ -15,7 +15,8 @@ import anyio
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.errors import GitError, RefusedError
 from orchestrator.repo.worktrees import worktrees
-from orchestrator.repo.worktrees.pool import HeldSlot, SlotPool
+from orchestrator.repo.worktrees.checkouts import HeldSlot
+from orchestrator.repo.worktrees.pool import CheckPool
 from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.sessions.output.log_files import log_path
 from orchestrator.sessions.sandbox.run_sandbox import RunSandbox, SandboxScope
@@ -53,7 +54,7 @@ CheckResult = ChecksPassed | CommandFailed | ChecksNotRun
 class CheckRunner:
     """Runs the check commands of one merge; `timeout` is in seconds per command."""
 
-    pool: SlotPool
+    pool: CheckPool
     worktree_setup: WorktreeSetup
     worktree: Worktree
     commands: Sequence[str]
@@ -77,7 +78,7 @@ class CheckRunner:
         checkout = None
         try:
             with self._running:
-                checkout = await self.pool.acquire_for_check(commit, base, self.worktree.root)
+                checkout = await self.pool.acquire(commit, base, self.worktree.root)
                 with anyio.CancelScope(shield=True):
                     self.worktree = await worktrees.create_worktree(self.worktree, checkout, "")
                 prepared = await self.worktree_setup.prepare(checkout)

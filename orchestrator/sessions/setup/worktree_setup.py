@@ -21,7 +21,7 @@ from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.domain.settings.run_settings import PathAccess, WorktreeSettings
 from orchestrator.errors import LockHeld, RefusedError
 from orchestrator.repo.git.command import Git
-from orchestrator.repo.worktrees.pool import HeldSlot, SetupError
+from orchestrator.repo.worktrees.checkouts import HeldSlot, SetupError
 from orchestrator.repo.worktrees.provisions import ProvisionFailure, Provisions
 from orchestrator.repo.worktrees.setup_keys import first_step_to_run, read_setup_keys
 from orchestrator.repo.worktrees.slots import WorktreeSlot
