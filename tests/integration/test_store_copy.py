@@ -34,7 +34,7 @@ from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.state.transfer.copying import CopyResult, copy_store, export_to_stream, import_from_stream
 from orchestrator.system.clock import SystemClock
 from orchestrator.testing.clock import ManualClock
-from orchestrator.testing.store_contract import COMPACTED_LOG, make_dump, read_dump
+from orchestrator.testing.store_contract.suite import COMPACTED_LOG, make_dump, read_dump
 
 MUCH, GONE, BRIEF, LONG = (Key("task", name) for name in ("much", "gone", "brief", "long"))
 ALL = 1 << 40  # bytes

@@ -18,7 +18,7 @@ from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.state.transfer.copying import export_to_stream, import_from_stream
 from orchestrator.testing.clock import ManualClock
-from orchestrator.testing.store_contract import read_dump
+from orchestrator.testing.store_contract.suite import read_dump
 from tests.hypothesis_settings import example_settings
 
 _text = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)

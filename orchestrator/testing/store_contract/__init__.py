@@ -1,0 +1,14 @@
+"""The contract of every store, as tests: subclass `StoreContract` and override `open_store` and `open_store_at`.
+
+Needs pytest with pytest-asyncio in its auto mode (or mark your subclass `pytest.mark.asyncio`).
+"""
+
+from orchestrator.testing.store_contract.copies import CopyContract
+from orchestrator.testing.store_contract.documents import DocumentContract
+from orchestrator.testing.store_contract.leases import LeaseContract
+from orchestrator.testing.store_contract.log import LogContract
+from orchestrator.testing.store_contract.persistence import PersistenceContract
+
+
+class StoreContract(DocumentContract, LeaseContract, LogContract, CopyContract, PersistenceContract):
+    """The suite for the contract of `orchestrator.protocols.Store`."""

@@ -1,0 +1,243 @@
+"""Documents: versions, conflicts, atomic commits, values and concurrent writers."""
+
+# ruff: noqa: S101  this module is a test suite
+
+from __future__ import annotations
+
+from typing import Any
+
+import anyio
+import pytest
+
+from orchestrator.errors import InvalidDocument, VersionConflict
+from orchestrator.protocols import Commit, Event, JsonObject, Key, Write
+from orchestrator.testing.store_contract.suite import (
+    OTHER_TASK,
+    TASK,
+    StoreSuite,
+    assert_only,
+    make_commit,
+    read_dump,
+    watch,
+)
+
+
+def _nested(depth: int) -> JsonObject:
+    value: JsonObject = {}
+    for _ in range(depth):
+        value = {"in": value}
+    return value
+
+
+INVALID_VALUES: dict[str, Any] = {
+    "NaN": {"x": float("nan")},
+    "infinity": {"x": [1.0, float("inf")]},
+    "lone surrogate": {"x": "\ud800"},
+    "lone surrogate in a field name": {"\udfff": 1},
+    "too deep": _nested(2_000),
+    "too large": {"x": "x" * (5 << 20)},
+    "field name that is a number": {"x": {1: "a"}},
+    "field name that is None": {None: 1},
+    "integer of 5,000 digits": {"x": 10**5_000},
+    "bytes": {"x": b"a"},
+    "list": [1],
+    "text": "x",
+}
+
+
+class DocumentContract(StoreSuite):
+    """The rules for reading, listing and writing documents."""
+
+    async def test_empty_store_has_position_0_and_no_documents(self) -> None:
+        """A new store is at position 0, without documents and without damage."""
+        async with self.open_store() as store:
+            assert await store.position() == 0
+            assert await store.get(TASK) is None
+            assert list(await store.list("task")) == []
+            assert list(store.damage) == []
+
+    async def test_reads_of_an_empty_store_return_at_once(self) -> None:
+        """Only `watch` waits for a first commit."""
+        async with self.open_store() as store:
+            with anyio.fail_after(10):
+                assert (await store.at(0)).documents == {}
+                assert list(await store.history(TASK)) == []
+                assert list(await store.list("task")) == []
+                assert (await store.statistics()).position == 0
+                assert (await store.verify()).is_valid
+                assert (await store.repair()).is_valid
+                assert (await store.compact(0.0, 0)).first == 0
+                assert await read_dump(store) == (0, 0, [])
+
+    async def test_consecutive_commits_number_versions_and_positions_from_one(self) -> None:
+        """Each commit gets the next position, and each write of a document its next version."""
+        async with self.open_store() as store:
+            for number in range(1, 6):
+                assert await store.commit(make_commit(TASK, number - 1, {"n": number})) == number
+                document = await store.get(TASK)
+                assert document is not None
+                assert (document.key, document.version, document.value) == (TASK, number, {"n": number})
+                assert (document.position, document.damaged) == (number, False)
+            assert await store.position() == 5
+
+    @pytest.mark.parametrize("expected", [0, 1, 3, -1])
+    async def test_write_expecting_another_version_conflicts(self, expected: int) -> None:
+        """The write changes nothing, and the error contains the current version and its author."""
+        async with self.open_store() as store:
+            await store.commit(make_commit(TASK, 0, {"n": 1}))
+            await store.commit(make_commit(TASK, 1, {"n": 2}))
+            with pytest.raises(VersionConflict) as caught:
+                await store.commit(make_commit(TASK, expected, {"n": 3}))
+            assert (caught.value.expected, caught.value.found) == (expected, 2)
+            newest = await store.get(TASK)
+            assert newest is not None
+            assert (caught.value.by, caught.value.time) == (newest.by, newest.time)
+            assert newest.by in str(caught.value)
+            await assert_only(store, {TASK: (2, {"n": 2})}, position=2)
+
+    async def test_write_of_an_absent_document_finds_version_0(self) -> None:
+        """A write that expects version 1 of a document that was never written conflicts."""
+        async with self.open_store() as store:
+            with pytest.raises(VersionConflict) as caught:
+                await store.commit(make_commit(TASK, 1, {}))
+            assert caught.value.found == 0
+            await assert_only(store, {}, position=0)
+
+    async def test_recreated_document_continues_its_version_numbers(self) -> None:
+        """A deletion is a version. A new write expects version 0 and gets the next number."""
+        async with self.open_store() as store:
+            await store.commit(make_commit(TASK, 0, {"n": 1}))
+            await store.commit(make_commit(TASK, 1, None))
+            await assert_only(store, {}, position=2)
+            with pytest.raises(VersionConflict) as caught:
+                await store.commit(make_commit(TASK, 1, {"n": 9}))
+            assert caught.value.found == 0
+            await store.commit(make_commit(TASK, 0, {"n": 3}))
+            await assert_only(store, {TASK: (3, {"n": 3})}, position=3)
+
+    async def test_commit_of_several_documents_is_atomic(self) -> None:
+        """All writes of a commit take effect at one position."""
+        async with self.open_store() as store:
+            await store.commit(Commit([Write(TASK, 0, {"n": 1}), Write(OTHER_TASK, 0, {"n": 2})]))
+            await assert_only(store, {TASK: (1, {"n": 1}), OTHER_TASK: (1, {"n": 2})}, position=1)
+            assert {document.position for document in await store.list("task")} == {1}
+
+    @pytest.mark.parametrize(
+        "bad", [Write(OTHER_TASK, 7, {}), Write(OTHER_TASK, 0, {"x": float("nan")}), Write(TASK, 2, {})]
+    )
+    async def test_commit_with_one_invalid_write_changes_nothing(self, bad: Write) -> None:
+        """A write is invalid if it conflicts, can't be stored, or writes a document a second time."""
+        async with self.open_store() as store:
+            await store.commit(make_commit(TASK, 0, {"n": 1}))
+            with pytest.raises((VersionConflict, InvalidDocument)):
+                await store.commit(Commit([Write(TASK, 1, {"n": 2}), bad], [Event("never")]))
+            await assert_only(store, {TASK: (1, {"n": 1})}, position=1)
+
+    async def test_list_with_a_prefix_returns_one_kind_in_order(self) -> None:
+        """The documents are ordered by id, and deleted ones are omitted."""
+        async with self.open_store() as store:
+            ids = ["r1/b", "r10/a", "r1/a", "r1/é", "r2/a", "r1/gone"]
+            await store.commit(Commit([Write(Key("task", name), 0, {"id": name}) for name in ids]))
+            await store.commit(Commit([Write(Key("run", "r1/x"), 0, {}), Write(Key("task", "r1/gone"), 1, None)]))
+            await store.commit(make_commit(Key("task", "r1/aa"), 0, {"id": "r1/aa"}))
+            listed = await store.list("task", "r1/")
+            assert [document.key.id for document in listed] == ["r1/a", "r1/aa", "r1/b", "r1/é"]
+            assert all(document.value == {"id": document.key.id} for document in listed)
+            assert len(await store.list("task")) == 6
+            assert [document.key.id for document in await store.list("task", "r1/b")] == ["r1/b"]
+            assert list(await store.list("phase")) == []
+
+    async def test_changed_value_does_not_change_the_store(self) -> None:
+        """This applies to values written, read or listed."""
+        async with self.open_store() as store:
+            value: JsonObject = {"list": [1]}
+            await store.commit(make_commit(TASK, 0, value))
+            value["list"].append(2)
+            read = await store.get(TASK)
+            assert read is not None
+            read.value["list"].append(3)
+            (await store.list("task"))[0].value["list"].append(4)
+            await assert_only(store, {TASK: (1, {"list": [1]})}, position=1)
+
+    async def test_plain_json_is_returned_unchanged(self) -> None:
+        """Values and names include text from every Unicode plane, control characters, big integers and floats."""
+        value = {
+            "text": 'a\n\r\t\0\u2028"\\ ü 漢 \U0001f600',
+            "\n]]}\x7f": [],
+            "numbers": [0, -1, 2**70, 0.1, 1e300, -0.0],
+            "rest": [True, False, None, {}, [[]], ""],
+        }
+        key = Key("kind with\nnewline", 'id "quoted"/ü/../\0')
+        async with self.open_store() as store:
+            await store.commit(Commit([Write(key, 0, value)], [Event("ü\n", value)]))
+            document = await store.get(key)
+            assert document is not None
+            assert document.value == value
+            (record,) = await watch(store, 0, 1)
+            assert record.documents[key] == (1, value)
+            assert list(record.events) == [Event("ü\n", value)]
+
+    @pytest.mark.parametrize("value", INVALID_VALUES.values(), ids=INVALID_VALUES)
+    async def test_value_that_is_not_plain_json_is_refused(self, value: Any) -> None:
+        """A value that JSON can't express or that exceeds a limit is refused in documents and events."""
+        async with self.open_store() as store:
+            await store.commit(make_commit(TASK, 0, {"n": 1}))
+            for bad in (make_commit(TASK, 1, value), Commit([Write(TASK, 1, {})], [Event("e", value)])):
+                with pytest.raises(InvalidDocument):
+                    await store.commit(bad)
+            await assert_only(store, {TASK: (1, {"n": 1})}, position=1)
+
+    async def test_one_of_concurrent_writers_wins_each_version(self) -> None:
+        """Of 40 concurrent commits that expect the same version, one is accepted; the others conflict."""
+        async with self.open_store() as store:
+            winners: list[tuple[int, int]] = []
+
+            async def compete(name: int, expected: int) -> None:
+                try:
+                    await store.commit(make_commit(TASK, expected, {"by": name}))
+                except VersionConflict:
+                    return
+                winners.append((expected, name))
+
+            for expected in range(5):
+                async with anyio.create_task_group() as tasks:
+                    for name in range(40):
+                        tasks.start_soon(compete, name, expected)
+            assert [expected for expected, _ in winners] == list(range(5))
+            records = await watch(store, 0, 5)
+            assert [record.documents[TASK] for record in records] == [
+                (expected + 1, {"by": name}) for expected, name in winners
+            ]
+            assert await store.position() == 5
+
+    async def test_concurrent_commits_of_different_documents_are_all_accepted(self) -> None:
+        """40 concurrent commits to 40 documents are all accepted, each at its own position."""
+        async with self.open_store() as store:
+            positions: list[int] = []
+
+            async def create(name: int) -> None:
+                positions.append(await store.commit(make_commit(Key("task", str(name)), 0, {"n": name})))
+
+            async with anyio.create_task_group() as tasks:
+                for name in range(40):
+                    tasks.start_soon(create, name)
+            assert sorted(positions) == list(range(1, 41))
+            assert len(await store.list("task")) == 40
+
+    async def test_cancelled_commit_is_complete_or_absent(self) -> None:
+        """The store stays usable afterwards."""
+        async with self.open_store() as store:
+
+            async def commit(name: int) -> None:
+                pair = [Write(Key("left", str(name)), 0, {}), Write(Key("right", str(name)), 0, {})]
+                await store.commit(Commit(pair))
+
+            async with anyio.create_task_group() as tasks:
+                for name in range(20):
+                    tasks.start_soon(commit, name)
+                await anyio.lowlevel.checkpoint()
+                tasks.cancel_scope.cancel()
+            left = [document.key.id for document in await store.list("left")]
+            assert left == [document.key.id for document in await store.list("right")]
+            assert await store.position() == len(left)
+            assert await store.commit(make_commit(TASK, 0, {})) == len(left) + 1
