@@ -50,7 +50,7 @@ from orchestrator.repo.worktrees.provisions import Provisions
 from orchestrator.repo.worktrees.reset import KeepRules
 from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.sandbox.credentials import find_credentials
-from orchestrator.sessions.session import SessionResources
+from orchestrator.sessions.assignment import SessionResources
 from orchestrator.sessions.sandbox.policy import choose_sandbox
 from orchestrator.sessions.sandbox.run_sandbox import RunSandbox
 from orchestrator.sessions.setup.checks import CheckRunner

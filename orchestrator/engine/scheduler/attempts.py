@@ -37,8 +37,10 @@ from orchestrator.repo.intake.diffs import diff_commits_bounded
 from orchestrator.repo.worktrees.pool import SlotPool
 from orchestrator.repo.worktrees.preserved import try_to_preserve
 from orchestrator.repo.worktrees.worktrees import Worktree
+from orchestrator.sessions.assignment import Assignment, Conversation
 from orchestrator.sessions.output.log_files import log_path
-from orchestrator.sessions.session import Assignment, Conversation, Session, SessionResult
+from orchestrator.sessions.program import SessionProgram
+from orchestrator.sessions.session import Session, SessionResult
 from orchestrator.system.failpoints import failpoint
 
 
@@ -145,7 +147,7 @@ class AttemptRunner:
             base=assignment.base,
             start=assignment.start,
             started=self.ledger.writer.clock.now(),
-            secrets=active.session.secret_names(),
+            secrets=SessionProgram(self.context.tools, assignment).secret_names(),
             phase=assignment.phase,
             restart_reason="" if conflicting is None else conflicting.describe(),
         )

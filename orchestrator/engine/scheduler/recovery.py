@@ -44,9 +44,9 @@ from orchestrator.repo.worktrees.hub import reports_hub_damage
 from orchestrator.repo.worktrees.preserved import try_to_preserve
 from orchestrator.repo.worktrees.slots import read_setup_files
 from orchestrator.repo.worktrees.worktrees import Worktree
+from orchestrator.sessions.collection import salvage_session
 from orchestrator.sessions.output.log_files import last_activity, log_path
 from orchestrator.sessions.output.transcript import EMPTY_TRANSCRIPT, Transcript, read_transcript
-from orchestrator.sessions.session import salvage_session
 from orchestrator.sessions.socket.listener import remove_session_socket
 from orchestrator.sessions.supervision.supervisor_client import stop_supervised
 from orchestrator.system.failpoints import failpoint

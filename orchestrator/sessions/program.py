@@ -1,0 +1,172 @@
+"""Run a session's program: its command, its access, and its output."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import anyio.to_thread
+
+from orchestrator.domain.runs.outcome import Failed, ProcessExit
+from orchestrator.domain.security.secrets import secret_values
+from orchestrator.domain.settings.failures import FailureClass
+from orchestrator.domain.settings.run_settings import PathAccess
+from orchestrator.errors import PluginFailed, RefusedError, plugin_code
+from orchestrator.protocols import Capability, SessionCommand, SessionEnd, SessionRequest
+from orchestrator.sessions.assignment import Assignment, SessionResources
+from orchestrator.sessions.output.log_files import MAX_OUTPUT_BYTES, STOP_GRACE, log_path, read_tail
+from orchestrator.sessions.output.transcript import (
+    EMPTY_TRANSCRIPT,
+    Transcript,
+    extract_answer,
+    has_reported_failure,
+    read_transcript,
+)
+from orchestrator.sessions.sandbox.run_sandbox import SandboxScope
+from orchestrator.sessions.setup import adapter_homes
+from orchestrator.sessions.setup.environment import build_session_environment
+from orchestrator.sessions.setup.worktree_setup import PreparedWorktree
+from orchestrator.sessions.socket.listener import SessionSocket
+from orchestrator.sessions.supervision.supervisor_client import SupervisedCommand, run_supervised
+from orchestrator.system.failpoints import failpoint
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramOutput:
+    """The output of an ended program, as read by its adapter."""
+
+    transcript: Transcript
+    verdict: Failed | None
+    """The failure that the adapter found."""
+    admitted: bool
+    """Whether the program may have reported a failure."""
+    answer: str
+    errors: str
+    """The end of standard error."""
+
+
+@dataclass(slots=True)
+class SessionProgram:
+    """The program of a session: an adapter's CLI with its assignment."""
+
+    tools: SessionResources
+    assignment: Assignment
+    prepared: PreparedWorktree | None = None
+    """The setup of the worktree, if it is complete."""
+    socket: SessionSocket | None = None
+    """The session API, if it is served."""
+    denied_hosts: tuple[str, ...] = ()
+
+    def secret_names(self) -> tuple[str, ...]:
+        """Return the names of the variables passed to the program that contain secrets."""
+        passed = self.command().pass_env
+        given = {name: self.tools.environ[name] for name in passed if name in self.tools.environ}
+        return tuple(sorted(name for name, value in given.items() if secret_values({name: value})))
+
+    @property
+    def home(self) -> Path:
+        """The CLI's home folder, if it has its own."""
+        return adapter_homes.home_path(self.tools.logs, self.assignment.worktree.task, self.assignment.adapter_name)
+
+    async def run(self, may_start: Callable[[], Awaitable[None]] | None) -> ProcessExit:
+        """Run the program under supervision until it ends. `may_start` raises LeaseLost to prevent the start."""
+        command, adapter_command = self._supervised(), self.command()
+        reach = self.assignment.reach | PathAccess(readable=tuple(adapter_command.readable))
+        if adapter_command.home is not None:
+            try:
+                reach |= await adapter_homes.set_up(self.home, adapter_command.home, self.tools.environ)
+            except RefusedError as refused:
+                return ProcessExit("exit", None, None, str(refused))
+        if self.prepared is not None:
+            reach |= self.prepared.reach
+        if self.socket is not None:
+            reach |= self.socket.reach
+        async with self.tools.sandbox.apply(SandboxScope.of(self.assignment.worktree), command, reach) as sandboxed:
+            try:
+                ended = await run_supervised(
+                    sandboxed.command, may_start=may_start, on_spawned=lambda: failpoint("session.spawned")
+                )
+            finally:
+                self.denied_hosts = tuple(sandboxed.denied)
+        error, is_missing = ended.spawn_error, False
+        if error is not None:
+            program = command.argv[0]
+            error += self.tools.sandbox.explain_missing_program(program, self.tools.environ, reach)
+            is_missing = await anyio.to_thread.run_sync(_is_missing, program, self.tools.environ)
+        return ProcessExit(ended.ended_by, ended.exit, ended.signal, error, ended.exhausted, is_missing)
+
+    def command(self) -> SessionCommand:
+        """Return the adapter's command for the session."""
+        assignment, worktree, socket = self.assignment, self.assignment.worktree, self.socket
+        capabilities = assignment.adapter.capabilities()
+        own_server = socket.server if socket is not None and self.tools.has_server else None
+        servers = assignment.mcp_servers if own_server is None else (*assignment.mcp_servers, own_server)
+        earlier = assignment.earlier_conversation
+        request = SessionRequest(
+            run=worktree.run,
+            task=worktree.task,
+            attempt=worktree.attempt,
+            prompt=assignment.text,
+            prompt_file=worktree.prompt_file,
+            worktree=worktree.tree,
+            home=self.home,
+            resume=None if earlier is None else earlier.id,
+            instructions=assignment.instructions if Capability.INSTRUCTIONS in capabilities else None,
+            mcp_servers=servers if Capability.MCP in capabilities else (),
+            max_cost=assignment.max_cost if Capability.COST_LIMIT in capabilities else None,
+            read_only=not assignment.writes and Capability.READ_ONLY in capabilities,
+            pre_edit=socket.hook if socket is not None and Capability.PRE_EDIT in capabilities else (),
+        )
+        command = assignment.adapter.command(request)
+        needed = [name for server in request.mcp_servers for name in server.env]
+        return replace(command, pass_env=(*command.pass_env, *needed)) if needed else command
+
+    def _supervised(self) -> SupervisedCommand:
+        assignment, worktree, command = self.assignment, self.assignment.worktree, self.command()
+        variables = {} if self.prepared is None else self.prepared.variables
+        env = build_session_environment(command, self.tools.environ, worktree, variables)
+        if assignment.phase is not None:
+            env["COUNCIL_PHASE"] = assignment.phase
+        return SupervisedCommand(
+            argv=command.argv,
+            env=env if self.socket is None else self.socket.extend_environment(env),
+            cwd=worktree.tree,
+            stdin=command.stdin,
+            stdout=self._log("stdout"),
+            stderr=self._log("stderr"),
+            cap=MAX_OUTPUT_BYTES,
+            timeout=assignment.limits.timeout,
+            grace=STOP_GRACE,
+            interrupt=command.interrupt,
+            lock=worktree.lock,
+            idle_timeout=assignment.limits.idle_timeout,
+            watched=(worktree.tree, worktree.git_dir),
+            redact=self.tools.redactor.bytes_pattern,
+        )
+
+    async def read_output(self, exit_: ProcessExit) -> ProgramOutput:
+        """Return the output of the ended program."""
+        adapter = self.assignment.adapter
+        stdout, stderr = [await read_tail(self._log(name)) for name in ("stdout", "stderr")]
+        try:
+            with plugin_code():
+                transcript, events = await anyio.to_thread.run_sync(read_transcript, adapter, self._log("stdout"))
+                end = SessionEnd(exit_.code, exit_.signal, self.tools.clock.now(), stdout, stderr, events)
+                verdict, admitted = adapter.verdict(end), has_reported_failure(events)
+                return ProgramOutput(transcript, verdict, admitted, extract_answer(events), stderr)
+        except PluginFailed as failed:
+            reason = f"the adapter could not parse the output: {failed}"
+            return ProgramOutput(EMPTY_TRANSCRIPT, Failed(FailureClass.CRASHED, reason), True, "", stderr)
+
+    def _log(self, stream: str) -> Path:
+        return log_path(self.tools.logs, self.assignment.worktree.task, self.assignment.worktree.attempt, stream)
+
+
+def _is_missing(program: str, environ: Mapping[str, str]) -> bool:
+    """Return whether a program is missing on this machine; False for programs in the worktree. Blocks."""
+    if os.sep in program and not Path(program).is_absolute():
+        return False
+    return shutil.which(program, path=environ.get("PATH")) is None
