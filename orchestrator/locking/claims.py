@@ -8,10 +8,10 @@ written when taken, released or taken over; one heartbeat per orchestrator cover
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from orchestrator.domain.events.coordination import ClaimAcquired, ClaimReleased, ClaimsTakenOver
+from orchestrator.domain.events.coordination import ClaimAcquired, ClaimReleased
 from orchestrator.domain.runs.statuses import ReleaseReason
 from orchestrator.domain.scheduling.claims import (
     Claim,
@@ -19,7 +19,6 @@ from orchestrator.domain.scheduling.claims import (
     OwnerStatus,
     can_claim,
     count_earlier_attempts,
-    describe_loss,
     should_try,
 )
 from orchestrator.errors import CouncilError, LeaseLost, VersionConflict
@@ -27,24 +26,20 @@ from orchestrator.locking.orchestrators import RunMembership
 from orchestrator.protocols import Commit, Document, Event, Guard, Key, Store, Write
 from orchestrator.state.documents.validation import filter_readable
 from orchestrator.system.clock import Clock
-from orchestrator.system.failpoints import failpoint
 
-_KIND = "claim"
-
-#: Returns additional writes for a takeover, given the guards of the claims and the new owner's name.
-TakeoverWrites = Callable[[Sequence[Guard], str], Awaitable[Sequence[Write]]]
+CLAIM_KIND = "claim"
 
 _log = logging.getLogger("orchestrator.claims")
 
 
 def claim_key(run: str, task: str) -> Key:
     """Return the key of the claim on a task."""
-    return Key(_KIND, f"{run}/{task}")
+    return Key(CLAIM_KIND, f"{run}/{task}")
 
 
 async def read_claims(store: Store, run: str) -> dict[str, Claim]:
     """Return the claims on a run's tasks, including released ones, keyed by task."""
-    documents = filter_readable(await store.list(_KIND, f"{run}/"))
+    documents = filter_readable(await store.list(CLAIM_KIND, f"{run}/"))
     return {document.key.id.partition("/")[2]: Claim.model_validate_json(document.encoded) for document in documents}
 
 
@@ -77,10 +72,6 @@ class Claims:
         self._store, self._clock, self._others = store, clock, orchestrators
         self._held: dict[str, Guard] = {}
         self._claims: dict[str, Claim] = {}
-        self._owners: dict[str, tuple[int, str | None]] = {}
-        """The version of each claim and its owner in that version (None if released), keyed by task."""
-        self._unrecorded: dict[str, int] = {}
-        """Claims that had us as owner at the last sweep but are not in `_held`, with their versions."""
 
     def __contains__(self, task: str) -> bool:
         """Return whether this orchestrator holds the claim on a task."""
@@ -116,7 +107,7 @@ class Claims:
         if claim.owner.id == self._others.me.id and task not in self._held:
             # Our unconfirmed commit took it; nothing has been done under it.
             return version, claim.model_copy(update={"released": ReleaseReason.ABANDONED}), None
-        return version, claim, await self._others.read_liveness(claim.owner.id)
+        return version, claim, await self._others.peers.read_liveness(claim.owner.id)
 
     async def plan(
         self, task: str, *, override: bool = False, is_asked: bool = False, retries: int | None = None
@@ -235,92 +226,6 @@ class Claims:
             return []
         value = {**document.value, "epoch": document.version + 1, "retries": 0}
         return [Write(document.key, document.version, value)]
-
-    async def sweep(self, *, counts: bool = True, also: TakeoverWrites | None = None) -> Mapping[str, str]:
-        """Take over all claims of orchestrators that are gone; return the previous owners, keyed by task.
-
-        `also` returns additional writes, given the guards and our name. `counts` counts each claim as a retry of its
-        task, which is right unless a user resumed the run. Claims that have had us as owner since the last sweep
-        without our knowledge are taken over from ourselves.
-        """
-        gone = await self._others.find_gone()
-        left: dict[str, dict[str, Document]] = {name: {} for name in gone}
-        for task, owner, document in await self._unreleased():
-            if task not in self._held:
-                left.setdefault(owner, {})[task] = document
-        ours = left.pop(self._others.me.id, {})
-        taken: dict[str, str] = {}
-        for name, theirs in left.items():
-            # An orchestrator that has ended may have taken claims after the previous sweep.
-            if name in gone or await self._others.read_liveness(name) is OwnerStatus.ENDED:
-                fence = [self._others.fence_write(*gone[name])] if name in gone else []
-                reason = describe_loss(*gone[name][1:], self._clock.now()) if name in gone else "it left the run"
-                taken |= dict.fromkeys(await self._take_over(name, reason, theirs, fence, also, counts=counts), name)
-        strays = {task: document for task, document in ours.items() if self._unrecorded.get(task) == document.version}
-        self._unrecorded = {task: document.version for task, document in ours.items()}
-        if strays:
-            name = self._others.me.id
-            reason = "its claims were not recorded by this process"
-            taken |= dict.fromkeys(await self._take_over(name, reason, strays, (), also, counts=False), name)
-        return taken
-
-    async def _unreleased(self) -> list[tuple[str, str, Document]]:
-        """Return the claimed tasks, each with its owner and its claim."""
-        claims: list[tuple[str, str, Document]] = []
-        for document in await self._store.list(_KIND, f"{self._others.run}/"):
-            if document.damaged:  # no writes are accepted under it
-                continue
-            task = document.key.id.partition("/")[2]
-            version, owner = self._owners.get(task, (0, None))
-            if version != document.version:  # of thousands of claims, few change between sweeps
-                claim = document.value
-                owner = claim["owner"]["id"] if claim["released"] is None else None
-                self._owners[task] = document.version, owner
-            if owner is not None:
-                claims.append((task, owner, document))
-        return claims
-
-    async def _take_over(
-        self,
-        name: str,
-        reason: str,
-        claims: Mapping[str, Document],
-        fence: Sequence[Write],
-        also: TakeoverWrites | None,
-        *,
-        counts: bool,
-    ) -> list[str]:
-        is_takeover = name != self._others.me.id
-        plans = {
-            task: self._plan_takeover(document, counts=counts, is_takeover=is_takeover)
-            for task, document in claims.items()
-        }
-        tasks = sorted(plans)
-        event = ClaimsTakenOver(run=self._others.run, orchestrator=name, reason=reason, count=len(tasks), tasks=tasks)
-        writes = [*fence, *(planned.write for planned in plans.values())]
-        if also is not None:
-            writes += await also([planned.guard for planned in plans.values()], self._others.me.id)
-        try:
-            await self._store.commit(Commit(writes, [Event.of(event)], [self._others.guard]))
-        except VersionConflict:  # the owner is alive, or another orchestrator was faster
-            return []
-        except CouncilError as error:
-            _log.warning("claim takeover failed: run %s, %d of %s: %s", self._others.run, len(tasks), name, error)
-            raise
-        failpoint("claims.taken_over")
-        for task in tasks:
-            self.mark_claimed(task, plans[task])
-        _log.info(
-            "claims taken over: run %s, %d of %s: %s", self._others.run, len(tasks), name, ", ".join(tasks) or "none"
-        )
-        return tasks
-
-    def _plan_takeover(self, document: Document, *, counts: bool, is_takeover: bool) -> PlannedClaim:
-        claim, epoch = Claim.model_validate_json(document.encoded), document.version + 1
-        changes = {"owner": self._others.me, "epoch": epoch, "since": self._clock.now()}
-        after = claim.model_copy(update={**changes, "retries": claim.retries + int(counts)})
-        write = Write(document.key, document.version, after.model_dump(mode="json"))
-        return PlannedClaim(write, Guard(document.key, epoch), after, is_takeover=is_takeover)
 
 
 def _read(document: Document | None) -> Claim | None:

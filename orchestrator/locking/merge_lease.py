@@ -117,7 +117,7 @@ class MergeLeaseQueue:
     async def _is_gone(self, party: MergeParticipant) -> bool:
         return (
             party.id == self._others.me.id
-            or await self._others.read_liveness(party.id, party.run) is not OwnerStatus.ALIVE
+            or await self._others.peers.read_liveness(party.id, party.run) is not OwnerStatus.ALIVE
         )
 
     async def _read(self) -> tuple[Document | None, MergeLease]:

@@ -92,21 +92,62 @@ class _Heartbeat(NamedTuple):
 
 
 class PeerObserver:
-    """Decides by heartbeats and processes whether a run's orchestrators are alive."""
+    """Reads the orchestrators of a run, and decides by heartbeats and processes whether they are alive."""
 
     def __init__(
         self,
+        store: Store,
         clock: Clock,
         run: str,
         me: OrchestratorIdentity,
         timing: CoordinationSettings,
         is_dead: Callable[[str, OrchestratorIdentity], Awaitable[bool]],
     ) -> None:
+        self._store = store
         self._clock, self._run, self._me, self._timing, self._is_dead = clock, run, me, timing, is_dead
         self._seen: dict[tuple[str, str], _Heartbeat] = {}
         """Heartbeats, keyed by run and name."""
         self._alive: dict[str, float] = {}
         """When a process was last checked and not proven dead (monotonic seconds), keyed by orchestrator."""
+
+    async def all(self) -> dict[str, OrchestratorLease]:
+        """Return the records of all orchestrators that ever joined the run, keyed by name."""
+        return await read_orchestrators(self._store, self._run)
+
+    async def find(self, orchestrator: str, run: str | None = None) -> OrchestratorLease | None:
+        """Return the record of an orchestrator of this run or another."""
+        return _read(await self._store.get(orchestrator_key(run or self._run, orchestrator)))
+
+    async def read_liveness(self, orchestrator: str, run: str | None = None) -> OwnerStatus:
+        """Return an orchestrator's status by name; ENDED if it has no record."""
+        record = await self.find(orchestrator, run)
+        return OwnerStatus.ENDED if record is None else await self.assess(record, run)
+
+    async def find_exclusive_peer(self) -> OrchestratorLease | None:
+        """Return a live peer with which this orchestrator can't share the run, or None.
+
+        One of the two does not share its runs. Each checks after joining, so if two join simultaneously, at least one
+        sees the other.
+        """
+        for record in (await self.all()).values():
+            is_me = record.owner.id == self._me.id
+            if is_me or (record.owner.shares and self._me.shares):
+                continue
+            if await self.assess(record) is OwnerStatus.ALIVE:
+                return record
+        return None
+
+    async def find_gone(self) -> dict[str, tuple[Document, OrchestratorLease, OwnerStatus]]:
+        """Return the orchestrators that are gone but not yet fenced, keyed by name."""
+        gone: dict[str, tuple[Document, OrchestratorLease, OwnerStatus]] = {}
+        for document in await self._store.list(_KIND, f"{self._run}/"):
+            record = _read(document)
+            if record is not None and (status := await self.assess(record)) in {
+                OwnerStatus.STALE,
+                OwnerStatus.DEAD,
+            }:
+                gone[record.owner.id] = (document, record, status)
+        return gone
 
     async def assess(self, record: OrchestratorLease, run: str | None = None) -> OwnerStatus:
         """Return an orchestrator's status, given its record."""
@@ -163,7 +204,7 @@ class RunMembership:
         self.counters = ClaimCounters()
         self.guard = Guard(orchestrator_key(run, me.id), 1)
         """The guard that rejects our commits once this orchestrator is declared gone."""
-        self.peers = PeerObserver(clock, run, me, timing, is_dead)
+        self.peers = PeerObserver(store, clock, run, me, timing, is_dead)
         self._store, self._clock = store, clock
         self._version = 0
         self._record: OrchestratorLease | None = None
@@ -261,52 +302,12 @@ class RunMembership:
         reason = "its record is missing" if record is None else record.reason or "it has ended"
         return OrchestratorFenced(self.run, self.me.id, reason)
 
-    async def all(self) -> dict[str, OrchestratorLease]:
-        """Return the records of all orchestrators that ever joined the run, keyed by name."""
-        return await read_orchestrators(self._store, self.run)
-
-    async def find_exclusive_peer(self) -> OrchestratorLease | None:
-        """Return a live peer with which this orchestrator can't share the run, or None.
-
-        One of the two does not share its runs. Each checks after joining, so if two join simultaneously, at least one
-        sees the other.
-        """
-        for record in (await self.all()).values():
-            is_me = record.owner.id == self.me.id
-            if is_me or (record.owner.shares and self.me.shares):
-                continue
-            if await self.peers.assess(record) is OwnerStatus.ALIVE:
-                return record
-        return None
-
     async def is_outranked(self) -> bool:
         """Return whether a live peer takes precedence as leader of the run by its role."""
         if self.me.role is Role.LEADER:
             return False
-        leaders = [record for record in (await self.all()).values() if record.owner.role is Role.LEADER]
+        leaders = [record for record in (await self.peers.all()).values() if record.owner.role is Role.LEADER]
         return any([await self.peers.assess(record) is OwnerStatus.ALIVE for record in leaders])
-
-    async def find(self, orchestrator: str, run: str | None = None) -> OrchestratorLease | None:
-        """Return the record of an orchestrator of this run or another."""
-        return _read(await self._store.get(orchestrator_key(run or self.run, orchestrator)))
-
-    async def read_liveness(self, orchestrator: str, run: str | None = None) -> OwnerStatus:
-        """Return an orchestrator's status by name; ENDED if it has no record."""
-        record = await self.find(orchestrator, run)
-        return OwnerStatus.ENDED if record is None else await self.peers.assess(record, run)
-
-    async def find_gone(self) -> dict[str, tuple[Document, OrchestratorLease, OwnerStatus]]:
-        """Return the orchestrators that are gone but not yet fenced, keyed by name."""
-        self.count(sweeps=1)
-        gone: dict[str, tuple[Document, OrchestratorLease, OwnerStatus]] = {}
-        for document in await self._store.list(_KIND, f"{self.run}/"):
-            record = _read(document)
-            if record is not None and (status := await self.peers.assess(record)) in {
-                OwnerStatus.STALE,
-                OwnerStatus.DEAD,
-            }:
-                gone[record.owner.id] = (document, record, status)
-        return gone
 
     def fence_write(self, document: Document, record: OrchestratorLease, status: OwnerStatus) -> Write:
         """Return the write that fences an orchestrator that is gone."""

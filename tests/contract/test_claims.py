@@ -28,6 +28,7 @@ from orchestrator.errors import LeaseLost, OrchestratorFenced, StoreUnavailable
 from orchestrator.locking.claims import ClaimHolder, Claims, PlannedClaim, claim_key, read_claims
 from orchestrator.locking.merge_lease import MergeLeaseQueue, merge_lease_key
 from orchestrator.locking.orchestrators import RunMembership, orchestrator_key
+from orchestrator.locking.takeovers import ClaimTakeovers
 from orchestrator.protocols import Commit, Event, Guard, Key, Store, Write
 from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore
@@ -64,6 +65,7 @@ class Process:
     line: Line
     others: RunMembership
     claims: Claims
+    takeovers: ClaimTakeovers
     leases: MergeLeaseQueue
 
     @property
@@ -102,8 +104,9 @@ class Cluster:
         others = RunMembership(line, clock, run, owner, CoordinationSettings(), is_dead)  # type: ignore[arg-type]
         claims = Claims(line, clock, others)  # type: ignore[arg-type]
         leases = MergeLeaseQueue(line, clock, others, "/repository", "main")  # type: ignore[arg-type]
+        takeovers = ClaimTakeovers(line, clock, others, claims)  # type: ignore[arg-type]
         await others.join()
-        return Process(line, others, claims, leases)
+        return Process(line, others, claims, takeovers, leases)
 
     async def claim(self, task: str) -> Claim:
         """Return the claim on a task."""
@@ -138,11 +141,11 @@ async def watch_for(process: Process, seconds: float, clock: ManualClock) -> Non
     """Advance the time while a process watches and sends heartbeats."""
     left = seconds
     while left > 0:
-        await process.others.find_gone()
+        await process.others.peers.find_gone()
         clock.advance(min(60.0, left))
         left -= 60.0
         await process.others.renew()
-    await process.others.find_gone()
+    await process.others.peers.find_gone()
 
 
 class ClaimsContract(ABC):
@@ -208,10 +211,10 @@ class ClaimsContract(ABC):
         for _ in range(20):
             cluster.clock.advance(60.0)
             await a.others.renew()
-            assert await b.claims.sweep() == {}
+            assert await b.takeovers.sweep() == {}
             assert await b.claims.verdict("t") is ClaimVerdict.CLAIMED
         assert list(await cluster.store.list("claim")) == list(before)
-        record = (await b.others.all())["a"]
+        record = (await b.others.peers.all())["a"]
         assert (record.heartbeat, record.expires) == (cluster.clock.now(), cluster.clock.now() + 300.0)
         assert (record.counters.claims, record.counters.renewals) == (2, 20)
 
@@ -221,10 +224,10 @@ class ClaimsContract(ABC):
         guards = [await claim_task(a, task) for task in ("t", "u")]
         await a.claims.release("u", ReleaseReason.COMPLETE)
         cluster.clock.advance(301.0)
-        assert await b.claims.sweep() == {}  # b has not watched yet
+        assert await b.takeovers.sweep() == {}  # b has not watched yet
         await watch_for(b, 90.0, cluster.clock)
         before = await cluster.store.position()
-        assert await b.claims.sweep() == {"t": "a"}
+        assert await b.takeovers.sweep() == {"t": "a"}
         assert await cluster.store.position() == before + 1
         taken = await cluster.claim("t")
         assert (taken.owner, taken.epoch, taken.retries) == (b.others.me, 2, 1)
@@ -239,7 +242,7 @@ class ClaimsContract(ABC):
         await claim_task(c, "w")
         await c.others.leave()
         with pytest.raises(LeaseLost):
-            await a.claims.sweep()
+            await a.takeovers.sweep()
         assert (await cluster.claim("w")).owner == c.others.me
         with pytest.raises(LeaseLost):
             await a.claims.release("t", ReleaseReason.COMPLETE)
@@ -248,7 +251,7 @@ class ClaimsContract(ABC):
         with pytest.raises(OrchestratorFenced, match=r"b took over: no heartbeat for 391 s"):
             await a.others.renew()
         await a.others.leave()
-        assert await b.claims.sweep() == {"w": "c"}
+        assert await b.takeovers.sweep() == {"w": "c"}
         counters = b.others.counters
         assert (counters.takeovers, counters.claims, counters.retries) == (2, 2, 2)
 
@@ -258,13 +261,13 @@ class ClaimsContract(ABC):
         for process, task in ((a, "t"), (b, "u")):
             await claim_task(process, task)
         cluster.dead.add("a")
-        assert await c.claims.sweep() == {"t": "a"}
-        record = (await c.others.all())["a"]
+        assert await c.takeovers.sweep() == {"t": "a"}
+        record = (await c.others.peers.all())["a"]
         assert (record.epoch, record.reason) == (2, "c took over: process exited")
         await watch_for(c, 599.0, cluster.clock)
-        assert await c.claims.sweep() == {}
+        assert await c.takeovers.sweep() == {}
         cluster.clock.advance(2.0)
-        assert await c.claims.sweep() == {"u": "b"}
+        assert await c.takeovers.sweep() == {"u": "b"}
 
     async def test_dead_orchestrator_is_noticed_within_a_second(self, cluster: Cluster) -> None:
         """A cached result serves thousands of claims without further looks at the process."""
@@ -281,13 +284,13 @@ class ClaimsContract(ABC):
         """An observer that was suspended, possibly with the whole machine, starts to watch from scratch."""
         a, b = await cluster.join("a"), await cluster.join("b")
         await claim_task(a, "t")
-        assert await b.claims.sweep() == {}
+        assert await b.takeovers.sweep() == {}
         cluster.clock.advance(400.0)
-        assert await b.claims.sweep() == {}
+        assert await b.takeovers.sweep() == {}
         cluster.clock.advance(80.0)
-        assert await b.claims.sweep() == {}
+        assert await b.takeovers.sweep() == {}
         cluster.clock.advance(20.0)
-        assert await b.claims.sweep() == {"t": "a"}
+        assert await b.takeovers.sweep() == {"t": "a"}
 
     async def test_claim_by_a_swept_orchestrator_is_swept_next(self, cluster: Cluster) -> None:
         """The claim may be committed between the listing of its claims and the commit that fences it."""
@@ -297,12 +300,12 @@ class ClaimsContract(ABC):
         late = await a.claims.plan("late")
         assert isinstance(late, PlannedClaim)
         await cluster.store.commit(Commit([late.write], guards=[a.others.guard]))
-        gone = await b.others.find_gone()
+        gone = await b.others.peers.find_gone()
         assert not gone  # it is of another machine
-        document, record = await cluster.store.get(orchestrator_key(RUN, "a")), (await b.others.all())["a"]
+        document, record = await cluster.store.get(orchestrator_key(RUN, "a")), (await b.others.peers.all())["a"]
         assert document is not None
         await cluster.store.commit(Commit([b.others.fence_write(document, record, OwnerStatus.DEAD)]))
-        assert await b.claims.sweep() == {"t": "a", "late": "a"}
+        assert await b.takeovers.sweep() == {"t": "a", "late": "a"}
 
     async def test_orchestrator_that_left_holds_no_claim(self, cluster: Cluster) -> None:
         """Nor does one without a record: its tasks are free, and the next claim counts as a retry."""
@@ -320,7 +323,7 @@ class ClaimsContract(ABC):
         assert found is not None
         await cluster.store.commit(Commit([Write(found.key, found.version, None)]))
         c = await cluster.join("c")
-        assert await c.claims.sweep() == {"t": "b"}
+        assert await c.takeovers.sweep() == {"t": "b"}
         with pytest.raises(OrchestratorFenced, match="its record is missing"):
             await b.others.renew()
 
@@ -354,7 +357,7 @@ class ClaimsContract(ABC):
                 await a.others.leave()
                 a = b
                 if number == 0:
-                    assert await a.claims.sweep() == {"t": "a"}
+                    assert await a.takeovers.sweep() == {"t": "a"}
                     await a.claims.release("t", ReleaseReason.ABANDONED)
         assert await a.claims.verdict("t") is ClaimVerdict.RETRIES_EXHAUSTED
         assert await a.claims.verdict("t", ignored="not now") is ClaimVerdict.IGNORED
@@ -371,7 +374,7 @@ class ClaimsContract(ABC):
         a, b = await cluster.join("a"), await cluster.join("b")
         await claim_task(a, "t")
         await a.others.leave()
-        assert await b.claims.sweep(counts=False) == {"t": "a"}
+        assert await b.takeovers.sweep(counts=False) == {"t": "a"}
         assert (await cluster.claim("t")).retries == 0
 
     async def test_planned_claim_is_committed_with_the_first_work(self, cluster: Cluster) -> None:
@@ -413,8 +416,8 @@ class ClaimsContract(ABC):
         await a.others.leave()
         b.line.faults = [fault]
         with pytest.raises(StoreUnavailable):
-            await b.claims.sweep()
-        found = [await b.claims.sweep(), await b.claims.sweep()]
+            await b.takeovers.sweep()
+        found = [await b.takeovers.sweep(), await b.takeovers.sweep()]
         assert found == ([{"u": "a"}, {}] if fault == "fails" else [{}, {"u": "b"}])
         assert ((await cluster.claim("u")).owner, (await cluster.claim("u")).retries) == (b.others.me, 1)
         await cluster.write(b.claims.guard("u"))
@@ -429,23 +432,23 @@ class ClaimsContract(ABC):
         taking = await a.claims.plan("t")
         assert isinstance(taking, PlannedClaim)
         await cluster.store.commit(Commit([taking.write]))
-        assert await a.claims.sweep() == {}
+        assert await a.takeovers.sweep() == {}
         a.claims.mark_claimed("t", taking)
-        assert await a.claims.sweep() == {}
+        assert await a.takeovers.sweep() == {}
         await cluster.write(a.claims.guard("t"))
 
     @pytest.mark.parametrize("alone", ["first", "second"])
     async def test_exclusive_and_shared_orchestrators_see_each_other(self, cluster: Cluster, alone: str) -> None:
         """Whichever of the two is exclusive; ended ones do not count."""
         first = await cluster.join("first", shares=alone != "first")
-        assert await first.others.find_exclusive_peer() is None
+        assert await first.others.peers.find_exclusive_peer() is None
         second = await cluster.join("second", shares=alone != "second")
-        seen = [await one.others.find_exclusive_peer() for one in (first, second)]
+        seen = [await one.others.peers.find_exclusive_peer() for one in (first, second)]
         assert [one and one.owner.id for one in seen] == [second.others.me.id, first.others.me.id]
         await first.others.leave()
-        assert await second.others.find_exclusive_peer() is None
+        assert await second.others.peers.find_exclusive_peer() is None
         third = await cluster.join("third", shares=alone != "second")
-        assert (await third.others.find_exclusive_peer() is None) is (alone == "first")
+        assert (await third.others.peers.find_exclusive_peer() is None) is (alone == "first")
 
     async def test_join_with_a_lost_answer_happens_once(self, cluster: Cluster) -> None:
         """The record is recognized, whether its commit was acknowledged or not."""
@@ -466,7 +469,7 @@ class ClaimsContract(ABC):
         await a.claims.release("t", ReleaseReason.COMPLETE)
         await claim_task(a, "t")
         await a.others.leave()
-        await b.claims.sweep()
+        await b.takeovers.sweep()
         with pytest.raises(LeaseLost):
             await a.claims.release("t", ReleaseReason.COMPLETE)
         a.line.faults = ["fails"]

@@ -19,6 +19,7 @@ from orchestrator.errors import LeaseLost
 from orchestrator.locking.claims import ClaimHolder, Claims
 from orchestrator.locking.liveness import LivenessLocks
 from orchestrator.locking.orchestrators import RunMembership, create_owner
+from orchestrator.locking.takeovers import ClaimTakeovers
 from orchestrator.protocols import Commit, Guard, Key, Store, Write
 from orchestrator.system.clock import SystemClock
 from tests.stores import open_store
@@ -62,12 +63,13 @@ class Worker:
         me = create_owner(Role.WORKER)
         others = RunMembership(self.store, self.clock, RUN, me, self.timing, self.locks.is_dead)
         claims = Claims(self.store, self.clock, others)
+        takeovers = ClaimTakeovers(self.store, self.clock, others, claims)
         async with self.locks.of(RUN, me.id).hold(0):
             await others.join()
             try:
                 async with anyio.create_task_group() as group:
                     group.start_soon(self._again_and_again, others.renew, self.timing.heartbeat_interval)
-                    group.start_soon(self._again_and_again, claims.sweep, self.timing.sweep_interval)
+                    group.start_soon(self._again_and_again, takeovers.sweep, self.timing.sweep_interval)
                     await self._empty(claims, others)
                     group.cancel_scope.cancel()
             except BaseExceptionGroup as errors:

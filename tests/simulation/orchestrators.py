@@ -25,6 +25,7 @@ from orchestrator.locking.claims import ClaimHolder, Claims
 from orchestrator.locking.merge_lease import MergeLeaseQueue, merge_lease_key
 from orchestrator.locking.orchestrators import RunMembership
 from orchestrator.locking.ownership import ownership_scope
+from orchestrator.locking.takeovers import ClaimTakeovers
 from orchestrator.protocols import Commit, CommitRecord, Document, Event, Guard, JsonObject, Key, Store, Write
 from orchestrator.state.documents.log_reader import read_range
 from orchestrator.state.stores.memory import MemoryStore
@@ -196,6 +197,7 @@ class SimulatedOrchestrator:
         self.store = cast("Store", process)
         self.others = RunMembership(self.store, process.clock, RUN, process.owner, TIMING, process.is_dead)
         self.claims = Claims(self.store, process.clock, self.others)
+        self.takeovers = ClaimTakeovers(self.store, process.clock, self.others, self.claims)
         self.leases = MergeLeaseQueue(self.store, process.clock, self.others, REPOSITORY, TARGET)
         self._busy: set[str] = set()
 
@@ -244,7 +246,7 @@ class SimulatedOrchestrator:
 
     async def _sweep(self) -> None:
         while True:
-            await self._until_it_works(self.claims.sweep)
+            await self._until_it_works(self.takeovers.sweep)
             await self._pause(TIMING.sweep_interval)
 
     async def _work(self) -> None:

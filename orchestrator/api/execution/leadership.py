@@ -135,7 +135,7 @@ async def _leave_on_exit(members: RunMembership) -> AsyncIterator[None]:
 
 async def _check_sharing(members: RunMembership) -> None:
     """Raise RefusedError if another process is active, and it or this process does not share the run."""
-    peer = await members.find_exclusive_peer()
+    peer = await members.peers.find_exclusive_peer()
     if peer is None:
         return
     what = f"process {peer.owner.pid} on {peer.owner.host} is active in run {members.run}"

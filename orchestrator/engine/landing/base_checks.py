@@ -408,7 +408,7 @@ async def _is_working(ledger: Ledger, holder: LockHolder | None) -> bool:
     orchestrators = ledger.orchestrators
     records = [
         record
-        for record in (await orchestrators.all()).values()
+        for record in (await orchestrators.peers.all()).values()
         if holder is not None and record.owner.pid == holder.pid
     ]
     return any([await orchestrators.peers.assess(record) is OwnerStatus.ALIVE for record in records])

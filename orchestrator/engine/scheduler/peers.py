@@ -105,7 +105,9 @@ class PeerSync:
         orchestrators, locks = self._ledger.orchestrators, self._context.hub.liveness_locks
         known = frozenset[str]()
         with suppress(StoreUnavailable):  # the next sweep finds orchestrators that exited before this
-            known = frozenset(name for name, record in (await orchestrators.all()).items() if record.ended is None)
+            known = frozenset(
+                name for name, record in (await orchestrators.peers.all()).items() if record.ended is None
+            )
         while True:
             with suppress(OSError, StoreUnavailable):  # no file descriptor left: retry later
                 alive = await locks.list_alive(self._ledger.run.id)

@@ -155,9 +155,9 @@ async def remove_abandoned(ledger: Ledger, context: RunContext) -> None:
 
 async def _take_over(ledger: Ledger, context: RunContext, *, counts: bool) -> list[str]:
     """Claim unclaimed and abandoned tasks, and reload them; return them in file order."""
-    if ledger.claims is None:
+    if ledger.takeovers is None:
         return []
-    claimed = set(await ledger.claims.sweep(counts=counts, also=context.registry.plan_transfer))
+    claimed = set(await ledger.takeovers.sweep(counts=counts, also=context.registry.plan_transfer))
     if any(task not in ledger.tasks for task in claimed):
         await ledger.tasks.load_new()
     for task in claimed:
@@ -173,7 +173,7 @@ async def _take_over(ledger: Ledger, context: RunContext, *, counts: bool) -> li
 async def has_active_peers(ledger: Ledger) -> bool:
     """Return True if another orchestrator is active in the run."""
     orchestrators = ledger.orchestrators
-    peers = [peer for peer in (await orchestrators.all()).values() if peer.owner.id != orchestrators.me.id]
+    peers = [peer for peer in (await orchestrators.peers.all()).values() if peer.owner.id != orchestrators.me.id]
     return any([await orchestrators.peers.assess(peer) in {OwnerStatus.ALIVE, OwnerStatus.STALE} for peer in peers])
 
 

@@ -26,7 +26,7 @@ async def find_other_leader(store: Store, orchestrators: RunMembership) -> Orche
     leader = None if lease is None or lease.damaged else lease.value.get("orchestrator")
     if leader in {None, orchestrators.me.id}:
         return None
-    holder = await orchestrators.find(leader)
+    holder = await orchestrators.peers.find(leader)
     if holder is None or await orchestrators.peers.assess(holder) is not OwnerStatus.ALIVE:
         return None
     return holder.owner

@@ -21,6 +21,7 @@ from orchestrator.engine.state.writer import RunWriter
 from orchestrator.errors import ClaimLost, LeaseLost, RefusedError, VersionConflict
 from orchestrator.locking.claims import ClaimHolder, Claims
 from orchestrator.locking.orchestrators import RunMembership
+from orchestrator.locking.takeovers import ClaimTakeovers
 from orchestrator.protocols import Commit, Event, Guard, Store, Write
 from orchestrator.repo.worktrees.hub import work_branch_name
 from orchestrator.system.clock import Clock
@@ -48,6 +49,11 @@ class Ledger:
         """
         self.writer, self.orchestrators = writer, writer.orchestrators
         self.claims = Claims(writer.store, writer.clock, writer.orchestrators) if is_shared else None
+        self.takeovers = (
+            None
+            if self.claims is None
+            else ClaimTakeovers(writer.store, writer.clock, writer.orchestrators, self.claims)
+        )
         self.run_state = RunState(writer, loaded.run)
         self.adapters = AdapterStates(writer)
         self.tasks = TaskTable(writer.store, self.run_state, loaded, self.claims)
@@ -81,7 +87,7 @@ class Ledger:
                 await writer.lead(sandbox, reopened)
             except VersionConflict:
                 if (
-                    await orchestrators.find(orchestrators.me.id) is not None
+                    await orchestrators.peers.find(orchestrators.me.id) is not None
                 ):  # otherwise another orchestrator was first
                     raise
             else:
