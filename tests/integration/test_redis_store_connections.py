@@ -12,7 +12,7 @@ from orchestrator.errors import StoreFull, StoreUnavailable, VersionConflict
 from orchestrator.protocols import Commit, Event, Key, Write
 from orchestrator.state.stores.redis.store import RedisStore
 from tests.cutting_proxy import CuttingProxy
-from tests.redis_server import RedisServer, require_program
+from tests.redis_server import RedisServer, started_server
 
 TASK = Key("task", "a")
 
@@ -20,9 +20,8 @@ TASK = Key("task", "a")
 @pytest.fixture(scope="module")
 def server() -> Iterator[RedisServer]:
     """Return a server of these tests."""
-    made = RedisServer(require_program())
-    yield made
-    made.close()
+    with started_server() as made:
+        yield made
 
 
 @asynccontextmanager
@@ -46,7 +45,8 @@ async def numbers(store: RedisStore) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("has_write", [True, False], ids=["write", "events"])
+@pytest.mark.extended_but_first
+@pytest.mark.parametrize("has_write", [False, True], ids=["events", "write"])
 async def test_commit_is_applied_once_wherever_its_exchange_is_cut(server: RedisServer, has_write: bool) -> None:
     """The same applies to a commit of events alone, which no version protects."""
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.integration.test_claim_processes import FEW, SOME, run_queue
 from tests.integration.test_file_store_processes import PATIENCE, Start, check_log, finish, parse, start
-from tests.redis_server import RedisServer, empty_store_url, require_program
+from tests.redis_server import RedisServer, empty_store_url, started_server
 
 __all__ = ["start"]
 
@@ -17,9 +17,8 @@ __all__ = ["start"]
 @pytest.fixture
 def server() -> Iterator[RedisServer]:
     """Return a server of the test's own."""
-    made = RedisServer(require_program())
-    yield made
-    made.close()
+    with started_server() as made:
+        yield made
 
 
 @pytest.mark.parametrize(("writers", "readers"), [(3, 6), pytest.param(8, 50, marks=pytest.mark.slow)])

