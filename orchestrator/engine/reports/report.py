@@ -289,18 +289,23 @@ def build_report(
     reports, roots = [], dict[str, str]()
     for task, blocker in blocked.items():  # needs come before their dependents
         roots[task] = roots.get(blocker, blocker)
-    is_interrupted = status in {RunStatus.INTERRUPTED, RunStatus.HALTED}
+    is_stopped, folder, is_merge = (
+        status in {RunStatus.INTERRUPTED, RunStatus.HALTED},
+        str(logs),
+        record.run.merges is not None,
+    )
+    interrupted = _INTERRUPTED.format(run=record.run.id) if is_stopped else None
     for task in record.run.tasks:
         need = blocked.get(task)
         reports.append(
             report_task(
                 task,
                 record.tasks[task],
-                None if record.run.merges is not None else record.entries[task].adapter,
-                str(logs),
+                None if is_merge else record.entries[task].adapter,
+                folder,
                 obstacle=stuck.get(task) if need is None else describe_failed_need(need),
                 blocked_by=roots.get(task),
-                interrupted=_INTERRUPTED.format(run=record.run.id) if is_interrupted else None,
+                interrupted=interrupted,
                 is_reloadable=file is not None and record.entries[task].is_from_file,
                 remark=_DAMAGED if task in record.damaged else waiting.get(task),
             )
