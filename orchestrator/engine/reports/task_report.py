@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Final
 
 from orchestrator.domain.runs.model import TaskDocument
@@ -59,7 +60,10 @@ class TaskReport:
 
     def to_json(self) -> JsonObject:
         """Return the object for `--json`."""
-        return {name: getattr(self, name) for name in TaskReport.__slots__}
+        return dict(zip(TaskReport.__slots__, _VALUES(self), strict=True))
+
+
+_VALUES: Final = attrgetter(*TaskReport.__slots__)
 
 
 def report_task(
@@ -95,7 +99,11 @@ def report_task(
     attempts, imported = document.attempts, document.imported
     newest = document.attempt if attempts else None
     outcome = document.refused or (None if newest is None else newest.outcome)
-    denials = [attempt.denied_tools for attempt in attempts if attempt.denied_tools.count]
+    input_tokens, output_tokens, denials = 0, 0, None
+    for attempt in attempts:  # one loop, because a run may have thousands of tasks
+        input_tokens += attempt.input_tokens
+        output_tokens += attempt.output_tokens
+        denials = attempt.denied_tools if attempt.denied_tools.count else denials
     return TaskReport(
         id=task,
         status=status,
@@ -108,12 +116,11 @@ def report_task(
         log=None if newest is None else newest.check_log or f"{logs}/{log_file_name(task, newest.number, 'stderr')}",
         adapter=adapter if newest is None or adapter is None else newest.adapter,
         last_message=None if newest is None else newest.last_message,
-        # Lists, because generators would dominate the time.
-        input_tokens=sum([attempt.input_tokens for attempt in attempts]),
-        output_tokens=sum([attempt.output_tokens for attempt in attempts]),
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
         cost=document.cost,
         phase=phase,
-        denied_tools=str(denials[-1]) if denials else None,
+        denied_tools=None if denials is None else str(denials),
         blocked_by=blocked_by,
         pull_request=document.pull_request,
         reloadable=is_reloadable,
