@@ -17,9 +17,11 @@ from orchestrator.protocols import Store
 from orchestrator.state.offline.fork import survive_outages
 from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore
+from orchestrator.state.stores.postgres.store import PostgresStore
 from orchestrator.state.stores.redis.store import RedisStore
 from orchestrator.system.clock import SystemClock
 from orchestrator.testing.store_contract import StoreContract
+from tests import postgres_server
 from tests.cutting_proxy import CuttingProxy, create_certificate, server_tls
 from tests.redis_server import empty_store_url, store_url_at
 
@@ -59,6 +61,20 @@ class TestFileStoreOfTinySegments(TestFileStore):
     """Run the contract on disk with a new segment for almost every commit."""
 
     segment_bytes = 100
+
+
+class TestPostgresStore(StoreContract):
+    """Run the contract on a server."""
+
+    scheme = "postgresql"
+
+    def open_store(self) -> AbstractAsyncContextManager[Store]:
+        """Open a store of its own on the shared server."""
+        return PostgresStore.open(postgres_server.empty_store_url())
+
+    def open_store_at(self, place: Path) -> AbstractAsyncContextManager[Store]:
+        """Open the store of a place."""
+        return PostgresStore.open(postgres_server.store_url_at(place))
 
 
 class TestRedisStore(StoreContract):

@@ -216,20 +216,32 @@ def find_never_durable(data: bytes, offset: int, position: int) -> int | None:
 
 
 def iter_values(line: LogLine) -> Iterator[tuple[LineChange, bytes | None]]:
-    """Yield each change of an undamaged line with its encoded value (None: deleted)."""
+    """Return each change of an undamaged line with its encoded value (None: deleted)."""
+    return zip(line.changes, split_values(line.changes, line.payload), strict=True)
+
+
+def split_values(changes: Sequence[LineChange | EncodedWrite], payload: bytes) -> Iterator[bytes | None]:
+    """Yield the encoded value of each change in a payload (None: deleted)."""
     start = len("[[")
-    for change in line.changes:
+    for change in changes:
         if change.length == 0:
-            yield change, None
+            yield None
             continue
-        yield change, line.payload[start : start + change.length]
+        yield payload[start : start + change.length]
         start += change.length + len(",")
+
+
+def split_events(changes: Sequence[LineChange | EncodedWrite], payload: bytes) -> bytes:
+    """Return the encoded events in a payload, separated by commas."""
+    lengths = [change.length for change in changes if change.length]
+    return payload[len("[[") + sum(lengths) + max(len(lengths) - 1, 0) + len("],[") : -len("]]")]
 
 
 def prune_line(line: LogLine, keys: Collection[Key]) -> LogLine:
     """Return an undamaged line reduced to the changes to some documents, with its events."""
     kept = [(change, value) for change, value in iter_values(line) if change.key in keys]
-    payload = b"[[%b],%b]" % (b",".join(value for _, value in kept if value is not None), _events(line))
+    events = split_events(line.changes, line.payload)
+    payload = b"[[%b],[%b]]" % (b",".join(value for _, value in kept if value is not None), events)
     return line._replace(changes=tuple(change for change, _ in kept), payload=payload)
 
 
@@ -249,7 +261,7 @@ def to_dumped(line: LogLine) -> DumpedCommit:
         DumpedDocument(change.key, change.version, value, change.expires, change.previous)
         for change, value in iter_values(line)
     )
-    events = tuple(Event(*event) for event in json.loads(_events(line)))
+    events = tuple(Event(*event) for event in json.loads(b"[%b]" % split_events(line.changes, line.payload)))
     return DumpedCommit(line.position, line.time, line.by, documents, events)
 
 
@@ -261,12 +273,6 @@ def from_dumped(commit: DumpedCommit) -> LogLine:
     )
     payload = _payload([one.encoded for one in commit.documents if one.encoded is not None], commit.events)
     return LogLine(commit.position, commit.time, changes, payload, commit.by)
-
-
-def _events(line: LogLine) -> bytes:
-    """Return the encoded events of an undamaged line."""
-    lengths = [change.length for change in line.changes if change.length]
-    return line.payload[len("[[") + sum(lengths) + max(len(lengths) - 1, 0) + len("],") : -len("]")]
 
 
 def to_record(line: LogLine) -> CommitRecord:

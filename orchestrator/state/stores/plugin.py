@@ -39,10 +39,25 @@ async def open_redis_store(url: str, clock: Clock, /) -> AsyncIterator[Store]:  
         yield store
 
 
+@asynccontextmanager
+async def open_postgres_store(url: str, clock: Clock, /) -> AsyncIterator[Store]:  # noqa: ARG001  (the signature of the protocol)
+    """Open the store on a PostgreSQL server, which has its own clock."""
+    try:
+        from orchestrator.state.stores.postgres.store import PostgresStore  # noqa: PLC0415  (an extra)
+    except ModuleNotFoundError as error:
+        if error.name not in {"psycopg", "psycopg_pool"}:
+            raise
+        raise RefusedError("the postgresql client is not installed", "`pip install 'cli-council[postgres]'`") from None
+    async with PostgresStore.open(url) as store:
+        yield store
+
+
 @hookimpl
 def council_register_stores(register: RegisterStore) -> None:
     """Register the schemes of the built-in stores."""
     register("file", open_file_store)
     register("memory", open_memory_store)
+    register("postgres", open_postgres_store)
+    register("postgresql", open_postgres_store)
     register("redis", open_redis_store)
     register("rediss", open_redis_store)

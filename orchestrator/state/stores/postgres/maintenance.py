@@ -1,0 +1,56 @@
+"""Verification and repair of the tables."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import LiteralString
+
+from orchestrator.domain.events.state import StateLogRepaired, StateRepaired
+from orchestrator.protocols import Commit, Damage, Event, Key, VerificationReport, Write
+from orchestrator.state.log.codec import MAX_TTL
+from orchestrator.state.stores.postgres.records import unescape
+from orchestrator.state.stores.postgres.server import Connection, fetch
+
+Queries = Mapping[str, LiteralString]
+
+
+async def verify_state(connection: Connection, queries: Queries, name: str) -> VerificationReport:
+    """Check all checksums and positions, and compare the documents with the log."""
+    ((position, _, size),) = await fetch(connection, queries["head"])
+    path, damage = Path(name), list[Damage]()
+    lost: dict[int, list[Key]] = defaultdict(list)
+    for kind, document, _, where in await fetch(connection, queries["damaged_versions"]):
+        lost[where].append(Key(unescape(kind), unescape(document)))
+    for (where,) in await fetch(connection, queries["damaged_commits"]):
+        lost.setdefault(where, [])
+    for where, keys in sorted(lost.items()):
+        damage.append(Damage(path, None, keys, f"commit {where} is damaged"))
+    for start, end in await fetch(connection, queries["missing_commits"]):
+        damage.append(Damage(path, None, None, f"commits {start} to {end} are missing"))
+    found = await fetch(connection, queries["differing_documents"])
+    mismatched = [Key(unescape(kind), unescape(document)) for kind, document in found]
+    return VerificationReport(position, size, damage, (), mismatched)
+
+
+async def repair_state(connection: Connection, queries: Queries, report: VerificationReport) -> Commit:
+    """Remove what is damaged, and return the commit that makes the newest readable values current.
+
+    The log then starts after its newest damaged commit.
+    """
+    writes, events = list[Write](), list[Event]()
+    async with connection.transaction():
+        for query in ("lock", "restart_log", "remove_damaged_commits", "remove_damaged_versions"):
+            await connection.execute(queries[query])
+        for kind, document in await fetch(connection, queries["differing_documents"]):
+            key = Key(unescape(kind), unescape(document))
+            parameters = {"kind": kind, "id": document}
+            ((version, value, remaining),) = await fetch(connection, queries["restore_document"], parameters)
+            is_expired = remaining is not None and remaining <= 0
+            known = None if value is None or is_expired else json.loads(value)
+            ttl = None if remaining is None or is_expired else min(remaining, MAX_TTL)
+            writes.append(Write(key, 0 if known is None else version, known, ttl))
+            events.append(Event.of(StateRepaired(key=str(key), lost=version, is_known=known is not None)))
+    return Commit(writes, [*events, Event.of(StateLogRepaired(damage=len(report.damage)))])

@@ -1,0 +1,68 @@
+"""Wake watchers when a commit is announced, and at intervals, because announcements can be lost."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import anyio
+import psycopg
+
+from orchestrator.errors import StoreUnavailable
+from orchestrator.state.stores.postgres.server import Connection, Server
+
+
+class Notifications:
+    """The announced commits of all processes, on a connection of its own that all watchers of a store share.
+
+    One watcher waits for the connection, the others wait for this watcher. Behind a pooler in transaction mode,
+    announcements don't arrive, and only the interval applies.
+    """
+
+    def __init__(self, server: Server, interval: float) -> None:
+        """Wake watchers at the latest after `interval` seconds."""
+        self._server, self._interval = server, interval
+        self._connection: Connection | None = None
+        self._is_taken = False
+        self._news = anyio.Event()
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[Notifications]:
+        """Close the connection at the end of the `async with` block."""
+        try:
+            yield self
+        finally:
+            await self._close()
+
+    async def wait(self) -> None:
+        """Wait for news; may return without any."""
+        if self._is_taken:
+            with anyio.move_on_after(self._interval):
+                await self._news.wait()
+            return
+        self._is_taken = True
+        try:
+            await self._receive()
+        finally:
+            self._is_taken = False
+            self._news.set()
+            self._news = anyio.Event()
+
+    async def _receive(self) -> None:
+        try:
+            if self._connection is None:
+                connection = await self._server.open_connection()
+                self._connection = connection
+                await connection.execute(self._server.sql('LISTEN "{channel}"'))
+                return  # a commit may have been announced before
+            async for _ in self._connection.notifies(timeout=self._interval, stop_after=1):
+                pass
+        except (psycopg.Error, StoreUnavailable):
+            await self._close()
+            await anyio.sleep(self._interval)
+
+    async def _close(self) -> None:
+        with anyio.CancelScope(shield=True):
+            if self._connection is not None:
+                await self._connection.close()
+                self._connection = None

@@ -1,0 +1,295 @@
+"""The server of a store: its URL, its credentials, connections, and errors in one line."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, LiteralString, TypeVar, cast
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+import anyio
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
+
+from orchestrator.domain.wording import quote_text
+from orchestrator.errors import RefusedError, StoreFull, StoreUnavailable
+
+T = TypeVar("T")
+Connection = psycopg.AsyncConnection[Any]
+
+PASSWORD: Final = "COUNCIL_POSTGRES_PASSWORD"  # noqa: S105  (the name of a variable)
+PASSWORD_FILE: Final = "COUNCIL_POSTGRES_PASSWORD_FILE"  # noqa: S105  (the name of a variable)
+TIMEOUT: Final = 5.0
+"""Seconds without an answer after which a server counts as unreachable."""
+MAINTENANCE_TIMEOUT: Final = 600.0
+"""The same for statements that read the whole log."""
+_SET_PASSWORD: Final = f"set {PASSWORD}, or {PASSWORD_FILE} to the path of a file that contains it, or use ~/.pgpass"
+_URL_FORM: Final = "use postgresql://[USER@]HOST[:PORT]/DATABASE[?schema=NAME][&sslmode=verify-full]"
+_CONNECTIONS: Final = 4
+_ATTEMPTS: Final = 3
+_SCHEMA = re.compile(r"[a-z_][a-z0-9_]{0,39}")
+#: Options of the client library, for which the URL may have other values.
+_DEFAULTS: Final[Mapping[str, str | int]] = {
+    "application_name": "council",
+    "connect_timeout": int(TIMEOUT),
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """The parts of a store's URL."""
+
+    options: Mapping[str, Any]
+    """Options of the client library: host, port, user, database, TLS."""
+    schema: str
+    """The schema that contains the tables."""
+
+    @property
+    def user(self) -> str:
+        """The user on the server, as far as the URL or the environment name it."""
+        return str(self.options.get("user") or os.environ.get("PGUSER") or "of this process")
+
+    @property
+    def database(self) -> str:
+        """The database; the server's default is named like the user."""
+        return str(self.options.get("dbname") or os.environ.get("PGDATABASE") or self.user)
+
+    @property
+    def host(self) -> str:
+        """The host, or several hosts separated by commas."""
+        return str(self.options.get("host") or os.environ.get("PGHOST") or "localhost")
+
+    def __str__(self) -> str:
+        port = self.options.get("port") or os.environ.get("PGPORT") or 5432
+        return f"postgresql {self.host}:{port}/{self.database}"
+
+
+def parse_url(url: str) -> Address:
+    """Parse the URL of a store. Raises RefusedError, also if it has a password, which state and logs would show."""
+    try:
+        parts = urlsplit(url)
+        own = dict(parse_qsl(parts.query, keep_blank_values=True))
+        schema = own.pop("schema", "council")
+        options = conninfo_to_dict(parts._replace(query=urlencode(own)).geturl())
+    except (ValueError, psycopg.Error):
+        raise RefusedError("the URL of the postgresql store is malformed", _URL_FORM) from None
+    if "password" in options or "sslpassword" in options:
+        raise RefusedError("the URL of the postgresql store has a password", f"remove it, and {_SET_PASSWORD}")
+    if not _SCHEMA.fullmatch(schema):
+        raise RefusedError(f"{quote_text(schema)} is not the name of a schema", "use letters, digits and underscores")
+    return Address(options, schema)
+
+
+def read_password(environ: Mapping[str, str]) -> str | None:
+    """Return the password in the environment or in the file that it names, or None. Blocks."""
+    if (path := environ.get(PASSWORD_FILE)) and PASSWORD not in environ:
+        try:
+            return Path(path).read_text().rstrip("\n")
+        except (OSError, UnicodeError) as error:
+            raise RefusedError(f"can't read the postgresql password from {path}: {error}", _SET_PASSWORD) from None
+    return environ.get(PASSWORD) or None
+
+
+class Server:
+    """Connections to a server; created by `connect`."""
+
+    def __init__(self, address: Address, options: Mapping[str, Any]) -> None:
+        self.address = address
+        self._options = options
+        self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
+            kwargs=dict(options),
+            min_size=1,
+            max_size=_CONNECTIONS,
+            timeout=TIMEOUT,
+            reconnect_timeout=1.0,  # after this, the next call connects
+            open=False,
+        )
+        self._is_down = False
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(cls, url: str) -> AsyncIterator[Server]:
+        """Connect to the server at a URL. Raises RefusedError or StoreUnavailable."""
+        address = parse_url(url)
+        options: dict[str, Any] = {**_DEFAULTS, **address.options, "autocommit": True, "prepare_threshold": None}
+        if password := await anyio.to_thread.run_sync(read_password, os.environ):
+            options["password"] = password
+        server = cls(address, options)
+        await server.check_reachable()
+        try:
+            await server._pool.open()
+            yield server
+        finally:
+            with anyio.CancelScope(shield=True):
+                await server._pool.close()
+
+    def sql(self, text: str) -> LiteralString:
+        """Return an SQL text of this package with the names of this store."""
+        names = {"schema": f'"{self.address.schema}"', "channel": self.channel}
+        for name, value in names.items():
+            text = text.replace(f"{{{name}}}", value)
+        return cast("LiteralString", text)
+
+    @property
+    def channel(self) -> str:
+        """The channel that announces commits."""
+        return f"council.{self.address.schema}"
+
+    @property
+    def pool_statistics(self) -> Mapping[str, int]:
+        """The counts of the connection pool."""
+        return self._pool.get_stats()
+
+    async def open_connection(self) -> Connection:
+        """Return a new connection that is not part of the pool. Raises StoreUnavailable."""
+        with self.translated():
+            return await psycopg.AsyncConnection.connect(**self._options)
+
+    async def check_reachable(self) -> None:
+        """Raise the error of a new connection, if any; errors of the pool do not show why it has no connection."""
+        self._is_down = True
+        connection = await self.open_connection()
+        self._is_down = False
+        await connection.close()
+
+    @asynccontextmanager
+    async def connection(self, limit: float = TIMEOUT) -> AsyncIterator[Connection]:
+        """Lend a connection whose statements must be answered in time. Raises StoreUnavailable."""
+        if self._is_down:
+            await self.check_reachable()
+        with self.translated():
+            try:
+                connection = await self._pool.getconn()
+            except PoolTimeout:
+                await self.check_reachable()
+                raise
+            deadline = asyncio.get_running_loop().call_later(limit, _interrupt, connection)
+            try:
+                yield connection
+            finally:
+                deadline.cancel()
+                with anyio.CancelScope(shield=True):
+                    await self._pool.putconn(connection)
+
+    async def run(self, call: Callable[[Connection], Awaitable[T]], limit: float = TIMEOUT) -> T:
+        """Return the result of `call`, which is repeated on a new connection if its connection fails."""
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                async with self.connection(limit) as connection:
+                    return await call(connection)
+            except StoreUnavailable as error:
+                if attempt == _ATTEMPTS or not is_disconnected(error.__cause__):
+                    raise
+            await self.check_reachable()
+            await self._pool.check()  # the others of a restarted server are closed, too
+        raise AssertionError("the last attempt returns or raises")
+
+    async def fetch(
+        self, query: LiteralString, parameters: Mapping[str, Any] | None = None, *, limit: float = TIMEOUT
+    ) -> list[tuple[Any, ...]]:
+        """Return the rows of a query, which is repeated if the connection fails."""
+
+        async def execute(connection: Connection) -> list[tuple[Any, ...]]:
+            return await fetch(connection, query, parameters)
+
+        return await self.run(execute, limit)
+
+    @contextmanager
+    def translated(self) -> Iterator[None]:
+        """Raise StoreUnavailable for errors of the client library."""
+        try:
+            yield
+        except (psycopg.Error, PoolTimeout) as error:
+            raise to_store_error(self.address, error) from error
+
+
+async def fetch(
+    connection: Connection, query: LiteralString, parameters: Mapping[str, Any] | None = None
+) -> list[tuple[Any, ...]]:
+    """Return the rows of a query on a connection."""
+    cursor = await connection.execute(query, parameters, binary=True)
+    return await cursor.fetchall()
+
+
+def _interrupt(connection: Connection) -> None:
+    """Close the socket of a connection, so that its statement fails at once: the server does not answer."""
+    with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as one:
+        one.shutdown(socket.SHUT_RDWR)
+
+
+def is_disconnected(error: BaseException | None) -> bool:
+    """Return True for an error of a connection that was lost while it was used."""
+    if not isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError)):
+        return False
+    return not isinstance(error, PoolTimeout) and (error.sqlstate is None or error.sqlstate.startswith(("57P", "08")))
+
+
+_Report = tuple[str, type[StoreUnavailable], str, str]
+#: Words or states in errors of the server, and what to report.
+_REPORTS: Final[Sequence[_Report]] = (
+    ("password authentication failed", StoreUnavailable, "the password of user {user!r} is wrong", _SET_PASSWORD),
+    ("no password supplied", StoreUnavailable, "user {user!r} needs a password", _SET_PASSWORD),
+    (
+        "no pg_hba.conf entry",
+        StoreUnavailable,
+        "the server accepts no such connection: {text}",
+        "add it to pg_hba.conf",
+    ),
+    ("role ", StoreUnavailable, "{text}", "`CREATE ROLE NAME LOGIN PASSWORD '…'`, or correct the user in the URL"),
+    ("database ", StoreUnavailable, "{text}", "`CREATE DATABASE NAME`, or correct the database in the URL"),
+    ("resolve host", StoreUnavailable, "unknown host {host!r}", "correct its name in the URL"),
+    ("translate host", StoreUnavailable, "unknown host {host!r}", "correct its name in the URL"),
+    ("SSL", StoreUnavailable, "TLS failed: {text}", "correct `sslmode` or `sslrootcert` in the URL"),
+    ("certificate", StoreUnavailable, "TLS failed: {text}", "correct `sslmode` or `sslrootcert` in the URL"),
+    ("too many", StoreUnavailable, "it has its maximum of connections", "raise `max_connections`, or use a pooler"),
+    ("remaining connection slots", StoreUnavailable, "it has its maximum of connections", "raise `max_connections`"),
+    ("53100", StoreFull, "the server's disk is full", "free space on it"),
+    ("No space left", StoreFull, "the server's disk is full", "free space on it"),
+    ("53200", StoreUnavailable, "the server is out of memory", "add memory, or reduce its connections"),
+    ("25006", StoreUnavailable, "the server accepts no writes", "use the URL of the primary"),
+    ("42501", StoreUnavailable, "user {user!r} lacks a privilege: {text}", "{grant}"),
+    ("42P01", StoreUnavailable, "the tables of the store are missing: {text}", "restore them, or use another schema"),
+    ("57P03", StoreUnavailable, "it is starting or stopping", "wait for it"),
+)
+
+
+def to_store_error(address: Address, error: Exception) -> StoreUnavailable:
+    """Return the store's error for an error of the client library: what happened, and the remedy."""
+    text = _summary(error)
+    facts = {
+        "text": text, "user": address.user, "host": address.host,
+        "grant": f"`GRANT CREATE ON DATABASE {address.database} TO {address.user}`, and the schema "
+        f"{address.schema} must belong to this user: `ALTER SCHEMA {address.schema} OWNER TO {address.user}`",
+    }  # fmt: skip
+    state = getattr(error, "sqlstate", None) or ""
+    for words, kind, what, remedy in _REPORTS:
+        if words == state or words in text:
+            return kind(str(address), what.format(**facts), remedy.format(**facts))
+    if isinstance(error, PoolTimeout):
+        return StoreUnavailable(str(address), f"no free connection in {TIMEOUT:g} s", "check the load of the server")
+    if isinstance(error, psycopg.errors.ConnectionTimeout) or "timeout" in text:
+        return StoreUnavailable(
+            str(address), f"no answer in {TIMEOUT:g} s", "check the network and the load of the server"
+        )
+    if isinstance(error, psycopg.OperationalError):
+        return StoreUnavailable(str(address), f"unreachable: {text}", "start the server, or correct the URL")
+    return StoreUnavailable(str(address), f"the server failed: {text}", "see its log")
+
+
+def _summary(error: Exception) -> str:
+    """Return the message of an error on one line, without the names of the host that all messages have."""
+    message = error.diag.message_primary if isinstance(error, psycopg.Error) else None
+    lines = [line.strip(" -") for line in (message or str(error)).splitlines() if line.strip()]
+    line = next((line for line in lines if "FATAL:" in line), lines[-1] if lines else type(error).__name__)
+    return line.rpartition("FATAL:")[2].rpartition(" failed: ")[2].strip()

