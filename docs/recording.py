@@ -158,7 +158,7 @@ async def record(config: Path, environ: dict[str, str]) -> list[tuple[float, Tab
                 await anyio.sleep(INTERVAL)
 
         async with anyio.create_task_group() as showing:
-            for show in (lambda: activity.show(view), follow, sample):
+            for show in (lambda: activity.show(view.activity), follow, sample):
                 showing.start_soon(show)
             with anyio.fail_after(90):
                 await council.runs.resume(run)

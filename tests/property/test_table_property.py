@@ -89,7 +89,7 @@ def check(kept: LiveRun, made: LiveRun, count: int) -> None:
     for room in range(count):
         frame = kept.frame(100.0, room)
         assert len(frame.rows) == max(room - 1, 0)
-    assert set(kept.working()) == set(made.working())
+    assert set(kept.activity.working()) == set(made.activity.working())
 
 
 def visible_rows(view: LiveRun) -> list[tuple[str, ...]]:

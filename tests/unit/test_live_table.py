@@ -108,13 +108,13 @@ def test_row_shows_the_known_facts() -> None:
     assert waits.words == "the program ended: with exit code 3"
     second = TaskDocument(status=TaskStatus.RUNNING, attempts=(first, attempt(2, started=20.0)), failures=1)
     shown.apply(record("t0", second))
-    shown.on_transcript(ObservedSession("t0", 1, "fake"), Transcript(last_message="too late"))
-    shown.on_changes(ObservedSession("t0", 1, "fake"), Changes(9, 9, 9))
+    shown.activity.on_transcript(ObservedSession("t0", 1, "fake"), Transcript(last_message="too late"))
+    shown.activity.on_changes(ObservedSession("t0", 1, "fake"), Changes(9, 9, 9))
     assert shown.frame(20.0, 10).rows[0].words == ""
-    shown.on_transcript(
+    shown.activity.on_transcript(
         ObservedSession("t0", 2, "fake"), Transcript(last_message="Reading it", input_tokens=1500, cost=0.5)
     )
-    shown.on_changes(ObservedSession("t0", 2, "fake"), Changes(1, 12, 3))
+    shown.activity.on_changes(ObservedSession("t0", 2, "fake"), Changes(1, 12, 3))
     frame = shown.frame(95.0, 10)
     assert frame.rows == [TaskRow("t0", "build", "fake", "2/3", "1:15", Changes(1, 12, 3), "Reading it")]
     assert frame.totals == "0 landed · 1 running · 1:35 · 1 of 2 sessions · +12 -3 · 1.5k tokens · $0.50"
@@ -153,7 +153,7 @@ def test_row_shows_phase_and_adapter() -> None:
     shown.apply(record("t0", TaskDocument(status=TaskStatus.RUNNING, attempts=two, phases=(plan,))))
     one = shown.frame(40.0, 10).rows[0]
     assert (one.phase, one.stage, one.adapter, one.attempt) == ("build", "plan", "planner", "1/3")
-    assert shown.working() == [ObservedSession("t0", 2, "planner")]
+    assert shown.activity.working() == [ObservedSession("t0", 2, "planner")]
     drawn = "".join(segment.text for line in frame_lines(shown.frame(40.0, 10), 100) for segment in line)
     assert "plan  " in drawn
     assert "build" not in drawn
@@ -193,14 +193,14 @@ def test_lines_are_counted_once() -> None:
     shown = view(tasks(2))
     for task in ("t0", "t1"):
         shown.apply(record(task, TaskDocument(status=TaskStatus.RUNNING, attempts=(attempt(),))))
-        shown.on_changes(ObservedSession(task, 1, "fake"), Changes(1, 10, 1))
+        shown.activity.on_changes(ObservedSession(task, 1, "fake"), Changes(1, 10, 1))
     assert shown.totals(30.0).changes == Changes(2, 20, 2)
-    assert shown.uncounted_commits(10) == {}
+    assert shown.activity.uncounted_commits(10) == {}
     shown.apply(record("t0", TaskDocument(status=TaskStatus.LANDED, attempts=(BUILT,), landed=COMMIT)))
-    assert shown.uncounted_commits(10) == {"t0": COMMIT}
-    shown.on_changes(ObservedSession("t0", 1, "fake"), Changes(9, 9, 9))  # a slow scan
-    shown.count("t0", Changes(2, 30, 0))
-    assert shown.uncounted_commits(10) == {}
+    assert shown.activity.uncounted_commits(10) == {"t0": COMMIT}
+    shown.activity.on_changes(ObservedSession("t0", 1, "fake"), Changes(9, 9, 9))  # a slow scan
+    shown.activity.count("t0", Changes(2, 30, 0))
+    assert shown.activity.uncounted_commits(10) == {}
     shown.apply(record("t1", TaskDocument(status=TaskStatus.RUNNING, attempts=(BUILT, attempt(2)))))
     assert shown.totals(30.0).changes == Changes(2, 30, 0)
 
@@ -209,12 +209,12 @@ def test_built_work_is_counted_again_once() -> None:
     """A session may end between two scans: its work is scanned until it was counted or has landed."""
     shown = view(tasks(1))
     shown.apply(record("t0", TaskDocument(status=TaskStatus.RUNNING, attempts=(attempt(),))))
-    assert shown.built() == []
+    assert shown.activity.built() == []
     shown.apply(record("t0", TaskDocument(status=TaskStatus.QUEUED, attempts=(BUILT,))))
-    assert (shown.built(), shown.working()) == ([ObservedSession("t0", 1, "fake")], [])
+    assert (shown.activity.built(), shown.activity.working()) == ([ObservedSession("t0", 1, "fake")], [])
     shown.apply(record("t0", TaskDocument(status=TaskStatus.CHECKING, attempts=(BUILT,))))
-    shown.on_changes(ObservedSession("t0", 1, "fake"), Changes(1, 2, 0))
-    assert shown.built() == []
+    shown.activity.on_changes(ObservedSession("t0", 1, "fake"), Changes(1, 2, 0))
+    assert shown.activity.built() == []
     assert shown.frame(40.0, 5).rows[0].changes == Changes(1, 2, 0)
 
 
@@ -222,10 +222,10 @@ def test_built_work_is_counted_again_once() -> None:
 def test_work_of_a_failed_session_is_counted_again_once(branch: str | None) -> None:
     shown = view(tasks(1))
     shown.apply(record("t0", TaskDocument(status=TaskStatus.RUNNING, attempts=(attempt(),))))
-    shown.on_changes(ObservedSession("t0", 1, "fake"), Changes(1, 2, 0))
+    shown.activity.on_changes(ObservedSession("t0", 1, "fake"), Changes(1, 2, 0))
     crashed = attempt(ended=30.0, outcome="crashed", branch=branch)
     shown.apply(record("t0", TaskDocument(status=TaskStatus.FAILED, attempts=(crashed,), branch=branch)))
-    assert shown.built() == ([] if branch is None else [ObservedSession("t0", 1, "fake")])
+    assert shown.activity.built() == ([] if branch is None else [ObservedSession("t0", 1, "fake")])
     assert shown.frame(40.0, 5).rows[0].changes == (Changes() if branch is None else Changes(1, 2, 0))
 
 
@@ -383,7 +383,7 @@ def test_terminal_sequences_are_escaped() -> None:
     """Escape sequences and markup are displayed literally."""
     shown = view({"t0": DispatchEntry(adapter="fake")})
     shown.apply(record("t0", TaskDocument(status=TaskStatus.RUNNING, attempts=(attempt(),))))
-    shown.on_transcript(
+    shown.activity.on_transcript(
         ObservedSession("t0", 1, "fake"),
         Transcript(last_message="\x1b]0;owned\x07\x1b[31m[red]stop[/red]\u202e\r\x9b2J"),
     )

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import chain, islice
+from itertools import chain
 
-from orchestrator.api.topics.activity import ObservedSession
+from orchestrator.cli.live.session_activity import SessionActivity
 from orchestrator.cli.render.next_steps import status_steps
 from orchestrator.cli.render.table_model import (
     RETRY_LABEL,
@@ -26,7 +26,7 @@ from orchestrator.cli.render.table_model import (
 from orchestrator.cli.render.text import format_elapsed, one_line, printable
 from orchestrator.domain.events.runs import RunCapacityLimited, RunFinished, RunHalted, RunInterrupted, RunLeaderElected
 from orchestrator.domain.runs.metrics import ActiveTime
-from orchestrator.domain.runs.model import AdapterDocument, Attempt, RunDocument, TaskDocument
+from orchestrator.domain.runs.model import AdapterDocument, RunDocument, TaskDocument
 from orchestrator.domain.runs.statuses import (
     ACTIVE_STATUSES,
     FINAL_STATUSES,
@@ -44,12 +44,8 @@ from orchestrator.engine.reports.report import RunRecord
 from orchestrator.engine.reports.task_report import TaskReport, describe_failed_need, report_task
 from orchestrator.engine.state.records import parse_entry, run_key, spec_key
 from orchestrator.protocols import CommitRecord, Event, JsonObject
-from orchestrator.repo.git.change_counts import Changes
-from orchestrator.sessions.output.transcript import EMPTY_TRANSCRIPT, Transcript
 
 _BUILT = LANDING_STATUSES | {TaskStatus.LANDED}
-#: Statuses after a session, in which a row shows the line counts of the work that the session left.
-_SESSION_ENDED = (FINAL_STATUSES - {TaskStatus.LANDED}) | {TaskStatus.QUEUED} | USER_STATUSES
 #: The groups of tasks that wait for a user.
 _USER_ACTIVITIES = tuple(sorted(status.record.activity for status in USER_STATUSES))
 _NOT_LANDED = tuple(status.record.activity for status in TaskStatus if status in UNSUCCESSFUL_STATUSES)
@@ -113,7 +109,7 @@ class _TaskTimings:
 
 
 class LiveRun:
-    """The displayed state of a run: its record, and the transcripts and changes of its sessions so far."""
+    """The displayed state of a run; `activity` receives the activity of its sessions."""
 
     def __init__(self, record: RunRecord, attempts: Mapping[str, int]) -> None:
         """Start from the current record of a run; `attempts` is the number of attempts that each task may have."""
@@ -131,11 +127,7 @@ class LiveRun:
         }
         self._over: dict[str, None] = {}
         self._spending, self._pace = _SpendingTotals(), _TaskTimings()
-        self._said: dict[str, Transcript] = {}
-        self._changes: dict[str, Changes] = {}
-        self._uncounted: dict[str, str] = {}
-        self._unseen: dict[str, None] = {}
-        self._in_all = Changes()
+        self.activity = SessionActivity(self._tasks, self._groups[TaskStatus.RUNNING.record.activity])
         self.is_over = False
         """Whether the run has ended, is interrupted or is halted."""
         for task, document in sorted(record.tasks.items(), key=lambda item: _last_change(item[1])):
@@ -220,66 +212,14 @@ class LiveRun:
             self._over.pop(task, None)
             self._spending.add(before, -1)
             if len(before.attempts) != len(after.attempts) or after.status is TaskStatus.NO_CHANGE:
-                self._said.pop(task, None)
-                self._replace(task, Changes())
+                self.activity.reset(task)
         self._tasks[task], self._changed[task] = after, time
         self._groups[activity_label(after)][task] = None
         self._spending.add(after, 1)
         self._pace.built(task, after)
-        if before is not None and before.status is TaskStatus.RUNNING and after.status in _SESSION_ENDED:
-            if after.status is TaskStatus.QUEUED or after.attempt.branch is not None:
-                self._unseen[task] = None
-            else:
-                self._replace(task, Changes())  # no work of the session is preserved
-        elif after.status in {TaskStatus.PENDING, TaskStatus.LANDED}:
-            self._unseen.pop(task, None)
+        self.activity.update(task, before, after)
         if after.status in FINAL_STATUSES:
             self._over[task] = None
-        if after.landed is not None and (before is None or before.landed != after.landed):
-            self._uncounted[task] = after.landed
-
-    def working(self) -> list[ObservedSession]:
-        """See `activity.ActivityObserver`."""
-        return [
-            self._session(task, self._tasks[task].attempt) for task in self._groups[TaskStatus.RUNNING.record.activity]
-        ]
-
-    def built(self) -> list[ObservedSession]:
-        """See `activity.ActivityObserver`."""
-        return [self._session(task, self._tasks[task].building_attempt) for task in self._unseen]
-
-    def _session(self, task: str, attempt: Attempt) -> ObservedSession:
-        return ObservedSession(task, attempt.number, attempt.adapter)
-
-    def uncounted_commits(self, most: int) -> dict[str, str]:
-        """See `activity.ActivityObserver`."""
-        return dict(islice(self._uncounted.items(), most))
-
-    def on_transcript(self, session: ObservedSession, said: Transcript) -> None:
-        """See `activity.ActivityObserver`."""
-        if self._is_at(session):
-            self._said[session.task] = said
-
-    def on_changes(self, session: ObservedSession, changes: Changes) -> None:
-        """See `activity.ActivityObserver`."""
-        if self._is_at(session):
-            self._unseen.pop(session.task, None)
-            self._replace(session.task, changes)
-
-    def count(self, task: str, changes: Changes) -> None:
-        """See `activity.ActivityObserver`."""
-        self._uncounted.pop(task, None)
-        self._replace(task, changes)
-
-    def _is_at(self, session: ObservedSession) -> bool:
-        document = self._tasks[session.task]
-        numbers = {one.number for one in (document.attempt, document.building_attempt)} if document.attempts else set()
-        return document.landed is None and session.attempt in numbers
-
-    def _replace(self, task: str, changes: Changes) -> None:
-        before = self._changes.get(task, Changes())
-        self._in_all = self._in_all - before + changes
-        self._changes[task] = changes
 
     def frame(self, now: float, room: int) -> TableFrame:
         """Return the frame at `now` (wall-clock seconds), with at most `room` lines in addition to the totals."""
@@ -331,7 +271,7 @@ class LiveRun:
             adapter=printable(report.adapter or ""),
             attempt=f"{report.attempts}/{max(self._attempts[task], report.attempts)}" if report.attempts else "",
             elapsed=elapsed,
-            changes=self._changes.get(task, Changes()),
+            changes=self.activity.changes(task),
             words=printable(one_line(self._words(report))),
             stage=printable(report.phase or "") if document.status is TaskStatus.RUNNING else "",
         )
@@ -341,7 +281,7 @@ class LiveRun:
         if report.landed is not None:
             return f"{report.landed[:10]} on {self.run.target}"
         if report.status == TaskStatus.RUNNING:
-            return self._said.get(report.id, EMPTY_TRANSCRIPT).last_message or ""
+            return self.activity.last_message(report.id)
         if report.status in USER_STATUSES:
             commands = ", or ".join(f"`{step.command}`" for step in status_steps(report, is_shown=True))
             return f"{commands}: {report.last_message or ''}"
@@ -355,7 +295,8 @@ class LiveRun:
         """Return the totals at `now` (wall-clock seconds)."""
         count = {name: len(tasks) for name, tasks in self._groups.items()}
         blocked = len(self._board.blocked)
-        running = [self._said[task] for task in self._groups["build"] if task in self._said]
+        transcripts = self.activity.transcripts
+        running = [transcripts[task] for task in self._groups["build"] if task in transcripts]
         costs = [cost for cost in (self._spending.cost, *(one.cost for one in running)) if cost is not None]
         return RunTotals(
             landed=count["landed"],
@@ -366,7 +307,7 @@ class LiveRun:
             failed=len(self._over) - count["landed"] - count["done"],
             sessions=count["build"],
             capacity=self._capacity,
-            changes=self._in_all,
+            changes=self.activity.total_changes,
             tokens=self._spending.tokens + sum(one.input_tokens + one.output_tokens for one in running),
             cost=sum(costs) if costs else None,
             elapsed=self._active(now).between(self.run.started, now),

@@ -56,7 +56,7 @@ class LiveTable:
         screen, self._output.print_above_table = _Screen(), self._above.append
         try:
             async with anyio.create_task_group() as group:
-                group.start_soon(activity.show, view)
+                group.start_soon(activity.show, view.activity)
                 group.start_soon(self._draw, view, screen)
                 await follow(take)
         finally:
