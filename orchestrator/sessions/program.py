@@ -79,7 +79,7 @@ class SessionProgram:
             try:
                 reach |= await adapter_homes.set_up(self.home, adapter_command.home, self.tools.environ)
             except RefusedError as refused:
-                return ProcessExit("exit", None, None, str(refused))
+                return ProcessExit(None, None, "exit", str(refused))
         if self.prepared is not None:
             reach |= self.prepared.reach
         if self.socket is not None:
@@ -96,7 +96,7 @@ class SessionProgram:
             program = command.argv[0]
             error += self.tools.sandbox.explain_missing_program(program, self.tools.environ, reach)
             is_missing = await anyio.to_thread.run_sync(_is_missing, program, self.tools.environ)
-        return ProcessExit(ended.ended_by, ended.exit, ended.signal, error, ended.exhausted, is_missing)
+        return replace(ended, spawn_error=error, missing=is_missing)
 
     def command(self) -> SessionCommand:
         """Return the adapter's command for the session."""
@@ -154,7 +154,7 @@ class SessionProgram:
         try:
             with plugin_code():
                 transcript, events = await anyio.to_thread.run_sync(read_transcript, adapter, self._log("stdout"))
-                end = SessionEnd(exit_.code, exit_.signal, self.tools.clock.now(), stdout, stderr, events)
+                end = SessionEnd(exit_.exit, exit_.signal, self.tools.clock.now(), stdout, stderr, events)
                 verdict, admitted = adapter.verdict(end), has_reported_failure(events)
                 return ProgramOutput(transcript, verdict, admitted, extract_answer(events), stderr)
         except PluginFailed as failed:

@@ -10,6 +10,7 @@ import anyio
 import anyio.to_thread
 
 from orchestrator.domain.runs.outcome import (
+    Built,
     Failed,
     Interrupted,
     Outcome,
@@ -19,6 +20,7 @@ from orchestrator.domain.runs.outcome import (
 )
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.errors import GitError, LeaseLost, RefusedError, SessionError, is_resource_exhaustion
+from orchestrator.protocols import JsonObject
 from orchestrator.repo.worktrees import worktrees
 from orchestrator.repo.worktrees.change_detection import TreeDiff
 from orchestrator.repo.worktrees.checkouts import HeldSlot
@@ -28,13 +30,15 @@ from orchestrator.sessions.collection import WorkCollector
 from orchestrator.sessions.output.transcript import EMPTY_TRANSCRIPT, Transcript
 from orchestrator.sessions.program import SessionProgram
 from orchestrator.sessions.setup import adapter_homes
+from orchestrator.sessions.setup.handoff_file import HandoffData, MalformedHandoff
+from orchestrator.sessions.setup.shell import CommandFailed
 from orchestrator.sessions.setup.worktree_setup import PreparedWorktree, SetupFailed
 from orchestrator.sessions.socket.listener import open_session_socket
 from orchestrator.system.failpoints import failpoint
 from orchestrator.system.process import kill_by_environment
 from orchestrator.system.resources import is_disk_full
 
-_STOPPED = ProcessExit("stop", None, None, None)
+_STOPPED = ProcessExit(None, None, "stop", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,17 @@ class SessionResult:
     """The program's complete final answer."""
     discarded: tuple[str, ...] = ()
     """The paths that a session without write permission changed."""
+    failed_command: CommandFailed | None = None
+    """The `until` command that failed on its work."""
+    handoff_file: HandoffData | MalformedHandoff | None = None
+    """The content of its handoff file."""
+    submitted: JsonObject | None = None
+    """The result submitted by the handoff tool."""
+
+    @property
+    def commit(self) -> str | None:
+        """The commit that it built, if any."""
+        return self.outcome.commit if isinstance(self.outcome, Built) else None
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ import anyio.to_thread
 import pytest
 
 from orchestrator.client.session import ShortSocketPath
+from orchestrator.domain.runs.outcome import ProcessExit
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.domain.settings.run_settings import NetworkSettings, PathAccess, SandboxSettings
 from orchestrator.errors import RefusedError
@@ -23,7 +24,7 @@ from orchestrator.sandbox import landlock
 from orchestrator.sessions.sandbox.policy import SandboxKind, choose_sandbox
 from orchestrator.sessions.sandbox.run_sandbox import RunSandbox, SandboxScope
 from orchestrator.sessions.setup.shell import CommandFailed, CommandSucceeded, Shell, ShellCommand, ShellResult
-from orchestrator.sessions.supervision.supervisor_client import SupervisedCommand, SupervisedExit, run_supervised
+from orchestrator.sessions.supervision.supervisor_client import SupervisedCommand, run_supervised
 from orchestrator.system.process import internal_program_folders
 from tests.conftest import Repository
 from tests.sandboxes import require_sandbox
@@ -132,7 +133,7 @@ class Workspace:
             lock=self.top / "task.1.lock",
         )
 
-    async def run(self, kind: SandboxKind, hosts: tuple[str, ...], argv: list[str], **env: str) -> SupervisedExit:
+    async def run(self, kind: SandboxKind, hosts: tuple[str, ...], argv: list[str], **env: str) -> ProcessExit:
         command = self.command(argv, **env)
         async with self.sandbox(kind, hosts).apply(self.ground, command, PathAccess()) as fenced:
             ended = await run_supervised(fenced.command)
@@ -274,7 +275,7 @@ async def test_proxied_start_is_as_clean_as_without(workspace: Workspace, kind: 
 async def test_missing_program_is_reported(workspace: Workspace, kind: SandboxKind) -> None:
     """It is distinguished from a failing program, as in each sandbox."""
     ended = await workspace.run(kind, ("api.example.com",), ["no-such-program"])
-    assert ended == SupervisedExit(None, None, "exit", "no-such-program: No such file or directory", 0, 0, 0, None)
+    assert ended == ProcessExit(None, None, "exit", "no-such-program: No such file or directory", 0, 0, 0, None)
     ended = await workspace.run(kind, ("api.example.com",), ["sh", "-c", "exit 127"])
     assert (ended.exit, ended.spawn_error) == (127, None)
 

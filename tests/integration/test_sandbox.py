@@ -18,9 +18,10 @@ import anyio
 import psutil
 import pytest
 
+from orchestrator.domain.runs.outcome import ProcessExit
 from orchestrator.errors import RefusedError, SessionError
 from orchestrator.sessions.sandbox.policy import SandboxKind, SandboxPolicy, choose_sandbox, sandbox_command
-from orchestrator.sessions.supervision.supervisor_client import SupervisedCommand, SupervisedExit, run_supervised
+from orchestrator.sessions.supervision.supervisor_client import SupervisedCommand, run_supervised
 from orchestrator.system.process_table import start_ticks
 from tests.processes import child_processes
 from tests.sandboxes import require_sandbox
@@ -285,7 +286,7 @@ async def test_sandboxed_program_starts_as_clean_as_without(folders: Folders, ki
 async def test_missing_program_is_distinguished_from_a_failing_one(folders: Folders, kind: SandboxKind) -> None:
     """By the program's name and the reason, as without a sandbox; exit code 1 is the program's own."""
     ended = await run_supervised(sandbox_command(kind, folders.command(["no-such-program"]), folders.policy()))
-    assert ended == SupervisedExit(None, None, "exit", "no-such-program: No such file or directory", 0, 0, 0, None)
+    assert ended == ProcessExit(None, None, "exit", "no-such-program: No such file or directory", 0, 0, 0, None)
     (folders.tree / "work" / "text").write_text("not a program")
     ended = await run_supervised(sandbox_command(kind, folders.command(["./text"]), folders.policy()))
     assert ended.spawn_error == "./text: Permission denied"

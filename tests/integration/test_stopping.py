@@ -13,8 +13,9 @@ import anyio
 import psutil
 import pytest
 
+from orchestrator.domain.runs.outcome import ProcessExit
 from orchestrator.sessions.sandbox.policy import SandboxKind, sandbox_command
-from orchestrator.sessions.supervision.supervisor_client import SupervisedCommand, SupervisedExit, run_supervised
+from orchestrator.sessions.supervision.supervisor_client import SupervisedCommand, run_supervised
 from tests.integration.test_sandbox import Folders, wait_until
 from tests.processes import child_processes
 from tests.sandboxes import require_sandbox
@@ -95,7 +96,7 @@ def heard(folders: Folders) -> list[tuple[str, str]]:
     return [(name, number) for name, number, _ in notes(folders)]
 
 
-async def stopped(folders: Folders, command: SupervisedCommand) -> tuple[SupervisedExit, float]:
+async def stopped(folders: Folders, command: SupervisedCommand) -> tuple[ProcessExit, float]:
     """Run the command, stop it through its supervisor once it is ready, and return the seconds until its end."""
     asked: list[float] = []
 

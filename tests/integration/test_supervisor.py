@@ -20,10 +20,10 @@ import anyio
 import psutil
 import pytest
 
+from orchestrator.domain.runs.outcome import ProcessExit
 from orchestrator.errors import LeaseLost, LockHeld, SessionError
 from orchestrator.sessions.supervision.supervisor_client import (
     SupervisedCommand,
-    SupervisedExit,
     is_session_alive,
     open_fork_server,
     run_supervised,
@@ -143,7 +143,7 @@ async def cancel_when_ready(command: SupervisedCommand, ready: Callable[[], obje
 async def test_exit_and_output_of_a_program_are_reported(agent: Agent, tmp_path: Path) -> None:
     """Its exit code, its output and the path of it, and that nothing had to be killed."""
     command = agent("print('out'); print('err', file=sys.stderr); sys.exit(3)")
-    assert await run_supervised(command) == SupervisedExit(3, None, "exit", None, 4, 4, 0, None)
+    assert await run_supervised(command) == ProcessExit(3, None, "exit", None, 4, 4, 0, None)
     assert (tmp_path / "stdout").read_bytes() == b"out\n"
     assert (tmp_path / "stderr").read_bytes() == b"err\n"
 
@@ -160,7 +160,7 @@ async def test_prompt_is_the_input_of_the_program(agent: Agent, tmp_path: Path) 
     echo = "sys.stdout.buffer.write(sys.stdin.buffer.read())"
     await run_supervised(agent(echo, stdin=prompt))
     assert (tmp_path / "stdout").read_bytes() == prompt.read_bytes()
-    assert await run_supervised(agent(echo)) == SupervisedExit(0, None, "exit", None, 0, 0, 0, None)
+    assert await run_supervised(agent(echo)) == ProcessExit(0, None, "exit", None, 0, 0, 0, None)
 
 
 async def test_program_starts_with_clean_signals_and_descriptors(agent: Agent, tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ async def test_unstartable_program_is_reported_with_the_reason(
     agent: Agent, change: dict[str, object], why: str
 ) -> None:
     """A missing program, folder or file is an outcome of the session, not a crash."""
-    assert await run_supervised(agent("", **change)) == SupervisedExit(None, None, "exit", why, 0, 0, 0, None)
+    assert await run_supervised(agent("", **change)) == ProcessExit(None, None, "exit", why, 0, 0, 0, None)
 
 
 @LINUX_ONLY
@@ -231,7 +231,7 @@ async def test_exhausted_machine_is_distinguished_from_a_missing_program(agent: 
     """After descriptors ran out a retry may help; for a missing program it does not."""
     assert not (await run_supervised(agent("", argv=["no-such-program"]))).exhausted
     command = agent("open('ran', 'w')")
-    ended: list[SupervisedExit] = []
+    ended: list[ProcessExit] = []
 
     async def run() -> None:
         ended.append(await run_supervised(command))
@@ -806,7 +806,7 @@ async def test_many_concurrent_sessions_leave_nothing_open(agent: Agent, tmp_pat
     """Each gets its own result, and no descriptor, thread or zombie stays."""
     before = open_fds()
     template = agent("print(sys.argv[2]); sys.exit(int(sys.argv[2]))")
-    ends: dict[int, SupervisedExit] = {}
+    ends: dict[int, ProcessExit] = {}
 
     async def work(number: int) -> None:
         command = replace(

@@ -65,7 +65,7 @@ def test_denied_tool_of_an_early_end_is_named() -> None:
 
 def test_no_change_because_of_denials_is_reported() -> None:
     denials = ToolDenials.of([("Bash(make)", ""), ("Bash(make)", "allow it"), *((f"Write({n})", "") for n in "abc")])
-    outcome = judge_outcome(ProcessExit("exit", 0, None, None), SessionLimits(1.0), None, None, None, denials=denials)
+    outcome = judge_outcome(ProcessExit(0, None, "exit", None), SessionLimits(1.0), None, None, None, denials=denials)
     assert isinstance(outcome, Failed)
     assert outcome.failure is FailureClass.NO_CHANGE
     reported = "5 tools denied: Bash(make), Write(a), Write(b), …: allow it"

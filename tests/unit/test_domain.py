@@ -230,7 +230,7 @@ def test_every_failure_class_has_a_policy(failure: FailureClass) -> None:
     assert (failure in RETRYABLE) == (failure not in {*fixed, *others})
 
 
-ENDED_WELL = ProcessExit("exit", 0, None, None)
+ENDED_WELL = ProcessExit(0, None, "exit", None)
 BUSY = Failed(FailureClass.OVERLOADED, "too busy")
 CRASHED = FailureClass.CRASHED
 
@@ -249,20 +249,20 @@ CRASHED = FailureClass.CRASHED
         ),
         (ENDED_WELL, None, None, BUSY, BUSY),
         (ENDED_WELL, "c", "too big", None, Failed(FailureClass.REFUSED, "too big")),
-        (ProcessExit("exit", 3, None, None), "c", None, None, Failed(CRASHED, "the program ended with exit code 3")),
-        (ProcessExit("exit", 3, None, None), "c", "too big", BUSY, BUSY),
-        (ProcessExit("exit", None, 9, None), "c", None, None, Failed(CRASHED, "the program got signal 9")),
-        (ProcessExit("stop", 0, None, None), "c", None, BUSY, Interrupted("the run was stopped")),
-        (ProcessExit("orphaned", None, 9, None), "c", None, None, Interrupted("the run was stopped")),
+        (ProcessExit(3, None, "exit", None), "c", None, None, Failed(CRASHED, "the program ended with exit code 3")),
+        (ProcessExit(3, None, "exit", None), "c", "too big", BUSY, BUSY),
+        (ProcessExit(None, 9, "exit", None), "c", None, None, Failed(CRASHED, "the program got signal 9")),
+        (ProcessExit(0, None, "stop", None), "c", None, BUSY, Interrupted("the run was stopped")),
+        (ProcessExit(None, 9, "orphaned", None), "c", None, None, Interrupted("the run was stopped")),
         (
-            ProcessExit("exit", None, None, "no memory", exhausted=True),
+            ProcessExit(None, None, "exit", "no memory", exhausted=True),
             None,
             None,
             None,
             ResourcesExhausted("the program could not be started: no memory"),
         ),
         (
-            ProcessExit("exit", None, None, "/x: No such file or directory", missing=True),
+            ProcessExit(None, None, "exit", "/x: No such file or directory", missing=True),
             None,
             None,
             None,
@@ -278,7 +278,7 @@ def test_outcome_is_judged_by_facts(
 
 
 def test_exit_code_is_explained_by_the_last_line_of_stderr() -> None:
-    failed, limits = ProcessExit("exit", 2, None, None), SessionLimits(60.0)
+    failed, limits = ProcessExit(2, None, "exit", None), SessionLimits(60.0)
     result = judge_outcome(failed, limits, None, None, None, errors="started\n sh: no such file \n\n")
     assert result == Failed(CRASHED, "the program ended with exit code 2: sh: no such file")
     ruled = judge_outcome(failed, limits, None, None, None, errors="  | OSError: no room\n  +-----------\n")
@@ -292,9 +292,9 @@ def test_exit_code_is_explained_by_the_last_line_of_stderr() -> None:
 def test_reported_failure_counts_despite_changes(commit: str | None, refused: str | None) -> None:
     """Despite a zero exit as well; a stop remains a stop."""
     limits = SessionLimits(60.0)
-    assert judge_outcome(ProcessExit("exit", 0, None, None), limits, commit, refused, BUSY, admitted=True) == BUSY
+    assert judge_outcome(ProcessExit(0, None, "exit", None), limits, commit, refused, BUSY, admitted=True) == BUSY
     assert isinstance(
-        judge_outcome(ProcessExit("stop", 0, None, None), limits, commit, refused, BUSY, admitted=True), Interrupted
+        judge_outcome(ProcessExit(0, None, "stop", None), limits, commit, refused, BUSY, admitted=True), Interrupted
     )
 
 
@@ -302,16 +302,16 @@ def test_unfinished_session_failed_despite_changes() -> None:
     """A zero exit without the closing line of the program is a failure; text alone does not count."""
     limits = SessionLimits(60.0)
     cut = replace(BUSY, unfinished=True)
-    assert judge_outcome(ProcessExit("exit", 0, None, None), limits, "c", None, cut) == cut
-    assert judge_outcome(ProcessExit("exit", 0, None, None), limits, "c", None, BUSY) == Built("c")
+    assert judge_outcome(ProcessExit(0, None, "exit", None), limits, "c", None, cut) == cut
+    assert judge_outcome(ProcessExit(0, None, "exit", None), limits, "c", None, BUSY) == Built("c")
 
 
 @pytest.mark.parametrize(
     ("exit_", "failure", "fragment"),
     [
-        (ProcessExit("timeout", None, 15, None), FailureClass.TIMEOUT, "90 s"),
-        (ProcessExit("idle_timeout", 0, None, None), FailureClass.IDLE_TIMEOUT, "7 s"),
-        (ProcessExit("exit", None, None, "no such file"), FailureClass.INVALID, "no such file"),
+        (ProcessExit(None, 15, "timeout", None), FailureClass.TIMEOUT, "90 s"),
+        (ProcessExit(0, None, "idle_timeout", None), FailureClass.IDLE_TIMEOUT, "7 s"),
+        (ProcessExit(None, None, "exit", "no such file"), FailureClass.INVALID, "no such file"),
     ],
 )
 def test_limit_and_missing_program_are_named(exit_: ProcessExit, failure: FailureClass, fragment: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from orchestrator.domain.settings.failures import FailureClass
 
@@ -89,16 +90,24 @@ Outcome = Built | ReadOnlySuccess | Failed | Interrupted | ResourcesExhausted | 
 
 @dataclass(frozen=True, slots=True)
 class ProcessExit:
-    """The end of a process: exit, timeout, idle_timeout, stop or orphaned.
+    """The exit of a CLI, reported when none of its processes is alive.
 
-    `spawn_error` is the reason if it did not start; `exhausted` means that descriptors, memory or disk space were used
-    up, `missing` that the program does not exist.
+    `exit` or `signal` is the CLI's own status. Both are None if it never ran; then `spawn_error` has the reason, unless
+    it was stopped before. The byte counts are of the written output, not of the kept one. `killed` counts killed
+    processes except the CLI; those in a bubblewrap that the kernel kills are not counted. `output_error` is the reason
+    why output could not be written. `exhausted` means that `spawn_error` is a possibly temporary lack of memory, disk
+    space, processes or file descriptors, not an error of the program; `missing` that the program does not exist. In a
+    bubblewrap, a CLI that signal N ended appears as `exit` 128 + N, as in a shell.
     """
 
-    ended_by: str
-    code: int | None
+    exit: int | None
     signal: int | None
+    ended_by: Literal["exit", "timeout", "idle_timeout", "stop", "orphaned"]
     spawn_error: str | None
+    stdout_bytes: int = 0
+    stderr_bytes: int = 0
+    killed: int = 0
+    output_error: str | None = None
     exhausted: bool = False
     missing: bool = False
 
@@ -141,8 +150,8 @@ def judge_outcome(
         return Interrupted("the run was stopped")
     if exit_.ended_by in {"timeout", "idle_timeout"}:
         return _limit_failure(exit_.ended_by, limits)
-    if exit_.code != 0:
-        how = f"got signal {exit_.signal}" if exit_.code is None else f"ended with exit code {exit_.code}"
+    if exit_.exit != 0:
+        how = f"got signal {exit_.signal}" if exit_.exit is None else f"ended with exit code {exit_.exit}"
         return verdict or Failed(FailureClass.CRASHED, f"the program {how}{_last_line(errors)}")
     if verdict is not None and (admitted or verdict.unfinished):
         return verdict

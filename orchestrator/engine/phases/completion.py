@@ -62,31 +62,14 @@ from orchestrator.errors import RefusedError
 from orchestrator.protocols import JsonObject, Write
 from orchestrator.repo.git.checksums import compute_checksums
 from orchestrator.repo.git.command import Git
-from orchestrator.sessions.output.transcript import Transcript
+from orchestrator.sessions.session import SessionResult
 from orchestrator.sessions.setup.handoff_file import HandoffData, MalformedHandoff
-from orchestrator.sessions.setup.shell import CommandFailed
 from orchestrator.system.clock import Clock
 
 #: How many times a session is asked to fix an invalid handoff.
 MAX_HANDOFF_REPAIRS: Final = 1
 #: The number of findings in a reason.
 _MAX_NAMED_FINDINGS: Final = 3
-
-
-@dataclass(frozen=True, slots=True)
-class EndedSession:
-    """The results of a session that succeeded."""
-
-    commit: str | None
-    """The commit that it built, if the phase writes."""
-    failed: CommandFailed | None
-    """The `until` command that failed."""
-    file: HandoffData | MalformedHandoff | None
-    """The content of its handoff file."""
-    tool: JsonObject | None
-    """The result submitted by the handoff tool."""
-    answer: str
-    used: Transcript
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +111,7 @@ class PhaseCompleter:
         return check
 
     async def complete(
-        self, task: str, spec: TaskSpec, current: NextPhase, session: EndedSession
+        self, task: str, spec: TaskSpec, current: NextPhase, session: SessionResult
     ) -> TaskUpdate | Failed:
         """Return the outcome of a phase whose session succeeded, which may be a failure."""
         document, phase = self.ledger.task(task), current.phase
@@ -136,7 +119,7 @@ class PhaseCompleter:
         if current.workflow.is_default:
             changes = {"commit": session.commit, "built_by": None, "start": None, "base": None, "feedback": None}
             return TaskUpdate(Trigger.BUILD, TaskQueued(outcome="built"), changes)
-        if session.failed is not None:
+        if session.failed_command is not None:
             return self._repeat_after_failed_command(document, phase, session, base)
         checked = await self._read_handoff(phase, session)
         if isinstance(checked, Sequence):
@@ -158,10 +141,10 @@ class PhaseCompleter:
         return await expand_task(self.ledger, task, spec, phase, checked.data, self.ledger.task(task).attempt.number)
 
     def _repeat_after_failed_command(
-        self, document: TaskDocument, phase: Phase, session: EndedSession, base: str
+        self, document: TaskDocument, phase: Phase, session: SessionResult, base: str
     ) -> TaskUpdate | Failed:
         """Repeat a phase whose `until` command failed, with its output as feedback."""
-        failed, visit = session.failed, document.phases[-1]
+        failed, visit = session.failed_command, document.phases[-1]
         assert failed is not None, "only called if a command failed"  # noqa: S101  the caller has seen it
         reason = failed.describe(f"on the work of phase {phase.name!r}")
         if visit.rounds >= phase.max_rounds:
@@ -172,7 +155,7 @@ class PhaseCompleter:
         )
 
     def _request_repair(
-        self, task: str, phase: Phase, session: EndedSession, base: str, violations: Sequence[Violation]
+        self, task: str, phase: Phase, session: SessionResult, base: str, violations: Sequence[Violation]
     ) -> TaskUpdate | Failed:
         """Repeat a phase whose handoff is invalid, with its errors as feedback."""
         document = self.ledger.task(task)
@@ -192,7 +175,7 @@ class PhaseCompleter:
         task: str,
         spec: TaskSpec,
         current: NextPhase,
-        session: EndedSession,
+        session: SessionResult,
         checked: _CheckedHandoff | None,
         record: dict[str, Any],
         tasks: Mapping[str, TaskSpec],
@@ -292,7 +275,7 @@ class PhaseCompleter:
         return TaskUpdate(Trigger.REPEAT, repeated, changes, writes, events)
 
     async def _build_handoff(
-        self, task: str, phase: Phase, following: Phase | None, session: EndedSession, checked: _CheckedHandoff
+        self, task: str, phase: Phase, following: Phase | None, session: SessionResult, checked: _CheckedHandoff
     ) -> Handoff | Violation:
         document, mediation = self.ledger.task(task), None
         if phase.handoff == "mediated" and phase.mediator is None:
@@ -303,7 +286,7 @@ class PhaseCompleter:
             mediation = mediated
         earlier = [attempt for attempt in document.attempts if attempt.number != document.attempt.number]
         earlier_cost = sum_known_cost(earlier)
-        used = session.used
+        used = session.transcript
         version = None
         if phase.handoff == "shared" and phase.key is not None:
             claims = self.ledger.claims
@@ -330,12 +313,12 @@ class PhaseCompleter:
             version=version,
         )
 
-    async def _read_handoff(self, phase: Phase, session: EndedSession) -> _CheckedHandoff | Sequence[Violation] | None:
+    async def _read_handoff(self, phase: Phase, session: SessionResult) -> _CheckedHandoff | Sequence[Violation] | None:
         """Return a session's handoff, or its violations; None if the phase has no result."""
         if phase.kind is None:
             return None
         kind = self.inputs.kind(phase)
-        delivery = select_delivery(session.file, session.tool, session.answer)
+        delivery = select_delivery(session.handoff_file, session.submitted, session.answer)
         if isinstance(delivery, Violation):
             return [delivery]
         data, by = delivery
@@ -410,7 +393,7 @@ def _delivered_event(handoff: Handoff) -> HandoffDelivered:
 
 def _repeat_phase(
     document: TaskDocument,
-    session: EndedSession,
+    session: SessionResult,
     base: str,
     outcome: FailureClass,
     reason: str,

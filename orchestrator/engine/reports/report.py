@@ -289,12 +289,9 @@ def build_report(
     reports, roots = [], dict[str, str]()
     for task, blocker in blocked.items():  # needs come before their dependents
         roots[task] = roots.get(blocker, blocker)
-    is_stopped, folder, is_merge = (
-        status in {RunStatus.INTERRUPTED, RunStatus.HALTED},
-        str(logs),
-        record.run.merges is not None,
-    )
+    is_stopped = status in {RunStatus.INTERRUPTED, RunStatus.HALTED}
     interrupted = _INTERRUPTED.format(run=record.run.id) if is_stopped else None
+    is_merge, folder = record.run.merges is not None, str(logs)
     for task in record.run.tasks:
         need = blocked.get(task)
         reports.append(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import assert_never
 
 from orchestrator.domain.events.base import AttemptEvent, TaskEvent
@@ -36,7 +36,7 @@ from orchestrator.domain.runs.retry import decide_retry
 from orchestrator.domain.runs.statuses import Trigger
 from orchestrator.domain.settings.failures import FailureClass, FailurePolicy, get_failure_policy
 from orchestrator.engine.landing.base_checks import BaseChecks
-from orchestrator.engine.phases.completion import EndedSession, PhaseHandlers
+from orchestrator.engine.phases.completion import PhaseHandlers
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.scheduler.active_attempts import ActiveAttempt, AttemptEnd
 from orchestrator.engine.state.ledger import Ledger
@@ -99,8 +99,9 @@ class AttemptRecorder:
     async def _record_success(self, active: ActiveAttempt, finished: SessionResult) -> AttemptEnd:
         """Record the phase result of a session that succeeded."""
         phase = active.next_phase.phase
-        commit = finished.outcome.commit if isinstance(finished.outcome, Built) else None
-        failed = await self._run_phase_checks(active, commit) if commit is not None and phase.until else None
+        commit, failed = finished.commit, None
+        if commit is not None and phase.until:
+            failed = await self._run_phase_checks(active, commit)
         if isinstance(failed, ChecksNotRun | Misconfigured):
             unrunnable = failed.reason if isinstance(failed, Misconfigured) else None
             reason = failed.reason if unrunnable is None else HaltReason.parse(unrunnable).headline
@@ -111,8 +112,8 @@ class AttemptRecorder:
             return await self._record_cancelled(active, finished)
         file_handoff = await read_handoff(active.session.assignment.worktree) if phase.kind is not None else None
         usage = self.context.accounting.net_usage(finished.transcript, self.ledger.task(active.task).attempts)
-        ended = EndedSession(commit, failed, file_handoff, active.handed_over, finished.answer, usage)
-        update = await self._complete_phase(active, ended)
+        ended = replace(finished, failed_command=failed, handoff_file=file_handoff, submitted=active.handed_over)
+        update = await self._complete_phase(active, replace(ended, transcript=usage))
         if isinstance(update, Failed):
             return await self._record_failure(active, finished, update)
         if not active.next_phase.workflow.is_default:
@@ -122,7 +123,7 @@ class AttemptRecorder:
         await self.ledger.adapters.clear_cooldown(active.adapter)
         return AttemptEnd()
 
-    async def _complete_phase(self, active: ActiveAttempt, ended: EndedSession) -> TaskUpdate | Failed:
+    async def _complete_phase(self, active: ActiveAttempt, ended: SessionResult) -> TaskUpdate | Failed:
         """Return the update that completes or fails the phase of a session."""
         try:
             return await self.phase_handlers.completer.complete(active.task, active.spec, active.next_phase, ended)

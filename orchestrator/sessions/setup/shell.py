@@ -15,6 +15,7 @@ import anyio
 import anyio.to_thread
 
 from orchestrator.domain.runs.halts import HaltReason
+from orchestrator.domain.runs.outcome import ProcessExit
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.domain.sessions.shell_commands import (
     NOT_EXECUTABLE,
@@ -29,7 +30,7 @@ from orchestrator.domain.wording import join_names
 from orchestrator.errors import SessionError, is_resource_exhaustion
 from orchestrator.sessions.output.log_files import MAX_OUTPUT_BYTES, STOP_GRACE, read_tail
 from orchestrator.sessions.sandbox.run_sandbox import RunSandbox, SandboxScope
-from orchestrator.sessions.supervision.supervisor_client import SupervisedCommand, SupervisedExit, run_supervised
+from orchestrator.sessions.supervision.supervisor_client import SupervisedCommand, run_supervised
 from orchestrator.system.process import kill_by_environment
 from orchestrator.system.resources import is_disk_full
 
@@ -197,7 +198,7 @@ class Shell:
             redact=self.redactor.bytes_pattern,
         )
 
-    async def _judge(self, command: ShellCommand, exited: SupervisedExit, denied: Sequence[str]) -> ShellResult:
+    async def _judge(self, command: ShellCommand, exited: ProcessExit, denied: Sequence[str]) -> ShellResult:
         if exited.spawn_error is not None:
             return CommandNotRun(f"it could not be started: {exited.spawn_error}", exited.exhausted)
         if exited.ended_by in {"stop", "orphaned"}:

@@ -8,7 +8,7 @@ starting Python is most of the cost of a session. It imports little, and only of
              `stop` later; end of file means that the orchestrator is dead
     status   {"event": "locked"} once it holds the session's lock, {"event": "started", "pid": …} unless the start
              failed, and finally {"event": "ended", …} with the fields of
-             `orchestrator.sessions.supervision.supervisor_client.SupervisedExit`; at any time
+             `orchestrator.domain.runs.outcome.ProcessExit`; at any time
              {"event": "forked", "pid": …} of the process that forked it
 
 Between `locked` and `start` the orchestrator checks that it still owns the session. A process that takes over the

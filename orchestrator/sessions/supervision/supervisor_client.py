@@ -15,11 +15,12 @@ from contextlib import ExitStack, asynccontextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO
 
 import anyio
 import anyio.to_thread
 
+from orchestrator.domain.runs.outcome import ProcessExit
 from orchestrator.errors import LockHeld, SessionError
 from orchestrator.sessions.supervision.supervisor import OWNER
 from orchestrator.system import process
@@ -77,35 +78,12 @@ class SupervisedCommand:
     limits: Mapping[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class SupervisedExit:
-    """The exit of a CLI, reported when none of its processes is alive.
-
-    `exit` or `signal` is the CLI's own status. Both are None if it never ran; then `spawn_error` has the reason, unless
-    it was stopped before. The byte counts are of the written output, not of the kept one. `killed` counts killed
-    processes except the CLI; those in a bubblewrap that the kernel kills are not counted. `output_error` is the reason
-    why output could not be written. `exhausted` means that `spawn_error` is a possibly temporary lack of memory, disk
-    space, processes or file descriptors, not an error of the program. In a bubblewrap, a CLI that signal N ended
-    appears as `exit` 128 + N, as in a shell.
-    """
-
-    exit: int | None
-    signal: int | None
-    ended_by: Literal["exit", "timeout", "idle_timeout", "stop", "orphaned"]
-    spawn_error: str | None
-    stdout_bytes: int
-    stderr_bytes: int
-    killed: int
-    output_error: str | None
-    exhausted: bool = False
-
-
 async def run_supervised(
     command: SupervisedCommand,
     *,
     may_start: Callable[[], Awaitable[None]] | None = None,
     on_spawned: Callable[[], None] | None = None,
-) -> SupervisedExit:
+) -> ProcessExit:
     """Run a CLI and return its exit; none of its processes is alive afterwards.
 
     `may_start` is called under the session's lock right before the CLI starts; its error prevents the start.
@@ -293,7 +271,7 @@ class _Supervisor:
                 self._lines.append(line)
         return data != b""
 
-    async def report(self) -> SupervisedExit:
+    async def report(self) -> ProcessExit:
         """Wait for the supervisor to exit and return its report."""
         await self.wait_for_exit()
         received = [line for line in (*self._lines, self._unread) if line.strip()]
@@ -306,7 +284,7 @@ class _Supervisor:
             errors = [line for line in lines if not line.startswith('{"event": ')]
             reason = errors[-1] if errors else "it was killed"
             raise SessionError(f"the supervisor of the session ended without a report: {reason}")
-        return SupervisedExit(**event)
+        return ProcessExit(**event)
 
     async def close(self) -> None:
         """Close the control pipe, which kills all processes, and reap the supervisor."""
