@@ -50,7 +50,7 @@ class Run:
             self.waiting.pop(task, None)
             self.running.append(task)
             self.adapters[task] = self.board.adapter_of(task)
-        assert len(self.running) == self.board.running() <= self.capacity
+        assert len(self.running) == self.board.adapters.running() <= self.capacity
         counts = Counter(self.adapters[task] for task in self.running)
         assert all(counts[adapter] <= limit for adapter, limit in self.capacities.items())
         self._check_blocked()
@@ -66,8 +66,8 @@ class Run:
                 continue
             if best is not None and len(self.running) < self.capacity:
                 assert counts[best] >= self.capacities.get(best, self.capacity), "its adapter has capacity"
-            ends = [self.parked[one] for one in self.better(task, best) if one not in self.board.disabled]
-            due = self.board.next_time()
+            ends = [self.parked[one] for one in self.better(task, best) if one not in self.board.adapters.disabled]
+            due = self.board.forecast.next_time()
             assert not ends or (due is not None and due <= min(ends)), "no wake-up at the end of its adapter's cooldown"
 
     def first_open(self, task: str) -> str | None:
@@ -88,7 +88,7 @@ class Run:
         assert not [other for other in live if has_any_overlap(entry.owns, self.tasks[other].owns)]
 
     def is_open(self, adapter: str) -> bool:
-        return adapter not in self.board.disabled and self.parked.get(adapter, 0.0) <= self.now
+        return adapter not in self.board.adapters.disabled and self.parked.get(adapter, 0.0) <= self.now
 
     def _check_blocked(self) -> None:
         dead = self.over | set(self.board.blocked)
@@ -138,9 +138,9 @@ class Run:
         match what:
             case "park":
                 self.parked[adapter] = max(self.parked.get(adapter, 0.0), self.now + delay)
-                self.board.start_cooldown(adapter, self.now + delay)
+                self.board.adapters.start_cooldown(adapter, self.now + delay)
             case "close":
-                self.board.disable(adapter, "its login failed")
+                self.board.adapters.disable(adapter, "its login failed")
             case "cancel" if task not in self.landed | self.over:
                 self.end(task, "end", delay)
             case "revive" if task in self.over:
@@ -170,8 +170,8 @@ def test_dispatch_respects_limits_and_ends_every_task(
             budget -= how == "retry"
             task = data.draw(st.sampled_from(moving))
             run.end(task, "land" if task in run.built and how == "build" else how, data.draw(delays))
-        elif run.board.has_work():
-            due = run.board.next_time()
+        elif run.board.forecast.has_work():
+            due = run.board.forecast.next_time()
             assert due is not None, "work is left, but nothing runs and nothing waits"
             assert due > run.now
             run.now = due
@@ -179,7 +179,7 @@ def test_dispatch_respects_limits_and_ends_every_task(
             break
     left = set(tasks) - run.landed - run.over - set(run.board.blocked)
     assert not run.startable()
-    closed = {task for task in left if set(tasks[task].adapters) <= run.board.disabled.keys()}
+    closed = {task for task in left if set(tasks[task].adapters) <= run.board.adapters.disabled.keys()}
     assert all(task in closed or set(tasks[task].needs) & left for task in left)
 
 
@@ -194,7 +194,7 @@ def test_dispatch_starts_nothing_when_it_reports_no_work(
         run.decide()
         if not run.running:
             held = [run.tasks[task] for task in run.built]
-            assert not run.board.has_work() or run.board.next_time() is not None
+            assert not run.board.forecast.has_work() or run.board.forecast.next_time() is not None
             assert run.built or not run.startable(), held
             break
         run.end(run.running[0], data.draw(st.sampled_from(["build", "land", "end"])), 0.0)
@@ -242,7 +242,7 @@ def test_dispatch_starves_no_task(
         dict[str, int](),
         {f"s{n}" for n in range(total) if n * step < levels * AGING_SECONDS},
     )
-    board.disable("gate", "they land when the test says so")
+    board.adapters.disable("gate", "they land when the test says so")
     for index in range(total):
         board.landed(f"gate{index}")
         for task in [task for task, end in sessions.items() if end <= index]:

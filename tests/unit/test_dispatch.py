@@ -59,7 +59,7 @@ def test_adapter_capacity_limits_its_sessions() -> None:
     )
     assert started(board) == ["a", "c"]
     board.built("a")
-    assert board.running() == 1
+    assert board.adapters.running() == 1
     assert started(board) == ["b"]
 
 
@@ -75,7 +75,7 @@ def test_status_of_built_work_frees_the_slot_and_keeps_the_paths() -> None:
     )
     assert started(board) == ["a"]
     board.sync_task("a", TaskStatus.QUEUED, 0.0)
-    assert (started(board), board.running()) == (["c"], 1)
+    assert (started(board), board.adapters.running()) == (["c"], 1)
     board.sync_task("c", TaskStatus.DONE, 0.0)
     board.sync_task("a", TaskStatus.LANDED, 0.0)
     assert started(board) == ["b"]
@@ -84,26 +84,26 @@ def test_status_of_built_work_frees_the_slot_and_keeps_the_paths() -> None:
 def test_adapter_after_a_cooldown_starts() -> None:
     """Others start meanwhile; the longer of two cooldowns counts."""
     board = DispatchBoard({"a": DispatchEntry(adapter="x"), "b": DispatchEntry(adapter="y")})
-    board.start_cooldown("x", 60.0)
-    board.start_cooldown("x", 30.0)
+    board.adapters.start_cooldown("x", 60.0)
+    board.adapters.start_cooldown("x", 30.0)
     assert started(board, now=1.0) == ["b"]
-    assert (board.has_work(), board.next_time()) == (True, 60.0)
+    assert (board.forecast.has_work(), board.forecast.next_time()) == (True, 60.0)
     assert started(board, now=59.9) == []
     assert started(board, now=60.0) == ["a"]
-    assert board.next_time() is None
+    assert board.forecast.next_time() is None
 
 
 def test_cooldown_is_awaited_only_for_ready_tasks() -> None:
     """Neither an adapter without tasks nor a disabled one sets a wake-up time."""
     board = DispatchBoard({"a": DispatchEntry(adapter="x"), "b": DispatchEntry(adapter="y")})
-    board.start_cooldown("z", 60.0)
+    board.adapters.start_cooldown("z", 60.0)
     assert started(board) == ["a", "b"]
-    board.start_cooldown("x", 50.0)
-    assert board.next_time() is None
+    board.adapters.start_cooldown("x", 50.0)
+    assert board.forecast.next_time() is None
     board.wait("a", 20.0)
-    assert board.next_time() == 50.0
-    board.disable("x", "its login failed")
-    assert (board.next_time(), board.has_work()) == (None, False)
+    assert board.forecast.next_time() == 50.0
+    board.adapters.disable("x", "its login failed")
+    assert (board.forecast.next_time(), board.forecast.has_work()) == (None, False)
 
 
 def test_tasks_of_a_disabled_adapter_are_not_work() -> None:
@@ -111,9 +111,13 @@ def test_tasks_of_a_disabled_adapter_are_not_work() -> None:
     board = DispatchBoard(
         {"a": DispatchEntry(adapter="x"), "b": DispatchEntry(("a",), adapter="y"), "c": DispatchEntry(adapter="y")}
     )
-    board.disable("x", "its login failed")
+    board.adapters.disable("x", "its login failed")
     assert started(board) == ["c"]
-    assert (board.has_work(), dict(board.disabled), board.blocked) == (False, {"x": "its login failed"}, {})
+    assert (board.forecast.has_work(), dict(board.adapters.disabled), board.blocked) == (
+        False,
+        {"x": "its login failed"},
+        {},
+    )
 
 
 @pytest.mark.parametrize("end", ["landed", "ended", "wait"])
@@ -121,7 +125,7 @@ def test_paths_are_free_after_their_task_ended(end: str) -> None:
     """Paths are released by landing, by an end and by waiting, but not by being built."""
     board = DispatchBoard(owners(a="src/**", b="src/app.py", c="docs/"))
     assert started(board) == ["a", "c"]
-    assert board.has_work()
+    assert board.forecast.has_work()
     board.built("a")
     assert started(board) == []
     board.wait("a", 99.0) if end == "wait" else getattr(board, end)("a")
@@ -132,12 +136,12 @@ def test_task_held_by_a_queued_one_is_not_work() -> None:
     """Only a landing could start it, so a scheduler without landings must end."""
     board = DispatchBoard(owners(a="src/**", b="src/app.py"))
     started(board)
-    assert board.has_work()
+    assert board.forecast.has_work()
     board.built("a")
     started(board)
-    assert not board.has_work()
+    assert not board.forecast.has_work()
     board.landed("a")
-    assert board.has_work()
+    assert board.forecast.has_work()
 
 
 def test_first_held_task_reserves_its_paths() -> None:
@@ -172,15 +176,15 @@ def test_held_task_that_can_not_start_reserves_nothing(what: str, later: list[st
     assert started(board) == ["live"]
     match what:
         case "park":
-            board.start_cooldown("held", 50.0)
+            board.adapters.start_cooldown("held", 50.0)
         case "close":
-            board.disable("held", "its login failed")
+            board.adapters.disable("held", "its login failed")
         case _:
             board.ended("held")
     assert started(board, now=1.0) == ["behind"]
     board.landed("live")
     board.landed("behind")
-    assert board.has_work() is bool(later)
+    assert board.forecast.has_work() is bool(later)
     assert started(board, now=50.0) == later
 
 
@@ -191,7 +195,7 @@ def test_reservation_outlasts_a_full_adapter() -> None:
     assert started(board) == ["live", "full"]
     board.landed("live")
     assert started(board) == []
-    assert board.has_work()
+    assert board.forecast.has_work()
     board.landed("full")
     assert started(board) == ["held"]
 
@@ -240,16 +244,16 @@ def test_cancelled_ready_or_waiting_task_does_not_start() -> None:
     board.wait("a", 5.0)
     board.ended("a")
     board.ended("b")
-    assert board.next_time() is None
+    assert board.forecast.next_time() is None
     assert started(board, now=9.0) == ["c"]
-    assert not board.has_work()
+    assert not board.forecast.has_work()
 
 
 def test_board_of_an_active_run_keeps_paths_of_queued_tasks() -> None:
     """After a resume overlapping tasks start only after it landed."""
     board = DispatchBoard.of(owners(a="src/", b="src/*", c="docs"), {"a": TaskStatus.QUEUED}, {})
     assert started(board) == ["c"]
-    assert board.running() == 1
+    assert board.adapters.running() == 1
     board.landed("a")
     assert started(board) == ["b"]
 
@@ -265,21 +269,21 @@ def test_landed_dependent_of_a_lost_need_is_not_blocked() -> None:
 def test_start_of_a_cancelled_or_revived_task_is_void() -> None:
     board = DispatchBoard({"a": DispatchEntry()})
     assert board.choose_tasks(1, 0.0) == ["a"]
-    assert board.is_running("a")
+    assert board.adapters.is_running("a")
     board.ended("a")
-    assert not board.is_running("a")
+    assert not board.adapters.is_running("a")
     board.revive("a")
-    assert not board.is_running("a")
+    assert not board.adapters.is_running("a")
     assert board.choose_tasks(1, 0.0) == ["a"]
 
 
 def test_fallback_adapter_is_used_only_during_a_cooldown() -> None:
     """Tasks that found no capacity there return after the cooldown and use all the capacity there is then."""
     board = DispatchBoard({f"t{one}": DispatchEntry((), "a", 0, (), ("b",)) for one in range(5)}, {"a": 3, "b": 1})
-    board.start_cooldown("a", 10.0)
+    board.adapters.start_cooldown("a", 10.0)
     assert [(task, board.adapter_of(task)) for task in started(board)] == [("t0", "b")]
     assert board.adapter_of("t1") == "b"
-    assert board.next_time() == 10.0
+    assert board.forecast.next_time() == 10.0
     assert started(board, now=9.0) == []
     assert [(task, board.adapter_of(task)) for task in started(board, now=10.0)] == [
         ("t1", "a"), ("t2", "a"), ("t3", "a"),
@@ -287,7 +291,7 @@ def test_fallback_adapter_is_used_only_during_a_cooldown() -> None:
     assert board.adapter_of("t0") == "b"
     board.built("t0")
     assert started(board, now=11.0) == []
-    board.start_cooldown("a", 20.0)
+    board.adapters.start_cooldown("a", 20.0)
     assert [(task, board.adapter_of(task)) for task in started(board, now=11.0)] == [("t4", "b")]
 
 
@@ -296,9 +300,9 @@ def test_reservation_lasts_while_an_adapter_is_available(is_open: bool, first: l
     """Without a fallback its paths are free meanwhile."""
     board = DispatchBoard(owners(live="a") | {"held": DispatchEntry((), "x", 0, ("*",), ("y",))} | owners(behind="b"))
     assert started(board) == ["live"]
-    board.start_cooldown("x", 50.0)
+    board.adapters.start_cooldown("x", 50.0)
     if not is_open:
-        board.start_cooldown("y", 60.0)
+        board.adapters.start_cooldown("y", 60.0)
     assert started(board, now=1.0) == first
     for task in ("live", *first):
         board.landed(task)
@@ -315,17 +319,17 @@ def test_common_blocker_is_reported() -> None:
         "c": DispatchEntry(("b",), "open"),
     }
     board = DispatchBoard(tasks)
-    board.start_cooldown("x", 50.0)
-    assert board.awaited() == {}
-    board.start_cooldown("y", 30.0)
-    board.disable("z", "its login failed")
-    assert board.awaited() == {"x": 50.0, "y": 30.0}
+    board.adapters.start_cooldown("x", 50.0)
+    assert board.forecast.awaited() == {}
+    board.adapters.start_cooldown("y", 30.0)
+    board.adapters.disable("z", "its login failed")
+    assert board.forecast.awaited() == {"x": 50.0, "y": 30.0}
     assert started(board) == []
-    assert board.awaited() == {"x": 50.0, "y": 30.0}
+    assert board.forecast.awaited() == {"x": 50.0, "y": 30.0}
     assert started(board, now=30.0) == ["a"]
-    assert board.awaited() == {}
+    assert board.forecast.awaited() == {}
     board.wait("a", 31.0)
-    assert board.awaited() == {}
+    assert board.forecast.awaited() == {}
 
 
 @pytest.mark.parametrize("adapters", [None, ("y",)])

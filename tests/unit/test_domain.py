@@ -118,7 +118,7 @@ def test_dependent_of_a_failed_task_is_blocked() -> None:
     board.ended("a")
     assert board.blocked == {"b": "a", "c": "a", "d": "c"}
     assert started(board, 9) == ["free"]
-    assert not board.has_work()
+    assert not board.forecast.has_work()
 
 
 def test_blocked_task_stays_blocked_when_another_need_lands() -> None:
@@ -135,11 +135,11 @@ def test_waiting_task_starts_at_its_time() -> None:
     board = DispatchBoard({"a": DispatchEntry(), "b": DispatchEntry()})
     assert started(board, 9) == ["a", "b"]
     board.wait("a", until=10.0)
-    assert board.next_time() == 10.0
-    assert board.has_work()
+    assert board.forecast.next_time() == 10.0
+    assert board.forecast.has_work()
     assert started(board, 9, now=9.99) == []
     assert started(board, 9, now=10.0) == ["a"]
-    assert board.next_time() is None
+    assert board.forecast.next_time() is None
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,8 @@ source = source.replace("    (_S.RUNNING, _T.ASK): _S.AWAITING_APPROVAL,\\n", ro
 
 _SCHEDULED = """
 exec(compile(source.replace("ROW", "(_S.PAUSED, _T.APPROVE): _S.PENDING,"), "statuses", "exec"), vars(statuses))
-from orchestrator.cli.live.model import _SESSION_ENDED, _USER_ACTIVITIES
+from orchestrator.cli.live.model import _USER_ACTIVITIES
+from orchestrator.cli.live.session_activity import _SESSION_ENDED
 from orchestrator.domain.runs.model import TaskDocument
 from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry
 from orchestrator.engine.reports.task_details import _plain_visit

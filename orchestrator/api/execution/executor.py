@@ -230,7 +230,7 @@ def _board(
         if ledger.is_claimed_elsewhere(task):
             board.sync_task(task, status, context.clock.monotonic())
     for name, reason in disabled.items():
-        board.disable(name, reason)
+        board.adapters.disable(name, reason)
     return board
 
 

@@ -9,13 +9,9 @@ the live tasks that own paths. `orchestrator.domain.scheduling.ready` handles co
 
 from __future__ import annotations
 
-import heapq
-import math
-from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
-from typing import NamedTuple
 
 from orchestrator.domain.runs.model import TaskDocument
 from orchestrator.domain.runs.statuses import (
@@ -28,7 +24,9 @@ from orchestrator.domain.runs.statuses import (
     TaskStatus,
 )
 from orchestrator.domain.scheduling.dependencies import DependencyGraph
-from orchestrator.domain.scheduling.ready import AdapterGroup, AdapterPool, ReadyLane, ReadyQueue
+from orchestrator.domain.scheduling.forecast import StartForecast, UpcomingTasks
+from orchestrator.domain.scheduling.placements import Placements
+from orchestrator.domain.scheduling.ready import AdapterPool, ReadyLane, ReadyQueue
 
 #: The waiting time in seconds that equals one level of priority.
 AGING_SECONDS = 600.0
@@ -92,9 +90,8 @@ def with_subtasks(
 
 class _State(Enum):
     PENDING = auto()
-    FRESH = auto()  # ready since the last decision
+    UPCOMING = auto()  # ready at the next decision or at a given time
     READY = auto()
-    DELAYED = auto()  # may start again at a time
     RUNNING = auto()
     BUILT = auto()
     LANDED = auto()
@@ -102,47 +99,7 @@ class _State(Enum):
 
 
 # Module-level names: each access to an enum member would cost a dictionary lookup.
-_PENDING, _FRESH, _READY, _DELAYED, _RUNNING, _BUILT, _LANDED, _OVER = _State
-
-
-class _Placement(NamedTuple):
-    """The properties that determine when a ready task starts."""
-
-    order: float
-    priority: int
-    lane: ReadyLane
-
-
-class _WaitingTasks:
-    """Tasks that wait until a given time, by adapter group."""
-
-    def __init__(self) -> None:
-        self._until: dict[str, float] = {}
-        self._heaps: dict[AdapterGroup, list[tuple[float, float, str]]] = defaultdict(list)
-
-    def add(self, task: str, until: float, placement: _Placement) -> None:
-        """Let a task wait until a time."""
-        self._until[task] = until
-        heapq.heappush(self._heaps[placement.lane.adapter_group], (until, placement.order, task))
-
-    def discard(self, task: str) -> None:
-        """Forget a task."""
-        del self._until[task]
-
-    def first(self, group: AdapterGroup) -> float | None:
-        """Return the earliest time of a group's tasks; None if there are none."""
-        heap = self._heaps.get(group, [])
-        while heap and self._until.get(heap[0][2]) != heap[0][0]:
-            heapq.heappop(heap)
-        return heap[0][0] if heap else None
-
-    def take_due(self, now: float) -> Iterator[tuple[str, float]]:
-        """Remove and yield the tasks that are due, with their times."""
-        for group, heap in self._heaps.items() if self._until else ():
-            while (first := self.first(group)) is not None and first <= now:
-                until, _, task = heapq.heappop(heap)
-                del self._until[task]
-                yield task, until
+_PENDING, _UPCOMING, _READY, _RUNNING, _BUILT, _LANDED, _OVER = _State
 
 
 class DispatchBoard:
@@ -151,6 +108,8 @@ class DispatchBoard:
     Of two ready tasks, the one with the higher priority starts first, unless the other one has waited `AGING_SECONDS`
     longer for each level between them; ties are resolved by file order. The wait starts at the first decision that
     finds the task ready.
+
+    More methods than most: each is a transition of the same state of one task.
     """
 
     def __init__(self, entries: Mapping[str, DispatchEntry], capacities: Mapping[str, int] = _NO_LIMITS) -> None:
@@ -162,16 +121,13 @@ class DispatchBoard:
         self._graph = DependencyGraph(needs, lambda task: self._state[task] is _PENDING)
         self.blocked: Mapping[str, str] = self._graph.blocked
         """Tasks that can no longer start, each with a need that will not land."""
-        self._adapters = AdapterPool(capacities)
-        self._queue = ReadyQueue(self._adapters)
-        self._placements = {
-            task: _Placement(order, entry.priority, self._queue.lane(entry.adapters, entry.owns))
-            for order, (task, entry) in enumerate(entries.items())
-        }
-        self._fresh: list[str] = []
-        self._waiting = _WaitingTasks()
-        self.disabled: dict[str, str] = {}
-        """Disabled adapters, each with the reason."""
+        self.adapters = AdapterPool(capacities)
+        self._queue = ReadyQueue(self.adapters)
+        self._placements = Placements(self._queue)
+        for order, (task, entry) in enumerate(entries.items()):
+            self._placements.add(task, order, entry.priority, entry.adapters, entry.owns)
+        self._upcoming = UpcomingTasks()
+        self.forecast = StartForecast(self.adapters, self._queue, self._upcoming)
         for task in entries:
             self._offer(task)
 
@@ -190,7 +146,10 @@ class DispatchBoard:
             elif status in USER_STATUSES:
                 board.rest(task, keeps_paths=False)
             elif status in CLAIMED_STATUSES:
-                board._resume(task, running=status not in LANDING_STATUSES)
+                board._leave(task, _BUILT if status in LANDING_STATUSES else _RUNNING)
+                board._queue.keep_paths(task, entries[task].owns)
+                if board._state[task] is _RUNNING:
+                    board.adapters.occupy(task, board._placements[task].lane.adapter_group)
         for task, status in statuses.items():
             if status in UNSUCCESSFUL_STATUSES:
                 board.ended(task)
@@ -198,32 +157,16 @@ class DispatchBoard:
 
     def add(self, entries: Mapping[str, DispatchEntry], file_order: Iterable[str]) -> None:
         """Add pending tasks at their positions; they may need each other."""
-        orders = self._positions(entries, file_order)
+        orders = self._placements.positions(entries, file_order)
         self.entries |= entries
         for task, entry in entries.items():
             self._state[task] = _PENDING
-            lane = self._queue.lane(entry.adapters, entry.owns)
-            self._placements[task] = _Placement(orders[task], entry.priority, lane)
+            self._placements.add(task, orders[task], entry.priority, entry.adapters, entry.owns)
         for task, entry in entries.items():
             self._graph.set_needs(task, entry.needs)
         for task in entries:
             if task not in self.blocked and not self._graph.block_if_a_need_will_not_land(task):
                 self._offer(task)
-
-    def _positions(self, new: Container[str], file_order: Iterable[str]) -> dict[str, float]:
-        """Return fractional positions of new tasks within the gaps of existing ones."""
-        positions: dict[str, float] = {}
-        group: list[str] = []
-        before = -1.0
-        for task in (*file_order, None):
-            if task is not None and task in new:
-                group.append(task)
-                continue
-            here = before + 1.0 if task is None else self._placements[task].order
-            share = (here - before) / (len(group) + 1)
-            positions |= {member: before + share * number for number, member in enumerate(group, 1)}
-            group, before = [], here
-        return positions
 
     def set_subtasks(self, task: str, parts: Sequence[str]) -> None:
         """Set the subtasks from a task's plan: the task continues after they have landed.
@@ -264,23 +207,25 @@ class DispatchBoard:
             self.rest(task, keeps_paths=False, adapters=adapters)
             self._graph.block_if_a_need_will_not_land(task)
             return
-        self._leave(task, _DELAYED)
-        self._replace(task, adapters, keeps_paths=keeps_paths)
-        self._waiting.add(task, until, self._placements[task])
+        self._leave(task, _UPCOMING)
+        self._placements.change(task, self.entries[task].owns, adapters, keeps_paths=keeps_paths)
+        self._upcoming.delay(task, until, self._placements[task])
 
     def place(self, task: str, adapters: tuple[str, ...], *, keeps_paths: bool = False) -> None:
         """Change the adapters of a task that has not started here; see `wait`."""
         state = self._state[task]
         if state is not _PENDING:
             self._leave(task, _PENDING)
-        self._replace(task, adapters, keeps_paths=keeps_paths and not self._waits_for_parts(task))
+        self._placements.change(
+            task, self.entries[task].owns, adapters, keeps_paths=keeps_paths and not self._waits_for_parts(task)
+        )
         if state is not _PENDING:
             self._offer(task)
 
     def rest(self, task: str, *, keeps_paths: bool, adapters: tuple[str, ...] | None = None) -> None:
         """Pause a task for a user's decision. See `wait`, which continues it."""
         self._leave(task, _PENDING)
-        self._replace(task, adapters, keeps_paths=keeps_paths)
+        self._placements.change(task, self.entries[task].owns, adapters, keeps_paths=keeps_paths)
 
     def revive(self, task: str) -> None:
         """Retry an ended task: it and the tasks that only it blocked become pending."""
@@ -333,72 +278,7 @@ class DispatchBoard:
 
     def adapter_of(self, task: str) -> str:
         """Return the adapter that runs a task, or would run it now."""
-        return self._adapters.adapter_of(task, self._placements[task].lane.adapter_group)
-
-    def start_cooldown(self, adapter: str, until: float) -> None:
-        """Put an adapter in cooldown until a time, during which tasks use their fallback."""
-        self._adapters.start_cooldown(adapter, until)
-        self._queue.release_unavailable()
-
-    def disable(self, adapter: str, reason: str) -> None:
-        """Disable an adapter for new sessions; tasks use their fallback adapters."""
-        self.disabled[adapter] = reason
-        self._adapters.disable(adapter)
-        self._queue.release_unavailable()
-
-    def enable(self, adapter: str) -> None:
-        """Enable an adapter that was in cooldown or disabled."""
-        self.disabled.pop(adapter, None)
-        self._adapters.enable(adapter)
-
-    def next_time(self) -> float | None:
-        """Return when the next wait or cooldown ends that delays a task, or None."""
-        times: list[float] = []
-        for group in self._adapters.groups():
-            if (first := self._waiting.first(group)) is not None:
-                times.append(max(first, group.available_at))
-            if self._queue.has_startable_task(group) or (group.available_at and self._has_fresh(group)):
-                times.append(group.next_change)
-        return min((time for time in times if time < math.inf), default=None)
-
-    def has_work(self) -> bool:
-        """Return whether a task may start, now or later, without a landing.
-
-        It is ready, waiting, or held by a session. A task that is held by a task queued to land does not count.
-        """
-        if any(group.available_at < math.inf for group in self._groups_with_work()):
-            return True
-        return any(self._state[task] is _RUNNING for task in self._queue.holders())
-
-    def awaited(self) -> dict[str, float]:
-        """Return the adapters in cooldown, with their ends, if all tasks wait for them.
-
-        Empty if any task waits for another reason.
-        """
-        awaited: dict[str, float] = {}
-        for group in self._groups_with_work():
-            if not group.available_at:
-                return {}
-            awaited |= {adapter.name: adapter.available_at for adapter in group.adapters if not adapter.disabled}
-        return awaited
-
-    def _groups_with_work(self) -> Iterator[AdapterGroup]:
-        """Yield the adapter groups with ready or waiting tasks that are not held."""
-        for group in self._adapters.groups():
-            if (
-                self._waiting.first(group) is not None
-                or self._has_fresh(group)
-                or self._queue.has_startable_task(group)
-            ):
-                yield group
-
-    def running(self) -> int:
-        """Return the number of running sessions."""
-        return self._adapters.running()
-
-    def is_running(self, task: str) -> bool:
-        """Return whether the last start of a task neither ended nor was revived since."""
-        return self._state[task] is _RUNNING
+        return self.adapters.adapter_of(task, self._placements[task].lane.adapter_group)
 
     def left(self, statuses: Mapping[str, TaskStatus]) -> Iterator[Sequence[str]]:
         """Yield the adapters of each task that is not finished or permanently blocked."""
@@ -416,12 +296,9 @@ class DispatchBoard:
 
     def _advance(self, now: float) -> None:
         """Add tasks that became ready, and end expired waits and cooldowns."""
-        self._adapters.end_cooldowns(now)
-        if self._fresh:
-            self._add([task for task in self._fresh if self._state[task] is _FRESH], now)
-            self._fresh.clear()
-        for task, until in self._waiting.take_due(now):
-            self._add([task], until)
+        self.adapters.end_cooldowns(now)
+        for tasks, since in self._upcoming.take_due(now):
+            self._add(tasks, since)
 
     def _add(self, tasks: Iterable[str], since: float) -> None:
         states, places, ranks = self._state, self._placements, dict[int, float]()
@@ -438,8 +315,8 @@ class DispatchBoard:
 
     def _offer(self, task: str) -> None:
         if self._state[task] is _PENDING and self._graph.is_ready(task):
-            self._state[task] = _FRESH
-            self._fresh.append(task)
+            self._state[task] = _UPCOMING
+            self._upcoming.offer(task, self._placements[task])
 
     def _leave(self, task: str, state: _State) -> None:
         before = self._state[task]
@@ -448,34 +325,13 @@ class DispatchBoard:
             self._free_slot(task)
         elif before is _READY:
             self._queue.discard(task)
-        elif before is _DELAYED:
-            self._waiting.discard(task)
+        elif before is _UPCOMING:
+            self._upcoming.discard(task)
         self._state[task] = state
 
     def _free_slot(self, task: str) -> None:
         if self._state[task] is _RUNNING:
-            self._adapters.free(task)
-
-    def _resume(self, task: str, *, running: bool) -> None:
-        self._state[task] = _RUNNING if running else _BUILT
-        self._queue.keep_paths(task, self.entries[task].owns)
-        if running:
-            self._adapters.occupy(task, self._placements[task].lane.adapter_group)
-
-    def _replace(self, task: str, adapters: tuple[str, ...] | None, *, keeps_paths: bool) -> None:
-        """Move a task to its lane; a task that keeps its paths does not wait for them."""
-        entry, placement = self.entries[task], self._placements[task]
-        names = adapters or tuple(adapter.name for adapter in placement.lane.adapter_group.adapters)
-        if keeps_paths:
-            self._queue.keep_paths(task, entry.owns)
-        lane = self._queue.lane(names, () if keeps_paths else entry.owns)
-        if lane is not placement.lane:
-            self._placements[task] = placement._replace(lane=lane)
+            self.adapters.free(task)
 
     def _waits_for_parts(self, task: str) -> bool:
         return not all(map(self._graph.has_landed, self.entries[task].parts))
-
-    def _has_fresh(self, group: AdapterGroup) -> bool:
-        return any(
-            self._state[task] is _FRESH and self._placements[task].lane.adapter_group is group for task in self._fresh
-        )

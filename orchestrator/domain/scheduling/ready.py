@@ -14,7 +14,7 @@ reservation ends when the task starts, or when none of its adapters is available
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from heapq import heappop, heappush
 
 from orchestrator.domain.settings.path_patterns import has_any_overlap
@@ -109,6 +109,10 @@ class AdapterPool:
         self._adapters: dict[str, _Adapter] = {}
         self._groups: dict[tuple[str, ...], AdapterGroup] = {}
         self._sessions: dict[str, _Adapter] = {}
+        self.disabled: dict[str, str] = {}
+        """Disabled adapters, each with the reason."""
+        self.on_unavailable: Callable[[], None] = lambda: None
+        """Called after an adapter has become unavailable."""
 
     def group(self, names: tuple[str, ...]) -> AdapterGroup:
         """Return the group of these adapters."""
@@ -140,15 +144,20 @@ class AdapterPool:
         """Return the number of running sessions."""
         return len(self._sessions)
 
+    def is_running(self, task: str) -> bool:
+        """Return whether the last start of a task neither ended nor was revived since."""
+        return task in self._sessions
+
     def adapter_of(self, task: str, group: AdapterGroup) -> str:
         """Return the adapter that runs a task of this group, or would run it now."""
         return (self._sessions.get(task) or group.current).name
 
     def start_cooldown(self, name: str, until: float) -> None:
-        """Put an adapter in cooldown until a time."""
+        """Put an adapter in cooldown until a time, during which tasks use their fallback."""
         adapter = self._adapter(name)
         adapter.available_at = max(adapter.available_at, until)
         self._choose()
+        self.on_unavailable()
 
     def end_cooldowns(self, now: float) -> None:
         """End expired cooldowns."""
@@ -158,14 +167,17 @@ class AdapterPool:
         if expired:
             self._choose()
 
-    def disable(self, name: str) -> None:
-        """Disable an adapter."""
+    def disable(self, name: str, reason: str) -> None:
+        """Disable an adapter for new sessions; tasks use their fallback adapters."""
+        self.disabled[name] = reason
         adapter = self._adapter(name)
         adapter.disabled, adapter.available_at = True, math.inf
         self._choose()
+        self.on_unavailable()
 
     def enable(self, name: str) -> None:
         """Enable an adapter that was in cooldown or disabled."""
+        self.disabled.pop(name, None)
         adapter = self._adapter(name)
         adapter.disabled, adapter.available_at = False, 0.0
         self._choose()
@@ -179,7 +191,7 @@ class ReadyQueue:
     """Ready tasks, and the live tasks that restrict them."""
 
     def __init__(self, adapters: AdapterPool) -> None:
-        self._adapters = adapters
+        self._adapters, adapters.on_unavailable = adapters, self._release_unavailable
         self._lanes: dict[tuple[tuple[str, ...], tuple[str, ...]], ReadyLane] = {}
         self._entries: dict[str, _Entry] = {}
         self._owners: dict[str, tuple[str, ...]] = {}
@@ -234,7 +246,7 @@ class ReadyQueue:
         if self._owners and self._owners.pop(task, None) is not None:
             self._release_followers(task)
 
-    def release_unavailable(self) -> None:
+    def _release_unavailable(self) -> None:
         """Release lanes and the reservation of tasks that no adapter can start now."""
         for lane in self._lanes.values():
             if lane.held_by is not None and lane.adapter_group.available_at:

@@ -263,7 +263,7 @@ class AttemptPreparer:
             if isinstance(next_phase, TaskUpdate):
                 return next_phase
             next_phase = await self.attempts.base_selector.select(task, spec, next_phase, tips)
-            if not self.local.board.is_running(task):  # cancelled in the meantime
+            if not self.local.board.adapters.is_running(task):  # cancelled in the meantime
                 return None
             return await self.attempts.prepare(task, spec, next_phase, self.local.board.adapter_of(task))
         except (RefusedError, HandoffCorrupted) as error:  # an invalid template, condition or handoff

@@ -105,16 +105,16 @@ class LocalWork:
 
     def cool_down(self, adapter: str, until: float) -> None:
         """Start no session with an adapter before `until` (wall-clock seconds)."""
-        self.board.start_cooldown(adapter, self._clock.monotonic() + until - self._clock.now())
+        self.board.adapters.start_cooldown(adapter, self._clock.monotonic() + until - self._clock.now())
 
     def update_adapter(self, adapter: str, document: AdapterDocument) -> None:
         """Apply the recorded state of an adapter."""
         if document.disabled_reason is not None:
-            self.board.disable(adapter, document.disabled_reason)
+            self.board.adapters.disable(adapter, document.disabled_reason)
         elif document.cooldown_until is not None:
             self.cool_down(adapter, document.cooldown_until)
         elif adapter not in self._unavailable_adapters:
-            self.board.enable(adapter)
+            self.board.adapters.enable(adapter)
 
     async def restore_adapters(self, documents: Mapping[str, AdapterDocument]) -> None:
         """Restore the adapter cooldowns of an earlier leader.

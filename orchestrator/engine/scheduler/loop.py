@@ -161,7 +161,9 @@ class Scheduler:
         Then this process does not record the end of the run.
         """
         unavailable = {
-            name for name, reason in self._unavailable_adapters.items() if self._board.disabled.get(name) == reason
+            name
+            for name, reason in self._unavailable_adapters.items()
+            if self._board.adapters.disabled.get(name) == reason
         }
         return any(unavailable.intersection(adapters) for adapters in self._board.left(self._ledger.statuses()))
 
@@ -187,9 +189,9 @@ class Scheduler:
         """Record once that the run only waits for adapter cooldowns or approvals."""
         if self._is_active() or self._landings.is_pending or self._is_start_blocked or self._local.tasks_elsewhere():
             return
-        awaited, approvals = self._board.awaited(), self._local.awaiting_user()
+        awaited, approvals = self._board.forecast.awaited(), self._local.awaiting_user()
         if (
-            (not awaited and self._board.has_work())
+            (not awaited and self._board.forecast.has_work())
             or not (awaited or approvals)
             or (awaited, approvals) == self._last_noted_wait
         ):
@@ -223,14 +225,14 @@ class Scheduler:
         if self._landings.is_pending:
             return False
         # Checked last, because it searches all tasks.
-        is_open = self._board.has_work() or self._local.is_waiting_for_peers() or self._local.awaiting_user()
+        is_open = self._board.forecast.has_work() or self._local.is_waiting_for_peers() or self._local.awaiting_user()
         return self._is_start_blocked or not is_open
 
     async def _pause(self) -> None:
         times: list[float | None] = []
         if not self._stopping:
             paused_until = self._capacity.paused_until
-            starts = None if self._is_start_blocked else self._board.next_time()
+            starts = None if self._is_start_blocked else self._board.forecast.next_time()
             times.append(paused_until if paused_until > self._clock.monotonic() else starts)
             times += self._landings.next_times()
             times.append(self._capacity.recheck_at)
