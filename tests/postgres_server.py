@@ -21,10 +21,12 @@ import pytest
 NOBODY = 65534
 _SESSION = uuid4().hex[:12]
 ADMIN = "admin"
+GUARDED = "guarded"
+"""The name of a user who needs a password; a test creates it."""
 
 
 class PostgresServer:
-    """A server of our own on this machine, which can be killed and restarted; it trusts its only user `admin`."""
+    """A server of our own on this machine, which can be killed and restarted; it trusts all users but one."""
 
     def __init__(self, programs: Path, **settings: str) -> None:
         """Start a server of the folder `programs`, with these settings."""
@@ -37,6 +39,8 @@ class PostgresServer:
             os.chown(self.folder, NOBODY, NOBODY)
         self.process: subprocess.Popen[bytes] | None = None
         self._run("initdb", "-D", str(self.data), "-U", ADMIN, "-E", "UTF8", "--locale=C", "-A", "trust", "--no-sync")
+        rules = f"host all {GUARDED} 127.0.0.1/32 scram-sha-256\nhost all all 127.0.0.1/32 trust\n"
+        (self.data / "pg_hba.conf").write_text(rules)
         self.start()
 
     @property
