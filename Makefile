@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable . --group dev
 	@touch $@
 
-demo: install  ## run configs/quickstart.yaml on a clone of this repository and verify the results; STORE=redis starts a server
+demo: install  ## run configs/quickstart.yaml on a clone of this repository and verify the results; STORE=postgres or redis starts a server
 	@$(if $(STORE),$(BIN)/python -m tests.temporary_store $(STORE) --) $(BIN)/python examples/demo.py
 
 test: install  ## run the tests of every feature, in a few minutes

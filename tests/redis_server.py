@@ -17,9 +17,9 @@ from pathlib import Path
 from urllib.parse import urlencode
 from uuid import uuid4
 
-import pytest
+from tests.servers import NOBODY, MissingServer, skipping
 
-NOBODY = 65534
+URL = "COUNCIL_TEST_REDIS_URL"
 _SESSION = uuid4().hex
 SETTINGS = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction", "save": ""}
 
@@ -100,10 +100,6 @@ def find_wheel(package: str) -> str | None:
     return next((str(path) for path in paths if path.exists()), None)
 
 
-class MissingServer(Exception):
-    """This machine has no server program."""
-
-
 def require_program() -> str:
     """Return the path of a server program. Raises MissingServer."""
     if program := find_program():
@@ -119,20 +115,9 @@ def temporary_url() -> Iterator[str]:
 
 
 @contextmanager
-def skipping() -> Iterator[None]:
-    """Skip the test if there is no server program; fail it in CI."""
-    try:
-        yield
-    except MissingServer as error:
-        if os.environ.get("CI"):
-            pytest.fail(f"{error}, or set COUNCIL_TEST_REDIS_URL")
-        pytest.skip(f"{error}, or set COUNCIL_TEST_REDIS_URL")
-
-
-@contextmanager
 def started_server(program: str | None = None) -> Iterator[RedisServer]:
     """Start a server of the test's own, which it may kill and reconfigure; skips the test if there is no program."""
-    with skipping():
+    with skipping(URL):
         server = RedisServer(program or require_program())
     with closing(server):
         yield server
@@ -152,7 +137,7 @@ def store_url_at(place: Path) -> str:
 
 def empty_store_url(**options: str) -> str:
     """Return the URL of an empty store on the server that all tests of this process share."""
-    if given := os.environ.get("COUNCIL_TEST_REDIS_URL"):
+    if given := os.environ.get(URL):
         return make_url(given, **options)
-    with skipping():
+    with skipping(URL):
         return _shared().url(**options)

@@ -8,14 +8,18 @@ from pathlib import Path
 
 from orchestrator.protocols import Store
 from orchestrator.state.stores.file import SEGMENT_BYTES, FileStore
+from orchestrator.state.stores.postgres.store import PostgresStore
 from orchestrator.state.stores.redis.store import RedisStore
 from orchestrator.system.clock import SystemClock
 
 
 @asynccontextmanager
 async def open_store(state: str, *, segment_bytes: int = SEGMENT_BYTES) -> AsyncIterator[Store]:
-    """Open the store at a `redis:` URL, or that in a folder."""
-    if state.startswith("redis:"):
+    """Open the store on a server at a URL, or that in a folder."""
+    if state.startswith("postgresql:"):
+        async with PostgresStore.open(state) as store:
+            yield store
+    elif state.startswith("redis:"):
         async with RedisStore.open(state) as store:
             yield store
     else:

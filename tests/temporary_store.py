@@ -9,10 +9,13 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Final
 
-from tests.redis_server import temporary_url
+from tests import postgres_server, redis_server
 
 #: The context managers that start a server and return the URL of an empty store on it.
-STORES: Final[Mapping[str, Callable[[], AbstractContextManager[str]]]] = {"redis": temporary_url}
+STORES: Final[Mapping[str, Callable[[], AbstractContextManager[str]]]] = {
+    "postgres": postgres_server.temporary_url,
+    "redis": redis_server.temporary_url,
+}
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ from orchestrator.errors import StoreUnavailable, VersionConflict
 from orchestrator.protocols import Commit, Event, Key, Write
 from orchestrator.state.stores.postgres.store import PostgresStore
 from tests.cutting_proxy import CuttingProxy
-from tests.postgres_server import PostgresServer, empty_store_url, require_programs
+from tests.postgres_server import PostgresServer, empty_store_url, started_server
 
 TASK = Key("task", "a")
 
@@ -22,9 +22,8 @@ TASK = Key("task", "a")
 @pytest.fixture(scope="module")
 def server() -> Iterator[PostgresServer]:
     """Return a server of these tests."""
-    made = PostgresServer(require_programs())
-    yield made
-    made.close()
+    with started_server() as made:
+        yield made
 
 
 @asynccontextmanager
@@ -57,7 +56,9 @@ async def numbers(store: PostgresStore) -> list[int]:
 async def settle(store: PostgresStore) -> None:
     """Wait until the pool has replaced its lost connections: only the commit's exchange is to be cut."""
     with anyio.fail_after(30):
-        while (found := store._server.pool_statistics)["pool_available"] != found["pool_size"] or not found["pool_size"]:
+        while (found := store._server.pool_statistics)["pool_available"] != found["pool_size"] or not found[
+            "pool_size"
+        ]:
             await anyio.sleep(0.001)
 
 
@@ -164,7 +165,7 @@ async def test_commits_become_visible_in_order_while_a_transaction_is_open() -> 
         await store.commit(Commit([], [Event("e", {"n": 1})]))
         schema = store._server.address.schema
         await other.execute(
-            f'SELECT "{schema}".commit(%s, 1, false, true, %s, 0, %s, ' + ", ".join(["'{}'"] * 8) + ")",  # type: ignore[arg-type]
+            f'SELECT "{schema}".commit(%s, 1, false, true, %s, 0, %s, ' + ", ".join(["'{}'"] * 8) + ")",
             ("0" * 32, "other", b'[["e",{"n":2}]]'),
         )
         seen = list[int]()
@@ -180,7 +181,7 @@ async def test_commits_become_visible_in_order_while_a_transaction_is_open() -> 
                 tasks.start_soon(follow)
                 tasks.start_soon(store.commit, Commit([], [Event("e", {"n": 3})]))
                 blocked = "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'advisory'"
-                while not await _count(other, blocked):  # noqa: ASYNC110  (the state of the server)
+                while not await _count(other, blocked):
                     await anyio.sleep(0.01)
                 assert await store.position() == 1
                 await other.commit()
@@ -189,7 +190,7 @@ async def test_commits_become_visible_in_order_while_a_transaction_is_open() -> 
 
 
 async def _count(connection: psycopg.AsyncConnection[Any], query: str) -> int:
-    cursor = await connection.execute(query)  # type: ignore[arg-type]
+    cursor = await connection.execute(query)
     row = await cursor.fetchone()
     assert row is not None
     return int(row[0])

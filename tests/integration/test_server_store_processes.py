@@ -1,4 +1,4 @@
-"""Many processes on one store of a Redis server: nothing lost or repeated, whatever process dies, also the server."""
+"""Many processes on one store of a server: nothing lost or repeated, whatever process dies, also the server."""
 
 import signal
 from collections import Counter
@@ -7,24 +7,36 @@ from pathlib import Path
 
 import pytest
 
+from tests import postgres_server, redis_server
 from tests.integration.test_claim_processes import FEW, SOME, run_queue
 from tests.integration.test_file_store_processes import PATIENCE, Start, check_log, finish, parse, start
-from tests.redis_server import RedisServer, empty_store_url, started_server
+from tests.postgres_server import PostgresServer
+from tests.redis_server import RedisServer
 
 __all__ = ["start"]
 
+Server = PostgresServer | RedisServer
+SERVERS = {"postgres": postgres_server, "redis": redis_server}
 
-@pytest.fixture
-def server() -> Iterator[RedisServer]:
+
+@pytest.fixture(params=SERVERS)
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     """Return a server of the test's own."""
-    with started_server() as made:
+    with SERVERS[request.param].started_server() as made:
         yield made
 
 
+@pytest.fixture(params=SERVERS)
+def state(request: pytest.FixtureRequest) -> str:
+    """Return the URL of an empty store on a shared server."""
+    url: str = SERVERS[request.param].empty_store_url()
+    return url
+
+
 @pytest.mark.parametrize(("writers", "readers"), [(3, 6), pytest.param(8, 50, marks=pytest.mark.slow)])
-async def test_writers_and_readers_of_a_server_agree(start: Start, writers: int, readers: int) -> None:
+async def test_writers_and_readers_of_a_server_agree(start: Start, state: str, writers: int, readers: int) -> None:
     """Writers lose nothing and repeat nothing; concurrent followers all read one same sequence."""
-    each, state = 20, empty_store_url()
+    each = 20
     reading = start("read", state, writers * each, readers)
     writing = [start("write", state, f"w{number}", each) for number in range(writers)]
     acknowledged = parse(line for process in writing for line in finish(process))
@@ -36,9 +48,8 @@ async def test_writers_and_readers_of_a_server_agree(start: Start, writers: int,
     assert seen[0].startswith("True ")
 
 
-async def test_killed_writer_of_a_server_loses_and_blocks_nothing(start: Start) -> None:
+async def test_killed_writer_of_a_server_loses_and_blocks_nothing(start: Start, state: str) -> None:
     """No acknowledged commit is lost; the others finish."""
-    state = empty_store_url()
     survivor = start("write", state, "survivor", 100)
     lines: list[str] = []
     for number in range(3):
@@ -53,7 +64,7 @@ async def test_killed_writer_of_a_server_loses_and_blocks_nothing(start: Start) 
     assert len(authors) - len(acknowledged) <= 3
 
 
-async def test_killed_server_keeps_every_acknowledged_commit(start: Start, server: RedisServer) -> None:
+async def test_killed_server_keeps_every_acknowledged_commit(start: Start, server: Server) -> None:
     """Writers that lose their connection fail with one error; what they printed is in the log once."""
     state = server.url()
     lines: list[str] = []
@@ -71,7 +82,7 @@ async def test_killed_server_keeps_every_acknowledged_commit(start: Start, serve
     assert len(authors) - len(acknowledged) <= 4
 
 
-async def test_stopped_server_delays_writers_only(start: Start, server: RedisServer) -> None:
+async def test_stopped_server_delays_writers_only(start: Start, server: Server) -> None:
     """After a stop that is shorter than the time limit, writers continue."""
     state = server.url()
     writer = start("write", state, "w", 50)
@@ -85,6 +96,8 @@ async def test_stopped_server_delays_writers_only(start: Start, server: RedisSer
 @pytest.mark.parametrize(
     ("fates", "tasks"), [pytest.param(FEW, 60, id="two"), pytest.param(SOME, 300, id="eight", marks=pytest.mark.slow)]
 )
-async def test_every_task_of_a_queue_on_a_server_is_done_once(tmp_path: Path, fates: list[str], tasks: int) -> None:
+async def test_every_task_of_a_queue_on_a_server_is_done_once(
+    tmp_path: Path, state: str, fates: list[str], tasks: int
+) -> None:
     """Killed processes are taken over at once, stopped ones in time; late writes of these are rejected."""
-    await run_queue(empty_store_url(), tmp_path / "locks", fates, tasks, 2.0)
+    await run_queue(state, tmp_path / "locks", fates, tasks, 2.0)
