@@ -79,6 +79,7 @@ def parse_url(url: str) -> Address:
     """Parse the URL of a store. Raises RefusedError, also if it has a password, which state and logs would show."""
     try:
         parts = urlsplit(url)
+        _ = parts.port  # raises ValueError
         own = dict(parse_qsl(parts.query, keep_blank_values=True))
         schema = own.pop("schema", "council")
         options = conninfo_to_dict(parts._replace(query=urlencode(own)).geturl())
@@ -236,8 +237,14 @@ def is_disconnected(error: BaseException | None) -> bool:
 
 
 _Report = tuple[str, type[StoreUnavailable], str, str]
-#: Words or states in errors of the server, and what to report.
+#: States of errors of the server, or words in them, and what to report.
 _REPORTS: Final[Sequence[_Report]] = (
+    ("53100", StoreFull, "the server's disk is full", "free space on it"),
+    ("53200", StoreUnavailable, "the server is out of memory", "add memory, or reduce its connections"),
+    ("25006", StoreUnavailable, "the server accepts no writes", "use the URL of the primary"),
+    ("42501", StoreUnavailable, "user {user!r} lacks a privilege: {text}", "{grant}"),
+    ("42P01", StoreUnavailable, "the tables of the store are missing: {text}", "restore them, or use another schema"),
+    ("57P03", StoreUnavailable, "it is starting or stopping", "wait for it"),
     ("password authentication failed", StoreUnavailable, "the password of user {user!r} is wrong", _SET_PASSWORD),
     ("no password supplied", StoreUnavailable, "user {user!r} needs a password", _SET_PASSWORD),
     (
@@ -254,13 +261,7 @@ _REPORTS: Final[Sequence[_Report]] = (
     ("certificate", StoreUnavailable, "TLS failed: {text}", "correct `sslmode` or `sslrootcert` in the URL"),
     ("too many", StoreUnavailable, "it has its maximum of connections", "raise `max_connections`, or use a pooler"),
     ("remaining connection slots", StoreUnavailable, "it has its maximum of connections", "raise `max_connections`"),
-    ("53100", StoreFull, "the server's disk is full", "free space on it"),
     ("No space left", StoreFull, "the server's disk is full", "free space on it"),
-    ("53200", StoreUnavailable, "the server is out of memory", "add memory, or reduce its connections"),
-    ("25006", StoreUnavailable, "the server accepts no writes", "use the URL of the primary"),
-    ("42501", StoreUnavailable, "user {user!r} lacks a privilege: {text}", "{grant}"),
-    ("42P01", StoreUnavailable, "the tables of the store are missing: {text}", "restore them, or use another schema"),
-    ("57P03", StoreUnavailable, "it is starting or stopping", "wait for it"),
 )
 
 
