@@ -1,4 +1,4 @@
-"""Runs while the wall clock jumps by an hour, back and forth."""
+"""Runs while the wall clock jumps by hours, back and forth."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 from typing import Any
 
 import anyio
+import pytest
 
 from orchestrator import Council
 from orchestrator.system.clock import SystemClock
@@ -26,6 +27,17 @@ class JumpingClock(SystemClock):
         return super().now() + next(self._offsets)
 
 
+class SettableClock(SystemClock):
+    """The machine's clocks, with a wall clock that a test sets."""
+
+    offset = 0.0
+    """Seconds."""
+
+    def now(self) -> float:
+        """See `Clock.now`."""
+        return super().now() + self.offset
+
+
 async def test_run_survives_clock_jumps(repository: Repository) -> None:
     """Retries, checks, order and landings are normal, and no session times out."""
     tasks: list[dict[str, Any]] = [
@@ -39,4 +51,33 @@ async def test_run_survives_clock_jumps(repository: Repository) -> None:
             report = await council.runs.run()
     ended = [(task.id, task.status, task.attempts) for task in report.tasks]
     assert ended == [("one", "landed", 1), ("two", "landed", 2), ("three", "landed", 1)]
+    await repository.assert_invariants()
+
+
+@pytest.mark.parametrize("jump", [3 * HOUR, -3 * HOUR], ids=["forwards", "backwards"])
+async def test_clock_jump_during_a_session_is_no_part_of_its_duration(repository: Repository, jump: float) -> None:
+    """Neither of the time budgets is exhausted, and the reported usage is that of the session."""
+    gate = repository.spawns.parent / "gate"
+    budget = {"time": "30m"}
+    task: dict[str, Any] = {"id": "t", "prompt": f"await {gate}\nwrite t.txt 1", "attempts": 1}
+    path = repository.configure([{**task, "budget": budget, "session_budget": budget}], budget=budget)
+    clock = SettableClock()
+
+    async def set_clock() -> None:
+        while not repository.spawns.exists():
+            await anyio.sleep(0.02)
+        clock.offset = jump
+        await anyio.sleep(1.5)  # longer than the interval of the budget's checks
+        gate.touch()
+
+    with anyio.fail_after(60):
+        async with (
+            Council.open(path, environ=repository.environ, clock=clock) as council,
+            anyio.create_task_group() as group,
+        ):
+            group.start_soon(set_clock)
+            report = await council.runs.run()
+            usage = await council.reports.usage(report.run)
+    assert [(one.status, one.reason) for one in report.tasks] == [("landed", None)], report
+    assert 1.0 < usage.total.seconds < 60, usage
     await repository.assert_invariants()

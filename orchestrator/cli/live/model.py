@@ -95,7 +95,7 @@ class _TaskTimings:
     def built(self, task: str, document: TaskDocument) -> None:
         """Record the session time of a task, if it has been built."""
         if document.status in _BUILT:
-            seconds = sum(one.ended - one.started for one in document.attempts if one.ended is not None)
+            seconds = sum(one.duration(one.started) for one in document.attempts)
             self._in_all += seconds - self._built.get(task, 0.0)
             self._built[task] = seconds
 

@@ -68,7 +68,7 @@ def sum_spending(attempts: Iterable[Attempt]) -> Spending:
     """Return the total spending of attempts; running ones count no seconds."""
     total = Spending()
     for attempt in attempts:
-        seconds = 0.0 if attempt.ended is None else max(attempt.ended - attempt.started, 0.0)
+        seconds = attempt.duration(attempt.started)
         total += Spending(attempt.input_tokens + attempt.output_tokens, attempt.cost or 0.0, seconds)
     return total
 

@@ -42,6 +42,8 @@ class Attempt(_Document):
     """The start commit of its worktree, if not the base: earlier work, merged with the base."""
     started: Instant
     ended: Instant | None = None
+    seconds: float | None = None
+    """Its duration, as measured by its process without jumps of the wall clock; None: it runs, or was interrupted."""
     outcome: str | None = None
     """`built`, `completed`, `interrupted`, `cancelled`, or the failure class; None while it runs."""
     reason: str | None = None
@@ -79,6 +81,12 @@ class Attempt(_Document):
     """The first paths whose changes were discarded, because it was not allowed to change files."""
     denied_tools: ToolDenials = ToolDenials()
     """Tool calls that its CLI denied."""
+
+    def duration(self, now: float) -> float:
+        """Return its duration in seconds, up to `now` (wall-clock seconds) if it runs; not negative."""
+        if self.seconds is not None:
+            return self.seconds
+        return max((now if self.ended is None else self.ended) - self.started, 0.0)
 
 
 def sum_known_cost(attempts: Iterable[Attempt]) -> float | None:

@@ -63,20 +63,12 @@ def compute_usage(
     )
 
 
-def measure_seconds(attempt: Attempt, now: float) -> float:
-    """Return a session's duration, up to `now` if it is running.
-
-    Not negative if the clock was set back.
-    """
-    return max((now if attempt.ended is None else attempt.ended) - attempt.started, 0.0)
-
-
 def sum_usage(attempts: Iterable[Attempt], now: float) -> Usage:
     """Return the total usage of attempts' sessions up to `now`."""
     attempts = list(attempts)
     return Usage(
         sessions=len(attempts),
-        seconds=sum(measure_seconds(attempt, now) for attempt in attempts),
+        seconds=sum(attempt.duration(now) for attempt in attempts),
         input_tokens=sum(attempt.input_tokens for attempt in attempts),
         output_tokens=sum(attempt.output_tokens for attempt in attempts),
         cached_tokens=sum(attempt.cached_tokens for attempt in attempts),

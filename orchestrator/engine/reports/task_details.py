@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from orchestrator.domain.runs.model import Attempt, TaskDocument
 from orchestrator.domain.runs.phases import OPEN_STATUSES, PhaseRecord, PhaseStatus
 from orchestrator.domain.runs.statuses import FINAL_STATUSES, LANDING_STATUSES
-from orchestrator.domain.runs.usage import Usage, measure_seconds, sum_usage
+from orchestrator.domain.runs.usage import Usage, sum_usage
 from orchestrator.domain.workflow.handoffs import Handoff, is_intact
 from orchestrator.domain.workflow.routing import DEFAULT_PHASES
 from orchestrator.engine.reports.task_report import TaskReport
@@ -273,7 +273,7 @@ def _remaining_phases(task: TaskDocument, definition: TaskDefinition) -> list[st
 def _attempt(task: str, attempt: Attempt, logs: str, now: float) -> AttemptDetails:
     added = {
         "phase": phase_of(attempt),
-        "seconds": measure_seconds(attempt, now),
+        "seconds": attempt.duration(now),
         "log": f"{logs}/{log_file_name(task, attempt.number, 'stdout')}",
     }
     return AttemptDetails.model_validate({**dict(attempt), **added})

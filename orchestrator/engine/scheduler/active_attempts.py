@@ -40,6 +40,8 @@ class ActiveAttempt:
     adapter: str
     session: Session
     next_phase: NextPhase
+    began: float = field(default=0.0, init=False)
+    """The start of its attempt in monotonic seconds."""
     checks: CheckRunner | None = field(default=None, init=False)
     """The `until` checks of its phase, while they run."""
     handed_over: JsonObject | None = field(default=None, init=False)

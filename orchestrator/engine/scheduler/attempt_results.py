@@ -199,6 +199,7 @@ class AttemptRecorder:
         assert isinstance(event, AttemptEvent), "triggers at the end of an attempt record its outcome"  # noqa: S101  see `Trigger.event`
         attempts = document.with_attempt(
             ended=self.ledger.writer.clock.now(),
+            seconds=round(self.ledger.writer.clock.monotonic() - active.began, 3),
             branch=finished.branch,
             outcome=event.outcome,
             reason=event.reason,

@@ -151,6 +151,7 @@ class AttemptRunner:
             phase=assignment.phase,
             restart_reason="" if conflicting is None else conflicting.describe(),
         )
+        active.began = self.ledger.writer.clock.monotonic()
         earlier = self.ledger.task(active.task).attempts
         if len(earlier) + 1 != attempt.number:  # another orchestrator has started an attempt since then
             return False

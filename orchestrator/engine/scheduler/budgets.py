@@ -80,6 +80,7 @@ class _UsageMeter:
 
     follower: OutputFollower
     started: float
+    """The start of its session in monotonic seconds."""
     transcript: Transcript = EMPTY_TRANSCRIPT
     tokens: int = 0
     cost: float = 0.0
@@ -146,7 +147,7 @@ class Budgets:
         if not any(budget.limits for budget in (spec.session_budget, spec.budget, self._run)):
             yield
             return
-        meter = self._meters[task] = _UsageMeter(OutputFollower(adapter, log), self._clock.now())
+        meter = self._meters[task] = _UsageMeter(OutputFollower(adapter, log), self._clock.monotonic())
         self._started += meter.started
         try:
             async with anyio.create_task_group() as group:
@@ -219,7 +220,7 @@ class Budgets:
 
     def _run_limit(self, more: Spending = _NOTHING) -> _Limit:
         """Return the limit of the run with its active sessions; `more` is further usage."""
-        seconds = max(len(self._meters) * self._clock.now() - self._started, 0.0)
+        seconds = max(len(self._meters) * self._clock.monotonic() - self._started, 0.0)
         return _Limit("run", "", self._run, self._ended_usage + Spending(self._tokens, self._cost, seconds) + more)
 
     def _update_meter(self, task: str, meter: _UsageMeter) -> None:
@@ -233,7 +234,7 @@ class Budgets:
         meter = self._meters.get(task)
         if meter is None:
             return _NOTHING
-        return Spending(meter.tokens, meter.cost, max(self._clock.now() - meter.started, 0.0))
+        return Spending(meter.tokens, meter.cost, max(self._clock.monotonic() - meter.started, 0.0))
 
     def _check_limit(self, limit: _Limit) -> BudgetReached | None:
         """Return the outcome if a limit is exhausted, else None.

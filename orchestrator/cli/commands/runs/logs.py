@@ -153,7 +153,7 @@ def _attempt_line(one: AttemptMarker) -> str:
     else:
         outcome = (attempt.outcome or "no outcome").replace("_", " ")
         reason = f": {one_line(attempt.reason)}" if attempt.reason else ""
-        parts = [f"ended after {format_elapsed(attempt.ended - attempt.started)}: {outcome}{reason}"]
+        parts = [f"ended after {format_elapsed(attempt.duration(attempt.started))}: {outcome}{reason}"]
         spent = (attempt.input_tokens, attempt.output_tokens, attempt.cost)
     sent, received, cost = spent
     if sent or received:
