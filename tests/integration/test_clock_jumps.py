@@ -11,6 +11,7 @@ import pytest
 from orchestrator import Council
 from orchestrator.system.clock import SystemClock
 from tests.conftest import Repository
+from tests.integration.test_scheduler import until_event
 
 HOUR = 3600.0
 
@@ -80,4 +81,29 @@ async def test_clock_jump_during_a_session_is_no_part_of_its_duration(repository
             usage = await council.reports.usage(report.run)
     assert [(one.status, one.reason) for one in report.tasks] == [("landed", None)], report
     assert 1.0 < usage.total.seconds < 60, usage
+    await repository.assert_invariants()
+
+
+async def test_cooldown_recorded_before_the_clock_was_set_back_has_ended(repository: Repository) -> None:
+    """It would last for hours more than the limit of the CLI; a small difference is another machine's clock."""
+    prompt = "attempt 1 print limit reached, again in 3600 s\nattempt 1 exit 1\nwrite t.txt 1"
+    failures = {"rate_limited": r"limit reached, again in (?P<seconds>\d+) s"}
+    adapters = {"fake": repository.fake_adapter(failures=failures)}
+    path = repository.configure([{"id": "t", "prompt": prompt}], adapters=adapters)
+    clock = SettableClock()
+    with anyio.fail_after(60):
+        async with Council.open(path, environ=repository.environ, clock=clock) as council:
+            run = await council.runs.create()
+            async with anyio.create_task_group() as group:
+                group.start_soon(council.runs.resume, run)
+                await until_event(council, "adapter.cooling_down", 1)
+                council.stop()
+            clock.offset = -30.0
+            [adapter] = (await council.runs.status(run)).adapters
+            assert adapter.name == "fake"
+            clock.offset = -3 * HOUR
+            assert list((await council.runs.status(run)).adapters) == []
+        async with Council.open(path, environ=repository.environ, clock=clock) as council:
+            report = await council.runs.resume(run)
+    assert [(one.status, one.attempts) for one in report.tasks] == [("landed", 1)], report
     await repository.assert_invariants()

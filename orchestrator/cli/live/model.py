@@ -320,7 +320,7 @@ class LiveRun:
     def _left(self, now: float) -> float | None:
         """Return the estimated remaining seconds; None if there is no basis for an estimate."""
         build, learned = self._pace.build(), self._adapters.values()
-        is_held = any(one.disabled_reason is not None or (one.cooldown_until or 0.0) > now for one in learned)
+        is_held = any(one.disabled_reason is not None or one.is_cooling_down(now) for one in learned)
         if build is None or self.is_over or is_held or any(self._groups[name] for name in _USER_ACTIVITIES):
             return None
         pending = [self._chains[task] for name in ("waiting", RETRY_LABEL) for task in self._groups[name]

@@ -80,7 +80,7 @@ class LiveTable:
 def _unavailable_adapters(learned: Mapping[str, AdapterDocument], run: str) -> Iterator[str]:
     """Yield a line for each adapter that was unavailable from the start."""
     for name, one in learned.items():
-        if one.disabled_reason is not None or (one.cooldown_until or 0.0) > time.time():
+        if one.disabled_reason is not None or one.is_cooling_down(time.time()):
             yield adapter_line(
                 AdapterReport(name, one.cooldown_until, one.disabled_reason), live_enable_command(name, run)
             )

@@ -306,17 +306,29 @@ class RunDocument(ResolvedSettings):
             raise RefusedError(f"run {self.id} has no task {task!r}", suggest_similar(task, self.tasks, 3) or remedy)
 
 
+#: The maximum difference between the clocks of two machines, in seconds.
+_MAX_CLOCK_SKEW = 60.0
+
+
 class AdapterDocument(_Document):
     """The state of an adapter in a run. Times are wall-clock seconds."""
 
     cooldown_until: Instant | None = None
     """The end of its cooldown: no session starts before."""
+    cooldown_since: Instant | None = None
+    """When its cooldown was recorded."""
     cooldowns: int = 0
     """Its consecutive cooldowns; reset by a successful session."""
     disabled_reason: str | None = None
     """The reason for disabling it, until `council adapters enable` or a resume."""
     enabled_at: Instant | None = None
     """When a user enabled it; failures of sessions that started earlier do not disable it again."""
+
+    def is_cooling_down(self, now: float) -> bool:
+        """Return True before the end of its cooldown; False if the clock was set back since it was recorded."""
+        if self.cooldown_until is None or now >= self.cooldown_until:
+            return False
+        return self.cooldown_since is None or now > self.cooldown_since - _MAX_CLOCK_SKEW
 
 
 class RequestAction(StrEnum):

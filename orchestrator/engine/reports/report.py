@@ -280,7 +280,7 @@ def build_report(
     adapters = [
         AdapterReport(name, adapter.cooldown_until, adapter.disabled_reason)
         for name, adapter in record.adapters.items()
-        if adapter.disabled_reason is not None or (adapter.cooldown_until or 0.0) > now
+        if adapter.disabled_reason is not None or adapter.is_cooling_down(now)
     ]
     disabled = {adapter.name: adapter.disabled_reason for adapter in adapters if adapter.disabled_reason is not None}
     stuck = {} if status is RunStatus.RUNNING else _tasks_without_adapter(record, disabled)

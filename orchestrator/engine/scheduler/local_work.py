@@ -103,17 +103,11 @@ class LocalWork:
             work.stop()
         self.wake()
 
-    def cool_down(self, adapter: str, until: float) -> None:
-        """Start no session with an adapter before `until` (wall-clock seconds)."""
-        self.board.adapters.start_cooldown(adapter, self._clock.monotonic() + until - self._clock.now())
-
     def update_adapter(self, adapter: str, document: AdapterDocument) -> None:
         """Apply the recorded state of an adapter."""
         if document.disabled_reason is not None:
             self.board.adapters.disable(adapter, document.disabled_reason)
-        elif document.cooldown_until is not None:
-            self.cool_down(adapter, document.cooldown_until)
-        elif adapter not in self._unavailable_adapters:
+        elif not self._cool_down(adapter, document) and adapter not in self._unavailable_adapters:
             self.board.adapters.enable(adapter)
 
     async def restore_adapters(self, documents: Mapping[str, AdapterDocument]) -> None:
@@ -127,8 +121,16 @@ class LocalWork:
                 await self._ledger.adapters.update(
                     adapter, lambda current: None if current.disabled_reason is None else enabled
                 )
-            elif document.cooldown_until is not None:
-                self.cool_down(adapter, document.cooldown_until)
+            else:
+                self._cool_down(adapter, document)
+
+    def _cool_down(self, adapter: str, document: AdapterDocument) -> bool:
+        """Start no session with an adapter during its recorded cooldown; return whether there is one."""
+        now = self._clock.now()
+        if document.cooldown_until is None or not document.is_cooling_down(now):
+            return False
+        self.board.adapters.start_cooldown(adapter, self._clock.monotonic() + document.cooldown_until - now)
+        return True
 
     def awaiting_user(self) -> dict[str, int]:
         """Map each task that waits for a person to the number of its phase visits."""

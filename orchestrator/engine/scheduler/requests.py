@@ -134,7 +134,7 @@ def check_adapters_to_enable(record: RunRecord, adapters: Sequence[str], now: fl
     unavailable = {
         name
         for name, document in record.adapters.items()
-        if document.disabled_reason is not None or (document.cooldown_until or 0.0) > now
+        if document.disabled_reason is not None or document.is_cooling_down(now)
     }
     known = ", ".join(record.run.adapters)
     for name in adapters:

@@ -147,12 +147,12 @@ class AdapterStates:
 
         def decide(known: AdapterDocument) -> AdapterUpdate | None:
             # Concurrent sessions that reach the same limit count as one cooldown.
-            known_end = known.cooldown_until if _is_cooling_down(known, now) else None
+            known_end = known.cooldown_until if known.is_cooling_down(now) else None
             cooldowns = known.cooldowns + (known_end is None)
             end = compute_cooldown_end(now, until, cooldowns)
             if known_end is not None and (until is None or end - known_end < _MIN_EXTENSION):
                 return None
-            cooling = AdapterDocument(cooldown_until=end, cooldowns=cooldowns)
+            cooling = AdapterDocument(cooldown_until=end, cooldown_since=now, cooldowns=cooldowns)
             return AdapterUpdate(cooling, AdapterCooldown(until=end, reason=reason))
 
         known, is_new = await self.update(adapter, decide)
@@ -173,7 +173,7 @@ class AdapterStates:
         """Forget the cooldowns of an adapter, because a later session succeeded."""
         enabled, now = AdapterUpdate(AdapterDocument(), AdapterEnabled()), self._writer.clock.now()
         await self.update(
-            adapter, lambda known: enabled if known.cooldowns and not _is_cooling_down(known, now) else None
+            adapter, lambda known: enabled if known.cooldowns and not known.is_cooling_down(now) else None
         )
 
     async def _read(self, adapter: str) -> tuple[int, AdapterDocument]:
@@ -181,7 +181,3 @@ class AdapterStates:
         if stored is None:
             return 0, AdapterDocument()
         return stored.version, AdapterDocument.model_validate(stored.value)
-
-
-def _is_cooling_down(adapter: AdapterDocument, now: float) -> bool:
-    return adapter.cooldown_until is not None and adapter.cooldown_until > now
