@@ -1,4 +1,4 @@
-"""Draw the diagrams of `docs/architecture.md` from the code: the packages, and the path of one task.
+"""Draw the diagrams of `docs/architecture.md` from the code.
 
     python docs/diagrams.py [--check]
 
@@ -43,7 +43,7 @@ EVERYWHERE = {
 
 
 def imports() -> Counter[tuple[str, str]]:
-    """Count the imports between the packages of `orchestrator`, including imports inside functions."""
+    """Count the imports between packages, including imports inside functions."""
     found = Counter[tuple[str, str]]()
     for file in (TOP / "orchestrator").rglob("*.py"):
         importer = file.relative_to(TOP / "orchestrator").parts[0].removesuffix(".py")
@@ -70,7 +70,7 @@ def packages() -> Iterator[str]:
 
 
 def task() -> Iterator[str]:
-    """Yield a state diagram of a task; cancelled, ignored and adopted tasks are left out."""
+    """Yield a task's state diagram, without cancelled, ignored and adopted tasks."""
     yield "stateDiagram-v2"
     yield "  [*] --> pending"
     labels: dict[tuple[TaskStatus, TaskStatus], list[str]] = {}

@@ -35,7 +35,7 @@ def table(module: ModuleType, schemas: Mapping[str, JsonObject]) -> Iterator[str
 
 
 def fields(event: type[TypedEvent], schema: JsonObject) -> Iterator[str]:
-    """Yield the fields of an event, each with its description; those that may be absent are marked with `?`."""
+    """Yield the fields of an event and their descriptions; `?` marks optional ones."""
     for name in event.field_types:
         if name not in COMMON or (name == "run" and name not in event.context):
             text = on_one_line(schema["properties"][name].get("description"))

@@ -1,8 +1,9 @@
-"""Run `configs/quickstart.yaml` on a clone of this repository, and verify the results.
+"""Run `configs/quickstart.yaml` on a clone of this repository.
 
     python examples/demo.py
 
-The demo runs in a temporary folder, which is removed afterwards, and does not change this repository.
+The demo verifies the results. It runs in a temporary folder, which is removed afterwards, and does not change this
+repository.
 """
 
 # ruff: noqa: S607 - git and council are run by name

@@ -1,9 +1,9 @@
-"""Use a council from synchronous code: `asyncio.run` creates an event loop for the duration of a run.
+"""Use a council from synchronous code.
 
     python examples/from_sync_code.py council.yaml
 
-In a notebook, which already has a loop, write `await run(file)` instead; in a thread next to your own loop,
-`anyio.from_thread.run(run, file)`.
+`asyncio.run` creates an event loop for the duration of a run. In a notebook, which already has a loop, write
+`await run(file)` instead; in a thread next to your own loop, `anyio.from_thread.run(run, file)`.
 """
 
 from __future__ import annotations

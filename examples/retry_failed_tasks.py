@@ -1,4 +1,4 @@
-"""Inspect the newest run, list its unmerged work, retry its failed tasks, and resume it.
+"""List the newest run's unmerged work, retry its failed tasks, and resume it.
 
 python examples/retry_failed_tasks.py       (in the repository that the run was in)
 """

@@ -1,4 +1,4 @@
-"""Describe a run with typed objects instead of a file: here, one task for each module.
+"""Describe a run with typed objects instead of a file: one task per module.
 
     python examples/typed_run.py        (in a git repository with a branch `main`)
 

@@ -1,4 +1,4 @@
-"""CLI Council: run many AI coding CLIs concurrently on one git repository, and land only tested commits.
+"""CLI Council: run AI coding CLIs concurrently on one git repository.
 
     async with Council.open("council.yaml") as council:
         report = await council.runs.run()
@@ -7,8 +7,8 @@ This module has the public Python API; `orchestrator.protocols` has the contract
 asyncio event loop; from synchronous code, start one with `asyncio.run(main())`.
 
 Times are in seconds (timestamps: since the epoch), sizes in bytes, costs in US dollars. All errors are CouncilErrors:
-ConfigError has all problems of a file or `Config`, RefusedError has the reason and the remedy. Failed tasks are no
-errors; they are part of the `RunReport`.
+ConfigError has all problems of a file or `Config`, RefusedError has the reason and the remedy. A failed task is not an
+error, but part of the `RunReport`.
 
 Each name is imported on first use.
 """

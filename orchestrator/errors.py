@@ -208,9 +208,9 @@ class InvalidDocument(StateError):
         super().__init__(f"can't store {subject}: {why}: store plain JSON objects within the size limit")
 
 
-def format_author(by: str, time: float) -> str:
+def format_writer(writer: str, time: float) -> str:
     """Return a process and a time (wall-clock seconds) as text for error messages."""
-    return f"{by}, {datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    return f"{writer}, {datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 class InvalidTransition(StateError):
@@ -224,10 +224,10 @@ class InvalidTransition(StateError):
 class VersionConflict(StateError):
     """The document is no longer at the version that the writer had read."""
 
-    def __init__(self, subject: str, expected: int, found: int, *, by: str = "", time: float = 0.0) -> None:
-        """`by` wrote the version `found` at `time` (wall-clock seconds)."""
-        self.expected, self.found, self.by, self.time = expected, found, by, time
-        written = f" (written by {format_author(by, time)})" if by else ""
+    def __init__(self, subject: str, expected: int, found: int, *, writer: str = "", time: float = 0.0) -> None:
+        """`writer` wrote the version `found` at `time` (wall-clock seconds)."""
+        self.expected, self.found, self.writer, self.time = expected, found, writer, time
+        written = f" (written by {format_writer(writer, time)})" if writer else ""
         super().__init__(f"{subject} is at version {found}{written}, expected {expected}: read it again and retry")
 
 

@@ -1,4 +1,4 @@
-"""Imports on first use (PEP 562): third-party modules that are slow to import are attributes of this module."""
+"""Imports on first use (PEP 562): slow third-party modules, as attributes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ __all__ = ["difflib", "jsonschema", "lazy_names", "referencing", "zstandard"]
 
 
 def lazy_names(package: str, modules: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
-    """Return the `__getattr__` of a package: imports a public name from the module below it that has the name."""
+    """Return a package's `__getattr__`, which imports public names on first use.
+
+    Each name is imported from the module below the package that has it.
+    """
     module_of = {name: module for module, names in modules.items() for name in names}
 
     def get(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The MCP server that provides the session commands as tools (https://modelcontextprotocol.io).
+"""The MCP server of the session commands (https://modelcontextprotocol.io).
 
 Requests go through the session socket, so the server has the same permissions as the session. Import this module only
 to serve: the official SDK is slow to import and an optional dependency.
@@ -100,7 +100,10 @@ def _call_tool(session: SessionConnection, name: str, arguments: JsonObject) -> 
 
 
 def input_schema(command: SessionCommand) -> JsonObject:
-    """Return the JSON Schema of a command's arguments; paths are relative to the worktree."""
+    """Return the JSON Schema of a command's arguments.
+
+    Paths are relative to the worktree.
+    """
     return {
         "type": "object",
         "properties": {argument.name: _schema(argument) for argument in command.arguments},

@@ -1,4 +1,4 @@
-"""Paths in a project's `.council/` folder, and the home folder of council's own repositories."""
+"""Paths in a project's `.council/` folder, and council's home folder."""
 
 from __future__ import annotations
 
@@ -15,20 +15,26 @@ from orchestrator.system.files import atomic_write
 
 COUNCIL_FOLDER = ".council"
 _LONGEST_URL = 1 << 16
-#: The state of older layouts, relative to a project's folder: a file with all sessions, and a folder.
+#: The state in earlier formats, relative to a project's folder: a file with all sessions, and a folder.
 LEGACY_FILE, LEGACY_TREE = ".worktrees/.parallel-dev-state.json", ".worktrees/.state"
 #: The document that records the import of that state.
 LEGACY_RECORD = Key("import", "worktrees")
 
 
 def is_import_complete(record: Document) -> bool:
-    """Return True if the import is complete, or its record damaged: nothing may be imported twice."""
+    """Return True if the import is complete, or its record damaged.
+
+    Nothing may be imported twice.
+    """
     return record.damaged or bool(record.value.get("is_complete", True))
 
 
 @dataclass(frozen=True, slots=True)
 class Project:
-    """The parent of a `.council/` folder: the top of the user's checkout or, for a URL, the YAML file's folder."""
+    """The parent of a `.council/` folder.
+
+    It is the top of the user's checkout or, for a repository URL, the YAML file's folder.
+    """
 
     top: Path
 
@@ -48,7 +54,10 @@ class Project:
         return self.folder / "store"
 
     def store(self) -> str:
-        """Return the URL of the newest run's store. Blocks. Raises RefusedError if the store file is invalid."""
+        """Return the URL of the newest run's store. Blocks.
+
+        Raises RefusedError if the store file is invalid.
+        """
         if not os.path.lexists(self.store_file):
             return folder_url(self.state_folder)
         lines = [""]
@@ -80,7 +89,7 @@ class Project:
 
     @property
     def legacy(self) -> Path:
-        """The folder with copies of files from older layouts that could not be imported."""
+        """The folder with copies of files from earlier state formats that could not be imported."""
         return self.folder / "legacy"
 
     def logs(self, run: str) -> Path:
@@ -107,7 +116,7 @@ class Project:
         return self.folder / "views.lock"
 
     def has_legacy(self) -> bool:
-        """Return True if there is state in an older layout. Blocks."""
+        """Return True if there is state in an earlier format. Blocks."""
         return any((self.top / name).exists() for name in (LEGACY_FILE, LEGACY_TREE))
 
     def check(self) -> None:
@@ -136,7 +145,7 @@ class Project:
 def find_project(start: Path) -> Project:
     """Return the project that contains a folder.
 
-    Without a `.council/` folder, that is the folder with state in an older layout. The search ends at the top of the
+    Without a `.council/` folder, that is the folder with state in an earlier format. The search ends at the top of the
     repository. Raises RefusedError if no run was ever started there.
     """
     start = start.absolute()
@@ -167,7 +176,10 @@ def not_in_repository_error(folder: Path) -> RefusedError | None:
 
 
 def council_home(environ: Mapping[str, str]) -> Path:
-    """Return the folder for council's repositories: `COUNCIL_HOME`, or `council` in the user's state folder."""
+    """Return the folder for council's repositories.
+
+    `COUNCIL_HOME`, or `council` in the user's state folder.
+    """
     if environ.get("COUNCIL_HOME"):
         return Path(environ["COUNCIL_HOME"]).resolve()
     if environ.get("XDG_STATE_HOME"):
@@ -191,6 +203,9 @@ def exclude_from_git(git_dir: Path) -> None:
 
 
 def find_stale_exclude_files(git_dir: Path) -> dict[Path, float]:
-    """Return temporary files of `exclude_from_git` with their mtimes (wall-clock seconds). Blocks."""
+    """Return leftover temporary files of `exclude_from_git`, with mtimes. Blocks.
+
+    Times are in wall-clock seconds.
+    """
     found = (git_dir / "info").glob("exclude.*.new")
     return {path: path.lstat().st_mtime for path in found if path.name.split(".")[1].isdecimal()}

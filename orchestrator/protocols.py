@@ -130,7 +130,7 @@ class Document(NamedTuple):
     damaged: bool = False
     time: float = 0.0
     """When this version was written (wall-clock seconds of the store's clock)."""
-    by: str = ""
+    writer: str = ""
     """The process that wrote this version, as `user@host:pid`."""
     expires: float | None = None
     """When the document expires and then counts as missing (wall-clock seconds, or None for never)."""
@@ -148,7 +148,7 @@ class Document(NamedTuple):
             "version": self.version,
             "position": self.position,
             "time": self.time,
-            "by": self.by,
+            "writer": self.writer,
             "expires": self.expires,
             "damaged": self.damaged,
             "value": self.value,
@@ -220,7 +220,7 @@ class CommitRecord:
     documents: Mapping[Key, tuple[int, JsonObject | None]]
     events: Sequence[Event]
     unreadable: Sequence[Key] = ()
-    by: str = ""
+    writer: str = ""
     """The process that committed, as `user@host:pid`."""
 
 
@@ -235,7 +235,7 @@ class DocumentVersion:
     version: int
     position: int
     time: float
-    by: str
+    writer: str
     value: JsonObject | None
     events: Sequence[Event] = ()
     damaged: bool = False
@@ -344,7 +344,7 @@ class DumpedCommit:
     position: int
     time: float
     """Wall-clock seconds of the original store's clock."""
-    by: str
+    writer: str
     """The process that committed, as `user@host:pid`."""
     documents: Sequence[DumpedDocument] = ()
     events: Sequence[Event] = ()

@@ -186,7 +186,7 @@ def _field_adapters(name: str) -> Mapping[str, TypeAdapter[object]]:
 
 def _workflows(state: _State) -> list[str]:
     broken = [f"17: {one.rule}: {one}" for check in state.checks for one in check.violations]
-    return broken + [f"17: {one}" for check in state.checks for task in check.tasks for one in task.unseen]
+    return broken + [f"17: {one}" for check in state.checks for task in check.tasks for one in task.skipped_checks]
 
 
 def _modes(top: Path) -> list[str]:

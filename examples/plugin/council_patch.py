@@ -1,4 +1,4 @@
-"""An adapter for patch(1): the prompt of a task is a patch, which is merged, checked and landed."""
+"""An adapter for patch(1): the prompt of a task is a patch to land."""
 
 from __future__ import annotations
 
@@ -65,7 +65,10 @@ class PatchAdapter:
         return []
 
     def verdict(self, end: SessionEnd) -> Failed | None:
-        """Refuse a patch that does not apply, for which patch exits with 1: another attempt would not help."""
+        """Refuse a patch that does not apply: another attempt would not help.
+
+        patch exits with 1 for such a patch.
+        """
         if end.exit == 1:
             warned = [event.text for event in end.events if isinstance(event, CliWarning)]
             return Failed(FailureClass.REFUSED, f"the patch does not apply: {'; '.join(warned)}")

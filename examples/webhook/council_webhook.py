@@ -59,7 +59,10 @@ class _NoRedirects(HTTPRedirectHandler):
 
 
 class Webhook:
-    """A sink that posts each batch of events; any response other than 2xx raises, and the batch is retried."""
+    """A sink that posts each batch of events.
+
+    Any response other than 2xx raises, and the batch is retried.
+    """
 
     Options: ClassVar[type[BaseModel]] = WebhookOptions
 
@@ -74,7 +77,10 @@ class Webhook:
         pass
 
     async def send(self, events: Sequence[RecordedEvent]) -> None:
-        """Post the events. Raises HTTPError or URLError if the server does not accept them."""
+        """Post the events.
+
+        Raises HTTPError or URLError if the server does not accept them.
+        """
         body = {"events": [_as_json(one) for one in events]}
         headers = {"Content-Type": "application/json", **self._authorization()}
         data = json.dumps(body).encode()

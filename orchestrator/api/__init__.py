@@ -1,4 +1,4 @@
-"""The Python API: `Council` in `council` is the entry point, for scripts and for the command line.
+"""The Python API, for scripts and the command line; `Council` is its entry point.
 
 `topics` has the operations of a council by subject, `execution` creates and executes runs. Inside the package imports
 point from `council` to `topics`, `execution`, `run_reader`, `run_index` and `context`. May import every package below;

@@ -1,4 +1,4 @@
-"""The context that the topics of a council share: the project and its store, the plugins, and the stop signal."""
+"""The context of a council's topics: project, store, plugins and stop signal."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ class ProjectContext:
 
     @property
     def damage(self) -> tuple[str, ...]:
-        """Descriptions of the damage found since the state was opened, and errors of unreadable runs."""
+        """The damage found since the state was opened, and errors of unreadable runs."""
         return (*(one.describe() for one in self.store.damage), *self.unreadable)
 
     async def check_writable(self) -> None:
-        """Raise RefusedError if the store may only be read, because it was opened from outside its project."""
+        """Raise RefusedError if the store is read-only: opened from outside its project."""
         await anyio.to_thread.run_sync(self._check_folder)
 
     def _check_folder(self) -> None:

@@ -1,4 +1,4 @@
-"""The public entry point: a project with its state, its plugins, and all operations on its runs by topic."""
+"""The public entry point: a project, with all operations on its runs by topic."""
 
 from __future__ import annotations
 
@@ -41,9 +41,10 @@ class ProjectPaths:
 
 
 class Council:
-    """A project, opened by `Council.open`. Its operations are grouped by topic: `council.runs`, `council.tasks`, etc.
+    """A project, opened by `Council.open`.
 
-    Tasks of one event loop can use it concurrently. Each topic is imported on first use.
+    Its operations are grouped by topic: `council.runs`, `council.tasks`, etc. Tasks of one event loop can use it
+    concurrently. Each topic is imported on first use.
     """
 
     notices: Sequence[str]
@@ -83,7 +84,7 @@ class Council:
         any folder. `plugins` replaces the installed plugins, and `environ` the process's environment; sessions get only
         the allowed variables of it.
 
-        If the state is empty and `.worktrees` has the state of an older layout, that state is imported and `notices`
+        If the state is empty and `.worktrees` has state in an earlier format, that state is imported and `notices`
         reports it, but not into a store from `state`.
 
         Raises ConfigError, with all problems of the file; RefusedError if there is nothing to open, or if the store was
@@ -157,7 +158,7 @@ class Council:
 
     @property
     def plugins(self) -> Plugins:
-        """The plugins in use: those that were passed to `open`, or the installed ones. Blocks on first use."""
+        """The plugins passed to `open`, or the installed ones. Blocks on first use."""
         return self._context.plugins.get()
 
     @property

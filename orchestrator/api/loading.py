@@ -1,4 +1,4 @@
-"""Loading and validation of the run that a council is opened with, and of its project."""
+"""Loading and validation of a council's run and project."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from orchestrator.repo.source.run_repository import find_run_repository
 async def load_run(
     source: str | Path | Config | RunConfig, plugins: Plugins | None, environ: Mapping[str, str]
 ) -> tuple[Plugins, RunConfig, Project]:
-    """Return the plugins (installed ones by default), the validated run of `source`, and its project."""
+    """Return the plugins, the validated run of `source`, and its project.
+
+    The default plugins are the installed ones.
+    """
     if plugins is None:
         paths = await anyio.to_thread.run_sync(find_source_paths, source)
         plugins = await anyio.to_thread.run_sync(load_plugins, environ, paths)
@@ -36,7 +39,10 @@ async def load_run(
 
 
 def find_source_paths(source: str | Path | Config | RunConfig) -> list[Path]:
-    """Return the file, if any, and the local repository of a run: plugins inside these are untrusted. Blocks."""
+    """Return the file, if any, and the local repository of a run. Blocks.
+
+    Plugins inside these are untrusted.
+    """
     match source:
         case RunConfig():
             return [source.path, *([] if source.is_url else [Path(source.repo)])]
@@ -59,7 +65,10 @@ def _load(source: str | Path | Config | RunConfig, plugins: Plugins) -> RunConfi
 
 
 def _without_none(value: Any) -> Any:
-    """Return a config without keys that are None, as in a file; the values and schemas of users may contain None."""
+    """Return a config without keys that are None, as in a file.
+
+    Values and schemas of users may contain None.
+    """
     match value:
         case dict():
             kept = {key: each for key, each in value.items() if each is not None}

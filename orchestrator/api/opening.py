@@ -1,4 +1,4 @@
-"""Opening of a council: from a file or a folder to its project, its plugins and its store."""
+"""Opening of a council: project, plugins and store, from a file or a folder."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ async def open_project(
     clock: Clock,
     environ: Mapping[str, str],
 ) -> AsyncIterator[tuple[ProjectContext, RunConfig | None, Sequence[str]]]:
-    """Open a project and its store for the body of the `async with`; see `Council.open`.
+    """Open a project and its store during the body; see `Council.open`.
 
     Yields the project, the run of the source if it is not a folder, and messages about how the state was opened.
     """
@@ -70,9 +70,10 @@ async def open_project(
 
 
 def _find_source_project(folder: Path, chosen: str | None) -> tuple[Project, bool]:
-    """Return the project that contains a folder, and True; or the folder itself as a project, and False. Blocks.
+    """Return the project that contains a folder, and True. Blocks.
 
-    The latter requires a `chosen` store. Raises RefusedError if there is neither a project nor a chosen store.
+    Outside a project, returns the folder itself as a project, and False; this requires a `chosen` store. Raises
+    RefusedError if there is neither.
     """
     try:
         return find_project(folder), True
@@ -83,7 +84,7 @@ def _find_source_project(folder: Path, chosen: str | None) -> tuple[Project, boo
 
 
 def _resolve_store_url(project: Project, config: RunConfig | None) -> str:
-    """Return the URL of the store in the file; without a file, that of the newest run. Blocks."""
+    """Return the store URL of the file, or else of the newest run. Blocks."""
     if config is None:
         return project.store()
     return config.state.url or folder_url(project.state_folder)
@@ -92,7 +93,10 @@ def _resolve_store_url(project: Project, config: RunConfig | None) -> str:
 async def _import_legacy_state(
     store: Store, project: Project, clock: Clock, environ: Mapping[str, str]
 ) -> Sequence[str]:
-    """Import the state of an older layout into an empty store, or complete such an import; return notices."""
+    """Import state in an earlier format into an empty store; return notices.
+
+    Completes an interrupted import.
+    """
     record = await store.get(LEGACY_RECORD)
     if await store.position() if record is None else is_import_complete(record):
         return ()

@@ -1,4 +1,4 @@
-"""The lookup of a project's runs by name, and of the processes that are active in them."""
+"""Lookup of a project's runs by name, and of their active processes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class RunIndex:
         return max([one for one in runs if one.value.get("merges") is None] or runs, key=start_key).key.id
 
     async def find(self, name: str | None) -> str:
-        """Return the id of the run with a name: an id, a unique prefix of one, or `latest`; None is the newest run.
+        """Return the id of a run by id, unique prefix or `latest`; None is the newest.
 
         Raises RefusedError, with the closest ids, if no run or several runs match.
         """
@@ -70,7 +70,10 @@ class RunIndex:
         raise RefusedError(f"there is no run {name!r}", suggest_similar(name, known) or "`council runs` lists them")
 
     async def hub(self, run: RunDocument) -> Hub:
-        """Return the repositories of a run. Raises RefusedError if they are missing, or the run was imported."""
+        """Return the repositories of a run.
+
+        Raises RefusedError if they are missing, or the run was imported.
+        """
         run.check_not_imported()
         hub = Hub(Path(run.hub))
         # An attempt that was still active may have created its own folder again, but nothing else.
@@ -79,7 +82,10 @@ class RunIndex:
         return hub
 
     async def is_live(self, run: str | RunDocument) -> bool:
-        """Return True if a process is active in a run. Raises RefusedError if its repositories are missing."""
+        """Return True if a process is active in a run.
+
+        Raises RefusedError if the run's repositories are missing.
+        """
         document = await read_run(self.context.store, run) if isinstance(run, str) else run
         if document.imported is not None:
             return False
@@ -104,7 +110,7 @@ class RunIndex:
         return sorted(active, key=lambda one: one.since)
 
     async def has_live_process(self, run: str) -> bool:
-        """Return True if a process is visibly active in a run; False if its repositories are missing."""
+        """Return True if a process is active in a run; False without its repositories."""
         with suppress(RefusedError):
             return await self.is_live(run)
         return False

@@ -1,4 +1,4 @@
-"""The record and the report of a run, read without importing the code that executes runs."""
+"""The record and report of a run, read without importing the execution code."""
 
 from __future__ import annotations
 
@@ -48,7 +48,10 @@ class RunReader:
         return RunIndex(self.context)
 
     async def record(self, run: str, *, whole: bool = True) -> RunRecord:
-        """Return the record of a run; unless `whole`, only with the specs of tasks that wait or never started."""
+        """Return the record of a run.
+
+        Unless `whole`, only tasks that wait or never started have their specs.
+        """
         return await read_whole(self.context.store, run, partial(self._read_record, run, whole=whole))
 
     async def _read_record(self, run: str, *, whole: bool) -> RunRecord:
@@ -92,7 +95,10 @@ class RunReader:
         return replace(record, tasks={**record.tasks, **keeping})
 
     def describe(self, record: RunRecord, *, is_live: bool, has_ended: bool | None = None) -> RunReport:
-        """Return the report of a run; `is_live` if a process is active in it; `has_ended` is by default as recorded."""
+        """Return the report of a run; `is_live` if a process is active in it.
+
+        `has_ended` is by default as recorded.
+        """
         has_ended = record.run.ended is not None if has_ended is None else has_ended
         return build_report(
             record,
@@ -105,7 +111,10 @@ class RunReader:
         )
 
     async def status(self, run: str, *, allow_missing: bool = False) -> RunReport:
-        """Return the current report of a run; with `allow_missing` even if its repositories are missing."""
+        """Return the current report of a run.
+
+        With `allow_missing`, its repositories may be missing.
+        """
         record = await self.without_dropped(await self.record(run, whole=False))
         is_live = False
         if record.run.ended is None:
@@ -122,7 +131,7 @@ class RunReader:
         return await self.with_merge_state(described, record.run)
 
     async def with_merge_state(self, report: RunReport, run: RunDocument) -> RunReport:
-        """Return the report of an ended run with the merge state of its own branch, if it landed on one.
+        """Return a report with the merge state of the run's own branch, if any.
 
         The state of the repository counts if it is on this machine, because users also merge and delete such branches.
         """
@@ -133,7 +142,7 @@ class RunReader:
         return replace(report, merged_by=merged_by, awaits_merge=awaits_merge)
 
     async def _is_unmerged(self, run: RunDocument) -> bool:
-        """Return True if the own branch of a run is not merged into its base, or if this is unknown."""
+        """Return True if the run's branch is not merged into its base, or unknown."""
         git = Git(None, as_user=True, environ=self.context.environ)
         try:
             return await has_unmerged_commits(Path(run.repo), run.target, run.base, git)
@@ -152,7 +161,7 @@ class RunReader:
         return found[-1].key.id if found else None
 
     async def _merges(self, run: str, statuses: Collection[str]) -> list[Document]:
-        """Return the runs that merge a run's branch and whose task has one of the statuses, the oldest first."""
+        """Return the merge runs of a run, oldest first, whose task has such a status."""
         found = []
         for one in sorted(await self.context.store.list("run"), key=start_key):
             if not one.damaged and one.value.get("merges") == run:
@@ -173,7 +182,7 @@ class RunReader:
         return errors[-1] if errors else None
 
     async def all(self) -> list[RunReport]:
-        """Return the reports of all runs, the oldest first; `damage` lists the unreadable ones."""
+        """Return the reports of all runs, oldest first; `damage` lists unreadable ones."""
         found = []
         self.context.unreadable.clear()
         for run in await self.index.ids():

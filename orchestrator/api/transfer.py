@@ -1,4 +1,7 @@
-"""Copying, adoption, export and import of whole stores, named by a URL, a folder or a file."""
+"""Copy, adoption, export and import of whole stores.
+
+A store is named by a URL, a folder or a file.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,7 @@ async def open_target(
     clock: Clock | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> AsyncIterator[Store]:
-    """Open the store at a URL or in a folder as the target of a copy, for the body of the `async with`.
+    """Open the store at a URL or in a folder as the target of a copy.
 
     `source` is the location of the original. If the body fails and nothing was committed, the folders created for the
     store are removed. Raises RefusedError for the memory store, and for a folder that can't become a separate store.
@@ -96,10 +99,10 @@ async def copy_state(
     clock: Clock | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> CopyResult:
-    """Copy a whole store into an empty one, each named by its URL or folder; runs may be active meanwhile.
+    """Copy a whole store into an empty one, each named by its URL or folder.
 
-    The copy has the same positions, times, versions and events. Raises RefusedError, with nothing changed, if the
-    original is damaged, or if the target has other content or can't become a separate store.
+    Runs may be active. The copy has the same positions, times, versions and events. Raises RefusedError, with nothing
+    changed, if the original is damaged, or if the target has other content or can't become a separate store.
     """
     if plugins is None:
         plugins = await to_thread.run_sync(load_plugins, environ)
@@ -114,7 +117,7 @@ async def copy_state(
 
 
 async def adopt_state(location: str | Path, *, environ: Mapping[str, str] = os.environ) -> str:
-    """Trust a store that was created on another machine, by its URL or folder; return its URL.
+    """Trust a store that was created on another machine; return its URL.
 
     From then on, `resume` executes the commands of its runs. Raises RefusedError if there is no such store.
     """
@@ -132,7 +135,7 @@ def _is_installed(url: str, environ: Mapping[str, str]) -> bool:
 async def export_store(
     store: Store, file: str | Path | IO[bytes], *, force: bool = False, clock: Clock | None = None
 ) -> CopyResult:
-    """Write a whole store to one file; see `State.export_to`. A stream is written directly."""
+    """Write a whole store to one file or stream; see `State.export_to`."""
     now = (clock or SystemClock()).now()
     if not isinstance(file, str | Path):
         return await export_to_stream(store, file, now)
@@ -180,7 +183,10 @@ def _check_export_path(path: Path, force: bool) -> None:
 
 
 async def import_store(file: str | Path | IO[bytes], store: Store) -> CopyResult:
-    """Load a file that `export_store` wrote into an empty store; see `State.import_from`. A stream is closed."""
+    """Load an export into an empty store; see `State.import_from`.
+
+    Closes a stream.
+    """
     if not isinstance(file, str | Path):
         return await import_from_stream("the input", lambda: file, store)
     if not await to_thread.run_sync(os.path.isfile, file):
@@ -194,7 +200,7 @@ class _TargetFolder:
     _REMEDY: Final = "name a folder that exists or can be created"
 
     def __init__(self, folder: Path, source: Path | None) -> None:
-        """Check a folder, which need not exist; `source` is the folder of the original, if it has one.
+        """Check a folder, which need not exist; `source` is that of the original.
 
         Raises RefusedError if the folder is inside the source, can't be created, or contains files of anything but a
         store, which would mix with the store's files.

@@ -1,4 +1,4 @@
-"""The `council` command line. Each command is imported on first use, so that `--help` stays fast."""
+"""The `council` command line. Imports each command on first use."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class CouncilGroup(LazyGroup):
     """The group of all commands; shows their help without importing them."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a command with usable standard streams, and without programs from relative folders of PATH."""
+        """Run a command with usable standard streams and an absolute PATH."""
         path = os.environ.get("PATH")
         if path is not None:  # a relative entry would be a folder of the repository, where agents can write
             os.environ["PATH"] = os.pathsep.join(one for one in path.split(os.pathsep) if one.startswith("/"))

@@ -18,7 +18,10 @@ _READER_GONE_ERRORS = frozenset({errno.EPIPE, errno.EIO})
 
 @contextmanager
 def usable_streams() -> Iterator[None]:
-    """Provide three standard streams that accept any text; exit with 1 if click's own output can't be written."""
+    """Provide three standard streams that accept any text.
+
+    Exits with 1 if click's own output can't be written.
+    """
     _open_missing()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
@@ -32,7 +35,7 @@ def usable_streams() -> Iterator[None]:
 
 
 def _open_missing() -> None:
-    """Connect closed streams to /dev/null: otherwise the next opened file would get a stream's descriptor."""
+    """Connect closed streams to /dev/null, so that no opened file takes their place."""
     for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(descriptor)

@@ -1,4 +1,7 @@
-"""The session commands, as the single table behind the command line, the MCP tools, help and request validation."""
+"""The session commands, as one table.
+
+The command line, the MCP tools, the help and the request validation are derived from it.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,10 @@ MAX_SHARED_BYTES = 1 << 18
 
 
 class Argument:
-    """One argument of a command: required, and positional on the command line, if `is_word`; else an option."""
+    """One argument of a command.
+
+    With `is_word`, it is required, and positional on the command line; otherwise it is an option.
+    """
 
     __slots__ = ("choices", "help", "is_word", "kind", "metavar", "name", "option")
 
@@ -56,7 +62,7 @@ class Argument:
 
 
 class SessionCommand:
-    """A command: its protocol name, the words that invoke it, its arguments and its help.
+    """A command: protocol name, words on the command line, arguments and help.
 
     The names of the commands of a `group` begin with its name; they are also available outside sessions.
     """

@@ -1,6 +1,6 @@
-"""The hook that CLIs run before an edit: denies the edit if another session owns the file.
+"""The hook that CLIs run before an edit, to deny edits of files of other sessions.
 
-The hook reads a JSON object with `hook_event_name` and `tool_input` from standard input. It prints a denial or nothing,
+It reads a JSON object with `hook_event_name` and `tool_input` from standard input. It prints a denial or nothing,
 in the format of Claude Code (https://code.claude.com/docs/en/hooks), which other CLIs adopted, or that of Gemini CLI
 (https://geminicli.com/docs/hooks/reference). On any error of the hook or the orchestrator the edit is allowed: changes
 are checked again when they land.

@@ -24,7 +24,7 @@ EXIT_BAD_INPUT = 2
 
 
 def run(words: Sequence[str]) -> int | None:
-    """Run the session command in the words after `council`; return its exit code, or None for other commands."""
+    """Run a session command and return its exit code; None for other commands."""
     if words[:2] == ["hook", "pre-edit"] and len(words) == 2:
         from orchestrator.client import hook  # noqa: PLC0415  only when needed
 
@@ -62,7 +62,10 @@ def run_session_command(typed: ParsedCommand) -> int:
 
 
 def ask_current_session(typed: ParsedCommand) -> Mapping[str, Any]:
-    """Send a command on behalf of the session of this process. Raises SessionRequestError."""
+    """Send a command on behalf of this process's session.
+
+    Raises SessionRequestError.
+    """
     try:
         cwd = os.getcwd()  # noqa: PTH109  pathlib takes 10 ms
     except FileNotFoundError:
@@ -76,7 +79,10 @@ def ask_current_session(typed: ParsedCommand) -> Mapping[str, Any]:
 
 
 def ask_session(session: SessionConnection, typed: ParsedCommand, cwd: str) -> Mapping[str, Any]:
-    """Send a command on behalf of a session; paths are relative to `cwd`. Raises SessionRequestError."""
+    """Send a command on behalf of a session; paths are relative to `cwd`.
+
+    Raises SessionRequestError.
+    """
     arguments = dict(typed.arguments)
     for argument in typed.command.arguments:
         value = arguments.get(argument.name)
@@ -91,7 +97,7 @@ def ask_session(session: SessionConnection, typed: ParsedCommand, cwd: str) -> M
 
 
 def _relative_path(session: SessionConnection, path: Any, cwd: str) -> Any:
-    """Return a path relative to the worktree; the orchestrator rejects values that are not paths."""
+    """Return a path relative to the worktree; return other values unchanged."""
     if not isinstance(path, str) or "\0" in path:
         return path
     relative = session.relative_path(path, cwd)

@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 def strip_control_characters(text: str) -> str:
-    """Return text without control characters, because parts of it were written by other sessions."""
+    """Return text of other sessions without control characters."""
     return "".join(char for char in text if char.isprintable() or char in "\n\t")
 
 
 def join_lines(text: str) -> str:
-    """Return a text as one line, so that text of other sessions can't imitate a line of council's output."""
+    """Return text of other sessions as one line, so that it can't imitate output."""
     return " ".join(text.split())
 
 

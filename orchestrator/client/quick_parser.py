@@ -1,4 +1,7 @@
-"""The fast parser of the session commands; leaves help and errors to the full command line."""
+"""The fast parser of the session commands.
+
+Help and errors are left to the full command line.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +32,15 @@ class ParsedCommand:
 
 
 def is_session_command(words: Sequence[str]) -> bool:
-    """Return True if the words after `council` begin with a session command or the hook; the rest may be invalid."""
+    """Return True if a session command or the hook is invoked.
+
+    Its arguments may be invalid.
+    """
     return words[:1] == ["hook"] or tuple(words[:1]) in COMMANDS_BY_WORDS or tuple(words[:2]) in COMMANDS_BY_WORDS
 
 
 def parse_words(words: Sequence[str]) -> ParsedCommand | None:
-    """Parse the words after `council`; return None if they are not a valid session command."""
+    """Parse the words after `council`; return None unless they are valid."""
     command = COMMANDS_BY_WORDS.get(tuple(words[:1])) or COMMANDS_BY_WORDS.get(tuple(words[:2]))
     if command is None:
         return None
@@ -69,7 +75,7 @@ def parse_words(words: Sequence[str]) -> ParsedCommand | None:
 
 
 def _assign_positionals(command: SessionCommand, positionals: list[str], arguments: dict[str, Any]) -> bool:
-    """Assign positional words to their arguments; return True if their number is right."""
+    """Assign positional words to their arguments; return True if the number fits."""
     expected = [argument for argument in command.arguments if argument.is_word]
     if expected and expected[0].kind == PATHS:
         arguments[expected[0].name] = positionals

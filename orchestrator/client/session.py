@@ -1,4 +1,4 @@
-"""The connection of a program to its session's socket: one line of JSON per request and per answer.
+"""The connection to a session's socket: one line of JSON per request and answer.
 
 The session is found through `COUNCIL_SESSION`. Some CLIs hide variables from their tools; then it is found through the
 `.git` file of the worktree, because the session socket is next to the git directory.
@@ -60,15 +60,18 @@ class SessionConnection:
         self.folder, self.token, self.tree = folder, token, tree
 
     def relative_path(self, path: str, cwd: str) -> str | None:
-        """Return a path in `cwd` relative to the worktree, with links resolved; None if it is outside."""
+        """Return a path in `cwd` relative to the worktree, with links resolved.
+
+        Returns None if it is outside.
+        """
         top = os.path.realpath(self.tree)
         relative = os.path.relpath(os.path.realpath(os.path.join(cwd, path)), top)  # noqa: PTH118  pathlib takes 10 ms
         return None if relative == os.pardir or relative.startswith(os.pardir + os.sep) else relative
 
     def ask(self, command: str, arguments: Mapping[str, Any], timeout: float = ANSWER_TIMEOUT) -> dict[str, Any]:
-        """Send a request and return its result. Blocks, at most `timeout` seconds between two bytes.
+        """Send a request and return its result. Blocks.
 
-        Raises SessionRequestError.
+        Waits at most `timeout` seconds between two bytes. Raises SessionRequestError.
         """
         request = {"token": self.token, "command": command, "arguments": dict(arguments)}
         # Unescaped: an escaped character takes up to six times its bytes of the size limit.
@@ -95,7 +98,10 @@ class SessionConnection:
 
 
 def find_session(environ: Mapping[str, str], cwd: str) -> SessionConnection:
-    """Return the session of a program that runs in `cwd`. Raises SessionRequestError if it has none."""
+    """Return the session of a program that runs in `cwd`.
+
+    Raises SessionRequestError if it has none.
+    """
     for folder in (environ.get(SESSION_VARIABLE), _find_socket_folder(cwd)):
         if folder:
             try:
@@ -157,7 +163,10 @@ def _parse_result(line: bytes) -> dict[str, Any]:
 
 
 class ShortSocketPath:
-    """A path to a folder that, with the socket's name, fits a socket address; valid during the block."""
+    """A path to a folder that fits a socket address; valid during the block.
+
+    Sockets have short address limits; the path leaves room for the socket's name.
+    """
 
     def __init__(self, folder: str, name: str = SOCKET_NAME) -> None:
         self._name = name

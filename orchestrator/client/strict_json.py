@@ -1,4 +1,7 @@
-"""Strict JSON for handoffs and shared values: rejects input that other parsers might read differently."""
+"""Strict JSON for handoffs and shared values.
+
+Rejects input that other parsers might read differently.
+"""
 
 from __future__ import annotations
 

@@ -25,7 +25,10 @@ _JSON_PREFIXES = ("{", "[", '"')
 
 
 def resolve_arguments(command: SessionCommand, words: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace the words of value and object arguments with their values. Raises SessionRequestError."""
+    """Replace the words of value and object arguments with their values.
+
+    Raises SessionRequestError.
+    """
     arguments = dict(words)
     for argument in command.arguments:
         if argument.name in arguments and argument.kind == VALUE:
@@ -36,7 +39,10 @@ def resolve_arguments(command: SessionCommand, words: Mapping[str, Any]) -> dict
 
 
 def parse_value(word: str) -> Any:
-    """Return the value of a word: JSON, or else the text itself. Raises SessionRequestError."""
+    """Return the value of a word: JSON, or else the text itself.
+
+    Raises SessionRequestError.
+    """
     data = _read_bytes(None, MAX_SHARED_BYTES) if word == STANDARD_INPUT else word.encode(errors="surrogateescape")
     try:
         return strict_json.parse(data)
@@ -64,7 +70,10 @@ def _read_object(name: str) -> dict[str, Any]:
 
 
 def _read_bytes(file: str | None, limit: int) -> bytes:
-    """Read a file or standard input. Raises OSError, and SessionRequestError if it exceeds `limit`."""
+    """Read a file or standard input.
+
+    Raises OSError, and SessionRequestError if the input exceeds `limit`.
+    """
     if file is None:
         data = sys.stdin.buffer.read(limit + 1)
     else:

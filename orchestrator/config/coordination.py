@@ -51,7 +51,7 @@ class CoordinationOverrides:
     max_retries: int | None = None
     when_unreachable: Literal["pause", "continue"] | None = None
 
-    def given(self) -> dict[str, Any]:
+    def explicit(self) -> dict[str, Any]:
         """Return the overridden values by key."""
         values = {key: getattr(self, key) for key in self.__slots__}
         return {key: value for key, value in values.items() if value is not None}
@@ -119,7 +119,7 @@ def resolve_coordination(
 
     Raises RefusedError that lists all invalid variables, or the conflicting settings.
     """
-    from_environment, from_options = read_environment(environ).given(), {} if options is None else options.given()
+    from_environment, from_options = read_environment(environ).explicit(), {} if options is None else options.explicit()
     names = {
         **{key: ENVIRONMENT_VARIABLES[key] for key in from_environment},
         **{key: COMMAND_OPTIONS[key] for key in from_options if key in COMMAND_OPTIONS},

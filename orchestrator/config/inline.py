@@ -61,10 +61,12 @@ def load_inline(
         above = read_value(_settings(tasks), problems)
         return None if above is None else _overlay(_without(below, "trackers"), above)
 
-    return build_run_config(read, path, adapter_types, extensions, problems).model_copy(update={"given": _given(tasks)})
+    return build_run_config(read, path, adapter_types, extensions, problems).model_copy(
+        update={"overrides": _overrides(tasks)}
+    )
 
 
-def _given(tasks: InlineTasks) -> tuple[str, ...]:
+def _overrides(tasks: InlineTasks) -> tuple[str, ...]:
     chosen = {"base": tasks.base, "target": tasks.target, "adapter": tasks.adapter, "checks": tasks.checks or None}
     return ("tasks", *(key for key, value in chosen.items() if value is not None))
 
@@ -163,8 +165,8 @@ def with_capacity(config: RunConfig, capacity: int) -> RunConfig:
     worktrees = config.worktrees
     if worktrees.max == default_slot_count(config.capacity):
         worktrees = worktrees.model_copy(update={"max": default_slot_count(capacity)})
-    given = (*config.given, "capacity", *(["worktrees"] if worktrees != config.worktrees else []))
-    return config.model_copy(update={"capacity": capacity, "worktrees": worktrees, "given": given})
+    overrides = (*config.overrides, "capacity", *(["worktrees"] if worktrees != config.worktrees else []))
+    return config.model_copy(update={"capacity": capacity, "worktrees": worktrees, "overrides": overrides})
 
 
 def with_failing_base(config: RunConfig) -> RunConfig:

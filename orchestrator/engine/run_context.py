@@ -265,7 +265,7 @@ async def _open_session_resources(
     async def lease(slot: Path) -> Mapping[str, str]:
         port_lease = await leases.lease(slot)
         if port_lease.lost:
-            await record_event(SlotPortsChanged(slot=str(slot), lost=port_lease.lost, ports=port_lease.ports))
+            await record_event(SlotPortsChanged(slot=str(slot), lost_ports=port_lease.lost, ports=port_lease.ports))
         return port_lease.environment()
 
     environ = git.environ

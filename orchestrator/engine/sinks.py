@@ -159,7 +159,7 @@ class EventForwarder:
             await self._record()
             undelivered = await self._count(goal)
             if undelivered:
-                await self._note(SinkUndelivered, TrackerUndelivered, left=undelivered)
+                await self._note(SinkUndelivered, TrackerUndelivered, undelivered=undelivered)
         except (CouncilError, OSError):
             return
 

@@ -89,14 +89,14 @@ class Claims:
         """Return the claim on a task, whoever owns it, or None if missing or damaged."""
         return _read(await self._store.get(claim_key(self._others.run, task)))
 
-    async def verdict(self, task: str, *, ignored: str | None = None) -> ClaimVerdict:
+    async def verdict(self, task: str, *, ignored_reason: str | None = None) -> ClaimVerdict:
         """Return whether a task may be claimed now."""
         try:
             _, claim, holder = await self._look(task)
         except CouncilError as error:
             _log.warning("claim check failed: run %s, task %s: %s", self._others.run, task, error)
             raise
-        return should_try(claim, holder, self._others.timing, ignored=ignored)
+        return should_try(claim, holder, self._others.timing, ignored_reason=ignored_reason)
 
     async def _look(self, task: str) -> tuple[int, Claim | None, OwnerStatus | None]:
         """Return the version of a claim, the claim itself, and its owner's status."""

@@ -215,7 +215,7 @@ class OwnershipRegistry(OwnershipView):
         conflict = await self._acquire(session, patterns, orchestrator, claim, is_lock=is_lock)
         if conflict is None:
             return None
-        refused = OwnershipRefused(patterns=list(patterns), holder=str(conflict.holder), held=conflict.pattern)
+        refused = OwnershipRefused(patterns=list(patterns), holder=str(conflict.holder), held_pattern=conflict.pattern)
         await self._commit([], _event(refused, session), claim)
         if wait <= 0:
             return conflict

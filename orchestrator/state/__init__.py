@@ -1,5 +1,5 @@
-"""Stores of documents, events and leases in one log. `stores.file` is the default store.
+"""Stores of documents, events and leases in one log.
 
-`log` is its on-disk format, `documents` reads and changes individual documents, `transfer` copies whole stores,
-`offline` buffers commits while a store is unreachable, `legacy` imports older layouts.
+`stores.file` is the default store, `log` is its on-disk format, `documents` reads and changes individual documents,
+`transfer` copies whole stores, `offline` buffers commits during outages, `legacy` imports earlier formats.
 """

@@ -58,7 +58,7 @@ FAILPOINTS: Final = frozenset(
         "landing.intended",  # the intent is in the store
         "landing.pushed",  # the target has moved, not recorded in the store
         "landing.recorded",  # the task is landed in the store
-        "legacy.begun",  # part of an import from an older layout is in the store
+        "legacy.begun",  # part of an import from an earlier state format is in the store
         "legacy.imported",  # the whole import is in the store
         "state.appended",  # commits are at the end of the log, the end mark is not updated
         "state.published",  # the end mark is updated, subscribers are not notified

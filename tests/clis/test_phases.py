@@ -60,7 +60,7 @@ async def test_handoff_of_an_answer_reaches_the_next_phase(stage: Stage, program
     assert right.resumed is program.can_resume
     if program.can_resume:
         assert wrong.session == right.session
-    assert_handed_over(stage, by="answer")
+    assert_handed_over(stage, via="answer")
     await stage.assert_clean()
 
 
@@ -72,18 +72,18 @@ async def test_handoff_by_a_tool_reaches_the_next_phase(stage: Stage, program: P
     ended = run(stage, plan="\n".join(calls[:2]), review=calls[2])
     assert ended.states == {"task": "landed"}, stage.diagnostics(ended)
     assert [one.phase for one in (await stage.task()).attempts] == ["plan", "build", "review"]
-    assert_handed_over(stage, by="tool")
+    assert_handed_over(stage, via="tool")
     await stage.assert_clean()
 
 
-def assert_handed_over(stage: Stage, *, by: str) -> None:
+def assert_handed_over(stage: Stage, *, via: str) -> None:
     """Assert that the build received the plan, and that both handoffs are recorded completely."""
     built = [one for one in stage.server.requests if _is_of_build(one)]
     assert built
     assert all("MARMALADE into hello.txt" in _prompt(one) for one in built)
-    story = stage.repository.council("show", "task", "--json").result
-    handed = {one["phase"]: one for one in story["handoffs"]}
-    assert {phase: one["by"] for phase, one in handed.items()} == {"plan": by, "review": by}
+    details = stage.repository.council("show", "task", "--json").result
+    handed = {one["phase"]: one for one in details["handoffs"]}
+    assert {phase: one["via"] for phase, one in handed.items()} == {"plan": via, "review": via}
     assert handed["plan"]["data"]["tasks"][0]["id"] == "greet"
     assert handed["review"]["data"]["verdict"] == "approve"
     checked = stage.repository.council("check", "--json")

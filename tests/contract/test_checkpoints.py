@@ -94,8 +94,8 @@ async def test_checkpoint_has_position_and_summary(store: Store) -> None:
     position = await store.position()
     made = await create_checkpoint(store, RUN, "before lunch")
     assert (made.id, made.run, made.number, made.position) == (f"{RUN}/1", RUN, 1, position)
-    assert (made.reason, made.maker, made.status) == ("before lunch", CheckpointOrigin.HAND, "running")
-    assert made.phase == {"running": 1, "pending": 2}
+    assert (made.reason, made.created_by, made.status) == ("before lunch", CheckpointOrigin.USER, "running")
+    assert made.task_counts == {"running": 1, "pending": 2}
     assert list(made.sessions) == [CheckpointSession(RUN, "a", 2, "running")]
     assert await read_checkpoint(store, made.id) == made
     assert (await create_checkpoint(store, RUN, "x", is_live=False)).status == "interrupted"
@@ -109,7 +109,7 @@ async def test_checkpoint_numbers_increase_and_are_never_reused(store: Store) ->
     """Pruned numbers stay used; each run and the whole store have counters of their own."""
     await seed(store, a=task())
     for _ in range(2):
-        await create_checkpoint(store, RUN, "x", maker=CheckpointOrigin.CLOCK)
+        await create_checkpoint(store, RUN, "x", created_by=CheckpointOrigin.TIMER)
     assert await prune_checkpoints(store, RUN, 0) == [f"{RUN}/1", f"{RUN}/2"]
     assert (await create_checkpoint(store, RUN, "x")).id == f"{RUN}/3"
     assert (await create_checkpoint(store, None, "x")).id == f"{WHOLE_STORE}/1"
@@ -133,14 +133,14 @@ async def test_concurrent_checkpoints_get_different_numbers(stores: list[Store])
 async def test_pruning_keeps_manual_checkpoints(store: Store) -> None:
     """Of automatic ones the newest are kept."""
     await seed(store, a=task())
-    for maker in (
-        CheckpointOrigin.CLOCK,
-        CheckpointOrigin.HAND,
-        CheckpointOrigin.CLOCK,
-        CheckpointOrigin.COUNCIL,
-        *[CheckpointOrigin.CLOCK] * 10,
+    for origin in (
+        CheckpointOrigin.TIMER,
+        CheckpointOrigin.USER,
+        CheckpointOrigin.TIMER,
+        CheckpointOrigin.COMMAND,
+        *[CheckpointOrigin.TIMER] * 10,
     ):
-        await create_checkpoint(store, RUN, "x", maker=maker)
+        await create_checkpoint(store, RUN, "x", created_by=origin)
     await prune_checkpoints(store, RUN, 3)
     assert [one.number for one in await list_checkpoints(store, RUN)] == [2, 4, 12, 13, 14]
     assert await prune_checkpoints(store, RUN, 3) == []
@@ -170,7 +170,7 @@ async def test_restore_writes_old_values_as_new_versions(store: Store) -> None:
     await put(store, {key("d"): task(TaskStatus.CANCELLED), Key("run", RUN): run_document(tasks=("a",), ended=9.0)})
     found = await plan_restore(store, made.id)
     assert set(found.written) == {Key("run", RUN), key("a"), key("d")}
-    assert (found.deleted, found.left) == ([], {key("b"): "it has landed"})
+    assert (found.deleted, found.skipped) == ([], {key("b"): "it has landed"})
     await store.commit(Commit(found.writes))
     back = await store.get(key("a"))
     assert back is not None
@@ -186,12 +186,20 @@ async def test_restore_leaves_excluded_kinds_unchanged(store: Store, kind: str) 
     """In any state, and also if they did not exist at the checkpoint."""
     await seed(store, a=task())
     there = Key(kind, f"run/{RUN}" if kind == "lease" else f"{RUN}/9")
-    value = {"epoch": 1, "position": 1, "reason": "x", "maker": "hand", "status": None, "phase": {}, "sessions": []}
+    value = {
+        "epoch": 1,
+        "position": 1,
+        "reason": "x",
+        "created_by": "user",
+        "status": None,
+        "task_counts": {},
+        "sessions": [],
+    }
     await put(store, {there: value})
     made = await create_checkpoint(store, RUN, "x")
     await put(store, {there: {**value, "epoch": 2}, Key(kind, f"{RUN}/10"): value})
     found = await plan_restore(store, made.id)
-    assert (found.writes, found.left) == ([], {})
+    assert (found.writes, found.skipped) == ([], {})
 
 
 async def test_restore_of_an_unchanged_run_keeps_its_end(store: Store) -> None:
@@ -200,7 +208,7 @@ async def test_restore_of_an_unchanged_run_keeps_its_end(store: Store) -> None:
     made = await create_checkpoint(store, RUN, "x")
     await put(store, {Key("run", RUN): run_document(ended=9.0), key("a"): task(TaskStatus.LANDED, 1, landed="d" * 40)})
     found = await plan_restore(store, made.id)
-    assert (found.writes, found.left) == ([], {key("a"): "it has landed"})
+    assert (found.writes, found.skipped) == ([], {key("a"): "it has landed"})
 
 
 async def test_restore_that_interrupts_tasks_reopens_the_run(store: Store) -> None:
@@ -219,12 +227,12 @@ async def test_restore_of_everything_keeps_new_documents_and_recreates_deleted_o
     await seed(store, a=task(TaskStatus.LANDED, 1, landed="d" * 40))
     await seed(store, "kept", a=task())
     made = await create_checkpoint(store, None, "x")
-    assert (made.run, made.status, made.phase) == (None, None, {"landed": 1, "pending": 1})
+    assert (made.run, made.status, made.task_counts) == (None, None, {"landed": 1, "pending": 1})
     await put(store, {Key("run", RUN): None, key("a"): None})
     await seed(store, "new", a=task())
     found = await plan_restore(store, made.id)
     assert set(found.written) == {Key("run", RUN), key("a")}
-    assert (found.left, list(found.runs)) == ({Key("run", "new"): "it started after the checkpoint"}, [RUN])
+    assert (found.skipped, list(found.runs)) == ({Key("run", "new"): "it started after the checkpoint"}, [RUN])
     await store.commit(Commit(found.writes))
     assert (await plan_restore(store, made.id)).writes == []
 
@@ -243,7 +251,7 @@ async def test_restore_deletes_new_tasks_unless_a_session_had_them(store: Store)
     await put(store, {key(name): one for name, one in since.items()} | {one: {"x": 1} for one in specs.values()})
     found = await plan_restore(store, made.id)
     assert set(found.deleted) == {key("b"), specs["b"]}
-    assert set(found.left) == {key("c"), key("d"), *(specs[name] for name in "cde")}
+    assert set(found.skipped) == {key("c"), key("d"), *(specs[name] for name in "cde")}
     assert found.runs[RUN].tasks == ("a", "c", "d", "e")
     written = {write.key: write.value for write in found.writes if write.value is not None}
     assert written[key("e")] == {
@@ -266,7 +274,7 @@ async def test_checkpoint_by_a_stale_owner_is_rejected(store: Store) -> None:
     """An outdated guard rejects both creating and pruning."""
     await seed(store, a=task())
     await put(store, {LEASE: {"epoch": 2}})
-    await create_checkpoint(store, RUN, "x", maker=CheckpointOrigin.CLOCK)
+    await create_checkpoint(store, RUN, "x", created_by=CheckpointOrigin.TIMER)
     with pytest.raises(LeaseLost):
         await create_checkpoint(store, RUN, "x", guards=[Guard(LEASE, 1)])
     with pytest.raises(LeaseLost):
@@ -319,9 +327,9 @@ async def test_damaged_document_stays_and_blocks_nothing(when: str) -> None:
     setattr(store, when, key("a"))
     found = await plan_restore(store, made.id)
     assert found.written == [key("b")]
-    assert "damaged" in found.left[key("a")]
+    assert "damaged" in found.skipped[key("a")]
     if when == "now":
-        assert (await create_checkpoint(store, RUN, "x")).phase == {"damaged": 1, "failed": 1}
+        assert (await create_checkpoint(store, RUN, "x")).task_counts == {"damaged": 1, "failed": 1}
 
 
 class Restless(MemoryStore):
@@ -338,7 +346,7 @@ async def test_restore_between_commits_of_others_reads_the_log() -> None:
     store = Restless(ManualClock())
     await seed(store, a=task(), b=task())
     made = await create_checkpoint(store, RUN, "x")
-    assert made.phase == {"pending": 2}
+    assert made.task_counts == {"pending": 2}
     assert (await read_contents(store, made.id)).keys() == {Key("run", RUN), key("a"), key("b")}
 
 
@@ -357,7 +365,7 @@ async def test_restored_notes_come_back_and_new_ones_stay(store: Store) -> None:
     await put(store, {ours: None, theirs: None, later: note(RUN, "z")})
     found = await plan_restore(store, made.id)
     assert [(write.key, write.value) for write in found.writes] == [(ours, note(RUN, "x"))]
-    assert (found.deleted, found.left) == ([], {})
+    assert (found.deleted, found.skipped) == ([], {})
     await store.commit(Commit(found.writes))
     assert {one.key for one in await store.list("note")} == {ours, later}
     whole = await create_checkpoint(store, None, "all")

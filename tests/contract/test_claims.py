@@ -360,7 +360,7 @@ class ClaimsContract(ABC):
                     assert await a.takeovers.sweep() == {"t": "a"}
                     await a.claims.release("t", ReleaseReason.ABANDONED)
         assert await a.claims.verdict("t") is ClaimVerdict.RETRIES_EXHAUSTED
-        assert await a.claims.verdict("t", ignored="not now") is ClaimVerdict.IGNORED
+        assert await a.claims.verdict("t", ignored_reason="not now") is ClaimVerdict.IGNORED
         afresh = await a.claims.reset_retries("t")
         await cluster.store.commit(Commit(afresh))
         assert await a.claims.verdict("t") is ClaimVerdict.TRY

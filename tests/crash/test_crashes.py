@@ -26,7 +26,7 @@ STORE_FAILPOINTS = frozenset(name for name in FAILPOINTS if name.startswith("sta
 CHECKPOINT_FAILPOINTS = frozenset({"run.taken_over", "checkpoint.created", "checkpoint.restored"})
 #: Reached by writing the readable copies; see tests/integration/test_views.py.
 VIEW_FAILPOINTS = frozenset({"views.written", "views.replaced"})
-#: Reached by importing what older layouts have, and by forgetting runs; see tests/integration/test_legacy.py and
+#: Reached by importing state in earlier formats, and by forgetting runs; see tests/integration/test_legacy.py and
 #: test_clean_runs.py there.
 RECORD_FAILPOINTS = frozenset({"legacy.begun", "legacy.imported", "run.removed"})
 #: Reached by tasks with a workflow; see tests/crash/test_phases.py and tests/integration/test_expansion.py.

@@ -70,7 +70,7 @@ async def recorded(repository: Repository, run: str) -> TaskDocument:
     assert [event.data["phase"] for event in events if event.type == "phase.completed"] == list(PHASES)
     # Each phase submitted one handoff, and each handoff was received once by its recipient only.
     assert sorted(handoffs) == sorted(one.handoff or "" for one in task.phases)
-    assert sum(event.type == "handoff.delivered" for event in events) == len(PHASES)
+    assert sum(event.type == "handoff.submitted" for event in events) == len(PHASES)
     received = [(id_, one.phase) for one in task.phases for id_ in one.received]
     assert sorted((id_, receipt.phase) for id_, one in handoffs.items() for receipt in one.receipts) == sorted(received)
     assert sum(event.type == "handoff.received" for event in events) == len(received) > 0

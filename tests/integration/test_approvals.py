@@ -212,15 +212,15 @@ async def test_approvals_from_python_work(repository: Repository) -> None:
             await council.tasks.reject("t", note="no", run=run)
             waited = await wait_for_waiting_event(council, run, 2)
             await council.tasks.approve("t", run=run)
-        story = await council.tasks.details("t", run)
+        details = await council.tasks.details("t", run)
     assert ["no task is named" in one for one in refusals] == [True]
     assert event_text(waited) == "waiting for your approval of t"
-    assert [(one.phase, one.visit, one.status, one.note) for one in story.phases] == [
+    assert [(one.phase, one.visit, one.status, one.note) for one in details.phases] == [
         ("plan", 1, "rejected", "no"),
         ("plan", 2, "completed", None),
         ("build", 1, "completed", None),
     ]
-    assert story.status == "landed"
+    assert details.status == "landed"
     await repository.assert_invariants()
 
 

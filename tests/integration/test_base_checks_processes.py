@@ -101,7 +101,7 @@ async def test_process_does_not_wait_for_base_checks_of_a_stopped_one(gated: Gat
     first.send_signal(signal.SIGCONT)
     assert ended.states == {"t1": "landed"}, ended
     last = outcome(first)
-    assert (last.code, last.result["status"]) == (1, "taken over"), last
+    assert (last.code, last.result["status"]) == (1, "taken_over"), last
     assert gated.repository.council("clean", "--yes").code == 0
     await gated.repository.assert_invariants()
 

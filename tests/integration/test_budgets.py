@@ -57,7 +57,7 @@ async def test_session_near_its_budget_is_warned_about_once(claude: Repository) 
     budget = {"session_budget": {"tokens": 1000}, "budget": {"tokens": 1000}}
     ended = claude.council("run", str(configured(claude, "spend 800\nwrite a.txt a", task=budget)), "--json")
     assert ended.states == {"t0": "landed"}, ended
-    assert [one["of"] for one in happened(ended, "budget.low")] in (["task t0"], ["session t0.1", "task t0"])
+    assert [one["owner"] for one in happened(ended, "budget.low")] in (["task t0"], ["session t0.1", "task t0"])
 
 
 async def test_task_at_its_budget_gets_no_further_session(claude: Repository) -> None:

@@ -57,7 +57,7 @@ async def test_valid_run_has_no_violations(repository: Repository) -> None:
     assert repository.council("check", run, "--json").result == {
         "run": run,
         "is_valid": True,
-        "tasks": [{"id": "t", "workflow": "two", "visits": 2, "handoffs": 2, "violations": [], "unseen": []}],
+        "tasks": [{"id": "t", "workflow": "two", "visits": 2, "handoffs": 2, "violations": [], "skipped_checks": []}],
         "damage": [],
         "exit": 0,
     }

@@ -72,7 +72,7 @@ async def test_running_task_is_restored_as_after_a_kill(repository: Repository) 
     result = restored(repository, checkpoint)
     run = checkpoint["run"]
     assert result["written"] == [f"run/{run}", f"task/{run}/fails"]
-    assert result["left"] == [{"document": f"task/{run}/lands", "reason": "it has landed"}]
+    assert result["skipped"] == [{"document": f"task/{run}/lands", "reason": "it has landed"}]
     back = await document(repository, "fails")
     assert (back.status, back.failures) == ("running", 0)
     assert [one.outcome for one in back.attempts] == ["interrupted", "crashed", "crashed"]
@@ -161,7 +161,7 @@ async def test_work_on_the_target_is_adopted_and_lands_once(repository: Reposito
     assert repository.council("resume", failpoints="landing.pushed=kill").code == -signal.SIGKILL
     result = restored(repository, checkpoint)
     assert result["written"] == []
-    assert "may have landed" in result["left"][0]["reason"]
+    assert "may have landed" in result["skipped"][0]["reason"]
     assert repository.council("resume", "--json").states == {"one": "landed"}
     await repository.assert_invariants()
     assert restored(repository, checkpoint)["written"] == []
@@ -176,7 +176,7 @@ async def test_cancel_can_be_undone(repository: Repository) -> None:
     killed_with(repository, tasks, "attempt.recorded")
     assert repository.council("cancel", "--yes").code == 0
     found = repository.council("checkpoint", "list", "--json").result["checkpoints"]
-    assert [(one["reason"], one["maker"]) for one in found] == [("before cancel", "council")]
+    assert [(one["reason"], one["created_by"]) for one in found] == [("before cancel", "command")]
     restored(repository, found[0])
     assert repository.council("resume", "--json").states == {"a": "landed", "b": "landed"}
     await repository.assert_invariants()
@@ -245,7 +245,7 @@ async def test_active_run_creates_checkpoints_by_the_clock(repository: Repositor
             council.stop()
     assert by_hand.id == found[0].id
     assert [one.number for one in found[1:]] == list(range(4, 16))
-    assert {(one.maker, one.status) for one in found[1:]} == {(CheckpointOrigin.CLOCK, "running")}
+    assert {(one.created_by, one.status) for one in found[1:]} == {(CheckpointOrigin.TIMER, "running")}
     assert found[-1].time - found[-2].time == CHECKPOINT_INTERVAL
     assert [one.task for one in found[-1].sessions] == ["long"]
 

@@ -63,7 +63,7 @@ def check(records: list[CommitRecord], tasks: int) -> ClaimHistory:
     for record in records:
         history.add(record)
         done.update(key for key in record.documents if key.kind == "work")
-        author = int(record.by.rpartition(":")[2])
+        author = int(record.writer.rpartition(":")[2])
         for key in record.documents:
             assert key.kind != "claim" or history.claims[key.id].owner.pid == author
     assert not history.violations

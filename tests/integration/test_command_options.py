@@ -10,9 +10,9 @@ from tests.conftest import Repository
 
 
 def test_exclusive_options_are_a_usage_error(repository: Repository) -> None:
-    refused = repository.council("schema", "--result", "--story")
+    refused = repository.council("schema", "--result", "--task-details")
     assert refused.code == 2
-    assert "--result, --story and --events cannot be combined." in refused.stderr
+    assert "--result, --task-details and --events cannot be combined." in refused.stderr
     assert "internal error" not in refused.stderr
 
 

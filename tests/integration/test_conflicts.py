@@ -121,7 +121,7 @@ async def test_batch_is_resolved_in_one_commit(store: Store, strategy: ConflictS
     assert (set(applied.written), list(applied.resolved), list(applied.waiting)) == ({A, B}, [A], [])
     assert (await store.position(), await value_of(store, A), await value_of(store, B)) == (2, value, {"n": 5})
     facts = {"key": "task/r/a", "strategy": strategy.value, "writers": ["ada", "bob"]}
-    assert list((await record_at(store, 2)).events) == [Event("state.conflict_resolved", facts)]
+    assert list((await record_at(store, 2)).events) == [Event("state.conflict_auto_resolved", facts)]
 
 
 async def test_last_write_wins_by_default(store: Store) -> None:
@@ -194,7 +194,7 @@ async def test_update_of_an_older_version_competes(store: Store, clock: ManualCl
     early, late = (DocumentUpdate(A, clock.now() + distance, "ada", {"mine": 1}, 1) for distance in (-1, 1))
     applied = await apply_updates(store, [early])
     assert (list(applied.resolved), await value_of(store, A)) == ([A], {"theirs": 1})
-    assert (await record_at(store, 3)).events[0].data["writers"] == ["ada", found.by]
+    assert (await record_at(store, 3)).events[0].data["writers"] == ["ada", found.writer]
     await apply_updates(store, [late], "merge")
     assert await value_of(store, A) == {"theirs": 1, "mine": 1}
     applied = await apply_updates(store, [ada(A, {"mine": 2}, 4)])
@@ -240,7 +240,7 @@ async def test_manual_conflict_is_recorded_and_reported(store: Store) -> None:
     assert await list_pending(store) == [conflict]
     assert (await value_of(store, A), await value_of(store, B), await store.position()) == ({"n": 0}, {"n": 5}, 2)
     facts = {"key": "task/r/a", "writers": ["ada", "bob"], "conflict": conflict.id}
-    assert list((await record_at(store, 2)).events) == [Event("state.conflict_kept", facts)]
+    assert list((await record_at(store, 2)).events) == [Event("state.conflict_recorded", facts)]
 
 
 async def test_concurrent_conflicts_are_all_recorded(store: Store) -> None:
@@ -280,7 +280,7 @@ async def test_chosen_update_is_written_and_resolves_the_conflict(
     assert (written.value if written else None, await value_of(store, A)) == (value, value)
     assert (await list_pending(store), await store.position()) == ([], 3)
     facts = {"key": "task/r/a", "conflict": conflict.id, "writer": writer}
-    assert list((await record_at(store, 3)).events) == [Event("state.conflict_settled", facts)]
+    assert list((await record_at(store, 3)).events) == [Event("state.conflict_resolved", facts)]
 
 
 async def test_unknown_conflict_can_not_be_resolved(store: Store) -> None:
@@ -310,7 +310,7 @@ async def test_changed_document_is_not_overwritten(store: Store) -> None:
     with pytest.raises(RefusedError) as caught:
         await resolve_conflict(store, conflict.id, 1)
     assert caught.value.what == (
-        f"task/r/a was changed by {found.by}, 2001-09-09 01:46:40 UTC, after conflict {conflict.id!r} was found"
+        f"task/r/a was changed by {found.writer}, 2001-09-09 01:46:40 UTC, after conflict {conflict.id!r} was found"
     )
     assert "force" in caught.value.remedy
     assert (await value_of(store, A), await list_pending(store)) == ({"n": 3}, [conflict])

@@ -1,4 +1,4 @@
-"""`council state conflicts` and `settle`: list and resolve conflicts, in a shell and from Python."""
+"""`council state conflicts` and `resolve`: list and resolve conflicts, in a shell and from Python."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.conftest import Repository
 from tests.recorded_run import RUN, RUN_STARTED, recorded_project
 
 GUIDE = (Path(__file__).parents[2] / "docs/state.md").read_text()
-EXAMPLES = re.findall(r"```text\n\$ (council state (?:conflicts|settle).*?)```", GUIDE, re.DOTALL)
+EXAMPLES = re.findall(r"```text\n\$ (council state (?:conflicts|resolve).*?)```", GUIDE, re.DOTALL)
 API, NAME = Key("task", f"{RUN}/api"), "3f9ac0d1e2b45678"
 
 
@@ -77,7 +77,7 @@ async def test_conflicts_are_printed_as_json(project: Repository) -> None:
     assert (first["number"], first["writer"], first["value"]["status"]) == (1, "ada@box:4711", "failed")
     assert {tuple(field["path"]) for field in first["fields"]["modified"]} == {("status",), ("reason",)}
     assert (second["value"], second["time"], second["base"]) == (None, RUN_STARTED + 125, None)
-    done = project.council("state", "settle", NAME, "--take", "1", "--json").result
+    done = project.council("state", "resolve", NAME, "--take", "1", "--json").result
     assert done == {"conflict": NAME, "key": str(API), "version": 5, "value": first["value"]}
     assert project.council("state", "conflicts", "--json").result == {"conflicts": [], "damage": []}
 
@@ -93,7 +93,7 @@ async def pending(repository: Repository) -> dict[str, Any]:
 async def test_own_value_resolves_a_conflict(project: Repository) -> None:
     """From a file or from standard input."""
     value = await pending(project)
-    command = [sys.executable, "-m", "orchestrator.cli.main", "state", "settle", "task/api", "--value", "-", "--json"]
+    command = [sys.executable, "-m", "orchestrator.cli.main", "state", "resolve", "task/api", "--value", "-", "--json"]
     done = subprocess.run(
         command,
         cwd=project.top,
@@ -116,7 +116,7 @@ async def test_own_value_resolves_a_conflict(project: Repository) -> None:
         ([NAME, "--take", "1", "--value", "-"], "use either --take or --value"),
         ([NAME, "--value", "-"], "standard input is not valid JSON"),
         ([NAME, "--take", "2"], f"{API} is part of run {RUN}: `council clean --runs` removes whole runs"),
-        ([NAME, "--value", "odd.json"], f"{API} has no field 'x': put your own fields under `extra`"),
+        ([NAME, "--value", "odd.json"], f"{API} has no field 'x': put your own fields under `annotations`"),
         ([NAME, "--value", "list.json"], "list.json is not a JSON object"),
         ([NAME, "--value", "missing.json"], "missing.json"),
     ],
@@ -125,7 +125,7 @@ async def test_impossible_choice_is_rejected(project: Repository, words: list[st
     """Exit code 2 with the reason; the conflict stays open."""
     (project.top / "list.json").write_text("[1]")
     (project.top / "odd.json").write_text('{"status": "pending", "x": 1}')
-    ended = project.council("state", "settle", *words)
+    ended = project.council("state", "resolve", *words)
     assert (ended.code, ended.stdout) == (2, "")
     assert says in ended.stderr
     async with Council.open(project.top, environ=project.environ) as council:
@@ -136,9 +136,9 @@ async def test_changed_document_needs_force(project: Repository) -> None:
     """The list shows it, the error has author and time."""
     await change(project, API, await pending(project))
     assert f"{API}  version 4, now version 5" in project.council("state", "conflicts").stdout
-    refused = project.council("state", "settle", "task/api", "--take", "1")
+    refused = project.council("state", "resolve", "task/api", "--take", "1")
     assert (refused.code, "was changed by" in refused.stderr) == (2, True)
-    assert project.council("state", "settle", "task/api", "--take", "1", "--force").code == 0
+    assert project.council("state", "resolve", "task/api", "--take", "1", "--force").code == 0
 
 
 async def test_ambiguous_document_needs_the_id(project: Repository) -> None:
@@ -151,9 +151,9 @@ async def test_ambiguous_document_needs_the_id(project: Repository) -> None:
         ):
             await council.state.resolve_conflict("task/api", 1)
         again = await pending(project)
-        settled = await council.state.resolve_conflict(second.id, again)
-        assert settled.document is not None
-        assert (settled.conflict, settled.document.value) == (second, again)
+        resolved = await council.state.resolve_conflict(second.id, again)
+        assert resolved.document is not None
+        assert (resolved.conflict, resolved.document.value) == (second, again)
 
 
 async def test_update_can_not_make_a_run_unreadable(project: Repository) -> None:
@@ -171,7 +171,7 @@ async def test_update_can_not_make_a_run_unreadable(project: Repository) -> None
 
 
 async def test_active_run_is_not_written_to(project: Repository) -> None:
-    """Neither by `settle` nor by updates; documents of other runs, and of no run, are written."""
+    """Neither by `resolve` nor by updates; documents of other runs, and of no run, are written."""
     hub = Hub(project.top / "hub")
     for folder in (hub.trusted, hub.root / "locks"):
         folder.mkdir(parents=True)

@@ -886,11 +886,11 @@ async def test_resumed_interruption_is_not_an_attempt(repository: Repository) ->
     child.kill()
     child.communicate()
     report = repository.council("resume", "--json").result
-    status, story = (repository.council(*words, "--json").result for words in (("status",), ("show", "t")))
+    status, details = (repository.council(*words, "--json").result for words in (("status",), ("show", "t")))
     [overview] = repository.council("state", "show", "--json").result["tasks"]
-    assert [one["attempts"] for one in (report["tasks"][0], status["tasks"][0], story)] == [1, 1, 1]
+    assert [one["attempts"] for one in (report["tasks"][0], status["tasks"][0], details)] == [1, 1, 1]
     assert overview["attempts"] == 1, overview
-    assert len(story["sessions"]) == 2
+    assert len(details["sessions"]) == 2
     assert re.search(r"^  t +landed +1 attempt ", repository.council("state", "show").stdout, re.MULTILINE)
     assert re.search(r"^  attempts +1$", repository.council("show", "t").stdout, re.MULTILINE)
 

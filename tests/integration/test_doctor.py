@@ -388,7 +388,7 @@ def test_invalid_file_does_not_prevent_the_list_of_types(repository: Repository)
     (repository.top / "council.yaml").write_text("version: 1\n")
     ended = repository.council("adapters", "--json")
     assert (ended.code, ended.result["adapters"]) == (0, [])
-    assert ended.result["mistakes"] > 0
+    assert ended.result["error_count"] > 0
     assert "has mistakes" in repository.council("adapters").stdout
 
 

@@ -68,7 +68,7 @@ def read_run(council: Council, run: str) -> Mapping[str, Callable[[], Awaitable[
         "metrics": lambda: reports.metrics(run),
         "usage": lambda: reports.usage(run),
         "overview": lambda: reports.overview(run),
-        "story": lambda: council.tasks.details("api", run),
+        "details": lambda: council.tasks.details("api", run),
         "failures": lambda: reports.last_failures(run),
         "checkpoint": lambda: council.checkpoints.create(run),
         "restoration": lambda: restoration(council, run),
@@ -114,18 +114,18 @@ async def test_update_with_unknown_fields_is_rejected_with_the_known_ones(
     position = await council.history.position()
     with pytest.raises(RefusedError) as refused:
         await council.state.update(API, lambda value: {**(value or {}), **changes})
-    assert ("under `extra`" if "progress" in changes else "'pending', 'running'") in str(refused.value)
+    assert ("under `annotations`" if "progress" in changes else "'pending', 'running'") in str(refused.value)
     assert await council.history.position() == position
     await read_project(council)
 
 
 async def test_progress_is_accepted(council: Council) -> None:
-    """`extra` of a task and of a run takes any fields, next to the states that a person can set."""
+    """`annotations` of a task and of a run takes any fields, next to the states that a person can set."""
     noted = {"progress": "50%", "files": ["a.py"], "metrics": {"lines": 3}}
-    made = await council.state.update(API, lambda task: {**(task or {}), "extra": noted, "status": "failed"})
+    made = await council.state.update(API, lambda task: {**(task or {}), "annotations": noted, "status": "failed"})
     assert made is not None
-    assert (made.value["extra"], made.value["status"]) == (noted, "failed")
-    run = await council.state.update(Key("run", RUN), lambda value: {**(value or {}), "extra": {"owner": "ada"}})
+    assert (made.value["annotations"], made.value["status"]) == (noted, "failed")
+    run = await council.state.update(Key("run", RUN), lambda value: {**(value or {}), "annotations": {"owner": "ada"}})
     assert run is not None
     assert {one.run for one in await council.runs.list()} == {RUN, OTHER}
 
@@ -134,12 +134,12 @@ async def test_recorded_progress_is_restored_by_a_repair(council: Council) -> No
     """Also integers of more than 64 bits, which some JSON encoders reject."""
     noted = {"x": 2**80, "name": "é\u2028", "files": []}
     for key in (API, Key("run", RUN)):
-        await council.state.update(key, partial(merge, {"extra": noted}))
+        await council.state.update(key, partial(merge, {"annotations": noted}))
         await put(council._context.store, key, lambda value: {**value, "progress": "50%"})
         assert (await council.state.repair()).is_valid
         repaired = await council.state.get(key)
         assert repaired is not None
-        assert repaired.value["extra"] == noted
+        assert repaired.value["annotations"] == noted
 
 
 async def test_only_a_run_records_work(council: Council) -> None:
@@ -165,19 +165,19 @@ ROUND["x"] = ROUND
 IMPOSSIBLE: Mapping[str, Any] = {
     "a list": [1],
     "text": "x",
-    "NaN": {"extra": {"x": float("nan")}},
+    "NaN": {"annotations": {"x": float("nan")}},
     "an infinity": {"ended": float("inf"), "reason": float("inf")},
-    "a set": {"extra": {"x": {1}}},
-    "bytes": {"extra": {"x": b"x"}},
-    "a name that is a number": {"extra": {1: 2}},
+    "a set": {"annotations": {"x": {1}}},
+    "bytes": {"annotations": {"x": b"x"}},
+    "a name that is a number": {"annotations": {1: 2}},
     "a field that is a number": {1: 2},
-    "half a surrogate pair": {"extra": {"x": "\ud800"}},
-    "itself": {"extra": ROUND},
-    "more than fits": {"extra": {"x": "x" * (5 << 20)}},
+    "half a surrogate pair": {"annotations": {"x": "\ud800"}},
+    "itself": {"annotations": ROUND},
+    "more than fits": {"annotations": {"x": "x" * (5 << 20)}},
 }
 #: Values that a document of ours must not have.
 UNFIT: Mapping[str, tuple[Key, JsonObject]] = {
-    "depth": (API, {"extra": DEEP}),
+    "depth": (API, {"annotations": DEEP}),
     "an end behind all dates": (Key("run", RUN), {"ended": 1e300}),
     "no capacity": (Key("run", RUN), {"capacity": 0}),
     "less than no capacity": (Key("run", RUN), {"capacity": -3}),
@@ -219,16 +219,16 @@ async def test_value_that_breaks_commands_is_rejected(council: Council, name: st
     with pytest.raises(UnreadableDocument):
         await council.runs.status(RUN)
     with pytest.raises(UnreadableDocument):  # its writable fields are unknown
-        await council.state.update(key, lambda value: {**(value or {}), "extra": {"a": 1}})
+        await council.state.update(key, lambda value: {**(value or {}), "annotations": {"a": 1}})
     assert (await council.state.repair()).is_valid
 
 
 CHECKPOINT: JsonObject = {
     "position": 1,
     "reason": "",
-    "maker": "hand",
+    "created_by": "user",
     "status": None,
-    "phase": {},
+    "task_counts": {},
     "sessions": [],
 }
 BROKEN: Mapping[str, tuple[Key, Callable[[JsonObject], JsonObject]]] = {
@@ -248,7 +248,7 @@ BROKEN: Mapping[str, tuple[Key, Callable[[JsonObject], JsonObject]]] = {
     "a request that is none": (Key("request", f"{RUN}/x"), lambda _: {"action": "sing"}),
     "a checkpoint that is none": (Key("checkpoint", f"{RUN}/9"), lambda _: {"position": "x"}),
     "a checkpoint without a number": (Key("checkpoint", f"{RUN}/models"), lambda _: {}),
-    "a checkpoint by nobody": (Key("checkpoint", f"{RUN}/9"), lambda _: {**CHECKPOINT, "maker": "them"}),
+    "a checkpoint by nobody": (Key("checkpoint", f"{RUN}/9"), lambda _: {**CHECKPOINT, "created_by": "them"}),
     "a status that is a list": (API, lambda value: {**value, "status": ["running"]}),
     "a lock that is none": (Key("named_lock", "deploy"), lambda _: {"holders": [{}], "waiters": []}),
     "a conflict that is none": (Key("conflict", "x"), lambda _: {"key": "x"}),
@@ -402,7 +402,7 @@ def test_accepted_value_is_readable(data: st.DataObject) -> None:
     """For any change of any document of ours: an accepted value has no error."""
     value = json.loads(run_document(Path("/"), RUN).model_dump_json())
     key = data.draw(st.sampled_from([Key("run", RUN), API]))
-    before = value if key.kind == "run" else {"status": "pending", "attempts": [], "extra": {}}
+    before = value if key.kind == "run" else {"status": "pending", "attempts": [], "annotations": {}}
     after = data.draw(changed(before))
     found = Document(key, 1, json.dumps(before).encode(), 1)
     if isinstance(after, dict):

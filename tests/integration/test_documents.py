@@ -87,7 +87,7 @@ async def test_expected_version_is_enforced(project: Repository) -> None:
         with pytest.raises(VersionConflict) as caught:
             await council.state.update(NOTE, lambda _: {"n": 2}, expected_version=2)
         error = caught.value
-        assert (error.expected, error.found, error.by, error.time) == (2, 1, "ada@box:4711", RUN_STARTED + 500)
+        assert (error.expected, error.found, error.writer, error.time) == (2, 1, "ada@box:4711", RUN_STARTED + 500)
         assert await council.state.get(NOTE) == made
 
 

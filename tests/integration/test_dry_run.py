@@ -41,7 +41,7 @@ async def test_dry_run_shows_what_would_run_and_where(repository: Repository) ->
     assert waves == [["docs", "models", "views"], ["api"]]
     assert ([wave["sessions"] for wave in plan["waves"]], plan["sessions"]) == ([2, 1], 2)
     tasks = {task["id"]: task for wave in plan["waves"] for task in wave["tasks"]}
-    assert {name: task["follows"] for name, task in tasks.items() if task["follows"]} == {"views": "models"}
+    assert {name: task["waits_for"] for name, task in tasks.items() if task["waits_for"]} == {"views": "models"}
     assert {name: task["starts_from"] for name, task in tasks.items()} == {
         "docs": "main", "models": "out", "views": "out", "api": "out",
     }  # fmt: skip

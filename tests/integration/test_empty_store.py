@@ -23,7 +23,7 @@ ARGUMENTS: dict[str, list[str]] = {
     "export": ["out.jsonl.zst"],
     "import": ["nothing.jsonl.zst"],
     "copy": [".council/state", "copy"],
-    "settle": ["task/a", "--take", "1"],
+    "resolve": ["task/a", "--take", "1"],
 }
 #: Exit code 0: everything listed; 2: nothing of that name found.
 CODES = {0, 2}

@@ -69,17 +69,17 @@ async def test_direct_handoff_has_its_origin(repository: Repository) -> None:
         ("build", None),
     ]
     assert [(one.tokens, one.cost) for one in (scout, plan, build)] == [(120, 0.25), (135, 0.75), (135, 0.75)]
-    assert {(one.protocol, one.status, one.by) for one in handoffs.values()} == {("direct", "completed", "file")}
+    assert {(one.protocol, one.status, one.via) for one in handoffs.values()} == {("direct", "completed", "file")}
     assert scout.data["risks"] == ["a race"]
     assert "planned it" in plan.summary
     assert all(map(is_intact, handoffs.values()))
     received = [(one.phase, one.attempt, one.digest) for one in scout.receipts]
     assert received[0] == ("plan", 2, scout.digest)
     # The needed facts, and nothing else.
-    given = document.phases[1].given
-    assert given is not None
-    assert (given.keys, "requirements" in given.left_out) == (("risks", "style"), True)
-    assert 0 < given.size < given.whole
+    inputs = document.phases[1].inputs
+    assert inputs is not None
+    assert (inputs.keys, "requirements" in inputs.omitted) == (("risks", "style"), True)
+    assert 0 < inputs.size < inputs.total_size
     output = repository.council("logs", "t", "--session", "2").stdout
     assert "a race" in output
     assert "a login" not in output.replace(SCOUT, "")
@@ -90,7 +90,7 @@ async def test_named_phase_mediates(repository: Repository) -> None:
     """The mediator's result replaces the original; handoffs of earlier phases are available as `results`."""
     prepared = json.dumps({"scout_findings": ["made ready"], "requirements": []})
     known = "{{ 'old' if results.scout is defined else 'new' }}"
-    prompt = f"{{{{ task.prompt }}}}\nkeep-prompt\nGiven: {{{{ given.scout_findings | join }}}}, {known}"
+    prompt = f"{{{{ task.prompt }}}}\nkeep-prompt\nGiven: {{{{ inputs.scout_findings | join }}}}, {known}"
     workflow = [
         {"scout": {"access": "read", "produces": "scout", "handoff": "mediated", "mediator": "prepare"}},
         {"prepare": {"access": "read", "produces": "scout", "prompt": prompt}},

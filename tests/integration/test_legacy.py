@@ -26,7 +26,7 @@ from tests.conftest import Repository
 from tests.sandboxes import needs_sandbox
 
 GUIDE = (Path(__file__).parents[2] / "docs/state.md").read_text()
-SECTION = GUIDE.partition("\n## State of older layouts\n")[2].partition("\n## ")[0]
+SECTION = GUIDE.partition("\n## State in earlier formats\n")[2].partition("\n## ")[0]
 RUN = "2024-06-17-001"
 #: As written by the module of version 2.0.
 SESSION: dict[str, Any] = {
@@ -63,7 +63,7 @@ STATES = {"login": "landed", "search": "landed", "export": "failed", "import": "
 
 
 def write(repository: Repository, name: str, content: object) -> Path:
-    """Write a file of an older layout: JSON, or text unchanged."""
+    """Write a file in an earlier state format: JSON, or text unchanged."""
     path = repository.top / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content if isinstance(content, str) else json.dumps(content))
@@ -87,7 +87,7 @@ def write_tree(repository: Repository) -> None:
 
 
 def originals(repository: Repository) -> dict[str, tuple[bytes, int]]:
-    """Return contents and modification times of the files of older layouts."""
+    """Return contents and modification times of the files of earlier state formats."""
     found = (path for path in (repository.top / ".worktrees").rglob("*") if path.is_file())
     return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in found}
 
@@ -484,13 +484,13 @@ async def test_checkpoints_of_an_imported_run_work(repository: Repository) -> No
     write(repository, LEGACY_FILE, STATE)
     made = repository.council("checkpoint", "create", "--json")
     assert (made.code, made.result["status"]) == (0, "incomplete")
-    assert made.result["phase"] == {"landed": 2, "failed": 1, "cancelled": 2}
+    assert made.result["task_counts"] == {"landed": 2, "failed": 1, "cancelled": 2}
     restored = repository.council("checkpoint", "restore", "1", "--json")
     assert (restored.code, restored.result["runs"]) == (0, [])
 
 
 async def test_state_below_a_project_counts(repository: Repository) -> None:
-    """A folder with an older layout within a project is no separate project."""
+    """A folder with an earlier state format within a project is no separate project."""
     write(repository, LEGACY_FILE, STATE)
     assert repository.council("runs").code == 0
     inner = Repository(repository.top / "vendor", repository.environ, repository.spawns)

@@ -99,8 +99,8 @@ def test_running_session_is_followed_with_its_latest_activity(
     follower = repository.start("logs", "t", "--follow")
     try:
         wait_for(lambda: "make test" in repository.council("show", "t").stdout, 60)
-        story = json.loads(repository.council("show", "t", "--json").stdout)
-        assert story["latest_activity"]["text"] == "> shell make test"
+        details = json.loads(repository.council("show", "t", "--json").stdout)
+        assert details["latest_activity"]["text"] == "> shell make test"
         assert re.search(r"activity +> shell make test \(\d:\d\d ago\)", repository.council("show", "t").stdout)
         running = repository.council("logs", "t").stdout.splitlines()
         assert (running[1], running[2]) == ("> shell make test", "session 1 running")

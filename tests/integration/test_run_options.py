@@ -238,8 +238,13 @@ async def test_merge_lands_a_runs_own_branch_on_its_base(repository: Repository)
         shown = repository.council(command, "merge", "--run", merge)
         assert (shown.code, "session" in shown.stdout) == (0, False), shown
     assert repository.git("log", "-1", "--format=%s", "main") == f"Land run {name}"
-    story = repository.council("show", "merge", "--run", merge, "--json").result
-    assert (story["adapter"], story["phases"], story["sessions"], story["usage"]["sessions"]) == (None, [], [], 0)
+    details = repository.council("show", "merge", "--run", merge, "--json").result
+    assert (details["adapter"], details["phases"], details["sessions"], details["usage"]["sessions"]) == (
+        None,
+        [],
+        [],
+        0,
+    )
     read = repository.council("show", "merge", "--run", merge).stdout
     assert not [part for part in ("fake", "session", ".stdout", "build") if part in read], read
     await repository.assert_invariants()

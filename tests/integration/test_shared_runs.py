@@ -130,7 +130,7 @@ async def test_process_stopped_past_its_lease_is_rejected_with_the_reason(reposi
         owner.send_signal(signal.SIGCONT)
     out = owner.communicate(timeout=60)[0]
     assert owner.wait() == 1
-    assert json.loads(out.splitlines()[-1])["status"] == "taken over"
+    assert json.loads(out.splitlines()[-1])["status"] == "taken_over"
     assert "was removed from run" in out
     assert "council.log" not in out
     assert "no heartbeat for" in out

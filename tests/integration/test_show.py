@@ -47,39 +47,39 @@ async def test_task_with_phases_is_shown_in_full(repository: Repository) -> None
     assert ran.states == {"t": "landed", "plain": "landed"}, ran
     reported = repository.council("show", "t", "--json")
     assert reported.code == 0, reported
-    story = json.loads(reported.stdout)
-    schema = json.loads(repository.council("schema", "--story").stdout)
-    assert [error.message for error in Draft202012Validator(schema).iter_errors(story)] == []
-    visits = {(one["phase"], one["visit"]): one for one in story["phases"]}
+    details = json.loads(reported.stdout)
+    schema = json.loads(repository.council("schema", "--task-details").stdout)
+    assert [error.message for error in Draft202012Validator(schema).iter_errors(details)] == []
+    visits = {(one["phase"], one["visit"]): one for one in details["phases"]}
     assert list(visits) == [("scout", 1), ("plan", 1), ("build", 1), ("review", 1), ("build", 2), ("review", 2)]
-    assert [one["attempts"] for one in story["phases"]] == [[1], [2, 3], [4], [5], [6], [7]]
-    assert {one["status"] for one in story["phases"]} == {"completed"}
+    assert [one["attempts"] for one in details["phases"]] == [[1], [2, 3], [4], [5], [6], [7]]
+    assert {one["status"] for one in details["phases"]} == {"completed"}
     assert (visits["plan", 1]["repairs"], visits["review", 1]["verdict"]) == (1, "reject")
     assert [one["message"] for one in visits["review", 1]["findings"]] == ["say more"]
-    assert [one["discarded"] for one in story["phases"]] == [[], [], [], ["a.txt"], [], ["a.txt"]]
-    given = visits["plan", 1]["given"]
+    assert [one["discarded"] for one in details["phases"]] == [[], [], [], ["a.txt"], [], ["a.txt"]]
+    given = visits["plan", 1]["inputs"]
     assert "requirements" in given["keys"]
-    assert 0 < given["size"] <= given["whole"]
-    handoffs = {one["id"]: one for one in story["handoffs"]}
-    assert [one["attempt"] for one in story["handoffs"]] == [1, 3, 4, 5, 6, 7]
-    assert all(one["is_intact"] and one["digest"] == compute_digest(one["data"]) for one in story["handoffs"])
+    assert 0 < given["size"] <= given["total_size"]
+    handoffs = {one["id"]: one for one in details["handoffs"]}
+    assert [one["attempt"] for one in details["handoffs"]] == [1, 3, 4, 5, 6, 7]
+    assert all(one["is_intact"] and one["digest"] == compute_digest(one["data"]) for one in details["handoffs"])
     scout = handoffs[visits["scout", 1]["handoff"]]
     # Reviewers get all known results.
     assert [(one["phase"], one["attempt"]) for one in scout["receipts"]] == [("plan", 2), ("review", 5), ("review", 7)]
     assert visits["plan", 1]["received"] == [scout["id"]]
-    assert all(Path(one["log"]).is_file() for one in story["sessions"])
+    assert all(Path(one["log"]).is_file() for one in details["sessions"])
     result = next(one for one in ran.result["tasks"] if one["id"] == "t")
-    assert (story["landed"], story["landing"]["attempt"]) == (result["landed"], 6)
-    assert story["landing"]["time"] >= story["sessions"][-1]["ended"]
+    assert (details["landed"], details["landing"]["attempt"]) == (result["landed"], 6)
+    assert details["landing"]["time"] >= details["sessions"][-1]["ended"]
     read = repository.council("show", "t").stdout
     for part in ("build (visit 2): completed", "b.txt:1 (major) say more", "discarded", "bytes", "landed as "):
         assert part in read, part
     async with Council.open(repository.top, environ=repository.environ) as council:
-        assert {**(await council.tasks.details("t")).to_json(), "exit": 0} == story
+        assert {**(await council.tasks.details("t")).to_json(), "exit": 0} == details
         plain = await council.tasks.details("plain")
     assert [(one.phase, one.status, list(one.attempts)) for one in plain.phases] == [("build", "completed", [1])]
     assert (plain.workflow, plain.handoffs) == (None, [])
-    assert (result["attempts"], story["attempts"], story["usage"]["sessions"]) == (1, 1, 7)
+    assert (result["attempts"], details["attempts"], details["usage"]["sessions"]) == (1, 1, 7)
     await repository.assert_invariants()
 
 
@@ -99,15 +99,15 @@ def test_sessions_are_shown_as_running_only_while_they_run(repository: Repositor
     assert repository.council("show", "t", "--json").result["attempts"] == 0
     child = repository.start("resume")
     wait_for(lambda: len(repository.council("show", "t", "--json").result["sessions"]) == 2)
-    story = repository.council("show", "t", "--json").result
+    details = repository.council("show", "t", "--json").result
     child.send_signal(signal.SIGINT)
     child.communicate()
-    assert [one["outcome"] for one in story["sessions"]] == ["interrupted", None]
-    assert story["attempts"] == 1
+    assert [one["outcome"] for one in details["sessions"]] == ["interrupted", None]
+    assert details["attempts"] == 1
     logs = repository.council("logs", "t", "--session", "2").stdout
     assert logs.startswith("session 2, fake, started ")
     assert "t: started (session 2, fake)" in repository.council("state", "show").stdout
-    assert ("exited before" in story["sessions"][0]["reason"], story["reason"]) == (True, None)
+    assert ("exited before" in details["sessions"][0]["reason"], details["reason"]) == (True, None)
 
 
 @pytest.mark.extended

@@ -103,7 +103,7 @@ async def test_failing_sink_costs_nothing_and_gets_the_rest_on_resume(repository
     failing, behind = (line for line in _events(ended) if line["event"].startswith("sink."))
     assert (failing["event"], behind["event"]) == ("sink.failing", "sink.undelivered")
     assert (failing["sink"], failing["reason"]) == ("m", "ConnectionError: no route, says [redacted]")
-    assert behind["left"] == len(_events(ended)) - 2
+    assert behind["undelivered"] == len(_events(ended)) - 2
     assert not (moody / "arrived").exists()
     (moody / "off").unlink()
     config.unlink()

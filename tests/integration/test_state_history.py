@@ -63,7 +63,7 @@ async def test_position_can_be_named_in_many_ways(project: Repository, moment: s
     reported = project.council("state", "at", moment, "--json").result
     assert (reported["position"], reported["time"], len(reported["documents"])) == (5, RUN_STARTED + 40, 9)
     api = next(one for one in reported["documents"] if one["key"] == str(API))
-    assert (api["version"], api["position"], api["by"]) == (3, 5, "ada@box:4711")
+    assert (api["version"], api["position"], api["writer"]) == (3, 5, "ada@box:4711")
     assert (api["value"]["status"], api["value"]["failures"]) == ("pending", 1)
 
 

@@ -102,14 +102,14 @@ async def test_copy_there_and_back_is_equal(source: FileStore, tmp_path: Path, c
     """From files to memory, to a file, to files: each copy equals the source, also after reopening."""
     expected, memory = await reported(source), MemoryStore(clock)
     copied = await copy_store(source, memory)
-    assert (copied.position, copied.was_there) == (82, False)
+    assert (copied.position, copied.already_present) == (82, False)
     assert copied.first == (await source.compact(0.0, ALL)).first > 0
     assert copied.documents == 2  # one deleted, one expired
     assert await reported(memory) == expected
     exported = await export_store(memory, tmp_path / "file", clock=clock)
     async with FileStore.open(tmp_path / "target", clock, segment_bytes=SMALL) as target:
         imported = await import_store(tmp_path / "file", target)
-        assert imported == exported == replace(copied, packed=(tmp_path / "file").stat().st_size)
+        assert imported == exported == replace(copied, file_bytes=(tmp_path / "file").stat().st_size)
         assert await reported(target) == expected
         assert not target.damage
         assert (await target.commit(Commit([Write(GONE, 0, {}), Write(BRIEF, 0, {})]))) == 83
@@ -165,8 +165,8 @@ async def test_second_copy_is_a_no_op(source: FileStore, tmp_path: Path, clock: 
     """But not a copy of another store, or onto a store with later commits, or from a source that has continued."""
     async with FileStore.open(tmp_path / "target", clock) as target:
         copied = await copy_store(source, target)
-        assert await copy_store(source, target) == replace(copied, was_there=True)
-        assert await copy_store(source, source) == replace(copied, was_there=True)
+        assert await copy_store(source, target) == replace(copied, already_present=True)
+        assert await copy_store(source, source) == replace(copied, already_present=True)
         other = MemoryStore(clock)
         for _ in range(82):
             await other.commit(Commit(events=[Event("else")]))
@@ -312,7 +312,7 @@ async def test_killed_load_is_complete_or_absent(
         assert (await target.verify()).is_valid
         assert await target.position() == 82 * is_there + (opens and is_there)
         if not (opens and is_there):
-            assert (await copy_store(source, target)).was_there is is_there
+            assert (await copy_store(source, target)).already_present is is_there
             assert await reported(target) == expected
         assert not files(tmp_path / "target") & {"loading", "loaded"}
 
@@ -342,7 +342,7 @@ async def test_export_consists_of_readable_lines(exported: Path, clock: ManualCl
     assert (header["format"], header["version"], header["position"], header["time"]) == (
         "council-state", 1, 82, clock.now(),
     )  # fmt: skip
-    assert header["by"].endswith(f":{os.getpid()}")
+    assert header["writer"].endswith(f":{os.getpid()}")
     assert 20 < header["first"] < 60
     assert [one["position"] for one in commits if one["position"] > header["first"]] == list(
         range(header["first"] + 1, 83)
@@ -432,7 +432,7 @@ async def test_file_that_is_no_export_is_rejected(exported: Path, clock: ManualC
         ({"position": (1 << 64) - 1}, "position"),
         ({"time": 1e300}, "time"),
         ({"time": -1e300}, "time"),
-        ({"by": "\ud800"}, "by"),
+        ({"writer": "\ud800"}, "writer"),
         ({"events": [{"type": "\udfff", "data": {}}]}, "events.0.type"),
         ({"events": [{"type": "e", "data": {"n": float("inf")}}]}, "can't store "),
         ({"events": [{"type": "e", "data": {"text": "x" * (5 << 20)}}]}, "can't store "),
@@ -449,10 +449,17 @@ async def test_unusable_content_is_rejected(
 ) -> None:
     """Even with a valid checksum; nothing of it is in the store then."""
     document = {"kind": "task", "id": "a", "version": 1, "value": {}, "expires": None, "previous": 0}
-    commit = {"position": 1, "time": 0.0, "by": "x", "events": [], **changes}
+    commit = {"position": 1, "time": 0.0, "writer": "x", "events": [], **changes}
     commit["documents"] = [document | one for one in changes.get("documents", [])]
     position = commit["position"]
-    header = {"format": "council-state", "version": 1, "position": position, "first": position - 1, "time": 0, "by": ""}
+    header = {
+        "format": "council-state",
+        "version": 1,
+        "position": position,
+        "first": position - 1,
+        "time": 0,
+        "writer": "",
+    }
     lines = [json.dumps(one).encode() + b"\n" for one in (header, commit)]
     footer = {"commits": 1, "sha256": hashlib.sha256(b"".join(lines)).hexdigest()}
     data = packed([*lines, json.dumps(footer).encode() + b"\n"])

@@ -40,16 +40,16 @@ async def test_state_is_copied_from_folder_to_file_to_folder(project: Repository
     """Each command prints the size; the last log equals the first."""
     copied = project.council("state", "copy", ".council/state", str(tmp_path / "copy"), "--json").result
     assert (copied["position"], copied["first"], copied["commits"], copied["documents"]) == (11, 0, 11, 9)
-    assert (copied["packed_bytes"], copied["ratio"], copied["was_there"]) == (None, None, False)
+    assert (copied["file_bytes"], copied["compression_ratio"], copied["already_present"]) == (None, None, False)
     url = (tmp_path / "copy").as_uri()
     assert log_of(project, "--state", url) == log_of(project)
     exported = project.council("state", "export", "file", "--state", url, "--json").result
     assert exported["bytes"] == copied["bytes"]
-    assert exported["packed_bytes"] == (project.top / "file").stat().st_size
-    assert exported["ratio"] == pytest.approx(exported["bytes"] / exported["packed_bytes"], abs=0.01)
+    assert exported["file_bytes"] == (project.top / "file").stat().st_size
+    assert exported["compression_ratio"] == pytest.approx(exported["bytes"] / exported["file_bytes"], abs=0.01)
     again = str(tmp_path / "again")
     imported = project.council("state", "import", "file", "--state", again, "--json").result
-    assert imported == {**exported, "was_there": False}
+    assert imported == {**exported, "already_present": False}
     assert log_of(project, "--state", (tmp_path / "again").as_uri()) == log_of(project)
     shown = project.council("state", "import", "file", "--state", again)
     assert (shown.code, shown.stdout.split(":")[0]) == (0, "already imported"), shown
@@ -62,7 +62,7 @@ async def test_state_is_copied_through_a_pipe(project: Repository, tmp_path: Pat
     sent = subprocess.run(
         [*council, "export", "-", "--json"], cwd=project.top, env=project.environ, capture_output=True, check=True
     )
-    assert json.loads(sent.stderr)["packed_bytes"] == len(sent.stdout)
+    assert json.loads(sent.stderr)["file_bytes"] == len(sent.stdout)
     where = ["import", "-", "--state", str(tmp_path / "copy")]
     half = subprocess.run(
         [*council, *where], cwd=tmp_path, env=project.environ, input=sent.stdout[:900], capture_output=True, check=False

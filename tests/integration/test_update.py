@@ -94,7 +94,7 @@ async def test_expected_version_is_tried_once(store: Store) -> None:
         await update_document(store, COUNT, lambda _: pytest.fail("called"), expected_version=7)
     found = await store.get(COUNT)
     assert found is not None
-    assert (caught.value.expected, caught.value.found, caught.value.by) == (7, 1, found.by)
+    assert (caught.value.expected, caught.value.found, caught.value.writer) == (7, 1, found.writer)
     await update_document(store, COUNT, increment, expected_version=1)
     created = await update_document(store, Key("count", "new"), increment, expected_version=0)
     assert created is not None

@@ -243,8 +243,8 @@ async def test_unmediated_value_keeps_its_name(repository: Repository) -> None:
     )
     ended = repository.council("run", str(path), "--json")
     assert ended.states == {"t": "landed"}, ended
-    story = repository.council("show", "t", "--json").result
-    given = {one["phase"]: one["given"]["keys"] for one in story["phases"]}
+    details = repository.council("show", "t", "--json").result
+    given = {one["phase"]: one["inputs"]["keys"] for one in details["phases"]}
     assert "measurement" in given["plan"]
     assert "plan" in given["build"]
     await repository.assert_invariants()
@@ -396,7 +396,7 @@ async def test_phase_mediates_between_two_others(repository: Repository) -> None
         "in build keep-prompt",
         "in build write b.txt x",
     )
-    (repository.top.parent / "phase.md").write_text("{{ task.prompt }}\n{{ data(given) }}\n")
+    (repository.top.parent / "phase.md").write_text("{{ task.prompt }}\n{{ data(inputs) }}\n")
     for phase in workflow[1:]:
         next(iter(phase.values()))["prompt_file"] = "phase.md"
     path = repository.configure(

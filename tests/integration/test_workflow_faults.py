@@ -44,8 +44,8 @@ def configure(repository: Repository, *steps: str, adapter: dict[str, Any] | Non
 
 def visits(repository: Repository) -> list[tuple[str, str, int]]:
     """Return the visits of the task's phases: the phase, its outcome, and its number of sessions."""
-    story = repository.council("show", "t", "--json").result
-    return [(one["phase"], one["status"], len(one["attempts"])) for one in story["phases"]]
+    details = repository.council("show", "t", "--json").result
+    return [(one["phase"], one["status"], len(one["attempts"])) for one in details["phases"]]
 
 
 def visits_once(**sessions: int) -> list[tuple[str, str, int]]:

@@ -127,7 +127,7 @@ async def test_git_state_and_events_agree(repository: Repository, count: int) ->
         assert reported[task, "phase.completed"] == len(completed)
         assert reported[task, "phase.entered"] == sum(one.status != "skipped" for one in document.phases)
         assert (
-            handoffs[task] == reported[task, "handoff.delivered"] == sum(one.handoff is not None for one in completed)
+            handoffs[task] == reported[task, "handoff.submitted"] == sum(one.handoff is not None for one in completed)
         )
         assert reported[task, "task.started"] == len(document.attempts)
     assert [one.phase for one in found["rejected"].phases].count("build") == 2

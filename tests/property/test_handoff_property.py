@@ -47,9 +47,9 @@ def test_filter_returns_what_is_needed_and_reports_the_rest(values: dict[str, An
     assert chosen == {key: values[key] for key in chosen}
     assert set(chosen) == (set(values) if needs is None else set(values) & set(needs))
     assert reported.keys == tuple(chosen)
-    assert sorted((*reported.keys, *reported.left_out)) == sorted(values)
-    assert (reported.size, reported.whole) == (len(encode_canonical(chosen)), len(encode_canonical(values)))
-    assert reported.size <= reported.whole
+    assert sorted((*reported.keys, *reported.omitted)) == sorted(values)
+    assert (reported.size, reported.total_size) == (len(encode_canonical(chosen)), len(encode_canonical(values)))
+    assert reported.size <= reported.total_size
     assert select_values(chosen, needs)[0] == chosen
 
 
@@ -73,7 +73,7 @@ def test_phase_gets_the_newest_value_of_each_name(
             "protocol": "direct",
             "phase": phase.name,
             "time": 0.0,
-            "by": "file",
+            "via": "file",
         }
         handoff = make_handoff("run", "task", number, produced, **fields)
         handoffs[handoff.id] = (1, handoff)
@@ -116,7 +116,7 @@ def test_digest_is_equal_for_equal_values_only(value: dict[str, Any], data: st.D
     assert find_json_error(value) is None
     other = data.draw(st.dictionaries(TEXT, VALUES, max_size=5))
     assert (compute_digest(other) == compute_digest(value)) == (encode_canonical(other) == encode_canonical(value))
-    handoff = make_handoff("r", "t", 1, value, kind="x", protocol="direct", phase="p", time=0.0, by="tool")
+    handoff = make_handoff("r", "t", 1, value, kind="x", protocol="direct", phase="p", time=0.0, via="tool")
     assert is_intact(handoff)
     assert is_intact(handoff.model_copy(update={"data": other})) == (encode_canonical(other) == encode_canonical(value))
 
@@ -124,7 +124,7 @@ def test_digest_is_equal_for_equal_values_only(value: dict[str, Any], data: st.D
 @given(st.lists(st.tuples(st.sampled_from(["build", "review"]), st.integers(1, 4)), max_size=8))
 def test_each_visit_has_one_receipt(visits: list[tuple[str, int]]) -> None:
     """For any number of acknowledgements."""
-    handoff = make_handoff("r", "t", 1, {}, kind="x", protocol="direct", phase="p", time=0.0, by="tool")
+    handoff = make_handoff("r", "t", 1, {}, kind="x", protocol="direct", phase="p", time=0.0, via="tool")
     for now, (phase, attempt) in enumerate(visits):
         handoff = acknowledge(handoff, phase, attempt, float(now))
     assert [(one.phase, one.attempt) for one in handoff.receipts] == list(dict.fromkeys(visits))

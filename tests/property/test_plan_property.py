@@ -61,8 +61,8 @@ def test_task_follows_earlier_owners_of_its_paths(entries: Mapping[str, Dispatch
         for place, task in enumerate(wave.tasks):
             met = [one for one in wave.tasks[:place] if has_any_overlap(entries[one].owns, entries[task].owns)]
             expected |= {task: met[0]} if met else {}
-        assert wave.follows == expected
-        assert wave.is_compared
+        assert wave.waits_for == expected
+        assert wave.is_exact
 
 
 @given(_entries(), st.integers(0, 6), st.dictionaries(st.sampled_from("xy"), st.integers(1, 3)))
@@ -75,7 +75,7 @@ def test_concurrent_sessions_of_a_plan_respect_all_limits(
         adapters = [entries[task].adapter for task in wave.tasks]
         limit = sum(min(adapters.count(name), capacities.get(name, 99)) for name in set(adapters))
         assert min(most, 1) <= sessions <= min(most, limit, len(wave.tasks))
-        if not capacities and not wave.follows:
+        if not capacities and not wave.waits_for:
             assert sessions == min(most, len(wave.tasks))
 
 
@@ -88,7 +88,7 @@ def test_plan_of_ten_thousand_overlapping_tasks_is_fast() -> None:
     [wave] = plan_waves(entries)
     assert len(wave.tasks) == many
     [wave] = plan_waves(apart)
-    assert not wave.is_compared
+    assert not wave.is_exact
 
 
 def test_chain_of_ten_thousand_tasks_has_ten_thousand_waves() -> None:

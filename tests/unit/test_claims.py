@@ -136,15 +136,15 @@ def test_task_is_tried_unless_claimed_or_exhausted(
     found: Claim | None, holder: OwnerStatus | None, expected: ClaimVerdict
 ) -> None:
     """Three retries are four attempts; attempts that a person reset do not count."""
-    assert should_try(found, holder, TIMING, ignored=None) is expected
-    assert should_try(found, holder, TIMING, ignored="not now") is ClaimVerdict.IGNORED
+    assert should_try(found, holder, TIMING, ignored_reason=None) is expected
+    assert should_try(found, holder, TIMING, ignored_reason="not now") is ClaimVerdict.IGNORED
 
 
 def test_fifth_takeover_is_not_tried() -> None:
     """Every failed takeover counts."""
     for is_taken_over in (False, True):
         found, tries = None, 0
-        while should_try(found, OwnerStatus.STALE, TIMING, ignored=None) is ClaimVerdict.TRY:
+        while should_try(found, OwnerStatus.STALE, TIMING, ignored_reason=None) is ClaimVerdict.TRY:
             tries += 1
             made = claim(retries=count_earlier_attempts(found))
             found = made if is_taken_over else claim(ReleaseReason.ABANDONED, retries=made.retries + 1)

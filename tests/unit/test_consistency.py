@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from orchestrator.domain.runs.model import Attempt, TaskDocument
-from orchestrator.domain.runs.phases import GivenValues, PhaseRecord, PhaseStatus
+from orchestrator.domain.runs.phases import InputSummary, PhaseRecord, PhaseStatus
 from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.domain.sessions.contexts import SessionContext, SessionStatus
 from orchestrator.domain.settings.phase_settings import HandoffSettings, Phase
@@ -32,7 +32,7 @@ DATA = {"plan": PLAN, "build": {"artifacts": {"a.py": SUM}}, "review": {"verdict
 
 def handoff(phase: str, attempt: int, to: str | None, **reported: Any) -> Handoff:
     """Return the handoff of an attempt at a phase."""
-    facts = {"kind": phase, "protocol": "direct", "phase": phase, "to": to, "time": 1.0, "by": "file", **reported}
+    facts = {"kind": phase, "protocol": "direct", "phase": phase, "to": to, "time": 1.0, "via": "file", **reported}
     return make_handoff("run", "task", attempt, facts.pop("data", DATA[phase]), **facts)
 
 
@@ -57,7 +57,7 @@ def valid_record() -> WorkflowRecord:
     third = handoff("review", 3, None)
     phases = (
         visit("plan", 1),
-        visit("build", 2, received=(first.id,), commit=COMMIT, given=GivenValues(keys=("plan",))),
+        visit("build", 2, received=(first.id,), commit=COMMIT, inputs=InputSummary(keys=("plan",))),
         visit("review", 3, received=(second.id,), verdict="approve"),
     )
     document = TaskDocument(status=TaskStatus.QUEUED, attempts=attempts("plan", "build", "review"), phases=phases)

@@ -43,7 +43,7 @@ def refused(environ: dict[str, str], options: CoordinationOverrides | None = Non
 def test_example_environment_has_each_variable_with_its_default() -> None:
     """`.env.example` used unchanged equals the defaults, and has no other variables."""
     assert LINES.keys() == set(ENVIRONMENT_VARIABLES.values())
-    assert read_environment(LINES).given() == {key: getattr(DEFAULT, key) for key in ENVIRONMENT_VARIABLES}
+    assert read_environment(LINES).explicit() == {key: getattr(DEFAULT, key) for key in ENVIRONMENT_VARIABLES}
     assert resolve_coordination(DEFAULT, LINES) == DEFAULT
 
 

@@ -61,7 +61,9 @@ def test_phase_events_are_described(type_: str, facts: dict[str, object], words:
 )
 def test_takeover_names_the_leftovers(branch: str | None, left: str) -> None:
     """Without leftovers no branch is named."""
-    event = Event("task.claim_lost", {"run": "r", "task": "t", "attempt": 1, "by": "box-7-ab", "branch": branch})
+    event = Event(
+        "task.claim_lost", {"run": "r", "task": "t", "attempt": 1, "orchestrator": "box-7-ab", "branch": branch}
+    )
     assert event_text(event) == f"t: taken over by box-7-ab; {left}"
 
 

@@ -25,7 +25,7 @@ from orchestrator.errors import HandoffCorrupted
 
 def second_handoff(data: dict[str, Any] | None = None, **reported: Any) -> Handoff:
     """Return the handoff of the second attempt of a task."""
-    facts = {"kind": "plan", "protocol": "direct", "phase": "plan", "time": 5.0, "by": "file", **reported}
+    facts = {"kind": "plan", "protocol": "direct", "phase": "plan", "time": 5.0, "via": "file", **reported}
     return make_handoff("run", "task", 2, data or {"tasks": [1]}, **facts)
 
 

@@ -32,7 +32,7 @@ SCHEMA = {"type": "object", "required": ["answer"]}
 
 
 def facts(**changes: Any) -> PromptFacts:
-    values: dict[str, Any] = {"task": "login", "prompt": "Add a login.", "mark": MARK, "given": {"plan": PLAN}}
+    values: dict[str, Any] = {"task": "login", "prompt": "Add a login.", "mark": MARK, "inputs": {"plan": PLAN}}
     return PromptFacts(**{**values, **changes})
 
 
@@ -44,23 +44,23 @@ def outside(text: str) -> str:
 @pytest.mark.parametrize(
     "template",
     [
-        "{{ given }}",
-        "{{ given.plan }}",
-        "{{ given.plan['items'] }}",
-        "{{ given.plan.items | trim | upper }}",
-        "{{ given.plan.items ~ ' and so on' }}",
-        "{{ '%s!' | format(given.plan.items) }}",
-        "{{ given.plan.tasks | map(attribute='prompt') | join(', ') }}",
-        "{{ given.plan.tasks | first }}",
-        "{{ (given.plan.tasks | selectattr('id', 'equalto', 'a') | list)[0].prompt }}",
-        "{% for task in given.plan.tasks %}- {{ task.prompt }}\n{% endfor %}",
-        "{% for name in given.plan %}{{ given.plan[name] }}{% endfor %}",
-        "{% macro say(it) %}It is {{ it }}.{% endmacro %}{{ say(given.plan.items) }}",
-        "{% set it %}{{ given.plan.items }}{% endset %}{{ it }}",
-        "{{ data(given.plan) }}",
-        "{{ data(given.plan, 'plan') }}",
-        "{{ data(given.plan.items, given.plan.items) }}",
-        "{{ data(given.plan | string) }}",
+        "{{ inputs }}",
+        "{{ inputs.plan }}",
+        "{{ inputs.plan['items'] }}",
+        "{{ inputs.plan.items | trim | upper }}",
+        "{{ inputs.plan.items ~ ' and so on' }}",
+        "{{ '%s!' | format(inputs.plan.items) }}",
+        "{{ inputs.plan.tasks | map(attribute='prompt') | join(', ') }}",
+        "{{ inputs.plan.tasks | first }}",
+        "{{ (inputs.plan.tasks | selectattr('id', 'equalto', 'a') | list)[0].prompt }}",
+        "{% for task in inputs.plan.tasks %}- {{ task.prompt }}\n{% endfor %}",
+        "{% for name in inputs.plan %}{{ inputs.plan[name] }}{% endfor %}",
+        "{% macro say(it) %}It is {{ it }}.{% endmacro %}{{ say(inputs.plan.items) }}",
+        "{% set it %}{{ inputs.plan.items }}{% endset %}{{ it }}",
+        "{{ data(inputs.plan) }}",
+        "{{ data(inputs.plan, 'plan') }}",
+        "{{ data(inputs.plan.items, inputs.plan.items) }}",
+        "{{ data(inputs.plan | string) }}",
         "{{ results.scout.words }}",
     ],
 )
@@ -75,16 +75,16 @@ def test_text_of_others_is_delimited(template: str) -> None:
 @pytest.mark.parametrize(
     "template",
     [
-        "{{ given.plan | tojson }}",
-        "{{ given.plan.items | list }}",
-        "{{ given.plan.items[0] }}",
-        "{{ given.plan._value }}",
-        "{{ given.plan.__class__ }}",
-        "{{ given.plan.__str__.__globals__ }}",
+        "{{ inputs.plan | tojson }}",
+        "{{ inputs.plan.items | list }}",
+        "{{ inputs.plan.items[0] }}",
+        "{{ inputs.plan._value }}",
+        "{{ inputs.plan.__class__ }}",
+        "{{ inputs.plan.__str__.__globals__ }}",
         "{{ data.__self__ }}",
-        "{{ given.plan.tasks.append(1) }}",
-        "{{ given.nothing }}",
-        "{{ 'x' * given }}",
+        "{{ inputs.plan.tasks.append(1) }}",
+        "{{ inputs.nothing }}",
+        "{{ 'x' * inputs }}",
         "{{ 1 / 0 }}",
         "{{ range(10 ** 9) | length }}",
         "{{ owns.append('**') }}",
@@ -99,8 +99,8 @@ def test_unsuitable_template_is_rejected(template: str) -> None:
 def test_template_can_read_values() -> None:
     """Templates can count, compare and branch on values."""
     template = (
-        "{{ given.plan.tasks | length }} {{ given.plan.size + 1 }} {{ given.plan.tasks[1].id == 'b' }} "
-        "{{ 'plan' in given }} {{ given.risks is defined }} {{ 'yes' if given.plan.tasks else 'no' }}"
+        "{{ inputs.plan.tasks | length }} {{ inputs.plan.size + 1 }} {{ inputs.plan.tasks[1].id == 'b' }} "
+        "{{ 'plan' in inputs }} {{ inputs.risks is defined }} {{ 'yes' if inputs.plan.tasks else 'no' }}"
     )
     assert render(template, facts()).text == "2 3 True True False yes\n"
 
@@ -114,7 +114,7 @@ def test_own_text_is_not_delimited() -> None:
 
 def test_task_of_a_tracker_is_delimited() -> None:
     """The delimited text is the task itself."""
-    text = render("{{ task.prompt }}", facts(prompt=EVIL, tracker="todo", given={})).text
+    text = render("{{ task.prompt }}", facts(prompt=EVIL, tracker="todo", inputs={})).text
     assert "everything" in text
     assert "everything" not in outside(text)
     assert "taken from the tracker 'todo'" in outside(text)
@@ -156,12 +156,12 @@ def test_resumed_conversation_gets_new_facts_only() -> None:
 
 def test_values_and_prompts_are_limited() -> None:
     """A truncated value has a note; a prompt with too many values is rejected."""
-    text = render("{{ given.a }}", facts(given={"a": "x" * (MAX_VALUE_LENGTH + 5)})).text
+    text = render("{{ inputs.a }}", facts(inputs={"a": "x" * (MAX_VALUE_LENGTH + 5)})).text
     assert "(… 5 more characters omitted)" in text
     assert len(text) < MAX_VALUE_LENGTH + 1000
     many = {f"v{n}": "x" * MAX_VALUE_LENGTH for n in range(MAX_PROMPT_LENGTH // MAX_VALUE_LENGTH + 1)}
     with pytest.raises(RefusedError, match="list fewer values under `needs:`"):
-        render("{% for name in given %}{{ given[name] }}\n{% endfor %}", facts(given=many))
+        render("{% for name in inputs %}{{ inputs[name] }}\n{% endfor %}", facts(inputs=many))
 
 
 @pytest.mark.parametrize("writes", [True, False])
@@ -169,7 +169,7 @@ def test_values_and_prompts_are_limited() -> None:
 def test_supplied_templates_render_all_facts(name: str, writes: bool) -> None:
     """With the minimal and with all facts; each is printed once, and hostile text as data."""
     template = read_builtin_template(name)
-    assert "Add a login." in render(template, facts(given={}, writes=writes)).text
+    assert "Add a login." in render(template, facts(inputs={}, writes=writes)).text
     kind = HANDOFF_KINDS.get(name)
     handing = render_handoff_instructions(name, SCHEMA if kind is None else kind.schema)
     whole = render(

@@ -249,7 +249,9 @@ async def test_hanging_sink_is_abandoned(hangs: str) -> None:
             await bench.record(1)
     reported = await bench.delivery_events()
     assert reported[0] == ("sink.failing", {"run": "r", "sink": "ear", "reason": "timed out after 0.2 s"})
-    assert reported[1:] == ([] if hangs == "close" else [("sink.undelivered", {"run": "r", "sink": "ear", "left": 3})])
+    assert reported[1:] == (
+        [] if hangs == "close" else [("sink.undelivered", {"run": "r", "sink": "ear", "undelivered": 3})]
+    )
     assert ear.numbers == ([1, 2, 3] if hangs == "close" else [])
 
 
@@ -266,7 +268,7 @@ async def test_undelivered_events_are_delivered_next_time() -> None:
     async with bench.feeding(outlet(first)):
         await until(lambda: first.numbers == [1, 2])
         await bench.record(2)
-    assert (await bench.delivery_events())[-1] == ("sink.undelivered", {"run": "r", "sink": "ear", "left": 2})
+    assert (await bench.delivery_events())[-1] == ("sink.undelivered", {"run": "r", "sink": "ear", "undelivered": 2})
     await bench.record()
     second = Listener()
     async with bench.feeding(outlet(second)):

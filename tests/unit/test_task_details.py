@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from orchestrator.cli.render.story import story_lines
+from orchestrator.cli.render.task_details import task_detail_lines
 from orchestrator.domain.runs.model import Attempt, ImportedTask, TaskDocument
-from orchestrator.domain.runs.phases import GivenValues, PhaseRecord, PhaseStatus
+from orchestrator.domain.runs.phases import InputSummary, PhaseRecord, PhaseStatus
 from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.domain.workflow.handoffs import Handoff, Receipt, make_handoff
 from orchestrator.domain.workflow.mediation import Mediation
@@ -31,7 +31,7 @@ def attempt(number: int, phase: str | None, outcome: str | None = "completed", *
 
 
 def handoff(number: int, phase: str, kind: str, data: dict[str, Any], **facts: Any) -> Handoff:
-    reported = {"protocol": "direct", "time": 130.0, "by": "file", "tokens": 1010, **facts}
+    reported = {"protocol": "direct", "time": 130.0, "via": "file", "tokens": 1010, **facts}
     return make_handoff("run", "t", number, data, kind=kind, phase=phase, **reported)
 
 
@@ -42,7 +42,7 @@ def details_of(document: TaskDocument, asked: TaskDefinition = FOUR, *handoffs: 
 
 
 def text(one: TaskDetails) -> str:
-    return "\n".join(story_lines(one, 1_000.0, one.status))
+    return "\n".join(task_detail_lines(one, 1_000.0, one.status))
 
 
 def reviewed() -> tuple[TaskDocument, list[Handoff]]:
@@ -53,14 +53,14 @@ def reviewed() -> tuple[TaskDocument, list[Handoff]]:
     plan = handoff(2, "plan", "plan", {"tasks": []}, to="build", protocol="mediated", mediation=mediation)
     review = handoff(5, "review", "review", {"verdict": "reject", "findings": FINDINGS})
     handoffs = [scout.model_copy(update={"receipts": (receipt,)}), plan, review]
-    given = GivenValues(keys=("requirements",), left_out=("risks",), size=120, whole=3400)
+    inputs = InputSummary(keys=("requirements",), omitted=("risks",), size=120, total_size=3400)
     phases = (
         PhaseRecord(
             phase="scout", status=PhaseStatus.COMPLETED, started=100.0, ended=130.0, attempts=(1,), handoff=scout.id
         ),
         PhaseRecord(
             phase="plan", status=PhaseStatus.COMPLETED, started=200.0, ended=330.0, attempts=(2, 3), repairs=1,
-            given=given, received=(scout.id,), handoff=plan.id, note="as discussed",
+            inputs=inputs, received=(scout.id,), handoff=plan.id, note="as discussed",
         ),
         PhaseRecord(
             phase="build", status=PhaseStatus.COMPLETED, started=400.0, ended=430.0, attempts=(4,), rounds=2,
@@ -128,9 +128,9 @@ def test_text_for_people_is_complete() -> None:
         "invalid handoff, cli-2, 0:30, 1.0k tokens, $0.5000",
         "continued an earlier conversation",
         "/logs/t.4.stdout",
-        "run/t/1, scout: scout to plan; direct; by file; sha256:",
+        "run/t/1, scout: scout to plan; direct; via file; sha256:",
         "plan (session 2)",
-        "plan to build; mediated; by file; sha256:",
+        "plan to build; mediated; via file; sha256:",
         "not yet",
         "run/t/5, review: from review; direct",
         "--json prints all",

@@ -1,4 +1,4 @@
-"""Requests of a user on a run: cancel or retry tasks, enable adapters, restore a checkpoint."""
+"""A user's requests to a run: cancel, retry, enable adapters, restore."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class RunController:
         reload: FileChanges | None = None,
         adapters: Sequence[str] = (),
     ) -> None:
-        """Submit a request to the run's leader, or apply it here if there is none, for the next `resume`.
+        """Submit a request to the run's leader, or apply it here if there is none.
 
         Without `tasks` it applies to all unfinished ones; without `adapters`, to all unavailable ones. With `reload`,
         the settings of the file are applied to the tasks first.
@@ -87,7 +87,7 @@ class RunController:
         if stops_sessions := action in {RequestAction.CANCEL, RequestAction.IGNORE}:
             is_live = await reader.index.is_live(run)
             await create_checkpoint(
-                context.store, run, f"before {action}", maker=CheckpointOrigin.COUNCIL, is_live=is_live
+                context.store, run, f"before {action}", created_by=CheckpointOrigin.COMMAND, is_live=is_live
             )
         if reload is not None:
             await apply_config_file(context, run, requested, reload)
@@ -97,7 +97,7 @@ class RunController:
             await self._wait_until_ended(run, requested)
 
     async def _wait_until_handled(self, run: RunDocument, request: RunRequest) -> None:
-        """Wait until the leader of a run has performed a request; perform it here if there is none."""
+        """Wait until the leader has performed a request; without a leader, perform it."""
         context, waiting = self._context, _RequestWait()
         hub = await RunReader(context).index.hub(run)
         entry = RunEntry(context, run, hub, resolve_coordination(run.coordination, context.environ))
@@ -155,7 +155,7 @@ class RunController:
 
 
 async def _block_run(stack: AsyncExitStack, run: RunDocument, *, force: bool) -> None:
-    """Prevent processes from becoming active in a run; with `force`, one may already be active."""
+    """Prevent processes from joining a run; with `force`, one may already be active."""
     hub = Hub(Path(run.hub))
     if not await anyio.to_thread.run_sync(hub.trusted.is_dir):  # no process can be active without it
         return
@@ -175,7 +175,10 @@ class _RequestWait:
         self._began, self._is_noticed = anyio.current_time(), False
 
     async def pause(self, pid: int | None, host: str) -> None:
-        """Sleep until the next check; log a notice after some seconds. Raises RequestTimeout after the limit."""
+        """Sleep until the next check; log a notice if the wait is long.
+
+        Raises RequestTimeout after the limit.
+        """
         waited = anyio.current_time() - self._began
         if waited >= _REQUEST_TIMEOUT:
             raise RequestTimeout(_describe_process(pid, host), _REQUEST_TIMEOUT)

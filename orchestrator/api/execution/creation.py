@@ -100,7 +100,10 @@ async def add_open_tracked_tasks(config: RunConfig, plugins: Plugins) -> RunConf
 
 
 async def create_merge_run(context: ProjectContext, run: str) -> str:
-    """Record a run that merges the branch of another run into its base; return its id. See `Runs.create_merge`."""
+    """Record a run that merges another run's branch into its base; return its id.
+
+    See `Runs.create_merge`.
+    """
     reader, name = RunReader(context), new_run_id(context.clock.now())
     if (queued := await reader.queued_merge(run)) is not None:
         return queued
@@ -135,7 +138,7 @@ async def create_merge_run(context: ProjectContext, run: str) -> str:
 
 
 async def _explain_missing_branch(git: Git, record: RunRecord, start: str) -> RefusedError:
-    """Return the error for a run's own branch that does not exist; its base is at the commit `start`."""
+    """Return the error for a missing branch of a run; `start` is its base commit."""
     run = record.run
     what = f"the branch {run.target!r} does not exist"
     commits = [task.landed for task in record.tasks.values() if task.landed is not None]

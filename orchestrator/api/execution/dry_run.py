@@ -34,10 +34,10 @@ async def perform_dry_run(
     clock: Clock | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> DryRun:
-    """Run the checks of `Runs.create` and `council doctor`, and return the plan of the run.
+    """Run the checks of `Runs.create` and `council doctor`, and return the plan.
 
-    Nothing is recorded. The only programs that are started are those of adapters, to get their versions. Only council's
-    own repositories change: the commits are fetched into them, as for a run.
+    Nothing is recorded. Starts only the programs of adapters, to get their versions. Fetches commits into council's own
+    repositories, as for a run, and changes nothing else.
     """
     config = apply_max_retries(config, resolve_coordination(config.coordination, environ, coordination))
     config = await add_open_tracked_tasks(config, plugins)

@@ -155,7 +155,7 @@ class RunExecutor:
         disabled: Mapping[str, str] = _NONE,
         only_lands: bool = False,
     ) -> RunReport:
-        """Execute tasks of a run until none is left for this process, without the `disabled` adapters."""
+        """Execute tasks until none is left for this process; omit `disabled` adapters."""
         context, run = reader.context, before.run.id
         entries = await _entries(context, before, ledger)
         wanted = capacity or before.run.capacity
@@ -209,7 +209,7 @@ async def _record_end(
 
 
 async def _entries(context: ProjectContext, before: RunRecord, ledger: Ledger) -> dict[str, DispatchEntry]:
-    """Return the dispatch entries of all tasks in the ledger, including those that plans have added."""
+    """Return the dispatch entries of all tasks, including those added by plans."""
     known = before.entries
     if ledger.run.tasks != before.run.tasks:
         known = await read_entries(context.store, ledger.run)
@@ -235,14 +235,17 @@ def _board(
 
 
 def _max_sessions(wanted: int, run: RunDocument) -> int:
-    """Return the maximum number of concurrent sessions: at most one per task, unless plans may add tasks."""
+    """Return the maximum number of concurrent sessions.
+
+    At most one per task, unless plans may add tasks.
+    """
     can_grow = any(phase.expand is not None for phases in run.workflows.values() for phase in phases)
     return wanted if can_grow else min(wanted, len(run.tasks))
 
 
 @asynccontextmanager
 async def _raise_if_fenced(ledger: Ledger) -> AsyncIterator[None]:
-    """Raise OrchestratorFenced instead of an error of the body if this process was removed from the run."""
+    """Replace an error of the body by OrchestratorFenced if the run removed us."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Comparison of a run with its file, and application of the file's changes to tasks."""
+"""Comparison of a run with its file, and reload of changed tasks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from orchestrator.protocols import Commit, Store
 
 
 async def has_same_config_file(run: RunDocument) -> bool:
-    """Return True if the file of a run has not changed since its creation, so that no comparison is needed."""
+    """Return True if the file of a run has not changed since its creation."""
     digest = await anyio.to_thread.run_sync(read_digest, Path(run.config))
     return digest is not None and digest == run.config_digest
 
@@ -33,7 +33,7 @@ async def has_same_config_file(run: RunDocument) -> bool:
 async def compare_with_config_file(
     context: ProjectContext, run: RunDocument, statuses: Mapping[str, TaskStatus]
 ) -> FileChanges:
-    """Compare a run with its file, if the file exists, without the tasks that have succeeded."""
+    """Compare a run with its file, if it exists, for tasks that have not succeeded."""
     path = anyio.Path(run.config)
     if run.imported is not None or not await path.is_file():
         return FileChanges(run.config, unreadable=f"{run.config} does not exist")
@@ -60,13 +60,13 @@ async def compare_with_config_file(
 
 
 async def _inline_tasks(store: Store, run: RunDocument) -> InlineTasks | None:
-    """Return the tasks of the command line with their settings; None if the tasks are from the file."""
-    if TASKS_KEY not in run.given:
+    """Return the tasks of the command line; None if the tasks are from the file."""
+    if TASKS_KEY not in run.overrides:
         return None
     specs = (await read_specs(store, run.id, run.tasks)).values()
     own = [spec for spec in specs if spec.plan is None]
-    adapter = own[0].adapter if "adapter" in run.given else None
-    return InlineTasks([one.prompt for one in own], adapter, checks=own[0].checks if "checks" in run.given else ())
+    adapter = own[0].adapter if "adapter" in run.overrides else None
+    return InlineTasks([one.prompt for one in own], adapter, checks=own[0].checks if "checks" in run.overrides else ())
 
 
 async def apply_config_file(context: ProjectContext, run: str, tasks: Sequence[str], changes: FileChanges) -> None:

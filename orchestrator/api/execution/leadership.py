@@ -34,7 +34,7 @@ LOCK_HANDOVER_TIMEOUT = 60.0
 
 @dataclass(frozen=True, slots=True)
 class RunEntry:
-    """The entry of this process into a run: the project, the run, and the coordination settings."""
+    """This process's entry into a run: project, run and coordination settings."""
 
     context: ProjectContext
     run: RunDocument
@@ -43,7 +43,7 @@ class RunEntry:
 
     @asynccontextmanager
     async def lead(self, lock: HeldLock) -> AsyncIterator[tuple[Ledger, RunContext]]:
-        """Lead the run during the body: recover the tasks of an earlier leader, and apply pending requests.
+        """Lead the run: recover an earlier leader's tasks, apply pending requests.
 
         `lock` is the lock from `hold_run_lock`.
         """
@@ -111,7 +111,7 @@ class RunEntry:
 
 @asynccontextmanager
 async def hold_run_lock(hub: Hub, run: str) -> AsyncIterator[HeldLock]:
-    """Hold the run's lock; wait for it only while git commands of a dead leader still run."""
+    """Hold the run's lock; wait only for git commands of a dead leader."""
     lock = hub.run_lock(run)
     async with AsyncExitStack() as stack:
         try:
@@ -125,7 +125,7 @@ async def hold_run_lock(hub: Hub, run: str) -> AsyncIterator[HeldLock]:
 
 @asynccontextmanager
 async def _leave_on_exit(members: RunMembership) -> AsyncIterator[None]:
-    """Record at the end of the body, even after errors, that this orchestrator has left."""
+    """Record at exit, even after errors, that this process has left the run."""
     try:
         yield
     finally:
@@ -134,7 +134,7 @@ async def _leave_on_exit(members: RunMembership) -> AsyncIterator[None]:
 
 
 async def _check_sharing(members: RunMembership) -> None:
-    """Raise RefusedError if another process is active, and it or this process does not share the run."""
+    """Raise RefusedError if another process is active and either does not share."""
     peer = await members.peers.find_exclusive_peer()
     if peer is None:
         return
@@ -160,7 +160,7 @@ def sharing_disabled_error(run: str, environ: Mapping[str, str], options: Coordi
 
 
 def run_active_error(run: str, held: LockHeld, *, or_else: str = "") -> RefusedError:
-    """Return the error for a run with an active process, or with leftover processes of an ended one."""
+    """Return the error for a run with an active process or leftover processes."""
     stop = "stop it with SIGTERM" if held.pid is None else f"stop it with `kill {held.pid}`"
     wait = f"wait until it ends (`council watch {run}` shows it)"
     remedy = ", or ".join(filter(None, (wait, stop, or_else)))

@@ -35,7 +35,7 @@ _log = logging.getLogger("orchestrator.outage")
 
 @asynccontextmanager
 async def background_services(context: ProjectContext, run: RunDocument) -> AsyncIterator[None]:
-    """Forward events to a run's sinks and trackers during the body, and update existing views after it."""
+    """Forward events to sinks and trackers during the body; update views after it."""
     redactor = Redactor(secret_values(context.environ))
     forwarding = forward_events(
         context.store, context.clock, redactor, run.id, _subscribers(await context.plugins.load(), run)
@@ -60,7 +60,10 @@ async def _update_views(context: ProjectContext, run: str) -> None:
 
 
 def _subscribers(plugins: Plugins, run: RunDocument) -> list[EventSubscriber]:
-    """Return the subscribers for a run's sinks and trackers; opening one reports a missing plugin."""
+    """Return the subscribers for a run's sinks and trackers.
+
+    Opening a subscriber reports a missing plugin.
+    """
     return [
         EventSubscriber("sink", name, sink.events, partial(plugins.open, "sink", name, sink))
         for name, sink in run.sinks.items()
@@ -74,9 +77,10 @@ def _subscribers(plugins: Plugins, run: RunDocument) -> list[EventSubscriber]:
 async def survive_store_outages(
     context: ProjectContext, run: str, settings: CoordinationSettings, *, gives_up: Callable[[], bool]
 ) -> AsyncIterator[ProjectContext]:
-    """Yield the context with a store that waits, or continues offline, while the actual store is unreachable.
+    """Yield the context with a store that survives outages.
 
-    A store on this machine waits only while its disk is full.
+    While the store is unreachable, it waits or continues offline. A store on this machine waits only while its disk is
+    full.
     """
     if context.url == MEMORY:
         yield context

@@ -1,6 +1,6 @@
-"""The live activity of a run's sessions, seen from any process: transcripts, and the size of changes.
+"""The live activity of a run's sessions: transcripts and sizes of changes.
 
-All data comes from files; the run's leader is not involved.
+All data comes from files, so any process can read it; the run's leader is not involved.
 """
 
 from __future__ import annotations
@@ -41,19 +41,22 @@ class ObservedSession(NamedTuple):
 
 
 class ActivityObserver(Protocol):
-    """A selector of the sessions and commits to observe, and receiver of the observations."""
+    """A selector of sessions and commits to observe, and receiver of their data."""
 
     def working(self) -> Sequence[ObservedSession]:
         """Return the attempts with a running session."""
 
     def built(self) -> Sequence[ObservedSession]:
-        """Return ended attempts that have not landed and whose final changes were not observed yet."""
+        """Return ended attempts whose final changes have neither landed nor been read."""
 
     def uncounted_commits(self, most: int) -> Mapping[str, str]:
-        """Return up to `most` commits of landed tasks, by task, whose changes were not counted yet."""
+        """Return up to `most` commits of landed tasks without change counts, by task."""
 
     def on_transcript(self, session: ObservedSession, transcript: Transcript) -> None:
-        """Receive the transcript of a session; after much output between two reads, only of its last 64 KiB."""
+        """Receive the transcript of a session.
+
+        After much output between two reads, only of its last 64 KiB.
+        """
 
     def on_changes(self, session: ObservedSession, changes: Changes) -> None:
         """Receive the size of a session's changes, so far or in total."""
@@ -64,7 +67,7 @@ class ActivityObserver(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RunActivity:
-    """A run as of the log position `position`, and the live activity of its sessions from then on."""
+    """A run at log position `position`, and the live activity of its sessions."""
 
     record: RunRecord
     position: int
@@ -76,7 +79,10 @@ class RunActivity:
     logs: Path
 
     async def show(self, observer: ActivityObserver) -> None:
-        """Send all activity to an observer until cancelled. Uses a few percent of one core at most."""
+        """Send all activity to an observer until cancelled.
+
+        Uses a few percent of one core at most.
+        """
         async with anyio.create_task_group() as group:
             group.start_soon(self._listen, observer)
             group.start_soon(self._watch, observer)

@@ -34,7 +34,10 @@ from orchestrator.repo.worktrees.worktrees import Worktree
 
 @dataclass(frozen=True, slots=True)
 class PreservedWork:
-    """Unmerged work: a ref of council's repository, or a worktree that could not be collected completely."""
+    """Unmerged work: a ref of council's repository, or a worktree.
+
+    A worktree is preserved if its changes could not be collected completely.
+    """
 
     name: str
     run: str
@@ -55,7 +58,10 @@ class TaskChanges(Topic):
     """
 
     async def diff(self, task: str, run: str | None = None, *, stat: bool = False) -> bytes:
-        """Return the changes of a task as a git diff: from the worktree of a running or interrupted session."""
+        """Return the changes of a task as a git diff.
+
+        Reads the worktree if the session is running or was interrupted.
+        """
         name = await self._find(run)
         run_document, document = await read_named_task(self._context.store, name, task)
         git = trusted_git(run_document, self._context.environ)
@@ -99,7 +105,7 @@ class TaskChanges(Topic):
         return await diffs.diff_commits(git, await self._base(git, found), found.commit, stat=stat)
 
     async def apply(self, name: str, run: str | None = None, *, branch: str | None = None) -> Sequence[str]:
-        """Apply preserved work to the user's checkout as uncommitted changes, or as a new branch.
+        """Apply preserved work to the checkout, uncommitted or as a new branch.
 
         Applies all of the work or none. Returns the changed paths, or the branch.
         """
@@ -120,7 +126,10 @@ class TaskChanges(Topic):
         return await salvage.apply_to_checkout(git, users, site.repository.top, base, found.commit)
 
     async def drop(self, names: Sequence[str], run: str | None = None) -> None:
-        """Delete preserved work. Raises RefusedError, with nothing deleted, if the run still needs any of it."""
+        """Delete preserved work.
+
+        Raises RefusedError, with nothing deleted, if the run still needs any of it.
+        """
         run = await self._find(run)
         git = await self._git(run)
         refs, folders = [], []
@@ -173,7 +182,7 @@ class TaskChanges(Topic):
         return next((one for one in await self._leftover_worktrees(run) if _name(one) == name), None)
 
     async def _has_worktree(self, run: str, task: str, attempt: Attempt) -> bool:
-        """Return True if the session of an attempt is running, or was interrupted and left its worktree."""
+        """Return True if an attempt has a worktree: it is running or was interrupted."""
         if await self._index.is_live(run):
             return True
         left = await self._leftover_worktrees(run)
@@ -194,7 +203,10 @@ class TaskChanges(Topic):
 
 
 def trusted_git(run: RunDocument, environ: Mapping[str, str]) -> Git:
-    """Return git in the trusted repository of a run. Raises RefusedError if the run was imported."""
+    """Return git in the trusted repository of a run.
+
+    Raises RefusedError if the run was imported.
+    """
     run.check_not_imported()
     return Git(Hub(Path(run.hub)).trusted, environ=environ)
 

@@ -12,7 +12,7 @@ from orchestrator.state.documents.checkpoints import Checkpoint, RestorePlan
 
 
 class Checkpoints(Topic):
-    """Named positions of the log that can be restored. Available as `council.checkpoints`."""
+    """Named, restorable positions of the log, available as `council.checkpoints`."""
 
     async def create(self, run: str | None = None, *, reason: str = "manual", whole: bool = False) -> Checkpoint:
         """Create a checkpoint of a run, or with `whole` of all runs of the project."""
@@ -23,18 +23,25 @@ class Checkpoints(Topic):
         return await checkpoints.create_checkpoint(store, run, reason, is_live=await index.has_live_process(run))
 
     async def list(self, run: str | None = None) -> Sequence[Checkpoint]:
-        """Return the checkpoints of a run (`all`: those of all runs together), or all of them, the oldest first."""
+        """Return checkpoints, oldest first: those of one run, or all.
+
+        The run `all` selects the checkpoints of all runs together.
+        """
         return await checkpoints.list_checkpoints(self._context.store, run)
 
     async def plan_restore(self, checkpoint: str) -> RestorePlan:
-        """Return the changes that `restore` would make now. Raises RefusedError if the position was pruned."""
+        """Return the changes that `restore` would make now.
+
+        Raises RefusedError if the position was pruned.
+        """
         return await checkpoints.plan_restore(self._context.store, checkpoint)
 
     async def restore(self, checkpoint: str, *, force: bool = False) -> RestoreResult:
-        """Restore a checkpoint by its id, after a new checkpoint of the current state; `resume` continues from it.
+        """Restore a checkpoint by its id, after creating one of the current state.
 
-        Landed commits stay on their targets. Raises RefusedError if a process is active in a run that this would
-        change; with `force`, the run is taken over instead, and that process ends at its next step.
+        `resume` continues from it. Landed commits stay on their targets. Raises RefusedError if a process is active in
+        a run that this would change; with `force`, the run is taken over instead, and that process ends at its next
+        step.
         """
         await self._context.check_writable()
         controller = execution.RunController(self._context)

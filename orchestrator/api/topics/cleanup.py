@@ -50,7 +50,10 @@ class Cleaner:
         store: Store | None = None,
         url: str | None = None,
     ) -> None:
-        """Set up a cleaner; `home` is the folder of all hubs. A project requires its store and the store's URL."""
+        """Set up a cleaner; `home` is the folder of all hubs.
+
+        A project requires its store and the store's URL.
+        """
         self._environ, self._store = environ, store
         self._checkpoints: dict[str, str] = {}
         self._survey = OrphanFinder(home, environ, clock, project, store, url)
@@ -71,7 +74,7 @@ class Cleaner:
         return [await anyio.to_thread.run_sync(_with_size, one, self._survey.project) for one in found]
 
     async def remove(self, found: Sequence[Leftover]) -> list[RemovalResult]:
-        """Remove leftovers returned by `find`, removable or preserved, except those that are needed again by now.
+        """Remove leftovers returned by `find`, except those that are needed again.
 
         A checkpoint of each affected run is created first. It can restore a removed record, but not the run's output.
         """
@@ -84,7 +87,7 @@ class Cleaner:
             with suppress(StoreUnavailable):  # cleaning is the remedy for a full disk
                 if self._store is not None:
                     one = await create_checkpoint(
-                        self._store, run, "before clean", maker=CheckpointOrigin.COUNCIL, is_live=False
+                        self._store, run, "before clean", created_by=CheckpointOrigin.COMMAND, is_live=False
                     )
                     made[run] = one.id
         return made
@@ -178,7 +181,7 @@ class Cleaner:
 
     @asynccontextmanager
     async def _hold_run(self, one: Leftover) -> AsyncIterator[tuple[Git, str]]:
-        """Prevent processes from becoming active in a run. Raises LockHeld if one is active.
+        """Prevent processes from joining a run. Raises LockHeld if one is active.
 
         Yields git in the trusted repository, whose commands inherit the lock, and the run's id.
         """

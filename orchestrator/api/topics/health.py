@@ -1,4 +1,4 @@
-"""The health of a project's state: integrity, growth, interrupted runs and silent sessions."""
+"""State health: integrity, growth, interrupted runs and silent sessions."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _last_written(files: Sequence[Path]) -> float:
 
 
 async def _growth(store: Store, statistics: StoreStatistics, now: float) -> LogGrowth:
-    """Return the growth of the log, estimated from its newest commits, and the age of its oldest commit."""
+    """Return the growth rate of the log, from recent commits, and its age."""
     begin = max(statistics.position - _RECENT_COMMITS, statistics.first)
     oldest, early = await _first_record_after(store, statistics.first), await _first_record_after(store, begin)
     seconds = 0.0 if early is None else max(now - early.time, 0.0)
@@ -132,7 +132,7 @@ async def _growth(store: Store, statistics: StoreStatistics, now: float) -> LogG
 
 
 async def _first_record_after(store: Store, position: int) -> CommitRecord | None:
-    """Return the first commit after a position; None if there is none or it was pruned."""
+    """Return the first commit after a position; None if pruned or none."""
     with suppress(HistoryCompacted):
         async with aclosing(read_range(store, position, position + 1)) as records:
             return await anext(records, None)

@@ -1,4 +1,4 @@
-"""The topic `history`: the recorded state of a project, now and at earlier positions."""
+"""The topic `history`: recorded state, now and at earlier positions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def is_about_run(record: CommitRecord, run: str) -> bool:
 
 
 class StateHistory(Topic):
-    """The recorded state of a project at any position of its log. Available as `council.history`.
+    """The state of a project at any log position, available as `council.history`.
 
     `run` is a run's id; the record of the run may have been removed.
     """
@@ -38,19 +38,19 @@ class StateHistory(Topic):
         return await self._context.store.position()
 
     async def position_at(self, instant: float) -> int:
-        """Return the position of the newest commit up to a time (wall-clock seconds); 0 if all commits are later.
+        """Return the position of the newest commit up to a time; 0 if all are later.
 
-        Raises RefusedError if the log does not go back that far.
+        The time is in wall-clock seconds. Raises RefusedError if the log does not go back that far.
         """
         return await find_position(self._context.store, instant)
 
     async def position_of(self, checkpoint: str) -> int | None:
-        """Return the position of a checkpoint; None if there is no checkpoint with this id."""
+        """Return the position of a checkpoint by id; None if there is none."""
         found = await self._context.store.get(Key(CHECKPOINT_KIND, checkpoint))
         return None if found is None else int(found.value["position"])
 
     async def at(self, position: int, *, run: str | None = None, names: Sequence[str] = ()) -> StateSnapshot:
-        """Return the documents right after the commit at a position: all, those of a run, or those in `names`.
+        """Return the documents at a position: all, those of a run, or those in `names`.
 
         A name is `kind/id`, `kind/rest` for `kind/<run>/rest` (by default of the newest run), or either with `*` for
         any characters. Raises RefusedError if a name has no match, or if the log does not go back that far.
@@ -65,7 +65,10 @@ class StateHistory(Topic):
         return StateSnapshot(state.position, state.time, documents)
 
     async def key(self, name: str) -> Key:
-        """Return the key for a name as in `at`, even of a deleted document. Raises RefusedError if there is none."""
+        """Return the key for a name as in `at`, even of a deleted document.
+
+        Raises RefusedError if there is none.
+        """
         kind, _, rest = name.partition("/")
         exact, newest = Key(kind, rest), await self._newest()
         for key in (exact, *([Key(kind, f"{newest}/{rest}")] if newest else [])):
@@ -80,9 +83,9 @@ class StateHistory(Topic):
         return await self._context.store.history(key, limit)
 
     async def commits(self, *, run: str | None = None, after: int = 0, until: int) -> AsyncGenerator[CommitRecord]:
-        """Yield the commits after position `after` up to `until`, of a run or all; 0 starts at the oldest one.
+        """Yield the commits after position `after` up to `until`, of a run or all.
 
-        Raises RefusedError if the log does not go back to `after`.
+        `after` 0 starts at the oldest one. Raises RefusedError if the log does not go back to `after`.
         """
         try:
             async with aclosing(read_range(self._context.store, after, until)) as records:
@@ -109,7 +112,7 @@ class StateHistory(Topic):
     async def newest_commits(
         self, limit: int, *, run: str | None = None, after: int = 0, until: int
     ) -> Sequence[CommitRecord]:
-        """Return at most `limit` commits after `after` up to `until`: the newest ones, in the order of the log."""
+        """Return the newest commits between two positions, at most `limit`, in log order."""
         found: deque[CommitRecord] = deque()
         with suppress(HistoryCompacted):
             async with aclosing(read_backwards(self._context.store, until, after)) as parts:

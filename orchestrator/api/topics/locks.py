@@ -17,15 +17,19 @@ class Locks(Topic):
         return await self._overview().locks()
 
     async def revoke(self, name: str, reason: str) -> LockStatus:
-        """Revoke a lock by its name in `list` and record the reason; return its previous status.
+        """Revoke a lock by its name in `list`; return its previous status.
 
-        Raises RefusedError if the lock is free, or if only the process that holds it can release it.
+        The reason is recorded. Raises RefusedError if the lock is free, or if only the process that holds it can
+        release it.
         """
         return await self._overview().break_lock(name, reason)
 
     @property
     def named(self) -> NamedLocks:
-        """Named locks for programs: shared by readers or exclusive to a writer, with owner, expiry and timeout."""
+        """Return the named locks: shared by readers or exclusive to a writer.
+
+        They have an owner, an expiry and a timeout.
+        """
         return NamedLocks(self._context.store, self._context.clock)
 
     def _overview(self) -> LockOverview:

@@ -61,7 +61,7 @@ class LogChunk:
 
 @dataclass(frozen=True, slots=True)
 class LogEntry(OutputEntry):
-    """An entry of an attempt's log; other streams than standard output consist of lines."""
+    """An entry of an attempt's log; standard error and checks consist of lines."""
 
     attempt: int = 0
     stream: str = "stdout"
@@ -69,9 +69,9 @@ class LogEntry(OutputEntry):
 
 @dataclass(frozen=True, slots=True)
 class AttemptMarker:
-    """The start (`began`) or end of an attempt's log: the attempt has `ended`, is `running`, or was `interrupted`.
+    """The start (`began`) or end of an attempt's log, with the attempt's state.
 
-    It was interrupted if it has no recorded end and no process is active in its run.
+    The state is `ended`, `running` or `interrupted`: without a recorded end or an active process.
     """
 
     event: Literal["began", "ended", "running", "interrupted"]
@@ -81,12 +81,18 @@ class AttemptMarker:
 
 
 class TaskLogs(Topic):
-    """The output of tasks. Available as `council.logs`. `run` is a name that `council.runs.find` accepts."""
+    """The output of tasks, available as `council.logs`.
+
+    `run` is a name that `council.runs.find` accepts.
+    """
 
     async def chunks(
         self, task: str, run: str | None = None, **selection: Unpack[LogSelection]
     ) -> AsyncGenerator[LogChunk]:
-        """Yield the output of an attempt of a task, with its checks. Raises RefusedError if the attempt is unknown."""
+        """Yield the output of an attempt, with its checks.
+
+        Raises RefusedError if the attempt is unknown.
+        """
         async with aclosing(self._poll(await self._find(run), task, **selection)) as reads:
             async for _, found in reads:
                 for part in chain.from_iterable(found.values()):
@@ -132,7 +138,7 @@ class TaskLogs(Topic):
             yield entry
 
     async def latest(self, task: str, run: str | None = None) -> tuple[str, float] | None:
-        """Return the last line of a task's running session, and the time of its last output.
+        """Return the last line of a task's running session, and its time.
 
         None if no session is running, it has no output yet, or its output is on another machine.
         """
@@ -155,7 +161,7 @@ class TaskLogs(Topic):
     async def _poll(
         self, run: str, task: str, *, attempt: int | None = None, phase: str | None = None, follow: bool = False
     ) -> AsyncGenerator[tuple[TaskDocument, dict[int, list[LogChunk]]]]:
-        """Yield the new output of each attempt since the last read, with the task's record from before the read."""
+        """Yield the new output of each attempt, with the task's record before the read."""
         store, index = self._context.store, self._index
         run_document, document = await read_named_task(store, run, task)
         if phase is not None:
@@ -201,7 +207,10 @@ async def read_named_task(store: Store, run: str, task: str) -> tuple[RunDocumen
 
 
 def find_attempt(run: RunDocument, task: str, document: TaskDocument, number: int | None) -> Attempt:
-    """Return an attempt by its number, by default the newest. Raises RefusedError if there is none."""
+    """Return an attempt by its number, by default the newest.
+
+    Raises RefusedError if there is none.
+    """
     if not document.attempts:
         raise no_attempt_error(run, task, document)
     if number is not None and not 0 < number <= len(document.attempts):
@@ -221,7 +230,7 @@ def find_phase_attempt(run: RunDocument, task: str, document: TaskDocument, phas
 
 
 def no_attempt_error(run: RunDocument, task: str, document: TaskDocument) -> RefusedError:
-    """Return the error for a task without sessions, with the reason and the next command."""
+    """Return the error for a task without sessions: reason and next command."""
     if document.status in FINAL_STATUSES:
         reason = f" ({document.reason})" if document.reason else ""
         what = f"task {task!r} never started: it was {document.status.replace('_', ' ')}{reason}"
@@ -241,7 +250,10 @@ def no_running_session_error(run: str, task: str) -> RefusedError:
 
 
 class _SessionLog:
-    """An incremental reader of the output of one attempt; paths in its worktree become relative."""
+    """An incremental reader of one attempt's output.
+
+    Paths in the attempt's worktree become relative.
+    """
 
     def __init__(self, adapter: Adapter, attempt: Attempt, folder: str, redactor: Redactor) -> None:
         self._adapter, self._attempt, self._folder, self._redactor = adapter, attempt, folder, redactor

@@ -27,7 +27,7 @@ class Notes(Topic):
         topic: str | None = None,
         paths: Sequence[str] = (),
     ) -> Sequence[Note]:
-        """Return notes, the oldest first, filtered by task, topic and paths (overlapping patterns) if given."""
+        """Return notes, oldest first, filtered by task, topic and overlapping paths."""
         return await (await self._store(run)).find(task=task, topic=topic, paths=paths)
 
     async def drop(self, note: str, run: str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The topic `reports`: overview, metrics, usage, failures, and sizes of changes of a run."""
+"""The topic `reports`: overview, metrics, usage, failures, sizes of changes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ MAX_EVENTS: Final = 100
 
 
 class RunReports(Topic):
-    """Computed reports on runs. Available as `council.reports`. `run` is a name that `council.runs.find` accepts."""
+    """Computed reports on runs, available as `council.reports`.
+
+    `run` is a name that `council.runs.find` accepts.
+    """
 
     async def overview(self, run: str | None = None) -> RunOverview:
         """Return the overview of a run, even if its repositories are missing."""
@@ -74,9 +77,9 @@ class RunReports(Topic):
         return last_failures(await self._reader.record(await self._find(run)))
 
     async def landed_changes(self, run: str, commits: Mapping[str, str]) -> dict[str, Changes]:
-        """Return the size of each task's changes; `commits` maps tasks to the commits by which they landed.
+        """Return the size of each task's changes; `commits` has its landed commit.
 
-        A landing may also move the user's commits from the base to the target: they do not count.
+        The user's commits that a landing moves from the base to the target do not count.
         """
         document = await read_run(self._context.store, run)
         document.check_not_imported()
@@ -86,7 +89,7 @@ class RunReports(Topic):
         return {task: counted[commit] for task, (commit, _) in works.items()}
 
     async def _landed_work(self, run: str, task: str, landed: str) -> tuple[str, str | None]:
-        """Return the commit that a task built and its base; or, if unknown, the landed commit and None."""
+        """Return the commit of a task and its base; None if the base is unknown."""
         with suppress(RefusedError):
             document = await read_task(self._context.store, run, task)
             if document.landed == landed and document.commit is not None:
@@ -109,7 +112,7 @@ class RunReports(Topic):
 async def find_landing_times(
     store: Store, run: RunDocument, tasks: Mapping[str, TaskDocument], documents: Mapping[str, Document]
 ) -> dict[str, float]:
-    """Return the landing times of tasks, by task, even if the run's record was removed and restored since."""
+    """Return landing times by task, even of a run that was removed and restored."""
     found = landing_times(tasks, documents)
     for task, time in found.items():
         if run.imported is None and run.ended is not None and time > run.ended:
@@ -120,7 +123,7 @@ async def find_landing_times(
 
 
 def mark_interrupted(tasks: Mapping[str, TaskDocument], logs: Path, now: float) -> dict[str, TaskDocument]:
-    """Return the tasks of an inactive run; sessions without a recorded end are marked as interrupted. Blocks."""
+    """Return the tasks of an inactive run, with unended sessions interrupted. Blocks."""
 
     def end(task: str, one: Attempt) -> Attempt:
         if one.ended is not None:

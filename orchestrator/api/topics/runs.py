@@ -56,7 +56,7 @@ class Runs(RunIndex):
     async def run(
         self, *, allow_deferred: bool = False, coordination: CoordinationOverrides | None = None
     ) -> RunReport:
-        """Run all tasks of the file that the council was opened with, and return the report.
+        """Run all tasks of the council's file, and return the report.
 
         With `allow_deferred`, the run starts even if the target's checkout has uncommitted changes; tasks that can't
         land because of them land on `resume`. Settings in `coordination` override the file and the environment. Raises
@@ -72,7 +72,7 @@ class Runs(RunIndex):
         allow_failing_base: bool = False,
         coordination: CoordinationOverrides | None = None,
     ) -> str:
-        """Check that the file can run, record a run without starting it, and return its id.
+        """Check that the file can run, record a run, and return its id.
 
         With `allow_failing_base`, sessions start even if checks fail on the base. Raises RefusedError if a check of
         `engine.diagnostics.preflight.run_preflight` fails.
@@ -119,7 +119,7 @@ class Runs(RunIndex):
         return await executor.resume(name, budget, coordination, capacity, allow_failing_base=allow_failing_base)
 
     async def land(self, run: str | None = None) -> RunReport:
-        """Land the tasks of a run that are queued to land, without starting sessions; otherwise like `resume`."""
+        """Land the queued tasks of a run like `resume`, without starting sessions."""
         return await (await self._executor()).resume(await self.find(run), only_lands=True)
 
     async def work(
@@ -133,10 +133,10 @@ class Runs(RunIndex):
         return await (await self._executor()).work(run, capacity, coordination)
 
     async def enable_adapters(self, *adapters: str, run: str | None = None) -> RunReport:
-        """Enable adapters that are disabled or in cooldown, by default all of them; return the report.
+        """Enable disabled adapters and those in cooldown, by default all of them.
 
-        All processes of an active run use them at once; otherwise the next `resume` does. Raises RefusedError if an
-        adapter is already enabled, or if the run does not have it.
+        Returns the report. All processes of an active run use the adapters immediately; otherwise the next `resume`
+        does. Raises RefusedError if an adapter is already enabled, or if the run does not have it.
         """
         await self.context.check_writable()
         controller = execution.RunController(self.context)
@@ -149,16 +149,19 @@ class Runs(RunIndex):
         return await RunReader(self.context).status(await self.find(run))
 
     async def list(self, *, active: bool = False) -> Sequence[RunReport]:
-        """Return the reports of all runs of the project, or only of active ones, the oldest first.
+        """Return the reports of all runs of the project, oldest first.
 
-        Active runs are running, interrupted or halted, or have ended with waiting tasks, for example after a retry.
-        Unreadable runs are skipped: `Council.damage` names the document.
+        With `active`, only those that are running, interrupted or halted, or have ended with waiting tasks, for example
+        after a retry. Unreadable runs are skipped: `Council.damage` names the document.
         """
         reports = await RunReader(self.context).all()
         return [report for report in reports if not active or report.status in _ACTIVE or report.has_unfinished_tasks]
 
     async def live(self, *, follow: bool = False) -> AsyncGenerator[str]:
-        """Yield the ids of runs with an active process, the oldest first; with `follow`, also of runs started later."""
+        """Yield the ids of runs with an active process, oldest first.
+
+        With `follow`, also yields runs that start later.
+        """
         store = self.context.store
         position = await store.position()
         known = set()

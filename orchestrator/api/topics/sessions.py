@@ -28,28 +28,37 @@ from orchestrator.engine.state.records import check_task, read_run
 
 
 class Sessions(Topic):
-    """The sessions of a run. Available as `council.sessions`. `run` is a name that `council.runs.find` accepts."""
+    """The sessions of a run, available as `council.sessions`.
+
+    `run` is a name that `council.runs.find` accepts.
+    """
 
     async def list(self, run: str | None = None) -> Sequence[SessionContext]:
-        """Return the contexts of a run's sessions in all processes; each covers the last half hour."""
+        """Return the session contexts of a run, each of the last half hour."""
         return await read_contexts(self._context.store, await self._find(run))
 
     async def file_conflicts(self, run: str | None = None) -> Mapping[str, Sequence[SessionContext]]:
-        """Return the files that several sessions of a run edit or have locked, with these sessions."""
+        """Return files that several sessions edit or have locked, by session."""
         return find_file_conflicts(await self.list(run))
 
     async def summarize_task(self, task: str, run: str | None = None) -> TaskSummary:
-        """Return a summary of a task's sessions. Raises RefusedError if the run has no such task."""
+        """Return a summary of a task's sessions.
+
+        Raises RefusedError if the run has no such task.
+        """
         run = await self._find(run)
         await check_task(self._context.store, await read_run(self._context.store, run), task)
         return summarize_task(task, await self.list(run))
 
     async def prune(self, after: float = STALE_CONTEXT_SECONDS) -> Sequence[str]:
-        """Remove the contexts of sessions without an update for `after` seconds; return their names."""
+        """Remove contexts without an update for `after` seconds; return their names."""
         return await clean_contexts(self._context.store, self._context.clock.now(), after)
 
     async def details(self, task: str, run: str | None = None) -> SessionDetails:
-        """Return the progress of a task's running session. Raises RefusedError if none is running."""
+        """Return the progress of a task's running session.
+
+        Raises RefusedError if none is running.
+        """
         context, name = self._context, await self._find(run)
         run_document, document = await read_named_task(context.store, name, task)
         if document.status is not TaskStatus.RUNNING or not await RunIndex(context).is_live(name):
@@ -60,7 +69,7 @@ class Sessions(Topic):
         return await read_session_details(trusted_git(run_document, context.environ), workspace, redactor)
 
     async def activity(self, run: str | None = None) -> RunActivity:
-        """Return a snapshot of a run, from which the live activity of its sessions can be followed."""
+        """Return a snapshot of a run, to follow its live activity."""
         context, name = self._context, await self._find(run)
         position, record = await context.store.position(), await RunReader(context).record(name)
         specs = await context.store.list("spec", f"{name}/")
@@ -70,7 +79,10 @@ class Sessions(Topic):
         return RunActivity(record, position, attempts, RunReports(context), TaskChanges(context), adapters, logs)
 
     async def shared_values(self, run: str | None = None) -> SharedValues:
-        """Return the key-value store that the sessions of a run share. Raises RefusedError if there is no such run."""
+        """Return the key-value store of a run's sessions.
+
+        Raises RefusedError if there is no such run.
+        """
         document = await read_run(self._context.store, await self._find(run))
         return SharedValues(self._context.store, self._context.clock, self._redactor(), document.id)
 

@@ -44,15 +44,15 @@ class State(Topic):
         expected_version: int | None = None,
         ttl: float | None = None,
     ) -> Document | None:
-        """Replace a document's value with the result of `change`; return the new document, None if it was deleted.
+        """Replace a document's value by `change(value)`, and return the new document.
 
-        `change` gets a copy of the value (None: no document), and returns None to delete it. If another process commits
-        first, `change` is called again with the newer value, at most five times in total, with exponential backoff. The
-        document expires after `ttl` seconds.
+        `change` gets a copy of the value (None: no document), and returns None to delete it; `update` then also returns
+        None. If another process commits first, `change` is called again with the newer value, at most five times in
+        total, with exponential backoff. The document expires after `ttl` seconds.
 
-        Raises VersionConflict, with the other writer and its time, after the last attempt, or at once if the version is
-        not `expected_version` (0: no document). Raises RefusedError also if the value would make a document of
-        council's own unreadable.
+        Raises VersionConflict, with the other writer and its time, after the last attempt, or immediately if the
+        version is not `expected_version` (0: no document). Raises RefusedError also if the value would make a document
+        of council's own unreadable.
         """
         await self._check_idle(key)
         return await update_document(
@@ -60,10 +60,10 @@ class State(Topic):
         )
 
     def subscribe(self, pattern: str, after: int | None = None) -> AsyncGenerator[DocumentChange]:
-        """Yield each new version, by any process, of the documents whose name (`kind/id`) matches a pattern.
+        """Yield each new version, by any process, of documents that match a pattern.
 
-        In a pattern, `*` matches any characters, including `/`. The stream starts after the position `after`: 0 is the
-        beginning of the log, None is the time of the first iteration. It never ends on its own.
+        The pattern matches `kind/id`; `*` matches any characters, including `/`. The stream starts after the position
+        `after`: 0 is the beginning of the log, None is the time of the first iteration. It never ends on its own.
         """
         return subscribe(self._context.store, pattern, after)
 
@@ -86,10 +86,10 @@ class State(Topic):
     async def resolve_conflict(
         self, conflict: str, choice: int | JsonObject, *, force: bool = False
     ) -> ConflictResolution:
-        """Resolve a conflict, named by its id or its document, with a candidate's number (from 1) or with a value.
+        """Resolve a conflict by its id or document, with a candidate or a value.
 
-        Raises RefusedError also if the document has changed since (unless `force`), or if the value would make the run
-        unreadable.
+        Candidates are numbered from 1. Raises RefusedError also if the document has changed since (unless `force`), or
+        if the value would make the run unreadable.
         """
         store, newest = self._context.store, None
         with suppress(RefusedError):
@@ -100,7 +100,10 @@ class State(Topic):
         return ConflictResolution(pending, document)
 
     async def _check_idle(self, key: Key) -> None:
-        """Refuse to write a document of a run with an active process, which would not notice the change."""
+        """Raise RefusedError if a process is active in a document's run.
+
+        It would not notice the change.
+        """
         index = self._index
         run = next((run for run in await index.ids() if is_run_document(key, run)), None)
         if run is not None and await index.has_live_process(run):
@@ -122,10 +125,10 @@ class State(Topic):
         return await verify_run(context.store, name, plugins.checked_kinds(), rules, context.clock, context.environ)
 
     async def repair(self) -> VerificationReport:
-        """Restore the readable state (see `Store.repair`), and return the report of a `verify` afterwards.
+        """Restore the readable state, and return the report of a `verify` afterwards.
 
         A document that does not match the schema of its kind is reset to its newest readable value, unless a process is
-        active in its run.
+        active in its run. See `Store.repair`.
         """
         store, index = self._context.store, self._index
         await store.repair()
@@ -136,17 +139,17 @@ class State(Topic):
         return await verify_store(store) if idle else report
 
     async def check_health(self) -> Sequence[Finding]:
-        """Check integrity, size, latency, interrupted runs, silent sessions and open conflicts.
+        """Check integrity, size, latency, runs, sessions and open conflicts.
 
         Makes one durable commit to measure the latency.
         """
         return await Health(self._context).examine()
 
     async def compact(self, age: float | None = None, size: int | None = None) -> CompactionResult:
-        """Delete expired documents, and prune the log according to the newest run's retention, or to the arguments.
+        """Delete expired documents, and prune the log.
 
-        Of commits that are older than `age` seconds or exceed `size` bytes of log, only the last versions of each
-        document remain.
+        The default limits are the newest run's retention. Of commits that are older than `age` seconds or exceed `size`
+        bytes of log, only the last versions of each document remain.
         """
         retention = await read_retention(self._context)
         age, size = retention.retention if age is None else age, retention.max_size if size is None else size
@@ -162,17 +165,17 @@ class State(Topic):
         return await export_store(self._context.store, file, force=force, clock=self._context.clock)
 
     async def import_from(self, file: str | Path | IO[bytes]) -> CopyResult:
-        """Load a file written by `export_to` into an empty store, with all positions and versions.
+        """Load an export into an empty store, with all positions and versions.
 
         Raises RefusedError, with nothing changed, if the store is not empty or the file is incomplete.
         """
         return await import_store(file, self._context.store)
 
     async def export_views(self) -> ViewPosition:
-        """Write readable copies of the state to `Council.project.views`, replacing earlier ones; return their position.
+        """Write readable copies of the state, and return their position.
 
-        From then on, each run updates them when it ends. Raises LockHeld if another process writes them and does not
-        finish in time.
+        They are in `Council.project.views`, and each run updates them when it ends. Raises LockHeld if another process
+        writes them and does not finish in time.
         """
         await self._context.check_writable()
         return await export_views(self._context.store, self._context.project, self._context.clock.now())

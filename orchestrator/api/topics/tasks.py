@@ -1,4 +1,4 @@
-"""The topic `tasks`: cancelling, retrying, approving and describing single tasks of a run."""
+"""The topic `tasks`: cancel, retry, approve and describe single tasks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Tasks(Topic):
         return await self._request(run, RequestAction.IGNORE, tasks, reason)
 
     async def file_changes(self, run: str | None = None) -> FileChanges:
-        """Return the differences between a run's file and its record, for tasks that have not succeeded.
+        """Return the changes in a run's file, for tasks that have not succeeded.
 
         A run uses the settings recorded at its creation; `retry` with `reload` applies those of the file to tasks.
         """
@@ -106,7 +106,10 @@ class Tasks(Topic):
         return await self._reader.status(name)
 
     async def details(self, task: str, run: str | None = None) -> TaskDetails:
-        """Return a task in full: phases, sessions, handoffs, landing. Raises RefusedError if there is no such task."""
+        """Return a task in full: phases, sessions, handoffs, landing.
+
+        Raises RefusedError if there is no such task.
+        """
         name = await self._find(run)
         details = await self._details(name, task)
         if details.status != TaskStatus.RUNNING:
@@ -151,7 +154,10 @@ class Tasks(Topic):
 
 
 def _without_missing_logs(details: TaskDetails) -> TaskDetails:
-    """Return details without the paths of missing logs: a session that ended in setup has no log. Blocks."""
+    """Return details without the paths of missing logs. Blocks.
+
+    A session that ended during setup has no log.
+    """
     sessions = [
         one if one.log is None or Path(one.log).exists() else one.model_copy(update={"log": None})
         for one in details.sessions

@@ -1,1 +1,1 @@
-"""The commands, grouped by topic. `cli.main` imports each module when its command is called."""
+"""Commands, grouped by topic. `cli.main` imports each module on first use."""

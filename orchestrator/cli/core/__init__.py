@@ -1,1 +1,1 @@
-"""Shared parts of all commands: options, run names, errors, signals, confirmation, trust."""
+"""Parts that all commands share: options, run names, errors, signals, trust."""

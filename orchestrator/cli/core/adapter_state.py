@@ -1,4 +1,4 @@
-"""The state of adapters as recorded by the newest run, for commands that do not need a run."""
+"""The adapter state that the newest run recorded, for other commands."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LASTING_FAILURES = frozenset({FailureClass.AUTH, FailureClass.INVALID, FailureC
 
 @dataclass(frozen=True, slots=True)
 class AdapterState:
-    """The unavailable adapters and the last failed session of each adapter, by adapter name."""
+    """The unavailable adapters and the last failed sessions, by adapter name."""
 
     unusable: Mapping[str, AdapterReport] = field(default_factory=dict)
     failed: Mapping[str, AdapterFailure] = field(default_factory=dict)
@@ -40,7 +40,10 @@ class AdapterState:
         return lines
 
     def findings(self) -> list[Finding]:
-        """Return the state as findings; an unavailable adapter is a warning, because a new run tries it again."""
+        """Return the state as findings.
+
+        An unavailable adapter is only a warning, because a new run tries it again.
+        """
         found = []
         for name in sorted({*self.unusable, *self.failed}):
             state = "; ".join(self.lines(name))
@@ -56,7 +59,7 @@ class AdapterState:
 
 
 async def read_adapter_state(context: CommandContext) -> AdapterState:
-    """Return the adapter state of the newest run of this project; empty if there is no run."""
+    """Return the adapter state of the project's newest run; empty without a run."""
     try:
         async with open_council(context) as opened:
             council = opened.council

@@ -59,7 +59,7 @@ def _resolve_run(context: click.Context, _: click.Parameter, named: str | None) 
 
 
 def run_argument(command: CommandT) -> CommandT:
-    """Add an argument RUN to a command about a whole run, passed as `run`, and the equivalent option `--run`."""
+    """Add the argument RUN to a command, and the equivalent option `--run`."""
     argument = click.argument("run", required=False, callback=_resolve_run, shell_complete=complete_runs)
     option = click.option(
         "--run",
@@ -90,7 +90,7 @@ def store_option_url() -> str | None:
 
 
 def explicit_store_url() -> str:
-    """Return the URL of the store in `--state`, or else in `COUNCIL_STATE`; empty if both are absent."""
+    """Return the store URL of `--state` or `COUNCIL_STATE`; empty without both."""
     return store_option_url() or to_store_url(os.environ.get("COUNCIL_STATE", ""))
 
 
@@ -121,17 +121,16 @@ class CommandContext:
 
 @dataclass(frozen=True, slots=True)
 class CouncilContext(CommandContext):
-    """The context of a command that needs a project: by default the one of the current folder."""
+    """The context of a command that needs a project."""
 
     council: Council
 
     async def show_result(self, report: RunReport, code: int | None = None, *, was_finished: bool = False) -> int:
-        """Print the state of a run, and return the exit code: `code`, by default that of the run.
+        """Print the state of a run and return the exit code.
 
-        `was_finished`: nothing was left to resume.
-
-        The text is brief if the command has `verbose_option` and it was not given. Otherwise it includes the size of
-        landed changes, if known.
+        The exit code is `code`, by default that of the run. `was_finished`: nothing was left to resume. The text is
+        brief if the command has `verbose_option` and it is absent; otherwise it includes the size of landed changes, if
+        known.
         """
         output, council = self.output, self.council
         whole = bool(click.get_current_context().meta.get(_VERBOSE, True))
@@ -164,7 +163,7 @@ class CouncilContext(CommandContext):
 async def open_council(
     context: CommandContext, source: Path | RunConfig | None = None, plugins: Plugins | None = None
 ) -> AsyncIterator[CouncilContext]:
-    """Open the council of a run or a folder (default: the current folder), with the store of `--state`.
+    """Open the council of a run or a folder, by default of the current folder.
 
     Without `source`, an explicit store must exist, so that a mistyped name does not create one.
     """
@@ -178,19 +177,20 @@ async def open_council(
 
 
 def async_command(
-    *, brief: bool = False, prints_json: bool = True
+    *, is_short_lived: bool = False, prints_json: bool = True
 ) -> Callable[[Callable[Concatenate[CommandContext, P], Awaitable[int | None]]], Callable[P, None]]:
-    """Turn a coroutine function into the callback of a click command; it returns the exit code, or None for 0.
+    """Turn a coroutine function into the callback of a click command.
 
-    Its first argument is the context. `prints_json` adds the option `--json`. A `brief` command skips garbage
-    collection and cleanup of memory, because it ends soon. A group does nothing here if a subcommand follows.
+    Its first argument is the context. It returns the exit code, or None for 0. `prints_json` adds the option `--json`.
+    With `is_short_lived`, a command skips garbage collection and cleanup of memory. A group does nothing here if
+    a subcommand follows.
     """
 
     def decorate(body: Callable[Concatenate[CommandContext, P], Awaitable[int | None]]) -> Callable[P, None]:
         @wraps(body)
         def callback(*args: P.args, **kwargs: P.kwargs) -> None:
             if click.get_current_context().invoked_subcommand is None:
-                run_command(lambda context: body(context, *args, **kwargs), brief=brief)
+                run_command(lambda context: body(context, *args, **kwargs), is_short_lived=is_short_lived)
 
         return json_option(callback) if prints_json else callback
 
@@ -198,9 +198,9 @@ def async_command(
 
 
 def council_command(
-    *, brief: bool = False, prints_json: bool = True
+    *, is_short_lived: bool = False, prints_json: bool = True
 ) -> Callable[[Callable[Concatenate[CouncilContext, P], Awaitable[int | None]]], Callable[P, None]]:
-    """Do the same as `async_command` for a command that needs a project, and add the option `--state`."""
+    """Extend `async_command` for a command that needs a project; add `--state`."""
 
     def decorate(body: Callable[Concatenate[CouncilContext, P], Awaitable[int | None]]) -> Callable[P, None]:
         async def with_council(context: CommandContext, /, *args: P.args, **kwargs: P.kwargs) -> int | None:
@@ -208,13 +208,13 @@ def council_command(
                 return await body(opened, *args, **kwargs)
 
         update_wrapper(with_council, body)
-        return store_option(async_command(brief=brief, prints_json=prints_json)(with_council))
+        return store_option(async_command(is_short_lived=is_short_lived, prints_json=prints_json)(with_council))
 
     return decorate
 
 
-def run_command(command: Callable[[CommandContext], Awaitable[int | None]], *, brief: bool = False) -> None:
-    """Run a command and exit with its code; errors become a message and a code. See `async_command`."""
+def run_command(command: Callable[[CommandContext], Awaitable[int | None]], *, is_short_lived: bool = False) -> None:
+    """Run a command and exit with its code. See `async_command`."""
     output, log = Output(wants_json()), ErrorLog()
 
     async def guarded() -> int:
@@ -224,7 +224,7 @@ def run_command(command: Callable[[CommandContext], Awaitable[int | None]], *, b
     # Imported modules and the documents of a large run stay in memory: searching them for cycles takes half of the time
     # of commands that only read.
     gc.freeze()
-    gc.set_threshold(0 if brief else _GC_THRESHOLD)
+    gc.set_threshold(0 if is_short_lived else _GC_THRESHOLD)
     with error_boundary(output, log):
         _check_folder()
         code = anyio.run(guarded)
@@ -232,7 +232,7 @@ def run_command(command: Callable[[CommandContext], Awaitable[int | None]], *, b
         output.text(f"council: {write_error_message(output.write_error)}\n", err=True)
         is_short = describe_shortage(output.write_error) is not None
         code = code or (EXIT_UNAVAILABLE if is_short else EXIT_INTERNAL_ERROR)
-    if brief:
+    if is_short_lived:
         os._exit(code)  # the output is flushed; freeing thousands of documents one by one has no use
     sys.exit(code)
 

@@ -1,4 +1,4 @@
-"""Shell completion of the names of runs, tasks and unmerged work. Never fails and never prints."""
+"""Shell completion of runs, tasks and unmerged work. Never fails or prints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TIMEOUT = 3.0
 
 
 def _completer(names: Callable[[Council, str | None], Awaitable[Iterable[str]]]) -> Completer:
-    """Return the click callback that completes a word; `names` gets the value of --run."""
+    """Return a click callback that completes a word; `names` gets the `--run` value."""
 
     def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
         async def ask() -> list[str]:

@@ -1,4 +1,4 @@
-"""Confirmation of irreversible actions, and of the permissions that a file requests."""
+"""Confirmation of irreversible actions and of requested permissions."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ async def ask_yes_no(output: Output, question: str) -> bool:
 
 
 async def confirm_action(output: Output, question: str, *, yes: bool) -> bool:
-    """Return True if an action is confirmed, by `yes` or by an answer. Raises RefusedError without a terminal."""
+    """Return True if the user confirms an action, by `yes` or by an answer.
+
+    Raises RefusedError without a terminal.
+    """
     if yes:
         return True
     if not can_prompt(output):
@@ -65,7 +68,7 @@ trust_option = click.option(
 
 
 async def require_trust(config: RunConfig, *, is_named: bool) -> None:
-    """Have the user confirm the permissions that a run's file requests beyond the default.
+    """Have the user confirm the permissions that a run's file requests.
 
     A run without a file needs no confirmation. Neither does a file outside any checkout that is named on the command
     line: the user has chosen it. Raises RefusedError if the user does not confirm, or if there is no terminal.

@@ -1,4 +1,4 @@
-"""The only place where errors become messages and exit codes, so that the code and the JSON always agree.
+"""The only place that turns errors into messages, JSON and exit codes.
 
 0 all landed · 1 some did not, the machine lacks a resource, or another process took over · 2 bad input ·
 130 interrupted · 3 internal error, with the path of the log
@@ -53,9 +53,9 @@ class ErrorLog:
         self.path: Path | None = None
 
     def write(self, error: BaseException) -> Path | None:
-        """Append the error with its traceback, and return the file; None if no file can be written.
+        """Append the error with its traceback, and return the path of the log.
 
-        If the project's log is not writable, the file is a temporary one.
+        Uses a temporary file if the project's log is not writable. Returns None if no file can be written.
         """
         raised = (type(error), error, error.__traceback__)
         record = logging.LogRecord("council", logging.ERROR, "", 0, "%s", (error,), raised)
@@ -75,7 +75,10 @@ def _append(path: Path, text: str) -> Path:
 
 @contextmanager
 def error_boundary(output: Output, log: ErrorLog) -> Iterator[None]:
-    """Convert errors of the body into a message and an exit code, except click's own, which click reports."""
+    """Turn errors of the body into a message and an exit code.
+
+    Click reports its own errors.
+    """
     try:
         yield
     except BaseException as raised:  # noqa: BLE001  the error boundary: no traceback may reach the user
@@ -89,7 +92,7 @@ def error_boundary(output: Output, log: ErrorLog) -> Iterator[None]:
 
 
 def _describe(error: BaseException, write_log: Callable[[], Path | None]) -> tuple[int, JsonObject, str]:
-    """Return the exit code, the JSON object and the text for an error; an internal one is also logged."""
+    """Return the exit code, JSON object and text of an error; log internal errors."""
     if isinstance(error, OSError):
         error = to_permission_refusal(error) or error
     if isinstance(error, KeyboardInterrupt):
@@ -104,7 +107,7 @@ def _describe(error: BaseException, write_log: Callable[[], Path | None]) -> tup
         result = {"status": "unavailable", "error": what, "remedy": remedy}
         return EXIT_UNAVAILABLE, result, f"council: {what}: {remedy}; no recorded work is lost"
     if isinstance(error, LeaseLost):  # this process was paused for long: not an internal error
-        return EXIT_TAKEN_OVER, {"status": "taken over", "error": str(error)}, f"council: {error}"
+        return EXIT_TAKEN_OVER, {"status": "taken_over", "error": str(error)}, f"council: {error}"
     path = write_log()
     what = str(error) if isinstance(error, CouncilError) else f"internal error: {type(error).__name__}: {error}"
     state = "The recorded state is intact: `council resume` continues the run."
@@ -116,9 +119,9 @@ def _describe(error: BaseException, write_log: Callable[[], Path | None]) -> tup
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    """Return the error of a group to report: the probable cause of the others, else the first CouncilError.
+    """Return the error of a group to report, by default the first CouncilError.
 
-    Probable causes are a lack of resources of the machine, and a takeover by another process.
+    A lack of machine resources and a takeover by another process come first: they probably caused the others.
     """
     if not isinstance(error, BaseExceptionGroup):
         return error

@@ -30,7 +30,10 @@ class SuggestingGroup(click.Group):
 
 
 class LazyGroup(SuggestingGroup):
-    """A group whose commands are imported on demand; `locations` maps names to `module:name` in `commands`."""
+    """A group that imports its commands on first use.
+
+    `locations` maps names to `module:name` in `commands`.
+    """
 
     def __init__(self, *args: Any, locations: Mapping[str, str], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Options that remember their value for the whole command line, or parse it; `--json`."""
+"""Option callbacks that remember or parse a value; the option `--json`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LONGEST: Final = 10 * 365 * 86400.0  # seconds
 
 
 def remember_option(key: str) -> Callable[[click.Context, click.Parameter, Any], None]:
-    """Return an option callback that stores the value in `meta`, which a group shares with its subcommands."""
+    """Return a callback that stores the value in `meta`, shared with subcommands."""
 
     def callback(context: click.Context, _: click.Parameter, value: Any) -> None:
         context.meta[key] = value or context.meta.get(key)
@@ -40,7 +40,10 @@ def wants_json() -> bool:
 
 
 def parsed_by(parse: Callable[[str], T]) -> Callable[[click.Context, click.Parameter, str | None], T | None]:
-    """Return an option callback that parses the text and reports a ValueError; None if the option is absent."""
+    """Return a callback that parses a value and reports a ValueError.
+
+    The value is None if the option is absent.
+    """
 
     def callback(_context: click.Context, _option: click.Parameter, text: str | None) -> T | None:
         try:

@@ -36,9 +36,10 @@ _MIN_PROMPT_WORDS = 2
 
 
 async def load_run_config(file: Path | None, tasks: InlineTasks | None = None) -> tuple[Plugins, RunConfig]:
-    """Return the installed plugins and the run of a file (default: `council.yaml`); `tasks` replace the file's own.
+    """Return the installed plugins and the run of a file.
 
-    Raises ConfigError if the file has mistakes, RefusedError if a file is required and there is none.
+    The default file is `council.yaml`. `tasks` replace those of the file. Raises ConfigError if the file has mistakes,
+    RefusedError if a file is required and missing.
     """
     git = Git(None, as_user=True, environ=os.environ)
     top = await find_checkout_root(Path.cwd(), git) if file is None else None
@@ -83,7 +84,10 @@ def is_prompt(text: str) -> bool:
 
 
 def _only_installed_adapter(folder: Path, plugins: Plugins) -> str | None:
-    """Return the only adapter type that needs no options and whose programs are on PATH; None for none or several."""
+    """Return the only adapter type that is installed and needs no options.
+
+    Returns None if there are none or several. An adapter is installed if its programs are on PATH.
+    """
     types = {name: kind for name, kind in plugins.adapters.items() if has_only_optional_options(kind, folder)}
     made, _ = make_default_adapters(types)
     path = os.environ.get("PATH")
@@ -102,7 +106,7 @@ async def find_checkout_root(folder: Path, git: Git) -> Path | None:
 
 
 def find_config_file(folders: Iterable[Path]) -> Path | None:
-    """Return the `council.yaml` of the first folder that has one; None if no folder has."""
+    """Return the first `council.yaml` in some folders; None if there is none."""
     return next((path for path in (folder / CONFIG_FILE_NAME for folder in folders) if path.exists()), None)
 
 
@@ -112,7 +116,10 @@ _PROMPT = "Describe this repository."
 
 @dataclass(frozen=True, slots=True)
 class CommandEnvironment:
-    """The surroundings of a command; `config` is the run of the file, its mistakes, or None without a file."""
+    """The project, plugins and run file of a command.
+
+    `config` is the run of the file, its mistakes, or None without a file.
+    """
 
     folder: Path
     top: Path | None
@@ -123,10 +130,10 @@ class CommandEnvironment:
 
 
 async def discover_environment(file: Path | None = None) -> CommandEnvironment:
-    """Return the environment of `file`, by default of the `council.yaml` in the current folder or the repository's top.
+    """Return the environment of `file`, by default of the project's `council.yaml`.
 
-    The permissions that the file requests beyond the default are confirmed first. If the file can't be read, `config`
-    is the ConfigError.
+    Asks the user to confirm the permissions that the file requests. If the file can't be read, `config` is the
+    ConfigError.
     """
     folder = Path.cwd() if file is None else (Path.cwd() / file).parent
     top = await _top_of(folder)

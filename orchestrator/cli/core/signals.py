@@ -1,4 +1,7 @@
-"""Handling of SIGINT, SIGTERM and SIGHUP: the first ends a command cleanly, the second at once."""
+"""Handling of SIGINT, SIGTERM and SIGHUP.
+
+The first signal ends a command cleanly, the second immediately.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ _TERMINATING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class InterruptHandler:
-    """The handler of signals: the first one calls `stop` if the command has set it, or else cancels the command."""
+    """The signal handler of a command.
+
+    The first signal calls `stop` if the command has set it, or else cancels the command.
+    """
 
     def __init__(self, output: Output) -> None:
         self._output = output
@@ -27,7 +33,7 @@ class InterruptHandler:
         """Called instead of the cancellation, if set; the command then ends by itself."""
 
     async def guard(self, command: Awaitable[int | None]) -> int:
-        """Await the command and return its exit code (None counts as 0), or the code of an interruption."""
+        """Await a command and return its exit code, or the code of an interruption."""
         async with anyio.create_task_group() as group:
             await group.start(self._listen, group.cancel_scope)
             code = await command or 0

@@ -15,7 +15,7 @@ from orchestrator.protocols import CommitRecord
 
 @asynccontextmanager
 async def show_progress(council: Council, run: str, output: Output, after: int) -> AsyncIterator[DisplayProgress]:
-    """Show a run's events after a log position until the body of the `async with` ends."""
+    """Show a run's events after a log position until the context ends."""
     progress = DisplayProgress()
     async with anyio.create_task_group() as group:
         if output.can_draw_tables:

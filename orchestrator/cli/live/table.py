@@ -1,4 +1,4 @@
-"""The live table of an active run on a terminal. Built only from the recorded state, so any process can show it."""
+"""The live table of a run. Reads only stored state, so any process can show it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ class LiveTable:
         self._above: deque[str] = deque()
 
     async def show(self, follow: Callable[[Callable[[CommitRecord], None]], Awaitable[None]]) -> None:
-        """Show the run until cancelled, then remove the table; `follow` supplies its commits."""
+        """Show the run until cancelled, then remove the table.
+
+        `follow` supplies its commits.
+        """
         activity = await self._council.sessions.activity(self._run)
         view = LiveRun(activity.record, activity.attempts)
         self._above.extend(_unavailable_adapters(activity.record.adapters, self._run))
@@ -138,7 +141,7 @@ class _Screen:
             self._console.print(Text("\n".join(lines)), soft_wrap=True)
 
     def _clear_wrapped_rows(self, width: int) -> None:
-        """Clear the extra rows of a table that was drawn wider: most terminals wrap its lines when they shrink."""
+        """Clear the rows that wrapped when the terminal became narrower."""
         rows, drawn = count_wrapped_rows(self._lengths, width), len(self._lengths)
         if rows == drawn:
             return

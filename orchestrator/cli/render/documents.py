@@ -46,7 +46,7 @@ def _describe_position(found: StateSnapshot) -> str:
 
 
 def state_lines(found: StateSnapshot, *, with_values: bool) -> Iterator[str]:
-    """Yield a line for each document of a snapshot; `with_values` adds the lines of its value."""
+    """Yield a line for each document of a snapshot, and its value if requested."""
     documents = _sorted(found)
     yield f"{_describe_position(found)}: {len(documents)} {'document' if len(documents) == 1 else 'documents'}"
     rows = align_columns([_row(one) for one in documents], "  ")
@@ -64,7 +64,7 @@ def _row(one: Document) -> list[str]:
         f"version {one.version}",
         f"position {one.position}",
         format_local_time(one.time),
-        one.by,
+        one.writer,
         *damaged,
     ]
 
@@ -108,7 +108,7 @@ def _difference_json(one: DocumentDifference) -> JsonObject:
 
 
 def difference_lines(old: StateSnapshot, new: StateSnapshot) -> Iterator[str]:
-    """Yield the differences between two snapshots: a line for each document, and for each field of a changed one."""
+    """Yield the differences between two snapshots, by document and field."""
     yield f"from {_describe_position(old)}"
     yield f"to   {_describe_position(new)}"
     found = document_differences(old, new)
@@ -138,7 +138,7 @@ def _version_json(one: DocumentVersion, before: DocumentVersion | None) -> JsonO
         "version": one.version,
         "position": one.position,
         "time": one.time,
-        "by": one.by,
+        "writer": one.writer,
         "events": events_json(one.events),
         "deleted": one.value is None and not one.damaged,
         "damaged": one.damaged,
@@ -149,14 +149,14 @@ def _version_json(one: DocumentVersion, before: DocumentVersion | None) -> JsonO
 
 
 def history_lines(key: Key, steps: Sequence[VersionPair]) -> Iterator[str]:
-    """Yield a line for each version of a document, followed by a line for each changed field."""
+    """Yield the versions of a document, each followed by its changed fields."""
     yield printable(str(key))
     rows = [
         [
             f"version {one.version}",
             f"position {one.position}",
             format_local_time(one.time),
-            one.by,
+            one.writer,
             ", ".join(map(describe_event, one.events)),
         ]
         for one, _ in steps
@@ -179,7 +179,10 @@ def _version_changes(one: DocumentVersion, before: DocumentVersion | None) -> Se
 
 
 def field_changes(old: JsonObject | None, new: JsonObject | None) -> JsonObject:
-    """Return the fields that were `added`, `modified` and `removed`, with their paths; None means no document."""
+    """Return the fields that were `added`, `modified` and `removed`.
+
+    None means that the document does not exist.
+    """
     return delta_to_json(compute_delta(old or {}, new or {}))
 
 
@@ -196,17 +199,17 @@ class CommitFormatter:
     """A formatter of commits as lines; columns grow as needed."""
 
     def __init__(self) -> None:
-        self._position, self._by = 6, 0
+        self._position, self._writer = 6, 0
 
     def line(self, record: CommitRecord) -> str:
         """Return a commit as printable text."""
-        position, by = str(record.position), printable(record.by)
-        self._position, self._by = max(self._position, len(position)), max(self._by, len(by))
+        position, writer = str(record.position), printable(record.writer)
+        self._position, self._writer = max(self._position, len(position)), max(self._writer, len(writer))
         events = ", ".join(map(describe_event, record.events))
         parts = [
             position.rjust(self._position),
             format_local_time(record.time),
-            by.ljust(self._by),
+            writer.ljust(self._writer),
             *filter(None, [events, ", ".join(_documents(record))]),
         ]
         return printable("  ".join(parts))
@@ -242,7 +245,7 @@ def commit_json(record: CommitRecord) -> JsonObject:
     return {
         "position": record.position,
         "time": record.time,
-        "by": record.by,
+        "writer": record.writer,
         "events": events_json(record.events),
         "documents": documents,
         "unreadable": [str(key) for key in record.unreadable],
@@ -251,7 +254,10 @@ def commit_json(record: CommitRecord) -> JsonObject:
 
 @dataclass(frozen=True, slots=True)
 class RepairedDocument:
-    """A repaired document and its new version; None if no value was readable and the document was deleted."""
+    """A repaired document and its new version.
+
+    The version is None if no value was readable and the document was deleted.
+    """
 
     key: str
     version: int | None
@@ -282,7 +288,7 @@ def verification_json(found: VerificationReport, repaired: Sequence[RepairedDocu
 
 
 def verification_lines(found: VerificationReport, repaired: Sequence[RepairedDocument]) -> Iterator[str]:
-    """Yield a verification report as printable lines, after a line for each repaired document."""
+    """Yield the repaired documents and a verification report as lines."""
     for document in repaired:
         version = document.version
         outcome = (

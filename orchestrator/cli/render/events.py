@@ -13,7 +13,10 @@ from orchestrator.system.instants import format_local_time
 
 
 def is_shown(event: Event, *, above_table: bool = False) -> bool:
-    """Return True if an event is shown while a run is active: as a line, or with `above_table` above the table."""
+    """Return True if an event of an active run is printed.
+
+    `above_table` selects the events that are printed above a live table.
+    """
     kind = EVENT_TYPES.get(event.type)
     return kind is not None and kind.shown in ({Shown.ALWAYS} if above_table else {Shown.ALWAYS, Shown.LINES})
 
@@ -37,7 +40,7 @@ def _sentence(event: TypedEvent) -> str:
 
 
 def _present(event: TypedEvent, name: str) -> Any:
-    """Return a field for a sentence: a time as local time, a list separated by commas, text on one line."""
+    """Return a field as text: local time, comma-separated list, or one line."""
     value = getattr(event, name)
     if event.field_types.get(name, "").startswith("Instant"):
         return format_local_time(value)

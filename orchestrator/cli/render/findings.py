@@ -23,7 +23,7 @@ def show_findings(findings: Sequence[Finding], code: int, output: Output) -> Non
 
 
 def finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
-    """Yield a line for each finding and one for its remedy, never cut: commands may be anywhere in them."""
+    """Yield each finding and its remedy, uncut because both may contain commands."""
     width = max((len(finding.name) for finding in findings), default=0)
     for finding in findings:
         yield printable(

@@ -1,4 +1,4 @@
-"""The next commands for a task and for a run, as printed by the final report, `status`, `runs` and `show`. Pure.
+"""The next commands for a task and for a run. Pure.
 
 Commands for a task omit the run if it is the newest (`is_newest`). Commands for a run always name it.
 """
@@ -36,10 +36,10 @@ class Step(NamedTuple):
 def task_steps(  # noqa: PLR0911  one case for each cause
     task: TaskReport, report: RunReport, *, is_newest: bool = True, is_shown: bool = False
 ) -> Sequence[Step]:
-    """Return the next command for a task, its follow-ups and alternatives; empty if the task needs none.
+    """Return the next command for a task, its follow-ups and alternatives.
 
-    A task that waits for the run as a whole (`run_step`) has no command of its own. With `is_shown`, for
-    `council show`, a blocked task gets the command for the task that blocks it.
+    Empty if the task needs none, or waits for the run as a whole (`run_step`). With `is_shown`, for `council show`, a
+    blocked task gets the command for the task that blocks it.
     """
     if report.imported is not None or task.status in _WITHOUT_STEPS:
         return ()
@@ -89,7 +89,10 @@ def _budget_steps(task: TaskReport, file: str, run: str) -> Sequence[Step]:
 
 
 def _merge_steps(task: TaskReport, report: RunReport) -> Sequence[Step]:
-    """Return the commands after a failed merge of a run's own branch; a retry would merge the same commits."""
+    """Return the commands after a failed merge of a run's own branch.
+
+    A retry would merge the same commits.
+    """
     if task.status not in UNSUCCESSFUL_STATUSES:
         return ()
     base, again = shlex.quote(report.target), f"council merge {report.merges}"
@@ -109,7 +112,7 @@ def _merge_steps(task: TaskReport, report: RunReport) -> Sequence[Step]:
 
 
 def run_step(report: RunReport) -> str:
-    """Return the next command for a run; empty if there is none or only its tasks have one."""
+    """Return the next command for a run; empty if there is none or tasks have one."""
     states = {task.status for task in report.tasks}
     match report.status:
         case _ if report.imported is not None:
@@ -129,7 +132,10 @@ def run_step(report: RunReport) -> str:
 
 
 def halt_steps(report: RunReport) -> Sequence[Step]:
-    """Return the remedy of a halted run, with its commands. After an exhausted budget, `run_step` has the command."""
+    """Return the remedy of a halted run, with its commands.
+
+    Empty after an exhausted budget: `run_step` has the command.
+    """
     if report.halted is None or report.halted_by is HaltCause.BUDGET:
         return ()
     remedy = HaltReason.parse(report.halted).remedy
@@ -147,7 +153,7 @@ _TO_TRY = frozenset({TaskStatus.PENDING, TaskStatus.RUNNING})
 
 
 def kept_as(task: TaskReport) -> str | None:
-    """Return the name of a task's work for `council salvage`: its branch without `council/` and the run."""
+    """Return the salvage name of a task's work: its branch without `council/<run>`."""
     return None if task.branch is None else salvage_name(task.branch)
 
 
@@ -157,12 +163,12 @@ def own_branch(report: RunReport) -> bool:
 
 
 def waits_for_merge(report: RunReport) -> bool:
-    """Return True if `council merge` is the next step: the run has ended and its own branch is not merged."""
+    """Return True if a run has ended and its own branch is not merged."""
     return report.awaits_merge and report.status is not RunStatus.RUNNING
 
 
 def needs_retry(report: RunReport) -> bool:
-    """Return True if a run has ended without success and can resume only after a `council retry`."""
+    """Return True if a failed run can resume only after a `council retry`."""
 
     is_over = report.imported is None and not report.has_unfinished_tasks
     return report.status is RunStatus.INCOMPLETE and is_over

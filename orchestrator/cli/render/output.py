@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import click
 
 from orchestrator.cli.render import result
-from orchestrator.cli.render.brief import brief_lines
 from orchestrator.cli.render.events import event_line, is_shown
+from orchestrator.cli.render.summary import summary_lines
 from orchestrator.cli.render.text import escape_unprintable, printable, wrapped
 from orchestrator.cli.streams import is_reader_gone, redirect_to_null
 from orchestrator.domain.security.secrets import redact_urls
@@ -51,9 +51,9 @@ class Output:
         return os.environ.get("TERM", "dumb") not in {"", "dumb", "unknown"} and sys.stdout.isatty()
 
     def _say(self, text: str | bytes, *, err: bool = False, newline: bool = True) -> None:
-        """Print text; record an error instead of raising it, so that the run continues if the reader has exited.
+        """Print text without passwords in URLs; all output passes through here.
 
-        All output passes through here, which removes the passwords in URLs of stores and repositories.
+        Errors are recorded, so that the run continues after the reader has exited.
         """
         stream = sys.stderr if err else sys.stdout
         text = redact_urls(text) if isinstance(text, str) else text
@@ -94,7 +94,7 @@ class Output:
             self._line(report.to_json() | ({} if code is None else {"exit": code}))
             return
         if not whole:
-            for line in brief_lines(report, is_newest=is_newest, was_finished=was_finished):
+            for line in summary_lines(report, is_newest=is_newest, was_finished=was_finished):
                 self._say(line)
             return
         rows = list(result.result_rows(report, changes or {}, is_newest=is_newest, now=time.time()))

@@ -62,10 +62,10 @@ def _wave(number: int, wave: PlannedWave, shared: Sequence[str]) -> Iterator[str
         yield from wrapped(", ".join(facts), head=f"  {short_name(task.id):<{width}}  ", indent="      ")
     rest = len(wave.tasks) - len(shown)
     if rest:
-        waiting = sum(task.follows is not None for task in wave.tasks)
+        waiting = sum(task.waits_for is not None for task in wave.tasks)
         follow = f"; {waiting} wait for tasks with the same owned paths" if waiting else ""
         yield f"  and {rest} more{follow}"
-    if not wave.is_compared:
+    if not wave.is_exact:
         yield "  too many owned paths to show which tasks wait for others"
 
 
@@ -84,8 +84,8 @@ def _settings(task: PlannedTask) -> tuple[str, ...]:
 def _relations(task: PlannedTask) -> Iterator[str]:
     if task.needs:
         yield f"needs {join_names(task.needs)}"
-    if task.follows is not None:
-        yield f"waits for {task.follows}, which owns some of its paths"
+    if task.waits_for is not None:
+        yield f"waits for {task.waits_for}, which owns some of its paths"
 
 
 def _tree(waves: Sequence[PlannedWave]) -> Iterator[str]:
@@ -129,9 +129,9 @@ def _other_needs(task: PlannedTask) -> str:
 
 
 def flowchart(plan: DryRun) -> str:
-    """Return waves as subgraphs and needs as arrows; dotted lines join tasks that own a common path.
+    """Return waves as subgraphs and dependencies as arrows.
 
-    Items beyond the limits of the text are counted.
+    Dotted lines join tasks that own a common path. Items beyond the limits of the text are counted.
     """
     return "\n".join(_flowchart_lines(plan)) + "\n"
 
@@ -153,8 +153,8 @@ def _flowchart_lines(plan: DryRun) -> Iterator[str]:
         yield f'    rest(["and {pluralize(len(plan.waves) - MAX_WAVES, "more wave")}"])'
     for task in shown:
         yield from (f"    {nodes[need]} --> {nodes[task.id]}" for need in task.needs if need in nodes)
-        if task.follows in nodes:
-            yield f"    {nodes[task.follows]} -.- {nodes[task.id]}"
+        if task.waits_for in nodes:
+            yield f"    {nodes[task.waits_for]} -.- {nodes[task.id]}"
 
 
 def escape_label(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The result of a run as text: where tasks landed, why others did not, and the next commands. Pure."""
+"""The result of a run as text: task states, reasons and next commands. Pure."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _VISIT_LABELS: Mapping[str, str] = {status: status.record.label for status in Ph
 
 
 class ResultRow(NamedTuple):
-    """One task as printable text: its status, the reason, and the lines with its next commands."""
+    """One task as printable text: status, reason and next commands."""
 
     task: str
     status: str
@@ -49,7 +49,7 @@ class ResultRow(NamedTuple):
 
 
 def format_state(status: str, report: RunReport) -> str:
-    """Return the label of a task's status; `interrupted` for an active task of an inactive run."""
+    """Return the label of a status; `interrupted` for an active task of a dead run."""
     if status in ACTIVE_STATUSES and report.status in {RunStatus.INTERRUPTED, RunStatus.HALTED}:
         return "interrupted"
     return _LABELS.get(status, status)
@@ -86,7 +86,10 @@ def format_reason(task: TaskReport) -> str:
 
 
 def format_session_status(session: SessionReport, now: float | None = None) -> str:
-    """Return the activity of a session: its status unless `working`, its file, its message, and their age."""
+    """Return the activity of a session: its status, file, message and their age.
+
+    The status `working` is omitted.
+    """
     parts = [] if session.status == "working" else [session.status]
     if session.blocked_on is not None:
         parts.append(f"for {session.blocked_on}" if session.status == "waiting" else f"on {session.blocked_on}")
@@ -120,7 +123,7 @@ def run_summary(report: RunReport) -> str:
 
 
 def landed_summary(report: RunReport) -> str:
-    """Return the number of successful tasks, the branch where they landed, and the source of an imported record.
+    """Return the number of successful tasks, their branch, and an import's source.
 
     A `done` task had nothing to land. A run's own branch exists only after its first landing.
     """
@@ -144,7 +147,7 @@ def result_lines(rows: Sequence[ResultRow]) -> Iterator[str]:
 
 
 def row_lines(rows: Sequence[ResultRow]) -> Iterator[tuple[ResultRow, Sequence[str]]]:
-    """Yield each row with its lines: name and status in columns, the reason, and the next commands."""
+    """Yield each row as lines: name and status in columns, reason, next commands."""
     heads = align_columns([(short_name(row.task), row.status, "|") for row in rows], "  ")
     for row, head in zip(rows, heads, strict=True):
         about = wrapped(row.what, head=head.removesuffix("|"), indent="      ")
@@ -159,7 +162,7 @@ def running_task_lines(report: RunReport) -> Iterator[str]:
 
 
 def next_step_hints(report: RunReport) -> Iterator[str]:
-    """Yield hints for the whole run: active processes, pending approvals, problems, and the next command."""
+    """Yield hints for the whole run: processes, approvals, problems, next command."""
     yield from _active_processes(report)
     for adapter in report.adapters:
         yield adapter_line(adapter, enable_adapter_command(adapter.name, report))
@@ -184,7 +187,10 @@ def retry_hint(report: RunReport, *, is_newest: bool) -> str:
 
 
 def next_line(report: RunReport) -> Iterator[str]:
-    """Yield the next command for a run, if there is one; a halt other than by a budget has its own remedy."""
+    """Yield the next command for a run, if there is one.
+
+    A run that was halted by anything but a budget has its own remedy.
+    """
     if report.merged_by is not None:
         yield f"Merged by run {report.merged_by}."
     if report.halted is not None and report.halted_by is not HaltCause.BUDGET:
@@ -209,7 +215,7 @@ def _active_processes(report: RunReport) -> Iterator[str]:
 
 
 def _at(report: RunReport, process: OrchestratorReport) -> str:
-    """Return the tasks whose sessions a process runs, in parentheses; empty if there are none."""
+    """Return the tasks whose sessions a process runs, in parentheses; may be empty."""
     tasks = [one.task for one in report.sessions if one.orchestrator == process.id]
     return f" ({printable(', '.join(tasks))})" if tasks else ""
 

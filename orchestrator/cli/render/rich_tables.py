@@ -1,4 +1,7 @@
-"""Tables drawn with rich. All text is printable (`text.printable`) and is not parsed as markup."""
+"""Tables drawn with rich.
+
+All text is printable (`text.printable`) and is not parsed as markup.
+"""
 
 from __future__ import annotations
 
@@ -81,12 +84,18 @@ def _line(cells: Sequence[_Cell], widths: Mapping[str, int]) -> list[Segment]:
 
 
 def count_wrapped_rows(lengths: Sequence[int], width: int) -> int:
-    """Return how many terminal rows some drawn lines take after the width has changed; lengths in cells."""
+    """Return the number of terminal rows of drawn lines after a resize.
+
+    Lengths are in cells.
+    """
     return sum(max(math.ceil(length / width), 1) for length in lengths)
 
 
 def render_result_table(rows: Sequence[ResultRow]) -> str:
-    """Return the result of a run as text for a terminal; statuses with very many tasks are cut after some rows."""
+    """Return the result of a run as text for a terminal.
+
+    The number of rows per status is limited.
+    """
     console = Console(highlight=False, markup=False, emoji=False)
     counts = Counter[str]()
     kept = []

@@ -1,4 +1,4 @@
-"""The model of a run's live table: rows, totals, selection of rows, and remaining time. Pure."""
+"""The model of the live table: rows, totals, and remaining time. Pure."""
 
 from __future__ import annotations
 
@@ -49,7 +49,10 @@ class TaskRow:
 
 @dataclass(frozen=True, slots=True)
 class RunTotals:
-    """The number of tasks by state, and the resources used by all of them; times in seconds, cost in US dollars."""
+    """The number of tasks by state, and their total usage.
+
+    Times are in seconds, cost is in US dollars.
+    """
 
     landed: int
     running: int
@@ -76,7 +79,10 @@ class RunTotals:
 
 @dataclass(frozen=True, slots=True)
 class TableFrame:
-    """The content of the terminal at a point in time; `more` is a line that counts the tasks without a row."""
+    """The content of the terminal at a point in time.
+
+    `more` is a line that counts the tasks without a row.
+    """
 
     rows: Sequence[TaskRow]
     more: str
@@ -85,10 +91,11 @@ class TableFrame:
 
 @dataclass(frozen=True, slots=True)
 class RemainingWork:
-    """The remaining work: `build` and `land` are the average seconds of a task's sessions and of its landing.
+    """The remaining work of a run.
 
-    `working` has, for each running session, the length of the longest dependency chain that starts with its task, and
-    the elapsed seconds. `chain` is the length of the longest chain that starts with a waiting task.
+    `build` and `land` are the average seconds of a task's sessions and of its landing. `working` has, for each running
+    session, the length of the longest dependency chain that starts with its task, and the elapsed seconds. `chain` is
+    the length of the longest chain that starts with a waiting task.
     """
 
     build: float
@@ -101,9 +108,10 @@ class RemainingWork:
 
 
 def estimate_time_left(ahead: RemainingWork) -> float:
-    """Return the estimated seconds for the remaining work, from past averages: the largest of three lower bounds.
+    """Estimate the remaining seconds of a run from past averages.
 
-    The bounds are all sessions at full capacity, the longest dependency chain, and all landings one at a time.
+    Returns the largest of three lower bounds: all sessions at full capacity, the longest dependency chain, and all
+    landings one at a time.
     """
     each = ahead.build + ahead.land
     rests = [max(ahead.build - elapsed, 0.0) for _, elapsed in ahead.working]
@@ -114,7 +122,7 @@ def estimate_time_left(ahead: RemainingWork) -> float:
 
 
 def longest_chains(entries: Mapping[str, DispatchEntry]) -> dict[str, int]:
-    """Return, for each task, the length of the longest dependency chain that starts with it."""
+    """Return the length of the longest dependency chain that starts with each task."""
     lengths = dict.fromkeys(entries, 1)
     waiting = Counter(need for entry in entries.values() for need in set(entry.needs))
     ends = [task for task in entries if not waiting[task]]
@@ -129,7 +137,7 @@ def longest_chains(entries: Mapping[str, DispatchEntry]) -> dict[str, int]:
 
 
 def choose_rows(working: Iterable[str], waiting: Iterable[str], finished: Iterable[str], limit: int) -> list[str]:
-    """Return at most `limit` tasks to show: the running ones, then finished and waiting ones.
+    """Return at most `limit` tasks to show: running, finished and waiting ones.
 
     `finished` has the newest first. It gets half of the rows that the running tasks leave, and the rows that the
     waiting tasks do not need.
@@ -142,7 +150,7 @@ def choose_rows(working: Iterable[str], waiting: Iterable[str], finished: Iterab
 
 
 def format_estimate(seconds: float) -> str:
-    """Return a duration in words, rounded up, as in `about 40 s`, `about 4 min` or `about 2 h 10 min`."""
+    """Return a duration, rounded up, as in `about 40 s` or `about 2 h 10 min`."""
     if seconds <= 55:
         return f"about {max(math.ceil(seconds / 5) * 5, 5)} s"
     minutes = math.ceil(seconds / 60)

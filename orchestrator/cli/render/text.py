@@ -24,7 +24,7 @@ def pluralize(count: int, noun: str) -> str:
 
 
 def one_line(text: str, limit: int = 300) -> str:
-    """Return the first and the last line of a text as one line of at most `limit` characters."""
+    """Return the first and last line of a text as one line, up to `limit` characters."""
     lines = [" ".join(line.split()) for line in text.splitlines() if any(map(str.isalnum, line))] or [""]
     words = lines[0] if len(lines) == 1 else f"{lines[0]}: {lines[-1]}"
     if len(words) <= limit:
@@ -34,7 +34,7 @@ def one_line(text: str, limit: int = 300) -> str:
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Return text in which control and invisible characters are replaced, except those in `keep`.
+    """Return text with control and invisible characters replaced, except `keep`.
 
     Agents and repositories may write any text: a terminal must not interpret it.
     """
@@ -44,9 +44,9 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def escape_unprintable(line: str) -> str:
-    """Return a line with its control, bidirectional and invisible characters escaped, as in `^[` or `<U+202E>`.
+    """Return a line with its unprintable characters escaped, as in `^[` or `<U+202E>`.
 
-    Tabs are kept.
+    These are control, bidirectional and invisible characters. Tabs are kept.
     """
     if line.isprintable() and (line.isascii() or not _INVISIBLE.search(line)):
         return line
@@ -75,7 +75,7 @@ _WORDS = re.compile(r"[^\s`]*`[^`]*`\S*|\S+")
 
 
 def short_name(name: str) -> str:
-    """Return a name for a table, shortened in the middle if it is long. Not for commands."""
+    """Return a name shortened in the middle, for a table. Not for commands."""
     if _width(name) <= _LONGEST_NAME:
         return name
     half = _LONGEST_NAME // 2
@@ -88,7 +88,7 @@ def _width(text: str) -> int:
 
 
 def wrapped(text: str, *, head: str = "", indent: str = "") -> Iterator[str]:
-    """Yield text wrapped between words; the first line follows `head`, the others are indented.
+    """Yield text wrapped between words, the first line after `head`, others indented.
 
     Never breaks a path, or a command in backticks.
     """

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 TEMPLATE_NAMES: Final = (
     "task",
     "phase",
-    "given",
+    "inputs",
     "results",
     "feedback",
     "submit_handoff",
@@ -92,7 +92,7 @@ def compile_condition(text: str) -> TemplateExpression:
         raise InvalidValue(f"invalid condition: {_describe(error)}", remedy) from error
 
 
-_REMEDY: Final = "use Jinja2 syntax, such as {{ data(given.plan) }} or {% if feedback %} … {% endif %}"
+_REMEDY: Final = "use Jinja2 syntax, such as {{ data(inputs.plan) }} or {% if feedback %} … {% endif %}"
 
 
 def _describe(error: Exception) -> str:

@@ -16,9 +16,9 @@ LockMode = Literal["read", "write"]
 class CheckpointOrigin(StrEnum):
     """The origin of a checkpoint."""
 
-    HAND = "hand"
-    CLOCK = "clock"  #: an active run, periodically; only the newest are retained
-    COUNCIL = "council"  #: a command, before a destructive change
+    USER = "user"
+    TIMER = "timer"  #: an active run, periodically; only the newest are retained
+    COMMAND = "command"  #: a command, before a destructive change
 
 
 class _Stored(BaseModel):
@@ -87,9 +87,9 @@ class CheckpointRecord(_Stored):
 
     position: int
     reason: str
-    maker: CheckpointOrigin
+    created_by: CheckpointOrigin
     status: str | None
-    phase: dict[str, int]
+    task_counts: dict[str, int]
     sessions: tuple[CheckpointSession, ...]
 
 

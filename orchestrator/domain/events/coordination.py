@@ -63,13 +63,13 @@ class OwnershipRefused(TaskEvent):
     """A request for paths was refused, because another session owns one of them."""
 
     type = "ownership.refused"
-    sentence = "cannot own {patterns}: {holder} owns {held}"
+    sentence = "cannot own {patterns}: {holder} owns {held_pattern}"
     shown = Shown.NEVER
 
     patterns: Sequence[str]
     holder: str
     """The session that owns the path."""
-    held: str
+    held_pattern: str
     """The overlapping pattern of that session."""
 
 
@@ -180,8 +180,8 @@ class SlotPortsChanged(RunEvent):
     """A slot got new ports, because another process uses some of the old ones."""
 
     type = "slot.ports_changed"
-    sentence = "{slot}: got new ports, because another process uses {lost}"
+    sentence = "{slot}: got new ports, because another process uses {lost_ports}"
 
     slot: str
-    lost: Sequence[int]
+    lost_ports: Sequence[int]
     ports: Sequence[int]

@@ -134,7 +134,7 @@ class RunHalted(RunEvent):
     type = "run.halted"
     sentence = "halted: {headline}"
 
-    by: str
+    cause: str
     """`budget`, `base` or `commands`."""
     reason: str
 
@@ -175,7 +175,7 @@ class RunTakenOver(RunEvent):
 
 
 class RunImported(RunEvent):
-    """A session of an [earlier format](state.md#state-of-older-layouts) became a run."""
+    """A session of an [earlier format](state.md#state-in-earlier-formats) became a run."""
 
     type = "run.imported"
     sentence = "imported from {source}"
@@ -291,7 +291,7 @@ class BaseFailureAllowed(RunEvent):
 class _BudgetEvent(RunEvent, is_base=True):
     scope: str
     """`session`, `task` or `run`."""
-    of: str
+    owner: str
     """The owner of the budget, in words."""
     limit: str
     """`tokens`, `cost` or `time`."""
@@ -302,14 +302,14 @@ class BudgetLow(_BudgetEvent):
     """80 % of a budget is used up."""
 
     type = "budget.low"
-    sentence = "budget of {of} is low: {reason}"
+    sentence = "budget of {owner} is low: {reason}"
 
 
 class BudgetExhausted(_BudgetEvent):
     """A session ended and has used up the budget of its task or run."""
 
     type = "budget.exhausted"
-    sentence = "budget of {of} is exhausted: {reason}"
+    sentence = "budget of {owner} is exhausted: {reason}"
 
 
 class BudgetUntracked(RunEvent):
@@ -319,9 +319,9 @@ class BudgetUntracked(RunEvent):
     """
 
     type = "budget.untracked"
-    sentence = "{of} printed too much to track its usage; the rest is counted when it ends"
+    sentence = "{owner} printed too much to track its usage; the rest is counted when it ends"
 
-    of: str
+    owner: str
 
 
 class BudgetPriceUnknown(RunEvent):
@@ -423,10 +423,10 @@ class SinkUndelivered(RunEvent):
     """
 
     type = "sink.undelivered"
-    sentence = "sink {sink} has not received {left} events; to deliver them: `council resume {run}`"
+    sentence = "sink {sink} has not received {undelivered} events; to deliver them: `council resume {run}`"
 
     sink: str
-    left: int
+    undelivered: int
     """The number of missing events."""
 
 
@@ -473,10 +473,10 @@ class TrackerUndelivered(RunEvent):
     """
 
     type = "tracker.undelivered"
-    sentence = "tracker {tracker} has not received {left} events; to deliver them: `council resume {run}`"
+    sentence = "tracker {tracker} has not received {undelivered} events; to deliver them: `council resume {run}`"
 
     tracker: str
-    left: int
+    undelivered: int
     """The number of missing events."""
 
 

@@ -85,11 +85,11 @@ class StateRepaired(TypedEvent):
     """
 
     type = "state.repaired"
-    sentence = "repaired {key}: version {lost} was lost"
+    sentence = "repaired {key}: version {lost_version} was lost"
     shown = Shown.NEVER
 
     key: str
-    lost: int
+    lost_version: int
     """The newest version that existed."""
     is_known: bool
     """false if the document was deleted."""
@@ -114,10 +114,10 @@ class StateProbed(TypedEvent):
     shown = Shown.NEVER
 
 
-class StateConflictKept(TypedEvent):
+class StateConflictRecorded(TypedEvent):
     """Conflicting updates of a document wait for a decision; without `run`."""
 
-    type = "state.conflict_kept"
+    type = "state.conflict_recorded"
     sentence = "conflicting updates of {key} need a decision (conflict {conflict})"
     shown = Shown.NEVER
 
@@ -126,10 +126,10 @@ class StateConflictKept(TypedEvent):
     conflict: str
 
 
-class StateConflictResolved(TypedEvent):
+class StateConflictAutoResolved(TypedEvent):
     """Conflicting updates of a document were combined; without `run`."""
 
-    type = "state.conflict_resolved"
+    type = "state.conflict_auto_resolved"
     sentence = "combined conflicting updates of {key} by {strategy}"
     shown = Shown.NEVER
 
@@ -138,11 +138,11 @@ class StateConflictResolved(TypedEvent):
     strategy: str
 
 
-class StateConflictSettled(TypedEvent):
-    """A user settled a conflict; without `run`."""
+class StateConflictResolved(TypedEvent):
+    """A user resolved a conflict; without `run`."""
 
-    type = "state.conflict_settled"
-    sentence = "conflict {conflict} of {key} was settled"
+    type = "state.conflict_resolved"
+    sentence = "conflict {conflict} of {key} was resolved"
     shown = Shown.NEVER
 
     key: str

@@ -326,10 +326,10 @@ class TaskClaimLost(TaskEvent):
     """Another process took over the task; the session's work is on `branch`."""
 
     type = "task.claim_lost"
-    sentence = "taken over by {by}; the work of its session was saved as {work}"
-    sentence_without = ("branch", "taken over by {by}; its session had no work to save")
+    sentence = "taken over by {orchestrator}; the work of its session was saved as {work}"
+    sentence_without = ("branch", "taken over by {orchestrator}; its session had no work to save")
 
-    by: str
+    orchestrator: str
     """The name of the other process."""
     branch: str | None
     """null if there is no work."""
@@ -453,10 +453,10 @@ class PhaseCancelled(PhaseEvent):
     sentence = "phase {phase} cancelled"
 
 
-class HandoffDelivered(TaskEvent):
+class HandoffSubmitted(TaskEvent):
     """A phase submitted a handoff."""
 
-    type = "handoff.delivered"
+    type = "handoff.submitted"
     sentence = "phase {phase} submitted a handoff"
     shown = Shown.NEVER
 
@@ -468,7 +468,7 @@ class HandoffDelivered(TaskEvent):
     to: str | None
     """The phase that receives the handoff; null if no phase follows."""
     digest: str
-    by: str
+    via: str
     """`file`, `tool` or `answer`."""
 
 

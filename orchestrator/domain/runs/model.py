@@ -151,7 +151,7 @@ class TaskDocument(_Document):
     """The number of the current attempt, if a checkpoint was restored after later attempts."""
     refused: FailureClass | None = None
     """The failure that rules out another session, if not that of its last attempt."""
-    ignored: str | None = None
+    ignored_reason: str | None = None
     """A user's reason to exclude it, until a user retries it."""
     phase: str | None = None
     """Its current or next phase; None: no phase remains, or it has no workflow."""
@@ -167,7 +167,7 @@ class TaskDocument(_Document):
     """The number of its pull request."""
     imported: ImportedTask | None = None
     """For a task of an imported run: its original record."""
-    extra: dict[str, Any] = Field(default_factory=dict)
+    annotations: dict[str, Any] = Field(default_factory=dict)
     """Data of users and other programs, such as `progress`, `message` and `files`; not used by council."""
 
     @property
@@ -289,7 +289,7 @@ class RunDocument(ResolvedSettings):
     """The run whose branch it merges; `latest` never refers to such a run."""
     imported: ImportedRun | None = None
     """For an imported run: its original record. Such a run can't be resumed."""
-    extra: dict[str, Any] = Field(default_factory=dict)
+    annotations: dict[str, Any] = Field(default_factory=dict)
     """Data of users and other programs; not used by council."""
 
     def check_not_imported(self) -> None:

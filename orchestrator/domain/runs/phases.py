@@ -93,15 +93,15 @@ OPEN_STATUSES: Final = frozenset(status for status in PhaseStatus if status.reco
 PASSED_STATUSES: Final = frozenset(status for status in PhaseStatus if status.record.is_passed)
 
 
-class GivenValues(BaseModel):
+class InputSummary(BaseModel):
     """The values passed to a phase: names, and sizes as JSON in bytes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     keys: tuple[str, ...] = ()
-    left_out: tuple[str, ...] = ()
+    omitted: tuple[str, ...] = ()
     size: int = 0
-    whole: int = 0
+    total_size: int = 0
     """The total size in bytes, including omitted values."""
 
 
@@ -116,7 +116,7 @@ class PhaseRecord(BaseModel):
     ended: Instant | None = None
     attempts: tuple[int, ...] = ()
     """The numbers of its attempts."""
-    given: GivenValues | None = None
+    inputs: InputSummary | None = None
     """The values passed to it; None: values are not filtered for it."""
     received: tuple[str, ...] = ()
     """The ids of the handoffs that it received."""

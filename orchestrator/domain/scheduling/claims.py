@@ -194,10 +194,10 @@ class ClaimVerdict(StrEnum):
 
 
 def should_try(
-    claim: Claim | None, holder: OwnerStatus | None, timing: CoordinationSettings, *, ignored: str | None
+    claim: Claim | None, holder: OwnerStatus | None, timing: CoordinationSettings, *, ignored_reason: str | None
 ) -> ClaimVerdict:
-    """Return whether to try a task now; `ignored` is a user's reason to exclude it."""
-    if ignored is not None:
+    """Return whether to try a task now; `ignored_reason` is a user's reason to exclude it."""
+    if ignored_reason is not None:
         return ClaimVerdict.IGNORED
     if claim is not None and claim.released is None and holder in {OwnerStatus.ALIVE, None}:
         return ClaimVerdict.CLAIMED

@@ -21,16 +21,16 @@ class Wave:
     """Tasks whose needs are all in earlier waves, in start order."""
 
     tasks: Sequence[str]
-    follows: Mapping[str, str]
+    waits_for: Mapping[str, str]
     """Tasks that wait for an earlier task of the wave with overlapping paths, each with that task."""
-    is_compared: bool = True
-    """False if there were too many tasks with paths to compare: `follows` may be incomplete."""
+    is_exact: bool = True
+    """False if there were too many tasks with paths to compare: `waits_for` may be incomplete."""
 
 
 def plan_waves(entries: Mapping[str, DispatchEntry]) -> list[Wave]:
     """Return waves of tasks without cycles; each task is in the earliest possible.
 
-    O(n log n) in tasks and needs, except for tasks that own paths, see `Wave.is_compared`.
+    O(n log n) in tasks and needs, except for tasks that own paths, see `Wave.is_exact`.
     """
     order = {task: index for index, task in enumerate(entries)}
     waves = []
@@ -58,15 +58,15 @@ def _levels(entries: Mapping[str, DispatchEntry]) -> Iterator[list[str]]:
 
 
 def _wave(tasks: Sequence[str], entries: Mapping[str, DispatchEntry]) -> Wave:
-    follows: dict[str, str] = {}
+    waits_for: dict[str, str] = {}
     owners = _Owners()
     for task in tasks:
         owns = entries[task].owns
         before = owners.first_that_overlaps(owns)
         if before is not None:
-            follows[task] = before
+            waits_for[task] = before
         owners.add(task, owns)
-    return Wave(tasks, follows, owners.comparisons < _MOST_COMPARISONS)
+    return Wave(tasks, waits_for, owners.comparisons < _MOST_COMPARISONS)
 
 
 #: An index, owned patterns, and the first task that owns exactly these.

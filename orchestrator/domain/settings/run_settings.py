@@ -500,5 +500,5 @@ class ResolvedSettings(RunSettings):
     """Sources of additional tasks when the run is created, by name."""
     workflows: dict[str, Annotated[tuple[Phase, ...], Field(strict=False)]] = Field(default_factory=dict)
     """Phases by workflow name, including the workflows of tasks that plans create."""
-    given: Strings = ()
+    overrides: Strings = ()
     """The fields that the command line overrode."""

@@ -65,7 +65,7 @@ class Handoff(_Document):
     """Input and output tokens of the task so far."""
     cost: float | None = None
     """The known cost of the task so far in US dollars; None if unknown."""
-    by: Delivery
+    via: Delivery
     """Its means of delivery."""
     mediation: Mediation | None = None
     """The mediated data, if it was mediated."""

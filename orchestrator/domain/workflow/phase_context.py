@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestrator.domain.documents.json_values import encode_canonical
-from orchestrator.domain.runs.phases import GivenValues
+from orchestrator.domain.runs.phases import InputSummary
 from orchestrator.domain.settings.phase_settings import Phase
 from orchestrator.domain.workflow.handoff_kinds import PHASE_NEEDS, HandoffKind, kind_from_schema
 
@@ -30,10 +30,10 @@ def get_phase_needs(phase: Phase, kind: HandoffKind | None) -> tuple[str, ...] |
     return PHASE_NEEDS.get(phase.name)
 
 
-def select_values(values: Mapping[str, Any], needs: Sequence[str] | None) -> tuple[dict[str, Any], GivenValues]:
+def select_values(values: Mapping[str, Any], needs: Sequence[str] | None) -> tuple[dict[str, Any], InputSummary]:
     """Return the needed values (None: all), and a record of passed and omitted ones."""
     wanted = values.keys() if needs is None else dict.fromkeys(needs)
-    given = {key: values[key] for key in wanted if key in values}
-    omitted = tuple(key for key in values if key not in given)
-    size, whole = len(encode_canonical(given)), len(encode_canonical(dict(values)))
-    return given, GivenValues(keys=tuple(given), left_out=omitted, size=size, whole=whole)
+    inputs = {key: values[key] for key in wanted if key in values}
+    omitted = tuple(key for key in values if key not in inputs)
+    size, total_size = len(encode_canonical(inputs)), len(encode_canonical(dict(values)))
+    return inputs, InputSummary(keys=tuple(inputs), omitted=omitted, size=size, total_size=total_size)

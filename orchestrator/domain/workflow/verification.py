@@ -220,7 +220,7 @@ def _check_lost_values(facts: WorkflowRecord, number: int, place: str, record: P
 
 def _check_given_values(place: str, record: PhaseRecord, handoff: Handoff, kind: HandoffKind) -> Iterator[Violation]:
     exported = {name for name, value in kind.exports(handoff.data).items() if not is_empty_value(value)}
-    if record.given is not None and exported & set(record.given.keys):
+    if record.inputs is not None and exported & set(record.inputs.keys):
         what = f"has values of handoff {handoff.id}, but no record of its receipt"
         yield Violation("chain.lost", place, what, _RESTORE_REMEDY)
 

@@ -14,8 +14,8 @@ from typing import Any, Final, NamedTuple
 
 from orchestrator.domain.events.base import TaskEvent
 from orchestrator.domain.events.tasks import (
-    HandoffDelivered,
     HandoffInvalid,
+    HandoffSubmitted,
     TaskAdvanced,
     TaskAwaitingApproval,
     TaskDone,
@@ -78,7 +78,7 @@ class _CheckedHandoff:
 
     kind: HandoffKind
     data: dict[str, Any]
-    by: Delivery
+    via: Delivery
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +195,7 @@ class PhaseCompleter:
             handoff = built
             record["handoff"] = handoff.id
         writes = [] if handoff is None else [handoff_write(handoff)]
-        events = [] if handoff is None else [_delivered_event(handoff)]
+        events = [] if handoff is None else [_submitted_event(handoff)]
         start = compute_next_start(workflow, document, phase)
         reset: dict[str, Any] = {"failures": document.bounces, "feedback": None, **start}
         if verdict == REJECT_VERDICT and checked is not None:
@@ -308,7 +308,7 @@ class PhaseCompleter:
             summary=used.last_message or "",
             tokens=tokens,
             cost=None if earlier_cost is None and used.cost is None else (earlier_cost or 0.0) + (used.cost or 0.0),
-            by=checked.by,
+            via=checked.via,
             key=phase.key,
             version=version,
         )
@@ -321,12 +321,12 @@ class PhaseCompleter:
         delivery = select_delivery(session.handoff_file, session.submitted, session.answer)
         if isinstance(delivery, Violation):
             return [delivery]
-        data, by = delivery
+        data, via = delivery
         redacted = self.ledger.writer.redactor.json(data)
         checked = kind.check(redacted, await _facts(self.git, kind, redacted, session.commit))
         if checked.data is None:
             return checked.violations
-        return _CheckedHandoff(kind, checked.data, by)
+        return _CheckedHandoff(kind, checked.data, via)
 
 
 class PhaseHandlers(NamedTuple):
@@ -378,8 +378,8 @@ def _summarize_finding(finding: Any) -> str:
     return f"{location} {finding.get('message', '')}".strip()
 
 
-def _delivered_event(handoff: Handoff) -> HandoffDelivered:
-    return HandoffDelivered(
+def _submitted_event(handoff: Handoff) -> HandoffSubmitted:
+    return HandoffSubmitted(
         task=handoff.task,
         handoff=handoff.id,
         kind=handoff.kind,
@@ -387,7 +387,7 @@ def _delivered_event(handoff: Handoff) -> HandoffDelivered:
         phase=handoff.phase,
         to=handoff.to,
         digest=handoff.digest,
-        by=handoff.by,
+        via=handoff.via,
     )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from orchestrator.config.workflows.templates import compile_condition, compile_template, environment
-from orchestrator.domain.runs.phases import GivenValues
+from orchestrator.domain.runs.phases import InputSummary
 from orchestrator.domain.security.quoting import DATA_NOTICE, format_value, quote_block, remove_control_characters
 from orchestrator.domain.workflow.handoffs import Handoff
 from orchestrator.errors import RefusedError
@@ -47,7 +47,7 @@ class PromptFacts:
     round: int = 1
     """The number of the visit of the phase, or of the round within a visit, from 1."""
     writes: bool = True
-    given: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, Any] = field(default_factory=dict)
     """The values passed to the phase, by name."""
     results: Mapping[str, Any] = field(default_factory=dict)
     """The results of earlier phases, by phase."""
@@ -77,7 +77,7 @@ class SessionPrompt:
     """Text to append if the session starts a conversation."""
     follow_up: str | None = None
     """The text that replaces `text` if the session continues a conversation; None: nothing new."""
-    given: GivenValues = field(default_factory=GivenValues)
+    inputs: InputSummary = field(default_factory=InputSummary)
     received: Mapping[str, tuple[int, Handoff]] = field(default_factory=dict)
     """The handoffs passed to the session, by id, with their document versions."""
 
@@ -197,7 +197,7 @@ def _template_variables(facts: PromptFacts, quoter: _Quoter) -> dict[str, Any]:
             "tracker": facts.tracker,
         },
         "phase": {"name": facts.phase, "writes": facts.writes},
-        "given": quoter.value(dict(facts.given)),
+        "inputs": quoter.value(dict(facts.inputs)),
         "results": quoter.value(dict(facts.results)),
         "feedback": None if facts.feedback is None else facts.feedback.strip(),
         "submit_handoff": (facts.submit_handoff or "").strip(),
@@ -301,7 +301,7 @@ def _text(value: Any) -> str:
 def _template_refusal(phase: str, error: Exception) -> RefusedError:
     line = _template_line(error)
     where = "" if line is None else f" at line {line}"
-    remedy = "guard optional values: `{% if given.NAME is defined %}{{ given.NAME }}{% endif %}`"
+    remedy = "guard optional values: `{% if inputs.NAME is defined %}{{ inputs.NAME }}{% endif %}`"
     return RefusedError(f"the template of phase {phase!r} failed{where}: {_error_text(error)}", remedy)
 
 

@@ -146,7 +146,7 @@ class PhaseStarter:
             submit_handoff = render_handoff_instructions(
                 phase.kind, kind.schema, writes=phase.writes, has_tools=self.has_tools
             )
-        given, measured = select_values(values.known, values.wanted(phase, get_phase_needs(phase, kind)))
+        inputs, measured = select_values(values.known, values.wanted(phase, get_phase_needs(phase, kind)))
         visits = [visit for visit in document.phases if visit.phase == phase.name]
         facts = PromptFacts(
             task=task,
@@ -157,7 +157,7 @@ class PhaseStarter:
             planner=planning_task(spec),
             round=max(len(visits) + (not has_open_visit(document)), 1),
             writes=phase.writes,
-            given=given,
+            inputs=inputs,
             results=values.results,
             feedback=feedback,
             base=following.base,
@@ -167,7 +167,7 @@ class PhaseStarter:
         )
         prompt = render(phase.prompt or _DEFAULT_TEMPLATE, facts)
         follow_up = prompt.follow_up or prompt.text
-        return replace(prompt, follow_up=follow_up, given=measured, received=values.received(given))
+        return replace(prompt, follow_up=follow_up, inputs=measured, received=values.received(inputs))
 
     def build_start_update(
         self, task: str, following: NextPhase, attempt: Attempt, attempts: Sequence[Attempt]
@@ -183,8 +183,8 @@ class PhaseStarter:
         before = document.model_copy(update={"phases": following.phases})
         phase = following.phase.name
         is_new = not has_open_visit(before)
-        given: dict[str, Any] = {"given": prompt.given, "received": tuple(prompt.received)} if is_new else {}
-        changes |= enter_phase(following.workflow, before, following.phase, attempt.number, now, **given)
+        recorded: dict[str, Any] = {"inputs": prompt.inputs, "received": tuple(prompt.received)} if is_new else {}
+        changes |= enter_phase(following.workflow, before, following.phase, attempt.number, now, **recorded)
         event = event.replace(phase=phase)
         if not is_new:
             return TaskUpdate(Trigger.START, event, changes)

@@ -43,7 +43,7 @@ class TaskVerification:
     """The number of recorded phase visits."""
     handoffs: int = 0
     violations: Sequence[Violation] = ()
-    unseen: Sequence[str] = ()
+    skipped_checks: Sequence[str] = ()
     """Files that could not be checked, with reasons."""
 
     def to_json(self) -> JsonObject:
@@ -116,9 +116,9 @@ class _RunVerifier:
             kinds=self.kinds,
             now=self.now,
         )
-        sums, unseen = await self._checksums(facts)
+        sums, skipped_checks = await self._checksums(facts)
         violations = check_workflow(replace(facts, checksums=sums), self.constraints)
-        return TaskVerification(task, name, len(document.phases), len(handoffs), violations, unseen)
+        return TaskVerification(task, name, len(document.phases), len(handoffs), violations, skipped_checks)
 
     async def _read_records(self, task: str) -> tuple[TaskDocument, dict[str, Handoff]]:
         """Read a task and its handoffs consistently.
@@ -144,7 +144,7 @@ class _RunVerifier:
         Checksums are computed at the final commits of the visits.
         """
         checksums: dict[str, dict[str, str | None]] = {}
-        unseen: list[str] = []
+        skipped_checks: list[str] = []
         for visit, phase, record in facts.visits:
             handoff = None if record.handoff is None else facts.handoffs.get(record.handoff)
             kind = get_handoff_kind(phase, self.kinds)
@@ -154,18 +154,18 @@ class _RunVerifier:
                 with plugin_code():
                     paths = kind.paths(handoff.data)
             except PluginFailed as failed:
-                unseen.append(f"{visit}: handoff files can't be listed: {failed}")
+                skipped_checks.append(f"{visit}: handoff files can't be listed: {failed}")
                 continue
             if not paths:
                 continue
             if self.git is None:
-                unseen.append(f"{visit}: handoff files: the run's repositories were removed")
+                skipped_checks.append(f"{visit}: handoff files: the run's repositories were removed")
                 continue
             try:
                 checksums[handoff.id] = await compute_checksums(self.git, record.commit, paths)
             except GitError:
-                unseen.append(f"{visit}: handoff files: commit {record.commit[:12]} not found")
-        return checksums, unseen
+                skipped_checks.append(f"{visit}: handoff files: commit {record.commit[:12]} not found")
+        return checksums, skipped_checks
 
 
 async def verify_run(

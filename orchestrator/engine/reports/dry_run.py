@@ -22,7 +22,7 @@ class PlannedTask:
 
     id: str
     needs: Sequence[str]
-    follows: str | None
+    waits_for: str | None
     """A task of the same wave with overlapping paths that would start first."""
     adapter: str
     """The adapter that would start it: the one of its first phase, if specified."""
@@ -46,7 +46,7 @@ class PlannedWave:
     sessions: int
     """How many of them would run concurrently."""
     tasks: Sequence[PlannedTask]
-    is_compared: bool
+    is_exact: bool
     """False if too many tasks own paths to compute `follows`."""
 
 
@@ -104,11 +104,11 @@ def build_dry_run(
     }
     limits = {name: adapter.capacity for name, adapter in config.adapters.items() if adapter.capacity is not None}
 
-    def plan_task(spec: TaskSpec, follows: str | None) -> PlannedTask:
+    def plan_task(spec: TaskSpec, waits_for: str | None) -> PlannedTask:
         return PlannedTask(
             id=spec.id,
             needs=spec.needs,
-            follows=follows,
+            waits_for=waits_for,
             adapter=starting[spec.id][0],
             phases=[phase.name for phase in config.phases_of(spec.workflow)],
             program=programs[spec.id],
@@ -123,8 +123,8 @@ def build_dry_run(
     waves = [
         PlannedWave(
             count_concurrent_sessions(wave, entries, limits, fit.sessions),
-            [plan_task(specs[task], wave.follows.get(task)) for task in wave.tasks],
-            wave.is_compared,
+            [plan_task(specs[task], wave.waits_for.get(task)) for task in wave.tasks],
+            wave.is_exact,
         )
         for wave in plan_waves(entries)
     ]

@@ -285,7 +285,7 @@ def build_report(
     disabled = {adapter.name: adapter.disabled_reason for adapter in adapters if adapter.disabled_reason is not None}
     stuck = {} if status is RunStatus.RUNNING else _tasks_without_adapter(record, disabled)
     waiting = _tasks_in_cooldown(record, adapters)
-    file = None if record.run.imported is not None or "tasks" in record.run.given else record.run.config
+    file = None if record.run.imported is not None or "tasks" in record.run.overrides else record.run.config
     reports, roots = [], dict[str, str]()
     for task, blocker in blocked.items():  # needs come before their dependents
         roots[task] = roots.get(blocker, blocker)

@@ -124,7 +124,7 @@ class AttemptRunner:
         try:
             end = await self.recorder.record(active, finished)
         except ClaimLost as error:
-            lost = TaskClaimLost(task=active.task, attempt=number, by=error.by, branch=finished.branch)
+            lost = TaskClaimLost(task=active.task, attempt=number, orchestrator=error.by, branch=finished.branch)
             await self.ledger.note(lost)
             await active.session.release(saved=finished.collected)
             return None
@@ -277,7 +277,7 @@ class AttemptPreparer:
         if claims is None:
             return None
         claim = await claims.read(task)
-        if claim is None or should_try(claim, None, timing, ignored=None) is not ClaimVerdict.RETRIES_EXHAUSTED:
+        if claim is None or should_try(claim, None, timing, ignored_reason=None) is not ClaimVerdict.RETRIES_EXHAUSTED:
             return None
         reason = f"tried {claim.retries + 1} times, including by orchestrators that exited early"
         retry = f"`council retry {task} --run {self.attempts.ledger.run.id}`"

@@ -193,7 +193,7 @@ class Budgets:
             if await anyio.to_thread.run_sync(meter.read):
                 self._update_meter(task, meter)
             if meter.follower.at >= MAX_OUTPUT_BYTES:
-                await self._ledger.writer.note_once(BudgetUntracked(of=f"session {session}"), session)
+                await self._ledger.writer.note_once(BudgetUntracked(owner=f"session {session}"), session)
             for limit in self._limits(task, spec, session):
                 await self._warn(limit)
                 if (reached := self._check_limit(limit)) is not None:
@@ -255,7 +255,7 @@ class Budgets:
                 await self._note_share(BudgetLow, limit, share)
 
     async def _note_share(self, kind: type[BudgetLow | BudgetExhausted], limit: _Limit, share: BudgetUsage) -> None:
-        event = kind(scope=limit.scope, of=limit.of, limit=share.key, reason=share.describe())
+        event = kind(scope=limit.scope, owner=limit.of, limit=share.key, reason=share.describe())
         await self._ledger.writer.note_once(event, limit.of, share.key)
 
 

@@ -266,7 +266,7 @@ class RequestHandler:
         """
         for task in request.tasks:
             if self._ledger.task(task).status is TaskStatus.CANCELLED:
-                changes = {"reason": f"ignored: {request.reason}", "ignored": request.reason}
+                changes = {"reason": f"ignored: {request.reason}", "ignored_reason": request.reason}
                 await self._ledger.change(task, Trigger.IGNORE, TaskIgnored(reason=request.reason), **changes)
 
     async def _cancel(self, task: str) -> None:
@@ -342,7 +342,7 @@ async def retry_task(ledger: Ledger, task: str, phase: str | None = None) -> boo
             "paths": (),
         }
         try:
-            changes = {"ignored": None, **reset, **cleared, **restart}
+            changes = {"ignored_reason": None, **reset, **cleared, **restart}
             await ledger.change(task, Trigger.REVIVE, TaskRetryRequested(), **changes)
         except _OVERTAKEN:
             await ledger.tasks.refresh(task)

@@ -37,7 +37,7 @@ class RestoreResult:
     """The runs that `council resume` can continue."""
     written: Sequence[str]
     deleted: Sequence[str]
-    left: Mapping[str, str]
+    skipped: Mapping[str, str]
     """Documents that changed since the checkpoint and were not restored, with the reason."""
 
 
@@ -61,7 +61,7 @@ async def restore_checkpoint(
         runs=[name for name, run in plan.runs.items() if run.ended is None],
         written=[str(key) for key in plan.written],
         deleted=[str(key) for key in plan.deleted],
-        left={str(key): reason for key, reason in plan.left.items()},
+        skipped={str(key): reason for key, reason in plan.skipped.items()},
     )
 
 
@@ -69,7 +69,7 @@ async def _checkpoint_before(store: Store, plan: RestorePlan) -> Checkpoint | No
     run = plan.checkpoint.run
     if run is not None and await store.get(Key("run", run)) is None:
         return None
-    return await create_checkpoint(store, run, "before restore", maker=CheckpointOrigin.COUNCIL, is_live=False)
+    return await create_checkpoint(store, run, "before restore", created_by=CheckpointOrigin.COMMAND, is_live=False)
 
 
 def _events(plan: RestorePlan, before: Checkpoint | None) -> list[Event]:

@@ -42,13 +42,13 @@ def build_merge_run(
         "workflows": {},
         "trackers": {},
         "tasks": (MERGE_TASK,),
-        "given": ("tasks", "target", "workflows"),
+        "overrides": ("tasks", "target", "workflows"),
         "start": start,
         "has_target": True,
         "started": now,
         "ended": None,
         "halted": None,
-        "extra": {},
+        "annotations": {},
     }
     first_spec = specs[0]
     task = {

@@ -81,10 +81,10 @@ def compare_with_file(run: RunDocument, specs: Mapping[str, TaskSpec], config: R
     keys = [
         key
         for name in _RUN_FIELDS
-        if name not in run.given
+        if name not in run.overrides
         for key in _changed_file_keys(name, getattr(run, name), getattr(now, name))
     ]
-    if TASKS_KEY in run.given:  # the file has only the defaults of such tasks
+    if TASKS_KEY in run.overrides:  # the file has only the defaults of such tasks
         changed = dict.fromkeys(key for each in tasks.values() for key in each)
         keys += [key if key.startswith(_ADAPTERS_PREFIX) else f"defaults.{key}" for key in changed]
         return FileChanges(str(config.path), {}, keys, has_tasks=False, config=config)
@@ -118,7 +118,7 @@ def build_reload(
     `specs` include their versions. Raises RefusedError with a reason for each impossible change.
     """
     document, config = RunDocument.model_validate(run.value), changes.config
-    if TASKS_KEY in document.given:
+    if TASKS_KEY in document.overrides:
         raise RefusedError(f"the tasks of run {document.id} are not from a file", "start a new run to change them")
     if config is None:
         raise RefusedError(f"can't reload the file: {changes.unreadable}", "fix the file, or omit --reload")
@@ -142,7 +142,7 @@ def build_reload(
 
 def can_reload(run: RunDocument, spec: TaskSpec | DispatchEntry) -> bool:
     """Return True if a task of a run comes from its file."""
-    return TASKS_KEY not in run.given and _source(spec) is None
+    return TASKS_KEY not in run.overrides and _source(spec) is None
 
 
 def _source(spec: TaskSpec | DispatchEntry) -> str | None:

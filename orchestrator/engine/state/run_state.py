@@ -82,7 +82,7 @@ class RunState:
 
     async def halt(self, by: HaltCause, reason: str) -> None:
         """Record the cause and the reason of an early stop; the run can be resumed."""
-        await self.update(RunHalted(by=by, reason=reason), halted=reason, halted_by=by)
+        await self.update(RunHalted(cause=by, reason=reason), halted=reason, halted_by=by)
 
     async def proven_bases(self) -> tuple[str, ...]:
         """Return the bases whose checks passed in any process of the run."""
@@ -99,9 +99,9 @@ class RunState:
 
     async def set_budget(self, limits: Mapping[str, float]) -> None:
         """Record new limits of the run's budget, by key."""
-        given = tuple(dict.fromkeys((*self.document.given, "budget")))
+        overrides = tuple(dict.fromkeys((*self.document.overrides, "budget")))
         budget = self.document.budget.model_copy(update=limits)
-        await self.update(RunBudgetChanged(limits=limits), budget=budget, given=given)
+        await self.update(RunBudgetChanged(limits=limits), budget=budget, overrides=overrides)
 
 
 class AdapterStates:

@@ -127,5 +127,7 @@ class RunWriter:
         # Imported late: read-only commands create no checkpoint.
         from orchestrator.state.documents.checkpoints import create_checkpoint, prune_checkpoints  # noqa: PLC0415  see above
 
-        await create_checkpoint(self.store, self.run, "active run", maker=CheckpointOrigin.CLOCK, guards=self._guards)
+        await create_checkpoint(
+            self.store, self.run, "active run", created_by=CheckpointOrigin.TIMER, guards=self._guards
+        )
         await prune_checkpoints(self.store, self.run, MAX_CLOCK_CHECKPOINTS, self._guards)

@@ -86,7 +86,7 @@ def version_view(key: Key, version: DocumentVersion) -> bytes:
             "version": version.version,
             "position": version.position,
             "time": version.time,
-            "by": version.by,
+            "writer": version.writer,
             "events": [_event(one) for one in version.events],
             "deleted": version.value is None and not version.damaged,
             "damaged": version.damaged,
@@ -97,7 +97,7 @@ def version_view(key: Key, version: DocumentVersion) -> bytes:
 
 def event_line(record: CommitRecord, event: Event) -> bytes:
     """Return the line of an event in `events.jsonl`."""
-    line = {"position": record.position, "time": record.time, "by": record.by, **_event(event)}
+    line = {"position": record.position, "time": record.time, "writer": record.writer, **_event(event)}
     try:
         return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
     except TypeError:  # integers of more than 64 bits

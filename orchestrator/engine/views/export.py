@@ -59,7 +59,7 @@ class ViewPosition:
 
     position: int = 0
     time: float = 0.0
-    by: str = ""
+    writer: str = ""
 
 
 async def export_views(store: Store, project: Project, now: float) -> ViewPosition:
@@ -90,7 +90,7 @@ async def _write_views(store: Store, folder: ViewFolder, now: float) -> ViewPosi
         versions = list(_versions(records, newest))
         written.update(key for key, _ in versions)
         await anyio.to_thread.run_sync(folder.write_records, records, versions)
-        position = ViewPosition(records[-1].position, records[-1].time, records[-1].by)
+        position = ViewPosition(records[-1].position, records[-1].time, records[-1].writer)
     with anyio.move_on_after(_HISTORY_LIMIT):
         for key in [key for key, version in newest.items() if written[key] < min(version, VERSIONS_KEPT)]:
             history = [(key, one) for one in await store.history(key)]
@@ -136,12 +136,12 @@ async def _read_documents(store: Store, until: int, kinds: set[str]) -> Mapping[
 
 
 def _versions(records: Sequence[CommitRecord], newest: Mapping[Key, int]) -> list[tuple[Key, DocumentVersion]]:
-    """Return the last versions of tasks by some records' writers.
+    """Return the last versions of tasks that these records wrote.
 
     `newest` is the current version of each task.
     """
     return [
-        (key, DocumentVersion(version, record.position, record.time, record.by, value, record.events))
+        (key, DocumentVersion(version, record.position, record.time, record.writer, value, record.events))
         for record in records
         for key, (version, value) in record.documents.items()
         if key in newest and version > newest[key] - VERSIONS_KEPT

@@ -1,4 +1,4 @@
-"""Checkpoints: named positions of the log. Create, list and prune them, and plan their restore.
+"""Checkpoints: named positions of the log, and their restore.
 
 A checkpoint is a small document of kind `checkpoint`; the state itself stays in the log until it is pruned. A restore
 is a normal commit that writes old values again: history is not rewritten, and version numbers continue. By kind, a
@@ -17,7 +17,7 @@ adapter     Never: usage limits and expired logins exist outside of the state.
 checkpoint  Never: later checkpoints make it possible to undo the restore.
 ports       Never: they belong to worktree slots of this machine, not to a run.
 named_lock  Never: the holders at that time no longer hold the locks.
-import      Never: the state of older layouts remains imported.
+import      Never: state in earlier formats remains imported.
 claim, orchestrator, ownership, context  Never: they belong to processes and sessions that are active now.
 
 Restoring the whole store keeps runs that started after the checkpoint, and restores runs removed since. Checkpoints of
@@ -67,7 +67,7 @@ _MAX_READS: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A named log position of a run (or None for the whole store), with a summary of its state."""
+    """A named log position of a run or of the whole store (None), with a summary."""
 
     id: str
     """`<run>/<number>`, or `all/<number>`; numbers increase."""
@@ -77,10 +77,10 @@ class Checkpoint:
     time: float
     """The creation time in wall-clock seconds."""
     reason: str
-    maker: CheckpointOrigin
+    created_by: CheckpointOrigin
     status: str | None
     """`running`, `interrupted`, `landed` or `incomplete`; None for the whole store or a damaged run."""
-    phase: Mapping[str, int]
+    task_counts: Mapping[str, int]
     """The number of tasks by status; `damaged` counts unreadable ones."""
     sessions: Sequence[CheckpointSession]
 
@@ -97,7 +97,7 @@ class RestorePlan:
     checkpoint: Checkpoint
     writes: Sequence[Write]
     """Writes of old values over current versions; None deletes."""
-    left: Mapping[Key, str]
+    skipped: Mapping[Key, str]
     """Documents that changed since but are kept, with the reason."""
     runs: Mapping[str, RunDocument]
     """The affected runs as of after the restore."""
@@ -118,7 +118,7 @@ async def create_checkpoint(
     run: str | None,
     reason: str,
     *,
-    maker: CheckpointOrigin = CheckpointOrigin.HAND,
+    created_by: CheckpointOrigin = CheckpointOrigin.USER,
     is_live: bool = True,
     guards: Sequence[Guard] = (),
 ) -> Checkpoint:
@@ -135,7 +135,7 @@ async def create_checkpoint(
         key = await _free_key(store, run or WHOLE_STORE)
         # Decoded in threads, here and below, because thousands of tasks take long.
         summary = await anyio.to_thread.run_sync(_summarize, documents.values(), run, is_live)
-        facts = {"position": position, "reason": clean_reason, "maker": maker, **summary}
+        facts = {"position": position, "reason": clean_reason, "created_by": created_by, **summary}
         created = CheckpointCreated(checkpoint=key.id, reason=clean_reason)
         event = Event.of(created if run is None else created.within(run=run))
         with suppress(VersionConflict):  # another process took the number
@@ -151,7 +151,10 @@ async def list_checkpoints(store: Store, run: str | None = None) -> list[Checkpo
 
 
 async def read_checkpoint(store: Store, checkpoint: str) -> Checkpoint:
-    """Return a checkpoint by its id. Raises RefusedError if it is missing or unreadable."""
+    """Return a checkpoint by its id.
+
+    Raises RefusedError if it is missing or unreadable.
+    """
     found = await store.get(Key(CHECKPOINT_KIND, checkpoint))
     if found is not None and (flaw := find_document_error(found)) is not None:
         raise UnreadableDocument(str(found.key), flaw)
@@ -162,24 +165,30 @@ async def read_checkpoint(store: Store, checkpoint: str) -> Checkpoint:
 
 
 async def read_contents(store: Store, checkpoint: str) -> Mapping[Key, Document]:
-    """Return the documents of a checkpoint's run, or of the whole store, at its position.
+    """Return the documents of a checkpoint at its position.
 
-    Raises RefusedError if the log does not go back that far.
+    They are those of its run, or of the whole store. Raises RefusedError if the log does not go back that far.
     """
     return await _read_at_checkpoint(store, await read_checkpoint(store, checkpoint))
 
 
 async def plan_restore(store: Store, checkpoint: str) -> RestorePlan:
-    """Return the changes that restoring a checkpoint would make now. Raises the errors of `read_contents`."""
+    """Return the changes that restoring a checkpoint would make now.
+
+    Raises the errors of `read_contents`.
+    """
     found = await read_checkpoint(store, checkpoint)
     then, now = await _read_at_checkpoint(store, found), await _read_current(store, found.run)
     return await anyio.to_thread.run_sync(_plan, found, then, now)
 
 
 async def prune_checkpoints(store: Store, run: str, keep: int, guards: Sequence[Guard] = ()) -> list[str]:
-    """Delete a run's periodic checkpoints except the newest `keep`; return the deleted ids."""
-    by_clock = [one.id for one in await list_checkpoints(store, run) if one.maker is CheckpointOrigin.CLOCK]
-    old = by_clock[: max(len(by_clock) - keep, 0)]
+    """Delete a run's periodic checkpoints except the newest `keep`.
+
+    Returns the deleted ids.
+    """
+    by_timer = [one.id for one in await list_checkpoints(store, run) if one.created_by is CheckpointOrigin.TIMER]
+    old = by_timer[: max(len(by_timer) - keep, 0)]
     found = [one for name in old if (one := await store.get(Key(CHECKPOINT_KIND, name))) is not None]
     with suppress(VersionConflict):  # another process is pruning, too
         if found:
@@ -195,9 +204,9 @@ def _checkpoint(found: Document) -> Checkpoint:
         position=record.position,
         time=found.time,
         reason=record.reason,
-        maker=record.maker,
+        created_by=record.created_by,
         status=record.status,
-        phase=record.phase,
+        task_counts=record.task_counts,
         sessions=record.sessions,
     )
 
@@ -267,7 +276,7 @@ def _run_of(key: Key) -> str:
 
 
 def _summarize(documents: Iterable[Document], run: str | None, is_live: bool) -> JsonObject:
-    phase: Counter[str] = Counter()
+    task_counts: Counter[str] = Counter()
     sessions, end, is_halted = [], None, False
     for found in documents:
         is_known = found.key.kind in {"run", "task"} and not _mark_unreadable(found).damaged
@@ -277,14 +286,14 @@ def _summarize(documents: Iterable[Document], run: str | None, is_live: bool) ->
             is_halted = document is not None and document.halted is not None
         elif found.key.kind == "task":
             task = TaskDocument.model_validate_json(found.encoded) if is_known else None
-            phase["damaged" if task is None else task.status] += 1
+            task_counts["damaged" if task is None else task.status] += 1
             if task is not None and task.status in ACTIVE_STATUSES:
                 owner, _, name = found.key.id.partition("/")
                 sessions.append({"run": owner, "task": name, "attempt": task.attempt.number, "status": task.status})
     status = None
     if run is not None and end != 0.0:
-        status = run_state(phase, has_ended=end is not None, is_halted=is_halted, is_live=is_live)
-    return {"status": status, "phase": dict(phase), "sessions": sessions}
+        status = run_state(task_counts, has_ended=end is not None, is_halted=is_halted, is_live=is_live)
+    return {"status": status, "task_counts": dict(task_counts), "sessions": sessions}
 
 
 def _mark_unreadable(found: Document) -> Document:
@@ -296,14 +305,14 @@ def _plan(checkpoint: Checkpoint, then: Mapping[Key, Document], now: Mapping[Key
     """Return the writes that restore the documents to `then`, as far as possible."""
     then, now = ({key: _mark_unreadable(one) for key, one in found.items()} for found in (then, now))
     writes: list[Write] = []
-    left: dict[Key, str] = {}
+    skipped: dict[Key, str] = {}
     runs: dict[str, RunDocument] = {}
     for name, keys in _by_run([*then, *(key for key in now if key not in then)]).items():
         key = Key("run", name)
         if key not in then:
-            left[key] = "it started after the checkpoint"
+            skipped[key] = "it started after the checkpoint"
         elif then[key].damaged:
-            left[key] = _DAMAGED_THEN
+            skipped[key] = _DAMAGED_THEN
         else:
             judged = {one: _plan_write(then.get(one), now.get(one)) for one in keys if one != key}
             tasks = {one: what for one, what in judged.items() if one.kind == "task"}
@@ -311,7 +320,7 @@ def _plan(checkpoint: Checkpoint, then: Mapping[Key, Document], now: Mapping[Key
             staying = [one for one, what in tasks.items() if one not in then and _is_preserved(what)]
             as_now = {one.id for one, what in tasks.items() if isinstance(what, str)} | {one.id for one in staying}
             judged |= {one: _BEGUN for one, what in judged.items() if what is not None and _task_of(one) in as_now}
-            left |= {one: why for one, why in judged.items() if isinstance(why, str)}
+            skipped |= {one: why for one, why in judged.items() if isinstance(why, str)}
             changed = [one for one in judged.values() if isinstance(one, Write)]
             found = now.get(key)
             if changed or found is None or found.damaged:
@@ -323,9 +332,9 @@ def _plan(checkpoint: Checkpoint, then: Mapping[Key, Document], now: Mapping[Key
     if checkpoint.run is None:
         own = [key for key in dict.fromkeys((*then, *now)) if key.kind not in DOCUMENT_KINDS]
         found_own = {key: _plan_foreign_write(then.get(key), now.get(key)) for key in own}
-        left |= {key: why for key, why in found_own.items() if isinstance(why, str)}
+        skipped |= {key: why for key, why in found_own.items() if isinstance(why, str)}
         writes += [one for one in found_own.values() if isinstance(one, Write)]
-    return RestorePlan(checkpoint, writes, left, runs)
+    return RestorePlan(checkpoint, writes, skipped, runs)
 
 
 _DAMAGED_THEN: Final = "its old record is damaged"
@@ -342,7 +351,7 @@ def _by_run(keys: Iterable[Key]) -> Mapping[str, list[Key]]:
 
 
 def _plan_write(then: Document | None, now: Document | None) -> Write | str | None:
-    """Return the write for a run's document, why it is kept, or None if it has not changed."""
+    """Return the write for a run's document, or why it is kept; None if unchanged."""
     if then is None:
         assert now is not None, "a key has one of these kinds"  # noqa: S101  (for the type checker)
         return _plan_delete(now)
@@ -358,7 +367,10 @@ def _plan_write(then: Document | None, now: Document | None) -> Write | str | No
 
 
 def _plan_foreign_write(then: Document | None, now: Document | None) -> Write | str | None:
-    """Return the write for another program's document, why it is kept, or None if it has not changed."""
+    """Return the write for another program's document, or why it is kept.
+
+    None if the document is unchanged.
+    """
     if any(one is not None and one.expires is not None for one in (then, now)):
         return None  # the old value has expired
     if then is None:
@@ -387,7 +399,7 @@ def _is_preserved(judged: Write | str | None) -> bool:
 
 
 def _plan_delete(now: Document) -> Write | str:
-    """Return the write for a newer document, which deletes it or cancels a task that had sessions."""
+    """Return the write that deletes a newer document, or cancels a started task."""
     if now.key.kind == "task" and not now.damaged:
         task = TaskDocument.model_validate_json(now.encoded)
         if task.status in {TaskStatus.LANDED, TaskStatus.LANDING}:
@@ -401,7 +413,7 @@ def _plan_delete(now: Document) -> Write | str:
 
 
 def _run(then: Document, now: Iterable[Document], staying: Sequence[Key]) -> RunDocument:
-    """Return the old run, not marked as ended if any of its tasks is active or interrupted now.
+    """Return the old run, not marked as ended if a task is active or interrupted.
 
     Tasks in `staying` are newer and remain in the run.
     """

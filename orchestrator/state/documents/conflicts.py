@@ -1,7 +1,7 @@
-"""Resolve competing updates to a document in the commit that writes them, or record a conflict.
+"""Resolve competing updates to a document, or record a conflict.
 
-A recorded conflict waits for a user's decision. It is a document of kind `conflict`; the document that it concerns does
-not change.
+Both happen in the commit that writes the updates. A recorded conflict waits for a user's decision. It is a document of
+kind `conflict`; the document that it concerns does not change.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from orchestrator.domain.documents.conflicts import (
     resolve_updates,
 )
 from orchestrator.domain.documents.stored import ConflictRecord
-from orchestrator.domain.events.state import StateConflictKept, StateConflictResolved, StateConflictSettled
-from orchestrator.errors import RefusedError, format_author
+from orchestrator.domain.events.state import StateConflictAutoResolved, StateConflictRecorded, StateConflictResolved
+from orchestrator.errors import RefusedError, format_writer
 from orchestrator.protocols import Commit, Document, DocumentVersion, Event, Guard, JsonObject, Key, Store, Write
 from orchestrator.state.documents.update import MAX_ATTEMPTS, ChangeCheck, retry_on_conflict
 from orchestrator.state.documents.validation import filter_readable, find_document_error
@@ -36,7 +36,7 @@ _OF_CANDIDATE: Final = ("time", "writer", "value", "base")
 
 @dataclass(frozen=True, slots=True)
 class Conflict:
-    """Updates to a document from which a user has to choose; the candidates are ordered by time."""
+    """Updates to a document from which a user has to choose, ordered by time."""
 
     id: str
     key: Key
@@ -72,15 +72,15 @@ async def apply_updates(
     check: ChangeCheck | None = None,
     attempts: int = MAX_ATTEMPTS,
 ) -> UpdateResult:
-    """Apply updates to any documents in one commit, and return the outcome for each document.
+    """Apply updates to documents in one commit; return the outcome for each.
 
-    Several updates to a document are resolved by the strategy, with an event `state.conflict_resolved` (key, strategy,
-    writers). With `manual`, the document is not written; its candidates are recorded, with an event
-    `state.conflict_kept` (key, conflict, writers). If an update has a `base` and the document has changed since, the
-    current value also competes, with the time and writer of its commit; an update without a base replaces any value. If
-    another process commits first, everything is retried as in `update_document`. Raises RefusedError for an unknown
-    strategy, the errors of `check` for new values, and the errors of `Store.commit`, for example if the candidates
-    together are too large for one document. On an error nothing is changed.
+    Several updates to a document are resolved by the strategy, with an event `state.conflict_auto_resolved` (key,
+    strategy, writers). With `manual`, the document is not written; its candidates are recorded, with an event
+    `state.conflict_recorded` (key, conflict, writers). If an update has a `base` and the document has changed since,
+    the current value also competes, with the time and writer of its commit; an update without a base replaces any
+    value. If another process commits first, everything is retried as in `update_document`. Raises RefusedError for an
+    unknown strategy, the errors of `check` for new values, and the errors of `Store.commit`, for example if the
+    candidates together are too large for one document. On an error nothing is changed.
     """
     chosen = parse_strategy(strategy)
     return await retry_on_conflict(partial(_apply, store, group_by_key(updates), chosen, guards, check), attempts)
@@ -93,9 +93,9 @@ async def list_pending(store: Store) -> list[Conflict]:
 
 
 async def find_conflict(store: Store, name: str, run: str | None = None) -> Conflict:
-    """Return the conflict with an id, or of a document `kind/id` (`kind/rest` for a document of the run).
+    """Return a conflict by its id, or by its document.
 
-    Raises RefusedError unless exactly one matches.
+    A document is `kind/id`, or `kind/rest` for one of the run. Raises RefusedError unless exactly one conflict matches.
     """
     found = await list_pending(store)
     kind, _, rest = name.partition("/")
@@ -125,12 +125,12 @@ async def resolve_conflict(
     check: ChangeCheck | None = None,
     attempts: int = MAX_ATTEMPTS,
 ) -> Document | None:
-    """Write the chosen value and delete the conflict in one commit; return the document, or None if deleted.
+    """Write the chosen value and delete the conflict in one commit.
 
     `conflict` is the conflict's id, `choice` the number of a candidate (from 1, ordered by time) or another value.
-    Records an event `state.conflict_settled` (key, conflict, and the candidate's writer, or null for a value). Raises
-    RefusedError for an unknown id or number or, without `force`, if the document has changed since the conflict was
-    found, and the errors of `check`.
+    Returns the document, or None if deleted. Records an event `state.conflict_resolved` (key, conflict, and the
+    candidate's writer, or null for a value). Raises RefusedError for an unknown id or number or, without `force`, if
+    the document has changed since the conflict was found, and the errors of `check`.
     """
     return await retry_on_conflict(partial(_resolve, store, conflict, choice, force, guards, check), attempts)
 
@@ -177,28 +177,28 @@ async def _step(store: Store, key: Key, updates: Sequence[DocumentUpdate[Key]], 
     writers = [one.writer for one in sorted(competing, key=lambda one: one.time)]
     if isinstance(outcome, Unresolved):
         kept = Conflict(secrets.token_hex(8), key, version, outcome.candidates)
-        unresolved = StateConflictKept(key=str(key), writers=writers, conflict=kept.id)
+        unresolved = StateConflictRecorded(key=str(key), writers=writers, conflict=kept.id)
         return _Step(found, [_record(kept)], Event.of(unresolved), kept)
-    event = Event.of(StateConflictResolved(key=str(key), writers=writers, strategy=strategy))
+    event = Event.of(StateConflictAutoResolved(key=str(key), writers=writers, strategy=strategy))
     return _Step(found, _replace(key, version, outcome.value), event)
 
 
 async def _unseen(
     store: Store, key: Key, found: Document | None, updates: Sequence[DocumentUpdate[Key]]
 ) -> list[DocumentUpdate[Key]]:
-    """Return the current value as an update if one of the updates was based on an older value."""
+    """Return the current value as an update if an update was based on an older one."""
     bases = [update.base for update in updates if update.base is not None]
     if all(base == (found.version if found else 0) for base in bases):
         return []
     if found is None:
         gone = await _deletion(store, key)
-        return [DocumentUpdate(key, gone.time, gone.by, None)] if gone else []
+        return [DocumentUpdate(key, gone.time, gone.writer, None)] if gone else []
     # The readable value of a damaged document is outdated, so it is not a valid candidate.
-    return [] if found.damaged else [DocumentUpdate(key, found.time, found.by, found.value)]
+    return [] if found.damaged else [DocumentUpdate(key, found.time, found.writer, found.value)]
 
 
 async def _deletion(store: Store, key: Key) -> DocumentVersion | None:
-    """Return the version that deleted a missing document, or None if it expired or this is unknown."""
+    """Return the version that deleted a document; None if it expired, or unknown."""
     newest = next(iter(await store.history(key, limit=1)), None)
     return newest if newest and newest.value is None and not newest.damaged else None
 
@@ -237,7 +237,7 @@ async def _resolve(
     version = found.version if found else 0
     if version != conflict.version and not force:
         raise await _changed(store, conflict, found)
-    event = Event.of(StateConflictSettled(key=str(conflict.key), conflict=name, writer=writer))
+    event = Event.of(StateConflictResolved(key=str(conflict.key), conflict=name, writer=writer))
     writes = [Write(record.key, record.version, None), *_replace(conflict.key, version, value)]
     await store.commit(Commit(writes, [event], guards))
     return await store.get(conflict.key)
@@ -267,9 +267,9 @@ def _unknown(name: str, waiting: Sequence[Conflict]) -> RefusedError:
 async def _changed(store: Store, conflict: Conflict, found: Document | None) -> RefusedError:
     key, deletion = conflict.key, None if found else await _deletion(store, conflict.key)
     if found:
-        what = f"{key} was changed by {format_author(found.by, found.time)}"
+        what = f"{key} was changed by {format_writer(found.writer, found.time)}"
     elif deletion:
-        what = f"{key} was deleted by {format_author(deletion.by, deletion.time)}"
+        what = f"{key} was deleted by {format_writer(deletion.writer, deletion.time)}"
     else:
         what = f"{key} no longer exists"
     return RefusedError(

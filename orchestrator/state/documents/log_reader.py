@@ -1,4 +1,4 @@
-"""Read ranges of a store's log, follow it, wait for changes, and find positions by time."""
+"""Read and follow a store's log, wait for changes, and find positions by time."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _PATIENCE: Final = 2.0
 
 
 async def read_range(store: Store, after: int, until: int) -> AsyncGenerator[CommitRecord]:
-    """Yield the records after position `after` up to `until` or the newest, whichever is lower.
+    """Yield the readable records after position `after` up to `until`.
 
-    Unreadable records are skipped. Raises HistoryCompacted if the log does not go back that far.
+    Ends at the newest record if `until` is higher. Raises HistoryCompacted if the log does not go back that far.
     """
     until = min(until, await store.position())  # a future commit may never come
     if after >= until:
@@ -53,9 +53,9 @@ async def _next(store: Store, records: AsyncGenerator[CommitRecord]) -> CommitRe
 
 
 async def follow_log(store: Store, after: int) -> AsyncGenerator[CommitRecord]:
-    """Yield the records after position `after` as they are committed, skipping pruned ones.
+    """Yield the records after position `after` as they are committed.
 
-    So a reader that is slow or was stopped for long can continue. Never ends on its own.
+    Skips pruned records, so that a slow or stopped reader can continue. Never ends on its own.
     """
     while True:
         try:
@@ -70,7 +70,10 @@ async def follow_log(store: Store, after: int) -> AsyncGenerator[CommitRecord]:
 async def wait_for_commit(
     store: Store, clock: Clock, after: int, matches: Callable[[CommitRecord], bool], until: float
 ) -> None:
-    """Wait for a matching commit after position `after`, at most until `until` (monotonic clock)."""
+    """Wait for a matching commit after position `after`, at most until `until`.
+
+    `until` is on the monotonic clock.
+    """
     found = anyio.Event()
 
     async def watch() -> None:
@@ -85,10 +88,10 @@ async def wait_for_commit(
 
 
 async def read_backwards(store: Store, until: int, after: int = 0) -> AsyncGenerator[list[CommitRecord]]:
-    """Yield the records after `after` up to `until` in parts, newest part first, each in log order.
+    """Yield the records after `after` up to `until` in parts, newest part first.
 
-    So a search among the newest records need not read older ones. Raises HistoryCompacted after the last part if the
-    log does not go back to `after`.
+    Each part is in log order. So a search among the newest records need not read older ones. Raises HistoryCompacted
+    after the last part if the log does not go back to `after`.
     """
     size, gone = _FIRST_PART, None
     while after < until:
@@ -120,9 +123,9 @@ def find_newest_until(times: Iterable[tuple[int, float]], instant: float) -> int
 
 
 async def find_position(store: Store, instant: float) -> int:
-    """Return the position of the newest commit up to an instant (wall-clock seconds), or 0.
+    """Return the position of the newest commit up to an instant, or 0.
 
-    Raises RefusedError if the log does not go back that far.
+    The instant is in wall-clock seconds. Raises RefusedError if the log does not go back that far.
     """
     try:
         async with aclosing(read_backwards(store, await store.position())) as parts:
@@ -138,7 +141,7 @@ async def find_position(store: Store, instant: float) -> int:
 
 
 def validate_many(model: TypeAdapter[list[T]], encoded: Sequence[bytes]) -> list[T]:
-    """Parse many documents in one fast call, skipping those overwritten by another program."""
+    """Parse many documents in one fast call; skip those of other programs."""
     try:
         return model.validate_json(b"[" + b",".join(encoded) + b"]")
     except ValidationError as error:
@@ -154,18 +157,18 @@ class DocumentChange(NamedTuple):
     value: JsonObject | None
     position: int
     time: float
-    by: str
+    writer: str
 
 
 async def subscribe(store: Store, pattern: str, after: int | None = None) -> AsyncGenerator[DocumentChange]:
-    """Yield each new version of the documents whose name (`kind/id`) matches an fnmatch(3) pattern.
+    """Yield each new version of documents whose name matches an fnmatch(3) pattern.
 
-    `*` matches any characters, including `/`. Starts after the position `after`: 0 is the beginning of the log, None is
-    now. An expired document is reported when it is deleted from the store.
+    The name is `kind/id`; `*` matches any characters, including `/`. Starts after the position `after`: 0 is the
+    beginning of the log, None is now. An expired document is reported when it is deleted from the store.
     """
     begin = await store.position() if after is None else after
     async with aclosing(store.watch(begin)) as records:
         async for record in records:
             for key, (version, value) in record.documents.items():
                 if fnmatchcase(str(key), pattern):
-                    yield DocumentChange(key, version, value, record.position, record.time, record.by)
+                    yield DocumentChange(key, version, value, record.position, record.time, record.writer)

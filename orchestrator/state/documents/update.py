@@ -1,4 +1,4 @@
-"""Update documents with retries after conflicts, delete expired documents, and prune the log."""
+"""Update documents with retries, delete expired ones, and prune the log."""
 
 from __future__ import annotations
 
@@ -41,12 +41,13 @@ async def update_document(
     attempts: int = MAX_ATTEMPTS,
     check: ChangeCheck | None = None,
 ) -> Document | None:
-    """Replace a document's value by the result of `change`; return the new document, or None if deleted.
+    """Replace a document's value by `change(value)`, and return the new document.
 
-    `change` gets a copy of the value (None if there is no document), and returns None to delete it. If another process
-    commits first, `change` is called again with the newer value after a random pause that grows exponentially. `ttl`,
-    `events` and `guards` are those of the commit. Raises VersionConflict after `attempts`, or immediately if the
-    version is not `expected_version` (0 means no document). If `check` raises an error, nothing is written.
+    `change` gets a copy of the value (None if there is no document), and returns None to delete it; then the result is
+    also None. If another process commits first, `change` is called again with the newer value after a random pause that
+    grows exponentially. `ttl`, `events` and `guards` are those of the commit. Raises VersionConflict after `attempts`,
+    or immediately if the version is not `expected_version` (0 means no document). If `check` raises an error, nothing
+    is written.
     """
     attempts = 1 if expected_version is not None else attempts
     return await retry_on_conflict(
@@ -55,7 +56,7 @@ async def update_document(
 
 
 async def retry_on_conflict(attempt: Callable[[], Awaitable[T]], attempts: int = MAX_ATTEMPTS) -> T:
-    """Return the result of `attempt`, which reads and commits; retry it after a VersionConflict.
+    """Call `attempt`, which reads and commits, until it has no VersionConflict.
 
     Retries follow a random pause that grows exponentially. The VersionConflict of the last attempt is raised.
     """
@@ -83,8 +84,8 @@ async def _try(
     found = await store.get(key)
     version = found.version if found else 0
     if expected_version is not None and expected_version != version:
-        by, time = (found.by, found.time) if found else ("", 0.0)
-        raise VersionConflict(str(key), expected_version, version, by=by, time=time)
+        writer, time = (found.writer, found.time) if found else ("", 0.0)
+        raise VersionConflict(str(key), expected_version, version, writer=writer, time=time)
     value = change(found.value if found else None)
     if value is None and found is None:
         return None
@@ -113,9 +114,9 @@ async def delete_expired(store: Store, run: str | None = None) -> Sequence[Key]:
 async def compact_log(
     store: Store, clock: Clock, age: float | None, size: int, run: str | None = None
 ) -> CompactionResult:
-    """Prune commits older than `age` seconds (None: no age limit), or beyond `size` bytes of log.
+    """Prune commits older than `age` seconds, or beyond `size` bytes of log.
 
-    Records an event, of `run` if given, when commits were pruned.
+    An `age` of None means no age limit. Records an event, of `run` if given, when commits were pruned.
     """
     first = (await store.statistics()).first
     result = await store.compact(-math.inf if age is None else clock.now() - age, size)

@@ -1,4 +1,4 @@
-"""Validate council's documents by kind: find unreadable ones, and check manual changes.
+"""Validate council's documents by kind, and check manual changes.
 
 Documents of other kinds belong to other programs and may have any shape.
 """
@@ -41,9 +41,11 @@ from orchestrator.state.log.codec import encode_object
 LOCK_KIND: Final = "named_lock"
 
 #: The fields of a run that users may change; the others are fixed at creation.
-EDITABLE_RUN_FIELDS: Final = frozenset({"capacity", "ended", "halted", "extra"})
+EDITABLE_RUN_FIELDS: Final = frozenset({"capacity", "ended", "halted", "annotations"})
 #: The fields of a task that users may change; the others are written only by the run.
-EDITABLE_TASK_FIELDS: Final = frozenset({"status", "reason", "feedback", "ignored", "pull_request", "extra"})
+EDITABLE_TASK_FIELDS: Final = frozenset(
+    {"status", "reason", "feedback", "ignored_reason", "pull_request", "annotations"}
+)
 #: The statuses that users may set; the others need work that only a run can record.
 MANUAL_STATUSES: Final = tuple(one for one in TaskStatus if one is TaskStatus.PENDING or one in UNSUCCESSFUL_STATUSES)
 #: How many versions of a document to search for a readable one.
@@ -131,7 +133,10 @@ class DocumentError(NamedTuple):
 
 
 def find_document_error(found: Document) -> str | None:
-    """Return why a council document is invalid; None if valid, of another kind, or damaged in the log."""
+    """Return why a council document is invalid; None if it is valid.
+
+    None also for documents of other kinds and for those damaged in the log.
+    """
     return None if found.damaged else _flaw(found.key, found.encoded)
 
 
@@ -188,7 +193,7 @@ async def repair_documents(store: Store, keys: Sequence[Key]) -> None:
         value = next((one for one in known if one is not None and _flaw(key, encode_object(key, one)) is None), None)
         if value is not None and key.kind in {"lease", "claim", "orchestrator"}:
             value = {**value, "epoch": found.version + 1}  # higher than all earlier epochs, so no process has it
-        event = Event.of(StateRepaired(key=str(key), lost=found.version, is_known=value is not None))
+        event = Event.of(StateRepaired(key=str(key), lost_version=found.version, is_known=value is not None))
         ttl = None if found.expires is None else max(found.expires - found.time, 1.0)
         try:
             await store.commit(Commit([Write(key, found.version, value, ttl)], [event]))
@@ -197,11 +202,11 @@ async def repair_documents(store: Store, keys: Sequence[Key]) -> None:
 
 
 def check_manual_change(key: Key, found: Document | None, value: JsonObject | None) -> None:
-    """Raise RefusedError if a manual change to a council document is not allowed; None means deletion.
+    """Raise RefusedError if a manual change to a council document is not allowed.
 
-    Raises InvalidDocument for a value that no store accepts. Documents of other kinds may have any value. Of council's
-    documents, only runs and tasks can be changed, and only in their editable fields; all others are written only by
-    commands and functions.
+    The value None means deletion. Raises InvalidDocument for a value that no store accepts. Documents of other kinds
+    may have any value. Of council's documents, only runs and tasks can be changed, and only in their editable fields;
+    all others are written only by commands and functions.
     """
     if key.kind not in DOCUMENT_KINDS:
         return
@@ -235,7 +240,7 @@ def _check_known(key: Key, value: JsonObject) -> None:
     unknown = sorted(value.keys() - known.keys())
     if unknown:
         what = f"{key} has no field {', '.join(map(repr, unknown[:3]))}"
-        raise RefusedError(what, "put your own fields under `extra`")
+        raise RefusedError(what, "put your own fields under `annotations`")
 
 
 def _check_fields(key: Key, before: JsonObject, value: JsonObject, fields: frozenset[str]) -> None:
@@ -244,10 +249,12 @@ def _check_fields(key: Key, before: JsonObject, value: JsonObject, fields: froze
     fixed = sorted(set(changed) - fields)
     if fixed:
         what = f"{fixed[0]!r} of {key} is written only by the run"
-        raise RefusedError(what, f"{', '.join(sorted(fields))} can be changed manually, and `extra` takes any value")
+        raise RefusedError(
+            what, f"{', '.join(sorted(fields))} can be changed manually, and `annotations` takes any value"
+        )
     if key.kind == "task" and "status" in changed and value["status"] not in MANUAL_STATUSES:
         what = f"{key} can't be set to {value['status']} manually: only the run records that together with the work"
-        raise RefusedError(what, f"set one of {', '.join(MANUAL_STATUSES)}; or add a note under `extra`")
+        raise RefusedError(what, f"set one of {', '.join(MANUAL_STATUSES)}; or add a note under `annotations`")
 
 
 def _defaults(key: Key) -> Mapping[str, Any]:

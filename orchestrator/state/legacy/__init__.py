@@ -1,1 +1,1 @@
-"""Import the state of older layouts."""
+"""Import state in earlier formats."""

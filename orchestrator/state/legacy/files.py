@@ -1,4 +1,4 @@
-"""Read the state of older layouts in a project's folder, and preserve unreadable files. Blocks."""
+"""Read state in earlier formats, and preserve unreadable files. Blocks."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class LegacySource:
 
 @dataclass(frozen=True, slots=True)
 class LegacyProblem:
-    """A file that could not be imported completely, with the reason and the path of a copy, if any."""
+    """A file that was not imported completely: reason, and path of a copy, if any."""
 
     path: str
     reason: str
@@ -147,7 +147,7 @@ def _read_tree(reader: _Reader) -> list[LegacySession]:
 
 
 def _task_state(reader: _Reader, folder: str) -> dict[str, Any] | None:
-    """Return a task's newest readable state: its own, otherwise the newest in its history."""
+    """Return a task's newest readable state: its own, or one of its history."""
     path = f"{folder}/state.json"
     data = reader.read(path)
     if data is None:
@@ -208,7 +208,10 @@ def _join_errors(errors: Sequence[str]) -> str:
 
 
 class _Reader:
-    """Reads a project's untrusted files within limits, without following links out of the project."""
+    """A reader of a project's untrusted files.
+
+    It has limits, and does not follow links out of the project.
+    """
 
     def __init__(self, project: Project, found: LegacyFiles) -> None:
         self._project, self.found = project, found
@@ -218,7 +221,10 @@ class _Reader:
         self.total = 0
 
     def read(self, name: str) -> bytes | None:
-        """Return the content of a file, or None if it is missing or unreadable, which records a problem."""
+        """Return the content of a file; record a problem if it is not readable.
+
+        Returns None if the file is missing or unreadable.
+        """
         try:
             data, changed = self._load(name)
         except FileNotFoundError:
@@ -242,14 +248,17 @@ class _Reader:
             return file.read(facts.st_size), facts.st_mtime
 
     def _real(self, name: str) -> str:
-        """Return a path's current target, relative to the top. Files are opened only by `untrusted_files`."""
+        """Return a path's current target, relative to the top.
+
+        Files are opened only by `untrusted_files`.
+        """
         real = (self._project.top / name).resolve(strict=True)
         if not real.is_relative_to(self._top):
             raise UnknownLayout("a link leads out of the project")
         return str(real.relative_to(self._top))
 
     def names(self, folder: str, ending: str) -> list[str]:
-        """Return the sorted paths of a folder's entries with a suffix, relative to the project."""
+        """Return the sorted paths in a folder with a suffix, relative to the project."""
         try:
             with untrusted_files.open_folder(self._top, self._real(folder)) as descriptor:
                 found = sorted(name for name in os.listdir(descriptor) if name.endswith(ending))  # noqa: PTH208  (takes a descriptor)

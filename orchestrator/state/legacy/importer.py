@@ -1,7 +1,7 @@
-"""Import the state of older layouts once: read the files unchanged, and convert sessions to runs.
+"""Import state in earlier formats once: convert their sessions to runs.
 
-`import/worktrees` records the import, with digests and counts. If it is incomplete, for example after a kill, the next
-import writes the missing documents. A run becomes visible with its last document.
+The files stay unchanged. `import/worktrees` records the import, with digests and counts. If it is incomplete, for
+example after a kill, the next import writes the missing documents. A run becomes visible with its last document.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ class ImportResult:
 
 
 async def import_legacy_state(store: Store, project: Project, now: float) -> list[str]:
-    """Import the state of older layouts at `now` (wall-clock seconds), and return messages.
+    """Import state in earlier formats, and return messages.
 
-    Raises nothing: an error is returned as a message, and the next command tries again.
+    `now` is in wall-clock seconds. Raises nothing: an error is returned as a message, and the next command tries again.
     """
     try:
         found = await anyio.to_thread.run_sync(read_legacy_files, project)
@@ -90,7 +90,7 @@ def _convert(found: LegacyFiles, project: Project, now: float) -> list[Converted
 
 
 async def _commit(store: Store, runs: Sequence[ConvertedSession], found: LegacyFiles) -> ImportResult | None:
-    """Write the missing documents; return None if another process has completed the import."""
+    """Write the missing documents; return None if the import is already complete."""
     record = await store.get(LEGACY_RECORD)
     if record is not None and is_import_complete(record):
         return None

@@ -1,4 +1,4 @@
-r"""The codec of the commit log: one line per commit, designed so that damage can be located.
+r"""The codec of the commit log: one line per commit, which makes damage locatable.
 
     <crc of the rest of the head> <header length> <payload length> <header> <payload crc> <payload>\n
 
@@ -54,7 +54,7 @@ _CHECKSUM_BYTES: Final = 10  # of the payload, with a space on each side
 
 
 class LineChange(NamedTuple):
-    """A document in a header: its new version, and the length of its value in bytes (0 if deleted)."""
+    """A document in a header: its new version, and its length in bytes (0: deleted)."""
 
     key: Key
     version: int
@@ -90,7 +90,7 @@ class LogLine(NamedTuple):
     time: float
     changes: Sequence[LineChange]
     payload: bytes
-    by: str = ""
+    writer: str = ""
     durable: int = 0
     """The position up to which the log was known to be durable when this was written."""
 
@@ -101,7 +101,10 @@ class LogLine(NamedTuple):
 
 
 class DecodedLine(NamedTuple):
-    """A line with a valid header, ending before offset `end`; `terminator` is the byte in place of its newline."""
+    """A line with a valid header, ending before offset `end`.
+
+    `terminator` is the byte in place of its newline.
+    """
 
     end: int
     line: LogLine
@@ -110,7 +113,7 @@ class DecodedLine(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class UnreadableBytes:
-    """Bytes up to offset `end` that are not a valid line; their original content is unknown."""
+    """Bytes up to offset `end` that are not a valid line."""
 
     end: int
 
@@ -126,7 +129,10 @@ ScanResult = DecodedLine | UnreadableBytes | IncompleteLine
 
 
 def encode_commit(commit: Commit) -> EncodedCommit:
-    """Return `commit` as bytes, ready for any position. Raises InvalidDocument if a value can't be stored."""
+    """Return `commit` as bytes, ready for any position.
+
+    Raises InvalidDocument if a value can't be stored.
+    """
     writes, values = [], []
     for write in commit.writes:
         encoded = b"" if write.value is None else encode_object(write.key, write.value)
@@ -161,7 +167,7 @@ def encode_header(line: LogLine) -> bytes:
         {
             "position": line.position,
             "time": line.time,
-            "by": line.by,
+            "by": line.writer,
             "durable": line.durable,
             "changes": [_columns(change) for change in line.changes],
         }
@@ -174,10 +180,10 @@ def _columns(change: LineChange) -> tuple[Any, ...]:
 
 
 def scan(data: bytes, offset: int) -> ScanResult:
-    """Return the item in `data` at `offset`, which must be inside. Never raises an error on damage.
+    """Return the item in `data` at `offset`. Never raises an error on damage.
 
-    Encoded lines contain no newline except as their last byte. So bytes that begin like a line but extend beyond `data`
-    are incomplete if no newline follows, and damaged if one does.
+    The offset must be inside. Encoded lines contain no newline except as their last byte. So bytes that begin like a
+    line but extend beyond `data` are incomplete if no newline follows, and damaged if one does.
     """
     head = _HEAD.match(data, offset)
     header = None if head is None else _valid_header(data, head)
@@ -199,7 +205,7 @@ def scan(data: bytes, offset: int) -> ScanResult:
 
 
 def find_never_durable(data: bytes, offset: int, position: int) -> int | None:
-    """Return the offset in `data` of unreadable bytes that were never known to be durable, or None.
+    """Return the offset of unreadable bytes that were never durable, or None.
 
     `offset` is after the commit at `position`. After a power failure, bytes that were not durable yet may be missing
     although later ones exist; a later line that was written when they were durable shows that they are damaged instead.
@@ -238,7 +244,7 @@ def split_events(changes: Sequence[LineChange | EncodedWrite], payload: bytes) -
 
 
 def prune_line(line: LogLine, keys: Collection[Key]) -> LogLine:
-    """Return an undamaged line reduced to the changes to some documents, with its events."""
+    """Return a valid line with only the changes to some documents, and its events."""
     kept = [(change, value) for change, value in iter_values(line) if change.key in keys]
     events = split_events(line.changes, line.payload)
     payload = b"[[%b],[%b]]" % (b",".join(value for _, value in kept if value is not None), events)
@@ -246,9 +252,9 @@ def prune_line(line: LogLine, keys: Collection[Key]) -> LogLine:
 
 
 def without_damaged_payload(line: LogLine) -> LogLine:
-    """Return a damaged line as an undamaged one with only its deletions; other lines unchanged.
+    """Return a damaged line as a valid one with only its deletions.
 
-    Deletions are certain even if the payload is damaged.
+    Deletions are certain even if the payload is damaged. Other lines are returned unchanged.
     """
     if not line.is_damaged:
         return line
@@ -262,17 +268,20 @@ def to_dumped(line: LogLine) -> DumpedCommit:
         for change, value in iter_values(line)
     )
     events = tuple(Event(*event) for event in json.loads(b"[%b]" % split_events(line.changes, line.payload)))
-    return DumpedCommit(line.position, line.time, line.by, documents, events)
+    return DumpedCommit(line.position, line.time, line.writer, documents, events)
 
 
 def from_dumped(commit: DumpedCommit) -> LogLine:
-    """Convert a commit of another store to a line. Raises InvalidDocument for invalid names and events."""
+    """Convert a commit of another store to a line.
+
+    Raises InvalidDocument for invalid names and events.
+    """
     _check_keys([one.key for one in commit.documents])
     changes = tuple(
         LineChange(one.key, one.version, len(one.encoded or b""), one.previous, one.expires) for one in commit.documents
     )
     payload = _payload([one.encoded for one in commit.documents if one.encoded is not None], commit.events)
-    return LogLine(commit.position, commit.time, changes, payload, commit.by)
+    return LogLine(commit.position, commit.time, changes, payload, commit.writer)
 
 
 def to_record(line: LogLine) -> CommitRecord:
@@ -280,20 +289,29 @@ def to_record(line: LogLine) -> CommitRecord:
     if line.is_damaged:
         deleted = {change.key: (change.version, None) for change in line.changes if change.length == 0}
         lost = [change.key for change in line.changes if change.length]
-        return CommitRecord(line.position, line.time, deleted, (), lost, line.by)
+        return CommitRecord(line.position, line.time, deleted, (), lost, line.writer)
     found, events = json.loads(line.payload)
     remaining = iter(found)
     documents = {change.key: (change.version, next(remaining) if change.length else None) for change in line.changes}
-    return CommitRecord(line.position, line.time, documents, tuple(Event(*event) for event in events), (), line.by)
+    return CommitRecord(line.position, line.time, documents, tuple(Event(*event) for event in events), (), line.writer)
 
 
 def to_version(line: LogLine, key: Key) -> DocumentVersion:
-    """Return the version of a document that a line wrote. The line must have written one."""
+    """Return the version of a document that a line wrote.
+
+    The line must have written one.
+    """
     record = to_record(line)
     change = next(change for change in line.changes if change.key == key)
     value = record.documents.get(key, (0, None))[1]
     return DocumentVersion(
-        change.version, line.position, line.time, line.by, value, record.events, line.is_damaged and change.length > 0
+        change.version,
+        line.position,
+        line.time,
+        line.writer,
+        value,
+        record.events,
+        line.is_damaged and change.length > 0,
     )
 
 
@@ -312,7 +330,7 @@ def decode_header(header: bytes, payload: bytes) -> LogLine:
 
 
 def _resync(data: bytes, offset: int) -> int:
-    """Return the offset of the next line with a valid header, or whose header may continue after `data`."""
+    """Return the offset of the next line whose header is valid, or incomplete."""
     while (newline := data.find(b"\n", offset)) >= 0:
         offset = newline + 1
         head = _HEAD.match(data, offset)
@@ -359,7 +377,10 @@ def _named(subject: Key | str) -> str:
 
 
 def encode_object(subject: Key | str, value: Any) -> bytes:
-    """Return a JSON object on one line. Raises InvalidDocument, with the name of the document or event."""
+    """Return a JSON object on one line.
+
+    Raises InvalidDocument, with the name of the document or event.
+    """
     if not isinstance(value, dict):
         raise InvalidDocument(_named(subject), f"it is a {type(value).__name__}, not an object")
     encoded = _encode_fast(value)
@@ -382,7 +403,7 @@ def _encode_fast(value: dict[str, Any]) -> bytes | None:
 
 
 def _check_shape(subject: str, value: dict[str, Any]) -> None:
-    """Reject values that the encoder would alter or fail on: non-text keys, deep nesting, cycles."""
+    """Reject values that JSON alters or fails on: non-text keys, depth, cycles."""
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):
         children: list[Any] = []

@@ -1,7 +1,8 @@
-"""Compact the log: pack closed segments, and prune old ones to each document's last versions.
+"""Compact the log: pack closed segments, and prune old ones.
 
-Compaction never changes the newest documents or their last versions. Each step replaces files with a file that is
-already durable. After a crash the old files, the new file, or both exist, which `segments` distinguishes.
+Pruning keeps each document's last versions. Compaction never changes the newest documents or their last versions. Each
+step replaces files with a file that is already durable. After a crash the old files, the new file, or both exist, which
+`segments` distinguishes.
 """
 
 from __future__ import annotations
@@ -49,12 +50,12 @@ def pack_closed_segments(directory: Path) -> None:
 def prune_segments(
     directory: Path, last: Segment, held: AbstractContextManager[None], damaged: Path | None = None
 ) -> None:
-    """Prune the segments up to `last`, a closed one, to each document's last versions. Blocks.
+    """Prune the segments up to `last` to each document's last versions. Blocks.
 
-    Only one process at a time may call this. The store's lock is `held` during the replacement, because a reader that
-    moves from one segment to the next would miss those in between. Call `remove_replaced_segments` afterwards. Raises
-    ValueError if a line is unreadable, to preserve it. With a folder for `damaged` segments, unreadable lines are
-    skipped instead, and the original segments are copied to that folder.
+    `last` must be closed. Only one process at a time may call this. The store's lock is `held` during the replacement,
+    because a reader that moves from one segment to the next would miss those in between. Call
+    `remove_replaced_segments` afterwards. Raises ValueError if a line is unreadable, to preserve it. With a folder for
+    `damaged` segments, unreadable lines are skipped instead, and the original segments are copied to that folder.
     """
     segments = list_segments(directory)
     old = segments[: segments.index(last) + 1]
@@ -70,7 +71,7 @@ def prune_segments(
 
 
 def find_prunable_segment(directory: Path, older_than: float, largest: int) -> Segment | None:
-    """Return the last segment to prune, by the age of its commits or the log's size. Blocks.
+    """Return the last segment to prune, by commit age or log size. Blocks.
 
     Returns None if all such segments are already pruned. The newest segment is never pruned.
     """
@@ -116,7 +117,7 @@ def build_repaired_table(directory: Path) -> DocumentTable:
 
 
 def _lines(directory: Path, old: Sequence[Segment], *, is_strict: bool) -> Iterator[LogLine]:
-    """Yield the lines of segments in order; lines with a damaged payload have only their deletions."""
+    """Yield the lines of segments; damaged lines have only their deletions."""
     position = old[0].first - 1 if old else 0
     for segment in old:
         with closing(open_segment(directory, segment)) as source:
@@ -146,7 +147,10 @@ def _put(path: Path, data: bytes, held: AbstractContextManager[None] | None = No
 
 
 def remove_replaced_segments(directory: Path) -> None:
-    """Remove replaced segments and unfinished files. The caller must hold the store's lock. Blocks."""
+    """Remove replaced segments and unfinished files. Blocks.
+
+    The caller must hold the store's lock.
+    """
     log = {one.path(directory).name for one in list_segments(directory)}
     names = os.listdir(directory)  # noqa: PTH208  (only names are needed)
     replaced = [name for name in names if name.endswith((".jsonl", ".jsonl.zst")) and name not in log]

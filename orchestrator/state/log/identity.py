@@ -1,4 +1,6 @@
-"""Find a folder's log, and check that it is trusted: a repository may contain a malicious one.
+"""Find a folder's log, and check that it is trusted.
+
+A repository may contain a malicious one.
 
     <folder>/identity          the log's identity: 32 random hexadecimal digits
     <folder>/<identity>/       the log itself (`state.log.segments`)
@@ -32,7 +34,10 @@ _MOST_HIDDEN: Final = 200
 
 
 def find_log(folder: Path) -> Path | None:
-    """Return the log's folder in a store's folder, or None. Raises RefusedError if damaged."""
+    """Return the log's folder in a store's folder, or None.
+
+    Raises RefusedError if it is damaged.
+    """
     path = folder / IDENTITY_FILE
     try:
         found = _IDENTITY.fullmatch(path.read_bytes()[:64])
@@ -54,9 +59,9 @@ def require_log(folder: Path) -> Path:
 
 
 def ensure_log(folder: Path, home: Path | None = None) -> Path:
-    """Return the log's folder like `find_log`; for a new store, create an identity and record it in the home.
+    """Return the log's folder like `find_log`; create one for a new store.
 
-    Raises RefusedError if the log of an existing identity is missing.
+    The home records the identity of a new store. Raises RefusedError if the log of an existing identity is missing.
     """
     if (log := find_log(folder) or _recover_identity(folder, home)) is None:
         name = token_hex(16)
@@ -76,7 +81,7 @@ def ensure_log(folder: Path, home: Path | None = None) -> Path:
 
 
 def _recover_identity(folder: Path, home: Path | None) -> Path | None:
-    """Return the log of a folder without an identity file if the home lists it; restore the file."""
+    """Restore a folder's identity file if the home lists its log; return the log."""
     known = set() if home is None else _known(home)
     try:
         found = [path for path in folder.iterdir() if path.name.encode() in known and path.is_dir()]
@@ -95,7 +100,7 @@ def _write_identity(folder: Path, name: str) -> None:
 
 
 def check_trusted(url: str, home: Path, *, is_named: bool = True) -> None:
-    """Raise RefusedError for a store that was neither created on this machine nor adopted by the user.
+    """Raise RefusedError for a store neither created on this machine nor adopted.
 
     A folder without a store gets an identity. If only a file refers to the store, not the user or a run, its URL must
     be known.
@@ -115,7 +120,7 @@ def check_trusted(url: str, home: Path, *, is_named: bool = True) -> None:
 
 
 def find_trust_error(folder: Path, home: Path) -> RefusedError | None:
-    """Return why the log in a folder is not trusted, or None if it is. Changes nothing."""
+    """Return why a folder's log is not trusted; None if it is. Changes nothing."""
     try:
         log = find_log(folder)
         is_known = log is None or log.name.encode() in _known(home)
@@ -135,7 +140,10 @@ def _unknown(what: str, home: Path) -> RefusedError:
 
 
 def adopt_store(url: str, home: Path) -> None:
-    """Record that the user trusts a store created elsewhere. Raises RefusedError if there is none."""
+    """Record that the user trusts a store created elsewhere.
+
+    Raises RefusedError if there is none.
+    """
     if (folder := require_local_folder(url)) is not None:
         _record(home, require_log(folder).name, str(folder))
     record_store_use(url, home)
@@ -147,7 +155,7 @@ def record_store_use(url: str, home: Path) -> None:
 
 
 def known_store_folders(home: Path) -> list[Path]:
-    """Return the folders of the stores most recently created or adopted on this machine. Blocks."""
+    """Return the store folders most recently created or adopted here. Blocks."""
     try:
         lines = (home / _KNOWN).read_text(errors="replace").splitlines()[-_MOST_HIDDEN:]
     except OSError:

@@ -1,4 +1,4 @@
-"""The commit log as opened by a process: read new commits, and append to it. Everything here blocks.
+"""The commit log as opened by a process, for reading and appending. Blocks.
 
 Thread-safe; calls that advance the known end of the log wait for each other.
 """
@@ -116,7 +116,7 @@ class Journal:
         self._io = threading.Lock()
 
     def try_refresh_inline(self) -> bool:
-        """Read a few new commits of other processes without a thread; return whether the table is current."""
+        """Read a few new commits without a thread; return True if now current."""
         mark = self.log.lock.read()
         if mark == self.log.end:
             return True
@@ -173,7 +173,7 @@ class Journal:
         )
 
     def documents_to_repair(self) -> list[Key]:
-        """Return the documents whose known state differs from the log without its damaged lines.
+        """Return documents whose known state differs from the undamaged log.
 
         They include deleted documents, which could reappear or whose versions could be reused.
         """
@@ -219,7 +219,10 @@ class Journal:
                 self.log.save_snapshot(is_outdated=True)
 
     def open(self) -> None:
-        """Read the log. Raises RefusedError on a network file system, and OSError if it can't be read."""
+        """Read the log.
+
+        Raises RefusedError on a network file system, and OSError if it can't be read.
+        """
         refuse_network_mount(self._directory)
         make_folder(self._directory)
         self.log = self._opened.enter_context(closing(OpenLog(self._directory)))
@@ -334,7 +337,7 @@ class Journal:
         return HighWaterMark(first, 0, known.position, 0, known.position, known.boot)
 
     def _roll_back(self, known: HighWaterMark) -> None:
-        """Remove a partial write, and mark the end as uncertain for the next process that commits."""
+        """Remove a partial write; mark the end as uncertain for the next writer."""
         if self.log.cursor.segment:
             with suppress(OSError):  # the next process tries again
                 truncate(self.log.cursor.path, self.log.cursor.offset)

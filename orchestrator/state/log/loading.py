@@ -1,4 +1,4 @@
-"""Load a copied log: check its commits, and install them atomically as a log on disk.
+"""Load a copied log: check its commits, and install them atomically.
 
 The segments are written to the folder `loading`. Renaming it to `loaded` commits the load: every process that opens the
 store, or commits, first moves the segments to their final location. A kill before the rename leaves an empty store and
@@ -40,7 +40,10 @@ def damaged_log_error(position: int) -> RefusedError:
 
 
 async def read_dump_lines(dump: Dump) -> AsyncGenerator[LogLine]:
-    """Yield the commits of a dump as log lines. Raises RefusedError if its positions are inconsistent."""
+    """Yield the commits of a dump as log lines.
+
+    Raises RefusedError if its positions are inconsistent.
+    """
     position = 0
     async with aclosing(dump.commits) as commits:
         async for commit in commits:
@@ -68,10 +71,16 @@ def not_empty_error(location: str, position: int) -> RefusedError:
 
 
 class Staging:
-    """The staged segments of a load. Only one process at a time may stage in a store's folder."""
+    """The staged segments of a load.
+
+    Only one process at a time may stage in a store's folder.
+    """
 
     def __init__(self, directory: Path, first: int, segment_bytes: int) -> None:
-        """Stage a log that was pruned up to position `first`, in segments of `segment_bytes`."""
+        """Stage a log that was pruned up to position `first`.
+
+        Its segments have `segment_bytes`.
+        """
         self._directory, self._folder = directory, directory / _LOADING
         self._first, self._segment_bytes = first, segment_bytes
         self._path = self._folder
@@ -119,7 +128,10 @@ class Staging:
         failpoint("state.load_finished")
 
     def put(self) -> None:
-        """Commit the load. The caller must hold the lock of the store, which must be empty."""
+        """Commit the load.
+
+        The caller must hold the lock of the store, which must be empty.
+        """
         self._folder.rename(self._directory / _LOADED)
         sync_folder(self._directory)
         failpoint("state.loaded")

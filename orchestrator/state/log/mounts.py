@@ -1,4 +1,4 @@
-"""Refuse state on network file systems, where flock may fail to exclude processes and corrupt the log."""
+"""Refuse state on network file systems, where flock may not exclude processes."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def refuse_network_mount(path: Path, mountinfo: Path = Path("/proc/self/mountinf
 
 
 def read_mount(path: Path, mountinfo: Path = Path("/proc/self/mountinfo")) -> tuple[Path, str] | None:
-    """Return the mount point of `path` (which need not exist) and the file system type, or None.
+    """Return the mount point and file system type of a path, or None.
 
-    Reads Linux's mount table (proc_pid_mountinfo(5)); returns None without one.
+    The path need not exist. Reads Linux's mount table (proc_pid_mountinfo(5)); returns None without one.
     """
     try:
         table = mountinfo.read_text(encoding="utf-8", errors="surrogateescape")

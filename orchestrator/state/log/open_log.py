@@ -1,4 +1,4 @@
-"""The log as known to a process: its documents and end, and recovery from killed processes."""
+"""The log as known to a process, and recovery from killed processes."""
 
 from __future__ import annotations
 
@@ -90,9 +90,10 @@ class OpenLog:
             self._saved = _size(found.sums)
 
     def save_snapshot(self, *, is_outdated: bool = False) -> None:
-        """Write a snapshot if it saves the next opener enough reading; never for a damaged log.
+        """Write a snapshot if worthwhile; never for a damaged log.
 
-        With `is_outdated`, the existing snapshot is no longer valid.
+        It is worthwhile if it saves the next opener enough reading. With `is_outdated`, the existing snapshot is no
+        longer valid.
         """
         sums = self.cursor.sums
         saved = 0 if is_outdated else self._saved
@@ -105,7 +106,10 @@ class OpenLog:
                 snapshot.write_snapshot(self._directory, snapshot.Snapshot(self.replay.table, sums))
 
     def follow(self, mark: HighWaterMark | None) -> None:
-        """Read the commits of other processes up to a mark. The caller must serialize calls."""
+        """Read the commits of other processes up to a mark.
+
+        The caller must serialize calls.
+        """
         # While the lock is held, no process prunes the log while we move from one segment to the next.
         if mark is None or mark.segment != self.cursor.segment:
             with self.lock.held():
@@ -116,7 +120,10 @@ class OpenLog:
             self.note_end(mark)
 
     def recover(self) -> None:
-        """Read the whole log, including a dead appender's leftovers. The caller must hold the lock."""
+        """Read the whole log, including a dead appender's leftovers.
+
+        The caller must hold the lock.
+        """
         if self.cursor.segment == 0:
             install_loaded(self._directory)
         mark = self.lock.read()
@@ -155,7 +162,7 @@ class OpenLog:
         return is_newest and _is_settled(mark) and cursor.offset <= mark.end == cursor.size()
 
     def _drop(self, mark: HighWaterMark, newest: Segment, size: int) -> int:
-        """Remove rejected data, and unreadable data that was never acknowledged; return the remaining size."""
+        """Remove rejected and never acknowledged data; return the remaining size."""
         path, is_ours = newest.path(self._directory), mark.boot == boot_id()
         if mark.segment > newest.first or newest.is_pruned or newest.is_packed:
             return size
@@ -173,7 +180,7 @@ class OpenLog:
         return end
 
     def _adopt(self, mark: HighWaterMark | None) -> None:
-        """Publish the end of the log, including commits that a dead appender did not acknowledge."""
+        """Publish the end of the log, including a dead appender's commits."""
         cursor, position = self.cursor, self.replay.table.position
         end = HighWaterMark(cursor.segment, cursor.offset, position, cursor.offset, position, boot_id())
         if mark is not None and mark._replace(durable_end=end.durable_end, durable=end.durable) == end:
@@ -209,7 +216,7 @@ def _is_settled(mark: HighWaterMark | None) -> TypeGuard[HighWaterMark]:
 
 
 def _known_position(mark: HighWaterMark | None) -> int:
-    """Return the minimum position of the log's end; after a reboot, the end of the durable part."""
+    """Return the lowest possible end of the log: after a reboot, the durable part."""
     if mark is None:
         return 0
     return mark.position if mark.boot == boot_id() else mark.durable

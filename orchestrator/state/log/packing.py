@@ -1,9 +1,9 @@
-"""Compress closed segments as Zstandard frames (RFC 8878), readable with `zstdcat`.
+"""Compress closed segments as Zstandard frames (RFC 8878).
 
-The file starts with a skippable frame that has the checksum of the content and the CRC-32 of the rest, so that a
-segment can be verified without unpacking. The content is packed in parts of whole lines, each preceded by a skippable
-frame with its lengths, CRC-32 and first position. So damage affects only one part, and reading a commit unpacks only
-one part.
+They are readable with `zstdcat`. The file starts with a skippable frame that has the checksum of the content and the
+CRC-32 of the rest, so that a segment can be verified without unpacking. The content is packed in parts of whole lines,
+each preceded by a skippable frame with its lengths, CRC-32 and first position. So damage affects only one part, and
+reading a commit unpacks only one part.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Checksum(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """An undamaged part: its first position, the offset and length of its content, and its frame."""
+    """An undamaged part: first position, offset and length, and its frame."""
 
     first: int
     start: int
@@ -84,7 +84,7 @@ def unpack(packed: bytes) -> bytes:
 
 
 def read_content_checksum(packed: bytes) -> Checksum | None:
-    """Return the checksum of the unpacked content, or None if the packed bytes are damaged."""
+    """Return the checksum of the unpacked content; None if the file is damaged."""
     if len(packed) < _WHOLE.size:
         return None
     magic, length, size, crc, packed_crc = _WHOLE.unpack_from(packed)
@@ -164,7 +164,7 @@ class SegmentReader:
         return self.read(high - low, low)
 
     def _line_behind(self, offset: int, end: int) -> tuple[int, int] | None:
-        """Return the offset and position of the first valid line between two offsets, or None."""
+        """Return the offset and position of the first valid line in a range, or None."""
         size = _NEAR_BYTES // 4
         while True:
             data = self.read(min(size, end - offset), offset)

@@ -25,7 +25,7 @@ class LogReplay:
     """
 
     def __init__(self, table: DocumentTable | None = None) -> None:
-        """Start with the table of an already replayed part of the log, or with an empty table."""
+        """Start with the table of an already replayed part of the log, or an empty one."""
         self.table = DocumentTable() if table is None else table
         self.damage: list[Damage] = []
         self._suspects: list[ScannedItem] = []
@@ -91,7 +91,10 @@ def replay_until(replay: LogReplay, cursor: LogCursor, mark: HighWaterMark | Non
 
 
 def read_dumped_commits(cursor: LogCursor, end: HighWaterMark) -> list[DumpedCommit]:
-    """Return the next commits up to the end. Raises RefusedError if one of them is unreadable."""
+    """Return the next commits up to the end.
+
+    Raises RefusedError if one of them is unreadable.
+    """
     commits, size = list[DumpedCommit](), 0
     for found in cursor.read(end):
         if isinstance(found.item, PrunedEnd):

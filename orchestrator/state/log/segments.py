@@ -53,7 +53,7 @@ class HighWaterMark(NamedTuple):
     """Whether a write failed: data after `end` was rejected, and non-durable data may never reach the disk."""
 
     def encode(self) -> bytes:
-        """Return fixed-length text with a checksum, because a reader may read a partly written mark."""
+        """Return fixed-length text with a checksum, which detects partial writes."""
         text = b"%020d %020d %020d %020d %020d %b %d" % (*self[:5], self.boot.encode(), self.is_uncertain)
         return b"%b %08x" % (text, zlib.crc32(text))
 
@@ -105,9 +105,10 @@ class PrunedEnd:
 
 
 class ScannedItem(NamedTuple):
-    """An item of the log with its file and offset. `is_pruned`: earlier positions may be missing because of pruning.
+    """An item of the log with its file and offset.
 
-    `is_copy`: its bytes equal those of the previous line.
+    `is_pruned`: earlier positions may be missing because of pruning. `is_copy`: its bytes equal those of the previous
+    line.
     """
 
     path: Path
@@ -142,7 +143,7 @@ class LogLock:
         self._read = data, mark
 
     def check_not_replaced(self) -> None:
-        """Raise OSError (ESTALE) if the lock file was moved or replaced since it was opened.
+        """Raise OSError (ESTALE) if the lock file was replaced since it was opened.
 
         After a folder is moved or replaced by a copy, other processes lock a different file there.
         """
@@ -299,11 +300,14 @@ class LogCursor:
         return self.segment > 0 and self.sums[self.segment].size == self.offset
 
     def is_near(self, mark: HighWaterMark) -> bool:
-        """Return whether a mark is so close that the data up to it can be read on the event loop."""
+        """Return True if the data up to a mark is short enough for the event loop."""
         return mark.segment == self.segment and mark.end - self.offset <= AT_ONCE_BYTES
 
     def size(self) -> int:
-        """Return the current size of the segment's file in bytes; -1 if packed, so that it can no longer grow."""
+        """Return the current size of the segment's file in bytes; -1 if packed.
+
+        A packed file can no longer grow.
+        """
         return -1 if self.is_closed else self.path.stat().st_size
 
     def read(self, until: HighWaterMark) -> Iterator[ScannedItem]:
@@ -333,7 +337,7 @@ class LogCursor:
         self._add(data)
 
     def resume(self, sums: Mapping[int, Checksum]) -> None:
-        """Move to the end of the known content of some segments, and continue in the last one."""
+        """Move to the known end of some segments, and continue in the last one."""
         self.sums = dict(sums)
         self.segment = max(sums)
         found = (one for one in list_segments(self._directory) if one.first == self.segment)
@@ -445,14 +449,20 @@ def _find_line(data: bytes, position: int) -> LogLine | None:
 
 
 def create_segment(directory: Path, first: int) -> None:
-    """Create an empty segment, and make its name durable. After an OSError it may exist."""
+    """Create an empty segment, and make its name durable.
+
+    After an OSError it may exist.
+    """
     path = Segment(first).path(directory)
     os.close(open_private(str(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL))
     sync_folder(directory)
 
 
 def append(path: Path, offset: int, data: bytes, *, durable: bool = True) -> int:
-    """Write `data` at `offset`, and return the end offset. After an OSError it may be partly written."""
+    """Write `data` at `offset`, and return the end offset.
+
+    After an OSError it may be partly written.
+    """
     with opened(path, os.O_WRONLY) as fd:
         _write_at(fd, data, offset)
         if durable:
@@ -474,7 +484,7 @@ def truncate(path: Path, offset: int) -> None:
 
 
 def rewrite(path: Path, start: int, known: Checksum) -> None:
-    """Rewrite the content of a file from `start` on after a failed sync, and make it durable.
+    """Write a file's content again from `start`, after a failed sync.
 
     The system reports a failed sync only once: the next sync succeeds although the data may never reach the disk.
     Raises OSError if this also fails, or if the file's content differs from `known`.

@@ -1,4 +1,4 @@
-"""A snapshot file of the newest documents, which avoids replaying a long log on opening.
+"""A snapshot of the newest documents, which avoids replaying a long log.
 
     <crc of the rest> <length of the index> <index> <values>
 
@@ -39,14 +39,20 @@ _HEAD_BYTES: Final = 18  # two numbers of eight hexadecimal digits, each with a 
 
 
 class Snapshot(NamedTuple):
-    """The state after a part of the log; `sums` has its segments in order, keyed by first position."""
+    """The state after a part of the log.
+
+    `sums` has the segments of that part in order, keyed by first position.
+    """
 
     table: DocumentTable
     sums: Mapping[int, Checksum]
 
 
 def write_snapshot(directory: Path, snapshot: Snapshot) -> None:
-    """Replace the snapshot atomically. Blocks; after an OSError the old one is unchanged."""
+    """Replace the snapshot atomically. Blocks.
+
+    After an OSError the old one is unchanged.
+    """
     values: list[bytes] = []
     kinds = {}
     writers: dict[str, int] = {}
@@ -58,7 +64,7 @@ def write_snapshot(directory: Path, snapshot: Snapshot) -> None:
             "versions": [entry.version for entry in found],
             "positions": [entry.position for entry in found],
             "times": [entry.time for entry in found],
-            "by": [writers.setdefault(entry.by, len(writers)) for entry in found],
+            "by": [writers.setdefault(entry.writer, len(writers)) for entry in found],
             "expire": {place: entry.expires for place, entry in enumerate(found) if entry.expires is not None},
             "lengths": [len(entry.value or b"") for entry in found],
         }

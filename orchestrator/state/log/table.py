@@ -25,9 +25,10 @@ from orchestrator.state.log.codec import EncodedCommit, EncodedWrite, LineChange
 
 
 class TableEntry(NamedTuple):
-    """A document's newest version. `value` is encoded, or None if deleted, or lost before it was read.
+    """A document's newest version.
 
-    `damaged`: this version's value is unknown, and `value` is an older one.
+    `value` is encoded; None if deleted, or lost before it was read. `damaged`: this version's value is unknown, and
+    `value` is an older one.
     """
 
     version: int
@@ -35,16 +36,22 @@ class TableEntry(NamedTuple):
     position: int
     damaged: bool = False
     time: float = 0.0
-    by: str = ""
+    writer: str = ""
     expires: float | None = None
 
     def exists(self, now: float) -> bool:
-        """Return True if the document exists, even with an unknown value. A deleted one keeps only its version."""
+        """Return True if the document exists, even with an unknown value.
+
+        A deleted document keeps only its version.
+        """
         return (self.value is not None or self.damaged) and (self.expires is None or now < self.expires)
 
 
 class DocumentTable:
-    """The state as of `position`. Only one thread at a time may apply; all threads may read."""
+    """The state as of `position`.
+
+    Only one thread at a time may apply; all threads may read.
+    """
 
     def __init__(self, position: int = 0, kinds: Mapping[str, dict[str, TableEntry]] | None = None) -> None:
         """Start empty, or with the entries of `kinds`."""
@@ -59,7 +66,7 @@ class DocumentTable:
         return self._kinds.get(key.kind, {}).get(key.id)
 
     def compare(self, other: DocumentTable) -> tuple[list[Key], list[Key]]:
-        """Return the documents that are damaged in either table, and the others that differ."""
+        """Return documents that are damaged in either table, and others that differ."""
         pairs = {
             Key(kind, name): (self.entry(Key(kind, name)), other.entry(Key(kind, name)))
             for table in (self, other)
@@ -71,7 +78,10 @@ class DocumentTable:
         return sorted(damaged), sorted(set(differs) - set(damaged))
 
     def kinds(self) -> Mapping[str, Mapping[str, TableEntry]]:
-        """Return all entries by kind and id, including deleted documents. Only for the applying thread."""
+        """Return all entries by kind and id, including deleted documents.
+
+        Only for the applying thread.
+        """
         return self._kinds
 
     def get(self, key: Key, now: float) -> Document | None:
@@ -195,7 +205,7 @@ class _Documents(Sequence[Document]):
 
 
 class CommitStage:
-    """Commits that are valid for a table and each other, in order, but not yet applied to it."""
+    """Valid commits, in order, that are not yet applied to their table."""
 
     def __init__(self, table: DocumentTable, by: str, durable: int = 0) -> None:
         """Stage commits of the process `by` for a log that is durable up to a position."""
@@ -205,7 +215,10 @@ class CommitStage:
         self._table, self._by, self._durable = table, by, durable
 
     def add(self, commit: EncodedCommit, time: float) -> LogLine:
-        """Stage `commit` at the next position. Raises VersionConflict or LeaseLost if it is not valid."""
+        """Stage `commit` at the next position.
+
+        Raises VersionConflict or LeaseLost if it is not valid.
+        """
         for guard in commit.guards:
             self._check_guard(guard, time)
         changes = tuple(self._change(write, time) for write in commit.writes)
@@ -223,8 +236,8 @@ class CommitStage:
         key, entry = write.key, self._entry(write.key)
         found = entry.version if entry and entry.exists(now) else 0
         if write.expected != found:
-            by, time = (entry.by, entry.time) if entry else ("", 0.0)
-            raise VersionConflict(str(key), write.expected, found, by=by, time=time)
+            writer, time = (entry.writer, entry.time) if entry else ("", 0.0)
+            raise VersionConflict(str(key), write.expected, found, writer=writer, time=time)
         expires = None if write.ttl is None else now + write.ttl
         before = (entry.version, entry.position) if entry else (0, 0)
         return LineChange(key, before[0] + 1, write.length, before[1], expires)
@@ -240,7 +253,7 @@ class CommitStage:
 
 def _entry(line: LogLine, change: LineChange, value: bytes | None) -> TableEntry:
     expires = change.expires if value else None
-    return TableEntry(change.version, value, line.position, False, line.time, line.by, expires)
+    return TableEntry(change.version, value, line.position, False, line.time, line.writer, expires)
 
 
 def _document(key: Key, entry: TableEntry) -> Document:
@@ -250,9 +263,9 @@ def _document(key: Key, entry: TableEntry) -> Document:
 def read_versions(
     entry: TableEntry | None, key: Key, limit: int, line_at: Callable[[int], LogLine | None]
 ) -> list[DocumentVersion]:
-    """Return the newest versions of a document, newest first; `line_at` returns a commit's line, or None.
+    """Return the newest versions of a document, newest first.
 
-    Each line has the position of the previous version.
+    `line_at` returns a commit's line, or None. Each line has the position of the previous version.
     """
     versions: list[DocumentVersion] = []
     position = entry.position if entry else 0
@@ -267,7 +280,10 @@ def read_versions(
 
 
 def rebuild_state(position: int, lines: Iterable[LogLine], first: int = 0) -> StateSnapshot:
-    """Return the state after a commit, from the lines up to it; some of those up to `first` may be missing."""
+    """Return the state after a commit, from the lines up to it.
+
+    Some of the lines up to `first` may be missing.
+    """
     table = DocumentTable()
     time = 0.0
     for line in lines:

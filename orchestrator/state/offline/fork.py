@@ -1,4 +1,4 @@
-"""Continue on this machine while a store can't be reached, and replay the commits afterwards.
+"""Continue locally while a store is unreachable, and replay commits afterwards.
 
 A fork is a local store that accepts commits in place of an unreachable store. It starts with the documents that this
 process has seen, at their versions. Each commit also records its guards and expected versions, so that it can be
@@ -128,7 +128,7 @@ class Mirror:
             # Records have no expiry, so the TTL of the previous version is assumed.
             expires = None if before.expires is None else record.time + before.expires - before.time
             encoded = None if value is None else encode_object(key, value)
-            self._put(key, TableEntry(version, encoded, record.position, False, record.time, record.by, expires))
+            self._put(key, TableEntry(version, encoded, record.position, False, record.time, record.writer, expires))
         for key in record.unreadable:
             self._seen.pop(key, None)
         self.position, self.followed = max(self.position, record.position), record.position
@@ -162,7 +162,7 @@ class Mirror:
         for position, group in groupby(entries, key=lambda entry: entry[0]):
             commit = [(key, seen) for _, key, seen in group]
             documents = [DumpedDocument(key, seen.version, seen.value, seen.expires) for key, seen in commit]
-            yield DumpedCommit(position, commit[0][1].time, commit[0][1].by, documents)
+            yield DumpedCommit(position, commit[0][1].time, commit[0][1].writer, documents)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +193,10 @@ class ReplayResult:
 
 
 class Fork:
-    """A local store that accepts commits for an unreachable one, starting with its known documents."""
+    """A local store that accepts commits in place of an unreachable one.
+
+    It starts with the known documents.
+    """
 
     def __init__(self, store: FileStore, clock: Clock) -> None:
         self.store, self._clock = store, clock
@@ -234,7 +237,7 @@ class Fork:
             await self.store.commit(Commit(commit.writes, durable=False))
 
     async def replay(self, target: Store, result: ReplayResult) -> None:
-        """Replay the fork's commits in `target`, in order, and add their outcomes to `result`.
+        """Replay the fork's commits in `target`, and add their outcomes to `result`.
 
         If `target` refuses a commit, all commits that build on it are refused as well. Raises StoreUnavailable if
         `target` can't be reached; a later call continues after the last replayed commit.
@@ -313,7 +316,7 @@ def _translate(record: CommitRecord, note: JsonObject, shifts: dict[Key, int], n
 
 
 class ForkingStore(StoreWrapper):
-    """A store that uses an inner store, or a local fork of it while it can't be reached.
+    """A store that uses a local fork while its inner store is unreachable.
 
     `watch`, `history` and `at` wait for the inner store: positions and their records never change.
     """
@@ -404,7 +407,10 @@ class ForkingStore(StoreWrapper):
         return replace(commit, writes=writes)
 
     async def get(self, key: Key) -> Document | None:
-        """See `Store.get`; in a fork, raises RefusedError for a document that this process never read."""
+        """See `Store.get`.
+
+        In a fork, raises RefusedError for a document that this process never read.
+        """
 
         async def get_offline(fork: Fork) -> Document | None:
             await self._check_known(fork, key)
@@ -419,7 +425,10 @@ class ForkingStore(StoreWrapper):
         return await self._read_either(get_online, get_offline)
 
     async def list(self, kind: str, prefix: str = "") -> Sequence[Document]:
-        """See `Store.list`; in a fork, raises RefusedError for a prefix that this process never listed."""
+        """See `Store.list`.
+
+        In a fork, raises RefusedError for a prefix that this process never listed.
+        """
 
         async def list_offline(fork: Fork) -> Sequence[Document]:
             if not self._mirror.knows_all(kind, prefix):
@@ -492,7 +501,10 @@ class ForkingStore(StoreWrapper):
         raise AssertionError("an attempt returns or raises")
 
     async def _start_fork(self, error: StoreUnavailable) -> None:
-        """Start a fork unless there is one. Raises the error if a fork can't help or can't be created."""
+        """Start a fork unless there is one.
+
+        Raises the error if a fork can't help or can't be created.
+        """
         if not is_outage(error):
             raise error
         async with self._fork_lock:
@@ -511,7 +523,7 @@ class ForkingStore(StoreWrapper):
             self._went_offline.set()
 
     async def run_reconnect(self) -> None:
-        """For each fork, wait until the inner store can be reached, and replay the fork's commits."""
+        """Replay each fork's commits once the inner store can be reached."""
         while True:
             await self._went_offline.wait()
             await self._outage.retry_until_reached(self._end_fork, update_status=False)
@@ -581,9 +593,9 @@ def remove_fork(folder: Path) -> None:
 async def continue_offline(
     store: Store, outage: Outage, intervals: RetryIntervals, clock: Clock, folder: Path, on_event: EventHandler
 ) -> AsyncIterator[Store]:
-    """Wrap a store in a ForkingStore for the `async with` block; forks are created below `folder`.
+    """Wrap a store in a ForkingStore during the block.
 
-    Forks of killed processes are replayed first.
+    Forks are created below `folder`. Forks of killed processes are replayed first.
     """
     for event in await _replay_leftovers(store, clock, folder):
         on_event(event)
@@ -626,7 +638,7 @@ async def survive_outages(
     is_temporary: Callable[[BaseException], bool] = is_outage,
     gives_up: Callable[[], bool] = lambda: False,
 ) -> AsyncIterator[Store]:
-    """Wrap an open store for the `async with` block, so that a run survives the store's outages.
+    """Wrap an open store during the block, so that a run survives outages.
 
     With `pause`, commits and reads wait until the store can be reached. With `continue`, they use a fork below
     `folder`, which starts with the documents that this process has seen. When the store is reachable again, the fork's

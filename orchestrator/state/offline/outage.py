@@ -1,4 +1,4 @@
-"""Detect a store's outages, wait for their end, and retry commits without duplicating them.
+"""Detect a store's outages, wait for their end, and retry commits safely.
 
 The wrapped stores fulfil the `Store` contract and cost one extra call while there is no outage. Maintenance (`compact`,
 `verify`, `repair`, `statistics`, `dump`, `load`) never waits, because no task depends on it.
@@ -38,7 +38,10 @@ EventHandler = Callable[[TypedEvent], None]
 
 @dataclass(frozen=True, slots=True)
 class RetryIntervals:
-    """Random pauses in seconds between attempts to reach a store: up to `first`, then doubling up to `longest`."""
+    """Random pauses in seconds between attempts to reach a store.
+
+    They are up to `first` at the beginning, then double up to `longest`.
+    """
 
     first: float = 0.1
     longest: float = 10.0
@@ -48,7 +51,10 @@ DEFAULT_INTERVALS: Final = RetryIntervals()
 
 
 def is_outage(error: BaseException) -> bool:
-    """Return True if the store is unavailable but may recover; lost state never recovers."""
+    """Return True if the store is unavailable but may recover.
+
+    Lost state never recovers.
+    """
     return isinstance(error, StoreUnavailable) and not isinstance(error, StateLost)
 
 
@@ -58,9 +64,9 @@ def is_full(error: BaseException) -> bool:
 
 
 async def commit_idempotently(store: Store, commit: Commit) -> int:
-    """Commit, or return the position of the same commit if only its acknowledgement was lost.
+    """Commit, or return the position of the same commit made before.
 
-    See `Store.commit`.
+    It exists if only its acknowledgement was lost. See `Store.commit`.
     """
     try:
         return await store.commit(commit)
@@ -89,7 +95,7 @@ async def find_commit(store: Store, commit: Commit) -> int | None:
 
 
 class Outage:
-    """A period in which a store can't be reached, shared by all calls that wait for its end."""
+    """An outage of a store, shared by all calls that wait for its end."""
 
     def __init__(
         self,
@@ -100,7 +106,10 @@ class Outage:
         is_temporary: Callable[[BaseException], bool] = is_outage,
         gives_up: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Wait for the end of errors that are `is_temporary`, until `gives_up` returns True; raise all other errors."""
+        """Wait for the end of errors that are `is_temporary`; raise all others.
+
+        Once `gives_up` returns True, all errors are raised.
+        """
         self.is_temporary, self._gives_up = is_temporary, gives_up
         self._clock, self._intervals, self._on_event, self._mode = clock, intervals, on_event, mode
         self._since: float | None = None
@@ -155,7 +164,10 @@ class Outage:
 
 
 class StoreWrapper:
-    """A `Store` that delegates to an inner one; subclasses add `commit` and handle failing reads."""
+    """A `Store` that delegates to an inner one.
+
+    Subclasses add `commit` and handle failing reads.
+    """
 
     def __init__(self, inner: Store) -> None:
         self._inner = inner
@@ -169,7 +181,7 @@ class StoreWrapper:
         return await read()
 
     async def _wait_for_recovery(self, error: StoreUnavailable) -> None:
-        """Return once the inner store can be watched again, or raise the error that ended the watch."""
+        """Return once the inner store can be watched again, or raise its error."""
         raise error
 
     async def get(self, key: Key) -> Document | None:
@@ -185,7 +197,10 @@ class StoreWrapper:
         return await self._read(self._inner.position)
 
     async def watch(self, after: int = 0) -> AsyncGenerator[CommitRecord]:
-        """See `Store.watch`; continues after the last record once the inner store is reachable again."""
+        """See `Store.watch`.
+
+        Continues after the last record once the inner store is reachable again.
+        """
         while True:
             try:
                 async with aclosing(self._inner.watch(after)) as records:
@@ -210,7 +225,10 @@ class StoreWrapper:
 
 
 class PausingStore(StoreWrapper):
-    """A store that waits while the inner store can't be reached. Commits are not lost and keep their order."""
+    """A store that waits while its inner store is unreachable.
+
+    Commits are not lost and keep their order.
+    """
 
     def __init__(self, inner: Store, outage: Outage) -> None:
         super().__init__(inner)

@@ -1,4 +1,4 @@
-"""The file store: the state of one machine in a directory, for any number of processes.
+"""The file store: the state of one machine, for any number of processes.
 
 One thread checks and appends all waiting commits of this process under a flock, with one write and one `fdatasync` for
 the whole group. Small commits that need no sync are appended without that thread. Reads are answered from memory after
@@ -92,10 +92,11 @@ class FileStore:
     async def open(
         cls, directory: Path, clock: Clock, *, segment_bytes: int = SEGMENT_BYTES, folder: Path | None = None
     ) -> AsyncIterator[FileStore]:
-        """Open the store in `directory`, creating it if missing. Damage never prevents opening.
+        """Open the store in `directory`, creating it if missing.
 
-        A segment is closed at `segment_bytes`. `folder` is the enclosing folder that belongs to the store. Raises
-        RefusedError on a network file system, and StoreUnavailable if the directory can't be read and written.
+        Damage never prevents opening. A segment is closed at `segment_bytes`. `folder` is the enclosing folder that
+        belongs to the store. Raises RefusedError on a network file system, and StoreUnavailable if the directory can't
+        be read and written.
         """
         store = cls(directory, clock, segment_bytes, folder or directory)
         try:
@@ -163,7 +164,10 @@ class FileStore:
         return self._journal.log.table.position
 
     async def watch(self, after: int = 0) -> AsyncGenerator[CommitRecord]:
-        """See `Store.watch`; another process's commit is seen within a quarter of a second."""
+        """See `Store.watch`.
+
+        Another process's commit is seen within a quarter of a second.
+        """
         await self._in_thread(partial(check_retained, self._directory, after))
         cursor = await self._in_thread(partial(self._journal.log.open_cursor, after))
         seen, pause = HighWaterMark(0, 0, 0), _POLL_FASTEST
@@ -229,9 +233,10 @@ class FileStore:
             return await self._in_thread(self._journal.verify)
 
     async def repair(self) -> VerificationReport:
-        """See `Store.repair`: replaces damaged segments by their readable lines, and moves the originals to `damaged/`.
+        """See `Store.repair`.
 
-        Afterwards the log does not go back beyond them.
+        Damaged segments are replaced by their readable lines, and the originals are moved to `damaged/`. Afterwards the
+        log does not go back beyond them.
         """
         report = await self.verify()
         if report.damage or report.damaged:
@@ -243,7 +248,7 @@ class FileStore:
         return await self.verify()
 
     def _repair_commit(self, keys: Sequence[Key], damage: int) -> Commit:
-        """Return a commit that makes documents' known values current, or deletes documents without one."""
+        """Return a commit that writes documents' known values, or deletes those without."""
         now, writes, events = self._clock.now(), list[Write](), list[StateRepaired]()
         for key in keys:
             entry = self._journal.log.table.entry(key)
@@ -255,7 +260,7 @@ class FileStore:
             known = None if entry.value is None else json.loads(entry.value)
             ttl = None if entry.expires is None else min(entry.expires - now, MAX_TTL)
             writes.append(Write(key, entry.version, known, ttl))
-            events.append(StateRepaired(key=str(key), lost=entry.version, is_known=known is not None))
+            events.append(StateRepaired(key=str(key), lost_version=entry.version, is_known=known is not None))
         return Commit(writes, [*map(Event.of, events), Event.of(StateLogRepaired(damage=damage))])
 
     @asynccontextmanager
@@ -275,7 +280,10 @@ class FileStore:
                 yield commit
 
     async def load(self, dump: Dump) -> None:
-        """See `Store.load`; after a kill, the next process that opens the store completes or discards the load."""
+        """See `Store.load`.
+
+        After a kill, the next process that opens the store completes or discards the load.
+        """
         await self._in_thread(self._journal.check_empty)
         if dump.position == 0:
             async with aclosing(read_dump_lines(dump)) as lines:
@@ -343,12 +351,18 @@ class FileStore:
 
 
 def open_without_plugins(url: str, clock: Clock) -> AbstractAsyncContextManager[Store] | None:
-    """Open the store at a URL if it needs no plugin, which avoids loading plugins; otherwise return None."""
+    """Open the store at a URL if it needs no plugin, or return None.
+
+    This avoids loading plugins.
+    """
     return None if store_folder(url) is None else open_file_store(url, clock)
 
 
 def open_file_store(url: str, clock: Clock, /) -> AbstractAsyncContextManager[Store]:
-    """Open the store in the folder of a `file:` URL. Raises RefusedError if it is not on this machine."""
+    """Open the store in the folder of a `file:` URL.
+
+    Raises RefusedError if it is not on this machine.
+    """
     folder = require_local_folder(url)
     assert folder is not None, "it is registered for this scheme"  # noqa: S101  (for the type checker)
     return _opened(folder, clock)
@@ -365,6 +379,9 @@ async def _opened(folder: Path, clock: Clock) -> AsyncIterator[Store]:
 
 
 def require_store(url: str) -> None:
-    """Raise RefusedError for a URL whose folder has no store, instead of creating one. Blocks."""
+    """Raise RefusedError for a URL whose folder has no store. Blocks.
+
+    Opening would create one.
+    """
     if (folder := require_local_folder(url)) is not None:
         require_log(folder)

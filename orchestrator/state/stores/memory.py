@@ -1,4 +1,4 @@
-"""The memory store: the semantics of the file store without durability, for tests and simulations."""
+"""The memory store: the file store's semantics without durability, for tests."""
 
 from __future__ import annotations
 

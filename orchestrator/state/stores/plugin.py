@@ -20,7 +20,7 @@ hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 
 @asynccontextmanager
 async def open_memory_store(url: str, clock: Clock, /) -> AsyncIterator[Store]:
-    """Open an empty store, whose contents are lost at the end of the `async with` block."""
+    """Open an empty store, whose contents are lost at the end of the block."""
     if url != MEMORY:
         raise RefusedError(f"{url!r} names no store", "use `memory:` without a path")
     yield MemoryStore(clock)

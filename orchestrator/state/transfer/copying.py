@@ -1,4 +1,4 @@
-"""Copy whole stores to stores and files, and verify each copy before reporting success."""
+"""Copy whole stores to stores and files, and verify each copy."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ class CopyResult:
     """The number of documents in the copied store."""
     bytes: int
     """The size in bytes of all commits as JSON lines."""
-    was_there: bool = False
+    already_present: bool = False
     """Whether the target already had the same content, so that nothing was copied."""
-    packed: int | None = None
+    file_bytes: int | None = None
     """The size of the file in bytes, or None if there is no file."""
     unreadable: Mapping[Key, str] = field(default_factory=dict)
     """Unreadable council documents, copied unchanged, with the reason. `verify --repair` fixes them."""
 
     @property
-    def ratio(self) -> float | None:
+    def compression_ratio(self) -> float | None:
         """The compression ratio of the file."""
-        return self.bytes / self.packed if self.packed else None
+        return self.bytes / self.file_bytes if self.file_bytes else None
 
 
 async def copy_store(source: Store, target: Store) -> CopyResult:
@@ -45,32 +45,39 @@ async def copy_store(source: Store, target: Store) -> CopyResult:
     copied. Raises the errors of `Store.dump` and `Store.load`, and StoreUnavailable if the stores differ.
     """
     async with source.dump() as dump:
-        digest, was_there = await _load(target, dump)
-    return await _compare(target, dump, digest, was_there=was_there)
+        digest, already_present = await _load(target, dump)
+    return await _compare(target, dump, digest, already_present=already_present)
 
 
 async def export_to_stream(store: Store, stream: IO[bytes], time: float) -> CopyResult:
-    """Write a whole store to a stream in `export_file` format; `time` is the current wall-clock time."""
+    """Write a whole store to a stream in `export_file` format.
+
+    `time` is the current wall-clock time.
+    """
     async with store.dump() as dump:
-        digest, packed = await write_export(stream, dump, time)
-    return replace(await _result(store, dump, digest), packed=packed)
+        digest, file_bytes = await write_export(stream, dump, time)
+    return replace(await _result(store, dump, digest), file_bytes=file_bytes)
 
 
 async def import_from_stream(name: str, opens: Callable[[], IO[bytes]], target: Store) -> CopyResult:
-    """Load an export into an empty store, and compare them; `name` is the file name for errors.
+    """Load an export into an empty store, and compare them.
 
-    Raises RefusedError and leaves the target empty if any byte of the file was changed. Otherwise like `copy_store`.
+    `name` is the file name for errors. Raises RefusedError and leaves the target empty if any byte of the file was
+    changed. Otherwise like `copy_store`.
     """
     async with open_export(name, opens) as (reader, dump):
         try:
-            digest, was_there = await _load(target, dump)
+            digest, already_present = await _load(target, dump)
         except InvalidDocument as error:
             raise RefusedError(f"{name}: {error}", REMEDY) from None
-    return replace(await _compare(target, dump, digest, was_there=was_there), packed=reader.bytes)
+    return replace(await _compare(target, dump, digest, already_present=already_present), file_bytes=reader.bytes)
 
 
 async def _load(target: Store, dump: Dump) -> tuple[CommitDigest, bool]:
-    """Load a dump, or only read it if the target may already have it; return its digest and which happened."""
+    """Load a dump, or only read it if the target may already have it.
+
+    Returns its digest, and True if the target already had it.
+    """
     digest, position = CommitDigest(), await target.position()
     if position not in {0, dump.position}:
         raise not_empty_error("the target", position)
@@ -83,7 +90,7 @@ async def _load(target: Store, dump: Dump) -> tuple[CommitDigest, bool]:
     return digest, position > 0
 
 
-async def _compare(target: Store, dump: Dump, digest: CommitDigest, *, was_there: bool) -> CopyResult:
+async def _compare(target: Store, dump: Dump, digest: CommitDigest, *, already_present: bool) -> CopyResult:
     """Reread the target, and return the result if it has exactly the copied content."""
     copied = CommitDigest()
     async with target.dump() as found, aclosing(found.commits) as commits:
@@ -92,8 +99,8 @@ async def _compare(target: Store, dump: Dump, digest: CommitDigest, *, was_there
                 break
             copied.add(commit)
     if found.first == dump.first and copied.result() == digest.result():
-        return replace(await _result(target, dump, digest), was_there=was_there)
-    if was_there:
+        return replace(await _result(target, dump, digest), already_present=already_present)
+    if already_present:
         raise not_empty_error("the target", dump.position)
     raise StoreUnavailable("the target", "its content differs from the original", "remove it, and copy again")
 

@@ -1,13 +1,13 @@
-"""A whole log in one file: JSON lines in one Zstandard frame (RFC 8878), readable with `zstdcat`.
+"""A whole log in one file: JSON lines in one Zstandard frame (RFC 8878).
 
-    {"format": "council-state", "version": 1, "position": …, "first": …, "time": …, "by": …}
-    {"position": …, "time": …, "by": …, "documents": [{"kind", "id", "version", "value", "expires", "previous"}, …],
+    {"format": "council-state", "version": 1, "position": …, "first": …, "time": …, "writer": …}
+    {"position": …, "time": …, "writer": …, "documents": [{"kind", "id", "version", "value", "expires", "previous"}, …],
      "events": [{"type", "data"}, …]}
     …
     {"commits": …, "sha256": …}
 
-The last line has the number of commits and the SHA-256 of all lines before it, so that a truncated or changed file is
-detected before its content is used.
+The file is readable with `zstdcat`. The last line has the number of commits and the SHA-256 of all lines before it, so
+that a truncated or changed file is detected before its content is used.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class _Header(_Strict):
     position: _PositionOrNone
     first: _PositionOrNone
     time: Instant
-    by: _Text
+    writer: _Text
 
 
 class _Document(_Strict):
@@ -87,7 +87,7 @@ class _Event(_Strict):
 class _Commit(_Strict):
     position: _Position
     time: Instant
-    by: _Text
+    writer: _Text
     documents: list[_Document]
     events: list[_Event]
 
@@ -104,7 +104,7 @@ def commit_line(commit: DumpedCommit) -> bytes:
         b'{"type":%b,"data":%b}' % (orjson.dumps(event.type), encode_object(event.type, event.data))
         for event in commit.events
     )
-    head = orjson.dumps({"position": commit.position, "time": commit.time, "by": commit.by})
+    head = orjson.dumps({"position": commit.position, "time": commit.time, "writer": commit.writer})
     return b'%b,"documents":[%b],"events":[%b]}\n' % (head[:-1], documents, events)
 
 
@@ -136,7 +136,10 @@ class CommitDigest:
                 yield commit
 
     def result(self) -> tuple[int, bytes]:
-        """Return the number of commits and their checksum, which are equal if all commits are equal."""
+        """Return the number and checksum of the commits.
+
+        Two results are equal if all commits are equal.
+        """
         return self.commits, self._sum.digest()
 
 
@@ -168,7 +171,7 @@ async def write_export(stream: IO[bytes], dump: Dump, time: float) -> tuple[Comm
 
     `time` is the current wall-clock time in seconds.
     """
-    header = _Header(position=dump.position, first=dump.first, time=time, by=get_writer_name())
+    header = _Header(position=dump.position, first=dump.first, time=time, writer=get_writer_name())
     writer, digest = await to_thread.run_sync(_Writer, stream), CommitDigest()
     batch, size = [header.model_dump_json().encode() + b"\n"], 0
     async with aclosing(dump.commits) as commits:
@@ -296,7 +299,7 @@ class ExportReader:
         except InvalidDocument as error:
             self._refuse(str(error))
         events = tuple(Event(one.type, one.data) for one in found.events)
-        return DumpedCommit(found.position, found.time, found.by, tuple(documents), events)
+        return DumpedCommit(found.position, found.time, found.writer, tuple(documents), events)
 
     def _refuse(self, what: str, remedy: str = REMEDY) -> NoReturn:
         raise RefusedError(f"{self._name}: {what}", remedy)

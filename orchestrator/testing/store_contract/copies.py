@@ -75,7 +75,7 @@ class CopyContract(StoreSuite):
             assert {key: (one.version, one.value, one.expires) for key, one in state.documents.items()} == {
                 TASK: (3, {"n": 3.5}, 2e9)
             }
-            assert [(one.position, one.time, one.by) for one in await watch(store, 6, 2)] == [
+            assert [(one.position, one.time, one.writer) for one in await watch(store, 6, 2)] == [
                 (7, 1e9 + 1, "bob@box:2"), (8, 1e9 + 2, "bob@box:2"),
             ]  # fmt: skip
             history = await store.history(TASK)

@@ -91,8 +91,8 @@ class DocumentContract(StoreSuite):
             assert (caught.value.expected, caught.value.found) == (expected, 2)
             newest = await store.get(TASK)
             assert newest is not None
-            assert (caught.value.by, caught.value.time) == (newest.by, newest.time)
-            assert newest.by in str(caught.value)
+            assert (caught.value.writer, caught.value.time) == (newest.writer, newest.time)
+            assert newest.writer in str(caught.value)
             await assert_only(store, {TASK: (2, {"n": 2})}, position=2)
 
     async def test_write_of_an_absent_document_finds_version_0(self) -> None:

@@ -76,7 +76,7 @@ class LogContract(StoreSuite):
             assert found[0].time >= found[1].time >= found[2].time > 0
             newest = await store.get(TASK)
             assert newest is not None
-            assert {one.by for one in found} == {newest.by} != {""}
+            assert {one.writer for one in found} == {newest.writer} != {""}
             assert list(await store.history(Key("task", "none"))) == []
 
     async def test_history_with_a_limit_returns_the_newest_versions(self) -> None:

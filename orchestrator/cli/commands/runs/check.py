@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @run_argument
-@council_command(brief=True)
+@council_command(is_short_lived=True)
 async def check(context: CouncilContext, run: str | None) -> int:
     """Verify a run's workflow records.
 
@@ -39,7 +39,7 @@ def _lines(found: RunVerification) -> Iterator[str]:
         yield f"{violation.rule}  {one_line(violation.place)}: {one_line(violation.what)}"
         yield f"  → {one_line(violation.remedy)}"
     for task in found.tasks:
-        for one in task.unseen:
+        for one in task.skipped_checks:
             yield f"not checked: {one_line(one)}"
     if not found.tasks:
         yield f"run {found.run}: no task has a workflow"

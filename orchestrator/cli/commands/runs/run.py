@@ -214,7 +214,7 @@ async def resume(
       council resume 20260102-030405-ab12
       council resume --budget tokens=5M,cost=20,time=8h
     """
-    if detach and coordination.given():
+    if detach and coordination.explicit():
         raise click.UsageError(
             "--detach cannot be combined with coordination options: set their environment variables instead."
         )
@@ -291,7 +291,7 @@ def _show_nothing(output: Output, report: RunReport, line: str) -> int:
 
 
 def _other_interrupted_runs(others: Sequence[str]) -> str:
-    """Return a line about older interrupted runs, which `resume` without a name does not resume."""
+    """Return a line about older interrupted runs; `resume` selects the newest."""
     return f"also interrupted or halted: {join_names(others[::-1], 1)} (`council runs`)"
 
 
@@ -371,7 +371,7 @@ async def _execute(
     *,
     was_finished: bool = False,
 ) -> int:
-    """Execute a run, show its events, and print the result; the first signal stops it cleanly.
+    """Execute a run and print its events and result; the first signal stops it.
 
     `was_finished`: its tasks had ended before.
     """
@@ -388,7 +388,7 @@ async def _execute(
 
 
 def _remove_background_error(log: Path) -> None:
-    """Remove the error log of an earlier background process, unless this process writes to it. Blocks."""
+    """Remove the error log of a background process, unless it is open. Blocks."""
     with suppress(OSError):
         if not os.path.samestat(log.stat(), os.fstat(2)):
             log.unlink()

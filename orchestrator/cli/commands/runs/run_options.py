@@ -16,7 +16,10 @@ from orchestrator.domain.settings.run_settings import MAX_RETRIES, Budget
 
 
 def parse_budget(value: str) -> Budget:
-    """Return the limits in a value like `tokens=5M,cost=20,time=8h`. Raises ValueError if it is invalid."""
+    """Parse a budget such as `tokens=5M,cost=20,time=8h`.
+
+    Raises ValueError if it is invalid.
+    """
     limits: dict[str, float] = {}
     for part in value.split(","):
         key, _, amount = part.partition("=")
@@ -78,7 +81,7 @@ _NO_COORDINATION = click.option(
 
 
 def coordination_options(command: Callable[..., None], *, joins: bool = False) -> Callable[..., None]:
-    """Add these options to a command, passed as `coordination`, a CoordinationOverrides.
+    """Add the coordination options to a command, passed as `coordination`.
 
     A command that `joins` runs has no `--no-coordination`.
     """

@@ -82,7 +82,7 @@ def _applied(name: str, changed: Sequence[str], branch: str | None) -> str:
 
 
 def _local(instant: int) -> str:
-    """Return the time of a commit as text; `?` for an invalid one, because commits may contain any number."""
+    """Return the time of a commit as text, or `?` if it is out of range."""
     try:
         return f"{datetime.fromtimestamp(instant, UTC).astimezone():%Y-%m-%d %H:%M}"
     except (ValueError, OverflowError, OSError):

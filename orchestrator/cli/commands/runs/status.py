@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @run_argument
-@council_command(brief=True)
+@council_command(is_short_lived=True)
 async def status(context: CouncilContext, run: str | None) -> int:
     """Show the state of a run, also as the exit code.
 
@@ -38,7 +38,7 @@ async def status(context: CouncilContext, run: str | None) -> int:
 @click.option(
     "--active", is_flag=True, help="List only active, interrupted and halted runs, and runs with waiting tasks."
 )
-@council_command(brief=True)
+@council_command(is_short_lived=True)
 async def runs(context: CouncilContext, active: bool) -> None:
     """List the runs of this project, oldest first.
 
@@ -70,7 +70,7 @@ def _run_lines(report: RunReport, metrics: Metrics) -> Iterator[str]:
 
 
 @click.command()
-@council_command(brief=True)
+@council_command(is_short_lived=True)
 async def where(context: CouncilContext) -> None:
     """Print the locations of the state, the logs and the repositories.
 

@@ -31,7 +31,7 @@ stat_option = click.option("--stat", is_flag=True, help="Show only file names an
 
 
 async def _show_cancelled(context: CouncilContext, report: RunReport, tasks: Sequence[str]) -> int:
-    """Print the result, and tasks that were not cancelled because they are landing; return the exit code."""
+    """Print the result and the tasks that are already landing; return the exit code."""
     landing = [task.id for task in report.tasks if task.id in tasks and task.status == TaskStatus.LANDING]
     who = "the run" if report.status is RunStatus.RUNNING else "`council resume`"
     for task in landing:

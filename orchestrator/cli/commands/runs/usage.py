@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @run_argument
-@council_command(brief=True)
+@council_command(is_short_lived=True)
 async def usage(context: CouncilContext, run: str | None) -> None:
     """Show time, tokens and cost of a run, by adapter and by task.
 

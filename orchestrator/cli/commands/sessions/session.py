@@ -1,6 +1,7 @@
-"""The session commands as click commands, for their help and for arguments that the fast parser rejects.
+"""The session commands as click commands.
 
-Generated from `client.commands`, the table that the fast parser also uses.
+Click provides their help, and parses arguments that the fast parser rejects. Both parsers use the table in
+`client.commands`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class _Seconds(click.FloatRange):
     """Seconds within bounds; rejects `nan`."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the number of seconds; fail with a usage error if it is invalid or out of bounds."""
+        """Return a number of seconds; fail with a usage error if it is out of bounds."""
         seconds = super().convert(value, param, ctx)
         if isnan(seconds):
             self.fail(f"{value!r} is not a number of seconds.", param, ctx)

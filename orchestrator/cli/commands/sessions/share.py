@@ -1,4 +1,4 @@
-"""The command for values that the sessions of a run share, usable inside and outside sessions."""
+"""The command for values that the sessions of a run share."""
 
 from __future__ import annotations
 

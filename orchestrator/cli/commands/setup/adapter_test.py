@@ -1,4 +1,4 @@
-"""The command that tests an adapter: by the adapter contract, and by a small task in a scratch repository."""
+"""The command that tests an adapter: adapter contract and a scratch task."""
 
 from __future__ import annotations
 
@@ -86,7 +86,10 @@ async def test(
 
 @dataclass(frozen=True, slots=True)
 class _AdapterTestResult:
-    """The results: `contract` is an error if the contract could not run, `live` is an error if no session started."""
+    """The results of both tests.
+
+    `contract` is an error if the contract could not run, `live` if no session started.
+    """
 
     name: str
     use: str
@@ -201,7 +204,7 @@ async def _run_scratch_task(
     prompt: str,
     timeout: float,  # noqa: ASYNC109  (it ends the run)
 ) -> tuple[TaskReport | str, str]:
-    """Return the result of a small task, and the end of its session's output unless it landed."""
+    """Return the result of a small task, and the session output if it did not land."""
     async with AsyncExitStack() as stack:
         folder = Path(await anyio.to_thread.run_sync(stack.enter_context, tempfile.TemporaryDirectory()))
         repo = folder / "repository"
@@ -258,6 +261,6 @@ def _config(
 
 
 async def _session_output(log: Path) -> str:
-    """Return the end of both streams of a session; `log` is the log of its standard error."""
+    """Return the last output of a session; `log` is its standard error."""
     streams = [await read_tail(log.with_suffix(f".{name}"), _SHOWN) for name in ("stdout", "stderr")]
     return "\n".join(stream.strip() for stream in streams if stream.strip())

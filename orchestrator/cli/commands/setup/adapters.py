@@ -59,11 +59,14 @@ adapters.add_command(test)
 
 @dataclass(frozen=True, slots=True)
 class _AdapterEntry:
-    """An adapter type, or an adapter of the file; `needs` has the missing options that prevent an inspection."""
+    """An adapter type, or an adapter of the file.
+
+    `missing_options` describes the missing options, which prevent an inspection.
+    """
 
     name: str
     use: str
-    needs: str | None
+    missing_options: str | None
     status: AdapterStatus
     can: Sequence[str] = ()
 
@@ -71,7 +74,7 @@ class _AdapterEntry:
 async def _list(scene: CommandEnvironment) -> tuple[list[_AdapterEntry], list[_AdapterEntry]]:
     """Return all installed types, and the adapters of the file."""
     installed = scene.plugins.adapters
-    made, needs = await anyio.to_thread.run_sync(make_default_adapters, installed)
+    made, missing = await anyio.to_thread.run_sync(make_default_adapters, installed)
     run = scene.config if isinstance(scene.config, RunConfig) else None
     of_file = {} if run is None else make_adapters(run.adapters, installed)
     # A type and an adapter of the file may have the same name.
@@ -79,7 +82,7 @@ async def _list(scene: CommandEnvironment) -> tuple[list[_AdapterEntry], list[_A
     statuses = await probe_adapters(both, os.environ)
     nothing = AdapterStatus([])
     types = [
-        _AdapterEntry(name, name, needs.get(name), statuses.get((True, name), nothing)) for name in sorted(installed)
+        _AdapterEntry(name, name, missing.get(name), statuses.get((True, name), nothing)) for name in sorted(installed)
     ]
     named = run.adapters.items() if run is not None else ()
     listed = [
@@ -106,14 +109,14 @@ def _json(
             {
                 "name": one.name,
                 "plugin": asdict(scene.plugins.providers["adapters", one.name]),
-                "needs": one.needs,
+                "missing_options": one.missing_options,
                 **one.status.to_json(),
             }
             for one in types
         ],
         "skipped": [str(one) for one in scene.plugins.left_out],
         "file": None if scene.file is None else str(scene.file),
-        "mistakes": len(scene.config.problems) if isinstance(scene.config, ConfigError) else 0,
+        "error_count": len(scene.config.problems) if isinstance(scene.config, ConfigError) else 0,
         "adapters": [
             {
                 "name": one.name,
@@ -135,12 +138,12 @@ def _lines(
 ) -> Iterator[str]:
     for one in types:
         plugin = scene.plugins.providers["adapters", one.name]
-        yield f"{one.name} ({plugin.distribution} {plugin.version}){_needs(one)}"
+        yield f"{one.name} ({plugin.distribution} {plugin.version}){_missing_options(one)}"
         yield from _programs(one.status)
     for left_out in scene.plugins.left_out:
         yield f"skipped: {one_line(str(left_out))}"
     if isinstance(scene.config, ConfigError):
-        yield f"{scene.file} has mistakes: `council validate` lists them"
+        yield f"{scene.file} has errors: `council validate` lists them"
     for one in named:
         yield f"{one.name} (use: {one.use}, of {scene.file})"
         yield from _programs(one.status)
@@ -148,8 +151,8 @@ def _lines(
         yield from (f"  {line}" for line in known.lines(one.name))
 
 
-def _needs(one: _AdapterEntry) -> str:
-    return "" if one.needs is None else f": {one_line(one.needs)}"
+def _missing_options(one: _AdapterEntry) -> str:
+    return "" if one.missing_options is None else f": {one_line(one.missing_options)}"
 
 
 def _programs(status: AdapterStatus) -> Iterator[str]:

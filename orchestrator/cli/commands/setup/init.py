@@ -85,7 +85,7 @@ class _Discovery:
 
     @property
     def missing_text(self) -> str | None:
-        """A phrase with the programs of the tests that the sandbox hides; None if it hides none."""
+        """The test programs that the sandbox hides, as text; None if it hides none."""
         missing = () if self.tests is None else self.tests.missing
         return f"the sandbox lacks {', '.join(missing)}" if missing else None
 
@@ -98,7 +98,7 @@ class _Discovery:
 
 
 def _starter(found: _Discovery, schema: Path | None) -> Starter:
-    """Return the contents of the file; paths in the repository are relative to the file."""
+    """Return the contents of the file; its paths are relative to the file."""
     folder, top = Path(os.path.realpath(found.path.parent)), Path(os.path.realpath(found.ground.top))
     is_inside = folder.is_relative_to(top)
     tests, environment = found.tests, found.environment

@@ -14,10 +14,10 @@ from orchestrator.plugins import load_plugins
 
 @click.command()
 @click.option("--result", is_flag=True, help="Print the schema of the final --json object.")
-@click.option("--story", is_flag=True, help="Print the schema of `council show TASK --json`.")
+@click.option("--task-details", is_flag=True, help="Print the schema of `council show TASK --json`.")
 @click.option("--events", is_flag=True, help="Print the schema of the events that --json prints.")
 @async_command(prints_json=False)
-async def schema(context: CommandContext, result: bool, story: bool, events: bool) -> None:
+async def schema(context: CommandContext, result: bool, task_details: bool, events: bool) -> None:
     """Print the JSON Schema of the file, for editors.
 
     Includes the options of all installed adapter types. An editor with a YAML language server finds it by this first
@@ -31,11 +31,11 @@ async def schema(context: CommandContext, result: bool, story: bool, events: boo
       council schema > council.schema.json
       council schema --result
     """
-    if result + story + events > 1:
-        raise click.UsageError("--result, --story and --events cannot be combined.")
+    if result + task_details + events > 1:
+        raise click.UsageError("--result, --task-details and --events cannot be combined.")
     if events:
         made = event_schema()
-    elif story:
+    elif task_details:
         made = task_details_schema()
     else:
         made = result_schema() if result else file_schema(load_plugins().adapters)

@@ -82,7 +82,10 @@ async def copy(context: CommandContext, name: str, folder: Path, file: Path | No
 
 
 async def _find(name: str | None, file: Path | None) -> dict[str, Phases]:
-    """Return the phases of one workflow, or of all, by name. Raises RefusedError if the name is unknown."""
+    """Return the phases of one workflow or of all, by name.
+
+    Raises RefusedError if the name is unknown.
+    """
     found = dict(await anyio.to_thread.run_sync(builtin_phases))
     if file is not None:
         _, config = await load_run_config(file)

@@ -61,7 +61,7 @@ async def create(context: CouncilContext, reason: str, run: str | None, whole: b
 @checkpoint.command("list")
 @partial(run_option, words="List only checkpoints of this run.")
 @click.option("--all", "whole", is_flag=True, help="List only checkpoints of all runs together.")
-@council_command(brief=True)
+@council_command(is_short_lived=True)
 async def list_checkpoints(context: CouncilContext, run: str | None, whole: bool) -> None:
     """List the checkpoints of this project, oldest first.
 
@@ -119,11 +119,11 @@ async def restore(context: CouncilContext, checkpoint_id: str, force: bool, run:
       council checkpoint restore 20260102-030405-ab12/3 --force
     """
     done = await context.council.checkpoints.restore(await _full_id(context.council, checkpoint_id, run), force=force)
-    context.output.answer(lambda: {**asdict(done), "left": _skipped_documents(done.left)}, _restored(done))
+    context.output.answer(lambda: {**asdict(done), "skipped": _skipped_documents(done.skipped)}, _restored(done))
 
 
 def _restored(done: RestoreResult) -> Iterator[str]:
-    for name, why in done.left.items():
+    for name, why in done.skipped.items():
         yield f"{name} is unchanged: {why}"
     if not done.written and not done.deleted:
         yield "nothing to restore: the state is the same"
@@ -161,7 +161,7 @@ def _changes(found: RestorePlan) -> JsonObject:
     return {
         "written": [str(key) for key in found.written],
         "deleted": [str(key) for key in found.deleted],
-        "left": _skipped_documents({str(key): why for key, why in found.left.items()}),
+        "skipped": _skipped_documents({str(key): why for key, why in found.skipped.items()}),
     }
 
 
@@ -170,18 +170,18 @@ def _skipped_documents(left: Mapping[str, str]) -> list[JsonObject]:
 
 
 def _phase(one: Checkpoint) -> str:
-    return ", ".join(f"{count} {status}" for status, count in one.phase.items())
+    return ", ".join(f"{count} {status}" for status, count in one.task_counts.items())
 
 
 def _lines(found: RestorePlan) -> Iterator[str]:
     one = found.checkpoint
     yield f"{one.id}  {format_local_time(one.time)}  position {one.position}  {one.status or '-'}"
-    yield f"created by {one.maker}: {one.reason}"
+    yield f"created by {one.created_by}: {one.reason}"
     yield f"tasks: {_phase(one)}"
     for session in one.sessions:
         yield f"active: {session.run}/{session.task}, session {session.attempt}, {session.status}"
     yield from (f"would be restored: {key}" for key in found.written)
     yield from (f"would be deleted: {key}" for key in found.deleted)
-    yield from (f"would stay unchanged: {key}: {why}" for key, why in found.left.items())
+    yield from (f"would stay unchanged: {key}: {why}" for key, why in found.skipped.items())
     if not found.writes:
         yield "restoring it would change nothing"

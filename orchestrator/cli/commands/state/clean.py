@@ -103,7 +103,7 @@ async def clean(
 
 @asynccontextmanager
 async def _cleaner(context: CommandContext) -> AsyncIterator[Cleaner]:
-    """Open the project of the current folder; without a project, only leftovers of this machine can be cleaned."""
+    """Return the cleaner of this project; outside a project, that of this machine."""
     try:
         project = find_project(Path.cwd())
     except RefusedError:

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@council_command(brief=True)
+@council_command(is_short_lived=True)
 async def conflicts(context: CouncilContext) -> None:
     """List unresolved conflicts of updates, oldest first.
 
     Shows the id of each conflict, the document, and the candidates: time, writer, and changes to the current document.
-    `council state settle` chooses one of them.
+    `council state resolve` chooses one of them.
 
     \b
     Examples:
@@ -50,7 +50,7 @@ async def conflicts(context: CouncilContext) -> None:
 @click.option("--value", "file", metavar="FILE", help="Use the JSON object in this file; - is standard input.")
 @click.option("--force", is_flag=True, help="Resolve it even if the document has changed since the conflict.")
 @council_command()
-async def settle(context: CouncilContext, name: str, take: int | None, file: str | None, force: bool) -> None:
+async def resolve(context: CouncilContext, name: str, take: int | None, file: str | None, force: bool) -> None:
     """Resolve a conflict with a candidate or with your own value.
 
     CONFLICT is an id from `council state conflicts`, or the name of the document, from which the newest run may be
@@ -58,8 +58,8 @@ async def settle(context: CouncilContext, name: str, take: int | None, file: str
 
     \b
     Examples:
-      council state settle task/models --take 2
-      council state settle 3f9ac0d1e2b45678 --value models.json
+      council state resolve task/models --take 2
+      council state resolve 3f9ac0d1e2b45678 --value models.json
     """
     if (take is None) == (file is None):
         raise click.UsageError("use either --take or --value.")
@@ -70,7 +70,7 @@ async def settle(context: CouncilContext, name: str, take: int | None, file: str
     version, value = (None, None) if done.document is None else (done.document.version, done.document.value)
     context.output.answer(
         lambda: {"conflict": done.conflict.id, "key": key, "version": version, "value": value},
-        [f"settled: {key} is {'deleted' if version is None else f'version {version}'}"],
+        [f"resolved: {key} is {'deleted' if version is None else f'version {version}'}"],
     )
 
 

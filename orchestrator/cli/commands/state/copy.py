@@ -59,7 +59,7 @@ async def copy(context: CommandContext, source: str, target: str) -> None:
       council state copy file:///home/ada/shop/.council/state file:///backup/state --json
     """
     copied = await copy_state(source, target)
-    _print_result(context.output, copied, "already copied:" if copied.was_there else "copied")
+    _print_result(context.output, copied, "already copied:" if copied.already_present else "copied")
 
 
 @click.command()
@@ -110,7 +110,7 @@ async def import_(context: CommandContext, file: Path) -> None:
     if file == _STREAM and sys.stdin.isatty():
         raise RefusedError("standard input is a terminal", "name a file, or redirect the input, as in `- < FILE`")
     copied = await _import(context, sys.stdin.buffer if file == _STREAM else file)
-    _print_result(context.output, copied, "already imported:" if copied.was_there else "imported")
+    _print_result(context.output, copied, "already imported:" if copied.already_present else "imported")
 
 
 async def _import(context: CommandContext, file: Path | IO[bytes]) -> CopyResult:
@@ -142,11 +142,11 @@ def _print_result(output: Output, copied: CopyResult, verb: str, *, err: bool = 
     if output.as_json:
         line = json.dumps(_copied_json(copied))
     else:
-        packed = ""
-        if copied.packed is not None and copied.ratio is not None:
-            packed = f", in a file of {format_size_short(copied.packed)} (1/{copied.ratio:.0f})"
+        file_size = ""
+        if copied.file_bytes is not None and copied.compression_ratio is not None:
+            file_size = f", file size {format_size_short(copied.file_bytes)} ({copied.compression_ratio:.0f}x smaller)"
         documents = f"{copied.documents:,} {'document' if copied.documents == 1 else 'documents'}"
-        line = f"{verb} {copied.commits:,} commits, {documents}, {format_size_short(copied.bytes)}{packed}"
+        line = f"{verb} {copied.commits:,} commits, {documents}, {format_size_short(copied.bytes)}{file_size}"
     output.text(f"{line}\n", err=err)
     for warning in () if output.as_json else _warnings(copied):
         output.text(f"{warning}\n", err=True)
@@ -170,8 +170,8 @@ def _copied_json(copied: CopyResult) -> JsonObject:
         "commits": copied.commits,
         "documents": copied.documents,
         "bytes": copied.bytes,
-        "packed_bytes": copied.packed,
-        "ratio": None if copied.ratio is None else round(copied.ratio, 2),
-        "was_there": copied.was_there,
+        "file_bytes": copied.file_bytes,
+        "compression_ratio": None if copied.compression_ratio is None else round(copied.compression_ratio, 2),
+        "already_present": copied.already_present,
         "unreadable": {str(key): flaw for key, flaw in copied.unreadable.items()},
     }

@@ -1,4 +1,4 @@
-"""Commands that read the state log: documents at any position, differences, versions and commits; verification."""
+"""Commands that read the state log: documents, differences, versions, commits."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ _of_run = partial(run_option, words="Only documents of this run.")
 
 
 async def _find_run(council: Council, run: str | None) -> str | None:
-    """Return the id of a run, even if its record was removed; None for None. Raises RefusedError if it is unknown."""
+    """Return the full id of a run, even of a removed one; None for None.
+
+    Raises RefusedError if it is unknown.
+    """
     return run if run is None or await council.history.versions(Key("run", run), 1) else await council.runs.find(run)
 
 
@@ -46,7 +49,7 @@ async def _find_run(council: Council, run: str | None) -> str | None:
 @click.argument("moment", metavar="MOMENT")
 @click.argument("keys", metavar="[KEY]...", nargs=-1)
 @_of_run
-@council_command(brief=True)
+@council_command(is_short_lived=True)
 async def at(context: CouncilContext, moment: str, keys: tuple[str, ...], run: str | None) -> None:
     """Show the documents at a point in time.
 
@@ -69,7 +72,7 @@ async def at(context: CouncilContext, moment: str, keys: tuple[str, ...], run: s
 @click.argument("before", metavar="A")
 @click.argument("after", metavar="[B]", default="now")
 @_of_run
-@council_command(brief=True)
+@council_command(is_short_lived=True)
 async def diff(context: CouncilContext, before: str, after: str, run: str | None) -> None:
     """Show the changed fields between two points in time.
 
@@ -90,7 +93,7 @@ async def diff(context: CouncilContext, before: str, after: str, run: str | None
 @click.option(
     "--limit", metavar="N", type=click.IntRange(min=1), default=VERSIONS_KEPT, help="The maximum number of versions."
 )
-@council_command(brief=True)
+@council_command(is_short_lived=True)
 async def history(context: CouncilContext, key: str, limit: int) -> None:
     """Show the versions of a document, newest first.
 
@@ -162,7 +165,7 @@ async def _commits(
 
 @click.command()
 @run_argument
-@council_command(brief=True)
+@council_command(is_short_lived=True)
 async def show(context: CouncilContext, run: str | None) -> None:
     """Show a summary of a run, with its newest events.
 
@@ -229,9 +232,9 @@ async def _resolve_position(past: StateHistory, text: str) -> int:
 
 
 def parse_instant(text: str, now: float) -> float | None:
-    """Return the instant (wall-clock seconds) of an ISO 8601 time or of an age before `now`; None for other text.
+    """Parse an ISO 8601 time or an age before `now`; return None for other text.
 
-    A time without a zone is local time.
+    Returns wall-clock seconds. A time without a zone is local time.
     """
     try:
         return now - parse_duration(text.removesuffix("ago").rstrip(), longest=_LONGEST_AGE)

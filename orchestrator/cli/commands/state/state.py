@@ -1,4 +1,4 @@
-"""The group of commands that inspect and maintain the recorded state; each is imported on demand."""
+"""The `state` command group. Each command is imported on first use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from orchestrator.cli.core.group import LazyGroup
 _COMMANDS = {
     "history": ("at", "diff", "history", "log", "show", "verify"),
     "maintenance": ("health", "compact", "adopt", "views"),
-    "conflicts": ("conflicts", "settle"),
+    "conflicts": ("conflicts", "resolve"),
     "copy": ("copy", "export"),
 }
 

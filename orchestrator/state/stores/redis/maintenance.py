@@ -97,7 +97,8 @@ def _repair_commit(lost: dict[Key, TableEntry], damage: int, now: float) -> Comm
         else:
             ttl = None if entry.expires is None else min(entry.expires - now, MAX_TTL)
             writes.append(Write(key, entry.version, orjson.loads(entry.value or b"{}"), ttl))
-        events.append(Event.of(StateRepaired(key=str(key), lost=entry.version, is_known=entry.value is not None)))
+        is_known = entry.value is not None
+        events.append(Event.of(StateRepaired(key=str(key), lost_version=entry.version, is_known=is_known)))
     return Commit(writes, [*events, Event.of(StateLogRepaired(damage=damage))])
 
 

@@ -56,7 +56,7 @@ def decode_entry(stored: bytes) -> TableEntry:
 def encode_entry(entry: TableEntry) -> bytes:
     """Return an entry as `commit.lua` writes it."""
     expires = _NEVER if entry.expires is None else repr(float(entry.expires)).encode()
-    time, by = repr(float(entry.time)).encode(), orjson.dumps(entry.by)
+    time, by = repr(float(entry.time)).encode(), orjson.dumps(entry.writer)
     return _seal(b"%d %d %b %b %b\n%b" % (entry.version, entry.position, time, expires, by, entry.value or b""))
 
 

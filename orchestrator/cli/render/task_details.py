@@ -17,7 +17,7 @@ from orchestrator.cli.render.text import (
     truncate_end,
 )
 from orchestrator.domain.events.tasks import salvage_name
-from orchestrator.domain.runs.phases import GivenValues, PhaseStatus
+from orchestrator.domain.runs.phases import InputSummary, PhaseStatus
 from orchestrator.domain.runs.statuses import LANDING_STATUSES, TaskStatus
 from orchestrator.domain.runs.usage import Usage
 from orchestrator.domain.wording import join_names
@@ -37,51 +37,51 @@ _LONGEST = 200
 _MAX_NAMED = 10
 
 
-def story_lines(story: TaskDetails, now: float, state: str) -> Iterator[str]:
-    """Yield the lines of a task: summary with its `state`, phases, sessions, handoffs, landing and usage."""
-    yield printable(f"task {story.id} of run {story.run}: {state}")
-    yield from align_columns(list(_head(story, now)), "  ")
-    if story.phases or story.remaining_phases:
+def task_detail_lines(details: TaskDetails, now: float, state: str) -> Iterator[str]:
+    """Yield a task in full: phases, sessions, handoffs, landing and usage."""
+    yield printable(f"task {details.id} of run {details.run}: {state}")
+    yield from align_columns(list(_head(details, now)), "  ")
+    if details.phases or details.remaining_phases:
         yield "phases"
-    for visit in story.phases:
-        yield from _visit(visit, story)
-    yield from (printable(f"  {name}: pending") for name in story.remaining_phases)
-    if story.sessions:
+    for visit in details.phases:
+        yield from _visit(visit, details)
+    yield from (printable(f"  {name}: pending") for name in details.remaining_phases)
+    if details.sessions:
         yield "sessions"
-    for session in story.sessions:
+    for session in details.sessions:
         yield from _session(session)
-    if story.handoffs:
+    if details.handoffs:
         yield "handoffs"
-        for handoff in story.handoffs:
+        for handoff in details.handoffs:
             yield from _handoff(handoff)
     yield "landing"
-    yield printable(f"  {_landing(story)}")
-    if story.sessions:
+    yield printable(f"  {_landing(details)}")
+    if details.sessions:
         yield "usage"
-        yield f"  {_figures(story.usage)}"
+        yield f"  {_figures(details.usage)}"
 
 
-def _head(story: TaskDetails, now: float) -> Iterator[list[str]]:
-    yield from _prompt(story)
+def _head(details: TaskDetails, now: float) -> Iterator[list[str]]:
+    yield from _prompt(details)
     fields = {
-        "plan of": "" if story.plan is None else story.plan.removeprefix(f"{story.run}/"),
-        "workflow": story.workflow or "",
-        "expanded to": ", ".join(story.subtasks),
-        "adapter": story.adapter or "",
-        "attempts": str(story.attempts),
-        "needs": ", ".join(story.needs),
-        "reason": one_line(story.reason or ""),
+        "plan of": "" if details.plan is None else details.plan.removeprefix(f"{details.run}/"),
+        "workflow": details.workflow or "",
+        "expanded to": ", ".join(details.subtasks),
+        "adapter": details.adapter or "",
+        "attempts": str(details.attempts),
+        "needs": ", ".join(details.needs),
+        "reason": one_line(details.reason or ""),
         "activity": ""
-        if story.latest_activity is None
-        else f"{one_line(story.latest_activity.text)} ({format_age(story.latest_activity.time, now)})",
-        "damage": "; ".join(story.damage),
+        if details.latest_activity is None
+        else f"{one_line(details.latest_activity.text)} ({format_age(details.latest_activity.time, now)})",
+        "damage": "; ".join(details.damage),
     }
     yield from ([name, value] for name, value in fields.items() if value)
 
 
-def _prompt(story: TaskDetails) -> Iterator[list[str]]:
-    source = [] if story.tracker is None else [f"(from {story.tracker})"]
-    lines = [*map(str.rstrip, (story.prompt or "").strip().splitlines()), *source]
+def _prompt(details: TaskDetails) -> Iterator[list[str]]:
+    source = [] if details.tracker is None else [f"(from {details.tracker})"]
+    lines = [*map(str.rstrip, (details.prompt or "").strip().splitlines()), *source]
     more = len(lines) - _MAX_NAMED
     shown = lines if more <= 0 else [*lines[:_MAX_NAMED], f"… ({more} more lines; --json prints all)"]
     for name, line in zip_longest(["prompt"], shown, fillvalue=""):
@@ -89,29 +89,29 @@ def _prompt(story: TaskDetails) -> Iterator[list[str]]:
             yield [name, truncate_end(line, _LONGEST)]
 
 
-def _visit(visit: PhaseVisitDetails, story: TaskDetails) -> Iterator[str]:
+def _visit(visit: PhaseVisitDetails, details: TaskDetails) -> Iterator[str]:
     again = f" (visit {visit.visit})" if visit.visit > 1 else ""
-    ended = {one.number for one in story.sessions if one.ended is not None}
+    ended = {one.number for one in details.sessions if one.ended is not None}
     is_pending = visit.status == PhaseStatus.IN_PROGRESS and visit.attempts and ended.issuperset(visit.attempts)
     did = ["pending" if is_pending else format_visit(visit.status)]
-    if story.status == TaskStatus.NO_CHANGE and visit is story.phases[-1]:
+    if details.status == TaskStatus.NO_CHANGE and visit is details.phases[-1]:
         did = [TaskStatus.NO_CHANGE.record.label]
     if visit.verdict is not None:
         did.append(f"verdict: {visit.verdict}")
     if visit.usage.sessions:
         did += [_figures(visit.usage), " then ".join(visit.adapters)]
     yield printable(f"  {visit.phase}{again}: {', '.join(did)}")
-    yield from align_columns(list(_details(visit, story)), "    ")
+    yield from align_columns(list(_details(visit, details)), "    ")
 
 
-def _details(visit: PhaseVisitDetails, story: TaskDetails) -> Iterator[list[str]]:
+def _details(visit: PhaseVisitDetails, details: TaskDetails) -> Iterator[list[str]]:
     times = [format_local_time(one) for one in (visit.started, visit.ended) if one is not None]
     fields = {
         "time": " to ".join(times) if visit.usage.sessions else "",
         "sessions": ", ".join(map(str, visit.attempts)),
-        "inputs": "" if visit.given is None else _given(visit.given),
-        "received": ", ".join(_named(one, story) for one in visit.received),
-        "handoff": "" if visit.handoff is None else _named(visit.handoff, story),
+        "inputs": "" if visit.inputs is None else _inputs(visit.inputs),
+        "received": ", ".join(_named(one, details) for one in visit.received),
+        "handoff": "" if visit.handoff is None else _named(visit.handoff, details),
         "commit": "" if visit.commit is None else visit.commit[:_SHORT_DIGEST],
         "rounds": str(visit.rounds or ""),
         "repairs": str(visit.repairs or ""),
@@ -128,18 +128,18 @@ def _details(visit: PhaseVisitDetails, story: TaskDetails) -> Iterator[list[str]
         yield ["finding", f"and {len(visit.findings) - _MAX_NAMED} more"]
 
 
-def _given(given: GivenValues) -> str:
-    """Return the inputs of a phase, their size out of that of all values, and the omitted values."""
-    if not given.keys and not given.left_out:
+def _inputs(inputs: InputSummary) -> str:
+    """Return the inputs of a phase, their share of all values, and the omissions."""
+    if not inputs.keys and not inputs.omitted:
         return "none"
-    names = ", ".join(given.keys) or "none"
-    left = f"; omitted: {', '.join(given.left_out)}" if given.left_out else ""
-    return f"{names} ({given.size:,} of {given.whole:,} bytes{left})"
+    names = ", ".join(inputs.keys) or "none"
+    left = f"; omitted: {', '.join(inputs.omitted)}" if inputs.omitted else ""
+    return f"{names} ({inputs.size:,} of {inputs.total_size:,} bytes{left})"
 
 
-def _named(handoff: str, story: TaskDetails) -> str:
+def _named(handoff: str, details: TaskDetails) -> str:
     """Return the kind and source of the handoff with an id."""
-    found = next((one for one in story.handoffs if one.id == handoff), None)
+    found = next((one for one in details.handoffs if one.id == handoff), None)
     if found is None:
         return handoff
     source = "" if found.kind == found.phase else f" of {found.phase}"
@@ -172,7 +172,7 @@ def _session(one: AttemptDetails) -> Iterator[str]:
 def _handoff(one: HandoffDetails) -> Iterator[str]:
     where = f"from {one.phase}" if one.to is None else f"{one.phase} to {one.to}"
     state = "intact" if one.is_intact else "DAMAGED: the data does not match the digest"
-    parts = [where, one.protocol, f"by {one.by}", f"{one.digest[: _SHORT_DIGEST + len('sha256:')]}, {state}"]
+    parts = [where, one.protocol, f"via {one.via}", f"{one.digest[: _SHORT_DIGEST + len('sha256:')]}, {state}"]
     if one.key is not None:
         parts.append(f"shared as {one.key}, version {one.version}")
     yield printable(f"  {one.id}, {one.kind}: {'; '.join(parts)}")
@@ -189,17 +189,17 @@ def _short(value: object) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text):,} characters; --json prints all)"
 
 
-def _landing(story: TaskDetails) -> str:
-    one = story.landing
-    request = "" if story.pull_request is None else f", pull request {story.pull_request}"
-    kept = None if story.branch is None else f"saved as {salvage_name(story.branch)}"
-    if story.landed is not None:
+def _landing(details: TaskDetails) -> str:
+    one = details.landing
+    request = "" if details.pull_request is None else f", pull request {details.pull_request}"
+    kept = None if details.branch is None else f"saved as {salvage_name(details.branch)}"
+    if details.landed is not None:
         when = "" if one.time is None else f", {format_local_time(one.time)}"
-        return f"landed as {story.landed[:_SHORT_DIGEST]} on {one.target}{when}{request}"
-    if story.paths:
-        conflict = f"conflicts with {one.target} in {_format_paths(story.paths)}"
+        return f"landed as {details.landed[:_SHORT_DIGEST]} on {one.target}{when}{request}"
+    if details.paths:
+        conflict = f"conflicts with {one.target} in {_format_paths(details.paths)}"
         return f"{'; '.join(filter(None, [conflict, kept]))}{request}"
-    if one.waiting is not None and story.status in LANDING_STATUSES:
+    if one.waiting is not None and details.status in LANDING_STATUSES:
         return f"{one.waiting[:_SHORT_DIGEST]}, built by session {one.attempt}, queued to land on {one.target}{request}"
     return f"not landed; its work is {kept}{request}" if kept else f"not landed{request}"
 

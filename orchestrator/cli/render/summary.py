@@ -1,4 +1,4 @@
-"""The final report of a run: totals, and the tasks that need attention with their next commands. Pure."""
+"""The final summary of a run: totals, problems and next commands. Pure."""
 
 from __future__ import annotations
 
@@ -86,11 +86,11 @@ class _Entry:
         return [*map(_shortened, first), _shortened(rest), *self.fixed]
 
 
-def brief_lines(report: RunReport, *, is_newest: bool = True, was_finished: bool = False) -> list[str]:
-    """Return the totals of a run, the tasks that need attention with their next commands, and the run's own.
+def summary_lines(report: RunReport, *, is_newest: bool = True, was_finished: bool = False) -> list[str]:
+    """Return the totals of a run, the tasks that need attention, and next commands.
 
     Commands name the run unless it is the newest. `was_finished`: nothing was left to resume. Reasons are cut to one
-    line each; the first ones get the lines that are left.
+    line each; the first ones get the remaining lines.
     """
     run = "" if is_newest else f" --run {report.run}"
     head = [*wrapped(run_summary(report)), *(truncate_end(line, COLUMNS) for line in _totals(report))]
@@ -179,9 +179,9 @@ def _next(report: RunReport) -> Iterator[_Entry]:
 
 
 def _halt(halted: HaltReason, room: int, more: str) -> list[str]:
-    """Return a halt in at most `room` lines. The output is shortened first; the path of the log is always kept.
+    """Return the reason of a halt in at most `room` lines.
 
-    A remedy that does not fit completely is replaced by `more`.
+    The output is shortened first; the path of the log is always kept. A remedy that does not fit is replaced by `more`.
     """
     head = list(wrapped(printable(f"Halted: {halted.headline}")))
     log = [] if halted.log is None else [printable(f"log: {halted.log}")]
@@ -196,5 +196,5 @@ def _halt(halted: HaltReason, room: int, more: str) -> list[str]:
 
 
 def _end(line: str) -> list[str]:
-    """Return the end of the last line of output; nothing if not even its last word fits, such as a PATH."""
+    """Return the end of the last line of output; empty if its last word is too long."""
     return [] if not line or cell_len(line.rsplit(maxsplit=1)[-1]) > COLUMNS else [truncate_start(line, COLUMNS)]

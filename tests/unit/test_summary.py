@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from orchestrator.cli.render.brief import MAX_LINES, brief_lines
 from orchestrator.cli.render.result import run_summary
+from orchestrator.cli.render.summary import MAX_LINES, summary_lines
 from orchestrator.cli.render.text import COLUMNS
 from orchestrator.domain.runs.halts import HaltReason
 from orchestrator.domain.runs.model import HaltCause
@@ -49,7 +49,7 @@ def test_report_is_at_most_ten_lines_of_eighty_columns(
 ) -> None:
     """For any number of tasks and names of any length; the first line has the totals."""
     report = replace(run(*tasks, status=status), target=target, adapters=adapters, halted=halted, damage=("x",) * 3)
-    lines = brief_lines(report, is_newest=newest)
+    lines = summary_lines(report, is_newest=newest)
     assert len(lines) <= MAX_LINES == 10
     wide = [line for line in lines if cell_len(line) > COLUMNS == 80 and target not in line]
     wide = [line for line in wide if not ("/" in line and len(line.split()) == 1)]  # a path
@@ -68,7 +68,7 @@ def test_problem_has_its_next_command() -> None:
         task("blocked", id="later", reason="needs 'api', which did not land", blocked_by="api"),
         task("conflict", id="ui", reason="merge conflict in a", branch="council/run/ui/conflict"),
     )
-    assert brief_lines(report) == [
+    assert summary_lines(report) == [
         "run run: incomplete, 40 of 43 landed on main",
         "  1 failed, 1 blocked, 1 conflict, 36.0k tokens, $10.00",
         "  api failed: the program ended with exit code 1",
@@ -82,7 +82,7 @@ def test_problem_has_its_next_command() -> None:
 def test_queued_task_is_indented_like_other_tasks() -> None:
     """The reason names the fix and is complete; its further lines are indented more deeply."""
     reason = "the target's checkout has uncommitted changes (src/calc.py): commit or stash them"
-    assert brief_lines(run(task("queued", id="api", reason=reason)))[2:4] == [
+    assert summary_lines(run(task("queued", id="api", reason=reason)))[2:4] == [
         "  api queued: the target's checkout has uncommitted changes (src/calc.py):",
         "    commit or stash them",
     ]
@@ -95,23 +95,23 @@ def test_failed_task_precedes_unchanged_and_blocked_tasks() -> None:
         task("no_change", id="idle"),
         task("failed", id="api"),
     )
-    shown = [line.split()[0] for line in brief_lines(report)[2:] if not line.startswith("    ")]
+    shown = [line.split()[0] for line in summary_lines(report)[2:] if not line.startswith("    ")]
     assert shown == ["api", "idle", "last"]
 
 
 def test_reason_is_wrapped_if_lines_are_free() -> None:
     """Whole up to the tenth line, in the order of the tasks; the last line is cut, and keeps its commands."""
     reason = f"the check fails: {'one two three ' * 14}: fix it, then `council retry api`"
-    shown = brief_lines(run(task("failed", id="api", reason=reason)))
+    shown = summary_lines(run(task("failed", id="api", reason=reason)))
     assert " ".join(" ".join(shown[2:-1]).split()) == f"api failed: {reason}"
     assert (shown[-1], len(shown)) == ("    next: council logs api", 7)
-    two = brief_lines(run(*(task("failed", id=name, reason=reason) for name in ("api", "bad"))))
+    two = summary_lines(run(*(task("failed", id=name, reason=reason) for name in ("api", "bad"))))
     assert two[:7] == [two[0], two[1], *shown[2:]]
     assert len(two) == MAX_LINES
     assert "…" in two[8]
     assert two[8].endswith(" `council retry api`")
     adapter = AdapterReport("claude", None, "not logged in: " * 9)
-    [*_, first, last] = brief_lines(replace(run(task("landed", landed=COMMIT)), adapters=[adapter]))
+    [*_, first, last] = summary_lines(replace(run(task("landed", landed=COMMIT)), adapters=[adapter]))
     assert first.startswith("  it. Reason: not logged in: ")
     assert last.endswith("not logged in:")
 
@@ -119,17 +119,17 @@ def test_reason_is_wrapped_if_lines_are_free() -> None:
 def test_finished_run_names_the_command_that_retries_a_task() -> None:
     """As the last of the ten lines, for a resume with nothing to resume."""
     failed = run(*(task("failed", id=f"t{n}", reason="no") for n in range(9)))
-    shown = brief_lines(failed, is_newest=False, was_finished=True)
+    shown = summary_lines(failed, is_newest=False, was_finished=True)
     assert shown[-1] == "The run has ended. Next: council retry TASK --run run"
     assert shown[-2].endswith("more: council status --run run")
     assert len(shown) <= MAX_LINES
-    assert brief_lines(failed, was_finished=True)[-1] == "The run has ended. Next: council retry TASK"
+    assert summary_lines(failed, was_finished=True)[-1] == "The run has ended. Next: council retry TASK"
 
 
 def many(one: TaskReport) -> list[str]:
     """Return the lines about the first of several tasks, for whose reasons no lines are free."""
     others = (task("failed", id=f"more{number}", reason="no") for number in range(9))
-    return brief_lines(replace(run(one, *others), damage=("x",)))[2:4]
+    return summary_lines(replace(run(one, *others), damage=("x",)))[2:4]
 
 
 def test_cut_reason_ends_with_a_clause_before_its_command() -> None:
@@ -144,7 +144,7 @@ def test_cut_reason_ends_with_a_clause_before_its_command() -> None:
 def test_hidden_problems_are_counted() -> None:
     """The line refers to `council status`."""
     report = run(*(task("failed", id=f"t{n}", reason="no") for n in range(9)))
-    assert brief_lines(report, is_newest=False)[-2:] == [
+    assert summary_lines(report, is_newest=False)[-2:] == [
         "    next: council logs t2 --run run",
         "  and 6 more: council status --run run",
     ]
@@ -168,7 +168,7 @@ def test_hidden_problems_are_counted() -> None:
 )  # fmt: skip
 def test_last_line_has_the_next_command(report: Any, expected: str) -> None:
     """It is the next command of the whole run."""
-    assert brief_lines(report)[-1] == expected
+    assert summary_lines(report)[-1] == expected
 
 
 def test_commands_are_never_truncated() -> None:
@@ -181,12 +181,12 @@ def test_commands_are_never_truncated() -> None:
         failed,
         status=RunStatus.RUNNING,
     )
-    shown = brief_lines(replace(report, adapters=[adapter] * 3), is_newest=False)
+    shown = summary_lines(replace(report, adapters=[adapter] * 3), is_newest=False)
     assert f"    next: council salvage apply {name}/conflict --branch {name}-conflict --run run" in shown
     assert many(failed)[0].endswith(f"… {remedy}")
     assert any(line.endswith("… `council adapters enable claude --run run`") for line in shown), shown
     landed = replace(run(task("landed", landed=COMMIT)), run="r" * 70, target=f"council/{'r' * 70}", awaits_merge=True)
-    assert brief_lines(landed, is_newest=False)[-1] == f"Next: council merge {'r' * 70}"
+    assert summary_lines(landed, is_newest=False)[-1] == f"Next: council merge {'r' * 70}"
 
 
 def test_halt_is_wrapped_between_words() -> None:
@@ -196,7 +196,7 @@ def test_halt_is_wrapped_between_words() -> None:
         "`council retry models --reload && council resume 20260102-030405-ab12`",
     )
     halted = f"the check of the base fails, see {path}: correct the command in the file, then {command}"
-    shown = brief_lines(replace(run(task("pending")), halted=halted, halted_by=HaltCause.BASE))
+    shown = summary_lines(replace(run(task("pending")), halted=halted, halted_by=HaltCause.BASE))
     assert any(path in line for line in shown)
     assert shown[-1].endswith(command)
 
@@ -204,7 +204,7 @@ def test_halt_is_wrapped_between_words() -> None:
 def test_halt_with_a_long_last_line_keeps_its_end() -> None:
     """Interpreters name the missing module there, after their own path."""
     reason = HaltReason("it failed", (f"/{'long/' * 20}python: No module named pytest",), "/logs/check1", ("fix main",))
-    shown = brief_lines(replace(run(task("pending")), halted=str(reason), halted_by=HaltCause.BASE))
+    shown = summary_lines(replace(run(task("pending")), halted=str(reason), halted_by=HaltCause.BASE))
     assert any(line.startswith("…") and line.endswith("python: No module named pytest") for line in shown), shown
     assert "log: /logs/check1" in shown
 
@@ -213,7 +213,7 @@ def test_failed_setup_has_its_log_and_cause() -> None:
     """Both are wrapped between words only, at any length."""
     log = f"/{'folder/' * 15}setup1"
     reason = f"`pip install -e .` ended with exit code 1 in the setup (log: {log})\nERROR: no such package"
-    shown = brief_lines(run(task("failed", failure="setup_failed", reason=reason)))
+    shown = summary_lines(run(task("failed", failure="setup_failed", reason=reason)))
     assert any(f"{log})" in line for line in shown), shown
     assert "ERROR: no such package" in " ".join(shown), shown
 
@@ -223,10 +223,10 @@ def test_halt_has_its_log() -> None:
     reason = HaltReason("check `x` fails on main", ("one", "two"), "/logs/t.0.check1", ("fix main " * 30, "or not"))
     adapters = [AdapterReport(f"a{number}", None, "not logged in") for number in range(12)]
     report = replace(run(task("pending")), halted=str(reason), halted_by=HaltCause.BASE)
-    assert "log: /logs/t.0.check1" in brief_lines(report)
-    shown = brief_lines(replace(report, adapters=adapters))
+    assert "log: /logs/t.0.check1" in summary_lines(report)
+    shown = summary_lines(replace(report, adapters=adapters))
     assert shown[-4:-1] == ["Halted: check `x` fails on main", "two", "log: /logs/t.0.check1"]
-    short = brief_lines(replace(report, halted=str(replace(reason, remedy=("fix main",)))))
+    short = summary_lines(replace(report, halted=str(replace(reason, remedy=("fix main",)))))
     assert short[-4:] == ["one", "two", "log: /logs/t.0.check1", "fix main"]
     assert HaltReason.parse(str(reason)) == reason
 
@@ -235,10 +235,10 @@ def test_halt_without_room_for_its_remedy_names_the_command_that_prints_it() -> 
     """No sentence is cut before its command."""
     remedy = ("start a new run " * 20, "or correct the check in the file, then `council retry t --reload --run r`")
     halted = str(HaltReason("check `x` can't be run", ("one",), "/logs/t.0.check1", remedy))
-    shown = brief_lines(replace(run(task("pending")), halted=halted, halted_by=HaltCause.BASE))
+    shown = summary_lines(replace(run(task("pending")), halted=halted, halted_by=HaltCause.BASE))
     assert shown[-1] == remedy[-1]
     halted = str(HaltReason("check `x` can't be run", ("one",), "/logs/t.0.check1", (*remedy, "more " * 30)))
-    shown = brief_lines(replace(run(task("pending")), halted=halted, halted_by=HaltCause.BASE))
+    shown = summary_lines(replace(run(task("pending")), halted=halted, halted_by=HaltCause.BASE))
     assert shown[-3:] == ["one", "log: /logs/t.0.check1", "How to fix it: council status"]
 
 
@@ -246,12 +246,12 @@ def test_halt_omits_a_path_list_that_has_no_room() -> None:
     """Its end without its label says nothing."""
     output = ("sh: 1: nosuchprog: not found", f"PATH, as the sandbox shows it: {'/usr/bin:' * 20}/bin")
     halted = str(HaltReason("check `nosuchprog` can't be run", output, "/logs/t.0.check1", ("install it",)))
-    shown = brief_lines(replace(run(task("pending")), halted=halted, halted_by=HaltCause.BASE))
+    shown = summary_lines(replace(run(task("pending")), halted=halted, halted_by=HaltCause.BASE))
     assert shown[-3:] == [output[0], "log: /logs/t.0.check1", "install it"]
 
 
 def test_successful_run_has_totals_only() -> None:
-    assert brief_lines(run(task("landed", landed=COMMIT), status=RunStatus.LANDED)) == [
+    assert summary_lines(run(task("landed", landed=COMMIT), status=RunStatus.LANDED)) == [
         "run run: landed, 1 of 1 landed on main"
     ]
 
@@ -260,6 +260,6 @@ def test_merge_is_the_next_step_of_an_unmerged_ended_run() -> None:
     """`council merge` rejects a running run and has nothing to do for a merged one."""
     ended = replace(run(replace(task("landed"), landed="c1")), target="council/r1", run="r1", status=RunStatus.LANDED)
     ended = replace(ended, awaits_merge=True)
-    assert brief_lines(ended)[-1] == "Next: council merge r1"
+    assert summary_lines(ended)[-1] == "Next: council merge r1"
     for other in (replace(ended, status=RunStatus.RUNNING), replace(ended, awaits_merge=False)):
-        assert not any("council merge" in line for line in brief_lines(other))
+        assert not any("council merge" in line for line in summary_lines(other))
