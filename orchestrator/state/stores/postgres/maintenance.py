@@ -51,5 +51,5 @@ async def repair_state(connection: Connection, queries: Queries, report: Verific
             known = None if value is None or is_expired else json.loads(value)
             ttl = None if remaining is None or is_expired else min(remaining, MAX_TTL)
             writes.append(Write(key, 0 if known is None else version, known, ttl))
-            events.append(Event.of(StateRepaired(key=str(key), lost=version, is_known=known is not None)))
+            events.append(Event.of(StateRepaired(key=str(key), lost_version=version, is_known=known is not None)))
     return Commit(writes, [*events, Event.of(StateLogRepaired(damage=len(report.damage)))])

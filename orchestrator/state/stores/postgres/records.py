@@ -80,7 +80,7 @@ def load_parameters(lines: Sequence[LogLine]) -> tuple[dict[str, Any], dict[str,
     for line in lines:
         size = len(line.payload) + 100 + 100 * len(line.changes)
         events = b"[%b]" % split_events(line.changes, line.payload)
-        _append(commits, (line.position, float(line.time), escape(line.by), events, size))
+        _append(commits, (line.position, float(line.time), escape(line.writer), events, size))
         values = split_values(line.changes, line.payload)
         for number, (change, value) in enumerate(zip(line.changes, values, strict=True), 1):
             key, expires = change.key, None if change.expires is None else float(change.expires)
@@ -118,7 +118,7 @@ def to_record(commit: DumpedCommit) -> CommitRecord:
     documents = {
         one.key: (one.version, None if one.encoded is None else json.loads(one.encoded)) for one in commit.documents
     }
-    return CommitRecord(commit.position, commit.time, documents, commit.events, (), commit.by)
+    return CommitRecord(commit.position, commit.time, documents, commit.events, (), commit.writer)
 
 
 def to_version(row: tuple[Any, ...]) -> DocumentVersion:

@@ -200,7 +200,7 @@ class PostgresStore:
             case ["conflict", number, found, by, when]:
                 write = commit.writes[number - 1]
                 pending.failure = VersionConflict(
-                    str(write.key), write.expected, int(found), by=unescape(by), time=float(when)
+                    str(write.key), write.expected, int(found), writer=unescape(by), time=float(when)
                 )
             case ["lease", number, epoch]:
                 guard = commit.guards[number - 1]
