@@ -82,13 +82,15 @@ async def open_target(
             yield store
         return
     target = await to_thread.run_sync(_TargetFolder, folder, within)
+    is_complete = False
     try:
         async with open_store(url, plugins=plugins, clock=clock, environ=environ) as store:
             yield store
-    except BaseException:
-        with anyio.CancelScope(shield=True):
-            await to_thread.run_sync(target.undo)
-        raise
+        is_complete = True
+    finally:
+        if not is_complete:
+            with anyio.CancelScope(shield=True):
+                await to_thread.run_sync(target.undo)
 
 
 async def copy_state(

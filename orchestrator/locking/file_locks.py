@@ -214,19 +214,17 @@ class FileLocks:
                     return
                 await anyio.sleep(_DEADLOCK_INTERVAL)
 
-        try:
+        with ExitStack() as undo:
             with anyio.CancelScope(deadline=until) as scope:
                 async with anyio.create_task_group() as group:
                     group.start_soon(watch_for_deadlock, scope)
                     try:
                         held = await self._wait(session, path, shared=shared)
+                        undo.callback(held.release)
                     except (CouncilError, OSError) as error:
                         failure = error
                     group.cancel_scope.cancel()
-        except BaseException:
-            if held is not None:
-                held.release()
-            raise
+            undo.pop_all()
         if failure is not None:
             raise failure
         if held is None and cycle is not None:
@@ -248,11 +246,11 @@ class FileLocks:
         if not shared:
             lock.write_holder(holder)
             return _HeldFileLock(_record(holder), lock, None)
-        try:
-            return _HeldFileLock(_record(holder), lock, LockMarker(self._folder, "shares", holder))
-        except BaseException:
-            lock.release()
-            raise
+        with ExitStack() as undo:
+            undo.callback(lock.release)
+            marker = LockMarker(self._folder, "shares", holder)
+            undo.pop_all()
+        return _HeldFileLock(_record(holder), lock, marker)
 
     def _locks_of(self, path: str) -> tuple[FileLock, FileLock]:
         """Return the gate and the lock of a path."""

@@ -302,11 +302,11 @@ def _open(path: Path) -> int:
 
 def _try_open_and_lock(path: Path, *, shared: bool = False) -> tuple[int, bool]:
     fd = _open(path)
-    try:
-        return fd, _flock(path, fd, block=False, shared=shared)
-    except BaseException:
-        os.close(fd)
-        raise
+    with ExitStack() as undo:
+        undo.callback(os.close, fd)
+        is_locked = _flock(path, fd, block=False, shared=shared)
+        undo.pop_all()
+    return fd, is_locked
 
 
 def is_held(path: Path) -> bool:

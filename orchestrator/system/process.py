@@ -394,22 +394,20 @@ class ForkServer:
         """
         self._requests, theirs = socket.socketpair()
         self._requests.settimeout(_FIRST_TIMEOUT)
-        with theirs:
-            try:
-                self._server = subprocess.Popen(
-                    argv,
-                    env=env,
-                    cwd=cwd,
-                    stdin=theirs.fileno(),
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    start_new_session=True,
-                )
-                theirs.close()
-                self._requests.sendall(first)
-            except BaseException:
-                self._requests.close()
-                raise
+        with ExitStack() as undo, theirs:
+            undo.callback(self._requests.close)
+            self._server = subprocess.Popen(
+                argv,
+                env=env,
+                cwd=cwd,
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            theirs.close()
+            self._requests.sendall(first)
+            undo.pop_all()
         self._requests.setblocking(False)  # a full queue fails, so that the caller starts the process itself
 
     def fork(self) -> tuple[IO[bytes], IO[bytes]]:

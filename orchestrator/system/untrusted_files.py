@@ -17,7 +17,7 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -81,18 +81,20 @@ def write_file(top: Path, path: str, data: bytes, mode: int = 0o600) -> None:
     """
     folder, name = _split(path)
     temporary = f".{secrets.token_hex(8)}.new"
-    with open_folder(top, folder, make=True) as within:
-        try:
-            with (
-                name_in_errors(top / path),
-                os.fdopen(os.open(temporary, _NEW, mode, dir_fd=within), "wb") as file,
-            ):
-                file.write(data)
-            os.rename(temporary, name, src_dir_fd=within, dst_dir_fd=within)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(temporary, dir_fd=within)
-            raise
+    with open_folder(top, folder, make=True) as within, ExitStack() as undo:
+        undo.callback(_try_unlink, temporary, within)
+        with (
+            name_in_errors(top / path),
+            os.fdopen(os.open(temporary, _NEW, mode, dir_fd=within), "wb") as file,
+        ):
+            file.write(data)
+        os.rename(temporary, name, src_dir_fd=within, dst_dir_fd=within)
+        undo.pop_all()
+
+
+def _try_unlink(name: str, folder: int) -> None:
+    with suppress(OSError):
+        os.unlink(name, dir_fd=folder)
 
 
 def make_link(top: Path, path: str, target: Path) -> None:

@@ -76,7 +76,7 @@ class SinkContract(OptionsContract):
         waiting = deque(batches)
         try:
             await self._deliver(options, waiting)
-        except Exception:
+        except Exception:  # a sink may raise anything
             if tries == 1:
                 raise
             await self.deliver(options, *waiting, tries=tries - 1)

@@ -248,7 +248,7 @@ async def _raise_if_fenced(ledger: Ledger) -> AsyncIterator[None]:
     """Replace an error of the body by OrchestratorFenced if the run removed us."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # any error may be a consequence of the takeover
         if (lost := await ledger.orchestrators.find_fencing_error()) is not None:
             raise lost from error
         raise

@@ -98,7 +98,7 @@ class SessionLocks:
         try:
             await self._own(session, list(map(escape_path, names)), claim, until)
             await self._lock_files(session, names, until)
-        except BaseException:
+        except BaseException:  # also a cancellation: without the files, the session keeps none of the patterns
             with anyio.CancelScope(shield=True):
                 await self._release_patterns(active, wanted)
             raise

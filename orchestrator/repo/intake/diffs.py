@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 import anyio
@@ -114,11 +114,10 @@ def _prepare(worktree: Worktree) -> Path:
     if pipe := next(find_blocking_files(worktree.tree), None):
         raise RefusedError(f"git can't read {printable_name(str(pipe))!r}: not a regular file", remedy)
     folder = _live_folder(worktree)
-    try:
+    with ExitStack() as undo:
+        undo.callback(shutil.rmtree, folder, ignore_errors=True)
         shutil.copyfile(worktree.index, folder / "index")
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        undo.pop_all()
     return folder
 
 

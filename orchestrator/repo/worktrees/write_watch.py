@@ -13,6 +13,7 @@ import os
 import struct
 import sys
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
@@ -36,14 +37,13 @@ class WriteWatch:
         self._folders: dict[int, str] = {}
         self._written: set[str] | None = set()
         self._fd = _check(libc().inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK))
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.close)
             for folder in folders:
                 path = os.fsencode(f"{tree}/{folder}")
                 mask = ctypes.c_uint32(_CLOSE_WRITE | _ONLY_FOLDERS | _NO_FOLLOW)
                 self._folders[_check(libc().inotify_add_watch(self._fd, path, mask))] = folder
-        except BaseException:
-            self.close()
-            raise
+            undo.pop_all()
 
     def read_written(self) -> set[str] | None:
         """Return the written paths, or None if events were lost. Blocks briefly."""

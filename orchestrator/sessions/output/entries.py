@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Final
 
 from orchestrator.domain.runs.outcome import Failed
+from orchestrator.errors import PluginFailed, plugin_code
 from orchestrator.protocols import (
     Adapter,
     AgentMessage,
@@ -92,7 +93,7 @@ class OutputEntryBuilder:
         if len(line) > MAX_LINE_BYTES:
             return [*self.flush(), OutputEntry(OutputEntryKind.LINE, f"[line of {len(line)} characters omitted]")]
         events: list[SessionEvent] = []
-        with suppress(Exception):  # a plugin error must not break a viewer
+        with suppress(PluginFailed), plugin_code():  # a plugin error must not break a viewer
             events += adapter.parse(line)
         if not line.startswith("{") or events == [AgentMessage(line)]:
             for event in events:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+from orchestrator.errors import PluginFailed, plugin_code
 from orchestrator.protocols import Adapter, SessionEvent
 from orchestrator.sessions.output.log_files import TAIL_BYTES
 from orchestrator.sessions.output.transcript import parse_lines
@@ -41,6 +42,6 @@ class OutputFollower:
         self.at = begin + end + 1
         events: list[SessionEvent] = []
         for line in data[:end].split(b"\n"):
-            with suppress(Exception):  # a plugin error must not break a viewer
+            with suppress(PluginFailed), plugin_code():  # a plugin error must not break a viewer
                 events += parse_lines(self._adapter, [line])
         return events

@@ -532,7 +532,7 @@ def supervise_forked(control: int, status: int) -> NoReturn:
             os.dup2(fd, target)
             os.close(fd)
         main()
-    except BaseException:  # noqa: BLE001
+    except BaseException:  # noqa: BLE001  the forked child must never continue the program of its parent
         sys.excepthook(*sys.exc_info())
     finally:
         os._exit(0)
