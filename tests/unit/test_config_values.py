@@ -1,6 +1,7 @@
 """Value rules of the file: durations, names, branches, plain scalars, dependency cycles."""
 
 import subprocess
+import time
 from typing import Any
 
 import pytest
@@ -214,6 +215,15 @@ def test_circle_behind_a_circle_is_found() -> None:
     """A second cycle further along the same path."""
     needs = {"a": ["b"], "b": ["a", "c"], "c": ["d"], "d": ["c"]}
     assert [sorted(circle) for circle in find_cycles(needs)] == [["a", "b"], ["c", "d"]]
+
+
+def test_chain_of_circles_takes_linear_time() -> None:
+    """Each pair leads to the next one; a search that restarts after each found cycle takes a minute."""
+    pairs = 20_000
+    needs = {f"a{n}": [f"b{n}"] for n in range(pairs)} | {f"b{n}": [f"a{n + 1}", f"a{n}"] for n in range(pairs)}
+    began = time.thread_time()
+    assert find_cycles(needs) == [[f"a{n}", f"b{n}"] for n in reversed(range(pairs))]
+    assert time.thread_time() - began < 2.0
 
 
 def test_graph_without_circles_has_none() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from orchestrator.domain.runs.model import AdapterDocument, Attempt, RunDocument
 from orchestrator.domain.runs.phases import PhaseRecord, PhaseStatus
 from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
-from orchestrator.engine.reports.report import RunRecord
+from orchestrator.engine.reports.report import RunRecord, build_report
 from orchestrator.protocols import CommitRecord, Event, Key
 from orchestrator.repo.git.change_counts import Changes
 from orchestrator.sessions.output.transcript import Transcript
@@ -432,3 +433,30 @@ def test_subtasks_have_rows_after_their_task() -> None:
     assert row(shown.frame(40.0, 10), "t0-a").attempt == "1/2"
     shown.apply(record("t0-a", TaskDocument(status=TaskStatus.FAILED, attempts=(BUILT,)), 41.0))
     assert row(shown.frame(42.0, 10), "t0").phase == "blocked"
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        TaskDocument(),
+        TaskDocument(status=TaskStatus.RUNNING, attempts=(attempt(),), reason="of an earlier attempt"),
+        TaskDocument(status=TaskStatus.FAILED, attempts=(BUILT, CRASHED), failures=2, reason="it crashed"),
+        TaskDocument(status=TaskStatus.LANDED, attempts=(BUILT,), landed=COMMIT, reason="already there"),
+    ],
+)
+def test_row_agrees_with_the_report_of_the_run(document: TaskDocument) -> None:
+    """The table and `status` show one projection: the adapter, the counted attempts and the reason."""
+    failed = TaskDocument(status=TaskStatus.FAILED, attempts=(CRASHED,), failures=1)
+    shown = view({"need": DispatchEntry(adapter="fake"), "t0": DispatchEntry(("need",), "fake")})
+    shown.apply(record("need", failed))
+    shown.apply(record("t0", document))
+    entries = {"need": DispatchEntry(adapter="fake"), "t0": DispatchEntry(("need",), "fake")}
+    report = build_report(
+        RunRecord(shown.run, {"need": failed, "t0": document}, entries, {}),
+        logs=Path("/logs"), repository=Path("/r"), has_ended=False, is_live=True, now=40.0,
+    ).tasks[1]  # fmt: skip
+    one = row(shown.frame(40.0, 10), "t0")
+    assert one.adapter == report.adapter
+    assert one.attempt == (f"{report.attempts}/3" if report.attempts else "")
+    assert one.words == (f"{COMMIT[:10]} on main" if report.landed else report.reason or "")
+    assert (one.phase == "blocked") == (report.status == "blocked")

@@ -22,6 +22,7 @@ from orchestrator.engine.phases.prompts import (
     render_findings,
     render_handoff_errors,
     render_handoff_instructions,
+    render_restart,
 )
 from orchestrator.errors import RefusedError
 
@@ -226,3 +227,12 @@ def test_feedback_of_others_is_delimited(said: str) -> None:
         assert outside(reported).count("\n") <= 6
         assert outside(reported).startswith("---\n")
         assert MARK not in outside(reported)
+
+
+@pytest.mark.parametrize("feedback", [None, ""])
+def test_restart_without_feedback_ends_with_the_work(feedback: str | None) -> None:
+    """There is no heading for feedback that does not exist."""
+    rendered = render_restart(["a.py"], "the diff", feedback, MARK)
+    assert "feedback" not in rendered
+    assert "the diff" in rendered
+    assert render_restart(["a.py"], None, "fix it", MARK).endswith("about the earlier work:\nfix it")
