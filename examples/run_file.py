@@ -17,7 +17,7 @@ async def main(file: str) -> int:
     try:
         async with Council.open(file) as council:
             report = await council.runs.run()
-    except ConfigError as error:  # all mistakes in the file, as file:line:column: problem: fix
+    except ConfigError as error:  # all errors in the file, as file:line:column: problem: fix
         print(error)
         return 2
     except RefusedError as error:  # nothing was started

@@ -37,9 +37,9 @@ def run(stage: Stage, *, plan: str, review: str, mended: str = "") -> CommandRes
     """Run one task through the phases; the model's script per phase is selected by the requested handoff."""
     prompt = (
         "write hello.txt MARMALADE\nsay It is written.\nusage 120 34\n"
-        f"told your result (plan)\n{plan}\nusage 120 34\n"
-        f"told your result (review)\n{review}\nusage 120 34\n"
-        f"told that you submitted is not valid\n{mended}\nusage 120 34"
+        f"once your result (plan)\n{plan}\nusage 120 34\n"
+        f"once your result (review)\n{review}\nusage 120 34\n"
+        f"once that you submitted is invalid\n{mended}\nusage 120 34"
     )
     return stage.run(prompt, {"workflows": {"three": WORKFLOW}}, workflow="three", attempts=1)
 

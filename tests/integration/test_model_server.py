@@ -490,7 +490,7 @@ def test_last_prompt_with_a_script_counts(server: ModelServer) -> None:
 @pytest.mark.extended_but_first
 def test_instructions_choose_the_part_of_the_script(server: ModelServer, api: Api, stream: bool) -> None:
     """The last part whose words occur elsewhere in the prompt; its own line does not count."""
-    script = "write a.txt x\nsay all\ntold of apples\nsay apples\ntold of pears\nsay pears"
+    script = "write a.txt x\nsay all\nonce of apples\nsay apples\nonce of pears\nsay pears"
     assert ask_model(server, api, script, stream, 1).text == "all"
     assert ask_model(server, api, f"This speaks of apples.\n{script}", stream).text == "apples"
     assert ask_model(server, api, f"{script}\nThis speaks of apples, and pears.", stream).text == "apples"
@@ -498,7 +498,7 @@ def test_instructions_choose_the_part_of_the_script(server: ModelServer, api: Ap
 
 
 def test_later_instructions_start_a_part_at_its_first_step(server: ModelServer) -> None:
-    script = "write a.txt x\nsay all\ntold of apples\nfail 500 1\nrun true\nsay apples"
+    script = "write a.txt x\nsay all\nonce of apples\nfail 500 1\nrun true\nsay apples"
     path, body = anthropic_ask(script, False, 1, True)
     assert anthropic_read(post(server, path, body).raw, False).text == "all"
     body["messages"] += [{"role": "assistant", "content": "all"}, {"role": "user", "content": "That speaks of apples."}]

@@ -101,7 +101,7 @@ async def test_invalid_handoff_is_repaired_once(repository: Repository) -> None:
     path = repository.configure(tasks, workflows={"one": workflow})
     ended = repository.council("run", str(path), "--json")
     assert ended.states == {"fixes": "done", "never": "failed", "silent": "failed"}, ended
-    assert "The result that you submitted is not valid" in repository.council("logs", "fixes", "--session", "2").stdout
+    assert "The result that you submitted is invalid" in repository.council("logs", "fixes", "--session", "2").stdout
     assert "tasks" in task_of(ended, "never")["reason"]
     assert "no result was submitted" in task_of(ended, "silent")["reason"]
     reported = [one["task"] for one in ended.lines if one.get("event") == "handoff.invalid"]

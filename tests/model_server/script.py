@@ -62,7 +62,7 @@ class Script:
 
 Directive: TypeAlias = ScriptStep | str | ScriptedFailure | float | TokenUsage
 
-_CONDITION: Final = re.compile(r"[ \t]*told[ ](?P<text>\S.*?)[ \t]*")
+_CONDITION: Final = re.compile(r"[ \t]*once[ ](?P<text>\S.*?)[ \t]*")
 _LINE: Final = re.compile(
     r"""[ \t]*(?:
         write[ ](?P<path>\S+)(?:[ ](?P<content>.*))?
@@ -89,17 +89,17 @@ _ASIDE: Final = re.compile(r"\b(?:title|summari[sz]e|classif|topic|router)", re.
 def read_script(text: str, later: Sequence[str] = ()) -> Script | None:
     """Return the script of a text, None without a directive.
 
-    Of its parts that begin with `told`, the last one whose words occur elsewhere in the text, or in `later` messages,
+    Of its parts that begin with `once`, the last one whose words occur elsewhere in the text, or in `later` messages,
     is used; without such a part, the directives before the first of them.
     """
     before, *parts = _parts(_REMINDER.sub("", text).rpartition(_SHOWN)[2].splitlines())
     words = "\n".join((*(line for line in text.splitlines() if not _CONDITION.fullmatch(line)), *later))
-    chosen = next((part for part in reversed(parts) if part.told in words), before)
+    chosen = next((part for part in reversed(parts) if part.condition in words), before)
     if not any((before.directives, *(part.directives for part in parts))):
         return None
     directives = chosen.directives
     return Script(
-        text if chosen is before else f"{text}\n{chosen.told}",
+        text if chosen is before else f"{text}\n{chosen.condition}",
         tuple(each for each in directives if isinstance(each, ScriptStep)),
         tuple(each for each in directives if isinstance(each, str)),
         tuple(each for each in directives if isinstance(each, ScriptedFailure)),
@@ -112,7 +112,7 @@ def read_script(text: str, later: Sequence[str] = ()) -> Script | None:
 class _Part:
     """A group of directives and the words that activate it; "" for those before all groups."""
 
-    told: str
+    condition: str
     directives: list[Directive]
 
 

@@ -167,12 +167,12 @@ class TaskChanges(Topic):
 
     async def _describe_worktree(self, one: Worktree) -> PreservedWork:
         document = await read_task(self._context.store, one.run, one.task)
-        # Until then, the user's own git would run programs that the agent has configured in the worktree.
+        # In a worktree that was not preserved, git would run programs that the agent has configured.
         is_safe = await anyio.to_thread.run_sync(is_preserved, one)
         has_ended = (await read_run(self._context.store, one.run)).ended is not None
         subject = "a worktree that could not be collected completely"
         if not is_safe and has_ended:
-            subject += ": do not run git there, it may run the agent's programs"
+            subject += ": don't run git in it, which may run the agent's programs"
         elif not is_safe:
             subject = f"a worktree of an interrupted session: `council resume {one.run}` saves it"
         folder = str(one.tree) if is_safe or has_ended else None
@@ -185,14 +185,14 @@ class TaskChanges(Topic):
         """Return True if an attempt has a worktree: it is running or was interrupted."""
         if await self._index.is_live(run):
             return True
-        left = await self._leftover_worktrees(run)
-        return any((one.task, one.attempt) == (task, attempt.number) for one in left)
+        leftovers = await self._leftover_worktrees(run)
+        return any((one.task, one.attempt) == (task, attempt.number) for one in leftovers)
 
     async def _leftover_worktrees(self, run: str) -> list[Worktree]:
         document = await read_run(self._context.store, run)
         hub = Hub(Path(document.hub))
-        left = await anyio.to_thread.run_sync(worktrees.list_worktrees, hub, run, document.tasks)
-        return [one for one in left if not one.is_check]
+        leftovers = await anyio.to_thread.run_sync(worktrees.list_worktrees, hub, run, document.tasks)
+        return [one for one in leftovers if not one.is_check]
 
     async def _base(self, git: Git, found: UnmergedWork) -> str:
         document = await read_task(self._context.store, found.run, found.task)
