@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from uuid import uuid4
 
+from tests.processes import servers
 from tests.servers import NOBODY, MissingServer, skipping
 
 URL = "COUNCIL_TEST_POSTGRES_URL"
@@ -66,6 +67,7 @@ class PostgresServer:
                 stdout=log, stderr=log, cwd=self.folder, start_new_session=True,
                 user=self.user, group=self.user, extra_groups=None if self.user is None else [],
             )  # fmt: skip
+        servers.add(self.process.pid)
         until = time.monotonic() + 60
         while not self._is_ready():
             if self.process.poll() is not None or time.monotonic() > until:

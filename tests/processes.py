@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import psutil
 
+#: The database servers of this process, which live as long as the test session.
+servers: set[int] = set()
+
 
 def child_processes() -> list[psutil.Process]:
-    """Return the child processes, except the keeper, which ends with this process."""
+    """Return the child processes, except servers and the keeper, which end with this process."""
     return [
         one
         for one in psutil.Process().children()
-        if "orchestrator.system.command_reaper" not in " ".join(one.cmdline())
+        if one.pid not in servers and "orchestrator.system.command_reaper" not in " ".join(one.cmdline())
     ]

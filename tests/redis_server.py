@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import urlencode
 from uuid import uuid4
 
+from tests.processes import servers
 from tests.servers import NOBODY, MissingServer, skipping
 
 URL = "COUNCIL_TEST_REDIS_URL"
@@ -48,6 +49,7 @@ class RedisServer:
             argv, stdout=subprocess.PIPE, text=True, cwd=self.folder, user=self.user, group=self.user,
             extra_groups=None if self.user is None else [],
         )  # fmt: skip
+        servers.add(self.process.pid)
         assert self.process.stdout is not None
         said = ""
         for line in self.process.stdout:

@@ -205,7 +205,7 @@ async def test_preserved_work_is_removed_only_on_request(repository: Repository)
     assert (cleaned.code, found(cleaned), cleaned.result["freed"]) == (0, [("preserved", "keeps.1")], 0)
     assert trees(repository) == ["keeps.1"]
     printed = repository.council("clean", "--yes").stdout
-    assert "kept: contains files that are in no commit" in printed
+    assert "kept: contains files that are not in any commit" in printed
     assert "--preserved removes it" in printed
     assert repository.council("clean", "--preserved", "--dry-run", "--yes").code == 0
     assert trees(repository) == ["keeps.1"]
