@@ -250,8 +250,8 @@ def _of_system(value: JsonObject, remedy: str) -> Iterator[SessionEvent]:
             if isinstance(server, dict) and server.get("status") == "failed":
                 yield CliWarning(f"the MCP server {as_text(server.get('name'))} did not start")
     if value.get("subtype") == "permission_denied":
-        name, why = as_text(value.get("tool_name")) or "a tool", one_line(as_text(value.get("message")))
-        yield ToolDenied(name, why, remedy, as_text(value.get("tool_use_id")) or None)
+        name, reason = as_text(value.get("tool_name")) or "a tool", one_line(as_text(value.get("message")))
+        yield ToolDenied(name, reason, remedy, as_text(value.get("tool_use_id")) or None)
     if value.get("subtype") == "api_retry":
         what = as_text(value.get("error")) or "an error"
         attempt, most = as_count(value.get("attempt")), as_count(value.get("max_retries"))

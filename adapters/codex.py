@@ -272,7 +272,7 @@ def _denied(kind: str, item: Mapping[str, Any], is_boxed: bool) -> Iterator[Tool
 
 
 def _failure_of_tool(item: Mapping[str, Any]) -> str | None:
-    """Return why a tool failed, with the last line of its output, or None."""
+    """Return the reason for a failed tool, with the last line of its output, or None."""
     code, error = item.get("exit_code"), item.get("error")
     printed = as_text(item.get("aggregated_output")).strip().rpartition("\n")[2]
     if as_text(item.get("status")) not in {"failed", "declined"} and code in {0, None} and error is None:

@@ -57,7 +57,7 @@ _FOR_MCP: Final = ("mcp_file",)
 _OPTIONS: Final = "{options}"
 
 _SERVERS: Final = "council-mcp.json"
-#: Failure classes that messages can have. The others are derived from facts.
+#: Failure classes that messages can have. The others are derived from other data.
 _SaidClass = Literal["transient", "overloaded", "rate_limited", "auth", "invalid", "refused", "limit", "crashed"]
 _LONGEST_REASON: Final = 300
 # Linux accepts at most 128 KiB per argument (MAX_ARG_STRLEN, execve(2)); the rest is for the text around it.
@@ -162,7 +162,7 @@ def _check_rules(options: CommandOptions) -> None:
     if options.output == "text" and any(rule.needs_json for rule in options.read):
         raise ValueError(
             "`read` has rules for lines of JSON, and the output is text: write `output: jsonl`, or use only `match` in "
-            "its rules, with a named group for each fact"
+            "its rules, with a named group for each value"
         )
 
 

@@ -21,7 +21,7 @@ def failure_class_for_status(status: int) -> FailureClass | None:
 
 
 def match_failure_class(text: str, words: Mapping[FailureClass, re.Pattern[str]]) -> FailureClass | None:
-    """Return the first class whose pattern matches a text, or None."""
+    """Return the first class whose pattern matches the text, or None."""
     return next((failure for failure, pattern in words.items() if pattern.search(text)), None)
 
 
@@ -31,5 +31,5 @@ def make_failure(failure: FailureClass, reason: str, log_in: str, until: float |
 
 
 def one_line(text: str) -> str:
-    """Return the part of a text to show, on one line."""
+    """Return the part of the text to show, on one line."""
     return " ".join(text.split())[:MAX_REASON_CHARS]

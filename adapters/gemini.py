@@ -1,8 +1,8 @@
 """Gemini CLI, which prints JSON lines.
 
 See npm `@google/gemini-cli` and https://geminicli.com/docs/cli/headless/. Its result reports failures as an error name
-and a text, with the HTTP status only if the text quotes the service's response. Failures before the first turn, such as
-a missing login, are reported only on standard error.
+and a message, with the HTTP status only if the message quotes the service's response. Failures before the first turn,
+such as a missing login, are reported only on standard error.
 """
 
 from __future__ import annotations

@@ -367,7 +367,7 @@ def _of_tool(part: JsonObject) -> Iterator[SessionEvent]:
 
 
 def _failure_of_tool(state: JsonObject) -> str | None:
-    """Return why a tool failed. Unlike opencode, we count an exit code as a failure."""
+    """Return the reason for a failed tool; unlike in opencode, an exit code is one."""
     metadata = state.get("metadata")
     code = as_count(metadata.get("exit")) if isinstance(metadata, dict) else 0
     if state.get("status") == "error":

@@ -40,7 +40,7 @@ _BY_NAME: Final = "pass the variable by name only (`env: [NAME]`)"
 
 
 def check_argument(argument: str) -> str:
-    """Return a program argument. Raises ValueError if it is certainly a mistake."""
+    """Return a program argument. Raises ValueError if it is invalid."""
     if not argument or "\0" in argument:
         raise ValueError("an argument of the program is empty or contains a NUL character: give it text or remove it")
     return argument

@@ -30,7 +30,7 @@ from orchestrator.protocols import AgentMessage, ConversationStarted, FinalResul
 MAX_LINE_CHARS: Final = 4096
 
 _SPENT: Final = ("input_tokens", "output_tokens", "cached_tokens", "cost")
-_FACTS: Final = ("text", "session", *_SPENT, "model", "error", "status")
+_FIELDS: Final = ("text", "session", *_SPENT, "model", "error", "status")
 _AMOUNT: Final = re.compile(r"\$?([0-9][0-9,]{0,15}(?:\.[0-9]{1,15})?|\.[0-9]{1,15})([kKmM]?)")
 _TIMES: Final = {"": 1, "k": 1_000, "m": 1_000_000}
 
@@ -45,14 +45,14 @@ def _check_pattern(pattern: str) -> str:
 
 def _check_groups(pattern: str) -> str:
     for name in re.compile(pattern).groupindex:
-        if name not in _FACTS:
-            raise ValueError(f"the group {name!r} is not a known fact: use one of {', '.join(_FACTS)}")
+        if name not in _FIELDS:
+            raise ValueError(f"the group {name!r} is not a known value: use one of {', '.join(_FIELDS)}")
     return pattern
 
 
 def _check_wanted(value: Any) -> Any:
     if not isinstance(value, str | int | float):
-        raise ValueError("expected a text, a number, true or false: write one, or a longer path")  # noqa: TRY004  pydantic
+        raise ValueError("expected a string, number, true or false: write one, or a longer path")  # noqa: TRY004  pydantic
     return value
 
 
@@ -71,7 +71,7 @@ class OutputRule(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, defer_build=True)
 
     match: Annotated[RegexPattern, AfterValidator(_check_groups)] | None = None
-    """A regular expression that the line matches; its named groups are facts (`(?P<session>\\S+)`)."""
+    """A regular expression that the line matches; its named groups are values (`(?P<session>\\S+)`)."""
     when: dict[JsonPath, _Wanted] = Field(default_factory=dict)
     """Values that the JSON line must have, keyed by path."""
     text: JsonPath | None = None
@@ -110,9 +110,9 @@ class OutputRule(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Self:
         groups = () if self.match is None else re.compile(self.match).groupindex
-        paths = [name for name in _FACTS if getattr(self, name) is not None]
+        paths = [name for name in _FIELDS if getattr(self, name) is not None]
         if not (self.fields_read or self.done):
-            raise ValueError("the rule reads nothing: add a fact such as `text` or `input_tokens`, or `done: true`")
+            raise ValueError("the rule reads nothing: add a value such as `text` or `input_tokens`, or `done: true`")
         if twice := [name for name in paths if name in groups]:
             raise ValueError(f"`{twice[0]}` is a path and a group of `match`: keep one of them")
         if self.done and self.match is None and not self.when:
@@ -123,14 +123,14 @@ class OutputRule(BaseModel):
 
     @property
     def fields_read(self) -> frozenset[str]:
-        """The facts that the rule reads."""
+        """The values that the rule reads."""
         groups = () if self.match is None else re.compile(self.match).groupindex
-        return frozenset(name for name in _FACTS if name in groups or getattr(self, name) is not None)
+        return frozenset(name for name in _FIELDS if name in groups or getattr(self, name) is not None)
 
     @property
     def needs_json(self) -> bool:
         """Whether the rule applies only to lines of JSON."""
-        return bool(self.match is None or self.when or any(getattr(self, name) is not None for name in _FACTS))
+        return bool(self.match is None or self.when or any(getattr(self, name) is not None for name in _FIELDS))
 
     def describe(self) -> str:
         """Return a description of the rule's lines."""
@@ -138,7 +138,7 @@ class OutputRule(BaseModel):
         return f"a line with {' and '.join([*([self.match] if self.match else []), *wanted])}"
 
 
-_Facts = Mapping[str, Sequence[Any]]
+_Values = Mapping[str, Sequence[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,7 @@ class OutputReader:
     def read(self, line: str) -> Sequence[SessionEvent]:
         """Return the events in a line; unmatched lines that are not JSON are messages."""
         value = parse_object(line) if self.is_json else None
-        found = [(rule, facts) for rule in self.rules if (facts := _facts(rule, line, value)) is not None]
+        found = [(rule, values) for rule in self.rules if (values := _values(rule, line, value)) is not None]
         if value is None and not any(rule.match is not None for rule, _ in found):
             return parse_plain_line(line) if self.is_json else (AgentMessage(line),) if line.strip() else ()
         return tuple(self._events(found))
@@ -166,24 +166,24 @@ class OutputReader:
         """A description of the lines that a session must print to succeed, or None."""
         return " or ".join(rule.describe() for rule in self.rules if rule.done) or None
 
-    def _events(self, found: Sequence[tuple[OutputRule, _Facts]]) -> Iterator[SessionEvent]:
-        texts = [text for _, facts in found for text in _texts(facts, "text")]
-        failed = self._failure([facts for _, facts in found])
+    def _events(self, found: Sequence[tuple[OutputRule, _Values]]) -> Iterator[SessionEvent]:
+        texts = [text for _, values in found for text in _texts(values, "text")]
+        failed = self._failure([values for _, values in found])
         is_over = failed is not None or any(rule.done for rule, _ in found)
-        for _, facts in found:
-            yield from (ConversationStarted(session) for session in _texts(facts, "session")[:1])
+        for _, values in found:
+            yield from (ConversationStarted(session) for session in _texts(values, "session")[:1])
         if texts and not is_over:
             yield AgentMessage("\n".join(texts))
-        for rule, facts in found:
-            yield from self._spent(rule, facts)
+        for rule, values in found:
+            yield from self._spent(rule, values)
         if is_over:
             yield FinalResult("\n".join(texts), failed)
 
-    def _spent(self, rule: OutputRule, facts: _Facts) -> Iterator[UsageReport]:
-        model = next(iter(_texts(facts, "model")), None)
-        if any(facts[name] for name in _SPENT):
-            sent, received, cached = (as_count(sum(map(_count, facts[name]))) for name in _SPENT[:3])
-            costs = [cost for cost in map(_cost, facts["cost"]) if cost is not None]
+    def _spent(self, rule: OutputRule, values: _Values) -> Iterator[UsageReport]:
+        model = next(iter(_texts(values, "model")), None)
+        if any(values[name] for name in _SPENT):
+            sent, received, cached = (as_count(sum(map(_count, values[name]))) for name in _SPENT[:3])
+            costs = [cost for cost in map(_cost, values["cost"]) if cost is not None]
             yield UsageReport(
                 input_tokens=sent,
                 output_tokens=received,
@@ -196,12 +196,12 @@ class OutputReader:
         elif model is not None:
             yield UsageReport(model=model)
 
-    def _failure(self, found: Sequence[_Facts]) -> Failed | None:
-        errors = [one for facts in found for one in facts["error"]]
+    def _failure(self, found: Sequence[_Values]) -> Failed | None:
+        errors = [one for values in found for one in values["error"]]
         # Show all parts of a structured error.
         words = [json.dumps(one) if one and isinstance(one, dict) else as_text(one).strip() for one in errors]
         message = ": ".join(filter(None, words))
-        status = next((number for facts in found for number in map(_count, facts["status"]) if number), 0)
+        status = next((number for values in found for number in map(_count, values["status"]) if number), 0)
         by_status = failure_class_for_status(status)
         if not message and by_status is None:
             return None
@@ -210,7 +210,7 @@ class OutputReader:
         return Failed(failure, one_line(message) or f"it ended with the status {status}")
 
 
-def _facts(rule: OutputRule, line: str, value: Any) -> _Facts | None:
+def _values(rule: OutputRule, line: str, value: Any) -> _Values | None:
     """Return the values that a rule reads from a line, or None if it does not apply."""
     match = None if rule.match is None else re.search(rule.match, line[:MAX_LINE_CHARS], re.IGNORECASE)
     if rule.match is not None and match is None:
@@ -218,7 +218,7 @@ def _facts(rule: OutputRule, line: str, value: Any) -> _Facts | None:
     if not all(any(_is(one, wanted) for one in values_at(value, path)) for path, wanted in rule.when.items()):
         return None
     groups = {} if match is None else match.groupdict()
-    paths = {name: getattr(rule, name) for name in _FACTS}
+    paths = {name: getattr(rule, name) for name in _FIELDS}
     return {
         name: [groups[name]] if groups.get(name) else [] if path is None else values_at(value, path)
         for name, path in paths.items()
@@ -229,8 +229,8 @@ def _is(value: Any, wanted: Any) -> bool:
     return bool(value == wanted) and isinstance(value, bool) == isinstance(wanted, bool)
 
 
-def _texts(facts: _Facts, name: str) -> list[str]:
-    return [text for text in map(as_text, facts[name]) if text.strip()]
+def _texts(values: _Values, name: str) -> list[str]:
+    return [text for text in map(as_text, values[name]) if text.strip()]
 
 
 def _count(value: Any) -> int:

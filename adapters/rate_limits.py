@@ -46,7 +46,7 @@ _PAST: Final = timedelta(hours=1)
 
 
 def limit_reset_time(text: str, now: float) -> float | None:
-    """Return the last reset time of a limit in a text (wall-clock seconds), or None."""
+    """Return the last reset time of a limit in the text (wall-clock seconds), or None."""
     found = sorted(_named(text, now))
     return found[-1][1] if found else None
 

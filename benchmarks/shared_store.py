@@ -228,9 +228,9 @@ async def _follow(place: Path, until: int, _me: int, begin: Callable[[], None]) 
                 return
 
 
-def print_json(facts: dict[str, Any]) -> None:
+def print_json(values: dict[str, Any]) -> None:
     """Print a line atomically: several processes share this output."""
-    os.write(1, json.dumps(facts).encode() + b"\n")
+    os.write(1, json.dumps(values).encode() + b"\n")
 
 
 def _fork(job: Callable[..., Any], place: Path, number: int, processes: int) -> int:

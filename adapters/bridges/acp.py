@@ -150,12 +150,12 @@ class _Client:
         **_: Any,
     ) -> schema.RequestPermissionResponse:
         """Allow a request once unless it contains a path outside the worktree."""
-        why = self._denial_reason(tool_call)
-        wanted = ("allow_once", "allow_always") if why is None else ("reject_once", "reject_always")
-        if why is not None:
+        reason = self._denial_reason(tool_call)
+        wanted = ("allow_once", "allow_always") if reason is None else ("reject_once", "reject_always")
+        if reason is not None:
             title = " ".join((tool_call.title or tool_call.tool_call_id).split())
-            self.refused = f"not allowed: {title}: {why}"
-            write_line("denied", tool=title, detail=why, call=tool_call.tool_call_id)
+            self.refused = f"not allowed: {title}: {reason}"
+            write_line("denied", tool=title, detail=reason, call=tool_call.tool_call_id)
         chosen = next((one for kind in wanted for one in options if one.kind == kind), None)
         if chosen is None:
             return schema.RequestPermissionResponse(outcome=schema.DeniedOutcome(outcome="cancelled"))
@@ -245,7 +245,7 @@ def _detail(title: str, command: str, paths: Sequence[str]) -> str:
 
 
 def _failure_of_tool(call: schema.ToolCallStart | schema.ToolCallProgress) -> str | None:
-    """Return why a tool call failed, as one line, or None."""
+    """Return the reason for a failed tool call, as one line, or None."""
     if call.status != "failed":
         return None
     texts = [

@@ -9,7 +9,7 @@ The model has no tools: the prompt contains the files, and its response is appli
 --instructions-file FILE    instructions before the files and the task
 --read-only                 the model responds in prose, nothing is applied
 
-If the server stays unreachable for some seconds, a user must start it: the adapter is disabled (`auth`), so that its
+If the server stays unreachable for a few seconds, a user must start it: the adapter is disabled (`auth`), so that its
 tasks wait without losing attempts. An interrupted response is retried (`transient`).
 """
 

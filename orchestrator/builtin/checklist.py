@@ -51,7 +51,7 @@ _SUCCESSFUL: Final = frozenset({TaskLanded.type, TaskDone.type})
 class ChecklistItem:
     """An item of a checklist.
 
-    `line` counts from 1, `offset` is the byte offset of the mark, `done` is whether the item is ticked.
+    `line` counts from 1, `offset` is the byte offset of the checkbox, `done` is whether the item is ticked.
     """
 
     line: int

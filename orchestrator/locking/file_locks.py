@@ -48,7 +48,7 @@ class FileLockRecord:
 
     id: str
     path: str
-    """The canonical path, relative to the top of the repository."""
+    """The canonical path, relative to the root of the repository."""
     mode: FileLockMode
     owner: str
     """The session, as `<run>/<task>.<attempt>`."""
@@ -84,11 +84,13 @@ _RESERVE: Final = 512
 
 def _check_descriptors(count: int) -> None:
     """Raise RefusedError if `count` locks need too many file descriptors. Blocks."""
-    facts = read_resources()
-    if count and facts.descriptor_limit is not None:
-        left = facts.descriptor_limit - facts.descriptors_open
-        if left < count + min(_RESERVE, facts.descriptor_limit // 2):
-            what = f"can't take {count} more locks: only {left} of {facts.descriptor_limit} file descriptors are free"
+    resources = read_resources()
+    if count and resources.descriptor_limit is not None:
+        left = resources.descriptor_limit - resources.descriptors_open
+        if left < count + min(_RESERVE, resources.descriptor_limit // 2):
+            what = (
+                f"can't take {count} more locks: only {left} of {resources.descriptor_limit} file descriptors are free"
+            )
             raise RefusedError(what, "unlock files, lock a folder instead, or raise `ulimit -n`")
 
 
@@ -141,7 +143,7 @@ class FileLocks:
             self._requested -= {(session, path) for path in wanted}
 
     async def release(self, session: SessionName, paths: Sequence[str], *, top: Path | None = None) -> int:
-        """Release some locks of a session; return the number of paths that were locked."""
+        """Release the given locks of a session; return the number of paths that were locked."""
         held = self._held.get(session, {})
         return self._release(session, {self._canonical(path, top) for path in paths} & held.keys())
 

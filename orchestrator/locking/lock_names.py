@@ -1,6 +1,6 @@
 """Derive lock names: one name per file, however its path is spelled.
 
-The canonical path is relative to the top of the repository, without `..` and symlinks. Case is ignored if the file
+The canonical path is relative to the root of the repository, without `..` and symlinks. Case is ignored if the file
 system ignores it. Composed and decomposed characters are always equal: many file systems can't store names that differ
 only in this, and locking too much does less harm than locking too little.
 """
@@ -23,7 +23,7 @@ _UNSAFE: Final = re.compile(r"[^A-Za-z0-9._-]")
 
 
 def canonical_path(path: str, top: Path | None = None, *, folds_case: bool = False) -> str:
-    """Return the canonical path of a file, relative to the top of the repository.
+    """Return the canonical path of a file, relative to the root of the repository.
 
     `path` is relative to `top`, or absolute within it. Without `top`, symlinks are not followed, and `..` removes a
     segment. The file need not exist. `folds_case` ignores the case of letters. Raises RefusedError for a path outside

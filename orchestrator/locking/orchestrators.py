@@ -294,7 +294,7 @@ class RunMembership:
         return document.version
 
     async def find_fencing_error(self) -> OrchestratorFenced | None:
-        """Return the reason why this orchestrator is fenced, or None if it is not."""
+        """Return the error of a fenced orchestrator, or None if it is not fenced."""
         record = _read(await self._store.get(self.guard.key))
         return None if record is not None and record.epoch == self.guard.epoch else self._error(record)
 

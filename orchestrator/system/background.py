@@ -15,7 +15,7 @@ async def run_in_background(
 ) -> AsyncIterator[None]:
     """Run tasks concurrently with the block.
 
-    They are cancelled `grace` seconds after its end. After an error in the block, `grace_after_error` applies if given.
+    They are cancelled `grace` seconds after it ends. After an error in the block, `grace_after_error` applies if given.
     The error is raised unchanged, not in an exception group.
     """
     raised: Exception | None = None

@@ -60,8 +60,8 @@ FAILPOINTS: Final = frozenset(
         "landing.recorded",  # the task is landed in the store
         "legacy.begun",  # part of an import from an earlier state format is in the store
         "legacy.imported",  # the whole import is in the store
-        "state.appended",  # commits are at the end of the log, the end mark is not updated
-        "state.published",  # the end mark is updated, subscribers are not notified
+        "state.appended",  # commits are at the end of the log, the end marker is not updated
+        "state.published",  # the end marker is updated, subscribers are not notified
         "state.rolled",  # a new segment exists and is empty
         "state.snapshot_staged",  # a new snapshot is complete, but not the current one
         "state.snapshot_written",  # the new snapshot is the current one

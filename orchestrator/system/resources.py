@@ -85,8 +85,8 @@ def _threads_of(user: int, proc: Path) -> int:
 
 
 def _available_on_machine(proc: Path) -> int | None:
-    facts = _table(proc / "meminfo")
-    return facts["MemAvailable:"] * 1024 if "MemAvailable:" in facts else None
+    meminfo = _table(proc / "meminfo")
+    return meminfo["MemAvailable:"] * 1024 if "MemAvailable:" in meminfo else None
 
 
 def _own_cgroups(proc: Path, cgroups: Path) -> list[Path]:

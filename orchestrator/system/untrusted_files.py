@@ -1,8 +1,8 @@
 """Access files in agent-writable folders without following symlinks.
 
 Each component of a path is opened relative to its parent folder with O_NOFOLLOW. If an agent exchanges a component
-meanwhile (`renameat2` with RENAME_EXCHANGE), the result is an error, never a path outside the folder. Opening the whole
-path would check only the last component, and a check before the open would be a race.
+during this (`renameat2` with RENAME_EXCHANGE), the result is an error, never a path outside the folder. Opening the
+whole path would check only the last component, and a check before the open would be a race.
 
 This provides on every system what `openat2` provides on Linux with RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS and
 RESOLVE_NO_MAGICLINKS: a path without `..` and without links can't leave its top folder.

@@ -111,8 +111,8 @@ async def test_handoff_that_is_no_object_is_reported(worktree: Worktree, data: b
     worktree.handoff_file.write_bytes(data)
     found = await read_handoff(worktree)
     assert isinstance(found, MalformedHandoff)
-    assert why in found.why
-    assert f"${HANDOFF_VARIABLE}" in found.why
+    assert why in found.reason
+    assert f"${HANDOFF_VARIABLE}" in found.reason
 
 
 async def test_largest_handoff_is_read(worktree: Worktree) -> None:
@@ -149,7 +149,7 @@ async def test_only_regular_files_are_read(worktree: Worktree, tmp_path: Path, w
     with anyio.fail_after(10):
         found = await read_handoff(worktree)
     assert isinstance(found, MalformedHandoff)
-    assert "password" not in found.why
+    assert "password" not in found.reason
 
 
 async def test_sessions_share_values_that_a_person_can_list(repository: Repository) -> None:

@@ -158,7 +158,7 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, int, int, str]] = {
     "git env": (adapter("    argv: [x]\n    env: [GIT_DIR]\n"), 6, 11, "a different repository than the session's"),
     "unknown in a rule": (reading("session: id, sesion: id"), 7, 26, "did you mean 'session'?"),
     "empty in a rule": (reading("session: id, text: null"), 7, 12, "text is empty: give it a value or leave it out"),
-    "rule of nothing": (reading("when: {type: end}"), 7, 12, "reads nothing: add a fact such as `text`"),
+    "rule of nothing": (reading("when: {type: end}"), 7, 12, "reads nothing: add a value such as `text`"),
     "no path in a rule": (reading("text: .type"), 7, 19, "'.type' is not a path into a line of JSON: separate names"),
     "no path in a when": (reading("when: {.x: y}, done: true"), 7, 20, "'.x' is not a path into a line of JSON"),
     "list in a when": (reading("when: {x: [y]}, done: true"), 7, 23, "a number, true or false: write one"),

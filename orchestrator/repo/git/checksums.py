@@ -29,9 +29,9 @@ async def _blobs(git: Git, commit: str, paths: Sequence[str]) -> dict[str, tuple
     listed = (await git("ls-tree", "-r", "-z", "-l", "--full-tree", commit)).stdout
     blobs = {}
     for entry in listed.split(b"\0"):
-        facts, _, name = entry.partition(b"\t")
+        fields, _, name = entry.partition(b"\t")
         if name in wanted:
-            _mode, kind, blob, size = facts.split()
+            _mode, kind, blob, size = fields.split()
             if kind == b"blob":
                 blobs[wanted[name]] = (blob.decode(), int(size))
     return blobs

@@ -25,7 +25,7 @@ _EXTENDED, _NAME = 0x4000, 0x0FFF
 _SKIP_WORKTREE = 0x4000
 _GITLINK = 0o160000
 _SHA1 = 20
-#: Nanoseconds by which file times are set before the time of the index.
+#: Nanoseconds by which mtimes are set before the time of the index.
 _AGE: Final = 10 * 10**9
 _32_BITS = 0xFFFFFFFF
 

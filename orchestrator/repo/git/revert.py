@@ -1,4 +1,4 @@
-"""Revert some files of a commit to its first parent."""
+"""Revert files of a commit to its first parent."""
 
 from __future__ import annotations
 

@@ -38,10 +38,10 @@ _MAX_SALVAGED = 50
 class CollectedWork:
     """The work collected from a worktree.
 
-    `commit`: the commit with the changes, or None without changes. `refused`: why it can't be landed, or None.
-    `complete`: whether the trusted repository has all admissible work; if not, the worktree is the only copy of the
+    `commit`: the commit with the changes, or None without changes. `refused`: the reason why it can't be landed, or
+    None. `complete`: whether the trusted repository has all allowed work; if not, the worktree is the only copy of the
     rest. `left_out`: the paths of secrets and huge files excluded from the commit; a retry won't help. `salvaged`: the
-    refs created for commits on no branch. `notes`: what else was not collected, and why.
+    refs created for commits that are not on any branch. `notes`: what else was not collected, with reasons.
     """
 
     commit: str | None
@@ -103,10 +103,10 @@ async def _own_commits(history: SessionCommits, refs: SessionRefs) -> tuple[str,
     tip = refs.refs.get(f"refs/heads/{history.worktree.branch}", history.base)
     if tip == history.base:
         return history.base, ()
-    why = await history.import_commits(tip, history.base, descends=True)
-    if why is None:
+    reason = await history.import_commits(tip, history.base, descends=True)
+    if reason is None:
         return tip, ()
-    return history.base, (f"its own commits were not kept as history: {why}",)
+    return history.base, (f"its own commits were not kept as history: {reason}",)
 
 
 async def _collect_files(
@@ -167,7 +167,7 @@ async def _stage(history: SessionCommits, diff: TreeDiff | None, unread: Sequenc
     failpoint("work.staged")
     reasons = []
     if staged.refused:
-        named = [f"{printable_name(path)!r}: {why}" for path, why in sorted(staged.refused.items())]
+        named = [f"{printable_name(path)!r}: {reason}" for path, reason in sorted(staged.refused.items())]
         reasons.append(f"left out of its commit: {join_names(named, 10, '; ')}")
     problem = staged.problem or (f"{printable_name(unread[0])[-100:]!r} can't be opened" if unread else None)
     if problem is not None:
@@ -209,8 +209,8 @@ async def _salvage(history: SessionCommits, refs: SessionRefs, tip: str) -> tupl
             folder = f"refs/salvage/{worktree.run}/{worktree.task}.{worktree.attempt}/"
             before = await list_refs(history.git, folder)
         if before.get(ref) != commit:
-            if why := await history.import_commits(commit, history.base, tip):
-                notes.append(f"{printable_name(name)!r} was not salvaged: {why}")
+            if reason := await history.import_commits(commit, history.base, tip):
+                notes.append(f"{printable_name(name)!r} was not salvaged: {reason}")
                 continue
             await history.git("update-ref", ref, commit)
         created[commit] = ref

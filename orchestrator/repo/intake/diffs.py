@@ -54,7 +54,7 @@ async def diff_session(git: Git, worktree: Worktree, base: str, *, admit: Intake
     async with _staged(git, worktree, base, admit) as (staging, staged):
         options = _options(stat=stat)
         done = await staging.confine(git)("diff-index", "--cached", *options, base, env=staging.env)
-    lines = [f"# left out: {printable_name(path)!r}: {why}\n" for path, why in sorted(staged.refused.items())]
+    lines = [f"# left out: {printable_name(path)!r}: {reason}\n" for path, reason in sorted(staged.refused.items())]
     if staged.problem is not None:
         lines.append(f"# some files can't be read: {staged.problem}\n")
     return "".join(lines).encode(errors="replace") + done.stdout

@@ -1,4 +1,4 @@
-"""Decide which agent files are admitted: no secrets, no huge files."""
+"""Decide which agent files are accepted: no secrets, no huge files."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ class IntakeRules:
         return cls(Redactor(secret_values(environ)))
 
     def check_file(self, path: str, size: int) -> str | None:
-        """Return why a file of this name and size (bytes) is not allowed, or None."""
-        if why := self.check_name(path):
-            return why
+        """Return the reason to reject a file of this name and size (bytes), or None."""
+        if reason := self.check_name(path):
+            return reason
         if is_secret_file(path):
             return "its name is that of a secrets file"
         if below := next((withheld for withheld in self.withheld if withheld.startswith(f"{path}/")), None):
@@ -60,14 +60,14 @@ class IntakeRules:
         return None
 
     def check_total(self, files: int, size: int) -> str | None:
-        """Return the reason why too many files or bytes have changed, or None."""
+        """Return the reason to reject this number of changed files and bytes, or None."""
         if files <= self.max_files and size <= self.max_total:
             return None
         limits = f"limits: {self.max_files} files, {self.max_total} bytes"
         return f"too much to stage: {files} files, {size} bytes in total ({limits})"
 
     def check_name(self, path: str) -> str | None:
-        """Return why a file or folder of this name is not allowed, or None."""
+        """Return the reason to reject a file or folder of this name, or None."""
         if self.find_withheld(path) is not None:
             return "council provides it from your checkout (`worktrees.copy` or `worktrees.link`)"
         if (name := find_reserved_name(path)) is not None:
@@ -87,21 +87,23 @@ class IntakeRules:
 async def find_rejected_paths(
     git: Git, changes: Iterable[FileChange], admit: IntakeRules, env: Mapping[str, str], loose: Sequence[Path] = ()
 ) -> dict[str, str]:
-    """Return the changed paths that are not admitted, each with a reason.
+    """Return the changed paths to reject, each with a reason.
 
     Secrets that the base's object (`old_id` of the change) already contains are allowed. Git runs with `env`, which
     locates the objects; objects in the folders `loose` are read without git. At most about 32 MiB, or one file, are in
     memory at a time.
     """
     present = [change for change in changes if change.new_id != change.old_id and int(change.new_mode, 8)]
-    by_name = {change.path: why for change in present if (why := admit.check_name(change.path))}
+    by_name = {change.path: reason for change in present if (reason := admit.check_name(change.path))}
     files = [change for change in present if change.new_mode not in _WITHOUT_CONTENT]
     objects = _Objects(git, env, loose)
     sizes = await objects.sizes({file.new_id for file in files})
-    refused = by_name | {file.path: why for file in files if (why := admit.check_file(file.path, sizes[file.new_id]))}
+    refused = by_name | {
+        file.path: reason for file in files if (reason := admit.check_file(file.path, sizes[file.new_id]))
+    }
     described = [file for file in files if file.path.rpartition("/")[2].lower() == _SUBMODULES]
     checked = {file.path: await _check_submodules(git, file, env) for file in described if file.path not in refused}
-    refused |= {path: why for path, why in checked.items() if why is not None}
+    refused |= {path: reason for path, reason in checked.items() if reason is not None}
     remaining = [file for file in files if file.path not in refused]
     secrets: dict[str, set[bytes]] = {}
     sized = ((blob, sizes[blob]) for blob in sorted({file.new_id for file in remaining}))
@@ -114,7 +116,7 @@ async def find_rejected_paths(
 
 
 async def _check_submodules(git: Git, file: FileChange, env: Mapping[str, str]) -> str | None:
-    """Return why `git fsck` and servers would reject a .gitmodules file, or None."""
+    """Return the reason for `git fsck` and servers to reject .gitmodules, or None."""
     if file.new_mode == LINK_MODE:
         return "it is a symbolic link, which git rejects"
     listed = await git("config", "--null", "--list", "--blob", file.new_id, env=env, ok=(0, 1, 128))

@@ -64,7 +64,7 @@ class SessionCommits:
                 raise
             return f"they are unreadable or do not descend from its base ({error.stderr or 'exit 1'})"
         if rejected:
-            return "; ".join(f"{printable_name(path)!r}: {why}" for path, why in sorted(rejected.items())[:5])
+            return "; ".join(f"{printable_name(path)!r}: {reason}" for path, reason in sorted(rejected.items())[:5])
         await anyio.to_thread.run_sync(quarantine.admit_packs)
         return None
 
@@ -132,7 +132,7 @@ class SessionCommits:
     async def _inspect(self, quarantine: Quarantine, tip: str, known: tuple[str, ...]) -> dict[str, str]:
         env, git = quarantine.read_env, self._confined_git(quarantine)
         commits = (await git("rev-list", tip, *(f"^{commit}" for commit in known), env=env)).stdout
-        # Include folders (-t): the name of an empty folder occurs in no file's path.
+        # Include folders (-t): the name of an empty folder does not occur in a file's path.
         raw = await git("diff-tree", "--stdin", "--raw", "-r", "-t", "-z", "-m", "--root", "--no-renames",
                              "--no-commit-id", env=env, input_=commits, limit=_LIMIT)  # fmt: skip
         before = await self._base_files()

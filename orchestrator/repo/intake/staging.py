@@ -145,7 +145,7 @@ async def _stage(
     if rejected:
         lines = "".join(f"{change.old_mode} {change.old_id}\t{change.path}\0" for change in rejected)
         await git("update-index", "-z", "--index-info", env=staging.env, input_=lines.encode(errors="surrogateescape"))
-    refused |= {path: why for path, why in reasons.items() if admit.find_withheld(path) is None}
+    refused |= {path: reason for path, reason in reasons.items() if admit.find_withheld(path) is None}
     remaining = [change for change in changes if change.path not in reasons]
     return StagingResult(refused, problem, frozenset(change.new_id for change in rejected), remaining)
 
@@ -198,10 +198,10 @@ def _check_unread(tree: Path, paths: Iterable[str], admit: IntakeRules) -> tuple
     """Return files rejected by name or size, and the limit that the rest exceeds."""
     refused, files, total = dict[str, str](), 0, 0
     for path in paths:
-        with suppress(OSError):  # removed meanwhile, or unreachable: git reports it
+        with suppress(OSError):  # removed in the meantime, or unreachable: git reports it
             status = os.lstat(tree / path)
-            if not stat.S_ISDIR(status.st_mode) and (why := admit.check_file(path, status.st_size)):
-                refused[path] = why
+            if not stat.S_ISDIR(status.st_mode) and (reason := admit.check_file(path, status.st_size)):
+                refused[path] = reason
             else:
                 files, total = files + 1, total + status.st_size
     return refused, admit.check_total(files, total)
@@ -210,7 +210,7 @@ def _check_unread(tree: Path, paths: Iterable[str], admit: IntakeRules) -> tuple
 async def _add(
     git: Git, staging: StagingArea, paths: Sequence[str], without: Collection[str], admit: IntakeRules
 ) -> str | None:
-    """Add the changed files `paths`; return why some could not be added, or None."""
+    """Add the changed files `paths`; return the reason for a failure, or None."""
     excluded = [f":(top,exclude,literal){path}" for path in without]
     if len(paths) <= _MAX_PATHS_ON_STDIN_PATHS:
         # Given names, git need not scan the checkout again. It rejects names behind a link: these are files of a folder

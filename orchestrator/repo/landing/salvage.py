@@ -182,6 +182,4 @@ async def delete_refs(git: Git, preserved: Iterable[UnmergedWork]) -> None:
     try:
         await git("update-ref", "-z", "--stdin", input_=lines.encode())
     except GitError as error:
-        raise to_unusable_error(
-            error, "the work changed meanwhile", "list it again and choose from the new list"
-        ) from None
+        raise to_unusable_error(error, "the work has changed", "list it again and choose from the new list") from None

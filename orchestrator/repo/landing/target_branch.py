@@ -247,9 +247,9 @@ class Target:
     ) -> Landed | StaleTarget | DeferredLanding:
         """Advance the target over consecutive merges, all or none.
 
-        Each merge was prepared `after` the previous one. This is a single push, which succeeds only if nobody else has
-        moved the target. The push holds the landing file lock, so that even if this process is killed, the next process
-        to land knows whether a push is running.
+        Each merge was prepared `after` the previous one. This is a single push, which succeeds only if no other process
+        has moved the target. The push holds the landing file lock, so that even if this process is killed, the next
+        process to land knows whether a push is running.
         """
         self._check(lease)
         try:

@@ -92,7 +92,7 @@ async def _read_part(name: str, folder: Path, git: Git) -> _Content:
 def describe_changes(before: RepositorySnapshot, after: RepositorySnapshot, *, ours: Mapping[str, str]) -> list[str]:
     """Return the changes between two snapshots, one sentence each.
 
-    `ours` are the refs that landings have moved meanwhile, with their newest commits. A ref at that commit is not
+    `ours` are the refs that landings have moved in between, with their newest commits. A ref at that commit is not
     reported, nor are the staged entries of its checkouts, which move with the ref.
     """
     changes = [
@@ -142,10 +142,10 @@ def _fingerprints(folder: Path) -> dict[str, _Fingerprint | None]:
 
 def _stat(path: Path) -> tuple[str, int, int, int, int, int]:
     try:
-        facts = path.lstat()
+        status = path.lstat()
     except (FileNotFoundError, NotADirectoryError):
         return str(path), 0, 0, 0, 0, 0
-    return str(path), facts.st_ino, facts.st_mode, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_size
+    return str(path), status.st_ino, status.st_mode, status.st_mtime_ns, status.st_ctime_ns, status.st_size
 
 
 def _entries(folder: Path) -> list[Path]:

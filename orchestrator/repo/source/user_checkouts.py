@@ -67,12 +67,12 @@ async def find_repository(path: Path, git: Git) -> LocalRepository:
     """Find the repository at or above a path. Raises RefusedError if git accepts none."""
     remedy = "set `repo` to the path or URL of a git repository that git accepts"
 
-    async def ask(*facts: str) -> list[str]:
+    async def ask(*options: str) -> list[str]:
         """Return the output lines of `git rev-parse`; the last may contain newlines."""
-        done = await git("rev-parse", *facts, cwd=path)
-        printed = done.stdout.decode(errors="surrogateescape").rstrip("\n").split("\n", len(facts) - 1)
-        if len(printed) < len(facts):
-            raise GitError(["rev-parse", *facts], 0, f"it printed {printed}")
+        done = await git("rev-parse", *options, cwd=path)
+        printed = done.stdout.decode(errors="surrogateescape").rstrip("\n").split("\n", len(options) - 1)
+        if len(printed) < len(options):
+            raise GitError(["rev-parse", *options], 0, f"it printed {printed}")
         return printed
 
     try:
@@ -103,17 +103,17 @@ async def find_checkout(repository: LocalRepository, branch: str, git: Git) -> P
     listed = await git("worktree", "list", "--porcelain", "-z", cwd=repository.folder)
     checkouts = []
     for entry in listed.stdout.decode(errors="surrogateescape").split("\0\0"):
-        facts = dict(line.partition(" ")[::2] for line in entry.split("\0"))
-        if facts.get("branch") == f"refs/heads/{branch}" and "bare" not in facts:
-            checkouts.append(Path(facts["worktree"]))
+        attributes = dict(line.partition(" ")[::2] for line in entry.split("\0"))
+        if attributes.get("branch") == f"refs/heads/{branch}" and "bare" not in attributes:
+            checkouts.append(Path(attributes["worktree"]))
     for checkout in checkouts[:1]:
         if not await anyio.Path(checkout).is_dir():
             what = f"{branch!r} is checked out in {checkout}, which does not exist"
             raise RefusedError(what, "run `git worktree prune` in the repository")
         if not await anyio.Path(checkout, ".git").exists():  # git lists the git directory instead of the checkout
             what = f"{branch!r} is checked out, but a push can't update the checkout of {checkout}"
-            why = "its git directory is outside the checkout, because of a submodule or `--separate-git-dir`"
-            raise RefusedError(f"{what}: {why}", "set `target` to a branch that is not checked out")
+            reason = "its git directory is outside the checkout, because of a submodule or `--separate-git-dir`"
+            raise RefusedError(f"{what}: {reason}", "set `target` to a branch that is not checked out")
     for another in checkouts[1:]:
         if await anyio.Path(another).is_dir():
             what = f"{branch!r} is checked out in {checkouts[0]} and in {another}, and a landing can update only one"
@@ -208,7 +208,7 @@ def describe_interrupted_landing(repository: LocalRepository, branch: str) -> st
     return f"an interrupted landing left {locked[0]} locked: repair it with `council resume` of its run"
 
 
-#: Operations during which HEAD is on no branch, with the command to finish them, keyed by the file that stores the
+#: Operations during which HEAD is not on a branch, with the command to finish them, keyed by the file that stores the
 # branch.
 _OPERATIONS = {
     "rebase-merge/head-name": ("rebase", "`git rebase --continue` or `--abort`"),
@@ -460,7 +460,7 @@ class _InterruptedUpdate:
 
 
 def _lock_index(git_dir: Path, branch: str, stale: Sequence[Path]) -> None:
-    """Lock an index with our mark, unless already locked by it.
+    """Lock an index with our marker, unless already locked by it.
 
     Raises RefusedError if the user's git has locked the index.
     """
@@ -476,7 +476,7 @@ def _lock_index(git_dir: Path, branch: str, stale: Sequence[Path]) -> None:
 
 
 def _copy_index(git_dir: Path, branch: str) -> Path:
-    """Copy an index locked with our mark; return the copy, which will replace it."""
+    """Copy an index locked with our marker; return the copy, which will replace it."""
     copy, lock = _copies(git_dir, branch)
     _unlink([lock])
     shutil.copy2(git_dir / "index", copy)
@@ -548,7 +548,7 @@ def _marked_files(git_dir: Path, branch: str) -> list[Path]:
 
 
 def _copies(git_dir: Path, branch: str) -> tuple[Path, Path]:
-    """Return the new index that replaces one locked with our mark, and its lock."""
+    """Return the new index that replaces one locked with our marker, and its lock."""
     copy = git_dir / f"index.{lock_marker(branch)}"
     return copy, copy.with_name(f"{copy.name}.lock")
 

@@ -34,8 +34,7 @@ MARK_VARIABLE: Final = "COUNCIL_MARK"
 # Like git's built-in update, with two differences. First, `read-tree` gets both commits and therefore keeps index
 # entries and files that are equal in both; git's own update resets everything to the new commit, which reverts the
 # user's commits since the push began. Second, the index stays locked until the ref is moved (`_RELEASE`); otherwise
-# staged changes that are on no branch yet would become part of the user's next commit or be carried along by a branch
-# switch.
+# uncommitted staged changes would become part of the user's next commit or be carried along by a branch switch.
 _UPDATE: Final = f"""#!/bin/sh
 refuse() {{
     echo "$1" >&2
@@ -51,7 +50,7 @@ new=$GIT_DIR/index.${MARK_VARIABLE}
 echo "${MARK_VARIABLE}" >"$GIT_DIR/index.lock" || refuse "its index can't be locked"
 read -r head <"$GIT_DIR/HEAD"
 [ "$head" = "ref: ${TARGET_VARIABLE}" ] || [ "$(git symbolic-ref -q HEAD)" = "${TARGET_VARIABLE}" ] ||
-    refuse "another branch was checked out meanwhile"
+    refuse "another branch was checked out in the meantime"
 [ ! -e "$new.lock" ] || rm -f "$new.lock"
 [ ! -e "$GIT_DIR/index" ] || cp -p "$GIT_DIR/index" "$new" || refuse "its index can't be copied"
 export GIT_INDEX_FILE="$new"
@@ -75,7 +74,7 @@ _RUN_BY_PUSH: Final = (
     "pre-receive", "update", "post-receive", "post-update", "reference-transaction", UPDATE_HOOK,
     "proc-receive", "post-index-change",
 )  # fmt: skip
-#: References to the checkout's top in a shell command.
+#: References to the checkout's root in a shell command.
 _TOP: Final = re.compile(r"show-toplevel|\$\{?(?:PWD|GIT_WORK_TREE)\b")
 _MAX_LINKS: Final = 40
 _FILTER: Final = re.compile(r"filter\..*\.(clean|smudge|process)", re.DOTALL)
@@ -256,7 +255,7 @@ async def find_path_controlling_git(
     """Return the first changed path that decides what the user's git runs, or None.
 
     Such a path is a configuration file that git reads, or would read if it existed or an include condition were true; a
-    file that a setting names as a program; or a link on the way to one. A change to it can choose what the user's next
+    file that a setting names as a program; or a link in the path of one. A change to it can choose what the user's next
     git command runs.
     """
     files = await _configuration_files(repository, git, configuration)

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-#: Nanoseconds: two ticks of the slowest kernel clock, the source of file times.
+#: Nanoseconds: two ticks of the slowest kernel clock, the source of timestamps.
 _TIMESTAMP_RESOLUTION: Final = 20_000_000
 #: Nanoseconds by which two `clock_offset` values may differ because the clocks are not read at the same instant.
 _JITTER: Final = 50_000_000
@@ -275,7 +275,7 @@ def _finish_snapshot(
 
 
 def _scan_folder(tree: Path, path: str, preserved_paths: frozenset[str]) -> FolderSnapshot:
-    """Return a folder's entries, except the top's `.git` and the preserved paths."""
+    """Return a folder's entries, except the root's `.git` and the preserved paths."""
     files, folders = dict[str, int](), list[str]()
     with os.scandir(f"{tree}/{path}") as entries:
         for entry in entries:

@@ -120,7 +120,7 @@ def disk_usage(path: Path) -> int:
     waiting, seen, total = [str(path)], set[tuple[int, int]](), 0
     while waiting:
         current = waiting.pop()
-        with suppress(OSError):  # unreadable, longer than the path limit, or removed meanwhile
+        with suppress(OSError):  # unreadable, longer than the path limit, or removed in the meantime
             status = os.lstat(current)
             if (status.st_dev, status.st_ino) not in seen:
                 seen.add((status.st_dev, status.st_ino))

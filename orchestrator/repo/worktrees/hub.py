@@ -113,7 +113,7 @@ class Hub:
 
 
 def is_inside_hub(hub: Hub, path: Path) -> bool:
-    """Return whether no link on the way to `path` leads out of the hub. Blocks."""
+    """Return whether no link in `path` leads out of the hub. Blocks."""
     return path.parent.resolve().is_relative_to(hub.root.resolve())
 
 

@@ -1,7 +1,7 @@
 """Provide worktrees with untracked files of the user's checkout.
 
 Files are copied again for each session, so that no session sees another's changes. Links point to the user's own files,
-which the sandbox lets sessions read. Nobody writes to the worktree meanwhile, but earlier processes may have created
+which the sandbox lets sessions read. No other process writes to the worktree, but earlier processes may have created
 anything at a target path: it is removed, never followed.
 """
 
@@ -61,7 +61,7 @@ class Provisions:
         return self.copied + self.linked
 
     async def faults(self, commit: str, git: Git, named: str = "the commit") -> list[ProvisionFailure]:
-        """Return why paths can't be provided in a checkout of `commit`.
+        """Return the paths that can't be provided in a checkout of `commit`.
 
         Messages call the commit `named`. Each path must exist in the user's checkout and not in the commit. Its last
         component may be a link to any location. Parent folders must not be links, because landed commits could change
@@ -133,7 +133,7 @@ class Provisions:
 
 
 def _folders(path: str) -> list[str]:
-    """Return the folders above a path, from the top."""
+    """Return the folders above a path, from the root down."""
     return [str(folder) for folder in reversed(PurePosixPath(path).parents)][1:]
 
 

@@ -116,7 +116,7 @@ async def clean_slot(
 ) -> SlotContents | None:
     """Restore a slot to its state at assignment, except for files to preserve.
 
-    `diff` has the changes since then, and nobody else may write to the slot. Returns None if the state can't be
+    `diff` has the changes since then, and no other process may write to the slot. Returns None if the state can't be
     restored because a setup file was changed or too little is known. Raises GitError or OSError if something is in the
     way.
     """

@@ -45,5 +45,5 @@ def first_step_to_run(done: Sequence[str], wanted: Sequence[str]) -> int:
     return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(done, wanted, strict=False))))
 
 
-def _digest(facts: Sequence[object]) -> str:
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+def _digest(inputs: Sequence[object]) -> str:
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()

@@ -96,7 +96,7 @@ class SlotRecord:
     is_check: bool = False
     """Whether the slot is for checks and was never used by a session."""
     extras: tuple[str, ...] = ()
-    """The setup files, which are in no commit."""
+    """The setup files, which are not in a commit."""
     unignored: tuple[str, ...] = ()
     """The setup files that git does not ignore."""
     kept: Mapping[str, str] = field(default_factory=dict)

@@ -110,17 +110,17 @@ async def choose_sandbox(
     if sys.platform != "linux":
         raise RefusedError(f"`sandbox: {wanted}` is not supported on this system", _OFF)
     if wanted == SandboxKind.LANDLOCK:
-        if why := _landlock_problem(network, hosts):
-            raise RefusedError(f"`sandbox: landlock` does not work: {why}", f"use bubblewrap ({_REMEDY}); or {_OFF}")
+        if reason := _landlock_problem(network, hosts):
+            raise RefusedError(f"`sandbox: landlock` does not work: {reason}", f"use bubblewrap ({_REMEDY}); or {_OFF}")
         return SandboxKind.LANDLOCK
     problem = await _bubblewrap_problem(network, environ)
     if problem is None:
         return SandboxKind.BUBBLEWRAP
     if wanted == SandboxKind.BUBBLEWRAP:
         raise RefusedError(f"`sandbox: bubblewrap` does not work: {problem}", f"{_REMEDY}; or {_OFF}")
-    if why := _landlock_problem(network, hosts):
+    if reason := _landlock_problem(network, hosts):
         raise RefusedError(
-            f"no sandbox works on this machine: bubblewrap: {problem}; landlock: {why}", f"{_REMEDY}; or {_OFF}"
+            f"no sandbox works on this machine: bubblewrap: {problem}; landlock: {reason}", f"{_REMEDY}; or {_OFF}"
         )
     return SandboxKind.LANDLOCK
 

@@ -33,7 +33,7 @@ class HandoffData:
 class MalformedHandoff:
     """A handoff that is not a JSON object: the reason, and what the agent should do."""
 
-    why: str
+    reason: str
     remedy: str = "write a regular file"
 
 

@@ -64,7 +64,7 @@ class UnrunnableProgram:
     """A program that is missing or not executable: reason, PATH and remedy."""
 
     program: str
-    why: str
+    reason: str
     search_location: str
     remedy: str
     is_absent: bool = False
@@ -106,13 +106,13 @@ class CommandFailed:
 
 
 def describe_unrunnable(failed: Sequence[CommandFailed], correction: str, run: str, merge: str = "") -> str:
-    """Return why commands with missing programs can't be run, and how to resume `run`.
+    """Return a report of commands with missing programs, and how to resume `run`.
 
     `correction` says how to fix the commands; `merge` says what a commit needs to take effect.
     """
     pairs = [(command, command.unrunnable) for command in failed if command.unrunnable is not None]
     headlines = [
-        f"`{command.short}` can't be run: it {command.how_it_ended}: {missing.why}" for command, missing in pairs
+        f"`{command.short}` can't be run: it {command.how_it_ended}: {missing.reason}" for command, missing in pairs
     ]
     output = tuple(dict.fromkeys(missing.search_location for _, missing in pairs if missing.search_location))
     if len(pairs) > 1:
@@ -220,7 +220,7 @@ class Shell:
     async def _unrunnable(self, command: ShellCommand, exit_code: int | None, output: str) -> UnrunnableProgram:
         program = find_missing_program(command.text, output)
         is_there = exit_code == NOT_EXECUTABLE
-        why = f"program {program!r} {'cannot be executed' if is_there else 'was not found'}"
+        reason = f"program {program!r} {'cannot be executed' if is_there else 'was not found'}"
         if is_in_worktree(program):
             where = "the worktree has the committed files and what `setup` creates"
             is_made = is_of_environment(program)
@@ -230,16 +230,22 @@ class Shell:
                 remedy = f"{setup} {program}{'' if is_made else ', or whose `worktrees.copy` provides it'}"
             else:
                 remedy = make_chmod_hint(program) if is_there else f"commit {program} (or {setup} it)"
-            return UnrunnableProgram(program, f"{why} in the worktree", where, remedy, not is_there, is_uncommitted)
+            return UnrunnableProgram(program, f"{reason} in the worktree", where, remedy, not is_there, is_uncommitted)
         hidden = ", ".join(self.sandbox.find_hidden_folders(program, self.environment, self.reach))
         where = ""
         if not program.startswith("/"):
-            why, where = f"{why} on PATH", f"PATH, as the sandbox shows it: {self.environment.get('PATH', os.defpath)}"
+            reason, where = (
+                f"{reason} on PATH",
+                f"PATH, as the sandbox shows it: {self.environment.get('PATH', os.defpath)}",
+            )
         if hidden:
-            why, remedy = f"{why} (hidden from sessions: {hidden})", f"start a new run with {hidden} in `readable`"
-            return UnrunnableProgram(program, why, where, remedy, needs_new_run=True)
+            reason, remedy = (
+                f"{reason} (hidden from sessions: {hidden})",
+                f"start a new run with {hidden} in `readable`",
+            )
+            return UnrunnableProgram(program, reason, where, remedy, needs_new_run=True)
         remedy = f"make {program} executable" if is_there else f"install {program} where sessions see it"
-        return UnrunnableProgram(program, why, where, remedy)
+        return UnrunnableProgram(program, reason, where, remedy)
 
     async def _is_ignored(self, path: str) -> bool:
         """Return whether git ignores a path in the worktree; False if git fails."""

@@ -17,7 +17,7 @@ session checks the lock afterwards, so one of the two always notices the other.
 The supervisor holds an exclusive `flock` on the session's lock file from before the CLI starts until every descendant
 is dead, and reports the exit after that. As child subreaper it inherits each orphan, whatever that forked, cleared or
 ignored. Without a subreaper (macOS) only the process group of the CLI is killed, and processes that left the group
-survive. It can't kill processes of other users (`sudo`): then it waits for their end, and keeps the lock.
+survive. It can't kill processes of other users (`sudo`): then it waits until they exit, and keeps the lock.
 
 On every kind of stop all processes get SIGTERM, and SIGKILL after the grace period. A CLI with `interrupt` gets SIGINT
 first and up to half of the grace period to clean up; then, or as soon as it has ended, the rest gets SIGTERM. So a
@@ -85,8 +85,8 @@ EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSP
 class SpawnError(Exception):
     """The reason why the CLI could not be started; `number` is the errno, if any."""
 
-    def __init__(self, why: str, number: int | None = None) -> None:
-        super().__init__(why)
+    def __init__(self, reason: str, number: int | None = None) -> None:
+        super().__init__(reason)
         self.exhausted = number in EXHAUSTED
 
 
@@ -461,15 +461,15 @@ def main() -> None:
     wake = open_signal_wakeup()
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     try:
-        facts = supervise(CommandSpec(json.loads(line)), control, wake)
+        report = supervise(CommandSpec(json.loads(line)), control, wake)
     except SpawnError as exc:
-        facts = {"spawn_error": str(exc), "exhausted": exc.exhausted}
+        report = {"spawn_error": str(exc), "exhausted": exc.exhausted}
     except re.error as exc:
-        facts = {"spawn_error": f"invalid pattern of secrets: {exc}"}
+        report = {"spawn_error": f"invalid pattern of secrets: {exc}"}
     except OSError as exc:
         reason = f"{exc.filename}: {exc.strerror}" if exc.filename else str(exc)
-        facts = {"spawn_error": reason, "exhausted": exc.errno in EXHAUSTED}
-    write_status({"event": "ended", **EMPTY_REPORT, **facts})
+        report = {"spawn_error": reason, "exhausted": exc.errno in EXHAUSTED}
+    write_status({"event": "ended", **EMPTY_REPORT, **report})
 
 
 def serve() -> None:
@@ -510,8 +510,8 @@ def serve() -> None:
         try:
             pid = os.fork()
         except OSError as exc:
-            facts = {"spawn_error": str(exc.strerror), "exhausted": exc.errno in EXHAUSTED}
-            write_status({"event": "ended", **EMPTY_REPORT, **facts}, pipes[1])
+            report = {"spawn_error": str(exc.strerror), "exhausted": exc.errno in EXHAUSTED}
+            write_status({"event": "ended", **EMPTY_REPORT, **report}, pipes[1])
             pid = -1
         if pid == 0:
             requests.close()
