@@ -117,8 +117,8 @@ class AcpAdapter:
 def _asked(request: SessionRequest, *, resumes: bool) -> Iterator[str]:
     if resumes:
         yield from option_arguments("--resume", request.resume)
-    for one in request.mcp_servers:
-        yield from ("--mcp-server", json.dumps(dataclasses.asdict(one)))
+    for server in request.mcp_servers:
+        yield from ("--mcp-server", json.dumps(dataclasses.asdict(server)))
 
 
 @hookimpl

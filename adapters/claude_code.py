@@ -171,7 +171,7 @@ class ClaudeCodeAdapter:
                 *option_arguments("--max-budget-usd", smallest_limit(options.max_cost, request.max_cost)),
                 *(("--mcp-config", str(request.home / _SERVERS)) if request.mcp_servers else ()),
                 *(("--settings", str(request.home / _SETTINGS)) if request.pre_edit else ()),
-                *((_ALLOWED,) if any(one.name == MCP_SERVER_NAME for one in request.mcp_servers) else ()),
+                *((_ALLOWED,) if any(server.name == MCP_SERVER_NAME for server in request.mcp_servers) else ()),
                 *options.args,
             ),
             stdin=request.prompt_file,
@@ -210,8 +210,10 @@ class ClaudeCodeAdapter:
         failed = concluded_failure(end) or _failure_in_text(end) or detect_interruption(end)
         if failed is None or failed.failure is not FailureClass.RATE_LIMITED or failed.until is not None:
             return failed
-        ends = [one.failed.until for one in end.events if isinstance(one, FinalResult) and one.failed is not None]
-        until = next((one for one in reversed(ends) if one is not None), None)
+        ends = [
+            event.failed.until for event in end.events if isinstance(event, FinalResult) and event.failed is not None
+        ]
+        until = next((end for end in reversed(ends) if end is not None), None)
         return with_reset_time(replace(failed, until=until), end.time)
 
 
@@ -231,13 +233,17 @@ def _hook(command: Sequence[str]) -> JsonObject:
 
 def _servers(request: SessionRequest) -> JsonObject:
     return {
-        one.name: {"type": "http", "url": one.url}
-        if one.url is not None
+        server.name: {"type": "http", "url": server.url}
+        if server.url is not None
         # Servers receive session variables by name.
-        else {"command": one.argv[0], "args": [*one.argv[1:]], "env": {name: f"${{{name}:-}}" for name in one.env}}
+        else {
+            "command": server.argv[0],
+            "args": [*server.argv[1:]],
+            "env": {name: f"${{{name}:-}}" for name in server.env},
+        }
         # Otherwise the model sees only tool names and has to search for a tool before it can submit a handoff.
-        | ({"alwaysLoad": True} if one.name == MCP_SERVER_NAME else {})
-        for one in request.mcp_servers
+        | ({"alwaysLoad": True} if server.name == MCP_SERVER_NAME else {})
+        for server in request.mcp_servers
     }
 
 
@@ -261,11 +267,11 @@ def _of_system(value: JsonObject, remedy: str) -> Iterator[SessionEvent]:
 
 def _denied(denials: Any, remedy: str) -> Iterator[ToolDenied]:
     """Yield the denied tools in a result, each with its main argument."""
-    for one in denials if isinstance(denials, list) else ():
-        match one:
+    for denial in denials if isinstance(denials, list) else ():
+        match denial:
             case {"tool_name": str(name), "tool_input": dict(option_arguments)}:
                 detail = tool_event(name, option_arguments, _PATH_KEYS, _DETAIL_KEYS).detail
-                yield ToolDenied(name, detail, remedy, as_text(one.get("tool_use_id")) or None)
+                yield ToolDenied(name, detail, remedy, as_text(denial.get("tool_use_id")) or None)
             case _:
                 pass
 
@@ -309,14 +315,14 @@ def _spent(usage: Mapping[str, Any], **more: Any) -> UsageReport:
 def _cost_by_model(usage: Any) -> float | None:
     """Return the total cost of all models, or None if a model has no cost."""
     models = [*usage.values()] if isinstance(usage, dict) else []
-    costs = [as_cost(one.get("costUSD")) if isinstance(one, dict) else None for one in models]
-    known = [one for one in costs if one is not None]
+    costs = [as_cost(model.get("costUSD")) if isinstance(model, dict) else None for model in models]
+    known = [cost for cost in costs if cost is not None]
     return sum(known) if known and len(known) == len(costs) else None
 
 
 def _tokens_by_model(usage: Any) -> int:
-    models = [one for one in usage.values() if isinstance(one, dict)] if isinstance(usage, dict) else []
-    return sum(as_count(one.get(key)) for one in models for key in _TOKENS)
+    models = [model for model in usage.values() if isinstance(model, dict)] if isinstance(usage, dict) else []
+    return sum(as_count(model.get(key)) for model in models for key in _TOKENS)
 
 
 def _of_limit(info: Any) -> Iterator[SessionEvent]:

@@ -220,15 +220,15 @@ def _request_settings(request: SessionRequest) -> Iterator[str]:
     settings: dict[str, Any] = {}
     if request.instructions is not None:
         settings["developer_instructions"] = request.instructions
-    for one in request.mcp_servers:
+    for server in request.mcp_servers:
         # A dot would start another table, and Codex does not support quoted keys.
-        table = f"mcp_servers.{one.name.replace('.', '_')}"
-        if one.url is not None:
-            settings[f"{table}.url"] = one.url
+        table = f"mcp_servers.{server.name.replace('.', '_')}"
+        if server.url is not None:
+            settings[f"{table}.url"] = server.url
         else:
-            settings |= {f"{table}.command": one.argv[0], f"{table}.args": [*one.argv[1:]]}
-            settings[f"{table}.env_vars"] = [*one.env]
-        if one.name == MCP_SERVER_NAME:  # in its own sandbox it would ask for permission and be denied
+            settings |= {f"{table}.command": server.argv[0], f"{table}.args": [*server.argv[1:]]}
+            settings[f"{table}.env_vars"] = [*server.env]
+        if server.name == MCP_SERVER_NAME:  # in its own sandbox it would ask for permission and be denied
             settings[f"{table}.default_tools_approval_mode"] = "approve"
     for key, value in settings.items():
         yield from ("-c", f"{key}={json.dumps(value, ensure_ascii=False)}")
@@ -252,7 +252,11 @@ def _of_item(kind: str, item: Mapping[str, Any], *, is_over: bool) -> Iterator[S
             yield ToolCall("web_search", one_line(as_text(item.get("query"))))
         case "file_change", True:
             changes = item.get("changes")
-            found = [one.get("path") for one in changes if isinstance(one, dict)] if isinstance(changes, list) else []
+            found = (
+                [change.get("path") for change in changes if isinstance(change, dict)]
+                if isinstance(changes, list)
+                else []
+            )
             paths = tuple(path for path in found if isinstance(path, str))
             yield ToolCall("edit", one_line(" ".join(paths)), paths, call)
             if call is not None:
@@ -266,9 +270,9 @@ def _denied(kind: str, item: Mapping[str, Any], is_boxed: bool) -> Iterator[Tool
     output = as_text(item.get("aggregated_output"))
     is_kept = is_boxed and item.get("status") == "failed" and _KEPT.search(output) is not None
     if kind in {"command_execution", "file_change"} and (is_kept or item.get("status") == "declined"):
-        used = [one for one in _of_item(kind, item, is_over=kind == "file_change") if isinstance(one, ToolCall)]
+        used = [call for call in _of_item(kind, item, is_over=kind == "file_change") if isinstance(call, ToolCall)]
         remedy = _NO_SANDBOX if is_boxed else _RULES
-        yield from (ToolDenied(one.name, one.detail, remedy, as_text(item.get("id")) or None) for one in used)
+        yield from (ToolDenied(call.name, call.detail, remedy, as_text(item.get("id")) or None) for call in used)
 
 
 def _failure_of_tool(item: Mapping[str, Any]) -> str | None:

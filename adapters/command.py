@@ -140,7 +140,9 @@ class CommandOptions(AdapterOptions):
     def _check(self) -> Self:
         _check_rules(self)
         lists = (self.argv, self.resume, self.read_only, self.read_write, self.instructions, self.mcp)
-        if self.model is None and any("model" in placeholder_names(one) for one in lists if one is not None):
+        if self.model is None and any(
+            "model" in placeholder_names(arguments) for arguments in lists if arguments is not None
+        ):
             raise ValueError("{model} has no value: add `model`, or write the name instead")
         if self.read_write is not None and self.read_only is None:
             raise ValueError(
@@ -230,7 +232,7 @@ class CommandAdapter:
             Capability.INSTRUCTIONS: options.instructions,
             Capability.MCP: options.mcp,
         }
-        return frozenset(one for one, arguments in given.items() if arguments is not None)
+        return frozenset(capability for capability, arguments in given.items() if arguments is not None)
 
     def programs(self) -> Sequence[Program]:
         """Return the program if it is a plain name, which is looked up on PATH."""
@@ -254,7 +256,7 @@ class CommandAdapter:
         return None
 
     def _class_in(self, text: str) -> FailureClass | None:
-        return next((FailureClass(one) for one in self._options.failures if self._search(one, text)), None)
+        return next((FailureClass(failure) for failure in self._options.failures if self._search(failure, text)), None)
 
     def _until(self, reason: str, now: float) -> float | None:
         match = self._search("rate_limited", reason)
@@ -283,17 +285,17 @@ def _files(options: CommandOptions, request: SessionRequest) -> Iterator[tuple[s
     if request.instructions is not None and "instructions_file" in placeholder_names(options.instructions or ()):
         yield INSTRUCTIONS_FILE, request.instructions
     if request.mcp_servers and options.mcp is not None:
-        yield _SERVERS, json.dumps({"mcpServers": {one.name: _server(one) for one in request.mcp_servers}})
+        yield _SERVERS, json.dumps({"mcpServers": {server.name: _server(server) for server in request.mcp_servers}})
 
 
-def _server(one: McpServer) -> JsonObject:
+def _server(server: McpServer) -> JsonObject:
     """Return a server in the usual format; it inherits the program's variables.
 
     Some programs expect `httpUrl`, because they use `url` for an older protocol.
     """
-    if one.url is not None:
-        return {"type": "http", "url": one.url, "httpUrl": one.url}
-    return {"command": one.argv[0], "args": [*one.argv[1:]]}
+    if server.url is not None:
+        return {"type": "http", "url": server.url, "httpUrl": server.url}
+    return {"command": server.argv[0], "args": [*server.argv[1:]]}
 
 
 def _check_size(name: str, text: str, times: int) -> None:

@@ -260,15 +260,15 @@ def _settings(options: GeminiOptions, request: SessionRequest) -> JsonObject:
         settings["model"] = {"maxSessionTurns": options.max_turns}
     if request.mcp_servers:
         settings["mcpServers"] = {
-            one.name: {"httpUrl": one.url, "trust": True}
-            if one.url is not None
+            server.name: {"httpUrl": server.url, "trust": True}
+            if server.url is not None
             else {
-                "command": one.argv[0],
-                "args": [*one.argv[1:]],
+                "command": server.argv[0],
+                "args": [*server.argv[1:]],
                 "trust": True,
-                "env": {name: f"${name}" for name in one.env},
+                "env": {name: f"${name}" for name in server.env},
             }
-            for one in request.mcp_servers
+            for server in request.mcp_servers
         }
     return settings
 
@@ -331,7 +331,7 @@ def _of_result(value: JsonObject, model: str | None) -> Iterator[SessionEvent]:
 def _most_used(models: Any) -> str | None:
     """Return the model with the most tokens in a result."""
     found = models if isinstance(models, dict) else {}
-    used = {name: as_count(one.get("total_tokens")) for name, one in found.items() if isinstance(one, dict)}
+    used = {name: as_count(counts.get("total_tokens")) for name, counts in found.items() if isinstance(counts, dict)}
     return max(used, key=lambda name: used[name], default=None)
 
 
@@ -350,8 +350,8 @@ def _failure(name: str, text: str) -> Failed:
 
 def _earlier_failure(end: SessionEnd) -> Failed | None:
     """Return the last specific failure before the result, which has less detail."""
-    failures = [one.failed for one in end.events if isinstance(one, FinalResult) and one.failed is not None]
-    return next((one for one in reversed(failures) if one.failure is not FailureClass.CRASHED), None)
+    failures = [event.failed for event in end.events if isinstance(event, FinalResult) and event.failed is not None]
+    return next((failed for failed in reversed(failures) if failed.failure is not FailureClass.CRASHED), None)
 
 
 def _failure_reported(stderr: str) -> Failed | None:

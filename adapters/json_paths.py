@@ -19,7 +19,7 @@ _LONGEST_SHOWN: Final = 60
 
 def values_at(value: Any, path: str) -> list[Any]:
     """Return the values at a validated path, in order, without nulls."""
-    return [found for one in _PLUS.split(path) for found in _at(value, one.split(".")) if found is not None]
+    return [found for part in _PLUS.split(path) for found in _at(value, part.split(".")) if found is not None]
 
 
 def _at(value: Any, names: list[str]) -> Iterator[Any]:
@@ -33,8 +33,8 @@ def _at(value: Any, names: list[str]) -> Iterator[Any]:
         inner = value if name == "*" else [value[int(name)]] if _is_index(name, len(value)) else []
     else:
         inner = []
-    for one in inner:
-        yield from _at(one, rest)
+    for element in inner:
+        yield from _at(element, rest)
 
 
 def _is_index(name: str, length: int) -> bool:
@@ -42,12 +42,12 @@ def _is_index(name: str, length: int) -> bool:
 
 
 def _check(path: str) -> str:
-    for one in _PLUS.split(path):
-        if not _PATH.fullmatch(one):
+    for part in _PLUS.split(path):
+        if not _PATH.fullmatch(part):
             remedy = "separate names by dots, as in usage.input_tokens, and two paths by ' + '"
-            raise ValueError(f"{one[:_LONGEST_SHOWN]!r} is not a path into a line of JSON: {remedy}")
-        if one.startswith("$"):
-            raise ValueError(f"{one[:_LONGEST_SHOWN]!r} begins with '$': begin with a key of the line")
+            raise ValueError(f"{part[:_LONGEST_SHOWN]!r} is not a path into a line of JSON: {remedy}")
+        if part.startswith("$"):
+            raise ValueError(f"{part[:_LONGEST_SHOWN]!r} begins with '$': begin with a key of the line")
     return path
 
 

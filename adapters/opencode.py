@@ -335,14 +335,14 @@ def _config(options: OpencodeOptions, request: SessionRequest) -> JsonObject:
     config["plugin"] = [*(given if isinstance(given, list) else ()), *uris]
     if request.mcp_servers:
         servers = {
-            one.name: {"type": "remote", "url": one.url}
-            if one.url is not None
+            server.name: {"type": "remote", "url": server.url}
+            if server.url is not None
             else {
                 "type": "local",
-                "command": [*one.argv],
-                "environment": {name: f"{{env:{name}}}" for name in one.env},
+                "command": [*server.argv],
+                "environment": {name: f"{{env:{name}}}" for name in server.env},
             }
-            for one in request.mcp_servers
+            for server in request.mcp_servers
         }
         given = config.get("mcp")
         config["mcp"] = {**(given if isinstance(given, dict) else {}), **servers}

@@ -137,7 +137,7 @@ def own_home_variables(options: AdapterOptions, request: SessionRequest) -> dict
 
 def smallest_limit(*values: float | None) -> float | None:
     """Return the smallest limit that is not None."""
-    return min((one for one in values if one is not None), default=None)
+    return min((value for value in values if value is not None), default=None)
 
 
 class AdapterOptions(BaseModel):
@@ -168,8 +168,8 @@ class AdapterOptions(BaseModel):
         `passed` and `preset` are the adapter's defaults, which the YAML file overrides.
         """
         listed = () if isinstance(self.env, dict) else self.env
-        given = self.env if isinstance(self.env, dict) else dict(one.split("=", 1) for one in listed if "=" in one)
-        names = [one for one in listed if "=" not in one]
+        given = self.env if isinstance(self.env, dict) else dict(item.split("=", 1) for item in listed if "=" in item)
+        names = [item for item in listed if "=" not in item]
         own = {name: value for name, value in preset.items() if name not in names}
         return {**own, **given}, tuple(dict.fromkeys((*(name for name in passed if name not in given), *names)))
 

@@ -61,7 +61,7 @@ RegexPattern = Annotated[str, AfterValidator(_check_pattern)]
 _Wanted = Annotated[
     Any,
     AfterValidator(_check_wanted),
-    WithJsonSchema({"anyOf": [{"type": one} for one in ("string", "number", "boolean")]}),
+    WithJsonSchema({"anyOf": [{"type": kind} for kind in ("string", "number", "boolean")]}),
 ]
 
 
@@ -102,7 +102,9 @@ class OutputRule(BaseModel):
     def _refuse_empty(cls, value: Any, info: ValidationInfo) -> Any:
         """Reject empty keys in a file; stored rules contain nulls."""
         is_from_file = bool(info.context and info.context.get("from_file"))
-        empty = [key for key, one in value.items() if one is None] if is_from_file and isinstance(value, dict) else []
+        empty = (
+            [key for key, entry in value.items() if entry is None] if is_from_file and isinstance(value, dict) else []
+        )
         if empty:
             raise ValueError(f"{empty[0]} is empty: give it a value or leave it out")
         return value
@@ -197,9 +199,9 @@ class OutputReader:
             yield UsageReport(model=model)
 
     def _failure(self, found: Sequence[_Values]) -> Failed | None:
-        errors = [one for values in found for one in values["error"]]
+        errors = [error for values in found for error in values["error"]]
         # Show all parts of a structured error.
-        words = [json.dumps(one) if one and isinstance(one, dict) else as_text(one).strip() for one in errors]
+        words = [json.dumps(error) if error and isinstance(error, dict) else as_text(error).strip() for error in errors]
         message = ": ".join(filter(None, words))
         status = next((number for values in found for number in map(_count, values["status"]) if number), 0)
         by_status = failure_class_for_status(status)
@@ -215,7 +217,7 @@ def _values(rule: OutputRule, line: str, value: Any) -> _Values | None:
     match = None if rule.match is None else re.search(rule.match, line[:MAX_LINE_CHARS], re.IGNORECASE)
     if rule.match is not None and match is None:
         return None
-    if not all(any(_is(one, wanted) for one in values_at(value, path)) for path, wanted in rule.when.items()):
+    if not all(any(_is(found, wanted) for found in values_at(value, path)) for path, wanted in rule.when.items()):
         return None
     groups = {} if match is None else match.groupdict()
     paths = {name: getattr(rule, name) for name in _FIELDS}

@@ -33,7 +33,7 @@ from orchestrator.system.clock import SystemClock
 SESSIONS: Final = 100
 WRITE_LIMIT, READ_LIMIT = 1.0, 5.0  # ms
 #: The maximum number of secrets of an environment, all of which are searched for in every text.
-_SECRETS: Final = tuple(f"a-secret-of-this-machine-{one}" for one in range(20))
+_SECRETS: Final = tuple(f"a-secret-of-this-machine-{number}" for number in range(20))
 
 
 def measure(*, quick: bool, folder: Path | None = None) -> list[BenchmarkRow]:
@@ -43,7 +43,7 @@ def measure(*, quick: bool, folder: Path | None = None) -> list[BenchmarkRow]:
 
 
 async def _measure(place: Path, rounds: int) -> list[BenchmarkRow]:
-    sessions = [SessionName("20260102-030405-ab12", f"task-{one}", 1) for one in range(SESSIONS)]
+    sessions = [SessionName("20260102-030405-ab12", f"task-{number}", 1) for number in range(SESSIONS)]
     files = place / "files"
     files.mkdir()
     async with FileStore.open(place / "state", SystemClock()) as store:
@@ -75,7 +75,7 @@ async def _measure(place: Path, rounds: int) -> list[BenchmarkRow]:
 
 def _row(what: str, pairs: list[tuple[Cost, Cost]], each: int, limit: float) -> BenchmarkRow:
     ours, theirs = (median([pair[side].wall for pair in pairs]) / each * 1e3 for side in (0, 1))
-    ratio = median([one.wall / other.wall for one, other in pairs])
+    ratio = median([ours.wall / other.wall for ours, other in pairs])
     return BenchmarkRow(what, ours, "ms", f"JSON files, renamed: {theirs:.3g} ms", ratio, limit)
 
 

@@ -74,7 +74,7 @@ def _row(
     what: str, pairs: Sequence[tuple[Cost, Cost]], part: str, tasks: int, limit: float | None = None
 ) -> BenchmarkRow:
     took, base = (median([getattr(pair[side], part) for pair in pairs]) / tasks * 1e3 for side in (0, 1))
-    ratio = median([getattr(one, part) / getattr(other, part) for one, other in pairs])
+    ratio = median([getattr(ours, part) / getattr(other, part) for ours, other in pairs])
     return BenchmarkRow(what, took, "ms/task", f"plain git: {base:.3g} ms/task", ratio, limit, is_ratio_limited=True)
 
 
@@ -90,7 +90,7 @@ def _by_council(top: Path, tasks: int, sandbox: str, bytecode: Path | None) -> C
         "sandbox": sandbox,
         "adapters": {"agent": {"use": "command", "argv": [*_AGENT, "{prompt_file}"]}},
         "defaults": {"adapter": "agent"},
-        "tasks": [{"id": f"task-{one}", "prompt": f"result-{one}.txt\n"} for one in range(tasks)],
+        "tasks": [{"id": f"task-{number}", "prompt": f"result-{number}.txt\n"} for number in range(tasks)],
     }
     file = top.with_name(f"{top.name}.yaml")
     file.write_text(json.dumps(config), encoding="utf-8")
@@ -137,7 +137,7 @@ def _one_by_git(top: Path, worktrees: Path, task: int, merging: threading.Lock) 
 
 def _check(top: Path, tasks: int) -> None:
     names = set(run_git(top, "ls-tree", "--name-only", "integration").decode().split())
-    missing = [one for one in range(tasks) if f"result-{one}.txt" not in names]
+    missing = [number for number in range(tasks) if f"result-{number}.txt" not in names]
     if missing:
         raise RuntimeError(f"the work of tasks {missing} is not on the branch")
 

@@ -59,8 +59,8 @@ def measure(*, quick: bool, folder: Path | None = None) -> list[BenchmarkRow]:
             "raw flock": (_by_flock, None),
         }
         rows = [_row(name, place, by, limit, times, rounds) for name, (by, limit) in baselines.items()]
-        took = [anyio.run(_together, place / f"state{one}", times // 10) for one in range(rounds)]
-        together = median([one.wall for one in took]) / (times // 10) * 1e6
+        took = [anyio.run(_together, place / f"state{number}", times // 10) for number in range(rounds)]
+        together = median([cost.wall for cost in took]) / (times // 10) * 1e6
         return [*rows, BenchmarkRow("own a path, lock its file, give both back", together, "µs", limit=TOGETHER_LIMIT)]
 
 
@@ -69,7 +69,7 @@ def _row(
 ) -> BenchmarkRow:
     pairs = measure_pairs(lambda: anyio.run(_by_ours, place / "ours", times), lambda: by(place / name, times), rounds)
     ours, theirs = (median([pair[side].wall for pair in pairs]) / times * 1e6 for side in (0, 1))
-    ratio = median([one.wall / other.wall for one, other in pairs])
+    ratio = median([ours.wall / other.wall for ours, other in pairs])
     what = f"lock a file and unlock it, compared with {name}"
     return BenchmarkRow(what, ours, "µs", f"{name}: {theirs:.3g} µs", ratio, limit, is_ratio_limited=True)
 
@@ -105,11 +105,13 @@ def _by_flock(path: Path, times: int) -> Cost:
 async def _together(place: Path, times: int) -> Cost:
     async with FileStore.open(place / "store", SystemClock()) as store:
         registry, files = OwnershipRegistry(store, SystemClock(), "scope"), FileLocks(place / "locks", SystemClock())
-        for one in range(OTHERS):
-            other = SessionName("run", f"other-{one}", 1)
+        for number in range(OTHERS):
+            other = SessionName("run", f"other-{number}", 1)
             key = claim_key(other)
             await store.commit(Commit([Write(key, 0, {"epoch": 1, "released": None})]))
-            await registry.acquire(other, [f"lib/{one}/**", f"docs/{one}.md"], orchestrator="o", claim=Guard(key, 1))
+            await registry.acquire(
+                other, [f"lib/{number}/**", f"docs/{number}.md"], orchestrator="o", claim=Guard(key, 1)
+            )
         claim = Guard(claim_key(_ME), 1)
         await store.commit(Commit([Write(claim.key, 0, {"epoch": 1, "released": None})]))
         with measure_cost() as cost:

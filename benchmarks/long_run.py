@@ -59,7 +59,7 @@ async def _record_run(project: Project, log: Path, tasks: int) -> None:
     hub = top.parent / "hub"
     for folder in ("trusted.git", "locks"):
         (hub / folder).mkdir(parents=True)
-    specs = {one.id: one for one in map(_spec, range(tasks))}
+    specs = {spec.id: spec for spec in map(_spec, range(tasks))}
     async with FileStore.open(log, clock) as store:
         await record_new_run(store, _document(run, top, hub, tuple(specs)), specs)
         others = RunMembership(

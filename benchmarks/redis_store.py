@@ -47,7 +47,7 @@ def measure(*, quick: bool) -> list[BenchmarkRow]:
             1 if quick else 5,
         )
         ours, bare = (processes * count / median([pair[side].wall for pair in pairs]) for side in (0, 1))
-        ratio = median([one.wall / other.wall for one, other in pairs])
+        ratio = median([ours.wall / other.wall for ours, other in pairs])
         what, base = f"redis: durable commits, processes: {processes}", f"bare redis-py: {bare:.0f}/s"
         rows.append(BenchmarkRow(what, ours, "/s", base, ratio, LIMIT, is_ratio_limited=True))
     return rows

@@ -74,7 +74,7 @@ def _row(
     many, few = (lambda top=top: measure_command([council_path(), what], env=env, cwd=top, code=code) for top in tops)
     pairs = measure_pairs(many, few, rounds)
     took, base = (1000 * median([pair[side].cpu for pair in pairs]) for side in (0, 1))
-    ratio = median([one.cpu / other.cpu for one, other in pairs])
+    ratio = median([ours.cpu / other.cpu for ours, other in pairs])
     name, than = f"council {what}, {tasks[0]:,} tasks, processor", f"{tasks[1]:,} tasks: {base:.3g} ms"
     return BenchmarkRow(name, took, "ms", than, ratio, LIMIT, is_ratio_limited=True)
 

@@ -35,20 +35,23 @@ Shape = Callable[[int], Mapping[str, DispatchEntry]]
 
 def priorities(tasks: int) -> Mapping[str, DispatchEntry]:
     """Return tasks of five priorities and three adapters, all ready at once."""
-    return {f"task-{one}": DispatchEntry((), f"adapter-{one % 3}", one % 5) for one in range(tasks)}
+    return {f"task-{number}": DispatchEntry((), f"adapter-{number % 3}", number % 5) for number in range(tasks)}
 
 
 def chains(tasks: int) -> Mapping[str, DispatchEntry]:
     """Return chains of ten tasks, each of which needs the one before."""
     return {
-        f"task-{one}": DispatchEntry((f"task-{one - 1}",) if one % _CHAIN else (), "adapter", one % 5)
-        for one in range(tasks)
+        f"task-{number}": DispatchEntry((f"task-{number - 1}",) if number % _CHAIN else (), "adapter", number % 5)
+        for number in range(tasks)
     }
 
 
 def owners(tasks: int) -> Mapping[str, DispatchEntry]:
     """Return tasks that own paths, with fifty of them per path."""
-    return {f"task-{one}": DispatchEntry((), "adapter", one % 5, (f"src/{one // _SHARED}/**",)) for one in range(tasks)}
+    return {
+        f"task-{number}": DispatchEntry((), "adapter", number % 5, (f"src/{number // _SHARED}/**",))
+        for number in range(tasks)
+    }
 
 
 SHAPES: Final[Mapping[str, Shape]] = {"priorities": priorities, "chains of needs": chains, "owned paths": owners}
@@ -68,9 +71,11 @@ def _picks(name: str, tasks: int) -> list[BenchmarkRow]:
     than = f"plain heap: {base:.3g} µs"
     return [
         BenchmarkRow(
-            f"a pick of {tasks:,}, {name}", pick, "µs", than, median([one[0] / two for one, two in rounds]), limit
+            f"a pick of {tasks:,}, {name}", pick, "µs", than, median([times[0] / two for times, two in rounds]), limit
         ),
-        BenchmarkRow(f"whole way, {tasks:,}, {name}", way, "µs", than, median([one[1] / two for one, two in rounds])),
+        BenchmarkRow(
+            f"whole way, {tasks:,}, {name}", way, "µs", than, median([times[1] / two for times, two in rounds])
+        ),
     ]
 
 
@@ -104,7 +109,7 @@ def run_all_tasks(board: DispatchBoard, tasks: int) -> float:
 
 
 def _through_heap(tasks: int) -> float:
-    places = [(-float(one % 5), one, f"task-{one}") for one in range(tasks)]
+    places = [(-float(number % 5), number, f"task-{number}") for number in range(tasks)]
     _forget_cycles()
     begin = time.thread_time()
     heap: list[tuple[float, int, str]] = []

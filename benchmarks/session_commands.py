@@ -83,11 +83,11 @@ def _cost(argv: list[str], env: dict[str, str], cwd: Path, given: bytes) -> Cost
 def _session(folder: Path) -> Iterator[tuple[Worktree, SessionSocket]]:
     """Serve a session socket from a thread, like an orchestrator from another process."""
     hub = Hub(folder / "hub")
-    place = WorktreeSlot(hub, 1)
-    worktree = Worktree(hub, "run-1", "task", 1, held_slot=place)
-    for one in (worktree.git_dir, place.tree / "src"):
-        one.mkdir(parents=True)
-    (place.tree / ".git").write_text(f"gitdir: {worktree.git_dir}\n")
+    slot = WorktreeSlot(hub, 1)
+    worktree = Worktree(hub, "run-1", "task", 1, held_slot=slot)
+    for made in (worktree.git_dir, slot.tree / "src"):
+        made.mkdir(parents=True)
+    (slot.tree / ".git").write_text(f"gitdir: {worktree.git_dir}\n")
     with (
         worktree.lock.open("w") as lock,
         start_blocking_portal() as portal,

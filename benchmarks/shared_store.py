@@ -41,11 +41,11 @@ def measure_claims(place: Path, *, quick: bool) -> list[BenchmarkRow]:
     """
     tasks, rounds = (100, 1) if quick else (2_000, 3)
     pairs = []
-    for one in range(rounds):
-        anyio.run(_fill, place / f"store{one}", tasks)
-        _fill_sqlite(place / f"sqlite{one}", tasks)
-        ours = _run_processes("claim", place / f"store{one}", CLAIMERS, tasks)
-        pairs.append((ours, _run_processes("claim-sqlite", place / f"sqlite{one}", CLAIMERS, tasks)))
+    for number in range(rounds):
+        anyio.run(_fill, place / f"store{number}", tasks)
+        _fill_sqlite(place / f"sqlite{number}", tasks)
+        ours = _run_processes("claim", place / f"store{number}", CLAIMERS, tasks)
+        pairs.append((ours, _run_processes("claim-sqlite", place / f"sqlite{number}", CLAIMERS, tasks)))
     took, theirs = (median([pair[side][0] for pair in pairs]) / tasks * 1e6 for side in (0, 1))
     slowest = median([_percentile(pair[0][1], 0.99) for pair in pairs]) * 1e3
     ratio = median([ours[0] / other[0] for ours, other in pairs])
@@ -66,7 +66,7 @@ def measure_watching(place: Path, *, quick: bool) -> list[BenchmarkRow]:
         watcher.stdout.readline()
         anyio.run(_change, place, changes, idle)
         reported = json.loads(watcher.stdout.readline())
-    seen = [one * 1e3 for one in reported["seen"]]
+    seen = [delay * 1e3 for delay in reported["seen"]]
     return [
         BenchmarkRow("a change seen by another process, half within", _percentile(seen, 0.5), "ms"),
         BenchmarkRow(
@@ -121,7 +121,7 @@ def _run_processes(job: str, place: Path, processes: int, tasks: int) -> tuple[f
     claimed = [task for line in lines for task in line["claimed"]]
     if sorted(claimed) != list(range(tasks)):
         raise RuntimeError(f"{len(claimed)} claims of {tasks} tasks, {len(set(claimed))} of them different")
-    return took, [one for line in lines for one in line["took"]]
+    return took, [seconds for line in lines for seconds in line["took"]]
 
 
 async def _fill(place: Path, tasks: int) -> None:
@@ -180,13 +180,13 @@ async def _claim(place: Path, _tasks: int, me: int, begin: Callable[[], None]) -
             while True:
                 start = time.perf_counter()
                 while ready := await store.list("queue", f"{priority:02d}/"):
-                    one = dice.choice(ready)
-                    writes = [Write(one.key, one.version, None), Write(Key("claim", one.key.id), 0, {"by": me})]
+                    task = dice.choice(ready)
+                    writes = [Write(task.key, task.version, None), Write(Key("claim", task.key.id), 0, {"by": me})]
                     try:
                         await store.commit(Commit(writes, durable=False))
                     except VersionConflict:
                         continue
-                    claimed.append(one.value["task"])
+                    claimed.append(task.value["task"])
                     took.append(time.perf_counter() - start)
                     break
                 else:

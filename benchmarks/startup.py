@@ -86,7 +86,7 @@ def _row(
     what: str, pairs: list[tuple[Cost, Cost]], than: str, *, limit: float, is_ratio_limited: bool = False
 ) -> BenchmarkRow:
     took, base = (median([pair[side].wall for pair in pairs]) for side in (0, 1))
-    ratio = median([one.wall / other.wall for one, other in pairs])
+    ratio = median([ours.wall / other.wall for ours, other in pairs])
     return BenchmarkRow(what, took, "s", f"{than}: {base:.3g} s", ratio, limit, is_ratio_limited)
 
 

@@ -51,8 +51,11 @@ def measure(*, quick: bool, folder: Path | None = None) -> list[BenchmarkRow]:
         rows = []
         for durable, level, limit in ((True, "FULL", FULL_LIMIT), (False, "NORMAL", NORMAL_LIMIT)):
             pairs = [
-                (_by_store(place / f"{level}{one}", durable=durable), _by_sqlite(place / f"{level}{one}.db", level))
-                for one in range(rounds)
+                (
+                    _by_store(place / f"{level}{number}", durable=durable),
+                    _by_sqlite(place / f"{level}{number}.db", level),
+                )
+                for number in range(rounds)
             ]
             rows += _rows(f"{'durable ' if durable else ''}commits, {WRITERS} at once", pairs, level, limit)
         rows += _opening(place / "long", tasks, rounds)
@@ -67,8 +70,8 @@ def measure(*, quick: bool, folder: Path | None = None) -> list[BenchmarkRow]:
 def _rows(what: str, pairs: list[tuple[Cost, Cost]], level: str, limit: float) -> list[BenchmarkRow]:
     count = WRITERS * VERSIONS
     ours, theirs = (median([pair[side].wall for pair in pairs]) / count * 1e6 for side in (0, 1))
-    ratio = median([one.wall / other.wall for one, other in pairs])
-    cpu = median([one.cpu for one, _ in pairs]) / count * 1e6
+    ratio = median([ours.wall / other.wall for ours, other in pairs])
+    cpu = median([ours.cpu for ours, _ in pairs]) / count * 1e6
     base = f"SQLite WAL, {level}, one transaction each: {theirs:.3g} µs"
     return [
         BenchmarkRow(what, ours, "µs", base, ratio, limit, is_ratio_limited=True),
@@ -108,19 +111,19 @@ def make_document(number: int) -> JsonObject:
     chance = random.Random(number)  # noqa: S311  the same each time
     attempts = [
         {
-            "number": one,
+            "number": attempt,
             "adapter": "claude-code",
             "base": f"{chance.getrandbits(160):040x}",
             "started": 1.7e9 + chance.random(),
             "ended": 1.7e9 + chance.random(),
             "outcome": "transient",
-            "reason": f"it ended with exit code {one}",
-            "branch": f"council/20261122-000000-abcd/task-{number}/{one}",
+            "reason": f"it ended with exit code {attempt}",
+            "branch": f"council/20261122-000000-abcd/task-{number}/{attempt}",
             "input_tokens": chance.randrange(10**6),
             "output_tokens": chance.randrange(10**5),
             "cost": chance.random(),
         }
-        for one in range(5)
+        for attempt in range(5)
     ]
     words = " ".join(f"{chance.getrandbits(24):x}" for _ in range(50))
     return {"status": "running", "attempts": attempts, "commit": f"{chance.getrandbits(160):040x}", "feedback": words}
@@ -133,16 +136,16 @@ def _by_store(place: Path, *, durable: bool) -> Cost:
 async def _commit_all(place: Path, durable: bool) -> Cost:
     async with FileStore.open(place, SystemClock()) as store:
 
-        async def write(one: int) -> None:
-            key, value = Key("task", f"run/{one}"), make_document(one)
+        async def write(number: int) -> None:
+            key, value = Key("task", f"run/{number}"), make_document(number)
             for version in range(VERSIONS):
-                event = Event("task.started", {"task": str(one)})
+                event = Event("task.started", {"task": str(number)})
                 await store.commit(Commit([Write(key, version, value)], [event], durable=durable))
 
         with measure_cost() as cost:
             async with anyio.create_task_group() as group:
-                for one in range(WRITERS):
-                    group.start_soon(write, one)
+                for number in range(WRITERS):
+                    group.start_soon(write, number)
         return cost()
 
 
@@ -151,12 +154,12 @@ def _by_sqlite(path: Path, level: str) -> Cost:
         database.execute("PRAGMA journal_mode=WAL")
         database.execute(f"PRAGMA synchronous={level}")
         database.execute(_SCHEMA)
-        values = [make_document(one) for one in range(WRITERS)]
+        values = [make_document(number) for number in range(WRITERS)]
         with measure_cost() as cost:
             for version in range(VERSIONS):
-                for one, value in enumerate(values):
+                for number, value in enumerate(values):
                     database.execute("BEGIN IMMEDIATE")
-                    row = (f"run/{one}", version + 1, json.dumps(value))
+                    row = (f"run/{number}", version + 1, json.dumps(value))
                     database.execute("REPLACE INTO documents VALUES (?, ?, ?)", row)
                     database.execute("COMMIT")
         return cost()
@@ -167,8 +170,8 @@ async def _fill(place: Path, tasks: int) -> None:
 
         async def write(first: int) -> None:
             for version in range(10):
-                for one in range(first, tasks, WRITERS):
-                    write = Write(Key("task", f"run/{one}"), version, make_document(one))
+                for number in range(first, tasks, WRITERS):
+                    write = Write(Key("task", f"run/{number}"), version, make_document(number))
                     await store.commit(Commit([write], durable=False))
 
         async with anyio.create_task_group() as group:

@@ -154,8 +154,8 @@ async def _cycle(ground: _TestRepository, pool: SlotPool, name: str, commit: str
     (worktree.tree / "result.txt").write_text("done\n", encoding="utf-8")
     costs = await _end(pool, worktree, checkout)
     if what == "hand out":
-        for step, one in costs.items():
-            ground.costs[step].append(one)
+        for step, spent in costs.items():
+            ground.costs[step].append(spent)
 
 
 async def _end(pool: SlotPool, worktree: Worktree, checkout: HeldSlot) -> dict[str, Cost]:

@@ -156,7 +156,7 @@ class _Client:
             title = " ".join((tool_call.title or tool_call.tool_call_id).split())
             self.refused = f"not allowed: {title}: {reason}"
             write_line("denied", tool=title, detail=reason, call=tool_call.tool_call_id)
-        chosen = next((one for kind in wanted for one in options if one.kind == kind), None)
+        chosen = next((option for kind in wanted for option in options if option.kind == kind), None)
         if chosen is None:
             return schema.RequestPermissionResponse(outcome=schema.DeniedOutcome(outcome="cancelled"))
         outcome = schema.AllowedOutcome(outcome="selected", option_id=chosen.option_id)
@@ -249,9 +249,9 @@ def _failure_of_tool(call: schema.ToolCallStart | schema.ToolCallProgress) -> st
     if call.status != "failed":
         return None
     texts = [
-        one.content.text
-        for one in call.content or ()
-        if isinstance(one, schema.ContentToolCallContent) and isinstance(one.content, schema.TextContentBlock)
+        block.content.text
+        for block in call.content or ()
+        if isinstance(block, schema.ContentToolCallContent) and isinstance(block.content, schema.TextContentBlock)
     ]
     return " ".join(" ".join(texts).split())[:300]
 
@@ -357,7 +357,7 @@ def _concluded(error: acp.RequestError, methods: Sequence[Any]) -> BridgeExit:
     failure = "auth" if error.code == _AUTH_REQUIRED else _failure(error.code, message)
     if failure != "auth":
         return BridgeExit(f"the agent reports: {message}", failure)
-    ways = ", ".join(one.name for one in methods)
+    ways = ", ".join(method.name for method in methods)
     return BridgeExit(f"the agent reports: {message}: log in with the agent{f' ({ways})' if ways else ''}", failure)
 
 

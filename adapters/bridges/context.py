@@ -26,7 +26,7 @@ def describe_worktree(worktree: ConfinedWorktree, prompt: str, budget: int) -> s
     shown = [f"The files of the repository:\n\n{listing}{more}\n"]
     left = budget - len(shown[0].encode())
     words = set(_WORD.findall(prompt)) | {word.rstrip(".") for word in _WORD.findall(prompt)}
-    for name in sorted(names, key=lambda one: _rank(one, prompt, words)):
+    for name in sorted(names, key=lambda name: _rank(name, prompt, words)):
         block = _block(worktree, name, left)
         if block is not None:
             shown.append(block)

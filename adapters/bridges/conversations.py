@@ -43,22 +43,22 @@ def mcp_servers_for(known: schema.InitializeResponse, asked: Iterable[Mapping[st
     ability = known.agent_capabilities
     takes_urls = ability is not None and ability.mcp_capabilities is not None and bool(ability.mcp_capabilities.http)
     servers: _Servers = []
-    for one in asked:
-        if one["url"] is None:
-            servers.append(_command(one))
+    for server in asked:
+        if server["url"] is None:
+            servers.append(_command(server))
         elif takes_urls:
-            servers.append(schema.HttpMcpServer(type="http", name=one["name"], url=one["url"], headers=[]))
+            servers.append(schema.HttpMcpServer(type="http", name=server["name"], url=server["url"], headers=[]))
         else:
-            write_line("warned", text=f"the agent supports no server with a URL: {one['name']!r} is not available")
+            write_line("warned", text=f"the agent supports no server with a URL: {server['name']!r} is not available")
     return servers
 
 
-def _command(one: Mapping[str, Any]) -> schema.McpServerStdio:
-    program, *arguments = one["argv"]
+def _command(server: Mapping[str, Any]) -> schema.McpServerStdio:
+    program, *arguments = server["argv"]
     found = shutil.which(program)
-    given = [schema.EnvVariable(name=name, value=os.environ[name]) for name in one["env"] if name in os.environ]
+    given = [schema.EnvVariable(name=name, value=os.environ[name]) for name in server["env"] if name in os.environ]
     path = program if found is None else str(Path(found).absolute())
-    return schema.McpServerStdio(name=one["name"], command=path, args=arguments, env=given)
+    return schema.McpServerStdio(name=server["name"], command=path, args=arguments, env=given)
 
 
 async def choose_model(agent: Any, session: str, started: _Started, model: str) -> None:
@@ -72,13 +72,15 @@ async def choose_model(agent: Any, session: str, started: _Started, model: str) 
 
 
 def _option(started: _Started, category: str) -> schema.SessionConfigOptionSelect | None:
-    options = [one for one in started.config_options or () if isinstance(one, schema.SessionConfigOptionSelect)]
-    return next((one for one in options if one.category == category), None)
+    options = [
+        option for option in started.config_options or () if isinstance(option, schema.SessionConfigOptionSelect)
+    ]
+    return next((option for option in options if option.category == category), None)
 
 
 def _values(options: Iterable[schema.SessionConfigSelectOption | schema.SessionConfigSelectGroup]) -> Iterator[str]:
-    for one in options:
-        if isinstance(one, schema.SessionConfigSelectGroup):
-            yield from _values(one.options)
+    for option in options:
+        if isinstance(option, schema.SessionConfigSelectGroup):
+            yield from _values(option.options)
         else:
-            yield one.value
+            yield option.value

@@ -39,7 +39,7 @@ def write_line(type_: str, **fields: Any) -> None:
 def _cut(value: Any) -> Any:
     if isinstance(value, str):
         return value[:MAX_FIELD_CHARS]
-    return [str(one)[:500] for one in value[:_MAX_ENTRIES]] if isinstance(value, list) else value
+    return [str(entry)[:500] for entry in value[:_MAX_ENTRIES]] if isinstance(value, list) else value
 
 
 class MessageBuffer:

@@ -130,7 +130,7 @@ class ChecklistTracker:
 
     async def send(self, events: Sequence[RecordedEvent]) -> None:
         """Tick the items of successful tasks."""
-        done = {str(one.event.data.get("task")) for one in events if one.event.type in _SUCCESSFUL}
+        done = {str(recorded.event.data.get("task")) for recorded in events if recorded.event.type in _SUCCESSFUL}
         if done:
             await anyio.to_thread.run_sync(self._tick, done, abandon_on_cancel=True)
 

@@ -127,15 +127,15 @@ class JsonLinesSink:
     def _missing(self, events: Sequence[RecordedEvent]) -> Iterator[bytes]:
         """Yield the lines that are not in the file; events of one position come together."""
         times: Counter[tuple[str, int]] = Counter()
-        for one in events:
-            run = str(one.event.data.get("run"))
-            if (one.position, times[run, one.position]) >= self._last.get(run, (0, 0)):
-                yield _line(one)
-            times[run, one.position] += 1
+        for recorded in events:
+            run = str(recorded.event.data.get("run"))
+            if (recorded.position, times[run, recorded.position]) >= self._last.get(run, (0, 0)):
+                yield _line(recorded)
+            times[run, recorded.position] += 1
 
 
-def _line(one: RecordedEvent) -> bytes:
-    value = {"position": one.position, "time": one.time, "event": one.event.type, **one.event.data}
+def _line(recorded: RecordedEvent) -> bytes:
+    value = {"position": recorded.position, "time": recorded.time, "event": recorded.event.type, **recorded.event.data}
     return json.dumps(value, ensure_ascii=True, separators=(",", ":")).encode() + b"\n"
 
 

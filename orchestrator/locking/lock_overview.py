@@ -101,7 +101,7 @@ class LockOverview:
         return lock
 
     async def _break(self, lock: LockStatus, reason: str) -> None:
-        holders = [one.owner for one in lock.holders]
+        holders = [party.owner for party in lock.holders]
         event = LockBroken(lock=lock.name, layer=lock.layer, what=lock.what, holders=holders, reason=reason)
         await self.store.commit(Commit(await self._writes(lock), [Event.of(event)]))
 
@@ -114,9 +114,13 @@ class LockOverview:
                 documents = await self.store.list(OWNERSHIP_KIND)
                 # Keep the record without patterns: if it were missing, its earlier patterns would count at landing.
                 return [
-                    Write(one.key, one.version, PathOwnership.from_json(one.value).without_patterns().to_json())
-                    for one in documents
-                    if one.key.id.endswith(f"/{holder}")
+                    Write(
+                        document.key,
+                        document.version,
+                        PathOwnership.from_json(document.value).without_patterns().to_json(),
+                    )
+                    for document in documents
+                    if document.key.id.endswith(f"/{holder}")
                 ]
             case LockLayer.MERGE:
                 document, lease = (await read_merge_leases(self.store))[lock.name.removeprefix(_MERGE)]
@@ -143,17 +147,17 @@ class LockOverview:
                 claim = await self.store.get(claim_key(holding.session))
                 if is_current(holding, None if claim is None else claim.value):
                     live.append(holding)
-        live.sort(key=lambda one: (one.since, one.session))
-        return [self._owned(one, live) for one in live if one.patterns]
+        live.sort(key=lambda holding: (holding.since, holding.session))
+        return [self._owned(holding, live) for holding in live if holding.patterns]
 
-    def _owned(self, one: PathOwnership, live: Sequence[PathOwnership]) -> LockStatus:
+    def _owned(self, holding: PathOwnership, live: Sequence[PathOwnership]) -> LockStatus:
         waiters = tuple(
             self._party(str(other.session), other.waiting.since, other.waiting.patterns)
             for other in live
-            if other.waiting is not None and one.has_conflict_with(other.session, other.waiting.patterns)
+            if other.waiting is not None and holding.has_conflict_with(other.session, other.waiting.patterns)
         )
-        name, holder = f"{LockLayer.OWNERSHIP}/{one.session}", self._party(str(one.session), one.since)
-        return LockStatus(name, LockLayer.OWNERSHIP, one.patterns, "exclusive", (holder,), waiters, one.epoch)
+        name, holder = f"{LockLayer.OWNERSHIP}/{holding.session}", self._party(str(holding.session), holding.since)
+        return LockStatus(name, LockLayer.OWNERSHIP, holding.patterns, "exclusive", (holder,), waiters, holding.epoch)
 
     async def _merges(self) -> list[LockStatus]:
         return [
@@ -163,7 +167,7 @@ class LockOverview:
                 (f"{lease.target} of {lease.repository}",),
                 "exclusive",
                 () if lease.holder is None else (self._party(_process(lease.holder), lease.holder.since),),
-                tuple(self._party(_process(one), one.since) for one in lease.waiting),
+                tuple(self._party(_process(process), process.since) for process in lease.waiting),
                 lease.epoch,
             )
             for scope, (_, lease) in (await read_merge_leases(self.store)).items()

@@ -77,11 +77,11 @@ class MergeLeaseQueue:
                 lease = lease.model_copy(update={"waiting": lease.waiting[1:]})
             is_first = not lease.waiting or lease.waiting[0].id == me
             if is_free and is_first:
-                rest = tuple(one for one in lease.waiting if one.id != me)
+                rest = tuple(waiter for waiter in lease.waiting if waiter.id != me)
                 taken = lease.model_copy(update={"epoch": lease.epoch + 1, "holder": self._party(), "waiting": rest})
                 if await self._write(document, taken):
                     return Guard(self._key, taken.epoch)
-            elif all(one.id != me for one in lease.waiting):
+            elif all(waiter.id != me for waiter in lease.waiting):
                 await self._write(document, lease.model_copy(update={"waiting": (*lease.waiting, self._party())}))
             else:
                 now, (first, last) = self._clock.monotonic(), _PAUSES
@@ -96,8 +96,8 @@ class MergeLeaseQueue:
                 changes: dict[str, object] = {}
                 if lease.holder is not None and lease.holder.id == me:
                     changes |= {"epoch": lease.epoch + 1, "holder": None}
-                if any(one.id == me for one in lease.waiting):
-                    changes["waiting"] = tuple(one for one in lease.waiting if one.id != me)
+                if any(waiter.id == me for waiter in lease.waiting):
+                    changes["waiting"] = tuple(waiter for waiter in lease.waiting if waiter.id != me)
                 if not changes or await self._write(document, lease.model_copy(update=changes), is_guarded=False):
                     return
         except StoreUnavailable:

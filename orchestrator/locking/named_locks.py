@@ -62,7 +62,9 @@ class _LockState:
         if (flaw := find_document_error(document)) is not None:
             raise UnreadableDocument(str(document.key), flaw)
         lock = NamedLock.model_validate_json(document.encoded)
-        holders, waiters = (tuple(one for one in part if _is_valid(one, now)) for part in (lock.holders, lock.waiters))
+        holders, waiters = (
+            tuple(info for info in part if _is_valid(info, now)) for part in (lock.holders, lock.waiters)
+        )
         return cls(document.version, holders, waiters)
 
     def to_json(self) -> JsonObject:

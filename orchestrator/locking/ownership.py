@@ -89,7 +89,9 @@ class OwnershipView:
         """Return the valid locks of sessions of other tasks, oldest first."""
         holdings = [holding for _, holding in (await self._read()).holdings.values()]
         others = [holding for holding in holdings if holding.locked and holding.session[:2] != session[:2]]
-        return sorted([holding for holding in others if await self._is_valid(holding)], key=lambda one: one.since)
+        return sorted(
+            [holding for holding in others if await self._is_valid(holding)], key=lambda holding: holding.since
+        )
 
     async def holdings(self) -> Sequence[PathOwnership]:
         """Return the valid owners and waiters of the scope, oldest first."""

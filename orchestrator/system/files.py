@@ -82,11 +82,11 @@ class StagedFile:
 
 def make_folder(directory: Path) -> None:
     """Create a private folder and its missing parents, and make their names durable."""
-    missing = [one for one in (directory, *directory.parents) if not one.exists()]
+    missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for one in missing:
+    for folder in missing:
         with suppress(PermissionError):  # a folder that is writable but not readable
-            sync_folder(one.parent)
+            sync_folder(folder.parent)
 
 
 def sync_folder(directory: Path) -> None:

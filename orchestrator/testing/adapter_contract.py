@@ -118,8 +118,8 @@ class AdapterContract(OptionsContract):
     def requests(self, folder: Path) -> list[SessionRequest]:
         """Return requests for a prompt and for each capability. Their paths don't exist."""
         plain = self.plain_requests(folder)
-        asked = [_ASKED[one] for one in sorted(self.adapter_type(self.validated()).capabilities())]
-        return [*plain, *(replace(plain[0], **one) for one in asked)]
+        asked = [_ASKED[capability] for capability in sorted(self.adapter_type(self.validated()).capabilities())]
+        return [*plain, *(replace(plain[0], **changes) for changes in asked)]
 
     def plain_requests(self, folder: Path) -> list[SessionRequest]:
         """Return requests that have only a prompt."""
@@ -154,7 +154,9 @@ class AdapterContract(OptionsContract):
         assert can <= frozenset(Capability)
         request = self.plain_requests(tmp_path)[0]
         plain = adapter.command(request)
-        passed = {one for one in Capability if adapter.command(replace(request, **_ASKED[one])) != plain}
+        passed = {
+            capability for capability in Capability if adapter.command(replace(request, **_ASKED[capability])) != plain
+        }
         assert passed == can
 
     def test_home_entries_have_valid_names_and_targets(self, tmp_path: Path) -> None:
@@ -174,7 +176,7 @@ class AdapterContract(OptionsContract):
             assert set(home.renewed) <= set(home.links)
             names = [*home.files, *home.links, *home.settings]
             assert len(names) == len(set(names)), "a name is used twice"
-            assert [one.of for one in home.settings.values() if not one.of.startswith(("/", "~/"))] == []
+            assert [settings.of for settings in home.settings.values() if not settings.of.startswith(("/", "~/"))] == []
 
     def test_repeated_request_gives_the_same_command(self, tmp_path: Path) -> None:
         """The same request results in the same command, regardless of earlier requests."""
@@ -212,7 +214,9 @@ class AdapterContract(OptionsContract):
         for command in self.commands(tmp_path):
             assert not isinstance(command.scratch_patterns, str), "scratch_patterns must be a list of patterns"
             odd = [
-                one for one in command.scratch_patterns if not one.strip() or one.startswith(("!", "#")) or "\n" in one
+                pattern
+                for pattern in command.scratch_patterns
+                if not pattern.strip() or pattern.startswith(("!", "#")) or "\n" in pattern
             ]
             assert odd == []
 
@@ -297,7 +301,9 @@ class AdapterContract(OptionsContract):
         found = read_recordings(self.transcripts) if self.transcripts else {}
         assert sorted(found) == sorted(self.recorded)
         adapter = self.adapter_type(self.validated())
-        meant = {name: interpret_end(adapter, one.end(), self.recorded[name]) for name, one in found.items()}
+        meant = {
+            name: interpret_end(adapter, recording.end(), self.recorded[name]) for name, recording in found.items()
+        }
         assert meant == self.recorded
 
 
@@ -311,5 +317,7 @@ def interpret_end(adapter: Adapter, end: SessionEnd, asked: ExpectedResult) -> E
         None if asked.session is None else transcript.session,
         None if asked.text is None else transcript.last_message,
         None if asked.tokens is None else (transcript.input_tokens, transcript.output_tokens),
-        None if asked.paths is None else frozenset(p for one in parsed if isinstance(one, ToolCall) for p in one.paths),
+        None
+        if asked.paths is None
+        else frozenset(p for event in parsed if isinstance(event, ToolCall) for p in event.paths),
     )

@@ -39,7 +39,7 @@ class ManualClock:
 
     async def wait_until_awaited(self, until: float) -> None:
         """Wait until a task waits for this monotonic time, so that `advance` can wake it."""
-        while until not in (one for one, _ in self._waiting):
+        while until not in (deadline for deadline, _ in self._waiting):
             more = self._more_wait = anyio.Event()
             await more.wait()
 

@@ -85,7 +85,7 @@ def main() -> dict[str, Any]:
         pytest.main(options, plugins=[recorder])
     if not recorder.results:
         return {"error": f"the contract could not be run: {printed.getvalue().strip()[-_LONGEST:]}"}
-    return {"results": [asdict(one) for one in recorder.results]}
+    return {"results": [asdict(result) for result in recorder.results]}
 
 
 if __name__ == "__main__":

@@ -96,14 +96,14 @@ class SinkContract(OptionsContract):
         """Events may contain any text, and are sent individually and together."""
         events = sample_events()
         await self.deliver(self.validated(tmp_path), *([event] for event in events[:3]), events[3:])
-        assert _first_times(self.delivered_positions(tmp_path)) == [one.position for one in events]
+        assert _first_times(self.delivered_positions(tmp_path)) == [event.position for event in events]
 
     async def test_repeated_events_are_accepted(self, tmp_path: Path) -> None:
         """After a restart, a run sends some events again, and then new ones."""
         options, events = self.validated(tmp_path), sample_events()
         await self.deliver(options, events[:4])
         await self.deliver(options, events[2:6], events[6:])
-        assert _first_times(self.delivered_positions(tmp_path)) == [one.position for one in events]
+        assert _first_times(self.delivered_positions(tmp_path)) == [event.position for event in events]
 
     async def test_cancelled_send_can_be_repeated(self, tmp_path: Path) -> None:
         """A sink closes when its `send` is cancelled; reopened, it accepts the same events."""
@@ -114,7 +114,7 @@ class SinkContract(OptionsContract):
                     scope.cancel()
                     await sink.send(events)
         await self.deliver(options, events)
-        assert sorted(set(self.delivered_positions(tmp_path))) == [one.position for one in events]
+        assert sorted(set(self.delivered_positions(tmp_path))) == [event.position for event in events]
 
     async def test_sink_of_two_concurrent_runs_delivers_both(self, tmp_path: Path) -> None:
         """Two sinks with the same options each deliver their own events."""
@@ -123,7 +123,7 @@ class SinkContract(OptionsContract):
         async with anyio.create_task_group() as group:
             group.start_soon(self.deliver, options, ours[:4], ours[4:])
             group.start_soon(self.deliver, options, theirs[:4], theirs[4:])
-        assert sorted(set(self.delivered_positions(tmp_path))) == sorted(one.position for one in (*ours, *theirs))
+        assert sorted(set(self.delivered_positions(tmp_path))) == sorted(event.position for event in (*ours, *theirs))
 
 
 def _first_times(positions: Sequence[int]) -> list[int]:

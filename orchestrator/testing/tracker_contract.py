@@ -87,7 +87,7 @@ class TrackerContract(OptionsContract):
         """A tracker receives all events of the run, also those of tasks not in its list."""
         options = self.validated(tmp_path)
         tasks = await self.open_tasks(options)
-        others = [one for one in sample_events() if one.event.data.get("task") not in {task.id for task in tasks}]
+        others = [event for event in sample_events() if event.event.data.get("task") not in {task.id for task in tasks}]
         await self.send_events(options, *others, _event("task.landed", "no-task-of-this-list"))
         assert await self.open_tasks(options) == tasks
 

@@ -75,8 +75,8 @@ async def read_commits(repository: Git, commits: Collection[str]) -> dict[str, C
     def read(opened: git.Repo) -> dict[str, CommitSummary]:
         found = {commit: opened.commit(commit) for commit in commits}
         return {
-            commit: CommitSummary(str(one.summary), int(one.committed_datetime.timestamp()))
-            for commit, one in found.items()
+            name: CommitSummary(str(commit.summary), int(commit.committed_datetime.timestamp()))
+            for name, commit in found.items()
         }
 
     return await _read(repository, read)
