@@ -88,7 +88,7 @@ class AcpAdapter:
 
     def command(self, request: SessionRequest) -> SessionCommand:
         """Return the bridge's command line, followed by `--` and the agent's."""
-        places = ("--prompt-file", str(request.prompt_file), "--worktree", str(request.worktree))
+        paths = ("--prompt-file", str(request.prompt_file), "--worktree", str(request.worktree))
         is_opencode = PurePath(self._options.argv[0]).name == "opencode"
         files = limit_plugin("stderr") if is_opencode else {}
         limit = {"OPENCODE_CONFIG_CONTENT": limit_config(request.home)} if is_opencode else {}
@@ -96,7 +96,7 @@ class AcpAdapter:
         env, passed = self._options.variables(("HOME", "USER"), **preset)
         return SessionCommand(
             argv=bridge_command(
-                *("acp", *places, *option_arguments("--model", self._options.model)),
+                *("acp", *paths, *option_arguments("--model", self._options.model)),
                 *(*_asked(request, resumes=self._options.resumes), "--", *self._options.argv),
             ),
             env=env,

@@ -44,7 +44,7 @@ from orchestrator.protocols import (
 hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 
 _KEYS: Final = (*("ANTHROPIC_API_KEY", "DEEPSEEK_API_KEY", "GEMINI_API_KEY", "OPENAI_API_KEY", "OPENROUTER_API_KEY"),)
-_PLACES: Final = ("OLLAMA_API_BASE", "OPENAI_API_BASE")
+_VARIABLES: Final = ("OLLAMA_API_BASE", "OPENAI_API_BASE")
 _LOG_IN: Final = "set its provider's key (such as ANTHROPIC_API_KEY); add other variables to `env`"
 _ALONE: Final = (
     *("--yes-always", "--no-auto-commits", "--no-gitignore", "--no-check-update", "--analytics-disable"),
@@ -121,7 +121,7 @@ class AiderAdapter:
         # Aider wraps lines at the terminal's width (80 without a terminal), and with --yes-always it opens a page of
         # its manual after many errors.
         preset = {"COLUMNS": "1000", "BROWSER": "true", **own_home_variables(options, request)}
-        env, passed = options.variables(("HOME", *_KEYS, *_PLACES), **preset)
+        env, passed = options.variables(("HOME", *_KEYS, *_VARIABLES), **preset)
         return SessionCommand(
             argv=(
                 *(

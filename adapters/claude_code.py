@@ -61,7 +61,7 @@ from orchestrator.protocols import (
 hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 
 _KEYS: Final = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN")
-_PLACE, _FOLDER = "ANTHROPIC_BASE_URL", "CLAUDE_CONFIG_DIR"
+_ENDPOINT, _FOLDER = "ANTHROPIC_BASE_URL", "CLAUDE_CONFIG_DIR"
 _MODE: Final = (
     "set `permission_mode: bypassPermissions` for its adapter (intended for sandboxed sessions), or allow the tool "
     "with `args: ['--allowedTools=TOOL']`"
@@ -159,8 +159,8 @@ class ClaudeCodeAdapter:
         mode = options.permission_mode
         preset = {**_PRESET, "IS_SANDBOX": "1"} if mode == "bypassPermissions" else _PRESET
         own = {_FOLDER: str(request.home)} if options.has_own_home else {}
-        places = () if options.has_own_home else (_FOLDER,)
-        env, passed = options.variables(("HOME", "USER", *_KEYS, _PLACE, *places), **preset, **own)
+        folders = () if options.has_own_home else (_FOLDER,)
+        env, passed = options.variables(("HOME", "USER", *_KEYS, _ENDPOINT, *folders), **preset, **own)
         return SessionCommand(
             argv=(
                 *(options.bin, "-p", "--output-format", "stream-json", "--verbose", "--permission-mode", mode),
@@ -260,9 +260,9 @@ def _of_system(value: JsonObject, remedy: str) -> Iterator[SessionEvent]:
         yield ToolDenied(name, reason, remedy, as_text(value.get("tool_use_id")) or None)
     if value.get("subtype") == "api_retry":
         what = as_text(value.get("error")) or "an error"
-        attempt, most = as_count(value.get("attempt")), as_count(value.get("max_retries"))
+        attempt, total = as_count(value.get("attempt")), as_count(value.get("max_retries"))
         status = as_count(value.get("error_status"))
-        yield CliWarning(f"{what}{f' ({status})' if status else ''}, retry {attempt} of {most}")
+        yield CliWarning(f"{what}{f' ({status})' if status else ''}, retry {attempt} of {total}")
 
 
 def _denied(denials: Any, remedy: str) -> Iterator[ToolDenied]:

@@ -46,7 +46,7 @@ hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 #: Keys of the default provider. The key of another provider is in the variable set by its `env_key`.
 _KEYS: Final = ("CODEX_API_KEY", "CODEX_ACCESS_TOKEN")
 _USUAL_KEY: Final = "OPENAI_API_KEY"
-_PLACES: Final = ("CODEX_CA_CERTIFICATE", "OPENAI_ORGANIZATION", "OPENAI_PROJECT")
+_VARIABLES: Final = ("CODEX_CA_CERTIFICATE", "OPENAI_ORGANIZATION", "OPENAI_PROJECT")
 _FOLDER: Final = "CODEX_HOME"
 #: User files that a task's own home links to.
 _LOGIN: Final = "auth.json"
@@ -163,8 +163,8 @@ class CodexAdapter:
         provider = () if options.provider is None else _provider_settings(options.provider)
         sandbox = _SANDBOXES[options.sandbox]
         own = {_FOLDER: str(request.home)} if options.has_own_home else {}
-        places = _PLACES if options.has_own_home else (_FOLDER, *_PLACES)
-        env, passed = options.variables(("HOME", "USER", *_KEYS, _USUAL_KEY, *places), **own)
+        variables = _VARIABLES if options.has_own_home else (_FOLDER, *_VARIABLES)
+        env, passed = options.variables(("HOME", "USER", *_KEYS, _USUAL_KEY, *variables), **own)
         return SessionCommand(
             argv=(
                 *(options.bin, "exec", *(() if request.resume is None else ("resume",))),

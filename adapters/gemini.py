@@ -44,7 +44,7 @@ from orchestrator.protocols import (
 hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 
 _KEYS: Final = ("GEMINI_API_KEY", "GOOGLE_API_KEY")
-_PLACES: Final = (
+_VARIABLES: Final = (
     *("GOOGLE_GEMINI_BASE_URL", "GOOGLE_VERTEX_BASE_URL", "GOOGLE_GENAI_API_VERSION"),
     *("GOOGLE_GENAI_USE_GCA", "GOOGLE_GENAI_USE_VERTEXAI", "GOOGLE_CLOUD_PROJECT", "GOOGLE_CLOUD_PROJECT_ID"),
     *("GOOGLE_CLOUD_LOCATION", "GOOGLE_APPLICATION_CREDENTIALS", "GEMINI_MODEL"),
@@ -190,8 +190,8 @@ class GeminiAdapter:
         options = self._options
         mode = options.approval_mode
         own = {_FOLDER: str(request.home)} if options.has_own_home else {}
-        places = _PLACES if options.has_own_home else (_FOLDER, *_PLACES)
-        env, passed = options.variables(("HOME", *_KEYS, *places), **_PRESET, **own)
+        variables = _VARIABLES if options.has_own_home else (_FOLDER, *_VARIABLES)
+        env, passed = options.variables(("HOME", *_KEYS, *variables), **_PRESET, **own)
         settings = {_SETTINGS: SettingsOverlay(f"~/{_SETTINGS}", _settings(options, request), _hooks(request.pre_edit))}
         return SessionCommand(
             argv=(

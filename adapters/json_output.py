@@ -60,8 +60,8 @@ def bridge_command(name: str, *arguments: str) -> tuple[str, ...]:
 
 def bridge_readable_paths() -> tuple[Path, ...]:
     """Return the folders that a bridge must be able to read, in any installation."""
-    places = (Path(sys.prefix), Path(sys.base_prefix), _BRIDGES.parent)
-    return tuple(dict.fromkeys(place.absolute() for place in places))
+    folders = (Path(sys.prefix), Path(sys.base_prefix), _BRIDGES.parent)
+    return tuple(dict.fromkeys(folder.absolute() for folder in folders))
 
 
 def parse_bridge_line(line: str) -> Sequence[SessionEvent]:

@@ -83,12 +83,12 @@ class OllamaAdapter:
 
     def command(self, request: SessionRequest) -> SessionCommand:
         """Return the bridge's command line."""
-        places = ("--prompt-file", str(request.prompt_file), "--worktree", str(request.worktree))
+        paths = ("--prompt-file", str(request.prompt_file), "--worktree", str(request.worktree))
         more = () if request.instructions is None else ("--instructions-file", str(request.home / INSTRUCTIONS_FILE))
         more = (*more, "--read-only") if request.read_only else more
         env, passed = self._options.variables(_KEYS)
         return SessionCommand(
-            argv=bridge_command(*("ollama", *self._server(), *places, "--context", str(self._options.context), *more)),
+            argv=bridge_command(*("ollama", *self._server(), *paths, "--context", str(self._options.context), *more)),
             env=env,
             pass_env=passed,
             readable=bridge_readable_paths(),

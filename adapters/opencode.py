@@ -58,7 +58,7 @@ _KEYS: Final = (
     *("ANTHROPIC_API_KEY", "GEMINI_API_KEY", "GOOGLE_API_KEY", "GOOGLE_GENERATIVE_AI_API_KEY", "OPENAI_API_KEY"),
     *("OPENCODE_API_KEY", "OPENROUTER_API_KEY"),
 )
-_PLACES: Final = ("OPENCODE_CONFIG", "OPENCODE_CONFIG_DIR")
+_VARIABLES: Final = ("OPENCODE_CONFIG", "OPENCODE_CONFIG_DIR")
 #: Its folders, keyed by name in a task's own home. They include the configuration folder, because opencode starts only
 # if it can write there.
 _FOLDERS: Final = {
@@ -242,8 +242,8 @@ class OpencodeAdapter:
         options = self._options
         config = json.dumps(_config(options, request), ensure_ascii=False, sort_keys=True)
         own = {name: str(request.home / part) for name, part in _FOLDERS.items()} if options.has_own_home else {}
-        places = _PLACES if options.has_own_home else (*_PLACES, *_FOLDERS)
-        env, passed = options.variables(("HOME", *_KEYS, *places), **_PRESET, **own, OPENCODE_CONFIG_CONTENT=config)
+        variables = _VARIABLES if options.has_own_home else (*_VARIABLES, *_FOLDERS)
+        env, passed = options.variables(("HOME", *_KEYS, *variables), **_PRESET, **own, OPENCODE_CONFIG_CONTENT=config)
         files = {**limit_plugin("stdout")}
         if request.instructions is not None:
             files[INSTRUCTIONS_FILE] = request.instructions

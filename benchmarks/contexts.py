@@ -38,15 +38,15 @@ _SECRETS: Final = tuple(f"a-secret-of-this-machine-{number}" for number in range
 
 def measure(*, quick: bool, folder: Path | None = None) -> list[BenchmarkRow]:
     """Return the rows of this benchmark."""
-    with scratch_folder(folder) as place:
-        return anyio.run(_measure, place, QUICK_ROUNDS if quick else ROUNDS)
+    with scratch_folder(folder) as scratch:
+        return anyio.run(_measure, scratch, QUICK_ROUNDS if quick else ROUNDS)
 
 
-async def _measure(place: Path, rounds: int) -> list[BenchmarkRow]:
+async def _measure(scratch: Path, rounds: int) -> list[BenchmarkRow]:
     sessions = [SessionName("20260102-030405-ab12", f"task-{number}", 1) for number in range(SESSIONS)]
-    files = place / "files"
+    files = scratch / "files"
     files.mkdir()
-    async with FileStore.open(place / "state", SystemClock()) as store:
+    async with FileStore.open(scratch / "state", SystemClock()) as store:
         contexts = SessionContexts(store, SystemClock(), "0123456789abcdef", Redactor(_SECRETS), orchestrator="bench")
         for session in sessions:
             await contexts.begin(session, "claude-code")

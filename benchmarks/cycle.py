@@ -54,14 +54,14 @@ def measure(
 ) -> list[BenchmarkRow]:
     """Return the rows. Raises RuntimeError on an unsuitable file system."""
     tasks, rounds = (QUICK_TASKS, 1) if quick else (TASKS, ROUNDS)
-    with scratch_folder(folder) as place:
-        kind = file_system_kind(place)
-        origin = repository or make_repository(place / "origin", QUICK_FILES if quick else FILES)
+    with scratch_folder(folder) as scratch:
+        kind = file_system_kind(scratch)
+        origin = repository or make_repository(scratch / "origin", QUICK_FILES if quick else FILES)
         files = len(run_git(origin, "ls-files", "-z").split(b"\0")) - 1
-        bytecode = None if quick else place / "bytecode"
+        bytecode = None if quick else scratch / "bytecode"
         pairs = []
         for number in range(rounds):
-            clones = [clone(origin, place / f"{way}{number}") for way in ("council", "git")]
+            clones = [clone(origin, scratch / f"{way}{number}") for way in ("council", "git")]
             pairs.append((_by_council(clones[0], tasks, sandbox, bytecode), _by_git(clones[1], tasks)))
     what = f"cycle of {tasks} tasks, {files:,} files, on {kind}, sandbox {sandbox}"
     return [

@@ -52,22 +52,24 @@ def measure(*, quick: bool, folder: Path | None = None) -> list[BenchmarkRow]:
     """Return the rows of this benchmark."""
     times, rounds = (QUICK_TIMES, QUICK_ROUNDS) if quick else (TIMES, ROUNDS)
     # Not in shared memory: real locks are on the project's disk.
-    with scratch_folder(folder or Path("/var/tmp")) as place:  # noqa: S108  a folder of our own is made there
+    with scratch_folder(folder or Path("/var/tmp")) as scratch:  # noqa: S108  a folder of our own is made there
         baselines: dict[str, tuple[Callable[[Path, int], Cost], float | None]] = {
             "filelock": (partial(_by_entering, filelock.FileLock), 1.0),
             "portalocker": (partial(_by_entering, portalocker.Lock), None),
             "raw flock": (_by_flock, None),
         }
-        rows = [_row(name, place, by, limit, times, rounds) for name, (by, limit) in baselines.items()]
-        took = [anyio.run(_together, place / f"state{number}", times // 10) for number in range(rounds)]
+        rows = [_row(name, scratch, by, limit, times, rounds) for name, (by, limit) in baselines.items()]
+        took = [anyio.run(_together, scratch / f"state{number}", times // 10) for number in range(rounds)]
         together = median([cost.wall for cost in took]) / (times // 10) * 1e6
         return [*rows, BenchmarkRow("own a path, lock its file, give both back", together, "µs", limit=TOGETHER_LIMIT)]
 
 
 def _row(
-    name: str, place: Path, by: Callable[[Path, int], Cost], limit: float | None, times: int, rounds: int
+    name: str, scratch: Path, by: Callable[[Path, int], Cost], limit: float | None, times: int, rounds: int
 ) -> BenchmarkRow:
-    pairs = measure_pairs(lambda: anyio.run(_by_ours, place / "ours", times), lambda: by(place / name, times), rounds)
+    pairs = measure_pairs(
+        lambda: anyio.run(_by_ours, scratch / "ours", times), lambda: by(scratch / name, times), rounds
+    )
     ours, theirs = (median([pair[side].wall for pair in pairs]) / times * 1e6 for side in (0, 1))
     ratio = median([ours.wall / other.wall for ours, other in pairs])
     what = f"lock a file and unlock it, compared with {name}"
@@ -102,9 +104,9 @@ def _by_flock(path: Path, times: int) -> Cost:
     return cost()
 
 
-async def _together(place: Path, times: int) -> Cost:
-    async with FileStore.open(place / "store", SystemClock()) as store:
-        registry, files = OwnershipRegistry(store, SystemClock(), "scope"), FileLocks(place / "locks", SystemClock())
+async def _together(scratch: Path, times: int) -> Cost:
+    async with FileStore.open(scratch / "store", SystemClock()) as store:
+        registry, files = OwnershipRegistry(store, SystemClock(), "scope"), FileLocks(scratch / "locks", SystemClock())
         for number in range(OTHERS):
             other = SessionName("run", f"other-{number}", 1)
             key = claim_key(other)

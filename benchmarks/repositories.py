@@ -12,12 +12,12 @@ from orchestrator.state.log.mounts import mount_of
 _IDENTITY: Final = ("-c", "user.name=Benchmark", "-c", "user.email=benchmark@localhost")
 
 
-def file_system_kind(place: Path) -> str:
+def file_system_kind(folder: Path) -> str:
     """Return a folder's file system. Raises RuntimeError for ext4 without a journal."""
     table = Path("/proc/self/mountinfo")
     if not table.exists():
         return "an unknown file system"
-    mount, kind = mount_of(place.resolve(), table.read_text(encoding="utf-8", errors="surrogateescape"))
+    mount, kind = mount_of(folder.resolve(), table.read_text(encoding="utf-8", errors="surrogateescape"))
     if kind == "ext4" and not _has_journal(mount):
         raise RuntimeError(f"{mount} is an ext4 without a journal: name a folder on another file system by --folder")
     return kind

@@ -38,12 +38,12 @@ _KILLED: Final = {"COUNCIL_FAILPOINTS": "attempt.recorded=kill"}
 
 def measure(*, quick: bool, folder: Path | None = None, rounds: int | None = None) -> list[BenchmarkRow]:
     """Return the rows of this benchmark, from `rounds` pairs of measurements."""
-    with scratch_folder(folder) as place:
+    with scratch_folder(folder) as scratch:
         env = user_environment(
-            None if quick else place / "bytecode", COUNCIL_HOME=str(place / "home"), COUNCIL_TRUST="1"
+            None if quick else scratch / "bytecode", COUNCIL_HOME=str(scratch / "home"), COUNCIL_TRUST="1"
         )
         many, few = QUICK_TASKS if quick else TASKS
-        tops = [_killed_run(place, tasks, env) for tasks in (many, few)]
+        tops = [_killed_run(scratch, tasks, env) for tasks in (many, few)]
         rounds = rounds or (QUICK_ROUNDS if quick else ROUNDS)
         return [
             _row(what, {**env, **more}, tops, (many, few), rounds, code)
@@ -51,8 +51,8 @@ def measure(*, quick: bool, folder: Path | None = None, rounds: int | None = Non
         ]
 
 
-def _killed_run(place: Path, tasks: int, env: Mapping[str, str]) -> Path:
-    top, file = place / f"repository{tasks}", place / f"{tasks}.yaml"
+def _killed_run(scratch: Path, tasks: int, env: Mapping[str, str]) -> Path:
+    top, file = scratch / f"repository{tasks}", scratch / f"{tasks}.yaml"
     run_git(None, "init", "--quiet", "-b", "main", str(top))
     run_git(top, "commit", "--quiet", "--allow-empty", "-m", "Begin")
     config = {

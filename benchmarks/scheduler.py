@@ -113,8 +113,8 @@ def _through_heap(tasks: int) -> float:
     _forget_cycles()
     begin = time.thread_time()
     heap: list[tuple[float, int, str]] = []
-    for place in places:
-        heapq.heappush(heap, place)
+    for scratch in places:
+        heapq.heappush(heap, scratch)
     while heap:
         heapq.heappop(heap)
     return time.thread_time() - begin

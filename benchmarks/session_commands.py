@@ -52,7 +52,7 @@ class _FakeSessionService:
 def measure(*, quick: bool, folder: Path | None = None) -> list[BenchmarkRow]:
     """Return the rows of this benchmark."""
     rounds = QUICK_ROUNDS if quick else _ROUNDS
-    with scratch_folder(folder) as place, _session(place) as (worktree, session_socket):
+    with scratch_folder(folder) as scratch, _session(scratch) as (worktree, session_socket):
         return [
             _row("council peers, in a session", worktree, [session_socket.command, "peers"], b"", rounds),
             _row("the hook before an edit", worktree, list(session_socket.hook), json.dumps(_EDIT).encode(), rounds),

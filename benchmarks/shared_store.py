@@ -34,7 +34,7 @@ SEEN_LIMIT: Final = 250.0  # ms
 IDLE_LIMIT: Final = 1.0  # % of a processor
 
 
-def measure_claims(place: Path, *, quick: bool) -> list[BenchmarkRow]:
+def measure_claims(scratch: Path, *, quick: bool) -> list[BenchmarkRow]:
     """Return the rate at which eight processes claim tasks by priority.
 
     Raises RuntimeError if a task is not claimed once.
@@ -42,10 +42,10 @@ def measure_claims(place: Path, *, quick: bool) -> list[BenchmarkRow]:
     tasks, rounds = (100, 1) if quick else (2_000, 3)
     pairs = []
     for number in range(rounds):
-        anyio.run(_fill, place / f"store{number}", tasks)
-        _fill_sqlite(place / f"sqlite{number}", tasks)
-        ours = _run_processes("claim", place / f"store{number}", CLAIMERS, tasks)
-        pairs.append((ours, _run_processes("claim-sqlite", place / f"sqlite{number}", CLAIMERS, tasks)))
+        anyio.run(_fill, scratch / f"store{number}", tasks)
+        _fill_sqlite(scratch / f"sqlite{number}", tasks)
+        ours = _run_processes("claim", scratch / f"store{number}", CLAIMERS, tasks)
+        pairs.append((ours, _run_processes("claim-sqlite", scratch / f"sqlite{number}", CLAIMERS, tasks)))
     took, theirs = (median([pair[side][0] for pair in pairs]) / tasks * 1e6 for side in (0, 1))
     slowest = median([_percentile(pair[0][1], 0.99) for pair in pairs]) * 1e3
     ratio = median([ours[0] / other[0] for ours, other in pairs])
@@ -56,15 +56,15 @@ def measure_claims(place: Path, *, quick: bool) -> list[BenchmarkRow]:
     ]
 
 
-def measure_watching(place: Path, *, quick: bool) -> list[BenchmarkRow]:
+def measure_watching(scratch: Path, *, quick: bool) -> list[BenchmarkRow]:
     """Return the cost of waiting for a change, and its delay to another process."""
     changes, idle = (3, 0.2) if quick else (40, 5.0)
-    argv = [sys.executable, "-m", "benchmarks.shared_store", "watch", str(place), str(changes)]
+    argv = [sys.executable, "-m", "benchmarks.shared_store", "watch", str(scratch), str(changes)]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as watcher:
         assert watcher.stdin  # noqa: S101  as asked for
         assert watcher.stdout  # noqa: S101  as asked for
         watcher.stdout.readline()
-        anyio.run(_change, place, changes, idle)
+        anyio.run(_change, scratch, changes, idle)
         reported = json.loads(watcher.stdout.readline())
     seen = [delay * 1e3 for delay in reported["seen"]]
     return [
@@ -76,14 +76,14 @@ def measure_watching(place: Path, *, quick: bool) -> list[BenchmarkRow]:
     ]
 
 
-def measure_many_processes(place: Path, *, quick: bool) -> list[BenchmarkRow]:
+def measure_many_processes(scratch: Path, *, quick: bool) -> list[BenchmarkRow]:
     """Return the time until fifty readers have seen a durable commit of a writer.
 
     Eight writers commit concurrently.
     """
     each = 5 if quick else 100
-    readers = _start("follow", place, READERS, each * CLAIMERS)
-    writers = _start("commit", place, CLAIMERS, each)
+    readers = _start("follow", scratch, READERS, each * CLAIMERS)
+    writers = _start("commit", scratch, CLAIMERS, each)
     begin = _begin(readers, writers)
     for process in (writers, readers):
         process.communicate()
@@ -95,8 +95,8 @@ def _percentile(found: list[float], part: float) -> float:
     return sorted(found)[min(int(part * len(found)), len(found) - 1)]
 
 
-def _start(job: str, place: Path, processes: int, number: int) -> subprocess.Popen[str]:
-    argv = [sys.executable, "-m", "benchmarks.shared_store", job, str(place), str(number), str(processes)]
+def _start(job: str, scratch: Path, processes: int, number: int) -> subprocess.Popen[str]:
+    argv = [sys.executable, "-m", "benchmarks.shared_store", job, str(scratch), str(number), str(processes)]
     return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -112,28 +112,28 @@ def _begin(*jobs: subprocess.Popen[str]) -> float:
     return time.perf_counter()
 
 
-def _run_processes(job: str, place: Path, processes: int, tasks: int) -> tuple[float, list[float]]:
-    started = _start(job, place, processes, tasks)
+def _run_processes(job: str, scratch: Path, processes: int, tasks: int) -> tuple[float, list[float]]:
+    started = _start(job, scratch, processes, tasks)
     begin = _begin(started)
     started.communicate()
     took = time.perf_counter() - begin
-    lines = [json.loads(path.read_bytes()) for path in place.parent.glob(f"{place.name}-*.json")]
+    lines = [json.loads(path.read_bytes()) for path in scratch.parent.glob(f"{scratch.name}-*.json")]
     claimed = [task for line in lines for task in line["claimed"]]
     if sorted(claimed) != list(range(tasks)):
         raise RuntimeError(f"{len(claimed)} claims of {tasks} tasks, {len(set(claimed))} of them different")
     return took, [seconds for line in lines for seconds in line["took"]]
 
 
-async def _fill(place: Path, tasks: int) -> None:
-    async with FileStore.open(place, SystemClock()) as store:
+async def _fill(scratch: Path, tasks: int) -> None:
+    async with FileStore.open(scratch, SystemClock()) as store:
         for task in range(tasks):
             key = Key("queue", f"{task % PRIORITIES:02d}/{task}")
             await store.commit(Commit([Write(key, 0, {"task": task})], durable=False))
 
 
-def _fill_sqlite(place: Path, tasks: int) -> None:
-    place.mkdir()
-    with closing(sqlite3.connect(place / "db", isolation_level=None)) as database:
+def _fill_sqlite(scratch: Path, tasks: int) -> None:
+    scratch.mkdir()
+    with closing(sqlite3.connect(scratch / "db", isolation_level=None)) as database:
         database.execute("PRAGMA journal_mode=WAL")
         database.execute("CREATE TABLE tasks (id INTEGER PRIMARY KEY, priority INTEGER, owner INTEGER)")
         database.execute("CREATE INDEX by_priority ON tasks (owner, priority)")
@@ -141,8 +141,8 @@ def _fill_sqlite(place: Path, tasks: int) -> None:
         database.executemany("INSERT INTO tasks (id, priority) VALUES (?, ?)", rows)
 
 
-async def _change(place: Path, changes: int, idle: float) -> None:
-    async with FileStore.open(place, SystemClock()) as store:
+async def _change(scratch: Path, changes: int, idle: float) -> None:
+    async with FileStore.open(scratch, SystemClock()) as store:
         await store.commit(Commit(events=[Event("begin")]))
         await anyio.sleep(idle)
         for _ in range(changes):
@@ -154,8 +154,8 @@ async def _change(place: Path, changes: int, idle: float) -> None:
 # The jobs of the processes. Each gets the function that waits for the start.
 
 
-async def _watch(place: Path, changes: int) -> None:
-    async with FileStore.open(place, SystemClock()) as store:
+async def _watch(scratch: Path, changes: int) -> None:
+    async with FileStore.open(scratch, SystemClock()) as store:
         print_json({"ready": True})
         seen, idle, since, spent = list[float](), 0.0, 0.0, 0.0
         async for record in store.watch():
@@ -171,10 +171,10 @@ async def _watch(place: Path, changes: int) -> None:
     print_json({"seen": seen, "idle": idle})
 
 
-async def _claim(place: Path, _tasks: int, me: int, begin: Callable[[], None]) -> None:
+async def _claim(scratch: Path, _tasks: int, me: int, begin: Callable[[], None]) -> None:
     """Claim tasks of the highest priority by commits that remove them from the queue."""
     dice, claimed, took = random.Random(me), list[int](), list[float]()  # noqa: S311  no secret
-    async with FileStore.open(place, SystemClock()) as store:
+    async with FileStore.open(scratch, SystemClock()) as store:
         begin()
         for priority in range(PRIORITIES):
             while True:
@@ -191,12 +191,12 @@ async def _claim(place: Path, _tasks: int, me: int, begin: Callable[[], None]) -
                     break
                 else:
                     break
-    place.with_name(f"{place.name}-{me}.json").write_text(json.dumps({"claimed": claimed, "took": took}))
+    scratch.with_name(f"{scratch.name}-{me}.json").write_text(json.dumps({"claimed": claimed, "took": took}))
 
 
-async def _claim_sqlite(place: Path, _tasks: int, me: int, begin: Callable[[], None]) -> None:
+async def _claim_sqlite(scratch: Path, _tasks: int, me: int, begin: Callable[[], None]) -> None:
     claimed, took = list[int](), list[float]()
-    with closing(sqlite3.connect(place / "db", isolation_level=None, timeout=60)) as database:
+    with closing(sqlite3.connect(scratch / "db", isolation_level=None, timeout=60)) as database:
         database.execute("PRAGMA synchronous=NORMAL")
         begin()
         while True:
@@ -210,18 +210,18 @@ async def _claim_sqlite(place: Path, _tasks: int, me: int, begin: Callable[[], N
                 break
             claimed.append(found[0])
             took.append(time.perf_counter() - start)
-    place.with_name(f"{place.name}-{me}.json").write_text(json.dumps({"claimed": claimed, "took": took}))
+    scratch.with_name(f"{scratch.name}-{me}.json").write_text(json.dumps({"claimed": claimed, "took": took}))
 
 
-async def _commit(place: Path, each: int, me: int, begin: Callable[[], None]) -> None:
-    async with FileStore.open(place, SystemClock()) as store:
+async def _commit(scratch: Path, each: int, me: int, begin: Callable[[], None]) -> None:
+    async with FileStore.open(scratch, SystemClock()) as store:
         begin()
         for version in range(each):
             await store.commit(Commit([Write(Key("task", str(me)), version, {"n": version})]))
 
 
-async def _follow(place: Path, until: int, _me: int, begin: Callable[[], None]) -> None:
-    async with FileStore.open(place, SystemClock()) as store:
+async def _follow(scratch: Path, until: int, _me: int, begin: Callable[[], None]) -> None:
+    async with FileStore.open(scratch, SystemClock()) as store:
         begin()
         async for record in store.watch():
             if record.position == until:
@@ -233,7 +233,7 @@ def print_json(values: dict[str, Any]) -> None:
     os.write(1, json.dumps(values).encode() + b"\n")
 
 
-def _fork(job: Callable[..., Any], place: Path, number: int, processes: int) -> int:
+def _fork(job: Callable[..., Any], scratch: Path, number: int, processes: int) -> int:
     """Run a job in many processes, which start together once stdin ends."""
     ready, tell = os.pipe()
 
@@ -245,7 +245,7 @@ def _fork(job: Callable[..., Any], place: Path, number: int, processes: int) -> 
     for me in range(processes):
         child = os.fork()
         if child == 0:
-            anyio.run(job, place, number, me, begin)
+            anyio.run(job, scratch, number, me, begin)
             os._exit(0)
         children.append(child)
     for _ in children:

@@ -49,13 +49,13 @@ if __name__ == "__main__":
 def measure(*, quick: bool, folder: Path | None = None) -> list[BenchmarkRow]:
     """Return the rows of this benchmark."""
     rounds = QUICK_ROUNDS if quick else ROUNDS
-    with scratch_folder(folder) as place:
-        env = user_environment(None if quick else place / "bytecode", COUNCIL_HOME=str(place / "home"))
-        return [_help(place, env, rounds), *_status(place, env, rounds, QUICK_TASKS if quick else TASKS)]
+    with scratch_folder(folder) as scratch:
+        env = user_environment(None if quick else scratch / "bytecode", COUNCIL_HOME=str(scratch / "home"))
+        return [_help(scratch, env, rounds), *_status(scratch, env, rounds, QUICK_TASKS if quick else TASKS)]
 
 
-def _help(place: Path, env: Mapping[str, str], rounds: int) -> BenchmarkRow:
-    hello = place / "hello.py"
+def _help(scratch: Path, env: Mapping[str, str], rounds: int) -> BenchmarkRow:
+    hello = scratch / "hello.py"
     hello.write_text(_HELLO, encoding="utf-8")
     pairs = measure_pairs(
         lambda: measure_command([council_path(), "--help"], env=env),
@@ -65,9 +65,9 @@ def _help(place: Path, env: Mapping[str, str], rounds: int) -> BenchmarkRow:
     return _row("council --help", pairs, "click hello world", limit=1.2, is_ratio_limited=True)
 
 
-def _status(place: Path, env: Mapping[str, str], rounds: int, tasks: int) -> list[BenchmarkRow]:
-    top = place / "repository"
-    log = long_run.make_project(top, tasks, place / "home")
+def _status(scratch: Path, env: Mapping[str, str], rounds: int, tasks: int) -> list[BenchmarkRow]:
+    top = scratch / "repository"
+    log = long_run.make_project(top, tasks, scratch / "home")
     pairs = measure_pairs(
         lambda: measure_command([council_path(), "status"], env=env, cwd=top, code=INTERRUPTED),
         lambda: measure_command([sys.executable, "-c", "import click"], env=env),

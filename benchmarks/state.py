@@ -45,25 +45,25 @@ def measure(*, quick: bool, folder: Path | None = None) -> list[BenchmarkRow]:
     """Return the rows of this benchmark. Raises RuntimeError without a real fsync."""
     tasks, rounds = (QUICK_TASKS, 1) if quick else (TASKS, ROUNDS)
     # Shared memory, used by other benchmarks, has no device.
-    with scratch_folder(folder or Path("/var/tmp")) as place:  # noqa: S108  a folder of our own is made there
+    with scratch_folder(folder or Path("/var/tmp")) as scratch:  # noqa: S108  a folder of our own is made there
         if not quick:
-            _check_fsync(place)
+            _check_fsync(scratch)
         rows = []
         for durable, level, limit in ((True, "FULL", FULL_LIMIT), (False, "NORMAL", NORMAL_LIMIT)):
             pairs = [
                 (
-                    _by_store(place / f"{level}{number}", durable=durable),
-                    _by_sqlite(place / f"{level}{number}.db", level),
+                    _by_store(scratch / f"{level}{number}", durable=durable),
+                    _by_sqlite(scratch / f"{level}{number}.db", level),
                 )
                 for number in range(rounds)
             ]
             rows += _rows(f"{'durable ' if durable else ''}commits, {WRITERS} at once", pairs, level, limit)
-        rows += _opening(place / "long", tasks, rounds)
-        rows += shared_store.measure_claims(place, quick=quick)
+        rows += _opening(scratch / "long", tasks, rounds)
+        rows += shared_store.measure_claims(scratch, quick=quick)
         return [
             *rows,
-            *shared_store.measure_watching(place / "watched", quick=quick),
-            *shared_store.measure_many_processes(place / "crowd", quick=quick),
+            *shared_store.measure_watching(scratch / "watched", quick=quick),
+            *shared_store.measure_many_processes(scratch / "crowd", quick=quick),
         ]
 
 
@@ -79,23 +79,23 @@ def _rows(what: str, pairs: list[tuple[Cost, Cost]], level: str, limit: float) -
     ]
 
 
-def _opening(place: Path, tasks: int, rounds: int) -> list[BenchmarkRow]:
-    anyio.run(_fill, place, tasks)
-    raw = sum(path.stat().st_size for path in place.glob("*.jsonl"))
-    took = [anyio.run(_open, place) for _ in range(rounds)]
-    packed = anyio.run(_pack, place)
+def _opening(scratch: Path, tasks: int, rounds: int) -> list[BenchmarkRow]:
+    anyio.run(_fill, scratch, tasks)
+    raw = sum(path.stat().st_size for path in scratch.glob("*.jsonl"))
+    took = [anyio.run(_open, scratch) for _ in range(rounds)]
+    packed = anyio.run(_pack, scratch)
     what = f"opening {tasks:,} tasks, {tasks * 10:,} commits"
     return [
         BenchmarkRow(what, median(took), "s", limit=OPEN_LIMIT),
         BenchmarkRow(
-            f"{what}, packed", median([anyio.run(_open, place) for _ in range(rounds)]), "s", limit=OPEN_LIMIT
+            f"{what}, packed", median([anyio.run(_open, scratch) for _ in range(rounds)]), "s", limit=OPEN_LIMIT
         ),
         BenchmarkRow("packed closed segments", packed / 1e6, "MB", f"as they were: {raw / 1e6:.3g} MB", packed / raw),
     ]
 
 
-def _check_fsync(place: Path) -> None:
-    descriptor = os.open(place / "probe", os.O_WRONLY | os.O_CREAT, 0o600)
+def _check_fsync(scratch: Path) -> None:
+    descriptor = os.open(scratch / "probe", os.O_WRONLY | os.O_CREAT, 0o600)
     begin = time.perf_counter()
     for offset in range(20):
         os.pwrite(descriptor, b"x" * 512, offset * 512)
@@ -103,7 +103,9 @@ def _check_fsync(place: Path) -> None:
     took = (time.perf_counter() - begin) / 20
     os.close(descriptor)
     if took < _REAL_FSYNC:
-        raise RuntimeError(f"an fsync in {place} takes {took * 1e6:.0f} µs: there is no device; name another --folder")
+        raise RuntimeError(
+            f"an fsync in {scratch} takes {took * 1e6:.0f} µs: there is no device; name another --folder"
+        )
 
 
 def make_document(number: int) -> JsonObject:
@@ -129,12 +131,12 @@ def make_document(number: int) -> JsonObject:
     return {"status": "running", "attempts": attempts, "commit": f"{chance.getrandbits(160):040x}", "feedback": words}
 
 
-def _by_store(place: Path, *, durable: bool) -> Cost:
-    return anyio.run(_commit_all, place, durable)
+def _by_store(scratch: Path, *, durable: bool) -> Cost:
+    return anyio.run(_commit_all, scratch, durable)
 
 
-async def _commit_all(place: Path, durable: bool) -> Cost:
-    async with FileStore.open(place, SystemClock()) as store:
+async def _commit_all(scratch: Path, durable: bool) -> Cost:
+    async with FileStore.open(scratch, SystemClock()) as store:
 
         async def write(number: int) -> None:
             key, value = Key("task", f"run/{number}"), make_document(number)
@@ -165,8 +167,8 @@ def _by_sqlite(path: Path, level: str) -> Cost:
         return cost()
 
 
-async def _fill(place: Path, tasks: int) -> None:
-    async with FileStore.open(place, SystemClock()) as store:
+async def _fill(scratch: Path, tasks: int) -> None:
+    async with FileStore.open(scratch, SystemClock()) as store:
 
         async def write(first: int) -> None:
             for version in range(10):
@@ -179,14 +181,14 @@ async def _fill(place: Path, tasks: int) -> None:
                 group.start_soon(write, first)
 
 
-async def _open(place: Path) -> float:
+async def _open(scratch: Path) -> float:
     begin = time.perf_counter()
-    async with FileStore.open(place, SystemClock()):
+    async with FileStore.open(scratch, SystemClock()):
         return time.perf_counter() - begin
 
 
-async def _pack(place: Path) -> int:
-    async with FileStore.open(place, SystemClock()) as store:
+async def _pack(scratch: Path) -> int:
+    async with FileStore.open(scratch, SystemClock()) as store:
         return (await store.compact(0.0, 1 << 60)).after
 
 

@@ -79,9 +79,9 @@ def measure(*, quick: bool, folder: Path | None = None, repository: Path | None 
     rows: list[BenchmarkRow] = []
     sizes = (0,) if repository else QUICK_FILES if quick else FILES
     for size in sizes:
-        with scratch_folder(folder) as place:
-            kind = file_system_kind(place)
-            top = clone(repository or make_repository(place / "origin", size), place / "clone")
+        with scratch_folder(folder) as scratch:
+            kind = file_system_kind(scratch)
+            top = clone(repository or make_repository(scratch / "origin", size), scratch / "clone")
             files = len(run_git(top, "ls-files", "-z").split(b"\0")) - 1
             ground = anyio.run(_measure, top, QUICK_ROUNDS if quick else ROUNDS)
             rows.extend(_rows(ground, f"{files:,} files, on {kind}", has_limits=files >= MIN_FILES_FOR_LIMITS))

@@ -108,22 +108,22 @@ def apply_response(response: ProposedChanges, worktree: ConfinedWorktree) -> Seq
     On an error, nothing is changed. Raises OutsideWorktreeError for a path outside the worktree, and
     UnusableResponseError if the response can't be applied.
     """
-    places = {name: worktree.relative(name) for name in response.files}
+    targets = {name: worktree.relative(name) for name in response.files}
     strip = "-p1" if re.search(r"^(?:---|\+\+\+) [ab]/", response.patch, re.MULTILINE) else "-p0"
     patched = _paths_of(response.patch, strip, worktree) if response.patch else []
     for name in patched:
-        if worktree.relative(name) in places.values():
+        if worktree.relative(name) in targets.values():
             raise UnusableResponseError(f"it has {name!r} both as a file and as a diff")
     if response.patch:
         _git_apply(response.patch, "--check", strip, worktree=worktree)
-    before = _write_all({path: response.files[name] for name, path in places.items()})
+    before = _write_all({path: response.files[name] for name, path in targets.items()})
     try:
         if response.patch:
             _git_apply(response.patch, strip, worktree=worktree)
     except UnusableResponseError:
         _restore(before)
         raise
-    return [*places, *patched]
+    return [*targets, *patched]
 
 
 def _paths_of(patch: str, strip: str, worktree: ConfinedWorktree) -> list[str]:

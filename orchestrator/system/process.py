@@ -242,19 +242,19 @@ async def run_untrusted(
     env: Mapping[str, str],
     cwd: Path,
     timeout: float,  # noqa: ASYNC109  (it kills the program, a cancel scope must not)
-    most: int,
+    max_output: int,
 ) -> CompletedCommand:
     """Run an untrusted program, such as a CLI to read its version.
 
-    Its standard input is empty. Once it exits or prints more than `most` bytes, the rest of its process group is
+    Its standard input is empty. Once it exits or prints more than `max_output` bytes, the rest of its process group is
     killed. Cancelling the caller does not interrupt it. After `timeout` seconds, its process group is killed and
     TimeoutError is raised. Raises OSError if the program can't be started.
     """
-    return await anyio.to_thread.run_sync(partial(_run_untrusted, argv, env, cwd, timeout, most))
+    return await anyio.to_thread.run_sync(partial(_run_untrusted, argv, env, cwd, timeout, max_output))
 
 
 def _run_untrusted(
-    argv: Sequence[str], env: Mapping[str, str], cwd: Path, timeout: float, most: int
+    argv: Sequence[str], env: Mapping[str, str], cwd: Path, timeout: float, max_output: int
 ) -> CompletedCommand:
     deadline = time.monotonic() + timeout
     with subprocess.Popen(
@@ -268,7 +268,7 @@ def _run_untrusted(
         start_new_session=True,
     ) as child:
         try:
-            stdout, stderr = _read_some(child, deadline, most)
+            stdout, stderr = _read_some(child, deadline, max_output)
         finally:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(child.pid, signal.SIGKILL)
@@ -277,14 +277,14 @@ def _run_untrusted(
     return CompletedCommand(child.returncode, stdout, stderr)
 
 
-def _read_some(child: subprocess.Popen[bytes], deadline: float, most: int) -> tuple[bytes, bytes]:
-    """Read until the child exits, prints over `most` bytes, or the deadline passes."""
+def _read_some(child: subprocess.Popen[bytes], deadline: float, max_output: int) -> tuple[bytes, bytes]:
+    """Read until the child exits, prints over `max_output` bytes, or the deadline passes."""
     streams = [pipe.fileno() for pipe in (child.stdout, child.stderr) if pipe is not None]
     read = dict.fromkeys(streams, b"")
     with selectors.DefaultSelector() as selector:
         for stream in streams:
             selector.register(stream, selectors.EVENT_READ)
-        while time.monotonic() < deadline and sum(map(len, read.values())) <= most:
+        while time.monotonic() < deadline and sum(map(len, read.values())) <= max_output:
             # Check before reading the pipes, so that they contain all output if the child has exited.
             has_ended = _has_ended(child)
             for key, _ in selector.select(0 if has_ended else _POLL_SECONDS):
@@ -294,7 +294,7 @@ def _read_some(child: subprocess.Popen[bytes], deadline: float, most: int) -> tu
                     selector.unregister(key.fd)
             if has_ended:
                 break
-    stdout, stderr = (read[stream][:most] for stream in streams)
+    stdout, stderr = (read[stream][:max_output] for stream in streams)
     return stdout, stderr
 
 

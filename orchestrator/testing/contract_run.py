@@ -1,8 +1,8 @@
 """Run the adapter contract for a configured adapter.
 
-`python -m orchestrator.testing.contract_run` reads a JSON object from standard input, `{"use", "options", "places"}`:
-the adapter type, its options as in the YAML file, and the folders of local plugins. It prints one JSON object,
-`{"results": [{"test", "rule", "passed", "output"}]}`, or `{"error"}` if the contract can't be run.
+`python -m orchestrator.testing.contract_run` reads a JSON object from standard input, `{"use", "options",
+"plugin_folders"}`: the adapter type, its options as in the YAML file, and the folders of local plugins. It prints one
+JSON object, `{"results": [{"test", "rule", "passed", "output"}]}`, or `{"error"}` if the contract can't be run.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def contract_suite() -> type[AdapterContract]:
     from orchestrator.testing.adapter_contract import AdapterContract  # noqa: PLC0415
 
     spec = json.loads(os.environ[_SPEC])
-    types = load_plugins(os.environ, [Path(place) for place in spec["places"]]).adapters
+    types = load_plugins(os.environ, [Path(folder) for folder in spec["plugin_folders"]]).adapters
     body = {"adapter_type": types[spec["use"]], "options": spec["options"]}
     return type("TestAdapter", (AdapterContract,), body)
 
@@ -80,8 +80,16 @@ def main() -> dict[str, Any]:
         module = Path(folder) / "test_adapter.py"
         module.write_text(_MODULE)
         # Without `--confcutdir` pytest would run a `conftest.py` of another user in the folder for temporary files.
-        places = ["--confcutdir", folder, "-c", os.devnull, "--rootdir", folder, f"--basetemp={folder}/temporary"]
-        options = ["-q", "-p", "no:cacheprovider", *places, str(module)]
+        pytest_options = [
+            "--confcutdir",
+            folder,
+            "-c",
+            os.devnull,
+            "--rootdir",
+            folder,
+            f"--basetemp={folder}/temporary",
+        ]
+        options = ["-q", "-p", "no:cacheprovider", *pytest_options, str(module)]
         pytest.main(options, plugins=[recorder])
     if not recorder.results:
         return {"error": f"the contract could not be run: {printed.getvalue().strip()[-_LONGEST:]}"}

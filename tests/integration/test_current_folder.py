@@ -64,7 +64,7 @@ def test_started_processes_import_nothing_from_the_current_folder(
 ) -> None:
     """Whatever the program then reports about its input."""
     stored = {"use": "command", "options": {}}
-    spec = {"name": "x", "stored": stored, "options": {"argv": ["true"]}, "places": []}
+    spec = {"name": "x", "stored": stored, "options": {"argv": ["true"]}, "plugin_folders": []}
     done = subprocess.run(
         COMMANDS[what], env=environ, input=json.dumps(spec), capture_output=True, text=True, check=False
     )
@@ -90,7 +90,7 @@ async def test_adapter_contract_runs_no_conftest_of_a_shared_folder(
     trap: Path, environ: dict[str, str], tmp_path: Path
 ) -> None:
     """For example one that another user of the machine left in `/tmp`."""
-    spec = {"use": "command", "options": {"argv": ["true"]}, "places": []}
+    spec = {"use": "command", "options": {"argv": ["true"]}, "plugin_folders": []}
     shared = {**environ, "TMPDIR": str(Path.cwd())}
     done = await process.run(contract_command(), env=shared, cwd=tmp_path, input=json.dumps(spec).encode())
     assert json.loads(done.stdout)["results"]

@@ -212,7 +212,7 @@ async def _run_probe(argv: Sequence[str], env: Mapping[str, str], folder: Path) 
     asked = " ".join((Path(argv[0]).name, *argv[1:]))
     own = {**env, "GIT_CEILING_DIRECTORIES": str(folder.parent)}
     try:
-        return await run_untrusted(argv, env=own, cwd=folder, timeout=_TIMEOUT, most=_MAX_OUTPUT)
+        return await run_untrusted(argv, env=own, cwd=folder, timeout=_TIMEOUT, max_output=_MAX_OUTPUT)
     except TimeoutError:
         return f"`{asked}` did not finish within {_TIMEOUT:g} s"
     except OSError as error:

@@ -21,19 +21,19 @@ class LooseObject(NamedTuple):
     content: bytes
 
 
-def read_loose_object(objects: Path, name: str, most: int | None = None) -> LooseObject | None:
-    """Return an object with at most `most` bytes of its content, or None. Blocks.
+def read_loose_object(objects: Path, name: str, limit: int | None = None) -> LooseObject | None:
+    """Return an object with at most `limit` bytes of its content, or None. Blocks.
 
     Only our own git may write to the folder. Returns None if the object is not loose, or is damaged; git then reports
     the damage.
     """
     try:
         with (objects / name[:2] / name[2:]).open("rb") as file:
-            packed = file.read() if most is None else file.read(_MAX_HEADER + most)
+            packed = file.read() if limit is None else file.read(_MAX_HEADER + limit)
     except FileNotFoundError:
         return None
     with suppress(zlib.error, ValueError):
-        return _read(packed, most)
+        return _read(packed, limit)
     return None
 
 
@@ -51,8 +51,8 @@ def has_valid_hash(file: Path, name: str) -> bool:
     return False
 
 
-def _read(packed: bytes, most: int | None) -> LooseObject:
-    unpacked = zlib.decompressobj().decompress(packed, 0 if most is None else _MAX_HEADER + most)
+def _read(packed: bytes, limit: int | None) -> LooseObject:
+    unpacked = zlib.decompressobj().decompress(packed, 0 if limit is None else _MAX_HEADER + limit)
     header, _, content = unpacked.partition(b"\0")
     kind, size = header.decode().split(" ")
-    return LooseObject(kind, int(size), content if most is None else content[:most])
+    return LooseObject(kind, int(size), content if limit is None else content[:limit])

@@ -177,8 +177,8 @@ class _Objects:
         contents = {name: loose.content for name, loose in read.items() if loose is not None}
         return _find(contents, redactor), [name for name in read if name not in contents]
 
-    def _read(self, name: str, most: int | None = None) -> LooseObject | None:
-        objects = (read_loose_object(folder, name, most) for folder in self.loose)
+    def _read(self, name: str, limit: int | None = None) -> LooseObject | None:
+        objects = (read_loose_object(folder, name, limit) for folder in self.loose)
         return next((loose for loose in objects if loose is not None), None)
 
 

@@ -130,5 +130,5 @@ def _with_parents(folded: str, path: bytes) -> list[tuple[str, bytes]]:
     return [("/".join(segments[: depth + 1]), path[:end]) for depth, end in enumerate(ends)]
 
 
-def _listed(paths: Sequence[bytes], most: int = 3) -> str:
-    return join_names([printable_name(os.fsdecode(path)) for path in paths], most)
+def _listed(paths: Sequence[bytes], limit: int = 3) -> str:
+    return join_names([printable_name(os.fsdecode(path)) for path in paths], limit)

@@ -51,10 +51,10 @@ class TreeDiff:
     ambiguous: list[str] = field(default_factory=list)
     """Added paths and removed empty folders that only git can interpret."""
 
-    def is_small(self, most: int) -> bool:
-        """Return whether git need only look at these paths, and there are at most `most`."""
+    def is_small(self, limit: int) -> bool:
+        """Return whether git need only look at these paths, and there are at most `limit`."""
         count = len(self.changed) + len(self.removed) + len(self.added)
-        return not self.ambiguous and not self.replaced and count <= most
+        return not self.ambiguous and not self.replaced and count <= limit
 
     def without(self, is_excluded: Callable[[str], bool]) -> TreeDiff:
         """Return the diff without excluded files."""

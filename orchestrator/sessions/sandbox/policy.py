@@ -223,7 +223,9 @@ async def _bubblewrap_problem(network: bool, environ: Mapping[str, str]) -> str 
 async def _probe(argv: Sequence[str], environ: Mapping[str, str]) -> process.CompletedCommand:
     """Run a probe; repeat it if killed, which is no reason for a weaker sandbox."""
     # A bubblewrap that is killed during startup leaves a process behind that waits for it.
-    return await process.run_untrusted(argv, env=environ, cwd=Path("/"), timeout=_PROBE_TIMEOUT, most=_MAX_PROBE_OUTPUT)
+    return await process.run_untrusted(
+        argv, env=environ, cwd=Path("/"), timeout=_PROBE_TIMEOUT, max_output=_MAX_PROBE_OUTPUT
+    )
 
 
 def _options(policy: SandboxPolicy, bwrap: str) -> list[str]:

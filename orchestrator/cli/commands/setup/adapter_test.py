@@ -178,7 +178,7 @@ async def _check_contract(scene: CommandEnvironment, adapter: AdapterConfig) -> 
     spec = {
         "use": adapter.use,
         "options": adapter.options.model_dump(mode="json", exclude_unset=True),
-        "places": [str(place) for place in (scene.file, scene.top) if place is not None],
+        "plugin_folders": [str(place) for place in (scene.file, scene.top) if place is not None],
     }
     try:
         done = await process.run(
