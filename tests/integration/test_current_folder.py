@@ -63,8 +63,7 @@ def test_started_processes_import_nothing_from_the_current_folder(
     trap: Path, environ: dict[str, str], what: str
 ) -> None:
     """Whatever the program then reports about its input."""
-    stored = {"use": "command", "options": {}}
-    spec = {"name": "x", "stored": stored, "options": {"argv": ["true"]}, "plugin_folders": []}
+    spec = {"use": "command", "options": {"argv": ["true"]}, "plugin_folders": []}
     done = subprocess.run(
         COMMANDS[what], env=environ, input=json.dumps(spec), capture_output=True, text=True, check=False
     )
