@@ -1,4 +1,4 @@
-"""Commits per second on a Redis server: the store, and a bare client that does the same writes in one script.
+"""The store on a Redis server, compared with plain Redis commands.
 
 python -m benchmarks.redis_store [--quick], with COUNCIL_TEST_REDIS_URL or an installed server.
 """

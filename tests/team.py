@@ -24,7 +24,7 @@ from orchestrator.locking.file_locks import FileLocks
 from orchestrator.locking.ownership import OwnershipRegistry, claim_key, ownership_scope
 from orchestrator.protocols import Commit, Guard, JsonObject, Store, Write
 from orchestrator.repo.git.change_counts import Changes, count
-from orchestrator.repo.intake.collect import CollectedWork, collect_work
+from orchestrator.repo.intake.collect import CollectionResult, collect_work
 from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.worktrees import worktrees
 from orchestrator.repo.worktrees.checkouts import HeldSlot
@@ -127,12 +127,12 @@ class SessionTeam:
         with log_path(self.folder / "logs", session.task, session.attempt, "stdout").open("a") as log:
             log.write(f"{line}\n")
 
-    async def collect(self, session: SessionName) -> CollectedWork:
+    async def collect(self, session: SessionName) -> CollectionResult:
         """Commit the changes of a session."""
-        admit = self.workplace(session).admit
-        return await collect_work(self.yard.git, self.checkouts[session][0], self.base, "work", admit=admit)
+        rules = self.workplace(session).rules
+        return await collect_work(self.yard.git, self.checkouts[session][0], self.base, "work", rules=rules)
 
-    async def changes(self, collected: CollectedWork) -> Changes:
+    async def changes(self, collected: CollectionResult) -> Changes:
         """Return the size of its changes."""
         assert collected.commit is not None
         return await count(self.yard.git, self.base, collected.commit)

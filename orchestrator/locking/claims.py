@@ -1,4 +1,4 @@
-"""Claims on the tasks of a run: leases in the store, each held by one orchestrator.
+"""Claims on tasks of a run: leases in the store, each held by one orchestrator.
 
 The version of a claim's document is its epoch: it increases with each change of owner and is never reused. Claims are
 written when taken, released or taken over; one heartbeat per orchestrator covers all its claims
@@ -66,7 +66,7 @@ class ClaimHolder:
 
 
 class Claims:
-    """The claims of one orchestrator in its run. Callers must plan for the same task one at a time."""
+    """The claims of one orchestrator in its run; plan for a task one at a time."""
 
     def __init__(self, store: Store, clock: Clock, orchestrators: RunMembership) -> None:
         self._store, self._clock, self._others = store, clock, orchestrators
@@ -82,7 +82,7 @@ class Claims:
         return iter(list(self._held))
 
     def guard(self, task: str) -> Guard | None:
-        """Return the guard that rejects commits once the claim has another owner, or None if it is not ours."""
+        """Return the guard that rejects commits once the claim is lost, or None."""
         return self._held.get(task)
 
     async def read(self, task: str) -> Claim | None:
@@ -110,17 +110,17 @@ class Claims:
         return version, claim, await self._others.peers.read_liveness(claim.owner.id)
 
     async def plan(
-        self, task: str, *, override: bool = False, is_asked: bool = False, retries: int | None = None
+        self, task: str, *, override: bool = False, is_requested: bool = False, retries: int | None = None
     ) -> PlannedClaim | ClaimHolder:
-        """Return a plan to claim a task, or its current holder. Call `mark_claimed` after the commit.
+        """Return a plan to claim a task, or its current holder.
 
-        If the owner is gone, this takes only this task and does not fence the owner as `sweep` does. With `override`, a
-        leader takes the claim from a non-leader or, if a user asked for it (`is_asked`), any orchestrator takes it from
-        any owner. `retries` replaces the retry count in the claim.
+        Call `mark_claimed` after the commit. If the owner is gone, this takes only this task and does not fence the
+        owner as `sweep` does. With `override`, a leader takes the claim from a non-leader or, if a user asked for it
+        (`is_requested`), any orchestrator takes it from any owner. `retries` replaces the retry count in the claim.
         """
         key = claim_key(self._others.run, task)
         version, before, holder = await self._look(task)
-        if not can_claim(before, self._others.me, holder, override=override, is_asked=is_asked):
+        if not can_claim(before, self._others.me, holder, override=override, is_requested=is_requested):
             assert before is not None, "a task without a claim is free"  # noqa: S101  (for the type checker)
             self._others.count(conflicts=1)
             _log.info("claim refused: run %s, task %s is %s's", self._others.run, task, before.owner.id)
@@ -141,13 +141,13 @@ class Claims:
         self._others.count(claims=1, retries=int(planned.claim.retries > 0), takeovers=int(planned.is_takeover))
         _log.info("claim taken: run %s, task %s, epoch %d", self._others.run, task, planned.guard.epoch)
 
-    async def claim(self, task: str, *, override: bool = False, is_asked: bool = False) -> Guard | ClaimHolder:
-        """Claim a task in a separate commit; later writes about the task must carry the returned guard.
+    async def claim(self, task: str, *, override: bool = False, is_requested: bool = False) -> Guard | ClaimHolder:
+        """Claim a task in a separate commit; later writes must carry the returned guard.
 
         Read the state of the task only afterwards, because it may have changed since the last read.
         """
         while True:
-            planned = await self.plan(task, override=override, is_asked=is_asked)
+            planned = await self.plan(task, override=override, is_requested=is_requested)
             if isinstance(planned, ClaimHolder):
                 return planned
             acquired = ClaimAcquired(
@@ -185,7 +185,7 @@ class Claims:
         self._claims.pop(task, None)
 
     def mark_lost(self, task: str) -> None:
-        """Record that a write under a claim was rejected because the claim has another owner."""
+        """Record that a write was rejected because the claim has another owner."""
         self._others.count(refused=1)
         _log.warning("claim lost: run %s, task %s was taken over", self._others.run, task)
         self.mark_released(task)

@@ -143,7 +143,7 @@ class FileLocks:
             self._requested -= {(session, path) for path in wanted}
 
     async def release(self, session: SessionName, paths: Sequence[str], *, top: Path | None = None) -> int:
-        """Release the given locks of a session; return the number of paths that were locked."""
+        """Release the given locks of a session; return the number of locked paths."""
         held = self._held.get(session, {})
         return self._release(session, {self._canonical(path, top) for path in paths} & held.keys())
 

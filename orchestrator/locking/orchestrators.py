@@ -92,7 +92,7 @@ class _Heartbeat(NamedTuple):
 
 
 class PeerObserver:
-    """Reads the orchestrators of a run, and decides by heartbeats and processes whether they are alive."""
+    """Decides by heartbeats and processes whether a run's orchestrators are alive."""
 
     def __init__(
         self,

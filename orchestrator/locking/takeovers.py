@@ -21,7 +21,7 @@ _log = logging.getLogger("orchestrator.claims")
 
 
 class ClaimTakeovers:
-    """Finds the claims of a run that have lost their owner, and adds them to those of one orchestrator."""
+    """Finds claims that have lost their owner, and adds them to an orchestrator's."""
 
     def __init__(self, store: Store, clock: Clock, orchestrators: RunMembership, claims: Claims) -> None:
         self._store, self._clock, self._others, self._claims = store, clock, orchestrators, claims
@@ -31,7 +31,7 @@ class ClaimTakeovers:
         """Claims that had us as owner at the last sweep but are not ours, with their versions."""
 
     async def sweep(self, *, counts: bool = True, also: TakeoverWrites | None = None) -> Mapping[str, str]:
-        """Take over all claims of orchestrators that are gone; return the previous owners, keyed by task.
+        """Take over the claims of orchestrators that are gone; return owners by task.
 
         `also` returns additional writes, given the guards and our name. `counts` counts each claim as a retry of its
         task, which is right unless a user resumed the run. Claims that have had us as owner since the last sweep

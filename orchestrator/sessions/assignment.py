@@ -21,7 +21,7 @@ from orchestrator.system.clock import Clock
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A conversation that a CLI can resume: its id, and the only folder in which the id is valid."""
+    """A conversation that a CLI can resume: its id, and the folder where it is valid."""
 
     id: str
     folder: Path
@@ -29,7 +29,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """The work of one session: `base` is the commit that its changes are compared with.
+    """The work of a session; its changes are compared with the commit `base`.
 
     `start` is the first commit of the worktree if it is not the base; `context` follows the prompt. If possible, the
     session resumes an `earlier_conversation` with only the `follow_up` as its prompt. Unless `writes` is set, its
@@ -80,6 +80,6 @@ class SessionResources:
     has_server: bool = True
     """Whether sessions get the MCP server of the session API if their CLI supports it."""
 
-    def admission(self, max_file: int, unignored: Iterable[str] = ()) -> IntakeRules:
-        """Return the rules for committed files; `unignored` lists setup files that git does not ignore."""
+    def intake_rules(self, max_file: int, unignored: Iterable[str] = ()) -> IntakeRules:
+        """Return the rules for committed files; git does not ignore files in `unignored`."""
         return IntakeRules(self.redactor, max_file, withheld=(*self.worktree_setup.provisions.paths, *unignored))

@@ -10,7 +10,7 @@ from tenacity import AsyncRetrying, retry_if_exception, wait_exponential
 
 from orchestrator.errors import GitError, is_resource_exhaustion
 from orchestrator.repo.git.command import Git, printable_name
-from orchestrator.repo.intake.collect import CollectedWork, collect_work
+from orchestrator.repo.intake.collect import CollectionResult, collect_work
 from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.worktrees import worktrees
 from orchestrator.repo.worktrees.change_detection import TreeDiff
@@ -39,8 +39,8 @@ class WorkCollector:
     stopping: anyio.Event
     """Set to end retries."""
 
-    async def collect(self) -> tuple[CollectedWork, tuple[str, ...], TreeDiff | None]:
-        """Collect the session's work; return it with the discarded paths and the changes in the worktree.
+    async def collect(self) -> tuple[CollectionResult, tuple[str, ...], TreeDiff | None]:
+        """Collect the session's work; return it with discarded paths and the changes.
 
         Retries while the machine lacks a resource. Raises GitError or OSError if the work can't be collected, or if
         the session is stopped during a retry wait.
@@ -65,17 +65,17 @@ class WorkCollector:
         clock = self.tools.clock
         await clock.wait(self.stopping, clock.monotonic() + seconds)
 
-    async def _commit(self, diff: TreeDiff | None) -> CollectedWork:
+    async def _commit(self, diff: TreeDiff | None) -> CollectionResult:
         assignment = self.assignment
         message = self.tools.redactor.text(format_commit_message(assignment.worktree, assignment.task_prompt))
         unignored = self.checkout.contents.record.unignored
         scratch = (*self.scratch_patterns, *(() if assignment.writes else _CACHES))
-        admit = replace(self.tools.admission(assignment.max_file, unignored), scratch_patterns=scratch)
+        rules = replace(self.tools.intake_rules(assignment.max_file, unignored), scratch_patterns=scratch)
         base = assignment.base if assignment.writes else assignment.start or assignment.base
         git, worktree = self.tools.git, assignment.worktree
-        return await collect_work(git, worktree, base, message, admit=admit, diff=diff)
+        return await collect_work(git, worktree, base, message, rules=rules, diff=diff)
 
-    async def _discard(self, work: CollectedWork) -> tuple[str, ...]:
+    async def _discard(self, work: CollectionResult) -> tuple[str, ...]:
         """Discard the changes of a session without write permission; return their paths."""
         if work.commit is None:
             return work.left_out
@@ -85,19 +85,19 @@ class WorkCollector:
         return tuple(dict.fromkeys((*(printable_name(change.path) for change in changes), *work.left_out)))
 
 
-async def salvage_session(git: Git, worktree: Worktree, base: str, prompt: str, admit: IntakeRules) -> CollectedWork:
+async def salvage_session(git: Git, worktree: Worktree, base: str, prompt: str, rules: IntakeRules) -> CollectionResult:
     """Collect the work of an interrupted session.
 
     No process of the session and none of our git commands on its worktree may be alive.
     """
     if not worktrees.unlock_index(worktree):
-        return CollectedWork(None)  # the checkout is incomplete, so no CLI has run in it
-    message = admit.redactor.text(format_commit_message(worktree, prompt))
-    return await collect_work(git, worktree, base, message, admit=admit)
+        return CollectionResult(None)  # the checkout is incomplete, so no CLI has run in it
+    message = rules.redactor.text(format_commit_message(worktree, prompt))
+    return await collect_work(git, worktree, base, message, rules=rules)
 
 
 def format_commit_message(worktree: Worktree, prompt: str) -> str:
-    """Return the commit message for an attempt's work: the task and the first line of its prompt."""
+    """Return an attempt's commit message: the task and the prompt's first line."""
     first = next((line.strip() for line in prompt.splitlines() if line.strip()), "")
     subject = "".join(char for char in f"{worktree.task}: {first}" if char.isprintable())
     return f"{subject if len(subject) <= 72 else subject[:71] + '…'}\n\nCouncil-Attempt: {worktree.attempt}\n"

@@ -41,7 +41,7 @@ class ProgramOutput:
     transcript: Transcript
     verdict: Failed | None
     """The failure that the adapter found."""
-    admitted: bool
+    reported_failure: bool
     """Whether the program may have reported a failure."""
     answer: str
     errors: str
@@ -72,7 +72,7 @@ class SessionProgram:
         return adapter_homes.home_path(self.tools.logs, self.assignment.worktree.task, self.assignment.adapter_name)
 
     async def run(self, may_start: Callable[[], Awaitable[None]] | None) -> ProcessExit:
-        """Run the program under supervision until it ends. `may_start` raises LeaseLost to prevent the start."""
+        """Run the program until it ends. `may_start` raises LeaseLost to prevent that."""
         command, adapter_command = self._supervised(), self.command()
         reach = self.assignment.reach | PathAccess(readable=tuple(adapter_command.readable))
         if adapter_command.home is not None:
@@ -155,8 +155,8 @@ class SessionProgram:
             with plugin_code():
                 transcript, events = await anyio.to_thread.run_sync(read_transcript, adapter, self._log("stdout"))
                 end = SessionEnd(exit_.exit, exit_.signal, self.tools.clock.now(), stdout, stderr, events)
-                verdict, admitted = adapter.verdict(end), has_reported_failure(events)
-                return ProgramOutput(transcript, verdict, admitted, extract_answer(events), stderr)
+                verdict, reported_failure = adapter.verdict(end), has_reported_failure(events)
+                return ProgramOutput(transcript, verdict, reported_failure, extract_answer(events), stderr)
         except PluginFailed as failed:
             reason = f"the adapter could not parse the output: {failed}"
             return ProgramOutput(EMPTY_TRANSCRIPT, Failed(FailureClass.CRASHED, reason), True, "", stderr)
@@ -166,7 +166,7 @@ class SessionProgram:
 
 
 def _is_missing(program: str, environ: Mapping[str, str]) -> bool:
-    """Return whether a program is missing on this machine; False for programs in the worktree. Blocks."""
+    """Return whether a program is missing, unless it is in the worktree. Blocks."""
     if os.sep in program and not Path(program).is_absolute():
         return False
     return shutil.which(program, path=environ.get("PATH")) is None

@@ -16,7 +16,7 @@ from orchestrator.domain.runs.outcome import (
     Outcome,
     ProcessExit,
     ResourcesExhausted,
-    judge_outcome,
+    classify_outcome,
 )
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.errors import GitError, LeaseLost, RefusedError, SessionError, is_resource_exhaustion
@@ -107,7 +107,10 @@ class Session:
         self._stopping.set()
 
     async def run(self) -> SessionResult:
-        """Set up the worktree, run the CLI in it, and collect its work. Call `release` afterwards."""
+        """Set up the worktree, run the CLI in it, and collect its work.
+
+        Call `release` afterwards.
+        """
         exit_ = _STOPPED
         try:
             with self._running:
@@ -144,13 +147,13 @@ class Session:
             reason = f"the work in {worktree.tree} could not be collected: {error}"
             return SessionResult(Failed(FailureClass.TRANSIENT, reason), collected=False)
         output = await program.read_output(exit_)
-        outcome = judge_outcome(
+        outcome = classify_outcome(
             exit_,
             assignment.limits,
             work.commit,
             work.refused,
             output.verdict,
-            admitted=output.admitted,
+            reported_failure=output.reported_failure,
             writes=assignment.writes,
             errors=output.errors,
             denials=output.transcript.denials,
@@ -175,7 +178,7 @@ class Session:
         )
 
     async def release(self, *, saved: bool) -> None:
-        """Release the worktree slot, or leave it to the session's folder unless its contents are `saved`."""
+        """Release the worktree slot, or preserve it if its contents are not `saved`."""
         checkout, self._checkout = self._checkout, None
         if checkout is None:
             return
@@ -186,7 +189,7 @@ class Session:
             await self.pool.slots.detach(checkout)
 
     async def _set_up(self) -> Outcome | None:
-        """Create and set up the worktree; return an outcome if the program can't start, else None."""
+        """Create and set up the worktree; return an outcome if the program can't start."""
         assignment, worktree = self.assignment, self.assignment.worktree
         await anyio.to_thread.run_sync(lambda: self.tools.logs.mkdir(mode=0o700, exist_ok=True))
         earlier = assignment.earlier_conversation

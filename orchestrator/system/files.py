@@ -127,7 +127,7 @@ def opened(path: Path, flags: int) -> Iterator[int]:
 
 @contextmanager
 def name_in_errors(path: Path) -> Iterator[None]:
-    """Add a path to each OSError of the body that has none: the system names no file for a call on a descriptor."""
+    """Add a path to each OSError of the body that names no file."""
     try:
         yield
     except OSError as error:

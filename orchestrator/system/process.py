@@ -278,7 +278,7 @@ def _run_untrusted(
 
 
 def _read_some(child: subprocess.Popen[bytes], deadline: float, max_output: int) -> tuple[bytes, bytes]:
-    """Read until the child exits, prints over `max_output` bytes, or the deadline passes."""
+    """Read until the child exits, prints over `max_output` bytes, or time is up."""
     streams = [pipe.fileno() for pipe in (child.stdout, child.stderr) if pipe is not None]
     read = dict.fromkeys(streams, b"")
     with selectors.DefaultSelector() as selector:

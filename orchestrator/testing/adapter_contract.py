@@ -280,12 +280,12 @@ class AdapterContract(OptionsContract):
             parsed = [event for line in end.stdout.splitlines() for event in adapter.parse(line)]
             verdict = adapter.verdict(replace(end, events=parsed))
             assert (verdict.failure if verdict else None) == failure, end
-            admitted = has_reported_failure(parsed)
-            assert verdict is not None or not admitted, (
+            reported_failure = has_reported_failure(parsed)
+            assert verdict is not None or not reported_failure, (
                 f"the program reported a failure, but the verdict is None: {end}"
             )
 
-    def test_account_limit_parks_the_adapter_until_its_end(self) -> None:
+    def test_account_limit_starts_a_cooldown_until_its_reset(self) -> None:
         """Each end in `limits` starts a cooldown until the reported time."""
         adapter = self.adapter_type(self.validated())
         for end, until in self.limits:

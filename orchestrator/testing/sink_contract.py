@@ -106,7 +106,7 @@ class SinkContract(OptionsContract):
         assert _first_times(self.delivered_positions(tmp_path)) == [event.position for event in events]
 
     async def test_cancelled_send_can_be_repeated(self, tmp_path: Path) -> None:
-        """A sink closes when its `send` is cancelled; reopened, it accepts the same events."""
+        """A sink whose `send` is cancelled closes; reopened, it accepts the same events."""
         options, events = self.validated(tmp_path), sample_events()
         with anyio.fail_after(TIMEOUT):
             with anyio.CancelScope() as scope:

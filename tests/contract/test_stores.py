@@ -52,9 +52,9 @@ class TestFileStore(StoreContract):
             async with self.open_store_at(Path(directory)) as store:
                 yield store
 
-    def open_store_at(self, place: Path) -> AbstractAsyncContextManager[Store]:
+    def open_store_at(self, location: Path) -> AbstractAsyncContextManager[Store]:
         """Open the store of a directory."""
-        return FileStore.open(place / "state", SystemClock(), segment_bytes=self.segment_bytes)
+        return FileStore.open(location / "state", SystemClock(), segment_bytes=self.segment_bytes)
 
 
 class TestFileStoreOfTinySegments(TestFileStore):
@@ -72,9 +72,9 @@ class TestPostgresStore(StoreContract):
         """Open a store of its own on the shared server."""
         return PostgresStore.open(postgres_server.empty_store_url())
 
-    def open_store_at(self, place: Path) -> AbstractAsyncContextManager[Store]:
+    def open_store_at(self, location: Path) -> AbstractAsyncContextManager[Store]:
         """Open the store of a place."""
-        return PostgresStore.open(postgres_server.store_url_at(place))
+        return PostgresStore.open(postgres_server.store_url_at(location))
 
 
 class TestRedisStore(StoreContract):
@@ -86,9 +86,9 @@ class TestRedisStore(StoreContract):
         """Open a store of its own on the shared server."""
         return RedisStore.open(empty_store_url())
 
-    def open_store_at(self, place: Path) -> AbstractAsyncContextManager[Store]:
+    def open_store_at(self, location: Path) -> AbstractAsyncContextManager[Store]:
         """Open the store of a place."""
-        return RedisStore.open(store_url_at(place))
+        return RedisStore.open(store_url_at(location))
 
 
 @pytest.mark.extended
@@ -127,12 +127,12 @@ class TestPausing(StoreContract):
                 yield survivor
 
     @asynccontextmanager
-    async def open_store_at(self, place: Path) -> AsyncIterator[Store]:
+    async def open_store_at(self, location: Path) -> AsyncIterator[Store]:
         """Wrap the store of a directory."""
         clock = SystemClock()
         async with (
-            FileStore.open(place / "state", clock) as store,
-            survive_outages(store, self.mode, clock, place / "outage", _tell) as survivor,
+            FileStore.open(location / "state", clock) as store,
+            survive_outages(store, self.mode, clock, location / "outage", _tell) as survivor,
         ):
             yield survivor
 

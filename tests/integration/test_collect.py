@@ -14,7 +14,7 @@ import pytest
 
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.repo.git.command import Git
-from orchestrator.repo.intake.collect import CollectedWork, collect_work
+from orchestrator.repo.intake.collect import CollectionResult, collect_work
 from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.worktrees import worktrees
 from orchestrator.repo.worktrees.change_detection import TreeSnapshot
@@ -25,7 +25,7 @@ from tests.hub_fixture import HubFixture
 VALUE = "the-value-of-a-variable"
 KEY = "gh" + "p_" + "aB3dE6gH9jK2mN5pQ8sT1vW4yZ7bC0fXaB3d"
 
-ADMIT = IntakeRules(Redactor([VALUE]), max_file=100_000)
+RULES = IntakeRules(Redactor([VALUE]), max_file=100_000)
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,12 @@ class SessionWorktree:
         self.agent("commit", "--quiet", "--message", message)
         return self.agent("rev-parse", "HEAD")
 
-    async def collect(self) -> CollectedWork:
+    async def collect(self) -> CollectionResult:
         """Collect twice: a change found by time stamps must also be found without them, and again."""
         first = await collect_work(
-            self.git, self.worktree, self.base, "work\n", admit=ADMIT, diff=self.snapshot.compare()
+            self.git, self.worktree, self.base, "work\n", rules=RULES, diff=self.snapshot.compare()
         )
-        again = await collect_work(self.git, self.worktree, self.base, "work\n", admit=ADMIT)
+        again = await collect_work(self.git, self.worktree, self.base, "work\n", rules=RULES)
         assert await self.tree(first.commit) == await self.tree(again.commit)
         assert (first.refused, first.left_out, first.salvaged) == (again.refused, again.left_out, again.salvaged)
         checked = await self.git("fsck", "--no-dangling", "--connectivity-only")
@@ -113,7 +113,7 @@ async def test_ordinary_work_is_collected_completely(session: SessionWorktree) -
     (session.worktree.tree / "sym").symlink_to("/etc/passwd")
     (session.worktree.tree / "README.md").unlink()
     left = await session.collect()
-    assert left == CollectedWork(left.commit)
+    assert left == CollectionResult(left.commit)
     assert await session.tree(left.commit) == sorted(
         [
             ".env.tracked",
@@ -134,7 +134,7 @@ async def test_ordinary_work_is_collected_completely(session: SessionWorktree) -
 async def test_unchanged_worktree_gives_no_commit(session: SessionWorktree) -> None:
     """Neither does a file that was only touched."""
     os.utime(session.worktree.tree / ".env.tracked", (1, 1))
-    assert await session.collect() == CollectedWork(None)
+    assert await session.collect() == CollectionResult(None)
 
 
 async def test_secret_and_huge_files_are_left_out(session: SessionWorktree) -> None:
@@ -164,7 +164,7 @@ async def test_secret_in_the_base_is_not_new(session: SessionWorktree) -> None:
     session.write("config.py", f"OLD = '{KEY}'\nNEW = 1\n")
     (session.worktree.tree / ".env.tracked").unlink()
     left = await session.collect()
-    assert left == CollectedWork(left.commit)
+    assert left == CollectionResult(left.commit)
     assert ".env.tracked" not in await session.tree(left.commit)
     session.write(".env.tracked", "B=2\n")
     left = await session.collect()

@@ -15,14 +15,14 @@ import pytest
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.errors import GitError
 from orchestrator.repo.git.command import Git
-from orchestrator.repo.intake.collect import CollectedWork, collect_work
+from orchestrator.repo.intake.collect import CollectionResult, collect_work
 from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.worktrees.change_detection import TreeSnapshot
 from orchestrator.repo.worktrees.worktrees import Worktree
 from tests.conftest import Repository
 from tests.hub_fixture import HubFixture
 
-ADMIT = IntakeRules(Redactor([]))
+RULES = IntakeRules(Redactor([]))
 ROOT = Path(__file__).parents[2]
 #: A user id that owns nothing.
 USER = 54321
@@ -43,10 +43,12 @@ async def session(
     return yard.git, worktree, base, checkout.contents.snapshot
 
 
-async def _collect(session: tuple[Git, Worktree, str, TreeSnapshot], *, with_diff: bool) -> tuple[CollectedWork, str]:
+async def _collect(
+    session: tuple[Git, Worktree, str, TreeSnapshot], *, with_diff: bool
+) -> tuple[CollectionResult, str]:
     git, worktree, base, snapshot = session
     diff = snapshot.compare() if with_diff else None
-    work = await collect_work(git, worktree, base, "work\n", admit=ADMIT, diff=diff)
+    work = await collect_work(git, worktree, base, "work\n", rules=RULES, diff=diff)
     changes = await git("diff-tree", "-r", "--raw", "--abbrev=7", "--name-status", base, work.commit or base)
     return work, changes.stdout.decode()
 
@@ -64,7 +66,7 @@ async def test_work_in_inaccessible_folder_is_collected(
         (tree / name).write_text("changed\n")
     (tree / folder).chmod(mode)
     work, changes = await _collect(session, with_diff=with_diff)
-    assert work == CollectedWork(work.commit)
+    assert work == CollectionResult(work.commit)
     assert changes.splitlines() == ["A\tnew/a", "A\tnew/deep/b", "M\told/a", "M\told/deep/b", "A\ttop"]
 
 
@@ -78,7 +80,7 @@ async def test_unreadable_files_are_collected_with_their_executable_bit(
         (worktree.tree / name).write_text(f"{name}\n")
         (worktree.tree / name).chmod(mode)
     work, _ = await _collect(session, with_diff=with_diff)
-    assert work == CollectedWork(work.commit)
+    assert work == CollectionResult(work.commit)
     names = ("file", "old/a", "plain", "program")
     listed = (await git("ls-tree", "-r", "--format=%(objectmode) %(path)", work.commit or "", *names)).stdout.decode()
     assert listed.splitlines() == ["100644 file", "100755 old/a", "100644 plain", "100755 program"]
@@ -138,7 +140,7 @@ async def test_files_of_another_owner_are_collected_by_root(
     os.chown(tree / "new", USER, USER)
     (tree / "new").chmod(0o700)
     work, changes = await _collect(session, with_diff=with_diff)
-    assert work == CollectedWork(work.commit)
+    assert work == CollectionResult(work.commit)
     assert changes.splitlines() == ["A\tnew/a", "A\ttop"]
 
 

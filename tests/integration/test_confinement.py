@@ -30,7 +30,7 @@ from tests.hub_fixture import HubFixture
 
 pytestmark = pytest.mark.sandbox
 
-ADMIT = IntakeRules(Redactor([]))
+RULES = IntakeRules(Redactor([]))
 _EXCHANGE = 2  # RENAME_EXCHANGE, renameat2(2)
 
 
@@ -96,7 +96,7 @@ async def test_collect_of_a_nested_repository_runs_none_of_its_programs(
         (attempt.tree / "bad").mkdir()
         (attempt.tree / "bad" / "x").write_text("x")
         (attempt.tree / "bad" / "x").chmod(0o000)
-    left = await collect_work(attempt.git, attempt.worktree, attempt.base, "work\n", admit=ADMIT)
+    left = await collect_work(attempt.git, attempt.worktree, attempt.base, "work\n", rules=RULES)
     assert not marker.exists()
     assert left.refused is not None
 
@@ -207,7 +207,7 @@ async def test_live_diff_reads_nothing_behind_a_link(attempt: Attempt, tmp_path:
     aside.symlink_to(secret)
     with swapping(attempt.tree / "file", aside) as swapped:
         for _ in range(15):
-            shown = await diff_session(attempt.git, attempt.worktree, attempt.base, admit=ADMIT)
+            shown = await diff_session(attempt.git, attempt.worktree, attempt.base, rules=RULES)
             assert b"+canary" not in shown
     assert swapped() > 100
 
@@ -234,6 +234,6 @@ async def test_collect_after_a_killed_git_ignores_its_lock(attempt: Attempt) -> 
     """A command that was killed at its limit leaves a lock on our index, which nobody else uses."""
     (attempt.tree / "new").write_text("x")
     attempt.worktree.index.with_name("index.lock").touch()
-    left = await collect_work(attempt.git, attempt.worktree, attempt.base, "work\n", admit=ADMIT)
+    left = await collect_work(attempt.git, attempt.worktree, attempt.base, "work\n", rules=RULES)
     assert left.refused is None
     assert left.commit is not None

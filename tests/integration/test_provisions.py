@@ -15,7 +15,7 @@ import pytest
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.domain.settings.run_settings import PathAccess
 from orchestrator.repo.git.command import Git
-from orchestrator.repo.intake.collect import CollectedWork, collect_work
+from orchestrator.repo.intake.collect import CollectionResult, collect_work
 from orchestrator.repo.intake.diffs import diff_session
 from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.source.upstream import UpstreamRepository
@@ -59,12 +59,12 @@ class Workspace:
         done = subprocess.run(["git", *arguments], cwd=self.tree, env=self.environ, check=True, capture_output=True)
         return done.stdout.decode().strip()
 
-    async def collect(self) -> CollectedWork:
+    async def collect(self) -> CollectionResult:
         """Collect twice: the result with stamps must equal the result without."""
-        admit = IntakeRules(Redactor(), withheld=self.provisions.paths)
+        rules = IntakeRules(Redactor(), withheld=self.provisions.paths)
         found = self.snapshot.compare()
-        first = await collect_work(self.git, self.worktree, self.base, "work\n", admit=admit, diff=found)
-        again = await collect_work(self.git, self.worktree, self.base, "work\n", admit=admit)
+        first = await collect_work(self.git, self.worktree, self.base, "work\n", rules=rules, diff=found)
+        again = await collect_work(self.git, self.worktree, self.base, "work\n", rules=rules)
         assert await self.paths(first.commit) == await self.paths(again.commit)
         assert (first.refused, first.left_out, first.notes) == (again.refused, again.left_out, again.notes)
         return first
@@ -119,10 +119,10 @@ async def test_copies_equal_the_users_files(workspace: Workspace) -> None:
 async def test_provided_files_are_not_work(workspace: Workspace) -> None:
     """They are not reported either; all other files are collected."""
     await workspace.prepare()
-    assert await workspace.collect() == CollectedWork(None)
+    assert await workspace.collect() == CollectionResult(None)
     (workspace.tree / "config/new.yaml").write_text("b: 1\n")
     left = await workspace.collect()
-    assert left == CollectedWork(left.commit)
+    assert left == CollectionResult(left.commit)
     assert await workspace.paths(left.commit) == ["config/new.yaml"]
 
 
@@ -138,7 +138,7 @@ async def test_changes_of_provided_files_are_not_work(workspace: Workspace) -> N
     (workspace.tree / "data/models/own").write_text("own\n")
     (workspace.tree / ".gitignore").write_text("!.env\n!*\n")
     left = await workspace.collect()
-    assert left == CollectedWork(left.commit)
+    assert left == CollectionResult(left.commit)
     assert await workspace.paths(left.commit) == [".gitignore"]
     await workspace.prepare()
     assert "of-the-user-1" in (workspace.tree / ".env").read_text()
@@ -155,7 +155,7 @@ async def test_many_changes_next_to_provided_files_are_found(workspace: Workspac
         (workspace.tree / f"{number}.txt").write_text("x\n")
         (workspace.tree / f"vendor/a b*[c]/{number}").write_text("x\n")
     left = await workspace.collect()
-    assert left == CollectedWork(left.commit)
+    assert left == CollectionResult(left.commit)
     assert await workspace.paths(left.commit) == sorted([".gitignore", *(f"{number}.txt" for number in range(150))])
 
 
@@ -166,7 +166,7 @@ async def test_full_scan_does_not_import_provided_files(workspace: Workspace) ->
     shutil.rmtree(workspace.tree / "src")
     (workspace.tree / "src").symlink_to("vendor")
     left = await workspace.collect()
-    assert left == CollectedWork(left.commit)
+    assert left == CollectionResult(left.commit)
     assert await workspace.paths(left.commit) == [".gitignore", "src", "src/app.py"]
 
 
@@ -298,8 +298,8 @@ async def test_pipe_is_not_waited_for(workspace: Workspace) -> None:
 async def test_live_diff_excludes_provided_files(workspace: Workspace) -> None:
     """Neither their content nor a line about them."""
     await workspace.prepare()
-    admit = IntakeRules(Redactor(), withheld=workspace.provisions.paths)
-    assert await diff_session(workspace.git, workspace.worktree, workspace.base, admit=admit) == b""
+    rules = IntakeRules(Redactor(), withheld=workspace.provisions.paths)
+    assert await diff_session(workspace.git, workspace.worktree, workspace.base, rules=rules) == b""
 
 
 async def test_secret_values_in_provided_files_are_found(workspace: Workspace) -> None:
@@ -333,5 +333,5 @@ async def test_earlier_untracked_files_may_change(workspace: Workspace) -> None:
     (workspace.tree / "cache").write_text("2\n")
     (workspace.tree / "README.md").write_text("work\n")
     left = await workspace.collect()
-    assert left == CollectedWork(left.commit)
+    assert left == CollectionResult(left.commit)
     assert await workspace.paths(left.commit) == [".gitignore", "README.md"]

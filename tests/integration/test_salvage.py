@@ -15,7 +15,7 @@ from orchestrator.repo.intake.diffs import diff_commits, diff_session
 from orchestrator.repo.landing import salvage
 from orchestrator.repo.source.upstream import UpstreamRepository
 from tests.conftest import Repository
-from tests.integration.test_collect import ADMIT, VALUE, SessionWorktree, session
+from tests.integration.test_collect import RULES, VALUE, SessionWorktree, session
 
 __all__ = ["session"]
 
@@ -144,7 +144,7 @@ async def test_live_session_is_read_without_a_trace(session: SessionWorktree) ->
     session.agent("add", "new.txt")
     before = (session.worktree.index.read_bytes(), (session.worktree.git_dir / "index").read_bytes())
     there = set(session.worktree.index.parent.iterdir())
-    shown = (await diff_session(session.git, session.worktree, session.base, admit=ADMIT)).decode()
+    shown = (await diff_session(session.git, session.worktree, session.base, rules=RULES)).decode()
     assert "+live" in shown
     assert "b/new.txt" in shown
     assert VALUE not in shown
@@ -159,7 +159,7 @@ async def test_live_session_is_read_without_a_trace(session: SessionWorktree) ->
     assert not await session.has(b"# Project\nlive\n")
     os.mkfifo(session.worktree.tree / ".gitignore")
     with pytest.raises(RefusedError, match="gitignore"):
-        await diff_session(session.git, session.worktree, session.base, admit=ADMIT)
+        await diff_session(session.git, session.worktree, session.base, rules=RULES)
 
 
 async def test_work_is_applied_to_a_checkout(

@@ -479,8 +479,8 @@ async def test_task_ended_elsewhere_before_its_claim_ends_here(
             if change.task == "there" and not claimed.is_set():
                 await claimed.wait()
 
-    async def claim_and_tell(ledger: Ledger, task: str, *, is_asked: bool = False) -> bool:
-        is_ours = await claim(ledger, task, is_asked=is_asked)
+    async def claim_and_tell(ledger: Ledger, task: str, *, is_requested: bool = False) -> bool:
+        is_ours = await claim(ledger, task, is_requested=is_requested)
         if ledger.task(task).status is TaskStatus.FAILED:
             claimed.set()
         return is_ours

@@ -19,7 +19,7 @@ from orchestrator.repo.worktrees.hub import create_hub, internal_ref_name, locat
 from tests.conftest import Repository
 
 VALUE = "the-value-of-a-variable"
-ADMIT = IntakeRules(Redactor([VALUE]), max_file=1000)
+RULES = IntakeRules(Redactor([VALUE]), max_file=1000)
 IGNORED = IntakeRules(Redactor([]), scratch_patterns=("*.log",))
 
 
@@ -37,13 +37,13 @@ class Checkout:
         """Return the folder of the files."""
         return self.staging.tree
 
-    async def stage(self, admit: IntakeRules = ADMIT) -> StagingResult:
+    async def stage(self, rules: IntakeRules = RULES) -> StagingResult:
         """Stage by known differences, then with a full scan; both must be equal."""
         found = self.snapshot.compare()
         assert found is not None
-        by_stamps = await stage_files(self.git, replace(self.staging, known_diff=found), self.base, admit)
+        by_stamps = await stage_files(self.git, replace(self.staging, known_diff=found), self.base, rules)
         first = await self.index()
-        of_all = await stage_files(self.git, self.staging, self.base, admit)
+        of_all = await stage_files(self.git, self.staging, self.base, rules)
         assert (first, by_stamps) == (await self.index(), of_all)
         return by_stamps
 
@@ -126,7 +126,7 @@ async def test_file_ignored_only_by_git_is_not_rejected(checkout: Checkout) -> N
 async def test_earlier_staged_index_is_rebuilt(checkout: Checkout) -> None:
     """An entry staged earlier whose file is gone does not stay in the index."""
     (checkout.tree / "early").write_text("x\n")
-    await stage_files(checkout.git, checkout.staging, checkout.base, ADMIT)
+    await stage_files(checkout.git, checkout.staging, checkout.base, RULES)
     (checkout.tree / "early").unlink()
     (checkout.tree / "late").write_text("x\n")
     assert paths_of(await checkout.stage()) == ["late"]
@@ -135,7 +135,7 @@ async def test_earlier_staged_index_is_rebuilt(checkout: Checkout) -> None:
 async def test_rejected_file_of_an_earlier_index_is_restored(checkout: Checkout) -> None:
     """A file that was staged while small and is too large now is left as in the base."""
     (checkout.tree / "a.txt").write_text("small\n")
-    await stage_files(checkout.git, checkout.staging, checkout.base, ADMIT)
+    await stage_files(checkout.git, checkout.staging, checkout.base, RULES)
     (checkout.tree / "a.txt").write_text("x" * 2000)
     assert paths_of(await checkout.stage()) == []
 
@@ -164,7 +164,7 @@ async def test_more_files_than_git_can_stage_are_rejected_first(checkout: Checko
     before = await checkout.index()
     for number in range(21):
         (checkout.tree / f"new-{number}").write_text("x" * 300)
-    staged = await checkout.stage(replace(ADMIT, **limit))  # type: ignore[arg-type]
+    staged = await checkout.stage(replace(RULES, **limit))  # type: ignore[arg-type]
     assert staged.problem is not None
     assert "too much to stage: 21 files, 6300 bytes in total" in staged.problem
     assert not staged.changes
@@ -173,6 +173,6 @@ async def test_more_files_than_git_can_stage_are_rejected_first(checkout: Checko
     assert not [path for path in checkout.staging.quarantine.objects.rglob("*") if path.is_file()]
     for number in range(5):
         (checkout.tree / f"new-{number}").unlink()
-    staged = await checkout.stage(replace(ADMIT, **limit))  # type: ignore[arg-type]
+    staged = await checkout.stage(replace(RULES, **limit))  # type: ignore[arg-type]
     assert staged.problem is None
     assert len(staged.changes) == 16

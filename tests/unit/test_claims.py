@@ -113,7 +113,7 @@ def test_only_a_leader_takes_claims_of_live_owners(
 @pytest.mark.parametrize("other", list(Role))
 def test_request_of_a_person_reaches_any_owner(me: Role, other: Role) -> None:
     """The leader role exists between processes only."""
-    assert can_claim(claim(role=other), owner("me", me), OwnerStatus.ALIVE, is_asked=True)
+    assert can_claim(claim(role=other), owner("me", me), OwnerStatus.ALIVE, is_requested=True)
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, int, int, str]] = {
     "rule of nothing": (reading("when: {type: end}"), 7, 12, "reads nothing: add a value such as `text`"),
     "no path in a rule": (reading("text: .type"), 7, 19, "'.type' is not a path into a line of JSON: separate names"),
     "no path in a when": (reading("when: {.x: y}, done: true"), 7, 20, "'.x' is not a path into a line of JSON"),
-    "list in a when": (reading("when: {x: [y]}, done: true"), 7, 23, "expected a string, number, true or false: write one"),
+    "list in a when": (reading("when: {x: [y]}, done: true"), 7, 23, "expected a string, number, true or false"),
     "usage of all": (reading("cost: x, usage: all"), 7, 29, "use 'line', 'session' or 'conversation'"),
     "unknown output": (adapter("    argv: [x]\n    output: json\n"), 6, 13, "use 'text' or 'jsonl'"),
     "braces in resume": (adapter("    argv: [x]\n    resume: [{session}]\n"), 6, 14, 'quote it: "{session}"'),

@@ -11,7 +11,7 @@ from adapters.claude_code import ClaudeCodeAdapter, ClaudeCodeOptions
 from adapters.codex import CodexAdapter, CodexOptions
 from adapters.gemini import GeminiAdapter, GeminiOptions
 from adapters.opencode import OpencodeAdapter, OpencodeOptions
-from orchestrator.domain.runs.outcome import Failed, ProcessExit, SessionLimits, ToolDenials, judge_outcome
+from orchestrator.domain.runs.outcome import Failed, ProcessExit, SessionLimits, ToolDenials, classify_outcome
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.protocols import Adapter, ToolDenied
 from orchestrator.sessions.output.transcript import Transcript
@@ -65,7 +65,9 @@ def test_denied_tool_of_an_early_end_is_named() -> None:
 
 def test_no_change_because_of_denials_is_reported() -> None:
     denials = ToolDenials.of([("Bash(make)", ""), ("Bash(make)", "allow it"), *((f"Write({n})", "") for n in "abc")])
-    outcome = judge_outcome(ProcessExit(0, None, "exit", None), SessionLimits(1.0), None, None, None, denials=denials)
+    outcome = classify_outcome(
+        ProcessExit(0, None, "exit", None), SessionLimits(1.0), None, None, None, denials=denials
+    )
     assert isinstance(outcome, Failed)
     assert outcome.failure is FailureClass.NO_CHANGE
     reported = "5 tools denied: Bash(make), Write(a), Write(b), …: allow it"

@@ -17,7 +17,7 @@ from orchestrator.domain.runs.outcome import (
     ProcessExit,
     ResourcesExhausted,
     SessionLimits,
-    judge_outcome,
+    classify_outcome,
 )
 from orchestrator.domain.runs.retry import (
     COOLDOWN_BACKOFF,
@@ -274,27 +274,31 @@ def test_outcome_is_judged_by_facts(
     exit_: ProcessExit, commit: str | None, refused: str | None, verdict: Failed | None, outcome: Outcome
 ) -> None:
     """A zero exit with a change is built; a reported failure counts, a reported success does not; the rest failed."""
-    assert judge_outcome(exit_, SessionLimits(60.0), commit, refused, verdict) == outcome
+    assert classify_outcome(exit_, SessionLimits(60.0), commit, refused, verdict) == outcome
 
 
 def test_exit_code_is_explained_by_the_last_line_of_stderr() -> None:
     failed, limits = ProcessExit(2, None, "exit", None), SessionLimits(60.0)
-    result = judge_outcome(failed, limits, None, None, None, errors="started\n sh: no such file \n\n")
+    result = classify_outcome(failed, limits, None, None, None, errors="started\n sh: no such file \n\n")
     assert result == Failed(CRASHED, "the program ended with exit code 2: sh: no such file")
-    ruled = judge_outcome(failed, limits, None, None, None, errors="  | OSError: no room\n  +-----------\n")
+    ruled = classify_outcome(failed, limits, None, None, None, errors="  | OSError: no room\n  +-----------\n")
     assert ruled == Failed(CRASHED, "the program ended with exit code 2: | OSError: no room")
-    cut = judge_outcome(failed, limits, None, None, None, errors="x" * 999)
+    cut = classify_outcome(failed, limits, None, None, None, errors="x" * 999)
     assert cut == Failed(CRASHED, f"the program ended with exit code 2: {'x' * 300}")
-    assert judge_outcome(failed, limits, None, None, BUSY, errors="no\n") == BUSY
+    assert classify_outcome(failed, limits, None, None, BUSY, errors="no\n") == BUSY
 
 
 @pytest.mark.parametrize(("commit", "refused"), [("c", None), (None, None), ("c", "it contains a secret")])
 def test_reported_failure_counts_despite_changes(commit: str | None, refused: str | None) -> None:
     """Despite a zero exit as well; a stop remains a stop."""
     limits = SessionLimits(60.0)
-    assert judge_outcome(ProcessExit(0, None, "exit", None), limits, commit, refused, BUSY, admitted=True) == BUSY
+    assert (
+        classify_outcome(ProcessExit(0, None, "exit", None), limits, commit, refused, BUSY, reported_failure=True)
+        == BUSY
+    )
     assert isinstance(
-        judge_outcome(ProcessExit(0, None, "stop", None), limits, commit, refused, BUSY, admitted=True), Interrupted
+        classify_outcome(ProcessExit(0, None, "stop", None), limits, commit, refused, BUSY, reported_failure=True),
+        Interrupted,
     )
 
 
@@ -302,8 +306,8 @@ def test_unfinished_session_failed_despite_changes() -> None:
     """A zero exit without the closing line of the program is a failure; text alone does not count."""
     limits = SessionLimits(60.0)
     cut = replace(BUSY, unfinished=True)
-    assert judge_outcome(ProcessExit(0, None, "exit", None), limits, "c", None, cut) == cut
-    assert judge_outcome(ProcessExit(0, None, "exit", None), limits, "c", None, BUSY) == Built("c")
+    assert classify_outcome(ProcessExit(0, None, "exit", None), limits, "c", None, cut) == cut
+    assert classify_outcome(ProcessExit(0, None, "exit", None), limits, "c", None, BUSY) == Built("c")
 
 
 @pytest.mark.parametrize(
@@ -316,7 +320,7 @@ def test_unfinished_session_failed_despite_changes() -> None:
 )
 def test_limit_and_missing_program_are_named(exit_: ProcessExit, failure: FailureClass, fragment: str) -> None:
     """The failure has the class, and its reason names the setting to change."""
-    judged = judge_outcome(exit_, SessionLimits(90.0, 7.0), "c", None, BUSY)
+    judged = classify_outcome(exit_, SessionLimits(90.0, 7.0), "c", None, BUSY)
     assert isinstance(judged, Failed)
     assert judged.failure is failure
     assert fragment in judged.reason

@@ -78,8 +78,8 @@ class TaskChanges(Topic):
         run_document, document = await read_named_task(self._context.store, name, task)
         git = trusted_git(run_document, self._context.environ)
         if document.status is TaskStatus.RUNNING:
-            worktree, admit = await self._session(name, task, document.attempt)
-            return await diffs.count_session_changes(git, worktree, document.attempt.base, admit=admit)
+            worktree, rules = await self._session(name, task, document.attempt)
+            return await diffs.count_session_changes(git, worktree, document.attempt.base, rules=rules)
         return await count(git, *await _diff_range(git, run_document, task, document))
 
     async def preserved(self, run: str | None = None) -> Sequence[PreservedWork]:
@@ -152,9 +152,9 @@ class TaskChanges(Topic):
         return trusted_git(await read_run(self._context.store, run), self._context.environ)
 
     async def _live_diff(self, run: str, task: str, attempt: Attempt, *, stat: bool) -> bytes:
-        worktree, admit = await self._session(run, task, attempt)
+        worktree, rules = await self._session(run, task, attempt)
         git = await self._git(run)
-        return await diffs.diff_session(git, worktree, attempt.base, admit=admit, stat=stat)
+        return await diffs.diff_session(git, worktree, attempt.base, rules=rules, stat=stat)
 
     async def _session(self, run: str, task: str, attempt: Attempt) -> tuple[Worktree, IntakeRules]:
         """Return the worktree of an attempt, and the rules for showing its files."""

@@ -123,14 +123,14 @@ class SessionLimits:
 _NONE_DENIED = ToolDenials()
 
 
-def judge_outcome(
+def classify_outcome(
     exit_: ProcessExit,
     limits: SessionLimits,
     commit: str | None,
     refused: str | None,
     verdict: Failed | None,
     *,
-    admitted: bool = False,
+    reported_failure: bool = False,
     writes: bool = True,
     errors: str = "",
     denials: ToolDenials = _NONE_DENIED,
@@ -139,10 +139,10 @@ def judge_outcome(
 
     `commit` has the changes in the worktree (None: no changes), `refused` is the reason to reject them (None:
     accepted), `verdict` is the failure that the adapter found in the program's output. The verdict applies only if the
-    program failed, changed nothing, reported its own failure at the end (`admitted`), or did not print its usual end
-    (`unfinished`). Exit code 0 does not prove success, and neither does partial work. Without `writes`, the session was
-    not allowed to change files. `errors` is the tail of standard error: its last line is part of the reason for an
-    unexplained exit code. `denials` are part of the reason if nothing changed.
+    program failed, changed nothing, reported its own failure at the end (`reported_failure`), or did not print its
+    usual end (`unfinished`). Exit code 0 does not prove success, and neither does partial work. Without `writes`, the
+    session was not allowed to change files. `errors` is the tail of standard error: its last line is part of the reason
+    for an unexplained exit code. `denials` are part of the reason if nothing changed.
     """
     if exit_.spawn_error is not None:
         return _not_started(exit_)
@@ -153,7 +153,7 @@ def judge_outcome(
     if exit_.exit != 0:
         how = f"got signal {exit_.signal}" if exit_.exit is None else f"ended with exit code {exit_.exit}"
         return verdict or Failed(FailureClass.CRASHED, f"the program {how}{_last_line(errors)}")
-    if verdict is not None and (admitted or verdict.unfinished):
+    if verdict is not None and (reported_failure or verdict.unfinished):
         return verdict
     return _ended_well(commit, refused, verdict, denials) if writes else ReadOnlySuccess()
 

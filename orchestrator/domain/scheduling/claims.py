@@ -165,14 +165,15 @@ def can_claim(
     holder: OwnerStatus | None,
     *,
     override: bool = False,
-    is_asked: bool = False,
+    is_requested: bool = False,
 ) -> bool:
     """Return whether an orchestrator may claim a task.
 
     `holder` is the status of the claim's owner, None if unknown. Among equals, the first claim wins. With `override`, a
-    leader may take a task from a worker. On a user's request (`is_asked`), any orchestrator may take it from any owner.
+    leader may take a task from a worker. On a user's request (`is_requested`), any orchestrator may take it from any
+    owner.
     """
-    if claim is None or claim.released is not None or is_asked:
+    if claim is None or claim.released is not None or is_requested:
         return True
     if holder not in {OwnerStatus.ALIVE, None}:
         return True

@@ -189,7 +189,11 @@ class AttemptRunner:
     def _session_workspace(self, active: ActiveAttempt) -> SessionWorkspace:
         assignment, tools = active.session.assignment, self.context.tools
         return SessionWorkspace(
-            assignment.worktree, assignment.base, assignment.adapter, tools.logs, tools.admission(assignment.max_file)
+            assignment.worktree,
+            assignment.base,
+            assignment.adapter,
+            tools.logs,
+            tools.intake_rules(assignment.max_file),
         )
 
     async def _notes(self, task: str, spec: TaskSpec) -> str | None:

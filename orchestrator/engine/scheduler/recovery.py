@@ -38,7 +38,7 @@ from orchestrator.errors import (
     to_unusable_error,
 )
 from orchestrator.protocols import JsonObject
-from orchestrator.repo.intake.collect import CollectedWork
+from orchestrator.repo.intake.collect import CollectionResult
 from orchestrator.repo.worktrees import worktrees
 from orchestrator.repo.worktrees.hub import reports_hub_damage
 from orchestrator.repo.worktrees.preserved import try_to_preserve
@@ -288,7 +288,7 @@ async def _save(ledger: Ledger, context: RunContext, worktree: Worktree, attempt
     missing = [name for name in attempt.secrets if not context.tools.environ.get(name)]
     if missing:
         # Without its value, a secret can't be detected in a commit.
-        collected = CollectedWork(
+        collected = CollectionResult(
             None, f"it may contain the value of {', '.join(missing)}, which is not set here", complete=False
         )
     else:
@@ -302,15 +302,15 @@ async def _save(ledger: Ledger, context: RunContext, worktree: Worktree, attempt
     return collected.complete
 
 
-async def _collect(context: RunContext, worktree: Worktree, base: str, spec: TaskSpec) -> CollectedWork:
+async def _collect(context: RunContext, worktree: Worktree, base: str, spec: TaskSpec) -> CollectionResult:
     slot = worktree.slot
     setup_files = () if slot is None else await anyio.to_thread.run_sync(read_setup_files, slot)
     try:
         return await salvage_session(
-            context.git, worktree, base, spec.prompt, context.tools.admission(spec.max_file, setup_files)
+            context.git, worktree, base, spec.prompt, context.tools.intake_rules(spec.max_file, setup_files)
         )
     except (GitError, OSError) as error:
-        return CollectedWork(None, str(error), complete=False)
+        return CollectionResult(None, str(error), complete=False)
 
 
 async def _read_transcript(context: RunContext, attempt: Attempt, task: str) -> Transcript:

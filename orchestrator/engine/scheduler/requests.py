@@ -307,7 +307,7 @@ async def _is_ours_to_cancel(ledger: Ledger, task: str) -> bool:
     while (ledger.task(task).status, Trigger.CANCEL) in TRANSITIONS:
         if not ledger.is_claimed_elsewhere(task):
             return True
-        if not await ledger.claim(task, is_asked=True) and ledger.is_claimed_elsewhere(task):
+        if not await ledger.claim(task, is_requested=True) and ledger.is_claimed_elsewhere(task):
             return False
     return False
 

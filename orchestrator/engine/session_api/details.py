@@ -45,7 +45,7 @@ class SessionWorkspace:
     adapter: Adapter
     logs: Path
     """The folder with the logs of its run."""
-    admit: IntakeRules
+    rules: IntakeRules
     """The rules that decide which of its files may be shown."""
 
 
@@ -86,8 +86,8 @@ async def find_session_files(store: Store, session: SessionName, redactor: Redac
     run, spec = await read_run(store, session.run), await read_spec(store, session.run, session.task)
 
     config = run.worktrees
-    admit = IntakeRules(redactor, spec.max_file, withheld=config.copied + config.linked)
-    return Worktree(Hub(Path(run.hub)), *session), admit
+    rules = IntakeRules(redactor, spec.max_file, withheld=config.copied + config.linked)
+    return Worktree(Hub(Path(run.hub)), *session), rules
 
 
 async def find_workspace(
@@ -101,8 +101,8 @@ async def find_workspace(
     attempt = next((attempt for attempt in attempts if attempt.number == session.attempt), None)
     if attempt is None:
         raise RefusedError(f"attempt {session.attempt} of task {session.task!r} not found", "wait until it starts")
-    worktree, admit = await find_session_files(store, session, redactor)
-    return SessionWorkspace(worktree, attempt.base, adapters[attempt.adapter], logs / session.run, admit)
+    worktree, rules = await find_session_files(store, session, redactor)
+    return SessionWorkspace(worktree, attempt.base, adapters[attempt.adapter], logs / session.run, rules)
 
 
 async def read_session_details(git: Git, workspace: SessionWorkspace, redactor: Redactor) -> SessionDetails:
@@ -110,9 +110,9 @@ async def read_session_details(git: Git, workspace: SessionWorkspace, redactor: 
 
     Read-only. Raises RefusedError if the session has no worktree yet, or no longer has one.
     """
-    worktree, base, admit = workspace.worktree, workspace.base, workspace.admit
-    changes = await count_session_changes(git, worktree, base, admit=admit)
-    diff = (await diff_session(git, worktree, base, admit=admit)).decode(errors="replace")
+    worktree, base, rules = workspace.worktree, workspace.base, workspace.rules
+    changes = await count_session_changes(git, worktree, base, rules=rules)
+    diff = (await diff_session(git, worktree, base, rules=rules)).decode(errors="replace")
     commits = await count_session_commits(git, worktree, base)
     plan, log = await _read_plan_and_log(workspace)
     return SessionDetails(

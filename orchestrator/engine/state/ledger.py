@@ -224,11 +224,11 @@ class Ledger:
             self.tasks.apply_own(task, after)
             return True
 
-    async def claim(self, task: str, *, is_asked: bool = False) -> bool:
+    async def claim(self, task: str, *, is_requested: bool = False) -> bool:
         """Claim an unclaimed task in its current state; return whether the claim is ours.
 
-        Such a task may be queued to land. On a user's request (`is_asked`), take the claim from any owner, except for a
-        task that is landing.
+        Such a task may be queued to land. On a user's request (`is_requested`), take the claim from any owner, except
+        for a task that is landing.
         """
         if self.claims is None:
             return True
@@ -236,9 +236,9 @@ class Ledger:
             if task not in self.claims:
                 await self.tasks.refresh(task)
                 status = self.tasks[task].status
-                if status not in CLAIMED_STATUSES or (is_asked and status is TaskStatus.LANDING):
+                if status not in CLAIMED_STATUSES or (is_requested and status is TaskStatus.LANDING):
                     return False  # nothing to claim, now or later
-                if isinstance(await self.claims.claim(task, is_asked=is_asked), ClaimHolder):
+                if isinstance(await self.claims.claim(task, is_requested=is_requested), ClaimHolder):
                     return False
             await self.tasks.refresh(task, released=False)
             if (status := self.tasks[task].status) in CLAIMED_STATUSES:

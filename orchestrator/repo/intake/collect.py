@@ -35,7 +35,7 @@ _MAX_SALVAGED = 50
 
 
 @dataclass(frozen=True, slots=True)
-class CollectedWork:
+class CollectionResult:
     """The work collected from a worktree.
 
     `commit`: the commit with the changes, or None without changes. `refused`: the reason why it can't be landed, or
@@ -53,15 +53,15 @@ class CollectedWork:
 
 
 async def collect_work(
-    git: Git, worktree: Worktree, base: str, message: str, *, admit: IntakeRules, diff: TreeDiff | None = None
-) -> CollectedWork:
+    git: Git, worktree: Worktree, base: str, message: str, *, rules: IntakeRules, diff: TreeDiff | None = None
+) -> CollectionResult:
     """Commit the worktree's changes since `base` to the attempt's branch.
 
     No session process may be running. `git` runs in the trusted repository. `diff`, the changes since the slot was
     assigned, limits the files that are read. Safe to repeat: a second call commits the same content again.
     """
     try:
-        return await _collect_all(git, worktree, base, message, admit, diff)
+        return await _collect_all(git, worktree, base, message, rules, diff)
     finally:
         # The folder also contains rejected objects.
         with anyio.CancelScope(shield=True):
@@ -69,16 +69,16 @@ async def collect_work(
 
 
 async def _collect_all(
-    git: Git, worktree: Worktree, base: str, message: str, admit: IntakeRules, diff: TreeDiff | None
-) -> CollectedWork:
+    git: Git, worktree: Worktree, base: str, message: str, rules: IntakeRules, diff: TreeDiff | None
+) -> CollectionResult:
     unread, refs = await anyio.to_thread.run_sync(_open, worktree, diff)
-    history = SessionCommits(git, worktree, base, admit)
+    history = SessionCommits(git, worktree, base, rules)
     if any(target != base for _, target in _candidates(refs, worktree.branch)):
         await history.open()
     tip, dropped = await _own_commits(history, refs)
     files = await _collect_files(history, tip, refs.head, message, diff, unread)
     salvaged, notes = await _salvage(history, refs, files.commit or base)
-    return CollectedWork(
+    return CollectionResult(
         files.commit,
         files.refused,
         complete=files.complete and not dropped and not notes,
@@ -116,12 +116,12 @@ async def _collect_files(
     message: str,
     diff: TreeDiff | None,
     unread: Sequence[str] | None,
-) -> CollectedWork:
+) -> CollectionResult:
     git, worktree, base = history.git, history.worktree, history.base
     staged = await _stage(history, diff, unread)
     refused, left_out = staged.refused, staged.left_out
     if tip == base and not staged.changes:
-        return CollectedWork(None, refused, complete=refused is None, left_out=left_out)
+        return CollectionResult(None, refused, complete=refused is None, left_out=left_out)
     tree = await git.line("write-tree", env={"GIT_INDEX_FILE": str(worktree.index)})
     base_tree = tip_tree = None  # without commits, only changed files are collected
     if tip != base:
@@ -133,11 +133,11 @@ async def _collect_files(
     if tree != tip_tree:
         tip = await git.line("commit-tree", tree, "-p", tip, input_=message.encode())
     if tree == base_tree and not (refused and tip != base):
-        return CollectedWork(None, refused, complete=refused is None, left_out=left_out)
+        return CollectionResult(None, refused, complete=refused is None, left_out=left_out)
     await git("update-ref", f"refs/heads/{worktree.branch}", tip)
     failpoint("work.committed")
     changes = staged.changes if own == base else await git.changes(base, tip)
-    return CollectedWork(
+    return CollectionResult(
         tip, refused or _describe_nested_repository(changes), complete=refused is None, left_out=left_out
     )
 
@@ -162,7 +162,7 @@ async def _stage(history: SessionCommits, diff: TreeDiff | None, unread: Sequenc
         # Files outside the sparse folders may differ from the commit: let git see and compare them.
         git, diff = replace(git, flags=(*git.flags, "-c", "core.sparseCheckout=true")), None
     staging = StagingArea(worktree.tree, worktree.index, quarantine, diff)
-    staged = await stage_files(git, staging, history.base, history.admit)
+    staged = await stage_files(git, staging, history.base, history.rules)
     await anyio.to_thread.run_sync(quarantine.admit_objects, staged.refused_objects)
     failpoint("work.staged")
     reasons = []
@@ -202,7 +202,7 @@ async def _salvage(history: SessionCommits, refs: SessionRefs, tip: str) -> tupl
         if len(created) == _MAX_SALVAGED:
             notes.append(f"too many refs: only {_MAX_SALVAGED} were salvaged")
             break
-        safe = history.admit.redactor.text(name)
+        safe = history.rules.redactor.text(name)
         ref = _free_ref(salvage_ref_name(worktree.run, worktree.task, worktree.attempt, safe), created)
         if before is None:
             # The refs created by an earlier, interrupted call.

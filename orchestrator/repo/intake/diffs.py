@@ -45,13 +45,13 @@ async def diff_commits_bounded(git: Git, base: str, commit: str) -> str:
     return f"{text}\n{(await diff_commits(git, base, commit)).decode(errors='replace')}"
 
 
-async def diff_session(git: Git, worktree: Worktree, base: str, *, admit: IntakeRules, stat: bool = False) -> bytes:
+async def diff_session(git: Git, worktree: Worktree, base: str, *, rules: IntakeRules, stat: bool = False) -> bytes:
     """Return the diff between a session's base and its current files.
 
     The session may be running. Leaves both indexes unchanged and keeps no objects. Secrets and huge files are omitted
     and listed before the diff in lines that begin with `#`. Raises RefusedError if there is no readable checkout.
     """
-    async with _staged(git, worktree, base, admit) as (staging, staged):
+    async with _staged(git, worktree, base, rules) as (staging, staged):
         options = _options(stat=stat)
         done = await staging.confine(git)("diff-index", "--cached", *options, base, env=staging.env)
     lines = [f"# left out: {printable_name(path)!r}: {reason}\n" for path, reason in sorted(staged.refused.items())]
@@ -60,9 +60,9 @@ async def diff_session(git: Git, worktree: Worktree, base: str, *, admit: Intake
     return "".join(lines).encode(errors="replace") + done.stdout
 
 
-async def count_session_changes(git: Git, worktree: Worktree, base: str, *, admit: IntakeRules) -> Changes:
+async def count_session_changes(git: Git, worktree: Worktree, base: str, *, rules: IntakeRules) -> Changes:
     """Count a session's changes so far, without secrets and huge files."""
-    async with _staged(git, worktree, base, admit) as (staging, _):
+    async with _staged(git, worktree, base, rules) as (staging, _):
         done = await staging.confine(git)("diff-index", "--cached", *COUNTS, base, env=staging.env)
     return parse_numstat(done.stdout.splitlines())
 
@@ -89,13 +89,13 @@ async def count_session_commits(git: Git, worktree: Worktree, base: str) -> int:
 
 @asynccontextmanager
 async def _staged(
-    git: Git, worktree: Worktree, base: str, admit: IntakeRules
+    git: Git, worktree: Worktree, base: str, rules: IntakeRules
 ) -> AsyncIterator[tuple[StagingArea, StagingResult]]:
     """Stage a session's files in a copy of our index for the `with` block."""
     folder = await anyio.to_thread.run_sync(_prepare, worktree)
     try:
         staging = StagingArea(worktree.tree, folder / "index", Quarantine(folder / "objects", worktree.hub.objects))
-        yield staging, await stage_files(git, staging, base, admit)
+        yield staging, await stage_files(git, staging, base, rules)
     finally:
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(lambda: shutil.rmtree(folder, ignore_errors=True))

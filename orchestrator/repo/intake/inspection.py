@@ -85,7 +85,7 @@ class IntakeRules:
 
 
 async def find_rejected_paths(
-    git: Git, changes: Iterable[FileChange], admit: IntakeRules, env: Mapping[str, str], loose: Sequence[Path] = ()
+    git: Git, changes: Iterable[FileChange], rules: IntakeRules, env: Mapping[str, str], loose: Sequence[Path] = ()
 ) -> dict[str, str]:
     """Return the changed paths to reject, each with a reason.
 
@@ -94,12 +94,12 @@ async def find_rejected_paths(
     memory at a time.
     """
     present = [change for change in changes if change.new_id != change.old_id and int(change.new_mode, 8)]
-    by_name = {change.path: reason for change in present if (reason := admit.check_name(change.path))}
+    by_name = {change.path: reason for change in present if (reason := rules.check_name(change.path))}
     files = [change for change in present if change.new_mode not in _WITHOUT_CONTENT]
     objects = _Objects(git, env, loose)
     sizes = await objects.sizes({file.new_id for file in files})
     refused = by_name | {
-        file.path: reason for file in files if (reason := admit.check_file(file.path, sizes[file.new_id]))
+        file.path: reason for file in files if (reason := rules.check_file(file.path, sizes[file.new_id]))
     }
     described = [file for file in files if file.path.rpartition("/")[2].lower() == _SUBMODULES]
     checked = {file.path: await _check_submodules(git, file, env) for file in described if file.path not in refused}
@@ -108,9 +108,9 @@ async def find_rejected_paths(
     secrets: dict[str, set[bytes]] = {}
     sized = ((blob, sizes[blob]) for blob in sorted({file.new_id for file in remaining}))
     for batch in batch_by_size(sized, _BATCH_BYTES):
-        secrets |= await objects.find(batch, admit.redactor)
+        secrets |= await objects.find(batch, rules.redactor)
     for file in remaining:
-        if secrets.get(file.new_id) and secrets[file.new_id] - await objects.known(file.old_id, admit.redactor):
+        if secrets.get(file.new_id) and secrets[file.new_id] - await objects.known(file.old_id, rules.redactor):
             refused[file.path] = "it contains a secret"
     return refused
 

@@ -27,7 +27,7 @@ class SessionCommits:
     git: Git
     worktree: Worktree
     base: str
-    admit: IntakeRules
+    rules: IntakeRules
 
     async def resolve_commit(self, name: str) -> str | None:
         """Return the commit that a session's object is or points to, or None."""
@@ -108,10 +108,10 @@ class SessionCommits:
         if int(counted) > _MAX_COMMITS:
             return f"there are more than {_MAX_COMMITS} commits"
         options = ("--objects", "--no-object-names", "--filter-print-omitted")
-        limit = f"--filter=blob:limit={self.admit.max_file + 1}"
+        limit = f"--filter=blob:limit={self.rules.max_file + 1}"
         listed = await self._run_on_session_objects("rev-list", *options, limit, tip, *excluded)
         if "~" in listed:
-            return f"a file in them has more than {self.admit.max_file} bytes"
+            return f"a file in them has more than {self.rules.max_file} bytes"
         return None
 
     async def _pack(self, quarantine: Quarantine, tip: str, known: tuple[str, ...]) -> None:
@@ -144,7 +144,7 @@ class SessionCommits:
         messages = [
             FileChange(f"commit {name}", "000000", "100644", _NULL_ID, name) for name in commits.decode().split()
         ]
-        return await find_rejected_paths(git, [*changes, *messages], self.admit, env)
+        return await find_rejected_paths(git, [*changes, *messages], self.rules, env)
 
     async def _base_files(self) -> dict[str, str]:
         listed = await self.git("ls-tree", "-r", "-z", self.base)

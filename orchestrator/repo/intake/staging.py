@@ -93,43 +93,43 @@ class StagingResult:
     """The changes from the base to the index."""
 
 
-async def stage_files(git: Git, staging: StagingArea, base: str, admit: IntakeRules) -> StagingResult:
+async def stage_files(git: Git, staging: StagingArea, base: str, rules: IntakeRules) -> StagingResult:
     """Stage all allowed changes since `base`; new objects stay in quarantine.
 
     Files rejected by name or size are not read. Safe to repeat: the index is rebuilt from `base` and keeps its cached
     mtimes.
     """
     git = staging.confine(git)
-    await anyio.to_thread.run_sync(staging.prepare, admit.ignored)
+    await anyio.to_thread.run_sync(staging.prepare, rules.ignored)
     if staging.known_diff is not None and staging.known_diff.is_small(_MAX_PATHS_ON_STDIN_PATHS):
-        among = staging.known_diff.without(lambda path: admit.find_withheld(path) is not None)
-        staged = await _stage(git, staging, base, admit, among)
+        among = staging.known_diff.without(lambda path: rules.find_withheld(path) is not None)
+        staged = await _stage(git, staging, base, rules, among)
         if staged is not None:
             return staged
-        await anyio.to_thread.run_sync(staging.prepare, admit.ignored)
+        await anyio.to_thread.run_sync(staging.prepare, rules.ignored)
     # Usually the index still matches `base`, and checking that is many times faster than rebuilding it.
     if (await git("diff-index", "--cached", "--quiet", base, env=staging.env, ok=(0, 1, 128))).returncode:
         await git("read-tree", "--reset", base, env=staging.env)
-    staged = await _stage(git, staging, base, admit, None)
+    staged = await _stage(git, staging, base, rules, None)
     assert staged is not None, "without `among` there is always a result"  # noqa: S101
     return staged
 
 
 async def _stage(
-    git: Git, staging: StagingArea, base: str, admit: IntakeRules, among: TreeDiff | None
+    git: Git, staging: StagingArea, base: str, rules: IntakeRules, among: TreeDiff | None
 ) -> StagingResult | None:
     """Stage into an index that matches the base; return None if it does not match.
 
     A mismatch is detected only if git looks only at files `among` a diff.
     """
     try:
-        withheld_at = {path: admit.find_withheld(path) for path in await _differing(git, staging, among, admit)}
+        withheld_at = {path: rules.find_withheld(path) for path in await _differing(git, staging, among, rules)}
         differing = [path for path, withheld in withheld_at.items() if withheld is None]
-        refused, problem = await anyio.to_thread.run_sync(_check_unread, staging.tree, differing, admit)
+        refused, problem = await anyio.to_thread.run_sync(_check_unread, staging.tree, differing, rules)
         # A .gitignore may re-include files that we ignore.
         without = [*refused, *{withheld for withheld in withheld_at.values() if withheld is not None}]
         if differing and problem is None:
-            problem = await _add(git, staging, differing, without, admit)
+            problem = await _add(git, staging, differing, without, rules)
         raw = await git("diff-index", "--cached", "--raw", "-z", "--no-renames", base, env=staging.env)
     except GitError as error:
         if among is None or is_resource_exhaustion(error):
@@ -140,17 +140,17 @@ async def _stage(
     may_differ = {path.rstrip("/") for path in differing} - refused.keys()
     if among is not None and not {change.path for change in changes} <= may_differ:
         return None
-    reasons = await find_rejected_paths(git, changes, admit, staging.env, staging.quarantine.folders)
+    reasons = await find_rejected_paths(git, changes, rules, staging.env, staging.quarantine.folders)
     rejected = [change for change in changes if change.path in reasons]
     if rejected:
         lines = "".join(f"{change.old_mode} {change.old_id}\t{change.path}\0" for change in rejected)
         await git("update-index", "-z", "--index-info", env=staging.env, input_=lines.encode(errors="surrogateescape"))
-    refused |= {path: reason for path, reason in reasons.items() if admit.find_withheld(path) is None}
+    refused |= {path: reason for path, reason in reasons.items() if rules.find_withheld(path) is None}
     remaining = [change for change in changes if change.path not in reasons]
     return StagingResult(refused, problem, frozenset(change.new_id for change in rejected), remaining)
 
 
-async def _differing(git: Git, staging: StagingArea, among: TreeDiff | None, admit: IntakeRules) -> list[str]:
+async def _differing(git: Git, staging: StagingArea, among: TreeDiff | None, rules: IntakeRules) -> list[str]:
     """Return files that differ from the index or are missing, and are not ignored.
 
     Git looks only at files `among` a diff; None means all files. Git is not run if every path may be passed to `git
@@ -158,7 +158,7 @@ async def _differing(git: Git, staging: StagingArea, among: TreeDiff | None, adm
     """
     if among is not None:
         paths = [*among.changed, *among.removed, *among.added]
-        if await anyio.to_thread.run_sync(_may_all_be_read, staging.tree, among.added, paths, admit):
+        if await anyio.to_thread.run_sync(_may_all_be_read, staging.tree, among.added, paths, rules):
             return paths
 
     async def ask(*command: str, paths: Sequence[str] = (), input_: bytes | None = None) -> bytes:
@@ -188,27 +188,27 @@ def _literal(path: str) -> str:
     return f":(top,literal){path}"
 
 
-def _may_all_be_read(tree: Path, added: Iterable[str], paths: Iterable[str], admit: IntakeRules) -> bool:
+def _may_all_be_read(tree: Path, added: Iterable[str], paths: Iterable[str], rules: IntakeRules) -> bool:
     """Return whether no path is rejected, and no added path is a folder."""
     folders = (path for path in added if (tree / path).is_dir() and not (tree / path).is_symlink())
-    return not any(folders) and not _check_unread(tree, paths, admit)[0]
+    return not any(folders) and not _check_unread(tree, paths, rules)[0]
 
 
-def _check_unread(tree: Path, paths: Iterable[str], admit: IntakeRules) -> tuple[dict[str, str], str | None]:
+def _check_unread(tree: Path, paths: Iterable[str], rules: IntakeRules) -> tuple[dict[str, str], str | None]:
     """Return files rejected by name or size, and the limit that the rest exceeds."""
     refused, files, total = dict[str, str](), 0, 0
     for path in paths:
         with suppress(OSError):  # removed in the meantime, or unreachable: git reports it
             status = os.lstat(tree / path)
-            if not stat.S_ISDIR(status.st_mode) and (reason := admit.check_file(path, status.st_size)):
+            if not stat.S_ISDIR(status.st_mode) and (reason := rules.check_file(path, status.st_size)):
                 refused[path] = reason
             else:
                 files, total = files + 1, total + status.st_size
-    return refused, admit.check_total(files, total)
+    return refused, rules.check_total(files, total)
 
 
 async def _add(
-    git: Git, staging: StagingArea, paths: Sequence[str], without: Collection[str], admit: IntakeRules
+    git: Git, staging: StagingArea, paths: Sequence[str], without: Collection[str], rules: IntakeRules
 ) -> str | None:
     """Add the changed files `paths`; return the reason for a failure, or None."""
     excluded = [f":(top,exclude,literal){path}" for path in without]
@@ -216,10 +216,10 @@ async def _add(
         # Given names, git need not scan the checkout again. It rejects names behind a link: these are files of a folder
         # that was replaced by a link.
         with suppress(GitError):
-            await _add_matching(git, staging, [*map(_literal, paths), *excluded], admit, _NO_PRELOAD)
+            await _add_matching(git, staging, [*map(_literal, paths), *excluded], rules, _NO_PRELOAD)
             return None
     try:
-        await _add_matching(git, staging, [":(top)", *excluded], admit)
+        await _add_matching(git, staging, [":(top)", *excluded], rules)
     except GitError as error:
         if is_resource_exhaustion(error):
             raise
@@ -228,10 +228,10 @@ async def _add(
 
 
 async def _add_matching(
-    git: Git, staging: StagingArea, patterns: Sequence[str], admit: IntakeRules, options: Sequence[str] = ()
+    git: Git, staging: StagingArea, patterns: Sequence[str], rules: IntakeRules, options: Sequence[str] = ()
 ) -> None:
     # Above this size git would write packs, from which single objects can't be excluded.
-    limit = f"core.bigFileThreshold={admit.max_file + 1}"
+    limit = f"core.bigFileThreshold={rules.max_file + 1}"
     command = [*options, "-c", limit, "add", "--sparse", "--all", "--ignore-errors", *_PATHS_ON_STDIN]
     pathspecs = join_nul(patterns)
     await git(

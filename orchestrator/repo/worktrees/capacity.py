@@ -17,7 +17,10 @@ from orchestrator.repo.worktrees.slots import WorktreeSlot, assess_slot, list_sl
 
 @dataclass(frozen=True, slots=True)
 class PoolLimits:
-    """The maximum number of slots per hub and their bytes on disk, not counting slots preserved for a session."""
+    """The maximum number of slots per hub and their bytes on disk.
+
+    Slots preserved for a session do not count.
+    """
 
     slots: int = 16
     bytes: int | None = None
@@ -35,7 +38,7 @@ class HubCapacity:
         return self._limits.bytes is not None and sum(sizes) > self._limits.bytes
 
     async def has_room(self, pool: HeldSlots) -> bool:
-        """Return whether a pool may create one more slot, replacing an idle one if necessary.
+        """Return whether a pool may create a slot, possibly in place of an idle one.
 
         Raises RefusedError if not even one fits. The caller must hold the hub's lock of slots.
         """
@@ -85,7 +88,7 @@ class HubCapacity:
         return False
 
     async def _measure_counted(self) -> dict[WorktreeSlot, int]:
-        """Return each slot's bytes on disk, except slots preserved for a session of an inactive run."""
+        """Return each slot's bytes on disk, except preserved slots of inactive runs."""
         counted: dict[WorktreeSlot, int] = {}
         for slot in await anyio.to_thread.run_sync(list_slots, self._hub):
             if (ours := self._held_slots().get(slot.number)) is not None:

@@ -1,4 +1,4 @@
-"""Change the files of held worktree slots: check out, set up, clean, compare, measure and remove them."""
+"""Change the files of held slots: check out, set up, clean, compare and remove."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class SetupError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class SlotOptions:
-    """How slots are checked out, set up and torn down. `set_up` and `tear_down` get a slot that nobody else uses."""
+    """How unused slots are checked out, set up and torn down."""
 
     sparse: tuple[str, ...] = ()
     """The folders to check out; all if empty."""
@@ -91,7 +91,7 @@ class HeldSlot:
             watch.close()
 
     async def compare(self) -> TreeDiff | None:
-        """Return the changes since assignment, or None if unknown. No process may be writing to the slot."""
+        """Return the changes since assignment, or None if unknown; no process may write."""
         snapshot = self.contents.snapshot
         diff = await _compare(self.scanner, snapshot)
         if diff is None or self.detects_all:
@@ -109,7 +109,10 @@ class HeldSlot:
 
 
 class Checkouts:
-    """Changes the files of the slots of one pool. The caller must hold the slot; `git` is the trusted repository's."""
+    """Changes the files of a pool's slots, which the caller must hold.
+
+    `git` is the trusted repository's.
+    """
 
     def __init__(self, git: Git, hub: Hub, options: SlotOptions, scanner: FileScanner, *, has_size_limit: bool) -> None:
         self.hub, self.options, self.scanner = hub, options, scanner
@@ -122,7 +125,7 @@ class Checkouts:
         return reset.slot_git(git, held.slot, self.options.sparse)
 
     async def fill(self, held: HeldSlot, source: WorktreeSlot | None) -> None:
-        """Write a new slot's files, by copying the source if there is one. Call `index` afterwards."""
+        """Write a new slot's files, or copy them from `source`. Call `index` afterwards."""
         git, slot, sparse = self.git(held), held.slot, self.options.sparse
         if source is None:
             await reset.check_out_slot(git, slot, held.contents.record.commit, sparse)
@@ -144,7 +147,7 @@ class Checkouts:
         return True
 
     async def prepare(self, held: HeldSlot, commit: str, session: Path, adapter: str) -> bool:
-        """Assign a slot to a session and move it to a commit; return False if that is not possible."""
+        """Assign a slot to a session and move it to a commit; return False if impossible."""
         slot = held.slot
         await anyio.to_thread.run_sync(assign_slot, slot, session, held.contents.record)
         contents = await reset.remove_kept_of_others(slot, held.contents, adapter)
@@ -180,7 +183,7 @@ class Checkouts:
         held.contents = SlotContents(record, snapshot)
 
     async def clean(self, held: HeldSlot, diff: TreeDiff | None) -> bool:
-        """Undo a session's changes in its slot; return False if that is not possible or they are unknown."""
+        """Undo a session's changes in its slot; return False if impossible or unknown."""
         held.end_watch()
         contents = None
         if diff is not None:

@@ -1,4 +1,4 @@
-"""The slots of a pool whose locks this process holds: lock, select, adopt and discard them."""
+"""The slots whose locks this process holds: lock, select, adopt and discard them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class HeldSlots:
     """The slots of one pool whose locks this process holds, and the demand for them."""
 
     def __init__(self, checkouts: Checkouts, group: TaskGroup, pools: list[HeldSlots], *, detects_all: bool) -> None:
-        """Join `pools`, the pools that share a hub's limits. `detects_all` is that of `HeldSlot`."""
+        """Join `pools`, which share a hub's limits; `detects_all` is that of `HeldSlot`."""
         self.checkouts, self._group, self._pools, self._detects_all = checkouts, group, pools, detects_all
         pools.append(self)
         self.by_number: dict[int, HeldSlot] = {}
@@ -69,7 +69,7 @@ class HeldSlots:
             pool.changed = anyio.Event()
 
     async def take(self, commit: str, tree: Path | None, *, is_growing: bool) -> HeldSlot | None:
-        """Return the idle slot with that tree or nearest to the commit, or None if none can be assigned.
+        """Return the idle slot with that tree or nearest to the commit, or None.
 
         While the pool `is_growing`, the only slot to copy stays idle.
         """
@@ -94,7 +94,7 @@ class HeldSlots:
         return [held for held in self.in_state(SlotState.IDLE) if _is_unmodified(held.contents.record, commit)]
 
     async def _take_verified(self, candidates: Iterable[HeldSlot]) -> HeldSlot | None:
-        """Take the first slot that still has its recorded contents; discard those before it."""
+        """Take the first slot with its recorded contents; discard those before it."""
         for held in candidates:
             if held.is_verified or await self.checkouts.verify(held):
                 held.state = SlotState.TAKEN
@@ -103,7 +103,10 @@ class HeldSlots:
         return None
 
     async def reserve_new(self, commit: str) -> HeldSlot:
-        """Reserve the first unused slot number. Without a snapshot of its files a slot can be used only once."""
+        """Reserve the first unused slot number.
+
+        Without a snapshot of its files, the slot can be used only once.
+        """
         checkouts = self.checkouts
         for number in count(1):
             slot = WorktreeSlot(checkouts.hub, number)
@@ -121,7 +124,7 @@ class HeldSlots:
         raise AssertionError("the loop over numbers returns")
 
     async def adopt_others(self) -> None:
-        """Adopt clean slots of other processes, up to the number to keep ready, and remove abandoned ones."""
+        """Adopt clean slots of other processes that are needed; remove abandoned ones."""
         for slot in await anyio.to_thread.run_sync(_slots_by_last_use, self.checkouts.hub):
             if slot.number not in self.by_number:
                 await self._try_adopt(slot)
@@ -185,7 +188,7 @@ class HeldSlots:
 
 
 async def _is_abandoned(slot: WorktreeSlot) -> bool:
-    """Return whether a slot is not clean and its session's folder was removed, possibly by another process."""
+    """Return whether a slot is not clean and its session's folder was removed."""
     assessment = await anyio.to_thread.run_sync(assess_slot, slot)
     return assessment is not None and assessment[0] is LeftoverStatus.LEFT_OVER
 
@@ -202,5 +205,5 @@ def _is_unmodified(record: SlotRecord, commit: str) -> bool:
 
 
 def _distance(record: SlotRecord, commit: str) -> tuple[bool, float]:
-    """Return the sort key of slots for a commit: slots at the commit first, then by last use."""
+    """Return the sort key for slots: first those at the commit, then by last use."""
     return record.commit != commit, -record.used

@@ -41,7 +41,7 @@ class _Pool:
         self.slots, self.preparation = slots, preparation
 
     def release(self, held: HeldSlot, diff: TreeDiff | None) -> None:
-        """Reclaim a slot after its session's folder is removed; clean it in the background.
+        """Take back a slot of a removed session; clean it in the background.
 
         If `diff` is None, discards the slot.
         """
@@ -119,12 +119,12 @@ class SlotPool(_Pool):
                 pool.preparation.stop()
 
     def prewarm_checks(self, base: str) -> None:
-        """Create the check slots to keep ready at this commit once the next session has its slot."""
+        """Create check slots to keep ready at this commit after the next session's slot."""
         if not self.checks.slots.waiting:
             self.checks.preparation.commit = base
 
     async def acquire(self, commit: str, session: Path, adapter: str = "", tree: Path | None = None) -> HeldSlot:
-        """Assign a slot at a commit to the session with that folder; wait until one is available.
+        """Assign a slot at a commit to the session with that folder; wait for one.
 
         Prefers the slot with that `tree`, even while it is being cleaned. Raises GitError, OSError or RefusedError
         if no slot can be created, SetupError if none can be set up.
@@ -151,7 +151,7 @@ class CheckPool(_Pool):
         """Held while a check waits for a slot, so that only one check at a time decides how the next slot is set up."""
 
     async def acquire(self, commit: str, base: str, session: Path) -> HeldSlot:
-        """Assign a slot for checking a commit that builds on `base`, a commit of the target.
+        """Assign a slot to check a commit that builds on `base`, a target commit.
 
         No session ever ran in the slot. It has the commit's files and the setup files. Setup ran on the files of the
         commit or of a commit that `base` contains, so that unlanded code never creates files for the check of another
@@ -189,7 +189,10 @@ class CheckPool(_Pool):
         return await self._git.is_ancestor(record.setup_at, base)
 
     async def _discard_stale(self) -> None:
-        """Discard idle slots with another setup, except the last used one, which may be needed again."""
+        """Discard idle slots with another setup, except the last used one.
+
+        It may be needed again.
+        """
         slots = self.slots
         async with slots.selection_lock:
             stale = [held for held in slots.in_state(SlotState.IDLE) if not slots.is_set_up(held)]

@@ -68,7 +68,7 @@ class SlotPreparation:
         return None
 
     async def _fill_slot(self, held: HeldSlot) -> bool:
-        """Fill a new slot, by copying if possible; return whether it is a copy, which is not indexed yet.
+        """Fill a new slot; return whether it is a copy, which is not indexed yet.
 
         A checkout is indexed here, because it can't be copied before.
         """
@@ -108,7 +108,7 @@ class SlotPreparation:
             self.failures.append(error)
 
     def clean(self, held: HeldSlot, diff: TreeDiff | None) -> None:
-        """Start cleaning a released slot. If `diff` is None, or cleaning fails, the slot is discarded."""
+        """Start cleaning a released slot; discard it if that fails or `diff` is None."""
         held.state = SlotState.CLEANING
         self._group.start_soon(self._clean, held, diff)
 
@@ -120,7 +120,7 @@ class SlotPreparation:
             await self._replace(held)
 
     async def _mark_idle(self, held: HeldSlot) -> None:
-        """Mark a clean slot idle, or discard it if its caches push the total over the size limit."""
+        """Mark a clean slot idle, or discard it if it exceeds the size limit."""
         record = replace(held.contents.record, bytes=await self._checkouts.measure(held), used=self._clock.now())
         held.contents = replace(held.contents, record=record)
         failpoint("slot.clean")

@@ -1,6 +1,7 @@
-"""The contract of every store, as tests: subclass `StoreContract` and override `open_store` and `open_store_at`.
+"""The contract of every store, as tests: subclass `StoreContract`.
 
-Needs pytest with pytest-asyncio in its auto mode (or mark your subclass `pytest.mark.asyncio`).
+Override `open_store` and `open_store_at`. Needs pytest with pytest-asyncio in its auto mode (or mark your subclass
+`pytest.mark.asyncio`).
 """
 
 from orchestrator.testing.store_contract.copies import CopyContract

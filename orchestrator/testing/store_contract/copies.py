@@ -31,7 +31,7 @@ class CopyContract(StoreSuite):
     """The rules for dumping and loading."""
 
     async def test_loaded_copy_equals_the_original_at_every_position(self) -> None:
-        """Positions, times, authors, versions, expiries, events and deletions are those of the original."""
+        """Positions, times, authors, versions, expiries, events and deletions are equal."""
         async with self.open_store() as store, self.open_store() as copy:
             lease = {"epoch": 3, "text": "ü\n\u2028", "big": 2**70, "small": -0.0}
             await store.commit(
@@ -86,7 +86,7 @@ class CopyContract(StoreSuite):
             assert [one.version for one in await store.list("task")] == [5, 5]
             assert await store.position() == 9
 
-    async def test_a_copy_may_end_where_its_past_begins(self) -> None:
+    async def test_copy_without_remaining_history_is_loaded(self) -> None:
         """There need not be any commit after the compacted ones."""
         async with self.open_store() as store:
             await store.load(make_dump(COMPACTED_LOG[:3], 6, 6))
@@ -96,7 +96,7 @@ class CopyContract(StoreSuite):
             assert [one.position for one in await watch(store, 6, 1)] == [7]
             assert (await store.verify()).is_valid
 
-    async def test_a_dump_is_of_one_moment(self) -> None:
+    async def test_dump_excludes_later_commits(self) -> None:
         """Commits made while the dump is open are not part of it and need not wait."""
         async with self.open_store() as store:
             await store.commit(make_commit(TASK, 0, {"n": 1}))
@@ -107,7 +107,7 @@ class CopyContract(StoreSuite):
                     assert [commit.position async for commit in dump.commits] == [1]
             assert [commit.position for commit in (await read_dump(store))[2]] == [1, 2]
 
-    async def test_an_empty_store_can_be_copied(self) -> None:
+    async def test_empty_store_is_copied(self) -> None:
         """The copy is also empty."""
         async with self.open_store() as store, self.open_store() as copy:
             async with store.dump() as dump:
@@ -115,7 +115,7 @@ class CopyContract(StoreSuite):
             assert await read_dump(copy) == (0, 0, [])
             assert await copy.commit(make_commit(TASK, 0, {})) == 1
 
-    async def test_only_an_empty_store_is_loaded(self) -> None:
+    async def test_load_into_a_used_store_is_refused(self) -> None:
         """Committed data is never replaced."""
         async with self.open_store() as store:
             await store.commit(make_commit(TASK, 0, {"n": 1}))

@@ -70,7 +70,7 @@ class DocumentContract(StoreSuite):
                 assert await read_dump(store) == (0, 0, [])
 
     async def test_consecutive_commits_number_versions_and_positions_from_one(self) -> None:
-        """Each commit gets the next position, and each write of a document its next version."""
+        """A commit gets the next position, and a write the next version of its document."""
         async with self.open_store() as store:
             for number in range(1, 6):
                 assert await store.commit(make_commit(TASK, number - 1, {"n": number})) == number
@@ -82,7 +82,7 @@ class DocumentContract(StoreSuite):
 
     @pytest.mark.parametrize("expected", [0, 1, 3, -1])
     async def test_write_expecting_another_version_conflicts(self, expected: int) -> None:
-        """The write changes nothing, and the error contains the current version and its author."""
+        """The write changes nothing; the error has the current version and its author."""
         async with self.open_store() as store:
             await store.commit(make_commit(TASK, 0, {"n": 1}))
             await store.commit(make_commit(TASK, 1, {"n": 2}))
@@ -126,7 +126,7 @@ class DocumentContract(StoreSuite):
         "bad", [Write(OTHER_TASK, 7, {}), Write(OTHER_TASK, 0, {"x": float("nan")}), Write(TASK, 2, {})]
     )
     async def test_commit_with_one_invalid_write_changes_nothing(self, bad: Write) -> None:
-        """A write is invalid if it conflicts, can't be stored, or writes a document a second time."""
+        """A write is invalid if it conflicts, can't be stored, or repeats a document."""
         async with self.open_store() as store:
             await store.commit(make_commit(TASK, 0, {"n": 1}))
             with pytest.raises((VersionConflict, InvalidDocument)):
@@ -160,7 +160,7 @@ class DocumentContract(StoreSuite):
             await assert_only(store, {TASK: (1, {"list": [1]})}, position=1)
 
     async def test_plain_json_is_returned_unchanged(self) -> None:
-        """Values and names include text from every Unicode plane, control characters, big integers and floats."""
+        """Values and names may include any Unicode character, big integers and floats."""
         value = {
             "text": 'a\n\r\t\0\u2028"\\ ü 漢 \U0001f600',
             "\n]]}\x7f": [],
@@ -179,7 +179,7 @@ class DocumentContract(StoreSuite):
 
     @pytest.mark.parametrize("value", INVALID_VALUES.values(), ids=INVALID_VALUES)
     async def test_value_that_is_not_plain_json_is_refused(self, value: Any) -> None:
-        """A value that JSON can't express or that exceeds a limit is refused in documents and events."""
+        """Documents and events can't have a value that is too large or not JSON."""
         async with self.open_store() as store:
             await store.commit(make_commit(TASK, 0, {"n": 1}))
             for bad in (make_commit(TASK, 1, value), Commit([Write(TASK, 1, {})], [Event("e", value)])):
@@ -188,7 +188,7 @@ class DocumentContract(StoreSuite):
             await assert_only(store, {TASK: (1, {"n": 1})}, position=1)
 
     async def test_one_of_concurrent_writers_wins_each_version(self) -> None:
-        """Of 40 concurrent commits that expect the same version, one is accepted; the others conflict."""
+        """Of 40 concurrent commits that expect the same version, one is accepted."""
         async with self.open_store() as store:
             winners: list[tuple[int, int]] = []
 
@@ -211,7 +211,7 @@ class DocumentContract(StoreSuite):
             assert await store.position() == 5
 
     async def test_concurrent_commits_of_different_documents_are_all_accepted(self) -> None:
-        """40 concurrent commits to 40 documents are all accepted, each at its own position."""
+        """Of 40 concurrent commits to 40 documents, each gets its own position."""
         async with self.open_store() as store:
             positions: list[int] = []
 

@@ -53,7 +53,7 @@ class LeaseContract(StoreSuite):
                 await store.commit(Commit(guards=[Guard(LEASE, 4)]))
 
     async def test_expired_document_is_treated_as_deleted(self) -> None:
-        """An expired document is not read, listed or accepted as a guard; a new write expects version 0."""
+        """An expired document can't be read, listed or a guard; a write expects version 0."""
         async with self.open_store() as store:
             await store.commit(Commit([Write(TASK, 0, {"n": 1}, ttl=1e-6), Write(LEASE, 0, {"epoch": 1}, ttl=1e-6)]))
             with anyio.fail_after(TIMEOUT):

@@ -16,7 +16,7 @@ class LogContract(StoreSuite):
     """The rules for commits as an ordered log."""
 
     async def test_watch_yields_complete_commits_in_order(self) -> None:
-        """Each record has the documents with their versions, deletions as None, and the events."""
+        """A record has documents with versions, deletions as None, and the events."""
         async with self.open_store() as store:
             happened = [Event("started", {"by": "ü"}), Event("seen")]
             await store.commit(Commit([Write(TASK, 0, {"n": 1}), Write(OTHER_TASK, 0, {"n": 2})], happened))
@@ -117,7 +117,7 @@ class LogContract(StoreSuite):
                 await store.at(2)
 
     async def test_compaction_keeps_the_current_state(self) -> None:
-        """Documents and their last versions are unchanged, and the rest of the log stays readable."""
+        """Documents and versions are unchanged, and the rest of the log stays readable."""
         async with self.open_store() as store:
             await store.commit(Commit([Write(OTHER_TASK, 0, {"n": 0}), Write(LEASE, 0, {})]))
             await store.commit(make_commit(LEASE, 1, None))

@@ -23,8 +23,8 @@ from orchestrator.testing.store_contract.suite import (
 class PersistenceContract(StoreSuite):
     """The rules for reopening a store."""
 
-    async def test_reopened_store_has_what_was_committed(self, tmp_path: Path) -> None:
-        """Documents, versions, history, events and the position survive that the store is closed."""
+    async def test_reopened_store_has_all_commits(self, tmp_path: Path) -> None:
+        """Documents, versions, history, events and the position survive a restart."""
         if not self.is_persistent:
             pytest.skip("the store declares that its content is lost when it is closed")
         async with self.open_store_at(tmp_path) as store:
@@ -39,7 +39,7 @@ class PersistenceContract(StoreSuite):
             assert bool(store.local_paths()) == self.is_local, "`local_paths` contradicts `is_local` of the suite"
             assert await store.commit(make_commit(TASK, document.version, {"n": 3})) == expected[0] + 1
 
-    async def test_reopened_store_has_what_was_loaded(self, tmp_path: Path) -> None:
+    async def test_reopened_store_has_loaded_commits(self, tmp_path: Path) -> None:
         """A loaded store has the same dump after it was closed."""
         if not self.is_persistent:
             pytest.skip("the store declares that its content is lost when it is closed")

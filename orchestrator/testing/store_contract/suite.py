@@ -1,4 +1,4 @@
-"""The store under test, example commits and assertions for all parts of the store contract."""
+"""The store under test, example commits and assertions of the store contract."""
 
 # ruff: noqa: S101  this module is a test suite
 
@@ -55,13 +55,14 @@ class StoreSuite(ABC):
     def open_store(self) -> AbstractAsyncContextManager[Store]:
         """Return a context manager that opens a new, empty store for one test."""
 
-    def open_store_at(self, place: Path) -> AbstractAsyncContextManager[Store]:
-        """Return a context manager that opens the store of a place: first empty, later with its content.
+    def open_store_at(self, location: Path) -> AbstractAsyncContextManager[Store]:
+        """Return a context manager that opens the store at a location.
 
-        A place is an empty folder of one test; a store on a server can use its path as a name.
+        The location is a folder of one test; a store on a server can use its path as a name. The store is empty at
+        first, and keeps its content when it is opened again.
         """
         name = type(self).__name__
-        raise NotImplementedError(f"{name}, {place}: override `open_store_at`, or set `is_persistent = False`")
+        raise NotImplementedError(f"{name}, {location}: override `open_store_at`, or set `is_persistent = False`")
 
 
 def make_dump(
@@ -90,7 +91,7 @@ def make_commit(key: Key, expected: int, value: JsonObject | None) -> Commit:
 
 
 async def assert_only(store: Store, documents: dict[Key, tuple[int, JsonObject]], position: int) -> None:
-    """Assert that a store has exactly these tasks and leases, each with its version, and that position."""
+    """Assert that a store has exactly these documents and versions, and the position."""
     found = [document for kind in ("task", "lease") for document in await store.list(kind)]
     assert {document.key: (document.version, document.value) for document in found} == documents
     for key in (TASK, OTHER_TASK):
