@@ -1,6 +1,7 @@
 """The store on a Redis server, compared with plain Redis commands.
 
-python -m benchmarks.redis_store [--quick], with COUNCIL_TEST_REDIS_URL or an installed server.
+python -m benchmarks.redis_store [--quick], with COUNCIL_TEST_REDIS_URL or an installed server. The client does the same
+writes in one script.
 """
 
 from __future__ import annotations

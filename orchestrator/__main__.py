@@ -1,4 +1,4 @@
-"""The `council` command, with a short way for what sessions ask: nothing else is imported for that."""
+"""The `council` command. Session commands import nothing but their client."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import os
 import sys
 
 if __name__ == "__main__" and not sys.flags.safe_path and sys.path[0] != os.path.dirname(os.path.dirname(__file__)):  # noqa: PTH120
-    # `python -m` puts the current folder there: a repository may have a `json.py` or an `adapters` of its own.
+    # `python -m` adds the current folder: a repository may have its own `json.py` or `adapters`.
     del sys.path[0]
 
 
 def main() -> None:
-    """Run `council` with the arguments of this process, and end it."""
+    """Run `council` with the arguments of this process, and exit."""
     try:
         _run()
-    except KeyboardInterrupt:  # before a command has begun
+    except KeyboardInterrupt:  # before a command has started
         sys.stderr.write("council: interrupted\n")
-        sys.exit(130)  # as `orchestrator.cli.core.error_boundary` says, which may not be imported yet
+        sys.exit(130)  # as in `orchestrator.cli.core.error_boundary`, which may not be imported yet
 
 
 def _run() -> None:
-    from orchestrator.client.quick_parser import is_session_command  # noqa: PLC0415  an interrupt may come meanwhile
+    from orchestrator.client.quick_parser import is_session_command  # noqa: PLC0415  an interrupt may arrive during the import
 
     if is_session_command(sys.argv[1:]):
-        from orchestrator.client.main import run  # noqa: PLC0415  only where it is wanted
+        from orchestrator.client.main import run  # noqa: PLC0415  only for session commands
 
         code = run(sys.argv[1:])
         if code is not None:

@@ -89,7 +89,7 @@ class Project:
 
     @property
     def legacy(self) -> Path:
-        """The folder with copies of files from earlier state formats that could not be imported."""
+        """The folder with copies of files that could not be imported."""
         return self.folder / "legacy"
 
     def logs(self, run: str) -> Path:

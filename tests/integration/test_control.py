@@ -437,7 +437,8 @@ def test_unsafe_worktree_of_a_finished_run_is_named_without_resume(repository: R
     (preserved_mark,) = Path(repository.environ["COUNCIL_HOME"]).glob("*/sessions/*/env.1/preserved")
     preserved_mark.unlink()
     (kept,) = repository.council("salvage", "list", "--json").result["preserved"]
-    assert kept["subject"].startswith("a worktree that could not be collected completely: don't run git in it")
+    unsafe = "a worktree that could not be collected completely: git in it may run the agent's programs"
+    assert kept["subject"] == unsafe
     assert (Path(kept["worktree"]) / "src/.env").exists()
 
 

@@ -172,7 +172,7 @@ class TaskChanges(Topic):
         has_ended = (await read_run(self._context.store, one.run)).ended is not None
         subject = "a worktree that could not be collected completely"
         if not is_safe and has_ended:
-            subject += ": don't run git in it, which may run the agent's programs"
+            subject += ": git in it may run the agent's programs"
         elif not is_safe:
             subject = f"a worktree of an interrupted session: `council resume {one.run}` saves it"
         folder = str(one.tree) if is_safe or has_ended else None

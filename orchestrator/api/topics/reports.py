@@ -146,7 +146,10 @@ def _events_of(part: Sequence[CommitRecord], run: str) -> Iterator[RecordedEvent
 
 
 def _find_worktrees(run: RunDocument, tasks: Mapping[str, TaskDocument]) -> dict[str, str]:
-    """Return the worktrees of the newest attempts, by task; of imported tasks, the original ones. Blocks."""
+    """Return the worktrees of the newest attempts, by task. Blocks.
+
+    Imported tasks have their original worktrees.
+    """
     hub = Hub(Path(run.hub))
     newest = {task: Worktree(hub, run.id, task, one.attempt.number) for task, one in tasks.items() if one.attempts}
     found = {task: str(slot.tree) for task, worktree in newest.items() if (slot := worktree.slot) is not None}

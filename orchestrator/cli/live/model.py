@@ -1,4 +1,4 @@
-"""The model behind the live table of a run, updated with each commit. Draws nothing.
+"""The model of the live table of a run, updated with each commit. Draws nothing.
 
 The cost of a frame depends on the size of the screen, not on the number of tasks.
 """
@@ -74,7 +74,10 @@ class _SpendingTotals:
 
 
 class _TaskTimings:
-    """The durations of tasks: of their sessions, and of checks and landing, which run one at a time."""
+    """The average durations of sessions, and of checks and landing, in seconds.
+
+    Checks and landings run one at a time.
+    """
 
     def __init__(self) -> None:
         self._built: dict[str, float] = {}
@@ -100,11 +103,11 @@ class _TaskTimings:
             self._built[task] = seconds
 
     def build(self) -> float | None:
-        """Return the average session time of a task, in seconds; None if no task has been built yet."""
+        """Return the average session time of a task; None if no task has been built yet."""
         return self._in_all / len(self._built) if self._built else None
 
     def land(self) -> float:
-        """Return the average time of a task's checks and landing that was observed, in seconds; 0 if none was."""
+        """Return the average time of a task's checks and landing; 0 if unknown."""
         return self._landing / self._landed if self._landed else 0.0
 
 
@@ -112,7 +115,10 @@ class LiveRun:
     """The displayed state of a run; `activity` receives the activity of its sessions."""
 
     def __init__(self, record: RunRecord, attempts: Mapping[str, int]) -> None:
-        """Start from the current record of a run; `attempts` is the number of attempts that each task may have."""
+        """Start from the current record of a run.
+
+        `attempts` is the number of attempts that each task may have.
+        """
         self.run, self._entries, self._attempts = record.run, dict(record.entries), dict(attempts)
         self._adapters: dict[str, AdapterDocument] = dict(record.adapters)
         self._board = DispatchBoard.of(record.entries, {task: one.status for task, one in record.tasks.items()})
@@ -153,7 +159,10 @@ class LiveRun:
                 self._happened(event)
 
     def _grow(self, run: RunDocument, record: CommitRecord) -> None:
-        """Add the tasks of an expanded plan; the commit that records the expansion has the specs of all of them."""
+        """Add the tasks of an expanded plan.
+
+        The commit that records the expansion has the specs of all of them.
+        """
         self.run = run
         new = [task for task in run.tasks if task not in self._order]
         specs = [record.documents.get(spec_key(run.id, task)) for task in new]
@@ -222,7 +231,10 @@ class LiveRun:
             self._over[task] = None
 
     def frame(self, now: float, room: int) -> TableFrame:
-        """Return the frame at `now` (wall-clock seconds), with at most `room` lines in addition to the totals."""
+        """Return the frame at `now`, with at most `room` lines besides the totals.
+
+        `now` is in wall-clock seconds.
+        """
         has_more = len(self._tasks) > room
         chosen = self._chosen(max(room - has_more, 0))
         active = self._active(now)
@@ -277,7 +289,7 @@ class LiveRun:
         )
 
     def _words(self, report: TaskReport) -> str:
-        """Return the text at the end of a row: the last message, the landed commit, or the reason of a failure."""
+        """Return the text at the end of a row: last message, landed commit, or reason."""
         if report.landed is not None:
             return f"{report.landed[:10]} on {self.run.target}"
         if report.status == TaskStatus.RUNNING:
@@ -318,7 +330,7 @@ class LiveRun:
         )
 
     def _left(self, now: float) -> float | None:
-        """Return the estimated remaining seconds; None if there is no basis for an estimate."""
+        """Return the estimated remaining seconds; None without a basis for an estimate."""
         build, learned = self._pace.build(), self._adapters.values()
         is_held = any(one.disabled_reason is not None or one.is_cooling_down(now) for one in learned)
         if build is None or self.is_over or is_held or any(self._groups[name] for name in _USER_ACTIVITIES):
@@ -339,5 +351,8 @@ class LiveRun:
 
 
 def _last_change(task: TaskDocument) -> float:
-    """Return when a task last changed according to its attempts (wall-clock seconds); 0 if it has none."""
+    """Return the time of a task's last change; 0 without attempts.
+
+    It is in wall-clock seconds.
+    """
     return (task.attempt.ended or task.attempt.started) if task.attempts else 0.0

@@ -19,7 +19,7 @@ class SessionActivity(ActivityObserver):
     """Selects the sessions and commits to observe, and keeps the latest observations."""
 
     def __init__(self, tasks: Mapping[str, TaskDocument], running: Iterable[str]) -> None:
-        """Observe these tasks and the `running` ones among them; the caller keeps both current."""
+        """Observe tasks and the `running` ones among them, which the caller keeps current."""
         self._tasks, self._running = tasks, running
         self.transcripts: dict[str, Transcript] = {}
         self.total_changes = Changes()

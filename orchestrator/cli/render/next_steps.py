@@ -73,7 +73,10 @@ def task_steps(  # noqa: PLR0911  one case for each cause
 
 
 def status_steps(task: TaskReport, *, is_shown: bool = False) -> Sequence[Step]:
-    """Return the commands for the status of a task, without its run; with `is_shown`, without `council show`."""
+    """Return the commands for the status of a task, without its run.
+
+    With `is_shown`, without `council show`.
+    """
     steps = [Step(label, command.format(shlex.quote(task.id))) for label, command in _NEXT_STEPS.get(task.status, ())]
     if is_shown and steps and steps[0].command.startswith("council show "):
         return [step._replace(label="next") for step in steps[1:2]] + steps[2:]
@@ -81,7 +84,10 @@ def status_steps(task: TaskReport, *, is_shown: bool = False) -> Sequence[Step]:
 
 
 def _budget_steps(task: TaskReport, file: str, run: str) -> Sequence[Step]:
-    """Return the commands after an exhausted budget; a task from a plan or a tracker keeps it for the whole run."""
+    """Return the commands after an exhausted budget.
+
+    A task from a plan or a tracker keeps its budget for the whole run.
+    """
     if not task.reloadable:
         return [Step("next", f"raise the budget in {file}"), Step("then", f"council run {shlex.quote(file)}")]
     again = f"council retry {shlex.quote(task.id)} --reload{run}"

@@ -56,7 +56,7 @@ def format_state(status: str, report: RunReport) -> str:
 
 
 def format_visit(status: str) -> str:
-    """Return the label of the status of a visit; that of an imported phase is unchanged."""
+    """Return the label of a visit's status; that of an imported phase is unchanged."""
     return _VISIT_LABELS.get(status, status)
 
 

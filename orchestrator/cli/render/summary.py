@@ -148,7 +148,10 @@ def _task(task: TaskReport, report: RunReport, *, is_newest: bool) -> _Entry:
 
 
 def _shortened(text: str) -> str:
-    """Return text cut to the width of a line; commands in backticks, and a path on its own line, are always kept."""
+    """Return text cut to the width of a line.
+
+    Commands in backticks, and a path on its own line, are never cut.
+    """
     if cell_len(text) <= COLUMNS or ("/" in text and len(text.split()) == 1):
         return text
     lost = [one for one in re.finditer(r"`[^`]*`", text) if cell_len(text[: one.end()]) >= COLUMNS]

@@ -35,7 +35,7 @@ async def verify_state(connection: Connection, queries: Queries, name: str) -> V
 
 
 async def repair_state(connection: Connection, queries: Queries, report: VerificationReport) -> Commit:
-    """Remove what is damaged, and return the commit that makes the newest readable values current.
+    """Remove damaged data; return the commit that makes the readable values current.
 
     The log then starts after its newest damaged commit.
     """

@@ -1,4 +1,7 @@
-"""Wake watchers when a commit is announced, and at intervals, because announcements can be lost."""
+"""Wake watchers when a commit is announced, and at intervals.
+
+Announcements can be lost.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from orchestrator.state.stores.postgres.server import Connection, Server
 
 
 class Notifications:
-    """The announced commits of all processes, on a connection of its own that all watchers of a store share.
+    """The announced commits of all processes, on one connection per store.
 
     One watcher waits for the connection, the others wait for this watcher. Behind a pooler in transaction mode,
     announcements don't arrive, and only the interval applies.

@@ -33,7 +33,7 @@ _WILDCARD: Final = re.compile(r"([\\%_])")
 
 
 def escape(name: str) -> str:
-    """Return a name as in the tables; one that is not valid text becomes one that is never stored."""
+    """Return a name as stored in the tables; invalid text becomes an unused name."""
     return name if name.isascii() and name.isprintable() else _SURROGATE.sub("\1\3", name.translate(_ESCAPED))
 
 
@@ -56,7 +56,7 @@ def check_names(keys: Iterable[Key]) -> None:
 
 
 def commit_parameters(commit: EncodedCommit, name: str, number: int) -> dict[str, Any]:
-    """Return the parameters of the query `commit` for the commit with this number in its group."""
+    """Return the parameters of the query `commit` for a commit by its group number."""
     columns = {
         "id": name,
         "events": b"[%b]" % split_events(commit.writes, commit.payload),
@@ -101,7 +101,10 @@ def to_document(row: tuple[Any, ...]) -> Document:
 
 
 def to_commits(rows: Iterable[tuple[Any, ...]]) -> Iterator[DumpedCommit]:
-    """Yield the commits of rows of `records` or `dump`: one row for each of its documents, or one without."""
+    """Yield the commits of rows of `records` or `dump`.
+
+    There is one row for each document of a commit, or one without.
+    """
     for position, group in groupby(rows, itemgetter(0)):
         of_commit = list(group)
         _, time, by, events, *_ = of_commit[0]

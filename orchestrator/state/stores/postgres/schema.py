@@ -1,4 +1,7 @@
-"""The tables of a store: numbered migrations, which only go forward, and the named queries."""
+"""The tables of a store, created by numbered migrations, and the named queries.
+
+Migrations only go forward.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,10 @@ def read_migrations() -> Sequence[tuple[int, str]]:
 
 
 def check_settings(address: Address, settings: Mapping[str, Any]) -> None:
-    """Raise RefusedError for a server that is too old, or that may lose an acknowledged commit."""
+    """Raise RefusedError for a server that is too old, or may lose commits.
+
+    Only acknowledged commits count.
+    """
     version = settings["version"] // 10_000
     problems: Sequence[tuple[bool, str, str]] = (
         (

@@ -1,4 +1,4 @@
-"""The server of a store: its URL, its credentials, connections, and errors in one line."""
+"""The server of a store: URL, credentials, connections, and errors in one line."""
 
 from __future__ import annotations
 
@@ -76,7 +76,10 @@ class Address:
 
 
 def parse_url(url: str) -> Address:
-    """Parse the URL of a store. Raises RefusedError, also if it has a password, which state and logs would show."""
+    """Parse the URL of a store.
+
+    Raises RefusedError, also if it has a password, which state and logs would show.
+    """
     try:
         parts = urlsplit(url)
         _ = parts.port  # raises ValueError
@@ -93,7 +96,10 @@ def parse_url(url: str) -> Address:
 
 
 def read_password(environ: Mapping[str, str]) -> str | None:
-    """Return the password in the environment or in the file that it names, or None. Blocks."""
+    """Return the password in the environment or in a file, or None. Blocks.
+
+    The environment names the file.
+    """
     if (path := environ.get(PASSWORD_FILE)) and PASSWORD not in environ:
         try:
             return Path(path).read_text().rstrip("\n")
@@ -158,7 +164,10 @@ class Server:
             return await psycopg.AsyncConnection.connect(**self._options)
 
     async def check_reachable(self) -> None:
-        """Raise the error of a new connection, if any; errors of the pool do not show why it has no connection."""
+        """Raise the error of a new connection, if any.
+
+        Errors of the pool do not have the cause.
+        """
         self._is_down = True
         connection = await self.open_connection()
         self._is_down = False
@@ -166,7 +175,10 @@ class Server:
 
     @asynccontextmanager
     async def connection(self, limit: float = TIMEOUT) -> AsyncIterator[Connection]:
-        """Lend a connection whose statements must be answered in time. Raises StoreUnavailable."""
+        """Lend a connection with a timeout for each statement.
+
+        Raises StoreUnavailable.
+        """
         if self._is_down:
             await self.check_reachable()
         with self.translated():
@@ -184,7 +196,7 @@ class Server:
                     await self._pool.putconn(connection)
 
     async def run(self, call: Callable[[Connection], Awaitable[T]], limit: float = TIMEOUT) -> T:
-        """Return the result of `call`, which is repeated on a new connection if its connection fails."""
+        """Return the result of `call`, repeated on a new connection if it fails."""
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 async with self.connection(limit) as connection:
@@ -224,7 +236,10 @@ async def fetch(
 
 
 def _interrupt(connection: Connection) -> None:
-    """Close the socket of a connection, so that its statement fails at once: the server does not answer."""
+    """Close a connection's socket, so that its statement fails immediately.
+
+    Used if the server does not respond.
+    """
     with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as one:
         one.shutdown(socket.SHUT_RDWR)
 
@@ -266,7 +281,7 @@ _REPORTS: Final[Sequence[_Report]] = (
 
 
 def to_store_error(address: Address, error: Exception) -> StoreUnavailable:
-    """Return the store's error for an error of the client library: what happened, and the remedy."""
+    """Return the store's error, with a remedy, for an error of the client library."""
     text = _summary(error)
     facts = {
         "text": text, "user": address.user, "host": address.host,
@@ -289,7 +304,7 @@ def to_store_error(address: Address, error: Exception) -> StoreUnavailable:
 
 
 def _summary(error: Exception) -> str:
-    """Return the message of an error on one line, without the names of the host that all messages have."""
+    """Return an error's message on one line, without the names of the host."""
     message = error.diag.message_primary if isinstance(error, psycopg.Error) else None
     lines = [line.strip(" -") for line in (message or str(error)).splitlines() if line.strip()]
     line = next((line for line in lines if "FATAL:" in line), lines[-1] if lines else type(error).__name__)

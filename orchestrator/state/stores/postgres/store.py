@@ -1,7 +1,8 @@
-"""A `Store` on a PostgreSQL server: each commit is one call of the function `commit`, which is one transaction.
+"""A `Store` on a PostgreSQL server.
 
-The server checks versions and guards, and uses its own clock. Commits hold a lock until they are visible, so that
-watchers see positions in order. Each commit has a unique id, so that it is applied once, however often it is sent.
+Each commit is one call of the function `commit`, which is one transaction. The server checks versions and guards, and
+uses its own clock. Commits hold a lock until they are visible, so that watchers see positions in order. Each commit has
+a unique id, so that it is applied once even if it is sent several times.
 """
 
 from __future__ import annotations
@@ -126,7 +127,10 @@ class PostgresStore:
         return ()
 
     async def commit(self, commit: Commit) -> int:
-        """See `Store.commit`; after StoreUnavailable, the same commit can be sent again, and is applied once."""
+        """See `Store.commit`.
+
+        After StoreUnavailable, the same commit can be sent again, and is applied once.
+        """
         encoded = encode_commit(commit)
         check_names(write.key for write in commit.writes)
         pending = _PendingCommit(commit.id, encoded)
@@ -233,7 +237,10 @@ class PostgresStore:
         return int(position)
 
     async def watch(self, after: int = 0) -> AsyncGenerator[CommitRecord]:
-        """See `Store.watch`; another process's commit is announced, or seen within a quarter of a second."""
+        """See `Store.watch`.
+
+        Another process's commit is announced, or seen within a quarter of a second.
+        """
         while True:
             rows = await self._fetch("records", after=after, limit=_RECORDS)
             if after < rows[0][0]:
@@ -307,7 +314,10 @@ class PostgresStore:
         return report
 
     async def repair(self) -> VerificationReport:
-        """See `Store.repair`; afterwards the log does not go back beyond its damaged commits."""
+        """See `Store.repair`.
+
+        Afterwards the log does not go back beyond its damaged commits.
+        """
         report = await self.verify()
         if report.is_valid:
             return report

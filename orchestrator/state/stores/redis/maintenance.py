@@ -1,4 +1,4 @@
-"""Verify, repair, prune and load the state on a server, while no other process does so."""
+"""Verify, repair, prune and load the state on a server, one process at a time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from orchestrator.state.stores.redis.server_log import PART, Replay, ServerLog
 
 
 class Examination(NamedTuple):
-    """The outcome of reading everything: a report, the documents, and the log's documents."""
+    """The result of reading everything: a report, the documents, the log's documents."""
 
     report: VerificationReport
     first: int
@@ -53,7 +53,7 @@ def _lost_keys(line: LogLine) -> tuple[Key, ...]:
 async def repair_state(
     log: ServerLog, lock: Lock, found: Examination, commit: Callable[[Commit], Awaitable[int]], now: float
 ) -> None:
-    """Restore documents from the log, and commit the documents of damaged commits again.
+    """Restore documents from the log; commit those of damaged commits again.
 
     Afterwards the log starts after the last damaged commit.
     """
@@ -89,7 +89,7 @@ def _newest(stored: TableEntry | None, logged: TableEntry | None) -> TableEntry:
 
 
 def _repair_commit(lost: dict[Key, TableEntry], damage: int, now: float) -> Commit:
-    """Return the commit that makes the known values of documents current, or deletes documents without one."""
+    """Return a commit that writes documents' known values, or deletes those without."""
     writes, events = list[Write](), list[Event]()
     for key, entry in lost.items():
         if not entry.exists(now):  # deleted or expired; its version number continues
@@ -103,9 +103,10 @@ def _repair_commit(lost: dict[Key, TableEntry], damage: int, now: float) -> Comm
 
 
 async def prune(log: ServerLog, lock: Lock, is_old: Callable[[LogLine, int], bool], *, through: int = 0) -> None:
-    """Prune the oldest commits: those that are old, given the size of the log without those before, and all `through`.
+    """Prune the oldest commits: those that are old, and all `through`.
 
-    Only a damaged commit up to `through` is pruned; another one ends this.
+    A commit is old by its time and by the size of the log after it. Only a damaged commit up to `through` is pruned;
+    another one ends this.
     """
     first, size = await log.first(), await log.size()
     cut, versions, deleted = first, defaultdict[Key, deque[int]](lambda: deque(maxlen=VERSIONS_KEPT)), set[Key]()
@@ -139,7 +140,10 @@ async def prune(log: ServerLog, lock: Lock, is_old: Callable[[LogLine, int], boo
 async def _rewrite(
     log: ServerLog, lock: Lock, first: int, until: int, versions: dict[Key, deque[int]], *, is_live: bool
 ) -> None:
-    """Write the pruned records of commits after `first` (`is_live`), or of those before, with these versions."""
+    """Write the pruned records of commits with these versions.
+
+    They are the commits after `first` (`is_live`), or those before.
+    """
     async with log.client.pipeline(transaction=False) as pipeline:
         async for position, line, name in log.lines(first, until, lock):
             if (position > first) is not is_live:
@@ -163,7 +167,10 @@ async def _execute_if_long(pipeline: Any, lock: Lock) -> None:
 
 
 async def load_dump(log: ServerLog, lock: Lock, dump: Dump) -> None:
-    """Load a dump into an empty store: its commits are staged under other keys, which become those of the store."""
+    """Load a dump into an empty store.
+
+    Its commits are staged under other keys, which become those of the store.
+    """
     if position := await log.position():
         raise not_empty_error(str(log.server.address), position)
     try:

@@ -66,7 +66,10 @@ def encode_record(line: LogLine) -> bytes:
 
 
 def decode_record(position: int, record: bytes) -> LogLine | None:
-    """Return the commit at a position, without its payload if only that is damaged; None if unreadable."""
+    """Return the commit at a position; None if it is unreadable.
+
+    If only its payload is damaged, it has no payload.
+    """
     head, _, payload = record.partition(b"\n")
     header = _unseal(head)
     line = decode_header(header, _unseal(payload)) if header else None

@@ -1,4 +1,4 @@
-"""The server of a store: its URL, its credentials, the settings that a store needs, and errors in one line."""
+"""The server of a store: URL, credentials, settings, and errors in one line."""
 
 from __future__ import annotations
 
@@ -58,7 +58,10 @@ class Address:
 
 
 def parse_url(url: str) -> Address:
-    """Parse the URL of a store. Raises RefusedError, also if it has a password, which state and logs would show."""
+    """Parse the URL of a store.
+
+    Raises RefusedError, also if it has a password, which state and logs would show.
+    """
     try:
         parts = urlsplit(url)
         own = dict(parse_qsl(parts.query, keep_blank_values=True))
@@ -76,7 +79,10 @@ def parse_url(url: str) -> Address:
 
 
 def read_password(environ: Mapping[str, str]) -> str | None:
-    """Return the password in the environment or in the file that it names, or None. Blocks."""
+    """Return the password in the environment or in a file, or None. Blocks.
+
+    The environment names the file.
+    """
     if (path := environ.get(PASSWORD_FILE)) and PASSWORD not in environ:
         try:
             return Path(path).read_text().rstrip("\n")
@@ -86,9 +92,10 @@ def read_password(environ: Mapping[str, str]) -> str | None:
 
 
 def choose_wait(address: Address, info: Mapping[str, Any], config: Mapping[Any, Any]) -> tuple[int, int] | None:
-    """Return the counts of `WAITAOF` that make a commit durable; None if each acknowledgement implies durability.
+    """Return the counts of `WAITAOF` that make a commit durable.
 
-    Raises RefusedError for a server that may lose an acknowledged commit, with the commands that fix this.
+    None if each acknowledgement implies durability. Raises RefusedError for a server that may lose an acknowledged
+    commit, with the commands that fix this.
     """
     version = tuple(int(part) for part in str(info["redis_version"]).split(".")[:2])
     replicas, can_wait = int(info.get("connected_slaves", 0)), version >= _WITH_WAITAOF
@@ -148,7 +155,10 @@ class Server:
 
 @asynccontextmanager
 async def connect(address: Address, password: str | None) -> AsyncIterator[Server]:
-    """Connect to a server and check its settings. Raises RefusedError or StoreUnavailable."""
+    """Connect to a server and check its settings.
+
+    Raises RefusedError or StoreUnavailable.
+    """
     options = {
         **address.options,
         "password": password,

@@ -34,7 +34,10 @@ _SYNC_MILLISECONDS: Final = 4_000  # `appendfsync everysec` takes up to two seco
 
 
 class StoredCommit(NamedTuple):
-    """A commit in the log; `line` is None if it is unreadable, together with all missing ones before it."""
+    """A commit in the log.
+
+    `line` is None if it is unreadable, together with all missing ones before it.
+    """
 
     position: int
     line: LogLine | None
@@ -42,7 +45,7 @@ class StoredCommit(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """The documents according to the log: with the effects of damage, and according to intact commits only."""
+    """The documents according to the log: with damage, and by intact commits only."""
 
     table: DocumentTable
     intact: DocumentTable
@@ -70,12 +73,15 @@ class ServerLog:
         return int(await self.client.hget(self.documents, "position") or 0)
 
     async def size(self) -> int:
-        """Return the memory that the log takes on the server, in bytes; the server estimates it."""
+        """Return the estimated memory of the log on the server, in bytes."""
         return sum([await self.client.memory_usage(name) or 0 for name in (self.log, self.pruned)])
 
     @asynccontextmanager
     async def exclusive(self, *, is_waiting: bool = True) -> AsyncIterator[Lock]:
-        """Keep other processes from pruning, repairing and loading. Raises LockError if one does so, unless waiting."""
+        """Exclude other processes from pruning, repairing and loading.
+
+        Raises LockError if one does so, unless waiting.
+        """
         lock: Lock = self.client.lock(self.key("lock"), _LOCK_SECONDS, blocking=is_waiting, thread_local=False)
         if not await lock.acquire():
             raise LockError("the log is locked")
@@ -86,7 +92,7 @@ class ServerLog:
                 await lock.release()
 
     async def read_after(self, position: int) -> tuple[float, int, list[StoredCommit]]:
-        """Return the time, the position of the newest commit, and the first commits after a position."""
+        """Return the time, the newest position, and the first commits after a position."""
         async with self.client.pipeline(transaction=False) as pipeline:
             pipeline.time()
             pipeline.hget(self.documents, "position")
@@ -95,7 +101,7 @@ class ServerLog:
         return seconds + micros / 1e6, int(newest or 0), _decode_stream(found)
 
     async def wait_for(self, after: int) -> list[StoredCommit]:
-        """Return the first commits after a position as soon as there are any; empty after a second without any."""
+        """Return the first commits after a position; empty after a second without any."""
         found = await self.server.watcher.xread({self.log: f"{after}-0"}, PART, _WATCH_MILLISECONDS)
         return _decode_stream(found[0][1]) if found else []
 
@@ -107,7 +113,10 @@ class ServerLog:
         return decode_record(position, await self.client.hget(self.pruned, str(position)) or b"")
 
     async def lines(self, first: int, until: int, lock: Lock | None = None) -> AsyncGenerator[StoredCommit]:
-        """Yield the commits of a log that was pruned up to `first`; extends the lock after each part."""
+        """Yield the commits of a log that was pruned up to `first`.
+
+        Extends the lock after each part.
+        """
         names = sorted(name for name in map(int, await self.client.hkeys(self.pruned)) if name <= min(first, until))
         for start in range(0, len(names), PART):
             part = names[start : start + PART]

@@ -189,7 +189,10 @@ class RedisStore:
         return position
 
     async def watch(self, after: int = 0) -> AsyncGenerator[CommitRecord]:
-        """See `Store.watch`; a blocking read of the stream returns each commit immediately."""
+        """See `Store.watch`.
+
+        A blocking read of the stream returns each commit immediately.
+        """
         with translated(self.address):
             while True:
                 first = await self._log.first()
