@@ -8,7 +8,6 @@ reading the high-water mark (one system call).
 from __future__ import annotations
 
 import json
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
@@ -49,17 +48,16 @@ from orchestrator.protocols import (
 )
 from orchestrator.state.log.codec import MAX_TTL, LogLine, encode_commit
 from orchestrator.state.log.compaction import log_size
+from orchestrator.state.log.groups import CommitGroups
 from orchestrator.state.log.identity import ensure_log, require_log
 from orchestrator.state.log.journal import (
-    InlineResult,
     Journal,
-    PendingCommit,
     to_store_error,
 )
 from orchestrator.state.log.loading import Staging, check_intact, read_dump_lines
 from orchestrator.state.log.reading import PART_BYTES, check_retained, read_dumped_commits, read_records
 from orchestrator.state.log.segments import HighWaterMark, LogCursor, find_line, pruned_through
-from orchestrator.state.log.table import read_versions
+from orchestrator.state.log.table import DocumentTable, read_versions
 from orchestrator.system.clock import Clock
 from orchestrator.system.file_lock import FileLock
 
@@ -68,22 +66,19 @@ T = TypeVar("T")
 SEGMENT_BYTES: Final = 16 << 20
 _POLL_FASTEST: Final = 0.01  # seconds
 _POLL_SLOWEST: Final = 0.25
-_PAUSES: Final = (0, 0.005, 0.005, 0.01, 0.01)
-"""Seconds between inline commit attempts while other processes commit, before a thread waits for them."""
 
 
 class FileStore:
-    """A `Store` in a local directory, created by `open`."""
+    """A `Store` in a local directory, created by `open`.
+
+    More methods than most: 15 are the operations of `Store`.
+    """
 
     def __init__(self, directory: Path, clock: Clock, segment_bytes: int, folder: Path) -> None:
         self._directory, self._clock, self._segment_bytes, self._folder = directory, clock, segment_bytes, folder
         self._journal = Journal(directory, clock, segment_bytes)
         self._compacting = FileLock(directory / "compaction.lock")
-        self._pending: deque[PendingCommit] = deque()
-        self._group: anyio.Event | None = None
-        """Set when the current group is committed."""
-        self._news: anyio.Event | None = None
-        """Set after a commit of this process; None if there are no waiters."""
+        self._groups = CommitGroups(self._journal, self._in_thread)
         # A separate limiter, because slow work may occupy all threads of the default one.
         self._threads = anyio.CapacityLimiter(8)
 
@@ -112,41 +107,7 @@ class FileStore:
 
     async def commit(self, commit: Commit) -> int:
         """See `Store.commit`."""
-        pending = PendingCommit(encode_commit(commit))
-        self._pending.append(pending)
-        with anyio.CancelScope(shield=True):
-            if not pending.commit.durable:
-                await self._commit_at_once()
-            while not pending.is_settled:
-                if self._group is None:
-                    await self._lead_group()
-                else:
-                    await self._group.wait()
-        if pending.failure:
-            raise pending.failure
-        return pending.position
-
-    async def _commit_at_once(self) -> None:
-        """Append the pending commits without a thread if that needs no waiting."""
-        for pause in _PAUSES:
-            await anyio.sleep(pause)  # first let other tasks add their commits to the group
-            if not self._pending or self._group is not None:
-                return
-            done = self._journal.try_commit_inline(self._pending)
-            if done is InlineResult.DONE:
-                self._announce()
-            if done is not InlineResult.BUSY:
-                return
-
-    async def _lead_group(self) -> None:
-        """Commit all pending commits; later ones are part of the next group."""
-        self._group = done = anyio.Event()
-        try:
-            await self._in_thread(partial(self._journal.commit, self._pending))
-        finally:
-            self._group = None
-            done.set()
-            self._announce()
+        return await self._groups.commit(encode_commit(commit))
 
     async def get(self, key: Key) -> Document | None:
         """See `Store.get`."""
@@ -174,7 +135,7 @@ class FileStore:
         try:
             while True:
                 with self._translate_errors():
-                    news = self._news = self._news or anyio.Event()
+                    news = self._groups.news()
                     mark = self._journal.log.lock.read()
                 if mark is None or mark == seen:
                     with self._translate_errors():
@@ -243,25 +204,10 @@ class FileStore:
             async with self._exclusive():
                 keys = {*report.damaged, *await self._in_thread(self._journal.documents_to_repair)}
                 self._journal.begin_segment()
-                await self.commit(self._repair_commit(sorted(keys), len(report.damage)))
+                commit = _repair_commit(self._journal.log.table, sorted(keys), len(report.damage), self._clock.now())
+                await self.commit(commit)
                 await self._in_thread(partial(self._journal.replace_damaged, report.damage))
         return await self.verify()
-
-    def _repair_commit(self, keys: Sequence[Key], damage: int) -> Commit:
-        """Return a commit that writes documents' known values, or deletes those without."""
-        now, writes, events = self._clock.now(), list[Write](), list[StateRepaired]()
-        for key in keys:
-            entry = self._journal.log.table.entry(key)
-            if entry is None:
-                continue
-            if not entry.exists(now):  # nothing was lost; only its version number continues
-                writes.append(Write(key, 0, None))
-                continue
-            known = None if entry.value is None else json.loads(entry.value)
-            ttl = None if entry.expires is None else min(entry.expires - now, MAX_TTL)
-            writes.append(Write(key, entry.version, known, ttl))
-            events.append(StateRepaired(key=str(key), lost_version=entry.version, is_known=known is not None))
-        return Commit(writes, [*map(Event.of, events), Event.of(StateLogRepaired(damage=damage))])
 
     @asynccontextmanager
     async def dump(self) -> AsyncIterator[Dump]:
@@ -299,7 +245,7 @@ class FileStore:
             finally:
                 with anyio.CancelScope(shield=True):
                     await self._in_thread(staging.discard)
-        self._announce()
+        self._groups.announce()
 
     async def _stage(self, staging: Staging, dump: Dump) -> None:
         await self._in_thread(staging.begin)
@@ -338,16 +284,28 @@ class FileStore:
         except OSError as error:
             raise to_store_error(self._directory, error) from error
 
-    def _announce(self) -> None:
-        if self._news is not None:
-            self._news.set()
-            self._news = None
-
     async def _refresh(self) -> None:
         with self._translate_errors():
             if self._journal.try_refresh_inline():
                 return
         await self._in_thread(self._journal.catch_up)
+
+
+def _repair_commit(table: DocumentTable, keys: Sequence[Key], damage: int, now: float) -> Commit:
+    """Return a commit that writes documents' known values, or deletes those without."""
+    writes, events = list[Write](), list[StateRepaired]()
+    for key in keys:
+        entry = table.entry(key)
+        if entry is None:
+            continue
+        if not entry.exists(now):  # nothing was lost; only its version number continues
+            writes.append(Write(key, 0, None))
+            continue
+        known = None if entry.value is None else json.loads(entry.value)
+        ttl = None if entry.expires is None else min(entry.expires - now, MAX_TTL)
+        writes.append(Write(key, entry.version, known, ttl))
+        events.append(StateRepaired(key=str(key), lost_version=entry.version, is_known=known is not None))
+    return Commit(writes, [*map(Event.of, events), Event.of(StateLogRepaired(damage=damage))])
 
 
 def open_without_plugins(url: str, clock: Clock) -> AbstractAsyncContextManager[Store] | None:
