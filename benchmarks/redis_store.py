@@ -18,6 +18,7 @@ from benchmarks.measure import BenchmarkRow, Cost, argument_parser, measure_cost
 from benchmarks.state import make_document
 from orchestrator.protocols import Commit, Event, Key, Write
 from orchestrator.state.log.codec import encode_commit
+from orchestrator.state.stores.redis.records import encode_key
 from orchestrator.state.stores.redis.store import RedisStore
 from tests.redis_server import empty_store_url
 
@@ -25,14 +26,12 @@ LIMIT: Final = 1 / 0.7
 PROCESSES: Final = 8
 #: The writes of a commit of one document, without any check.
 BARE: Final = """
-local prefix, id, position = KEYS[1], ARGV[1], redis.call('HINCRBY', KEYS[1] .. ':meta', 'position', 1)
-redis.call('HSET', prefix .. ':documents:task', id, ARGV[2])
-redis.call('SADD', prefix .. ':kinds', 'task')
-redis.call('ZADD', prefix .. ':ids:task', 0, id)
-redis.call('XADD', prefix .. ':log', position .. '-0', 'r', ARGV[3])
-redis.call('HINCRBY', prefix .. ':meta', 'bytes', #ARGV[3])
-redis.call('HSET', prefix .. ':commits', ARGV[4], position)
-redis.call('HDEL', prefix .. ':commits', ARGV[5])
+local documents, log, commits = unpack(KEYS)
+local key, document, record, id = unpack(ARGV)
+local position = (redis.call('HGET', documents, 'position') or 0) + 1
+redis.call('XADD', log, position .. '-0', 'record', record, 'id', id)
+redis.call('HSET', documents, 'position', position, key, document)
+redis.call('HSET', commits, id, position)
 return position
 """
 
@@ -99,14 +98,14 @@ async def _by_store(url: str, commits: int, me: int) -> None:
 async def _by_client(url: str, commits: int, me: int) -> None:
     server, _, prefix = url.partition("?prefix=")
     client = Redis.from_url(server, protocol=2)
-    script = await client.script_load(BARE)
+    script = client.register_script(BARE)
+    keys = [f"{prefix}:{name}" for name in ("documents", "log", "commits")]
     _wait_for_begin()
     for number in range(commits):
         key = Key("task", f"{me}/{number % 100}")
         commit = encode_commit(Commit([Write(key, 0, make_document(number))], [Event("e", {"n": number})]))
         document = commit.payload[2 : 2 + commit.writes[0].length]
-        ids = f"{me}/{number}", f"{me}/{number - 1}"
-        await client.evalsha(script, 1, prefix, key.id, document, commit.payload, *ids)
+        await script(keys, [encode_key(key), document, commit.payload, f"{me}/{number}"])
     os.write(1, b"done\n")
     await client.aclose()
 
