@@ -17,6 +17,8 @@ from pathlib import Path
 from urllib.parse import urlencode
 from uuid import uuid4
 
+from redis.asyncio import Redis
+
 from tests.processes import servers
 from tests.servers import NOBODY, MissingServer, skipping
 
@@ -62,6 +64,11 @@ class RedisServer:
         """Send a signal to the server."""
         assert self.process is not None
         self.process.send_signal(number)
+
+    async def set_password(self, password: str) -> None:
+        """Require a password of later connections."""
+        async with Redis(port=self.port) as client:
+            await client.config_set("requirepass", password)
 
     def kill(self) -> None:
         """Kill the server."""

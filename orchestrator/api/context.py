@@ -54,6 +54,13 @@ class ProjectContext:
     """Errors of the runs that the last listing of all runs had to skip."""
 
     @property
+    def followed_store(self) -> Store:
+        """The store for followers of the log, which wait while it is on a server that can't be reached."""
+        from orchestrator.state.offline.outage import waiting_store  # noqa: PLC0415  (slow; most commands do not follow)
+
+        return waiting_store(self.store, self.clock)
+
+    @property
     def damage(self) -> tuple[str, ...]:
         """The damage found since the state was opened, and errors of unreadable runs."""
         return (*(one.describe() for one in self.store.damage), *self.unreadable)

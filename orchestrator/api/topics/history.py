@@ -107,7 +107,7 @@ class StateHistory(Topic):
 
         Pruned commits are omitted.
         """
-        return follow_log(self._context.store, after)
+        return follow_log(self._context.followed_store, after)
 
     async def newest_commits(
         self, limit: int, *, run: str | None = None, after: int = 0, until: int

@@ -173,7 +173,7 @@ class Runs(RunIndex):
                 known.add(run)
                 yield run
         if follow:
-            async for record in store.watch(position):
+            async for record in self.context.followed_store.watch(position):
                 for event in record.events:
                     run = event.data.get("run", "")
                     if event.type == RunLeaderElected.type and run not in known:
@@ -189,7 +189,8 @@ class Runs(RunIndex):
         if after is None:
             after = 0 if run is not None else self._opened_at
         has_ended = False
-        async with aclosing(follow_log(self.context.store, after)) as records:
+        store = self.context.followed_store
+        async with aclosing(follow_log(store, after)) as records:
             async for record in records:
                 for event in record.events:
                     run = run or event.data.get("run")
@@ -197,7 +198,7 @@ class Runs(RunIndex):
                         yield RecordedEvent(record.position, record.time, event)
                         has_ended = event.type in _LAST_EVENTS or (has_ended and event.type in _LATER_EVENTS)
                 # A resumed run continues with more events.
-                if has_ended and record.position >= await self.context.store.position():
+                if has_ended and record.position >= await store.position():
                     return
 
     async def _executor(self) -> execution.RunExecutor:

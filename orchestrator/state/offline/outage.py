@@ -44,7 +44,7 @@ class RetryIntervals:
     """
 
     first: float = 0.1
-    longest: float = 10.0
+    longest: float = 3.0
 
 
 DEFAULT_INTERVALS: Final = RetryIntervals()
@@ -267,3 +267,10 @@ class PausingStore(StoreWrapper):
     async def _wait_for_recovery(self, error: StoreUnavailable) -> None:
         self._begin_outage(error)
         await self.position()
+
+
+def waiting_store(store: Store, clock: Clock) -> Store:
+    """Return a store whose readers and followers silently wait for a remote store; a local one unchanged."""
+    if store.local_paths():
+        return store
+    return PausingStore(store, Outage(clock, DEFAULT_INTERVALS, lambda _: None, "pause"))
