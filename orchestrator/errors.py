@@ -136,9 +136,9 @@ class FileLocked(RefusedError):
 class LockUnavailable(RefusedError):
     """A lock was not free in time, or waiting for it would deadlock."""
 
-    def __init__(self, name: str, why: str, remedy: str) -> None:
+    def __init__(self, name: str, reason: str, remedy: str) -> None:
         self.name = name
-        super().__init__(f"lock {name!r}: {why}", remedy)
+        super().__init__(f"lock {name!r}: {reason}", remedy)
 
 
 class UnreadableDocument(RefusedError):
@@ -171,9 +171,9 @@ def raise_combined_refusal(refusals: Sequence[tuple[str, str]], remedy: str) -> 
 class PluginError(CouncilError):
     """A plugin broke its contract."""
 
-    def __init__(self, plugin: str, why: str) -> None:
-        self.plugin, self.why = plugin, why
-        super().__init__(f"plugin {plugin!r}: {why}: update it or remove it from this environment")
+    def __init__(self, plugin: str, reason: str) -> None:
+        self.plugin, self.reason = plugin, reason
+        super().__init__(f"plugin {plugin!r}: {reason}: update it or remove it from this environment")
 
 
 class PluginFailed(CouncilError):
@@ -204,8 +204,8 @@ class StateError(CouncilError):
 class InvalidDocument(StateError):
     """A value is not plain JSON, such as NaN or deeply nested, or is too large."""
 
-    def __init__(self, subject: str, why: str) -> None:
-        super().__init__(f"can't store {subject}: {why}: store plain JSON objects within the size limit")
+    def __init__(self, subject: str, reason: str) -> None:
+        super().__init__(f"can't store {subject}: {reason}: store plain JSON objects within the size limit")
 
 
 def format_writer(writer: str, time: float) -> str:
@@ -247,37 +247,36 @@ class LeaseLost(StateError):
     """Another process holds the lease; further writes of this process are rejected."""
 
     def __init__(
-        self, subject: str, held: int, current: int | None, by: str = "another process", work: str = "its tasks"
+        self, subject: str, held: int, current: int | None, owner: str = "another process", work: str = "its tasks"
     ) -> None:
-        """`by` now holds the lease, and continues `work`."""
+        """`owner` now holds the lease, and continues `work`."""
         self.subject, self.held, self.current = subject, held, current
-        what = f"{by} took over {subject} (epoch {current}, expected {held}) and continues {work}"
+        what = f"{owner} took over {subject} (epoch {current}, expected {held}) and continues {work}"
         super().__init__(f"{what}; to rejoin: `council work`")
 
 
 class ClaimLost(LeaseLost):
     """Another orchestrator has a task's claim; work on it here is discarded."""
 
-    def __init__(self, task: str, held: int, current: int, by: str) -> None:
-        """`by` is the name of the new owner."""
-        self.task, self.by = task, by
-        super().__init__(f"the claim on task {task!r}", held, current, by, "the task")
+    def __init__(self, task: str, held: int, current: int, owner: str) -> None:
+        self.task, self.owner = task, owner
+        super().__init__(f"the claim on task {task!r}", held, current, owner, "the task")
 
 
 class HandoffCorrupted(StateError):
     """The input of a phase differs from the submitted handoff."""
 
-    def __init__(self, handoff: str, why: str) -> None:
-        self.handoff, self.why = handoff, why
+    def __init__(self, handoff: str, reason: str) -> None:
+        self.handoff, self.reason = handoff, reason
         remedy = "list all errors with `council check`, then repeat the phase with `council retry TASK --from PHASE`"
-        super().__init__(f"handoff {handoff}: {why}: {remedy}")
+        super().__init__(f"handoff {handoff}: {reason}: {remedy}")
 
 
 class OrchestratorFenced(LeaseLost):
     """Another orchestrator considered this one dead and took over all its tasks."""
 
-    def __init__(self, run: str, orchestrator: str, why: str) -> None:
-        what = f"this process ({orchestrator}) was removed from run {run} ({why})"
+    def __init__(self, run: str, orchestrator: str, reason: str) -> None:
+        what = f"this process ({orchestrator}) was removed from run {run} ({reason})"
         remedy = "other processes continue its tasks; to rejoin: `council work`"
         super().__init__(f"orchestrator {orchestrator}", 1, None)
         self.args = (f"{what}: {remedy}",)
@@ -286,8 +285,8 @@ class OrchestratorFenced(LeaseLost):
 class StoreUnavailable(CouncilError):
     """The store can't be read or written at present; no acknowledged commit is lost."""
 
-    def __init__(self, location: Path | str, why: str, remedy: str) -> None:
-        self.what, self.remedy = f"{location}: {why}", remedy
+    def __init__(self, location: Path | str, reason: str, remedy: str) -> None:
+        self.what, self.remedy = f"{location}: {reason}", remedy
         super().__init__(f"{self.what}: {remedy}")
 
 
@@ -298,9 +297,9 @@ class StoreFull(StoreUnavailable):
 class StateLost(StoreUnavailable):
     """A commit that this process has read or written is missing from the store."""
 
-    def __init__(self, location: Path | str, why: str) -> None:
+    def __init__(self, location: Path | str, reason: str) -> None:
         remedy = "restore the readable state with `council state verify --repair`, then `council resume`"
-        super().__init__(location, why, remedy)
+        super().__init__(location, reason, remedy)
 
 
 class LockHeld(CouncilError):
@@ -430,8 +429,8 @@ def to_unusable_error(error: OSError | GitError, what: str, remedy: str) -> OSEr
 
     For example, `what` is "PATH is not writable".
     """
-    why = error.stderr if isinstance(error, GitError) else error.strerror or str(error)
-    return RefusedError(f"{what}: {why}", remedy) if describe_shortage(error) is None else error
+    reason = error.stderr if isinstance(error, GitError) else error.strerror or str(error)
+    return RefusedError(f"{what}: {reason}", remedy) if describe_shortage(error) is None else error
 
 
 def to_permission_refusal(error: OSError) -> RefusedError | None:

@@ -175,7 +175,7 @@ def load_plugins(environ: Mapping[str, str] = os.environ, untrusted_paths: Seque
             _add_registered(plugins, plugin, registered)
         except PluginError as error:
             names = frozenset(name for registry in registered.values() for name in registry)
-            plugins.left_out.append(SkippedPlugin(plugin, error.why, names))
+            plugins.left_out.append(SkippedPlugin(plugin, error.reason, names))
         else:
             plugins.loaded.append(plugin)
     return plugins

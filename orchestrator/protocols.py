@@ -547,14 +547,14 @@ class SessionRequest:
 
 @dataclass(frozen=True, slots=True)
 class SettingsOverlay:
-    """The user's JSON settings in the file `of`, overridden by `over`.
+    """The user's JSON settings in `file`, overridden by `overrides`.
 
-    The path is absolute or from `~`; the file may be missing. Objects are merged key by key; for other values, `over`
-    takes precedence. `added` is merged in the same way, but its lists are appended to existing lists.
+    The path is absolute or from `~`; the file may be missing. Objects are merged key by key; for other values,
+    `overrides` takes precedence. `added` is merged in the same way, but its lists are appended to existing lists.
     """
 
-    of: str
-    over: JsonObject
+    file: str
+    overrides: JsonObject
     added: JsonObject = field(default_factory=dict)
 
 

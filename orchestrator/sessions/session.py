@@ -64,8 +64,8 @@ class SessionResult:
     transcript: Transcript = EMPTY_TRANSCRIPT
     folder: Path | None = None
     """The folder in which the program ran."""
-    answer: str = ""
-    """The program's complete final answer."""
+    message: str = ""
+    """The program's complete final message."""
     discarded: tuple[str, ...] = ()
     """The paths that a session without write permission changed."""
     failed_command: CommandFailed | None = None
@@ -173,7 +173,7 @@ class Session:
             denied_hosts=program.denied_hosts,
             transcript=output.transcript,
             folder=worktree.tree,
-            answer=output.answer,
+            message=output.answer,
             discarded=discarded,
         )
 

@@ -176,7 +176,9 @@ class AdapterContract(OptionsContract):
             assert set(home.renewed) <= set(home.links)
             names = [*home.files, *home.links, *home.settings]
             assert len(names) == len(set(names)), "a name is used twice"
-            assert [settings.of for settings in home.settings.values() if not settings.of.startswith(("/", "~/"))] == []
+            assert [
+                settings.file for settings in home.settings.values() if not settings.file.startswith(("/", "~/"))
+            ] == []
 
     def test_repeated_request_gives_the_same_command(self, tmp_path: Path) -> None:
         """The same request results in the same command, regardless of earlier requests."""

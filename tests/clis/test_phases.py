@@ -60,7 +60,7 @@ async def test_handoff_of_an_answer_reaches_the_next_phase(stage: Stage, program
     assert right.resumed is program.can_resume
     if program.can_resume:
         assert wrong.session == right.session
-    assert_handed_over(stage, via="answer")
+    assert_handed_over(stage, via="message")
     await stage.assert_clean()
 
 

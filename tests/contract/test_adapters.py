@@ -32,7 +32,7 @@ from orchestrator.protocols import (
     UsageReport,
 )
 from orchestrator.testing.adapter_contract import AdapterContract, ExpectedResult
-from tests.contract.judging import SESSION, TRANSCRIPTS, end, judged
+from tests.contract.verdicts import SESSION, TRANSCRIPTS, end, get_verdict
 
 
 def claude(type_: str, **fields: Any) -> str:
@@ -189,7 +189,7 @@ class TestClaudeCode(AdapterContract):
 )
 def test_claude_usage_limit_has_its_end(stdout: str) -> None:
     """From an event before its result, or from the time in its message."""
-    failed = judged(ClaudeCodeAdapter, {}, stdout)
+    failed = get_verdict(ClaudeCodeAdapter, {}, stdout)
     assert failed is not None
     assert (failed.failure, failed.until) == (FailureClass.RATE_LIMITED, 1_790_003_600.0)
 

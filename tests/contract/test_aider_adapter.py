@@ -12,7 +12,7 @@ from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.protocols import AgentMessage, CliWarning, FinalResult, SessionRequest, ToolCall, UsageReport
 from orchestrator.testing.adapter_contract import AdapterContract, ExpectedResult
 from orchestrator.testing.recordings import read_recordings
-from tests.contract.judging import TRANSCRIPTS, end
+from tests.contract.verdicts import TRANSCRIPTS, end
 
 OPENAI = "litellm.RateLimitError: RateLimitError: OpenAIException - stub says rate_limit_error"
 

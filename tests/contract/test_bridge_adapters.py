@@ -27,7 +27,7 @@ from orchestrator.protocols import (
 )
 from orchestrator.testing.adapter_contract import AdapterContract, ExpectedResult
 from orchestrator.testing.recordings import read_recordings
-from tests.contract.judging import TRANSCRIPTS, end
+from tests.contract.verdicts import TRANSCRIPTS, end
 
 BRIDGE_LINES: Sequence[tuple[str, Sequence[SessionEvent]]] = (
     ('{"type": "said", "text": "Hi."}', (AgentMessage("Hi."),)),

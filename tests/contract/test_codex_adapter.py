@@ -27,7 +27,7 @@ from orchestrator.protocols import (
 )
 from orchestrator.testing.adapter_contract import AdapterContract, ExpectedResult
 from orchestrator.testing.recordings import read_recordings
-from tests.contract.judging import SESSION, TRANSCRIPTS, end, judged
+from tests.contract.verdicts import SESSION, TRANSCRIPTS, end, get_verdict
 
 
 def codex_item(when: str, type_: str, **fields: Any) -> str:
@@ -202,14 +202,14 @@ def utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 )
 def test_codex_usage_limit_has_its_end(reported: str, until: datetime | None) -> None:
     """In words, in local time, with a date unless today; the session ended on 2026-09-21, 14:13 UTC."""
-    failed = judged(CodexAdapter, {}, codex_failure(f"{HIT} {reported}"))
+    failed = get_verdict(CodexAdapter, {}, codex_failure(f"{HIT} {reported}"))
     assert failed is not None
     assert (failed.failure, failed.until) == (FailureClass.RATE_LIMITED, until.timestamp() if until else None)
 
 
 def test_codex_rate_limit_has_its_duration() -> None:
     """In seconds."""
-    failed = judged(
+    failed = get_verdict(
         CodexAdapter, {}, codex_failure("rate limit exceeded: Rate limit reached. Please try again in 1.5s.")
     )
     assert failed is not None
@@ -231,15 +231,15 @@ def test_codex_failure_has_a_remedy(recording: str, remedy: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("provider", "is_asked", "is_set"),
+    ("provider", "is_requested", "is_set"),
     [(None, True, False), ("openai", True, False), ("ollama", False, False), ("azure", False, True)],
 )
 def test_codex_provider_changes_its_settings(
-    tmp_path: Path, provider: str | None, is_asked: bool, is_set: bool
+    tmp_path: Path, provider: str | None, is_requested: bool, is_set: bool
 ) -> None:
     """The login applies to its own provider only, and only a provider named by the file can be configured."""
     adapter = CodexAdapter(CodexAdapter.Options.model_validate({"provider": provider}))  # type: ignore[arg-type]
-    assert [bool(program.ready) for program in adapter.programs()] == [is_asked]
+    assert [bool(program.ready) for program in adapter.programs()] == [is_requested]
     argv = adapter.command(SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path, tmp_path / "home")).argv
     assert (f"model_provider={provider}" in argv) is (provider is not None)
     assert "features.shell_snapshot=false" in argv  # otherwise its keys are in a file

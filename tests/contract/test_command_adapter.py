@@ -12,7 +12,7 @@ from adapters.command import CommandAdapter
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.protocols import AgentMessage, ConversationStarted, FinalResult, UsageReport
 from orchestrator.testing.adapter_contract import AdapterContract, ExpectedResult
-from tests.contract.judging import SESSION, TRANSCRIPTS, end
+from tests.contract.verdicts import SESSION, TRANSCRIPTS, end
 from tests.transcripts.programs.qwen_code import QWEN_CODE
 
 

@@ -19,7 +19,7 @@ from orchestrator.protocols import (
     UsageReport,
 )
 from orchestrator.testing.adapter_contract import AdapterContract, ExpectedResult
-from tests.contract.judging import SESSION, TRANSCRIPTS, end, judged
+from tests.contract.verdicts import SESSION, TRANSCRIPTS, end, get_verdict
 
 
 def gemini(type_: str, **fields: Any) -> str:
@@ -179,7 +179,7 @@ class TestGemini(AdapterContract):
 )
 def test_gemini_usage_limit_has_its_end(text: str, seconds: float | None) -> None:
     """The wait counts from the end of the session; without one the end is unknown."""
-    failed = judged(GeminiAdapter, {}, gemini_result(f"[API Error: {text}]"))
+    failed = get_verdict(GeminiAdapter, {}, gemini_result(f"[API Error: {text}]"))
     assert failed is not None
     until = None if seconds is None else 1_790_000_000.0 + seconds
     assert (failed.failure, failed.until) == (FailureClass.RATE_LIMITED, until)

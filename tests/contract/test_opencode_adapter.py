@@ -20,7 +20,7 @@ from orchestrator.protocols import (
 )
 from orchestrator.testing.adapter_contract import AdapterContract, ExpectedResult
 from orchestrator.testing.recordings import read_recordings
-from tests.contract.judging import TRANSCRIPTS, end, judged
+from tests.contract.verdicts import TRANSCRIPTS, end, get_verdict
 
 
 def opencode(type_: str, part: dict[str, Any] | None = None, **fields: Any) -> str:
@@ -180,7 +180,7 @@ class TestOpencode(AdapterContract):
 def test_opencode_usage_limit_has_its_end() -> None:
     """From the header of its last response: one second later."""
     recording = read_recordings(TRANSCRIPTS / "opencode")["limited-until"]
-    failed = judged(OpencodeAdapter, {}, "\n".join(recording.stdout))
+    failed = get_verdict(OpencodeAdapter, {}, "\n".join(recording.stdout))
     assert failed is not None
     assert failed.until == json.loads(recording.stdout[-1])["timestamp"] / 1000 + 1
 

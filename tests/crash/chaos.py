@@ -1,4 +1,4 @@
-"""Random work under random faults, judged by git, the log and /proc: `python -m tests.crash.chaos SEED`.
+"""Random work under random faults, verified by git, the log and /proc: `python -m tests.crash.chaos SEED`.
 
 The seed determines the workload and the faults but not their timing, so a repeated seed gives a similar trial, not the
 same steps. Everything is in one folder, on a small file system of its own where possible (`unshare`), so that it can

@@ -73,7 +73,7 @@ async def test_check_failing_on_the_base_ends_the_run_before_any_session(reposit
     assert f"no process is active in the run: continue it with `council resume {run}`" in retried.stderr, retried
     assert f"`council retry t1 --reload --run {run}`" in retried.stderr, retried
     assert status.states == {"t1": "pending", "t2": "pending"}
-    assert (status.result["status"], status.result["halted_by"]) == ("halted", "base")
+    assert (status.result["status"], status.result["halt_cause"]) == ("halted", "base")
     assert "looking at it\nthe code is bad\n" in status.result["halted"]
     assert [task["attempts"] for task in status.result["tasks"]] == [0, 0]
     await repository.assert_invariants()

@@ -82,7 +82,7 @@ async def test_waiting_process_checks_the_base_when_the_other_is_killed(gated: G
     wait_for(lambda: gated.checks == 2 and len(gated.folders) == 1)
     gated.open()
     ended = outcome(second)
-    assert (ended.code, ended.result["status"], ended.result["halted_by"]) == (1, "halted", "base"), ended
+    assert (ended.code, ended.result["status"], ended.result["halt_cause"]) == (1, "halted", "base"), ended
     assert "fails on main" in ended.result["halted"]
     assert sessions(gated.repository) == 0
     logs = list((gated.repository.top / ".council/logs").glob("*/t1.0.check1*"))
@@ -122,7 +122,7 @@ async def test_base_that_moves_during_its_checks_is_checked_again(gated: Gated, 
     gated.open()
     ended = outcome(run)
     assert types(ended).count("base.checking") == 2
-    assert (ended.result["halted_by"], ended.states["t1"]) == ((None, "landed") if broken else ("base", "pending"))
+    assert (ended.result["halt_cause"], ended.states["t1"]) == ((None, "landed") if broken else ("base", "pending"))
     assert sessions(gated.repository) == int(broken)
     await gated.repository.assert_invariants()
 
@@ -138,7 +138,7 @@ async def test_unrunnable_base_checks_start_no_session(gated: Gated) -> None:
     (gated.repository.top / "local").unlink()
     gated.open()
     ended = outcome(run)
-    assert (ended.code, ended.result["halted_by"]) == (1, "base"), ended
+    assert (ended.code, ended.result["halt_cause"]) == (1, "base"), ended
     assert "checks could not run on main" in ended.result["halted"]
     assert sessions(gated.repository) == 0
     (gated.repository.top / "local").touch()

@@ -1,4 +1,4 @@
-"""The benchmarks run; their figures are not judged here, because the machine may be busy."""
+"""The benchmarks run; their figures are not checked here, because the machine may be busy."""
 
 import math
 import subprocess

@@ -151,7 +151,7 @@ async def test_violation_is_found_and_named(repository: Repository) -> None:
             assert before is not None
             await write(repository, key, change)
             found = (await council.state.verify_run()).violations
-            assert (rule, place.replace("RUN", run)) in {(one.rule, one.place) for one in found}, (name, found)
+            assert (rule, place.replace("RUN", run)) in {(one.rule, one.location) for one in found}, (name, found)
             assert all(one.what and one.remedy for one in found)
             await write(repository, key, partial(restore, before.value))
             assert (await council.state.verify_run()).is_valid
@@ -225,7 +225,7 @@ async def test_plugin_rules_run_and_their_errors_are_reported(repository: Reposi
     landed(repository)
 
     def names(facts: WorkflowRecord) -> Iterable[Violation]:
-        yield Violation("names.short", facts.place, "its name is short", "give it a longer one")
+        yield Violation("names.short", facts.location, "its name is short", "give it a longer one")
 
     def broken(_facts: WorkflowRecord) -> Iterable[Violation]:
         raise ZeroDivisionError
@@ -234,7 +234,7 @@ async def test_plugin_rules_run_and_their_errors_are_reported(repository: Reposi
     plugins.constraints.update(names=names, broken=broken)
     async with council_of(repository, plugins=plugins) as council:
         found = (await council.state.verify_run()).violations
-    assert [(one.rule, one.place) for one in found] == [
+    assert [(one.rule, one.location) for one in found] == [
         ("names.short", "task 't'"),
         ("constraint.broken", "constraint 'broken'"),
     ]

@@ -276,7 +276,7 @@ async def test_hub_of_a_deleted_repository_with_work_stays(repository: Repositor
 
 
 async def test_unmounted_disk_is_not_a_deleted_repository(repository: Repository) -> None:
-    """A hub whose repository was below a mount point that is not mounted now is not judged."""
+    """A hub whose repository was below a mount point that is not mounted now is not rated."""
     run_once(repository, {"id": "a", "prompt": "write a.txt a"})
     recorded = hub_of(repository).root / "origin.json"
     mount = Path(next(path for path in repository.top.parents if os.path.ismount(path)))

@@ -394,7 +394,7 @@ def test_invalid_file_does_not_prevent_the_list_of_types(repository: Repository)
 
 @pytest.mark.parametrize("content", ["version: 1\n", None])
 def test_unusable_file_is_the_only_problem(repository: Repository, fakes: FakePrograms, content: str | None) -> None:
-    """It may have adapters of its own: those of CLIs that nobody may use are not judged."""
+    """It may define its own adapters: unused types are not rated."""
     file = repository.top / "own.yaml"
     if content is not None:
         file.write_text(content)

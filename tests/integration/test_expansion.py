@@ -145,7 +145,7 @@ async def test_invalid_plan_is_repaired_once_by_the_session(repository: Reposito
     run = repository.council("run", path, "--json")
     assert run.states == {"all": "done", "all-x": "landed", "all-w": "landed", "all-y": "landed"}, run
     [invalid] = [one for one in run.lines if one.get("event") == "handoff.invalid"]
-    assert {(one["rule"], one["place"]) for one in invalid["violations"]} == {
+    assert {(one["rule"], one["location"]) for one in invalid["violations"]} == {
         ("expansion.limit", "tasks"),
         ("expansion.names", "tasks[1].id"),
         ("expansion.paths", "tasks[0].owns[1]"),

@@ -166,7 +166,7 @@ async def test_task_tried_by_another_is_not_started(tmp_path: Path, trigger: Tri
     assert ours.task("models") == theirs.task("models")
 
 
-async def test_concurrent_adapter_update_is_judged_again(tmp_path: Path) -> None:
+async def test_concurrent_adapter_update_is_decided_again(tmp_path: Path) -> None:
     """Two sessions in two processes hit the same limit: the later one finds it recorded."""
     clock = ManualClock()
     store = OvertakenStore(clock, "adapter.cooling_down")

@@ -101,11 +101,11 @@ async def test_commits_wait_in_order_and_the_outage_is_reported_twice(scene: Sce
             for number in range(20):
                 group.start_soon(commit, number)
                 await anyio.wait_all_tasks_blocked()
-            await scene.until_reported("outage.began")
+            await scene.until_reported("outage.started")
             assert positions == {}
             scene.line.reconnect()
         assert positions == {number: number + 2 for number in range(20)}
-    assert [one.type for one in scene.reported] == ["outage.began", "outage.ended"]
+    assert [one.type for one in scene.reported] == ["outage.started", "outage.ended"]
     assert scene.reported[0].data()["mode"] == "pause"
     assert "does not answer" in scene.reported[0].data()["reason"]
 
@@ -132,7 +132,7 @@ async def test_reads_and_followers_wait_too(scene: Scene) -> None:
             await anyio.wait_all_tasks_blocked()
             scene.line.cut()
             group.start_soon(read)
-            await scene.until_reported("outage.began")
+            await scene.until_reported("outage.started")
             await scene.real.commit(writing(A, 1))
             await scene.real.commit(writing(B, 0))
             scene.line.reconnect()
@@ -145,7 +145,7 @@ async def test_abandoned_wait_committed_nothing(scene: Scene) -> None:
         async with anyio.create_task_group() as group:
             with anyio.CancelScope() as scope:
                 group.start_soon(store.commit, writing(B, 0))
-                await scene.until_reported("outage.began")
+                await scene.until_reported("outage.started")
                 scope.cancel()
                 await store.commit(writing(A, 0))
             scene.line.reconnect()
@@ -192,7 +192,7 @@ async def test_commit_with_a_lost_answer_is_made_once(scene: Scene) -> None:
 
             scene.reported.clear()
             group.start_soon(lose)
-            await scene.until_reported("outage.began")
+            await scene.until_reported("outage.started")
             await scene.real.commit(writing(B, 1, {"n": "theirs"}))
             scene.line.reconnect()
 
@@ -228,7 +228,7 @@ async def test_full_disk_is_waited_for(tmp_path: Path, mode: Literal["pause", "c
     began = anyio.Event()
 
     async def tell(event: TypedEvent) -> None:
-        if event.type == "outage.began":
+        if event.type == "outage.started":
             began.set()
 
     clock, number, ballast = SystemClock(), 0, disk / "ballast"
@@ -277,7 +277,7 @@ async def test_work_continues_and_is_replayed_in_order(scene: Scene) -> None:
         with pytest.raises(LeaseLost):
             await store.commit(writing(A, 3, None, Guard(CLAIM, 2)))
         assert await scene.value(A) is None
-        assert [one.type for one in scene.reported] == ["outage.began"]
+        assert [one.type for one in scene.reported] == ["outage.started"]
         assert list(scene.folder.iterdir())
         await scene.back()
         assert scene.reported[-1].data() | {"seconds": 0} == {
@@ -488,7 +488,7 @@ async def test_fork_left_at_the_end_is_replayed_by_the_next(scene: Scene) -> Non
         await store.commit(writing(A, 0))
         async with survive_outages(scene.real, "continue", SystemClock(), scene.folder, scene.tell):
             assert await scene.value(A) is None
-    assert [one.type for one in scene.reported] == ["outage.began", "outage.preserved"]
+    assert [one.type for one in scene.reported] == ["outage.started", "outage.preserved"]
     scene.line.reconnect()
     async with scene.opened("continue"):
         assert await scene.value(A) == {"n": 1}

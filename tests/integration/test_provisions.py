@@ -321,7 +321,7 @@ async def test_secret_values_in_provided_files_are_found(workspace: Workspace) -
 
 
 async def test_earlier_untracked_files_may_change(workspace: Workspace) -> None:
-    """A kept cache, or setup files: they are judged as git without stamps does."""
+    """A kept cache, or setup files: as git without stamps finds them."""
     await workspace.prepare()
     (workspace.tree / ".gitignore").write_text(".env\ncache\n")
     workspace.agent("add", "--all", ".gitignore")

@@ -360,10 +360,10 @@ async def test_session_of_a_taken_over_task_shares_nothing(repository: Repositor
 
 async def test_handoff_is_validated_immediately(repository: Repository, tmp_path: Path) -> None:
     """Mistakes are reported so that the session can fix them; the last valid one counts, without secrets."""
-    judged: list[Any] = []
+    validated: list[Any] = []
 
     async def takes(data: dict[str, Any]) -> list[str]:
-        judged.append(data)
+        validated.append(data)
         return [] if "summary" in data else ["summary: there is none", "tasks: there are none"]
 
     async with open_team(repository, tmp_path) as team:
@@ -377,7 +377,7 @@ async def test_handoff_is_validated_immediately(repository: Repository, tmp_path
         assert team.session_service.submitted_handoff(session) is None
         assert (await team.ask(session, "submit_handoff", data={"summary": "a"}))["size"] == len('{"summary":"a"}')
         await team.ask(session, "submit_handoff", data={"summary": f"key {SECRET}"})
-        assert team.session_service.submitted_handoff(session) == judged[-1] == {"summary": "key [redacted]"}
+        assert team.session_service.submitted_handoff(session) == validated[-1] == {"summary": "key [redacted]"}
         await team.refused(session, "submit_handoff", data={"worse": 1})
         large = {"summary": "x" * (MAX_HANDOFF_BYTES - len('{"summary":""}'))}
         assert f"{MAX_HANDOFF_BYTES + 1} bytes" in await team.refused(

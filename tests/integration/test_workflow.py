@@ -404,9 +404,11 @@ async def test_phase_mediates_between_two_others(repository: Repository) -> None
     )
     ended = repository.council("run", str(path), "--json")
     assert ended.states == {"t": "landed"}, ended
-    given = [repository.council("logs", "t", "--session", str(number)).stdout.split("begins]")[1:] for number in (2, 3)]
-    assert ["a long story" in "".join(one) for one in given] == [True, False]
-    assert ["in short" in "".join(one) for one in given] == [False, True]
+    inputs = [
+        repository.council("logs", "t", "--session", str(number)).stdout.split("begins]")[1:] for number in (2, 3)
+    ]
+    assert ["a long story" in "".join(one) for one in inputs] == [True, False]
+    assert ["in short" in "".join(one) for one in inputs] == [False, True]
     await repository.assert_invariants()
 
 

@@ -101,11 +101,11 @@ async def test_git_state_and_events_agree(repository: Repository, count: int) ->
     path = configure(repository, count)
     started = repository.start("run", str(path), "--json")
 
-    def is_asked() -> bool:
+    def is_requested() -> bool:
         status = repository.council("status", "--json")
         return "tasks" in status.result and status.states.get("careful") == "awaiting_approval"
 
-    wait_for(is_asked, 90)
+    wait_for(is_requested, 90)
     assert repository.council("approve", "careful", "--note", "go on").code == 0
     stdout, stderr = started.communicate(timeout=110)
     ended = CommandResult(started.returncode, stdout, stderr)

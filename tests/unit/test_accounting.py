@@ -12,7 +12,7 @@ from orchestrator.domain.settings.run_settings import Price
 from orchestrator.engine.accounting import Accounting
 from orchestrator.sessions.output.transcript import Transcript
 from orchestrator.testing.recordings import read_recordings
-from tests.contract.judging import TRANSCRIPTS
+from tests.contract.verdicts import TRANSCRIPTS
 
 ATTEMPT = {"number": 1, "adapter": "a", "base": "b", "started": 0.0}
 ACCOUNTING = Accounting({"m": Price(input=10, output=20, cached_input=1)})

@@ -16,7 +16,7 @@ from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.protocols import Adapter, ToolDenied
 from orchestrator.sessions.output.transcript import Transcript
 from orchestrator.testing.recordings import read_recordings
-from tests.contract.judging import TRANSCRIPTS
+from tests.contract.verdicts import TRANSCRIPTS
 
 BYPASS = "permission_mode: bypassPermissions"
 

@@ -270,7 +270,7 @@ CRASHED = FailureClass.CRASHED
         ),
     ],
 )
-def test_outcome_is_judged_by_facts(
+def test_outcome_is_determined(
     exit_: ProcessExit, commit: str | None, refused: str | None, verdict: Failed | None, outcome: Outcome
 ) -> None:
     """A zero exit with a change is built; a reported failure counts, a reported success does not; the rest failed."""

@@ -34,7 +34,7 @@ def parts(given: dict[str, Any], **options: Any) -> list[ExpandedTask]:
 def rules(given: dict[str, Any], **options: Any) -> list[tuple[str, str]]:
     """Return the rules and positions that prevent an expansion."""
     found = expand_plan(given, "p-", **{"limit": 9, "owns": (), "taken": (), **options})
-    return [(one.rule, one.place) for one in found if isinstance(one, Violation)]
+    return [(one.rule, one.location) for one in found if isinstance(one, Violation)]
 
 
 def test_dependencies_of_both_kinds_become_needs() -> None:

@@ -46,7 +46,7 @@ def test_findings_are_printed_in_full() -> None:
     assert (path in first, command in second) == (True, True)
 
 
-def test_system_is_judged() -> None:
+def test_system_is_rated() -> None:
     """Linux and macOS are fine."""
     assert_finding(findings.check_system(MACHINE), Level.OK, "3.11.2", "Linux")
     assert_finding(findings.check_system(replace(MACHINE, system="Windows")), Level.PROBLEM, "WSL")
@@ -64,12 +64,12 @@ def test_system_is_judged() -> None:
         ("3.0", Level.OK),
     ],
 )
-def test_git_is_judged(version: str | None, level: Level) -> None:
+def test_git_is_rated(version: str | None, level: Level) -> None:
     """Git must be installed, recent enough, and should be a tested version."""
     assert_finding(findings.check_git(version), level, version or "not on PATH")
 
 
-def test_file_is_judged(tmp_path: Path) -> None:
+def test_file_is_rated(tmp_path: Path) -> None:
     """A valid file, one with mistakes, and none."""
     path = tmp_path / "council.yaml"
     path.write_text("version: 1\nadapters: {a: {use: command, argv: [x]}}\ntasks: [{id: t, prompt: p}]\n")
@@ -94,7 +94,7 @@ def test_file_is_judged(tmp_path: Path) -> None:
         (replace(TOOL, version=None, is_supported=None, error="it hung"), Level.WARNING, Level.WARNING, "it hung"),
     ],
 )
-def test_program_is_judged(program: ProgramStatus, used: Level, unused: Level, words: str) -> None:
+def test_program_is_rated(program: ProgramStatus, used: Level, unused: Level, words: str) -> None:
     """A missing or logged-out program is a problem only for tasks that use it."""
     for is_used, level in ((True, used), (False, unused)):
         (found,) = findings.check_adapter("a", AdapterStatus([program]), is_used=is_used)
@@ -102,7 +102,7 @@ def test_program_is_judged(program: ProgramStatus, used: Level, unused: Level, w
         assert found.name == "adapter a"
 
 
-def test_adapter_is_judged() -> None:
+def test_adapter_is_rated() -> None:
     """An adapter without programs is fine, one that fails is not."""
     assert_finding(findings.check_adapter("a", AdapterStatus([]), is_used=True)[0], Level.OK)
     assert_finding(
@@ -110,7 +110,7 @@ def test_adapter_is_judged() -> None:
     )
 
 
-def test_sandbox_is_judged() -> None:
+def test_sandbox_is_rated() -> None:
     """The strongest kind is fine; a weaker one names the obstacle; none is a problem."""
     assert_finding(findings.check_sandbox(SandboxKind.BUBBLEWRAP), Level.OK)
     assert_finding(findings.check_sandbox(SandboxKind.LANDLOCK), Level.OK)
@@ -122,7 +122,7 @@ def test_sandbox_is_judged() -> None:
     assert_finding(findings.check_sandbox(why), Level.PROBLEM, "no bwrap", "install bubblewrap")
 
 
-def test_session_capacity_is_judged() -> None:
+def test_session_capacity_is_rated() -> None:
     """Enough, enough for some, too little for one; unknown limits are not reported."""
     for limit, level in ((1024, Level.OK), (64, Level.WARNING), (32, Level.PROBLEM), (None, Level.OK)):
         assert_finding(findings.check_descriptors(AvailableResources(limit, 10, None), 4), level)
@@ -150,7 +150,7 @@ def test_session_capacity_is_judged() -> None:
         (replace(PLACE, error="Read-only file system"), Level.PROBLEM, "Read-only"),
     ],
 )
-def test_disk_space_is_judged(place: StorageLocation, level: Level, words: str) -> None:
+def test_disk_space_is_rated(place: StorageLocation, level: Level, words: str) -> None:
     """The free space is compared with the need of one session and of all."""
     assert_finding(findings.check_space("repositories", place, NEED), level, words)
 
@@ -164,7 +164,7 @@ def test_disk_space_grows_with_repository_and_capacity() -> None:
     assert findings.state_need(10).all > findings.state_need(1).all
 
 
-def test_file_systems_are_judged() -> None:
+def test_file_systems_are_rated() -> None:
     """A disk is fine, memory is reported, a network is rejected, unknown types pass."""
     assert_finding(findings.check_file_system("state", PLACE), Level.OK, "ext4")
     assert_finding(findings.check_file_system("state", replace(PLACE, file_system="tmpfs")), Level.WARNING, "restarts")
@@ -174,12 +174,12 @@ def test_file_systems_are_judged() -> None:
     assert findings.check_file_system("state", replace(PLACE, file_system=None)) is None
 
 
-def test_moved_repositories_are_judged() -> None:
+def test_moved_repositories_are_rated() -> None:
     assert findings.check_home(Path("/home/state"), Path("/home/project")) is None
     assert_finding(findings.check_home(Path("/home/project/x"), Path("/home/project")), Level.PROBLEM, "COUNCIL_HOME")
 
 
-def test_clock_is_judged() -> None:
+def test_clock_is_rated() -> None:
     """Neither before the installation, nor far in the future, nor away from the disk's clock."""
     assert_finding(findings.check_clock(MACHINE, [PLACE]), Level.OK, "2027-01-15 08:00:00")
     assert_finding(findings.check_clock(replace(MACHINE, now=0.0), []), Level.WARNING, "1970")
@@ -187,7 +187,7 @@ def test_clock_is_judged() -> None:
     assert_finding(findings.check_clock(MACHINE, [replace(PLACE, ahead=-90.0)]), Level.WARNING, "-90 s")
 
 
-def test_plugins_and_folder_are_judged() -> None:
+def test_plugins_and_folder_are_rated() -> None:
     """Reports an omitted plugin, and a `.council` that git would track."""
     assert_finding(findings.plugin_finding("the plugin 'x' of y 1: broken"), Level.WARNING, "broken", "COUNCIL_PLUGINS")
     assert_finding(findings.check_project_folder(exists=True, is_ignored=True), Level.OK)
@@ -196,7 +196,7 @@ def test_plugins_and_folder_are_judged() -> None:
 
 
 def test_gathering_facts_leaves_no_trace(tmp_path: Path) -> None:
-    """A missing folder is judged by its parent and not created."""
+    """A missing folder is rated by its parent and not created."""
     found = inspect_location(tmp_path / "not" / "yet")
     assert found.error is None
     assert found.free

@@ -37,7 +37,7 @@ def violations_of(kind: str, data: Any, facts: HandoffFacts | None = None) -> li
     checked = HANDOFF_KINDS[kind].check(data, facts or HandoffFacts())
     assert checked.data is None
     assert all(one.what and one.remedy for one in checked.violations)
-    return [(one.rule, one.place) for one in checked.violations]
+    return [(one.rule, one.location) for one in checked.violations]
 
 
 #: By kind: input, and the expected subset of the parsed content.
@@ -310,11 +310,11 @@ def test_kind_of_the_user_is_accepted() -> None:
     assert kind.exports(good.data) == {"risk": good.data}
     assert kind.required == ("risks",)
     bad = kind.check({"risks": [{"level": 9}]}, HandoffFacts())
-    assert [(one.rule, one.place) for one in bad.violations] == [
+    assert [(one.rule, one.location) for one in bad.violations] == [
         ("risk.schema", "risks[0]"),
         ("risk.schema", "risks[0].level"),
     ]
-    assert kind.check({}, HandoffFacts()).violations[0].place == "the handoff"
+    assert kind.check({}, HandoffFacts()).violations[0].location == "the handoff"
 
 
 @pytest.mark.parametrize(

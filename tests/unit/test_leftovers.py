@@ -40,7 +40,7 @@ def document(status: TaskStatus = TaskStatus.FAILED) -> TaskDocument:
         (4, True, WorktreeContents.NOTHING),
     ],
 )
-def test_worktree_state_is_judged(attempt: int, is_check: bool, held: WorktreeContents) -> None:
+def test_worktree_is_classified(attempt: int, is_check: bool, held: WorktreeContents) -> None:
     """No finding for collected worktrees and those of checks; without a record the state is unknown."""
     assert classify_worktree(document(), attempt, is_check=is_check) is held
     assert classify_worktree(None, attempt, is_check=is_check) is (

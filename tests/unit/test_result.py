@@ -123,7 +123,7 @@ def test_disabled_adapter_leads_to_resume() -> None:
 
 def test_halted_run_has_one_next_command() -> None:
     """Not one per task; for a used-up budget it names the limits to raise."""
-    halted = replace(run(task("pending"), status=RunStatus.HALTED), halted="used up", halted_by=HaltCause.BUDGET)
+    halted = replace(run(task("pending"), status=RunStatus.HALTED), halted="used up", halt_cause=HaltCause.BUDGET)
     assert steps(halted.tasks[0], halted) == ""
     assert [*next_step_hints(halted)] == ["Halted: used up", "Next: council resume run --budget LIMITS"]
     assert steps(task("failed"), halted) == "next: council logs t; then: council retry t"
@@ -157,7 +157,7 @@ def test_merged_run_names_the_run_that_merged_it() -> None:
 def test_alternative_remedy_of_a_halt_is_labelled_or() -> None:
     """`or` once, not `then: or`."""
     reason = str(HaltReason("check `x` fails", remedy=("fix main, then resume", "or correct the check")))
-    halted = replace(run(task("pending"), status=RunStatus.HALTED), halted=reason, halted_by=HaltCause.BASE)
+    halted = replace(run(task("pending"), status=RunStatus.HALTED), halted=reason, halt_cause=HaltCause.BASE)
     assert [*map(str, halt_steps(halted))] == ["next: fix main, then resume", "or: correct the check"]
 
 

@@ -99,7 +99,7 @@ def test_harmless_names_are_recognized(name: str) -> None:
     assert not is_secret_name(name)
 
 
-def test_values_are_judged_by_their_text() -> None:
+def test_values_are_chosen_by_their_text() -> None:
     """Only values that can be replaced without damage to other text."""
     kept = {
         "A_TOKEN": "abcdefgh",

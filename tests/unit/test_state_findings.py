@@ -42,7 +42,7 @@ def figures(first: int = 0, log_bytes: int = 500) -> StoreStatistics:
         (figures(first=50, log_bytes=100), LogGrowth(10, DAY, 2 * DAY), None),
     ],
 )
-def test_log_is_judged(found: StoreStatistics, growth: LogGrowth, reported: str | None) -> None:
+def test_log_is_rated(found: StoreStatistics, growth: LogGrowth, reported: str | None) -> None:
     """Too large, soon too large, or shorter than configured."""
     one = check_log(found, growth, KEPT)
     assert one.level is (Level.OK if reported is None else Level.WARNING)
@@ -50,7 +50,7 @@ def test_log_is_judged(found: StoreStatistics, growth: LogGrowth, reported: str 
 
 
 def test_log_without_an_age_is_not_too_short() -> None:
-    """An unlimited log is judged by its size alone."""
+    """An unlimited log is rated by its size alone."""
     assert (
         check_log(figures(first=50), LogGrowth(10, DAY, DAY), Retention(retention=None, max_size=1000)).level
         is Level.OK
@@ -66,13 +66,13 @@ def test_largest_documents_are_named() -> None:
     assert [one.level for one in check_documents(figures())] == [Level.OK]
 
 
-def test_latency_is_judged() -> None:
+def test_latency_is_rated() -> None:
     """A slow commit is a warning."""
     assert check_latency(SLOW_COMMIT).level is Level.OK
     assert check_latency(2 * SLOW_COMMIT).level is Level.WARNING
 
 
-def test_integrity_is_judged() -> None:
+def test_integrity_is_rated() -> None:
     """Damage is a problem, and so is a difference between documents and log."""
     assert [one.level for one in check_integrity(VerificationReport(3, 10))] == [Level.OK]
     damage = Damage(Path("1.jsonl"), 7, (Key("task", "a"),), "commit 2 is damaged")
@@ -86,7 +86,7 @@ def test_integrity_is_judged() -> None:
     ]
 
 
-def test_idle_sessions_are_judged() -> None:
+def test_idle_sessions_are_rated() -> None:
     """Longer than the limit, if there is one."""
     sessions = [
         SilentSession("r", "a", 700.0, 600.0),
@@ -99,7 +99,7 @@ def test_idle_sessions_are_judged() -> None:
     ]
 
 
-def test_interrupted_runs_are_judged() -> None:
+def test_interrupted_runs_are_rated() -> None:
     """With the command to resume the first."""
     assert check_unfinished_runs([]).level is Level.OK
     reported = check_unfinished_runs(["r1", "r2"])

@@ -161,7 +161,7 @@ def test_hidden_problems_are_counted() -> None:
             "Next: council merge run",
         ),
         (
-            replace(run(task("pending"), status=RunStatus.HALTED), halted="cost: 5 of 5", halted_by=HaltCause.BUDGET),
+            replace(run(task("pending"), status=RunStatus.HALTED), halted="cost: 5 of 5", halt_cause=HaltCause.BUDGET),
             "Next: council resume run --budget LIMITS",
         ),
     ],
@@ -196,7 +196,7 @@ def test_halt_is_wrapped_between_words() -> None:
         "`council retry models --reload && council resume 20260102-030405-ab12`",
     )
     halted = f"the check of the base fails, see {path}: correct the command in the file, then {command}"
-    shown = summary_lines(replace(run(task("pending")), halted=halted, halted_by=HaltCause.BASE))
+    shown = summary_lines(replace(run(task("pending")), halted=halted, halt_cause=HaltCause.BASE))
     assert any(path in line for line in shown)
     assert shown[-1].endswith(command)
 
@@ -204,7 +204,7 @@ def test_halt_is_wrapped_between_words() -> None:
 def test_halt_with_a_long_last_line_keeps_its_end() -> None:
     """Interpreters name the missing module there, after their own path."""
     reason = HaltReason("it failed", (f"/{'long/' * 20}python: No module named pytest",), "/logs/check1", ("fix main",))
-    shown = summary_lines(replace(run(task("pending")), halted=str(reason), halted_by=HaltCause.BASE))
+    shown = summary_lines(replace(run(task("pending")), halted=str(reason), halt_cause=HaltCause.BASE))
     assert any(line.startswith("…") and line.endswith("python: No module named pytest") for line in shown), shown
     assert "log: /logs/check1" in shown
 
@@ -222,7 +222,7 @@ def test_halt_has_its_log() -> None:
     """With other problems and a long remedy, the output is shortened first."""
     reason = HaltReason("check `x` fails on main", ("one", "two"), "/logs/t.0.check1", ("fix main " * 30, "or not"))
     adapters = [AdapterReport(f"a{number}", None, "not logged in") for number in range(12)]
-    report = replace(run(task("pending")), halted=str(reason), halted_by=HaltCause.BASE)
+    report = replace(run(task("pending")), halted=str(reason), halt_cause=HaltCause.BASE)
     assert "log: /logs/t.0.check1" in summary_lines(report)
     shown = summary_lines(replace(report, adapters=adapters))
     assert shown[-4:-1] == ["Halted: check `x` fails on main", "two", "log: /logs/t.0.check1"]
@@ -235,10 +235,10 @@ def test_halt_without_room_for_its_remedy_names_the_command_that_prints_it() -> 
     """No sentence is cut before its command."""
     remedy = ("start a new run " * 20, "or correct the check in the file, then `council retry t --reload --run r`")
     halted = str(HaltReason("check `x` can't be run", ("one",), "/logs/t.0.check1", remedy))
-    shown = summary_lines(replace(run(task("pending")), halted=halted, halted_by=HaltCause.BASE))
+    shown = summary_lines(replace(run(task("pending")), halted=halted, halt_cause=HaltCause.BASE))
     assert shown[-1] == remedy[-1]
     halted = str(HaltReason("check `x` can't be run", ("one",), "/logs/t.0.check1", (*remedy, "more " * 30)))
-    shown = summary_lines(replace(run(task("pending")), halted=halted, halted_by=HaltCause.BASE))
+    shown = summary_lines(replace(run(task("pending")), halted=halted, halt_cause=HaltCause.BASE))
     assert shown[-3:] == ["one", "log: /logs/t.0.check1", "How to fix it: council status"]
 
 
@@ -246,7 +246,7 @@ def test_halt_omits_a_path_list_that_has_no_room() -> None:
     """Its end without its label says nothing."""
     output = ("sh: 1: nosuchprog: not found", f"PATH, as the sandbox shows it: {'/usr/bin:' * 20}/bin")
     halted = str(HaltReason("check `nosuchprog` can't be run", output, "/logs/t.0.check1", ("install it",)))
-    shown = summary_lines(replace(run(task("pending")), halted=halted, halted_by=HaltCause.BASE))
+    shown = summary_lines(replace(run(task("pending")), halted=halted, halt_cause=HaltCause.BASE))
     assert shown[-3:] == [output[0], "log: /logs/t.0.check1", "install it"]
 
 

@@ -76,9 +76,9 @@ class RunController:
         record.run.check_not_imported()
         for task in tasks:
             await check_task(context.store, record.run, task)
-        even_waiting = reload is not None and phase is None
+        include_waiting = reload is not None and phase is None
         is_live = await reader.index.has_live_process(run)
-        check_request(action, tasks, record, even_waiting=even_waiting, is_live=is_live)
+        check_request(action, tasks, record, include_waiting=include_waiting, is_live=is_live)
         await self._check_phase(record, tasks, phase)
         adapters = (
             check_adapters_to_enable(record, adapters, context.clock.now()) if action is RequestAction.ENABLE else ()

@@ -125,7 +125,7 @@ def run_step(report: RunReport) -> str:
             return ""
         case RunStatus.RUNNING:
             return ""
-        case RunStatus.HALTED if report.halted_by is HaltCause.BUDGET:
+        case RunStatus.HALTED if report.halt_cause is HaltCause.BUDGET:
             return f"council resume {report.run} --budget LIMITS"
         case RunStatus.HALTED | RunStatus.INTERRUPTED:
             return f"council resume {report.run}"
@@ -142,7 +142,7 @@ def halt_steps(report: RunReport) -> Sequence[Step]:
 
     Empty after an exhausted budget: `run_step` has the command.
     """
-    if report.halted is None or report.halted_by is HaltCause.BUDGET:
+    if report.halted is None or report.halt_cause is HaltCause.BUDGET:
         return ()
     remedy = HaltReason.parse(report.halted).remedy
     alternative = "or "

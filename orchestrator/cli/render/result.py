@@ -193,7 +193,7 @@ def next_line(report: RunReport) -> Iterator[str]:
     """
     if report.merged_by is not None:
         yield f"Merged by run {report.merged_by}."
-    if report.halted is not None and report.halted_by is not HaltCause.BUDGET:
+    if report.halted is not None and report.halt_cause is not HaltCause.BUDGET:
         return
     if step := run_step(report):
         if waits_for_merge(report) and "council merge" in step:

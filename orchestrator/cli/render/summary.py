@@ -99,7 +99,7 @@ def summary_lines(report: RunReport, *, is_newest: bool = True, was_finished: bo
     if was_finished:
         foot = [*foot[: most - 1], _Entry("", [retry_hint(report, is_newest=is_newest)])]
     foot = foot[:most]
-    if report.halted is not None and report.halted_by is not HaltCause.BUDGET:
+    if report.halted is not None and report.halt_cause is not HaltCause.BUDGET:
         foot = foot[: most // 2]
         halt = _halt(HaltReason.parse(report.halted), most - len(foot), f"How to fix it: council status{run}")
     tasks = sorted(
@@ -176,7 +176,7 @@ def _next(report: RunReport) -> Iterator[_Entry]:
         again = enable_adapter_command(adapter.name, report)
         yield _Entry(printable(adapter_line(adapter, again)))
     yield from map(_Entry, background_error_lines(report))
-    if report.halted is not None and report.halted_by is HaltCause.BUDGET:
+    if report.halted is not None and report.halt_cause is HaltCause.BUDGET:
         yield _Entry(f"Halted: {printable(one_line(report.halted))}.")
     yield from (_Entry("", [line]) for line in next_line(report))
 

@@ -292,7 +292,7 @@ class _BudgetEvent(RunEvent, is_base=True):
     scope: str
     """`session`, `task` or `run`."""
     owner: str
-    """The owner of the budget, in words."""
+    """A description of the owner of the budget."""
     limit: str
     """`tokens`, `cost` or `time`."""
     reason: str

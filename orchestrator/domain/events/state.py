@@ -177,10 +177,10 @@ class LegacyFileSkipped(TypedEvent):
     """null if there is no copy."""
 
 
-class OutageBegan(TypedEvent):
+class OutageStarted(TypedEvent):
     """The store became unreachable."""
 
-    type = "outage.began"
+    type = "outage.started"
     sentence = "the state cannot be read or written: {reason} (retrying)"
     shown = Shown.NEVER
 
@@ -188,8 +188,8 @@ class OutageBegan(TypedEvent):
     mode: str
     """`pause` or `continue`."""
     reason: str
-    began: Instant
-    """When the outage began, because the event may be recorded later."""
+    started: Instant
+    """When the outage started, because the event may be recorded later."""
 
 
 class OutageEnded(TypedEvent):

@@ -469,7 +469,7 @@ class HandoffSubmitted(TaskEvent):
     """The phase that receives the handoff; null if no phase follows."""
     digest: str
     via: str
-    """`file`, `tool` or `answer`."""
+    """`file`, `tool` or `message`."""
 
 
 class HandoffReceived(TaskEvent):
@@ -493,7 +493,7 @@ class HandoffInvalid(TaskEvent):
 
     phase: str
     violations: Sequence[Mapping[str, Any]]
-    """Each with `rule`, `place`, `what` and `remedy`."""
+    """Each with `rule`, `location`, `what` and `remedy`."""
 
 
 def salvage_name(branch: str) -> str:

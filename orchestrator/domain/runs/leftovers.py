@@ -144,10 +144,10 @@ def assess_run(
     return LeftoverStatus.LEFT_OVER, f"{when}; no unmerged work"
 
 
-def is_unchanged(judged: Leftover, now: Leftover) -> bool:
+def is_unchanged(earlier: Leftover, now: Leftover) -> bool:
     """Return True if a run has no new work since a decision about its record."""
-    same_end = judged.reason.partition(";")[0] == now.reason.partition(";")[0]
-    return same_end and now.status in {judged.status, LeftoverStatus.LEFT_OVER}
+    same_end = earlier.reason.partition(";")[0] == now.reason.partition(";")[0]
+    return same_end and now.status in {earlier.status, LeftoverStatus.LEFT_OVER}
 
 
 def is_stale_file(modified: float, now: float) -> bool:

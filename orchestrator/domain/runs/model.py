@@ -279,7 +279,7 @@ class RunDocument(ResolvedSettings):
     ended: Instant | None = None
     halted: str | None = None
     """The reason for the halt, such as an exhausted budget or commands that can't run."""
-    halted_by: HaltCause | None = None
+    halt_cause: HaltCause | None = None
     """The cause of the halt."""
     allow_failing_base: bool = False
     """Whether sessions start even if checks fail on the base."""

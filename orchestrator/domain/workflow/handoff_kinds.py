@@ -170,9 +170,9 @@ def check_schema(schema: Mapping[str, Any]) -> None:
     try:
         lazy.jsonschema.Draft202012Validator.check_schema(schema)
     except lazy.jsonschema.SchemaError as error:
-        place = _place(error.absolute_path) or "the schema"
+        location = _place(error.absolute_path) or "the schema"
         remedy = "see https://json-schema.org/draft/2020-12"
-        raise RefusedError(f"{place} is invalid: {error.message[:300]}", remedy) from None
+        raise RefusedError(f"{location} is invalid: {error.message[:300]}", remedy) from None
     for reference in _references(schema):
         if not reference.startswith("#"):
             raise RefusedError(f"external reference {reference[:200]!r} is not fetched", "copy its schema to `$defs`")
@@ -236,9 +236,9 @@ def _is_primary(error: ErrorDetails, errors: Sequence[ErrorDetails]) -> bool:
 
     For example, a list is too short because invalid items were dropped.
     """
-    place = error["loc"]
+    location = error["loc"]
     return error["type"] != "too_short" or not any(
-        other["loc"][: len(place)] == place and len(other["loc"]) > len(place) for other in errors
+        other["loc"][: len(location)] == location and len(other["loc"]) > len(location) for other in errors
     )
 
 
@@ -253,22 +253,22 @@ def _known_keys(model: type[BaseModel]) -> frozenset[str]:
 
 
 def _violation(kind: str, error: ErrorDetails) -> Violation:
-    place = _place(error["loc"]) or "the handoff"
+    location = _place(error["loc"]) or "the handoff"
     limits = error.get("ctx", {})
     match error["type"]:
         case "missing":
-            return Violation(f"{kind}.required", place, "missing", "add it as required by the schema")
+            return Violation(f"{kind}.required", location, "missing", "add it as required by the schema")
         case "too_long" | "string_too_long":
             most = limits.get("max_length")
-            return Violation(f"{kind}.size", place, f"longer than {most}", f"shorten it to at most {most}")
+            return Violation(f"{kind}.size", location, f"longer than {most}", f"shorten it to at most {most}")
         case "too_short" | "string_too_short":
-            return Violation(f"{kind}.empty", place, "empty", "fill it in")
+            return Violation(f"{kind}.empty", location, "empty", "fill it in")
         case "literal_error":
             expected = str(limits.get("expected"))
-            return Violation(f"{kind}.choice", place, "not an allowed value", f"use {expected}")
+            return Violation(f"{kind}.choice", location, "not an allowed value", f"use {expected}")
         case _:
             what = error["msg"].removeprefix("Value error, ")[:300]
-            return Violation(f"{kind}.form", place, what, "follow the schema")
+            return Violation(f"{kind}.form", location, what, "follow the schema")
 
 
 def _limit(kind: str, violations: Sequence[Violation]) -> Sequence[Violation]:
@@ -288,17 +288,17 @@ def _check_schema_data(name: str, schema: dict[str, Any], data: dict[str, Any]) 
         for error, _ in zip(validator.iter_errors(data), range(MAX_VIOLATIONS), strict=False)
     ]
     return (
-        CheckResult(None, sorted(violations, key=lambda violation: violation.place))
+        CheckResult(None, sorted(violations, key=lambda violation: violation.location))
         if violations
         else CheckResult(data)
     )
 
 
 def _place(path: Iterable[Any]) -> str:
-    place = ""
+    location = ""
     for part in path:
-        place += f"[{part}]" if isinstance(part, int) else f".{part}" if place else str(part)
-    return place
+        location += f"[{part}]" if isinstance(part, int) else f".{part}" if location else str(part)
+    return location
 
 
 def _export_keys(*keys: str) -> Exports:

@@ -340,9 +340,9 @@ def check_plan(plan: Plan, _facts: HandoffFacts) -> Iterable[Violation]:
     """Yield violations of the ids and dependencies of a plan's tasks."""
     ids = [task.id for task in plan.tasks]
     known = set(ids)
-    for place, task in enumerate(plan.tasks):
-        at = f"tasks[{place}]"
-        if task.id in ids[:place]:
+    for index, task in enumerate(plan.tasks):
+        at = f"tasks[{index}]"
+        if task.id in ids[:index]:
             what = f"another task has the id {task.id!r}"
             yield Violation("plan.ids", f"{at}.id", what, "give each task a unique id")
         for number, name in enumerate(task.dependencies):
@@ -359,8 +359,8 @@ def check_plan(plan: Plan, _facts: HandoffFacts) -> Iterable[Violation]:
         yield Violation("plan.circle", "tasks", what, "remove one of these dependencies")
 
 
-def _unknown(place: str, name: str, remedy: str) -> Violation:
-    return Violation("plan.dependencies", place, f"no task has the id {name[:200]!r}", remedy)
+def _unknown(location: str, name: str, remedy: str) -> Violation:
+    return Violation("plan.dependencies", location, f"no task has the id {name[:200]!r}", remedy)
 
 
 def collect_needs(plan: Plan) -> dict[str, tuple[str, ...]]:
@@ -375,12 +375,12 @@ def collect_needs(plan: Plan) -> dict[str, tuple[str, ...]]:
 
 def check_build(build: Build, facts: HandoffFacts) -> Iterable[Violation]:
     """Yield artifacts that do not match the files in the built tree."""
-    for place, artifact in enumerate(build.artifacts):
+    for index, artifact in enumerate(build.artifacts):
         if not _is_inside(artifact.path):
             what = f"{artifact.path[:200]!r} is not a path in the repository"
             yield Violation(
                 "build.path",
-                f"artifacts[{place}].path",
+                f"artifacts[{index}].path",
                 what,
                 "use a path relative to the root of the repository, with `/`",
             )
@@ -389,11 +389,11 @@ def check_build(build: Build, facts: HandoffFacts) -> Iterable[Violation]:
             if actual is None:
                 what = f"{artifact.path!r} is not a file in the built tree"
                 remedy = "list existing files that git does not ignore"
-                yield Violation("build.artifacts", f"artifacts[{place}].path", what, remedy)
+                yield Violation("build.artifacts", f"artifacts[{index}].path", what, remedy)
             elif normalize_checksum(actual) != artifact.checksum:
                 what = f"wrong checksum of {artifact.path!r} (SHA-256: {normalize_checksum(actual)})"
                 remedy = "use the checksum of the final file"
-                yield Violation("build.checksum", f"artifacts[{place}].checksum", what, remedy)
+                yield Violation("build.checksum", f"artifacts[{index}].checksum", what, remedy)
 
 
 def _is_inside(path: str) -> bool:

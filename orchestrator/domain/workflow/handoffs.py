@@ -16,7 +16,7 @@ from orchestrator.errors import HandoffCorrupted
 
 HandoffProtocol = Literal["direct", "mediated", "shared"]
 #: The means of submission of a result: its file, a command or tool, or the last block of the response.
-Delivery = Literal["file", "tool", "answer"]
+Delivery = Literal["file", "tool", "message"]
 
 #: The longest summary of a handoff, in characters.
 MAX_SUMMARY_CHARS: Final = 2_000

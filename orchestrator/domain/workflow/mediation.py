@@ -116,26 +116,26 @@ def mediate(
 def _transform(
     name: str, transformation: Transformation | None, data: Mapping[str, Any], analysis: dict[str, Any]
 ) -> dict[str, Any] | Violation:
-    place = f"transformation {name!r}"
+    location = f"transformation {name!r}"
     if transformation is None:
         return Violation(
-            "mediation.unknown", place, "not registered", "install its plugin, or use another transformation"
+            "mediation.unknown", location, "not registered", "install its plugin, or use another transformation"
         )
     try:
         with plugin_code():
             # Copies: a transformation must not change recorded values.
             made = transformation(copy.deepcopy(dict(data)), copy.deepcopy(analysis))
     except PluginFailed as failed:
-        return Violation("mediation.failed", place, f"raised {failed}", "fix the plugin that provides it")
+        return Violation("mediation.failed", location, f"raised {failed}", "fix the plugin that provides it")
     if inspect.iscoroutine(made):
         made.close()
         return Violation(
-            "mediation.result", place, "asynchronous functions are not supported", "register a synchronous function"
+            "mediation.result", location, "asynchronous functions are not supported", "register a synchronous function"
         )
     if not isinstance(made, dict):
         what = f"expected a JSON object, got {type(made).__name__}"
-        return Violation("mediation.result", place, what, "return a dict of plain JSON values")
+        return Violation("mediation.result", location, what, "return a dict of plain JSON values")
     flaw = find_json_error(made)
     if flaw is not None:
-        return Violation("mediation.result", place, f"its result is not plain JSON: {flaw}", "fix its plugin")
+        return Violation("mediation.result", location, f"its result is not plain JSON: {flaw}", "fix its plugin")
     return made

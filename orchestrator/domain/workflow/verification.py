@@ -58,7 +58,7 @@ class WorkflowRecord:
         return visits
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """The description of the task."""
         return f"task {self.task!r}"
 
@@ -80,24 +80,24 @@ def _check_visits(facts: WorkflowRecord) -> Iterator[Violation]:
     known = {phase.name for phase in facts.workflow.phases}
     task = facts.document
     for number, record in enumerate(task.phases):
-        place = f"{facts.place}, phase {record.phase!r}"
+        location = f"{facts.location}, phase {record.phase!r}"
         if record.phase not in known:
-            yield Violation("phases.unknown", place, "the workflow has no such phase", _RESTORE_REMEDY)
+            yield Violation("phases.unknown", location, "the workflow has no such phase", _RESTORE_REMEDY)
         is_last = number == len(task.phases) - 1
         if record.status in OPEN_STATUSES and not is_last:
-            yield Violation("phases.open", place, "unfinished, but a later visit was started", _RESTORE_REMEDY)
+            yield Violation("phases.open", location, "unfinished, but a later visit was started", _RESTORE_REMEDY)
         if record.status not in OPEN_STATUSES and record.ended is None:
-            yield Violation("phases.time", place, f"{record.status}, but without an end time", _RESTORE_REMEDY)
+            yield Violation("phases.time", location, f"{record.status}, but without an end time", _RESTORE_REMEDY)
         if record.started is not None and record.ended is not None and record.ended < record.started:
-            yield Violation("phases.time", place, "ended before it started", _RESTORE_REMEDY)
+            yield Violation("phases.time", location, "ended before it started", _RESTORE_REMEDY)
     if task.phases:
         last = task.phases[-1]
-        place = f"{facts.place}, phase {last.phase!r}"
+        location = f"{facts.location}, phase {last.phase!r}"
         if last.status in OPEN_STATUSES and task.status in FINAL_STATUSES:
-            yield Violation("phases.open", place, f"unfinished, but the task is {task.status}", _RESTORE_REMEDY)
+            yield Violation("phases.open", location, f"unfinished, but the task is {task.status}", _RESTORE_REMEDY)
         if (last.status is PhaseStatus.AWAITING_APPROVAL) != (task.status is TaskStatus.AWAITING_APPROVAL):
             what = f"{last.status}, but the task is {task.status}"
-            yield Violation("phases.approval", place, what, "a task waits if and only if its phase awaits approval")
+            yield Violation("phases.approval", location, what, "a task waits if and only if its phase awaits approval")
 
 
 #: Statuses after the last phase. Not LANDED: the work may have been found on the target earlier.
@@ -113,10 +113,10 @@ def _check_end(facts: WorkflowRecord) -> Iterator[Violation]:
         record = latest_visit(task, phase.name)
         if record is None or record.status not in PASSED_STATUSES:
             what = f"{'not started' if record is None else record.status}, but the task is {task.status}"
-            yield Violation("phases.end", f"{facts.place}, phase {phase.name!r}", what, _RETRY_REMEDY)
+            yield Violation("phases.end", f"{facts.location}, phase {phase.name!r}", what, _RETRY_REMEDY)
         elif phase.writes and record.status is PhaseStatus.COMPLETED and task.status is TaskStatus.DONE:
             what = "the phase writes, but the task is done without a landing"
-            yield Violation("phases.landing", f"{facts.place}, phase {phase.name!r}", what, _RETRY_REMEDY)
+            yield Violation("phases.landing", f"{facts.location}, phase {phase.name!r}", what, _RETRY_REMEDY)
 
 
 def _check_attempts(facts: WorkflowRecord) -> Iterator[Violation]:
@@ -126,84 +126,84 @@ def _check_attempts(facts: WorkflowRecord) -> Iterator[Violation]:
     """
     attempts = {attempt.number: attempt for attempt in facts.document.attempts}
     seen: set[int] = set()
-    for place, phase, record in facts.visits:
+    for location, phase, record in facts.visits:
         for number in record.attempts:
             if number not in attempts:
-                yield Violation("attempts.missing", place, f"its attempt {number} is not recorded", _RESTORE_REMEDY)
+                yield Violation("attempts.missing", location, f"its attempt {number} is not recorded", _RESTORE_REMEDY)
             elif attempts[number].phase != phase.name:
                 what = f"its attempt {number} belongs to {attempts[number].phase!r}"
-                yield Violation("attempts.phase", place, what, _RESTORE_REMEDY)
+                yield Violation("attempts.phase", location, what, _RESTORE_REMEDY)
             if number in seen:
                 yield Violation(
-                    "attempts.twice", place, f"its attempt {number} also belongs to another visit", _RESTORE_REMEDY
+                    "attempts.twice", location, f"its attempt {number} also belongs to another visit", _RESTORE_REMEDY
                 )
             seen.add(number)
 
 
 def _check_outputs(facts: WorkflowRecord) -> Iterator[Violation]:
     """Check that completed visits have a valid handoff if required."""
-    for place, phase, record in facts.visits:
+    for location, phase, record in facts.visits:
         if record.status not in {PhaseStatus.COMPLETED, PhaseStatus.AWAITING_APPROVAL}:
             continue
         if phase.kind is None:
             if record.handoff is not None:
-                yield Violation("outputs.extra", place, "unexpected handoff", _RESTORE_REMEDY)
+                yield Violation("outputs.extra", location, "unexpected handoff", _RESTORE_REMEDY)
             continue
         handoff = None if record.handoff is None else facts.handoffs.get(record.handoff)
         if handoff is None:
             what = f"{record.status}, but its {phase.kind} handoff is missing"
-            yield Violation("outputs.missing", place, what, _RETRY_REMEDY)
+            yield Violation("outputs.missing", location, what, _RETRY_REMEDY)
             continue
         if record.verdict != (verdict := read_verdict(phase, handoff.data)):
             what = f"its verdict is {record.verdict!r}, but its handoff has {verdict!r}"
-            yield Violation("outputs.verdict", place, what, _RESTORE_REMEDY)
-        yield from _check_data(facts, place, phase, handoff)
+            yield Violation("outputs.verdict", location, what, _RESTORE_REMEDY)
+        yield from _check_data(facts, location, phase, handoff)
 
 
-def _check_data(facts: WorkflowRecord, place: str, phase: Phase, handoff: Handoff) -> Iterator[Violation]:
+def _check_data(facts: WorkflowRecord, location: str, phase: Phase, handoff: Handoff) -> Iterator[Violation]:
     if handoff.kind != phase.kind:
         what = f"expected a handoff of kind {phase.kind!r}, got {handoff.kind!r}"
-        yield Violation("outputs.kind", place, what, _RETRY_REMEDY)
+        yield Violation("outputs.kind", location, what, _RETRY_REMEDY)
         return
     kind = get_handoff_kind(phase, facts.kinds)
     if kind is None:
         what = f"unknown kind {phase.kind!r}"
-        yield Violation("outputs.unknown", place, what, "install the plugin that provides it")
+        yield Violation("outputs.unknown", location, what, "install the plugin that provides it")
         return
     checked = kind.check(handoff.data, HandoffFacts(facts.checksums.get(handoff.id, {})))
     for violation in checked.violations:
-        yield replace(violation, place=f"{place}, {violation.place}")
+        yield replace(violation, location=f"{location}, {violation.location}")
 
 
 def _check_handoffs(facts: WorkflowRecord) -> Iterator[Violation]:
     """Check that handoffs are intact, and match their sources and receipts."""
     sources = {record.handoff: record for _, _, record in facts.visits if record.handoff is not None}
     for name, handoff in facts.handoffs.items():
-        place = f"handoff {name}"
+        location = f"handoff {name}"
         if not is_intact(handoff):
-            yield Violation("chain.digest", place, "its digest does not match its contents", _RETRY_REMEDY)
+            yield Violation("chain.digest", location, "its digest does not match its contents", _RETRY_REMEDY)
         if name != handoff.id or handoff.id != handoff_id(facts.run, facts.task, handoff.attempt):
-            yield Violation("chain.name", place, f"its id is {handoff.id}", _RESTORE_REMEDY)
+            yield Violation("chain.name", location, f"its id is {handoff.id}", _RESTORE_REMEDY)
         record = sources.get(name)
         if record is None:
             if facts.document.current is None:
-                yield Violation("chain.source", place, "no visit refers to this handoff", _RESTORE_REMEDY)
+                yield Violation("chain.source", location, "no visit refers to this handoff", _RESTORE_REMEDY)
         elif handoff.phase != record.phase or handoff.attempt not in record.attempts:
             what = f"its source is attempt {handoff.attempt} at {handoff.phase!r}"
             yield Violation(
-                "chain.source", place, f"{what}, but phase {record.phase!r} refers to this handoff", _RESTORE_REMEDY
+                "chain.source", location, f"{what}, but phase {record.phase!r} refers to this handoff", _RESTORE_REMEDY
             )
         if handoff.to is not None and handoff.to not in {phase.name for phase in facts.workflow.phases}:
             yield Violation(
-                "chain.target", place, f"its receiver {handoff.to!r} is not in the workflow", _RESTORE_REMEDY
+                "chain.target", location, f"its receiver {handoff.to!r} is not in the workflow", _RESTORE_REMEDY
             )
-        yield from _check_receipts(facts, place, handoff)
-    for number, (place, _, record) in enumerate(facts.visits):
-        yield from _check_received(facts, place, record)
-        yield from _check_lost_values(facts, number, place, record)
+        yield from _check_receipts(facts, location, handoff)
+    for number, (location, _, record) in enumerate(facts.visits):
+        yield from _check_received(facts, location, record)
+        yield from _check_lost_values(facts, number, location, record)
 
 
-def _check_lost_values(facts: WorkflowRecord, number: int, place: str, record: PhaseRecord) -> Iterator[Violation]:
+def _check_lost_values(facts: WorkflowRecord, number: int, location: str, record: PhaseRecord) -> Iterator[Violation]:
     """Check that a visit with values from a handoff has received that handoff."""
     last: dict[str, tuple[Phase, Handoff]] = {}
     for _, phase, earlier in facts.visits[:number]:
@@ -215,21 +215,21 @@ def _check_lost_values(facts: WorkflowRecord, number: int, place: str, record: P
         if kind is None or handoff.to != record.phase or handoff.id in record.received or handoff.mediation is not None:
             continue
         # The exports of a plugin's kind run plugin code.
-        yield from run_check("chain.lost", place, partial(_check_given_values, place, record, handoff, kind))
+        yield from run_check("chain.lost", location, partial(_check_given_values, location, record, handoff, kind))
 
 
-def _check_given_values(place: str, record: PhaseRecord, handoff: Handoff, kind: HandoffKind) -> Iterator[Violation]:
+def _check_given_values(location: str, record: PhaseRecord, handoff: Handoff, kind: HandoffKind) -> Iterator[Violation]:
     exported = {name for name, value in kind.exports(handoff.data).items() if not is_empty_value(value)}
     if record.inputs is not None and exported & set(record.inputs.keys):
         what = f"has values of handoff {handoff.id}, but no record of its receipt"
-        yield Violation("chain.lost", place, what, _RESTORE_REMEDY)
+        yield Violation("chain.lost", location, what, _RESTORE_REMEDY)
 
 
-def _check_receipts(facts: WorkflowRecord, place: str, handoff: Handoff) -> Iterator[Violation]:
+def _check_receipts(facts: WorkflowRecord, location: str, handoff: Handoff) -> Iterator[Violation]:
     for receipt in handoff.receipts:
         if receipt.digest != handoff.digest:
             what = f"phase {receipt.phase!r} received different contents: {receipt.digest}"
-            yield Violation("chain.received", place, what, _RETRY_REMEDY)
+            yield Violation("chain.received", location, what, _RETRY_REMEDY)
         is_known = any(
             record.phase == receipt.phase
             and record.attempts[:1] == (receipt.attempt,)
@@ -238,23 +238,23 @@ def _check_receipts(facts: WorkflowRecord, place: str, handoff: Handoff) -> Iter
         )
         if not is_known and facts.document.current is None:
             what = f"attempt {receipt.attempt} at {receipt.phase!r} has a receipt, but does not list this handoff"
-            yield Violation("chain.received", place, what, _RESTORE_REMEDY)
+            yield Violation("chain.received", location, what, _RESTORE_REMEDY)
 
 
-def _check_received(facts: WorkflowRecord, place: str, record: PhaseRecord) -> Iterator[Violation]:
+def _check_received(facts: WorkflowRecord, location: str, record: PhaseRecord) -> Iterator[Violation]:
     for name in record.received:
         handoff = facts.handoffs.get(name)
         if handoff is None:
-            yield Violation("chain.missing", place, f"received handoff {name}, which does not exist", _RETRY_REMEDY)
+            yield Violation("chain.missing", location, f"received handoff {name}, which does not exist", _RETRY_REMEDY)
             continue
         if not any(
             (receipt.phase, receipt.attempt) == (record.phase, *record.attempts[:1]) for receipt in handoff.receipts
         ):
             what = f"received handoff {name}, which has no receipt for it"
-            yield Violation("chain.received", place, what, _RESTORE_REMEDY)
+            yield Violation("chain.received", location, what, _RESTORE_REMEDY)
         if record.attempts and handoff.attempt >= record.attempts[0]:
             what = f"received handoff {name}, which was created after its start"
-            yield Violation("chain.order", place, what, _RESTORE_REMEDY)
+            yield Violation("chain.order", location, what, _RESTORE_REMEDY)
 
 
 def _check_sessions(facts: WorkflowRecord) -> Iterator[Violation]:
@@ -263,17 +263,17 @@ def _check_sessions(facts: WorkflowRecord) -> Iterator[Violation]:
     for session in facts.sessions:
         if session.task != facts.task or session.run != facts.run:
             continue
-        place = f"session {session.session}"
+        location = f"session {session.session}"
         attempt = attempts.get(session.attempt)
         is_done = session.status is SessionStatus.DONE
         if attempt is None:
             yield Violation(
-                "sessions.stray", place, "its task has no such attempt", "remove leftovers with `council clean`"
+                "sessions.stray", location, "its task has no such attempt", "remove leftovers with `council clean`"
             )
         elif attempt.ended is None and is_done and facts.now - session.updated > IDLE_LIMIT:
             what = "reported to be done but has not ended, and its task still waits for it"
             yield Violation(
-                "sessions.idle", place, what, f"stop it with `council cancel {facts.task}`, then `council retry`"
+                "sessions.idle", location, what, f"stop it with `council cancel {facts.task}`, then `council retry`"
             )
 
 

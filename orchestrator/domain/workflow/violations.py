@@ -30,13 +30,13 @@ class Violation:
 
     rule: str
     """The name of the rule, such as `plan.dependencies`."""
-    place: str
-    """The location, such as `tasks[2].id` in a handoff, or `phase 'plan'`."""
+    location: str
+    """For example `tasks[2].id` in a handoff, or `phase 'plan'`."""
     what: str
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.what}: {self.remedy}"
+        return f"{self.location}: {self.what}: {self.remedy}"
 
     def to_json(self) -> dict[str, str]:
         """Return the violation as a JSON object."""

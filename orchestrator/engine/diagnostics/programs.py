@@ -191,8 +191,8 @@ async def _probe(question: _ProbeRequest, more: Mapping[str, str], environ: Mapp
             await set_up(home, question.home, environ)
         version = await _run_probe([path, *program.version], env, folder) if program.version else None
         # A program that failed to report its version would probably hang again.
-        is_asked = bool(program.ready) and not has_key and not isinstance(version, str)
-        ready = await _run_probe([path, *program.ready], env, folder) if is_asked else None
+        is_requested = bool(program.ready) and not has_key and not isinstance(version, str)
+        ready = await _run_probe([path, *program.ready], env, folder) if is_requested else None
     except (OSError, RefusedError) as error:
         return check_program(program, path, f"can't create its home: {error}")
     finally:

@@ -318,7 +318,7 @@ class PhaseCompleter:
         if phase.kind is None:
             return None
         kind = self.inputs.kind(phase)
-        delivery = select_delivery(session.handoff_file, session.submitted, session.answer)
+        delivery = select_delivery(session.handoff_file, session.submitted, session.message)
         if isinstance(delivery, Violation):
             return [delivery]
         data, via = delivery
@@ -344,7 +344,7 @@ async def _facts(git: Git, kind: HandoffKind, data: JsonObject, commit: str | No
 
 
 def select_delivery(
-    file: HandoffData | MalformedHandoff | None, tool: JsonObject | None, answer: str
+    file: HandoffData | MalformedHandoff | None, tool: JsonObject | None, message: str
 ) -> tuple[JsonObject, Delivery] | Violation:
     """Return a session's result and its means of delivery, or a violation.
 
@@ -357,9 +357,9 @@ def select_delivery(
             return Violation("handoff.file", "the result", reason, remedy)
     if tool is not None:
         return tool, "tool"
-    block = find_last_json_block(answer)
+    block = find_last_json_block(message)
     if block.data is not None:
-        return block.data, "answer"
+        return block.data, "message"
     what = "; ".join(("no result was submitted", *block.skipped))
     return Violation("handoff.missing", "the result", what, "write it to $COUNCIL_HANDOFF as one JSON object")
 

@@ -47,12 +47,12 @@ class PhaseValues:
         ]
         return tuple(dict.fromkeys((*needs, *mediated)))
 
-    def received(self, given: Mapping[str, Any]) -> dict[str, tuple[int, Handoff]]:
-        """Return the source handoffs of given values, by id, with document versions."""
+    def received(self, inputs: Mapping[str, Any]) -> dict[str, tuple[int, Handoff]]:
+        """Return the source handoffs of inputs values, by id, with document versions."""
         return {
             versioned[1].id: versioned
             for phase, versioned in self.handoffs.items()
-            if not self.produced[phase] or any(name in given for name in self.produced[phase])
+            if not self.produced[phase] or any(name in inputs for name in self.produced[phase])
         }
 
     def with_produced(self, added: Mapping[str, Any], phase: str, result: Mapping[str, Any]) -> PhaseValues:

@@ -47,7 +47,7 @@ class PlannedWave:
     """How many of them would run concurrently."""
     tasks: Sequence[PlannedTask]
     is_exact: bool
-    """False if too many tasks own paths to compute `follows`."""
+    """False if too many tasks own paths to compute `waits_for`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -149,7 +149,7 @@ class RunReport:
     """The file that the run was imported from, relative to the project; such a run can't be resumed."""
     halted: str | None = None
     """The reason for the halt, with the remedy."""
-    halted_by: HaltCause | None = None
+    halt_cause: HaltCause | None = None
     """The cause of the stop: the `budget`, a failing check on the `base`, or `commands` that can't run."""
     file: str | None = None
     """The file that defines its tasks, as read by `council retry TASK --reload`; null: no file."""
@@ -321,7 +321,7 @@ def build_report(
         damage=damage,
         imported=source,
         halted=halted,
-        halted_by=None if halted is None else run.halted_by or HaltCause.BUDGET,
+        halt_cause=None if halted is None else run.halt_cause or HaltCause.BUDGET,
         file=file,
         merges=run.merges,
         awaits_merge=run.target == f"council/{run.id}" and any(report.landed is not None for report in reports),

@@ -124,7 +124,7 @@ class AttemptRunner:
         try:
             end = await self.recorder.record(active, finished)
         except ClaimLost as error:
-            lost = TaskClaimLost(task=active.task, attempt=number, orchestrator=error.by, branch=finished.branch)
+            lost = TaskClaimLost(task=active.task, attempt=number, orchestrator=error.owner, branch=finished.branch)
             await self.ledger.note(lost)
             await active.session.release(saved=finished.collected)
             return None

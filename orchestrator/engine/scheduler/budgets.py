@@ -54,8 +54,8 @@ class _Limit(NamedTuple):
     """Whether a change of the file can apply to the task."""
 
     @property
-    def of(self) -> str:
-        """Return the owner as text."""
+    def description(self) -> str:
+        """The owner as text."""
         return f"{self.scope} {self.owner}" if self.owner else f"the {self.scope}"
 
     @property
@@ -255,8 +255,8 @@ class Budgets:
                 await self._note_share(BudgetLow, limit, share)
 
     async def _note_share(self, kind: type[BudgetLow | BudgetExhausted], limit: _Limit, share: BudgetUsage) -> None:
-        event = kind(scope=limit.scope, owner=limit.of, limit=share.key, reason=share.describe())
-        await self._ledger.writer.note_once(event, limit.of, share.key)
+        event = kind(scope=limit.scope, owner=limit.description, limit=share.key, reason=share.describe())
+        await self._ledger.writer.note_once(event, limit.description, share.key)
 
 
 def _describe_if_exhausted(limit: _Limit) -> str | None:

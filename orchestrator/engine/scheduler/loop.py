@@ -85,12 +85,12 @@ class Scheduler:
         self._merge_queue.stop()
         self._local.stop_sessions()
 
-    def _halt(self, by: HaltCause, reason: str) -> None:
+    def _halt(self, cause: HaltCause, reason: str) -> None:
         """Stop sessions, and start no more of them.
 
         Built work still lands, because landing uses no budget.
         """
-        self.halted = self.halted or (by, reason)
+        self.halted = self.halted or (cause, reason)
         self._base_checks.stop()
         self._local.stop_sessions()
 

@@ -59,18 +59,18 @@ def check_request(
     tasks: Sequence[str],
     record: RunRecord,
     *,
-    even_waiting: bool = False,
+    include_waiting: bool = False,
     is_live: bool,
 ) -> None:
     """Raise RefusedError for a request that the state of its tasks does not allow.
 
-    A retry accepts blocked tasks together with the failed tasks that they need. With `even_waiting`, it also accepts
+    A retry accepts blocked tasks together with the failed tasks that they need. With `include_waiting`, it also accepts
     tasks that wait to start or to land, blocked or not, for a reload without a change of status. `is_live` means that a
     process is active in the run.
     """
     if action is RequestAction.RETRY and record.run.merges is not None:
         raise _explain_merge_retry(record.run, record.tasks[MERGE_TASK].status)
-    blocked = record.blocked() if action is RequestAction.RETRY and not even_waiting else {}
+    blocked = record.blocked() if action is RequestAction.RETRY and not include_waiting else {}
     for task in tasks:
         status = record.tasks[task].status
         if action in {RequestAction.APPROVE, RequestAction.REJECT}:
@@ -89,7 +89,7 @@ def check_request(
                 remedy = f"start a new run: {', '.join(map(repr, gone))} can't be retried"
                 retry = f"`council retry {' '.join(map(shlex.quote, missing))} --run {record.run.id}`"
                 raise RefusedError(message, remedy if gone else retry)
-        elif status not in RETRYABLE_STATUSES and not (even_waiting and status in _RELOADED):
+        elif status not in RETRYABLE_STATUSES and not (include_waiting and status in _RELOADED):
             raise _explain_not_retryable(task, status, record, is_live=is_live)
 
 

@@ -71,7 +71,7 @@ def _changes_of_document(
     name = key.id.partition("/")[2]
     if key == run_key(ledger.run.id):
         if value["halted"] is not None:
-            yield ExternalChange(halted=(HaltCause(value.get("halted_by") or HaltCause.BUDGET), value["halted"]))
+            yield ExternalChange(halted=(HaltCause(value.get("halt_cause") or HaltCause.BUDGET), value["halted"]))
     elif key.kind == "request":
         yield ExternalChange(request=RunRequest.model_validate(value))
     elif key.kind == "adapter":

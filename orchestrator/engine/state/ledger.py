@@ -81,7 +81,7 @@ class Ledger:
             reopened = []
             if (loaded.run.ended, loaded.run.halted) != (None, None):
                 version, run = await RunState(writer, loaded.run).read()
-                run = run.model_copy(update={"ended": None, "halted": None, "halted_by": None})
+                run = run.model_copy(update={"ended": None, "halted": None, "halt_cause": None})
                 reopened = [Write(run_key(run.id), version, run.model_dump(mode="json"))]
             try:
                 await writer.lead(sandbox, reopened)

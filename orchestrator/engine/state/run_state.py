@@ -80,9 +80,9 @@ class RunState:
         await self.update(RunFinished(status=status), ended=self._writer.clock.now())
         failpoint("run.finished")
 
-    async def halt(self, by: HaltCause, reason: str) -> None:
+    async def halt(self, cause: HaltCause, reason: str) -> None:
         """Record the cause and the reason of an early stop; the run can be resumed."""
-        await self.update(RunHalted(cause=by, reason=reason), halted=reason, halted_by=by)
+        await self.update(RunHalted(cause=cause, reason=reason), halted=reason, halt_cause=cause)
 
     async def proven_bases(self) -> tuple[str, ...]:
         """Return the bases whose checks passed in any process of the run."""

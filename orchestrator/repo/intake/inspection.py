@@ -20,7 +20,7 @@ from orchestrator.repo.git.loose_objects import LooseObject, read_loose_object
 MAX_FILE_BYTES = 50 << 20  # the large git hosts accept this size without a warning
 #: Maximum total bytes and files of a session's changes, chosen so that git can stage them within its time limit.
 MAX_TOTAL_BYTES, MAX_FILES = 1 << 30, 200_000
-_WITHOUT_CONTENT = frozenset({GITLINK_MODE, "040000"})  # repositories and folders are judged by name only
+_WITHOUT_CONTENT = frozenset({GITLINK_MODE, "040000"})  # repositories and folders are inspected by name only
 _SUBMODULES, _SEPARATORS = ".gitmodules", re.compile(r"[\\/]")
 # Characters with a special meaning in a .gitignore; see gitignore(5).
 _SPECIAL, _ESCAPED = re.compile(r"[\\*?\[ ]"), r"\\\g<0>"

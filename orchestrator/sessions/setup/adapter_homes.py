@@ -106,7 +106,7 @@ def _copy_back(folder: Path, home: SessionHome, environ: Mapping[str, str]) -> N
 
 
 def _overlay_settings(settings: SettingsOverlay, environ: Mapping[str, str]) -> str:
-    file = _expanded(settings.of, environ)
+    file = _expanded(settings.file, environ)
     base: object = {}
     if file is not None and file.exists():
         if not file.is_file() or file.stat().st_size > _MAX_BYTES:
@@ -116,7 +116,7 @@ def _overlay_settings(settings: SettingsOverlay, environ: Mapping[str, str]) -> 
         except (ValueError, RecursionError):
             what = f"{file} is not valid JSON, so the settings of a session can't be merged into it"
             raise RefusedError(what, f"fix it (JSON has no comments), or {_SHARE}") from None
-    merged = _merge(base if isinstance(base, dict) else {}, settings.over)
+    merged = _merge(base if isinstance(base, dict) else {}, settings.overrides)
     return json.dumps(_merge(merged, settings.added, append_lists=True))
 
 

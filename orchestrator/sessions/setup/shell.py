@@ -173,7 +173,7 @@ class Shell:
             await anyio.Path(command.log.parent).mkdir(mode=0o700, exist_ok=True)
             async with self.sandbox.apply(self.scope, self._supervised(command), self.reach) as sandboxed:
                 exited = await run_supervised(sandboxed.command)
-            result = await self._judge(command, exited, tuple(sandboxed.denied))
+            result = await self._to_result(command, exited, tuple(sandboxed.denied))
         except SessionError as error:
             await anyio.to_thread.run_sync(kill_by_environment, self.marker)
             return CommandNotRun(str(error))
@@ -198,7 +198,7 @@ class Shell:
             redact=self.redactor.bytes_pattern,
         )
 
-    async def _judge(self, command: ShellCommand, exited: ProcessExit, denied: Sequence[str]) -> ShellResult:
+    async def _to_result(self, command: ShellCommand, exited: ProcessExit, denied: Sequence[str]) -> ShellResult:
         if exited.spawn_error is not None:
             return CommandNotRun(f"it could not be started: {exited.spawn_error}", exited.exhausted)
         if exited.ended_by in {"stop", "orphaned"}:

@@ -101,10 +101,10 @@ class IdleWatch:
             self._scan = None
             self._next = scan.ended + self._quarter
             stale, self._stale = self._stale, False
-            return not stale and self._judge(scan)
+            return not stale and self._is_idle(scan)
         return False
 
-    def _judge(self, scan: FolderScan) -> bool:
+    def _is_idle(self, scan: FolderScan) -> bool:
         if scan.fingerprint is None:
             return False
         if scan.fingerprint != self._fingerprint:

@@ -314,14 +314,14 @@ def _plan(checkpoint: Checkpoint, then: Mapping[Key, Document], now: Mapping[Key
         elif then[key].damaged:
             skipped[key] = _DAMAGED_THEN
         else:
-            judged = {one: _plan_write(then.get(one), now.get(one)) for one in keys if one != key}
-            tasks = {one: what for one, what in judged.items() if one.kind == "task"}
+            planned = {one: _plan_write(then.get(one), now.get(one)) for one in keys if one != key}
+            tasks = {one: what for one, what in planned.items() if one.kind == "task"}
             # Tasks that plans have added since the checkpoint stay in the run if they had sessions.
             staying = [one for one, what in tasks.items() if one not in then and _is_preserved(what)]
             as_now = {one.id for one, what in tasks.items() if isinstance(what, str)} | {one.id for one in staying}
-            judged |= {one: _BEGUN for one, what in judged.items() if what is not None and _task_of(one) in as_now}
-            skipped |= {one: why for one, why in judged.items() if isinstance(why, str)}
-            changed = [one for one in judged.values() if isinstance(one, Write)]
+            planned |= {one: _BEGUN for one, what in planned.items() if what is not None and _task_of(one) in as_now}
+            skipped |= {one: why for one, why in planned.items() if isinstance(why, str)}
+            changed = [one for one in planned.values() if isinstance(one, Write)]
             found = now.get(key)
             if changed or found is None or found.damaged:
                 runs[name] = _run(then[key], [now[one] for one in keys if one in now], staying)
@@ -394,8 +394,8 @@ def _plan_task_write(then: Document, now: Document | None) -> Write | str | None
     return None if after == found else _write(after.model_dump(mode="json"), then.key, now)
 
 
-def _is_preserved(judged: Write | str | None) -> bool:
-    return isinstance(judged, str) or (judged is not None and judged.value is not None)
+def _is_preserved(planned: Write | str | None) -> bool:
+    return isinstance(planned, str) or (planned is not None and planned.value is not None)
 
 
 def _plan_delete(now: Document) -> Write | str:

@@ -646,7 +646,7 @@ async def survive_outages(
     replayed first. `is_temporary` selects the errors that `pause` waits for. Once `gives_up` returns True, they are
     raised.
 
-    `send_event` receives an event when an outage begins (`OutageBegan`), when it ends (`OutageEnded`), and for each
+    `send_event` receives an event when an outage begins (`OutageStarted`), when it ends (`OutageEnded`), and for each
     commit that is then refused (`OutageCommitRejected`). It may commit to the yielded store, which waits like any other
     commit; an error that it raises ends the block.
     """

@@ -16,7 +16,7 @@ import anyio
 from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
 
 from orchestrator.domain.events.base import TypedEvent
-from orchestrator.domain.events.state import OutageBegan, OutageEnded
+from orchestrator.domain.events.state import OutageEnded, OutageStarted
 from orchestrator.errors import LeaseLost, StateLost, StoreFull, StoreUnavailable, VersionConflict
 from orchestrator.protocols import (
     VERSIONS_KEPT,
@@ -124,7 +124,7 @@ class Outage:
         """Mark the store as unreachable; send one event for the whole outage."""
         if self._since is None:
             self._since, self._ended = self._clock.monotonic(), anyio.Event()
-            self._on_event(OutageBegan(mode=self._mode, reason=error.what, began=self._clock.now()))
+            self._on_event(OutageStarted(mode=self._mode, reason=error.what, started=self._clock.now()))
 
     def end(self, **facts: int) -> None:
         """Mark the store as reachable; send an event if there was an outage."""

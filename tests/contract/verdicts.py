@@ -19,7 +19,7 @@ def end(stdout: str, code: int | None = 1, stderr: str = "") -> SessionEnd:
     return SessionEnd(exit=code, signal=None, time=1_790_000_000.0, stdout=stdout, stderr=stderr)
 
 
-def judged(adapter_type: AdapterType, options: dict[str, Any], stdout: str) -> Failed | None:
+def get_verdict(adapter_type: AdapterType, options: dict[str, Any], stdout: str) -> Failed | None:
     """Return the conclusion of an adapter with these options."""
     adapter = adapter_type(adapter_type.Options.model_validate(options))
     events = [event for line in stdout.splitlines() for event in adapter.parse(line)]
