@@ -9,7 +9,8 @@ from orchestrator.domain.events.tasks import TaskChecking
 from orchestrator.domain.runs.halts import HaltReason
 from orchestrator.domain.runs.statuses import TaskStatus, Trigger
 from orchestrator.domain.settings.run_settings import TaskSpec
-from orchestrator.engine.landing.base_checks import BaseChecks, describe_check_fix
+from orchestrator.engine.landing.base_checks import describe_check_fix
+from orchestrator.engine.landing.base_commands import BaseCommands
 from orchestrator.engine.landing.outcomes import LandingOutcomes
 from orchestrator.engine.landing.ownership_check import OwnershipCheck
 from orchestrator.engine.run_context import RunContext
@@ -31,12 +32,12 @@ class MergeChecks:
         pool: SlotPool,
         ownership: OwnershipCheck,
         outcomes: LandingOutcomes,
-        base_checks: BaseChecks,
+        base_commands: BaseCommands,
         give_up: Callable[[str], None],
     ) -> None:
         """Create the checks; `give_up` ends the run with a reason if they can't run."""
         self._ledger, self._context, self._pool = ledger, context, pool
-        self._ownership, self._outcomes, self._base_checks = ownership, outcomes, base_checks
+        self._ownership, self._outcomes, self._base_commands = ownership, outcomes, base_commands
         self._give_up = give_up
         self._running: CheckRunner | None = None
         self._passed: set[tuple[str, str]] = set()
@@ -110,7 +111,7 @@ class MergeChecks:
         try:
             result = await runner.run(merge.new, base)
             if isinstance(result, CommandFailed):
-                unrunnable = await self._base_checks.explain_unrunnable(
+                unrunnable = await self._base_commands.explain_unrunnable(
                     task, spec, spec.checks, result, base, describe_check_fix(run, [spec], is_built=True)
                 )
         finally:

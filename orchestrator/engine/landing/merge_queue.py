@@ -20,7 +20,7 @@ from orchestrator.domain.runs.model import LandingIntent
 from orchestrator.domain.runs.retry import retry_delay
 from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, TaskStatus, Trigger
 from orchestrator.domain.settings.run_settings import Backoff
-from orchestrator.engine.landing.base_checks import BaseChecks
+from orchestrator.engine.landing.base_commands import BaseCommands
 from orchestrator.engine.landing.merge_checks import MergeChecks
 from orchestrator.engine.landing.outcomes import LandingOutcomes, add_intended_merge
 from orchestrator.engine.landing.ownership_check import OwnershipCheck
@@ -67,7 +67,7 @@ class MergeQueue:
         ledger: Ledger,
         context: RunContext,
         pool: SlotPool,
-        base_checks: BaseChecks,
+        base_commands: BaseCommands,
         give_up: Callable[[str], None],
     ) -> None:
         """Create the queue of a run.
@@ -82,7 +82,7 @@ class MergeQueue:
         self._target, self._git = context.target, context.git
         ownership = OwnershipCheck(ledger, context.git, context.registry)
         self.outcomes = LandingOutcomes(ledger, context.target, context.git, ownership)
-        self._checks = MergeChecks(ledger, context, pool, ownership, self.outcomes, base_checks, give_up)
+        self._checks = MergeChecks(ledger, context, pool, ownership, self.outcomes, base_commands, give_up)
         self.is_moving = False
         """Whether the target is being moved; during the move its refs and checkouts may be inconsistent."""
         self.waiting: deque[str] = deque()

@@ -35,7 +35,7 @@ from orchestrator.domain.runs.outcome import (
 from orchestrator.domain.runs.retry import decide_retry
 from orchestrator.domain.runs.statuses import Trigger
 from orchestrator.domain.settings.failures import FailureClass, FailurePolicy, get_failure_policy
-from orchestrator.engine.landing.base_checks import BaseChecks
+from orchestrator.engine.landing.base_commands import BaseCommands
 from orchestrator.engine.phases.completion import PhaseHandlers
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.scheduler.active_attempts import ActiveAttempt, AttemptEnd
@@ -62,7 +62,7 @@ class AttemptRecorder:
     ledger: Ledger
     context: RunContext
     pool: SlotPool
-    base_checks: BaseChecks
+    base_commands: BaseCommands
     phase_handlers: PhaseHandlers
 
     async def record(self, active: ActiveAttempt, finished: SessionResult) -> AttemptEnd:
@@ -148,7 +148,7 @@ class AttemptRecorder:
             result = await active.checks.run(commit, base)
             if isinstance(result, CommandFailed):
                 commands = active.next_phase.phase.until
-                unrunnable = await self.base_checks.explain_unrunnable(
+                unrunnable = await self.base_commands.explain_unrunnable(
                     worktree.task,
                     active.spec,
                     commands,

@@ -13,6 +13,7 @@ from orchestrator.domain.runs.model import AdapterDocument, HaltCause
 from orchestrator.domain.runs.statuses import SUCCESS_STATUSES, TaskStatus
 from orchestrator.domain.scheduling.dispatch import DispatchBoard
 from orchestrator.engine.landing.base_checks import BaseChecks
+from orchestrator.engine.landing.base_commands import BaseCommands
 from orchestrator.engine.landing.base_selection import BaseSelector
 from orchestrator.engine.landing.merge_queue import MergeQueue
 from orchestrator.engine.landing.repository_guard import RepositoryGuard
@@ -61,12 +62,13 @@ class Scheduler:
         """The cause and the reason of an early stop; None otherwise."""
         budgets = Budgets(ledger, clock, context.accounting, partial(self._halt, HaltCause.BUDGET))
         base_selector = BaseSelector(ledger, context)
-        self._base_checks = BaseChecks(ledger, context, pool, base_selector, board.entries)
-        self._merge_queue = MergeQueue(ledger, context, pool, self._base_checks, self._give_up)
+        base_commands = BaseCommands(ledger, context, pool)
+        self._base_checks = BaseChecks(ledger, context, base_commands, base_selector, board.entries)
+        self._merge_queue = MergeQueue(ledger, context, pool, base_commands, self._give_up)
         self._repository_guard = RepositoryGuard(ledger, context, self._merge_queue)
         self._local = LocalWork(ledger, board, self._merge_queue, clock, unavailable_adapters)
         self._landings = LandingLoop(ledger, context, self._local, capacity)
-        recorder = AttemptRecorder(ledger, context, pool, self._base_checks, phase_handlers)
+        recorder = AttemptRecorder(ledger, context, pool, base_commands, phase_handlers)
         self._attempts = AttemptRunner(ledger, context, pool, budgets, base_selector, phase_handlers, recorder)
         self._preparer = AttemptPreparer(self._local, self._attempts)
         self._peers = PeerSync(ledger, context, pool, self._local, budgets, self._halt, lambda: self._is_start_blocked)
