@@ -63,14 +63,15 @@ class CuttingProxy:
             while data := await reader.read(65_536):
                 left = self.budget[direction]
                 part = data if left is None else data[:left]
+                is_last = left is not None and left <= len(data)
+                if left is not None:
+                    self.budget[direction] = None if is_last else left - len(part)
+                self.passed[direction] += len(part)
                 writer.write(part)
                 await writer.drain()
-                self.passed[direction] += len(part)
-                if left is not None:
-                    self.budget[direction] = left - len(part)
-                    if left <= len(data):
-                        self._cut()
-                        return
+                if is_last:
+                    self._cut()
+                    return
             writer.close()
 
     def _cut(self) -> None:
