@@ -42,18 +42,18 @@ class ReplacedFunctionsContract:
         for argument in cases.keys() & {*metafunc.fixturenames}:
             metafunc.parametrize(argument, cases[argument])
 
-    def test_each_row_says_what_is_here_and_what_shows_it(self) -> None:
+    def test_each_row_names_an_implementation_and_a_test(self) -> None:
         """A replacement without a test is unverified."""
         assert len(self.functions) > self.fewest
         for row in self.functions:
             assert len(row) == 3, row
             assert re.fullmatch(r"(`tests/[\w/]+\.py(::\w+)+`(, )?)+", row[2]), row
 
-    def test_each_test_is_there(self, test: str) -> None:
+    def test_each_documented_test_exists(self, test: str) -> None:
         """By file and name, including tests inherited from a contract."""
         check_test(test)
 
-    def test_each_command_is_there(self, line: str) -> None:
+    def test_each_documented_command_exists(self, line: str) -> None:
         """With the named options."""
         _, *words = line.split()
         command: click.Command = main
@@ -64,7 +64,7 @@ class ReplacedFunctionsContract:
         known = {option for parameter in command.params for option in parameter.opts}
         assert {word for word in words if word.startswith("-")} <= known
 
-    def test_each_name_of_python_is_there(self, name: str) -> None:
+    def test_each_documented_python_name_exists(self, name: str) -> None:
         """A public name, or one in a module of ours, with attributes and fields."""
         owner, steps = _owner(name.split("."))
         for step in steps:

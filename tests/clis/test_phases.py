@@ -44,7 +44,7 @@ def run(stage: Stage, *, plan: str, review: str, mended: str = "") -> CommandRes
     return stage.run(prompt, {"workflows": {"three": WORKFLOW}}, workflow="three", attempts=1)
 
 
-async def test_handoff_of_an_answer_reaches_the_next_phase(stage: Stage, program: Program) -> None:
+async def test_handoff_in_a_message_reaches_the_next_phase(stage: Stage, program: Program) -> None:
     """An invalid plan is repaired once, in the same conversation if possible."""
     ended = run(stage, plan=answer({"tasks": "all of it"}), mended=answer(PLAN), review=answer(REVIEW))
     assert ended.states == {"task": "landed"}, stage.diagnostics(ended)

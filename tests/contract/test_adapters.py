@@ -187,7 +187,7 @@ class TestClaudeCode(AdapterContract):
         "Claude AI usage limit reached|1790003600",
     ],
 )
-def test_claude_usage_limit_has_its_end(stdout: str) -> None:
+def test_claude_usage_limit_has_reset_time(stdout: str) -> None:
     """From an event before its result, or from the time in its message."""
     failed = get_verdict(ClaudeCodeAdapter, {}, stdout)
     assert failed is not None

@@ -450,7 +450,7 @@ class ClaimsContract(ABC):
         third = await cluster.join("third", shares=alone != "second")
         assert (await third.others.peers.find_exclusive_peer() is None) is (alone == "first")
 
-    async def test_join_with_a_lost_answer_happens_once(self, cluster: Cluster) -> None:
+    async def test_join_with_a_lost_reply_happens_once(self, cluster: Cluster) -> None:
         """The record is recognized, whether its commit was acknowledged or not."""
         a = await cluster.join("a")
         await a.others.join()

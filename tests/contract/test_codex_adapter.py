@@ -200,14 +200,14 @@ def utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("or try again later.", None),
     ],
 )
-def test_codex_usage_limit_has_its_end(reported: str, until: datetime | None) -> None:
+def test_codex_usage_limit_has_reset_time(reported: str, until: datetime | None) -> None:
     """In words, in local time, with a date unless today; the session ended on 2026-09-21, 14:13 UTC."""
     failed = get_verdict(CodexAdapter, {}, codex_failure(f"{HIT} {reported}"))
     assert failed is not None
     assert (failed.failure, failed.until) == (FailureClass.RATE_LIMITED, until.timestamp() if until else None)
 
 
-def test_codex_rate_limit_has_its_duration() -> None:
+def test_codex_rate_limit_has_duration() -> None:
     """In seconds."""
     failed = get_verdict(
         CodexAdapter, {}, codex_failure("rate limit exceeded: Rate limit reached. Please try again in 1.5s.")

@@ -91,7 +91,7 @@ async def test_task_summary_has_the_context(contexts: SessionContexts) -> None:
     assert (found.total, found.files) == (3, ["a.py", "b.py"])
 
 
-async def test_context_status_after_a_wait_is_the_one_before(contexts: SessionContexts) -> None:
+async def test_context_status_is_restored_after_a_wait(contexts: SessionContexts) -> None:
     await contexts.begin(API, "fixer")
     await contexts.update(API, status=SessionStatus.BLOCKED, message="x", blocked_on="the schema")
     async with contexts.waiting(API, "src/a.py"):

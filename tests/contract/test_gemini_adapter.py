@@ -177,7 +177,7 @@ class TestGemini(AdapterContract):
         ("You have exhausted your daily quota on this model.", None),
     ],
 )
-def test_gemini_usage_limit_has_its_end(text: str, seconds: float | None) -> None:
+def test_gemini_usage_limit_has_reset_time(text: str, seconds: float | None) -> None:
     """The wait counts from the end of the session; without one the end is unknown."""
     failed = get_verdict(GeminiAdapter, {}, gemini_result(f"[API Error: {text}]"))
     assert failed is not None

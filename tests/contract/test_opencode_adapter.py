@@ -177,7 +177,7 @@ class TestOpencode(AdapterContract):
     }
 
 
-def test_opencode_usage_limit_has_its_end() -> None:
+def test_opencode_usage_limit_has_reset_time() -> None:
     """From the header of its last response: one second later."""
     recording = read_recordings(TRANSCRIPTS / "opencode")["limited-until"]
     failed = get_verdict(OpencodeAdapter, {}, "\n".join(recording.stdout))

@@ -154,7 +154,7 @@ async def test_chain_of_sessions_can_use_one_key(sharing: SharedValues) -> None:
     assert made == [[0], [0, 1], [0, 1, 2]]
 
 
-async def test_wait_without_a_value_ends_at_its_timeout(store: Store) -> None:
+async def test_wait_without_a_value_times_out(store: Store) -> None:
     """Half a minute by default."""
     got: list[SharedValue | None] = []
     clock = AwaitedClock()
@@ -285,7 +285,7 @@ async def test_version_continues_after_a_removal(sharing: SharedValues, store: S
     assert await sharing.wait("k", after=1, timeout=0) == put
 
 
-async def test_foreign_document_is_not_a_value(sharing: SharedValues, store: Store) -> None:
+async def test_document_of_another_kind_is_not_a_value(sharing: SharedValues, store: Store) -> None:
     await store.commit(Commit([Write(Key(KIND, "r/k"), 0, {"odd": 1})]))
     with pytest.raises(RefusedError, match="is unreadable: put the value again"):
         await sharing.get("k")

@@ -113,7 +113,7 @@ async def test_failed_login_disables_the_adapter(bench: Bench, use: str) -> None
     assert ended.result["adapters"][0]["name"] == "it"
 
 
-async def test_usage_limit_starts_a_cooldown_until_its_end(bench: Bench) -> None:
+async def test_usage_limit_starts_a_cooldown_until_the_reset_time(bench: Bench) -> None:
     """The end is the time that the program reported; the attempt does not count."""
     began = time.time()
     ended = bench.run("claude-code", "attempt 1 fail limit 2\nwrite a.txt a")
@@ -321,7 +321,7 @@ async def test_acp_agent_tokens_beyond_the_protocol_are_recorded(bench: Bench) -
     [({"ACP_LOGGED_OUT": "1"}, None), ({"ACP_VERSION": "7"}, "invalid")],
 )
 @pytest.mark.slow
-async def test_acp_agent_that_can_not_start_has_its_reason(
+async def test_acp_agent_that_fails_to_start_reports_the_reason(
     bench: Bench, env: dict[str, str], failure: str | None
 ) -> None:
     """A missing login, or another protocol version."""
@@ -400,7 +400,7 @@ HOSTILE = {
 
 
 @pytest.mark.extended
-async def test_ollama_answer_can_not_leave_the_worktree(bench: Bench, tmp_path: Path) -> None:
+async def test_ollama_response_can_not_leave_the_worktree(bench: Bench, tmp_path: Path) -> None:
     """The whole answer is rejected, including its valid part; the task's reason says so."""
     outside = tmp_path / "outside"
     outside.mkdir()

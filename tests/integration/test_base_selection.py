@@ -45,7 +45,7 @@ def repaired(path: str) -> list[dict[str, Any]]:
         ),
     ],
 )
-async def test_paths_owned_by_another_meanwhile_are_merged_or_repeated(
+async def test_paths_acquired_concurrently_are_merged_or_repeated(
     repository: Repository, path: str, content: str, reason: str | None
 ) -> None:
     """If both merge, the earlier work continues; a task with owned paths never ends in a conflict."""

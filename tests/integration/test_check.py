@@ -254,7 +254,7 @@ class Overtaking(MemoryStore):
         return await super().list(kind, prefix)
 
 
-async def test_records_are_read_as_of_one_moment(repository: Repository) -> None:
+async def test_records_are_read_at_one_position(repository: Repository) -> None:
     """Also if the next phase receives a handoff between two reads."""
     run = landed(repository)
     async with FileStore.open(repository.log, SystemClock()) as store:

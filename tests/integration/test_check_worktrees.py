@@ -269,7 +269,7 @@ class TestPool:
         assert not found["session"] & found["check"]
 
     @pytest.mark.parametrize(("places", "size"), [(1, None), (16, 1)])
-    async def test_idle_slot_of_the_other_pool_makes_room(
+    async def test_idle_slot_of_the_other_pool_is_discarded_for_a_new_one(
         self, yard: HubFixture, places: int, size: int | None
     ) -> None:
         """With capacity for one slot they take turns, each in a new one."""

@@ -75,7 +75,7 @@ async def test_check_output_is_data_for_the_next_attempt(repository: Repository)
     assert "I am an instruction" in output.partition(begins)[2].partition(ends)[0]
 
 
-async def test_attempts_that_never_pass_end(repository: Repository) -> None:
+async def test_attempts_that_always_fail_end(repository: Repository) -> None:
     """Each failed check counts as a failure of the task; its work is preserved on its branch."""
     settings = checked([{"id": "never", "prompt": "write a.txt bad"}], ["false"], attempts=2)
     ended = repository.council("run", str(repository.configure(**settings)), "--json")

@@ -207,7 +207,7 @@ async def test_cancel_of_all_tasks_ends_a_live_run(repository: Repository) -> No
 
 
 @pytest.mark.extended
-async def test_cancel_of_an_ended_task_is_no_error(repository: Repository) -> None:
+async def test_cancel_of_an_ended_task_is_not_an_error(repository: Repository) -> None:
     """Exit code 0 if all tasks have ended, named or not; 2 for an unknown task."""
     tasks = [{"id": "done", "prompt": "write d.txt x"}, {"id": "long", "prompt": "hang"}]
     child = repository.start("run", str(repository.configure(tasks)))
@@ -614,7 +614,7 @@ def of(ended: CommandResult, task: str) -> dict[str, Any]:
 
 
 @pytest.mark.extended
-async def test_ignored_task_is_not_tried_until_retried(repository: Repository) -> None:
+async def test_ignored_task_is_not_started_until_retried(repository: Repository) -> None:
     """With an active session, waiting, or without a process; `status` has the reason."""
     tasks: list[dict[str, Any]] = [
         {"id": "long", "prompt": "write half.txt half\nattempt 1 hang"},

@@ -365,7 +365,7 @@ def test_adapters_have_their_state_in_the_newest_run(repository: Repository) -> 
     assert "  disabled: not logged in" in repository.council("adapters").stdout
 
 
-def test_adapter_in_cooldown_has_its_end(repository: Repository) -> None:
+def test_adapter_in_cooldown_shows_the_end(repository: Repository) -> None:
     """Also while another process runs the run."""
     argv = ["sh", "-c", "echo try again in 3000 s; exit 1"]
     adapter = {"use": "command", "argv": argv, "failures": {"rate_limited": "again in (?P<seconds>[0-9]+)"}}

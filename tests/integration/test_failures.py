@@ -98,7 +98,7 @@ async def test_failed_login_disables_its_adapter_only(repository: Repository) ->
     await repository.assert_invariants()
 
 
-async def test_usage_limit_starts_a_cooldown_until_its_end(repository: Repository) -> None:
+async def test_usage_limit_starts_a_cooldown_until_the_reset_time(repository: Repository) -> None:
     """Five hours pass on the clock; no attempt is counted, and another adapter continues meanwhile."""
     tasks: list[dict[str, Any]] = [
         {"id": "limited", "prompt": "attempt 1 print limit reached, again in 18000 s\nattempt 1 exit 1\nwrite a.txt a",
@@ -331,7 +331,7 @@ async def test_concurrent_limits_are_one_cooldown(repository: Repository) -> Non
     await repository.assert_invariants()
 
 
-async def test_run_that_only_waits_for_adapters_says_so_once(repository: Repository) -> None:
+async def test_run_that_only_waits_for_adapters_reports_it_once(repository: Repository) -> None:
     """First adapter disabled, second in cooldown: a task has the time; the run reports each wait once."""
     limited = "attempt {0} print limit reached, again in {1} s\nattempt {0} exit 1\n"
     prompt = "attempt 1 print not logged in\nattempt 1 exit 1\n" + limited.format(2, 600) + limited.format(3, 7200)

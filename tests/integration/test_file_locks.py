@@ -274,7 +274,7 @@ async def test_cancelled_wait_leaves_nothing_locked(
     assert {path.suffix for path in folder.iterdir()} == {".lock", ".gate"}
 
 
-async def test_abandoned_shared_wait_makes_room_for_an_exclusive_one(
+async def test_cancelled_shared_wait_lets_exclusive_request_proceed(
     folder: Path, known: frozenset[threading.Thread]
 ) -> None:
     """The thread of an abandoned wait is reused by a wait of the other kind."""

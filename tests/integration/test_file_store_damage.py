@@ -269,7 +269,7 @@ async def test_complete_commit_of_a_dead_writer_is_adopted(good: Good, folder: P
         assert list(store.damage) == []
 
 
-async def test_damaged_mark_is_rewritten(folder: Path) -> None:
+async def test_damaged_marker_is_rewritten(folder: Path) -> None:
     """If the mark in the lock file is damaged while the store is open, readers continue and rewrite it."""
     async with FileStore.open(folder, SystemClock()) as store:
         await store.commit(HISTORY[0])

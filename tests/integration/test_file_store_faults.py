@@ -158,7 +158,7 @@ async def test_disk_that_fails_at_each_call_loses_nothing(
     assert number > 1
 
 
-async def test_no_faults_reject_nothing(server: Server, folder: Path) -> None:
+async def test_store_without_faults_rejects_nothing(server: Server, folder: Path) -> None:
     lines, failed = server.run(folder, "fdatasync", "EIO", str(MANY))
     assert not failed
     assert not [line for line in lines if "refused" in line]

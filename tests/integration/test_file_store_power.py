@@ -118,7 +118,7 @@ async def test_missing_commit_of_this_boot_is_reported(tmp_path: Path) -> None:
         assert [one.keys for one in store.damage] == [None]
 
 
-async def test_old_mark_hides_nothing(tmp_path: Path) -> None:
+async def test_old_marker_hides_nothing(tmp_path: Path) -> None:
     """The mark may be older than the log: all commits in the log count."""
     async with FileStore.open(tmp_path, ManualClock(), segment_bytes=600) as store:
         await work(store)

@@ -125,7 +125,7 @@ def test_lost_identity_is_found_and_a_lost_log_named(repository: Repository) -> 
 
 
 @pytest.mark.extended
-def test_link_is_no_log(repository: Repository, tmp_path: Path) -> None:
+def test_link_is_not_a_log(repository: Repository, tmp_path: Path) -> None:
     """A link to another log, in a folder whose own identity is known."""
     made, trace = forged(repository, tmp_path)
     assert repository.council("run", str(repository.configure([{"id": "mine", "prompt": "write a.txt a"}]))).code == 0

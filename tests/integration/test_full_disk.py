@@ -127,7 +127,9 @@ async def test_landing_on_a_full_disk_leaves_the_checkout_unchanged(small_disk: 
     await small_disk.assert_invariants()
 
 
-async def test_landing_without_room_for_the_index_lock_leaves_no_lock(small_disk: Repository, tmp_path: Path) -> None:
+async def test_landing_without_disk_space_for_the_index_lock_leaves_no_lock(
+    small_disk: Repository, tmp_path: Path
+) -> None:
     """The disk fills up right before the checkout is updated; the landing is made once there is space."""
     landing = await Landing.prepare(small_disk, tmp_path)
     hook = small_disk.top / ".git/hooks/pre-receive"
@@ -198,7 +200,7 @@ async def test_command_on_a_full_disk_ends_with_one_line_and_exit_code_1(
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("command", [["resume"], ["work", "--run", "latest"]], ids=lambda command: command[0])
-async def test_resume_on_a_full_disk_says_so_and_waits(small_disk: Repository, command: list[str]) -> None:
+async def test_resume_on_a_full_disk_reports_it_and_waits(small_disk: Repository, command: list[str]) -> None:
     """In one line; it continues as soon as there is space."""
     config = small_disk.configure([{"id": "t", "prompt": "attempt 1 hang\nwrite t.txt x"}])
     run = small_disk.start("run", str(config))

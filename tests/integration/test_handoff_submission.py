@@ -107,7 +107,7 @@ async def test_sandboxed_program_writes_its_own_handoff_only(tmp_path: Path, kin
     ],
     ids=range(7),
 )
-async def test_handoff_that_is_no_object_is_reported(worktree: Worktree, data: bytes, why: str) -> None:
+async def test_handoff_that_is_not_an_object_is_reported(worktree: Worktree, data: bytes, why: str) -> None:
     worktree.handoff_file.write_bytes(data)
     found = await read_handoff(worktree)
     assert isinstance(found, MalformedHandoff)

@@ -204,7 +204,7 @@ def test_foreign_folder_gets_no_schema(repository: Repository, fakes: FakeProgra
     assert [one.name for one in (repository.top / ".council").iterdir()] == ["theirs"]
 
 
-def test_file_created_meanwhile_is_kept(tmp_path: Path) -> None:
+def test_file_created_during_replacement_is_kept(tmp_path: Path) -> None:
     """A file that appears during the command is not replaced; no partial file stays."""
     path = tmp_path / "council.yaml"
     path.write_text("theirs\n")

@@ -514,7 +514,7 @@ exit 0
 
 
 @pytest.mark.parametrize("act", ["switch --quiet other", "branch --move main other2"])
-async def test_leaving_the_target_during_a_push_takes_nothing_along(
+async def test_switching_branches_during_a_push_carries_no_changes(
     repository: Repository, tmp_path: Path, act: str
 ) -> None:
     """Git has determined the target's checkout before that."""
@@ -555,7 +555,7 @@ async def test_switching_to_the_target_during_a_push_gets_the_landing(
 
 
 @pytest.mark.parametrize("stage", ["index", "undo"])
-async def test_killed_push_is_settled_after_the_clock_was_set_back(
+async def test_killed_push_is_recovered_after_the_clock_was_set_back(
     repository: Repository, tmp_path: Path, stage: str
 ) -> None:
     """All its leftovers are older than its intent: a marked lock still counts as ours."""
@@ -690,7 +690,7 @@ async def test_slow_push_is_reported(
 
 @pytest.mark.extended_but_first
 @pytest.mark.parametrize("seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 60))])
-async def test_pushes_killed_at_random_moments_are_recovered(repository: Repository, tmp_path: Path, seed: int) -> None:
+async def test_pushes_killed_at_random_times_are_recovered(repository: Repository, tmp_path: Path, seed: int) -> None:
     """With commits of the user's at random moments: all of them exist in the end, and nothing is left over."""
     chance = random.Random(seed)
     landing = await Landing.prepare(repository, tmp_path)

@@ -169,7 +169,7 @@ async def test_git_that_is_always_killed_ends_with_one_line(
 
 
 @pytest.mark.extended
-async def test_work_whose_git_is_always_killed_is_no_internal_error(repository: Repository, tmp_path: Path) -> None:
+async def test_work_whose_git_is_always_killed_is_not_an_internal_error(repository: Repository, tmp_path: Path) -> None:
     """As of `run`; without the kills the next worker lands the task."""
     path = repository.environ["PATH"]
     config = configure_one(repository, tmp_path / "programs")

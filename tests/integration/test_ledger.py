@@ -109,7 +109,7 @@ class RacingStore(OvertakenStore):
 
 
 @pytest.mark.parametrize("is_looked_meanwhile", [False, True])
-async def test_refresh_still_reports_a_move_by_another(tmp_path: Path, is_looked_meanwhile: bool) -> None:
+async def test_refresh_still_reports_a_move_by_another_process(tmp_path: Path, is_looked_meanwhile: bool) -> None:
     """A late claim finds the task landed; followers of other processes still receive that event."""
     clock = ManualClock()
     store = RacingStore(clock)
@@ -156,7 +156,7 @@ async def test_ended_task_is_not_claimed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("trigger", [Trigger.INTERRUPT, Trigger.IDLE])
-async def test_task_tried_by_another_is_not_started(tmp_path: Path, trigger: Trigger) -> None:
+async def test_task_attempted_by_another_process_is_not_started(tmp_path: Path, trigger: Trigger) -> None:
     """The stale record does not know the other attempt and would reuse its number."""
     clock = ManualClock()
     ours, theirs = await two_ledgers(MemoryStore(clock), clock, tmp_path)
@@ -213,7 +213,7 @@ async def test_task_just_released_by_another_is_cancelled(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("seen", [TaskStatus.RUNNING, TaskStatus.LANDING])
-async def test_task_being_landed_by_another_is_not_cancelled(tmp_path: Path, seen: TaskStatus) -> None:
+async def test_task_being_landed_by_another_process_is_not_cancelled(tmp_path: Path, seen: TaskStatus) -> None:
     """A started landing completes, even if the task was still running when last read."""
     clock = ManualClock()
     ours, theirs = await leader_and_worker(MemoryStore(clock), clock, tmp_path)
@@ -229,7 +229,7 @@ async def test_task_being_landed_by_another_is_not_cancelled(tmp_path: Path, see
     assert not await cancel_task(ours, "models")
 
 
-async def test_task_found_landed_by_another_is_not_retried(tmp_path: Path) -> None:
+async def test_task_landed_by_another_process_is_not_retried(tmp_path: Path) -> None:
     clock = ManualClock()
     ours, theirs = await leader_and_worker(MemoryStore(clock), clock, tmp_path)
     assert await start(ours, "models")
@@ -273,7 +273,7 @@ async def test_restore_during_a_take_is_seen(tmp_path: Path, event: str) -> None
 
 
 @pytest.mark.parametrize("kind", ["task", "spec"])
-async def test_record_read_while_a_restore_removes_a_task_is_whole(tmp_path: Path, kind: str) -> None:
+async def test_record_read_while_a_restore_removes_a_task_is_complete(tmp_path: Path, kind: str) -> None:
     """The task is removed between the read of the run document and its own."""
     clock = ManualClock()
     store, run = OvertakenStore(clock, kind), run_document(tmp_path)

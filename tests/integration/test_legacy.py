@@ -122,7 +122,7 @@ async def kept(repository: Repository, kind: str) -> dict[str, dict[str, Any]]:
         return {one.key.id: one.value for one in await store.list(kind)}
 
 
-async def test_file_of_version_2_becomes_runs(repository: Repository) -> None:
+async def test_version_2_file_is_imported_as_runs(repository: Repository) -> None:
     """With tasks, times and metrics; free text is marked as such, and the file stays unchanged."""
     write(repository, LEGACY_FILE, STATE)
     before = originals(repository)
@@ -206,7 +206,7 @@ async def test_statuses_are_mapped_as_documented(repository: Repository) -> None
     assert states((await runs(repository))["s"]) == expected
 
 
-async def test_folder_becomes_runs_next_to_those_of_the_file(repository: Repository) -> None:
+async def test_folder_and_file_are_both_imported_as_runs(repository: Repository) -> None:
     """Tasks have their own states; a session in both layouts is one run, with the data of the folder."""
     write_tree(repository)
     write(repository, f"{LEGACY_TREE}/sessions/{RUN}.json", {"id": RUN, "status": "completed", "task_ids": ["later"]})

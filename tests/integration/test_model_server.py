@@ -395,7 +395,7 @@ def test_each_turn_is_the_next_tool_call(server: ModelServer, api: Api, stream: 
 
 
 @pytest.mark.extended_but_first
-def test_failure_is_that_of_the_api(server: ModelServer, api: Api, stream: bool) -> None:
+def test_failure_comes_from_the_api(server: ModelServer, api: Api, stream: bool) -> None:
     """Every request of the conversation gets the status and the error type."""
     path, body = api.ask("fail 401\nwrite a.txt x", stream, 0, True)
     replies = [post(server, path, body) for _ in range(3)]
@@ -417,7 +417,7 @@ def test_failure_ends_after_its_count(server: ModelServer, api: Api, stream: boo
 
 
 @pytest.mark.extended_but_first
-def test_drop_interrupts_the_answer(server: ModelServer, api: Api, stream: bool) -> None:
+def test_drop_interrupts_the_response(server: ModelServer, api: Api, stream: bool) -> None:
     """The connection ends after part of the answer; the retry gets all of it."""
     prompt = "drop 1\nwrite a.txt x"
     reply = post(server, *api.ask(prompt, stream, 0, True))
@@ -427,7 +427,7 @@ def test_drop_interrupts_the_answer(server: ModelServer, api: Api, stream: bool)
 
 
 @pytest.mark.extended_but_first
-def test_answer_is_truncated_at_its_length(server: ModelServer, api: Api, stream: bool) -> None:
+def test_response_is_truncated_at_the_limit(server: ModelServer, api: Api, stream: bool) -> None:
     """Half of it comes, no tool is called, the stop reason says why, and the retry gets all of it."""
     prompt = "cut 1\nsay 12345678"
     heard = [ask_model(server, api, prompt, stream) for _ in range(2)]
@@ -649,7 +649,7 @@ def test_required_arguments_of_a_tool_are_added(server: ModelServer) -> None:
     assert "unasked" not in arguments
 
 
-def test_ollama_bridge_can_parse_the_answer(server: ModelServer) -> None:
+def test_ollama_bridge_parses_the_response(server: ModelServer) -> None:
     """A model without tools returns files in the form that the bridge requests; shown files are no scripts."""
     shown = "```file README.md\nrun make\n  write shown.txt x\n```\n"
     messages = [

@@ -41,7 +41,7 @@ def test_every_command_about_a_run_accepts_the_option() -> None:
 
 
 @pytest.mark.parametrize("words", [*OF_A_RUN, *CHANGES_A_RUN])
-def test_command_about_a_whole_run_has_it_as_argument(words: str) -> None:
+def test_command_about_a_run_has_the_run_as_argument(words: str) -> None:
     [argument] = [one for one in ALL[*words.split()].params if one.name == "run"]
     assert isinstance(argument, click.Argument)
 

@@ -35,7 +35,7 @@ def events(ended: CommandResult, event: str) -> list[dict[str, Any]]:
     return [line for line in ended.lines if line.get("event") == event]
 
 
-async def test_out_of_scope_work_is_rejected_and_the_next_attempt_told(repository: Repository) -> None:
+async def test_out_of_scope_work_is_rejected_and_reported_to_the_next_attempt(repository: Repository) -> None:
     """It starts with the in-scope work.
 
     Everything else is restored: changed, new or deleted files, and folders in place of files.

@@ -87,7 +87,7 @@ def scene(tmp_path: Path) -> Scene:
     return Scene(tmp_path / "outage")
 
 
-async def test_commits_wait_in_order_and_the_outage_is_reported_twice(scene: Scene) -> None:
+async def test_commits_wait_in_order_and_outage_start_and_end_are_reported(scene: Scene) -> None:
     """Once at the start and once at the end, however many commits wait."""
     async with scene.opened("pause") as store:
         await store.commit(writing(A, 0))
@@ -153,7 +153,7 @@ async def test_abandoned_wait_committed_nothing(scene: Scene) -> None:
         assert await scene.value(B) == {"n": 1}
 
 
-async def test_outage_during_the_final_report_does_no_harm(scene: Scene) -> None:
+async def test_outage_during_the_final_report_is_handled(scene: Scene) -> None:
     """No one receives the notice any more."""
     ended = anyio.Event()
 
@@ -175,7 +175,7 @@ async def test_outage_during_the_final_report_does_no_harm(scene: Scene) -> None
     assert await scene.value(A) == {"n": 1}
 
 
-async def test_commit_with_a_lost_answer_is_made_once(scene: Scene) -> None:
+async def test_commit_with_a_lost_reply_is_applied_once(scene: Scene) -> None:
     """It is recognized by its content; one that another process has overtaken is rejected as usual."""
     async with scene.opened("pause") as store:
         scene.line.lost_answers = 1
@@ -396,7 +396,7 @@ async def test_follower_sees_the_state_after_the_outage(scene: Scene) -> None:
         assert seen == [(1, [A]), (2, [B]), (3, [A])]
 
 
-async def test_short_interruption_is_no_outage(scene: Scene) -> None:
+async def test_short_interruption_is_not_an_outage(scene: Scene) -> None:
     """A failure is retried, and a commit that the first try made is recognized."""
     async with scene.opened("continue") as store:
         scene.line.lost_answers = 1
@@ -406,7 +406,7 @@ async def test_short_interruption_is_no_outage(scene: Scene) -> None:
     assert await scene.real.position() == 2
 
 
-async def test_commit_with_an_early_lost_answer_is_made_once(scene: Scene) -> None:
+async def test_commit_with_an_early_lost_reply_is_applied_once(scene: Scene) -> None:
     """The fork makes it, too, since its outcome is unknown, and recognizes it at the replay."""
     async with scene.opened("continue") as store:
         await store.list("task")

@@ -193,7 +193,7 @@ async def test_forced_commit_of_provided_files_is_not_imported(workspace: Worksp
     assert b"local.yaml" not in listed.stdout
 
 
-async def test_link_in_place_of_their_folder_is_not_followed(workspace: Workspace, tmp_path: Path) -> None:
+async def test_link_in_place_of_the_state_folder_is_not_followed(workspace: Workspace, tmp_path: Path) -> None:
     """It can't land, and the next session writes nothing through it."""
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -212,7 +212,7 @@ async def test_link_in_place_of_their_folder_is_not_followed(workspace: Workspac
     assert (workspace.tree / "vendor/a b*[c]/deep/run").exists()
 
 
-async def test_link_in_their_place_is_not_written_through(workspace: Workspace, tmp_path: Path) -> None:
+async def test_link_in_place_of_state_is_not_written_through(workspace: Workspace, tmp_path: Path) -> None:
     """A linked file or folder outside stays unchanged."""
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -229,7 +229,7 @@ async def test_link_in_their_place_is_not_written_through(workspace: Workspace, 
     assert not (workspace.tree / ".env").is_symlink()
 
 
-async def test_committed_link_in_place_of_their_folder_is_not_imported(workspace: Workspace) -> None:
+async def test_committed_link_in_place_of_the_state_folder_is_not_imported(workspace: Workspace) -> None:
     """In the user's checkout git would put it in place of the user's file."""
     shutil.rmtree(workspace.tree / "config")
     (workspace.tree / "config").symlink_to("/etc")

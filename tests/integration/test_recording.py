@@ -38,7 +38,7 @@ def test_recording_of_the_readme_is_well_formed() -> None:
 
 
 @pytest.mark.slow
-def test_recording_can_be_made_again(tmp_path: Path, environ: dict[str, str]) -> None:
+def test_recording_is_reproducible(tmp_path: Path, environ: dict[str, str]) -> None:
     made = tmp_path / "made.svg"
     subprocess.run([sys.executable, str(DOCS / "recording.py"), str(made)], check=True, env=environ)
     check(made)

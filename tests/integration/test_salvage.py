@@ -118,7 +118,7 @@ async def test_reading_ignores_git_variables_of_the_environment(
 
 
 @pytest.mark.usefixtures("work")
-async def test_listing_skips_a_ref_deleted_meanwhile(session: SessionWorktree) -> None:
+async def test_listing_skips_a_concurrently_deleted_ref(session: SessionWorktree) -> None:
     (kept,) = await salvage.list_unmerged_work(session.git)
     file, has_ended = Path(str(session.git.git_dir)) / kept.ref, threading.Event()
 

@@ -349,7 +349,7 @@ async def test_stop_during_the_start_takes_no_grace_period(folders: Folders, int
     assert time.monotonic() - began < 20
 
 
-async def test_sandbox_killed_during_its_start_is_no_machine_error(folders: Folders) -> None:
+async def test_sandbox_killed_during_the_start_is_not_a_machine_error(folders: Folders) -> None:
     """The exit code has the signal: the session has crashed, and its task may be retried."""
     ended = await run_supervised(folders.command(["sh", "-c", "sh -c 'kill -KILL $$'; exit $?"], wrapped=True))
     assert (ended.spawn_error, ended.signal, ended.exit) == (None, signal.SIGKILL, None)

@@ -144,7 +144,7 @@ async def test_locks_end_with_the_session(repository: Repository, tmp_path: Path
         assert await team.owned() == {"web.1": ("a.py", "src/api.py")}
 
 
-async def test_edit_of_a_file_owned_by_another_is_denied(repository: Repository, tmp_path: Path) -> None:
+async def test_edit_of_a_file_owned_by_another_session_is_denied(repository: Repository, tmp_path: Path) -> None:
     """By any name of the file; unowned files and files outside of the repository may be edited."""
     async with open_team(repository, tmp_path) as team:
         first, second = await team.join("auth", owns=["src/**"]), await team.join("web")
@@ -251,7 +251,7 @@ async def test_slow_requests_are_answered_one_at_a_time(repository: Repository, 
         assert others > 500
 
 
-async def test_session_of_a_taken_over_task_is_told_to_end(repository: Repository, tmp_path: Path) -> None:
+async def test_session_of_a_taken_over_task_is_asked_to_end(repository: Repository, tmp_path: Path) -> None:
     async with open_team(repository, tmp_path) as team:
         session = await team.join("auth")
         key = claim_key(session)

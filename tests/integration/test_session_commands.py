@@ -40,7 +40,7 @@ async def run(
         return await council.runs.run()
 
 
-async def test_session_asks_by_its_shell_and_its_hook(
+async def test_session_requests_from_shell_and_hook(
     repository: Repository, session_api: FakeSessionService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And is identified; files of other owners are not written."""
@@ -64,7 +64,7 @@ async def test_session_asks_by_its_shell_and_its_hook(
     await repository.assert_invariants()
 
 
-async def test_lock_timeout_is_that_of_the_file(
+async def test_lock_timeout_comes_from_the_file(
     repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If the session sets none."""

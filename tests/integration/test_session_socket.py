@@ -115,7 +115,7 @@ def site(tmp_path: Path) -> Site:
 
 
 @pytest.mark.extended_but_first
-async def test_sandboxed_program_asks_as_its_session(site: Site, kind: SandboxKind) -> None:
+async def test_sandboxed_program_requests_as_the_session(site: Site, kind: SandboxKind) -> None:
     """`council` is found, and needs no option to identify the session."""
     async with site.session() as (worktree, session_socket):
         assert await site.run(kind, worktree, session_socket, ["council", "lock", "src/a.py", "./src/../b.py"]) == (
@@ -274,7 +274,7 @@ while not os.path.exists("told") and time.monotonic() < end:
 """
 
 
-async def test_daemon_of_the_session_asks_as_its_session(site: Site, kind: SandboxKind) -> None:
+async def test_daemon_requests_as_the_session(site: Site, kind: SandboxKind) -> None:
     """Its parents have ended; its parent is the supervisor, or the init process in bubblewrap."""
     async with site.session() as (worktree, session_socket):
         code, said = await site.run(kind, worktree, session_socket, [sys.executable, "-I", "-S", "-c", DAEMON])
@@ -494,7 +494,7 @@ async def test_error_of_the_session_api_is_reported_and_logged(site: Site) -> No
     assert session_socket.faults == ["ZeroDivisionError: an error of the session API"]
 
 
-async def test_disconnected_client_gets_no_answer(site: Site) -> None:
+async def test_disconnected_client_gets_no_response(site: Site) -> None:
     async with site.session() as (worktree, _):
         caller = Caller(worktree)
         with caller.connect() as one:
@@ -532,7 +532,7 @@ async def test_thousand_silent_clients_do_no_harm(site: Site) -> None:
                 one.close()
 
 
-async def test_clients_above_the_limit_are_told_to_retry(site: Site) -> None:
+async def test_clients_above_the_limit_are_asked_to_retry(site: Site) -> None:
     async with site.session() as (worktree, _):
         caller = Caller(worktree)
         waiting = []
@@ -579,7 +579,9 @@ CALLS: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("event", "given", "what"), CALLS, ids=[what for _, _, what in CALLS])
-async def test_edit_of_a_file_of_another_is_denied(site: Site, event: str, given: dict[str, Any], what: str) -> None:
+async def test_edit_of_a_file_locked_by_another_session_is_denied(
+    site: Site, event: str, given: dict[str, Any], what: str
+) -> None:
     """In the format of the CLI, with the owner; other files may be edited."""
     site.session_service.foreign_owners["src/theirs.py"] = "run-0/other.1"
     async with site.session() as (worktree, session_socket):

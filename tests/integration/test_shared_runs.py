@@ -305,7 +305,7 @@ async def test_request_after_the_leader_is_gone_is_performed(
 
 
 @pytest.mark.extended
-async def test_process_that_sees_the_end_late_does_not_end_the_run_again(repository: Repository) -> None:
+async def test_process_that_reads_the_end_late_does_not_end_the_run_again(repository: Repository) -> None:
     """The leader has recorded the end, reported it to its sinks, and exited."""
     gate = repository.spawns.parent / "gate"
     config = repository.configure(
@@ -416,7 +416,7 @@ async def test_single_worker_finishes_a_run(repository: Repository) -> None:
 
 
 @pytest.mark.extended
-async def test_process_without_a_program_leaves_the_end_to_others(repository: Repository) -> None:
+async def test_process_without_a_program_does_not_end_the_run(repository: Repository) -> None:
     """It is the only process and leads.
 
     A missing program here does not end the run, since another process may have it.

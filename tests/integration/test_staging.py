@@ -89,7 +89,7 @@ async def test_added_changed_and_removed_files_are_staged(checkout: Checkout) ->
     assert "made/d.txt" in paths_of(await checkout.stage())
 
 
-async def test_restored_file_is_no_change(checkout: Checkout) -> None:
+async def test_restored_file_is_not_a_change(checkout: Checkout) -> None:
     (checkout.tree / "a.txt").write_text("a\n")
     assert paths_of(await checkout.stage()) == []
 

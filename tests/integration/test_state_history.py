@@ -57,7 +57,7 @@ async def test_guide_examples_work(project: Repository, example: str) -> None:
 @pytest.mark.parametrize(
     "moment", ["5", "2026-01-02T03:04:45Z", "2026-01-02 03:05", "2026-01-02T04:05+01:00", f"{RUN}/1"]
 )
-async def test_position_can_be_named_in_many_ways(project: Repository, moment: str) -> None:
+async def test_position_is_accepted_in_each_format(project: Repository, moment: str) -> None:
     """Position, times with and without a zone, and a checkpoint select the same documents."""
     await add(project, Commit([Write(Key("checkpoint", f"{RUN}/1"), 0, {"position": 5})]))
     reported = project.council("state", "at", moment, "--json").result
@@ -167,7 +167,7 @@ async def test_history_has_each_version_with_its_diff(project: Repository) -> No
     assert gone.stdout.splitlines()[3].endswith("  noted")
 
 
-async def test_log_is_limited_as_asked(project: Repository) -> None:
+async def test_log_respects_the_requested_limit(project: Repository) -> None:
     await add(project, Commit([Write(Key("note", "x"), 0, {})], [Event("noted", {"run": "other"})]))
     printed = [
         [one["position"] for one in project.council("state", "log", *words, "--json").lines]

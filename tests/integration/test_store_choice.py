@@ -131,7 +131,7 @@ def test_clean_keeps_hubs_of_runs_in_another_store(repository: Repository, tmp_p
         ({"state": {"max_size": "1"}}, "a size can't be"),
     ],
 )
-def test_impossible_store_is_reported_with_its_position(
+def test_unusable_store_is_reported_with_its_position(
     repository: Repository, settings: dict[str, Any], reported: str
 ) -> None:
     """The file's mistakes are found before anything is opened."""

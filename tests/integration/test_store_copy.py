@@ -134,7 +134,7 @@ async def test_copied_segments_have_their_usual_size(source: FileStore, tmp_path
     assert {one.st_mode & 0o777 for one in found} == {0o600}
 
 
-async def test_active_store_is_copied_as_of_a_moment(source: FileStore, tmp_path: Path, clock: ManualClock) -> None:
+async def test_active_store_is_copied_at_one_position(source: FileStore, tmp_path: Path, clock: ManualClock) -> None:
     """Commits continue meanwhile, also by another opener of the store; nothing is lost or partial."""
     async with (
         FileStore.open(tmp_path / "source", clock) as other,
@@ -402,7 +402,7 @@ def packed(lines: Sequence[bytes]) -> bytes:
     return zstandard.ZstdCompressor().compress(b"".join(lines))
 
 
-async def test_file_that_is_no_export_is_rejected(exported: Path, clock: ManualClock) -> None:
+async def test_file_that_is_not_an_export_is_rejected(exported: Path, clock: ManualClock) -> None:
     lines, store = unpacked(exported), MemoryStore(clock)
     header, footer = json.loads(lines[0]), json.loads(lines[-1])
     newer = json.dumps({**header, "version": 2, "more": True}).encode() + b"\n"
@@ -540,7 +540,7 @@ async def test_failed_export_leaves_nothing(source: FileStore, tmp_path: Path) -
     assert files(tmp_path) == {"source"}
 
 
-async def test_place_taken_meanwhile_is_not_overwritten(
+async def test_path_created_concurrently_is_not_overwritten(
     source: FileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     location = tmp_path / "file"

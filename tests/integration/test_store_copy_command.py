@@ -112,7 +112,7 @@ async def test_impossible_copy_is_rejected(project: Repository, tmp_path: Path) 
     assert "--state .council/state" in elsewhere.stderr
 
 
-async def test_copy_needs_a_place_for_its_own_store(project: Repository, tmp_path: Path) -> None:
+async def test_copy_needs_a_location_for_the_store(project: Repository, tmp_path: Path) -> None:
     """Neither loaded; nothing is created or changed there."""
     outside = tmp_path / "outside"
     outside.mkdir()

@@ -32,7 +32,7 @@ def through_shell(repository: Repository, arguments: str, **variables: str) -> C
 @pytest.mark.parametrize(
     "closed", ["<&- >&- 2>&-", *(pytest.param(one, marks=pytest.mark.slow) for one in ("<&-", ">&-", "2>&-"))]
 )
-async def test_closed_streams_do_no_harm(repository: Repository, closed: str) -> None:
+async def test_closed_streams_are_handled(repository: Repository, closed: str) -> None:
     """A run without streams lands, and no output has gone into a file that it opened."""
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
     ended = through_shell(repository, f"run {config} {closed}")

@@ -137,7 +137,7 @@ async def test_changes_of_a_killed_reader_are_discarded(repository: Repository, 
     await repository.assert_invariants()
 
 
-async def test_caches_of_a_readers_tests_are_no_changes(repository: Repository) -> None:
+async def test_caches_of_a_readers_tests_are_not_changes(repository: Repository) -> None:
     """They are discarded without an event, unless the target has them."""
     repository.commit({"old/__pycache__/kept.txt": "theirs\n"})
     repository.remember()
@@ -435,7 +435,7 @@ async def test_handoffs_contain_no_secrets(repository: Repository) -> None:
     await repository.assert_invariants(canaries=[secret])
 
 
-async def test_phase_without_changes_is_told_how_to_report_that(repository: Repository) -> None:
+async def test_phase_without_changes_gets_instructions_to_report_that(repository: Repository) -> None:
     """A handoff alone is no work that could land."""
     path = repository.configure(
         [{"id": "t", "prompt": f"in look hand-over {SCOUT}", "workflow": "one"}],

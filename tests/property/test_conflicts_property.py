@@ -89,7 +89,7 @@ def test_winner_is_one_of_the_updates(batch: list[DocumentUpdate[str]]) -> None:
 
 
 @given(batches())
-def test_competing_fields_are_those_that_differ(batch: list[DocumentUpdate[str]]) -> None:
+def test_conflicting_fields_are_those_that_differ(batch: list[DocumentUpdate[str]]) -> None:
     """Every update is in the group of its key, and a group of one is no conflict."""
     groups = group_by_key(batch)
     assert sorted(one.time for group in groups.values() for one in group) == sorted(one.time for one in batch)

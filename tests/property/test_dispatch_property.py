@@ -185,7 +185,7 @@ def test_dispatch_respects_limits_and_ends_every_task(
 
 @example_settings(200)
 @given(entries(), st.integers(1, 4), st.data())
-def test_dispatch_starts_nothing_when_it_reports_no_work(
+def test_dispatch_without_work_starts_nothing(
     tasks: dict[str, DispatchEntry], capacity: int, data: st.DataObject
 ) -> None:
     """With nothing running, `has_work` distinguishes tasks that may start from those that need a landing."""

@@ -135,7 +135,7 @@ PROSE = st.text(st.sampled_from('aé😀 \n\t\r{}"#-'), max_size=40)
 
 
 @given(OBJECTS, st.lists(st.tuples(PROSE, OBJECTS), max_size=3), PROSE, st.sampled_from(["```", "`````", "~~~"]))
-def test_last_block_is_found_in_any_answer(
+def test_last_block_is_found_in_any_message(
     last: dict[str, Any], earlier: list[tuple[str, dict[str, Any]]], tail: str, fence: str
 ) -> None:
     """With any text before, between and after blocks."""
@@ -145,7 +145,7 @@ def test_last_block_is_found_in_any_answer(
 
 
 @given(st.text(st.sampled_from('`~{}[]":,a1 \n\\')))
-def test_any_answer_is_parsed_without_an_error(answer: str) -> None:
+def test_any_message_is_parsed_without_an_error(answer: str) -> None:
     """The last block, if any, is plain JSON."""
     found = find_last_json_block(answer)
     assert found.data is None or find_json_error(found.data) is None

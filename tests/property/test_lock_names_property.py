@@ -89,7 +89,7 @@ def test_unicode_forms_of_a_file_have_one_lock_name(path: str) -> None:
         assert canonical_path(path.swapcase()) != canonical_path(path)
 
 
-def test_case_sensitivity_is_that_of_the_file_system(tmp_path: Path) -> None:
+def test_case_sensitivity_follows_the_file_system(tmp_path: Path) -> None:
     """The probe leaves no file behind."""
     (tmp_path / "case").touch()
     alike = (tmp_path / "CASE").exists()

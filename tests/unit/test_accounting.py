@@ -44,7 +44,7 @@ def test_usage_of_a_session_alone_is_unchanged() -> None:
 
 
 @pytest.mark.parametrize("name", ["resumed", "resumed-total-cost", "resumed-both-costs"])
-def test_cost_of_each_claude_version_is_that_of_its_session(name: str) -> None:
+def test_cost_of_each_claude_version_excludes_earlier_sessions(name: str) -> None:
     """Some versions report the cost of the session, others that of the whole conversation."""
     adapter = ClaudeCodeAdapter(ClaudeCodeOptions())
     recording = read_recordings(TRANSCRIPTS / "claude-code")[name]

@@ -35,7 +35,7 @@ DEMAND = SessionDemand(descriptors=10, memory=100 * MIB, spare_descriptors=20, s
         (AvailableResources(69, 10, 150 * MIB), 4, 1),
     ],
 )
-def test_capacity_is_that_of_the_scarcest_resource(facts: AvailableResources, wanted: int, sessions: int) -> None:
+def test_capacity_is_limited_by_the_scarcest_resource(facts: AvailableResources, wanted: int, sessions: int) -> None:
     found = fit_sessions(facts, wanted, DEMAND)
     assert isinstance(found, SessionFit)
     assert found.sessions == sessions

@@ -122,7 +122,7 @@ def test_path_outside_of_the_worktree_is_rejected(tmp_path: Path, name: str) -> 
         ConfinedWorktree(tmp_path).relative(name)
 
 
-def test_path_of_an_answer_is_taken_literally(tmp_path: Path) -> None:
+def test_path_in_a_response_is_taken_literally(tmp_path: Path) -> None:
     """Rejects absolute paths, `..`, and symlinks that stay inside the worktree."""
     (tmp_path / "sub").mkdir()
     (tmp_path / "alias").symlink_to("sub")
@@ -144,7 +144,7 @@ def test_path_of_an_answer_is_taken_literally(tmp_path: Path) -> None:
         ("```file a\n1\n```\n```file a\n2\n```", {"a": "2\n"}),
     ],
 )
-def test_files_are_parsed_from_an_answer(text: str, files: dict[str, str]) -> None:
+def test_files_are_parsed_from_a_response(text: str, files: dict[str, str]) -> None:
     assert parse_response(text) == ProposedChanges(files, "")
 
 

@@ -140,7 +140,7 @@ def test_task_is_tried_unless_claimed_or_exhausted(
     assert should_try(found, holder, TIMING, ignored_reason="not now") is ClaimVerdict.IGNORED
 
 
-def test_fifth_takeover_is_not_tried() -> None:
+def test_fifth_takeover_is_not_attempted() -> None:
     """Every failed takeover counts."""
     for is_taken_over in (False, True):
         found, tries = None, 0

@@ -73,7 +73,7 @@ def test_mistakes_have_their_path(tmp_path: Path) -> None:
     ]
 
 
-def test_missing_key_at_the_top_has_no_path(tmp_path: Path) -> None:
+def test_missing_key_at_the_root_has_no_path(tmp_path: Path) -> None:
     assert mistakes({**RUN}, tmp_path) == ["<run>: the key 'tasks' is missing: add `tasks:` here"]
 
 

@@ -29,7 +29,7 @@ GONE = DocumentUpdate("x", 3.0, "cleo", None)
         ),
     ],
 )
-def test_each_strategy_has_its_result(strategy: str, value: object) -> None:
+def test_each_strategy_has_the_expected_result(strategy: str, value: object) -> None:
     assert resolve_updates([LATE, EARLY], strategy) == Resolved(value)  # type: ignore[arg-type]  # it is one
 
 

@@ -96,7 +96,7 @@ def _some_value(annotation: str) -> object:
         (Event("some.plugin", {}), (False, False)),
     ],
 )
-def test_event_is_shown_where_its_class_says(event: Event, places: tuple[bool, bool]) -> None:
+def test_event_is_shown_according_to_the_class(event: Event, places: tuple[bool, bool]) -> None:
     assert (is_shown(event), is_shown(event, above_table=True)) == places
 
 

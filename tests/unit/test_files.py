@@ -100,7 +100,7 @@ def test_error_of_a_call_on_a_descriptor_names_the_file(tmp_path: Path, write: C
     assert path.stat().st_size <= 1000
 
 
-async def test_background_task_after_failed_block_is_cancelled_and_error_is_raised_as_it_is() -> None:
+async def test_background_task_after_failed_block_is_cancelled_and_error_is_unchanged() -> None:
     """The error is not wrapped in an exception group."""
     ended = anyio.Event()
 

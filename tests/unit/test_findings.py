@@ -195,7 +195,7 @@ def test_plugins_and_folder_are_rated() -> None:
     assert_finding(findings.check_project_folder(exists=True, is_ignored=False), Level.WARNING)
 
 
-def test_gathering_facts_leaves_no_trace(tmp_path: Path) -> None:
+def test_diagnosis_changes_nothing(tmp_path: Path) -> None:
     """A missing folder is rated by its parent and not created."""
     found = inspect_location(tmp_path / "not" / "yet")
     assert found.error is None

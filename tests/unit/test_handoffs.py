@@ -46,7 +46,7 @@ def test_handoff_has_its_origin_and_integrity() -> None:
     assert not is_intact(handoff.model_copy(update={"data": {"tasks": float("nan")}}))
 
 
-def test_mediated_content_is_given_and_digested() -> None:
+def test_mediated_content_is_passed_on_with_a_digest() -> None:
     """Changing the mediated content breaks the digest, too."""
     mediation = mediate({"requirements": ["r"]}, "scout", "plan")
     assert isinstance(mediation, Mediation)
@@ -156,7 +156,7 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-def test_last_block_of_an_answer_is_used(name: str) -> None:
+def test_last_block_of_a_message_is_used(name: str) -> None:
     """The last object in a fence counts; a rejected one is reported with its line."""
     text, data, skipped = ANSWERS[name]
     found = find_last_json_block(text)

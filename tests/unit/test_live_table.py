@@ -178,7 +178,7 @@ def test_row_awaiting_approval_has_the_command() -> None:
     assert "1 to be approved" in shown.frame(40.0, 3).totals
 
 
-def test_done_task_unblocks_others_and_is_no_failure() -> None:
+def test_done_task_unblocks_others_and_is_not_a_failure() -> None:
     """It has a count of its own; its dependents do not wait for a landing."""
     shown = view({**tasks(1), "child": DispatchEntry(("t0",))})
     assert row(shown.frame(40.0, 10), "child").words == "needs t0"

@@ -89,14 +89,14 @@ def test_pauses_are_not_active_time() -> None:
     assert compute_active_time([orchestrator(1, 0.0, 60.0)], (), 9_000.0).between(0.0, 9_000.0) == 60.0
 
 
-def test_landing_time_is_that_of_the_task_document() -> None:
+def test_landing_time_comes_from_the_task_document() -> None:
     """If the document was lost, the time is unknown."""
     tasks = {name: task(TaskStatus.LANDED, 0.0) for name in ("a", "lost")} | {"failed": task(TaskStatus.FAILED, 0.0)}
     documents = {name: Document(Key("task", name), 1, b"{}", 1, name == "lost", 60.0) for name in tasks}
     assert landing_times(tasks, documents) == {"a": 60.0}
 
 
-def test_usage_is_that_of_all_attempts() -> None:
+def test_usage_includes_all_attempts() -> None:
     """Tokens add up; the cost is null only if no attempt reported one."""
     tasks = {
         "a": task(TaskStatus.FAILED, 0.0, 1.0, input_tokens=10, output_tokens=1, cost=0.5),

@@ -69,7 +69,7 @@ def test_invalid_path_is_rejected(path: str) -> None:
         OutputRule.model_validate({"text": path})
 
 
-def test_facts_of_a_line_are_read() -> None:
+def test_values_of_a_line_are_read() -> None:
     """From all matching rules, and from no others."""
     rules = (
         {"session": "session_id"},
@@ -245,7 +245,7 @@ def test_missing_result_is_a_failure() -> None:
     assert str(verdict([], **by_path)).count("""a line with type: "end" and ok: true""") == 1
 
 
-def test_limit_in_an_error_has_its_end() -> None:
+def test_limit_in_an_error_has_reset_time() -> None:
     """The limit pattern searches the message, even if the status already set the class."""
     options: dict[str, Any] = {"output": "jsonl", "read": [{"error": "message", "status": "status"}]}
     line = json.dumps({"message": "slow down, again in 90 s", "status": 429})

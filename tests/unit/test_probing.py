@@ -145,7 +145,7 @@ def test_version_is_parsed_quickly_from_anything() -> None:
     assert time.monotonic() - started < 20
 
 
-def test_output_of_a_failed_command_is_no_version() -> None:
+def test_output_of_a_failed_command_is_not_a_version() -> None:
     """Numbers in an error message do not count."""
     status = check_program(
         Program("tool", version=("-V",)), "/bin/tool", CompletedCommand(2, b"", b"no -V, since 3.1\n\n")
@@ -336,7 +336,7 @@ def test_types_without_required_options_are_created() -> None:
     assert needs == {"needy": "needs argv, model", "broken": "can't be created: OSError: no home"}
 
 
-async def test_own_python_proves_nothing(environ: dict[str, str]) -> None:
+async def test_adapter_on_our_python_is_probed(environ: dict[str, str]) -> None:
     """An adapter that runs on our Python is not necessarily installed for other users of that Python."""
     adapters = {
         code: ProgramAdapter(Program(sys.executable, ready=("-c", f"raise SystemExit({code})"))) for code in (0, 1)

@@ -132,7 +132,7 @@ def test_unused_facts_are_appended() -> None:
     assert own.count("submit your result") == own.count("Mend it.") == 1
 
 
-def test_handoff_instructions_name_the_available_ways() -> None:
+def test_handoff_instructions_name_the_available_protocols() -> None:
     """The file, the tool and the answer, in this order, with the schema."""
     reported = render("", facts(submit_handoff=render_handoff_instructions("answer", SCHEMA))).text
     assert json.loads(re.findall(r"```json\n(.*?)\n```", reported, re.DOTALL)[0]) == SCHEMA

@@ -173,7 +173,7 @@ async def test_patterns_select_the_events() -> None:
     assert ear.numbers == [3, 4]
 
 
-async def test_failing_sink_is_retried_and_reported_once_each_way() -> None:
+async def test_failing_sink_is_retried_and_failure_and_recovery_are_reported_once() -> None:
     """One event per streak of failures and one for its end, without secrets; delivery stays complete and ordered."""
 
     def fails_at_first(call: int) -> None:
@@ -321,7 +321,7 @@ async def test_delivered_but_unrecorded_event_is_repeated() -> None:
 
 
 @pytest.mark.parametrize("error", [RefusedError("not installed", "install it"), SystemExit(3), ValueError("no")])
-async def test_sink_that_can_not_be_opened_does_no_harm(error: BaseException) -> None:
+async def test_sink_that_can_not_be_opened_does_not_affect_the_run(error: BaseException) -> None:
     """Errors that would end a process elsewhere, and a missing sink, are reported only."""
     bench = Bench()
 

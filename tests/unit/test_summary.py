@@ -201,7 +201,7 @@ def test_halt_is_wrapped_between_words() -> None:
     assert shown[-1].endswith(command)
 
 
-def test_halt_with_a_long_last_line_keeps_its_end() -> None:
+def test_halt_with_a_long_last_line_shows_the_end() -> None:
     """Interpreters name the missing module there, after their own path."""
     reason = HaltReason("it failed", (f"/{'long/' * 20}python: No module named pytest",), "/logs/check1", ("fix main",))
     shown = summary_lines(replace(run(task("pending")), halted=str(reason), halt_cause=HaltCause.BASE))
@@ -218,7 +218,7 @@ def test_failed_setup_has_its_log_and_cause() -> None:
     assert "ERROR: no such package" in " ".join(shown), shown
 
 
-def test_halt_has_its_log() -> None:
+def test_halt_names_the_log() -> None:
     """With other problems and a long remedy, the output is shortened first."""
     reason = HaltReason("check `x` fails on main", ("one", "two"), "/logs/t.0.check1", ("fix main " * 30, "or not"))
     adapters = [AdapterReport(f"a{number}", None, "not logged in") for number in range(12)]
@@ -231,7 +231,7 @@ def test_halt_has_its_log() -> None:
     assert HaltReason.parse(str(reason)) == reason
 
 
-def test_halt_without_room_for_its_remedy_names_the_command_that_prints_it() -> None:
+def test_halt_without_space_for_the_remedy_names_the_command_that_prints_it() -> None:
     """No sentence is cut before its command."""
     remedy = ("start a new run " * 20, "or correct the check in the file, then `council retry t --reload --run r`")
     halted = str(HaltReason("check `x` can't be run", ("one",), "/logs/t.0.check1", remedy))
@@ -242,7 +242,7 @@ def test_halt_without_room_for_its_remedy_names_the_command_that_prints_it() -> 
     assert shown[-3:] == ["one", "log: /logs/t.0.check1", "How to fix it: council status"]
 
 
-def test_halt_omits_a_path_list_that_has_no_room() -> None:
+def test_halt_omits_a_path_list_that_does_not_fit() -> None:
     """Its end without its label says nothing."""
     output = ("sh: 1: nosuchprog: not found", f"PATH, as the sandbox shows it: {'/usr/bin:' * 20}/bin")
     halted = str(HaltReason("check `nosuchprog` can't be run", output, "/logs/t.0.check1", ("install it",)))

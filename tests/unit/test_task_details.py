@@ -233,7 +233,7 @@ def test_prompt_keeps_its_lines() -> None:
     assert "… (20 more lines; --json prints all)" in text(details_of(TaskDocument(), long))
 
 
-def test_session_without_changes_is_no_failure() -> None:
+def test_session_without_changes_is_not_a_failure() -> None:
     tried = attempt(1, None, "no_change")
     shown = text(details_of(TaskDocument(status=TaskStatus.NO_CHANGE, attempts=(tried,)), TaskDefinition("x")))
     assert "  build: no change, 1 session" in shown

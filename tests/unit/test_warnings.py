@@ -37,7 +37,7 @@ def warnings(
 @pytest.mark.parametrize(
     ("target", "checkout", "many"), [("main", "here", 1), ("main", None, 0), ("other", "here", 0), (None, "here", 0)]
 )
-def test_target_that_is_the_checked_out_base_is_warned_about(
+def test_checked_out_base_as_target_causes_a_warning(
     tmp_path: Path, target: str | None, checkout: str | None, many: int
 ) -> None:
     """Otherwise landings change no checked-out files, or the user chose a branch for them."""
@@ -65,7 +65,7 @@ def test_writable_shared_by_sessions_and_checks_is_warned_about(tmp_path: Path, 
     ("writable", "many"), [("repo", 1), (".", 1), ("repo/.git", 1), ("repo/build", 0), ("elsewhere", 0)]
 )
 @pytest.mark.parametrize("is_adapters", [False, True], ids=["of all", "of an adapter"])
-def test_writable_that_contains_the_repository_is_warned_about(
+def test_writable_path_that_contains_the_repository_causes_a_warning(
     tmp_path: Path, writable: str, many: int, is_adapters: bool
 ) -> None:
     """A subfolder may be intended; the top, the git directory and their parents are not."""
@@ -107,7 +107,7 @@ SERVERS = {"tickets": {"command": ["tickets-mcp"]}}
     ("fallback", "again"),
     [(["b"], None), (["b", "c"], None), (["a"], "'a'"), (["b", "b", "a"], "'b', 'a'"), (["b", "c", "b"], "'b'")],
 )
-def test_fallback_to_the_same_adapter_is_warned_about(tmp_path: Path, fallback: list[str], again: str | None) -> None:
+def test_fallback_to_the_same_adapter_causes_a_warning(tmp_path: Path, fallback: list[str], again: str | None) -> None:
     """One warning for all tasks with the same list."""
     tasks = [{"id": f"t{n}", "prompt": "p", "adapter": "a", "fallback": fallback} for n in range(7)]
     tasks.append({"id": "alone", "prompt": "p", "adapter": "a"})
@@ -156,7 +156,7 @@ def test_default_fallback_may_contain_the_chosen_adapter(
     assert all(", which has no effect" in one for one in found)
 
 
-def test_phase_fallback_to_the_same_adapter_is_warned_about(tmp_path: Path) -> None:
+def test_phase_fallback_to_the_same_adapter_causes_a_warning(tmp_path: Path) -> None:
     """The warning names the phase."""
     workflows = {"w": [{"look": {"adapter": "x", "fallback": ["codex", "x"]}}, {"build": {"adapter": "codex"}}]}
     (found,) = warnings(

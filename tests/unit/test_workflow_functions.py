@@ -69,7 +69,7 @@ def test_each_command_of_the_page_exists() -> None:
     lines = set(re.findall(r"`(council \w[^`]*)`", " ".join((PAGE + MAPPING).split())))
     assert {"council approve TASK", "council retry TASK --from plan"} <= lines
     for line in lines:
-        TestFunctions().test_each_command_is_there(line)
+        TestFunctions().test_each_documented_command_exists(line)
 
 
 def test_each_named_rule_exists() -> None:

@@ -96,7 +96,7 @@ def test_supplied_workflow_has_scout_plan_build_and_review(tmp_path: Path) -> No
     assert config.tasks[0].adapter == "x"
 
 
-def test_file_may_define_its_own_adw(tmp_path: Path) -> None:
+def test_file_may_define_an_adw(tmp_path: Path) -> None:
     """It replaces the supplied one."""
     config = read(tmp_path, workflows={"adw": ["build"]}, task={"workflow": "adw"})
     assert [one.name for one in config.workflows["adw"]] == ["build"]
